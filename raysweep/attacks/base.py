@@ -1,0 +1,89 @@
+"""What every attack takes, returns and promises."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raysweep.rng import Rng
+
+Norm = Literal["Linf", "L2"]
+View = Literal["probability", "margin"]
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    """An attack's result; rows stand in the order of the input.
+
+    x: (N, C, H, W) in [0, 1]; queries: forward passes spent on each row, (N,) int64; kappa: (N,) int64, iterates still
+    classified correctly (G alg. 1), in 0..K, from attacks that count it.
+    """
+
+    x: Tensor
+    queries: Tensor
+    kappa: Tensor | None = None
+
+
+class Attack(Protocol):
+    """(model, x, y, rng) -> Adversarial. Stateless; the model comes out as it went in."""
+
+    @property
+    def view(self) -> View:
+        """How vulnerability to this attack is measured (see `vulnerability`)."""
+        ...
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, rng: Rng) -> Adversarial: ...
+
+
+@contextmanager
+def frozen(model: nn.Module, mode: Literal["eval", "train"] = "eval") -> Iterator[nn.Module]:
+    """The model in `mode` with parameters that need no gradient; both restored at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    needed = [p for p in model.parameters() if p.requires_grad]
+    model.train(mode == "train")
+    for parameter in needed:
+        parameter.requires_grad_(False)
+    try:
+        yield model
+    finally:
+        for parameter in needed:
+            parameter.requires_grad_(True)
+        for module, training in modes:
+            module.training = training
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """z_y - max_{i != y} z_i, (N,): positive where the row is classified correctly."""
+    true = logits.gather(1, y[:, None])[:, 0]
+    return true - logits.scatter(1, y[:, None], -torch.inf).amax(1)
+
+
+def vulnerability(logits: Tensor, y: Tensor, view: View) -> Tensor:
+    """V of LRAT, (N,), small where the row is vulnerable.
+
+    probability: p_y, in [0, 1] (L eq. 8); margin: p_y - max_{i != y} p_i, in [-1, 1] (L eq. 9).
+    """
+    p = F.softmax(logits, 1)
+    return margin(p, y) if view == "margin" else p.gather(1, y[:, None])[:, 0]
+
+
+def norms(v: Tensor) -> Tensor:
+    """Euclidean norm of each row as (N, 1, 1, 1)."""
+    return v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+
+def project(x_adv: Tensor, x: Tensor, eps: float, norm: Norm) -> Tensor:
+    """x_adv moved into the eps-ball round x and then into [0, 1]."""
+    if norm == "Linf":
+        return x_adv.clamp(x - eps, x + eps).clamp(0, 1)
+    delta = x_adv - x
+    return (x + delta * (eps / norms(delta).clamp_min(1e-12)).clamp_max(1.0)).clamp(0, 1)
+
+
+def step_direction(grad: Tensor, norm: Norm) -> Tensor:
+    """Steepest ascent of unit length in `norm`."""
+    return grad.sign() if norm == "Linf" else grad / norms(grad).clamp_min(1e-12)

@@ -1,0 +1,160 @@
+"""Numbers that may change with the epoch: lr, eps, lambda, tau, beta, ..."""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from raysweep.spec import Varying
+
+
+def _number(value: Any) -> Any:
+    """'8/255' is a number in this field; 'inf' is one in YAML's spelling ('.inf') and in ours."""
+    if isinstance(value, str) and "/" in value:
+        try:
+            return float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError):
+            return value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Epoch = Annotated[int, Field(ge=0)]
+
+
+class Piecewise(Varying):
+    """`values[i]` from epoch `boundaries[i-1]` on (0-based): one value more than boundaries."""
+
+    kind: Literal["piecewise"] = "piecewise"
+    boundaries: tuple[Epoch, ...]
+    values: tuple[Number, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.values) != len(self.boundaries) + 1:
+            raise ValueError(f"{len(self.boundaries)} boundaries need {len(self.boundaries) + 1} values")
+        if list(self.boundaries) != sorted(set(self.boundaries)):
+            raise ValueError("boundaries must increase")
+        return self
+
+    def value(self, epoch: int) -> float:
+        return self.values[sum(epoch >= b for b in self.boundaries)]
+
+
+class Linear(Varying):
+    """Straight line from `first` at epoch `start` to `last` at epoch `end`, constant outside."""
+
+    kind: Literal["linear"] = "linear"
+    first: Number
+    last: Number
+    start: Epoch = 0
+    end: Epoch
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.end <= self.start:
+            raise ValueError(f"end must come after start, got start {self.start}, end {self.end}")
+        return self
+
+    def value(self, epoch: int) -> float:
+        return self.first + (self.last - self.first) * _progress(epoch, self.start, self.end)
+
+
+class Cosine(Varying):
+    """Half a cosine from `first` at epoch `start` to `last` at epoch `end`, constant outside."""
+
+    kind: Literal["cosine"] = "cosine"
+    first: Number
+    last: Number = 0.0
+    start: Epoch = 0
+    end: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.end <= self.start:
+            raise ValueError(f"end must come after start, got start {self.start}, end {self.end}")
+        return self
+
+    def value(self, epoch: int) -> float:
+        down = (1 + math.cos(math.pi * _progress(epoch, self.start, self.end))) / 2
+        return self.last + (self.first - self.last) * down
+
+
+class Interpolated(Varying):
+    """Straight lines through (`epochs[i]`, `values[i]`), constant outside: the cyclic schedules of G fig. 11."""
+
+    kind: Literal["interpolated"] = "interpolated"
+    epochs: Annotated[tuple[Epoch, ...], Field(min_length=2)]
+    values: tuple[Number, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.values) != len(self.epochs) or list(self.epochs) != sorted(set(self.epochs)):
+            raise ValueError("epochs must increase, with one value each")
+        return self
+
+    def value(self, epoch: int) -> float:
+        return _interpolate(epoch, self.epochs, self.values)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, dict):
+        return str(value.get("kind", "piecewise"))
+    return getattr(value, "kind", "number")
+
+
+Schedule = Annotated[
+    Annotated[Number, Tag("number")]
+    | Annotated[Piecewise, Tag("piecewise")]
+    | Annotated[Linear, Tag("linear")]
+    | Annotated[Cosine, Tag("cosine")]
+    | Annotated[Interpolated, Tag("interpolated")],
+    Discriminator(_kind),
+]
+
+
+def at(schedule: float | Varying, epoch: int) -> float:
+    """The schedule's value at `epoch`; a number is its own schedule."""
+    return schedule.value(epoch) if isinstance(schedule, Varying) else schedule
+
+
+def now(schedule: float | Varying) -> float:
+    """The number of a setting whose spec has been resolved with `.at(epoch)`."""
+    if isinstance(schedule, Varying):
+        raise TypeError(f"{schedule!r} changes with the epoch: resolve the spec with .at(epoch) before it is called")
+    return schedule
+
+
+def within(low: float = -math.inf, high: float = math.inf) -> AfterValidator:
+    """A bound on every value that a schedule takes."""
+
+    def check(schedule: float | Varying) -> float | Varying:
+        for value in extremes(schedule):
+            if not low <= value <= high:
+                allowed = f"between {low:g} and {high:g}" if high < math.inf else f"at least {low:g}"
+                raise ValueError(f"must be {allowed}")
+        return schedule
+
+    return AfterValidator(check)
+
+
+def extremes(schedule: float | Varying) -> tuple[float, ...]:
+    """Values that bound everything the schedule says."""
+    if isinstance(schedule, Piecewise | Interpolated):
+        return schedule.values
+    if isinstance(schedule, Linear | Cosine):
+        return (schedule.first, schedule.last)
+    return (at(schedule, 0),)
+
+
+def _progress(epoch: int, start: int, end: int) -> float:
+    return min(max((epoch - start) / (end - start), 0.0), 1.0)
+
+
+def _interpolate(epoch: int, epochs: Sequence[int], points: Sequence[float]) -> float:
+    for (e0, v0), (e1, v1) in zip(zip(epochs, points, strict=True), zip(epochs[1:], points[1:], strict=True), strict=False):
+        if epoch <= e1:
+            return v0 + (v1 - v0) * _progress(epoch, e0, e1)
+    return points[-1]

@@ -1,0 +1,124 @@
+"""Instance weights: (View) -> (N,), without gradient. A new reweighting is a class here and a line in `Weight`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Discriminator, Field, model_validator
+from torch import Tensor
+
+from raysweep.attacks.base import View as VulnerabilityView
+from raysweep.attacks.base import vulnerability
+from raysweep.schedules import Schedule, now, within
+from raysweep.spec import Spec
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a weight may look at: one view of the batch and what the terms before it decided.
+
+    logits: (N, C) of the view, detached; y: (N,); kappa, steps: of the view's attack (kappa (N,), None on natural data);
+    view: how vulnerability to that attack is measured; weights: those of the terms before, by name.
+    """
+
+    logits: Tensor
+    y: Tensor
+    kappa: Tensor | None = None
+    steps: int = 0
+    view: VulnerabilityView = "probability"
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Uniform(Spec):
+    """w = 1."""
+
+    kind: Literal["uniform"] = "uniform"
+
+    def __call__(self, look: Look) -> Tensor:
+        return torch.ones_like(look.y, dtype=look.logits.dtype)
+
+
+class _BurnIn(Spec):
+    """Settings of every weight that depends on the model.
+
+    by: the attack whose kappa or logits decide; null is the view that the term itself looks at.
+    burn_in: w = 1 in the first `burn_in` epochs, exactly: the settings of such an epoch are those of `Uniform`.
+    normalise: divide by the mean over the global batch (G alg. 2), so that the mean weight is 1.
+    """
+
+    by: str | None = None
+    burn_in: Annotated[int, Field(ge=0)] = 0
+    normalise: bool = True
+
+    def at(self, epoch: int) -> Self:
+        if epoch < self.burn_in:
+            return Uniform()  # type: ignore[return-value]
+        return super().at(epoch).model_copy(update={"burn_in": 0})
+
+
+class Geometry(_BurnIn):
+    """GAIRAT's w(kappa), non-increasing in the geometry value kappa in 0..K.
+
+    shape: `tanh`, (1 + tanh(lam + 5 (1 - 2 kappa / K))) / 2 (G eq. 6); `linear`, 1 - kappa / (K + 1) (eq. 7);
+    `sigmoid`, sigma(lam + 5 (1 - 2 kappa / K)) (eq. 8); `piecewise`, `table[kappa]` (the yellow line of G fig. 4), its last
+    entry standing for every larger kappa. lam = inf gives w = 1: adversarial training.
+    official: the authors' code instead of the paper, (h - kappa) / h with h = floor(K / 2), which differs for odd K.
+    """
+
+    kind: Literal["geometry"] = "geometry"
+    shape: Literal["tanh", "linear", "sigmoid", "piecewise"] = "tanh"
+    lam: Annotated[Schedule, within(-30)] = 0.0
+    table: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    official: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.shape == "piecewise") != bool(self.table):
+            raise ValueError("`table` goes with shape `piecewise`, and only with it")
+        if any(a < b for a, b in zip(self.table, self.table[1:], strict=False)):
+            raise ValueError("`table` must not increase: a larger kappa never weighs more (G section 3.2)")
+        return self
+
+    def __call__(self, look: Look) -> Tensor:
+        if look.kappa is None:
+            raise TypeError("geometry weights need a view that is an attack's output")
+        kappa = look.kappa.to(look.logits.dtype)
+        if self.shape == "linear":
+            return 1 - kappa / (look.steps + 1)
+        if self.shape == "piecewise":
+            table = torch.tensor(self.table, dtype=kappa.dtype, device=kappa.device)
+            return table[look.kappa.clamp(max=len(self.table) - 1)]
+        half = look.steps // 2 if self.official else look.steps / 2
+        argument = now(self.lam) + 5 * (half - kappa) / half
+        # (1 + tanh(a)) / 2 = sigma(2 a), which does not saturate to an all-zero batch when lam is very negative.
+        return torch.sigmoid(2 * argument if self.shape == "tanh" else argument)
+
+
+class Vulnerability(_BurnIn):
+    """LRAT's g(V) = alpha (1 - V)^beta (L eq. 7-10); V is p_y or the probability margin, as the attack says.
+
+    Not normalised by itself: LRAT divides by the mean weight of the whole pair (eq. 17), see `Method.normalise`.
+    """
+
+    kind: Literal["vulnerability"] = "vulnerability"
+    alpha: Annotated[Schedule, within(0)] = 2.0
+    beta: Annotated[Schedule, within(0)] = 0.5
+    normalise: bool = False
+
+    def __call__(self, look: Look) -> Tensor:
+        return now(self.alpha) * (1 - vulnerability(look.logits, look.y, look.view)).clamp_min(0) ** now(self.beta)
+
+
+class Remainder(Spec):
+    """[total - sum of the weights of the terms `of`]_+: LRAT's lower bound C (L eq. 5), GAIR-RST's 1 - w (G eq. 13)."""
+
+    kind: Literal["remainder"] = "remainder"
+    total: Annotated[Schedule, within(0)]
+    of: Annotated[tuple[str, ...], Field(min_length=1)]
+
+    def __call__(self, look: Look) -> Tensor:
+        return (now(self.total) - sum(look.weights[name] for name in self.of)).clamp_min(0)  # type: ignore[union-attr]
+
+
+Weight = Annotated[Uniform | Geometry | Vulnerability | Remainder, Discriminator("kind")]
