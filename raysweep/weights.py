@@ -39,17 +39,24 @@ class Uniform(Spec):
         return torch.ones_like(look.y, dtype=look.logits.dtype)
 
 
-class _BurnIn(Spec):
-    """Settings of every weight that depends on the model.
+class _Reweighting(Spec):
+    """Settings of a weight that depends on the model.
 
     by: the attack whose kappa or logits decide; null is the view that the term itself looks at.
-    burn_in: w = 1 in the first `burn_in` epochs, exactly: the settings of such an epoch are those of `Uniform`.
     normalise: divide by the mean over the global batch (G alg. 2), so that the mean weight is 1.
     """
 
     by: str | None = None
-    burn_in: Annotated[int, Field(ge=0)] = 0
     normalise: bool = True
+
+
+class _BurnIn(_Reweighting):
+    """A reweighting that starts late.
+
+    burn_in: w = 1 in the first `burn_in` epochs, exactly: the settings of such an epoch are those of `Uniform`.
+    """
+
+    burn_in: Annotated[int, Field(ge=0)] = 0
 
     def at(self, epoch: int) -> Self:
         if epoch < self.burn_in:
@@ -95,7 +102,7 @@ class Geometry(_BurnIn):
         return torch.sigmoid(2 * argument if self.shape == "tanh" else argument)
 
 
-class Vulnerability(_BurnIn):
+class Vulnerability(_Reweighting):
     """LRAT's g(V) = alpha (1 - V)^beta (L eq. 7-10); V is p_y or the probability margin, as the attack says.
 
     Not normalised by itself: LRAT divides by the mean weight of the whole pair (eq. 17), see `Method.normalise`.

@@ -1,0 +1,46 @@
+"""Models. A new one is a function (channels, classes) -> nn.Module and a line in `MODELS`."""
+
+from collections.abc import Callable
+
+import torch
+from pydantic import field_validator
+from torch import nn
+
+from raysweep.models.cnn import digits_cnn
+from raysweep.models.layers import Normalize
+from raysweep.models.resnet import resnet18, resnet34, resnet50
+from raysweep.spec import Spec, SpecError, unknown_name
+
+MODELS: dict[str, Callable[[int, int], nn.Module]] = {
+    "digits_cnn": digits_cnn,
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+}
+
+
+class ModelSpec(Spec):
+    """Which network; it takes (N, C, H, W) in [0, 1] and gives logits (N, classes).
+
+    mean, std: per-channel normalisation inside the model; empty for none (the papers of this field train on [0, 1]).
+    """
+
+    name: str = "digits_cnn"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in MODELS:
+            raise SpecError(unknown_name("model", name, list(MODELS)))
+        return name
+
+    def build(self, channels: int, classes: int, seed: int) -> nn.Module:
+        """The network with initial weights that depend on `seed` alone. Raises SpecError if mean and std do not fit."""
+        if {len(self.mean), len(self.std)} not in ({0}, {channels}):
+            raise SpecError(f"model.mean and model.std need {channels} values each, or none")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = MODELS[self.name](channels, classes)
+        return nn.Sequential(Normalize(self.mean, self.std), network) if self.mean else nn.Sequential(network)

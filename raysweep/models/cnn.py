@@ -1,0 +1,17 @@
+"""Small convolutional networks."""
+
+from torch import nn
+
+from raysweep.models.layers import conv3x3
+
+
+def digits_cnn(channels: int, classes: int) -> nn.Module:
+    """Three 3x3 convolutions with batch norm and two linear layers: fit for 8x8 digits, trained in seconds."""
+    return nn.Sequential(
+        conv3x3(channels, 32), nn.BatchNorm2d(32), nn.ReLU(),
+        conv3x3(32, 64, 2), nn.BatchNorm2d(64), nn.ReLU(),
+        conv3x3(64, 64, 2), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(256, 128), nn.ReLU(),
+        nn.Linear(128, classes),
+    )  # fmt: skip

@@ -1,0 +1,109 @@
+"""What a sweep knows, in JSON beside its checkpoints: a killed driver starts again from this alone."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from raysweep.spec import SpecError
+from raysweep.sweep.space import SearchSpace, Settings, identity
+
+State = Literal["running", "finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial. epoch: last reported; best: the metrics of its best epoch; reason: why it failed."""
+
+    number: int
+    settings: Settings
+    state: State = "running"
+    epoch: int = 0
+    latest: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    reason: str = ""
+
+    def score(self, metric: str) -> float:
+        """The objective of the best epoch; -inf before the first."""
+        return self.best.get(metric, float("-inf"))
+
+    def reported(self, metrics: dict[str, float], metric: str) -> "Trial":
+        """This trial after one more epoch."""
+        better = metric in metrics and metrics[metric] > self.score(metric)
+        epoch = int(metrics["epoch"])
+        if epoch <= self.epoch:
+            return self
+        seconds = self.seconds + metrics.get("train/seconds", 0.0) + metrics.get("validation_seconds", 0.0)
+        return replace(self, epoch=epoch, latest=metrics, best=metrics if better else self.best, seconds=seconds)
+
+
+class Ledger:
+    """The folder of one sweep: `sweep.json`, and for each trial `trials/NNNN/` with `trial.json` and its checkpoints."""
+
+    def __init__(self, path: Path, space: SearchSpace) -> None:
+        self.path = path
+        self.name = path.name
+        self.space = space
+
+    @classmethod
+    def create(cls, path: Path, space: SearchSpace) -> "Ledger":
+        """A new sweep's folder. Raises SpecError if there is one already, or if it cannot be written."""
+        if (path / "sweep.json").exists():
+            raise SpecError(f"there is a sweep in {path}: go on with `--resume {path.name}`, or choose another --name")
+        ledger = cls(path, space)
+        try:
+            (path / "trials").mkdir(parents=True, exist_ok=True)
+            ledger._write_space()
+        except OSError as error:
+            raise SpecError(f"--out: {path} cannot be written: {error.strerror}") from None
+        return ledger
+
+    @classmethod
+    def open(cls, path: Path) -> "Ledger":
+        """An existing sweep. Raises SpecError if there is none."""
+        try:
+            data = json.loads((path / "sweep.json").read_text())
+        except (OSError, ValueError):
+            known = sorted(p.parent.name for p in path.parent.glob("*/sweep.json"))
+            raise SpecError(f"no sweep in {path}; there {'is ' + ', '.join(known) if known else 'is none'}") from None
+        return cls(path, SearchSpace.load(data["space"], str(path / "sweep.json")))
+
+    def extend(self, space: SearchSpace) -> None:
+        """Take over a space that differs in the number of trials only."""
+        if identity(space) != identity(self.space):
+            raise SpecError(f"{self.path} holds a sweep with other settings: choose another --name for these")
+        self.space = space
+        self._write_space()
+
+    def run_path(self, number: int) -> Path:
+        return self.path / "trials" / f"{number:04d}"
+
+    def write(self, trial: Trial) -> None:
+        folder = self.run_path(trial.number)
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / "trial.json", asdict(trial))
+
+    def trials(self) -> list[Trial]:
+        """All trials that were ever started, by number."""
+        return [Trial(**json.loads(p.read_text())) for p in sorted(self.path.glob("trials/*/trial.json"))]
+
+    def ranked(self) -> list[Trial]:
+        """Trials that reported the objective, best first."""
+        metric = self.space.metric
+        scored = [trial for trial in self.trials() if metric in trial.best]
+        return sorted(scored, key=lambda trial: (-trial.score(metric), trial.number))
+
+    def checkpoint(self, trial: Trial) -> Path:
+        """The trial's best checkpoint."""
+        return self.run_path(trial.number) / f"epoch-{int(trial.best['epoch']):04d}"
+
+    def _write_space(self) -> None:
+        _replace(self.path / "sweep.json", {"space": self.space.json_dict(), "identity": identity(self.space)})
+
+
+def _replace(path: Path, data: Any) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(data, indent=1))
+    partial.replace(path)

@@ -1,0 +1,87 @@
+"""Optuna as a Ray Tune searcher, fed from the ledger instead of from pickled state."""
+
+from dataclasses import replace
+from typing import Any
+
+import optuna
+from ray.tune.search import Searcher
+
+from raysweep.sweep.ledger import Ledger, Trial
+
+FAILED = "failed"
+
+
+class StudySearch(Searcher):
+    """Asks Optuna for settings and tells it each trial's best objective.
+
+    Trials that the ledger already holds are the study's past; those that never ended are handed out again first, under
+    their own numbers, so that they go on from their checkpoints.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__(metric=ledger.space.metric, mode="max")
+        self._ledger = ledger
+        space = ledger.space
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._study = optuna.create_study(direction="maximize", sampler=space.sampler.build(space.space))
+        self._asked: dict[str, optuna.Trial | Trial] = {}
+        self._scores: dict[str, float] = {}
+        past = ledger.trials()
+        self._unfinished = [trial for trial in past if trial.state == "running"]
+        self._next = max((trial.number for trial in past), default=-1) + 1
+        for trial in past:
+            if trial.state != "running":
+                self._remember(trial)
+        if not past:
+            for point in space.start:
+                self._study.enqueue_trial(point)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self._unfinished:
+            trial = self._unfinished.pop(0)
+            self._asked[trial_id] = trial
+            self.on_trial_result(trial_id, trial.best)
+            return {"number": trial.number, "settings": trial.settings}
+        if self._next >= self._ledger.space.trials:
+            return Searcher.FINISHED  # type: ignore[no-any-return]
+        if self._ledger.space.sampler.kind == "grid" and self._study.sampler.is_exhausted(self._study):
+            return Searcher.FINISHED  # type: ignore[no-any-return]
+        asked = self._study.ask()
+        self._asked[trial_id] = asked
+        number, self._next = self._next, self._next + 1
+        return {"number": number, "settings": self._ledger.space.suggest(asked)}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        score = result.get(self._ledger.space.metric)
+        if score is not None:
+            self._scores[trial_id] = max(score, self._scores.get(trial_id, score))
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self.on_trial_result(trial_id, result or {})
+        failed = error or FAILED in (result or {}) or trial_id not in self._scores
+        asked = self._asked.pop(trial_id)
+        if isinstance(asked, Trial):
+            best = {} if failed else {self._ledger.space.metric: self._scores[trial_id]}
+            self._remember(replace(asked, state="failed" if failed else "finished", best=best))
+        elif failed:
+            self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
+        else:
+            self._study.tell(asked, self._scores[trial_id])
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is the truth."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is the truth."""
+
+    def _remember(self, trial: Trial) -> None:
+        space = self._ledger.space
+        known = {path: space.space[path] for path in trial.settings if path in space.space}
+        failed = trial.state == "failed" or not trial.best
+        frozen = optuna.trial.create_trial(
+            state=optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE,
+            value=None if failed else trial.score(space.metric),
+            params={path: trial.settings[path] for path in known},
+            distributions={path: distribution.optuna() for path, distribution in known.items()},
+        )
+        self._study.add_trial(frozen)

@@ -1,0 +1,220 @@
+"""Search spaces: YAML that names the settings to search, their distributions, and everything that stays fixed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from pydantic import Field, model_validator
+
+from raysweep.evaluation.validation import METRICS
+from raysweep.schedules import Number
+from raysweep.spec import Json, Spec, SpecError, digest, read_yaml, shipped, unknown_name
+from raysweep.training.config import RunConfig, run_config
+
+Choice = float | str | bool | None
+Settings = dict[str, Any]
+Reals = tuple[Number, Number]
+Integers = tuple[int, int]
+
+
+class Distribution(Spec):
+    """One of `float: [low, high]`, `int: [low, high]`, `categorical: [...]`, in Optuna's terms.
+
+    log: equal weight to each order of magnitude; step: only low, low + step, ...; when: searched only if these other
+    searched settings have these values (else the base config's value stands).
+    """
+
+    float: Reals | None = None
+    int: Integers | None = None
+    categorical: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    log: bool = False
+    step: Number | None = None
+    when: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = [kind for kind in ("float", "int", "categorical") if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError("needs exactly one of float: [low, high], int: [low, high], categorical: [...]")
+        bounds = self.float or self.int
+        if bounds is None and (self.log or self.step):
+            raise ValueError("log and step belong to float and int, not to categorical")
+        if bounds and not bounds[0] < bounds[1]:
+            raise ValueError(f"the range [{bounds[0]:g}, {bounds[1]:g}] is empty: low must be below high")
+        if bounds and self.log and bounds[0] <= 0:
+            raise ValueError(f"a log range must be positive, got [{bounds[0]:g}, {bounds[1]:g}]")
+        if self.log and self.step:
+            raise ValueError("log and step exclude each other")
+        return self
+
+    def ends(self) -> list[Any]:
+        """The values that bound the rest: both ends of a range, every choice."""
+        return list(self.categorical or self.float or self.int or ())
+
+    def optuna(self) -> BaseDistribution:
+        if self.categorical is not None:
+            return CategoricalDistribution([_scalar(c) for c in self.categorical])
+        if self.float is not None:
+            return FloatDistribution(*self.float, log=self.log, step=self.step)
+        assert self.int is not None
+        return IntDistribution(*self.int, log=self.log, step=int(self.step or 1))
+
+    def value(self, suggested: Any) -> Any:
+        """The setting that Optuna's suggestion stands for: choices that are not scalars travel as text."""
+        if self.categorical is None:
+            return suggested
+        return next(c for c in self.categorical if _scalar(c) == suggested)
+
+
+class Sampler(Spec):
+    """Optuna's sampler. startup: random trials before TPE models the results."""
+
+    kind: Literal["tpe", "random", "grid"] = "tpe"
+    seed: int = 0
+    startup: Annotated[int, Field(ge=1)] = 8
+
+    def build(self, distributions: Mapping[str, Distribution]) -> optuna.samplers.BaseSampler:
+        if self.kind == "random":
+            return optuna.samplers.RandomSampler(seed=self.seed)
+        if self.kind == "grid":
+            grid = {path: [_scalar(c) for c in d.categorical or ()] for path, d in distributions.items()}
+            return optuna.samplers.GridSampler(grid, seed=self.seed)
+        return optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=self.startup)
+
+
+class Scheduler(Spec):
+    """Early stopping. asha: at epochs grace, grace x factor, ... only the best 1/factor of the trials go on."""
+
+    kind: Literal["asha", "none"] = "asha"
+    grace: Annotated[int, Field(ge=1)] = 2
+    factor: Annotated[int, Field(ge=2)] = 2
+
+
+class SearchSpace(Spec):
+    """A sweep, declared: method, what is fixed (`base`), what is searched (`space`), where to start, how to judge."""
+
+    method: str | dict[str, Any]
+    metric: Literal["robust_worst", "clean", "pgd", "cw"] = "robust_worst"
+    trials: Annotated[int, Field(ge=1)] = 16
+    sampler: Sampler = Field(default_factory=Sampler)
+    scheduler: Scheduler = Field(default_factory=Scheduler)
+    base: dict[str, Any] = Field(default_factory=dict)
+    space: Annotated[dict[str, Distribution], Field(min_length=1)]
+    start: tuple[dict[str, Any], ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = [
+            f"start.{i}: {unknown_name('searched setting', path, list(self.space))}"
+            for i, point in enumerate(self.start)
+            for path in point
+            if path not in self.space
+        ]
+        for path, distribution in self.space.items():
+            for other in distribution.when:
+                if other not in list(self.space)[: list(self.space).index(path)]:
+                    problems.append(f"space.{path}.when: {other!r} is not a searched setting before it")
+        if self.sampler.kind == "grid":
+            ranges = [path for path, d in self.space.items() if d.categorical is None]
+            problems += [f"space.{path}: a grid needs `categorical: [...]`" for path in ranges]
+        if problems:
+            raise SpecError(problems)
+        return self
+
+    def config(self, settings: Mapping[str, Any]) -> RunConfig:
+        """The run that a trial with these settings is."""
+        return run_config(self.method, self.base, settings)
+
+    def suggest(self, trial: optuna.Trial) -> Settings:
+        """Values for every searched setting whose condition holds, in the order of the file."""
+        chosen: Settings = {}
+        for path, distribution in self.space.items():
+            if all(chosen.get(other) == wanted for other, wanted in distribution.when.items()):
+                chosen[path] = distribution.value(_ask(trial, path, distribution.optuna()))
+        return chosen
+
+    def fixed(self, changes: Mapping[str, Any]) -> "SearchSpace":
+        """This space with settings fixed from outside; a setting that was searched is searched no more."""
+        space = {path: d for path, d in self.space.items() if path not in changes}
+        if not space:
+            raise SpecError("nothing is left to search: every searched setting is fixed by --set; use `raysweep train`")
+        start = [{path: v for path, v in point.items() if path in space} for point in self.start]
+        data = self.json_dict() | {"base": {**self.base, **changes}, "space": {p: d.json_dict() for p, d in space.items()}}
+        return SearchSpace.load(data | {"start": [point for point in start if point]})
+
+
+def load_space(name: str, changes: Mapping[str, Any], source: Path | None = None) -> SearchSpace:
+    """A space by method name or from a file, with `--set` applied, checked as far as can be before anything runs.
+
+    Each end of each range, each choice and each starting point is validated against the method. Raises SpecError with
+    every problem found.
+    """
+    if source is None:
+        source = shipped("search_spaces") / f"{name}.yaml"
+        if not source.is_file():
+            raise SpecError(unknown_name("search space", name, spaces()))
+    space = SearchSpace.load(read_yaml(source), str(source))
+    if source.parent != shipped("search_spaces") and isinstance(space.method, str) and space.method != name:
+        raise SpecError(f"{source} is a space for method {space.method!r}, not for {name!r}")
+    space = space.fixed(changes)
+    problems: list[str] = []
+    try:
+        space.config({})
+    except SpecError as error:
+        raise SpecError(error.problems) from None
+    for path, distribution in space.space.items():
+        for value in distribution.ends():
+            problems += _invalid(space, {**distribution.when, path: value}, f"{source}: space.{path}")
+    for position, point in enumerate(space.start):
+        problems += _invalid(space, point, f"{source}: start.{position}")
+    if space.metric not in METRICS and space.metric not in space.config({}).validation.attacks:
+        problems.append(unknown_name("metric", space.metric, METRICS))
+    if problems:
+        raise SpecError(list(dict.fromkeys(problems)))
+    return space
+
+
+def spaces() -> list[str]:
+    """Names of the spaces that ship with raysweep."""
+    return sorted(path.stem for path in shipped("search_spaces").glob("*.yaml"))
+
+
+def labels(paths: list[str]) -> dict[str, str]:
+    """A short name for each dotted path, unique among them: `method.terms.pgd.weight.alpha` is `pgd.alpha`."""
+    noise = {"method", "terms", "attacks", "weight", "optim"}
+    short = {path: [part for part in path.split(".") if part not in noise] or [path] for path in paths}
+    result = {}
+    for path, parts in short.items():
+        leaf_is_unique = sum(other[-1] == parts[-1] for other in short.values()) == 1
+        result[path] = parts[-1] if leaf_is_unique else ".".join(parts)
+    return result
+
+
+def identity(space: SearchSpace) -> str:
+    """What makes two sweeps the same, whatever the number of trials."""
+    data: Json = space.json_dict()
+    del data["trials"]
+    return digest(data)
+
+
+def _invalid(space: SearchSpace, settings: Settings, where: str) -> list[str]:
+    try:
+        space.config(settings)
+    except SpecError as error:
+        return [f"{where}: {line}" for line in error.problems]
+    return []
+
+
+def _scalar(choice: Any) -> Choice:
+    return choice if isinstance(choice, str | int | float | bool) or choice is None else str(choice)
+
+
+def _ask(trial: optuna.Trial, path: str, distribution: BaseDistribution) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(path, distribution.choices)
+    if isinstance(distribution, FloatDistribution):
+        return trial.suggest_float(path, distribution.low, distribution.high, log=distribution.log, step=distribution.step)
+    assert isinstance(distribution, IntDistribution)
+    return trial.suggest_int(path, distribution.low, distribution.high, log=distribution.log, step=distribution.step)

@@ -1,0 +1,198 @@
+"""The sweep: Ray Tune runs the trials, Optuna proposes them, ASHA stops the weak ones, the ledger remembers."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from ray import tune
+from ray.tune.experiment import Trial as RayTrial
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+
+from raysweep.data import Data, DataSpec, load
+from raysweep.spec import SpecError
+from raysweep.sweep.cluster import connected
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.search import FAILED, StudySearch
+from raysweep.training.checkpoint import Checkpoint
+from raysweep.training.config import RunConfig
+from raysweep.training.trainer import TrainingFailed, fit
+
+_RETRIES = 3
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one trial holds, in Ray's logical units."""
+
+    cpus: float = 1
+    gpus: float = 0
+
+    def concurrent(self, cluster: dict[str, float]) -> int:
+        """How many trials run at once. Raises SpecError if not even one fits."""
+        fits = [cluster.get("CPU", 0) / self.cpus]
+        if self.gpus:
+            fits.append(cluster.get("GPU", 0) / self.gpus)
+        if min(fits) < 1:
+            have = f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
+            raise SpecError(f"a trial wants {self.cpus:g} CPUs and {self.gpus:g} GPUs, the cluster has {have}")
+        return int(min(fits))
+
+
+class Listener(Protocol):
+    """Somebody who follows a sweep: a display, a tracker."""
+
+    def started(self, ledger: Ledger, concurrent: int) -> None: ...
+
+    def trial_changed(self, trial: Trial, metrics: dict[str, float] | None) -> None:
+        """A trial started, reported an epoch (`metrics`), or ended."""
+        ...
+
+    def ended(self, ledger: Ledger) -> None: ...
+
+
+def run_sweep(
+    ledger: Ledger,
+    listeners: Sequence[Listener],
+    resources: Resources | None = None,
+    address: str | None = None,
+) -> None:
+    """Run the trials that the ledger still lacks. Raises SpecError before anything runs if they cannot."""
+    resources = resources or Resources()
+    space = ledger.space
+    config = space.config({})
+    with connected(address) as cluster:
+        concurrent = resources.concurrent(cluster)
+        for listener in listeners:
+            listener.started(ledger, concurrent)
+        done = sum(trial.state != "running" for trial in ledger.trials())
+        try:
+            if done < space.trials:
+                _tuner(ledger, config, listeners, resources, concurrent, space.trials - done).fit()
+        finally:
+            for listener in listeners:
+                listener.ended(ledger)
+
+
+def _tuner(
+    ledger: Ledger, config: RunConfig, listeners: Sequence[Listener], resources: Resources, concurrent: int, trials: int
+) -> tune.Tuner:
+    for name in ("ray.tune", "ray.train", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="ray")
+    root, space = str(ledger.path.resolve()), ledger.space
+
+    def trainable(proposal: dict[str, Any]) -> None:
+        settings = space.config(proposal["settings"])
+        _train(settings, Path(root) / "trials" / f"{proposal['number']:04d}", resources.cpus)
+
+    return tune.Tuner(
+        tune.with_resources(trainable, {"CPU": resources.cpus, "GPU": resources.gpus}),
+        tune_config=tune.TuneConfig(
+            num_samples=trials,
+            max_concurrent_trials=concurrent,
+            search_alg=StudySearch(ledger),
+            scheduler=_scheduler(ledger, config.epochs),
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="ray",
+            storage_path=root,
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=_RETRIES),
+            callbacks=[_Relay(ledger, config.epochs, listeners)],
+        ),
+    )
+
+
+def _scheduler(ledger: Ledger, epochs: int) -> TrialScheduler:
+    scheduler = ledger.space.scheduler
+    if scheduler.kind == "none" or scheduler.grace >= epochs:
+        return FIFOScheduler()
+    return AsyncHyperBandScheduler(
+        time_attr="epoch",
+        metric=ledger.space.metric,
+        mode="max",
+        grace_period=scheduler.grace,
+        reduction_factor=scheduler.factor,
+        max_t=epochs,
+    )
+
+
+def _train(config: RunConfig, path: Path, cpus: float) -> None:
+    """One trial, in its own process: what `raysweep train` does, reporting to Tune."""
+    import torch
+
+    torch.set_num_threads(max(1, int(cpus)))
+
+    def report(metrics: dict[str, float], checkpoint: Checkpoint) -> None:
+        tune.report(metrics)
+
+    try:
+        fit(config, path, report, data=_load_once(config.data.model_dump_json()))
+    except (TrainingFailed, SpecError) as error:
+        tune.report({FAILED: str(error), "epoch": 0})
+
+
+@cache
+def _load_once(spec: str) -> Data:
+    """Trials that follow each other in one process read the data once."""
+    return load(DataSpec.model_validate_json(spec))
+
+
+class _Relay(tune.Callback):
+    """Tune's events, written to the ledger and passed on."""
+
+    def __init__(self, ledger: Ledger, epochs: int, listeners: Sequence[Listener]) -> None:
+        self._ledger = ledger
+        self._epochs = epochs
+        self._listeners = listeners
+        self._trials: dict[str, Trial] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        proposal = trial.config
+        if trial.trial_id not in self._trials:
+            known = {t.number: t for t in self._ledger.trials()}
+            fresh = Trial(proposal["number"], proposal["settings"])
+            self._update(trial, replace(known.get(fresh.number, fresh), state="running"))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[RayTrial], trial: RayTrial, result: dict[str, Any], **info: Any
+    ) -> None:
+        before = self._trials[trial.trial_id]
+        if FAILED in result:
+            self._update(trial, replace(before, state="failed", reason=result[FAILED]))
+            return
+        metrics = {k: float(v) for k, v in result.items() if k == "epoch" or _is_ours(k, v)}
+        after = before.reported(metrics, self._ledger.space.metric)
+        if after is not before:
+            self._update(trial, after, metrics)
+
+    def on_trial_complete(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        record = self._trials[trial.trial_id]
+        if record.state == "running":
+            self._update(trial, replace(record, state="finished" if record.epoch >= self._epochs else "stopped"))
+
+    def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        error = trial.get_error()
+        reason = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
+        self._update(trial, replace(self._trials[trial.trial_id], state="failed", reason=reason))
+
+    def _update(self, trial: RayTrial, record: Trial, metrics: dict[str, float] | None = None) -> None:
+        self._trials[trial.trial_id] = record
+        self._ledger.write(record)
+        for listener in self._listeners:
+            listener.trial_changed(record, metrics)
+
+
+_TUNE_KEYS = frozenset({
+    "timestamp", "time_this_iter_s", "time_total_s", "time_since_restore", "pid", "iterations_since_restore",
+    "training_iteration", "done",
+})  # fmt: skip
+
+
+def _is_ours(key: str, value: Any) -> bool:
+    return key not in _TUNE_KEYS and isinstance(value, int | float) and not isinstance(value, bool)

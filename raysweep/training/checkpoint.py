@@ -1,0 +1,167 @@
+"""Checkpoints: a folder of safetensors and JSON, written whole or not at all, read without unpickling."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from raysweep.spec import Json, SpecError
+from raysweep.training.config import RunConfig
+
+WEIGHTS, STATE, META = "weights.safetensors", "state.safetensors", "meta.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked checkpoint on disk. epoch counts finished epochs; history has one row of metrics for each."""
+
+    path: Path
+    config: RunConfig
+    epoch: int
+    history: list[dict[str, float]]
+    meta: Json
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return self.history[-1]
+
+    def load_model(self, model: nn.Module) -> nn.Module:
+        model.load_state_dict(load_file(self.path / WEIGHTS))
+        return model
+
+    def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Momentum buffers by parameter name."""
+        state = load_file(self.path / STATE)
+        for name, parameter in model.named_parameters():
+            if name in state:
+                optimizer.state[parameter]["momentum_buffer"] = state[name].to(parameter.device)
+
+
+def save(
+    path: Path,
+    config: RunConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    history: list[dict[str, float]],
+    data_fingerprint: str,
+) -> Checkpoint:
+    """Write a checkpoint at `path`; a crash at any moment leaves either none or all of it."""
+    momentum = {
+        name: optimizer.state[parameter]["momentum_buffer"]
+        for name, parameter in model.named_parameters()
+        if optimizer.state[parameter].get("momentum_buffer") is not None
+    }
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(_plain(model.state_dict()), partial / WEIGHTS)
+    save_file(_plain(momentum), partial / STATE)
+    meta = {
+        "format": _FORMAT,
+        "config": config.json_dict(),
+        "digest": config.digest(),
+        "epoch": len(history),
+        "history": history,
+        "data_fingerprint": data_fingerprint,
+        "environment": environment(),
+        "sha256": {name: _sha256(partial / name) for name in (WEIGHTS, STATE)},
+    }
+    (partial / META).write_text(json.dumps(meta, indent=1))
+    for file in partial.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if path.exists():
+        shutil.rmtree(path)
+    partial.replace(path)
+    return Checkpoint(path, config, len(history), history, meta)
+
+
+def read(path: Path) -> Checkpoint:
+    """Check a checkpoint and read what it says of itself. Raises SpecError in one line for a foreign or damaged one."""
+    try:
+        meta = json.loads((path / META).read_text())
+    except (OSError, ValueError):
+        raise SpecError(f"{path}: not a raysweep checkpoint: {META} is missing or not JSON") from None
+    if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
+        raise SpecError(f"{path}: not a raysweep checkpoint of format {_FORMAT}")
+    for name, expected in meta["sha256"].items():
+        if not (path / name).is_file() or _sha256(path / name) != expected:
+            raise SpecError(f"{path}: {name} is truncated or altered (its sha256 is not the one in {META}); delete the folder")
+    config = RunConfig.load(meta["config"], f"{path / META}")
+    return Checkpoint(path, config, meta["epoch"], meta["history"], meta)
+
+
+class Run:
+    """The folder of one training run: its checkpoints, of which the last and the best are kept."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def at(self, epoch: int) -> Path:
+        return self.path / f"epoch-{epoch:04d}"
+
+    def epochs(self) -> list[int]:
+        """Finished epochs that have a checkpoint, ascending."""
+        return sorted(int(p.name.removeprefix("epoch-")) for p in self.path.glob("epoch-*"))
+
+    def last(self) -> Checkpoint | None:
+        epochs = self.epochs()
+        return read(self.at(epochs[-1])) if epochs else None
+
+    def prune(self, keep: set[int]) -> None:
+        """Delete all checkpoints but those of the epochs in `keep`, and what crashes left half written."""
+        for epoch in self.epochs():
+            if epoch not in keep:
+                shutil.rmtree(self.at(epoch))
+        for partial in self.path.glob(".epoch-*"):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@cache
+def environment() -> Json:
+    """Versions and source revision: what else decides a number."""
+    packages = ("raysweep", "torch", "torchvision", "ray", "optuna", "mlflow", "numpy", "pyarrow")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "git_revision": _git_revision(),
+        **{name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Revision of the checkout that this package runs from, with `-dirty` if it was changed."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _plain(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

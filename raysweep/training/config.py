@@ -1,0 +1,84 @@
+"""Everything that decides a training run, in one value: the only thing that crosses a process boundary."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from raysweep.catalog import METHODS
+from raysweep.data import DataSpec
+from raysweep.evaluation.validation import Validation
+from raysweep.method import Method
+from raysweep.models import ModelSpec
+from raysweep.schedules import Number, Piecewise, Schedule, within
+from raysweep.spec import Spec, SpecError, override, unknown_name
+from raysweep.training.profiles import PROFILES
+
+
+class Optim(Spec):
+    """SGD. lr and weight_decay may change with the epoch."""
+
+    lr: Annotated[Schedule, within(0)] = Field(
+        default_factory=lambda: Piecewise(boundaries=(60, 90), values=(0.1, 0.01, 0.001))
+    )
+    momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[Schedule, within(0)] = 5e-4
+    nesterov: bool = False
+
+
+class RunConfig(Spec):
+    """One training run. `method` may be given by its name in the catalog or written out."""
+
+    method: Method
+    data: DataSpec = Field(default_factory=DataSpec)
+    model: ModelSpec = Field(default_factory=ModelSpec)
+    optim: Optim = Field(default_factory=Optim)
+    validation: Validation = Field(default_factory=Validation)
+    epochs: Annotated[int, Field(ge=1)] = 100
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    seed: int = 0
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _by_name(cls, method: Any) -> Any:
+        if isinstance(method, str):
+            return named_method(method)
+        return method
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.optim.nesterov and not self.optim.momentum:
+            raise ValueError("optim.nesterov needs optim.momentum > 0")
+        return self
+
+    def warnings(self) -> list[str]:
+        """Settings that are legal and yet do nothing."""
+        lines = []
+        for name, term in self.method.terms.items():
+            burn_in = getattr(term.weight, "burn_in", 0)
+            if burn_in >= self.epochs:
+                path = f"method.terms.{name}.weight.burn_in"
+                lines.append(f"{path} = {burn_in}: the weights never act in {self.epochs} epochs")
+        return lines
+
+
+def named_method(name: str) -> Method:
+    """A method of the catalog. Raises SpecError with the nearest names."""
+    if name not in METHODS:
+        raise SpecError(unknown_name("method", name, list(METHODS)))
+    return METHODS[name]()
+
+
+def run_config(method: str | Mapping[str, Any], *layers: Mapping[str, Any]) -> RunConfig:
+    """A config from layers of {dotted path: value}, later ones winning over what the data set's profile brings.
+
+    Raises SpecError for all problems at once.
+    """
+    changes: dict[str, Any] = {}
+    for layer in layers:
+        changes.update(layer)
+    data_name = changes.get("data.name", DataSpec().name)
+    if data_name not in PROFILES:
+        DataSpec.load({"name": data_name}, "data")
+    base = RunConfig.load({"method": dict(method) if isinstance(method, Mapping) else method})
+    return override(override(base, PROFILES[data_name], missing="ignore"), changes)
