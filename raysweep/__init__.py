@@ -1,3 +1,9 @@
 """raysweep: distributed sweeps for instance-reweighted adversarial training, proven with AutoAttack."""
 
+import os
+
 __version__ = "0.1.0"
+
+# Ray and MLflow report usage unless told not to, before they are imported. A user's own setting wins.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -1,6 +1,7 @@
 """The published methods as compositions. A new one is a function here, named in `METHODS`.
 
-Defaults are the papers' (G: GAIRAT, L: LRAT) for CIFAR-10; what another data set needs instead is in `training.profiles`.
+Defaults are the papers' (G: GAIRAT, L: LRAT) for CIFAR-10; what another data set
+needs instead is in `training.profiles`.
 """
 
 from collections.abc import Callable
@@ -27,8 +28,8 @@ def gairat() -> Method:
 def lrat() -> Method:
     """Locally reweighted AT (Gao et al. 2021): g(V) CE at PGD and CW data, C - sum g at the bound's view (L eq. 5, 17).
 
-    `terms.bound.on` is what L table 4 varies: natural, pgd, natural+pgd (L appendix C); `terms.bound.weight.total` is C,
-    and 0 leaves the bound out.
+    `terms.bound.on` is what L table 4 varies: natural, pgd, natural+pgd (L appendix C); `terms.bound.weight.total`
+    is C, and 0 leaves the bound out.
     """
     pgd = PGD(eps=8 / 255, step_size=8 / 2550)
     return Method(

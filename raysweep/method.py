@@ -1,4 +1,4 @@
-"""A method is a sum over terms: coef x mean(weight x loss), each term looking at natural data or at an attack's output."""
+"""A method is a sum over terms: coef x mean(weight x loss), a term looking at natural or attacked data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ ONE_WORKER = OneWorker()
 
 
 class Term(Spec):
-    """coef x mean(weight x loss) over a view: `natural`, an attack's name, or several joined by `+` (their losses add)."""
+    """coef x mean(weight x loss) over a view: `natural`, an attack's name, or several joined by `+` (losses add)."""
 
     loss: LossName = "ce"
     on: str
@@ -113,9 +113,7 @@ class Method(Spec):
 
         The loss is scaled so that the mean of its gradient over workers is the gradient of the global batch.
         """
-        adversarial = {
-            name: attack(model, x, y, rng.stream("attack", name)) for name, attack in self.attacks.items()
-        }
+        adversarial = {name: attack(model, x, y, rng.stream("attack", name)) for name, attack in self.attacks.items()}
         needs_natural = any(NATURAL in term.views or term.loss.startswith("kl") for term in self.terms.values())
         logits: dict[str, Tensor] = {NATURAL: model(x)} if needs_natural else {}
         logits |= {name: model(result.x) for name, result in adversarial.items()}
@@ -137,7 +135,12 @@ class Method(Spec):
         return Step(total * workers.size / scale, natural, logits, adversarial, weights)
 
     def _weight(
-        self, term: Term, logits: dict[str, Tensor], y: Tensor, adversarial: dict[str, Adversarial], before: dict[str, Tensor]
+        self,
+        term: Term,
+        logits: dict[str, Tensor],
+        y: Tensor,
+        adversarial: dict[str, Adversarial],
+        before: dict[str, Tensor],
     ) -> Tensor:
         view = _decides(term)
         attack = self.attacks.get(view)

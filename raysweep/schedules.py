@@ -154,7 +154,9 @@ def _progress(epoch: int, start: int, end: int) -> float:
 
 
 def _interpolate(epoch: int, epochs: Sequence[int], points: Sequence[float]) -> float:
-    for (e0, v0), (e1, v1) in zip(zip(epochs, points, strict=True), zip(epochs[1:], points[1:], strict=True), strict=False):
+    for (e0, v0), (e1, v1) in zip(
+        zip(epochs, points, strict=True), zip(epochs[1:], points[1:], strict=True), strict=False
+    ):
         if epoch <= e1:
             return v0 + (v1 - v0) * _progress(epoch, e0, e1)
     return points[-1]

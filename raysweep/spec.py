@@ -219,21 +219,21 @@ def _with_suggestion(item: ErrorDetails, fields: list[str]) -> InitErrorDetails:
     detail = InitErrorDetails(type=item["type"], loc=item["loc"], input=item["input"], ctx=item.get("ctx", {}))
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(item["loc"][-1]), fields, n=3, cutoff=0.3) or fields
-        detail["type"] = PydanticCustomError("unknown_setting", " ".join(near))  # type: ignore[arg-type]
+        detail["type"] = PydanticCustomError("unknown_setting", " ".join(near))
     elif item["type"] == "unknown_setting":
-        detail["type"] = PydanticCustomError("unknown_setting", item["msg"])  # type: ignore[arg-type]
+        detail["type"] = PydanticCustomError("unknown_setting", item["msg"])
     return detail
 
 
 def _locate(loc: tuple[int | str, ...], data: Any) -> tuple[str, Any]:
     """Dotted path and value of a pydantic location, without the tags of unions that pydantic puts between."""
     parts: list[str] = []
-    node = data
+    node: Any = data
     for position, part in enumerate(loc):
         last = position == len(loc) - 1
-        if isinstance(node, dict) and part in node:
-            node = node[part]
-        elif isinstance(node, list | tuple) and isinstance(part, int) and part < len(node):
+        if (isinstance(node, dict) and part in node) or (
+            isinstance(node, list | tuple) and isinstance(part, int) and part < len(node)
+        ):
             node = node[part]
         elif not (last and isinstance(node, dict)):
             continue

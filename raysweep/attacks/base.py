@@ -73,7 +73,7 @@ def vulnerability(logits: Tensor, y: Tensor, view: View) -> Tensor:
 
 def norms(v: Tensor) -> Tensor:
     """Euclidean norm of each row as (N, 1, 1, 1)."""
-    return v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    return torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True)
 
 
 def project(x_adv: Tensor, x: Tensor, eps: float, norm: Norm) -> Tensor:

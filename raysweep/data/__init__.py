@@ -64,7 +64,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """train and val are parts of the source's training set (every prefix of val is class-balanced); test is for evaluation alone."""
+    """train and val are parts of the source's training set, every prefix of val class-balanced; test is never trained on."""
 
     train: Split
     val: Split
@@ -107,7 +107,7 @@ def load(spec: DataSpec) -> Data:
 def epoch_batches(
     split: Split, batch_size: int, seed: int, epoch: int, augment: bool, rank: int = 0, workers: int = 1
 ) -> Iterator[Batch]:
-    """The shuffled batches of one epoch, the last short one included; of each, every `workers`-th row from `rank` on."""
+    """The shuffled batches of one epoch, a last short one included; of each, every `workers`-th row from `rank` on."""
     generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
     order = torch.randperm(len(split), generator=generator).to(split.y.device)
     for start in range(0, len(split), batch_size):
@@ -132,7 +132,9 @@ def augmented(x: Tensor, rng: Rng, pad: int = 4) -> Tensor:
     return padded[images, channels, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def _balanced(y: np.ndarray[tuple[int], np.dtype[np.int64]], spec: DataSpec) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _balanced(
+    y: np.ndarray[tuple[int], np.dtype[np.int64]], spec: DataSpec
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Positions, shuffled so that every prefix has the classes in equal shares as long as each lasts."""
     generator = np.random.default_rng(seed_of(spec.split_seed, "split"))
     turn = np.empty(len(y), dtype=np.int64)
@@ -142,12 +144,14 @@ def _balanced(y: np.ndarray[tuple[int], np.dtype[np.int64]], spec: DataSpec) -> 
     order = np.lexsort((generator.random(len(y)), turn))
     wanted = len(y) if spec.train_size is None else spec.val_size + spec.train_size
     if spec.val_size >= len(y) or wanted > len(y):
-        parts = f"data.val_size {spec.val_size}" + (f" and data.train_size {spec.train_size}" if spec.train_size else "")
+        parts = f"data.val_size {spec.val_size}" + (
+            f" and data.train_size {spec.train_size}" if spec.train_size else ""
+        )
         raise SpecError(f"{parts}: data {spec.name!r} has {len(y)} training examples to share")
     return order[:wanted]
 
 
-def _split(x: np.ndarray, y: np.ndarray, rows: np.ndarray, white: int) -> Split:  # type: ignore[type-arg]
+def _split(x: np.ndarray, y: np.ndarray, rows: np.ndarray, white: int) -> Split:
     return Split(torch.from_numpy(x[rows]), torch.from_numpy(y[rows]), torch.from_numpy(rows), white)
 
 

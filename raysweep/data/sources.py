@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -36,30 +37,31 @@ def digits(data_dir: Path | None, download: bool) -> Arrays:
 
 
 def mnist(data_dir: Path | None, download: bool) -> Arrays:
+    """MNIST's handwritten digits, 28x28 grey, in torchvision's files."""
     from torchvision.datasets import MNIST
 
-    folder = _folder("mnist", data_dir)
-    train, test = (_torchvision("mnist", folder, lambda t=t: MNIST(str(folder), t, download=download)) for t in (True, False))  # type: ignore[misc]
-    return Arrays(
-        train.data.numpy()[:, None], _labels(train.targets), test.data.numpy()[:, None], _labels(test.targets)
-    )
+    train, test = _torchvision("mnist", data_dir, lambda root, train: MNIST(root, train, download=download))
+    x_train, x_test = train.data.numpy()[:, None], test.data.numpy()[:, None]
+    return Arrays(x_train, _labels(train.targets), x_test, _labels(test.targets))
 
 
 def cifar10(data_dir: Path | None, download: bool) -> Arrays:
+    """CIFAR-10, 32x32 colour, in torchvision's files."""
     from torchvision.datasets import CIFAR10
 
-    folder = _folder("cifar10", data_dir)
-    train, test = (_torchvision("cifar10", folder, lambda t=t: CIFAR10(str(folder), t, download=download)) for t in (True, False))  # type: ignore[misc]
-    return Arrays(
-        _channels_first(train.data), _labels(train.targets), _channels_first(test.data), _labels(test.targets)
-    )
+    train, test = _torchvision("cifar10", data_dir, lambda root, train: CIFAR10(root, train, download=download))
+    x_train, x_test = (np.ascontiguousarray(part.data.transpose(0, 3, 1, 2)) for part in (train, test))
+    return Arrays(x_train, _labels(train.targets), x_test, _labels(test.targets))
 
 
 def svhn(data_dir: Path | None, download: bool) -> Arrays:
+    """Street View House Numbers, 32x32 colour, in torchvision's files."""
     from torchvision.datasets import SVHN
 
-    folder = _folder("svhn", data_dir)
-    train, test = (_torchvision("svhn", folder, lambda t=t: SVHN(str(folder), t, download=download)) for t in ("train", "test"))  # type: ignore[misc]
+    def split(root: str, train: bool) -> Any:
+        return SVHN(root, "train" if train else "test", download=download)
+
+    train, test = _torchvision("svhn", data_dir, split)
     return Arrays(train.data, _labels(train.labels), test.data, _labels(test.labels))
 
 
@@ -82,27 +84,20 @@ DATASETS: dict[str, Callable[[Path | None, bool], Arrays]] = {
 }
 
 
-def _folder(name: str, data_dir: Path | None) -> Path:
+def _torchvision(name: str, data_dir: Path | None, split: Callable[[str, bool], Any]) -> tuple[Any, Any]:
+    """Training and test part by torchvision's own loader."""
     if data_dir is None:
-        raise SpecError(f"data.data_dir is missing: data.name {name!r} needs the folder that holds it (or is to hold it)")
-    return data_dir
-
-
-def _torchvision(name: str, folder: Path, open_: Callable[[], object]):  # type: ignore[no-untyped-def]  # noqa: ANN202
+        raise SpecError(f"data.data_dir is missing: data.name {name!r} needs the folder that has it or is to get it")
     try:
-        return open_()
+        return split(str(data_dir), True), split(str(data_dir), False)
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         hint = "point data.data_dir at the folder of torchvision's files, or set data.download=true"
-        raise SpecError(f"data.name {name!r} is not in {folder} ({reason}); {hint}") from None
+        raise SpecError(f"data.name {name!r} is not in {data_dir} ({reason}); {hint}") from None
 
 
 def _labels(labels: object) -> Labels:
     return np.asarray(labels, dtype=np.int64)
-
-
-def _channels_first(x: NDArray[np.uint8]) -> Pixels:
-    return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
 
 
 def _read_arrays(folder: Path, split: str) -> tuple[Pixels, Labels]:
@@ -138,4 +133,4 @@ def _checked(path: Path, x: NDArray[np.generic], y: NDArray[np.generic]) -> tupl
         raise SpecError(f"{path}: y must be {len(x)} integers, one for each image, got {y.dtype} of shape {y.shape}")
     if len(y) == 0 or y.min() < 0:
         raise SpecError(f"{path}: labels must be 0 or larger, and there must be some")
-    return x, y.astype(np.int64)
+    return x.astype(np.uint8, copy=False), y.astype(np.int64)

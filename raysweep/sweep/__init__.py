@@ -4,7 +4,6 @@ import os
 
 # Ray reads these when it is imported. Users' own settings win.
 _ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # The ledger is the record: Tune's own snapshots and result files would only cost time.
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",

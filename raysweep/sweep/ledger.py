@@ -5,6 +5,7 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 from raysweep.spec import SpecError
 from raysweep.sweep.space import SearchSpace, Settings, identity
@@ -40,19 +41,23 @@ class Trial:
 
 
 class Ledger:
-    """The folder of one sweep: `sweep.json`, and for each trial `trials/NNNN/` with `trial.json` and its checkpoints."""
+    """The folder of one sweep: `sweep.json`, and for each trial `trials/NNNN/` with `trial.json` and its checkpoints.
 
-    def __init__(self, path: Path, space: SearchSpace) -> None:
+    key: names this sweep among all, whatever its folder is called.
+    """
+
+    def __init__(self, path: Path, space: SearchSpace, key: str) -> None:
         self.path = path
         self.name = path.name
         self.space = space
+        self.key = key
 
     @classmethod
     def create(cls, path: Path, space: SearchSpace) -> "Ledger":
         """A new sweep's folder. Raises SpecError if there is one already, or if it cannot be written."""
         if (path / "sweep.json").exists():
             raise SpecError(f"there is a sweep in {path}: go on with `--resume {path.name}`, or choose another --name")
-        ledger = cls(path, space)
+        ledger = cls(path, space, uuid4().hex)
         try:
             (path / "trials").mkdir(parents=True, exist_ok=True)
             ledger._write_space()
@@ -68,7 +73,7 @@ class Ledger:
         except (OSError, ValueError):
             known = sorted(p.parent.name for p in path.parent.glob("*/sweep.json"))
             raise SpecError(f"no sweep in {path}; there {'is ' + ', '.join(known) if known else 'is none'}") from None
-        return cls(path, SearchSpace.load(data["space"], str(path / "sweep.json")))
+        return cls(path, SearchSpace.load(data["space"], str(path / "sweep.json")), data["key"])
 
     def extend(self, space: SearchSpace) -> None:
         """Take over a space that differs in the number of trials only."""
@@ -100,7 +105,7 @@ class Ledger:
         return self.run_path(trial.number) / f"epoch-{int(trial.best['epoch']):04d}"
 
     def _write_space(self) -> None:
-        _replace(self.path / "sweep.json", {"space": self.space.json_dict(), "identity": identity(self.space)})
+        _replace(self.path / "sweep.json", {"key": self.key, "space": self.space.json_dict()})
 
 
 def _replace(path: Path, data: Any) -> None:

@@ -61,7 +61,7 @@ class StudySearch(Searcher):
         failed = error or FAILED in (result or {}) or trial_id not in self._scores
         asked = self._asked.pop(trial_id)
         if isinstance(asked, Trial):
-            best = {} if failed else {self._ledger.space.metric: self._scores[trial_id]}
+            best: dict[str, float] = {} if failed else {self._ledger.space.metric: self._scores[trial_id]}
             self._remember(replace(asked, state="failed" if failed else "finished", best=best))
         elif failed:
             self._study.tell(asked, state=optuna.trial.TrialState.FAIL)

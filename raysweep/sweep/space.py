@@ -141,7 +141,10 @@ class SearchSpace(Spec):
         if not space:
             raise SpecError("nothing is left to search: every searched setting is fixed by --set; use `raysweep train`")
         start = [{path: v for path, v in point.items() if path in space} for point in self.start]
-        data = self.json_dict() | {"base": {**self.base, **changes}, "space": {p: d.json_dict() for p, d in space.items()}}
+        data = self.json_dict() | {
+            "base": {**self.base, **changes},
+            "space": {p: d.json_dict() for p, d in space.items()},
+        }
         return SearchSpace.load(data | {"start": [point for point in start if point]})
 
 
@@ -215,6 +218,8 @@ def _ask(trial: optuna.Trial, path: str, distribution: BaseDistribution) -> Any:
     if isinstance(distribution, CategoricalDistribution):
         return trial.suggest_categorical(path, distribution.choices)
     if isinstance(distribution, FloatDistribution):
-        return trial.suggest_float(path, distribution.low, distribution.high, log=distribution.log, step=distribution.step)
+        return trial.suggest_float(
+            path, distribution.low, distribution.high, log=distribution.log, step=distribution.step
+        )
     assert isinstance(distribution, IntDistribution)
     return trial.suggest_int(path, distribution.low, distribution.high, log=distribution.log, step=distribution.step)

@@ -152,6 +152,10 @@ class _Relay(tune.Callback):
         self._listeners = listeners
         self._trials: dict[str, Trial] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its callbacks into snapshots that are never read: the ledger is the truth.
+        return {}
+
     def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         proposal = trial.config
         if trial.trial_id not in self._trials:

@@ -98,7 +98,9 @@ def read(path: Path) -> Checkpoint:
         raise SpecError(f"{path}: not a raysweep checkpoint of format {_FORMAT}")
     for name, expected in meta["sha256"].items():
         if not (path / name).is_file() or _sha256(path / name) != expected:
-            raise SpecError(f"{path}: {name} is truncated or altered (its sha256 is not the one in {META}); delete the folder")
+            raise SpecError(
+                f"{path}: {name} is truncated or altered (its sha256 is not the one in {META}); delete the folder"
+            )
     config = RunConfig.load(meta["config"], f"{path / META}")
     return Checkpoint(path, config, meta["epoch"], meta["history"], meta)
 

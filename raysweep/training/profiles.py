@@ -1,4 +1,4 @@
-"""What each data set brings unless a space, preset or `--set` says otherwise: threat model, network, length of training.
+"""What each data set brings unless a space or `--set` says otherwise: threat model, network, length of training.
 
 `*` stands for any run of characters; a path that a method does not have is skipped. The catalog's own numbers are the
 papers' for CIFAR-10, so `cifar10` and `svhn` need little here.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raysweep.data import Data, Split, epoch_batches, load
-from raysweep.method import ONE_WORKER, NATURAL, Step, Workers
+from raysweep.method import NATURAL, ONE_WORKER, Step, Workers
 from raysweep.rng import Rng, seed_of
 from raysweep.schedules import now
 from raysweep.spec import SpecError
@@ -46,7 +46,7 @@ def fit(
     """Train `config` in the folder `run_path`, going on from the last checkpoint there, if any.
 
     `report(metrics, checkpoint)` is called after each epoch, and once for the last epoch of a run that had already
-    finished. Raises SpecError if the folder holds another config's run, TrainingFailed if the loss stops being a number.
+    finished. Raises SpecError if the folder holds another config's run, TrainingFailed if the loss becomes nan or inf.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = data or load(config.data)
@@ -112,7 +112,9 @@ def _epoch(
         seen.add(step, batch.y)
     metrics = seen.metrics()
     if not math.isfinite(metrics["train/loss"]):
-        raise TrainingFailed(f"the loss became {metrics['train/loss']} in epoch {epoch + 1}; a smaller optim.lr may help")
+        raise TrainingFailed(
+            f"the loss became {metrics['train/loss']} in epoch {epoch + 1}; a smaller optim.lr may help"
+        )
     return {
         "epoch": epoch + 1,
         "train/lr": now(settings.optim.lr),

@@ -1,0 +1,112 @@
+"""The command line: parses and calls. Commands live in `raysweep.commands`, imported when they are needed."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from raysweep import __version__
+
+_DESCRIPTION = """\
+Find the hyper-parameters of instance-reweighted adversarial training on a cluster, and prove the winners.
+
+Start with `raysweep tune lrat`: it needs no data, no GPU and no network. Everything can be changed with
+`--set path=value`; `raysweep show lrat` prints all paths. In a path `*` stands for any run of characters, so
+`--set '*.eps=8/255'` sets every epsilon at once. Results go to ./runs and to ./mlflow.db (see them with `mlflow ui`),
+or where --out and MLFLOW_TRACKING_URI say.
+"""
+_EPILOG = "Exit codes: 0 done; 1 the work failed; 2 a setting or a file is wrong, nothing was started; 130 interrupted."
+
+
+def build_parser() -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("raysweep", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=formatter)
+    parser.add_argument("--version", action="version", version=f"raysweep {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    p = commands.add_parser("list", help="methods, search spaces, models, data sets, attacks")
+    _json(p)
+
+    p = commands.add_parser("show", help="a method or space with all its settings, or how a sweep stands")
+    p.add_argument("what", metavar="WHAT", help="a method, a space's YAML file, or the name of a sweep")
+    _settings(p)
+    _out(p)
+    _json(p)
+
+    p = commands.add_parser("train", help="one training run, in this process")
+    p.add_argument("method", metavar="METHOD", help="a method of `raysweep list`, or a YAML file of settings")
+    p.add_argument("--name", help="name of the run's folder (default: the method and the digest of the settings)")
+    _settings(p)
+    _out(p)
+    _json(p)
+
+    p = commands.add_parser("tune", help="a sweep: Ray Tune and Optuna search, MLflow records")
+    p.add_argument("method", metavar="METHOD", help="a method of `raysweep list`")
+    p.add_argument("--space", type=Path, metavar="FILE", help="search space (default: the one shipped for the method)")
+    p.add_argument("--trials", type=_count, metavar="N", help="number of trials (default: the space's)")
+    group = p.add_mutually_exclusive_group()
+    group.add_argument("--name", help="name of the sweep (default: the method and the time)")
+    group.add_argument("--resume", metavar="NAME", help="go on with a sweep, with more --trials if given")
+    p.add_argument("--plan", action="store_true", help="say what would run, on what and for how long; run nothing")
+    p.add_argument(
+        "--address", metavar="ADDR", help="Ray cluster: auto or host:port (default: $RAY_ADDRESS, else local)"
+    )
+    p.add_argument("--cpus-per-trial", type=_amount, default=1.0, metavar="N", help="logical CPUs (default: 1)")
+    p.add_argument("--gpus-per-trial", type=_amount, metavar="N", help="GPUs, may be a fraction (default: 1 if any)")
+    _settings(p)
+    _out(p)
+    _json(p)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; user mistakes become lines on stderr and exit code 2."""
+    args = build_parser().parse_args(arguments)
+    from raysweep.spec import SpecError
+
+    try:
+        command = importlib.import_module(f"raysweep.commands.{args.command}")
+        return int(command.run(args))
+    except SpecError as error:
+        for problem in error.problems:
+            print(f"raysweep: error: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("raysweep: interrupted", file=sys.stderr)
+        return 130
+
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="change a setting (repeatable)"
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="where the data set is: short for --set data.data_dir="
+    )
+
+
+def _out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path(), metavar="DIR", help="where runs/ and mlflow.db go (default: .)"
+    )
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _amount(text: str) -> float:
+    try:
+        amount = float(text)
+    except ValueError:
+        amount = -1.0
+    if not 0 <= amount < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return amount

@@ -1,0 +1,55 @@
+"""raysweep show"""
+
+import json
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from raysweep.catalog import METHODS
+from raysweep.commands import settings
+from raysweep.display import trial_table
+from raysweep.spec import Json, SpecError, unknown_name
+from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.space import load_space, spaces
+from raysweep.training.config import run_config
+
+
+def run(args: Namespace) -> int:
+    sweep = args.out / "runs" / args.what
+    if args.what in METHODS:
+        return _print(args, run_config(args.what, settings(args)).json_dict())
+    if args.what.endswith((".yaml", ".yml")):
+        space = load_space("", settings(args), Path(args.what))
+        return _print(args, {"space": space.json_dict(), "config": space.config({}).json_dict()})
+    if (sweep / "sweep.json").is_file():
+        return _sweep(args, Ledger.open(sweep))
+    known = [*METHODS, *spaces(), *sorted(p.parent.name for p in (args.out / "runs").glob("*/sweep.json"))]
+    raise SpecError(unknown_name("method, space file or sweep", args.what, list(dict.fromkeys(known))))
+
+
+def _print(args: Namespace, data: Json) -> int:
+    print(
+        json.dumps(data, indent=1) if args.json else yaml.safe_dump(data, sort_keys=False),
+        end="\n" if args.json else "",
+    )
+    return 0
+
+
+def _sweep(args: Namespace, ledger: Ledger) -> int:
+    trials = ledger.trials()
+    if args.json:
+        return _print(
+            args, {"name": ledger.name, "space": ledger.space.json_dict(), "trials": [asdict(t) for t in trials]}
+        )
+    running = [trial for trial in trials if trial.state == "running"]
+    console = Console()
+    console.print(
+        f"{ledger.name}: {len(trials) - len(running)} of {ledger.space.trials} trials ended, {len(running)} not"
+    )
+    ranked = ledger.ranked()
+    rest = [trial for trial in trials if trial.number not in {t.number for t in ranked}]
+    console.print(trial_table(ledger, [*ranked, *rest]))
+    return 0

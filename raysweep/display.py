@@ -1,0 +1,107 @@
+"""What a person sees while a sweep runs: a live table on a terminal, plain lines in a pipe. Everything on stderr."""
+
+import time
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.space import labels
+
+_ROWS = 20
+_COLUMNS = ("clean", "pgd", "cw", "robust_worst", "masking_gap")
+_STYLE = {"running": "cyan", "finished": "green", "stopped": "dim", "failed": "red"}
+
+
+class Progress:
+    """A listener that shows each trial as it goes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live: Live | None = None
+        self._trials: dict[int, Trial] = {}
+        self._began = time.monotonic()
+
+    def started(self, ledger: Ledger, concurrent: int) -> None:
+        self._ledger = ledger
+        self._epochs = ledger.space.config({}).epochs
+        self._trials = {trial.number: trial for trial in ledger.trials()}
+        self._console.print(
+            f"sweep {ledger.name}: {ledger.space.trials} trials of up to {self._epochs} epochs, "
+            f"{concurrent} at a time, in {ledger.path}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=2, transient=True)
+            self._live.start()
+
+    def trial_changed(self, trial: Trial, metrics: dict[str, float] | None) -> None:
+        self._trials[trial.number] = trial
+        if self._live is None and (metrics is not None or trial.state != "running"):
+            self._console.print(self._line(trial), highlight=False, soft_wrap=True, markup=False)
+
+    def ended(self, ledger: Ledger) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def _line(self, trial: Trial) -> str:
+        shown = trial.latest if trial.state == "running" else trial.best
+        numbers = " ".join(f"{name} {shown[name]:.3f}" for name in _COLUMNS if name in shown)
+        reason = f": {trial.reason}" if trial.reason else ""
+        what = f"epoch {trial.epoch}/{self._epochs}" if trial.state == "running" else f"{trial.state}{reason}, best"
+        return f"[{_clock(time.monotonic() - self._began)}] trial {trial.number:04d} {what} {numbers}"
+
+    def _render(self) -> RenderableType:
+        ended = [t for t in self._trials.values() if t.state != "running"]
+        running = [t for t in self._trials.values() if t.state == "running"]
+        metric = self._ledger.space.metric
+        rest = sorted(ended, key=lambda t: -t.score(metric))[: max(0, _ROWS - len(running))]
+        table = trial_table(self._ledger, [*running, *rest])
+        elapsed = time.monotonic() - self._began
+        left = (
+            f", about {_clock(elapsed / len(ended) * (self._ledger.space.trials - len(ended)))} left" if ended else ""
+        )
+        table.caption = (
+            f"{len(ended)} of {self._ledger.space.trials} trials done in {_clock(elapsed)}{left}; Ctrl-C stops"
+        )
+        return table
+
+
+def trial_table(ledger: Ledger, trials: list[Trial]) -> Table:
+    """Trials with the settings that differ and the metrics of their best epoch (running ones: of the latest)."""
+    short = labels(list(ledger.space.space))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("trial")
+    for path in ledger.space.space:
+        table.add_column(short[path], justify="right")
+    table.add_column("epoch", justify="right")
+    for name in _COLUMNS:
+        table.add_column(name.replace("_", " "), justify="right")
+    table.add_column("state")
+    for trial in trials:
+        shown = trial.latest if trial.state == "running" else trial.best
+        epoch = trial.epoch if trial.state == "running" else int(shown.get("epoch", trial.epoch))
+        table.add_row(
+            f"{trial.number:04d}",
+            *(_short(trial.settings.get(path)) for path in ledger.space.space),
+            str(epoch),
+            *(f"{shown[name]:.3f}" if name in shown else "" for name in _COLUMNS),
+            Text(trial.state + (f": {trial.reason}" if trial.reason else ""), style=_STYLE[trial.state]),
+        )
+    return table
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,176 @@
+"""MLflow, and the only module that imports it. One writer, the driver; runs are found again by tag, never doubled."""
+
+import getpass
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from raysweep.spec import SpecError, flatten
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.space import labels
+from raysweep.training.checkpoint import environment
+from raysweep.training.config import RunConfig
+
+EXPERIMENT = "raysweep"
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+_STATUS: dict[str, Status] = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "running": "KILLED"}
+
+
+def embedded_store(folder: Path) -> str:
+    """The default store: SQLite in `folder`, where a bare `mlflow ui` started there finds it."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / 'mlflow.db').resolve()}"
+
+
+class Tracker:
+    """Runs in one MLflow store. Connecting takes seconds the first time, so it happens beside other work."""
+
+    def __init__(self, uri: str, artifacts: Path) -> None:
+        self.uri = uri
+        self._artifacts = artifacts
+        with ThreadPoolExecutor(1) as pool:
+            self._connected: Future[tuple[Any, str]] = pool.submit(self._connect)
+            pool.shutdown(wait=False)
+
+    def run(self, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
+        """Id of the run with these tags, made if there is none."""
+        client, experiment = self._connected.result()
+        where = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        found = client.search_runs([experiment], filter_string=where, max_results=1)
+        if found:
+            client.update_run(found[0].info.run_id, status="RUNNING")
+            return str(found[0].info.run_id)
+        version = environment()["git_revision"]
+        more = {
+            "mlflow.user": getpass.getuser(),
+            "mlflow.source.name": "raysweep",
+            "mlflow.source.type": "LOCAL",
+            **({"mlflow.source.git.commit": version} if version else {}),
+            **({"mlflow.parentRunId": parent} if parent else {}),
+        }
+        return str(client.create_run(experiment, run_name=name, tags={**tags, **more}).info.run_id)
+
+    def config(self, run: str, config: RunConfig, fingerprint: str = "") -> None:
+        """Every setting as a parameter under its dotted path, and the whole as `config.json`; versions beside it."""
+        from mlflow.entities import Dataset, DatasetInput, Param
+
+        client, _ = self._connected.result()
+        params = [Param(key, _text(value)) for key, value in flatten(config).items() if value is not None]
+        for start in range(0, len(params), 100):
+            client.log_batch(run, params=params[start : start + 100])
+        client.log_dict(run, config.json_dict(), "config.json")
+        client.log_dict(run, environment(), "environment.json")
+        if fingerprint:
+            source = json.dumps({"data_dir": str(config.data.data_dir or "")})
+            dataset = Dataset(name=config.data.name, digest=fingerprint, source_type="local", source=source)
+            client.log_inputs(run, [DatasetInput(dataset)])
+
+    def metrics(self, run: str, metrics: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        client, _ = self._connected.result()
+        now = int(time.time() * 1000)
+        logged = [Metric(k, v, now, step) for k, v in metrics.items() if k != "epoch" and math.isfinite(v)]
+        client.log_batch(run, metrics=logged)
+
+    def tag(self, run: str, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self._connected.result()[0].log_batch(run, tags=[RunTag(k, v) for k, v in tags.items()])
+
+    def artifacts(self, run: str, folder: Path, under: str) -> None:
+        self._connected.result()[0].log_artifacts(run, str(folder), under)
+
+    def artifact(self, run: str, data: Any, name: str) -> None:
+        self._connected.result()[0].log_dict(run, data, name)
+
+    def close(self, run: str, status: Status) -> None:
+        self._connected.result()[0].set_terminated(run, status)
+
+    def _connect(self) -> tuple[Any, str]:
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        client = MlflowClient(tracking_uri=self.uri)
+        try:
+            found = client.get_experiment_by_name(EXPERIMENT)
+            if found is not None:
+                return client, str(found.experiment_id)
+            local = self.uri.startswith("sqlite")
+            where = (self._artifacts / EXPERIMENT).resolve().as_uri() if local else None
+            return client, str(client.create_experiment(EXPERIMENT, artifact_location=where))
+        except MlflowException as error:
+            raise SpecError(f"MLflow store {self.uri}: {str(error).splitlines()[0]}") from None
+
+
+class SweepTracker:
+    """A sweep as a parent run, its trials as children."""
+
+    def __init__(self, tracker: Tracker, fingerprint: str = "") -> None:
+        self._tracker = tracker
+        self._fingerprint = fingerprint
+        self._runs: dict[int, str] = {}
+
+    def started(self, ledger: Ledger, concurrent: int) -> None:
+        self._ledger = ledger
+        tags = {"raysweep.kind": "sweep", "raysweep.sweep": ledger.key}
+        self._parent = self._tracker.run(ledger.name, tags)
+        self._labels = labels(list(ledger.space.space))
+        self._config = ledger.space.config({})
+        self._tracker.config(self._parent, self._config, self._fingerprint)
+        self._tracker.artifact(self._parent, ledger.space.json_dict(), "space.json")
+
+    def trial_changed(self, trial: Trial, metrics: dict[str, float] | None) -> None:
+        run = self._runs.get(trial.number) or self._open(trial)
+        if metrics is not None:
+            self._tracker.metrics(run, metrics, trial.epoch)
+        if trial.state != "running":
+            self._finish(run, trial)
+
+    def ended(self, ledger: Ledger) -> None:
+        trials = {trial.number: trial for trial in ledger.trials()}
+        for number, run in self._runs.items():
+            if trials[number].state == "running":
+                self._tracker.close(run, "KILLED")
+        ranked = ledger.ranked()
+        if ranked:
+            best = {f"best/{name}": value for name, value in _headline(ranked[0]).items()}
+            self._tracker.metrics(self._parent, best | {"trials": float(len(trials))}, 0)
+            self._tracker.tag(self._parent, {"best_trial": f"{ranked[0].number:04d}"})
+        done = all(trial.state != "running" for trial in trials.values()) and len(trials) >= ledger.space.trials
+        self._tracker.close(self._parent, "FINISHED" if done else "KILLED")
+
+    def _open(self, trial: Trial) -> str:
+        tags = {
+            "raysweep.kind": "trial",
+            "raysweep.sweep": self._ledger.key,
+            "raysweep.trial": f"{trial.number:04d}",
+        }
+        run = self._tracker.run(f"{self._ledger.name}/{trial.number:04d}", tags, self._parent)
+        self._runs[trial.number] = run
+        self._tracker.config(run, self._ledger.space.config(trial.settings), self._fingerprint)
+        searched = ", ".join(f"{self._labels.get(k, k)}={_text(v)}" for k, v in trial.settings.items())
+        self._tracker.tag(run, {"searched": searched})
+        return run
+
+    def _finish(self, run: str, trial: Trial) -> None:
+        if trial.best:
+            self._tracker.metrics(run, {f"best/{k}": v for k, v in _headline(trial).items()}, trial.epoch)
+            self._tracker.artifacts(run, self._ledger.checkpoint(trial), "checkpoint")
+        self._tracker.tag(run, {"state": trial.state, **({"reason": trial.reason} if trial.reason else {})})
+        self._tracker.close(run, _STATUS[trial.state])
+
+
+def _headline(trial: Trial) -> dict[str, float]:
+    return {k: v for k, v in trial.best.items() if "/" not in k}
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
