@@ -231,10 +231,10 @@ def _locate(loc: tuple[int | str, ...], data: Any) -> tuple[str, Any]:
     node: Any = data
     for position, part in enumerate(loc):
         last = position == len(loc) - 1
-        if (isinstance(node, dict) and part in node) or (
-            isinstance(node, list | tuple) and isinstance(part, int) and part < len(node)
-        ):
+        if isinstance(node, dict) and part in node:
             node = node[part]
+        elif isinstance(node, list) and isinstance(part, int):
+            node = node[int(part)]
         elif not (last and isinstance(node, dict)):
             continue
         parts.append(str(part))

@@ -18,8 +18,8 @@ from raysweep.spec import Spec
 class Look:
     """What a weight may look at: one view of the batch and what the terms before it decided.
 
-    logits: (N, C) of the view, detached; y: (N,); kappa, steps: of the view's attack (kappa (N,), None on natural data);
-    view: how vulnerability to that attack is measured; weights: those of the terms before, by name.
+    logits: (N, C) of the view, detached; y: (N,); kappa, steps: of the view's attack (kappa (N,), None on natural
+    data); view: how vulnerability to that attack is measured; weights: those of the terms before, by name.
     """
 
     logits: Tensor
@@ -68,8 +68,8 @@ class Geometry(_BurnIn):
     """GAIRAT's w(kappa), non-increasing in the geometry value kappa in 0..K.
 
     shape: `tanh`, (1 + tanh(lam + 5 (1 - 2 kappa / K))) / 2 (G eq. 6); `linear`, 1 - kappa / (K + 1) (eq. 7);
-    `sigmoid`, sigma(lam + 5 (1 - 2 kappa / K)) (eq. 8); `piecewise`, `table[kappa]` (the yellow line of G fig. 4), its last
-    entry standing for every larger kappa. lam = inf gives w = 1: adversarial training.
+    `sigmoid`, sigma(lam + 5 (1 - 2 kappa / K)) (eq. 8); `piecewise`, `table[kappa]` (the yellow line of G fig. 4), its
+    last entry standing for every larger kappa. lam = inf gives w = 1: adversarial training.
     official: the authors' code instead of the paper, (h - kappa) / h with h = floor(K / 2), which differs for odd K.
     """
 

@@ -73,7 +73,8 @@ def vulnerability(logits: Tensor, y: Tensor, view: View) -> Tensor:
 
 def norms(v: Tensor) -> Tensor:
     """Euclidean norm of each row as (N, 1, 1, 1)."""
-    return torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True)
+    lengths: Tensor = torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True)
+    return lengths
 
 
 def project(x_adv: Tensor, x: Tensor, eps: float, norm: Norm) -> Tensor:

@@ -64,7 +64,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """train and val are parts of the source's training set, every prefix of val class-balanced; test is never trained on."""
+    """train and val are parts of the source's training set, every prefix of val class-balanced; test is apart."""
 
     train: Split
     val: Split
