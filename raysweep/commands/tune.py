@@ -36,7 +36,11 @@ def run(args: Namespace) -> int:
     console = Console(stderr=True)
     listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(console)]
     resources = Resources(args.cpus_per_trial, _gpus(args))
-    run_sweep(ledger, listeners, resources, args.address)
+    try:
+        run_sweep(ledger, listeners, resources, args.address)
+    except SpecError:
+        ledger.discard()
+        raise
     return _report(args, ledger, tracker)
 
 

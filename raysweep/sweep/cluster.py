@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,8 @@ def connected(address: str | None = None, cpus: int | None = None) -> Iterator[d
     address = address or os.environ.get("RAY_ADDRESS")
     # Ray says at each start that it guards a local cluster with a token. It should; once in its manual is enough.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    if address is not None and address != "auto":
+        _reach(address)
     options = {"address": "local", "num_cpus": cpus} if address is None else {"address": address}
     try:
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
@@ -32,3 +35,14 @@ def connected(address: str | None = None, cpus: int | None = None) -> Iterator[d
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Fail at once where Ray would retry for a long time."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except ValueError:
+        raise SpecError(f"--address {address!r}: expected auto or host:port, for example 10.0.0.1:6379") from None
+    except OSError as error:
+        raise SpecError(f"no Ray cluster at --address {address}: {error.strerror or error}") from None
