@@ -17,14 +17,14 @@ def connected(address: str | None = None, cpus: int | None = None) -> Iterator[d
 
     Raises SpecError in one line if there is no cluster at that address.
     """
+    if address is not None and address != "auto":
+        _reach(address)
     if ray.is_initialized():
         yield ray.cluster_resources()
         return
     address = address or os.environ.get("RAY_ADDRESS")
     # Ray says at each start that it guards a local cluster with a token. It should; once in its manual is enough.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    if address is not None and address != "auto":
-        _reach(address)
     options = {"address": "local", "num_cpus": cpus} if address is None else {"address": address}
     try:
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)

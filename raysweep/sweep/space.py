@@ -1,5 +1,6 @@
 """Search spaces: YAML that names the settings to search, their distributions, and everything that stays fixed."""
 
+import itertools
 from collections.abc import Mapping
 from contextlib import suppress
 from numbers import Real
@@ -77,18 +78,19 @@ class Distribution(Spec):
 
 
 class Sampler(Spec):
-    """Optuna's sampler. startup: random trials before TPE models the results."""
+    """How settings are proposed: by Optuna, or every point of a grid once.
+
+    startup: random trials before TPE models the results.
+    """
 
     kind: Literal["tpe", "random", "grid"] = "tpe"
     seed: int = 0
     startup: Annotated[int, Field(ge=1)] = 8
 
-    def build(self, distributions: Mapping[str, Distribution]) -> optuna.samplers.BaseSampler:
-        if self.kind == "random":
+    def build(self) -> optuna.samplers.BaseSampler:
+        """A grid needs no sampler: its points are queued."""
+        if self.kind in ("random", "grid"):
             return optuna.samplers.RandomSampler(seed=self.seed)
-        if self.kind == "grid":
-            grid = {path: [_scalar(c) for c in d.categorical or ()] for path, d in distributions.items()}
-            return optuna.samplers.GridSampler(grid, seed=self.seed)
         return optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=self.startup)
 
 
@@ -111,6 +113,23 @@ class SearchSpace(Spec):
     base: dict[str, Any] = Field(default_factory=dict)
     space: Annotated[dict[str, Distribution], Field(min_length=1)]
     start: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Trials that the sweep has when it is done."""
+        return min(self.trials, len(self.queue)) if self.sampler.kind == "grid" else self.trials
+
+    @property
+    def queue(self) -> list[Settings]:
+        """Points to try before the sampler has a say: the starting points, or the whole grid."""
+        if self.sampler.kind != "grid":
+            return list(self.start)
+        choices = [d.categorical or () for d in self.space.values()]
+        return [dict(zip(self.space, point, strict=True)) for point in itertools.product(*choices)]
+
+    def params(self, settings: Settings) -> dict[str, Choice]:
+        """Searched settings in the form that Optuna stores."""
+        return {path: _scalar(value) for path, value in settings.items() if path in self.space}
 
     def config(self, settings: Mapping[str, Any]) -> RunConfig:
         """The run that a trial with these settings is."""
@@ -166,7 +185,7 @@ class SearchSpace(Spec):
         space = {path: d for path, d in self.space.items() if path not in changes}
         if not space:
             raise SpecError("nothing is left to search: every searched setting is fixed by --set; use `raysweep train`")
-        start = [{path: v for path, v in point.items() if path in space} for point in self.start]
+        start = [{path: v for path, v in point.items() if path not in changes} for point in self.start]
         data = self.json_dict() | {
             "base": {**self.base, **changes},
             "space": {p: d.json_dict() for p, d in space.items()},

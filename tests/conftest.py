@@ -1,0 +1,67 @@
+"""What the tests share: a small network, a batch of digits, one Ray cluster for the session."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from torch import nn
+
+from raysweep.data import Data, DataSpec, load
+from raysweep.rng import Rng
+from raysweep.training.config import RunConfig, run_config
+
+# Small enough for one epoch in a fraction of a second, through the same code as the real thing.
+TINY: dict[str, Any] = {
+    "epochs": 2,
+    "data.train_size": 64,
+    "data.val_size": 50,
+    "batch_size": 32,
+    "*.attacks.*.steps": 2,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Data:
+    return load(DataSpec(name="digits", val_size=50, train_size=64))
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10)).eval()
+
+
+@pytest.fixture
+def batch(digits: Data) -> tuple[torch.Tensor, torch.Tensor, Rng]:
+    rows = slice(0, 32)
+    return digits.train.images(rows), digits.train.y[rows], Rng.for_examples(digits.train.index[rows], 0)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    from raysweep.sweep.cluster import connected
+
+    with connected(cpus=2):
+        yield
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+def tiny(method: str, **changes: Any) -> RunConfig:
+    """A config that trains in about a second; `__` in a name stands for a dot."""
+    return run_config(method, TINY, {key.replace("__", "."): value for key, value in changes.items()})
