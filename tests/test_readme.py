@@ -8,7 +8,8 @@ from raysweep.cli import build_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^(raysweep [^#\n]*?)\s*(?:#.*)?$", README, re.M)
+SHELL = "\n".join(re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S))
+COMMANDS = re.findall(r"^(raysweep [^#\n]*?)\s*(?:#.*)?$", SHELL, re.M)
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
