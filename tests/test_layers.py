@@ -1,6 +1,7 @@
 """Who may import whom: arrows point one way."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,12 @@ def test_arrows_point_one_way(path: Path) -> None:
             assert layer == "sweep", f"{path} imports ray"
         if top == "mlflow":
             assert layer == "tracking", f"{path} imports mlflow"
+
+
+def test_the_wheel_has_every_package() -> None:
+    with (ROOT.parent / "pyproject.toml").open("rb") as file:
+        listed = tomllib.load(file)["tool"]["setuptools"]["packages"]
+    found = {".".join(path.parent.relative_to(ROOT.parent).parts) for path in ROOT.rglob("*.py")}
+    found |= {f"raysweep.{path.parent.name}" for path in ROOT.parent.glob("search_spaces/*.yaml")}
+    found |= {f"raysweep.{path.parent.name}" for path in ROOT.parent.glob("pipelines/*.yaml")}
+    assert set(listed) == found
