@@ -19,7 +19,8 @@ class APGD(Spec):
 
     loss: `ce`; `cw`, -(z_y - max_{i != y} z_i); `dlr`, that over z_pi1 - z_pi3 (eq. 6); `dlr-targeted`, for the
     `targets` classes ranked after the first by the clean logits (eq. 7). rho: least share of steps that must raise the
-    loss (condition 1). samples: forward passes averaged for one gradient, for models that draw random numbers.
+    loss (condition 1). samples: forward passes averaged for one gradient, for models that draw random numbers; if more
+    than one, rows take every step and return their last misclassified iterate.
     """
 
     kind: Literal["apgd"] = "apgd"
@@ -74,7 +75,7 @@ class APGD(Spec):
         checkpoints = _checkpoints(self.steps)
         since = 0
         for i in range(self.steps):
-            if x.device.type == "cpu" or since == 0:
+            if self.samples == 1 and (x.device.type == "cpu" or since == 0):
                 state = _leave(state, done)
             if not len(state.row):
                 break
@@ -105,7 +106,7 @@ class APGD(Spec):
         return project(moved, state.x, eps, self.norm)
 
     def _checkpoint(self, state: "_State", since: int) -> None:
-        """Halve the step and return to the best point where the loss rose too seldom (1) or its best stood still (2)."""
+        """Half the step, from the best point, where the loss rose too seldom (condition 1) or its best stood still (2)."""
         stalled = ~state.reduced & (state.checked_loss >= state.best_loss)
         state.reduced = (state.rises <= self.rho * since) | stalled
         state.checked_loss = state.best_loss

@@ -57,7 +57,9 @@ def custom(names: list[str], eps: float = 8 / 255, norm: Norm = "Linf") -> Worst
 PRESETS: dict[str, Callable[[float, Norm], WorstCase]] = {
     "autoattack": autoattack,
     "pgd20": lambda eps, norm: WorstCase(attacks={"pgd20": PGD(eps=eps, norm=norm, steps=20, step_size=eps / 4)}),
-    "cw20": lambda eps, norm: WorstCase(attacks={"cw20": PGD(eps=eps, norm=norm, steps=20, step_size=eps / 4, loss="cw")}),
+    "cw20": lambda eps, norm: WorstCase(
+        attacks={"cw20": PGD(eps=eps, norm=norm, steps=20, step_size=eps / 4, loss="cw")}
+    ),
     # tau 0: right after every one of the 5 x 40 steps (G app. C).
     "pgd+": lambda eps, norm: restarts(PGD(eps=eps, norm=norm, steps=40, step_size=0.01, tau=0), 5, "pgd+"),
     "apgd-ce": lambda eps, norm: custom(["apgd-ce"], eps, norm),

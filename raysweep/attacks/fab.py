@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from raysweep.attacks.base import Adversarial, Norm, View, frozen, norms
+from raysweep.attacks.base import Adversarial, Norm, View, frozen
 from raysweep.rng import Rng
 from raysweep.schedules import Schedule, now, within
 from raysweep.spec import Spec
@@ -84,7 +84,7 @@ class FAB(Spec):
         return found, broken, queries
 
     def _plane(self, model: nn.Module, point: Tensor, y: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
-        """z_t - z_y at the point (N,) and its gradient (N, D): the linearised boundary, the nearest one if untargeted."""
+        """z_t - z_y (N,) and its gradient (N, D) at the point: the linearised boundary, the nearest one if untargeted."""
         point = point.detach().requires_grad_()
         logits = model(point)
         if target is not None:

@@ -1,7 +1,7 @@
 """Square attack (Andriushchenko et al. 2020): random search over square windows, no gradient."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -38,6 +38,10 @@ class Square(Spec):
     def view(self) -> View:
         return "margin"
 
+    @property
+    def steps(self) -> int:
+        return self.queries
+
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, rng: Rng) -> Adversarial:
         """x (N, C, H, W) in [0, 1], y (N,). Rows that hold out return their point of least margin."""
         search = self._linf if self.norm == "Linf" else self._l2
@@ -47,7 +51,9 @@ class Square(Spec):
                 rows = (best > 0).nonzero()[:, 0]
                 if not len(rows):
                     break
-                found = _Search(rows, x[rows], y[rows], rng.rows(rows).stream("restart", restart), best_x, best, queries)
+                found = _Search(
+                    rows, x[rows], y[rows], rng.rows(rows).stream("restart", restart), best_x, best, queries
+                )
                 search(model, found)
                 found.leave(everyone=True)
         return Adversarial(best_x.clone(), queries.clone())
@@ -128,7 +134,7 @@ class Square(Spec):
     def _shared(self, rng: Rng, count: int) -> list[list[float]]:
         """`count` numbers for each query number, the same for every row, drawn on the host."""
         numbers = Rng(rng.stream("windows").key, torch.arange(self.queries))
-        return numbers.uniform((count,), torch.float64).tolist()  # type: ignore[no-any-return]
+        return numbers.uniform((count,), torch.float64).tolist()
 
     def _side(self, query: int, pixels: int, least: int = 1) -> int:
         """Side of the window (sec. 4.1): round(sqrt(p H W))."""
@@ -191,7 +197,7 @@ def _offset(draw: float, high: int) -> int:
 
 def _window_norms(window: Tensor) -> Tensor:
     """Euclidean norm of each channel of a window, (N, C, 1, 1)."""
-    return (window**2).sum((-2, -1), keepdim=True).sqrt()
+    return window.square().sum((-2, -1), keepdim=True).sqrt()
 
 
 def _grid(x: Tensor, rng: Rng) -> Tensor:
@@ -216,14 +222,15 @@ def _bump(side: int, turned: bool, like: Tensor) -> Tensor:
     """Two halves of opposite sign, each falling off from its middle, of norm 1 (eq. 3), (side, side)."""
     half = side // 2
     bump = torch.cat([_hill(half, side), -_hill(side - half, side)])
-    bump = bump / bump.norm()
-    return (bump.T if turned else bump).to(like)
+    bump = bump / torch.linalg.vector_norm(bump)
+    turned_bump: Tensor = bump.T if turned else bump
+    return turned_bump.to(like)
 
 
 def _hill(height: int, width: int) -> Tensor:
     """Sums of nested rectangles, 1 / k^2 the k-th from the inside, of norm 1."""
-    hill = torch.zeros(height, width)
+    hill: Tensor = torch.zeros(height, width)
     for k in range(max(height // 2 + 1, width // 2 + 1)):
         top, left = height // 2 - k, width // 2 - k
         hill[max(top, 0) : top + 2 * k + 1, max(left, 0) : left + 2 * k + 1] += 1 / (k + 1) ** 2
-    return hill / hill.norm().clamp_min(1e-12)
+    return hill / torch.linalg.vector_norm(hill).clamp_min(1e-12)

@@ -36,6 +36,11 @@ class WorstCase(Spec):
     def view(self) -> View:
         return "margin"
 
+    @property
+    def steps(self) -> int:
+        """Of the longest attack."""
+        return max(attack.steps for attack in self.attacks.values())
+
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, rng: Rng) -> Cascade:
         """x (N, C, H, W) in [0, 1], y (N,). Rows that hold out return the point of least margin found."""
         with frozen(model), torch.no_grad():

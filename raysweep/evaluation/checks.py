@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from raysweep.attacks import APGD, FAB, PGD, SingleAttack, frozen, margin
 from raysweep.rng import Rng
 from raysweep.spec import SpecError
 
+Ints = npt.NDArray[np.int64]
 # Forwards of the same batch that must agree, and by how much relative to the largest logit (as the official package).
 REPEATS, REPEAT_TOLERANCE = 5, 1e-5
 # Share of examples that Square may break after the white-box attacks before they are doubted (official).
@@ -43,7 +46,7 @@ def examine(model: nn.Module, x: Tensor, y: Tensor, rng: Rng, eps: float, gradie
             warnings.append("the model answers differently each time: use version 'rand' for a randomised defence")
         if logits.min() >= 0 and logits.max() <= 1 and ((logits.sum(1) - 1).abs() <= 1e-5).all():
             warnings.append("the outputs are probabilities: give the logits, or losses lose their gradient")
-        if len(x) > 1 and bool(((logits - logits[:1]).abs().max() <= 1e-6 * scale)):
+        if len(x) > 1 and bool((logits - logits[:1]).abs().max() <= 1e-6 * scale):
             warnings.append("the model returns the same logits for every example: it is constant")
         differentiable = True
         if gradients:
@@ -52,7 +55,7 @@ def examine(model: nn.Module, x: Tensor, y: Tensor, rng: Rng, eps: float, gradie
                 warnings.append("the model has no gradient with respect to its input: only Square can be run")
             for loss, count in silent.items():
                 if count:
-                    reason = "its softmax saturates" if loss == "CE" else "it hides its gradient"
+                    reason = "its gradient is masked" if silent["margin"] else "its softmax saturates"
                     warnings.append(
                         f"{count} of {len(x)} examples looked at have zero {loss} gradient ({reason}): "
                         f"attacks on the {loss} loss are unreliable"
@@ -72,11 +75,11 @@ def suited(attack: SingleAttack, nature: Nature) -> tuple[SingleAttack | None, s
     return attack, None
 
 
-def collapsed(predicted: Tensor, labels: Tensor) -> str | None:
+def collapsed(predicted: Ints, labels: Ints) -> str | None:
     """One line if every example gets the same class."""
-    classes = predicted.unique()
-    if len(predicted) > 1 and len(classes) == 1 and len(labels.unique()) > 1:
-        return f"the model predicts class {int(classes[0])} for every example: it has collapsed"
+    classes = set(predicted.tolist())
+    if len(predicted) > 1 and len(classes) == 1 and len(set(labels.tolist())) > 1:
+        return f"the model predicts class {classes.pop()} for every example: it has collapsed"
     return None
 
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,9 @@ class Tiled(nn.Module):
         rows = len(x)
         if self.tile is None:
             return self._padded(x, LEAST_ROWS)
-        return torch.cat([self._padded(part, self.tile) for part in x.split(self.tile)]) if rows else self.model(x)
+        return (
+            torch.cat([self._padded(part, self.tile) for part in torch.split(x, self.tile)]) if rows else self.model(x)
+        )
 
     def _padded(self, x: Tensor, rows: int) -> Tensor:
         missing = rows - len(x)
@@ -41,7 +44,7 @@ def attack_copy(model: nn.Module, x: Tensor, fold: bool = True, tile: int | None
     """A frozen copy in eval mode; `fold` lays it out channels last and folds batch norms where that is exact enough."""
     plain = copy.deepcopy(model).eval().requires_grad_(False)
     if fold:
-        plain = plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        plain = plain.to(memory_format=torch.channels_last)
         folded = copy.deepcopy(plain)
         if fold_batch_norms(folded, x) and _agree(plain, folded, x):
             plain = folded
@@ -82,7 +85,7 @@ def fold_batch_norms(model: nn.Module, x: Tensor) -> int:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """float32 that is float32: no TF32, no autocast."""
-    settings = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
         setting.fp32_precision = "ieee"

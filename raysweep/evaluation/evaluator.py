@@ -77,7 +77,7 @@ def evaluate(
     warnings = list(nature.warnings)
 
     clean = run.clean(None if resume_dir is None else Path(resume_dir), random=nature.random)
-    warnings += filter(None, [checks.collapsed(torch.from_numpy(clean.predicted), torch.from_numpy(work.y))])
+    warnings += filter(None, [checks.collapsed(clean.predicted, work.y)])
     robust_after: dict[str, npt.NDArray[np.bool_]] = {}
     costs: dict[str, Cost] = {}
     for name, planned in attacks.items():
@@ -128,7 +128,8 @@ class _Run:
 
     @property
     def robust(self) -> npt.NDArray[np.bool_]:
-        return self.broken_by == ""
+        robust: npt.NDArray[np.bool_] = self.broken_by == ""
+        return robust
 
     def look(self, eps: float, gradients: bool) -> checks.Nature:
         rows = np.arange(min(len(self.work.y), LOOKED_AT))
@@ -164,14 +165,13 @@ class _Run:
 
     def adversarial(self) -> npt.NDArray[np.float32]:
         """x, and in its place the adversarial example where there is one."""
-        x = self.work.x.astype(np.float32) / (255 if self.work.x.dtype == np.uint8 else 1)
+        x: npt.NDArray[np.float32] = self.work.x.astype(np.float32)
+        x = x / np.float32(255) if self.work.x.dtype == np.uint8 else x
         for position, x_adv in self.found.items():
             x[position] = x_adv
         return x
 
-    def _outcomes(
-        self, name: str, attack: SingleAttack | None, positions: npt.NDArray[np.int64]
-    ) -> Iterable[Outcome]:
+    def _outcomes(self, name: str, attack: SingleAttack | None, positions: npt.NDArray[np.int64]) -> Iterable[Outcome]:
         done = 0
         if attack is not None:
             for outcome in self.work.finished(Shard(name, attack, positions)):

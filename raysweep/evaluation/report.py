@@ -52,11 +52,13 @@ class RobustnessReport:
 
     @property
     def clean(self) -> Bools:
-        return self.predicted == self.labels
+        clean: Bools = self.predicted == self.labels
+        return clean
 
     @property
     def robust(self) -> Bools:
-        return self.broken_by == ""
+        robust: Bools = self.broken_by == ""
+        return robust
 
     @property
     def clean_accuracy(self) -> float:
@@ -150,7 +152,12 @@ class RobustnessReport:
         """x_adv, labels and index as a NumPy archive."""
         if self.x_adv is None:
             raise ValueError("adversarial examples were not kept: evaluate(..., keep_adversarial=True)")
-        arrays = {"x_adv": self.x_adv, "labels": self.labels, "index": self.index, "robust": self.robust}
+        arrays: dict[str, Any] = {
+            "x_adv": self.x_adv,
+            "labels": self.labels,
+            "index": self.index,
+            "robust": self.robust,
+        }
         _whole(path, lambda stream: np.savez(stream, **arrays))
 
 

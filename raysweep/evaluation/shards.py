@@ -101,7 +101,9 @@ class AttackShards:
                 for start in range(0, len(shard.positions), self.batch_size)
             ]
         joined = {
-            f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Outcome) if f.name != "classes"
+            f.name: np.concatenate([getattr(part, f.name) for part in parts])
+            for f in fields(Outcome)
+            if f.name != "classes"
         }
         outcome = Outcome(**joined, classes=parts[0].classes)
         if self.folder is not None and shard.attack is not None:
