@@ -106,7 +106,7 @@ class APGD(Spec):
         return project(moved, state.x, eps, self.norm)
 
     def _checkpoint(self, state: "_State", since: int) -> None:
-        """Half the step, from the best point, where the loss rose too seldom (condition 1) or its best stood still (2)."""
+        """Half the step, from the best point, where the loss rose too seldom (condition 1) or its best stalled (2)."""
         stalled = ~state.reduced & (state.checked_loss >= state.best_loss)
         state.reduced = (state.rises <= self.rho * since) | stalled
         state.checked_loss = state.best_loss

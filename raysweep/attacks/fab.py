@@ -84,7 +84,7 @@ class FAB(Spec):
         return found, broken, queries
 
     def _plane(self, model: nn.Module, point: Tensor, y: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
-        """z_t - z_y (N,) and its gradient (N, D) at the point: the linearised boundary, the nearest one if untargeted."""
+        """z_t - z_y (N,) and its gradient (N, D): the linearised boundary, the nearest one if untargeted."""
         point = point.detach().requires_grad_()
         logits = model(point)
         if target is not None:

@@ -233,4 +233,5 @@ def _hill(height: int, width: int) -> Tensor:
     for k in range(max(height // 2 + 1, width // 2 + 1)):
         top, left = height // 2 - k, width // 2 - k
         hill[max(top, 0) : top + 2 * k + 1, max(left, 0) : left + 2 * k + 1] += 1 / (k + 1) ** 2
-    return hill / torch.linalg.vector_norm(hill).clamp_min(1e-12)
+    unit: Tensor = hill / torch.linalg.vector_norm(hill).clamp_min(1e-12)
+    return unit
