@@ -17,7 +17,7 @@ from robust_digits import OFFICIAL, Wrapped, digits, robust_digits
 from torch import nn
 
 from raysweep.attacks import APGD, FAB, PGD, Adversarial, Square, WorstCase, custom
-from raysweep.evaluation import AttackShards, Outcome, Shard, evaluate
+from raysweep.evaluation import AttackShards, Outcome, Processes, Shard, evaluate
 from raysweep.evaluation.copies import LEAST_ROWS, Tiled, attack_copy
 from raysweep.evaluation.report import wilson
 from raysweep.rng import Rng
@@ -397,3 +397,9 @@ def test_outcomes_are_written_whole(tmp_path):
     assert loaded is not None and np.array_equal(loaded.margin, outcome.margin) and loaded.classes == 10
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.npz"]
     assert Outcome.load(tmp_path / "none.npz") is None
+
+
+def test_processes_of_this_machine(tmp_path):
+    with Processes(2) as processes:
+        assert same(short(60), short(60, map=processes, shards=4, resume_dir=tmp_path))
+    assert len(list(tmp_path.rglob("apgd-ce-*.npz"))) == 4

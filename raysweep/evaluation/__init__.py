@@ -1,7 +1,8 @@
 """Robust accuracy one can believe: attacks over shards of examples, every claim re-verified, resumable."""
 
 from raysweep.evaluation.evaluator import Progress, evaluate
+from raysweep.evaluation.processes import Processes
 from raysweep.evaluation.report import RobustnessReport
 from raysweep.evaluation.shards import AttackShards, Outcome, Shard
 
-__all__ = ["AttackShards", "Outcome", "Progress", "RobustnessReport", "Shard", "evaluate"]
+__all__ = ["AttackShards", "Outcome", "Processes", "Progress", "RobustnessReport", "Shard", "evaluate"]

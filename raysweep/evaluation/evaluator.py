@@ -72,11 +72,13 @@ def evaluate(
     attacks: dict[str, SingleAttack] = spec.attacks if isinstance(spec, WorstCase) else {spec.kind: spec}
     eps, norm = _threat(attacks)
     work = AttackShards(model, *_arrays(x, y, index), seed=seed, batch_size=batch_size, fold=fold, tile=tile)
+    if resume_dir is not None:
+        work.folder = Path(resume_dir) / _key(work)
     run = _Run(work, map or _in_this_process, shards, progress)
     nature = run.look(eps, any(not isinstance(a, Square) for a in attacks.values()))
     warnings = list(nature.warnings)
 
-    clean = run.clean(None if resume_dir is None else Path(resume_dir), random=nature.random)
+    clean = run.clean(random=nature.random)
     warnings += filter(None, [checks.collapsed(clean.predicted, work.y)])
     robust_after: dict[str, npt.NDArray[np.bool_]] = {}
     costs: dict[str, Cost] = {}
@@ -138,12 +140,11 @@ class _Run:
         with full_precision(x.device):
             return checks.examine(self.work.model, x, y, rng, eps, gradients)
 
-    def clean(self, resume_dir: Path | None, random: bool) -> Outcome:
-        """The clean pass; rows that are wrong already are done. Sets the folder that attacks are kept in."""
+    def clean(self, random: bool) -> Outcome:
+        """The clean pass; rows that are wrong already are done. Refuses to resume what another model left."""
         clean = _join(list(self._outcomes("clean", None, np.arange(len(self.work.y)))))
         self._take("clean", clean)
-        if resume_dir is not None:
-            self.work.folder = resume_dir / _key(self.work)
+        if self.work.folder is not None:
             kept = Outcome.load(self.work.folder / "clean.npz")
             if kept is None:
                 clean.save(self.work.folder / "clean.npz")
