@@ -11,6 +11,9 @@ from raysweep.rng import Rng
 from raysweep.schedules import Schedule, now, within
 from raysweep.spec import Spec
 
+# Rows leave the batch this often where looking for them would make the host wait for the device.
+PATIENCE = 10
+
 
 class FAB(Spec):
     """FAB with the settings of AutoAttack; a row is done at its first adversarial point within eps.
@@ -61,26 +64,27 @@ class FAB(Spec):
         """One start (alg. 1): point found, whether within eps, forward passes spent, each a row."""
         eps = now(self.eps)
         found, broken, queries = x.clone(), torch.zeros_like(y, dtype=torch.bool), torch.zeros_like(y)
-        row, current, done = torch.arange(len(x), device=x.device), start, broken.clone()
+        row, point, adv = torch.arange(len(x), device=x.device), start, x
+        hit, spent = broken, queries
         for step in range(self.steps):
-            if x.device.type == "cpu" or step % 10 == 0:
-                keep = (~done).nonzero()[:, 0]
+            if x.device.type == "cpu" or step % PATIENCE == 0:
+                keep = (~hit).nonzero()[:, 0]
                 if len(keep) < len(row):
-                    row, x, y, current, done = row[keep], x[keep], y[keep], current[keep], done[keep]
+                    found[row], broken[row], queries[row] = adv, hit, spent
+                    row, x, y, point, adv, hit, spent = (v[keep] for v in (row, x, y, point, adv, hit, spent))
                     target = None if target is None else target[keep]
                 if not len(row):
                     break
-            value, normal = self._plane(model, current, y, target)
-            current = self._approach(current, x, value, normal)
+            point = self._approach(point, x, *self._plane(model, point, y, target))
             with torch.inference_mode():
-                wrong = model(current).argmax(1) != y
-            queries[row] += 2 * (~done).long()
-            distance = current - x
-            hit = wrong & (_size(distance, self.norm) <= eps) & ~done
-            found[row] = torch.where(_wide(hit), current, found[row])
-            broken[row] |= hit
-            done = done | hit
-            current = torch.where(_wide(wrong), x + self.beta * distance, current)
+                wrong = model(point).argmax(1) != y
+            spent = spent + 2 * (~hit).long()
+            move = point - x
+            new = wrong & (_size(move, self.norm) <= eps) & ~hit
+            adv = torch.where(_wide(new), point, adv)
+            hit = hit | new
+            point = torch.where(_wide(wrong), x + self.beta * move, point)
+        found[row], broken[row], queries[row] = adv, hit, spent
         return found, broken, queries
 
     def _plane(self, model: nn.Module, point: Tensor, y: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -122,29 +126,25 @@ class FAB(Spec):
 def project_onto_plane(points: Tensor, normal: Tensor, offset: Tensor, norm: Norm) -> Tensor:
     """Smallest moves d (N, D) with normal . (points + d) = offset and points + d in [0, 1]; the corner if none does.
 
-    Every coordinate moves towards the plane at its own speed (1 in Linf, |normal| in L2) until it meets the box; the
-    time is where the sum of gains, concave and piecewise linear, meets the gap.
+    Every coordinate moves towards the plane at its own speed (1 in Linf, |normal| in L2) until it meets the box. The
+    gap closed by a time is concave and piecewise linear, so Newton's method climbs to the answer in a few steps.
     """
     gap = (normal * points).sum(1) - offset
     towards = -normal.sign() * _wide_sign(gap)
-    gap = gap.abs()
-    weight = normal.abs()
-    room = torch.where(towards > 0, 1 - points, points).clamp_min(0)
+    gap, weight = gap.abs(), normal.abs()
     speed = torch.ones_like(weight) if norm == "Linf" else weight
-    stop = room / speed.clamp_min(1e-20)
-    order = stop.argsort(1)
-    stops = stop.gather(1, order)
-    gained = (weight * room).gather(1, order).cumsum(1)
-    rates = (weight * speed).gather(1, order)
-    left = rates.flip(1).cumsum(1).flip(1) - rates
-    enough = gained + left * stops
-    first = (enough < gap[:, None]).sum(1, keepdim=True)
-    last = points.shape[1] - 1
-    k = first.clamp_max(last)
-    before = (gained - (weight * room).gather(1, order)).gather(1, k)
-    time = (gap[:, None] - before) / (left + rates).gather(1, k).clamp_min(1e-20)
-    time = torch.where(first > last, torch.inf, time.clamp_min(0))
-    distance = torch.where(weight > 0, torch.minimum(time.nan_to_num(posinf=3e38) * speed, room), 0)
+    room = torch.where(towards > 0, 1 - points, points).clamp_min(0)
+    gain, rate = weight * room, weight * speed
+    stop = torch.where(rate > 0, room / speed, 0)
+    time = torch.zeros_like(gap)
+    for _ in range(points.shape[1] + 1):
+        moving = stop > time[:, None]
+        closed, pace = torch.where(moving, 0, gain).sum(1), torch.where(moving, rate, 0).sum(1)
+        later = torch.where(pace > 0, (gap - closed) / pace, torch.where(gap > closed, torch.inf, time))
+        if not (later > time).any():
+            break
+        time = torch.maximum(time, later)
+    distance = torch.minimum(torch.minimum(time[:, None], stop) * speed, room)
     return towards * distance
 
 
