@@ -190,6 +190,27 @@ def short_cascade() -> WorstCase:
     return WorstCase(attacks={"ce": APGD(eps=0.2, steps=15), "t": APGD(eps=0.2, steps=15, loss="dlr-targeted")})
 
 
+@pytest.mark.parametrize(
+    "attack",
+    [
+        APGD(eps=0.2),
+        APGD(eps=0.2, loss="dlr-targeted", targets=2, steps=50),
+        FAB(eps=0.2, targets=3, steps=25),
+        Square(eps=0.2, queries=250),
+        Square(eps=0.7, queries=250, norm="L2"),
+    ],
+    ids=repr,
+)
+def test_leaving_the_batch_late_changes_no_verdict(attack, monkeypatch):
+    """On a GPU broken rows stay for a while, so that the host need not wait for the device."""
+    model, (x, y) = robust_digits(), digits(40)
+    early = model(attack(model, x, y, rng(40)).x).argmax(1) == y
+    for module in ("apgd", "fab", "square"):
+        monkeypatch.setattr(f"raysweep.attacks.{module}.cheap_to_look", lambda x: False)
+    late = model(attack(model, x, y, rng(40)).x).argmax(1) == y
+    assert early.sum() < 38 and torch.equal(early, late)
+
+
 def test_pgd_plus_needs_every_iterate_to_be_right():
     model, (x, y) = robust_digits(), digits(40)
     plus, once = preset("pgd+", 0.2), PGD(eps=0.2, step_size=0.01, steps=40)

@@ -17,7 +17,7 @@ from robust_digits import OFFICIAL, Wrapped, digits, robust_digits
 from torch import nn
 
 from raysweep.attacks import APGD, FAB, PGD, Adversarial, Square, WorstCase, custom
-from raysweep.evaluation import AttackShards, Outcome, Processes, Shard, evaluate
+from raysweep.evaluation import AttackShards, Outcome, Processes, Shard, bar, evaluate
 from raysweep.evaluation.copies import LEAST_ROWS, Tiled, attack_copy
 from raysweep.evaluation.report import wilson
 from raysweep.rng import Rng
@@ -345,6 +345,14 @@ def test_progress_is_told():
         ("apgd-ce", True),
     ]
     assert told[-1].robust == report.robust.sum() and told[-1].robust_accuracy == report.robust_accuracy
+
+
+def test_a_line_an_attack_in_a_pipe(capsys):
+    with bar() as progress:
+        report = short(40, shards=2, progress=progress)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["clean", *SHORT.attacks]
+    assert lines[-1] == f"square: {report.robust_accuracy:.2%} robust"
 
 
 def test_report_on_disk(tmp_path):

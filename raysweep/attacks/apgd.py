@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raysweep.attacks.base import Adversarial, Norm, View, frozen, margin, norms, project, step_direction
+from raysweep.attacks.base import Adversarial, Norm, View, cheap_to_look, frozen, margin, norms, project, step_direction
 from raysweep.rng import Rng
 from raysweep.schedules import Schedule, now, within
 from raysweep.spec import Spec, SpecError
@@ -75,7 +75,7 @@ class APGD(Spec):
         checkpoints = _checkpoints(self.steps)
         since = 0
         for i in range(self.steps):
-            if self.samples == 1 and (x.device.type == "cpu" or since == 0):
+            if self.samples == 1 and (cheap_to_look(x) or since == 0):
                 state = _leave(state, done)
             if not len(state.row):
                 break

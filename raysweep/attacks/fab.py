@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from raysweep.attacks.base import Adversarial, Norm, View, frozen
+from raysweep.attacks.base import Adversarial, Norm, View, cheap_to_look, frozen
 from raysweep.rng import Rng
 from raysweep.schedules import Schedule, now, within
 from raysweep.spec import Spec
@@ -67,7 +67,7 @@ class FAB(Spec):
         row, point, adv = torch.arange(len(x), device=x.device), start, x
         hit, spent = broken, queries
         for step in range(self.steps):
-            if x.device.type == "cpu" or step % PATIENCE == 0:
+            if cheap_to_look(x) or step % PATIENCE == 0:
                 keep = (~hit).nonzero()[:, 0]
                 if len(keep) < len(row):
                     found[row], broken[row], queries[row] = adv, hit, spent

@@ -4,7 +4,6 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from raysweep.attacks import APGD, PGD, AnyAttack, Norm, SingleAttack, Square, Version, WorstCase, preset
 from raysweep.evaluation import checks
 from raysweep.evaluation.copies import device_of, full_precision
+from raysweep.evaluation.progress import Progress
 from raysweep.evaluation.report import Cost, RobustnessReport
 from raysweep.evaluation.shards import Array, AttackShards, Outcome, Shard
 from raysweep.rng import Rng
@@ -24,21 +24,6 @@ from raysweep.spec import SpecError, digest
 Map = Callable[[Callable[[Shard], Outcome], Sequence[Shard]], Iterable[Outcome]]
 # Examples that the checks before the attacks look at.
 LOOKED_AT = 256
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where an evaluation stands: rows of this attack done, and examples still robust."""
-
-    attack: str
-    done: int
-    total: int
-    robust: int
-    examples: int
-
-    @property
-    def robust_accuracy(self) -> float:
-        return self.robust / self.examples
 
 
 def evaluate(
