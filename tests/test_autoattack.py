@@ -247,6 +247,9 @@ def test_attacks_are_told_apart_by_kind():
         {"kind": "worst_case", "attacks": {"a": {"kind": "fab"}, "b": {"kind": "square"}}}
     )
     assert isinstance(cascade, WorstCase) and isinstance(cascade.attacks["b"], Square)
+    assert isinstance(adapter.validate_python({"steps": 3}), PGD)
+    with pytest.raises(SpecError, match=r"no setting 'attacks.a.queries'; nearest: .*restarts"):
+        WorstCase.load({"attacks": {"a": {"kind": "apgd", "queries": 3}}})
     assert isinstance(APGD(eps=Piecewise(boundaries=(1,), values=(0.1, 0.2))).at(3).eps, float)
 
 

@@ -1,8 +1,8 @@
-"""Attacks. A new one is a file here and a line in `SingleAttack`."""
+"""Attacks. A new one is a file here and a line in `AnyAttack`, and in `SingleAttack` if cascades may have it."""
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Discriminator, Tag
 
 from raysweep.attacks.apgd import APGD
 from raysweep.attacks.autoattack import PRESETS, Version, autoattack, custom, preset
@@ -10,9 +10,16 @@ from raysweep.attacks.base import Adversarial, Attack, Norm, frozen, margin, vul
 from raysweep.attacks.fab import FAB
 from raysweep.attacks.pgd import PGD
 from raysweep.attacks.square import Square
-from raysweep.attacks.worst_case import Cascade, SingleAttack, WorstCase, restarts
+from raysweep.attacks.worst_case import Cascade, SingleAttack, WorstCase, kind_of, restarts
 
-AnyAttack = Annotated[PGD | APGD | FAB | Square | WorstCase, Field(discriminator="kind")]
+AnyAttack = Annotated[
+    Annotated[PGD, Tag("pgd")]
+    | Annotated[APGD, Tag("apgd")]
+    | Annotated[FAB, Tag("fab")]
+    | Annotated[Square, Tag("square")]
+    | Annotated[WorstCase, Tag("worst_case")],
+    Discriminator(kind_of),
+]
 
 __all__ = [
     "APGD",

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from torch import Tensor, nn
 
 from raysweep.attacks.apgd import APGD
@@ -16,7 +16,19 @@ from raysweep.attacks.square import Square
 from raysweep.rng import Rng
 from raysweep.spec import Spec
 
-SingleAttack = Annotated[PGD | APGD | FAB | Square, Field(discriminator="kind")]
+
+def kind_of(value: Any) -> str:
+    """Plain data without a `kind` is PGD."""
+    return str(value.get("kind", "pgd")) if isinstance(value, dict) else str(getattr(value, "kind", ""))
+
+
+SingleAttack = Annotated[
+    Annotated[PGD, Tag("pgd")]
+    | Annotated[APGD, Tag("apgd")]
+    | Annotated[FAB, Tag("fab")]
+    | Annotated[Square, Tag("square")],
+    Discriminator(kind_of),
+]
 
 
 @dataclass(frozen=True)
