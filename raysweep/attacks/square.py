@@ -79,7 +79,6 @@ class Square(Spec):
             top, left = _offset(draws[query][0], height - side), _offset(draws[query][1], width - side)
             signs = [draw < 0.5 for draw in draws[query][2:]]
             area = (..., slice(top, top + side), slice(left, left + side))
-            # One where() for each sign pattern would copy; channels that share a sign are few, so pick by channel.
             window = torch.stack([(low if down else high)[:, c][area] for c, down in enumerate(signs)], 1)
             if not lazy:
                 candidate = search.best_x.clone()
