@@ -1,8 +1,45 @@
-"""Attacks. A new one is a file here and a line in `AnyAttack`."""
+"""Attacks. A new one is a file here and a line in `AnyAttack`, and in `SingleAttack` if cascades may have it."""
 
-from raysweep.attacks.base import Adversarial, Attack, frozen, margin, vulnerability
+from typing import Annotated
+
+from pydantic import Discriminator, Tag
+
+from raysweep.attacks.apgd import APGD
+from raysweep.attacks.autoattack import PRESETS, Version, autoattack, custom, preset
+from raysweep.attacks.base import Adversarial, Attack, Norm, frozen, margin, vulnerability
+from raysweep.attacks.fab import FAB
 from raysweep.attacks.pgd import PGD
+from raysweep.attacks.square import Square
+from raysweep.attacks.worst_case import Cascade, SingleAttack, WorstCase, kind_of, restarts
 
-AnyAttack = PGD
+AnyAttack = Annotated[
+    Annotated[PGD, Tag("pgd")]
+    | Annotated[APGD, Tag("apgd")]
+    | Annotated[FAB, Tag("fab")]
+    | Annotated[Square, Tag("square")]
+    | Annotated[WorstCase, Tag("worst_case")],
+    Discriminator(kind_of),
+]
 
-__all__ = ["PGD", "Adversarial", "AnyAttack", "Attack", "frozen", "margin", "vulnerability"]
+__all__ = [
+    "APGD",
+    "FAB",
+    "PGD",
+    "PRESETS",
+    "Adversarial",
+    "AnyAttack",
+    "Attack",
+    "Cascade",
+    "Norm",
+    "SingleAttack",
+    "Square",
+    "Version",
+    "WorstCase",
+    "autoattack",
+    "custom",
+    "frozen",
+    "margin",
+    "preset",
+    "restarts",
+    "vulnerability",
+]
