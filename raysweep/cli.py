@@ -4,6 +4,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from raysweep import __version__
@@ -57,6 +58,27 @@ def build_parser() -> argparse.ArgumentParser:
     _settings(p)
     _out(p)
     _json(p)
+
+    p = commands.add_parser("eval", help="a checkpoint, MLflow run or model of your own under attack, on the test set")
+    p.add_argument(
+        "what", metavar="WHAT", help="a checkpoint or run folder, MLflow run id, models:/NAME@ALIAS, module:factory"
+    )
+    p.add_argument(
+        "--attack", default="autoattack", help="autoattack, pgd20, pgd+, cw20, ... or official names: apgd-ce,square"
+    )
+    p.add_argument("--version", default="standard", choices=("standard", "plus", "rand"), help="of AutoAttack")
+    p.add_argument("--eps", type=_fraction, help="0.031 or 8/255, in pixels of [0, 1] (default: the training's)")
+    p.add_argument("--norm", default="Linf", choices=("Linf", "L2"))
+    p.add_argument("--n", type=_count, help="only the first N test examples (default: all)")
+    p.add_argument("--batch-size", type=_count, default=500, metavar="N", help="examples at a time (default: 500)")
+    p.add_argument("--keep-adversarial", action="store_true", help="save the adversarial examples too")
+    p.add_argument(
+        "--address", metavar="ADDR", help="spread over this Ray cluster (default: the cores of this machine)"
+    )
+    p.add_argument("--gpus-per-task", type=_amount, default=1.0, metavar="N", help="on a cluster; may be a fraction")
+    _settings(p)
+    _out(p)
+    _json(p)
     return parser
 
 
@@ -100,6 +122,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        value = -1.0
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 0.031 or 8/255")
+    return value
 
 
 def _amount(text: str) -> float:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from raysweep.spec import SpecError, flatten
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import labels
-from raysweep.training.checkpoint import environment
+from raysweep.training.checkpoint import Checkpoint, environment
 from raysweep.training.config import RunConfig
 from raysweep.training.trainer import OBJECTIVE
 
@@ -41,11 +41,9 @@ class Tracker:
     def run(self, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
         """Id of the run with these tags, made if there is none."""
         client, experiment = self._connected.result()
-        where = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-        found = client.search_runs([experiment], filter_string=where, max_results=1)
-        if found:
-            client.update_run(found[0].info.run_id, status="RUNNING")
-            return str(found[0].info.run_id)
+        if found := self.find(tags):
+            client.update_run(found, status="RUNNING")
+            return found
         version = environment()["git_revision"]
         more = {
             "mlflow.user": getpass.getuser(),
@@ -91,6 +89,35 @@ class Tracker:
 
     def artifact(self, run: str, data: Any, name: str) -> None:
         self._connected.result()[0].log_dict(run, data, name)
+
+    def file(self, run: str, path: Path, under: str) -> None:
+        self._connected.result()[0].log_artifact(run, str(path), under)
+
+    def find(self, tags: Mapping[str, str]) -> str | None:
+        """Id of the run with these tags, if there is one."""
+        client, experiment = self._connected.result()
+        where = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        found = client.search_runs([experiment], filter_string=where, max_results=1)
+        return str(found[0].info.run_id) if found else None
+
+    def checkpoint(self, what: str, into: Path) -> tuple[str, Path]:
+        """Run id and local copy of the checkpoint of a run (`ID`, `runs:/ID`) or model (`models:/NAME@ALIAS`).
+
+        Raises SpecError in one line if there is none.
+        """
+        from mlflow.exceptions import MlflowException
+
+        client, _ = self._connected.result()
+        try:
+            run = what.removeprefix("runs:/").split("/")[0]
+            if what.startswith("models:/"):
+                name, _, alias = what.removeprefix("models:/").partition("@")
+                run = client.get_model_version_by_alias(name, alias or "champion").run_id
+            folder = into / run
+            folder.mkdir(parents=True, exist_ok=True)
+            return run, Path(client.download_artifacts(run, "checkpoint", str(folder)))
+        except (MlflowException, OSError) as error:
+            raise SpecError(f"{what}: no checkpoint in MLflow store {self.uri}: {str(error).splitlines()[0]}") from None
 
     def close(self, run: str, status: Status) -> None:
         self._connected.result()[0].set_terminated(run, status)
@@ -153,11 +180,7 @@ class SweepTracker:
         self._tracker.close(self._parent, "FINISHED" if done else "KILLED")
 
     def _open(self, trial: Trial) -> str:
-        tags = {
-            "raysweep.kind": "trial",
-            "raysweep.sweep": self._ledger.key,
-            "raysweep.trial": f"{trial.number:04d}",
-        }
+        tags = _trial_tags(self._ledger.key, f"{trial.number:04d}")
         run = self._tracker.run(f"{self._ledger.name}/{trial.number:04d}", tags, self._parent)
         self._runs[trial.number] = run
         self._tracker.config(run, self._ledger.space.config(trial.settings), self._fingerprint)
@@ -171,6 +194,18 @@ class SweepTracker:
             self._tracker.artifacts(run, self._ledger.checkpoint(trial), "checkpoint")
         self._tracker.tag(run, {"state": trial.state, **({"reason": trial.reason} if trial.reason else {})})
         self._tracker.close(run, _STATUS[trial.state])
+
+
+def run_tags(saved: Checkpoint) -> dict[str, str]:
+    """The tags of the run that wrote a checkpoint of `raysweep train` or of a sweep's trial."""
+    folder = saved.path.parent
+    if (folder / "trial.json").exists():
+        return _trial_tags(Ledger.open(folder.parent.parent).key, folder.name)
+    return {"raysweep.kind": "train", "raysweep.run": f"{folder.name}-{saved.config.digest()}"}
+
+
+def _trial_tags(sweep: str, number: str) -> dict[str, str]:
+    return {"raysweep.kind": "trial", "raysweep.sweep": sweep, "raysweep.trial": number}
 
 
 def _headline(trial: Trial) -> dict[str, float]:

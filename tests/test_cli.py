@@ -22,6 +22,10 @@ FLAGS = {
         *COMMON, "--out", "--name", "--space", "--trials", "--resume", "--plan", "--address", "--cpus-per-trial",
         "--gpus-per-trial",
     },
+    "eval": {
+        *COMMON, "--out", "--attack", "--version", "--eps", "--norm", "--n", "--batch-size", "--keep-adversarial",
+        "--address", "--gpus-per-task",
+    },
 }  # fmt: skip
 SMALL = [
     "--set",

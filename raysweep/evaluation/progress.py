@@ -35,6 +35,8 @@ def bar(console: Console | None = None) -> Iterator[Callable[[Progress], None]]:
     ) as bars:
 
         def show(now: Progress) -> None:
+            if now.attack == "clean":
+                return
             if not console.is_terminal:
                 if now.done == now.total:
                     console.print(f"{now.attack}: {now.robust_accuracy:.2%} robust", highlight=False)

@@ -1,0 +1,123 @@
+"""`raysweep eval`: from a checkpoint to a report, files and MLflow."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from raysweep.cli import main
+
+SMALL = ["--set", "epochs=2", "--set", "data.val_size=50", "--set", "*.attacks.*.steps=2"]
+QUICK = ["--attack", "apgd-ce", "--n", "40", "--json"]
+
+
+@pytest.fixture
+def trained(workdir: Path, capsys) -> Path:
+    assert main(["train", "at", *SMALL, "--name", "mine"]) == 0
+    capsys.readouterr()
+    return workdir / "runs" / "mine"
+
+
+def test_a_checkpoint_is_attacked_and_the_numbers_go_to_its_run(trained: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert main(["eval", str(trained), *QUICK, "--keep-adversarial"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["examples"] == 40 and report["eps"] == 0.15
+    assert report["robust_accuracy"] < report["clean_accuracy"]
+    folder = Path(report["folder"])
+    table = pq.read_table(folder / "examples.parquet").to_pandas()
+    assert (table.broken_by.isna().mean()) == pytest.approx(report["robust_accuracy"])
+    saved = np.load(folder / "adversarial.npz")
+    assert saved["x_adv"].shape == (40, 1, 8, 8)
+    assert json.loads((folder / "card.json").read_text())["dataset"] == "digits"
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{trained.parent.parent}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
+    assert run.data.metrics["apgd-ce/robust_accuracy"] == report["robust_accuracy"]
+    assert run.info.status == "FINISHED"
+
+    assert main(["eval", run.info.run_id, *QUICK]) == 0, "by the id of its run"
+    again = json.loads(capsys.readouterr().out)
+    assert again["robust_accuracy"] == report["robust_accuracy"]
+
+
+def test_a_finished_evaluation_is_not_run_again(trained: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert main(["eval", str(trained), *QUICK]) == 0
+    first = json.loads(capsys.readouterr().out)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("an attack ran again")
+
+    monkeypatch.setattr("raysweep.attacks.apgd.APGD.__call__", refuse)
+    assert main(["eval", str(trained), *QUICK]) == 0
+    assert json.loads(capsys.readouterr().out)["robust_accuracy"] == first["robust_accuracy"]
+
+
+@pytest.mark.ray
+def test_over_a_ray_cluster_the_verdict_is_the_same(trained: Path, ray_cluster, capsys, monkeypatch) -> None:
+    import os
+
+    from raysweep.evaluation import evaluate
+    from raysweep.sweep.launch import RayMap
+    from raysweep.training.load import load_checkpoint
+
+    subject = load_checkpoint(trained)
+    from raysweep.data import load
+
+    test = load(subject.config.data).test
+    x, y = test.images(slice(0, 60)), test.y[:60]
+    alone = evaluate(subject.model, x, y, "apgd-ce,square", 0.15, batch_size=60, shards=1) if os.cpu_count() else None
+    spread = evaluate(subject.model, x, y, "apgd-ce,square", 0.15, batch_size=20, shards=3, map=RayMap())
+    assert np.array_equal(alone.robust, spread.robust)
+
+
+def test_a_users_own_model(workdir: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    (workdir / "my_models.py").write_text(
+        "import torch\n"
+        "def linear():\n"
+        "    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+        "number = 3\n"
+    )
+    assert main(["eval", "my_models:linear", "--attack", "pgd20", "--eps", "8/255", "--n", "30", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["eps"] == 8 / 255 and report["model"] == "my_models:linear"
+    assert main(["eval", "my_models:nothing"]) == 2
+    assert "cannot be imported" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("nowhere", "no such folder"),
+        (".", "neither a checkpoint"),
+        ("0" * 32, "no checkpoint in MLflow store"),
+        ("models:/none@champion", "no checkpoint in MLflow store"),
+        ("no_such_module:factory", "cannot be imported"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(what, words, workdir: Path, capsys) -> None:
+    assert main(["eval", what, *QUICK]) == 2
+    (message,) = capsys.readouterr().err.strip().splitlines()
+    assert words in message
+
+
+def test_a_hostile_checkpoint_is_refused_and_not_unpickled(trained: Path, capsys) -> None:
+    class Bomb:
+        def __reduce__(self):
+            return (Path("exploded").touch, ())
+
+    torch.save(Bomb(), trained / "epoch-0002" / "weights.safetensors")
+    for meta in trained.glob("epoch-*"):
+        if meta.name != "epoch-0002":
+            torch.save(Bomb(), meta / "weights.safetensors")
+    assert main(["eval", str(trained), *QUICK]) == 2
+    assert "truncated or altered" in capsys.readouterr().err
+    assert not Path("exploded").exists()
