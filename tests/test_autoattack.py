@@ -228,6 +228,12 @@ def test_official_versions():
     assert list(preset("square, apgd-dlr").attacks) == ["square", "apgd-dlr"]
 
 
+@pytest.mark.parametrize("name", ["a/b", "clean", "", "x" * 65, "é:"])
+def test_names_that_cannot_be_files(name):
+    with pytest.raises(SpecError, match="cannot name an attack"):
+        WorstCase.load({"attacks": {name: {"kind": "fab"}}})
+
+
 def test_unknown_names_are_refused_with_the_nearest():
     for make, near in ((lambda: preset("autoatack"), "autoattack"), (lambda: custom(["fab_t"]), "fab-t")):
         with pytest.raises(SpecError, match=near):

@@ -1,11 +1,12 @@
 """The worst case over several attacks: each next one sees only the rows that the former left."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, field_validator
 from torch import Tensor, nn
 
 from raysweep.attacks.apgd import APGD
@@ -43,6 +44,14 @@ class WorstCase(Spec):
 
     kind: Literal["worst_case"] = "worst_case"
     attacks: Annotated[dict[str, SingleAttack], Field(min_length=1)]
+
+    @field_validator("attacks")
+    @classmethod
+    def _plain_names(cls, named: dict[str, SingleAttack]) -> dict[str, SingleAttack]:
+        for name in named:
+            if not re.fullmatch(r"[\w+.-]{1,64}", name) or name == "clean":
+                raise ValueError(f"{name!r} cannot name an attack: use letters, digits and _ + . -, but not 'clean'")
+        return named
 
     @property
     def view(self) -> View:
