@@ -98,6 +98,10 @@ class Geometry(_BurnIn):
             table = torch.tensor(self.table, dtype=kappa.dtype, device=kappa.device)
             return table[look.kappa.clamp(max=len(self.table) - 1)]
         half = look.steps // 2 if self.official else look.steps / 2
+        if not half:
+            raise TypeError(
+                "the official geometry weights need an attack of 2 steps or more: they divide by floor(K / 2)"
+            )
         argument = now(self.lam) + 5 * (half - kappa) / half
         # (1 + tanh(a)) / 2 = sigma(2 a), which does not saturate to an all-zero batch when lam is very negative.
         return torch.sigmoid(2 * argument if self.shape == "tanh" else argument)

@@ -94,6 +94,11 @@ def test_geometry_never_increases_and_never_vanishes(lam, steps, shape, official
     assert bool((weight > 0).all()) or official
 
 
+def test_official_weights_need_two_steps():
+    with pytest.raises(TypeError, match="2 steps"):
+        Geometry(official=True)(look([0, 1], 1))
+
+
 def test_infinite_lambda_is_one():
     assert torch.equal(Geometry(lam=math.inf)(look(range(11), 10)), torch.ones(11, dtype=torch.float64))
 
