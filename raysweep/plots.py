@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from raysweep.training.diagnostics import LOW_WEIGHT, Histogram
 
@@ -67,6 +69,41 @@ def kappa_histogram(histograms: Histograms, attack: str, epoch: int | None = Non
     """Frequency of each geometry value in the last or a given epoch."""
     figure, axes = _figure(f"κ of {attack}", "training examples")
     _bars(axes, histograms, f"kappa_{attack}", epoch)
+    return figure
+
+
+def logits_map(logits: Tensor, y: Tensor, kappa: Tensor, classes: tuple[int, int]) -> Figure:
+    """Two classes' logits on their two principal axes, lighter where kappa is small (G fig. 7 and 8)."""
+    figure, axes = _figure("first principal axis", "second")
+    rows = (y == classes[0]) | (y == classes[1])
+    centred = (logits[rows] - logits[rows].mean(0)).double()
+    _, _, axes_of_variance = torch.linalg.svd(centred, full_matrices=False)
+    points = centred @ axes_of_variance[:2].T
+    for label, colours in zip(classes, ("Blues", "Reds"), strict=True):
+        own = y[rows] == label
+        dots = axes.scatter(
+            points[own, 0], points[own, 1], c=kappa[rows][own], cmap=colours, s=6, vmin=-2, label=f"class {label}"
+        )
+        figure.colorbar(dots, ax=axes, label=f"κ, class {label}")
+    return figure
+
+
+def vulnerable_map(logits: Tensor, first: Tensor, second: Tensor, share: float = 0.2, seed: int = 0) -> Figure:
+    """t-SNE of the instances most vulnerable in the view of one attack; red where another attack agrees (L fig. 2).
+
+    logits (N, classes) of natural data; first, second: V in the two views, (N,); share: how many count as vulnerable.
+    """
+    from sklearn.manifold import TSNE
+
+    figure, axes = _figure("", "")
+    count = max(round(share * len(first)), 4)
+    chosen = first.argsort()[:count]
+    agreed = torch.isin(chosen, second.argsort()[:count])
+    perplexity = min(30.0, (count - 1) / 3)
+    points = TSNE(perplexity=perplexity, random_state=seed).fit_transform(logits[chosen].double().numpy())
+    for rows, colour, label in ((agreed.numpy(), "red", "consistent"), (~agreed.numpy(), "blue", "inconsistent")):
+        axes.scatter(points[rows, 0], points[rows, 1], c=colour, s=6, label=f"{label}: {rows.sum()}")
+    axes.legend()
     return figure
 
 

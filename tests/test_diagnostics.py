@@ -8,7 +8,7 @@ from raysweep.data import DataSpec, load
 from raysweep.evaluation.flatness import flatness
 from raysweep.method import ONE_WORKER
 from raysweep.models import ModelSpec
-from raysweep.plots import all_figures
+from raysweep.plots import all_figures, logits_map, vulnerable_map
 from raysweep.rng import Rng
 from raysweep.spec import override
 from raysweep.training.config import run_config
@@ -41,7 +41,7 @@ def test_numbers_by_hand(batches):
     weights = [s.weights["pgd"] for s in steps]
     weight = torch.cat(weights)
     y = torch.cat([y for _, y in batches])
-    p = torch.cat([s.logits["pgd"] for s in steps]).softmax(1)
+    p = torch.cat([s.logits["pgd"] for s in steps]).detach().softmax(1)
     expected = {
         "train/kappa_pgd": kappa.double().mean(),
         "train/kappa_median_pgd": kappa.sort().values[(len(kappa) - 1) // 2],
@@ -114,3 +114,20 @@ def test_a_run_records_and_draws(tmp_path):
     for name, figure in figures.items():
         figure.savefig(tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
+
+
+def test_maps_of_instances(tmp_path):
+    """G fig. 7 and L fig. 2 from logits; two classes that differ in one direction are told apart by it."""
+    generator = torch.Generator().manual_seed(0)
+    logits, y = torch.randn(60, 10, generator=generator), torch.arange(60) % 3
+    logits[:, 0] += 20 * (y == 1)
+    kappa = torch.randint(11, (60,), generator=generator)
+    figure = logits_map(logits, y, kappa, (0, 1))
+    zeros, ones = (dots.get_offsets()[:, 0] for dots in figure.axes[0].collections)
+    assert len(zeros) == len(ones) == 20
+    assert zeros.max() < ones.min() or ones.max() < zeros.min()
+    v = torch.rand(60, generator=generator)
+    same = vulnerable_map(logits, v, v)
+    assert [text.get_text() for text in same.axes[0].get_legend().get_texts()] == ["consistent: 12", "inconsistent: 0"]
+    for number, drawn in enumerate((figure, same)):
+        drawn.savefig(tmp_path / f"{number}.png")
