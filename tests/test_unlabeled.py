@@ -188,11 +188,11 @@ def test_robust_self_training_on_digits(tmp_path, method):
     few = load(spec)
     with np.load(_rest(tmp_path, few)) as rest:
         x = rest["x"]
-    teacher = fit(run_config("standard", DIGITS | {"epochs": 4}), tmp_path / "teacher", data=few)
+    teacher = fit(run_config("standard", DIGITS | {"epochs": 3}), tmp_path / "teacher", data=few)
     model = teacher.last.load_model(ModelSpec().build(1, 10, 0))
     labels = pseudo_label(model, torch.from_numpy(x), white=16)
     write(tmp_path / "rest.npz", x, labels.numpy())
-    settings = DIGITS | {"epochs": 2, "data.unlabeled": str(tmp_path / "rest.npz"), "*.steps": 2}
+    settings = DIGITS | {"epochs": 2, "data.unlabeled": str(tmp_path / "rest.npz"), "method.attacks.*.steps": 2}
     settings |= {"method.terms.kl.weight.burn_in": 1} if method == "gair-rst" else {}
     config = run_config(method, settings)
     data = load(config.data)
@@ -204,7 +204,7 @@ def test_robust_self_training_on_digits(tmp_path, method):
     assert again.last.metrics["train/loss"] == fitted.last.metrics["train/loss"]
 
 
-DIGITS = {"data.val_size": 100, "data.train_size": 400}
+DIGITS = {"data.val_size": 100, "data.train_size": 400, "validation.attacks.*.steps": 2}
 
 
 def _rest(folder, few):
