@@ -30,7 +30,7 @@ class Progress:
         self._epochs = ledger.space.config({}).epochs
         self._trials = {trial.number: trial for trial in ledger.trials()}
         self._console.print(
-            f"sweep {ledger.name}: {ledger.space.trials} trials of up to {self._epochs} epochs, "
+            f"sweep {ledger.name}: {ledger.space.total} trials of up to {self._epochs} epochs, "
             f"{concurrent} at a time, in {ledger.path}",
             highlight=False,
             soft_wrap=True,
@@ -62,11 +62,9 @@ class Progress:
         rest = sorted(ended, key=lambda t: -t.score(metric))[: max(0, _ROWS - len(running))]
         table = trial_table(self._ledger, [*running, *rest])
         elapsed = time.monotonic() - self._began
-        left = (
-            f", about {_clock(elapsed / len(ended) * (self._ledger.space.trials - len(ended)))} left" if ended else ""
-        )
+        left = f", about {_clock(elapsed / len(ended) * (self._ledger.space.total - len(ended)))} left" if ended else ""
         table.caption = (
-            f"{len(ended)} of {self._ledger.space.trials} trials done in {_clock(elapsed)}{left}; Ctrl-C stops"
+            f"{len(ended)} of {self._ledger.space.total} trials done in {_clock(elapsed)}{left}; Ctrl-C stops"
         )
         return table
 

@@ -97,7 +97,7 @@ class Method(Spec):
                 missing = [other for other in term.weight.of if other not in before]
                 problems += [f"terms.{name}.weight.of: {m!r} is not a term before it" for m in missing]
             decides = _decides(term)
-            if decides not in known:
+            if decides not in known and decides not in term.views:
                 problems.append(f"terms.{name}.weight.by: {unknown_name('view', decides, known)}")
             elif term.weight.kind in ("geometry", "within_margin") and decides == NATURAL:
                 problems.append(f"terms.{name}.weight: {term.weight.kind} weights need kappa; set `by` to an attack")

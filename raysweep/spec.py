@@ -4,6 +4,7 @@ import difflib
 import fnmatch
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, Validatio
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 S = TypeVar("S", bound="Spec")
+_AT_LEAST = re.compile(r"^\w+ should have at least (\d+ items?).*$")
 Json = dict[str, Any]
 
 
@@ -199,7 +201,8 @@ def _problems(error: ValidationError, data: Any, source: str) -> list[str]:
     prefix = f"{source}: " if source else ""
     lines = []
     for item in error.errors(include_url=False):
-        path, value = _locate(item["loc"], data)
+        key_is_wrong = item["type"] in ("unknown_setting", "missing")
+        path, value = _locate(item["loc"], data, key_is_wrong)
         if item["type"] == "unknown_setting":
             head = path.rpartition(".")[0]
             near = ", ".join(f"{head}.{name}" if head else name for name in item["msg"].split())
@@ -211,6 +214,7 @@ def _problems(error: ValidationError, data: Any, source: str) -> list[str]:
                 lines.append(f"{prefix}{f'{path}: ' if path else ''}{line}")
         else:
             message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            message = _AT_LEAST.sub(r"must have at least \1", message)
             lines.append(f"{prefix}{path} = {value!r}: {message}")
     return list(dict.fromkeys(lines))
 
@@ -225,7 +229,7 @@ def _with_suggestion(item: ErrorDetails, fields: list[str]) -> InitErrorDetails:
     return detail
 
 
-def _locate(loc: tuple[int | str, ...], data: Any) -> tuple[str, Any]:
+def _locate(loc: tuple[int | str, ...], data: Any, key_is_wrong: bool) -> tuple[str, Any]:
     """Dotted path and value of a pydantic location, without the tags of unions that pydantic puts between."""
     parts: list[str] = []
     node: Any = data
@@ -235,7 +239,7 @@ def _locate(loc: tuple[int | str, ...], data: Any) -> tuple[str, Any]:
             node = node[part]
         elif isinstance(node, list) and isinstance(part, int):
             node = node[int(part)]
-        elif not (last and isinstance(node, dict)):
+        elif not (last and key_is_wrong):
             continue
         parts.append(str(part))
     return ".".join(parts), node

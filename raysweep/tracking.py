@@ -16,6 +16,7 @@ from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import labels
 from raysweep.training.checkpoint import environment
 from raysweep.training.config import RunConfig
+from raysweep.training.trainer import OBJECTIVE
 
 EXPERIMENT = "raysweep"
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -75,7 +76,9 @@ class Tracker:
 
         client, _ = self._connected.result()
         now = int(time.time() * 1000)
-        logged = [Metric(k, v, now, step) for k, v in metrics.items() if k != "epoch" and math.isfinite(v)]
+        # The UI proposes the metric that it met first: the objective before the details.
+        order = sorted(metrics, key=lambda name: ("/" in name, name != OBJECTIVE))
+        logged = [Metric(k, metrics[k], now, step) for k in order if k != "epoch" and math.isfinite(metrics[k])]
         client.log_batch(run, metrics=logged)
 
     def tag(self, run: str, tags: Mapping[str, str]) -> None:
@@ -105,7 +108,9 @@ class Tracker:
                 return client, str(found.experiment_id)
             local = self.uri.startswith("sqlite")
             where = (self._artifacts / EXPERIMENT).resolve().as_uri() if local else None
-            return client, str(client.create_experiment(EXPERIMENT, artifact_location=where))
+            # Without this tag the UI opens its pages for language models.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            return client, str(client.create_experiment(EXPERIMENT, artifact_location=where, tags=tags))
         except MlflowException as error:
             raise SpecError(f"MLflow store {self.uri}: {str(error).splitlines()[0]}") from None
 
@@ -144,7 +149,7 @@ class SweepTracker:
             best = {f"best/{name}": value for name, value in _headline(ranked[0]).items()}
             self._tracker.metrics(self._parent, best | {"trials": float(len(trials))}, 0)
             self._tracker.tag(self._parent, {"best_trial": f"{ranked[0].number:04d}"})
-        done = all(trial.state != "running" for trial in trials.values()) and len(trials) >= ledger.space.trials
+        done = all(trial.state != "running" for trial in trials.values()) and len(trials) >= ledger.space.total
         self._tracker.close(self._parent, "FINISHED" if done else "KILLED")
 
     def _open(self, trial: Trial) -> str:

@@ -1,75 +1,73 @@
-"""What several tests share: one thread, a small network with known weights, stored noise."""
+"""What the tests share: a small network, a batch of digits, one Ray cluster for the session."""
 
-from dataclasses import dataclass
-from functools import cache
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
+from oracle import Oracle
 from torch import nn
 
-DATA = Path(__file__).parent / "data" / "losses"
+from raysweep.data import Data, DataSpec, load
+from raysweep.rng import Rng
+from raysweep.training.config import RunConfig, run_config
+
+# Small enough for one epoch in a fraction of a second, through the same code as the real thing.
+TINY: dict[str, Any] = {
+    "epochs": 2,
+    "data.train_size": 64,
+    "data.val_size": 50,
+    "batch_size": 32,
+    "*.attacks.*.steps": 2,
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread():
+def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-class OracleNet(nn.Module):
-    """The network that the stored numbers were computed with; logits (N, 10) of (N, 3, 32, 32)."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
-        self.conv2, self.bn2 = nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
-        self.linear = nn.Linear(256, 10)
-
-    def forward(self, x):
-        x = torch.relu(self.bn1(self.conv1(x)))
-        x = torch.relu(self.bn2(self.conv2(x)))
-        return self.linear(nn.functional.avg_pool2d(x, 2).flatten(1))
-
-
-@cache
-def stored(name):
-    """The arrays of tests/data/losses/NAME.npz."""
-    with np.load(DATA / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Stands for an `Rng`: the draws are the stored ones, whatever the stream; `cw` has a normal draw of its own."""
-
-    normals: str = "gauss_noise_1"
-    uniforms: torch.Tensor | None = None
-
-    def stream(self, *names):
-        return Noise("gauss_noise_2" if names[-1] == "cw" else "gauss_noise_1", self.uniforms)
-
-    def symmetric(self, shape, dtype):
-        if self.uniforms is not None:
-            return self.uniforms.to(dtype) * 2 - 1
-        return stored("inputs")["uniform_noise"].to(dtype) / 0.031
-
-    def normal(self, shape, dtype):
-        return stored("inputs")[self.normals].to(dtype)
-
-
-class Oracle:
-    """Network, images, labels and noise in float64."""
-
-    def __init__(self):
-        inputs = stored("inputs")
-        self.x, self.y = inputs["x"].double(), inputs["y"]
-        self.noise = Noise()
-        self.model = OracleNet()
-        self.model.load_state_dict({k[6:]: v for k, v in inputs.items() if k.startswith("param.")})
-        self.model.double().train()
+@pytest.fixture(scope="session")
+def digits() -> Data:
+    return load(DataSpec(name="digits", val_size=50, train_size=64))
 
 
 @pytest.fixture
-def oracle():
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10)).eval()
+
+
+@pytest.fixture
+def batch(digits: Data) -> tuple[torch.Tensor, torch.Tensor, Rng]:
+    rows = slice(0, 32)
+    return digits.train.images(rows), digits.train.y[rows], Rng.for_examples(digits.train.index[rows], 0)
+
+
+@pytest.fixture
+def oracle() -> Oracle:
     return Oracle()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    from raysweep.sweep.cluster import connected
+
+    with connected(cpus=2):
+        yield
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+def tiny(method: str, **changes: Any) -> RunConfig:
+    """A config that trains in about a second; `__` in a name stands for a dot."""
+    return run_config(method, TINY, {key.replace("__", "."): value for key, value in changes.items()})

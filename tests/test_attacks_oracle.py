@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Noise, stored
+from oracle import Noise, stored
 
 from raysweep.attacks import PGD, Minimal, frozen, margin
 from raysweep.rng import Rng

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import stored
+from oracle import stored
 from torch.nn.functional import cross_entropy
 
 from raysweep import losses
@@ -152,7 +152,7 @@ def lrat_loss(data, key, method):
 
     attacks = {name: Table(loss=attack.loss) for name, attack in method.attacks.items()}
     method = method.model_copy(update={"attacks": attacks})
-    from conftest import Noise
+    from oracle import Noise
 
     return method(model, images("nat"), y, Noise())
 

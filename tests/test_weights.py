@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import stored
 from pydantic import TypeAdapter
 
 from raysweep.attacks import vulnerability

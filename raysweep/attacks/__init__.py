@@ -1,13 +1,48 @@
-"""Attacks. A new one is a file here and a line in `AnyAttack`."""
+"""Attacks. A new one is a file here and a line in `AnyAttack`, and in `SingleAttack` if cascades may have it."""
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Discriminator, Tag
 
-from raysweep.attacks.base import Adversarial, Attack, frozen, margin, vulnerability
+from raysweep.attacks.apgd import APGD
+from raysweep.attacks.autoattack import PRESETS, Version, autoattack, custom, preset
+from raysweep.attacks.base import Adversarial, Attack, Norm, frozen, margin, vulnerability
+from raysweep.attacks.fab import FAB
 from raysweep.attacks.minimal import Minimal
 from raysweep.attacks.pgd import PGD
+from raysweep.attacks.square import Square
+from raysweep.attacks.worst_case import Cascade, SingleAttack, WorstCase, kind_of, restarts
 
-AnyAttack = Annotated[PGD | Minimal, Field(discriminator="kind")]
+AnyAttack = Annotated[
+    Annotated[PGD, Tag("pgd")]
+    | Annotated[Minimal, Tag("minimal")]
+    | Annotated[APGD, Tag("apgd")]
+    | Annotated[FAB, Tag("fab")]
+    | Annotated[Square, Tag("square")]
+    | Annotated[WorstCase, Tag("worst_case")],
+    Discriminator(kind_of),
+]
 
-__all__ = ["PGD", "Adversarial", "AnyAttack", "Attack", "Minimal", "frozen", "margin", "vulnerability"]
+__all__ = [
+    "APGD",
+    "FAB",
+    "PGD",
+    "PRESETS",
+    "Adversarial",
+    "AnyAttack",
+    "Attack",
+    "Cascade",
+    "Minimal",
+    "Norm",
+    "SingleAttack",
+    "Square",
+    "Version",
+    "WorstCase",
+    "autoattack",
+    "custom",
+    "frozen",
+    "margin",
+    "preset",
+    "restarts",
+    "vulnerability",
+]

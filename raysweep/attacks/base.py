@@ -56,6 +56,11 @@ def frozen(model: nn.Module, mode: Literal["eval", "train"] = "eval") -> Iterato
             module.training = training
 
 
+def cheap_to_look(x: Tensor) -> bool:
+    """Whether reading a value of x does not make the host wait for a device."""
+    return x.device.type == "cpu"
+
+
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """z_y - max_{i != y} z_i, (N,): positive where the row is classified correctly."""
     true = logits.gather(1, y[:, None])[:, 0]

@@ -47,7 +47,7 @@ def _sweep(args: Namespace, ledger: Ledger) -> int:
     running = [trial for trial in trials if trial.state == "running"]
     console = Console()
     console.print(
-        f"{ledger.name}: {len(trials) - len(running)} of {ledger.space.trials} trials ended, {len(running)} not"
+        f"{ledger.name}: {len(trials) - len(running)} of {ledger.space.total} trials ended, {len(running)} not"
     )
     ranked = ledger.ranked()
     rest = [trial for trial in trials if trial.number not in {t.number for t in ranked}]

@@ -36,7 +36,11 @@ def run(args: Namespace) -> int:
     console = Console(stderr=True)
     listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(console)]
     resources = Resources(args.cpus_per_trial, _gpus(args))
-    run_sweep(ledger, listeners, resources, args.address)
+    try:
+        run_sweep(ledger, listeners, resources, args.address)
+    except SpecError:
+        ledger.discard()
+        raise
     return _report(args, ledger, tracker)
 
 
@@ -89,7 +93,7 @@ def _report(args: Namespace, ledger: Ledger, tracker: Tracker) -> int:
         print(f"\nbest checkpoint\n  {ledger.checkpoint(ranked[0])}")
         out = "" if args.out == Path() else f" --out {args.out}"
         print(f"next\n  raysweep show {ledger.name}{out}\n  {ui_command(tracker.uri)}")
-    if len(ended) < ledger.space.trials and not _exhausted(ledger):
+    if len(ended) < ledger.space.total:
         out = "" if args.out == Path() else f" --out {args.out}"
         print(
             f"raysweep: interrupted; go on with\n  raysweep tune {args.method} --resume {ledger.name}{out}",
@@ -101,7 +105,3 @@ def _report(args: Namespace, ledger: Ledger, tracker: Tracker) -> int:
         print(f"raysweep: every trial failed; the first: {failed[0].reason}", file=sys.stderr)
         return 1
     return 0
-
-
-def _exhausted(ledger: Ledger) -> bool:
-    return ledger.space.sampler.kind == "grid" and all(t.state != "running" for t in ledger.trials())

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,8 @@ def connected(address: str | None = None, cpus: int | None = None) -> Iterator[d
 
     Raises SpecError in one line if there is no cluster at that address.
     """
+    if address is not None and address != "auto":
+        _reach(address)
     if ray.is_initialized():
         yield ray.cluster_resources()
         return
@@ -32,3 +35,14 @@ def connected(address: str | None = None, cpus: int | None = None) -> Iterator[d
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Fail at once where Ray would retry for a long time."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except ValueError:
+        raise SpecError(f"--address {address!r}: expected auto or host:port, for example 10.0.0.1:6379") from None
+    except OSError as error:
+        raise SpecError(f"no Ray cluster at --address {address}: {error.strerror or error}") from None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +75,11 @@ class Ledger:
             known = sorted(p.parent.name for p in path.parent.glob("*/sweep.json"))
             raise SpecError(f"no sweep in {path}; there {'is ' + ', '.join(known) if known else 'is none'}") from None
         return cls(path, SearchSpace.load(data["space"], str(path / "sweep.json")), data["key"])
+
+    def discard(self) -> None:
+        """Take back a sweep that was refused before its first trial."""
+        if not self.trials():
+            shutil.rmtree(self.path)
 
     def extend(self, space: SearchSpace) -> None:
         """Take over a space that differs in the number of trials only."""

@@ -23,7 +23,7 @@ def plan(space: SearchSpace, data: Data, args: Namespace) -> int:
     if args.json:
         facts = {
             "method": config.method.name,
-            "trials": space.trials,
+            "trials": space.total,
             "epochs_per_trial": config.epochs,
             "epochs_expected": epochs,
             "searched": searched,
@@ -36,8 +36,8 @@ def plan(space: SearchSpace, data: Data, args: Namespace) -> int:
         }
         print(json.dumps(facts, indent=1))
         return 0
-    name, most = config.method.name, space.trials * config.epochs
-    print(f"{space.trials} trials of {name} on {config.data.name}, {config.epochs} epochs each, {config.model.name}")
+    name, most = config.method.name, space.total * config.epochs
+    print(f"{space.total} trials of {name} on {config.data.name}, {config.epochs} epochs each, {config.model.name}")
     for path, distribution in searched.items():
         print(f"  {path}: {distribution}")
     print(f"{len(data.train)} training and {len(data.val)} validation examples")
@@ -71,8 +71,8 @@ def epoch_seconds(config: RunConfig, data: Data, steps: int = 2) -> float:
 def expected_epochs(space: SearchSpace, epochs: int) -> int:
     """Epochs that all trials train together if ASHA lets 1/factor pass at each rung."""
     if space.scheduler.kind == "none":
-        return space.trials * epochs
-    total, going, begun, rung = 0.0, float(space.trials), 0, space.scheduler.grace
+        return space.total * epochs
+    total, going, begun, rung = 0.0, float(space.total), 0, space.scheduler.grace
     while rung < epochs:
         total += going * (rung - begun)
         going, begun, rung = going / space.scheduler.factor, rung, rung * space.scheduler.factor

@@ -23,7 +23,7 @@ class StudySearch(Searcher):
         self._ledger = ledger
         space = ledger.space
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._study = optuna.create_study(direction="maximize", sampler=space.sampler.build(space.space))
+        self._study = optuna.create_study(direction="maximize", sampler=space.sampler.build())
         self._asked: dict[str, optuna.Trial | Trial] = {}
         self._scores: dict[str, float] = {}
         past = ledger.trials()
@@ -32,9 +32,10 @@ class StudySearch(Searcher):
         for trial in past:
             if trial.state != "running":
                 self._remember(trial)
-        if not past:
-            for point in space.start:
-                self._study.enqueue_trial(point)
+        tried = [trial.settings for trial in past]
+        for point in space.queue:
+            if point not in tried:
+                self._study.enqueue_trial(space.params(point))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self._unfinished:
@@ -42,9 +43,7 @@ class StudySearch(Searcher):
             self._asked[trial_id] = trial
             self.on_trial_result(trial_id, trial.best)
             return {"number": trial.number, "settings": trial.settings}
-        if self._next >= self._ledger.space.trials:
-            return Searcher.FINISHED  # type: ignore[no-any-return]
-        if self._ledger.space.sampler.kind == "grid" and self._study.sampler.is_exhausted(self._study):
+        if self._next >= self._ledger.space.total:
             return Searcher.FINISHED  # type: ignore[no-any-return]
         asked = self._study.ask()
         self._asked[trial_id] = asked
@@ -81,7 +80,7 @@ class StudySearch(Searcher):
         frozen = optuna.trial.create_trial(
             state=optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE,
             value=None if failed else trial.score(space.metric),
-            params={path: trial.settings[path] for path in known},
+            params=space.params(trial.settings),
             distributions={path: distribution.optuna() for path, distribution in known.items()},
         )
         self._study.add_trial(frozen)

@@ -1,6 +1,9 @@
 """Search spaces: YAML that names the settings to search, their distributions, and everything that stays fixed."""
 
+import itertools
 from collections.abc import Mapping
+from contextlib import suppress
+from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -8,7 +11,6 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import Field, model_validator
 
-from raysweep.evaluation.validation import METRICS
 from raysweep.schedules import Number
 from raysweep.spec import Json, Spec, SpecError, digest, read_yaml, shipped, unknown_name
 from raysweep.training.config import RunConfig, run_config
@@ -53,6 +55,13 @@ class Distribution(Spec):
         """The values that bound the rest: both ends of a range, every choice."""
         return list(self.categorical or self.float or self.int or ())
 
+    def holds(self, value: Any) -> bool:
+        """Whether the search could ever propose `value`."""
+        if self.categorical is not None:
+            return value in self.categorical
+        low, high = self.ends()
+        return isinstance(value, Real) and low <= value <= high
+
     def optuna(self) -> BaseDistribution:
         if self.categorical is not None:
             return CategoricalDistribution([_scalar(c) for c in self.categorical])
@@ -69,18 +78,19 @@ class Distribution(Spec):
 
 
 class Sampler(Spec):
-    """Optuna's sampler. startup: random trials before TPE models the results."""
+    """How settings are proposed: by Optuna, or every point of a grid once.
+
+    startup: random trials before TPE models the results.
+    """
 
     kind: Literal["tpe", "random", "grid"] = "tpe"
     seed: int = 0
     startup: Annotated[int, Field(ge=1)] = 8
 
-    def build(self, distributions: Mapping[str, Distribution]) -> optuna.samplers.BaseSampler:
-        if self.kind == "random":
+    def build(self) -> optuna.samplers.BaseSampler:
+        """A grid needs no sampler: its points are queued."""
+        if self.kind in ("random", "grid"):
             return optuna.samplers.RandomSampler(seed=self.seed)
-        if self.kind == "grid":
-            grid = {path: [_scalar(c) for c in d.categorical or ()] for path, d in distributions.items()}
-            return optuna.samplers.GridSampler(grid, seed=self.seed)
         return optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=self.startup)
 
 
@@ -104,28 +114,63 @@ class SearchSpace(Spec):
     space: Annotated[dict[str, Distribution], Field(min_length=1)]
     start: tuple[dict[str, Any], ...] = ()
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        problems = [
-            f"start.{i}: {unknown_name('searched setting', path, list(self.space))}"
-            for i, point in enumerate(self.start)
-            for path in point
-            if path not in self.space
-        ]
-        for path, distribution in self.space.items():
-            for other in distribution.when:
-                if other not in list(self.space)[: list(self.space).index(path)]:
-                    problems.append(f"space.{path}.when: {other!r} is not a searched setting before it")
-        if self.sampler.kind == "grid":
-            ranges = [path for path, d in self.space.items() if d.categorical is None]
-            problems += [f"space.{path}: a grid needs `categorical: [...]`" for path in ranges]
-        if problems:
-            raise SpecError(problems)
-        return self
+    @property
+    def total(self) -> int:
+        """Trials that the sweep has when it is done."""
+        return min(self.trials, len(self.queue)) if self.sampler.kind == "grid" else self.trials
+
+    @property
+    def queue(self) -> list[Settings]:
+        """Points to try before the sampler has a say: the starting points, or the whole grid."""
+        if self.sampler.kind != "grid":
+            return list(self.start)
+        choices = [d.categorical or () for d in self.space.values()]
+        return [dict(zip(self.space, point, strict=True)) for point in itertools.product(*choices)]
+
+    def params(self, settings: Settings) -> dict[str, Choice]:
+        """Searched settings in the form that Optuna stores."""
+        return {path: _scalar(value) for path, value in settings.items() if path in self.space}
 
     def config(self, settings: Mapping[str, Any]) -> RunConfig:
         """The run that a trial with these settings is."""
         return run_config(self.method, self.base, settings)
+
+    def problems(self) -> list[str]:
+        """What is wrong with settings, ranges, conditions and starting points: one line each.
+
+        Each end of each range, each choice and each starting point is validated as a run's setting.
+        """
+        try:
+            self.config({})
+        except SpecError as error:
+            return error.problems
+        lines: list[str] = []
+        for position, (path, distribution) in enumerate(self.space.items()):
+            where = f"space.{path}"
+            for other in distribution.when:
+                if other not in list(self.space)[:position]:
+                    lines.append(f"{where}.when: {other!r} is not a searched setting before it")
+            if self.sampler.kind == "grid" and distribution.categorical is None:
+                lines.append(f"{where}: a grid needs `categorical: [...]`")
+            for value in distribution.ends():
+                lines += self._invalid({**distribution.when, path: value}, where)
+        for position, point in enumerate(self.start):
+            for path, value in point.items():
+                where = f"start.{position}.{path}"
+                if path not in self.space:
+                    lines.append(f"{where}: {unknown_name('searched setting', path, list(self.space))}")
+                elif not self.space[path].holds(value):
+                    lines.append(f"{where} = {value!r}: outside the searched {self.space[path].ends()}")
+                else:
+                    lines += self._invalid({path: value}, where)
+        return list(dict.fromkeys(lines))
+
+    def _invalid(self, settings: Settings, where: str) -> list[str]:
+        try:
+            self.config(settings)
+        except SpecError as error:
+            return [f"{where}: {line}" for line in error.problems]
+        return []
 
     def suggest(self, trial: optuna.Trial) -> Settings:
         """Values for every searched setting whose condition holds, in the order of the file."""
@@ -140,7 +185,7 @@ class SearchSpace(Spec):
         space = {path: d for path, d in self.space.items() if path not in changes}
         if not space:
             raise SpecError("nothing is left to search: every searched setting is fixed by --set; use `raysweep train`")
-        start = [{path: v for path, v in point.items() if path in space} for point in self.start]
+        start = [{path: v for path, v in point.items() if path not in changes} for point in self.start]
         data = self.json_dict() | {
             "base": {**self.base, **changes},
             "space": {p: d.json_dict() for p, d in space.items()},
@@ -149,34 +194,36 @@ class SearchSpace(Spec):
 
 
 def load_space(name: str, changes: Mapping[str, Any], source: Path | None = None) -> SearchSpace:
-    """A space by method name or from a file, with `--set` applied, checked as far as can be before anything runs.
-
-    Each end of each range, each choice and each starting point is validated against the method. Raises SpecError with
-    every problem found.
-    """
+    """A space by method name or from a file, with `--set` applied. Raises SpecError with all problems at once."""
     if source is None:
         source = shipped("search_spaces") / f"{name}.yaml"
         if not source.is_file():
             raise SpecError(unknown_name("search space", name, spaces()))
-    space = SearchSpace.load(read_yaml(source), str(source))
-    if source.parent != shipped("search_spaces") and isinstance(space.method, str) and space.method != name:
+    data = read_yaml(source)
+    try:
+        space = SearchSpace.load(data, str(source))
+    except SpecError as error:
+        raise SpecError(list(dict.fromkeys([*error.problems, *_problems_of_the_rest(data, source)]))) from None
+    if name and isinstance(space.method, str) and space.method != name:
         raise SpecError(f"{source} is a space for method {space.method!r}, not for {name!r}")
     space = space.fixed(changes)
-    problems: list[str] = []
-    try:
-        space.config({})
-    except SpecError as error:
-        raise SpecError(error.problems) from None
-    for path, distribution in space.space.items():
-        for value in distribution.ends():
-            problems += _invalid(space, {**distribution.when, path: value}, f"{source}: space.{path}")
-    for position, point in enumerate(space.start):
-        problems += _invalid(space, point, f"{source}: start.{position}")
-    if space.metric not in METRICS and space.metric not in space.config({}).validation.attacks:
-        problems.append(unknown_name("metric", space.metric, METRICS))
-    if problems:
-        raise SpecError(list(dict.fromkeys(problems)))
+    if problems := space.problems():
+        raise SpecError(problems if changes else [f"{source}: {line}" for line in problems])
     return space
+
+
+def _problems_of_the_rest(data: Json, source: Path) -> list[str]:
+    """A file that does not validate may be wrong in more ways: check the distributions that are sound by themselves."""
+    entries = data.get("space")
+    sound: Json = {}
+    for path, entry in entries.items() if isinstance(entries, dict) else ():
+        with suppress(SpecError):
+            sound[path] = Distribution.load(entry)
+    kept = {key: data[key] for key in ("method", "base") if key in data}
+    try:
+        return [f"{source}: {line}" for line in SearchSpace.load({**kept, "space": sound}).problems()]
+    except SpecError:
+        return []
 
 
 def spaces() -> list[str]:
@@ -200,14 +247,6 @@ def identity(space: SearchSpace) -> str:
     data: Json = space.json_dict()
     del data["trials"]
     return digest(data)
-
-
-def _invalid(space: SearchSpace, settings: Settings, where: str) -> list[str]:
-    try:
-        space.config(settings)
-    except SpecError as error:
-        return [f"{where}: {line}" for line in error.problems]
-    return []
 
 
 def _scalar(choice: Any) -> Choice:

@@ -70,8 +70,8 @@ def run_sweep(
             listener.started(ledger, concurrent)
         done = sum(trial.state != "running" for trial in ledger.trials())
         try:
-            if done < space.trials:
-                _tuner(ledger, config, listeners, resources, concurrent, space.trials - done).fit()
+            if done < space.total:
+                _tuner(ledger, config, listeners, resources, concurrent, space.total - done).fit()
         finally:
             for listener in listeners:
                 listener.ended(ledger)

@@ -1,0 +1,242 @@
+"""AutoAttack measured: the verdict, the passes it prescribes and those it did, and time against passes x unit cost.
+
+    python benchmarks/autoattack.py digits --norm Linf              # the robust digits network of the tests
+    python benchmarks/autoattack.py digits --processes 1 2          # time against the number of processes
+    python benchmarks/autoattack.py digits --torchattacks           # interleaved with torchattacks 3.5.1, if installed
+    python benchmarks/autoattack.py mnist --data DATA               # 10,000 MNIST images against an exact bound
+    python benchmarks/autoattack.py hard --data DATA                # MNIST images on which gradient attacks fail
+
+DATA holds `mnist/` (the four idx .gz files) and `models/` (published networks with `archs.py`). One thread a process.
+"""
+
+import argparse
+import gzip
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from raysweep.attacks import APGD, FAB, PGD, Square, WorstCase, autoattack  # noqa: E402
+from raysweep.evaluation import Processes, RobustnessReport, evaluate  # noqa: E402
+from raysweep.evaluation.copies import attack_copy  # noqa: E402
+
+# cpu seconds of the official package, one thread, on the machine that recorded tests/data/aa.
+OFFICIAL_CPU_S = {
+    "Linf": {"apgd-ce": 3.24, "apgd-t": 10.53, "fab-t": 18.54, "square": 17.92},
+    "L2": {"apgd-ce": 2.96, "apgd-t": 11.62, "fab-t": 20.17, "square": 25.42},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["digits", "mnist", "hard"])
+    parser.add_argument("--norm", choices=["Linf", "L2"], default="Linf")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--processes", type=int, nargs="+", default=[0], help="0: in this process")
+    parser.add_argument("--examples", type=int, nargs="+", default=[0], help="0: all")
+    parser.add_argument("--torchattacks", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    {"digits": digits_benchmark, "mnist": mnist_benchmark, "hard": hard_benchmark}[args.what](args)
+
+
+def digits_benchmark(args: argparse.Namespace) -> None:
+    from robust_digits import OFFICIAL, digits, robust_digits
+
+    model, (x, y), eps = robust_digits(), digits(), {"Linf": 0.2, "L2": 0.7}[args.norm]
+    for seed in args.seeds:
+        for count in (c or len(x) for c in args.examples):
+            for processes in args.processes:
+                report, wall, cpu = timed(model, x[:count], y[:count], eps, args.norm, seed, processes)
+                print(f"\n{args.norm} eps {eps} seed {seed}, {count} examples, {processes or 'this'} process(es)")
+                for name, rows in report.robust_after.items():
+                    print(
+                        f"  {name:8} {rows.sum():4} robust, official {OFFICIAL[f'{args.norm}.{name}'][:count].sum():4}"
+                    )
+                official = sum(OFFICIAL_CPU_S[args.norm].values())
+                print(
+                    f"  wall {wall:.1f} s, cpu {cpu:.1f} s; official package cpu {official:.1f} s where it was recorded"
+                )
+                if not processes:
+                    print_passes(model, x[:count], report, cpu)
+        if args.torchattacks:
+            interleaved(model, x, y, eps, args.norm, seed)
+
+
+def timed(
+    model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str, seed: int, processes: int
+) -> tuple[RobustnessReport, float, float]:
+    """The report, and wall and cpu seconds of it (cpu of this process only)."""
+    if not processes:
+        wall, cpu = time.monotonic(), time.process_time()
+        report = evaluate(model, x, y, eps=eps, norm=norm, seed=seed)
+        return report, time.monotonic() - wall, time.process_time() - cpu
+    with Processes(processes) as pool:
+        evaluate(model, x[:8], y[:8], attack="pgd20", eps=eps, norm=norm, map=pool, shards=processes)  # start them
+        wall, cpu = time.monotonic(), time.process_time()
+        report = evaluate(model, x, y, eps=eps, norm=norm, seed=seed, map=pool, shards=2 * processes)
+        return report, time.monotonic() - wall, time.process_time() - cpu
+
+
+def print_passes(model: nn.Module, x: Tensor, report: RobustnessReport, cpu: float) -> None:
+    """Passes of 'standard' if nothing left the batch early, passes done, and cpu over passes x unit cost."""
+    forward, both = unit_costs(model, x)
+    prescribed = passes(report, done=False)
+    done = passes(report, done=True)
+    limit = done["forward"] * forward + done["forward+backward"] * both
+    for name, count in (("prescribed", prescribed), ("done", done)):
+        print(f"  passes {name}: {count['forward']:,} forward, {count['forward+backward']:,} forward+backward")
+    print(f"  unit cost: {1e6 * forward:.1f} us forward, {1e6 * both:.1f} us forward+backward (rows of a batch of 192)")
+    print(f"  cpu / (passes done x unit cost) = {cpu:.1f} / {limit:.1f} = {cpu / limit:.2f}")
+
+
+def passes(report: RobustnessReport, done: bool) -> Counter[str]:
+    """How often a row went through the model, from the report's counts (done) or from the settings (prescribed)."""
+    total: Counter[str] = Counter()
+    live = int(report.clean.sum())
+    for name, attack in autoattack(report.eps, report.norm).attacks.items():  # type: ignore[arg-type]
+        queries = report.cost[name].queries
+        if isinstance(attack, APGD):
+            runs = 9 if attack.loss == "dlr-targeted" else 1
+            total["forward+backward"] += queries if done else live * runs * (attack.steps + 1)
+        elif isinstance(attack, FAB):
+            total["forward+backward"] += queries // 2 if done else live * 9 * attack.steps
+            total["forward"] += queries // 2 if done else live * 9 * attack.steps
+        elif isinstance(attack, Square):
+            total["forward"] += queries if done else live * (attack.queries + 1)
+        live = int(report.robust_after[name].sum())
+    return total
+
+
+def unit_costs(model: nn.Module, x: Tensor, rows: int = 192) -> tuple[float, float]:
+    """Least seconds a row of forward, and of forward and backward to the input, of the copy that attacks run on."""
+    copied, batch = attack_copy(model, x[:32]), x[:rows]
+
+    def forward() -> None:
+        with torch.inference_mode():
+            copied(batch)
+
+    def both() -> None:
+        point = batch.detach().requires_grad_()
+        torch.autograd.grad(copied(point).sum(), point)
+
+    costs = []
+    for run in (forward, both):
+        best = float("inf")
+        for _ in range(15):
+            began = time.process_time()
+            for _ in range(10):
+                run()
+            best = min(best, (time.process_time() - began) / (10 * len(batch)))
+        costs.append(best)
+    return costs[0], costs[1]
+
+
+def interleaved(model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str, seed: int) -> None:
+    """Ours and torchattacks' with the official 100 steps, attack by attack in turn."""
+    try:
+        from torchattacks.attacks.apgd import APGD as TheirAPGD
+        from torchattacks.attacks.apgdt import APGDT as TheirAPGDT
+        from torchattacks.attacks.fab import FAB as TheirFAB
+        from torchattacks.attacks.square import Square as TheirSquare
+    except ImportError as error:
+        print(f"  torchattacks cannot be imported: {error}")
+        return
+    frozen = {"eps": eps, "norm": norm, "seed": seed}
+    theirs = {
+        "apgd-ce": TheirAPGD(model, steps=100, **frozen),
+        "apgd-t": TheirAPGDT(model, steps=100, n_classes=10, **frozen),
+        "fab-t": TheirFAB(model, steps=100, n_classes=10, multi_targeted=True, **frozen),
+        "square": TheirSquare(model, n_queries=5000, **frozen),
+    }
+    live, total = {"ours": (model(x).argmax(1) == y).numpy(), "theirs": (model(x).argmax(1) == y).numpy()}, Counter()
+    for name, attack in autoattack(eps, norm).attacks.items():  # type: ignore[arg-type]
+        rows = np.flatnonzero(live["ours"])
+        began = time.process_time()
+        report = evaluate(model, x[rows], y[rows], attack=WorstCase(attacks={name: attack}), seed=seed, index=rows)
+        spent = {"ours": time.process_time() - began}
+        live["ours"][rows] = report.robust
+        rows = np.flatnonzero(live["theirs"])
+        began = time.process_time()
+        x_adv = theirs[name](x[rows], y[rows])
+        spent["theirs"] = time.process_time() - began
+        live["theirs"][rows] = (model(x_adv).argmax(1) == y[rows]).numpy()
+        total.update(spent)
+        print(
+            f"  {name:8}", "; ".join(f"{who} {spent[who]:.1f} s, {live[who].sum()} robust" for who in spent), flush=True
+        )
+    ratio = total["theirs"] / total["ours"]
+    print(f"  cpu: torchattacks {total['theirs']:.1f} s / ours {total['ours']:.1f} s = {ratio:.2f}")
+
+
+def mnist_benchmark(args: argparse.Namespace) -> None:
+    """WK17a at eps 0.1: mixed-integer programming proves 438 errors on 10,000 images; no attack can find more."""
+    archs, (x, y) = published(args.data), mnist(args.data)
+    with Processes(max(args.processes)) if max(args.processes) else InThisProcess() as pool:
+        for seed in args.seeds:
+            began = time.monotonic()
+            report = evaluate(archs.load("wk17a_mipverify"), x, y, eps=0.1, seed=seed, map=pool)
+            errors = {name: int((~rows).sum()) for name, rows in report.robust_after.items()}
+            print(
+                f"wk17a_mipverify eps 0.1 seed {seed}: errors {int((~report.clean).sum())} clean, {json.dumps(errors)}"
+            )
+            print(
+                f"  {int((~report.robust).sum())} of at most 438; official 433; {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
+
+
+def hard_benchmark(args: argparse.Namespace) -> None:
+    """Proven adversarial examples exist for every image of the lists; plain PGD finds none."""
+    archs, (x, y) = published(args.data), mnist(args.data)
+    for name, file in (
+        ("sdp_mnist_cnn_a_adv", "mnist_cnn_a_adv"),
+        ("babattack_mnist_madry_tiny", "mnist_MadryCNN_no_maxpool_tiny"),
+    ):
+        lines = (
+            (args.data / "models" / "hard_idx" / f"{file}__mip_unsafe_idx.txt").read_text().replace(",", " ").split()
+        )
+        rows = torch.tensor([int(line) for line in lines])
+        plain = WorstCase(attacks={"pgd": PGD(eps=0.3, steps=100, step_size=0.01)})
+        for attack in (plain, autoattack(0.3), autoattack(0.3, version="plus")):
+            for seed in args.seeds:
+                report = evaluate(archs.load(name), x[rows], y[rows], attack=attack, seed=seed, index=rows)
+                fallen = Counter(report.broken_by.tolist())
+                print(f"{name}: {len(rows) - fallen['']} of {len(rows)} fall: {dict(fallen)} (seed {seed})", flush=True)
+
+
+class InThisProcess:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
+def mnist(data: Path) -> tuple[Tensor, Tensor]:
+    """The 10,000 test images, uint8 (N, 1, 28, 28), and labels."""
+    read = [
+        np.frombuffer(gzip.decompress((data / "mnist" / name).read_bytes()), np.uint8, offset=offset)
+        for name, offset in (("t10k-images-idx3-ubyte.gz", 16), ("t10k-labels-idx1-ubyte.gz", 8))
+    ]
+    return torch.tensor(read[0]).view(-1, 1, 28, 28), torch.tensor(read[1]).long()
+
+
+def published(data: Path):
+    sys.path.insert(0, str(data / "models"))
+    import archs
+
+    return archs
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Reasons to doubt a robustness evaluation, told before and after the attacks run."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raysweep.attacks import APGD, FAB, PGD, SingleAttack, frozen, margin
+from raysweep.rng import Rng
+from raysweep.spec import SpecError
+
+Ints = npt.NDArray[np.int64]
+# Forwards of the same batch that must agree, and by how much relative to the largest logit (as the official package).
+REPEATS, REPEAT_TOLERANCE = 5, 1e-5
+# Share of examples that Square may break after the white-box attacks before they are doubted (official).
+SQUARE_DROP = 0.002
+
+
+@dataclass(frozen=True)
+class Nature:
+    """What a few passes say of a model: warnings, and what decides which attacks make sense."""
+
+    classes: int
+    random: bool
+    differentiable: bool
+    warnings: tuple[str, ...]
+
+
+def examine(model: nn.Module, x: Tensor, y: Tensor, rng: Rng, eps: float, gradients: bool) -> Nature:
+    """Look at a model on some examples, before any attack. Raises SpecError where no attack can be run at all."""
+    with frozen(model):
+        with torch.no_grad():
+            runs = [model(x) for _ in range(REPEATS)]
+        logits = runs[0]
+        if logits.dim() != 2 or logits.shape[1] < 2:
+            raise SpecError(f"the model must return (N, 2 or more) logits, it returned {tuple(logits.shape)}")
+        if not torch.isfinite(logits).all():
+            raise SpecError("the model returns logits that are not finite: no attack can be run on it")
+        scale = logits.abs().max().clamp_min(1e-12)
+        random = any(bool((run - logits).abs().max() > REPEAT_TOLERANCE * scale) for run in runs[1:])
+        warnings = []
+        if random:
+            warnings.append("the model answers differently each time: use version 'rand' for a randomised defence")
+        if logits.min() >= 0 and logits.max() <= 1 and ((logits.sum(1) - 1).abs() <= 1e-5).all():
+            warnings.append("the outputs are probabilities: give the logits, or losses lose their gradient")
+        if len(x) > 1 and bool((logits - logits[:1]).abs().max() <= 1e-6 * scale):
+            warnings.append("the model returns the same logits for every example: it is constant")
+        differentiable = True
+        if gradients:
+            differentiable, silent = _silent_gradients(model, x, y, rng, eps)
+            if not differentiable:
+                warnings.append("the model has no gradient with respect to its input: only Square can be run")
+            for loss, count in silent.items():
+                if count:
+                    reason = "its gradient is masked" if silent["margin"] else "its softmax saturates"
+                    warnings.append(
+                        f"{count} of {len(x)} examples looked at have zero {loss} gradient ({reason}): "
+                        f"attacks on the {loss} loss are unreliable"
+                    )
+    return Nature(logits.shape[1], random, differentiable, tuple(warnings))
+
+
+def suited(attack: SingleAttack, nature: Nature) -> tuple[SingleAttack | None, str | None]:
+    """The attack that this model allows in place of `attack` (None: leave it out), and what to tell the user."""
+    if not nature.differentiable and isinstance(attack, PGD | APGD | FAB):
+        return None, "left out: it needs a gradient"
+    if isinstance(attack, APGD):
+        needed = {"dlr": 3, "dlr-targeted": 4}.get(attack.loss, 2)
+        if nature.classes < needed:
+            told = f"the {attack.loss} loss needs {needed} logits, the model has {nature.classes}: run with the cw loss"
+            return attack.model_copy(update={"loss": "cw"}), told
+    return attack, None
+
+
+def collapsed(predicted: Ints, labels: Ints) -> str | None:
+    """One line if every example gets the same class."""
+    classes = set(predicted.tolist())
+    if len(predicted) > 1 and len(classes) == 1 and len(set(labels.tolist())) > 1:
+        return f"the model predicts class {classes.pop()} for every example: it has collapsed"
+    return None
+
+
+def square_beats_gradients(before: float, after: float) -> str | None:
+    """One line if a black-box attack broke what the white-box attacks before it left."""
+    if before - after > SQUARE_DROP:
+        return (
+            f"Square lowered robust accuracy by {100 * (before - after):.2f} points after the white-box attacks: "
+            "gradients are masked, and the true robust accuracy may be lower; run an adaptive attack"
+        )
+    return None
+
+
+def _silent_gradients(model: nn.Module, x: Tensor, y: Tensor, rng: Rng, eps: float) -> tuple[bool, dict[str, int]]:
+    """Whether there is a gradient, and for each loss how many correctly classified rows have none near x."""
+    point = (x + eps * rng.symmetric(tuple(x.shape[1:]), x.dtype)).clamp(0, 1).requires_grad_()
+    with torch.enable_grad():
+        logits = model(point)
+        if not logits.requires_grad:
+            return False, {}
+        right = logits.detach().argmax(1) == y
+        (ce,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), point, retain_graph=True)
+        (cw,) = torch.autograd.grad(margin(logits, y).sum(), point)
+    zero = {name: (grad.flatten(1) == 0).all(1) & right for name, grad in (("CE", ce), ("margin", cw))}
+    return True, {name: int(rows.sum()) for name, rows in zero.items()}

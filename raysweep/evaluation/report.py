@@ -1,0 +1,189 @@
+"""What an evaluation found: accuracies with intervals, per attack, per class and per example."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one attack took: rows it saw, forward passes over them, seconds of wall time (0 where it was resumed)."""
+
+    rows: int
+    queries: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RobustnessReport:
+    """Arrays have a row for each example in the order given; `robust_after` maps each attack to the rows still right.
+
+    broken_by: the attack that broke the row, `clean` if none was needed, "" if it held out. margin_after and norm: at
+    the adversarial example, or else at the worst point found. x_adv: adversarial examples, x where there is none.
+    """
+
+    attack: Mapping[str, Any]
+    eps: float
+    norm: str
+    seed: int
+    index: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    predicted: npt.NDArray[np.int64]
+    robust_after: Mapping[str, Bools]
+    broken_by: npt.NDArray[np.str_]
+    margin_before: npt.NDArray[np.float32]
+    margin_after: npt.NDArray[np.float32]
+    perturbation: npt.NDArray[np.float32]
+    queries: npt.NDArray[np.int64]
+    cost: Mapping[str, Cost]
+    warnings: tuple[str, ...] = ()
+    masking_gap: float | None = None
+    x_adv: npt.NDArray[np.float32] | None = None
+
+    @property
+    def clean(self) -> Bools:
+        clean: Bools = self.predicted == self.labels
+        return clean
+
+    @property
+    def robust(self) -> Bools:
+        robust: Bools = self.broken_by == ""
+        return robust
+
+    @property
+    def clean_accuracy(self) -> float:
+        return float(self.clean.mean())
+
+    @property
+    def robust_accuracy(self) -> float:
+        return float(self.robust.mean())
+
+    @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95% intervals of clean and robust accuracy and of the accuracy after each attack."""
+        flags = {"clean": self.clean, **self.robust_after, "robust": self.robust}
+        return {name: wilson(int(rows.sum()), len(rows)) for name, rows in flags.items()}
+
+    def per_class(self) -> dict[int, dict[str, float]]:
+        """Class -> number of examples, clean and robust accuracy."""
+        return {
+            int(label): {
+                "count": int((rows := self.labels == label).sum()),
+                "clean_accuracy": float(self.clean[rows].mean()),
+                "robust_accuracy": float(self.robust[rows].mean()),
+            }
+            for label in np.unique(self.labels)
+        }
+
+    def card(self, **about: object) -> dict[str, object]:
+        """The model's entry in RobustBench's field names; `about` fills in name, authors, link, dataset, ..."""
+        return {
+            "link": None,
+            "name": None,
+            "authors": None,
+            "additional_data": None,
+            "number_forward_passes": 1,
+            "dataset": None,
+            "venue": None,
+            "architecture": None,
+            "eps": _fraction(self.eps) if self.norm == "Linf" else f"{self.eps:g}",
+            "threat_model": self.norm,
+            "clean_acc": f"{100 * self.clean_accuracy:.2f}",
+            "reported": f"{100 * self.robust_accuracy:.2f}",
+            "autoattack_acc": f"{100 * self.robust_accuracy:.2f}" if "square" in self.robust_after else None,
+            "unreliable": bool(self.warnings),
+            **about,
+        }
+
+    def summary(self) -> dict[str, object]:
+        """Plain data for logs and `--json`: everything but the rows."""
+        return {
+            "examples": len(self.labels),
+            "clean_accuracy": self.clean_accuracy,
+            "robust_accuracy": self.robust_accuracy,
+            "robust_after": {name: float(rows.mean()) for name, rows in self.robust_after.items()},
+            "intervals": self.intervals,
+            "masking_gap": self.masking_gap,
+            "eps": self.eps,
+            "norm": self.norm,
+            "seed": self.seed,
+            "attack": self.attack,
+            "queries": int(self.queries.sum()),
+            "cost": {name: vars(cost) for name, cost in self.cost.items()},
+            "per_class": self.per_class(),
+            "warnings": list(self.warnings),
+        }
+
+    def save_card(self, path: Path, **about: object) -> None:
+        _whole(path, lambda stream: stream.write(json.dumps(self.card(**about), indent=2).encode() + b"\n"))
+
+    def save_parquet(self, path: Path) -> None:
+        """One row an example."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.table(
+            {
+                "index": self.index,
+                "label": self.labels,
+                "clean_prediction": self.predicted,
+                "broken_by": [str(name) or None for name in self.broken_by],
+                "margin_before": self.margin_before,
+                "margin_after": self.margin_after,
+                "perturbation": self.perturbation,
+                "queries": self.queries,
+            }
+        )
+        summary = json.dumps(self.summary(), default=str)
+        table = table.replace_schema_metadata({"raysweep.evaluation": summary})
+        _whole(path, lambda stream: pq.write_table(table, stream))
+
+    def save_adversarial(self, path: Path) -> None:
+        """x_adv, labels and index as a NumPy archive."""
+        if self.x_adv is None:
+            raise ValueError("adversarial examples were not kept: evaluate(..., keep_adversarial=True)")
+        arrays: dict[str, Any] = {
+            "x_adv": self.x_adv,
+            "labels": self.labels,
+            "index": self.index,
+            "robust": self.robust,
+        }
+        _whole(path, lambda stream: np.savez(stream, **arrays))
+
+
+def wilson(hits: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% interval of a proportion (Wilson 1927)."""
+    if count == 0:
+        return 0.0, 1.0
+    share = hits / count
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def _fraction(eps: float) -> str:
+    """8/255 as RobustBench writes it, if that is what it is."""
+    pixels = eps * 255
+    return f"{round(pixels)}/255" if pixels >= 1 and abs(pixels - round(pixels)) < 1e-6 else f"{eps:g}"
+
+
+def _whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            write(stream)
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

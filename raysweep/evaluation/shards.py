@@ -1,0 +1,198 @@
+"""One attack on one shard of examples: plain data in and out, so that shards may run anywhere, and are kept on disk."""
+
+import hashlib
+import os
+import tempfile
+import zipfile
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from raysweep.attacks import SingleAttack, margin
+from raysweep.evaluation.copies import Tiled, attack_copy, device_of, full_precision
+from raysweep.rng import Rng
+from raysweep.schedules import now
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What to run: an attack (None: the clean pass) by its name in the cascade, on the rows at `positions`."""
+
+    name: str
+    attack: SingleAttack | None
+    positions: npt.NDArray[np.int64]
+
+    @property
+    def file(self) -> str:
+        return f"{self.prefix}{hashlib.sha256(self.positions.tobytes()).hexdigest()[:16]}.npz"
+
+    @property
+    def prefix(self) -> str:
+        """Begins the file of every shard of this attack, however the rows were packed."""
+        return f"{self.name}-{self.attack.digest() if self.attack else 'clean'}-"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A row for each position. margin: z_y - max z_i of the original model at the point found; norm: of the move.
+
+    x_adv: the verified adversarial examples only, in the order of the broken rows.
+    """
+
+    positions: npt.NDArray[np.int64]
+    broken: npt.NDArray[np.bool_]
+    predicted: npt.NDArray[np.int64]
+    margin: npt.NDArray[np.float32]
+    norm: npt.NDArray[np.float32]
+    queries: npt.NDArray[np.int64]
+    x_adv: npt.NDArray[np.float32]
+    classes: int
+
+    def save(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                np.savez(stream, **{f.name: getattr(self, f.name) for f in fields(self)})
+            Path(temporary).replace(path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> "Outcome | None":
+        """None if the file is not one of ours."""
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                values = {f.name: data[f.name] for f in fields(cls)}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+        return cls(**(values | {"classes": int(values["classes"])}))
+
+
+@dataclass
+class AttackShards:
+    """Shard -> Outcome, for one model and data set. Picklable; results do not depend on shard or batch size.
+
+    Each claimed adversarial example is verified in float32 on the model as given: wrong class, in the ball, in [0, 1].
+    """
+
+    model: nn.Module
+    x: Array
+    y: npt.NDArray[np.int64]
+    index: npt.NDArray[np.int64]
+    seed: int = 0
+    batch_size: int = 500
+    fold: bool = True
+    tile: int | None = None
+    folder: Path | None = None
+    _copy: nn.Module | None = field(default=None, repr=False)
+
+    def __call__(self, shard: Shard) -> Outcome:
+        with full_precision(device_of(self.model)):
+            parts = [
+                self._batch(shard, shard.positions[start : start + self.batch_size])
+                for start in range(0, len(shard.positions), self.batch_size)
+            ]
+        joined = {
+            f.name: np.concatenate([getattr(part, f.name) for part in parts])
+            for f in fields(Outcome)
+            if f.name != "classes"
+        }
+        outcome = Outcome(**joined, classes=parts[0].classes)
+        if self.folder is not None and shard.attack is not None:
+            outcome.save(self.folder / shard.file)
+        return outcome
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_copy": None}
+
+    def finished(self, shard: Shard) -> list[Outcome]:
+        """What earlier calls left of this attack on some of these rows, each row once."""
+        if self.folder is None or not self.folder.is_dir():
+            return []
+        wanted = set(shard.positions.tolist())
+        found = []
+        for path in sorted(self.folder.glob(f"{glob_escape(shard.prefix)}*.npz")):
+            outcome = Outcome.load(path)
+            if outcome is not None and (new := [p in wanted for p in outcome.positions.tolist()]) and any(new):
+                outcome = _rows(outcome, np.array(new))
+                wanted -= set(outcome.positions.tolist())
+                found.append(outcome)
+        return found
+
+    def tensors(self, positions: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """x (N, C, H, W) float32 in [0, 1] and y (N,), on the model's device."""
+        device = device_of(self.model)
+        x = torch.from_numpy(self.x[positions]).to(device)
+        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        return x, torch.from_numpy(self.y[positions]).to(device)
+
+    def _batch(self, shard: Shard, positions: npt.NDArray[np.int64]) -> Outcome:
+        x, y = self.tensors(positions)
+        x_adv, queries = x, torch.zeros_like(y)
+        if shard.attack is not None:
+            index = torch.from_numpy(self.index[positions]).to(x.device)
+            rng = Rng.for_examples(index, self.seed).stream(shard.name)
+            found = shard.attack(self._attacked(), x, y, rng)
+            x_adv, queries = found.x.float(), found.queries
+        logits = _logits(self.model, x_adv, self.tile)
+        size = _sizes(x_adv, x, shard.attack.norm if shard.attack else "Linf")
+        predicted = logits.argmax(1)
+        broken = (predicted != y) & torch.isfinite(logits).all(1)
+        if shard.attack is not None:
+            # A coordinate of x ± eps is rounded to float32 once, by up to 2^-25.
+            allowed = now(shard.attack.eps) * (1 + 1e-6) + (2**-25 if shard.attack.norm == "Linf" else 0)
+            broken &= (size <= allowed) & (x_adv.flatten(1).amin(1) >= 0) & (x_adv.flatten(1).amax(1) <= 1)
+        return Outcome(
+            positions=positions,
+            broken=broken.cpu().numpy(),
+            predicted=predicted.cpu().numpy(),
+            margin=margin(logits, y).float().cpu().numpy(),
+            norm=size.float().cpu().numpy(),
+            queries=(queries + 1).cpu().numpy(),
+            x_adv=x_adv[broken].cpu().numpy() if shard.attack else x_adv[:0].cpu().numpy(),
+            classes=logits.shape[1],
+        )
+
+    def _attacked(self) -> nn.Module:
+        if self._copy is None:
+            probe, _ = self.tensors(np.arange(min(len(self.y), 32)))
+            self._copy = attack_copy(self.model, probe, self.fold, self.tile)
+        return self._copy
+
+
+def glob_escape(text: str) -> str:
+    """Names are the user's: no character of theirs is a pattern."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
+
+
+def _logits(model: nn.Module, x: Tensor, tile: int | None) -> Tensor:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits: Tensor = Tiled(model, tile).eval()(x)
+        return logits.float()
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _sizes(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
+    """Length of the move of each row, in float64."""
+    move = (x_adv.double() - x.double()).flatten(1)
+    return move.abs().amax(1) if norm == "Linf" else move.norm(dim=1)
+
+
+def _rows(outcome: Outcome, which: npt.NDArray[np.bool_]) -> Outcome:
+    kept = {f.name: getattr(outcome, f.name) for f in fields(outcome)}
+    for name in ("positions", "broken", "predicted", "margin", "norm", "queries"):
+        kept[name] = kept[name][which]
+    return Outcome(**(kept | {"x_adv": outcome.x_adv[which[outcome.broken]]}))

@@ -1,0 +1,82 @@
+"""What every attack promises. A test class inherits the contract and gives an `attack` fixture."""
+
+import pytest
+import torch
+from robust_digits import digits, robust_digits
+from torch import Tensor, nn
+
+from raysweep.attacks import Attack
+from raysweep.rng import Rng
+from raysweep.schedules import now
+
+
+class AttackContract:
+    @pytest.fixture(scope="class")
+    def model(self) -> nn.Module:
+        return robust_digits()
+
+    @pytest.fixture(scope="class")
+    def data(self) -> tuple[Tensor, Tensor]:
+        return digits(16, first=20)
+
+    def run(self, attack: Attack, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor | None = None) -> Tensor:
+        ids = torch.arange(len(x)) if ids is None else ids
+        return attack(model, x, y, Rng.for_examples(ids, seed=3)).x
+
+    def test_stays_in_the_ball_and_the_box(self, attack, model, data):
+        x, y = data
+        x_adv = self.run(attack, model, x, y)
+        one = next(iter(attack.attacks.values())) if hasattr(attack, "attacks") else attack
+        move = (x_adv - x).double().flatten(1)
+        size = move.abs().amax(1) if one.norm == "Linf" else move.norm(dim=1)
+        assert x_adv.shape == x.shape and x_adv.dtype == x.dtype and not x_adv.requires_grad
+        assert size.max() <= now(one.eps) * (1 + 1e-6)
+        assert x_adv.min() >= 0 and x_adv.max() <= 1
+
+    def test_rows_keep_their_order(self, attack, model, data):
+        x, y = data
+        turned = torch.arange(len(x)).flip(0)
+        assert torch.equal(self.run(attack, model, x, y).flip(0), self.run(attack, model, x[turned], y[turned], turned))
+
+    def test_a_row_does_not_depend_on_its_batch(self, attack, model, data):
+        x, y = data
+        whole = self.run(attack, model, x, y)
+        halves = [self.run(attack, model, x[part], y[part], part) for part in torch.arange(len(x)).split(8)]
+        # Not bit for bit: the model's kernels may add in another order in a batch of another size.
+        assert (model(whole).argmax(1) == y).tolist() == (model(torch.cat(halves)).argmax(1) == y).tolist()
+
+    def test_same_seed_same_bytes(self, attack, model, data):
+        assert torch.equal(self.run(attack, model, *data), self.run(attack, model, *data))
+
+    def test_global_generator_is_left_alone(self, attack, model, data):
+        before = torch.get_rng_state()
+        self.run(attack, model, *data)
+        assert torch.equal(before, torch.get_rng_state())
+
+    def test_not_worse_than_clean(self, attack, model, data):
+        x, y = data
+        assert (model(self.run(attack, model, x, y)).argmax(1) == y).sum() < (model(x).argmax(1) == y).sum()
+
+    def test_inputs_are_left_alone(self, attack, model, data):
+        x, y = (tensor.clone() for tensor in data)
+        self.run(attack, model, *data)
+        assert torch.equal(x, data[0]) and torch.equal(y, data[1])
+
+    def test_model_comes_out_as_it_went_in(self, attack, data):
+        model = robust_digits().train()
+        model.conv2.eval()
+        model.fc1.weight.requires_grad_(False)
+        modes = [module.training for module in model.modules()]
+        needed = [p.requires_grad for p in model.parameters()]
+        self.run(attack, model, *data)
+        assert modes == [module.training for module in model.modules()]
+        assert needed == [p.requires_grad for p in model.parameters()]
+        assert all(p.grad is None for p in model.parameters())
+
+    def test_queries_are_counted(self, attack, model, data):
+        x, y = data
+        queries = attack(model, x, y, Rng.for_examples(torch.arange(len(x)), seed=3)).queries
+        assert queries.shape == y.shape and queries.dtype == torch.int64 and queries.min() >= 1
+
+    def test_plain_data_round_trip(self, attack):
+        assert type(attack).load(attack.json_dict()) == attack

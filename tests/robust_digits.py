@@ -1,0 +1,52 @@
+"""A small robust digits network, its test images and the official AutoAttack's verdicts on it (tests/data/aa)."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DATA = Path(__file__).parent / "data" / "aa" / "digits.npz"
+OFFICIAL = np.load(DATA)
+
+
+class RobustDigits(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 32, 3, 1, 1)
+        self.conv2 = nn.Conv2d(32, 64, 3, 2, 1)
+        self.conv3 = nn.Conv2d(64, 64, 3, 2, 1)
+        self.fc1 = nn.Linear(256, 128)
+        self.fc2 = nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in (self.conv1, self.conv2, self.conv3):
+            x = F.relu(conv(x))
+        return self.fc2(F.relu(self.fc1(x.flatten(1))))
+
+
+class Wrapped(nn.Module):
+    """f(model, x): a defence round the network."""
+
+    def __init__(self, f: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.f = robust_digits(), f
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self.model, x)
+
+
+def robust_digits() -> RobustDigits:
+    model = RobustDigits()
+    params = {
+        name.removeprefix("param."): torch.tensor(OFFICIAL[name]) for name in OFFICIAL if name.startswith("param.")
+    }
+    model.load_state_dict(params)
+    return model
+
+
+def digits(count: int = 450, first: int = 0) -> tuple[Tensor, Tensor]:
+    rows = slice(first, first + count)
+    return torch.tensor(OFFICIAL["x_test"][rows]).float() / 16, torch.tensor(OFFICIAL["y_test"][rows])

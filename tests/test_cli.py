@@ -1,0 +1,185 @@
+"""The command line as its users meet it."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raysweep.cli import build_parser, main
+
+COMMON = {"--set", "--data-dir", "--json"}
+FLAGS = {
+    "list": {"--json"},
+    "show": {*COMMON, "--out"},
+    "train": {*COMMON, "--out", "--name"},
+    "tune": {
+        *COMMON, "--out", "--name", "--space", "--trials", "--resume", "--plan", "--address", "--cpus-per-trial",
+        "--gpus-per-trial",
+    },
+}  # fmt: skip
+SMALL = [
+    "--set",
+    "epochs=1",
+    "--set",
+    "data.train_size=64",
+    "--set",
+    "data.val_size=50",
+    "--set",
+    "*.attacks.*.steps=2",
+]
+
+
+def test_flags_are_frozen() -> None:
+    """New knobs are settings, reached by --set; a new flag is a decision that shows here."""
+    parsers = build_parser()._subparsers._group_actions[0].choices
+    found = {
+        name: {flag for a in p._actions for flag in a.option_strings if flag.startswith("--") and flag != "--help"}
+        for name, p in parsers.items()
+    }
+    assert found == FLAGS
+    assert all(isinstance(p, argparse.ArgumentParser) for p in parsers.values())
+
+
+def test_help_answers_at_once_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, raysweep.cli\n"
+        "try: raysweep.cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'ray', 'mlflow', 'optuna', 'pydantic', 'yaml'} & set(sys.modules)), file=sys.stderr)"
+    )
+    best = min(_timed([sys.executable, "-c", code])[0] for _ in range(3))
+    assert _timed([sys.executable, "-c", code])[1].strip() == "[]"
+    assert best < 1.0, "0.05 s on an idle machine"
+
+
+def test_list_needs_neither_ray_nor_mlflow() -> None:
+    code = (
+        "import sys, raysweep.cli\nraysweep.cli.main(['list'])\n"
+        "print(sorted({'ray', 'mlflow'} & set(sys.modules)), file=sys.stderr)"
+    )
+    assert _timed([sys.executable, "-c", code])[1].strip() == "[]"
+
+
+def _timed(command: list[str]) -> tuple[float, str]:
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return time.perf_counter() - started, done.stderr
+
+
+def test_list_and_show_in_json(capsys) -> None:
+    assert main(["list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {"at", "gairat", "lrat"} <= set(listed["methods"]) and "digits" in listed["data"]
+    assert main(["show", "lrat", "--set", "epochs=3", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["epochs"] == 3 and shown["method"]["terms"]["bound"]["weight"]["total"] == 0.1
+
+
+def test_train_tracks_and_tells_where(workdir: Path, capsys) -> None:
+    assert main(["train", "lrat", *SMALL, "--name", "mine", "--json"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert Path(result["checkpoint"]) == workdir / "runs" / "mine" / "epoch-0001"
+    assert "epoch 1/1" in err
+    assert main(["train", "lrat", *SMALL, "--name", "mine", "--json"]) == 0, "a finished run is not run again"
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{workdir}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
+    assert [(run.info.run_name, run.info.status) for run in runs] == [("mine", "FINISHED")]
+    assert runs[0].data.metrics["best/robust_worst"] == result["metrics"]["robust_worst"]
+
+
+@pytest.mark.ray
+def test_tune_ends_with_the_best_trials_and_what_to_type_next(ray_cluster, workdir: Path, capsys) -> None:
+    assert main(["tune", "lrat", *SMALL, "--trials", "2", "--name", "quick"]) == 0
+    out, err = capsys.readouterr()
+    assert "best 2 of 2 trials by robust worst" in out
+    assert str(workdir / "runs" / "quick" / "trials") in out.replace("\n", "")
+    assert "raysweep show quick" in out and out.rstrip().endswith("mlflow ui")
+    assert "trial 0001 finished" in err
+    assert main(["show", "quick", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["trials"]) == 2
+    assert main(["tune", "lrat", "--resume", "quick", "--trials", "3", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["trials"]) == 3
+
+
+@pytest.mark.ray
+def test_tune_gairat_on_colour_images_of_ones_own(ray_cluster, workdir: Path, capsys) -> None:
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        x = generator.integers(0, 256, (60, 3, 16, 16), dtype=np.uint8)
+        np.savez(workdir / f"{split}.npz", x=x, y=np.arange(60) % 3)
+    settings = ["data.name=arrays", "data.val_size=15", "model.name=digits_cnn", "epochs=2", "*.attacks.*.steps=2"]
+    flags = [part for setting in settings for part in ("--set", setting)]
+    command = ["tune", "gairat", "--data-dir", str(workdir), *flags, "--trials", "2", "--name", "mine", "--json"]
+    assert main([*command]) == 0
+    assert len(json.loads(capsys.readouterr().out)["trials"]) == 2
+
+
+def test_plan_starts_nothing_and_writes_nothing(workdir: Path, capsys) -> None:
+    assert main(["tune", "lrat", "--plan", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["trials"] == 16 and plan["validation_examples"] == 300
+    assert plan["epochs_expected"] == 64, "16 x 2, then 8 x 2, then 4 x 4"
+    assert plan["objective_95_half_width"] == pytest.approx(1.96 * (0.25 / 300) ** 0.5, abs=1e-4)
+    assert not list(workdir.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["tune", "lratt"], "no method 'lratt'; nearest: lrat"),
+        (["train", "lrat", "--set", "epochz=3"], "no setting 'epochz'; nearest: epochs"),
+        (["train", "lrat", "--set", "epochs"], "--set 'epochs': expected PATH=VALUE"),
+        (["train", "lrat", "--set", "epochs=[1"], "'[1' is not a YAML value"),
+        (["tune", "lrat", "--set", "data.name=svhn"], "data.data_dir is missing"),
+        (["tune", "lrat", "--set", "data.name=svhn", "--data-dir", "nowhere"], "data.name 'svhn' is not in"),
+        (["tune", "lrat", "--space", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["tune", "lrat", "--name", "../up"], "--name '../up': use letters, digits"),
+        (["tune", "lrat", "--resume", "nothing"], "no sweep in"),
+        (["tune", "lrat", "--out", "file/below"], "--out file/below: cannot be made"),
+        (["tune", "lrat", "--address", "127.0.0.1:1"], "no Ray cluster at --address 127.0.0.1:1"),
+        (["tune", "lrat", "--address", "nonsense"], "--address 'nonsense': expected auto or host:port"),
+        (["show", "lart"], "no method, space file or sweep 'lart'; nearest: lrat"),
+    ],
+    ids=lambda case: " ".join(case) if isinstance(case, list) else "",
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, line, workdir: Path, capsys) -> None:
+    (workdir / "file").touch()
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (message,) = err.strip().splitlines()
+    assert message.startswith("raysweep: error: ") and line in message
+    assert not (workdir / "runs").exists() or not list((workdir / "runs").glob("*/trials/*"))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["tune", "lrat", "--trials", "0"], ["tune", "lrat", "--cpus-per-trial", "-1"], []]
+)
+def test_argparse_refuses_with_exit_code_2(arguments, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+
+
+def test_a_corrupt_checkpoint_is_one_line(workdir: Path, capsys) -> None:
+    assert main(["train", "at", *SMALL, "--name", "mine"]) == 0
+    (workdir / "runs" / "mine" / "epoch-0001" / "weights.safetensors").write_bytes(b"half")
+    capsys.readouterr()
+    assert main(["train", "at", *SMALL, "--name", "mine"]) == 2
+    (message,) = capsys.readouterr().err.strip().splitlines()
+    assert "weights.safetensors is truncated or altered" in message
+
+
+def test_commands_do_not_phone_home() -> None:
+    code = "import raysweep, os; print(os.environ['RAY_USAGE_STATS_ENABLED'], os.environ['MLFLOW_DISABLE_TELEMETRY'])"
+    clean = {k: v for k, v in os.environ.items() if k not in ("RAY_USAGE_STATS_ENABLED", "MLFLOW_DISABLE_TELEMETRY")}
+    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "true"]

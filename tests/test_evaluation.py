@@ -1,0 +1,413 @@
+"""Evaluations: the official verdict, the same one however it is cut up, resumed after a kill, honest about doubts."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from robust_digits import OFFICIAL, Wrapped, digits, robust_digits
+from torch import nn
+
+from raysweep.attacks import APGD, FAB, PGD, Adversarial, Square, WorstCase, custom
+from raysweep.evaluation import AttackShards, Outcome, Processes, Shard, bar, evaluate
+from raysweep.evaluation.copies import LEAST_ROWS, Tiled, attack_copy
+from raysweep.evaluation.report import wilson
+from raysweep.rng import Rng
+from raysweep.spec import SpecError
+
+SHORT = WorstCase(
+    attacks={
+        "apgd-ce": APGD(eps=0.2, steps=10),
+        "apgd-t": APGD(eps=0.2, steps=10, loss="dlr-targeted", targets=3),
+        "fab-t": FAB(eps=0.2, steps=5, targets=2),
+        "square": Square(eps=0.2, queries=60),
+    }
+)
+
+
+def short(count: int = 120, model: nn.Module | None = None, **settings):
+    return evaluate(model or robust_digits(), *digits(count), attack=SHORT, keep_adversarial=True, **settings)
+
+
+def same(one, other) -> bool:
+    flags = all(np.array_equal(one.robust_after[name], other.robust_after[name]) for name in one.robust_after)
+    return flags and np.array_equal(one.x_adv, other.x_adv) and np.array_equal(one.broken_by, other.broken_by)
+
+
+@pytest.mark.slow
+def test_official_verdict():
+    model, (x, y) = robust_digits(), digits()
+    report = evaluate(model, x, y, eps=0.2, keep_adversarial=True)
+    assert report.clean_accuracy == 437 / 450
+    assert report.robust.sum() <= 196
+    for name, rows in report.robust_after.items():
+        assert abs(int(rows.sum()) - int(OFFICIAL[f"Linf.{name}"].sum())) <= (16 if name == "apgd-ce" else 2), name
+    broken = report.clean & ~report.robust
+    x_adv = torch.from_numpy(report.x_adv)
+    assert ((model(x_adv).argmax(1) != y).numpy() == ~report.robust).all()
+    assert (x_adv - x).abs().max() <= 0.2 * (1 + 1e-6) and x_adv.min() >= 0 and x_adv.max() <= 1
+    assert (report.margin_after[broken] < 0).all() and (report.margin_after[report.robust] > 0).all()
+    assert not report.warnings
+
+
+@pytest.mark.slow
+def test_official_verdict_in_l2():
+    """On the first 100 images."""
+    report = evaluate(robust_digits(), *digits(100), eps=0.7, norm="L2")
+    assert int(report.robust.sum()) <= int(OFFICIAL["L2.square"][:100].sum()) + 1
+
+
+def test_batch_size_and_shards_change_nothing():
+    whole = short()
+    assert 20 < whole.robust.sum() < 100
+    for settings in (
+        {"batch_size": 13},
+        {"batch_size": 64},
+        {"shards": 1},
+        {"shards": 3},
+        {"shards": 7, "batch_size": 5},
+    ):
+        assert same(whole, short(**settings)), settings
+
+
+def test_a_fixed_tile_gives_one_verdict_too():
+    assert same(short(60, tile=32), short(60, tile=32, batch_size=7))
+
+
+def test_the_evaluation_is_the_cascade():
+    model, (x, y) = robust_digits(), digits(60)
+    report = evaluate(model, x, y, attack=SHORT, fold=False)
+    cascade = SHORT(model, x, y, Rng.for_examples(torch.arange(60), 0))
+    for name, rows in cascade.robust_after.items():
+        assert report.robust_after[name].tolist() == rows.tolist()
+
+
+def test_randomness_belongs_to_the_example():
+    whole, (x, y) = short(120), digits(120)
+    part = evaluate(
+        robust_digits(), x[40:90], y[40:90], attack=SHORT, index=torch.arange(40, 90), keep_adversarial=True
+    )
+    assert np.array_equal(part.x_adv, whole.x_adv[40:90])
+    assert not np.array_equal(short(120, seed=1).x_adv, whole.x_adv)
+
+
+def test_shards_may_come_back_in_any_order():
+    def shuffled(run, shards):
+        shards = list(shards)
+        random.Random(0).shuffle(shards)
+        return [run(shard) for shard in shards]
+
+    assert same(short(60), short(60, map=shuffled, shards=4))
+
+
+def test_uint8_images():
+    x, y = digits(40)
+    pixels = (x * 255).round().to(torch.uint8)
+    one = evaluate(robust_digits(), pixels, y, attack=SHORT, keep_adversarial=True)
+    other = evaluate(robust_digits(), pixels.float() / 255, y, attack=SHORT, keep_adversarial=True)
+    assert same(one, other)
+
+
+def test_a_finished_evaluation_costs_nothing(tmp_path):
+    def refuse(run, shards):
+        assert all(shard.attack is None for shard in shards), "an attack ran again"
+        return [run(shard) for shard in shards]
+
+    first = short(60, resume_dir=tmp_path, shards=3)
+    assert same(first, short(60, resume_dir=tmp_path, map=refuse, batch_size=7))
+    with pytest.raises(AssertionError, match="ran again"):
+        short(60, resume_dir=tmp_path, map=refuse, seed=1)
+
+
+def test_what_is_not_ours_is_computed_again(tmp_path):
+    first = short(60, resume_dir=tmp_path, shards=2)
+    kept = sorted(tmp_path.rglob("*.npz"))
+    for path, junk in zip(kept, (b"", b"PK\x03\x04 not a zip", b"junk"), strict=False):
+        path.write_bytes(junk)
+    assert same(first, short(60, resume_dir=tmp_path))
+
+
+def test_the_same_weights_that_answer_differently_are_not_mixed_up(tmp_path):
+    one, other = Wrapped(lambda model, x: model(x)), Wrapped(lambda model, x: 3 * model(x.flip(2)))
+    short(20, one, resume_dir=tmp_path)
+    with pytest.raises(SpecError, match="same weights that answers differently"):
+        short(20, other, resume_dir=tmp_path)
+
+
+KILLED = """
+import sys, time
+import torch
+from test_evaluation import short
+from raysweep.evaluation import AttackShards
+
+def slowly(run, shards):
+    for shard in shards:
+        yield run(shard)
+        print(shard.name, flush=True)
+        time.sleep(0.3)
+
+torch.set_num_threads(1)
+short(60, resume_dir=sys.argv[1], shards=4, map=slowly)
+"""
+
+
+def test_kill_and_resume_lose_at_most_one_shard(tmp_path):
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    lines = [child.stdout.readline().strip() for _ in range(4 + 4 + 2)]
+    time.sleep(0.1)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert lines[-1] == "apgd-t" and lines.count("apgd-t") == 2
+    assert not list(tmp_path.rglob("*.part"))
+    again: list[Shard] = []
+
+    def counted(run, shards):
+        again.extend(shards)
+        return [run(shard) for shard in shards]
+
+    resumed = short(60, resume_dir=tmp_path, map=counted)
+    rows = {name: sum(len(s.positions) for s in again if s.name == name) for name in ("apgd-ce", "apgd-t")}
+    left = int(resumed.robust_after["apgd-ce"].sum())
+    assert rows["apgd-ce"] == 0 and rows["apgd-t"] <= left - 2 * (left // 4)
+    assert same(resumed, short(60))
+
+
+class Cheat:
+    """Claims what is no adversarial example: another image."""
+
+    eps, norm = 0.2, "Linf"
+
+    def __call__(self, model, x, y, rng):
+        return Adversarial(1 - x, torch.ones_like(y))
+
+    def digest(self):
+        return "cheat"
+
+
+def test_a_claim_that_does_not_verify_counts_as_robust():
+    model, (x, y) = robust_digits(), digits(40)
+    assert (model(1 - x).argmax(1) != y).any()
+    work = AttackShards(model, x.numpy(), y.numpy(), np.arange(40))
+    outcome = work(Shard("cheat", Cheat(), np.arange(40)))
+    assert not outcome.broken.any() and not len(outcome.x_adv) and outcome.norm.max() > 0.2
+
+
+def test_claims_are_verified_on_the_model_as_given(monkeypatch):
+    """A copy that is wrong everywhere breaks nothing of the original."""
+    monkeypatch.setattr("raysweep.evaluation.shards.attack_copy", lambda model, *_: Wrapped(lambda m, x: -m(x)))
+    report = evaluate(robust_digits(), *digits(40), attack=PGD(eps=1e-6, steps=2))
+    assert report.robust_accuracy == report.clean_accuracy > 0.9
+
+
+class BatchNormed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.norm2(self.conv2(self.norm(self.conv(x)).relu()))
+        return self.head(x.relu().flatten(1))
+
+
+def test_batch_norms_are_folded_where_that_is_exact():
+    torch.manual_seed(0)
+    model, (x, _) = BatchNormed(), digits(32)
+    with torch.no_grad():
+        model(x)  # running statistics
+    copied = attack_copy(model, x)
+    assert not [m for m in copied.modules() if isinstance(m, nn.BatchNorm2d)] and model.training
+    assert [m for m in attack_copy(model, x, fold=False).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert torch.allclose(copied(x), model.eval()(x), atol=1e-5)
+    assert not any(p.requires_grad for p in copied.parameters()) and all(p.requires_grad for p in model.parameters())
+
+
+def test_batch_norms_that_cannot_be_folded_are_left():
+    class Twice(BatchNormed):
+        def forward(self, x):
+            z = self.conv(x)
+            z = self.norm(z) + z  # the convolution's output is used twice
+            return self.head(self.norm2(self.conv2(z.relu())).flatten(1))
+
+    torch.manual_seed(0)
+    model, (x, _) = Twice(), digits(32)
+    copied = attack_copy(model, x)
+    assert torch.allclose(copied(x), model.eval()(x), atol=1e-5)
+
+
+def test_small_batches_are_padded():
+    seen: list[int] = []
+    model = robust_digits()
+    model.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    x, _ = digits(40)
+    assert torch.equal(Tiled(model)(x[:3]), Tiled(model)(x)[:3]) and seen == [LEAST_ROWS, 40]
+    assert Tiled(model, 16)(x).shape == (40, 10) and seen[2:] == [16, 16, 16]
+
+
+DEFENCES = {
+    "quant4": lambda model, x: model((4 * x).round() / 4),
+    "scale1000": lambda model, x: 1000 * model(x),
+    "softmax": lambda model, x: model(x).softmax(1),
+    "random": lambda model, x: model(x + 0.05 * torch.randn_like(x)),
+    "constant": lambda model, x: 0 * model(x) + torch.arange(10.0),
+    "no gradient": lambda model, x: model(x.detach()),
+}
+
+
+@pytest.mark.parametrize(
+    ("defence", "words"),
+    [
+        (
+            "quant4",
+            ["zero CE gradient (its gradient is masked)", "zero margin gradient", "Square lowered robust accuracy"],
+        ),
+        ("scale1000", ["zero CE gradient (its softmax saturates)"]),
+        ("softmax", ["outputs are probabilities"]),
+        ("random", ["answers differently each time"]),
+        ("constant", ["it is constant", "zero CE gradient", "predicts class 9 for every example"]),
+        (
+            "no gradient",
+            ["no gradient with respect to its input", "apgd-ce: left out", "apgd-t: left out", "fab-t: left out"],
+        ),
+    ],
+)
+def test_doubts_are_told(defence, words):
+    attack = WorstCase(attacks=SHORT.attacks | {"square": Square(eps=0.2, queries=300)})
+    report = evaluate(Wrapped(DEFENCES[defence]), *digits(80), attack=attack)
+    for word in words:
+        assert any(word in warning for warning in report.warnings), (word, report.warnings)
+    if defence in ("scale1000", "softmax"):
+        assert report.robust.sum() <= short(80).robust.sum() + 4
+
+
+def test_a_sound_model_raises_no_doubt():
+    assert short(80).warnings == ()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_few_logits(classes):
+    x, y = digits()
+    x, y = x[y < classes][:40], y[y < classes][:40]
+    report = evaluate(Wrapped(lambda model, x: model(x)[:, :classes]), x, y, attack=SHORT)
+    assert any(f"apgd-t: the dlr-targeted loss needs 4 logits, the model has {classes}" in w for w in report.warnings)
+    assert report.robust_accuracy < report.clean_accuracy
+
+
+def test_a_randomised_model_under_the_rand_version():
+    attack = WorstCase(attacks={"apgd-ce": APGD(eps=0.2, steps=10, samples=5)})
+    report = evaluate(Wrapped(DEFENCES["random"]), *digits(60), attack=attack)
+    assert report.robust_accuracy < 0.75
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.rand(4, 64)}, "must be (N, C, H, W)"),
+        ({"x": torch.rand(4, 1, 8, 8) * 255}, "must lie in [0, 1]"),
+        ({"y": torch.zeros(3)}, "same length"),
+        ({"attack": "autoatack"}, "nearest: autoattack"),
+        ({"version": "standrad"}, "nearest: standard"),
+        ({"attack": WorstCase(attacks={"a": PGD(eps=0.1), "b": PGD(eps=0.2)})}, "must share eps and norm"),
+        ({"model": nn.Flatten(0)}, "must return (N, 2 or more) logits"),
+    ],
+)
+def test_wrong_input_is_refused(change, words):
+    call = {"model": robust_digits(), "x": torch.rand(4, 1, 8, 8), "y": torch.zeros(4)} | change
+    with pytest.raises(SpecError) as error:
+        evaluate(**call)
+    assert words in str(error.value)
+
+
+def test_progress_is_told():
+    told = []
+    report = short(60, shards=2, progress=told.append)
+    assert [(p.attack, p.done == p.total) for p in told[:4]] == [
+        ("clean", False),
+        ("clean", True),
+        ("apgd-ce", False),
+        ("apgd-ce", True),
+    ]
+    assert told[-1].robust == report.robust.sum() and told[-1].robust_accuracy == report.robust_accuracy
+
+
+def test_a_line_an_attack_in_a_pipe(capsys):
+    with bar() as progress:
+        report = short(40, shards=2, progress=progress)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["clean", *SHORT.attacks]
+    assert lines[-1] == f"square: {report.robust_accuracy:.2%} robust"
+
+
+def test_report_on_disk(tmp_path):
+    report = short(60)
+    report.save_parquet(tmp_path / "rows.parquet")
+    report.save_card(tmp_path / "card.json", name="digits", dataset="digits")
+    report.save_adversarial(tmp_path / "adversarial.npz")
+    table = pq.read_table(tmp_path / "rows.parquet")
+    rows = table.to_pydict()
+    assert rows["index"] == list(range(60)) and rows["label"] == report.labels.tolist()
+    assert [name is None for name in rows["broken_by"]] == report.robust.tolist()
+    assert all(name == "clean" for name, ok in zip(rows["broken_by"], report.clean, strict=True) if not ok)
+    assert (np.array(rows["queries"]) == report.queries).all() and max(rows["perturbation"]) <= 0.2 * (1 + 1e-6)
+    summary = json.loads(table.schema.metadata[b"raysweep.evaluation"])
+    assert summary["robust_accuracy"] == report.robust_accuracy and list(summary["robust_after"]) == list(SHORT.attacks)
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["name"] == "digits" and card["clean_acc"] == f"{100 * report.clean_accuracy:.2f}"
+    assert card["autoattack_acc"] == f"{100 * report.robust_accuracy:.2f}" and card["eps"] == "51/255"
+    with np.load(tmp_path / "adversarial.npz") as kept:
+        assert np.array_equal(kept["x_adv"], report.x_adv)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adversarial.npz", "card.json", "rows.parquet"]
+    with pytest.raises(ValueError, match="were not kept"):
+        evaluate(robust_digits(), *digits(5), attack="pgd20", eps=0.2).save_adversarial(tmp_path / "none.npz")
+
+
+def test_report_in_numbers():
+    report = short(120)
+    classes = report.per_class()
+    assert sum(c["count"] for c in classes.values()) == 120
+    assert np.isclose(sum(c["count"] * c["robust_accuracy"] for c in classes.values()) / 120, report.robust_accuracy)
+    low, high = report.intervals["robust"]
+    assert low < report.robust_accuracy < high
+    assert report.masking_gap == pytest.approx(report.robust_after["apgd-ce"].mean() - report.robust_accuracy)
+    assert report.cost["apgd-t"].rows == report.robust_after["apgd-ce"].sum()
+    assert report.queries.sum() == 120 + sum(cost.queries for cost in report.cost.values())
+    assert evaluate(robust_digits(), *digits(9), attack=custom(["square"], 0.2)).masking_gap is None
+
+
+def test_wilson_interval():
+    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == pytest.approx(1) and wilson(0, 0) == (0.0, 1.0)
+
+
+def test_outcomes_are_written_whole(tmp_path):
+    outcome = AttackShards(robust_digits(), *(a.numpy() for a in digits(6)), np.arange(6))(
+        Shard("clean", None, np.arange(6))
+    )
+    outcome.save(tmp_path / "deep" / "a.npz")
+    loaded = Outcome.load(tmp_path / "deep" / "a.npz")
+    assert loaded is not None and np.array_equal(loaded.margin, outcome.margin) and loaded.classes == 10
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.npz"]
+    assert Outcome.load(tmp_path / "none.npz") is None
+
+
+def test_processes_of_this_machine(tmp_path):
+    with Processes(2) as processes:
+        assert same(short(60), short(60, map=processes, shards=4, resume_dir=tmp_path))
+    assert len(list(tmp_path.rglob("apgd-ce-*.npz"))) == 4

@@ -1,0 +1,59 @@
+"""Who may import whom: arrows point one way."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "raysweep"
+# Each layer may import itself and those before it.
+LAYERS = [
+    ("spec", "schedules", "rng"),
+    ("losses", "attacks", "weights"),
+    ("method",),
+    ("catalog", "models", "data"),
+    ("evaluation",),
+    ("training",),
+    ("sweep",),
+    ("tracking", "display"),
+    ("pipeline",),
+    ("commands",),
+    ("cli",),
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            if node.module == "raysweep":
+                found |= {f"raysweep.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_arrows_point_one_way(path: Path) -> None:
+    layer = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        if top == "raysweep" and rest and rest != "__version__":
+            assert RANK[rest.split(".")[0]] <= RANK[layer], f"{path} imports {name}"
+        if top == "ray":
+            assert layer == "sweep", f"{path} imports ray"
+        if top == "mlflow":
+            assert layer == "tracking", f"{path} imports mlflow"
+
+
+def test_the_wheel_has_every_package() -> None:
+    with (ROOT.parent / "pyproject.toml").open("rb") as file:
+        listed = tomllib.load(file)["tool"]["setuptools"]["packages"]
+    found = {".".join(path.parent.relative_to(ROOT.parent).parts) for path in ROOT.rglob("*.py")}
+    found |= {f"raysweep.{path.parent.name}" for path in ROOT.parent.glob("search_spaces/*.yaml")}
+    found |= {"raysweep.pipelines" for _ in ROOT.parent.glob("pipelines/**/*.yaml")}
+    assert set(listed) == found

@@ -1,0 +1,131 @@
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+
+from raysweep.spec import SpecError
+from raysweep.sweep.space import SearchSpace, labels, load_space, spaces
+
+ALPHA = "method.terms.pgd.weight.alpha"
+BETA = "method.terms.pgd.weight.beta"
+
+
+def write(path: Path, data: dict) -> Path:
+    file = path / "space.yaml"
+    file.write_text(yaml.safe_dump(data))
+    return file
+
+
+@pytest.mark.parametrize("name", spaces())
+def test_shipped_spaces_are_valid_at_both_ends_of_every_range(name) -> None:
+    space = load_space(name, {})
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for point in space.queue:
+        study.enqueue_trial(space.params(point))
+    for _ in range(len(space.start) + 5):
+        settings = space.suggest(study.ask())
+        config = space.config(settings)
+        assert config.method.name == name
+
+
+def test_all_problems_of_a_file_come_at_once(tmp_path) -> None:
+    data = {
+        "method": "lrat",
+        "trials": 0,
+        "metrc": "clean",
+        "space": {
+            ALPHA: {"float": [4.0, 0.25]},
+            "method.terms.pgd.weight.betta": {"float": [0.25, 4.0]},
+            "method.terms.cw.weight.beta": {"float": [-1, 4.0]},
+            "epochs": {"categorical": []},
+            "seed": {"int": [1, 2], "log": True, "step": 1},
+        },
+    }
+    with pytest.raises(SpecError) as error:
+        load_space("lrat", {}, write(tmp_path, data))
+    text = "\n".join(error.value.problems)
+    for expected in (
+        "trials = 0: must be greater than or equal to 1",
+        "the range [4, 0.25] is empty: low must be below high",
+        "no setting 'metrc'; nearest: metric",
+        "nearest: method.terms.pgd.weight.beta",
+        "method.terms.cw.weight.beta = -1.0: must be at least 0",
+        "space.epochs.categorical = []: must have at least 1 item",
+        "log and step exclude each other",
+    ):
+        assert expected in text
+    assert len(error.value.problems) == 7
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({}, "needs exactly one of"),
+        ({"float": [0, 1], "int": [0, 1]}, "needs exactly one of"),
+        ({"categorical": [1, 2], "log": True}, "log and step belong to float and int"),
+        ({"float": [0, 1], "log": True}, "a log range must be positive"),
+        ({"float": [1, 1]}, "is empty"),
+    ],
+)
+def test_a_distribution_is_checked_by_itself(entry, words, tmp_path) -> None:
+    with pytest.raises(SpecError, match=words):
+        load_space("lrat", {}, write(tmp_path, {"method": "lrat", "space": {ALPHA: entry}}))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"start": [{ALPHA: 9.0}]}, r"start.0.*alpha = 9.0: outside the searched \[0.5, 4.0\]"),
+        ({"start": [{"epochs": 3}]}, "start.0.epochs: no searched setting 'epochs'"),
+        ({"sampler": {"kind": "grid"}}, r"a grid needs `categorical"),
+        ({"sampler": {"kind": "tpee"}}, "'tpe', 'random' or 'grid'"),
+        ({"method": "gairat"}, "space for method 'gairat', not for 'lrat'"),
+        ({"base": {"epochs": 0}}, "epochs = 0"),
+    ],
+)
+def test_the_rest_of_a_space_is_checked_too(more, words, tmp_path) -> None:
+    data = {"method": "lrat", "space": {ALPHA: {"float": [0.5, 4.0]}}, **more}
+    with pytest.raises(SpecError, match=words):
+        load_space("lrat", {}, write(tmp_path, data))
+
+
+def test_what_is_set_is_searched_no_more(tmp_path) -> None:
+    space = load_space("lrat", {ALPHA: 1.0, "epochs": 3})
+    assert ALPHA not in space.space and ALPHA not in space.start[0]
+    config = space.config({BETA: 2.0})
+    assert config.epochs == 3 and config.method.terms["pgd"].weight.alpha == 1.0
+    only = write(tmp_path, {"method": "lrat", "space": {ALPHA: {"float": [0.5, 4.0]}}})
+    with pytest.raises(SpecError, match="nothing is left to search"):
+        load_space("lrat", {ALPHA: 1.0}, only)
+
+
+def test_conditions_decide_what_is_asked() -> None:
+    space = SearchSpace.load(
+        {
+            "method": "gairat",
+            "space": {
+                "method.terms.pgd.weight.shape": {"categorical": ["tanh", "linear"]},
+                "method.terms.pgd.weight.lam": {
+                    "float": [-2, 2],
+                    "when": {"method.terms.pgd.weight.shape": "tanh"},
+                },
+            },
+        }
+    )
+    assert not space.problems()
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(12):
+        settings = space.suggest(study.ask())
+        has_lambda = "method.terms.pgd.weight.lam" in settings
+        assert has_lambda == (settings["method.terms.pgd.weight.shape"] == "tanh")
+
+
+def test_labels_are_short_and_unique() -> None:
+    assert labels([ALPHA, BETA, "method.terms.cw.weight.alpha", "optim.lr", "method.terms.bound.weight.total"]) == {
+        ALPHA: "pgd.alpha",
+        BETA: "beta",
+        "method.terms.cw.weight.alpha": "cw.alpha",
+        "optim.lr": "lr",
+        "method.terms.bound.weight.total": "total",
+    }

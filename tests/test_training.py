@@ -1,0 +1,155 @@
+"""The loop: deterministic, resumable after kill -9, checkpoints that are whole or refused."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, tiny
+from safetensors.torch import load_file
+
+from raysweep.data import load
+from raysweep.spec import SpecError
+from raysweep.training import checkpoint
+from raysweep.training.checkpoint import Run
+from raysweep.training.config import run_config
+from raysweep.training.trainer import TrainingFailed, best_epoch, fit
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    a, b = load_file(one / "weights.safetensors"), load_file(two / "weights.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_training_is_deterministic_and_depends_on_its_seed(tmp_path) -> None:
+    a, b, c = (fit(tiny("lrat", seed=s), tmp_path / name).last.path for name, s in (("a", 0), ("b", 0), ("c", 1)))
+    assert same_weights(a, b)
+    assert not same_weights(a, c)
+
+
+def test_gairat_with_infinite_lambda_trains_at_bit_for_bit(tmp_path) -> None:
+    at = fit(tiny("at"), tmp_path / "at").last
+    gairat = fit(
+        tiny("gairat", method__terms__pgd__weight__lam="inf", method__terms__pgd__weight__burn_in=0),
+        tmp_path / "gairat",
+    ).last
+    assert same_weights(at.path, gairat.path)
+    assert at.metrics["robust_worst"] == gairat.metrics["robust_worst"]
+
+
+def test_burn_in_is_adversarial_training_until_it_ends(tmp_path) -> None:
+    at = fit(tiny("at", epochs=1), tmp_path / "at").last.path
+    changes = {"method__terms__pgd__weight__burn_in": 1, "method__terms__pgd__weight__lam": -1.0}
+    fit(tiny("gairat", **changes, epochs=1), tmp_path / "one")
+    assert same_weights(at, tmp_path / "one" / "epoch-0001")
+    longer_at = fit(tiny("at"), tmp_path / "at2").last.path
+    assert not same_weights(longer_at, fit(tiny("gairat", **changes), tmp_path / "two").last.path)
+
+
+def test_metrics_are_what_they_say(tmp_path) -> None:
+    rows = []
+    config = tiny("lrat")
+    fitted = fit(config, tmp_path / "run", lambda metrics, saved: rows.append(metrics))
+    assert [row["epoch"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["robust_worst"] <= min(row["pgd"], row["cw"]) <= row["clean"]
+        assert row["masking_gap"] == pytest.approx(row["pgd"] - row["robust_worst"])
+    assert rows == fitted.last.history
+    assert fitted.best.epoch == best_epoch(rows)
+
+
+def test_the_attacks_of_the_objective_start_the_same_for_every_checkpoint(tmp_path) -> None:
+    config = tiny("at")
+    data = load(config.data)
+    saved = fit(config, tmp_path / "run").last
+    model = saved.load_model(config.model.build(1, 10, 0))
+    scores = [config.validation(model, data.val) for _ in range(2)]
+    assert scores[0] == scores[1]
+    assert scores[0]["robust_worst"] == saved.metrics["robust_worst"]
+
+
+def test_killed_with_sigkill_it_resumes_to_the_weights_of_a_run_never_stopped(tmp_path) -> None:
+    script = (
+        "import sys, pathlib, torch; torch.set_num_threads(1)\n"
+        "from raysweep.training.config import RunConfig\nfrom raysweep.training.trainer import fit\n"
+        "config = RunConfig.model_validate_json(sys.argv[1])\n"
+        "fit(config, pathlib.Path(sys.argv[2]), lambda m, c: print(c.epoch, flush=True))\n"
+    )
+    config = tiny("lrat", epochs=30)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, config.model_dump_json(), str(tmp_path / "killed")], stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    while int(process.stdout.readline()) < 3:
+        pass
+    time.sleep(0.07)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = Run(tmp_path / "killed").epochs()
+    assert before and before[-1] < 30
+    epochs = []
+    fit(config, tmp_path / "killed", lambda metrics, saved: epochs.append(saved.epoch))
+    assert epochs[0] == before[-1] + 1, "only the epoch it was in is done again"
+    assert same_weights(tmp_path / "killed" / "epoch-0030", fit(config, tmp_path / "whole").last.path)
+    assert not list((tmp_path / "killed").glob(".epoch-*")), "what the crash left is cleaned up"
+
+
+def test_a_finished_run_trains_no_more_and_reports_its_last_epoch(tmp_path) -> None:
+    first = fit(tiny("at"), tmp_path / "run").last
+    reported = []
+    again = fit(tiny("at"), tmp_path / "run", lambda metrics, saved: reported.append(metrics))
+    assert reported == [first.metrics]
+    assert again.last.path == first.path
+
+
+def test_only_the_last_and_the_best_checkpoint_are_kept(tmp_path) -> None:
+    fitted = fit(tiny("at", epochs=4), tmp_path / "run")
+    assert set(Run(tmp_path / "run").epochs()) == {4, fitted.best.epoch}
+
+
+def test_a_checkpoint_says_all_that_decided_it(tmp_path) -> None:
+    saved = fit(tiny("at"), tmp_path / "run").last
+    meta = json.loads((saved.path / "meta.json").read_text())
+    assert meta["config"] == tiny("at").json_dict()
+    assert torch.__version__.startswith(meta["environment"]["torch"])
+    assert len(meta["data_fingerprint"]) == 16
+    assert checkpoint.read(saved.path) == saved
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "state.safetensors", "meta.json"])
+def test_a_truncated_checkpoint_is_refused_in_one_line(file, tmp_path) -> None:
+    path = fit(tiny("at"), tmp_path / "run").last.path
+    content = (path / file).read_bytes()
+    (path / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(SpecError) as error:
+        fit(tiny("at"), tmp_path / "run")
+    assert len(error.value.problems) == 1 and str(path) in str(error.value)
+
+
+def test_a_folder_with_another_configs_run_is_refused(tmp_path) -> None:
+    fit(tiny("at"), tmp_path / "run")
+    with pytest.raises(SpecError, match="a run with other settings"):
+        fit(tiny("at", seed=1), tmp_path / "run")
+
+
+def test_a_loss_of_nan_fails_with_its_reason(tmp_path) -> None:
+    with pytest.raises(TrainingFailed, match=r"the loss became (nan|inf) in epoch \d; a smaller optim.lr may help"):
+        fit(tiny("at", optim__lr=1e20, epochs=4), tmp_path / "run")
+
+
+def test_settings_without_effect_are_pointed_out() -> None:
+    config = run_config("gairat", {**TINY, "method.terms.pgd.weight.burn_in": 9})
+    assert config.warnings() == ["method.terms.pgd.weight.burn_in = 9: the weights never act in 2 epochs"]
+
+
+def test_a_method_written_out_in_yaml_trains(tmp_path) -> None:
+    method = {
+        "attacks": {"weak": {"kind": "pgd", "steps": 1}},
+        "terms": {"clean": {"on": "natural", "coef": 0.5}, "robust": {"on": "weak", "weight": {"kind": "geometry"}}},
+    }
+    saved = fit(run_config(method, TINY), tmp_path / "run").last
+    assert saved.config.method.name == "inline" and saved.epoch == 2
