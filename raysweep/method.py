@@ -99,8 +99,8 @@ class Method(Spec):
             decides = _decides(term)
             if decides not in known and decides not in term.views:
                 problems.append(f"terms.{name}.weight.by: {unknown_name('view', decides, known)}")
-            elif term.weight.kind == "geometry" and decides == NATURAL:
-                problems.append(f"terms.{name}.weight: geometry weights need kappa; set `by` to an attack")
+            elif term.weight.kind in ("geometry", "within_margin") and decides == NATURAL:
+                problems.append(f"terms.{name}.weight: {term.weight.kind} weights need kappa; set `by` to an attack")
             before.append(name)
         used = {view for term in self.terms.values() for view in (*term.views, _decides(term))}
         problems += [f"attacks.{name}: no term looks at it" for name in self.attacks if name not in used]

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from pydantic import Discriminator, Field, model_validator
 from torch import Tensor
 
 from raysweep.attacks.base import View as VulnerabilityView
-from raysweep.attacks.base import vulnerability
-from raysweep.schedules import Schedule, now, within
+from raysweep.attacks.base import margin, vulnerability
+from raysweep.schedules import Number, Schedule, now, within
 from raysweep.spec import Spec
 
 
@@ -97,6 +98,10 @@ class Geometry(_BurnIn):
             table = torch.tensor(self.table, dtype=kappa.dtype, device=kappa.device)
             return table[look.kappa.clamp(max=len(self.table) - 1)]
         half = look.steps // 2 if self.official else look.steps / 2
+        if not half:
+            raise TypeError(
+                "the official geometry weights need an attack of 2 steps or more: they divide by floor(K / 2)"
+            )
         argument = now(self.lam) + 5 * (half - kappa) / half
         # (1 + tanh(a)) / 2 = sigma(2 a), which does not saturate to an all-zero batch when lam is very negative.
         return torch.sigmoid(2 * argument if self.shape == "tanh" else argument)
@@ -117,6 +122,36 @@ class Vulnerability(_Reweighting):
         return now(self.alpha) * (1 - vulnerability(look.logits, look.y, look.view)).clamp_min(0) ** now(self.beta)
 
 
+class Margin(_BurnIn):
+    """MAIL's scale x sigma(slope (PM + bias)), PM = max_{j != y} p_j - p_y in [-1, 1] (Wang et al. 2021).
+
+    Large where another class is as likely as the true one. Here PM's sign is that of the authors' code; the paper has
+    slope and bias as gamma and -beta. The code has scale 3 and does not normalise, the paper normalises.
+    """
+
+    kind: Literal["margin"] = "margin"
+    slope: Annotated[Schedule, within(0)] = 10.0
+    bias: Schedule = -0.5
+    scale: Annotated[Number, Field(gt=0)] = 1.0
+
+    def __call__(self, look: Look) -> Tensor:
+        return self.scale * torch.sigmoid(
+            now(self.slope) * (now(self.bias) - margin(F.softmax(look.logits, 1), look.y))
+        )
+
+
+class WithinMargin(Spec):
+    """1 where the view's attack fooled the model on its way (kappa < K), else 0: MMA's d < d_max (Ding et al. 2020)."""
+
+    kind: Literal["within_margin"] = "within_margin"
+    by: str | None = None
+
+    def __call__(self, look: Look) -> Tensor:
+        if look.kappa is None:
+            raise TypeError("within_margin weights need a view that is an attack's output")
+        return (look.kappa < look.steps).to(look.logits.dtype)
+
+
 class Remainder(Spec):
     """[total - sum of the weights of the terms `of`]_+: LRAT's lower bound C (L eq. 5), GAIR-RST's 1 - w (G eq. 13)."""
 
@@ -128,4 +163,4 @@ class Remainder(Spec):
         return (now(self.total) - sum(look.weights[name] for name in self.of)).clamp_min(0)  # type: ignore[union-attr]
 
 
-Weight = Annotated[Uniform | Geometry | Vulnerability | Remainder, Discriminator("kind")]
+Weight = Annotated[Uniform | Geometry | Vulnerability | Margin | WithinMargin | Remainder, Discriminator("kind")]

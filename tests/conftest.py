@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from oracle import Oracle
 from torch import nn
 
 from raysweep.data import Data, DataSpec, load
@@ -45,6 +46,11 @@ def net() -> nn.Module:
 def batch(digits: Data) -> tuple[torch.Tensor, torch.Tensor, Rng]:
     rows = slice(0, 32)
     return digits.train.images(rows), digits.train.y[rows], Rng.for_examples(digits.train.index[rows], 0)
+
+
+@pytest.fixture
+def oracle() -> Oracle:
+    return Oracle()
 
 
 @pytest.fixture(scope="session")

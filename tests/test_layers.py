@@ -55,5 +55,5 @@ def test_the_wheel_has_every_package() -> None:
         listed = tomllib.load(file)["tool"]["setuptools"]["packages"]
     found = {".".join(path.parent.relative_to(ROOT.parent).parts) for path in ROOT.rglob("*.py")}
     found |= {f"raysweep.{path.parent.name}" for path in ROOT.parent.glob("search_spaces/*.yaml")}
-    found |= {f"raysweep.{path.parent.name}" for path in ROOT.parent.glob("pipelines/*.yaml")}
+    found |= {"raysweep.pipelines" for _ in ROOT.parent.glob("pipelines/**/*.yaml")}
     assert set(listed) == found

@@ -8,12 +8,14 @@ from raysweep.attacks.apgd import APGD
 from raysweep.attacks.autoattack import PRESETS, Version, autoattack, custom, preset
 from raysweep.attacks.base import Adversarial, Attack, Norm, frozen, margin, vulnerability
 from raysweep.attacks.fab import FAB
+from raysweep.attacks.minimal import Minimal
 from raysweep.attacks.pgd import PGD
 from raysweep.attacks.square import Square
 from raysweep.attacks.worst_case import Cascade, SingleAttack, WorstCase, kind_of, restarts
 
 AnyAttack = Annotated[
     Annotated[PGD, Tag("pgd")]
+    | Annotated[Minimal, Tag("minimal")]
     | Annotated[APGD, Tag("apgd")]
     | Annotated[FAB, Tag("fab")]
     | Annotated[Square, Tag("square")]
@@ -30,6 +32,7 @@ __all__ = [
     "AnyAttack",
     "Attack",
     "Cascade",
+    "Minimal",
     "Norm",
     "SingleAttack",
     "Square",

@@ -1,6 +1,7 @@
 """Data on the device: the three splits, batches, and augmentation of a whole batch at once."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from raysweep.data.sources import DATASETS, Arrays
+from raysweep.data.unlabeled import read as read_unlabeled
 from raysweep.rng import Rng, seed_of
 from raysweep.spec import Spec, SpecError, unknown_name
 
-__all__ = ["DATASETS", "Batch", "Data", "DataSpec", "Split", "augmented", "load"]
+__all__ = ["DATASETS", "Batch", "Data", "DataSpec", "Split", "augmented", "epoch_batches", "load"]
 
 
 class DataSpec(Spec):
@@ -24,6 +26,8 @@ class DataSpec(Spec):
     val_size: examples carved, class-balanced, from the *training* set for every choice that is made while sweeping.
     train_size: use only so many of the rest (class-balanced); null for all.
     augment: 4-pixel random crop and horizontal flip; null for colour images only.
+    unlabeled: .npz, .parquet or .pickle of pseudo-labelled images of the same shape, for `rst` and `gair-rst`; they
+    are the share `unlabeled_fraction` of each batch.
     """
 
     name: str = "digits"
@@ -33,6 +37,8 @@ class DataSpec(Spec):
     train_size: Annotated[int, Field(ge=1)] | None = None
     augment: bool | None = None
     split_seed: int = 0
+    unlabeled: Path | None = None
+    unlabeled_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
 
     @field_validator("name")
     @classmethod
@@ -64,7 +70,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """train and val are parts of the source's training set, every prefix of val class-balanced; test is apart."""
+    """train and val are parts of the source's training set, every prefix of val class-balanced; test is apart.
+
+    unlabeled: pseudo-labelled images, the share `unlabeled_fraction` of each training batch.
+    """
 
     train: Split
     val: Split
@@ -73,6 +82,8 @@ class Data:
     classes: int
     augment: bool
     fingerprint: str
+    unlabeled: Split | None = None
+    unlabeled_fraction: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,7 @@ def load(spec: DataSpec) -> Data:
     chosen = _balanced(arrays.y_train, spec)
     val, train = chosen[: spec.val_size], chosen[spec.val_size :]
     channels = arrays.x_train.shape[1]
+    more = None if spec.unlabeled is None else _unlabeled(spec.unlabeled, arrays, classes)
     return Data(
         train=_split(arrays.x_train, arrays.y_train, np.sort(train), arrays.white),
         val=_split(arrays.x_train, arrays.y_train, val, arrays.white),
@@ -100,22 +112,41 @@ def load(spec: DataSpec) -> Data:
         channels=channels,
         classes=classes,
         augment=channels == 3 if spec.augment is None else spec.augment,
-        fingerprint=_fingerprint(arrays),
+        fingerprint=_fingerprint(arrays, more),
+        unlabeled=more,
+        unlabeled_fraction=spec.unlabeled_fraction,
     )
 
 
 def epoch_batches(
-    split: Split, batch_size: int, seed: int, epoch: int, augment: bool, rank: int = 0, workers: int = 1
+    split: Split,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    augment: bool,
+    rank: int = 0,
+    workers: int = 1,
+    unlabeled: Split | None = None,
+    unlabeled_fraction: float = 0.5,
 ) -> Iterator[Batch]:
-    """The shuffled batches of one epoch, a last short one included; of each, every `workers`-th row from `rank` on."""
-    generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
-    order = torch.randperm(len(split), generator=generator).to(split.y.device)
-    for start in range(0, len(split), batch_size):
-        rows = order[start : start + batch_size][rank::workers]
-        x, index = split.images(rows), split.index[rows]
+    """The shuffled batches of one epoch, a last short one included; of each, every `workers`-th row from `rank` on.
+
+    With `unlabeled`, an epoch has as many batches as without; each gives up its share of rows to fresh unlabelled ones.
+    """
+    order = _shuffled(len(split), len(split), seed_of(seed, "order", epoch))
+    count = math.ceil(len(split) / batch_size)
+    others = 0
+    extra = order[:0]
+    if unlabeled is not None:
+        others = min(max(round(unlabeled_fraction * batch_size), 1), batch_size - 1)
+        extra = len(split) + _shuffled(len(unlabeled), count * others, seed_of(seed, "unlabeled", epoch))
+    own = batch_size - others
+    for number in range(count):
+        rows = torch.cat([order[number * own : (number + 1) * own], extra[number * others : (number + 1) * others]])
+        x, y, index = _rows(split, unlabeled, rows[rank::workers].to(split.y.device))
         if augment:
             x = augmented(x, Rng.for_examples(index, seed, "augment", epoch))
-        yield Batch(x, split.y[rows], index)
+        yield Batch(x, y, index)
 
 
 def augmented(x: Tensor, rng: Rng, pad: int = 4) -> Tensor:
@@ -130,6 +161,43 @@ def augmented(x: Tensor, rng: Rng, pad: int = 4) -> Tensor:
     images = torch.arange(n, device=x.device)[:, None, None, None]
     channels = torch.arange(x.shape[1], device=x.device)[None, :, None, None]
     return padded[images, channels, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def _shuffled(population: int, count: int, seed: int) -> Tensor:
+    """`count` of 0..population-1, each as often as any other, give or take one."""
+    generator = torch.Generator().manual_seed(seed)
+    turns = math.ceil(count / population)
+    return torch.cat([torch.randperm(population, generator=generator) for _ in range(turns)])[:count]
+
+
+def _rows(split: Split, unlabeled: Split | None, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, labels and index; rows past the end of `split` are those of `unlabeled`."""
+    if unlabeled is None:
+        return split.images(rows), split.y[rows], split.index[rows]
+    own, others = rows[rows < len(split)], rows[rows >= len(split)] - len(split)
+    return (
+        torch.cat([split.images(own), unlabeled.images(others)]),
+        torch.cat([split.y[own], unlabeled.y[others]]),
+        torch.cat([split.index[own], unlabeled.index[others]]),
+    )
+
+
+def _unlabeled(path: Path, arrays: Arrays, classes: int) -> Split:
+    """Pseudo-labelled images as a split; their index goes on where the training set's ends."""
+    x, y = read_unlabeled(path)
+    if y is None:
+        raise SpecError(f"data.unlabeled {str(path)!r} has no labels `y`: label it with a trained model first")
+    problem = None
+    if x.shape[1:] != arrays.x_train.shape[1:]:
+        problem = f"images are {x.shape[1:]}, those of the data set {arrays.x_train.shape[1:]}"
+    elif int(y.max()) >= classes:
+        problem = f"label {int(y.max())}, where the data set has 0..{classes - 1}"
+    elif int(x.max()) > arrays.white:
+        problem = f"pixels up to {int(x.max())}, where the data set has 0..{arrays.white}"
+    if problem:
+        raise SpecError(f"data.unlabeled {str(path)!r}: {problem}")
+    index = len(arrays.y_train) + torch.arange(len(y))
+    return Split(torch.from_numpy(x), torch.from_numpy(y), index, arrays.white)
 
 
 def _balanced(
@@ -155,10 +223,11 @@ def _split(x: np.ndarray, y: np.ndarray, rows: np.ndarray, white: int) -> Split:
     return Split(torch.from_numpy(x[rows]), torch.from_numpy(y[rows]), torch.from_numpy(rows), white)
 
 
-def _fingerprint(arrays: Arrays) -> str:
+def _fingerprint(arrays: Arrays, more: Split | None) -> str:
     """16 hex digits that change when any pixel or label does."""
     sha = hashlib.sha256()
-    for part in (arrays.x_train, arrays.y_train, arrays.x_test, arrays.y_test):
+    extra = () if more is None else (more.x.numpy(), more.y.numpy())
+    for part in (arrays.x_train, arrays.y_train, arrays.x_test, arrays.y_test, *extra):
         sha.update(str(part.shape).encode())
         sha.update(np.ascontiguousarray(part).data)
     return sha.hexdigest()[:16]

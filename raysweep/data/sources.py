@@ -101,7 +101,7 @@ def _labels(labels: object) -> Labels:
 
 
 def _read_arrays(folder: Path, split: str) -> tuple[Pixels, Labels]:
-    for suffix, reader in ((".npz", _read_npz), (".parquet", _read_parquet)):
+    for suffix, reader in ((".npz", read_npz), (".parquet", read_parquet)):
         path = folder / f"{split}{suffix}"
         if path.exists():
             try:
@@ -109,16 +109,18 @@ def _read_arrays(folder: Path, split: str) -> tuple[Pixels, Labels]:
             except Exception as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise SpecError(f"{path}: cannot be read as {suffix}: {reason}") from None
-            return _checked(path, x, y)
+            return checked(path, x, y)
     raise SpecError(f"data.data_dir {str(folder)!r} has no {split}.npz and no {split}.parquet")
 
 
-def _read_npz(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+def read_npz(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+    """`x` and `y`; arrays of objects are refused, for reading them would execute what they say."""
     with np.load(path, allow_pickle=False) as file:
         return file["x"], file["y"]
 
 
-def _read_parquet(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+def read_parquet(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+    """Columns `x`, a fixed-shape tensor, and `y`."""
     table = pq.read_table(path, columns=["x", "y"])
     column = table["x"].combine_chunks()
     if hasattr(column, "to_numpy_ndarray"):
@@ -126,7 +128,8 @@ def _read_parquet(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic]]
     raise ValueError("column x must be a fixed-shape tensor (arrow.fixed_shape_tensor) of shape C x H x W")
 
 
-def _checked(path: Path, x: NDArray[np.generic], y: NDArray[np.generic]) -> tuple[Pixels, Labels]:
+def checked(path: Path, x: NDArray[np.generic], y: NDArray[np.generic]) -> tuple[Pixels, Labels]:
+    """x and y in their types, if they are images with one label each; SpecError if not."""
     if x.ndim != 4 or x.dtype != np.uint8:
         raise SpecError(f"{path}: x must be uint8 of shape (N, C, H, W), got {x.dtype} of shape {x.shape}")
     if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):

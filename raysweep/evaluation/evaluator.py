@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from raysweep.attacks import APGD, PGD, AnyAttack, Norm, SingleAttack, Square, Version, WorstCase, preset
+from raysweep.attacks import APGD, PGD, Norm, SingleAttack, Square, Version, WorstCase, preset
 from raysweep.evaluation import checks
 from raysweep.evaluation.copies import device_of, full_precision
 from raysweep.evaluation.progress import Progress
@@ -30,7 +30,7 @@ def evaluate(
     model: nn.Module,
     x: Tensor | Array,
     y: Tensor | Array,
-    attack: str | AnyAttack = "autoattack",
+    attack: str | SingleAttack | WorstCase = "autoattack",
     eps: float = 8 / 255,
     norm: Norm = "Linf",
     version: Version = "standard",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from raysweep.attacks import PGD, AnyAttack, frozen
 from raysweep.data import Split
+from raysweep.evaluation.flatness import flatness
 from raysweep.rng import Rng
 from raysweep.spec import Spec
 
@@ -23,13 +24,14 @@ class Validation(Spec):
     """Which attacks judge a checkpoint while training, on the first `size` validation examples (null: all).
 
     `robust_worst` is the accuracy that is left when each example faces all the attacks; `masking_gap` is what the first
-    attack alone overstates it by.
+    attack alone overstates it by. flatness: also how steep the loss is at friendly and at most adversarial data.
     """
 
     attacks: Annotated[dict[str, AnyAttack], Field(min_length=1)] = Field(default_factory=_attacks)
     size: Annotated[int, Field(ge=1)] | None = None
     every: Annotated[int, Field(ge=1)] = 1
     batch_size: Annotated[int, Field(ge=1)] = 512
+    flatness: bool = False
 
     def __call__(self, model: nn.Module, split: Split) -> dict[str, float]:
         """Accuracies in [0, 1]: `clean`, one for each attack by name, `robust_worst`; and `masking_gap`.
@@ -55,6 +57,9 @@ class Validation(Spec):
         accuracy = {name: part.float().mean().item() for name, part in survivors.items()}
         accuracy["robust_worst"] = torch.stack(list(survivors.values())).all(0).float().mean().item()
         accuracy["masking_gap"] = accuracy[next(iter(self.attacks))] - accuracy["robust_worst"]
+        if self.flatness:
+            first = next((attack for attack in self.attacks.values() if isinstance(attack, PGD)), PGD())
+            accuracy |= flatness(model, split, first, count, self.batch_size)
         return accuracy
 
 

@@ -8,14 +8,25 @@ from torch import nn
 
 from raysweep.models.cnn import digits_cnn
 from raysweep.models.layers import Normalize
+from raysweep.models.preact_resnet import preact_resnet18, preact_resnet18_bn
 from raysweep.models.resnet import resnet18, resnet34, resnet50
+from raysweep.models.small_cnn import small_cnn
+from raysweep.models.vgg import vgg13
+from raysweep.models.wide_resnet import wrn_28_10, wrn_32_10, wrn_34_10
 from raysweep.spec import Spec, SpecError, unknown_name
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "digits_cnn": digits_cnn,
+    "small_cnn": small_cnn,
+    "vgg13": vgg13,
     "resnet18": resnet18,
     "resnet34": resnet34,
     "resnet50": resnet50,
+    "preact_resnet18": preact_resnet18,
+    "preact_resnet18_bn": preact_resnet18_bn,
+    "wrn_28_10": wrn_28_10,
+    "wrn_32_10": wrn_32_10,
+    "wrn_34_10": wrn_34_10,
 }
 
 

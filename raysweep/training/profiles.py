@@ -10,7 +10,9 @@ PROFILES: dict[str, dict[str, Any]] = {
     "digits": {
         "*.eps": 0.15,
         "*.step_size": 0.03,
+        "*.d_max": 0.225,
         "*.burn_in": 3,
+        "*.tau.boundaries": [3, 6],
         "data.val_size": 300,
         "model.name": "digits_cnn",
         "epochs": 8,
@@ -20,7 +22,9 @@ PROFILES: dict[str, dict[str, Any]] = {
     "mnist": {
         "*.eps": 0.3,
         "*.step_size": 0.04,
+        "*.d_max": 0.45,
         "*.burn_in": 10,
+        "*.tau.boundaries": [10, 20],
         "data.val_size": 5000,
         "model.name": "digits_cnn",
         "epochs": 30,

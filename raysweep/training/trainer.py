@@ -2,21 +2,22 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from raysweep.data import Data, Split, epoch_batches, load
-from raysweep.method import NATURAL, ONE_WORKER, Step, Workers
+from raysweep.data import Batch, Data, epoch_batches, load
+from raysweep.method import ONE_WORKER, Workers
 from raysweep.rng import Rng, seed_of
 from raysweep.schedules import now
 from raysweep.spec import SpecError
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import Checkpoint, Run
 from raysweep.training.config import RunConfig
+from raysweep.training.diagnostics import Diagnostics, Histogram, natural_accuracy, write_histograms
 
 OBJECTIVE = "robust_worst"
 Report = Callable[[dict[str, float], Checkpoint], None]
@@ -62,14 +63,26 @@ def fit(
         resumed.load_model(model)
         resumed.load_optimizer(model, optimizer)
     train, val = data.train.to(device), data.val.to(device)
+    unlabeled = None if data.unlabeled is None else data.unlabeled.to(device)
     saved = resumed
     for epoch in range(len(history), config.epochs):
-        metrics = _epoch(config, epoch, model, optimizer, train, data.augment, workers)
+        batches = epoch_batches(
+            train,
+            config.batch_size,
+            config.seed,
+            epoch,
+            data.augment,
+            unlabeled=unlabeled,
+            unlabeled_fraction=data.unlabeled_fraction,
+        )
+        metrics, histograms = _epoch(config, epoch, model, optimizer, batches, workers)
+        metrics["train/natural"] = natural_accuracy(model, train)
         if (epoch + 1) % config.validation.every == 0 or epoch + 1 == config.epochs:
             metrics |= config.validation(model, val)
         history = [*history, metrics]
         saved = checkpoint.save(run.at(epoch + 1), config, model, optimizer, history, data.fingerprint)
         run.prune({epoch + 1, best_epoch(history)})
+        write_histograms(run_path, epoch + 1, histograms)
         report(metrics, saved)
     assert saved is not None
     if resumed is saved:
@@ -93,57 +106,26 @@ def _epoch(
     epoch: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    train: Split,
-    augment: bool,
+    batches: Iterable[Batch],
     workers: Workers,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, Histogram]]:
     settings = config.at(epoch)
     for group in optimizer.param_groups:
         group.update(lr=now(settings.optim.lr), weight_decay=now(settings.optim.weight_decay))
     started = time.perf_counter()
-    seen = _Seen()
+    seen = Diagnostics(settings.method)
     model.train()
-    for batch in epoch_batches(train, config.batch_size, config.seed, epoch, augment):
+    for batch in batches:
         rng = Rng.for_examples(batch.index, config.seed, "train", epoch)
         step = settings.method(model, batch.x, batch.y, rng, workers)
         optimizer.zero_grad(set_to_none=True)
         step.loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         seen.add(step, batch.y)
-    metrics = seen.metrics()
+    metrics = seen.metrics(workers)
     if not math.isfinite(metrics["train/loss"]):
         raise TrainingFailed(
             f"the loss became {metrics['train/loss']} in epoch {epoch + 1}; a smaller optim.lr may help"
         )
-    return {
-        "epoch": epoch + 1,
-        "train/lr": now(settings.optim.lr),
-        "train/seconds": time.perf_counter() - started,
-        **metrics,
-    }
-
-
-class _Seen:
-    """Sums over an epoch, on the device: nothing waits for it until the end."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._rows = 0
-
-    def add(self, step: Step, y: Tensor) -> None:
-        rows = len(y)
-        self._rows += rows
-        self._sum("loss", step.loss.detach() * rows)
-        for name, logits in step.logits.items():
-            self._sum("clean" if name == NATURAL else name, (logits.detach().argmax(1) == y).sum())
-        for name, adversarial in step.adversarial.items():
-            if adversarial.kappa is not None:
-                self._sum(f"kappa_{name}", adversarial.kappa.sum())
-        for name, weight in step.weights.items():
-            self._sum(f"weight_{name}", weight.sum())
-
-    def metrics(self) -> dict[str, float]:
-        return {f"train/{name}": total.item() / self._rows for name, total in self._sums.items()}
-
-    def _sum(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+    row = {"epoch": epoch + 1, "train/lr": now(settings.optim.lr), "train/seconds": time.perf_counter() - started}
+    return {**row, **metrics}, seen.histograms(workers)

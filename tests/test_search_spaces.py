@@ -1,0 +1,65 @@
+"""Every method has a search space whose every end, choice and starting point is a valid run."""
+
+from functools import cache
+
+import optuna
+import pytest
+
+from raysweep.catalog import METHODS
+from raysweep.spec import SpecError
+from raysweep.sweep.space import load_space, spaces
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@cache
+def shipped(name):
+    return load_space(name, {})
+
+
+def test_every_method_has_one():
+    assert set(spaces()) == set(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_space(name):
+    """Both ends of every range validate (`load_space`); what is searched belongs to the method or the optimiser."""
+    space = shipped(name)
+    assert space.method == name
+    assert space.start, "a sweep starts from the paper's setting"
+    assert all(set(point) == set(space.space) for point in space.start)
+    assert all(path.startswith(("method.", "optim.")) for path in space.space)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_suggestions_are_valid_and_differ(name):
+    space = shipped(name)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    digests = {space.config(space.suggest(study.ask())).digest() for _ in range(4)}
+    digests |= {space.config(point).digest() for point in space.start}
+    assert len(digests) >= 3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_weights_act_within_the_epochs(name):
+    """No starting point and no end of a range leaves the weights unused."""
+    space = shipped(name)
+    ends = [{path: value} for path, d in space.space.items() for value in d.ends()]
+    for settings in (*space.start, *ends):
+        assert space.config(settings).warnings() == []
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_spaces_fit_other_data_sets(name):
+    """A space is for digits as it stands, and keeps its meaning with another network and more epochs."""
+    space = shipped(name).fixed({"data.name": "cifar10", "model.name": "resnet18", "epochs": 100})
+    config = space.config({})
+    assert (config.data.name, config.model.name, config.epochs) == ("cifar10", "resnet18", 100)
+    assert set(space.space) == set(shipped(name).space)
+
+
+def test_a_typo_costs_nothing(tmp_path):
+    wrong = tmp_path / "gairat.yaml"
+    wrong.write_text("method: gairat\nspace:\n  method.terms.pgd.weight.lamda: {float: [0, 1]}\n")
+    with pytest.raises(SpecError, match="lam"):
+        load_space("gairat", {}, wrong)
