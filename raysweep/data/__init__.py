@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -84,6 +84,15 @@ class Data:
     fingerprint: str
     unlabeled: Split | None = None
     unlabeled_fraction: float = 0.5
+
+    def to(self, device: torch.device) -> "Data":
+        more = None if self.unlabeled is None else self.unlabeled.to(device)
+        return replace(self, train=self.train.to(device), val=self.val.to(device), unlabeled=more)
+
+    def batches(self, batch_size: int, seed: int, epoch: int, rank: int = 0, workers: int = 1) -> Iterator["Batch"]:
+        """One epoch of training batches; of each, the rows of one worker."""
+        mixed = (self.unlabeled, self.unlabeled_fraction)
+        return epoch_batches(self.train, batch_size, seed, epoch, self.augment, rank, workers, *mixed)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from argparse import Namespace
 
 import torch
 
-from raysweep.data import Data, epoch_batches
+from raysweep.data import Data
 from raysweep.rng import Rng, seed_of
 from raysweep.sweep.space import SearchSpace
 from raysweep.training.config import RunConfig
@@ -53,7 +53,7 @@ def epoch_seconds(config: RunConfig, data: Data, steps: int = 2) -> float:
     torch.set_num_threads(1)
     model = config.model.build(data.channels, data.classes, seed_of(config.seed, "weights"))
     settings = config.at(config.epochs - 1)
-    batches = epoch_batches(data.train, config.batch_size, config.seed, 0, data.augment)
+    batches = data.batches(config.batch_size, config.seed, 0)
     timings = []
     for _, batch in zip(range(steps + 1), batches, strict=False):
         started = time.perf_counter()

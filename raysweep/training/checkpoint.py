@@ -7,6 +7,8 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,6 +43,11 @@ class Checkpoint:
         model.load_state_dict(load_file(self.path / WEIGHTS))
         return model
 
+    def load_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Weights and momentum: training goes on as if it had never stopped."""
+        self.load_model(model)
+        self.load_optimizer(model, optimizer)
+
     def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Momentum buffers by parameter name."""
         state = load_file(self.path / STATE)
@@ -63,29 +70,36 @@ def save(
         for name, parameter in model.named_parameters()
         if optimizer.state[parameter].get("momentum_buffer") is not None
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(_plain(model.state_dict()), partial / WEIGHTS)
-    save_file(_plain(momentum), partial / STATE)
-    meta = {
-        "format": _FORMAT,
-        "config": config.json_dict(),
-        "digest": config.digest(),
-        "epoch": len(history),
-        "history": history,
-        "data_fingerprint": data_fingerprint,
-        "environment": environment(),
-        "sha256": {name: _sha256(partial / name) for name in (WEIGHTS, STATE)},
-    }
-    (partial / META).write_text(json.dumps(meta, indent=1))
-    for file in partial.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    if path.exists():
-        shutil.rmtree(path)
-    partial.replace(path)
+    with _whole(path) as partial:
+        save_file(_plain(model.state_dict()), partial / WEIGHTS)
+        save_file(_plain(momentum), partial / STATE)
+        sha256 = {name: _sha256(partial / name) for name in (WEIGHTS, STATE)}
+        meta = _write_meta(partial, config, history, data_fingerprint, sha256)
     return Checkpoint(path, config, len(history), history, meta)
+
+
+def adopt(path: Path, source: Path, config: RunConfig, history: list[dict[str, float]] | None = None) -> Checkpoint:
+    """Another run's state as this run's checkpoint at `path`: the same files, linked where that can be, its own meta.
+
+    Rows of `history` (by default the other run's) that were not trained here are marked `shared`, and cost nothing.
+    """
+    other = read(source)
+    rows = other.history if history is None else [*history, other.metrics]
+    known = 0 if history is None else len(history)
+    rows = [*rows[:known], *({**row, "train/seconds": 0.0, "shared": 1.0} for row in rows[known:])]
+    with _whole(path) as partial:
+        for name in (WEIGHTS, STATE):
+            link(source / name, partial / name)
+        meta = _write_meta(partial, config, rows, other.meta["data_fingerprint"], other.meta["sha256"])
+    return Checkpoint(path, config, len(rows), rows, meta)
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def read(path: Path) -> Checkpoint:
@@ -116,7 +130,8 @@ class Run:
 
     def epochs(self) -> list[int]:
         """Finished epochs that have a checkpoint, ascending."""
-        return sorted(int(p.name.removeprefix("epoch-")) for p in self.path.glob("epoch-*"))
+        names = (p.name.removeprefix("epoch-") for p in self.path.glob("epoch-*"))
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def last(self) -> Checkpoint | None:
         epochs = self.epochs()
@@ -129,6 +144,38 @@ class Run:
                 shutil.rmtree(self.at(epoch))
         for partial in self.path.glob(".epoch-*"):
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `path` at the end, or nothing at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for file in partial.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if path.exists():
+        shutil.rmtree(path)
+    partial.replace(path)
+
+
+def _write_meta(
+    folder: Path, config: RunConfig, history: list[dict[str, float]], fingerprint: str, sha256: dict[str, str]
+) -> Json:
+    meta = {
+        "format": _FORMAT,
+        "config": config.json_dict(),
+        "digest": config.digest(),
+        "epoch": len(history),
+        "history": history,
+        "data_fingerprint": fingerprint,
+        "environment": environment(),
+        "sha256": sha256,
+    }
+    (folder / META).write_text(json.dumps(meta, indent=1))
+    return meta
 
 
 @cache

@@ -1,7 +1,7 @@
-"""Shared prefixes: the settings of each epoch form a hash chain that names the state after it, as a prompt names a cache.
+"""Shared prefixes: the settings of each epoch form a hash chain that names the state after it.
 
-Two runs whose settings agree in every epoch up to e have the same weights after e, however they differ later: all GAIRAT
-runs during their burn-in, FAT runs until their tau differ, the same settings with more epochs. Random numbers belong to
+Two runs whose settings agree in every epoch up to e have the same weights after e, however they differ later: all
+GAIRAT runs during their burn-in, FAT runs until their tau differ, the same settings with more epochs. Random numbers belong to
 (seed, epoch, example), so a run that starts from a stored state is bit-identical to one that trained it (on one kind of
 machine, which the chain names too).
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from raysweep.spec import Json, digest
+from raysweep.spec import Json, SpecError, digest
 from raysweep.training import checkpoint
 from raysweep.training.config import RunConfig
 
@@ -62,11 +62,16 @@ class Prefixes:
         return None
 
     def get(self, key: str) -> Path | None:
+        """The state's folder; None if there is none, or if it is damaged, and then it goes."""
         state = self.path / key
         if not (state / checkpoint.META).exists():
             return None
-        with suppress(OSError):
+        try:
+            checkpoint.read(state)
             os.utime(state)
+        except (SpecError, OSError):
+            shutil.rmtree(state, ignore_errors=True)
+            return None
         return state
 
     def put(self, key: str, saved: Path) -> None:
@@ -77,7 +82,7 @@ class Prefixes:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for file in saved.iterdir():
-            _link(file, partial / file.name)
+            checkpoint.link(file, partial / file.name)
         with suppress(OSError):  # another run was faster
             partial.replace(self.path / key)
         shutil.rmtree(partial, ignore_errors=True)
@@ -158,10 +163,3 @@ def _beat(claim: Path, stop: threading.Event) -> None:
     while not stop.wait(_BEAT):
         with suppress(OSError):
             os.utime(claim)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

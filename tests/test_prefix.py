@@ -1,0 +1,173 @@
+"""Shared prefixes: named by what decides them, bit-identical to training from scratch, never trained twice."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny
+from safetensors.torch import load_file
+
+from raysweep.data import load
+from raysweep.training.prefix import Prefixes, chain
+from raysweep.training.trainer import fit
+
+LAM, BURN_IN = "method__terms__pgd__weight__lam", "method__terms__pgd__weight__burn_in"
+
+
+def keys(method: str, **changes) -> list[str]:
+    return chain(tiny(method, **changes), "data")
+
+
+def shared(one: list[str], two: list[str]) -> int:
+    """Epochs after which both have the same state."""
+    return sum(a == b for a, b in zip(one, two, strict=False)) - 1
+
+
+def test_the_chain_parts_where_the_effective_settings_part() -> None:
+    base = {"epochs": 6, BURN_IN: 4}
+    assert shared(keys("gairat", **base, **{LAM: -1.0}), keys("gairat", **base, **{LAM: 2.0})) == 4
+    assert shared(keys("gairat", epochs=6, **{BURN_IN: 4}), keys("gairat", epochs=6, **{BURN_IN: 2})) == 2
+    assert shared(keys("at", epochs=6), keys("gairat", **base)) == 4, "a burn-in is adversarial training"
+    assert shared(keys("at", epochs=6), keys("at", epochs=3)) == 3
+    assert shared(keys("at", seed=0), keys("at", seed=1)) == 0
+    taus = [{"kind": "piecewise", "boundaries": [2, 4], "values": [0, t, 6]} for t in (3, 4)]
+    fat = [keys("fat", epochs=6, method__attacks__pgd__tau=tau) for tau in taus]
+    assert shared(*fat) == 2
+    assert shared(keys("at", batch_size=32), keys("at", batch_size=16)) == 0
+    lr = [{"kind": "piecewise", "boundaries": [3], "values": [0.1, v]} for v in (0.01, 0.02)]
+    assert shared(keys("at", epochs=6, optim__lr=lr[0]), keys("at", epochs=6, optim__lr=lr[1])) == 3
+
+
+def test_what_does_not_decide_the_weights_does_not_part_the_chain() -> None:
+    assert keys("at") == keys("at", data__data_dir="/elsewhere")
+    assert chain(tiny("at"), "data") != chain(tiny("at"), "other data")
+    assert chain(tiny("at"), "data") != chain(tiny("at"), "data", workers=2)
+
+
+CASES = {
+    "gairat burn-in": [("gairat", {"epochs": 4, BURN_IN: 2, LAM: lam}) for lam in (-1.0, 1.0)],
+    "at then gairat": [("at", {"epochs": 3}), ("gairat", {"epochs": 4, BURN_IN: 2, LAM: 0.0})],
+    "fat tau": [
+        ("fat", {"epochs": 4, "method__attacks__pgd__tau": {"kind": "piecewise", "boundaries": [2], "values": [0, t]}})
+        for t in (1, 2)
+    ],
+    "more epochs": [("at", {"epochs": 2}), ("at", {"epochs": 4})],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_shared_prefix_gives_the_same_weights_bit_for_bit(case, tmp_path) -> None:
+    prefixes = Prefixes(tmp_path / "prefixes")
+    for number, (method, changes) in enumerate(CASES[case]):
+        config = tiny(method, **changes)
+        rows = []
+        with_store = fit(
+            config, tmp_path / f"shared{number}", lambda m, c, rows=rows: rows.append(m), prefixes=prefixes
+        )
+        alone = fit(config, tmp_path / f"alone{number}")
+        one, two = (load_file(f.last.path / "weights.safetensors") for f in (with_store, alone))
+        assert all(torch.equal(one[name], two[name]) for name in one)
+        assert [row["epoch"] for row in rows] == list(range(1, config.epochs + 1))
+        assert [row["robust_worst"] for row in rows] == [row["robust_worst"] for row in alone.last.history]
+        assert with_store.best.epoch == alone.best.epoch
+        trained = [row for row in rows if not row.get("shared")]
+        assert len(trained) == config.epochs if number == 0 else len(trained) == config.epochs - 2
+
+
+def test_the_second_run_of_the_same_settings_trains_nothing(tmp_path) -> None:
+    prefixes = Prefixes(tmp_path / "prefixes")
+    fit(tiny("at"), tmp_path / "one", prefixes=prefixes)
+    rows = []
+    fit(tiny("at"), tmp_path / "two", lambda m, c: rows.append(m), prefixes=prefixes)
+    assert [row["shared"] for row in rows] == [1.0, 1.0]
+
+
+def test_two_runs_at_once_train_a_common_prefix_once(tmp_path) -> None:
+    script = (
+        "import sys, json, pathlib, torch; torch.set_num_threads(1)\n"
+        "from raysweep.training.config import RunConfig\nfrom raysweep.training.prefix import Prefixes\n"
+        "from raysweep.training.trainer import fit\n"
+        "rows = []\n"
+        "root = pathlib.Path(sys.argv[2])\n"
+        "fit(RunConfig.model_validate_json(sys.argv[1]), root / sys.argv[3], lambda m, c: rows.append(m),\n"
+        "    prefixes=Prefixes(root / 'prefixes'))\n"
+        "print(json.dumps(rows))\n"
+    )
+    configs = [tiny("gairat", epochs=8, **{BURN_IN: 6, LAM: lam}) for lam in (-1.0, 1.0)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, config.model_dump_json(), str(tmp_path), str(number)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number, config in enumerate(configs)
+    ]
+    rows = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+    trained = sum(not row.get("shared") for part in rows for row in part)
+    assert trained == 6 + 2 + 2
+    assert [row["robust_worst"] for row in rows[0][:6]] == [row["robust_worst"] for row in rows[1][:6]]
+
+
+def test_a_dead_owners_claim_is_taken_over(tmp_path) -> None:
+    dead = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import os, sys, pathlib\nfrom raysweep.training.prefix import Prefixes\n"
+            f"with Prefixes(pathlib.Path({str(tmp_path)!r})).training('key') as ours: assert ours; os._exit(0)",
+        ],
+        check=True,
+    )
+    assert dead.returncode == 0 and (tmp_path / "key.claim").exists()
+    with Prefixes(tmp_path).training("key") as ours:
+        assert ours
+    assert not (tmp_path / "key.claim").exists()
+
+
+def test_a_living_owners_claim_is_waited_for(tmp_path) -> None:
+    prefixes, got = Prefixes(tmp_path / "prefixes"), []
+    state = fit(tiny("at", epochs=1), tmp_path / "run").last.path
+
+    def second() -> None:
+        with prefixes.training("key") as ours:
+            got.append(ours)
+
+    with prefixes.training("key") as ours:
+        assert ours
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.5)
+        assert not got
+        prefixes.put("key", state)
+    thread.join()
+    assert got == [False]
+
+
+def test_the_store_forgets_the_least_recently_used_when_it_is_full(tmp_path) -> None:
+    state = fit(tiny("at", epochs=1), tmp_path / "run").last.path
+    size = sum(file.stat().st_size for file in state.iterdir())
+    prefixes = Prefixes(tmp_path / "prefixes", limit=int(2.5 * size))
+    for key in ("a", "b"):
+        prefixes.put(key, state)
+        time.sleep(0.02)
+    prefixes.get("a")
+    prefixes.put("c", state)
+    assert sorted(p.name for p in (tmp_path / "prefixes").iterdir()) == ["a", "c"]
+
+
+def test_a_damaged_state_is_not_used_silently(tmp_path: Path) -> None:
+    prefixes = Prefixes(tmp_path / "prefixes")
+    config = tiny("at", epochs=1)
+    fit(config, tmp_path / "one", prefixes=prefixes)
+    (state,) = [p for p in (tmp_path / "prefixes").iterdir() if p.is_dir()]
+    assert state.name == chain(config, load(config.data).fingerprint)[1]
+    (state / "weights.safetensors").unlink()
+    (state / "weights.safetensors").write_bytes(b"half")
+    rows = []
+    fit(config, tmp_path / "two", lambda m, c: rows.append(m), prefixes=prefixes)
+    assert not rows[0].get("shared")
