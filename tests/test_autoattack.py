@@ -24,18 +24,18 @@ PGDS = [
 ]
 APGDS = [
     APGD(eps=0.2, steps=10),
-    APGD(eps=0.2, steps=10, loss="cw", restarts=2),
-    APGD(eps=0.2, steps=10, loss="dlr"),
+    APGD(eps=0.2, steps=8, loss="cw", restarts=2),
+    APGD(eps=0.2, steps=8, loss="dlr"),
     APGD(eps=0.2, steps=5, loss="ce", samples=2),
     APGD(eps=0.2, steps=5, loss="dlr-targeted", targets=3),
     APGD(eps=0.7, steps=10, norm="L2"),
 ]
 OTHERS = [
-    FAB(eps=0.25, steps=20, targets=3),
-    FAB(eps=0.9, steps=20, targets=3, norm="L2"),
-    FAB(eps=0.25, steps=10, targets=None, restarts=2),
-    Square(eps=0.25, queries=60),
-    Square(eps=0.9, queries=60, norm="L2", restarts=2),
+    FAB(eps=0.25, steps=12, targets=2),
+    FAB(eps=0.9, steps=12, targets=2, norm="L2"),
+    FAB(eps=0.25, steps=6, targets=None, restarts=2),
+    Square(eps=0.25, queries=40),
+    Square(eps=0.9, queries=40, norm="L2", restarts=2),
     WorstCase(attacks={"pgd": PGDS[0], "apgd": APGDS[0], "square": Square(eps=0.2, queries=20)}),
 ]
 

@@ -66,15 +66,9 @@ def test_official_verdict_in_l2():
 
 
 def test_batch_size_and_shards_change_nothing():
-    whole = short()
+    whole = short(batch_size=500)
     assert 20 < whole.robust.sum() < 100
-    for settings in (
-        {"batch_size": 13},
-        {"batch_size": 64},
-        {"shards": 1},
-        {"shards": 3},
-        {"shards": 7, "batch_size": 5},
-    ):
+    for settings in ({"batch_size": 64}, {"shards": 1}, {"shards": 3, "batch_size": 5}):
         assert same(whole, short(**settings)), settings
 
 
