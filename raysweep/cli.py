@@ -46,6 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("method", metavar="METHOD", help="a method of `raysweep list`")
     p.add_argument("--space", type=Path, metavar="FILE", help="search space (default: the one shipped for the method)")
     p.add_argument("--trials", type=_count, metavar="N", help="number of trials (default: the space's)")
+    p.add_argument("--max-trials", type=_count, dest="trials", metavar="N", help="the same as --trials")
+    p.add_argument("--max-time", type=_duration, metavar="T", help="end after 90s, 30m or 2h; --resume goes on")
+    p.add_argument("--max-gpu-hours", type=_amount, metavar="H", help="end when trials have held GPUs for so long")
     group = p.add_mutually_exclusive_group()
     group.add_argument("--name", help="name of the sweep (default: the method and the time)")
     group.add_argument("--resume", metavar="NAME", help="go on with a sweep, with more --trials if given")
@@ -122,6 +125,17 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _duration(text: str) -> float:
+    units = {"s": 1, "m": 60, "h": 3600}
+    try:
+        seconds = float(text[:-1]) * units[text[-1:]]
+    except (ValueError, KeyError):
+        seconds = -1.0
+    if seconds <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90s, 30m or 2h")
+    return seconds
 
 
 def _fraction(text: str) -> float:

@@ -58,7 +58,7 @@ class Progress:
     def _render(self) -> RenderableType:
         ended = [t for t in self._trials.values() if t.state != "running"]
         running = [t for t in self._trials.values() if t.state == "running"]
-        metric = self._ledger.space.metric
+        metric = self._ledger.space.objectives[0]
         rest = sorted(ended, key=lambda t: -t.score(metric))[: max(0, _ROWS - len(running))]
         table = trial_table(self._ledger, [*running, *rest])
         elapsed = time.monotonic() - self._began

@@ -101,6 +101,10 @@ class Method(Spec):
                 problems.append(f"terms.{name}.weight.by: {unknown_name('view', decides, known)}")
             elif term.weight.kind in ("geometry", "within_margin") and decides == NATURAL:
                 problems.append(f"terms.{name}.weight: {term.weight.kind} weights need kappa; set `by` to an attack")
+            elif term.weight.kind == "geometry" and decides in self.attacks and self.attacks[decides].kind != "pgd":
+                problems.append(
+                    f"terms.{name}.weight: only pgd counts kappa, and {decides!r} is {self.attacks[decides].kind}"
+                )
             before.append(name)
         used = {view for term in self.terms.values() for view in (*term.views, _decides(term))}
         problems += [f"attacks.{name}: no term looks at it" for name in self.attacks if name not in used]

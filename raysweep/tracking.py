@@ -14,7 +14,7 @@ from typing import Any, Literal
 from raysweep.spec import SpecError, flatten
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import labels
-from raysweep.training.checkpoint import Checkpoint, environment
+from raysweep.training.checkpoint import Checkpoint, Run, environment
 from raysweep.training.config import RunConfig
 from raysweep.training.trainer import OBJECTIVE
 
@@ -119,6 +119,9 @@ class Tracker:
         except (MlflowException, OSError) as error:
             raise SpecError(f"{what}: no checkpoint in MLflow store {self.uri}: {str(error).splitlines()[0]}") from None
 
+    def closed(self, run: str) -> bool:
+        return str(self._connected.result()[0].get_run(run).info.status) != "RUNNING"
+
     def close(self, run: str, status: Status) -> None:
         self._connected.result()[0].set_terminated(run, status)
 
@@ -158,6 +161,8 @@ class SweepTracker:
         self._config = ledger.space.config({})
         self._tracker.config(self._parent, self._config, self._fingerprint)
         self._tracker.artifact(self._parent, ledger.space.json_dict(), "space.json")
+        for trial in ledger.trials():
+            self._reconcile(trial)
 
     def trial_changed(self, trial: Trial, metrics: dict[str, float] | None) -> None:
         run = self._runs.get(trial.number) or self._open(trial)
@@ -178,6 +183,18 @@ class SweepTracker:
             self._tracker.tag(self._parent, {"best_trial": f"{ranked[0].number:04d}"})
         done = all(trial.state != "running" for trial in trials.values()) and len(trials) >= ledger.space.total
         self._tracker.close(self._parent, "FINISHED" if done else "KILLED")
+
+    def _reconcile(self, trial: Trial) -> None:
+        """A driver that was killed may have left a trial's run without its last epochs, or open."""
+        tags = _trial_tags(self._ledger.key, f"{trial.number:04d}")
+        found = self._tracker.find(tags)
+        if trial.state == "running" or (found and self._tracker.closed(found)):
+            return
+        run = self._open(trial)
+        last = Run(self._ledger.run_path(trial.number)).last()
+        for row in last.history if last else []:
+            self._tracker.metrics(run, row, int(row["epoch"]))
+        self._finish(run, trial)
 
     def _open(self, trial: Trial) -> str:
         tags = _trial_tags(self._ledger.key, f"{trial.number:04d}")

@@ -20,7 +20,7 @@ FLAGS = {
     "train": {*COMMON, "--out", "--name"},
     "tune": {
         *COMMON, "--out", "--name", "--space", "--trials", "--resume", "--plan", "--address", "--cpus-per-trial",
-        "--gpus-per-trial",
+        "--gpus-per-trial", "--max-trials", "--max-time", "--max-gpu-hours",
     },
     "eval": {
         *COMMON, "--out", "--attack", "--version", "--eps", "--norm", "--n", "--batch-size", "--keep-adversarial",

@@ -1,6 +1,7 @@
 """raysweep tune"""
 
 import json
+import math
 import sys
 import time
 from argparse import Namespace
@@ -13,7 +14,7 @@ from raysweep.commands import plain_name, settings, ui_command, writable
 from raysweep.data import Data, load
 from raysweep.display import Progress, trial_table
 from raysweep.spec import SpecError
-from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import SearchSpace, load_space
 from raysweep.tracking import SweepTracker, Tracker, embedded_store
 from raysweep.training.config import named_method
@@ -31,16 +32,22 @@ def run(args: Namespace) -> int:
     ledger = _ledger(args, out / "runs", space)
     tracker = Tracker(embedded_store(out), out / "mlruns")
 
-    from raysweep.sweep.tuner import Listener, Resources, run_sweep
+    from raysweep.sweep.tuner import Budget, Listener, Resources, SweepFailed, run_sweep
 
     console = Console(stderr=True)
     listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(console)]
     resources = Resources(args.cpus_per_trial, _gpus(args))
+    if args.max_gpu_hours is not None and not resources.gpus:
+        raise SpecError("--max-gpu-hours: the trials hold no GPU; use --max-time")
+    budget = Budget(args.max_time or math.inf, math.inf if args.max_gpu_hours is None else 3600 * args.max_gpu_hours)
     try:
-        run_sweep(ledger, listeners, resources, args.address)
+        run_sweep(ledger, listeners, resources, args.address, budget)
     except SpecError:
         ledger.discard()
         raise
+    except SweepFailed as error:
+        print(f"raysweep: the sweep failed: {error}", file=sys.stderr)
+        return 1
     return _report(args, ledger, tracker)
 
 
@@ -80,28 +87,60 @@ def _gpus(args: Namespace) -> float:
 
 
 def _report(args: Namespace, ledger: Ledger, tracker: Tracker) -> int:
-    """The best trials, where they are, and what to type next."""
+    """The best trials, where they are, what sharing saved, and what to type next."""
     ranked, trials = ledger.ranked(), ledger.trials()
     ended = [trial for trial in trials if trial.state != "running"]
+    out = "" if args.out == Path() else f" --out {args.out}"
+    asked, trained = sum(t.epoch for t in trials), sum(t.trained for t in trials)
     if args.json:
-        rows = [asdict(t) | {"checkpoint": str(ledger.checkpoint(t))} for t in ranked]
-        print(json.dumps({"sweep": ledger.name, "path": str(ledger.path), "trials": rows}, indent=1))
+        rows = [asdict(t) | {"checkpoint": str(ledger.checkpoint(t)), "masks": ledger.masks(t)} for t in ranked]
+        front = [trial.number for trial in ledger.front()]
+        epochs = {"asked": asked, "trained": trained, "saved": asked - trained}
+        facts = {"sweep": ledger.name, "path": str(ledger.path), "epochs": epochs, "front": front, "trials": rows}
+        print(json.dumps(facts, indent=1))
     elif ranked:
-        metric = ledger.space.metric.replace("_", " ")
-        print(f"\nbest {min(_BEST, len(ranked))} of {len(trials)} trials by {metric} on the validation split")
-        Console(width=None if sys.stdout.isatty() else 160).print(trial_table(ledger, ranked[:_BEST]))
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        names = [name.replace("_", " ") for name in ledger.space.objectives]
+        if len(names) > 1:
+            best = sorted(ledger.front(), key=lambda trial: -trial.score(ledger.space.objectives[0]))
+            print(f"\n{len(best)} of {len(trials)} trials on the Pareto front of {' and '.join(names)}")
+            console.print(trial_table(ledger, best))
+        else:
+            print(f"\nbest {min(_BEST, len(ranked))} of {len(trials)} trials by {names[0]} on the validation split")
+            console.print(trial_table(ledger, ranked[:_BEST]))
+        for line in _masking(ledger, ranked):
+            print(line)
+        print(f"epochs: {asked} asked, {trained} trained, {asked - trained} taken over from other trials")
         print(f"\nbest checkpoint\n  {ledger.checkpoint(ranked[0])}")
-        out = "" if args.out == Path() else f" --out {args.out}"
-        print(f"next\n  raysweep show {ledger.name}{out}\n  {ui_command(tracker.uri)}")
+        print(f"next\n  raysweep eval {_short(ledger.checkpoint(ranked[0]))}{out}")
+        print(f"  raysweep show {ledger.name}{out}\n  {ui_command(tracker.uri)}")
     if len(ended) < ledger.space.total:
-        out = "" if args.out == Path() else f" --out {args.out}"
-        print(
-            f"raysweep: interrupted; go on with\n  raysweep tune {args.method} --resume {ledger.name}{out}",
-            file=sys.stderr,
-        )
-        return 130
+        command = f"raysweep tune {args.method} --resume {ledger.name}{out}"
+        print(f"raysweep: {len(ended)} of {ledger.space.total} trials done; go on with\n  {command}", file=sys.stderr)
+        return 0 if args.max_time or args.max_gpu_hours is not None else 130
     failed = [trial for trial in trials if trial.state == "failed"]
     if failed and len(failed) == len(trials):
         print(f"raysweep: every trial failed; the first: {failed[0].reason}", file=sys.stderr)
         return 1
     return 0
+
+
+def _masking(ledger: Ledger, ranked: list[Trial]) -> list[str]:
+    """What choosing by PGD alone would have cost, and which trials hide behind it."""
+    judged = [trial for trial in ranked if "pgd" in trial.best and "robust_worst" in trial.best]
+    if not judged:
+        return []
+    lines = []
+    by_pgd, honest = max(judged, key=lambda t: t.score("pgd")), max(judged, key=lambda t: t.score("robust_worst"))
+    cost = honest.score("robust_worst") - by_pgd.score("robust_worst")
+    if cost > 0:
+        lines.append(f"PGD would have chosen trial {by_pgd.number:04d}, at a cost of {cost:.3f} in robust worst")
+    masked = [f"{t.number:04d}" for t in judged if ledger.masks(t)]
+    if masked:
+        limit = ledger.space.max_masking_gap
+        lines.append(f"masking gap over {limit}: trials {', '.join(masked)} are ranked last")
+    return lines
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

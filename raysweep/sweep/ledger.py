@@ -16,7 +16,11 @@ State = Literal["running", "finished", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial. epoch: last reported; best: the metrics of its best epoch; reason: why it failed."""
+    """One trial. epoch: last reported; best: the metrics of its best epoch; curve: [epoch, objective] for each epoch.
+
+    trained: epochs that were not taken over from another trial; seconds: held by the trial, retries included; reason:
+    why it failed.
+    """
 
     number: int
     settings: Settings
@@ -24,6 +28,8 @@ class Trial:
     epoch: int = 0
     latest: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
+    curve: list[list[float]] = field(default_factory=list)
+    trained: int = 0
     seconds: float = 0.0
     reason: str = ""
 
@@ -33,12 +39,18 @@ class Trial:
 
     def reported(self, metrics: dict[str, float], metric: str) -> "Trial":
         """This trial after one more epoch."""
-        better = metric in metrics and metrics[metric] > self.score(metric)
         epoch = int(metrics["epoch"])
         if epoch <= self.epoch:
             return self
-        seconds = self.seconds + metrics.get("train/seconds", 0.0) + metrics.get("validation_seconds", 0.0)
-        return replace(self, epoch=epoch, latest=metrics, best=metrics if better else self.best, seconds=seconds)
+        value = metrics.get(metric)
+        return replace(
+            self,
+            epoch=epoch,
+            latest=metrics,
+            best=metrics if value is not None and value > self.score(metric) else self.best,
+            curve=self.curve if value is None else [*self.curve, [epoch, value]],
+            trained=self.trained + ("shared" not in metrics),
+        )
 
 
 class Ledger:
@@ -101,10 +113,20 @@ class Ledger:
         return [Trial(**json.loads(p.read_text())) for p in sorted(self.path.glob("trials/*/trial.json"))]
 
     def ranked(self) -> list[Trial]:
-        """Trials that reported the objective, best first."""
-        metric = self.space.metric
+        """Trials that reported the (first) objective, best first; those whose masking gap is too large come last."""
+        metric = self.space.objectives[0]
         scored = [trial for trial in self.trials() if metric in trial.best]
-        return sorted(scored, key=lambda trial: (-trial.score(metric), trial.number))
+        return sorted(scored, key=lambda trial: (self.masks(trial), -trial.score(metric), trial.number))
+
+    def masks(self, trial: Trial) -> bool:
+        """Whether the trial breaks the space's `max_masking_gap`."""
+        limit = self.space.max_masking_gap
+        return limit is not None and trial.best.get("masking_gap", 0.0) > limit
+
+    def front(self) -> list[Trial]:
+        """The Pareto front: trials that no other beats in one objective without losing in another."""
+        points = {t.number: [t.score(m) for m in self.space.objectives] for t in self.ranked() if not self.masks(t)}
+        return [trial for trial in self.ranked() if trial.number in points and not _beaten(points, trial.number)]
 
     def checkpoint(self, trial: Trial) -> Path:
         """The trial's best checkpoint."""
@@ -112,6 +134,11 @@ class Ledger:
 
     def _write_space(self) -> None:
         _replace(self.path / "sweep.json", {"key": self.key, "space": self.space.json_dict()})
+
+
+def _beaten(points: dict[int, list[float]], number: int) -> bool:
+    mine = points[number]
+    return any(other != mine and all(a >= b for a, b in zip(other, mine, strict=True)) for other in points.values())
 
 
 def _replace(path: Path, data: Any) -> None:

@@ -19,13 +19,15 @@ class StudySearch(Searcher):
     """
 
     def __init__(self, ledger: Ledger) -> None:
-        super().__init__(metric=ledger.space.metric, mode="max")
+        super().__init__(metric=ledger.space.objectives[0], mode="max")
         self._ledger = ledger
         space = ledger.space
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._study = optuna.create_study(direction="maximize", sampler=space.sampler.build())
+        self._study = optuna.create_study(
+            directions=["maximize"] * len(space.objectives), sampler=space.sampler.build()
+        )
         self._asked: dict[str, optuna.Trial | Trial] = {}
-        self._scores: dict[str, float] = {}
+        self._best: dict[str, dict[str, float]] = {}
         past = ledger.trials()
         self._unfinished = [trial for trial in past if trial.state == "running"]
         self._next = max((trial.number for trial in past), default=-1) + 1
@@ -51,21 +53,24 @@ class StudySearch(Searcher):
         return {"number": number, "settings": self._ledger.space.suggest(asked)}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        score = result.get(self._ledger.space.metric)
-        if score is not None:
-            self._scores[trial_id] = max(score, self._scores.get(trial_id, score))
+        metric = self._ledger.space.objectives[0]
+        best = self._best.get(trial_id)
+        if metric in result and (best is None or result[metric] > best[metric]):
+            self._best[trial_id] = {name: value for name, value in result.items() if isinstance(value, float)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self.on_trial_result(trial_id, result or {})
-        failed = error or FAILED in (result or {}) or trial_id not in self._scores
+        best = self._best.get(trial_id)
+        failed = error or FAILED in (result or {}) or best is None
         asked = self._asked.pop(trial_id)
         if isinstance(asked, Trial):
-            best: dict[str, float] = {} if failed else {self._ledger.space.metric: self._scores[trial_id]}
-            self._remember(replace(asked, state="failed" if failed else "finished", best=best))
-        elif failed:
+            self._remember(replace(asked, state="failed" if failed else "finished", best=best or {}))
+        elif failed or best is None:
             self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
         else:
-            self._study.tell(asked, self._scores[trial_id])
+            for name, value in self._constraints(best).items():
+                asked.set_constraint(name, value)
+            self._study.tell(asked, [best[name] for name in self._ledger.space.objectives])
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger is the truth."""
@@ -73,14 +78,20 @@ class StudySearch(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         """Nothing: the ledger is the truth."""
 
+    def _constraints(self, best: dict[str, float]) -> dict[str, float]:
+        """Optuna's convention: feasible when no value is above 0."""
+        limit = self._ledger.space.max_masking_gap
+        return {} if limit is None else {"masking_gap": best["masking_gap"] - limit}
+
     def _remember(self, trial: Trial) -> None:
         space = self._ledger.space
         known = {path: space.space[path] for path in trial.settings if path in space.space}
         failed = trial.state == "failed" or not trial.best
         frozen = optuna.trial.create_trial(
             state=optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE,
-            value=None if failed else trial.score(space.metric),
+            values=None if failed else [trial.score(name) for name in space.objectives],
             params=space.params(trial.settings),
             distributions={path: distribution.optuna() for path, distribution in known.items()},
+            constraints=None if failed else self._constraints(trial.best),
         )
         self._study.add_trial(frozen)

@@ -17,6 +17,7 @@ from raysweep.training.config import RunConfig, run_config
 
 Choice = float | str | bool | None
 Settings = dict[str, Any]
+Metric = Literal["robust_worst", "clean", "pgd", "cw"]
 Reals = tuple[Number, Number]
 Integers = tuple[int, int]
 
@@ -80,10 +81,10 @@ class Distribution(Spec):
 class Sampler(Spec):
     """How settings are proposed: by Optuna, or every point of a grid once.
 
-    startup: random trials before TPE models the results.
+    startup: random trials before TPE models the results, or NSGA-II's population.
     """
 
-    kind: Literal["tpe", "random", "grid"] = "tpe"
+    kind: Literal["tpe", "random", "grid", "nsga2"] = "tpe"
     seed: int = 0
     startup: Annotated[int, Field(ge=1)] = 8
 
@@ -91,6 +92,8 @@ class Sampler(Spec):
         """A grid needs no sampler: its points are queued."""
         if self.kind in ("random", "grid"):
             return optuna.samplers.RandomSampler(seed=self.seed)
+        if self.kind == "nsga2":
+            return optuna.samplers.NSGAIISampler(seed=self.seed, population_size=self.startup)
         return optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=self.startup)
 
 
@@ -103,16 +106,28 @@ class Scheduler(Spec):
 
 
 class SearchSpace(Spec):
-    """A sweep, declared: method, what is fixed (`base`), what is searched (`space`), where to start, how to judge."""
+    """A sweep, declared: method, what is fixed (`base`), what is searched (`space`), where to start, how to judge.
+
+    metric: what is maximised, or several for a Pareto front (the first decides each trial's best epoch).
+    max_masking_gap: a trial that PGD overstates by more is infeasible: last in the ranking, a place for the sampler to
+    leave.
+    share_prefixes: start from states that other trials have trained (see `training.prefix`).
+    """
 
     method: str | dict[str, Any]
-    metric: Literal["robust_worst", "clean", "pgd", "cw"] = "robust_worst"
+    metric: Metric | Annotated[tuple[Metric, ...], Field(min_length=2)] = "robust_worst"
+    max_masking_gap: Annotated[Number, Field(ge=0, le=1)] | None = None
     trials: Annotated[int, Field(ge=1)] = 16
+    share_prefixes: bool = True
     sampler: Sampler = Field(default_factory=Sampler)
     scheduler: Scheduler = Field(default_factory=Scheduler)
     base: dict[str, Any] = Field(default_factory=dict)
     space: Annotated[dict[str, Distribution], Field(min_length=1)]
     start: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return (self.metric,) if isinstance(self.metric, str) else self.metric
 
     @property
     def total(self) -> int:
@@ -145,6 +160,10 @@ class SearchSpace(Spec):
         except SpecError as error:
             return error.problems
         lines: list[str] = []
+        if len(self.objectives) > 1 and self.scheduler.kind != "none":
+            lines.append(
+                "scheduler.kind = 'asha': with several metrics nothing says which trial is weak; set it to none"
+            )
         for position, (path, distribution) in enumerate(self.space.items()):
             where = f"space.{path}"
             for other in distribution.when:

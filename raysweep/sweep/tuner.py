@@ -1,6 +1,9 @@
 """The sweep: Ray Tune runs the trials, Optuna proposes them, ASHA stops the weak ones, the ledger remembers."""
 
 import logging
+import math
+import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,18 +13,24 @@ from typing import Any, Protocol
 
 from ray import tune
 from ray.tune.experiment import Trial as RayTrial
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from raysweep.data import Data, DataSpec, load
 from raysweep.spec import SpecError
+from raysweep.sweep.asha import Asha
 from raysweep.sweep.cluster import connected
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search import FAILED, StudySearch
 from raysweep.training.checkpoint import Checkpoint
 from raysweep.training.config import RunConfig
+from raysweep.training.prefix import PREFIXES, Prefixes
 from raysweep.training.trainer import TrainingFailed, fit
 
-_RETRIES = 3
+# What kills a trial's process (a preempted node, a killed worker) costs nothing but the epoch it was in.
+_RETRIES = 20
+# So many trials with an error of the code end the sweep.
+_BUGS = 3
+BUG = "bug"
 
 
 @dataclass(frozen=True)
@@ -54,13 +63,32 @@ class Listener(Protocol):
     def ended(self, ledger: Ledger) -> None: ...
 
 
+class SweepFailed(RuntimeError):
+    """Several trials met an error that their settings do not explain."""
+
+
+@dataclass
+class Budget:
+    """What one call may spend: wall seconds, and GPU seconds that trials hold (evaluation and retries included)."""
+
+    seconds: float = math.inf
+    gpu_seconds: float = math.inf
+
+    def spent(self, wall: float, gpu: float) -> bool:
+        return wall >= self.seconds or gpu >= self.gpu_seconds
+
+
 def run_sweep(
     ledger: Ledger,
     listeners: Sequence[Listener],
     resources: Resources | None = None,
     address: str | None = None,
+    budget: Budget | None = None,
 ) -> None:
-    """Run the trials that the ledger still lacks. Raises SpecError before anything runs if they cannot."""
+    """Run the trials that the ledger still lacks, or as many as the budget allows.
+
+    Raises SpecError before anything runs if they cannot, SweepFailed when several have failed by what looks like a bug.
+    """
     resources = resources or Resources()
     space = ledger.space
     config = space.config({})
@@ -71,14 +99,17 @@ def run_sweep(
         done = sum(trial.state != "running" for trial in ledger.trials())
         try:
             if done < space.total:
-                _tuner(ledger, config, listeners, resources, concurrent, space.total - done).fit()
+                relay = _Relay(ledger, config.epochs, listeners, resources, budget or Budget())
+                _tuner(ledger, config, relay, resources, concurrent, space.total - done).fit()
+                if len(relay.bugs) >= _BUGS:
+                    raise SweepFailed(f"{len(relay.bugs)} trials met the same kind of error, see {relay.bugs[0]}")
         finally:
             for listener in listeners:
                 listener.ended(ledger)
 
 
 def _tuner(
-    ledger: Ledger, config: RunConfig, listeners: Sequence[Listener], resources: Resources, concurrent: int, trials: int
+    ledger: Ledger, config: RunConfig, relay: "_Relay", resources: Resources, concurrent: int, trials: int
 ) -> tune.Tuner:
     for name in ("ray.tune", "ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -87,7 +118,8 @@ def _tuner(
 
     def trainable(proposal: dict[str, Any]) -> None:
         settings = space.config(proposal["settings"])
-        _train(settings, Path(root) / "trials" / f"{proposal['number']:04d}", resources.cpus)
+        prefixes = Prefixes(Path(root).parent / PREFIXES) if space.share_prefixes else None
+        _train(settings, Path(root) / "trials" / f"{proposal['number']:04d}", resources.cpus, prefixes)
 
     return tune.Tuner(
         tune.with_resources(trainable, {"CPU": resources.cpus, "GPU": resources.gpus}),
@@ -103,27 +135,21 @@ def _tuner(
             storage_path=root,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=_RETRIES),
-            callbacks=[_Relay(ledger, config.epochs, listeners)],
+            stop=_Stop(relay),
+            callbacks=[relay],
         ),
     )
 
 
 def _scheduler(ledger: Ledger, epochs: int) -> TrialScheduler:
-    scheduler = ledger.space.scheduler
-    if scheduler.kind == "none" or scheduler.grace >= epochs:
-        return FIFOScheduler()
-    return AsyncHyperBandScheduler(
-        time_attr="epoch",
-        metric=ledger.space.metric,
-        mode="max",
-        grace_period=scheduler.grace,
-        reduction_factor=scheduler.factor,
-        max_t=epochs,
-    )
+    return FIFOScheduler() if ledger.space.scheduler.kind == "none" else Asha(ledger, epochs)
 
 
-def _train(config: RunConfig, path: Path, cpus: float) -> None:
-    """One trial, in its own process: what `raysweep train` does, reporting to Tune."""
+def _train(config: RunConfig, path: Path, cpus: float, prefixes: Prefixes | None) -> None:
+    """One trial, in its own process: what `raysweep train` does, reporting to Tune.
+
+    Only what the trial's settings or code explain is caught here: what kills the process is Tune's to retry.
+    """
     import torch
 
     torch.set_num_threads(max(1, int(cpus)))
@@ -132,9 +158,16 @@ def _train(config: RunConfig, path: Path, cpus: float) -> None:
         tune.report(metrics)
 
     try:
-        fit(config, path, report, data=_load_once(config.data.model_dump_json()))
+        fit(config, path, report, data=_load_once(config.data.model_dump_json()), prefixes=prefixes)
     except (TrainingFailed, SpecError) as error:
-        tune.report({FAILED: str(error), "epoch": 0})
+        tune.report({FAILED: str(error)})
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        hint = f"lower batch_size (now {config.batch_size}) or raise --gpus-per-trial"
+        tune.report({FAILED: f"out of memory on {torch.cuda.get_device_name()}: {hint}"})
+    except Exception as error:
+        (path / "error.txt").write_text(traceback.format_exc())
+        tune.report({FAILED: f"{type(error).__name__}: {error}", BUG: str(path / "error.txt")})
 
 
 @cache
@@ -144,17 +177,31 @@ def _load_once(spec: str) -> Data:
 
 
 class _Relay(tune.Callback):
-    """Tune's events, written to the ledger and passed on."""
+    """Tune's events, written to the ledger and passed on; it also knows when to end."""
 
-    def __init__(self, ledger: Ledger, epochs: int, listeners: Sequence[Listener]) -> None:
+    def __init__(
+        self, ledger: Ledger, epochs: int, listeners: Sequence[Listener], resources: Resources, budget: Budget
+    ) -> None:
+        self.bugs: list[str] = []
         self._ledger = ledger
         self._epochs = epochs
         self._listeners = listeners
+        self._gpus = resources.gpus
+        self._budget = budget
         self._trials: dict[str, Trial] = {}
+        self._seen: dict[str, float] = {}
+        self._began = time.monotonic()
+        self._held = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks into snapshots that are never read: the ledger is the truth.
         return {}
+
+    @property
+    def over(self) -> bool:
+        """Whether the sweep is to end before its last trial."""
+        wall = time.monotonic() - self._began
+        return len(self.bugs) >= _BUGS or self._budget.spent(wall, self._held * self._gpus)
 
     def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         proposal = trial.config
@@ -168,17 +215,20 @@ class _Relay(tune.Callback):
     ) -> None:
         before = self._trials[trial.trial_id]
         if FAILED in result:
+            self.bugs += [result[BUG]] if BUG in result else []
             self._update(trial, replace(before, state="failed", reason=result[FAILED]))
             return
         metrics = {k: float(v) for k, v in result.items() if k == "epoch" or _is_ours(k, v)}
-        after = before.reported(metrics, self._ledger.space.metric)
+        after = before.reported(metrics, self._ledger.space.objectives[0])
         if after is not before:
             self._update(trial, after, metrics)
 
     def on_trial_complete(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         record = self._trials[trial.trial_id]
-        if record.state == "running":
-            self._update(trial, replace(record, state="finished" if record.epoch >= self._epochs else "stopped"))
+        if record.state == "running" and record.epoch >= self._epochs:
+            self._update(trial, replace(record, state="finished"))
+        elif record.state == "running" and not self.over:
+            self._update(trial, replace(record, state="stopped"))
 
     def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         error = trial.get_error()
@@ -186,10 +236,31 @@ class _Relay(tune.Callback):
         self._update(trial, replace(self._trials[trial.trial_id], state="failed", reason=reason))
 
     def _update(self, trial: RayTrial, record: Trial, metrics: dict[str, float] | None = None) -> None:
+        now = time.monotonic()
+        held = now - self._seen.get(trial.trial_id, now)
+        self._seen[trial.trial_id] = now
+        self._held += held
+        record = replace(record, seconds=record.seconds + held)
         self._trials[trial.trial_id] = record
         self._ledger.write(record)
         for listener in self._listeners:
             listener.trial_changed(record, metrics)
+
+
+class _Stop(tune.Stopper):
+    """Ends all trials when the relay says so."""
+
+    def __init__(self, relay: _Relay) -> None:
+        self._relay = relay
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._relay.over
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
 
 
 _TUNE_KEYS = frozenset({

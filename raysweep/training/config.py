@@ -51,6 +51,11 @@ class RunConfig(Spec):
             raise ValueError("optim.nesterov needs optim.momentum > 0")
         return self
 
+    @property
+    def burn_in(self) -> int:
+        """Epochs before all the weights act."""
+        return max(getattr(term.weight, "burn_in", 0) for term in self.method.terms.values())
+
     def warnings(self) -> list[str]:
         """Settings that are legal and yet do nothing."""
         lines = []

@@ -1,9 +1,9 @@
 """Shared prefixes: the settings of each epoch form a hash chain that names the state after it.
 
 Two runs whose settings agree in every epoch up to e have the same weights after e, however they differ later: all
-GAIRAT runs during their burn-in, FAT runs until their tau differ, the same settings with more epochs. Random numbers belong to
-(seed, epoch, example), so a run that starts from a stored state is bit-identical to one that trained it (on one kind of
-machine, which the chain names too).
+GAIRAT runs during their burn-in, FAT runs until their tau differ, the same settings with more epochs. Random numbers
+belong to (seed, epoch, example), so a run that starts from a stored state is bit-identical to one that trained it (on
+one kind of machine, which the chain names too).
 """
 
 import os
@@ -21,6 +21,7 @@ from raysweep.spec import Json, SpecError, digest
 from raysweep.training import checkpoint
 from raysweep.training.config import RunConfig
 
+PREFIXES = ".prefixes"
 _BEAT, _STALE, _POLL = 5.0, 30.0, 0.2
 
 

@@ -1,0 +1,49 @@
+"""ASHA (Li et al. 2020) that knows of burn-ins and of trials from before a restart."""
+
+from typing import Any
+
+from ray.tune.experiment import Trial as RayTrial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+from raysweep.sweep.ledger import Ledger
+
+
+class Asha(FIFOScheduler):
+    """Stops a trial at a rung unless it is in the best 1/factor of the trials that reached the rung before it.
+
+    Rungs are the epochs grace, grace x factor, ... A trial is not compared, nor others with it, at rungs within its own
+    burn-in: its weights have not acted there.
+    """
+
+    def __init__(self, ledger: Ledger, epochs: int) -> None:
+        super().__init__()
+        self._space = ledger.space
+        scheduler = ledger.space.scheduler
+        self._rungs: dict[int, dict[int, float]] = {}
+        rung = scheduler.grace
+        while rung < epochs:
+            self._rungs[rung] = {}
+            rung *= scheduler.factor
+        for trial in ledger.trials():
+            burn_in = self._space.config(trial.settings).burn_in
+            for epoch, value in trial.curve:
+                self._record(int(epoch), trial.number, burn_in, value)
+
+    def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
+        value, epoch, number = result.get(self._space.objectives[0]), result.get("epoch"), trial.config["number"]
+        burn_in = self._space.config(trial.config["settings"]).burn_in
+        if value is None or epoch is None or not self._record(epoch, number, burn_in, value):
+            return str(TrialScheduler.CONTINUE)
+        return str(TrialScheduler.CONTINUE if self._good(epoch, value) else TrialScheduler.STOP)
+
+    def _record(self, epoch: int, number: int, burn_in: int, value: float) -> bool:
+        """Whether this is a rung for this trial."""
+        if epoch not in self._rungs or epoch <= burn_in:
+            return False
+        self._rungs[epoch][number] = value
+        return True
+
+    def _good(self, epoch: int, value: float) -> bool:
+        reached = sorted(self._rungs[epoch].values(), reverse=True)
+        passing = max(1, len(reached) // self._space.scheduler.factor)
+        return value >= reached[passing - 1]
