@@ -16,7 +16,7 @@ LAYERS = [
     ("evaluation",),
     ("training",),
     ("sweep",),
-    ("tracking", "display"),
+    ("tracking", "display", "plots"),
     ("pipeline",),
     ("commands",),
     ("cli",),

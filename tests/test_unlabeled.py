@@ -132,6 +132,13 @@ def test_what_does_not_fit_the_data_set_is_refused(tmp_path, images, change, mes
         load(DataSpec(val_size=100, unlabeled=tmp_path / "u.npz"))
 
 
+def test_a_relative_path_is_looked_for_beside_the_data_set(tmp_path, images):
+    """Workers do not run in the user's folder; data_dir is absolute by then."""
+    write(tmp_path / "more.npz", *images)
+    spec = DataSpec(val_size=100, data_dir=tmp_path, unlabeled="more.npz")
+    assert len(load(spec).unlabeled) == 60
+
+
 @pytest.mark.parametrize(("fraction", "batch_size"), [(0.5, 20), (0.25, 16), (0.9, 10), (0.01, 10)])
 def test_batches_are_mixed(fraction, batch_size):
     """As many batches as without unlabelled data, each with its share; no example twice before all had their turn."""

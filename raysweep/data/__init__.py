@@ -26,8 +26,8 @@ class DataSpec(Spec):
     val_size: examples carved, class-balanced, from the *training* set for every choice that is made while sweeping.
     train_size: use only so many of the rest (class-balanced); null for all.
     augment: 4-pixel random crop and horizontal flip; null for colour images only.
-    unlabeled: .npz, .parquet or .pickle of pseudo-labelled images of the same shape, for `rst` and `gair-rst`; they
-    are the share `unlabeled_fraction` of each batch.
+    unlabeled: .npz, .parquet or .pickle of pseudo-labelled images of the same shape, looked for in `data_dir`, for
+    `rst` and `gair-rst`; they are the share `unlabeled_fraction` of each batch.
     """
 
     name: str = "digits"
@@ -113,7 +113,8 @@ def load(spec: DataSpec) -> Data:
     chosen = _balanced(arrays.y_train, spec)
     val, train = chosen[: spec.val_size], chosen[spec.val_size :]
     channels = arrays.x_train.shape[1]
-    more = None if spec.unlabeled is None else _unlabeled(spec.unlabeled, arrays, classes)
+    folder = spec.data_dir or Path()
+    more = None if spec.unlabeled is None else _unlabeled(folder / spec.unlabeled, arrays, classes)
     return Data(
         train=_split(arrays.x_train, arrays.y_train, np.sort(train), arrays.white),
         val=_split(arrays.x_train, arrays.y_train, val, arrays.white),
