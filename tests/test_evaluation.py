@@ -345,7 +345,7 @@ def test_a_line_an_attack_in_a_pipe(capsys):
     with bar() as progress:
         report = short(40, shards=2, progress=progress)
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["clean", *SHORT.attacks]
+    assert [line.split(":")[0] for line in lines] == [*SHORT.attacks]
     assert lines[-1] == f"square: {report.robust_accuracy:.2%} robust"
 
 

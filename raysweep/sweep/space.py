@@ -26,7 +26,7 @@ class Distribution(Spec):
     """One of `float: [low, high]`, `int: [low, high]`, `categorical: [...]`, in Optuna's terms.
 
     log: equal weight to each order of magnitude; step: only low, low + step, ...; when: searched only if these other
-    searched settings have these values (else the base config's value stands).
+    searched settings have this value, or one of these (else the base config's value stands).
     """
 
     float: Reals | None = None
@@ -172,7 +172,8 @@ class SearchSpace(Spec):
             if self.sampler.kind == "grid" and distribution.categorical is None:
                 lines.append(f"{where}: a grid needs `categorical: [...]`")
             for value in distribution.ends():
-                lines += self._invalid({**distribution.when, path: value}, where)
+                given = {other: _several(wanted)[0] for other, wanted in distribution.when.items()}
+                lines += self._invalid({**given, path: value}, where)
         for position, point in enumerate(self.start):
             for path, value in point.items():
                 where = f"start.{position}.{path}"
@@ -195,7 +196,7 @@ class SearchSpace(Spec):
         """Values for every searched setting whose condition holds, in the order of the file."""
         chosen: Settings = {}
         for path, distribution in self.space.items():
-            if all(chosen.get(other) == wanted for other, wanted in distribution.when.items()):
+            if all(chosen.get(other) in _several(wanted) for other, wanted in distribution.when.items()):
                 chosen[path] = distribution.value(_ask(trial, path, distribution.optuna()))
         return chosen
 
@@ -266,6 +267,10 @@ def identity(space: SearchSpace) -> str:
     data: Json = space.json_dict()
     del data["trials"]
     return digest(data)
+
+
+def _several(wanted: Any) -> list[Any]:
+    return wanted if isinstance(wanted, list) else [wanted]
 
 
 def _scalar(choice: Any) -> Choice:
