@@ -156,3 +156,7 @@ def _amount(text: str) -> float:
     if not 0 <= amount < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return amount
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -79,7 +79,7 @@ def test_a_distribution_is_checked_by_itself(entry, words, tmp_path) -> None:
         ({"start": [{ALPHA: 9.0}]}, r"start.0.*alpha = 9.0: outside the searched \[0.5, 4.0\]"),
         ({"start": [{"epochs": 3}]}, "start.0.epochs: no searched setting 'epochs'"),
         ({"sampler": {"kind": "grid"}}, r"a grid needs `categorical"),
-        ({"sampler": {"kind": "tpee"}}, "'tpe', 'random' or 'grid'"),
+        ({"sampler": {"kind": "tpee"}}, "'tpe', 'random', 'grid' or 'nsga2'"),
         ({"method": "gairat"}, "space for method 'gairat', not for 'lrat'"),
         ({"base": {"epochs": 0}}, "epochs = 0"),
     ],
