@@ -30,13 +30,13 @@ def build_parser() -> argparse.ArgumentParser:
     _json(p)
 
     p = commands.add_parser("show", help="a method or space with all its settings, or how a sweep stands")
-    p.add_argument("what", metavar="WHAT", help="a method, a space's YAML file, or the name of a sweep")
+    p.add_argument("what", metavar="WHAT", help="a method, a preset, a space's YAML file, or the name of a sweep")
     _settings(p)
     _out(p)
     _json(p)
 
     p = commands.add_parser("train", help="one training run, in this process")
-    p.add_argument("method", metavar="METHOD", help="a method of `raysweep list`, or a YAML file of settings")
+    p.add_argument("method", metavar="METHOD", help="a method or preset of `raysweep list`, or a YAML file of settings")
     p.add_argument("--name", help="name of the run's folder (default: the method and the digest of the settings)")
     _settings(p)
     _out(p)
@@ -74,6 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--norm", default="Linf", choices=("Linf", "L2"))
     p.add_argument("--n", type=_count, help="only the first N test examples (default: all)")
     p.add_argument("--batch-size", type=_count, default=500, metavar="N", help="examples at a time (default: 500)")
+    p.add_argument(
+        "--pseudo-label", type=Path, metavar="FILE", help="instead: label the images x in FILE, for data.unlabeled"
+    )
     p.add_argument("--keep-adversarial", action="store_true", help="save the adversarial examples too")
     p.add_argument(
         "--address", metavar="ADDR", help="spread over this Ray cluster (default: the cores of this machine)"

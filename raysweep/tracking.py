@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +16,12 @@ from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import labels
 from raysweep.training.checkpoint import Checkpoint, Run, environment
 from raysweep.training.config import RunConfig
+from raysweep.training.diagnostics import read_histograms
 from raysweep.training.trainer import OBJECTIVE
 
 EXPERIMENT = "raysweep"
+# Figures take a second a trial: the best few get them.
+_PLOTTED = 3
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 _STATUS: dict[str, Status] = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "running": "KILLED"}
 
@@ -86,6 +89,14 @@ class Tracker:
 
     def artifacts(self, run: str, folder: Path, under: str) -> None:
         self._connected.result()[0].log_artifacts(run, str(folder), under)
+
+    def plots(self, run: str, run_path: Path, history: Sequence[Mapping[str, float]]) -> None:
+        """The papers' figures of a training run, as images."""
+        from raysweep.plots import all_figures
+
+        client, _ = self._connected.result()
+        for name, figure in all_figures(history, read_histograms(run_path)).items():
+            client.log_figure(run, figure, f"plots/{name}.png")
 
     def artifact(self, run: str, data: Any, name: str) -> None:
         self._connected.result()[0].log_dict(run, data, name)
@@ -177,6 +188,10 @@ class SweepTracker:
             if trials[number].state == "running":
                 self._tracker.close(run, "KILLED")
         ranked = ledger.ranked()
+        for trial in ranked[:_PLOTTED]:
+            last = Run(ledger.run_path(trial.number)).last()
+            if trial.number in self._runs and last is not None:
+                self._tracker.plots(self._runs[trial.number], last.path.parent, last.history)
         if ranked:
             best = {f"best/{name}": value for name, value in _headline(ranked[0]).items()}
             self._tracker.metrics(self._parent, best | {"trials": float(len(trials))}, 0)

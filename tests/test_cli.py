@@ -24,7 +24,7 @@ FLAGS = {
     },
     "eval": {
         *COMMON, "--out", "--attack", "--version", "--eps", "--norm", "--n", "--batch-size", "--keep-adversarial",
-        "--address", "--gpus-per-task",
+        "--pseudo-label",        "--address", "--gpus-per-task",
     },
 }  # fmt: skip
 SMALL = [
@@ -97,6 +97,20 @@ def test_train_tracks_and_tells_where(workdir: Path, capsys) -> None:
     runs = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
     assert [(run.info.run_name, run.info.status) for run in runs] == [("mine", "FINISHED")]
     assert runs[0].data.metrics["best/robust_worst"] == result["metrics"]["robust_worst"]
+    plots = {Path(item.path).name for item in client.list_artifacts(runs[0].info.run_id, "plots")}
+    assert {"errors.png", "kappa_pgd.png", "weight_pgd_histogram.png", "V_cw_histogram.png"} <= plots
+
+
+def test_a_preset_is_trained_by_its_name(workdir: Path, capsys) -> None:
+    digits = ["data.name=digits", "data.data_dir=null", "model.name=digits_cnn", "batch_size=32"]
+    flags = [part for setting in digits for part in ("--set", setting)]
+    assert main(["train", "lrat-table4-ppc", *SMALL, *flags, "--name", "mine", "--json"]) == 0
+    capsys.readouterr()
+    meta = json.loads((workdir / "runs" / "mine" / "epoch-0001" / "meta.json").read_text())
+    assert meta["config"]["method"]["terms"]["bound"]["on"] == "pgd"
+    assert meta["config"]["method"]["attacks"]["pgd"]["eps"] == 8 / 255
+    assert main(["train", "lrat-table4-ppx"]) == 2
+    assert "no method or preset 'lrat-table4-ppx'; nearest: lrat-table4-ppc" in capsys.readouterr().err
 
 
 @pytest.mark.ray
@@ -150,7 +164,7 @@ def test_plan_starts_nothing_and_writes_nothing(workdir: Path, capsys) -> None:
         (["tune", "lrat", "--out", "file/below"], "--out file/below: cannot be made"),
         (["tune", "lrat", "--address", "127.0.0.1:1"], "no Ray cluster at --address 127.0.0.1:1"),
         (["tune", "lrat", "--address", "nonsense"], "--address 'nonsense': expected auto or host:port"),
-        (["show", "lart"], "no method, space file or sweep 'lart'; nearest: mart, lrat"),
+        (["show", "lart"], "no method, preset, space file or sweep 'lart'; nearest: mart, lrat"),
     ],
     ids=lambda case: " ".join(case) if isinstance(case, list) else "",
 )

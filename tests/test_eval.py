@@ -93,6 +93,17 @@ def test_a_users_own_model(workdir: Path, capsys, monkeypatch) -> None:
     assert "cannot be imported" in capsys.readouterr().err
 
 
+def test_pseudo_labels_for_self_training(trained: Path, workdir: Path, capsys) -> None:
+    x = np.random.default_rng(0).integers(0, 17, (40, 1, 8, 8), dtype=np.uint8)
+    np.savez(workdir / "more.npz", x=x)
+    assert main(["eval", str(trained), "--pseudo-label", str(workdir / "more.npz")]) == 0
+    target = capsys.readouterr().out.strip().rpartition("=")[2]
+    assert main(["train", "rst", *SMALL, "--set", f"data.unlabeled={target}", "--name", "rst"]) == 0
+    assert "trains on labelled data alone" not in capsys.readouterr().err
+    assert main(["train", "rst", *SMALL, "--name", "rst-alone"]) == 0
+    assert "rst trains on labelled data alone" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("what", "words"),
     [

@@ -88,7 +88,9 @@ def test_mlflow_has_one_parent_and_one_run_for_each_trial(finished) -> None:
         history = client.get_metric_history(run.info.run_id, "robust_worst")
         assert [point.step for point in history] == [1, 2]
         artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
-        assert artifacts == {"checkpoint", "config.json", "environment.json"}
+        assert artifacts - {"plots"} == {"checkpoint", "config.json", "environment.json"}
+        plots = [item.path for item in client.list_artifacts(run.info.run_id, "plots")]
+        assert bool(plots) == (trial.number in {t.number for t in ledger.ranked()[:3]})
     assert parent.data.metrics["best/robust_worst"] == pytest.approx(ledger.ranked()[0].best["robust_worst"])
 
 

@@ -14,6 +14,9 @@ import torch
 from raysweep.attacks import preset
 from raysweep.commands import settings, ui_command, writable
 from raysweep.data import DataSpec, load
+from raysweep.data.unlabeled import pseudo_label
+from raysweep.data.unlabeled import read as read_unlabeled
+from raysweep.data.unlabeled import write as write_unlabeled
 from raysweep.evaluation import Processes, RobustnessReport, bar, evaluate
 from raysweep.evaluation.evaluator import Map
 from raysweep.schedules import now
@@ -30,6 +33,8 @@ def run(args: Namespace) -> int:
     out = writable(args.out)
     tracker = Tracker(embedded_store(out), out / "mlruns")
     subject, run_id = _subject(args, tracker, out)
+    if args.pseudo_label is not None:
+        return _pseudo_label(subject, args.pseudo_label, out)
     spec = _data(args, subject)
     split = load(spec).test
     eps = _eps(args, subject, spec)
@@ -54,6 +59,17 @@ def run(args: Namespace) -> int:
     _save(report, folder, subject, spec)
     _track(tracker, run_id, subject, report, folder, args.attack)
     _print(args, report, subject, folder, tracker)
+    return 0
+
+
+def _pseudo_label(subject: Subject, source: Path, out: Path) -> int:
+    """Write FILE's images with the model's labels, as `data.unlabeled` takes them (Carmon et al. 2019)."""
+    x, _ = read_unlabeled(source)
+    white = load(subject.config.data).test.white if subject.config else 255
+    y = pseudo_label(subject.model, torch.from_numpy(x), white).numpy()
+    target = out / f"{source.stem}-labelled.npz"
+    write_unlabeled(target, x, y)
+    print(f"{len(y)} images labelled by {subject.name}; use them with\n  --set data.unlabeled={target}")
     return 0
 
 

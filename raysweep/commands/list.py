@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,18 +11,21 @@ from raysweep.catalog import METHODS
 from raysweep.data.sources import DATASETS
 from raysweep.models import MODELS
 from raysweep.sweep.space import spaces
+from raysweep.training.presets import presets
 
 
 def run(args: Namespace) -> int:
     tables = {"methods": _about(METHODS), "models": _about(MODELS), "data": _about(DATASETS)}
     if args.json:
-        print(json.dumps({**tables, "spaces": spaces()}, indent=1))
+        print(json.dumps({**tables, "spaces": spaces(), "presets": presets()}, indent=1))
         return 0
     for title, rows in tables.items():
         print(title)
         for name, about in rows.items():
             print(f"  {name:<14} {about}".rstrip())
-    print("search spaces\n  " + " ".join(spaces()))
+    for title, names in (("search spaces", spaces()), ("presets: runs of the papers", presets())):
+        print(title)
+        print(textwrap.fill("  ".join(names), 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
     print("\nraysweep show NAME prints every setting of a method; raysweep tune NAME sweeps it.")
     return 0
 

@@ -13,21 +13,21 @@ from raysweep.commands import settings
 from raysweep.display import trial_table
 from raysweep.spec import Json, SpecError, unknown_name
 from raysweep.sweep.ledger import Ledger
-from raysweep.sweep.space import load_space, spaces
-from raysweep.training.config import run_config
+from raysweep.sweep.space import load_space
+from raysweep.training.presets import presets, resolve
 
 
 def run(args: Namespace) -> int:
     sweep = args.out / "runs" / args.what
-    if args.what in METHODS:
-        return _print(args, run_config(args.what, settings(args)).json_dict())
+    if args.what in (*METHODS, *presets()):
+        return _print(args, resolve(args.what, settings(args)).json_dict())
     if args.what.endswith((".yaml", ".yml")):
         space = load_space("", settings(args), Path(args.what))
         return _print(args, {"space": space.json_dict(), "config": space.config({}).json_dict()})
     if (sweep / "sweep.json").is_file():
         return _sweep(args, Ledger.open(sweep))
-    known = [*METHODS, *spaces(), *sorted(p.parent.name for p in (args.out / "runs").glob("*/sweep.json"))]
-    raise SpecError(unknown_name("method, space file or sweep", args.what, list(dict.fromkeys(known))))
+    known = [*METHODS, *presets(), *sorted(p.parent.name for p in (args.out / "runs").glob("*/sweep.json"))]
+    raise SpecError(unknown_name("method, preset, space file or sweep", args.what, list(dict.fromkeys(known))))
 
 
 def _print(args: Namespace, data: Json) -> int:

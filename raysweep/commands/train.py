@@ -3,19 +3,17 @@
 import json
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 from raysweep.commands import plain_name, settings, ui_command, writable
 from raysweep.data import load
-from raysweep.spec import read_yaml
 from raysweep.tracking import Tracker, embedded_store
 from raysweep.training.checkpoint import Checkpoint
-from raysweep.training.config import RunConfig, run_config
+from raysweep.training.presets import resolve
 from raysweep.training.trainer import OBJECTIVE, TrainingFailed, fit
 
 
 def run(args: Namespace) -> int:
-    config = _config(args)
+    config = resolve(args.method, settings(args))
     name = plain_name(args.name, "--name") if args.name else f"{config.method.name}-{config.digest()[:8]}"
     data = load(config.data)
     for line in config.warnings():
@@ -45,6 +43,7 @@ def run(args: Namespace) -> int:
     best = {k: v for k, v in fitted.best.metrics.items() if "/" not in k}
     tracker.metrics(run_id[0], {f"best/{k}": v for k, v in best.items()}, fitted.best.epoch)
     tracker.artifacts(run_id[0], fitted.best.path, "checkpoint")
+    tracker.plots(run_id[0], path, fitted.last.history)
     tracker.close(run_id[0], "FINISHED")
     if args.json:
         print(json.dumps({"checkpoint": str(fitted.best.path), "epoch": fitted.best.epoch, "metrics": best}, indent=1))
@@ -52,12 +51,3 @@ def run(args: Namespace) -> int:
     print(f"best epoch {fitted.best.epoch} by {OBJECTIVE}: {best[OBJECTIVE]:.3f}\n  {fitted.best.path}")
     print(f"compare with\n  {ui_command(tracker.uri)}")
     return 0
-
-
-def _config(args: Namespace) -> RunConfig:
-    """From a method's name, or from a YAML file of {method: ..., dotted path: value}."""
-    if not args.method.endswith((".yaml", ".yml")):
-        return run_config(args.method, settings(args))
-    data = read_yaml(Path(args.method))
-    method = data.pop("method", "at")
-    return run_config(method, data, settings(args))

@@ -64,6 +64,8 @@ class RunConfig(Spec):
             if burn_in >= self.epochs:
                 path = f"method.terms.{name}.weight.burn_in"
                 lines.append(f"{path} = {burn_in}: the weights never act in {self.epochs} epochs")
+        if self.method.name.endswith("rst") and self.data.unlabeled is None:
+            lines.append(f"data.unlabeled is not set: {self.method.name} trains on labelled data alone")
         return lines
 
 

@@ -1,8 +1,12 @@
 """Named settings: one training run of the papers each, as YAML of a method and {dotted path: value}."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from raysweep.catalog import METHODS
 from raysweep.spec import SpecError, read_yaml, shipped, unknown_name
+from raysweep.training.config import RunConfig, run_config
 
 Preset = tuple[str | dict[str, Any], dict[str, Any]]
 
@@ -16,6 +20,19 @@ def preset(name: str) -> Preset:
     if "method" not in settings:
         raise SpecError(f"{path}: method is missing")
     return settings.pop("method"), settings
+
+
+def resolve(what: str, changes: Mapping[str, Any]) -> RunConfig:
+    """The run that a method's name, a preset's name or a YAML file ({method: ..., dotted path: value}) stands for."""
+    if what.endswith((".yaml", ".yml")):
+        settings = read_yaml(Path(what))
+        return run_config(settings.pop("method", "at"), settings, changes)
+    if what in METHODS:
+        return run_config(what, changes)
+    if what in presets():
+        method, settings = preset(what)
+        return run_config(method, settings, changes)
+    raise SpecError(unknown_name("method or preset", what, [*METHODS, *presets()]))
 
 
 def presets() -> list[str]:
