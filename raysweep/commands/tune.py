@@ -35,8 +35,8 @@ def run(args: Namespace) -> int:
 
     console = Console(stderr=True)
     listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(console)]
-    resources = Resources(args.cpus_per_trial, _gpus(args))
     try:
+        resources = Resources(args.cpus_per_trial, _gpus(args), args.workers)
         run_sweep(ledger, listeners, resources, args.address)
     except SpecError:
         ledger.discard()
@@ -76,7 +76,7 @@ def _gpus(args: Namespace) -> float:
         return float(args.gpus_per_trial)
     import torch
 
-    return 1.0 if torch.cuda.is_available() else 0.0
+    return float(args.workers) if torch.cuda.is_available() else 0.0
 
 
 def _report(args: Namespace, ledger: Ledger, tracker: Tracker) -> int:

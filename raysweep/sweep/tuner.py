@@ -1,6 +1,7 @@
 """The sweep: Ray Tune runs the trials, Optuna proposes them, ASHA stops the weak ones, the ledger remembers."""
 
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from raysweep.spec import SpecError
 from raysweep.sweep.cluster import connected
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search import FAILED, StudySearch
+from raysweep.sweep.workers import DRIVER_CPUS, Release, train_on_workers
 from raysweep.training.checkpoint import Checkpoint
 from raysweep.training.config import RunConfig
 from raysweep.training.trainer import TrainingFailed, fit
@@ -26,10 +28,30 @@ _RETRIES = 3
 
 @dataclass(frozen=True)
 class Resources:
-    """What one trial holds, in Ray's logical units."""
+    """What one trial holds, in Ray's logical units; several workers share it equally."""
 
     cpus: float = 1
     gpus: float = 0
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        each = self.gpus / self.workers
+        if each > 1 and each != int(each):
+            wants = f"{self.gpus:g} GPUs for {self.workers} workers"
+            raise SpecError(f"--gpus-per-trial: {wants} is {each:g} each: give each a whole number, or one or less")
+        if self.workers > 1 and self.cpus <= DRIVER_CPUS:
+            raise SpecError(f"--cpus-per-trial: {self.cpus:g} CPUs are not enough for {self.workers} workers")
+
+    @property
+    def trial(self) -> dict[str, float]:
+        """Held by the trial's own process, which trains if it is the only worker and waits if not."""
+        return {"CPU": self.cpus, "GPU": self.gpus} if self.workers == 1 else {"CPU": DRIVER_CPUS}
+
+    @property
+    def worker(self) -> dict[str, float]:
+        """Held by each of several workers. Ray counts in ten thousandths; what is rounded up might not fit."""
+        cpus = math.floor((self.cpus - DRIVER_CPUS) / self.workers * 10_000) / 10_000
+        return {"CPU": cpus, "GPU": math.floor(self.gpus / self.workers * 10_000) / 10_000}
 
     def concurrent(self, cluster: dict[str, float]) -> int:
         """How many trials run at once. Raises SpecError if not even one fits."""
@@ -87,23 +109,28 @@ def _tuner(
 
     def trainable(proposal: dict[str, Any]) -> None:
         settings = space.config(proposal["settings"])
-        _train(settings, Path(root) / "trials" / f"{proposal['number']:04d}", resources.cpus)
+        path = Path(root) / "trials" / f"{proposal['number']:04d}"
+        if resources.workers == 1:
+            _train(settings, path, resources.cpus)
+        else:
+            train_on_workers(settings, path, resources.workers, resources.worker)
 
     return tune.Tuner(
-        tune.with_resources(trainable, {"CPU": resources.cpus, "GPU": resources.gpus}),
+        tune.with_resources(trainable, resources.trial),
         tune_config=tune.TuneConfig(
             num_samples=trials,
             max_concurrent_trials=concurrent,
             search_alg=StudySearch(ledger),
             scheduler=_scheduler(ledger, config.epochs),
-            reuse_actors=True,
+            # A trial that waits for its workers cannot be told to stop: its process ends, and the workers with it.
+            reuse_actors=resources.workers == 1,
         ),
         run_config=tune.RunConfig(
             name="ray",
             storage_path=root,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=_RETRIES),
-            callbacks=[_Relay(ledger, config.epochs, listeners)],
+            callbacks=[_Relay(ledger, config.epochs, listeners), Release(Path(root) / "trials")],
         ),
     )
 

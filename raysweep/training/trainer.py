@@ -15,8 +15,10 @@ from raysweep.rng import Rng, seed_of
 from raysweep.schedules import now
 from raysweep.spec import SpecError
 from raysweep.training import checkpoint
+from raysweep.training.batchnorm import synchronised
 from raysweep.training.checkpoint import Checkpoint, Run
 from raysweep.training.config import RunConfig
+from raysweep.training.distributed import average_gradients, check, first_says, mean_metrics
 
 OBJECTIVE = "robust_worst"
 Report = Callable[[dict[str, float], Checkpoint], None]
@@ -47,13 +49,20 @@ def fit(
 
     `report(metrics, checkpoint)` is called after each epoch, and once for the last epoch of a run that had already
     finished. Raises SpecError if the folder holds another config's run, TrainingFailed if the loss becomes nan or inf.
+
+    Each of several `workers` calls this with the same arguments and takes its share of each batch; the first writes the
+    checkpoints, in a folder that all can read. Their weights are those of one worker, up to rounding.
     """
+    check(config.method, workers)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = data or load(config.data)
     model = config.model.build(data.channels, data.classes, seed_of(config.seed, "weights")).to(device)
+    if workers.size > 1:
+        model = synchronised(model, workers)
     optimizer = _sgd(config, model)
     run = Run(run_path)
-    resumed = run.last()
+    last = first_says(max(run.epochs(), default=0), workers, device)
+    resumed = checkpoint.read(run.at(last)) if last else None
     history: list[dict[str, float]] = []
     if resumed is not None:
         if resumed.config != config:
@@ -66,11 +75,17 @@ def fit(
     for epoch in range(len(history), config.epochs):
         metrics = _epoch(config, epoch, model, optimizer, train, data.augment, workers)
         if (epoch + 1) % config.validation.every == 0 or epoch + 1 == config.epochs:
-            metrics |= config.validation(model, val)
-        history = [*history, metrics]
-        saved = checkpoint.save(run.at(epoch + 1), config, model, optimizer, history, data.fingerprint)
-        run.prune({epoch + 1, best_epoch(history)})
-        report(metrics, saved)
+            metrics |= _validate(config, model, val, workers)
+        if workers.rank == 0:
+            history = [*history, metrics]
+            saved = checkpoint.save(run.at(epoch + 1), config, model, optimizer, history, data.fingerprint)
+            run.prune({epoch + 1, best_epoch(history)})
+        first_says(epoch, workers, device)
+        if workers.rank:
+            saved = checkpoint.read(run.at(epoch + 1))
+            history = saved.history
+        assert saved is not None
+        report(saved.metrics, saved)
     assert saved is not None
     if resumed is saved:
         report(saved.metrics, saved)
@@ -101,13 +116,14 @@ def _epoch(
     for group in optimizer.param_groups:
         group.update(lr=now(settings.optim.lr), weight_decay=now(settings.optim.weight_decay))
     started = time.perf_counter()
-    seen = _Seen()
+    seen = _Seen(workers)
     model.train()
-    for batch in epoch_batches(train, config.batch_size, config.seed, epoch, augment):
+    for batch in epoch_batches(train, config.batch_size, config.seed, epoch, augment, workers.rank, workers.size):
         rng = Rng.for_examples(batch.index, config.seed, "train", epoch)
         step = settings.method(model, batch.x, batch.y, rng, workers)
         optimizer.zero_grad(set_to_none=True)
         step.loss.backward()  # type: ignore[no-untyped-call]
+        average_gradients(model, workers)
         optimizer.step()
         seen.add(step, batch.y)
     metrics = seen.metrics()
@@ -123,17 +139,27 @@ def _epoch(
     }
 
 
+def _validate(config: RunConfig, model: nn.Module, val: Split, workers: Workers) -> dict[str, float]:
+    """The validation metrics; several workers share out the examples."""
+    count = min(config.validation.size or len(val), len(val))
+    if count < workers.size or workers.size == 1:
+        return config.validation(model, val)
+    mine = slice(workers.rank, count, workers.size)
+    share = Split(val.x[mine], val.y[mine], val.index[mine], val.white)
+    return mean_metrics(config.validation(model, share), len(share), workers, val.y.device)
+
+
 class _Seen:
     """Sums over an epoch, on the device: nothing waits for it until the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
         self._sums: dict[str, Tensor] = {}
         self._rows = 0
 
     def add(self, step: Step, y: Tensor) -> None:
-        rows = len(y)
-        self._rows += rows
-        self._sum("loss", step.loss.detach() * rows)
+        self._rows += len(y)
+        self._sum("loss", step.loss.detach() * step.rows / self._workers.size)
         for name, logits in step.logits.items():
             self._sum("clean" if name == NATURAL else name, (logits.detach().argmax(1) == y).sum())
         for name, adversarial in step.adversarial.items():
@@ -143,7 +169,8 @@ class _Seen:
             self._sum(f"weight_{name}", weight.sum())
 
     def metrics(self) -> dict[str, float]:
-        return {f"train/{name}": total.item() / self._rows for name, total in self._sums.items()}
+        rows = self._workers.sum(torch.full_like(self._sums["loss"], self._rows)).item()
+        return {f"train/{name}": self._workers.sum(total).item() / rows for name, total in self._sums.items()}
 
     def _sum(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
