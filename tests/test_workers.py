@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import TINY, tiny
+from ray.util.placement_group import PlacementGroup
 from safetensors.torch import load_file
 from torch import nn
 
@@ -26,6 +27,7 @@ from raysweep.spec import SpecError, override
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import SearchSpace
 from raysweep.sweep.tuner import Resources, run_sweep
+from raysweep.sweep.workers import held
 from raysweep.training import checkpoint
 from raysweep.training.batchnorm import synchronised
 from raysweep.training.checkpoint import Run
@@ -84,8 +86,13 @@ def steps(workers: Workers) -> dict[str, torch.Tensor]:
 
 
 def config(name: str = "gairat", **changes: Any) -> RunConfig:
-    """Batches of 32, 32 and 1 rows."""
+    """Batches of 32, 32 and 1 rows.
+
+    In L2, where attacks take steps that change smoothly: a sign may flip with the last bit of a gradient near 0, and
+    then a run drifts away from its own copy of one worker just as far.
+    """
     burn_in = {"method__terms__pgd__weight__burn_in": 1} if name == "gairat" else {}
+    changes = {f"method__attacks__{attack}__norm": "L2" for attack in METHODS[name]().attacks} | changes
     return tiny(name, data__train_size=65, **burn_in, **changes)
 
 
@@ -275,24 +282,25 @@ def kill_a_worker() -> None:
 
 @pytest.mark.ray
 def test_a_sweep_on_two_workers_survives_a_killed_worker(ray_cluster: None, tmp_path: Path) -> None:
-    killed: list[int] = []
+    groups: list[PlacementGroup | None] = []
 
     def kill_once(trial: Trial) -> None:
-        if trial.epoch == 2 and not killed:
-            killed.append(trial.number)
+        if trial.epoch == 2 and not groups:
+            groups.append(held(ledger.run_path(0)))
             kill_a_worker()
 
-    ledger = sweep(tmp_path / "sweep", [0.05, 1e20], base={**TINY, "epochs": 12, "data.train_size": 256})
+    base = {**TINY, "epochs": 8, "data.train_size": 256, "method.attacks.pgd.norm": "L2"}
+    ledger = sweep(tmp_path / "sweep", [0.05, 1e20], base=base)
     run_sweep(ledger, [Follower(kill_once)], Resources(cpus=2, workers=2))
-    assert killed == [0]
     first, second = ledger.trials()
-    assert first.state == "finished" and first.epoch == 12
+    assert first.state == "finished" and first.epoch == 8
     assert second.state == "failed" and "the loss became" in second.reason
+    assert groups and groups[0] != held(ledger.run_path(0)), "the group was started again"
     saved = Run(ledger.run_path(0)).last()
     assert saved is not None and saved.metrics == first.latest
     assert first.best == saved.history[best_epoch(saved.history) - 1], "no report was lost on the way"
-    config = ledger.space.config(first.settings)
-    assert difference(saved.path, fit(config, tmp_path / "alone").last.path) < 1e-4
+    alone = fit(ledger.space.config(first.settings), tmp_path / "alone").last
+    assert difference(saved.path, alone.path) < 1e-3
     assert not groups_held()
 
 
@@ -300,10 +308,10 @@ def test_a_sweep_on_two_workers_survives_a_killed_worker(ray_cluster: None, tmp_
 def test_a_stopped_trial_frees_its_workers(ray_cluster: None, tmp_path: Path) -> None:
     ledger = sweep(
         tmp_path / "sweep",
-        [0.05, 1e-7, 1e-7],
-        base={**TINY, "epochs": 4, "data.train_size": 256},
+        [0.05, 1e-7],
+        base={**TINY, "epochs": 12, "data.train_size": 256},
         scheduler={"kind": "asha", "grace": 1, "factor": 2},
     )
     run_sweep(ledger, [], Resources(cpus=1.5, workers=2))
-    assert [trial.state for trial in ledger.trials()] == ["finished", "stopped", "stopped"]
+    assert [trial.state for trial in ledger.trials()] == ["finished", "stopped"]
     assert not groups_held()
