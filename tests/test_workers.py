@@ -280,6 +280,18 @@ def kill_a_worker() -> None:
     os.kill(pids[-1], signal.SIGKILL)
 
 
+def test_workers_share_what_a_trial_holds() -> None:
+    assert Resources(cpus=2, gpus=1, workers=2).worker == {"CPU": 0.99, "GPU": 0.5}
+    one_each, four = {"CPU": 1.0}, {"CPU": 4.0}
+    assert Resources(cpus=2, workers=2).concurrent(four, [four]) == 2
+    assert Resources(cpus=2, workers=2).concurrent({"CPU": 2.0}, [one_each, one_each]) == 1
+    assert Resources(cpus=3, workers=2).concurrent({"CPU": 6.0}, [{"CPU": 2.0}] * 3) == 1
+    with pytest.raises(SpecError, match=r"2 workers of 1\.5 CPUs and 0 GPUs each, the cluster's nodes hold 0"):
+        Resources(cpus=3, workers=2).concurrent({"CPU": 3.0}, [one_each] * 3)
+    with pytest.raises(SpecError, match=r"3 GPUs for 2 workers is 1\.5 each"):
+        Resources(gpus=3, workers=2)
+
+
 @pytest.mark.ray
 def test_a_sweep_on_two_workers_survives_a_killed_worker(ray_cluster: None, tmp_path: Path) -> None:
     groups: list[PlacementGroup | None] = []

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
+import ray
 from ray import tune
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
@@ -39,7 +40,7 @@ class Resources:
         if each > 1 and each != int(each):
             wants = f"{self.gpus:g} GPUs for {self.workers} workers"
             raise SpecError(f"--gpus-per-trial: {wants} is {each:g} each: give each a whole number, or one or less")
-        if self.workers > 1 and self.cpus <= DRIVER_CPUS:
+        if self.workers > 1 and self.worker["CPU"] <= 0:
             raise SpecError(f"--cpus-per-trial: {self.cpus:g} CPUs are not enough for {self.workers} workers")
 
     @property
@@ -49,19 +50,31 @@ class Resources:
 
     @property
     def worker(self) -> dict[str, float]:
-        """Held by each of several workers. Ray counts in ten thousandths; what is rounded up might not fit."""
-        cpus = math.floor((self.cpus - DRIVER_CPUS) / self.workers * 10_000) / 10_000
-        return {"CPU": cpus, "GPU": math.floor(self.gpus / self.workers * 10_000) / 10_000}
+        """Held by each of several workers: its share, less what lets the trial's own process stand beside it.
 
-    def concurrent(self, cluster: dict[str, float]) -> int:
-        """How many trials run at once. Raises SpecError if not even one fits."""
+        Ray counts in ten thousandths; what is rounded up might not fit.
+        """
+        shares = {"CPU": self.cpus / self.workers - DRIVER_CPUS, "GPU": self.gpus / self.workers}
+        return {name: math.floor(share * 10_000) / 10_000 for name, share in shares.items()}
+
+    def concurrent(self, cluster: dict[str, float], nodes: Sequence[dict[str, float]] = ()) -> int:
+        """How many trials run at once. Raises SpecError if not even one fits.
+
+        nodes: what each node has; several workers may sit on different ones, each of them on one.
+        """
         fits = [cluster.get("CPU", 0) / self.cpus]
         if self.gpus:
             fits.append(cluster.get("GPU", 0) / self.gpus)
         if min(fits) < 1:
             have = f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
             raise SpecError(f"a trial wants {self.cpus:g} CPUs and {self.gpus:g} GPUs, the cluster has {have}")
-        return int(min(fits))
+        if self.workers == 1:
+            return int(min(fits))
+        places = sum(min(int(node.get(k, 0) / v) for k, v in self.worker.items() if v) for node in nodes)
+        if places < self.workers:
+            each = f"{self.cpus / self.workers:g} CPUs and {self.gpus / self.workers:g} GPUs"
+            raise SpecError(f"a trial wants {self.workers} workers of {each} each, the cluster's nodes hold {places}")
+        return min(int(min(fits)), places // self.workers)
 
 
 class Listener(Protocol):
@@ -87,7 +100,8 @@ def run_sweep(
     space = ledger.space
     config = space.config({})
     with connected(address) as cluster:
-        concurrent = resources.concurrent(cluster)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        concurrent = resources.concurrent(cluster, nodes)
         for listener in listeners:
             listener.started(ledger, concurrent)
         done = sum(trial.state != "running" for trial in ledger.trials())
