@@ -274,10 +274,12 @@ class Follower:
 
 
 def kill_a_worker() -> None:
+    import ray
     from ray.util.state import list_actors
 
-    pids = [a.pid for a in list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])]
-    os.kill(pids[-1], signal.SIGKILL)
+    alive = [("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]
+    workers = list_actors(address=ray.get_runtime_context().gcs_address, filters=alive)
+    os.kill(workers[-1].pid, signal.SIGKILL)
 
 
 def test_workers_share_what_a_trial_holds() -> None:
