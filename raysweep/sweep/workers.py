@@ -47,10 +47,10 @@ def train_on_workers(config: RunConfig, path: Path, workers: int, each: dict[str
 
 
 def _trainer(config: RunConfig, path: Path, workers: int, each: dict[str, float]) -> "ray.train.torch.TorchTrainer":
-    gpus = each.get("GPU", 0)
+    gpus, threads = each.get("GPU", 0), max(1, int(round(each["CPU"] + DRIVER_CPUS, 3)))
     return ray.train.torch.TorchTrainer(
         _work,
-        train_loop_config={"config": config.model_dump_json(), "path": str(path), "threads": int(each["CPU"])},
+        train_loop_config={"config": config.model_dump_json(), "path": str(path), "threads": threads},
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=gpus > 0, resources_per_worker={k: v for k, v in each.items() if v}
         ),
@@ -72,7 +72,7 @@ def _work(loop: dict[str, Any]) -> None:
 
     from raysweep.training.distributed import GroupWorkers, first_says
 
-    torch.set_num_threads(max(1, loop["threads"]))
+    torch.set_num_threads(loop["threads"])
     config, path = RunConfig.model_validate_json(loop["config"]), Path(loop["path"])
     workers, device = GroupWorkers(), ray.train.torch.get_device()
     if workers.rank == 0:
