@@ -19,13 +19,16 @@ NATURAL = "natural"
 
 
 class Workers(Protocol):
-    """The processes that share one global batch."""
+    """The processes that share one global batch; rank counts them from 0."""
 
     @property
     def size(self) -> int: ...
 
+    @property
+    def rank(self) -> int: ...
+
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of a detached tensor over all workers."""
+        """The sum of a detached tensor over all workers, the same on each. All of them call it equally often."""
         ...
 
 
@@ -33,6 +36,7 @@ class OneWorker:
     """A process by itself: the local batch is the global batch."""
 
     size = 1
+    rank = 0
 
     def sum(self, value: Tensor) -> Tensor:
         return value
@@ -56,13 +60,17 @@ class Term(Spec):
 
 @dataclass(frozen=True)
 class Step:
-    """One training step: the loss to differentiate and what the method saw (local rows, detached)."""
+    """One training step: the loss to differentiate and what the method saw (local rows, detached).
+
+    rows: of the global batch.
+    """
 
     loss: Tensor
     natural_logits: Tensor | None
     logits: Mapping[str, Tensor]
     adversarial: Mapping[str, Adversarial]
     weights: Mapping[str, Tensor]
+    rows: Tensor
 
 
 class Method(Spec):
@@ -136,7 +144,7 @@ class Method(Spec):
             loss = sum(LOSSES[term.loss](logits[v], logits[v] if natural is None else natural, y) for v in term.views)
             total = total + now(term.coef) * (weight * loss).sum()
         scale = workers.sum(pair_weight.sum()) if self.normalise else rows
-        return Step(total * workers.size / scale, natural, logits, adversarial, weights)
+        return Step(total * workers.size / scale, natural, logits, adversarial, weights, rows)
 
     def _weight(
         self,

@@ -20,11 +20,11 @@ FLAGS = {
     "train": {*COMMON, "--out", "--name"},
     "tune": {
         *COMMON, "--out", "--name", "--space", "--trials", "--resume", "--plan", "--address", "--cpus-per-trial",
-        "--gpus-per-trial", "--max-trials", "--max-time", "--max-gpu-hours",
+        "--gpus-per-trial", "--workers", "--max-trials", "--max-time", "--max-gpu-hours",
     },
     "eval": {
         *COMMON, "--out", "--attack", "--version", "--eps", "--norm", "--n", "--batch-size", "--keep-adversarial",
-        "--pseudo-label",        "--address", "--gpus-per-task",
+        "--pseudo-label", "--address", "--gpus-per-task",
     },
 }  # fmt: skip
 SMALL = [
@@ -164,6 +164,8 @@ def test_plan_starts_nothing_and_writes_nothing(workdir: Path, capsys) -> None:
         (["tune", "lrat", "--out", "file/below"], "--out file/below: cannot be made"),
         (["tune", "lrat", "--address", "127.0.0.1:1"], "no Ray cluster at --address 127.0.0.1:1"),
         (["tune", "lrat", "--address", "nonsense"], "--address 'nonsense': expected auto or host:port"),
+        (["tune", "lrat", "--workers", "2", "--gpus-per-trial", "3"], "3 GPUs for 2 workers is 1.5 each"),
+        (["tune", "lrat", "--workers", "2", "--cpus-per-trial", "0"], "0 CPUs are not enough for 2 workers"),
         (["show", "lart"], "no method, preset, space file or sweep 'lart'; nearest: mart, lrat"),
     ],
     ids=lambda case: " ".join(case) if isinstance(case, list) else "",
@@ -179,7 +181,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, line, workdir: Path, c
 
 
 @pytest.mark.parametrize(
-    "arguments", [["tune", "lrat", "--trials", "0"], ["tune", "lrat", "--cpus-per-trial", "-1"], []]
+    "arguments",
+    [
+        ["tune", "lrat", "--trials", "0"],
+        ["tune", "lrat", "--cpus-per-trial", "-1"],
+        ["tune", "lrat", "--workers", "0"],
+        [],
+    ],
 )
 def test_argparse_refuses_with_exit_code_2(arguments, capsys) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -16,12 +16,12 @@ from raysweep.training.diagnostics import Diagnostics, read_histograms
 from raysweep.training.trainer import fit
 
 
-def record(method, batches, epoch=0):
+def record(method, batches, epoch=0, workers=ONE_WORKER):
     """Diagnostics of some steps of an untrained model, and the steps."""
-    model, seen, steps = ModelSpec().build(1, 10, 0), Diagnostics(method), []
+    model, seen, steps = ModelSpec().build(1, 10, 0), Diagnostics(method, workers), []
     for number, (x, y) in enumerate(batches):
         index = torch.arange(len(y)) + 1000 * number
-        steps.append(method.at(epoch)(model, x, y, Rng.for_examples(index, 0)))
+        steps.append(method.at(epoch)(model, x, y, Rng.for_examples(index, 0), workers))
         seen.add(steps[-1], y)
     return seen, steps
 
@@ -52,11 +52,11 @@ def test_numbers_by_hand(batches):
         "train/pgd": (p.argmax(1) == y).float().mean(),
         "train/loss": sum(s.loss.detach() * len(b[1]) for s, b in zip(steps, batches, strict=True)) / len(y),
     }
-    metrics = seen.metrics(ONE_WORKER)
+    metrics = seen.metrics()
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(float(value), rel=1e-5), name
-    histograms = seen.histograms(ONE_WORKER)
+    histograms = seen.histograms()
     assert histograms["kappa_pgd"]["counts"] == torch.bincount(kappa, minlength=11).tolist()
     for histogram in histograms.values():
         assert sum(histogram["counts"]) == len(y)
@@ -67,6 +67,7 @@ class TwoWorkers:
     """As if another worker had seen the same."""
 
     size = 2
+    rank = 0
 
     def sum(self, value):
         return 2 * value
@@ -76,11 +77,12 @@ class TwoWorkers:
 def test_every_method_can_be_recorded(batches, name):
     """Means over all workers do not change if all see the same; counts add up."""
     seen, _ = record(METHODS[name](), batches, epoch=150)
-    one, two = seen.metrics(ONE_WORKER), seen.metrics(TwoWorkers())
+    both, _ = record(METHODS[name](), batches, epoch=150, workers=TwoWorkers())
+    one, two = seen.metrics(), both.metrics()
     assert one == pytest.approx(two)
     assert all(0 <= one[key] <= 1 for key in one if "low_weight" in key or "ess" in key)
-    for key, histogram in seen.histograms(ONE_WORKER).items():
-        assert seen.histograms(TwoWorkers())[key]["counts"] == [2 * c for c in histogram["counts"]]
+    for key, histogram in seen.histograms().items():
+        assert both.histograms()[key]["counts"] == [2 * c for c in histogram["counts"]]
 
 
 def test_flatness_is_the_mean_gradient_norm():

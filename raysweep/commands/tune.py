@@ -7,6 +7,7 @@ import time
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -18,6 +19,9 @@ from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import SearchSpace, load_space
 from raysweep.tracking import SweepTracker, Tracker, embedded_store
 from raysweep.training.config import named_method
+
+if TYPE_CHECKING:
+    from raysweep.sweep.tuner import Budget
 
 _BEST = 5
 
@@ -32,16 +36,13 @@ def run(args: Namespace) -> int:
     ledger = _ledger(args, out / "runs", space)
     tracker = Tracker(embedded_store(out), out / "mlruns")
 
-    from raysweep.sweep.tuner import Budget, Listener, Resources, SweepFailed, run_sweep
+    from raysweep.sweep.tuner import Listener, Resources, SweepFailed, run_sweep
 
     console = Console(stderr=True)
     listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(console)]
-    resources = Resources(args.cpus_per_trial, _gpus(args))
-    if args.max_gpu_hours is not None and not resources.gpus:
-        raise SpecError("--max-gpu-hours: the trials hold no GPU; use --max-time")
-    budget = Budget(args.max_time or math.inf, math.inf if args.max_gpu_hours is None else 3600 * args.max_gpu_hours)
     try:
-        run_sweep(ledger, listeners, resources, args.address, budget)
+        resources = Resources(args.cpus_per_trial, _gpus(args), args.workers)
+        run_sweep(ledger, listeners, resources, args.address, _budget(args, resources.gpus))
     except SpecError:
         ledger.discard()
         raise
@@ -49,6 +50,14 @@ def run(args: Namespace) -> int:
         print(f"raysweep: the sweep failed: {error}", file=sys.stderr)
         return 1
     return _report(args, ledger, tracker)
+
+
+def _budget(args: Namespace, gpus: float) -> "Budget":
+    from raysweep.sweep.tuner import Budget
+
+    if args.max_gpu_hours is not None and not gpus:
+        raise SpecError("--max-gpu-hours: the trials hold no GPU; use --max-time")
+    return Budget(args.max_time or math.inf, math.inf if args.max_gpu_hours is None else 3600 * args.max_gpu_hours)
 
 
 def _checked(args: Namespace) -> tuple[SearchSpace, Data]:
@@ -83,7 +92,7 @@ def _gpus(args: Namespace) -> float:
         return float(args.gpus_per_trial)
     import torch
 
-    return 1.0 if torch.cuda.is_available() else 0.0
+    return float(args.workers) if torch.cuda.is_available() else 0.0
 
 
 def _report(args: Namespace, ledger: Ledger, tracker: Tracker) -> int:

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
+import ray
 from ray import tune
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -21,6 +22,7 @@ from raysweep.sweep.asha import Asha
 from raysweep.sweep.cluster import connected
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search import FAILED, StudySearch
+from raysweep.sweep.workers import DRIVER_CPUS, Release, train_on_workers
 from raysweep.training.checkpoint import Checkpoint
 from raysweep.training.config import RunConfig
 from raysweep.training.prefix import PREFIXES, Prefixes
@@ -35,20 +37,52 @@ BUG = "bug"
 
 @dataclass(frozen=True)
 class Resources:
-    """What one trial holds, in Ray's logical units."""
+    """What one trial holds, in Ray's logical units; several workers share it equally."""
 
     cpus: float = 1
     gpus: float = 0
+    workers: int = 1
 
-    def concurrent(self, cluster: dict[str, float]) -> int:
-        """How many trials run at once. Raises SpecError if not even one fits."""
+    def __post_init__(self) -> None:
+        each = self.gpus / self.workers
+        if each > 1 and each != int(each):
+            wants = f"{self.gpus:g} GPUs for {self.workers} workers"
+            raise SpecError(f"--gpus-per-trial: {wants} is {each:g} each: give each a whole number, or one or less")
+        if self.workers > 1 and self.worker["CPU"] <= 0:
+            raise SpecError(f"--cpus-per-trial: {self.cpus:g} CPUs are not enough for {self.workers} workers")
+
+    @property
+    def trial(self) -> dict[str, float]:
+        """Held by the trial's own process, which trains if it is the only worker and waits if not."""
+        return {"CPU": self.cpus, "GPU": self.gpus} if self.workers == 1 else {"CPU": DRIVER_CPUS}
+
+    @property
+    def worker(self) -> dict[str, float]:
+        """Held by each of several workers: its share, less what lets the trial's own process stand beside it.
+
+        Ray counts in ten thousandths; what is rounded up might not fit.
+        """
+        shares = {"CPU": self.cpus / self.workers - DRIVER_CPUS, "GPU": self.gpus / self.workers}
+        return {name: math.floor(share * 10_000) / 10_000 for name, share in shares.items()}
+
+    def concurrent(self, cluster: dict[str, float], nodes: Sequence[dict[str, float]] = ()) -> int:
+        """How many trials run at once. Raises SpecError if not even one fits.
+
+        nodes: what each node has; several workers may sit on different ones, each of them on one.
+        """
         fits = [cluster.get("CPU", 0) / self.cpus]
         if self.gpus:
             fits.append(cluster.get("GPU", 0) / self.gpus)
         if min(fits) < 1:
             have = f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
             raise SpecError(f"a trial wants {self.cpus:g} CPUs and {self.gpus:g} GPUs, the cluster has {have}")
-        return int(min(fits))
+        if self.workers == 1:
+            return int(min(fits))
+        places = sum(min(int(node.get(k, 0) / v) for k, v in self.worker.items() if v) for node in nodes)
+        if places < self.workers:
+            each = f"{self.cpus / self.workers:g} CPUs and {self.gpus / self.workers:g} GPUs"
+            raise SpecError(f"a trial wants {self.workers} workers of {each} each, the cluster's nodes hold {places}")
+        return min(int(min(fits)), places // self.workers)
 
 
 class Listener(Protocol):
@@ -93,7 +127,8 @@ def run_sweep(
     space = ledger.space
     config = space.config({})
     with connected(address) as cluster:
-        concurrent = resources.concurrent(cluster)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        concurrent = resources.concurrent(cluster, nodes)
         for listener in listeners:
             listener.started(ledger, concurrent)
         done = sum(trial.state != "running" for trial in ledger.trials())
@@ -118,17 +153,22 @@ def _tuner(
 
     def trainable(proposal: dict[str, Any]) -> None:
         settings = space.config(proposal["settings"])
+        path = Path(root) / "trials" / f"{proposal['number']:04d}"
         prefixes = Prefixes(Path(root).parent / PREFIXES) if space.share_prefixes else None
-        _train(settings, Path(root) / "trials" / f"{proposal['number']:04d}", resources.cpus, prefixes)
+        if resources.workers == 1:
+            _train(settings, path, resources.cpus, prefixes)
+        else:
+            train_on_workers(settings, path, resources.workers, resources.worker, prefixes)
 
     return tune.Tuner(
-        tune.with_resources(trainable, {"CPU": resources.cpus, "GPU": resources.gpus}),
+        tune.with_resources(trainable, resources.trial),
         tune_config=tune.TuneConfig(
             num_samples=trials,
             max_concurrent_trials=concurrent,
             search_alg=StudySearch(ledger),
             scheduler=_scheduler(ledger, config.epochs),
-            reuse_actors=True,
+            # A trial that waits for its workers cannot be told to stop: its process ends, and the workers with it.
+            reuse_actors=resources.workers == 1,
         ),
         run_config=tune.RunConfig(
             name="ray",
@@ -136,7 +176,7 @@ def _tuner(
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=_RETRIES),
             stop=_Stop(relay),
-            callbacks=[relay],
+            callbacks=[relay, Release(Path(root) / "trials")],
         ),
     )
 

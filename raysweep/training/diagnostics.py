@@ -32,8 +32,9 @@ class Diagnostics:
     `low_weight_NAME`, the share with weight under 0.2 of the batch's mean (L fig. 1a).
     """
 
-    def __init__(self, method: Method) -> None:
+    def __init__(self, method: Method, workers: Workers) -> None:
         self._method = method
+        self._workers = workers
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
         self._edges: dict[str, list[float]] = {}
@@ -41,7 +42,8 @@ class Diagnostics:
     def add(self, step: Step, y: Tensor) -> None:
         """One batch of a worker's rows."""
         self._sum("rows", torch.tensor(len(y), device=y.device))
-        self._sum("loss", step.loss.detach() * len(y))
+        # Each worker's loss is its part of the sum, times the number of workers.
+        self._sum("loss", step.loss.detach() * step.rows / self._workers.size)
         for name, logits in step.logits.items():
             self._sum("clean" if name == NATURAL else name, (logits.detach().argmax(1) == y).sum())
         for name, adversarial in step.adversarial.items():
@@ -59,9 +61,9 @@ class Diagnostics:
             self._sum(f"low_weight_{name}", (relative < LOW_WEIGHT).sum())
             self._count(f"weight_{name}", relative, _bins(0.0, 5.0, 50))
 
-    def metrics(self, workers: Workers) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Means over the epoch and over all workers."""
-        totals = {name: workers.sum(total).item() for name, total in self._sums.items()}
+        totals = {name: self._workers.sum(total).item() for name, total in self._sums.items()}
         rows = totals.pop("rows")
         squares = {name: totals.pop(f"squares_{name}") for name in self._method.terms}
         result = {f"train/{name}": total / rows for name, total in totals.items()}
@@ -69,13 +71,15 @@ class Diagnostics:
             result[f"train/ess_{name}"] = totals[f"weight_{name}"] ** 2 / (rows * square) if square else 0.0
         for name in self._method.attacks:
             if f"kappa_{name}" in self._counts:
-                result[f"train/kappa_median_{name}"] = _median(workers.sum(self._counts[f"kappa_{name}"]).tolist())
+                result[f"train/kappa_median_{name}"] = _median(
+                    self._workers.sum(self._counts[f"kappa_{name}"]).tolist()
+                )
         return result
 
-    def histograms(self, workers: Workers) -> dict[str, Histogram]:
+    def histograms(self) -> dict[str, Histogram]:
         """`kappa_NAME` and `V_NAME` of each attack, `weight_NAME` of each term as a multiple of the batch's mean."""
         return {
-            name: {"edges": self._edges[name], "counts": workers.sum(counts).tolist()}
+            name: {"edges": self._edges[name], "counts": self._workers.sum(counts).tolist()}
             for name, counts in self._counts.items()
         }
 

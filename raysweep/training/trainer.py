@@ -10,15 +10,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from raysweep.data import Data, load
+from raysweep.data import Data, Split, load
 from raysweep.method import ONE_WORKER, Workers
 from raysweep.rng import Rng, seed_of
 from raysweep.schedules import now
 from raysweep.spec import SpecError
 from raysweep.training import checkpoint
+from raysweep.training.batchnorm import synchronised
 from raysweep.training.checkpoint import Checkpoint, Run
 from raysweep.training.config import RunConfig
 from raysweep.training.diagnostics import Diagnostics, Histogram, natural_accuracy, write_histograms
+from raysweep.training.distributed import average_gradients, check, first_says, mean_metrics
 from raysweep.training.prefix import Prefixes, chain
 
 OBJECTIVE = "robust_worst"
@@ -52,55 +54,71 @@ def fit(
     `report(metrics, checkpoint)` is called after each epoch, and once for the last epoch of a run that had already
     finished. prefixes: states that other runs trained and this one need not (see `training.prefix`). Raises SpecError
     if the folder holds another config's run, TrainingFailed if the loss becomes nan or inf.
+
+    Each of several `workers` calls this with the same arguments and takes its share of each batch; the first writes the
+    checkpoints, in a folder that all can read. Their weights are those of one worker, up to rounding.
     """
+    check(config.method, workers)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = data or load(config.data)
     model = config.model.build(data.channels, data.classes, seed_of(config.seed, "weights")).to(device)
+    if workers.size > 1:
+        model = synchronised(model, workers)
     optimizer = _sgd(config, model)
     run = Run(run_path)
-    keys = chain(config, data.fingerprint, workers.size) if prefixes else []
-    resumed = run.last()
-    if resumed is not None and resumed.config != config:
-        raise SpecError(f"{run_path} holds a run with other settings: choose another --out, or delete the folder")
-    saved = resumed
-    if saved is None and prefixes is not None and (saved := _longest_prefix(config, run, prefixes, keys)) is not None:
-        for row in saved.history:
-            report(row, saved)
+    keys = chain(config, data.fingerprint, workers.size)
+    adopted = False
+    if prefixes is not None and workers.rank == 0 and not run.epochs():
+        adopted = _adopt_longest(config, run, prefixes, keys)
+    adopted = bool(first_says(int(adopted), workers, device))
+    last = first_says(max(run.epochs(), default=0), workers, device)
+    saved = checkpoint.read(run.at(last)) if last else None
+    history: list[dict[str, float]] = []
     if saved is not None:
+        if saved.config != config:
+            raise SpecError(f"{run_path} holds a run with other settings: choose another --out, or delete the folder")
         saved.load_state(model, optimizer)
-    history = saved.history if saved else []
+        history = saved.history
+        for row in history if adopted else history[-1:] if last == config.epochs else []:
+            report(row, saved)
     splits = data.to(device)
-    for epoch in range(len(history), config.epochs):
-        with prefixes.training(keys[epoch + 1]) if prefixes else nullcontext(True) as ours:
-            if not ours and prefixes is not None and (state := prefixes.get(keys[epoch + 1])) is not None:
+    for epoch in range(last, config.epochs):
+        # Several workers share prefixes at their start only: waiting for others would hold all of them.
+        store = prefixes if workers.size == 1 else None
+        with store.training(keys[epoch + 1]) if store else nullcontext(True) as ours:
+            if not ours and store is not None and (state := store.get(keys[epoch + 1])) is not None:
                 saved = checkpoint.adopt(run.at(epoch + 1), state, config, history)
                 saved.load_state(model, optimizer)
-                history = saved.history
             else:
-                metrics, histograms = _epoch(config, epoch, model, optimizer, splits, workers)
-                history = [*history, metrics]
-                saved = checkpoint.save(run.at(epoch + 1), config, model, optimizer, history, data.fingerprint)
-                write_histograms(run_path, epoch + 1, histograms)
-                if prefixes is not None:
-                    prefixes.put(keys[epoch + 1], saved.path)
-        run.prune({epoch + 1, best_epoch(history)})
+                row, histograms = _epoch(config, epoch, model, optimizer, splits, workers)
+                if workers.rank == 0:
+                    history = [*history, row]
+                    saved = checkpoint.save(run.at(epoch + 1), config, model, optimizer, history, data.fingerprint)
+                    write_histograms(run_path, epoch + 1, histograms)
+                    if prefixes is not None:
+                        prefixes.put(keys[epoch + 1], saved.path)
+                first_says(epoch, workers, device)
+                saved = checkpoint.read(run.at(epoch + 1)) if workers.rank or saved is None else saved
+        history = saved.history
+        if workers.rank == 0:
+            run.prune({epoch + 1, best_epoch(history)})
         report(history[-1], saved)
     assert saved is not None
-    if resumed is saved:
-        report(saved.metrics, saved)
+    first_says(0, workers, device)
     return Fitted(saved, checkpoint.read(run.at(best_epoch(history))))
 
 
-def _longest_prefix(config: RunConfig, run: Run, prefixes: Prefixes, keys: list[str]) -> Checkpoint | None:
-    """Take over the longest stored prefix, and the best epoch in it if that is an earlier one."""
+def _adopt_longest(config: RunConfig, run: Run, prefixes: Prefixes, keys: list[str]) -> bool:
+    """Take over the longest stored prefix, and the best epoch in it if that is an earlier one; whether there is one."""
     for epoch in range(config.epochs, 0, -1):
         if (state := prefixes.get(keys[epoch])) is None:
             continue
         best = best_epoch(checkpoint.read(state).history)
         if (best_state := prefixes.get(keys[best])) is not None:
             checkpoint.adopt(run.at(best), best_state, config)
-            return checkpoint.adopt(run.at(epoch), state, config)
-    return None
+            checkpoint.adopt(run.at(epoch), state, config)
+            return True
+    return False
 
 
 def best_epoch(history: list[dict[str, float]]) -> int:
@@ -122,22 +140,33 @@ def _epoch(
     for group in optimizer.param_groups:
         group.update(lr=now(settings.optim.lr), weight_decay=now(settings.optim.weight_decay))
     started = time.perf_counter()
-    seen = Diagnostics(settings.method)
+    seen = Diagnostics(settings.method, workers)
     model.train()
-    for batch in data.batches(config.batch_size, config.seed, epoch):
+    for batch in data.batches(config.batch_size, config.seed, epoch, workers.rank, workers.size):
         rng = Rng.for_examples(batch.index, config.seed, "train", epoch)
         step = settings.method(model, batch.x, batch.y, rng, workers)
         optimizer.zero_grad(set_to_none=True)
         step.loss.backward()  # type: ignore[no-untyped-call]
+        average_gradients(model, workers)
         optimizer.step()
         seen.add(step, batch.y)
-    row = {"epoch": epoch + 1, "train/lr": now(settings.optim.lr), **seen.metrics(workers)}
+    row = {"epoch": epoch + 1, "train/lr": now(settings.optim.lr), **seen.metrics()}
     if not math.isfinite(row["train/loss"]):
         raise TrainingFailed(f"the loss became {row['train/loss']} in epoch {epoch + 1}; a smaller optim.lr may help")
     row["train/seconds"] = time.perf_counter() - started
     if (epoch + 1) % config.validation.every == 0 or epoch + 1 == config.epochs:
         started = time.perf_counter()
-        row |= config.validation(model, data.val)
+        row |= _validate(config, model, data.val, workers)
         row["train/natural"] = natural_accuracy(model, data.train)
         row["validation_seconds"] = time.perf_counter() - started
-    return row, seen.histograms(workers)
+    return row, seen.histograms()
+
+
+def _validate(config: RunConfig, model: nn.Module, val: Split, workers: Workers) -> dict[str, float]:
+    """The validation metrics; several workers share out the examples."""
+    count = min(config.validation.size or len(val), len(val))
+    if count < workers.size or workers.size == 1:
+        return config.validation(model, val)
+    mine = slice(workers.rank, count, workers.size)
+    share = Split(val.x[mine], val.y[mine], val.index[mine], val.white)
+    return mean_metrics(config.validation(model, share), len(share), workers, val.y.device)

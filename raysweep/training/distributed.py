@@ -1,0 +1,66 @@
+"""Several processes that train one model: sums over a torch.distributed group, and the mean of their gradients."""
+
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raysweep.method import Method, Workers
+from raysweep.spec import SpecError
+
+
+class GroupWorkers:
+    """The processes of torch.distributed's default group."""
+
+    def __init__(self) -> None:
+        self.size = dist.get_world_size()
+        self.rank = dist.get_rank()
+
+    def sum(self, value: Tensor) -> Tensor:
+        total = value.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+def average_gradients(model: nn.Module, workers: Workers) -> None:
+    """Replace each gradient by its mean over workers, in one sum for each dtype.
+
+    Not DistributedDataParallel: a step does several forwards before its one backward, and attacks differentiate the
+    model in between; DDP hooks one forward to one backward and broadcasts buffers, batch norm's own, at each forward.
+    """
+    if workers.size == 1:
+        return
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    for _, group in groupby(sorted(grads, key=lambda g: str(g.dtype)), key=lambda g: g.dtype):
+        alike = list(group)
+        mean = workers.sum(torch.cat([grad.reshape(-1) for grad in alike])) / workers.size
+        for grad, part in zip(alike, torch.split(mean, [grad.numel() for grad in alike]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+def check(method: Method, workers: Workers) -> None:
+    """Raises SpecError for a method whose workers would do unequal numbers of synchronised forwards."""
+    for name, attack in method.attacks.items():
+        if workers.size > 1 and getattr(attack, "mode", "eval") == "train" and getattr(attack, "tau", None) is not None:
+            raise SpecError(
+                f"method.attacks.{name}: mode train with tau stops at different steps on different workers: "
+                "take one worker, mode eval, or tau null"
+            )
+
+
+def first_says(number: int, workers: Workers, device: torch.device) -> int:
+    """The first worker's number, on all of them; nobody goes on before the first has got here."""
+    if workers.size == 1:
+        return number
+    return int(workers.sum(torch.tensor(number if workers.rank == 0 else 0, device=device)))
+
+
+def mean_metrics(metrics: dict[str, float], rows: int, workers: Workers, device: torch.device) -> dict[str, float]:
+    """Means over all workers' rows from means over each worker's own."""
+    if workers.size == 1:
+        return metrics
+    shares = [float(rows), *(rows * value for value in metrics.values())]
+    sums = workers.sum(torch.tensor(shares, device=device, dtype=torch.float64))
+    # Rounded, so that epochs that tie with one worker tie with several.
+    return {name: round((total / sums[0]).item(), 6) for name, total in zip(metrics, sums[1:], strict=True)}

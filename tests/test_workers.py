@@ -1,0 +1,331 @@
+"""Several worker processes train what one does: gradients, batch norm, weights, checkpoints; on Ray they survive."""
+
+import copy
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import TINY, tiny
+from ray.util.placement_group import PlacementGroup
+from safetensors.torch import load_file
+from torch import nn
+
+from raysweep.catalog import METHODS
+from raysweep.data import DataSpec, load
+from raysweep.method import ONE_WORKER, Method, Workers
+from raysweep.models import ModelSpec
+from raysweep.rng import Rng
+from raysweep.spec import SpecError, override
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.space import SearchSpace
+from raysweep.sweep.tuner import Resources, run_sweep
+from raysweep.sweep.workers import held
+from raysweep.training import checkpoint
+from raysweep.training.batchnorm import synchronised
+from raysweep.training.checkpoint import Run
+from raysweep.training.config import RunConfig
+from raysweep.training.distributed import GroupWorkers, average_gradients
+from raysweep.training.trainer import Fitted, best_epoch, fit
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "at": {},
+    "gairat": {"terms.pgd.weight.burn_in": 0},
+    "lrat": {"terms.bound.weight.total": 4.5},
+    "at, attacked in train mode": {"attacks.pgd.mode": "train"},
+}
+# Shares of 15 + 15 or 10 + 10 + 10 rows, of 12 + 11 or 8 + 8 + 7, and a last batch of one row: some have none at all.
+ROWS, BATCH = 54, (30, 23, 1)
+
+
+def method(name: str) -> Method:
+    return override(METHODS[name.split(",")[0]](), {**CHANGES[name], "attacks.*.steps": 2})
+
+
+def in_processes(size: int, work: Callable[..., None], *arguments: Any) -> None:
+    """Run `work(*arguments)` in `size` processes of one gloo group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_joined, (size, port, work, arguments), nprocs=size)
+
+
+def _joined(rank: int, size: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    work(*arguments)
+    dist.destroy_process_group()
+
+
+def steps(workers: Workers) -> dict[str, torch.Tensor]:
+    """Float64 gradients and batch norm statistics after each batch of an epoch, for each method, on CNN and digits."""
+    split = load(DataSpec(name="digits", val_size=50, train_size=ROWS)).train
+    found = {}
+    for name in CHANGES:
+        model = ModelSpec(name="digits_cnn").build(1, 10, 0).double().train()
+        if workers.size > 1:
+            model = synchronised(model, workers)
+        for number, rows in enumerate(torch.arange(ROWS).split(BATCH)):
+            mine = rows[workers.rank :: workers.size]
+            model.zero_grad()
+            rng = Rng.for_examples(split.index[mine], 0, "train", number)
+            step = method(name)(model, split.images(mine).double(), split.y[mine], rng, workers)
+            step.loss.backward()
+            average_gradients(model, workers)
+            found |= {f"{name} {number} loss": workers.sum(step.loss) / workers.size}
+            found |= {f"{name} {number} {k}": p.grad.clone() for k, p in model.named_parameters()}
+            found |= {f"{name} {number} {k}": b.clone() for k, b in model.named_buffers()}
+    return found
+
+
+def config(name: str = "gairat", **changes: Any) -> RunConfig:
+    """Batches of 32, 32 and 1 rows.
+
+    In L2, where attacks take steps that change smoothly: a sign may flip with the last bit of a gradient near 0, and
+    then a run drifts away from its own copy of one worker just as far.
+    """
+    burn_in = {"method__terms__pgd__weight__burn_in": 1} if name == "gairat" else {}
+    changes = {f"method__attacks__{attack}__norm": "L2" for attack in METHODS[name]().attacks} | changes
+    return tiny(name, data__train_size=65, **burn_in, **changes)
+
+
+class Enough(Exception):
+    """Raised by a report to end training early."""
+
+
+def one_epoch(path: Path, workers: Workers) -> None:
+    def stop(metrics: dict[str, float], saved: checkpoint.Checkpoint) -> None:
+        raise Enough
+
+    with pytest.raises(Enough):
+        fit(config(), path, stop, workers=workers)
+
+
+def train_and_resume(path: Path) -> None:
+    workers = GroupWorkers()
+    reported: list[dict[str, float]] = []
+    fit(config(), path / "several", lambda metrics, saved: reported.append(metrics), workers=workers)
+    fit(config("lrat"), path / "lrat", workers=workers)
+    one_epoch(path / "handed over", workers)
+    fit(config(), path / "taken over", workers=workers)
+    (path / f"{workers.rank}.json").write_text(json.dumps(reported))
+
+
+def save_steps(path: Path) -> None:
+    torch.save(steps(GroupWorkers()), path / f"{dist.get_rank()}.pt")
+
+
+def everything(path: Path) -> None:
+    save_steps(path)
+    train_and_resume(path)
+
+
+def difference(one: Path, two: Path) -> float:
+    """The greatest between the weights of two checkpoints with the same names of tensors."""
+    a, b = load_file(one / "weights.safetensors"), load_file(two / "weights.safetensors")
+    assert a.keys() == b.keys()
+    return max((a[key].double() - b[key].double()).abs().max().item() for key in a)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two workers wrote."""
+    path = tmp_path_factory.mktemp("two")
+    one_epoch(path / "taken over", ONE_WORKER)
+    in_processes(2, everything, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("three")
+    in_processes(3, save_steps, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, torch.Tensor]:
+    return steps(ONE_WORKER)
+
+
+@pytest.fixture(scope="module")
+def trained_alone(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    return fit(config(), tmp_path_factory.mktemp("one"))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_worker_processes_give_the_gradient_of_one(size: int, alone, request) -> None:
+    path = request.getfixturevalue({2: "two", 3: "three"}[size])
+    worst = 0.0
+    for rank in range(size):
+        several = torch.load(path / f"{rank}.pt")
+        assert several.keys() == alone.keys()
+        worst = max(worst, *((several[key] - value).abs().max().item() for key, value in alone.items()))
+    print(f"{size} workers: greatest difference {worst:.1e}")
+    assert worst < 1e-10
+
+
+def test_two_workers_train_the_weights_of_one(two: Path, trained_alone: Fitted, tmp_path: Path) -> None:
+    assert difference(two / "several" / "epoch-0002", trained_alone.last.path) < 1e-5
+    lrat = fit(config("lrat"), tmp_path / "lrat").last
+    assert difference(two / "lrat" / "epoch-0002", lrat.path) < 1e-5
+
+
+def test_every_worker_reports_the_metrics_of_one(two: Path, trained_alone: Fitted) -> None:
+    first, second = (json.loads((two / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second == checkpoint.read(two / "several" / "epoch-0002").history
+    for several, one in zip(first, trained_alone.last.history, strict=True):
+        assert several.keys() == one.keys()
+        timed = {key for key in one if "seconds" in key}
+        assert {k: v for k, v in several.items() if k not in timed} == pytest.approx(
+            {k: v for k, v in one.items() if k not in timed}, abs=1e-5
+        )
+
+
+def test_a_checkpoint_goes_from_two_workers_to_one_and_back(two: Path, trained_alone: Fitted) -> None:
+    epochs: list[int] = []
+    handed = fit(config(), two / "handed over", lambda metrics, saved: epochs.append(saved.epoch)).last
+    assert epochs == [2]
+    assert difference(handed.path, trained_alone.last.path) < 1e-5
+    assert difference(two / "taken over" / "epoch-0002", trained_alone.last.path) < 1e-5
+
+
+def test_the_first_writes_and_the_others_do_not(two: Path) -> None:
+    assert not list(two.glob("*/.epoch-*"))
+    assert Run(two / "several").epochs()[-1] == 2
+
+
+class Second:
+    """The second of two workers, alone: sums are its own."""
+
+    size, rank = 2, 1
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3, affine=False)])
+@pytest.mark.parametrize("training", [True, False])
+def test_synchronised_batch_norm_is_batch_norm_by_another_sum(norm: nn.BatchNorm2d, training: bool) -> None:
+    x = torch.rand(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    theirs, ours = copy.deepcopy(norm), synchronised(copy.deepcopy(norm), Second())
+    for module in (theirs, ours):
+        module.train()
+        module(x + 1)
+        module.train(training)
+    assert torch.allclose(theirs(x), ours(x), atol=1e-5)
+    assert theirs.state_dict().keys() == ours.state_dict().keys()
+    assert all(torch.allclose(ours.state_dict()[k], v) for k, v in theirs.state_dict().items())
+
+
+def test_an_attack_that_would_leave_workers_waiting_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"attacks\.pgd: mode train with tau"):
+        fit(
+            tiny("at", method__attacks__pgd__mode="train", method__attacks__pgd__tau=1),
+            tmp_path,
+            workers=Second(),
+        )
+
+
+LR = "optim.lr"
+
+
+def sweep(path: Path, lrs: list[float], **more: Any) -> Ledger:
+    """A sweep over the learning rates `lrs`, in this order."""
+    data = {
+        "method": "at",
+        "trials": len(lrs),
+        "base": TINY,
+        "scheduler": {"kind": "none"},
+        "sampler": {"kind": "random"},
+        "space": {LR: {"categorical": sorted(set(lrs))}},
+        "start": [{LR: lr} for lr in lrs],
+    }
+    return Ledger.create(path, SearchSpace.load({**data, **more}))
+
+
+def groups_held() -> list[str]:
+    import ray.util
+
+    return [name for name, entry in ray.util.placement_group_table().items() if entry["state"] != "REMOVED"]
+
+
+class Follower:
+    """Calls `act(trial)` after each change of a trial."""
+
+    def __init__(self, act: Callable[[Trial], None]) -> None:
+        self.act = act
+
+    def started(self, ledger: Ledger, concurrent: int) -> None:
+        pass
+
+    def trial_changed(self, trial: Trial, metrics: dict[str, float] | None) -> None:
+        self.act(trial)
+
+    def ended(self, ledger: Ledger) -> None:
+        pass
+
+
+def kill_a_worker() -> None:
+    import ray
+    from ray.util.state import list_actors
+
+    alive = [("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]
+    workers = list_actors(address=ray.get_runtime_context().gcs_address, filters=alive)
+    os.kill(workers[-1].pid, signal.SIGKILL)
+
+
+def test_workers_share_what_a_trial_holds() -> None:
+    assert Resources(cpus=2, gpus=1, workers=2).worker == {"CPU": 0.99, "GPU": 0.5}
+    one_each, four = {"CPU": 1.0}, {"CPU": 4.0}
+    assert Resources(cpus=2, workers=2).concurrent(four, [four]) == 2
+    assert Resources(cpus=2, workers=2).concurrent({"CPU": 2.0}, [one_each, one_each]) == 1
+    assert Resources(cpus=3, workers=2).concurrent({"CPU": 6.0}, [{"CPU": 2.0}] * 3) == 1
+    with pytest.raises(SpecError, match=r"2 workers of 1\.5 CPUs and 0 GPUs each, the cluster's nodes hold 0"):
+        Resources(cpus=3, workers=2).concurrent({"CPU": 3.0}, [one_each] * 3)
+    with pytest.raises(SpecError, match=r"3 GPUs for 2 workers is 1\.5 each"):
+        Resources(gpus=3, workers=2)
+
+
+@pytest.mark.ray
+def test_a_sweep_on_two_workers_survives_a_killed_worker(ray_cluster: None, tmp_path: Path) -> None:
+    groups: list[PlacementGroup | None] = []
+
+    def kill_once(trial: Trial) -> None:
+        if trial.epoch == 2 and not groups:
+            groups.append(held(ledger.run_path(0)))
+            kill_a_worker()
+
+    base = {**TINY, "epochs": 8, "data.train_size": 256, "method.attacks.pgd.norm": "L2"}
+    ledger = sweep(tmp_path / "sweep", [0.05, 1e20], base=base)
+    run_sweep(ledger, [Follower(kill_once)], Resources(cpus=2, workers=2))
+    first, second = ledger.trials()
+    assert first.state == "finished" and first.epoch == 8
+    assert second.state == "failed" and "the loss became" in second.reason
+    assert groups and groups[0] != held(ledger.run_path(0)), "the group was started again"
+    saved = Run(ledger.run_path(0)).last()
+    assert saved is not None and saved.metrics == first.latest
+    assert first.best == saved.history[best_epoch(saved.history) - 1], "no report was lost on the way"
+    alone = fit(ledger.space.config(first.settings), tmp_path / "alone").last
+    assert difference(saved.path, alone.path) < 1e-3
+    assert not groups_held()
+
+
+@pytest.mark.ray
+def test_a_stopped_trial_frees_its_workers(ray_cluster: None, tmp_path: Path) -> None:
+    ledger = sweep(
+        tmp_path / "sweep",
+        [0.05, 1e-7],
+        base={**TINY, "epochs": 12, "data.train_size": 256},
+        scheduler={"kind": "asha", "grace": 1, "factor": 2},
+    )
+    run_sweep(ledger, [], Resources(cpus=1.5, workers=2))
+    assert [trial.state for trial in ledger.trials()] == ["finished", "stopped"]
+    assert not groups_held()
