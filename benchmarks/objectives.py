@@ -20,6 +20,7 @@ from raysweep.attacks import APGD, PGD, Square
 from raysweep.data import load
 from raysweep.evaluation import evaluate
 from raysweep.evaluation.validation import Validation
+from raysweep.spec import override
 from raysweep.training.config import run_config
 from raysweep.training.trainer import fit
 
@@ -37,7 +38,8 @@ def measure(job: tuple[str, int, int], examples: int) -> dict[str, float]:
     torch.set_num_threads(1)
     method, seed, epochs = job
     lr = {"kind": "piecewise", "boundaries": [epochs - 2], "values": [0.05, 0.01]}
-    config = run_config(method, {"epochs": epochs, "seed": seed, "optim.lr": lr, "*.burn_in": epochs // 2})
+    config = run_config(method, {"epochs": epochs, "seed": seed, "optim.lr": lr})
+    config = override(config, {"*.burn_in": epochs // 2}, missing="ignore")
     data = load(config.data)
     with TemporaryDirectory() as folder:
         model = fit(config, Path(folder), data=data).last.load_model(config.model.build(1, 10, 0)).eval()
