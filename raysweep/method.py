@@ -132,18 +132,18 @@ class Method(Spec):
 
         natural = logits.get(NATURAL)
         rows = workers.sum(torch.tensor(float(len(y)), device=y.device, dtype=x.dtype))
-        total = x.new_zeros(())
+        total, tiny = x.new_zeros(()), torch.finfo(x.dtype).tiny
         pair_weight = x.new_zeros(len(y))
         weights: dict[str, Tensor] = {}
         for name, term in self.terms.items():
             weight = self._weight(term, logits, y, adversarial, weights)
             weights[name] = weight
             if getattr(term.weight, "normalise", False):
-                weight = weight * rows / workers.sum(weight.sum()).clamp_min(torch.finfo(weight.dtype).tiny)
+                weight = weight * rows / workers.sum(weight.sum()).clamp_min(tiny)
             pair_weight = pair_weight + weight
             loss = sum(LOSSES[term.loss](logits[v], logits[v] if natural is None else natural, y) for v in term.views)
             total = total + now(term.coef) * (weight * loss).sum()
-        scale = workers.sum(pair_weight.sum()) if self.normalise else rows
+        scale = workers.sum(pair_weight.sum()).clamp_min(tiny) if self.normalise else rows
         return Step(total * workers.size / scale, natural, logits, adversarial, weights, rows)
 
     def _weight(

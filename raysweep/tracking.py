@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,11 +18,11 @@ from raysweep.sweep.space import labels
 from raysweep.training.checkpoint import Checkpoint, Run, environment
 from raysweep.training.config import RunConfig
 from raysweep.training.diagnostics import read_histograms
-from raysweep.training.trainer import OBJECTIVE
 
 EXPERIMENT = "raysweep"
 # Figures take a second a trial: the best few get them.
 _PLOTTED = 3
+_ILLEGAL = re.compile(r"[^\w./ -]")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 _STATUS: dict[str, Status] = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "running": "KILLED"}
 
@@ -40,6 +41,16 @@ class Tracker:
         with ThreadPoolExecutor(1) as pool:
             self._connected: Future[tuple[Any, str]] = pool.submit(self._connect)
             pool.shutdown(wait=False)
+
+    def ready(self) -> "Tracker":
+        """Wait until the store answers. Raises SpecError in one line if it does not."""
+        self._connected.result()
+        return self
+
+    def last_step(self, run: str) -> int:
+        """The last epoch that the run has numbers of; 0 before the first."""
+        steps = [point.step for point in self._connected.result()[0].get_metric_history(run, "train/loss")]
+        return max(steps, default=0)
 
     def run(self, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
         """Id of the run with these tags, made if there is none."""
@@ -78,8 +89,9 @@ class Tracker:
         client, _ = self._connected.result()
         now = int(time.time() * 1000)
         # The UI proposes the metric that it met first: the objective before the details.
-        order = sorted(metrics, key=lambda name: ("/" in name, name != OBJECTIVE))
-        logged = [Metric(k, metrics[k], now, step) for k in order if k != "epoch" and math.isfinite(metrics[k])]
+        order = sorted(metrics, key=lambda name: ("/" in name, name != "robust_worst"))
+        finite = [name for name in order if name != "epoch" and math.isfinite(metrics[name])]
+        logged = [Metric(_ILLEGAL.sub("-", name), metrics[name], now, step) for name in finite]
         client.log_batch(run, metrics=logged)
 
     def tag(self, run: str, tags: Mapping[str, str]) -> None:
@@ -123,7 +135,11 @@ class Tracker:
             run = what.removeprefix("runs:/").split("/")[0]
             if what.startswith("models:/"):
                 name, _, alias = what.removeprefix("models:/").partition("@")
-                run = client.get_model_version_by_alias(name, alias or "champion").run_id
+                name, _, version = name.partition("/")
+                if version:
+                    run = client.get_model_version(name, version).run_id
+                else:
+                    run = client.get_model_version_by_alias(name, alias or "champion").run_id
             folder = into / run
             folder.mkdir(parents=True, exist_ok=True)
             return run, Path(client.download_artifacts(run, "checkpoint", str(folder)))
@@ -142,8 +158,8 @@ class Tracker:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
-        client = MlflowClient(tracking_uri=self.uri)
         try:
+            client = MlflowClient(tracking_uri=self.uri)
             found = client.get_experiment_by_name(EXPERIMENT)
             if found is not None:
                 return client, str(found.experiment_id)
@@ -152,8 +168,9 @@ class Tracker:
             # Without this tag the UI opens its pages for language models.
             tags = {"mlflow.experimentKind": "custom_model_development"}
             return client, str(client.create_experiment(EXPERIMENT, artifact_location=where, tags=tags))
-        except MlflowException as error:
-            raise SpecError(f"MLflow store {self.uri}: {str(error).splitlines()[0]}") from None
+        except (MlflowException, OSError, ValueError) as error:
+            hint = "set MLFLOW_TRACKING_URI to a server or sqlite:///FILE, or leave it out"
+            raise SpecError(f"MLflow store {self.uri}: {str(error).splitlines()[0]}; {hint}") from None
 
 
 class SweepTracker:
@@ -233,7 +250,11 @@ def run_tags(saved: Checkpoint) -> dict[str, str]:
     folder = saved.path.parent
     if (folder / "trial.json").exists():
         return _trial_tags(Ledger.open(folder.parent.parent).key, folder.name)
-    return {"raysweep.kind": "train", "raysweep.run": f"{folder.name}-{saved.config.digest()}"}
+    return train_tags(Run(folder))
+
+
+def train_tags(run: Run) -> dict[str, str]:
+    return {"raysweep.kind": "train", "raysweep.run": run.key}
 
 
 def _trial_tags(sweep: str, number: str) -> dict[str, str]:

@@ -1,6 +1,9 @@
 """`raysweep eval`: from a checkpoint to a report, files and MLflow."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,7 @@ def trained(workdir: Path, capsys) -> Path:
 
 
 def test_a_checkpoint_is_attacked_and_the_numbers_go_to_its_run(trained: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
     assert main(["eval", str(trained), *QUICK, "--keep-adversarial"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["examples"] == 40 and report["eps"] == 0.15
@@ -38,7 +41,8 @@ def test_a_checkpoint_is_attacked_and_the_numbers_go_to_its_run(trained: Path, c
 
     client = MlflowClient(f"sqlite:///{trained.parent.parent}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
-    assert run.data.metrics["apgd-ce/robust_accuracy"] == report["robust_accuracy"]
+    assert run.data.metrics["eval/apgd-ce-Linf-0.15-n40/robust_accuracy"] == report["robust_accuracy"]
+    assert not [name for name in run.data.metrics if name.startswith("aa/")], "that is AutoAttack's alone"
     assert run.info.status == "FINISHED"
 
     assert main(["eval", run.info.run_id, *QUICK]) == 0, "by the id of its run"
@@ -47,7 +51,7 @@ def test_a_checkpoint_is_attacked_and_the_numbers_go_to_its_run(trained: Path, c
 
 
 def test_a_finished_evaluation_is_not_run_again(trained: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
     assert main(["eval", str(trained), *QUICK]) == 0
     first = json.loads(capsys.readouterr().out)
 
@@ -61,24 +65,22 @@ def test_a_finished_evaluation_is_not_run_again(trained: Path, capsys, monkeypat
 
 @pytest.mark.ray
 def test_over_a_ray_cluster_the_verdict_is_the_same(trained: Path, ray_cluster, capsys, monkeypatch) -> None:
-    import os
-
     from raysweep.evaluation import evaluate
     from raysweep.sweep.launch import RayMap
     from raysweep.training.load import load_checkpoint
 
-    subject = load_checkpoint(trained)
+    subject = load_checkpoint(trained, {})
     from raysweep.data import load
 
     test = load(subject.config.data).test
     x, y = test.images(slice(0, 60)), test.y[:60]
-    alone = evaluate(subject.model, x, y, "apgd-ce,square", 0.15, batch_size=60, shards=1) if os.cpu_count() else None
+    alone = evaluate(subject.model, x, y, "apgd-ce,square", 0.15, batch_size=60, shards=1)
     spread = evaluate(subject.model, x, y, "apgd-ce,square", 0.15, batch_size=20, shards=3, map=RayMap())
     assert np.array_equal(alone.robust, spread.robust)
 
 
 def test_a_users_own_model(workdir: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
     (workdir / "my_models.py").write_text(
         "import torch\n"
         "def linear():\n"
@@ -102,6 +104,42 @@ def test_pseudo_labels_for_self_training(trained: Path, workdir: Path, capsys) -
     assert "trains on labelled data alone" not in capsys.readouterr().err
     assert main(["train", "rst", *SMALL, "--name", "rst-alone"]) == 0
     assert "rst trains on labelled data alone" in capsys.readouterr().err
+
+
+def test_the_command_with_a_class_of_ones_own_and_several_processes(workdir: Path) -> None:
+    (workdir / "mine.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        torch.manual_seed(0)\n"
+        "        self.linear = torch.nn.Linear(64, 10)\n"
+        "    def forward(self, x):\n"
+        "        return self.linear(x.flatten(1))\n"
+        "def make():\n"
+        "    return Net()\n"
+    )
+    command = Path(sys.executable).parent / "raysweep"
+    arguments = ["eval", "mine:make", "--attack", "apgd-ce,square", "--eps", "0.01", "--n", "40", "--json"]
+    done = subprocess.run([command, *arguments], capture_output=True, text=True, cwd=workdir)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert list(report["robust_after"]) == ["apgd-ce", "square"]
+    if len(os.sched_getaffinity(0)) > 1:
+        assert len(list(Path(report["folder"]).glob("shards/*/apgd-ce-*.npz"))) > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--norm", "L2"], "say --eps too"),
+        (["--eps", "8"], "did you mean 8/255"),
+        (["--set", "epochs=3"], "only data.* settings matter"),
+    ],
+)
+def test_a_wrong_radius_is_refused(arguments, words, trained: Path, capsys) -> None:
+    assert main(["eval", str(trained), *QUICK, *arguments]) == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_weights_act_within_the_epochs(name):
     space = shipped(name)
     ends = [{path: value} for path, d in space.space.items() for value in d.ends()]
     for settings in (*space.start, *ends):
-        assert space.config(settings).warnings() == []
+        assert not [line for line in space.config(settings).warnings() if "never act" in line]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -100,6 +100,20 @@ def test_what_is_set_is_searched_no_more(tmp_path) -> None:
         load_space("lrat", {ALPHA: 1.0}, only)
 
 
+def test_what_is_set_meets_or_breaks_a_condition() -> None:
+    shape, lam = "method.terms.pgd.weight.shape", "method.terms.pgd.weight.lam"
+    assert lam in load_space("gairat", {shape: "tanh"}).space
+    assert lam not in load_space("gairat", {shape: "linear"}).space
+
+
+def test_a_space_has_sections_for_data_sets() -> None:
+    burn_in = "method.terms.pgd.weight.burn_in"
+    assert load_space("gairat", {}).space[burn_in].int == (1, 6)
+    images = load_space("gairat", {"data.name": "cifar10"})
+    assert images.space[burn_in].int == (20, 75) and images.scheduler.grace == 30
+    assert images.config(images.start[0]).epochs == 100
+
+
 def test_conditions_decide_what_is_asked() -> None:
     space = SearchSpace.load(
         {

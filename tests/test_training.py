@@ -59,7 +59,7 @@ def test_metrics_are_what_they_say(tmp_path) -> None:
         assert row["robust_worst"] <= min(row["pgd"], row["cw"]) <= row["clean"]
         assert row["masking_gap"] == pytest.approx(row["pgd"] - row["robust_worst"])
     assert rows == fitted.last.history
-    assert fitted.best.epoch == best_epoch(rows)
+    assert fitted.best.epoch == best_epoch(config, rows)
 
 
 def test_the_attacks_of_the_objective_start_the_same_for_every_checkpoint(tmp_path) -> None:
@@ -92,17 +92,19 @@ def test_killed_with_sigkill_it_resumes_to_the_weights_of_a_run_never_stopped(tm
     before = Run(tmp_path / "killed").epochs()
     assert before and before[-1] < 30
     epochs = []
-    fit(config, tmp_path / "killed", lambda metrics, saved: epochs.append(saved.epoch))
+    fit(config, tmp_path / "killed", lambda metrics, saved: epochs.append(saved.epoch), reported=before[-1])
     assert epochs[0] == before[-1] + 1, "only the epoch it was in is done again"
     assert same_weights(tmp_path / "killed" / "epoch-0030", fit(config, tmp_path / "whole").last.path)
     assert not list((tmp_path / "killed").glob(".epoch-*")), "what the crash left is cleaned up"
 
 
-def test_a_finished_run_trains_no_more_and_reports_its_last_epoch(tmp_path) -> None:
+def test_a_finished_run_trains_no_more_and_reports_what_was_not_reported(tmp_path) -> None:
     first = fit(tiny("at"), tmp_path / "run").last
-    reported = []
-    again = fit(tiny("at"), tmp_path / "run", lambda metrics, saved: reported.append(metrics))
-    assert reported == [first.metrics]
+    told = []
+    again = fit(tiny("at"), tmp_path / "run", lambda metrics, saved: told.append(metrics))
+    assert told == first.history, "whoever was told may have died with what it knew"
+    fit(tiny("at"), tmp_path / "run", lambda metrics, saved: told.append(metrics), reported=1)
+    assert told == [*first.history, first.history[1]]
     assert again.last.path == first.path
 
 
@@ -153,3 +155,41 @@ def test_a_method_written_out_in_yaml_trains(tmp_path) -> None:
     }
     saved = fit(run_config(method, TINY), tmp_path / "run").last
     assert saved.config.method.name == "inline" and saved.epoch == 2
+
+
+def test_the_objective_decides_which_epoch_is_kept(tmp_path) -> None:
+    config = tiny("at", epochs=5, validation__objective="clean", data__train_size=200)
+    fitted = fit(config, tmp_path / "run")
+    clean = [row["clean"] for row in fitted.last.history]
+    assert fitted.best.epoch == clean.index(max(clean)) + 1
+    assert fitted.best.path.is_dir()
+
+
+def test_other_data_are_not_trained_on_in_the_same_run(tmp_path) -> None:
+    import dataclasses
+
+    config = tiny("at")
+    fit(config, tmp_path / "run")
+    other = dataclasses.replace(load(config.data), fingerprint="other")
+    with pytest.raises(SpecError, match="holds a run on other 'digits' data"):
+        fit(config, tmp_path / "run", data=other)
+
+
+def test_a_foreign_meta_is_refused_in_one_line(tmp_path) -> None:
+    for meta in (
+        {"format": 1},
+        {"format": 1, "config": {}, "epoch": 1, "history": [], "data_fingerprint": "", "sha256": {}},
+    ):
+        (tmp_path / "meta.json").write_text(json.dumps(meta))
+        with pytest.raises(SpecError, match="not a raysweep checkpoint"):
+            checkpoint.read(tmp_path)
+
+
+def test_validation_is_at_the_epsilon_of_the_training() -> None:
+    config = run_config("gairat", {"data.name": "cifar10"})
+    assert config.method.attacks["pgd"].eps == config.validation.attacks["cw"].eps == 0.031
+    assert run_config("lrat", {"data.name": "cifar10"}).validation.finish["apgd_t"].eps == 8 / 255
+    apart = run_config("gairat", {"data.name": "cifar10", "validation.attacks.pgd.eps": 0.05})
+    assert apart.validation.attacks["pgd"].eps == 0.05
+    with pytest.raises(SpecError, match=r"eps = 8: epsilon means pixels in \[0, 1\]; did you mean 8/255"):
+        run_config("gairat", {"*.eps": 8})

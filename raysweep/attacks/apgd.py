@@ -5,10 +5,21 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from raysweep.attacks.base import Adversarial, Norm, View, cheap_to_look, frozen, margin, norms, project, step_direction
+from raysweep.attacks.base import (
+    Adversarial,
+    Norm,
+    View,
+    cheap_to_look,
+    frozen,
+    in_pixels,
+    margin,
+    norms,
+    project,
+    step_direction,
+)
 from raysweep.rng import Rng
 from raysweep.schedules import Schedule, now, within
 from raysweep.spec import Spec, SpecError
@@ -32,6 +43,8 @@ class APGD(Spec):
     targets: Annotated[int, Field(ge=1)] = 9
     rho: Annotated[float, Field(ge=0, le=1)] = 0.75
     samples: Annotated[int, Field(ge=1)] = 1
+
+    _in_pixels = model_validator(mode="after")(in_pixels)
 
     @property
     def view(self) -> View:

@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysweep.rng import Rng
+from raysweep.schedules import extremes
+from raysweep.spec import Spec, SpecError
 
 Norm = Literal["Linf", "L2"]
 View = Literal["probability", "margin"]
@@ -74,6 +76,17 @@ def vulnerability(logits: Tensor, y: Tensor, view: View) -> Tensor:
     """
     p = F.softmax(logits, 1)
     return margin(p, y) if view == "margin" else p.gather(1, y[:, None])[:, 0]
+
+
+A = TypeVar("A", bound=Spec)
+
+
+def in_pixels(attack: A) -> A:
+    """A validator for specs with `eps` and `norm`: 8 for 8/255 is this field's mistake."""
+    largest = max(extremes(attack.eps))  # type: ignore[attr-defined]
+    if attack.norm == "Linf" and largest > 1:  # type: ignore[attr-defined]
+        raise SpecError(f"eps = {largest:g}: epsilon means pixels in [0, 1]; did you mean {largest:g}/255?")
+    return attack
 
 
 def norms(v: Tensor) -> Tensor:

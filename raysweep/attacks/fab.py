@@ -3,10 +3,10 @@
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from raysweep.attacks.base import Adversarial, Norm, View, cheap_to_look, frozen
+from raysweep.attacks.base import Adversarial, Norm, View, cheap_to_look, frozen, in_pixels
 from raysweep.rng import Rng
 from raysweep.schedules import Schedule, now, within
 from raysweep.spec import Spec
@@ -33,6 +33,8 @@ class FAB(Spec):
     alpha_max: Annotated[float, Field(ge=0, le=1)] = 0.1
     eta: Annotated[float, Field(ge=1)] = 1.05
     beta: Annotated[float, Field(gt=0, le=1)] = 0.9
+
+    _in_pixels = model_validator(mode="after")(in_pixels)
 
     @property
     def view(self) -> View:

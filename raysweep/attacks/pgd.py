@@ -4,11 +4,11 @@ import math
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from raysweep import losses
-from raysweep.attacks.base import Adversarial, Norm, View, frozen, margin, norms, project, step_direction
+from raysweep.attacks.base import Adversarial, Norm, View, frozen, in_pixels, margin, norms, project, step_direction
 from raysweep.rng import Rng
 from raysweep.schedules import Number, Schedule, now, within
 from raysweep.spec import Spec
@@ -33,6 +33,8 @@ class PGD(Spec):
     tau: Annotated[Schedule, within(0)] | None = None
     confidence: Annotated[Number, Field(ge=0)] = 50.0
     mode: Literal["eval", "train"] = "eval"
+
+    _in_pixels = model_validator(mode="after")(in_pixels)
 
     @property
     def view(self) -> View:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from raysweep.attacks.base import Adversarial, Norm, View, cheap_to_look, frozen, margin, norms
+from raysweep.attacks.base import Adversarial, Norm, View, cheap_to_look, frozen, in_pixels, margin, norms
 from raysweep.rng import Rng
 from raysweep.schedules import Schedule, now, within
 from raysweep.spec import Spec
@@ -33,6 +33,8 @@ class Square(Spec):
     norm: Norm = "Linf"
     restarts: Annotated[int, Field(ge=1)] = 1
     p_init: Annotated[float, Field(gt=0, le=1)] = 0.8
+
+    _in_pixels = model_validator(mode="after")(in_pixels)
 
     @property
     def view(self) -> View:

@@ -1,6 +1,7 @@
 """raysweep eval"""
 
 import json
+import math
 import os
 import re
 import sys
@@ -8,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +21,7 @@ from raysweep.data.unlabeled import read as read_unlabeled
 from raysweep.data.unlabeled import write as write_unlabeled
 from raysweep.evaluation import Processes, RobustnessReport, bar, evaluate
 from raysweep.evaluation.evaluator import Map
+from raysweep.files import write_whole
 from raysweep.schedules import now
 from raysweep.spec import SpecError, digest, override
 from raysweep.tracking import Tracker, embedded_store, run_tags
@@ -31,12 +34,12 @@ _RUN_ID = re.compile(r"^[0-9a-f]{32}$")
 
 def run(args: Namespace) -> int:
     out = writable(args.out)
-    tracker = Tracker(embedded_store(out), out / "mlruns")
+    tracker = Tracker(embedded_store(out), out / "mlruns").ready()
     subject, run_id = _subject(args, tracker, out)
     if args.pseudo_label is not None:
         return _pseudo_label(subject, args.pseudo_label, out)
-    spec = _data(args, subject)
-    split = load(spec).test
+    spec = subject.config.data if subject.config else override(DataSpec(), _data(args))
+    split = (subject.data or load(spec)).test
     eps = _eps(args, subject, spec)
     attack = preset(args.attack, eps, args.norm, args.version)
     count = min(args.n or len(split), len(split))
@@ -53,19 +56,20 @@ def run(args: Namespace) -> int:
             index=index,
             resume_dir=folder / "shards",
             map=shards,
+            shards=_shards(count, args.batch_size, shards),
             progress=progress,
             keep_adversarial=args.keep_adversarial,
         )
     _save(report, folder, subject, spec)
-    _track(tracker, run_id, subject, report, folder, args.attack)
     _print(args, report, subject, folder, tracker)
+    _track(tracker, run_id, subject, report, folder, args.attack, count == len(split))
     return 0
 
 
 def _pseudo_label(subject: Subject, source: Path, out: Path) -> int:
     """Write FILE's images with the model's labels, as `data.unlabeled` takes them (Carmon et al. 2019)."""
     x, _ = read_unlabeled(source)
-    white = load(subject.config.data).test.white if subject.config else 255
+    white = subject.data.test.white if subject.data else 255
     y = pseudo_label(subject.model, torch.from_numpy(x), white).numpy()
     target = out / f"{source.stem}-labelled.npz"
     write_unlabeled(target, x, y)
@@ -79,29 +83,38 @@ def _subject(args: Namespace, tracker: Tracker, out: Path) -> tuple[Subject, str
         return load_factory(args.what), None
     if _RUN_ID.match(args.what) or args.what.startswith(("runs:/", "models:/")):
         run_id, folder = tracker.checkpoint(args.what, out / "runs" / "from-mlflow")
-        return load_checkpoint(folder), run_id
-    subject = load_checkpoint(Path(args.what).expanduser().resolve())
+        return load_checkpoint(folder, _data(args)), run_id
+    subject = load_checkpoint(Path(args.what).expanduser().resolve(), _data(args))
     assert subject.checkpoint is not None
     return subject, tracker.find(run_tags(subject.checkpoint))
 
 
-def _data(args: Namespace, subject: Subject) -> DataSpec:
-    changes = {key.removeprefix("data."): value for key, value in settings(args).items()}
-    if foreign := [key for key in settings(args) if not key.startswith("data.")]:
+def _data(args: Namespace) -> dict[str, Any]:
+    """What `--set data.*` and `--data-dir` change."""
+    changes = settings(args)
+    if foreign := [key for key in changes if not key.startswith("data.")]:
         raise SpecError([f"--set {key}: only data.* settings matter to an evaluation" for key in foreign])
-    spec = subject.config.data if subject.config else DataSpec()
-    return override(spec, changes)
+    return {key.removeprefix("data."): value for key, value in changes.items()}
 
 
 def _eps(args: Namespace, subject: Subject, spec: DataSpec) -> float:
     """What was asked for, else what the checkpoint was validated at, else what the data set's profile says."""
     if args.eps is not None:
+        if args.norm == "Linf" and args.eps > 1:
+            raise SpecError(f"--eps {args.eps:g}: epsilon means pixels in [0, 1]; did you mean {args.eps:g}/255?")
         return float(args.eps)
-    if subject.config is not None:
-        first = next(iter(subject.config.at(subject.config.epochs).validation.attacks.values()))
-        if hasattr(first, "eps"):
-            return float(now(first.eps))
-    return float(PROFILES.get(spec.name, {}).get("*.eps", 8 / 255))
+    radius, norm = _trained_for(subject) or (float(PROFILES.get(spec.name, {}).get("*.eps", 8 / 255)), "Linf")
+    if norm != args.norm:
+        raise SpecError(f"--norm {args.norm}: the model's own epsilon {radius:.6g} is {norm}; say --eps too")
+    return radius
+
+
+def _trained_for(subject: Subject) -> tuple[float, str] | None:
+    """Radius and norm that a checkpoint of ours was validated at."""
+    if subject.config is None:
+        return None
+    first = next(iter(subject.config.at(subject.config.epochs).validation.attacks.values()))
+    return (float(now(first.eps)), first.norm) if hasattr(first, "eps") and hasattr(first, "norm") else None
 
 
 def _folder(out: Path, subject: Subject, key: str) -> Path:
@@ -122,12 +135,17 @@ def _map(args: Namespace, device: torch.device) -> Iterator[Map | None]:
         with connected(args.address) as cluster:
             yield RayMap(gpus=args.gpus_per_task if cluster.get("GPU") else 0)
         return
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     if device.type == "cuda" or cores == 1:
         yield None
         return
     with Processes(cores) as processes:
         yield processes
+
+
+def _shards(count: int, batch_size: int, shards: Map | None) -> int:
+    """Enough that every worker has several: a slow one does not hold up the rest, a killed one loses little."""
+    return max(math.ceil(count / batch_size), 4 * getattr(shards, "width", 1))
 
 
 def _save(report: RobustnessReport, folder: Path, subject: Subject, spec: DataSpec) -> None:
@@ -136,27 +154,36 @@ def _save(report: RobustnessReport, folder: Path, subject: Subject, spec: DataSp
     report.save_card(folder / "card.json", name=subject.name, dataset=spec.name, architecture=architecture)
     if report.x_adv is not None:
         report.save_adversarial(folder / "adversarial.npz")
-    (folder / "report.json").write_text(json.dumps(report.summary(), indent=1, default=str))
+    write_whole(folder / "report.json", json.dumps(report.summary(), indent=1, default=str))
 
 
 def _track(
-    tracker: Tracker, run_id: str | None, subject: Subject, report: RobustnessReport, folder: Path, name: str
+    tracker: Tracker,
+    run_id: str | None,
+    subject: Subject,
+    report: RobustnessReport,
+    folder: Path,
+    name: str,
+    whole: bool,
 ) -> None:
-    """Numbers and files into the run that trained the model, or into one of their own."""
+    """Numbers and files into the run that trained the model, or into one of their own.
+
+    `aa/...` is for AutoAttack's standard version at the training's epsilon on the whole test set, and for nothing else.
+    """
     own = run_id is None
     run_id = run_id or tracker.run(subject.name, {"raysweep.kind": "eval", "raysweep.folder": str(folder)})
-    prefix = "aa" if name == "autoattack" else name
+    full = whole and report.is_autoattack and _trained_for(subject) in (None, (report.eps, report.norm))
+    prefix = "aa" if full else f"eval/{name}-{report.norm}-{report.eps:.4g}-n{len(report.labels)}"
     low, high = report.intervals["robust"]
-    after = {f"{prefix}/after_{key}": float(rows.mean()) for key, rows in report.robust_after.items()}
     metrics = {
-        f"{prefix}/robust_accuracy": report.robust_accuracy,
-        f"{prefix}/robust_low": low,
-        f"{prefix}/robust_high": high,
-        f"{prefix}/clean_accuracy": report.clean_accuracy,
-        **{key.replace("+", "plus"): value for key, value in after.items()},
+        "robust_accuracy": report.robust_accuracy,
+        "robust_low": low,
+        "robust_high": high,
+        "clean_accuracy": report.clean_accuracy,
+        **{f"after_{key}": float(rows.mean()) for key, rows in report.robust_after.items()},
     }
     step = subject.checkpoint.epoch if subject.checkpoint else 0
-    tracker.metrics(run_id, {key.replace("+", "plus"): value for key, value in metrics.items()}, step)
+    tracker.metrics(run_id, {f"{prefix}/{key}": value for key, value in metrics.items()}, step)
     for file in sorted(folder.glob("*.*")):
         tracker.file(run_id, file, f"eval/{folder.name.rpartition('-')[2]}")
     if own:

@@ -6,10 +6,12 @@ from argparse import Namespace
 
 from raysweep.commands import plain_name, settings, ui_command, writable
 from raysweep.data import load
-from raysweep.tracking import Tracker, embedded_store
-from raysweep.training.checkpoint import Checkpoint
+from raysweep.spec import SpecError
+from raysweep.tracking import Tracker, embedded_store, train_tags
+from raysweep.training.checkpoint import Checkpoint, Run
+from raysweep.training.prefix import PREFIXES, Prefixes
 from raysweep.training.presets import resolve
-from raysweep.training.trainer import OBJECTIVE, TrainingFailed, fit
+from raysweep.training.trainer import TrainingFailed, fit
 
 
 def run(args: Namespace) -> int:
@@ -20,34 +22,37 @@ def run(args: Namespace) -> int:
         print(f"raysweep: warning: {line}", file=sys.stderr)
     out = writable(args.out)
     path = out / "runs" / name
-    tracker = Tracker(embedded_store(out), out / "mlruns")
-    tags = {"raysweep.kind": "train", "raysweep.run": f"{name}-{config.digest()}"}
-    run_id: list[str] = []
+    tracker = Tracker(embedded_store(out), out / "mlruns").ready()
+    tags = train_tags(Run(path))
+    known = tracker.find(tags)
+    reported = tracker.last_step(known) if known else 0
+    run_id = tracker.run(name, tags)
+    tracker.config(run_id, config, data.fingerprint)
 
     def report(metrics: dict[str, float], checkpoint: Checkpoint) -> None:
-        if not run_id:
-            run_id.append(tracker.run(name, tags))
-            tracker.config(run_id[0], config, data.fingerprint)
         numbers = " ".join(f"{k} {v:.3f}" for k, v in metrics.items() if "/" not in k and k != "epoch")
-        loss = metrics["train/loss"]
-        print(f"epoch {checkpoint.epoch}/{config.epochs} loss {loss:.3f} {numbers}", file=sys.stderr)
-        tracker.metrics(run_id[0], metrics, checkpoint.epoch)
+        epoch, loss = int(metrics["epoch"]), metrics["train/loss"]
+        print(f"epoch {epoch}/{config.epochs} loss {loss:.3f} {numbers}", file=sys.stderr)
+        tracker.metrics(run_id, metrics, epoch)
 
     try:
-        fitted = fit(config, path, report, data=data)
+        fitted = fit(config, path, report, data=data, prefixes=Prefixes(out / "runs" / PREFIXES), reported=reported)
+    except SpecError:
+        tracker.close(run_id, "FAILED")
+        raise
     except TrainingFailed as error:
-        if run_id:
-            tracker.close(run_id[0], "FAILED")
+        tracker.close(run_id, "FAILED")
         print(f"raysweep: training failed: {error}", file=sys.stderr)
         return 1
     best = {k: v for k, v in fitted.best.metrics.items() if "/" not in k}
-    tracker.metrics(run_id[0], {f"best/{k}": v for k, v in best.items()}, fitted.best.epoch)
-    tracker.artifacts(run_id[0], fitted.best.path, "checkpoint")
-    tracker.plots(run_id[0], path, fitted.last.history)
-    tracker.close(run_id[0], "FINISHED")
+    tracker.metrics(run_id, {f"best/{k}": v for k, v in best.items()}, fitted.best.epoch)
+    tracker.artifacts(run_id, fitted.best.path, "checkpoint")
+    tracker.plots(run_id, path, fitted.last.history)
+    tracker.close(run_id, "FINISHED")
     if args.json:
         print(json.dumps({"checkpoint": str(fitted.best.path), "epoch": fitted.best.epoch, "metrics": best}, indent=1))
         return 0
-    print(f"best epoch {fitted.best.epoch} by {OBJECTIVE}: {best[OBJECTIVE]:.3f}\n  {fitted.best.path}")
+    objective = config.validation.objective
+    print(f"best epoch {fitted.best.epoch} by {objective}: {best[objective]:.3f}\n  {fitted.best.path}")
     print(f"compare with\n  {ui_command(tracker.uri)}")
     return 0

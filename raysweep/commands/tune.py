@@ -33,8 +33,8 @@ def run(args: Namespace) -> int:
 
         return plan(space, data, args)
     out = writable(args.out)
-    ledger = _ledger(args, out / "runs", space)
     tracker = Tracker(embedded_store(out), out / "mlruns")
+    ledger = _ledger(args, out / "runs", space)
 
     from raysweep.sweep.tuner import Listener, Resources, SweepFailed, run_sweep
 
@@ -42,7 +42,7 @@ def run(args: Namespace) -> int:
     listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(console)]
     try:
         resources = Resources(args.cpus_per_trial, _gpus(args), args.workers)
-        run_sweep(ledger, listeners, resources, args.address, _budget(args, resources.gpus))
+        run_sweep(ledger, listeners, resources, args.address, _budget(args))
     except SpecError:
         ledger.discard()
         raise
@@ -52,11 +52,9 @@ def run(args: Namespace) -> int:
     return _report(args, ledger, tracker)
 
 
-def _budget(args: Namespace, gpus: float) -> "Budget":
+def _budget(args: Namespace) -> "Budget":
     from raysweep.sweep.tuner import Budget
 
-    if args.max_gpu_hours is not None and not gpus:
-        raise SpecError("--max-gpu-hours: the trials hold no GPU; use --max-time")
     return Budget(args.max_time or math.inf, math.inf if args.max_gpu_hours is None else 3600 * args.max_gpu_hours)
 
 
@@ -64,12 +62,16 @@ def _checked(args: Namespace) -> tuple[SearchSpace, Data]:
     """Everything that can be refused before anything starts."""
     if args.resume:
         ledger = Ledger.open(args.out / "runs" / plain_name(args.resume, "--resume"))
-        if args.set or args.space:
-            raise SpecError("--resume goes on with the settings it has: leave out --set and --space")
+        if args.set or args.space or args.data_dir:
+            raise SpecError("--resume goes on with the settings it has: leave out --set, --space and --data-dir")
         space = ledger.space
+        if space.method != args.method and isinstance(space.method, str):
+            raise SpecError(f"--resume {args.resume}: is a sweep of {space.method!r}, not of {args.method!r}")
     else:
         named_method(args.method)
         space = load_space(args.method, settings(args), args.space)
+    if args.max_gpu_hours is not None and not _gpus(args):
+        raise SpecError("--max-gpu-hours: the trials hold no GPU; use --max-time")
     if args.trials:
         space = space.model_copy(update={"trials": args.trials})
     config = space.config({})

@@ -196,7 +196,9 @@ def _unlabeled(path: Path, arrays: Arrays, classes: int) -> Split:
     """Pseudo-labelled images as a split; their index goes on where the training set's ends."""
     x, y = read_unlabeled(path)
     if y is None:
-        raise SpecError(f"data.unlabeled {str(path)!r} has no labels `y`: label it with a trained model first")
+        raise SpecError(
+            f"data.unlabeled {str(path)!r} has no labels `y`: `raysweep eval CHECKPOINT --pseudo-label FILE` makes them"
+        )
     problem = None
     if x.shape[1:] != arrays.x_train.shape[1:]:
         problem = f"images are {x.shape[1:]}, those of the data set {arrays.x_train.shape[1:]}"

@@ -1,6 +1,5 @@
 """Images without labels of their own, for robust self-training: reading them, and labelling them with a model."""
 
-import os
 import pickle
 import re
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raysweep.data.sources import Labels, Pixels, checked, read_parquet
+from raysweep.files import whole
 from raysweep.spec import SpecError
 
 Arrays = tuple[NDArray[np.generic], NDArray[np.generic] | None]
@@ -39,9 +39,8 @@ def read(path: Path) -> tuple[Pixels, Labels | None]:
 
 def write(path: Path, x: Pixels, y: Labels) -> None:
     """An .npz that `read` and `data.unlabeled` take; whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.npz")
-    np.savez_compressed(partial, x=x, y=y)
-    partial.replace(path)
+    with whole(path) as stream:
+        np.savez_compressed(stream, x=x, y=y)
 
 
 def pseudo_label(model: nn.Module, x: Tensor, white: int = 255, batch_size: int = 1000) -> Tensor:

@@ -22,6 +22,11 @@ class Processes:
         self._pool: ProcessPoolExecutor | None = None
         self._serves: Run | None = None
 
+    @property
+    def width(self) -> int:
+        """Shards that run at once."""
+        return self.count
+
     def __call__(self, run: Run, shards: Sequence[Shard]) -> Iterator[Outcome]:
         if self._pool is None or self._serves is not run:
             self.close()

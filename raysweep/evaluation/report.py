@@ -2,15 +2,16 @@
 
 import json
 import math
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from raysweep.attacks.autoattack import autoattack
+from raysweep.files import whole, write_whole
 
 Bools = npt.NDArray[np.bool_]
 
@@ -74,6 +75,12 @@ class RobustnessReport:
         flags = {"clean": self.clean, **self.robust_after, "robust": self.robust}
         return {name: wilson(int(rows.sum()), len(rows)) for name, rows in flags.items()}
 
+    @property
+    def is_autoattack(self) -> bool:
+        """Whether this was AutoAttack's standard version, no more and no less."""
+        norm: Any = self.norm
+        return bool(dict(self.attack) == autoattack(self.eps, norm).json_dict())
+
     def per_class(self) -> dict[int, dict[str, float]]:
         """Class -> number of examples, clean and robust accuracy."""
         return {
@@ -100,7 +107,7 @@ class RobustnessReport:
             "threat_model": self.norm,
             "clean_acc": f"{100 * self.clean_accuracy:.2f}",
             "reported": f"{100 * self.robust_accuracy:.2f}",
-            "autoattack_acc": f"{100 * self.robust_accuracy:.2f}" if "square" in self.robust_after else None,
+            "autoattack_acc": f"{100 * self.robust_accuracy:.2f}" if self.is_autoattack else None,
             "unreliable": bool(self.warnings),
             **about,
         }
@@ -125,7 +132,7 @@ class RobustnessReport:
         }
 
     def save_card(self, path: Path, **about: object) -> None:
-        _whole(path, lambda stream: stream.write(json.dumps(self.card(**about), indent=2).encode() + b"\n"))
+        write_whole(path, json.dumps(self.card(**about), indent=2) + "\n")
 
     def save_parquet(self, path: Path) -> None:
         """One row an example."""
@@ -146,7 +153,8 @@ class RobustnessReport:
         )
         summary = json.dumps(self.summary(), default=str)
         table = table.replace_schema_metadata({"raysweep.evaluation": summary})
-        _whole(path, lambda stream: pq.write_table(table, stream))
+        with whole(path) as stream:
+            pq.write_table(table, stream)
 
     def save_adversarial(self, path: Path) -> None:
         """x_adv, labels and index as a NumPy archive."""
@@ -158,7 +166,8 @@ class RobustnessReport:
             "index": self.index,
             "robust": self.robust,
         }
-        _whole(path, lambda stream: np.savez(stream, **arrays))
+        with whole(path) as stream:
+            np.savez(stream, **arrays)
 
 
 def wilson(hits: int, count: int, z: float = 1.959964) -> tuple[float, float]:
@@ -175,15 +184,3 @@ def _fraction(eps: float) -> str:
     """8/255 as RobustBench writes it, if that is what it is."""
     pixels = eps * 255
     return f"{round(pixels)}/255" if pixels >= 1 and abs(pixels - round(pixels)) < 1e-6 else f"{eps:g}"
-
-
-def _whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            write(stream)
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

@@ -1,8 +1,6 @@
 """One attack on one shard of examples: plain data in and out, so that shards may run anywhere, and are kept on disk."""
 
 import hashlib
-import os
-import tempfile
 import zipfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from raysweep.attacks import SingleAttack, margin
 from raysweep.evaluation.copies import Tiled, attack_copy, device_of, full_precision
+from raysweep.files import whole
 from raysweep.rng import Rng
 from raysweep.schedules import now
 
@@ -56,14 +55,8 @@ class Outcome:
 
     def save(self, path: Path) -> None:
         """Write the file whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                np.savez(stream, **{f.name: getattr(self, f.name) for f in fields(self)})
-            Path(temporary).replace(path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with whole(path) as stream:
+            np.savez(stream, **{f.name: getattr(self, f.name) for f in fields(self)})
 
     @classmethod
     def load(cls, path: Path) -> "Outcome | None":
@@ -145,7 +138,8 @@ class AttackShards:
         logits = _logits(self.model, x_adv, self.tile)
         size = _sizes(x_adv, x, shard.attack.norm if shard.attack else "Linf")
         predicted = logits.argmax(1)
-        broken = (predicted != y) & torch.isfinite(logits).all(1)
+        # What is not a number is not the right class.
+        broken = (predicted != y) | ~torch.isfinite(logits).all(1)
         if shard.attack is not None:
             # A coordinate of x ± eps is rounded to float32 once, by up to 2^-25.
             allowed = now(shard.attack.eps) * (1 + 1e-6) + (2**-25 if shard.attack.norm == "Linf" else 0)

@@ -1,6 +1,6 @@
 """The sweep's objective: a short, diverse set of attacks on the validation split."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -13,6 +13,7 @@ from raysweep.losses import ce
 from raysweep.rng import Rng
 from raysweep.spec import Spec
 
+Metric = Literal["robust_worst", "clean", "pgd", "cw"]
 _DLR_NEEDS = 4
 
 
@@ -30,7 +31,8 @@ class Validation(Spec):
 
     attacks: face every example that is classified correctly, so that each has an accuracy of its own. finish: face what
     those left. Together the default ranks models nearly as AutoAttack does, which plain PGD does not: it overstates
-    reweighted models most. flatness: also how steep the loss is at friendly and at most adversarial data.
+    reweighted models most. objective: decides which epoch is the best. flatness: also how steep the loss is at friendly
+    and at most adversarial data.
     """
 
     attacks: Annotated[dict[str, AnyAttack], Field(min_length=1)] = Field(default_factory=_attacks)
@@ -38,6 +40,7 @@ class Validation(Spec):
     size: Annotated[int, Field(ge=1)] | None = None
     every: Annotated[int, Field(ge=1)] = 1
     batch_size: Annotated[int, Field(ge=1)] = 512
+    objective: Metric = "robust_worst"
     flatness: bool = False
 
     def __call__(self, model: nn.Module, split: Split) -> dict[str, float]:

@@ -37,8 +37,8 @@ class Asha(FIFOScheduler):
         return str(TrialScheduler.CONTINUE if self._good(epoch, value) else TrialScheduler.STOP)
 
     def _record(self, epoch: int, number: int, burn_in: int, value: float) -> bool:
-        """Whether this is a rung for this trial."""
-        if epoch not in self._rungs or epoch <= burn_in:
+        """Whether this is a rung that the trial reaches now for the first time."""
+        if epoch <= burn_in or number in self._rungs.get(epoch, {number: 0.0}):
             return False
         self._rungs[epoch][number] = value
         return True

@@ -19,6 +19,13 @@ class RayMap:
         self._options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries}
         self._threads = max(1, int(cpus))
 
+    @property
+    def width(self) -> int:
+        """Tasks that the cluster runs at once."""
+        held = {"CPU": self._options["num_cpus"], "GPU": self._options["num_gpus"]}
+        cluster = ray.cluster_resources()
+        return max(1, int(min(cluster.get(kind, 0) / amount for kind, amount in held.items() if amount)))
+
     def __call__(self, run: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         task = ray.remote(_call).options(**self._options)
         shared = ray.put(run)

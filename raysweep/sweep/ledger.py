@@ -1,13 +1,13 @@
 """What a sweep knows, in JSON beside its checkpoints: a killed driver starts again from this alone."""
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from uuid import uuid4
 
+from raysweep.files import write_whole
 from raysweep.spec import SpecError
 from raysweep.sweep.space import SearchSpace, Settings, identity
 
@@ -106,7 +106,7 @@ class Ledger:
     def write(self, trial: Trial) -> None:
         folder = self.run_path(trial.number)
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / "trial.json", asdict(trial))
+        write_whole(folder / "trial.json", json.dumps(asdict(trial), indent=1))
 
     def trials(self) -> list[Trial]:
         """All trials that were ever started, by number."""
@@ -133,15 +133,9 @@ class Ledger:
         return self.run_path(trial.number) / f"epoch-{int(trial.best['epoch']):04d}"
 
     def _write_space(self) -> None:
-        _replace(self.path / "sweep.json", {"key": self.key, "space": self.space.json_dict()})
+        write_whole(self.path / "sweep.json", json.dumps({"key": self.key, "space": self.space.json_dict()}, indent=1))
 
 
 def _beaten(points: dict[int, list[float]], number: int) -> bool:
     mine = points[number]
     return any(other != mine and all(a >= b for a, b in zip(other, mine, strict=True)) for other in points.values())
-
-
-def _replace(path: Path, data: Any) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(data, indent=1))
-    partial.replace(path)

@@ -16,6 +16,7 @@ from raysweep.training.config import RunConfig
 def plan(space: SearchSpace, data: Data, args: Namespace) -> int:
     """Print the plan; nothing is written and no cluster is started."""
     config = space.config({})
+    torch.set_num_threads(max(1, int(args.cpus_per_trial)))
     seconds = epoch_seconds(config, data)
     epochs = expected_epochs(space, config.epochs)
     half_width = 1.96 * math.sqrt(0.25 / min(len(data.val), config.validation.size or len(data.val)))
@@ -50,8 +51,9 @@ def plan(space: SearchSpace, data: Data, args: Namespace) -> int:
 
 def epoch_seconds(config: RunConfig, data: Data, steps: int = 2) -> float:
     """Seconds that an epoch with its validation takes, from `steps` real steps after the burn-in."""
-    torch.set_num_threads(1)
-    model = config.model.build(data.channels, data.classes, seed_of(config.seed, "weights"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = data.to(device)
+    model = config.model.build(data.channels, data.classes, seed_of(config.seed, "weights")).to(device)
     settings = config.at(config.epochs - 1)
     batches = data.batches(config.batch_size, config.seed, 0)
     timings = []

@@ -11,13 +11,14 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import Field, model_validator
 
+from raysweep.data import DataSpec
+from raysweep.evaluation.validation import Metric
 from raysweep.schedules import Number
 from raysweep.spec import Json, Spec, SpecError, digest, read_yaml, shipped, unknown_name
 from raysweep.training.config import RunConfig, run_config
 
 Choice = float | str | bool | None
 Settings = dict[str, Any]
-Metric = Literal["robust_worst", "clean", "pgd", "cw"]
 Reals = tuple[Number, Number]
 Integers = tuple[int, int]
 
@@ -148,7 +149,7 @@ class SearchSpace(Spec):
 
     def config(self, settings: Mapping[str, Any]) -> RunConfig:
         """The run that a trial with these settings is."""
-        return run_config(self.method, self.base, settings)
+        return run_config(self.method, {"validation.objective": self.objectives[0]}, self.base, settings)
 
     def problems(self) -> list[str]:
         """What is wrong with settings, ranges, conditions and starting points: one line each.
@@ -201,15 +202,22 @@ class SearchSpace(Spec):
         return chosen
 
     def fixed(self, changes: Mapping[str, Any]) -> "SearchSpace":
-        """This space with settings fixed from outside; a setting that was searched is searched no more."""
-        space = {path: d for path, d in self.space.items() if path not in changes}
+        """This space with settings fixed from outside.
+
+        A setting that was searched is searched no more; one that hangs on it is searched if the fixed value allows it.
+        """
+        space: Json = {}
+        for path, distribution in self.space.items():
+            when = distribution.when
+            met = all(changes[other] in _several(wanted) for other, wanted in when.items() if other in changes)
+            if path not in changes and met:
+                rest = {other: wanted for other, wanted in when.items() if other not in changes}
+                space[path] = distribution.json_dict() | {"when": rest}
         if not space:
             raise SpecError("nothing is left to search: every searched setting is fixed by --set; use `raysweep train`")
-        start = [{path: v for path, v in point.items() if path not in changes} for point in self.start]
-        data = self.json_dict() | {
-            "base": {**self.base, **changes},
-            "space": {p: d.json_dict() for p, d in space.items()},
-        }
+        gone = (set(self.space) - set(space)) | set(changes)
+        start = [{path: v for path, v in point.items() if path not in gone} for point in self.start]
+        data = self.json_dict() | {"base": {**self.base, **changes}, "space": space}
         return SearchSpace.load(data | {"start": [point for point in start if point]})
 
 
@@ -219,7 +227,7 @@ def load_space(name: str, changes: Mapping[str, Any], source: Path | None = None
         source = shipped("search_spaces") / f"{name}.yaml"
         if not source.is_file():
             raise SpecError(unknown_name("search space", name, spaces()))
-    data = read_yaml(source)
+    data = _for_data(read_yaml(source), changes)
     try:
         space = SearchSpace.load(data, str(source))
     except SpecError as error:
@@ -230,6 +238,18 @@ def load_space(name: str, changes: Mapping[str, Any], source: Path | None = None
     if problems := space.problems():
         raise SpecError(problems if changes else [f"{source}: {line}" for line in problems])
     return space
+
+
+def _for_data(data: Json, changes: Mapping[str, Any]) -> Json:
+    """The file with its section for the data set taken in: `for: {cifar10: {space: ..., start: ..., ...}}`.
+
+    `space` and `base` are changed entry by entry, everything else as a whole.
+    """
+    sections = data.pop("for", None) or {}
+    name = changes.get("data.name") or (data.get("base") or {}).get("data.name") or DataSpec().name
+    for key, value in (sections.get(name) or {}).items():
+        data[key] = {**data.get(key, {}), **value} if key in ("space", "base") else value
+    return data
 
 
 def _problems_of_the_rest(data: Json, source: Path) -> list[str]:

@@ -88,7 +88,8 @@ def _work(loop: dict[str, Any]) -> None:
     if workers.rank == 0:
         _hold(path)
     # A report waits for the next poll: when a group dies, its last two may not have got through.
-    missed = _history(path)[-2:] if workers.rank == 0 else []
+    known = _history(path) if workers.rank == 0 else []
+    missed = known[-2:]
     for number in range(first_says(len(missed), workers, device)):
         ray.train.report(missed[number] if missed else {})
     try:

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from raysweep.files import write_whole
 from raysweep.spec import Json, SpecError
 from raysweep.training.config import RunConfig
 
@@ -110,6 +112,9 @@ def read(path: Path) -> Checkpoint:
         raise SpecError(f"{path}: not a raysweep checkpoint: {META} is missing or not JSON") from None
     if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
         raise SpecError(f"{path}: not a raysweep checkpoint of format {_FORMAT}")
+    missing = {"config", "epoch", "history", "data_fingerprint", "sha256"} - meta.keys()
+    if missing or not isinstance(meta["sha256"], dict) or meta["sha256"].keys() != {WEIGHTS, STATE}:
+        raise SpecError(f"{path}: not a raysweep checkpoint: {META} lacks {', '.join(sorted(missing)) or 'hashes'}")
     for name, expected in meta["sha256"].items():
         if not (path / name).is_file() or _sha256(path / name) != expected:
             raise SpecError(
@@ -127,6 +132,15 @@ class Run:
 
     def at(self, epoch: int) -> Path:
         return self.path / f"epoch-{epoch:04d}"
+
+    @property
+    def key(self) -> str:
+        """Names this run among all, whatever its folder is called; made when first asked for."""
+        file = self.path / "run.json"
+        if not file.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_whole(file, json.dumps({"key": uuid4().hex}))
+        return str(json.loads(file.read_text())["key"])
 
     def epochs(self) -> list[int]:
         """Finished epochs that have a checkpoint, ascending."""

@@ -10,7 +10,7 @@ from raysweep.data import DataSpec
 from raysweep.evaluation.validation import Validation
 from raysweep.method import Method
 from raysweep.models import ModelSpec
-from raysweep.schedules import Number, Piecewise, Schedule, within
+from raysweep.schedules import Number, Piecewise, Schedule, now, within
 from raysweep.spec import Spec, SpecError, override, unknown_name
 from raysweep.training.profiles import PROFILES
 
@@ -88,4 +88,16 @@ def run_config(method: str | Mapping[str, Any], *layers: Mapping[str, Any]) -> R
     if data_name not in PROFILES:
         DataSpec.load({"name": data_name}, "data")
     base = RunConfig.load({"method": dict(method) if isinstance(method, Mapping) else method})
-    return override(override(base, PROFILES[data_name], missing="ignore"), changes)
+    config = override(override(base, PROFILES[data_name], missing="ignore"), changes)
+    return (
+        config
+        if any("eps" in path.split(".") for path in changes if path[0] in "*v")
+        else _validated_as_trained(config)
+    )
+
+
+def _validated_as_trained(config: RunConfig) -> RunConfig:
+    """Validation at the epsilon that the method ends with, where nobody said otherwise: 0.031 is not 8/255."""
+    last = config.at(config.epochs - 1).method.attacks.values()
+    radii = [now(attack.eps) for attack in last if hasattr(attack, "eps")]
+    return override(config, {"validation.*.eps": radii[0]}) if radii else config

@@ -1,7 +1,6 @@
 """What an epoch of training looked like: accuracies, kappa, weights and vulnerability, as numbers and histograms."""
 
 import json
-import os
 from pathlib import Path
 from typing import TypedDict
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from raysweep.attacks import frozen, vulnerability
 from raysweep.data import Split
+from raysweep.files import write_whole
 from raysweep.method import NATURAL, Method, Step, Workers
 
 LOW_WEIGHT = 0.2
@@ -105,11 +105,7 @@ def natural_accuracy(model: nn.Module, train: Split, count: int = 1000) -> float
 
 def write_histograms(run_path: Path, epoch: int, histograms: dict[str, Histogram]) -> None:
     """RUN/histograms/epoch-NNNN.json, whole or not at all."""
-    folder = run_path / _FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".epoch-{epoch:04d}.{os.getpid()}"
-    partial.write_text(json.dumps(histograms))
-    partial.replace(folder / f"epoch-{epoch:04d}.json")
+    write_whole(run_path / _FOLDER / f"epoch-{epoch:04d}.json", json.dumps(histograms))
 
 
 def read_histograms(run_path: Path) -> dict[int, dict[str, Histogram]]:

@@ -2,13 +2,15 @@
 
 import importlib
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from raysweep.data import Data, load
-from raysweep.spec import SpecError
+from raysweep.spec import SpecError, override
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import META, Checkpoint, Run
 from raysweep.training.config import RunConfig
@@ -17,33 +19,39 @@ from raysweep.training.trainer import best_epoch
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: a model in eval mode, what it is called, and its checkpoint if it is one of ours."""
+    """What is evaluated: a model in eval mode, what it is called, and its checkpoint and data if it is one of ours."""
 
     model: nn.Module
     name: str
     checkpoint: Checkpoint | None = None
+    data: Data | None = None
 
     @property
     def config(self) -> RunConfig | None:
         return self.checkpoint.config if self.checkpoint else None
 
 
-def load_checkpoint(path: Path) -> Subject:
-    """From a checkpoint's folder, or from a run's (its best epoch). Raises SpecError in one line."""
+def load_checkpoint(path: Path, changes: Mapping[str, Any]) -> Subject:
+    """From a checkpoint's folder, or from a run's (its best epoch), its data changed by {setting of `data`: value}.
+
+    Raises SpecError in one line.
+    """
     if not path.is_dir():
         raise SpecError(f"{path}: no such folder; give a checkpoint, an MLflow run or module:factory")
     if not (path / META).exists():
         last = Run(path).last()
         if last is None:
             raise SpecError(f"{path}: neither a checkpoint (no {META}) nor a run (no epoch-* folders)")
-        path = Run(path).at(best_epoch(last.history))
+        path = Run(path).at(best_epoch(last.config, last.history))
     saved = checkpoint.read(path)
-    return Subject(load_model(saved, load(saved.config.data)), f"{path.parent.name}/{path.name}", saved)
+    spec = override(saved.config.data, changes)
+    data = load(spec.model_copy(update={"unlabeled": None}) if spec.unlabeled else spec)
+    return Subject(load_model(saved, data), f"{path.parent.name}/{path.name}", saved, data)
 
 
 def load_model(saved: Checkpoint, data: Data) -> nn.Module:
     """The checkpoint's network with its weights, in eval mode. Raises SpecError if the data are not what they were."""
-    if data.fingerprint != saved.meta["data_fingerprint"]:
+    if saved.config.data.unlabeled is None and data.fingerprint != saved.meta["data_fingerprint"]:
         name = saved.config.data.name
         raise SpecError(
             f"{saved.path}: was trained on other {name!r} data (fingerprint {saved.meta['data_fingerprint']})"
@@ -54,13 +62,12 @@ def load_model(saved: Checkpoint, data: Data) -> nn.Module:
 def load_factory(target: str) -> Subject:
     """`module:factory`: call a user's own function for an nn.Module from [0, 1] images to logits."""
     module, _, factory = target.partition(":")
+    # For good: processes that are to unpickle the model look for its class there too.
     sys.path.insert(0, str(Path.cwd()))
     try:
         model = getattr(importlib.import_module(module), factory)()
     except (ImportError, AttributeError) as error:
         raise SpecError(f"{target}: cannot be imported: {error}") from None
-    finally:
-        sys.path.pop(0)
     if not isinstance(model, nn.Module):
         raise SpecError(f"{target}: gave {type(model).__name__}, not a torch.nn.Module")
     return Subject(model.eval(), target)

@@ -55,13 +55,6 @@ class Prefixes:
         self.path = path
         self.limit = limit
 
-    def find(self, keys: list[str]) -> tuple[int, Path] | None:
-        """The longest stored prefix: finished epochs and the state's folder."""
-        for epochs in range(len(keys) - 1, 0, -1):
-            if (state := self.get(keys[epochs])) is not None:
-                return epochs, state
-        return None
-
     def get(self, key: str) -> Path | None:
         """The state's folder; None if there is none, or if it is damaged, and then it goes."""
         state = self.path / key

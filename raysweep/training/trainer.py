@@ -23,7 +23,6 @@ from raysweep.training.diagnostics import Diagnostics, Histogram, natural_accura
 from raysweep.training.distributed import average_gradients, check, first_says, mean_metrics
 from raysweep.training.prefix import Prefixes, chain
 
-OBJECTIVE = "robust_worst"
 Report = Callable[[dict[str, float], Checkpoint], None]
 
 
@@ -33,7 +32,7 @@ class TrainingFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Fitted:
-    """last: after all epochs; best: of the highest `robust_worst` on validation, the earliest of equals."""
+    """last: after all epochs; best: of the highest `validation.objective`, the earliest of equals."""
 
     last: Checkpoint
     best: Checkpoint
@@ -48,12 +47,14 @@ def fit(
     device: torch.device | None = None,
     workers: Workers = ONE_WORKER,
     prefixes: Prefixes | None = None,
+    reported: int = 0,
 ) -> Fitted:
     """Train `config` in the folder `run_path`, going on from the last checkpoint there, if any.
 
-    `report(metrics, checkpoint)` is called after each epoch, and once for the last epoch of a run that had already
-    finished. prefixes: states that other runs trained and this one need not (see `training.prefix`). Raises SpecError
-    if the folder holds another config's run, TrainingFailed if the loss becomes nan or inf.
+    `report(metrics, checkpoint)` is called after each epoch, also for those in the folder but the first `reported`, for
+    whoever was told of them last may have died before the next. prefixes: states that other runs trained and this one
+    need not (see `training.prefix`). Raises SpecError if the folder holds a run with another config or other data,
+    TrainingFailed if the loss becomes nan or inf.
 
     Each of several `workers` calls this with the same arguments and takes its share of each batch; the first writes the
     checkpoints, in a folder that all can read. Their weights are those of one worker, up to rounding.
@@ -67,19 +68,19 @@ def fit(
     optimizer = _sgd(config, model)
     run = Run(run_path)
     keys = chain(config, data.fingerprint, workers.size)
-    adopted = False
     if prefixes is not None and workers.rank == 0 and not run.epochs():
-        adopted = _adopt_longest(config, run, prefixes, keys)
-    adopted = bool(first_says(int(adopted), workers, device))
+        _adopt_longest(config, run, prefixes, keys)
     last = first_says(max(run.epochs(), default=0), workers, device)
     saved = checkpoint.read(run.at(last)) if last else None
     history: list[dict[str, float]] = []
     if saved is not None:
         if saved.config != config:
             raise SpecError(f"{run_path} holds a run with other settings: choose another --out, or delete the folder")
+        if saved.meta["data_fingerprint"] != data.fingerprint:
+            raise SpecError(f"{run_path} holds a run on other {config.data.name!r} data: choose another --out")
         saved.load_state(model, optimizer)
         history = saved.history
-        for row in history if adopted else history[-1:] if last == config.epochs else []:
+        for row in history[reported:]:
             report(row, saved)
     splits = data.to(device)
     for epoch in range(last, config.epochs):
@@ -101,29 +102,28 @@ def fit(
                 saved = checkpoint.read(run.at(epoch + 1)) if workers.rank or saved is None else saved
         history = saved.history
         if workers.rank == 0:
-            run.prune({epoch + 1, best_epoch(history)})
+            run.prune({epoch + 1, best_epoch(config, history)})
         report(history[-1], saved)
     assert saved is not None
     first_says(0, workers, device)
-    return Fitted(saved, checkpoint.read(run.at(best_epoch(history))))
+    return Fitted(saved, checkpoint.read(run.at(best_epoch(config, history))))
 
 
-def _adopt_longest(config: RunConfig, run: Run, prefixes: Prefixes, keys: list[str]) -> bool:
-    """Take over the longest stored prefix, and the best epoch in it if that is an earlier one; whether there is one."""
+def _adopt_longest(config: RunConfig, run: Run, prefixes: Prefixes, keys: list[str]) -> None:
+    """Take over the longest stored prefix, if there is one, and the best epoch in it if that is an earlier one."""
     for epoch in range(config.epochs, 0, -1):
         if (state := prefixes.get(keys[epoch])) is None:
             continue
-        best = best_epoch(checkpoint.read(state).history)
+        best = best_epoch(config, checkpoint.read(state).history)
         if (best_state := prefixes.get(keys[best])) is not None:
             checkpoint.adopt(run.at(best), best_state, config)
             checkpoint.adopt(run.at(epoch), state, config)
-            return True
-    return False
+            return
 
 
-def best_epoch(history: list[dict[str, float]]) -> int:
-    """1-based epoch of the highest objective; the earliest of equals."""
-    scores = [row.get(OBJECTIVE, -math.inf) for row in history]
+def best_epoch(config: RunConfig, history: list[dict[str, float]]) -> int:
+    """1-based epoch of the highest `validation.objective`; the earliest of equals."""
+    scores = [row.get(config.validation.objective, -math.inf) for row in history]
     return scores.index(max(scores)) + 1
 
 
