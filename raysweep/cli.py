@@ -62,6 +62,22 @@ def build_parser() -> argparse.ArgumentParser:
     _out(p)
     _json(p)
 
+    p = commands.add_parser(
+        "run", help="a pipeline: tune, promote, AutoAttack, register, report; what is done stays done"
+    )
+    p.add_argument("what", metavar="WHAT", help="a pipeline of `raysweep list`, or a YAML file")
+    p.add_argument("--plan", action="store_true", help="check everything and say what would run; run nothing")
+    p.add_argument(
+        "--from", dest="first", metavar="STAGE", help="do this stage (kind or number) and those after it again"
+    )
+    p.add_argument("--wait", action="store_true", help="if this pipeline is running already, wait for its end")
+    p.add_argument(
+        "--address", metavar="ADDR", help="Ray cluster: auto or host:port (default: $RAY_ADDRESS, else local)"
+    )
+    _settings(p)
+    _out(p)
+    _json(p)
+
     p = commands.add_parser("eval", help="a checkpoint, MLflow run or model of your own under attack, on the test set")
     p.add_argument(
         "what", metavar="WHAT", help="a checkpoint or run folder, MLflow run id, models:/NAME@ALIAS, module:factory"

@@ -22,6 +22,7 @@ FLAGS = {
         *COMMON, "--out", "--name", "--space", "--trials", "--resume", "--plan", "--address", "--cpus-per-trial",
         "--gpus-per-trial", "--max-trials", "--max-time", "--max-gpu-hours",
     },
+    "run": {*COMMON, "--out", "--plan", "--from", "--wait", "--address"},
     "eval": {
         *COMMON, "--out", "--attack", "--version", "--eps", "--norm", "--n", "--batch-size", "--keep-adversarial",
         "--address", "--gpus-per-task",

@@ -1,26 +1,19 @@
 """raysweep eval"""
 
 import json
-import os
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from raysweep.attacks import preset
 from raysweep.commands import settings, ui_command, writable
 from raysweep.data import DataSpec, load
-from raysweep.evaluation import Processes, RobustnessReport, bar, evaluate
-from raysweep.evaluation.evaluator import Map
-from raysweep.schedules import now
-from raysweep.spec import SpecError, digest, override
+from raysweep.evaluation import RobustnessReport
+from raysweep.pipeline.judge import eps_of, folder_of, judge, save, track, workers
+from raysweep.spec import SpecError, override
 from raysweep.tracking import Tracker, embedded_store, run_tags
 from raysweep.training.load import Subject, load_checkpoint, load_factory
-from raysweep.training.profiles import PROFILES
 
 _FACTORY = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 _RUN_ID = re.compile(r"^[0-9a-f]{32}$")
@@ -31,28 +24,16 @@ def run(args: Namespace) -> int:
     tracker = Tracker(embedded_store(out), out / "mlruns")
     subject, run_id = _subject(args, tracker, out)
     spec = _data(args, subject)
-    split = load(spec).test
-    eps = _eps(args, subject, spec)
+    data = load(spec)
+    eps = args.eps if args.eps is not None else eps_of(subject, spec.name)
     attack = preset(args.attack, eps, args.norm, args.version)
-    count = min(args.n or len(split), len(split))
-    x, y, index = split.images(slice(0, count)), split.y[:count], split.index[:count]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder = _folder(out, subject, digest([attack.json_dict(), spec.json_dict(), count]))
-    with _map(args, device) as shards, bar() as progress:
-        report = evaluate(
-            subject.model.to(device),
-            x,
-            y,
-            attack,
-            batch_size=args.batch_size,
-            index=index,
-            resume_dir=folder / "shards",
-            map=shards,
-            progress=progress,
-            keep_adversarial=args.keep_adversarial,
-        )
-    _save(report, folder, subject, spec)
-    _track(tracker, run_id, subject, report, folder, args.attack)
+    count = min(args.n or len(data.test), len(data.test))
+    folder = folder_of(out, subject, attack, spec, count)
+    options = {"batch_size": args.batch_size, "keep_adversarial": args.keep_adversarial}
+    with workers(args.address, args.gpus_per_task) as shards:
+        report = judge(subject, data, attack, count, folder, shards, **options)
+    save(report, folder, subject, spec)
+    track(tracker, run_id, subject, report, folder, args.attack)
     _print(args, report, subject, folder, tracker)
     return 0
 
@@ -75,76 +56,6 @@ def _data(args: Namespace, subject: Subject) -> DataSpec:
         raise SpecError([f"--set {key}: only data.* settings matter to an evaluation" for key in foreign])
     spec = subject.config.data if subject.config else DataSpec()
     return override(spec, changes)
-
-
-def _eps(args: Namespace, subject: Subject, spec: DataSpec) -> float:
-    """What was asked for, else what the checkpoint was validated at, else what the data set's profile says."""
-    if args.eps is not None:
-        return float(args.eps)
-    if subject.config is not None:
-        first = next(iter(subject.config.at(subject.config.epochs).validation.attacks.values()))
-        if hasattr(first, "eps"):
-            return float(now(first.eps))
-    return float(PROFILES.get(spec.name, {}).get("*.eps", 8 / 255))
-
-
-def _folder(out: Path, subject: Subject, key: str) -> Path:
-    """Beside the checkpoint that it judges, or under `runs/eval`."""
-    if subject.checkpoint is None:
-        return out / "runs" / "eval" / f"{subject.name.replace(':', '.')}-{key}"
-    path = subject.checkpoint.path
-    return path.parent / f"eval-{path.name.removeprefix('epoch-')}-{key}"
-
-
-@contextmanager
-def _map(args: Namespace, device: torch.device) -> Iterator[Map | None]:
-    """Ray's workers if a cluster was named, else this machine's cores, else (on a GPU) this process."""
-    if args.address or os.environ.get("RAY_ADDRESS"):
-        from raysweep.sweep.cluster import connected
-        from raysweep.sweep.launch import RayMap
-
-        with connected(args.address) as cluster:
-            yield RayMap(gpus=args.gpus_per_task if cluster.get("GPU") else 0)
-        return
-    cores = os.cpu_count() or 1
-    if device.type == "cuda" or cores == 1:
-        yield None
-        return
-    with Processes(cores) as processes:
-        yield processes
-
-
-def _save(report: RobustnessReport, folder: Path, subject: Subject, spec: DataSpec) -> None:
-    report.save_parquet(folder / "examples.parquet")
-    architecture = subject.config.model.name if subject.config else None
-    report.save_card(folder / "card.json", name=subject.name, dataset=spec.name, architecture=architecture)
-    if report.x_adv is not None:
-        report.save_adversarial(folder / "adversarial.npz")
-    (folder / "report.json").write_text(json.dumps(report.summary(), indent=1, default=str))
-
-
-def _track(
-    tracker: Tracker, run_id: str | None, subject: Subject, report: RobustnessReport, folder: Path, name: str
-) -> None:
-    """Numbers and files into the run that trained the model, or into one of their own."""
-    own = run_id is None
-    run_id = run_id or tracker.run(subject.name, {"raysweep.kind": "eval", "raysweep.folder": str(folder)})
-    prefix = "aa" if name == "autoattack" else name
-    low, high = report.intervals["robust"]
-    after = {f"{prefix}/after_{key}": float(rows.mean()) for key, rows in report.robust_after.items()}
-    metrics = {
-        f"{prefix}/robust_accuracy": report.robust_accuracy,
-        f"{prefix}/robust_low": low,
-        f"{prefix}/robust_high": high,
-        f"{prefix}/clean_accuracy": report.clean_accuracy,
-        **{key.replace("+", "plus"): value for key, value in after.items()},
-    }
-    step = subject.checkpoint.epoch if subject.checkpoint else 0
-    tracker.metrics(run_id, {key.replace("+", "plus"): value for key, value in metrics.items()}, step)
-    for file in sorted(folder.glob("*.*")):
-        tracker.file(run_id, file, f"eval/{folder.name.rpartition('-')[2]}")
-    if own:
-        tracker.close(run_id, "FINISHED")
 
 
 def _print(args: Namespace, report: RobustnessReport, subject: Subject, folder: Path, tracker: Tracker) -> None:
