@@ -16,6 +16,10 @@ from raysweep.training.config import RunConfig
 from raysweep.training.load import load_checkpoint
 
 
+def _autoattack() -> dict[str, str | AnyAttack]:
+    return {"AA": "autoattack"}
+
+
 class AutoAttack(Stage):
     """Attacks on the test set. attacks: column of the report -> name (`autoattack`, `pgd20`, ...) or settings.
 
@@ -23,9 +27,7 @@ class AutoAttack(Stage):
     """
 
     kind: Literal["autoattack"] = "autoattack"
-    attacks: Annotated[dict[str, str | AnyAttack], Field(min_length=1)] = Field(
-        default_factory=lambda: {"AA": "autoattack"}
-    )
+    attacks: Annotated[dict[str, str | AnyAttack], Field(min_length=1)] = Field(default_factory=_autoattack)
     n: Annotated[int, Field(ge=1)] | None = None
     eps: Annotated[Number, Field(gt=0)] | None = None
     norm: Literal["Linf", "L2"] = "Linf"

@@ -107,7 +107,7 @@ def steps(pipeline: Pipeline, settings: Settings, folder: Path) -> list[Step]:
     """The stages with their digests. Reads the data sets, whose fingerprints are inputs."""
     found: list[Step] = []
     for number, stage in enumerate(pipeline.stages):
-        around: dict[str, Any] = Field(default_factory=dict)
+        around: dict[str, Any] = {}
         inputs = tuple(step.digest for step in found)
         if isinstance(stage, _TRAINS):
             inputs = ()
