@@ -151,7 +151,7 @@ def test_plan_starts_nothing_and_writes_nothing(workdir: Path, capsys) -> None:
         (["tune", "lrat", "--out", "file/below"], "--out file/below: cannot be made"),
         (["tune", "lrat", "--address", "127.0.0.1:1"], "no Ray cluster at --address 127.0.0.1:1"),
         (["tune", "lrat", "--address", "nonsense"], "--address 'nonsense': expected auto or host:port"),
-        (["show", "lart"], "no method, space file or sweep 'lart'; nearest: mart, lrat"),
+        (["show", "lart"], "no method, space file, pipeline or sweep 'lart'; nearest: mart, lrat"),
     ],
     ids=lambda case: " ".join(case) if isinstance(case, list) else "",
 )
