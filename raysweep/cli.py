@@ -26,11 +26,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"raysweep {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    p = commands.add_parser("list", help="methods, search spaces, models, data sets, attacks")
+    p = commands.add_parser("list", help="methods, search spaces, models, data sets, pipelines")
     _json(p)
 
-    p = commands.add_parser("show", help="a method or space with all its settings, or how a sweep stands")
-    p.add_argument("what", metavar="WHAT", help="a method, a space's YAML file, or the name of a sweep")
+    p = commands.add_parser("show", help="a method, space or pipeline with all its settings, or how a sweep stands")
+    p.add_argument(
+        "what", metavar="WHAT", help="a method, a pipeline, a YAML file of a space or pipeline, or the name of a sweep"
+    )
     _settings(p)
     _out(p)
     _json(p)

@@ -18,9 +18,10 @@ from raysweep.pipeline.lock import locked
 from raysweep.pipeline.promote import Promote
 from raysweep.pipeline.register import Register
 from raysweep.pipeline.report import Report
+from raysweep.pipeline.shipped import source
 from raysweep.pipeline.stage import Past, Settings, Stage, Work
 from raysweep.pipeline.tune import Train, Tune
-from raysweep.spec import Spec, SpecError, digest, override, read_yaml, shipped, unknown_name
+from raysweep.spec import Spec, SpecError, digest, override, read_yaml
 from raysweep.training.checkpoint import environment
 
 AnyStage = Annotated[Tune | Train | Promote | AutoAttack | Register | Report, Field(discriminator="kind")]
@@ -80,20 +81,13 @@ class Step:
         return str(getattr(self.stage, "kind"))  # noqa: B009
 
 
-def pipelines() -> dict[str, str]:
-    """Names and first lines of the pipelines that ship with raysweep."""
-    return {path.stem: str(read_yaml(path).get("about", "")) for path in sorted(shipped("pipelines").glob("*.yaml"))}
-
-
 def load_pipeline(what: str, changes: Mapping[str, Any]) -> tuple[str, Pipeline, Settings]:
     """By name or from a file: its name, itself, and the settings around its stages.
 
     changes: `stages.KIND.field` (or `stages.NUMBER.field`) and `again` change the pipeline, every other path the
     training runs of all its stages. Raises SpecError with all problems at once.
     """
-    path = Path(what) if what.endswith((".yaml", ".yml")) else shipped("pipelines") / f"{what}.yaml"
-    if not path.is_file():
-        raise SpecError(unknown_name("pipeline", what, list(pipelines())))
+    path = source(what)
     pipeline = Pipeline.load(read_yaml(path), str(path))
     own = {key: value for key, value in changes.items() if key.split(".")[0] in ("stages", "again")}
     pipeline = _changed(pipeline, own)

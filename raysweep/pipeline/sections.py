@@ -135,9 +135,8 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Secti
         "train/loss": "training loss",
     }
     there = {key for history in shown.values() for row in history for key in row}
-    wanted |= {
-        k: "mean κ of training data" for k in sorted(there) if k.startswith("train/kappa_") and "median" not in k
-    }
+    kappas = [key for key in sorted(there) if key.startswith("train/kappa_") and "median" not in key]
+    wanted |= {key: f"mean κ of training data under {key.removeprefix('train/kappa_')}" for key in kappas}
     pictures = [
         Picture(f"{label[0].upper()}{label[1:]} over epochs", figures.curves(shown, key, label))
         for key, label in wanted.items()
@@ -162,7 +161,11 @@ def searched(artifacts: Sequence[Artifact]) -> list[Section]:
         ]
         parts.append(Text(f"{sweep['method']}: the best {len(rows)} of {len(sweep['trials'])} trials."))
         parts.append(Table(["trial", sweep["metric"].replace("_", " "), *(short[p] for p in paths)], rows))
-        parts.append(Picture(f"{sweep['method']}: objective against settings", figures.slices(scored, sweep["metric"])))
+        parts.append(
+            Picture(
+                f"{sweep['method']}: objective against settings", figures.slices(scored, sweep["metric"]), wide=True
+            )
+        )
     return [Section("What was searched", parts)] if parts else []
 
 

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from raysweep.evaluation.report import wilson
+
 Verdict = Literal["better", "worse", "tie", "cannot tell"]
 ALPHA = 0.05
 # Half of the differences (in accuracy) that nobody would care about.
@@ -78,12 +80,12 @@ class Summary(NamedTuple):
 def summary(shares: Sequence[float], examples: int) -> Summary:
     """Of accuracies in [0, 1], each measured on `examples`.
 
-    The interval has both sources of doubt: seeds (t) and the finite test set (binomial).
+    The interval has both sources of doubt: seeds (t) and the finite test set (Wilson).
     """
     median = statistics.median(shares)
     sd = statistics.stdev(shares) if len(shares) > 1 else None
     t = _T95[min(len(shares) - 1, len(_T95)) - 1] if len(shares) > 1 else 0.0
     seeds = t * (sd or 0.0) / math.sqrt(len(shares))
-    sampling = _Z95 * math.sqrt(median * (1 - median) / examples)
-    half = math.hypot(seeds, sampling)
-    return Summary(median, sd, max(0.0, median - half), min(1.0, median + half), len(shares))
+    low, high = wilson(round(median * examples), examples)
+    low, high = median - math.hypot(seeds, median - low), median + math.hypot(seeds, high - median)
+    return Summary(median, sd, max(0.0, low), min(1.0, high), len(shares))
