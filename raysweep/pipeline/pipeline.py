@@ -62,7 +62,7 @@ class Pipeline(Spec):
     def salt(self) -> str:
         """What `again` adds to the inputs of every stage."""
         if self.again == "daily":
-            return datetime.date.today().isoformat()
+            return _today()
         return str(environment()["git_revision"] or environment()["raysweep"]) if self.again == "revision" else ""
 
 
@@ -161,6 +161,10 @@ def _run(step: Step, work: Work, done: tuple[Artifact, ...]) -> Artifact:
     )
     artifact.write(step.folder, outcome.files)
     return artifact
+
+
+def _today() -> str:
+    return datetime.date.today().isoformat()
 
 
 def _position(first: str | None, pipeline: Pipeline) -> int:
