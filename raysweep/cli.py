@@ -93,6 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--n", type=_count, help="only the first N test examples (default: all)")
     p.add_argument("--batch-size", type=_count, default=500, metavar="N", help="examples at a time (default: 500)")
     p.add_argument("--keep-adversarial", action="store_true", help="save the adversarial examples too")
+    p.add_argument("--bundle", type=Path, metavar="DIR", help="write card, weights and adversarial examples for others")
+    p.add_argument("--verify", action="store_true", help="WHAT is a bundle: check each of its claims, attack nothing")
     p.add_argument(
         "--address", metavar="ADDR", help="spread over this Ray cluster (default: the cores of this machine)"
     )

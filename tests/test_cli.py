@@ -25,7 +25,7 @@ FLAGS = {
     "run": {*COMMON, "--out", "--plan", "--from", "--wait", "--address"},
     "eval": {
         *COMMON, "--out", "--attack", "--version", "--eps", "--norm", "--n", "--batch-size", "--keep-adversarial",
-        "--address", "--gpus-per-task",
+        "--address", "--gpus-per-task", "--bundle", "--verify",
     },
 }  # fmt: skip
 SMALL = [

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 
-from raysweep.cli import main
+from raysweep.cli import build_parser, main
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.lock import locked
 from raysweep.pipeline.paper import paper_table
@@ -378,3 +380,26 @@ def test_today_is_a_date() -> None:
     from raysweep.pipeline.pipeline import _today
 
     assert datetime.date.fromisoformat(_today())
+
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOY.iterdir()), ids=lambda path: path.name)
+def test_what_schedulers_are_given_runs_commands_that_parse(path) -> None:
+    """YAML is YAML, and each `raysweep run ...` is a command of ours for a pipeline that ships."""
+    text = path.read_text()
+    if path.suffix in (".yaml", ".yml"):
+        assert all(isinstance(part, dict) for part in yaml.safe_load_all(text))
+    commands = re.findall(r"raysweep (run [^\n>|]+)", text)
+    assert commands or path.suffix == ".timer"
+    for command in commands:
+        assert build_parser().parse_args(shlex.split(command)).what in pipelines()
+
+
+def test_the_page_on_schedules_has_commands_that_parse_and_links_that_lead() -> None:
+    page = (DEPLOY.parent / "docs" / "scheduling.md").read_text()
+    for command in re.findall(r"raysweep (run [^\n>|`]+)", page):
+        assert build_parser().parse_args(shlex.split(command.replace("run NAME", "run nightly")))
+    assert all((DEPLOY.parent / "docs" / link).exists() for link in re.findall(r"\]\(([^)#:]+)\)", page))
+    assert {path.name for path in DEPLOY.iterdir()} == set(re.findall(r"\]\(\.\./deploy/([^)]+)\)", page))

@@ -10,6 +10,7 @@ from raysweep.attacks import preset
 from raysweep.commands import settings, ui_command, writable
 from raysweep.data import DataSpec, load
 from raysweep.evaluation import RobustnessReport
+from raysweep.pipeline.bundle import verify_bundle, write_bundle
 from raysweep.pipeline.judge import eps_of, folder_of, judge, save, track, workers
 from raysweep.spec import SpecError, override
 from raysweep.tracking import Tracker, embedded_store, run_tags
@@ -20,22 +21,49 @@ _RUN_ID = re.compile(r"^[0-9a-f]{32}$")
 
 
 def run(args: Namespace) -> int:
+    if args.verify:
+        return _verify(args)
     out = writable(args.out)
     tracker = Tracker(embedded_store(out), out / "mlruns")
     subject, run_id = _subject(args, tracker, out)
+    if args.bundle is not None:
+        _bundleable(args, subject)
     spec = _data(args, subject)
     data = load(spec)
     eps = args.eps if args.eps is not None else eps_of(subject, spec.name)
     attack = preset(args.attack, eps, args.norm, args.version)
     count = min(args.n or len(data.test), len(data.test))
     folder = folder_of(out, subject, attack, spec, count)
-    options = {"batch_size": args.batch_size, "keep_adversarial": args.keep_adversarial}
+    keep = args.keep_adversarial or args.bundle is not None
+    options = {"batch_size": args.batch_size, "keep_adversarial": keep}
     with workers(args.address, args.gpus_per_task) as shards:
         report = judge(subject, data, attack, count, folder, shards, **options)
     save(report, folder, subject, spec)
     track(tracker, run_id, subject, report, folder, args.attack)
+    if args.bundle is not None and subject.checkpoint is not None:
+        write_bundle(args.bundle.expanduser().resolve(), report, subject.checkpoint, spec, subject.name)
     _print(args, report, subject, folder, tracker)
     return 0
+
+
+def _bundleable(args: Namespace, subject: Subject) -> None:
+    """What would make the bundle impossible, before the attacks."""
+    if subject.checkpoint is None:
+        raise SpecError(f"--bundle: {subject.name} is code of your own: only checkpoints of ours can be bundled")
+    if args.bundle.exists():
+        raise SpecError(f"--bundle {args.bundle}: is there already")
+
+
+def _verify(args: Namespace) -> int:
+    """Exit code 1 if a claim of the bundle does not hold."""
+    card, problems = verify_bundle(Path(args.what).expanduser().resolve(), args.data_dir)
+    if args.json:
+        print(json.dumps({"bundle": args.what, "sound": not problems, "problems": problems, "card": card}, indent=1))
+    elif not problems:
+        print(f"{card['name']}: sound; {card['examples']} examples, {card['robust_accuracy']:.2%} robust")
+    for line in problems:
+        print(f"raysweep: {args.what}: {line}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def _subject(args: Namespace, tracker: Tracker, out: Path) -> tuple[Subject, str | None]:

@@ -153,7 +153,7 @@ def whole(path: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
-    for file in partial.iterdir():
+    for file in filter(Path.is_file, partial.rglob("*")):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     if path.exists():
