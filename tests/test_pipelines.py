@@ -13,6 +13,7 @@ from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -257,7 +258,12 @@ def _killed(pattern: str) -> None:
         while not list(Path().glob(pattern)):
             assert process.poll() is None and time.monotonic() < deadline, "it never came so far"
             time.sleep(0.02)
+        below = psutil.Process(process.pid).children(recursive=True)
+        pool = [child for child in below if "spawn_main" in " ".join(child.cmdline())]
         process.send_signal(signal.SIGKILL)
+        assert not psutil.wait_procs(pool, timeout=20)[1], "workers outlive their driver"
+        for left in psutil.wait_procs(below, timeout=5)[1]:
+            left.kill()
     finally:
         process.kill()
         process.wait()
@@ -296,6 +302,9 @@ stages:
   - {kind: train, runs: {A: {preset: lrat-tabel1}, B: {}}}
   - {kind: autoattack, attacks: {X: pgd21}}
   - {kind: report, paper: lrat-table9}
+  - {kind: tune, space: at}
+  - {kind: tune, space: at}
+  - {kind: tune, space: at, label: again}
 """
 
 
@@ -311,6 +320,7 @@ def test_everything_wrong_is_said_at_once(workdir: Path, capsys) -> None:
         "stages.3 (train): runs.B: needs exactly one of preset, method",
         "stages.4 (autoattack): attacks.X: no attack 'pgd21'; nearest: pgd20",
         "stages.5 (report): no paper table 'lrat-table9'; nearest: lrat-table",
+        "stages.7 (tune): its label 'at' is that of stages.6",
     ]
     assert len(lines) == len(expected)
     assert all(words in line for words, line in zip(expected, lines, strict=True))

@@ -43,6 +43,7 @@ class Pipeline(Spec):
         """Everything that can be said before anything runs, one line each."""
         lines: list[str] = []
         candidates = judged = False
+        taken: dict[str, int] = {}
         for number, stage in enumerate(self.stages):
             where = f"stages.{number} ({stage.kind})"
             if not candidates and isinstance(stage, Promote | AutoAttack):
@@ -53,7 +54,10 @@ class Pipeline(Spec):
             judged |= isinstance(stage, AutoAttack)
             try:
                 stage.configs(settings)
-                own = stage.problems() if isinstance(stage, AutoAttack | Report) else []
+                own = stage.problems()
+                for label in stage.labels(settings):
+                    if taken.setdefault(label, number) != number:
+                        own.append(f"its label {label!r} is that of stages.{taken[label]}; give it another")
             except SpecError as error:
                 own = error.problems
             lines += [f"{where}: {line}" for line in own]

@@ -115,6 +115,14 @@ class Stage(Spec):
         """The training runs that this stage starts, as far as they are known beforehand. Raises SpecError."""
         return []
 
+    def labels(self, settings: Settings) -> list[str]:
+        """What the candidates of this stage are called."""
+        return []
+
+    def problems(self) -> list[str]:
+        """What is wrong with the stage itself, one line each."""
+        return []
+
     def describe(self, settings: Settings) -> str:
         """One line for `--plan`."""
         raise NotImplementedError

@@ -25,11 +25,13 @@ Which = Literal["best", "last"]
 class Tune(Stage):
     """A sweep. space: a method's own, a YAML file, or one written out; set: settings fixed for it.
 
+    label: what its trials are called in the report (null: the method), unique in a pipeline.
     gpus: what a trial holds (null: one if the cluster has any); max_hours: ends the sweep with what it has.
     """
 
     kind: Literal["tune"] = "tune"
     space: str | dict[str, Any]
+    label: str | None = None
     trials: Annotated[int, Field(ge=1)] | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     cpus: Annotated[Number, Field(gt=0)] = 1.0
@@ -52,6 +54,9 @@ class Tune(Stage):
     def configs(self, settings: Settings) -> list[RunConfig]:
         return [self.search(settings).config({})]
 
+    def labels(self, settings: Settings) -> list[str]:
+        return [self.label or self.search(settings).config({}).method.name]
+
     def describe(self, settings: Settings) -> str:
         space = self.search(settings)
         config = space.config({})
@@ -60,7 +65,7 @@ class Tune(Stage):
 
     def run(self, work: Work, past: Past) -> Outcome:
         ledger = sweep(work, work.sweep(), self.search(work.settings), self.cpus, self.gpus, self.max_hours)
-        label = ledger.space.config({}).method.name
+        (label,) = self.labels(work.settings)
         front = {trial.number for trial in ledger.front()}
         candidates = [
             candidate(work, ledger, trial, f"{label}/{trial.number:04d}", front=trial.number in front)
@@ -90,6 +95,9 @@ class Train(Stage):
     set: dict[str, Any] = Field(default_factory=dict)
     cpus: Annotated[Number, Field(gt=0)] = 1.0
     gpus: Annotated[Number, Field(ge=0)] | None = None
+
+    def labels(self, settings: Settings) -> list[str]:
+        return list(self.runs)
 
     def spaces(self, settings: Settings) -> dict[str, SearchSpace]:
         """A grid over the seeds for each row. Raises SpecError with the problems of all rows."""
