@@ -55,7 +55,7 @@ def test_shipped_pipelines_are_sound(name, workdir: Path) -> None:
     for stage in pipeline.stages:
         assert [line for config in stage.configs(settings) for line in config.warnings()] == []
     _, small, around = load_pipeline(name, SHRUNK)
-    planned = steps(small, around, workdir)
+    planned = steps(small, around, workdir, small.salt())
     assert len({step.digest for step in planned}) == len(small.stages)
     configs = [config for stage in small.stages for config in stage.configs(around)]
     assert configs and all(config.epochs == 2 and config.data.name == "digits" for config in configs)

@@ -24,7 +24,7 @@ def run(args: Namespace) -> int:
             print(f"raysweep: warning: {stage.kind}: {line}", file=sys.stderr)
     if args.plan:
         folder = args.out.expanduser().resolve() / "runs" / "pipelines" / name
-        return _plan(args, name, steps(pipeline, around, folder), around)
+        return _plan(args, name, steps(pipeline, around, folder, pipeline.salt()), around)
     out = writable(args.out)
     console = Console(stderr=True)
     done: list[tuple[Step, Artifact, bool]] = []

@@ -101,8 +101,8 @@ def load_pipeline(what: str, changes: Mapping[str, Any]) -> tuple[str, Pipeline,
     return path.stem, pipeline, settings
 
 
-def steps(pipeline: Pipeline, settings: Settings, folder: Path) -> list[Step]:
-    """The stages with their digests. Reads the data sets, whose fingerprints are inputs."""
+def steps(pipeline: Pipeline, settings: Settings, folder: Path, salt: str) -> list[Step]:
+    """The stages with their digests. Reads the data sets, whose fingerprints are inputs. salt: the pipeline's, now."""
     found: list[Step] = []
     for number, stage in enumerate(pipeline.stages):
         around: dict[str, Any] = {}
@@ -112,7 +112,7 @@ def steps(pipeline: Pipeline, settings: Settings, folder: Path) -> list[Step]:
             data = {config.data.digest(): config.data for config in stage.configs(settings)}
             fingerprints = sorted({load(spec).fingerprint for spec in data.values()})
             around = {"settings": _without_places(settings.around({})), "data": fingerprints}
-        key = digest([stage.json_dict(), around, list(inputs), pipeline.salt()])
+        key = digest([stage.json_dict(), around, list(inputs), salt])
         found.append(Step(number, stage, key, inputs, folder / f"{number:02d}-{stage.kind}-{key}"))
     return found
 
@@ -139,7 +139,7 @@ def run_pipeline(
     with locked(folder, wait), ExitStack() as stack:
         work = Work(name, out, folder, sweeps, settings, console, address, stack)
         done: tuple[Artifact, ...] = ()
-        for step in steps(pipeline, settings, folder):
+        for step in steps(pipeline, settings, folder, salt):
             artifact = Artifact.read(step.folder) if step.number < again else None
             ready = artifact is not None
             if artifact is None:
