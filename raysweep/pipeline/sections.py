@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from raysweep.pipeline import figures
@@ -39,7 +40,7 @@ def paper(table: PaperTable | None, lines: Sequence[Comparison]) -> list[Section
     parts += [Text(f"{row} is not comparable: {why}.", quiet=True) for row, why in reasons]
     parts += [Text(note, quiet=True) for note in table.notes]
     if lines:
-        parts.append(Picture("Ours and the paper's", figures.against_paper(lines)))
+        parts.append(Picture("Ours and the paper's", figures.against_paper(lines), wide=len(lines) > 8))
     return [Section("Beside the paper", parts)]
 
 
@@ -55,10 +56,10 @@ def evaluation(judged: Sequence[Judgement], best: Judgement) -> list[Section]:
         rows.append(
             [
                 label + (" (chosen)" if best.candidate.label == label and best.candidate.which == which else ""),
-                f"{which} ({', '.join(str(c.epoch) for c in validation)})",
+                f"{which} ({_span([c.epoch for c in validation])})",
                 attack,
                 str(robust.seeds),
-                f"{100 * max(c.objective for c in validation):.2f}",
+                f"{100 * median(c.objective for c in validation):.2f}",
                 _ours(clean),
                 _ours(robust),
                 _interval(robust),
@@ -246,6 +247,11 @@ def _theirs(line: Comparison) -> str:
 
 def _interval(value: Summary) -> str:
     return f"{100 * value.low:.2f} to {100 * value.high:.2f}"
+
+
+def _span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _percent(share: float | None) -> str:
