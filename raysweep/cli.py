@@ -26,11 +26,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"raysweep {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    p = commands.add_parser("list", help="methods, search spaces, models, data sets, attacks")
+    p = commands.add_parser("list", help="methods, search spaces, models, data sets, pipelines")
     _json(p)
 
-    p = commands.add_parser("show", help="a method or space with all its settings, or how a sweep stands")
-    p.add_argument("what", metavar="WHAT", help="a method, a preset, a space's YAML file, or the name of a sweep")
+    p = commands.add_parser(
+        "show", help="a method, preset, space or pipeline with all its settings; or how a sweep stands"
+    )
+    p.add_argument(
+        "what", metavar="WHAT", help="a method, preset or pipeline, a YAML file of a space or pipeline, a sweep"
+    )
     _settings(p)
     _out(p)
     _json(p)
@@ -63,6 +67,22 @@ def build_parser() -> argparse.ArgumentParser:
     _out(p)
     _json(p)
 
+    p = commands.add_parser(
+        "run", help="a pipeline: tune, promote, AutoAttack, register, report; what is done stays done"
+    )
+    p.add_argument("what", metavar="WHAT", help="a pipeline of `raysweep list`, or a YAML file")
+    p.add_argument("--plan", action="store_true", help="check everything and say what would run; run nothing")
+    p.add_argument(
+        "--from", dest="first", metavar="STAGE", help="do this stage (kind or number) and those after it again"
+    )
+    p.add_argument("--wait", action="store_true", help="if this pipeline is running already, wait for its end")
+    p.add_argument(
+        "--address", metavar="ADDR", help="Ray cluster: auto or host:port (default: $RAY_ADDRESS, else local)"
+    )
+    _settings(p)
+    _out(p)
+    _json(p)
+
     p = commands.add_parser("eval", help="a checkpoint, MLflow run or model of your own under attack, on the test set")
     p.add_argument(
         "what", metavar="WHAT", help="a checkpoint or run folder, MLflow run id, models:/NAME@ALIAS, module:factory"
@@ -79,6 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--pseudo-label", type=Path, metavar="FILE", help="instead: label the images x in FILE, for data.unlabeled"
     )
     p.add_argument("--keep-adversarial", action="store_true", help="save the adversarial examples too")
+    p.add_argument("--bundle", type=Path, metavar="DIR", help="write card, weights and adversarial examples for others")
+    p.add_argument("--verify", action="store_true", help="WHAT is a bundle: check each of its claims, attack nothing")
     p.add_argument(
         "--address", metavar="ADDR", help="spread over this Ray cluster (default: the cores of this machine)"
     )

@@ -146,6 +146,48 @@ class Tracker:
         except (MlflowException, OSError) as error:
             raise SpecError(f"{what}: no checkpoint in MLflow store {self.uri}: {str(error).splitlines()[0]}") from None
 
+    def register(self, name: str, run: str, tags: Mapping[str, str]) -> str:
+        """Version of the registered model `name` that is this run's checkpoint, made if there is none."""
+        from mlflow.exceptions import MlflowException
+
+        client, _ = self._connected.result()
+        try:
+            client.get_registered_model(name)
+        except MlflowException:
+            client.create_registered_model(name)
+        known = [v for v in client.search_model_versions(f"name='{name}'") if v.run_id == run]
+        if known:
+            version = str(known[0].version)
+        else:
+            source = f"{client.get_run(run).info.artifact_uri}/checkpoint"
+            version = str(client.create_model_version(name, source, run).version)
+        for key, value in tags.items():
+            client.set_model_version_tag(name, version, key, value)
+        return version
+
+    def alias(self, name: str, alias: str, version: str) -> None:
+        self._connected.result()[0].set_registered_model_alias(name, alias, version)
+
+    def model_at(self, name: str, alias: str) -> tuple[str, str, dict[str, str]] | None:
+        """Version, run and tags of the model that has this alias; None if none has."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            found = self._connected.result()[0].get_model_version_by_alias(name, alias)
+        except MlflowException:
+            return None
+        return str(found.version), str(found.run_id), dict(found.tags)
+
+    def download(self, run: str, path: str, into: Path) -> Path:
+        """Local copy of a run's artifact. Raises SpecError in one line if it has none."""
+        from mlflow.exceptions import MlflowException
+
+        into.mkdir(parents=True, exist_ok=True)
+        try:
+            return Path(self._connected.result()[0].download_artifacts(run, path, str(into)))
+        except (MlflowException, OSError) as error:
+            raise SpecError(f"run {run} has no {path} in MLflow store {self.uri}: {error}") from None
+
     def closed(self, run: str) -> bool:
         return str(self._connected.result()[0].get_run(run).info.status) != "RUNNING"
 

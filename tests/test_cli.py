@@ -22,9 +22,10 @@ FLAGS = {
         *COMMON, "--out", "--name", "--space", "--trials", "--resume", "--plan", "--address", "--cpus-per-trial",
         "--gpus-per-trial", "--workers", "--max-trials", "--max-time", "--max-gpu-hours",
     },
+    "run": {*COMMON, "--out", "--plan", "--from", "--wait", "--address"},
     "eval": {
         *COMMON, "--out", "--attack", "--version", "--eps", "--norm", "--n", "--batch-size", "--keep-adversarial",
-        "--pseudo-label", "--address", "--gpus-per-task",
+        "--pseudo-label", "--address", "--gpus-per-task", "--bundle", "--verify",
     },
 }  # fmt: skip
 SMALL = [
@@ -166,7 +167,7 @@ def test_plan_starts_nothing_and_writes_nothing(workdir: Path, capsys) -> None:
         (["tune", "lrat", "--address", "nonsense"], "--address 'nonsense': expected auto or host:port"),
         (["tune", "lrat", "--workers", "2", "--gpus-per-trial", "3"], "3 GPUs for 2 workers is 1.5 each"),
         (["tune", "lrat", "--workers", "2", "--cpus-per-trial", "0"], "0 CPUs are not enough for 2 workers"),
-        (["show", "lart"], "no method, preset, space file or sweep 'lart'; nearest: mart, lrat"),
+        (["show", "lart"], "no method, preset, space file, pipeline or sweep 'lart'; nearest: mart, lrat"),
     ],
     ids=lambda case: " ".join(case) if isinstance(case, list) else "",
 )

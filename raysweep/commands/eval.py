@@ -1,13 +1,9 @@
 """raysweep eval"""
 
 import json
-import math
-import os
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,62 +15,63 @@ from raysweep.data import DataSpec, load
 from raysweep.data.unlabeled import pseudo_label
 from raysweep.data.unlabeled import read as read_unlabeled
 from raysweep.data.unlabeled import write as write_unlabeled
-from raysweep.evaluation import Processes, RobustnessReport, bar, evaluate
-from raysweep.evaluation.evaluator import Map
-from raysweep.files import write_whole
-from raysweep.schedules import now
-from raysweep.spec import SpecError, digest, override
+from raysweep.evaluation import RobustnessReport
+from raysweep.pipeline.bundle import verify_bundle, write_bundle
+from raysweep.pipeline.judge import folder_of, judge, save, threat_of, track, workers
+from raysweep.spec import SpecError, override
 from raysweep.tracking import Tracker, embedded_store, run_tags
 from raysweep.training.load import Subject, load_checkpoint, load_factory
-from raysweep.training.profiles import PROFILES
 
 _FACTORY = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 _RUN_ID = re.compile(r"^[0-9a-f]{32}$")
 
 
 def run(args: Namespace) -> int:
+    if args.verify:
+        return _verify(args)
     out = writable(args.out)
     tracker = Tracker(embedded_store(out), out / "mlruns").ready()
     subject, run_id = _subject(args, tracker, out)
     if args.pseudo_label is not None:
         return _pseudo_label(subject, args.pseudo_label, out)
+    if args.bundle is not None:
+        _bundleable(args, subject)
     spec = subject.config.data if subject.config else override(DataSpec(), _data(args))
-    split = (subject.data or load(spec)).test
+    data = subject.data or load(spec)
     eps = _eps(args, subject, spec)
     attack = preset(args.attack, eps, args.norm, args.version)
-    count = min(args.n or len(split), len(split))
-    x, y, index = split.images(slice(0, count)), split.y[:count], split.index[:count]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder = _folder(out, subject, digest([attack.json_dict(), spec.json_dict(), count]))
-    with _map(args, device) as shards, bar() as progress:
-        report = evaluate(
-            subject.model.to(device),
-            x,
-            y,
-            attack,
-            batch_size=args.batch_size,
-            index=index,
-            resume_dir=folder / "shards",
-            map=shards,
-            shards=_shards(count, args.batch_size, shards),
-            progress=progress,
-            keep_adversarial=args.keep_adversarial,
-        )
-    _save(report, folder, subject, spec)
+    count = min(args.n or len(data.test), len(data.test))
+    folder = folder_of(out, subject, attack, spec, count)
+    keep = args.keep_adversarial or args.bundle is not None
+    options = {"batch_size": args.batch_size, "keep_adversarial": keep}
+    with workers(args.address, args.gpus_per_task) as shards:
+        report = judge(subject, data, attack, count, folder, shards, **options)
+    save(report, folder, subject, spec)
+    if args.bundle is not None and subject.checkpoint is not None:
+        write_bundle(args.bundle.expanduser().resolve(), report, subject.checkpoint, spec, subject.name)
     _print(args, report, subject, folder, tracker)
-    _track(tracker, run_id, subject, report, folder, args.attack, count == len(split))
+    track(tracker, run_id, subject, report, folder, args.attack, count == len(data.test))
     return 0
 
 
-def _pseudo_label(subject: Subject, source: Path, out: Path) -> int:
-    """Write FILE's images with the model's labels, as `data.unlabeled` takes them (Carmon et al. 2019)."""
-    x, _ = read_unlabeled(source)
-    white = subject.data.test.white if subject.data else 255
-    y = pseudo_label(subject.model, torch.from_numpy(x), white).numpy()
-    target = out / f"{source.stem}-labelled.npz"
-    write_unlabeled(target, x, y)
-    print(f"{len(y)} images labelled by {subject.name}; use them with\n  --set data.unlabeled={target}")
-    return 0
+def _bundleable(args: Namespace, subject: Subject) -> None:
+    """What would make the bundle impossible, before the attacks."""
+    if subject.checkpoint is None:
+        raise SpecError(f"--bundle: {subject.name} is code of your own: only checkpoints of ours can be bundled")
+    if args.bundle.exists():
+        raise SpecError(f"--bundle {args.bundle}: is there already")
+
+
+def _verify(args: Namespace) -> int:
+    """Exit code 1 if a claim of the bundle does not hold."""
+    card, problems = verify_bundle(Path(args.what).expanduser().resolve(), args.data_dir)
+    if args.json:
+        print(json.dumps({"bundle": args.what, "sound": not problems, "problems": problems, "card": card}, indent=1))
+    elif not problems:
+        print(f"{card['name']}: sound; {card['examples']} examples, {card['robust_accuracy']:.2%} robust")
+    for line in problems:
+        print(f"raysweep: {args.what}: {line}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def _subject(args: Namespace, tracker: Tracker, out: Path) -> tuple[Subject, str | None]:
@@ -98,96 +95,26 @@ def _data(args: Namespace) -> dict[str, Any]:
 
 
 def _eps(args: Namespace, subject: Subject, spec: DataSpec) -> float:
-    """What was asked for, else what the checkpoint was validated at, else what the data set's profile says."""
+    """What was asked for, else what the model was trained for."""
     if args.eps is not None:
         if args.norm == "Linf" and args.eps > 1:
             raise SpecError(f"--eps {args.eps:g}: epsilon means pixels in [0, 1]; did you mean {args.eps:g}/255?")
         return float(args.eps)
-    radius, norm = _trained_for(subject) or (float(PROFILES.get(spec.name, {}).get("*.eps", 8 / 255)), "Linf")
+    radius, norm = threat_of(subject, spec.name)
     if norm != args.norm:
         raise SpecError(f"--norm {args.norm}: the model's own epsilon {radius:.6g} is {norm}; say --eps too")
     return radius
 
 
-def _trained_for(subject: Subject) -> tuple[float, str] | None:
-    """Radius and norm that a checkpoint of ours was validated at."""
-    if subject.config is None:
-        return None
-    first = next(iter(subject.config.at(subject.config.epochs).validation.attacks.values()))
-    return (float(now(first.eps)), first.norm) if hasattr(first, "eps") and hasattr(first, "norm") else None
-
-
-def _folder(out: Path, subject: Subject, key: str) -> Path:
-    """Beside the checkpoint that it judges, or under `runs/eval`."""
-    if subject.checkpoint is None:
-        return out / "runs" / "eval" / f"{subject.name.replace(':', '.')}-{key}"
-    path = subject.checkpoint.path
-    return path.parent / f"eval-{path.name.removeprefix('epoch-')}-{key}"
-
-
-@contextmanager
-def _map(args: Namespace, device: torch.device) -> Iterator[Map | None]:
-    """Ray's workers if a cluster was named, else this machine's cores, else (on a GPU) this process."""
-    if args.address or os.environ.get("RAY_ADDRESS"):
-        from raysweep.sweep.cluster import connected
-        from raysweep.sweep.launch import RayMap
-
-        with connected(args.address) as cluster:
-            yield RayMap(gpus=args.gpus_per_task if cluster.get("GPU") else 0)
-        return
-    cores = len(os.sched_getaffinity(0))
-    if device.type == "cuda" or cores == 1:
-        yield None
-        return
-    with Processes(cores) as processes:
-        yield processes
-
-
-def _shards(count: int, batch_size: int, shards: Map | None) -> int:
-    """Enough that every worker has several: a slow one does not hold up the rest, a killed one loses little."""
-    return max(math.ceil(count / batch_size), 4 * getattr(shards, "width", 1))
-
-
-def _save(report: RobustnessReport, folder: Path, subject: Subject, spec: DataSpec) -> None:
-    report.save_parquet(folder / "examples.parquet")
-    architecture = subject.config.model.name if subject.config else None
-    report.save_card(folder / "card.json", name=subject.name, dataset=spec.name, architecture=architecture)
-    if report.x_adv is not None:
-        report.save_adversarial(folder / "adversarial.npz")
-    write_whole(folder / "report.json", json.dumps(report.summary(), indent=1, default=str))
-
-
-def _track(
-    tracker: Tracker,
-    run_id: str | None,
-    subject: Subject,
-    report: RobustnessReport,
-    folder: Path,
-    name: str,
-    whole: bool,
-) -> None:
-    """Numbers and files into the run that trained the model, or into one of their own.
-
-    `aa/...` is for AutoAttack's standard version at the training's epsilon on the whole test set, and for nothing else.
-    """
-    own = run_id is None
-    run_id = run_id or tracker.run(subject.name, {"raysweep.kind": "eval", "raysweep.folder": str(folder)})
-    full = whole and report.is_autoattack and _trained_for(subject) in (None, (report.eps, report.norm))
-    prefix = "aa" if full else f"eval/{name}-{report.norm}-{report.eps:.4g}-n{len(report.labels)}"
-    low, high = report.intervals["robust"]
-    metrics = {
-        "robust_accuracy": report.robust_accuracy,
-        "robust_low": low,
-        "robust_high": high,
-        "clean_accuracy": report.clean_accuracy,
-        **{f"after_{key}": float(rows.mean()) for key, rows in report.robust_after.items()},
-    }
-    step = subject.checkpoint.epoch if subject.checkpoint else 0
-    tracker.metrics(run_id, {f"{prefix}/{key}": value for key, value in metrics.items()}, step)
-    for file in sorted(folder.glob("*.*")):
-        tracker.file(run_id, file, f"eval/{folder.name.rpartition('-')[2]}")
-    if own:
-        tracker.close(run_id, "FINISHED")
+def _pseudo_label(subject: Subject, source: Path, out: Path) -> int:
+    """Write FILE's images with the model's labels, as `data.unlabeled` takes them (Carmon et al. 2019)."""
+    x, _ = read_unlabeled(source)
+    white = subject.data.test.white if subject.data else 255
+    y = pseudo_label(subject.model, torch.from_numpy(x), white).numpy()
+    target = out / f"{source.stem}-labelled.npz"
+    write_unlabeled(target, x, y)
+    print(f"{len(y)} images labelled by {subject.name}; use them with\n  --set data.unlabeled={target}")
+    return 0
 
 
 def _print(args: Namespace, report: RobustnessReport, subject: Subject, folder: Path, tracker: Tracker) -> None:

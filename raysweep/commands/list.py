@@ -10,6 +10,7 @@ from typing import Any
 from raysweep.catalog import METHODS
 from raysweep.data.sources import DATASETS
 from raysweep.models import MODELS
+from raysweep.pipeline.shipped import pipelines
 from raysweep.sweep.space import spaces
 from raysweep.training.presets import presets
 
@@ -17,7 +18,8 @@ from raysweep.training.presets import presets
 def run(args: Namespace) -> int:
     tables = {"methods": _about(METHODS), "models": _about(MODELS), "data": _about(DATASETS)}
     if args.json:
-        print(json.dumps({**tables, "spaces": spaces(), "presets": presets()}, indent=1))
+        more: dict[str, object] = {"spaces": spaces(), "presets": presets(), "pipelines": pipelines()}
+        print(json.dumps({**tables, **more}, indent=1))
         return 0
     for title, rows in tables.items():
         print(title)
@@ -26,7 +28,11 @@ def run(args: Namespace) -> int:
     for title, names in (("search spaces", spaces()), ("presets: runs of the papers", presets())):
         print(title)
         print(textwrap.fill("  ".join(names), 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
-    print("\nraysweep show NAME prints every setting of a method; raysweep tune NAME sweeps it.")
+    print("pipelines")
+    for name, about in pipelines().items():
+        print(f"  {name:<14} {about}")
+    print("\nraysweep show NAME prints every setting of any of these; raysweep tune METHOD sweeps a method;")
+    print("raysweep train METHOD|PRESET is one run; raysweep run PIPELINE runs a pipeline.")
     return 0
 
 

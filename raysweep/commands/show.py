@@ -11,7 +11,8 @@ from rich.console import Console
 from raysweep.catalog import METHODS
 from raysweep.commands import settings
 from raysweep.display import trial_table
-from raysweep.spec import Json, SpecError, unknown_name
+from raysweep.pipeline.shipped import pipelines
+from raysweep.spec import Json, SpecError, read_yaml, unknown_name
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.space import load_space
 from raysweep.training.presets import presets, resolve
@@ -21,13 +22,19 @@ def run(args: Namespace) -> int:
     sweep = args.out / "runs" / args.what
     if args.what in (*METHODS, *presets()):
         return _print(args, resolve(args.what, settings(args)).json_dict())
-    if args.what.endswith((".yaml", ".yml")):
+    is_file = args.what.endswith((".yaml", ".yml"))
+    if args.what in pipelines() or (is_file and "stages" in read_yaml(Path(args.what))):
+        from raysweep.pipeline.pipeline import load_pipeline
+
+        return _print(args, load_pipeline(args.what, settings(args))[1].json_dict())
+    if is_file:
         space = load_space("", settings(args), Path(args.what))
         return _print(args, {"space": space.json_dict(), "config": space.config({}).json_dict()})
     if (sweep / "sweep.json").is_file():
         return _sweep(args, Ledger.open(sweep))
-    known = [*METHODS, *presets(), *sorted(p.parent.name for p in (args.out / "runs").glob("*/sweep.json"))]
-    raise SpecError(unknown_name("method, preset, space file or sweep", args.what, list(dict.fromkeys(known))))
+    sweeps = sorted(p.parent.name for p in (args.out / "runs").glob("*/sweep.json"))
+    known = dict.fromkeys([*METHODS, *presets(), *pipelines(), *sweeps])
+    raise SpecError(unknown_name("method, preset, space file, pipeline or sweep", args.what, list(known)))
 
 
 def _print(args: Namespace, data: Json) -> int:

@@ -1,6 +1,8 @@
 """Shards over processes of one machine: single-thread processes beat threads on CPUs."""
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from types import TracebackType
@@ -51,8 +53,17 @@ class Processes:
 
 def _serve(run: Run, threads: int) -> None:
     global _run
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _run = run
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed tells nobody, and a pool's processes would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _one(shard: Shard) -> Outcome:

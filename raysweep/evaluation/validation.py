@@ -14,6 +14,7 @@ from raysweep.rng import Rng
 from raysweep.spec import Spec
 
 Metric = Literal["robust_worst", "clean", "pgd", "cw"]
+OBJECTIVE: Metric = "robust_worst"
 _DLR_NEEDS = 4
 
 
@@ -40,7 +41,7 @@ class Validation(Spec):
     size: Annotated[int, Field(ge=1)] | None = None
     every: Annotated[int, Field(ge=1)] = 1
     batch_size: Annotated[int, Field(ge=1)] = 512
-    objective: Metric = "robust_worst"
+    objective: Metric = OBJECTIVE
     flatness: bool = False
 
     def __call__(self, model: nn.Module, split: Split) -> dict[str, float]:

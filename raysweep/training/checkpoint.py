@@ -72,7 +72,7 @@ def save(
         for name, parameter in model.named_parameters()
         if optimizer.state[parameter].get("momentum_buffer") is not None
     }
-    with _whole(path) as partial:
+    with whole(path) as partial:
         save_file(_plain(model.state_dict()), partial / WEIGHTS)
         save_file(_plain(momentum), partial / STATE)
         sha256 = {name: _sha256(partial / name) for name in (WEIGHTS, STATE)}
@@ -89,7 +89,7 @@ def adopt(path: Path, source: Path, config: RunConfig, history: list[dict[str, f
     rows = other.history if history is None else [*history, other.metrics]
     known = 0 if history is None else len(history)
     rows = [*rows[:known], *({**row, "train/seconds": 0.0, "shared": 1.0} for row in rows[known:])]
-    with _whole(path) as partial:
+    with whole(path) as partial:
         for name in (WEIGHTS, STATE):
             link(source / name, partial / name)
         meta = _write_meta(partial, config, rows, other.meta["data_fingerprint"], other.meta["sha256"])
@@ -161,13 +161,13 @@ class Run:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole(path: Path) -> Iterator[Path]:
     """A folder to write into that becomes `path` at the end, or nothing at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
-    for file in partial.iterdir():
+    for file in filter(Path.is_file, partial.rglob("*")):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     if path.exists():

@@ -1,0 +1,102 @@
+"""A claim that others can check: card, weights, and the adversarial examples behind every verdict."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from raysweep.data import Data, DataSpec, load
+from raysweep.evaluation import RobustnessReport
+from raysweep.spec import Json, SpecError
+from raysweep.training.checkpoint import META, WEIGHTS, Checkpoint, whole
+from raysweep.training.checkpoint import read as read_checkpoint
+from raysweep.training.load import load_model
+
+CARD, ADVERSARIAL, CHECKPOINT = "card.json", "adversarial.npz", "checkpoint"
+_ROWS = 500
+Array = NDArray[Any]
+
+
+def write_bundle(folder: Path, report: RobustnessReport, saved: Checkpoint, data: DataSpec, name: str) -> None:
+    """Make `folder`, whole or not at all."""
+    if report.x_adv is None:
+        raise ValueError("a bundle needs the adversarial examples: evaluate(..., keep_adversarial=True)")
+    about = {
+        "norm": report.norm,
+        "eps_value": report.eps,
+        "examples": len(report.labels),
+        "clean_accuracy": report.clean_accuracy,
+        "robust_accuracy": report.robust_accuracy,
+        "data": data.json_dict() | {"data_dir": None},
+        "config": saved.config.json_dict(),
+        "environment": saved.meta["environment"],
+    }
+    card = report.card(name=name, dataset=data.name, architecture=saved.config.model.name)
+    with whole(folder) as partial:
+        report.save_adversarial(partial / ADVERSARIAL)
+        shutil.copytree(saved.path, partial / CHECKPOINT)
+        (partial / CARD).write_text(json.dumps({**card, **about}, indent=2) + "\n")
+
+
+def verify_bundle(folder: Path, data_dir: Path | None = None) -> tuple[Json, list[str]]:
+    """The bundle's card, and what in it is not so: one line each, none for a sound bundle.
+
+    Nothing is unpickled, and no attack is run: each saved example is looked at and shown to the model.
+    Raises SpecError for what is no bundle.
+    """
+    try:
+        card: Json = json.loads((folder / CARD).read_text())
+        with np.load(folder / ADVERSARIAL, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in ("x_adv", "labels", "index", "robust")}
+        spec = DataSpec.load({**card["data"], "data_dir": str(data_dir) if data_dir else None}, str(folder / CARD))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SpecError(f"{folder}: not a bundle: {error}") from None
+    for name in (META, WEIGHTS):
+        if not (folder / CHECKPOINT / name).is_file():
+            raise SpecError(f"{folder}: not a bundle: {CHECKPOINT}/{name} is missing")
+    saved = read_checkpoint(folder / CHECKPOINT)
+    data = load(spec)
+    return card, _problems(card, arrays, data, load_model(saved, data))
+
+
+def _problems(card: Mapping[str, Any], arrays: Mapping[str, Array], data: Data, model: nn.Module) -> list[str]:
+    index = data.test.index.numpy()
+    place = {int(number): row for row, number in enumerate(index)}
+    if unknown := [number for number in arrays["index"].tolist() if number not in place]:
+        return [f"{len(unknown)} examples are not in the test set, the first: {unknown[0]}"]
+    if len(set(arrays["index"].tolist())) != len(arrays["index"]):
+        return ["an example is there twice"]
+    rows = torch.tensor([place[number] for number in arrays["index"].tolist()])
+    x, y = data.test.images(rows), data.test.y[rows]
+    x_adv, robust = torch.from_numpy(arrays["x_adv"]), torch.from_numpy(arrays["robust"])
+    lines = []
+    if not np.array_equal(arrays["labels"], y.numpy()):
+        lines.append("the labels are not the test set's")
+    size = (x_adv.double() - x.double()).flatten(1)
+    size = size.abs().amax(1) if card["norm"] == "Linf" else size.norm(dim=1)
+    allowed = card["eps_value"] * (1 + 1e-6) + (2**-25 if card["norm"] == "Linf" else 0)
+    checks = {
+        f"farther than eps {card['eps_value']:.6g} from their images": ~(size <= allowed),
+        "outside [0, 1]": ~((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1),
+        "called broken, and yet classified correctly": ~robust & (_predicted(model, x_adv) == y),
+        "called robust, and yet misclassified as they are": robust & (_predicted(model, x) != y),
+    }
+    lines += [f"{int(wrong.sum())} examples are {what}" for what, wrong in checks.items() if wrong.any()]
+    found = {"robust_accuracy": robust.float().mean(), "clean_accuracy": (_predicted(model, x) == y).float().mean()}
+    for name, share in found.items():
+        if abs(float(share) - card[name]) > 1e-6:
+            lines.append(f"{name} is {float(share):.4f}, the card says {card[name]:.4f}")
+    if len(rows) != card["examples"]:
+        lines.append(f"there are {len(rows)} examples, the card says {card['examples']}")
+    return lines
+
+
+def _predicted(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([model(part).argmax(1) for part in torch.split(x, _ROWS)])

@@ -1,0 +1,216 @@
+"""A pipeline: stages in order, each run once for what goes into it."""
+
+import datetime
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from rich.console import Console
+
+from raysweep.data import load
+from raysweep.pipeline.artifact import Artifact
+from raysweep.pipeline.autoattack import AutoAttack
+from raysweep.pipeline.lock import locked
+from raysweep.pipeline.promote import Promote
+from raysweep.pipeline.register import Register
+from raysweep.pipeline.report import Report
+from raysweep.pipeline.shipped import source
+from raysweep.pipeline.stage import Past, Settings, Stage, Work
+from raysweep.pipeline.tune import Train, Tune
+from raysweep.spec import Spec, SpecError, digest, override, read_yaml
+from raysweep.training.checkpoint import environment
+
+AnyStage = Annotated[Tune | Train | Promote | AutoAttack | Register | Report, Field(discriminator="kind")]
+_TRAINS = (Tune, Train)
+
+
+class Pipeline(Spec):
+    """about: one line; set: training settings for all stages, which a stage's own win over.
+
+    again: what else than its inputs makes a stage run again: nothing, a new revision of the code, a new day.
+    """
+
+    about: str = ""
+    set: dict[str, Any] = Field(default_factory=dict)
+    again: Literal["never", "revision", "daily"] = "never"
+    stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
+
+    def problems(self, settings: Settings) -> list[str]:
+        """Everything that can be said before anything runs, one line each."""
+        lines: list[str] = []
+        candidates = judged = False
+        taken: dict[str, int] = {}
+        for number, stage in enumerate(self.stages):
+            where = f"stages.{number} ({stage.kind})"
+            if not candidates and isinstance(stage, Promote | AutoAttack):
+                lines.append(f"{where}: no stage before it trains anything; put tune or train first")
+            if not judged and isinstance(stage, Register | Report):
+                lines.append(f"{where}: no stage before it judges anything; put autoattack first")
+            candidates |= isinstance(stage, _TRAINS)
+            judged |= isinstance(stage, AutoAttack)
+            try:
+                stage.configs(settings)
+                own = stage.problems()
+                for label in stage.labels(settings):
+                    if taken.setdefault(label, number) != number:
+                        own.append(f"its label {label!r} is that of stages.{taken[label]}; give it another")
+            except SpecError as error:
+                own = error.problems
+            lines += [f"{where}: {line}" for line in own]
+        return lines
+
+    def salt(self) -> str:
+        """What `again` adds to the inputs of every stage."""
+        if self.again == "daily":
+            return _today()
+        return str(environment()["git_revision"] or environment()["raysweep"]) if self.again == "revision" else ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage in its place: `digest` names it and all that goes into it."""
+
+    number: int
+    stage: Stage
+    digest: str
+    inputs: tuple[str, ...]
+    folder: Path
+
+    @property
+    def kind(self) -> str:
+        return str(getattr(self.stage, "kind"))  # noqa: B009
+
+
+def load_pipeline(what: str, changes: Mapping[str, Any]) -> tuple[str, Pipeline, Settings]:
+    """By name or from a file: its name, itself, and the settings around its stages.
+
+    changes: `stages.KIND.field` (or `stages.NUMBER.field`) and `again` change the pipeline, every other path the
+    training runs of all its stages. Raises SpecError with all problems at once.
+    """
+    path = source(what)
+    pipeline = Pipeline.load(read_yaml(path), str(path))
+    own = {key: value for key, value in changes.items() if key.split(".")[0] in ("stages", "again")}
+    pipeline = _changed(pipeline, own)
+    settings = Settings(pipeline.set, {key: value for key, value in changes.items() if key not in own})
+    if problems := pipeline.problems(settings):
+        raise SpecError([f"{path}: {line}" for line in problems])
+    return path.stem, pipeline, settings
+
+
+def steps(pipeline: Pipeline, settings: Settings, folder: Path, salt: str) -> list[Step]:
+    """The stages with their digests. Reads the data sets, whose fingerprints are inputs. salt: the pipeline's, now."""
+    found: list[Step] = []
+    for number, stage in enumerate(pipeline.stages):
+        around: dict[str, Any] = {}
+        inputs = tuple(step.digest for step in found)
+        if isinstance(stage, _TRAINS):
+            inputs = ()
+            data = {config.data.digest(): config.data for config in stage.configs(settings)}
+            fingerprints = sorted({load(spec).fingerprint for spec in data.values()})
+            around = {"settings": _without_places(settings.around({})), "data": fingerprints}
+        key = digest([stage.json_dict(), around, list(inputs), salt])
+        found.append(Step(number, stage, key, inputs, folder / f"{number:02d}-{stage.kind}-{key}"))
+    return found
+
+
+def run_pipeline(
+    name: str,
+    pipeline: Pipeline,
+    settings: Settings,
+    out: Path,
+    console: Console,
+    *,
+    address: str | None = None,
+    first: str | None = None,
+    wait: bool = False,
+) -> Iterator[tuple[Step, Artifact, bool]]:
+    """Run what has not run yet: step, artifact, and whether it was there already, one by one.
+
+    first: make the artifacts from this stage on again. Raises SpecError if another process runs this pipeline.
+    """
+    folder = out / "runs" / "pipelines" / name
+    again = _position(first, pipeline)
+    salt = pipeline.salt()
+    sweeps = folder / "sweeps" / salt if salt else out / "runs"
+    with locked(folder, wait), ExitStack() as stack:
+        work = Work(name, out, folder, sweeps, settings, console, address, stack)
+        done: tuple[Artifact, ...] = ()
+        for step in steps(pipeline, settings, folder, salt):
+            artifact = Artifact.read(step.folder) if step.number < again else None
+            ready = artifact is not None
+            if artifact is None:
+                artifact = _run(step, work, done)
+            done = (*done, artifact)
+            yield step, artifact, ready
+
+
+def _run(step: Step, work: Work, done: tuple[Artifact, ...]) -> Artifact:
+    work.number, work.digest = step.number, step.digest
+    began = time.monotonic()
+    outcome = step.stage.run(work, Past(done))
+    artifact = Artifact(
+        kind=step.kind,
+        key=step.digest,
+        stage=step.stage.json_dict(),
+        inputs=step.inputs,
+        finished=time.time(),
+        seconds=time.monotonic() - began,
+        candidates=outcome.candidates,
+        judged=outcome.judged,
+        facts=outcome.facts,
+    )
+    artifact.write(step.folder, outcome.files)
+    return artifact
+
+
+def _today() -> str:
+    return datetime.date.today().isoformat()
+
+
+def _position(first: str | None, pipeline: Pipeline) -> int:
+    """Number of the stage named by kind or number; beyond the last if none is."""
+    if first is None:
+        return len(pipeline.stages)
+    kinds: Sequence[str] = [stage.kind for stage in pipeline.stages]
+    if first in kinds:
+        return kinds.index(first)
+    if first.isdecimal() and int(first) < len(kinds):
+        return int(first)
+    raise SpecError(f"--from {first!r}: this pipeline has {', '.join(f'{n} {kind}' for n, kind in enumerate(kinds))}")
+
+
+def _changed(pipeline: Pipeline, changes: Mapping[str, Any]) -> Pipeline:
+    stages, problems = list(pipeline.stages), []
+    for path, value in changes.items():
+        if path == "again":
+            pipeline = override(pipeline, {path: value})
+            continue
+        _, _, rest = path.partition(".")
+        which, _, field = rest.partition(".")
+        hit = [n for n, stage in enumerate(stages) if which in (stage.kind, str(n), "*")]
+        if not hit or not field:
+            known = ", ".join(dict.fromkeys(stage.kind for stage in stages))
+            problems.append(
+                f"--set {path}: expected stages.STAGE.SETTING=..., where STAGE is a number or one of {known}"
+            )
+        for number in hit if field else ():
+            try:
+                stages[number] = _set_field(stages[number], field, value)
+            except SpecError as error:
+                problems += [f"--set {path}: {line}" for line in error.problems]
+    if problems:
+        raise SpecError(problems)
+    return pipeline.model_copy(update={"stages": tuple(stages)})
+
+
+def _set_field(stage: Any, field: str, value: Any) -> Any:
+    return override(stage, {field: value})
+
+
+def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Where data lie decides nothing: their fingerprint does."""
+    return {key: value for key, value in settings.items() if key not in ("data.data_dir", "data.download")}

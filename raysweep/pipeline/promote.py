@@ -1,0 +1,81 @@
+"""Promotion: which candidates go on, chosen on validation alone, trained again where asked."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from raysweep.pipeline.artifact import Candidate
+from raysweep.pipeline.stage import Outcome, Past, Settings, Stage, StageFailed, Work
+from raysweep.pipeline.tune import facts, of_seeds, over_seeds, sweep
+from raysweep.schedules import Number
+from raysweep.spec import Json, SpecError
+from raysweep.sweep.space import SearchSpace
+from raysweep.training import checkpoint
+
+
+class Promote(Stage):
+    """The best by the validation objective, or the Pareto set. It never looks at the test set.
+
+    top: how many, of each method with `each`; pareto: the Pareto set of the sweeps instead; max_masking_gap: leave out
+    what PGD overstates by more; set, seeds: train what was chosen again, with other settings (epochs, model.name) and
+    with several seeds.
+    """
+
+    kind: Literal["promote"] = "promote"
+    top: Annotated[int, Field(ge=1)] = 2
+    each: bool = False
+    pareto: bool = False
+    max_masking_gap: Annotated[Number, Field(ge=0, le=1)] | None = None
+    set: dict[str, Any] = Field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
+    cpus: Annotated[Number, Field(gt=0)] = 1.0
+    gpus: Annotated[Number, Field(ge=0)] | None = None
+
+    def describe(self, settings: Settings) -> str:
+        what = "the Pareto set" if self.pareto else f"the best {self.top}{' of each method' if self.each else ''}"
+        again = f", trained again with {self.set or 'the same settings'}" if self.set or self.seeds else ""
+        return f"{what} on validation{again}{f' and seeds {list(self.seeds)}' if self.seeds else ''}"
+
+    def choose(self, pool: tuple[Candidate, ...]) -> list[Candidate]:
+        """Best first. Raises StageFailed if nothing is fit to go on."""
+        limit = self.max_masking_gap
+        fit = [c for c in pool if limit is None or c.metrics.get("masking_gap", 0.0) <= limit]
+        if not fit:
+            raise StageFailed(f"each of {len(pool)} candidates has a masking gap over {limit}: nothing is promoted")
+        ranked = sorted(fit, key=lambda c: (c.masked, -c.objective))
+        if self.pareto:
+            return [c for c in ranked if c.front]
+        if not self.each:
+            return ranked[: self.top]
+        best = {name: [c for c in ranked if c.method == name][: self.top] for name in {c.method for c in ranked}}
+        return [c for c in ranked if c in best[c.method]]
+
+    def run(self, work: Work, past: Past) -> Outcome:
+        picked = self.choose(past.pool)
+        for one in picked:
+            work.say(f"promoted {one.title}: {one.objective:.3f} on validation")
+        left_out = [c.label for c in past.pool if c not in picked]
+        found: list[Json] = []
+        candidates = list(picked)
+        if self.set or self.seeds:
+            candidates = list(self._again(work, picked, found))
+        return Outcome(tuple(candidates), facts={"sweeps": found, "of": len(past.pool), "left_out": left_out})
+
+    def _again(self, work: Work, picked: list[Candidate], found: list[Json]) -> Iterator[Candidate]:
+        for one in picked:
+            ledger = sweep(work, work.sweep(one.label), self.space(work, one), self.cpus, self.gpus)
+            found.append(facts(work, ledger))
+            for trained in of_seeds(work, ledger, one.label, ("best",)):
+                yield trained.model_copy(update={"settings": one.settings})
+
+    def space(self, work: Work, one: Candidate) -> SearchSpace:
+        """The candidate's run with other settings, over the seeds."""
+        config = checkpoint.read(work.out / one.checkpoint).config
+        # Whole parts of the config, so that no profile of a data set comes between.
+        base = {key: value for key, value in config.json_dict().items() if key != "seed"}
+        method = base["method"]
+        try:
+            return over_seeds(method, {**base, "data.name": config.data.name, **self.set}, self.seeds or (config.seed,))
+        except SpecError as error:
+            raise SpecError([f"promote.set: {line}" for line in error.problems]) from None

@@ -1,0 +1,91 @@
+"""The few statistics that verdicts rest on, exact where they can be."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from raysweep.evaluation.report import wilson
+
+Verdict = Literal["better", "worse", "tie", "cannot tell"]
+ALPHA = 0.05
+# Half of the differences (in accuracy) that nobody would care about.
+MARGIN = 0.01
+# Student's t, two-sided 95%, by degrees of freedom; beyond the table the normal value is near enough.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+_Z95 = 1.959964
+
+
+class Paired(NamedTuple):
+    """Two models on the same examples: gained are right only under the new one, lost only under the old one."""
+
+    gained: int
+    lost: int
+    examples: int
+    p: float
+    difference: float
+    interval: tuple[float, float]
+    verdict: Verdict
+
+
+def mcnemar(new: Sequence[bool], old: Sequence[bool], alpha: float = ALPHA, margin: float = MARGIN) -> Paired:
+    """McNemar's exact test (binomial on the discordant pairs), and what it allows to say.
+
+    tie: the 95% interval of the difference lies within +-margin; cannot tell: neither that nor significant.
+    """
+    gained = sum(a and not b for a, b in zip(new, old, strict=True))
+    lost = sum(b and not a for a, b in zip(new, old, strict=True))
+    count = len(new)
+    p = binomial_p(min(gained, lost), gained + lost)
+    difference = (gained - lost) / count
+    half = _Z95 * math.sqrt(gained + lost - (gained - lost) ** 2 / count) / count
+    interval = (difference - half, difference + half)
+    verdict: Verdict = "cannot tell"
+    if p < alpha:
+        verdict = "better" if gained > lost else "worse"
+    elif -margin <= interval[0] and interval[1] <= margin:
+        verdict = "tie"
+    return Paired(gained, lost, count, p, difference, interval, verdict)
+
+
+def binomial_p(hits: int, count: int) -> float:
+    """Two-sided p of at most `hits` heads (or tails) in `count` throws of a fair coin."""
+    return float(min(1.0, 2 * sum(math.comb(count, k) for k in range(hits + 1)) / 2**count))
+
+
+def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Kendall's tau-b; None where one side is constant or there are fewer than two points."""
+    concordant = ties_a = ties_b = pairs = 0
+    for i in range(len(a)):
+        for j in range(i):
+            x, y = a[i] - a[j], b[i] - b[j]
+            pairs += 1
+            ties_a += x == 0
+            ties_b += y == 0
+            concordant += (x * y > 0) - (x * y < 0)
+    scale = math.sqrt((pairs - ties_a) * (pairs - ties_b))
+    return concordant / scale if scale else None
+
+
+class Summary(NamedTuple):
+    """One number measured on several models (seeds): median, spread, and a 95% interval of what is behind it."""
+
+    median: float
+    sd: float | None
+    low: float
+    high: float
+    seeds: int
+
+
+def summary(shares: Sequence[float], examples: int) -> Summary:
+    """Of accuracies in [0, 1], each measured on `examples`.
+
+    The interval has both sources of doubt: seeds (t) and the finite test set (Wilson).
+    """
+    median = statistics.median(shares)
+    sd = statistics.stdev(shares) if len(shares) > 1 else None
+    t = _T95[min(len(shares) - 1, len(_T95)) - 1] if len(shares) > 1 else 0.0
+    seeds = t * (sd or 0.0) / math.sqrt(len(shares))
+    low, high = wilson(round(median * examples), examples)
+    low, high = median - math.hypot(seeds, median - low), median + math.hypot(seeds, high - median)
+    return Summary(median, sd, max(0.0, low), min(1.0, high), len(shares))

@@ -1,0 +1,415 @@
+"""Pipelines: the shipped ones are sound, stages run once, a killed run goes on, a regression is noticed."""
+
+import datetime
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from raysweep.cli import build_parser, main
+from raysweep.pipeline.artifact import Artifact
+from raysweep.pipeline.lock import locked
+from raysweep.pipeline.paper import paper_table
+from raysweep.pipeline.pipeline import load_pipeline, steps
+from raysweep.pipeline.shipped import pipelines
+from raysweep.spec import SpecError
+from raysweep.training.config import run_config
+
+SHRUNK = {
+    "data.name": "digits",
+    "data.unlabeled": None,
+    "data.train_size": 64,
+    "data.val_size": 50,
+    "model.name": "digits_cnn",
+    "epochs": 2,
+    "batch_size": 32,
+    "*.attacks.*.steps": 2,
+}
+SET = [part for key, value in SHRUNK.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+TINY = [*SET, "--set", "stages.tune.trials=2", "--set", "stages.autoattack.n=20"]
+CHEAP = """\
+set: {epochs: 4, data.val_size: 50, data.train_size: 600, batch_size: 32, "*.eps": 0.02, "*.attacks.*.steps": 2}
+stages:
+  - {kind: train, runs: {AT: {method: at}}, seeds: [0]}
+  - {kind: autoattack, attacks: {APGD: apgd-ce}, n: 60}
+  - {kind: report}
+"""
+
+
+@pytest.mark.parametrize("name", pipelines())
+def test_shipped_pipelines_are_sound(name, workdir: Path) -> None:
+    """Spaces, presets, both ends of every range and the paper's table, as shipped; then shrunk and planned."""
+    _, pipeline, settings = load_pipeline(name, {})
+    assert pipeline.about and all(stage.describe(settings) for stage in pipeline.stages)
+    for stage in pipeline.stages:
+        assert [line for config in stage.configs(settings) for line in config.warnings()] == []
+    _, small, around = load_pipeline(name, SHRUNK)
+    planned = steps(small, around, workdir, small.salt())
+    assert len({step.digest for step in planned}) == len(small.stages)
+    configs = [config for stage in small.stages for config in stage.configs(around)]
+    assert configs and all(config.epochs == 2 and config.data.name == "digits" for config in configs)
+
+
+TABLES = sorted(p.stem for p in (Path(__file__).parent.parent / "pipelines" / "paper").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_papers_table_is_asked_for_as_it_stands(name) -> None:
+    """Each row and metric of the table has its run, its epoch and its attack, under the table's protocol."""
+    table = paper_table(name)
+    _, pipeline, settings = load_pipeline(name, {})
+    train, attack, report = pipeline.stages
+    assert report.paper == name and train.seeds == (0, 1, 2, 3, 4)
+    assert set(train.runs) == set(table.rows) == set(table.models)
+    assert {which for row in table.rows.values() for which in row} == set(train.checkpoints)
+    metrics = {metric for row in table.rows.values() for values in row.values() for metric in values}
+    assert metrics <= {"Natural", *attack.attacks} and "AA" in attack.attacks
+    for label, config in zip(train.runs, train.configs(settings), strict=True):
+        assert config.model.name == table.models[label]
+        assert config.data.name == table.protocol.data
+        assert config.epochs == table.epochs.get(label, table.protocol.epochs)
+        assert next(iter(config.validation.attacks.values())).eps == pytest.approx(table.protocol.eps)
+
+
+@pytest.fixture(scope="module")
+def digits_run(ray_cluster, tmp_path_factory) -> Path:
+    """`raysweep run digits`, tiny, from nothing."""
+    out = tmp_path_factory.mktemp("pipeline")
+    assert main(["run", "digits", *TINY, "--out", str(out)]) == 0
+    return out
+
+
+def artifacts(out: Path, name: str = "digits") -> dict[str, tuple[Path, Artifact]]:
+    folders = sorted((out / "runs" / "pipelines" / name).glob("[0-9]*"))
+    return {folder.name[3:-17]: (folder, Artifact.read(folder)) for folder in folders}
+
+
+@pytest.mark.ray
+def test_from_nothing_to_a_report(digits_run: Path) -> None:
+    found = artifacts(digits_run)
+    assert list(found) == ["tune", "promote", "autoattack", "register", "report"]
+    promoted = found["promote"][1].candidates
+    scores = [c.objective for c in found["tune"][1].candidates]
+    assert [c.objective for c in promoted] == sorted(scores, reverse=True)[:2]
+    judged = found["autoattack"][1].judged
+    assert [j.candidate.checkpoint for j in judged] == [c.checkpoint for c in promoted]
+    assert all(j.standard and j.examples == 20 and list(j.after)[-1] == "square" for j in judged)
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{digits_run}/mlflow.db")
+    for judgement in judged:
+        run = client.get_run(judgement.run)
+        assert run.data.metrics["aa/robust_accuracy"] == pytest.approx(judgement.robust)
+        assert run.data.tags["raysweep.kind"] == "trial"
+    model = client.get_registered_model("lrat-digits")
+    assert set(model.aliases) == {"candidate", "aa-verified", "champion"}
+    version = client.get_model_version_by_alias("lrat-digits", "champion")
+    assert version.run_id == judged[0].run
+    card = json.loads((found["register"][0] / "card.json").read_text())
+    assert {"eps", "threat_model", "autoattack_acc", "clean_acc", "architecture", "dataset"} <= set(card)
+    assert card["environment"]["torch"] and card["aliases"] == ["candidate", "aa-verified", "champion"]
+
+
+class Sources(HTMLParser):
+    """Everything that a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.tags.add(tag)
+        self.found += [value for key, value in attrs if key in ("src", "href", "srcset", "data", "action")]
+
+
+@pytest.mark.ray
+def test_the_report_is_one_file_with_the_numbers(digits_run: Path) -> None:
+    folder, artifact = artifacts(digits_run)["report"]
+    html = (folder / "report.html").read_text()
+    sources = Sources()
+    sources.feed(html)
+    assert sources.found and all(source.startswith("data:image/svg+xml;base64,") for source in sources.found)
+    assert not {"script", "link", "iframe"} & sources.tags and "url(" not in html and "@import" not in html
+    best = artifact.facts["best"]
+    for text in (unescape(html), (folder / "report.md").read_text()):
+        assert f"{100 * best['robust']:.2f}" in text and "No regression" in text
+        assert "Kendall's tau" in text and "saved by sharing" in text and "masking gap" in text
+
+
+@pytest.mark.ray
+def test_the_second_run_does_nothing(digits_run: Path, monkeypatch, capsys) -> None:
+    before = {path: path.stat().st_mtime_ns for path in digits_run.rglob("*") if path.is_file()}
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("work was done again")
+
+    for what in ("sweep.tuner.run_sweep", "pipeline.autoattack.judge", "tracking.Tracker.__init__"):
+        monkeypatch.setattr(f"raysweep.{what}", refuse)
+    assert main(["run", "digits", *TINY, "--out", str(digits_run), "--json"]) == 0
+    assert all(stage["done_before"] for stage in json.loads(capsys.readouterr().out)["stages"])
+    changed = {p for p in digits_run.rglob("*") if p.is_file() and p.stat().st_mtime_ns != before.get(p)}
+    assert {path.name for path in changed} <= {"lock"}
+    assert main(["run", "digits", *TINY, "--out", str(digits_run), "--plan", "--json"]) == 0
+    assert all(stage["done"] for stage in json.loads(capsys.readouterr().out)["stages"])
+    more = [*TINY, "--set", "stages.autoattack.n=30"]
+    assert main(["run", "digits", *more, "--out", str(digits_run), "--plan", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)["stages"]
+    assert [stage["done"] for stage in planned] == [True, True, False, False, False]
+
+
+@pytest.mark.ray
+def test_from_makes_the_rest_again_and_repeats_no_attack(digits_run: Path, monkeypatch) -> None:
+    def refuse(*args, **kwargs):
+        raise AssertionError("an attack ran again")
+
+    before = {kind: artifact.finished for kind, (_, artifact) in artifacts(digits_run).items()}
+    monkeypatch.setattr("raysweep.attacks.apgd.APGD.__call__", refuse)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert main(["run", "digits", *TINY, "--out", str(digits_run), "--from", "autoattack"]) == 0
+    after = {kind: artifact.finished for kind, (_, artifact) in artifacts(digits_run).items()}
+    assert [kind for kind in after if after[kind] != before[kind]] == ["autoattack", "register", "report"]
+    assert artifacts(digits_run)["register"][1].facts["verdict"] == "tie", "it is the champion itself"
+
+
+@pytest.mark.ray
+def test_a_papers_table_on_other_data_is_not_comparable(ray_cluster, workdir: Path, monkeypatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    one = "stages.train.runs={LRAT: {preset: lrat-table5}}"
+    few = [one, "stages.train.seeds=[0, 1]", "stages.autoattack.n=20", "stages.autoattack.attacks={PGD: pgd20}"]
+    flags = [*SET, *(part for setting in few for part in ("--set", setting))]
+    assert main(["run", "lrat-table5", *flags]) == 0
+    folder, report = artifacts(workdir, "lrat-table5")["report"]
+    lines = report.facts["paper"]
+    assert [(line["row"], line["metric"]) for line in lines] == [("LRAT", "Natural"), ("LRAT", "PGD")]
+    assert {line["verdict"] for line in lines} == {"not comparable"}
+    assert lines[0]["ours"][4] == 2 and lines[0]["paper"] == 92.30
+    text = (folder / "report.md").read_text()
+    assert "other data (digits, not svhn)" in text and "fewer epochs (2, not 100)" in text
+    assert re.search(r"\| LRAT \| best \| PGD \| .* ± .* \| 59.76 ± 0.14 \|", text)
+
+
+@pytest.mark.ray
+def test_nights_are_compared_and_a_planted_regression_is_exit_code_1(
+    ray_cluster, workdir: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    nights = iter(("2026-01-01", "2026-01-02"))
+
+    def sleep() -> None:
+        night = next(nights)
+        monkeypatch.setattr("raysweep.pipeline.pipeline._today", lambda: night)
+
+    Path("cheap.yaml").write_text("again: daily\n" + CHEAP)
+    sleep()
+    assert main(["run", "cheap.yaml", "--json"]) == 0
+    capsys.readouterr()
+    sleep()
+    assert main(["run", "cheap.yaml", "--set", "optim.lr=1.0e-9", "--json"]) == 1
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert "raysweep: regression: APGD of the chosen checkpoint fell from" in err
+    assert not any(stage["done_before"] for stage in result["stages"]), "another night is another run"
+    html = Path(result["reports"][0]).read_text()
+    assert "Regression:" in html and "worse" in html
+    assert main(["run", "cheap.yaml", "--set", "optim.lr=1.0e-9", "--json"]) == 1, "until it is mended"
+    assert main(["run", "cheap.yaml", "--set", "stages.report.floor=0.999", "--json"]) == 1
+    assert "below the floor 99.90%" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_killed_in_training_and_in_an_attack_goes_on(workdir: Path) -> None:
+    """kill -9 of the driver, twice; what was trained and attacked before is not done again."""
+    Path("cheap.yaml").write_text(CHEAP.replace("n: 60", "n: 60, batch_size: 20"))
+    _killed("runs/cheap-*/trials/*/epoch-0001")
+    assert not list((workdir / "runs/pipelines/cheap").glob("[0-9]*"))
+    _killed("runs/cheap-*/trials/*/eval-*/shards/*/*")
+    assert list(artifacts(workdir, "cheap")) == ["train"]
+    shards = "runs/cheap-*/trials/*/eval-*/shards/*/*.npz"
+    kept = {path: path.stat().st_mtime_ns for path in workdir.glob(shards)}
+    assert main(["run", "cheap.yaml"]) == 0
+    assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
+    found = artifacts(workdir, "cheap")
+    assert list(found) == ["train", "autoattack", "report"]
+    (sweep,) = found["train"][1].facts["sweeps"]
+    assert sweep["asked"] == 4 and len(sweep["trials"]) == 1
+
+
+def _killed(pattern: str) -> None:
+    """`raysweep run cheap.yaml` as a process, on a Ray cluster of its own, until a file appears."""
+    command = [sys.executable, "-c", "import raysweep.cli as c; c.main(['run', 'cheap.yaml'])"]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(_root())}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(Path().glob(pattern)):
+            assert process.poll() is None and time.monotonic() < deadline, "it never came so far"
+            time.sleep(0.02)
+        below = psutil.Process(process.pid).children(recursive=True)
+        pool = [child for child in below if "spawn_main" in " ".join(child.cmdline())]
+        process.send_signal(signal.SIGKILL)
+        assert not psutil.wait_procs(pool, timeout=20)[1], "workers outlive their driver"
+        for left in psutil.wait_procs(below, timeout=5)[1]:
+            left.kill()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _root() -> Path:
+    return Path(__file__).parent.parent
+
+
+def test_two_at_once_one_refuses_or_waits(tmp_path: Path) -> None:
+    folder = tmp_path / "digits"
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom raysweep.pipeline.lock import locked\n"
+        "with locked(Path(sys.argv[1]), False):\n    print('held', flush=True)\n    time.sleep(float(sys.argv[2]))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(_root())}
+    command = [sys.executable, "-c", code, str(folder)]
+    with subprocess.Popen([*command, "60"], stdout=subprocess.PIPE, text=True, env=environment) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(SpecError, match=rf"'digits' is running already \(process {holder.pid} on .*--wait"):
+            locked(folder, wait=False).__enter__()
+        holder.kill()
+    with locked(folder, wait=False):
+        pass
+    with subprocess.Popen([*command, "1"], stdout=subprocess.PIPE, text=True, env=environment) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with locked(folder, wait=True):
+            assert holder.wait(10) == 0
+
+
+WRONG = """\
+stages:
+  - {kind: promote}
+  - {kind: tune, space: lratt}
+  - {kind: tune, space: lrat, set: {epochz: 3}}
+  - {kind: train, runs: {A: {preset: lrat-tabel1}, B: {}}}
+  - {kind: autoattack, attacks: {X: pgd21}}
+  - {kind: report, paper: lrat-table9}
+  - {kind: tune, space: at}
+  - {kind: tune, space: at}
+  - {kind: tune, space: at, label: again}
+"""
+
+
+def test_everything_wrong_is_said_at_once(workdir: Path, capsys) -> None:
+    Path("wrong.yaml").write_text(WRONG)
+    assert main(["run", "wrong.yaml"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    expected = [
+        "stages.0 (promote): no stage before it trains anything",
+        "stages.1 (tune): no search space 'lratt'; nearest: lrat",
+        "stages.2 (tune): no setting 'epochz'; nearest: epochs",
+        "stages.3 (train): runs.A: no preset 'lrat-tabel1'; nearest: lrat-table1",
+        "stages.3 (train): runs.B: needs exactly one of preset, method",
+        "stages.4 (autoattack): attacks.X: no attack 'pgd21'; nearest: pgd20",
+        "stages.5 (report): no paper table 'lrat-table9'; nearest: lrat-table",
+        "stages.7 (tune): its label 'at' is that of stages.6",
+    ]
+    assert len(lines) == len(expected)
+    assert all(words in line for words, line in zip(expected, lines, strict=True))
+    assert list(workdir.iterdir()) == [workdir / "wrong.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["digitz"], "no pipeline 'digitz'; nearest: digits"),
+        (["digits", "--from", "tunes"], "--from 'tunes': this pipeline has 0 tune, 1 promote"),
+        (["digits", "--set", "stages.tunes.trials=3"], "--set stages.tunes.trials: expected stages.STAGE.SETTING"),
+        (["digits", "--set", "stages.tune.trails=3"], "no setting 'trails'; nearest: trials"),
+        (["digits", "--set", "stages.tune.trials=0"], "trials = 0: must be greater than or equal to 1"),
+        (["digits", "--set", "epochs=0"], "epochs = 0: must be greater than or equal to 1"),
+        (["gairat-table1"], "data.data_dir is missing"),
+    ],
+    ids=lambda case: " ".join(case) if isinstance(case, list) else "",
+)
+def test_a_mistake_is_one_line(arguments, words, workdir: Path, capsys) -> None:
+    assert main(["run", *arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line
+
+
+def test_promote_never_sees_the_test_set_and_respects_the_gap() -> None:
+    from raysweep.pipeline.artifact import Candidate
+    from raysweep.pipeline.promote import Promote
+    from raysweep.pipeline.stage import StageFailed
+
+    def made(name: str, score: float, gap: float, **more) -> Candidate:
+        metrics = {"robust_worst": score, "masking_gap": gap}
+        return Candidate(label=name, method=name[0], checkpoint=name, epoch=1, epochs=1, metrics=metrics, **more)
+
+    pool = (
+        made("a1", 0.5, 0.2),
+        made("a2", 0.4, 0.0, front=True),
+        made("b1", 0.3, 0.0),
+        made("b2", 0.6, 0.1, masked=True),
+    )
+
+    def names(**settings) -> list[str]:
+        return [c.label for c in Promote(**settings).choose(pool)]
+
+    assert names(top=2) == ["a1", "a2"]
+    assert names(top=2, max_masking_gap=0.05) == ["a2", "b1"]
+    assert names(top=1, each=True) == ["a1", "b1"]
+    assert names(pareto=True) == ["a2"]
+    with pytest.raises(StageFailed, match="each of 4 candidates has a masking gap over"):
+        Promote(max_masking_gap=0.0).choose(tuple(c.model_copy(update={"metrics": {"masking_gap": 1}}) for c in pool))
+    code = (_root() / "raysweep/pipeline/promote.py").read_text()
+    assert ".test" not in code and "evaluate" not in code
+
+
+def test_retraining_keeps_what_it_does_not_change(tmp_path: Path) -> None:
+    """A promoted run with other epochs is the same run otherwise, whatever its data set's profile says."""
+    from raysweep.pipeline.tune import over_seeds
+
+    config = run_config("gairat", {"*.eps": 0.1, "optim.lr": 0.02, "batch_size": 48})
+    base = {key: value for key, value in config.json_dict().items() if key != "seed"}
+    space = over_seeds(base["method"], {**base, "data.name": "digits", "epochs": 30}, (3, 4))
+    again = space.config({"seed": 4})
+    assert again == config.model_copy(update={"epochs": 30, "seed": 4})
+
+
+def test_today_is_a_date() -> None:
+    from raysweep.pipeline.pipeline import _today
+
+    assert datetime.date.fromisoformat(_today())
+
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOY.iterdir()), ids=lambda path: path.name)
+def test_what_schedulers_are_given_runs_commands_that_parse(path) -> None:
+    """YAML is YAML, and each `raysweep run ...` is a command of ours for a pipeline that ships."""
+    text = path.read_text()
+    if path.suffix in (".yaml", ".yml"):
+        assert all(isinstance(part, dict) for part in yaml.safe_load_all(text))
+    commands = re.findall(r"raysweep (run [^\n>|]+)", text)
+    assert commands or path.suffix == ".timer"
+    for command in commands:
+        assert build_parser().parse_args(shlex.split(command)).what in pipelines()
+
+
+def test_the_page_on_schedules_has_commands_that_parse_and_links_that_lead() -> None:
+    page = (DEPLOY.parent / "docs" / "scheduling.md").read_text()
+    for command in re.findall(r"raysweep (run [^\n>|`]+)", page):
+        assert build_parser().parse_args(shlex.split(command.replace("run NAME", "run nightly")))
+    assert all((DEPLOY.parent / "docs" / link).exists() for link in re.findall(r"\]\(([^)#:]+)\)", page))
+    assert {path.name for path in DEPLOY.iterdir()} == set(re.findall(r"\]\(\.\./deploy/([^)]+)\)", page))
