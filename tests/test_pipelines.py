@@ -111,7 +111,7 @@ def test_from_nothing_to_a_report(digits_run: Path) -> None:
     client = MlflowClient(f"sqlite:///{digits_run}/mlflow.db")
     for judgement in judged:
         run = client.get_run(judgement.run)
-        assert run.data.metrics["aa/robust_accuracy"] == pytest.approx(judgement.robust)
+        assert run.data.metrics["eval/autoattack-Linf-0.15-n20/robust_accuracy"] == pytest.approx(judgement.robust)
         assert run.data.tags["raysweep.kind"] == "trial"
     model = client.get_registered_model("lrat-digits")
     assert set(model.aliases) == {"candidate", "aa-verified", "champion"}
