@@ -9,11 +9,18 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 
 from raysweep.sweep.ledger import Ledger
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SMALL = ["--set", "epochs=6", "--set", "data.val_size=100", "--set", "*.attacks.*.steps=3"]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_sessions_cluster(ray_cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drivers are processes of their own; the cluster they use is already up."""
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
 
 
 def tune(workdir: Path, *arguments: str) -> subprocess.Popen:
