@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
@@ -123,6 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"raysweep: error: {problem}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever read our output has seen enough (`raysweep list | head`); nothing is left to say on the way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("raysweep: interrupted", file=sys.stderr)
         return 130
