@@ -31,8 +31,11 @@ class Asha(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
         value, epoch, number = result.get(self._space.objectives[0]), result.get("epoch"), trial.config["number"]
+        # Most epochs are no rung: the settings need not be validated again for those.
+        if value is None or epoch not in self._rungs:
+            return str(TrialScheduler.CONTINUE)
         burn_in = self._space.config(trial.config["settings"]).burn_in
-        if value is None or epoch is None or not self._record(epoch, number, burn_in, value):
+        if not self._record(epoch, number, burn_in, value):
             return str(TrialScheduler.CONTINUE)
         return str(TrialScheduler.CONTINUE if self._good(epoch, value) else TrialScheduler.STOP)
 

@@ -67,7 +67,7 @@ def fit(
         model = synchronised(model, workers)
     optimizer = _sgd(config, model)
     run = Run(run_path)
-    keys = chain(config, data.fingerprint, workers.size)
+    keys = chain(config, data.fingerprint, workers.size) if prefixes else []
     if prefixes is not None and workers.rank == 0 and not run.epochs():
         _adopt_longest(config, run, prefixes, keys)
     last = first_says(max(run.epochs(), default=0), workers, device)
