@@ -8,9 +8,10 @@ from conftest import TINY
 
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.resources import Resources
 from raysweep.sweep.search import StudySearch
 from raysweep.sweep.space import SearchSpace
-from raysweep.sweep.tuner import Resources, run_sweep
+from raysweep.sweep.tuner import run_sweep
 from raysweep.tracking import SweepTracker, Tracker
 from raysweep.training import checkpoint
 

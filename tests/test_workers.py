@@ -25,8 +25,9 @@ from raysweep.models import ModelSpec
 from raysweep.rng import Rng
 from raysweep.spec import SpecError, override
 from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.resources import Resources
 from raysweep.sweep.space import SearchSpace
-from raysweep.sweep.tuner import Resources, run_sweep
+from raysweep.sweep.tuner import run_sweep
 from raysweep.sweep.workers import held
 from raysweep.training import checkpoint
 from raysweep.training.batchnorm import synchronised

@@ -21,7 +21,7 @@ from raysweep.tracking import SweepTracker, Tracker, embedded_store
 from raysweep.training.config import named_method
 
 if TYPE_CHECKING:
-    from raysweep.sweep.tuner import Budget
+    from raysweep.sweep.relay import Budget
 
 _BEST = 5
 
@@ -36,7 +36,9 @@ def run(args: Namespace) -> int:
     tracker = Tracker(embedded_store(out), out / "mlruns")
     ledger = _ledger(args, out / "runs", space)
 
-    from raysweep.sweep.tuner import Listener, Resources, SweepFailed, run_sweep
+    from raysweep.sweep.relay import Listener, SweepFailed
+    from raysweep.sweep.resources import Resources
+    from raysweep.sweep.tuner import run_sweep
 
     console = Console(stderr=True)
     listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(console)]
@@ -53,7 +55,7 @@ def run(args: Namespace) -> int:
 
 
 def _budget(args: Namespace) -> "Budget":
-    from raysweep.sweep.tuner import Budget
+    from raysweep.sweep.relay import Budget
 
     return Budget(args.max_time or math.inf, math.inf if args.max_gpu_hours is None else 3600 * args.max_gpu_hours)
 

@@ -153,7 +153,9 @@ def sweep(
     work: Work, path: Path, space: SearchSpace, cpus: float, gpus: float | None, max_hours: float | None = None
 ) -> Ledger:
     """The sweep in `path`, run to its end or budget. Raises StageFailed if it brought nothing."""
-    from raysweep.sweep.tuner import Budget, Listener, Resources, SweepFailed, run_sweep
+    from raysweep.sweep.relay import Budget, Listener, SweepFailed
+    from raysweep.sweep.resources import Resources
+    from raysweep.sweep.tuner import run_sweep
 
     ledger = Ledger.open(path) if (path / "sweep.json").exists() else Ledger.create(path, space)
     ended = [trial for trial in ledger.trials() if trial.state != "running"]
