@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from raysweep import __version__
+from raysweep.completion import SHELLS, PrintCompletion
 
 _DESCRIPTION = """\
 Find the hyper-parameters of instance-reweighted adversarial training on a cluster, and prove the winners.
@@ -25,16 +26,21 @@ def build_parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("raysweep", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=formatter)
     parser.add_argument("--version", action="version", version=f"raysweep {__version__}")
+    parser.add_argument(
+        "--print-completion", action=PrintCompletion, choices=SHELLS, help="a completion script, for `eval` or a file"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     p = commands.add_parser("list", help="methods, search spaces, models, data sets, pipelines")
     _json(p)
 
     p = commands.add_parser(
-        "show", help="a method, preset, space or pipeline with all its settings; or how a sweep stands"
+        "show", help="a method, preset, space or pipeline with all its settings; or how a sweep or trial stands"
     )
     p.add_argument(
-        "what", metavar="WHAT", help="a method, preset or pipeline, a YAML file of a space or pipeline, a sweep"
+        "what",
+        metavar="WHAT",
+        help="a method, preset or pipeline, a YAML file, a sweep, or a trial: SWEEP/0003",
     )
     _settings(p)
     _out(p)

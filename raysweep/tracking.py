@@ -15,6 +15,7 @@ from typing import Any, Literal
 from raysweep.spec import SpecError, flatten
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import labels
+from raysweep.training.advice import advise
 from raysweep.training.checkpoint import Checkpoint, Run, environment
 from raysweep.training.config import RunConfig
 from raysweep.training.diagnostics import read_histograms
@@ -98,6 +99,11 @@ class Tracker:
         from mlflow.entities import RunTag
 
         self._connected.result()[0].log_batch(run, tags=[RunTag(k, v) for k, v in tags.items()])
+
+    def describe(self, run: str, lines: Sequence[str]) -> None:
+        """The run's description in the UI: one point a line."""
+        if lines:
+            self.tag(run, {"mlflow.note.content": "\n".join(f"- {line}" for line in lines)})
 
     def artifacts(self, run: str, folder: Path, under: str) -> None:
         self._connected.result()[0].log_artifacts(run, str(folder), under)
@@ -252,6 +258,7 @@ class SweepTracker:
             last = Run(ledger.run_path(trial.number)).last()
             if trial.number in self._runs and last is not None:
                 self._tracker.plots(self._runs[trial.number], last.path.parent, last.history)
+                self._tracker.describe(self._runs[trial.number], advise(last.config, last.history))
         if ranked:
             best = {f"best/{name}": value for name, value in _headline(ranked[0]).items()}
             self._tracker.metrics(self._parent, best | {"trials": float(len(trials))}, 0)

@@ -16,9 +16,9 @@ LAYERS = [
     ("evaluation",),
     ("training",),
     ("sweep",),
-    ("tracking", "display", "plots"),
+    ("tracking", "display", "plots", "results"),
     ("pipeline",),
-    ("commands",),
+    ("commands", "completion"),
     ("cli",),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

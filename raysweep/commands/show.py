@@ -12,6 +12,7 @@ from raysweep.catalog import METHODS
 from raysweep.commands import settings
 from raysweep.display import trial_table
 from raysweep.pipeline.shipped import pipelines
+from raysweep.results import trial_advice
 from raysweep.spec import Json, SpecError, read_yaml, unknown_name
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.space import load_space
@@ -32,9 +33,11 @@ def run(args: Namespace) -> int:
         return _print(args, {"space": space.json_dict(), "config": space.config({}).json_dict()})
     if (sweep / "sweep.json").is_file():
         return _sweep(args, Ledger.open(sweep))
+    if (sweep.parent / "sweep.json").is_file() and sweep.name.isdecimal():
+        return _trial(args, Ledger.open(sweep.parent), int(sweep.name))
     sweeps = sorted(p.parent.name for p in (args.out / "runs").glob("*/sweep.json"))
     known = dict.fromkeys([*METHODS, *presets(), *pipelines(), *sweeps])
-    raise SpecError(unknown_name("method, preset, space file, pipeline or sweep", args.what, list(known)))
+    raise SpecError(unknown_name("method, preset, space file, pipeline, sweep or trial", args.what, list(known)))
 
 
 def _print(args: Namespace, data: Json) -> int:
@@ -59,4 +62,30 @@ def _sweep(args: Namespace, ledger: Ledger) -> int:
     ranked = ledger.ranked()
     rest = [trial for trial in trials if trial.number not in {t.number for t in ranked}]
     console.print(trial_table(ledger, [*ranked, *rest]))
+    if ranked:
+        for line in trial_advice(ledger, ranked[0].number):
+            print(f"trial {ranked[0].number:04d}: {line}")
+    return 0
+
+
+def _trial(args: Namespace, ledger: Ledger, number: int) -> int:
+    """One trial: what was searched, its best epoch, what stands out, where it is."""
+    found = [trial for trial in ledger.trials() if trial.number == number]
+    if not found:
+        raise SpecError(f"{ledger.name} has no trial {number:04d}: it has {len(ledger.trials())}, counted from 0000")
+    trial, advice = found[0], trial_advice(ledger, number)
+    folder = ledger.run_path(number)
+    if args.json:
+        return _print(args, {**asdict(trial), "folder": str(folder), "advice": advice})
+    reason = f": {trial.reason}" if trial.reason else ""
+    print(f"{ledger.name}/{number:04d} {trial.state}{reason} after {trial.epoch} epochs, {trial.trained} trained here")
+    settings = {path: value for path, value in trial.settings.items() if value is not None}
+    metrics = {name: f"{value:.4f}" for name, value in trial.best.items() if "/" not in name and name != "epoch"}
+    for title, rows in (("searched", settings), (f"epoch {trial.best.get('epoch', 0):.0f}, its best", metrics)):
+        print(title)
+        for name, value in rows.items():
+            print(f"  {name} = {value}")
+    for line in advice:
+        print(f"note: {line}")
+    print(f"folder\n  {folder}")
     return 0

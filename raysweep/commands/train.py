@@ -8,6 +8,7 @@ from raysweep.commands import plain_name, settings, ui_command, writable
 from raysweep.data import load
 from raysweep.spec import SpecError
 from raysweep.tracking import Tracker, embedded_store, train_tags
+from raysweep.training.advice import advise
 from raysweep.training.checkpoint import Checkpoint, Run
 from raysweep.training.prefix import PREFIXES, Prefixes
 from raysweep.training.presets import resolve
@@ -48,11 +49,16 @@ def run(args: Namespace) -> int:
     tracker.metrics(run_id, {f"best/{k}": v for k, v in best.items()}, fitted.best.epoch)
     tracker.artifacts(run_id, fitted.best.path, "checkpoint")
     tracker.plots(run_id, path, fitted.last.history)
+    advice = advise(config, fitted.last.history)
+    tracker.describe(run_id, advice)
     tracker.close(run_id, "FINISHED")
     if args.json:
-        print(json.dumps({"checkpoint": str(fitted.best.path), "epoch": fitted.best.epoch, "metrics": best}, indent=1))
+        facts = {"checkpoint": str(fitted.best.path), "epoch": fitted.best.epoch, "metrics": best, "advice": advice}
+        print(json.dumps(facts, indent=1))
         return 0
     objective = config.validation.objective
     print(f"best epoch {fitted.best.epoch} by {objective}: {best[objective]:.3f}\n  {fitted.best.path}")
+    for line in advice:
+        print(f"note: {line}")
     print(f"compare with\n  {ui_command(tracker.uri)}")
     return 0

@@ -14,6 +14,7 @@ from rich.console import Console
 from raysweep.commands import plain_name, settings, ui_command, writable
 from raysweep.data import Data, load
 from raysweep.display import Progress, trial_table
+from raysweep.results import trial_advice
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import SearchSpace, load_space
@@ -106,11 +107,12 @@ def _report(args: Namespace, ledger: Ledger, tracker: Tracker) -> int:
     out = "" if args.out == Path() else f" --out {args.out}"
     asked, trained = sum(t.epoch for t in trials), sum(t.trained for t in trials)
     if args.json:
+        advice = trial_advice(ledger, ranked[0].number) if ranked else []
         rows = [asdict(t) | {"checkpoint": str(ledger.checkpoint(t)), "masks": ledger.masks(t)} for t in ranked]
         front = [trial.number for trial in ledger.front()]
         epochs = {"asked": asked, "trained": trained, "saved": asked - trained}
-        facts = {"sweep": ledger.name, "path": str(ledger.path), "epochs": epochs, "front": front, "trials": rows}
-        print(json.dumps(facts, indent=1))
+        facts = {"sweep": ledger.name, "path": str(ledger.path), "epochs": epochs, "front": front, "advice": advice}
+        print(json.dumps({**facts, "trials": rows}, indent=1))
     elif ranked:
         console = Console(width=None if sys.stdout.isatty() else 160)
         names = [name.replace("_", " ") for name in ledger.space.objectives]
@@ -123,6 +125,8 @@ def _report(args: Namespace, ledger: Ledger, tracker: Tracker) -> int:
             console.print(trial_table(ledger, ranked[:_BEST]))
         for line in _masking(ledger, ranked):
             print(line)
+        for line in trial_advice(ledger, ranked[0].number):
+            print(f"trial {ranked[0].number:04d}: {line}")
         print(f"epochs: {asked} asked, {trained} trained, {asked - trained} taken over from other trials")
         print(f"\nbest checkpoint\n  {ledger.checkpoint(ranked[0])}")
         print(f"next\n  raysweep eval {_short(ledger.checkpoint(ranked[0]))}{out}")

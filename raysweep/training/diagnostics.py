@@ -28,8 +28,9 @@ class Diagnostics:
 
     Scalars, all `train/...`: `loss`; accuracy `clean` and under each attack, by name; for each attack that counts it
     `kappa_NAME` and `kappa_median_NAME`; `V_NAME`, mean vulnerability (L eq. 8-9); for each term `weight_NAME`, the
-    mean weight before normalisation, `ess_NAME`, the effective share of the sample (sum w)^2 / (n sum w^2), and
-    `low_weight_NAME`, the share with weight under 0.2 of the batch's mean (L fig. 1a).
+    mean weight before normalisation, `ess_NAME`, the effective share of the sample (sum w)^2 / (n sum w^2),
+    `active_NAME`, the share with a weight at all, and `low_weight_NAME`, the share with weight under 0.2 of the batch's
+    mean (L fig. 1a).
     """
 
     def __init__(self, method: Method, workers: Workers) -> None:
@@ -57,6 +58,7 @@ class Diagnostics:
         for name, weight in step.weights.items():
             self._sum(f"weight_{name}", weight.sum())
             self._sum(f"squares_{name}", (weight**2).sum())
+            self._sum(f"active_{name}", (weight > 0).sum())
             relative = weight / weight.mean().clamp_min(torch.finfo(weight.dtype).tiny)
             self._sum(f"low_weight_{name}", (relative < LOW_WEIGHT).sum())
             self._count(f"weight_{name}", relative, _bins(0.0, 5.0, 50))
