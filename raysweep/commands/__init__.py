@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from raysweep.spec import SpecError
+from raysweep.spec import SpecError, parse_yaml
 
 
 def settings(args: Namespace) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def settings(args: Namespace) -> dict[str, Any]:
         if not equals or not path:
             raise SpecError(f"--set {item!r}: expected PATH=VALUE, for example --set epochs=20")
         try:
-            changes[path] = yaml.safe_load(text)
+            changes[path] = parse_yaml(text)
         except yaml.YAMLError:
             raise SpecError(f"--set {item!r}: {text!r} is not a YAML value") from None
     if args.data_dir is not None:

@@ -21,16 +21,16 @@ from raysweep.training.presets import presets, resolve
 
 def run(args: Namespace) -> int:
     sweep = args.out / "runs" / args.what
-    if args.what in (*METHODS, *presets()):
-        return _print(args, resolve(args.what, settings(args)).json_dict())
-    is_file = args.what.endswith((".yaml", ".yml"))
-    if args.what in pipelines() or (is_file and "stages" in read_yaml(Path(args.what))):
+    parts = read_yaml(Path(args.what)) if args.what.endswith((".yaml", ".yml")) else {}
+    if args.what in pipelines() or "stages" in parts:
         from raysweep.pipeline.pipeline import load_pipeline
 
         return _print(args, load_pipeline(args.what, settings(args))[1].json_dict())
-    if is_file:
+    if "space" in parts:
         space = load_space("", settings(args), Path(args.what))
         return _print(args, {"space": space.json_dict(), "config": space.config({}).json_dict()})
+    if parts or args.what in (*METHODS, *presets()):
+        return _print(args, resolve(args.what, settings(args)).json_dict())
     if (sweep / "sweep.json").is_file():
         return _sweep(args, Ledger.open(sweep))
     if (sweep.parent / "sweep.json").is_file() and sweep.name.isdecimal():
