@@ -230,6 +230,9 @@ def _problems(error: ValidationError, data: Any, source: str) -> list[str]:
             head = path.rpartition(".")[0]
             near = ", ".join(f"{head}.{name}" if head else name for name in item["msg"].split())
             lines.append(f"{prefix}no setting {path!r}; nearest: {near}")
+        elif item["type"] == "union_tag_invalid":
+            tags = [tag.strip(" '") for tag in item["ctx"]["expected_tags"].split(",")]
+            lines.append(f"{prefix}{path}: {unknown_name('kind', item['ctx']['tag'], tags)}")
         elif item["type"] == "missing":
             lines.append(f"{prefix}{path} is missing")
         elif item["type"] == "value_error" and isinstance(item.get("ctx", {}).get("error"), SpecError):

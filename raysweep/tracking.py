@@ -112,8 +112,12 @@ class Tracker:
         """The papers' figures of a training run, as images."""
         from raysweep.plots import all_figures
 
+        self.figures(run, all_figures(history, read_histograms(run_path)))
+
+    def figures(self, run: str, figures: Mapping[str, Any]) -> None:
+        """matplotlib's figures, by name, where MLflow's page of the run shows them."""
         client, _ = self._connected.result()
-        for name, figure in all_figures(history, read_histograms(run_path)).items():
+        for name, figure in figures.items():
             client.log_figure(run, figure, f"plots/{name}.png")
 
     def artifact(self, run: str, data: Any, name: str) -> None:
