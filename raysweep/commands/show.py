@@ -8,8 +8,9 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
+from raysweep import storage
 from raysweep.catalog import METHODS
-from raysweep.commands import settings
+from raysweep.commands import runs_in, settings
 from raysweep.display import trial_table
 from raysweep.pipeline.shipped import pipelines
 from raysweep.spec import Json, SpecError, read_yaml, unknown_name
@@ -19,7 +20,6 @@ from raysweep.training.presets import presets, resolve
 
 
 def run(args: Namespace) -> int:
-    sweep = args.out / "runs" / args.what
     if args.what in (*METHODS, *presets()):
         return _print(args, resolve(args.what, settings(args)).json_dict())
     is_file = args.what.endswith((".yaml", ".yml"))
@@ -30,9 +30,10 @@ def run(args: Namespace) -> int:
     if is_file:
         space = load_space("", settings(args), Path(args.what))
         return _print(args, {"space": space.json_dict(), "config": space.config({}).json_dict()})
-    if (sweep / "sweep.json").is_file():
-        return _sweep(args, Ledger.open(sweep))
-    sweeps = sorted(p.parent.name for p in (args.out / "runs").glob("*/sweep.json"))
+    runs = runs_in(args, write=False)
+    if storage.pull_file(runs / args.what / "sweep.json"):
+        return _sweep(args, Ledger.open(runs / args.what))
+    sweeps = storage.folders(runs, "sweep.json")
     known = dict.fromkeys([*METHODS, *presets(), *pipelines(), *sweeps])
     raise SpecError(unknown_name("method, preset, space file, pipeline or sweep", args.what, list(known)))
 

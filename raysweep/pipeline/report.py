@@ -52,7 +52,7 @@ class Report(Stage):
         table = self._table()
         lines = compare(table, past.judged) if table else []
         histories = {
-            c.title: checkpoint.read(work.out / c.checkpoint).history
+            c.title: checkpoint.read(work.path(c.checkpoint)).history
             for c in {j.candidate.checkpoint: j.candidate for j in past.judged}.values()
         }
         document = Document(
