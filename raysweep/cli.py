@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _settings(p)
     _out(p)
+    _storage(p)
     _json(p)
 
     p = commands.add_parser("train", help="one training run, in this process")
@@ -51,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--name", help="name of the run's folder (default: the method and the digest of the settings)")
     _settings(p)
     _out(p)
+    _storage(p)
     _json(p)
 
     p = commands.add_parser("tune", help="a sweep: Ray Tune and Optuna search, MLflow records")
@@ -72,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--workers", type=_count, default=1, metavar="N", help="processes that share a trial (default: 1)")
     _settings(p)
     _out(p)
+    _storage(p)
     _json(p)
 
     p = commands.add_parser(
@@ -88,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _settings(p)
     _out(p)
+    _storage(p)
     _json(p)
 
     p = commands.add_parser("eval", help="a checkpoint, MLflow run or model of your own under attack, on the test set")
@@ -122,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; user mistakes become lines on stderr and exit code 2."""
     args = build_parser().parse_args(arguments)
     from raysweep.spec import SpecError
+    from raysweep.storage import StoreFailed
 
     try:
         command = importlib.import_module(f"raysweep.commands.{args.command}")
@@ -130,6 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"raysweep: error: {problem}", file=sys.stderr)
         return 2
+    except StoreFailed as error:
+        print(f"raysweep: error: {error}; what is in the bucket is whole: the same command goes on", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         # Whoever read our output has seen enough (`raysweep list | head`); nothing is left to say on the way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -151,6 +159,14 @@ def _settings(parser: argparse.ArgumentParser) -> None:
 def _out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path(), metavar="DIR", help="where runs/ and mlflow.db go (default: .)"
+    )
+
+
+def _storage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--storage",
+        metavar="WHERE",
+        help="where sweeps and checkpoints go instead of runs/: a folder, s3://BUCKET/PATH or gs://BUCKET/PATH",
     )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from raysweep import storage
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import labels
@@ -18,17 +19,17 @@ if TYPE_CHECKING:
 
 
 def load(path: str | Path, *, data_dir: str | Path | None = None) -> nn.Module:
-    """The network of a checkpoint's folder, or of a run's best epoch, in eval mode: [0, 1] images to logits.
+    """The network of a checkpoint's folder or URI, or of a run's best epoch, in eval mode: [0, 1] images to logits.
 
     data_dir: where the data of its training are now, if they have moved. Raises SpecError in one line.
     """
     changes = {} if data_dir is None else {"data_dir": str(Path(data_dir).expanduser().resolve())}
-    return load_checkpoint(Path(path).expanduser().resolve(), changes).model
+    return load_checkpoint(storage.at(str(path)), changes).model
 
 
 def load_sweep(path: str | Path) -> "Sweep":
-    """A sweep, finished or not, by its folder (`runs/NAME`). Raises SpecError in one line if there is none."""
-    return Sweep(Ledger.open(Path(path).expanduser().resolve()))
+    """A sweep, finished or not, by its folder (`runs/NAME`) or URI. Raises SpecError in one line if there is none."""
+    return Sweep(Ledger.open(storage.at(str(path))))
 
 
 def load_report(path: str | Path) -> "pd.DataFrame":

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+from raysweep import storage
 from raysweep.spec import SpecError, flatten
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import labels
@@ -294,7 +295,9 @@ class SweepTracker:
     def _finish(self, run: str, trial: Trial) -> None:
         if trial.best:
             self._tracker.metrics(run, {f"best/{k}": v for k, v in _headline(trial).items()}, trial.epoch)
-            self._tracker.artifacts(run, self._ledger.checkpoint(trial), "checkpoint")
+            best = self._ledger.checkpoint(trial)
+            storage.pull(best)
+            self._tracker.artifacts(run, best, "checkpoint")
         self._tracker.tag(run, {"state": trial.state, **({"reason": trial.reason} if trial.reason else {})})
         self._tracker.close(run, _STATUS[trial.state])
 
@@ -302,7 +305,7 @@ class SweepTracker:
 def run_tags(saved: Checkpoint) -> dict[str, str]:
     """The tags of the run that wrote a checkpoint of `raysweep train` or of a sweep's trial."""
     folder = saved.path.parent
-    if (folder / "trial.json").exists():
+    if storage.pull_file(folder / "trial.json"):
         return _trial_tags(Ledger.open(folder.parent.parent).key, folder.name)
     return train_tags(Run(folder))
 

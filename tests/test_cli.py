@@ -16,13 +16,13 @@ from raysweep.cli import build_parser, main
 COMMON = {"--set", "--data-dir", "--json"}
 FLAGS = {
     "list": {"--json"},
-    "show": {*COMMON, "--out"},
-    "train": {*COMMON, "--out", "--name"},
+    "show": {*COMMON, "--out", "--storage"},
+    "train": {*COMMON, "--out", "--storage", "--name"},
     "tune": {
-        *COMMON, "--out", "--name", "--space", "--trials", "--resume", "--plan", "--address", "--cpus-per-trial",
-        "--gpus-per-trial", "--workers", "--max-trials", "--max-time", "--max-gpu-hours",
+        *COMMON, "--out", "--storage", "--name", "--space", "--trials", "--resume", "--plan", "--address",
+        "--cpus-per-trial", "--gpus-per-trial", "--workers", "--max-trials", "--max-time", "--max-gpu-hours",
     },
-    "run": {*COMMON, "--out", "--plan", "--from", "--wait", "--address"},
+    "run": {*COMMON, "--out", "--storage", "--plan", "--from", "--wait", "--address"},
     "eval": {
         *COMMON, "--out", "--attack", "--version", "--eps", "--norm", "--n", "--batch-size", "--keep-adversarial",
         "--pseudo-label", "--address", "--gpus-per-task", "--bundle", "--verify",

@@ -8,8 +8,9 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
+from raysweep import storage
 from raysweep.catalog import METHODS
-from raysweep.commands import settings
+from raysweep.commands import runs_in, settings
 from raysweep.display import trial_table
 from raysweep.pipeline.shipped import pipelines
 from raysweep.results import trial_advice
@@ -20,7 +21,6 @@ from raysweep.training.presets import presets, resolve
 
 
 def run(args: Namespace) -> int:
-    sweep = args.out / "runs" / args.what
     parts = read_yaml(Path(args.what)) if args.what.endswith((".yaml", ".yml")) else {}
     if args.what in pipelines() or "stages" in parts:
         from raysweep.pipeline.pipeline import load_pipeline
@@ -31,11 +31,13 @@ def run(args: Namespace) -> int:
         return _print(args, {"space": space.json_dict(), "config": space.config({}).json_dict()})
     if parts or args.what in (*METHODS, *presets()):
         return _print(args, resolve(args.what, settings(args)).json_dict())
-    if (sweep / "sweep.json").is_file():
-        return _sweep(args, Ledger.open(sweep))
-    if (sweep.parent / "sweep.json").is_file() and sweep.name.isdecimal():
-        return _trial(args, Ledger.open(sweep.parent), int(sweep.name))
-    sweeps = sorted(p.parent.name for p in (args.out / "runs").glob("*/sweep.json"))
+    runs = runs_in(args, write=False)
+    if storage.pull_file(runs / args.what / "sweep.json"):
+        return _sweep(args, Ledger.open(runs / args.what))
+    sweep, _, number = args.what.rpartition("/")
+    if number.isdecimal() and storage.pull_file(runs / sweep / "sweep.json"):
+        return _trial(args, Ledger.open(runs / sweep), int(number))
+    sweeps = storage.folders(runs, "sweep.json")
     known = dict.fromkeys([*METHODS, *presets(), *pipelines(), *sweeps])
     raise SpecError(unknown_name("method, preset, space file, pipeline, sweep or trial", args.what, list(known)))
 
@@ -76,7 +78,7 @@ def _trial(args: Namespace, ledger: Ledger, number: int) -> int:
     trial, advice = found[0], trial_advice(ledger, number)
     folder = ledger.run_path(number)
     if args.json:
-        return _print(args, {**asdict(trial), "folder": str(folder), "advice": advice})
+        return _print(args, {**asdict(trial), "folder": storage.name(folder), "advice": advice})
     reason = f": {trial.reason}" if trial.reason else ""
     print(f"{ledger.name}/{number:04d} {trial.state}{reason} after {trial.epoch} epochs, {trial.trained} trained here")
     settings = {path: value for path, value in trial.settings.items() if value is not None}
@@ -87,5 +89,5 @@ def _trial(args: Namespace, ledger: Ledger, number: int) -> int:
             print(f"  {name} = {value}")
     for line in advice:
         print(f"note: {line}")
-    print(f"folder\n  {folder}")
+    print(f"folder\n  {storage.name(folder)}")
     return 0

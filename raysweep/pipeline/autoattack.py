@@ -69,7 +69,7 @@ class AutoAttack(Stage):
         return attack
 
     def _judge(self, work: Work, candidate: Candidate, label: str, shards: Any) -> Judgement:
-        subject = load_checkpoint(work.out / candidate.checkpoint, {})
+        subject = load_checkpoint(work.path(candidate.checkpoint), {})
         assert subject.checkpoint is not None
         config = subject.checkpoint.config
         assert subject.data is not None
@@ -93,7 +93,7 @@ class AutoAttack(Stage):
             standard=attack == autoattack(report.eps, self.norm),
             test_examples=len(data.test),
             run=run,
-            folder=work.relative(folder),
+            folder=work.reference(folder),
             protocol=_protocol(config, report, data.fingerprint),
             **_numbers(report),
         )

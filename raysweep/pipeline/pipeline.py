@@ -144,18 +144,21 @@ def run_pipeline(
     out: Path,
     console: Console,
     *,
+    runs: Path | None = None,
     address: str | None = None,
     first: str | None = None,
     wait: bool = False,
 ) -> Iterator[tuple[Step, Artifact, bool]]:
     """Run what has not run yet: step, artifact, and whether it was there already, one by one.
 
-    first: make the artifacts from this stage on again. Raises SpecError if another process runs this pipeline.
+    runs: where sweeps live (default: `out`/runs); first: make the artifacts from this stage on again. Raises
+    SpecError if another process runs this pipeline.
     """
     folder = out / "runs" / "pipelines" / name
     again = _position(first, pipeline)
     salt = pipeline.salt()
-    sweeps = folder / "sweeps" / salt if salt else out / "runs"
+    runs = runs or out / "runs"
+    sweeps = runs / "pipelines" / name / "sweeps" / salt if salt else runs
     with locked(folder, wait), ExitStack() as stack:
         for half in folder.glob(".[0-9]*"):
             # Left by a run that was killed while it wrote.

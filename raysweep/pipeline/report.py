@@ -57,9 +57,9 @@ class Report(Stage):
         regressions = self._regressions(best, since)
         table = self._table()
         lines = compare(table, past.judged) if table else []
-        subject = load_checkpoint(work.out / best.candidate.checkpoint, {})
+        subject = load_checkpoint(work.path(best.candidate.checkpoint), {})
         pictures = drawn(subject)
-        saved = {c.checkpoint: checkpoint.read(work.out / c.checkpoint) for c in _judged(past)}
+        saved = {c.checkpoint: checkpoint.read(work.path(c.checkpoint)) for c in _judged(past)}
         document = Document(
             title=f"raysweep {work.name}",
             under=_under(best),

@@ -12,6 +12,7 @@ import ray
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from raysweep import storage
 from raysweep.data import Data, DataSpec, load
 from raysweep.spec import SpecError
 from raysweep.sweep.asha import Asha
@@ -67,12 +68,14 @@ def _tuner(
     for name in ("ray.tune", "ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="ray")
-    root, space = str(ledger.path.resolve()), ledger.space
+    where, space = storage.name(ledger.path.resolve()), ledger.space
 
     def trainable(proposal: dict[str, Any]) -> None:
         settings = space.config(proposal["settings"])
-        path = Path(root) / "trials" / f"{proposal['number']:04d}"
-        prefixes = Prefixes(Path(root).parent / PREFIXES) if space.share_prefixes else None
+        # Each machine has its own copy of a bucket.
+        root = storage.at(where)
+        path = root / "trials" / f"{proposal['number']:04d}"
+        prefixes = Prefixes(root.parent / PREFIXES) if space.share_prefixes else None
         if resources.workers == 1:
             _train(settings, path, resources.cpus, prefixes)
         else:
@@ -90,11 +93,12 @@ def _tuner(
         ),
         run_config=tune.RunConfig(
             name="ray",
-            storage_path=root,
+            # Nothing but Tune's own scratch: no sweep starts from it.
+            storage_path=str(ledger.path.resolve()),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=_RETRIES),
             stop=Stop(relay),
-            callbacks=[relay, Release(Path(root) / "trials")],
+            callbacks=[relay, Release(ledger.path / "trials")],
         ),
     )
 
@@ -123,9 +127,13 @@ def _train(config: RunConfig, path: Path, cpus: float, prefixes: Prefixes | None
         torch.cuda.empty_cache()
         hint = f"lower batch_size (now {config.batch_size}) or raise --gpus-per-trial"
         tune.report({FAILED: f"out of memory on {torch.cuda.get_device_name()}: {hint}"})
+    except storage.StoreFailed:
+        raise
     except Exception as error:
-        (path / "error.txt").write_text(traceback.format_exc())
-        tune.report({FAILED: f"{type(error).__name__}: {error}", BUG: str(path / "error.txt")})
+        log = path / "error.txt"
+        log.write_text(traceback.format_exc())
+        storage.push(log)
+        tune.report({FAILED: f"{type(error).__name__}: {error}", BUG: storage.name(log)})
 
 
 @cache

@@ -7,6 +7,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
+from raysweep import storage
 from raysweep.attacks import frozen, vulnerability
 from raysweep.data import Split
 from raysweep.files import write_whole
@@ -107,11 +108,14 @@ def natural_accuracy(model: nn.Module, train: Split, count: int = 1000) -> float
 
 def write_histograms(run_path: Path, epoch: int, histograms: dict[str, Histogram]) -> None:
     """RUN/histograms/epoch-NNNN.json, whole or not at all."""
-    write_whole(run_path / _FOLDER / f"epoch-{epoch:04d}.json", json.dumps(histograms))
+    file = run_path / _FOLDER / f"epoch-{epoch:04d}.json"
+    write_whole(file, json.dumps(histograms))
+    storage.push(file)
 
 
 def read_histograms(run_path: Path) -> dict[int, dict[str, Histogram]]:
     """Histograms of a run's epochs, 1-based, as far as they were trained in this folder."""
+    storage.pull_files(run_path / _FOLDER, "epoch-*.json")
     files = sorted((run_path / _FOLDER).glob("epoch-*.json"))
     return {int(file.stem.removeprefix("epoch-")): json.loads(file.read_text()) for file in files}
 

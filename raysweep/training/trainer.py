@@ -111,8 +111,8 @@ def fit(
 
 def _adopt_longest(config: RunConfig, run: Run, prefixes: Prefixes, keys: list[str]) -> None:
     """Take over the longest stored prefix, if there is one, and the best epoch in it if that is an earlier one."""
-    for epoch in range(config.epochs, 0, -1):
-        if (state := prefixes.get(keys[epoch])) is None:
+    for epoch in prefixes.stored(keys):
+        if epoch == 0 or (state := prefixes.get(keys[epoch])) is None:
             continue
         best = best_epoch(config, checkpoint.read(state).history)
         if (best_state := prefixes.get(keys[best])) is not None:
