@@ -56,7 +56,8 @@ class Checkpoint:
         state = load_file(self.path / STATE)
         for name, parameter in model.named_parameters():
             if name in state:
-                optimizer.state[parameter]["momentum_buffer"] = state[name].to(parameter.device)
+                # Laid out as the parameter, as it was when it was saved: other layouts round otherwise.
+                optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(state[name])
 
 
 def save(

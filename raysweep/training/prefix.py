@@ -25,21 +25,23 @@ PREFIXES = ".prefixes"
 _POLL, _BUCKET_POLL = 0.2, 1.0
 
 
-def chain(config: RunConfig, data_fingerprint: str, workers: int = 1) -> list[str]:
-    """Keys of the states after 0, 1, ..., epochs epochs."""
+def chain(config: RunConfig, data_fingerprint: str, workers: int = 1, device: torch.device | None = None) -> list[str]:
+    """Keys of the states after 0, 1, ..., epochs epochs on a kind of device, by default the CPU."""
+    device = device or torch.device("cpu")
     start = {
         "data": data_fingerprint,
         "split": _decides(config.data.json_dict(), drop=("data_dir", "download", "name")),
         "model": config.model.json_dict(),
         "validation": config.validation.json_dict(),
+        "compute": config.compute.on(device).json_dict(),
         "machine": [
             str(checkpoint.environment()[name]) for name in ("torch", "device")
-        ] + [torch.get_num_threads(), workers],
+        ] + [device.type, torch.get_num_threads(), workers],
     }  # fmt: skip
     keys = [digest(start)]
     for epoch in range(config.epochs):
         settings = config.at(epoch).json_dict()
-        now = _decides(settings, drop=("data", "model", "validation", "epochs"))
+        now = _decides(settings, drop=("data", "model", "validation", "compute", "epochs"))
         now["method"] = _decides(now["method"], drop=("name",))
         keys.append(digest([keys[-1], now]))
     return keys
