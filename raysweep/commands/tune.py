@@ -47,7 +47,7 @@ def run(args: Namespace) -> int:
     console = Console(stderr=True)
     listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(console)]
     try:
-        resources = Resources(args.cpus_per_trial, _gpus(args), args.workers)
+        resources = Resources(args.cpus_per_trial, args.gpus_per_trial, args.workers)
         run_sweep(ledger, listeners, resources, args.address, _budget(args))
     except SpecError:
         ledger.discard()
@@ -76,8 +76,6 @@ def _checked(args: Namespace, runs: Path) -> tuple[SearchSpace, Data]:
     else:
         named_method(args.method)
         space = load_space(args.method, settings(args), args.space)
-    if args.max_gpu_hours is not None and not _gpus(args):
-        raise SpecError("--max-gpu-hours: the trials hold no GPU; use --max-time")
     if args.trials:
         space = space.model_copy(update={"trials": args.trials})
     config = space.config({})
@@ -93,14 +91,6 @@ def _ledger(args: Namespace, runs: Path, space: SearchSpace) -> Ledger:
         return ledger
     name = args.name or f"{args.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     return Ledger.create(runs / plain_name(name, "--name"), space)
-
-
-def _gpus(args: Namespace) -> float:
-    if args.gpus_per_trial is not None:
-        return float(args.gpus_per_trial)
-    import torch
-
-    return float(args.workers) if torch.cuda.is_available() else 0.0
 
 
 def _report(args: Namespace, ledger: Ledger, tracker: Tracker) -> int:

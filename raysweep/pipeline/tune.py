@@ -161,8 +161,8 @@ def sweep(
     ledger = Ledger.open(path) if storage.pull_file(path / "sweep.json") else Ledger.create(path, space)
     ended = [trial for trial in ledger.trials() if trial.state != "running"]
     if len(ended) < space.total:
-        cluster = work.cluster()
-        resources = Resources(cpus, float(bool(cluster.get("GPU"))) if gpus is None else gpus)
+        work.cluster()
+        resources = Resources(cpus, gpus)
         fingerprint = work.data(space.config({}).data).fingerprint
         listeners: list[Listener] = [SweepTracker(work.tracker, fingerprint), Progress(work.console)]
         budget = Budget(math.inf if max_hours is None else 3600 * max_hours)

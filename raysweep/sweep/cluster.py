@@ -1,26 +1,36 @@
 """Ray: how to reach a cluster, quietly and without phoning home."""
 
+import json
 import logging
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import ray
 
 from raysweep.spec import SpecError
+
+# JSON: what the cluster has at most, where an autoscaler scales it and does not tell (KubeRay).
+_MAX = "RAYSWEEP_CLUSTER_MAX"
+# `ray up` leaves the cluster's configuration here, in the home of the head.
+_BOOTSTRAP = "ray_bootstrap_config.yaml"
 
 
 @contextmanager
 def connected(address: str | None = None, cpus: int | None = None) -> Iterator[dict[str, float]]:
     """Resources of the cluster at `address` ('auto', 'host:port'), or of a new one on this machine.
 
-    Raises SpecError in one line if there is no cluster at that address.
+    What an autoscaler may add counts. Raises SpecError in one line if there is no cluster at that address.
     """
     if address is not None and address != "auto":
         _reach(address)
     if ray.is_initialized():
-        yield ray.cluster_resources()
+        yield capacity()
         return
     address = address or os.environ.get("RAY_ADDRESS")
     # Ray says at each start that it guards a local cluster with a token. It should; once in its manual is enough.
@@ -32,9 +42,37 @@ def connected(address: str | None = None, cpus: int | None = None) -> Iterator[d
         reason = str(error).strip().splitlines()[0]
         raise SpecError(f"no Ray cluster at --address {address or 'local'}: {reason}") from None
     try:
-        yield ray.cluster_resources()
+        yield capacity()
     finally:
         ray.shutdown()
+
+
+def capacity() -> dict[str, float]:
+    """Resources of all nodes together."""
+    total: Counter[str] = Counter()
+    for node in nodes():
+        total.update(node)
+    return dict(total)
+
+
+def nodes() -> list[dict[str, float]]:
+    """Resources of each node that the cluster has, or can have once its autoscaler has brought what is wanted."""
+    if _MAX in os.environ:
+        try:
+            return [{kind: float(amount) for kind, amount in json.loads(os.environ[_MAX]).items()}]
+        except (ValueError, TypeError, AttributeError):
+            raise SpecError(f'{_MAX}={os.environ[_MAX]!r}: expected JSON like {{"CPU": 32, "GPU": 8}}') from None
+    present = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    file = Path.home() / _BOOTSTRAP
+    return [*present, *_launchable(json.loads(file.read_text()), len(present))] if file.is_file() else present
+
+
+def _launchable(config: dict[str, Any], present: int) -> Iterator[dict[str, float]]:
+    """The nodes that a `ray up` cluster of `present` nodes has not launched yet, of the types that have GPUs first."""
+    types = [kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]]
+    types.sort(key=lambda kind: -kind["resources"].get("GPU", 0))
+    all_workers = [kind["resources"] for kind in types for _ in range(kind.get("max_workers", 0)) if kind["resources"]]
+    yield from islice(all_workers, present - 1, config["max_workers"])
 
 
 def _reach(address: str) -> None:

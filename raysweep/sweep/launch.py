@@ -5,6 +5,8 @@ from typing import TypeVar
 
 import ray
 
+from raysweep.sweep.cluster import capacity
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -23,7 +25,7 @@ class RayMap:
     def width(self) -> int:
         """Tasks that the cluster runs at once."""
         held = {"CPU": self._options["num_cpus"], "GPU": self._options["num_gpus"]}
-        cluster = ray.cluster_resources()
+        cluster = capacity()
         return max(1, int(min(cluster.get(kind, 0) / amount for kind, amount in held.items() if amount)))
 
     def __call__(self, run: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:

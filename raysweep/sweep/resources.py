@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raysweep.spec import SpecError
 from raysweep.sweep.workers import DRIVER_CPUS
@@ -10,24 +10,35 @@ from raysweep.sweep.workers import DRIVER_CPUS
 
 @dataclass(frozen=True)
 class Resources:
-    """What one trial holds, in Ray's logical units; several workers share it equally."""
+    """What one trial holds, in Ray's logical units; several workers share it equally.
+
+    gpus: None for one for each worker, if the cluster has any.
+    """
 
     cpus: float = 1
-    gpus: float = 0
+    gpus: float | None = None
     workers: int = 1
 
     def __post_init__(self) -> None:
-        each = self.gpus / self.workers
+        each = self.held_gpus / self.workers
         if each > 1 and each != int(each):
-            wants = f"{self.gpus:g} GPUs for {self.workers} workers"
+            wants = f"{self.held_gpus:g} GPUs for {self.workers} workers"
             raise SpecError(f"--gpus-per-trial: {wants} is {each:g} each: give each a whole number, or one or less")
         if self.workers > 1 and self.worker["CPU"] <= 0:
             raise SpecError(f"--cpus-per-trial: {self.cpus:g} CPUs are not enough for {self.workers} workers")
 
+    def on(self, cluster: dict[str, float]) -> "Resources":
+        """These resources with the GPUs decided."""
+        return self if self.gpus is not None else replace(self, gpus=float(self.workers) if cluster.get("GPU") else 0.0)
+
+    @property
+    def held_gpus(self) -> float:
+        return self.gpus or 0.0
+
     @property
     def trial(self) -> dict[str, float]:
         """Held by the trial's own process, which trains if it is the only worker and waits if not."""
-        return {"CPU": self.cpus, "GPU": self.gpus} if self.workers == 1 else {"CPU": DRIVER_CPUS}
+        return {"CPU": self.cpus, "GPU": self.held_gpus} if self.workers == 1 else {"CPU": DRIVER_CPUS}
 
     @property
     def worker(self) -> dict[str, float]:
@@ -35,7 +46,7 @@ class Resources:
 
         Ray counts in ten thousandths; what is rounded up might not fit.
         """
-        shares = {"CPU": self.cpus / self.workers - DRIVER_CPUS, "GPU": self.gpus / self.workers}
+        shares = {"CPU": self.cpus / self.workers - DRIVER_CPUS, "GPU": self.held_gpus / self.workers}
         return {name: math.floor(share * 10_000) / 10_000 for name, share in shares.items()}
 
     def concurrent(self, cluster: dict[str, float], nodes: Sequence[dict[str, float]] = ()) -> int:
@@ -44,15 +55,15 @@ class Resources:
         nodes: what each node has; several workers may sit on different ones, each of them on one.
         """
         fits = [cluster.get("CPU", 0) / self.cpus]
-        if self.gpus:
-            fits.append(cluster.get("GPU", 0) / self.gpus)
+        if self.held_gpus:
+            fits.append(cluster.get("GPU", 0) / self.held_gpus)
         if min(fits) < 1:
             have = f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
-            raise SpecError(f"a trial wants {self.cpus:g} CPUs and {self.gpus:g} GPUs, the cluster has {have}")
+            raise SpecError(f"a trial wants {self.cpus:g} CPUs and {self.held_gpus:g} GPUs, the cluster has {have}")
         if self.workers == 1:
             return int(min(fits))
         places = sum(min(int(node.get(k, 0) / v) for k, v in self.worker.items() if v) for node in nodes)
         if places < self.workers:
-            each = f"{self.cpus / self.workers:g} CPUs and {self.gpus / self.workers:g} GPUs"
+            each = f"{self.cpus / self.workers:g} CPUs and {self.held_gpus / self.workers:g} GPUs"
             raise SpecError(f"a trial wants {self.workers} workers of {each} each, the cluster's nodes hold {places}")
         return min(int(min(fits)), places // self.workers)

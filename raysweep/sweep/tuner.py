@@ -1,6 +1,7 @@
 """The sweep: Ray Tune runs the trials, Optuna proposes them, ASHA stops the weak ones, the ledger remembers."""
 
 import logging
+import math
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -8,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
@@ -16,7 +16,7 @@ from raysweep import storage
 from raysweep.data import Data, DataSpec, load
 from raysweep.spec import SpecError
 from raysweep.sweep.asha import Asha
-from raysweep.sweep.cluster import connected
+from raysweep.sweep.cluster import connected, nodes
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.relay import BUG, BUGS, Budget, Listener, Relay, Stop, SweepFailed
 from raysweep.sweep.resources import Resources
@@ -46,14 +46,17 @@ def run_sweep(
     space = ledger.space
     config = space.config({})
     with connected(address) as cluster:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        concurrent = resources.concurrent(cluster, nodes)
+        resources = resources.on(cluster)
+        budget = budget or Budget()
+        if math.isfinite(budget.gpu_seconds) and not resources.held_gpus:
+            raise SpecError("--max-gpu-hours: the trials hold no GPU; use --max-time")
+        concurrent = resources.concurrent(cluster, nodes())
         for listener in listeners:
             listener.started(ledger, concurrent)
         done = sum(trial.state != "running" for trial in ledger.trials())
         try:
             if done < space.total:
-                relay = Relay(ledger, config.epochs, listeners, resources.gpus, budget or Budget())
+                relay = Relay(ledger, config.epochs, listeners, resources.held_gpus, budget)
                 _tuner(ledger, config, relay, resources, concurrent, space.total - done).fit()
                 if len(relay.bugs) >= BUGS:
                     raise SweepFailed(f"{len(relay.bugs)} trials met the same kind of error, see {relay.bugs[0]}")

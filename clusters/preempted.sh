@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# On a worker, in the background: hear of the cloud taking this machine away, and tell Ray and the trials, which then
+# write a checkpoint and go on elsewhere. preempted.sh aws|gcp
+set -euo pipefail
+metadata="${METADATA:-http://169.254.169.254}"
+
+taken() {
+  case $1 in
+    aws)
+      token=$(curl -fsS -m 2 -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' "$metadata/latest/api/token") &&
+        curl -fsS -m 2 -o /dev/null -H "X-aws-ec2-metadata-token: $token" "$metadata/latest/meta-data/spot/instance-action"
+      ;;
+    gcp)
+      [ "$(curl -fsS -m 2 -H 'Metadata-Flavor: Google' "$metadata/computeMetadata/v1/instance/preempted")" = TRUE ]
+      ;;
+  esac
+}
+
+watch() {
+  until taken "$1" 2> /dev/null; do sleep 5; done
+  echo "$(date -u +%FT%TZ) this machine is being taken away: stopping Ray"
+  # SIGTERM to the raylet and its workers.
+  ray stop --grace-period 60
+}
+
+export -f taken watch
+export metadata
+setsid nohup bash -c "watch $1" >> ~/preempted.log 2>&1 < /dev/null &
