@@ -5,9 +5,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-import yaml
 
 from raysweep.cli import build_parser
+from raysweep.spec import parse_yaml
 from raysweep.sweep.space import SearchSpace
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +46,7 @@ def test_code_compiles(page, code) -> None:
 
 @pytest.mark.parametrize(("page", "text"), blocks("yaml"))
 def test_yaml_is_sound(page, text) -> None:
-    data = yaml.safe_load(text)
+    data = parse_yaml(text)
     if isinstance(data, dict) and "space" in data:
         assert SearchSpace.load(data).problems() == []
 
