@@ -130,7 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"raysweep: error: {problem}", file=sys.stderr)
         return 2
     except StoreFailed as error:
-        print(f"raysweep: error: {error}; what is in the bucket is whole: the same command goes on", file=sys.stderr)
+        print(
+            f"raysweep: error: {error}; what the bucket has is whole: run it again (a sweep: with --resume)",
+            file=sys.stderr,
+        )
         return 1
     except BrokenPipeError:
         # Whoever read our output has seen enough (`raysweep list | head`); nothing is left to say on the way out.

@@ -29,6 +29,7 @@ META = "meta.json"
 _PATIENCE = (1, 2, 4, 8, 16, 32, 64)
 _REFUSED = re.compile(r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE|CREDENTIAL|HTTP status 40[13]")
 _COPIES = 50 * 2**30
+_CHUNK = 16 * 2**20
 _IN_USE = 3600.0
 Result = TypeVar("Result")
 
@@ -219,7 +220,8 @@ def _upload(path: Path) -> None:
     from pyarrow import fs
 
     files, key = _remote(path)
-    fs.copy_files(str(path), key, source_filesystem=fs.LocalFileSystem(), destination_filesystem=files)
+    here = fs.LocalFileSystem()
+    fs.copy_files(str(path), key, source_filesystem=here, destination_filesystem=files, chunk_size=_CHUNK)
 
 
 def _copy(source: Path, target: Path) -> bool:
@@ -254,7 +256,8 @@ def _download(path: Path, meta: bytes) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        fs.copy_files(key, str(partial), source_filesystem=files, destination_filesystem=fs.LocalFileSystem())
+        here = fs.LocalFileSystem()
+        fs.copy_files(key, str(partial), source_filesystem=files, destination_filesystem=here, chunk_size=_CHUNK)
         (partial / META).write_bytes(meta)
         shutil.rmtree(path, ignore_errors=True)
         with suppress(OSError):  # another process of this machine was faster
