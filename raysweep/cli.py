@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--cpus-per-trial", type=_amount, default=1.0, metavar="N", help="logical CPUs (default: 1)")
     p.add_argument("--gpus-per-trial", type=_amount, metavar="N", help="GPUs, may be a fraction (default: --workers)")
+    p.add_argument("--optuna", metavar="URL", help="write the trials to this Optuna storage too: sqlite:///optuna.db")
     p.add_argument("--workers", type=_count, default=1, metavar="N", help="processes that share a trial (default: 1)")
     _settings(p)
     _out(p)

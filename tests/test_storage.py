@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.request import Request, urlopen
 
+import optuna
 import pytest
 import ray
 import torch
@@ -276,7 +277,9 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
     store = f"sqlite:///{tmp_path}/shared.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     small = ["--set", "epochs=6", "--set", "data.val_size=100", "--set", "*.attacks.*.steps=3"]
-    process = tune(tmp_path / "one", *small, "--trials", "4", "--name", "s", "--storage", uri)
+    study = f"sqlite:///{tmp_path}/optuna.db"
+    places = ["--storage", uri, "--optuna", study]
+    process = tune(tmp_path / "one", *small, "--trials", "4", "--name", "s", *places)
     sweep, deadline = storage.at(uri) / "s", time.monotonic() + 120
     while not storage.pull_file(sweep / "sweep.json") or sum(t.epoch for t in Ledger.open(sweep).trials()) < 5:
         assert process.poll() is None and time.monotonic() < deadline
@@ -289,7 +292,7 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
     shutil.rmtree(nodes_copy / sweep.relative_to(tmp_path / "copy").parts[0])
     shutil.rmtree(tmp_path / "one")
 
-    again = tune(tmp_path / "two", "--resume", "s", "--json", "--storage", uri)
+    again = tune(tmp_path / "two", "--resume", "s", "--json", *places)
     out, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
     trials = Ledger.open(sweep).trials()
@@ -311,6 +314,10 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
     runs = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
     assert sorted(run.info.run_name for run in runs) == ["s", "s/0000", "s/0001", "s/0002", "s/0003"]
     assert {run.info.status for run in runs} == {"FINISHED"}
+
+    (name,) = optuna.get_all_study_names(study)
+    told = optuna.load_study(study_name=name, storage=study).get_trials()
+    assert sorted(trial.value for trial in told) == sorted(trial.score("robust_worst") for trial in trials)
 
     forget(tmp_path)
     best = json.loads(out)["trials"][0]

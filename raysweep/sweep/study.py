@@ -19,6 +19,7 @@ class StudyExport:
     """
 
     def __init__(self, url: str) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         shown = "--optuna"
         try:
             shown = f"--optuna {make_url(url).render_as_string(hide_password=True)}"
@@ -58,6 +59,12 @@ class StudyExport:
         self._study.add_trials(trials)
 
 
+def constraints(space: SearchSpace, best: dict[str, float]) -> dict[str, float]:
+    """Optuna's convention: feasible when no value is above 0."""
+    limit = space.max_masking_gap
+    return {} if limit is None else {"masking_gap": best["masking_gap"] - limit}
+
+
 def ended_trial(space: SearchSpace, trial: Trial) -> FrozenTrial:
     """A trial as Optuna knows it; one that failed or reported nothing has no value."""
     failed = trial.state == "failed" or not trial.best
@@ -68,6 +75,7 @@ def ended_trial(space: SearchSpace, trial: Trial) -> FrozenTrial:
         values=None if failed else [trial.score(name) for name in space.objectives],
         params=space.params(trial.settings),
         distributions=known,
+        constraints=None if failed else constraints(space, trial.best),
         intermediate_values={int(epoch): value for epoch, value in trial.curve} if single else None,
         user_attrs={_NUMBER: trial.number, "state": trial.state, **({"reason": trial.reason} if trial.reason else {})},
     )
