@@ -1,9 +1,10 @@
-"""Buckets, against a real S3 server on this machine: whole checkpoints or none, machines that share nothing else."""
+"""Buckets, against real servers of both protocols: whole checkpoints or none, machines that share nothing else."""
 
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 import ray
 import torch
 from conftest import tiny
+from gcp_storage_emulator.server import create_server
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 from safetensors.torch import load_file
@@ -34,22 +36,50 @@ LAM, BURN_IN = "method__terms__pgd__weight__lam", "method__terms__pgd__weight__b
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """The query of URIs that reach it."""
+def s3() -> Iterator[str]:
+    """Host and port of an S3 server."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    yield f"endpoint_override={host}:{port}&scheme=http"
+    yield f"{host}:{port}"
     server.stop()
 
 
+@pytest.fixture(scope="module")
+def gs() -> Iterator[str]:
+    """Host and port of a server of Google's storage protocol."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = create_server("127.0.0.1", port, in_memory=True)
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop()
+
+
+def bucket_on(host: str, protocol: str, tmp_path: Path) -> str:
+    """The URI of a place in a new bucket."""
+    bucket, query = f"b{abs(hash(tmp_path))}", f"endpoint_override={host}&scheme=http"
+    if protocol == "s3":
+        fs.FileSystem.from_uri(f"s3://{bucket}?allow_bucket_creation=true&{query}")[0].create_dir(bucket)
+        return f"s3://{bucket}/some/where?{query}"
+    header = {"Content-Type": "application/json"}
+    urlopen(Request(f"http://{host}/storage/v1/b", json.dumps({"name": bucket}).encode(), header)).read()
+    return f"gs://anonymous@{bucket}/some/where?{query}"
+
+
 @pytest.fixture
-def uri(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def uri(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A bucket of its own, seen from a machine without a copy of it."""
     monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "copy"))
-    bucket = f"b{abs(hash(tmp_path))}"
-    fs.FileSystem.from_uri(f"s3://{bucket}?allow_bucket_creation=true&{server}")[0].create_dir(bucket)
-    return f"s3://{bucket}/some/where?{server}"
+    return bucket_on(s3, "s3", tmp_path)
+
+
+@pytest.fixture(params=["s3", "gs"])
+def any_uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same, of either protocol."""
+    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "copy"))
+    return bucket_on(request.getfixturevalue(request.param), request.param, tmp_path)
 
 
 def below(uri: str, *steps: str) -> str:
@@ -85,8 +115,8 @@ def test_a_folder_is_itself(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_checkpoint_comes_back_on_another_machine(uri: str, tmp_path: Path) -> None:
-    config, path = tiny("at", epochs=4), storage.at(uri) / "run"
+def test_a_checkpoint_comes_back_on_another_machine(any_uri: str, tmp_path: Path) -> None:
+    config, path = tiny("at", epochs=4), storage.at(any_uri) / "run"
     there = fit(config, path)
     alone = fit(config, tmp_path / "alone")
     kept = {f"epoch-{epoch:04d}" for epoch in (4, there.best.epoch)}
@@ -102,8 +132,8 @@ def test_a_checkpoint_comes_back_on_another_machine(uri: str, tmp_path: Path) ->
     assert rows == last.history, "nothing is trained again"
 
 
-def test_half_a_push_is_no_checkpoint(uri: str, tmp_path: Path) -> None:
-    config, path = tiny("at", epochs=3), storage.at(uri) / "run"
+def test_half_a_push_is_no_checkpoint(any_uri: str, tmp_path: Path) -> None:
+    config, path = tiny("at", epochs=3), storage.at(any_uri) / "run"
     fit(tiny("at", epochs=3), path, lambda metrics, saved: None)
     whole = checkpoint.read(path / "epoch-0003")
     # The process dies between two files: of a push, and of a drop.
@@ -129,8 +159,8 @@ def test_what_the_bucket_has_wins_over_an_old_copy(uri: str, tmp_path: Path, mon
     assert checkpoint.read(path / "epoch-0001").config.seed == 1
 
 
-def test_a_damaged_object_is_one_line_with_its_uri(uri: str, tmp_path: Path) -> None:
-    path = storage.at(uri) / "run"
+def test_a_damaged_object_is_one_line_with_its_uri(any_uri: str, tmp_path: Path) -> None:
+    path = storage.at(any_uri) / "run"
     fit(tiny("at", epochs=1), path)
     (path / "epoch-0001" / WEIGHTS).unlink()
     (path / "epoch-0001" / WEIGHTS).write_bytes(b"half")
@@ -138,7 +168,9 @@ def test_a_damaged_object_is_one_line_with_its_uri(uri: str, tmp_path: Path) -> 
     forget(tmp_path)
     with pytest.raises(SpecError) as error:
         checkpoint.read(path / "epoch-0001")
-    assert str(error.value).startswith(below(uri, "run", "epoch-0001")) and "truncated or altered" in str(error.value)
+    assert str(error.value).startswith(below(any_uri, "run", "epoch-0001")) and "truncated or altered" in str(
+        error.value
+    )
 
 
 SCRIPT = """\
@@ -154,11 +186,11 @@ print(json.dumps(rows))
 """
 
 
-def test_two_machines_train_a_common_prefix_once(uri: str, tmp_path: Path) -> None:
+def test_two_machines_train_a_common_prefix_once(any_uri: str, tmp_path: Path) -> None:
     configs = [tiny("gairat", epochs=8, **{BURN_IN: 6, LAM: lam}) for lam in (-1.0, 1.0)]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, config.model_dump_json(), uri, str(number)],
+            [sys.executable, "-c", SCRIPT, config.model_dump_json(), any_uri, str(number)],
             env={**os.environ, "RAYSWEEP_CACHE": str(tmp_path / f"machine{number}")},
             stdout=subprocess.PIPE,
             text=True,
@@ -169,8 +201,8 @@ def test_two_machines_train_a_common_prefix_once(uri: str, tmp_path: Path) -> No
     assert sum(not row.get("shared") for part in rows for row in part) == 6 + 2 + 2
     assert [row["robust_worst"] for row in rows[0][:6]] == [row["robust_worst"] for row in rows[1][:6]]
     alone = fit(configs[1], tmp_path / "alone").last
-    assert checkpoint.read(storage.at(uri) / "1" / "epoch-0008").meta["sha256"] == alone.meta["sha256"]
-    assert not [name for name in in_bucket(storage.at(uri)) if ".claims" in name]
+    assert checkpoint.read(storage.at(any_uri) / "1" / "epoch-0008").meta["sha256"] == alone.meta["sha256"]
+    assert not [name for name in in_bucket(storage.at(any_uri)) if ".claims" in name]
 
 
 def test_a_living_owners_claim_is_waited_for_and_a_dead_ones_is_not(
@@ -203,10 +235,10 @@ def test_a_living_owners_claim_is_waited_for_and_a_dead_ones_is_not(
         assert ours and time.monotonic() - began > 1
 
 
-def test_a_bucket_of_prefixes_that_is_full_forgets_the_oldest(uri: str, tmp_path: Path) -> None:
-    state = fit(tiny("at", epochs=1), storage.at(uri) / "run").last.path
+def test_a_bucket_of_prefixes_that_is_full_forgets_the_oldest(any_uri: str, tmp_path: Path) -> None:
+    state = fit(tiny("at", epochs=1), storage.at(any_uri) / "run").last.path
     size = sum(file.stat().st_size for file in state.iterdir())
-    prefixes = Prefixes(storage.at(uri) / ".prefixes", limit=int(2.5 * size))
+    prefixes = Prefixes(storage.at(any_uri) / ".prefixes", limit=int(2.5 * size))
     for key in ("a", "b", "c"):
         prefixes.put(key, state)
         time.sleep(1.1)  # object stores count in seconds
@@ -224,12 +256,19 @@ def test_a_bucket_of_prefixes_that_is_full_forgets_the_oldest(uri: str, tmp_path
         ("s3://b/../../x", "expected a folder, s3://BUCKET/PATH"),
         ("s3://b/x?endpoint=h", "Unexpected query parameter in S3 URI: 'endpoint'"),
         ("s3://me:secret@b/x", "s3://...@b: credentials belong in the environment"),
-        ("s3://no-such-bucket/x?{server}", "there is no bucket 'no-such-bucket'"),
+        ("s3://no-such-bucket/x?{s3}", "there is no bucket 'no-such-bucket'"),
+        ("gs://anonymous@no-such-bucket/x?{gs}", "there is no bucket 'no-such-bucket'"),
         ("s3://b/x?endpoint_override=127.0.0.1:9&scheme=http", "NETWORK_CONNECTION"),
+        ("gs://anonymous@b/x?endpoint_override=127.0.0.1:9&scheme=http&retry_limit_seconds=1", "Could not connect"),
+        ("gs://b/x?{gs}", "credentials come from the environment"),
     ],
 )
-def test_a_place_that_cannot_be_is_one_line_before_anything_runs(where, line, server, workdir: Path, capsys) -> None:
-    assert main(["tune", "lrat", "--storage", where.format(server=server)]) == 2
+def test_a_place_that_cannot_be_is_one_line_before_anything_runs(
+    where: str, line: str, s3: str, gs: str, workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(workdir / "none.json"))
+    queries = {name: f"endpoint_override={host}&scheme=http" for name, host in (("s3", s3), ("gs", gs))}
+    assert main(["tune", "lrat", "--storage", where.format(**queries)]) == 2
     out, err = capsys.readouterr()
     (message,) = err.strip().splitlines()
     assert message.startswith("raysweep: error: ") and line in message
