@@ -215,6 +215,8 @@ def _patiently(do: Callable[..., Result], path: Path, *more: Any) -> Result:
     for wait in (*_PATIENCE, None):
         try:
             return do(path, *more)
+        except FileNotFoundError:
+            raise
         except (OSError, _arrow_error()) as error:
             if _REFUSED.search(str(error)):
                 raise SpecError(f"{name(path)}: {_reason(error)}") from None
@@ -309,10 +311,10 @@ def _here(path: Path) -> bytes | None:
 
 def _tidy() -> None:
     """Keep all copies together small: the least recently used checkpoints go. Whoever reads one pulls it first."""
-    found = [
-        (meta.parent.stat().st_mtime, sum(file.stat().st_size for file in meta.parent.iterdir()), meta.parent)
-        for meta in _copies().rglob(META)
-    ]
+    found: list[tuple[float, int, Path]] = []
+    with suppress(OSError):  # other processes come and go
+        for folder in [meta.parent for meta in _copies().rglob(META)]:
+            found.append((folder.stat().st_mtime, sum(file.stat().st_size for file in folder.iterdir()), folder))
     size = sum(bytes_ for _, bytes_, _ in found)
     for used, bytes_, folder in sorted(found):
         if size <= _COPIES or time.time() - used < _IN_USE:

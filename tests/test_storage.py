@@ -22,6 +22,7 @@ from gcp_storage_emulator.server import create_server
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 from safetensors.torch import load_file
+from test_workers import in_processes
 
 from raysweep import storage
 from raysweep.cli import main
@@ -29,6 +30,7 @@ from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import META, WEIGHTS, Run
+from raysweep.training.distributed import GroupWorkers
 from raysweep.training.prefix import Prefixes
 from raysweep.training.trainer import fit
 
@@ -246,6 +248,32 @@ def test_a_bucket_of_prefixes_that_is_full_forgets_the_oldest(any_uri: str, tmp_
     forget(tmp_path)
     assert prefixes.stored(["b", "a", "c"]) == [2, 0]
     assert prefixes.get("a") is None and prefixes.get("b") is not None
+
+
+def test_copies_are_kept_small_and_come_again(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_COPIES", 1)
+    monkeypatch.setattr(storage, "_IN_USE", 1.5)
+    first = fit(tiny("at", epochs=1), storage.at(uri) / "first").last
+    time.sleep(1.6)
+    second = fit(tiny("at", epochs=1), storage.at(uri) / "second").last
+    assert second.path.exists() and not first.path.exists()
+    assert checkpoint.read(first.path).meta == first.meta
+
+
+def on_its_own_machine(uri: str, root: Path) -> None:
+    """What each of two workers does."""
+    workers = GroupWorkers()
+    os.environ["RAYSWEEP_CACHE"] = str(root / f"machine{workers.rank}")
+    for epochs in (2, 2):
+        fitted = fit(tiny("at", epochs=epochs), storage.at(uri) / "run", workers=workers)
+    (root / f"{workers.rank}.json").write_text(json.dumps([fitted.last.history, fitted.best.meta["sha256"]]))
+
+
+def test_two_workers_on_two_machines_need_only_the_bucket(uri: str, tmp_path: Path) -> None:
+    in_processes(2, on_its_own_machine, uri, tmp_path)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second and len(first[0]) == 2
+    assert Run(storage.at(uri) / "run").epochs()[-1] == 2
 
 
 @pytest.mark.parametrize(
