@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="GPUs, may be a fraction (default: one a worker, if any)",
     )
+    p.add_argument("--optuna", metavar="URL", help="write the trials to this Optuna storage too: sqlite:///optuna.db")
     p.add_argument("--workers", type=_count, default=1, metavar="N", help="processes that share a trial (default: 1)")
     _settings(p)
     _out(p)
@@ -141,7 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"raysweep: error: {problem}", file=sys.stderr)
         return 2
     except StoreFailed as error:
-        print(f"raysweep: error: {error}; what is in the bucket is whole: the same command goes on", file=sys.stderr)
+        print(
+            f"raysweep: error: {error}; what the bucket has is whole: run it again (a sweep: with --resume)",
+            file=sys.stderr,
+        )
         return 1
     except BrokenPipeError:
         # Whoever read our output has seen enough (`raysweep list | head`); nothing is left to say on the way out.

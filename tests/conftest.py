@@ -1,11 +1,16 @@
 """What the tests share: a small network, a batch of digits, one Ray cluster for the session."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Buckets are those of a server on this machine, their copies out of the way of the user's own.
+os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="hush", AWS_EC2_METADATA_DISABLED="true")
+os.environ["RAYSWEEP_CACHE"] = tempfile.mkdtemp(prefix="raysweep-copies-")
 
 import pytest
 import torch
@@ -29,6 +34,13 @@ TINY: dict[str, Any] = {
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_copies_left() -> Iterator[None]:
+    copies = os.environ["RAYSWEEP_CACHE"]
+    yield
+    shutil.rmtree(copies, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,8 @@ FLAGS = {
     "train": {*COMMON, "--out", "--storage", "--name"},
     "tune": {
         *COMMON, "--out", "--storage", "--name", "--space", "--trials", "--resume", "--plan", "--address",
-        "--cpus-per-trial", "--gpus-per-trial", "--workers", "--max-trials", "--max-time", "--max-gpu-hours",
+        "--cpus-per-trial", "--gpus-per-trial", "--workers", "--optuna", "--max-trials", "--max-time",
+        "--max-gpu-hours",
     },
     "run": {*COMMON, "--out", "--storage", "--plan", "--from", "--wait", "--address"},
     "eval": {

@@ -24,7 +24,7 @@ from raysweep.tracking import SweepTracker, Tracker, embedded_store
 from raysweep.training.config import named_method
 
 if TYPE_CHECKING:
-    from raysweep.sweep.relay import Budget
+    from raysweep.sweep.relay import Budget, Listener
 
 _BEST = 5
 
@@ -37,15 +37,16 @@ def run(args: Namespace) -> int:
 
         return plan(space, data, args)
     out = writable(args.out)
+    exports = _exports(args)
     tracker = Tracker(embedded_store(out), out / "mlruns")
     ledger = _ledger(args, runs, space)
 
-    from raysweep.sweep.relay import Listener, SweepFailed
+    from raysweep.sweep.relay import SweepFailed
     from raysweep.sweep.resources import Resources
     from raysweep.sweep.tuner import run_sweep
 
     console = Console(stderr=True)
-    listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(console)]
+    listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(console), *exports]
     try:
         resources = Resources(args.cpus_per_trial, args.gpus_per_trial, args.workers)
         run_sweep(ledger, listeners, resources, args.address, _budget(args))
@@ -56,6 +57,14 @@ def run(args: Namespace) -> int:
         print(f"raysweep: the sweep failed: {error}", file=sys.stderr)
         return 1
     return _report(args, ledger, tracker)
+
+
+def _exports(args: Namespace) -> "list[Listener]":
+    if not args.optuna:
+        return []
+    from raysweep.sweep.export import StudyExport
+
+    return [StudyExport(args.optuna)]
 
 
 def _budget(args: Namespace) -> "Budget":

@@ -60,7 +60,7 @@ def _trainer(
             "config": config.model_dump_json(),
             "path": storage.name(path),
             "threads": threads,
-            "prefixes": storage.name(prefixes.path) if prefixes else None,
+            "prefixes": prefixes,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=gpus > 0, resources_per_worker={k: v for k, v in each.items() if v}
@@ -100,7 +100,7 @@ def _work(loop: dict[str, Any]) -> None:
             lambda metrics, saved: ray.train.report(metrics),
             device=device,
             workers=workers,
-            prefixes=Prefixes(storage.at(loop["prefixes"])) if loop["prefixes"] else None,
+            prefixes=loop["prefixes"],
         )
     except TrainingFailed as error:
         ray.train.report({FAILED: str(error), "epoch": 0})
