@@ -25,15 +25,19 @@ class Ratio:
     n: str
 
 
-def rounds(variants: Mapping[str, Callable[[], object]], n: int) -> dict[str, list[float]]:
-    """Wall seconds of each variant in n interleaved rounds, after one round that is not counted."""
+def rounds(variants: Mapping[str, Callable[[], object]], n: int, warm_up: bool = True) -> dict[str, list[float]]:
+    """Seconds of each variant in n interleaved rounds, after one that is not counted.
+
+    Processor seconds with one thread, which neighbours on the machine hardly change; wall seconds with more.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(n + 1):
+    for number in range(n + warm_up):
         for name, run in variants.items():
-            started = time.perf_counter()
+            started = clock()
             run()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
+            if number or not warm_up:
+                seconds[name].append(clock() - started)
     return seconds
 
 
