@@ -305,7 +305,8 @@ def test_a_sweep_on_two_workers_survives_a_killed_worker(ray_cluster: None, tmp_
             kill_a_worker()
 
     base = {**TINY, "epochs": 8, "data.train_size": 256, "method.attacks.pgd.norm": "L2"}
-    ledger = sweep(tmp_path / "sweep", [0.05, 1e20], base=base)
+    # So slow that no difference in a last bit grows: at 0.01 eight epochs bring one to 1e-2.
+    ledger = sweep(tmp_path / "sweep", [2e-4, 1e20], base=base)
     run_sweep(ledger, [Follower(kill_once)], Resources(cpus=2, workers=2))
     first, second = ledger.trials()
     assert first.state == "finished" and first.epoch == 8
@@ -315,7 +316,7 @@ def test_a_sweep_on_two_workers_survives_a_killed_worker(ray_cluster: None, tmp_
     assert saved is not None and saved.metrics == first.latest
     assert first.best == saved.history[best_epoch(saved.config, saved.history) - 1], "no report was lost on the way"
     alone = fit(ledger.space.config(first.settings), tmp_path / "alone").last
-    assert difference(saved.path, alone.path) < 1e-3
+    assert difference(saved.path, alone.path) < 1e-5
     assert not groups_held()
 
 

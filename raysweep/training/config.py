@@ -59,13 +59,17 @@ class RunConfig(Spec):
         return max(getattr(term.weight, "burn_in", 0) for term in self.method.terms.values())
 
     def warnings(self) -> list[str]:
-        """Settings that are legal and yet do nothing."""
+        """Settings that are legal and yet do nothing, or not what they say."""
         lines = []
         for name, term in self.method.terms.items():
             burn_in = getattr(term.weight, "burn_in", 0)
             if burn_in >= self.epochs:
                 path = f"method.terms.{name}.weight.burn_in"
                 lines.append(f"{path} = {burn_in}: the weights never act in {self.epochs} epochs")
+        for name, attack in self.method.attacks.items():
+            if self.compute.attack == "bf16" and getattr(attack, "start", None) == "gaussian":
+                path = f"method.attacks.{name}"
+                lines.append(f"compute.attack = bf16: {path} starts 0.001 from the image, which bf16 rounds away")
         if self.method.name.endswith("rst") and self.data.unlabeled is None:
             lines.append(f"data.unlabeled is not set: {self.method.name} trains on labelled data alone")
         return lines

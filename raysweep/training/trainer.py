@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from raysweep.data import Batch, Data, Split, load
-from raysweep.evaluation.copies import full_precision
+from raysweep.evaluation.copies import LEAST_ROWS, attack_copy, full_precision
 from raysweep.method import ONE_WORKER, Method, Step, Workers
 from raysweep.rng import Rng, seed_of
 from raysweep.schedules import now
@@ -175,8 +175,10 @@ def _epoch(
     if (epoch + 1) % config.validation.every == 0 or epoch + 1 == config.epochs:
         started = time.perf_counter()
         with full_precision(data.val.y.device):
-            row |= _validate(config, faces.model, data.val, workers)
-            row["train/natural"] = natural_accuracy(faces.model, data.train)
+            # The form in which AutoAttack will meet it, whatever `compute` says.
+            judged = attack_copy(faces.model, data.val.images(slice(0, LEAST_ROWS)))
+            row |= _validate(config, judged, data.val, workers)
+            row["train/natural"] = natural_accuracy(judged, data.train)
         row["validation_seconds"] = time.perf_counter() - started
     return row, seen.histograms()
 
