@@ -23,6 +23,7 @@ FLAGS = {
         "--gpus-per-trial", "--workers", "--max-trials", "--max-time", "--max-gpu-hours",
     },
     "run": {*COMMON, "--out", "--plan", "--from", "--wait", "--address"},
+    "doctor": {*COMMON, "--out", "--address", "--storage"},
     "eval": {
         *COMMON, "--out", "--attack", "--version", "--eps", "--norm", "--n", "--batch-size", "--keep-adversarial",
         "--pseudo-label", "--address", "--gpus-per-task", "--bundle", "--verify",
