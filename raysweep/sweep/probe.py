@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import raysweep
 from raysweep.data import DataSpec, load
+from raysweep.data.shared import Source
 from raysweep.spec import SpecError
 
 PACKAGES = ("ray", "torch", "numpy")
@@ -31,11 +32,15 @@ _LOOPBACK = re.compile(r"^(127\.|::1$|::ffff:127\.)")
 
 @dataclass(frozen=True)
 class Question:
-    """What to look for on every node. marker: a file that the asker wrote to `storage`; fingerprint: of the asker's."""
+    """What to look for on every node. marker: a file that the asker wrote to `storage`; data: a spec, as JSON.
+
+    fingerprint: of the asker's data, if a copy that the node made earlier will do.
+    """
 
     storage: str
     marker: str
-    data: str | None = None
+    data: str
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,25 @@ def ask(question: Question) -> list[Answer]:
     asked = time.time()
     waiting = [_on(node).remote(asdict(question), node["Resources"].get("GPU", 0.0)) for node in nodes]
     return [_answer(node, reference, asked) for node, reference in zip(nodes, waiting, strict=True)]
+
+
+def missing(storage: Path, source: Source) -> list[str]:
+    """What the nodes of a cluster lack for a sweep in the folder `storage`, one line each."""
+    if sum(node["Alive"] for node in ray.nodes()) == 1:
+        return []
+    question = Question(str(storage.resolve()), "sweep.json", source.spec.model_dump_json(), source.fingerprint)
+    return [
+        f"node {answer.node}: {answer.problems[topic]}; see `raysweep doctor`"
+        for answer in ask(question)
+        for topic in ("node", "storage", "data")
+        if topic in answer.problems
+    ]
+
+
+def here(storage: Path) -> None:
+    """Raises SpecError in one line if the sweep's folder is not on this machine."""
+    if not (storage / "sweep.json").exists():
+        raise SpecError(f"{socket.gethostname()}: does not see {storage}: --out must be a folder that all nodes share")
 
 
 def _on(node: dict[str, Any]) -> Any:
@@ -124,10 +148,10 @@ def _try_storage(asked: Question, problems: dict[str, str]) -> None:
 
 
 def _try_data(asked: Question, problems: dict[str, str]) -> str:
-    if asked.data is None:
-        return ""
+    spec = DataSpec.model_validate_json(asked.data)
     try:
-        return load(DataSpec.model_validate_json(asked.data)).fingerprint
+        found = Source(spec, asked.fingerprint).load(spec) if asked.fingerprint else load(spec)
+        return found.fingerprint
     except SpecError as error:
         problems["data"] = error.problems[0]
         return ""
