@@ -1,6 +1,7 @@
 """raysweep: distributed sweeps for instance-reweighted adversarial training, proven with AutoAttack."""
 
 import os
+from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
@@ -10,10 +11,20 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
-def __getattr__(name: str) -> Any:
-    """`raysweep.evaluate`, without importing torch before it is used."""
-    if name == "evaluate":
-        from raysweep.evaluation import evaluate
+_LAZY = {
+    "evaluate": "raysweep.evaluation",
+    "load": "raysweep.results",
+    "load_report": "raysweep.results",
+    "load_sweep": "raysweep.results",
+}
 
-        return evaluate
+
+def __getattr__(name: str) -> Any:
+    """What a notebook uses, `evaluate` and `load...`, without importing torch before it is used."""
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'raysweep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from raysweep import __version__
+from raysweep.completion import SHELLS, PrintCompletion
 
 _DESCRIPTION = """\
 Find the hyper-parameters of instance-reweighted adversarial training on a cluster, and prove the winners.
@@ -25,19 +26,25 @@ def build_parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("raysweep", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=formatter)
     parser.add_argument("--version", action="version", version=f"raysweep {__version__}")
+    parser.add_argument(
+        "--print-completion", action=PrintCompletion, choices=SHELLS, help="a completion script, for `eval` or a file"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     p = commands.add_parser("list", help="methods, search spaces, models, data sets, pipelines")
     _json(p)
 
     p = commands.add_parser(
-        "show", help="a method, preset, space or pipeline with all its settings; or how a sweep stands"
+        "show", help="a method, preset, space or pipeline with all its settings; or how a sweep or trial stands"
     )
     p.add_argument(
-        "what", metavar="WHAT", help="a method, preset or pipeline, a YAML file of a space or pipeline, a sweep"
+        "what",
+        metavar="WHAT",
+        help="a method, preset or pipeline, a YAML file, a sweep, or a trial: SWEEP/0003",
     )
     _settings(p)
     _out(p)
+    _storage(p)
     _json(p)
 
     p = commands.add_parser("train", help="one training run, in this process")
@@ -45,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--name", help="name of the run's folder (default: the method and the digest of the settings)")
     _settings(p)
     _out(p)
+    _storage(p)
     _json(p)
 
     p = commands.add_parser("tune", help="a sweep: Ray Tune and Optuna search, MLflow records")
@@ -71,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--workers", type=_count, default=1, metavar="N", help="processes that share a trial (default: 1)")
     _settings(p)
     _out(p)
+    _storage(p)
     _json(p)
 
     p = commands.add_parser(
@@ -87,17 +96,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _settings(p)
     _out(p)
+    _storage(p)
     _json(p)
 
     p = commands.add_parser("doctor", help="check a cluster before a sweep: nodes, storage, data, MLflow, open doors")
     p.add_argument(
         "--address", metavar="ADDR", help="Ray cluster: auto or host:port (default: $RAY_ADDRESS, else local)"
     )
-    p.add_argument(
-        "--storage", type=Path, metavar="DIR", help="folder that all nodes should share (default: runs/ in --out)"
-    )
     _settings(p)
     _out(p)
+    _storage(p)
     _json(p)
 
     p = commands.add_parser("eval", help="a checkpoint, MLflow run or model of your own under attack, on the test set")
@@ -132,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; user mistakes become lines on stderr and exit code 2."""
     args = build_parser().parse_args(arguments)
     from raysweep.spec import SpecError
+    from raysweep.storage import StoreFailed
 
     try:
         command = importlib.import_module(f"raysweep.commands.{args.command}")
@@ -140,6 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"raysweep: error: {problem}", file=sys.stderr)
         return 2
+    except StoreFailed as error:
+        print(f"raysweep: error: {error}; what is in the bucket is whole: the same command goes on", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         # Whoever read our output has seen enough (`raysweep list | head`); nothing is left to say on the way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -161,6 +173,14 @@ def _settings(parser: argparse.ArgumentParser) -> None:
 def _out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path(), metavar="DIR", help="where runs/ and mlflow.db go (default: .)"
+    )
+
+
+def _storage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--storage",
+        metavar="WHERE",
+        help="where sweeps and checkpoints go instead of runs/: a folder, s3://BUCKET/PATH or gs://BUCKET/PATH",
     )
 
 

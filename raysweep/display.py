@@ -8,6 +8,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from raysweep import storage
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import labels
 
@@ -31,7 +32,7 @@ class Progress:
         self._trials = {trial.number: trial for trial in ledger.trials()}
         self._console.print(
             f"sweep {ledger.name}: {ledger.space.total} trials of up to {self._epochs} epochs, "
-            f"{concurrent} at a time, in {ledger.path}",
+            f"{concurrent} at a time, in {storage.name(ledger.path)}",
             highlight=False,
             soft_wrap=True,
         )

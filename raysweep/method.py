@@ -120,12 +120,24 @@ class Method(Spec):
             raise SpecError(problems)
         return self
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, rng: Rng, workers: Workers = ONE_WORKER) -> Step:
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        rng: Rng,
+        workers: Workers = ONE_WORKER,
+        attacked: nn.Module | None = None,
+    ) -> Step:
         """Attack, then one forward in the model's own mode for each view, then the weighted sum of losses.
 
         The loss is scaled so that the mean of its gradient over workers is the gradient of the global batch.
+        attacked: the model in eval mode in a form that is faster, for the attacks that want that mode.
         """
-        adversarial = {name: attack(model, x, y, rng.stream("attack", name)) for name, attack in self.attacks.items()}
+        adversarial: dict[str, Adversarial] = {}
+        for name, attack in self.attacks.items():
+            met = model if attacked is None or getattr(attack, "mode", "eval") == "train" else attacked
+            adversarial[name] = attack(met, x, y, rng.stream("attack", name))
         needs_natural = any(NATURAL in term.views or term.loss.startswith("kl") for term in self.terms.values())
         logits: dict[str, Tensor] = {NATURAL: model(x)} if needs_natural else {}
         logits |= {name: model(result.x) for name, result in adversarial.items()}

@@ -5,17 +5,28 @@ from collections.abc import Mapping, Sequence
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor
 
+from raysweep.evaluation.instances import Instances
 from raysweep.training.diagnostics import LOW_WEIGHT, Histogram
 
 History = Sequence[Mapping[str, float]]
 Histograms = Mapping[int, Mapping[str, Histogram]]
 
 
+def empty_axes(x: str, y: str) -> tuple[Figure, Axes]:
+    """A figure of one panel, with the names of its axes."""
+    figure = Figure(figsize=(4.4, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    return figure, axes
+
+
 def errors(history: History) -> Figure:
     """Natural and robust training error (solid) and validation error (dashed) over epochs (G fig. 4, upper panels)."""
-    figure, axes = _figure("epoch", "error")
+    figure, axes = empty_axes("epoch", "error")
     attacks = [k.removeprefix("train/kappa_median_") for k in history[-1] if k.startswith("train/kappa_median_")]
     solid = {"natural": "train/natural", **{f"under {name}": f"train/{name}" for name in attacks}}
     dashed = {"natural": "clean", "under pgd": "pgd", "worst case": "robust_worst"}
@@ -31,7 +42,7 @@ def errors(history: History) -> Figure:
 
 def kappa(history: History, attack: str) -> Figure:
     """Mean and median geometry value of the training data over epochs (G fig. 4, bottom left)."""
-    figure, axes = _figure("epoch", "geometry value κ")
+    figure, axes = empty_axes("epoch", "geometry value κ")
     for label, key, style in (
         ("mean", f"train/kappa_{attack}", "x-"),
         ("median", f"train/kappa_median_{attack}", "o-"),
@@ -43,7 +54,7 @@ def kappa(history: History, attack: str) -> Figure:
 
 def flatness(history: History) -> Figure:
     """Mean norm of the loss's gradient at friendly and most adversarial data (G fig. 4, bottom middle and right)."""
-    figure, axes = _figure("epoch", "‖∇ℓ‖")
+    figure, axes = empty_axes("epoch", "‖∇ℓ‖")
     for label in ("friendly", "adversarial"):
         axes.plot(*_curve(history, f"flatness_{label}"), label=label)
     axes.legend()
@@ -52,7 +63,7 @@ def flatness(history: History) -> Figure:
 
 def weight_histogram(histograms: Histograms, term: str, epoch: int | None = None) -> Figure:
     """Frequency of weights, as multiples of their mean, in the last or a given epoch (L fig. 1a)."""
-    figure, axes = _figure(f"weight of {term} / mean", "training examples")
+    figure, axes = empty_axes(f"weight of {term} / mean", "training examples")
     _bars(axes, histograms, f"weight_{term}", epoch)
     axes.axvline(LOW_WEIGHT, color="black", linestyle=":")
     return figure
@@ -60,31 +71,30 @@ def weight_histogram(histograms: Histograms, term: str, epoch: int | None = None
 
 def vulnerability_histogram(histograms: Histograms, attack: str, epoch: int | None = None) -> Figure:
     """Frequency of V in the view of an attack, in the last or a given epoch (L fig. 4)."""
-    figure, axes = _figure(f"V of {attack}", "training examples")
+    figure, axes = empty_axes(f"V of {attack}", "training examples")
     _bars(axes, histograms, f"V_{attack}", epoch)
     return figure
 
 
 def kappa_histogram(histograms: Histograms, attack: str, epoch: int | None = None) -> Figure:
     """Frequency of each geometry value in the last or a given epoch."""
-    figure, axes = _figure(f"κ of {attack}", "training examples")
+    figure, axes = empty_axes(f"κ of {attack}", "training examples")
     _bars(axes, histograms, f"kappa_{attack}", epoch)
     return figure
 
 
 def logits_map(logits: Tensor, y: Tensor, kappa: Tensor, classes: tuple[int, int]) -> Figure:
     """Two classes' logits on their two principal axes, lighter where kappa is small (G fig. 7 and 8)."""
-    figure, axes = _figure("first principal axis", "second")
+    figure, axes = empty_axes("first principal axis", "second")
     rows = (y == classes[0]) | (y == classes[1])
     centred = (logits[rows] - logits[rows].mean(0)).double()
     _, _, axes_of_variance = torch.linalg.svd(centred, full_matrices=False)
     points = centred @ axes_of_variance[:2].T
-    for label, colours in zip(classes, ("Blues", "Reds"), strict=True):
+    for label, shades in zip(classes, ("Blues", "Reds"), strict=True):
         own = y[rows] == label
-        dots = axes.scatter(
-            points[own, 0], points[own, 1], c=kappa[rows][own], cmap=colours, s=6, vmin=-2, label=f"class {label}"
-        )
-        figure.colorbar(dots, ax=axes, label=f"κ, class {label}")
+        axes.scatter(points[own, 0], points[own, 1], c=kappa[rows][own], cmap=shades, s=8, vmin=-2)
+    colours = ("tab:blue", "tab:red")
+    axes.legend(handles=[Patch(color=c, label=f"class {label}") for c, label in zip(colours, classes, strict=True)])
     return figure
 
 
@@ -95,7 +105,7 @@ def vulnerable_map(logits: Tensor, first: Tensor, second: Tensor, share: float =
     """
     from sklearn.manifold import TSNE
 
-    figure, axes = _figure("", "")
+    figure, axes = empty_axes("", "")
     count = max(round(share * len(first)), 4)
     chosen = first.argsort()[:count]
     agreed = torch.isin(chosen, second.argsort()[:count])
@@ -103,8 +113,21 @@ def vulnerable_map(logits: Tensor, first: Tensor, second: Tensor, share: float =
     points = TSNE(perplexity=perplexity, random_state=seed).fit_transform(logits[chosen].double().numpy())
     for rows, colour, label in ((agreed.numpy(), "red", "consistent"), (~agreed.numpy(), "blue", "inconsistent")):
         axes.scatter(points[rows, 0], points[rows, 1], c=colour, s=6, label=f"{label}: {rows.sum()}")
+    axes.set_xticks([])
+    axes.set_yticks([])
     axes.legend()
     return figure
+
+
+def maps(seen: Instances) -> dict[str, Figure]:
+    """The papers' pictures of single examples: G fig. 7 for the two classes that are confused most, L fig. 2."""
+    figures = {}
+    if seen.kappa:
+        figures["logits_map"] = logits_map(seen.logits, seen.y, next(iter(seen.kappa.values())), seen.confused())
+    if len(seen.v) > 1:
+        first, second, *_ = seen.v.values()
+        figures["vulnerable_map"] = vulnerable_map(seen.logits, first, second)
+    return figures
 
 
 def all_figures(history: History, histograms: Histograms) -> dict[str, Figure]:
@@ -121,14 +144,6 @@ def all_figures(history: History, histograms: Histograms) -> dict[str, Figure]:
         kind, _, of = name.partition("_")
         figures[f"{name}_histogram"] = makers[kind](histograms, of)
     return figures
-
-
-def _figure(x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    return figure, axes
 
 
 def _curve(history: History, key: str) -> tuple[list[float], list[float]]:

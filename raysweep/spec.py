@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 S = TypeVar("S", bound="Spec")
 _AT_LEAST = re.compile(r"^\w+ should have at least (\d+ items?).*$")
 Json = dict[str, Any]
@@ -131,10 +132,32 @@ def unknown_name(what: str, name: object, known: Sequence[str]) -> str:
     return f"no {what} {name!r}; {hint}"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain scalars: `on` and `no` are words, `1e-3` is a number."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$", re.I),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """A YAML document or value. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)  # a safe loader
+
+
 def read_yaml(path: Path) -> Json:
     """A mapping from a YAML file; SpecError in one line for anything else."""
     try:
-        data = yaml.safe_load(path.read_text())
+        data = parse_yaml(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
@@ -207,6 +230,9 @@ def _problems(error: ValidationError, data: Any, source: str) -> list[str]:
             head = path.rpartition(".")[0]
             near = ", ".join(f"{head}.{name}" if head else name for name in item["msg"].split())
             lines.append(f"{prefix}no setting {path!r}; nearest: {near}")
+        elif item["type"] == "union_tag_invalid":
+            tags = [tag.strip(" '") for tag in item["ctx"]["expected_tags"].split(",")]
+            lines.append(f"{prefix}{path}: {unknown_name('kind', item['ctx']['tag'], tags)}")
         elif item["type"] == "missing":
             lines.append(f"{prefix}{path} is missing")
         elif item["type"] == "value_error" and isinstance(item.get("ctx", {}).get("error"), SpecError):

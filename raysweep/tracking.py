@@ -14,9 +14,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from raysweep import storage
 from raysweep.spec import SpecError, flatten
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import labels
+from raysweep.training.advice import advise
 from raysweep.training.checkpoint import Checkpoint, Run, environment
 from raysweep.training.config import RunConfig
 from raysweep.training.diagnostics import read_histograms
@@ -101,6 +103,11 @@ class Tracker:
 
         self._connected.result()[0].log_batch(run, tags=[RunTag(k, v) for k, v in tags.items()])
 
+    def describe(self, run: str, lines: Sequence[str]) -> None:
+        """The run's description in the UI: one point a line."""
+        if lines:
+            self.tag(run, {"mlflow.note.content": "\n".join(f"- {line}" for line in lines)})
+
     def artifacts(self, run: str, folder: Path, under: str) -> None:
         self._connected.result()[0].log_artifacts(run, str(folder), under)
 
@@ -108,8 +115,12 @@ class Tracker:
         """The papers' figures of a training run, as images."""
         from raysweep.plots import all_figures
 
+        self.figures(run, all_figures(history, read_histograms(run_path)))
+
+    def figures(self, run: str, figures: Mapping[str, Any]) -> None:
+        """matplotlib's figures, by name, where MLflow's page of the run shows them."""
         client, _ = self._connected.result()
-        for name, figure in all_figures(history, read_histograms(run_path)).items():
+        for name, figure in figures.items():
             client.log_figure(run, figure, f"plots/{name}.png")
 
     def artifact(self, run: str, data: Any, name: str) -> None:
@@ -278,6 +289,7 @@ class SweepTracker:
             last = Run(ledger.run_path(trial.number)).last()
             if trial.number in self._runs and last is not None:
                 self._tracker.plots(self._runs[trial.number], last.path.parent, last.history)
+                self._tracker.describe(self._runs[trial.number], advise(last.config, last.history))
         if ranked:
             best = {f"best/{name}": value for name, value in _headline(ranked[0]).items()}
             self._tracker.metrics(self._parent, best | {"trials": float(len(trials))}, 0)
@@ -309,7 +321,9 @@ class SweepTracker:
     def _finish(self, run: str, trial: Trial) -> None:
         if trial.best:
             self._tracker.metrics(run, {f"best/{k}": v for k, v in _headline(trial).items()}, trial.epoch)
-            self._tracker.artifacts(run, self._ledger.checkpoint(trial), "checkpoint")
+            best = self._ledger.checkpoint(trial)
+            storage.pull(best)
+            self._tracker.artifacts(run, best, "checkpoint")
         self._tracker.tag(run, {"state": trial.state, **({"reason": trial.reason} if trial.reason else {})})
         self._tracker.close(run, _STATUS[trial.state])
 
@@ -317,7 +331,7 @@ class SweepTracker:
 def run_tags(saved: Checkpoint) -> dict[str, str]:
     """The tags of the run that wrote a checkpoint of `raysweep train` or of a sweep's trial."""
     folder = saved.path.parent
-    if (folder / "trial.json").exists():
+    if storage.pull_file(folder / "trial.json"):
         return _trial_tags(Ledger.open(folder.parent.parent).key, folder.name)
     return train_tags(Run(folder))
 

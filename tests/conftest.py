@@ -61,6 +61,14 @@ def ray_cluster() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def one_core() -> Iterator[None]:
+    """Attacks run in this process: starting a pool takes longer than small attacks do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.sched_getaffinity", lambda pid: {0})
+        yield
+
+
 @pytest.fixture
 def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)

@@ -16,14 +16,14 @@ from raysweep.cli import build_parser, main
 COMMON = {"--set", "--data-dir", "--json"}
 FLAGS = {
     "list": {"--json"},
-    "show": {*COMMON, "--out"},
-    "train": {*COMMON, "--out", "--name"},
+    "show": {*COMMON, "--out", "--storage"},
+    "train": {*COMMON, "--out", "--storage", "--name"},
     "tune": {
-        *COMMON, "--out", "--name", "--space", "--trials", "--resume", "--plan", "--address", "--cpus-per-trial",
-        "--gpus-per-trial", "--workers", "--max-trials", "--max-time", "--max-gpu-hours",
+        *COMMON, "--out", "--storage", "--name", "--space", "--trials", "--resume", "--plan", "--address",
+        "--cpus-per-trial", "--gpus-per-trial", "--workers", "--max-trials", "--max-time", "--max-gpu-hours",
     },
-    "run": {*COMMON, "--out", "--plan", "--from", "--wait", "--address"},
-    "doctor": {*COMMON, "--out", "--address", "--storage"},
+    "run": {*COMMON, "--out", "--storage", "--plan", "--from", "--wait", "--address"},
+    "doctor": {*COMMON, "--out", "--storage", "--address"},
     "eval": {
         *COMMON, "--out", "--attack", "--version", "--eps", "--norm", "--n", "--batch-size", "--keep-adversarial",
         "--pseudo-label", "--address", "--gpus-per-task", "--bundle", "--verify",
@@ -168,7 +168,7 @@ def test_plan_starts_nothing_and_writes_nothing(workdir: Path, capsys) -> None:
         (["tune", "lrat", "--address", "nonsense"], "--address 'nonsense': expected auto or host:port"),
         (["tune", "lrat", "--workers", "2", "--gpus-per-trial", "3"], "3 GPUs for 2 workers is 1.5 each"),
         (["tune", "lrat", "--workers", "2", "--cpus-per-trial", "0"], "0 CPUs are not enough for 2 workers"),
-        (["show", "lart"], "no method, preset, space file, pipeline or sweep 'lart'; nearest: mart, lrat"),
+        (["show", "lart"], "no method, preset, space file, pipeline, sweep or trial 'lart'; nearest: mart, lrat"),
     ],
     ids=lambda case: " ".join(case) if isinstance(case, list) else "",
 )
@@ -211,3 +211,18 @@ def test_commands_do_not_phone_home() -> None:
     clean = {k: v for k, v in os.environ.items() if k not in ("RAY_USAGE_STATS_ENABLED", "MLFLOW_DISABLE_TELEMETRY")}
     done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "true"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_scripts_are_sound(shell, capsys, tmp_path) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--print-completion", shell])
+    script = capsys.readouterr().out
+    assert end.value.code == 0 and "gair-trades" in script and "--max-gpu-hours" in script
+    if shell == "bash":
+        complete = "\n".join(
+            ["COMP_WORDS=(raysweep tune lr)", "COMP_CWORD=2", "_shtab_raysweep", 'echo "${COMPREPLY[@]}"']
+        )
+        command = ["bash", "-c", f"{script}\n{complete}"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.stdout.split() == ["lrat", "lrat-trades"], done.stderr

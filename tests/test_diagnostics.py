@@ -47,6 +47,7 @@ def test_numbers_by_hand(batches):
         "train/kappa_median_pgd": kappa.sort().values[(len(kappa) - 1) // 2],
         "train/weight_pgd": weight.mean(),
         "train/ess_pgd": weight.sum() ** 2 / (len(weight) * (weight**2).sum()),
+        "train/active_pgd": (weight > 0).double().mean(),
         "train/low_weight_pgd": torch.cat([w / w.mean() < 0.2 for w in weights]).float().mean(),
         "train/V_pgd": p.gather(1, y[:, None]).mean(),
         "train/pgd": (p.argmax(1) == y).float().mean(),

@@ -9,16 +9,16 @@ import pytest
 ROOT = Path(__file__).parent.parent / "raysweep"
 # Each layer may import itself and those before it.
 LAYERS = [
-    ("files", "spec", "schedules", "rng"),
+    ("files", "spec", "schedules", "rng", "storage"),
     ("losses", "attacks", "weights"),
     ("method",),
     ("catalog", "models", "data"),
     ("evaluation",),
     ("training",),
     ("sweep",),
-    ("tracking", "display", "plots"),
+    ("tracking", "display", "plots", "results"),
     ("pipeline",),
-    ("commands",),
+    ("commands", "completion"),
     ("cli",),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -83,7 +83,7 @@ def test_a_papers_table_is_asked_for_as_it_stands(name) -> None:
 
 
 @pytest.fixture(scope="module")
-def digits_run(ray_cluster, tmp_path_factory) -> Path:
+def digits_run(ray_cluster, one_core, tmp_path_factory) -> Path:
     """`raysweep run digits`, tiny, from nothing."""
     out = tmp_path_factory.mktemp("pipeline")
     assert main(["run", "digits", *TINY, "--out", str(out)]) == 0
@@ -177,7 +177,6 @@ def test_from_makes_the_rest_again_and_repeats_no_attack(digits_run: Path, monke
 
     before = {kind: artifact.finished for kind, (_, artifact) in artifacts(digits_run).items()}
     monkeypatch.setattr("raysweep.attacks.apgd.APGD.__call__", refuse)
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
     assert main(["run", "digits", *TINY, "--out", str(digits_run), "--from", "autoattack"]) == 0
     after = {kind: artifact.finished for kind, (_, artifact) in artifacts(digits_run).items()}
     assert [kind for kind in after if after[kind] != before[kind]] == ["autoattack", "register", "report"]
@@ -185,8 +184,7 @@ def test_from_makes_the_rest_again_and_repeats_no_attack(digits_run: Path, monke
 
 
 @pytest.mark.ray
-def test_a_papers_table_on_other_data_is_not_comparable(ray_cluster, workdir: Path, monkeypatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+def test_a_papers_table_on_other_data_is_not_comparable(ray_cluster, one_core, workdir: Path) -> None:
     one = "stages.train.runs={LRAT: {preset: lrat-table5}}"
     few = [one, "stages.train.seeds=[0, 1]", "stages.autoattack.n=20", "stages.autoattack.attacks={PGD: pgd20}"]
     flags = [*SET, *(part for setting in few for part in ("--set", setting))]
@@ -203,9 +201,8 @@ def test_a_papers_table_on_other_data_is_not_comparable(ray_cluster, workdir: Pa
 
 @pytest.mark.ray
 def test_nights_are_compared_and_a_planted_regression_is_exit_code_1(
-    ray_cluster, workdir: Path, monkeypatch, capsys
+    ray_cluster, one_core, workdir: Path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
     nights = iter(("2026-01-01", "2026-01-02"))
 
     def sleep() -> None:
@@ -327,9 +324,37 @@ def test_everything_wrong_is_said_at_once(workdir: Path, capsys) -> None:
     assert list(workdir.iterdir()) == [workdir / "wrong.yaml"]
 
 
+BROKEN = """\
+sett: {epochs: 3}
+stages:
+  - {kind: tun, space: lrat}
+  - {kind: tune, space: lrat, trial: 3}
+  - {kind: autoattack, attacks: {AA: autoatack}}
+  - {kind: tune, space: lratt}
+  - 7
+"""
+
+
+def test_a_file_of_the_wrong_shape_is_looked_through_all_the_same(workdir: Path, capsys) -> None:
+    Path("broken.yaml").write_text(BROKEN)
+    assert main(["run", "broken.yaml"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    expected = [
+        "stages.0: no kind 'tun'; nearest: tune, train",
+        "no setting 'stages.1.trial'; nearest: stages.1.trials",
+        "stages.4 = 7",
+        "no setting 'sett'; nearest: set",
+        "stages.2 (autoattack): attacks.AA: no attack 'autoatack'; nearest: autoattack",
+        "stages.3 (tune): no search space 'lratt'; nearest: lrat",
+    ]
+    assert len(lines) == len(expected)
+    assert all(words in line for words, line in zip(expected, lines, strict=True))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["none.yaml"], "none.yaml: cannot be read: No such file"),
         (["digitz"], "no pipeline 'digitz'; nearest: digits"),
         (["digits", "--from", "tunes"], "--from 'tunes': this pipeline has 0 tune, 1 promote"),
         (["digits", "--set", "stages.tunes.trials=3"], "--set stages.tunes.trials: expected stages.STAGE.SETTING"),

@@ -4,7 +4,7 @@ import pytest
 
 from raysweep.spec import SpecError
 from raysweep.training.config import run_config
-from raysweep.training.presets import preset, presets
+from raysweep.training.presets import preset, presets, resolve
 
 # What the papers' tables and figures hold, row by row.
 EXPECTED = {
@@ -75,3 +75,14 @@ def test_ablations_are_l_table_3():
 def test_unknown_presets_get_a_suggestion():
     with pytest.raises(SpecError, match="lrat-table1"):
         preset("lrat-tabel1")
+
+
+def test_a_file_extends_a_preset_and_says_what_differs(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: lrat-table5\nepochs: 7\nmethod.terms.pgd.weight.alpha: 4\n")
+    mine, theirs = resolve(str(file), {"seed": 3}), config("lrat-table5")
+    assert (mine.epochs, mine.seed, mine.method.terms["pgd"].weight.alpha, mine.data.name) == (7, 3, 4, "svhn")
+    assert mine.optim == theirs.optim and mine.validation == theirs.validation
+    file.write_text("extends: lrat-tabel5\n")
+    with pytest.raises(SpecError, match="no preset 'lrat-tabel5'; nearest: lrat-table5"):
+        resolve(str(file), {})

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from raysweep.catalog import METHODS
 from raysweep.method import Method, Term
 from raysweep.schedules import Cosine, Interpolated, Linear, Piecewise
-from raysweep.spec import SpecError, flatten, override
+from raysweep.spec import SpecError, flatten, override, parse_yaml
 from raysweep.training.config import RunConfig, run_config
 from raysweep.weights import Geometry, Uniform
 
@@ -80,7 +80,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_names() -> None:
     ("changes", "words"),
     [
         ({"method.attacks.pgd.loss": "cee"}, ["method.attacks.pgd.loss = 'cee'", "'ce', 'cw' or 'kl'"]),
-        ({"method.terms.pgd.weight.kind": "geomety"}, ["geomety", "'geometry'"]),
+        ({"method.terms.pgd.weight.kind": "geomety"}, ["geomety", "nearest: geometry"]),
         ({"method.terms.bound.on": "naturl"}, ["no view 'naturl'", "natural"]),
         ({"method.terms.pgd.weight.alpha": -1}, ["alpha = -1", "at least 0"]),
         ({"optim.lr": {"kind": "piecewise", "boundaries": [3], "values": [1]}}, ["1 boundaries need 2 values"]),
@@ -139,3 +139,16 @@ def test_override_sets_what_it_is_told_and_nothing_else(alpha: float, steps: int
     assert {attack.steps for attack in changed.attacks.values()} == {steps}
     assert changed.terms["cw"] == base.terms["cw"]
     assert isinstance(changed.terms["bound"], Term)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("{on: natural, off: no}", {"on": "natural", "off": "no"}),
+        ("[true, False, yes]", [True, False, "yes"]),
+        ("[1e-3, 1.5e2, -1E+2, 1., .5, -.inf, 10, 1_000]", [1e-3, 150.0, -100.0, 1.0, 0.5, float("-inf"), 10, 1000]),
+        ("[8/255, 2026-11-21x, v1.2.3, e5, 1e]", ["8/255", "2026-11-21x", "v1.2.3", "e5", "1e"]),
+    ],
+)
+def test_yaml_has_words_that_are_words_and_numbers_that_are_numbers(text, value) -> None:
+    assert parse_yaml(text) == value

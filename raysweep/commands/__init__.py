@@ -1,13 +1,15 @@
 """One module for each command: `run(args) -> exit code`, and what several of them share."""
 
 import os
+import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from raysweep.spec import SpecError
+from raysweep import storage
+from raysweep.spec import SpecError, parse_yaml
 
 
 def settings(args: Namespace) -> dict[str, Any]:
@@ -18,7 +20,7 @@ def settings(args: Namespace) -> dict[str, Any]:
         if not equals or not path:
             raise SpecError(f"--set {item!r}: expected PATH=VALUE, for example --set epochs=20")
         try:
-            changes[path] = yaml.safe_load(text)
+            changes[path] = parse_yaml(text)
         except yaml.YAMLError:
             raise SpecError(f"--set {item!r}: {text!r} is not a YAML value") from None
     if args.data_dir is not None:
@@ -26,15 +28,29 @@ def settings(args: Namespace) -> dict[str, Any]:
     return changes
 
 
-def writable(folder: Path) -> Path:
+def writable(folder: Path, option: str = "--out") -> Path:
     """`folder`, made if need be. Raises SpecError if nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SpecError(f"--out {folder}: cannot be made: {error.strerror}") from None
+        raise SpecError(f"{option} {folder}: cannot be made: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
-        raise SpecError(f"--out {folder}: cannot be written")
+        raise SpecError(f"{option} {folder}: cannot be written")
     return folder.resolve()
+
+
+def runs_in(args: Namespace, write: bool = True) -> Path:
+    """The folder of all runs: `--storage`, else `runs` in `--out`. Raises SpecError if it is out of reach."""
+    if args.storage is None:
+        return args.out.expanduser().resolve() / "runs"  # type: ignore[no-any-return]
+    folder = storage.reach(args.storage)
+    return writable(folder, "--storage") if write else folder
+
+
+def places(args: Namespace) -> str:
+    """`--out` and `--storage` as they were given, for a command to type next."""
+    out = [] if args.out == Path() else ["--out", str(args.out)]
+    return "".join(f" {shlex.quote(part)}" for part in (*out, *(["--storage", args.storage] if args.storage else [])))
 
 
 def plain_name(name: str, option: str) -> str:

@@ -7,11 +7,11 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from raysweep.commands import settings, writable
+from raysweep import storage
+from raysweep.commands import runs_in, settings, writable
 from raysweep.data import DataSpec, load
 from raysweep.spec import SpecError
 from raysweep.tracking import embedded_store, store_version
@@ -54,33 +54,34 @@ def _findings(args: Namespace) -> Iterator[Finding]:
     from raysweep.sweep.cluster import connected
 
     spec = _data(args)
-    storage = (args.storage or args.out / "runs").expanduser().resolve()
     yield from _mlflow(embedded_store(args.out))
     try:
-        writable(storage)
+        runs = writable(runs_in(args), "--out")
     except SpecError as error:
-        yield Finding("storage", False, str(error), "name a folder that can be written with --storage or --out")
+        yield Finding("storage", False, str(error), "name a place that can be written, with --storage or --out")
         return
     try:
         fingerprint = load(spec).fingerprint
     except SpecError as error:
         yield Finding("data", False, f"here: {error}", "see `raysweep doctor --help` for --data-dir")
         fingerprint = ""
-    marker = storage / f".doctor-{uuid4().hex}"
+    marker = runs / f".doctor-{uuid4().hex}"
     marker.write_text("read me")
+    storage.push(marker)
     try:
         with connected(args.address):
-            answers = probe.ask(probe.Question(str(storage), marker.name, spec.model_dump_json()))
+            answers = probe.ask(probe.Question(probe.where(runs), marker.name, spec.model_dump_json()))
             mine = probe.versions()
     except SpecError as error:
         do = "is `ray start` or `ray up` done, the port open, and RAY_AUTH_MODE the cluster's?"
         yield Finding("address", False, str(error), do)
         return
     finally:
+        storage.drop_file(marker)
         marker.unlink()
     where = args.address or os.environ.get("RAY_ADDRESS") or "a cluster of its own on this machine"
     yield Finding("address", True, f"{where}: {len(answers)} node{'s' if len(answers) != 1 else ''}")
-    yield from _nodes(answers, mine, storage, spec.name, fingerprint)
+    yield from _nodes(answers, mine, storage.name(runs), spec.name, fingerprint)
 
 
 def _data(args: Namespace) -> DataSpec:
@@ -102,7 +103,7 @@ def _mlflow(uri: str) -> Iterator[Finding]:
 
 
 def _nodes(
-    answers: "list[Answer]", mine: dict[str, str], storage: Path, data: str, fingerprint: str
+    answers: "list[Answer]", mine: dict[str, str], shared: str, data: str, fingerprint: str
 ) -> Iterator[Finding]:
     silent = [answer for answer in answers if "node" in answer.problems]
     for answer in silent:
@@ -114,8 +115,8 @@ def _nodes(
     if not heard:
         return
     yield from _versions(heard, mine)
-    folder = f"make {storage} one folder for all nodes (NFS), or name another with --storage"
-    yield from _each("storage", heard, _no_storage, f"read and written at {storage}", folder)
+    folder = f"make {shared} one folder for all nodes (NFS), or name another with --storage"
+    yield from _each("storage", heard, _no_storage, f"read and written at {shared}", folder)
     if fingerprint:
         fetch = f"put data set {data!r} where every node finds it: on the shared storage, with --data-dir"
         yield from _each("data", heard, partial(_no_data, fingerprint), f"{data}, fingerprint {fingerprint}", fetch)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from raysweep import storage
 from raysweep.attacks import preset
 from raysweep.commands import settings, ui_command, writable
 from raysweep.data import DataSpec, load
@@ -81,7 +82,8 @@ def _subject(args: Namespace, tracker: Tracker, out: Path) -> tuple[Subject, str
     if _RUN_ID.match(args.what) or args.what.startswith(("runs:/", "models:/")):
         run_id, folder = tracker.checkpoint(args.what, out / "runs" / "from-mlflow")
         return load_checkpoint(folder, _data(args)), run_id
-    subject = load_checkpoint(Path(args.what).expanduser().resolve(), _data(args))
+    path = storage.reach(args.what)
+    subject = load_checkpoint(path, _data(args))
     assert subject.checkpoint is not None
     return subject, tracker.find(run_tags(subject.checkpoint))
 

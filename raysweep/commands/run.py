@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from raysweep.commands import settings, ui_command, writable
+from raysweep.commands import runs_in, settings, ui_command, writable
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.pipeline import Step, load_pipeline, run_pipeline, steps
 from raysweep.pipeline.report import HTML, MARKDOWN
@@ -25,10 +25,10 @@ def run(args: Namespace) -> int:
     if args.plan:
         folder = args.out.expanduser().resolve() / "runs" / "pipelines" / name
         return _plan(args, name, steps(pipeline, around, folder, pipeline.salt()), around)
-    out = writable(args.out)
+    out, runs = writable(args.out), runs_in(args)
     console = Console(stderr=True)
     done: list[tuple[Step, Artifact, bool]] = []
-    options: dict[str, Any] = {"address": args.address, "first": args.first, "wait": args.wait}
+    options: dict[str, Any] = {"runs": runs, "address": args.address, "first": args.first, "wait": args.wait}
     try:
         for step, artifact, ready in run_pipeline(name, pipeline, around, out, console, **options):
             done.append((step, artifact, ready))

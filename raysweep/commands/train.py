@@ -4,10 +4,12 @@ import json
 import sys
 from argparse import Namespace
 
-from raysweep.commands import plain_name, settings, ui_command, writable
+from raysweep import storage
+from raysweep.commands import plain_name, runs_in, settings, ui_command, writable
 from raysweep.data import load
 from raysweep.spec import SpecError
 from raysweep.tracking import Tracker, embedded_store, train_tags
+from raysweep.training.advice import advise
 from raysweep.training.checkpoint import Checkpoint, Run
 from raysweep.training.prefix import PREFIXES, Prefixes
 from raysweep.training.presets import resolve
@@ -20,8 +22,8 @@ def run(args: Namespace) -> int:
     data = load(config.data)
     for line in config.warnings():
         print(f"raysweep: warning: {line}", file=sys.stderr)
-    out = writable(args.out)
-    path = out / "runs" / name
+    out, runs = writable(args.out), runs_in(args)
+    path = runs / name
     tracker = Tracker(embedded_store(out), out / "mlruns").ready()
     tags = train_tags(Run(path))
     known = tracker.find(tags)
@@ -36,7 +38,7 @@ def run(args: Namespace) -> int:
         tracker.metrics(run_id, metrics, epoch)
 
     try:
-        fitted = fit(config, path, report, data=data, prefixes=Prefixes(out / "runs" / PREFIXES), reported=reported)
+        fitted = fit(config, path, report, data=data, prefixes=Prefixes(runs / PREFIXES), reported=reported)
     except SpecError:
         tracker.close(run_id, "FAILED")
         raise
@@ -48,11 +50,17 @@ def run(args: Namespace) -> int:
     tracker.metrics(run_id, {f"best/{k}": v for k, v in best.items()}, fitted.best.epoch)
     tracker.artifacts(run_id, fitted.best.path, "checkpoint")
     tracker.plots(run_id, path, fitted.last.history)
+    advice = advise(config, fitted.last.history)
+    tracker.describe(run_id, advice)
     tracker.close(run_id, "FINISHED")
+    where = storage.name(fitted.best.path)
     if args.json:
-        print(json.dumps({"checkpoint": str(fitted.best.path), "epoch": fitted.best.epoch, "metrics": best}, indent=1))
+        facts = {"checkpoint": where, "epoch": fitted.best.epoch, "metrics": best, "advice": advice}
+        print(json.dumps(facts, indent=1))
         return 0
     objective = config.validation.objective
-    print(f"best epoch {fitted.best.epoch} by {objective}: {best[objective]:.3f}\n  {fitted.best.path}")
+    print(f"best epoch {fitted.best.epoch} by {objective}: {best[objective]:.3f}\n  {where}")
+    for line in advice:
+        print(f"note: {line}")
     print(f"compare with\n  {ui_command(tracker.uri)}")
     return 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import sys
 import time
 from argparse import Namespace
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from raysweep.commands import plain_name, settings, ui_command, writable
+from raysweep import storage
+from raysweep.commands import places, plain_name, runs_in, settings, ui_command, writable
 from raysweep.data import Data, load
 from raysweep.display import Progress, trial_table
+from raysweep.results import trial_advice
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import SearchSpace, load_space
@@ -27,14 +30,15 @@ _BEST = 5
 
 
 def run(args: Namespace) -> int:
-    space, data = _checked(args)
+    runs = runs_in(args, write=not args.plan)
+    space, data = _checked(args, runs)
     if args.plan:
         from raysweep.sweep.plan import plan
 
         return plan(space, data, args)
     out = writable(args.out)
     tracker = Tracker(embedded_store(out), out / "mlruns")
-    ledger = _ledger(args, out / "runs", space)
+    ledger = _ledger(args, runs, space)
 
     from raysweep.sweep.relay import Listener, SweepFailed
     from raysweep.sweep.resources import Resources
@@ -60,10 +64,10 @@ def _budget(args: Namespace) -> "Budget":
     return Budget(args.max_time or math.inf, math.inf if args.max_gpu_hours is None else 3600 * args.max_gpu_hours)
 
 
-def _checked(args: Namespace) -> tuple[SearchSpace, Data]:
+def _checked(args: Namespace, runs: Path) -> tuple[SearchSpace, Data]:
     """Everything that can be refused before anything starts."""
     if args.resume:
-        ledger = Ledger.open(args.out / "runs" / plain_name(args.resume, "--resume"))
+        ledger = Ledger.open(runs / plain_name(args.resume, "--resume"))
         if args.set or args.space or args.data_dir:
             raise SpecError("--resume goes on with the settings it has: leave out --set, --space and --data-dir")
         space = ledger.space
@@ -93,14 +97,17 @@ def _report(args: Namespace, ledger: Ledger, tracker: Tracker) -> int:
     """The best trials, where they are, what sharing saved, and what to type next."""
     ranked, trials = ledger.ranked(), ledger.trials()
     ended = [trial for trial in trials if trial.state != "running"]
-    out = "" if args.out == Path() else f" --out {args.out}"
+    out = places(args)
     asked, trained = sum(t.epoch for t in trials), sum(t.trained for t in trials)
     if args.json:
-        rows = [asdict(t) | {"checkpoint": str(ledger.checkpoint(t)), "masks": ledger.masks(t)} for t in ranked]
+        advice = trial_advice(ledger, ranked[0].number) if ranked else []
+        best_of = {trial.number: storage.name(ledger.checkpoint(trial)) for trial in ranked}
+        rows = [asdict(t) | {"checkpoint": best_of[t.number], "masks": ledger.masks(t)} for t in ranked]
         front = [trial.number for trial in ledger.front()]
         epochs = {"asked": asked, "trained": trained, "saved": asked - trained}
-        facts = {"sweep": ledger.name, "path": str(ledger.path), "epochs": epochs, "front": front, "trials": rows}
-        print(json.dumps(facts, indent=1))
+        path = storage.name(ledger.path)
+        facts = {"sweep": ledger.name, "path": path, "epochs": epochs, "front": front, "advice": advice}
+        print(json.dumps({**facts, "trials": rows}, indent=1))
     elif ranked:
         console = Console(width=None if sys.stdout.isatty() else 160)
         names = [name.replace("_", " ") for name in ledger.space.objectives]
@@ -113,8 +120,10 @@ def _report(args: Namespace, ledger: Ledger, tracker: Tracker) -> int:
             console.print(trial_table(ledger, ranked[:_BEST]))
         for line in _masking(ledger, ranked):
             print(line)
+        for line in trial_advice(ledger, ranked[0].number):
+            print(f"trial {ranked[0].number:04d}: {line}")
         print(f"epochs: {asked} asked, {trained} trained, {asked - trained} taken over from other trials")
-        print(f"\nbest checkpoint\n  {ledger.checkpoint(ranked[0])}")
+        print(f"\nbest checkpoint\n  {storage.name(ledger.checkpoint(ranked[0]))}")
         print(f"next\n  raysweep eval {_short(ledger.checkpoint(ranked[0]))}{out}")
         print(f"  raysweep show {ledger.name}{out}\n  {ui_command(tracker.uri)}")
     if len(ended) < ledger.space.total:
@@ -145,5 +154,6 @@ def _masking(ledger: Ledger, ranked: list[Trial]) -> list[str]:
     return lines
 
 
-def _short(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+def _short(path: Path) -> str:
+    inside = path.is_relative_to(Path.cwd()) and not storage.is_copy(path)
+    return shlex.quote(str(path.relative_to(Path.cwd())) if inside else storage.name(path))

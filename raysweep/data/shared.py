@@ -49,7 +49,7 @@ def _once(spec: str, fingerprint: str | None) -> Data:
 
 def cache_folder() -> Path:
     """Where copies are kept: this user's alone."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raysweep" / "data"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raysweep-data"
 
 
 def _shared(spec: DataSpec, fingerprint: str) -> Data:

@@ -3,11 +3,12 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # Kernels for fewer rows add in another order; from 7 rows on, rows were bit for bit the same in every batch (CPU,
@@ -53,45 +54,58 @@ def attack_copy(model: nn.Module, x: Tensor, fold: bool = True, tile: int | None
 
 def fold_batch_norms(model: nn.Module, x: Tensor) -> int:
     """Fold, in place, each batch norm that takes a convolution's output in a forward of x; how many were folded."""
+    pairs = foldable(model, x)
+    for norm, conv in pairs.items():
+        fused = fuse_conv_bn_eval(model.get_submodule(conv), model.get_submodule(norm))  # type: ignore[arg-type,type-var]
+        model.set_submodule(conv, fused)
+        model.set_submodule(norm, nn.Identity())
+    return len(pairs)
+
+
+def foldable(model: nn.Module, x: Tensor) -> dict[str, str]:
+    """Names {batch norm: convolution} where the one takes the other's output in a forward of x, each called once."""
     names = {module: name for name, module in model.named_modules()}
     outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}
-    pairs: dict[nn.BatchNorm2d, nn.Conv2d] = {}
+    pairs: dict[_BatchNorm, nn.Conv2d] = {}
     calls: dict[nn.Module, int] = {}
 
     def seen(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         calls[module] = calls.get(module, 0) + 1
         if isinstance(module, nn.Conv2d):
             outputs[id(output)] = (module, output)
-        elif isinstance(module, nn.BatchNorm2d) and id(inputs[0]) in outputs:
+        elif isinstance(module, _BatchNorm) and id(inputs[0]) in outputs:
             pairs[module] = outputs[id(inputs[0])][0]
 
-    kinds = (nn.Conv2d, nn.BatchNorm2d)
-    hooks = [module.register_forward_hook(seen) for module in names if isinstance(module, kinds)]
+    hooks = [module.register_forward_hook(seen) for module in names if isinstance(module, (nn.Conv2d, _BatchNorm))]
     try:
         with torch.no_grad():
             model(x)
     finally:
         for hook in hooks:
             hook.remove()
-    folded = 0
-    for norm, conv in pairs.items():
-        if calls[norm] == calls[conv] == 1 and norm.track_running_stats and names[norm] and names[conv]:
-            model.set_submodule(names[conv], fuse_conv_bn_eval(conv, norm))
-            model.set_submodule(names[norm], nn.Identity())
-            folded += 1
-    return folded
+    return {
+        names[norm]: names[conv]
+        for norm, conv in pairs.items()
+        if calls[norm] == calls[conv] == 1 and norm.track_running_stats and names[norm] and names[conv]
+    }
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """float32 that is float32: no TF32, no autocast."""
+    with float32_as("ieee"), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def float32_as(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """What convolutions and matrix products on NVIDIA's GPUs make of float32."""
     settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
-        setting.fp32_precision = "ieee"
+        setting.fp32_precision = precision
     try:
-        with torch.autocast(device.type, enabled=False):
-            yield
+        yield
     finally:
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value

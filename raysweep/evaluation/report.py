@@ -134,23 +134,25 @@ class RobustnessReport:
     def save_card(self, path: Path, **about: object) -> None:
         write_whole(path, json.dumps(self.card(**about), indent=2) + "\n")
 
+    def columns(self) -> dict[str, Any]:
+        """One row an example, by column: what the Parquet file holds, and `pandas.DataFrame(report.columns())`."""
+        return {
+            "index": self.index,
+            "label": self.labels,
+            "clean_prediction": self.predicted,
+            "broken_by": [str(name) or None for name in self.broken_by],
+            "margin_before": self.margin_before,
+            "margin_after": self.margin_after,
+            "perturbation": self.perturbation,
+            "queries": self.queries,
+        }
+
     def save_parquet(self, path: Path) -> None:
         """One row an example."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = pa.table(
-            {
-                "index": self.index,
-                "label": self.labels,
-                "clean_prediction": self.predicted,
-                "broken_by": [str(name) or None for name in self.broken_by],
-                "margin_before": self.margin_before,
-                "margin_after": self.margin_after,
-                "perturbation": self.perturbation,
-                "queries": self.queries,
-            }
-        )
+        table = pa.table(self.columns())
         summary = json.dumps(self.summary(), default=str)
         table = table.replace_schema_metadata({"raysweep.evaluation": summary})
         with whole(path) as stream:

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysweep.models.layers import conv1x1, conv3x3
+from raysweep.models.layers import Logits, conv1x1, conv3x3
 
 
 class PreActBlock(nn.Module):
@@ -37,7 +37,7 @@ class PreActResNet(nn.Module):
                 channels_in = width
         self.blocks = nn.Sequential(*blocks)
         self.end = nn.Sequential(nn.BatchNorm2d(channels_in), nn.ReLU()) if final_bn else nn.Identity()
-        self.linear = nn.Linear(channels_in, classes)
+        self.linear = Logits(channels_in, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.end(self.blocks(self.conv1(x)))

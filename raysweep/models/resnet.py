@@ -5,7 +5,7 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysweep.models.layers import conv1x1, conv3x3
+from raysweep.models.layers import Logits, conv1x1, conv3x3
 
 
 class Block(Protocol):
@@ -58,7 +58,7 @@ class ResNet(nn.Module):
                 channels_in = width * block.expansion
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)
-        self.linear = nn.Linear(channels_in, classes)
+        self.linear = Logits(channels_in, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.stages(F.relu(self.bn1(self.conv1(x))))

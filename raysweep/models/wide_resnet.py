@@ -5,7 +5,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysweep.models.layers import conv3x3
+from raysweep.models.layers import Logits, conv3x3
 from raysweep.models.preact_resnet import PreActBlock
 
 
@@ -24,7 +24,7 @@ class WideResNet(nn.Module):
                 channels_in = width
         self.stages = nn.Sequential(*stages)
         self.bn = nn.BatchNorm2d(channels_in)
-        self.linear = nn.Linear(channels_in, classes)
+        self.linear = Logits(channels_in, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels

@@ -15,7 +15,7 @@ FILE = "artifact.json"
 
 
 class Candidate(Spec):
-    """A checkpoint that a stage offers to the next. Paths are relative to `--out`.
+    """A checkpoint that a stage offers to the next. Its path is relative to `--out`, or elsewhere a whole path or URI.
 
     label: its row in a report, the same for all seeds; which: `best` or `last` epoch; metrics: its validation;
     settings: what was searched; masked: PGD overstates it by more than its space allows; front: not Pareto-dominated.

@@ -61,7 +61,7 @@ class AutoAttack(Stage):
                     judged.append(self._judge(work, candidate, label, shards))
         return Outcome(judged=tuple(judged))
 
-    def _attack(self, label: str, eps: float) -> WorstCase | SingleAttack:
+    def attack(self, label: str, eps: float) -> WorstCase | SingleAttack:
         attack = self.attacks[label]
         if isinstance(attack, str):
             return preset(attack, eps, self.norm)
@@ -69,13 +69,13 @@ class AutoAttack(Stage):
         return attack
 
     def _judge(self, work: Work, candidate: Candidate, label: str, shards: Any) -> Judgement:
-        subject = load_checkpoint(work.out / candidate.checkpoint, {})
+        subject = load_checkpoint(work.path(candidate.checkpoint), {})
         assert subject.checkpoint is not None
         config = subject.checkpoint.config
         assert subject.data is not None
         data = subject.data
         eps = self.eps if self.eps is not None else threat_of(subject, config.data.name)[0]
-        attack = self._attack(label, eps)
+        attack = self.attack(label, eps)
         count = min(self.n or len(data.test), len(data.test))
         folder = folder_of(work.out, subject, attack, config.data, count)
         work.say(f"{label} on {candidate.title}: {count} test examples")
@@ -93,7 +93,7 @@ class AutoAttack(Stage):
             standard=attack == autoattack(report.eps, self.norm),
             test_examples=len(data.test),
             run=run,
-            folder=work.relative(folder),
+            folder=work.reference(folder),
             protocol=_protocol(config, report, data.fingerprint),
             **_numbers(report),
         )

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 _STYLE = """
 :root { color-scheme: light; --line: #d9dde3; --soft: #f5f6f8; --ink: #1c2430; --quiet: #5b6675; }
-body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink); max-width: 1060px;
+body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink); max-width: 1088px;
   margin: 0 auto; padding: 28px 24px 64px; }
 h1 { font-size: 26px; margin: 0 0 2px; } h2 { font-size: 19px; margin: 36px 0 8px; padding-top: 12px;
   border-top: 1px solid var(--line); } p { margin: 6px 0 10px; max-width: 78ch; } .quiet { color: var(--quiet); }
@@ -19,9 +19,9 @@ table { border-collapse: collapse; margin: 8px 0 14px; font-variant-numeric: tab
 th, td { padding: 4px 12px 4px 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { font-weight: 600; border-bottom: 2px solid var(--line); }
 td.text, th.text { text-align: left; white-space: normal; } .wide { overflow-x: auto; }
-.figures { display: flex; flex-wrap: wrap; gap: 16px; } figure { margin: 0; } figure img { width: 500px;
+.figures { display: flex; flex-wrap: wrap; gap: 16px; } figure { margin: 0; } figure img { width: 352px;
   max-width: 100%; } figure.wide, figure.wide img { width: 100%; }
-figcaption { color: var(--quiet); font-size: 13px; max-width: 500px; }
+figcaption { color: var(--quiet); font-size: 13px; max-width: 352px; }
 .good, .bad, .open { font-weight: 600; } .good { color: #19713a; } .bad { color: #b3261e; } .open { color: #7a5c00; }
 .banner { padding: 10px 14px; border-radius: 6px; background: var(--soft); border-left: 4px solid var(--quiet); }
 .banner.good { border-color: #19713a; } .banner.bad { border-color: #b3261e; }

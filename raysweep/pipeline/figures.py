@@ -1,23 +1,23 @@
 """The report's pictures: curves of what was promoted, the searched settings, attacks, the paper's numbers."""
 
+import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from raysweep.pipeline.artifact import Judgement
 from raysweep.pipeline.paper import Comparison
-from raysweep.sweep.space import labels
+from raysweep.plots import empty_axes
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.space import Distribution, labels
 
 History = Sequence[Mapping[str, float]]
-_SLICES = 6
 
 
 def curves(histories: Mapping[str, History], metric: str, label: str) -> Figure:
     """A metric of several runs over their epochs."""
-    figure, axes = _figure("epoch", label)
+    figure, axes = empty_axes("epoch", label)
     for name, history in histories.items():
         rows = [row for row in history if metric in row]
         axes.plot([row["epoch"] for row in rows], [row[metric] for row in rows], "o-", markersize=3, label=name)
@@ -25,31 +25,91 @@ def curves(histories: Mapping[str, History], metric: str, label: str) -> Figure:
     return figure
 
 
-def slices(trials: Sequence[Mapping[str, Any]], metric: str) -> Figure:
-    """The objective of every trial against each searched setting."""
-    scored = [t for t in trials if t["score"] is not None]
-    paths = list(dict.fromkeys(path for t in scored for path in t["settings"]))[:_SLICES]
-    short = labels(paths)
-    across = min(len(paths), 3)
-    down = -(-len(paths) // across)
-    figure = Figure(figsize=(3 * across, 2.6 * down), layout="constrained")
+def slices(ledger: Ledger) -> Figure:
+    """The objective of every trial against each searched setting, on its distribution's own scale; darker: later."""
+    metric, space = ledger.space.objectives[0], ledger.space.space
+    scored = [trial for trial in ledger.trials() if metric in trial.best]
+    short = labels(list(space))
+    across = min(len(space), 3)
+    down = -(-len(space) // across)
+    figure = Figure(figsize=(0.6 + 3 * across, 2.6 * down), layout="constrained")
     grid = figure.subplots(down, across, squeeze=False, sharey=True)
-    for axes, path in zip(grid.flat, paths, strict=False):
-        points = [(t["settings"][path], t["score"]) for t in scored if path in t["settings"]]
-        words = not all(isinstance(x, Real) for x, _ in points)
-        axes.scatter([str(x) if words else x for x, _ in points], [y for _, y in points], s=14)
+    for axes, (path, distribution) in zip(grid.flat, space.items(), strict=False):
+        own = [trial for trial in scored if path in trial.settings]
+        _scale(axes, distribution)
+        values = [trial.settings[path] for trial in own]
+        dots = axes.scatter(
+            [str(v) for v in values] if distribution.categorical else values,
+            [trial.score(metric) for trial in own],
+            c=[trial.number for trial in own],
+            cmap="Blues", vmin=-len(scored) / 2, vmax=len(scored), s=22, edgecolors="#33475b", linewidths=0.5,
+        )  # fmt: skip
+        dots.set_clip_on(False)
         axes.set_xlabel(short[path], fontsize=9)
         axes.tick_params(labelsize=8)
-    for axes in list(grid.flat)[len(paths) :]:
+    for axes in list(grid.flat)[len(space) :]:
         axes.set_axis_off()
     for row in grid:
-        row[0].set_ylabel(metric.replace("_", " "), fontsize=9)
+        row[0].set_ylabel(words(metric), fontsize=9)
     return figure
+
+
+def _scale(axes: Axes, distribution: Distribution) -> None:
+    """The range that was searched, or every choice in the order of the file."""
+    if distribution.categorical:
+        axes.plot([str(choice) for choice in distribution.categorical], [math.nan] * len(distribution.categorical))
+        axes.margins(x=0.2)
+        return
+    low, high = distribution.ends()
+    axes.set_xscale("log" if distribution.log else "linear")
+    axes.set_xlim(low, high)
+
+
+def importance(shares: Mapping[str, float], metric: str) -> Figure:
+    """What share of the objective's variance each searched setting explains."""
+    figure = Figure(figsize=(4.4, max(1.6, 0.9 + 0.34 * len(shares))), layout="constrained")
+    axes = figure.subplots()
+    short = labels(list(shares))
+    bars = axes.barh([short[path] for path in shares], list(shares.values()), 0.6)
+    axes.bar_label(bars, [f"{share:.0%}" for share in shares.values()], padding=3, fontsize=8)
+    axes.set_xlim(0, 1.08)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"share of the variance of {words(metric)}")
+    return figure
+
+
+def pareto(trials: Sequence[Trial], front: Sequence[Trial], x: str, y: str) -> Figure:
+    """Every trial in two objectives, each at its best epoch; those that no other beats are joined and numbered."""
+    figure, axes = empty_axes(words(x), words(y))
+    rest = [trial for trial in trials if trial not in front]
+    axes.scatter([t.score(x) for t in rest], [t.score(y) for t in rest], s=20, color="#9fb0c3", label="beaten")
+    best = sorted(front, key=lambda trial: trial.score(x))
+    axes.plot([t.score(x) for t in best], [t.score(y) for t in best], "o--", color="#b3261e", label="Pareto front")
+    for trial in best:
+        axes.annotate(f"{trial.number:04d}", (trial.score(x), trial.score(y)), fontsize=7, xytext=(4, 4),
+                      textcoords="offset points")  # fmt: skip
+    axes.margins(0.12)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def against_setting(lines: Mapping[str, Mapping[float, float]], label: str) -> Figure:
+    """Test accuracy against one setting: {curve: {value: accuracy}}."""
+    figure, axes = empty_axes(label, "test accuracy")
+    for name, points in lines.items():
+        axes.plot(sorted(points), [points[value] for value in sorted(points)], "o-", markersize=4, label=name)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def words(metric: str) -> str:
+    return metric.replace("_", " ")
 
 
 def after_attacks(judged: Mapping[str, Judgement]) -> Figure:
     """Accuracy that is left after each attack of the cascade."""
-    figure, axes = _figure("", "test accuracy")
+    figure, axes = empty_axes("", "test accuracy")
     for name, judgement in judged.items():
         steps = {"clean": judgement.clean, **judgement.after}
         axes.plot(list(steps), list(steps.values()), "o-", label=name)
@@ -60,7 +120,7 @@ def after_attacks(judged: Mapping[str, Judgement]) -> Figure:
 
 def per_class(judged: Mapping[str, Judgement]) -> Figure:
     """Robust accuracy of each class."""
-    figure, axes = _figure("class", "robust test accuracy")
+    figure, axes = empty_axes("class", "robust test accuracy")
     width = 0.8 / max(len(judged), 1)
     for number, (name, judgement) in enumerate(judged.items()):
         names = list(judgement.per_class)
@@ -73,11 +133,12 @@ def per_class(judged: Mapping[str, Judgement]) -> Figure:
 
 def objective_against_autoattack(judged: Sequence[Judgement]) -> Figure:
     """What the sweep went by against what AutoAttack says."""
-    figure, axes = _figure("objective on validation", "AutoAttack on test")
+    figure, axes = empty_axes("objective on validation", "AutoAttack on test")
     axes.scatter([j.candidate.objective for j in judged], [j.robust for j in judged], s=20)
     for j in judged:
         axes.annotate(j.candidate.label, (j.candidate.objective, j.robust), fontsize=7, xytext=(4, 3),
                       textcoords="offset points")  # fmt: skip
+    axes.margins(x=0.15)
     _diagonal(axes)
     return figure
 
@@ -104,11 +165,3 @@ def _diagonal(axes: Axes) -> None:
     low = min(*axes.get_xlim(), *axes.get_ylim())
     high = max(*axes.get_xlim(), *axes.get_ylim())
     axes.plot([low, high], [low, high], ":", color="grey", linewidth=1)
-
-
-def _figure(x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
-    axes = figure.subplots()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    return figure, axes

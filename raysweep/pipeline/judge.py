@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from raysweep import storage
 from raysweep.attacks import SingleAttack, WorstCase
 from raysweep.data import Data, DataSpec
 from raysweep.evaluation import Processes, RobustnessReport, bar, evaluate
@@ -31,11 +32,13 @@ def threat_of(subject: Subject, data: str) -> tuple[float, str]:
 
 
 def folder_of(out: Path, subject: Subject, attack: WorstCase | SingleAttack, data: DataSpec, count: int) -> Path:
-    """Beside the checkpoint that is judged, or under `runs/eval`."""
+    """Beside the checkpoint that is judged, or under `runs/eval` where that is a bucket's or none of ours."""
     key = digest([attack.json_dict(), data.json_dict(), count])
     if subject.checkpoint is None:
         return out / "runs" / "eval" / f"{subject.name.replace(':', '.')}-{key}"
     path = subject.checkpoint.path
+    if storage.is_copy(path):
+        return out / "runs" / "eval" / f"{subject.name.replace('/', '-')}-{digest([key, storage.name(path)])}"
     return path.parent / f"eval-{path.name.removeprefix('epoch-')}-{key}"
 
 

@@ -1,9 +1,10 @@
 """A pipeline: stages in order, each run once for what goes into it."""
 
 import datetime
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +22,7 @@ from raysweep.pipeline.report import Report
 from raysweep.pipeline.shipped import source
 from raysweep.pipeline.stage import Past, Settings, Stage, Work
 from raysweep.pipeline.tune import Train, Tune
-from raysweep.spec import Spec, SpecError, digest, override, read_yaml
+from raysweep.spec import Json, Spec, SpecError, digest, override, read_yaml
 from raysweep.training.checkpoint import environment
 
 AnyStage = Annotated[Tune | Train | Promote | AutoAttack | Register | Report, Field(discriminator="kind")]
@@ -52,14 +53,10 @@ class Pipeline(Spec):
                 lines.append(f"{where}: no stage before it judges anything; put autoattack first")
             candidates |= isinstance(stage, _TRAINS)
             judged |= isinstance(stage, AutoAttack)
-            try:
-                stage.configs(settings)
-                own = stage.problems()
-                for label in stage.labels(settings):
-                    if taken.setdefault(label, number) != number:
-                        own.append(f"its label {label!r} is that of stages.{taken[label]}; give it another")
-            except SpecError as error:
-                own = error.problems
+            own = _own_problems(stage, settings)
+            for label in [] if own else stage.labels(settings):
+                if taken.setdefault(label, number) != number:
+                    own.append(f"its label {label!r} is that of stages.{taken[label]}; give it another")
             lines += [f"{where}: {line}" for line in own]
         return lines
 
@@ -92,13 +89,36 @@ def load_pipeline(what: str, changes: Mapping[str, Any]) -> tuple[str, Pipeline,
     training runs of all its stages. Raises SpecError with all problems at once.
     """
     path = source(what)
-    pipeline = Pipeline.load(read_yaml(path), str(path))
+    pipeline = _checked(read_yaml(path), path)
     own = {key: value for key, value in changes.items() if key.split(".")[0] in ("stages", "again")}
     pipeline = _changed(pipeline, own)
     settings = Settings(pipeline.set, {key: value for key, value in changes.items() if key not in own})
     if problems := pipeline.problems(settings):
         raise SpecError([f"{path}: {line}" for line in problems])
     return path.stem, pipeline, settings
+
+
+def _checked(data: Json, path: Path) -> Pipeline:
+    """The file as a pipeline. Where it is none, its stages that are sound in themselves are looked at all the same."""
+    try:
+        return Pipeline.load(data, str(path))
+    except SpecError as error:
+        lines = list(error.problems)
+    stages, around = data.get("stages"), data.get("set")
+    settings = Settings(around if isinstance(around, dict) else {}, {})
+    for number, stage in enumerate(stages if isinstance(stages, list) else []):
+        with suppress(SpecError):
+            (sound,) = Pipeline.load({"stages": [stage]}).stages
+            lines += [f"{path}: stages.{number} ({sound.kind}): {line}" for line in _own_problems(sound, settings)]
+    raise SpecError(lines)
+
+
+def _own_problems(stage: Stage, settings: Settings) -> list[str]:
+    try:
+        stage.configs(settings)
+    except SpecError as error:
+        return error.problems
+    return stage.problems()
 
 
 def steps(pipeline: Pipeline, settings: Settings, folder: Path, salt: str) -> list[Step]:
@@ -124,19 +144,25 @@ def run_pipeline(
     out: Path,
     console: Console,
     *,
+    runs: Path | None = None,
     address: str | None = None,
     first: str | None = None,
     wait: bool = False,
 ) -> Iterator[tuple[Step, Artifact, bool]]:
     """Run what has not run yet: step, artifact, and whether it was there already, one by one.
 
-    first: make the artifacts from this stage on again. Raises SpecError if another process runs this pipeline.
+    runs: where sweeps live (default: `out`/runs); first: make the artifacts from this stage on again. Raises
+    SpecError if another process runs this pipeline.
     """
     folder = out / "runs" / "pipelines" / name
     again = _position(first, pipeline)
     salt = pipeline.salt()
-    sweeps = folder / "sweeps" / salt if salt else out / "runs"
+    runs = runs or out / "runs"
+    sweeps = runs / "pipelines" / name / "sweeps" / salt if salt else runs
     with locked(folder, wait), ExitStack() as stack:
+        for half in folder.glob(".[0-9]*"):
+            # Left by a run that was killed while it wrote.
+            shutil.rmtree(half, ignore_errors=True)
         work = Work(name, out, folder, sweeps, settings, console, address, stack)
         done: tuple[Artifact, ...] = ()
         for step in steps(pipeline, settings, folder, salt):

@@ -71,7 +71,7 @@ class Promote(Stage):
 
     def space(self, work: Work, one: Candidate) -> SearchSpace:
         """The candidate's run with other settings, over the seeds."""
-        config = checkpoint.read(work.out / one.checkpoint).config
+        config = checkpoint.read(work.path(one.checkpoint)).config
         # Whole parts of the config, so that no profile of a data set comes between.
         base = {key: value for key, value in config.json_dict().items() if key != "seed"}
         method = base["method"]

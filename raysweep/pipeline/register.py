@@ -33,7 +33,7 @@ class Register(Stage):
 
     def run(self, work: Work, past: Past) -> Outcome:
         judgement = verdict_on_chosen(past)
-        saved = checkpoint.read(work.out / judgement.candidate.checkpoint)
+        saved = checkpoint.read(work.path(judgement.candidate.checkpoint))
         card = self._card(work, judgement, saved)
         facts = facts_of(judgement)
         tags = {f"{_PREFIX}{key}": str(value) for key, value in facts.items()}

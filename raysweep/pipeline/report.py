@@ -2,21 +2,27 @@
 
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from raysweep.pipeline.artifact import Artifact, Judgement
+from raysweep.pipeline.artifact import Artifact, Candidate, Judgement
 from raysweep.pipeline.compare import EXAMPLES, differences, facts_of, paired
 from raysweep.pipeline.document import Banner, Document, Section, Table, Text
+from raysweep.pipeline.inside import drawn, inside
 from raysweep.pipeline.paper import PaperTable, compare, paper_table
 from raysweep.pipeline.register import verdict_on_chosen
-from raysweep.pipeline.sections import cost, curves, evaluation, objective, paper, provenance, registry, searched
+from raysweep.pipeline.searched import searched
+from raysweep.pipeline.sections import cost, curves, evaluation, objective, paper, provenance, registry
 from raysweep.pipeline.stage import Outcome, Past, Settings, Stage, Work
+from raysweep.pipeline.varied import varied
 from raysweep.schedules import Number
 from raysweep.spec import Json, SpecError
 from raysweep.training import checkpoint
+from raysweep.training.checkpoint import Checkpoint, Run
+from raysweep.training.load import load_checkpoint
 
 HTML, MARKDOWN = "report.html", "report.md"
 
@@ -51,10 +57,9 @@ class Report(Stage):
         regressions = self._regressions(best, since)
         table = self._table()
         lines = compare(table, past.judged) if table else []
-        histories = {
-            c.title: checkpoint.read(work.out / c.checkpoint).history
-            for c in {j.candidate.checkpoint: j.candidate for j in past.judged}.values()
-        }
+        subject = load_checkpoint(work.path(best.candidate.checkpoint), {})
+        pictures = drawn(subject)
+        saved = {c.checkpoint: checkpoint.read(work.path(c.checkpoint)) for c in _judged(past)}
         document = Document(
             title=f"raysweep {work.name}",
             under=_under(best),
@@ -63,8 +68,10 @@ class Report(Stage):
                 *paper(table, lines),
                 *evaluation(past.judged, best),
                 *objective(past.judged),
-                *curves(histories),
-                *searched(past.artifacts),
+                *varied(past.judged, {place: one.config for place, one in saved.items()}, past.artifacts),
+                *curves(_histories(past, saved)),
+                inside(best.candidate.title, pictures),
+                *searched(past.artifacts, work.out),
                 *cost(past.artifacts),
                 *registry(past.artifacts),
                 provenance(past.artifacts, checkpoint.environment()),
@@ -76,6 +83,9 @@ class Report(Stage):
             (folder / MARKDOWN).write_text(document.markdown())
             shutil.copy2(work.out / best.folder / EXAMPLES, folder / EXAMPLES)
             self._track(work, folder)
+            work.tracker.figures(
+                best.run, {name: pictures[name] for name in ("logits_map", "vulnerable_map") if name in pictures}
+            )
 
         facts: Json = {
             "best": best.json_dict(),
@@ -135,6 +145,21 @@ def _previous(work: Work) -> tuple[Path, Artifact] | None:
         if artifact is not None and artifact.key != work.digest:
             found.append((artifact.finished, folder, artifact))
     return max(found, key=lambda item: item[0])[1:] if found else None
+
+
+def _judged(past: Past) -> list[Candidate]:
+    """Each judged checkpoint once."""
+    return list({j.candidate.checkpoint: j.candidate for j in past.judged}.values())
+
+
+def _histories(past: Past, saved: Mapping[str, Checkpoint]) -> dict[str, list[dict[str, float]]]:
+    """All epochs of the first seed of each row, the ones after the best too."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for candidate in _judged(past):
+        last = Run(saved[candidate.checkpoint].path.parent).last()
+        if last is not None and candidate.label not in found:
+            found[candidate.label] = last.history
+    return found
 
 
 def _medians(judged: tuple[Judgement, ...]) -> dict[str, Any]:

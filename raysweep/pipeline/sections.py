@@ -12,11 +12,15 @@ from raysweep.pipeline.document import Picture, Section, Table, Text
 from raysweep.pipeline.paper import Comparison, PaperTable
 from raysweep.pipeline.statistics import Summary, kendall_tau, summary
 from raysweep.spec import Json
-from raysweep.sweep.space import labels
 
 _SHOWN = 6
 # A masking gap that deserves a word: four times what methods without masking have on digits.
 _GAP = 0.02
+_ALWAYS = ("robust_worst", "clean")
+_PER_PART = {
+    "train/kappa_": "mean κ of training data under",
+    "train/ess_": "effective share of the sample, term",
+}
 
 
 def paper(table: PaperTable | None, lines: Sequence[Comparison]) -> list[Section]:
@@ -127,47 +131,28 @@ def objective(judged: Sequence[Judgement]) -> list[Section]:
 
 
 def curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Section]:
-    """Training of what was judged, epoch by epoch."""
-    shown = dict(list(histories.items())[:_SHOWN])
+    """Training of what was judged, epoch by epoch: {run: all its epochs}."""
     wanted = {
         "robust_worst": "worst case on validation",
         "clean": "clean accuracy on validation",
         "masking_gap": "masking gap on validation",
         "train/loss": "training loss",
     }
-    there = {key for history in shown.values() for row in history for key in row}
-    kappas = [key for key in sorted(there) if key.startswith("train/kappa_") and "median" not in key]
-    wanted |= {key: f"mean κ of training data under {key.removeprefix('train/kappa_')}" for key in kappas}
+    there = {key for history in histories.values() for row in history for key in row}
+    for prefix, label in _PER_PART.items():
+        names = [key.removeprefix(prefix) for key in sorted(there) if key.startswith(prefix) and "median" not in key]
+        wanted |= {f"{prefix}{name}": f"{label} {name}" for name in names}
     pictures = [
-        Picture(f"{label[0].upper()}{label[1:]} over epochs", figures.curves(shown, key, label))
+        Picture(f"{label[0].upper()}{label[1:]} over epochs", figures.curves(histories, key, label))
         for key, label in wanted.items()
-        if key in there
+        if key in there and (key in _ALWAYS or _differs(histories, key))
     ]
     return [Section("Training", pictures)] if pictures else []
 
 
-def searched(artifacts: Sequence[Artifact]) -> list[Section]:
-    """The objective against what was searched."""
-    parts: list[Any] = []
-    for sweep in _sweeps(artifacts, "tune"):
-        scored = [t for t in sweep["trials"] if t["score"] is not None]
-        if len(scored) < 2:
-            continue
-        ranked = sorted(scored, key=lambda t: -t["score"])[:_SHOWN]
-        paths = list(dict.fromkeys(path for t in ranked for path in t["settings"]))
-        short = labels(paths)
-        rows = [
-            [f"{t['number']:04d}", f"{100 * t['score']:.2f}", *(_setting(t["settings"].get(path)) for path in paths)]
-            for t in ranked
-        ]
-        parts.append(Text(f"{sweep['method']}: the best {len(rows)} of {len(sweep['trials'])} trials."))
-        parts.append(Table(["trial", sweep["metric"].replace("_", " "), *(short[p] for p in paths)], rows))
-        parts.append(
-            Picture(
-                f"{sweep['method']}: objective against settings", figures.slices(scored, sweep["metric"]), wide=True
-            )
-        )
-    return [Section("What was searched", parts)] if parts else []
+def _differs(histories: Mapping[str, Sequence[Mapping[str, float]]], key: str) -> bool:
+    """Without reweighting, the effective sample is the whole sample in each epoch."""
+    return len({round(row[key], 4) for history in histories.values() for row in history if key in row}) > 1
 
 
 def cost(artifacts: Sequence[Artifact]) -> list[Section]:
@@ -256,10 +241,6 @@ def _span(numbers: Sequence[int]) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.2f}"
-
-
-def _setting(value: Any) -> str:
-    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _clock(seconds: float) -> str:

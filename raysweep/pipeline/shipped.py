@@ -11,8 +11,11 @@ def pipelines() -> dict[str, str]:
 
 
 def source(what: str) -> Path:
-    """The file of a pipeline given by name or as a file. Raises SpecError for neither."""
-    path = Path(what) if what.endswith((".yaml", ".yml")) else shipped("pipelines") / f"{what}.yaml"
+    """The file of a pipeline given by name or as a file. Raises SpecError for an unknown name."""
+    if what.endswith((".yaml", ".yml")):
+        # Whether it is there, and can be read, is for who reads it.
+        return Path(what)
+    path = shipped("pipelines") / f"{what}.yaml"
     if not path.is_file():
         raise SpecError(unknown_name("pipeline", what, list(pipelines())))
     return path

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from raysweep import storage
 from raysweep.data import Data, DataSpec, load
 from raysweep.pipeline.artifact import Artifact, Candidate, Judgement
 from raysweep.spec import Json, Spec
@@ -101,8 +102,15 @@ class Work:
         plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in part)
         return self.sweeps / f"{self.name}-{self.number:02d}-{self.digest[:8]}{f'-{plain}' if plain else ''}"
 
-    def relative(self, path: Path) -> str:
-        return str(path.resolve().relative_to(self.out))
+    def reference(self, path: Path) -> str:
+        """What an artifact calls a file: relative to `--out`, or elsewhere by its whole path or URI."""
+        path = path.resolve()
+        inside = path.is_relative_to(self.out) and not storage.is_copy(path)
+        return str(path.relative_to(self.out)) if inside else storage.name(path)
+
+    def path(self, reference: str) -> Path:
+        """The file that an artifact calls so."""
+        return storage.at(reference) if storage.is_uri(reference) else self.out / reference
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from raysweep import storage
 from raysweep.display import Progress
 from raysweep.pipeline.artifact import Candidate
 from raysweep.pipeline.stage import Outcome, Past, Settings, Stage, StageFailed, Work
@@ -157,7 +158,7 @@ def sweep(
     from raysweep.sweep.resources import Resources
     from raysweep.sweep.tuner import run_sweep
 
-    ledger = Ledger.open(path) if (path / "sweep.json").exists() else Ledger.create(path, space)
+    ledger = Ledger.open(path) if storage.pull_file(path / "sweep.json") else Ledger.create(path, space)
     ended = [trial for trial in ledger.trials() if trial.state != "running"]
     if len(ended) < space.total:
         work.cluster()
@@ -193,7 +194,7 @@ def candidate(
     return Candidate(
         label=label,
         method=saved.config.method.name,
-        checkpoint=work.relative(path),
+        checkpoint=work.reference(path),
         which=which,
         seed=saved.config.seed,
         epoch=saved.epoch,
@@ -221,7 +222,7 @@ def facts(work: Work, ledger: Ledger) -> Json:
         for t in trials
     ]
     return {
-        "path": work.relative(ledger.path),
+        "path": work.reference(ledger.path),
         "method": ledger.space.config({}).method.name,
         "metric": metric,
         "asked": sum(t.epoch for t in trials),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
+from raysweep import storage
 from raysweep.files import write_whole
 from raysweep.spec import SpecError
 from raysweep.sweep.space import SearchSpace, Settings, identity
@@ -68,35 +69,44 @@ class Ledger:
     @classmethod
     def create(cls, path: Path, space: SearchSpace) -> "Ledger":
         """A new sweep's folder. Raises SpecError if there is one already, or if it cannot be written."""
-        if (path / "sweep.json").exists():
-            raise SpecError(f"there is a sweep in {path}: go on with `--resume {path.name}`, or choose another --name")
+        if storage.pull_file(path / "sweep.json"):
+            raise SpecError(
+                f"there is a sweep in {storage.name(path)}: go on with `--resume {path.name}`, or choose another --name"
+            )
         ledger = cls(path, space, uuid4().hex)
         try:
             (path / "trials").mkdir(parents=True, exist_ok=True)
             ledger._write_space()
         except OSError as error:
-            raise SpecError(f"--out: {path} cannot be written: {error.strerror}") from None
+            raise SpecError(f"{storage.name(path)} cannot be written: {error.strerror or error}") from None
         return ledger
 
     @classmethod
     def open(cls, path: Path) -> "Ledger":
         """An existing sweep. Raises SpecError if there is none."""
+        storage.pull_file(path / "sweep.json")
+        storage.pull_files(path, "trial.json")
         try:
             data = json.loads((path / "sweep.json").read_text())
         except (OSError, ValueError):
-            known = sorted(p.parent.name for p in path.parent.glob("*/sweep.json"))
-            raise SpecError(f"no sweep in {path}; there {'is ' + ', '.join(known) if known else 'is none'}") from None
+            known = storage.folders(path.parent, "sweep.json")
+            raise SpecError(
+                f"no sweep in {storage.name(path)}; there {'is ' + ', '.join(known) if known else 'is none'}"
+            ) from None
         return cls(path, SearchSpace.load(data["space"], str(path / "sweep.json")), data["key"])
 
     def discard(self) -> None:
         """Take back a sweep that was refused before its first trial."""
         if not self.trials():
+            storage.drop_file(self.path / "sweep.json")
             shutil.rmtree(self.path)
 
     def extend(self, space: SearchSpace) -> None:
         """Take over a space that differs in the number of trials only."""
         if identity(space) != identity(self.space):
-            raise SpecError(f"{self.path} holds a sweep with other settings: choose another --name for these")
+            raise SpecError(
+                f"{storage.name(self.path)} holds a sweep with other settings: choose another --name for these"
+            )
         self.space = space
         self._write_space()
 
@@ -107,6 +117,7 @@ class Ledger:
         folder = self.run_path(trial.number)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "trial.json", json.dumps(asdict(trial), indent=1))
+        storage.push(folder / "trial.json")
 
     def trials(self) -> list[Trial]:
         """All trials that were ever started, by number."""
@@ -134,6 +145,7 @@ class Ledger:
 
     def _write_space(self) -> None:
         write_whole(self.path / "sweep.json", json.dumps({"key": self.key, "space": self.space.json_dict()}, indent=1))
+        storage.push(self.path / "sweep.json")
 
 
 def _beaten(points: dict[int, list[float]], number: int) -> bool:

@@ -21,6 +21,7 @@ from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import raysweep
+from raysweep import storage
 from raysweep.data import DataSpec, load
 from raysweep.data.shared import Source
 from raysweep.spec import SpecError
@@ -72,11 +73,11 @@ def ask(question: Question) -> list[Answer]:
     return [_answer(node, reference, asked) for node, reference in zip(nodes, waiting, strict=True)]
 
 
-def missing(storage: Path, source: Source) -> list[str]:
-    """What the nodes of a cluster lack for a sweep in the folder `storage`, one line each."""
+def missing(folder: Path, source: Source) -> list[str]:
+    """What the nodes of a cluster lack for a sweep in `folder`, one line each."""
     if sum(node["Alive"] for node in ray.nodes()) == 1:
         return []
-    question = Question(str(storage.resolve()), "sweep.json", source.spec.model_dump_json(), source.fingerprint)
+    question = Question(where(folder), "sweep.json", source.spec.model_dump_json(), source.fingerprint)
     return [
         f"node {answer.node}: {answer.problems[topic]}; see `raysweep doctor`"
         for answer in ask(question)
@@ -85,10 +86,16 @@ def missing(storage: Path, source: Source) -> list[str]:
     ]
 
 
-def here(storage: Path) -> None:
-    """Raises SpecError in one line if the sweep's folder is not on this machine."""
-    if not (storage / "sweep.json").exists():
-        raise SpecError(f"{socket.gethostname()}: does not see {storage}: --out must be a folder that all nodes share")
+def where(folder: Path) -> str:
+    """A folder as another machine finds it."""
+    return storage.name(folder.resolve())
+
+
+def sees(folder: Path) -> None:
+    """Raises SpecError in one line if the sweep's folder is not to be seen from this machine."""
+    if not storage.pull_file(folder / "sweep.json"):
+        hint = "--out or --storage must be what all nodes share"
+        raise SpecError(f"{socket.gethostname()}: does not see {storage.name(folder)}: {hint}")
 
 
 def _on(node: dict[str, Any]) -> Any:
@@ -135,16 +142,18 @@ def _look(question: dict[str, Any], gpus_declared: float) -> dict[str, Any]:
 
 def _try_storage(asked: Question, problems: dict[str, str]) -> None:
     """Read what the asker wrote, and write something beside it."""
-    marker = Path(asked.storage) / asked.marker
+    marker = storage.at(asked.storage) / asked.marker
+    mine = marker.with_name(f"{asked.marker}-{socket.gethostname()}-{os.getpid()}")
     try:
-        if not marker.exists():
+        if not storage.pull_file(marker):
             problems["storage"] = f"does not see {asked.storage} as the driver does"
             return
-        mine = marker.with_name(f"{asked.marker}-{socket.gethostname()}-{os.getpid()}")
-        mine.write_text(marker.read_text())
+        mine.write_bytes(marker.read_bytes())
+        storage.push(mine)
+        storage.drop_file(mine)
         mine.unlink()
-    except OSError as error:
-        problems["storage"] = f"cannot write {asked.storage}: {error.strerror}"
+    except (OSError, SpecError) as error:
+        problems["storage"] = f"cannot write {asked.storage}: {getattr(error, 'strerror', None) or error}"
 
 
 def _try_data(asked: Question, problems: dict[str, str]) -> str:

@@ -7,6 +7,7 @@ import optuna
 from ray.tune.search import Searcher
 
 from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.study import constraints, frozen
 
 FAILED = "failed"
 
@@ -68,7 +69,7 @@ class StudySearch(Searcher):
         elif failed or best is None:
             self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
         else:
-            for name, value in self._constraints(best).items():
+            for name, value in constraints(self._ledger.space, best).items():
                 asked.set_constraint(name, value)
             self._study.tell(asked, [best[name] for name in self._ledger.space.objectives])
 
@@ -78,20 +79,5 @@ class StudySearch(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         """Nothing: the ledger is the truth."""
 
-    def _constraints(self, best: dict[str, float]) -> dict[str, float]:
-        """Optuna's convention: feasible when no value is above 0."""
-        limit = self._ledger.space.max_masking_gap
-        return {} if limit is None else {"masking_gap": best["masking_gap"] - limit}
-
     def _remember(self, trial: Trial) -> None:
-        space = self._ledger.space
-        known = {path: space.space[path] for path in trial.settings if path in space.space}
-        failed = trial.state == "failed" or not trial.best
-        frozen = optuna.trial.create_trial(
-            state=optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE,
-            values=None if failed else [trial.score(name) for name in space.objectives],
-            params=space.params(trial.settings),
-            distributions={path: distribution.optuna() for path, distribution in known.items()},
-            constraints=None if failed else self._constraints(trial.best),
-        )
-        self._study.add_trial(frozen)
+        self._study.add_trial(frozen(self._ledger.space, trial))

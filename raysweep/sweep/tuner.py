@@ -11,13 +11,14 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from raysweep import storage
 from raysweep.data import load
 from raysweep.data.shared import Source
 from raysweep.spec import SpecError
 from raysweep.sweep.asha import Asha
 from raysweep.sweep.cluster import connected, nodes
 from raysweep.sweep.ledger import Ledger
-from raysweep.sweep.probe import here, missing
+from raysweep.sweep.probe import missing, sees
 from raysweep.sweep.relay import BUG, BUGS, Budget, Listener, Relay, Stop, SweepFailed
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search import FAILED, StudySearch
@@ -76,12 +77,14 @@ def _tuner(
     for name in ("ray.tune", "ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="ray")
-    root, space = str(ledger.path.resolve()), ledger.space
+    where, space = storage.name(ledger.path.resolve()), ledger.space
 
     def trainable(proposal: dict[str, Any]) -> None:
         settings = space.config(proposal["settings"])
-        path = Path(root) / "trials" / f"{proposal['number']:04d}"
-        prefixes = Prefixes(Path(root).parent / PREFIXES) if space.share_prefixes else None
+        # Each machine has its own copy of a bucket.
+        root = storage.at(where)
+        path = root / "trials" / f"{proposal['number']:04d}"
+        prefixes = Prefixes(root.parent / PREFIXES) if space.share_prefixes else None
         if resources.workers == 1:
             _train(settings, path, resources.cpus, prefixes, source)
         else:
@@ -99,11 +102,12 @@ def _tuner(
         ),
         run_config=tune.RunConfig(
             name="ray",
-            storage_path=root,
+            # Nothing but Tune's own scratch: no sweep starts from it.
+            storage_path=str(ledger.path.resolve()),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=_RETRIES),
             stop=Stop(relay),
-            callbacks=[relay, Release(Path(root) / "trials")],
+            callbacks=[relay, Release(ledger.path / "trials")],
         ),
     )
 
@@ -125,7 +129,7 @@ def _train(config: RunConfig, path: Path, cpus: float, prefixes: Prefixes | None
         tune.report(metrics)
 
     try:
-        here(path.parent.parent)
+        sees(path.parent.parent)
         fit(config, path, report, data=source.load(config.data), prefixes=prefixes)
     except (TrainingFailed, SpecError) as error:
         tune.report({FAILED: str(error)})
@@ -133,6 +137,10 @@ def _train(config: RunConfig, path: Path, cpus: float, prefixes: Prefixes | None
         torch.cuda.empty_cache()
         hint = f"lower batch_size (now {config.batch_size}) or raise --gpus-per-trial"
         tune.report({FAILED: f"out of memory on {torch.cuda.get_device_name()}: {hint}"})
+    except storage.StoreFailed:
+        raise
     except Exception as error:
-        (path / "error.txt").write_text(traceback.format_exc())
-        tune.report({FAILED: f"{type(error).__name__}: {error}", BUG: str(path / "error.txt")})
+        log = path / "error.txt"
+        log.write_text(traceback.format_exc())
+        storage.push(log)
+        tune.report({FAILED: f"{type(error).__name__}: {error}", BUG: storage.name(log)})

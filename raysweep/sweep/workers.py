@@ -12,6 +12,7 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, placement_group_table
 
+from raysweep import storage
 from raysweep.data.shared import Source
 from raysweep.spec import SpecError
 from raysweep.sweep.search import FAILED
@@ -68,9 +69,9 @@ def _trainer(
         _work,
         train_loop_config={
             "config": config.model_dump_json(),
-            "path": str(path),
+            "path": storage.name(path),
             "threads": threads,
-            "prefixes": prefixes,
+            "prefixes": storage.name(prefixes.path) if prefixes else None,
             "source": source,
         },
         scaling_config=ray.train.ScalingConfig(
@@ -95,7 +96,7 @@ def _work(loop: dict[str, Any]) -> None:
     from raysweep.training.distributed import GroupWorkers, first_says
 
     torch.set_num_threads(loop["threads"])
-    config, path = RunConfig.model_validate_json(loop["config"]), Path(loop["path"])
+    config, path = RunConfig.model_validate_json(loop["config"]), storage.at(loop["path"])
     workers, device = GroupWorkers(), ray.train.torch.get_device()
     if workers.rank == 0:
         _hold(path)
@@ -112,7 +113,7 @@ def _work(loop: dict[str, Any]) -> None:
             data=loop["source"].load(config.data) if loop["source"] else None,
             device=device,
             workers=workers,
-            prefixes=loop["prefixes"],
+            prefixes=Prefixes(storage.at(loop["prefixes"])) if loop["prefixes"] else None,
         )
     except TrainingFailed as error:
         ray.train.report({FAILED: str(error), "epoch": 0})
@@ -129,10 +130,12 @@ def _hold(path: Path) -> None:
     assert group is not None
     path.mkdir(parents=True, exist_ok=True)
     (path / _HELD).write_text(group.id.hex())
+    storage.push(path / _HELD)
 
 
 def held(path: Path) -> PlacementGroup | None:
     """The placement group of the workers that train, or trained last, in the folder `path`."""
+    storage.pull_file(path / _HELD)
     try:
         name = (path / _HELD).read_text()
         return PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name)))

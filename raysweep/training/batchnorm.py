@@ -45,7 +45,7 @@ class SyncBatchNorm(_BatchNorm):
         out: Tensor = _Normalise.apply(x, statistics, self.eps, self._workers)
         if self.weight is None:
             return out
-        return out * _channels(self.weight, x) + _channels(self.bias, x)
+        return (out * _channels(self.weight, x) + _channels(self.bias, x)).to(x.dtype)
 
     def _track(self, statistics: Tensor) -> None:
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
@@ -74,7 +74,9 @@ class _Normalise(torch.autograd.Function):
         (grad,) = grads
         out, scale, count = ctx.saved_tensors
         dims = [d for d in range(grad.dim()) if d != 1]
-        means = ctx.workers.sum(torch.stack([grad.sum(dims), (grad * out).sum(dims)])) / count
+        # Sums in the statistics' type: count is in it.
+        sums = torch.stack([grad.sum(dims, dtype=count.dtype), (grad * out).sum(dims, dtype=count.dtype)])
+        means = ctx.workers.sum(sums) / count
         centred = grad - _channels(means[0], grad) - out * _channels(means[1], grad)
         return (centred * _channels(scale, grad)).to(grad.dtype), None, None, None
 

@@ -19,11 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from raysweep import storage
 from raysweep.files import write_whole
 from raysweep.spec import Json, SpecError
 from raysweep.training.config import RunConfig
 
-WEIGHTS, STATE, META = "weights.safetensors", "state.safetensors", "meta.json"
+WEIGHTS, STATE, META = "weights.safetensors", "state.safetensors", storage.META
 _FORMAT = 1
 
 
@@ -55,7 +56,8 @@ class Checkpoint:
         state = load_file(self.path / STATE)
         for name, parameter in model.named_parameters():
             if name in state:
-                optimizer.state[parameter]["momentum_buffer"] = state[name].to(parameter.device)
+                # Laid out as the parameter, as it was when it was saved: other layouts round otherwise.
+                optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(state[name])
 
 
 def save(
@@ -77,6 +79,7 @@ def save(
         save_file(_plain(momentum), partial / STATE)
         sha256 = {name: _sha256(partial / name) for name in (WEIGHTS, STATE)}
         meta = _write_meta(partial, config, history, data_fingerprint, sha256)
+    storage.push(path)
     return Checkpoint(path, config, len(history), history, meta)
 
 
@@ -93,6 +96,7 @@ def adopt(path: Path, source: Path, config: RunConfig, history: list[dict[str, f
         for name in (WEIGHTS, STATE):
             link(source / name, partial / name)
         meta = _write_meta(partial, config, rows, other.meta["data_fingerprint"], other.meta["sha256"])
+    storage.push(path, like=source)
     return Checkpoint(path, config, len(rows), rows, meta)
 
 
@@ -106,10 +110,16 @@ def link(source: Path, target: Path) -> None:
 
 def read(path: Path) -> Checkpoint:
     """Check a checkpoint and read what it says of itself. Raises SpecError in one line for a foreign or damaged one."""
+    storage.pull(path)
+    return check(path)
+
+
+def check(path: Path) -> Checkpoint:
+    """`read`, of what is on this machine."""
     try:
         meta = json.loads((path / META).read_text())
     except (OSError, ValueError):
-        raise SpecError(f"{path}: not a raysweep checkpoint: {META} is missing or not JSON") from None
+        raise SpecError(f"{storage.name(path)}: not a raysweep checkpoint: {META} is missing or not JSON") from None
     if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
         raise SpecError(f"{path}: not a raysweep checkpoint of format {_FORMAT}")
     missing = {"config", "epoch", "history", "data_fingerprint", "sha256"} - meta.keys()
@@ -117,9 +127,8 @@ def read(path: Path) -> Checkpoint:
         raise SpecError(f"{path}: not a raysweep checkpoint: {META} lacks {', '.join(sorted(missing)) or 'hashes'}")
     for name, expected in meta["sha256"].items():
         if not (path / name).is_file() or _sha256(path / name) != expected:
-            raise SpecError(
-                f"{path}: {name} is truncated or altered (its sha256 is not the one in {META}); delete the folder"
-            )
+            what = f"{name} is truncated or altered (its sha256 is not the one in {META})"
+            raise SpecError(f"{storage.name(path)}: {what}; delete the folder")
     config = RunConfig.load(meta["config"], f"{path / META}")
     return Checkpoint(path, config, meta["epoch"], meta["history"], meta)
 
@@ -137,14 +146,15 @@ class Run:
     def key(self) -> str:
         """Names this run among all, whatever its folder is called; made when first asked for."""
         file = self.path / "run.json"
-        if not file.exists():
+        if not storage.pull_file(file):
             self.path.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps({"key": uuid4().hex}))
+            storage.push(file)
         return str(json.loads(file.read_text())["key"])
 
     def epochs(self) -> list[int]:
         """Finished epochs that have a checkpoint, ascending."""
-        names = (p.name.removeprefix("epoch-") for p in self.path.glob("epoch-*"))
+        names = (name.removeprefix("epoch-") for name in storage.folders(self.path) if name.startswith("epoch-"))
         return sorted(int(name) for name in names if name.isdecimal())
 
     def last(self) -> Checkpoint | None:
@@ -155,7 +165,8 @@ class Run:
         """Delete all checkpoints but those of the epochs in `keep`, and what crashes left half written."""
         for epoch in self.epochs():
             if epoch not in keep:
-                shutil.rmtree(self.at(epoch))
+                storage.drop(self.at(epoch))
+                shutil.rmtree(self.at(epoch), ignore_errors=True)
         for partial in self.path.glob(".epoch-*"):
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -12,6 +12,7 @@ from raysweep.method import Method
 from raysweep.models import ModelSpec
 from raysweep.schedules import Number, Piecewise, Schedule, now, within
 from raysweep.spec import Spec, SpecError, override, unknown_name
+from raysweep.training.compute import Compute
 from raysweep.training.profiles import PROFILES
 
 
@@ -34,6 +35,7 @@ class RunConfig(Spec):
     model: ModelSpec = Field(default_factory=ModelSpec)
     optim: Optim = Field(default_factory=Optim)
     validation: Validation = Field(default_factory=Validation)
+    compute: Compute = Field(default_factory=Compute)
     epochs: Annotated[int, Field(ge=1)] = 100
     batch_size: Annotated[int, Field(ge=2)] = 128
     seed: int = 0

@@ -7,6 +7,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
+from raysweep import storage
 from raysweep.attacks import frozen, vulnerability
 from raysweep.data import Split
 from raysweep.files import write_whole
@@ -28,8 +29,9 @@ class Diagnostics:
 
     Scalars, all `train/...`: `loss`; accuracy `clean` and under each attack, by name; for each attack that counts it
     `kappa_NAME` and `kappa_median_NAME`; `V_NAME`, mean vulnerability (L eq. 8-9); for each term `weight_NAME`, the
-    mean weight before normalisation, `ess_NAME`, the effective share of the sample (sum w)^2 / (n sum w^2), and
-    `low_weight_NAME`, the share with weight under 0.2 of the batch's mean (L fig. 1a).
+    mean weight before normalisation, `ess_NAME`, the effective share of the sample (sum w)^2 / (n sum w^2),
+    `active_NAME`, the share with a weight at all, and `low_weight_NAME`, the share with weight under 0.2 of the batch's
+    mean (L fig. 1a).
     """
 
     def __init__(self, method: Method, workers: Workers) -> None:
@@ -57,6 +59,7 @@ class Diagnostics:
         for name, weight in step.weights.items():
             self._sum(f"weight_{name}", weight.sum())
             self._sum(f"squares_{name}", (weight**2).sum())
+            self._sum(f"active_{name}", (weight > 0).sum())
             relative = weight / weight.mean().clamp_min(torch.finfo(weight.dtype).tiny)
             self._sum(f"low_weight_{name}", (relative < LOW_WEIGHT).sum())
             self._count(f"weight_{name}", relative, _bins(0.0, 5.0, 50))
@@ -105,11 +108,14 @@ def natural_accuracy(model: nn.Module, train: Split, count: int = 1000) -> float
 
 def write_histograms(run_path: Path, epoch: int, histograms: dict[str, Histogram]) -> None:
     """RUN/histograms/epoch-NNNN.json, whole or not at all."""
-    write_whole(run_path / _FOLDER / f"epoch-{epoch:04d}.json", json.dumps(histograms))
+    file = run_path / _FOLDER / f"epoch-{epoch:04d}.json"
+    write_whole(file, json.dumps(histograms))
+    storage.push(file)
 
 
 def read_histograms(run_path: Path) -> dict[int, dict[str, Histogram]]:
     """Histograms of a run's epochs, 1-based, as far as they were trained in this folder."""
+    storage.pull_files(run_path / _FOLDER, "epoch-*.json")
     files = sorted((run_path / _FOLDER).glob("epoch-*.json"))
     return {int(file.stem.removeprefix("epoch-")): json.loads(file.read_text()) for file in files}
 

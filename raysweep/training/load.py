@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from raysweep import storage
 from raysweep.data import Data, load
 from raysweep.spec import SpecError, override
 from raysweep.training import checkpoint
@@ -36,12 +37,13 @@ def load_checkpoint(path: Path, changes: Mapping[str, Any]) -> Subject:
 
     Raises SpecError in one line.
     """
-    if not path.is_dir():
-        raise SpecError(f"{path}: no such folder; give a checkpoint, an MLflow run or module:factory")
-    if not (path / META).exists():
+    where = storage.name(path)
+    if not path.is_dir() and not storage.is_copy(path):
+        raise SpecError(f"{where}: no such folder; give a checkpoint, an MLflow run or module:factory")
+    if not storage.pull(path):
         last = Run(path).last()
         if last is None:
-            raise SpecError(f"{path}: neither a checkpoint (no {META}) nor a run (no epoch-* folders)")
+            raise SpecError(f"{where}: neither a checkpoint (no {META}) nor a run (no epoch-* folders)")
         path = Run(path).at(best_epoch(last.config, last.history))
     saved = checkpoint.read(path)
     spec = override(saved.config.data, changes)

@@ -8,8 +8,6 @@ one kind of machine, which the chain names too).
 
 import os
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,29 +15,33 @@ from pathlib import Path
 
 import torch
 
+from raysweep import storage
 from raysweep.spec import Json, SpecError, digest
 from raysweep.training import checkpoint
+from raysweep.training.claim import Heart, claim_on
 from raysweep.training.config import RunConfig
 
 PREFIXES = ".prefixes"
-_BEAT, _STALE, _POLL = 5.0, 30.0, 0.2
+_POLL, _BUCKET_POLL = 0.2, 1.0
 
 
-def chain(config: RunConfig, data_fingerprint: str, workers: int = 1) -> list[str]:
-    """Keys of the states after 0, 1, ..., epochs epochs."""
+def chain(config: RunConfig, data_fingerprint: str, workers: int = 1, device: torch.device | None = None) -> list[str]:
+    """Keys of the states after 0, 1, ..., epochs epochs on a kind of device, by default the CPU."""
+    device = device or torch.device("cpu")
     start = {
         "data": data_fingerprint,
         "split": _decides(config.data.json_dict(), drop=("data_dir", "download", "name")),
         "model": config.model.json_dict(),
         "validation": config.validation.json_dict(),
+        "compute": config.compute.on(device).json_dict(),
         "machine": [
             str(checkpoint.environment()[name]) for name in ("torch", "device")
-        ] + [torch.get_num_threads(), workers],
+        ] + [device.type, torch.get_num_threads(), workers],
     }  # fmt: skip
     keys = [digest(start)]
     for epoch in range(config.epochs):
         settings = config.at(epoch).json_dict()
-        now = _decides(settings, drop=("data", "model", "validation", "epochs"))
+        now = _decides(settings, drop=("data", "model", "validation", "compute", "epochs"))
         now["method"] = _decides(now["method"], drop=("name",))
         keys.append(digest([keys[-1], now]))
     return keys
@@ -48,7 +50,8 @@ def chain(config: RunConfig, data_fingerprint: str, workers: int = 1) -> list[st
 class Prefixes:
     """A folder of states by key, which runs and sweeps share; the least recently used go when it outgrows `limit`.
 
-    limit: bytes. States are links to the checkpoints of the run that trained them where the file system has links.
+    limit: bytes. States are links to the checkpoints of the run that trained them where the file system has links,
+    copies in a bucket, where the oldest go first.
     """
 
     def __init__(self, path: Path, limit: int = 20 * 2**30) -> None:
@@ -58,19 +61,25 @@ class Prefixes:
     def get(self, key: str) -> Path | None:
         """The state's folder; None if there is none, or if it is damaged, and then it goes."""
         state = self.path / key
-        if not (state / checkpoint.META).exists():
+        if not storage.pull(state):
             return None
         try:
-            checkpoint.read(state)
+            checkpoint.check(state)
             os.utime(state)
         except (SpecError, OSError):
+            storage.drop(state)
             shutil.rmtree(state, ignore_errors=True)
             return None
         return state
 
+    def stored(self, keys: list[str]) -> list[int]:
+        """Positions of the keys that are there, descending."""
+        known = set(storage.folders(self.path))
+        return [number for number in range(len(keys) - 1, -1, -1) if keys[number] in known]
+
     def put(self, key: str, saved: Path) -> None:
         """Keep the state in the checkpoint folder `saved` under `key`."""
-        if self.get(key) is not None:
+        if self.stored([key]) and self.get(key) is not None:
             return
         partial = self.path / f".{key}.{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
@@ -80,6 +89,7 @@ class Prefixes:
         with suppress(OSError):  # another run was faster
             partial.replace(self.path / key)
         shutil.rmtree(partial, ignore_errors=True)
+        storage.push(self.path / key, like=saved)
         self._collect()
 
     @contextmanager
@@ -89,30 +99,22 @@ class Prefixes:
         A claim whose owner died (its process is gone, or its heartbeat stopped) is taken over.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        claim = self.path / f"{key}.claim"
-        while not _claimed(claim):
+        claim = claim_on(self.path, key)
+        while not claim.taken():
             if self.get(key) is not None:
                 yield False
                 return
-            time.sleep(_POLL)
-        beating = threading.Event()
-        threading.Thread(target=_beat, args=(claim, beating), daemon=True).start()
-        try:
+            time.sleep(_BUCKET_POLL if storage.is_copy(self.path) else _POLL)
+        with Heart(claim):
             yield self.get(key) is None
-        finally:
-            beating.set()
-            claim.unlink(missing_ok=True)
 
     def _collect(self) -> None:
-        states = []
-        for state in self.path.iterdir():
-            with suppress(OSError):
-                if state.is_dir() and not state.name.startswith("."):
-                    states.append((state.stat().st_mtime, sum(f.stat().st_size for f in state.iterdir()), state))
+        states = _in_bucket(self.path) if storage.is_copy(self.path) else _in_folder(self.path)
         size = sum(bytes_ for _, bytes_, _ in states)
         for _, bytes_, state in sorted(states):
             if size <= self.limit:
                 return
+            storage.drop(state)
             # First out of sight, so that nobody finds half a state.
             gone = state.with_name(f".{state.name}.{os.getpid()}")
             with suppress(OSError):
@@ -121,39 +123,25 @@ class Prefixes:
             size -= bytes_
 
 
+def _in_folder(path: Path) -> list[tuple[float, int, Path]]:
+    """(last use, bytes, folder) of each state."""
+    states = []
+    for state in path.iterdir():
+        with suppress(OSError):
+            if state.is_dir() and not state.name.startswith("."):
+                states.append((state.stat().st_mtime, sum(f.stat().st_size for f in state.iterdir()), state))
+    return states
+
+
+def _in_bucket(path: Path) -> list[tuple[float, int, Path]]:
+    """The same, with the time when the state was stored; what a crash left half stored counts too."""
+    states: dict[Path, tuple[float, int]] = {}
+    for entry in storage.listing(path):
+        if entry.path.parent.parent == path:
+            stored, size = states.get(entry.path.parent, (0.0, 0))
+            states[entry.path.parent] = max(stored, entry.changed), size + entry.size
+    return [(stored, size, state) for state, (stored, size) in states.items()]
+
+
 def _decides(settings: Json, drop: tuple[str, ...]) -> Json:
     return {key: value for key, value in settings.items() if key not in drop}
-
-
-def _claimed(claim: Path) -> bool:
-    """Whether this process now holds the claim."""
-    if _dead(claim):
-        claim.unlink(missing_ok=True)
-    try:
-        descriptor = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError:
-        return False
-    with os.fdopen(descriptor, "w") as file:
-        file.write(f"{socket.gethostname()} {os.getpid()}")
-    return True
-
-
-def _dead(claim: Path) -> bool:
-    try:
-        owner = claim.read_text().split()
-        age = time.time() - claim.stat().st_mtime
-    except OSError:
-        return False
-    if len(owner) == 2 and owner[0] == socket.gethostname():
-        with suppress(PermissionError):
-            try:
-                os.kill(int(owner[1]), 0)
-            except ProcessLookupError:
-                return True
-    return age > _STALE
-
-
-def _beat(claim: Path, stop: threading.Event) -> None:
-    while not stop.wait(_BEAT):
-        with suppress(OSError):
-            os.utime(claim)

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from raysweep.data import Data, Split, load
-from raysweep.method import ONE_WORKER, Workers
+from raysweep.data import Batch, Data, Split, load
+from raysweep.evaluation.copies import full_precision
+from raysweep.method import ONE_WORKER, Method, Step, Workers
 from raysweep.rng import Rng, seed_of
 from raysweep.schedules import now
 from raysweep.spec import SpecError
@@ -21,6 +22,7 @@ from raysweep.training.checkpoint import Checkpoint, Run
 from raysweep.training.config import RunConfig
 from raysweep.training.diagnostics import Diagnostics, Histogram, natural_accuracy, write_histograms
 from raysweep.training.distributed import average_gradients, check, first_says, mean_metrics
+from raysweep.training.faces import Faces
 from raysweep.training.prefix import Prefixes, chain
 
 Report = Callable[[dict[str, float], Checkpoint], None]
@@ -62,12 +64,10 @@ def fit(
     check(config.method, workers)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = data or load(config.data)
-    model = config.model.build(data.channels, data.classes, seed_of(config.seed, "weights")).to(device)
-    if workers.size > 1:
-        model = synchronised(model, workers)
-    optimizer = _sgd(config, model)
+    faces = build(config, data, device, workers)
+    model, optimizer = faces.model, _sgd(config, faces.model)
     run = Run(run_path)
-    keys = chain(config, data.fingerprint, workers.size) if prefixes else []
+    keys = chain(config, data.fingerprint, workers.size, device) if prefixes else []
     if prefixes is not None and workers.rank == 0 and not run.epochs():
         _adopt_longest(config, run, prefixes, keys)
     last = first_says(max(run.epochs(), default=0), workers, device)
@@ -91,7 +91,7 @@ def fit(
                 saved = checkpoint.adopt(run.at(epoch + 1), state, config, history)
                 saved.load_state(model, optimizer)
             else:
-                row, histograms = _epoch(config, epoch, model, optimizer, splits, workers)
+                row, histograms = _epoch(config, epoch, faces, optimizer, splits, workers)
                 if workers.rank == 0:
                     history = [*history, row]
                     saved = checkpoint.save(run.at(epoch + 1), config, model, optimizer, history, data.fingerprint)
@@ -109,10 +109,30 @@ def fit(
     return Fitted(saved, checkpoint.read(run.at(best_epoch(config, history))))
 
 
+def build(config: RunConfig, data: Data, device: torch.device, workers: Workers = ONE_WORKER) -> Faces:
+    """The config's network on a device, with the weights that its seed gives, ready to be trained and attacked."""
+    compute = config.compute.on(device)
+    model = config.model.build(data.channels, data.classes, seed_of(config.seed, "weights")).to(device)
+    if workers.size > 1:
+        model = synchronised(model, workers)
+    return Faces(model, data.train.images(slice(0, 1)).to(device), compute)
+
+
+def train_step(settings: Method, faces: Faces, batch: Batch, rng: Rng, workers: Workers = ONE_WORKER) -> Step:
+    """Attacks, losses and their gradient, in `.grad` of the model's parameters: all of a step but the update."""
+    faces.refresh()
+    x = batch.x.contiguous(memory_format=faces.layout)
+    step = settings(faces.trained, x, batch.y, rng, workers, faces.attacked)
+    faces.model.zero_grad(set_to_none=True)
+    step.loss.backward()  # type: ignore[no-untyped-call]
+    average_gradients(faces.model, workers)
+    return step
+
+
 def _adopt_longest(config: RunConfig, run: Run, prefixes: Prefixes, keys: list[str]) -> None:
     """Take over the longest stored prefix, if there is one, and the best epoch in it if that is an earlier one."""
-    for epoch in range(config.epochs, 0, -1):
-        if (state := prefixes.get(keys[epoch])) is None:
+    for epoch in prefixes.stored(keys):
+        if epoch == 0 or (state := prefixes.get(keys[epoch])) is None:
             continue
         best = best_epoch(config, checkpoint.read(state).history)
         if (best_state := prefixes.get(keys[best])) is not None:
@@ -133,7 +153,7 @@ def _sgd(config: RunConfig, model: nn.Module) -> torch.optim.SGD:
 
 
 def _epoch(
-    config: RunConfig, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, workers: Workers
+    config: RunConfig, epoch: int, faces: Faces, optimizer: torch.optim.Optimizer, data: Data, workers: Workers
 ) -> tuple[dict[str, float], dict[str, Histogram]]:
     """Train one epoch, then look at the model on validation: a row of metrics, and what was seen on the way."""
     settings = config.at(epoch)
@@ -141,23 +161,22 @@ def _epoch(
         group.update(lr=now(settings.optim.lr), weight_decay=now(settings.optim.weight_decay))
     started = time.perf_counter()
     seen = Diagnostics(settings.method, workers)
-    model.train()
-    for batch in data.batches(config.batch_size, config.seed, epoch, workers.rank, workers.size):
-        rng = Rng.for_examples(batch.index, config.seed, "train", epoch)
-        step = settings.method(model, batch.x, batch.y, rng, workers)
-        optimizer.zero_grad(set_to_none=True)
-        step.loss.backward()  # type: ignore[no-untyped-call]
-        average_gradients(model, workers)
-        optimizer.step()
-        seen.add(step, batch.y)
+    faces.model.train()
+    with faces.float32():
+        for batch in data.batches(config.batch_size, config.seed, epoch, workers.rank, workers.size):
+            rng = Rng.for_examples(batch.index, config.seed, "train", epoch)
+            step = train_step(settings.method, faces, batch, rng, workers)
+            optimizer.step()
+            seen.add(step, batch.y)
     row = {"epoch": epoch + 1, "train/lr": now(settings.optim.lr), **seen.metrics()}
     if not math.isfinite(row["train/loss"]):
         raise TrainingFailed(f"the loss became {row['train/loss']} in epoch {epoch + 1}; a smaller optim.lr may help")
     row["train/seconds"] = time.perf_counter() - started
     if (epoch + 1) % config.validation.every == 0 or epoch + 1 == config.epochs:
         started = time.perf_counter()
-        row |= _validate(config, model, data.val, workers)
-        row["train/natural"] = natural_accuracy(model, data.train)
+        with full_precision(data.val.y.device):
+            row |= _validate(config, faces.model, data.val, workers)
+            row["train/natural"] = natural_accuracy(faces.model, data.train)
         row["validation_seconds"] = time.perf_counter() - started
     return row, seen.histograms()
 

@@ -1,0 +1,108 @@
+"""What a notebook asks for: models, sweeps and reports of the past, as nn.Module and pandas."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from raysweep import storage
+from raysweep.spec import SpecError
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.space import labels
+from raysweep.training.advice import advise
+from raysweep.training.checkpoint import Run
+from raysweep.training.load import load_checkpoint
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def load(path: str | Path, *, data_dir: str | Path | None = None) -> nn.Module:
+    """The network of a checkpoint's folder or URI, or of a run's best epoch, in eval mode: [0, 1] images to logits.
+
+    data_dir: where the data of its training are now, if they have moved. Raises SpecError in one line.
+    """
+    changes = {} if data_dir is None else {"data_dir": str(Path(data_dir).expanduser().resolve())}
+    return load_checkpoint(storage.at(str(path)), changes).model
+
+
+def load_sweep(path: str | Path) -> "Sweep":
+    """A sweep, finished or not, by its folder (`runs/NAME`) or URI. Raises SpecError in one line if there is none."""
+    return Sweep(Ledger.open(storage.at(str(path))))
+
+
+def load_report(path: str | Path) -> "pd.DataFrame":
+    """Examples of an evaluation, one a row, by its folder or Parquet file; its summary is in `attrs`."""
+    import json
+
+    import pyarrow.parquet as pq
+
+    file = Path(path).expanduser()
+    file = file / "examples.parquet" if file.is_dir() else file
+    try:
+        table = pq.read_table(file)
+        summary = json.loads((table.schema.metadata or {})[b"raysweep.evaluation"])
+    except (OSError, ValueError, KeyError):
+        raise SpecError(f"{path}: not an evaluation of raysweep: give its folder or its examples.parquet") from None
+    frame: pd.DataFrame = table.to_pandas()
+    frame.attrs = summary
+    return frame
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's trials and epochs as tables."""
+
+    ledger: Ledger
+
+    @property
+    def trials(self) -> "pd.DataFrame":
+        """One row a trial, best first: its state, searched settings by their short names, metrics of its best epoch."""
+        import pandas as pd
+
+        trials = {trial.number: trial for trial in [*self.ledger.ranked(), *self.ledger.trials()]}
+        return pd.DataFrame([self._row(trial) for trial in trials.values()], index=pd.Index(list(trials), name="trial"))
+
+    @property
+    def epochs(self) -> "pd.DataFrame":
+        """One row a trial and epoch, with every metric that was recorded."""
+        import pandas as pd
+
+        rows = [(trial.number, row) for trial in self.ledger.trials() for row in self._history(trial.number)]
+        index = pd.MultiIndex.from_arrays([[n for n, _ in rows], [int(r["epoch"]) for _, r in rows]])
+        return pd.DataFrame([row for _, row in rows], index=index.set_names(["trial", "epoch"]))
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint that a pipeline would promote. Raises SpecError if no trial has one yet."""
+        ranked = self.ledger.ranked()
+        if not ranked:
+            raise SpecError(f"{self.ledger.path}: no trial has reported {self.ledger.space.objectives[0]} yet")
+        return self.ledger.checkpoint(ranked[0])
+
+    def advice(self, trial: int) -> list[str]:
+        """What the numbers of a trial say, in words."""
+        return trial_advice(self.ledger, trial)
+
+    def _row(self, trial: Trial) -> dict[str, Any]:
+        short = labels(list(self.ledger.space.space))
+        return {
+            "state": trial.state,
+            **{short[path]: trial.settings.get(path) for path in self.ledger.space.space},
+            **{name: value for name, value in trial.best.items() if "/" not in name},
+            "epochs": trial.epoch,
+            "trained": trial.trained,
+            "seconds": trial.seconds,
+            "reason": trial.reason,
+        }
+
+    def _history(self, number: int) -> list[dict[str, float]]:
+        last = Run(self.ledger.run_path(number)).last()
+        return last.history if last else []
+
+
+def trial_advice(ledger: Ledger, number: int) -> list[str]:
+    """Advice on a trial of a sweep; none before its first epoch."""
+    last = Run(ledger.run_path(number)).last()
+    return advise(last.config, last.history) if last else []

@@ -1,0 +1,318 @@
+"""Where runs live: a folder, or a bucket (s3://, gs://) of which this machine has a working copy.
+
+All code works on paths. A path in a working copy stands for an object of the bucket: it is pushed once it is written,
+pulled before it is read, dropped when it goes. For every other path these do nothing. The bucket is the truth: a copy
+may be deleted at any time, and no two machines share one. Copies are in $RAYSWEEP_CACHE (default: ~/.cache/raysweep).
+
+A folder with a `meta.json` (a checkpoint) is pushed with that file last and dropped with it first: whoever reads the
+bucket sees all of it or none. Credentials are the environment's; a URI that holds any is refused.
+"""
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote, unquote, urlsplit
+
+from raysweep.files import whole
+from raysweep.spec import SpecError
+
+META = "meta.json"
+# Seconds between attempts: a bucket may be out of reach for two minutes.
+_PATIENCE = (1, 2, 4, 8, 16, 32, 64)
+_REFUSED = re.compile(r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE|CREDENTIAL|HTTP status 40[13]")
+_COPIES = 50 * 2**30
+_IN_USE = 3600.0
+Result = TypeVar("Result")
+
+
+class StoreFailed(OSError):
+    """The bucket did not answer, several times over."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of a bucket, by the path that it has in the working copy. size: bytes; changed: Unix time."""
+
+    path: Path
+    size: int
+    changed: float
+
+
+def is_uri(where: str) -> bool:
+    return "://" in where
+
+
+def at(where: str) -> Path:
+    """The folder that stands for `where`: itself, or a place in the working copy. Raises SpecError for a wrong URI."""
+    if not is_uri(where):
+        return Path(where).expanduser().resolve()
+    parts = urlsplit(where)
+    login, _, bucket = parts.netloc.rpartition("@")
+    if login and (parts.scheme, login) != ("gs", "anonymous"):
+        raise SpecError(f"{parts.scheme}://...@{bucket}: credentials belong in the environment, not in a URI")
+    steps = [step for step in parts.path.split("/") if step]
+    if parts.scheme not in ("s3", "gs") or not bucket or {".", ".."} & {*steps, bucket}:
+        raise SpecError(f"{where}: expected a folder, s3://BUCKET/PATH or gs://BUCKET/PATH")
+    store = f"{parts.scheme}?{parts.query}".rstrip("?")
+    return _copies().joinpath(_folder_name(store), parts.netloc, *steps)
+
+
+def name(path: Path) -> str:
+    """What `path` is called on every machine: its URI, or the path itself."""
+    if not is_copy(path):
+        return str(path)
+    store, *steps = path.relative_to(_copies()).parts
+    scheme, _, query = _store(store).partition("?")
+    return f"{scheme}://{'/'.join(steps)}{f'?{query}' if query else ''}"
+
+
+def is_copy(path: Path) -> bool:
+    """Whether `path` stands for an object of a bucket."""
+    return path.is_relative_to(_copies())
+
+
+def reach(where: str) -> Path:
+    """`at(where)`, in a bucket that exists and answers. Raises SpecError in one line if it does not."""
+    path = at(where)
+    if is_copy(path):
+        try:
+            files, key = _remote(path)
+            bucket = key.split("/")[0]
+            found = files.get_file_info(bucket).type
+        except (OSError, ValueError) as error:
+            raise SpecError(f"{where}: {_reason(error)}") from None
+        if not found:
+            raise SpecError(f"{where}: there is no bucket {bucket!r}, or none that these credentials may see")
+    return path
+
+
+def push(path: Path, like: Path | None = None) -> None:
+    """Bring a file or a checkpoint's folder to the bucket.
+
+    like: a folder whose files, `meta.json` aside, are the same: the bucket copies them, if it has them.
+    """
+    if not is_copy(path):
+        return
+    for file in sorted(path.iterdir(), key=lambda file: file.name == META) if path.is_dir() else [path]:
+        if like is None or file.name == META or not _patiently(_copy, like / file.name, file):
+            _patiently(_upload, file)
+    _tidy()
+
+
+def pull(path: Path) -> bool:
+    """Make the copy of a checkpoint's folder what the bucket has; whether there is a checkpoint."""
+    if is_copy(path):
+        meta = _patiently(_content, path / META)
+        if meta is None:
+            shutil.rmtree(path, ignore_errors=True)
+        elif _here(path / META) != meta:
+            _patiently(_download, path, meta)
+            _tidy()
+        else:
+            os.utime(path)
+    return (path / META).is_file()
+
+
+def pull_file(path: Path) -> bool:
+    """Make the copy of a file what the bucket has; whether there is one."""
+    if is_copy(path):
+        content = _patiently(_content, path)
+        if content is None:
+            path.unlink(missing_ok=True)
+        elif _here(path) != content:
+            with whole(path) as stream:
+                stream.write(content)
+    return path.is_file()
+
+
+def pull_files(path: Path, pattern: str) -> None:
+    """Make the copies of all files below a folder that are called so what the bucket has."""
+    if is_copy(path):
+        found = [entry.path for entry in listing(path) if entry.path.match(pattern)]
+        for gone in set(path.rglob(pattern)) - set(found):
+            gone.unlink(missing_ok=True)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(pull_file, found))
+
+
+def drop(path: Path) -> None:
+    """Take a checkpoint's folder out of the bucket. The copy is the caller's."""
+    if is_copy(path):
+        _patiently(_delete_file, path / META)
+        _patiently(_delete_folder, path)
+
+
+def drop_file(path: Path) -> None:
+    """Take a file out of the bucket. The copy is the caller's."""
+    if is_copy(path):
+        _patiently(_delete_file, path)
+
+
+def listing(path: Path) -> list[Entry]:
+    """All files below a folder of a working copy that the bucket has."""
+    return _patiently(_listing, path)
+
+
+def folders(path: Path, holding: str = META) -> list[str]:
+    """Names of the folders in a folder that hold this file, hidden ones left out."""
+    found = (entry.path for entry in listing(path)) if is_copy(path) else path.glob(f"*/{holding}")
+    names = {file.parent.name for file in found if file.name == holding and file.parent.parent == path}
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def _copies() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("RAYSWEEP_CACHE") or Path(home) / "raysweep").resolve()
+
+
+def _folder_name(store: str) -> str:
+    """Without a character that means something in a URI, for Ray takes paths for URIs."""
+    return quote(store, safe="").replace("~", "%7E").replace("%", "~")
+
+
+def _store(folder_name: str) -> str:
+    return unquote(folder_name.replace("~", "%"))
+
+
+def _remote(path: Path) -> tuple[Any, str]:
+    """The file system of a path in a working copy, and what the path is called there."""
+    parts = path.relative_to(_copies()).parts
+    files, bucket = _file_system(*parts[:2])
+    return files, "/".join((bucket, *parts[2:]))
+
+
+@cache
+def _file_system(store: str, bucket: str) -> tuple[Any, str]:
+    from pyarrow import fs
+
+    scheme, _, query = _store(store).partition("?")
+    # Small files in one request; and Google's client would try for a quarter of an hour.
+    patience = {"s3": "allow_delayed_open=true", "gs": "retry_limit_seconds=30"}[scheme]
+    given = [part for part in (query, "" if patience.split("=")[0] in query else patience) if part]
+    files, key = fs.FileSystem.from_uri(f"{scheme}://{bucket}?{'&'.join(given)}")
+    return files, str(key)
+
+
+def _patiently(do: Callable[..., Result], path: Path, *more: Any) -> Result:
+    """Again and again while the bucket does not answer. Raises SpecError if it refuses, StoreFailed in the end."""
+    for wait in (*_PATIENCE, None):
+        try:
+            return do(path, *more)
+        except OSError as error:
+            if _REFUSED.search(str(error)):
+                raise SpecError(f"{name(path)}: {_reason(error)}") from None
+            if wait is None:
+                raise StoreFailed(f"{name(path)}: {_reason(error)}") from None
+            time.sleep(wait)
+    raise AssertionError
+
+
+def _upload(path: Path) -> None:
+    from pyarrow import fs
+
+    files, key = _remote(path)
+    fs.copy_files(str(path), key, source_filesystem=fs.LocalFileSystem(), destination_filesystem=files)
+
+
+def _copy(source: Path, target: Path) -> bool:
+    """Within the bucket; False if the source is not there."""
+    files, key = _remote(source)
+    try:
+        files.copy_file(key, _remote(target)[1])
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if "NO_SUCH_KEY" not in str(error):
+            raise
+        return False
+    return True
+
+
+def _content(path: Path) -> bytes | None:
+    files, key = _remote(path)
+    try:
+        with files.open_input_stream(key) as stream:
+            return bytes(stream.read())
+    except FileNotFoundError:
+        return None
+
+
+def _download(path: Path, meta: bytes) -> None:
+    """A checkpoint's folder, whole or, if it goes meanwhile, not at all."""
+    from pyarrow import fs
+
+    files, key = _remote(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        fs.copy_files(key, str(partial), source_filesystem=files, destination_filesystem=fs.LocalFileSystem())
+        (partial / META).write_bytes(meta)
+        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):  # another process of this machine was faster
+            partial.replace(path)
+    except FileNotFoundError:
+        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _delete_file(path: Path) -> None:
+    files, key = _remote(path)
+    with suppress(FileNotFoundError):
+        files.delete_file(key)
+
+
+def _delete_folder(path: Path) -> None:
+    files, key = _remote(path)
+    with suppress(FileNotFoundError):
+        files.delete_dir(key)
+
+
+def _listing(path: Path) -> list[Entry]:
+    from pyarrow import fs
+
+    files, key = _remote(path)
+    found = files.get_file_info(fs.FileSelector(key, allow_not_found=True, recursive=True))
+    return [
+        Entry(path / info.path.removeprefix(f"{key}/"), info.size, info.mtime.timestamp())
+        for info in found
+        if info.type == fs.FileType.File
+    ]
+
+
+def _here(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _tidy() -> None:
+    """Keep all copies together small: the least recently used checkpoints go. Whoever reads one pulls it first."""
+    found = [
+        (meta.parent.stat().st_mtime, sum(file.stat().st_size for file in meta.parent.iterdir()), meta.parent)
+        for meta in _copies().rglob(META)
+    ]
+    size = sum(bytes_ for _, bytes_, _ in found)
+    for used, bytes_, folder in sorted(found):
+        if size <= _COPIES or time.time() - used < _IN_USE:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        size -= bytes_
+
+
+def _reason(error: Exception) -> str:
+    """The one thing to know of pyarrow's long messages."""
+    text = str(error).splitlines()[0]
+    text = re.sub(r"\s*\(Request ID: [^)]*\)", "", text.rpartition("AWS Error ")[2])
+    hint = "; credentials come from the environment (for s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role)"
+    return text.rstrip(". ") + (hint if _REFUSED.search(text) else "")

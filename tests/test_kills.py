@@ -1,0 +1,188 @@
+"""kill -9 in every stage of a pipeline, amid its work and amid its writing: what is done stays done, the rest goes on.
+
+Each case carries on where the one before it was killed, in real processes on the session's Ray cluster; alone, a case
+starts from nothing and is killed at its own point.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from raysweep.pipeline.artifact import FILE, Artifact
+from raysweep.sweep.ledger import Ledger
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+STAGES = ["tune", "train", "promote", "autoattack", "register", "report"]
+PIPELINE = """\
+set: {epochs: 2, data.val_size: 50, data.train_size: 64, batch_size: 32, "*.attacks.*.steps": 2}
+stages:
+  - {kind: tune, space: at, trials: 2}
+  - {kind: train, runs: {AT: {method: at}}, seeds: [3]}
+  - {kind: promote, top: 1, seeds: [4], set: {batch_size: 16}}
+  - {kind: autoattack, attacks: {PGD: pgd20, APGD: apgd-ce}, n: 20, batch_size: 10}
+  - {kind: register, name: killed}
+  - {kind: report}
+"""
+_MARK = "RAYSWEEP_TEST_OF_KILLS"
+_FORKS = multiprocessing.get_context("forkserver")
+
+
+def _die(*args: object, **more: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _after_an_epoch(_: object, trial: object, metrics: object) -> None:
+    if metrics is not None:
+        _die()
+
+
+def _arm(stage: str, when: str) -> None:
+    """Let this process die in `stage`: amid its work, or when half of its artifact is written."""
+    from raysweep.pipeline import autoattack, pipeline, promote, register, report, tune
+    from raysweep.tracking import Tracker
+
+    write = Artifact.write
+
+    def half(self: Artifact, folder: Path, files: Callable[[Path], None] | None = None) -> None:
+        def then_die(partial: Path) -> None:
+            if files is not None:
+                files(partial)
+            (partial / FILE).write_text('{"kind": "')
+            _die()
+
+        write(self, folder, then_die if self.kind == stage else files)
+
+    if when == "writing":
+        pipeline.Artifact.write = half
+        return
+    sweeps = (tune, "Progress.trial_changed", _after_an_epoch)
+    owners = {
+        "tune": (tune.Tune, sweeps),
+        "train": (tune.Train, sweeps),
+        "promote": (promote.Promote, sweeps),
+        "autoattack": (autoattack.AutoAttack, (autoattack, "save", _die)),
+        "register": (register.Register, (Tracker, "alias", _die)),
+        "report": (report.Report, (Tracker, "file", _die)),
+    }
+    kind, (owner, name, deadly) = owners[stage]
+    run = kind.run
+
+    def armed(self, work, past):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*_attribute(owner, name), deadly)
+            return run(self, work, past)
+
+    kind.run = armed
+
+
+def _attribute(owner: object, dotted: str) -> tuple[object, str]:
+    *path, last = dotted.split(".")
+    for name in path:
+        owner = getattr(owner, name)
+    return owner, last
+
+
+def _drive(folder: Path, environment: dict[str, str], stage: str | None, when: str) -> None:
+    """`raysweep run killed.yaml` in a process of its own."""
+    from raysweep.cli import main
+
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.stdout = sys.stderr = (folder / "log").open("a")
+    if stage is not None:
+        _arm(stage, when)
+    sys.exit(main(["run", "killed.yaml"]))
+
+
+@pytest.fixture(scope="module")
+def folder(ray_cluster, tmp_path_factory) -> Iterator[Path]:
+    # What is imported once is forked for each process.
+    _FORKS.set_forkserver_preload(
+        ["raysweep.commands.run", "raysweep.sweep.tuner", "mlflow.tracking", "mlflow.store.db.utils"]
+    )
+    path = tmp_path_factory.mktemp("killed")
+    (path / "killed.yaml").write_text(PIPELINE)
+    yield path
+
+
+def run(folder: Path, stage: str | None = None, when: str = "") -> int | None:
+    """The exit code of a run that may be told to die; nothing that it started is left."""
+    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, _MARK: str(folder)}
+    process = _FORKS.Process(target=_drive, args=(folder, address, stage, when))
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None, (folder / "log").read_text()
+    assert not psutil.wait_procs(_started_by(folder), timeout=20)[1], "workers outlive their driver"
+    return process.exitcode
+
+
+def _started_by(folder: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(_MARK) == str(folder):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def artifacts(folder: Path) -> dict[str, Artifact]:
+    """Every artifact under its proper name is whole."""
+    found = sorted((folder / "runs" / "pipelines" / "killed").glob("[0-9]*"))
+    return {path.name[3:-17]: Artifact.read(path) for path in found}
+
+
+def done(folder: Path) -> dict[Path, int]:
+    """When each file was written that belongs to a finished stage: its artifact, its trials."""
+    paths = list((folder / "runs" / "pipelines" / "killed").glob("[0-9]*/*"))
+    for artifact in artifacts(folder).values():
+        for sweep in artifact.facts.get("sweeps", []):
+            paths += (folder / sweep["path"]).glob("trials/*/trial.json")
+    return {path: path.stat().st_mtime_ns for path in paths}
+
+
+@pytest.mark.parametrize("when", ["working", "writing"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_is_killed_goes_on(folder: Path, stage: str, when: str) -> None:
+    before, shards = done(folder), {path: path.stat().st_mtime_ns for path in folder.glob("runs/**/shards/*/*.npz")}
+    assert run(folder, stage, when) == -signal.SIGKILL, (folder / "log").read_text()
+    assert list(artifacts(folder)) == STAGES[: STAGES.index(stage)], "all before it, whole; of itself nothing"
+    after = done(folder)
+    assert {path: after[path] for path in before} == before, "what was finished was left alone"
+    assert all(path.stat().st_mtime_ns == then for path, then in shards.items()), "no attack again"
+
+
+def test_in_the_end_everything_is_there_once(folder: Path) -> None:
+    assert run(folder) == 0, (folder / "log").read_text()
+    found = artifacts(folder)
+    assert list(found) == STAGES
+    assert not list((folder / "runs" / "pipelines" / "killed").glob(".[0-9]*")), "halves are swept up"
+    sweeps = [sweep for artifact in found.values() for sweep in artifact.facts.get("sweeps", [])]
+    ledgers = [Ledger.open(folder / sweep["path"]) for sweep in sweeps]
+    for ledger in ledgers:
+        assert all([epoch for epoch, _ in trial.curve] == [1, 2] for trial in ledger.trials())
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
+    trials = [f"{ledger.name}/{trial.number:04d}" for ledger in ledgers for trial in ledger.trials()]
+    names = [*(ledger.name for ledger in ledgers), *trials, "killed report"]
+    assert sorted(one.info.run_name for one in runs) == sorted(names)
+    assert {one.info.status for one in runs} == {"FINISHED"}
+    for one in runs:
+        if one.info.run_name in trials:
+            history = client.get_metric_history(one.info.run_id, "robust_worst")
+            assert sorted({point.step for point in history}) == [1, 2]
+            assert len({(point.step, point.value) for point in history}) == 2, "an epoch has one value"
+    (version,) = client.search_model_versions("name='killed'")
+    assert client.get_registered_model("killed").aliases == {"candidate": version.version}

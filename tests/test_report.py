@@ -1,0 +1,198 @@
+"""The parts of a report that are drawn from ledgers, settings and checkpoints: they say what is in the data."""
+
+import math
+from pathlib import Path
+
+import pytest
+from conftest import tiny
+
+from raysweep.attacks import PGD
+from raysweep.evaluation.instances import Instances, instances
+from raysweep.pipeline.artifact import Artifact, Candidate, Judgement
+from raysweep.pipeline.autoattack import AutoAttack
+from raysweep.pipeline.document import Document, Picture, Section, Text
+from raysweep.pipeline.inside import drawn, inside
+from raysweep.pipeline.searched import searched
+from raysweep.pipeline.varied import varied
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.space import SearchSpace
+from raysweep.sweep.study import ENOUGH, front, importances
+from raysweep.training.load import load_checkpoint
+from raysweep.training.trainer import fit
+
+LR, MOMENTUM, SHAPE = "optim.lr", "optim.momentum", "method.terms.pgd.weight.shape"
+LAM = "method.terms.pgd.weight.lam"
+
+
+def ledger(folder: Path, count: int, **more) -> Ledger:
+    """A sweep that went as told: the learning rate decides, momentum does nothing, clean falls as robustness grows."""
+    space = SearchSpace.load(
+        {
+            "method": "gairat",
+            "space": {
+                LR: {"float": [0.001, 1.0], "log": True},
+                MOMENTUM: {"float": [0.0, 0.9]},
+                SHAPE: {"categorical": ["tanh", "linear"]},
+                LAM: {"float": [-3.0, 3.0], "when": {SHAPE: "tanh"}},
+            },
+            **more,
+        }
+    )
+    made = Ledger.create(folder / "runs" / "s", space)
+    for number in range(count):
+        share = number / max(count - 1, 1)
+        settings = {
+            LR: 10 ** (3 * share - 3),
+            MOMENTUM: 0.9 * ((number * 7) % 5) / 4,
+            SHAPE: ("tanh", "linear")[number % 2],
+        }
+        if number % 2 == 0:
+            settings[LAM] = -1.0
+        best = {"epoch": 2.0, "robust_worst": share, "clean": 1 - share**2, "masking_gap": 0.0}
+        made.write(Trial(number, settings, "finished", epoch=2, latest=best, best=best))
+    made.write(Trial(count, {LR: 0.5, MOMENTUM: 0.5, SHAPE: "linear"}, "failed", reason="nan"))
+    made.write(Trial(count + 1, {LR: 0.5, MOMENTUM: 0.5, SHAPE: "linear"}, "running"))
+    return made
+
+
+def tuned(folder: Path, made: Ledger) -> Artifact:
+    sweep = {"path": str(made.path.relative_to(folder)), "method": "gairat"}
+    return Artifact(kind="tune", key="k", stage={"label": None}, inputs=(), facts={"sweeps": [sweep]})
+
+
+def captions(section: Section) -> list[str]:
+    return [part.caption for part in section.parts if isinstance(part, Picture)]
+
+
+def said(section: Section) -> str:
+    return " ".join(part.text for part in section.parts if isinstance(part, Text))
+
+
+def test_the_setting_that_decides_is_the_most_important(tmp_path: Path) -> None:
+    shares = importances(ledger(tmp_path, 24))
+    assert shares is not None and next(iter(shares)) == LR and shares[LR] > 0.6
+    assert sum(shares.values()) == pytest.approx(1)
+    assert LAM not in shares, "not every trial has it"
+
+
+def test_importances_need_trials_that_differ(tmp_path: Path) -> None:
+    few = ledger(tmp_path / "few", ENOUGH - 1)
+    assert importances(few) is None
+    (section,) = searched([tuned(tmp_path / "few", few)], tmp_path / "few")
+    assert f"there are {ENOUGH - 1}, of at least {ENOUGH} that this needs" in said(section)
+    same = ledger(tmp_path / "same", ENOUGH)
+    for trial in same.trials()[:ENOUGH]:
+        trial.best["robust_worst"] = 0.5
+        same.write(trial)
+    assert importances(same) is None
+
+
+def test_what_was_searched_is_drawn(tmp_path: Path) -> None:
+    made = ledger(tmp_path, 12)
+    (section,) = searched([tuned(tmp_path, made)], tmp_path)
+    assert section.title == "What was searched: gairat"
+    assert captions(section) == [
+        "Importance of the settings (fANOVA)",
+        "Objective against each searched setting (darker: later)",
+        "Pareto front: clean and robust worst",
+    ]
+    assert "Not every trial has lam" in said(section)
+    slices = next(part.figure for part in section.parts if isinstance(part, Picture) and part.wide)
+    by_name = {axes.get_xlabel(): axes for axes in slices.axes if axes.axison}
+    assert list(by_name) == ["lr", "momentum", "shape", "lam"]
+    assert by_name["lr"].get_xscale() == "log" and by_name["lr"].get_xlim() == (0.001, 1.0)
+    assert [len(axes.collections[0].get_offsets()) for axes in by_name.values()] == [12, 12, 12, 6]
+    html = Document("t", "u", [section]).html()
+    assert html.count("data:image/svg+xml;base64,") == 3 and "http" not in html.replace("http-equiv", "")
+
+
+def test_the_front_is_optunas_and_feasible(tmp_path: Path) -> None:
+    made = ledger(tmp_path, 6, max_masking_gap=0.1)
+    assert [t.number for t in front(made, ("robust_worst", "clean"))] == [0, 1, 2, 3, 4, 5], (
+        "each gives up one for the other"
+    )
+    beaten = made.trials()[2]
+    beaten.best["clean"] = 0.1
+    masked = made.trials()[5]
+    masked.best["masking_gap"] = 0.2
+    made.write(beaten)
+    made.write(masked)
+    assert [t.number for t in front(made, ("robust_worst", "clean"))] == [0, 1, 3, 4]
+
+
+def test_several_objectives_are_drawn_against_each_other(tmp_path: Path) -> None:
+    made = ledger(tmp_path, 3, metric=["robust_worst", "clean"], scheduler={"kind": "none"})
+    (section,) = searched([tuned(tmp_path, made)], tmp_path)
+    assert captions(section)[-1] == "Pareto front: clean and robust worst"
+
+
+def judgement(label: str, attack: str, robust: float, **more) -> Judgement:
+    candidate = Candidate(label=label, method="gairat", checkpoint=label, epoch=1, epochs=1, metrics={}, **more)
+    return Judgement(
+        candidate=candidate,
+        attack=attack,
+        robust=robust,
+        clean=0.9,
+        standard=False,
+        **{"examples": 10, "test_examples": 10, "eps": 0.1, "norm": "Linf", "seconds": 0, "queries": 0},
+        **{"intervals": {}, "after": {}, "per_class": {}, "protocol": {}},
+        **{"masking_gap": None, "warnings": (), "run": "", "folder": ""},
+    )
+
+
+def test_accuracy_against_the_one_setting_that_differs() -> None:
+    lams = {"a": -1.0, "b": 0.0, "c": 2.0}
+    configs = {name: tiny("gairat", method__terms__pgd__weight__lam=lam) for name, lam in lams.items()}
+    configs |= {"at": tiny("at"), "other": tiny("gairat", method__terms__pgd__weight__lam=1.0, batch_size=16)}
+    judged = [judgement(name, "AA", 0.1 * place) for place, name in enumerate(configs)]
+    (section,) = varied(judged, configs, ())
+    assert captions(section) == [f"Test accuracy against {LAM} (medians over seeds)"]
+    (picture,) = section.parts
+    lines = {line.get_label(): line.get_xydata().tolist() for line in picture.figure.axes[0].lines}
+    assert lines["AA, best"] == [[-1.0, 0.0], [0.0, 0.1], [2.0, 0.2]], "neither AT nor the run with other batches"
+    assert lines["clean, best"] == [[-1.0, 0.9], [0.0, 0.9], [2.0, 0.9]]
+    del configs["c"]
+    assert varied(judged[:2], configs, ()) == [], "two points are no curve"
+
+
+def test_accuracy_against_the_steps_of_pgd() -> None:
+    attacks = {f"PGD-{n}": PGD(eps=0.1, step_size=0.01, steps=n) for n in (10, 20, 40)}
+    stage = AutoAttack(attacks={**attacks, "other": PGD(eps=0.1, step_size=0.02, steps=80), "AA": "autoattack"})
+    artifact = Artifact(kind="autoattack", key="k", stage=stage.json_dict(), inputs=())
+    judged = [judgement("a", name, 0.5 - 0.1 * place) for place, name in enumerate(stage.attacks)]
+    (section,) = varied(judged, {"a": tiny("at")}, [artifact])
+    (line,) = section.parts[0].figure.axes[0].lines
+    assert line.get_xydata().tolist() == [[10, 0.5], [20, 0.4], [40, pytest.approx(0.3)]]
+
+
+def test_examples_as_a_model_sees_them(net, digits) -> None:
+    attacks = {"pgd": PGD(eps=0.1, steps=3, step_size=0.05), "cw": PGD(eps=0.1, steps=3, step_size=0.05, loss="cw")}
+    seen = instances(net, digits.train, attacks, 40)
+    assert seen.logits.shape == (40, 10) and (seen.y == digits.train.y[:40]).all()
+    assert all(0 <= k <= 3 for k in seen.kappa["pgd"].tolist())
+    assert (seen.v["pgd"] >= 0).all() and seen.v["cw"].min() < 0, "a probability and a margin"
+    again = instances(net, digits.train, attacks, 40)
+    assert (again.v["cw"] == seen.v["cw"]).all()
+
+
+def test_the_most_confused_classes() -> None:
+    import torch
+
+    logits = torch.zeros(6, 4)
+    y = torch.tensor([0, 1, 2, 2, 3, 3])
+    for row, (own, rival) in enumerate([(0, 1), (1, 0), (2, 3), (2, 3), (3, 2), (3, 0)]):
+        logits[row, own], logits[row, rival] = 3.0, 2.0
+    assert Instances(logits, y, {}, {}).confused() == (2, 3)
+
+
+def test_a_run_from_inside(tmp_path: Path) -> None:
+    """The papers' figures of a real checkpoint, with the two maps."""
+    fitted = fit(tiny("lrat", epochs=1), tmp_path / "run")
+    figures = drawn(load_checkpoint(fitted.best.path, {}))
+    assert {"errors", "kappa_pgd", "weight_cw_histogram", "V_pgd_histogram", "logits_map", "vulnerable_map"} <= set(
+        figures
+    )
+    section = inside("lrat", figures)
+    assert len(captions(section)) == len(figures) and "Vulnerability (LRAT fig. 4): cw" in captions(section)
+    (x, y) = figures["logits_map"].axes[0].collections[0].get_offsets().T.tolist()
+    assert x and all(math.isfinite(v) for v in (*x, *y))

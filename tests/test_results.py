@@ -1,0 +1,78 @@
+"""What a notebook gets: models, sweeps and reports of the past."""
+
+import pandas as pd
+import pytest
+import torch
+from conftest import tiny
+
+import raysweep
+from raysweep.spec import SpecError
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.space import SearchSpace
+from raysweep.training.trainer import fit
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory) -> Ledger:
+    """Two trials that a sweep's own trainer trained, and one that failed."""
+    config = tiny("gairat")
+    path = next(p for p in raysweep.spec.flatten(config) if p.endswith(".lam"))
+    space = SearchSpace.load({"method": "gairat", "trials": 3, "space": {path: {"float": [-2.0, 2.0]}}})
+    ledger = Ledger.create(tmp_path_factory.mktemp("results") / "runs" / "one", space)
+    for number, seed in enumerate((0, 1)):
+        trial = Trial(number, {path: float(number)})
+        for row in fit(tiny("gairat", seed=seed), ledger.run_path(number)).last.history:
+            trial = trial.reported(row, "robust_worst")
+        ledger.write(Trial(**{**vars(trial), "state": "finished"}))
+    ledger.write(Trial(2, {path: 2.0}, state="failed", reason="the loss became nan"))
+    return ledger
+
+
+def test_a_sweep_as_tables(ledger) -> None:
+    sweep = raysweep.load_sweep(ledger.path)
+    trials, epochs = sweep.trials, sweep.epochs
+    assert list(trials.index) == [t.number for t in ledger.ranked()] + [2]
+    assert trials.loc[2, "state"] == "failed" and "nan" in trials.loc[2, "reason"]
+    assert {"lam", "robust_worst", "masking_gap", "seconds"} <= set(trials.columns)
+    assert list(epochs.index) == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    best = trials.iloc[0]
+    assert epochs.loc[(trials.index[0], best["epoch"]), "robust_worst"] == best["robust_worst"]
+    assert sweep.best == ledger.checkpoint(ledger.ranked()[0])
+    assert all(isinstance(line, str) for line in sweep.advice(0))
+
+
+def test_a_model_answers_as_it_did_in_its_trial(ledger) -> None:
+    sweep = raysweep.load_sweep(ledger.path)
+    model = raysweep.load(sweep.best)
+    assert not model.training
+    data = raysweep.data.load(tiny("gairat").data)
+    with torch.no_grad():
+        right = (model(data.val.images(slice(0, 50))).argmax(1) == data.val.y[:50]).float().mean().item()
+    assert right == pytest.approx(sweep.trials.iloc[0]["clean"])
+
+
+def test_a_report_as_a_table(ledger, tmp_path) -> None:
+    model, data = raysweep.load(ledger.checkpoint(ledger.ranked()[0])), raysweep.data.load(tiny("gairat").data)
+    report = raysweep.evaluate(model, data.test.images(slice(0, 20)), data.test.y[:20], attack="pgd20", eps=0.1)
+    report.save_parquet(tmp_path / "examples.parquet")
+    frame = raysweep.load_report(tmp_path)
+    assert frame.attrs["robust_accuracy"] == report.robust_accuracy == frame["broken_by"].isna().mean()
+    pd.testing.assert_frame_equal(frame, pd.DataFrame(report.columns()), check_dtype=False)
+
+
+def test_what_is_not_there_is_one_line(tmp_path) -> None:
+    (tmp_path / "examples.parquet").write_text("no parquet")
+    for load in (raysweep.load, raysweep.load_sweep, raysweep.load_report):
+        with pytest.raises(SpecError) as error:
+            load(tmp_path)
+        assert len(error.value.problems) == 1
+    with pytest.raises(AttributeError):
+        raysweep.no_such_name  # noqa: B018
+
+
+def test_no_trial_has_a_result_yet(tmp_path) -> None:
+    space = SearchSpace.load({"method": "at", "trials": 1, "space": {"optim.lr": {"float": [0.01, 0.1]}}})
+    sweep = raysweep.load_sweep(Ledger.create(tmp_path / "runs" / "new", space).path)
+    assert sweep.trials.empty and sweep.epochs.empty
+    with pytest.raises(SpecError, match="no trial has reported robust_worst yet"):
+        _ = sweep.best
