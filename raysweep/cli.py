@@ -100,6 +100,15 @@ def build_parser() -> argparse.ArgumentParser:
     _storage(p)
     _json(p)
 
+    p = commands.add_parser("doctor", help="check a cluster before a sweep: nodes, storage, data, MLflow, open doors")
+    p.add_argument(
+        "--address", metavar="ADDR", help="Ray cluster: auto or host:port (default: $RAY_ADDRESS, else local)"
+    )
+    _settings(p)
+    _out(p)
+    _storage(p)
+    _json(p)
+
     p = commands.add_parser("eval", help="a checkpoint, MLflow run or model of your own under attack, on the test set")
     p.add_argument(
         "what", metavar="WHAT", help="a checkpoint or run folder, MLflow run id, models:/NAME@ALIAS, module:factory"

@@ -1,6 +1,7 @@
 """MLflow, and the only module that imports it. One writer, the driver; runs are found again by tag, never doubled."""
 
 import getpass
+import importlib.metadata
 import json
 import logging
 import math
@@ -10,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from raysweep import storage
@@ -225,6 +227,30 @@ class Tracker:
         except (MlflowException, OSError, ValueError) as error:
             hint = "set MLFLOW_TRACKING_URI to a server or sqlite:///FILE, or leave it out"
             raise SpecError(f"MLflow store {self.uri}: {str(error).splitlines()[0]}; {hint}") from None
+
+
+def store_version(uri: str) -> str:
+    """The version of MLflow behind a store that answers: a server's own, or this one's. Raises SpecError if none does.
+
+    One try: who asks wants to know, not to wait.
+    """
+    if uri.startswith("sqlite") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return importlib.metadata.version("mlflow")
+    if not uri.startswith("http"):
+        with TemporaryDirectory() as folder:
+            Tracker(uri, Path(folder)).ready()
+        return importlib.metadata.version("mlflow")
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking._tracking_service.utils import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    try:
+        answer = http_request(get_default_host_creds(uri), "/version", "GET", max_retries=0, timeout=5)
+    except (MlflowException, OSError) as error:
+        raise SpecError(f"MLflow store {uri}: {str(error).splitlines()[0]}") from None
+    if answer.status_code != 200:
+        raise SpecError(f"MLflow store {uri}: answers {answer.status_code} {answer.reason}")
+    return str(answer.text).strip()
 
 
 class SweepTracker:

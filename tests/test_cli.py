@@ -24,6 +24,7 @@ FLAGS = {
         "--max-gpu-hours",
     },
     "run": {*COMMON, "--out", "--storage", "--plan", "--from", "--wait", "--address"},
+    "doctor": {*COMMON, "--out", "--storage", "--address"},
     "eval": {
         *COMMON, "--out", "--attack", "--version", "--eps", "--norm", "--n", "--batch-size", "--keep-adversarial",
         "--pseudo-label", "--address", "--gpus-per-task", "--bundle", "--verify",

@@ -49,7 +49,7 @@ def run(args: Namespace) -> int:
     listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(console), *exports]
     try:
         resources = Resources(args.cpus_per_trial, args.gpus_per_trial, args.workers)
-        run_sweep(ledger, listeners, resources, args.address, _budget(args))
+        run_sweep(ledger, listeners, resources, args.address, _budget(args), data.fingerprint)
     except SpecError:
         ledger.discard()
         raise

@@ -172,7 +172,7 @@ def sweep(
         listeners: list[Listener] = [SweepTracker(work.tracker, fingerprint), Progress(work.console)]
         budget = Budget(math.inf if max_hours is None else 3600 * max_hours)
         try:
-            run_sweep(ledger, listeners, resources, work.address, budget)
+            run_sweep(ledger, listeners, resources, work.address, budget, fingerprint)
         except SweepFailed as error:
             raise StageFailed(str(error)) from None
     trials = ledger.trials()

@@ -6,12 +6,13 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 from raysweep.spec import SpecError
 
@@ -37,7 +38,8 @@ def connected(address: str | None = None, cpus: int | None = None) -> Iterator[d
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     options = {"address": "local", "num_cpus": cpus} if address is None else {"address": address}
     try:
-        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+        with _loopback() if address is None else nullcontext():
+            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SpecError(f"no Ray cluster at --address {address or 'local'}: {reason}") from None
@@ -45,6 +47,18 @@ def connected(address: str | None = None, cpus: int | None = None) -> Iterator[d
         yield capacity()
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """A Ray cluster that is started here listens on loopback alone, as Ray's own do on Windows and macOS."""
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    enabled, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = enabled
+        del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
 
 
 def capacity() -> dict[str, float]:

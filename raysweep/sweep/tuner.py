@@ -5,7 +5,6 @@ import math
 import traceback
 import warnings
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,13 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from raysweep import storage
-from raysweep.data import Data, DataSpec, load
+from raysweep.data import load
+from raysweep.data.shared import Source
 from raysweep.spec import SpecError
 from raysweep.sweep.asha import Asha
 from raysweep.sweep.cluster import connected, nodes
 from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.probe import missing, sees
 from raysweep.sweep.relay import BUG, BUGS, Budget, Listener, Relay, Stop, SweepFailed
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search import FAILED, StudySearch
@@ -37,15 +38,20 @@ def run_sweep(
     resources: Resources | None = None,
     address: str | None = None,
     budget: Budget | None = None,
+    fingerprint: str | None = None,
 ) -> None:
     """Run the trials that the ledger still lacks, or as many as the budget allows.
 
-    Raises SpecError before anything runs if they cannot, SweepFailed when several have failed by what looks like a bug.
+    fingerprint: the data's, where the caller knows it. Raises SpecError before anything runs if they cannot,
+    SweepFailed when several have failed by what looks like a bug.
     """
     resources = resources or Resources()
     space = ledger.space
     config = space.config({})
+    source = Source(config.data, fingerprint or load(config.data).fingerprint)
     with connected(address) as cluster:
+        if problems := missing(ledger.path, source):
+            raise SpecError(problems)
         resources = resources.on(cluster)
         budget = budget or Budget()
         if math.isfinite(budget.gpu_seconds) and not resources.held_gpus:
@@ -57,7 +63,7 @@ def run_sweep(
         try:
             if done < space.total:
                 relay = Relay(ledger, config.epochs, listeners, resources.held_gpus, budget)
-                _tuner(ledger, config, relay, resources, concurrent, space.total - done).fit()
+                _tuner(ledger, source, relay, resources, concurrent, space.total - done).fit()
                 if len(relay.bugs) >= BUGS:
                     raise SweepFailed(f"{len(relay.bugs)} trials met the same kind of error, see {relay.bugs[0]}")
         finally:
@@ -66,7 +72,7 @@ def run_sweep(
 
 
 def _tuner(
-    ledger: Ledger, config: RunConfig, relay: Relay, resources: Resources, concurrent: int, trials: int
+    ledger: Ledger, source: Source, relay: Relay, resources: Resources, concurrent: int, trials: int
 ) -> tune.Tuner:
     for name in ("ray.tune", "ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -80,9 +86,9 @@ def _tuner(
         path = root / "trials" / f"{proposal['number']:04d}"
         prefixes = Prefixes(root.parent / PREFIXES) if space.share_prefixes else None
         if resources.workers == 1:
-            _train(settings, path, resources.cpus, prefixes)
+            _train(settings, path, resources.cpus, prefixes, source)
         else:
-            train_on_workers(settings, path, resources.workers, resources.worker, prefixes)
+            train_on_workers(settings, path, resources.workers, resources.worker, prefixes, source)
 
     return tune.Tuner(
         tune.with_resources(trainable, resources.trial),
@@ -90,7 +96,7 @@ def _tuner(
             num_samples=trials,
             max_concurrent_trials=concurrent,
             search_alg=StudySearch(ledger),
-            scheduler=_scheduler(ledger, config.epochs),
+            scheduler=_scheduler(ledger, space.config({}).epochs),
             # A trial that waits for its workers cannot be told to stop: its process ends, and the workers with it.
             reuse_actors=resources.workers == 1,
         ),
@@ -110,7 +116,7 @@ def _scheduler(ledger: Ledger, epochs: int) -> TrialScheduler:
     return FIFOScheduler() if ledger.space.scheduler.kind == "none" else Asha(ledger, epochs)
 
 
-def _train(config: RunConfig, path: Path, cpus: float, prefixes: Prefixes | None) -> None:
+def _train(config: RunConfig, path: Path, cpus: float, prefixes: Prefixes | None, source: Source) -> None:
     """One trial, in its own process: what `raysweep train` does, reporting to Tune.
 
     Only what the trial's settings or code explain is caught here: what kills the process is Tune's to retry.
@@ -123,7 +129,8 @@ def _train(config: RunConfig, path: Path, cpus: float, prefixes: Prefixes | None
         tune.report(metrics)
 
     try:
-        fit(config, path, report, data=_load_once(config.data.model_dump_json()), prefixes=prefixes)
+        sees(path.parent.parent)
+        fit(config, path, report, data=source.load(config.data), prefixes=prefixes)
     except (TrainingFailed, SpecError) as error:
         tune.report({FAILED: str(error)})
     except torch.OutOfMemoryError:
@@ -137,9 +144,3 @@ def _train(config: RunConfig, path: Path, cpus: float, prefixes: Prefixes | None
         log.write_text(traceback.format_exc())
         storage.push(log)
         tune.report({FAILED: f"{type(error).__name__}: {error}", BUG: storage.name(log)})
-
-
-@cache
-def _load_once(spec: str) -> Data:
-    """Trials that follow each other in one process read the data once."""
-    return load(DataSpec.model_validate_json(spec))

@@ -13,6 +13,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, placement_group_table
 
 from raysweep import storage
+from raysweep.data.shared import Source
 from raysweep.spec import SpecError
 from raysweep.sweep.search import FAILED
 from raysweep.training.checkpoint import Run
@@ -27,7 +28,12 @@ _HELD = "placement-group"
 
 
 def train_on_workers(
-    config: RunConfig, path: Path, workers: int, each: dict[str, float], prefixes: Prefixes | None = None
+    config: RunConfig,
+    path: Path,
+    workers: int,
+    each: dict[str, float],
+    prefixes: Prefixes | None = None,
+    source: Source | None = None,
 ) -> None:
     """One trial in the folder `path` on `workers` processes that hold `each` of Ray's resources.
 
@@ -39,7 +45,7 @@ def train_on_workers(
         # Reports that an earlier driver or group did not get through; those that did change nothing.
         for metrics in _history(path):
             tune.report(metrics)
-        _trainer(config, path, workers, each, prefixes).fit()
+        _trainer(config, path, workers, each, prefixes, source).fit()
     except SpecError as error:
         tune.report({FAILED: str(error), "epoch": 0})
     except ray.train.WorkerGroupError as error:
@@ -51,7 +57,12 @@ def train_on_workers(
 
 
 def _trainer(
-    config: RunConfig, path: Path, workers: int, each: dict[str, float], prefixes: Prefixes | None
+    config: RunConfig,
+    path: Path,
+    workers: int,
+    each: dict[str, float],
+    prefixes: Prefixes | None,
+    source: Source | None,
 ) -> "ray.train.torch.TorchTrainer":
     gpus, threads = each.get("GPU", 0), max(1, int(round(each["CPU"] + DRIVER_CPUS, 3)))
     return ray.train.torch.TorchTrainer(
@@ -61,6 +72,7 @@ def _trainer(
             "path": storage.name(path),
             "threads": threads,
             "prefixes": prefixes,
+            "source": source,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=gpus > 0, resources_per_worker={k: v for k, v in each.items() if v}
@@ -98,6 +110,7 @@ def _work(loop: dict[str, Any]) -> None:
             config,
             path,
             lambda metrics, saved: ray.train.report(metrics),
+            data=loop["source"].load(config.data) if loop["source"] else None,
             device=device,
             workers=workers,
             prefixes=loop["prefixes"],

@@ -1,0 +1,110 @@
+"""`raysweep doctor` on a good cluster and on broken ones."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from raysweep.cli import main
+from raysweep.data import DataSpec
+from raysweep.sweep import probe
+
+pytestmark = pytest.mark.ray
+# A head and a worker that Ray was told two GPUs of, and no token; then the doctor in the same process.
+BROKEN = """
+import sys
+import raysweep.sweep
+from ray.cluster_utils import Cluster
+from raysweep.cli import main
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+cluster.add_node(num_cpus=1, num_gpus=2)
+code = main(["doctor", "--address", cluster.address, *sys.argv[1:]])
+cluster.shutdown()
+sys.exit(code)
+"""
+
+
+def test_a_good_cluster(ray_cluster, workdir: Path, capsys) -> None:
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["sound"]
+    checks = ["mlflow", "address", "versions", "storage", "data", "gpus", "clock", "room", "doors"]
+    assert [finding["check"] for finding in report["findings"]] == checks
+    assert not any(finding["do"] for finding in report["findings"])
+    assert report["findings"][-1]["text"] == "Ray listens on loopback alone"
+    assert not (workdir / "mlflow.db").exists() and not list((workdir / "runs").iterdir()), "it leaves nothing"
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(checks) and all(line.startswith("ok ") for line in lines)
+
+
+def test_data_that_only_the_driver_sees(ray_cluster, workdir: Path, capsys) -> None:
+    import numpy as np
+
+    for split in ("train", "test"):
+        np.savez(workdir / f"{split}.npz", x=np.zeros((9, 3, 8, 8), np.uint8), y=np.arange(9) % 3)
+    arrays = ["--set", "data.name=arrays", "--set", "data.val_size=3"]
+    assert main(["doctor", *arrays, "--set", "data.data_dir=."]) == 1, "a relative folder is another one on a node"
+    out, err = capsys.readouterr()
+    (line,) = [line for line in out.splitlines() if line.startswith("BROKEN")]
+    assert "data.data_dir '.' has no train.npz" in line
+    assert "put data set 'arrays' where every node finds it" in out and "1 of 9 checks failed" in err
+    assert main(["doctor", *arrays, "--data-dir", str(workdir)]) == 0
+    assert main(["doctor", *arrays, "--data-dir", str(workdir / "nowhere")]) == 1
+    assert "BROKEN data      here: data.data_dir" in capsys.readouterr().out
+
+
+def test_storage_that_is_not_shared(ray_cluster, workdir: Path) -> None:
+    spec = DataSpec().model_dump_json()
+    (answer,) = probe.ask(probe.Question(str(workdir / "elsewhere"), "marker", spec))
+    assert answer.problems["storage"] == f"does not see {workdir}/elsewhere as the driver does"
+
+
+@pytest.mark.slow
+def test_a_broken_cluster_is_told_what_to_do(tmp_path: Path) -> None:
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    command = [sys.executable, "-c", BROKEN, "--json", "--out", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1, done.stderr
+    report = json.loads(done.stdout)
+    broken = {(finding["check"], finding["text"].split(": ", 1)[-1]) for finding in report["findings"] if finding["do"]}
+    assert ("gpus", "has 0 GPUs, Ray was told 2") in broken
+    assert ("doors", "Ray listens beyond loopback and wants no token") in broken
+    assert any(finding["check"] == "mlflow" and "127.0.0.1:9" in finding["text"] for finding in report["findings"])
+    assert {finding["check"] for finding in report["findings"] if finding["ok"]} >= {"address", "storage", "data"}
+
+
+class OldServer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"2.9.1")
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_an_mlflow_server_with_known_holes(ray_cluster, workdir: Path, capsys, monkeypatch) -> None:
+    server = http.server.HTTPServer(("127.0.0.1", 0), OldServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+    assert main(["doctor"]) == 1
+    server.shutdown()
+    assert "do        upgrade: versions before 3.8 have known holes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--set", "epochs=3"], "--set epochs: only data.* settings matter to the doctor"),
+        (["--set", "data.name=cifar"], "no data set 'cifar'; nearest: cifar10"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, line, workdir: Path, capsys) -> None:
+    assert main(["doctor", *arguments]) == 2
+    assert line in capsys.readouterr().err

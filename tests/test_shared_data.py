@@ -1,0 +1,103 @@
+"""One copy of a data set for all processes of a machine."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from raysweep.data import Data, DataSpec, load
+from raysweep.data.shared import Source, cache_folder
+from raysweep.spec import SpecError
+
+# Map the same data in a process of its own, touch all of it, and say how much memory is this process's alone.
+OTHER = """
+import gc, sys, psutil, torch
+from raysweep.data import DataSpec, load
+from raysweep.data.shared import Source
+spec = DataSpec(name="arrays", data_dir=sys.argv[1])
+gc.collect(); before = psutil.Process().memory_full_info().uss
+data = Source(spec, sys.argv[2]).load(spec) if sys.argv[2] != "copy" else load(spec)
+sum(int(part.x.sum()) for part in (data.train, data.val, data.test))
+print(psutil.Process().memory_full_info().uss - before)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def write_arrays(folder: Path, seed: int, count: int = 60) -> DataSpec:
+    generator = np.random.default_rng(seed)
+    for split in ("train", "test"):
+        x = generator.integers(0, 256, (count, 3, 16, 16), dtype=np.uint8)
+        np.savez(folder / f"{split}.npz", x=x, y=np.arange(count) % 3)
+    return DataSpec(name="arrays", data_dir=folder, val_size=15)
+
+
+def same(one: Data, other: Data) -> bool:
+    parts = [(getattr(one, name), getattr(other, name)) for name in ("train", "val", "test")]
+    equal = all(torch.equal(getattr(a, f), getattr(b, f)) for a, b in parts for f in ("x", "y", "index"))
+    facts = ("channels", "classes", "augment", "fingerprint", "unlabeled_fraction")
+    return equal and all(getattr(one, fact) == getattr(other, fact) for fact in facts)
+
+
+def test_it_is_the_data_set_and_files_are_read_once(tmp_path: Path) -> None:
+    spec = write_arrays(tmp_path, 0)
+    plain = load(spec)
+    source = Source(spec, plain.fingerprint)
+    assert same(source.load(spec), plain)
+    (copy,) = cache_folder().iterdir()
+    assert copy.parent.stat().st_mode & 0o077 == 0, "this user's alone"
+    (tmp_path / "train.npz").unlink()
+    other_process = [sys.executable, "-c", OTHER, str(tmp_path), plain.fingerprint]
+    # Its val_size is another, so the copy is not its data.
+    refused = subprocess.run(other_process, capture_output=True, text=True, check=False).stderr.splitlines()[-1]
+    assert re.match(r"raysweep.spec.SpecError: [\w.-]+: data.data_dir .* has no train.npz", refused)
+
+
+def test_other_images_in_the_same_place_are_refused(tmp_path: Path) -> None:
+    spec = write_arrays(tmp_path, 0)
+    fingerprint = load(spec).fingerprint
+    write_arrays(tmp_path, 1)
+    with pytest.raises(SpecError, match=rf"holds other 'arrays' data .* than the driver's \({fingerprint}\)"):
+        Source(spec, fingerprint).load(spec)
+
+
+def test_a_damaged_copy_is_made_again(tmp_path: Path) -> None:
+    spec = write_arrays(tmp_path, 2)
+    plain = load(spec)
+    folder = cache_folder()
+    Source(spec, plain.fingerprint).load(spec)
+    (copy,) = folder.iterdir()
+    size = copy.stat().st_size
+    copy.write_bytes(copy.read_bytes()[: size // 2])
+    twin = spec.model_copy(update={"download": True})
+    assert same(Source(twin, plain.fingerprint).load(twin), plain)
+    assert copy.stat().st_size == size
+
+
+def test_a_searched_data_set_is_loaded_as_it_is(tmp_path: Path) -> None:
+    spec = write_arrays(tmp_path, 3)
+    digits = DataSpec(name="digits", val_size=50)
+    assert same(Source(spec, "0" * 16).load(digits), load(digits))
+
+
+def test_processes_share_its_memory(tmp_path: Path) -> None:
+    spec = write_arrays(tmp_path, 4, count=12_000)
+    spec = DataSpec(name="arrays", data_dir=tmp_path)
+    fingerprint = load(spec).fingerprint
+    mine = Source(spec, fingerprint).load(spec)
+    assert sum(int(part.x.sum()) for part in (mine.train, mine.val, mine.test)) > 0
+
+    def private(how: str) -> float:
+        command = [sys.executable, "-c", OTHER, str(tmp_path), how]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 2**20
+
+    size = 2 * 12_000 * 3 * 16 * 16 / 2**20
+    assert private("copy") > 0.9 * size
+    assert private(fingerprint) < 0.2 * size
