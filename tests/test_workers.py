@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import TINY, tiny
+from conftest import TINY, Follower, tiny
 from ray.util.placement_group import PlacementGroup
 from safetensors.torch import load_file
 from torch import nn
@@ -258,22 +258,6 @@ def groups_held() -> list[str]:
     return [name for name, entry in ray.util.placement_group_table().items() if entry["state"] != "REMOVED"]
 
 
-class Follower:
-    """Calls `act(trial)` after each change of a trial."""
-
-    def __init__(self, act: Callable[[Trial], None]) -> None:
-        self.act = act
-
-    def started(self, ledger: Ledger, concurrent: int) -> None:
-        pass
-
-    def trial_changed(self, trial: Trial, metrics: dict[str, float] | None) -> None:
-        self.act(trial)
-
-    def ended(self, ledger: Ledger) -> None:
-        pass
-
-
 def kill_a_worker() -> None:
     import ray
     from ray.util.state import list_actors
@@ -296,7 +280,8 @@ def test_workers_share_what_a_trial_holds() -> None:
 
 
 @pytest.mark.ray
-def test_a_sweep_on_two_workers_survives_a_killed_worker(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_sweep_on_two_workers_with_all_that_can_happen(ray_cluster: None, tmp_path: Path) -> None:
+    """Its first trial loses a worker, the second fails by its settings, the third is stopped; no worker stays held."""
     groups: list[PlacementGroup | None] = []
 
     def kill_once(trial: Trial) -> None:
@@ -304,29 +289,18 @@ def test_a_sweep_on_two_workers_survives_a_killed_worker(ray_cluster: None, tmp_
             groups.append(held(ledger.run_path(0)))
             kill_a_worker()
 
-    base = {**TINY, "epochs": 8, "data.train_size": 256, "method.attacks.pgd.norm": "L2"}
-    ledger = sweep(tmp_path / "sweep", [0.05, 1e20], base=base)
+    base = {**TINY, "epochs": 6, "method.attacks.pgd.norm": "L2"}
+    asha = {"kind": "asha", "grace": 1, "factor": 2}
+    ledger = sweep(tmp_path / "sweep", [0.05, 1e20, 1e-7], base=base, scheduler=asha)
     run_sweep(ledger, [Follower(kill_once)], Resources(cpus=2, workers=2))
-    first, second = ledger.trials()
-    assert first.state == "finished" and first.epoch == 8
+    first, second, third = ledger.trials()
+    assert first.state == "finished" and first.epoch == 6
     assert second.state == "failed" and "the loss became" in second.reason
+    assert third.state == "stopped"
     assert groups and groups[0] != held(ledger.run_path(0)), "the group was started again"
     saved = Run(ledger.run_path(0)).last()
     assert saved is not None and saved.metrics == first.latest
     assert first.best == saved.history[best_epoch(saved.config, saved.history) - 1], "no report was lost on the way"
     alone = fit(ledger.space.config(first.settings), tmp_path / "alone").last
     assert difference(saved.path, alone.path) < 1e-3
-    assert not groups_held()
-
-
-@pytest.mark.ray
-def test_a_stopped_trial_frees_its_workers(ray_cluster: None, tmp_path: Path) -> None:
-    ledger = sweep(
-        tmp_path / "sweep",
-        [0.05, 1e-7],
-        base={**TINY, "epochs": 12, "data.train_size": 256},
-        scheduler={"kind": "asha", "grace": 1, "factor": 2},
-    )
-    run_sweep(ledger, [], Resources(cpus=1.5, workers=2))
-    assert [trial.state for trial in ledger.trials()] == ["finished", "stopped"]
     assert not groups_held()

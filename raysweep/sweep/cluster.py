@@ -37,6 +37,11 @@ def connected(address: str | None = None, cpus: int | None = None) -> Iterator[d
         ray.shutdown()
 
 
+def nodes() -> list[dict[str, float]]:
+    """What each living node of the cluster has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def _reach(address: str) -> None:
     """Fail at once where Ray would retry for a long time."""
     host, _, port = address.removeprefix("ray://").rpartition(":")

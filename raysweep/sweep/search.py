@@ -6,9 +6,8 @@ from typing import Any
 import optuna
 from ray.tune.search import Searcher
 
+from raysweep.sweep.failures import FAILED
 from raysweep.sweep.ledger import Ledger, Trial
-
-FAILED = "failed"
 
 
 class StudySearch(Searcher):
@@ -21,22 +20,20 @@ class StudySearch(Searcher):
     def __init__(self, ledger: Ledger) -> None:
         super().__init__(metric=ledger.space.objectives[0], mode="max")
         self._ledger = ledger
-        space = ledger.space
+        space, past = ledger.space, ledger.trials()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(
-            directions=["maximize"] * len(space.objectives), sampler=space.sampler.build()
+            directions=["maximize"] * len(space.objectives), sampler=space.sampler.build(len(past))
         )
         self._asked: dict[str, optuna.Trial | Trial] = {}
         self._best: dict[str, dict[str, float]] = {}
-        past = ledger.trials()
         self._unfinished = [trial for trial in past if trial.state == "running"]
         self._next = max((trial.number for trial in past), default=-1) + 1
         for trial in past:
             if trial.state != "running":
                 self._remember(trial)
-        tried = [trial.settings for trial in past]
         for point in space.queue:
-            if point not in tried:
+            if not any(point.items() <= trial.settings.items() for trial in past):
                 self._study.enqueue_trial(space.params(point))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -95,3 +92,6 @@ class StudySearch(Searcher):
             constraints=None if failed else self._constraints(trial.best),
         )
         self._study.add_trial(frozen)
+        if isinstance(self._study.sampler, optuna.samplers.BaseGASampler) and not failed:
+            # Or it would not take the trial for one of a generation, and begin again without parents.
+            self._study.sampler.get_trial_generation(self._study, self._study.get_trials(deepcopy=False)[-1])

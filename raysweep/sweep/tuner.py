@@ -1,33 +1,28 @@
 """The sweep: Ray Tune runs the trials, Optuna proposes them, ASHA stops the weak ones, the ledger remembers."""
 
 import logging
-import traceback
 import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from raysweep.data import Data, DataSpec, load
-from raysweep.spec import SpecError
 from raysweep.sweep.asha import Asha
-from raysweep.sweep.cluster import connected
+from raysweep.sweep.cluster import connected, nodes
+from raysweep.sweep.failures import explain
 from raysweep.sweep.ledger import Ledger
-from raysweep.sweep.relay import BUG, BUGS, Budget, Listener, Relay, Stop, SweepFailed
+from raysweep.sweep.relay import RETRIES, Budget, Listener, Relay, Stop
 from raysweep.sweep.resources import Resources
-from raysweep.sweep.search import FAILED, StudySearch
+from raysweep.sweep.search import StudySearch
 from raysweep.sweep.workers import Release, train_on_workers
 from raysweep.training.checkpoint import Checkpoint
 from raysweep.training.config import RunConfig
 from raysweep.training.prefix import PREFIXES, Prefixes
-from raysweep.training.trainer import TrainingFailed, fit
-
-# What kills a trial's process (a preempted node, a killed worker) costs nothing but the epoch it was in.
-_RETRIES = 20
+from raysweep.training.trainer import fit
 
 
 def run_sweep(
@@ -45,34 +40,35 @@ def run_sweep(
     space = ledger.space
     config = space.config({})
     with connected(address) as cluster:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        concurrent = resources.concurrent(cluster, nodes)
+        concurrent = resources.concurrent(cluster, nodes())
         for listener in listeners:
             listener.started(ledger, concurrent)
-        done = sum(trial.state != "running" for trial in ledger.trials())
+        relay = Relay(ledger, config.epochs, listeners, resources.gpus, budget or Budget())
         try:
-            if done < space.total:
-                relay = Relay(ledger, config.epochs, listeners, resources.gpus, budget or Budget())
-                _tuner(ledger, config, relay, resources, concurrent, space.total - done).fit()
-                if len(relay.bugs) >= BUGS:
-                    raise SweepFailed(f"{len(relay.bugs)} trials met the same kind of error, see {relay.bugs[0]}")
+            while (missing := space.total - _ended(ledger)) > 0 and relay.next_round():
+                _tuner(ledger, config, relay, resources, concurrent, missing).fit()
         finally:
             for listener in listeners:
                 listener.ended(ledger)
+
+
+def _ended(ledger: Ledger) -> int:
+    return sum(trial.state != "running" for trial in ledger.trials())
 
 
 def _tuner(
     ledger: Ledger, config: RunConfig, relay: Relay, resources: Resources, concurrent: int, trials: int
 ) -> tune.Tuner:
     for name in ("ray.tune", "ray.train", "ray"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL if name == "ray.tune" else logging.ERROR)
     warnings.filterwarnings("ignore", module="ray")
     root, space = str(ledger.path.resolve()), ledger.space
 
     def trainable(proposal: dict[str, Any]) -> None:
         settings = space.config(proposal["settings"])
         path = Path(root) / "trials" / f"{proposal['number']:04d}"
-        prefixes = Prefixes(Path(root).parent / PREFIXES) if space.share_prefixes else None
+        store = Prefixes(Path(root).parent / PREFIXES, limit=int(space.prefix_gib * 2**30))
+        prefixes = store if space.share_prefixes else None
         if resources.workers == 1:
             _train(settings, path, resources.cpus, prefixes)
         else:
@@ -92,7 +88,7 @@ def _tuner(
             name="ray",
             storage_path=root,
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=_RETRIES),
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
             stop=Stop(relay),
             callbacks=[relay, Release(Path(root) / "trials")],
         ),
@@ -117,15 +113,8 @@ def _train(config: RunConfig, path: Path, cpus: float, prefixes: Prefixes | None
 
     try:
         fit(config, path, report, data=_load_once(config.data.model_dump_json()), prefixes=prefixes)
-    except (TrainingFailed, SpecError) as error:
-        tune.report({FAILED: str(error)})
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        hint = f"lower batch_size (now {config.batch_size}) or raise --gpus-per-trial"
-        tune.report({FAILED: f"out of memory on {torch.cuda.get_device_name()}: {hint}"})
     except Exception as error:
-        (path / "error.txt").write_text(traceback.format_exc())
-        tune.report({FAILED: f"{type(error).__name__}: {error}", BUG: str(path / "error.txt")})
+        tune.report(explain(error, config, path))
 
 
 @cache

@@ -7,14 +7,13 @@ from typing import Any
 import ray.train
 import ray.train.torch
 from ray import tune
-from ray.exceptions import RayActorError
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, placement_group_table
 
 from raysweep.spec import SpecError
-from raysweep.sweep.search import FAILED
-from raysweep.training.checkpoint import Run
+from raysweep.sweep.failures import FAILED, explain, forget, keep, kept
+from raysweep.training.checkpoint import Checkpoint, Run
 from raysweep.training.config import RunConfig
 from raysweep.training.prefix import Prefixes
 from raysweep.training.trainer import TrainingFailed, fit
@@ -34,6 +33,7 @@ def train_on_workers(
     folder's last checkpoint.
     """
     release(held(path))
+    forget(path)
     try:
         # Reports that an earlier driver or group did not get through; those that did change nothing.
         for metrics in _history(path):
@@ -41,12 +41,6 @@ def train_on_workers(
         _trainer(config, path, workers, each, prefixes).fit()
     except SpecError as error:
         tune.report({FAILED: str(error), "epoch": 0})
-    except ray.train.WorkerGroupError as error:
-        if any(isinstance(failure, RayActorError) for failure in error.worker_failures.values()):
-            raise
-        # The group has had its retries: what failed is not a machine.
-        first = error.worker_failures[min(error.worker_failures)]
-        tune.report({FAILED: str(first).strip().splitlines()[-1], "epoch": 0})
 
 
 def _trainer(
@@ -78,31 +72,46 @@ def _trainer(
 
 def _work(loop: dict[str, Any]) -> None:
     """What each worker runs."""
+    from raysweep.training.distributed import PeerLost
+
+    config, path = RunConfig.model_validate_json(loop["config"]), Path(loop["path"])
+    try:
+        _share(config, path, loop["threads"], loop["prefixes"])
+    except TrainingFailed as error:
+        # All workers at once.
+        ray.train.report({FAILED: str(error), "epoch": 0})
+    except PeerLost:
+        raise
+    except Exception as error:
+        # Perhaps this one's alone: the others wait for it, and only the end of the group frees them.
+        keep(path, explain(error, config, path))
+        raise
+
+
+def _share(config: RunConfig, path: Path, threads: int, prefixes: Prefixes | None) -> None:
+    """One worker's part of the training."""
     import torch
 
     from raysweep.training.distributed import GroupWorkers, first_says
 
-    torch.set_num_threads(loop["threads"])
-    config, path = RunConfig.model_validate_json(loop["config"]), Path(loop["path"])
+    torch.set_num_threads(threads)
     workers, device = GroupWorkers(), ray.train.torch.get_device()
     if workers.rank == 0:
         _hold(path)
+    if first_says(bool(kept(path)), workers, device):
+        # The last group ended by an error of this trial, and so would each after it.
+        ray.train.report({**kept(path), "epoch": 0})
+        return
     # A report waits for the next poll: when a group dies, its last two may not have got through.
     known = _history(path) if workers.rank == 0 else []
     missed = known[-2:]
     for number in range(first_says(len(missed), workers, device)):
         ray.train.report(missed[number] if missed else {})
-    try:
-        fit(
-            config,
-            path,
-            lambda metrics, saved: ray.train.report(metrics),
-            device=device,
-            workers=workers,
-            prefixes=loop["prefixes"],
-        )
-    except TrainingFailed as error:
-        ray.train.report({FAILED: str(error), "epoch": 0})
+
+    def report(metrics: dict[str, float], saved: Checkpoint) -> None:
+        ray.train.report(metrics)
+
+    fit(config, path, report, device=device, workers=workers, prefixes=prefixes)
 
 
 def _history(path: Path) -> list[dict[str, float]]:

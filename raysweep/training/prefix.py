@@ -39,7 +39,7 @@ def chain(config: RunConfig, data_fingerprint: str, workers: int = 1) -> list[st
     keys = [digest(start)]
     for epoch in range(config.epochs):
         settings = config.at(epoch).json_dict()
-        now = _decides(settings, drop=("data", "model", "validation", "epochs"))
+        now = _decides(settings, drop=("data", "model", "validation", "epochs", "collapse_after"))
         now["method"] = _decides(now["method"], drop=("name",))
         keys.append(digest([keys[-1], now]))
     return keys
