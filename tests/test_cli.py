@@ -11,9 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import yaml
 
 from raysweep.cli import build_parser, main
+from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.space import load_space
 
+ALPHA = "method.terms.pgd.weight.alpha"
 COMMON = {"--set", "--data-dir", "--json"}
 FLAGS = {
     "list": {"--json"},
@@ -125,8 +129,18 @@ def test_tune_ends_with_the_best_trials_and_what_to_type_next(ray_cluster, workd
     assert "trial 0001 finished" in err
     assert main(["show", "quick", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["trials"]) == 2
-    assert main(["tune", "lrat", "--resume", "quick", "--trials", "3", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["trials"]) == 3
+    wider = workdir / "wider.yaml"
+    shipped = load_space("lrat", {}).json_dict()
+    shipped["space"][ALPHA]["float"] = [0.125, 8.0]
+    wider.write_text(yaml.safe_dump(shipped))
+    grown = ["--trials", "3", "--set", "epochs=2", "--space", str(wider)]
+    assert main(["tune", "lrat", "--resume", "quick", *grown, "--json"]) == 0
+    trials = json.loads(capsys.readouterr().out)["trials"]
+    assert len(trials) == 3 and all(trial["epoch"] == 2 for trial in trials if trial["state"] == "finished")
+    assert Ledger.open(workdir / "runs" / "quick").space.space[ALPHA].float == (0.125, 8.0)
+    assert main(["tune", "lrat", "--resume", "quick", "--set", "batch_size=16"]) == 2
+    (message,) = capsys.readouterr().err.strip().splitlines()
+    assert "batch_size = 16: the sweep has 64; choose another --name for that" in message
 
 
 @pytest.mark.ray
