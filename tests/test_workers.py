@@ -1,4 +1,4 @@
-"""Several worker processes train what one does: gradients, batch norm, weights, checkpoints. No Ray here: it is slow."""
+"""Several worker processes train what one does: gradients, batch norm, weights, checkpoints. No Ray here."""
 
 import copy
 import json
