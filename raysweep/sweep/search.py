@@ -27,6 +27,7 @@ class StudySearch(Searcher):
         )
         self._asked: dict[str, optuna.Trial | Trial] = {}
         self._best: dict[str, dict[str, float]] = {}
+        self._complete = 0
         self._unfinished = [trial for trial in past if trial.state == "running"]
         self._next = max((trial.number for trial in past), default=-1) + 1
         for trial in past:
@@ -90,8 +91,8 @@ class StudySearch(Searcher):
             params=space.params(trial.settings),
             distributions={path: distribution.optuna() for path, distribution in known.items()},
             constraints=None if failed else self._constraints(trial.best),
+            # Without a generation NSGA-II would begin again, without parents.
+            system_attrs={"NSGAIISampler:generation": self._complete // space.sampler.startup},
         )
         self._study.add_trial(frozen)
-        if isinstance(self._study.sampler, optuna.samplers.BaseGASampler) and not failed:
-            # Or it would not take the trial for one of a generation, and begin again without parents.
-            self._study.sampler.get_trial_generation(self._study, self._study.get_trials(deepcopy=False)[-1])
+        self._complete += not failed
