@@ -218,8 +218,8 @@ def test_a_bug_ends_the_sweep_after_a_few_trials_with_its_traceback(ray_cluster,
     with pytest.raises(SweepFailed, match="trials met errors of the code, the first:\nTraceback") as error:
         run_sweep(ledger, [])
     failed = [trial for trial in ledger.trials() if trial.state == "failed"]
-    assert 3 <= len(failed) < 8 and str(error.value).strip().endswith(failed[0].reason)
-    assert (ledger.run_path(failed[0].number) / "error.txt").read_text() in str(error.value)
+    assert 3 <= len(failed) < 8 and all("histograms" in trial.reason for trial in failed)
+    assert any((ledger.run_path(t.number) / "error.txt").read_text() in str(error.value) for t in failed)
 
 
 def test_failures_are_told_apart(tmp_path) -> None:

@@ -75,19 +75,19 @@ class Relay(tune.Callback):
         wall = time.monotonic() - self._began
         return len(self.bugs) >= BUGS or self._budget.spent(wall, self._held * self._gpus)
 
-    def next_round(self) -> bool:
-        """Whether Tune is to run (again): the first time, and while it is processes that could not start that it lacks.
-
-        Raises SweepFailed when it brings nothing.
-        """
-        if len(self.bugs) >= BUGS:
-            raise SweepFailed(f"{len(self.bugs)} trials met errors of the code, the first:\n{self.bugs[0]}")
-        if self._unstarted and not self._progress:
-            raise SweepFailed(f"no trial could start: {self._unstarted[-1]}")
+    def another_round(self) -> bool:
+        """Whether Tune is to run (again): the first time, and while trials lack nothing but a process that lives."""
         again = not self._rounds or (bool(self._unstarted) and not self.over)
         self._rounds, self._progress = self._rounds + 1, False
         self._unstarted.clear()
         return again
+
+    def check(self) -> None:
+        """Raises SweepFailed if the round that has ended shows that more would bring nothing."""
+        if len(self.bugs) >= BUGS:
+            raise SweepFailed(f"{len(self.bugs)} trials met errors of the code, the first:\n{self.bugs[0]}")
+        if self._unstarted and not self._progress:
+            raise SweepFailed(f"no trial could start: {self._unstarted[-1]}")
 
     def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         proposal = trial.config
@@ -110,7 +110,10 @@ class Relay(tune.Callback):
             self._update(trial, after, metrics)
 
     def on_trial_complete(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
-        record = self._trials[trial.trial_id]
+        record = self._trials.get(trial.trial_id)
+        if record is None:
+            # A budget was spent before its first process started.
+            return
         if record.state == "running" and record.epoch >= self._epochs:
             self._update(trial, replace(record, state="finished"))
         elif record.state == "running" and not self.over:

@@ -45,8 +45,9 @@ def run_sweep(
             listener.started(ledger, concurrent)
         relay = Relay(ledger, config.epochs, listeners, resources.gpus, budget or Budget())
         try:
-            while (missing := space.total - _ended(ledger)) > 0 and relay.next_round():
+            while (missing := space.total - _ended(ledger)) > 0 and relay.another_round():
                 _tuner(ledger, config, relay, resources, concurrent, missing).fit()
+                relay.check()
         finally:
             for listener in listeners:
                 listener.ended(ledger)
