@@ -64,7 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--max-gpu-hours", type=_amount, metavar="H", help="end when trials have held GPUs for so long")
     group = p.add_mutually_exclusive_group()
     group.add_argument("--name", help="name of the sweep (default: the method and the time)")
-    group.add_argument("--resume", metavar="NAME", help="go on with a sweep, with more --trials if given")
+    group.add_argument(
+        "--resume", metavar="NAME", help="go on with a sweep; --trials, --set epochs= and --space extend it"
+    )
     p.add_argument("--plan", action="store_true", help="say what would run, on what and for how long; run nothing")
     p.add_argument(
         "--address", metavar="ADDR", help="Ray cluster: auto or host:port (default: $RAY_ADDRESS, else local)"

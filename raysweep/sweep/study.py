@@ -1,6 +1,7 @@
 """A sweep's past in Optuna's terms, rebuilt from the ledger with the distributions of its space."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -13,7 +14,12 @@ ENOUGH = 10
 NUMBER = "raysweep.number"
 
 
-def frozen(space: SearchSpace, trial: Trial, objectives: Sequence[str] = ()) -> FrozenTrial:
+def frozen(
+    space: SearchSpace,
+    trial: Trial,
+    objectives: Sequence[str] = (),
+    system_attrs: dict[str, Any] | None = None,
+) -> FrozenTrial:
     """An ended trial as Optuna keeps it; objectives: of its best epoch, by default the space's."""
     failed = trial.state == "failed" or not trial.best
     known = {path: space.space[path].optuna() for path in trial.settings if path in space.space}
@@ -26,6 +32,7 @@ def frozen(space: SearchSpace, trial: Trial, objectives: Sequence[str] = ()) -> 
         constraints=None if failed else constraints(space, trial.best),
         intermediate_values={int(epoch): value for epoch, value in trial.curve} if len(names) == 1 else None,
         user_attrs={NUMBER: trial.number, "state": trial.state, **({"reason": trial.reason} if trial.reason else {})},
+        system_attrs=system_attrs,
     )
 
 

@@ -28,7 +28,11 @@ class Optim(Spec):
 
 
 class RunConfig(Spec):
-    """One training run. `method` may be given by its name in the catalog or written out."""
+    """One training run. `method` may be given by its name in the catalog or written out.
+
+    collapse_after: a run that is no better than chance at natural validation images, twice in a row and after so many
+    epochs, has failed (null: goes on all the same).
+    """
 
     method: Method
     data: DataSpec = Field(default_factory=DataSpec)
@@ -38,6 +42,7 @@ class RunConfig(Spec):
     compute: Compute = Field(default_factory=Compute)
     epochs: Annotated[int, Field(ge=1)] = 100
     batch_size: Annotated[int, Field(ge=2)] = 128
+    collapse_after: Annotated[int, Field(ge=0)] | None = 20
     seed: int = 0
 
     @field_validator("method", mode="before")

@@ -42,7 +42,7 @@ def chain(config: RunConfig, data_fingerprint: str, workers: int = 1, device: to
     keys = [digest(start)]
     for epoch in range(config.epochs):
         settings = config.at(epoch).json_dict()
-        now = _decides(settings, drop=("data", "model", "validation", "compute", "epochs"))
+        now = _decides(settings, drop=("data", "model", "validation", "compute", "epochs", "collapse_after"))
         now["method"] = _decides(now["method"], drop=("name",))
         keys.append(digest([keys[-1], now]))
     return keys

@@ -55,8 +55,9 @@ def fit(
 
     `report(metrics, checkpoint)` is called after each epoch, also for those in the folder but the first `reported`, for
     whoever was told of them last may have died before the next. prefixes: states that other runs trained and this one
-    need not (see `training.prefix`). Raises SpecError if the folder holds a run with another config or other data,
-    TrainingFailed if the loss becomes nan or inf.
+    need not (see `training.prefix`). A run with fewer epochs is gone on with: schedules count epochs from the first, so
+    its weights are those of the longer run there. Raises SpecError if the folder holds a run with another config or
+    other data, TrainingFailed if the loss becomes nan or inf or the model collapses (`collapse_after`).
 
     Each of several `workers` calls this with the same arguments and takes its share of each batch; the first writes the
     checkpoints, in a folder that all can read. Their weights are those of one worker, up to rounding.
@@ -74,7 +75,7 @@ def fit(
     saved = checkpoint.read(run.at(last)) if last else None
     history: list[dict[str, float]] = []
     if saved is not None:
-        if saved.config != config:
+        if saved.config.model_copy(update={"epochs": config.epochs}) != config or last > config.epochs:
             raise SpecError(f"{run_path} holds a run with other settings: choose another --out, or delete the folder")
         if saved.meta["data_fingerprint"] != data.fingerprint:
             raise SpecError(f"{run_path} holds a run on other {config.data.name!r} data: choose another --out")
@@ -82,6 +83,7 @@ def fit(
         history = saved.history
         for row in history[reported:]:
             report(row, saved)
+        _check_sound(config, history, data)
     splits = data.to(device)
     for epoch in range(last, config.epochs):
         # Several workers share prefixes at their start only: waiting for others would hold all of them.
@@ -104,6 +106,7 @@ def fit(
         if workers.rank == 0:
             run.prune({epoch + 1, best_epoch(config, history)})
         report(history[-1], saved)
+        _check_sound(config, history, data)
     assert saved is not None
     first_says(0, workers, device)
     return Fitted(saved, checkpoint.read(run.at(best_epoch(config, history))))
@@ -139,6 +142,22 @@ def _adopt_longest(config: RunConfig, run: Run, prefixes: Prefixes, keys: list[s
             checkpoint.adopt(run.at(best), best_state, config)
             checkpoint.adopt(run.at(epoch), state, config)
             return
+
+
+def _check_sound(config: RunConfig, history: list[dict[str, float]], data: Data) -> None:
+    """Raises TrainingFailed if the last two measured epochs show a model that has collapsed."""
+    seen = [row for row in history if "clean" in row][-2:]
+    if config.collapse_after is None or len(seen) < 2 or seen[0]["epoch"] <= config.collapse_after:
+        return
+    chance, count = 1 / data.classes, min(config.validation.size or len(data.val), len(data.val))
+    # What guessing reaches in 49 of 50 cases.
+    limit = chance + 2 * math.sqrt(chance * (1 - chance) / count)
+    if all(row["clean"] <= limit for row in seen):
+        last = seen[-1]
+        raise TrainingFailed(
+            f"the model collapsed: {last['clean']:.3f} of natural validation images are right in epoch "
+            f"{last['epoch']:.0f}, no more than by chance, and {last['val/top_class']:.0%} of them get one class"
+        )
 
 
 def best_epoch(config: RunConfig, history: list[dict[str, float]]) -> int:
