@@ -54,6 +54,8 @@ class Relay(tune.Callback):
         self._listeners = listeners
         self._gpus = gpus
         self._budget = budget
+        # What earlier calls left; a sweep's folder may hold thousands.
+        self._past = {trial.number: trial for trial in ledger.trials()}
         self._trials: dict[str, Trial] = {}
         self._seen: dict[str, float] = {}
         self._began = time.monotonic()
@@ -72,9 +74,8 @@ class Relay(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         proposal = trial.config
         if trial.trial_id not in self._trials:
-            known = {t.number: t for t in self._ledger.trials()}
             fresh = Trial(proposal["number"], proposal["settings"])
-            self._update(trial, replace(known.get(fresh.number, fresh), state="running"))
+            self._update(trial, replace(self._past.get(fresh.number, fresh), state="running"))
 
     def on_trial_result(
         self, iteration: int, trials: list[RayTrial], trial: RayTrial, result: dict[str, Any], **info: Any
