@@ -156,7 +156,7 @@ def _fill(uri: str, tracker: Tracker, first: int, last: int) -> None:
         rows[SqlMetric] += [
             {"run_uuid": run, "key": f"m{i}", "value": 0.5, "timestamp": now, "step": s, "is_nan": False}
             for i in range(METRICS)
-            for s in range(3)
+            for s in range(2)
         ]
     engine = sa.create_engine(uri)
     with engine.begin() as connection:
