@@ -3,16 +3,19 @@
     python benchmarks/objectives.py --models 48 --examples 200 --out objectives.json
 
 Trains each model (methods x seeds x epochs, in parallel processes), measures the candidates on the validation split
-and full AutoAttack on test examples, and prints a Markdown table. Finished models are kept in --out and not redone.
+and full AutoAttack on test examples, and prints two Markdown tables: each candidate's Kendall tau with a 95% interval
+(models drawn with replacement), and each method's symptoms of masking. Finished models are kept in --out.
 """
 
 import argparse
+import ast
 import itertools
 import json
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from scipy.stats import kendalltau
 
@@ -26,19 +29,21 @@ from raysweep.training.trainer import fit
 
 METHODS = ("at", "gairat", "trades", "mart", "lrat", "gair-mart", "mail-at", "gair-fat")
 EPS = 0.15
+SYMPTOMS = ("masking_gap", "val/ce_cw_gap", "val/scaling_gap", "zero_gradient")
 
 
-def jobs(count: int) -> list[tuple[str, int, int]]:
+def jobs(count: int, lengths: list[int]) -> list[tuple[str, int, int]]:
     """(method, seed, epochs), the methods in turn."""
-    grid = [(m, seed, epochs) for seed, epochs in itertools.product(range(20), (4, 6, 8)) for m in METHODS]
+    grid = [(m, seed, epochs) for seed, epochs in itertools.product(range(20), lengths) for m in METHODS]
     return grid[:count]
 
 
-def measure(job: tuple[str, int, int], examples: int) -> dict[str, float]:
+def measure(job: tuple[str, int, int], examples: int, train: int, val: int) -> dict[str, float]:
     torch.set_num_threads(1)
     method, seed, epochs = job
-    lr = {"kind": "piecewise", "boundaries": [epochs - 2], "values": [0.05, 0.01]}
-    config = run_config(method, {"epochs": epochs, "seed": seed, "optim.lr": lr})
+    lr = {"kind": "piecewise", "boundaries": [epochs - 1], "values": [0.05, 0.01]}
+    sizes = {"data.train_size": train, "data.val_size": val, "validation.every": epochs}
+    config = run_config(method, {"epochs": epochs, "seed": seed, "optim.lr": lr, **sizes})
     config = override(config, {"*.burn_in": epochs // 2}, missing="ignore")
     data = load(config.data)
     with TemporaryDirectory() as folder:
@@ -53,39 +58,61 @@ def measure(job: tuple[str, int, int], examples: int) -> dict[str, float]:
             "square200": Square(eps=EPS, queries=200),
         },
         finish={},
+        scales=(),
     )
     scores = candidates(model, data.val)
-    del scores["robust_worst"], scores["masking_gap"], scores["zero_gradient"]
+    scores = {name: scores[name] for name in ("clean", *candidates.attacks)}
     ours = config.validation(model, data.val)
     scores |= {"default objective": ours["robust_worst"], "min(pgd20, cw20)": min(scores["pgd20"], scores["cw20"])}
     x, y = data.test.images(slice(0, examples)), data.test.y[:examples]
     report = evaluate(model, x, y, "autoattack", EPS, batch_size=examples)
-    return {**scores, "autoattack": report.robust_accuracy, "masking_gap": ours["masking_gap"]}
+    return {**scores, "autoattack": report.robust_accuracy, **{name: ours[name] for name in SYMPTOMS}}
 
 
 def table(rows: list[dict[str, float]]) -> str:
-    truth = [row["autoattack"] for row in rows]
-    names = [name for name in rows[0] if name not in ("autoattack", "masking_gap")]
-    taus = {name: kendalltau([row[name] for row in rows], truth).statistic for name in names}
-    lines = [f"| metric on validation | tau to AutoAttack on test (n = {len(rows)} models) |", "|---|---|"]
-    return "\n".join(lines + [f"| {name} | {tau:.2f} |" for name, tau in sorted(taus.items(), key=lambda t: -t[1])])
+    names = [name for name in rows[0] if name not in ("autoattack", *SYMPTOMS)]
+    chance = np.random.default_rng(0)
+    draws = [chance.integers(len(rows), size=len(rows)) for _ in range(1000)]
+    truth = np.array([row["autoattack"] for row in rows])
+    found = []
+    for name in names:
+        values = np.array([row[name] for row in rows])
+        low, high = np.nanpercentile([kendalltau(values[d], truth[d]).statistic for d in draws], (2.5, 97.5))
+        found.append((kendalltau(values, truth).statistic, f"| {name} | %.2f | {low:.2f} .. {high:.2f} |"))
+    head = [f"| metric on validation | tau to AutoAttack on test (n = {len(rows)} models) | 95% |", "|---|---|---|"]
+    return "\n".join(head + [line % tau for tau, line in sorted(found, reverse=True)])
+
+
+def symptoms(done: dict[str, dict[str, float]]) -> str:
+    """Means over each method's models; `overstated` is PGD-20 on validation less AutoAttack on test."""
+    lines = [f"| method | overstated | {' | '.join(SYMPTOMS)} |", "|---" * (2 + len(SYMPTOMS)) + "|"]
+    for method in METHODS:
+        rows = [row for job, row in done.items() if ast.literal_eval(job)[0] == method]
+        means = [np.mean([row["pgd20"] - row["autoattack"] for row in rows])]
+        means += [np.mean([row[name] for row in rows]) for name in SYMPTOMS]
+        lines.append(f"| {method} | {' | '.join(f'{100 * mean:.1f}' for mean in means)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=int, default=48)
     parser.add_argument("--examples", type=int, default=200)
+    parser.add_argument("--epochs", type=int, nargs="+", default=[4, 6, 8])
+    parser.add_argument("--train", type=int, default=1047, help="training images")
+    parser.add_argument("--val", type=int, default=300, help="validation images")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("objectives.json"))
     args = parser.parse_args()
     done = json.loads(args.out.read_text()) if args.out.exists() else {}
     with ProcessPoolExecutor(args.processes) as pool:
-        waiting = {pool.submit(measure, j, args.examples): str(j) for j in jobs(args.models) if str(j) not in done}
+        missing = [job for job in jobs(args.models, args.epochs) if str(job) not in done]
+        waiting = {pool.submit(measure, job, args.examples, args.train, args.val): str(job) for job in missing}
         for future in as_completed(waiting):
             done[waiting[future]] = future.result()
             args.out.write_text(json.dumps(done, indent=1))
             print(f"{len(done)}/{args.models} {waiting[future]} {done[waiting[future]]}", flush=True)
-    print(table(list(done.values())))
+    print(table(list(done.values())), symptoms(done), sep="\n\n")
 
 
 if __name__ == "__main__":

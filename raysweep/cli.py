@@ -64,7 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--max-gpu-hours", type=_amount, metavar="H", help="end when trials have held GPUs for so long")
     group = p.add_mutually_exclusive_group()
     group.add_argument("--name", help="name of the sweep (default: the method and the time)")
-    group.add_argument("--resume", metavar="NAME", help="go on with a sweep, with more --trials if given")
+    group.add_argument(
+        "--resume", metavar="NAME", help="go on with a sweep; --trials, --set epochs= and --space extend it"
+    )
     p.add_argument("--plan", action="store_true", help="say what would run, on what and for how long; run nothing")
     p.add_argument(
         "--address", metavar="ADDR", help="Ray cluster: auto or host:port (default: $RAY_ADDRESS, else local)"
@@ -76,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="GPUs, may be a fraction (default: one a worker, if any)",
     )
+    p.add_argument("--optuna", metavar="URL", help="write the trials to this Optuna storage too: sqlite:///optuna.db")
     p.add_argument("--workers", type=_count, default=1, metavar="N", help="processes that share a trial (default: 1)")
     _settings(p)
     _out(p)
@@ -150,7 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"raysweep: error: {problem}", file=sys.stderr)
         return 2
     except StoreFailed as error:
-        print(f"raysweep: error: {error}; what is in the bucket is whole: the same command goes on", file=sys.stderr)
+        print(
+            f"raysweep: error: {error}; what the bucket has is whole: run it again (a sweep: with --resume)",
+            file=sys.stderr,
+        )
         return 1
     except BrokenPipeError:
         # Whoever read our output has seen enough (`raysweep list | head`); nothing is left to say on the way out.

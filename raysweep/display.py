@@ -42,7 +42,7 @@ class Progress:
 
     def trial_changed(self, trial: Trial, metrics: dict[str, float] | None) -> None:
         self._trials[trial.number] = trial
-        if self._live is None and (metrics is not None or trial.state != "running"):
+        if self._live is None and (metrics is not None or trial.state != "running" or trial.reason):
             self._console.print(self._line(trial), highlight=False, soft_wrap=True, markup=False)
 
     def ended(self, ledger: Ledger) -> None:
@@ -50,11 +50,14 @@ class Progress:
             self._live.stop()
 
     def _line(self, trial: Trial) -> str:
+        clock = _clock(time.monotonic() - self._began)
         shown = trial.latest if trial.state == "running" else trial.best
         numbers = " ".join(f"{name} {shown[name]:.3f}" for name in _COLUMNS if name in shown)
         reason = f": {trial.reason}" if trial.reason else ""
+        if trial.state == "running" and reason:
+            return f"[{clock}] trial {trial.number:04d} starts again after epoch {trial.epoch}{reason}"
         what = f"epoch {trial.epoch}/{self._epochs}" if trial.state == "running" else f"{trial.state}{reason}, best"
-        return f"[{_clock(time.monotonic() - self._began)}] trial {trial.number:04d} {what} {numbers}"
+        return f"[{clock}] trial {trial.number:04d} {what} {numbers}"
 
     def _render(self) -> RenderableType:
         ended = [t for t in self._trials.values() if t.state != "running"]

@@ -27,8 +27,17 @@ from raysweep.spec import SpecError
 META = "meta.json"
 # Seconds between attempts: a bucket may be out of reach for two minutes.
 _PATIENCE = (1, 2, 4, 8, 16, 32, 64)
-_REFUSED = re.compile(r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE|CREDENTIAL|HTTP status 40[13]")
+_REFUSED = re.compile(
+    r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE|HTTP status 40[13]"
+    r"|PERMISSION_DENIED|UNAUTHENTICATED|authenticate the request"
+)
+# What pyarrow wraps around the one thing to know.
+_WRAPPING = re.compile(
+    r"^.*AWS Error |\s*\(Request ID: [^)]*\)"
+    r"|^.*google::cloud::Status\(|Learn more .*? error message was: |\s*error_info=.*$"
+)
 _COPIES = 50 * 2**30
+_CHUNK = 16 * 2**20
 _IN_USE = 3600.0
 Result = TypeVar("Result")
 
@@ -87,7 +96,7 @@ def reach(where: str) -> Path:
             files, key = _remote(path)
             bucket = key.split("/")[0]
             found = files.get_file_info(bucket).type
-        except (OSError, ValueError) as error:
+        except (OSError, _arrow_error()) as error:
             raise SpecError(f"{where}: {_reason(error)}") from None
         if not found:
             raise SpecError(f"{where}: there is no bucket {bucket!r}, or none that these credentials may see")
@@ -195,7 +204,7 @@ def _file_system(store: str, bucket: str) -> tuple[Any, str]:
 
     scheme, _, query = _store(store).partition("?")
     # Small files in one request; and Google's client would try for a quarter of an hour.
-    patience = {"s3": "allow_delayed_open=true", "gs": "retry_limit_seconds=30"}[scheme]
+    patience = {"s3": "allow_delayed_open=true", "gs": "retry_limit_seconds=15"}[scheme]
     given = [part for part in (query, "" if patience.split("=")[0] in query else patience) if part]
     files, key = fs.FileSystem.from_uri(f"{scheme}://{bucket}?{'&'.join(given)}")
     return files, str(key)
@@ -206,7 +215,9 @@ def _patiently(do: Callable[..., Result], path: Path, *more: Any) -> Result:
     for wait in (*_PATIENCE, None):
         try:
             return do(path, *more)
-        except OSError as error:
+        except FileNotFoundError:
+            raise
+        except (OSError, _arrow_error()) as error:
             if _REFUSED.search(str(error)):
                 raise SpecError(f"{name(path)}: {_reason(error)}") from None
             if wait is None:
@@ -219,7 +230,8 @@ def _upload(path: Path) -> None:
     from pyarrow import fs
 
     files, key = _remote(path)
-    fs.copy_files(str(path), key, source_filesystem=fs.LocalFileSystem(), destination_filesystem=files)
+    here = fs.LocalFileSystem()
+    fs.copy_files(str(path), key, source_filesystem=here, destination_filesystem=files, chunk_size=_CHUNK)
 
 
 def _copy(source: Path, target: Path) -> bool:
@@ -254,7 +266,8 @@ def _download(path: Path, meta: bytes) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        fs.copy_files(key, str(partial), source_filesystem=files, destination_filesystem=fs.LocalFileSystem())
+        here = fs.LocalFileSystem()
+        fs.copy_files(key, str(partial), source_filesystem=files, destination_filesystem=here, chunk_size=_CHUNK)
         (partial / META).write_bytes(meta)
         shutil.rmtree(path, ignore_errors=True)
         with suppress(OSError):  # another process of this machine was faster
@@ -298,10 +311,10 @@ def _here(path: Path) -> bytes | None:
 
 def _tidy() -> None:
     """Keep all copies together small: the least recently used checkpoints go. Whoever reads one pulls it first."""
-    found = [
-        (meta.parent.stat().st_mtime, sum(file.stat().st_size for file in meta.parent.iterdir()), meta.parent)
-        for meta in _copies().rglob(META)
-    ]
+    found: list[tuple[float, int, Path]] = []
+    with suppress(OSError):  # other processes come and go
+        for folder in [meta.parent for meta in _copies().rglob(META)]:
+            found.append((folder.stat().st_mtime, sum(file.stat().st_size for file in folder.iterdir()), folder))
     size = sum(bytes_ for _, bytes_, _ in found)
     for used, bytes_, folder in sorted(found):
         if size <= _COPIES or time.time() - used < _IN_USE:
@@ -310,9 +323,13 @@ def _tidy() -> None:
         size -= bytes_
 
 
+def _arrow_error() -> type[Exception]:
+    from pyarrow.lib import ArrowException
+
+    return ArrowException  # type: ignore[no-any-return]
+
+
 def _reason(error: Exception) -> str:
-    """The one thing to know of pyarrow's long messages."""
-    text = str(error).splitlines()[0]
-    text = re.sub(r"\s*\(Request ID: [^)]*\)", "", text.rpartition("AWS Error ")[2])
+    text = _WRAPPING.sub("", str(error).splitlines()[0])
     hint = "; credentials come from the environment (for s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role)"
     return text.rstrip(". ") + (hint if _REFUSED.search(text) else "")

@@ -73,13 +73,19 @@ class Tracker:
         return str(client.create_run(experiment, run_name=name, tags={**tags, **more}).info.run_id)
 
     def config(self, run: str, config: RunConfig, fingerprint: str = "") -> None:
-        """Every setting as a parameter under its dotted path, and the whole as `config.json`; versions beside it."""
+        """Every setting as a parameter under its dotted path, and the whole as `config.json`; versions beside it.
+
+        MLflow's parameters are for good: what has changed since (a sweep that got more epochs) is a tag `now.PATH`.
+        """
         from mlflow.entities import Dataset, DatasetInput, Param
 
         client, _ = self._connected.result()
-        params = [Param(key, _text(value)) for key, value in flatten(config).items() if value is not None]
+        known = client.get_run(run).data.params
+        values = {key: _text(value) for key, value in flatten(config).items() if value is not None}
+        params = [Param(key, value) for key, value in values.items() if key not in known]
         for start in range(0, len(params), 100):
             client.log_batch(run, params=params[start : start + 100])
+        self.tag(run, {f"now.{key}": value for key, value in values.items() if known.get(key, value) != value})
         client.log_dict(run, config.json_dict(), "config.json")
         client.log_dict(run, environment(), "environment.json")
         if fingerprint:

@@ -1,11 +1,16 @@
 """What the tests share: a small network, a batch of digits, one Ray cluster for the session."""
 
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Buckets are those of a server on this machine, their copies out of the way of the user's own.
+os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="hush", AWS_EC2_METADATA_DISABLED="true")
+os.environ["RAYSWEEP_CACHE"] = tempfile.mkdtemp(prefix="raysweep-copies-")
 
 import pytest
 import torch
@@ -15,6 +20,11 @@ from torch import nn
 from raysweep.data import Data, DataSpec, load
 from raysweep.rng import Rng
 from raysweep.training.config import RunConfig, run_config
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
+
+    from raysweep.sweep.ledger import Ledger, Trial
 
 # Small enough for one epoch in a fraction of a second, through the same code as the real thing.
 TINY: dict[str, Any] = {
@@ -29,6 +39,13 @@ TINY: dict[str, Any] = {
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_copies_left() -> Iterator[None]:
+    copies = os.environ["RAYSWEEP_CACHE"]
+    yield
+    shutil.rmtree(copies, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -54,11 +71,32 @@ def oracle() -> Oracle:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    from raysweep.sweep.cluster import connected
+def ray_cluster() -> Iterator["Cluster"]:
+    """A cluster of one node with two CPUs. A test that adds nodes takes them away again."""
+    from raysweep.sweep.cluster import connected  # before Ray: it sets its environment
 
-    with connected(cpus=2):
-        yield
+    from ray.cluster_utils import Cluster  # isort: skip
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    with connected(cluster.address):
+        yield cluster
+    cluster.shutdown()
+
+
+class Follower:
+    """A listener that calls `act(trial)` after each change of a trial."""
+
+    def __init__(self, act: Callable[["Trial"], None]) -> None:
+        self.act = act
+
+    def started(self, ledger: "Ledger", concurrent: int) -> None:
+        pass
+
+    def trial_changed(self, trial: "Trial", metrics: dict[str, float] | None) -> None:
+        self.act(trial)
+
+    def ended(self, ledger: "Ledger") -> None:
+        pass
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,11 @@ def _not_adversarial(arrays, card) -> None:
     arrays["robust"][int(np.flatnonzero(arrays["robust"])[0])] = False
 
 
+def _deny(arrays, card) -> None:
+    """What the attack broke is said to be robust."""
+    arrays["robust"][:] = True
+
+
 def _boast(arrays, card) -> None:
     card["robust_accuracy"] += 0.05
 
@@ -56,6 +61,7 @@ def _mislabel(arrays, card) -> None:
         (_far, "farther than eps 0.15"),
         (_outside, "outside [0, 1]"),
         (_not_adversarial, "called broken, and yet classified correctly"),
+        (_deny, "called robust, and yet broken by what is saved with them"),
         (_boast, "the card says"),
         (_mislabel, "the labels are not the test set's"),
     ],

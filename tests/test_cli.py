@@ -10,9 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
+import yaml
 
 from raysweep.cli import build_parser, main
+from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.space import load_space
 
+ALPHA = "method.terms.pgd.weight.alpha"
 COMMON = {"--set", "--data-dir", "--json"}
 FLAGS = {
     "list": {"--json"},
@@ -20,7 +25,8 @@ FLAGS = {
     "train": {*COMMON, "--out", "--storage", "--name"},
     "tune": {
         *COMMON, "--out", "--storage", "--name", "--space", "--trials", "--resume", "--plan", "--address",
-        "--cpus-per-trial", "--gpus-per-trial", "--workers", "--max-trials", "--max-time", "--max-gpu-hours",
+        "--cpus-per-trial", "--gpus-per-trial", "--workers", "--optuna", "--max-trials", "--max-time",
+        "--max-gpu-hours",
     },
     "run": {*COMMON, "--out", "--storage", "--plan", "--from", "--wait", "--address"},
     "doctor": {*COMMON, "--out", "--storage", "--address"},
@@ -125,8 +131,18 @@ def test_tune_ends_with_the_best_trials_and_what_to_type_next(ray_cluster, workd
     assert "trial 0001 finished" in err
     assert main(["show", "quick", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["trials"]) == 2
-    assert main(["tune", "lrat", "--resume", "quick", "--trials", "3", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["trials"]) == 3
+    wider = workdir / "wider.yaml"
+    shipped = load_space("lrat", {}).json_dict()
+    shipped["space"][ALPHA]["float"] = [0.125, 8.0]
+    wider.write_text(yaml.safe_dump(shipped))
+    grown = ["--trials", "3", "--set", "epochs=2", "--space", str(wider)]
+    assert main(["tune", "lrat", "--resume", "quick", *grown, "--json"]) == 0
+    trials = json.loads(capsys.readouterr().out)["trials"]
+    assert len(trials) == 3 and all(trial["epoch"] == 2 for trial in trials if trial["state"] == "finished")
+    assert Ledger.open(workdir / "runs" / "quick").space.space[ALPHA].float == (0.125, 8.0)
+    assert main(["tune", "lrat", "--resume", "quick", "--set", "batch_size=16"]) == 2
+    (message,) = capsys.readouterr().err.strip().splitlines()
+    assert "batch_size = 16: the sweep has 64; choose another --name for that" in message
 
 
 @pytest.mark.ray
@@ -148,7 +164,23 @@ def test_plan_starts_nothing_and_writes_nothing(workdir: Path, capsys) -> None:
     assert plan["trials"] == 16 and plan["validation_examples"] == 300
     assert plan["epochs_expected"] == 64, "16 x 2, then 8 x 2, then 4 x 4"
     assert plan["objective_95_half_width"] == pytest.approx(1.96 * (0.25 / 300) ** 0.5, abs=1e-4)
+    assert plan["trials_at_once"] == min(os.cpu_count(), 16)
+    assert plan["wall_hours"] == pytest.approx(plan["trial_hours"] / plan["trials_at_once"], abs=2e-3)
     assert not list(workdir.iterdir())
+
+
+@pytest.mark.ray
+def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) -> None:
+    """The session's cluster has two CPUs."""
+    small = [*SMALL, "--plan", "--json", "--address", ray.get_runtime_context().gcs_address]
+    plans = []
+    for more in ([], ["--workers", "2", "--cpus-per-trial", "2"]):
+        assert main(["tune", "lrat", *small, *more]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert [plan["trials_at_once"] for plan in plans] == [2, 1]
+    assert [plan["workers_per_trial"] for plan in plans] == [1, 2]
+    assert main(["tune", "lrat", *small, "--cpus-per-trial", "9"]) == 2
+    assert "a trial wants 9 CPUs and 0 GPUs, the cluster has 2 CPUs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ STAGES = ["tune", "train", "promote", "autoattack", "register", "report"]
 PIPELINE = """\
 set: {epochs: 2, data.val_size: 50, data.train_size: 64, batch_size: 32, "*.attacks.*.steps": 2}
 stages:
-  - {kind: tune, space: at, trials: 2}
+  - {kind: tune, space: at, trials: 1}
   - {kind: train, runs: {AT: {method: at}}, seeds: [3]}
   - {kind: promote, top: 1, seeds: [4], set: {batch_size: 16}}
   - {kind: autoattack, attacks: {PGD: pgd20, APGD: apgd-ce}, n: 20, batch_size: 10}
@@ -70,7 +70,7 @@ def _arm(stage: str, when: str) -> None:
         "promote": (promote.Promote, sweeps),
         "autoattack": (autoattack.AutoAttack, (autoattack, "save", _die)),
         "register": (register.Register, (Tracker, "alias", _die)),
-        "report": (report.Report, (Tracker, "file", _die)),
+        "report": (report.Report, (report, "drawn", _die)),
     }
     kind, (owner, name, deadly) = owners[stage]
     run = kind.run
@@ -115,8 +115,11 @@ def folder(ray_cluster, tmp_path_factory) -> Iterator[Path]:
 
 def run(folder: Path, stage: str | None = None, when: str = "") -> int | None:
     """The exit code of a run that may be told to die; nothing that it started is left."""
-    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, _MARK: str(folder)}
-    process = _FORKS.Process(target=_drive, args=(folder, address, stage, when))
+    environment = {_MARK: str(folder)}
+    # Attacks are spread over processes of the run's own, which are to end with it.
+    if stage in ("tune", "train", "promote"):
+        environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    process = _FORKS.Process(target=_drive, args=(folder, environment, stage, when))
     process.start()
     process.join(120)
     assert process.exitcode is not None, (folder / "log").read_text()

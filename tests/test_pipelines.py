@@ -5,15 +5,12 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
@@ -24,7 +21,8 @@ from raysweep.pipeline.paper import paper_table
 from raysweep.pipeline.pipeline import load_pipeline, steps
 from raysweep.pipeline.shipped import pipelines
 from raysweep.spec import SpecError
-from raysweep.training.config import run_config
+from raysweep.training.config import RunConfig, run_config
+from raysweep.training.trainer import fit
 
 SHRUNK = {
     "data.name": "digits",
@@ -38,6 +36,7 @@ SHRUNK = {
 }
 SET = [part for key, value in SHRUNK.items() for part in ("--set", f"{key}={json.dumps(value)}")]
 TINY = [*SET, "--set", "stages.tune.trials=2", "--set", "stages.autoattack.n=20"]
+LAM = "method.terms.pgd.weight.lam"
 CHEAP = """\
 set: {epochs: 4, data.val_size: 50, data.train_size: 600, batch_size: 32, "*.eps": 0.02, "*.attacks.*.steps": 2}
 stages:
@@ -183,6 +182,62 @@ def test_from_makes_the_rest_again_and_repeats_no_attack(digits_run: Path, monke
     assert artifacts(digits_run)["register"][1].facts["verdict"] == "tie", "it is the champion itself"
 
 
+def _configs(name: str) -> list[RunConfig]:
+    _, pipeline, around = load_pipeline(name, {**SHRUNK, "epochs": 1})
+    return [config for stage in pipeline.stages for config in stage.configs(around)]
+
+
+TRAINED: set[str] = set()
+
+
+@pytest.mark.parametrize("name", pipelines())
+def test_every_row_of_every_pipeline_trains(name, tmp_path: Path) -> None:
+    """One small epoch of each run, in this process; what several pipelines share is trained once."""
+    for number, config in enumerate(_configs(name)):
+        if (key := config.digest()) not in TRAINED:
+            fitted = fit(config, tmp_path / str(number))
+            assert 0 <= fitted.best.metrics["robust_worst"] <= fitted.best.metrics["clean"] <= 1
+            TRAINED.add(key)
+
+
+def _flags(**changes: object) -> list[str]:
+    return [
+        part
+        for key, value in changes.items()
+        for part in ("--set", f"stages.{key.replace('__', '.')}={json.dumps(value)}")
+    ]
+
+
+WEAK = {"kind": "pgd", "steps": 2, "step_size": 0.1, "eps": 0.15}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_nightly_runs_through(ray_cluster, one_core, workdir: Path) -> None:
+    """Three sweeps, the best of each method trained again, a report with a section for each."""
+    small = _flags(tune__trials=1, promote__seeds=[1], autoattack__n=20, autoattack__attacks={"AA": WEAK})
+    assert main(["run", "nightly", *SET, *small]) == 0
+    found = artifacts(workdir, "nightly")
+    assert {c.method for c in found["promote"][1].candidates} == {"at", "gairat", "lrat"}
+    assert all(c.seed == 1 for c in found["promote"][1].candidates)
+    text = (found["report"][0] / "report.md").read_text()
+    assert all(f"What was searched: {method}" in text for method in ("at", "gairat", "lrat"))
+    assert "raysweep-nightly version 1" in text
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_figure_runs_through_and_draws_what_it_varies(ray_cluster, one_core, workdir: Path) -> None:
+    rows = {f"lambda {lam}": {"preset": "gairat-fig13", "set": {LAM: lam}} for lam in (-2, 0, 2)}
+    small = _flags(train__runs=rows, autoattack__n=20, autoattack__attacks={"PGD-20": WEAK})
+    assert main(["run", "gairat-fig13", *SET, *small]) == 0
+    found = artifacts(workdir, "gairat-fig13")
+    assert len(found["autoattack"][1].judged) == 6, "best and last epoch of each"
+    text = (found["report"][0] / "report.md").read_text()
+    assert f"Test accuracy against {LAM}" in text
+    assert "Mean κ in training under pgd over epochs" in text and "(GAIRAT fig. 7)" in text
+
+
 @pytest.mark.ray
 def test_a_papers_table_on_other_data_is_not_comparable(ray_cluster, one_core, workdir: Path) -> None:
     one = "stages.train.runs={LRAT: {preset: lrat-table5}}"
@@ -224,46 +279,6 @@ def test_nights_are_compared_and_a_planted_regression_is_exit_code_1(
     assert main(["run", "cheap.yaml", "--set", "optim.lr=1.0e-9", "--json"]) == 1, "until it is mended"
     assert main(["run", "cheap.yaml", "--set", "stages.report.floor=0.999", "--json"]) == 1
     assert "below the floor 99.90%" in capsys.readouterr().err
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_run_killed_in_training_and_in_an_attack_goes_on(workdir: Path) -> None:
-    """kill -9 of the driver, twice; what was trained and attacked before is not done again."""
-    Path("cheap.yaml").write_text(CHEAP.replace("n: 60", "n: 60, batch_size: 20"))
-    _killed("runs/cheap-*/trials/*/epoch-0001")
-    assert not list((workdir / "runs/pipelines/cheap").glob("[0-9]*"))
-    _killed("runs/cheap-*/trials/*/eval-*/shards/*/*")
-    assert list(artifacts(workdir, "cheap")) == ["train"]
-    shards = "runs/cheap-*/trials/*/eval-*/shards/*/*.npz"
-    kept = {path: path.stat().st_mtime_ns for path in workdir.glob(shards)}
-    assert main(["run", "cheap.yaml"]) == 0
-    assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
-    found = artifacts(workdir, "cheap")
-    assert list(found) == ["train", "autoattack", "report"]
-    (sweep,) = found["train"][1].facts["sweeps"]
-    assert sweep["asked"] == 4 and len(sweep["trials"]) == 1
-
-
-def _killed(pattern: str) -> None:
-    """`raysweep run cheap.yaml` as a process, on a Ray cluster of its own, until a file appears."""
-    command = [sys.executable, "-c", "import raysweep.cli as c; c.main(['run', 'cheap.yaml'])"]
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(_root())}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not list(Path().glob(pattern)):
-            assert process.poll() is None and time.monotonic() < deadline, "it never came so far"
-            time.sleep(0.02)
-        below = psutil.Process(process.pid).children(recursive=True)
-        pool = [child for child in below if "spawn_main" in " ".join(child.cmdline())]
-        process.send_signal(signal.SIGKILL)
-        assert not psutil.wait_procs(pool, timeout=20)[1], "workers outlive their driver"
-        for left in psutil.wait_procs(below, timeout=5)[1]:
-            left.kill()
-    finally:
-        process.kill()
-        process.wait()
 
 
 def _root() -> Path:

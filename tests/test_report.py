@@ -126,8 +126,8 @@ def test_several_objectives_are_drawn_against_each_other(tmp_path: Path) -> None
     assert captions(section)[-1] == "Pareto front: clean and robust worst"
 
 
-def judgement(label: str, attack: str, robust: float, **more) -> Judgement:
-    candidate = Candidate(label=label, method="gairat", checkpoint=label, epoch=1, epochs=1, metrics={}, **more)
+def judgement(label: str, attack: str, robust: float, method: str = "gairat", **more) -> Judgement:
+    candidate = Candidate(label=label, method=method, checkpoint=label, epoch=1, epochs=1, metrics={}, **more)
     return Judgement(
         candidate=candidate,
         attack=attack,
@@ -163,6 +163,29 @@ def test_accuracy_against_the_steps_of_pgd() -> None:
     (section,) = varied(judged, {"a": tiny("at")}, [artifact])
     (line,) = section.parts[0].figure.axes[0].lines
     assert line.get_xydata().tolist() == [[10, 0.5], [20, 0.4], [40, pytest.approx(0.3)]]
+
+
+def test_every_method_is_compared_with_the_night_before() -> None:
+    from raysweep.pipeline.report import _medians, _since_lines
+
+    def night(shares: dict[str, tuple[float, ...]]) -> tuple[Judgement, ...]:
+        return tuple(judgement(m, "AA", share, m, seed=n) for m in shares for n, share in enumerate(shares[m]))
+
+    nights = [night({"a": (0.5, 0.1, 0.3), "b": (0.2,)}), night({"a": (0.6, 0.2, 0.4), "b": (0.1,)})]
+    then, now = (_medians(judged) for judged in nights)
+    assert then == {"a under AA": 0.3, "b under AA": 0.2}
+    medians = {name: [then[name], now[name]] for name in now}
+    since = {
+        "when": "w",
+        "best": ["a", "a"],
+        "robust": [0.5, 0.6],
+        "clean": [1, 1],
+        "different": [],
+        "medians": medians,
+    }
+    (table,) = _since_lines(since)
+    assert ["a under AA (median)", "30.00%", "40.00%"] in table.rows
+    assert ["b under AA (median)", "20.00%", "10.00%"] in table.rows
 
 
 def test_examples_as_a_model_sees_them(net, digits) -> None:

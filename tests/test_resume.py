@@ -1,7 +1,6 @@
 """A sweep survives its driver's death: nothing lost, nothing run twice, MLflow with one run a trial and none open."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,85 +10,77 @@ from pathlib import Path
 import pytest
 import ray
 
+from raysweep.cli import main
 from raysweep.sweep.ledger import Ledger
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-SMALL = ["--set", "epochs=6", "--set", "data.val_size=100", "--set", "*.attacks.*.steps=3"]
+SETTINGS = ("epochs=6", "data.train_size=320", "data.val_size=50", "*.attacks.*.steps=3")
+SMALL = [part for setting in SETTINGS for part in ("--set", setting)]
 
 
-@pytest.fixture(autouse=True)
-def _on_the_sessions_cluster(ray_cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The drivers are processes of their own; the cluster they use is already up."""
+@pytest.fixture
+def tune(ray_cluster, workdir: Path, monkeypatch: pytest.MonkeyPatch):
+    """Starts `raysweep tune gairat ...` as a process of its own, on the cluster that is already up."""
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    started = []
+
+    def start(*arguments: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "raysweep.cli", "tune", "gairat", *arguments]
+        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
 
 
-def tune(workdir: Path, *arguments: str) -> subprocess.Popen:
-    environment = dict(os.environ)
-    environment.pop("MLFLOW_TRACKING_URI", None)
-    command = [sys.executable, "-m", "raysweep.cli", "tune", "gairat", *arguments]
-    return subprocess.Popen(
-        command, cwd=workdir, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-
-def epochs_done(path: Path) -> int:
-    return sum(json.loads(file.read_text())["epoch"] for file in path.glob("trials/*/trial.json"))
-
-
-def test_kill_9_of_the_driver_in_mid_sweep(tmp_path: Path) -> None:
-    sweep = tmp_path / "runs" / "s"
-    process = tune(tmp_path, *SMALL, "--trials", "4", "--name", "s")
+def wait_for_epochs(sweep: Path, count: int, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
-    while epochs_done(sweep) < 5:
+    while sum(json.loads(file.read_text())["epoch"] for file in sweep.glob("trials/*/trial.json")) < count:
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = {trial.number: trial for trial in Ledger.open(sweep).trials()}
-    assert any(trial.state == "running" for trial in before.values())
+        time.sleep(0.05)
 
-    again = tune(tmp_path, "--resume", "s", "--json")
-    _, err = again.communicate(timeout=300)
-    assert again.returncode == 0, err
+
+def test_kill_9_ctrl_c_and_a_budget_in_the_life_of_one_sweep(tune, workdir: Path, capsys) -> None:
+    sweep = workdir / "runs" / "s"
+    first = tune(*SMALL, "--trials", "5", "--name", "s")
+    wait_for_epochs(sweep, 5, first)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    killed = {trial.number: trial for trial in Ledger.open(sweep).trials()}
+    assert any(trial.state == "running" for trial in killed.values())
+
+    second = tune("--resume", "s")
+    wait_for_epochs(sweep, 8, second)
+    second.send_signal(signal.SIGINT)
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 130
+    assert "raysweep tune gairat --resume s" in err and "Traceback" not in err
+
+    assert main(["tune", "gairat", "--resume", "s", "--max-time", "0.1s"]) == 0
+    assert "go on with" in capsys.readouterr().err
+    stopped = Ledger.open(sweep).trials()
+    assert sum(trial.state != "running" for trial in stopped) < 5
+
+    assert main(["tune", "gairat", "--resume", "s", "--json"]) == 0
     trials = Ledger.open(sweep).trials()
-    assert [trial.number for trial in trials] == [0, 1, 2, 3]
+    assert [trial.number for trial in trials] == [0, 1, 2, 3, 4]
     assert all(trial.state in ("finished", "stopped") for trial in trials)
-    for number, trial in before.items():
-        assert trials[number].settings == trial.settings, "its own settings, under its own number"
+    for trial in [*killed.values(), *stopped]:
+        assert trials[trial.number].settings == trial.settings, "its own settings, under its own number"
         if trial.state != "running":
-            assert trials[number] == trial, "what had ended is left alone"
+            assert trials[trial.number] == trial, "what had ended is left alone"
     for trial in trials:
         epochs = [epoch for epoch, _ in trial.curve]
         assert epochs == sorted(set(epochs)), "no epoch is counted twice"
+    check_mlflow(workdir, 5)
 
+
+def check_mlflow(workdir: Path, trials: int) -> None:
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    client = MlflowClient(f"sqlite:///{workdir}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
-    assert sorted(run.info.run_name for run in runs) == ["s", "s/0000", "s/0001", "s/0002", "s/0003"]
+    assert sorted(run.info.run_name for run in runs) == ["s", *(f"s/{number:04d}" for number in range(trials))]
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert {run.data.tags.get("state") for run in runs if "/" in run.info.run_name} <= {"finished", "stopped"}
-
-
-def test_a_budget_ends_a_sweep_that_resume_goes_on_with(tmp_path: Path) -> None:
-    process = tune(tmp_path, *SMALL, "--trials", "4", "--name", "s", "--max-time", "4s")
-    _, err = process.communicate(timeout=200)
-    assert process.returncode == 0 and "go on with" in err
-    assert sum(trial.state != "running" for trial in Ledger.open(tmp_path / "runs" / "s").trials()) < 4
-    again = tune(tmp_path, "--resume", "s")
-    again.communicate(timeout=300)
-    assert again.returncode == 0
-    trials = Ledger.open(tmp_path / "runs" / "s").trials()
-    assert len(trials) == 4 and all(trial.state in ("finished", "stopped") for trial in trials)
-
-
-def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
-    process = tune(tmp_path, *SMALL, "--trials", "8", "--name", "s")
-    while epochs_done(tmp_path / "runs" / "s") < 2:
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "raysweep tune gairat --resume s" in err
-    assert "Traceback" not in err

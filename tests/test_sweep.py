@@ -1,19 +1,24 @@
 """Real sweeps on a real, local Ray cluster, with tiny trials."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+import torch
+from conftest import TINY, Follower, tiny
 
 from raysweep.spec import SpecError
+from raysweep.sweep.failures import explain
 from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.relay import SweepFailed
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search import StudySearch
 from raysweep.sweep.space import SearchSpace
 from raysweep.sweep.tuner import run_sweep
 from raysweep.tracking import SweepTracker, Tracker
 from raysweep.training import checkpoint
+from raysweep.training.trainer import fit
 
 pytestmark = pytest.mark.ray
 ALPHA = "method.terms.pgd.weight.alpha"
@@ -30,6 +35,11 @@ def space(**more) -> SearchSpace:
         "start": [{ALPHA: 2.0}],
     }
     return SearchSpace.load({**data, **more})
+
+
+def weights(path: Path) -> str:
+    """Hash of the weights in a checkpoint."""
+    return str(checkpoint.read(path).meta["sha256"]["weights.safetensors"])
 
 
 class Recorder:
@@ -95,17 +105,61 @@ def test_mlflow_has_one_parent_and_one_run_for_each_trial(finished) -> None:
     assert parent.data.metrics["best/robust_worst"] == pytest.approx(ledger.ranked()[0].best["robust_worst"])
 
 
-def test_a_finished_sweep_can_be_extended_and_repeats_nothing(finished) -> None:
+def test_a_finished_sweep_grows_by_trials_epochs_and_a_wider_range(finished) -> None:
     ledger, _, tracker = finished
-    before = {t.number: (ledger.run_path(t.number) / "trial.json").stat().st_mtime_ns for t in ledger.trials()}
+    before = ledger.trials()
     again = Ledger.open(ledger.path)
-    again.extend(ledger.space.model_copy(update={"trials": 6}))
+    wider = {ALPHA: {"float": [0.25, 8.0]}}
+    again.extend(space(trials=5, base={**TINY, "epochs": 3}, space=wider))
+    assert {trial.state for trial in again.trials()} == {"running"}
     recorder = Recorder()
     run_sweep(again, [recorder, SweepTracker(tracker, "f" * 16)])
-    assert [trial.number for trial in again.trials()] == [0, 1, 2, 3, 4, 5]
-    after = {n: (ledger.run_path(n) / "trial.json").stat().st_mtime_ns for n in before}
-    assert before == after
-    assert {event[0] for event in recorder.events} == {"started", 4, 5, "ended"}
+    trials = again.trials()
+    assert [trial.number for trial in trials] == [0, 1, 2, 3, 4]
+    assert all(trial.state == "finished" and trial.epoch == 3 for trial in trials)
+    assert len({trial.settings[ALPHA] for trial in trials}) == 5, "no draw of the sampler comes twice"
+    for old, new in zip(before, trials, strict=False):
+        assert (new.settings, new.curve[:2], new.trained) == (old.settings, old.curve, 3), "no epoch was trained again"
+    alone = fit(again.space.config(trials[1].settings), ledger.path / "alone").last
+    assert weights(alone.path) == weights(again.run_path(1) / "epoch-0003"), (
+        "as if it had had the epochs from the start"
+    )
+    again.extend(again.space)
+    run_sweep(again, [recorder])
+    assert again.trials() == trials, "what is done stays done"
+
+
+def test_mlflow_follows_a_sweep_that_has_grown(finished) -> None:
+    from mlflow import MlflowClient
+
+    ledger, _, tracker = finished
+    client = MlflowClient(tracker.uri)
+    runs = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
+    assert len(runs) == len(ledger.trials()) + 1 == 6 and {run.info.status for run in runs} == {"FINISHED"}
+    (first,) = [run for run in runs if run.data.tags.get("raysweep.trial") == "0000"]
+    assert [p.step for p in client.get_metric_history(first.info.run_id, "robust_worst")][:3] == [1, 2, 3]
+    assert (first.data.params["epochs"], first.data.tags["now.epochs"]) == ("2", "3")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"metric": "clean"}, "metric = 'clean': the sweep has 'robust_worst'"),
+        ({"base": {**TINY, "epochs": 1}}, "epochs = 1: the sweep has 2 and can only have more"),
+        ({"base": {**TINY, "batch_size": 16}}, "batch_size = 16: the sweep has 32"),
+        ({"space": {ALPHA: {"float": [3.0, 9.0]}}, "start": []}, f"{ALPHA}: 2.0 of trial 0000 is outside"),
+        ({"space": {ALPHA: {"categorical": [2.0]}}}, "its kind and its `when` cannot change"),
+        ({"space": {ALPHA: {"float": [1, 4]}, "seed": {"int": [0, 3]}}}, "seed is now searched"),
+    ],
+)
+def test_what_would_make_it_another_sweep_is_refused(change, line, tmp_path) -> None:
+    ledger = Ledger.create(tmp_path / "sweep", space())
+    ledger.write(Trial(0, {ALPHA: 2.0}, state="finished", epoch=2))
+    written = (ledger.path / "sweep.json").read_text()
+    with pytest.raises(SpecError) as error:
+        ledger.extend(space(**change))
+    assert len(error.value.problems) == 1 and line in error.value.problems[0]
+    assert (ledger.path / "sweep.json").read_text() == written and ledger.trials()[0].state == "finished"
 
 
 def test_the_sampler_remembers_what_an_earlier_driver_learned(finished, tmp_path) -> None:
@@ -121,14 +175,31 @@ def test_the_sampler_remembers_what_an_earlier_driver_learned(finished, tmp_path
     assert search.suggest("c") == "FINISHED"
 
 
+def test_a_genetic_sampler_has_its_parents_after_a_restart(tmp_path) -> None:
+    sampler = {"kind": "nsga2", "startup": 2}
+    ledger = Ledger.create(tmp_path / "sweep", space(trials=5, sampler=sampler, start=[]))
+    for number in range(4):
+        ledger.write(Trial(number, {ALPHA: 1.0 + number}, state="finished", best={"robust_worst": 0.1 * number}))
+    study = StudySearch(ledger)._study
+    sampler = study.sampler
+    assert [sampler.get_trial_generation(study, trial) for trial in study.get_trials()] == [0, 0, 1, 1]
+
+
+def test_a_starting_point_of_some_settings_is_not_tried_again(tmp_path) -> None:
+    two = {ALPHA: {"float": [0.5, 4.0]}, "method.terms.cw.weight.alpha": {"float": [0.5, 4.0]}}
+    ledger = Ledger.create(tmp_path / "sweep", space(trials=2, space=two))
+    ledger.write(Trial(0, {ALPHA: 2.0, "method.terms.cw.weight.alpha": 1.0}, state="failed"))
+    assert StudySearch(ledger).suggest("a")["settings"][ALPHA] != 2.0
+
+
 def test_asha_stops_weak_trials_and_a_failing_trial_fails_alone(ray_cluster, tmp_path) -> None:
     base = {**TINY, "epochs": 4, "data.train_size": 256}
     settings = space(
         base=base,
-        trials=6,
+        trials=5,
         scheduler={"kind": "asha", "grace": 1, "factor": 2},
         space={"optim.lr": {"categorical": [0.05, 1.0e-7, 1.0e20]}},
-        start=[{"optim.lr": lr} for lr in (0.05, 1.0e20, 1.0e-7, 0.05, 1.0e-7, 1.0e-7)],
+        start=[{"optim.lr": lr} for lr in (0.05, 1.0e20, 1.0e-7, 0.05, 1.0e-7)],
     )
     ledger = Ledger.create(tmp_path / "sweep", settings)
     run_sweep(ledger, [])
@@ -138,16 +209,64 @@ def test_asha_stops_weak_trials_and_a_failing_trial_fails_alone(ray_cluster, tmp
     assert ledger.ranked()[0].settings == {"optim.lr": 0.05}
 
 
-def test_a_grid_runs_each_point_once(ray_cluster, tmp_path) -> None:
+def test_a_bug_ends_the_sweep_after_a_few_trials_with_its_traceback(ray_cluster, tmp_path) -> None:
+    """Files stand where trials want to make folders."""
+    ledger = Ledger.create(tmp_path / "sweep", space(trials=8, base={**TINY, "epochs": 1}))
+    for number in range(8):
+        ledger.run_path(number).mkdir()
+        (ledger.run_path(number) / "histograms").touch()
+    with pytest.raises(SweepFailed, match="trials met errors of the code, the first:\nTraceback") as error:
+        run_sweep(ledger, [])
+    failed = [trial for trial in ledger.trials() if trial.state == "failed"]
+    assert 3 <= len(failed) < 8 and all("histograms" in trial.reason for trial in failed)
+    assert any((ledger.run_path(t.number) / "error.txt").read_text() in str(error.value) for t in failed)
+
+
+def test_failures_are_told_apart(tmp_path) -> None:
+    def met(work: Callable[[], object]) -> dict[str, str]:
+        with pytest.raises(Exception) as error:
+            work()
+        return explain(error.value, tiny("at"), tmp_path)
+
+    hint = "out of memory: lower batch_size (now 32) or raise --cpus-per-trial, so that fewer run at once"
+    assert met(lambda: torch.empty(2**60)) == {"failed": hint}
+    assert met(lambda: fit(tiny("at", optim__lr=1e20), tmp_path / "nan"))["failed"].startswith("the loss became")
+    bug = met(lambda: fit(tiny("at"), tmp_path / "bug", lambda metrics, saved: {}["no"]))
+    assert bug == {"failed": "KeyError: 'no'", "bug": str(tmp_path / "error.txt")}
+    assert "in fit" in (tmp_path / "error.txt").read_text()
+
+
+def test_a_node_that_dies_costs_its_trials_the_epoch_they_were_in(ray_cluster, tmp_path) -> None:
+    """Three trials on three CPUs, one of them on the node that is killed."""
+    ledger = Ledger.create(tmp_path / "sweep", space(trials=3, base={**TINY, "epochs": 5, "data.train_size": 256}))
+    nodes = [ray_cluster.add_node(num_cpus=1)]
+    epochs: dict[int, int] = {}
+
+    def kill_once(trial: Trial) -> None:
+        epochs[trial.number] = trial.epoch
+        if nodes and len(epochs) == 3 and min(epochs.values()) == 2:
+            ray_cluster.remove_node(nodes.pop(), allow_graceful=False)
+
+    run_sweep(ledger, [Follower(kill_once)])
+    assert not nodes
+    assert sorted(trial.retries for trial in ledger.trials()) == [0, 0, 1], "the one that was there started again"
+    for trial in ledger.trials():
+        assert trial.state == "finished" and [epoch for epoch, _ in trial.curve] == [1, 2, 3, 4, 5]
+        alone = fit(ledger.space.config(trial.settings), tmp_path / f"alone-{trial.number}").last
+        assert weights(alone.path) == weights(ledger.run_path(trial.number) / "epoch-0005")
+
+
+def test_a_grid_asks_for_each_point_once(tmp_path) -> None:
     grid = {
         ALPHA: {"categorical": [0.5, 2.0]},
         "method.terms.bound.on": {"categorical": ["natural", "pgd"]},
     }
-    settings = space(sampler={"kind": "grid"}, space=grid, start=[], trials=10, base={**TINY, "epochs": 1})
-    ledger = Ledger.create(tmp_path / "sweep", settings)
-    run_sweep(ledger, [])
-    points = [json.dumps(trial.settings) for trial in ledger.trials()]
-    assert len(points) == len(set(points)) == 4
+    ledger = Ledger.create(tmp_path / "sweep", space(sampler={"kind": "grid"}, space=grid, start=[], trials=10))
+    ledger.write(Trial(0, {ALPHA: 2.0, "method.terms.bound.on": "pgd"}, state="finished", best={"robust_worst": 0.5}))
+    search, points = StudySearch(ledger), [ledger.trials()[0].settings]
+    while (found := search.suggest(str(len(points)))) != "FINISHED":
+        points.append(found["settings"])
+    assert len(points) == len({json.dumps(point) for point in points}) == 4
 
 
 def test_trials_that_cannot_fit_are_refused_before_anything_runs(ray_cluster, tmp_path) -> None:

@@ -143,6 +143,25 @@ def test_a_loss_of_nan_fails_with_its_reason(tmp_path) -> None:
         fit(tiny("at", optim__lr=1e20, epochs=4), tmp_path / "run")
 
 
+def test_a_model_that_stays_at_chance_fails_after_its_warm_up_and_keeps_its_log(tmp_path) -> None:
+    config = tiny("at", epochs=6, collapse_after=2, optim__lr=1e-7)
+    rows = []
+    for _ in range(2):  # the second time it is known from the checkpoint
+        with pytest.raises(TrainingFailed, match=r"collapsed: 0\.\d+ of .* right in epoch 4, no more than by chance"):
+            fit(config, tmp_path, lambda m, c: rows.append(m))
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4] * 2
+    last = Run(tmp_path).last()
+    assert last is not None and last.epoch == 4 and last.metrics["val/top_class"] > 0.5
+
+
+def test_more_epochs_go_on_with_the_run_and_fewer_are_refused(tmp_path) -> None:
+    fit(tiny("at"), tmp_path / "grown")
+    grown = fit(tiny("at", epochs=3), tmp_path / "grown").last
+    assert same_weights(grown.path, fit(tiny("at", epochs=3), tmp_path / "at once").last.path)
+    with pytest.raises(SpecError, match="holds a run with other settings"):
+        fit(tiny("at"), tmp_path / "grown")
+
+
 def test_settings_without_effect_are_pointed_out() -> None:
     config = run_config("gairat", {**TINY, "method.terms.pgd.weight.burn_in": 9})
     assert config.warnings() == ["method.terms.pgd.weight.burn_in = 9: the weights never act in 2 epochs"]

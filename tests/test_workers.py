@@ -1,9 +1,7 @@
-"""Several worker processes train what one does: gradients, batch norm, weights, checkpoints; on Ray they survive."""
+"""Several worker processes train what one does: gradients, batch norm, weights, checkpoints. No Ray here."""
 
 import copy
 import json
-import os
-import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import TINY, tiny
-from ray.util.placement_group import PlacementGroup
+from conftest import tiny
 from safetensors.torch import load_file
 from torch import nn
 
@@ -24,17 +21,12 @@ from raysweep.method import ONE_WORKER, Method, Workers
 from raysweep.models import ModelSpec
 from raysweep.rng import Rng
 from raysweep.spec import SpecError, override
-from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.resources import Resources
-from raysweep.sweep.space import SearchSpace
-from raysweep.sweep.tuner import run_sweep
-from raysweep.sweep.workers import held
 from raysweep.training import checkpoint
 from raysweep.training.batchnorm import synchronised
 from raysweep.training.checkpoint import Run
 from raysweep.training.config import RunConfig
 from raysweep.training.distributed import GroupWorkers, average_gradients
-from raysweep.training.trainer import Fitted, best_epoch, fit
+from raysweep.training.trainer import Fitted, fit
 
 CHANGES: dict[str, dict[str, Any]] = {
     "at": {},
@@ -233,100 +225,3 @@ def test_an_attack_that_would_leave_workers_waiting_is_refused(tmp_path: Path) -
             tmp_path,
             workers=Second(),
         )
-
-
-LR = "optim.lr"
-
-
-def sweep(path: Path, lrs: list[float], **more: Any) -> Ledger:
-    """A sweep over the learning rates `lrs`, in this order."""
-    data = {
-        "method": "at",
-        "trials": len(lrs),
-        "base": TINY,
-        "scheduler": {"kind": "none"},
-        "sampler": {"kind": "random"},
-        "space": {LR: {"categorical": sorted(set(lrs))}},
-        "start": [{LR: lr} for lr in lrs],
-    }
-    return Ledger.create(path, SearchSpace.load({**data, **more}))
-
-
-def groups_held() -> list[str]:
-    import ray.util
-
-    return [name for name, entry in ray.util.placement_group_table().items() if entry["state"] != "REMOVED"]
-
-
-class Follower:
-    """Calls `act(trial)` after each change of a trial."""
-
-    def __init__(self, act: Callable[[Trial], None]) -> None:
-        self.act = act
-
-    def started(self, ledger: Ledger, concurrent: int) -> None:
-        pass
-
-    def trial_changed(self, trial: Trial, metrics: dict[str, float] | None) -> None:
-        self.act(trial)
-
-    def ended(self, ledger: Ledger) -> None:
-        pass
-
-
-def kill_a_worker() -> None:
-    import ray
-    from ray.util.state import list_actors
-
-    alive = [("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]
-    workers = list_actors(address=ray.get_runtime_context().gcs_address, filters=alive)
-    os.kill(workers[-1].pid, signal.SIGKILL)
-
-
-def test_workers_share_what_a_trial_holds() -> None:
-    assert Resources(cpus=2, gpus=1, workers=2).worker == {"CPU": 0.99, "GPU": 0.5}
-    one_each, four = {"CPU": 1.0}, {"CPU": 4.0}
-    assert Resources(cpus=2, workers=2).concurrent(four, [four]) == 2
-    assert Resources(cpus=2, workers=2).concurrent({"CPU": 2.0}, [one_each, one_each]) == 1
-    assert Resources(cpus=3, workers=2).concurrent({"CPU": 6.0}, [{"CPU": 2.0}] * 3) == 1
-    with pytest.raises(SpecError, match=r"2 workers of 1\.5 CPUs and 0 GPUs each, the cluster's nodes hold 0"):
-        Resources(cpus=3, workers=2).concurrent({"CPU": 3.0}, [one_each] * 3)
-    with pytest.raises(SpecError, match=r"3 GPUs for 2 workers is 1\.5 each"):
-        Resources(gpus=3, workers=2)
-
-
-@pytest.mark.ray
-def test_a_sweep_on_two_workers_survives_a_killed_worker(ray_cluster: None, tmp_path: Path) -> None:
-    groups: list[PlacementGroup | None] = []
-
-    def kill_once(trial: Trial) -> None:
-        if trial.epoch == 2 and not groups:
-            groups.append(held(ledger.run_path(0)))
-            kill_a_worker()
-
-    base = {**TINY, "epochs": 8, "data.train_size": 256, "method.attacks.pgd.norm": "L2"}
-    ledger = sweep(tmp_path / "sweep", [0.05, 1e20], base=base)
-    run_sweep(ledger, [Follower(kill_once)], Resources(cpus=2, workers=2))
-    first, second = ledger.trials()
-    assert first.state == "finished" and first.epoch == 8
-    assert second.state == "failed" and "the loss became" in second.reason
-    assert groups and groups[0] != held(ledger.run_path(0)), "the group was started again"
-    saved = Run(ledger.run_path(0)).last()
-    assert saved is not None and saved.metrics == first.latest
-    assert first.best == saved.history[best_epoch(saved.config, saved.history) - 1], "no report was lost on the way"
-    alone = fit(ledger.space.config(first.settings), tmp_path / "alone").last
-    assert difference(saved.path, alone.path) < 1e-3
-    assert not groups_held()
-
-
-@pytest.mark.ray
-def test_a_stopped_trial_frees_its_workers(ray_cluster: None, tmp_path: Path) -> None:
-    ledger = sweep(
-        tmp_path / "sweep",
-        [0.05, 1e-7],
-        base={**TINY, "epochs": 12, "data.train_size": 256},
-        scheduler={"kind": "asha", "grace": 1, "factor": 2},
-    )
-    run_sweep(ledger, [], Resources(cpus=1.5, workers=2))
-    assert [trial.state for trial in ledger.trials()] == ["finished", "stopped"]
-    assert not groups_held()

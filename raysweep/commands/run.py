@@ -1,7 +1,9 @@
 """raysweep run"""
 
 import json
+import shutil
 import sys
+import textwrap
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -43,22 +45,31 @@ def run(args: Namespace) -> int:
 
 def _plan(args: Namespace, name: str, planned: list[Step], around: Settings) -> int:
     """What would run; nothing is written."""
+    found = [Artifact.read(step.folder) for step in planned]
     rows = [
         {
             "number": step.number,
             "kind": step.kind,
             "digest": step.digest,
-            "done": Artifact.read(step.folder) is not None,
+            "done": artifact is not None,
+            "seconds": artifact.seconds if artifact else None,
             "what": step.stage.describe(around),
         }
-        for step in planned
+        for step, artifact in zip(planned, found, strict=True)
     ]
     if args.json:
         print(json.dumps({"pipeline": name, "stages": rows}, indent=1))
         return 0
     for row in rows:
-        print(f"{row['number']:02d} {row['kind']:<11} {'done   ' if row['done'] else 'to run '} {row['what']}")
+        state = f"done in {row['seconds']:.0f} s" if row["done"] else "to run"
+        line = f"{row['number']:02d} {row['kind']:<11} {state:<14} {row['what']}"
+        print(textwrap.fill(line, _width(), subsequent_indent=" " * 30))
     return 0
+
+
+def _width() -> int:
+    """Lines are broken for people, not for programs."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
 
 
 def _end(args: Namespace, name: str, out: Path, done: list[tuple[Step, Artifact, bool]]) -> int:

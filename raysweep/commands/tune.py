@@ -17,14 +17,16 @@ from raysweep.commands import places, plain_name, runs_in, settings, ui_command,
 from raysweep.data import Data, load
 from raysweep.display import Progress, trial_table
 from raysweep.results import trial_advice
-from raysweep.spec import SpecError
+from raysweep.spec import SpecError, read_yaml
+from raysweep.sweep.growth import check_growth
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import SearchSpace, load_space
 from raysweep.tracking import SweepTracker, Tracker, embedded_store
 from raysweep.training.config import named_method
 
 if TYPE_CHECKING:
-    from raysweep.sweep.relay import Budget
+    from raysweep.sweep.relay import Budget, Listener
+    from raysweep.sweep.resources import Resources
 
 _BEST = 5
 
@@ -35,20 +37,19 @@ def run(args: Namespace) -> int:
     if args.plan:
         from raysweep.sweep.plan import plan
 
-        return plan(space, data, args)
+        return plan(space, data, _resources(args), args.address, args.json)
     out = writable(args.out)
+    exports = _exports(args)
     tracker = Tracker(embedded_store(out), out / "mlruns")
     ledger = _ledger(args, runs, space)
 
-    from raysweep.sweep.relay import Listener, SweepFailed
-    from raysweep.sweep.resources import Resources
+    from raysweep.sweep.relay import SweepFailed
     from raysweep.sweep.tuner import run_sweep
 
     console = Console(stderr=True)
-    listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(console)]
+    listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(console), *exports]
     try:
-        resources = Resources(args.cpus_per_trial, args.gpus_per_trial, args.workers)
-        run_sweep(ledger, listeners, resources, args.address, _budget(args), data.fingerprint)
+        run_sweep(ledger, listeners, _resources(args), args.address, _budget(args), data.fingerprint)
     except SpecError:
         ledger.discard()
         raise
@@ -56,6 +57,20 @@ def run(args: Namespace) -> int:
         print(f"raysweep: the sweep failed: {error}", file=sys.stderr)
         return 1
     return _report(args, ledger, tracker)
+
+
+def _exports(args: Namespace) -> "list[Listener]":
+    if not args.optuna:
+        return []
+    from raysweep.sweep.export import StudyExport
+
+    return [StudyExport(args.optuna)]
+
+
+def _resources(args: Namespace) -> "Resources":
+    from raysweep.sweep.resources import Resources
+
+    return Resources(args.cpus_per_trial, args.gpus_per_trial, args.workers)
 
 
 def _budget(args: Namespace) -> "Budget":
@@ -67,12 +82,7 @@ def _budget(args: Namespace) -> "Budget":
 def _checked(args: Namespace, runs: Path) -> tuple[SearchSpace, Data]:
     """Everything that can be refused before anything starts."""
     if args.resume:
-        ledger = Ledger.open(runs / plain_name(args.resume, "--resume"))
-        if args.set or args.space or args.data_dir:
-            raise SpecError("--resume goes on with the settings it has: leave out --set, --space and --data-dir")
-        space = ledger.space
-        if space.method != args.method and isinstance(space.method, str):
-            raise SpecError(f"--resume {args.resume}: is a sweep of {space.method!r}, not of {args.method!r}")
+        space = _resumed(args, runs)
     else:
         named_method(args.method)
         space = load_space(args.method, settings(args), args.space)
@@ -82,6 +92,25 @@ def _checked(args: Namespace, runs: Path) -> tuple[SearchSpace, Data]:
     for line in config.warnings():
         print(f"raysweep: warning: {line}", file=sys.stderr)
     return space, load(config.data)
+
+
+def _resumed(args: Namespace, runs: Path) -> SearchSpace:
+    """The sweep's own space with what the command line changes: epochs by --set, ranges by --space."""
+    ledger = Ledger.open(runs / plain_name(args.resume, "--resume"))
+    old = ledger.space
+    if old.method != args.method and isinstance(old.method, str):
+        raise SpecError(f"--resume {args.resume}: is a sweep of {old.method!r}, not of {args.method!r}")
+    space, changes = old, settings(args)
+    if args.space:
+        for key, value in (read_yaml(args.space).get("base") or {}).items():
+            if key not in changes and old.base.get(key, value) != value:
+                raise SpecError(f"{args.space}: base.{key} = {value!r}: the sweep has {old.base[key]!r}; use --set")
+        space = load_space(args.method, {**old.base, **changes}, args.space)
+        space = space.model_copy(update={"trials": max(old.trials, space.trials)})
+    elif changes:
+        space = old.fixed(changes)
+    check_growth(old, space, {trial.number: trial.settings for trial in ledger.trials()})
+    return space
 
 
 def _ledger(args: Namespace, runs: Path, space: SearchSpace) -> Ledger:

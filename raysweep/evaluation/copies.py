@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.overrides import TorchFunctionMode
 
 # Kernels for fewer rows add in another order; from 7 rows on, rows were bit for bit the same in every batch (CPU,
 # forward and backward, five networks).
@@ -63,31 +64,51 @@ def fold_batch_norms(model: nn.Module, x: Tensor) -> int:
 
 
 def foldable(model: nn.Module, x: Tensor) -> dict[str, str]:
-    """Names {batch norm: convolution} where the one takes the other's output in a forward of x, each called once."""
+    """Names {batch norm: convolution} where, in a forward of x, the one alone takes the other's output, each once."""
     names = {module: name for name, module in model.named_modules()}
     outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}
     pairs: dict[_BatchNorm, nn.Conv2d] = {}
     calls: dict[nn.Module, int] = {}
+    uses = _Uses()
 
     def seen(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         calls[module] = calls.get(module, 0) + 1
         if isinstance(module, nn.Conv2d):
             outputs[id(output)] = (module, output)
+            uses.counts[id(output)] = 0
         elif isinstance(module, _BatchNorm) and id(inputs[0]) in outputs:
             pairs[module] = outputs[id(inputs[0])][0]
 
     hooks = [module.register_forward_hook(seen) for module in names if isinstance(module, (nn.Conv2d, _BatchNorm))]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), uses:
             model(x)
     finally:
         for hook in hooks:
             hook.remove()
+    shared = {conv for number, (conv, _) in outputs.items() if uses.counts[number] > 1}
     return {
         names[norm]: names[conv]
         for norm, conv in pairs.items()
-        if calls[norm] == calls[conv] == 1 and norm.track_running_stats and names[norm] and names[conv]
+        if calls[norm] == calls[conv] == 1 and conv not in shared
+        if norm.track_running_stats and names[norm] and names[conv]
     }
+
+
+class _Uses(TorchFunctionMode):
+    """How often each tensor, by its id, goes into a function that gives a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[int, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            for value in (*args, *(kwargs or {}).values()):
+                for item in value if isinstance(value, (list, tuple)) else (value,):
+                    self.counts[id(item)] = self.counts.get(id(item), 0) + 1
+        return out
 
 
 @contextmanager

@@ -31,6 +31,8 @@ def write_bundle(folder: Path, report: RobustnessReport, saved: Checkpoint, data
         "norm": report.norm,
         "eps_value": report.eps,
         "examples": len(report.labels),
+        "attacks": list(report.robust_after),
+        "seed": saved.config.seed,
         "clean_accuracy": report.clean_accuracy,
         "robust_accuracy": report.robust_accuracy,
         "data": data.json_dict() | {"data_dir": None},
@@ -81,14 +83,16 @@ def _problems(card: Mapping[str, Any], arrays: Mapping[str, Array], data: Data, 
     size = (x_adv.double() - x.double()).flatten(1)
     size = size.abs().amax(1) if card["norm"] == "Linf" else size.norm(dim=1)
     allowed = card["eps_value"] * (1 + 1e-6) + (2**-25 if card["norm"] == "Linf" else 0)
+    right, right_adv = _predicted(model, x) == y, _predicted(model, x_adv) == y
     checks = {
         f"farther than eps {card['eps_value']:.6g} from their images": ~(size <= allowed),
         "outside [0, 1]": ~((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1),
-        "called broken, and yet classified correctly": ~robust & (_predicted(model, x_adv) == y),
-        "called robust, and yet misclassified as they are": robust & (_predicted(model, x) != y),
+        "called broken, and yet classified correctly": ~robust & right_adv,
+        "called robust, and yet misclassified as they are": robust & ~right,
+        "called robust, and yet broken by what is saved with them": robust & right & ~right_adv,
     }
     lines += [f"{int(wrong.sum())} examples are {what}" for what, wrong in checks.items() if wrong.any()]
-    found = {"robust_accuracy": robust.float().mean(), "clean_accuracy": (_predicted(model, x) == y).float().mean()}
+    found = {"robust_accuracy": robust.float().mean(), "clean_accuracy": right.float().mean()}
     for name, share in found.items():
         if abs(float(share) - card[name]) > 1e-6:
             lines.append(f"{name} is {float(share):.4f}, the card says {card[name]:.4f}")

@@ -89,7 +89,10 @@ class Document:
         for section in self.sections:
             lines += [f"## {section.title}", ""]
             for part in section.parts:
-                lines += [*_markdown(part), ""]
+                if not isinstance(part, Picture):
+                    lines += [*_markdown(part), ""]
+            if captions := [part.caption for part in section.parts if isinstance(part, Picture)]:
+                lines += [f"*Figures, in the HTML: {'; '.join(captions)}.*", ""]
         return "\n".join(lines).rstrip() + "\n"
 
 
@@ -139,9 +142,7 @@ def _picture(picture: Picture) -> str:
     )
 
 
-def _markdown(part: Text | Banner | Table | Picture) -> list[str]:
-    if isinstance(part, Picture):
-        return [f"*Figure (in the HTML): {part.caption}*"]
+def _markdown(part: Text | Banner | Table) -> list[str]:
     if isinstance(part, Banner):
         return [f"**{part.text}**"]
     if isinstance(part, Text):

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from raysweep.pipeline.artifact import Judgement
 from raysweep.pipeline.paper import Comparison
@@ -61,8 +62,12 @@ def _scale(axes: Axes, distribution: Distribution) -> None:
         axes.margins(x=0.2)
         return
     low, high = distribution.ends()
-    axes.set_xscale("log" if distribution.log else "linear")
     axes.set_xlim(low, high)
+    if distribution.log:
+        axes.set_xscale("log")
+        ticks = [low, math.sqrt(low * high), high]
+        axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
 
 
 def importance(shares: Mapping[str, float], metric: str) -> Figure:

@@ -177,6 +177,7 @@ def run_pipeline(
 def _run(step: Step, work: Work, done: tuple[Artifact, ...]) -> Artifact:
     work.number, work.digest = step.number, step.digest
     began = time.monotonic()
+    work.say(f"[{time.strftime('%H:%M:%S')}] {step.number:02d} {step.kind}: {step.stage.describe(work.settings)}")
     outcome = step.stage.run(work, Past(done))
     artifact = Artifact(
         kind=step.kind,

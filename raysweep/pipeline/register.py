@@ -99,6 +99,7 @@ class Register(Stage):
             "norm": judgement.norm,
             "eps_value": judgement.eps,
             "examples": judgement.examples,
+            "attacks": list(judgement.after),
             "autoattack_interval": judgement.intervals["robust"],
             "protocol": "checkpoint and settings chosen on a validation split of the training set; test set seen once",
             "seed": saved.config.seed,

@@ -2,13 +2,13 @@
 
 import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from raysweep.pipeline.artifact import Artifact, Candidate, Judgement
+from raysweep.pipeline.artifact import Artifact, Judgement
 from raysweep.pipeline.compare import EXAMPLES, differences, facts_of, paired
 from raysweep.pipeline.document import Banner, Document, Section, Table, Text
 from raysweep.pipeline.inside import drawn, inside
@@ -21,7 +21,7 @@ from raysweep.pipeline.varied import varied
 from raysweep.schedules import Number
 from raysweep.spec import Json, SpecError
 from raysweep.training import checkpoint
-from raysweep.training.checkpoint import Checkpoint, Run
+from raysweep.training.checkpoint import Run
 from raysweep.training.load import load_checkpoint
 
 HTML, MARKDOWN = "report.html", "report.md"
@@ -53,13 +53,11 @@ class Report(Stage):
 
     def run(self, work: Work, past: Past) -> Outcome:
         best = verdict_on_chosen(past)
-        since = self._since(work, best)
+        since = self._since(work, past, best)
         regressions = self._regressions(best, since)
         table = self._table()
         lines = compare(table, past.judged) if table else []
-        subject = load_checkpoint(work.path(best.candidate.checkpoint), {})
-        pictures = drawn(subject)
-        saved = {c.checkpoint: checkpoint.read(work.path(c.checkpoint)) for c in _judged(past)}
+        pictures = drawn(load_checkpoint(work.path(best.candidate.checkpoint), {}))
         document = Document(
             title=f"raysweep {work.name}",
             under=_under(best),
@@ -68,8 +66,7 @@ class Report(Stage):
                 *paper(table, lines),
                 *evaluation(past.judged, best),
                 *objective(past.judged),
-                *varied(past.judged, {place: one.config for place, one in saved.items()}, past.artifacts),
-                *curves(_histories(past, saved)),
+                *_trained(work, past),
                 inside(best.candidate.title, pictures),
                 *searched(past.artifacts, work.out),
                 *cost(past.artifacts),
@@ -83,9 +80,7 @@ class Report(Stage):
             (folder / MARKDOWN).write_text(document.markdown())
             shutil.copy2(work.out / best.folder / EXAMPLES, folder / EXAMPLES)
             self._track(work, folder)
-            work.tracker.figures(
-                best.run, {name: pictures[name] for name in ("logits_map", "vulnerable_map") if name in pictures}
-            )
+            work.tracker.figures(best.run, {name: figure for name, figure in pictures.items() if name.endswith("_map")})
 
         facts: Json = {
             "best": best.json_dict(),
@@ -97,7 +92,7 @@ class Report(Stage):
         }
         return Outcome(facts=facts, files=files)
 
-    def _since(self, work: Work, best: Judgement) -> Json:
+    def _since(self, work: Work, past: Past, best: Judgement) -> Json:
         """What changed since the previous report of this pipeline."""
         previous = _previous(work)
         if previous is None:
@@ -111,6 +106,8 @@ class Report(Stage):
             "clean": [before.clean, best.clean],
             "different": differences(facts_of(best), artifact.facts["protocol"]),
         }
+        now, then = _medians(past.judged), artifact.facts["medians"]
+        facts["medians"] = {name: [then[name], now[name]] for name in now if name in then}
         test = None if facts["different"] else paired(work.out / best.folder / EXAMPLES, folder / EXAMPLES)
         return facts | ({"test": test._asdict()} if test else {})
 
@@ -147,23 +144,26 @@ def _previous(work: Work) -> tuple[Path, Artifact] | None:
     return max(found, key=lambda item: item[0])[1:] if found else None
 
 
-def _judged(past: Past) -> list[Candidate]:
-    """Each judged checkpoint once."""
-    return list({j.candidate.checkpoint: j.candidate for j in past.judged}.values())
+def _trained(work: Work, past: Past) -> list[Section]:
+    """What the judged checkpoints' settings vary in, and all epochs of the first seed of each row."""
+    judged = {j.candidate.checkpoint: j.candidate for j in past.judged}
+    saved = {place: checkpoint.read(work.path(place)) for place in judged}
+    histories: dict[str, list[dict[str, float]]] = {}
+    for place, candidate in judged.items():
+        last = Run(saved[place].path.parent).last()
+        if last is not None:
+            # The epochs after the best are in the last checkpoint.
+            histories.setdefault(candidate.label, last.history)
+    configs = {place: one.config for place, one in saved.items()}
+    return [*varied(past.judged, configs, past.artifacts), *curves(histories)]
 
 
-def _histories(past: Past, saved: Mapping[str, Checkpoint]) -> dict[str, list[dict[str, float]]]:
-    """All epochs of the first seed of each row, the ones after the best too."""
-    found: dict[str, list[dict[str, float]]] = {}
-    for candidate in _judged(past):
-        last = Run(saved[candidate.checkpoint].path.parent).last()
-        if last is not None and candidate.label not in found:
-            found[candidate.label] = last.history
-    return found
-
-
-def _medians(judged: tuple[Judgement, ...]) -> dict[str, Any]:
-    return {f"{j.candidate.title}, {j.attack}": j.robust for j in judged}
+def _medians(judged: tuple[Judgement, ...]) -> dict[str, float]:
+    """Robust accuracy of each method under each attack: what the next report compares with."""
+    found: dict[str, list[float]] = {}
+    for j in judged:
+        found.setdefault(f"{j.candidate.method} under {j.attack}", []).append(j.robust)
+    return {name: median(shares) for name, shares in found.items()}
 
 
 def _under(best: Judgement) -> str:
@@ -194,6 +194,11 @@ def _since_lines(since: Json) -> list[Any]:
                 ["chosen checkpoint", *since["best"]],
                 ["robust accuracy", *(f"{v:.2%}" for v in since["robust"])],
                 ["clean accuracy", *(f"{v:.2%}" for v in since["clean"])],
+                *(
+                    [f"{name} (median)", *(f"{v:.2%}" for v in values)]
+                    for name, values in since["medians"].items()
+                    if len(since["medians"]) > 1
+                ),
             ],
         )
     ]

@@ -18,8 +18,8 @@ _SHOWN = 6
 _GAP = 0.02
 _ALWAYS = ("robust_worst", "clean")
 _PER_PART = {
-    "train/kappa_": "mean κ of training data under",
-    "train/ess_": "effective share of the sample, term",
+    "train/kappa_": "mean κ in training under",
+    "train/ess_": "effective share of the sample,",
 }
 
 
@@ -143,7 +143,10 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Secti
         names = [key.removeprefix(prefix) for key in sorted(there) if key.startswith(prefix) and "median" not in key]
         wanted |= {f"{prefix}{name}": f"{label} {name}" for name in names}
     pictures = [
-        Picture(f"{label[0].upper()}{label[1:]} over epochs", figures.curves(histories, key, label))
+        Picture(
+            f"{label[0].upper()}{label[1:]} over epochs",
+            figures.curves(histories, key, label.replace(" of the sample", "")),
+        )
         for key, label in wanted.items()
         if key in there and (key in _ALWAYS or _differs(histories, key))
     ]

@@ -14,7 +14,8 @@ from raysweep.pipeline.stage import Outcome, Past, Settings, Stage, StageFailed,
 from raysweep.schedules import Number
 from raysweep.spec import Json, Spec, SpecError
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.space import SearchSpace, load_space
+from raysweep.sweep.plan import expected_epochs
+from raysweep.sweep.space import SearchSpace, labels, load_space
 from raysweep.tracking import SweepTracker
 from raysweep.training import checkpoint
 from raysweep.training.config import RunConfig
@@ -61,8 +62,10 @@ class Tune(Stage):
     def describe(self, settings: Settings) -> str:
         space = self.search(settings)
         config = space.config({})
-        searched = ", ".join(space.space)
-        return f"{space.total} trials of {_what(config)}; searched: {searched}"
+        searched = ", ".join(labels(list(space.space)).values())
+        epochs, most = expected_epochs(space, config.epochs), space.total * config.epochs
+        about = f"about {epochs} of {most}" if epochs < most else str(most)
+        return f"{_counted(space.total, 'trial')} of {_what(config)} each, {about} in all; searched: {searched}"
 
     def run(self, work: Work, past: Past) -> Outcome:
         ledger = sweep(work, work.sweep(), self.search(work.settings), self.cpus, self.gpus, self.max_hours)
@@ -120,8 +123,10 @@ class Train(Stage):
         return [space.config({}) for space in self.spaces(settings).values()]
 
     def describe(self, settings: Settings) -> str:
-        rows = [f"{label} ({_what(space.config({}))})" for label, space in self.spaces(settings).items()]
-        return f"{len(self.seeds)} seeds of {'; '.join(rows)}"
+        configs = {label: space.config({}) for label, space in self.spaces(settings).items()}
+        rows = [f"{label} ({_what(config)})" for label, config in configs.items()]
+        epochs = len(self.seeds) * sum(config.epochs for config in configs.values())
+        return f"{_counted(len(self.seeds), 'seed')} of {'; '.join(rows)}: {epochs} epochs in all"
 
     def run(self, work: Work, past: Past) -> Outcome:
         candidates: list[Candidate] = []
@@ -230,6 +235,10 @@ def facts(work: Work, ledger: Ledger) -> Json:
         "seconds": sum(t.seconds for t in trials),
         "trials": rows,
     }
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _what(config: RunConfig) -> str:

@@ -12,6 +12,9 @@ _ENVIRONMENT = {
     # The objective may be measured every few epochs only, and a failed trial reports none.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
+    # A lost process is told in a line of ours; Ray would print its tracebacks and logs, some of them on stdout.
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "worker died or was killed|Raylet is terminated|node with node id|memory pressure",
     # Train: hear of a report soon after it is made, and start no actors that nobody listens to.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",

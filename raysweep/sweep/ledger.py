@@ -10,7 +10,8 @@ from uuid import uuid4
 from raysweep import storage
 from raysweep.files import write_whole
 from raysweep.spec import SpecError
-from raysweep.sweep.space import SearchSpace, Settings, identity
+from raysweep.sweep.growth import check_growth
+from raysweep.sweep.space import SearchSpace, Settings
 
 State = Literal["running", "finished", "stopped", "failed"]
 
@@ -19,8 +20,8 @@ State = Literal["running", "finished", "stopped", "failed"]
 class Trial:
     """One trial. epoch: last reported; best: the metrics of its best epoch; curve: [epoch, objective] for each epoch.
 
-    trained: epochs that were not taken over from another trial; seconds: held by the trial, retries included; reason:
-    why it failed.
+    trained: epochs that were not taken over from another trial; seconds: held by the trial, retries included; retries:
+    how often it lost its process and went on; reason: why it failed or, until its next epoch, started again.
     """
 
     number: int
@@ -32,6 +33,7 @@ class Trial:
     curve: list[list[float]] = field(default_factory=list)
     trained: int = 0
     seconds: float = 0.0
+    retries: int = 0
     reason: str = ""
 
     def score(self, metric: str) -> float:
@@ -51,6 +53,7 @@ class Trial:
             best=metrics if value is not None and value > self.score(metric) else self.best,
             curve=self.curve if value is None else [*self.curve, [epoch, value]],
             trained=self.trained + ("shared" not in metrics),
+            reason="",
         )
 
 
@@ -102,13 +105,17 @@ class Ledger:
             shutil.rmtree(self.path)
 
     def extend(self, space: SearchSpace) -> None:
-        """Take over a space that differs in the number of trials only."""
-        if identity(space) != identity(self.space):
-            raise SpecError(
-                f"{storage.name(self.path)} holds a sweep with other settings: choose another --name for these"
-            )
+        """Go on as `space`: finished trials that it gives more epochs are running again, from their last checkpoints.
+
+        Raises SpecError for what would make it another sweep (see `sweep.growth`).
+        """
+        trials = self.trials()
+        check_growth(self.space, space, {trial.number: trial.settings for trial in trials})
         self.space = space
         self._write_space()
+        for trial in trials:
+            if trial.state == "finished" and trial.epoch < space.config(trial.settings).epochs:
+                self.write(replace(trial, state="running"))
 
     def run_path(self, number: int) -> Path:
         return self.path / "trials" / f"{number:04d}"

@@ -2,26 +2,28 @@
 
 import json
 import math
+import os
 import time
-from argparse import Namespace
 
 import torch
 
 from raysweep.data import Data
 from raysweep.rng import Rng, seed_of
+from raysweep.sweep.resources import Resources
 from raysweep.sweep.space import SearchSpace
 from raysweep.training.config import RunConfig
 
 
-def plan(space: SearchSpace, data: Data, args: Namespace) -> int:
-    """Print the plan; nothing is written and no cluster is started."""
+def plan(space: SearchSpace, data: Data, resources: Resources, address: str | None, as_json: bool) -> int:
+    """Print the plan; nothing is written and no cluster is started (one that is named is asked what it has)."""
     config = space.config({})
-    torch.set_num_threads(max(1, int(args.cpus_per_trial)))
-    seconds = epoch_seconds(config, data)
+    concurrent = min(resources.concurrent(*_machine(address)), space.total)
+    seconds = epoch_seconds(config, data, resources)
     epochs = expected_epochs(space, config.epochs)
     half_width = 1.96 * math.sqrt(0.25 / min(len(data.val), config.validation.size or len(data.val)))
     searched = {path: d.model_dump(exclude_defaults=True) for path, d in space.space.items()}
-    if args.json:
+    wall = seconds * epochs / concurrent
+    if as_json:
         facts = {
             "method": config.method.name,
             "trials": space.total,
@@ -30,9 +32,13 @@ def plan(space: SearchSpace, data: Data, args: Namespace) -> int:
             "searched": searched,
             "train_examples": len(data.train),
             "validation_examples": len(data.val),
-            "cpus_per_trial": args.cpus_per_trial,
+            "workers_per_trial": resources.workers,
+            "cpus_per_trial": resources.cpus,
+            "gpus_per_trial": resources.gpus,
+            "trials_at_once": concurrent,
             "seconds_per_epoch": round(seconds, 2),
             "trial_hours": round(seconds * epochs / 3600, 3),
+            "wall_hours": round(wall / 3600, 3),
             "objective_95_half_width": round(half_width, 4),
         }
         print(json.dumps(facts, indent=1))
@@ -43,29 +49,51 @@ def plan(space: SearchSpace, data: Data, args: Namespace) -> int:
         print(f"  {path}: {distribution}")
     print(f"{len(data.train)} training and {len(data.val)} validation examples")
     print(f"95% interval of the objective: +-{half_width:.3f}")
-    print(f"one epoch with validation takes about {seconds:.1f} s here on {args.cpus_per_trial:g} CPU(s)")
+    each = f", shared by {resources.workers} workers" if resources.workers > 1 else ""
+    print(f"a trial holds {resources.cpus:g} CPU(s) and {resources.gpus:g} GPU(s){each}; {concurrent} run at once")
+    print(f"one epoch with validation takes about {seconds:.1f} s by a few steps of one worker here")
     print(f"about {epochs} epochs in all{f' ({most} without early stopping)' if epochs < most else ''}:")
-    print(f"{seconds * epochs / 60:.0f} minutes of one worker, divided by the trials that run at once")
+    print(f"{_minutes(seconds * epochs)} of trials, {_minutes(wall)} from start to end")
     return 0
 
 
-def epoch_seconds(config: RunConfig, data: Data, steps: int = 2) -> float:
-    """Seconds that an epoch with its validation takes, from `steps` real steps after the burn-in."""
+def _machine(address: str | None) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """What the cluster has, in all and by node; without one, what a cluster on this machine would have."""
+    if address or os.environ.get("RAY_ADDRESS"):
+        from raysweep.sweep.cluster import connected, nodes
+
+        with connected(address) as cluster:
+            return cluster, nodes()
+    here = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    return here, [here]
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.0f} minutes"
+
+
+def epoch_seconds(config: RunConfig, data: Data, resources: Resources, steps: int = 2) -> float:
+    """Seconds of an epoch with its validation, from `steps` real steps after the burn-in.
+
+    Each of several workers takes its share of a batch and of the validation; what they say to each other comes on top.
+    """
+    torch.set_num_threads(max(1, int(resources.cpus / resources.workers)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = data.to(device)
     model = config.model.build(data.channels, data.classes, seed_of(config.seed, "weights")).to(device)
     settings = config.at(config.epochs - 1)
-    batches = data.batches(config.batch_size, config.seed, 0)
+    batches = data.batches(config.batch_size, config.seed, 0, 0, resources.workers)
     timings = []
     for _, batch in zip(range(steps + 1), batches, strict=False):
         started = time.perf_counter()
         step = settings.method(model, batch.x, batch.y, Rng.for_examples(batch.index, 0, "plan"))
         step.loss.backward()  # type: ignore[no-untyped-call]
         timings.append(time.perf_counter() - started)
-    sample = min(len(data.val), config.batch_size)
+    judged = min(len(data.val), config.validation.size or len(data.val)) / resources.workers
+    sample = math.ceil(min(judged, config.batch_size))
     started = time.perf_counter()
     config.validation.model_copy(update={"size": sample})(model, data.val)
-    validation = (time.perf_counter() - started) / sample * min(len(data.val), config.validation.size or len(data.val))
+    validation = (time.perf_counter() - started) / sample * judged
     # The first step pays for warming up.
     return min(timings) * math.ceil(len(data.train) / config.batch_size) + validation / config.validation.every
 

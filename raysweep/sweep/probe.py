@@ -67,15 +67,18 @@ class Answer:
 
 def ask(question: Question) -> list[Answer]:
     """Every node's answer. A node that cannot say anything has its reason in `problems["node"]`."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = _alive()
     asked = time.time()
-    waiting = [_on(node).remote(asdict(question), node["Resources"].get("GPU", 0.0)) for node in nodes]
-    return [_answer(node, reference, asked) for node, reference in zip(nodes, waiting, strict=True)]
+    waiting = [_on(node).remote(asdict(question), node["Resources"].get("GPU", 0.0)) for node in nodes.values()]
+    answers = {name: _answer(nodes[name], one, asked) for name, one in zip(nodes, waiting, strict=True)}
+    # One that died meanwhile is no longer the cluster's.
+    still = _alive()
+    return [answer for name, answer in answers.items() if "node" not in answer.problems or name in still]
 
 
 def missing(folder: Path, source: Source) -> list[str]:
     """What the nodes of a cluster lack for a sweep in `folder`, one line each."""
-    if sum(node["Alive"] for node in ray.nodes()) == 1:
+    if len(_alive()) == 1:
         return []
     question = Question(where(folder), "sweep.json", source.spec.model_dump_json(), source.fingerprint)
     return [
@@ -96,6 +99,10 @@ def sees(folder: Path) -> None:
     if not storage.pull_file(folder / "sweep.json"):
         hint = "--out or --storage must be what all nodes share"
         raise SpecError(f"{socket.gethostname()}: does not see {storage.name(folder)}: {hint}")
+
+
+def _alive() -> dict[str, dict[str, Any]]:
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
 
 
 def _on(node: dict[str, Any]) -> Any:

@@ -4,17 +4,19 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from ray import tune
 from ray.tune.experiment import Trial as RayTrial
 
+from raysweep.sweep.failures import BUG, FAILED, account, lost
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.search import FAILED
 
-BUG = "bug"
 # So many trials with an error of the code end the sweep.
 BUGS = 3
+# What kills a trial's process (a preempted node, a killed worker) costs nothing but the epoch it was in.
+RETRIES = 20
 
 
 class Listener(Protocol):
@@ -49,13 +51,17 @@ class Relay(tune.Callback):
 
     def __init__(self, ledger: Ledger, epochs: int, listeners: Sequence[Listener], gpus: float, budget: Budget) -> None:
         self.bugs: list[str] = []
+        # Why trials got no process: they are for another round of Tune.
+        self._unstarted: list[str] = []
+        self._rounds = 0
+        self._progress = False
         self._ledger = ledger
         self._epochs = epochs
         self._listeners = listeners
         self._gpus = gpus
         self._budget = budget
-        # What earlier calls left; a sweep's folder may hold thousands.
-        self._past = {trial.number: trial for trial in ledger.trials()}
+        # By number, of earlier calls and rounds too; read once, for a sweep's folder may hold thousands.
+        self._known = {trial.number: trial for trial in ledger.trials()}
         self._trials: dict[str, Trial] = {}
         self._seen: dict[str, float] = {}
         self._began = time.monotonic()
@@ -71,18 +77,32 @@ class Relay(tune.Callback):
         wall = time.monotonic() - self._began
         return len(self.bugs) >= BUGS or self._budget.spent(wall, self._held * self._gpus)
 
+    def another_round(self) -> bool:
+        """Whether Tune is to run (again): the first time, and while trials lack nothing but a process that lives."""
+        again = not self._rounds or (bool(self._unstarted) and not self.over)
+        self._rounds, self._progress = self._rounds + 1, False
+        self._unstarted.clear()
+        return again
+
+    def check(self) -> None:
+        """Raises SweepFailed if the round that has ended shows that more would bring nothing."""
+        if len(self.bugs) >= BUGS:
+            raise SweepFailed(f"{len(self.bugs)} trials met errors of the code, the first:\n{self.bugs[0]}")
+        if self._unstarted and not self._progress:
+            raise SweepFailed(f"no trial could start: {self._unstarted[-1]}")
+
     def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         proposal = trial.config
         if trial.trial_id not in self._trials:
             fresh = Trial(proposal["number"], proposal["settings"])
-            self._update(trial, replace(self._past.get(fresh.number, fresh), state="running"))
+            self._update(trial, replace(self._known.get(fresh.number, fresh), state="running"))
 
     def on_trial_result(
         self, iteration: int, trials: list[RayTrial], trial: RayTrial, result: dict[str, Any], **info: Any
     ) -> None:
         before = self._trials[trial.trial_id]
         if FAILED in result:
-            self.bugs += [result[BUG]] if BUG in result else []
+            self.bugs += [account(result)] if BUG in result else []
             self._update(trial, replace(before, state="failed", reason=result[FAILED]))
             return
         metrics = {k: float(v) for k, v in result.items() if k == "epoch" or _is_ours(k, v)}
@@ -91,16 +111,27 @@ class Relay(tune.Callback):
             self._update(trial, after, metrics)
 
     def on_trial_complete(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
-        record = self._trials[trial.trial_id]
+        record = self._trials.get(trial.trial_id)
+        if record is None:
+            # A budget was spent before its first process started.
+            return
         if record.state == "running" and record.epoch >= self._epochs:
             self._update(trial, replace(record, state="finished"))
         elif record.state == "running" and not self.over:
             self._update(trial, replace(record, state="stopped"))
 
+    def on_trial_recover(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        before = self._trials.get(trial.trial_id)
+        if before is not None:
+            self._update(trial, replace(before, retries=before.retries + 1, reason=lost(_account(trial))))
+
     def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
-        error = trial.get_error()
-        reason = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
-        self._update(trial, replace(self._trials[trial.trial_id], state="failed", reason=reason))
+        before, why = self._trials.get(trial.trial_id), lost(_account(trial))
+        if before is not None and trial.num_failures > RETRIES:
+            self._update(trial, replace(before, state="failed", reason=f"{why}, the {trial.num_failures}th time"))
+        else:
+            # Tune does not try again where a process is lost while it starts.
+            self._unstarted.append(why)
 
     def _update(self, trial: RayTrial, record: Trial, metrics: dict[str, float] | None = None) -> None:
         now = time.monotonic()
@@ -108,7 +139,8 @@ class Relay(tune.Callback):
         self._seen[trial.trial_id] = now
         self._held += held
         record = replace(record, seconds=record.seconds + held)
-        self._trials[trial.trial_id] = record
+        self._progress |= metrics is not None or record.state != "running"
+        self._trials[trial.trial_id] = self._known[record.number] = record
         self._ledger.write(record)
         for listener in self._listeners:
             listener.trial_changed(record, metrics)
@@ -134,6 +166,12 @@ _TUNE_KEYS = frozenset({
     "timestamp", "time_this_iter_s", "time_total_s", "time_since_restore", "pid", "iterations_since_restore",
     "training_iteration", "done",
 })  # fmt: skip
+
+
+def _account(trial: RayTrial) -> str:
+    """What Ray says of the trial's last failure."""
+    file = trial.error_file
+    return Path(file).read_text().rpartition("Failure # ")[2] if file and Path(file).exists() else ""
 
 
 def _is_ours(key: str, value: Any) -> bool:

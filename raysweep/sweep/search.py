@@ -6,10 +6,9 @@ from typing import Any
 import optuna
 from ray.tune.search import Searcher
 
+from raysweep.sweep.failures import FAILED
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.study import constraints, frozen
-
-FAILED = "failed"
 
 
 class StudySearch(Searcher):
@@ -22,22 +21,21 @@ class StudySearch(Searcher):
     def __init__(self, ledger: Ledger) -> None:
         super().__init__(metric=ledger.space.objectives[0], mode="max")
         self._ledger = ledger
-        space = ledger.space
+        space, past = ledger.space, ledger.trials()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(
-            directions=["maximize"] * len(space.objectives), sampler=space.sampler.build()
+            directions=["maximize"] * len(space.objectives), sampler=space.sampler.build(len(past))
         )
         self._asked: dict[str, optuna.Trial | Trial] = {}
         self._best: dict[str, dict[str, float]] = {}
-        past = ledger.trials()
+        self._complete = 0
         self._unfinished = [trial for trial in past if trial.state == "running"]
         self._next = max((trial.number for trial in past), default=-1) + 1
         for trial in past:
             if trial.state != "running":
                 self._remember(trial)
-        tried = [trial.settings for trial in past]
         for point in space.queue:
-            if point not in tried:
+            if not any(point.items() <= trial.settings.items() for trial in past):
                 self._study.enqueue_trial(space.params(point))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -80,4 +78,8 @@ class StudySearch(Searcher):
         """Nothing: the ledger is the truth."""
 
     def _remember(self, trial: Trial) -> None:
-        self._study.add_trial(frozen(self._ledger.space, trial))
+        # Without a generation NSGA-II would begin again, without parents.
+        generation = {"NSGAIISampler:generation": self._complete // self._ledger.space.sampler.startup}
+        past = frozen(self._ledger.space, trial, system_attrs=generation)
+        self._study.add_trial(past)
+        self._complete += past.state == optuna.trial.TrialState.COMPLETE

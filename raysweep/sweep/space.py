@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from raysweep.data import DataSpec
 from raysweep.evaluation.validation import Metric
 from raysweep.schedules import Number
-from raysweep.spec import Json, Spec, SpecError, digest, read_yaml, shipped, unknown_name
+from raysweep.spec import Json, Spec, SpecError, read_yaml, shipped, unknown_name
 from raysweep.training.config import RunConfig, run_config
 
 Choice = float | str | bool | None
@@ -53,6 +53,11 @@ class Distribution(Spec):
             raise ValueError("log and step exclude each other")
         return self
 
+    @property
+    def kind(self) -> str:
+        """`float`, `int` or `categorical`."""
+        return next(kind for kind in ("float", "int", "categorical") if getattr(self, kind) is not None)
+
     def ends(self) -> list[Any]:
         """The values that bound the rest: both ends of a range, every choice."""
         return list(self.categorical or self.float or self.int or ())
@@ -62,7 +67,10 @@ class Distribution(Spec):
         if self.categorical is not None:
             return value in self.categorical
         low, high = self.ends()
-        return isinstance(value, Real) and low <= value <= high
+        if not isinstance(value, Real) or not low <= value <= high:
+            return False
+        steps = (value - low) / (self.step or 1)
+        return abs(steps - round(steps)) < 1e-8 if self.step or self.int else True
 
     def optuna(self) -> BaseDistribution:
         if self.categorical is not None:
@@ -89,13 +97,17 @@ class Sampler(Spec):
     seed: int = 0
     startup: Annotated[int, Field(ge=1)] = 8
 
-    def build(self) -> optuna.samplers.BaseSampler:
-        """A grid needs no sampler: its points are queued."""
+    def build(self, past: int = 0) -> optuna.samplers.BaseSampler:
+        """A grid needs no sampler: its points are queued.
+
+        past: trials before a restart; their draws must not come again.
+        """
+        seed = self.seed + past
         if self.kind in ("random", "grid"):
-            return optuna.samplers.RandomSampler(seed=self.seed)
+            return optuna.samplers.RandomSampler(seed=seed)
         if self.kind == "nsga2":
-            return optuna.samplers.NSGAIISampler(seed=self.seed, population_size=self.startup)
-        return optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=self.startup)
+            return optuna.samplers.NSGAIISampler(seed=seed, population_size=self.startup)
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=self.startup)
 
 
 class Scheduler(Spec):
@@ -112,7 +124,8 @@ class SearchSpace(Spec):
     metric: what is maximised, or several for a Pareto front (the first decides each trial's best epoch).
     max_masking_gap: a trial that PGD overstates by more is infeasible: last in the ranking, a place for the sampler to
     leave.
-    share_prefixes: start from states that other trials have trained (see `training.prefix`).
+    share_prefixes: start from states that other trials have trained (see `training.prefix`); prefix_gib: when their
+    folder outgrows so many GiB, the least recently used go.
     """
 
     method: str | dict[str, Any]
@@ -120,6 +133,7 @@ class SearchSpace(Spec):
     max_masking_gap: Annotated[Number, Field(ge=0, le=1)] | None = None
     trials: Annotated[int, Field(ge=1)] = 16
     share_prefixes: bool = True
+    prefix_gib: Annotated[Number, Field(ge=0)] = 20.0
     sampler: Sampler = Field(default_factory=Sampler)
     scheduler: Scheduler = Field(default_factory=Scheduler)
     base: dict[str, Any] = Field(default_factory=dict)
@@ -280,13 +294,6 @@ def labels(paths: list[str]) -> dict[str, str]:
         leaf_is_unique = sum(other[-1] == parts[-1] for other in short.values()) == 1
         result[path] = parts[-1] if leaf_is_unique else ".".join(parts)
     return result
-
-
-def identity(space: SearchSpace) -> str:
-    """What makes two sweeps the same, whatever the number of trials."""
-    data: Json = space.json_dict()
-    del data["trials"]
-    return digest(data)
 
 
 def _several(wanted: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """A sweep's past in Optuna's terms, rebuilt from the ledger with the distributions of its space."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -10,18 +11,28 @@ from raysweep.sweep.space import SearchSpace
 
 # A random forest over fewer points finds importance in noise.
 ENOUGH = 10
+NUMBER = "raysweep.number"
 
 
-def frozen(space: SearchSpace, trial: Trial, objectives: Sequence[str] = ()) -> FrozenTrial:
+def frozen(
+    space: SearchSpace,
+    trial: Trial,
+    objectives: Sequence[str] = (),
+    system_attrs: dict[str, Any] | None = None,
+) -> FrozenTrial:
     """An ended trial as Optuna keeps it; objectives: of its best epoch, by default the space's."""
     failed = trial.state == "failed" or not trial.best
-    known = {path: space.space[path] for path in trial.settings if path in space.space}
+    known = {path: space.space[path].optuna() for path in trial.settings if path in space.space}
+    names = objectives or space.objectives
     return optuna.trial.create_trial(
         state=TrialState.FAIL if failed else TrialState.COMPLETE,
-        values=None if failed else [trial.score(name) for name in objectives or space.objectives],
+        values=None if failed else [trial.score(name) for name in names],
         params=space.params(trial.settings),
-        distributions={path: distribution.optuna() for path, distribution in known.items()},
+        distributions=known,
         constraints=None if failed else constraints(space, trial.best),
+        intermediate_values={int(epoch): value for epoch, value in trial.curve} if len(names) == 1 else None,
+        user_attrs={NUMBER: trial.number, "state": trial.state, **({"reason": trial.reason} if trial.reason else {})},
+        system_attrs=system_attrs,
     )
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,21 +16,19 @@ from raysweep.data.shared import Source
 from raysweep.spec import SpecError
 from raysweep.sweep.asha import Asha
 from raysweep.sweep.cluster import connected, nodes
+from raysweep.sweep.failures import explain
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.preemption import Preemptible, busy, leave, told
 from raysweep.sweep.probe import missing, sees
-from raysweep.sweep.relay import BUG, BUGS, Budget, Listener, Relay, Stop, SweepFailed
+from raysweep.sweep.relay import RETRIES, Budget, Listener, Relay, Stop
 from raysweep.sweep.resources import Resources
-from raysweep.sweep.search import FAILED, StudySearch
+from raysweep.sweep.search import StudySearch
 from raysweep.sweep.workers import Release, train_on_workers
 from raysweep.training.checkpoint import Checkpoint
 from raysweep.training.config import RunConfig
 from raysweep.training.pause import Interrupted
 from raysweep.training.prefix import PREFIXES, Prefixes
-from raysweep.training.trainer import TrainingFailed, fit
-
-# What kills a trial's process costs at most the epoch it was in, and nothing if it was told before.
-_RETRIES = 20
+from raysweep.training.trainer import fit
 
 
 def run_sweep(
@@ -61,23 +58,25 @@ def run_sweep(
         concurrent = resources.concurrent(cluster, nodes())
         for listener in listeners:
             listener.started(ledger, concurrent)
-        done = sum(trial.state != "running" for trial in ledger.trials())
+        relay = Relay(ledger, config.epochs, listeners, resources.held_gpus, budget)
         try:
-            if done < space.total:
-                relay = Relay(ledger, config.epochs, listeners, resources.held_gpus, budget)
-                _tuner(ledger, source, relay, resources, concurrent, space.total - done).fit()
-                if len(relay.bugs) >= BUGS:
-                    raise SweepFailed(f"{len(relay.bugs)} trials met the same kind of error, see {relay.bugs[0]}")
+            while (wanted := space.total - _ended(ledger)) > 0 and relay.another_round():
+                _tuner(ledger, source, relay, resources, concurrent, wanted).fit()
+                relay.check()
         finally:
             for listener in listeners:
                 listener.ended(ledger)
+
+
+def _ended(ledger: Ledger) -> int:
+    return sum(trial.state != "running" for trial in ledger.trials())
 
 
 def _tuner(
     ledger: Ledger, source: Source, relay: Relay, resources: Resources, concurrent: int, trials: int
 ) -> tune.Tuner:
     for name in ("ray.tune", "ray.train", "ray"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL if name == "ray.tune" else logging.ERROR)
     warnings.filterwarnings("ignore", module="ray")
     where, space = storage.name(ledger.path.resolve()), ledger.space
 
@@ -86,7 +85,8 @@ def _tuner(
         # Each machine has its own copy of a bucket.
         root = storage.at(where)
         path = root / "trials" / f"{proposal['number']:04d}"
-        prefixes = Prefixes(root.parent / PREFIXES) if space.share_prefixes else None
+        store = Prefixes(root.parent / PREFIXES, limit=int(space.prefix_gib * 2**30))
+        prefixes = store if space.share_prefixes else None
         if resources.workers == 1:
             _train(settings, path, resources.cpus, prefixes, source)
         else:
@@ -108,7 +108,7 @@ def _tuner(
             # Nothing but Tune's own scratch: no sweep starts from it.
             storage_path=str(ledger.path.resolve()),
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=_RETRIES),
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
             stop=Stop(relay),
             callbacks=[relay, Release(ledger.path / "trials")],
         ),
@@ -137,16 +137,7 @@ def _train(config: RunConfig, path: Path, cpus: float, prefixes: Prefixes | None
             fit(config, path, report, data=source.load(config.data), prefixes=prefixes, interrupted=told)
     except Interrupted:
         leave()
-    except (TrainingFailed, SpecError) as error:
-        tune.report({FAILED: str(error)})
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        hint = f"lower batch_size (now {config.batch_size}) or raise --gpus-per-trial"
-        tune.report({FAILED: f"out of memory on {torch.cuda.get_device_name()}: {hint}"})
     except storage.StoreFailed:
         raise
     except Exception as error:
-        log = path / "error.txt"
-        log.write_text(traceback.format_exc())
-        storage.push(log)
-        tune.report({FAILED: f"{type(error).__name__}: {error}", BUG: storage.name(log)})
+        tune.report(explain(error, config, path))

@@ -7,7 +7,6 @@ from typing import Any
 import ray.train
 import ray.train.torch
 from ray import tune
-from ray.exceptions import RayActorError
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, placement_group_table
@@ -15,8 +14,8 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from raysweep import storage
 from raysweep.data.shared import Source
 from raysweep.spec import SpecError
-from raysweep.sweep.search import FAILED
-from raysweep.training.checkpoint import Run
+from raysweep.sweep.failures import FAILED, explain, forget, keep, kept
+from raysweep.training.checkpoint import Checkpoint, Run
 from raysweep.training.config import RunConfig
 from raysweep.training.prefix import Prefixes
 from raysweep.training.trainer import TrainingFailed, fit
@@ -41,6 +40,7 @@ def train_on_workers(
     folder's last checkpoint.
     """
     release(held(path))
+    forget(path)
     try:
         # Reports that an earlier driver or group did not get through; those that did change nothing.
         for metrics in _history(path):
@@ -48,12 +48,6 @@ def train_on_workers(
         _trainer(config, path, workers, each, prefixes, source).fit()
     except SpecError as error:
         tune.report({FAILED: str(error), "epoch": 0})
-    except ray.train.WorkerGroupError as error:
-        if any(isinstance(failure, RayActorError) for failure in error.worker_failures.values()):
-            raise
-        # The group has had its retries: what failed is not a machine.
-        first = error.worker_failures[min(error.worker_failures)]
-        tune.report({FAILED: str(first).strip().splitlines()[-1], "epoch": 0})
 
 
 def _trainer(
@@ -71,7 +65,7 @@ def _trainer(
             "config": config.model_dump_json(),
             "path": storage.name(path),
             "threads": threads,
-            "prefixes": storage.name(prefixes.path) if prefixes else None,
+            "prefixes": prefixes,
             "source": source,
         },
         scaling_config=ray.train.ScalingConfig(
@@ -91,32 +85,47 @@ def _trainer(
 
 def _work(loop: dict[str, Any]) -> None:
     """What each worker runs."""
+    from raysweep.training.distributed import PeerLost
+
+    config, path = RunConfig.model_validate_json(loop["config"]), storage.at(loop["path"])
+    try:
+        _share(config, path, loop)
+    except TrainingFailed as error:
+        # All workers at once.
+        ray.train.report({FAILED: str(error), "epoch": 0})
+    except (PeerLost, storage.StoreFailed):
+        raise
+    except Exception as error:
+        # Perhaps this one's alone: the others wait for it, and only the end of the group frees them.
+        keep(path, explain(error, config, path))
+        raise
+
+
+def _share(config: RunConfig, path: Path, loop: dict[str, Any]) -> None:
+    """One worker's part of the training."""
     import torch
 
     from raysweep.training.distributed import GroupWorkers, first_says
 
     torch.set_num_threads(loop["threads"])
-    config, path = RunConfig.model_validate_json(loop["config"]), storage.at(loop["path"])
     workers, device = GroupWorkers(), ray.train.torch.get_device()
     if workers.rank == 0:
         _hold(path)
+    if first_says(bool(kept(path)), workers, device):
+        # The last group ended by an error of this trial, and so would each after it.
+        ray.train.report({**kept(path), "epoch": 0})
+        return
     # A report waits for the next poll: when a group dies, its last two may not have got through.
     known = _history(path) if workers.rank == 0 else []
     missed = known[-2:]
     for number in range(first_says(len(missed), workers, device)):
         ray.train.report(missed[number] if missed else {})
-    try:
-        fit(
-            config,
-            path,
-            lambda metrics, saved: ray.train.report(metrics),
-            data=loop["source"].load(config.data) if loop["source"] else None,
-            device=device,
-            workers=workers,
-            prefixes=Prefixes(storage.at(loop["prefixes"])) if loop["prefixes"] else None,
-        )
-    except TrainingFailed as error:
-        ray.train.report({FAILED: str(error), "epoch": 0})
+
+    def report(metrics: dict[str, float], saved: Checkpoint) -> None:
+        ray.train.report(metrics)
+
+    data = loop["source"].load(config.data) if loop["source"] else None
+    fit(config, path, report, data=data, device=device, workers=workers, prefixes=loop["prefixes"])
 
 
 def _history(path: Path) -> list[dict[str, float]]:

@@ -28,7 +28,11 @@ class Optim(Spec):
 
 
 class RunConfig(Spec):
-    """One training run. `method` may be given by its name in the catalog or written out."""
+    """One training run. `method` may be given by its name in the catalog or written out.
+
+    collapse_after: a run that is no better than chance at natural validation images, twice in a row and after so many
+    epochs, has failed (null: goes on all the same).
+    """
 
     method: Method
     data: DataSpec = Field(default_factory=DataSpec)
@@ -38,6 +42,7 @@ class RunConfig(Spec):
     compute: Compute = Field(default_factory=Compute)
     epochs: Annotated[int, Field(ge=1)] = 100
     batch_size: Annotated[int, Field(ge=2)] = 128
+    collapse_after: Annotated[int, Field(ge=0)] | None = 20
     seed: int = 0
 
     @field_validator("method", mode="before")
@@ -59,13 +64,17 @@ class RunConfig(Spec):
         return max(getattr(term.weight, "burn_in", 0) for term in self.method.terms.values())
 
     def warnings(self) -> list[str]:
-        """Settings that are legal and yet do nothing."""
+        """Settings that are legal and yet do nothing, or not what they say."""
         lines = []
         for name, term in self.method.terms.items():
             burn_in = getattr(term.weight, "burn_in", 0)
             if burn_in >= self.epochs:
                 path = f"method.terms.{name}.weight.burn_in"
                 lines.append(f"{path} = {burn_in}: the weights never act in {self.epochs} epochs")
+        for name, attack in self.method.attacks.items():
+            if self.compute.attack == "bf16" and getattr(attack, "start", None) == "gaussian":
+                path = f"method.attacks.{name}"
+                lines.append(f"compute.attack = bf16: {path} starts 0.001 from the image, which bf16 rounds away")
         if self.method.name.endswith("rst") and self.data.unlabeled is None:
             lines.append(f"data.unlabeled is not set: {self.method.name} trains on labelled data alone")
         return lines

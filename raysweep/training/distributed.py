@@ -10,6 +10,10 @@ from raysweep.method import Method, Workers
 from raysweep.spec import SpecError
 
 
+class PeerLost(RuntimeError):
+    """Another worker is gone: not this one's fault."""
+
+
 class GroupWorkers:
     """The processes of torch.distributed's default group."""
 
@@ -19,7 +23,10 @@ class GroupWorkers:
 
     def sum(self, value: Tensor) -> Tensor:
         total = value.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
+        try:
+            dist.all_reduce(total)
+        except RuntimeError as error:
+            raise PeerLost(str(error)) from error
         return total
 
 

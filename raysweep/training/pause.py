@@ -63,7 +63,8 @@ class Pause:
             saved = checkpoint.check(self._run.half)
         except SpecError:
             return 0
-        same = saved.config == self._config and saved.meta["data_fingerprint"] == self._fingerprint
+        alike = saved.config.model_copy(update={"epochs": self._config.epochs}) == self._config
+        same = alike and saved.meta["data_fingerprint"] == self._fingerprint
         if not same or saved.history != history:
             return 0
         saved.load_state(self._model, self._optimizer)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def chain(config: RunConfig, data_fingerprint: str, workers: int = 1, device: to
     keys = [digest(start)]
     for epoch in range(config.epochs):
         settings = config.at(epoch).json_dict()
-        now = _decides(settings, drop=("data", "model", "validation", "compute", "epochs"))
+        now = _decides(settings, drop=("data", "model", "validation", "compute", "epochs", "collapse_after"))
         now["method"] = _decides(now["method"], drop=("name",))
         keys.append(digest([keys[-1], now]))
     return keys
@@ -57,6 +58,10 @@ class Prefixes:
     def __init__(self, path: Path, limit: int = 20 * 2**30) -> None:
         self.path = path
         self.limit = limit
+
+    def __reduce__(self) -> Any:
+        # Each machine has its own copy of a bucket.
+        return _prefixes_at, (storage.name(self.path), self.limit)
 
     def get(self, key: str) -> Path | None:
         """The state's folder; None if there is none, or if it is damaged, and then it goes."""
@@ -121,6 +126,10 @@ class Prefixes:
                 state.replace(gone)
             shutil.rmtree(gone, ignore_errors=True)
             size -= bytes_
+
+
+def _prefixes_at(where: str, limit: int) -> Prefixes:
+    return Prefixes(storage.at(where), limit)
 
 
 def _in_folder(path: Path) -> list[tuple[float, int, Path]]:

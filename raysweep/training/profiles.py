@@ -16,6 +16,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "data.val_size": 300,
         "model.name": "digits_cnn",
         "epochs": 8,
+        "collapse_after": 4,
         "batch_size": 64,
         "optim.lr": {"kind": "piecewise", "boundaries": [5, 7], "values": [0.05, 0.01, 0.002]},
     },

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from raysweep.data import Batch, Data, Split, load
-from raysweep.evaluation.copies import full_precision
+from raysweep.evaluation.copies import LEAST_ROWS, attack_copy, full_precision
 from raysweep.method import ONE_WORKER, Method, Step, Workers
 from raysweep.rng import Rng, seed_of
 from raysweep.schedules import now
@@ -59,8 +59,11 @@ def fit(
     `report(metrics, checkpoint)` is called after each epoch, also for those in the folder but the first `reported`, for
     whoever was told of them last may have died before the next. prefixes: states that other runs trained and this one
     need not (see `training.prefix`). interrupted: asked after each step of a single worker; if it says yes, Interrupted
-    is raised, and the next call goes on after that step. Raises SpecError if the folder holds a run with another config
-    or other data, TrainingFailed if the loss becomes nan or inf.
+    is raised, and the next call goes on after that step.
+
+    A run with fewer epochs is gone on with: schedules count epochs from the first, so its weights are those of the
+    longer run there. Raises SpecError if the folder holds a run with another config or other data, TrainingFailed if
+    the loss becomes nan or inf or the model collapses (`collapse_after`).
 
     Each of several `workers` calls this with the same arguments and takes its share of each batch; the first writes the
     checkpoints, in a folder that all can read. Their weights are those of one worker, up to rounding.
@@ -78,7 +81,7 @@ def fit(
     saved = checkpoint.read(run.at(last)) if last else None
     history: list[dict[str, float]] = []
     if saved is not None:
-        if saved.config != config:
+        if saved.config.model_copy(update={"epochs": config.epochs}) != config or last > config.epochs:
             raise SpecError(f"{run_path} holds a run with other settings: choose another --out, or delete the folder")
         if saved.meta["data_fingerprint"] != data.fingerprint:
             raise SpecError(f"{run_path} holds a run on other {config.data.name!r} data: choose another --out")
@@ -86,6 +89,7 @@ def fit(
         history = saved.history
         for row in history[reported:]:
             report(row, saved)
+        _check_sound(config, history, data)
     splits = data.to(device)
     pause = Pause(interrupted, run, config, model, optimizer, data.fingerprint) if workers.size == 1 else None
     for epoch in range(last, config.epochs):
@@ -109,6 +113,7 @@ def fit(
         if workers.rank == 0:
             run.prune({epoch + 1, best_epoch(config, history)})
         report(history[-1], saved)
+        _check_sound(config, history, data)
     assert saved is not None
     first_says(0, workers, device)
     return Fitted(saved, checkpoint.read(run.at(best_epoch(config, history))))
@@ -144,6 +149,22 @@ def _adopt_longest(config: RunConfig, run: Run, prefixes: Prefixes, keys: list[s
             checkpoint.adopt(run.at(best), best_state, config)
             checkpoint.adopt(run.at(epoch), state, config)
             return
+
+
+def _check_sound(config: RunConfig, history: list[dict[str, float]], data: Data) -> None:
+    """Raises TrainingFailed if the last two measured epochs show a model that has collapsed."""
+    seen = [row for row in history if "clean" in row][-2:]
+    if config.collapse_after is None or len(seen) < 2 or seen[0]["epoch"] <= config.collapse_after:
+        return
+    chance, count = 1 / data.classes, min(config.validation.size or len(data.val), len(data.val))
+    # What guessing reaches in 49 of 50 cases.
+    limit = chance + 2 * math.sqrt(chance * (1 - chance) / count)
+    if all(row["clean"] <= limit for row in seen):
+        last = seen[-1]
+        raise TrainingFailed(
+            f"the model collapsed: {last['clean']:.3f} of natural validation images are right in epoch "
+            f"{last['epoch']:.0f}, no more than by chance, and {last['val/top_class']:.0%} of them get one class"
+        )
 
 
 def best_epoch(config: RunConfig, history: list[dict[str, float]]) -> int:
@@ -191,8 +212,10 @@ def _epoch(
     if (epoch + 1) % config.validation.every == 0 or epoch + 1 == config.epochs:
         started = time.perf_counter()
         with full_precision(data.val.y.device):
-            row |= _validate(config, faces.model, data.val, workers)
-            row["train/natural"] = natural_accuracy(faces.model, data.train)
+            # The form in which AutoAttack will meet it, whatever `compute` says.
+            judged = attack_copy(faces.model, data.val.images(slice(0, LEAST_ROWS)))
+            row |= _validate(config, judged, data.val, workers)
+            row["train/natural"] = natural_accuracy(judged, data.train)
         row["validation_seconds"] = time.perf_counter() - started
     return row, seen.histograms()
 

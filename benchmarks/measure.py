@@ -1,0 +1,94 @@
+"""What the benchmarks share: interleaved rounds, the machine they ran on, and tables."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One line of the table that `python benchmarks` ends with. n: rounds, or what else it rests on."""
+
+    what: str
+    value: str
+    goal: str
+    n: str
+
+
+def rounds(variants: Mapping[str, Callable[[], object]], n: int, warm_up: bool = True) -> dict[str, list[float]]:
+    """Seconds of each variant in n interleaved rounds, after one that is not counted.
+
+    Processor seconds with one thread, which neighbours on the machine hardly change; wall seconds with more.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(n + warm_up):
+        for name, run in variants.items():
+            started = clock()
+            run()
+            if number or not warm_up:
+                seconds[name].append(clock() - started)
+    return seconds
+
+
+def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def matrix_rate(dtype: torch.dtype, size: int = 2048, tries: int = 8) -> float:
+    """The most FLOP/s that a product of square matrices reaches here."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    best = min(_seconds(lambda: a @ b) for _ in range(tries))
+    return float(2 * size**3 / best)
+
+
+def machine() -> str:
+    """Date, processor, threads, load and versions, in a line."""
+    load = f"load {os.getloadavg()[0]:.1f}"
+    where = f"{date.today()}, {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), {load}"
+    return f"{where}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+class Flops(TorchDispatchMode):
+    """Counts the floating-point operations of matrix products and convolutions inside it, backwards too."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        self.total += count(*args, **(kwargs or {}), out_val=out) if count else 0
+        return out
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    matrix = [name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f" {name}" in flags]
+    return f"{names[0] if names else platform.machine()} ({', '.join(matrix[:2])})"

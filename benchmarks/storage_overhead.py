@@ -1,0 +1,87 @@
+"""What a bucket costs per checkpoint: against an S3 server on this machine, so without a network.
+
+    python benchmarks/storage_overhead.py
+
+Prints a Markdown table: median seconds to save a checkpoint in a folder and in a bucket, to bring it to a machine that
+has none, to look whether a copy is up to date, and to store it as a shared prefix.
+"""
+
+import argparse
+import logging
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from moto.server import ThreadedMotoServer
+from pyarrow import fs
+
+from raysweep import storage
+from raysweep.models import ModelSpec
+from raysweep.training import checkpoint
+from raysweep.training.config import run_config
+from raysweep.training.prefix import Prefixes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=int, default=5)
+    repeats = parser.parse_args().repeats
+    os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_EC2_METADATA_DISABLED="true")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    query = f"endpoint_override={host}:{port}&scheme=http"
+    fs.FileSystem.from_uri(f"s3://bench?allow_bucket_creation=true&{query}")[0].create_dir("bench")
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["RAYSWEEP_CACHE"] = f"{scratch}/copy"
+        print("| network | MB | save, folder | save, bucket | pull | up to date? | prefix |")
+        print("|---|--:|--:|--:|--:|--:|--:|")
+        for name, channels in (("digits_cnn", 1), ("resnet18", 3)):
+            row = measured(name, channels, Path(scratch) / "folder", storage.at(f"s3://bench/x?{query}"), repeats)
+            print(f"| {name} | {row[0]:.1f} | {' | '.join(f'{value:.3f} s' for value in row[1:])} |", flush=True)
+    server.stop()
+
+
+def measured(name: str, channels: int, folder: Path, bucket: Path, repeats: int) -> list[float]:
+    model = ModelSpec(name=name).build(channels, 10, 0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    config, prefixes = run_config("at"), Prefixes(bucket / ".prefixes")
+
+    def save(path: Path) -> checkpoint.Checkpoint:
+        return checkpoint.save(path, config, model, optimizer, [{"epoch": 1.0}], "data")
+
+    def pull() -> None:
+        shutil.rmtree(bucket / name)
+        storage.pull(bucket / name)
+
+    size = sum(file.stat().st_size for file in save(bucket / name).path.iterdir()) / 2**20
+    keys = iter(range(repeats))
+    steps: list[Callable[[], object]] = [
+        lambda: save(folder / name),
+        lambda: save(bucket / name),
+        pull,
+        lambda: storage.pull(bucket / name),
+        lambda: prefixes.put(f"{name}{next(keys)}", bucket / name),
+    ]
+    return [size, *(median(step, repeats) for step in steps)]
+
+
+def median(step: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()

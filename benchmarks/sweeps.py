@@ -1,0 +1,170 @@
+"""What a sweep costs, on digits: python benchmarks/sweeps.py sharing|overhead|kinds
+
+sharing: the same sweep with and without shared prefixes, in turn: epochs and wall time.
+overhead: a sweep against bare training of the same runs in as many processes, in turn; how long a trial takes to start.
+kinds: one small sweep of each kind of search, with its time.
+
+Each prints a Markdown table. MLflow is written to in all sweeps, as `raysweep tune` does.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raysweep.data import load
+from raysweep.sweep.cluster import connected
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.resources import Resources
+from raysweep.sweep.space import SearchSpace, load_space
+from raysweep.sweep.tuner import run_sweep
+from raysweep.tracking import SweepTracker, Tracker
+from raysweep.training.config import RunConfig
+from raysweep.training.trainer import fit
+
+LAM, BURN_IN = "method.terms.pgd.weight.lam", "method.terms.pgd.weight.burn_in"
+SMALL = {"data.train_size": 512, "data.val_size": 60, "*.attacks.*.steps": 5}
+GRID = {
+    "method": "gairat",
+    "base": SMALL,
+    "sampler": {"kind": "grid"},
+    "scheduler": {"kind": "none"},
+    "space": {LAM: {"categorical": [-2.0, -1.0, 0.0, 1.0]}, BURN_IN: {"categorical": [2, 4, 6]}},
+    "trials": 12,
+}
+
+
+class Clock:
+    """A listener: when each trial started and reported."""
+
+    def __init__(self) -> None:
+        self.started_at: dict[int, float] = {}
+        self.waits: list[float] = []
+
+    def started(self, ledger: Ledger, concurrent: int) -> None:
+        self.concurrent = concurrent
+
+    def trial_changed(self, trial: Trial, metrics: dict[str, float] | None) -> None:
+        now = time.perf_counter()
+        begun = self.started_at.setdefault(trial.number, now)
+        if metrics is not None and trial.epoch == 1 and "shared" not in metrics:
+            self.waits.append(now - begun - metrics["train/seconds"] - metrics["validation_seconds"])
+
+    def ended(self, ledger: Ledger) -> None:
+        pass
+
+
+def sweep(space: SearchSpace, **resources: Any) -> tuple[Ledger, float, Clock]:
+    """A sweep in a folder of its own, its wall seconds, and when things happened."""
+    folder, clock = Path(tempfile.mkdtemp(prefix="sweeps-")), Clock()
+    tracker = Tracker(f"sqlite:///{folder}/mlflow.db", folder / "mlruns").ready()
+    fingerprint = load(space.config({}).data).fingerprint
+    ledger = Ledger.create(folder / "runs" / "sweep", space)
+    began = time.perf_counter()
+    run_sweep(ledger, [SweepTracker(tracker, fingerprint), clock], Resources(**resources))
+    return ledger, time.perf_counter() - began, clock
+
+
+def sharing(rounds: int) -> list[list[Any]]:
+    shipped = load_space("gairat", SMALL)
+    cases = {"gairat as shipped (TPE, ASHA)": shipped, "lambda x burn-in (grid of 12)": SearchSpace.load(GRID)}
+    table: list[list[Any]] = [
+        ["sweep", "trials", "epochs asked", "trained, shared", "ratio", "s alone", "s shared", "ratio"]
+    ]
+    for name, space in cases.items():
+        alone, shared = [], []
+        for _ in range(rounds):
+            alone.append(sweep(space.model_copy(update={"share_prefixes": False}))[:2])
+            shared.append(sweep(space)[:2])
+        asked = [sum(trial.epoch for trial in ledger.trials()) for ledger, _ in shared]
+        trained = [sum(trial.trained for trial in ledger.trials()) for ledger, _ in shared]
+        slow, fast = (statistics.median(seconds for _, seconds in runs) for runs in (alone, shared))
+        table.append([name, space.total, "/".join(map(str, asked)), "/".join(map(str, trained)),
+                      f"{sum(trained) / sum(asked):.2f}", f"{slow:.1f}", f"{fast:.1f}",
+                      f"{fast / slow:.2f}"])  # fmt: skip
+    return table
+
+
+def bare(config: RunConfig) -> None:
+    torch.set_num_threads(1)
+    fit(config, Path(tempfile.mkdtemp(prefix="sweeps-")))
+
+
+def overhead(rounds: int) -> list[list[Any]]:
+    space = SearchSpace.load(GRID | {"share_prefixes": False, "trials": 8})
+    configs = [space.config(point) for point in space.queue[: space.total]]
+    alone, swept, waits = [], [], []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        with ProcessPoolExecutor(2) as pool:
+            list(pool.map(bare, configs))
+        alone.append(time.perf_counter() - began)
+        _, seconds, clock = sweep(space)
+        swept.append(seconds)
+        waits += sorted(clock.waits)[: -clock.concurrent]
+    one, two = statistics.median(alone), statistics.median(swept)
+    table: list[list[Any]] = [
+        ["trials of 8 epochs", "s bare, 2 processes", "s sweep", "ratio", "s to start, warm actor"]
+    ]
+    ratios = "/".join(f"{b / a:.2f}" for a, b in zip(alone, swept, strict=True))
+    table.append(
+        [space.total, f"{one:.1f}", f"{two:.1f}", f"{two / one:.2f} ({ratios})", f"{statistics.median(waits):.2f}"]
+    )
+    return table
+
+
+def kinds(rounds: int) -> list[list[Any]]:
+    ranges = {LAM: {"float": [-3.0, 3.0]}, BURN_IN: {"int": [1, 3]}}
+    plain = {
+        "method": "gairat",
+        "base": {**SMALL, "epochs": 4},
+        "scheduler": {"kind": "none"},
+        "space": ranges,
+        "trials": 8,
+    }
+    both = {"metric": ["clean", "robust_worst"]}
+    cases: dict[str, tuple[dict[str, Any], int]] = {
+        "TPE, ASHA": ({"sampler": {"kind": "tpe", "startup": 4}, "scheduler": {"kind": "asha", "grace": 2}}, 1),
+        "TPE, no early stopping": ({"sampler": {"kind": "tpe", "startup": 4}}, 1),
+        "random": ({"sampler": {"kind": "random"}}, 1),
+        "grid": ({"sampler": {"kind": "grid"}, "space": GRID["space"]}, 1),
+        "TPE, two metrics": ({"sampler": {"kind": "tpe", "startup": 4}, **both}, 1),
+        "NSGA-II, two metrics": ({"sampler": {"kind": "nsga2", "startup": 4}, **both}, 1),
+        "random, 2 workers a trial": ({"sampler": {"kind": "random"}, "trials": 2}, 2),
+    }
+    table: list[list[Any]] = [
+        ["sweep", "trials", "finished / stopped / failed", "epochs asked", "trained", "best robust_worst", "front", "s"]
+    ]
+    for name, (changes, workers) in cases.items():
+        ledger, seconds, _ = sweep(SearchSpace.load(plain | changes), cpus=workers, workers=workers)
+        trials = ledger.trials()
+        states = Counter(trial.state for trial in trials)
+        best = max(trial.score("robust_worst") for trial in trials)
+        table.append([name, len(trials), " / ".join(str(states[s]) for s in ("finished", "stopped", "failed")),
+                      sum(t.epoch for t in trials), sum(t.trained for t in trials), f"{best:.3f}",
+                      len(ledger.front()) if len(ledger.space.objectives) > 1 else "", f"{seconds:.1f}"])  # fmt: skip
+        print(table[-1], file=sys.stderr, flush=True)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = {"sharing": sharing, "overhead": overhead, "kinds": kinds}
+    parser.add_argument("what", choices=what)
+    parser.add_argument("--rounds", type=int, default=2, help="of each, in turn; the table has medians (default: 2)")
+    args = parser.parse_args()
+    with connected(cpus=2):
+        table = what[args.what](args.rounds)
+    head, *rows = [f"| {' | '.join(map(str, row))} |" for row in table]
+    print("\n".join([head, "|---" * len(table[0]) + "|", *rows]))
+
+
+if __name__ == "__main__":
+    main()

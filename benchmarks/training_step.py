@@ -1,0 +1,302 @@
+"""One training step of GAIRAT and of LRAT, fast path after fast path, against a plain step written as public code is.
+
+    python benchmarks/training_step.py --method gairat lrat --batch 32 --rounds 3 --threads 1
+    python benchmarks/training_step.py --digits
+
+The plain steps here follow the papers' algorithms in the common style: the attack calls backward(), which computes the
+gradients of all parameters too, kappa and weights are filled example by example, tensors are contiguous. GAIRAT's
+published code takes kappa from the forward that it differentiates, other code of the field does a forward for it: both
+are measured. All variants share weights, batch and random start, so that kappa, loss and gradient must agree.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import Flops, Ratio, machine, matrix_rate, medians, rounds, table
+from torch import Tensor, nn
+
+from raysweep.attacks import PGD
+from raysweep.data import Batch
+from raysweep.method import Method
+from raysweep.models import ModelSpec
+from raysweep.rng import Rng
+from raysweep.schedules import now
+from raysweep.training.compute import PLAIN, Compute
+from raysweep.training.config import run_config
+from raysweep.training.faces import Faces
+from raysweep.training.trainer import train_step
+
+CPU = torch.device("cpu")
+# Each adds to the one before.
+PATHS: dict[str, dict[str, Any]] = {
+    "ours, all off": {},
+    "+ channels last": {"channels_last": True},
+    "+ folded batch norms (default)": {"fold": True},
+    "+ bf16 attack": {"attack": "bf16"},
+    "+ bf16 training": {"train": "bf16"},
+    "+ compile": {"compile": True},
+}
+FLOAT32, BF16 = "+ folded batch norms (default)", "+ bf16 training"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a step computed: the loss, all gradients in one vector, and kappa of the PGD attack."""
+
+    loss: float
+    grad: Tensor
+    kappa: Tensor
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What all variants start from."""
+
+    method: Method
+    model: nn.Module
+    batch: Batch
+    rng: Rng
+
+    def copy(self) -> nn.Module:
+        model = ModelSpec(name=self.name).build(self.batch.x.shape[1], 10, 0)
+        model.load_state_dict(self.model.state_dict())
+        return model.train()
+
+    @property
+    def name(self) -> str:
+        return "digits_cnn" if self.batch.x.shape[1] == 1 else "resnet18"
+
+    def start(self, attack: str) -> Tensor:
+        spec = self.method.attacks[attack]
+        assert isinstance(spec, PGD)
+        return spec._start(self.batch.x, self.rng.stream("attack", attack))
+
+
+def plain_attack(
+    model: nn.Module, spec: PGD, start: Tensor, x: Tensor, y: Tensor, own_forward: bool
+) -> tuple[Tensor, Tensor]:
+    """PGD or CW (G alg. 1, L alg. 2-3): x~, and kappa counted in a loop over examples."""
+    model.eval()
+    x_adv, kappa = start.detach(), torch.zeros(len(x))
+    for _ in range(spec.steps):
+        if own_forward:
+            with torch.no_grad():
+                predicted = model(x_adv).argmax(1)
+        x_adv.requires_grad_()
+        logits = model(x_adv)
+        if not own_forward:
+            predicted = logits.argmax(1)
+        for i in range(len(x)):
+            if predicted[i] == y[i]:
+                kappa[i] += 1
+        model.zero_grad()
+        if spec.loss == "cw":
+            true = logits[torch.arange(len(y)), y]
+            other = (logits - 1e9 * F.one_hot(y, logits.shape[1])).amax(1)
+            loss = -torch.clamp(true - other + spec.confidence, min=0).sum()
+        else:
+            loss = F.cross_entropy(logits, y)
+        loss.backward()
+        x_adv = x_adv.detach() + now(spec.step_size) * x_adv.grad.sign()
+        x_adv = torch.min(torch.max(x_adv, x - now(spec.eps)), x + now(spec.eps)).clamp(0, 1)
+    model.train()
+    return x_adv, kappa
+
+
+def plain_gairat(model: nn.Module, subject: Subject, own_forward: bool) -> Found:
+    """G alg. 1-2 with eq. 6, example by example."""
+    x, y, spec = subject.batch.x, subject.batch.y, subject.method.attacks["pgd"]
+    x_adv, kappa = plain_attack(model, spec, subject.start("pgd"), x, y, own_forward)
+    lam = now(subject.method.terms["pgd"].weight.lam)
+    weight = torch.zeros(len(x))
+    for i in range(len(x)):
+        weight[i] = (1 + torch.tanh(lam + 5 * (1 - 2 * kappa[i] / spec.steps))) / 2
+    weight = weight * len(x) / weight.sum()
+    loss = (weight * F.cross_entropy(model(x_adv), y, reduction="none")).mean()
+    model.zero_grad()
+    loss.backward()
+    return Found(loss.item(), gradient(model), kappa)
+
+
+def plain_lrat(model: nn.Module, subject: Subject, own_forward: bool) -> Found:
+    """L alg. 1 with eq. 5, 8-10 and 17, example by example; there is no kappa to do a forward for."""
+    x, y, method = subject.batch.x, subject.batch.y, subject.method
+    made = {}
+    for name, spec in method.attacks.items():
+        made[name] = plain_attack(model, spec, subject.start(name), x, y, False)
+    logits = {"natural": model(x), **{name: model(x_adv) for name, (x_adv, _) in made.items()}}
+    weights = {name: torch.zeros(len(x)) for name in ("pgd", "cw", "natural")}
+    alpha, beta = (now(getattr(method.terms["pgd"].weight, name)) for name in ("alpha", "beta"))
+    for i in range(len(x)):
+        p_pgd, p_cw = (F.softmax(logits[name][i].detach(), 0) for name in ("pgd", "cw"))
+        others = torch.cat([p_cw[: y[i]], p_cw[y[i] + 1 :]])
+        weights["pgd"][i] = alpha * (1 - p_pgd[y[i]]) ** beta
+        weights["cw"][i] = alpha * (1 - (p_cw[y[i]] - others.max())) ** beta
+        rest = now(method.terms["bound"].weight.total) - weights["pgd"][i] - weights["cw"][i]
+        weights["natural"][i] = max(rest, torch.tensor(0.0))
+    total = sum((weights[k] * F.cross_entropy(logits[k], y, reduction="none")).sum() for k in weights)
+    loss = total / sum(w.sum() for w in weights.values())
+    model.zero_grad()
+    loss.backward()
+    return Found(loss.item(), gradient(model), made["pgd"][1])
+
+
+def gradient(model: nn.Module) -> Tensor:
+    return torch.cat([p.grad.reshape(-1).float() for p in model.parameters()])
+
+
+def ours(subject: Subject, changes: dict[str, Any]) -> Callable[[], Found]:
+    """Our step under `changes` of the plain settings, with its update."""
+    compute = Compute.load({**PLAIN.json_dict(), **changes})
+    faces = Faces(subject.copy(), subject.batch.x[:1], compute.on(CPU))
+    optimizer = sgd(faces.model)
+
+    def run() -> Found:
+        step = train_step(subject.method, faces, subject.batch, subject.rng)
+        optimizer.step()
+        return Found(step.loss.item(), gradient(faces.model), step.adversarial["pgd"].kappa)
+
+    return run
+
+
+def plain(subject: Subject, own_forward: bool) -> Callable[[], Found]:
+    model = subject.copy()
+    optimizer = sgd(model)
+    step = {"gairat": plain_gairat, "lrat": plain_lrat}[subject.method.name]
+
+    def run() -> Found:
+        found = step(model, subject, own_forward)
+        optimizer.step()
+        return found
+
+    return run
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    """Of rate 0: it does its work, and all variants stay where they are."""
+    return torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
+
+
+def prepared(name: str, batch: int, small: bool, warm_up: int = 12) -> Subject:
+    """Method, batch and a network that has learned some of it, so that kappa is of all sizes.
+
+    Images of ten random patterns under noise; their arithmetic costs what that of photographs does.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 8, 8) if small else (3, 32, 32)
+    coarse = torch.rand(10, shape[0], 4, 4, generator=generator)
+    patterns = F.interpolate(coarse, shape[1:], mode="bilinear")
+
+    def images(count: int) -> tuple[Tensor, Tensor]:
+        y = torch.randint(0, 10, (count,), generator=generator)
+        noise = torch.randn(count, *shape, generator=generator)
+        return (0.3 + 0.4 * patterns[y] + 0.1 * noise).clamp(0, 1), y
+
+    model = ModelSpec(name="digits_cnn" if small else "resnet18").build(shape[0], 10, 0).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    for _ in range(warm_up):
+        x, y = images(32)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    config = run_config(name, {"*.burn_in": 0} if name == "gairat" else {})
+    x, y = images(batch)
+    index = torch.arange(batch)
+    return Subject(config.at(0).method, model, Batch(x, y, index), Rng.for_examples(index, 0, "train", 0))
+
+
+def flops(subject: Subject) -> tuple[float, float]:
+    """Of our step's attacks, and of the rest of it, counted."""
+    faces = Faces(subject.copy(), subject.batch.x[:1], Compute().on(CPU))
+    few = Subject(subject.method, subject.model, Batch(*(t[:4] for t in vars(subject.batch).values())), subject.rng)
+    rng = Rng.for_examples(few.batch.index, 0)
+    with Flops() as whole:
+        train_step(few.method, faces, few.batch, rng)
+    with Flops() as attacks:
+        for attack in few.method.attacks.values():
+            attack(faces.attacked, few.batch.x, few.batch.y, rng)
+    scale = len(subject.batch.y) / len(few.batch.y)
+    return attacks.total * scale, (whole.total - attacks.total) * scale
+
+
+def measure(name: str, batch: int, n: int, small: bool, paths: list[str], warm_up: bool = True) -> list[Ratio]:
+    """Print the table of one method and batch size; the ratios that have goals."""
+    subject = prepared(name, batch, small)
+    variants = {"plain, a forward for kappa": plain(subject, True)} if name == "gairat" else {}
+    variants["plain, one forward"] = plain(subject, False)
+    changes: dict[str, Any] = {}
+    for path in paths:
+        changes |= PATHS[path]
+        variants[path] = ours(subject, changes)
+    found: dict[str, Found] = {}
+    seconds = rounds({k: lambda k=k, run=run: found.update({k: run()}) for k, run in variants.items()}, n, warm_up)
+    time_of = medians(seconds)
+    attack, rest = flops(subject)
+    rates = {dtype: matrix_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    reference = next(iter(variants))
+    base = found.get("ours, all off", found[reference])
+    rows = []
+    for variant in variants:
+        limit = "" if variant.startswith("plain") else f"{_limit(variant, attack, rest, rates) / time_of[variant]:.0%}"
+        rows.append([
+            variant, f"{time_of[variant]:.3f}", f"{time_of[reference] / time_of[variant]:.2f}",
+            f"{time_of['plain, one forward'] / time_of[variant]:.2f}", limit, *_agreement(found[variant], base),
+        ])  # fmt: skip
+    head = ["step", "s, median", "x", "x one forward", "of the limit", "kappa differs", "loss", "gradient"]
+    print(f"\n{name}, PGD-10, {subject.name}, batch {batch}; {n} interleaved rounds; {machine()}")
+    print(f"{(attack + rest) / 1e9:.0f} GFLOP a step, {attack / (attack + rest):.0%} in attacks; matrix products reach")
+    print(f"{rates[torch.float32] / 1e9:.0f} GFLOP/s in float32, {rates[torch.bfloat16] / 1e9:.0f} in bf16\n")
+    print(table(head, rows), flush=True)
+    goals = {FLOAT32: "2 (float32)", BF16: "3.5 (bf16)"}
+    return [
+        Ratio(f"training step, {name}, batch {batch}: {path.strip('+ ')}", f"{time_of[reference] / time_of[path]:.2f}"
+              f" ({time_of['plain, one forward'] / time_of[path]:.2f} over one forward)", goal, f"{n} rounds")
+        for path, goal in goals.items() if path in paths
+    ]  # fmt: skip
+
+
+def _limit(variant: str, attack: float, rest: float, rates: dict[torch.dtype, float]) -> float:
+    """Seconds that the step's matrix products alone take at the machine's rate."""
+    order = list(PATHS)
+    in_bf16 = [order.index(variant) >= order.index(f"+ bf16 {part}") for part in ("attack", "training")]
+    return sum(
+        w / rates[torch.bfloat16 if low else torch.float32] for w, low in zip((attack, rest), in_bf16, strict=True)
+    )
+
+
+def _agreement(one: Found, other: Found) -> list[str]:
+    """Against the step with all paths off: rows whose kappa differs, relative differences of loss and gradient."""
+    differs = f"{(one.kappa != other.kappa).float().mean():.1%}"
+    apart = (one.grad - other.grad).norm() / other.grad.norm()
+    return [differs, f"{abs(one.loss / other.loss - 1):.0e}", f"{apart:.0e}"]
+
+
+def run(full: bool = False) -> list[Ratio]:
+    """What `python benchmarks` shows of it."""
+    paths = [path for path in PATHS if path != "+ compile"]
+    if not full:
+        return [ratio for name in ("gairat", "lrat") for ratio in measure(name, 16, 1, True, paths)]
+    return [ratio for name in ("gairat", "lrat") for ratio in measure(name, 32, 3, False, paths)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", nargs="+", choices=["gairat", "lrat"], default=["gairat", "lrat"])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cold", action="store_true", help="count the first round too")
+    parser.add_argument("--digits", action="store_true", help="the small network on 8 x 8 images")
+    parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=[p for p in PATHS if p != "+ compile"])
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for name in args.method:
+        measure(name, args.batch, args.rounds, args.digits, args.paths, not args.cold)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""A cheap symptom of masked gradients: an attack that gets stronger when the logits it sees are scaled."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from raysweep.attacks import PGD
+from raysweep.data import Split
+from raysweep.rng import Rng
+
+
+class Scaled(nn.Module):
+    """The same decisions from logits times `factor`."""
+
+    def __init__(self, model: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.model = model
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x)
+        return self.factor * logits
+
+
+def scaling_gap(
+    model: nn.Module, split: Split, attack: PGD, survived: Tensor, scales: Sequence[float], batch_size: int = 512
+) -> float:
+    """Share of the split's first examples that survive `attack`, but not on logits times one of `scales`.
+
+    survived: (N,) bool, for the first N examples. A cross-entropy that is flat where it saturates, as reweighted models
+    have it, hides its gradient from PGD; a scaled one shows it (Hitaj et al. 2021).
+    """
+    broken = 0
+    for rows in torch.split(survived.nonzero()[:, 0], batch_size):
+        left = rows
+        for factor in scales if len(rows) else ():
+            rng = Rng.for_examples(split.index[left], 0, "validation", "scaled")
+            found = attack(Scaled(model, factor), split.images(left), split.y[left], rng)
+            with torch.no_grad():
+                left = left[model(found.x).argmax(1) == split.y[left]]
+            if not len(left):
+                break
+        broken += len(rows) - len(left)
+    return broken / len(survived)

@@ -1,0 +1,69 @@
+"""Why a trial failed, told apart: its settings, the memory of the machine, or the code."""
+
+import json
+import traceback
+from pathlib import Path
+
+import torch
+
+from raysweep import storage
+from raysweep.files import write_whole
+from raysweep.spec import SpecError
+from raysweep.training.config import RunConfig
+from raysweep.training.trainer import TrainingFailed
+
+# What a trial reports to Tune when it has failed: why, and for what looks like a bug the file with its traceback.
+FAILED, BUG = "failed", "bug"
+_FILE = "failed.json"
+
+
+def explain(error: Exception, config: RunConfig, path: Path) -> dict[str, str]:
+    """What a trial in the folder `path` that met `error` reports: one line, and of a bug where its traceback is."""
+    if isinstance(error, TrainingFailed | SpecError):
+        return {FAILED: str(error)}
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+        hint = f"lower batch_size (now {config.batch_size}) or raise --gpus-per-trial"
+        return {FAILED: f"out of memory on {torch.cuda.get_device_name()}: {hint}"}
+    # torch has no class of its own for this.
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        hint = f"lower batch_size (now {config.batch_size}) or raise --cpus-per-trial, so that fewer run at once"
+        return {FAILED: f"out of memory: {hint}"}
+    file = path / "error.txt"
+    write_whole(file, "".join(traceback.format_exception(error)))
+    storage.push(file)
+    return {
+        FAILED: f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
+        BUG: storage.name(file),
+    }
+
+
+def account(report: dict[str, str]) -> str:
+    """The traceback of a report that has `BUG`."""
+    file = storage.at(report[BUG])
+    return file.read_text() if storage.pull_file(file) else report[FAILED]
+
+
+def keep(path: Path, report: dict[str, str]) -> None:
+    """Leave a report for the workers that are started after this one's end."""
+    write_whole(path / _FILE, json.dumps(report))
+    storage.push(path / _FILE)
+
+
+def kept(path: Path) -> dict[str, str]:
+    """What `keep` left; empty if nothing."""
+    return dict(json.loads((path / _FILE).read_text())) if storage.pull_file(path / _FILE) else {}
+
+
+def forget(path: Path) -> None:
+    storage.drop_file(path / _FILE)
+    (path / _FILE).unlink(missing_ok=True)
+
+
+def lost(account: str) -> str:
+    """What became of a trial's process, in a few words, by Ray's account of it."""
+    if "running low on memory" in account:
+        return "its process was killed because the node ran out of memory"
+    if "preempted" in account:
+        return "its node was preempted"
+    return "its node died" if "node has died" in account or "node was terminated" in account else "its process died"

@@ -1,0 +1,216 @@
+"""Fast paths hold to the plain computation: the same attack, the same step, and no say in any verdict."""
+
+import pytest
+import torch
+from conftest import TINY, tiny
+from torch import Tensor, nn
+
+from raysweep.data import Data, load
+from raysweep.models import MODELS, ModelSpec
+from raysweep.rng import Rng
+from raysweep.spec import SpecError, override
+from raysweep.training.compute import Compute
+from raysweep.training.config import run_config
+from raysweep.training.faces import Faces
+from raysweep.training.prefix import chain
+from raysweep.training.trainer import build, fit, train_step
+
+CPU = torch.device("cpu")
+BF16 = {"compute.attack": "bf16", "compute.train": "bf16"}
+OFF = {f"compute.{name}": False for name in ("channels_last", "fold", "tf32")}
+
+
+def lived_in(model: nn.Module, seed: int = 0) -> nn.Module:
+    """With weights and statistics of batch norms that training could have left."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            module.weight.data.uniform_(0.5, 1.5, generator=generator)
+            module.bias.data.normal_(0, 0.2, generator=generator)
+            module.running_mean.normal_(0, 0.2, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+    return model
+
+
+def apart(faces: Faces, x: Tensor) -> float:
+    """Greatest difference between what attacks meet and the model in eval mode, relative to the largest logit."""
+    training = faces.model.training
+    with torch.no_grad():
+        expected, met = faces.model.eval()(x), faces.attacked(x)
+    faces.model.train(training)
+    return float((expected - met).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_network_is_attacked_as_it_is(name) -> None:
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    faces = Faces(lived_in(ModelSpec(name=name).build(3, 10, 0)), x, Compute().on(CPU))
+    norms = [m for m in faces.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    left = [m for m in faces.attacked.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(left) < len(norms)
+    assert apart(faces, x) < 1e-5
+    lived_in(faces.model, seed=1)
+    faces.model.get_parameter(next(k for k, _ in faces.model.named_parameters())).data.mul_(1.5)
+    assert apart(faces, x) > 1e-3
+    faces.refresh()
+    assert apart(faces, x) < 1e-5
+
+
+def test_a_norm_that_shares_its_convolutions_output_is_not_folded() -> None:
+    x = torch.rand(2, 3, 16, 16)
+    faces = Faces(ModelSpec(name="preact_resnet18").build(3, 10, 0), x, Compute().on(CPU))
+    assert isinstance(faces.attacked.get_submodule("0.blocks.0.bn1"), nn.BatchNorm2d), "the block's shortcut takes it"
+    assert isinstance(faces.attacked.get_submodule("0.blocks.0.bn2"), nn.Identity)
+
+
+@pytest.fixture(scope="module")
+def learned(digits: Data) -> dict[str, Tensor]:
+    """Weights that have some of the digits right, so that kappa is of several sizes."""
+    torch.manual_seed(0)
+    model = ModelSpec(name="digits_cnn").build(1, 10, 0).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(12):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(digits.train.images(slice(None))), digits.train.y).backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+class Stepped:
+    """One step on digits: what it found, its gradient as one vector, and batch norms' statistics."""
+
+    def __init__(self, method: str, data: Data, weights: dict[str, Tensor], changes: dict[str, object]) -> None:
+        config = override(run_config(method, TINY), {"*.attacks.*.steps": 5, "*.burn_in": 0}, missing="ignore")
+        config = override(config, changes)
+        self.faces = build(config, data, CPU)
+        self.faces.model.load_state_dict(weights)
+        self.faces.model.train()
+        self.met = 0
+        self.faces.attacked.register_forward_hook(lambda *_: setattr(self, "met", self.met + 1))
+        batch = next(iter(data.batches(48, 0, 0)))
+        rng = Rng.for_examples(batch.index, 0, "train", 0)
+        self.step = train_step(config.at(0).method, self.faces, batch, rng)
+        self.kappa = torch.cat([a.kappa for a in self.step.adversarial.values() if a.kappa is not None])
+        self.grad = torch.cat([p.grad.flatten() for p in self.faces.model.parameters() if p.grad is not None])
+        self.statistics = torch.cat([b.flatten().float() for b in self.faces.model.buffers()])
+
+    def apart(self, other: "Stepped") -> dict[str, float]:
+        """Share of rows with another kappa; relative differences of the loss, the gradient and the statistics."""
+        return {
+            "kappa": (self.kappa != other.kappa).float().mean().item(),
+            "loss": abs(self.step.loss.item() / other.step.loss.item() - 1),
+            "grad": float((self.grad - other.grad).norm() / other.grad.norm()),
+            "statistics": float((self.statistics - other.statistics).norm() / other.statistics.norm()),
+        }
+
+
+METHODS = ["gairat", "lrat", "gair-fat", "trades", "gair-mart", "mma"]
+PATHS: dict[str, dict[str, object]] = {
+    "default": {},
+    "channels last": {"compute.fold": False},
+    "folded": {"compute.channels_last": False},
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_float32_step_is_the_plain_step(method, path, digits, learned) -> None:
+    """In Linf a pixel whose gradient is near 0 may move the other way; in L2 nothing but rounding is left."""
+    for norm, bound in (("Linf", {"loss": 1e-4, "grad": 0.05}), ("L2", {"loss": 1e-4, "grad": 1e-3})):
+        changes = {"method.attacks.*.norm": norm}
+        plain = Stepped(method, digits, learned, OFF | changes)
+        assert len(plain.kappa.unique()) > 2, "a comparison of something"
+        found = Stepped(method, digits, learned, PATHS[path] | changes).apart(plain)
+        assert found["kappa"] == 0
+        assert found["loss"] < bound["loss"] and found["grad"] < bound["grad"] and found["statistics"] < 1e-3
+
+
+@pytest.mark.parametrize("method", ["gairat", "lrat", "gair-fat"])
+def test_bf16_changes_a_step_by_no_more_than_it_says(method, digits, learned) -> None:
+    """Kappa of one row in twenty, the loss by 5%, the gradient by a quarter: another random start does more."""
+    plain = Stepped(method, digits, learned, OFF)
+    attack = Stepped(method, digits, learned, {"compute.attack": "bf16"})
+    both = Stepped(method, digits, learned, BF16)
+    for fast in (attack, both):
+        found = fast.apart(plain)
+        assert 0 < found["grad"] < 0.25 and found["loss"] < 0.05 and found["kappa"] <= 0.05
+        assert all(a.x.dtype == torch.float32 for a in fast.step.adversarial.values())
+        assert fast.step.loss.dtype == fast.grad.dtype == torch.float32
+
+
+def test_an_attack_in_train_mode_meets_the_model_itself(digits, learned) -> None:
+    train_mode = {"method.attacks.pgd.mode": "train"}
+    plain, fast = (Stepped("gairat", digits, learned, train_mode | path) for path in (OFF, {}))
+    assert fast.met == 0 and fast.apart(plain)["statistics"] < 1e-4
+    assert Stepped("gairat", digits, learned, {}).met == 5
+    assert Stepped("gairat", digits, learned, {}).apart(plain)["statistics"] > 1e-3, "such an attack moves them"
+
+
+@pytest.mark.slow
+def test_a_compiled_attack_is_the_plain_attack(digits, learned) -> None:
+    method = override(run_config("gairat", TINY).at(0).method, {"attacks.pgd.steps": 3})
+    found = []
+    for changes in (OFF, {"compute.compile": True}):
+        faces = build(run_config("gairat", TINY, changes), digits, CPU)
+        faces.model.load_state_dict(learned)
+        faces.refresh()
+        rows = slice(0, 32)
+        rng = Rng.for_examples(digits.train.index[rows], 0)
+        found.append(method.attacks["pgd"](faces.attacked, digits.train.images(rows), digits.train.y[rows], rng))
+    assert torch.equal(found[0].kappa, found[1].kappa) and len(found[0].kappa.unique()) > 1
+    assert ((found[0].x - found[1].x).abs() > 1e-5).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("changes", [OFF, {}, BF16], ids=["plain", "default", "bf16"])
+def test_verdicts_are_those_of_the_weights_alone(changes, tmp_path) -> None:
+    config = run_config("lrat", TINY, changes)
+    saved = fit(config, tmp_path).last
+    model = saved.load_model(config.model.build(1, 10, 0))
+    again = config.validation(model.eval(), load(config.data).val)
+    assert {name: saved.metrics[name] for name in again} == again
+
+
+def test_training_with_fast_paths_learns_what_plain_training_learns(tmp_path) -> None:
+    """Not bit for bit: training makes much of a difference in a last bit, whoever brings it in."""
+    losses = {}
+    for name, changes in {"plain": OFF, "default": {}, "bf16": BF16}.items():
+        config = run_config("gairat", TINY, {"epochs": 3, "data.train_size": 256, "*.burn_in": 1, **changes})
+        rows = fit(config, tmp_path / name).last.history
+        losses[name] = rows[0]["train/loss"]
+        assert rows[-1]["clean"] > 0.3
+    assert abs(losses["default"] / losses["plain"] - 1) < 0.01
+    assert abs(losses["bf16"] / losses["plain"] - 1) < 0.05
+
+
+def test_momentum_is_laid_out_as_the_parameters_again(tmp_path) -> None:
+    config = tiny("at", model__name="resnet18", data__train_size=8, data__val_size=10, epochs=1)
+    saved = fit(config, tmp_path).last
+    faces = build(config, load(config.data), CPU)
+    optimizer = torch.optim.SGD(faces.model.parameters(), lr=0.1, momentum=0.9)
+    saved.load_state(faces.model, optimizer)
+    for parameter in faces.model.parameters():
+        assert optimizer.state[parameter]["momentum_buffer"].stride() == parameter.stride()
+
+
+def test_a_kl_attack_in_bf16_is_warned_of() -> None:
+    assert run_config("lrat", TINY, BF16).warnings() == []
+    (line,) = run_config("trades", TINY, BF16).warnings()
+    assert line.startswith("compute.attack = bf16: method.attacks.kl starts 0.001 from the image")
+
+
+def test_the_chain_of_prefixes_names_what_was_computed_not_how_it_was_said() -> None:
+    base = chain(tiny("at"), "data")
+    assert base == chain(run_config("at", TINY, {"compute.fold": True, "compute.tf32": False}), "data")
+    others = [{"compute.fold": False}, {"compute.channels_last": False}, {"compute.compile": True}]
+    others += [{"compute.attack": "bf16"}, {"compute.train": "bf16"}]
+    keys = {chain(run_config("at", TINY, changes), "data")[1] for changes in others}
+    assert len(keys) == 5 and base[1] not in keys
+
+
+def test_what_a_device_has_not_is_refused(tmp_path) -> None:
+    assert Compute().on(torch.device("cpu")).tf32 is False
+    with pytest.raises(SpecError, match=r"compute.tf32 = true: there is no TF32 on cpu; leave it to auto"):
+        fit(run_config("at", TINY, {"compute.tf32": True}), tmp_path, device=CPU)
+    with pytest.raises(SpecError, match=r"compute.attack = 'fp16': must be 'float32' or 'bf16'"):
+        run_config("at", TINY, {"compute.attack": "fp16"})

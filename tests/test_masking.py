@@ -1,0 +1,25 @@
+"""Symptoms of masked gradients in the metrics of an epoch."""
+
+import pytest
+import torch
+from robust_digits import OFFICIAL, Wrapped, robust_digits
+
+from raysweep.attacks import PGD
+from raysweep.data import Split
+from raysweep.evaluation.validation import Validation
+
+
+def test_scaling_the_logits_exposes_a_cross_entropy_that_saturates() -> None:
+    """Logits times 1000 decide the same and leave PGD without a gradient, until they are scaled back."""
+    x, y = (torch.tensor(OFFICIAL[name][:60]) for name in ("x_test", "y_test"))
+    images = Split(x, y, torch.arange(60), white=16)
+    step = {"eps": 0.2, "step_size": 0.04, "steps": 10}
+    attacks = {"pgd": PGD(**step), "cw": PGD(**step, loss="cw")}
+    judge = Validation(attacks=attacks, finish={}, scales=(1e-3, 10.0), scaled_share=1.0)
+    honest, masked = judge(robust_digits(), images), judge(Wrapped(lambda model, x: 1000 * model(x)), images)
+    assert masked["clean"] == honest["clean"] and masked["cw"] == honest["cw"]
+    assert honest["val/scaling_gap"] < 0.1 and masked["val/scaling_gap"] > 0.3, (honest, masked)
+    assert masked["val/ce_cw_gap"] == pytest.approx(masked["pgd"] - masked["cw"]) and masked["val/ce_cw_gap"] > 0.3
+    without = judge.model_copy(update={"scales": ()})(robust_digits(), images)
+    assert "val/scaling_gap" not in without and without["pgd"] == honest["pgd"]
+    assert honest["val/top_class"] < 0.3

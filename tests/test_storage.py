@@ -1,0 +1,428 @@
+"""Buckets, against real servers of both protocols: whole checkpoints or none, machines that share nothing else."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import optuna
+import pytest
+import ray
+import torch
+from conftest import tiny
+from gcp_storage_emulator.server import create_server
+from moto.server import ThreadedMotoServer
+from pyarrow import fs
+from safetensors.torch import load_file
+from test_workers import in_processes
+
+from raysweep import storage
+from raysweep.cli import main
+from raysweep.spec import SpecError
+from raysweep.sweep.ledger import Ledger
+from raysweep.training import checkpoint
+from raysweep.training.checkpoint import META, WEIGHTS, Run
+from raysweep.training.distributed import GroupWorkers
+from raysweep.training.prefix import Prefixes
+from raysweep.training.trainer import fit
+
+LAM, BURN_IN = "method__terms__pgd__weight__lam", "method__terms__pgd__weight__burn_in"
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """Host and port of an S3 server."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def gs() -> Iterator[str]:
+    """Host and port of a server of Google's storage protocol."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = create_server("127.0.0.1", port, in_memory=True)
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop()
+
+
+def bucket_on(host: str, protocol: str, tmp_path: Path) -> str:
+    """The URI of a place in a new bucket."""
+    bucket, query = f"b{abs(hash(tmp_path))}", f"endpoint_override={host}&scheme=http"
+    if protocol == "s3":
+        fs.FileSystem.from_uri(f"s3://{bucket}?allow_bucket_creation=true&{query}")[0].create_dir(bucket)
+        return f"s3://{bucket}/some/where?{query}"
+    header = {"Content-Type": "application/json"}
+    urlopen(Request(f"http://{host}/storage/v1/b", json.dumps({"name": bucket}).encode(), header)).read()
+    return f"gs://anonymous@{bucket}/some/where?{query}"
+
+
+@pytest.fixture
+def uri(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bucket of its own, seen from a machine without a copy of it."""
+    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "copy"))
+    return bucket_on(s3, "s3", tmp_path)
+
+
+@pytest.fixture(params=["s3", "gs"])
+def any_uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same, of either protocol."""
+    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "copy"))
+    return bucket_on(request.getfixturevalue(request.param), request.param, tmp_path)
+
+
+def below(uri: str, *steps: str) -> str:
+    path, _, query = uri.partition("?")
+    return "/".join((path, *steps)) + (f"?{query}" if query else "")
+
+
+def forget(tmp_path: Path) -> None:
+    """As on another machine."""
+    shutil.rmtree(tmp_path / "copy")
+
+
+def in_bucket(path: Path) -> list[str]:
+    return sorted(str(entry.path.relative_to(path)) for entry in storage.listing(path))
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["s3://b", "s3://b/x/y", "gs://b/x", "gs://anonymous@b/x", "s3://b/x?endpoint_override=h:1&scheme=http~1%20"],
+)
+def test_a_place_has_one_name_on_every_machine(where: str) -> None:
+    path = storage.at(where)
+    assert storage.is_copy(path) and storage.name(path) == where
+    assert storage.name(path / "s" / "trials") == below(where, "s", "trials")
+    assert not set("?&=%") & set(str(path)), "Ray takes paths for URIs"
+
+
+def test_a_folder_is_itself(tmp_path: Path) -> None:
+    path = storage.at(str(tmp_path / "x"))
+    assert path == tmp_path / "x" and storage.name(path) == str(path) and not storage.is_copy(path)
+    for nothing in (storage.push, storage.drop, storage.drop_file, storage.pull, storage.pull_file):
+        nothing(path)
+    assert not path.exists()
+
+
+def test_a_checkpoint_comes_back_on_another_machine(any_uri: str, tmp_path: Path) -> None:
+    config, path = tiny("at", epochs=4), storage.at(any_uri) / "run"
+    there = fit(config, path)
+    alone = fit(config, tmp_path / "alone")
+    kept = {f"epoch-{epoch:04d}" for epoch in (4, there.best.epoch)}
+    assert {Path(name).parts[0] for name in in_bucket(path)} == {*kept, "histograms"}
+    forget(tmp_path)
+    last = Run(path).last()
+    assert last is not None and last.epoch == 4 and last.config == config
+    one, two = (load_file(saved.path / WEIGHTS) for saved in (last, alone.last))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    forget(tmp_path)
+    rows = []
+    fit(tiny("at", epochs=4), path, lambda metrics, saved: rows.append(metrics))
+    assert rows == last.history, "nothing is trained again"
+
+
+def test_half_a_push_is_no_checkpoint(any_uri: str, tmp_path: Path) -> None:
+    config, path = tiny("at", epochs=3), storage.at(any_uri) / "run"
+    fit(tiny("at", epochs=3), path, lambda metrics, saved: None)
+    whole = checkpoint.read(path / "epoch-0003")
+    # The process dies between two files: of a push, and of a drop.
+    for file in (path / "epoch-0003" / META, path / "epoch-0003" / "state.safetensors"):
+        storage.drop_file(file)
+        assert 3 not in Run(path).epochs()
+        assert not storage.pull(path / "epoch-0003") and not (path / "epoch-0003").exists()
+    assert "epoch-0003/weights.safetensors" in in_bucket(path)
+    again = fit(config, path).last
+    assert again.history[-1]["robust_worst"] == whole.metrics["robust_worst"]
+    assert again.meta["sha256"] == whole.meta["sha256"] and Run(path).epochs()[-1] == 3
+
+
+def test_what_the_bucket_has_wins_over_an_old_copy(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = storage.at(uri) / "run"
+    fit(tiny("at", epochs=1), path)
+    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "other machine"))
+    other = storage.at(uri) / "run"
+    storage.drop(other / "epoch-0001")
+    fit(tiny("at", epochs=1, seed=1), other)
+    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "copy"))
+    assert checkpoint.check(path / "epoch-0001").config.seed == 0
+    assert checkpoint.read(path / "epoch-0001").config.seed == 1
+
+
+def test_a_damaged_object_is_one_line_with_its_uri(any_uri: str, tmp_path: Path) -> None:
+    path = storage.at(any_uri) / "run"
+    fit(tiny("at", epochs=1), path)
+    (path / "epoch-0001" / WEIGHTS).unlink()
+    (path / "epoch-0001" / WEIGHTS).write_bytes(b"half")
+    storage.push(path / "epoch-0001" / WEIGHTS)
+    forget(tmp_path)
+    with pytest.raises(SpecError) as error:
+        checkpoint.read(path / "epoch-0001")
+    assert str(error.value).startswith(below(any_uri, "run", "epoch-0001")) and "truncated or altered" in str(
+        error.value
+    )
+
+
+SCRIPT = """\
+import sys, json, torch; torch.set_num_threads(1)
+from raysweep import storage
+from raysweep.training.config import RunConfig
+from raysweep.training.prefix import Prefixes
+from raysweep.training.trainer import fit
+rows, root = [], storage.at(sys.argv[2])
+fit(RunConfig.model_validate_json(sys.argv[1]), root / sys.argv[3], lambda m, c: rows.append(m),
+    prefixes=Prefixes(root / ".prefixes"))
+print(json.dumps(rows))
+"""
+
+
+def test_two_machines_train_a_common_prefix_once(any_uri: str, tmp_path: Path) -> None:
+    configs = [tiny("gairat", epochs=8, **{BURN_IN: 6, LAM: lam}) for lam in (-1.0, 1.0)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, config.model_dump_json(), any_uri, str(number)],
+            env={**os.environ, "RAYSWEEP_CACHE": str(tmp_path / f"machine{number}")},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number, config in enumerate(configs)
+    ]
+    rows = [json.loads(process.communicate(timeout=200)[0]) for process in processes]
+    assert sum(not row.get("shared") for part in rows for row in part) == 6 + 2 + 2
+    assert [row["robust_worst"] for row in rows[0][:6]] == [row["robust_worst"] for row in rows[1][:6]]
+    alone = fit(configs[1], tmp_path / "alone").last
+    assert checkpoint.read(storage.at(any_uri) / "1" / "epoch-0008").meta["sha256"] == alone.meta["sha256"]
+    assert not [name for name in in_bucket(storage.at(any_uri)) if ".claims" in name]
+
+
+def test_a_living_owners_claim_is_waited_for_and_a_dead_ones_is_not(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefixes, got = Prefixes(storage.at(uri) / ".prefixes"), []
+    state = fit(tiny("at", epochs=1), storage.at(uri) / "run").last.path
+
+    def second() -> None:
+        with prefixes.training("key") as ours:
+            got.append(ours)
+
+    with prefixes.training("key") as ours:
+        assert ours
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(1.5)
+        assert not got
+        prefixes.put("key", state)
+    thread.join()
+    assert got == [False]
+    # Of a machine that cannot be asked, and whose heart beats no more.
+    silent = storage.at(uri) / ".prefixes" / ".claims" / "other" / "1.000000 elsewhere 1"
+    silent.parent.mkdir(parents=True)
+    silent.touch()
+    storage.push(silent)
+    monkeypatch.setattr("raysweep.training.claim._STALE", 1.0)
+    began = time.monotonic()
+    with prefixes.training("other") as ours:
+        assert ours and time.monotonic() - began > 1
+
+
+def test_a_bucket_of_prefixes_that_is_full_forgets_the_oldest(any_uri: str, tmp_path: Path) -> None:
+    state = fit(tiny("at", epochs=1), storage.at(any_uri) / "run").last.path
+    size = sum(file.stat().st_size for file in state.iterdir())
+    prefixes = Prefixes(storage.at(any_uri) / ".prefixes", limit=int(2.5 * size))
+    for key in ("a", "b", "c"):
+        prefixes.put(key, state)
+        time.sleep(1.1)  # object stores count in seconds
+    assert storage.folders(prefixes.path) == ["b", "c"]
+    forget(tmp_path)
+    assert prefixes.stored(["b", "a", "c"]) == [2, 0]
+    assert prefixes.get("a") is None and prefixes.get("b") is not None
+
+
+def test_copies_are_kept_small_and_come_again(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_COPIES", 1)
+    monkeypatch.setattr(storage, "_IN_USE", 1.5)
+    first = fit(tiny("at", epochs=1), storage.at(uri) / "first").last
+    time.sleep(1.6)
+    second = fit(tiny("at", epochs=1), storage.at(uri) / "second").last
+    assert second.path.exists() and not first.path.exists()
+    assert checkpoint.read(first.path).meta == first.meta
+
+
+def on_its_own_machine(uri: str, root: Path) -> None:
+    """What each of two workers does."""
+    workers = GroupWorkers()
+    os.environ["RAYSWEEP_CACHE"] = str(root / f"machine{workers.rank}")
+    for epochs in (2, 2):
+        fitted = fit(tiny("at", epochs=epochs), storage.at(uri) / "run", workers=workers)
+    (root / f"{workers.rank}.json").write_text(json.dumps([fitted.last.history, fitted.best.meta["sha256"]]))
+
+
+def test_two_workers_on_two_machines_need_only_the_bucket(uri: str, tmp_path: Path) -> None:
+    in_processes(2, on_its_own_machine, uri, tmp_path)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second and len(first[0]) == 2
+    assert Run(storage.at(uri) / "run").epochs()[-1] == 2
+
+
+@pytest.mark.parametrize(
+    ("where", "line"),
+    [
+        ("ftp://host/x", "ftp://host/x: expected a folder, s3://BUCKET/PATH or gs://BUCKET/PATH"),
+        ("s3:///x", "expected a folder, s3://BUCKET/PATH"),
+        ("s3://b/../../x", "expected a folder, s3://BUCKET/PATH"),
+        ("s3://b/x?endpoint=h", "Unexpected query parameter in S3 URI: 'endpoint'"),
+        ("s3://me:secret@b/x", "s3://...@b: credentials belong in the environment"),
+        ("s3://no-such-bucket/x?{s3}", "there is no bucket 'no-such-bucket'"),
+        ("gs://anonymous@no-such-bucket/x?{gs}", "there is no bucket 'no-such-bucket'"),
+        ("s3://b/x?endpoint_override=127.0.0.1:9&scheme=http", "NETWORK_CONNECTION"),
+        ("gs://anonymous@b/x?endpoint_override=127.0.0.1:9&scheme=http&retry_limit_seconds=1", "Could not connect"),
+        ("gs://b/x?{gs}", "credentials come from the environment"),
+    ],
+)
+def test_a_place_that_cannot_be_is_one_line_before_anything_runs(
+    where: str, line: str, s3: str, gs: str, workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(workdir / "none.json"))
+    queries = {name: f"endpoint_override={host}&scheme=http" for name, host in (("s3", s3), ("gs", gs))}
+    assert main(["tune", "lrat", "--storage", where.format(**queries)]) == 2
+    out, err = capsys.readouterr()
+    (message,) = err.strip().splitlines()
+    assert message.startswith("raysweep: error: ") and line in message
+    assert "secret" not in message and out == "" and not list(workdir.iterdir())
+
+
+def test_credentials_that_are_refused_are_one_line(uri: str, workdir: Path, capsys) -> None:
+    """The server takes any credentials until it is told to check them."""
+
+    def check_from(request: str) -> None:
+        host = uri.partition("endpoint_override=")[2].partition("&")[0]
+        urlopen(Request(f"http://{host}/moto-api/reset-auth", request.encode(), {"Content-Type": "text/plain"})).read()
+
+    check_from("0")
+    try:
+        assert main(["tune", "lrat", "--storage", uri]) == 2
+    finally:
+        check_from("inf")
+    (message,) = capsys.readouterr().err.strip().splitlines()
+    assert "credentials come from the environment" in message and os.environ["AWS_SECRET_ACCESS_KEY"] not in message
+
+
+def tune(folder: Path, *arguments: str) -> subprocess.Popen:
+    """A driver on a machine of its own: its folder, its copy of the bucket."""
+    folder.mkdir()
+    environment = {**os.environ, "RAYSWEEP_CACHE": str(folder / "copy")}
+    command = [sys.executable, "-m", "raysweep.cli", "tune", "gairat", *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def nodes_copy() -> Path:
+    """Where the nodes of the session's cluster keep their copies; theirs is the environment that it started in."""
+    return Path(os.environ["RAYSWEEP_CACHE"])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
+    nodes_copy: Path, ray_cluster, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    store = f"sqlite:///{tmp_path}/shared.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    small = ["--set", "epochs=6", "--set", "data.val_size=100", "--set", "*.attacks.*.steps=3"]
+    study = f"sqlite:///{tmp_path}/optuna.db"
+    places = ["--storage", uri, "--optuna", study]
+    process = tune(tmp_path / "one", *small, "--trials", "4", "--name", "s", *places)
+    sweep, deadline = storage.at(uri) / "s", time.monotonic() + 120
+    while not storage.pull_file(sweep / "sweep.json") or sum(t.epoch for t in Ledger.open(sweep).trials()) < 5:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = {trial.number: trial for trial in Ledger.open(sweep).trials()}
+    assert any(trial.state == "running" for trial in before.values())
+    time.sleep(2)  # until the cluster has noticed, and ended the trials
+    shutil.rmtree(nodes_copy / sweep.relative_to(tmp_path / "copy").parts[0])
+    shutil.rmtree(tmp_path / "one")
+
+    again = tune(tmp_path / "two", "--resume", "s", "--json", *places)
+    out, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    trials = Ledger.open(sweep).trials()
+    assert [trial.number for trial in trials] == [0, 1, 2, 3]
+    assert all(trial.state in ("finished", "stopped") for trial in trials)
+    for number, trial in before.items():
+        assert trials[number].settings == trial.settings
+        if trial.state != "running":
+            assert trials[number] == trial, "what had ended is left alone"
+        assert trials[number].curve[: len(trial.curve)] == trial.curve, "no epoch that was reported is redone"
+    for trial in trials:
+        epochs = [epoch for epoch, _ in trial.curve]
+        assert epochs == sorted(set(epochs)), "no epoch is counted twice"
+    assert not list((tmp_path / "two").glob("runs/*"))
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(store)
+    runs = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
+    assert sorted(run.info.run_name for run in runs) == ["s", "s/0000", "s/0001", "s/0002", "s/0003"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+
+    (name,) = optuna.get_all_study_names(study)
+    told = optuna.load_study(study_name=name, storage=study).get_trials()
+    assert sorted(trial.value for trial in told) == sorted(trial.score("robust_worst") for trial in trials)
+
+    forget(tmp_path)
+    best = json.loads(out)["trials"][0]
+    assert best["checkpoint"].startswith(below(uri, "s", "trials").partition("?")[0])
+    monkeypatch.chdir(tmp_path / "two")
+    assert main(["show", "s", "--storage", uri]) == 0
+    assert "4 of 4 trials ended" in capsys.readouterr().out
+    monkeypatch.delenv("RAY_ADDRESS")
+    command = ["--attack", "pgd20", "--n", "20", "--json"]
+    assert main(["eval", below(uri, "s", "trials", f"{best['number']:04d}"), *command]) == 0
+    judged = json.loads(capsys.readouterr().out)
+    assert judged["examples"] == 20
+    assert Path(judged["folder"]).is_relative_to(tmp_path / "two"), "results are the user's, not the copy's"
+    run = client.search_runs([runs[0].info.experiment_id], f"run_name = 's/{best['number']:04d}'")[0]
+    assert any(name.startswith("eval/") for name in run.data.metrics), "beside what the trial reported itself"
+
+
+PIPELINE = """\
+set: {epochs: 2, data.val_size: 50, data.train_size: 64, batch_size: 32, "*.attacks.*.steps": 2}
+stages:
+  - {kind: tune, space: at, trials: 2}
+  - {kind: promote, top: 1, set: {epochs: 3}}
+  - {kind: autoattack, attacks: {APGD: apgd-ce}, n: 20}
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_pipelines_sweeps_live_in_the_bucket(ray_cluster, uri: str, tmp_path: Path, workdir: Path, capsys) -> None:
+    (workdir / "small.yaml").write_text(PIPELINE)
+    command = ["run", "small.yaml", "--storage", uri, "--json"]
+    assert main(command) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert len(storage.folders(storage.at(uri), "sweep.json")) == 2
+    forget(tmp_path)
+    assert main([*command, "--from", "promote"]) == 0
+    second = json.loads(capsys.readouterr().out)
+    assert [stage["done_before"] for stage in second["stages"]] == [True, False, False]
+    judged = [json.loads((Path(run["stages"][2]["folder"]) / "artifact.json").read_text()) for run in (first, second)]
+    assert judged[0]["judged"][0]["robust"] == judged[1]["judged"][0]["robust"]
+    assert judged[0]["judged"][0]["candidate"]["checkpoint"].startswith("s3://")
