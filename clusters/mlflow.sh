@@ -6,7 +6,7 @@ healthy() { python -c 'import urllib.request as u; u.urlopen("http://127.0.0.1:5
 healthy && exit
 case $1 in
   sqlite:///*) file="${1#sqlite:///}"; mkdir -p "$(dirname "$file")" ;;
-  postgresql*) python -m pip install -q -c "$(dirname "$0")/../constraints.txt" psycopg2-binary ;;
+  postgresql*) python -m pip install -q -c "$(dirname "$0")/../constraints.txt" "psycopg[binary]" ;;
 esac
 mkdir -p "$2"
 MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false setsid nohup mlflow server --host 127.0.0.1 --port 5000 --workers 1 \

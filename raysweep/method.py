@@ -12,7 +12,7 @@ from raysweep.attacks import Adversarial, AnyAttack
 from raysweep.losses import LOSSES, LossName
 from raysweep.rng import Rng
 from raysweep.schedules import Schedule, now, within
-from raysweep.spec import Spec, SpecError, unknown_name
+from raysweep.spec import Spec, SpecError, is_plain, unknown_name
 from raysweep.weights import Look, Remainder, Uniform, Weight
 
 NATURAL = "natural"
@@ -83,6 +83,14 @@ class Method(Spec):
     attacks: dict[str, AnyAttack] = Field(default_factory=dict)
     terms: Annotated[dict[str, Term], Field(min_length=1)]
     normalise: bool = False
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        # It becomes a part of folders' names.
+        if not is_plain(name):
+            raise ValueError("use letters, digits, '-', '_' and '.', not starting with '.'")
+        return name
 
     @field_validator("attacks", "terms")
     @classmethod

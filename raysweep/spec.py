@@ -169,6 +169,11 @@ def read_yaml(path: Path) -> Json:
     return data
 
 
+def is_plain(name: str) -> bool:
+    """Whether a name is a folder's name on every system, and nothing more."""
+    return 0 < len(name) <= 100 and name[0] != "." and all(c.isalnum() or c in "._-" for c in name)
+
+
 def shipped(folder: str) -> Path:
     """A folder of YAML that ships with raysweep: beside the package in a checkout, inside it in a wheel."""
     inside = Path(__file__).parent / folder

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from raysweep import storage
-from raysweep.spec import SpecError, parse_yaml
+from raysweep.spec import SpecError, is_plain, parse_yaml
 
 
 def settings(args: Namespace) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def places(args: Namespace) -> str:
 
 def plain_name(name: str, option: str) -> str:
     """A name that is a folder's name and nothing more."""
-    if not name or name.startswith(".") or not all(c.isalnum() or c in "._-" for c in name):
+    if not is_plain(name):
         raise SpecError(f"{option} {name!r}: use letters, digits, '-', '_' and '.', not starting with '.'")
     return name
 

@@ -32,10 +32,11 @@ def run(args: Namespace) -> int:
     if parts or args.what in (*METHODS, *presets()):
         return _print(args, resolve(args.what, settings(args)).json_dict())
     runs = runs_in(args, write=False)
-    if storage.pull_file(runs / args.what / "sweep.json"):
+    inside = ".." not in Path(args.what).parts and not Path(args.what).is_absolute()
+    if inside and storage.pull_file(runs / args.what / "sweep.json"):
         return _sweep(args, Ledger.open(runs / args.what))
     sweep, _, number = args.what.rpartition("/")
-    if number.isdecimal() and storage.pull_file(runs / sweep / "sweep.json"):
+    if inside and number.isdecimal() and storage.pull_file(runs / sweep / "sweep.json"):
         return _trial(args, Ledger.open(runs / sweep), int(number))
     sweeps = storage.folders(runs, "sweep.json")
     known = dict.fromkeys([*METHODS, *presets(), *pipelines(), *sweeps])

@@ -11,6 +11,7 @@ from raysweep.spec import SpecError
 from raysweep.tracking import Tracker, embedded_store, train_tags
 from raysweep.training.advice import advise
 from raysweep.training.checkpoint import Checkpoint, Run
+from raysweep.training.pause import Interrupted, told_to_end
 from raysweep.training.prefix import PREFIXES, Prefixes
 from raysweep.training.presets import resolve
 from raysweep.training.trainer import TrainingFailed, fit
@@ -37,8 +38,14 @@ def run(args: Namespace) -> int:
         print(f"epoch {epoch}/{config.epochs} loss {loss:.3f} {numbers}", file=sys.stderr)
         tracker.metrics(run_id, metrics, epoch)
 
+    store = Prefixes(runs / PREFIXES)
     try:
-        fitted = fit(config, path, report, data=data, prefixes=Prefixes(runs / PREFIXES), reported=reported)
+        with told_to_end() as told:
+            fitted = fit(config, path, report, data=data, prefixes=store, reported=reported, interrupted=told)
+    except Interrupted as reason:
+        tracker.close(run_id, "KILLED")
+        print(f"raysweep: {reason}; the same command goes on from there", file=sys.stderr)
+        return 130
     except SpecError:
         tracker.close(run_id, "FAILED")
         raise

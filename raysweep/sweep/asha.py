@@ -1,5 +1,6 @@
 """ASHA (Li et al. 2020) that knows of burn-ins and of trials from before a restart."""
 
+from bisect import insort
 from typing import Any
 
 from ray.tune.experiment import Trial as RayTrial
@@ -19,10 +20,11 @@ class Asha(FIFOScheduler):
         super().__init__()
         self._space = ledger.space
         scheduler = ledger.space.scheduler
-        self._rungs: dict[int, dict[int, float]] = {}
+        self._rungs: dict[int, list[float]] = {}
+        self._reached: set[tuple[int, int]] = set()
         rung = scheduler.grace
         while rung < epochs:
-            self._rungs[rung] = {}
+            self._rungs[rung] = []
             rung *= scheduler.factor
         for trial in ledger.trials():
             burn_in = self._space.config(trial.settings).burn_in
@@ -41,12 +43,13 @@ class Asha(FIFOScheduler):
 
     def _record(self, epoch: int, number: int, burn_in: int, value: float) -> bool:
         """Whether this is a rung that the trial reaches now for the first time."""
-        if epoch <= burn_in or number in self._rungs.get(epoch, {number: 0.0}):
+        if epoch <= burn_in or epoch not in self._rungs or (epoch, number) in self._reached:
             return False
-        self._rungs[epoch][number] = value
+        self._reached.add((epoch, number))
+        insort(self._rungs[epoch], value)
         return True
 
     def _good(self, epoch: int, value: float) -> bool:
-        reached = sorted(self._rungs[epoch].values(), reverse=True)
+        reached = self._rungs[epoch]
         passing = max(1, len(reached) // self._space.scheduler.factor)
-        return value >= reached[passing - 1]
+        return value >= reached[-passing]

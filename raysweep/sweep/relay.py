@@ -60,6 +60,8 @@ class Relay(tune.Callback):
         self._listeners = listeners
         self._gpus = gpus
         self._budget = budget
+        # By number, of earlier calls and rounds too; read once, for a sweep's folder may hold thousands.
+        self._known = {trial.number: trial for trial in ledger.trials()}
         self._trials: dict[str, Trial] = {}
         self._seen: dict[str, float] = {}
         self._began = time.monotonic()
@@ -92,9 +94,8 @@ class Relay(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         proposal = trial.config
         if trial.trial_id not in self._trials:
-            known = {t.number: t for t in self._ledger.trials()}
             fresh = Trial(proposal["number"], proposal["settings"])
-            self._update(trial, replace(known.get(fresh.number, fresh), state="running"))
+            self._update(trial, replace(self._known.get(fresh.number, fresh), state="running"))
 
     def on_trial_result(
         self, iteration: int, trials: list[RayTrial], trial: RayTrial, result: dict[str, Any], **info: Any
@@ -139,7 +140,7 @@ class Relay(tune.Callback):
         self._held += held
         record = replace(record, seconds=record.seconds + held)
         self._progress |= metrics is not None or record.state != "running"
-        self._trials[trial.trial_id] = record
+        self._trials[trial.trial_id] = self._known[record.number] = record
         self._ledger.write(record)
         for listener in self._listeners:
             listener.trial_changed(record, metrics)

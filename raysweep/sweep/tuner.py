@@ -18,6 +18,7 @@ from raysweep.sweep.asha import Asha
 from raysweep.sweep.cluster import connected, nodes
 from raysweep.sweep.failures import explain
 from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.preemption import Preemptible, busy, leave, told
 from raysweep.sweep.probe import missing, sees
 from raysweep.sweep.relay import RETRIES, Budget, Listener, Relay, Stop
 from raysweep.sweep.resources import Resources
@@ -25,6 +26,7 @@ from raysweep.sweep.search import StudySearch
 from raysweep.sweep.workers import Release, train_on_workers
 from raysweep.training.checkpoint import Checkpoint
 from raysweep.training.config import RunConfig
+from raysweep.training.pause import Interrupted
 from raysweep.training.prefix import PREFIXES, Prefixes
 from raysweep.training.trainer import fit
 
@@ -90,6 +92,7 @@ def _tuner(
         else:
             train_on_workers(settings, path, resources.workers, resources.worker, prefixes, source)
 
+    trainable.__mixins__ = (Preemptible,)  # type: ignore[attr-defined]
     return tune.Tuner(
         tune.with_resources(trainable, resources.trial),
         tune_config=tune.TuneConfig(
@@ -130,7 +133,10 @@ def _train(config: RunConfig, path: Path, cpus: float, prefixes: Prefixes | None
 
     try:
         sees(path.parent.parent)
-        fit(config, path, report, data=source.load(config.data), prefixes=prefixes)
+        with busy():
+            fit(config, path, report, data=source.load(config.data), prefixes=prefixes, interrupted=told)
+    except Interrupted:
+        leave()
     except storage.StoreFailed:
         raise
     except Exception as error:

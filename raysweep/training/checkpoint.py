@@ -7,11 +7,12 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from uuid import uuid4
 
@@ -67,8 +68,12 @@ def save(
     optimizer: torch.optim.Optimizer,
     history: list[dict[str, float]],
     data_fingerprint: str,
+    also: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Checkpoint:
-    """Write a checkpoint at `path`; a crash at any moment leaves either none or all of it."""
+    """Write a checkpoint at `path`; a crash at any moment leaves either none or all of it.
+
+    also: more files, by name.
+    """
     momentum = {
         name: optimizer.state[parameter]["momentum_buffer"]
         for name, parameter in model.named_parameters()
@@ -77,6 +82,8 @@ def save(
     with whole(path) as partial:
         save_file(_plain(model.state_dict()), partial / WEIGHTS)
         save_file(_plain(momentum), partial / STATE)
+        for name, content in also.items():
+            (partial / name).write_bytes(content)
         sha256 = {name: _sha256(partial / name) for name in (WEIGHTS, STATE)}
         meta = _write_meta(partial, config, history, data_fingerprint, sha256)
     storage.push(path)
@@ -143,6 +150,11 @@ class Run:
         return self.path / f"epoch-{epoch:04d}"
 
     @property
+    def half(self) -> Path:
+        """An epoch that was left in its middle, if one was (see `training.pause`)."""
+        return self.path / "half"
+
+    @property
     def key(self) -> str:
         """Names this run among all, whatever its folder is called; made when first asked for."""
         file = self.path / "run.json"
@@ -162,12 +174,14 @@ class Run:
         return read(self.at(epochs[-1])) if epochs else None
 
     def prune(self, keep: set[int]) -> None:
-        """Delete all checkpoints but those of the epochs in `keep`, and what crashes left half written."""
+        """Delete all checkpoints but those of the epochs in `keep`, and what interruptions and crashes left."""
         for epoch in self.epochs():
             if epoch not in keep:
                 storage.drop(self.at(epoch))
                 shutil.rmtree(self.at(epoch), ignore_errors=True)
-        for partial in self.path.glob(".epoch-*"):
+        if self.half.exists():
+            storage.drop(self.half)
+        for partial in (self.half, *self.path.glob(".epoch-*"), *self.path.glob(".half*")):
             shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -86,6 +86,18 @@ class Diagnostics:
             for name, counts in self._counts.items()
         }
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+        """Everything seen so far; `restore` takes it."""
+        sums = {f"sum {name}": value for name, value in self._sums.items()}
+        return sums | {f"count {name}": value for name, value in self._counts.items()}, self._edges
+
+    def restore(self, seen: dict[str, Tensor], edges: dict[str, list[float]]) -> None:
+        """Go on from another's `state`."""
+        for key, value in seen.items():
+            kind, _, name = key.partition(" ")
+            (self._sums if kind == "sum" else self._counts)[name] = value
+        self._edges = edges
+
     def _sum(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from raysweep.training.config import RunConfig
 from raysweep.training.diagnostics import Diagnostics, Histogram, natural_accuracy, write_histograms
 from raysweep.training.distributed import average_gradients, check, first_says, mean_metrics
 from raysweep.training.faces import Faces
+from raysweep.training.pause import Pause
 from raysweep.training.prefix import Prefixes, chain
 
 Report = Callable[[dict[str, float], Checkpoint], None]
@@ -50,14 +52,18 @@ def fit(
     workers: Workers = ONE_WORKER,
     prefixes: Prefixes | None = None,
     reported: int = 0,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Fitted:
     """Train `config` in the folder `run_path`, going on from the last checkpoint there, if any.
 
     `report(metrics, checkpoint)` is called after each epoch, also for those in the folder but the first `reported`, for
     whoever was told of them last may have died before the next. prefixes: states that other runs trained and this one
-    need not (see `training.prefix`). A run with fewer epochs is gone on with: schedules count epochs from the first, so
-    its weights are those of the longer run there. Raises SpecError if the folder holds a run with another config or
-    other data, TrainingFailed if the loss becomes nan or inf or the model collapses (`collapse_after`).
+    need not (see `training.prefix`). interrupted: asked after each step of a single worker; if it says yes, Interrupted
+    is raised, and the next call goes on after that step.
+
+    A run with fewer epochs is gone on with: schedules count epochs from the first, so its weights are those of the
+    longer run there. Raises SpecError if the folder holds a run with another config or other data, TrainingFailed if
+    the loss becomes nan or inf or the model collapses (`collapse_after`).
 
     Each of several `workers` calls this with the same arguments and takes its share of each batch; the first writes the
     checkpoints, in a folder that all can read. Their weights are those of one worker, up to rounding.
@@ -85,6 +91,7 @@ def fit(
             report(row, saved)
         _check_sound(config, history, data)
     splits = data.to(device)
+    pause = Pause(interrupted, run, config, model, optimizer, data.fingerprint) if workers.size == 1 else None
     for epoch in range(last, config.epochs):
         # Several workers share prefixes at their start only: waiting for others would hold all of them.
         store = prefixes if workers.size == 1 else None
@@ -93,7 +100,7 @@ def fit(
                 saved = checkpoint.adopt(run.at(epoch + 1), state, config, history)
                 saved.load_state(model, optimizer)
             else:
-                row, histograms = _epoch(config, epoch, faces, optimizer, splits, workers)
+                row, histograms = _epoch(config, epoch, faces, optimizer, splits, workers, history, pause)
                 if workers.rank == 0:
                     history = [*history, row]
                     saved = checkpoint.save(run.at(epoch + 1), config, model, optimizer, history, data.fingerprint)
@@ -172,7 +179,14 @@ def _sgd(config: RunConfig, model: nn.Module) -> torch.optim.SGD:
 
 
 def _epoch(
-    config: RunConfig, epoch: int, faces: Faces, optimizer: torch.optim.Optimizer, data: Data, workers: Workers
+    config: RunConfig,
+    epoch: int,
+    faces: Faces,
+    optimizer: torch.optim.Optimizer,
+    data: Data,
+    workers: Workers,
+    history: list[dict[str, float]],
+    pause: Pause | None,
 ) -> tuple[dict[str, float], dict[str, Histogram]]:
     """Train one epoch, then look at the model on validation: a row of metrics, and what was seen on the way."""
     settings = config.at(epoch)
@@ -180,17 +194,21 @@ def _epoch(
         group.update(lr=now(settings.optim.lr), weight_decay=now(settings.optim.weight_decay))
     started = time.perf_counter()
     seen = Diagnostics(settings.method, workers)
+    done = pause.begin(history, seen) if pause else 0
     faces.model.train()
     with faces.float32():
-        for batch in data.batches(config.batch_size, config.seed, epoch, workers.rank, workers.size):
+        batches = data.batches(config.batch_size, config.seed, epoch, workers.rank, workers.size)
+        for steps, batch in enumerate(islice(batches, done, None), done + 1):
             rng = Rng.for_examples(batch.index, config.seed, "train", epoch)
             step = train_step(settings.method, faces, batch, rng, workers)
             optimizer.step()
             seen.add(step, batch.y)
+            if pause:
+                pause.after(steps, seen)
     row = {"epoch": epoch + 1, "train/lr": now(settings.optim.lr), **seen.metrics()}
     if not math.isfinite(row["train/loss"]):
         raise TrainingFailed(f"the loss became {row['train/loss']} in epoch {epoch + 1}; a smaller optim.lr may help")
-    row["train/seconds"] = time.perf_counter() - started
+    row["train/seconds"] = pause.seconds if pause else time.perf_counter() - started
     if (epoch + 1) % config.validation.every == 0 or epoch + 1 == config.epochs:
         started = time.perf_counter()
         with full_precision(data.val.y.device):

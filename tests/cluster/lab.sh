@@ -13,6 +13,7 @@ here="$(cd "$(dirname "$0")" && pwd)"
 lab="$(realpath -m "$1")"; workers=$2; shift 2
 python="$(realpath -s "$(command -v "${PYTHON:-python}")")"
 site="$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+rm -f "$lab"/*.pid
 mkdir -p "$lab/shared" "$lab/laptop/.ray" "$lab/laptop/tmp-ray" /tmp/ray
 
 [ -f "$lab/key" ] || ssh-keygen -q -t ed25519 -N '' -f "$lab/key"

@@ -37,7 +37,7 @@ if [ "${1:-}" = short ]; then
 else
   ( until [ "$(epochs)" -ge 2 ]; do sleep 0.3; done
     echo "# worker2 loses its power"; kill -9 "$(cat "$lab/worker2.pid")" ) &
-  run ray exec "$cluster" "\"$sweep --trials 6 $tiny\""
+  run ray exec "$cluster" "\"$sweep --trials 5 $tiny\""
   wait
 fi
 grep -q "best checkpoint" "$log" || fail "the sweep did not end"
@@ -49,8 +49,8 @@ if [ "${1:-}" != short ]; then
   "${ssh[@]}" -N -L 8265:127.0.0.1:8265 root@head &
   tunnel=$!
   until (exec 3<> /dev/tcp/127.0.0.1/8265) 2> /dev/null; do sleep 0.5; done
-  pipeline="raysweep run digits --address auto --out $out --set epochs=1 --set data.train_size=128 --set stages.tune.trials=2"
-  run ray job submit --address http://127.0.0.1:8265 -- "$pipeline --set stages.promote.top=1 --set stages.autoattack.n=20"
+  pipeline="raysweep run digits --address auto --out $out --set epochs=1 --set data.train_size=128 --set stages.tune.trials=1"
+  run ray job submit --address http://127.0.0.1:8265 -- "$pipeline --set stages.promote.top=1 --set stages.autoattack.n=10"
   grep -q "Job .* succeeded" "$log" || fail "the job did not succeed"
   echo; echo "\$ RAY_AUTH_MODE=disabled ray job list --address http://127.0.0.1:8265   # without the token"
   RAY_AUTH_MODE=disabled ray job list --address http://127.0.0.1:8265 2>&1 | grep -io "unauthorized: missing.*" | head -n 1 || fail "no token was wanted"

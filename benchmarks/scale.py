@@ -1,0 +1,251 @@
+"""A thousand GPUs and ten thousand trials, simulated event by event from measured costs: what becomes the limit?
+
+python benchmarks/scale.py benchmarks/scale_costs.json       the table of scale.md
+
+One driver handles proposals, reports and ends one after the other, and a trial goes on when its report has been handled
+(that is how Ray Tune works); all checkpoints go through one store of a given bandwidth; machines are taken away at
+random and come back after a while. Costs that grow with the number of trials are interpolated between the measured.
+"""
+
+import argparse
+import bisect
+import heapq
+import json
+import math
+import random
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+Costs = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A sweep on a cluster. Seconds and MB; driver: what of it is shared out over so many sweeps of equal size."""
+
+    name: str
+    gpus: int = 1000
+    trials: int = 10_000
+    epochs: int = 100
+    grace: int = 10
+    factor: int = 2
+    epoch_seconds: float = 60.0
+    checkpoint_mb: float = 90.0
+    store_mb_per_second: float = 10_000.0
+    optuna: str = "in memory"
+    mlflow: str = "sqlite"
+    sweeps: int = 1
+    hours_between_preemptions: float = 6.0
+    replacement_seconds: float = 240.0
+    start_seconds: float = 15.0
+    keeps_half_epochs: bool = True
+
+
+@dataclass
+class Server:
+    """Does one thing after the other."""
+
+    free_at: float = 0.0
+    busy: float = 0.0
+    waited: float = 0.0
+    served: int = 0
+
+    def serve(self, now: float, seconds: float) -> float:
+        """When a request of now is done."""
+        start = max(now, self.free_at)
+        self.free_at = start + seconds
+        self.busy += seconds
+        self.waited += start - now
+        self.served += 1
+        return self.free_at
+
+
+@dataclass
+class Outcome:
+    """hours: to the last report; shares: of the GPUs' time until then; driver_busy: of the busiest driver's."""
+
+    hours: float
+    shares: dict[str, float]
+    driver_busy: float
+    preemptions: int
+    lost_epochs: float
+    by_part: Counter[str]
+
+
+class Sweep:
+    """One sweep on its share of the GPUs, from its first trial to its last."""
+
+    def __init__(self, setting: Setting, costs: Costs, store: Server, seed: int) -> None:
+        self._s, self._costs, self._store = setting, costs, store
+        self._random = random.Random(seed)
+        self._driver = Server()
+        self._rungs: dict[int, list[float]] = {}
+        rung = setting.grace
+        while rung < setting.epochs:
+            self._rungs[rung] = []
+            rung *= setting.factor
+        self._started = self._ended = self._preemptions = 0
+        self._trained = self._lost = self._last = 0.0
+        self.by_part: Counter[str] = Counter()
+
+    def events(self) -> list[tuple[float, int, float, int, float]]:
+        """Each GPU asks for a trial at the start: (time, gpu, quality, epochs done, seconds of this epoch left)."""
+        return [(0.0, gpu, -1.0, 0, 0.0) for gpu in range(self._s.gpus)]
+
+    def handle(self, event: tuple[float, int, float, int, float]) -> tuple[float, int, float, int, float] | None:
+        """What a GPU does next; None when there is nothing left for it."""
+        now, gpu, quality, epochs, left = event
+        if quality < 0:
+            if self._started == self._s.trials:
+                return None
+            self._started += 1
+            begin = self._driver.serve(now, self._cost("start")) + self._s.start_seconds
+            return begin, gpu, self._random.random(), 0, self._epoch()
+        taken = self._random.expovariate(1 / (3600 * self._s.hours_between_preemptions))
+        if taken < left:
+            self._preemptions += 1
+            self._trained += taken
+            if not self._s.keeps_half_epochs:
+                self._lost += taken / self._s.epoch_seconds
+                left += taken
+            back = self._driver.serve(now + taken, 0.05) + self._s.replacement_seconds + self._s.start_seconds
+            return back, gpu, quality, epochs, left - taken
+        self._trained += left
+        saved = self._store.serve(now + left, self._s.checkpoint_mb / self._s.store_mb_per_second)
+        told = self._driver.serve(saved, self._cost("report"))
+        self._last = max(self._last, told)
+        epochs += 1
+        if epochs < self._s.epochs and self._good(epochs, quality):
+            return told, gpu, quality, epochs, self._epoch()
+        self._ended += 1
+        return self._driver.serve(told, self._cost("end")), gpu, -1.0, 0, 0.0
+
+    def outcome(self) -> tuple[float, float, Server, int, float, int]:
+        starts = self._started + self._preemptions
+        return self._last, self._trained, self._driver, self._preemptions, self._lost, starts
+
+    def _epoch(self) -> float:
+        return self._s.epoch_seconds * self._random.lognormvariate(0, 0.15)
+
+    def _good(self, epochs: int, quality: float) -> bool:
+        if epochs not in self._rungs:
+            return True
+        reached = self._rungs[epochs]
+        value = quality + self._random.gauss(0, 0.1)
+        bisect.insort(reached, value)
+        return value >= reached[-max(1, len(reached) // self._s.factor)]
+
+    def _cost(self, event: str) -> float:
+        """Seconds of the driver; the study and the store hold more and more."""
+        names = {
+            "start": [f"optuna {self._s.optuna}", "ledger: write a trial", f"mlflow {self._s.mlflow}: open a run"],
+            "report": ["ledger: write a trial", f"mlflow {self._s.mlflow}: log an epoch", "ray tune: a report"],
+            "end": ["ledger: write a trial", f"mlflow {self._s.mlflow}: close a run", "ray tune: a trial"],
+        }[event]
+        total = 0.0
+        for name in names:
+            # All sweeps share MLflow's store.
+            held = self._started * (self._s.sweeps if name.startswith("mlflow") else 1)
+            seconds = at(self._costs[name], held) / 1000
+            self.by_part[name.split(":")[0]] += seconds  # type: ignore[assignment]
+            total += seconds
+        return total
+
+
+def at(cost: dict[str, float], held: int) -> float:
+    """A cost at a number of trials: straight lines between the measured ones, the last slope beyond."""
+    points = sorted((int(size), value) for size, value in cost.items())
+    if len(points) == 1 or held <= points[0][0]:
+        return points[0][1]
+    after = min(bisect.bisect_left([size for size, _ in points], held), len(points) - 1)
+    (x0, y0), (x1, y1) = points[after - 1], points[after]
+    return max(0.0, y0 + (y1 - y0) * (held - x0) / (x1 - x0))
+
+
+def simulate(setting: Setting, costs: Costs) -> Outcome:
+    """All sweeps side by side, on one store."""
+    store = Server()
+    part = replace(setting, gpus=setting.gpus // setting.sweeps, trials=setting.trials // setting.sweeps)
+    sweeps = [Sweep(part, costs, store, seed) for seed in range(setting.sweeps)]
+    queue: list[tuple[float, int, Any]] = []
+    for number, sweep in enumerate(sweeps):
+        queue += [(event[0], number, event) for event in sweep.events()]
+    heapq.heapify(queue)
+    while queue:
+        _, number, event = heapq.heappop(queue)
+        then = sweeps[number].handle(event)
+        if then is not None:
+            heapq.heappush(queue, (then[0], number, then))
+    ended = [sweep.outcome() for sweep in sweeps]
+    last = max(one[0] for one in ended)
+    drivers = [one[2] for one in ended]
+    parts: Counter[str] = Counter()
+    for sweep in sweeps:
+        parts.update(sweep.by_part)
+    whole = setting.gpus * last
+    idle = {
+        "training": sum(one[1] for one in ended),
+        "the driver": sum(driver.waited + driver.busy for driver in drivers),
+        "the store": store.waited + store.busy,
+        "starts": sum(one[5] for one in ended) * setting.start_seconds,
+        "new machines": sum(one[3] for one in ended) * setting.replacement_seconds,
+    }
+    shares = {name: seconds / whole for name, seconds in idle.items()}
+    return Outcome(
+        hours=last / 3600,
+        shares=shares | {"the last trials": 1 - sum(shares.values())},
+        driver_busy=max(driver.busy for driver in drivers) / last,
+        preemptions=sum(one[3] for one in ended),
+        lost_epochs=sum(one[4] for one in ended),
+        by_part=parts,
+    )
+
+
+def settings() -> list[Setting]:
+    slow = Setting("epochs of 60 s")
+    fast = Setting("epochs of 10 s", epoch_seconds=10.0)
+    wide = Setting("370 MB a checkpoint (WRN-32-10)", checkpoint_mb=370.0)
+    return [
+        slow,
+        replace(slow, name="... Optuna on SQLite", optuna="sqlite"),
+        replace(slow, name="... half epochs lost", keeps_half_epochs=False),
+        replace(slow, name="... preempted every hour", hours_between_preemptions=1.0),
+        replace(slow, name="... every hour, half epochs lost", hours_between_preemptions=1.0, keeps_half_epochs=False),
+        wide,
+        replace(wide, name="... store of 1 GB/s (one NFS server)", store_mb_per_second=1000.0),
+        fast,
+        replace(fast, name="... MLflow on PostgreSQL", mlflow="postgres"),
+        replace(fast, name="... 10 sweeps of 1,000 trials", sweeps=10),
+        replace(fast, name="... 10 sweeps, PostgreSQL", sweeps=10, mlflow="postgres"),
+        replace(fast, name="... 100 GPUs", gpus=100),
+    ]
+
+
+def limit(outcome: Outcome) -> str:
+    """Where most of the time goes that nobody trains in."""
+    name, share = max((item for item in outcome.shares.items() if item[0] != "training"), key=lambda item: item[1])
+    part = f": {outcome.by_part.most_common(1)[0][0]}" if name == "the driver" else ""
+    return f"{name} ({share:.0%}{part})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("costs", type=Path)
+    parser.add_argument("--shrink", type=int, default=1, metavar="N", help="N times fewer GPUs and trials, for a try")
+    args = parser.parse_args()
+    costs: Costs = json.loads(args.costs.read_text())
+    # What a trial costs Tune is its start, its one report and its end.
+    costs["ray tune: a report"] = {size: value / 3 for size, value in costs["ray tune: a trial"].items()}
+    print("| setting | hours | GPUs train | driver busy | preempted | epochs lost | most of the rest goes to |")
+    print("|---|---:|---:|---:|---:|---:|---|")
+    for setting in settings():
+        small = replace(setting, gpus=setting.gpus // args.shrink, trials=setting.trials // args.shrink)
+        o = simulate(small, costs)
+        numbers = f"{o.hours:.1f} | {o.shares['training']:.0%} | {o.driver_busy:.0%} | {o.preemptions}"
+        print(f"| {setting.name} | {numbers} | {math.ceil(o.lost_epochs)} | {limit(o)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

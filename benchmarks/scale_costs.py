@@ -1,0 +1,252 @@
+"""What one event of a sweep costs its driver, by the number of trials that there are already. Milliseconds.
+
+python benchmarks/scale_costs.py [--postgres /usr/lib/postgresql/15/bin] [--sizes 100 1000 10000] > costs.json
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pwd
+import random
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.space import SearchSpace, Settings, load_space
+from raysweep.tracking import SweepTracker, Tracker
+
+EPOCHS, METRICS, REPEATS = 10, 25, 5
+
+
+def settings_of(space: SearchSpace, number: int) -> Settings:
+    trial = optuna.trial.FixedTrial(_random(space, random.Random(number)))
+    return space.suggest(trial)
+
+
+def _random(space: SearchSpace, rng: random.Random) -> dict[str, Any]:
+    def draw(distribution: Any) -> Any:
+        if distribution.categorical is not None:
+            return rng.choice(distribution.optuna().choices)
+        return rng.uniform(*distribution.ends())
+
+    return {path: draw(distribution) for path, distribution in space.space.items()}
+
+
+def trial_of(space: SearchSpace, number: int) -> Trial:
+    """An ended trial as a sweep leaves it, its metrics in the numbers that a real one has."""
+    rng = random.Random(number)
+    row = {f"train/metric_{i}": rng.random() for i in range(METRICS - 3)}
+    row |= {"robust_worst": rng.random(), "clean": rng.random(), "masking_gap": rng.random() * 0.1, "epoch": EPOCHS}
+    curve = [[epoch, rng.random()] for epoch in range(1, EPOCHS + 1)]
+    return Trial(number, settings_of(space, number), "finished", EPOCHS, row, row, curve, EPOCHS, 100.0)
+
+
+def milliseconds(call: Callable[[], Any], repeats: int = REPEATS) -> float:
+    """Median of some calls."""
+    found = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        found.append(1000 * (time.perf_counter() - began))
+    return round(statistics.median(found), 2)
+
+
+def optuna_costs(space: SearchSpace, storage: Any, sizes: list[int]) -> dict[int, float]:
+    """One proposal and its result told, by trials that the study holds."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(storage=storage, direction="maximize", sampler=space.sampler.build())
+    costs, held = {}, 0
+
+    def once() -> None:
+        nonlocal held
+        trial = study.ask()
+        space.suggest(trial)
+        study.tell(trial, random.random())
+        held += 1
+
+    for size in sizes:
+        missing = [trial_of(space, number) for number in range(held, size)]
+        distributions = {path: distribution.optuna() for path, distribution in space.space.items()}
+        study.add_trials(
+            optuna.trial.create_trial(
+                params=space.params(t.settings),
+                distributions={path: distributions[path] for path in t.settings},
+                value=t.score("robust_worst"),
+            )
+            for t in missing
+        )
+        held = max(held, size)
+        costs[size] = milliseconds(once)
+    return costs
+
+
+def ledger_costs(space: SearchSpace, folder: Path, sizes: list[int]) -> dict[str, dict[int, float]]:
+    ledger = Ledger.create(folder / "sweep", space)
+    costs: dict[str, dict[int, float]] = {"write a trial": {}, "read all trials": {}}
+    held = 0
+    for size in sizes:
+        for number in range(held, size):
+            ledger.write(trial_of(space, number))
+        held = size
+        again = trial_of(space, 0)
+        costs["write a trial"][size] = milliseconds(lambda trial=again: ledger.write(trial))
+        costs["read all trials"][size] = milliseconds(ledger.trials, 2)
+    return costs
+
+
+def mlflow_costs(space: SearchSpace, uri: str, folder: Path, sizes: list[int]) -> dict[str, dict[int, float]]:
+    """A trial's run opened with its settings, one epoch's metrics, the run closed: by runs that the store holds."""
+    tracker = Tracker(uri, folder / "artifacts").ready()
+    follower = SweepTracker(tracker, "0123456789abcdef")
+    ledger = Ledger.create(folder / "followed", space)
+    follower.started(ledger, 1)
+    costs: dict[str, dict[int, float]] = {"open a run": {}, "log an epoch": {}, "close a run": {}}
+    held = 0
+    for size in sizes:
+        _fill(uri, tracker, held, size)
+        held = size
+        opened, logged, closed = [], [], []
+        for number in range(size, size + REPEATS):
+            trial = trial_of(space, number)
+            running = Trial(number, trial.settings)
+            ended = Trial(number, trial.settings, "stopped", EPOCHS)
+            opened.append(milliseconds(lambda t=running: follower.trial_changed(t, None), 1))
+            logged.append(milliseconds(lambda t=running, row=trial.latest: follower.trial_changed(t, row), 1))
+            closed.append(milliseconds(lambda t=ended: follower.trial_changed(t, None), 1))
+        for name, found in zip(costs, (opened, logged, closed), strict=True):
+            costs[name][size] = statistics.median(found)
+    return costs
+
+
+def _fill(uri: str, tracker: Tracker, first: int, last: int) -> None:
+    """Runs as sweeps leave them, brought straight into the tables: through MLflow it would take an hour."""
+    import sqlalchemy as sa
+    from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, SqlParam, SqlRun, SqlTag
+
+    _, experiment = tracker._connected.result()
+    now = int(time.time() * 1000)
+    rows: dict[Any, list[dict[str, Any]]] = {m: [] for m in (SqlRun, SqlTag, SqlParam, SqlMetric, SqlLatestMetric)}
+    for number in range(first, last):
+        run = f"{number:032x}"
+        rows[SqlRun].append(
+            {
+                "run_uuid": run, "name": f"s/{number:04d}", "source_type": "LOCAL", "entry_point_name": "",
+                "user_id": "u", "status": "FINISHED", "start_time": now, "end_time": now, "source_version": "",
+                "lifecycle_stage": "active", "artifact_uri": "a", "experiment_id": int(experiment),
+            }
+        )  # fmt: skip
+        tags = {"raysweep.kind": "trial", "raysweep.sweep": "k", "raysweep.trial": f"{number:05d}", "state": "stopped"}
+        rows[SqlTag] += [{"run_uuid": run, "key": k, "value": v} for k, v in tags.items()]
+        rows[SqlParam] += [{"run_uuid": run, "key": f"p{i}", "value": str(i)} for i in range(60)]
+        rows[SqlLatestMetric] += [
+            {"run_uuid": run, "key": f"m{i}", "value": 0.5, "timestamp": now, "step": 1, "is_nan": False}
+            for i in range(METRICS)
+        ]
+        rows[SqlMetric] += [
+            {"run_uuid": run, "key": f"m{i}", "value": 0.5, "timestamp": now, "step": s, "is_nan": False}
+            for i in range(METRICS)
+            for s in range(2)
+        ]
+    engine = sa.create_engine(uri)
+    with engine.begin() as connection:
+        for model, values in rows.items():
+            if values:
+                connection.execute(sa.insert(model.__table__), values)
+    engine.dispose()
+
+
+def tune_costs(sizes: list[int]) -> dict[int, float]:
+    """Ray Tune's own work for a trial of one report, with nothing of ours: by trials that it holds."""
+    import ray
+    from ray import tune
+
+    from raysweep.sweep.cluster import connected
+
+    with connected(cpus=2):
+        costs = {}
+        for size in sizes:
+            began = time.perf_counter()
+            trainable = tune.with_resources(lambda config: tune.report({"x": 1}), {"CPU": 1})
+            with tempfile.TemporaryDirectory() as folder:
+                tune.Tuner(
+                    trainable,
+                    tune_config=tune.TuneConfig(num_samples=size, max_concurrent_trials=2, reuse_actors=True),
+                    run_config=tune.RunConfig(storage_path=folder, verbose=0),
+                ).fit()
+            costs[size] = round(1000 * (time.perf_counter() - began) / size, 2)
+        ray.shutdown()
+    return costs
+
+
+@contextlib.contextmanager
+def postgres(binaries: Path, folder: Path) -> Iterator[str]:
+    """A PostgreSQL server of its own on loopback, which trusts who reaches it."""
+    user = pwd.getpwnam("postgres")
+    folder.chmod(0o755)
+    data = folder / "pg"
+    data.mkdir()
+    os.chown(data, user.pw_uid, user.pw_gid)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def run(*command: str) -> None:
+        subprocess.run(command, user=user.pw_uid, group=user.pw_gid, cwd="/", check=True, stdout=subprocess.DEVNULL)
+
+    run(str(binaries / "initdb"), "-A", "trust", "-D", str(data))
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={data}"
+    run(str(binaries / "pg_ctl"), "-D", str(data), "-o", options, "-l", str(data / "log"), "-w", "start")
+    try:
+        for database in ("optuna", "mlflow"):
+            run(str(binaries / "createdb"), "-h", "127.0.0.1", "-p", str(port), database)
+        yield f"postgresql://postgres@127.0.0.1:{port}"
+    finally:
+        run(str(binaries / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--postgres", type=Path, metavar="BIN", help="folder of initdb and pg_ctl")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100, 1000, 10_000])
+    parser.add_argument("--parts", nargs="+", default=["optuna", "ledger", "mlflow", "tune"])
+    args = parser.parse_args()
+    space = load_space("lrat", {})
+    costs: dict[str, Any] = {}
+    folder = Path(tempfile.mkdtemp(prefix="scale-"))
+    small = [size for size in args.sizes if size <= 1000]
+    with contextlib.ExitStack() as stack:
+        stores = {"sqlite": f"sqlite:///{folder}"}
+        if args.postgres:
+            stores["postgres"] = stack.enter_context(postgres(args.postgres, folder))
+        if "optuna" in args.parts:
+            costs["optuna in memory"] = optuna_costs(space, None, args.sizes)
+            for name, uri in stores.items():
+                # Each trial brought there costs a transaction: ten thousand take minutes.
+                costs[f"optuna {name}"] = optuna_costs(space, f"{uri}/optuna{'.db' * (name == 'sqlite')}", small)
+        if "ledger" in args.parts:
+            costs |= {f"ledger: {what}": cost for what, cost in ledger_costs(space, folder, args.sizes).items()}
+        if "mlflow" in args.parts:
+            for name, uri in stores.items():
+                (folder / name).mkdir()
+                store = f"{uri}/mlflow{'.db' * (name == 'sqlite')}"
+                found = mlflow_costs(space, store, folder / name, args.sizes)
+                costs |= {f"mlflow {name}: {what}": cost for what, cost in found.items()}
+        if "tune" in args.parts:
+            costs["ray tune: a trial"] = tune_costs([min(size, 200) for size in args.sizes[:2]])
+    shutil.rmtree(folder, ignore_errors=True)
+    json.dump(costs, sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main()

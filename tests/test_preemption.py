@@ -1,0 +1,136 @@
+"""SIGTERM in mid-epoch: everything is kept at once, and the run that goes on ends with the same bits."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import TINY, tiny
+
+from raysweep.cli import main
+from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.space import SearchSpace
+from raysweep.sweep.tuner import run_sweep
+from raysweep.training.checkpoint import STATE, WEIGHTS, Run
+from raysweep.training.config import run_config
+from raysweep.training.diagnostics import read_histograms
+from raysweep.training.pause import Interrupted
+from raysweep.training.trainer import fit
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Weights, momentum, metrics and histograms, bit for bit; times aside."""
+    a, b = Run(one).last(), Run(other).last()
+    assert a is not None and b is not None and a.epoch == b.epoch
+    for name in (WEIGHTS, STATE):
+        assert a.meta["sha256"][name] == b.meta["sha256"][name]
+    rows = [[{k: v for k, v in row.items() if "seconds" not in k} for row in saved.history] for saved in (a, b)]
+    assert rows[0] == rows[1]
+    assert read_histograms(one) == read_histograms(other)
+
+
+@pytest.mark.parametrize("method", ["gairat", "lrat", "fat"])
+def test_left_at_any_step_it_ends_with_the_same_bits(method: str, tmp_path: Path, digits) -> None:
+    config = tiny(method, epochs=3, batch_size=10)
+    fit(config, tmp_path / "whole", data=digits)
+    countdown = 0
+
+    def interrupted() -> bool:
+        nonlocal countdown
+        countdown -= 1
+        return countdown == 0
+
+    for steps in (3, 4, 7):
+        countdown = steps
+        with pytest.raises(Interrupted, match="all of it is kept"):
+            fit(config, tmp_path / "left", data=digits, interrupted=interrupted)
+        assert (tmp_path / "left" / "half").is_dir()
+    seen = []
+    fit(config, tmp_path / "left", lambda row, saved: seen.append(row["epoch"]), data=digits)
+    assert seen == [1, 2, 3] or seen == [2, 3], "14 of 21 steps were done before"
+    same_run(tmp_path / "whole", tmp_path / "left")
+    assert not (tmp_path / "left" / "half").exists()
+
+
+def test_a_half_of_something_else_is_left_alone(tmp_path: Path, digits) -> None:
+    config = tiny("at", batch_size=10)
+    with pytest.raises(Interrupted):
+        fit(config, tmp_path / "run", data=digits, interrupted=lambda: True)
+    other = tiny("at", batch_size=10, optim__lr=0.05)
+    fit(other, tmp_path / "run", data=digits)
+    fit(other, tmp_path / "whole", data=digits)
+    same_run(tmp_path / "whole", tmp_path / "run")
+    with pytest.raises(Interrupted):
+        fit(config, tmp_path / "damaged", data=digits, interrupted=lambda: True)
+    (tmp_path / "damaged" / "half" / WEIGHTS).write_bytes(b"half")
+    fit(config, tmp_path / "damaged", data=digits)
+    fit(config, tmp_path / "fresh", data=digits)
+    same_run(tmp_path / "fresh", tmp_path / "damaged")
+
+
+def test_sigterm_to_a_training_run(workdir: Path, capsys) -> None:
+    """One epoch of many steps, so that the signal comes in its middle."""
+    settings = {"epochs": 1, "data.val_size": 50, "batch_size": 8, "*.attacks.*.steps": 3}
+    flags = [part for path, value in settings.items() for part in ("--set", f"{path}={value}")]
+    command = ["train", "gairat", *flags, "--name", "r", "--json"]
+
+    def terminate() -> None:
+        # The claim on the prefix says that the epoch has begun.
+        while not list(workdir.glob("runs/.prefixes/*.claim")):
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate, daemon=True).start()
+    assert main(command) == 130
+    assert "raysweep: told to end in epoch 1, after" in capsys.readouterr().err
+    assert (workdir / "runs/r/half").is_dir() and not list(workdir.glob("runs/r/epoch-*"))
+    assert main(command) == 0
+    fit(run_config("gairat", settings), workdir / "whole")
+    same_run(workdir / "whole", workdir / "runs/r")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_sigterm_to_a_trial_costs_it_nothing(ray_cluster, tmp_path: Path) -> None:
+    alpha = "method.terms.pgd.weight.alpha"
+    base = {**TINY, "epochs": 2, "data.train_size": None, "batch_size": 8, "*.attacks.*.steps": 3}
+    settings = SearchSpace.load(
+        {
+            "method": "lrat",
+            "trials": 1,
+            "base": base,
+            "share_prefixes": False,
+            "scheduler": {"kind": "none"},
+            "space": {alpha: {"float": [0.5, 4.0]}},
+            "start": [{alpha: 2.0}],
+        }
+    )
+    ledger = Ledger.create(tmp_path / "sweep", settings)
+    ended: list[int] = []
+    kept: list[Path] = []
+
+    def take_the_machine_away() -> None:
+        while not (tmp_path / "sweep/trials/0000/epoch-0001").exists():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        for process in psutil.Process().children(recursive=True):
+            if process.name().startswith("ray::ImplicitFu"):
+                process.terminate()
+                ended.append(process.pid)
+        deadline = time.monotonic() + 20
+        while not kept and time.monotonic() < deadline:
+            kept.extend((tmp_path / "sweep/trials/0000").glob("half"))
+
+    threading.Thread(target=take_the_machine_away, daemon=True).start()
+    run_sweep(ledger, [])
+    (trial,) = ledger.trials()
+    assert ended and kept, "its epoch was kept at once"
+    assert trial.state == "finished" and trial.reason == ""
+    assert [epoch for epoch, _ in trial.curve] == [1, 2]
+    config = ledger.space.config(trial.settings)
+    fit(config, tmp_path / "whole")
+    same_run(tmp_path / "whole", ledger.run_path(0))

@@ -1,0 +1,147 @@
+"""Nothing listens to the world, no name leaves its folder, nothing is unpickled."""
+
+import ast
+import json
+import re
+import tomllib
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import tiny
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from raysweep import storage
+from raysweep.cli import main
+from raysweep.commands import doctor, plain_name
+from raysweep.pipeline.stage import Settings, Work
+from raysweep.spec import SpecError, override
+
+ROOT = Path(__file__).parent.parent
+# Names that try to get out, and everything else.
+NAMES = st.one_of(
+    st.text(max_size=12),
+    st.text(alphabet="./\\~ab\0\n:%", max_size=12),
+    st.lists(st.sampled_from(["..", ".", "/", "a", "~", "\\", "%2e%2e", "…", "\0"]), max_size=6).map("".join),
+)
+
+
+NEVER = {
+    *("eval", "exec", "os.system", "torch.load", "joblib.load", "yaml.unsafe_load"),
+    *("pickle.load", "pickle.loads", "pickle.Unpickler", "cloudpickle.load", "cloudpickle.loads"),
+}
+
+
+def stays(path: Path, folder: Path) -> bool:
+    """Whether the path is right in the folder, whatever the file system makes of it."""
+    return path.resolve().parent == folder.resolve() and "\0" not in str(path)
+
+
+@pytest.mark.ray
+def test_a_local_sweep_listens_on_loopback_alone(ray_cluster) -> None:
+    me = psutil.Process()
+    listening = {}
+    for process in [me, *me.children(recursive=True)]:
+        for one in process.net_connections(kind="tcp"):
+            if one.status == psutil.CONN_LISTEN:
+                listening[f"{process.name()} {one.laddr.ip}:{one.laddr.port}"] = one.laddr.ip
+    assert any(name.startswith("gcs_server") for name in listening), "this is Ray's cluster"
+    open_to_all = [name for name, ip in listening.items() if not re.match(r"(::ffff:)?127\.|::1$", ip)]
+    assert not open_to_all
+
+
+@given(NAMES)
+@example("..")
+@example("../../etc/passwd")
+@example("/etc/passwd")
+@example("a\0b")
+@example("x" * 300)
+def test_names_of_sweeps_and_runs_stay_in_their_folder(name: str) -> None:
+    folder = Path("/runs")
+    try:
+        plain = plain_name(name, "--name")
+    except SpecError:
+        return
+    assert plain == name and len(name) <= 100 and stays(folder / name, folder)
+
+
+@given(NAMES)
+@example("../../up")
+def test_a_methods_name_stays_in_its_folder(name: str) -> None:
+    """`raysweep train FILE` calls the run's folder by the name that the file gives its method."""
+    folder = Path("/runs")
+    try:
+        config = override(tiny("at"), {"method.name": name})
+    except SpecError:
+        return
+    assert stays(folder / f"{config.method.name}-{config.digest()[:8]}", folder)
+
+
+@given(NAMES)
+@example("../../up")
+def test_labels_of_a_pipeline_stay_in_its_folder(label: str) -> None:
+    sweeps = Path("/runs/pipelines/p/sweeps")
+    work = Work("p", Path("/"), Path("/p"), sweeps, Settings({}, {}), Console(), None, ExitStack(), 1, "0123456789")
+    assert stays(work.sweep(label), sweeps)
+
+
+@given(NAMES)
+@example("../../..")
+@settings(deadline=None)
+def test_a_bucket_stays_in_its_working_copy(name: str) -> None:
+    try:
+        path = storage.at(f"s3://bucket/{name}")
+    except (SpecError, ValueError):
+        return
+    copy = storage.at("s3://bucket")
+    assert path == copy or path.is_relative_to(copy)
+    assert ".." not in path.parts
+
+
+@pytest.mark.parametrize("what", ["../outside", "{root}/outside", "x/../../outside"])
+def test_show_looks_at_runs_and_nowhere_else(what: str, workdir: Path, capsys) -> None:
+    for folder in ("outside", "runs/x"):
+        (workdir / folder).mkdir(parents=True)
+    space = {"method": "at", "space": {"optim.lr": {"float": [0.1, 0.2]}}}
+    (workdir / "outside" / "sweep.json").write_text(json.dumps({"key": "0", "space": space}))
+    assert main(["show", what.format(root=workdir)]) == 2
+    assert "no method, preset" in capsys.readouterr().err
+
+
+def calls(tree: ast.AST) -> set[str]:
+    """Dotted names of everything that is called."""
+    return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "raysweep").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_is_unpickled_or_evaluated(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert not calls(tree) & NEVER
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("np.load", "numpy.load"):
+            assert any(k.arg == "allow_pickle" and ast.unparse(k.value) == "False" for k in node.keywords)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("subprocess."):
+            assert not any(k.arg == "shell" for k in node.keywords)
+
+
+def test_yaml_is_read_by_a_loader_that_makes_plain_data() -> None:
+    for path in sorted((ROOT / "raysweep").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        safe = {
+            c.name for c in ast.walk(tree) if isinstance(c, ast.ClassDef) for b in c.bases if "Safe" in ast.unparse(b)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "yaml.load":
+                assert ast.unparse(node.args[1]) in safe
+
+
+def test_versions_with_known_holes_cannot_be_installed() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        wanted = tomllib.load(file)["project"]["dependencies"]
+    for package, safe in doctor._SAFE.items():
+        (line,) = [line for line in wanted if re.match(rf"{package}[\[>]", line)]
+        least = tuple(int(part) for part in re.findall(r">=([\d.]+)", line)[0].split("."))
+        assert least >= safe, f"{line} allows versions with known holes"
