@@ -235,11 +235,15 @@ def main() -> None:
         for number in range(1000):
             count = sum(len(result["kills"]) for result in done.values())
             workers = 2 if number % 3 == 2 else 1
-            for name, kills in ((f"reference-{workers}", 0), (f"killed-{number}", min(args.each, args.kills - count))):
+            for name, kills in (
+                (f"reference-{workers}", 0),
+                (f"killed-{number}", min(args.each // workers, args.kills - count)),
+            ):
                 if name in done or count >= args.kills or time.monotonic() - began > 60 * args.minutes:
                     continue
                 folder = Path(tempfile.mkdtemp(prefix="kills-"))
-                (folder / "space.yaml").write_text(SPACE)
+                # Several workers take their time to start.
+                (folder / "space.yaml").write_text(SPACE.replace("[-1.0, 1.0]", "[-1.0]") if workers > 1 else SPACE)
                 chance = random.Random(f"{args.seed} {name}")
                 kinds = ["driver", "process", "node"]
                 done[name] = Round(cluster, folder, name, workers).run(chance, kills, kinds)
