@@ -57,6 +57,11 @@ def run_sweep(
                 _tuner(ledger, config, relay, resources, concurrent, space.total - done).fit()
                 if len(relay.bugs) >= BUGS:
                     raise SweepFailed(f"{len(relay.bugs)} trials met the same kind of error, see {relay.bugs[0]}")
+        except tune.TuneError as error:
+            # Tune wraps what the ledger's writes raise.
+            if isinstance(error.__context__, storage.StoreFailed | SpecError):
+                raise error.__context__ from None
+            raise
         finally:
             for listener in listeners:
                 listener.ended(ledger)
