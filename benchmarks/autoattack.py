@@ -1,7 +1,6 @@
-"""AutoAttack measured: the verdict, the passes it prescribes and those it did, and time against passes x unit cost.
+"""AutoAttack measured: the verdict, its time, the passes that 'standard' prescribes and those that were done.
 
     python benchmarks/autoattack.py digits --norm Linf              # the robust digits network of the tests
-    python benchmarks/autoattack.py digits --processes 1 2          # time against the number of processes
     python benchmarks/autoattack.py digits --torchattacks           # interleaved with torchattacks 3.5.1, if installed
     python benchmarks/autoattack.py mnist --data DATA               # 10,000 MNIST images against an exact bound
     python benchmarks/autoattack.py hard --data DATA                # MNIST images on which gradient attacks fail
@@ -25,9 +24,10 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from raysweep.attacks import APGD, FAB, PGD, Square, WorstCase, autoattack  # noqa: E402
-from raysweep.evaluation import Processes, RobustnessReport, evaluate  # noqa: E402
-from raysweep.evaluation.copies import attack_copy  # noqa: E402
+from raysweep.evaluation import Processes, RobustnessReport, bar, evaluate  # noqa: E402
 
+# Of the 10,000 images: a minute each at most.
+SHARDS = 100
 # cpu seconds of the official package, one thread, on the machine that recorded tests/data/aa.
 OFFICIAL_CPU_S = {
     "Linf": {"apgd-ce": 3.24, "apgd-t": 10.53, "fab-t": 18.54, "square": 17.92},
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[0], help="0: in this process")
     parser.add_argument("--examples", type=int, nargs="+", default=[0], help="0: all")
+    parser.add_argument("--resume", type=Path, help="mnist: a folder to go on from after a kill")
     parser.add_argument("--torchattacks", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -66,8 +67,8 @@ def digits_benchmark(args: argparse.Namespace) -> None:
                 print(
                     f"  wall {wall:.1f} s, cpu {cpu:.1f} s; official package cpu {official:.1f} s where it was recorded"
                 )
-                if not processes:
-                    print_passes(model, x[:count], report, cpu)
+                for what in ("prescribed", "done"):
+                    print(f"  passes {what}:", dict(passes(report, done=what == "done")))
         if args.torchattacks:
             interleaved(model, x, y, eps, args.norm, seed)
 
@@ -87,18 +88,6 @@ def timed(
         return report, time.monotonic() - wall, time.process_time() - cpu
 
 
-def print_passes(model: nn.Module, x: Tensor, report: RobustnessReport, cpu: float) -> None:
-    """Passes of 'standard' if nothing left the batch early, passes done, and cpu over passes x unit cost."""
-    forward, both = unit_costs(model, x)
-    prescribed = passes(report, done=False)
-    done = passes(report, done=True)
-    limit = done["forward"] * forward + done["forward+backward"] * both
-    for name, count in (("prescribed", prescribed), ("done", done)):
-        print(f"  passes {name}: {count['forward']:,} forward, {count['forward+backward']:,} forward+backward")
-    print(f"  unit cost: {1e6 * forward:.1f} us forward, {1e6 * both:.1f} us forward+backward (rows of a batch of 192)")
-    print(f"  cpu / (passes done x unit cost) = {cpu:.1f} / {limit:.1f} = {cpu / limit:.2f}")
-
-
 def passes(report: RobustnessReport, done: bool) -> Counter[str]:
     """How often a row went through the model, from the report's counts (done) or from the settings (prescribed)."""
     total: Counter[str] = Counter()
@@ -115,30 +104,6 @@ def passes(report: RobustnessReport, done: bool) -> Counter[str]:
             total["forward"] += queries if done else live * (attack.queries + 1)
         live = int(report.robust_after[name].sum())
     return total
-
-
-def unit_costs(model: nn.Module, x: Tensor, rows: int = 192) -> tuple[float, float]:
-    """Least seconds a row of forward, and of forward and backward to the input, of the copy that attacks run on."""
-    copied, batch = attack_copy(model, x[:32]), x[:rows]
-
-    def forward() -> None:
-        with torch.inference_mode():
-            copied(batch)
-
-    def both() -> None:
-        point = batch.detach().requires_grad_()
-        torch.autograd.grad(copied(point).sum(), point)
-
-    costs = []
-    for run in (forward, both):
-        best = float("inf")
-        for _ in range(15):
-            began = time.process_time()
-            for _ in range(10):
-                run()
-            best = min(best, (time.process_time() - began) / (10 * len(batch)))
-        costs.append(best)
-    return costs[0], costs[1]
 
 
 def interleaved(model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str, seed: int) -> None:
@@ -184,7 +149,9 @@ def mnist_benchmark(args: argparse.Namespace) -> None:
     with Processes(max(args.processes)) if max(args.processes) else InThisProcess() as pool:
         for seed in args.seeds:
             began = time.monotonic()
-            report = evaluate(archs.load("wk17a_mipverify"), x, y, eps=0.1, seed=seed, map=pool)
+            settings = {"seed": seed, "map": pool, "shards": SHARDS, "resume_dir": args.resume}
+            with bar() as progress:
+                report = evaluate(archs.load("wk17a_mipverify"), x, y, eps=0.1, progress=progress, **settings)
             errors = {name: int((~rows).sum()) for name, rows in report.robust_after.items()}
             print(
                 f"wk17a_mipverify eps 0.1 seed {seed}: errors {int((~report.clean).sum())} clean, {json.dumps(errors)}"
