@@ -138,7 +138,7 @@ def test_projection_gives_the_corner_where_the_plane_misses_the_box():
 def test_square_spends_no_forward_on_proposals_that_cannot_matter():
     """The same points, bit for bit, as evaluating every proposal, with fewer forward passes."""
     model, (x, y) = robust_digits(), digits(16)
-    attack, eps, queries = Square(eps=0.1, queries=1500), 0.1, 1500
+    attack, eps, queries = Square(eps=0.1, queries=900), 0.1, 900
     result = attack(model, x, y, rng(16))
     stream = rng(16).stream("restart", 0)
     right = (margin(model(x), y) > 0).nonzero()[:, 0]
