@@ -115,12 +115,13 @@ def test_shards_may_come_back_in_any_order():
     assert same(undivided(60), short(60, map=shuffled, shards=4))
 
 
-def test_uint8_images():
+def test_uint8_images_and_numpy_arrays():
     x, y = digits(40)
     pixels = (x * 255).round().to(torch.uint8)
-    one = evaluate(robust_digits(), pixels, y, attack=SHORT, keep_adversarial=True)
-    other = evaluate(robust_digits(), pixels.float() / 255, y, attack=SHORT, keep_adversarial=True)
-    assert same(one, other)
+    scaled = pixels.float() / 255
+    forms = [(pixels, y), (scaled, y), (pixels.numpy(), y.numpy()), (scaled.numpy(), y.tolist())]
+    reports = [evaluate(robust_digits(), *form, attack=SHORT, keep_adversarial=True) for form in forms]
+    assert all(same(reports[0], report) for report in reports[1:])
 
 
 def test_a_finished_evaluation_costs_nothing(tmp_path):
@@ -333,6 +334,14 @@ def test_a_randomised_model_under_the_rand_version():
         ({"version": "standrad"}, "nearest: standard"),
         ({"attack": WorstCase(attacks={"a": PGD(eps=0.1), "b": PGD(eps=0.2)})}, "must share eps and norm"),
         ({"model": nn.Flatten(0)}, "must return (N, 2 or more) logits"),
+        ({"model": lambda x: x}, "must be a torch.nn.Module from images to logits, got function"),
+        ({"x": torch.rand(4, 3, 8, 8)}, "cannot take float32 images of shape (3, 8, 8)"),
+        ({"y": torch.tensor([0, 1, 2, 10])}, "y must lie in 0..9, as the model has 10 logits; got 0 to 10"),
+        ({"y": [0.0, 0.5, 1.0, 2.0]}, "whole numbers"),
+        ({"eps": 8}, "did you mean 8/255"),
+        ({"norm": "l2"}, "norm"),
+        ({"batch_size": 0}, "batch_size must be 1 or more"),
+        ({"shards": 0}, "shards must be 1 or more"),
     ],
 )
 def test_wrong_input_is_refused(change, words):
@@ -388,6 +397,7 @@ def test_report_on_disk(tmp_path):
 
 def test_report_in_numbers():
     report = undivided(120)
+    assert f"120 examples, Linf eps 0.2: clean {report.clean_accuracy:.2%}, robust" in repr(report)
     classes = report.per_class()
     assert sum(c["count"] for c in classes.values()) == 120
     assert np.isclose(sum(c["count"] * c["robust_accuracy"] for c in classes.values()) / 120, report.robust_accuracy)
