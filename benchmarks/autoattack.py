@@ -2,6 +2,7 @@
 
     python benchmarks/autoattack.py digits --norm Linf              # the robust digits network of the tests
     python benchmarks/autoattack.py digits --torchattacks           # interleaved with torchattacks 3.5.1, if installed
+    python benchmarks/autoattack.py defences                        # outputs that fool gradients, against the official
     python benchmarks/autoattack.py mnist --data DATA               # 10,000 MNIST images against an exact bound
     python benchmarks/autoattack.py hard --data DATA                # MNIST images on which gradient attacks fail
 
@@ -37,7 +38,7 @@ OFFICIAL_CPU_S = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["digits", "mnist", "hard"])
+    parser.add_argument("what", choices=["digits", "defences", "mnist", "hard"])
     parser.add_argument("--norm", choices=["Linf", "L2"], default="Linf")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -47,7 +48,9 @@ def main() -> None:
     parser.add_argument("--torchattacks", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    {"digits": digits_benchmark, "mnist": mnist_benchmark, "hard": hard_benchmark}[args.what](args)
+    {"digits": digits_benchmark, "defences": defences_benchmark, "mnist": mnist_benchmark, "hard": hard_benchmark}[
+        args.what
+    ](args)
 
 
 def digits_benchmark(args: argparse.Namespace) -> None:
@@ -71,6 +74,24 @@ def digits_benchmark(args: argparse.Namespace) -> None:
                     print(f"  passes {what}:", dict(passes(report, done=what == "done")))
         if args.torchattacks:
             interleaved(model, x, y, eps, args.norm, seed)
+
+
+def defences_benchmark(args: argparse.Namespace) -> None:
+    """Masked, saturated, softmax and randomised outputs: ours beside the official verdict on the first 150 images."""
+    from robust_digits import DEFENCES, OFFICIAL, Wrapped, digits
+
+    for name in ("quant4", "scale1000", "softmax", "random"):
+        for seed in args.seeds:
+            report = evaluate(Wrapped(DEFENCES[name]), *digits(150), eps=0.2, seed=seed)
+            counts = [
+                f"{key} {rows.sum()}/{OFFICIAL[f'{name}.{key}'].sum()}" for key, rows in report.robust_after.items()
+            ]
+            print(
+                f"{name} seed {seed}, robust ours/official: {', '.join(counts)}",
+                *report.warnings,
+                sep="\n  ",
+                flush=True,
+            )
 
 
 def timed(

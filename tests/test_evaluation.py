@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from robust_digits import OFFICIAL, Wrapped, digits, robust_digits
+from robust_digits import DEFENCES, OFFICIAL, Wrapped, digits, robust_digits
 from torch import nn
 
 from raysweep.attacks import APGD, FAB, PGD, Adversarial, Square, WorstCase, autoattack, custom
@@ -267,16 +267,6 @@ def test_small_batches_are_padded():
     x, _ = digits(40)
     assert torch.equal(Tiled(model)(x[:3]), Tiled(model)(x)[:3]) and seen == [LEAST_ROWS, 40]
     assert Tiled(model, 16)(x).shape == (40, 10) and seen[2:] == [16, 16, 16]
-
-
-DEFENCES = {
-    "quant4": lambda model, x: model((4 * x).round() / 4),
-    "scale1000": lambda model, x: 1000 * model(x),
-    "softmax": lambda model, x: model(x).softmax(1),
-    "random": lambda model, x: model(x + 0.05 * torch.randn_like(x)),
-    "constant": lambda model, x: 0 * model(x) + torch.arange(10.0),
-    "no gradient": lambda model, x: model(x.detach()),
-}
 
 
 @pytest.mark.parametrize(

@@ -148,11 +148,13 @@ class APGD(Spec):
             return F.cross_entropy(logits, y, reduction="none")
         if self.loss == "cw":
             return -margin(logits, y)
-        top = logits.topk(4 if self.loss == "dlr-targeted" else 3, 1).values
+        ranked = logits.detach().topk(4 if self.loss == "dlr-targeted" else 3, 1).indices
         if self.loss == "dlr":
-            return -margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
-        lead = (logits.gather(1, y[:, None]) - logits.gather(1, target[:, None]))[:, 0]
-        return -lead / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
+            first, third = logits.gather(1, ranked[:, [0, 2]]).unbind(1)
+            return -margin(logits, y) / (first - third + 1e-12)
+        picked = torch.cat([y[:, None], target[:, None], ranked[:, [0, 2, 3]]], 1)
+        true, wanted, first, third, fourth = logits.gather(1, picked).unbind(1)
+        return -(true - wanted) / (first - 0.5 * (third + fourth) + 1e-12)
 
     def _start(self, x: Tensor, rng: Rng) -> Tensor:
         """A random point of the sphere: x + eps t / |t| in the attack's norm."""
