@@ -269,7 +269,7 @@ def _limit(variant: str, attack: float, rest: float, rates: dict[torch.dtype, fl
 
 
 def _agreement(one: Found, other: Found) -> list[str]:
-    """With the step that has all paths off, or a plain one: rows whose kappa differs, relative difference of loss and gradient."""
+    """Rows whose kappa differs, and the relative difference of loss and gradient."""
     differs = f"{(one.kappa != other.kappa).float().mean():.1%}"
     apart = (one.grad - other.grad).norm() / other.grad.norm()
     return [differs, f"{abs(one.loss / other.loss - 1):.0e}", f"{apart:.0e}"]
