@@ -18,20 +18,20 @@ from tempfile import TemporaryDirectory
 from measure import Ratio, machine, table
 
 HERE = Path(__file__).parent
-COMMANDS = {
+COMMANDS: dict[str, tuple[list[str], float | None]] = {
     "raysweep --help": (["--help"], 0.3),
     "raysweep list": (["list"], None),
     "raysweep tune lrat --plan": (["tune", "lrat", "--plan"], 3.0),
 }
-# What a step costs in memory: argv is batch, attack steps, and whether it is ours.
+# What a step costs in memory: argv is batch, attack steps, whose, and which network.
 STEP = """
 import dataclasses, resource, sys
 import torch
 torch.set_num_threads(1)
-from training_step import FLOAT32, PATHS, ours, plain, prepared
+from training_step import ours, plain, prepared
 from raysweep.spec import override
-batch, steps, mine = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "ours"
-subject = prepared("gairat", batch, False, warm_up=0)
+batch, steps, mine, small = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "ours", sys.argv[4] == "small"
+subject = prepared("gairat", batch, small, warm_up=0)
 subject = dataclasses.replace(subject, method=override(subject.method, {"attacks.pgd.steps": steps}))
 run = ours(subject, {"channels_last": True, "fold": True}) if mine else plain(subject, False)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -50,43 +50,50 @@ def python(*arguments: str, cwd: Path = HERE) -> str:
     return done.stdout
 
 
-def answers(n: int) -> list[Ratio]:
+def answers(n: int, commands: list[str]) -> list[Ratio]:
     """Wall and processor seconds of each command, medians of n after one that fills the disk's cache."""
     rows, found = [], []
-    for name, (arguments, goal) in COMMANDS.items():
-        walls, cpus = [], []
-        for _ in range(n + 1):
-            with TemporaryDirectory() as folder:
-                started, before = time.perf_counter(), os.times()
-                python("-m", "raysweep.cli", *arguments, cwd=Path(folder))
-                after = os.times()
-                walls.append(time.perf_counter() - started)
-                cpus.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    for name in commands:
+        arguments, goal = COMMANDS[name]
+        walls, cpus = zip(*(timed(arguments) for _ in range(n + 1)), strict=True)
         wall, cpu = median(walls[1:]), median(cpus[1:])
         limit = f"{goal:g} s" if goal else ""
         rows.append([name, f"{wall:.2f}", f"{cpu:.2f}", limit])
         if goal:
-            found.append(Ratio(f"{name}, s", f"{wall:.2f} ({cpu:.2f} of a processor)", limit, f"{n} runs"))
+            found.append(Ratio(name, f"{wall:.2f} s ({cpu:.2f} of a processor)", limit, f"{n} runs"))
     print(f"\nStart-up, {n} runs; {machine()}\n")
     print(table(["command", "s, median", "processor s", "goal"], rows), flush=True)
     return found
 
 
-def memory(batch: int, steps: tuple[int, int]) -> list[Ratio]:
+def timed(arguments: list[str]) -> tuple[float, float]:
+    """Wall and processor seconds of a command in an empty folder."""
+    with TemporaryDirectory() as folder:
+        started, before = time.perf_counter(), os.times()
+        python("-m", "raysweep.cli", *arguments, cwd=Path(folder))
+        after = os.times()
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.perf_counter() - started, spent
+
+
+def memory(batch: int, steps: tuple[int, int], small: bool = False) -> list[Ratio]:
     """MiB that a step adds to its process."""
-    few, many = (float(python("-c", STEP, str(batch), str(k), "ours")) for k in steps)
-    public = float(python("-c", STEP, str(batch), str(steps[0]), "plain"))
-    rows = [["ours", str(steps[0]), f"{few:.0f}"], ["ours", str(steps[1]), f"{many:.0f}"]]
-    rows.append(["plain", str(steps[0]), f"{public:.0f}"])
-    print(f"\nPeak memory of a GAIRAT step, ResNet-18, batch {batch}; {machine()}\n")
+    network = "small" if small else "resnet18"
+    asked = [("ours", steps[0]), ("ours", steps[1]), ("plain", steps[0])]
+    mib = [float(python("-c", STEP, str(batch), str(k), who, network)) for who, k in asked]
+    rows = [[who, str(k), f"{size:.0f}"] for (who, k), size in zip(asked, mib, strict=True)]
+    print(f"\nPeak memory of a GAIRAT step, {network}, batch {batch}; {machine()}\n")
     print(table(["step", "attack steps", "MiB over rest"], rows), flush=True)
     what = f"memory of a step, {steps[1]} over {steps[0]} attack steps"
-    return [Ratio(what, f"{many / few:.2f}", "1", f"batch {batch}, 1 process each")]
+    ratio = f"{mib[1] / mib[0]:.2f} ({mib[0]:.0f} MiB; plain {mib[2]:.0f})" if mib[0] else "too small to see"
+    return [Ratio(what, ratio, "1", f"batch {batch}")]
 
 
 def run(full: bool = False) -> list[Ratio]:
     """What `python benchmarks` shows of it."""
-    return [*answers(5 if full else 1), *memory(32 if full else 2, (2, 8) if full else (1, 2))]
+    if not full:
+        return [*answers(1, ["raysweep --help"]), *memory(64, (1, 2), small=True)]
+    return [*answers(5, list(COMMANDS)), *memory(32, (2, 8))]
 
 
 def main() -> None:
@@ -94,7 +101,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batch", type=int, default=32)
     args = parser.parse_args()
-    answers(args.runs)
+    answers(args.runs, list(COMMANDS))
     memory(args.batch, (2, 8))
 
 

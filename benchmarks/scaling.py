@@ -122,15 +122,17 @@ def in_processes(size: int, threads: int, job: tuple[str, int, int]) -> list[flo
         return [float(value) for value in np.load(Path(folder) / "timings.npy")]
 
 
-def workers(model: str, batch: int, n: int, repeats: int) -> list[Ratio]:
+VARIANTS = {"1 worker, 1 thread": (1, 1), "1 worker, 2 threads": (1, 2), "2 workers, 1 thread each": (2, 1)}
+
+
+def workers(model: str, batch: int, n: int, repeats: int, variants: dict[str, tuple[int, int]]) -> list[Ratio]:
     """One and two workers in turn."""
-    variants = {"1 worker, 1 thread": (1, 1), "1 worker, 2 threads": (1, 2), "2 workers, 1 thread each": (2, 1)}
     timings: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, (size, threads) in variants.items():
             timings[name] += in_processes(size, threads, (model, batch, n))
     time_of = medians(timings)
-    first = time_of["1 worker, 1 thread"]
+    first = time_of[next(iter(variants))]
     rows = [[name, f"{value:.3f}", f"{first / value:.2f}"] for name, value in time_of.items()]
     print(f"\nWorkers, GAIRAT, {model} on digits, batch {batch}, wall s of {n} x {repeats} steps; {machine()}\n")
     print(table(["", "s a step, median", "x"], rows), flush=True)
@@ -142,9 +144,10 @@ def workers(model: str, batch: int, n: int, repeats: int) -> list[Ratio]:
 def run(full: bool = False) -> list[Ratio]:
     """What `python benchmarks` shows of it."""
     if not full:
-        return [*lines([1, 2], [64, 128], 1, None), *workers("digits_cnn", 16, 1, 1)]
+        few = {name: VARIANTS[name] for name in ("1 worker, 1 thread", "2 workers, 1 thread each")}
+        return [*lines([1, 2], [64, 128], 1, None), *workers("digits_cnn", 16, 1, 1, few)]
     plot = Path(__file__).parent / "scaling.svg"
-    return [*lines([1, 2, 4, 8], [128, 256, 512, 1024], 2, plot), *workers("resnet18", 64, 2, 2)]
+    return [*lines([1, 2, 4, 8], [128, 256, 512, 1024], 2, plot), *workers("resnet18", 64, 2, 2, VARIANTS)]
 
 
 def main() -> None:
@@ -158,7 +161,7 @@ def main() -> None:
     if "lines" in args.what:
         lines([1, 2, 4, 8], [128, 256, 512, 1024], 2, args.plot)
     if "workers" in args.what:
-        workers(args.model, args.batch, 2, 2)
+        workers(args.model, args.batch, 2, 2, VARIANTS)
 
 
 if __name__ == "__main__":
