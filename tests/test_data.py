@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from raysweep.data import DataSpec, Split, augmented, epoch_batches, load
+from raysweep.data import DATASETS, DataSpec, Split, augmented, epoch_batches, load
 from raysweep.rng import Rng
 from raysweep.spec import SpecError
 
@@ -133,3 +133,11 @@ def test_mnist_through_torchvisions_own_loader(tmp_path) -> None:
     data = load(DataSpec(name="mnist", data_dir=tmp_path, val_size=10))
     assert data.train.x.shape == (20, 1, 28, 28) and not data.augment
     assert torch.equal(data.test.x[:, 0], torch.from_numpy(images))
+
+
+def test_digits_are_scikit_learns() -> None:
+    from sklearn.datasets import load_digits
+
+    ours, theirs = DATASETS["digits"](None, False), load_digits()
+    assert np.array_equal(np.concatenate([ours.x_train, ours.x_test])[:, 0], theirs.images)
+    assert np.array_equal(np.concatenate([ours.y_train, ours.y_test]), theirs.target)

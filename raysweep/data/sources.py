@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ class Arrays:
 
 def digits(data_dir: Path | None, download: bool) -> Arrays:
     """scikit-learn's bundled handwritten digits, 8x8 grey, 0..16: the last 450 are the test set."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    x = bunch.images.astype(np.uint8)[:, None]
-    y = bunch.target.astype(np.int64)
+    # The file alone: importing scikit-learn would take each process longer than reading and splitting the data.
+    package = find_spec("sklearn")
+    assert package is not None and package.submodule_search_locations is not None
+    file = Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
+    rows = np.loadtxt(file, delimiter=",").astype(np.uint8)
+    x, y = rows[:, :-1].reshape(-1, 1, 8, 8), rows[:, -1].astype(np.int64)
     return Arrays(x[:-450], y[:-450], x[-450:], y[-450:], white=16)
 
 

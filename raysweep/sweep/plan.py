@@ -8,9 +8,11 @@ from argparse import Namespace
 import torch
 
 from raysweep.data import Data
-from raysweep.rng import Rng, seed_of
+from raysweep.evaluation.copies import LEAST_ROWS, attack_copy
+from raysweep.rng import Rng
 from raysweep.sweep.space import SearchSpace
 from raysweep.training.config import RunConfig
+from raysweep.training.trainer import build, train_step
 
 
 def plan(space: SearchSpace, data: Data, args: Namespace) -> int:
@@ -52,19 +54,19 @@ def plan(space: SearchSpace, data: Data, args: Namespace) -> int:
 def epoch_seconds(config: RunConfig, data: Data, steps: int = 2) -> float:
     """Seconds that an epoch with its validation takes, from `steps` real steps after the burn-in."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = data.to(device)
-    model = config.model.build(data.channels, data.classes, seed_of(config.seed, "weights")).to(device)
+    faces, data = build(config, data, device), data.to(device)
+    faces.model.train()
     settings = config.at(config.epochs - 1)
     batches = data.batches(config.batch_size, config.seed, 0)
     timings = []
     for _, batch in zip(range(steps + 1), batches, strict=False):
         started = time.perf_counter()
-        step = settings.method(model, batch.x, batch.y, Rng.for_examples(batch.index, 0, "plan"))
-        step.loss.backward()  # type: ignore[no-untyped-call]
+        train_step(settings.method, faces, batch, Rng.for_examples(batch.index, 0, "plan"))
         timings.append(time.perf_counter() - started)
     sample = min(len(data.val), config.batch_size)
     started = time.perf_counter()
-    config.validation.model_copy(update={"size": sample})(model, data.val)
+    judged = attack_copy(faces.model, data.val.images(slice(0, LEAST_ROWS)))
+    config.validation.model_copy(update={"size": sample})(judged, data.val)
     validation = (time.perf_counter() - started) / sample * min(len(data.val), config.validation.size or len(data.val))
     # The first step pays for warming up.
     return min(timings) * math.ceil(len(data.train) / config.batch_size) + validation / config.validation.every
