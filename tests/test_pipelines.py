@@ -234,7 +234,7 @@ def test_a_figure_runs_through_and_draws_what_it_varies(ray_cluster, one_core, w
     assert len(found["autoattack"][1].judged) == 6, "best and last epoch of each"
     text = (found["report"][0] / "report.md").read_text()
     assert f"Test accuracy against {LAM}" in text
-    assert "Mean κ in training under pgd over epochs" in text and "(GAIRAT fig. 7)" in text
+    assert "Mean κ under pgd over epochs" in text and "(GAIRAT fig. 7)" in text
 
 
 @pytest.mark.ray
