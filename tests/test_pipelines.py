@@ -277,7 +277,9 @@ def test_nights_are_compared_and_a_planted_regression_is_exit_code_1(
     assert "Regression:" in html and "worse" in html
     assert main(["run", "cheap.yaml", "--set", "optim.lr=1.0e-9", "--json"]) == 1, "until it is mended"
     assert main(["run", "cheap.yaml", "--set", "stages.report.floor=0.999", "--json"]) == 1
-    assert "below the floor 99.90%" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "below the floor 99.90%" in err
+    assert "fell from" in err, "compared with the last good night, not with the bad one"
 
 
 def _root() -> Path:
