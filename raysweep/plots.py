@@ -156,4 +156,5 @@ def _bars(axes: Axes, histograms: Histograms, name: str, epoch: int | None) -> N
     epoch = max(histograms) if epoch is None else epoch
     histogram = histograms[epoch][name]
     axes.stairs(histogram["counts"], histogram["edges"], fill=True)
+    axes.locator_params(axis="x", nbins=6)
     axes.set_title(f"epoch {epoch}")

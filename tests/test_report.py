@@ -92,8 +92,8 @@ def test_what_was_searched_is_drawn(tmp_path: Path) -> None:
     (section,) = searched([tuned(tmp_path, made)], tmp_path)
     assert section.title == "What was searched: gairat"
     assert captions(section) == [
-        "Importance of the settings (fANOVA)",
         "Objective against each searched setting (darker: later)",
+        "Importance of the settings (fANOVA)",
         "Pareto front: clean and robust worst",
     ]
     assert "Not every trial has lam" in said(section)

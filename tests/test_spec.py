@@ -80,7 +80,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_names() -> None:
     ("changes", "words"),
     [
         ({"method.attacks.pgd.loss": "cee"}, ["method.attacks.pgd.loss = 'cee'", "'ce', 'cw' or 'kl'"]),
-        ({"method.terms.pgd.weight.kind": "geomety"}, ["geomety", "nearest: geometry"]),
+        ({"method.terms.pgd.weight.kind": "geomety"}, ["no kind 'geomety'", "nearest: geometry"]),
         ({"method.terms.bound.on": "naturl"}, ["no view 'naturl'", "natural"]),
         ({"method.terms.pgd.weight.alpha": -1}, ["alpha = -1", "at least 0"]),
         ({"optim.lr": {"kind": "piecewise", "boundaries": [3], "values": [1]}}, ["1 boundaries need 2 values"]),

@@ -21,7 +21,7 @@ th:first-child, td:first-child { text-align: left; } th { font-weight: 600; bord
 td.text, th.text { text-align: left; white-space: normal; } .wide { overflow-x: auto; }
 .figures { display: flex; flex-wrap: wrap; gap: 16px; } figure { margin: 0; } figure img { width: 352px;
   max-width: 100%; } figure.wide, figure.wide img { width: 100%; }
-figcaption { color: var(--quiet); font-size: 13px; max-width: 352px; }
+figcaption { color: var(--quiet); font-size: 13px; max-width: 352px; } figure.wide figcaption { max-width: none; }
 .good, .bad, .open { font-weight: 600; } .good { color: #19713a; } .bad { color: #b3261e; } .open { color: #7a5c00; }
 .banner { padding: 10px 14px; border-radius: 6px; background: var(--soft); border-left: 4px solid var(--quiet); }
 .banner.good { border-color: #19713a; } .banner.bad { border-color: #b3261e; }

@@ -135,13 +135,16 @@ class Report(Stage):
 
 
 def _previous(work: Work) -> tuple[Path, Artifact] | None:
-    """The newest report of this pipeline that is not this one."""
+    """The newest report of this pipeline that is not this one.
+
+    One that saw no regression if there is any: else a fault that stays would be silent from the second night on.
+    """
     found = []
     for folder in work.folder.glob("[0-9]*-report-*"):
         artifact = Artifact.read(folder)
         if artifact is not None and artifact.key != work.digest:
-            found.append((artifact.finished, folder, artifact))
-    return max(found, key=lambda item: item[0])[1:] if found else None
+            found.append((not artifact.facts["regressions"], artifact.finished, folder, artifact))
+    return max(found, key=lambda item: item[:2])[2:] if found else None
 
 
 def _trained(work: Work, past: Past) -> list[Section]:

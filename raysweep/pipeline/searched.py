@@ -33,8 +33,8 @@ def _parts(ledger: Ledger) -> list[Any]:
     parts: list[Any] = [Text(f"{count[0].upper()}{count[1:]}, by {figures.words(space.objectives[0])} on validation.")]
     parts.append(_table(ledger, best))
     if len(ranked) > 1:
-        parts += _importances(ledger, len(ranked))
         parts.append(Picture("Objective against each searched setting (darker: later)", figures.slices(ledger), True))
+        parts += _importances(ledger, len(ranked))
         parts += _fronts(ledger, ranked)
     return parts
 

@@ -18,7 +18,7 @@ _SHOWN = 6
 _GAP = 0.02
 _ALWAYS = ("robust_worst", "clean")
 _PER_PART = {
-    "train/kappa_": "mean κ in training under",
+    "train/kappa_": "mean κ under",
     "train/ess_": "effective share of the sample,",
 }
 
