@@ -27,8 +27,6 @@ from raysweep.evaluation import Processes, RobustnessReport, evaluate  # noqa: E
 from raysweep.evaluation.evaluator import Map  # noqa: E402
 
 EPS = 0.2
-# For each worker: the last shard to end holds up the rest for a quarter of its time at most.
-SHARDS = 4
 
 
 def main() -> None:
@@ -44,10 +42,10 @@ def main() -> None:
     print("| workers | examples | robust | wall s | examples / s | load |\n|---|---|---|---|---|---|")
     for workers in args.workers:
         with pool(workers, args.ray) as map:
-            run(map, 8, workers)
+            run(map, 2 * workers, "pgd20")
             for count in args.examples:
                 began = time.monotonic()
-                robust = run(map, count, workers).robust
+                robust = run(map, count).robust
                 wall = time.monotonic() - began
                 assert np.array_equal(verdicts.setdefault(count, robust), robust), "the verdict depends on the workers"
                 seconds.setdefault(workers, []).append(wall)
@@ -63,8 +61,8 @@ def main() -> None:
     draw(args.examples, seconds, args.out)
 
 
-def run(map: Map, count: int, workers: int) -> RobustnessReport:
-    return evaluate(robust_digits(), *digits(count), eps=EPS, map=map, shards=SHARDS * workers)
+def run(map: Map, count: int, attack: str = "autoattack") -> RobustnessReport:
+    return evaluate(robust_digits(), *digits(count), attack, EPS, map=map)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,21 @@ SMALL = ["--set", "epochs=2", "--set", "data.val_size=50", "--set", "*.attacks.*
 QUICK = ["--attack", "apgd-ce", "--n", "40", "--json"]
 
 
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory) -> Path:
+    """A working folder after `raysweep train`, with its MLflow store."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        assert main(["train", "at", *SMALL, "--name", "mine"]) == 0
+    return folder
+
+
 @pytest.fixture
-def trained(workdir: Path, capsys) -> Path:
-    assert main(["train", "at", *SMALL, "--name", "mine"]) == 0
-    capsys.readouterr()
+def trained(trained_once: Path, workdir: Path) -> Path:
+    """The run's folder in a copy that is the test's own."""
+    shutil.copytree(trained_once, workdir, dirs_exist_ok=True)
     return workdir / "runs" / "mine"
 
 
@@ -45,9 +57,12 @@ def test_a_checkpoint_is_attacked_and_the_numbers_go_to_its_run(trained: Path, c
     assert not [name for name in run.data.metrics if name.startswith("aa/")], "that is AutoAttack's alone"
     assert run.info.status == "FINISHED"
 
-    assert main(["eval", run.info.run_id, *QUICK]) == 0, "by the id of its run"
-    again = json.loads(capsys.readouterr().out)
-    assert again["robust_accuracy"] == report["robust_accuracy"]
+    client.create_registered_model("robust")
+    client.create_model_version("robust", f"{run.info.artifact_uri}/checkpoint", run.info.run_id)
+    client.set_registered_model_alias("robust", "champion", "1")
+    for what in (run.info.run_id, "models:/robust@champion", "models:/robust/1"):
+        assert main(["eval", what, *QUICK]) == 0, what
+        assert json.loads(capsys.readouterr().out)["robust_accuracy"] == report["robust_accuracy"]
 
 
 def test_a_finished_evaluation_is_not_run_again(trained: Path, capsys, monkeypatch) -> None:

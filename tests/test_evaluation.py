@@ -415,6 +415,31 @@ def test_outcomes_are_written_whole(tmp_path):
     assert Outcome.load(tmp_path / "none.npz") is None
 
 
+@pytest.mark.parametrize(
+    ("count", "settings", "expected"),
+    [
+        (120, {}, [120]),
+        (120, {"batch_size": 50}, [40, 40, 40]),
+        (120, {"width": 3}, [40, 40, 40]),
+        (300, {"width": 3}, [75] * 4),
+        (900, {"width": 2}, [113] * 4 + [112] * 4),
+        (10, {"shards": 40}, [1] * 10),
+    ],
+)
+def test_shards_where_none_are_asked_for(count, settings, expected):
+    """A batch each, some for every worker, none too small to be worth it."""
+    seen: list[int] = []
+
+    def counted(run, shards):
+        seen.extend(len(shard.positions) for shard in shards)
+        return [run(shard) for shard in shards]
+
+    counted.width = settings.pop("width", 1)
+    x = torch.rand(count, 1, 8, 8)
+    evaluate(robust_digits(), x, torch.zeros(count), attack=PGD(eps=0.1, steps=1), map=counted, **settings)
+    assert seen[: len(expected)] == expected
+
+
 def test_processes_of_this_machine(tmp_path):
     with Processes(2) as processes:
         assert same(undivided(60), short(60, map=processes, shards=4, resume_dir=tmp_path))

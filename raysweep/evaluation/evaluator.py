@@ -24,6 +24,9 @@ from raysweep.spec import SpecError, digest
 Map = Callable[[Callable[[Shard], Outcome], Sequence[Shard]], Iterable[Outcome]]
 # Examples that the checks before the attacks look at.
 LOOKED_AT = 256
+# Where the number of shards is left to us: several for each worker, so that a slow one does not hold up the rest, but
+# none of fewer rows than make up for what a step costs however many there are.
+SHARDS_A_WORKER, LEAST_SHARD = 4, 64
 
 
 def evaluate(
@@ -50,7 +53,8 @@ def evaluate(
 
     attack: a preset (`autoattack` in its `version`, `pgd20`, `pgd+`, `cw20`, ...) at eps and norm, names of official
     attacks joined by commas, or an attack with settings of its own. index: lasting ids of the examples, which name
-    their random numbers. map: runs shards (a function of Ray's, say), in this process by default. tile: compute on
+    their random numbers. map: runs shards (a function of Ray's, say), in this process by default; shards: into how many
+    each attack's rows are cut, by default as batch size and `map.width` suggest. tile: compute on
     exactly so many rows, for verdicts independent of the batch on devices whose kernels change with the batch size.
     """
     if not isinstance(model, nn.Module):
@@ -173,13 +177,20 @@ class _Run:
         total = done + len(positions)
         if not len(positions):
             return
-        parts = self.shards or math.ceil(len(positions) / self.work.batch_size)
-        items = [Shard(name, attack, part) for part in np.array_split(positions, min(parts, len(positions)))]
+        items = [Shard(name, attack, part) for part in np.array_split(positions, self._parts(len(positions)))]
         for outcome in self.map(self.work, items):
             yield outcome
             done += len(outcome.positions)
             if self.progress is not None:
                 self.progress(Progress(name, done, total, int(self.robust.sum()), len(self.robust)))
+
+    def _parts(self, rows: int) -> int:
+        """As many shards as were asked for; else a batch each, and enough for every worker of `map` (its `width`)."""
+        if self.shards is not None:
+            return min(self.shards, rows)
+        width = getattr(self.map, "width", 1)
+        spread = min(SHARDS_A_WORKER * width, max(width, rows // LEAST_SHARD)) if width > 1 else 1
+        return min(rows, max(math.ceil(rows / self.work.batch_size), spread))
 
     def _take(self, name: str, outcome: Outcome) -> None:
         at = outcome.positions
