@@ -316,7 +316,7 @@ def test_a_sweep_on_two_workers_survives_a_killed_worker(ray_cluster: None, tmp_
     assert saved is not None and saved.metrics == first.latest
     assert first.best == saved.history[best_epoch(saved.config, saved.history) - 1], "no report was lost on the way"
     alone = fit(ledger.space.config(first.settings), tmp_path / "alone").last
-    assert difference(saved.path, alone.path) < 1e-5
+    assert difference(saved.path, alone.path) < 1e-3
     assert not groups_held()
 
 
