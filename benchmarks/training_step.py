@@ -254,9 +254,10 @@ def measure(
     variants = {"plain, a forward for kappa": plain(subject, True)} if name == "gairat" else {}
     variants["plain, one forward"] = plain(subject, False)
     changes: dict[str, Any] = {}
-    for path in paths:
-        changes |= PATHS[path]
-        variants[path] = ours(subject, changes)
+    for path, change in PATHS.items():
+        changes |= change
+        if path in paths:
+            variants[path] = ours(subject, dict(changes))
     found: dict[str, Found] = {}
     seconds = rounds({k: lambda k=k, run=run: found.update({k: run()}) for k, run in variants.items()}, n, warm_up)
     time_of = medians(seconds)
