@@ -205,7 +205,7 @@ def prepared(name: str, batch: int, small: bool, network: Path | None = None, wa
         learn(model, images, warm_up)
     if network is not None:
         torch.save(model.state_dict(), network)
-    config = run_config(name, {"*.burn_in": 0} if name == "gairat" else {})
+    config = run_config(name, {"data.name": "cifar10", **({"*.burn_in": 0} if name == "gairat" else {})})
     index = torch.arange(batch)
     return Subject(config.at(0).method, model, Batch(x, y, index), Rng.for_examples(index, 0, "train", 0))
 
