@@ -30,14 +30,12 @@ def rounds(variants: Mapping[str, Callable[[], object]], n: int, warm_up: bool =
 
     Processor seconds with one thread, which neighbours on the machine hardly change; wall seconds with more.
     """
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(n + warm_up):
         for name, run in variants.items():
-            started = clock()
-            run()
+            spent = _seconds(run)
             if number or not warm_up:
-                seconds[name].append(clock() - started)
+                seconds[name].append(spent)
     return seconds
 
 
@@ -78,9 +76,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    started = clock()
     run()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _processor() -> str:

@@ -12,6 +12,7 @@ are measured. All variants share weights, batch and random start, so that kappa,
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -181,8 +182,8 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
 
 
-def prepared(name: str, batch: int, small: bool, warm_up: int = 12, contrast: float = 0.1) -> Subject:
-    """Method, batch and a network that has learned some of it, so that kappa is of all sizes.
+def prepared(name: str, batch: int, small: bool, network: Path | None = None, warm_up: int = 15) -> Subject:
+    """Method, batch and a network that has learned some of it; kept in the file `network` if one is given.
 
     Images of ten random patterns under noise; their arithmetic costs what that of photographs does.
     """
@@ -194,24 +195,34 @@ def prepared(name: str, batch: int, small: bool, warm_up: int = 12, contrast: fl
     def images(count: int) -> tuple[Tensor, Tensor]:
         y = torch.randint(0, 10, (count,), generator=generator)
         noise = torch.randn(count, *shape, generator=generator)
-        return (0.3 + contrast * patterns[y] + 0.1 * noise).clamp(0, 1), y
+        return (0.3 + 0.3 * patterns[y] + 0.1 * noise).clamp(0, 1), y
 
+    x, y = images(batch)
     model = ModelSpec(name="digits_cnn" if small else "resnet18").build(shape[0], 10, 0).train()
+    if network is not None and network.exists():
+        model.load_state_dict(torch.load(network, weights_only=True))
+    else:
+        learn(model, images, warm_up)
+    if network is not None:
+        torch.save(model.state_dict(), network)
+    config = run_config(name, {"data.name": "cifar10", **({"*.burn_in": 0} if name == "gairat" else {})})
+    index = torch.arange(batch)
+    return Subject(config.at(0).method, model, Batch(x, y, index), Rng.for_examples(index, 0, "train", 0))
+
+
+def learn(model: nn.Module, images: Callable[[int], tuple[Tensor, Tensor]], steps: int) -> None:
+    """A few steps of training, then the statistics of batch norms, which so few steps leave behind."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    for _ in range(warm_up):
+    for _ in range(steps):
         x, y = images(32)
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
     settle(model, images(64)[0])
-    config = run_config(name, {"*.burn_in": 0} if name == "gairat" else {})
-    x, y = images(batch)
-    index = torch.arange(batch)
-    return Subject(config.at(0).method, model, Batch(x, y, index), Rng.for_examples(index, 0, "train", 0))
 
 
 def settle(model: nn.Module, x: Tensor) -> None:
-    """Give batch norms the statistics of x, which so few steps do not."""
+    """Give batch norms the statistics of x."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
@@ -235,15 +246,18 @@ def flops(subject: Subject) -> tuple[float, float]:
     return attacks.total * scale, (whole.total - attacks.total) * scale
 
 
-def measure(name: str, batch: int, n: int, small: bool, paths: list[str], warm_up: bool = True) -> list[Ratio]:
+def measure(
+    name: str, batch: int, n: int, small: bool, paths: list[str], warm_up: bool = True, network: Path | None = None
+) -> list[Ratio]:
     """Print the table of one method and batch size; the ratios that have goals."""
-    subject = prepared(name, batch, small)
+    subject = prepared(name, batch, small, network)
     variants = {"plain, a forward for kappa": plain(subject, True)} if name == "gairat" else {}
     variants["plain, one forward"] = plain(subject, False)
     changes: dict[str, Any] = {}
-    for path in paths:
-        changes |= PATHS[path]
-        variants[path] = ours(subject, changes)
+    for path, change in PATHS.items():
+        changes |= change
+        if path in paths:
+            variants[path] = ours(subject, dict(changes))
     found: dict[str, Found] = {}
     seconds = rounds({k: lambda k=k, run=run: found.update({k: run()}) for k, run in variants.items()}, n, warm_up)
     time_of = medians(seconds)
@@ -260,6 +274,7 @@ def measure(name: str, batch: int, n: int, small: bool, paths: list[str], warm_u
         ])  # fmt: skip
     head = ["step", "s, median", "x", "x one forward", "of the limit", "kappa differs", "loss", "gradient"]
     print(f"\n{name}, PGD-10, {subject.name}, batch {batch}; {n} interleaved rounds; {machine()}")
+    print(f"kappa of {len(base.kappa.unique())} sizes, mean {base.kappa.float().mean():.1f};", end=" ")
     print(f"{(attack + rest) / 1e9:.0f} GFLOP a step, {attack / (attack + rest):.0%} in attacks; matrix products reach")
     print(f"{rates[torch.float32] / 1e9:.0f} GFLOP/s in float32, {rates[torch.bfloat16] / 1e9:.0f} in bf16\n")
     print(table(head, rows), flush=True)
@@ -302,12 +317,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cold", action="store_true", help="count the first round too")
+    parser.add_argument("--network", type=Path, help="weights to start from; written here if there are none")
     parser.add_argument("--digits", action="store_true", help="the small network on 8 x 8 images")
     parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=[p for p in PATHS if p != "+ compile"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for name in args.method:
-        measure(name, args.batch, args.rounds, args.digits, args.paths, not args.cold)
+        measure(name, args.batch, args.rounds, args.digits, args.paths, not args.cold, args.network)
 
 
 if __name__ == "__main__":

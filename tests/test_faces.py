@@ -1,10 +1,13 @@
 """Fast paths hold to the plain computation: the same attack, the same step, and no say in any verdict."""
 
+import copy
+
 import pytest
 import torch
 from conftest import TINY, tiny
 from torch import Tensor, nn
 
+from raysweep.attacks import PGD
 from raysweep.data import Data, load
 from raysweep.models import MODELS, ModelSpec
 from raysweep.rng import Rng
@@ -62,6 +65,19 @@ def test_a_norm_that_shares_its_convolutions_output_is_not_folded() -> None:
     faces = Faces(ModelSpec(name="preact_resnet18").build(3, 10, 0), x, Compute().on(CPU))
     assert isinstance(faces.attacked.get_submodule("0.blocks.0.bn1"), nn.BatchNorm2d), "the block's shortcut takes it"
     assert isinstance(faces.attacked.get_submodule("0.blocks.0.bn2"), nn.Identity)
+
+
+@pytest.mark.parametrize("path", [OFF, {}, {"compute.fold": False}], ids=["plain", "default", "channels last"])
+@pytest.mark.parametrize("name", ["digits_cnn", "resnet18", "preact_resnet18", "vgg13"])
+def test_the_attacks_gradient_is_as_near_to_float64s_as_the_plain_one_is(name, path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(9, 3, 16, 16, generator=generator), torch.arange(9)
+    model = lived_in(ModelSpec(name=name).build(3, 10, 0)).eval().requires_grad_(False)
+    _, exact = PGD()._gradient(copy.deepcopy(model).double(), x.double(), y, None)
+    faces = Faces(model, x, override(run_config("at"), path).compute.on(CPU))
+    _, found = PGD()._gradient(faces.attacked, x, y, None)
+    error = (found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    assert error.median() < 1e-5, "in a row or two a ReLU may switch"
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,8 @@ class Register(Stage):
             *(["champion"] if found.get("champion") == version else []),
         ]  # fmt: skip
         work.say(f"{self.name} version {version}: {found['verdict']}, {found['reason']}")
+        verdict = f"{found['verdict']}: {found['reason']}"
+        work.tracker.describe_version(self.name, version, f"{_summary(judgement)} Against the champion: {verdict}.")
 
         def files(folder: Path) -> None:
             (folder / _CARD).write_text(json.dumps(card, indent=2) + "\n")
@@ -106,6 +108,16 @@ class Register(Stage):
             "config": saved.config.json_dict(),
             "environment": saved.meta["environment"],
         }
+
+
+def _summary(judgement: Judgement) -> str:
+    """The number and what it holds for, in a line."""
+    low, high = judgement.intervals["robust"]
+    return (
+        f"{judgement.candidate.title}: {judgement.robust:.2%} under {judgement.attack} (95% {low:.2%} to {high:.2%}), "
+        f"{judgement.clean:.2%} clean, {judgement.norm} eps {judgement.eps:.4g}, "
+        f"{judgement.examples} of {judgement.test_examples} test examples."
+    )
 
 
 def verdict_on_chosen(past: Past, attack: str | None = None) -> Judgement:

@@ -21,6 +21,7 @@ from raysweep.pipeline.varied import varied
 from raysweep.schedules import Number
 from raysweep.spec import Json, SpecError
 from raysweep.training import checkpoint
+from raysweep.training.advice import advise
 from raysweep.training.checkpoint import Run
 from raysweep.training.load import load_checkpoint
 
@@ -58,11 +59,12 @@ class Report(Stage):
         table = self._table()
         lines = compare(table, past.judged) if table else []
         pictures = drawn(load_checkpoint(work.path(best.candidate.checkpoint), {}))
+        banner = _banner(best, regressions)
         document = Document(
             title=f"raysweep {work.name}",
             under=_under(best),
             sections=[
-                Section("Verdict", [_banner(best, regressions), *_since_lines(since)]),
+                Section("Verdict", [banner, *_since_lines(since)]),
                 *paper(table, lines),
                 *evaluation(past.judged, best),
                 *objective(past.judged),
@@ -79,7 +81,7 @@ class Report(Stage):
             (folder / HTML).write_text(document.html())
             (folder / MARKDOWN).write_text(document.markdown())
             shutil.copy2(work.out / best.folder / EXAMPLES, folder / EXAMPLES)
-            self._track(work, folder)
+            self._track(work, folder, banner.text)
             work.tracker.figures(best.run, {name: figure for name, figure in pictures.items() if name.endswith("_map")})
 
         facts: Json = {
@@ -125,12 +127,13 @@ class Report(Stage):
             )
         return lines
 
-    def _track(self, work: Work, folder: Path) -> None:
+    def _track(self, work: Work, folder: Path, verdict: str) -> None:
         """The report as a run of its own, beside those of the sweeps."""
         tags = {"raysweep.kind": "pipeline", "raysweep.pipeline": work.name, "raysweep.report": work.digest}
         run = work.tracker.run(f"{work.name} report", tags)
         for name in (HTML, MARKDOWN):
             work.tracker.file(run, folder / name, "report")
+        work.tracker.describe(run, [verdict])
         work.tracker.close(run, "FINISHED")
 
 
@@ -152,13 +155,15 @@ def _trained(work: Work, past: Past) -> list[Section]:
     judged = {j.candidate.checkpoint: j.candidate for j in past.judged}
     saved = {place: checkpoint.read(work.path(place)) for place in judged}
     histories: dict[str, list[dict[str, float]]] = {}
+    notes: dict[str, list[str]] = {}
     for place, candidate in judged.items():
         last = Run(saved[place].path.parent).last()
         if last is not None:
             # The epochs after the best are in the last checkpoint.
             histories.setdefault(candidate.label, last.history)
+            notes.setdefault(candidate.label, advise(last.config, last.history))
     configs = {place: one.config for place, one in saved.items()}
-    return [*varied(past.judged, configs, past.artifacts), *curves(histories)]
+    return [*varied(past.judged, configs, past.artifacts), *curves(histories, notes)]
 
 
 def _medians(judged: tuple[Judgement, ...]) -> dict[str, float]:

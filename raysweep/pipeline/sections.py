@@ -130,8 +130,8 @@ def objective(judged: Sequence[Judgement]) -> list[Section]:
     ]
 
 
-def curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Section]:
-    """Training of what was judged, epoch by epoch: {run: all its epochs}."""
+def curves(histories: Mapping[str, Sequence[Mapping[str, float]]], notes: Mapping[str, Sequence[str]]) -> list[Section]:
+    """Training of what was judged, epoch by epoch: {run: all its epochs}, and what stands out of each, in words."""
     wanted = {
         "robust_worst": "worst case on validation",
         "clean": "clean accuracy on validation",
@@ -150,7 +150,8 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Secti
         for key, label in wanted.items()
         if key in there and (key in _ALWAYS or _differs(histories, key))
     ]
-    return [Section("Training", pictures)] if pictures else []
+    words = [Text(f"{name}: {line}.") for name, lines in notes.items() for line in lines]
+    return [Section("Training", [*words, *pictures])] if pictures else []
 
 
 def _differs(histories: Mapping[str, Sequence[Mapping[str, float]]], key: str) -> bool:

@@ -177,6 +177,9 @@ class Tracker:
             client.set_model_version_tag(name, version, key, value)
         return version
 
+    def describe_version(self, name: str, version: str, text: str) -> None:
+        self._connected.result()[0].update_model_version(name, version, description=text)
+
     def alias(self, name: str, alias: str, version: str) -> None:
         self._connected.result()[0].set_registered_model_alias(name, alias, version)
 
