@@ -66,4 +66,4 @@ def lost(account: str) -> str:
         return "its process was killed because the node ran out of memory"
     if "preempted" in account:
         return "its node was preempted"
-    return "its node died" if "node has died" in account or "node was terminated" in account else "its process died"
+    return "its process or its node died"

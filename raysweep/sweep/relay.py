@@ -116,9 +116,9 @@ class Relay(tune.Callback):
             # A budget was spent before its first process started.
             return
         if record.state == "running" and record.epoch >= self._epochs:
-            self._update(trial, replace(record, state="finished"))
+            self._update(trial, replace(record, state="finished", reason=""))
         elif record.state == "running" and not self.over:
-            self._update(trial, replace(record, state="stopped"))
+            self._update(trial, replace(record, state="stopped", reason=""))
 
     def on_trial_recover(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         before = self._trials.get(trial.trial_id)
@@ -128,7 +128,7 @@ class Relay(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         before, why = self._trials.get(trial.trial_id), lost(_account(trial))
         if before is not None and trial.num_failures > RETRIES:
-            self._update(trial, replace(before, state="failed", reason=f"{why}, the {trial.num_failures}th time"))
+            self._update(trial, replace(before, state="failed", reason=f"{why}, {trial.num_failures} times"))
         else:
             # Tune does not try again where a process is lost while it starts.
             self._unstarted.append(why)
