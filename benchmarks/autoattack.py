@@ -1,8 +1,8 @@
-"""AutoAttack measured: the verdict, the passes it prescribes and those it did, and time against passes x unit cost.
+"""AutoAttack measured: the verdict, its time, the passes that 'standard' prescribes and those that were done.
 
     python benchmarks/autoattack.py digits --norm Linf              # the robust digits network of the tests
-    python benchmarks/autoattack.py digits --processes 1 2          # time against the number of processes
     python benchmarks/autoattack.py digits --torchattacks           # interleaved with torchattacks 3.5.1, if installed
+    python benchmarks/autoattack.py defences                        # outputs that fool gradients, against the official
     python benchmarks/autoattack.py mnist --data DATA               # 10,000 MNIST images against an exact bound
     python benchmarks/autoattack.py hard --data DATA                # MNIST images on which gradient attacks fail
 
@@ -25,9 +25,10 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from raysweep.attacks import APGD, FAB, PGD, Square, WorstCase, autoattack  # noqa: E402
-from raysweep.evaluation import Processes, RobustnessReport, evaluate  # noqa: E402
-from raysweep.evaluation.copies import attack_copy  # noqa: E402
+from raysweep.evaluation import Processes, RobustnessReport, bar, evaluate  # noqa: E402
 
+# Of the 10,000 images: a minute each at most.
+SHARDS = 100
 # cpu seconds of the official package, one thread, on the machine that recorded tests/data/aa.
 OFFICIAL_CPU_S = {
     "Linf": {"apgd-ce": 3.24, "apgd-t": 10.53, "fab-t": 18.54, "square": 17.92},
@@ -37,16 +38,19 @@ OFFICIAL_CPU_S = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["digits", "mnist", "hard"])
+    parser.add_argument("what", choices=["digits", "defences", "mnist", "hard"])
     parser.add_argument("--norm", choices=["Linf", "L2"], default="Linf")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[0], help="0: in this process")
     parser.add_argument("--examples", type=int, nargs="+", default=[0], help="0: all")
+    parser.add_argument("--resume", type=Path, help="mnist: a folder to go on from after a kill")
     parser.add_argument("--torchattacks", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    {"digits": digits_benchmark, "mnist": mnist_benchmark, "hard": hard_benchmark}[args.what](args)
+    {"digits": digits_benchmark, "defences": defences_benchmark, "mnist": mnist_benchmark, "hard": hard_benchmark}[
+        args.what
+    ](args)
 
 
 def digits_benchmark(args: argparse.Namespace) -> None:
@@ -66,10 +70,28 @@ def digits_benchmark(args: argparse.Namespace) -> None:
                 print(
                     f"  wall {wall:.1f} s, cpu {cpu:.1f} s; official package cpu {official:.1f} s where it was recorded"
                 )
-                if not processes:
-                    print_passes(model, x[:count], report, cpu)
+                for what in ("prescribed", "done"):
+                    print(f"  passes {what}:", dict(passes(report, done=what == "done")))
         if args.torchattacks:
             interleaved(model, x, y, eps, args.norm, seed)
+
+
+def defences_benchmark(args: argparse.Namespace) -> None:
+    """Masked, saturated, softmax and randomised outputs: ours beside the official verdict on the first 150 images."""
+    from robust_digits import DEFENCES, OFFICIAL, Wrapped, digits
+
+    for name in ("quant4", "scale1000", "softmax", "random"):
+        for seed in args.seeds:
+            report = evaluate(Wrapped(DEFENCES[name]), *digits(150), eps=0.2, seed=seed)
+            counts = [
+                f"{key} {rows.sum()}/{OFFICIAL[f'{name}.{key}'].sum()}" for key, rows in report.robust_after.items()
+            ]
+            print(
+                f"{name} seed {seed}, robust ours/official: {', '.join(counts)}",
+                *report.warnings,
+                sep="\n  ",
+                flush=True,
+            )
 
 
 def timed(
@@ -85,18 +107,6 @@ def timed(
         wall, cpu = time.monotonic(), time.process_time()
         report = evaluate(model, x, y, eps=eps, norm=norm, seed=seed, map=pool, shards=2 * processes)
         return report, time.monotonic() - wall, time.process_time() - cpu
-
-
-def print_passes(model: nn.Module, x: Tensor, report: RobustnessReport, cpu: float) -> None:
-    """Passes of 'standard' if nothing left the batch early, passes done, and cpu over passes x unit cost."""
-    forward, both = unit_costs(model, x)
-    prescribed = passes(report, done=False)
-    done = passes(report, done=True)
-    limit = done["forward"] * forward + done["forward+backward"] * both
-    for name, count in (("prescribed", prescribed), ("done", done)):
-        print(f"  passes {name}: {count['forward']:,} forward, {count['forward+backward']:,} forward+backward")
-    print(f"  unit cost: {1e6 * forward:.1f} us forward, {1e6 * both:.1f} us forward+backward (rows of a batch of 192)")
-    print(f"  cpu / (passes done x unit cost) = {cpu:.1f} / {limit:.1f} = {cpu / limit:.2f}")
 
 
 def passes(report: RobustnessReport, done: bool) -> Counter[str]:
@@ -115,30 +125,6 @@ def passes(report: RobustnessReport, done: bool) -> Counter[str]:
             total["forward"] += queries if done else live * (attack.queries + 1)
         live = int(report.robust_after[name].sum())
     return total
-
-
-def unit_costs(model: nn.Module, x: Tensor, rows: int = 192) -> tuple[float, float]:
-    """Least seconds a row of forward, and of forward and backward to the input, of the copy that attacks run on."""
-    copied, batch = attack_copy(model, x[:32]), x[:rows]
-
-    def forward() -> None:
-        with torch.inference_mode():
-            copied(batch)
-
-    def both() -> None:
-        point = batch.detach().requires_grad_()
-        torch.autograd.grad(copied(point).sum(), point)
-
-    costs = []
-    for run in (forward, both):
-        best = float("inf")
-        for _ in range(15):
-            began = time.process_time()
-            for _ in range(10):
-                run()
-            best = min(best, (time.process_time() - began) / (10 * len(batch)))
-        costs.append(best)
-    return costs[0], costs[1]
 
 
 def interleaved(model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str, seed: int) -> None:
@@ -184,7 +170,9 @@ def mnist_benchmark(args: argparse.Namespace) -> None:
     with Processes(max(args.processes)) if max(args.processes) else InThisProcess() as pool:
         for seed in args.seeds:
             began = time.monotonic()
-            report = evaluate(archs.load("wk17a_mipverify"), x, y, eps=0.1, seed=seed, map=pool)
+            settings = {"seed": seed, "map": pool, "shards": SHARDS, "resume_dir": args.resume}
+            with bar() as progress:
+                report = evaluate(archs.load("wk17a_mipverify"), x, y, eps=0.1, progress=progress, **settings)
             errors = {name: int((~rows).sum()) for name, rows in report.robust_after.items()}
             print(
                 f"wk17a_mipverify eps 0.1 seed {seed}: errors {int((~report.clean).sum())} clean, {json.dumps(errors)}"

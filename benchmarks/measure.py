@@ -45,7 +45,7 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def matrix_rate(dtype: torch.dtype, size: int = 2048, tries: int = 8) -> float:
+def matrix_rate(dtype: torch.dtype, size: int = 1024, tries: int = 10) -> float:
     """The most FLOP/s that a product of square matrices reaches here."""
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     best = min(_seconds(lambda: a @ b) for _ in range(tries))

@@ -30,7 +30,7 @@ from raysweep.training.config import RunConfig
 from raysweep.training.trainer import fit
 
 LAM, BURN_IN = "method.terms.pgd.weight.lam", "method.terms.pgd.weight.burn_in"
-SMALL = {"data.train_size": 512, "data.val_size": 60, "*.attacks.*.steps": 5}
+SMALL = {"data.train_size": 320, "data.val_size": 50, "*.attacks.*.steps": 5}
 GRID = {
     "method": "gairat",
     "base": SMALL,
@@ -69,12 +69,17 @@ def sweep(space: SearchSpace, **resources: Any) -> tuple[Ledger, float, Clock]:
     ledger = Ledger.create(folder / "runs" / "sweep", space)
     began = time.perf_counter()
     run_sweep(ledger, [SweepTracker(tracker, fingerprint), clock], Resources(**resources))
-    return ledger, time.perf_counter() - began, clock
+    seconds, trials = time.perf_counter() - began, ledger.trials()
+    asked, trained = sum(trial.epoch for trial in trials), sum(trial.trained for trial in trials)
+    print(
+        f"{len(trials)} trials, {asked} epochs asked, {trained} trained, {seconds:.1f} s", file=sys.stderr, flush=True
+    )
+    return ledger, seconds, clock
 
 
 def sharing(rounds: int) -> list[list[Any]]:
     shipped = load_space("gairat", SMALL)
-    cases = {"gairat as shipped (TPE, ASHA)": shipped, "lambda x burn-in (grid of 12)": SearchSpace.load(GRID)}
+    cases = {"lambda x burn-in (grid of 12)": SearchSpace.load(GRID), "gairat as shipped (TPE, ASHA)": shipped}
     table: list[list[Any]] = [
         ["sweep", "trials", "epochs asked", "trained, shared", "ratio", "s alone", "s shared", "ratio"]
     ]

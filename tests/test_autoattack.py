@@ -56,7 +56,8 @@ def test_apgd_looks_at_the_step_size_where_the_official_code_does():
 
 def test_apgd_matches_a_slow_transcription():
     """Alg. 1 of Croce & Hein for one row at a time, with every loss kept, on rows that hold out."""
-    model, (x, y) = robust_digits(), digits(30)
+    model, (x, y) = robust_digits().double(), digits(30)
+    x = x.double()
     attack = APGD(eps=0.1, steps=60)
     result = attack(model, x, y, rng(30))
     held = (model(result.x).argmax(1) == y).nonzero()[:, 0][:4]
@@ -108,15 +109,15 @@ def test_projection_onto_a_plane_in_the_box(norm):
     normal = torch.randn(50, 12, dtype=torch.float64)
     normal[:, 3] = 0
     offset = (normal * torch.rand(50, 12, dtype=torch.float64)).sum(1)
-    move = project_onto_plane(points, normal, offset, norm)
+    gap = (normal * points).sum(1) - offset
+    move = project_onto_plane(points, normal, gap, norm)
     moved = points + move
     assert torch.allclose((normal * moved).sum(1), offset, atol=1e-9)
     assert moved.min() >= -1e-12 and moved.max() <= 1 + 1e-12
     size = move.abs().amax(1) if norm == "Linf" else move.norm(dim=1)
     # The least move by bisection on the size: what a ball in the box reaches along the normal.
-    gap = offset - (normal * points).sum(1)
     for i in range(50):
-        towards = normal[i].sign() * gap[i].sign()
+        towards = -normal[i].sign() * gap[i].sign()
         room = torch.where(towards > 0, 1 - points[i], points[i])
         low, high = 0.0, 100.0
         for _ in range(80):
@@ -131,13 +132,13 @@ def test_projection_onto_a_plane_in_the_box(norm):
 def test_projection_gives_the_corner_where_the_plane_misses_the_box():
     points, normal = torch.full((1, 2), 0.5), torch.tensor([[1.0, -1.0]])
     for norm in ("Linf", "L2"):
-        assert torch.equal(project_onto_plane(points, normal, torch.tensor([9.0]), norm), torch.tensor([[0.5, -0.5]]))
+        assert torch.equal(project_onto_plane(points, normal, torch.tensor([-9.0]), norm), torch.tensor([[0.5, -0.5]]))
 
 
 def test_square_spends_no_forward_on_proposals_that_cannot_matter():
     """The same points, bit for bit, as evaluating every proposal, with fewer forward passes."""
     model, (x, y) = robust_digits(), digits(16)
-    attack, eps, queries = Square(eps=0.1, queries=1500), 0.1, 1500
+    attack, eps, queries = Square(eps=0.1, queries=900), 0.1, 900
     result = attack(model, x, y, rng(16))
     stream = rng(16).stream("restart", 0)
     right = (margin(model(x), y) > 0).nonzero()[:, 0]

@@ -7,8 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from raysweep.data import DataSpec, Split, augmented, epoch_batches, load
-from raysweep.data.sources import DATASETS
+from raysweep.data import DATASETS, DataSpec, Split, augmented, epoch_batches, load
 from raysweep.rng import Rng
 from raysweep.spec import SpecError
 
@@ -139,7 +138,6 @@ def test_mnist_through_torchvisions_own_loader(tmp_path) -> None:
 def test_digits_are_scikit_learns() -> None:
     from sklearn.datasets import load_digits
 
-    theirs = load_digits()
-    ours = DATASETS["digits"](None, False)
+    ours, theirs = DATASETS["digits"](None, False), load_digits()
     assert np.array_equal(np.concatenate([ours.x_train, ours.x_test])[:, 0], theirs.images)
     assert np.array_equal(np.concatenate([ours.y_train, ours.y_test]), theirs.target)

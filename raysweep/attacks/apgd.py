@@ -18,6 +18,7 @@ from raysweep.attacks.base import (
     margin,
     norms,
     project,
+    put,
     step_direction,
 )
 from raysweep.rng import Rng
@@ -80,8 +81,9 @@ class APGD(Spec):
         loss, correct, grad = self._gradient(model, start, y, target)
         done = _Run(start.clone(), ~correct, loss.clone(), torch.full_like(y, self.samples))
         state = _State(
-            row=torch.arange(len(x), device=x.device), x=x, y=y, target=target, adv=start, x_adv=start, x_old=start,
-            grad=grad, best_x=start, best_grad=grad, best_loss=loss, last_loss=torch.zeros_like(loss),
+            row=torch.arange(len(x), device=x.device), x=x, y=y, target=target, adv=start.clone(), x_adv=start,
+            x_old=start, grad=grad, best_x=start.clone(), best_grad=grad.clone(), best_loss=loss,
+            last_loss=torch.zeros_like(loss),
             rises=torch.zeros_like(loss), step=torch.full_like(loss, 2 * eps), checked_loss=loss,
             reduced=torch.ones_like(correct), broken=~correct, queries=torch.full_like(y, self.samples),
         )  # fmt: skip
@@ -96,14 +98,14 @@ class APGD(Spec):
             state.x_old, state.x_adv = state.x_adv, moved
             loss, correct, state.grad = self._gradient(model, moved, state.y, state.target)
             state.queries = state.queries + self.samples * (~state.broken).long()
-            state.adv = torch.where(_wide(correct), state.adv, moved)
+            put(state.adv, ~correct, moved)
             state.broken = state.broken | ~correct
             state.rises = state.rises + (loss > state.last_loss)
             state.last_loss = loss
             better = loss > state.best_loss
-            state.best_x = torch.where(_wide(better), moved, state.best_x)
-            state.best_grad = torch.where(_wide(better), state.grad, state.best_grad)
-            state.best_loss = torch.where(better, loss, state.best_loss)
+            put(state.best_x, better, moved)
+            put(state.best_grad, better, state.grad)
+            state.best_loss = torch.fmax(state.best_loss, loss)
             since += 1
             if i + 1 in checkpoints:
                 self._checkpoint(state, since)
@@ -114,8 +116,10 @@ class APGD(Spec):
 
     def _step(self, state: "_State", eps: float, momentum: float) -> Tensor:
         """A gradient step, then the average with the last move (alg. 1, lines 7-8)."""
-        z = project(state.x_adv + _wide(state.step) * step_direction(state.grad, self.norm), state.x, eps, self.norm)
-        moved = state.x_adv + momentum * (z - state.x_adv) + (1 - momentum) * (state.x_adv - state.x_old)
+        direction = step_direction(state.grad, self.norm)
+        z = project(torch.addcmul(state.x_adv, direction, _wide(state.step)), state.x, eps, self.norm)
+        moved = torch.lerp(state.x_adv, z, momentum)
+        moved = moved.add_(state.x_adv - state.x_old, alpha=1 - momentum)
         return project(moved, state.x, eps, self.norm)
 
     def _checkpoint(self, state: "_State", since: int) -> None:
@@ -144,11 +148,13 @@ class APGD(Spec):
             return F.cross_entropy(logits, y, reduction="none")
         if self.loss == "cw":
             return -margin(logits, y)
-        top = logits.topk(4 if self.loss == "dlr-targeted" else 3, 1).values
+        ranked = logits.detach().topk(4 if self.loss == "dlr-targeted" else 3, 1).indices
         if self.loss == "dlr":
-            return -margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
-        lead = (logits.gather(1, y[:, None]) - logits.gather(1, target[:, None]))[:, 0]
-        return -lead / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
+            first, third = logits.gather(1, ranked[:, [0, 2]]).unbind(1)
+            return -margin(logits, y) / (first - third + 1e-12)
+        picked = torch.cat([y[:, None], target[:, None], ranked[:, [0, 2, 3]]], 1)
+        true, wanted, first, third, fourth = logits.gather(1, picked).unbind(1)
+        return -(true - wanted) / (first - 0.5 * (third + fourth) + 1e-12)
 
     def _start(self, x: Tensor, rng: Rng) -> Tensor:
         """A random point of the sphere: x + eps t / |t| in the attack's norm."""

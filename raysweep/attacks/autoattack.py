@@ -70,6 +70,8 @@ PRESETS: dict[str, Callable[[float, Norm], WorstCase]] = {
 
 def preset(name: str, eps: float = 8 / 255, norm: Norm = "Linf", version: Version = "standard") -> WorstCase:
     """The named evaluation; names of official attacks joined by commas make a cascade of one's own."""
+    # Refuses a wrong radius or norm in one line.
+    APGD.load({"eps": eps, "norm": norm})
     if name == "autoattack":
         return autoattack(eps, norm, version)
     if name in PRESETS:

@@ -63,6 +63,16 @@ def cheap_to_look(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def put(into: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Write those rows (a bool mask (N,)) of `values` into `into`, in place."""
+    if cheap_to_look(into):
+        which = rows.nonzero()[:, 0]
+        if len(which):
+            into.index_copy_(0, which, values.index_select(0, which))
+    else:
+        torch.where(rows.view(-1, *(1,) * (into.dim() - 1)), values, into, out=into)
+
+
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """z_y - max_{i != y} z_i, (N,): positive where the row is classified correctly."""
     true = logits.gather(1, y[:, None])[:, 0]

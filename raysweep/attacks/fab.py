@@ -6,7 +6,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from raysweep.attacks.base import Adversarial, Norm, View, cheap_to_look, frozen, in_pixels
+from raysweep.attacks.base import Adversarial, Norm, View, cheap_to_look, frozen, in_pixels, put
 from raysweep.rng import Rng
 from raysweep.schedules import Schedule, now, within
 from raysweep.spec import Spec
@@ -68,7 +68,7 @@ class FAB(Spec):
         """One start (alg. 1): point found, whether within eps, forward passes spent, each a row."""
         eps = now(self.eps)
         found, broken, queries = x.clone(), torch.zeros_like(y, dtype=torch.bool), torch.zeros_like(y)
-        row, point, adv = torch.arange(len(x), device=x.device), start, x
+        row, point, adv = torch.arange(len(x), device=x.device), start, x.clone()
         hit, spent = broken, queries
         for step in range(self.steps):
             if cheap_to_look(x) or step % PATIENCE == 0:
@@ -85,9 +85,9 @@ class FAB(Spec):
             spent = spent + 2 * (~hit).long()
             move = point - x
             new = wrong & (_size(move, self.norm) <= eps) & ~hit
-            adv = torch.where(_wide(new), point, adv)
+            put(adv, new, point)
             hit = hit | new
-            point = torch.where(_wide(wrong), x + self.beta * move, point)
+            point = torch.addcmul(x, move, _wide(torch.where(wrong, self.beta, 1.0).to(x)))
         found[row], broken[row], queries[row] = adv, hit, spent
         return found, broken, queries
 
@@ -112,13 +112,12 @@ class FAB(Spec):
     def _approach(self, point: Tensor, x: Tensor, value: Tensor, normal: Tensor) -> Tensor:
         """Overshoot the projections of the point and of x onto the plane, biased to x by their distances (eq. 9)."""
         p, origin = point.flatten(1), x.flatten(1)
-        offset = (normal * p).sum(1) - value
-        moves = project_onto_plane(torch.cat([p, origin]), normal.repeat(2, 1), offset.repeat(2), self.norm)
-        here, there = moves.chunk(2)
+        gaps = torch.stack([value, value + (normal * (origin - p)).sum(1)])
+        here, there = project_onto_plane(torch.stack([p, origin]), normal, gaps, self.norm)
         far, near = (_size(move, self.norm).clamp_min(1e-8)[:, None] for move in (there, here))
         alpha = (near / (near + far)).clamp_max(self.alpha_max)
-        moved = (p + self.eta * here) * (1 - alpha) + (origin + self.eta * there) * alpha
-        return moved.clamp(0, 1).view_as(x)
+        moved = torch.lerp(p + self.eta * here, origin + self.eta * there, alpha)
+        return moved.clamp_(0, 1).view_as(x)
 
     def _start(self, x: Tensor, rng: Rng) -> Tensor:
         """A random point at distance eps / 2."""
@@ -127,34 +126,31 @@ class FAB(Spec):
         return (x + 0.5 * now(self.eps) * t / _wide(_size(t, self.norm).clamp_min(1e-12))).clamp(0, 1)
 
 
-def project_onto_plane(points: Tensor, normal: Tensor, offset: Tensor, norm: Norm) -> Tensor:
-    """Smallest moves d (N, D) with normal . (points + d) = offset and points + d in [0, 1]; the corner if none does.
+def project_onto_plane(points: Tensor, normal: Tensor, gap: Tensor, norm: Norm) -> Tensor:
+    """Smallest moves d (..., N, D) with normal . d = -gap and points + d in [0, 1]; the corner if none does.
 
-    Every coordinate moves towards the plane at its own speed (1 in Linf, |normal| in L2) until it meets the box. The
-    gap closed by a time is concave and piecewise linear, so Newton's method climbs to the answer in a few steps.
+    points (..., N, D), normal (N, D), gap (..., N). Every coordinate moves towards the plane at its own speed (1 in
+    Linf, |normal| in L2) until it meets the box. The gap closed by a time is concave and piecewise linear, so Newton's
+    method climbs to the answer in a few steps, and is there when no further coordinate has stopped. Masks are numbers:
+    on a CPU `torch.where` takes ten times as long as a product.
     """
-    gap = (normal * points).sum(1) - offset
-    towards = -normal.sign() * _wide_sign(gap)
+    towards = normal.sign() * torch.where(gap >= 0, -1.0, 1.0).to(gap)[..., None]
     gap, weight = gap.abs(), normal.abs()
-    speed = torch.ones_like(weight) if norm == "Linf" else weight
-    room = torch.where(towards > 0, 1 - points, points).clamp_min(0)
-    gain, rate = weight * room, weight * speed
-    stop = torch.where(rate > 0, room / speed, 0)
-    time = torch.zeros_like(gap)
+    rate = weight if norm == "Linf" else weight * weight
+    room = torch.addcmul((towards + 1) / 2, towards, points, value=-1).clamp_min_(0)
+    move, moving, closing = torch.zeros_like(room), torch.empty_like(room), torch.empty_like(room)
+    time, pace = torch.zeros_like(gap), torch.full_like(gap, -1)
     for _ in range(NEWTON_STEPS):
-        moving = stop > time[:, None]
-        closed, pace = torch.where(moving, 0, gain).sum(1), torch.where(moving, rate, 0).sum(1)
-        later = torch.where(pace > 0, (gap - closed) / pace, torch.where(gap > closed, torch.inf, time))
-        if cheap_to_look(points) and not (later > time).any():
+        torch.lt(move, room, out=moving)
+        before, pace = pace, torch.mul(rate, moving, out=closing).sum(-1)
+        short = gap - torch.mul(weight, move, out=closing).sum(-1)
+        climbing = (pace != before) & (pace > 0)
+        if cheap_to_look(points) and not climbing.any():
             break
-        time = torch.maximum(time, later)
-    distance = torch.minimum(torch.minimum(time[:, None], stop) * speed, room)
-    return towards * distance
-
-
-def _wide_sign(value: Tensor) -> Tensor:
-    """+1 where value >= 0, else -1, as (N, 1)."""
-    return torch.where(value >= 0, 1.0, -1.0).to(value.dtype)[:, None]
+        time = torch.where(climbing, time + short / pace, time)
+        reach = time[..., None] if norm == "Linf" else torch.mul(time[..., None], weight, out=closing)
+        torch.minimum(reach, room, out=move)
+    return move.mul_(towards)
 
 
 def _size(move: Tensor, norm: Norm) -> Tensor:

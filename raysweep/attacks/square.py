@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from raysweep.attacks.base import Adversarial, Norm, View, cheap_to_look, frozen, in_pixels, margin, norms
+from raysweep.attacks.base import Adversarial, Norm, View, cheap_to_look, frozen, in_pixels, margin, norms, put
 from raysweep.rng import Rng
 from raysweep.schedules import Schedule, now, within
 from raysweep.spec import Spec
@@ -105,7 +105,7 @@ class Square(Spec):
         delta = _grid(x, search.rng.stream("start"))
         search.start(model, (x + eps * delta / norms(delta).clamp_min(1e-12)).clamp(0, 1))
         draws = self._shared(search.rng, 5)
-        signs = torch.empty(0)
+        signs, bumps = torch.empty(0), dict[tuple[int, bool], Tensor]()
         for query in range(self.queries):
             if query % PATIENCE == 0 or cheap_to_look(x):
                 keep = search.leave()
@@ -120,17 +120,19 @@ class Square(Spec):
             top, left, top2, left2 = (
                 _offset(draw, length - side) for draw, length in zip(draws[query], (height, width) * 2, strict=False)
             )
-            window = (..., slice(top, top + side), slice(left, left + side))
-            window2 = (..., slice(top2, top2 + side), slice(left2, left2 + side))
-            old = delta[window]
-            new = _bump(side, draws[query][4] < 0.5, x) * signs[:, query % PATIENCE]
-            new = new + old / (_window_norms(old) + 1e-12)
-            spare = (eps**2 - norms(delta) ** 2).clamp_min(0) / channels
-            emptied = delta.clone()
-            emptied[window], emptied[window2] = 0, 0
-            freed = norms(delta) ** 2 - norms(emptied) ** 2
-            emptied[window] = new / (_window_norms(new) + 1e-12) * (spare + freed.clamp_min(0)).sqrt()
-            search.offer(model, (x + eps * emptied / norms(emptied).clamp_min(1e-12)).clamp(0, 1))
+            window = delta[..., top : top + side, left : left + side]
+            window2 = delta[..., top2 : top2 + side, left2 : left2 + side]
+            key = side, draws[query][4] < 0.5
+            if key not in bumps:
+                bumps[key] = _bump(*key, x)
+            new = torch.addcdiv(bumps[key] * signs[:, query % PATIENCE], window, _window_norms(window) + 1e-12)
+            before = norms(delta).square_()
+            window.zero_()
+            window2.zero_()
+            freed = (before - norms(delta).square_()).clamp_min_(0)
+            mass = (eps**2 - before).clamp_min_(0).div_(channels).add_(freed).sqrt_()
+            window.copy_(new.mul_(mass / (_window_norms(new) + 1e-12)))
+            search.offer(model, torch.addcmul(x, delta, eps / norms(delta).clamp_min_(1e-12)).clamp_(0, 1))
 
     def _shared(self, rng: Rng, count: int) -> list[list[float]]:
         """`count` numbers for each query number, the same for every row, drawn on the host."""
@@ -165,8 +167,8 @@ class _Search:
             loss = margin(model(candidate), self.y)
             self.queries += self.best > 0
             better = loss < self.best
-            self.best_x = torch.where(better.view(-1, 1, 1, 1), candidate, self.best_x)
-            self.best = torch.where(better, loss, self.best)
+            put(self.best_x, better, candidate)
+            self.best = torch.fmin(loss, self.best)
             return better
         loss = margin(model(candidate), self.y[rows])
         self.queries[rows] += 1
@@ -198,7 +200,8 @@ def _offset(draw: float, high: int) -> int:
 
 def _window_norms(window: Tensor) -> Tensor:
     """Euclidean norm of each channel of a window, (N, C, 1, 1)."""
-    return window.square().sum((-2, -1), keepdim=True).sqrt()
+    length: Tensor = torch.linalg.vector_norm(window, dim=(-2, -1), keepdim=True)
+    return length
 
 
 def _grid(x: Tensor, rng: Rng) -> Tensor:

@@ -1,8 +1,8 @@
 """Where images come from. A new data set is a function here and a line in `DATASETS`."""
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,12 @@ class Arrays:
 
 
 def digits(data_dir: Path | None, download: bool) -> Arrays:
-    """scikit-learn's bundled handwritten digits, 8x8 grey, 0..16: the last 450 are the test set.
-
-    Read from its file: importing scikit-learn takes longer than all else, in every process that trains.
-    """
-    package = importlib.util.find_spec("sklearn")
-    assert package is not None and package.origin is not None
-    rows = np.loadtxt(
-        Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",", dtype=np.uint8
-    )
+    """scikit-learn's bundled handwritten digits, 8x8 grey, 0..16: the last 450 are the test set."""
+    # The file alone: importing scikit-learn would take each process longer than reading and splitting the data.
+    package = find_spec("sklearn")
+    assert package is not None and package.submodule_search_locations is not None
+    file = Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
+    rows = np.loadtxt(file, delimiter=",").astype(np.uint8)
     x, y = rows[:, :-1].reshape(-1, 1, 8, 8), rows[:, -1].astype(np.int64)
     return Arrays(x[:-450], y[:-450], x[-450:], y[-450:], white=16)
 

@@ -33,10 +33,17 @@ def examine(model: nn.Module, x: Tensor, y: Tensor, rng: Rng, eps: float, gradie
     """Look at a model on some examples, before any attack. Raises SpecError where no attack can be run at all."""
     with frozen(model):
         with torch.no_grad():
-            runs = [model(x) for _ in range(REPEATS)]
+            try:
+                runs = [model(x) for _ in range(REPEATS)]
+            except (RuntimeError, ValueError) as error:
+                line = str(error).partition("\n")[0]
+                raise SpecError(
+                    f"the model cannot take float32 images of shape {tuple(x.shape[1:])}: {line}"
+                ) from error
         logits = runs[0]
         if logits.dim() != 2 or logits.shape[1] < 2:
             raise SpecError(f"the model must return (N, 2 or more) logits, it returned {tuple(logits.shape)}")
+        fitting(y, logits.shape[1])
         if not torch.isfinite(logits).all():
             raise SpecError("the model returns logits that are not finite: no attack can be run on it")
         scale = logits.abs().max().clamp_min(1e-12)
@@ -73,6 +80,13 @@ def suited(attack: SingleAttack, nature: Nature) -> tuple[SingleAttack | None, s
             told = f"the {attack.loss} loss needs {needed} logits, the model has {nature.classes}: run with the cw loss"
             return attack.model_copy(update={"loss": "cw"}), told
     return attack, None
+
+
+def fitting(labels: Ints | Tensor, classes: int) -> None:
+    """Raises SpecError for labels that the model has no logit for."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise SpecError(f"y must lie in 0..{classes - 1}, as the model has {classes} logits; got {low} to {high}")
 
 
 def collapsed(predicted: Ints, labels: Ints) -> str | None:

@@ -53,6 +53,11 @@ def evaluate(
     their random numbers. map: runs shards (a function of Ray's, say), in this process by default. tile: compute on
     exactly so many rows, for verdicts independent of the batch on devices whose kernels change with the batch size.
     """
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"model must be a torch.nn.Module from images to logits, got {type(model).__name__}")
+    for name, number in (("batch_size", batch_size), ("shards", shards)):
+        if number is not None and number < 1:
+            raise SpecError(f"{name} must be 1 or more, got {number}")
     spec = preset(attack, eps, norm, version) if isinstance(attack, str) else attack
     attacks: dict[str, SingleAttack] = spec.attacks if isinstance(spec, WorstCase) else {spec.kind: spec}
     eps, norm = _threat(attacks)
@@ -61,6 +66,7 @@ def evaluate(
         work.folder = Path(resume_dir) / _key(work)
     run = _Run(work, map or _in_this_process, shards, progress)
     nature = run.look(eps, any(not isinstance(a, Square) for a in attacks.values()))
+    checks.fitting(work.y, nature.classes)
     warnings = list(nature.warnings)
 
     clean = run.clean(random=nature.random)
@@ -200,6 +206,8 @@ def _arrays(
         problems.append(f"x must be (N, C, H, W), got shape {images.shape}")
     if labels.shape != images.shape[:1] or ids.shape != labels.shape:
         problems.append(f"x, y and index must have the same length, got {len(images)}, {labels.shape}, {ids.shape}")
+    if not (np.issubdtype(labels.dtype, np.number) and np.array_equal(labels, labels.astype(np.int64))):
+        problems.append("y must be whole numbers, one class for each example")
     if not len(images):
         problems.append("there are no examples to evaluate on")
     elif images.dtype != np.uint8 and not (images.min() >= 0 and images.max() <= 1):

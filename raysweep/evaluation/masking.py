@@ -24,15 +24,23 @@ class Scaled(nn.Module):
 
 
 def scaling_gap(
-    model: nn.Module, split: Split, attack: PGD, survived: Tensor, scales: Sequence[float], batch_size: int = 512
+    model: nn.Module,
+    split: Split,
+    attack: PGD,
+    survived: Tensor,
+    scales: Sequence[float],
+    share: float = 1.0,
+    batch_size: int = 512,
 ) -> float:
-    """Share of the split's first examples that survive `attack`, but not on logits times one of `scales`.
+    """About which share of the split's first examples survive `attack`, but not on logits times one of `scales`.
 
-    survived: (N,) bool, for the first N examples. A cross-entropy that is flat where it saturates, as reweighted models
-    have it, hides its gradient from PGD; a scaled one shows it (Hitaj et al. 2021).
+    survived: (N,) bool, for the first N examples; of these only a `share` is looked at, drawn by example, so that
+    workers who divide a split among them look at the same. A cross-entropy that is flat where it saturates, as
+    reweighted models have it, hides its gradient from PGD; a scaled one shows it (Hitaj et al. 2021).
     """
+    draw = Rng.for_examples(split.index[: len(survived)], 0, "validation", "share").uniform((1, 1, 1))[:, 0, 0, 0]
     broken = 0
-    for rows in torch.split(survived.nonzero()[:, 0], batch_size):
+    for rows in torch.split((survived & (draw < share)).nonzero()[:, 0], batch_size):
         left = rows
         for factor in scales if len(rows) else ():
             rng = Rng.for_examples(split.index[left], 0, "validation", "scaled")
@@ -42,4 +50,4 @@ def scaling_gap(
             if not len(left):
                 break
         broken += len(rows) - len(left)
-    return broken / len(survived)
+    return broken / (share * len(survived))

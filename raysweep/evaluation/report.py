@@ -25,7 +25,7 @@ class Cost:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RobustnessReport:
     """Arrays have a row for each example in the order given; `robust_after` maps each attack to the rows still right.
 
@@ -50,6 +50,15 @@ class RobustnessReport:
     warnings: tuple[str, ...] = ()
     masking_gap: float | None = None
     x_adv: npt.NDArray[np.float32] | None = None
+
+    def __repr__(self) -> str:
+        """A line for notebooks; `summary()` has the numbers, the attributes the rows."""
+        low, high = self.intervals["robust"]
+        return (
+            f"RobustnessReport({len(self.labels)} examples, {self.norm} eps {self.eps:.6g}: "
+            f"clean {self.clean_accuracy:.2%}, robust {self.robust_accuracy:.2%} (95%: {low:.2%} to {high:.2%}), "
+            f"after {', '.join(self.robust_after)}; {len(self.warnings)} warnings)"
+        )
 
     @property
     def clean(self) -> Bools:

@@ -1,6 +1,5 @@
 """The sweep's objective: a short, diverse set of attacks on the validation split."""
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -37,8 +36,8 @@ class Validation(Spec):
     attacks: face every example that is classified correctly, so that each has an accuracy of its own. finish: face what
     those left. Together the default ranks models nearly as AutoAttack does, which plain PGD does not: it overstates
     reweighted models most. objective: decides which epoch is the best. flatness: also how steep the loss is at friendly
-    and at most adversarial data. scales: the first cross-entropy PGD of `attacks` is repeated, on the first
-    `scaled_share` of the images, against the logits times each of these (none: not at all).
+    and at most adversarial data. scales: the first cross-entropy PGD of `attacks` is repeated, on a `scaled_share` of
+    the images, against the logits times each of these (none: not at all).
     """
 
     attacks: Annotated[dict[str, AnyAttack], Field(min_length=1)] = Field(default_factory=_attacks)
@@ -55,10 +54,10 @@ class Validation(Spec):
         """Shares of the examples, in [0, 1]. Every checkpoint faces the same random starts.
 
         `clean`; accuracy under each of `attacks`, by name; `robust_worst`, right whatever the attack; `masking_gap`,
-        what the first attack alone overstates that by; `zero_gradient`, right ones whose cross-entropy has no gradient;
-        `val/top_class`, images that the model gives its favourite class. Symptoms of masked gradients beside that:
-        `val/ce_cw_gap`, accuracy under PGD on the cross-entropy less that under PGD on the margin; `val/scaling_gap`,
-        what PGD breaks more when the logits it sees are scaled (Hitaj et al. 2021), which moves no decision.
+        what the first attack alone overstates that by; `zero_gradient`, right ones whose cross-entropy has no gradient.
+        More symptoms of masked gradients: `val/ce_cw_gap`, accuracy under PGD on the cross-entropy less that under PGD
+        on the margin; `val/scaling_gap`, what PGD breaks more when the logits it sees are scaled (Hitaj et al. 2021),
+        which moves no decision.
         """
         count = len(split) if self.size is None else min(self.size, len(split))
         parts: dict[str, list[Tensor]] = {}
@@ -68,11 +67,10 @@ class Validation(Spec):
                 for name, part in self._batch(model, split, rows).items():
                     parts.setdefault(name, []).append(part)
             flags = {name: torch.cat(several) for name, several in parts.items()}
-            predicted = flags.pop("predicted")
             symptoms = self._symptoms(model, split, flags)
         shares = {name: flag.float().mean().item() for name, flag in flags.items()}
         shares["masking_gap"] = shares[next(iter(self.attacks))] - shares["robust_worst"]
-        shares |= {"val/top_class": predicted.bincount().max().item() / count, **symptoms}
+        shares |= symptoms
         if self.flatness:
             first = next((attack for attack in self.attacks.values() if isinstance(attack, PGD)), PGD())
             shares |= flatness(model, split, first, count, self.batch_size)
@@ -88,17 +86,15 @@ class Validation(Spec):
         if cw_name is not None:
             found["val/ce_cw_gap"] = (flags[ce_name].float() - flags[cw_name].float()).mean().item()
         if self.scales:
-            survived = flags[ce_name][: math.ceil(len(flags[ce_name]) * self.scaled_share)]
-            attack = pgds[ce_name]
-            found["val/scaling_gap"] = scaling_gap(model, split, attack, survived, self.scales, self.batch_size)
+            found["val/scaling_gap"] = scaling_gap(
+                model, split, pgds[ce_name], flags[ce_name], self.scales, self.scaled_share, self.batch_size
+            )
         return found
 
     def _batch(self, model: nn.Module, split: Split, rows: slice) -> dict[str, Tensor]:
-        """By name, which rows; and the `predicted` class of each."""
         x, y, index = split.images(rows), split.y[rows], split.index[rows]
-        predicted, classes, zero = _look(model, x, y)
-        correct = predicted == y
-        flags = {"predicted": predicted, "clean": correct, "zero_gradient": zero}
+        correct, classes, zero = _look(model, x, y)
+        flags = {"clean": correct, "zero_gradient": zero}
         worst = correct.clone()
         for name, attack in {**self.attacks, **self.finish}.items():
             alone = name in self.attacks
@@ -116,12 +112,12 @@ class Validation(Spec):
 
 
 def _look(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int, Tensor]:
-    """Each row's predicted class, the number of classes, and right rows without a gradient."""
+    """Rows that are right, the number of classes, and right rows without a gradient."""
     x = x.detach().requires_grad_()
     logits = model(x)
     (grad,) = torch.autograd.grad(ce(logits, logits, y).sum(), x)
-    predicted = logits.detach().argmax(1)
-    return predicted, logits.shape[1], (predicted == y) & (grad.flatten(1) == 0).all(1)
+    correct = logits.detach().argmax(1) == y
+    return correct, logits.shape[1], correct & (grad.flatten(1) == 0).all(1)
 
 
 def _fit_for(attack: AnyAttack, classes: int) -> AnyAttack:

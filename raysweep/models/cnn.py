@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from raysweep.models.layers import Logits, conv3x3
+from raysweep.models.layers import AveragePool, Logits, conv3x3
 
 
 def digits_cnn(channels: int, classes: int) -> nn.Module:
@@ -11,7 +11,7 @@ def digits_cnn(channels: int, classes: int) -> nn.Module:
         conv3x3(channels, 32), nn.BatchNorm2d(32), nn.ReLU(),
         conv3x3(32, 64, 2), nn.BatchNorm2d(64), nn.ReLU(),
         conv3x3(64, 64, 2), nn.BatchNorm2d(64), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        AveragePool(2), nn.Flatten(),
         nn.Linear(256, 128), nn.ReLU(),
         Logits(128, classes),
     )  # fmt: skip

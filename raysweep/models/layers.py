@@ -28,6 +28,13 @@ class Logits(nn.Linear):
             return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
+class AveragePool(nn.AdaptiveAvgPool2d):
+    """Averages to a square of `output_size`. What has that size already passes through: torch's own is slow at that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.shape[-2:] == (self.output_size, self.output_size) else super().forward(x)
+
+
 def conv3x3(channels_in: int, channels_out: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=bias)
 

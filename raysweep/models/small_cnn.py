@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from raysweep.models.layers import Logits, conv3x3
+from raysweep.models.layers import AveragePool, Logits, conv3x3
 
 
 def small_cnn(channels: int, classes: int) -> nn.Module:
@@ -15,5 +15,5 @@ def small_cnn(channels: int, classes: int) -> nn.Module:
     for channels_in, width in ((channels, 64), (64, 128), (128, 196)):
         layers += [conv3x3(channels_in, width, bias=True), nn.BatchNorm2d(width), nn.ReLU()]
         layers += [conv3x3(width, width, bias=True), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
-    head = [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(196 * 16, 256), nn.ReLU(), Logits(256, classes)]
+    head = [AveragePool(4), nn.Flatten(), nn.Linear(196 * 16, 256), nn.ReLU(), Logits(256, classes)]
     return nn.Sequential(*layers, *head)

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from raysweep.models.layers import Logits, conv3x3
+from raysweep.models.layers import AveragePool, Logits, conv3x3
 
 
 def vgg13(channels: int, classes: int) -> nn.Module:
@@ -14,4 +14,4 @@ def vgg13(channels: int, classes: int) -> nn.Module:
             layers += [conv3x3(channels_in, width, bias=True), nn.BatchNorm2d(width), nn.ReLU()]
             channels_in = width
         layers.append(nn.MaxPool2d(2, ceil_mode=True))
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), Logits(512, classes))
+    return nn.Sequential(*layers, AveragePool(1), nn.Flatten(), Logits(512, classes))

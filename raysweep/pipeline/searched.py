@@ -73,6 +73,8 @@ def _fronts(ledger: Ledger, ranked: Sequence[Trial]) -> list[Any]:
     first, *others = dict.fromkeys((*ledger.space.objectives, "clean"))
     if len(ledger.space.objectives) > 1:
         others = list(ledger.space.objectives[1:])
+    if not others:
+        return []
     best = front(ledger, (first, *others))
     return [
         Picture(f"Pareto front: {figures.words(other)} and {figures.words(first)}",

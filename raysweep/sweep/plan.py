@@ -8,16 +8,20 @@ import time
 import torch
 
 from raysweep.data import Data
-from raysweep.rng import Rng, seed_of
+from raysweep.evaluation.copies import LEAST_ROWS, attack_copy
+from raysweep.rng import Rng
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.space import SearchSpace
 from raysweep.training.config import RunConfig
+from raysweep.training.trainer import build, train_step
 
 
 def plan(space: SearchSpace, data: Data, resources: Resources, address: str | None, as_json: bool) -> int:
     """Print the plan; nothing is written and no cluster is started (one that is named is asked what it has)."""
     config = space.config({})
-    concurrent = min(resources.concurrent(*_machine(address)), space.total)
+    cluster, nodes = _machine(address)
+    resources = resources.on(cluster)
+    concurrent = min(resources.concurrent(cluster, nodes), space.total)
     seconds = epoch_seconds(config, data, resources)
     epochs = expected_epochs(space, config.epochs)
     half_width = 1.96 * math.sqrt(0.25 / min(len(data.val), config.validation.size or len(data.val)))
@@ -79,20 +83,20 @@ def epoch_seconds(config: RunConfig, data: Data, resources: Resources, steps: in
     """
     torch.set_num_threads(max(1, int(resources.cpus / resources.workers)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = data.to(device)
-    model = config.model.build(data.channels, data.classes, seed_of(config.seed, "weights")).to(device)
+    faces, data = build(config, data, device), data.to(device)
+    faces.model.train()
     settings = config.at(config.epochs - 1)
     batches = data.batches(config.batch_size, config.seed, 0, 0, resources.workers)
     timings = []
     for _, batch in zip(range(steps + 1), batches, strict=False):
         started = time.perf_counter()
-        step = settings.method(model, batch.x, batch.y, Rng.for_examples(batch.index, 0, "plan"))
-        step.loss.backward()  # type: ignore[no-untyped-call]
+        train_step(settings.method, faces, batch, Rng.for_examples(batch.index, 0, "plan"))
         timings.append(time.perf_counter() - started)
     judged = min(len(data.val), config.validation.size or len(data.val)) / resources.workers
     sample = math.ceil(min(judged, config.batch_size))
     started = time.perf_counter()
-    config.validation.model_copy(update={"size": sample})(model, data.val)
+    net = attack_copy(faces.model, data.val.images(slice(0, LEAST_ROWS)))
+    config.validation.model_copy(update={"size": sample})(net, data.val)
     validation = (time.perf_counter() - started) / sample * judged
     # The first step pays for warming up.
     return min(timings) * math.ceil(len(data.train) / config.batch_size) + validation / config.validation.every

@@ -59,14 +59,14 @@ def importances(ledger: Ledger) -> dict[str, float] | None:
     Settings that only some trials have (those with a condition) are left out. None where that says nothing: fewer than
     `ENOUGH` trials with a result, or results that are all the same.
     """
-    trials = [trial for trial in study(ledger).trials if trial.state == TrialState.COMPLETE]
+    past = study(ledger)
+    trials = [trial for trial in past.trials if trial.state == TrialState.COMPLETE]
     if len(trials) < ENOUGH or len({trial.values[0] for trial in trials}) < 2:
         return None
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    shares = optuna.importance.get_param_importances(
-        study(ledger), evaluator=evaluator, target=lambda trial: float(trial.values[0])
+    return dict(
+        optuna.importance.get_param_importances(past, evaluator=evaluator, target=lambda trial: float(trial.values[0]))
     )
-    return dict(shares)
 
 
 def front(ledger: Ledger, objectives: Sequence[str]) -> list[Trial]:

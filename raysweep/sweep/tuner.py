@@ -63,6 +63,11 @@ def run_sweep(
             while (wanted := space.total - _ended(ledger)) > 0 and relay.another_round():
                 _tuner(ledger, source, relay, resources, concurrent, wanted).fit()
                 relay.check()
+        except tune.TuneError as error:
+            # Tune wraps what the ledger's writes raise.
+            if isinstance(error.__context__, storage.StoreFailed | SpecError):
+                raise error.__context__ from None
+            raise
         finally:
             for listener in listeners:
                 listener.ended(ledger)

@@ -111,7 +111,7 @@ def _share(config: RunConfig, path: Path, loop: dict[str, Any]) -> None:
     workers, device = GroupWorkers(), ray.train.torch.get_device()
     if workers.rank == 0:
         _hold(path)
-    if first_says(bool(kept(path)), workers, device):
+    if first_says(len(kept(path)), workers, device):
         # The last group ended by an error of this trial, and so would each after it.
         ray.train.report({**kept(path), "epoch": 0})
         return

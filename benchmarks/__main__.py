@@ -1,0 +1,35 @@
+"""Every benchmark of speed in one table.
+
+    python benchmarks               # the smallest sizes, a minute or two: that it runs, not how fast it is
+    python benchmarks --full        # the sizes of RESULTS.md
+
+Each part also runs alone: training_step.py, objective_cost.py, scaling.py, footprint.py; AutoAttack has its own,
+autoattack.py, and so have the choice of the objective (objectives.py) and the methods (methods_on_digits.py).
+"""
+
+import argparse
+
+import footprint
+import objective_cost
+import scaling
+import torch
+import training_step
+from measure import machine, table
+
+PARTS = {"step": training_step, "objective": objective_cost, "scaling": scaling, "footprint": footprint}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    ratios = [ratio for name in args.parts or PARTS for ratio in PARTS[name].run(args.full)]
+    print(f"\n{machine()}{'' if args.full else '; smallest sizes, which say little of speed'}\n")
+    print(table(["what", "measured", "goal", "n"], [[r.what, r.value, r.goal, r.n] for r in ratios]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""AutoAttack's time over the cost of its passes alone, attack by attack, on the robust digits network of the tests.
+
+    python benchmarks/autoattack_limit.py --norm L2
+
+A pass costs what it costs at the size it is done, on a machine that others share: so every EVERY-th pass of the run is
+done a second time, bare (a forward, or a forward and the gradient of the summed logits), right before the first. Its
+cpu seconds, times EVERY, are the limit; they are not counted as the attack's. One thread.
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from robust_digits import digits, robust_digits  # noqa: E402
+
+from raysweep.attacks import autoattack  # noqa: E402
+from raysweep.evaluation.copies import attack_copy  # noqa: E402
+from raysweep.rng import Rng  # noqa: E402
+
+EVERY = 8
+FORWARD, BOTH = "forward", "forward+backward"
+
+
+class Sampled(nn.Module):
+    """A model that does every EVERY-th pass twice."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.reset()
+
+    def reset(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.rows: Counter[str] = Counter()
+        self.sampled_rows: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = BOTH if x.requires_grad else FORWARD
+        self.calls[kind] += 1
+        self.rows[kind] += len(x)
+        if self.calls[kind] % EVERY == 0:
+            began = time.process_time()
+            self._bare(x)
+            self.seconds[kind] += time.process_time() - began
+            self.sampled_rows[kind] += len(x)
+        return self.model(x)
+
+    def _bare(self, x: Tensor) -> None:
+        if not x.requires_grad:
+            with torch.inference_mode():
+                self.model(x)
+            return
+        point = x.detach().requires_grad_()
+        torch.autograd.grad(self.model(point).sum(), point)
+
+    @property
+    def unit(self) -> dict[str, float]:
+        """Seconds a row, by kind of pass."""
+        return {kind: self.seconds[kind] / self.sampled_rows[kind] for kind in self.seconds}
+
+    @property
+    def limit(self) -> float:
+        return sum(self.rows[kind] * cost for kind, cost in self.unit.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--norm", choices=["Linf", "L2"], default="Linf")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model, (x, y), eps = robust_digits(), digits(), {"Linf": 0.2, "L2": 0.7}[args.norm]
+    live = (model(x).argmax(1) == y).nonzero()[:, 0]
+    sampled, all_cpu, all_limit = Sampled(attack_copy(model, x[:32])), 0.0, 0.0
+    print("| attack | robust | passes | rows a pass | us a row, forward | forward+backward | cpu s | limit s | ratio |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, attack in autoattack(eps, args.norm).attacks.items():
+        sampled.reset()
+        began = time.process_time()
+        found = attack(sampled, x[live], y[live], Rng.for_examples(live, args.seed).stream(name))
+        cpu = time.process_time() - began - sum(sampled.seconds.values())
+        live = live[model(found.x).argmax(1) == y[live]]
+        rows, calls, unit, limit = sampled.rows, sampled.calls, sampled.unit, sampled.limit
+        costs = [f"{1e6 * unit[kind]:.1f}" if kind in unit else "" for kind in (FORWARD, BOTH)]
+        size = rows.total() / calls.total()
+        cells = [
+            name,
+            len(live),
+            calls.total(),
+            f"{size:.0f}",
+            *costs,
+            f"{cpu:.2f}",
+            f"{limit:.2f}",
+            f"{cpu / limit:.3f}",
+        ]
+        print("|", " | ".join(map(str, cells)), "|", flush=True)
+        all_cpu, all_limit = all_cpu + cpu, all_limit + limit
+    print(f"| all | {len(live)} | | | | | {all_cpu:.2f} | {all_limit:.2f} | {all_cpu / all_limit:.3f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""AutoAttack's wall time against the number of workers and of examples, on the robust digits network of the tests.
+
+    python benchmarks/autoattack_scaling.py --examples 50 100 200 --workers 1 2        # writes autoattack_scaling.svg
+    python benchmarks/autoattack_scaling.py --ray ...                                  # workers are Ray's
+
+One thread a worker; workers are up before the clock starts. Verdicts must agree however many there are.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from robust_digits import digits, robust_digits  # noqa: E402
+
+from raysweep.evaluation import Processes, RobustnessReport, evaluate  # noqa: E402
+from raysweep.evaluation.evaluator import Map  # noqa: E402
+
+EPS = 0.2
+# For each worker: the last shard to end holds up the rest for a quarter of its time at most.
+SHARDS = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, nargs="+", default=[50, 100, 200])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--ray", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".svg"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    seconds: dict[int, list[float]] = {}
+    verdicts: dict[int, np.ndarray] = {}
+    print("| workers | examples | robust | wall s | examples / s | load |\n|---|---|---|---|---|---|")
+    for workers in args.workers:
+        with pool(workers, args.ray) as map:
+            run(map, 8, workers)
+            for count in args.examples:
+                began = time.monotonic()
+                robust = run(map, count, workers).robust
+                wall = time.monotonic() - began
+                assert np.array_equal(verdicts.setdefault(count, robust), robust), "the verdict depends on the workers"
+                seconds.setdefault(workers, []).append(wall)
+                cells = [
+                    workers,
+                    count,
+                    robust.sum(),
+                    f"{wall:.1f}",
+                    f"{count / wall:.1f}",
+                    f"{os.getloadavg()[0]:.0f}",
+                ]
+                print("|", *(f"{cell} |" for cell in cells), flush=True)
+    draw(args.examples, seconds, args.out)
+
+
+def run(map: Map, count: int, workers: int) -> RobustnessReport:
+    return evaluate(robust_digits(), *digits(count), eps=EPS, map=map, shards=SHARDS * workers)
+
+
+@contextmanager
+def pool(workers: int, ray: bool) -> Iterator[Map]:
+    if not ray:
+        with Processes(workers) as processes:
+            yield processes
+        return
+    from raysweep.sweep.cluster import connected
+    from raysweep.sweep.launch import RayMap
+
+    with connected(cpus=workers):
+        yield RayMap()
+
+
+def draw(examples: list[int], seconds: dict[int, list[float]], path: Path) -> None:
+    """Wall time against examples and against workers."""
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "raysweep", "svg.fonttype": "none"})
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), sharey=True)
+    for workers, walls in seconds.items():
+        left.plot(examples, walls, "o-", label=f"{workers} worker{'s' * (workers > 1)}")
+    for i, count in enumerate(examples):
+        right.plot(list(seconds), [walls[i] for walls in seconds.values()], "o-", label=f"{count} examples")
+    left.set(xlabel="examples", ylabel="wall time, s", ylim=(0, None))
+    right.set(xlabel="workers", xticks=list(seconds))
+    for axes in (left, right):
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

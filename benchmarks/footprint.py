@@ -1,0 +1,109 @@
+"""How long the command line takes to answer, and how much memory a trial's step needs.
+
+    python benchmarks/footprint.py
+
+Memory is the peak of a process of its own that does one step of GAIRAT (ResNet-18), beside what it holds before the
+step: ours with attacks of few and of many steps, whose graphs must not add up, and a plain step.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from measure import Ratio, machine, table
+
+HERE = Path(__file__).parent
+COMMANDS: dict[str, tuple[list[str], float | None]] = {
+    "raysweep --help": (["--help"], 0.3),
+    "raysweep list": (["list"], None),
+    "raysweep tune lrat --plan": (["tune", "lrat", "--plan"], 3.0),
+}
+# What a step costs in memory: argv is batch, attack steps, whose, and which network.
+STEP = """
+import dataclasses, resource, sys
+import torch
+torch.set_num_threads(1)
+from training_step import ours, plain, prepared
+from raysweep.spec import override
+batch, steps, mine, small = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "ours", sys.argv[4] == "small"
+subject = prepared("gairat", batch, small, warm_up=0)
+subject = dataclasses.replace(subject, method=override(subject.method, {"attacks.pgd.steps": steps}))
+run = ours(subject, {"channels_last": True, "fold": True}) if mine else plain(subject, False)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def python(*arguments: str, cwd: Path = HERE) -> str:
+    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"{arguments[:2]}: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout
+
+
+def answers(n: int, commands: list[str]) -> list[Ratio]:
+    """Wall and processor seconds of each command, medians of n after one that fills the disk's cache."""
+    rows, found = [], []
+    for name in commands:
+        arguments, goal = COMMANDS[name]
+        walls, cpus = zip(*(timed(arguments) for _ in range(n + 1)), strict=True)
+        wall, cpu = median(walls[1:]), median(cpus[1:])
+        limit = f"{goal:g} s" if goal else ""
+        rows.append([name, f"{wall:.2f}", f"{cpu:.2f}", limit])
+        if goal:
+            found.append(Ratio(name, f"{wall:.2f} s ({cpu:.2f} of a processor)", limit, f"{n} runs"))
+    print(f"\nStart-up, {n} runs; {machine()}\n")
+    print(table(["command", "s, median", "processor s", "goal"], rows), flush=True)
+    return found
+
+
+def timed(arguments: list[str]) -> tuple[float, float]:
+    """Wall and processor seconds of a command in an empty folder."""
+    with TemporaryDirectory() as folder:
+        started, before = time.perf_counter(), os.times()
+        python("-m", "raysweep.cli", *arguments, cwd=Path(folder))
+        after = os.times()
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.perf_counter() - started, spent
+
+
+def memory(batch: int, steps: tuple[int, int], small: bool = False) -> list[Ratio]:
+    """MiB that a step adds to its process."""
+    network = "small" if small else "resnet18"
+    asked = [("ours", steps[0]), ("ours", steps[1]), ("plain", steps[0])]
+    mib = [float(python("-c", STEP, str(batch), str(k), who, network)) for who, k in asked]
+    rows = [[who, str(k), f"{size:.0f}"] for (who, k), size in zip(asked, mib, strict=True)]
+    print(f"\nPeak memory of a GAIRAT step, {network}, batch {batch}; {machine()}\n")
+    print(table(["step", "attack steps", "MiB over rest"], rows), flush=True)
+    what = f"memory of a step, {steps[1]} over {steps[0]} attack steps"
+    ratio = f"{mib[1] / mib[0]:.2f} ({mib[0]:.0f} MiB; plain {mib[2]:.0f})" if mib[0] else "too small to see"
+    return [Ratio(what, ratio, "1", f"batch {batch}")]
+
+
+def run(full: bool = False) -> list[Ratio]:
+    """What `python benchmarks` shows of it."""
+    if not full:
+        return [*answers(1, ["raysweep --help"]), *memory(64, (1, 2), small=True)]
+    return [*answers(5, list(COMMANDS)), *memory(32, (2, 8))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=32)
+    args = parser.parse_args()
+    answers(args.runs, list(COMMANDS))
+    memory(args.batch, (2, 8))
+
+
+if __name__ == "__main__":
+    main()
