@@ -10,13 +10,14 @@ random and come back after a while. Costs that grow with the number of trials ar
 import argparse
 import bisect
 import heapq
+import itertools
 import json
 import math
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 Costs = dict[str, dict[str, float]]
 
@@ -74,6 +75,18 @@ class Outcome:
     by_part: Counter[str]
 
 
+@dataclass(frozen=True)
+class Event:
+    """Something that happens on a GPU at a time. quality: of its trial; left: seconds of training in this epoch."""
+
+    at: float
+    then: Callable[["Event"], "Event | None"]
+    gpu: int
+    quality: float = 0.0
+    epochs: int = 0
+    left: float = 0.0
+
+
 class Sweep:
     """One sweep on its share of the GPUs, from its first trial to its last."""
 
@@ -86,41 +99,50 @@ class Sweep:
         while rung < setting.epochs:
             self._rungs[rung] = []
             rung *= setting.factor
-        self._started = self._ended = self._preemptions = 0
+        self._started = self._preemptions = 0
         self._trained = self._lost = self._last = 0.0
         self.by_part: Counter[str] = Counter()
 
-    def events(self) -> list[tuple[float, int, float, int, float]]:
-        """Each GPU asks for a trial at the start: (time, gpu, quality, epochs done, seconds of this epoch left)."""
-        return [(0.0, gpu, -1.0, 0, 0.0) for gpu in range(self._s.gpus)]
+    def events(self) -> list[Event]:
+        """Each GPU asks for a trial at the start."""
+        return [Event(0.0, self._ask, gpu) for gpu in range(self._s.gpus)]
 
-    def handle(self, event: tuple[float, int, float, int, float]) -> tuple[float, int, float, int, float] | None:
-        """What a GPU does next; None when there is nothing left for it."""
-        now, gpu, quality, epochs, left = event
-        if quality < 0:
-            if self._started == self._s.trials:
-                return None
-            self._started += 1
-            begin = self._driver.serve(now, self._cost("start")) + self._s.start_seconds
-            return begin, gpu, self._random.random(), 0, self._epoch()
+    def _ask(self, event: Event) -> Event | None:
+        if self._started == self._s.trials:
+            return None
+        self._started += 1
+        begin = self._driver.serve(event.at, self._cost("start")) + self._s.start_seconds
+        return Event(begin, self._train, event.gpu, self._random.random(), 0, self._epoch())
+
+    def _train(self, event: Event) -> Event:
+        """To the end of the epoch, or until the machine is taken away."""
         taken = self._random.expovariate(1 / (3600 * self._s.hours_between_preemptions))
-        if taken < left:
-            self._preemptions += 1
-            self._trained += taken
-            if not self._s.keeps_half_epochs:
-                self._lost += taken / self._s.epoch_seconds
-                left += taken
-            back = self._driver.serve(now + taken, 0.05) + self._s.replacement_seconds + self._s.start_seconds
-            return back, gpu, quality, epochs, left - taken
-        self._trained += left
-        saved = self._store.serve(now + left, self._s.checkpoint_mb / self._s.store_mb_per_second)
-        told = self._driver.serve(saved, self._cost("report"))
+        if taken >= event.left:
+            self._trained += event.left
+            return replace(event, at=event.at + event.left, then=self._save)
+        self._trained += taken
+        kept = taken if self._s.keeps_half_epochs else 0.0
+        self._lost += (taken - kept) / self._s.epoch_seconds
+        return replace(event, at=event.at + taken, then=self._lose, left=event.left - kept)
+
+    def _lose(self, event: Event) -> Event:
+        self._preemptions += 1
+        told = self._driver.serve(event.at, at(self._costs["ray tune: a trial"], self._started) / 1000)
+        return replace(event, at=told + self._s.replacement_seconds + self._s.start_seconds, then=self._train)
+
+    def _save(self, event: Event) -> Event:
+        saved = self._store.serve(event.at, self._s.checkpoint_mb / self._s.store_mb_per_second)
+        return replace(event, at=saved, then=self._report, epochs=event.epochs + 1)
+
+    def _report(self, event: Event) -> Event:
+        told = self._driver.serve(event.at, self._cost("report"))
         self._last = max(self._last, told)
-        epochs += 1
-        if epochs < self._s.epochs and self._good(epochs, quality):
-            return told, gpu, quality, epochs, self._epoch()
-        self._ended += 1
-        return self._driver.serve(told, self._cost("end")), gpu, -1.0, 0, 0.0
+        if event.epochs < self._s.epochs and self._good(event.epochs, event.quality):
+            return replace(event, at=told, then=self._train, left=self._epoch())
+        return replace(event, at=told, then=self._end)
+
+    def _end(self, event: Event) -> Event:
+        return Event(self._driver.serve(event.at, self._cost("end")), self._ask, event.gpu)
 
     def outcome(self) -> tuple[float, float, Server, int, float, int]:
         starts = self._started + self._preemptions
@@ -169,15 +191,14 @@ def simulate(setting: Setting, costs: Costs) -> Outcome:
     store = Server()
     part = replace(setting, gpus=setting.gpus // setting.sweeps, trials=setting.trials // setting.sweeps)
     sweeps = [Sweep(part, costs, store, seed) for seed in range(setting.sweeps)]
-    queue: list[tuple[float, int, Any]] = []
-    for number, sweep in enumerate(sweeps):
-        queue += [(event[0], number, event) for event in sweep.events()]
-    heapq.heapify(queue)
+    # Events at one moment in the order in which they came up: what happens to be equal is not compared further.
+    count = itertools.count()
+    queue = [(event.at, next(count), event) for sweep in sweeps for event in sweep.events()]
     while queue:
-        _, number, event = heapq.heappop(queue)
-        then = sweeps[number].handle(event)
-        if then is not None:
-            heapq.heappush(queue, (then[0], number, then))
+        _, _, event = heapq.heappop(queue)
+        after = event.then(event)
+        if after is not None:
+            heapq.heappush(queue, (after.at, next(count), after))
     ended = [sweep.outcome() for sweep in sweeps]
     last = max(one[0] for one in ended)
     drivers = [one[2] for one in ended]

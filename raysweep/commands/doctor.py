@@ -35,7 +35,8 @@ class Finding:
 
 
 def run(args: Namespace) -> int:
-    findings = list(_findings(args))
+    # Nodes on one machine have one name and much in common.
+    findings = list(dict.fromkeys(_findings(args)))
     broken = [finding for finding in findings if not finding.ok]
     if args.json:
         print(json.dumps({"sound": not broken, "findings": [asdict(finding) for finding in findings]}, indent=1))

@@ -203,10 +203,13 @@ def listening(session: str) -> list[str]:
             continue
         for one in sockets:
             if one.status == psutil.CONN_LISTEN and not _LOOPBACK.match(one.laddr.ip):
-                found.add(f"{_plain(process)} {one.laddr.ip}:{one.laddr.port}")
+                found.add(f"{_name(process, one.laddr.port)} {one.laddr.ip}:{one.laddr.port}")
     return sorted(found)
 
 
-def _plain(process: psutil.Process) -> str:
-    name = "dashboard" if "dashboard/dashboard.py" in " ".join(process.info["cmdline"] or []) else process.info["name"]
-    return str(name).strip()
+def _name(process: psutil.Process, port: int) -> str:
+    """The dashboard's own port, where jobs are taken, is told from that of its metrics."""
+    line = " ".join(process.info["cmdline"] or [])
+    if "dashboard/dashboard.py" in line:
+        return "dashboard" if f"--port={port} " in f"{line} " else "dashboard's metrics"
+    return str(process.info["name"]).strip()

@@ -249,7 +249,9 @@ def store_version(uri: str) -> str:
     try:
         answer = http_request(get_default_host_creds(uri), "/version", "GET", max_retries=0, timeout=5)
     except (MlflowException, OSError) as error:
-        raise SpecError(f"MLflow store {uri}: {str(error).splitlines()[0]}") from None
+        known = re.search(r"\[Errno \d+\] ([\w ]+)", str(error))
+        reason = known[1] if known else str(error).splitlines()[0]
+        raise SpecError(f"MLflow store {uri}: does not answer: {reason}") from None
     if answer.status_code != 200:
         raise SpecError(f"MLflow store {uri}: answers {answer.status_code} {answer.reason}")
     return str(answer.text).strip()
