@@ -116,7 +116,9 @@ def build_parser() -> argparse.ArgumentParser:
         "what", metavar="WHAT", help="a checkpoint or run folder, MLflow run id, models:/NAME@ALIAS, module:factory"
     )
     p.add_argument(
-        "--attack", default="autoattack", help="autoattack, pgd20, pgd+, cw20, ... or official names: apgd-ce,square"
+        "--attack",
+        default="autoattack",
+        help="autoattack, pgd20, pgd+, cw20, ... or a list; a name again is a restart: autoattack,square",
     )
     p.add_argument("--version", default="standard", choices=("standard", "plus", "rand"), help="of AutoAttack")
     p.add_argument("--eps", type=_fraction, help="0.031 or 8/255, in pixels of [0, 1] (default: the training's)")

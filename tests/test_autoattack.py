@@ -229,6 +229,15 @@ def test_official_versions():
     assert list(preset("square, apgd-dlr").attacks) == ["square", "apgd-dlr"]
 
 
+def test_a_name_again_is_a_restart():
+    attacks = preset("autoattack,square, square").attacks
+    assert list(attacks) == ["apgd-ce", "apgd-t", "fab-t", "square", "square-2", "square-3"]
+    assert attacks["square"] == attacks["square-2"]
+    model, (x, y) = robust_digits(), digits(20)
+    first, second = (Square(eps=0.2, queries=5)(model, x, y, rng(20).stream(name)).x for name in ("square", "square-2"))
+    assert not torch.equal(first, second)
+
+
 @pytest.mark.parametrize("name", ["a/b", "clean", "", "x" * 65, "é:"])
 def test_names_that_cannot_be_files(name):
     with pytest.raises(SpecError, match="cannot name an attack"):

@@ -20,6 +20,7 @@ from torch import nn
 from raysweep.attacks import APGD, FAB, PGD, Adversarial, Square, WorstCase, autoattack, custom
 from raysweep.evaluation import AttackShards, Outcome, Processes, Shard, bar, evaluate
 from raysweep.evaluation.copies import LEAST_ROWS, Tiled, attack_copy
+from raysweep.evaluation.image_conv import ImageConv
 from raysweep.evaluation.report import wilson
 from raysweep.rng import Rng
 from raysweep.spec import SpecError
@@ -258,6 +259,34 @@ def test_batch_norms_that_cannot_be_folded_are_left():
     model, (x, _) = Twice(), digits(32)
     copied = attack_copy(model, x)
     assert torch.allclose(copied(x), model.eval()(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "cheap"),
+    [
+        ({"kernel_size": 3, "padding": 1}, True),
+        ({"kernel_size": (4, 3), "stride": (2, 3), "padding": (1, 0), "bias": False}, True),
+        ({"kernel_size": 5, "stride": 2}, True),
+        ({"kernel_size": 7}, False),
+        ({"kernel_size": 3, "dilation": 2}, False),
+        ({"kernel_size": 3, "groups": 3}, False),
+        ({"kernel_size": 3, "padding": "same"}, False),
+        ({"kernel_size": 3, "padding": 1, "padding_mode": "circular"}, False),
+    ],
+)
+def test_gradients_to_images_are_cheap_and_the_same(settings, cheap):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, **settings), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)).double()
+    x = torch.rand(20, 3, 11, 12, dtype=torch.float64)
+    model(x)
+    copied = attack_copy(model, x)
+    assert isinstance(copied.model[0], ImageConv) == cheap and type(model[0]) is nn.Conv2d
+    gradients = []
+    for each in (model, copied):
+        point = x.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(each(point).square().sum(), point)[0])
+    assert torch.allclose(*gradients, rtol=1e-12, atol=1e-12)
+    assert type(attack_copy(model, x, fold=False).model[0]) is nn.Conv2d
 
 
 def test_small_batches_are_padded():

@@ -42,16 +42,24 @@ def autoattack(eps: float = 8 / 255, norm: Norm = "Linf", version: Version = "st
 
 
 def custom(names: list[str], eps: float = 8 / 255, norm: Norm = "Linf") -> WorstCase:
-    """A cascade of one's own from the names of official attacks."""
-    known = autoattack(eps, norm, "standard").attacks | {
+    """A cascade of one's own from the names of official attacks; `autoattack` stands for those of its standard version.
+
+    A name again is a restart: `square` and then `square-2`, each with random numbers of its own.
+    """
+    standard = autoattack(eps, norm, "standard").attacks
+    known = standard | {
         "apgd-dlr": APGD(eps=eps, norm=norm, loss="dlr"),
         "apgd-cw": APGD(eps=eps, norm=norm, loss="cw"),
         "fab": FAB(eps=eps, norm=norm, targets=None),
     }
+    names = [part for name in names for part in (standard if name == "autoattack" else [name])]
     problems = [unknown_name("attack", name, list(known)) for name in names if name not in known]
     if problems or not names:
         raise SpecError(problems or "a cascade needs at least one attack")
-    return WorstCase(attacks={name: known[name] for name in names})
+    times = [names[: i + 1].count(name) for i, name in enumerate(names)]
+    return WorstCase(
+        attacks={name if n == 1 else f"{name}-{n}": known[name] for name, n in zip(names, times, strict=True)}
+    )
 
 
 PRESETS: dict[str, Callable[[float, Norm], WorstCase]] = {
@@ -69,7 +77,7 @@ PRESETS: dict[str, Callable[[float, Norm], WorstCase]] = {
 
 
 def preset(name: str, eps: float = 8 / 255, norm: Norm = "Linf", version: Version = "standard") -> WorstCase:
-    """The named evaluation; names of official attacks joined by commas make a cascade of one's own."""
+    """The named evaluation; names of official attacks joined by commas make a cascade of one's own (see `custom`)."""
     # Refuses a wrong radius or norm in one line.
     APGD.load({"eps": eps, "norm": norm})
     if name == "autoattack":

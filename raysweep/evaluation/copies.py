@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
+from raysweep.evaluation.image_conv import speed_up
+
 # Kernels for fewer rows add in another order; from 7 rows on, rows were bit for bit the same in every batch (CPU,
 # forward and backward, five networks).
 LEAST_ROWS = 16
@@ -43,13 +45,17 @@ class Tiled(nn.Module):
 
 
 def attack_copy(model: nn.Module, x: Tensor, fold: bool = True, tile: int | None = None) -> nn.Module:
-    """A frozen copy in eval mode; `fold` lays it out channels last and folds batch norms where that is exact enough."""
+    """A frozen copy in eval mode.
+
+    `fold` makes it fast: channels last, batch norms folded where that is exact enough, gradients to images cheap.
+    """
     plain = copy.deepcopy(model).eval().requires_grad_(False)
     if fold:
         plain = plain.to(memory_format=torch.channels_last)
         folded = copy.deepcopy(plain)
         if fold_batch_norms(folded, x) and _agree(plain, folded, x):
             plain = folded
+        speed_up(plain)
     return Tiled(plain, tile).eval()
 
 
