@@ -19,14 +19,15 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from raysweep.files import whole
-from raysweep.spec import SpecError
+from raysweep.spec import SpecError, unknown_name
 
 META = "meta.json"
-# Seconds between attempts: a bucket may be out of reach for two minutes.
+# Seconds between attempts: a bucket may be out of reach for two minutes. And until one without an answer is given up.
 _PATIENCE = (1, 2, 4, 8, 16, 32, 64)
+_TIMEOUT = 20
 _REFUSED = re.compile(
     r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE|HTTP status 40[13]"
     r"|PERMISSION_DENIED|UNAUTHENTICATED|authenticate the request"
@@ -203,11 +204,19 @@ def _file_system(store: str, bucket: str) -> tuple[Any, str]:
     from pyarrow import fs
 
     scheme, _, query = _store(store).partition("?")
-    # Small files in one request; and Google's client would try for a quarter of an hour.
-    patience = {"s3": "allow_delayed_open=true", "gs": "retry_limit_seconds=15"}[scheme]
-    given = [part for part in (query, "" if patience.split("=")[0] in query else patience) if part]
-    files, key = fs.FileSystem.from_uri(f"{scheme}://{bucket}?{'&'.join(given)}")
-    return files, str(key)
+    options = dict(parse_qsl(query))
+    if scheme == "gs":
+        # Google's client would try for a quarter of an hour.
+        files, key = fs.FileSystem.from_uri(f"gs://{bucket}?{urlencode({'retry_limit_seconds': 15, **options})}")
+        return files, str(key)
+    if unknown := options.keys() - {"endpoint_override", "region", "scheme"}:
+        raise SpecError(unknown_name("option of an s3:// URI", min(unknown), ["endpoint_override", "region", "scheme"]))
+    if "endpoint_override" not in options and "region" not in options:
+        options["region"] = fs.resolve_s3_region(bucket)
+    # By itself it would wait forever for a server that accepts and does not answer.
+    patience = {"connect_timeout": _TIMEOUT, "request_timeout": _TIMEOUT}
+    retries = fs.AwsStandardS3RetryStrategy(max_attempts=3)
+    return fs.S3FileSystem(**options, **patience, retry_strategy=retries, allow_delayed_open=True), bucket
 
 
 def _patiently(do: Callable[..., Result], path: Path, *more: Any) -> Result:
@@ -227,11 +236,10 @@ def _patiently(do: Callable[..., Result], path: Path, *more: Any) -> Result:
 
 
 def _upload(path: Path) -> None:
-    from pyarrow import fs
-
     files, key = _remote(path)
-    here = fs.LocalFileSystem()
-    fs.copy_files(str(path), key, source_filesystem=here, destination_filesystem=files, chunk_size=_CHUNK)
+    # Not `fs.copy_files`: it does not tell of an upload that fails at its end.
+    with path.open("rb") as source, files.open_output_stream(key) as sink:
+        shutil.copyfileobj(source, sink, _CHUNK)
 
 
 def _copy(source: Path, target: Path) -> bool:
