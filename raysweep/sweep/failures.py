@@ -11,13 +11,13 @@ from raysweep.spec import SpecError
 from raysweep.training.config import RunConfig
 from raysweep.training.trainer import TrainingFailed
 
-# What a trial reports to Tune when it has failed: why, and for what looks like a bug the file with its traceback.
+# What a trial reports to Tune when it has failed: why, and for what looks like a bug its traceback.
 FAILED, BUG = "failed", "bug"
 _FILE = "failed.json"
 
 
 def explain(error: Exception, config: RunConfig, path: Path) -> dict[str, str]:
-    """What a trial in the folder `path` that met `error` reports: one line, and of a bug where its traceback is."""
+    """What a trial that met `error` reports: one line, and of a bug its traceback, which `path`/error.txt keeps."""
     if isinstance(error, TrainingFailed | SpecError):
         return {FAILED: str(error)}
     if isinstance(error, torch.OutOfMemoryError):

@@ -101,7 +101,7 @@ class Relay(tune.Callback):
     ) -> None:
         before = self._trials[trial.trial_id]
         if FAILED in result:
-            self.bugs += [Path(result[BUG]).read_text()] if BUG in result else []
+            self.bugs += [result[BUG]] if BUG in result else []
             self._update(trial, replace(before, state="failed", reason=result[FAILED]))
             return
         metrics = {k: float(v) for k, v in result.items() if k == "epoch" or _is_ours(k, v)}
