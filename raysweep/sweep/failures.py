@@ -28,12 +28,9 @@ def explain(error: Exception, config: RunConfig, path: Path) -> dict[str, str]:
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         hint = f"lower batch_size (now {config.batch_size}) or raise --cpus-per-trial, so that fewer run at once"
         return {FAILED: f"out of memory: {hint}"}
-    file = path / "error.txt"
-    write_whole(file, "".join(traceback.format_exception(error)))
-    return {
-        FAILED: f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
-        BUG: str(file),
-    }
+    account = "".join(traceback.format_exception(error))
+    write_whole(path / "error.txt", account)
+    return {FAILED: traceback.format_exception_only(error)[0].splitlines()[0], BUG: account}
 
 
 def keep(path: Path, report: dict[str, str]) -> None:
