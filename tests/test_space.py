@@ -143,3 +143,11 @@ def test_labels_are_short_and_unique() -> None:
         "optim.lr": "lr",
         "method.terms.bound.weight.total": "total",
     }
+
+
+def test_a_rung_that_validation_leaves_out_is_refused() -> None:
+    data = {"method": "at", "base": {"validation.every": 2}, "space": {"optim.lr": {"float": [0.01, 0.1]}}}
+    assert SearchSpace.load({**data, "scheduler": {"grace": 4}}).problems() == []
+    (line,) = SearchSpace.load({**data, "scheduler": {"grace": 3}}).problems()
+    assert "cannot be compared at epoch 3" in line and "multiple of 2" in line
+    assert SearchSpace.load({**data, "scheduler": {"grace": 3, "kind": "none"}}).problems() == []

@@ -19,13 +19,8 @@ class Asha(FIFOScheduler):
     def __init__(self, ledger: Ledger, epochs: int) -> None:
         super().__init__()
         self._space = ledger.space
-        scheduler = ledger.space.scheduler
-        self._rungs: dict[int, list[float]] = {}
+        self._rungs: dict[int, list[float]] = {rung: [] for rung in self._space.scheduler.rungs(epochs)}
         self._reached: set[tuple[int, int]] = set()
-        rung = scheduler.grace
-        while rung < epochs:
-            self._rungs[rung] = []
-            rung *= scheduler.factor
         for trial in ledger.trials():
             burn_in = self._space.config(trial.settings).burn_in
             for epoch, value in trial.curve:

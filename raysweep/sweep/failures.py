@@ -12,13 +12,13 @@ from raysweep.spec import SpecError
 from raysweep.training.config import RunConfig
 from raysweep.training.trainer import TrainingFailed
 
-# What a trial reports to Tune when it has failed: why, and for what looks like a bug the file with its traceback.
+# What a trial reports to Tune when it has failed: why, and for what looks like a bug its traceback.
 FAILED, BUG = "failed", "bug"
 _FILE = "failed.json"
 
 
 def explain(error: Exception, config: RunConfig, path: Path) -> dict[str, str]:
-    """What a trial in the folder `path` that met `error` reports: one line, and of a bug where its traceback is."""
+    """What a trial that met `error` reports: one line, and of a bug its traceback, which `path`/error.txt keeps."""
     if isinstance(error, TrainingFailed | SpecError):
         return {FAILED: str(error)}
     if isinstance(error, torch.OutOfMemoryError):
@@ -29,19 +29,10 @@ def explain(error: Exception, config: RunConfig, path: Path) -> dict[str, str]:
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         hint = f"lower batch_size (now {config.batch_size}) or raise --cpus-per-trial, so that fewer run at once"
         return {FAILED: f"out of memory: {hint}"}
-    file = path / "error.txt"
-    write_whole(file, "".join(traceback.format_exception(error)))
-    storage.push(file)
-    return {
-        FAILED: f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
-        BUG: storage.name(file),
-    }
-
-
-def account(report: dict[str, str]) -> str:
-    """The traceback of a report that has `BUG`."""
-    file = storage.at(report[BUG])
-    return file.read_text() if storage.pull_file(file) else report[FAILED]
+    account = "".join(traceback.format_exception(error))
+    write_whole(path / "error.txt", account)
+    storage.push(path / "error.txt")
+    return {FAILED: traceback.format_exception_only(error)[0].splitlines()[0], BUG: account}
 
 
 def keep(path: Path, report: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from ray import tune
 from ray.tune.experiment import Trial as RayTrial
 
-from raysweep.sweep.failures import BUG, FAILED, account, lost
+from raysweep.sweep.failures import BUG, FAILED, lost
 from raysweep.sweep.ledger import Ledger, Trial
 
 # So many trials with an error of the code end the sweep.
@@ -102,7 +102,7 @@ class Relay(tune.Callback):
     ) -> None:
         before = self._trials[trial.trial_id]
         if FAILED in result:
-            self.bugs += [account(result)] if BUG in result else []
+            self.bugs += [result[BUG]] if BUG in result else []
             self._update(trial, replace(before, state="failed", reason=result[FAILED]))
             return
         metrics = {k: float(v) for k, v in result.items() if k == "epoch" or _is_ours(k, v)}

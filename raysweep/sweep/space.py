@@ -117,6 +117,14 @@ class Scheduler(Spec):
     grace: Annotated[int, Field(ge=1)] = 2
     factor: Annotated[int, Field(ge=2)] = 2
 
+    def rungs(self, epochs: int) -> list[int]:
+        """Epochs at which trials of so many are compared."""
+        found, rung = [], self.grace
+        while self.kind == "asha" and rung < epochs:
+            found.append(rung)
+            rung *= self.factor
+        return found
+
 
 class SearchSpace(Spec):
     """A sweep, declared: method, what is fixed (`base`), what is searched (`space`), where to start, how to judge.
@@ -171,10 +179,16 @@ class SearchSpace(Spec):
         Each end of each range, each choice and each starting point is validated as a run's setting.
         """
         try:
-            self.config({})
+            config = self.config({})
         except SpecError as error:
             return error.problems
-        lines: list[str] = []
+        every = config.validation.every
+        lines = [
+            f"scheduler: trials cannot be compared at epoch {rung}, validation.every = {every} leaves it out; "
+            f"make grace a multiple of {every}"
+            for rung in self.scheduler.rungs(config.epochs)
+            if rung % every
+        ][:1]
         if len(self.objectives) > 1 and self.scheduler.kind != "none":
             lines.append(
                 "scheduler.kind = 'asha': with several metrics nothing says which trial is weak; set it to none"
