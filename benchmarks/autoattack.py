@@ -104,7 +104,7 @@ def timed(
         report = evaluate(model, x, y, eps=eps, norm=norm, seed=seed)
         return report, time.monotonic() - wall, time.process_time() - cpu
     with Processes(processes) as pool:
-        evaluate(model, x[:8], y[:8], attack="pgd20", eps=eps, norm=norm, map=pool, shards=processes)  # start them
+        evaluate(model, x[:8], y[:8], attack="pgd20", eps=eps, norm=norm, map=pool)  # start them
         wall, cpu = time.monotonic(), time.process_time()
         report = evaluate(model, x, y, eps=eps, norm=norm, seed=seed, map=pool)
         return report, time.monotonic() - wall, time.process_time() - cpu
