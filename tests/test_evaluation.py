@@ -470,6 +470,18 @@ def test_shards_where_none_are_asked_for(count, settings, expected):
 
 
 def test_processes_of_this_machine(tmp_path):
+    """They stay for the next evaluation, of another model."""
+    mirrored = Wrapped(mirror)
     with Processes(2) as processes:
         assert same(undivided(60), short(60, map=processes, shards=4, resume_dir=tmp_path))
-    assert len(list(tmp_path.rglob("apgd-ce-*.npz"))) == 4
+        pids = set(processes._pool._processes)
+        other = short(20, mirrored, map=processes, shards=2)
+        assert set(processes._pool._processes) == pids and len(pids) == 2
+        kept = Path(processes._folder.name)
+        assert len(list(kept.iterdir())) == 1
+    assert not kept.exists() and len(list(tmp_path.rglob("apgd-ce-*.npz"))) == 4
+    assert same(other, short(20, mirrored)) and not same(other, undivided(20))
+
+
+def mirror(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x.flip(3))
