@@ -17,7 +17,8 @@ run() {
 fail() { echo "FAILED: $*" >&2; exit 1; }
 ssh=(ssh -q -i "$lab/key" -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null)
 alive() {
-  "${ssh[@]}" root@head bash -li 2> /dev/null <<'END' | sed -n 's/^alive //p'
+  "${ssh[@]}" root@head bash 2> /dev/null <<'END' | sed -n 's/^alive //p'
+source ~/.bashrc
 python -c 'import ray; ray.init(address="auto", log_to_driver=False); print("alive", sum(n["Alive"] for n in ray.nodes()))'
 END
 }
