@@ -87,14 +87,17 @@ class Round:
         self.rows: list[dict[str, Any]] = []
         self.driver: subprocess.Popen[bytes] | None = None
 
-    def run(self, chance: random.Random, kills: int, kinds: list[str]) -> dict[str, Any]:
+    def run(self, chance: random.Random, kills: int) -> dict[str, Any]:
+        # About as many of each kind, in random order.
+        kinds = ["driver", "process", "node"] * -(-kills // 3)
+        chance.shuffle(kinds)
         self.began = time.monotonic()
         self.written = Written(self.sweep, self.began)
         self._start("--name", self.name)
         while self.driver.poll() is None:
             if len(self.rows) < kills and self._progress():
                 time.sleep(chance.uniform(0.0, 2.5))
-                self._kill(chance, kinds)
+                self._kill(chance, kinds[len(self.rows)])
             time.sleep(0.05)
             if time.monotonic() - self.began > PATIENCE:
                 self.driver.kill()
@@ -116,8 +119,7 @@ class Round:
         since = self.rows[-1]["at"] if self.rows else 0.0
         return any(at > since and not shared for at, _, _, shared in self.written.events)
 
-    def _kill(self, chance: random.Random, kinds: list[str]) -> None:
-        kind = chance.choice(kinds)
+    def _kill(self, chance: random.Random, kind: str) -> None:
         trainers = {node: training_on(node) for node in self.cluster.worker_nodes}
         if self.driver.poll() is not None or (kind != "driver" and not any(trainers.values())):
             return
@@ -246,8 +248,7 @@ def main() -> None:
                 one = SPACE.replace("[-1.0, 1.0]", "[-1.0]").replace("[2, 6]", "[2]")
                 (folder / "space.yaml").write_text(one if workers > 1 else SPACE)
                 chance = random.Random(f"{args.seed} {name}")
-                kinds = ["driver", "process", "node"]
-                done[name] = Round(cluster, folder, name, workers).run(chance, kills, kinds)
+                done[name] = Round(cluster, folder, name, workers).run(chance, kills)
                 print(name, json.dumps({k: v for k, v in done[name].items() if k != "weights"}), folder, flush=True)
                 args.out.write_text(json.dumps(done, indent=1))
     finally:
