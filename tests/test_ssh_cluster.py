@@ -30,7 +30,7 @@ _PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 @pytest.mark.ray
 @pytest.mark.skipif(bool(lacking()), reason=lacking())
 def test_up_doctor_sweep_down(tmp_path: Path) -> None:
-    command = [CLUSTER / "lab.sh", tmp_path / "lab", "1", CLUSTER / "prove.sh", "short"]
+    command = [CLUSTER / "lab.sh", tmp_path / "lab", "1", CLUSTER / "prove.sh", "small"]
     environment = {"PATH": f"{Path(sys.executable).parent}:{_PATH}", "PYTHON": sys.executable, "HOME": str(tmp_path)}
     # Whatever happens to this test, nothing of the lab outlives it.
     die_with_me = ctypes.CDLL(None).prctl
