@@ -9,10 +9,9 @@ export RAY_UP_enable_autoscaler_v2=0
 cluster="$lab/cluster.yaml" out="$lab/shared/out" log="$lab/last.log"
 tiny="--set epochs=3 --set data.train_size=128 --set data.val_size=50 --set '*.attacks.*.steps=2'"
 
-run() {
+run() { # the command's own exit status
   echo; echo "\$ $*"
-  bash -c "$*" 2>&1 | tee "$log" | grep -vE "^(Warning: Permanently|Shared connection|bash: (cannot set|no job))" || true
-  return "${PIPESTATUS[0]}"
+  bash -c "$*" 2>&1 | tee "$log" | { grep -vE "^(Warning: Permanently|Shared connection|bash: (cannot set|no job))" || true; }
 }
 fail() { echo "FAILED: $*" >&2; exit 1; }
 ssh=(ssh -q -i "$lab/key" -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null)
