@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# `ray up` on real ssh, a sweep, a worker lost in mid-sweep, a job, `ray down`. On the laptop of the lab:
+# `ray up` on real ssh, a sweep, a worker lost in mid-sweep, a job from outside, `ray down`. On the laptop of the lab:
 #   sudo tests/cluster/lab.sh DIR 2 tests/cluster/prove.sh         everything, a few minutes
-#   sudo tests/cluster/lab.sh DIR 1 tests/cluster/prove.sh short   up, doctor, a sweep, down
+#   sudo tests/cluster/lab.sh DIR 2 tests/cluster/prove.sh job     of sweep, job and small (a sweep that nobody disturbs)
 # Prints what was typed and what was answered; ends with an error at the first thing that is not as it should be.
 set -euo pipefail
 : "${lab:?run me inside lab.sh}"
@@ -9,10 +9,9 @@ export RAY_UP_enable_autoscaler_v2=0
 cluster="$lab/cluster.yaml" out="$lab/shared/out" log="$lab/last.log"
 tiny="--set epochs=3 --set data.train_size=128 --set data.val_size=50 --set '*.attacks.*.steps=2'"
 
-run() {
+run() { # the command's own exit status
   echo; echo "\$ $*"
-  bash -c "$*" 2>&1 | tee "$log" | grep -vE "^(Warning: Permanently|Shared connection|bash: (cannot set|no job))" || true
-  return "${PIPESTATUS[0]}"
+  bash -c "$*" 2>&1 | tee "$log" | { grep -vE "^(Warning: Permanently|Shared connection|bash: (cannot set|no job))" || true; }
 }
 fail() { echo "FAILED: $*" >&2; exit 1; }
 ssh=(ssh -q -i "$lab/key" -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null)
@@ -22,7 +21,6 @@ source ~/.bashrc
 python -c 'import ray; ray.init(address="auto", log_to_driver=False); print("alive", sum(n["Alive"] for n in ray.nodes()))'
 END
 }
-epochs() { cat "$out"/runs/ssh/trials/*/trial.json 2> /dev/null | grep -c '"epoch": [1-9]' || true; }
 
 run ray up -y "$cluster"
 echo; echo "# the workers join"
@@ -32,30 +30,42 @@ for _ in $(seq 60); do [ "$(alive)" = "$hosts" ] && break; sleep 1; done
 run ray exec "$cluster" "'raysweep doctor --address auto --out $out'" || fail "the doctor found something"
 grep -q "^ok     storage" "$log" || fail "the doctor said nothing of the storage"
 
-sweep="raysweep tune lrat --address auto --out $out --name ssh"
-if [ "${1:-}" = short ]; then
-  run ray exec "$cluster" "\"$sweep --trials 2 $tiny\""
-else
-  ( until [ "$(epochs)" -ge 2 ]; do sleep 0.3; done
-    echo "# worker2 loses its power"; kill -9 "$(cat "$lab/worker2.pid")" ) &
-  run ray exec "$cluster" "\"$sweep --trials 5 $tiny\""
-  wait
-fi
-grep -q "best checkpoint" "$log" || fail "the sweep did not end"
-grep -q '"state": "failed"' "$out"/runs/ssh/trials/*/trial.json && fail "a trial failed"
-grep -L '"state": "\(finished\|stopped\)"' "$out"/runs/ssh/trials/*/trial.json | grep . && fail "a trial did not end"
+sweep() { # trials
+  run ray exec "$cluster" "\"raysweep tune lrat --address auto --out $out --name $what --trials $1 $tiny 2>&1 | cat\""
+  grep -q "best checkpoint" "$log" || fail "the sweep did not end"
+  grep -q '"state": "failed"' "$out/runs/$what"/trials/*/trial.json && fail "a trial failed"
+  grep -L '"state": "\(finished\|stopped\)"' "$out/runs/$what"/trials/*/trial.json | grep . && fail "a trial did not end"
+  return 0
+}
 
-if [ "${1:-}" != short ]; then
+cut_power() { # when two trials are at work
+  until [ "$(cat "$out/runs/$what"/trials/*/trial.json 2> /dev/null | grep -c '"epoch": [1-9]')" -ge 2 ]; do sleep 0.3; done
+  echo "# worker2 loses its power"
+  kill -9 "$(cat "$lab/worker2.pid")"
+}
+
+job() {
   echo; echo "\$ ray dashboard $cluster &   # the head's loopback, through ssh"
   "${ssh[@]}" -N -L 8265:127.0.0.1:8265 root@head &
-  tunnel=$!
+  local tunnel=$!
   until (exec 3<> /dev/tcp/127.0.0.1/8265) 2> /dev/null; do sleep 0.5; done
-  pipeline="raysweep run digits --address auto --out $out --set epochs=1 --set data.train_size=128 --set stages.tune.trials=1"
-  run ray job submit --address http://127.0.0.1:8265 -- "$pipeline --set stages.promote.top=1 --set stages.autoattack.n=10"
+  local pipeline="raysweep run digits --address auto --out $out --set epochs=1 --set data.train_size=128"
+  pipeline+=" --set stages.tune.trials=1 --set stages.promote.top=1 --set stages.autoattack.n=10"
+  run ray job submit --address http://127.0.0.1:8265 -- "$pipeline"
   grep -q "Job .* succeeded" "$log" || fail "the job did not succeed"
   echo; echo "\$ RAY_AUTH_MODE=disabled ray job list --address http://127.0.0.1:8265   # without the token"
-  RAY_AUTH_MODE=disabled ray job list --address http://127.0.0.1:8265 2>&1 | grep -io "unauthorized: missing.*" | head -n 1 || fail "no token was wanted"
+  RAY_AUTH_MODE=disabled ray job list --address http://127.0.0.1:8265 2>&1 | grep -io "unauthorized: missing.*" |
+    head -n 1 || fail "no token was wanted"
   kill "$tunnel"
-fi
+}
+
+for what in ${*:-sweep job}; do
+  case $what in
+    small) sweep 2 ;;
+    sweep) cut_power & sweep 5; wait ;;
+    job) job ;;
+    *) fail "no part is called $what" ;;
+  esac
+done
 run ray down -y "$cluster"
 echo; echo "# done"
