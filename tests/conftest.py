@@ -37,10 +37,10 @@ TINY: dict[str, Any] = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2`: one process has all that starts Ray, and the files of the rest stay whole."""
+    """With `-n 2`: one process has all that shares the session's cluster, and the files of the rest stay whole."""
     for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+        shares = "ray_cluster" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("cluster" if shares else item.path.stem))
 
 
 @pytest.fixture(scope="session", autouse=True)
