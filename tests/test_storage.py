@@ -17,7 +17,7 @@ import optuna
 import pytest
 import ray
 import torch
-from conftest import TINY, tiny
+from conftest import tiny
 from gcp_storage_emulator.server import create_server
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
@@ -27,9 +27,7 @@ from test_workers import in_processes
 from raysweep import storage
 from raysweep.cli import main
 from raysweep.spec import SpecError
-from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.space import SearchSpace
-from raysweep.sweep.tuner import run_sweep
+from raysweep.sweep.ledger import Ledger
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import META, WEIGHTS, Run
 from raysweep.training.distributed import GroupWorkers
@@ -436,45 +434,6 @@ def test_a_server_that_does_not_answer_is_given_up(stoppable, tmp_path: Path, mo
     server.send_signal(signal.SIGCONT)
     storage.push(file)
     assert storage.pull(file.parent)
-
-
-class Unplugged:
-    """A listener that stops the server when the first epoch is told."""
-
-    def __init__(self, server: subprocess.Popen) -> None:
-        self.server = server
-
-    def started(self, ledger: Ledger, concurrent: int) -> None: ...
-
-    def trial_changed(self, trial: Trial, metrics: dict[str, float] | None) -> None:
-        if metrics is not None:
-            self.server.send_signal(signal.SIGSTOP)
-
-    def ended(self, ledger: Ledger) -> None: ...
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_bucket_that_stays_away_ends_a_sweep_that_goes_on_later(
-    ray_cluster, stoppable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server, host = stoppable
-    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "copy"))
-    monkeypatch.setattr(storage, "_PATIENCE", ())
-    monkeypatch.setattr(storage, "_TIMEOUT", 1)
-    uri = bucket_on(host, "s3", tmp_path)
-    data = {"method": "at", "trials": 2, "base": TINY, "scheduler": {"kind": "none"}}
-    space = SearchSpace.load({**data, "space": {"optim.lr": {"float": [0.01, 0.1]}}})
-    ledger = Ledger.create(storage.at(uri) / "s", space)
-    with pytest.raises(storage.StoreFailed, match=r"s3://.*/s/trials/000\d/trial\.json.*Timeout"):
-        run_sweep(ledger, [Unplugged(server)])
-    server.send_signal(signal.SIGCONT)
-    forget(tmp_path)
-    ledger = Ledger.open(storage.at(uri) / "s")
-    run_sweep(ledger, [])
-    trials = Ledger.open(ledger.path).trials()
-    assert [(trial.state, trial.epoch) for trial in trials] == [("finished", 2)] * 2
-    assert all([epoch for epoch, _ in trial.curve] == [1, 2] for trial in trials)
 
 
 PIPELINE = """\
