@@ -1,7 +1,6 @@
 """One model under one attack on the test set: attacks, files, and the numbers into the run that trained it."""
 
 import json
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,8 +85,6 @@ def judge(
             index=split.index[rows],
             resume_dir=folder / "shards",
             map=map,
-            # Several for each worker: a slow one does not hold up the rest, a killed one loses little.
-            shards=max(math.ceil(count / batch_size), 4 * getattr(map, "width", 1)),
             progress=progress,
             keep_adversarial=keep_adversarial,
         )

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,10 @@ def load_factory(target: str) -> Subject:
         model = getattr(importlib.import_module(module), factory)()
     except (ImportError, AttributeError) as error:
         raise SpecError(f"{target}: cannot be imported: {error}") from None
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        line = " ".join(str(error).split())
+        raise SpecError(f"{target}: {type(error).__name__}: {line} ({where.filename}:{where.lineno})") from None
     if not isinstance(model, nn.Module):
         raise SpecError(f"{target}: gave {type(model).__name__}, not a torch.nn.Module")
     return Subject(model.eval(), target)
