@@ -72,15 +72,16 @@ def oracle() -> Oracle:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator["Cluster"]:
-    """A cluster of one node with two CPUs. A test that adds nodes takes them away again."""
-    from raysweep.sweep.cluster import connected  # before Ray: it sets its environment
+    """A cluster of one node with two CPUs, on loopback. A test that adds nodes takes them away again."""
+    from raysweep.sweep.cluster import connected, loopback  # before Ray: it sets its environment
 
     from ray.cluster_utils import Cluster  # isort: skip
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-    with connected(cluster.address):
-        yield cluster
-    cluster.shutdown()
+    with loopback():
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+        with connected(cluster.address):
+            yield cluster
+        cluster.shutdown()
 
 
 class Follower:

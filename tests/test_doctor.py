@@ -67,7 +67,9 @@ def test_storage_that_is_not_shared(ray_cluster, workdir: Path) -> None:
 
 @pytest.mark.slow
 def test_a_broken_cluster_is_told_what_to_do(tmp_path: Path) -> None:
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    # Ray's own default, which the session's cluster has switched off: it listens everywhere.
+    open_doors = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "RAY_AUTH_MODE": "disabled"}
+    environment = {**os.environ, **open_doors, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     command = [sys.executable, "-c", BROKEN, "--json", "--out", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1, done.stderr

@@ -35,6 +35,10 @@ NEVER = {
 }
 
 
+# What a process wrote into a folder that nobody else can write, for the processes that it starts.
+OWN = {"processes.py": {"pickle.loads"}}
+
+
 def stays(path: Path, folder: Path) -> bool:
     """Whether the path is right in the folder, whatever the file system makes of it."""
     return path.resolve().parent == folder.resolve() and "\0" not in str(path)
@@ -119,7 +123,7 @@ def calls(tree: ast.AST) -> set[str]:
 @pytest.mark.parametrize("path", sorted((ROOT / "raysweep").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_nothing_is_unpickled_or_evaluated(path: Path) -> None:
     tree = ast.parse(path.read_text())
-    assert not calls(tree) & NEVER
+    assert not calls(tree) & NEVER - OWN.get(path.name, set())
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("np.load", "numpy.load"):
             assert any(k.arg == "allow_pickle" and ast.unparse(k.value) == "False" for k in node.keywords)

@@ -252,6 +252,7 @@ def test_a_node_that_dies_costs_its_trials_the_epoch_they_were_in(ray_cluster, t
 
     run_sweep(ledger, [Follower(kill_once)])
     assert not nodes
+    ray_cluster.wait_for_nodes()
     assert sorted(trial.retries for trial in ledger.trials()) == [0, 0, 1], "the one that was there started again"
     for trial in ledger.trials():
         assert trial.state == "finished" and [epoch for epoch, _ in trial.curve] == [1, 2, 3, 4, 5]

@@ -38,7 +38,7 @@ def connected(address: str | None = None, cpus: int | None = None) -> Iterator[d
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     options = {"address": "local", "num_cpus": cpus} if address is None else {"address": address}
     try:
-        with _loopback() if address is None else nullcontext():
+        with loopback() if address is None else nullcontext():
             ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -50,7 +50,7 @@ def connected(address: str | None = None, cpus: int | None = None) -> Iterator[d
 
 
 @contextmanager
-def _loopback() -> Iterator[None]:
+def loopback() -> Iterator[None]:
     """A Ray cluster that is started here listens on loopback alone, as Ray's own do on Windows and macOS."""
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     enabled, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
