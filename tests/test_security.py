@@ -100,8 +100,10 @@ def test_a_bucket_stays_in_its_working_copy(name: str) -> None:
         path = storage.at(f"s3://bucket/{name}")
     except (SpecError, ValueError):
         return
-    copy = storage.at("s3://bucket")
-    assert path == copy or path.is_relative_to(copy)
+    assert storage.is_copy(path)
+    if "?" not in name:  # what follows it says how the store is reached, and has a copy of its own
+        copy = storage.at("s3://bucket")
+        assert path == copy or path.is_relative_to(copy)
     assert ".." not in path.parts
 
 
