@@ -68,9 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume", metavar="NAME", help="go on with a sweep; --trials, --set epochs= and --space extend it"
     )
     p.add_argument("--plan", action="store_true", help="say what would run, on what and for how long; run nothing")
-    p.add_argument(
-        "--address", metavar="ADDR", help="Ray cluster: auto or host:port (default: $RAY_ADDRESS, else local)"
-    )
+    _address(p)
     p.add_argument("--cpus-per-trial", type=_amount, default=1.0, metavar="N", help="logical CPUs (default: 1)")
     p.add_argument(
         "--gpus-per-trial",
@@ -94,18 +92,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--from", dest="first", metavar="STAGE", help="do this stage (kind or number) and those after it again"
     )
     p.add_argument("--wait", action="store_true", help="if this pipeline is running already, wait for its end")
-    p.add_argument(
-        "--address", metavar="ADDR", help="Ray cluster: auto or host:port (default: $RAY_ADDRESS, else local)"
-    )
+    _address(p)
     _settings(p)
     _out(p)
     _storage(p)
     _json(p)
 
     p = commands.add_parser("doctor", help="check a cluster before a sweep: nodes, storage, data, MLflow, open doors")
-    p.add_argument(
-        "--address", metavar="ADDR", help="Ray cluster: auto or host:port (default: $RAY_ADDRESS, else local)"
-    )
+    _address(p)
     _settings(p)
     _out(p)
     _storage(p)
@@ -175,6 +169,12 @@ def _settings(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="where the data set is: short for --set data.data_dir="
+    )
+
+
+def _address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address", metavar="ADDR", help="Ray cluster: auto or host:port (default: $RAY_ADDRESS, else local)"
     )
 
 
