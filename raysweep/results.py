@@ -69,7 +69,8 @@ class Sweep:
         """One row a trial and epoch, with every metric that was recorded."""
         import pandas as pd
 
-        rows = [(trial.number, row) for trial in self.ledger.trials() for row in self._history(trial.number)]
+        numbers = [trial.number for trial in self.ledger.trials()]
+        rows = [(n, row) for n in numbers for row in Run(self.ledger.run_path(n)).history()]
         index = pd.MultiIndex.from_arrays([[n for n, _ in rows], [int(r["epoch"]) for _, r in rows]])
         return pd.DataFrame([row for _, row in rows], index=index.set_names(["trial", "epoch"]))
 
@@ -96,10 +97,6 @@ class Sweep:
             "seconds": trial.seconds,
             "reason": trial.reason,
         }
-
-    def _history(self, number: int) -> list[dict[str, float]]:
-        last = Run(self.ledger.run_path(number)).last()
-        return last.history if last else []
 
 
 def trial_advice(ledger: Ledger, number: int) -> list[str]:

@@ -28,6 +28,14 @@ def settings(args: Namespace) -> dict[str, Any]:
     return changes
 
 
+def data_settings(args: Namespace, to: str) -> dict[str, Any]:
+    """What `--set data.*` and `--data-dir` change of `data`. SpecError for the rest, nothing `to` this command."""
+    changes = settings(args)
+    if foreign := [key for key in changes if not key.startswith("data.")]:
+        raise SpecError([f"--set {key}: only data.* settings matter to {to}" for key in foreign])
+    return {key.removeprefix("data."): value for key, value in changes.items()}
+
+
 def writable(folder: Path, option: str = "--out") -> Path:
     """`folder`, made if need be. Raises SpecError if nothing can be written there."""
     try:

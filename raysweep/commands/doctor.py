@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from raysweep import storage
-from raysweep.commands import runs_in, settings, writable
+from raysweep.commands import data_settings, runs_in, writable
 from raysweep.data import DataSpec, load
 from raysweep.spec import SpecError
 from raysweep.tracking import embedded_store, store_version
@@ -54,7 +54,7 @@ def _findings(args: Namespace) -> Iterator[Finding]:
     from raysweep.sweep import probe
     from raysweep.sweep.cluster import connected
 
-    spec = _data(args)
+    spec = DataSpec.load(data_settings(args, "the doctor"), "data")
     yield from _mlflow(embedded_store(args.out))
     try:
         runs = writable(runs_in(args), "--out")
@@ -83,13 +83,6 @@ def _findings(args: Namespace) -> Iterator[Finding]:
     where = args.address or os.environ.get("RAY_ADDRESS") or "a cluster of its own on this machine"
     yield Finding("address", True, f"{where}: {len(answers)} node{'s' if len(answers) != 1 else ''}")
     yield from _nodes(answers, mine, storage.name(runs), spec.name, fingerprint)
-
-
-def _data(args: Namespace) -> DataSpec:
-    changes = settings(args)
-    if foreign := [key for key in changes if not key.startswith("data.")]:
-        raise SpecError([f"--set {key}: only data.* settings matter to the doctor" for key in foreign])
-    return DataSpec.load({key.removeprefix("data."): value for key, value in changes.items()}, "data")
 
 
 def _mlflow(uri: str) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ import torch
 
 from raysweep import storage
 from raysweep.attacks import preset
-from raysweep.commands import settings, ui_command, writable
+from raysweep.commands import data_settings, ui_command, writable
 from raysweep.data import DataSpec, load
 from raysweep.data.unlabeled import pseudo_label
 from raysweep.data.unlabeled import read as read_unlabeled
@@ -89,11 +89,7 @@ def _subject(args: Namespace, tracker: Tracker, out: Path) -> tuple[Subject, str
 
 
 def _data(args: Namespace) -> dict[str, Any]:
-    """What `--set data.*` and `--data-dir` change."""
-    changes = settings(args)
-    if foreign := [key for key in changes if not key.startswith("data.")]:
-        raise SpecError([f"--set {key}: only data.* settings matter to an evaluation" for key in foreign])
-    return {key.removeprefix("data."): value for key, value in changes.items()}
+    return data_settings(args, "an evaluation")
 
 
 def _eps(args: Namespace, subject: Subject, spec: DataSpec) -> float:

@@ -73,10 +73,10 @@ def _sweep(args: Namespace, ledger: Ledger) -> int:
 
 def _trial(args: Namespace, ledger: Ledger, number: int) -> int:
     """One trial: what was searched, its best epoch, what stands out, where it is."""
-    found = [trial for trial in ledger.trials() if trial.number == number]
-    if not found:
-        raise SpecError(f"{ledger.name} has no trial {number:04d}: it has {len(ledger.trials())}, counted from 0000")
-    trial, advice = found[0], trial_advice(ledger, number)
+    trials = {trial.number: trial for trial in ledger.trials()}
+    if number not in trials:
+        raise SpecError(f"{ledger.name} has no trial {number:04d}: it has {len(trials)}, counted from 0000")
+    trial, advice = trials[number], trial_advice(ledger, number)
     folder = ledger.run_path(number)
     if args.json:
         return _print(args, {**asdict(trial), "folder": storage.name(folder), "advice": advice})

@@ -43,7 +43,7 @@ def train_on_workers(
     forget(path)
     try:
         # Reports that an earlier driver or group did not get through; those that did change nothing.
-        for metrics in _history(path):
+        for metrics in Run(path).history():
             tune.report(metrics)
         _trainer(config, path, workers, each, prefixes, source).fit()
     except SpecError as error:
@@ -116,7 +116,7 @@ def _share(config: RunConfig, path: Path, loop: dict[str, Any]) -> None:
         ray.train.report({**kept(path), "epoch": 0})
         return
     # A report waits for the next poll: when a group dies, its last two may not have got through.
-    known = _history(path) if workers.rank == 0 else []
+    known = Run(path).history() if workers.rank == 0 else []
     missed = known[-2:]
     for number in range(first_says(len(missed), workers, device)):
         ray.train.report(missed[number] if missed else {})
@@ -126,11 +126,6 @@ def _share(config: RunConfig, path: Path, loop: dict[str, Any]) -> None:
 
     data = loop["source"].load(config.data) if loop["source"] else None
     fit(config, path, report, data=data, device=device, workers=workers, prefixes=loop["prefixes"])
-
-
-def _history(path: Path) -> list[dict[str, float]]:
-    last = Run(path).last()
-    return last.history if last else []
 
 
 def _hold(path: Path) -> None:

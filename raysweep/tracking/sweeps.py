@@ -63,8 +63,7 @@ class SweepTracker:
         if trial.state == "running" or (found and self._tracker.closed(found)):
             return
         run = self._open(trial)
-        last = Run(self._ledger.run_path(trial.number)).last()
-        for row in last.history if last else []:
+        for row in Run(self._ledger.run_path(trial.number)).history():
             self._tracker.metrics(run, row, int(row["epoch"]))
         self._finish(run, trial)
 

@@ -26,13 +26,14 @@ def advise(config: RunConfig, history: Sequence[Row]) -> list[str]:
     """
     if not history:
         return []
-    judged = [row for row in history if config.validation.objective in row]
-    best = max(judged, key=lambda row: row[config.validation.objective]) if judged else history[-1]
+    objective = config.validation.objective
+    judged = [row for row in history if objective in row]
+    best = max(judged, key=lambda row: row[objective]) if judged else history[-1]
     return [
         *_masking(best),
         *_weights(config, history[-1]),
         *_kappa(config, history[-1]),
-        *_overfitting(config, judged),
+        *(_overfitting(objective, best, judged[-1]) if judged else ()),
     ]
 
 
@@ -79,12 +80,8 @@ def _kappa(config: RunConfig, row: Row) -> Iterator[str]:
             yield f"kappa of {name} is {mean:.1f} of {attack.steps}: nearly all examples fall at once"
 
 
-def _overfitting(config: RunConfig, judged: Sequence[Row]) -> Iterator[str]:
-    objective = config.validation.objective
-    if not judged:
-        return
-    best = max(judged, key=lambda row: row[objective])
-    fall = best[objective] - judged[-1][objective]
+def _overfitting(objective: str, best: Row, last: Row) -> Iterator[str]:
+    fall = best[objective] - last[objective]
     if fall >= _OVERFIT:
         yield (
             f"{objective.replace('_', ' ')} fell by {100 * fall:.1f} points after epoch {int(best['epoch'])}: "

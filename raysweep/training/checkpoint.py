@@ -173,6 +173,11 @@ class Run:
         epochs = self.epochs()
         return read(self.at(epochs[-1])) if epochs else None
 
+    def history(self) -> list[dict[str, float]]:
+        """Rows of metrics of the finished epochs, those taken over included."""
+        last = self.last()
+        return last.history if last else []
+
     def prune(self, keep: set[int]) -> None:
         """Delete all checkpoints but those of the epochs in `keep`, and what interruptions and crashes left."""
         for epoch in self.epochs():
