@@ -9,7 +9,7 @@ from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.document import Picture, Section, Table, Text
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import labels
-from raysweep.sweep.study import ENOUGH, front, importances
+from raysweep.sweep.study import ENOUGH, importances
 
 _SHOWN = 6
 
@@ -75,7 +75,7 @@ def _fronts(ledger: Ledger, ranked: Sequence[Trial]) -> list[Any]:
         others = list(ledger.space.objectives[1:])
     if not others:
         return []
-    best = front(ledger, (first, *others))
+    best = ledger.front((first, *others))
     return [
         Picture(f"Pareto front: {figures.words(other)} and {figures.words(first)}",
                 figures.pareto(ranked, best, other, first))

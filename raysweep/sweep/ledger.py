@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -141,10 +142,15 @@ class Ledger:
         limit = self.space.max_masking_gap
         return limit is not None and trial.best.get("masking_gap", 0.0) > limit
 
-    def front(self) -> list[Trial]:
-        """The Pareto front: trials that no other beats in one objective without losing in another."""
-        points = {t.number: [t.score(m) for m in self.space.objectives] for t in self.ranked() if not self.masks(t)}
-        return [trial for trial in self.ranked() if trial.number in points and not _beaten(points, trial.number)]
+    def front(self, objectives: Sequence[str] = ()) -> list[Trial]:
+        """The Pareto front: trials within the masking gap that no other beats in one metric without losing in another.
+
+        objectives: metrics of the trials' best epochs, by default the space's.
+        """
+        metrics = objectives or self.space.objectives
+        fit = [trial for trial in self.ranked() if not self.masks(trial)]
+        points = {trial.number: [trial.score(metric) for metric in metrics] for trial in fit}
+        return [trial for trial in fit if not _beaten(points, trial.number)]
 
     def checkpoint(self, trial: Trial) -> Path:
         """The trial's best checkpoint."""

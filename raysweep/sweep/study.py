@@ -1,6 +1,5 @@
 """A sweep's past in Optuna's terms, rebuilt from the ledger with the distributions of its space."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import optuna
@@ -14,23 +13,17 @@ ENOUGH = 10
 NUMBER = "raysweep.number"
 
 
-def frozen(
-    space: SearchSpace,
-    trial: Trial,
-    objectives: Sequence[str] = (),
-    system_attrs: dict[str, Any] | None = None,
-) -> FrozenTrial:
-    """An ended trial as Optuna keeps it; objectives: of its best epoch, by default the space's."""
+def frozen(space: SearchSpace, trial: Trial, system_attrs: dict[str, Any] | None = None) -> FrozenTrial:
+    """An ended trial as Optuna keeps it, with the objectives of its best epoch."""
     failed = trial.state == "failed" or not trial.best
     known = {path: space.space[path].optuna() for path in trial.settings if path in space.space}
-    names = objectives or space.objectives
     return optuna.trial.create_trial(
         state=TrialState.FAIL if failed else TrialState.COMPLETE,
-        values=None if failed else [trial.score(name) for name in names],
+        values=None if failed else [trial.score(name) for name in space.objectives],
         params=space.params(trial.settings),
         distributions=known,
         constraints=None if failed else constraints(space, trial.best),
-        intermediate_values={int(epoch): value for epoch, value in trial.curve} if len(names) == 1 else None,
+        intermediate_values={int(epoch): value for epoch, value in trial.curve} if len(space.objectives) == 1 else None,
         user_attrs={NUMBER: trial.number, "state": trial.state, **({"reason": trial.reason} if trial.reason else {})},
         system_attrs=system_attrs,
     )
@@ -42,14 +35,13 @@ def constraints(space: SearchSpace, best: dict[str, float]) -> dict[str, float]:
     return {} if limit is None else {"masking_gap": best["masking_gap"] - limit}
 
 
-def study(ledger: Ledger, objectives: Sequence[str] = ()) -> optuna.Study:
-    """A study of all ended trials, in their order. objectives: metrics to maximise, by default the space's."""
+def study(ledger: Ledger) -> optuna.Study:
+    """A study of all ended trials, in their order."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    objectives = objectives or ledger.space.objectives
-    made = optuna.create_study(directions=["maximize"] * len(objectives))
+    made = optuna.create_study(directions=["maximize"] * len(ledger.space.objectives))
     for trial in ledger.trials():
         if trial.state != "running":
-            made.add_trial(frozen(ledger.space, trial, objectives))
+            made.add_trial(frozen(ledger.space, trial))
     return made
 
 
@@ -67,9 +59,3 @@ def importances(ledger: Ledger) -> dict[str, float] | None:
     return dict(
         optuna.importance.get_param_importances(past, evaluator=evaluator, target=lambda trial: float(trial.values[0]))
     )
-
-
-def front(ledger: Ledger, objectives: Sequence[str]) -> list[Trial]:
-    """Feasible trials that no other beats in one of the metrics without losing in another, at their best epochs."""
-    ended = [trial for trial in ledger.trials() if trial.state != "running"]
-    return [ended[best.number] for best in study(ledger, objectives).best_trials]
