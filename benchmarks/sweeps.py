@@ -1,7 +1,8 @@
 """What a sweep costs, on digits: python benchmarks/sweeps.py sharing|overhead|kinds
 
 sharing: the same sweep with and without shared prefixes, in turn: epochs and wall time.
-overhead: a sweep against bare training of the same runs in as many processes, in turn; how long a trial takes to start.
+overhead: a sweep against bare training of the same runs in as many processes, in turn, with short epochs and longer ones; how
+    long a trial takes to start.
 kinds: one small sweep of each kind of search, with its time.
 
 Each prints a Markdown table. MLflow is written to in all sweeps, as `raysweep tune` does.
@@ -103,25 +104,26 @@ def bare(config: RunConfig) -> None:
 
 
 def overhead(rounds: int) -> list[list[Any]]:
-    space = SearchSpace.load(GRID | {"share_prefixes": False, "trials": 8})
-    configs = [space.config(point) for point in space.queue[: space.total]]
-    alone, swept, waits = [], [], []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        with ProcessPoolExecutor(2) as pool:
-            list(pool.map(bare, configs))
-        alone.append(time.perf_counter() - began)
-        _, seconds, clock = sweep(space)
-        swept.append(seconds)
-        waits += sorted(clock.waits)[: -clock.concurrent]
-    one, two = statistics.median(alone), statistics.median(swept)
     table: list[list[Any]] = [
-        ["trials of 8 epochs", "s bare, 2 processes", "s sweep", "ratio", "s to start, warm actor"]
+        ["trials of 8 epochs", "s an epoch", "s bare, 2 processes", "s sweep", "ratio", "s to start, warm actor"]
     ]
-    ratios = "/".join(f"{b / a:.2f}" for a, b in zip(alone, swept, strict=True))
-    table.append(
-        [space.total, f"{one:.1f}", f"{two:.1f}", f"{two / one:.2f} ({ratios})", f"{statistics.median(waits):.2f}"]
-    )
+    for base in (SMALL, {}):
+        space = SearchSpace.load(GRID | {"base": {**base, "epochs": 8}, "share_prefixes": False, "trials": 8})
+        configs = [space.config(point) for point in space.queue[: space.total]]
+        alone, swept, waits = [], [], []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            with ProcessPoolExecutor(2) as pool:
+                list(pool.map(bare, configs))
+            alone.append(time.perf_counter() - began)
+            _, seconds, clock = sweep(space)
+            swept.append(seconds)
+            waits += sorted(clock.waits)[: -clock.concurrent]
+        one, two = statistics.median(alone), statistics.median(swept)
+        ratios = "/".join(f"{b / a:.2f}" for a, b in zip(alone, swept, strict=True))
+        epoch = 2 * one / sum(config.epochs for config in configs)
+        table.append([space.total, f"{epoch:.1f}", f"{one:.1f}", f"{two:.1f}", f"{two / one:.2f} ({ratios})",
+                      f"{statistics.median(waits):.2f}"])  # fmt: skip
     return table
 
 
