@@ -1,8 +1,8 @@
 """What a sweep costs, on digits: python benchmarks/sweeps.py sharing|overhead|kinds
 
 sharing: the same sweep with and without shared prefixes, in turn: epochs and wall time.
-overhead: a sweep against bare training of the same runs in as many processes, in turn, with short epochs and longer ones; how
-    long a trial takes to start.
+overhead: a sweep against bare training of the same runs in as many processes, in turn, with short epochs and with
+    longer ones; how long a trial takes to start.
 kinds: one small sweep of each kind of search, with its time.
 
 Each prints a Markdown table. MLflow is written to in all sweeps, as `raysweep tune` does.
