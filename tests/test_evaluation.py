@@ -450,13 +450,14 @@ def test_outcomes_are_written_whole(tmp_path):
         (120, {}, [120]),
         (120, {"batch_size": 50}, [40, 40, 40]),
         (120, {"width": 3}, [40, 40, 40]),
-        (300, {"width": 3}, [75] * 4),
+        (300, {"width": 3}, [100] * 3),
+        (130, {"width": 2, "batch_size": 50}, [33, 33, 32, 32]),
         (900, {"width": 2}, [113] * 4 + [112] * 4),
         (10, {"shards": 40}, [1] * 10),
     ],
 )
 def test_shards_where_none_are_asked_for(count, settings, expected):
-    """A batch each, some for every worker, none too small to be worth it."""
+    """A batch each, as many for every worker, none too small to be worth it."""
     seen: list[int] = []
 
     def counted(run, shards):

@@ -343,7 +343,8 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     store = f"sqlite:///{tmp_path}/shared.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    small = ["--set", "epochs=6", "--set", "data.val_size=100", "--set", "*.attacks.*.steps=3"]
+    settings = ("epochs=6", "data.train_size=320", "data.val_size=50", "*.attacks.*.steps=3")
+    small = [part for setting in settings for part in ("--set", setting)]
     study = f"sqlite:///{tmp_path}/optuna.db"
     places = ["--storage", uri, "--optuna", study]
     process = tune(tmp_path / "one", *small, "--trials", "4", "--name", "s", *places)
@@ -423,7 +424,7 @@ def test_a_server_that_does_not_answer_is_given_up(stoppable, tmp_path: Path, mo
     server, host = stoppable
     monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "copy"))
     monkeypatch.setattr(storage, "_PATIENCE", ())
-    monkeypatch.setattr(storage, "_TIMEOUT", 1)
+    monkeypatch.setattr(storage, "_TIMEOUT", 0.3)
     file = storage.at(bucket_on(host, "s3", tmp_path)) / "a" / META
     file.parent.mkdir(parents=True)
     file.write_text("{}")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY, Follower, tiny
 
+from raysweep import storage
 from raysweep.spec import SpecError
 from raysweep.sweep.failures import explain
 from raysweep.sweep.ledger import Ledger, Trial
@@ -210,6 +211,27 @@ def test_asha_stops_weak_trials_and_a_failing_trial_fails_alone(ray_cluster, tmp
     assert ledger.ranked()[0].settings == {"optim.lr": 0.05}
     kept = sum(file.stat().st_size for file in (tmp_path / ".prefixes").rglob("*") if file.is_file())
     assert kept <= 1e-4 * 2**30, "the store of prefixes keeps to the space's limit"
+
+
+def test_a_store_that_fails_under_the_sweep_is_its_own_error_and_loses_nothing(
+    ray_cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune wraps whatever its callbacks raise: the command would take the store's failure for a bug."""
+
+    def refused(path: Path) -> None:
+        raise storage.StoreFailed(f"{path.name} cannot be written: no answer")
+
+    ledger = Ledger.create(tmp_path / "sweep", space(trials=2))
+    with monkeypatch.context() as during:
+
+        def break_the_store(trial: Trial) -> None:
+            during.setattr(storage, "push", refused)
+
+        with pytest.raises(storage.StoreFailed, match=r"trial\.json cannot be written"):
+            run_sweep(ledger, [Follower(break_the_store)])
+    assert any(trial.state == "running" for trial in ledger.trials())
+    run_sweep(ledger, [])
+    assert [(trial.state, trial.epoch) for trial in ledger.trials()] == [("finished", 2)] * 2
 
 
 def test_a_bug_ends_the_sweep_after_a_few_trials_with_its_traceback(ray_cluster, tmp_path) -> None:

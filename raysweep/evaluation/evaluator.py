@@ -185,12 +185,12 @@ class _Run:
                 self.progress(Progress(name, done, total, int(self.robust.sum()), len(self.robust)))
 
     def _parts(self, rows: int) -> int:
-        """As many shards as were asked for; else a batch each, and enough for every worker of `map` (its `width`)."""
+        """As many shards as were asked for; else none above a batch, and each worker of `map` (its `width`) as many."""
         if self.shards is not None:
             return min(self.shards, rows)
         width = getattr(self.map, "width", 1)
-        spread = min(SHARDS_A_WORKER * width, max(width, rows // LEAST_SHARD)) if width > 1 else 1
-        return min(rows, max(math.ceil(rows / self.work.batch_size), spread))
+        turns = min(SHARDS_A_WORKER, rows // (LEAST_SHARD * width)) if width > 1 else 1
+        return min(rows, width * max(1, turns, math.ceil(rows / (self.work.batch_size * width))))
 
     def _take(self, name: str, outcome: Outcome) -> None:
         at = outcome.positions
