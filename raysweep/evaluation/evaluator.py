@@ -26,7 +26,7 @@ Map = Callable[[Callable[[Shard], Outcome], Sequence[Shard]], Iterable[Outcome]]
 LOOKED_AT = 256
 # Where the number of shards is left to us: several for each worker, so that a slow one does not hold up the rest, but
 # none of fewer rows than make up for what a step costs however many there are.
-SHARDS_A_WORKER, LEAST_SHARD = 4, 64
+SHARDS_A_WORKER, LEAST_SHARD = 4, 256
 
 
 def evaluate(
