@@ -16,6 +16,8 @@ from raysweep.spec import Spec, SpecError, is_plain, unknown_name
 from raysweep.weights import Look, Remainder, Uniform, Weight
 
 NATURAL = "natural"
+# Kinds of weights that look at kappa, and the attacks whose kappa is what they mean.
+_COUNT_KAPPA = {"geometry": ("pgd",), "within_margin": ("pgd", "minimal")}
 
 
 class Workers(Protocol):
@@ -60,9 +62,9 @@ class Term(Spec):
 
 @dataclass(frozen=True)
 class Step:
-    """One training step: the loss to differentiate and what the method saw (local rows, detached).
+    """One training step: the loss to differentiate, and what the method saw of the local rows.
 
-    rows: of the global batch.
+    natural_logits, logits: (N, C), still in the graph; weights: (N,) without gradient; rows: of the global batch.
     """
 
     loss: Tensor
@@ -112,21 +114,30 @@ class Method(Spec):
             if isinstance(term.weight, Remainder):
                 missing = [other for other in term.weight.of if other not in before]
                 problems += [f"terms.{name}.weight.of: {m!r} is not a term before it" for m in missing]
-            decides = _decides(term)
-            if decides not in known and decides not in term.views:
-                problems.append(f"terms.{name}.weight.by: {unknown_name('view', decides, known)}")
-            elif term.weight.kind in ("geometry", "within_margin") and decides == NATURAL:
-                problems.append(f"terms.{name}.weight: {term.weight.kind} weights need kappa; set `by` to an attack")
-            elif term.weight.kind == "geometry" and decides in self.attacks and self.attacks[decides].kind != "pgd":
-                problems.append(
-                    f"terms.{name}.weight: only pgd counts kappa, and {decides!r} is {self.attacks[decides].kind}"
-                )
+            if _decides(term) not in known and _decides(term) not in term.views:
+                problems.append(f"terms.{name}.weight.by: {unknown_name('view', _decides(term), known)}")
+            elif problem := self._kappa_problem(term):
+                problems.append(f"terms.{name}.weight: {problem}")
             before.append(name)
         used = {view for term in self.terms.values() for view in (*term.views, _decides(term))}
         problems += [f"attacks.{name}: no term looks at it" for name in self.attacks if name not in used]
         if problems:
             raise SpecError(problems)
         return self
+
+    def _kappa_problem(self, term: Term) -> str | None:
+        """Why the attack that decides the term's weight does not have the kappa that such weights need."""
+        decides, counting = _decides(term), _COUNT_KAPPA.get(term.weight.kind)
+        attack = self.attacks.get(decides)
+        if counting and decides == NATURAL:
+            return f"{term.weight.kind} weights need kappa; set `by` to an attack"
+        if not counting or attack is None:
+            return None
+        if attack.kind not in counting:
+            return f"{term.weight.kind} weights take kappa from {' or '.join(counting)}; {decides!r} is {attack.kind}"
+        if getattr(term.weight, "official", False) and attack.steps < 2:
+            return f"official weights divide by floor(steps / 2): attacks.{decides}.steps must be 2 or more"
+        return None
 
     def __call__(
         self,
@@ -146,7 +157,9 @@ class Method(Spec):
         for name, attack in self.attacks.items():
             met = model if attacked is None or getattr(attack, "mode", "eval") == "train" else attacked
             adversarial[name] = attack(met, x, y, rng.stream("attack", name))
-        needs_natural = any(NATURAL in term.views or term.loss.startswith("kl") for term in self.terms.values())
+        needs_natural = any(
+            NATURAL in (*term.views, _decides(term)) or term.loss.startswith("kl") for term in self.terms.values()
+        )
         logits: dict[str, Tensor] = {NATURAL: model(x)} if needs_natural else {}
         logits |= {name: model(result.x) for name, result in adversarial.items()}
 

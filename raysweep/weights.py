@@ -1,4 +1,4 @@
-"""Instance weights: (View) -> (N,), without gradient. A new reweighting is a class here and a line in `Weight`."""
+"""Instance weights: (Look) -> (N,), without gradient. A new reweighting is a class here and a line in `Weight`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

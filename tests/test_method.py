@@ -227,3 +227,24 @@ def test_remainder_completes_to_its_total(net, batch) -> None:
     )
     weights = method(net, *batch).weights
     assert torch.allclose(weights["a"] + weights["b"], torch.ones(32))
+
+
+def test_natural_data_may_decide_the_weight_of_an_attacks_term() -> None:
+    """Its logits are needed then, though no loss looks at them."""
+    method = Method.load(
+        {
+            "attacks": {"pgd": {"kind": "pgd", "steps": 2}},
+            "terms": {"robust": {"on": "pgd", "weight": {"kind": "margin", "by": "natural", "normalise": False}}},
+        }
+    )
+    torch.manual_seed(0)
+    net, x, y = (
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)),
+        torch.rand(5, 3, 2, 2),
+        torch.arange(5) % 3,
+    )
+    step = method(net, x, y, Rng.for_examples(torch.arange(5), 0))
+    p = net(x).softmax(1)
+    others = p.masked_fill(torch.nn.functional.one_hot(y, 3).bool(), 0).amax(1)
+    expected = torch.sigmoid(10 * (others - p.gather(1, y[:, None])[:, 0] - 0.5))
+    assert torch.allclose(step.weights["robust"], expected, atol=1e-6)

@@ -124,6 +124,24 @@ def test_terms_must_name_what_exists_and_remainders_what_came_before() -> None:
         Method.load({"terms": {"clean": {"on": "natural", "weight": {"kind": "geometry"}}}})
 
 
+@pytest.mark.parametrize(
+    ("attack", "weight", "message"),
+    [
+        ({"kind": "apgd"}, {"kind": "within_margin"}, "take kappa from pgd or minimal; 'made' is apgd"),
+        ({"kind": "minimal"}, {"kind": "geometry"}, "take kappa from pgd; 'made' is minimal"),
+        ({"kind": "pgd", "steps": 1}, {"kind": "geometry", "official": True}, "must be 2 or more"),
+    ],
+)
+def test_weights_that_no_step_could_compute_are_refused(attack, weight, message) -> None:
+    with pytest.raises(SpecError, match=message):
+        Method.load({"attacks": {"made": attack}, "terms": {"robust": {"on": "made", "weight": weight}}})
+
+
+def test_validation_is_judged_by_what_it_measures() -> None:
+    with pytest.raises(SpecError, match=r"objective = 'cw': none of `attacks`: pgd"):
+        run_config("at", {"validation.objective": "cw", "validation.attacks": {"pgd": {"kind": "pgd"}}})
+
+
 def test_flatten_gives_every_leaf_under_the_path_that_override_takes() -> None:
     config = run_config("lrat")
     for path, value in flatten(config).items():

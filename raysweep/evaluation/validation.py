@@ -1,10 +1,10 @@
 """The sweep's objective: a short, diverse set of attacks on the validation split."""
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from raysweep.attacks import APGD, PGD, AnyAttack, frozen
@@ -49,6 +49,12 @@ class Validation(Spec):
     flatness: bool = False
     scales: tuple[Annotated[Number, Field(gt=0)], ...] = (0.1, 10.0)
     scaled_share: Annotated[Number, Field(gt=0, le=1)] = 0.25
+
+    @model_validator(mode="after")
+    def _judged(self) -> Self:
+        if self.objective not in ("robust_worst", "clean", *self.attacks):
+            raise ValueError(f"objective = {self.objective!r}: none of `attacks`: {', '.join(self.attacks)}")
+        return self
 
     def __call__(self, model: nn.Module, split: Split) -> dict[str, float]:
         """Shares of the examples, in [0, 1]. Every checkpoint faces the same random starts.
