@@ -29,8 +29,8 @@ class Cost:
 class RobustnessReport:
     """Arrays have a row for each example in the order given; `robust_after` maps each attack to the rows still right.
 
-    broken_by: the attack that broke the row, `clean` if none was needed, "" if it held out. margin_before: of the logits
-    at x; margin_after, perturbation: at the adversarial example or else the worst point found, in logits and in `norm`.
+    broken_by: the attack that broke the row, `clean` if none was needed, "" if it held out. margin_before: of logits at
+    x; margin_after, perturbation: at the adversarial example or else the worst point found, in logits and in `norm`.
     x_adv: adversarial examples, x where there is none.
     """
 
