@@ -2,8 +2,9 @@
 
     python benchmarks/footprint.py
 
-Memory is the peak of a process of its own that does one step of GAIRAT (ResNet-18), beside what it holds before the
-step: ours with attacks of few and of many steps, whose graphs must not add up, and a plain step.
+A step's memory is the peak of a process of its own that does one step of GAIRAT (ResNet-18), beside what it holds
+before the step: ours with attacks of few and of many steps, whose graphs must not add up, and a plain step. A trial's
+is the peak of a process that trains an epoch, validates it and writes the checkpoint, all libraries included.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+import numpy as np
 from measure import Ratio, machine, table
 
 HERE = Path(__file__).parent
@@ -38,6 +40,27 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
+TRIAL = """
+import contextlib, os, resource, sys
+from raysweep.cli import main
+with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    code = main(sys.argv[1:])
+print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+sys.exit(code)
+"""
+CIFAR = [
+    "data.name=arrays",
+    "data.val_size=64",
+    "data.train_size=128",
+    "batch_size=128",
+    "model.name=resnet18",
+    "*.burn_in=0",
+]
+DIGITS = ["data.train_size=256", "data.val_size=64"]
+TRIALS = [
+    ("LRAT, digits", "1 epoch", "lrat", DIGITS),
+    ("GAIRAT, ResNet-18, 32 x 32 pixels", "1 step of 128", "gairat", CIFAR),
+]
 
 
 def python(*arguments: str, cwd: Path = HERE) -> str:
@@ -89,11 +112,28 @@ def memory(batch: int, steps: tuple[int, int], small: bool = False) -> list[Rati
     return [Ratio(what, ratio, "1", f"batch {batch}")]
 
 
+def trials(sizes: list[tuple[str, str, str, list[str]]]) -> list[Ratio]:
+    """Peak resident MiB of `raysweep train`, an epoch of it, for (what, n, method, settings)."""
+    found = []
+    for what, n, method, settings in sizes:
+        with TemporaryDirectory() as folder:
+            images = np.random.default_rng(0).integers(0, 256, (192, 3, 32, 32), np.uint8)
+            for name in ("train", "test"):
+                np.savez(Path(folder, f"{name}.npz"), x=images, y=np.arange(192) % 10)
+            chosen = [part for setting in ("epochs=1", *settings) for part in ("--set", setting)]
+            command = [method, *chosen, "--out", folder]
+            command += ["--data-dir", folder] if "data.name=arrays" in settings else []
+            found.append(Ratio(f"memory of a trial, {what}", python("-c", TRIAL, "train", *command).strip(), "", n))
+    print(f"\nPeak memory of a trial's process; {machine()}\n")
+    print(table(["trial", "peak", "n"], [[r.what, r.value, r.n] for r in found]), flush=True)
+    return found
+
+
 def run(full: bool = False) -> list[Ratio]:
     """What `python benchmarks` shows of it."""
     if not full:
-        return [*answers(1, ["raysweep --help"]), *memory(64, (1, 2), small=True)]
-    return [*answers(5, list(COMMANDS)), *memory(32, (2, 8))]
+        return [*answers(1, ["raysweep --help"]), *memory(64, (1, 2), small=True), *trials(TRIALS[:1])]
+    return [*answers(5, list(COMMANDS)), *memory(32, (2, 8)), *trials(TRIALS)]
 
 
 def main() -> None:
@@ -103,6 +143,7 @@ def main() -> None:
     args = parser.parse_args()
     answers(args.runs, list(COMMANDS))
     memory(args.batch, (2, 8))
+    trials(TRIALS)
 
 
 if __name__ == "__main__":
