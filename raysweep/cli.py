@@ -112,9 +112,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--attack",
         default="autoattack",
-        help="autoattack, pgd20, pgd+, cw20, ... or a list; a name again is a restart: autoattack,square",
+        help="a name of `raysweep list`, or several with commas; a name again is a restart: autoattack,square",
     )
-    p.add_argument("--version", default="standard", choices=("standard", "plus", "rand"), help="of AutoAttack")
+    p.add_argument("--version", default="standard", choices=("standard", "plus", "rand"), help="of --attack autoattack")
     p.add_argument("--eps", type=_fraction, help="0.031 or 8/255, in pixels of [0, 1] (default: the training's)")
     p.add_argument("--norm", default="Linf", choices=("Linf", "L2"))
     p.add_argument("--n", type=_count, help="only the first N test examples (default: all)")

@@ -12,7 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from raysweep.attacks import preset
 from raysweep.cli import main
+from raysweep.pipeline.judge import folder_of, judge, save, track
+from raysweep.tracking import Tracker, embedded_store, run_tags
+from raysweep.training.load import load_checkpoint
 
 SMALL = ["--set", "epochs=2", "--set", "data.val_size=50", "--set", "*.attacks.*.steps=2"]
 QUICK = ["--attack", "apgd-ce", "--n", "40", "--json"]
@@ -78,11 +82,32 @@ def test_a_finished_evaluation_is_not_run_again(trained: Path, capsys, monkeypat
     assert json.loads(capsys.readouterr().out)["robust_accuracy"] == first["robust_accuracy"]
 
 
+def test_neither_seeds_nor_versions_overwrite_each_other(trained: Path, workdir: Path, monkeypatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    tracker, subject = Tracker(embedded_store(workdir), workdir / "mlruns"), load_checkpoint(trained, {})
+    assert subject.checkpoint and subject.data and subject.config
+    run, attack, folders = tracker.find(run_tags(subject.checkpoint)), preset("pgd20", 0.15), set()
+    for seed in (0, 1):
+        folder = folder_of(workdir, subject, attack, subject.config.data, 4, seed)
+        report = judge(subject, subject.data, attack, 4, folder, None, seed=seed)
+        save(report, folder, subject, subject.config.data)
+        track(tracker, run, subject, report, folder, "pgd20", False)
+        folders.add(folder)
+    assert len(folders) == 2
+    assert main(["eval", str(trained), "--version", "rand", "--n", "1"]) == 0
+
+    from mlflow import MlflowClient
+
+    assert run is not None
+    logged = MlflowClient(f"sqlite:///{workdir}/mlflow.db").get_run(run).data.metrics
+    names = {name.split("/")[1] for name in logged if name.startswith("eval/")}
+    assert names == {"pgd20-Linf-0.15-n4", "pgd20-Linf-0.15-n4-seed1", "autoattack-rand-Linf-0.15-n1"}
+
+
 @pytest.mark.ray
 def test_over_a_ray_cluster_the_verdict_is_the_same(trained: Path, ray_cluster, capsys, monkeypatch) -> None:
     from raysweep.evaluation import evaluate
     from raysweep.sweep.launch import RayMap
-    from raysweep.training.load import load_checkpoint
 
     subject = load_checkpoint(trained, {})
     from raysweep.data import load
@@ -148,6 +173,7 @@ def test_the_command_with_a_class_of_ones_own_and_several_processes(workdir: Pat
     ("arguments", "words"),
     [
         (["--norm", "L2"], "say --eps too"),
+        (["--version", "rand"], "version 'rand' is of autoattack alone: leave it out for 'apgd-ce'"),
         (["--eps", "8"], "did you mean 8/255"),
         (["--set", "epochs=3"], "only data.* settings matter"),
     ],

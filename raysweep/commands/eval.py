@@ -51,7 +51,8 @@ def run(args: Namespace) -> int:
     if args.bundle is not None and subject.checkpoint is not None:
         write_bundle(args.bundle.expanduser().resolve(), report, subject.checkpoint, spec, subject.name)
     _print(args, report, subject, folder, tracker)
-    track(tracker, run_id, subject, report, folder, args.attack, count == len(data.test))
+    name = args.attack if args.version == "standard" else f"{args.attack}-{args.version}"
+    track(tracker, run_id, subject, report, folder, name, count == len(data.test))
     return 0
 
 
