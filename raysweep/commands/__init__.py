@@ -1,6 +1,7 @@
 """One module for each command: `run(args) -> exit code`, and what several of them share."""
 
 import os
+import re
 import shlex
 from argparse import Namespace
 from pathlib import Path
@@ -69,7 +70,11 @@ def plain_name(name: str, option: str) -> str:
 
 
 def ui_command(uri: str) -> str:
-    """What to type to look at an MLflow store."""
+    """What to type to look at an MLflow store; never a password."""
     if uri == f"sqlite:///{(Path() / 'mlflow.db').resolve()}":
         return "mlflow ui"
-    return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else f"open {uri}"
+    if uri.startswith("http"):
+        return f"open {re.sub('//[^/]*@', '//', uri)}"
+    # A server's database can only be that of the environment.
+    store = uri if uri.startswith("sqlite") else '"$MLFLOW_TRACKING_URI"'
+    return f"mlflow ui --backend-store-uri {store}"

@@ -21,12 +21,18 @@ from raysweep.training.diagnostics import read_histograms
 
 EXPERIMENT = "raysweep"
 _ILLEGAL = re.compile(r"[^\w./ -]")
+_SECRET = re.compile(r"(://[^\s:/@]*:)\S*(?=@)|(password=)[^\s&]*")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 def embedded_store(folder: Path) -> str:
     """The default store: SQLite in `folder`, where a bare `mlflow ui` started there finds it."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / 'mlflow.db').resolve()}"
+
+
+def masked(text: str) -> str:
+    """A store's URI, or a line that has one in it, without its password."""
+    return _SECRET.sub(r"\1\2***", text)
 
 
 class Tracker:
@@ -156,7 +162,8 @@ class Tracker:
             folder.mkdir(parents=True, exist_ok=True)
             return run, Path(client.download_artifacts(run, "checkpoint", str(folder)))
         except (MlflowException, OSError) as error:
-            raise SpecError(f"{what}: no checkpoint in MLflow store {self.uri}: {str(error).splitlines()[0]}") from None
+            reason = str(error).splitlines()[0]
+            raise SpecError(masked(f"{what}: no checkpoint in MLflow store {self.uri}: {reason}")) from None
 
     def register(self, name: str, run: str, tags: Mapping[str, str]) -> str:
         """Version of the registered model `name` that is this run's checkpoint, made if there is none."""
@@ -201,7 +208,7 @@ class Tracker:
         try:
             return Path(self._connected.result()[0].download_artifacts(run, path, str(into)))
         except (MlflowException, OSError) as error:
-            raise SpecError(f"run {run} has no {path} in MLflow store {self.uri}: {error}") from None
+            raise SpecError(masked(f"run {run} has no {path} in MLflow store {self.uri}: {error}")) from None
 
     def closed(self, run: str) -> bool:
         return str(self._connected.result()[0].get_run(run).info.status) != "RUNNING"
@@ -229,7 +236,7 @@ class Tracker:
             return client, str(client.create_experiment(EXPERIMENT, artifact_location=where, tags=tags))
         except (MlflowException, OSError, ValueError) as error:
             hint = "set MLFLOW_TRACKING_URI to a server or sqlite:///FILE, or leave it out"
-            raise SpecError(f"MLflow store {self.uri}: {str(error).splitlines()[0]}; {hint}") from None
+            raise SpecError(masked(f"MLflow store {self.uri}: {str(error).splitlines()[0]}; {hint}")) from None
 
 
 def store_version(uri: str) -> str:
@@ -252,9 +259,9 @@ def store_version(uri: str) -> str:
     except (MlflowException, OSError) as error:
         known = re.search(r"\[Errno \d+\] ([\w ]+)", str(error))
         reason = known[1] if known else str(error).splitlines()[0]
-        raise SpecError(f"MLflow store {uri}: does not answer: {reason}") from None
+        raise SpecError(masked(f"MLflow store {uri}: does not answer: {reason}")) from None
     if answer.status_code != 200:
-        raise SpecError(f"MLflow store {uri}: answers {answer.status_code} {answer.reason}")
+        raise SpecError(masked(f"MLflow store {uri}: answers {answer.status_code} {answer.reason}"))
     return str(answer.text).strip()
 
 
