@@ -119,7 +119,14 @@ def test_over_a_ray_cluster_the_verdict_is_the_same(trained: Path, ray_cluster, 
     assert np.array_equal(alone.robust, spread.robust)
 
 
-def test_a_users_own_model(workdir: Path, capsys, monkeypatch) -> None:
+def test_a_users_own_model(tmp_path: Path, capsys, monkeypatch) -> None:
+    """In a folder and as a user whose names make trouble: `o'neil`, and none at all, as in some containers."""
+    workdir = tmp_path / "o'neil"
+    workdir.mkdir()
+    monkeypatch.chdir(workdir)
+    for name in ("MLFLOW_TRACKING_URI", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 2)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
     (workdir / "my_models.py").write_text(
         "import torch\n"
@@ -128,7 +135,8 @@ def test_a_users_own_model(workdir: Path, capsys, monkeypatch) -> None:
         "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
         "number = 3\n"
     )
-    assert main(["eval", "my_models:linear", "--attack", "pgd20", "--eps", "8/255", "--n", "30", "--json"]) == 0
+    command = ["eval", "my_models:linear", "--attack", "pgd20", "--eps", "8/255", "--n", "30", "--json"]
+    assert main(command) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["eps"] == 8 / 255 and report["model"] == "my_models:linear"
     assert main(["eval", "my_models:nothing"]) == 2

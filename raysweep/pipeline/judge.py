@@ -116,7 +116,10 @@ def track(
     A seed but the usual one is named too.
     """
     own = run_id is None
-    run_id = run_id or tracker.run(subject.name, {"raysweep.kind": "eval", "raysweep.folder": str(folder)})
+    if run_id is None:
+        # A path may hold what no filter of MLflow can quote.
+        run_id = tracker.run(subject.name, {"raysweep.kind": "eval", "raysweep.evaluation": digest(str(folder))})
+        tracker.tag(run_id, {"raysweep.folder": str(folder)})
     trained_for = subject.config is None or threat_of(subject, "") == (report.eps, report.norm)
     full = whole and trained_for and report.is_autoattack
     prefix = "aa" if full else f"eval/{name}-{report.norm}-{report.eps:.4g}-n{len(report.labels)}"

@@ -63,7 +63,7 @@ class Tracker:
             return found
         version = environment()["git_revision"]
         more = {
-            "mlflow.user": getpass.getuser(),
+            "mlflow.user": _user(),
             "mlflow.source.name": "raysweep",
             "mlflow.source.type": "LOCAL",
             **({"mlflow.source.git.commit": version} if version else {}),
@@ -263,6 +263,14 @@ def store_version(uri: str) -> str:
     if answer.status_code != 200:
         raise SpecError(masked(f"MLflow store {uri}: answers {answer.status_code} {answer.reason}"))
     return str(answer.text).strip()
+
+
+def _user() -> str:
+    """Who runs this; in a container that may be a number without a name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def text_of(value: Any) -> str:
