@@ -109,9 +109,8 @@ class Tracker:
         self._connected.result()[0].log_batch(run, tags=[RunTag(k, v) for k, v in tags.items()])
 
     def describe(self, run: str, lines: Sequence[str]) -> None:
-        """The run's description in the UI: one point a line."""
-        if lines:
-            self.tag(run, {"mlflow.note.content": "\n".join(f"- {line}" for line in lines)})
+        """The run's description in the UI, in place of an earlier one: one point a line."""
+        self.tag(run, {"mlflow.note.content": "\n".join(f"- {line}" for line in lines)})
 
     def artifacts(self, run: str, folder: Path, under: str) -> None:
         self._connected.result()[0].log_artifacts(run, str(folder), under)
@@ -131,7 +130,7 @@ class Tracker:
     def artifact(self, run: str, data: Any, name: str) -> None:
         self._connected.result()[0].log_dict(run, data, name)
 
-    def file(self, run: str, path: Path, under: str) -> None:
+    def file(self, run: str, path: Path, under: str | None = None) -> None:
         self._connected.result()[0].log_artifact(run, str(path), under)
 
     def find(self, tags: Mapping[str, str]) -> str | None:
