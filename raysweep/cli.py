@@ -107,7 +107,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("eval", help="a checkpoint, MLflow run or model of your own under attack, on the test set")
     p.add_argument(
-        "what", metavar="WHAT", help="a checkpoint or run folder, MLflow run id, models:/NAME@ALIAS, module:factory"
+        "what",
+        metavar="WHAT",
+        help="a sweep (its best trial), a trial (SWEEP/0003), the folder of a run or checkpoint, an MLflow run id, "
+        "models:/NAME@ALIAS, or module:factory",
     )
     p.add_argument(
         "--attack",
@@ -126,11 +129,16 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--bundle", type=Path, metavar="DIR", help="write card, weights and adversarial examples for others")
     p.add_argument("--verify", action="store_true", help="WHAT is a bundle: check each of its claims, attack nothing")
     p.add_argument(
-        "--address", metavar="ADDR", help="spread over this Ray cluster (default: the cores of this machine)"
+        "--address",
+        metavar="ADDR",
+        help="spread over this Ray cluster (default: $RAY_ADDRESS, else the cores of this machine)",
     )
-    p.add_argument("--gpus-per-task", type=_amount, default=1.0, metavar="N", help="on a cluster; may be a fraction")
+    p.add_argument(
+        "--gpus-per-task", type=_amount, default=1.0, metavar="N", help="on a cluster; may be a fraction (default: 1)"
+    )
     _settings(p)
     _out(p)
+    _storage(p)
     _json(p)
     return parser
 

@@ -31,8 +31,8 @@ FLAGS = {
     "run": {*COMMON, "--out", "--storage", "--plan", "--from", "--wait", "--address"},
     "doctor": {*COMMON, "--out", "--storage", "--address"},
     "eval": {
-        *COMMON, "--out", "--attack", "--version", "--eps", "--norm", "--n", "--batch-size", "--keep-adversarial",
-        "--pseudo-label", "--address", "--gpus-per-task", "--bundle", "--verify",
+        *COMMON, "--out", "--storage", "--attack", "--version", "--eps", "--norm", "--n", "--batch-size",
+        "--keep-adversarial", "--pseudo-label", "--address", "--gpus-per-task", "--bundle", "--verify",
     },
 }  # fmt: skip
 SMALL = [
@@ -130,7 +130,9 @@ def test_tune_ends_with_the_best_trials_and_what_to_type_next(ray_cluster, workd
     assert "raysweep show quick" in out and out.rstrip().endswith("mlflow ui")
     assert "trial 0001 finished" in err
     assert main(["show", "quick", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["trials"]) == 2
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["sweep"] == "quick" and len(shown["trials"]) == 2
+    assert all(Path(trial["checkpoint"]).is_dir() for trial in shown["trials"])
     wider = workdir / "wider.yaml"
     shipped = load_space("lrat", {}).json_dict()
     shipped["space"][ALPHA]["float"] = [0.125, 8.0]

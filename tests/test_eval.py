@@ -15,7 +15,10 @@ import torch
 from raysweep.attacks import preset
 from raysweep.cli import main
 from raysweep.pipeline.judge import folder_of, judge, save, track
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.space import load_space
 from raysweep.tracking import Tracker, embedded_store, run_tags
+from raysweep.training.checkpoint import Run
 from raysweep.training.load import load_checkpoint
 
 SMALL = ["--set", "epochs=2", "--set", "data.val_size=50", "--set", "*.attacks.*.steps=2"]
@@ -119,6 +122,33 @@ def test_over_a_ray_cluster_the_verdict_is_the_same(trained: Path, ray_cluster, 
     assert np.array_equal(alone.robust, spread.robust)
 
 
+def test_a_sweep_and_a_trial_are_named_as_show_names_them(trained: Path, workdir: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    ledger = Ledger.create(workdir / "runs" / "g1", load_space("at", {}))
+    shutil.move(trained, ledger.run_path(3))
+    last = Run(ledger.run_path(3)).last()
+    assert last is not None
+    ledger.write(Trial(3, {}, "finished", 2, best=max(last.history, key=lambda row: row["robust_worst"])))
+    folders = set()
+    for what in (
+        ["g1/0003"],
+        ["g1"],
+        ["runs/g1"],
+        [str(ledger.run_path(3))],
+        ["g1/3", "--storage", str(workdir / "s")],
+    ):
+        if "--storage" in what:
+            shutil.copytree(workdir / "runs" / "g1", workdir / "s" / "g1")
+        assert main(["eval", *what, *QUICK]) == 0, what
+        folders.add(json.loads(capsys.readouterr().out)["folder"].replace(str(workdir / "s"), str(workdir / "runs")))
+    assert len(folders) == 1 and folders.pop().startswith(str(ledger.run_path(3)))
+    assert main(["show", "g1", "--json"]) == 0
+    (trial,) = json.loads(capsys.readouterr().out)["trials"]
+    assert Path(trial["checkpoint"]).parent == ledger.run_path(3)
+    assert main(["eval", "g1/0004", *QUICK]) == 2
+    assert "0004: no such folder" in capsys.readouterr().err
+
+
 def test_a_users_own_model(tmp_path: Path, capsys, monkeypatch) -> None:
     """In a folder and as a user whose names make trouble: `o'neil`, and none at all, as in some containers."""
     workdir = tmp_path / "o'neil"
@@ -148,6 +178,9 @@ def test_pseudo_labels_for_self_training(trained: Path, workdir: Path, capsys) -
     np.savez(workdir / "more.npz", x=x)
     assert main(["eval", str(trained), "--pseudo-label", str(workdir / "more.npz")]) == 0
     target = capsys.readouterr().out.strip().rpartition("=")[2]
+    assert main(["eval", str(trained), "--pseudo-label", str(workdir / "more.npz"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["file"] == target and said["images"] == 40
     assert main(["train", "rst", *SMALL, "--set", f"data.unlabeled={target}", "--name", "rst"]) == 0
     assert "trains on labelled data alone" not in capsys.readouterr().err
     assert main(["train", "rst", *SMALL, "--name", "rst-alone"]) == 0
@@ -205,6 +238,23 @@ def test_what_cannot_be_evaluated_is_one_line(what, words, workdir: Path, capsys
     assert main(["eval", what, *QUICK]) == 2
     (message,) = capsys.readouterr().err.strip().splitlines()
     assert words in message
+    assert (workdir / "mlflow.db").exists() == ("MLflow" in words), "a store is made when something is to be written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--verify", "--n", "3", "--out", "x"], "--verify attacks nothing: leave out --n, --out"),
+        (["--verify", "--set", "data.val_size=3"], "--verify attacks nothing: leave out --set"),
+        (["--verify", "--pseudo-label", "x.npz"], "--verify attacks nothing: leave out --pseudo-label"),
+        (["--pseudo-label", "x.npz", "--attack", "square"], "--pseudo-label attacks nothing: leave out --attack"),
+        (["--pseudo-label", "x.npz", "--bundle", "b"], "--pseudo-label attacks nothing: leave out --bundle"),
+    ],
+)
+def test_what_a_mode_does_not_read_is_refused(arguments, words, workdir: Path, capsys) -> None:
+    assert main(["eval", ".", *arguments]) == 2
+    assert capsys.readouterr().err == f"raysweep: error: {words}\n"
+    assert not list(workdir.iterdir())
 
 
 def test_a_hostile_checkpoint_is_refused_and_not_unpickled(trained: Path, capsys) -> None:

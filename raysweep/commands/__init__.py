@@ -11,6 +11,7 @@ import yaml
 
 from raysweep import storage
 from raysweep.spec import SpecError, is_plain, parse_yaml
+from raysweep.sweep.ledger import Ledger
 
 
 def settings(args: Namespace) -> dict[str, Any]:
@@ -54,6 +55,18 @@ def runs_in(args: Namespace, write: bool = True) -> Path:
         return args.out.expanduser().resolve() / "runs"  # type: ignore[no-any-return]
     folder = storage.reach(args.storage)
     return writable(folder, "--storage") if write else folder
+
+
+def named_sweep(what: str, runs: Path) -> tuple[Ledger, int | None] | None:
+    """The sweep in the folder of all runs, and the trial's number if it is one, that SWEEP or SWEEP/0003 names."""
+    if Path(what).is_absolute() or ".." in Path(what).parts:
+        return None
+    sweep, _, number = what.rpartition("/")
+    if storage.pull_file(runs / what / "sweep.json"):
+        return Ledger.open(runs / what), None
+    if number.isdecimal() and storage.pull_file(runs / sweep / "sweep.json"):
+        return Ledger.open(runs / sweep), int(number)
+    return None
 
 
 def places(args: Namespace) -> str:

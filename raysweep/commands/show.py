@@ -2,7 +2,6 @@
 
 import json
 from argparse import Namespace
-from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -10,10 +9,10 @@ from rich.console import Console
 
 from raysweep import storage
 from raysweep.catalog import METHODS
-from raysweep.commands import runs_in, settings
+from raysweep.commands import named_sweep, runs_in, settings
 from raysweep.display import trial_table
 from raysweep.pipeline.shipped import pipelines
-from raysweep.results import trial_advice
+from raysweep.results import sweep_facts, trial_advice, trial_facts
 from raysweep.spec import Json, SpecError, read_yaml, unknown_name
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.space import load_space
@@ -32,12 +31,9 @@ def run(args: Namespace) -> int:
     if parts or args.what in (*METHODS, *presets()):
         return _print(args, resolve(args.what, settings(args)).json_dict())
     runs = runs_in(args, write=False)
-    inside = ".." not in Path(args.what).parts and not Path(args.what).is_absolute()
-    if inside and storage.pull_file(runs / args.what / "sweep.json"):
-        return _sweep(args, Ledger.open(runs / args.what))
-    sweep, _, number = args.what.rpartition("/")
-    if inside and number.isdecimal() and storage.pull_file(runs / sweep / "sweep.json"):
-        return _trial(args, Ledger.open(runs / sweep), int(number))
+    if found := named_sweep(args.what, runs):
+        ledger, number = found
+        return _sweep(args, ledger) if number is None else _trial(args, ledger, number)
     sweeps = storage.folders(runs, "sweep.json")
     known = dict.fromkeys([*METHODS, *presets(), *pipelines(), *sweeps])
     raise SpecError(unknown_name("method, preset, space file, pipeline, sweep or trial", args.what, list(known)))
@@ -54,9 +50,7 @@ def _print(args: Namespace, data: Json) -> int:
 def _sweep(args: Namespace, ledger: Ledger) -> int:
     trials = ledger.trials()
     if args.json:
-        return _print(
-            args, {"name": ledger.name, "space": ledger.space.json_dict(), "trials": [asdict(t) for t in trials]}
-        )
+        return _print(args, sweep_facts(ledger))
     running = [trial for trial in trials if trial.state == "running"]
     console = Console()
     console.print(
@@ -79,7 +73,7 @@ def _trial(args: Namespace, ledger: Ledger, number: int) -> int:
     trial, advice = trials[number], trial_advice(ledger, number)
     folder = ledger.run_path(number)
     if args.json:
-        return _print(args, {**asdict(trial), "folder": storage.name(folder), "advice": advice})
+        return _print(args, {**trial_facts(ledger, trial), "folder": storage.name(folder), "advice": advice})
     reason = f": {trial.reason}" if trial.reason else ""
     print(f"{ledger.name}/{number:04d} {trial.state}{reason} after {trial.epoch} epochs, {trial.trained} trained here")
     settings = {path: value for path, value in trial.settings.items() if value is not None}
