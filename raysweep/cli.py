@@ -40,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "what",
         metavar="WHAT",
-        help="a method, preset or pipeline, a YAML file, a sweep, or a trial: SWEEP/0003",
+        help="a method, preset or pipeline of `raysweep list` (preset:NAME or space:NAME where a name is several of "
+        "these), a YAML file, a sweep, or a trial: SWEEP/0003",
     )
     _settings(p)
     _out(p)

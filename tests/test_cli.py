@@ -14,8 +14,10 @@ import ray
 import yaml
 
 from raysweep.cli import build_parser, main
+from raysweep.spec import flatten, override, parse_yaml
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.space import load_space
+from raysweep.training.presets import resolve
 
 ALPHA = "method.terms.pgd.weight.alpha"
 COMMON = {"--set", "--data-dir", "--json"}
@@ -90,6 +92,28 @@ def test_list_and_show_in_json(capsys) -> None:
     assert main(["show", "lrat", "--set", "epochs=3", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["epochs"] == 3 and shown["method"]["terms"]["bound"]["weight"]["total"] == 0.1
+
+
+@pytest.mark.parametrize("what", ["gairat", "lrat-trades", "preset:gairat-table1", "preset:lrat-table5"])
+def test_what_show_prints_is_what_set_takes(what, capsys) -> None:
+    assert main(["show", what]) == 0
+    shown = dict(line.split(" = ", 1) for line in capsys.readouterr().out.splitlines())
+    config = resolve(what.removeprefix("preset:"), {})
+    assert set(shown) == set(flatten(config))
+    assert override(config, {path: parse_yaml(value) for path, value in shown.items()}) == config
+    assert {path: parse_yaml(shown[path]) for path in ("epochs", "seed")} == {"epochs": config.epochs, "seed": 0}
+
+
+def test_show_tells_names_of_several_things_apart(capsys) -> None:
+    assert main(["show", "gairat-table1"]) == 0
+    assert "stages:" in capsys.readouterr().out
+    assert main(["show", "space:lrat"]) == 0
+    said = capsys.readouterr().out
+    assert f'{ALPHA}: {{"float": [0.25, 4.0], "log": true}}' in said and "data.name = digits" in said
+    assert main(["show", "space:lrat", "--json"]) == 0
+    assert ALPHA in json.loads(capsys.readouterr().out)["space"]["space"]
+    assert main(["show", "space:lart"]) == 2
+    assert "no space 'lart'; nearest: mart, lrat" in capsys.readouterr().err
 
 
 def test_train_tracks_and_tells_where(workdir: Path, capsys) -> None:
@@ -203,6 +227,7 @@ def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) 
         (["tune", "lrat", "--workers", "2", "--gpus-per-trial", "3"], "3 GPUs for 2 workers is 1.5 each"),
         (["tune", "lrat", "--workers", "2", "--cpus-per-trial", "0"], "0 CPUs are not enough for 2 workers"),
         (["show", "lart"], "no method, preset, space file, pipeline, sweep or trial 'lart'; nearest: mart, lrat"),
+        (["show", "#"], "no method, preset, space file, pipeline, sweep or trial '#'; `raysweep list` names all"),
     ],
     ids=lambda case: " ".join(case) if isinstance(case, list) else "",
 )

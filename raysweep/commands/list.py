@@ -31,8 +31,11 @@ def run(args: Namespace) -> int:
     print("pipelines")
     for name, about in pipelines().items():
         print(f"  {name:<14} {about}")
-    print("\nraysweep show NAME prints every setting of any of these; raysweep tune METHOD sweeps a method;")
-    print("raysweep train METHOD|PRESET is one run; raysweep run PIPELINE runs a pipeline.")
+    print(
+        "\nraysweep show NAME prints every setting of a method, preset or pipeline; where one name is several of these,"
+    )
+    print("preset:NAME and space:NAME say which. raysweep tune METHOD sweeps a method; raysweep train METHOD|PRESET is")
+    print("one run; raysweep run PIPELINE runs a pipeline.")
     return 0
 
 
