@@ -10,6 +10,7 @@ from pathlib import Path
 
 from raysweep import __version__
 from raysweep.completion import SHELLS, PrintCompletion
+from raysweep.manual import describe
 
 _DESCRIPTION = """\
 Find the hyper-parameters of instance-reweighted adversarial training on a cluster, and prove the winners.
@@ -31,7 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    p = commands.add_parser("list", help="methods, search spaces, models, data sets, pipelines")
+    p = commands.add_parser(
+        "list", help="methods, models, data sets, attacks, metrics, search spaces, presets, pipelines"
+    )
     _json(p)
 
     p = commands.add_parser(
@@ -116,11 +119,17 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--attack",
         default="autoattack",
-        help="a name of `raysweep list`, or several with commas; a name again is a restart: autoattack,square",
+        help="an attack of `raysweep list` or several with commas, a name again is a restart: autoattack,square "
+        "(default: autoattack)",
     )
-    p.add_argument("--version", default="standard", choices=("standard", "plus", "rand"), help="of --attack autoattack")
+    p.add_argument(
+        "--version",
+        default="standard",
+        choices=("standard", "plus", "rand"),
+        help="of --attack autoattack (default: standard)",
+    )
     p.add_argument("--eps", type=_fraction, help="0.031 or 8/255, in pixels of [0, 1] (default: the training's)")
-    p.add_argument("--norm", default="Linf", choices=("Linf", "L2"))
+    p.add_argument("--norm", default="Linf", choices=("Linf", "L2"), help="in which --eps is measured (default: Linf)")
     p.add_argument("--n", type=_count, help="only the first N test examples (default: all)")
     p.add_argument("--batch-size", type=_count, default=500, metavar="N", help="examples at a time (default: 500)")
     p.add_argument(
@@ -141,6 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     _out(p)
     _storage(p)
     _json(p)
+    describe(commands)
     return parser
 
 

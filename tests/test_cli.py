@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ import ray
 import yaml
 
 from raysweep.cli import build_parser, main
+from raysweep.evaluation.validation import Metric
+from raysweep.manual import PAGES
 from raysweep.spec import flatten, override, parse_yaml
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.space import load_space
@@ -60,6 +63,19 @@ def test_flags_are_frozen() -> None:
     assert all(isinstance(p, argparse.ArgumentParser) for p in parsers.values())
 
 
+def test_every_command_has_a_manual_page_with_examples_that_parse() -> None:
+    parser = build_parser()
+    commands = parser._subparsers._group_actions[0].choices
+    for name, command in commands.items():
+        text, examples = command.format_help(), PAGES[name][1]
+        assert len(examples) >= 2 and all(example in text for example in examples)
+        assert max(map(len, text.split("options:")[1].splitlines())) <= 120
+        for action in command._actions:
+            assert action.help, f"{name} {action.option_strings}"
+        for example in examples:
+            assert parser.parse_args(example.split()[1:]).command == name
+
+
 def test_help_answers_at_once_and_imports_nothing_heavy() -> None:
     code = (
         "import sys, raysweep.cli\n"
@@ -89,6 +105,9 @@ def test_list_and_show_in_json(capsys) -> None:
     assert main(["list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert {"at", "gairat", "lrat"} <= set(listed["methods"]) and "digits" in listed["data"]
+    assert set(listed["metrics"]) == set(get_args(Metric)) and "fab-t" in listed["attacks"]
+    about = {name: line for rows in listed.values() if isinstance(rows, dict) for name, line in rows.items()}
+    assert not [name for name, line in about.items() if not line], "a name without a word about it"
     assert main(["show", "lrat", "--set", "epochs=3", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["epochs"] == 3 and shown["method"]["terms"]["bound"]["weight"]["total"] == 0.1

@@ -41,7 +41,7 @@ def custom(names: list[str], eps: float = 8 / 255, norm: Norm = "Linf") -> Worst
     """
     single, several = _single(eps, norm), _several(eps, norm)
     known = single | {name: attack for cascade in several.values() for name, attack in cascade.attacks.items()}
-    problems = [unknown_name("attack", name, ATTACKS) for name in names if name not in ATTACKS]
+    problems = [unknown_name("attack", name, list(ATTACKS)) for name in names if name not in ATTACKS]
     if problems or not names:
         raise SpecError(problems or "a cascade needs at least one attack")
     names = [part for name in names for part in (several[name].attacks if name in several else [name])]
@@ -75,7 +75,19 @@ def _several(eps: float, norm: Norm) -> dict[str, WorstCase]:
 
 
 # What `--attack` and pipelines know by name.
-ATTACKS = [*_several(8 / 255, "Linf"), *_single(8 / 255, "Linf")]
+ATTACKS = {
+    "autoattack": "AutoAttack's standard version: apgd-ce, apgd-t, fab-t and square; --version names others.",
+    "apgd-ce": "APGD on the cross-entropy, 100 steps.",
+    "apgd-t": "APGD on the targeted DLR loss, 9 targets of 100 steps.",
+    "apgd-dlr": "APGD on the DLR loss, 100 steps.",
+    "apgd-cw": "APGD on the margin of the logits, 100 steps.",
+    "fab": "FAB: the nearest boundary, 100 steps.",
+    "fab-t": "FAB towards 9 targets, 100 steps each.",
+    "square": "Square: 5000 queries, no gradients.",
+    "pgd20": "PGD-20 on the cross-entropy: for comparison with tables only, as the next two.",
+    "cw20": "PGD-20 on the margin of the logits.",
+    "pgd+": "PGD+: 5 starts of 40 steps of 0.01, judged after each step (G app. C).",
+}
 
 
 def preset(name: str, eps: float = 8 / 255, norm: Norm = "Linf", version: Version = "standard") -> WorstCase:
