@@ -10,6 +10,7 @@ from pathlib import Path
 
 from raysweep import __version__
 from raysweep.completion import SHELLS, PrintCompletion
+from raysweep.manual import describe
 
 _DESCRIPTION = """\
 Find the hyper-parameters of instance-reweighted adversarial training on a cluster, and prove the winners.
@@ -31,7 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    p = commands.add_parser("list", help="methods, search spaces, models, data sets, pipelines")
+    p = commands.add_parser(
+        "list", help="methods, models, data sets, attacks, metrics, search spaces, presets, pipelines"
+    )
     _json(p)
 
     p = commands.add_parser(
@@ -40,7 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "what",
         metavar="WHAT",
-        help="a method, preset or pipeline, a YAML file, a sweep, or a trial: SWEEP/0003",
+        help="a method, preset or pipeline of `raysweep list` (preset:NAME or space:NAME where a name is several of "
+        "these), a YAML file, a sweep, or a trial: SWEEP/0003",
     )
     _settings(p)
     _out(p)
@@ -107,16 +111,25 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("eval", help="a checkpoint, MLflow run or model of your own under attack, on the test set")
     p.add_argument(
-        "what", metavar="WHAT", help="a checkpoint or run folder, MLflow run id, models:/NAME@ALIAS, module:factory"
+        "what",
+        metavar="WHAT",
+        help="a sweep (its best trial), a trial (SWEEP/0003), the folder of a run or checkpoint, an MLflow run id, "
+        "models:/NAME@ALIAS, or module:factory",
     )
     p.add_argument(
         "--attack",
         default="autoattack",
-        help="autoattack, pgd20, pgd+, cw20, ... or a list; a name again is a restart: autoattack,square",
+        help="an attack of `raysweep list` or several with commas, a name again is a restart: autoattack,square "
+        "(default: autoattack)",
     )
-    p.add_argument("--version", default="standard", choices=("standard", "plus", "rand"), help="of AutoAttack")
+    p.add_argument(
+        "--version",
+        default="standard",
+        choices=("standard", "plus", "rand"),
+        help="of --attack autoattack (default: standard)",
+    )
     p.add_argument("--eps", type=_fraction, help="0.031 or 8/255, in pixels of [0, 1] (default: the training's)")
-    p.add_argument("--norm", default="Linf", choices=("Linf", "L2"))
+    p.add_argument("--norm", default="Linf", choices=("Linf", "L2"), help="in which --eps is measured (default: Linf)")
     p.add_argument("--n", type=_count, help="only the first N test examples (default: all)")
     p.add_argument("--batch-size", type=_count, default=500, metavar="N", help="examples at a time (default: 500)")
     p.add_argument(
@@ -126,12 +139,18 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--bundle", type=Path, metavar="DIR", help="write card, weights and adversarial examples for others")
     p.add_argument("--verify", action="store_true", help="WHAT is a bundle: check each of its claims, attack nothing")
     p.add_argument(
-        "--address", metavar="ADDR", help="spread over this Ray cluster (default: the cores of this machine)"
+        "--address",
+        metavar="ADDR",
+        help="spread over this Ray cluster (default: $RAY_ADDRESS, else the cores of this machine)",
     )
-    p.add_argument("--gpus-per-task", type=_amount, default=1.0, metavar="N", help="on a cluster; may be a fraction")
+    p.add_argument(
+        "--gpus-per-task", type=_amount, default=1.0, metavar="N", help="on a cluster; may be a fraction (default: 1)"
+    )
     _settings(p)
     _out(p)
+    _storage(p)
     _json(p)
+    describe(commands)
     return parser
 
 

@@ -1,13 +1,13 @@
 """What a notebook asks for: models, sweeps and reports of the past, as nn.Module and pandas."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from raysweep import storage
-from raysweep.spec import SpecError
+from raysweep.spec import Json, SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import labels
 from raysweep.training.advice import advise
@@ -103,3 +103,24 @@ def trial_advice(ledger: Ledger, number: int) -> list[str]:
     """Advice on a trial of a sweep; none before its first epoch."""
     last = Run(ledger.run_path(number)).last()
     return advise(last.config, last.history) if last else []
+
+
+def sweep_facts(ledger: Ledger) -> Json:
+    """A sweep as plain data, for `--json`: all its trials, best first, and where their best checkpoints are."""
+    ranked, trials = ledger.ranked(), ledger.trials()
+    asked, trained = sum(trial.epoch for trial in trials), sum(trial.trained for trial in trials)
+    return {
+        "sweep": ledger.name,
+        "path": storage.name(ledger.path),
+        "space": ledger.space.json_dict(),
+        "epochs": {"asked": asked, "trained": trained, "saved": asked - trained},
+        "front": [trial.number for trial in ledger.front()],
+        "advice": trial_advice(ledger, ranked[0].number) if ranked else [],
+        "trials": [trial_facts(ledger, t) for t in {t.number: t for t in [*ranked, *trials]}.values()],
+    }
+
+
+def trial_facts(ledger: Ledger, trial: Trial) -> Json:
+    """A trial as plain data; its checkpoint is null before its first epoch."""
+    checkpoint = storage.name(ledger.checkpoint(trial)) if trial.best else None
+    return asdict(trial) | {"checkpoint": checkpoint, "masks": ledger.masks(trial)}

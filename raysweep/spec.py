@@ -125,10 +125,15 @@ def unknown_setting(path: str, data: Json) -> str:
     return f"no setting {path!r}; nearest: {', '.join(nearest)}"
 
 
+# More names than this are no line to read.
+_MANY = 30
+
+
 def unknown_name(what: str, name: object, known: Sequence[str]) -> str:
     """One line for a name that no table has."""
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
-    hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
+    others = f"known: {', '.join(known)}" if len(known) <= _MANY else "`raysweep list` names all"
+    hint = f"nearest: {', '.join(near)}" if near else others
     return f"no {what} {name!r}; {hint}"
 
 

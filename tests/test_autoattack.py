@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from robust_digits import OFFICIAL, digits, robust_digits
 from torch import nn
 
-from raysweep.attacks import APGD, FAB, PGD, AnyAttack, Square, WorstCase, autoattack, custom, margin, preset
+from raysweep.attacks import APGD, ATTACKS, FAB, PGD, AnyAttack, Square, WorstCase, autoattack, custom, margin, preset
 from raysweep.attacks.apgd import _checkpoints
 from raysweep.attacks.fab import project_onto_plane
 from raysweep.rng import Rng
@@ -227,6 +227,14 @@ def test_official_versions():
     assert {a.samples for a in autoattack(version="rand").attacks.values()} == {20}
     assert {a.norm for a in autoattack(0.5, "L2").attacks.values()} == {"L2"}
     assert list(preset("square, apgd-dlr").attacks) == ["square", "apgd-dlr"]
+    with pytest.raises(SpecError, match="'plus' is of autoattack alone: leave it out for 'autoattack,square'"):
+        preset("autoattack,square", version="plus")
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_name_alone_and_in_a_list_is_the_same_attack(name):
+    alone = preset(name).attacks
+    assert preset(f"{name},apgd-dlr").attacks.items() >= alone.items()
 
 
 def test_a_name_again_is_a_restart():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,8 +15,12 @@ import ray
 import yaml
 
 from raysweep.cli import build_parser, main
+from raysweep.evaluation.validation import Metric
+from raysweep.manual import PAGES
+from raysweep.spec import flatten, override, parse_yaml
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.space import load_space
+from raysweep.training.presets import resolve
 
 ALPHA = "method.terms.pgd.weight.alpha"
 COMMON = {"--set", "--data-dir", "--json"}
@@ -31,8 +36,8 @@ FLAGS = {
     "run": {*COMMON, "--out", "--storage", "--plan", "--from", "--wait", "--address"},
     "doctor": {*COMMON, "--out", "--storage", "--address"},
     "eval": {
-        *COMMON, "--out", "--attack", "--version", "--eps", "--norm", "--n", "--batch-size", "--keep-adversarial",
-        "--pseudo-label", "--address", "--gpus-per-task", "--bundle", "--verify",
+        *COMMON, "--out", "--storage", "--attack", "--version", "--eps", "--norm", "--n", "--batch-size",
+        "--keep-adversarial", "--pseudo-label", "--address", "--gpus-per-task", "--bundle", "--verify",
     },
 }  # fmt: skip
 SMALL = [
@@ -56,6 +61,19 @@ def test_flags_are_frozen() -> None:
     }
     assert found == FLAGS
     assert all(isinstance(p, argparse.ArgumentParser) for p in parsers.values())
+
+
+def test_every_command_has_a_manual_page_with_examples_that_parse() -> None:
+    parser = build_parser()
+    commands = parser._subparsers._group_actions[0].choices
+    for name, command in commands.items():
+        text, examples = command.format_help(), PAGES[name][1]
+        assert len(examples) >= 2 and all(example in text for example in examples)
+        assert max(map(len, text.split("options:")[1].splitlines())) <= 120
+        for action in command._actions:
+            assert action.help, f"{name} {action.option_strings}"
+        for example in examples:
+            assert parser.parse_args(example.split()[1:]).command == name
 
 
 def test_help_answers_at_once_and_imports_nothing_heavy() -> None:
@@ -87,9 +105,34 @@ def test_list_and_show_in_json(capsys) -> None:
     assert main(["list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert {"at", "gairat", "lrat"} <= set(listed["methods"]) and "digits" in listed["data"]
+    assert set(listed["metrics"]) == set(get_args(Metric)) and "fab-t" in listed["attacks"]
+    about = {name: line for rows in listed.values() if isinstance(rows, dict) for name, line in rows.items()}
+    assert not [name for name, line in about.items() if not line], "a name without a word about it"
     assert main(["show", "lrat", "--set", "epochs=3", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["epochs"] == 3 and shown["method"]["terms"]["bound"]["weight"]["total"] == 0.1
+
+
+@pytest.mark.parametrize("what", ["gairat", "lrat-trades", "preset:gairat-table1", "preset:lrat-table5"])
+def test_what_show_prints_is_what_set_takes(what, capsys) -> None:
+    assert main(["show", what]) == 0
+    shown = dict(line.split(" = ", 1) for line in capsys.readouterr().out.splitlines())
+    config = resolve(what.removeprefix("preset:"), {})
+    assert set(shown) == set(flatten(config))
+    assert override(config, {path: parse_yaml(value) for path, value in shown.items()}) == config
+    assert {path: parse_yaml(shown[path]) for path in ("epochs", "seed")} == {"epochs": config.epochs, "seed": 0}
+
+
+def test_show_tells_names_of_several_things_apart(capsys) -> None:
+    assert main(["show", "gairat-table1"]) == 0
+    assert "stages:" in capsys.readouterr().out
+    assert main(["show", "space:lrat"]) == 0
+    said = capsys.readouterr().out
+    assert f'{ALPHA}: {{"float": [0.25, 4.0], "log": true}}' in said and "data.name = digits" in said
+    assert main(["show", "space:lrat", "--json"]) == 0
+    assert ALPHA in json.loads(capsys.readouterr().out)["space"]["space"]
+    assert main(["show", "space:lart"]) == 2
+    assert "no space 'lart'; nearest: mart, lrat" in capsys.readouterr().err
 
 
 def test_train_tracks_and_tells_where(workdir: Path, capsys) -> None:
@@ -130,7 +173,9 @@ def test_tune_ends_with_the_best_trials_and_what_to_type_next(ray_cluster, workd
     assert "raysweep show quick" in out and out.rstrip().endswith("mlflow ui")
     assert "trial 0001 finished" in err
     assert main(["show", "quick", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["trials"]) == 2
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["sweep"] == "quick" and len(shown["trials"]) == 2
+    assert all(Path(trial["checkpoint"]).is_dir() for trial in shown["trials"])
     wider = workdir / "wider.yaml"
     shipped = load_space("lrat", {}).json_dict()
     shipped["space"][ALPHA]["float"] = [0.125, 8.0]
@@ -201,6 +246,7 @@ def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) 
         (["tune", "lrat", "--workers", "2", "--gpus-per-trial", "3"], "3 GPUs for 2 workers is 1.5 each"),
         (["tune", "lrat", "--workers", "2", "--cpus-per-trial", "0"], "0 CPUs are not enough for 2 workers"),
         (["show", "lart"], "no method, preset, space file, pipeline, sweep or trial 'lart'; nearest: mart, lrat"),
+        (["show", "#"], "no method, preset, space file, pipeline, sweep or trial '#'; `raysweep list` names all"),
     ],
     ids=lambda case: " ".join(case) if isinstance(case, list) else "",
 )

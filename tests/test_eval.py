@@ -12,7 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from raysweep.attacks import preset
 from raysweep.cli import main
+from raysweep.pipeline.judge import folder_of, judge, save, track
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.space import load_space
+from raysweep.tracking import Tracker, embedded_store, run_tags
+from raysweep.training.checkpoint import Run
+from raysweep.training.load import load_checkpoint
 
 SMALL = ["--set", "epochs=2", "--set", "data.val_size=50", "--set", "*.attacks.*.steps=2"]
 QUICK = ["--attack", "apgd-ce", "--n", "40", "--json"]
@@ -78,11 +85,32 @@ def test_a_finished_evaluation_is_not_run_again(trained: Path, capsys, monkeypat
     assert json.loads(capsys.readouterr().out)["robust_accuracy"] == first["robust_accuracy"]
 
 
+def test_neither_seeds_nor_versions_overwrite_each_other(trained: Path, workdir: Path, monkeypatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    tracker, subject = Tracker(embedded_store(workdir), workdir / "mlruns"), load_checkpoint(trained, {})
+    assert subject.checkpoint and subject.data and subject.config
+    run, attack, folders = tracker.find(run_tags(subject.checkpoint)), preset("pgd20", 0.15), set()
+    for seed in (0, 1):
+        folder = folder_of(workdir, subject, attack, subject.config.data, 4, seed)
+        report = judge(subject, subject.data, attack, 4, folder, None, seed=seed)
+        save(report, folder, subject, subject.config.data)
+        track(tracker, run, subject, report, folder, "pgd20", False)
+        folders.add(folder)
+    assert len(folders) == 2
+    assert main(["eval", str(trained), "--version", "rand", "--n", "1"]) == 0
+
+    from mlflow import MlflowClient
+
+    assert run is not None
+    logged = MlflowClient(f"sqlite:///{workdir}/mlflow.db").get_run(run).data.metrics
+    names = {name.split("/")[1] for name in logged if name.startswith("eval/")}
+    assert names == {"pgd20-Linf-0.15-n4", "pgd20-Linf-0.15-n4-seed1", "autoattack-rand-Linf-0.15-n1"}
+
+
 @pytest.mark.ray
 def test_over_a_ray_cluster_the_verdict_is_the_same(trained: Path, ray_cluster, capsys, monkeypatch) -> None:
     from raysweep.evaluation import evaluate
     from raysweep.sweep.launch import RayMap
-    from raysweep.training.load import load_checkpoint
 
     subject = load_checkpoint(trained, {})
     from raysweep.data import load
@@ -94,7 +122,41 @@ def test_over_a_ray_cluster_the_verdict_is_the_same(trained: Path, ray_cluster, 
     assert np.array_equal(alone.robust, spread.robust)
 
 
-def test_a_users_own_model(workdir: Path, capsys, monkeypatch) -> None:
+def test_a_sweep_and_a_trial_are_named_as_show_names_them(trained: Path, workdir: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    ledger = Ledger.create(workdir / "runs" / "g1", load_space("at", {}))
+    shutil.move(trained, ledger.run_path(3))
+    last = Run(ledger.run_path(3)).last()
+    assert last is not None
+    ledger.write(Trial(3, {}, "finished", 2, best=max(last.history, key=lambda row: row["robust_worst"])))
+    folders = set()
+    for what in (
+        ["g1/0003"],
+        ["g1"],
+        ["runs/g1"],
+        [str(ledger.run_path(3))],
+        ["g1/3", "--storage", str(workdir / "s")],
+    ):
+        if "--storage" in what:
+            shutil.copytree(workdir / "runs" / "g1", workdir / "s" / "g1")
+        assert main(["eval", *what, *QUICK]) == 0, what
+        folders.add(json.loads(capsys.readouterr().out)["folder"].replace(str(workdir / "s"), str(workdir / "runs")))
+    assert len(folders) == 1 and folders.pop().startswith(str(ledger.run_path(3)))
+    assert main(["show", "g1", "--json"]) == 0
+    (trial,) = json.loads(capsys.readouterr().out)["trials"]
+    assert Path(trial["checkpoint"]).parent == ledger.run_path(3)
+    assert main(["eval", "g1/0004", *QUICK]) == 2
+    assert "0004: no such folder" in capsys.readouterr().err
+
+
+def test_a_users_own_model(tmp_path: Path, capsys, monkeypatch) -> None:
+    """In a folder and as a user whose names make trouble: `o'neil`, and none at all, as in some containers."""
+    workdir = tmp_path / "o'neil"
+    workdir.mkdir()
+    monkeypatch.chdir(workdir)
+    for name in ("MLFLOW_TRACKING_URI", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 2)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
     (workdir / "my_models.py").write_text(
         "import torch\n"
@@ -103,7 +165,8 @@ def test_a_users_own_model(workdir: Path, capsys, monkeypatch) -> None:
         "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
         "number = 3\n"
     )
-    assert main(["eval", "my_models:linear", "--attack", "pgd20", "--eps", "8/255", "--n", "30", "--json"]) == 0
+    command = ["eval", "my_models:linear", "--attack", "pgd20", "--eps", "8/255", "--n", "30", "--json"]
+    assert main(command) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["eps"] == 8 / 255 and report["model"] == "my_models:linear"
     assert main(["eval", "my_models:nothing"]) == 2
@@ -115,6 +178,9 @@ def test_pseudo_labels_for_self_training(trained: Path, workdir: Path, capsys) -
     np.savez(workdir / "more.npz", x=x)
     assert main(["eval", str(trained), "--pseudo-label", str(workdir / "more.npz")]) == 0
     target = capsys.readouterr().out.strip().rpartition("=")[2]
+    assert main(["eval", str(trained), "--pseudo-label", str(workdir / "more.npz"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["file"] == target and said["images"] == 40
     assert main(["train", "rst", *SMALL, "--set", f"data.unlabeled={target}", "--name", "rst"]) == 0
     assert "trains on labelled data alone" not in capsys.readouterr().err
     assert main(["train", "rst", *SMALL, "--name", "rst-alone"]) == 0
@@ -148,6 +214,7 @@ def test_the_command_with_a_class_of_ones_own_and_several_processes(workdir: Pat
     ("arguments", "words"),
     [
         (["--norm", "L2"], "say --eps too"),
+        (["--version", "rand"], "version 'rand' is of autoattack alone: leave it out for 'apgd-ce'"),
         (["--eps", "8"], "did you mean 8/255"),
         (["--set", "epochs=3"], "only data.* settings matter"),
     ],
@@ -171,6 +238,23 @@ def test_what_cannot_be_evaluated_is_one_line(what, words, workdir: Path, capsys
     assert main(["eval", what, *QUICK]) == 2
     (message,) = capsys.readouterr().err.strip().splitlines()
     assert words in message
+    assert (workdir / "mlflow.db").exists() == ("MLflow" in words), "a store is made when something is to be written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--verify", "--n", "3", "--out", "x"], "--verify attacks nothing: leave out --n, --out"),
+        (["--verify", "--set", "data.val_size=3"], "--verify attacks nothing: leave out --set"),
+        (["--verify", "--pseudo-label", "x.npz"], "--verify attacks nothing: leave out --pseudo-label"),
+        (["--pseudo-label", "x.npz", "--attack", "square"], "--pseudo-label attacks nothing: leave out --attack"),
+        (["--pseudo-label", "x.npz", "--bundle", "b"], "--pseudo-label attacks nothing: leave out --bundle"),
+    ],
+)
+def test_what_a_mode_does_not_read_is_refused(arguments, words, workdir: Path, capsys) -> None:
+    assert main(["eval", ".", *arguments]) == 2
+    assert capsys.readouterr().err == f"raysweep: error: {words}\n"
+    assert not list(workdir.iterdir())
 
 
 def test_a_hostile_checkpoint_is_refused_and_not_unpickled(trained: Path, capsys) -> None:

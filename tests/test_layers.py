@@ -18,7 +18,7 @@ LAYERS = [
     ("sweep",),
     ("tracking", "display", "plots", "results"),
     ("pipeline",),
-    ("commands", "completion"),
+    ("commands", "completion", "manual"),
     ("cli",),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

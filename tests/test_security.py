@@ -16,9 +16,10 @@ from rich.console import Console
 
 from raysweep import storage
 from raysweep.cli import main
-from raysweep.commands import doctor, plain_name
+from raysweep.commands import doctor, plain_name, ui_command
 from raysweep.pipeline.stage import Settings, Work
 from raysweep.spec import SpecError, override
+from raysweep.tracking import store_version
 
 ROOT = Path(__file__).parent.parent
 # Names that try to get out, and everything else.
@@ -115,6 +116,26 @@ def test_show_looks_at_runs_and_nowhere_else(what: str, workdir: Path, capsys) -
     (workdir / "outside" / "sweep.json").write_text(json.dumps({"key": "0", "space": space}))
     assert main(["show", what.format(root=workdir)]) == 2
     assert "no method, preset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("uri", "command"),
+    [
+        ("postgresql://lab:se/cret@db/mlflow", 'mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"'),
+        ("https://lab:secret@mlflow.lab/x", "open https://mlflow.lab/x"),
+        ("http://mlflow.lab:5000/a@b", "open http://mlflow.lab:5000/a@b"),
+        ("sqlite:////home/a@b/mlflow.db", "mlflow ui --backend-store-uri sqlite:////home/a@b/mlflow.db"),
+    ],
+)
+def test_what_to_type_next_holds_no_password(uri: str, command: str) -> None:
+    assert ui_command(uri) == command
+
+
+@pytest.mark.parametrize("uri", ["http://lab:hush@127.0.0.1:1", "nosuch://lab:hu/sh@127.0.0.1/db?password=hush"])
+def test_a_store_that_does_not_answer_gives_no_password_away(uri: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        store_version(uri)
+    assert "://lab:***@127.0.0.1" in str(refused.value) and not re.search("hush|hu/sh", str(refused.value))
 
 
 def calls(tree: ast.AST) -> set[str]:

@@ -141,8 +141,12 @@ def test_labels_are_short_and_unique() -> None:
         BETA: "beta",
         "method.terms.cw.weight.alpha": "cw.alpha",
         "optim.lr": "lr",
-        "method.terms.bound.weight.total": "total",
+        "method.terms.bound.weight.total": "bound.total",
     }
+    vague = ["optim.lr.values", "method.attacks.pgd.tau.values", "method.attacks.cw.steps", "epochs"]
+    assert list(labels(vague).values()) == ["lr.values", "tau.values", "cw.steps", "epochs"]
+    both = ["method.attacks.pgd.coef", "method.terms.pgd.coef"]
+    assert list(labels(both).values()) == both
 
 
 def test_a_rung_that_validation_leaves_out_is_refused() -> None:

@@ -9,6 +9,7 @@ import torch
 from conftest import TINY, Follower, tiny
 
 from raysweep import storage
+from raysweep.results import trial_advice
 from raysweep.spec import SpecError
 from raysweep.sweep.failures import explain
 from raysweep.sweep.ledger import Ledger, Trial
@@ -103,7 +104,34 @@ def test_mlflow_has_one_parent_and_one_run_for_each_trial(finished) -> None:
         assert artifacts - {"plots"} == {"checkpoint", "config.json", "environment.json"}
         plots = [item.path for item in client.list_artifacts(run.info.run_id, "plots")]
         assert bool(plots) == (trial.number in {t.number for t in ledger.ranked()[:3]})
-    assert parent.data.metrics["best/robust_worst"] == pytest.approx(ledger.ranked()[0].best["robust_worst"])
+        assert run.data.tags["mlflow.note.content"].splitlines() == [
+            f"- {line}" for line in trial_advice(ledger, trial.number)
+        ]
+    assert any(run.data.tags["mlflow.note.content"] for run in children)
+    best = ledger.ranked()[0]
+    assert parent.data.metrics["best/robust_worst"] == pytest.approx(best.best["robust_worst"])
+    described = parent.data.tags["mlflow.note.content"]
+    assert "- 4 of 4 trials ended\n- epochs: 8 asked, 8 trained, 0 taken over" in described
+    assert f"- best: trial {best.number:04d}, robust worst {best.score('robust_worst'):.3f} in epoch" in described
+    assert f"alpha={best.settings[ALPHA]:.6g}\n- next: `raysweep eval {ledger.checkpoint(best)}`" in described
+
+
+def test_mlflow_tells_of_a_trial_that_failed(tmp_path) -> None:
+    from mlflow import MlflowClient
+
+    ledger, tracker = Ledger.create(tmp_path / "one", space()), Tracker(f"sqlite:///{tmp_path}/m.db", tmp_path / "a")
+    ledger.write(Trial(0, {ALPHA: 2.0}, state="failed", epoch=1, trained=1, reason="KeyError: 'no'"))
+    (ledger.run_path(0) / "error.txt").write_text("Traceback")
+    listener = SweepTracker(tracker)
+    listener.started(ledger, 1)
+    listener.ended(ledger)
+    client, runs = MlflowClient(tracker.uri), {}
+    for run in client.search_runs([client.get_experiment_by_name("raysweep").experiment_id]):
+        runs[run.data.tags["raysweep.kind"]] = run
+    failed, parent = runs["trial"], runs["sweep"]
+    assert failed.data.tags["mlflow.note.content"] == "- failed: KeyError: 'no'"
+    assert "error.txt" in {item.path for item in client.list_artifacts(failed.info.run_id)}
+    assert "- 1 of 4 trials ended, 1 of them failed" in parent.data.tags["mlflow.note.content"]
 
 
 def test_a_finished_sweep_grows_by_trials_epochs_and_a_wider_range(finished) -> None:

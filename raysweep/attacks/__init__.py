@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Discriminator, Tag
 
 from raysweep.attacks.apgd import APGD
-from raysweep.attacks.autoattack import PRESETS, Version, autoattack, custom, preset
+from raysweep.attacks.autoattack import ATTACKS, Version, autoattack, custom, preset
 from raysweep.attacks.base import Adversarial, Attack, Norm, frozen, margin, vulnerability
 from raysweep.attacks.fab import FAB
 from raysweep.attacks.minimal import Minimal
@@ -25,9 +25,9 @@ AnyAttack = Annotated[
 
 __all__ = [
     "APGD",
+    "ATTACKS",
     "FAB",
     "PGD",
-    "PRESETS",
     "Adversarial",
     "AnyAttack",
     "Attack",

@@ -1,6 +1,5 @@
 """AutoAttack (Croce & Hein 2020a) and the other evaluations that have a name."""
 
-from collections.abc import Callable
 from typing import Literal, get_args
 
 from raysweep.attacks.apgd import APGD
@@ -16,20 +15,14 @@ Version = Literal["standard", "plus", "rand"]
 
 def autoattack(eps: float = 8 / 255, norm: Norm = "Linf", version: Version = "standard") -> WorstCase:
     """The attacks of an official version, in its order and with its settings."""
+    single = _single(eps, norm)
     attacks: dict[str, dict[str, SingleAttack]] = {
-        "standard": {
-            "apgd-ce": APGD(eps=eps, norm=norm, loss="ce"),
-            "apgd-t": APGD(eps=eps, norm=norm, loss="dlr-targeted"),
-            "fab-t": FAB(eps=eps, norm=norm),
-            "square": Square(eps=eps, norm=norm),
-        },
+        "standard": {name: single[name] for name in ("apgd-ce", "apgd-t", "fab-t", "square")},
         "plus": {
             "apgd-ce": APGD(eps=eps, norm=norm, loss="ce", restarts=5),
             "apgd-dlr": APGD(eps=eps, norm=norm, loss="dlr", restarts=5),
             "fab": FAB(eps=eps, norm=norm, targets=None, restarts=5),
-            "square": Square(eps=eps, norm=norm),
-            "apgd-t": APGD(eps=eps, norm=norm, loss="dlr-targeted"),
-            "fab-t": FAB(eps=eps, norm=norm),
+            **{name: single[name] for name in ("square", "apgd-t", "fab-t")},
         },
         "rand": {
             "apgd-ce": APGD(eps=eps, norm=norm, loss="ce", samples=20),
@@ -42,48 +35,70 @@ def autoattack(eps: float = 8 / 255, norm: Norm = "Linf", version: Version = "st
 
 
 def custom(names: list[str], eps: float = 8 / 255, norm: Norm = "Linf") -> WorstCase:
-    """A cascade of one's own from the names of official attacks; `autoattack` stands for those of its standard version.
+    """A cascade of one's own from names in `ATTACKS`; `autoattack` stands for the attacks of its standard version.
 
     A name again is a restart: `square` and then `square-2`, each with random numbers of its own.
     """
-    standard = autoattack(eps, norm, "standard").attacks
-    known = standard | {
-        "apgd-dlr": APGD(eps=eps, norm=norm, loss="dlr"),
-        "apgd-cw": APGD(eps=eps, norm=norm, loss="cw"),
-        "fab": FAB(eps=eps, norm=norm, targets=None),
-    }
-    names = [part for name in names for part in (standard if name == "autoattack" else [name])]
-    problems = [unknown_name("attack", name, list(known)) for name in names if name not in known]
+    single, several = _single(eps, norm), _several(eps, norm)
+    known = single | {name: attack for cascade in several.values() for name, attack in cascade.attacks.items()}
+    problems = [unknown_name("attack", name, list(ATTACKS)) for name in names if name not in ATTACKS]
     if problems or not names:
         raise SpecError(problems or "a cascade needs at least one attack")
+    names = [part for name in names for part in (several[name].attacks if name in several else [name])]
     times = [names[: i + 1].count(name) for i, name in enumerate(names)]
     return WorstCase(
         attacks={name if n == 1 else f"{name}-{n}": known[name] for name, n in zip(names, times, strict=True)}
     )
 
 
-PRESETS: dict[str, Callable[[float, Norm], WorstCase]] = {
-    "autoattack": autoattack,
-    "pgd20": lambda eps, norm: WorstCase(attacks={"pgd20": PGD(eps=eps, norm=norm, steps=20, step_size=eps / 4)}),
-    "cw20": lambda eps, norm: WorstCase(
-        attacks={"cw20": PGD(eps=eps, norm=norm, steps=20, step_size=eps / 4, loss="cw")}
-    ),
-    # tau 0: right after every one of the 5 x 40 steps (G app. C).
-    "pgd+": lambda eps, norm: restarts(PGD(eps=eps, norm=norm, steps=40, step_size=0.01, tau=0), 5, "pgd+"),
-    "apgd-ce": lambda eps, norm: custom(["apgd-ce"], eps, norm),
-    "apgd-t": lambda eps, norm: custom(["apgd-t"], eps, norm),
-    "square": lambda eps, norm: custom(["square"], eps, norm),
+def _single(eps: float, norm: Norm) -> dict[str, SingleAttack]:
+    """Official attacks, and those of the papers' tables."""
+    return {
+        "apgd-ce": APGD(eps=eps, norm=norm, loss="ce"),
+        "apgd-t": APGD(eps=eps, norm=norm, loss="dlr-targeted"),
+        "fab-t": FAB(eps=eps, norm=norm),
+        "square": Square(eps=eps, norm=norm),
+        "apgd-dlr": APGD(eps=eps, norm=norm, loss="dlr"),
+        "apgd-cw": APGD(eps=eps, norm=norm, loss="cw"),
+        "fab": FAB(eps=eps, norm=norm, targets=None),
+        "pgd20": PGD(eps=eps, norm=norm, steps=20, step_size=eps / 4),
+        "cw20": PGD(eps=eps, norm=norm, steps=20, step_size=eps / 4, loss="cw"),
+    }
+
+
+def _several(eps: float, norm: Norm) -> dict[str, WorstCase]:
+    return {
+        "autoattack": autoattack(eps, norm),
+        # tau 0: right after every one of the 5 x 40 steps (G app. C).
+        "pgd+": restarts(PGD(eps=eps, norm=norm, steps=40, step_size=0.01, tau=0), 5, "pgd+"),
+    }
+
+
+# What `--attack` and pipelines know by name.
+ATTACKS = {
+    "autoattack": "AutoAttack's standard version: apgd-ce, apgd-t, fab-t and square; --version names others.",
+    "apgd-ce": "APGD on the cross-entropy, 100 steps.",
+    "apgd-t": "APGD on the targeted DLR loss, 9 targets of 100 steps.",
+    "apgd-dlr": "APGD on the DLR loss, 100 steps.",
+    "apgd-cw": "APGD on the margin of the logits, 100 steps.",
+    "fab": "FAB: the nearest boundary, 100 steps.",
+    "fab-t": "FAB towards 9 targets, 100 steps each.",
+    "square": "Square: 5000 queries, no gradients.",
+    "pgd20": "PGD-20 on the cross-entropy: for comparison with tables only, as the next two.",
+    "cw20": "PGD-20 on the margin of the logits.",
+    "pgd+": "PGD+: 5 starts of 40 steps of 0.01, judged after each step (G app. C).",
 }
 
 
 def preset(name: str, eps: float = 8 / 255, norm: Norm = "Linf", version: Version = "standard") -> WorstCase:
-    """The named evaluation; names of official attacks joined by commas make a cascade of one's own (see `custom`)."""
+    """The evaluation of a name in `ATTACKS`; names joined by commas make a cascade of one's own (see `custom`).
+
+    version: of AutoAttack alone.
+    """
     # Refuses a wrong radius or norm in one line.
     APGD.load({"eps": eps, "norm": norm})
     if name == "autoattack":
         return autoattack(eps, norm, version)
-    if name in PRESETS:
-        return PRESETS[name](eps, norm)
-    if "," in name:
-        return custom([part.strip() for part in name.split(",")], eps, norm)
-    raise SpecError(unknown_name("attack", name, list(PRESETS)))
+    if version != "standard":
+        raise SpecError(f"version {version!r} is of autoattack alone: leave it out for {name!r}")
+    return custom([part.strip() for part in name.split(",")], eps, norm)

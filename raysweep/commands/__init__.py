@@ -1,6 +1,7 @@
 """One module for each command: `run(args) -> exit code`, and what several of them share."""
 
 import os
+import re
 import shlex
 from argparse import Namespace
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 
 from raysweep import storage
 from raysweep.spec import SpecError, is_plain, parse_yaml
+from raysweep.sweep.ledger import Ledger
 
 
 def settings(args: Namespace) -> dict[str, Any]:
@@ -55,6 +57,18 @@ def runs_in(args: Namespace, write: bool = True) -> Path:
     return writable(folder, "--storage") if write else folder
 
 
+def named_sweep(what: str, runs: Path) -> tuple[Ledger, int | None] | None:
+    """The sweep in the folder of all runs, and the trial's number if it is one, that SWEEP or SWEEP/0003 names."""
+    if Path(what).is_absolute() or ".." in Path(what).parts:
+        return None
+    sweep, _, number = what.rpartition("/")
+    if storage.pull_file(runs / what / "sweep.json"):
+        return Ledger.open(runs / what), None
+    if number.isdecimal() and storage.pull_file(runs / sweep / "sweep.json"):
+        return Ledger.open(runs / sweep), int(number)
+    return None
+
+
 def places(args: Namespace) -> str:
     """`--out` and `--storage` as they were given, for a command to type next."""
     out = [] if args.out == Path() else ["--out", str(args.out)]
@@ -69,7 +83,11 @@ def plain_name(name: str, option: str) -> str:
 
 
 def ui_command(uri: str) -> str:
-    """What to type to look at an MLflow store."""
+    """What to type to look at an MLflow store; never a password."""
     if uri == f"sqlite:///{(Path() / 'mlflow.db').resolve()}":
         return "mlflow ui"
-    return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else f"open {uri}"
+    if uri.startswith("http"):
+        return f"open {re.sub('//[^/]*@', '//', uri)}"
+    # A server's database can only be that of the environment.
+    store = uri if uri.startswith("sqlite") else '"$MLFLOW_TRACKING_URI"'
+    return f"mlflow ui --backend-store-uri {store}"

@@ -14,7 +14,7 @@ from raysweep import storage
 from raysweep.commands import data_settings, runs_in, writable
 from raysweep.data import DataSpec, load
 from raysweep.spec import SpecError
-from raysweep.tracking import embedded_store, store_version
+from raysweep.tracking import embedded_store, masked, store_version
 
 if TYPE_CHECKING:
     from raysweep.sweep.probe import Answer
@@ -93,7 +93,7 @@ def _mlflow(uri: str) -> Iterator[Finding]:
         return
     do = f"upgrade: versions before {_dotted(_SAFE['mlflow'])} have known holes"
     ok = _numbers(found) >= _SAFE["mlflow"]
-    yield Finding("mlflow", ok, f"{found} at {uri}", "" if ok else do)
+    yield Finding("mlflow", ok, f"{found} at {masked(uri)}", "" if ok else do)
 
 
 def _nodes(

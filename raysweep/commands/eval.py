@@ -11,7 +11,7 @@ import torch
 
 from raysweep import storage
 from raysweep.attacks import preset
-from raysweep.commands import data_settings, ui_command, writable
+from raysweep.commands import data_settings, named_sweep, runs_in, ui_command, writable
 from raysweep.data import DataSpec, load
 from raysweep.data.unlabeled import pseudo_label
 from raysweep.data.unlabeled import read as read_unlabeled
@@ -19,6 +19,7 @@ from raysweep.data.unlabeled import write as write_unlabeled
 from raysweep.evaluation import RobustnessReport
 from raysweep.pipeline.bundle import verify_bundle, write_bundle
 from raysweep.pipeline.judge import folder_of, judge, save, threat_of, track, workers
+from raysweep.results import load_sweep
 from raysweep.spec import SpecError, override
 from raysweep.tracking import Tracker, embedded_store, run_tags
 from raysweep.training.load import Subject, load_checkpoint, load_factory
@@ -27,45 +28,75 @@ _FACTORY = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 _RUN_ID = re.compile(r"^[0-9a-f]{32}$")
 
 
+# Options that are of attacks alone, as they are where they were not given.
+_OF_ATTACKS: dict[str, Any] = {
+    "attack": "autoattack",
+    "version": "standard",
+    "eps": None,
+    "norm": "Linf",
+    "n": None,
+    "batch_size": 500,
+    "keep_adversarial": False,
+    "bundle": None,
+    "address": None,
+    "gpus_per_task": 1.0,
+}
+
+
 def run(args: Namespace) -> int:
     if args.verify:
+        _refuse(args, "--verify", {**_OF_ATTACKS, "pseudo_label": None, "set": [], "storage": None, "out": Path()})
         return _verify(args)
-    out = writable(args.out)
-    tracker = Tracker(embedded_store(out), out / "mlruns").ready()
-    subject, run_id = _subject(args, tracker, out)
     if args.pseudo_label is not None:
-        return _pseudo_label(subject, args.pseudo_label, out)
-    if args.bundle is not None:
-        _bundleable(args, subject)
+        _refuse(args, "--pseudo-label", _OF_ATTACKS)
+    out = writable(args.out)
+    subject, run_id = _subject(args, out)
+    if args.pseudo_label is not None:
+        return _pseudo_label(args, subject, out)
     spec = subject.config.data if subject.config else override(DataSpec(), _data(args))
+    attack = preset(args.attack, _eps(args, subject, spec), args.norm, args.version)
+    bundle = _bundle(args, subject)
     data = subject.data or load(spec)
-    eps = _eps(args, subject, spec)
-    attack = preset(args.attack, eps, args.norm, args.version)
+    tracker = _tracker(out)
+    if run_id is None and subject.checkpoint is not None:
+        run_id = tracker.find(run_tags(subject.checkpoint))
     count = min(args.n or len(data.test), len(data.test))
     folder = folder_of(out, subject, attack, spec, count)
-    keep = args.keep_adversarial or args.bundle is not None
-    options = {"batch_size": args.batch_size, "keep_adversarial": keep}
+    options = {"batch_size": args.batch_size, "keep_adversarial": args.keep_adversarial or bundle is not None}
     with workers(args.address, args.gpus_per_task) as shards:
         report = judge(subject, data, attack, count, folder, shards, **options)
     save(report, folder, subject, spec)
-    if args.bundle is not None and subject.checkpoint is not None:
-        write_bundle(args.bundle.expanduser().resolve(), report, subject.checkpoint, spec, subject.name)
+    if bundle is not None and subject.checkpoint is not None:
+        write_bundle(bundle, report, subject.checkpoint, spec, subject.name)
     _print(args, report, subject, folder, tracker)
-    track(tracker, run_id, subject, report, folder, args.attack, count == len(data.test))
+    name = args.attack if args.version == "standard" else f"{args.attack}-{args.version}"
+    track(tracker, run_id, subject, report, folder, name, count == len(data.test))
     return 0
 
 
-def _bundleable(args: Namespace, subject: Subject) -> None:
-    """What would make the bundle impossible, before the attacks."""
+def _refuse(args: Namespace, mode: str, unused: dict[str, Any]) -> None:
+    """Raises SpecError for options that mean nothing to a mode that attacks nothing."""
+    given = [f"--{name.replace('_', '-')}" for name, default in unused.items() if getattr(args, name) != default]
+    if given:
+        raise SpecError(f"{mode} attacks nothing: leave out {', '.join(given)}")
+
+
+def _bundle(args: Namespace, subject: Subject) -> Path | None:
+    """Where a bundle is to go. SpecError, before the attacks, for what would make it impossible."""
+    if args.bundle is None:
+        return None
     if subject.checkpoint is None:
         raise SpecError(f"--bundle: {subject.name} is code of your own: only checkpoints of ours can be bundled")
-    if args.bundle.exists():
+    folder: Path = args.bundle.expanduser().resolve()
+    if folder.exists():
         raise SpecError(f"--bundle {args.bundle}: is there already")
+    return folder
 
 
 def _verify(args: Namespace) -> int:
     """Exit code 1 if a claim of the bundle does not hold."""
-    card, problems = verify_bundle(Path(args.what).expanduser().resolve(), args.data_dir)
+    data_dir = args.data_dir.expanduser().resolve() if args.data_dir else None
+    card, problems = verify_bundle(Path(args.what).expanduser().resolve(), data_dir)
     if args.json:
         print(json.dumps({"bundle": args.what, "sound": not problems, "problems": problems, "card": card}, indent=1))
     elif not problems:
@@ -75,17 +106,28 @@ def _verify(args: Namespace) -> int:
     return 1 if problems else 0
 
 
-def _subject(args: Namespace, tracker: Tracker, out: Path) -> tuple[Subject, str | None]:
-    """The model, and its MLflow run if it was named by one."""
+def _tracker(out: Path) -> Tracker:
+    return Tracker(embedded_store(out), out / "mlruns").ready()
+
+
+def _subject(args: Namespace, out: Path) -> tuple[Subject, str | None]:
+    """The model, and its MLflow run if it was named by one: for anything else no store is opened."""
     if _FACTORY.match(args.what):
         return load_factory(args.what), None
     if _RUN_ID.match(args.what) or args.what.startswith(("runs:/", "models:/")):
-        run_id, folder = tracker.checkpoint(args.what, out / "runs" / "from-mlflow")
+        run_id, folder = _tracker(out).checkpoint(args.what, out / "runs" / "from-mlflow")
         return load_checkpoint(folder, _data(args)), run_id
-    path = storage.reach(args.what)
-    subject = load_checkpoint(path, _data(args))
-    assert subject.checkpoint is not None
-    return subject, tracker.find(run_tags(subject.checkpoint))
+    return load_checkpoint(_place(args), _data(args)), None
+
+
+def _place(args: Namespace) -> Path:
+    """A checkpoint's or run's folder, by path or URI or by the name of a sweep, which stands for its best trial."""
+    here = storage.is_uri(args.what) or Path(args.what).expanduser().exists()
+    found = None if here else named_sweep(args.what, runs_in(args, write=False))
+    if found and found[1] is not None:
+        return found[0].run_path(found[1])
+    path = found[0].path if found else storage.reach(args.what)
+    return load_sweep(path).best if storage.pull_file(path / "sweep.json") else path
 
 
 def _data(args: Namespace) -> dict[str, Any]:
@@ -104,14 +146,18 @@ def _eps(args: Namespace, subject: Subject, spec: DataSpec) -> float:
     return radius
 
 
-def _pseudo_label(subject: Subject, source: Path, out: Path) -> int:
+def _pseudo_label(args: Namespace, subject: Subject, out: Path) -> int:
     """Write FILE's images with the model's labels, as `data.unlabeled` takes them (Carmon et al. 2019)."""
+    source = args.pseudo_label.expanduser()
     x, _ = read_unlabeled(source)
     white = subject.data.test.white if subject.data else 255
     y = pseudo_label(subject.model, torch.from_numpy(x), white).numpy()
     target = out / f"{source.stem}-labelled.npz"
     write_unlabeled(target, x, y)
-    print(f"{len(y)} images labelled by {subject.name}; use them with\n  --set data.unlabeled={target}")
+    if args.json:
+        print(json.dumps({"model": subject.name, "images": len(y), "file": str(target)}, indent=1))
+    else:
+        print(f"{len(y)} images labelled by {subject.name}; use them with\n  --set data.unlabeled={target}")
     return 0
 
 

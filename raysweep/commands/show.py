@@ -2,61 +2,95 @@
 
 import json
 from argparse import Namespace
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
 
 from raysweep import storage
 from raysweep.catalog import METHODS
-from raysweep.commands import runs_in, settings
+from raysweep.commands import named_sweep, runs_in, settings
 from raysweep.display import trial_table
 from raysweep.pipeline.shipped import pipelines
-from raysweep.results import trial_advice
-from raysweep.spec import Json, SpecError, read_yaml, unknown_name
+from raysweep.results import sweep_facts, trial_advice, trial_facts
+from raysweep.spec import Json, SpecError, flatten, read_yaml, unknown_name
 from raysweep.sweep.ledger import Ledger
-from raysweep.sweep.space import load_space
+from raysweep.sweep.space import SearchSpace, load_space, spaces
 from raysweep.training.presets import presets, resolve
 
 
 def run(args: Namespace) -> int:
-    parts = read_yaml(Path(args.what)) if args.what.endswith((".yaml", ".yml")) else {}
-    if args.what in pipelines() or "stages" in parts:
+    kind, what = _kind(args.what)
+    if kind == "pipeline":
         from raysweep.pipeline.pipeline import load_pipeline
 
-        return _print(args, load_pipeline(args.what, settings(args))[1].json_dict())
-    if "space" in parts:
-        space = load_space("", settings(args), Path(args.what))
-        return _print(args, {"space": space.json_dict(), "config": space.config({}).json_dict()})
-    if parts or args.what in (*METHODS, *presets()):
-        return _print(args, resolve(args.what, settings(args)).json_dict())
+        pipeline = load_pipeline(what, settings(args))[1].json_dict()
+        print(json.dumps(pipeline, indent=1) if args.json else yaml.safe_dump(pipeline, sort_keys=False).rstrip())
+        return 0
+    if kind == "space":
+        shipped = what in spaces()
+        return _space(args, load_space(what if shipped else "", settings(args), None if shipped else Path(what)))
+    if kind:
+        config = resolve(what, settings(args))
+        return _print(config.json_dict()) if args.json else _paths(flatten(config))
     runs = runs_in(args, write=False)
-    inside = ".." not in Path(args.what).parts and not Path(args.what).is_absolute()
-    if inside and storage.pull_file(runs / args.what / "sweep.json"):
-        return _sweep(args, Ledger.open(runs / args.what))
-    sweep, _, number = args.what.rpartition("/")
-    if inside and number.isdecimal() and storage.pull_file(runs / sweep / "sweep.json"):
-        return _trial(args, Ledger.open(runs / sweep), int(number))
-    sweeps = storage.folders(runs, "sweep.json")
-    known = dict.fromkeys([*METHODS, *presets(), *pipelines(), *sweeps])
-    raise SpecError(unknown_name("method, preset, space file, pipeline, sweep or trial", args.what, list(known)))
+    if found := named_sweep(what, runs):
+        ledger, number = found
+        return _sweep(args, ledger) if number is None else _trial(args, ledger, number)
+    known = dict.fromkeys([*METHODS, *presets(), *pipelines(), *storage.folders(runs, "sweep.json")])
+    raise SpecError(unknown_name("method, preset, space file, pipeline, sweep or trial", what, list(known)))
 
 
-def _print(args: Namespace, data: Json) -> int:
-    print(
-        json.dumps(data, indent=1) if args.json else yaml.safe_dump(data, sort_keys=False),
-        end="\n" if args.json else "",
-    )
+def _kind(what: str) -> tuple[str, str]:
+    """What a name or file is, and its name without that; "" if no table has it. `preset:NAME` says it beforehand."""
+    tables = {"pipeline": list(pipelines()), "method": list(METHODS), "preset": presets(), "space": spaces()}
+    kind, colon, name = what.partition(":")
+    if colon and kind in tables:
+        if name not in tables[kind]:
+            raise SpecError(unknown_name(kind, name, tables[kind]))
+        return kind, name
+    if what.endswith((".yaml", ".yml")):
+        parts = read_yaml(Path(what))
+        return ("pipeline" if "stages" in parts else "space" if "space" in parts else "preset"), what
+    # A space has the name of its method: as a bare name that is the method.
+    return next((kind for kind, names in tables.items() if what in names), ""), what
+
+
+def _print(data: Json) -> int:
+    print(json.dumps(data, indent=1))
     return 0
+
+
+def _paths(values: Mapping[str, Any]) -> int:
+    """Settings as `--set` takes them."""
+    for path, value in values.items():
+        print(f"{path} = {value if isinstance(value, str) else json.dumps(value)}")
+    return 0
+
+
+def _space(args: Namespace, space: SearchSpace) -> int:
+    """What is searched, as a space's file says it, and every setting besides."""
+    config = space.config({})
+    if args.json:
+        return _print({"space": space.json_dict(), "config": config.json_dict()})
+    about = {key: value for key, value in space.json_dict().items() if key not in ("base", "space", "start")}
+    print(f"{yaml.safe_dump(about, sort_keys=False)}space:")
+    for path, distribution in space.space.items():
+        print(f"  {path}: {json.dumps(distribution.model_dump(mode='json', exclude_defaults=True))}")
+    if space.start:
+        print("start:")
+    for point in space.start:
+        print(f"  - {json.dumps(point)}")
+    print()
+    return _paths({path: value for path, value in flatten(config).items() if path not in space.space})
 
 
 def _sweep(args: Namespace, ledger: Ledger) -> int:
     trials = ledger.trials()
     if args.json:
-        return _print(
-            args, {"name": ledger.name, "space": ledger.space.json_dict(), "trials": [asdict(t) for t in trials]}
-        )
+        return _print(sweep_facts(ledger))
     running = [trial for trial in trials if trial.state == "running"]
     console = Console()
     console.print(
@@ -79,7 +113,7 @@ def _trial(args: Namespace, ledger: Ledger, number: int) -> int:
     trial, advice = trials[number], trial_advice(ledger, number)
     folder = ledger.run_path(number)
     if args.json:
-        return _print(args, {**asdict(trial), "folder": storage.name(folder), "advice": advice})
+        return _print({**trial_facts(ledger, trial), "folder": storage.name(folder), "advice": advice})
     reason = f": {trial.reason}" if trial.reason else ""
     print(f"{ledger.name}/{number:04d} {trial.state}{reason} after {trial.epoch} epochs, {trial.trained} trained here")
     settings = {path: value for path, value in trial.settings.items() if value is not None}

@@ -67,14 +67,17 @@ class ResNet(nn.Module):
 
 
 def resnet18(channels: int, classes: int) -> nn.Module:
+    """CIFAR's form, without max pooling: two blocks of two 3x3 convolutions in each stage, 11,173,962 parameters."""
     return ResNet(BasicBlock, (2, 2, 2, 2), channels, classes)
 
 
 def resnet34(channels: int, classes: int) -> nn.Module:
+    """CIFAR's form, without max pooling: 3, 4, 6 and 3 blocks of two 3x3 convolutions, 21,282,122 parameters."""
     return ResNet(BasicBlock, (3, 4, 6, 3), channels, classes)
 
 
 def resnet50(channels: int, classes: int) -> nn.Module:
+    """CIFAR's form, without max pooling: 3, 4, 6 and 3 bottlenecks, 23,520,842 parameters."""
     return ResNet(Bottleneck, (3, 4, 6, 3), channels, classes)
 
 

@@ -30,9 +30,11 @@ def threat_of(subject: Subject, data: str) -> tuple[float, str]:
     return float(PROFILES.get(data, {}).get("*.eps", 8 / 255)), "Linf"
 
 
-def folder_of(out: Path, subject: Subject, attack: WorstCase | SingleAttack, data: DataSpec, count: int) -> Path:
+def folder_of(
+    out: Path, subject: Subject, attack: WorstCase | SingleAttack, data: DataSpec, count: int, seed: int = 0
+) -> Path:
     """Beside the checkpoint that is judged, or under `runs/eval` where that is a bucket's or none of ours."""
-    key = digest([attack.json_dict(), data.json_dict(), count])
+    key = digest([attack.json_dict(), data.json_dict(), count, seed])
     if subject.checkpoint is None:
         return out / "runs" / "eval" / f"{subject.name.replace(':', '.')}-{key}"
     path = subject.checkpoint.path
@@ -111,12 +113,17 @@ def track(
     """Numbers and files into the run that trained the model, or into one of their own; its id.
 
     `aa/...` is for AutoAttack's standard version at the training's epsilon on the whole test set, and for nothing else.
+    A seed but the usual one is named too.
     """
     own = run_id is None
-    run_id = run_id or tracker.run(subject.name, {"raysweep.kind": "eval", "raysweep.folder": str(folder)})
+    if run_id is None:
+        # A path may hold what no filter of MLflow can quote.
+        run_id = tracker.run(subject.name, {"raysweep.kind": "eval", "raysweep.evaluation": digest(str(folder))})
+        tracker.tag(run_id, {"raysweep.folder": str(folder)})
     trained_for = subject.config is None or threat_of(subject, "") == (report.eps, report.norm)
     full = whole and trained_for and report.is_autoattack
     prefix = "aa" if full else f"eval/{name}-{report.norm}-{report.eps:.4g}-n{len(report.labels)}"
+    prefix += f"-seed{report.seed}" if report.seed else ""
     low, high = report.intervals["robust"]
     metrics = {
         "robust_accuracy": report.robust_accuracy,

@@ -14,7 +14,8 @@ from raysweep.training.trainer import TrainingFailed
 
 # What a trial reports to Tune when it has failed: why, and for what looks like a bug its traceback.
 FAILED, BUG = "failed", "bug"
-_FILE = "failed.json"
+# In a failed trial's folder: the traceback of what looks like a bug; and the report, for other workers.
+ERROR, _FILE = "error.txt", "failed.json"
 
 
 def explain(error: Exception, config: RunConfig, path: Path) -> dict[str, str]:
@@ -30,8 +31,8 @@ def explain(error: Exception, config: RunConfig, path: Path) -> dict[str, str]:
         hint = f"lower batch_size (now {config.batch_size}) or raise --cpus-per-trial, so that fewer run at once"
         return {FAILED: f"out of memory: {hint}"}
     account = "".join(traceback.format_exception(error))
-    write_whole(path / "error.txt", account)
-    storage.push(path / "error.txt")
+    write_whole(path / ERROR, account)
+    storage.push(path / ERROR)
     return {FAILED: traceback.format_exception_only(error)[0].splitlines()[0], BUG: account}
 
 

@@ -21,6 +21,11 @@ Choice = float | str | bool | None
 Settings = dict[str, Any]
 Reals = tuple[Number, Number]
 Integers = tuple[int, int]
+# Last parts of dotted paths that say nothing without the part before them.
+_VAGUE = {
+    *("kind", "name", "on", "coef", "total", "steps", "size"),
+    *("values", "boundaries", "epochs", "first", "last", "start", "end"),
+}
 
 
 class Distribution(Spec):
@@ -300,13 +305,15 @@ def spaces() -> list[str]:
 
 
 def labels(paths: list[str]) -> dict[str, str]:
-    """A short name for each dotted path, unique among them: `method.terms.pgd.weight.alpha` is `pgd.alpha`."""
+    """A short name for each dotted path, unique among them: `alpha`, where there are two `pgd.alpha`; `lr.values`."""
     noise = {"method", "terms", "attacks", "weight", "optim"}
     short = {path: [part for part in path.split(".") if part not in noise] or [path] for path in paths}
     result = {}
     for path, parts in short.items():
-        leaf_is_unique = sum(other[-1] == parts[-1] for other in short.values()) == 1
-        result[path] = parts[-1] if leaf_is_unique else ".".join(parts)
+        least = min(1 + (parts[-1] in _VAGUE), len(parts))
+        alone = (n for n in range(least, len(parts) + 1) if [o[-n:] for o in short.values()].count(parts[-n:]) == 1)
+        length = next(alone, None)
+        result[path] = ".".join(parts[-length:]) if length else path
     return result
 
 

@@ -21,12 +21,18 @@ from raysweep.training.diagnostics import read_histograms
 
 EXPERIMENT = "raysweep"
 _ILLEGAL = re.compile(r"[^\w./ -]")
+_SECRET = re.compile(r"(://[^\s:/@]*:)\S*(?=@)|(password=)[^\s&]*")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 def embedded_store(folder: Path) -> str:
     """The default store: SQLite in `folder`, where a bare `mlflow ui` started there finds it."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / 'mlflow.db').resolve()}"
+
+
+def masked(text: str) -> str:
+    """A store's URI, or a line that has one in it, without its password."""
+    return _SECRET.sub(r"\1\2***", text)
 
 
 class Tracker:
@@ -57,7 +63,7 @@ class Tracker:
             return found
         version = environment()["git_revision"]
         more = {
-            "mlflow.user": getpass.getuser(),
+            "mlflow.user": _user(),
             "mlflow.source.name": "raysweep",
             "mlflow.source.type": "LOCAL",
             **({"mlflow.source.git.commit": version} if version else {}),
@@ -103,9 +109,8 @@ class Tracker:
         self._connected.result()[0].log_batch(run, tags=[RunTag(k, v) for k, v in tags.items()])
 
     def describe(self, run: str, lines: Sequence[str]) -> None:
-        """The run's description in the UI: one point a line."""
-        if lines:
-            self.tag(run, {"mlflow.note.content": "\n".join(f"- {line}" for line in lines)})
+        """The run's description in the UI, in place of an earlier one: one point a line."""
+        self.tag(run, {"mlflow.note.content": "\n".join(f"- {line}" for line in lines)})
 
     def artifacts(self, run: str, folder: Path, under: str) -> None:
         self._connected.result()[0].log_artifacts(run, str(folder), under)
@@ -125,7 +130,7 @@ class Tracker:
     def artifact(self, run: str, data: Any, name: str) -> None:
         self._connected.result()[0].log_dict(run, data, name)
 
-    def file(self, run: str, path: Path, under: str) -> None:
+    def file(self, run: str, path: Path, under: str | None = None) -> None:
         self._connected.result()[0].log_artifact(run, str(path), under)
 
     def find(self, tags: Mapping[str, str]) -> str | None:
@@ -156,7 +161,8 @@ class Tracker:
             folder.mkdir(parents=True, exist_ok=True)
             return run, Path(client.download_artifacts(run, "checkpoint", str(folder)))
         except (MlflowException, OSError) as error:
-            raise SpecError(f"{what}: no checkpoint in MLflow store {self.uri}: {str(error).splitlines()[0]}") from None
+            reason = str(error).splitlines()[0]
+            raise SpecError(masked(f"{what}: no checkpoint in MLflow store {self.uri}: {reason}")) from None
 
     def register(self, name: str, run: str, tags: Mapping[str, str]) -> str:
         """Version of the registered model `name` that is this run's checkpoint, made if there is none."""
@@ -201,7 +207,7 @@ class Tracker:
         try:
             return Path(self._connected.result()[0].download_artifacts(run, path, str(into)))
         except (MlflowException, OSError) as error:
-            raise SpecError(f"run {run} has no {path} in MLflow store {self.uri}: {error}") from None
+            raise SpecError(masked(f"run {run} has no {path} in MLflow store {self.uri}: {error}")) from None
 
     def closed(self, run: str) -> bool:
         return str(self._connected.result()[0].get_run(run).info.status) != "RUNNING"
@@ -229,7 +235,7 @@ class Tracker:
             return client, str(client.create_experiment(EXPERIMENT, artifact_location=where, tags=tags))
         except (MlflowException, OSError, ValueError) as error:
             hint = "set MLFLOW_TRACKING_URI to a server or sqlite:///FILE, or leave it out"
-            raise SpecError(f"MLflow store {self.uri}: {str(error).splitlines()[0]}; {hint}") from None
+            raise SpecError(masked(f"MLflow store {self.uri}: {str(error).splitlines()[0]}; {hint}")) from None
 
 
 def store_version(uri: str) -> str:
@@ -252,10 +258,18 @@ def store_version(uri: str) -> str:
     except (MlflowException, OSError) as error:
         known = re.search(r"\[Errno \d+\] ([\w ]+)", str(error))
         reason = known[1] if known else str(error).splitlines()[0]
-        raise SpecError(f"MLflow store {uri}: does not answer: {reason}") from None
+        raise SpecError(masked(f"MLflow store {uri}: does not answer: {reason}")) from None
     if answer.status_code != 200:
-        raise SpecError(f"MLflow store {uri}: answers {answer.status_code} {answer.reason}")
+        raise SpecError(masked(f"MLflow store {uri}: answers {answer.status_code} {answer.reason}"))
     return str(answer.text).strip()
+
+
+def _user() -> str:
+    """Who runs this; in a container that may be a number without a name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def text_of(value: Any) -> str:

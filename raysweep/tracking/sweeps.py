@@ -1,10 +1,13 @@
 """A sweep in MLflow: a parent run, its trials as children, each found again by its tags."""
 
+from collections.abc import Iterator
+
 from raysweep import storage
+from raysweep.results import trial_advice
+from raysweep.sweep.failures import ERROR
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import labels
 from raysweep.tracking.store import Status, Tracker, text_of
-from raysweep.training.advice import advise
 from raysweep.training.checkpoint import Checkpoint, Run
 
 # Figures take a second a trial: the best few get them.
@@ -46,15 +49,35 @@ class SweepTracker:
         ranked = ledger.ranked()
         for trial in ranked[:_PLOTTED]:
             last = Run(ledger.run_path(trial.number)).last()
-            if trial.number in self._runs and last is not None:
-                self._tracker.plots(self._runs[trial.number], last.path.parent, last.history)
-                self._tracker.describe(self._runs[trial.number], advise(last.config, last.history))
+            known = self._runs.get(trial.number) or self._tracker.find(_trial_tags(ledger.key, f"{trial.number:04d}"))
+            if known is not None and last is not None:
+                self._tracker.plots(known, last.path.parent, last.history)
         if ranked:
             best = {f"best/{name}": value for name, value in _headline(ranked[0]).items()}
             self._tracker.metrics(self._parent, best | {"trials": float(len(trials))}, 0)
             self._tracker.tag(self._parent, {"best_trial": f"{ranked[0].number:04d}"})
+        self._tracker.describe(self._parent, list(self._summary(ledger, list(trials.values()), ranked)))
         done = all(trial.state != "running" for trial in trials.values()) and len(trials) >= ledger.space.total
         self._tracker.close(self._parent, "FINISHED" if done else "KILLED")
+
+    def _summary(self, ledger: Ledger, trials: list[Trial], ranked: list[Trial]) -> Iterator[str]:
+        """The parent's description: how the sweep stands, what is best, and what to type next."""
+        ended = [trial for trial in trials if trial.state != "running"]
+        failed = sum(trial.state == "failed" for trial in ended)
+        yield f"{len(ended)} of {ledger.space.total} trials ended{f', {failed} of them failed' if failed else ''}"
+        asked, trained = sum(t.epoch for t in trials), sum(t.trained for t in trials)
+        yield f"epochs: {asked} asked, {trained} trained, {asked - trained} taken over from other trials"
+        if not ranked:
+            return
+        best, (metric, *others) = ranked[0], ledger.space.objectives
+        at = f"in epoch {best.best['epoch']:.0f}"
+        yield f"best: trial {best.number:04d}, {_words(metric)} {best.score(metric):.3f} {at}: {self._searched(best)}"
+        if others:
+            on_front = ", ".join(f"{trial.number:04d}" for trial in ledger.front())
+            yield f"Pareto front of {' and '.join(map(_words, [metric, *others]))}: {on_front or 'empty'}"
+        if masked := [f"{trial.number:04d}" for trial in ranked if ledger.masks(trial)]:
+            yield f"masking gap over {ledger.space.max_masking_gap}: {', '.join(masked)} are ranked last"
+        yield f"next: `raysweep eval {storage.name(ledger.checkpoint(best))}`"
 
     def _reconcile(self, trial: Trial) -> None:
         """A driver that was killed may have left a trial's run without its last epochs, or open."""
@@ -72,9 +95,11 @@ class SweepTracker:
         run = self._tracker.run(f"{self._ledger.name}/{trial.number:04d}", tags, self._parent)
         self._runs[trial.number] = run
         self._tracker.config(run, self._ledger.space.config(trial.settings), self._fingerprint)
-        searched = ", ".join(f"{self._labels.get(k, k)}={text_of(v)}" for k, v in trial.settings.items())
-        self._tracker.tag(run, {"searched": searched})
+        self._tracker.tag(run, {"searched": self._searched(trial)})
         return run
+
+    def _searched(self, trial: Trial) -> str:
+        return ", ".join(f"{self._labels.get(k, k)}={text_of(v)}" for k, v in trial.settings.items())
 
     def _finish(self, run: str, trial: Trial) -> None:
         if trial.best:
@@ -82,6 +107,11 @@ class SweepTracker:
             best = self._ledger.checkpoint(trial)
             storage.pull(best)
             self._tracker.artifacts(run, best, "checkpoint")
+        error = self._ledger.run_path(trial.number) / ERROR
+        if trial.state == "failed" and storage.pull_file(error):
+            self._tracker.file(run, error)
+        reason = [f"{trial.state}: {trial.reason}"] if trial.reason else []
+        self._tracker.describe(run, [*reason, *trial_advice(self._ledger, trial.number)])
         self._tracker.tag(run, {"state": trial.state, **({"reason": trial.reason} if trial.reason else {})})
         self._tracker.close(run, _STATUS[trial.state])
 
@@ -100,6 +130,10 @@ def train_tags(run: Run) -> dict[str, str]:
 
 def _trial_tags(sweep: str, number: str) -> dict[str, str]:
     return {"raysweep.kind": "trial", "raysweep.sweep": sweep, "raysweep.trial": number}
+
+
+def _words(metric: str) -> str:
+    return metric.replace("_", " ")
 
 
 def _headline(trial: Trial) -> dict[str, float]:

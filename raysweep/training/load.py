@@ -40,7 +40,9 @@ def load_checkpoint(path: Path, changes: Mapping[str, Any]) -> Subject:
     """
     where = storage.name(path)
     if not path.is_dir() and not storage.is_copy(path):
-        raise SpecError(f"{where}: no such folder; give a checkpoint, an MLflow run or module:factory")
+        raise SpecError(
+            f"{where}: no such folder; give a sweep, a trial, a checkpoint, an MLflow run or module:factory"
+        )
     if not storage.pull(path):
         last = Run(path).last()
         if last is None:
