@@ -5,12 +5,15 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -58,6 +61,52 @@ def test_shipped_pipelines_are_sound(name, workdir: Path) -> None:
     assert len({step.digest for step in planned}) == len(small.stages)
     configs = [config for stage in small.stages for config in stage.configs(around)]
     assert configs and all(config.epochs == 2 and config.data.name == "digits" for config in configs)
+
+
+SPACE = "method: at\ntrials: {trials}\nspace: {{optim.weight_decay: {{float: [1.0e-5, {high}]}}}}\n"
+NAMING = """\
+stages:
+  - {kind: tune, space: sp.yaml}
+  - {kind: train, runs: {LRAT: {preset: lrat-table5}}, seeds: [0]}
+  - {kind: autoattack}
+  - {kind: report, paper: lrat-table5}
+"""
+
+
+def test_a_digest_holds_what_the_named_files_say_and_not_where_the_data_lie(workdir: Path, monkeypatch) -> None:
+    """An edited search space, preset or table of a paper is another stage; data that moved are the same data."""
+    shutil.copytree(_root() / "pipelines", workdir / "pipelines")
+    monkeypatch.setattr("raysweep.training.presets.shipped", lambda folder: workdir / folder)
+    monkeypatch.setattr("raysweep.pipeline.paper.shipped", lambda folder: workdir / folder)
+    Path("naming.yaml").write_text(NAMING)
+    for place in ("here", "there"):
+        Path(place).mkdir()
+        for split in ("train", "test"):
+            x, y = np.zeros((80, 3, 8, 8), np.uint8), np.arange(80) % 10
+            np.savez(Path(place) / f"{split}.npz", x=x, y=y)
+
+    def digests(place: str = "here") -> list[str]:
+        changes = {"data.name": "arrays", "data.data_dir": str(workdir / place), "data.val_size": 10}
+        _, pipeline, settings = load_pipeline("naming.yaml", changes)
+        return [step.digest for step in steps(pipeline, settings, workdir, "")]
+
+    def changed(edit: Callable[[], object]) -> list[bool]:
+        before = digests()
+        edit()
+        return [one != other for one, other in zip(before, digests(), strict=True)]
+
+    def sub(file: str, old: str, new: str) -> None:
+        text = Path(file).read_text()
+        assert old in text
+        Path(file).write_text(text.replace(old, new))
+
+    Path("sp.yaml").write_text(SPACE.format(trials=4, high="1.0e-2"))
+    assert digests() == digests() == digests("there")
+    assert changed(lambda: sub("sp.yaml", "trials: 4", "trials: 9")) == [True, False, True, True]
+    assert changed(lambda: sub("sp.yaml", "e-2", "e-3")) == [True, False, True, True]
+    preset = "pipelines/presets/lrat-table5.yaml"
+    assert changed(lambda: sub(preset, "data.name", "epochs: 90\ndata.name")) == [False, True, True, True]
+    assert changed(lambda: sub("pipelines/paper/lrat-table5.yaml", "92.30", "92.40")) == [False, False, False, True]
 
 
 TABLES = sorted(p.stem for p in (Path(__file__).parent.parent / "pipelines" / "paper").glob("*.yaml"))

@@ -125,14 +125,10 @@ def steps(pipeline: Pipeline, settings: Settings, folder: Path, salt: str) -> li
     """The stages with their digests. Reads the data sets, whose fingerprints are inputs. salt: the pipeline's, now."""
     found: list[Step] = []
     for number, stage in enumerate(pipeline.stages):
-        around: dict[str, Any] = {}
-        inputs = tuple(step.digest for step in found)
-        if isinstance(stage, _TRAINS):
-            inputs = ()
-            data = {config.data.digest(): config.data for config in stage.configs(settings)}
-            fingerprints = sorted({load(spec).fingerprint for spec in data.values()})
-            around = {"settings": _without_places(settings.around({})), "data": fingerprints}
-        key = digest([stage.json_dict(), around, list(inputs), salt])
+        inputs = () if isinstance(stage, _TRAINS) else tuple(step.digest for step in found)
+        data = {config.data.digest(): config.data for config in stage.configs(settings)}
+        fingerprints = sorted({load(spec).fingerprint for spec in data.values()})
+        key = digest([stage.json_dict(), stage.content(settings), fingerprints, list(inputs), salt])
         found.append(Step(number, stage, key, inputs, folder / f"{number:02d}-{stage.kind}-{key}"))
     return found
 
@@ -236,8 +232,3 @@ def _changed(pipeline: Pipeline, changes: Mapping[str, Any]) -> Pipeline:
 
 def _set_field(stage: Any, field: str, value: Any) -> Any:
     return override(stage, {field: value})
-
-
-def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Where data lie decides nothing: their fingerprint does."""
-    return {key: value for key, value in settings.items() if key not in ("data.data_dir", "data.download")}

@@ -49,6 +49,10 @@ class Report(Stage):
         beside = f" beside {self.paper}" if self.paper else ""
         return f"{HTML} and {MARKDOWN}{beside}; a regression is exit code 1"
 
+    def content(self, settings: Settings) -> Json:
+        table = self._table()
+        return {} if table is None else {"paper": table.json_dict()}
+
     def _table(self) -> PaperTable | None:
         return paper_table(self.paper) if self.paper else None
 

@@ -123,6 +123,10 @@ class Stage(Spec):
         """The training runs that this stage starts, as far as they are known beforehand. Raises SpecError."""
         return []
 
+    def content(self, settings: Settings) -> Json:
+        """What the files that it names, and the settings around it, make of this stage: part of its digest."""
+        return {}
+
     def labels(self, settings: Settings) -> list[str]:
         """What the candidates of this stage are called."""
         return []

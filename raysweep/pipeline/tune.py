@@ -56,6 +56,9 @@ class Tune(Stage):
     def configs(self, settings: Settings) -> list[RunConfig]:
         return [self.search(settings).config({})]
 
+    def content(self, settings: Settings) -> Json:
+        return {"space": _decides(self.search(settings))}
+
     def labels(self, settings: Settings) -> list[str]:
         return [self.label or self.search(settings).config({}).method.name]
 
@@ -121,6 +124,9 @@ class Train(Stage):
 
     def configs(self, settings: Settings) -> list[RunConfig]:
         return [space.config({}) for space in self.spaces(settings).values()]
+
+    def content(self, settings: Settings) -> Json:
+        return {label: _decides(space) for label, space in self.spaces(settings).items()}
 
     def describe(self, settings: Settings) -> str:
         configs = {label: space.config({}) for label, space in self.spaces(settings).items()}
@@ -235,6 +241,12 @@ def facts(work: Work, ledger: Ledger) -> Json:
         "seconds": sum(t.seconds for t in trials),
         "trials": rows,
     }
+
+
+def _decides(space: SearchSpace) -> Json:
+    """A space without where its data lie, which decides nothing: their fingerprint does."""
+    base = {key: value for key, value in space.base.items() if key not in ("data.data_dir", "data.download")}
+    return space.model_copy(update={"base": base}).json_dict()
 
 
 def _counted(count: int, what: str) -> str:
