@@ -443,6 +443,7 @@ stages:
   - {kind: tune, space: at, trials: 2}
   - {kind: promote, top: 1, set: {epochs: 3}}
   - {kind: autoattack, attacks: {APGD: apgd-ce}, n: 20}
+  - {kind: report}
 """
 
 
@@ -457,7 +458,9 @@ def test_a_pipelines_sweeps_live_in_the_bucket(ray_cluster, uri: str, tmp_path: 
     forget(tmp_path)
     assert main([*command, "--from", "promote"]) == 0
     second = json.loads(capsys.readouterr().out)
-    assert [stage["done_before"] for stage in second["stages"]] == [True, False, False]
+    assert [stage["done_before"] for stage in second["stages"]] == [True, False, False, False]
     judged = [json.loads((Path(run["stages"][2]["folder"]) / "artifact.json").read_text()) for run in (first, second)]
     assert judged[0]["judged"][0]["robust"] == judged[1]["judged"][0]["robust"]
     assert judged[0]["judged"][0]["candidate"]["checkpoint"].startswith("s3://")
+    reports = [Path(run["reports"][0]).with_suffix(".md").read_text() for run in (first, second)]
+    assert all("What was searched: at" in text and "Training" in text for text in reports)

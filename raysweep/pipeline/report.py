@@ -74,7 +74,7 @@ class Report(Stage):
                 *objective(past.judged),
                 *_trained(work, past),
                 inside(best.candidate.title, pictures),
-                *searched(past.artifacts, work.out),
+                *searched(past.artifacts, work.path),
                 *cost(past.artifacts),
                 *registry(past.artifacts),
                 provenance(past.artifacts, checkpoint.environment()),
