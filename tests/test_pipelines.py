@@ -24,7 +24,7 @@ from raysweep.pipeline.paper import paper_table
 from raysweep.pipeline.pipeline import load_pipeline, steps
 from raysweep.pipeline.shipped import pipelines
 from raysweep.spec import SpecError
-from raysweep.training.config import RunConfig, run_config
+from raysweep.training.config import RunConfig
 from raysweep.training.trainer import fit
 
 SHRUNK = {
@@ -367,6 +367,9 @@ stages:
   - {kind: tune, space: at}
   - {kind: tune, space: at}
   - {kind: tune, space: at, label: again}
+  - {kind: promote, set: {epochz: 5, model.name: nosuch}}
+  - {kind: autoattack, eps: 8}
+  - {kind: register, name: "a/b:c"}
 """
 
 
@@ -383,6 +386,10 @@ def test_everything_wrong_is_said_at_once(workdir: Path, capsys) -> None:
         "stages.4 (autoattack): attacks.X: no attack 'pgd21'; nearest: pgd20",
         "stages.5 (report): no paper table 'lrat-table9'; nearest: lrat-table",
         "stages.7 (tune): its label 'at' is that of stages.6",
+        "stages.9 (promote): set: no setting 'epochz'; nearest: epochs",
+        "stages.9 (promote): set: model.name: no model 'nosuch'",
+        "stages.10 (autoattack): attacks.AA: eps = 8: epsilon means pixels in [0, 1]; did you mean 8/255?",
+        "stages.11 (register): name = 'a/b:c': use letters, digits",
     ]
     assert len(lines) == len(expected)
     assert all(words in line for words, line in zip(expected, lines, strict=True))
@@ -465,15 +472,30 @@ def test_promote_never_sees_the_test_set_and_respects_the_gap() -> None:
     assert ".test" not in code and "evaluate" not in code
 
 
-def test_retraining_keeps_what_it_does_not_change(tmp_path: Path) -> None:
-    """A promoted run with other epochs is the same run otherwise, whatever its data set's profile says."""
-    from raysweep.pipeline.tune import over_seeds
+PROMOTED = """\
+set: {data.train_size: 64, batch_size: 48, "*.eps": 0.1}
+stages:
+  - {kind: tune, space: gairat}
+  - {kind: tune, space: at}
+  - {kind: promote, set: {epochs: 30, optim.lr: 0.02}, seeds: [3, 4]}
+  - {kind: autoattack}
+"""
 
-    config = run_config("gairat", {"*.eps": 0.1, "optim.lr": 0.02, "batch_size": 48})
-    base = {key: value for key, value in config.json_dict().items() if key != "seed"}
-    space = over_seeds(base["method"], {**base, "data.name": "digits", "epochs": 30}, (3, 4))
-    again = space.config({"seed": 4})
-    assert again == config.model_copy(update={"epochs": 30, "seed": 4})
+
+def test_retraining_is_known_beforehand_and_obeys_the_command_line(workdir: Path) -> None:
+    """The same runs but for what the stage sets, whatever their data set's profile says; `--set` wins over both."""
+    Path("promoted.yaml").write_text(PROMOTED)
+
+    def configs(changes: dict[str, object]) -> list[list[RunConfig]]:
+        _, pipeline, settings = load_pipeline("promoted.yaml", changes)
+        return [stage.configs(settings, before) for stage, before in pipeline.planned(settings)]
+
+    gairat, at, promoted, _ = configs({})
+    changes = {"epochs": 30, "optim": gairat[0].optim.model_copy(update={"lr": 0.02})}
+    assert promoted == [config.model_copy(update=changes) for config in (*gairat, *at)]
+    gairat, at, promoted, _ = configs({"epochs": 2, "method.*.steps": 3})
+    assert promoted == [config.model_copy(update=changes | {"epochs": 2}) for config in (*gairat, *at)]
+    assert all(config.method.attacks["pgd"].steps == 3 for config in promoted)
 
 
 def test_today_is_a_date() -> None:

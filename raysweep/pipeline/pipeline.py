@@ -24,6 +24,7 @@ from raysweep.pipeline.stage import Past, Settings, Stage, Work
 from raysweep.pipeline.tune import Train, Tune
 from raysweep.spec import Json, Spec, SpecError, digest, override, read_yaml
 from raysweep.training.checkpoint import environment
+from raysweep.training.config import RunConfig
 
 AnyStage = Annotated[Tune | Train | Promote | AutoAttack | Register | Report, Field(discriminator="kind")]
 _TRAINS = (Tune, Train)
@@ -43,6 +44,7 @@ class Pipeline(Spec):
     def problems(self, settings: Settings) -> list[str]:
         """Everything that can be said before anything runs, one line each."""
         lines: list[str] = []
+        runs: list[RunConfig] = []
         candidates = judged = False
         taken: dict[str, int] = {}
         for number, stage in enumerate(self.stages):
@@ -53,12 +55,21 @@ class Pipeline(Spec):
                 lines.append(f"{where}: no stage before it judges anything; put autoattack first")
             candidates |= isinstance(stage, _TRAINS)
             judged |= isinstance(stage, AutoAttack)
-            own = _own_problems(stage, settings)
+            own = _own_problems(stage, settings, runs)
+            if not own:
+                runs = _in_the_running(stage, settings, runs)
             for label in [] if own else stage.labels(settings):
                 if taken.setdefault(label, number) != number:
                     own.append(f"its label {label!r} is that of stages.{taken[label]}; give it another")
             lines += [f"{where}: {line}" for line in own]
         return lines
+
+    def planned(self, settings: Settings) -> Iterator[tuple[AnyStage, list[RunConfig]]]:
+        """Each stage with the runs whose checkpoints it finds, as far as they are known beforehand."""
+        runs: list[RunConfig] = []
+        for stage in self.stages:
+            yield stage, runs
+            runs = _in_the_running(stage, settings, runs)
 
     def salt(self) -> str:
         """What `again` adds to the inputs of every stage."""
@@ -109,24 +120,30 @@ def _checked(data: Json, path: Path) -> Pipeline:
     for number, stage in enumerate(stages if isinstance(stages, list) else []):
         with suppress(SpecError):
             (sound,) = Pipeline.load({"stages": [stage]}).stages
-            lines += [f"{path}: stages.{number} ({sound.kind}): {line}" for line in _own_problems(sound, settings)]
+            lines += [f"{path}: stages.{number} ({sound.kind}): {line}" for line in _own_problems(sound, settings, [])]
     raise SpecError(lines)
 
 
-def _own_problems(stage: Stage, settings: Settings) -> list[str]:
+def _own_problems(stage: Stage, settings: Settings, before: Sequence[RunConfig]) -> list[str]:
     try:
-        stage.configs(settings)
+        stage.configs(settings, before)
     except SpecError as error:
         return error.problems
     return stage.problems()
 
 
+def _in_the_running(stage: Stage, settings: Settings, before: list[RunConfig]) -> list[RunConfig]:
+    """After a stage: tune and train add, promote replaces what it trains again."""
+    configs = stage.configs(settings, before)
+    return [*before, *configs] if isinstance(stage, _TRAINS) else configs or before
+
+
 def steps(pipeline: Pipeline, settings: Settings, folder: Path, salt: str) -> list[Step]:
     """The stages with their digests. Reads the data sets, whose fingerprints are inputs. salt: the pipeline's, now."""
     found: list[Step] = []
-    for number, stage in enumerate(pipeline.stages):
+    for number, (stage, before) in enumerate(pipeline.planned(settings)):
         inputs = () if isinstance(stage, _TRAINS) else tuple(step.digest for step in found)
-        data = {config.data.digest(): config.data for config in stage.configs(settings)}
+        data = {config.data.digest(): config.data for config in stage.configs(settings, before)}
         fingerprints = sorted({load(spec).fingerprint for spec in data.values()})
         key = digest([stage.json_dict(), stage.content(settings), fingerprints, list(inputs), salt])
         found.append(Step(number, stage, key, inputs, folder / f"{number:02d}-{stage.kind}-{key}"))

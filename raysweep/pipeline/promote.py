@@ -1,6 +1,6 @@
 """Promotion: which candidates go on, chosen on validation alone, trained again where asked."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -12,6 +12,7 @@ from raysweep.schedules import Number
 from raysweep.spec import Json, SpecError
 from raysweep.sweep.space import SearchSpace
 from raysweep.training import checkpoint
+from raysweep.training.config import RunConfig
 
 
 class Promote(Stage):
@@ -32,9 +33,23 @@ class Promote(Stage):
     cpus: Annotated[Number, Field(gt=0)] = 1.0
     gpus: Annotated[Number, Field(ge=0)] | None = None
 
+    def configs(self, settings: Settings, before: Sequence[RunConfig] = ()) -> list[RunConfig]:
+        if not (self.set or self.seeds):
+            return []
+        found, problems = [], []
+        for config in before:
+            try:
+                found.append(self.again(config, settings).config({}))
+            except SpecError as error:
+                problems += error.problems
+        if problems:
+            raise SpecError(list(dict.fromkeys(problems)))
+        return list({config.digest(): config for config in found}.values())
+
     def describe(self, settings: Settings) -> str:
         what = "the Pareto set" if self.pareto else f"the best {self.top}{' of each method' if self.each else ''}"
-        again = f", trained again with {self.set or 'the same settings'}" if self.set or self.seeds else ""
+        changes = {key: settings.command.get(key, value) for key, value in self.set.items()}
+        again = f", trained again with {changes or 'the same settings'}" if self.set or self.seeds else ""
         return f"{what} on validation{again}{f' and seeds {list(self.seeds)}' if self.seeds else ''}"
 
     def choose(self, pool: tuple[Candidate, ...]) -> list[Candidate]:
@@ -64,18 +79,23 @@ class Promote(Stage):
 
     def _again(self, work: Work, picked: list[Candidate], found: list[Json]) -> Iterator[Candidate]:
         for one in picked:
-            ledger = sweep(work, work.sweep(one.label), self.space(work, one), self.cpus, self.gpus)
+            config = checkpoint.read(work.path(one.checkpoint)).config
+            try:
+                space = self.again(config, work.settings)
+            except SpecError as error:
+                # A searched setting decides what other settings there are.
+                raise StageFailed(f"{one.title} cannot be trained again: {error}") from None
+            ledger = sweep(work, work.sweep(one.label), space, self.cpus, self.gpus)
             found.append(facts(work, ledger))
             for trained in of_seeds(work, ledger, one.label, ("best",)):
                 yield trained.model_copy(update={"settings": one.settings})
 
-    def space(self, work: Work, one: Candidate) -> SearchSpace:
-        """The candidate's run with other settings, over the seeds."""
-        config = checkpoint.read(work.path(one.checkpoint)).config
+    def again(self, config: RunConfig, settings: Settings) -> SearchSpace:
+        """A run with other settings, the command line's last, over the seeds. Raises SpecError."""
         # Whole parts of the config, so that no profile of a data set comes between.
         base = {key: value for key, value in config.json_dict().items() if key != "seed"}
-        method = base["method"]
+        changes = {"data.name": config.data.name, **self.set, **settings.command}
         try:
-            return over_seeds(method, {**base, "data.name": config.data.name, **self.set}, self.seeds or (config.seed,))
+            return over_seeds(base["method"], {**base, **changes}, self.seeds or (config.seed,))
         except SpecError as error:
-            raise SpecError([f"promote.set: {line}" for line in error.problems]) from None
+            raise SpecError([f"set: {line}" for line in error.problems]) from None

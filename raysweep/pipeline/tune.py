@@ -1,7 +1,7 @@
 """Stages that train: a search, runs of the papers over several seeds."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -53,7 +53,7 @@ class Tune(Stage):
             space = load_space(self.space, changes)
         return space.model_copy(update={"trials": self.trials}) if self.trials else space
 
-    def configs(self, settings: Settings) -> list[RunConfig]:
+    def configs(self, settings: Settings, before: Sequence[RunConfig] = ()) -> list[RunConfig]:
         return [self.search(settings).config({})]
 
     def content(self, settings: Settings) -> Json:
@@ -122,7 +122,7 @@ class Train(Stage):
             raise SpecError(problems)
         return spaces
 
-    def configs(self, settings: Settings) -> list[RunConfig]:
+    def configs(self, settings: Settings, before: Sequence[RunConfig] = ()) -> list[RunConfig]:
         return [space.config({}) for space in self.spaces(settings).values()]
 
     def content(self, settings: Settings) -> Json:
