@@ -454,7 +454,7 @@ def test_promote_never_sees_the_test_set_and_respects_the_gap() -> None:
 
     pool = (
         made("a1", 0.5, 0.2),
-        made("a2", 0.4, 0.0, front=True),
+        made("a2", 0.4, 0.0),
         made("b1", 0.3, 0.0),
         made("b2", 0.6, 0.1, masked=True),
     )
@@ -465,11 +465,41 @@ def test_promote_never_sees_the_test_set_and_respects_the_gap() -> None:
     assert names(top=2) == ["a1", "a2"]
     assert names(top=2, max_masking_gap=0.05) == ["a2", "b1"]
     assert names(top=1, each=True) == ["a1", "b1"]
-    assert names(pareto=True) == ["a2"]
+    assert names(pareto=True) == ["a1"], "b2 is masked"
+    assert names(pareto=True, each=True) == ["a1", "b1"]
     with pytest.raises(StageFailed, match="each of 4 candidates has a masking gap over"):
         Promote(max_masking_gap=0.0).choose(tuple(c.model_copy(update={"metrics": {"masking_gap": 1}}) for c in pool))
+    with pytest.raises(StageFailed, match="each of 1 candidates has a masking gap over its space's"):
+        Promote(pareto=True).choose(pool[3:])
     code = (_root() / "raysweep/pipeline/promote.py").read_text()
     assert ".test" not in code and "evaluate" not in code
+
+
+def test_promotion_goes_by_what_the_sweep_went_by() -> None:
+    """Its metric, or all its metrics for the front of those that are fit; different sweeps meet in the default."""
+    from raysweep.pipeline.artifact import Candidate, chosen
+    from raysweep.pipeline.promote import Promote
+
+    def made(name: str, clean: float, pgd: float, gap: float, *metrics: str) -> Candidate:
+        scores = {"clean": clean, "pgd": pgd, "robust_worst": pgd - gap, "masking_gap": gap}
+        return Candidate(
+            label=name, method="at", checkpoint=name, epoch=1, epochs=1, metrics=scores, objectives=metrics
+        )
+
+    by_clean = [made(name, *scores, "clean") for name, *scores in (("a", 0.9, 0.2, 0.0), ("b", 0.8, 0.5, 0.0))]
+    assert [c.label for c in Promote(top=1).choose(tuple(by_clean))] == ["a"] == [chosen(tuple(by_clean)).label]
+    mixed = (*by_clean, made("c", 0.1, 0.4, 0.0, "pgd"))
+    assert [c.label for c in Promote(top=3).choose(mixed)] == ["b", "c", "a"]
+    points = {"a": (0.9, 0.5, 0.3), "b": (0.8, 0.4, 0.0), "c": (0.7, 0.45, 0.0), "d": (0.7, 0.3, 0.0)}
+    front = tuple(made(name, *scores, "pgd", "clean") for name, scores in points.items())
+    assert [c.label for c in Promote(pareto=True).choose(front)] == ["a"]
+    assert [c.label for c in Promote(pareto=True, max_masking_gap=0.1).choose(front)] == ["c", "b"]
+
+
+def test_training_over_seeds_keeps_the_metric_of_its_run() -> None:
+    from raysweep.pipeline.tune import over_seeds
+
+    assert over_seeds("at", {"validation.objective": "clean"}, (0, 1)).objectives == ("clean",)
 
 
 PROMOTED = """\

@@ -18,7 +18,7 @@ from raysweep.sweep.plan import expected_epochs
 from raysweep.sweep.space import SearchSpace, labels, load_space
 from raysweep.tracking import SweepTracker
 from raysweep.training import checkpoint
-from raysweep.training.config import RunConfig
+from raysweep.training.config import RunConfig, run_config
 from raysweep.training.presets import preset
 
 Which = Literal["best", "last"]
@@ -73,11 +73,7 @@ class Tune(Stage):
     def run(self, work: Work, past: Past) -> Outcome:
         ledger = sweep(work, work.sweep(), self.search(work.settings), self.cpus, self.gpus, self.max_hours)
         (label,) = self.labels(work.settings)
-        front = {trial.number for trial in ledger.front()}
-        candidates = [
-            candidate(work, ledger, trial, f"{label}/{trial.number:04d}", front=trial.number in front)
-            for trial in ledger.ranked()
-        ]
+        candidates = [candidate(work, ledger, trial, f"{label}/{trial.number:04d}") for trial in ledger.ranked()]
         return Outcome(tuple(candidates), facts={"sweeps": [facts(work, ledger)]})
 
 
@@ -149,6 +145,7 @@ def over_seeds(method: Any, base: dict[str, Any], seeds: tuple[int, ...]) -> Sea
     space = SearchSpace.load(
         {
             "method": method,
+            "metric": run_config(method, base).validation.objective,
             "base": base,
             "trials": len(seeds),
             "sampler": {"kind": "grid"},
@@ -197,9 +194,7 @@ def of_seeds(work: Work, ledger: Ledger, label: str, which: tuple[Which, ...]) -
             yield candidate(work, ledger, trial, label, one)
 
 
-def candidate(
-    work: Work, ledger: Ledger, trial: Trial, label: str, which: Which = "best", front: bool = False
-) -> Candidate:
+def candidate(work: Work, ledger: Ledger, trial: Trial, label: str, which: Which = "best") -> Candidate:
     path = ledger.checkpoint(trial) if which == "best" else ledger.run_path(trial.number) / f"epoch-{trial.epoch:04d}"
     saved = checkpoint.read(path)
     return Candidate(
@@ -213,7 +208,7 @@ def candidate(
         metrics={key: value for key, value in saved.metrics.items() if "/" not in key},
         settings={key: value for key, value in trial.settings.items() if key != "seed"},
         masked=ledger.masks(trial),
-        front=front,
+        objectives=ledger.space.objectives,
     )
 
 
