@@ -20,6 +20,7 @@ import yaml
 from raysweep.cli import build_parser, main
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.lock import locked
+from raysweep.pipeline.nights import forget, today
 from raysweep.pipeline.paper import paper_table
 from raysweep.pipeline.pipeline import load_pipeline, steps
 from raysweep.pipeline.shipped import pipelines
@@ -310,7 +311,7 @@ def test_nights_are_compared_and_a_planted_regression_is_exit_code_1(
 
     def sleep() -> None:
         night = next(nights)
-        monkeypatch.setattr("raysweep.pipeline.pipeline._today", lambda: night)
+        monkeypatch.setattr("raysweep.pipeline.pipeline.today", lambda: night)
 
     Path("cheap.yaml").write_text("again: daily\n" + CHEAP)
     sleep()
@@ -432,6 +433,7 @@ def test_a_file_of_the_wrong_shape_is_looked_through_all_the_same(workdir: Path,
         (["digits", "--set", "stages.tunes.trials=3"], "--set stages.tunes.trials: expected stages.STAGE.SETTING"),
         (["digits", "--set", "stages.tune.trails=3"], "no setting 'trails'; nearest: trials"),
         (["digits", "--set", "stages.tune.trials=0"], "trials = 0: must be greater than or equal to 1"),
+        (["digits", "--set", "keep=3"], "keep: counts nights; it needs `again: daily`"),
         (["digits", "--set", "epochs=0"], "epochs = 0: must be greater than or equal to 1"),
         (["gairat-table1"], "data.data_dir is missing"),
     ],
@@ -529,9 +531,24 @@ def test_retraining_is_known_beforehand_and_obeys_the_command_line(workdir: Path
 
 
 def test_today_is_a_date() -> None:
-    from raysweep.pipeline.pipeline import _today
+    assert datetime.date.fromisoformat(today())
 
-    assert datetime.date.fromisoformat(_today())
+
+def test_nights_before_the_last_are_forgotten(tmp_path: Path) -> None:
+    nights = ("2026-02-27", "2026-02-28", "2026-03-01", "abc-a-revision")
+    for night in nights:
+        for folder in ("nightly-00-12345678/trials", ".prefixes/key"):
+            (tmp_path / night / folder).mkdir(parents=True)
+
+    def left() -> list[str]:
+        return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*"))
+
+    sweeps = [f"{night}/nightly-00-12345678" for night in nights]
+    forget(tmp_path, "2026-03-01", None)
+    assert left() == sorted([*sweeps, "2026-03-01/.prefixes"]), "this night's prefixes are in use"
+    forget(tmp_path, "2026-03-02", 2)
+    assert left() == sweeps[2:], "tonight, which has nothing yet, and the night before"
+    forget(tmp_path / "none", "2026-03-02", 2)
 
 
 DEPLOY = Path(__file__).parent.parent / "deploy"

@@ -1,6 +1,5 @@
 """A pipeline: stages in order, each run once for what goes into it."""
 
-import datetime
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from raysweep.data import load
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.autoattack import AutoAttack
 from raysweep.pipeline.lock import locked
+from raysweep.pipeline.nights import forget, today
 from raysweep.pipeline.promote import Promote
 from raysweep.pipeline.register import Register
 from raysweep.pipeline.report import Report
@@ -34,16 +34,18 @@ class Pipeline(Spec):
     """about: one line; set: training settings for all stages, which a stage's own win over.
 
     again: what else than its inputs makes a stage run again: nothing, a new revision of the code, a new day.
+    keep: nights whose sweeps and checkpoints stay, with `again: daily` (null: all). Artifacts and reports stay always.
     """
 
     about: str = ""
     set: dict[str, Any] = Field(default_factory=dict)
     again: Literal["never", "revision", "daily"] = "never"
+    keep: Annotated[int, Field(ge=1)] | None = None
     stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
 
     def problems(self, settings: Settings) -> list[str]:
         """Everything that can be said before anything runs, one line each."""
-        lines: list[str] = []
+        lines = ["keep: counts nights; it needs `again: daily`"] if self.keep and self.again != "daily" else []
         runs: list[RunConfig] = []
         candidates = judged = False
         taken: dict[str, int] = {}
@@ -74,7 +76,7 @@ class Pipeline(Spec):
     def salt(self) -> str:
         """What `again` adds to the inputs of every stage."""
         if self.again == "daily":
-            return _today()
+            return today()
         return str(environment()["git_revision"] or environment()["raysweep"]) if self.again == "revision" else ""
 
 
@@ -96,12 +98,12 @@ class Step:
 def load_pipeline(what: str, changes: Mapping[str, Any]) -> tuple[str, Pipeline, Settings]:
     """By name or from a file: its name, itself, and the settings around its stages.
 
-    changes: `stages.KIND.field` (or `stages.NUMBER.field`) and `again` change the pipeline, every other path the
-    training runs of all its stages. Raises SpecError with all problems at once.
+    changes: `stages.KIND.field` (or `stages.NUMBER.field`), `again` and `keep` change the pipeline, every other path
+    the training runs of all its stages. Raises SpecError with all problems at once.
     """
     path = source(what)
     pipeline = _checked(read_yaml(path), path)
-    own = {key: value for key, value in changes.items() if key.split(".")[0] in ("stages", "again")}
+    own = {key: value for key, value in changes.items() if key.split(".")[0] in ("stages", "again", "keep")}
     pipeline = _changed(pipeline, own)
     settings = Settings(pipeline.set, {key: value for key, value in changes.items() if key not in own})
     if problems := pipeline.problems(settings):
@@ -171,11 +173,15 @@ def run_pipeline(
     again = _position(first, pipeline)
     salt = pipeline.salt()
     runs = runs or out / "runs"
-    sweeps = runs / "pipelines" / name / "sweeps" / salt if salt else runs
+    nights = runs / "pipelines" / name / "sweeps"
+    sweeps = nights / salt if salt else runs
     with locked(folder, wait), ExitStack() as stack:
         for half in folder.glob(".[0-9]*"):
             # Left by a run that was killed while it wrote.
             shutil.rmtree(half, ignore_errors=True)
+        if salt:
+            # At the start, so that the disk is bounded however many nights fail.
+            forget(nights, salt, pipeline.keep)
         work = Work(name, out, folder, sweeps, settings, console, address, stack)
         done: tuple[Artifact, ...] = ()
         for step in steps(pipeline, settings, folder, salt):
@@ -207,10 +213,6 @@ def _run(step: Step, work: Work, done: tuple[Artifact, ...]) -> Artifact:
     return artifact
 
 
-def _today() -> str:
-    return datetime.date.today().isoformat()
-
-
 def _position(first: str | None, pipeline: Pipeline) -> int:
     """Number of the stage named by kind or number; beyond the last if none is."""
     if first is None:
@@ -226,7 +228,7 @@ def _position(first: str | None, pipeline: Pipeline) -> int:
 def _changed(pipeline: Pipeline, changes: Mapping[str, Any]) -> Pipeline:
     stages, problems = list(pipeline.stages), []
     for path, value in changes.items():
-        if path == "again":
+        if path in ("again", "keep"):
             pipeline = override(pipeline, {path: value})
             continue
         _, _, rest = path.partition(".")
