@@ -154,10 +154,17 @@ def pull_files(path: Path, pattern: str) -> None:
 
 
 def drop(path: Path) -> None:
-    """Take a checkpoint's folder out of the bucket. The copy is the caller's."""
+    """Take a folder, a checkpoint's or another, out of the bucket. The copy is the caller's."""
     if is_copy(path):
         _patiently(_delete_file, path / META)
         _patiently(_delete_folder, path)
+
+
+def discard(path: Path) -> None:
+    """Delete a folder, in the bucket and here, if it is there."""
+    if is_copy(path) and listing(path):
+        drop(path)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def drop_file(path: Path) -> None:
@@ -176,6 +183,14 @@ def folders(path: Path, holding: str = META) -> list[str]:
     found = (entry.path for entry in listing(path)) if is_copy(path) else path.glob(f"*/{holding}")
     names = {file.parent.name for file in found if file.name == holding and file.parent.parent == path}
     return sorted(name for name in names if not name.startswith("."))
+
+
+def children(path: Path) -> list[str]:
+    """Names of the folders in a folder, sorted."""
+    if is_copy(path):
+        below = [entry.path.relative_to(path).parts for entry in listing(path)]
+        return sorted({name for name, *deeper in below if deeper})
+    return sorted(child.name for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
 
 
 def _copies() -> Path:

@@ -5,23 +5,27 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from raysweep.cli import build_parser, main
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.lock import locked
+from raysweep.pipeline.nights import forget, today
 from raysweep.pipeline.paper import paper_table
 from raysweep.pipeline.pipeline import load_pipeline, steps
 from raysweep.pipeline.shipped import pipelines
 from raysweep.spec import SpecError
-from raysweep.training.config import RunConfig, run_config
+from raysweep.training.config import RunConfig
 from raysweep.training.trainer import fit
 
 SHRUNK = {
@@ -58,6 +62,52 @@ def test_shipped_pipelines_are_sound(name, workdir: Path) -> None:
     assert len({step.digest for step in planned}) == len(small.stages)
     configs = [config for stage in small.stages for config in stage.configs(around)]
     assert configs and all(config.epochs == 2 and config.data.name == "digits" for config in configs)
+
+
+SPACE = "method: at\ntrials: {trials}\nspace: {{optim.weight_decay: {{float: [1.0e-5, {high}]}}}}\n"
+NAMING = """\
+stages:
+  - {kind: tune, space: sp.yaml}
+  - {kind: train, runs: {LRAT: {preset: lrat-table5}}, seeds: [0]}
+  - {kind: autoattack}
+  - {kind: report, paper: lrat-table5}
+"""
+
+
+def test_a_digest_holds_what_the_named_files_say_and_not_where_the_data_lie(workdir: Path, monkeypatch) -> None:
+    """An edited search space, preset or table of a paper is another stage; data that moved are the same data."""
+    shutil.copytree(_root() / "pipelines", workdir / "pipelines")
+    monkeypatch.setattr("raysweep.training.presets.shipped", lambda folder: workdir / folder)
+    monkeypatch.setattr("raysweep.pipeline.paper.shipped", lambda folder: workdir / folder)
+    Path("naming.yaml").write_text(NAMING)
+    for place in ("here", "there"):
+        Path(place).mkdir()
+        for split in ("train", "test"):
+            x, y = np.zeros((80, 3, 8, 8), np.uint8), np.arange(80) % 10
+            np.savez(Path(place) / f"{split}.npz", x=x, y=y)
+
+    def digests(place: str = "here") -> list[str]:
+        changes = {"data.name": "arrays", "data.data_dir": str(workdir / place), "data.val_size": 10}
+        _, pipeline, settings = load_pipeline("naming.yaml", changes)
+        return [step.digest for step in steps(pipeline, settings, workdir, "")]
+
+    def changed(edit: Callable[[], object]) -> list[bool]:
+        before = digests()
+        edit()
+        return [one != other for one, other in zip(before, digests(), strict=True)]
+
+    def sub(file: str, old: str, new: str) -> None:
+        text = Path(file).read_text()
+        assert old in text
+        Path(file).write_text(text.replace(old, new))
+
+    Path("sp.yaml").write_text(SPACE.format(trials=4, high="1.0e-2"))
+    assert digests() == digests() == digests("there")
+    assert changed(lambda: sub("sp.yaml", "trials: 4", "trials: 9")) == [True, False, True, True]
+    assert changed(lambda: sub("sp.yaml", "e-2", "e-3")) == [True, False, True, True]
+    preset = "pipelines/presets/lrat-table5.yaml"
+    assert changed(lambda: sub(preset, "data.name", "epochs: 90\ndata.name")) == [False, True, True, True]
+    assert changed(lambda: sub("pipelines/paper/lrat-table5.yaml", "92.30", "92.40")) == [False, False, False, True]
 
 
 TABLES = sorted(p.stem for p in (Path(__file__).parent.parent / "pipelines" / "paper").glob("*.yaml"))
@@ -261,7 +311,7 @@ def test_nights_are_compared_and_a_planted_regression_is_exit_code_1(
 
     def sleep() -> None:
         night = next(nights)
-        monkeypatch.setattr("raysweep.pipeline.pipeline._today", lambda: night)
+        monkeypatch.setattr("raysweep.pipeline.pipeline.today", lambda: night)
 
     Path("cheap.yaml").write_text("again: daily\n" + CHEAP)
     sleep()
@@ -318,6 +368,9 @@ stages:
   - {kind: tune, space: at}
   - {kind: tune, space: at}
   - {kind: tune, space: at, label: again}
+  - {kind: promote, set: {epochz: 5, model.name: nosuch}}
+  - {kind: autoattack, eps: 8}
+  - {kind: register, name: "a/b:c"}
 """
 
 
@@ -334,6 +387,10 @@ def test_everything_wrong_is_said_at_once(workdir: Path, capsys) -> None:
         "stages.4 (autoattack): attacks.X: no attack 'pgd21'; nearest: pgd20",
         "stages.5 (report): no paper table 'lrat-table9'; nearest: lrat-table",
         "stages.7 (tune): its label 'at' is that of stages.6",
+        "stages.9 (promote): set: no setting 'epochz'; nearest: epochs",
+        "stages.9 (promote): set: model.name: no model 'nosuch'",
+        "stages.10 (autoattack): attacks.AA: eps = 8: epsilon means pixels in [0, 1]; did you mean 8/255?",
+        "stages.11 (register): name = 'a/b:c': use letters, digits",
     ]
     assert len(lines) == len(expected)
     assert all(words in line for words, line in zip(expected, lines, strict=True))
@@ -376,6 +433,7 @@ def test_a_file_of_the_wrong_shape_is_looked_through_all_the_same(workdir: Path,
         (["digits", "--set", "stages.tunes.trials=3"], "--set stages.tunes.trials: expected stages.STAGE.SETTING"),
         (["digits", "--set", "stages.tune.trails=3"], "no setting 'trails'; nearest: trials"),
         (["digits", "--set", "stages.tune.trials=0"], "trials = 0: must be greater than or equal to 1"),
+        (["digits", "--set", "keep=3"], "keep: counts nights; it needs `again: daily`"),
         (["digits", "--set", "epochs=0"], "epochs = 0: must be greater than or equal to 1"),
         (["gairat-table1"], "data.data_dir is missing"),
     ],
@@ -398,7 +456,7 @@ def test_promote_never_sees_the_test_set_and_respects_the_gap() -> None:
 
     pool = (
         made("a1", 0.5, 0.2),
-        made("a2", 0.4, 0.0, front=True),
+        made("a2", 0.4, 0.0),
         made("b1", 0.3, 0.0),
         made("b2", 0.6, 0.1, masked=True),
     )
@@ -409,28 +467,88 @@ def test_promote_never_sees_the_test_set_and_respects_the_gap() -> None:
     assert names(top=2) == ["a1", "a2"]
     assert names(top=2, max_masking_gap=0.05) == ["a2", "b1"]
     assert names(top=1, each=True) == ["a1", "b1"]
-    assert names(pareto=True) == ["a2"]
+    assert names(pareto=True) == ["a1"], "b2 is masked"
+    assert names(pareto=True, each=True) == ["a1", "b1"]
     with pytest.raises(StageFailed, match="each of 4 candidates has a masking gap over"):
         Promote(max_masking_gap=0.0).choose(tuple(c.model_copy(update={"metrics": {"masking_gap": 1}}) for c in pool))
+    with pytest.raises(StageFailed, match="each of 1 candidates has a masking gap over its space's"):
+        Promote(pareto=True).choose(pool[3:])
     code = (_root() / "raysweep/pipeline/promote.py").read_text()
     assert ".test" not in code and "evaluate" not in code
 
 
-def test_retraining_keeps_what_it_does_not_change(tmp_path: Path) -> None:
-    """A promoted run with other epochs is the same run otherwise, whatever its data set's profile says."""
+def test_promotion_goes_by_what_the_sweep_went_by() -> None:
+    """Its metric, or all its metrics for the front of those that are fit; different sweeps meet in the default."""
+    from raysweep.pipeline.artifact import Candidate, chosen
+    from raysweep.pipeline.promote import Promote
+
+    def made(name: str, clean: float, pgd: float, gap: float, *metrics: str) -> Candidate:
+        scores = {"clean": clean, "pgd": pgd, "robust_worst": pgd - gap, "masking_gap": gap}
+        return Candidate(
+            label=name, method="at", checkpoint=name, epoch=1, epochs=1, metrics=scores, objectives=metrics
+        )
+
+    by_clean = [made(name, *scores, "clean") for name, *scores in (("a", 0.9, 0.2, 0.0), ("b", 0.8, 0.5, 0.0))]
+    assert [c.label for c in Promote(top=1).choose(tuple(by_clean))] == ["a"] == [chosen(tuple(by_clean)).label]
+    mixed = (*by_clean, made("c", 0.1, 0.4, 0.0, "pgd"))
+    assert [c.label for c in Promote(top=3).choose(mixed)] == ["b", "c", "a"]
+    points = {"a": (0.9, 0.5, 0.3), "b": (0.8, 0.4, 0.0), "c": (0.7, 0.45, 0.0), "d": (0.7, 0.3, 0.0)}
+    front = tuple(made(name, *scores, "pgd", "clean") for name, scores in points.items())
+    assert [c.label for c in Promote(pareto=True).choose(front)] == ["a"]
+    assert [c.label for c in Promote(pareto=True, max_masking_gap=0.1).choose(front)] == ["c", "b"]
+
+
+def test_training_over_seeds_keeps_the_metric_of_its_run() -> None:
     from raysweep.pipeline.tune import over_seeds
 
-    config = run_config("gairat", {"*.eps": 0.1, "optim.lr": 0.02, "batch_size": 48})
-    base = {key: value for key, value in config.json_dict().items() if key != "seed"}
-    space = over_seeds(base["method"], {**base, "data.name": "digits", "epochs": 30}, (3, 4))
-    again = space.config({"seed": 4})
-    assert again == config.model_copy(update={"epochs": 30, "seed": 4})
+    assert over_seeds("at", {"validation.objective": "clean"}, (0, 1)).objectives == ("clean",)
+
+
+PROMOTED = """\
+set: {data.train_size: 64, batch_size: 48, "*.eps": 0.1}
+stages:
+  - {kind: tune, space: gairat}
+  - {kind: tune, space: at}
+  - {kind: promote, set: {epochs: 30, optim.lr: 0.02}, seeds: [3, 4]}
+  - {kind: autoattack}
+"""
+
+
+def test_retraining_is_known_beforehand_and_obeys_the_command_line(workdir: Path) -> None:
+    """The same runs but for what the stage sets, whatever their data set's profile says; `--set` wins over both."""
+    Path("promoted.yaml").write_text(PROMOTED)
+
+    def configs(changes: dict[str, object]) -> list[list[RunConfig]]:
+        _, pipeline, settings = load_pipeline("promoted.yaml", changes)
+        return [stage.configs(settings, before) for stage, before in pipeline.planned(settings)]
+
+    gairat, at, promoted, _ = configs({})
+    changes = {"epochs": 30, "optim": gairat[0].optim.model_copy(update={"lr": 0.02})}
+    assert promoted == [config.model_copy(update=changes) for config in (*gairat, *at)]
+    gairat, at, promoted, _ = configs({"epochs": 2, "method.*.steps": 3})
+    assert promoted == [config.model_copy(update=changes | {"epochs": 2}) for config in (*gairat, *at)]
+    assert all(config.method.attacks["pgd"].steps == 3 for config in promoted)
 
 
 def test_today_is_a_date() -> None:
-    from raysweep.pipeline.pipeline import _today
+    assert datetime.date.fromisoformat(today())
 
-    assert datetime.date.fromisoformat(_today())
+
+def test_nights_before_the_last_are_forgotten(tmp_path: Path) -> None:
+    nights = ("2026-02-27", "2026-02-28", "2026-03-01", "abc-a-revision")
+    for night in nights:
+        for folder in ("nightly-00-12345678/trials", ".prefixes/key"):
+            (tmp_path / night / folder).mkdir(parents=True)
+
+    def left() -> list[str]:
+        return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*"))
+
+    sweeps = [f"{night}/nightly-00-12345678" for night in nights]
+    forget(tmp_path, "2026-03-01", None)
+    assert left() == sorted([*sweeps, "2026-03-01/.prefixes"]), "this night's prefixes are in use"
+    forget(tmp_path, "2026-03-02", 2)
+    assert left() == sweeps[2:], "tonight, which has nothing yet, and the night before"
+    forget(tmp_path / "none", "2026-03-02", 2)
 
 
 DEPLOY = Path(__file__).parent.parent / "deploy"

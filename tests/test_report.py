@@ -78,7 +78,7 @@ def test_the_setting_that_decides_is_the_most_important(tmp_path: Path) -> None:
 def test_importances_need_trials_that_differ(tmp_path: Path) -> None:
     few = ledger(tmp_path / "few", ENOUGH - 1)
     assert importances(few) is None
-    (section,) = searched([tuned(tmp_path / "few", few)], tmp_path / "few")
+    (section,) = searched([tuned(tmp_path / "few", few)], (tmp_path / "few").joinpath)
     assert f"there are {ENOUGH - 1}, of at least {ENOUGH} that this needs" in said(section)
     same = ledger(tmp_path / "same", ENOUGH)
     for trial in same.trials()[:ENOUGH]:
@@ -89,7 +89,7 @@ def test_importances_need_trials_that_differ(tmp_path: Path) -> None:
 
 def test_what_was_searched_is_drawn(tmp_path: Path) -> None:
     made = ledger(tmp_path, 12)
-    (section,) = searched([tuned(tmp_path, made)], tmp_path)
+    (section,) = searched([tuned(tmp_path, made)], tmp_path.joinpath)
     assert section.title == "What was searched: gairat"
     assert captions(section) == [
         "Objective against each searched setting (darker: later)",
@@ -120,7 +120,7 @@ def test_the_front_is_optunas_and_feasible(tmp_path: Path) -> None:
 
 def test_several_objectives_are_drawn_against_each_other(tmp_path: Path) -> None:
     made = ledger(tmp_path, 3, metric=["robust_worst", "clean"], scheduler={"kind": "none"})
-    (section,) = searched([tuned(tmp_path, made)], tmp_path)
+    (section,) = searched([tuned(tmp_path, made)], tmp_path.joinpath)
     assert captions(section)[-1] == "Pareto front: clean and robust worst"
 
 

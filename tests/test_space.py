@@ -149,6 +149,13 @@ def test_labels_are_short_and_unique() -> None:
     assert list(labels(both).values()) == both
 
 
+def test_another_objective_than_the_metric_is_refused() -> None:
+    data = {"method": "at", "base": {"validation.objective": "clean"}, "space": {"optim.lr": {"float": [0.01, 0.1]}}}
+    (line,) = SearchSpace.load(data).problems()
+    assert "validation.objective = 'clean': the space goes by metric = 'robust_worst'" in line
+    assert SearchSpace.load({**data, "metric": "clean"}).problems() == []
+
+
 def test_a_rung_that_validation_leaves_out_is_refused() -> None:
     data = {"method": "at", "base": {"validation.every": 2}, "space": {"optim.lr": {"float": [0.01, 0.1]}}}
     assert SearchSpace.load({**data, "scheduler": {"grace": 4}}).problems() == []

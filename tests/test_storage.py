@@ -250,6 +250,21 @@ def test_a_bucket_of_prefixes_that_is_full_forgets_the_oldest(any_uri: str, tmp_
     assert prefixes.get("a") is None and prefixes.get("b") is not None
 
 
+def test_a_folder_goes_with_everything_in_it_and_its_neighbours_stay(any_uri: str) -> None:
+    root = storage.at(any_uri)
+    for file in ("a/.prefixes/key/x", "a/sweep/trials/0000/x", "b/sweep/x"):
+        (root / file).parent.mkdir(parents=True)
+        (root / file).touch()
+        storage.push(root / file)
+    assert storage.children(root) == ["a", "b"] and storage.children(root / "none") == []
+    storage.discard(root / "a" / ".prefixes")
+    storage.discard(root / "a" / "none")
+    assert in_bucket(root) == ["a/sweep/trials/0000/x", "b/sweep/x"]
+    assert not (root / "a" / ".prefixes").exists()
+    storage.discard(root / "a")
+    assert in_bucket(root) == ["b/sweep/x"] and storage.children(root) == ["b"]
+
+
 def test_copies_are_kept_small_and_come_again(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_COPIES", 1)
     monkeypatch.setattr(storage, "_IN_USE", 1.5)
@@ -443,6 +458,7 @@ stages:
   - {kind: tune, space: at, trials: 2}
   - {kind: promote, top: 1, set: {epochs: 3}}
   - {kind: autoattack, attacks: {APGD: apgd-ce}, n: 20}
+  - {kind: report}
 """
 
 
@@ -457,7 +473,9 @@ def test_a_pipelines_sweeps_live_in_the_bucket(ray_cluster, uri: str, tmp_path: 
     forget(tmp_path)
     assert main([*command, "--from", "promote"]) == 0
     second = json.loads(capsys.readouterr().out)
-    assert [stage["done_before"] for stage in second["stages"]] == [True, False, False]
+    assert [stage["done_before"] for stage in second["stages"]] == [True, False, False, False]
     judged = [json.loads((Path(run["stages"][2]["folder"]) / "artifact.json").read_text()) for run in (first, second)]
     assert judged[0]["judged"][0]["robust"] == judged[1]["judged"][0]["robust"]
     assert judged[0]["judged"][0]["candidate"]["checkpoint"].startswith("s3://")
+    reports = [Path(run["reports"][0]).with_suffix(".md").read_text() for run in (first, second)]
+    assert all("What was searched: at" in text and "Training" in text for text in reports)

@@ -21,8 +21,8 @@ from raysweep.tracking import embedded_store
 
 def run(args: Namespace) -> int:
     name, pipeline, around = load_pipeline(args.what, settings(args))
-    for stage in pipeline.stages:
-        for line in dict.fromkeys(line for config in stage.configs(around) for line in config.warnings()):
+    for stage, before in pipeline.planned(around):
+        for line in dict.fromkeys(line for config in stage.configs(around, before) for line in config.warnings()):
             print(f"raysweep: warning: {stage.kind}: {line}", file=sys.stderr)
     if args.plan:
         folder = args.out.expanduser().resolve() / "runs" / "pipelines" / name

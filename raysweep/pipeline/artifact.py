@@ -1,7 +1,7 @@
 """What a stage leaves: `artifact.json` and files beside it, in a folder that is there whole or not at all."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ class Candidate(Spec):
     """A checkpoint that a stage offers to the next. Its path is relative to `--out`, or elsewhere a whole path or URI.
 
     label: its row in a report, the same for all seeds; which: `best` or `last` epoch; metrics: its validation;
-    settings: what was searched; masked: PGD overstates it by more than its space allows; front: not Pareto-dominated.
+    settings: what was searched; masked: PGD overstates it by more than its space allows; objectives: the metrics of its
+    space.
     """
 
     label: str
@@ -31,11 +32,10 @@ class Candidate(Spec):
     metrics: dict[str, float]
     settings: dict[str, Any] = Field(default_factory=dict)
     masked: bool = False
-    front: bool = False
+    objectives: tuple[str, ...] = (OBJECTIVE,)
 
-    @property
-    def objective(self) -> float:
-        return self.metrics.get(OBJECTIVE, float("-inf"))
+    def score(self, metric: str) -> float:
+        return self.metrics.get(metric, float("-inf"))
 
     @property
     def title(self) -> str:
@@ -102,7 +102,14 @@ class Artifact(Spec):
         return cls.load(data, str(folder / FILE))
 
 
+def ranked_by(candidates: Iterable[Candidate]) -> tuple[str, ...]:
+    """The metrics of the space of all; where spaces differ, the default, which all were measured by."""
+    asked = {c.objectives for c in candidates}
+    return asked.pop() if len(asked) == 1 else (OBJECTIVE,)
+
+
 def chosen(candidates: tuple[Candidate, ...]) -> Candidate:
     """The one that validation prefers: never the test set's choice."""
     best = [c for c in candidates if c.which == "best"] or list(candidates)
-    return max(best, key=lambda c: (not c.masked, c.objective, -c.seed))
+    metric = ranked_by(best)[0]
+    return max(best, key=lambda c: (not c.masked, c.score(metric), -c.seed))

@@ -44,7 +44,7 @@ class AutoAttack(Stage):
                 )
             elif isinstance(attack, str):
                 try:
-                    preset(attack)
+                    self.attack(label, 8 / 255 if self.eps is None else self.eps)
                 except SpecError as error:
                     lines += [f"attacks.{label}: {line}" for line in error.problems]
         return lines

@@ -136,12 +136,12 @@ def per_class(judged: Mapping[str, Judgement]) -> Figure:
     return figure
 
 
-def objective_against_autoattack(judged: Sequence[Judgement]) -> Figure:
-    """What the sweep went by against what AutoAttack says."""
+def objective_against_autoattack(judged: Sequence[Judgement], scores: Sequence[float]) -> Figure:
+    """What the sweep went by, `scores`, against what AutoAttack says."""
     figure, axes = empty_axes("objective on validation", "AutoAttack on test")
-    axes.scatter([j.candidate.objective for j in judged], [j.robust for j in judged], s=20)
-    for j in judged:
-        axes.annotate(j.candidate.label, (j.candidate.objective, j.robust), fontsize=7, xytext=(4, 3),
+    axes.scatter(scores, [j.robust for j in judged], s=20)
+    for j, score in zip(judged, scores, strict=True):
+        axes.annotate(j.candidate.label, (score, j.robust), fontsize=7, xytext=(4, 3),
                       textcoords="offset points")  # fmt: skip
     axes.margins(x=0.15)
     _diagonal(axes)

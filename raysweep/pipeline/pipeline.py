@@ -1,6 +1,5 @@
 """A pipeline: stages in order, each run once for what goes into it."""
 
-import datetime
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from raysweep.data import load
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.autoattack import AutoAttack
 from raysweep.pipeline.lock import locked
+from raysweep.pipeline.nights import forget, today
 from raysweep.pipeline.promote import Promote
 from raysweep.pipeline.register import Register
 from raysweep.pipeline.report import Report
@@ -24,6 +24,7 @@ from raysweep.pipeline.stage import Past, Settings, Stage, Work
 from raysweep.pipeline.tune import Train, Tune
 from raysweep.spec import Json, Spec, SpecError, digest, override, read_yaml
 from raysweep.training.checkpoint import environment
+from raysweep.training.config import RunConfig
 
 AnyStage = Annotated[Tune | Train | Promote | AutoAttack | Register | Report, Field(discriminator="kind")]
 _TRAINS = (Tune, Train)
@@ -33,16 +34,19 @@ class Pipeline(Spec):
     """about: one line; set: training settings for all stages, which a stage's own win over.
 
     again: what else than its inputs makes a stage run again: nothing, a new revision of the code, a new day.
+    keep: nights whose sweeps and checkpoints stay, with `again: daily` (null: all). Artifacts and reports stay always.
     """
 
     about: str = ""
     set: dict[str, Any] = Field(default_factory=dict)
     again: Literal["never", "revision", "daily"] = "never"
+    keep: Annotated[int, Field(ge=1)] | None = None
     stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
 
     def problems(self, settings: Settings) -> list[str]:
         """Everything that can be said before anything runs, one line each."""
-        lines: list[str] = []
+        lines = ["keep: counts nights; it needs `again: daily`"] if self.keep and self.again != "daily" else []
+        runs: list[RunConfig] = []
         candidates = judged = False
         taken: dict[str, int] = {}
         for number, stage in enumerate(self.stages):
@@ -53,17 +57,26 @@ class Pipeline(Spec):
                 lines.append(f"{where}: no stage before it judges anything; put autoattack first")
             candidates |= isinstance(stage, _TRAINS)
             judged |= isinstance(stage, AutoAttack)
-            own = _own_problems(stage, settings)
+            own = _own_problems(stage, settings, runs)
+            if not own:
+                runs = _in_the_running(stage, settings, runs)
             for label in [] if own else stage.labels(settings):
                 if taken.setdefault(label, number) != number:
                     own.append(f"its label {label!r} is that of stages.{taken[label]}; give it another")
             lines += [f"{where}: {line}" for line in own]
         return lines
 
+    def planned(self, settings: Settings) -> Iterator[tuple[AnyStage, list[RunConfig]]]:
+        """Each stage with the runs whose checkpoints it finds, as far as they are known beforehand."""
+        runs: list[RunConfig] = []
+        for stage in self.stages:
+            yield stage, runs
+            runs = _in_the_running(stage, settings, runs)
+
     def salt(self) -> str:
         """What `again` adds to the inputs of every stage."""
         if self.again == "daily":
-            return _today()
+            return today()
         return str(environment()["git_revision"] or environment()["raysweep"]) if self.again == "revision" else ""
 
 
@@ -85,12 +98,12 @@ class Step:
 def load_pipeline(what: str, changes: Mapping[str, Any]) -> tuple[str, Pipeline, Settings]:
     """By name or from a file: its name, itself, and the settings around its stages.
 
-    changes: `stages.KIND.field` (or `stages.NUMBER.field`) and `again` change the pipeline, every other path the
-    training runs of all its stages. Raises SpecError with all problems at once.
+    changes: `stages.KIND.field` (or `stages.NUMBER.field`), `again` and `keep` change the pipeline, every other path
+    the training runs of all its stages. Raises SpecError with all problems at once.
     """
     path = source(what)
     pipeline = _checked(read_yaml(path), path)
-    own = {key: value for key, value in changes.items() if key.split(".")[0] in ("stages", "again")}
+    own = {key: value for key, value in changes.items() if key.split(".")[0] in ("stages", "again", "keep")}
     pipeline = _changed(pipeline, own)
     settings = Settings(pipeline.set, {key: value for key, value in changes.items() if key not in own})
     if problems := pipeline.problems(settings):
@@ -109,30 +122,32 @@ def _checked(data: Json, path: Path) -> Pipeline:
     for number, stage in enumerate(stages if isinstance(stages, list) else []):
         with suppress(SpecError):
             (sound,) = Pipeline.load({"stages": [stage]}).stages
-            lines += [f"{path}: stages.{number} ({sound.kind}): {line}" for line in _own_problems(sound, settings)]
+            lines += [f"{path}: stages.{number} ({sound.kind}): {line}" for line in _own_problems(sound, settings, [])]
     raise SpecError(lines)
 
 
-def _own_problems(stage: Stage, settings: Settings) -> list[str]:
+def _own_problems(stage: Stage, settings: Settings, before: Sequence[RunConfig]) -> list[str]:
     try:
-        stage.configs(settings)
+        stage.configs(settings, before)
     except SpecError as error:
         return error.problems
     return stage.problems()
 
 
+def _in_the_running(stage: Stage, settings: Settings, before: list[RunConfig]) -> list[RunConfig]:
+    """After a stage: tune and train add, promote replaces what it trains again."""
+    configs = stage.configs(settings, before)
+    return [*before, *configs] if isinstance(stage, _TRAINS) else configs or before
+
+
 def steps(pipeline: Pipeline, settings: Settings, folder: Path, salt: str) -> list[Step]:
     """The stages with their digests. Reads the data sets, whose fingerprints are inputs. salt: the pipeline's, now."""
     found: list[Step] = []
-    for number, stage in enumerate(pipeline.stages):
-        around: dict[str, Any] = {}
-        inputs = tuple(step.digest for step in found)
-        if isinstance(stage, _TRAINS):
-            inputs = ()
-            data = {config.data.digest(): config.data for config in stage.configs(settings)}
-            fingerprints = sorted({load(spec).fingerprint for spec in data.values()})
-            around = {"settings": _without_places(settings.around({})), "data": fingerprints}
-        key = digest([stage.json_dict(), around, list(inputs), salt])
+    for number, (stage, before) in enumerate(pipeline.planned(settings)):
+        inputs = () if isinstance(stage, _TRAINS) else tuple(step.digest for step in found)
+        data = {config.data.digest(): config.data for config in stage.configs(settings, before)}
+        fingerprints = sorted({load(spec).fingerprint for spec in data.values()})
+        key = digest([stage.json_dict(), stage.content(settings), fingerprints, list(inputs), salt])
         found.append(Step(number, stage, key, inputs, folder / f"{number:02d}-{stage.kind}-{key}"))
     return found
 
@@ -158,11 +173,15 @@ def run_pipeline(
     again = _position(first, pipeline)
     salt = pipeline.salt()
     runs = runs or out / "runs"
-    sweeps = runs / "pipelines" / name / "sweeps" / salt if salt else runs
+    nights = runs / "pipelines" / name / "sweeps"
+    sweeps = nights / salt if salt else runs
     with locked(folder, wait), ExitStack() as stack:
         for half in folder.glob(".[0-9]*"):
             # Left by a run that was killed while it wrote.
             shutil.rmtree(half, ignore_errors=True)
+        if salt:
+            # At the start, so that the disk is bounded however many nights fail.
+            forget(nights, salt, pipeline.keep)
         work = Work(name, out, folder, sweeps, settings, console, address, stack)
         done: tuple[Artifact, ...] = ()
         for step in steps(pipeline, settings, folder, salt):
@@ -194,10 +213,6 @@ def _run(step: Step, work: Work, done: tuple[Artifact, ...]) -> Artifact:
     return artifact
 
 
-def _today() -> str:
-    return datetime.date.today().isoformat()
-
-
 def _position(first: str | None, pipeline: Pipeline) -> int:
     """Number of the stage named by kind or number; beyond the last if none is."""
     if first is None:
@@ -213,7 +228,7 @@ def _position(first: str | None, pipeline: Pipeline) -> int:
 def _changed(pipeline: Pipeline, changes: Mapping[str, Any]) -> Pipeline:
     stages, problems = list(pipeline.stages), []
     for path, value in changes.items():
-        if path == "again":
+        if path in ("again", "keep"):
             pipeline = override(pipeline, {path: value})
             continue
         _, _, rest = path.partition(".")
@@ -236,8 +251,3 @@ def _changed(pipeline: Pipeline, changes: Mapping[str, Any]) -> Pipeline:
 
 def _set_field(stage: Any, field: str, value: Any) -> Any:
     return override(stage, {field: value})
-
-
-def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Where data lie decides nothing: their fingerprint does."""
-    return {key: value for key, value in settings.items() if key not in ("data.data_dir", "data.download")}

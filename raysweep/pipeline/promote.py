@@ -1,25 +1,27 @@
 """Promotion: which candidates go on, chosen on validation alone, trained again where asked."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from operator import ge
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from raysweep.pipeline.artifact import Candidate
+from raysweep.pipeline.artifact import Candidate, ranked_by
 from raysweep.pipeline.stage import Outcome, Past, Settings, Stage, StageFailed, Work
 from raysweep.pipeline.tune import facts, of_seeds, over_seeds, sweep
 from raysweep.schedules import Number
 from raysweep.spec import Json, SpecError
 from raysweep.sweep.space import SearchSpace
 from raysweep.training import checkpoint
+from raysweep.training.config import RunConfig
 
 
 class Promote(Stage):
     """The best by the validation objective, or the Pareto set. It never looks at the test set.
 
-    top: how many, of each method with `each`; pareto: the Pareto set of the sweeps instead; max_masking_gap: leave out
-    what PGD overstates by more; set, seeds: train what was chosen again, with other settings (epochs, model.name) and
-    with several seeds.
+    top: how many, or the Pareto set instead with `pareto`; each: so many, or the set, of each method; max_masking_gap:
+    leave out what PGD overstates by more; set, seeds: train what was chosen again, with other settings (epochs,
+    model.name) and with several seeds.
     """
 
     kind: Literal["promote"] = "promote"
@@ -32,9 +34,24 @@ class Promote(Stage):
     cpus: Annotated[Number, Field(gt=0)] = 1.0
     gpus: Annotated[Number, Field(ge=0)] | None = None
 
+    def configs(self, settings: Settings, before: Sequence[RunConfig] = ()) -> list[RunConfig]:
+        if not (self.set or self.seeds):
+            return []
+        found, problems = [], []
+        for config in before:
+            try:
+                found.append(self.again(config, settings).config({}))
+            except SpecError as error:
+                problems += error.problems
+        if problems:
+            raise SpecError(list(dict.fromkeys(problems)))
+        return list({config.digest(): config for config in found}.values())
+
     def describe(self, settings: Settings) -> str:
-        what = "the Pareto set" if self.pareto else f"the best {self.top}{' of each method' if self.each else ''}"
-        again = f", trained again with {self.set or 'the same settings'}" if self.set or self.seeds else ""
+        what = "the Pareto set" if self.pareto else f"the best {self.top}"
+        what += " of each method" if self.each else ""
+        changes = {key: settings.command.get(key, value) for key, value in self.set.items()}
+        again = f", trained again with {changes or 'the same settings'}" if self.set or self.seeds else ""
         return f"{what} on validation{again}{f' and seeds {list(self.seeds)}' if self.seeds else ''}"
 
     def choose(self, pool: tuple[Candidate, ...]) -> list[Candidate]:
@@ -43,18 +60,28 @@ class Promote(Stage):
         fit = [c for c in pool if limit is None or c.metrics.get("masking_gap", 0.0) <= limit]
         if not fit:
             raise StageFailed(f"each of {len(pool)} candidates has a masking gap over {limit}: nothing is promoted")
-        ranked = sorted(fit, key=lambda c: (c.masked, -c.objective))
-        if self.pareto:
-            return [c for c in ranked if c.front]
-        if not self.each:
-            return ranked[: self.top]
-        best = {name: [c for c in ranked if c.method == name][: self.top] for name in {c.method for c in ranked}}
-        return [c for c in ranked if c in best[c.method]]
+        if self.pareto and not (fit := [c for c in fit if not c.masked]):
+            raise StageFailed(f"each of {len(pool)} candidates has a masking gap over its space's: nothing is promoted")
+        methods = dict.fromkeys(c.method for c in fit) if self.each else (None,)
+        picked = [c for name in methods for c in self._best([c for c in fit if name in (None, c.method)])]
+        return _ranked(picked)
+
+    def _best(self, fit: list[Candidate]) -> list[Candidate]:
+        if not self.pareto:
+            return _ranked(fit)[: self.top]
+        metrics = ranked_by(fit)
+        points = [[c.score(metric) for metric in metrics] for c in fit]
+        return [
+            c
+            for c, mine in zip(fit, points, strict=True)
+            if not any(other != mine and all(map(ge, other, mine)) for other in points)
+        ]
 
     def run(self, work: Work, past: Past) -> Outcome:
         picked = self.choose(past.pool)
+        (metric, *_) = ranked_by(picked)
         for one in picked:
-            work.say(f"promoted {one.title}: {one.objective:.3f} on validation")
+            work.say(f"promoted {one.title}: {metric} {one.score(metric):.3f} on validation")
         left_out = [c.label for c in past.pool if c not in picked]
         found: list[Json] = []
         candidates = list(picked)
@@ -64,18 +91,28 @@ class Promote(Stage):
 
     def _again(self, work: Work, picked: list[Candidate], found: list[Json]) -> Iterator[Candidate]:
         for one in picked:
-            ledger = sweep(work, work.sweep(one.label), self.space(work, one), self.cpus, self.gpus)
+            config = checkpoint.read(work.path(one.checkpoint)).config
+            try:
+                space = self.again(config, work.settings)
+            except SpecError as error:
+                # A searched setting decides what other settings there are.
+                raise StageFailed(f"{one.title} cannot be trained again: {error}") from None
+            ledger = sweep(work, work.sweep(one.label), space, self.cpus, self.gpus)
             found.append(facts(work, ledger))
             for trained in of_seeds(work, ledger, one.label, ("best",)):
-                yield trained.model_copy(update={"settings": one.settings})
+                yield trained.model_copy(update={"settings": one.settings, "objectives": one.objectives})
 
-    def space(self, work: Work, one: Candidate) -> SearchSpace:
-        """The candidate's run with other settings, over the seeds."""
-        config = checkpoint.read(work.path(one.checkpoint)).config
+    def again(self, config: RunConfig, settings: Settings) -> SearchSpace:
+        """A run with other settings, the command line's last, over the seeds. Raises SpecError."""
         # Whole parts of the config, so that no profile of a data set comes between.
         base = {key: value for key, value in config.json_dict().items() if key != "seed"}
-        method = base["method"]
+        changes = {"data.name": config.data.name, **self.set, **settings.command}
         try:
-            return over_seeds(method, {**base, "data.name": config.data.name, **self.set}, self.seeds or (config.seed,))
+            return over_seeds(base["method"], {**base, **changes}, self.seeds or (config.seed,))
         except SpecError as error:
-            raise SpecError([f"promote.set: {line}" for line in error.problems]) from None
+            raise SpecError([f"set: {line}" for line in error.problems]) from None
+
+
+def _ranked(candidates: list[Candidate]) -> list[Candidate]:
+    metric = ranked_by(candidates)[0]
+    return sorted(candidates, key=lambda c: (c.masked, -c.score(metric)))

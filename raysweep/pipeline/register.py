@@ -10,7 +10,7 @@ from pydantic import Field
 from raysweep.pipeline.artifact import Judgement, chosen
 from raysweep.pipeline.compare import EXAMPLES, differences, facts_of, paired
 from raysweep.pipeline.stage import Outcome, Past, Settings, Stage, StageFailed, Work
-from raysweep.spec import Json
+from raysweep.spec import Json, is_plain
 from raysweep.training import checkpoint
 
 _CARD = "card.json"
@@ -27,6 +27,11 @@ class Register(Stage):
     kind: Literal["register"] = "register"
     name: str
     about: dict[str, Any] = Field(default_factory=dict)
+
+    def problems(self) -> list[str]:
+        # It becomes part of a URI.
+        wrong = f"name = {self.name!r}: use letters, digits, '-', '_' and '.', not starting with '.'"
+        return [] if is_plain(self.name) else [wrong]
 
     def describe(self, settings: Settings) -> str:
         return f"as {self.name}: candidate, aa-verified, and champion if AutoAttack says better"

@@ -49,6 +49,10 @@ class Report(Stage):
         beside = f" beside {self.paper}" if self.paper else ""
         return f"{HTML} and {MARKDOWN}{beside}; a regression is exit code 1"
 
+    def content(self, settings: Settings) -> Json:
+        table = self._table()
+        return {} if table is None else {"paper": table.json_dict()}
+
     def _table(self) -> PaperTable | None:
         return paper_table(self.paper) if self.paper else None
 
@@ -70,7 +74,7 @@ class Report(Stage):
                 *objective(past.judged),
                 *_trained(work, past),
                 inside(best.candidate.title, pictures),
-                *searched(past.artifacts, work.out),
+                *searched(past.artifacts, work.path),
                 *cost(past.artifacts),
                 *registry(past.artifacts),
                 provenance(past.artifacts, checkpoint.environment()),

@@ -1,6 +1,6 @@
 """What the sweeps found, for the report: the best trials, what mattered, and what it costs in clean accuracy."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from raysweep.sweep.study import ENOUGH, importances
 _SHOWN = 6
 
 
-def searched(artifacts: Sequence[Artifact], out: Path) -> list[Section]:
-    """A section for each stage that searched; sweeps are read from their ledgers under `out`."""
+def searched(artifacts: Sequence[Artifact], path: Callable[[str], Path]) -> list[Section]:
+    """A section for each stage that searched, from the sweeps' ledgers. path: the folder that an artifact calls so."""
     found = [(a, sweep) for a in artifacts if a.kind == "tune" for sweep in a.facts["sweeps"]]
     sections = []
     for artifact, sweep in found:
-        ledger = Ledger.open(out / sweep["path"])
+        ledger = Ledger.open(path(sweep["path"]))
         parts = _parts(ledger)
         name = artifact.stage.get("label") or sweep["method"]
         sections.append(Section(f"What was searched: {name}", parts))

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from raysweep.evaluation.validation import OBJECTIVE
 from raysweep.pipeline import figures
-from raysweep.pipeline.artifact import Artifact, Judgement
+from raysweep.pipeline.artifact import Artifact, Judgement, ranked_by
 from raysweep.pipeline.document import Picture, Section, Table, Text
 from raysweep.pipeline.paper import Comparison, PaperTable
 from raysweep.pipeline.statistics import Summary, kendall_tau, summary
@@ -51,6 +50,7 @@ def paper(table: PaperTable | None, lines: Sequence[Comparison]) -> list[Section
 def evaluation(judged: Sequence[Judgement], best: Judgement) -> list[Section]:
     """Accuracies of everything that was judged; per attack and per class for the first few."""
     groups = _groups(judged)
+    metric = ranked_by(j.candidate for j in judged)[0]
     rows = []
     for (label, which, attack), members in groups.items():
         clean, robust = (summary([getattr(j, name) for j in members], members[0].examples) for name in _ACCURACIES)
@@ -63,7 +63,7 @@ def evaluation(judged: Sequence[Judgement], best: Judgement) -> list[Section]:
                 f"{which} ({_span([c.epoch for c in validation])})",
                 attack,
                 str(robust.seeds),
-                f"{100 * median(c.objective for c in validation):.2f}",
+                f"{100 * median(c.score(metric) for c in validation):.2f}",
                 _ours(clean),
                 _ours(robust),
                 _interval(robust),
@@ -111,10 +111,12 @@ def evaluation(judged: Sequence[Judgement], best: Judgement) -> list[Section]:
 
 def objective(judged: Sequence[Judgement]) -> list[Section]:
     """Whether what the sweep went by ranks as AutoAttack does."""
-    standard = [j for j in judged if j.standard and OBJECTIVE in j.candidate.metrics]
+    metric = ranked_by(j.candidate for j in judged)[0]
+    standard = [j for j in judged if j.standard and metric in j.candidate.metrics]
     if len(standard) < 2:
         return []
-    tau = kendall_tau([j.candidate.objective for j in standard], [j.robust for j in standard])
+    scores = [j.candidate.score(metric) for j in standard]
+    tau = kendall_tau(scores, [j.robust for j in standard])
     said = "cannot be told: one of them is constant" if tau is None else f"{tau:+.2f}"
     line = f"Kendall's tau between the objective and AutoAttack over {len(standard)} judged checkpoints: {said}."
     few = [Text("So few checkpoints say little: 1 and -1 are both likely by chance.", quiet=True)]
@@ -124,7 +126,7 @@ def objective(judged: Sequence[Judgement]) -> list[Section]:
             [
                 Text(line),
                 *(few if len(standard) < 5 else []),
-                Picture("Objective and AutoAttack", figures.objective_against_autoattack(standard)),
+                Picture("Objective and AutoAttack", figures.objective_against_autoattack(standard, scores)),
             ],
         )
     ]

@@ -1,6 +1,6 @@
 """What every stage has, what it is given, and what it may use."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -119,9 +119,16 @@ class Work:
 class Stage(Spec):
     """One step of a pipeline. Its class says what it needs, whether it is sound, and what it does."""
 
-    def configs(self, settings: Settings) -> list[RunConfig]:
-        """The training runs that this stage starts, as far as they are known beforehand. Raises SpecError."""
+    def configs(self, settings: Settings, before: Sequence[RunConfig] = ()) -> list[RunConfig]:
+        """The training runs that this stage starts, as far as they are known beforehand. Raises SpecError.
+
+        before: those whose checkpoints it finds.
+        """
         return []
+
+    def content(self, settings: Settings) -> Json:
+        """What the files that it names, and the settings around it, make of this stage: part of its digest."""
+        return {}
 
     def labels(self, settings: Settings) -> list[str]:
         """What the candidates of this stage are called."""

@@ -1,7 +1,7 @@
 """Stages that train: a search, runs of the papers over several seeds."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +18,7 @@ from raysweep.sweep.plan import expected_epochs
 from raysweep.sweep.space import SearchSpace, labels, load_space
 from raysweep.tracking import SweepTracker
 from raysweep.training import checkpoint
-from raysweep.training.config import RunConfig
+from raysweep.training.config import RunConfig, run_config
 from raysweep.training.presets import preset
 
 Which = Literal["best", "last"]
@@ -53,8 +53,11 @@ class Tune(Stage):
             space = load_space(self.space, changes)
         return space.model_copy(update={"trials": self.trials}) if self.trials else space
 
-    def configs(self, settings: Settings) -> list[RunConfig]:
+    def configs(self, settings: Settings, before: Sequence[RunConfig] = ()) -> list[RunConfig]:
         return [self.search(settings).config({})]
+
+    def content(self, settings: Settings) -> Json:
+        return {"space": _decides(self.search(settings))}
 
     def labels(self, settings: Settings) -> list[str]:
         return [self.label or self.search(settings).config({}).method.name]
@@ -70,11 +73,7 @@ class Tune(Stage):
     def run(self, work: Work, past: Past) -> Outcome:
         ledger = sweep(work, work.sweep(), self.search(work.settings), self.cpus, self.gpus, self.max_hours)
         (label,) = self.labels(work.settings)
-        front = {trial.number for trial in ledger.front()}
-        candidates = [
-            candidate(work, ledger, trial, f"{label}/{trial.number:04d}", front=trial.number in front)
-            for trial in ledger.ranked()
-        ]
+        candidates = [candidate(work, ledger, trial, f"{label}/{trial.number:04d}") for trial in ledger.ranked()]
         return Outcome(tuple(candidates), facts={"sweeps": [facts(work, ledger)]})
 
 
@@ -119,8 +118,11 @@ class Train(Stage):
             raise SpecError(problems)
         return spaces
 
-    def configs(self, settings: Settings) -> list[RunConfig]:
+    def configs(self, settings: Settings, before: Sequence[RunConfig] = ()) -> list[RunConfig]:
         return [space.config({}) for space in self.spaces(settings).values()]
+
+    def content(self, settings: Settings) -> Json:
+        return {label: _decides(space) for label, space in self.spaces(settings).items()}
 
     def describe(self, settings: Settings) -> str:
         configs = {label: space.config({}) for label, space in self.spaces(settings).items()}
@@ -143,6 +145,7 @@ def over_seeds(method: Any, base: dict[str, Any], seeds: tuple[int, ...]) -> Sea
     space = SearchSpace.load(
         {
             "method": method,
+            "metric": run_config(method, base).validation.objective,
             "base": base,
             "trials": len(seeds),
             "sampler": {"kind": "grid"},
@@ -191,9 +194,7 @@ def of_seeds(work: Work, ledger: Ledger, label: str, which: tuple[Which, ...]) -
             yield candidate(work, ledger, trial, label, one)
 
 
-def candidate(
-    work: Work, ledger: Ledger, trial: Trial, label: str, which: Which = "best", front: bool = False
-) -> Candidate:
+def candidate(work: Work, ledger: Ledger, trial: Trial, label: str, which: Which = "best") -> Candidate:
     path = ledger.checkpoint(trial) if which == "best" else ledger.run_path(trial.number) / f"epoch-{trial.epoch:04d}"
     saved = checkpoint.read(path)
     return Candidate(
@@ -207,7 +208,7 @@ def candidate(
         metrics={key: value for key, value in saved.metrics.items() if "/" not in key},
         settings={key: value for key, value in trial.settings.items() if key != "seed"},
         masked=ledger.masks(trial),
-        front=front,
+        objectives=ledger.space.objectives,
     )
 
 
@@ -235,6 +236,12 @@ def facts(work: Work, ledger: Ledger) -> Json:
         "seconds": sum(t.seconds for t in trials),
         "trials": rows,
     }
+
+
+def _decides(space: SearchSpace) -> Json:
+    """A space without where its data lie, which decides nothing: their fingerprint does."""
+    base = {key: value for key, value in space.base.items() if key not in ("data.data_dir", "data.download")}
+    return space.model_copy(update={"base": base}).json_dict()
 
 
 def _counted(count: int, what: str) -> str:

@@ -187,8 +187,11 @@ class SearchSpace(Spec):
             config = self.config({})
         except SpecError as error:
             return error.problems
-        every = config.validation.every
-        lines = [
+        every, goal = config.validation.every, config.validation.objective
+        lines = []
+        if goal != (metric := self.objectives[0]):
+            lines.append(f"validation.objective = {goal!r}: the space goes by metric = {metric!r}; change that instead")
+        lines += [
             f"scheduler: trials cannot be compared at epoch {rung}, validation.every = {every} leaves it out; "
             f"make grace a multiple of {every}"
             for rung in self.scheduler.rungs(config.epochs)
