@@ -194,6 +194,8 @@ def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) 
         (["tune", "lrat", "--set", "data.name=svhn", "--data-dir", "nowhere"], "data.name 'svhn' is not in"),
         (["tune", "lrat", "--space", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["tune", "lrat", "--name", "../up"], "--name '../up': use letters, digits"),
+        (["tune", "lrat", "--name", "pipelines"], "--name 'pipelines': in that folder raysweep keeps other things"),
+        (["train", "lrat", "--name", "eval"], "--name 'eval': in that folder raysweep keeps other things"),
         (["tune", "lrat", "--resume", "nothing"], "no sweep in"),
         (["tune", "lrat", "--out", "file/below"], "--out file/below: cannot be made"),
         (["tune", "lrat", "--address", "127.0.0.1:1"], "no Ray cluster at --address 127.0.0.1:1"),
@@ -212,6 +214,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, line, workdir: Path, c
     (message,) = err.strip().splitlines()
     assert message.startswith("raysweep: error: ") and line in message
     assert not (workdir / "runs").exists() or not list((workdir / "runs").glob("*/trials/*"))
+
+
+def test_a_refused_sweep_takes_back_what_it_made_and_nothing_else(workdir: Path, capsys) -> None:
+    run = workdir / "runs" / "first" / "epoch-0001"
+    run.mkdir(parents=True)
+    (run / "meta.json").write_text("precious")
+    assert main(["tune", "lrat", "--name", "first", "--address", "127.0.0.1:1"]) == 2
+    assert "holds something else than a sweep: choose another --name" in capsys.readouterr().err
+    assert (run / "meta.json").read_text() == "precious" and len(list((workdir / "runs").rglob("*"))) == 3
+    assert main(["tune", "lrat", "--name", "second", "--address", "127.0.0.1:1"]) == 2
+    assert [path.name for path in (workdir / "runs").iterdir()] == ["first"]
 
 
 @pytest.mark.parametrize(
