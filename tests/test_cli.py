@@ -14,7 +14,7 @@ import ray
 import yaml
 
 from raysweep.cli import build_parser, main
-from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import load_space
 
 ALPHA = "method.terms.pgd.weight.alpha"
@@ -225,6 +225,19 @@ def test_a_refused_sweep_takes_back_what_it_made_and_nothing_else(workdir: Path,
     assert (run / "meta.json").read_text() == "precious" and len(list((workdir / "runs").rglob("*"))) == 3
     assert main(["tune", "lrat", "--name", "second", "--address", "127.0.0.1:1"]) == 2
     assert [path.name for path in (workdir / "runs").iterdir()] == ["first"]
+
+
+def test_a_refused_resume_changes_nothing(workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    new, old = (Ledger.create(workdir / "runs" / name, load_space("lrat", {"epochs": 3})) for name in ("new", "old"))
+    old.write(Trial(0, {ALPHA: 1.0}, state="finished", epoch=3))
+    before = {file: file.read_text() for file in (workdir / "runs").rglob("*.json")}
+    for ledger in (new, old):
+        assert main(["tune", "lrat", "--resume", ledger.name, "--set", "epochs=40", "--address", "127.0.0.1:1"]) == 2
+        assert "no Ray cluster at --address 127.0.0.1:1" in capsys.readouterr().err
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://x")
+    assert main(["tune", "lrat", "--resume", "old", "--set", "epochs=40"]) == 2
+    assert "MLflow store nonsense://x" in capsys.readouterr().err
+    assert {file: file.read_text() for file in (workdir / "runs").rglob("*.json")} == before
 
 
 @pytest.mark.parametrize(

@@ -42,16 +42,21 @@ def run(args: Namespace) -> int:
     exports = _exports(args)
     tracker = Tracker(embedded_store(out), out / "mlruns")
     ledger = _ledger(args, runs, space)
+    if ledger.space != space:
+        # What grows is written once nothing can refuse it any more.
+        tracker.ready()
 
     from raysweep.sweep.relay import SweepFailed
     from raysweep.sweep.tuner import run_sweep
 
     console = Console(stderr=True)
     listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(console), *exports]
+    grown = space if args.resume else None
     try:
-        run_sweep(ledger, listeners, _resources(args), args.address, _budget(args), data.fingerprint)
+        run_sweep(ledger, listeners, _resources(args), args.address, _budget(args), data.fingerprint, grown)
     except SpecError:
-        ledger.discard()
+        if not args.resume:
+            ledger.discard()
         raise
     except SweepFailed as error:
         print(f"raysweep: the sweep failed: {error}", file=sys.stderr)
@@ -115,9 +120,7 @@ def _resumed(args: Namespace, runs: Path) -> SearchSpace:
 
 def _ledger(args: Namespace, runs: Path, space: SearchSpace) -> Ledger:
     if args.resume:
-        ledger = Ledger.open(runs / args.resume)
-        ledger.extend(space)
-        return ledger
+        return Ledger.open(runs / args.resume)
     name = args.name or f"{args.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     return Ledger.create(runs / plain_name(name, "--name"), space)
 
