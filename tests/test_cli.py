@@ -14,6 +14,7 @@ import ray
 import yaml
 
 from raysweep.cli import build_parser, main
+from raysweep.pipeline.lock import alone
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import load_space
 
@@ -222,9 +223,20 @@ def test_a_refused_sweep_takes_back_what_it_made_and_nothing_else(workdir: Path,
     (run / "meta.json").write_text("precious")
     assert main(["tune", "lrat", "--name", "first", "--address", "127.0.0.1:1"]) == 2
     assert "holds something else than a sweep: choose another --name" in capsys.readouterr().err
-    assert (run / "meta.json").read_text() == "precious" and len(list((workdir / "runs").rglob("*"))) == 3
+    assert (run / "meta.json").read_text() == "precious"
+    assert {path.name for path in (workdir / "runs").rglob("*")} == {"first", "lock", "epoch-0001", "meta.json"}
     assert main(["tune", "lrat", "--name", "second", "--address", "127.0.0.1:1"]) == 2
     assert [path.name for path in (workdir / "runs").iterdir()] == ["first"]
+
+
+def test_two_at_once_in_one_folder_are_refused(workdir: Path, capsys) -> None:
+    sweep = Ledger.create(workdir / "runs" / "g1", load_space("lrat", {}))
+    for command in (["tune", "lrat", "--resume", "g1"], ["train", "lrat", "--name", "mine"]):
+        with alone(sweep.path.with_name(command[-1])):
+            assert main(command) == 2
+        (message,) = capsys.readouterr().err.strip().splitlines()
+        assert f"'{command[-1]}' is running already (process {os.getpid()} on " in message
+    assert not sweep.trials() and not (workdir / "runs" / "mine").exists()
 
 
 def test_a_refused_resume_changes_nothing(workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

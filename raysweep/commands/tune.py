@@ -16,6 +16,7 @@ from raysweep import storage
 from raysweep.commands import places, plain_name, runs_in, settings, ui_command, writable
 from raysweep.data import Data, load
 from raysweep.display import Progress, trial_table
+from raysweep.pipeline.lock import alone
 from raysweep.results import trial_advice
 from raysweep.spec import SpecError, read_yaml
 from raysweep.sweep.growth import check_growth
@@ -41,27 +42,32 @@ def run(args: Namespace) -> int:
     out = writable(args.out)
     exports = _exports(args)
     tracker = Tracker(embedded_store(out), out / "mlruns")
-    ledger = _ledger(args, runs, space)
-    if ledger.space != space:
-        # What grows is written once nothing can refuse it any more.
-        tracker.ready()
+    listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(Console(stderr=True)), *exports]
+    path = runs / (args.resume or plain_name(args.name or _new_name(args.method), "--name"))
 
     from raysweep.sweep.relay import SweepFailed
     from raysweep.sweep.tuner import run_sweep
 
-    console = Console(stderr=True)
-    listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(console), *exports]
-    grown = space if args.resume else None
-    try:
-        run_sweep(ledger, listeners, _resources(args), args.address, _budget(args), data.fingerprint, grown)
-    except SpecError:
-        if not args.resume:
-            ledger.discard()
-        raise
-    except SweepFailed as error:
-        print(f"raysweep: the sweep failed: {error}", file=sys.stderr)
-        return 1
+    with alone(path):
+        ledger = Ledger.open(path) if args.resume else Ledger.create(path, space)
+        if ledger.space != space:
+            # What grows is written once nothing can refuse it any more.
+            tracker.ready()
+        grown = space if args.resume else None
+        try:
+            run_sweep(ledger, listeners, _resources(args), args.address, _budget(args), data.fingerprint, grown)
+        except SpecError:
+            if not args.resume:
+                ledger.discard()
+            raise
+        except SweepFailed as error:
+            print(f"raysweep: the sweep failed: {error}", file=sys.stderr)
+            return 1
     return _report(args, ledger, tracker)
+
+
+def _new_name(method: str) -> str:
+    return f"{method}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _exports(args: Namespace) -> "list[Listener]":
@@ -116,13 +122,6 @@ def _resumed(args: Namespace, runs: Path) -> SearchSpace:
         space = old.fixed(changes)
     check_growth(old, space, {trial.number: trial.settings for trial in ledger.trials()})
     return space
-
-
-def _ledger(args: Namespace, runs: Path, space: SearchSpace) -> Ledger:
-    if args.resume:
-        return Ledger.open(runs / args.resume)
-    name = args.name or f"{args.method}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return Ledger.create(runs / plain_name(name, "--name"), space)
 
 
 def _report(args: Namespace, ledger: Ledger, tracker: Tracker) -> int:
