@@ -26,7 +26,7 @@ from raysweep.tracking import SweepTracker, Tracker, embedded_store
 from raysweep.training.config import named_method
 
 if TYPE_CHECKING:
-    from raysweep.sweep.relay import Budget, Listener
+    from raysweep.sweep.relay import Budget, End, Listener
     from raysweep.sweep.resources import Resources
 
 _BEST = 5
@@ -55,7 +55,7 @@ def run(args: Namespace) -> int:
             tracker.ready()
         grown = space if args.resume else None
         try:
-            run_sweep(ledger, listeners, _resources(args), args.address, _budget(args), data.fingerprint, grown)
+            end = run_sweep(ledger, listeners, _resources(args), args.address, _budget(args), data.fingerprint, grown)
         except SpecError:
             if not args.resume:
                 ledger.discard()
@@ -63,7 +63,7 @@ def run(args: Namespace) -> int:
         except SweepFailed as error:
             print(f"raysweep: the sweep failed: {error}", file=sys.stderr)
             return 1
-    return _report(args, ledger, tracker)
+    return _report(args, ledger, tracker, end)
 
 
 def _new_name(method: str) -> str:
@@ -124,7 +124,7 @@ def _resumed(args: Namespace, runs: Path) -> SearchSpace:
     return space
 
 
-def _report(args: Namespace, ledger: Ledger, tracker: Tracker) -> int:
+def _report(args: Namespace, ledger: Ledger, tracker: Tracker, end: "End") -> int:
     """The best trials, where they are, what sharing saved, and what to type next."""
     ranked, trials = ledger.ranked(), ledger.trials()
     ended = [trial for trial in trials if trial.state != "running"]
@@ -157,10 +157,10 @@ def _report(args: Namespace, ledger: Ledger, tracker: Tracker) -> int:
         print(f"\nbest checkpoint\n  {storage.name(ledger.checkpoint(ranked[0]))}")
         print(f"next\n  raysweep eval {_short(ledger.checkpoint(ranked[0]))}{out}")
         print(f"  raysweep show {ledger.name}{out}\n  {ui_command(tracker.uri)}")
-    if len(ended) < ledger.space.total:
+    if end != "done":
         command = f"raysweep tune {args.method} --resume {ledger.name}{out}"
         print(f"raysweep: {len(ended)} of {ledger.space.total} trials done; go on with\n  {command}", file=sys.stderr)
-        return 0 if args.max_time or args.max_gpu_hours is not None else 130
+        return 0 if end == "budget" else 130
     failed = [trial for trial in trials if trial.state == "failed"]
     if failed and len(failed) == len(trials):
         print(f"raysweep: every trial failed; the first: {failed[0].reason}", file=sys.stderr)

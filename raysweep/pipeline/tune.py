@@ -160,28 +160,27 @@ def sweep(
     work: Work, path: Path, space: SearchSpace, cpus: float, gpus: float | None, max_hours: float | None = None
 ) -> Ledger:
     """The sweep in `path`, run to its end or budget. Raises StageFailed if it brought nothing."""
-    from raysweep.sweep.relay import Budget, Listener, SweepFailed
+    from raysweep.sweep.relay import Budget, End, Listener, SweepFailed
     from raysweep.sweep.resources import Resources
     from raysweep.sweep.tuner import run_sweep
 
     with alone(path):
         ledger = Ledger.open(path) if storage.pull_file(path / "sweep.json") else Ledger.create(path, space)
-        ended = [trial for trial in ledger.trials() if trial.state != "running"]
-        if len(ended) < space.total:
+        end: End = "done"
+        if sum(trial.state != "running" for trial in ledger.trials()) < space.total:
             work.cluster()
             resources = Resources(cpus, gpus)
             fingerprint = work.data(space.config({}).data).fingerprint
             listeners: list[Listener] = [SweepTracker(work.tracker, fingerprint), Progress(work.console)]
             budget = Budget(math.inf if max_hours is None else 3600 * max_hours)
             try:
-                run_sweep(ledger, listeners, resources, work.address, budget, fingerprint)
+                end = run_sweep(ledger, listeners, resources, work.address, budget, fingerprint)
             except SweepFailed as error:
                 raise StageFailed(str(error)) from None
-    trials = ledger.trials()
-    if max_hours is None and sum(trial.state != "running" for trial in trials) < space.total:
+    if end == "interrupted":
         raise KeyboardInterrupt
     if not ledger.ranked():
-        reason = next((trial.reason for trial in trials if trial.reason), "none reported the objective")
+        reason = next((trial.reason for trial in ledger.trials() if trial.reason), "none reported the objective")
         raise StageFailed(f"no trial of {path.name} came to a result: {reason}")
     return ledger
 

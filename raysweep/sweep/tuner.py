@@ -20,7 +20,7 @@ from raysweep.sweep.failures import explain
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.preemption import Preemptible, busy, leave, told
 from raysweep.sweep.probe import missing, sees
-from raysweep.sweep.relay import RETRIES, Budget, Listener, Relay, Stop
+from raysweep.sweep.relay import RETRIES, Budget, End, Listener, Relay, Stop
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search import StudySearch
 from raysweep.sweep.space import SearchSpace
@@ -40,8 +40,8 @@ def run_sweep(
     budget: Budget | None = None,
     fingerprint: str | None = None,
     grown: SearchSpace | None = None,
-) -> None:
-    """Run the trials that the ledger still lacks, or as many as the budget allows.
+) -> End:
+    """Run the trials that the ledger still lacks, or as many as the budget allows: why it ended.
 
     fingerprint: the data's, where the caller knows it; grown: what the sweep is to become (see `Ledger.extend`). Raises
     SpecError before anything runs or changes if they cannot, SweepFailed when several have failed by what looks like a
@@ -76,6 +76,9 @@ def run_sweep(
         finally:
             for listener in listeners:
                 listener.ended(ledger)
+    if _ended(ledger) >= space.total:
+        return "done"
+    return "budget" if relay.ended else "interrupted"
 
 
 def _ended(ledger: Ledger) -> int:
