@@ -110,6 +110,22 @@ def test_train_tracks_and_tells_where(workdir: Path, capsys) -> None:
     assert {"errors.png", "kappa_pgd.png", "weight_pgd_histogram.png", "V_cw_histogram.png"} <= plots
 
 
+def test_a_refused_train_leaves_the_earlier_run_as_it_was(workdir: Path, capsys) -> None:
+    Ledger.create(workdir / "runs" / "sweep", load_space("lrat", {}))
+    assert main(["train", "lrat", *SMALL, "--name", "mine"]) == 0
+    before = (workdir / "mlflow.db").read_bytes()
+    config = next((workdir / "mlruns").rglob("config.json")).read_text()
+    capsys.readouterr()
+    for name, change, line in (
+        ("mine", "batch_size=16", "mine holds a run with other settings: choose another --name"),
+        ("sweep", "batch_size=16", "sweep holds a sweep: choose another --name"),
+    ):
+        assert main(["train", "lrat", *SMALL, "--name", name, "--set", change]) == 2
+        assert line in capsys.readouterr().err
+    assert (workdir / "mlflow.db").read_bytes() == before
+    assert next((workdir / "mlruns").rglob("config.json")).read_text() == config
+
+
 def test_a_preset_is_trained_by_its_name(workdir: Path, capsys) -> None:
     digits = ["data.name=digits", "data.data_dir=null", "model.name=digits_cnn", "batch_size=32"]
     flags = [part for setting in digits for part in ("--set", setting)]

@@ -17,7 +17,7 @@ from raysweep.training.config import RunConfig
 from raysweep.training.pause import Interrupted, told_to_end
 from raysweep.training.prefix import PREFIXES, Prefixes
 from raysweep.training.presets import resolve
-from raysweep.training.trainer import TrainingFailed, fit
+from raysweep.training.trainer import TrainingFailed, check_goes_on, fit
 
 
 def run(args: Namespace) -> int:
@@ -32,6 +32,11 @@ def run(args: Namespace) -> int:
 
 
 def _train(args: Namespace, config: RunConfig, data: Data, out: Path, path: Path) -> int:
+    if storage.pull_file(path / "sweep.json"):
+        raise SpecError(f"{storage.name(path)} holds a sweep: choose another --name")
+    if (last := Run(path).last()) is not None:
+        # Before the tracker reopens what may be another run.
+        check_goes_on(last, config, data.fingerprint)
     name = path.name
     tracker = Tracker(embedded_store(out), out / "mlruns").ready()
     tags = train_tags(Run(path))
