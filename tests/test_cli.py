@@ -168,11 +168,12 @@ def test_tune_gairat_on_colour_images_of_ones_own(ray_cluster, workdir: Path, ca
     for split in ("train", "test"):
         x = generator.integers(0, 256, (60, 3, 16, 16), dtype=np.uint8)
         np.savez(workdir / f"{split}.npz", x=x, y=np.arange(60) % 3)
+    # A relative folder, though trials work in others.
     settings = ["data.name=arrays", "data.val_size=15", "model.name=digits_cnn", "epochs=2", "*.attacks.*.steps=2"]
-    flags = [part for setting in settings for part in ("--set", setting)]
-    command = ["tune", "gairat", "--data-dir", str(workdir), *flags, "--trials", "2", "--name", "mine", "--json"]
-    assert main([*command]) == 0
+    flags = [part for setting in [*settings, "data.data_dir=."] for part in ("--set", setting)]
+    assert main(["tune", "gairat", *flags, "--trials", "2", "--name", "mine", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["trials"]) == 2
+    assert Ledger.open(workdir / "runs" / "mine").space.base["data.data_dir"] == str(workdir)
 
 
 def test_plan_starts_nothing_and_writes_nothing(workdir: Path, capsys) -> None:

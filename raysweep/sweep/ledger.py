@@ -80,7 +80,7 @@ class Ledger:
         inside = (file.relative_to(path).parts[0] for file in storage.files(path))
         if any(name != "lock" and not name.startswith(".") for name in inside):
             raise SpecError(f"{storage.name(path)} holds something else than a sweep: choose another --name")
-        ledger = cls(path, space, uuid4().hex)
+        ledger = cls(path, space.rooted(), uuid4().hex)
         try:
             (path / "trials").mkdir(parents=True, exist_ok=True)
             ledger._write_space()
@@ -118,7 +118,7 @@ class Ledger:
         """
         trials = self.trials()
         check_growth(self.space, space, {trial.number: trial.settings for trial in trials})
-        self.space = space
+        self.space = space.rooted()
         self._write_space()
         for trial in trials:
             if trial.state == "finished" and trial.epoch < space.config(trial.settings).epochs:
