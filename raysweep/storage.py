@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -176,6 +176,11 @@ def drop_file(path: Path) -> None:
 def listing(path: Path) -> list[Entry]:
     """All files below a folder of a working copy that the bucket has."""
     return _patiently(_listing, path)
+
+
+def files(path: Path) -> Iterator[Path]:
+    """All files below a folder, as the bucket has them or as they are here."""
+    return (entry.path for entry in listing(path)) if is_copy(path) else filter(Path.is_file, path.rglob("*"))
 
 
 def folders(path: Path, holding: str = META) -> list[str]:

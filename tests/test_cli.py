@@ -17,8 +17,9 @@ import yaml
 from raysweep.cli import build_parser, main
 from raysweep.evaluation.validation import Metric
 from raysweep.manual import PAGES
+from raysweep.pipeline.lock import alone
 from raysweep.spec import flatten, override, parse_yaml
-from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import load_space
 from raysweep.training.presets import resolve
 
@@ -152,6 +153,22 @@ def test_train_tracks_and_tells_where(workdir: Path, capsys) -> None:
     assert {"errors.png", "kappa_pgd.png", "weight_pgd_histogram.png", "V_cw_histogram.png"} <= plots
 
 
+def test_a_refused_train_leaves_the_earlier_run_as_it_was(workdir: Path, capsys) -> None:
+    Ledger.create(workdir / "runs" / "sweep", load_space("lrat", {}))
+    assert main(["train", "lrat", *SMALL, "--name", "mine"]) == 0
+    before = (workdir / "mlflow.db").read_bytes()
+    config = next((workdir / "mlruns").rglob("config.json")).read_text()
+    capsys.readouterr()
+    for name, change, line in (
+        ("mine", "batch_size=16", "mine holds a run with other settings: choose another --name"),
+        ("sweep", "batch_size=16", "sweep holds a sweep: choose another --name"),
+    ):
+        assert main(["train", "lrat", *SMALL, "--name", name, "--set", change]) == 2
+        assert line in capsys.readouterr().err
+    assert (workdir / "mlflow.db").read_bytes() == before
+    assert next((workdir / "mlruns").rglob("config.json")).read_text() == config
+
+
 def test_a_preset_is_trained_by_its_name(workdir: Path, capsys) -> None:
     digits = ["data.name=digits", "data.data_dir=null", "model.name=digits_cnn", "batch_size=32"]
     flags = [part for setting in digits for part in ("--set", setting)]
@@ -196,11 +213,12 @@ def test_tune_gairat_on_colour_images_of_ones_own(ray_cluster, workdir: Path, ca
     for split in ("train", "test"):
         x = generator.integers(0, 256, (60, 3, 16, 16), dtype=np.uint8)
         np.savez(workdir / f"{split}.npz", x=x, y=np.arange(60) % 3)
+    # A relative folder, though trials work in others.
     settings = ["data.name=arrays", "data.val_size=15", "model.name=digits_cnn", "epochs=2", "*.attacks.*.steps=2"]
-    flags = [part for setting in settings for part in ("--set", setting)]
-    command = ["tune", "gairat", "--data-dir", str(workdir), *flags, "--trials", "2", "--name", "mine", "--json"]
-    assert main([*command]) == 0
+    flags = [part for setting in [*settings, "data.data_dir=."] for part in ("--set", setting)]
+    assert main(["tune", "gairat", *flags, "--trials", "2", "--name", "mine", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["trials"]) == 2
+    assert Ledger.open(workdir / "runs" / "mine").space.base["data.data_dir"] == str(workdir)
 
 
 def test_plan_starts_nothing_and_writes_nothing(workdir: Path, capsys) -> None:
@@ -239,6 +257,8 @@ def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) 
         (["tune", "lrat", "--set", "data.name=svhn", "--data-dir", "nowhere"], "data.name 'svhn' is not in"),
         (["tune", "lrat", "--space", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["tune", "lrat", "--name", "../up"], "--name '../up': use letters, digits"),
+        (["tune", "lrat", "--name", "pipelines"], "--name 'pipelines': in that folder raysweep keeps other things"),
+        (["train", "lrat", "--name", "eval"], "--name 'eval': in that folder raysweep keeps other things"),
         (["tune", "lrat", "--resume", "nothing"], "no sweep in"),
         (["tune", "lrat", "--out", "file/below"], "--out file/below: cannot be made"),
         (["tune", "lrat", "--address", "127.0.0.1:1"], "no Ray cluster at --address 127.0.0.1:1"),
@@ -258,6 +278,41 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, line, workdir: Path, c
     (message,) = err.strip().splitlines()
     assert message.startswith("raysweep: error: ") and line in message
     assert not (workdir / "runs").exists() or not list((workdir / "runs").glob("*/trials/*"))
+
+
+def test_a_refused_sweep_takes_back_what_it_made_and_nothing_else(workdir: Path, capsys) -> None:
+    run = workdir / "runs" / "first" / "epoch-0001"
+    run.mkdir(parents=True)
+    (run / "meta.json").write_text("precious")
+    assert main(["tune", "lrat", "--name", "first", "--address", "127.0.0.1:1"]) == 2
+    assert "holds something else than a sweep: choose another --name" in capsys.readouterr().err
+    assert (run / "meta.json").read_text() == "precious"
+    assert {path.name for path in (workdir / "runs").rglob("*")} == {"first", "lock", "epoch-0001", "meta.json"}
+    assert main(["tune", "lrat", "--name", "second", "--address", "127.0.0.1:1"]) == 2
+    assert [path.name for path in (workdir / "runs").iterdir()] == ["first"]
+
+
+def test_two_at_once_in_one_folder_are_refused(workdir: Path, capsys) -> None:
+    sweep = Ledger.create(workdir / "runs" / "g1", load_space("lrat", {}))
+    for command in (["tune", "lrat", "--resume", "g1"], ["train", "lrat", "--name", "mine"]):
+        with alone(sweep.path.with_name(command[-1])):
+            assert main(command) == 2
+        (message,) = capsys.readouterr().err.strip().splitlines()
+        assert f"'{command[-1]}' is running already (process {os.getpid()} on " in message
+    assert not sweep.trials() and not (workdir / "runs" / "mine").exists()
+
+
+def test_a_refused_resume_changes_nothing(workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    new, old = (Ledger.create(workdir / "runs" / name, load_space("lrat", {"epochs": 3})) for name in ("new", "old"))
+    old.write(Trial(0, {ALPHA: 1.0}, state="finished", epoch=3))
+    before = {file: file.read_text() for file in (workdir / "runs").rglob("*.json")}
+    for ledger in (new, old):
+        assert main(["tune", "lrat", "--resume", ledger.name, "--set", "epochs=40", "--address", "127.0.0.1:1"]) == 2
+        assert "no Ray cluster at --address 127.0.0.1:1" in capsys.readouterr().err
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://x")
+    assert main(["tune", "lrat", "--resume", "old", "--set", "epochs=40"]) == 2
+    assert "MLflow store nonsense://x" in capsys.readouterr().err
+    assert {file: file.read_text() for file in (workdir / "runs").rglob("*.json")} == before
 
 
 @pytest.mark.parametrize(

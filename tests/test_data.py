@@ -1,5 +1,6 @@
 import gzip
 import struct
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -141,3 +142,14 @@ def test_digits_are_scikit_learns() -> None:
     ours, theirs = DATASETS["digits"](None, False), load_digits()
     assert np.array_equal(np.concatenate([ours.x_train, ours.x_test])[:, 0], theirs.images)
     assert np.array_equal(np.concatenate([ours.y_train, ours.y_test]), theirs.target)
+
+
+def test_paths_are_absolute_for_those_who_work_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    spec = DataSpec(data_dir="here", unlabeled="u.npz")
+    assert (spec.data_dir, spec.unlabeled) == (tmp_path / "here", Path("u.npz")), "a part of data_dir"
+    assert DataSpec(data_dir="~/here").data_dir == tmp_path / "home" / "here"
+    assert DataSpec(unlabeled="u.npz").unlabeled == tmp_path / "u.npz"
+    assert DataSpec(data_dir="here", unlabeled="~/u.npz").unlabeled == tmp_path / "home" / "u.npz"
+    assert DataSpec.load(spec.json_dict()) == spec

@@ -1,9 +1,11 @@
 """A sweep survives its driver's death: nothing lost, nothing run twice, MLflow with one run a trial and none open."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -50,11 +52,11 @@ def test_kill_9_ctrl_c_and_a_budget_in_the_life_of_one_sweep(tune, workdir: Path
     killed = {trial.number: trial for trial in Ledger.open(sweep).trials()}
     assert any(trial.state == "running" for trial in killed.values())
 
-    second = tune("--resume", "s")
+    second = tune("--resume", "s", "--max-time", "1h")
     wait_for_epochs(sweep, 8, second)
     second.send_signal(signal.SIGINT)
     _, err = second.communicate(timeout=60)
-    assert second.returncode == 130
+    assert second.returncode == 130, "Ctrl-C is not the budget's end"
     assert "raysweep tune gairat --resume s" in err and "Traceback" not in err
 
     assert main(["tune", "gairat", "--resume", "s", "--max-time", "0.1s"]) == 0
@@ -84,3 +86,17 @@ def check_mlflow(workdir: Path, trials: int) -> None:
     assert sorted(run.info.run_name for run in runs) == ["s", *(f"s/{number:04d}" for number in range(trials))]
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert {run.data.tags.get("state") for run in runs if "/" in run.info.run_name} <= {"finished", "stopped"}
+
+
+def test_ctrl_c_in_a_pipeline_is_no_budgets_end(ray_cluster, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    Path("p.yaml").write_text("stages: [{kind: tune, space: at, trials: 4, max_hours: 1}]")
+
+    def ctrl_c() -> None:
+        while not list(workdir.glob("runs/*/trials/*/epoch-0001")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=ctrl_c, daemon=True).start()
+    assert main(["run", "p.yaml", *SMALL]) == 130
+    assert not list(workdir.glob("runs/pipelines/p/*-tune-*")), "it goes on where it was, not to the next stage"

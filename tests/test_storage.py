@@ -26,6 +26,7 @@ from test_workers import in_processes
 
 from raysweep import storage
 from raysweep.cli import main
+from raysweep.pipeline.lock import alone
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger
 from raysweep.training import checkpoint
@@ -235,6 +236,25 @@ def test_a_living_owners_claim_is_waited_for_and_a_dead_ones_is_not(
     began = time.monotonic()
     with prefixes.training("other") as ours:
         assert ours and time.monotonic() - began > 1
+
+
+def test_two_at_once_in_one_folder_of_a_bucket(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = storage.at(uri) / "g1"
+    monkeypatch.setattr("raysweep.training.claim._BEAT", 1.1)  # object stores count in seconds
+    with (
+        alone(sweep),
+        pytest.raises(SpecError, match=rf"'g1' is running already \(process {os.getpid()} on "),
+        alone(sweep),
+    ):
+        pass
+    # Of a machine that cannot be asked, and whose heart beats no more.
+    silent = sweep / ".claims" / "alone" / "1.000000 elsewhere 1"
+    silent.touch()
+    storage.push(silent)
+    monkeypatch.setattr("raysweep.training.claim._STALE", 1.0)
+    with alone(sweep):
+        assert len(in_bucket(sweep)) == 1
+    assert not in_bucket(sweep)
 
 
 def test_a_bucket_of_prefixes_that_is_full_forgets_the_oldest(any_uri: str, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Real sweeps on a real, local Ray cluster, with tiny trials."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from raysweep.results import trial_advice
 from raysweep.spec import SpecError
 from raysweep.sweep.failures import explain
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.relay import SweepFailed
+from raysweep.sweep.relay import Budget, SweepFailed
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search import StudySearch
 from raysweep.sweep.space import SearchSpace
@@ -260,6 +262,21 @@ def test_a_store_that_fails_under_the_sweep_is_its_own_error_and_loses_nothing(
     assert any(trial.state == "running" for trial in ledger.trials())
     run_sweep(ledger, [])
     assert [(trial.state, trial.epoch) for trial in ledger.trials()] == [("finished", 2)] * 2
+
+
+def test_a_sweep_says_why_it_ended(ray_cluster, tmp_path: Path) -> None:
+    ledger = Ledger.create(tmp_path / "sweep", space(trials=2, base={**TINY, "epochs": 4}))
+    told: list[int] = []
+
+    def ctrl_c(trial: Trial) -> None:
+        if trial.epoch and not told:
+            told.append(trial.epoch)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert run_sweep(ledger, [Follower(ctrl_c)], budget=Budget(3600)) == "interrupted"
+    assert any(trial.state == "running" for trial in ledger.trials())
+    assert run_sweep(ledger, [], budget=Budget(0)) == "budget"
+    assert run_sweep(ledger, [], budget=Budget(3600)) == "done"
 
 
 def test_a_bug_ends_the_sweep_after_a_few_trials_with_its_traceback(ray_cluster, tmp_path) -> None:

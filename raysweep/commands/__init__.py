@@ -13,6 +13,9 @@ from raysweep import storage
 from raysweep.spec import SpecError, is_plain, parse_yaml
 from raysweep.sweep.ledger import Ledger
 
+# What else there is beside sweeps and runs.
+_RESERVED = ("pipelines", "eval", "from-mlflow")
+
 
 def settings(args: Namespace) -> dict[str, Any]:
     """`--set` and `--data-dir` as {dotted path: value}; values are read as YAML. Raises SpecError for a missing `=`."""
@@ -76,7 +79,9 @@ def places(args: Namespace) -> str:
 
 
 def plain_name(name: str, option: str) -> str:
-    """A name that is a folder's name and nothing more."""
+    """A name that is a folder's name and nothing more, and not that of a folder with another use."""
+    if name in _RESERVED:
+        raise SpecError(f"{option} {name!r}: in that folder raysweep keeps other things; choose another")
     if not is_plain(name):
         raise SpecError(f"{option} {name!r}: use letters, digits, '-', '_' and '.', not starting with '.'")
     return name

@@ -3,18 +3,21 @@
 import json
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 from raysweep import storage
 from raysweep.commands import plain_name, runs_in, settings, ui_command, writable
-from raysweep.data import load
+from raysweep.data import Data, load
+from raysweep.pipeline.lock import alone
 from raysweep.spec import SpecError
 from raysweep.tracking import Tracker, embedded_store, train_tags
 from raysweep.training.advice import advise
 from raysweep.training.checkpoint import Checkpoint, Run
+from raysweep.training.config import RunConfig
 from raysweep.training.pause import Interrupted, told_to_end
 from raysweep.training.prefix import PREFIXES, Prefixes
 from raysweep.training.presets import resolve
-from raysweep.training.trainer import TrainingFailed, fit
+from raysweep.training.trainer import TrainingFailed, check_goes_on, fit
 
 
 def run(args: Namespace) -> int:
@@ -24,7 +27,17 @@ def run(args: Namespace) -> int:
     for line in config.warnings():
         print(f"raysweep: warning: {line}", file=sys.stderr)
     out, runs = writable(args.out), runs_in(args)
-    path = runs / name
+    with alone(runs / name):
+        return _train(args, config, data, out, runs / name)
+
+
+def _train(args: Namespace, config: RunConfig, data: Data, out: Path, path: Path) -> int:
+    if storage.pull_file(path / "sweep.json"):
+        raise SpecError(f"{storage.name(path)} holds a sweep: choose another --name")
+    if (last := Run(path).last()) is not None:
+        # Before the tracker reopens what may be another run.
+        check_goes_on(last, config, data.fingerprint)
+    name = path.name
     tracker = Tracker(embedded_store(out), out / "mlruns").ready()
     tags = train_tags(Run(path))
     known = tracker.find(tags)
@@ -38,7 +51,7 @@ def run(args: Namespace) -> int:
         print(f"epoch {epoch}/{config.epochs} loss {loss:.3f} {numbers}", file=sys.stderr)
         tracker.metrics(run_id, metrics, epoch)
 
-    store = Prefixes(runs / PREFIXES)
+    store = Prefixes(path.parent / PREFIXES)
     try:
         with told_to_end() as told:
             fitted = fit(config, path, report, data=data, prefixes=store, reported=reported, interrupted=told)

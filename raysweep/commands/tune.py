@@ -16,6 +16,7 @@ from raysweep import storage
 from raysweep.commands import places, plain_name, runs_in, settings, ui_command, writable
 from raysweep.data import Data, load
 from raysweep.display import Progress, trial_table
+from raysweep.pipeline.lock import alone
 from raysweep.results import trial_advice
 from raysweep.spec import SpecError, read_yaml
 from raysweep.sweep.growth import check_growth
@@ -25,7 +26,7 @@ from raysweep.tracking import SweepTracker, Tracker, embedded_store
 from raysweep.training.config import named_method
 
 if TYPE_CHECKING:
-    from raysweep.sweep.relay import Budget, Listener
+    from raysweep.sweep.relay import Budget, End, Listener
     from raysweep.sweep.resources import Resources
 
 _BEST = 5
@@ -41,22 +42,32 @@ def run(args: Namespace) -> int:
     out = writable(args.out)
     exports = _exports(args)
     tracker = Tracker(embedded_store(out), out / "mlruns")
-    ledger = _ledger(args, runs, space)
+    listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(Console(stderr=True)), *exports]
+    path = runs / (args.resume or plain_name(args.name or _new_name(args.method), "--name"))
 
     from raysweep.sweep.relay import SweepFailed
     from raysweep.sweep.tuner import run_sweep
 
-    console = Console(stderr=True)
-    listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(console), *exports]
-    try:
-        run_sweep(ledger, listeners, _resources(args), args.address, _budget(args), data.fingerprint)
-    except SpecError:
-        ledger.discard()
-        raise
-    except SweepFailed as error:
-        print(f"raysweep: the sweep failed: {error}", file=sys.stderr)
-        return 1
-    return _report(args, ledger, tracker)
+    with alone(path):
+        ledger = Ledger.open(path) if args.resume else Ledger.create(path, space)
+        if ledger.space != space:
+            # What grows is written once nothing can refuse it any more.
+            tracker.ready()
+        grown = space if args.resume else None
+        try:
+            end = run_sweep(ledger, listeners, _resources(args), args.address, _budget(args), data.fingerprint, grown)
+        except SpecError:
+            if not args.resume:
+                ledger.discard()
+            raise
+        except SweepFailed as error:
+            print(f"raysweep: the sweep failed: {error}", file=sys.stderr)
+            return 1
+    return _report(args, ledger, tracker, end)
+
+
+def _new_name(method: str) -> str:
+    return f"{method}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _exports(args: Namespace) -> "list[Listener]":
@@ -113,16 +124,7 @@ def _resumed(args: Namespace, runs: Path) -> SearchSpace:
     return space
 
 
-def _ledger(args: Namespace, runs: Path, space: SearchSpace) -> Ledger:
-    if args.resume:
-        ledger = Ledger.open(runs / args.resume)
-        ledger.extend(space)
-        return ledger
-    name = args.name or f"{args.method}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return Ledger.create(runs / plain_name(name, "--name"), space)
-
-
-def _report(args: Namespace, ledger: Ledger, tracker: Tracker) -> int:
+def _report(args: Namespace, ledger: Ledger, tracker: Tracker, end: "End") -> int:
     """The best trials, where they are, what sharing saved, and what to type next."""
     ranked, trials = ledger.ranked(), ledger.trials()
     ended = [trial for trial in trials if trial.state != "running"]
@@ -155,10 +157,10 @@ def _report(args: Namespace, ledger: Ledger, tracker: Tracker) -> int:
         print(f"\nbest checkpoint\n  {storage.name(ledger.checkpoint(ranked[0]))}")
         print(f"next\n  raysweep eval {_short(ledger.checkpoint(ranked[0]))}{out}")
         print(f"  raysweep show {ledger.name}{out}\n  {ui_command(tracker.uri)}")
-    if len(ended) < ledger.space.total:
+    if end != "done":
         command = f"raysweep tune {args.method} --resume {ledger.name}{out}"
         print(f"raysweep: {len(ended)} of {ledger.space.total} trials done; go on with\n  {command}", file=sys.stderr)
-        return 0 if args.max_time or args.max_gpu_hours is not None else 130
+        return 0 if end == "budget" else 130
     failed = [trial for trial in trials if trial.state == "failed"]
     if failed and len(failed) == len(trials):
         print(f"raysweep: every trial failed; the first: {failed[0].reason}", file=sys.stderr)

@@ -3,13 +3,14 @@
 import hashlib
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from raysweep.data.sources import DATASETS, Arrays
@@ -28,6 +29,7 @@ class DataSpec(Spec):
     augment: 4-pixel random crop and horizontal flip; null for colour images only.
     unlabeled: .npz, .parquet or .pickle of pseudo-labelled images of the same shape, looked for in `data_dir`, for
     `rst` and `gair-rst`; they are the share `unlabeled_fraction` of each batch.
+    Paths become absolute, `unlabeled` as part of `data_dir`: a trial trains in another working directory.
     """
 
     name: str = "digits"
@@ -39,6 +41,15 @@ class DataSpec(Spec):
     split_seed: int = 0
     unlabeled: Path | None = None
     unlabeled_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+    @field_validator("data_dir", "unlabeled")
+    @classmethod
+    def _absolute(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        if path is None:
+            return None
+        with suppress(RuntimeError):  # no such user
+            path = path.expanduser()
+        return path if info.data.get("data_dir") else path.resolve()
 
     @field_validator("name")
     @classmethod

@@ -10,6 +10,7 @@ from pydantic import Field
 from raysweep import storage
 from raysweep.display import Progress
 from raysweep.pipeline.artifact import Candidate
+from raysweep.pipeline.lock import alone
 from raysweep.pipeline.stage import Outcome, Past, Settings, Stage, StageFailed, Work
 from raysweep.schedules import Number
 from raysweep.spec import Json, Spec, SpecError
@@ -162,27 +163,27 @@ def sweep(
     work: Work, path: Path, space: SearchSpace, cpus: float, gpus: float | None, max_hours: float | None = None
 ) -> Ledger:
     """The sweep in `path`, run to its end or budget. Raises StageFailed if it brought nothing."""
-    from raysweep.sweep.relay import Budget, Listener, SweepFailed
+    from raysweep.sweep.relay import Budget, End, Listener, SweepFailed
     from raysweep.sweep.resources import Resources
     from raysweep.sweep.tuner import run_sweep
 
-    ledger = Ledger.open(path) if storage.pull_file(path / "sweep.json") else Ledger.create(path, space)
-    ended = [trial for trial in ledger.trials() if trial.state != "running"]
-    if len(ended) < space.total:
-        work.cluster()
-        resources = Resources(cpus, gpus)
-        fingerprint = work.data(space.config({}).data).fingerprint
-        listeners: list[Listener] = [SweepTracker(work.tracker, fingerprint), Progress(work.console)]
-        budget = Budget(math.inf if max_hours is None else 3600 * max_hours)
-        try:
-            run_sweep(ledger, listeners, resources, work.address, budget, fingerprint)
-        except SweepFailed as error:
-            raise StageFailed(str(error)) from None
-    trials = ledger.trials()
-    if max_hours is None and sum(trial.state != "running" for trial in trials) < space.total:
+    with alone(path):
+        ledger = Ledger.open(path) if storage.pull_file(path / "sweep.json") else Ledger.create(path, space)
+        end: End = "done"
+        if sum(trial.state != "running" for trial in ledger.trials()) < space.total:
+            work.cluster()
+            resources = Resources(cpus, gpus)
+            fingerprint = work.data(space.config({}).data).fingerprint
+            listeners: list[Listener] = [SweepTracker(work.tracker, fingerprint), Progress(work.console)]
+            budget = Budget(math.inf if max_hours is None else 3600 * max_hours)
+            try:
+                end = run_sweep(ledger, listeners, resources, work.address, budget, fingerprint)
+            except SweepFailed as error:
+                raise StageFailed(str(error)) from None
+    if end == "interrupted":
         raise KeyboardInterrupt
     if not ledger.ranked():
-        reason = next((trial.reason for trial in trials if trial.reason), "none reported the objective")
+        reason = next((trial.reason for trial in ledger.trials() if trial.reason), "none reported the objective")
         raise StageFailed(f"no trial of {path.name} came to a result: {reason}")
     return ledger
 

@@ -1,8 +1,8 @@
 """What a sweep knows, in JSON beside its checkpoints: a killed driver starts again from this alone."""
 
 import json
-import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -72,12 +72,15 @@ class Ledger:
 
     @classmethod
     def create(cls, path: Path, space: SearchSpace) -> "Ledger":
-        """A new sweep's folder. Raises SpecError if there is one already, or if it cannot be written."""
+        """A new sweep's folder. Raises SpecError if there is anything in it already, or if it cannot be written."""
         if storage.pull_file(path / "sweep.json"):
             raise SpecError(
                 f"there is a sweep in {storage.name(path)}: go on with `--resume {path.name}`, or choose another --name"
             )
-        ledger = cls(path, space, uuid4().hex)
+        inside = (file.relative_to(path).parts[0] for file in storage.files(path))
+        if any(name != "lock" and not name.startswith(".") for name in inside):
+            raise SpecError(f"{storage.name(path)} holds something else than a sweep: choose another --name")
+        ledger = cls(path, space.rooted(), uuid4().hex)
         try:
             (path / "trials").mkdir(parents=True, exist_ok=True)
             ledger._write_space()
@@ -100,10 +103,13 @@ class Ledger:
         return cls(path, SearchSpace.load(data["space"], str(path / "sweep.json")), data["key"])
 
     def discard(self) -> None:
-        """Take back a sweep that was refused before its first trial."""
+        """Take back a sweep that was refused before its first trial: what `create` made, and nothing else."""
         if not self.trials():
             storage.drop_file(self.path / "sweep.json")
-            shutil.rmtree(self.path)
+            (self.path / "sweep.json").unlink(missing_ok=True)
+            with suppress(OSError):  # not empty
+                (self.path / "trials").rmdir()
+                self.path.rmdir()
 
     def extend(self, space: SearchSpace) -> None:
         """Go on as `space`: finished trials that it gives more epochs are running again, from their last checkpoints.
@@ -112,7 +118,7 @@ class Ledger:
         """
         trials = self.trials()
         check_growth(self.space, space, {trial.number: trial.settings for trial in trials})
-        self.space = space
+        self.space = space.rooted()
         self._write_space()
         for trial in trials:
             if trial.state == "finished" and trial.epoch < space.config(trial.settings).epochs:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from ray import tune
 from ray.tune.experiment import Trial as RayTrial
@@ -31,6 +31,10 @@ class Listener(Protocol):
     def ended(self, ledger: Ledger) -> None: ...
 
 
+# Why a call of `run_sweep` came to its end; interrupted: by Ctrl-C.
+End = Literal["done", "budget", "interrupted"]
+
+
 class SweepFailed(RuntimeError):
     """Several trials met an error that their settings do not explain."""
 
@@ -53,6 +57,8 @@ class Relay(tune.Callback):
         self.bugs: list[str] = []
         # Why trials got no process: they are for another round of Tune.
         self._unstarted: list[str] = []
+        # Whether it was this that ended a round of Tune, not Ctrl-C.
+        self.ended = False
         self._rounds = 0
         self._progress = False
         self._ledger = ledger
@@ -77,9 +83,14 @@ class Relay(tune.Callback):
         wall = time.monotonic() - self._began
         return len(self.bugs) >= BUGS or self._budget.spent(wall, self._held * self._gpus)
 
+    def end(self) -> bool:
+        """`over`, asked by who then ends the sweep."""
+        self.ended |= self.over
+        return self.ended
+
     def another_round(self) -> bool:
         """Whether Tune is to run (again): the first time, and while trials lack nothing but a process that lives."""
-        again = not self._rounds or (bool(self._unstarted) and not self.over)
+        again = not self._rounds or (bool(self._unstarted) and not self.end())
         self._rounds, self._progress = self._rounds + 1, False
         self._unstarted.clear()
         return again
@@ -156,7 +167,7 @@ class Stop(tune.Stopper):
         return False
 
     def stop_all(self) -> bool:
-        return self._relay.over
+        return self._relay.end()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

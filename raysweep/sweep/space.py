@@ -178,6 +178,12 @@ class SearchSpace(Spec):
         """The run that a trial with these settings is."""
         return run_config(self.method, {"validation.objective": self.objectives[0]}, self.base, settings)
 
+    def rooted(self) -> "SearchSpace":
+        """This space with the paths of its data absolute, as seen from here: trials work elsewhere."""
+        data = self.config({}).data.json_dict()
+        paths = {f"data.{key}": data[key] for key in ("data_dir", "unlabeled") if data[key] is not None}
+        return self.model_copy(update={"base": {**self.base, **paths}}) if paths else self
+
     def problems(self) -> list[str]:
         """What is wrong with settings, ranges, conditions and starting points: one line each.
 

@@ -20,9 +20,10 @@ from raysweep.sweep.failures import explain
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.preemption import Preemptible, busy, leave, told
 from raysweep.sweep.probe import missing, sees
-from raysweep.sweep.relay import RETRIES, Budget, Listener, Relay, Stop
+from raysweep.sweep.relay import RETRIES, Budget, End, Listener, Relay, Stop
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search import StudySearch
+from raysweep.sweep.space import SearchSpace
 from raysweep.sweep.workers import Release, train_on_workers
 from raysweep.training.checkpoint import Checkpoint
 from raysweep.training.config import RunConfig
@@ -38,14 +39,16 @@ def run_sweep(
     address: str | None = None,
     budget: Budget | None = None,
     fingerprint: str | None = None,
-) -> None:
-    """Run the trials that the ledger still lacks, or as many as the budget allows.
+    grown: SearchSpace | None = None,
+) -> End:
+    """Run the trials that the ledger still lacks, or as many as the budget allows: why it ended.
 
-    fingerprint: the data's, where the caller knows it. Raises SpecError before anything runs if they cannot,
-    SweepFailed when several have failed by what looks like a bug.
+    fingerprint: the data's, where the caller knows it; grown: what the sweep is to become (see `Ledger.extend`). Raises
+    SpecError before anything runs or changes if they cannot, SweepFailed when several have failed by what looks like a
+    bug.
     """
     resources = resources or Resources()
-    space = ledger.space
+    space = grown or ledger.space
     config = space.config({})
     source = Source(config.data, fingerprint or load(config.data).fingerprint)
     with connected(address) as cluster:
@@ -56,6 +59,8 @@ def run_sweep(
         if math.isfinite(budget.gpu_seconds) and not resources.held_gpus:
             raise SpecError("--max-gpu-hours: the trials hold no GPU; use --max-time")
         concurrent = resources.concurrent(cluster, nodes())
+        if grown is not None:
+            ledger.extend(grown)
         for listener in listeners:
             listener.started(ledger, concurrent)
         relay = Relay(ledger, config.epochs, listeners, resources.held_gpus, budget)
@@ -71,6 +76,9 @@ def run_sweep(
         finally:
             for listener in listeners:
                 listener.ended(ledger)
+    if _ended(ledger) >= space.total:
+        return "done"
+    return "budget" if relay.ended else "interrupted"
 
 
 def _ended(ledger: Ledger) -> int:

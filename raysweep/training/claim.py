@@ -1,9 +1,10 @@
-"""The right to train a shared prefix: one holder at a time, and none for longer than it lives."""
+"""The right to train a shared prefix, or to work in a folder of a bucket: one holder at a time, as long as it lives."""
 
 import os
 import socket
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -104,6 +105,11 @@ class BucketClaim:
             self.release()
             return False
         return True
+
+    def alive(self) -> str:
+        """Another whose heart was seen to beat since this process first asked; empty if none was yet."""
+        beats = Counter(path for path, _ in self._seen)
+        return next(("process {2} on {1}".format(*path.name.split()) for path in beats if beats[path] > 1), "")
 
     def beat(self) -> None:
         self._mine.parent.mkdir(parents=True, exist_ok=True)

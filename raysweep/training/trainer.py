@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from raysweep import storage
 from raysweep.data import Batch, Data, Split, load
 from raysweep.evaluation.copies import LEAST_ROWS, attack_copy, full_precision
 from raysweep.method import ONE_WORKER, Method, Step, Workers
@@ -81,10 +82,7 @@ def fit(
     saved = checkpoint.read(run.at(last)) if last else None
     history: list[dict[str, float]] = []
     if saved is not None:
-        if saved.config.model_copy(update={"epochs": config.epochs}) != config or last > config.epochs:
-            raise SpecError(f"{run_path} holds a run with other settings: choose another --out, or delete the folder")
-        if saved.meta["data_fingerprint"] != data.fingerprint:
-            raise SpecError(f"{run_path} holds a run on other {config.data.name!r} data: choose another --out")
+        check_goes_on(saved, config, data.fingerprint)
         saved.load_state(model, optimizer)
         history = saved.history
         for row in history[reported:]:
@@ -117,6 +115,15 @@ def fit(
     assert saved is not None
     first_says(0, workers, device)
     return Fitted(saved, checkpoint.read(run.at(best_epoch(config, history))))
+
+
+def check_goes_on(saved: Checkpoint, config: RunConfig, fingerprint: str) -> None:
+    """Raises SpecError unless a run of `config` on data of this fingerprint can go on from a checkpoint."""
+    folder, do = storage.name(saved.path.parent), "choose another --name, or delete the folder"
+    if saved.config.model_copy(update={"epochs": config.epochs}) != config or saved.epoch > config.epochs:
+        raise SpecError(f"{folder} holds a run with other settings: {do}")
+    if saved.meta["data_fingerprint"] != fingerprint:
+        raise SpecError(f"{folder} holds a run on other {config.data.name!r} data: {do}")
 
 
 def build(config: RunConfig, data: Data, device: torch.device, workers: Workers = ONE_WORKER) -> Faces:
