@@ -2,11 +2,9 @@
 
 import json
 import math
-import shlex
 import sys
 import time
 from argparse import Namespace
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +15,7 @@ from raysweep.commands import places, plain_name, runs_in, settings, ui_command,
 from raysweep.data import Data, load
 from raysweep.display import Progress, trial_table
 from raysweep.pipeline.lock import alone
-from raysweep.results import trial_advice
+from raysweep.results import sweep_facts, trial_advice
 from raysweep.spec import SpecError, read_yaml
 from raysweep.sweep.growth import check_growth
 from raysweep.sweep.ledger import Ledger, Trial
@@ -131,14 +129,7 @@ def _report(args: Namespace, ledger: Ledger, tracker: Tracker, end: "End") -> in
     out = places(args)
     asked, trained = sum(t.epoch for t in trials), sum(t.trained for t in trials)
     if args.json:
-        advice = trial_advice(ledger, ranked[0].number) if ranked else []
-        best_of = {trial.number: storage.name(ledger.checkpoint(trial)) for trial in ranked}
-        rows = [asdict(t) | {"checkpoint": best_of[t.number], "masks": ledger.masks(t)} for t in ranked]
-        front = [trial.number for trial in ledger.front()]
-        epochs = {"asked": asked, "trained": trained, "saved": asked - trained}
-        path = storage.name(ledger.path)
-        facts = {"sweep": ledger.name, "path": path, "epochs": epochs, "front": front, "advice": advice}
-        print(json.dumps({**facts, "trials": rows}, indent=1))
+        print(json.dumps(sweep_facts(ledger), indent=1))
     elif ranked:
         console = Console(width=None if sys.stdout.isatty() else 160)
         names = [name.replace("_", " ") for name in ledger.space.objectives]
@@ -155,7 +146,7 @@ def _report(args: Namespace, ledger: Ledger, tracker: Tracker, end: "End") -> in
             print(f"trial {ranked[0].number:04d}: {line}")
         print(f"epochs: {asked} asked, {trained} trained, {asked - trained} taken over from other trials")
         print(f"\nbest checkpoint\n  {storage.name(ledger.checkpoint(ranked[0]))}")
-        print(f"next\n  raysweep eval {_short(ledger.checkpoint(ranked[0]))}{out}")
+        print(f"next\n  raysweep eval {ledger.name}/{ranked[0].number:04d}{out}")
         print(f"  raysweep show {ledger.name}{out}\n  {ui_command(tracker.uri)}")
     if end != "done":
         command = f"raysweep tune {args.method} --resume {ledger.name}{out}"
@@ -183,8 +174,3 @@ def _masking(ledger: Ledger, ranked: list[Trial]) -> list[str]:
         limit = ledger.space.max_masking_gap
         lines.append(f"masking gap over {limit}: trials {', '.join(masked)} are ranked last")
     return lines
-
-
-def _short(path: Path) -> str:
-    inside = path.is_relative_to(Path.cwd()) and not storage.is_copy(path)
-    return shlex.quote(str(path.relative_to(Path.cwd())) if inside else storage.name(path))

@@ -77,11 +77,9 @@ class AutoAttack(Stage):
         eps = self.eps if self.eps is not None else threat_of(subject, config.data.name)[0]
         attack = self.attack(label, eps)
         count = min(self.n or len(data.test), len(data.test))
-        folder = folder_of(work.out, subject, attack, config.data, count)
+        folder = folder_of(work.out, subject, attack, config.data, count, self.seed)
         work.say(f"{label} on {candidate.title}: {count} test examples")
-        report = judge(
-            subject, data, attack, count, folder, shards, batch_size=self.batch_size, seed=self.seed
-        )  # fmt: skip
+        report = judge(subject, data, attack, count, folder, shards, batch_size=self.batch_size, seed=self.seed)
         save(report, folder, subject, config.data)
         name = self.attacks[label]
         run = work.tracker.find(run_tags(subject.checkpoint))
