@@ -170,7 +170,7 @@ def run_pipeline(
     SpecError if another process runs this pipeline.
     """
     folder = out / "runs" / "pipelines" / name
-    again = _position(first, pipeline)
+    again = position(first, pipeline)
     salt = pipeline.salt()
     runs = runs or out / "runs"
     nights = runs / "pipelines" / name / "sweeps"
@@ -213,8 +213,8 @@ def _run(step: Step, work: Work, done: tuple[Artifact, ...]) -> Artifact:
     return artifact
 
 
-def _position(first: str | None, pipeline: Pipeline) -> int:
-    """Number of the stage named by kind or number; beyond the last if none is."""
+def position(first: str | None, pipeline: Pipeline) -> int:
+    """Number of the stage named by kind or number, beyond the last if none is. Raises SpecError for an unknown one."""
     if first is None:
         return len(pipeline.stages)
     kinds: Sequence[str] = [stage.kind for stage in pipeline.stages]
