@@ -17,6 +17,7 @@ from raysweep.schedules import Number
 from raysweep.spec import Json, Spec, SpecError, read_yaml, shipped, unknown_name
 from raysweep.training.config import RunConfig, run_config
 
+_NEED_A_PARENT = {"values", "boundaries", "total", "on", "coef", "kind", "name"}
 Choice = float | str | bool | None
 Settings = dict[str, Any]
 Reals = tuple[Number, Number]
@@ -303,13 +304,16 @@ def spaces() -> list[str]:
 
 
 def labels(paths: list[str]) -> dict[str, str]:
-    """A short name for each dotted path, unique among them: `method.terms.pgd.weight.alpha` is `pgd.alpha`."""
+    """A short name for each dotted path, unique among them and with its parent where alone it would say nothing.
+
+    `method.terms.pgd.weight.lam` is `lam`, or `pgd.lam` beside another `lam`; `optim.lr.values` is `lr.values`.
+    """
     noise = {"method", "terms", "attacks", "weight", "optim"}
     short = {path: [part for part in path.split(".") if part not in noise] or [path] for path in paths}
     result = {}
     for path, parts in short.items():
-        leaf_is_unique = sum(other[-1] == parts[-1] for other in short.values()) == 1
-        result[path] = parts[-1] if leaf_is_unique else ".".join(parts)
+        is_unique = sum(other[-1] == parts[-1] for other in short.values()) == 1
+        result[path] = parts[-1] if is_unique and parts[-1] not in _NEED_A_PARENT else ".".join(parts)
     return result
 
 
