@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from raysweep.clock import duration
 from raysweep.commands import runs_in, settings, ui_command, writable
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.pipeline import Step, load_pipeline, run_pipeline
@@ -18,7 +19,6 @@ from raysweep.pipeline.plan import planned
 from raysweep.pipeline.report import HTML, MARKDOWN
 from raysweep.pipeline.stage import StageFailed
 from raysweep.spec import Json, SpecError
-from raysweep.sweep.plan import minutes
 from raysweep.tracking import embedded_store
 
 
@@ -61,7 +61,7 @@ def _plan(args: Namespace, name: str, rows: list[Json], has: dict[str, float]) -
     times = [row["expected_seconds"] for row in rows if "expected_seconds" in row]
     if times:
         known = None not in times
-        how_long = f"about {minutes(sum(times))} of training" if known else "how long cannot be told here"
+        how_long = f"about {duration(sum(times))} of training" if known else "how long cannot be told here"
         print(f"on {has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs: {how_long}; attacks come on top")
     return 0
 
@@ -71,7 +71,7 @@ def _effort(row: Json) -> str:
         return ""
     seconds = row["expected_seconds"]
     held = f"{row['cpus_per_trial']:g} CPU(s) and {row['gpus_per_trial']:g} GPU(s)"
-    time = "" if seconds is None else f", about {minutes(seconds)}"
+    time = "" if seconds is None else f", about {duration(seconds)}"
     return f"; a trial holds {held}, {row['trials_at_once']} run at once{time}"
 
 

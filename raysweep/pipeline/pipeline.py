@@ -92,7 +92,7 @@ class Step:
 
     @property
     def kind(self) -> str:
-        return str(getattr(self.stage, "kind"))  # noqa: B009
+        return self.stage.kind
 
 
 def load_pipeline(what: str, changes: Mapping[str, Any]) -> tuple[str, Pipeline, Settings]:
@@ -241,13 +241,9 @@ def _changed(pipeline: Pipeline, changes: Mapping[str, Any]) -> Pipeline:
             )
         for number in hit if field else ():
             try:
-                stages[number] = _set_field(stages[number], field, value)
+                stages[number] = override(stages[number], {field: value})
             except SpecError as error:
                 problems += [f"--set {path}: {line}" for line in error.problems]
     if problems:
         raise SpecError(problems)
     return pipeline.model_copy(update={"stages": tuple(stages)})
-
-
-def _set_field(stage: Any, field: str, value: Any) -> Any:
-    return override(stage, {field: value})

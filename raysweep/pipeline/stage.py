@@ -127,6 +127,8 @@ class Training(NamedTuple):
 class Stage(Spec):
     """One step of a pipeline. Its class says what it needs, whether it is sound, and what it does."""
 
+    kind: str
+
     def trainings(self, settings: Settings, before: Sequence[RunConfig]) -> list[Training]:
         """What this stage trains, as far as it is known beforehand. Raises SpecError.
 

@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from raysweep.clock import duration
 from raysweep.data import Data
 from raysweep.evaluation.copies import LEAST_ROWS, attack_copy
 from raysweep.rng import Rng
@@ -60,7 +61,7 @@ def plan(space: SearchSpace, data: Data, resources: Resources, address: str | No
     print(f"a trial holds {resources.cpus:g} CPU(s) and {resources.gpus:g} GPU(s){each}; {concurrent} run at once")
     print(f"one epoch with validation takes about {seconds:.1f} s by a few steps of one worker here")
     print(f"about {epochs} epochs in all{f' ({most} without early stopping)' if epochs < most else ''}:")
-    print(f"{minutes(seconds * epochs)} of trials, {minutes(wall)} from start to end")
+    print(f"{duration(seconds * epochs)} of trials, {duration(wall)} from start to end")
     return 0
 
 
@@ -73,10 +74,6 @@ def machine(address: str | None) -> tuple[dict[str, float], list[dict[str, float
             return cluster, nodes()
     here = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
     return here, [here]
-
-
-def minutes(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.0f} minutes"
 
 
 def epoch_seconds(config: RunConfig, data: Data, resources: Resources, steps: int = 2) -> float:
