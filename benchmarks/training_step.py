@@ -26,12 +26,13 @@ from raysweep.method import Method
 from raysweep.models import ModelSpec
 from raysweep.rng import Rng
 from raysweep.schedules import now
-from raysweep.training.compute import PLAIN, Compute
+from raysweep.training.compute import Compute
 from raysweep.training.config import run_config
 from raysweep.training.faces import Faces
 from raysweep.training.trainer import train_step
 
 CPU = torch.device("cpu")
+PLAIN = {"channels_last": False, "fold": False, "tf32": False}
 # Each adds to the one before.
 PATHS: dict[str, dict[str, Any]] = {
     "ours, all off": {},
@@ -152,7 +153,7 @@ def gradient(model: nn.Module) -> Tensor:
 
 def ours(subject: Subject, changes: dict[str, Any]) -> Callable[[], Found]:
     """Our step under `changes` of the plain settings, with its update."""
-    compute = Compute.load({**PLAIN.json_dict(), **changes})
+    compute = Compute.load({**PLAIN, **changes})
     faces = Faces(subject.copy(), subject.batch.x[:1], compute.on(CPU))
     optimizer = sgd(faces.model)
 

@@ -2,7 +2,13 @@
 
 import os
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raysweep.evaluation import evaluate
+    from raysweep.results import load, load_report, load_sweep
+
+__all__ = ["evaluate", "load", "load_report", "load_sweep"]
 
 __version__ = "0.1.0"
 

@@ -93,7 +93,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("what", metavar="WHAT", help="a pipeline of `raysweep list`, or a YAML file")
     p.add_argument("--plan", action="store_true", help="check everything and say what would run; run nothing")
     p.add_argument(
-        "--from", dest="first", metavar="STAGE", help="do this stage (kind or number) and those after it again"
+        "--from",
+        dest="first",
+        metavar="STAGE",
+        help="make the artifacts of this stage (kind or number) and of those after it again; no run and no attack that "
+        "is there is done twice (for that delete its folders: docs/scheduling.md)",
     )
     p.add_argument("--wait", action="store_true", help="if this pipeline is running already, wait for its end")
     _address(p)

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raysweep import storage
+from raysweep.clock import clock
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import labels
 
@@ -50,14 +51,14 @@ class Progress:
             self._live.stop()
 
     def _line(self, trial: Trial) -> str:
-        clock = _clock(time.monotonic() - self._began)
+        since = clock(time.monotonic() - self._began)
         shown = trial.latest if trial.state == "running" else trial.best
         numbers = " ".join(f"{name} {shown[name]:.3f}" for name in _COLUMNS if name in shown)
         reason = f": {trial.reason}" if trial.reason else ""
         if trial.state == "running" and reason:
-            return f"[{clock}] trial {trial.number:04d} starts again after epoch {trial.epoch}{reason}"
+            return f"[{since}] trial {trial.number:04d} starts again after epoch {trial.epoch}{reason}"
         what = f"epoch {trial.epoch}/{self._epochs}" if trial.state == "running" else f"{trial.state}{reason}, best"
-        return f"[{clock}] trial {trial.number:04d} {what} {numbers}"
+        return f"[{since}] trial {trial.number:04d} {what} {numbers}"
 
     def _render(self) -> RenderableType:
         ended = [t for t in self._trials.values() if t.state != "running"]
@@ -66,20 +67,20 @@ class Progress:
         rest = sorted(ended, key=lambda t: -t.score(metric))[: max(0, _ROWS - len(running))]
         table = trial_table(self._ledger, [*running, *rest])
         elapsed = time.monotonic() - self._began
-        left = f", about {_clock(elapsed / len(ended) * (self._ledger.space.total - len(ended)))} left" if ended else ""
+        left = f", about {clock(elapsed / len(ended) * (self._ledger.space.total - len(ended)))} left" if ended else ""
         table.caption = (
-            f"{len(ended)} of {self._ledger.space.total} trials done in {_clock(elapsed)}{left}; Ctrl-C stops"
+            f"{len(ended)} of {self._ledger.space.total} trials done in {clock(elapsed)}{left}; Ctrl-C stops"
         )
         return table
 
 
 def trial_table(ledger: Ledger, trials: list[Trial]) -> Table:
     """Trials with the settings that differ and the metrics of their best epoch (running ones: of the latest)."""
-    short = labels(list(ledger.space.space))
+    names = labels(list(ledger.space.space))
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("trial")
     for path in ledger.space.space:
-        table.add_column(short[path], justify="right")
+        table.add_column(names[path], justify="right")
     table.add_column("epoch", justify="right")
     for name in _COLUMNS:
         table.add_column(name.replace("_", " "), justify="right")
@@ -89,7 +90,7 @@ def trial_table(ledger: Ledger, trials: list[Trial]) -> Table:
         epoch = trial.epoch if trial.state == "running" else int(shown.get("epoch", trial.epoch))
         table.add_row(
             f"{trial.number:04d}",
-            *(_short(trial.settings.get(path)) for path in ledger.space.space),
+            *(short(trial.settings.get(path)) for path in ledger.space.space),
             str(epoch),
             *(f"{shown[name]:.3f}" if name in shown else "" for name in _COLUMNS),
             Text(trial.state + (f": {trial.reason}" if trial.reason else ""), style=_STYLE[trial.state]),
@@ -97,13 +98,8 @@ def trial_table(ledger: Ledger, trials: list[Trial]) -> Table:
     return table
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A setting in a table; `-` for one that the trial does not have."""
     if value is None:
         return "-"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

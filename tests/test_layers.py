@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "raysweep"
 # Each layer may import itself and those before it.
 LAYERS = [
-    ("files", "spec", "schedules", "rng", "storage"),
+    ("clock", "files", "spec", "schedules", "rng", "storage"),
     ("losses", "attacks", "weights"),
     ("method",),
     ("catalog", "models", "data"),

@@ -213,6 +213,12 @@ def test_the_second_run_does_nothing(digits_run: Path, monkeypatch, capsys) -> N
     assert {path.name for path in changed} <= {"lock"}
     assert main(["run", "digits", *TINY, "--out", str(digits_run), "--plan", "--json"]) == 0
     assert all(stage["done"] for stage in json.loads(capsys.readouterr().out)["stages"])
+    again = ["--from", "autoattack", "--plan"]
+    assert main(["run", "digits", *TINY, "--out", str(digits_run), *again, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)["stages"]
+    assert [stage["again"] for stage in planned] == [False, False, True, True, True]
+    assert [stage["done"] for stage in planned] == [True, True, False, False, False]
+    assert not any("expected_seconds" in stage for stage in planned), "nothing is trained again"
     more = [*TINY, "--set", "stages.autoattack.n=30"]
     assert main(["run", "digits", *more, "--out", str(digits_run), "--plan", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)["stages"]
@@ -332,6 +338,25 @@ def test_nights_are_compared_and_a_planted_regression_is_exit_code_1(
     assert "fell from" in err, "compared with the last good night, not with the bad one"
 
 
+def test_a_plan_says_on_what_and_for_how_long(workdir: Path, capsys) -> None:
+    Path("promoted.yaml").write_text(PROMOTED)
+    small = [*SET, "--set", "stages.tune.trials=3", "--set", "stages.1.cpus=0.5", "--set", "stages.0.max_hours=1.0e-9"]
+    assert main(["run", "promoted.yaml", *small, "--plan", "--json"]) == 0
+    gairat, at, promote, attack = json.loads(capsys.readouterr().out)["stages"]
+    cores = os.cpu_count()
+    assert (gairat["trials_at_once"], at["trials_at_once"]) == (min(3, cores), min(3, 2 * cores))
+    assert at["cpus_per_trial"] == 0.5 and at["gpus_per_trial"] == 0
+    assert at["expected_seconds"] > 0 and promote["expected_seconds"] > 0
+    assert gairat["expected_seconds"] == 0, "max_hours"
+    assert promote["trials_at_once"] == min(2, cores) and "expected_seconds" not in attack
+    assert main(["run", "promoted.yaml", *small, "--set", "stages.promote.pareto=true", "--plan"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.search(r"; a trial holds 0.5 CPU\(s\) and 0 GPU\(s\), \d run at once, about \d", lines[1])
+    assert lines[2].endswith("run at once"), "how many are on the front nobody knows"
+    assert lines[-1].endswith("how long cannot be told here; attacks come on top")
+    assert list(workdir.iterdir()) == [workdir / "promoted.yaml"]
+
+
 def _root() -> Path:
     return Path(__file__).parent.parent
 
@@ -430,6 +455,10 @@ def test_a_file_of_the_wrong_shape_is_looked_through_all_the_same(workdir: Path,
         (["none.yaml"], "none.yaml: cannot be read: No such file"),
         (["digitz"], "no pipeline 'digitz'; nearest: digits"),
         (["digits", "--from", "tunes"], "--from 'tunes': this pipeline has 0 tune, 1 promote"),
+        (["digits", "--plan", "--from", "tunes"], "--from 'tunes': this pipeline has 0 tune, 1 promote"),
+        (["digits", "--plan", "--address", "127.0.0.1:1"], "no Ray cluster at --address 127.0.0.1:1"),
+        (["digits", "--plan", "--wait"], "--wait: --plan runs nothing"),
+        (["digits", "--plan", "--set", "stages.tune.cpus=999"], "a trial wants 999 CPUs"),
         (["digits", "--set", "stages.tunes.trials=3"], "--set stages.tunes.trials: expected stages.STAGE.SETTING"),
         (["digits", "--set", "stages.tune.trails=3"], "no setting 'trails'; nearest: trials"),
         (["digits", "--set", "stages.tune.trials=0"], "trials = 0: must be greater than or equal to 1"),

@@ -7,6 +7,7 @@ import pytest
 from conftest import tiny
 
 from raysweep.attacks import PGD
+from raysweep.clock import clock, duration
 from raysweep.evaluation.instances import Instances, instances
 from raysweep.pipeline.artifact import Artifact, Candidate, Judgement
 from raysweep.pipeline.autoattack import AutoAttack
@@ -217,3 +218,8 @@ def test_a_run_from_inside(tmp_path: Path) -> None:
     assert len(captions(section)) == len(figures) and "Vulnerability (LRAT fig. 4): cw" in captions(section)
     (x, y) = figures["logits_map"].axes[0].collections[0].get_offsets().T.tolist()
     assert x and all(math.isfinite(v) for v in (*x, *y))
+
+
+def test_seconds_as_people_read_them() -> None:
+    assert [clock(s) for s in (5, 125.9, 3725)] == ["0:05", "2:05", "1:02:05"]
+    assert [duration(s) for s in (4.2, 750, 6120)] == ["4.2 s", "12.5 min", "1.7 h"]

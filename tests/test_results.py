@@ -1,5 +1,8 @@
 """What a notebook gets: models, sweeps and reports of the past."""
 
+import ast
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
@@ -76,3 +79,9 @@ def test_no_trial_has_a_result_yet(tmp_path) -> None:
     assert sweep.trials.empty and sweep.epochs.empty
     with pytest.raises(SpecError, match="no trial has reported robust_worst yet"):
         _ = sweep.best
+
+
+def test_a_type_checker_sees_what_a_notebook_gets() -> None:
+    (block,) = [node for node in ast.parse(Path(raysweep.__file__).read_text()).body if isinstance(node, ast.If)]
+    seen = {alias.name: line.module for line in block.body for alias in line.names}
+    assert seen == raysweep._LAZY and set(seen) == set(raysweep.__all__)

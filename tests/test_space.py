@@ -136,12 +136,18 @@ def test_conditions_decide_what_is_asked() -> None:
 
 
 def test_labels_are_short_and_unique() -> None:
-    assert labels([ALPHA, BETA, "method.terms.cw.weight.alpha", "optim.lr", "method.terms.bound.weight.total"]) == {
+    bound = ("method.terms.bound.weight.total", "method.terms.bound.on")
+    assert labels(["optim.lr.values", "optim.weight_decay"]) == {
+        "optim.lr.values": "lr.values",
+        "optim.weight_decay": "weight_decay",
+    }
+    assert labels([ALPHA, BETA, "method.terms.cw.weight.alpha", "optim.lr", *bound]) == {
         ALPHA: "pgd.alpha",
         BETA: "beta",
         "method.terms.cw.weight.alpha": "cw.alpha",
         "optim.lr": "lr",
         "method.terms.bound.weight.total": "bound.total",
+        "method.terms.bound.on": "bound.on",
     }
     vague = ["optim.lr.values", "method.attacks.pgd.tau.values", "method.attacks.cw.steps", "epochs"]
     assert list(labels(vague).values()) == ["lr.values", "tau.values", "cw.steps", "epochs"]

@@ -11,22 +11,28 @@ from typing import Any
 
 from rich.console import Console
 
+from raysweep.clock import duration
 from raysweep.commands import runs_in, settings, ui_command, writable
 from raysweep.pipeline.artifact import Artifact
-from raysweep.pipeline.pipeline import Step, load_pipeline, run_pipeline, steps
+from raysweep.pipeline.pipeline import Step, load_pipeline, run_pipeline
+from raysweep.pipeline.plan import planned
 from raysweep.pipeline.report import HTML, MARKDOWN
-from raysweep.pipeline.stage import Settings, StageFailed
+from raysweep.pipeline.stage import StageFailed
+from raysweep.spec import Json, SpecError
 from raysweep.tracking import embedded_store
 
 
 def run(args: Namespace) -> int:
+    if args.plan and args.wait:
+        raise SpecError("--wait: --plan runs nothing and waits for nothing")
     name, pipeline, around = load_pipeline(args.what, settings(args))
     for stage, before in pipeline.planned(around):
         for line in dict.fromkeys(line for config in stage.configs(around, before) for line in config.warnings()):
             print(f"raysweep: warning: {stage.kind}: {line}", file=sys.stderr)
     if args.plan:
+        runs_in(args, write=False)
         folder = args.out.expanduser().resolve() / "runs" / "pipelines" / name
-        return _plan(args, name, steps(pipeline, around, folder, pipeline.salt()), around)
+        return _plan(args, name, *planned(pipeline, around, folder, args.address, args.first))
     out, runs = writable(args.out), runs_in(args)
     console = Console(stderr=True)
     done: list[tuple[Step, Artifact, bool]] = []
@@ -43,28 +49,30 @@ def run(args: Namespace) -> int:
     return _end(args, name, out, done)
 
 
-def _plan(args: Namespace, name: str, planned: list[Step], around: Settings) -> int:
-    """What would run; nothing is written."""
-    found = [Artifact.read(step.folder) for step in planned]
-    rows = [
-        {
-            "number": step.number,
-            "kind": step.kind,
-            "digest": step.digest,
-            "done": artifact is not None,
-            "seconds": artifact.seconds if artifact else None,
-            "what": step.stage.describe(around),
-        }
-        for step, artifact in zip(planned, found, strict=True)
-    ]
+def _plan(args: Namespace, name: str, rows: list[Json], has: dict[str, float]) -> int:
+    """What would run, on what and for about how long."""
     if args.json:
         print(json.dumps({"pipeline": name, "stages": rows}, indent=1))
         return 0
     for row in rows:
-        state = f"done in {row['seconds']:.0f} s" if row["done"] else "to run"
-        line = f"{row['number']:02d} {row['kind']:<11} {state:<14} {row['what']}"
+        done = f"done in {row['seconds']:.0f} s" if row["done"] else "to make again" if row["again"] else "to run"
+        line = f"{row['number']:02d} {row['kind']:<11} {done:<14} {row['what']}{_effort(row)}"
         print(textwrap.fill(line, _width(), subsequent_indent=" " * 30))
+    times = [row["expected_seconds"] for row in rows if "expected_seconds" in row]
+    if times:
+        known = None not in times
+        how_long = f"about {duration(sum(times))} of training" if known else "how long cannot be told here"
+        print(f"on {has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs: {how_long}; attacks come on top")
     return 0
+
+
+def _effort(row: Json) -> str:
+    if "trials_at_once" not in row:
+        return ""
+    seconds = row["expected_seconds"]
+    held = f"{row['cpus_per_trial']:g} CPU(s) and {row['gpus_per_trial']:g} GPU(s)"
+    time = "" if seconds is None else f", about {duration(seconds)}"
+    return f"; a trial holds {held}, {row['trials_at_once']} run at once{time}"
 
 
 def _width() -> int:

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import Field
 
 from raysweep.evaluation.validation import OBJECTIVE
+from raysweep.files import whole_folder
 from raysweep.spec import Json, Spec, SpecError
-from raysweep.training.checkpoint import whole
 
 FILE = "artifact.json"
 
@@ -85,7 +85,7 @@ class Artifact(Spec):
 
     def write(self, folder: Path, files: Callable[[Path], None] | None = None) -> None:
         """Make `folder` with artifact.json and whatever `files` puts beside it."""
-        with whole(folder) as partial:
+        with whole_folder(folder) as partial:
             if files is not None:
                 files(partial)
             (partial / FILE).write_text(json.dumps(self.json_dict(), indent=1))

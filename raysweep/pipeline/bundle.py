@@ -13,8 +13,9 @@ from torch import nn
 
 from raysweep.data import Data, DataSpec, load
 from raysweep.evaluation import RobustnessReport
+from raysweep.files import whole_folder
 from raysweep.spec import Json, SpecError
-from raysweep.training.checkpoint import META, WEIGHTS, Checkpoint, whole
+from raysweep.training.checkpoint import META, WEIGHTS, Checkpoint
 from raysweep.training.checkpoint import read as read_checkpoint
 from raysweep.training.load import load_model
 
@@ -40,7 +41,7 @@ def write_bundle(folder: Path, report: RobustnessReport, saved: Checkpoint, data
         "environment": saved.meta["environment"],
     }
     card = report.card(name=name, dataset=data.name, architecture=saved.config.model.name)
-    with whole(folder) as partial:
+    with whole_folder(folder) as partial:
         report.save_adversarial(partial / ADVERSARIAL)
         shutil.copytree(saved.path, partial / CHECKPOINT)
         (partial / CARD).write_text(json.dumps({**card, **about}, indent=2) + "\n")

@@ -92,7 +92,7 @@ class Step:
 
     @property
     def kind(self) -> str:
-        return str(getattr(self.stage, "kind"))  # noqa: B009
+        return self.stage.kind
 
 
 def load_pipeline(what: str, changes: Mapping[str, Any]) -> tuple[str, Pipeline, Settings]:
@@ -170,7 +170,7 @@ def run_pipeline(
     SpecError if another process runs this pipeline.
     """
     folder = out / "runs" / "pipelines" / name
-    again = _position(first, pipeline)
+    again = position(first, pipeline)
     salt = pipeline.salt()
     runs = runs or out / "runs"
     nights = runs / "pipelines" / name / "sweeps"
@@ -213,8 +213,8 @@ def _run(step: Step, work: Work, done: tuple[Artifact, ...]) -> Artifact:
     return artifact
 
 
-def _position(first: str | None, pipeline: Pipeline) -> int:
-    """Number of the stage named by kind or number; beyond the last if none is."""
+def position(first: str | None, pipeline: Pipeline) -> int:
+    """Number of the stage named by kind or number, beyond the last if none is. Raises SpecError for an unknown one."""
     if first is None:
         return len(pipeline.stages)
     kinds: Sequence[str] = [stage.kind for stage in pipeline.stages]
@@ -241,13 +241,9 @@ def _changed(pipeline: Pipeline, changes: Mapping[str, Any]) -> Pipeline:
             )
         for number in hit if field else ():
             try:
-                stages[number] = _set_field(stages[number], field, value)
+                stages[number] = override(stages[number], {field: value})
             except SpecError as error:
                 problems += [f"--set {path}: {line}" for line in error.problems]
     if problems:
         raise SpecError(problems)
     return pipeline.model_copy(update={"stages": tuple(stages)})
-
-
-def _set_field(stage: Any, field: str, value: Any) -> Any:
-    return override(stage, {field: value})

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from raysweep.pipeline.artifact import Candidate, ranked_by
-from raysweep.pipeline.stage import Outcome, Past, Settings, Stage, StageFailed, Work
+from raysweep.pipeline.stage import Outcome, Past, Settings, Stage, StageFailed, Training, Work
 from raysweep.pipeline.tune import facts, of_seeds, over_seeds, sweep
 from raysweep.schedules import Number
 from raysweep.spec import Json, SpecError
@@ -34,7 +34,7 @@ class Promote(Stage):
     cpus: Annotated[Number, Field(gt=0)] = 1.0
     gpus: Annotated[Number, Field(ge=0)] | None = None
 
-    def configs(self, settings: Settings, before: Sequence[RunConfig] = ()) -> list[RunConfig]:
+    def trainings(self, settings: Settings, before: Sequence[RunConfig]) -> list[Training]:
         if not (self.set or self.seeds):
             return []
         found, problems = [], []
@@ -45,7 +45,14 @@ class Promote(Stage):
                 problems += error.problems
         if problems:
             raise SpecError(list(dict.fromkeys(problems)))
-        return list({config.digest(): config for config in found}.values())
+        different = list({config.digest(): config for config in found}.values())
+        seeds = len(self.seeds) or 1
+        runs = seeds * self.top * (len({config.method.name for config in before}) if self.each else 1)
+        # Which of them is promoted nobody knows yet: each as often.
+        return [
+            Training(config, seeds, None if self.pareto else config.epochs * runs / len(different))
+            for config in different
+        ]
 
     def describe(self, settings: Settings) -> str:
         what = "the Pareto set" if self.pareto else f"the best {self.top}"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from raysweep.display import short
 from raysweep.pipeline import figures
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.document import Picture, Section, Table, Text
@@ -42,17 +43,17 @@ def _parts(ledger: Ledger) -> list[Any]:
 def _table(ledger: Ledger, best: Sequence[Trial]) -> Table:
     metrics = list(dict.fromkeys((*ledger.space.objectives, "clean", "masking_gap")))
     paths = list(ledger.space.space)
-    short = labels(paths)
+    names = labels(paths)
     rows = [
         [
             f"{t.number:04d}",
             *(f"{100 * t.best[m]:.2f}" if m in t.best else "" for m in metrics),
             f"{int(t.best['epoch'])}{', stopped' if t.state == 'stopped' else ''}",
-            *(_setting(t.settings.get(path)) for path in paths),
+            *(short(t.settings.get(path)) for path in paths),
         ]
         for t in best
     ]
-    return Table(["trial", *map(figures.words, metrics), "best epoch", *(short[p] for p in paths)], rows)
+    return Table(["trial", *map(figures.words, metrics), "best epoch", *(names[p] for p in paths)], rows)
 
 
 def _importances(ledger: Ledger, results: int) -> list[Any]:
@@ -81,7 +82,3 @@ def _fronts(ledger: Ledger, ranked: Sequence[Trial]) -> list[Any]:
                 figures.pareto(ranked, best, other, first))
         for other in others
     ]  # fmt: skip
-
-
-def _setting(value: Any) -> str:
-    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

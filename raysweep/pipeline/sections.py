@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from raysweep.clock import duration
 from raysweep.pipeline import figures
 from raysweep.pipeline.artifact import Artifact, Judgement, ranked_by
 from raysweep.pipeline.document import Picture, Section, Table, Text
@@ -170,10 +171,10 @@ def cost(artifacts: Sequence[Artifact]) -> list[Section]:
         states = [t["state"] for t in sweep["trials"]]
         numbers = [len(states), states.count("stopped"), states.count("failed"), sweep["asked"], sweep["trained"]]
         rows.append(
-            [sweep["path"].rpartition("/")[2], *map(str, numbers), f"{saved} ({share})", _clock(sweep["seconds"])]
+            [sweep["path"].rpartition("/")[2], *map(str, numbers), f"{saved} ({share})", duration(sweep["seconds"])]
         )
     headers = ["sweep", "trials", "stopped", "failed", "epochs asked", "trained", "saved by sharing", "trial time"]
-    stages = [[a.kind, _clock(a.seconds)] for a in artifacts]
+    stages = [[a.kind, duration(a.seconds)] for a in artifacts]
     queries = sum(j.queries for a in artifacts for j in a.judged)
     parts: list[Any] = [Table(headers, rows), Table(["stage", "wall time of its last run"], stages)]
     parts.append(Text(f"The attacks on the test set took {queries:,} forward passes."))
@@ -247,8 +248,3 @@ def _span(numbers: Sequence[int]) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.2f}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

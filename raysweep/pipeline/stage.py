@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -116,15 +116,29 @@ class Work:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+class Training(NamedTuple):
+    """Runs of one config, at most so many at once, and the epochs of all together (None: not known beforehand)."""
+
+    config: RunConfig
+    at_once: int
+    epochs: float | None
+
+
 class Stage(Spec):
     """One step of a pipeline. Its class says what it needs, whether it is sound, and what it does."""
 
-    def configs(self, settings: Settings, before: Sequence[RunConfig] = ()) -> list[RunConfig]:
-        """The training runs that this stage starts, as far as they are known beforehand. Raises SpecError.
+    kind: str
 
-        before: those whose checkpoints it finds.
+    def trainings(self, settings: Settings, before: Sequence[RunConfig]) -> list[Training]:
+        """What this stage trains, as far as it is known beforehand. Raises SpecError.
+
+        before: the runs whose checkpoints it finds.
         """
         return []
+
+    def configs(self, settings: Settings, before: Sequence[RunConfig] = ()) -> list[RunConfig]:
+        """The runs of `trainings`."""
+        return [one.config for one in self.trainings(settings, before)]
 
     def content(self, settings: Settings) -> Json:
         """What the files that it names, and the settings around it, make of this stage: part of its digest."""

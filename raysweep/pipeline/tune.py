@@ -11,7 +11,7 @@ from raysweep import storage
 from raysweep.display import Progress
 from raysweep.pipeline.artifact import Candidate
 from raysweep.pipeline.lock import alone
-from raysweep.pipeline.stage import Outcome, Past, Settings, Stage, StageFailed, Work
+from raysweep.pipeline.stage import Outcome, Past, Settings, Stage, StageFailed, Training, Work
 from raysweep.schedules import Number
 from raysweep.spec import Json, Spec, SpecError
 from raysweep.sweep.ledger import Ledger, Trial
@@ -54,8 +54,10 @@ class Tune(Stage):
             space = load_space(self.space, changes)
         return space.model_copy(update={"trials": self.trials}) if self.trials else space
 
-    def configs(self, settings: Settings, before: Sequence[RunConfig] = ()) -> list[RunConfig]:
-        return [self.search(settings).config({})]
+    def trainings(self, settings: Settings, before: Sequence[RunConfig]) -> list[Training]:
+        space = self.search(settings)
+        config = space.config({})
+        return [Training(config, space.total, expected_epochs(space, config.epochs))]
 
     def content(self, settings: Settings) -> Json:
         return {"space": _decides(self.search(settings))}
@@ -119,8 +121,9 @@ class Train(Stage):
             raise SpecError(problems)
         return spaces
 
-    def configs(self, settings: Settings, before: Sequence[RunConfig] = ()) -> list[RunConfig]:
-        return [space.config({}) for space in self.spaces(settings).values()]
+    def trainings(self, settings: Settings, before: Sequence[RunConfig]) -> list[Training]:
+        configs = [space.config({}) for space in self.spaces(settings).values()]
+        return [Training(config, len(self.seeds), len(self.seeds) * config.epochs) for config in configs]
 
     def content(self, settings: Settings) -> Json:
         return {label: _decides(space) for label, space in self.spaces(settings).items()}

@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from raysweep.clock import duration
 from raysweep.data import Data
 from raysweep.evaluation.copies import LEAST_ROWS, attack_copy
 from raysweep.rng import Rng
@@ -15,11 +16,14 @@ from raysweep.sweep.space import SearchSpace
 from raysweep.training.config import RunConfig
 from raysweep.training.trainer import build, train_step
 
+# Seconds of one thread: a small network needs a fifth, a ResNet-18 three times as much.
+_SMALL = 0.5
+
 
 def plan(space: SearchSpace, data: Data, resources: Resources, address: str | None, as_json: bool) -> int:
     """Print the plan; nothing is written and no cluster is started (one that is named is asked what it has)."""
     config = space.config({})
-    cluster, nodes = _machine(address)
+    cluster, nodes = machine(address)
     resources = resources.on(cluster)
     concurrent = min(resources.concurrent(cluster, nodes), space.total)
     seconds = epoch_seconds(config, data, resources)
@@ -57,11 +61,11 @@ def plan(space: SearchSpace, data: Data, resources: Resources, address: str | No
     print(f"a trial holds {resources.cpus:g} CPU(s) and {resources.gpus:g} GPU(s){each}; {concurrent} run at once")
     print(f"one epoch with validation takes about {seconds:.1f} s by a few steps of one worker here")
     print(f"about {epochs} epochs in all{f' ({most} without early stopping)' if epochs < most else ''}:")
-    print(f"{_minutes(seconds * epochs)} of trials, {_minutes(wall)} from start to end")
+    print(f"{duration(seconds * epochs)} of trials, {duration(wall)} from start to end")
     return 0
 
 
-def _machine(address: str | None) -> tuple[dict[str, float], list[dict[str, float]]]:
+def machine(address: str | None) -> tuple[dict[str, float], list[dict[str, float]]]:
     """What the cluster has, in all and by node; without one, what a cluster on this machine would have."""
     if address or os.environ.get("RAY_ADDRESS"):
         from raysweep.sweep.cluster import connected, nodes
@@ -72,16 +76,12 @@ def _machine(address: str | None) -> tuple[dict[str, float], list[dict[str, floa
     return here, [here]
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.0f} minutes"
-
-
 def epoch_seconds(config: RunConfig, data: Data, resources: Resources, steps: int = 2) -> float:
     """Seconds of an epoch with its validation, from `steps` real steps after the burn-in.
 
     Each of several workers takes its share of a batch and of the validation; what they say to each other comes on top.
     """
-    torch.set_num_threads(max(1, int(resources.cpus / resources.workers)))
+    torch.set_num_threads(resources.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     faces, data = build(config, data, device), data.to(device)
     faces.model.train()
@@ -100,6 +100,27 @@ def epoch_seconds(config: RunConfig, data: Data, resources: Resources, steps: in
     validation = (time.perf_counter() - started) / sample * judged
     # The first step pays for warming up.
     return min(timings) * math.ceil(len(data.train) / config.batch_size) + validation / config.validation.every
+
+
+def quick_epoch_seconds(config: RunConfig, data: Data, resources: Resources) -> float | None:
+    """`epoch_seconds`, or None where a few steps would take minutes here or say nothing of where the trials run."""
+    nvidia = torch.cuda.is_available()
+    torch.set_num_threads(resources.threads)
+    if bool(resources.held_gpus) != nvidia or not (nvidia or _small(config, data)):
+        return None
+    return epoch_seconds(config, data, resources)
+
+
+def _small(config: RunConfig, data: Data) -> bool:
+    """Whether this CPU is through with 32 images so soon that a step of training takes it seconds."""
+    model = build(config, data, torch.device("cpu")).model.eval()
+    timings = []
+    for _ in range(2):
+        started = time.perf_counter()
+        with torch.no_grad():
+            model(data.val.images(slice(0, 32)))
+        timings.append(time.perf_counter() - started)
+    return min(timings) < _SMALL
 
 
 def expected_epochs(space: SearchSpace, epochs: int) -> int:

@@ -36,6 +36,11 @@ class Resources:
         return self.gpus or 0.0
 
     @property
+    def threads(self) -> int:
+        """Of each worker's computation."""
+        return max(1, int(self.cpus / self.workers))
+
+    @property
     def trial(self) -> dict[str, float]:
         """Held by the trial's own process, which trains if it is the only worker and waits if not."""
         return {"CPU": self.cpus, "GPU": self.held_gpus} if self.workers == 1 else {"CPU": DRIVER_CPUS}

@@ -7,8 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raysweep import storage
-from raysweep.files import write_whole
+from raysweep.files import whole_folder, write_whole
 from raysweep.spec import Json, SpecError
 from raysweep.training.config import RunConfig
 
@@ -79,7 +78,7 @@ def save(
         for name, parameter in model.named_parameters()
         if optimizer.state[parameter].get("momentum_buffer") is not None
     }
-    with whole(path) as partial:
+    with whole_folder(path) as partial:
         save_file(_plain(model.state_dict()), partial / WEIGHTS)
         save_file(_plain(momentum), partial / STATE)
         for name, content in also.items():
@@ -99,7 +98,7 @@ def adopt(path: Path, source: Path, config: RunConfig, history: list[dict[str, f
     rows = other.history if history is None else [*history, other.metrics]
     known = 0 if history is None else len(history)
     rows = [*rows[:known], *({**row, "train/seconds": 0.0, "shared": 1.0} for row in rows[known:])]
-    with whole(path) as partial:
+    with whole_folder(path) as partial:
         for name in (WEIGHTS, STATE):
             link(source / name, partial / name)
         meta = _write_meta(partial, config, rows, other.meta["data_fingerprint"], other.meta["sha256"])
@@ -188,21 +187,6 @@ class Run:
             storage.drop(self.half)
         for partial in (self.half, *self.path.glob(".epoch-*"), *self.path.glob(".half*")):
             shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `path` at the end, or nothing at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    for file in filter(Path.is_file, partial.rglob("*")):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    if path.exists():
-        shutil.rmtree(path)
-    partial.replace(path)
 
 
 def _write_meta(

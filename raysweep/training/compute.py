@@ -35,6 +35,3 @@ class Compute(Spec):
             raise SpecError(f"compute.tf32 = true: there is no TF32 on {device.type}; leave it to auto")
         decided = {"channels_last": True, "fold": True, "tf32": nvidia}
         return self.model_copy(update={name: on for name, on in decided.items() if getattr(self, name) == "auto"})
-
-
-PLAIN = Compute(channels_last=False, fold=False, tf32=False)
