@@ -219,13 +219,22 @@ def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) 
         (["tune", "lrat", "--address", "127.0.0.1:1"], "no Ray cluster at --address 127.0.0.1:1"),
         (["tune", "lrat", "--address", "nonsense"], "--address 'nonsense': expected auto or host:port"),
         (["tune", "lrat", "--workers", "2", "--gpus-per-trial", "3"], "3 GPUs for 2 workers is 1.5 each"),
-        (["tune", "lrat", "--workers", "2", "--cpus-per-trial", "0"], "0 CPUs are not enough for 2 workers"),
+        (["tune", "lrat", "--workers", "2", "--cpus-per-trial", "0.01"], "0.01 CPUs are not enough for 2 workers"),
+        (["tune", "lrat", "--cpus-per-trial", "0"], "--cpus-per-trial 0: must be more than 0, for example 0.5"),
+        (["tune", "lrat", "--plan", "--cpus-per-trial", "0"], "--cpus-per-trial 0: must be more than 0"),
+        (["train", "odd.yaml"], "odd.yaml: 1: expected the name of a setting, got int"),
+        (["tune", "lrat", "--resume", "empty"], "sweep.json is damaged: it lacks key, space; restore it"),
+        (["show", "half"], "sweep.json is damaged: it is no JSON object; restore it, or start anew under another"),
         (["show", "lart"], "no method, preset, space file, pipeline, sweep or trial 'lart'; nearest: mart, lrat"),
     ],
     ids=lambda case: " ".join(case) if isinstance(case, list) else "",
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, line, workdir: Path, capsys) -> None:
     (workdir / "file").touch()
+    (workdir / "odd.yaml").write_text("1: 2")
+    for name, text in (("empty", "{}"), ("half", '{"key": "')):
+        (workdir / "runs" / name).mkdir(parents=True)
+        (workdir / "runs" / name / "sweep.json").write_text(text)
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
