@@ -155,10 +155,10 @@ def _report(args: Namespace, ledger: Ledger, tracker: Tracker, end: "End") -> in
             print(f"trial {ranked[0].number:04d}: {line}")
         print(f"epochs: {asked} asked, {trained} trained, {asked - trained} taken over from other trials")
         print(f"\nbest checkpoint\n  {storage.name(ledger.checkpoint(ranked[0]))}")
-        print(f"next\n  raysweep eval {_short(ledger.checkpoint(ranked[0]))}{out}")
+        print(f"next\n  raysweep eval {ledger.name}/{ranked[0].number:04d}{out}")
         print(f"  raysweep show {ledger.name}{out}\n  {ui_command(tracker.uri)}")
     if end != "done":
-        command = f"raysweep tune {args.method} --resume {ledger.name}{out}"
+        command = f"raysweep tune {args.method} --resume {ledger.name}{out}{_held(args)}"
         print(f"raysweep: {len(ended)} of {ledger.space.total} trials done; go on with\n  {command}", file=sys.stderr)
         return 0 if end == "budget" else 130
     failed = [trial for trial in trials if trial.state == "failed"]
@@ -185,6 +185,14 @@ def _masking(ledger: Ledger, ranked: list[Trial]) -> list[str]:
     return lines
 
 
-def _short(path: Path) -> str:
-    inside = path.is_relative_to(Path.cwd()) and not storage.is_copy(path)
-    return shlex.quote(str(path.relative_to(Path.cwd())) if inside else storage.name(path))
+def _held(args: Namespace) -> str:
+    """What the sweep does not know of itself, for a command that goes on: the cluster, what a trial holds, Optuna."""
+    flags = [f"--address {shlex.quote(args.address)}"] if args.address else []
+    flags += [f"--workers {args.workers}"] if args.workers > 1 else []
+    flags += [f"--cpus-per-trial {args.cpus_per_trial:g}"] if args.cpus_per_trial != 1 else []
+    flags += [f"--gpus-per-trial {args.gpus_per_trial:g}"] if args.gpus_per_trial is not None else []
+    if args.optuna:
+        from raysweep.sweep.export import masked
+
+        flags.append(f"--optuna {shlex.quote(masked(args.optuna))}")
+    return "".join(f" {flag}" for flag in flags)
