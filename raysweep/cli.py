@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("tune", help="a sweep: Ray Tune and Optuna search, MLflow records")
     p.add_argument("method", metavar="METHOD", help="a method of `raysweep list`")
-    p.add_argument("--space", type=Path, metavar="FILE", help="search space (default: the one shipped for the method)")
+    p.add_argument("--space", type=_path, metavar="FILE", help="search space (default: the one shipped for the method)")
     p.add_argument("--trials", type=_count, metavar="N", help="number of trials (default: the space's)")
     p.add_argument("--max-trials", type=_count, dest="trials", metavar="N", help="the same as --trials")
     p.add_argument("--max-time", type=_duration, metavar="T", help="end after 90s, 30m or 2h; --resume goes on")
@@ -168,7 +168,7 @@ def _settings(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="PATH=VALUE", help="change a setting (repeatable)"
     )
     parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="where the data set is: short for --set data.data_dir="
+        "--data-dir", type=_path, metavar="DIR", help="where the data set is: short for --set data.data_dir="
     )
 
 
@@ -180,7 +180,7 @@ def _address(parser: argparse.ArgumentParser) -> None:
 
 def _out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=Path, default=Path(), metavar="DIR", help="where runs/ and mlflow.db go (default: .)"
+        "--out", type=_path, default=Path(), metavar="DIR", help="where runs/ and mlflow.db go (default: .)"
     )
 
 
@@ -194,6 +194,10 @@ def _storage(parser: argparse.ArgumentParser) -> None:
 
 def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - Path's own raises where there is no such user
 
 
 def _count(text: str) -> int:

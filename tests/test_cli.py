@@ -144,6 +144,7 @@ def test_tune_ends_with_the_best_trials_and_what_to_type_next(ray_cluster, workd
     out, err = capsys.readouterr()
     assert "best 2 of 2 trials by robust worst" in out
     assert str(workdir / "runs" / "quick" / "trials") in out.replace("\n", "")
+    assert "  raysweep eval quick/000" in out
     assert "raysweep show quick" in out and out.rstrip().endswith("mlflow ui")
     assert "trial 0001 finished" in err
     assert main(["show", "quick", "--json"]) == 0
@@ -157,6 +158,11 @@ def test_tune_ends_with_the_best_trials_and_what_to_type_next(ray_cluster, workd
     trials = json.loads(capsys.readouterr().out)["trials"]
     assert len(trials) == 3 and all(trial["epoch"] == 2 for trial in trials if trial["state"] == "finished")
     assert Ledger.open(workdir / "runs" / "quick").space.space[ALPHA].float == (0.125, 8.0)
+    held = ["--address", ray.get_runtime_context().gcs_address, "--workers", "2", "--cpus-per-trial", "1.5"]
+    held += ["--gpus-per-trial", "0", "--optuna", f"sqlite:///{workdir}/optuna.db"]
+    assert main(["tune", "lrat", "--resume", "quick", "--trials", "4", "--max-time", "0.01s", *held]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "--resume" in line]
+    assert line == f"  raysweep tune lrat --resume quick {' '.join(held)}"
     assert main(["tune", "lrat", "--resume", "quick", "--set", "batch_size=16"]) == 2
     (message,) = capsys.readouterr().err.strip().splitlines()
     assert "batch_size = 16: the sweep has 64; choose another --name for that" in message
@@ -253,6 +259,13 @@ def test_a_refused_sweep_takes_back_what_it_made_and_nothing_else(workdir: Path,
     assert {path.name for path in (workdir / "runs").rglob("*")} == {"first", "lock", "epoch-0001", "meta.json"}
     assert main(["tune", "lrat", "--name", "second", "--address", "127.0.0.1:1"]) == 2
     assert [path.name for path in (workdir / "runs").iterdir()] == ["first"]
+
+
+def test_out_may_be_below_home(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(workdir / "home"))
+    assert main(["train", "at", *SMALL, "--name", "mine", "--out", "~/x"]) == 0
+    assert sorted(path.name for path in (workdir / "home" / "x").iterdir()) == ["mlflow.db", "mlruns", "runs"]
+    assert [path.name for path in workdir.iterdir()] == ["home"]
 
 
 def test_two_at_once_in_one_folder_are_refused(workdir: Path, capsys) -> None:
