@@ -159,7 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("raysweep: interrupted", file=sys.stderr)
+        goes_on = args.command in ("train", "run", "eval")
+        print(f"raysweep: interrupted{'; the same command goes on' if goes_on else ''}", file=sys.stderr)
         return 130
 
 

@@ -273,6 +273,10 @@ def test_failures_are_told_apart(tmp_path) -> None:
 
     hint = "out of memory: lower batch_size (now 32) or raise --cpus-per-trial, so that fewer run at once"
     assert met(lambda: torch.empty(2**60)) == {"failed": hint}
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60)
+    alone = explain(error.value, tiny("at"), tmp_path, trial=False)
+    assert alone == {"failed": "out of memory: lower batch_size (now 32)"}, "no flag of another command"
     assert met(lambda: fit(tiny("at", optim__lr=1e20), tmp_path / "nan"))["failed"].startswith("the loss became")
     bug = met(lambda: fit(tiny("at"), tmp_path / "bug", lambda metrics, saved: {}["no"]))
     assert bug == {"failed": "KeyError: 'no'", "bug": (tmp_path / "error.txt").read_text()}
