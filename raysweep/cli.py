@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     _json(p)
 
     p = commands.add_parser("tune", help="a sweep: Ray Tune and Optuna search, MLflow records")
-    p.add_argument("method", metavar="METHOD", help="a method of `raysweep list`")
+    p.add_argument("method", nargs="?", metavar="METHOD", help="of `raysweep list`; not needed with --space, --resume")
     p.add_argument("--space", type=_path, metavar="FILE", help="search space (default: the one shipped for the method)")
     p.add_argument("--trials", type=_count, metavar="N", help="number of trials (default: the space's)")
     p.add_argument("--max-trials", type=_count, dest="trials", metavar="N", help="the same as --trials")

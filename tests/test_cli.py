@@ -36,6 +36,11 @@ FLAGS = {
         "--pseudo-label", "--address", "--gpus-per-task", "--bundle", "--verify",
     },
 }  # fmt: skip
+BOTH = """\
+method: {name: both, attacks: {pgd: {kind: pgd}}, terms: {natural: {on: natural}, robust: {on: pgd}}}
+base: {epochs: 1, data.train_size: 64, data.val_size: 50, "*.attacks.*.steps": 2}
+space: {method.terms.natural.coef: {float: [0.1, 1.0]}}
+"""
 SMALL = [
     "--set",
     "epochs=1",
@@ -162,10 +167,17 @@ def test_tune_ends_with_the_best_trials_and_what_to_type_next(ray_cluster, workd
     held += ["--gpus-per-trial", "0", "--optuna", f"sqlite:///{workdir}/optuna.db"]
     assert main(["tune", "lrat", "--resume", "quick", "--trials", "4", "--max-time", "0.01s", *held]) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "--resume" in line]
-    assert line == f"  raysweep tune lrat --resume quick {' '.join(held)}"
+    assert line == f"  raysweep tune --resume quick {' '.join(held)}"
     assert main(["tune", "lrat", "--resume", "quick", "--set", "batch_size=16"]) == 2
     (message,) = capsys.readouterr().err.strip().splitlines()
     assert "batch_size = 16: the sweep has 64; choose another --name for that" in message
+
+
+@pytest.mark.ray
+def test_a_sweep_of_a_method_of_ones_own_is_called_after_it(ray_cluster, workdir: Path, capsys) -> None:
+    (workdir / "both.yaml").write_text(BOTH)
+    assert main(["tune", "--space", "both.yaml", "--trials", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sweep"].startswith("both-2")
 
 
 @pytest.mark.ray
@@ -193,6 +205,21 @@ def test_plan_starts_nothing_and_writes_nothing(workdir: Path, capsys) -> None:
     assert not list(workdir.iterdir())
 
 
+def test_a_plan_of_a_sweep_to_go_on_with_is_of_what_is_left(workdir: Path, capsys) -> None:
+    ledger = Ledger.create(workdir / "runs" / "g1", load_space("lrat", {"epochs": 3}))
+    for number, state in enumerate(("finished", "stopped", "running")):
+        ledger.write(Trial(number, {ALPHA: 1.0}, state=state, epoch=3 - number))  # type: ignore[arg-type]
+    plans = []
+    for more in ([], ["--set", "epochs=5"]):
+        assert main(["tune", "--resume", "g1", "--plan", "--json", *more]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert [(plan["trials"], plan["trials_left"]) for plan in plans] == [(16, 14), (16, 15)]
+    # Rungs at 2 and 4: thirteen new trials, one after its first epoch, and one that had finished after its third.
+    assert [plan["epochs_expected"] for plan in plans] == [round(13 * 2.5 + 1.5), round(13 * 3.25 + 2.25 + 1.5)]
+    assert main(["tune", "--resume", "g1", "--plan"]) == 0
+    assert capsys.readouterr().out.startswith("14 of 16 trials are left: lrat on digits, 3 epochs each")
+
+
 @pytest.mark.ray
 def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) -> None:
     """The session's cluster has two CPUs."""
@@ -211,6 +238,10 @@ def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) 
     ("arguments", "line"),
     [
         (["tune", "lratt"], "no method 'lratt'; nearest: lrat"),
+        (["tune"], "METHOD is missing: name one of `raysweep list`, or give --space FILE or --resume NAME"),
+        (["tune", "lrat", "--space", "both.yaml"], "both.yaml is a space for method 'both', not for 'lrat'"),
+        (["tune", "at", "--resume", "g1"], "--resume g1: is a sweep of 'both', not of 'at'"),
+        (["tune", "--space", "both.yaml", "--name", "g1"], "there is a sweep in"),
         (["train", "lrat", "--set", "epochz=3"], "no setting 'epochz'; nearest: epochs"),
         (["train", "lrat", "--set", "epochs"], "--set 'epochs': expected PATH=VALUE"),
         (["train", "lrat", "--set", "epochs=[1"], "'[1' is not a YAML value"),
@@ -241,6 +272,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, line, workdir: Path, c
     for name, text in (("empty", "{}"), ("half", '{"key": "')):
         (workdir / "runs" / name).mkdir(parents=True)
         (workdir / "runs" / name / "sweep.json").write_text(text)
+    (workdir / "both.yaml").write_text(BOTH)
+    Ledger.create(workdir / "runs" / "g1", load_space("", {}, workdir / "both.yaml"))
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
