@@ -60,8 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     _json(p)
 
     p = commands.add_parser("tune", help="a sweep: Ray Tune and Optuna search, MLflow records")
-    p.add_argument("method", metavar="METHOD", help="a method of `raysweep list`")
-    p.add_argument("--space", type=Path, metavar="FILE", help="search space (default: the one shipped for the method)")
+    p.add_argument("method", nargs="?", metavar="METHOD", help="of `raysweep list`; not needed with --space, --resume")
+    p.add_argument("--space", type=_path, metavar="FILE", help="search space (default: the one shipped for the method)")
     p.add_argument("--trials", type=_count, metavar="N", help="number of trials (default: the space's)")
     p.add_argument("--max-trials", type=_count, dest="trials", metavar="N", help="the same as --trials")
     p.add_argument("--max-time", type=_duration, metavar="T", help="end after 90s, 30m or 2h; --resume goes on")
@@ -182,7 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("raysweep: interrupted", file=sys.stderr)
+        goes_on = args.command in ("train", "run", "eval")
+        print(f"raysweep: interrupted{'; the same command goes on' if goes_on else ''}", file=sys.stderr)
         return 130
 
 
@@ -191,7 +192,7 @@ def _settings(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="PATH=VALUE", help="change a setting (repeatable)"
     )
     parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="where the data set is: short for --set data.data_dir="
+        "--data-dir", type=_path, metavar="DIR", help="where the data set is: short for --set data.data_dir="
     )
 
 
@@ -203,7 +204,7 @@ def _address(parser: argparse.ArgumentParser) -> None:
 
 def _out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=Path, default=Path(), metavar="DIR", help="where runs/ and mlflow.db go (default: .)"
+        "--out", type=_path, default=Path(), metavar="DIR", help="where runs/ and mlflow.db go (default: .)"
     )
 
 
@@ -217,6 +218,10 @@ def _storage(parser: argparse.ArgumentParser) -> None:
 
 def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - Path's own raises where there is no such user
 
 
 def _count(text: str) -> int:

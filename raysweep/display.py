@@ -1,10 +1,14 @@
-"""What a person sees while a sweep runs: a live table on a terminal, plain lines in a pipe. Everything on stderr."""
+"""What a person sees while a sweep or run goes on: live on a terminal, plain lines in a pipe. Everything on stderr."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
@@ -72,6 +76,19 @@ class Progress:
             f"{len(ended)} of {self._ledger.space.total} trials done in {clock(elapsed)}{left}; Ctrl-C stops"
         )
         return table
+
+
+@contextmanager
+def step_bar(console: Console, epochs: int, steps: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar for a training run of so many steps an epoch, on a terminal only: `fit(..., stepped=bar)`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task(f"epoch 1/{epochs}", total=epochs * steps)
+
+        def show(epoch: int, done: int) -> None:
+            bars.update(task, description=f"epoch {epoch}/{epochs}", completed=(epoch - 1) * steps + done)
+
+        yield show
 
 
 def trial_table(ledger: Ledger, trials: list[Trial]) -> Table:

@@ -171,6 +171,8 @@ def read_yaml(path: Path) -> Json:
         raise SpecError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(data, dict):
         raise SpecError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
+    if odd := [key for key in data if not isinstance(key, str)]:
+        raise SpecError(f"{path}: {odd[0]!r}: expected the name of a setting, got {type(odd[0]).__name__}")
     return data
 
 

@@ -8,11 +8,12 @@ A folder with a `meta.json` (a checkpoint) is pushed with that file last and dro
 bucket sees all of it or none. Credentials are the environment's; a URI that holds any is refused.
 """
 
+import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from raysweep.files import whole
-from raysweep.spec import SpecError, unknown_name
+from raysweep.spec import Json, SpecError, unknown_name
 
 META = "meta.json"
 # Seconds between attempts: a bucket may be out of reach for two minutes. And until one without an answer is given up.
@@ -151,6 +152,20 @@ def pull_files(path: Path, pattern: str) -> None:
             gone.unlink(missing_ok=True)
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(pull_file, found))
+
+
+def read_json(path: Path, keys: Iterable[str]) -> Json:
+    """A file that raysweep wrote, as it is here: a JSON object with these keys. SpecError in one line if it is damaged,
+    FileNotFoundError if there is none.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except ValueError:
+        data = None
+    if not isinstance(data, dict) or (lacking := sorted(set(keys) - data.keys())):
+        what = f"it lacks {', '.join(lacking)}" if isinstance(data, dict) else "it is no JSON object"
+        raise SpecError(f"{name(path)} is damaged: {what}; restore it, or start anew under another --name")
+    return data
 
 
 def drop(path: Path) -> None:

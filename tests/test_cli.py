@@ -41,6 +41,11 @@ FLAGS = {
         "--keep-adversarial", "--pseudo-label", "--address", "--gpus-per-task", "--bundle", "--verify",
     },
 }  # fmt: skip
+BOTH = """\
+method: {name: both, attacks: {pgd: {kind: pgd}}, terms: {natural: {on: natural}, robust: {on: pgd}}}
+base: {epochs: 1, data.train_size: 64, data.val_size: 50, "*.attacks.*.steps": 2}
+space: {method.terms.natural.coef: {float: [0.1, 1.0]}}
+"""
 SMALL = [
     "--set",
     "epochs=1",
@@ -187,6 +192,7 @@ def test_tune_ends_with_the_best_trials_and_what_to_type_next(ray_cluster, workd
     out, err = capsys.readouterr()
     assert "best 2 of 2 trials by robust worst" in out
     assert str(workdir / "runs" / "quick" / "trials") in out.replace("\n", "")
+    assert "  raysweep eval quick/000" in out
     assert "raysweep show quick" in out and out.rstrip().endswith("mlflow ui")
     assert "trial 0001 finished" in err
     assert main(["show", "quick", "--json"]) == 0
@@ -202,9 +208,21 @@ def test_tune_ends_with_the_best_trials_and_what_to_type_next(ray_cluster, workd
     trials = json.loads(capsys.readouterr().out)["trials"]
     assert len(trials) == 3 and all(trial["epoch"] == 2 for trial in trials if trial["state"] == "finished")
     assert Ledger.open(workdir / "runs" / "quick").space.space[ALPHA].float == (0.125, 8.0)
+    held = ["--address", ray.get_runtime_context().gcs_address, "--workers", "2", "--cpus-per-trial", "1.5"]
+    held += ["--gpus-per-trial", "0", "--optuna", f"sqlite:///{workdir}/optuna.db"]
+    assert main(["tune", "lrat", "--resume", "quick", "--trials", "4", "--max-time", "0.01s", *held]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "--resume" in line]
+    assert line == f"  raysweep tune --resume quick {' '.join(held)}"
     assert main(["tune", "lrat", "--resume", "quick", "--set", "batch_size=16"]) == 2
     (message,) = capsys.readouterr().err.strip().splitlines()
     assert "batch_size = 16: the sweep has 64; choose another --name for that" in message
+
+
+@pytest.mark.ray
+def test_a_sweep_of_a_method_of_ones_own_is_called_after_it(ray_cluster, workdir: Path, capsys) -> None:
+    (workdir / "both.yaml").write_text(BOTH)
+    assert main(["tune", "--space", "both.yaml", "--trials", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sweep"].startswith("both-2")
 
 
 @pytest.mark.ray
@@ -232,6 +250,21 @@ def test_plan_starts_nothing_and_writes_nothing(workdir: Path, capsys) -> None:
     assert not list(workdir.iterdir())
 
 
+def test_a_plan_of_a_sweep_to_go_on_with_is_of_what_is_left(workdir: Path, capsys) -> None:
+    ledger = Ledger.create(workdir / "runs" / "g1", load_space("lrat", {"epochs": 3}))
+    for number, state in enumerate(("finished", "stopped", "running")):
+        ledger.write(Trial(number, {ALPHA: 1.0}, state=state, epoch=3 - number))  # type: ignore[arg-type]
+    plans = []
+    for more in ([], ["--set", "epochs=5"]):
+        assert main(["tune", "--resume", "g1", "--plan", "--json", *more]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert [(plan["trials"], plan["trials_left"]) for plan in plans] == [(16, 14), (16, 15)]
+    # Rungs at 2 and 4: thirteen new trials, one after its first epoch, and one that had finished after its third.
+    assert [plan["epochs_expected"] for plan in plans] == [round(13 * 2.5 + 1.5), round(13 * 3.25 + 2.25 + 1.5)]
+    assert main(["tune", "--resume", "g1", "--plan"]) == 0
+    assert capsys.readouterr().out.startswith("14 of 16 trials are left: lrat on digits, 3 epochs each")
+
+
 @pytest.mark.ray
 def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) -> None:
     """The session's cluster has two CPUs."""
@@ -250,6 +283,10 @@ def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) 
     ("arguments", "line"),
     [
         (["tune", "lratt"], "no method 'lratt'; nearest: lrat"),
+        (["tune"], "METHOD is missing: name one of `raysweep list`, or give --space FILE or --resume NAME"),
+        (["tune", "lrat", "--space", "both.yaml"], "both.yaml is a space for method 'both', not for 'lrat'"),
+        (["tune", "at", "--resume", "g1"], "--resume g1: is a sweep of 'both', not of 'at'"),
+        (["tune", "--space", "both.yaml", "--name", "g1"], "there is a sweep in"),
         (["train", "lrat", "--set", "epochz=3"], "no setting 'epochz'; nearest: epochs"),
         (["train", "lrat", "--set", "epochs"], "--set 'epochs': expected PATH=VALUE"),
         (["train", "lrat", "--set", "epochs=[1"], "'[1' is not a YAML value"),
@@ -264,7 +301,12 @@ def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) 
         (["tune", "lrat", "--address", "127.0.0.1:1"], "no Ray cluster at --address 127.0.0.1:1"),
         (["tune", "lrat", "--address", "nonsense"], "--address 'nonsense': expected auto or host:port"),
         (["tune", "lrat", "--workers", "2", "--gpus-per-trial", "3"], "3 GPUs for 2 workers is 1.5 each"),
-        (["tune", "lrat", "--workers", "2", "--cpus-per-trial", "0"], "0 CPUs are not enough for 2 workers"),
+        (["tune", "lrat", "--workers", "2", "--cpus-per-trial", "0.01"], "0.01 CPUs are not enough for 2 workers"),
+        (["tune", "lrat", "--cpus-per-trial", "0"], "--cpus-per-trial 0: must be more than 0, for example 0.5"),
+        (["tune", "lrat", "--plan", "--cpus-per-trial", "0"], "--cpus-per-trial 0: must be more than 0"),
+        (["train", "odd.yaml"], "odd.yaml: 1: expected the name of a setting, got int"),
+        (["tune", "lrat", "--resume", "empty"], "sweep.json is damaged: it lacks key, space; restore it"),
+        (["show", "half"], "sweep.json is damaged: it is no JSON object; restore it, or start anew under another"),
         (["show", "lart"], "no method, preset, space file, pipeline, sweep or trial 'lart'; nearest: mart, lrat"),
         (["show", "#"], "no method, preset, space file, pipeline, sweep or trial '#'; `raysweep list` names all"),
     ],
@@ -272,6 +314,12 @@ def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) 
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, line, workdir: Path, capsys) -> None:
     (workdir / "file").touch()
+    (workdir / "odd.yaml").write_text("1: 2")
+    for name, text in (("empty", "{}"), ("half", '{"key": "')):
+        (workdir / "runs" / name).mkdir(parents=True)
+        (workdir / "runs" / name / "sweep.json").write_text(text)
+    (workdir / "both.yaml").write_text(BOTH)
+    Ledger.create(workdir / "runs" / "g1", load_space("", {}, workdir / "both.yaml"))
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -290,6 +338,13 @@ def test_a_refused_sweep_takes_back_what_it_made_and_nothing_else(workdir: Path,
     assert {path.name for path in (workdir / "runs").rglob("*")} == {"first", "lock", "epoch-0001", "meta.json"}
     assert main(["tune", "lrat", "--name", "second", "--address", "127.0.0.1:1"]) == 2
     assert [path.name for path in (workdir / "runs").iterdir()] == ["first"]
+
+
+def test_out_may_be_below_home(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(workdir / "home"))
+    assert main(["train", "at", *SMALL, "--name", "mine", "--out", "~/x"]) == 0
+    assert sorted(path.name for path in (workdir / "home" / "x").iterdir()) == ["mlflow.db", "mlruns", "runs"]
+    assert [path.name for path in workdir.iterdir()] == ["home"]
 
 
 def test_two_at_once_in_one_folder_are_refused(workdir: Path, capsys) -> None:

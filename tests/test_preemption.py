@@ -17,7 +17,7 @@ from raysweep.sweep.tuner import run_sweep
 from raysweep.training.checkpoint import STATE, WEIGHTS, Run
 from raysweep.training.config import run_config
 from raysweep.training.diagnostics import read_histograms
-from raysweep.training.pause import Interrupted
+from raysweep.training.pause import Interrupted, told_to_end
 from raysweep.training.trainer import fit
 
 
@@ -71,7 +71,8 @@ def test_a_half_of_something_else_is_left_alone(tmp_path: Path, digits) -> None:
     same_run(tmp_path / "fresh", tmp_path / "damaged")
 
 
-def test_sigterm_to_a_training_run(workdir: Path, capsys) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_training_run(number: signal.Signals, workdir: Path, capsys) -> None:
     """One epoch of many steps, so that the signal comes in its middle."""
     settings = {"epochs": 1, "data.val_size": 50, "batch_size": 8, "*.attacks.*.steps": 3}
     flags = [part for path, value in settings.items() for part in ("--set", f"{path}={value}")]
@@ -82,15 +83,48 @@ def test_sigterm_to_a_training_run(workdir: Path, capsys) -> None:
         while not list(workdir.glob("runs/.prefixes/*.claim")):
             time.sleep(0.01)
         time.sleep(0.3)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=terminate, daemon=True).start()
     assert main(command) == 130
     assert "raysweep: told to end in epoch 1, after" in capsys.readouterr().err
+    assert statuses(workdir) == ["KILLED"]
     assert (workdir / "runs/r/half").is_dir() and not list(workdir.glob("runs/r/epoch-*"))
     assert main(command) == 0
+    assert statuses(workdir) == ["FINISHED"]
     fit(run_config("gairat", settings), workdir / "whole")
     same_run(workdir / "whole", workdir / "runs/r")
+
+
+def statuses(folder: Path) -> list[str]:
+    """Of all runs in MLflow."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    return [run.info.status for run in client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])]
+
+
+def test_who_cannot_wait_says_ctrl_c_twice() -> None:
+    with told_to_end() as told:
+        assert not told()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert told()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_training_run_that_fails_is_closed_and_says_where_to_look(workdir: Path, capsys) -> None:
+    (workdir / "runs" / "r").mkdir(parents=True)
+    (workdir / "runs" / "r" / "histograms").touch()
+    command = ["train", "at", "--set", "epochs=1", "--set", "data.train_size=64", "--set", "data.val_size=50"]
+    assert main([*command, "--name", "r"]) == 1
+    first, last = capsys.readouterr().err.strip().splitlines()
+    assert first == f"at on digits: 1 epochs of 1 steps, in {workdir}/runs/r"
+    file = workdir / "runs" / "r" / "error.txt"
+    assert last.startswith("raysweep: training failed: ") and last.endswith(f"; its traceback is in {file}")
+    assert "histograms" in last and "in fit" in file.read_text()
+    assert statuses(workdir) == ["FAILED"]
 
 
 @pytest.mark.ray

@@ -22,6 +22,7 @@ from raysweep.sweep.space import SearchSpace
 from raysweep.sweep.tuner import run_sweep
 from raysweep.tracking import SweepTracker, Tracker
 from raysweep.training import checkpoint
+from raysweep.training.checkpoint import Run
 from raysweep.training.trainer import fit
 
 pytestmark = pytest.mark.ray
@@ -300,6 +301,10 @@ def test_failures_are_told_apart(tmp_path) -> None:
 
     hint = "out of memory: lower batch_size (now 32) or raise --cpus-per-trial, so that fewer run at once"
     assert met(lambda: torch.empty(2**60)) == {"failed": hint}
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60)
+    alone = explain(error.value, tiny("at"), tmp_path, trial=False)
+    assert alone == {"failed": "out of memory: lower batch_size (now 32)"}, "no flag of another command"
     assert met(lambda: fit(tiny("at", optim__lr=1e20), tmp_path / "nan"))["failed"].startswith("the loss became")
     bug = met(lambda: fit(tiny("at"), tmp_path / "bug", lambda metrics, saved: {}["no"]))
     assert bug == {"failed": "KeyError: 'no'", "bug": (tmp_path / "error.txt").read_text()}
@@ -345,6 +350,21 @@ def test_trials_that_cannot_fit_are_refused_before_anything_runs(ray_cluster, tm
     with pytest.raises(SpecError, match="a trial wants 9 CPUs and 0 GPUs, the cluster has 2 CPUs and 0 GPUs"):
         run_sweep(ledger, [], Resources(cpus=9))
     assert not ledger.trials()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"), [("", "no JSON object"), ("[]", "no JSON object"), ('{"number": 0}', "lacks best, curve")]
+)
+def test_damaged_records_are_one_line(text: str, why: str, tmp_path: Path) -> None:
+    ledger, run = Ledger.create(tmp_path / "sweep", space()), Run(tmp_path / "run")
+    ledger.run_path(0).mkdir()
+    (ledger.run_path(0) / "trial.json").write_text(text)
+    with pytest.raises(SpecError, match=rf"trials/0000/trial\.json is damaged: it (is )?{why}"):
+        ledger.trials()
+    assert run.key == run.key
+    (run.path / "run.json").write_text(text)
+    with pytest.raises(SpecError, match=r"run\.json is damaged"):
+        _ = run.key
 
 
 def test_a_ledger_is_not_overwritten_and_not_mixed_up(tmp_path: Path) -> None:

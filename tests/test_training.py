@@ -1,5 +1,6 @@
 """The loop: deterministic, resumable after kill -9, checkpoints that are whole or refused."""
 
+import io
 import json
 import signal
 import subprocess
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, tiny
+from rich.console import Console
 from safetensors.torch import load_file
 
 from raysweep.catalog import METHODS
-from raysweep.data import load
+from raysweep.data import Data, load
+from raysweep.display import step_bar
 from raysweep.spec import SpecError
 from raysweep.sweep.space import load_space
 from raysweep.training import checkpoint
@@ -221,3 +224,15 @@ def test_the_objective_is_measured_at_every_rung_of_the_spaces_for_cifar10() -> 
         space = load_space(name, {"data.name": "cifar10"})
         assert space.config({}).validation.every == 2
         assert space.scheduler.grace % 2 == 0
+
+
+def test_steps_are_told_and_a_terminal_has_a_bar_of_them(tmp_path: Path, digits: Data) -> None:
+    told: list[tuple[int, int]] = []
+    fit(tiny("at"), tmp_path, data=digits, stepped=lambda epoch, steps: told.append((epoch, steps)))
+    assert told == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    for terminal in (True, False):
+        file = io.StringIO()
+        with step_bar(Console(file=file, force_terminal=terminal, width=80), 2, 2) as bar:
+            for step in told[:3]:
+                bar(*step)
+        assert ("epoch 2/2" in file.getvalue() and "3/4" in file.getvalue()) is terminal, "no bar in a pipe"

@@ -46,7 +46,7 @@ LEFT_OUT = {
 }
 MORE = {
     "README.md": ['eval "$(raysweep --print-completion bash)" && complete -p raysweep', "raysweep show g1/0003"],
-    "docs/tutorial.md": ["raysweep run digits", "raysweep tune gairat --resume g1 --trials 12"],
+    "docs/tutorial.md": ["raysweep run digits", "raysweep tune --resume g1 --trials 12"],
     "docs/cluster.md": ["raysweep doctor"],
     "docs/storage.md": ["raysweep run digits --storage s3://lab/sweeps"],
 }

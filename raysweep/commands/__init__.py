@@ -29,7 +29,7 @@ def settings(args: Namespace) -> dict[str, Any]:
         except yaml.YAMLError:
             raise SpecError(f"--set {item!r}: {text!r} is not a YAML value") from None
     if args.data_dir is not None:
-        changes["data.data_dir"] = str(args.data_dir.expanduser().resolve())
+        changes["data.data_dir"] = str(args.data_dir.resolve())
     return changes
 
 
@@ -55,7 +55,7 @@ def writable(folder: Path, option: str = "--out") -> Path:
 def runs_in(args: Namespace, write: bool = True) -> Path:
     """The folder of all runs: `--storage`, else `runs` in `--out`. Raises SpecError if it is out of reach."""
     if args.storage is None:
-        return args.out.expanduser().resolve() / "runs"  # type: ignore[no-any-return]
+        return args.out.resolve() / "runs"  # type: ignore[no-any-return]
     folder = storage.reach(args.storage)
     return writable(folder, "--storage") if write else folder
 

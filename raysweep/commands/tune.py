@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import sys
 import time
 from argparse import Namespace
@@ -32,28 +33,31 @@ _BEST = 5
 
 def run(args: Namespace) -> int:
     runs = runs_in(args, write=not args.plan)
-    space, data = _checked(args, runs)
+    old = Ledger.open(runs / plain_name(args.resume, "--resume")) if args.resume else None
+    space, data = _checked(args, old)
+    resources = _resources(args)
     if args.plan:
         from raysweep.sweep.plan import plan
 
-        return plan(space, data, _resources(args), args.address, args.json)
+        return plan(space, data, resources, args.address, args.json, old.trials() if old else [])
     out = writable(args.out)
     exports = _exports(args)
     tracker = Tracker(embedded_store(out), out / "mlruns")
     listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(Console(stderr=True)), *exports]
-    path = runs / (args.resume or plain_name(args.name or _new_name(args.method), "--name"))
+    name = args.name or f"{space.config({}).method.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = runs / (args.resume or plain_name(name, "--name"))
 
     from raysweep.sweep.relay import SweepFailed
     from raysweep.sweep.tuner import run_sweep
 
     with alone(path):
         ledger = Ledger.open(path) if args.resume else Ledger.create(path, space)
-        if ledger.space != space:
+        grown = space if args.resume else None
+        if grown not in (None, ledger.space):
             # What grows is written once nothing can refuse it any more.
             tracker.ready()
-        grown = space if args.resume else None
         try:
-            end = run_sweep(ledger, listeners, _resources(args), args.address, _budget(args), data.fingerprint, grown)
+            end = run_sweep(ledger, listeners, resources, args.address, _budget(args), data.fingerprint, grown)
         except SpecError:
             if not args.resume:
                 ledger.discard()
@@ -62,10 +66,6 @@ def run(args: Namespace) -> int:
             print(f"raysweep: the sweep failed: {error}", file=sys.stderr)
             return 1
     return _report(args, ledger, tracker, end)
-
-
-def _new_name(method: str) -> str:
-    return f"{method}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _exports(args: Namespace) -> "list[Listener]":
@@ -88,13 +88,16 @@ def _budget(args: Namespace) -> "Budget":
     return Budget(args.max_time or math.inf, math.inf if args.max_gpu_hours is None else 3600 * args.max_gpu_hours)
 
 
-def _checked(args: Namespace, runs: Path) -> tuple[SearchSpace, Data]:
-    """Everything that can be refused before anything starts."""
-    if args.resume:
-        space = _resumed(args, runs)
+def _checked(args: Namespace, old: Ledger | None) -> tuple[SearchSpace, Data]:
+    """Everything that can be refused before anything starts. old: the sweep to go on with."""
+    if old is not None:
+        space = _resumed(args, old)
+    elif args.method is None and args.space is None:
+        raise SpecError("METHOD is missing: name one of `raysweep list`, or give --space FILE or --resume NAME")
     else:
-        named_method(args.method)
-        space = load_space(args.method, settings(args), args.space)
+        if args.method is not None and args.space is None:
+            named_method(args.method)
+        space = load_space(args.method or "", settings(args), args.space)
     if args.trials:
         space = space.model_copy(update={"trials": args.trials})
     config = space.config({})
@@ -103,18 +106,20 @@ def _checked(args: Namespace, runs: Path) -> tuple[SearchSpace, Data]:
     return space, load(config.data)
 
 
-def _resumed(args: Namespace, runs: Path) -> SearchSpace:
+def _resumed(args: Namespace, ledger: Ledger) -> SearchSpace:
     """The sweep's own space with what the command line changes: epochs by --set, ranges by --space."""
-    ledger = Ledger.open(runs / plain_name(args.resume, "--resume"))
     old = ledger.space
-    if old.method != args.method and isinstance(old.method, str):
-        raise SpecError(f"--resume {args.resume}: is a sweep of {old.method!r}, not of {args.method!r}")
+    method = old.config({}).method.name
+    if args.method not in (None, method):
+        raise SpecError(f"--resume {args.resume}: is a sweep of {method!r}, not of {args.method!r}")
     space, changes = old, settings(args)
     if args.space:
         for key, value in (read_yaml(args.space).get("base") or {}).items():
-            if key not in changes and old.base.get(key, value) != value:
+            # The sweep's paths are absolute.
+            same = (value, str(Path(str(value)).expanduser().resolve()))
+            if key not in changes and old.base.get(key, value) not in same:
                 raise SpecError(f"{args.space}: base.{key} = {value!r}: the sweep has {old.base[key]!r}; use --set")
-        space = load_space(args.method, {**old.base, **changes}, args.space)
+        space = load_space(method, {**old.base, **changes}, args.space)
         space = space.model_copy(update={"trials": max(old.trials, space.trials)})
     elif changes:
         space = old.fixed(changes)
@@ -149,7 +154,7 @@ def _report(args: Namespace, ledger: Ledger, tracker: Tracker, end: "End") -> in
         print(f"next\n  raysweep eval {ledger.name}/{ranked[0].number:04d}{out}")
         print(f"  raysweep show {ledger.name}{out}\n  {ui_command(tracker.uri)}")
     if end != "done":
-        command = f"raysweep tune {args.method} --resume {ledger.name}{out}"
+        command = f"raysweep tune --resume {ledger.name}{out}{_held(args)}"
         print(f"raysweep: {len(ended)} of {ledger.space.total} trials done; go on with\n  {command}", file=sys.stderr)
         return 0 if end == "budget" else 130
     failed = [trial for trial in trials if trial.state == "failed"]
@@ -174,3 +179,16 @@ def _masking(ledger: Ledger, ranked: list[Trial]) -> list[str]:
         limit = ledger.space.max_masking_gap
         lines.append(f"masking gap over {limit}: trials {', '.join(masked)} are ranked last")
     return lines
+
+
+def _held(args: Namespace) -> str:
+    """What the sweep does not know of itself, for a command that goes on: the cluster, what a trial holds, Optuna."""
+    flags = [f"--address {shlex.quote(args.address)}"] if args.address else []
+    flags += [f"--workers {args.workers}"] if args.workers > 1 else []
+    flags += [f"--cpus-per-trial {args.cpus_per_trial:g}"] if args.cpus_per_trial != 1 else []
+    flags += [f"--gpus-per-trial {args.gpus_per_trial:g}"] if args.gpus_per_trial is not None else []
+    if args.optuna:
+        from raysweep.sweep.export import masked
+
+        flags.append(f"--optuna {shlex.quote(masked(args.optuna))}")
+    return "".join(f" {flag}" for flag in flags)

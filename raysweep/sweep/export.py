@@ -20,7 +20,7 @@ class StudyExport:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         shown = "--optuna"
         try:
-            shown = f"--optuna {make_url(url).render_as_string(hide_password=True)}"
+            shown = f"--optuna {masked(url)}"
             self._storage = optuna.storages.RDBStorage(url)
         except (SQLAlchemyError, ImportError, ValueError) as error:
             reason = str(getattr(error, "orig", None) or error).splitlines()[0]
@@ -55,6 +55,11 @@ class StudyExport:
         optuna.delete_study(study_name=self._name, storage=self._storage)
         self._open()
         self._study.add_trials(trials)
+
+
+def masked(url: str) -> str:
+    """A database's URL without its password."""
+    return str(make_url(url).render_as_string(hide_password=True))
 
 
 def _known(trial: FrozenTrial) -> tuple[int, str, str]:

@@ -18,17 +18,21 @@ FAILED, BUG = "failed", "bug"
 ERROR, _FILE = "error.txt", "failed.json"
 
 
-def explain(error: Exception, config: RunConfig, path: Path) -> dict[str, str]:
-    """What a trial that met `error` reports: one line, and of a bug its traceback, which `path`/error.txt keeps."""
+def explain(error: Exception, config: RunConfig, path: Path, trial: bool = True) -> dict[str, str]:
+    """What a trial that met `error` reports: one line, and of a bug its traceback, which `path`/error.txt keeps.
+
+    trial: of a sweep, whose command says what it holds.
+    """
+    smaller = f"lower batch_size (now {config.batch_size})"
     if isinstance(error, TrainingFailed | SpecError):
         return {FAILED: str(error)}
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
-        hint = f"lower batch_size (now {config.batch_size}) or raise --gpus-per-trial"
+        hint = f"{smaller} or raise --gpus-per-trial" if trial else smaller
         return {FAILED: f"out of memory on {torch.cuda.get_device_name()}: {hint}"}
     # torch has no class of its own for this.
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
-        hint = f"lower batch_size (now {config.batch_size}) or raise --cpus-per-trial, so that fewer run at once"
+        hint = f"{smaller} or raise --cpus-per-trial, so that fewer run at once" if trial else smaller
         return {FAILED: f"out of memory: {hint}"}
     account = "".join(traceback.format_exception(error))
     write_whole(path / ERROR, account)

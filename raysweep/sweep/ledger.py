@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
@@ -90,12 +90,12 @@ class Ledger:
 
     @classmethod
     def open(cls, path: Path) -> "Ledger":
-        """An existing sweep. Raises SpecError if there is none."""
+        """An existing sweep. Raises SpecError if there is none, or if it is damaged."""
         storage.pull_file(path / "sweep.json")
         storage.pull_files(path, "trial.json")
         try:
-            data = json.loads((path / "sweep.json").read_text())
-        except (OSError, ValueError):
+            data = storage.read_json(path / "sweep.json", ("key", "space"))
+        except OSError:
             known = storage.folders(path.parent, "sweep.json")
             raise SpecError(
                 f"no sweep in {storage.name(path)}; there {'is ' + ', '.join(known) if known else 'is none'}"
@@ -134,8 +134,10 @@ class Ledger:
         storage.push(folder / "trial.json")
 
     def trials(self) -> list[Trial]:
-        """All trials that were ever started, by number."""
-        return [Trial(**json.loads(p.read_text())) for p in sorted(self.path.glob("trials/*/trial.json"))]
+        """All trials that were ever started, by number. Raises SpecError for a damaged one."""
+        names = [field.name for field in fields(Trial)]
+        files = sorted(self.path.glob("trials/*/trial.json"))
+        return [Trial(**{name: data[name] for name in names}) for data in (storage.read_json(f, names) for f in files)]
 
     def ranked(self) -> list[Trial]:
         """Trials that reported the (first) objective, best first; those whose masking gap is too large come last."""

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -11,6 +12,7 @@ from raysweep.clock import duration
 from raysweep.data import Data
 from raysweep.evaluation.copies import LEAST_ROWS, attack_copy
 from raysweep.rng import Rng
+from raysweep.sweep.ledger import Trial
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.space import SearchSpace
 from raysweep.training.config import RunConfig
@@ -20,14 +22,25 @@ from raysweep.training.trainer import build, train_step
 _SMALL = 0.5
 
 
-def plan(space: SearchSpace, data: Data, resources: Resources, address: str | None, as_json: bool) -> int:
-    """Print the plan; nothing is written and no cluster is started (one that is named is asked what it has)."""
+def plan(
+    space: SearchSpace,
+    data: Data,
+    resources: Resources,
+    address: str | None,
+    as_json: bool,
+    trials: Sequence[Trial] = (),
+) -> int:
+    """Print the plan; nothing is written and no cluster is started (one that is named is asked what it has).
+
+    trials: what there is of the sweep already; the plan is for the rest.
+    """
     config = space.config({})
     cluster, nodes = machine(address)
     resources = resources.on(cluster)
-    concurrent = min(resources.concurrent(cluster, nodes), space.total)
+    begun = left(space, config.epochs, trials)
+    concurrent = min(resources.concurrent(cluster, nodes), max(len(begun), 1))
     seconds = epoch_seconds(config, data, resources)
-    epochs = expected_epochs(space, config.epochs)
+    epochs = round(sum(trial_epochs(space, config.epochs, epoch) for epoch in begun))
     half_width = 1.96 * math.sqrt(0.25 / min(len(data.val), config.validation.size or len(data.val)))
     searched = {path: d.model_dump(exclude_defaults=True) for path, d in space.space.items()}
     wall = seconds * epochs / concurrent
@@ -35,6 +48,7 @@ def plan(space: SearchSpace, data: Data, resources: Resources, address: str | No
         facts = {
             "method": config.method.name,
             "trials": space.total,
+            "trials_left": len(begun),
             "epochs_per_trial": config.epochs,
             "epochs_expected": epochs,
             "searched": searched,
@@ -51,8 +65,9 @@ def plan(space: SearchSpace, data: Data, resources: Resources, address: str | No
         }
         print(json.dumps(facts, indent=1))
         return 0
-    name, most = config.method.name, space.total * config.epochs
-    print(f"{space.total} trials of {name} on {config.data.name}, {config.epochs} epochs each, {config.model.name}")
+    name, most = config.method.name, sum(config.epochs - epoch for epoch in begun)
+    count = f"{len(begun)} of {space.total} trials are left:" if trials else f"{space.total} trials of"
+    print(f"{count} {name} on {config.data.name}, {config.epochs} epochs each, {config.model.name}")
     for path, distribution in searched.items():
         print(f"  {path}: {distribution}")
     print(f"{len(data.train)} training and {len(data.val)} validation examples")
@@ -123,12 +138,22 @@ def _small(config: RunConfig, data: Data) -> bool:
     return min(timings) < _SMALL
 
 
+def left(space: SearchSpace, epochs: int, trials: Sequence[Trial]) -> list[int]:
+    """For each trial that is still to run the epochs that it has behind it. epochs: what the sweep is to have now."""
+    going = [t.epoch for t in trials if t.state == "running" or (t.state == "finished" and t.epoch < epochs)]
+    return going + [0] * (space.total - len(trials))
+
+
 def expected_epochs(space: SearchSpace, epochs: int) -> int:
-    """Epochs that all trials train together if ASHA lets 1/factor pass at each rung."""
-    if space.scheduler.kind == "none":
-        return space.total * epochs
-    total, going, begun, rung = 0.0, float(space.total), 0, space.scheduler.grace
-    while rung < epochs:
-        total += going * (rung - begun)
-        going, begun, rung = going / space.scheduler.factor, rung, rung * space.scheduler.factor
-    return round(total + going * (epochs - begun))
+    """Epochs that all trials train together."""
+    return round(space.total * trial_epochs(space, epochs))
+
+
+def trial_epochs(space: SearchSpace, epochs: int, begun: int = 0) -> float:
+    """Epochs that a trial with so many behind it can expect to train if ASHA lets 1/factor pass at each rung."""
+    expected, share = 0.0, 1.0
+    for rung in space.scheduler.rungs(epochs):
+        if rung > begun:
+            expected += share * (rung - begun)
+            share, begun = share / space.scheduler.factor, rung
+    return expected + share * (epochs - begun)

@@ -24,6 +24,8 @@ class Resources:
         if each > 1 and each != int(each):
             wants = f"{self.held_gpus:g} GPUs for {self.workers} workers"
             raise SpecError(f"--gpus-per-trial: {wants} is {each:g} each: give each a whole number, or one or less")
+        if self.cpus <= 0:
+            raise SpecError(f"--cpus-per-trial {self.cpus:g}: must be more than 0, for example 0.5")
         if self.workers > 1 and self.worker["CPU"] <= 0:
             raise SpecError(f"--cpus-per-trial: {self.cpus:g} CPUs are not enough for {self.workers} workers")
 

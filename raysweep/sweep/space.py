@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from raysweep.data import DataSpec
 from raysweep.evaluation.validation import Metric
+from raysweep.method import Method
 from raysweep.schedules import Number
 from raysweep.spec import Json, Spec, SpecError, read_yaml, shipped, unknown_name
 from raysweep.training.config import RunConfig, run_config
@@ -274,8 +275,10 @@ def load_space(name: str, changes: Mapping[str, Any], source: Path | None = None
         space = SearchSpace.load(data, str(source))
     except SpecError as error:
         raise SpecError(list(dict.fromkeys([*error.problems, *_problems_of_the_rest(data, source)]))) from None
-    if name and isinstance(space.method, str) and space.method != name:
-        raise SpecError(f"{source} is a space for method {space.method!r}, not for {name!r}")
+    unnamed = Method.model_fields["name"].default
+    method = space.method if isinstance(space.method, str) else space.method.get("name", unnamed)
+    if name and method != name:
+        raise SpecError(f"{source} is a space for method {method!r}, not for {name!r}")
     space = space.fixed(changes)
     if problems := space.problems():
         raise SpecError(problems if changes else [f"{source}: {line}" for line in problems])

@@ -161,7 +161,7 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps({"key": uuid4().hex}))
             storage.push(file)
-        return str(json.loads(file.read_text())["key"])
+        return str(storage.read_json(file, ["key"])["key"])
 
     def epochs(self) -> list[int]:
         """Finished epochs that have a checkpoint, ascending."""

@@ -95,14 +95,22 @@ class Pause:
 
 @contextmanager
 def told_to_end() -> Iterator[Callable[[], bool]]:
-    """In this block SIGTERM ends nothing: the function that it gives says whether there was one. Main thread only."""
+    """In this block SIGTERM and a first Ctrl-C end nothing: the function that it gives says whether there was one.
+
+    Main thread only.
+    """
     told: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def note(number: int, frame: FrameType | None) -> None:
         told.append(number)
+        # Who cannot wait for the end of a step says it again.
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-    before = signal.signal(signal.SIGTERM, note)
+    for number in before:
+        signal.signal(number, note)
     try:
         yield lambda: bool(told)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

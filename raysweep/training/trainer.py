@@ -54,13 +54,15 @@ def fit(
     prefixes: Prefixes | None = None,
     reported: int = 0,
     interrupted: Callable[[], bool] = lambda: False,
+    stepped: Callable[[int, int], None] = lambda epoch, steps: None,
 ) -> Fitted:
     """Train `config` in the folder `run_path`, going on from the last checkpoint there, if any.
 
     `report(metrics, checkpoint)` is called after each epoch, also for those in the folder but the first `reported`, for
     whoever was told of them last may have died before the next. prefixes: states that other runs trained and this one
     need not (see `training.prefix`). interrupted: asked after each step of a single worker; if it says yes, Interrupted
-    is raised, and the next call goes on after that step.
+    is raised, and the next call goes on after that step. stepped: told of each step: its epoch, and how many of this
+    epoch are done.
 
     A run with fewer epochs is gone on with: schedules count epochs from the first, so its weights are those of the
     longer run there. Raises SpecError if the folder holds a run with another config or other data, TrainingFailed if
@@ -98,7 +100,7 @@ def fit(
                 saved = checkpoint.adopt(run.at(epoch + 1), state, config, history)
                 saved.load_state(model, optimizer)
             else:
-                row, histograms = _epoch(config, epoch, faces, optimizer, splits, workers, history, pause)
+                row, histograms = _epoch(config, epoch, faces, optimizer, splits, workers, history, pause, stepped)
                 if workers.rank == 0:
                     history = [*history, row]
                     saved = checkpoint.save(run.at(epoch + 1), config, model, optimizer, history, data.fingerprint)
@@ -193,6 +195,7 @@ def _epoch(
     workers: Workers,
     history: list[dict[str, float]],
     pause: Pause | None,
+    stepped: Callable[[int, int], None],
 ) -> tuple[dict[str, float], dict[str, Histogram]]:
     """Train one epoch, then look at the model on validation: a row of metrics, and what was seen on the way."""
     settings = config.at(epoch)
@@ -209,6 +212,7 @@ def _epoch(
             step = train_step(settings.method, faces, batch, rng, workers)
             optimizer.step()
             seen.add(step, batch.y)
+            stepped(epoch + 1, steps)
             if pause:
                 pause.after(steps, seen)
     row = {"epoch": epoch + 1, "train/lr": now(settings.optim.lr), **seen.metrics()}
