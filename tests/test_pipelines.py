@@ -149,8 +149,8 @@ def test_from_nothing_to_a_report(digits_run: Path) -> None:
     found = artifacts(digits_run)
     assert list(found) == ["tune", "promote", "autoattack", "register", "report"]
     promoted = found["promote"][1].candidates
-    scores = [c.objective for c in found["tune"][1].candidates]
-    assert [c.objective for c in promoted] == sorted(scores, reverse=True)[:2]
+    scores = [c.score("robust_worst") for c in found["tune"][1].candidates]
+    assert [c.score("robust_worst") for c in promoted] == sorted(scores, reverse=True)[:2]
     judged = found["autoattack"][1].judged
     assert [j.candidate.checkpoint for j in judged] == [c.checkpoint for c in promoted]
     assert all(j.standard and j.examples == 20 and list(j.after)[-1] == "square" for j in judged)
