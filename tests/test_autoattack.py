@@ -246,7 +246,7 @@ def test_a_name_again_is_a_restart():
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("name", ["a/b", "clean", "", "x" * 65, "é:"])
+@pytest.mark.parametrize("name", ["a/b", "clean", "robust", "", "x" * 65, "é:"])
 def test_names_that_cannot_be_files(name):
     with pytest.raises(SpecError, match="cannot name an attack"):
         WorstCase.load({"attacks": {name: {"kind": "fab"}}})
