@@ -237,6 +237,10 @@ def test_a_name_alone_and_in_a_list_is_the_same_attack(name):
     assert preset(f"{name},apgd-dlr").attacks.items() >= alone.items()
 
 
+def test_a_radius_as_one_writes_it():
+    assert preset("pgd20", "8/255") == preset("pgd20", 8 / 255)
+
+
 def test_a_name_again_is_a_restart():
     attacks = preset("autoattack,square, square").attacks
     assert list(attacks) == ["apgd-ce", "apgd-t", "fab-t", "square", "square-2", "square-3"]
