@@ -123,7 +123,7 @@ def _silent_gradients(model: nn.Module, x: Tensor, y: Tensor, rng: Rng, eps: flo
     """Whether there is a gradient, and for each loss how many correctly classified rows have none near x."""
     point = (x + eps * rng.symmetric(tuple(x.shape[1:]), x.dtype)).clamp(0, 1).requires_grad_()
     with torch.enable_grad():
-        logits = model(point)
+        logits = model(point).to(point.dtype)
         if not logits.requires_grad:
             return False, {}
         right = logits.detach().argmax(1) == y
