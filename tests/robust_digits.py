@@ -46,7 +46,14 @@ DEFENCES = {
     "random": lambda model, x: model(x + 0.05 * torch.randn_like(x)),
     "constant": lambda model, x: 0 * model(x) + torch.arange(10.0),
     "no gradient": lambda model, x: model(x.detach()),
+    "adaptive": lambda model, x: model(x + 0.01 * _confidence_gradient(model, x).sign()),
 }
+
+
+def _confidence_gradient(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        point = x.detach().clone().requires_grad_()
+        return torch.autograd.grad(model(point).amax(1).sum(), point)[0]
 
 
 def robust_digits() -> RobustDigits:

@@ -237,6 +237,10 @@ def test_a_name_alone_and_in_a_list_is_the_same_attack(name):
     assert preset(f"{name},apgd-dlr").attacks.items() >= alone.items()
 
 
+def test_a_radius_as_one_writes_it():
+    assert preset("pgd20", "8/255") == preset("pgd20", 8 / 255)
+
+
 def test_a_name_again_is_a_restart():
     attacks = preset("autoattack,square, square").attacks
     assert list(attacks) == ["apgd-ce", "apgd-t", "fab-t", "square", "square-2", "square-3"]
@@ -246,7 +250,7 @@ def test_a_name_again_is_a_restart():
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("name", ["a/b", "clean", "", "x" * 65, "é:"])
+@pytest.mark.parametrize("name", ["a/b", "clean", "robust", "", "x" * 65, "é:"])
 def test_names_that_cannot_be_files(name):
     with pytest.raises(SpecError, match="cannot name an attack"):
         WorstCase.load({"attacks": {name: {"kind": "fab"}}})

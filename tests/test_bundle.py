@@ -55,6 +55,10 @@ def _mislabel(arrays, card) -> None:
     arrays["labels"][0] = (arrays["labels"][0] + 1) % 10
 
 
+def _crop(arrays, card) -> None:
+    arrays["x_adv"] = arrays["x_adv"][:, :, 1:]
+
+
 @pytest.mark.parametrize(
     ("lie", "words"),
     [
@@ -64,6 +68,7 @@ def _mislabel(arrays, card) -> None:
         (_deny, "called robust, and yet broken by what is saved with them"),
         (_boast, "the card says"),
         (_mislabel, "the labels are not the test set's"),
+        (_crop, "its examples are (1, 7, 8), the test set's (1, 8, 8)"),
     ],
 )
 def test_a_lie_is_caught(lie, words, bundle: Path, tmp_path: Path, capsys) -> None:
@@ -77,13 +82,33 @@ def test_a_lie_is_caught(lie, words, bundle: Path, tmp_path: Path, capsys) -> No
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("card", "arrays", "words"),
+    [
+        ({"norm": "L3"}, {}, "card.json says norm = 'L3'"),
+        ({"eps_value": None}, {}, "not a bundle"),
+        ({}, {"robust": np.ones(40)}, "robust in adversarial.npz is float64 (40,)"),
+        ({}, {"index": np.arange(39)}, "index in adversarial.npz is int64 (39,)"),
+    ],
+)
+def test_a_foreign_bundle_is_one_line(card, arrays, words, bundle: Path, tmp_path: Path, capsys) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    (copy / "card.json").write_text(json.dumps(json.loads((copy / "card.json").read_text()) | card))
+    np.savez(copy / "adversarial.npz", **dict(np.load(copy / "adversarial.npz")) | arrays)
+    assert main(["eval", "--verify", str(copy)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line
+
+
 def test_what_is_no_bundle_is_one_line(bundle: Path, tmp_path: Path, capsys) -> None:
     assert main(["eval", "--verify", str(tmp_path)]) == 2
     copy = shutil.copytree(bundle, tmp_path / "copy")
     (copy / "adversarial.npz").write_bytes(b"half")
     assert main(["eval", "--verify", str(copy)]) == 2
+    (copy / "adversarial.npz").write_bytes((bundle / "adversarial.npz").read_bytes()[:-99])
+    assert main(["eval", "--verify", str(copy)]) == 2
     shutil.copy2(bundle / "adversarial.npz", copy)
     (copy / "checkpoint" / "weights.safetensors").write_bytes(b"half")
     assert main(["eval", "--verify", str(copy)]) == 2
-    first, second, third = capsys.readouterr().err.strip().splitlines()
-    assert "not a bundle" in first and "not a bundle" in second and "truncated or altered" in third
+    *no_bundles, last = capsys.readouterr().err.strip().splitlines()
+    assert len(no_bundles) == 3 and all("not a bundle" in line for line in no_bundles) and "truncated" in last

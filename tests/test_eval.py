@@ -232,9 +232,11 @@ def test_a_wrong_radius_is_refused(arguments, words, trained: Path, capsys) -> N
         ("0" * 32, "no checkpoint in MLflow store"),
         ("models:/none@champion", "no checkpoint in MLflow store"),
         ("no_such_module:factory", "cannot be imported"),
+        ("weights.pt", "weights.pt: is a file; give the folder"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(what, words, workdir: Path, capsys) -> None:
+    (workdir / "weights.pt").write_bytes(b"")
     assert main(["eval", what, *QUICK]) == 2
     (message,) = capsys.readouterr().err.strip().splitlines()
     assert words in message

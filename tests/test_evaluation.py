@@ -17,7 +17,7 @@ import torch
 from robust_digits import DEFENCES, OFFICIAL, Wrapped, digits, robust_digits
 from torch import nn
 
-from raysweep.attacks import APGD, FAB, PGD, Adversarial, Square, WorstCase, autoattack, custom
+from raysweep.attacks import APGD, FAB, PGD, Adversarial, Minimal, Square, WorstCase, autoattack, custom
 from raysweep.evaluation import AttackShards, Outcome, Processes, Shard, bar, evaluate
 from raysweep.evaluation.copies import LEAST_ROWS, Tiled, attack_copy
 from raysweep.evaluation.image_conv import ImageConv
@@ -328,11 +328,64 @@ def test_a_sound_model_raises_no_doubt():
     assert undivided(80).warnings == ()
 
 
+def test_where_no_gradient_attack_ran_none_is_spoken_of():
+    report = evaluate(Wrapped(DEFENCES["no gradient"]), *digits(40), attack=SHORT)
+    assert report.masking_gap is None and list(report.attack["attacks"]) == ["square"]
+    assert not any("after the white-box attacks" in warning for warning in report.warnings)
+
+
+def test_square_before_the_others_is_no_reason_to_doubt():
+    attack = WorstCase(attacks={"square": Square(eps=0.2, queries=100), "apgd-ce": APGD(eps=0.2, steps=3)})
+    report = evaluate(robust_digits(), *digits(40), attack=attack)
+    assert report.robust_after["square"].sum() < report.clean.sum() - 1 and report.warnings == ()
+
+
+def test_an_adaptive_defence_can_be_attacked():
+    """It takes gradients where Square and FAB would have none taken."""
+    report = evaluate(Wrapped(DEFENCES["adaptive"]), *digits(40), attack=SHORT)
+    assert report.robust_accuracy < report.clean_accuracy and list(report.cost) == list(SHORT.attacks)
+    (warning,) = report.warnings
+    assert "takes gradients of its own" in warning
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float64])
+def test_logits_of_another_precision(kind):
+    report = evaluate(Wrapped(lambda model, x: model(x).to(kind)), *digits(40), attack=SHORT)
+    assert (report.robust != undivided(40).robust).sum() <= 2
+
+
+def test_logits_that_are_no_numbers_are_wrong_answers(tmp_path):
+    """In rows that the checks before the attacks do not look at; a second run finds them the same."""
+    x = torch.rand(300, 1, 8, 8) / 2
+    x[-1] = 1
+    attack = PGD(eps=0.01, steps=1)
+    model = Wrapped(lambda model, x: model(x) + torch.where(x.amin((1, 2, 3)) > 0.9, torch.nan, 0.0)[:, None])
+    y = robust_digits()(x).argmax(1)
+    y[-1] = 0
+    for _ in range(2):
+        report = evaluate(model, x, y, attack=attack, resume_dir=tmp_path)
+        assert not report.clean[-1] and report.clean_accuracy == 299 / 300
+
+
+def test_a_module_with_extra_state_is_resumed(tmp_path):
+    class Counted(Wrapped):
+        def get_extra_state(self):
+            return {"epochs": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    model = Counted(lambda model, x: model(x))
+    assert same(short(20, model, resume_dir=tmp_path), short(20, model, resume_dir=tmp_path))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 def test_few_logits(classes):
     x, y = digits()
     x, y = x[y < classes][:40], y[y < classes][:40]
     report = evaluate(Wrapped(lambda model, x: model(x)[:, :classes]), x, y, attack=SHORT)
+    assert report.attack["attacks"]["apgd-t"]["loss"] == "cw"
     assert any(f"apgd-t: the dlr-targeted loss needs 4 logits, the model has {classes}" in w for w in report.warnings)
     assert report.robust_accuracy < report.clean_accuracy
 
@@ -340,7 +393,7 @@ def test_few_logits(classes):
 def test_a_randomised_model_under_the_rand_version():
     attack = WorstCase(attacks={"apgd-ce": APGD(eps=0.2, steps=10, samples=5)})
     report = evaluate(Wrapped(DEFENCES["random"]), *digits(60), attack=attack)
-    assert report.robust_accuracy < 0.75
+    assert report.robust_accuracy < 0.75 and report.warnings == ()
 
 
 @pytest.mark.parametrize(
@@ -352,7 +405,11 @@ def test_a_randomised_model_under_the_rand_version():
         ({"attack": "autoatack"}, "nearest: autoattack"),
         ({"version": "standrad"}, "nearest: standard"),
         ({"attack": WorstCase(attacks={"a": PGD(eps=0.1), "b": PGD(eps=0.2)})}, "must share eps and norm"),
+        ({"attack": Minimal()}, "PGD, APGD, FAB, Square or WorstCase, got Minimal"),
         ({"model": nn.Flatten(0)}, "must return (N, 2 or more) logits"),
+        ({"model": Wrapped(lambda model, x: (model(x), x))}, "must return a tensor of logits, it returned tuple"),
+        ({"model": Wrapped(lambda model, x: model(x, 1))}, "cannot take float32 images of shape (1, 8, 8)"),
+        ({"model": torch.jit.ScriptModule()}, "model is TorchScript"),
         ({"model": lambda x: x}, "must be a torch.nn.Module from images to logits, got function"),
         ({"x": torch.rand(4, 3, 8, 8)}, "cannot take float32 images of shape (3, 8, 8)"),
         ({"y": torch.tensor([0, 1, 2, 10])}, "y must lie in 0..9, as the model has 10 logits; got 0 to 10"),
@@ -483,6 +540,14 @@ def test_processes_of_this_machine(tmp_path):
         assert len(list(kept.iterdir())) == 1
     assert not kept.exists() and len(list(tmp_path.rglob("apgd-ce-*.npz"))) == 4
     assert same(other, short(20, mirrored)) and not same(other, undivided(20))
+
+
+def test_a_model_that_no_other_process_can_have(tmp_path):
+    with Processes(2) as processes:
+        for _ in range(2):
+            with pytest.raises(SpecError, match=r"cannot be sent to other processes .*lambda"):
+                short(20, Wrapped(lambda model, x: model(x)), map=processes)
+        assert not list(Path(processes._folder.name).iterdir())
 
 
 def mirror(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

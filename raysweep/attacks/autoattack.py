@@ -8,6 +8,7 @@ from raysweep.attacks.fab import FAB
 from raysweep.attacks.pgd import PGD
 from raysweep.attacks.square import Square
 from raysweep.attacks.worst_case import SingleAttack, WorstCase, restarts
+from raysweep.schedules import now
 from raysweep.spec import SpecError, unknown_name
 
 Version = Literal["standard", "plus", "rand"]
@@ -95,8 +96,8 @@ def preset(name: str, eps: float = 8 / 255, norm: Norm = "Linf", version: Versio
 
     version: of AutoAttack alone.
     """
-    # Refuses a wrong radius or norm in one line.
-    APGD.load({"eps": eps, "norm": norm})
+    # Refuses a wrong radius or norm in one line, and reads "8/255".
+    eps = now(APGD.load({"eps": eps, "norm": norm}).eps)
     if name == "autoattack":
         return autoattack(eps, norm, version)
     if version != "standard":

@@ -49,8 +49,10 @@ class WorstCase(Spec):
     @classmethod
     def _plain_names(cls, named: dict[str, SingleAttack]) -> dict[str, SingleAttack]:
         for name in named:
-            if not re.fullmatch(r"[\w+.-]{1,64}", name) or name == "clean":
-                raise ValueError(f"{name!r} cannot name an attack: use letters, digits and _ + . -, but not 'clean'")
+            if not re.fullmatch(r"[\w+.-]{1,64}", name) or name in ("clean", "robust"):
+                raise ValueError(
+                    f"{name!r} cannot name an attack: use letters, digits and _ + . -, but not 'clean' or 'robust'"
+                )
         return named
 
     @property

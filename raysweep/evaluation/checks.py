@@ -1,5 +1,6 @@
 """Reasons to doubt a robustness evaluation, told before and after the attacks run."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysweep.attacks import APGD, FAB, PGD, SingleAttack, frozen, margin
+from raysweep.attacks import APGD, FAB, PGD, SingleAttack, Square, frozen, margin
+from raysweep.evaluation.copies import differentiates
 from raysweep.rng import Rng
 from raysweep.spec import SpecError
 
@@ -17,6 +19,8 @@ Ints = npt.NDArray[np.int64]
 REPEATS, REPEAT_TOLERANCE = 5, 1e-5
 # Share of examples that Square may break after the white-box attacks before they are doubted (official).
 SQUARE_DROP = 0.002
+# By how much a probability, or the sum of a row of them, may miss (official).
+PROBABILITY_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -29,18 +33,21 @@ class Nature:
     warnings: tuple[str, ...]
 
 
-def examine(model: nn.Module, x: Tensor, y: Tensor, rng: Rng, eps: float, gradients: bool) -> Nature:
+def examine(model: nn.Module, x: Tensor, y: Tensor, rng: Rng, eps: float, attacks: Collection[SingleAttack]) -> Nature:
     """Look at a model on some examples, before any attack. Raises SpecError where no attack can be run at all."""
     with frozen(model):
         with torch.no_grad():
             try:
                 runs = [model(x) for _ in range(REPEATS)]
-            except (RuntimeError, ValueError) as error:
+                dynamic = differentiates(model, x)
+            except Exception as error:
                 line = str(error).partition("\n")[0]
                 raise SpecError(
                     f"the model cannot take float32 images of shape {tuple(x.shape[1:])}: {line}"
                 ) from error
         logits = runs[0]
+        if not isinstance(logits, Tensor):
+            raise SpecError(f"the model must return a tensor of logits, it returned {type(logits).__name__}")
         if logits.dim() != 2 or logits.shape[1] < 2:
             raise SpecError(f"the model must return (N, 2 or more) logits, it returned {tuple(logits.shape)}")
         fitting(y, logits.shape[1])
@@ -49,14 +56,19 @@ def examine(model: nn.Module, x: Tensor, y: Tensor, rng: Rng, eps: float, gradie
         scale = logits.abs().max().clamp_min(1e-12)
         random = any(bool((run - logits).abs().max() > REPEAT_TOLERANCE * scale) for run in runs[1:])
         warnings = []
-        if random:
+        if random and not all(isinstance(attack, APGD) and attack.samples > 1 for attack in attacks):
             warnings.append("the model answers differently each time: use version 'rand' for a randomised defence")
-        if logits.min() >= 0 and logits.max() <= 1 and ((logits.sum(1) - 1).abs() <= 1e-5).all():
+        if dynamic:
+            warnings.append(
+                "the model takes gradients of its own: AutoAttack says little of defences that adapt to their input; "
+                "run an adaptive attack"
+            )
+        if logits.min() >= -PROBABILITY_TOLERANCE and ((logits.sum(1) - 1).abs() <= PROBABILITY_TOLERANCE).all():
             warnings.append("the outputs are probabilities: give the logits, or losses lose their gradient")
         if len(x) > 1 and bool((logits - logits[:1]).abs().max() <= 1e-6 * scale):
             warnings.append("the model returns the same logits for every example: it is constant")
         differentiable = True
-        if gradients:
+        if not all(isinstance(attack, Square) for attack in attacks):
             differentiable, silent = _silent_gradients(model, x, y, rng, eps)
             if not differentiable:
                 warnings.append("the model has no gradient with respect to its input: only Square can be run")
@@ -111,7 +123,7 @@ def _silent_gradients(model: nn.Module, x: Tensor, y: Tensor, rng: Rng, eps: flo
     """Whether there is a gradient, and for each loss how many correctly classified rows have none near x."""
     point = (x + eps * rng.symmetric(tuple(x.shape[1:]), x.dtype)).clamp(0, 1).requires_grad_()
     with torch.enable_grad():
-        logits = model(point)
+        logits = model(point).to(point.dtype)
         if not logits.requires_grad:
             return False, {}
         right = logits.detach().argmax(1) == y

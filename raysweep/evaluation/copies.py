@@ -40,8 +40,25 @@ class Tiled(nn.Module):
         missing = rows - len(x)
         if missing > 0:
             x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing))
-        logits: Tensor = self.model(x)
+        logits: Tensor = self.model(x).to(x.dtype)
         return logits[: len(logits) - missing] if missing > 0 else logits
+
+
+class Apart(nn.Module):
+    """A model that differentiates by itself, for attacks that run it in inference mode, where nothing can be."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor
+        if not torch.is_inference_mode_enabled():
+            logits = self.model(x)
+            return logits
+        with torch.inference_mode(False), torch.no_grad():
+            logits = self.model(x.clone())
+        return logits
 
 
 def attack_copy(model: nn.Module, x: Tensor, fold: bool = True, tile: int | None = None) -> nn.Module:
@@ -56,7 +73,7 @@ def attack_copy(model: nn.Module, x: Tensor, fold: bool = True, tile: int | None
         if fold_batch_norms(folded, x) and _agree(plain, folded, x):
             plain = folded
         speed_up(plain)
-    return Tiled(plain, tile).eval()
+    return Tiled(Apart(plain) if differentiates(plain, x) else plain, tile).eval()
 
 
 def fold_batch_norms(model: nn.Module, x: Tensor) -> int:
@@ -99,6 +116,24 @@ def foldable(model: nn.Module, x: Tensor) -> dict[str, str]:
         if calls[norm] == calls[conv] == 1 and conv not in shared
         if norm.track_running_stats and names[norm] and names[conv]
     }
+
+
+def differentiates(model: nn.Module, x: Tensor) -> bool:
+    """Whether a forward of x takes gradients of its own: a defence that adapts to its input."""
+    gradients = _Gradients()
+    with torch.no_grad(), gradients:
+        model(x)
+    return gradients.taken
+
+
+class _Gradients(TorchFunctionMode):
+    """Whether a gradient was taken."""
+
+    taken = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.taken |= func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+        return func(*args, **(kwargs or {}))
 
 
 class _Uses(TorchFunctionMode):

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from raysweep.attacks import APGD, PGD, Norm, SingleAttack, Square, Version, WorstCase, preset
+from raysweep.attacks import APGD, FAB, PGD, Norm, SingleAttack, Square, Version, WorstCase, preset
 from raysweep.evaluation import checks
 from raysweep.evaluation.copies import device_of, full_precision
 from raysweep.evaluation.progress import Progress
@@ -59,23 +59,31 @@ def evaluate(
     """
     if not isinstance(model, nn.Module):
         raise SpecError(f"model must be a torch.nn.Module from images to logits, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise SpecError("model is TorchScript, which cannot be copied: give the nn.Module that it was made of")
     for name, number in (("batch_size", batch_size), ("shards", shards)):
         if number is not None and number < 1:
             raise SpecError(f"{name} must be 1 or more, got {number}")
     spec = preset(attack, eps, norm, version) if isinstance(attack, str) else attack
+    if not isinstance(spec, PGD | APGD | FAB | Square | WorstCase):
+        raise SpecError(
+            "attack must be a name of `raysweep list` or a PGD, APGD, FAB, Square or WorstCase, "
+            f"got {type(spec).__name__}"
+        )
     attacks: dict[str, SingleAttack] = spec.attacks if isinstance(spec, WorstCase) else {spec.kind: spec}
     eps, norm = _threat(attacks)
     work = AttackShards(model, *_arrays(x, y, index), seed=seed, batch_size=batch_size, fold=fold, tile=tile)
     if resume_dir is not None:
         work.folder = Path(resume_dir) / _key(work)
     run = _Run(work, map or _in_this_process, shards, progress)
-    nature = run.look(eps, any(not isinstance(a, Square) for a in attacks.values()))
+    nature = run.look(eps, attacks.values())
     checks.fitting(work.y, nature.classes)
     warnings = list(nature.warnings)
 
     clean = run.clean(random=nature.random)
     warnings += filter(None, [checks.collapsed(clean.predicted, work.y)])
     robust_after: dict[str, npt.NDArray[np.bool_]] = {}
+    ran: dict[str, SingleAttack] = {}
     costs: dict[str, Cost] = {}
     for name, planned in attacks.items():
         before = float(run.robust.mean())
@@ -83,13 +91,13 @@ def evaluate(
         if told is not None:
             warnings.append(f"{name}: {told}")
         if suited is not None:
-            costs[name] = run.attack(name, suited)
+            ran[name], costs[name] = suited, run.attack(name, suited)
         robust_after[name] = run.robust.copy()
-        if isinstance(planned, Square) and any(isinstance(a, PGD | APGD) for a in attacks.values()):
+        if isinstance(planned, Square) and not all(isinstance(a, Square) for a in ran.values()):
             warnings += filter(None, [checks.square_beats_gradients(before, float(run.robust.mean()))])
 
     return RobustnessReport(
-        attack=spec.json_dict(),
+        attack=(spec if ran == attacks else WorstCase.model_construct(attacks=ran)).json_dict(),
         eps=eps,
         norm=norm,
         seed=seed,
@@ -104,7 +112,7 @@ def evaluate(
         queries=run.queries,
         cost=costs,
         warnings=tuple(warnings),
-        masking_gap=_masking_gap(attacks, robust_after),
+        masking_gap=_masking_gap(ran, robust_after),
         x_adv=run.adversarial() if keep_adversarial else None,
     )
 
@@ -128,12 +136,12 @@ class _Run:
         robust: npt.NDArray[np.bool_] = self.broken_by == ""
         return robust
 
-    def look(self, eps: float, gradients: bool) -> checks.Nature:
+    def look(self, eps: float, attacks: Collection[SingleAttack]) -> checks.Nature:
         rows = np.arange(min(len(self.work.y), LOOKED_AT))
         x, y = self.work.tensors(rows)
         rng = Rng.for_examples(torch.from_numpy(self.work.index[rows]).to(x.device), self.work.seed, "checks")
         with full_precision(x.device):
-            return checks.examine(self.work.model, x, y, rng, eps, gradients)
+            return checks.examine(self.work.model, x, y, rng, eps, attacks)
 
     def clean(self, random: bool) -> Outcome:
         """The clean pass; rows that are wrong already are done. Refuses to resume what another model left."""
@@ -143,7 +151,7 @@ class _Run:
             kept = Outcome.load(self.work.folder / "clean.npz")
             if kept is None:
                 clean.save(self.work.folder / "clean.npz")
-            elif not random and not np.allclose(kept.margin, clean.margin, rtol=1e-3, atol=1e-3 * np.ptp(clean.margin)):
+            elif not random and not _agree(kept.margin, clean.margin):
                 raise SpecError(
                     f"{self.work.folder} holds the results of a model with the same weights that answers differently; "
                     "choose another folder"
@@ -229,6 +237,12 @@ def _arrays(
     return np.ascontiguousarray(images), labels.astype(np.int64), ids.astype(np.int64)
 
 
+def _agree(kept: npt.NDArray[np.float32], now: npt.NDArray[np.float32]) -> bool:
+    """Whether these are margins of one model on the same rows, but for rounding; some may be no numbers."""
+    close = 1e-3 * float(np.ptp(now[np.isfinite(now)]))
+    return np.allclose(kept, now, rtol=1e-3, atol=close, equal_nan=True)
+
+
 def _threat(attacks: dict[str, SingleAttack]) -> tuple[float, Norm]:
     """The one threat model of all attacks."""
     threats = {(now(attack.eps), attack.norm) for attack in attacks.values()}
@@ -240,9 +254,13 @@ def _threat(attacks: dict[str, SingleAttack]) -> tuple[float, Norm]:
 def _key(work: AttackShards) -> str:
     """Names everything that outcomes depend on, but the attack."""
     weights, data = hashlib.sha256(repr(work.model).encode()), hashlib.sha256()
-    for name, tensor in work.model.state_dict().items():
-        weights.update(name.encode() + str(tensor.dtype).encode() + str(tuple(tensor.shape)).encode())
-        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for name, value in work.model.state_dict().items():
+        if isinstance(value, Tensor):
+            weights.update(name.encode() + str(value.dtype).encode() + str(tuple(value.shape)).encode())
+            weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            # A module's extra state may be anything.
+            weights.update(name.encode() + repr(value).encode())
     for array in (work.x, work.y, work.index):
         data.update(str((array.dtype, array.shape)).encode() + array.tobytes())
     settings = [work.seed, work.fold, work.tile, device_of(work.model).type]
@@ -261,8 +279,8 @@ def _join(outcomes: list[Outcome]) -> Outcome:
 
 def _masking_gap(attacks: dict[str, SingleAttack], robust_after: dict[str, npt.NDArray[np.bool_]]) -> float | None:
     """Accuracy under (A)PGD on the cross-entropy, if that comes first, minus the worst case."""
-    first = next(iter(attacks))
-    attack = attacks[first]
+    first = next(iter(robust_after))
+    attack = attacks.get(first)
     if not (isinstance(attack, PGD | APGD) and attack.loss == "ce"):
         return None
     return float(robust_after[first].mean() - list(robust_after.values())[-1].mean())

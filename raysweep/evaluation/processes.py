@@ -14,6 +14,7 @@ from typing import Self
 import torch
 
 from raysweep.evaluation.shards import Outcome, Shard
+from raysweep.spec import SpecError
 
 Run = Callable[[Shard], Outcome]
 # In a process of the pool: the file that it read last, and what was in it.
@@ -62,15 +63,26 @@ class Processes:
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="raysweep-")
         if self._serves is not run:
+            content = _pickled(run)
             self._file().unlink(missing_ok=True)
             self._calls += 1
             self._serves = run
-            self._file().write_bytes(pickle.dumps(run))
+            self._file().write_bytes(content)
         return self._file()
 
     def _file(self) -> Path:
         assert self._folder is not None
         return Path(self._folder.name) / f"{self._calls}.pickle"
+
+
+def _pickled(run: Run) -> bytes:
+    try:
+        return pickle.dumps(run)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise SpecError(
+            f"the model cannot be sent to other processes ({error}): define its classes and functions at the top of a "
+            "module"
+        ) from error
 
 
 def _serve(threads: int) -> None:

@@ -29,9 +29,10 @@ class Cost:
 class RobustnessReport:
     """Arrays have a row for each example in the order given; `robust_after` maps each attack to the rows still right.
 
-    broken_by: the attack that broke the row, `clean` if none was needed, "" if it held out. margin_before: of logits at
-    x; margin_after, perturbation: at the adversarial example or else the worst point found, in logits and in `norm`.
-    x_adv: adversarial examples, x where there is none.
+    attack: settings of what was run; not what was asked for where the model did not allow that. broken_by: the attack
+    that broke the row, `clean` if none was needed, "" if it held out. margin_before: of logits at x; margin_after,
+    perturbation: at the adversarial example or else the worst point found, in logits and in `norm`. x_adv: adversarial
+    examples, x where there is none.
     """
 
     attack: Mapping[str, Any]
@@ -63,7 +64,7 @@ class RobustnessReport:
 
     @property
     def clean(self) -> Bools:
-        clean: Bools = self.predicted == self.labels
+        clean: Bools = self.broken_by != "clean"
         return clean
 
     @property

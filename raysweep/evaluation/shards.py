@@ -136,14 +136,13 @@ class AttackShards:
             found = shard.attack(self._attacked(), x, y, rng)
             x_adv, queries = found.x.float(), found.queries
         logits = _logits(self.model, x_adv, self.tile)
-        size = _sizes(x_adv, x, shard.attack.norm if shard.attack else "Linf")
+        norm = shard.attack.norm if shard.attack else "Linf"
+        size = sizes(x_adv, x, norm)
         predicted = logits.argmax(1)
         # What is not a number is not the right class.
         broken = (predicted != y) | ~torch.isfinite(logits).all(1)
         if shard.attack is not None:
-            # A coordinate of x ± eps is rounded to float32 once, by up to 2^-25.
-            allowed = now(shard.attack.eps) * (1 + 1e-6) + (2**-25 if shard.attack.norm == "Linf" else 0)
-            broken &= (size <= allowed) & (x_adv.flatten(1).amin(1) >= 0) & (x_adv.flatten(1).amax(1) <= 1)
+            broken &= (size <= allowed(now(shard.attack.eps), norm)) & in_unit_range(x_adv)
         return Outcome(
             positions=positions,
             broken=broken.cpu().numpy(),
@@ -179,10 +178,20 @@ def _logits(model: nn.Module, x: Tensor, tile: int | None) -> Tensor:
             module.training = training
 
 
-def _sizes(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
+def sizes(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
     """Length of the move of each row, in float64."""
     move = (x_adv.double() - x.double()).flatten(1)
     return move.abs().amax(1) if norm == "Linf" else move.norm(dim=1)
+
+
+def allowed(eps: float, norm: str) -> float:
+    """The longest move that counts as one of eps: a coordinate of x ± eps is rounded to float32, by up to 2^-25."""
+    return eps * (1 + 1e-6) + (2**-25 if norm == "Linf" else 0)
+
+
+def in_unit_range(x_adv: Tensor) -> Tensor:
+    """Rows (N,) whose every pixel lies in [0, 1]."""
+    return ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
 
 
 def _rows(outcome: Outcome, which: npt.NDArray[np.bool_]) -> Outcome:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from raysweep.attacks import AnyAttack, Minimal, SingleAttack, WorstCase, autoattack, preset
+from raysweep.attacks import AnyAttack, Minimal, SingleAttack, WorstCase, preset
 from raysweep.evaluation import RobustnessReport
 from raysweep.pipeline.artifact import Candidate, Judgement
 from raysweep.pipeline.judge import folder_of, judge, save, threat_of, track, workers
@@ -88,7 +88,7 @@ class AutoAttack(Stage):
         return Judgement(
             candidate=candidate,
             attack=label,
-            standard=attack == autoattack(report.eps, self.norm),
+            standard=report.is_autoattack,
             test_examples=len(data.test),
             run=run,
             folder=work.reference(folder),

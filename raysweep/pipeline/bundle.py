@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 
 from raysweep.data import Data, DataSpec, load
 from raysweep.evaluation import RobustnessReport
+from raysweep.evaluation.shards import allowed, in_unit_range, sizes
 from raysweep.files import whole_folder
 from raysweep.spec import Json, SpecError
 from raysweep.training.checkpoint import META, WEIGHTS, Checkpoint
@@ -55,10 +57,13 @@ def verify_bundle(folder: Path, data_dir: Path | None = None) -> tuple[Json, lis
     """
     try:
         card: Json = json.loads((folder / CARD).read_text())
-        with np.load(folder / ADVERSARIAL, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in ("x_adv", "labels", "index", "robust")}
+        if card["norm"] not in ("Linf", "L2"):
+            raise ValueError(f"{CARD} says norm = {card['norm']!r}")
+        for key in ("eps_value", "examples", "clean_accuracy", "robust_accuracy"):
+            float(card[key])
+        arrays = _arrays(folder / ADVERSARIAL)
         spec = DataSpec.load({**card["data"], "data_dir": str(data_dir) if data_dir else None}, str(folder / CARD))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise SpecError(f"{folder}: not a bundle: {error}") from None
     for name in (META, WEIGHTS):
         if not (folder / CHECKPOINT / name).is_file():
@@ -66,6 +71,17 @@ def verify_bundle(folder: Path, data_dir: Path | None = None) -> tuple[Json, lis
     saved = read_checkpoint(folder / CHECKPOINT)
     data = load(spec)
     return card, _problems(card, arrays, data, load_model(saved, data))
+
+
+def _arrays(path: Path) -> dict[str, Array]:
+    """x_adv (N, C, H, W), labels, index and robust (N,). Raises ValueError for anything else."""
+    with np.load(path, allow_pickle=False) as archive:
+        arrays = {key: archive[key] for key in ("x_adv", "labels", "index", "robust")}
+    for key, (kinds, dims) in {"x_adv": ("f", 4), "labels": ("iu", 1), "index": ("iu", 1), "robust": ("b", 1)}.items():
+        array = arrays[key]
+        if array.dtype.kind not in kinds or array.ndim != dims or len(array) != len(arrays["x_adv"]):
+            raise ValueError(f"{key} in {ADVERSARIAL} is {array.dtype} {array.shape}")
+    return arrays
 
 
 def _problems(card: Mapping[str, Any], arrays: Mapping[str, Array], data: Data, model: nn.Module) -> list[str]:
@@ -78,16 +94,16 @@ def _problems(card: Mapping[str, Any], arrays: Mapping[str, Array], data: Data, 
     rows = torch.tensor([place[number] for number in arrays["index"].tolist()])
     x, y = data.test.images(rows), data.test.y[rows]
     x_adv, robust = torch.from_numpy(arrays["x_adv"]), torch.from_numpy(arrays["robust"])
+    if x_adv.shape != x.shape:
+        return [f"its examples are {tuple(x_adv.shape[1:])}, the test set's {tuple(x.shape[1:])}"]
     lines = []
     if not np.array_equal(arrays["labels"], y.numpy()):
         lines.append("the labels are not the test set's")
-    size = (x_adv.double() - x.double()).flatten(1)
-    size = size.abs().amax(1) if card["norm"] == "Linf" else size.norm(dim=1)
-    allowed = card["eps_value"] * (1 + 1e-6) + (2**-25 if card["norm"] == "Linf" else 0)
+    size, limit = sizes(x_adv, x, card["norm"]), allowed(card["eps_value"], card["norm"])
     right, right_adv = _predicted(model, x) == y, _predicted(model, x_adv) == y
     checks = {
-        f"farther than eps {card['eps_value']:.6g} from their images": ~(size <= allowed),
-        "outside [0, 1]": ~((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1),
+        f"farther than eps {card['eps_value']:.6g} from their images": ~(size <= limit),
+        "outside [0, 1]": ~in_unit_range(x_adv),
         "called broken, and yet classified correctly": ~robust & right_adv,
         "called robust, and yet misclassified as they are": robust & ~right,
         "called robust, and yet broken by what is saved with them": robust & right & ~right_adv,

@@ -39,6 +39,10 @@ def load_checkpoint(path: Path, changes: Mapping[str, Any]) -> Subject:
     Raises SpecError in one line.
     """
     where = storage.name(path)
+    if path.is_file():
+        raise SpecError(
+            f"{where}: is a file; give the folder of a checkpoint, or module:factory of your own code to load it"
+        )
     if not path.is_dir() and not storage.is_copy(path):
         raise SpecError(
             f"{where}: no such folder; give a sweep, a trial, a checkpoint, an MLflow run or module:factory"
