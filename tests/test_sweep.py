@@ -277,6 +277,7 @@ def test_a_sweep_says_why_it_ended(ray_cluster, tmp_path: Path) -> None:
     assert run_sweep(ledger, [Follower(ctrl_c)], budget=Budget(3600)) == "interrupted"
     assert any(trial.state == "running" for trial in ledger.trials())
     assert run_sweep(ledger, [], budget=Budget(0)) == "budget"
+    before = signal.getsignal(signal.SIGINT)
     assert run_sweep(ledger, [], budget=Budget(3600)) == "done"
 
 
