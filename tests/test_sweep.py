@@ -207,6 +207,16 @@ def test_the_sampler_remembers_what_an_earlier_driver_learned(finished, tmp_path
     assert search.suggest("c") == "FINISHED"
 
 
+def test_a_number_that_an_earlier_driver_left_out_is_given_now(tmp_path) -> None:
+    """It was killed before trial 0 had a process, when trial 1 had one already."""
+    ledger = Ledger.create(tmp_path / "sweep", space())
+    ledger.write(Trial(1, {ALPHA: 1.0}, state="finished", best={"robust_worst": 0.5}))
+    search = StudySearch(ledger)
+    asked = [search.suggest(name) for name in "abc"]
+    assert [found["number"] for found in asked] == [0, 2, 3] and asked[0]["settings"] == {ALPHA: 2.0}
+    assert search.suggest("d") == "FINISHED"
+
+
 def test_a_genetic_sampler_has_its_parents_after_a_restart(tmp_path) -> None:
     sampler = {"kind": "nsga2", "startup": 2}
     ledger = Ledger.create(tmp_path / "sweep", space(trials=5, sampler=sampler, start=[]))
