@@ -356,6 +356,25 @@ def test_a_grid_asks_for_each_point_once(tmp_path) -> None:
     assert len(points) == len({json.dumps(point) for point in points}) == 4
 
 
+def test_a_grid_has_no_points_that_differ_in_what_a_trial_lacks(tmp_path) -> None:
+    on = "method.terms.bound.on"
+    grid = {
+        on: {"categorical": ["natural", "pgd"]},
+        ALPHA: {"categorical": [0.5, 2.0], "when": {on: "pgd"}},
+        "method.terms.pgd.weight.beta": {"categorical": [0.5, 1.0], "when": {ALPHA: 2.0}},
+    }
+    ledger = Ledger.create(tmp_path / "sweep", space(sampler={"kind": "grid"}, space=grid, start=[], trials=10))
+    assert ledger.space.total == 4
+    found = [StudySearch(ledger).suggest("a")["settings"]]
+    assert found == [{on: "natural"}]
+    ledger.write(Trial(0, found[0], state="finished", best={"robust_worst": 0.5}))
+    search = StudySearch(ledger)
+    while (more := search.suggest(str(len(found)))) != "FINISHED":
+        found.append(more["settings"])
+    assert [len(point) for point in found] == [1, 2, 3, 3]
+    assert len({json.dumps(point) for point in found}) == 4, "none is run twice"
+
+
 def test_trials_that_cannot_fit_are_refused_before_anything_runs(ray_cluster, tmp_path) -> None:
     ledger = Ledger.create(tmp_path / "sweep", space())
     with pytest.raises(SpecError, match="a trial wants 9 CPUs and 0 GPUs, the cluster has 2 CPUs and 0 GPUs"):

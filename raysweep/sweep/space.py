@@ -1,7 +1,8 @@
 """Search spaces: YAML that names the settings to search, their distributions, and everything that stays fixed."""
 
 import itertools
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from numbers import Real
 from pathlib import Path
@@ -166,10 +167,21 @@ class SearchSpace(Spec):
     @property
     def queue(self) -> list[Settings]:
         """Points to try before the sampler has a say: the starting points, or the whole grid."""
-        if self.sampler.kind != "grid":
-            return list(self.start)
-        choices = [d.categorical or () for d in self.space.values()]
-        return [dict(zip(self.space, point, strict=True)) for point in itertools.product(*choices)]
+        points: Iterable[Settings] = self.start
+        if self.sampler.kind == "grid":
+            choices = [d.categorical or () for d in self.space.values()]
+            points = (dict(zip(self.space, point, strict=True)) for point in itertools.product(*choices))
+        # Points that differ in nothing that a trial has are one.
+        return list({json.dumps(met, default=str): met for met in map(self._met, points)}.values())
+
+    def _met(self, point: Settings) -> Settings:
+        """A point without what it does not have: settings whose conditions are not met."""
+        met: Settings = {}
+        for path, distribution in self.space.items():
+            known = {other: wanted for other, wanted in distribution.when.items() if other in point}
+            if path in point and all(other in met and met[other] in _several(w) for other, w in known.items()):
+                met[path] = point[path]
+        return met
 
     def params(self, settings: Settings) -> dict[str, Choice]:
         """Searched settings in the form that Optuna stores."""
