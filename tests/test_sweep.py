@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from raysweep.results import trial_advice
 from raysweep.spec import SpecError
 from raysweep.sweep.failures import explain
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.relay import Budget, SweepFailed
+from raysweep.sweep.relay import Budget, Relay, SweepFailed
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search import StudySearch
 from raysweep.sweep.space import SearchSpace
@@ -289,6 +290,27 @@ def test_a_sweep_says_why_it_ended(ray_cluster, tmp_path: Path) -> None:
     assert run_sweep(ledger, [], budget=Budget(0)) == "budget"
     before = signal.getsignal(signal.SIGINT)
     assert run_sweep(ledger, [], budget=Budget(3600)) == "done"
+    assert signal.getsignal(signal.SIGINT) is before, "what comes after a sweep can be ended by Ctrl-C, too"
+
+
+def test_a_budget_counts_what_is_held_now_and_no_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs for two hours, of which it waited one for a new process: no report has come yet."""
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    ledger = Ledger.create(tmp_path / "sweep", space())
+    relay = Relay(ledger, 2, [], gpus=2.0, budget=Budget(gpu_seconds=7200.0))
+    trial = SimpleNamespace(
+        trial_id="a", config={"number": 0, "settings": {ALPHA: 2.0}}, error_file=None, num_failures=1
+    )
+    for hours, event in ((0.0, relay.on_trial_start), (0.5, relay.on_trial_recover), (1.5, relay.on_trial_start)):
+        clock[0] = 3600 * hours
+        event(0, [], trial)  # type: ignore[arg-type, operator]
+    clock[0] = 3600 * 1.9
+    assert not relay.over
+    clock[0] = 3600 * 2.0
+    assert relay.over
+    relay.on_trial_complete(0, [], trial)  # type: ignore[arg-type]
+    assert relay.over and ledger.trials()[0].state == "running", "it goes on with --resume"
 
 
 def test_a_bug_ends_the_sweep_after_a_few_trials_with_its_traceback(ray_cluster, tmp_path) -> None:
