@@ -138,6 +138,35 @@ def test_mlflow_tells_of_a_trial_that_failed(tmp_path) -> None:
     assert "- 1 of 4 trials ended, 1 of them failed" in parent.data.tags["mlflow.note.content"]
 
 
+def test_mlflow_lacks_nothing_when_a_driver_was_killed_between_two_writes(tmp_path) -> None:
+    """The ledger had epoch 2 already, MLflow had not; the next driver's budget ends before it is trial 1's turn."""
+    from mlflow import MlflowClient
+
+    ledger, tracker = Ledger.create(tmp_path / "one", space()), Tracker(f"sqlite:///{tmp_path}/m.db", tmp_path / "a")
+    killed = SweepTracker(tracker)
+    killed.started(ledger, 2)
+    for number in (0, 1):
+        trial = Trial(number, {ALPHA: 2.0})
+        rows = fit(ledger.space.config(trial.settings), ledger.run_path(number)).last.history
+        killed.trial_changed(trial, None)
+        for row in rows:
+            trial = trial.reported(row, "robust_worst")
+            ledger.write(trial)
+            if row["epoch"] == 1:
+                killed.trial_changed(trial, row)
+    client = MlflowClient(tracker.uri)
+    experiment = client.get_experiment_by_name("raysweep").experiment_id
+    assert {run.info.status for run in client.search_runs([experiment])} == {"RUNNING"}
+    second = SweepTracker(tracker)
+    second.started(ledger, 2)
+    second.trial_changed(ledger.trials()[0], None)
+    second.ended(ledger)
+    runs = {run.data.tags.get("raysweep.trial"): run for run in client.search_runs([experiment])}
+    assert {run.info.status for run in runs.values()} == {"KILLED"} and len(runs) == 3
+    history = client.get_metric_history(runs["0000"].info.run_id, "robust_worst")
+    assert [point.step for point in history] == [1, 2]
+
+
 def test_a_finished_sweep_grows_by_trials_epochs_and_a_wider_range(finished) -> None:
     ledger, _, tracker = finished
     before = ledger.trials()
