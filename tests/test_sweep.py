@@ -12,6 +12,7 @@ import torch
 from conftest import TINY, Follower, tiny
 
 from raysweep import storage
+from raysweep.cli import main
 from raysweep.results import trial_advice
 from raysweep.spec import SpecError
 from raysweep.sweep.failures import explain
@@ -165,6 +166,19 @@ def test_mlflow_lacks_nothing_when_a_driver_was_killed_between_two_writes(tmp_pa
     assert {run.info.status for run in runs.values()} == {"KILLED"} and len(runs) == 3
     history = client.get_metric_history(runs["0000"].info.run_id, "robust_worst")
     assert [point.step for point in history] == [1, 2]
+
+
+def test_what_pgd_would_have_chosen_and_its_cost_are_told(tmp_path, capsys, monkeypatch) -> None:
+    """Trial 2 is best under both, and breaks the limit: it is no measure of what was lost."""
+    ledger = Ledger.create(tmp_path / "runs" / "one", space(max_masking_gap=0.1))
+    for number, (pgd, worst) in enumerate([(0.6, 0.41), (0.5, 0.45), (0.59, 0.47)]):
+        best = {"epoch": 1.0, "pgd": pgd, "robust_worst": worst, "masking_gap": pgd - worst}
+        ledger.write(Trial(number, {ALPHA: 1.0 + number}, state="finished", epoch=1, best=best))
+    monkeypatch.chdir(tmp_path)
+    assert main(["show", "one"]) == 0
+    out = capsys.readouterr().out
+    assert "PGD would have chosen trial 0000, at a cost of 0.040 in robust worst" in out
+    assert "masking gap over 0.1: trials 0002, 0000 are ranked last" in out
 
 
 def test_a_finished_sweep_grows_by_trials_epochs_and_a_wider_range(finished) -> None:
