@@ -20,7 +20,7 @@ from raysweep.results import masking, sweep_facts, trial_advice
 from raysweep.spec import SpecError, read_yaml
 from raysweep.sweep.growth import check_growth
 from raysweep.sweep.ledger import Ledger
-from raysweep.sweep.space import SearchSpace, load_space
+from raysweep.sweep.space import SearchSpace, load_space, space_file
 from raysweep.tracking import SweepTracker, Tracker, embedded_store
 from raysweep.training.config import named_method
 
@@ -32,6 +32,7 @@ _BEST = 5
 
 
 def run(args: Namespace) -> int:
+    args.space = args.space and space_file(args.space)
     runs = runs_in(args, write=not args.plan)
     old = Ledger.open(runs / plain_name(args.resume, "--resume")) if args.resume else None
     space, data = _checked(args, old)
