@@ -61,7 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("tune", help="a sweep: Ray Tune and Optuna search, MLflow records")
     p.add_argument("method", nargs="?", metavar="METHOD", help="of `raysweep list`; not needed with --space, --resume")
-    p.add_argument("--space", type=_path, metavar="FILE", help="search space (default: the one shipped for the method)")
+    p.add_argument(
+        "--space", type=_path, metavar="FILE", help="search space, a file or one of `raysweep list` (default: METHOD's)"
+    )
     p.add_argument("--trials", type=_count, metavar="N", help="number of trials (default: the space's)")
     p.add_argument("--max-trials", type=_count, dest="trials", metavar="N", help="the same as --trials")
     p.add_argument("--max-time", type=_duration, metavar="T", help="end after 90s, 30m or 2h; --resume goes on")

@@ -16,6 +16,8 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
     try:
         with partial.open("wb") as stream:
             yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

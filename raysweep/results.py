@@ -105,6 +105,22 @@ def trial_advice(ledger: Ledger, number: int) -> list[str]:
     return advise(last.config, last.history) if last else []
 
 
+def masking(ledger: Ledger) -> list[str]:
+    """Which trial PGD alone would have chosen and at what cost, and which trials hide behind it, in words."""
+    judged = [trial for trial in ledger.ranked() if "pgd" in trial.best and "robust_worst" in trial.best]
+    masked = [trial for trial in judged if ledger.masks(trial)]
+    honest = [trial.score("robust_worst") for trial in judged if trial not in masked]
+    lines = []
+    if honest:
+        by_pgd = max(judged, key=lambda trial: trial.score("pgd"))
+        if (cost := max(honest) - by_pgd.score("robust_worst")) > 0:
+            lines.append(f"PGD would have chosen trial {by_pgd.number:04d}, at a cost of {cost:.3f} in robust worst")
+    if masked:
+        numbers = ", ".join(f"{trial.number:04d}" for trial in masked)
+        lines.append(f"masking gap over {ledger.space.max_masking_gap}: trials {numbers} are ranked last")
+    return lines
+
+
 def sweep_facts(ledger: Ledger) -> Json:
     """A sweep as plain data, for `--json`: all its trials, best first, and where their best checkpoints are."""
     ranked, trials = ledger.ranked(), ledger.trials()

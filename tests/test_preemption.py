@@ -105,13 +105,17 @@ def statuses(folder: Path) -> list[str]:
 
 
 def test_who_cannot_wait_says_ctrl_c_twice() -> None:
+    # Shells start what runs in the background with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with told_to_end() as told:
         assert not told()
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
+        # To this very thread: to the process, another thread may take it, and later.
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
         assert told()
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_training_run_that_fails_is_closed_and_says_where_to_look(workdir: Path, capsys) -> None:

@@ -1,6 +1,7 @@
 """Shared prefixes: named by what decides them, bit-identical to training from scratch, never trained twice."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from conftest import tiny
 from safetensors.torch import load_file
 
 from raysweep.data import load
+from raysweep.training import checkpoint
 from raysweep.training.prefix import Prefixes, chain
 from raysweep.training.trainer import fit
 
@@ -43,10 +45,13 @@ def test_the_chain_parts_where_the_effective_settings_part() -> None:
     assert shared(keys("at", epochs=6, optim__lr=lr[0]), keys("at", epochs=6, optim__lr=lr[1])) == 3
 
 
-def test_what_does_not_decide_the_weights_does_not_part_the_chain() -> None:
+def test_what_does_not_decide_the_weights_does_not_part_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert keys("at") == keys("at", data__data_dir="/elsewhere")
     assert chain(tiny("at"), "data") != chain(tiny("at"), "other data")
     assert chain(tiny("at"), "data") != chain(tiny("at"), "data", workers=2)
+    before = keys("at")
+    monkeypatch.setattr(checkpoint, "environment", lambda: {"raysweep": "0", "torch": "2", "device": "cpu"})
+    assert not set(before) & set(keys("at")), "another version may train otherwise"
 
 
 CASES = {
@@ -158,6 +163,33 @@ def test_the_store_forgets_the_least_recently_used_when_it_is_full(tmp_path) -> 
     prefixes.get("a")
     prefixes.put("c", state)
     assert sorted(p.name for p in (tmp_path / "prefixes").iterdir()) == ["a", "c"]
+
+
+def test_what_a_crash_left_half_stored_goes_first(tmp_path) -> None:
+    state = fit(tiny("at", epochs=1), tmp_path / "run").last.path
+    half = tmp_path / "prefixes" / ".a.123"
+    half.mkdir(parents=True)
+    (half / "weights.safetensors").write_bytes(b"half")
+    size = sum(file.stat().st_size for file in state.iterdir())
+    time.sleep(0.02)
+    Prefixes(tmp_path / "prefixes", limit=size).put("b", state)
+    assert [p.name for p in (tmp_path / "prefixes").iterdir()] == ["b"]
+
+
+def test_a_state_that_goes_while_it_is_taken_over_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run's store has just outgrown its limit."""
+    prefixes, link = Prefixes(tmp_path / "prefixes"), checkpoint.link
+    fit(tiny("at"), tmp_path / "one", prefixes=prefixes)
+
+    def gone(source: Path, target: Path) -> None:
+        if source.is_relative_to(prefixes.path):
+            shutil.rmtree(source.parent)
+        link(source, target)
+
+    monkeypatch.setattr(checkpoint, "link", gone)
+    rows: list[dict[str, float]] = []
+    fit(tiny("at"), tmp_path / "two", lambda m, c: rows.append(m), prefixes=prefixes)
+    assert [row["epoch"] for row in rows] == [1, 2] and not any("shared" in row for row in rows)
 
 
 def test_a_damaged_state_is_not_used_silently(tmp_path: Path) -> None:

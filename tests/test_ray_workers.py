@@ -71,8 +71,12 @@ def test_a_sweep_on_two_workers_with_all_that_can_happen(ray_cluster: None, tmp_
 
     base = {**TINY, "epochs": 6, "method.attacks.pgd.norm": "L2"}
     asha = {"kind": "asha", "grace": 1, "factor": 2}
-    ledger = sweep(tmp_path / "sweep", [0.05, 1e20, 1e-7], base=base, scheduler=asha)
-    run_sweep(ledger, [Follower(kill_once)], Resources(cpus=2, workers=2))
+    ledger = sweep(tmp_path / "sweep", [0.05, 1e20, 1e-7], base=base, scheduler=asha, trials=2)
+    # The third comes once the first has been everywhere: where a group is slow to start, ASHA would meet them in
+    # another order.
+    for trials in (2, 3):
+        grown = ledger.space.model_copy(update={"trials": trials})
+        run_sweep(ledger, [Follower(kill_once)], Resources(cpus=2, workers=2), grown=grown)
     first, second, third = ledger.trials()
     assert first.state == "finished" and first.epoch == 6
     assert second.state == "failed" and "the loss became" in second.reason

@@ -17,8 +17,18 @@ def shipped(name):
     return load_space(name, {})
 
 
-def test_every_method_has_one():
-    assert set(spaces()) == set(METHODS)
+def test_every_method_has_one_and_lrat_its_papers_grid():
+    assert set(spaces()) == {*METHODS, "lrat-grid"}
+    grid = shipped("lrat-grid")
+    points = {grid.config(point).digest() for point in grid.queue}
+    assert len(points) == grid.total == 5 * 5 * 4
+    for attack in ("pgd", "cw"):
+        weights = [grid.config(point).method.terms[attack].weight for point in grid.queue]
+        assert {w.alpha for w in weights} == {w.beta for w in weights} == {0.25, 0.5, 1.5, 2.0, 4.0}
+    assert {grid.config(point).method.terms["bound"].weight.total for point in grid.queue} == {0.1, 0.2, 0.4, 0.6}
+    with pytest.raises(SpecError, match=r"pgd\.weight\.alpha: searched as method\.terms\.\*\.weight\.alpha; set that"):
+        grid.fixed({"method.terms.pgd.weight.alpha": 2.0})
+    assert grid.fixed({"method.terms.*.weight.alpha": 2.0}).total == 20
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -26,7 +26,7 @@ def test_shipped_spaces_are_valid_at_both_ends_of_every_range(name) -> None:
     for _ in range(len(space.start) + 5):
         settings = space.suggest(study.ask())
         config = space.config(settings)
-        assert config.method.name == name
+        assert config.method.name == space.method
 
 
 def test_all_problems_of_a_file_come_at_once(tmp_path) -> None:

@@ -5,17 +5,19 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY, Follower, tiny
 
 from raysweep import storage
+from raysweep.cli import main
 from raysweep.results import trial_advice
 from raysweep.spec import SpecError
 from raysweep.sweep.failures import explain
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.relay import Budget, SweepFailed
+from raysweep.sweep.relay import Budget, Relay, SweepFailed
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search import StudySearch
 from raysweep.sweep.space import SearchSpace
@@ -137,6 +139,48 @@ def test_mlflow_tells_of_a_trial_that_failed(tmp_path) -> None:
     assert "- 1 of 4 trials ended, 1 of them failed" in parent.data.tags["mlflow.note.content"]
 
 
+def test_mlflow_lacks_nothing_when_a_driver_was_killed_between_two_writes(tmp_path) -> None:
+    """The ledger had epoch 2 already, MLflow had not; the next driver's budget ends before it is trial 1's turn."""
+    from mlflow import MlflowClient
+
+    ledger, tracker = Ledger.create(tmp_path / "one", space()), Tracker(f"sqlite:///{tmp_path}/m.db", tmp_path / "a")
+    killed = SweepTracker(tracker)
+    killed.started(ledger, 2)
+    for number in (0, 1):
+        trial = Trial(number, {ALPHA: 2.0})
+        rows = fit(ledger.space.config(trial.settings), ledger.run_path(number)).last.history
+        killed.trial_changed(trial, None)
+        for row in rows:
+            trial = trial.reported(row, "robust_worst")
+            ledger.write(trial)
+            if row["epoch"] == 1:
+                killed.trial_changed(trial, row)
+    client = MlflowClient(tracker.uri)
+    experiment = client.get_experiment_by_name("raysweep").experiment_id
+    assert {run.info.status for run in client.search_runs([experiment])} == {"RUNNING"}
+    second = SweepTracker(tracker)
+    second.started(ledger, 2)
+    second.trial_changed(ledger.trials()[0], None)
+    second.ended(ledger)
+    runs = {run.data.tags.get("raysweep.trial"): run for run in client.search_runs([experiment])}
+    assert {run.info.status for run in runs.values()} == {"KILLED"} and len(runs) == 3
+    history = client.get_metric_history(runs["0000"].info.run_id, "robust_worst")
+    assert [point.step for point in history] == [1, 2]
+
+
+def test_what_pgd_would_have_chosen_and_its_cost_are_told(tmp_path, capsys, monkeypatch) -> None:
+    """Trial 2 is best under both, and breaks the limit: it is no measure of what was lost."""
+    ledger = Ledger.create(tmp_path / "runs" / "one", space(max_masking_gap=0.1))
+    for number, (pgd, worst) in enumerate([(0.6, 0.41), (0.5, 0.45), (0.59, 0.47)]):
+        best = {"epoch": 1.0, "pgd": pgd, "robust_worst": worst, "masking_gap": pgd - worst}
+        ledger.write(Trial(number, {ALPHA: 1.0 + number}, state="finished", epoch=1, best=best))
+    monkeypatch.chdir(tmp_path)
+    assert main(["show", "one"]) == 0
+    out = capsys.readouterr().out
+    assert "PGD would have chosen trial 0000, at a cost of 0.040 in robust worst" in out
+    assert "masking gap over 0.1: trials 0002, 0000 are ranked last" in out
+
+
 def test_a_finished_sweep_grows_by_trials_epochs_and_a_wider_range(finished) -> None:
     ledger, _, tracker = finished
     before = ledger.trials()
@@ -205,6 +249,16 @@ def test_the_sampler_remembers_what_an_earlier_driver_learned(finished, tmp_path
     assert search.suggest("a") == {"number": 2, "settings": {ALPHA: 3.0}}, "the unfinished trial goes first"
     assert search.suggest("b")["number"] == 3
     assert search.suggest("c") == "FINISHED"
+
+
+def test_a_number_that_an_earlier_driver_left_out_is_given_now(tmp_path) -> None:
+    """It was killed before trial 0 had a process, when trial 1 had one already."""
+    ledger = Ledger.create(tmp_path / "sweep", space())
+    ledger.write(Trial(1, {ALPHA: 1.0}, state="finished", best={"robust_worst": 0.5}))
+    search = StudySearch(ledger)
+    asked = [search.suggest(name) for name in "abc"]
+    assert [found["number"] for found in asked] == [0, 2, 3] and asked[0]["settings"] == {ALPHA: 2.0}
+    assert search.suggest("d") == "FINISHED"
 
 
 def test_a_genetic_sampler_has_its_parents_after_a_restart(tmp_path) -> None:
@@ -277,7 +331,29 @@ def test_a_sweep_says_why_it_ended(ray_cluster, tmp_path: Path) -> None:
     assert run_sweep(ledger, [Follower(ctrl_c)], budget=Budget(3600)) == "interrupted"
     assert any(trial.state == "running" for trial in ledger.trials())
     assert run_sweep(ledger, [], budget=Budget(0)) == "budget"
+    before = signal.getsignal(signal.SIGINT)
     assert run_sweep(ledger, [], budget=Budget(3600)) == "done"
+    assert signal.getsignal(signal.SIGINT) is before, "what comes after a sweep can be ended by Ctrl-C, too"
+
+
+def test_a_budget_counts_what_is_held_now_and_no_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs for two hours, of which it waited one for a new process: no report has come yet."""
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    ledger = Ledger.create(tmp_path / "sweep", space())
+    relay = Relay(ledger, 2, [], gpus=2.0, budget=Budget(gpu_seconds=7200.0))
+    trial = SimpleNamespace(
+        trial_id="a", config={"number": 0, "settings": {ALPHA: 2.0}}, error_file=None, num_failures=1
+    )
+    for hours, event in ((0.0, relay.on_trial_start), (0.5, relay.on_trial_recover), (1.5, relay.on_trial_start)):
+        clock[0] = 3600 * hours
+        event(0, [], trial)  # type: ignore[arg-type, operator]
+    clock[0] = 3600 * 1.9
+    assert not relay.over
+    clock[0] = 3600 * 2.0
+    assert relay.over
+    relay.on_trial_complete(0, [], trial)  # type: ignore[arg-type]
+    assert relay.over and ledger.trials()[0].state == "running", "it goes on with --resume"
 
 
 def test_a_bug_ends_the_sweep_after_a_few_trials_with_its_traceback(ray_cluster, tmp_path) -> None:
@@ -343,6 +419,25 @@ def test_a_grid_asks_for_each_point_once(tmp_path) -> None:
     while (found := search.suggest(str(len(points)))) != "FINISHED":
         points.append(found["settings"])
     assert len(points) == len({json.dumps(point) for point in points}) == 4
+
+
+def test_a_grid_has_no_points_that_differ_in_what_a_trial_lacks(tmp_path) -> None:
+    on = "method.terms.bound.on"
+    grid = {
+        on: {"categorical": ["natural", "pgd"]},
+        ALPHA: {"categorical": [0.5, 2.0], "when": {on: "pgd"}},
+        "method.terms.pgd.weight.beta": {"categorical": [0.5, 1.0], "when": {ALPHA: 2.0}},
+    }
+    ledger = Ledger.create(tmp_path / "sweep", space(sampler={"kind": "grid"}, space=grid, start=[], trials=10))
+    assert ledger.space.total == 4
+    found = [StudySearch(ledger).suggest("a")["settings"]]
+    assert found == [{on: "natural"}]
+    ledger.write(Trial(0, found[0], state="finished", best={"robust_worst": 0.5}))
+    search = StudySearch(ledger)
+    while (more := search.suggest(str(len(found)))) != "FINISHED":
+        found.append(more["settings"])
+    assert [len(point) for point in found] == [1, 2, 3, 3]
+    assert len({json.dumps(point) for point in found}) == 4, "none is run twice"
 
 
 def test_trials_that_cannot_fit_are_refused_before_anything_runs(ray_cluster, tmp_path) -> None:

@@ -14,7 +14,7 @@ from raysweep.catalog import METHODS
 from raysweep.commands import named_sweep, runs_in, settings
 from raysweep.display import trial_table
 from raysweep.pipeline.shipped import pipelines
-from raysweep.results import sweep_facts, trial_advice, trial_facts
+from raysweep.results import masking, sweep_facts, trial_advice, trial_facts
 from raysweep.spec import Json, SpecError, flatten, read_yaml, unknown_name
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.space import SearchSpace, load_space, spaces
@@ -99,6 +99,8 @@ def _sweep(args: Namespace, ledger: Ledger) -> int:
     ranked = ledger.ranked()
     rest = [trial for trial in trials if trial.number not in {t.number for t in ranked}]
     console.print(trial_table(ledger, [*ranked, *rest]))
+    for line in masking(ledger):
+        print(line)
     if ranked:
         for line in trial_advice(ledger, ranked[0].number):
             print(f"trial {ranked[0].number:04d}: {line}")

@@ -16,11 +16,11 @@ from raysweep.commands import places, plain_name, runs_in, settings, ui_command,
 from raysweep.data import Data, load
 from raysweep.display import Progress, trial_table
 from raysweep.pipeline.lock import alone
-from raysweep.results import sweep_facts, trial_advice
+from raysweep.results import masking, sweep_facts, trial_advice
 from raysweep.spec import SpecError, read_yaml
 from raysweep.sweep.growth import check_growth
-from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.space import SearchSpace, load_space
+from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.space import SearchSpace, load_space, space_file
 from raysweep.tracking import SweepTracker, Tracker, embedded_store
 from raysweep.training.config import named_method
 
@@ -32,6 +32,7 @@ _BEST = 5
 
 
 def run(args: Namespace) -> int:
+    args.space = args.space and space_file(args.space)
     runs = runs_in(args, write=not args.plan)
     old = Ledger.open(runs / plain_name(args.resume, "--resume")) if args.resume else None
     space, data = _checked(args, old)
@@ -145,7 +146,7 @@ def _report(args: Namespace, ledger: Ledger, tracker: Tracker, end: "End") -> in
         else:
             print(f"\nbest {min(_BEST, len(ranked))} of {len(trials)} trials by {names[0]} on the validation split")
             console.print(trial_table(ledger, ranked[:_BEST]))
-        for line in _masking(ledger, ranked):
+        for line in masking(ledger):
             print(line)
         for line in trial_advice(ledger, ranked[0].number):
             print(f"trial {ranked[0].number:04d}: {line}")
@@ -162,23 +163,6 @@ def _report(args: Namespace, ledger: Ledger, tracker: Tracker, end: "End") -> in
         print(f"raysweep: every trial failed; the first: {failed[0].reason}", file=sys.stderr)
         return 1
     return 0
-
-
-def _masking(ledger: Ledger, ranked: list[Trial]) -> list[str]:
-    """What choosing by PGD alone would have cost, and which trials hide behind it."""
-    judged = [trial for trial in ranked if "pgd" in trial.best and "robust_worst" in trial.best]
-    if not judged:
-        return []
-    lines = []
-    by_pgd, honest = max(judged, key=lambda t: t.score("pgd")), max(judged, key=lambda t: t.score("robust_worst"))
-    cost = honest.score("robust_worst") - by_pgd.score("robust_worst")
-    if cost > 0:
-        lines.append(f"PGD would have chosen trial {by_pgd.number:04d}, at a cost of {cost:.3f} in robust worst")
-    masked = [f"{t.number:04d}" for t in judged if ledger.masks(t)]
-    if masked:
-        limit = ledger.space.max_masking_gap
-        lines.append(f"masking gap over {limit}: trials {', '.join(masked)} are ranked last")
-    return lines
 
 
 def _held(args: Namespace) -> str:

@@ -69,7 +69,8 @@ class Relay(tune.Callback):
         # By number, of earlier calls and rounds too; read once, for a sweep's folder may hold thousands.
         self._known = {trial.number: trial for trial in ledger.trials()}
         self._trials: dict[str, Trial] = {}
-        self._seen: dict[str, float] = {}
+        # Since when trials hold what they hold, as far as it is not counted yet; none while they wait to start again.
+        self._since: dict[str, float] = {}
         self._began = time.monotonic()
         self._held = 0.0
 
@@ -80,8 +81,9 @@ class Relay(tune.Callback):
     @property
     def over(self) -> bool:
         """Whether the sweep is to end before its last trial."""
-        wall = time.monotonic() - self._began
-        return len(self.bugs) >= BUGS or self._budget.spent(wall, self._held * self._gpus)
+        now = time.monotonic()
+        held = self._held + sum(now - since for since in self._since.values())
+        return len(self.bugs) >= BUGS or self._budget.spent(now - self._began, held * self._gpus)
 
     def end(self) -> bool:
         """`over`, asked by who then ends the sweep."""
@@ -104,6 +106,7 @@ class Relay(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         proposal = trial.config
+        self._since[trial.trial_id] = time.monotonic()
         if trial.trial_id not in self._trials:
             fresh = Trial(proposal["number"], proposal["settings"])
             self._update(trial, replace(self._known.get(fresh.number, fresh), state="running"))
@@ -123,18 +126,19 @@ class Relay(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         record = self._trials.get(trial.trial_id)
-        if record is None:
-            # A budget was spent before its first process started.
-            return
-        if record.state == "running" and record.epoch >= self._epochs:
-            self._update(trial, replace(record, state="finished", reason=""))
-        elif record.state == "running" and not self.over:
-            self._update(trial, replace(record, state="stopped", reason=""))
+        # None: a budget was spent before its first process started.
+        if record is not None and record.state == "running":
+            if record.epoch >= self._epochs:
+                self._update(trial, replace(record, state="finished", reason=""))
+            elif not self.over:
+                self._update(trial, replace(record, state="stopped", reason=""))
+        self._let_go(trial)
 
     def on_trial_recover(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         before = self._trials.get(trial.trial_id)
         if before is not None:
             self._update(trial, replace(before, retries=before.retries + 1, reason=lost(_account(trial))))
+        self._let_go(trial)
 
     def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         before, why = self._trials.get(trial.trial_id), lost(_account(trial))
@@ -143,11 +147,17 @@ class Relay(tune.Callback):
         else:
             # Tune does not try again where a process is lost while it starts.
             self._unstarted.append(why)
+        self._let_go(trial)
+
+    def _let_go(self, trial: RayTrial) -> None:
+        """The trial's process has ended: it holds nothing until it starts again."""
+        now = time.monotonic()
+        self._held += now - self._since.pop(trial.trial_id, now)
 
     def _update(self, trial: RayTrial, record: Trial, metrics: dict[str, float] | None = None) -> None:
         now = time.monotonic()
-        held = now - self._seen.get(trial.trial_id, now)
-        self._seen[trial.trial_id] = now
+        held = now - self._since.get(trial.trial_id, now)
+        self._since[trial.trial_id] = now
         self._held += held
         record = replace(record, seconds=record.seconds + held)
         self._progress |= metrics is not None or record.state != "running"

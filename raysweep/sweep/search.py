@@ -30,7 +30,8 @@ class StudySearch(Searcher):
         self._best: dict[str, dict[str, float]] = {}
         self._complete = 0
         self._unfinished = [trial for trial in past if trial.state == "running"]
-        self._next = max((trial.number for trial in past), default=-1) + 1
+        # A driver may have been killed before it wrote down a trial, and after it wrote down the next.
+        self._free = sorted(set(range(space.total)) - {trial.number for trial in past})
         for trial in past:
             if trial.state != "running":
                 self._remember(trial)
@@ -44,12 +45,11 @@ class StudySearch(Searcher):
             self._asked[trial_id] = trial
             self.on_trial_result(trial_id, trial.best)
             return {"number": trial.number, "settings": trial.settings}
-        if self._next >= self._ledger.space.total:
+        if not self._free:
             return Searcher.FINISHED  # type: ignore[no-any-return]
         asked = self._study.ask()
         self._asked[trial_id] = asked
-        number, self._next = self._next, self._next + 1
-        return {"number": number, "settings": self._ledger.space.suggest(asked)}
+        return {"number": self._free.pop(0), "settings": self._ledger.space.suggest(asked)}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         metric = self._ledger.space.objectives[0]

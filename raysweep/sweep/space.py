@@ -1,8 +1,10 @@
 """Search spaces: YAML that names the settings to search, their distributions, and everything that stays fixed."""
 
 import itertools
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -166,10 +168,21 @@ class SearchSpace(Spec):
     @property
     def queue(self) -> list[Settings]:
         """Points to try before the sampler has a say: the starting points, or the whole grid."""
-        if self.sampler.kind != "grid":
-            return list(self.start)
-        choices = [d.categorical or () for d in self.space.values()]
-        return [dict(zip(self.space, point, strict=True)) for point in itertools.product(*choices)]
+        points: Iterable[Settings] = self.start
+        if self.sampler.kind == "grid":
+            choices = [d.categorical or () for d in self.space.values()]
+            points = (dict(zip(self.space, point, strict=True)) for point in itertools.product(*choices))
+        # Points that differ in nothing that a trial has are one.
+        return list({json.dumps(met, default=str): met for met in map(self._met, points)}.values())
+
+    def _met(self, point: Settings) -> Settings:
+        """A point without what it does not have: settings whose conditions are not met."""
+        met: Settings = {}
+        for path, distribution in self.space.items():
+            known = {other: wanted for other, wanted in distribution.when.items() if other in point}
+            if path in point and all(other in met and met[other] in _several(w) for other, w in known.items()):
+                met[path] = point[path]
+        return met
 
     def params(self, settings: Settings) -> dict[str, Choice]:
         """Searched settings in the form that Optuna stores."""
@@ -251,6 +264,8 @@ class SearchSpace(Spec):
         """
         space: Json = {}
         for path, distribution in self.space.items():
+            if parts := [key for key in changes if key != path and "*" in path and fnmatchcase(key, path)]:
+                raise SpecError(f"--set {parts[0]}: searched as {path}; set that, or search what is left in a --space")
             when = distribution.when
             met = all(changes[other] in _several(wanted) for other, wanted in when.items() if other in changes)
             if path not in changes and met:
@@ -265,7 +280,11 @@ class SearchSpace(Spec):
 
 
 def load_space(name: str, changes: Mapping[str, Any], source: Path | None = None) -> SearchSpace:
-    """A space by method name or from a file, with `--set` applied. Raises SpecError with all problems at once."""
+    """A shipped space by its name, or a method's from a file, with `--set` applied.
+
+    Raises SpecError with all problems at once.
+    """
+    given = source is not None
     if source is None:
         source = shipped("search_spaces") / f"{name}.yaml"
         if not source.is_file():
@@ -277,7 +296,7 @@ def load_space(name: str, changes: Mapping[str, Any], source: Path | None = None
         raise SpecError(list(dict.fromkeys([*error.problems, *_problems_of_the_rest(data, source)]))) from None
     unnamed = Method.model_fields["name"].default
     method = space.method if isinstance(space.method, str) else space.method.get("name", unnamed)
-    if name and method != name:
+    if given and name and method != name:
         raise SpecError(f"{source} is a space for method {method!r}, not for {name!r}")
     space = space.fixed(changes)
     if problems := space.problems():
@@ -309,6 +328,11 @@ def _problems_of_the_rest(data: Json, source: Path) -> list[str]:
         return [f"{source}: {line}" for line in SearchSpace.load({**kept, "space": sound}).problems()]
     except SpecError:
         return []
+
+
+def space_file(given: Path) -> Path:
+    """What `--space` names: a file, or a space that ships with raysweep."""
+    return given if given.exists() or str(given) not in spaces() else shipped("search_spaces") / f"{given}.yaml"
 
 
 def spaces() -> list[str]:

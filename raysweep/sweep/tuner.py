@@ -2,8 +2,11 @@
 
 import logging
 import math
+import signal
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +69,8 @@ def run_sweep(
         relay = Relay(ledger, config.epochs, listeners, resources.held_gpus, budget)
         try:
             while (wanted := space.total - _ended(ledger)) > 0 and relay.another_round():
-                _tuner(ledger, source, relay, resources, concurrent, wanted).fit()
+                with _handlers_put_back():
+                    _tuner(ledger, source, relay, resources, concurrent, wanted).fit()
                 relay.check()
         except tune.TuneError as error:
             # Tune wraps what the ledger's writes raise.
@@ -79,6 +83,20 @@ def run_sweep(
     if _ended(ledger) >= space.total:
         return "done"
     return "budget" if relay.ended else "interrupted"
+
+
+@contextmanager
+def _handlers_put_back() -> Iterator[None]:
+    """Tune leaves its own behind: after a sweep without Ctrl-C, the first one would do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _ended(ledger: Ledger) -> int:

@@ -43,13 +43,14 @@ class SweepTracker:
 
     def ended(self, ledger: Ledger) -> None:
         trials = {trial.number: trial for trial in ledger.trials()}
-        for number, run in self._runs.items():
-            if trials[number].state == "running":
+        for trial in trials.values():
+            # Also those that an earlier driver left open and this one had no time for.
+            if trial.state == "running" and (run := self._known(trial)):
                 self._tracker.close(run, "KILLED")
         ranked = ledger.ranked()
         for trial in ranked[:_PLOTTED]:
             last = Run(ledger.run_path(trial.number)).last()
-            known = self._runs.get(trial.number) or self._tracker.find(_trial_tags(ledger.key, f"{trial.number:04d}"))
+            known = self._known(trial)
             if known is not None and last is not None:
                 self._tracker.plots(known, last.path.parent, last.history)
         if ranked:
@@ -80,15 +81,15 @@ class SweepTracker:
         yield f"next: `raysweep eval {storage.name(ledger.checkpoint(best))}`"
 
     def _reconcile(self, trial: Trial) -> None:
-        """A driver that was killed may have left a trial's run without its last epochs, or open."""
-        tags = _trial_tags(self._ledger.key, f"{trial.number:04d}")
-        found = self._tracker.find(tags)
-        if trial.state == "running" or (found and self._tracker.closed(found)):
+        """A driver that was killed may have left the run of a trial that had ended open."""
+        if trial.state == "running" or ((found := self._known(trial)) and self._tracker.closed(found)):
             return
-        run = self._open(trial)
-        for row in Run(self._ledger.run_path(trial.number)).history():
-            self._tracker.metrics(run, row, int(row["epoch"]))
-        self._finish(run, trial)
+        self._finish(self._open(trial), trial)
+
+    def _known(self, trial: Trial) -> str | None:
+        """Id of the trial's run, if it has one."""
+        tags = _trial_tags(self._ledger.key, f"{trial.number:04d}")
+        return self._runs.get(trial.number) or self._tracker.find(tags)
 
     def _open(self, trial: Trial) -> str:
         tags = _trial_tags(self._ledger.key, f"{trial.number:04d}")
@@ -96,7 +97,16 @@ class SweepTracker:
         self._runs[trial.number] = run
         self._tracker.config(run, self._ledger.space.config(trial.settings), self._fingerprint)
         self._tracker.tag(run, {"searched": self._searched(trial)})
+        if trial.epoch:
+            self._fill(run, trial)
         return run
+
+    def _fill(self, run: str, trial: Trial) -> None:
+        """Epochs that the ledger knew and MLflow did not when an earlier driver was killed."""
+        last = self._tracker.last_step(run)
+        for row in Run(self._ledger.run_path(trial.number)).history():
+            if last < row["epoch"] <= trial.epoch:
+                self._tracker.metrics(run, row, int(row["epoch"]))
 
     def _searched(self, trial: Trial) -> str:
         return ", ".join(f"{self._labels.get(k, k)}={text_of(v)}" for k, v in trial.settings.items())

@@ -3,7 +3,7 @@
 Two runs whose settings agree in every epoch up to e have the same weights after e, however they differ later: all
 GAIRAT runs during their burn-in, FAT runs until their tau differ, the same settings with more epochs. Random numbers
 belong to (seed, epoch, example), so a run that starts from a stored state is bit-identical to one that trained it (on
-one kind of machine, which the chain names too).
+one kind of machine, with one version of raysweep, which the chain names too).
 """
 
 import os
@@ -19,6 +19,7 @@ import torch
 from raysweep import storage
 from raysweep.spec import Json, SpecError, digest
 from raysweep.training import checkpoint
+from raysweep.training.checkpoint import Checkpoint
 from raysweep.training.claim import Heart, claim_on
 from raysweep.training.config import RunConfig
 
@@ -36,7 +37,7 @@ def chain(config: RunConfig, data_fingerprint: str, workers: int = 1, device: to
         "validation": config.validation.json_dict(),
         "compute": config.compute.on(device).json_dict(),
         "machine": [
-            str(checkpoint.environment()[name]) for name in ("torch", "device")
+            str(checkpoint.environment()[name]) for name in ("raysweep", "torch", "device")
         ] + [device.type, torch.get_num_threads(), workers],
     }  # fmt: skip
     keys = [digest(start)]
@@ -76,6 +77,15 @@ class Prefixes:
             shutil.rmtree(state, ignore_errors=True)
             return None
         return state
+
+    def adopt(
+        self, key: str, path: Path, config: RunConfig, history: list[dict[str, float]] | None = None
+    ) -> Checkpoint | None:
+        """The state as a run's checkpoint at `path` (see `checkpoint.adopt`); None if there is none (any more)."""
+        if (state := self.get(key)) is not None:
+            with suppress(SpecError, FileNotFoundError):  # it has just outgrown another run's limit
+                return checkpoint.adopt(path, state, config, history)
+        return None
 
     def stored(self, keys: list[str]) -> list[int]:
         """Positions of the keys that are there, descending."""
@@ -133,17 +143,17 @@ def _prefixes_at(where: str, limit: int) -> Prefixes:
 
 
 def _in_folder(path: Path) -> list[tuple[float, int, Path]]:
-    """(last use, bytes, folder) of each state."""
+    """(last use, bytes, folder) of each state, and of what a crash left half stored."""
     states = []
     for state in path.iterdir():
         with suppress(OSError):
-            if state.is_dir() and not state.name.startswith("."):
+            if state.is_dir():
                 states.append((state.stat().st_mtime, sum(f.stat().st_size for f in state.iterdir()), state))
     return states
 
 
 def _in_bucket(path: Path) -> list[tuple[float, int, Path]]:
-    """The same, with the time when the state was stored; what a crash left half stored counts too."""
+    """The same, with the time when the state was stored."""
     states: dict[Path, tuple[float, int]] = {}
     for entry in storage.listing(path):
         if entry.path.parent.parent == path:

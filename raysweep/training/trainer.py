@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -96,8 +96,9 @@ def fit(
         # Several workers share prefixes at their start only: waiting for others would hold all of them.
         store = prefixes if workers.size == 1 else None
         with store.training(keys[epoch + 1]) if store else nullcontext(True) as ours:
-            if not ours and store is not None and (state := store.get(keys[epoch + 1])) is not None:
-                saved = checkpoint.adopt(run.at(epoch + 1), state, config, history)
+            theirs = store.adopt(keys[epoch + 1], run.at(epoch + 1), config, history) if store and not ours else None
+            if theirs is not None:
+                saved = theirs
                 saved.load_state(model, optimizer)
             else:
                 row, histograms = _epoch(config, epoch, faces, optimizer, splits, workers, history, pause, stepped)
@@ -153,11 +154,10 @@ def _adopt_longest(config: RunConfig, run: Run, prefixes: Prefixes, keys: list[s
     for epoch in prefixes.stored(keys):
         if epoch == 0 or (state := prefixes.get(keys[epoch])) is None:
             continue
-        best = best_epoch(config, checkpoint.read(state).history)
-        if (best_state := prefixes.get(keys[best])) is not None:
-            checkpoint.adopt(run.at(best), best_state, config)
-            checkpoint.adopt(run.at(epoch), state, config)
-            return
+        with suppress(SpecError):  # it has just outgrown another run's limit
+            best = best_epoch(config, checkpoint.read(state).history)
+            if prefixes.adopt(keys[best], run.at(best), config) and prefixes.adopt(keys[epoch], run.at(epoch), config):
+                return
 
 
 def _check_sound(config: RunConfig, history: list[dict[str, float]], data: Data) -> None:
