@@ -18,7 +18,8 @@ class Compute(Spec):
     tf32: float32 convolutions and matrix products in TF32; `auto` is on where there are units for it (NVIDIA's GPUs).
     attack, train: the precision of forwards and backwards of attacks, and of those that update the weights. bf16 is
     autocast; the last layer, losses, instance weights and the update stay in float32.
-    compile: by torch.compile, which takes minutes at the start.
+    compile: by torch.compile, which takes minutes at the start; on NVIDIA's GPUs as CUDA graphs, one for each size of
+    batch.
     """
 
     channels_last: Choice = "auto"
