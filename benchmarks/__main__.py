@@ -1,22 +1,33 @@
 """Every benchmark of speed in one table.
 
-    python benchmarks               # the smallest sizes, a minute or two: that it runs, not how fast it is
-    python benchmarks --full        # the sizes of RESULTS.md
+    python benchmarks               # the smallest sizes, a few minutes: that it runs, not how fast it is
+    python benchmarks --full        # the sizes of RESULTS.md: an hour of a machine that does nothing else
+    python benchmarks --full step   # one part of it
 
-Each part also runs alone: training_step.py, objective_cost.py, scaling.py, footprint.py; AutoAttack has its own,
-autoattack.py, and so have the choice of the objective (objectives.py) and the methods (methods_on_digits.py).
+Each part also runs alone, with sizes of its own: training_step.py, objective_cost.py, autoattack.py, sweeps.py,
+scaling.py, footprint.py. Not in the table: the choice of the objective (objectives.py), the methods
+(methods_on_digits.py), kills (kills.py), very large sweeps (scale.py).
 """
 
 import argparse
 
+import autoattack
 import footprint
 import objective_cost
 import scaling
+import sweeps
 import torch
 import training_step
 from measure import machine, table
 
-PARTS = {"step": training_step, "objective": objective_cost, "scaling": scaling, "footprint": footprint}
+PARTS = {
+    "step": training_step,
+    "objective": objective_cost,
+    "autoattack": autoattack,
+    "sweep": sweeps,
+    "scaling": scaling,
+    "footprint": footprint,
+}
 
 
 def main() -> None:

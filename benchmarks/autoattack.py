@@ -13,6 +13,7 @@ DATA holds `mnist/` (the four idx .gz files) and `models/` (published networks w
 import argparse
 import gzip
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -20,10 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measure import Ratio
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import autoattack_limit  # noqa: E402
 
 from raysweep.attacks import APGD, FAB, PGD, Square, WorstCase, autoattack, margin  # noqa: E402
 from raysweep.evaluation import Processes, RobustnessReport, bar, evaluate  # noqa: E402
@@ -60,6 +64,31 @@ def main() -> None:
         "square": square_benchmark,
         "hard": hard_benchmark,
     }[args.what](args)
+
+
+def run(full: bool = False) -> list[Ratio]:
+    """What `python benchmarks` shows of it: the robust digits network of the tests, one thread, then two processes."""
+    from robust_digits import OFFICIAL, digits, robust_digits
+
+    found: list[Ratio] = []
+    count = 450 if full else 8
+    model, (x, y), n = robust_digits(), digits(count), f"{count} images"
+    for norm, eps in (("Linf", 0.2), ("L2", 0.7)) if full else (("Linf", 0.2),):
+        if full:
+            report, _, cpu = timed(model, x, y, eps, norm, 0, 0)
+            robust = OFFICIAL[f"{norm}.square"].sum()
+            value = f"{sum(OFFICIAL_CPU_S[norm].values()) / cpu:.2f} ({report.robust.sum()} robust, official {robust})"
+            found.append(Ratio(f"AutoAttack {norm} over the official package, as recorded elsewhere", value, "2", n))
+        if (ratio := interleaved(model, x, y, eps, norm, 0, None)) is not None:
+            found.append(Ratio(f"AutoAttack {norm} over torchattacks", ratio, "2", n))
+        over = autoattack_limit.measure(norm, 0, count)
+        found.append(Ratio(f"AutoAttack {norm}, time over its passes'", f"{over:.2f}", "1.15", n))
+    attack = "autoattack" if full else "apgd-ce"
+    one, two = (timed(model, x, y, 0.2, "Linf", 0, processes, attack) for processes in (1, 2))
+    assert np.array_equal(one[0].robust, two[0].robust), "the verdict depends on the workers"
+    cores = f"2 on idle cores (load {os.getloadavg()[0]:.0f})"
+    found.append(Ratio(f"1 to 2 workers of {attack}", f"{one[1] / two[1]:.2f}", cores, n))
+    return found
 
 
 def digits_benchmark(args: argparse.Namespace) -> None:
@@ -102,17 +131,24 @@ def defences_benchmark(args: argparse.Namespace) -> None:
 
 
 def timed(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str, seed: int, processes: int
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    norm: str,
+    seed: int,
+    processes: int,
+    attack: str = "autoattack",
 ) -> tuple[RobustnessReport, float, float]:
     """The report, and wall and cpu seconds of it (cpu of this process only)."""
     if not processes:
         wall, cpu = time.monotonic(), time.process_time()
-        report = evaluate(model, x, y, eps=eps, norm=norm, seed=seed)
+        report = evaluate(model, x, y, attack, eps, norm=norm, seed=seed)
         return report, time.monotonic() - wall, time.process_time() - cpu
     with Processes(processes) as pool:
         evaluate(model, x[:8], y[:8], attack="pgd20", eps=eps, norm=norm, map=pool)  # start them
         wall, cpu = time.monotonic(), time.process_time()
-        report = evaluate(model, x, y, eps=eps, norm=norm, seed=seed, map=pool)
+        report = evaluate(model, x, y, attack, eps, norm=norm, seed=seed, map=pool)
         return report, time.monotonic() - wall, time.process_time() - cpu
 
 
@@ -152,15 +188,16 @@ def torchattacks_benchmark(args: argparse.Namespace) -> None:
 
 def interleaved(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str, seed: int, pool: Processes | None
-) -> None:
+) -> str | None:
+    """Theirs over ours and both verdicts; None without torchattacks, which is no dependency."""
     try:
         from torchattacks.attacks.apgd import APGD as TheirAPGD
         from torchattacks.attacks.apgdt import APGDT as TheirAPGDT
         from torchattacks.attacks.fab import FAB as TheirFAB
         from torchattacks.attacks.square import Square as TheirSquare
     except ImportError as error:
-        print(f"  torchattacks cannot be imported: {error}")
-        return
+        print(f"torchattacks cannot be imported ({error}): pip install --no-deps torchattacks")
+        return None
     clock, kind = (time.monotonic, "wall") if pool else (time.process_time, "cpu")
     frozen = {"eps": eps, "norm": norm, "seed": seed}
     theirs = {
@@ -188,6 +225,7 @@ def interleaved(
         )
     ratio = total["theirs"] / total["ours"]
     print(f"  {kind}: torchattacks {total['theirs']:.1f} s / ours {total['ours']:.1f} s = {ratio:.2f}")
+    return f"{ratio:.2f} ({live['ours'].sum()} robust, theirs {live['theirs'].sum()})"
 
 
 def mnist_benchmark(args: argparse.Namespace) -> None:

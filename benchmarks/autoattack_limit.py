@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from robust_digits import digits, robust_digits  # noqa: E402
 
-from raysweep.attacks import autoattack  # noqa: E402
+from raysweep.attacks import Norm, autoattack  # noqa: E402
 from raysweep.evaluation.copies import attack_copy  # noqa: E402
 from raysweep.rng import Rng  # noqa: E402
 
@@ -78,15 +78,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model, (x, y), eps = robust_digits(), digits(), {"Linf": 0.2, "L2": 0.7}[args.norm]
+    measure(args.norm, args.seed)
+
+
+def measure(norm: Norm, seed: int = 0, count: int = 450) -> float:
+    """Print the table of the first `count` images (all 450); the ratio over all attacks."""
+    model, (x, y), eps = robust_digits(), digits(count), {"Linf": 0.2, "L2": 0.7}[norm]
     live = (model(x).argmax(1) == y).nonzero()[:, 0]
     sampled, all_cpu, all_limit = Sampled(attack_copy(model, x[:32])), 0.0, 0.0
     print("| attack | robust | passes | rows a pass | us a row, forward | forward+backward | cpu s | limit s | ratio |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, attack in autoattack(eps, args.norm).attacks.items():
+    for name, attack in autoattack(eps, norm).attacks.items():
         sampled.reset()
         began = time.process_time()
-        found = attack(sampled, x[live], y[live], Rng.for_examples(live, args.seed).stream(name))
+        found = attack(sampled, x[live], y[live], Rng.for_examples(live, seed).stream(name))
         cpu = time.process_time() - began - sum(sampled.seconds.values())
         live = live[model(found.x).argmax(1) == y[live]]
         rows, calls, unit, limit = sampled.rows, sampled.calls, sampled.unit, sampled.limit
@@ -100,11 +105,12 @@ def main() -> None:
             *costs,
             f"{cpu:.2f}",
             f"{limit:.2f}",
-            f"{cpu / limit:.3f}",
+            f"{cpu / limit:.3f}" if limit else "",
         ]
         print("|", " | ".join(map(str, cells)), "|", flush=True)
         all_cpu, all_limit = all_cpu + cpu, all_limit + limit
     print(f"| all | {len(live)} | | | | | {all_cpu:.2f} | {all_limit:.2f} | {all_cpu / all_limit:.3f} |")
+    return all_cpu / all_limit
 
 
 if __name__ == "__main__":

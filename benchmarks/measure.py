@@ -14,6 +14,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from raysweep.evaluation.copies import float32_as
+
+# Steps are measured on the GPU if there is one.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -28,7 +33,7 @@ class Ratio:
 def rounds(variants: Mapping[str, Callable[[], object]], n: int, warm_up: bool = True) -> dict[str, list[float]]:
     """Seconds of each variant in n interleaved rounds, after one that is not counted.
 
-    Processor seconds with one thread, which neighbours on the machine hardly change; wall seconds with more.
+    Processor seconds with one thread, which neighbours on the machine hardly change; wall seconds with more, or a GPU.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(n + warm_up):
@@ -43,17 +48,20 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def matrix_rate(dtype: torch.dtype, size: int = 1024, tries: int = 10) -> float:
-    """The most FLOP/s that a product of square matrices reaches here."""
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    best = min(_seconds(lambda: a @ b) for _ in range(tries))
+def matrix_rate(dtype: torch.dtype, tries: int = 10) -> float:
+    """The most FLOP/s that a product of square matrices reaches here; float32 is TF32 on NVIDIA's GPUs."""
+    size = 8192 if DEVICE.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
+    with float32_as("tf32"):
+        best = min(_seconds(lambda: a @ b) for _ in range(tries))
     return float(2 * size**3 / best)
 
 
 def machine() -> str:
     """Date, processor, threads, load and versions, in a line."""
     load = f"load {os.getloadavg()[0]:.1f}"
-    where = f"{date.today()}, {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), {load}"
+    gpu = f"{torch.cuda.get_device_name()}, " if DEVICE.type == "cuda" else ""
+    where = f"{date.today()}, {gpu}{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), {load}"
     return f"{where}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
@@ -76,9 +84,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    on_gpu = DEVICE.type == "cuda"
+    clock = time.process_time if torch.get_num_threads() == 1 and not on_gpu else time.perf_counter
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    wait()
     started = clock()
     run()
+    wait()
     return clock() - started
 
 

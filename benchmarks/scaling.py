@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from measure import Ratio, machine, medians, table
+from sweeps import trials_seconds
 
 from raysweep.data import load
 from raysweep.method import ONE_WORKER, Workers
@@ -28,6 +29,8 @@ from raysweep.training.distributed import GroupWorkers
 from raysweep.training.trainer import build, fit, train_step
 
 CPU = torch.device("cpu")
+# Epochs, training examples, trials.
+SIZES = [1, 2, 4, 8], [128, 256, 512, 1024], [2, 4, 8, 12]
 
 
 def seconds(changes: dict[str, object]) -> float:
@@ -47,8 +50,8 @@ def line(sizes: list[int], costs: list[float]) -> tuple[float, float, float]:
     return float(slope), float(intercept), float(1 - (residual**2).sum() / np.var(costs) / len(costs))
 
 
-def lines(epochs: list[int], examples: list[int], n: int, plot: Path | None) -> list[Ratio]:
-    """Cost against epochs and against examples, each the least of n interleaved runs."""
+def lines(epochs: list[int], examples: list[int], trials: list[int], n: int, plot: Path | None) -> list[Ratio]:
+    """Cost against epochs, examples and trials, each the least of n interleaved runs; of trials in wall seconds."""
     seconds({"epochs": 1, "data.train_size": 64})
     measured: dict[str, tuple[list[int], list[float]]] = {}
     for name, sizes, of in (
@@ -57,13 +60,15 @@ def lines(epochs: list[int], examples: list[int], n: int, plot: Path | None) -> 
     ):
         runs = [[seconds(of(size)) for size in sizes] for _ in range(n)]
         measured[name] = (sizes, [min(column) for column in zip(*runs, strict=True)])
+    walls = [trials_seconds(trials) for _ in range(n)]
+    measured["trials"] = (trials, [min(column) for column in zip(*walls, strict=True)])
     rows, found = [], []
     for name, (sizes, costs) in measured.items():
         slope, intercept, fit_ = line(sizes, costs)
         costs_text = ", ".join(f"{cost:.2f}" for cost in costs)
         rows.append([name, ", ".join(map(str, sizes)), costs_text, f"{slope:.2g}", f"{intercept:.2g}", f"{fit_:.4f}"])
         found.append(Ratio(f"cost against {name}, R2 of a line", f"{fit_:.4f}", "1", f"{len(sizes)} sizes, {n} runs"))
-    print(f"\nCost of a run, GAIRAT on digits, processor s, least of {n}; {machine()}\n")
+    print(f"\nCost of GAIRAT on digits, processor s (trials: wall s of the sweep), least of {n}; {machine()}\n")
     print(table(["against", "sizes", "s", "slope", "at 0", "R2"], rows), flush=True)
     if plot:
         draw(measured, plot)
@@ -81,7 +86,8 @@ def draw(measured: dict[str, tuple[list[int], list[float]]], path: Path) -> None
         slope, intercept, fit_ = line(sizes, costs)
         axis.plot([0, max(sizes)], [intercept, slope * max(sizes) + intercept], color="0.6", linewidth=1)
         axis.plot(sizes, costs, "o")
-        axis.set(xlabel=name, ylabel="processor seconds", title=f"R2 = {fit_:.4f}", xlim=(0, None), ylim=(0, None))
+        unit = "wall seconds" if name == "trials" else "processor seconds"
+        axis.set(xlabel=name, ylabel=unit, title=f"R2 = {fit_:.4f}", xlim=(0, None), ylim=(0, None))
     figure.savefig(path)
 
 
@@ -145,9 +151,9 @@ def run(full: bool = False) -> list[Ratio]:
     """What `python benchmarks` shows of it."""
     if not full:
         few = {name: VARIANTS[name] for name in ("1 worker, 1 thread", "2 workers, 1 thread each")}
-        return [*lines([1, 2], [64, 128], 1, None), *workers("digits_cnn", 16, 1, 1, few)]
+        return [*lines([1, 2], [64, 128], [1, 2], 1, None), *workers("digits_cnn", 16, 1, 1, few)]
     plot = Path(__file__).parent / "scaling.svg"
-    return [*lines([1, 2, 4, 8], [128, 256, 512, 1024], 2, plot), *workers("resnet18", 64, 2, 2, VARIANTS)]
+    return [*lines(*SIZES, 2, plot), *workers("resnet18", 64, 2, 2, VARIANTS)]
 
 
 def main() -> None:
@@ -159,7 +165,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if "lines" in args.what:
-        lines([1, 2, 4, 8], [128, 256, 512, 1024], 2, args.plot)
+        lines(*SIZES, 2, args.plot)
     if "workers" in args.what:
         workers(args.model, args.batch, 2, 2, VARIANTS)
 

@@ -14,11 +14,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from measure import Ratio, machine
+from measure import table as markdown
 
 from raysweep.data import load
 from raysweep.sweep.cluster import connected
@@ -103,12 +106,15 @@ def bare(config: RunConfig) -> None:
     fit(config, Path(tempfile.mkdtemp(prefix="sweeps-")))
 
 
-def overhead(rounds: int) -> list[list[Any]]:
-    table: list[list[Any]] = [
-        ["trials of 8 epochs", "s an epoch", "s bare, 2 processes", "s sweep", "ratio", "s to start, warm actor"]
-    ]
-    for base in (SMALL, {}):
-        space = SearchSpace.load(GRID | {"base": {**base, "epochs": 8}, "share_prefixes": False, "trials": 8})
+OVERHEAD = ["trials", "epochs each", "s an epoch", "s bare, 2 processes", "s sweep", "ratio", "s to start, warm actor"]
+
+
+def overhead(
+    rounds: int, trials: int = 8, epochs: int = 8, bases: Sequence[dict[str, Any]] = (SMALL, {})
+) -> list[list[Any]]:
+    table: list[list[Any]] = [OVERHEAD]
+    for base in bases:
+        space = SearchSpace.load(GRID | {"base": {**base, "epochs": epochs}, "share_prefixes": False, "trials": trials})
         configs = [space.config(point) for point in space.queue[: space.total]]
         alone, swept, waits = [], [], []
         for _ in range(rounds):
@@ -122,9 +128,33 @@ def overhead(rounds: int) -> list[list[Any]]:
         one, two = statistics.median(alone), statistics.median(swept)
         ratios = "/".join(f"{b / a:.2f}" for a, b in zip(alone, swept, strict=True))
         epoch = 2 * one / sum(config.epochs for config in configs)
-        table.append([space.total, f"{epoch:.1f}", f"{one:.1f}", f"{two:.1f}", f"{two / one:.2f} ({ratios})",
+        table.append([space.total, epochs, f"{epoch:.1f}", f"{one:.1f}", f"{two:.1f}", f"{two / one:.2f} ({ratios})",
                       f"{statistics.median(waits):.2f}"])  # fmt: skip
     return table
+
+
+def trials_seconds(sizes: Sequence[int]) -> list[float]:
+    """Wall seconds of sweeps of so many trials, two at a time, on a cluster that is up; nothing is shared."""
+    base = {**SMALL, "epochs": 2}
+    spaces = [SearchSpace.load(GRID | {"base": base, "share_prefixes": False, "trials": size}) for size in sizes]
+    with connected(cpus=2):
+        return [sweep(space)[1] for space in spaces]
+
+
+def run(full: bool = False) -> list[Ratio]:
+    """What `python benchmarks` shows of it."""
+    with connected(cpus=2):
+        head, *rows = overhead(2) if full else overhead(1, 3, 1, (SMALL,))
+    print(f"\nA sweep and bare training of the same runs; {machine()}\n")
+    print(markdown(head, [[str(cell) for cell in row] for row in rows]), flush=True)
+    found = []
+    for trials, epochs, epoch, alone, swept, ratio, start in rows:
+        n = f"{trials} trials of {epochs} epochs of {epoch} s"
+        minutes = (float(swept) - float(alone)) / (trials * epochs * 60 / 2)
+        found.append(Ratio("sweep over bare training", ratio, "", n))
+        found.append(Ratio("... what it adds, beside epochs of a minute", f"{minutes:.1%}", "5%", n))
+        found.append(Ratio("start of a trial on a warm actor", f"{start} s", "1 s", n))
+    return found
 
 
 def kinds(rounds: int) -> list[list[Any]]:

@@ -6,7 +6,8 @@
 The plain steps here follow the papers' algorithms in the common style: the attack calls backward(), which computes the
 gradients of all parameters too, kappa and weights are filled example by example, tensors are contiguous. GAIRAT's
 published code takes kappa from the forward that it differentiates, other code of the field does a forward for it: both
-are measured. All variants share weights, batch and random start, so that kappa, loss and gradient must agree.
+are measured. All variants share weights, batch and random start, so that kappa, loss and gradient must agree. On a GPU
+if there is one; then with compilation and CUDA graphs, and TF32 in float32 as training has it.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import Flops, Ratio, machine, matrix_rate, medians, rounds, table
+from measure import DEVICE, Flops, Ratio, machine, matrix_rate, medians, rounds, table
 from torch import Tensor, nn
 
 from raysweep.attacks import PGD
@@ -31,18 +32,17 @@ from raysweep.training.config import run_config
 from raysweep.training.faces import Faces
 from raysweep.training.trainer import train_step
 
-CPU = torch.device("cpu")
 PLAIN = {"channels_last": False, "fold": False, "tf32": False}
 # Each adds to the one before.
 PATHS: dict[str, dict[str, Any]] = {
     "ours, all off": {},
     "+ channels last": {"channels_last": True},
-    "+ folded batch norms (default)": {"fold": True},
+    "+ folded batch norms (default)": {"fold": True, "tf32": "auto"},
     "+ bf16 attack": {"attack": "bf16"},
     "+ bf16 training": {"train": "bf16"},
     "+ compile": {"compile": True},
 }
-FLOAT32, BF16 = "+ folded batch norms (default)", "+ bf16 training"
+FLOAT32, BF16, COMPILED = "+ folded batch norms (default)", "+ bf16 training", "+ compile"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Subject:
     rng: Rng
 
     def copy(self) -> nn.Module:
-        model = ModelSpec(name=self.name).build(self.batch.x.shape[1], 10, 0)
+        model = ModelSpec(name=self.name).build(self.batch.x.shape[1], 10, 0).to(DEVICE)
         model.load_state_dict(self.model.state_dict())
         return model.train()
 
@@ -83,7 +83,7 @@ def plain_attack(
 ) -> tuple[Tensor, Tensor]:
     """PGD or CW (G alg. 1, L alg. 2-3): x~, and kappa counted in a loop over examples."""
     model.eval()
-    x_adv, kappa = start.detach(), torch.zeros(len(x))
+    x_adv, kappa = start.detach(), torch.zeros(len(x), device=DEVICE)
     for _ in range(spec.steps):
         if own_forward:
             with torch.no_grad():
@@ -114,7 +114,7 @@ def plain_gairat(model: nn.Module, subject: Subject, own_forward: bool) -> Found
     x, y, spec = subject.batch.x, subject.batch.y, subject.method.attacks["pgd"]
     x_adv, kappa = plain_attack(model, spec, subject.start("pgd"), x, y, own_forward)
     lam = now(subject.method.terms["pgd"].weight.lam)
-    weight = torch.zeros(len(x))
+    weight = torch.zeros(len(x), device=DEVICE)
     for i in range(len(x)):
         weight[i] = (1 + torch.tanh(lam + 5 * (1 - 2 * kappa[i] / spec.steps))) / 2
     weight = weight * len(x) / weight.sum()
@@ -131,7 +131,7 @@ def plain_lrat(model: nn.Module, subject: Subject, own_forward: bool) -> Found:
     for name, spec in method.attacks.items():
         made[name] = plain_attack(model, spec, subject.start(name), x, y, False)
     logits = {"natural": model(x), **{name: model(x_adv) for name, (x_adv, _) in made.items()}}
-    weights = {name: torch.zeros(len(x)) for name in ("pgd", "cw", "natural")}
+    weights = {name: torch.zeros(len(x), device=DEVICE) for name in ("pgd", "cw", "natural")}
     alpha, beta = (now(getattr(method.terms["pgd"].weight, name)) for name in ("alpha", "beta"))
     for i in range(len(x)):
         p_pgd, p_cw = (F.softmax(logits[name][i].detach(), 0) for name in ("pgd", "cw"))
@@ -139,7 +139,7 @@ def plain_lrat(model: nn.Module, subject: Subject, own_forward: bool) -> Found:
         weights["pgd"][i] = alpha * (1 - p_pgd[y[i]]) ** beta
         weights["cw"][i] = alpha * (1 - (p_cw[y[i]] - others.max())) ** beta
         rest = now(method.terms["bound"].weight.total) - weights["pgd"][i] - weights["cw"][i]
-        weights["natural"][i] = max(rest, torch.tensor(0.0))
+        weights["natural"][i] = rest.clamp(min=0)
     total = sum((weights[k] * F.cross_entropy(logits[k], y, reduction="none")).sum() for k in weights)
     loss = total / sum(w.sum() for w in weights.values())
     model.zero_grad()
@@ -154,11 +154,12 @@ def gradient(model: nn.Module) -> Tensor:
 def ours(subject: Subject, changes: dict[str, Any]) -> Callable[[], Found]:
     """Our step under `changes` of the plain settings, with its update."""
     compute = Compute.load({**PLAIN, **changes})
-    faces = Faces(subject.copy(), subject.batch.x[:1], compute.on(CPU))
+    faces = Faces(subject.copy(), subject.batch.x[:1], compute.on(DEVICE))
     optimizer = sgd(faces.model)
 
     def run() -> Found:
-        step = train_step(subject.method, faces, subject.batch, subject.rng)
+        with faces.float32():
+            step = train_step(subject.method, faces, subject.batch, subject.rng)
         optimizer.step()
         return Found(step.loss.item(), gradient(faces.model), step.adversarial["pgd"].kappa)
 
@@ -207,8 +208,9 @@ def prepared(name: str, batch: int, small: bool, network: Path | None = None, wa
     if network is not None:
         torch.save(model.state_dict(), network)
     config = run_config(name, {"data.name": "cifar10", **({"*.burn_in": 0} if name == "gairat" else {})})
-    index = torch.arange(batch)
-    return Subject(config.at(0).method, model, Batch(x, y, index), Rng.for_examples(index, 0, "train", 0))
+    index = torch.arange(batch, device=DEVICE)
+    rng = Rng.for_examples(index, 0, "train", 0)
+    return Subject(config.at(0).method, model.to(DEVICE), Batch(x.to(DEVICE), y.to(DEVICE), index), rng)
 
 
 def learn(model: nn.Module, images: Callable[[int], tuple[Tensor, Tensor]], steps: int) -> None:
@@ -235,7 +237,7 @@ def settle(model: nn.Module, x: Tensor) -> None:
 
 def flops(subject: Subject) -> tuple[float, float]:
     """Of our step's attacks, and of the rest of it, counted."""
-    faces = Faces(subject.copy(), subject.batch.x[:1], Compute().on(CPU))
+    faces = Faces(subject.copy(), subject.batch.x[:1], Compute().on(DEVICE))
     few = Subject(subject.method, subject.model, Batch(*(t[:4] for t in vars(subject.batch).values())), subject.rng)
     rng = Rng.for_examples(few.batch.index, 0)
     with Flops() as whole:
@@ -269,17 +271,28 @@ def measure(
     rows = []
     for variant in variants:
         limit = "" if variant.startswith("plain") else f"{_limit(variant, attack, rest, rates) / time_of[variant]:.0%}"
+        took, one_forward = time_of[variant], time_of["plain, one forward"]
         rows.append([
-            variant, f"{time_of[variant]:.3f}", f"{time_of[reference] / time_of[variant]:.2f}",
-            f"{time_of['plain, one forward'] / time_of[variant]:.2f}", limit, *_agreement(found[variant], base),
+            variant, f"{took:.3f}", f"{batch / took:.0f}", f"{time_of[reference] / took:.2f}",
+            f"{one_forward / took:.2f}", limit, *_agreement(found[variant], base),
         ])  # fmt: skip
-    head = ["step", "s, median", "x", "x one forward", "of the limit", "kappa differs", "loss", "gradient"]
+    head = [
+        "step",
+        "s, median",
+        "images / s",
+        "x",
+        "x one forward",
+        "of the limit",
+        "kappa differs",
+        "loss",
+        "gradient",
+    ]
     print(f"\n{name}, PGD-10, {subject.name}, batch {batch}; {n} interleaved rounds; {machine()}")
     print(f"kappa of {len(base.kappa.unique())} sizes, mean {base.kappa.float().mean():.1f};", end=" ")
     print(f"{(attack + rest) / 1e9:.0f} GFLOP a step, {attack / (attack + rest):.0%} in attacks; matrix products reach")
     print(f"{rates[torch.float32] / 1e9:.0f} GFLOP/s in float32, {rates[torch.bfloat16] / 1e9:.0f} in bf16\n")
     print(table(head, rows), flush=True)
-    goals = {FLOAT32: "2 (float32)", BF16: "3.5 (bf16)"}
+    goals = {FLOAT32: "2 (float32)", BF16: "3.5 (bf16)", COMPILED: "5 (GPU)"}
     return [
         Ratio(f"training step, {name}, batch {batch}: {path.strip('+ ')}", f"{time_of[reference] / time_of[path]:.2f}"
               f" ({time_of['plain, one forward'] / time_of[path]:.2f} over one forward)", goal, f"{n} rounds")
@@ -305,10 +318,19 @@ def _agreement(one: Found, other: Found) -> list[str]:
 
 def run(full: bool = False) -> list[Ratio]:
     """What `python benchmarks` shows of it."""
-    paths = [path for path in PATHS if path != "+ compile"]
-    if not full:
-        return [ratio for name in ("gairat", "lrat") for ratio in measure(name, 16, 1, True, paths)]
-    return [ratio for name in ("gairat", "lrat") for ratio in measure(name, 32, 3, False, paths)]
+    batch, n = (128, 2) if full else (16, 1)
+    return [ratio for name in ("gairat", "lrat") for ratio in measure(name, batch, n, not full, suited(full))]
+
+
+def suited(full: bool) -> list[str]:
+    """The paths that are faster here, if only those are asked for: a processor without units for bf16 takes minutes."""
+    if DEVICE.type == "cuda":
+        return list(PATHS)
+    paths = [path for path in PATHS if path != COMPILED]
+    if full and matrix_rate(torch.bfloat16) < matrix_rate(torch.float32):
+        print("bf16 is left out: this processor computes it more slowly than float32")
+        return [path for path in paths if "bf16" not in path]
+    return paths
 
 
 def main() -> None:
@@ -320,11 +342,11 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="count the first round too")
     parser.add_argument("--network", type=Path, help="weights to start from; written here if there are none")
     parser.add_argument("--digits", action="store_true", help="the small network on 8 x 8 images")
-    parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=[p for p in PATHS if p != "+ compile"])
+    parser.add_argument("--paths", nargs="+", choices=list(PATHS), help="default: those that are faster here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for name in args.method:
-        measure(name, args.batch, args.rounds, args.digits, args.paths, not args.cold, args.network)
+        measure(name, args.batch, args.rounds, args.digits, args.paths or suited(True), not args.cold, args.network)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ class Method(Spec):
         logits |= {name: model(result.x) for name, result in adversarial.items()}
 
         natural = logits.get(NATURAL)
-        rows = workers.sum(torch.tensor(float(len(y)), device=y.device, dtype=x.dtype))
+        rows = workers.sum(x.new_full((), len(y)))
         total, tiny = x.new_zeros(()), torch.finfo(x.dtype).tiny
         pair_weight = x.new_zeros(len(y))
         weights: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Annotated, Literal, Self
 
 import torch
@@ -29,6 +30,12 @@ class Look:
     steps: int = 0
     view: VulnerabilityView = "probability"
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@cache
+def _on(device: torch.device, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    """Constants that go to a device once: sending them there makes the host wait."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 class Uniform(Spec):
@@ -95,8 +102,7 @@ class Geometry(_BurnIn):
         if self.shape == "linear":
             return 1 - kappa / (look.steps + 1)
         if self.shape == "piecewise":
-            table = torch.tensor(self.table, dtype=kappa.dtype, device=kappa.device)
-            return table[look.kappa.clamp(max=len(self.table) - 1)]
+            return _on(kappa.device, self.table, kappa.dtype)[look.kappa.clamp(max=len(self.table) - 1)]
         half = look.steps // 2 if self.official else look.steps / 2
         if not half:
             raise TypeError(

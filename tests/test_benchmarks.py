@@ -34,7 +34,7 @@ def test_the_step_and_the_objective_are_measured(capsys) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["scaling", "footprint"])
+@pytest.mark.parametrize("part", ["autoattack", "sweep", "scaling", "footprint"])
 def test_one_command_prints_a_table_of_ratios(part) -> None:
     command = [sys.executable, "benchmarks", part]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

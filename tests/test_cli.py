@@ -93,10 +93,11 @@ def test_help_answers_at_once_and_imports_nothing_heavy() -> None:
     assert best < 1.0, "0.05 s on an idle machine"
 
 
-def test_list_needs_neither_ray_nor_mlflow() -> None:
+@pytest.mark.parametrize("command", [["list"], ["tune", "at", "--plan", "--set", "data.train_size=64"]])
+def test_what_starts_no_sweep_needs_nothing_of_one(command) -> None:
     code = (
-        "import sys, raysweep.cli\nraysweep.cli.main(['list'])\n"
-        "print(sorted({'ray', 'mlflow'} & set(sys.modules)), file=sys.stderr)"
+        f"import sys, raysweep.cli\nraysweep.cli.main({command})\n"
+        "print(sorted({'ray', 'mlflow', 'optuna', 'pandas'} & set(sys.modules)), file=sys.stderr)"
     )
     assert _timed([sys.executable, "-c", code])[1].strip() == "[]"
 

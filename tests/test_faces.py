@@ -224,6 +224,39 @@ def test_a_kl_attack_in_bf16_is_warned_of() -> None:
     assert line.startswith("compute.attack = bf16: method.attacks.kl starts 0.001 from the image")
 
 
+def test_compiling_an_attack_whose_batch_shrinks_is_warned_of() -> None:
+    compiled = {"compute.compile": True, "*.burn_in": 0}
+    assert run_config("gairat", TINY, compiled).warnings() == []
+    (line,) = run_config("gair-fat", TINY, compiled).warnings()
+    assert line.startswith("compute.compile = true: method.attacks.pgd lets rows go early")
+
+
+class Replayed(nn.Module):
+    """As a CUDA graph does, each forward overwrites what the last one gave."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.last = net, torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last.fill_(torch.nan)
+        logits: Tensor = self.net(x)
+        self.last = logits.detach()
+        return logits
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_attack_reads_no_output_after_the_next_forward(method, digits, learned) -> None:
+    config = override(run_config(method, TINY), {"*.attacks.*.steps": 5})
+    faces, rows = build(config, digits, CPU), slice(0, 32)
+    faces.model.load_state_dict(learned)
+    faces.refresh()
+    x, y, rng = digits.train.images(rows), digits.train.y[rows], Rng.for_examples(digits.train.index[rows], 0)
+    for attack in config.at(0).method.attacks.values():
+        plain, replayed = (attack(net, x, y, rng) for net in (faces.attacked, Replayed(faces.attacked)))
+        assert torch.equal(plain.x, replayed.x) and torch.equal(plain.kappa, replayed.kappa)
+
+
 def test_the_chain_of_prefixes_names_what_was_computed_not_how_it_was_said() -> None:
     base = chain(tiny("at"), "data")
     assert base == chain(run_config("at", TINY, {"compute.fold": True, "compute.tf32": False}), "data")

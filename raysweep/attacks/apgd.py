@@ -150,9 +150,9 @@ class APGD(Spec):
             return -margin(logits, y)
         ranked = logits.detach().topk(4 if self.loss == "dlr-targeted" else 3, 1).indices
         if self.loss == "dlr":
-            first, third = logits.gather(1, ranked[:, [0, 2]]).unbind(1)
+            first, third = logits.gather(1, ranked[:, 0:3:2]).unbind(1)
             return -margin(logits, y) / (first - third + 1e-12)
-        picked = torch.cat([y[:, None], target[:, None], ranked[:, [0, 2, 3]]], 1)
+        picked = torch.cat([y[:, None], target[:, None], ranked[:, :1], ranked[:, 2:]], 1)
         true, wanted, first, third, fourth = logits.gather(1, picked).unbind(1)
         return -(true - wanted) / (first - 0.5 * (third + fourth) + 1e-12)
 

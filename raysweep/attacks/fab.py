@@ -87,7 +87,7 @@ class FAB(Spec):
             new = wrong & (_size(move, self.norm) <= eps) & ~hit
             put(adv, new, point)
             hit = hit | new
-            point = torch.addcmul(x, move, _wide(torch.where(wrong, self.beta, 1.0).to(x)))
+            point = torch.addcmul(x, move, _wide(x.new_ones(len(x)).masked_fill_(wrong, self.beta)))
         found[row], broken[row], queries[row] = adv, hit, spent
         return found, broken, queries
 
@@ -134,7 +134,7 @@ def project_onto_plane(points: Tensor, normal: Tensor, gap: Tensor, norm: Norm) 
     method climbs to the answer in a few steps, and is there when no further coordinate has stopped. Masks are numbers:
     on a CPU `torch.where` takes ten times as long as a product.
     """
-    towards = normal.sign() * torch.where(gap >= 0, -1.0, 1.0).to(gap)[..., None]
+    towards = normal.sign() * torch.ones_like(gap).masked_fill_(gap >= 0, -1.0)[..., None]
     gap, weight = gap.abs(), normal.abs()
     rate = weight if norm == "Linf" else weight * weight
     room = torch.addcmul((towards + 1) / 2, towards, points, value=-1).clamp_min_(0)

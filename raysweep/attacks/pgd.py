@@ -101,4 +101,5 @@ class PGD(Spec):
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(x)
-    return logits
+    # The next replay of a CUDA graph overwrites its output.
+    return logits.clone()

@@ -162,9 +162,11 @@ def epoch_batches(
         others = min(max(round(unlabeled_fraction * batch_size), 1), batch_size - 1)
         extra = len(split) + _shuffled(len(unlabeled), count * others, seed_of(seed, "unlabeled", epoch))
     own = batch_size - others
+    order, extra = order.to(split.y.device), extra.to(split.y.device)
     for number in range(count):
-        rows = torch.cat([order[number * own : (number + 1) * own], extra[number * others : (number + 1) * others]])
-        x, y, index = _rows(split, unlabeled, rows[rank::workers].to(split.y.device))
+        labeled = order[number * own : (number + 1) * own]
+        rows = torch.cat([labeled, extra[number * others : (number + 1) * others]])
+        x, y, index = _rows(split, unlabeled, rows[rank::workers], len(range(rank, len(labeled), workers)))
         if augment:
             x = augmented(x, Rng.for_examples(index, seed, "augment", epoch))
         yield Batch(x, y, index)
@@ -191,11 +193,11 @@ def _shuffled(population: int, count: int, seed: int) -> Tensor:
     return torch.cat([torch.randperm(population, generator=generator) for _ in range(turns)])[:count]
 
 
-def _rows(split: Split, unlabeled: Split | None, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, labels and index; rows past the end of `split` are those of `unlabeled`."""
+def _rows(split: Split, unlabeled: Split | None, rows: Tensor, labeled: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, labels and index; rows after the first `labeled`, past the end of `split`, are those of `unlabeled`."""
     if unlabeled is None:
         return split.images(rows), split.y[rows], split.index[rows]
-    own, others = rows[rows < len(split)], rows[rows >= len(split)] - len(split)
+    own, others = rows[:labeled], rows[labeled:] - len(split)
     return (
         torch.cat([split.images(own), unlabeled.images(others)]),
         torch.cat([split.y[own], unlabeled.y[others]]),

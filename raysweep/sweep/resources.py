@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from raysweep.spec import SpecError
-from raysweep.sweep.workers import DRIVER_CPUS
+
+# What the waiting trial itself holds: Ray wants more than nothing.
+DRIVER_CPUS = 0.01
 
 
 @dataclass(frozen=True)

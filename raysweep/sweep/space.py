@@ -7,10 +7,8 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from numbers import Real
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import Field, model_validator
 
 from raysweep.data import DataSpec
@@ -19,6 +17,10 @@ from raysweep.method import Method
 from raysweep.schedules import Number
 from raysweep.spec import Json, Spec, SpecError, read_yaml, shipped, unknown_name
 from raysweep.training.config import RunConfig, run_config
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.distributions import BaseDistribution
 
 Choice = float | str | bool | None
 Settings = dict[str, Any]
@@ -80,7 +82,9 @@ class Distribution(Spec):
         steps = (value - low) / (self.step or 1)
         return abs(steps - round(steps)) < 1e-8 if self.step or self.int else True
 
-    def optuna(self) -> BaseDistribution:
+    def optuna(self) -> "BaseDistribution":
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
         if self.categorical is not None:
             return CategoricalDistribution([_scalar(c) for c in self.categorical])
         if self.float is not None:
@@ -105,17 +109,19 @@ class Sampler(Spec):
     seed: int = 0
     startup: Annotated[int, Field(ge=1)] = 8
 
-    def build(self, past: int = 0) -> optuna.samplers.BaseSampler:
+    def build(self, past: int = 0) -> "optuna.samplers.BaseSampler":
         """A grid needs no sampler: its points are queued.
 
         past: trials before a restart; their draws must not come again.
         """
+        from optuna.samplers import NSGAIISampler, RandomSampler, TPESampler
+
         seed = self.seed + past
         if self.kind in ("random", "grid"):
-            return optuna.samplers.RandomSampler(seed=seed)
+            return RandomSampler(seed=seed)
         if self.kind == "nsga2":
-            return optuna.samplers.NSGAIISampler(seed=seed, population_size=self.startup)
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=self.startup)
+            return NSGAIISampler(seed=seed, population_size=self.startup)
+        return TPESampler(seed=seed, n_startup_trials=self.startup)
 
 
 class Scheduler(Spec):
@@ -249,7 +255,7 @@ class SearchSpace(Spec):
             return [f"{where}: {line}" for line in error.problems]
         return []
 
-    def suggest(self, trial: optuna.Trial) -> Settings:
+    def suggest(self, trial: "optuna.Trial") -> Settings:
         """Values for every searched setting whose condition holds, in the order of the file."""
         chosen: Settings = {}
         for path, distribution in self.space.items():
@@ -361,7 +367,9 @@ def _scalar(choice: Any) -> Choice:
     return choice if isinstance(choice, str | int | float | bool) or choice is None else str(choice)
 
 
-def _ask(trial: optuna.Trial, path: str, distribution: BaseDistribution) -> Any:
+def _ask(trial: "optuna.Trial", path: str, distribution: "BaseDistribution") -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
     if isinstance(distribution, CategoricalDistribution):
         return trial.suggest_categorical(path, distribution.choices)
     if isinstance(distribution, FloatDistribution):

@@ -15,13 +15,12 @@ from raysweep import storage
 from raysweep.data.shared import Source
 from raysweep.spec import SpecError
 from raysweep.sweep.failures import FAILED, explain, forget, keep, kept
+from raysweep.sweep.resources import DRIVER_CPUS
 from raysweep.training.checkpoint import Checkpoint, Run
 from raysweep.training.config import RunConfig
 from raysweep.training.prefix import Prefixes
 from raysweep.training.trainer import TrainingFailed, fit
 
-# What the waiting trial itself holds: Ray wants more than nothing.
-DRIVER_CPUS = 0.01
 _RETRIES = 3
 _HELD = "placement-group"
 

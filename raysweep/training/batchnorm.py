@@ -92,7 +92,7 @@ def _statistics(x: Tensor, workers: Workers) -> Tensor:
     rows = wide.new_zeros(workers.size, 1 + 2 * x.shape[1])
     if x.numel():
         variance, mean = torch.var_mean(wide, dims, correction=0)
-        rows[workers.rank] = torch.cat([wide.new_tensor([x.numel() / x.shape[1]]), mean, variance])
+        rows[workers.rank] = torch.cat([wide.new_full((1,), x.numel() / x.shape[1]), mean, variance])
     count, means, variances = _parts(workers.sum(rows))
     total = count.sum()
     share = count / total.clamp_min(1)

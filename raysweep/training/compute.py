@@ -17,8 +17,10 @@ class Compute(Spec):
     norms are folded into its convolutions. Both change float32 results by rounding only, and `auto` is on.
     tf32: float32 convolutions and matrix products in TF32; `auto` is on where there are units for it (NVIDIA's GPUs).
     attack, train: the precision of forwards and backwards of attacks, and of those that update the weights. bf16 is
-    autocast; the last layer, losses, instance weights and the update stay in float32.
-    compile: by torch.compile, which takes minutes at the start.
+    autocast; the last layer, losses, instance weights and the update stay in float32. Processors without AVX-512 BF16
+    or AMX emulate it, more slowly than float32.
+    compile: by torch.compile, which takes minutes at the start; on NVIDIA's GPUs as CUDA graphs, one for each size of
+    batch.
     """
 
     channels_last: Choice = "auto"

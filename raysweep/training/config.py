@@ -75,6 +75,9 @@ class RunConfig(Spec):
             if self.compute.attack == "bf16" and getattr(attack, "start", None) == "gaussian":
                 path = f"method.attacks.{name}"
                 lines.append(f"compute.attack = bf16: {path} starts 0.001 from the image, which bf16 rounds away")
+            if self.compute.compile and (attack.kind != "pgd" or attack.tau is not None):
+                path = f"method.attacks.{name}"
+                lines.append(f"compute.compile = true: {path} lets rows go early, and each size of batch costs minutes")
         if self.method.name.endswith("rst") and self.data.unlabeled is None:
             lines.append(f"data.unlabeled is not set: {self.method.name} trains on labelled data alone")
         return lines

@@ -40,10 +40,11 @@ class Diagnostics:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
         self._edges: dict[str, list[float]] = {}
+        self._inner: dict[str, Tensor] = {}
 
     def add(self, step: Step, y: Tensor) -> None:
         """One batch of a worker's rows."""
-        self._sum("rows", torch.tensor(len(y), device=y.device))
+        self._sum("rows", y.new_full((), len(y)))
         # Each worker's loss is its part of the sum, times the number of workers.
         self._sum("loss", step.loss.detach() * step.rows / self._workers.size)
         for name, logits in step.logits.items():
@@ -102,11 +103,12 @@ class Diagnostics:
         self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
 
     def _count(self, name: str, values: Tensor, edges: list[float]) -> None:
-        if name not in self._counts:
+        if name not in self._inner:
             self._edges[name] = edges
-            self._counts[name] = torch.zeros(len(edges) - 1, dtype=torch.int64, device=values.device)
-        inner = torch.tensor(edges[1:-1], device=values.device, dtype=torch.float64)
-        bins = torch.bucketize(values.double(), inner, right=True)
+            self._inner[name] = torch.tensor(edges[1:-1], device=values.device, dtype=torch.float64)
+            empty = torch.zeros(len(edges) - 1, dtype=torch.int64, device=values.device)
+            self._counts.setdefault(name, empty)
+        bins = torch.bucketize(values.double(), self._inner[name], right=True)
         self._counts[name].index_add_(0, bins, torch.ones_like(bins))
 
 
