@@ -31,7 +31,7 @@ import autoattack_limit  # noqa: E402
 
 from raysweep.attacks import APGD, FAB, PGD, Square, WorstCase, autoattack, margin  # noqa: E402
 from raysweep.evaluation import Processes, RobustnessReport, bar, evaluate  # noqa: E402
-from raysweep.evaluation.copies import Tiled  # noqa: E402
+from raysweep.evaluation.copies import Tiled, device_of  # noqa: E402
 from raysweep.rng import Rng  # noqa: E402
 
 # Of the 10,000 images: a minute each at most.
@@ -198,7 +198,13 @@ def interleaved(
     except ImportError as error:
         print(f"torchattacks cannot be imported ({error}): pip install --no-deps torchattacks")
         return None
-    clock, kind = (time.monotonic, "wall") if pool else (time.process_time, "cpu")
+    on_gpu = device_of(model).type == "cuda"
+    clock, kind = (time.monotonic, "wall") if pool or on_gpu else (time.process_time, "cpu")
+
+    def right(rows: np.ndarray, x: Tensor) -> np.ndarray:
+        with torch.no_grad():
+            return (model(x.to(device_of(model))).argmax(1).cpu() == y[rows]).numpy()
+
     frozen = {"eps": eps, "norm": norm, "seed": seed}
     theirs = {
         "apgd-ce": TheirAPGD(model, steps=100, **frozen),
@@ -206,7 +212,8 @@ def interleaved(
         "fab-t": TheirFAB(model, steps=100, n_classes=10, multi_targeted=True, **frozen),
         "square": TheirSquare(model, n_queries=5000, **frozen),
     }
-    live, total = {"ours": (model(x).argmax(1) == y).numpy(), "theirs": (model(x).argmax(1) == y).numpy()}, Counter()
+    clean = right(np.arange(len(y)), x)
+    live, total = {"ours": clean, "theirs": clean.copy()}, Counter()
     for name, attack in autoattack(eps, norm).attacks.items():  # type: ignore[arg-type]
         rows = np.flatnonzero(live["ours"])
         alone = WorstCase(attacks={name: attack})
@@ -218,7 +225,7 @@ def interleaved(
         began = clock()
         x_adv = theirs[name](x[rows], y[rows])
         spent["theirs"] = clock() - began
-        live["theirs"][rows] = (model(x_adv).argmax(1) == y[rows]).numpy()
+        live["theirs"][rows] = right(rows, x_adv)
         total.update(spent)
         print(
             f"  {name:8}", "; ".join(f"{who} {spent[who]:.1f} s, {live[who].sum()} robust" for who in spent), flush=True
