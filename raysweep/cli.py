@@ -1,12 +1,14 @@
 """The command line: parses and calls. Commands live in `raysweep.commands`, imported when they are needed."""
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import NoReturn
 
 from raysweep import __version__
 from raysweep.completion import SHELLS, PrintCompletion
@@ -23,14 +25,21 @@ or where --out and MLFLOW_TRACKING_URI say.
 _EPILOG = "Exit codes: 0 done; 1 the work failed; 2 a setting or a file is wrong, nothing was started; 130 interrupted."
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, as the commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"raysweep: error: {message}; see `{self.prog} --help`\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("raysweep", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=formatter)
+    parser = _Parser("raysweep", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=formatter)
     parser.add_argument("--version", action="version", version=f"raysweep {__version__}")
     parser.add_argument(
         "--print-completion", action=PrintCompletion, choices=SHELLS, help="a completion script, for `eval` or a file"
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
 
     p = commands.add_parser(
         "list", help="methods, models, data sets, attacks, metrics, search spaces, presets, pipelines"
@@ -160,7 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; user mistakes become lines on stderr and exit code 2."""
-    args = build_parser().parse_args(arguments)
+    args = _parsed(arguments)
     from raysweep.spec import SpecError
     from raysweep.storage import StoreFailed
 
@@ -185,6 +194,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         goes_on = args.command in ("train", "run", "eval")
         print(f"raysweep: interrupted{'; the same command goes on' if goes_on else ''}", file=sys.stderr)
         return 130
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; an option that there is not is refused with the nearest that there is."""
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        command = commands.choices[args.command]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], command._option_string_actions, n=1)
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{f'; nearest: {near[0]}' if near else ''}")
+    return args
 
 
 def _settings(parser: argparse.ArgumentParser) -> None:

@@ -75,6 +75,8 @@ class RunConfig(Spec):
             if self.compute.attack == "bf16" and getattr(attack, "start", None) == "gaussian":
                 path = f"method.attacks.{name}"
                 lines.append(f"compute.attack = bf16: {path} starts 0.001 from the image, which bf16 rounds away")
+        if self.data.name == DataSpec().name and self.data.data_dir and not self.data.unlabeled:
+            lines.append(f"data.data_dir = {self.data.data_dir}: not read: {self.data.name} come with scikit-learn")
         if self.method.name.endswith("rst") and self.data.unlabeled is None:
             lines.append(f"data.unlabeled is not set: {self.method.name} trains on labelled data alone")
         return lines
