@@ -34,7 +34,9 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("raysweep", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=formatter)
+    parser: argparse.ArgumentParser = _Parser(
+        "raysweep", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=formatter
+    )
     parser.add_argument("--version", action="version", version=f"raysweep {__version__}")
     parser.add_argument(
         "--print-completion", action=PrintCompletion, choices=SHELLS, help="a completion script, for `eval` or a file"
