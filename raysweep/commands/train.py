@@ -85,7 +85,7 @@ def _fit(config: RunConfig, data: Data, tracker: Tracker, run_id: str, path: Pat
 
 def _record(config: RunConfig, tracker: Tracker, run_id: str, fitted: Fitted) -> list[str]:
     """What MLflow keeps of a run that has ended; the advice in it."""
-    tracker.metrics(run_id, {f"best/{k}": v for k, v in _headline(fitted).items()}, fitted.best.epoch)
+    tracker.best(run_id, fitted.best.metrics)
     tracker.artifacts(run_id, fitted.best.path, "checkpoint")
     tracker.plots(run_id, fitted.last.path.parent, fitted.last.history)
     advice = advise(config, fitted.last.history)
@@ -94,12 +94,8 @@ def _record(config: RunConfig, tracker: Tracker, run_id: str, fitted: Fitted) ->
     return advice
 
 
-def _headline(fitted: Fitted) -> dict[str, float]:
-    return {k: v for k, v in fitted.best.metrics.items() if "/" not in k}
-
-
 def _tell(args: Namespace, config: RunConfig, tracker: Tracker, fitted: Fitted, advice: list[str]) -> int:
-    best = _headline(fitted)
+    best = {k: v for k, v in fitted.best.metrics.items() if "/" not in k}
     where = storage.name(fitted.best.path)
     if args.json:
         facts = {"checkpoint": where, "epoch": fitted.best.epoch, "metrics": best, "advice": advice}

@@ -103,6 +103,14 @@ class Tracker:
         logged = [Metric(_ILLEGAL.sub("-", name), metrics[name], now, step) for name in finite]
         client.log_batch(run, metrics=logged)
 
+    def results(self, run: str, metrics: Mapping[str, float]) -> None:
+        """Metrics that have no epoch: of those at step 0 alone the UI draws bars, of others a point each on a line."""
+        self.metrics(run, metrics, 0)
+
+    def best(self, run: str, metrics: Mapping[str, float]) -> None:
+        """The headline metrics of a run's best epoch, as its results `best/...`."""
+        self.results(run, {f"best/{name}": value for name, value in metrics.items() if "/" not in name})
+
     def tag(self, run: str, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
