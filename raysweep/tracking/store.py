@@ -21,6 +21,7 @@ from raysweep.training.diagnostics import read_histograms
 
 EXPERIMENT = "raysweep"
 _ILLEGAL = re.compile(r"[^\w./ -]")
+_COSTS = ("shared", "validation_seconds")
 _SECRET = re.compile(r"(://[^\s:/@]*:)\S*(?=@)|(password=)[^\s&]*")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -108,8 +109,9 @@ class Tracker:
         self.metrics(run, metrics, 0)
 
     def best(self, run: str, metrics: Mapping[str, float]) -> None:
-        """The headline metrics of a run's best epoch, as its results `best/...`."""
-        self.results(run, {f"best/{name}": value for name, value in metrics.items() if "/" not in name})
+        """The headline metrics of a run's best epoch, as its results `best/...`; not what the epoch cost."""
+        headline = {name: value for name, value in metrics.items() if "/" not in name and name not in _COSTS}
+        self.results(run, {f"best/{name}": value for name, value in headline.items()})
 
     def tag(self, run: str, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
