@@ -101,7 +101,8 @@ class Tracker:
         # The UI proposes the metric that it met first: the objective before the details.
         order = sorted(metrics, key=lambda name: ("/" in name, name != "robust_worst"))
         finite = [name for name in order if name != "epoch" and math.isfinite(metrics[name])]
-        logged = [Metric(_ILLEGAL.sub("-", name), metrics[name], now, step) for name in finite]
+        # Six digits: a share that was float32 reads 0.495 in the UI, not 0.4950000047683716.
+        logged = [Metric(_ILLEGAL.sub("-", name), float(f"{metrics[name]:.6g}"), now, step) for name in finite]
         client.log_batch(run, metrics=logged)
 
     def results(self, run: str, metrics: Mapping[str, float]) -> None:
