@@ -1,12 +1,14 @@
 """The command line: parses and calls. Commands live in `raysweep.commands`, imported when they are needed."""
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import NoReturn
 
 from raysweep import __version__
 from raysweep.completion import SHELLS, PrintCompletion
@@ -23,14 +25,23 @@ or where --out and MLFLOW_TRACKING_URI say.
 _EPILOG = "Exit codes: 0 done; 1 the work failed; 2 a setting or a file is wrong, nothing was started; 130 interrupted."
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, as the commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"raysweep: error: {message}; see `{self.prog} --help`\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("raysweep", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=formatter)
+    parser: argparse.ArgumentParser = _Parser(
+        "raysweep", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=formatter
+    )
     parser.add_argument("--version", action="version", version=f"raysweep {__version__}")
     parser.add_argument(
         "--print-completion", action=PrintCompletion, choices=SHELLS, help="a completion script, for `eval` or a file"
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
 
     p = commands.add_parser(
         "list", help="methods, models, data sets, attacks, metrics, search spaces, presets, pipelines"
@@ -60,14 +71,21 @@ def build_parser() -> argparse.ArgumentParser:
     _json(p)
 
     p = commands.add_parser("tune", help="a sweep: Ray Tune and Optuna search, MLflow records")
-    p.add_argument("method", nargs="?", metavar="METHOD", help="of `raysweep list`; not needed with --space, --resume")
     p.add_argument(
-        "--space", type=_path, metavar="FILE", help="search space, a file or one of `raysweep list` (default: METHOD's)"
+        "method", nargs="?", metavar="METHOD", help="a method of `raysweep list`; not needed with --space or --resume"
+    )
+    p.add_argument(
+        "--space",
+        type=_path,
+        metavar="FILE",
+        help="search space, a file or one of `raysweep list` (default: the one shipped for the method)",
     )
     p.add_argument("--trials", type=_count, metavar="N", help="number of trials (default: the space's)")
     p.add_argument("--max-trials", type=_count, dest="trials", metavar="N", help="the same as --trials")
-    p.add_argument("--max-time", type=_duration, metavar="T", help="end after 90s, 30m or 2h; --resume goes on")
-    p.add_argument("--max-gpu-hours", type=_amount, metavar="H", help="end when trials have held GPUs for so long")
+    p.add_argument(
+        "--max-time", type=_duration, metavar="T", help="end after a time such as 90s, 30m or 2h; --resume goes on"
+    )
+    p.add_argument("--max-gpu-hours", type=_amount, metavar="H", help="end when the trials have held GPUs for H hours")
     group = p.add_mutually_exclusive_group()
     group.add_argument("--name", help="name of the sweep (default: the method and the time)")
     group.add_argument(
@@ -75,12 +93,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--plan", action="store_true", help="say what would run, on what and for how long; run nothing")
     _address(p)
-    p.add_argument("--cpus-per-trial", type=_amount, default=1.0, metavar="N", help="logical CPUs (default: 1)")
+    p.add_argument(
+        "--cpus-per-trial",
+        type=_amount,
+        default=1.0,
+        metavar="N",
+        help="logical CPUs that each trial holds (default: 1)",
+    )
     p.add_argument(
         "--gpus-per-trial",
         type=_amount,
         metavar="N",
-        help="GPUs, may be a fraction (default: one a worker, if any)",
+        help="GPUs that each trial holds, may be a fraction (default: one for each worker, if there are any)",
     )
     p.add_argument("--optuna", metavar="URL", help="write the trials to this Optuna storage too: sqlite:///optuna.db")
     p.add_argument("--workers", type=_count, default=1, metavar="N", help="processes that share a trial (default: 1)")
@@ -98,8 +122,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--from",
         dest="first",
         metavar="STAGE",
-        help="make the artifacts of this stage (kind or number) and of those after it again; no run and no attack that "
-        "is there is done twice (for that delete its folders: docs/scheduling.md)",
+        help="make the artifacts of STAGE (a kind or number) and of those after it again, from the runs and attacks "
+        "that are there (docs/scheduling.md says how to do those again)",
     )
     p.add_argument("--wait", action="store_true", help="if this pipeline is running already, wait for its end")
     _address(p)
@@ -125,21 +149,24 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--attack",
         default="autoattack",
-        help="an attack of `raysweep list` or several with commas, a name again is a restart: autoattack,square "
+        help="an attack of `raysweep list` or several with commas, a name twice being a restart: apgd-ce,square "
         "(default: autoattack)",
     )
     p.add_argument(
         "--version",
         default="standard",
         choices=("standard", "plus", "rand"),
-        help="of --attack autoattack (default: standard)",
+        help="which AutoAttack (default: standard)",
     )
     p.add_argument("--eps", type=_fraction, help="0.031 or 8/255, in pixels of [0, 1] (default: the training's)")
-    p.add_argument("--norm", default="Linf", choices=("Linf", "L2"), help="in which --eps is measured (default: Linf)")
+    p.add_argument("--norm", default="Linf", choices=("Linf", "L2"), help="the norm of --eps (default: Linf)")
     p.add_argument("--n", type=_count, help="only the first N test examples (default: all)")
     p.add_argument("--batch-size", type=_count, default=500, metavar="N", help="examples at a time (default: 500)")
     p.add_argument(
-        "--pseudo-label", type=Path, metavar="FILE", help="instead: label the images x in FILE, for data.unlabeled"
+        "--pseudo-label",
+        type=Path,
+        metavar="FILE",
+        help="attack nothing: label the images x of FILE, for data.unlabeled",
     )
     p.add_argument("--keep-adversarial", action="store_true", help="save the adversarial examples too")
     p.add_argument("--bundle", type=Path, metavar="DIR", help="write card, weights and adversarial examples for others")
@@ -150,7 +177,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="spread over this Ray cluster (default: $RAY_ADDRESS, else the cores of this machine)",
     )
     p.add_argument(
-        "--gpus-per-task", type=_amount, default=1.0, metavar="N", help="on a cluster; may be a fraction (default: 1)"
+        "--gpus-per-task",
+        type=_amount,
+        default=1.0,
+        metavar="N",
+        help="GPUs of a task on a cluster, may be a fraction (default: 1)",
     )
     _settings(p)
     _out(p)
@@ -162,7 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; user mistakes become lines on stderr and exit code 2."""
-    args = build_parser().parse_args(arguments)
+    args = _parsed(arguments)
     from raysweep.spec import SpecError
     from raysweep.storage import StoreFailed
 
@@ -187,6 +218,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         goes_on = args.command in ("train", "run", "eval")
         print(f"raysweep: interrupted{'; the same command goes on' if goes_on else ''}", file=sys.stderr)
         return 130
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; an option that there is not is refused with the nearest that there is."""
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        command = commands.choices[args.command]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], command._option_string_actions, n=1)
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{f'; nearest: {near[0]}' if near else ''}")
+    return args
 
 
 def _settings(parser: argparse.ArgumentParser) -> None:

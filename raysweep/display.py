@@ -1,7 +1,8 @@
-"""What a person sees while a sweep or run goes on: live on a terminal, plain lines in a pipe. Everything on stderr."""
+"""What a person sees while a sweep or run goes on: live on a terminal, plain lines in a pipe; and tables."""
 
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +20,8 @@ from raysweep.sweep.space import labels
 
 _ROWS = 20
 _COLUMNS = ("clean", "pgd", "cw", "robust_worst", "masking_gap")
+# Of a table in a pipe: rich would break it at 80 columns.
+_WIDE = 1000
 _STYLE = {"running": "cyan", "finished": "green", "stopped": "dim", "failed": "red"}
 
 
@@ -56,8 +59,7 @@ class Progress:
 
     def _line(self, trial: Trial) -> str:
         since = clock(time.monotonic() - self._began)
-        shown = trial.latest if trial.state == "running" else trial.best
-        numbers = " ".join(f"{name} {shown[name]:.3f}" for name in _COLUMNS if name in shown)
+        numbers = figures(trial.latest if trial.state == "running" else trial.best)
         reason = f": {trial.reason}" if trial.reason else ""
         if trial.state == "running" and reason:
             return f"[{since}] trial {trial.number:04d} starts again after epoch {trial.epoch}{reason}"
@@ -113,6 +115,16 @@ def trial_table(ledger: Ledger, trials: list[Trial]) -> Table:
             Text(trial.state + (f": {trial.reason}" if trial.reason else ""), style=_STYLE[trial.state]),
         )
     return table
+
+
+def table_console() -> Console:
+    """Where tables go: stdout, as wide as the terminal; in a pipe no cell is cut or broken."""
+    return Console(width=None if sys.stdout.isatty() else _WIDE)
+
+
+def figures(metrics: Mapping[str, float]) -> str:
+    """An epoch's accuracies in a line."""
+    return " ".join(f"{name} {metrics[name]:.3f}" for name in _COLUMNS if name in metrics)
 
 
 def short(value: Any) -> str:

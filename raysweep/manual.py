@@ -11,20 +11,20 @@ PAGES = {
         ("raysweep list", "raysweep list --json"),
     ),
     "show": (
-        "Of a method or preset every setting, as `path = value`: the form that --set takes. Of a search space what is "
-        "searched too, of a pipeline its stages. Of a sweep its trials, best first; of a trial its settings, its best "
-        "epoch and what stands out. With --set it shows what the settings would become.",
+        "Shows every setting of a method or preset, as `path = value`, the form that --set takes; of a search space "
+        "also what is searched; of a pipeline its stages; of a sweep its trials, best first; of a trial its settings, "
+        "its best epoch and what stands out. With --set it shows what the settings would become.",
         ("raysweep show lrat", "raysweep show preset:lrat-table1 --set epochs=50", "raysweep show g1/0003"),
     ),
     "train": (
-        "Trains one model, validated after each epoch. Checkpoints (the last and the best) go to runs/NAME, numbers "
-        "and figures to MLflow. The same command goes on where one that was ended or killed has stopped.",
+        "Trains one model and validates it after each epoch. The last and the best checkpoint go to runs/NAME, numbers "
+        "and figures to MLflow. After Ctrl-C or a kill the same command goes on.",
         ("raysweep train gairat --set epochs=10", "raysweep train lrat-table1 --data-dir DIR --name row"),
     ),
     "tune": (
-        "Searches the settings in a method's search space: Optuna proposes, Ray runs trials side by side (on a Ray of "
-        "its own without --address), ASHA ends the poor ones, MLflow records them all. After Ctrl-C, kill -9 or a "
-        "reboot --resume goes on; with more --trials or --set epochs= a finished sweep grows.",
+        "Searches a method's search space: Optuna proposes settings, Ray runs the trials side by side (on this machine "
+        "alone, unless --address names a cluster), ASHA stops the poor ones, MLflow records them all. --resume goes on "
+        "after Ctrl-C, kill -9 or a reboot; with more --trials or --set epochs= it makes a finished sweep grow.",
         (
             "raysweep tune lrat --plan",
             "raysweep tune gairat --trials 30 --name g1",
@@ -32,21 +32,21 @@ PAGES = {
         ),
     ),
     "run": (
-        "Runs the stages of a pipeline, checked as a whole before anything starts. Each leaves an artifact in "
-        "runs/pipelines/NAME that is named by all that goes into it: a second run does nothing, a killed one goes on, "
-        "a changed one does what is changed. --set stages.STAGE.SETTING= changes a stage, any other path the training "
-        "runs of all stages. A regression that a report finds is exit code 1.",
+        "Runs the stages of a pipeline, all of them checked before the first starts. Each leaves an artifact in "
+        "runs/pipelines/NAME that is named by its inputs: a second run does nothing, a run that was killed goes on, "
+        "and after a change only what depends on it runs again. --set stages.STAGE.SETTING= changes a stage, any other "
+        "path the training runs of all stages. If a report finds a regression, the exit code is 1.",
         ("raysweep run digits", "raysweep run nightly --set stages.tune.trials=20 --plan"),
     ),
     "doctor": (
-        "Looks, from every node, at versions, storage, data, GPUs, clocks, free room and open doors, and at MLflow. "
-        "Beside what is broken stands what mends it; then the exit code is 1.",
+        "Checks MLflow and, from every node, versions, storage, data, GPUs, clocks, free room and open doors. Below "
+        "whatever is broken stands what mends it; then the exit code is 1.",
         ("raysweep doctor --address auto", "raysweep doctor --address auto --storage s3://lab/sweeps --data-dir DIR"),
     ),
     "eval": (
-        "Attacks a model on the test set, by default with AutoAttack. Shards that are finished are kept: the same "
-        "command goes on after a kill. Card and outcomes of all examples go beside the checkpoint (of code of your own "
-        "to runs/eval), numbers to the MLflow run that trained it.",
+        "Attacks a model on the test set, by default with AutoAttack. Finished shards are kept: after a kill the same "
+        "command goes on. The card and the outcome of each example go beside the checkpoint (to runs/eval for code of "
+        "your own), accuracies to the MLflow run that trained it.",
         (
             "raysweep eval g1",
             "raysweep eval g1/0003 --bundle claim",

@@ -154,7 +154,7 @@ def test_train_tracks_and_tells_where(workdir: Path, capsys) -> None:
     client = MlflowClient(f"sqlite:///{workdir}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
     assert [(run.info.run_name, run.info.status) for run in runs] == [("mine", "FINISHED")]
-    assert runs[0].data.metrics["best/robust_worst"] == result["metrics"]["robust_worst"]
+    assert runs[0].data.metrics["best/robust_worst"] == round(result["metrics"]["robust_worst"], 6)
     plots = {Path(item.path).name for item in client.list_artifacts(runs[0].info.run_id, "plots")}
     assert {"errors.png", "kappa_pgd.png", "weight_pgd_histogram.png", "V_cw_histogram.png"} <= plots
 
@@ -372,18 +372,39 @@ def test_a_refused_resume_changes_nothing(workdir: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "line"),
     [
-        ["tune", "lrat", "--trials", "0"],
-        ["tune", "lrat", "--cpus-per-trial", "-1"],
-        ["tune", "lrat", "--workers", "0"],
-        [],
+        (["tune", "lrat", "--trials", "0"], "'0' is not a whole number of at least 1; see `raysweep tune --help`"),
+        (["tune", "lrat", "--cpus-per-trial", "-1"], "'-1' is not a number of at least 0"),
+        (["tune", "lrat", "--workers", "0"], "'0' is not a whole number"),
+        (["tune", "lrat", "--trails=3"], "unrecognized arguments: --trails=3; nearest: --trials; see `raysweep tune"),
+        (["list", "more"], "unrecognized arguments: more; see `raysweep list --help`"),
+        (["tun", "lrat"], "invalid choice: 'tun'"),
+        ([], "required: COMMAND; see `raysweep --help`"),
     ],
 )
-def test_argparse_refuses_with_exit_code_2(arguments, capsys) -> None:
+def test_argparse_refuses_with_one_line_and_exit_code_2(arguments, line, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith("raysweep: error: ") and line in message
+
+
+def test_a_folder_that_digits_do_not_read_is_told(workdir: Path, capsys) -> None:
+    assert main(["train", "at", *SMALL, "--data-dir", "data"]) == 0
+    said = capsys.readouterr().err
+    assert f"warning: data.data_dir = {workdir}/data: not read: digits come with scikit-learn" in said
+
+
+def test_a_table_in_a_pipe_is_whole(workdir: Path, capsys) -> None:
+    ledger = Ledger.create(workdir / "runs" / "g1", load_space("lrat", {}))
+    settings = dict.fromkeys(ledger.space.space, 1.2345)
+    ledger.write(Trial(0, settings, state="failed", epoch=1, reason="a reason of " + "many words " * 20))
+    assert main(["show", "g1"]) == 0
+    _, header, row = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["trial", "pgd.alpha", "pgd.beta", "cw.alpha"] and "robust worst" in header
+    assert row.count("1.23") == len(settings) and "many words many words" in row and "\x1b" not in row
 
 
 def test_a_corrupt_checkpoint_is_one_line(workdir: Path, capsys) -> None:

@@ -146,7 +146,9 @@ def test_a_sweep_and_a_trial_are_named_as_show_names_them(trained: Path, workdir
     (trial,) = json.loads(capsys.readouterr().out)["trials"]
     assert Path(trial["checkpoint"]).parent == ledger.run_path(3)
     assert main(["eval", "g1/0004", *QUICK]) == 2
-    assert "0004: no such folder" in capsys.readouterr().err
+    assert "g1 has no trial 0004: it has 1, counted from 0000" in capsys.readouterr().err
+    assert main(["eval", "g2", *QUICK]) == 2
+    assert "no sweep, trial or folder 'g2'; nearest: g1" in capsys.readouterr().err
 
 
 def test_a_users_own_model(tmp_path: Path, capsys, monkeypatch) -> None:

@@ -482,7 +482,8 @@ def test_report_in_numbers():
     assert report.masking_gap == pytest.approx(report.robust_after["apgd-ce"].mean() - report.robust_accuracy)
     assert report.cost["apgd-t"].rows == report.robust_after["apgd-ce"].sum()
     assert report.queries.sum() == 120 + sum(cost.queries for cost in report.cost.values())
-    assert evaluate(robust_digits(), *digits(9), attack=custom(["square"], 0.2)).masking_gap is None
+    for attack in (custom(["square", "apgd-ce"], 0.2), "pgd20"):
+        assert evaluate(robust_digits(), *digits(9), attack=attack, eps=0.2).masking_gap is None
 
 
 def test_wilson_interval():

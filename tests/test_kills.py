@@ -178,7 +178,7 @@ def test_in_the_end_everything_is_there_once(folder: Path) -> None:
 
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
-    trials = [f"{ledger.name}/{trial.number:04d}" for ledger in ledgers for trial in ledger.trials()]
+    trials = [f"{trial.number:04d} {ledger.name}" for ledger in ledgers for trial in ledger.trials()]
     names = [*(ledger.name for ledger in ledgers), *trials, "killed report"]
     assert sorted(one.info.run_name for one in runs) == sorted(names)
     assert {one.info.status for one in runs} == {"FINISHED"}

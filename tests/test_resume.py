@@ -43,7 +43,7 @@ def wait_for_epochs(sweep: Path, count: int, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def test_kill_9_ctrl_c_and_a_budget_in_the_life_of_one_sweep(tune, workdir: Path, capsys) -> None:
+def test_kill_9_ctrl_c_a_sigterm_and_a_budget_in_the_life_of_one_sweep(tune, workdir: Path, capsys) -> None:
     sweep = workdir / "runs" / "s"
     first = tune(*SMALL, "--trials", "5", "--name", "s")
     wait_for_epochs(sweep, 5, first)
@@ -52,12 +52,13 @@ def test_kill_9_ctrl_c_and_a_budget_in_the_life_of_one_sweep(tune, workdir: Path
     killed = {trial.number: trial for trial in Ledger.open(sweep).trials()}
     assert any(trial.state == "running" for trial in killed.values())
 
-    second = tune("--resume", "s", "--max-time", "1h")
-    wait_for_epochs(sweep, 8, second)
-    second.send_signal(signal.SIGINT)
-    _, err = second.communicate(timeout=60)
-    assert second.returncode == 130, "Ctrl-C is not the budget's end"
-    assert "raysweep tune --resume s" in err and "Traceback" not in err
+    for end, epochs in ((signal.SIGINT, 7), (signal.SIGTERM, 8)):
+        again = tune("--resume", "s", "--max-time", "1h")
+        wait_for_epochs(sweep, epochs, again)
+        again.send_signal(end)
+        _, err = again.communicate(timeout=60)
+        assert again.returncode == 130, "Ctrl-C is not the budget's end"
+        assert "raysweep tune --resume s" in err and "Traceback" not in err and "SIGTERM received" not in err
 
     assert main(["tune", "gairat", "--resume", "s", "--max-time", "0.1s"]) == 0
     assert "go on with" in capsys.readouterr().err
@@ -83,9 +84,9 @@ def check_mlflow(workdir: Path, trials: int) -> None:
 
     client = MlflowClient(f"sqlite:///{workdir}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
-    assert sorted(run.info.run_name for run in runs) == ["s", *(f"s/{number:04d}" for number in range(trials))]
+    assert sorted(run.info.run_name for run in runs) == [*(f"{number:04d} s" for number in range(trials)), "s"]
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert {run.data.tags.get("state") for run in runs if "/" in run.info.run_name} <= {"finished", "stopped"}
+    assert {run.data.tags.get("state") for run in runs if " " in run.info.run_name} <= {"finished", "stopped"}
 
 
 def test_ctrl_c_in_a_pipeline_is_no_budgets_end(

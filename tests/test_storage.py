@@ -415,7 +415,7 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
 
     client = MlflowClient(store)
     runs = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
-    assert sorted(run.info.run_name for run in runs) == ["s", "s/0000", "s/0001", "s/0002", "s/0003"]
+    assert sorted(run.info.run_name for run in runs) == ["0000 s", "0001 s", "0002 s", "0003 s", "s"]
     assert {run.info.status for run in runs} == {"FINISHED"}
 
     (name,) = optuna.get_all_study_names(study)
@@ -434,7 +434,7 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
     judged = json.loads(capsys.readouterr().out)
     assert judged["examples"] == 20
     assert Path(judged["folder"]).is_relative_to(tmp_path / "two"), "results are the user's, not the copy's"
-    run = client.search_runs([runs[0].info.experiment_id], f"run_name = 's/{best['number']:04d}'")[0]
+    run = client.search_runs([runs[0].info.experiment_id], f"run_name = '{best['number']:04d} s'")[0]
     assert any(name.startswith("eval/") for name in run.data.metrics), "beside what the trial reported itself"
 
 

@@ -102,7 +102,9 @@ def test_mlflow_has_one_parent_and_one_run_for_each_trial(finished) -> None:
         trial = ledger.trials()[int(run.data.tags["raysweep.trial"])]
         assert run.data.params["method.attacks.cw.eps"] == "0.15"
         assert float(run.data.params[ALPHA]) == pytest.approx(trial.settings[ALPHA], rel=1e-5)
-        assert run.data.metrics["best/robust_worst"] == pytest.approx(trial.best["robust_worst"])
+        assert run.info.run_name == f"{trial.number:04d} {ledger.name}"
+        (result,) = client.get_metric_history(run.info.run_id, "best/robust_worst")
+        assert (result.value, result.step) == (pytest.approx(trial.best["robust_worst"]), 0), "a bar in the UI"
         history = client.get_metric_history(run.info.run_id, "robust_worst")
         assert [point.step for point in history] == [1, 2]
         artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}

@@ -1,7 +1,7 @@
 """Every command of the README and the docs, typed one after another in empty folders: python tests/walk.py FOLDER
 
-Prints what each said: docs/transcript.md. Where a command wants more than a laptop has, what was added to it or why it
-was left out stands beside it. On two cores it takes most of an hour.
+Prints what each said, as Markdown. Where a command wants more than a laptop has, what was added to it or why it was
+left out stands beside it. On two cores it takes most of an hour.
 """
 
 import os

@@ -61,14 +61,21 @@ def runs_in(args: Namespace, write: bool = True) -> Path:
 
 
 def named_sweep(what: str, runs: Path) -> tuple[Ledger, int | None] | None:
-    """The sweep in the folder of all runs, and the trial's number if it is one, that SWEEP or SWEEP/0003 names."""
+    """The sweep in the folder of all runs, and the trial's number if it is one, that SWEEP or SWEEP/0003 names.
+
+    None if there is no such sweep; raises SpecError if it has no such trial.
+    """
     if Path(what).is_absolute() or ".." in Path(what).parts:
         return None
     sweep, _, number = what.rpartition("/")
     if storage.pull_file(runs / what / "sweep.json"):
         return Ledger.open(runs / what), None
     if number.isdecimal() and storage.pull_file(runs / sweep / "sweep.json"):
-        return Ledger.open(runs / sweep), int(number)
+        ledger = Ledger.open(runs / sweep)
+        numbers = [trial.number for trial in ledger.trials()]
+        if int(number) not in numbers:
+            raise SpecError(f"{sweep} has no trial {int(number):04d}: it has {len(numbers)}, counted from 0000")
+        return ledger, int(number)
     return None
 
 

@@ -20,7 +20,7 @@ from raysweep.evaluation import RobustnessReport
 from raysweep.pipeline.bundle import verify_bundle, write_bundle
 from raysweep.pipeline.judge import folder_of, judge, save, threat_of, track, workers
 from raysweep.results import load_sweep
-from raysweep.spec import SpecError, override
+from raysweep.spec import SpecError, override, unknown_name
 from raysweep.tracking import Tracker, embedded_store, run_tags
 from raysweep.training.load import Subject, load_checkpoint, load_factory
 
@@ -123,7 +123,10 @@ def _subject(args: Namespace, out: Path) -> tuple[Subject, str | None]:
 def _place(args: Namespace) -> Path:
     """A checkpoint's or run's folder, by path or URI or by the name of a sweep, which stands for its best trial."""
     here = storage.is_uri(args.what) or Path(args.what).expanduser().exists()
-    found = None if here else named_sweep(args.what, runs_in(args, write=False))
+    runs = runs_in(args, write=False)
+    found = None if here else named_sweep(args.what, runs)
+    if not here and not found and (sweeps := storage.folders(runs, "sweep.json")):
+        raise SpecError(unknown_name("sweep, trial or folder", args.what, sweeps))
     if found and found[1] is not None:
         return found[0].run_path(found[1])
     path = found[0].path if found else storage.reach(args.what)

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 
 from raysweep import storage
 from raysweep.catalog import METHODS
 from raysweep.commands import named_sweep, runs_in, settings
-from raysweep.display import trial_table
+from raysweep.display import table_console, trial_table
 from raysweep.pipeline.shipped import pipelines
 from raysweep.results import masking, sweep_facts, trial_advice, trial_facts
 from raysweep.spec import Json, SpecError, flatten, read_yaml, unknown_name
@@ -92,13 +91,11 @@ def _sweep(args: Namespace, ledger: Ledger) -> int:
     if args.json:
         return _print(sweep_facts(ledger))
     running = [trial for trial in trials if trial.state == "running"]
-    console = Console()
-    console.print(
-        f"{ledger.name}: {len(trials) - len(running)} of {ledger.space.total} trials ended, {len(running)} not"
-    )
+    unfinished = f", {len(running)} not yet" if running else ""
+    print(f"{ledger.name}: {len(trials) - len(running)} of {ledger.space.total} trials ended{unfinished}")
     ranked = ledger.ranked()
     rest = [trial for trial in trials if trial.number not in {t.number for t in ranked}]
-    console.print(trial_table(ledger, [*ranked, *rest]))
+    table_console().print(trial_table(ledger, [*ranked, *rest]))
     for line in masking(ledger):
         print(line)
     if ranked:
@@ -109,10 +106,8 @@ def _sweep(args: Namespace, ledger: Ledger) -> int:
 
 def _trial(args: Namespace, ledger: Ledger, number: int) -> int:
     """One trial: what was searched, its best epoch, what stands out, where it is."""
-    trials = {trial.number: trial for trial in ledger.trials()}
-    if number not in trials:
-        raise SpecError(f"{ledger.name} has no trial {number:04d}: it has {len(trials)}, counted from 0000")
-    trial, advice = trials[number], trial_advice(ledger, number)
+    (trial,) = (trial for trial in ledger.trials() if trial.number == number)
+    advice = trial_advice(ledger, number)
     folder = ledger.run_path(number)
     if args.json:
         return _print({**trial_facts(ledger, trial), "folder": storage.name(folder), "advice": advice})

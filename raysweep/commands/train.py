@@ -11,7 +11,7 @@ from rich.console import Console
 from raysweep import storage
 from raysweep.commands import plain_name, runs_in, settings, ui_command, writable
 from raysweep.data import Data, load
-from raysweep.display import step_bar
+from raysweep.display import figures, step_bar
 from raysweep.pipeline.lock import alone
 from raysweep.spec import SpecError
 from raysweep.sweep.failures import BUG, FAILED, explain
@@ -72,9 +72,8 @@ def _train(args: Namespace, config: RunConfig, data: Data, tracker: Tracker, pat
 
 def _fit(config: RunConfig, data: Data, tracker: Tracker, run_id: str, path: Path, reported: int) -> Fitted:
     def report(metrics: dict[str, float], checkpoint: Checkpoint) -> None:
-        numbers = " ".join(f"{k} {v:.3f}" for k, v in metrics.items() if "/" not in k and k != "epoch")
         epoch, loss = int(metrics["epoch"]), metrics["train/loss"]
-        print(f"epoch {epoch}/{config.epochs} loss {loss:.3f} {numbers}", file=sys.stderr)
+        print(f"epoch {epoch}/{config.epochs} loss {loss:.3f} {figures(metrics)}", file=sys.stderr)
         tracker.metrics(run_id, metrics, epoch)
 
     what, steps = f"{config.method.name} on {config.data.name}", math.ceil(len(data.train) / config.batch_size)
@@ -86,7 +85,7 @@ def _fit(config: RunConfig, data: Data, tracker: Tracker, run_id: str, path: Pat
 
 def _record(config: RunConfig, tracker: Tracker, run_id: str, fitted: Fitted) -> list[str]:
     """What MLflow keeps of a run that has ended; the advice in it."""
-    tracker.metrics(run_id, {f"best/{k}": v for k, v in _headline(fitted).items()}, fitted.best.epoch)
+    tracker.best(run_id, fitted.best.metrics)
     tracker.artifacts(run_id, fitted.best.path, "checkpoint")
     tracker.plots(run_id, fitted.last.path.parent, fitted.last.history)
     advice = advise(config, fitted.last.history)
@@ -95,12 +94,8 @@ def _record(config: RunConfig, tracker: Tracker, run_id: str, fitted: Fitted) ->
     return advice
 
 
-def _headline(fitted: Fitted) -> dict[str, float]:
-    return {k: v for k, v in fitted.best.metrics.items() if "/" not in k}
-
-
 def _tell(args: Namespace, config: RunConfig, tracker: Tracker, fitted: Fitted, advice: list[str]) -> int:
-    best = _headline(fitted)
+    best = {k: v for k, v in fitted.best.metrics.items() if "/" not in k}
     where = storage.name(fitted.best.path)
     if args.json:
         facts = {"checkpoint": where, "epoch": fitted.best.epoch, "metrics": best, "advice": advice}

@@ -14,7 +14,7 @@ from rich.console import Console
 from raysweep import storage
 from raysweep.commands import places, plain_name, runs_in, settings, ui_command, writable
 from raysweep.data import Data, load
-from raysweep.display import Progress, trial_table
+from raysweep.display import Progress, table_console, trial_table
 from raysweep.pipeline.lock import alone
 from raysweep.results import masking, sweep_facts, trial_advice
 from raysweep.spec import SpecError, read_yaml
@@ -137,7 +137,7 @@ def _report(args: Namespace, ledger: Ledger, tracker: Tracker, end: "End") -> in
     if args.json:
         print(json.dumps(sweep_facts(ledger), indent=1))
     elif ranked:
-        console = Console(width=None if sys.stdout.isatty() else 160)
+        console = table_console()
         names = [name.replace("_", " ") for name in ledger.space.objectives]
         if len(names) > 1:
             best = sorted(ledger.front(), key=lambda trial: -trial.score(ledger.space.objectives[0]))

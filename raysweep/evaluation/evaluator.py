@@ -278,9 +278,9 @@ def _join(outcomes: list[Outcome]) -> Outcome:
 
 
 def _masking_gap(attacks: dict[str, SingleAttack], robust_after: dict[str, npt.NDArray[np.bool_]]) -> float | None:
-    """Accuracy under (A)PGD on the cross-entropy, if that comes first, minus the worst case."""
+    """Accuracy under (A)PGD on the cross-entropy, if that comes first of several, minus the worst case."""
     first = next(iter(robust_after))
     attack = attacks.get(first)
-    if not (isinstance(attack, PGD | APGD) and attack.loss == "ce"):
+    if len(robust_after) == 1 or not (isinstance(attack, PGD | APGD) and attack.loss == "ce"):
         return None
     return float(robust_after[first].mean() - list(robust_after.values())[-1].mean())

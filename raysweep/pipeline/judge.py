@@ -132,8 +132,7 @@ def track(
         "clean_accuracy": report.clean_accuracy,
         **{f"after_{key}": float(rows.mean()) for key, rows in report.robust_after.items()},
     }
-    step = subject.checkpoint.epoch if subject.checkpoint else 0
-    tracker.metrics(run_id, {f"{prefix}/{key}": value for key, value in metrics.items()}, step)
+    tracker.results(run_id, {f"{prefix}/{key}": value for key, value in metrics.items()})
     for file in sorted(folder.glob("*.*")):
         tracker.file(run_id, file, f"eval/{folder.name.rpartition('-')[2]}")
     if own:

@@ -97,10 +97,10 @@ class Work:
 
         return self.stack.enter_context(connected(self.address))
 
-    def sweep(self, part: str = "") -> Path:
-        """The folder of this stage's sweep."""
+    def sweep(self, part: str) -> Path:
+        """The folder of this stage's sweep of `part`; its name is that of the sweep in MLflow."""
         plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in part)
-        return self.sweeps / f"{self.name}-{self.number:02d}-{self.digest[:8]}{f'-{plain}' if plain else ''}"
+        return self.sweeps / f"{self.name}-{self.number:02d}-{plain}-{self.digest[:8]}"
 
     def reference(self, path: Path) -> str:
         """What an artifact calls a file: relative to `--out`, or elsewhere by its whole path or URI."""

@@ -74,8 +74,8 @@ class Tune(Stage):
         return f"{_counted(space.total, 'trial')} of {_what(config)} each, {about} in all; searched: {searched}"
 
     def run(self, work: Work, past: Past) -> Outcome:
-        ledger = sweep(work, work.sweep(), self.search(work.settings), self.cpus, self.gpus, self.max_hours)
         (label,) = self.labels(work.settings)
+        ledger = sweep(work, work.sweep(label), self.search(work.settings), self.cpus, self.gpus, self.max_hours)
         candidates = [candidate(work, ledger, trial, f"{label}/{trial.number:04d}") for trial in ledger.ranked()]
         return Outcome(tuple(candidates), facts={"sweeps": [facts(work, ledger)]})
 

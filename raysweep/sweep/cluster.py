@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import signal
 import socket
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -44,9 +46,23 @@ def connected(address: str | None = None, cpus: int | None = None) -> Iterator[d
         reason = str(error).strip().splitlines()[0]
         raise SpecError(f"no Ray cluster at --address {address or 'local'}: {reason}") from None
     try:
-        yield capacity()
+        with _term_is_ctrl_c():
+            yield capacity()
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _term_is_ctrl_c() -> Iterator[None]:
+    """In this block SIGTERM ends the driver as Ctrl-C does; Ray's own handler prints a stack and leaves at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def plan(
     print(f"95% interval of the objective: +-{half_width:.3f}")
     each = f", shared by {resources.workers} workers" if resources.workers > 1 else ""
     print(f"a trial holds {resources.cpus:g} CPU(s) and {resources.gpus:g} GPU(s){each}; {concurrent} run at once")
-    print(f"one epoch with validation takes about {seconds:.1f} s by a few steps of one worker here")
+    print(f"one epoch with validation takes about {seconds:.1f} s, estimated from a few steps of one worker here")
     print(f"about {epochs} epochs in all{f' ({most} without early stopping)' if epochs < most else ''}:")
     print(f"{duration(seconds * epochs)} of trials, {duration(wall)} from start to end")
     return 0

@@ -21,6 +21,7 @@ from raysweep.training.diagnostics import read_histograms
 
 EXPERIMENT = "raysweep"
 _ILLEGAL = re.compile(r"[^\w./ -]")
+_COSTS = ("shared", "validation_seconds")
 _SECRET = re.compile(r"(://[^\s:/@]*:)\S*(?=@)|(password=)[^\s&]*")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -100,8 +101,18 @@ class Tracker:
         # The UI proposes the metric that it met first: the objective before the details.
         order = sorted(metrics, key=lambda name: ("/" in name, name != "robust_worst"))
         finite = [name for name in order if name != "epoch" and math.isfinite(metrics[name])]
-        logged = [Metric(_ILLEGAL.sub("-", name), metrics[name], now, step) for name in finite]
+        # Six digits: a share that was float32 reads 0.495 in the UI, not 0.4950000047683716.
+        logged = [Metric(_ILLEGAL.sub("-", name), float(f"{metrics[name]:.6g}"), now, step) for name in finite]
         client.log_batch(run, metrics=logged)
+
+    def results(self, run: str, metrics: Mapping[str, float]) -> None:
+        """Metrics that have no epoch: of those at step 0 alone the UI draws bars, of others a point each on a line."""
+        self.metrics(run, metrics, 0)
+
+    def best(self, run: str, metrics: Mapping[str, float]) -> None:
+        """The headline metrics of a run's best epoch, as its results `best/...`; not what the epoch cost."""
+        headline = {name: value for name, value in metrics.items() if "/" not in name and name not in _COSTS}
+        self.results(run, {f"best/{name}": value for name, value in headline.items()})
 
     def tag(self, run: str, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag

@@ -54,8 +54,8 @@ class SweepTracker:
             if known is not None and last is not None:
                 self._tracker.plots(known, last.path.parent, last.history)
         if ranked:
-            best = {f"best/{name}": value for name, value in _headline(ranked[0]).items()}
-            self._tracker.metrics(self._parent, best | {"trials": float(len(trials))}, 0)
+            self._tracker.best(self._parent, ranked[0].best)
+            self._tracker.results(self._parent, {"trials": float(len(trials))})
             self._tracker.tag(self._parent, {"best_trial": f"{ranked[0].number:04d}"})
         self._tracker.describe(self._parent, list(self._summary(ledger, list(trials.values()), ranked)))
         done = all(trial.state != "running" for trial in trials.values()) and len(trials) >= ledger.space.total
@@ -93,7 +93,8 @@ class SweepTracker:
 
     def _open(self, trial: Trial) -> str:
         tags = _trial_tags(self._ledger.key, f"{trial.number:04d}")
-        run = self._tracker.run(f"{self._ledger.name}/{trial.number:04d}", tags, self._parent)
+        # The number first: the UI cuts names off, and the sweep's is the parent's.
+        run = self._tracker.run(f"{trial.number:04d} {self._ledger.name}", tags, self._parent)
         self._runs[trial.number] = run
         self._tracker.config(run, self._ledger.space.config(trial.settings), self._fingerprint)
         self._tracker.tag(run, {"searched": self._searched(trial)})
@@ -113,7 +114,7 @@ class SweepTracker:
 
     def _finish(self, run: str, trial: Trial) -> None:
         if trial.best:
-            self._tracker.metrics(run, {f"best/{k}": v for k, v in _headline(trial).items()}, trial.epoch)
+            self._tracker.best(run, trial.best)
             best = self._ledger.checkpoint(trial)
             storage.pull(best)
             self._tracker.artifacts(run, best, "checkpoint")
@@ -144,7 +145,3 @@ def _trial_tags(sweep: str, number: str) -> dict[str, str]:
 
 def _words(metric: str) -> str:
     return metric.replace("_", " ")
-
-
-def _headline(trial: Trial) -> dict[str, float]:
-    return {k: v for k, v in trial.best.items() if "/" not in k}

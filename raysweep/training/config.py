@@ -78,6 +78,8 @@ class RunConfig(Spec):
             if self.compute.compile and (attack.kind != "pgd" or attack.tau is not None):
                 path = f"method.attacks.{name}"
                 lines.append(f"compute.compile = true: {path} lets rows go early, and each size of batch costs minutes")
+        if self.data.name == DataSpec().name and self.data.data_dir and not self.data.unlabeled:
+            lines.append(f"data.data_dir = {self.data.data_dir}: not read: {self.data.name} come with scikit-learn")
         if self.method.name.endswith("rst") and self.data.unlabeled is None:
             lines.append(f"data.unlabeled is not set: {self.method.name} trains on labelled data alone")
         return lines
