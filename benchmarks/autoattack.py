@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import autoattack_limit  # noqa: E402
 
-from raysweep.attacks import APGD, FAB, PGD, Square, WorstCase, autoattack, margin  # noqa: E402
+from raysweep.attacks import APGD, FAB, PGD, Square, Version, WorstCase, autoattack, margin  # noqa: E402
 from raysweep.evaluation import Processes, RobustnessReport, bar, evaluate  # noqa: E402
 from raysweep.evaluation.copies import Tiled, device_of  # noqa: E402
 from raysweep.rng import Rng  # noqa: E402
@@ -187,7 +187,14 @@ def torchattacks_benchmark(args: argparse.Namespace) -> None:
 
 
 def interleaved(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str, seed: int, pool: Processes | None
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    norm: str,
+    seed: int,
+    pool: Processes | None,
+    version: Version = "standard",
 ) -> str | None:
     """Theirs over ours and both verdicts; None without torchattacks, which is no dependency."""
     try:
@@ -214,9 +221,10 @@ def interleaved(
     }
     clean = right(np.arange(len(y)), x)
     live, total = {"ours": clean, "theirs": clean.copy()}, Counter()
-    for name, attack in autoattack(eps, norm).attacks.items():  # type: ignore[arg-type]
+    cascade = autoattack(eps, norm, version)  # type: ignore[arg-type]
+    for name, attack in cascade.attacks.items():
         rows = np.flatnonzero(live["ours"])
-        alone = WorstCase(attacks={name: attack})
+        alone = WorstCase(attacks={name: attack}, tf32=cascade.tf32)
         began = clock()
         report = evaluate(model, x[rows], y[rows], attack=alone, seed=seed, index=rows, map=pool)
         spent = {"ours": clock() - began}

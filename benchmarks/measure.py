@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from raysweep.evaluation.copies import float32_as
+from raysweep.attacks import float32_as
 
 # Steps are measured on the GPU if there is one.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

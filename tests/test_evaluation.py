@@ -236,6 +236,32 @@ class BatchNormed(nn.Module):
         return self.head(x.relu().flatten(1))
 
 
+class CoarseInTf32(nn.Module):
+    """What TF32 does, and far more of it, on a machine without it: a margin under 1 passes for none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        logits = self.model(x)
+        coarse = torch.backends.cudnn.conv.fp32_precision == "tf32"
+        return logits - nn.functional.one_hot(logits.argmax(1), 10) if coarse else logits
+
+
+def test_what_only_tf32_breaks_is_attacked_again_in_float32(monkeypatch):
+    model, (x, y) = CoarseInTf32(robust_digits()), digits(100)
+    with pytest.raises(SpecError, match="tf32: there is no TF32 on cpu; use version 'standard'"):
+        evaluate(model, x, y, eps=0.2, version="tf32")
+    monkeypatch.setattr("raysweep.evaluation.evaluator.has_tf32", lambda device: True)
+    attacks = {"apgd-ce": APGD(eps=0.2, steps=20)}
+    plain, fast = (evaluate(model, x, y, attack=WorstCase(attacks=attacks, tf32=tf32)) for tf32 in (False, True))
+    assert abs(int(plain.robust.sum()) - int(fast.robust.sum())) <= 2
+    assert fast.cost["apgd-ce"].queries > plain.cost["apgd-ce"].queries, "some were attacked twice"
+    assert (fast.margin_after[~fast.robust] <= 0).all() and fast.attack["tf32"] and not plain.attack["tf32"]
+    assert autoattack(0.2, version="tf32").attacks == autoattack(0.2).attacks
+
+
 def test_batch_norms_are_folded_where_that_is_exact():
     torch.manual_seed(0)
     model, (x, _) = BatchNormed(), digits(32)

@@ -6,7 +6,7 @@ from pydantic import Discriminator, Tag
 
 from raysweep.attacks.apgd import APGD
 from raysweep.attacks.autoattack import ATTACKS, Version, autoattack, custom, preset
-from raysweep.attacks.base import Adversarial, Attack, Norm, frozen, margin, vulnerability
+from raysweep.attacks.base import Adversarial, Attack, Norm, float32_as, frozen, margin, vulnerability
 from raysweep.attacks.fab import FAB
 from raysweep.attacks.minimal import Minimal
 from raysweep.attacks.pgd import PGD
@@ -40,6 +40,7 @@ __all__ = [
     "WorstCase",
     "autoattack",
     "custom",
+    "float32_as",
     "frozen",
     "margin",
     "preset",

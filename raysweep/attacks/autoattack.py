@@ -11,11 +11,13 @@ from raysweep.attacks.worst_case import SingleAttack, WorstCase, restarts
 from raysweep.schedules import now
 from raysweep.spec import SpecError, unknown_name
 
-Version = Literal["standard", "plus", "rand"]
+Version = Literal["standard", "plus", "rand", "tf32"]
 
 
 def autoattack(eps: float = 8 / 255, norm: Norm = "Linf", version: Version = "standard") -> WorstCase:
-    """The attacks of an official version, in its order and with its settings."""
+    """The attacks of an official version, in its order and with its settings; `tf32`: the standard's, in TF32."""
+    if version == "tf32":
+        return autoattack(eps, norm).model_copy(update={"tf32": True})
     single = _single(eps, norm)
     attacks: dict[str, dict[str, SingleAttack]] = {
         "standard": {name: single[name] for name in ("apgd-ce", "apgd-t", "fab-t", "square")},

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,20 @@ def frozen(model: nn.Module, mode: Literal["eval", "train"] = "eval") -> Iterato
             parameter.requires_grad_(True)
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def float32_as(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """What convolutions and matrix products on NVIDIA's GPUs make of float32."""
+    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = precision
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
 
 
 def cheap_to_look(x: Tensor) -> bool:

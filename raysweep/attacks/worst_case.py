@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,7 @@ from pydantic import Discriminator, Field, Tag, field_validator
 from torch import Tensor, nn
 
 from raysweep.attacks.apgd import APGD
-from raysweep.attacks.base import Adversarial, View, frozen, margin
+from raysweep.attacks.base import Adversarial, View, float32_as, frozen, margin
 from raysweep.attacks.fab import FAB
 from raysweep.attacks.pgd import PGD
 from raysweep.attacks.square import Square
@@ -40,9 +41,14 @@ class Cascade(Adversarial):
 
 
 class WorstCase(Spec):
-    """A cascade of named attacks. A name is also a stream of random numbers: the same attack twice is a restart."""
+    """A cascade of named attacks. A name is also a stream of random numbers: the same attack twice is a restart.
+
+    tf32: attacks compute convolutions and matrix products in TF32 (NVIDIA's GPUs); what counts as broken is decided in
+    float32 all the same.
+    """
 
     kind: Literal["worst_case"] = "worst_case"
+    tf32: bool = False
     attacks: Annotated[dict[str, SingleAttack], Field(min_length=1)]
 
     @field_validator("attacks")
@@ -72,7 +78,7 @@ class WorstCase(Spec):
             for name, attack in self.attacks.items():
                 live = (least > 0).nonzero()[:, 0]
                 if len(live):
-                    with torch.enable_grad():
+                    with torch.enable_grad(), float32_as("tf32") if self.tf32 else nullcontext():
                         found = attack(model, x[live], y[live], rng.rows(live).stream(name))
                     reached = margin(model(found.x), y[live])
                     better = reached < least[live]

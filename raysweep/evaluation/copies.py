@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
+from raysweep.attacks import float32_as
 from raysweep.evaluation.image_conv import speed_up
 
 # Kernels for fewer rows add in another order; from 7 rows on, rows were bit for bit the same in every batch (CPU,
@@ -159,18 +160,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def float32_as(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
-    """What convolutions and matrix products on NVIDIA's GPUs make of float32."""
-    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
-    before = [setting.fp32_precision for setting in settings]
-    for setting in settings:
-        setting.fp32_precision = precision
-    try:
-        yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
+def has_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.cuda is not None
 
 
 def device_of(model: nn.Module) -> torch.device:

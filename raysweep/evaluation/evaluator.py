@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from raysweep.attacks import APGD, FAB, PGD, Norm, SingleAttack, Square, Version, WorstCase, preset
 from raysweep.evaluation import checks
-from raysweep.evaluation.copies import device_of, full_precision
+from raysweep.evaluation.copies import device_of, full_precision, has_tf32
 from raysweep.evaluation.progress import Progress
 from raysweep.evaluation.report import Cost, RobustnessReport
 from raysweep.evaluation.shards import Array, AttackShards, Outcome, Shard
@@ -72,7 +72,11 @@ def evaluate(
         )
     attacks: dict[str, SingleAttack] = spec.attacks if isinstance(spec, WorstCase) else {spec.kind: spec}
     eps, norm = _threat(attacks)
-    work = AttackShards(model, *_arrays(x, y, index), seed=seed, batch_size=batch_size, fold=fold, tile=tile)
+    tf32, device = isinstance(spec, WorstCase) and spec.tf32, device_of(model)
+    if tf32 and not has_tf32(device):
+        raise SpecError(f"tf32: there is no TF32 on {device.type}; use version 'standard'")
+    options = {"seed": seed, "batch_size": batch_size, "fold": fold, "tile": tile, "tf32": tf32}
+    work = AttackShards(model, *_arrays(x, y, index), **options)  # type: ignore[arg-type]
     if resume_dir is not None:
         work.folder = Path(resume_dir) / _key(work)
     run = _Run(work, map or _in_this_process, shards, progress)
@@ -97,7 +101,7 @@ def evaluate(
             warnings += filter(None, [checks.square_beats_gradients(before, float(run.robust.mean()))])
 
     return RobustnessReport(
-        attack=(spec if ran == attacks else WorstCase.model_construct(attacks=ran)).json_dict(),
+        attack=(spec if ran == attacks else WorstCase.model_construct(attacks=ran, tf32=tf32)).json_dict(),
         eps=eps,
         norm=norm,
         seed=seed,
@@ -263,7 +267,7 @@ def _key(work: AttackShards) -> str:
             weights.update(name.encode() + repr(value).encode())
     for array in (work.x, work.y, work.index):
         data.update(str((array.dtype, array.shape)).encode() + array.tobytes())
-    settings = [work.seed, work.fold, work.tile, device_of(work.model).type]
+    settings = [work.seed, work.fold, work.tile, work.tf32, device_of(work.model).type]
     return digest([weights.hexdigest(), data.hexdigest(), settings])
 
 

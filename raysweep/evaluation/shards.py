@@ -2,6 +2,7 @@
 
 import hashlib
 import zipfile
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from raysweep.attacks import SingleAttack, margin
+from raysweep.attacks import SingleAttack, float32_as, margin
 from raysweep.evaluation.copies import Tiled, attack_copy, device_of, full_precision
 from raysweep.files import whole
 from raysweep.rng import Rng
@@ -74,6 +75,7 @@ class AttackShards:
     """Shard -> Outcome, for one model and data set. Picklable; results do not depend on shard or batch size.
 
     Each claimed adversarial example is verified in float32 on the model as given: wrong class, in the ball, in [0, 1].
+    tf32: attacks compute in TF32, and rows that are broken in it alone are attacked again in float32.
     """
 
     model: nn.Module
@@ -84,6 +86,7 @@ class AttackShards:
     batch_size: int = 500
     fold: bool = True
     tile: int | None = None
+    tf32: bool = False
     folder: Path | None = None
     _copy: nn.Module | None = field(default=None, repr=False)
 
@@ -133,8 +136,7 @@ class AttackShards:
         if shard.attack is not None:
             index = torch.from_numpy(self.index[positions]).to(x.device)
             rng = Rng.for_examples(index, self.seed).stream(shard.name)
-            found = shard.attack(self._attacked(), x, y, rng)
-            x_adv, queries = found.x.float(), found.queries
+            x_adv, queries = self._attack(shard.attack, x, y, rng)
         logits = _logits(self.model, x_adv, self.tile)
         norm = shard.attack.norm if shard.attack else "Linf"
         size = sizes(x_adv, x, norm)
@@ -153,6 +155,22 @@ class AttackShards:
             x_adv=x_adv[broken].cpu().numpy() if shard.attack else x_adv[:0].cpu().numpy(),
             classes=logits.shape[1],
         )
+
+    def _attack(self, attack: SingleAttack, x: Tensor, y: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
+        """x~ in float32 and the queries spent."""
+        model = self._attacked()
+        with float32_as("tf32") if self.tf32 else nullcontext():
+            found = attack(model, x, y, rng)
+        x_adv, queries = found.x.float(), found.queries
+        if self.tf32:
+            with torch.no_grad():
+                right = model(x_adv).argmax(1) == y
+                with float32_as("tf32"):
+                    rows = (right & (model(x_adv).argmax(1) != y)).nonzero()[:, 0]
+            if len(rows):
+                again = attack(model, x[rows], y[rows], rng.rows(rows))
+                x_adv[rows], queries[rows] = again.x.float(), queries[rows] + again.queries
+        return x_adv, queries
 
     def _attacked(self) -> nn.Module:
         if self._copy is None:

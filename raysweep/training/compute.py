@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 
+from raysweep.evaluation.copies import has_tf32
 from raysweep.spec import Spec, SpecError
 
 Precision = Literal["float32", "bf16"]
@@ -32,7 +33,7 @@ class Compute(Spec):
 
     def on(self, device: torch.device) -> "Compute":
         """With `auto` decided for a device. Raises SpecError for what the device has not."""
-        nvidia = device.type == "cuda" and torch.version.cuda is not None
+        nvidia = has_tf32(device)
         if self.tf32 is True and not nvidia:
             raise SpecError(f"compute.tf32 = true: there is no TF32 on {device.type}; leave it to auto")
         decided = {"channels_last": True, "fold": True, "tf32": nvidia}

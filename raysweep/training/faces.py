@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from raysweep.attacks import frozen
-from raysweep.evaluation.copies import float32_as, foldable
+from raysweep.attacks import float32_as, frozen
+from raysweep.evaluation.copies import foldable
 from raysweep.training.compute import Compute, Precision
 
 
