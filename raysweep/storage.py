@@ -293,11 +293,15 @@ def _copy(source: Path, target: Path) -> bool:
 
 def _content(path: Path) -> bytes | None:
     files, key = _remote(path)
-    try:
-        with files.open_input_stream(key) as stream:
-            return bytes(stream.read())
-    except FileNotFoundError:
-        return None
+    while True:
+        try:
+            with files.open_input_stream(key) as stream:
+                content = bytes(stream.read())
+        except FileNotFoundError:
+            return None
+        # pyarrow asks for the length first: an object that was replaced before it was read is cut off there.
+        if files.get_file_info(key).size in (len(content), None):
+            return content
 
 
 def _download(path: Path, meta: bytes) -> None:
