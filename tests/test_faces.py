@@ -270,5 +270,7 @@ def test_what_a_device_has_not_is_refused(tmp_path) -> None:
     assert Compute().on(torch.device("cpu")).tf32 is False
     with pytest.raises(SpecError, match=r"compute.tf32 = true: there is no TF32 on cpu; leave it to auto"):
         fit(run_config("at", TINY, {"compute.tf32": True}), tmp_path, device=CPU)
+    with pytest.raises(SpecError, match=r"validation.tf32 = true: there is no TF32 on cpu; leave it false"):
+        fit(run_config("at", TINY, {"validation.tf32": True}), tmp_path, device=CPU)
     with pytest.raises(SpecError, match=r"compute.attack = 'fp16': must be 'float32' or 'bf16'"):
         run_config("at", TINY, {"compute.attack": "fp16"})

@@ -6,6 +6,7 @@ from robust_digits import OFFICIAL, Wrapped, robust_digits
 
 from raysweep.attacks import PGD
 from raysweep.data import Split
+from raysweep.evaluation.copies import full_precision
 from raysweep.evaluation.masking import scaling_gap
 from raysweep.evaluation.validation import Validation
 
@@ -23,6 +24,21 @@ def test_scaling_the_logits_exposes_a_cross_entropy_that_saturates() -> None:
     assert masked["val/ce_cw_gap"] == pytest.approx(masked["pgd"] - masked["cw"]) and masked["val/ce_cw_gap"] > 0.3
     without = judge.model_copy(update={"scales": ()})(robust_digits(), images)
     assert "val/scaling_gap" not in without and without["pgd"] == honest["pgd"]
+
+
+def test_tf32_is_for_attacks_and_has_no_say_in_verdicts() -> None:
+    """A model that TF32 turns round: attacks walk the wrong way, and what they end at is judged as it is."""
+
+    def turned(model, x):
+        return model(x) * (-1 if torch.backends.cudnn.conv.fp32_precision == "tf32" else 1)
+
+    x, y = (torch.tensor(OFFICIAL[name][:60]) for name in ("x_test", "y_test"))
+    images = Split(x, y, torch.arange(60), white=16)
+    judge = Validation(attacks={"pgd": PGD(eps=0.2, step_size=0.04, steps=10)}, finish={}, scales=())
+    with full_precision(torch.device("cpu")):
+        float32 = judge(Wrapped(turned), images)
+        tf32 = judge.model_copy(update={"tf32": True})(Wrapped(turned), images)
+    assert tf32["clean"] == float32["clean"] and tf32["pgd"] > 0.9 > 0.7 > float32["pgd"]
 
 
 def test_workers_who_divide_a_split_find_the_gap_of_one() -> None:

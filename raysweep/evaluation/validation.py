@@ -1,13 +1,14 @@
 """The sweep's objective: a short, diverse set of attacks on the validation split."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from raysweep.attacks import APGD, PGD, AnyAttack, frozen
+from raysweep.attacks import APGD, PGD, AnyAttack, float32_as, frozen
 from raysweep.data import Split
 from raysweep.evaluation.flatness import flatness
 from raysweep.evaluation.masking import scaling_gap
@@ -43,7 +44,8 @@ class Validation(Spec):
     those left. Together the default ranks models nearly as AutoAttack does, which plain PGD does not: it overstates
     reweighted models most. objective: decides which epoch is the best. flatness: also how steep the loss is at friendly
     and at most adversarial data. scales: the first cross-entropy PGD of `attacks` is repeated, on a `scaled_share` of
-    the images, against the logits times each of these (none: not at all).
+    the images, against the logits times each of these (none: not at all). tf32: `attacks` and `finish` compute in TF32
+    (NVIDIA's GPUs), several times faster there; whether an example is still right is decided in float32 all the same.
     """
 
     attacks: Annotated[dict[str, AnyAttack], Field(min_length=1)] = Field(default_factory=_attacks)
@@ -55,6 +57,7 @@ class Validation(Spec):
     flatness: bool = False
     scales: tuple[Annotated[Number, Field(gt=0)], ...] = (0.1, 10.0)
     scaled_share: Annotated[Number, Field(gt=0, le=1)] = 0.25
+    tf32: bool = False
 
     @model_validator(mode="after")
     def _judged(self) -> Self:
@@ -114,7 +117,8 @@ class Validation(Spec):
             survived = torch.zeros_like(correct)
             if len(where):
                 rng = Rng.for_examples(index[where], 0, "validation", name)
-                found = _fit_for(attack, classes)(model, x[where], y[where], rng)
+                with float32_as("tf32") if self.tf32 else nullcontext():
+                    found = _fit_for(attack, classes)(model, x[where], y[where], rng)
                 with torch.no_grad():
                     survived[where] = model(found.x).argmax(1) == y[where]
             worst &= survived
