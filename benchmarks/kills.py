@@ -42,7 +42,7 @@ space:
 """
 # Titles of Ray's processes that train, or wait for those that do.
 TRAINERS = ("ray::ImplicitFunc", "ray::trainable", "ray::RayTrainWorker", "ray::TrainController", "ray::_TrainSession")
-PATIENCE = 240.0
+PATIENCE = 600.0
 
 
 class Written:

@@ -1,4 +1,4 @@
-"""Every command of the README and the docs, typed one after another in empty folders: python tests/walk.py FOLDER
+"""Every command of README and docs, typed one after another in empty folders: python tests/walk.py FOLDER [PAGE ...]
 
 Prints what each said, as Markdown. Where a command wants more than a laptop has, what was added to it or why it was
 left out stands beside it. On two cores it takes most of an hour.
@@ -55,7 +55,7 @@ SECONDS = {r"^mlflow ui": 20}
 LINES = 24
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, pages: list[str]) -> None:
     here = os.environ | bucket() | {"COLUMNS": "120", "RAY_USAGE_STATS_ENABLED": "0"}
     data = folder / "images"
     images(data)
@@ -64,6 +64,8 @@ def main(folder: Path) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
         files(PAGES[page], folder / name)
     for page, name in ORDER.items():
+        if page not in (pages or ORDER):
+            continue
         print(f"\n## {page}\n", flush=True)
         for command in [*commands(PAGES[page]), *MORE.get(page, [])]:
             if why := found(LEFT_OUT, command):
@@ -145,4 +147,4 @@ def bucket() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    main(Path(sys.argv[1]).resolve(), sys.argv[2:])
