@@ -20,7 +20,7 @@ from measure import DEVICE, Flops, machine, matrix_rate, table
 
 from raysweep.data import Data, load
 from raysweep.evaluation import evaluate
-from raysweep.evaluation.copies import attack_copy, full_precision
+from raysweep.evaluation.copies import full_precision
 from raysweep.rng import Rng
 from raysweep.spec import parse_yaml
 from raysweep.training.compute import Compute
@@ -117,7 +117,6 @@ def judged(config: RunConfig, data: Data, model: torch.nn.Module, args: argparse
     if args.against:
         copied = x[: args.against].float() / 255 if x.dtype == torch.uint8 else x[: args.against]
         with full_precision(DEVICE):
-            attack_copy(model, copied[:32].to(DEVICE))
             autoattack.interleaved(model, copied, y[: args.against], eps, "Linf", 0, None)
     return [f"{report.robust_accuracy:.3f}", f"{report.clean_accuracy:.3f}", str(len(y)), f"{seconds:.0f}"]
 
