@@ -6,7 +6,7 @@ from pydantic import Discriminator, Tag
 
 from raysweep.attacks.apgd import APGD
 from raysweep.attacks.autoattack import ATTACKS, Version, autoattack, custom, preset
-from raysweep.attacks.base import Adversarial, Attack, Norm, float32_as, frozen, margin, vulnerability
+from raysweep.attacks.base import Adversarial, Attack, Norm, float32_as, frozen, margin, tf32_if, vulnerability
 from raysweep.attacks.fab import FAB
 from raysweep.attacks.minimal import Minimal
 from raysweep.attacks.pgd import PGD
@@ -45,5 +45,6 @@ __all__ = [
     "margin",
     "preset",
     "restarts",
+    "tf32_if",
     "vulnerability",
 ]

@@ -1,7 +1,7 @@
 """What every attack takes, returns and promises."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -70,6 +70,11 @@ def float32_as(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
     finally:
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value
+
+
+def tf32_if(wanted: bool) -> AbstractContextManager[None]:
+    """`float32_as("tf32")` if it is wanted, else whatever holds around it."""
+    return float32_as("tf32") if wanted else nullcontext()
 
 
 def cheap_to_look(x: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -11,7 +10,7 @@ from pydantic import Discriminator, Field, Tag, field_validator
 from torch import Tensor, nn
 
 from raysweep.attacks.apgd import APGD
-from raysweep.attacks.base import Adversarial, View, float32_as, frozen, margin
+from raysweep.attacks.base import Adversarial, View, frozen, margin, tf32_if
 from raysweep.attacks.fab import FAB
 from raysweep.attacks.pgd import PGD
 from raysweep.attacks.square import Square
@@ -78,7 +77,7 @@ class WorstCase(Spec):
             for name, attack in self.attacks.items():
                 live = (least > 0).nonzero()[:, 0]
                 if len(live):
-                    with torch.enable_grad(), float32_as("tf32") if self.tf32 else nullcontext():
+                    with torch.enable_grad(), tf32_if(self.tf32):
                         found = attack(model, x[live], y[live], rng.rows(live).stream(name))
                     reached = margin(model(found.x), y[live])
                     better = reached < least[live]

@@ -75,8 +75,8 @@ def evaluate(
     tf32, device = isinstance(spec, WorstCase) and spec.tf32, device_of(model)
     if tf32 and not has_tf32(device):
         raise SpecError(f"tf32: there is no TF32 on {device.type}; use version 'standard'")
-    options = {"seed": seed, "batch_size": batch_size, "fold": fold, "tile": tile, "tf32": tf32}
-    work = AttackShards(model, *_arrays(x, y, index), **options)  # type: ignore[arg-type]
+    arrays = _arrays(x, y, index)
+    work = AttackShards(model, *arrays, seed=seed, batch_size=batch_size, fold=fold, tile=tile, tf32=tf32)
     if resume_dir is not None:
         work.folder = Path(resume_dir) / _key(work)
     run = _Run(work, map or _in_this_process, shards, progress)

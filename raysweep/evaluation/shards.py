@@ -2,7 +2,6 @@
 
 import hashlib
 import zipfile
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from raysweep.attacks import SingleAttack, float32_as, margin
+from raysweep.attacks import SingleAttack, float32_as, margin, tf32_if
 from raysweep.evaluation.copies import Tiled, attack_copy, device_of, full_precision
 from raysweep.files import whole
 from raysweep.rng import Rng
@@ -159,7 +158,7 @@ class AttackShards:
     def _attack(self, attack: SingleAttack, x: Tensor, y: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
         """x~ in float32 and the queries spent."""
         model = self._attacked()
-        with float32_as("tf32") if self.tf32 else nullcontext():
+        with tf32_if(self.tf32):
             found = attack(model, x, y, rng)
         x_adv, queries = found.x.float(), found.queries
         if self.tf32:

@@ -1,14 +1,13 @@
 """The sweep's objective: a short, diverse set of attacks on the validation split."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from raysweep.attacks import APGD, PGD, AnyAttack, float32_as, frozen
+from raysweep.attacks import APGD, PGD, AnyAttack, frozen, tf32_if
 from raysweep.data import Split
 from raysweep.evaluation.flatness import flatness
 from raysweep.evaluation.masking import scaling_gap
@@ -117,7 +116,7 @@ class Validation(Spec):
             survived = torch.zeros_like(correct)
             if len(where):
                 rng = Rng.for_examples(index[where], 0, "validation", name)
-                with float32_as("tf32") if self.tf32 else nullcontext():
+                with tf32_if(self.tf32):
                     found = _fit_for(attack, classes)(model, x[where], y[where], rng)
                 with torch.no_grad():
                     survived[where] = model(found.x).argmax(1) == y[where]
