@@ -171,6 +171,11 @@ def test_a_users_own_model(tmp_path: Path, capsys, monkeypatch) -> None:
     assert main(command) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["eps"] == 8 / 255 and report["model"] == "my_models:linear"
+    for name, count in (("train", 10), ("test", 30)):
+        x = np.random.default_rng(0).integers(0, 256, (count, 1, 8, 8), dtype=np.uint8)
+        np.savez(workdir / f"{name}.npz", x=x, y=np.arange(count) % 10)
+    assert main([*command, "--set", "data.name=arrays", "--data-dir", "."]) == 0, "its training set is not used"
+    assert json.loads(capsys.readouterr().out)["examples"] == 30
     assert main(["eval", "my_models:nothing"]) == 2
     assert "cannot be imported" in capsys.readouterr().err
 

@@ -35,7 +35,7 @@ CUT = {
     r"raysweep run lrat-table1 .*seeds=": f"{SMALL} --set stages.autoattack.n=4",
     r"raysweep run lrat-table1 .*(--plan|--address)": "--set data.name=arrays",
     r"raysweep eval runs/lrat-row": "--n 4 --data-dir DIR",
-    r"raysweep eval my_models:make": "--set data.name=arrays --set data.val_size=40 --data-dir DIR --n 20",
+    r"raysweep eval my_models:make": "--set data.name=arrays --data-dir DIR --n 20",
 }
 LEFT_OUT = {
     r"^python3 -m venv": "how this environment was made",

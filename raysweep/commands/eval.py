@@ -53,7 +53,8 @@ def run(args: Namespace) -> int:
     subject, run_id = _subject(args, out)
     if args.pseudo_label is not None:
         return _pseudo_label(args, subject, out)
-    spec = subject.config.data if subject.config else override(DataSpec(), _data(args))
+    # For a model that we did not train, the training set is not used: however small, it will do.
+    spec = subject.config.data if subject.config else override(DataSpec(val_size=1), _data(args))
     attack = preset(args.attack, _eps(args, subject, spec), args.norm, args.version)
     bundle = _bundle(args, subject)
     data = subject.data or load(spec)
