@@ -43,10 +43,7 @@ class Piecewise(Varying):
         return self.values[sum(epoch >= b for b in self.boundaries)]
 
 
-class Linear(Varying):
-    """Straight line from `first` at epoch `start` to `last` at epoch `end`, constant outside."""
-
-    kind: Literal["linear"] = "linear"
+class _Ramp(Varying):
     first: Number
     last: Number
     start: Epoch = 0
@@ -58,28 +55,27 @@ class Linear(Varying):
             raise ValueError(f"end must come after start, got start {self.start}, end {self.end}")
         return self
 
+    def _done(self, epoch: int) -> float:
+        return _progress(epoch, self.start, self.end)
+
+
+class Linear(_Ramp):
+    """Straight line from `first` at epoch `start` to `last` at epoch `end`, constant outside."""
+
+    kind: Literal["linear"] = "linear"
+
     def value(self, epoch: int) -> float:
-        return self.first + (self.last - self.first) * _progress(epoch, self.start, self.end)
+        return self.first + (self.last - self.first) * self._done(epoch)
 
 
-class Cosine(Varying):
+class Cosine(_Ramp):
     """Half a cosine from `first` at epoch `start` to `last` at epoch `end`, constant outside."""
 
     kind: Literal["cosine"] = "cosine"
-    first: Number
     last: Number = 0.0
-    start: Epoch = 0
-    end: Annotated[int, Field(ge=1)]
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.end <= self.start:
-            raise ValueError(f"end must come after start, got start {self.start}, end {self.end}")
-        return self
 
     def value(self, epoch: int) -> float:
-        down = (1 + math.cos(math.pi * _progress(epoch, self.start, self.end))) / 2
-        return self.last + (self.first - self.last) * down
+        return self.last + (self.first - self.last) * (1 + math.cos(math.pi * self._done(epoch))) / 2
 
 
 class Interpolated(Varying):
@@ -144,7 +140,7 @@ def extremes(schedule: float | Varying) -> tuple[float, ...]:
     """Values that bound everything the schedule says."""
     if isinstance(schedule, Piecewise | Interpolated):
         return schedule.values
-    if isinstance(schedule, Linear | Cosine):
+    if isinstance(schedule, _Ramp):
         return (schedule.first, schedule.last)
     return (at(schedule, 0),)
 

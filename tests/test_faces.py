@@ -8,7 +8,7 @@ import torch
 from conftest import TINY, tiny
 from torch import Tensor, nn
 
-from raysweep.attacks import PGD
+from raysweep.attacks import PGD, WorstCase
 from raysweep.data import Data, load
 from raysweep.models import MODELS, ModelSpec
 from raysweep.rng import Rng
@@ -272,5 +272,8 @@ def test_what_a_device_has_not_is_refused(tmp_path) -> None:
         fit(run_config("at", TINY, {"compute.tf32": True}), tmp_path, device=CPU)
     with pytest.raises(SpecError, match=r"validation.tf32 = true: there is no TF32 on cpu; leave it false"):
         fit(run_config("at", TINY, {"validation.tf32": True}), tmp_path, device=CPU)
+    attack = WorstCase(attacks={"pgd": PGD(eps=0.1, step_size=0.05, steps=1)}, tf32=True).json_dict()
+    with pytest.raises(SpecError, match=r"validation.finish.worst.tf32 = true: there is no TF32 on cpu"):
+        fit(run_config("at", TINY, {"validation.finish": {"worst": attack}}), tmp_path, device=CPU)
     with pytest.raises(SpecError, match=r"compute.attack = 'fp16': must be 'float32' or 'bf16'"):
         run_config("at", TINY, {"compute.attack": "fp16"})

@@ -55,7 +55,14 @@ def load_checkpoint(path: Path, changes: Mapping[str, Any]) -> Subject:
     saved = checkpoint.read(path)
     spec = override(saved.config.data, changes)
     data = load(spec.model_copy(update={"unlabeled": None}) if spec.unlabeled else spec)
-    return Subject(load_model(saved, data), f"{path.parent.name}/{path.name}", saved, data)
+    return Subject(load_model(saved, data), _name(path), saved, data)
+
+
+def _name(path: Path) -> str:
+    """RUN/epoch-0004, with its sweep's name before it if the run is a trial, which is a mere number."""
+    run = path.parent
+    sweep = [run.parent.parent.name] if run.parent.name == "trials" else []
+    return "/".join([*sweep, run.name, path.name])
 
 
 def load_model(saved: Checkpoint, data: Data) -> nn.Module:

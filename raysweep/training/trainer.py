@@ -17,7 +17,7 @@ from raysweep.evaluation.copies import LEAST_ROWS, attack_copy, full_precision, 
 from raysweep.method import ONE_WORKER, Method, Step, Workers
 from raysweep.rng import Rng, seed_of
 from raysweep.schedules import now
-from raysweep.spec import SpecError
+from raysweep.spec import SpecError, flatten
 from raysweep.training import checkpoint
 from raysweep.training.batchnorm import synchronised
 from raysweep.training.checkpoint import Checkpoint, Run
@@ -132,8 +132,10 @@ def check_goes_on(saved: Checkpoint, config: RunConfig, fingerprint: str) -> Non
 def build(config: RunConfig, data: Data, device: torch.device, workers: Workers = ONE_WORKER) -> Faces:
     """The config's network on a device, with the weights that its seed gives, ready to be trained and attacked."""
     compute = config.compute.on(device)
-    if config.validation.tf32 and not has_tf32(device):
-        raise SpecError(f"validation.tf32 = true: there is no TF32 on {device.type}; leave it false")
+    if not has_tf32(device):
+        for key, value in flatten(config).items():
+            if key.endswith(".tf32") and value is True:
+                raise SpecError(f"{key} = true: there is no TF32 on {device.type}; leave it false")
     model = config.model.build(data.channels, data.classes, seed_of(config.seed, "weights")).to(device)
     if workers.size > 1:
         model = synchronised(model, workers)
