@@ -15,6 +15,11 @@ from raysweep.training import checkpoint
 
 _CARD = "card.json"
 _PREFIX = "raysweep."
+_ABOUT = (
+    "Checkpoints that pipelines of raysweep promoted. candidate: registered last; aa-verified: judged by AutoAttack "
+    "standard; champion: better than the one before it on the same examples (McNemar's test). Card and outcome of each "
+    "example are among the artifacts of a version's source run, under `registered`."
+)
 
 
 class Register(Stage):
@@ -49,7 +54,7 @@ class Register(Stage):
         run = judgement.run
         work.tracker.artifact(run, card, f"registered/{_CARD}")
         work.tracker.file(run, work.out / judgement.folder / EXAMPLES, "registered")
-        version = work.tracker.register(self.name, run, tags)
+        version = work.tracker.register(self.name, run, tags, _ABOUT)
         work.tracker.alias(self.name, "candidate", version)
         found: Json = {"name": self.name, "version": version, "candidate": judgement.candidate.title}
         if judgement.standard:
@@ -63,9 +68,9 @@ class Register(Stage):
             "candidate", *(["aa-verified"] if judgement.standard else []),
             *(["champion"] if found.get("champion") == version else []),
         ]  # fmt: skip
-        work.say(f"{self.name} version {version}: {found['verdict']}, {found['reason']}")
-        verdict = f"{found['verdict']}: {found['reason']}"
-        work.tracker.describe_version(self.name, version, f"{_summary(judgement)} Against the champion: {verdict}.")
+        verdict = f"{found['verdict']}, {found['reason']}"
+        work.say(f"{self.name} version {version}: {verdict}")
+        work.tracker.describe_version(self.name, version, f"{_summary(judgement)} As a champion: {verdict}.")
 
         def files(folder: Path) -> None:
             (folder / _CARD).write_text(json.dumps(card, indent=2) + "\n")

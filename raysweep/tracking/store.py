@@ -20,6 +20,8 @@ from raysweep.training.config import RunConfig
 from raysweep.training.diagnostics import read_histograms
 
 EXPERIMENT = "raysweep"
+_NOTE = "mlflow.note.content"
+_ABOUT = "Runs of raysweep. A sweep has its trials under it; a pipeline's results are in its report."
 _ILLEGAL = re.compile(r"[^\w./ -]")
 _COSTS = ("shared", "validation_seconds")
 _SECRET = re.compile(r"(://[^\s:/@]*:)\S*(?=@)|(password=)[^\s&]*")
@@ -121,7 +123,7 @@ class Tracker:
 
     def describe(self, run: str, lines: Sequence[str]) -> None:
         """The run's description in the UI, in place of an earlier one: one point a line."""
-        self.tag(run, {"mlflow.note.content": "\n".join(f"- {line}" for line in lines)})
+        self.tag(run, {_NOTE: "\n".join(f"- {line}" for line in lines)})
 
     def artifacts(self, run: str, folder: Path, under: str) -> None:
         self._connected.result()[0].log_artifacts(run, str(folder), under)
@@ -175,15 +177,18 @@ class Tracker:
             reason = str(error).splitlines()[0]
             raise SpecError(masked(f"{what}: no checkpoint in MLflow store {self.uri}: {reason}")) from None
 
-    def register(self, name: str, run: str, tags: Mapping[str, str]) -> str:
-        """Version of the registered model `name` that is this run's checkpoint, made if there is none."""
+    def register(self, name: str, run: str, tags: Mapping[str, str], description: str = "") -> str:
+        """Version of the registered model `name` that is this run's checkpoint, made if there is none.
+
+        description: of the model, if it is new.
+        """
         from mlflow.exceptions import MlflowException
 
         client, _ = self._connected.result()
         try:
             client.get_registered_model(name)
         except MlflowException:
-            client.create_registered_model(name)
+            client.create_registered_model(name, description=description)
         known = [v for v in client.search_model_versions(f"name='{name}'") if v.run_id == run]
         if known:
             version = str(known[0].version)
@@ -243,8 +248,8 @@ class Tracker:
                 return client, str(found.experiment_id)
             local = self.uri.startswith("sqlite")
             where = (self._artifacts / EXPERIMENT).resolve().as_uri() if local else None
-            # Without this tag the UI opens its pages for language models.
-            tags = {"mlflow.experimentKind": "custom_model_development"}
+            # Without this tag some versions of the UI open their pages for language models.
+            tags = {"mlflow.experimentKind": "custom_model_development", _NOTE: _ABOUT}
             return client, str(client.create_experiment(EXPERIMENT, artifact_location=where, tags=tags))
         except (MlflowException, OSError, ValueError) as error:
             hint = "set MLFLOW_TRACKING_URI to a server or sqlite:///FILE, or leave it out"
