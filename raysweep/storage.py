@@ -72,8 +72,20 @@ def at(where: str) -> Path:
     steps = [step for step in parts.path.split("/") if step]
     if parts.scheme not in ("s3", "gs") or not bucket or {".", ".."} & {*steps, bucket}:
         raise SpecError(f"{where}: expected a folder, s3://BUCKET/PATH or gs://BUCKET/PATH")
-    store = f"{parts.scheme}?{parts.query}".rstrip("?")
+    query = "&".join(filter(None, [parts.query, _endpoint(parts.query) if parts.scheme == "s3" else ""]))
+    store = f"{parts.scheme}?{query}".rstrip("?")
     return _copies().joinpath(_folder_name(store), parts.netloc, *steps)
+
+
+def _endpoint(query: str) -> str:
+    """The server that Amazon's own tools would ask, as options of a URI: other machines may lack these variables."""
+    key = next((key for key in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if os.environ.get(key)), None)
+    if key is None or "endpoint_override" in query:
+        return ""
+    server = urlsplit(os.environ[key])
+    if server.scheme not in ("http", "https") or not server.hostname or "@" in server.netloc or server.path.strip("/"):
+        raise SpecError(f"{key}: expected http://HOST:PORT or https://HOST")
+    return urlencode({"endpoint_override": server.netloc, "scheme": server.scheme}, safe=":")
 
 
 def name(path: Path) -> str:

@@ -110,6 +110,16 @@ def test_a_place_has_one_name_on_every_machine(where: str) -> None:
     assert not set("?&=%") & set(str(path)), "Ray takes paths for URIs"
 
 
+def test_the_variables_of_amazons_tools_name_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio:9000")
+    assert storage.name(storage.at("s3://b/x")) == "s3://b/x?endpoint_override=minio:9000&scheme=http"
+    assert storage.name(storage.at("s3://b/x?endpoint_override=h")) == "s3://b/x?endpoint_override=h"
+    assert storage.name(storage.at("gs://b/x")) == "gs://b/x"
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "minio:9000")
+    with pytest.raises(SpecError, match=r"AWS_ENDPOINT_URL_S3: expected http://HOST:PORT or https://"):
+        storage.at("s3://b/x")
+
+
 def test_a_folder_is_itself(tmp_path: Path) -> None:
     path = storage.at(str(tmp_path / "x"))
     assert path == tmp_path / "x" and storage.name(path) == str(path) and not storage.is_copy(path)

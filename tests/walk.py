@@ -33,7 +33,7 @@ SMALL = "--set data.name=arrays --set data.train_size=64 --set data.val_size=40 
 CUT = {
     r"raysweep train lrat-table1 ": SMALL,
     r"raysweep run lrat-table1 .*seeds=": f"{SMALL} --set stages.autoattack.n=4",
-    r"raysweep run lrat-table1 .*(--plan|--address)": "--set data.name=arrays",
+    r"raysweep run lrat-table1 .*(--plan|--address)": SMALL,
     r"raysweep eval runs/lrat-row": "--n 4 --data-dir DIR",
     r"raysweep eval my_models:make": "--set data.name=arrays --data-dir DIR --n 20",
 }
