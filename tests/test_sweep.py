@@ -280,6 +280,18 @@ def test_a_starting_point_of_some_settings_is_not_tried_again(tmp_path) -> None:
     assert StudySearch(ledger).suggest("a")["settings"][ALPHA] != 2.0
 
 
+@pytest.mark.parametrize("kind", ["random", "tpe"])
+def test_settings_are_not_tried_twice_while_there_are_others(kind, tmp_path) -> None:
+    values = [0.5, 1.0, 2.0, 4.0]
+    points = {ALPHA: {"categorical": values}}
+    ledger = Ledger.create(tmp_path / "sweep", space(sampler={"kind": kind}, space=points, trials=6))
+    ledger.write(Trial(0, {ALPHA: 0.5}, state="finished", best={"robust_worst": 0.5}))
+    search = StudySearch(ledger)
+    tried = [0.5, *(search.suggest(name)["settings"][ALPHA] for name in "abcde")]
+    assert tried[:2] == [0.5, 2.0], "the starting point first"
+    assert sorted(tried[:4]) == values and len(tried) == 6, "when all was tried, a sweep still has its trials"
+
+
 def test_asha_stops_weak_trials_and_a_failing_trial_fails_alone(ray_cluster, tmp_path) -> None:
     base = {**TINY, "epochs": 4, "data.train_size": 256}
     settings = space(

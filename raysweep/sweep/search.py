@@ -6,6 +6,7 @@ from typing import Any
 import optuna
 from ray.tune.search import Searcher
 
+from raysweep.spec import digest
 from raysweep.sweep.failures import FAILED
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.study import constraints, frozen
@@ -29,6 +30,7 @@ class StudySearch(Searcher):
         self._asked: dict[str, optuna.Trial | Trial] = {}
         self._best: dict[str, dict[str, float]] = {}
         self._complete = 0
+        self._tried = {digest(trial.settings) for trial in past}
         self._unfinished = [trial for trial in past if trial.state == "running"]
         # A driver may have been killed before it wrote down a trial, and after it wrote down the next.
         self._free = sorted(set(range(space.total)) - {trial.number for trial in past})
@@ -47,9 +49,8 @@ class StudySearch(Searcher):
             return {"number": trial.number, "settings": trial.settings}
         if not self._free:
             return Searcher.FINISHED  # type: ignore[no-any-return]
-        asked = self._study.ask()
-        self._asked[trial_id] = asked
-        return {"number": self._free.pop(0), "settings": self._ledger.space.suggest(asked)}
+        self._asked[trial_id], settings = self._ask()
+        return {"number": self._free.pop(0), "settings": settings}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         metric = self._ledger.space.objectives[0]
@@ -70,6 +71,16 @@ class StudySearch(Searcher):
             for name, value in constraints(self._ledger.space, best).items():
                 asked.set_constraint(name, value)
             self._study.tell(asked, [best[name] for name in self._ledger.space.objectives])
+
+    def _ask(self, attempts: int = 10) -> tuple[optuna.Trial, dict[str, Any]]:
+        """Settings that no trial has, if a few attempts find any: the same ones, seed included, end the same."""
+        asked = self._study.ask()
+        settings = self._ledger.space.suggest(asked)
+        if attempts and digest(settings) in self._tried:
+            self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
+            return self._ask(attempts - 1)
+        self._tried.add(digest(settings))
+        return asked, settings
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger is the truth."""
