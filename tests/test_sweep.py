@@ -287,9 +287,12 @@ def test_settings_are_not_tried_twice_while_there_are_others(kind, tmp_path) -> 
     ledger = Ledger.create(tmp_path / "sweep", space(sampler={"kind": kind}, space=points, trials=6))
     ledger.write(Trial(0, {ALPHA: 0.5}, state="finished", best={"robust_worst": 0.5}))
     search = StudySearch(ledger)
-    tried = [0.5, *(search.suggest(name)["settings"][ALPHA] for name in "abcde")]
+    *found, end = [search.suggest(name) for name in "abcdef"]
+    tried = [0.5, *(trial["settings"][ALPHA] for trial in found)]
     assert tried[:2] == [0.5, 2.0], "the starting point first"
-    assert sorted(tried[:4]) == values and len(tried) == 6, "when all was tried, a sweep still has its trials"
+    assert sorted(tried[:4]) == values
+    assert [trial["number"] for trial in found] == [1, 2, 3, 4, 5], "when all was tried, a sweep still has its trials"
+    assert end == "FINISHED"
 
 
 def test_asha_stops_weak_trials_and_a_failing_trial_fails_alone(ray_cluster, tmp_path) -> None:
