@@ -78,7 +78,8 @@ def test_a_sweep_on_two_workers_with_all_that_can_happen(ray_cluster: None, tmp_
         grown = ledger.space.model_copy(update={"trials": trials})
         run_sweep(ledger, [Follower(kill_once)], Resources(cpus=2, workers=2), grown=grown)
     first, second, third = ledger.trials()
-    assert first.state == "finished" and first.epoch == 6
+    assert first.state == "finished", first.reason
+    assert first.epoch == 6
     assert second.state == "failed" and "the loss became" in second.reason
     assert third.state == "stopped"
     assert groups and groups[0] != held(ledger.run_path(0)), "the group was started again"

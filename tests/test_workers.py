@@ -25,7 +25,7 @@ from raysweep.training import checkpoint
 from raysweep.training.batchnorm import synchronised
 from raysweep.training.checkpoint import Run
 from raysweep.training.config import RunConfig
-from raysweep.training.distributed import GroupWorkers, average_gradients
+from raysweep.training.distributed import GroupWorkers, PeerLost, average_gradients
 from raysweep.training.trainer import Fitted, fit
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -216,6 +216,16 @@ def test_synchronised_batch_norm_is_batch_norm_by_another_sum(norm: nn.BatchNorm
     assert torch.allclose(theirs(x), ours(x), atol=1e-5)
     assert theirs.state_dict().keys() == ours.state_dict().keys()
     assert all(torch.allclose(ours.state_dict()[k], v) for k, v in theirs.state_dict().items())
+
+
+def test_a_group_that_ends_under_a_worker_is_a_lost_peer(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    workers = GroupWorkers()
+    dist.destroy_process_group()  # as Ray Train does in the others when one has died
+    with pytest.raises(PeerLost):
+        workers.sum(torch.zeros(1))
+    with pytest.raises(PeerLost):
+        GroupWorkers()
 
 
 def test_an_attack_that_would_leave_workers_waiting_is_refused(tmp_path: Path) -> None:

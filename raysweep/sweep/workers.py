@@ -1,6 +1,7 @@
 """A trial on several workers: Ray Train's group within the trial, which itself only waits and passes reports on."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def _work(loop: dict[str, Any]) -> None:
         _share(config, path, loop)
     except TrainingFailed as error:
         # All workers at once.
-        ray.train.report({FAILED: str(error), "epoch": 0})
+        _report({FAILED: str(error), "epoch": 0})
     except (PeerLost, storage.StoreFailed):
         raise
     except Exception as error:
@@ -112,19 +113,23 @@ def _share(config: RunConfig, path: Path, loop: dict[str, Any]) -> None:
         _hold(path)
     if first_says(len(kept(path)), workers, device):
         # The last group ended by an error of this trial, and so would each after it.
-        ray.train.report({**kept(path), "epoch": 0})
+        _report({**kept(path), "epoch": 0})
         return
     # A report waits for the next poll: when a group dies, its last two may not have got through.
     known = Run(path).history() if workers.rank == 0 else []
     missed = known[-2:]
     for number in range(first_says(len(missed), workers, device)):
-        ray.train.report(missed[number] if missed else {})
-
-    def report(metrics: dict[str, float], saved: Checkpoint) -> None:
-        ray.train.report(metrics)
-
+        _report(missed[number] if missed else {})
     data = loop["source"].load(config.data) if loop["source"] else None
-    fit(config, path, report, data=data, device=device, workers=workers, prefixes=loop["prefixes"])
+    fit(config, path, _report, data=data, device=device, workers=workers, prefixes=loop["prefixes"])
+
+
+def _report(metrics: Mapping[str, float | str], saved: Checkpoint | None = None) -> None:
+    """Ray Train's report, which waits for all workers."""
+    from raysweep.training.distributed import together
+
+    with together():
+        ray.train.report(dict(metrics))
 
 
 def _hold(path: Path) -> None:

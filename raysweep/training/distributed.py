@@ -1,5 +1,7 @@
 """Several processes that train one model: sums over a torch.distributed group, and the mean of their gradients."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 
 import torch
@@ -14,19 +16,31 @@ class PeerLost(RuntimeError):
     """Another worker is gone: not this one's fault."""
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """For what all workers do at once: whatever goes wrong in it raises PeerLost.
+
+    By the moment at which the group ends, torch raises RuntimeError (a broken connection) or ValueError (a group that
+    Ray Train has already destroyed), and Ray its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise PeerLost(str(error)) from error
+
+
 class GroupWorkers:
     """The processes of torch.distributed's default group."""
 
     def __init__(self) -> None:
-        self.size = dist.get_world_size()
-        self.rank = dist.get_rank()
+        with together():
+            self.size = dist.get_world_size()
+            self.rank = dist.get_rank()
 
     def sum(self, value: Tensor) -> Tensor:
         total = value.detach().clone(memory_format=torch.contiguous_format)
-        try:
+        with together():
             dist.all_reduce(total)
-        except RuntimeError as error:
-            raise PeerLost(str(error)) from error
         return total
 
 
