@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from raysweep import storage
-from raysweep.clock import clock
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import labels
+from raysweep.wording import clock, counted
 
 _ROWS = 20
 _COLUMNS = ("clean", "pgd", "cw", "robust_worst", "masking_gap")
@@ -39,7 +39,7 @@ class Progress:
         self._epochs = ledger.space.config({}).epochs
         self._trials = {trial.number: trial for trial in ledger.trials()}
         self._console.print(
-            f"sweep {ledger.name}: {ledger.space.total} trials of up to {self._epochs} epochs, "
+            f"sweep {ledger.name}: {counted(ledger.space.total, 'trial')} of up to {counted(self._epochs, 'epoch')}, "
             f"{concurrent} at a time, in {storage.name(ledger.path)}",
             highlight=False,
             soft_wrap=True,

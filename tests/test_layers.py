@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "raysweep"
 # Each layer may import itself and those before it.
 LAYERS = [
-    ("clock", "files", "spec", "schedules", "rng", "storage"),
+    ("files", "spec", "schedules", "rng", "storage", "wording"),
     ("losses", "attacks", "weights"),
     ("method",),
     ("catalog", "models", "data"),

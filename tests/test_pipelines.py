@@ -15,9 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from conftest import tiny
 
 from raysweep.cli import build_parser, main
+from raysweep.data import load
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.lock import locked
 from raysweep.pipeline.nights import forget, today
@@ -25,6 +28,8 @@ from raysweep.pipeline.paper import paper_table
 from raysweep.pipeline.pipeline import load_pipeline, steps
 from raysweep.pipeline.shipped import pipelines
 from raysweep.spec import SpecError
+from raysweep.sweep.plan import quick_epoch_seconds
+from raysweep.sweep.resources import Resources
 from raysweep.training.config import RunConfig
 from raysweep.training.trainer import fit
 
@@ -355,6 +360,17 @@ def test_a_plan_says_on_what_and_for_how_long(workdir: Path, capsys) -> None:
     assert lines[2].endswith("run at once"), "how many are on the front nobody knows"
     assert lines[-1].endswith("how long cannot be told here; attacks come on top")
     assert list(workdir.iterdir()) == [workdir / "promoted.yaml"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is through with it soon")
+def test_a_plan_does_not_time_a_network_that_takes_this_cpu_minutes(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", x=np.zeros((64, 3, 32, 32), np.uint8), y=np.arange(64) % 10)
+    for model, known in (("digits_cnn", True), ("wrn_34_10", False)):
+        own = {"data__name": "arrays", "data__data_dir": str(tmp_path), "data__train_size": 32, "data__val_size": 10}
+        config = tiny("at", model__name=model, **own)
+        seconds = quick_epoch_seconds(config, load(config.data), Resources(cpus=1))
+        assert (seconds is not None and seconds > 0) == known
 
 
 def _root() -> Path:

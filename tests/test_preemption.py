@@ -124,7 +124,7 @@ def test_a_training_run_that_fails_is_closed_and_says_where_to_look(workdir: Pat
     command = ["train", "at", "--set", "epochs=1", "--set", "data.train_size=64", "--set", "data.val_size=50"]
     assert main([*command, "--name", "r"]) == 1
     first, last = capsys.readouterr().err.strip().splitlines()
-    assert first == f"at on digits: 1 epochs of 1 steps, in {workdir}/runs/r"
+    assert first == f"at on digits: 1 epoch of 1 step, in {workdir}/runs/r"
     file = workdir / "runs" / "r" / "error.txt"
     assert last.startswith("raysweep: training failed: ") and last.endswith(f"; its traceback is in {file}")
     assert "histograms" in last and "in fit" in file.read_text()

@@ -7,7 +7,6 @@ import pytest
 from conftest import tiny
 
 from raysweep.attacks import PGD
-from raysweep.clock import clock, duration
 from raysweep.evaluation.instances import Instances, instances
 from raysweep.pipeline.artifact import Artifact, Candidate, Judgement
 from raysweep.pipeline.autoattack import AutoAttack
@@ -20,6 +19,7 @@ from raysweep.sweep.space import SearchSpace
 from raysweep.sweep.study import ENOUGH, importances, study
 from raysweep.training.load import load_checkpoint
 from raysweep.training.trainer import fit
+from raysweep.wording import clock, duration
 
 LR, MOMENTUM, SHAPE = "optim.lr", "optim.momentum", "method.terms.pgd.weight.shape"
 LAM = "method.terms.pgd.weight.lam"

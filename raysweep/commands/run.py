@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.console import Console
 
-from raysweep.clock import duration
 from raysweep.commands import runs_in, settings, ui_command, writable
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.pipeline import Step, load_pipeline, run_pipeline
@@ -20,6 +19,7 @@ from raysweep.pipeline.report import HTML, MARKDOWN
 from raysweep.pipeline.stage import StageFailed
 from raysweep.spec import Json, SpecError
 from raysweep.tracking import embedded_store
+from raysweep.wording import duration
 
 
 def run(args: Namespace) -> int:

@@ -18,6 +18,7 @@ from raysweep.spec import Json, SpecError, flatten, read_yaml, unknown_name
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.space import SearchSpace, load_space, spaces
 from raysweep.training.presets import presets, resolve
+from raysweep.wording import counted
 
 
 def run(args: Namespace) -> int:
@@ -112,7 +113,8 @@ def _trial(args: Namespace, ledger: Ledger, number: int) -> int:
     if args.json:
         return _print({**trial_facts(ledger, trial), "folder": storage.name(folder), "advice": advice})
     reason = f": {trial.reason}" if trial.reason else ""
-    print(f"{ledger.name}/{number:04d} {trial.state}{reason} after {trial.epoch} epochs, {trial.trained} trained here")
+    epochs = f"{counted(trial.epoch, 'epoch')}, {trial.trained} trained here"
+    print(f"{ledger.name}/{number:04d} {trial.state}{reason} after {epochs}")
     settings = {path: value for path, value in trial.settings.items() if value is not None}
     metrics = {name: f"{value:.4f}" for name, value in trial.best.items() if "/" not in name and name != "epoch"}
     for title, rows in (("searched", settings), (f"epoch {trial.best.get('epoch', 0):.0f}, its best", metrics)):

@@ -23,6 +23,7 @@ from raysweep.training.pause import Interrupted, told_to_end
 from raysweep.training.prefix import PREFIXES, Prefixes
 from raysweep.training.presets import resolve
 from raysweep.training.trainer import Fitted, check_goes_on, fit
+from raysweep.wording import counted
 
 
 def run(args: Namespace) -> int:
@@ -77,7 +78,10 @@ def _fit(config: RunConfig, data: Data, tracker: Tracker, run_id: str, path: Pat
         tracker.metrics(run_id, metrics, epoch)
 
     what, steps = f"{config.method.name} on {config.data.name}", math.ceil(len(data.train) / config.batch_size)
-    print(f"{what}: {config.epochs} epochs of {steps} steps, in {storage.name(path)}", file=sys.stderr)
+    print(
+        f"{what}: {counted(config.epochs, 'epoch')} of {counted(steps, 'step')}, in {storage.name(path)}",
+        file=sys.stderr,
+    )
     store = Prefixes(path.parent / PREFIXES)
     with told_to_end() as told, step_bar(Console(stderr=True), config.epochs, steps) as bar:
         return fit(config, path, report, data=data, prefixes=store, reported=reported, interrupted=told, stepped=bar)

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from raysweep.clock import duration
 from raysweep.pipeline import figures
 from raysweep.pipeline.artifact import Artifact, Judgement, ranked_by
 from raysweep.pipeline.document import Picture, Section, Table, Text
 from raysweep.pipeline.paper import Comparison, PaperTable
 from raysweep.pipeline.statistics import Summary, kendall_tau, summary
 from raysweep.spec import Json
+from raysweep.wording import duration
 
 _SHOWN = 6
 # A masking gap that deserves a word: four times what methods without masking have on digits.

@@ -21,6 +21,7 @@ from raysweep.tracking import SweepTracker
 from raysweep.training import checkpoint
 from raysweep.training.config import RunConfig, run_config
 from raysweep.training.presets import preset
+from raysweep.wording import counted
 
 Which = Literal["best", "last"]
 
@@ -71,7 +72,7 @@ class Tune(Stage):
         searched = ", ".join(labels(list(space.space)).values())
         epochs, most = expected_epochs(space, config.epochs), space.total * config.epochs
         about = f"about {epochs} of {most}" if epochs < most else str(most)
-        return f"{_counted(space.total, 'trial')} of {_what(config)} each, {about} in all; searched: {searched}"
+        return f"{counted(space.total, 'trial')} of {_what(config)} each, {about} in all; searched: {searched}"
 
     def run(self, work: Work, past: Past) -> Outcome:
         (label,) = self.labels(work.settings)
@@ -132,7 +133,7 @@ class Train(Stage):
         configs = {label: space.config({}) for label, space in self.spaces(settings).items()}
         rows = [f"{label} ({_what(config)})" for label, config in configs.items()]
         epochs = len(self.seeds) * sum(config.epochs for config in configs.values())
-        return f"{_counted(len(self.seeds), 'seed')} of {'; '.join(rows)}: {epochs} epochs in all"
+        return f"{counted(len(self.seeds), 'seed')} of {'; '.join(rows)}: {counted(epochs, 'epoch')} in all"
 
     def run(self, work: Work, past: Past) -> Outcome:
         candidates: list[Candidate] = []
@@ -248,9 +249,5 @@ def _decides(space: SearchSpace) -> Json:
     return space.model_copy(update={"base": base}).json_dict()
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
 def _what(config: RunConfig) -> str:
-    return f"{config.method.name}, {config.model.name} on {config.data.name}, {config.epochs} epochs"
+    return f"{config.method.name}, {config.model.name} on {config.data.name}, {counted(config.epochs, 'epoch')}"

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 
-from raysweep.clock import duration
 from raysweep.data import Data
 from raysweep.evaluation.copies import LEAST_ROWS, attack_copy
 from raysweep.rng import Rng
@@ -17,9 +16,12 @@ from raysweep.sweep.resources import Resources
 from raysweep.sweep.space import SearchSpace
 from raysweep.training.config import RunConfig
 from raysweep.training.trainer import build, train_step
+from raysweep.wording import counted, duration
 
-# Seconds of one thread: a small network needs a fifth, a ResNet-18 three times as much.
-_SMALL = 0.5
+# Seconds for four images of 32 x 32: a small network needs a third to two thirds, a ResNet-18 up to twice as much.
+_SMALL = 0.03
+# Seconds of a step beside which warming up is nothing.
+_LONG = 5.0
 
 
 def plan(
@@ -66,8 +68,8 @@ def plan(
         print(json.dumps(facts, indent=1))
         return 0
     name, most = config.method.name, sum(config.epochs - epoch for epoch in begun)
-    count = f"{len(begun)} of {space.total} trials are left:" if trials else f"{space.total} trials of"
-    print(f"{count} {name} on {config.data.name}, {config.epochs} epochs each, {config.model.name}")
+    count = f"{len(begun)} of {space.total} trials are left:" if trials else f"{counted(space.total, 'trial')} of"
+    print(f"{count} {name} on {config.data.name}, {counted(config.epochs, 'epoch')} each, {config.model.name}")
     for path, distribution in searched.items():
         print(f"  {path}: {distribution}")
     print(f"{len(data.train)} training and {len(data.val)} validation examples")
@@ -75,7 +77,7 @@ def plan(
     each = f", shared by {resources.workers} workers" if resources.workers > 1 else ""
     print(f"a trial holds {resources.cpus:g} CPU(s) and {resources.gpus:g} GPU(s){each}; {concurrent} run at once")
     print(f"one epoch with validation takes about {seconds:.1f} s, estimated from a few steps of one worker here")
-    print(f"about {epochs} epochs in all{f' ({most} without early stopping)' if epochs < most else ''}:")
+    print(f"about {counted(epochs, 'epoch')} in all{f' ({most} without early stopping)' if epochs < most else ''}:")
     print(f"{duration(seconds * epochs)} of trials, {duration(wall)} from start to end")
     return 0
 
@@ -92,7 +94,7 @@ def machine(address: str | None) -> tuple[dict[str, float], list[dict[str, float
 
 
 def epoch_seconds(config: RunConfig, data: Data, resources: Resources, steps: int = 2) -> float:
-    """Seconds of an epoch with its validation, from `steps` real steps after the burn-in.
+    """Seconds of an epoch with its validation, from `steps` real steps after the burn-in, or one that takes long.
 
     Each of several workers takes its share of a batch and of the validation; what they say to each other comes on top.
     """
@@ -107,6 +109,8 @@ def epoch_seconds(config: RunConfig, data: Data, resources: Resources, steps: in
         started = time.perf_counter()
         train_step(settings.method, faces, batch, Rng.for_examples(batch.index, 0, "plan"))
         timings.append(time.perf_counter() - started)
+        if timings[-1] > _LONG:
+            break
     judged = min(len(data.val), config.validation.size or len(data.val)) / resources.workers
     sample = math.ceil(min(judged, config.batch_size))
     started = time.perf_counter()
@@ -127,13 +131,13 @@ def quick_epoch_seconds(config: RunConfig, data: Data, resources: Resources) -> 
 
 
 def _small(config: RunConfig, data: Data) -> bool:
-    """Whether this CPU is through with 32 images so soon that a step of training takes it seconds."""
+    """Whether this CPU is through with four images so soon that a step of training takes it seconds."""
     model = build(config, data, torch.device("cpu")).model.eval()
     timings = []
     for _ in range(2):
         started = time.perf_counter()
         with torch.no_grad():
-            model(data.val.images(slice(0, 32)))
+            model(data.val.images(slice(0, 4)))
         timings.append(time.perf_counter() - started)
     return min(timings) < _SMALL
 

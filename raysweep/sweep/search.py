@@ -76,10 +76,11 @@ class StudySearch(Searcher):
         """Settings that no trial has, if a few attempts find any: the same ones, seed included, end the same."""
         asked = self._study.ask()
         settings = self._ledger.space.suggest(asked)
-        if attempts and digest(settings) in self._tried:
+        key = digest(settings)
+        if attempts and key in self._tried:
             self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
             return self._ask(attempts - 1)
-        self._tried.add(digest(settings))
+        self._tried.add(key)
         return asked, settings
 
     def save(self, checkpoint_path: str) -> None:

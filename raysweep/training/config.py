@@ -14,6 +14,7 @@ from raysweep.schedules import Number, Piecewise, Schedule, now, within
 from raysweep.spec import Spec, SpecError, override, unknown_name
 from raysweep.training.compute import Compute
 from raysweep.training.profiles import PROFILES
+from raysweep.wording import counted
 
 
 class Optim(Spec):
@@ -70,7 +71,7 @@ class RunConfig(Spec):
             burn_in = getattr(term.weight, "burn_in", 0)
             if burn_in >= self.epochs:
                 path = f"method.terms.{name}.weight.burn_in"
-                lines.append(f"{path} = {burn_in}: the weights never act in {self.epochs} epochs")
+                lines.append(f"{path} = {burn_in}: the weights never act in {counted(self.epochs, 'epoch')}")
         for name, attack in self.method.attacks.items():
             if self.compute.attack == "bf16" and getattr(attack, "start", None) == "gaussian":
                 path = f"method.attacks.{name}"

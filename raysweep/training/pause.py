@@ -22,6 +22,7 @@ from raysweep.training import checkpoint
 from raysweep.training.checkpoint import Run
 from raysweep.training.config import RunConfig
 from raysweep.training.diagnostics import Diagnostics
+from raysweep.wording import counted
 
 _SEEN = "seen.safetensors"
 
@@ -85,7 +86,9 @@ class Pause:
         facts = {"steps": str(steps), "seconds": str(seconds), "edges": json.dumps(edges)}
         state = (self._config, self._model, self._optimizer, self._history, self._fingerprint)
         checkpoint.save(self._run.half, *state, also={_SEEN: save(sums, facts)})
-        raise Interrupted(f"told to end in epoch {len(self._history) + 1}, after {steps} steps; all of it is kept")
+        raise Interrupted(
+            f"told to end in epoch {len(self._history) + 1}, after {counted(steps, 'step')}; all of it is kept"
+        )
 
     @property
     def seconds(self) -> float:

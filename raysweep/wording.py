@@ -1,4 +1,4 @@
-"""Seconds, as people read them."""
+"""Seconds and counts, as people read them."""
 
 
 def clock(seconds: float) -> str:
@@ -13,3 +13,8 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def counted(count: int, what: str) -> str:
+    """`1 trial`, `2 trials`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
