@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Ray's workers give way to all else, here to the tests beside theirs, 28 seconds of work for one of their own.
+# By Ray's default its workers get one second for each 28 that the tests beside theirs use.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Buckets are those of a server on this machine, their copies out of the way of the user's own.
 os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="hush", AWS_EC2_METADATA_DISABLED="true")
