@@ -15,6 +15,7 @@ from raysweep.commands import data_settings, runs_in, writable
 from raysweep.data import DataSpec, load
 from raysweep.spec import SpecError
 from raysweep.tracking import embedded_store, masked, store_version
+from raysweep.wording import counted
 
 if TYPE_CHECKING:
     from raysweep.sweep.probe import Answer
@@ -81,7 +82,7 @@ def _findings(args: Namespace) -> Iterator[Finding]:
         storage.drop_file(marker)
         marker.unlink()
     where = args.address or os.environ.get("RAY_ADDRESS") or "a cluster of its own on this machine"
-    yield Finding("address", True, f"{where}: {len(answers)} node{'s' if len(answers) != 1 else ''}")
+    yield Finding("address", True, f"{where}: {counted(len(answers), 'node')}")
     yield from _nodes(answers, mine, storage.name(runs), spec.name, fingerprint)
 
 
