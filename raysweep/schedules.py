@@ -14,7 +14,7 @@ def _number(value: Any) -> Any:
     """'8/255' is a number in this field; 'inf' is one in YAML's spelling ('.inf') and in ours."""
     if isinstance(value, str) and "/" in value:
         try:
-            return float(Fraction(value.replace(" ", "")))
+            return float(Fraction("/".join(part.strip() for part in value.split("/"))))
         except (ValueError, ZeroDivisionError):
             return value
     return value

@@ -1,5 +1,6 @@
 """Spec: a frozen, validated value that is also the thing it describes, and the four operations every spec has."""
 
+import copy
 import difflib
 import fnmatch
 import hashlib
@@ -224,12 +225,16 @@ def _match(path: str, data: Json) -> list[str]:
 
 
 def _assign(data: Json, parts: list[str], value: Any) -> None:
-    node = data
+    """Set the value at a path. A part that a wider match of the same `*` has replaced is gone, and is left out."""
+    node: Any = data
     for part in parts[:-1]:
-        node = node[part]
+        node = node.get(part) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        return
     if parts[-1] == "kind" and node.get("kind") != value:
         node.clear()
-    node[parts[-1]] = value
+    # A copy of its own for each place: a deeper path may change it, and the caller's value stays as it is.
+    node[parts[-1]] = copy.deepcopy(value)
 
 
 def _problems(error: ValidationError, data: Any, source: str) -> list[str]:
