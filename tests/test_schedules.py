@@ -1,12 +1,13 @@
 """Schedules, with those of the papers as values."""
 
 import math
+from typing import Annotated
 
 import pytest
 import yaml
 
-from raysweep.schedules import Cosine, Interpolated, Linear, Piecewise, at, extremes
-from raysweep.spec import SpecError
+from raysweep.schedules import Cosine, Interpolated, Linear, Number, Piecewise, Schedule, at, extremes, now, within
+from raysweep.spec import Spec, SpecError
 from raysweep.training.config import Optim, RunConfig, run_config
 
 
@@ -64,10 +65,21 @@ def test_fractions_and_infinity():
     "bad",
     [
         {"kind": "piecewise", "boundaries": [3, 2], "values": [1, 2, 3]},
+        {"kind": "piecewise", "boundaries": [3, 3], "values": [1, 2, 3]},
+        {"kind": "piecewise", "boundaries": [3], "values": [1, 2, 3]},
+        {"kind": "piecewise", "boundaries": [-1], "values": [1, 2]},
+        {"kind": "piecewise", "boundaries": [2.5], "values": [1, 2]},
         {"kind": "piecewise", "boundaries": [3], "values": [1]},
         {"kind": "linear", "first": 0, "last": 1, "start": 4, "end": 4},
+        {"kind": "linear", "first": 0, "last": 1, "start": 4, "end": 3},
+        {"kind": "linear", "first": 0, "end": 3},
+        {"kind": "linear", "first": 0, "last": -1, "end": 3},
         {"kind": "cosine", "first": -1, "end": 4},
+        {"kind": "cosine", "first": 1, "start": 4, "end": 4},
         {"kind": "interpolated", "epochs": [0, 4], "values": [1]},
+        {"kind": "interpolated", "epochs": [0, 4, 4], "values": [1, 2, 3]},
+        {"kind": "interpolated", "epochs": [4, 0], "values": [1, 2]},
+        {"kind": "interpolated", "epochs": [4], "values": [1]},
         {"kind": "spiral"},
         -0.1,
     ],
@@ -75,3 +87,127 @@ def test_fractions_and_infinity():
 def test_wrong_schedules_are_refused(bad):
     with pytest.raises(SpecError, match="lr"):
         Optim.load({"lr": bad})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "by_epoch"),
+    [
+        (Piecewise(boundaries=(0, 3), values=(7, 1, 2)), {0: 1, 2: 1, 3: 2, 99: 2}),
+        (Piecewise(boundaries=(), values=(7,)), {0: 7, 99: 7}),
+        (Linear(first=1, last=3, start=2, end=6), {0: 1, 2: 1, 3: 1.5, 4: 2, 5: 2.5, 6: 3, 7: 3}),
+        # 0.2 + 0.8 (1 + cos(pi / 4)) / 2, the middle, and with cos(3 pi / 4).
+        (
+            Cosine(first=1, last=0.2, start=2, end=6),
+            {0: 1, 2: 1, 3: 0.882842712474619, 4: 0.6, 5: 0.317157287525381, 6: 0.2, 9: 0.2},
+        ),
+        (Interpolated(epochs=(2, 4, 8), values=(1, 3, -1)), {0: 1, 2: 1, 3: 2, 4: 3, 5: 2, 6: 1, 7: 0, 8: -1, 99: -1}),
+    ],
+    ids=lambda case: getattr(case, "kind", ""),
+)
+def test_values_by_hand_at_the_ends_between_and_outside(schedule, by_epoch):
+    assert {epoch: at(schedule, epoch) for epoch in by_epoch} == pytest.approx(by_epoch, rel=1e-12, abs=1e-12)
+
+
+def test_a_ramp_begins_at_epoch_0_and_a_cosine_ends_at_0_by_default():
+    assert Linear(first=4, last=0, end=4).value(1) == 3
+    assert Cosine(first=4, end=4) == Cosine(first=4, last=0, start=0, end=4)
+
+
+class Knob(Spec):
+    x: Annotated[Schedule, within(-1, 2)] = 0.0
+    y: Annotated[Schedule, within(0)] = 0.0
+    z: Number = 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("8/255", 8 / 255),
+        ("8 / 255", 8 / 255),
+        (" 8/ 255 ", 8 / 255),
+        ("-8/255", -8 / 255),
+        ("+8/255", 8 / 255),
+        ("- 1 / 2", None),
+        ("1.5/3", None),
+        ("1/0", None),
+        ("0/0", None),
+        ("1 6/255", None),
+        ("8/25 5", None),
+        ("8/-255", None),
+        ("inf/2", None),
+        ("1/inf", None),
+        ("1/2/3", None),
+        ("/", None),
+        ("8/", None),
+        ("eight", None),
+        ("inf", math.inf),
+        ("-inf", -math.inf),
+        ("1e-3", 0.001),
+        (" 0.5 ", 0.5),
+        ("", None),
+    ],
+)
+def test_what_text_is_a_number(text, number):
+    """A quotient of whole numbers, with or without blanks round the stroke; never one of something else."""
+    if number is None:
+        with pytest.raises(SpecError) as error:
+            Knob.load({"z": text})
+        assert error.value.problems == [f"z = {text!r}: must be a valid number, unable to parse string as a number"]
+    else:
+        assert Knob.load({"z": text}).z == number
+
+
+def test_quotients_are_numbers_inside_schedules_too():
+    assert Knob.load({"y": {"boundaries": [3], "values": ["8/255", "4 / 255"]}}).y == Piecewise(
+        boundaries=(3,), values=(8 / 255, 4 / 255)
+    ), "and without `kind` it is piecewise"
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Piecewise(boundaries=(1,), values=(3, 1)),
+        Linear(first=1, last=5, end=7),
+        Cosine(first=1, end=7),
+        Interpolated(epochs=(0, 3), values=(0, 2)),
+    ],
+    ids=lambda case: case.kind,
+)
+def test_a_schedule_is_no_number_before_it_is_resolved(schedule):
+    with pytest.raises(TypeError, match=rf"kind='{schedule.kind}'.* changes with the epoch: .*with \.at\(epoch\)"):
+        now(schedule)
+    assert now(Knob(y=schedule).at(1).y) == at(schedule, 1) == schedule.value(1)
+    assert now(0.25) == at(0.25, 7) == 0.25
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize(("beyond", "edge"), [(2.0000001, 2.0), (-1.0000001, -1.0), (math.nan, 0.0), (math.inf, 1.0)])
+def test_a_bound_holds_for_every_value_that_a_schedule_takes(place, beyond, edge):
+    def schedules(value):
+        values = [0.0, 0.0, 0.0]
+        values[place] = value
+        yield {"kind": "piecewise", "boundaries": [1, 2], "values": values}
+        yield {"kind": "interpolated", "epochs": [1, 2, 3], "values": values}
+        if place < 2:
+            yield {"kind": "linear", "first": values[0], "last": values[1], "end": 4}
+            yield {"kind": "cosine", "first": values[0], "last": values[1], "end": 4}
+        yield value
+
+    for schedule in schedules(edge):
+        Knob.load({"x": schedule})
+    for schedule in schedules(beyond):
+        with pytest.raises(SpecError, match="must be between -1 and 2"):
+            Knob.load({"x": schedule})
+
+
+def test_a_bound_without_an_upper_end_says_at_least():
+    with pytest.raises(SpecError, match=r"y = -0.5: must be at least 0"):
+        Knob.load({"y": -0.5})
+    assert Knob.load({"y": "inf"}).y == math.inf
+
+
+def test_extremes_are_the_values_that_bound_it():
+    assert extremes(Piecewise(boundaries=(1, 2), values=(3, 9, 1))) == (3, 9, 1)
+    assert extremes(Interpolated(epochs=(0, 4, 9), values=(0, 2, 1))) == (0, 2, 1)
+    assert extremes(Linear(first=5, last=1, end=7)) == (5, 1) == extremes(Cosine(first=5, last=1, end=7))
+    assert extremes(0.25) == (0.25,)
