@@ -1,0 +1,303 @@
+"""What Optuna is asked and told by a sweep: real studies in memory, trials whose reports are written out here."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial
+
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.space import Sampler, SearchSpace
+
+if TYPE_CHECKING:
+    from raysweep.sweep.search import StudySearch
+
+ALPHA = "method.terms.pgd.weight.alpha"
+BETA = "method.terms.pgd.weight.beta"
+ON = "method.terms.bound.on"
+Begin = Callable[..., "StudySearch"]
+
+
+@pytest.fixture
+def begin(tmp_path: Path) -> Begin:
+    """A search over a new sweep's ledger, which holds the trials `past`."""
+    from raysweep.sweep.search import StudySearch
+
+    def begin(*past: Trial, **changes: Any) -> StudySearch:
+        data = {
+            "method": "lrat",
+            "trials": 4,
+            "sampler": {"kind": "random"},
+            "scheduler": {"kind": "none"},
+            "space": {ALPHA: {"float": [0.5, 4.0]}},
+        }
+        ledger = Ledger.create(tmp_path / "sweep", SearchSpace.load({**data, **changes}))
+        for trial in past:
+            ledger.write(trial)
+        return StudySearch(ledger)
+
+    return begin
+
+
+def row(epoch: int, worst: float, clean: float = 0.75, gap: float = 0.0) -> dict[str, Any]:
+    """What a trial reports of an epoch, with what Tune adds to it."""
+    ours = {"epoch": float(epoch), "robust_worst": worst, "clean": clean, "masking_gap": gap}
+    return {**ours, "training_iteration": epoch, "trial_id": "a", "done": False}
+
+
+def past(number: int, value: float | None = 0.5, alpha: float | None = None, **more: Any) -> Trial:
+    """A trial of an earlier driver; value: of its best epoch, None for a trial that failed before there was any."""
+    best = {} if value is None else {"epoch": 1.0, "robust_worst": value, "masking_gap": 0.0}
+    state = "failed" if value is None else "finished"
+    return Trial(number, **{"settings": {ALPHA: alpha or 1.0 + number / 4}, "state": state, "best": best, **more})
+
+
+def run(search: "StudySearch", name: str, *rows: dict[str, Any], **how: Any) -> FrozenTrial:
+    """Let one trial report these epochs and end with the last of them, as Tune does: what Optuna holds of it then."""
+    search.suggest(name)
+    for metrics in rows:
+        search.on_trial_result(name, metrics)
+    search.on_trial_complete(name, **{"result": rows[-1] if rows else None, **how})
+    return search._study.get_trials()[-1]
+
+
+def told(search: "StudySearch") -> list[tuple[str, list[float] | None]]:
+    return [(trial.state.name, trial.values) for trial in search._study.get_trials()]
+
+
+def test_optuna_is_told_the_value_and_the_gap_of_the_best_epoch(begin: Begin) -> None:
+    search = begin(max_masking_gap=0.125)
+    rows = [row(1, 0.25, gap=0.5), row(2, 0.625, gap=0.0625), row(3, 0.375, gap=0.25)]
+    trial = run(search, "a", *rows)
+    assert (trial.state.name, trial.value) == ("COMPLETE", 0.625)
+    assert trial.constraints == {"masking_gap": -0.0625}, "0.0625 of the best epoch, less 0.125"
+
+
+def test_a_last_report_that_comes_with_the_end_may_be_the_best(begin: Begin) -> None:
+    """Tune gives the report with which a trial ends to `on_trial_complete` alone."""
+    search = begin(max_masking_gap=0.125)
+    trial = run(search, "a", row(1, 0.25), result=row(2, 0.5, gap=0.25))
+    assert (trial.value, trial.constraints) == (0.5, {"masking_gap": 0.125})
+
+
+def test_no_limit_is_no_constraint(begin: Begin) -> None:
+    trial = run(begin(past(0)), "a", row(1, 0.25, gap=0.5))
+    assert trial.constraints == {} and trial.value == 0.25
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        {"result": {"failed": "the loss became nan", "training_iteration": 3}},
+        {"result": {"failed": "the loss became nan", "robust_worst": 0.75}},
+        {"result": row(2, 0.625), "error": True},
+        {"result": None, "error": True},
+    ],
+)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_trial_that_fails_after_a_good_epoch_is_told_as_failed(begin: Begin, end: dict, resumed: bool) -> None:
+    earlier = [past(0, 0.75, state="running", epoch=1)] if resumed else []
+    trial = run(begin(*earlier, max_masking_gap=0.125), "a", row(1, 0.25), row(2, 0.625), **end)
+    assert (trial.state.name, trial.values) == ("FAIL", None)
+
+
+def test_a_trial_without_a_report_is_told_as_failed(begin: Begin) -> None:
+    search = begin()
+    assert run(search, "a").state.name == "FAIL"
+    assert run(search, "b", {"epoch": 1.0, "clean": 0.5}).state.name == "FAIL", "the objective was never measured"
+
+
+@pytest.mark.parametrize(("after", "best"), [(0.25, 0.75), (0.75, 0.75), (0.875, 0.875)])
+def test_a_resumed_trial_is_told_with_the_best_of_all_its_epochs(begin: Begin, after: float, best: float) -> None:
+    before = {"epoch": 1.0, "robust_worst": 0.75, "masking_gap": 0.0625}
+    going = Trial(0, {ALPHA: 2.0}, epoch=2, best=before, latest=before, curve=[[1, 0.75], [2, 0.5]])
+    search = begin(going, max_masking_gap=0.125)
+    trial = run(search, "a", row(3, after, gap=0.25))
+    assert (trial.state.name, trial.value, trial.params) == ("COMPLETE", best, {ALPHA: 2.0})
+    assert trial.constraints == {"masking_gap": 0.125 if after > 0.75 else -0.0625}, "of the same epoch"
+    assert len(search._study.get_trials()) == 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "epoch", "values"),
+    [(["robust_worst", "clean"], 2, [0.5, 0.625]), (["clean", "robust_worst"], 4, [1.0, 0.375])],
+)
+def test_several_objectives_are_those_of_one_epoch_and_the_first_chooses_it(
+    begin: Begin, metric: list[str], epoch: int, values: list[float]
+) -> None:
+    rows = [row(1, 0.25, 0.875), row(2, 0.5, 0.625), row(3, 0.5, 0.75), row(4, 0.375, 1.0)]
+    search = begin(metric=metric)
+    assert run(search, "a", *rows).values == values, "of epochs that tie the first"
+    assert [direction.name for direction in search._study.directions] == ["MAXIMIZE", "MAXIMIZE"]
+    trial = Trial(0, {})
+    for metrics in rows:
+        trial = trial.reported(metrics, metric[0])
+    assert trial.best["epoch"] == epoch, "the ledger keeps the same epoch"
+
+
+def test_a_gap_exactly_at_the_limit_is_feasible_for_optuna_and_for_the_ranking(begin: Begin) -> None:
+    gaps = {0: (0.875, 0.1250001), 1: (0.5, 0.125), 2: (0.375, 0.0)}
+    trials = [
+        past(number, best={"epoch": 1.0, "robust_worst": value, "masking_gap": gap})
+        for number, (value, gap) in gaps.items()
+    ]
+    search = begin(*trials, max_masking_gap=0.125)
+    assert search._study.best_trial.value == 0.5, "Optuna calls a constraint of 0 met"
+    assert [trial.number for trial in search._ledger.ranked()] == [1, 2, 0]
+    constraints = [trial.constraints["masking_gap"] for trial in search._study.get_trials()]
+    assert constraints[0] > 0 and constraints[1:] == [0.0, -0.125]
+
+
+def test_the_past_is_told_by_its_states_and_its_best_epochs(begin: Begin) -> None:
+    curve = [[1, 0.25], [2, 0.625], [3, 0.375]]
+    trials = [
+        past(0, 0.625, state="stopped", curve=curve, latest={"robust_worst": 0.375}),
+        past(1, 0.75, state="failed", reason="the loss became nan"),
+        past(2, None, state="finished"),
+        past(3, 0.5, state="running"),
+    ]
+    search = begin(*trials)
+    assert told(search) == [("COMPLETE", [0.625]), ("FAIL", None), ("FAIL", None)], "one goes on, and is told later"
+    first, second, _ = search._study.get_trials()
+    assert first.intermediate_values == {1: 0.25, 2: 0.625, 3: 0.375}
+    assert [first.user_attrs["raysweep.number"], second.user_attrs["raysweep.number"]] == [0, 1]
+    assert second.user_attrs["reason"] == "the loss became nan" and "reason" not in first.user_attrs
+
+
+def test_unfinished_trials_come_first_in_their_order_and_once(begin: Begin) -> None:
+    trials = [past(0), past(2, state="running"), past(3, state="running"), past(5, state="failed")]
+    search = begin(*trials, trials=8)
+    asked = [search.suggest(name) for name in "abcdefg"]
+    assert [found["number"] for found in asked[:-1]] == [2, 3, 1, 4, 6, 7], "then the numbers that nobody has"
+    assert [found["settings"] for found in asked[:2]] == [{ALPHA: 1.5}, {ALPHA: 1.75}]
+    assert asked[-1] == "FINISHED"
+
+
+def test_a_sweep_that_has_all_its_trials_is_at_its_end(begin: Begin) -> None:
+    assert begin(past(0), past(1), trials=2).suggest("a") == "FINISHED"
+
+
+def test_each_starting_point_is_tried_unless_some_trial_has_it(begin: Begin) -> None:
+    two = {ALPHA: {"float": [0.5, 4.0]}, BETA: {"float": [0.5, 4.0]}}
+    start = [{ALPHA: 1.0, BETA: 2.0}, {ALPHA: 2.0}, {ALPHA: 3.0, BETA: 3.0}, {ALPHA: 1.0, BETA: 3.0}]
+    trials = [past(0, settings={ALPHA: 1.0, BETA: 2.0}), past(1, settings={ALPHA: 2.0, BETA: 1.0})]
+    search = begin(*trials, space=two, start=start, trials=6)
+    third, fourth, fifth = (search.suggest(name)["settings"] for name in "abc")
+    assert [third, fourth] == [{ALPHA: 3.0, BETA: 3.0}, {ALPHA: 1.0, BETA: 3.0}], "in the order of the file"
+    assert fifth[ALPHA] not in (1.0, 2.0, 3.0)
+
+
+def test_a_starting_point_of_some_settings_leaves_the_rest_to_the_sampler(begin: Begin) -> None:
+    two = {ALPHA: {"float": [0.5, 4.0]}, BETA: {"float": [0.5, 4.0]}}
+    settings = begin(space=two, start=[{BETA: 2.0}]).suggest("a")["settings"]
+    assert list(settings) == [ALPHA, BETA] and settings[BETA] == 2.0 and 0.5 <= settings[ALPHA] <= 4.0
+
+
+def test_choices_that_are_no_scalars_go_through_optuna_and_back(begin: Begin) -> None:
+    choices = [[0.1, 0.01], [0.05], None, 2, "2", {"kind": "x"}]
+    values = {"optim.lr.values": {"categorical": choices}}
+    start = [{"optim.lr.values": choice} for choice in ([0.05], {"kind": "x"})]
+    done = past(0, settings={"optim.lr.values": [0.1, 0.01]})
+    search = begin(done, method="at", space=values, start=start, trials=6)
+    found = [search.suggest(name)["settings"]["optim.lr.values"] for name in "abcde"]
+    assert found[:2] == [[0.05], {"kind": "x"}]
+    assert sorted(map(repr, found)) == sorted(map(repr, choices[1:])), "the others, each as it was written"
+    assert search._study.get_trials()[0].params == {"optim.lr.values": "[0.1, 0.01]"}
+
+
+def test_optuna_is_asked_with_the_distributions_of_the_file(begin: Begin) -> None:
+    space = {
+        "optim.lr": {"float": [0.001, 0.5], "log": True},
+        "optim.weight_decay": {"float": [0.0, 1.0], "step": 0.25},
+        "method.terms.*.weight.burn_in": {"int": [1, 9], "step": 2},
+        "batch_size": {"int": [16, 256], "log": True},
+        "seed": {"int": [0, 3]},
+        "optim.nesterov": {"categorical": [True, False]},
+    }
+    asked: dict[str, Any] = {
+        "optim.lr": FloatDistribution(0.001, 0.5, log=True),
+        "optim.weight_decay": FloatDistribution(0.0, 1.0, step=0.25),
+        "method.terms.*.weight.burn_in": IntDistribution(1, 9, step=2),
+        "batch_size": IntDistribution(16, 256, log=True),
+        "seed": IntDistribution(0, 3),
+        "optim.nesterov": CategoricalDistribution([True, False]),
+    }
+    names = ("optim.lr", "optim.weight_decay", "method.terms.*.weight.burn_in", "batch_size", "seed", "optim.nesterov")
+    settings = dict(zip(names, (0.01, 0.75, 3, 64, 3, False), strict=True))
+    search = begin(past(0, settings=settings), method="gairat", space=space)
+    search.suggest("a")
+    remembered, live = search._study.get_trials()
+    assert remembered.distributions == asked and live.distributions == asked
+    assert remembered.params == settings
+
+
+def test_a_grid_that_trials_cut_short_has_its_first_points(begin: Begin) -> None:
+    grid = {ALPHA: {"categorical": [4.0, 0.5]}, ON: {"categorical": ["natural", "pgd"]}}
+    search = begin(sampler={"kind": "grid"}, space=grid, trials=3)
+    assert search._ledger.space.total == 3
+    asked = [search.suggest(name) for name in "abcd"]
+    points = [{ALPHA: 4.0, ON: "natural"}, {ALPHA: 4.0, ON: "pgd"}, {ALPHA: 0.5, ON: "natural"}]
+    assert [found["settings"] for found in asked[:3]] == points and asked[3] == "FINISHED"
+
+
+def test_a_restarted_sampler_does_not_repeat_its_draws(begin: Begin) -> None:
+    draws = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=7))
+    earlier = [draws.ask().suggest_float(ALPHA, 0.5, 4.0) for _ in range(12)]
+    trials = [past(number, alpha=alpha) for number, alpha in enumerate(earlier)]
+    search = begin(*trials, trials=14, sampler={"kind": "random", "seed": 7})
+    found = [search.suggest(name)["settings"][ALPHA] for name in "ab"]
+    assert not set(found) & set(earlier)
+
+
+@pytest.mark.parametrize("kind", ["random", "grid", "tpe", "nsga2"])
+def test_the_seed_of_a_sampler_counts_the_trials_before(kind: str) -> None:
+    def draw(sampler: Sampler, past: int) -> float:
+        study = optuna.create_study(direction="maximize", sampler=sampler.build(past))
+        return study.ask().suggest_float("x", 0.0, 1.0)
+
+    expected = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=5)).ask().suggest_float("x", 0.0, 1.0)
+    assert draw(Sampler(kind=kind, seed=5), 0) == draw(Sampler(kind=kind, seed=2), 3)  # type: ignore[arg-type]
+    assert draw(Sampler(kind=kind, seed=2), 0) != draw(Sampler(kind=kind, seed=2), 3)  # type: ignore[arg-type]
+    assert draw(Sampler(kind=kind, seed=5), 0) == expected  # type: ignore[arg-type]
+
+
+def test_tpe_draws_at_random_until_as_many_trials_as_startup_have_results(begin: Begin) -> None:
+    search = begin(trials=16, sampler={"kind": "tpe", "seed": 3, "startup": 3})
+    random = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3))
+    same = []
+    for number in range(6):
+        drawn = search.suggest(str(number))["settings"][ALPHA]
+        same.append(drawn == random.ask().suggest_float(ALPHA, 0.5, 4.0))
+        search.on_trial_result(str(number), row(1, drawn / 4))
+        # The third has no result.
+        search.on_trial_complete(str(number), row(1, drawn / 4), error=number == 2)
+    assert same == [True, True, True, True, False, False]
+
+
+def test_failures_are_no_part_of_a_generation(begin: Begin) -> None:
+    trials = [past(0, 0.5), past(1, None), past(2, 0.25), past(3, 0.75), past(4, None), past(5, 0.125), past(6, 0.25)]
+    study = begin(*trials, trials=8, sampler={"kind": "nsga2", "startup": 2})._study
+    sampler = study.sampler
+    assert isinstance(sampler, optuna.samplers.NSGAIISampler) and sampler.population_size == 2
+    complete = [trial for trial in study.get_trials() if trial.state.name == "COMPLETE"]
+    assert [sampler.get_trial_generation(study, trial) for trial in complete] == [0, 0, 1, 1, 2]
+
+
+def test_a_genetic_sampler_chooses_the_best_of_the_past_as_parents(begin: Begin) -> None:
+    values = [0.125, 0.875, 0.75, 0.25]
+    trials = [past(number, value, alpha=1.0 + number / 4) for number, value in enumerate(values)]
+    study = begin(*trials, sampler={"kind": "nsga2", "startup": 4}, trials=8)._study
+    generation = study.sampler.select_parent(study, 1)  # type: ignore[attr-defined]
+    assert sorted(parent.value for parent in generation) == sorted(values)
+    fresh = Sampler(kind="nsga2", startup=2)
+    assert fresh.build().population_size == 2 and Sampler(kind="nsga2").build().population_size == 8  # type: ignore[attr-defined]
+
+
+def test_the_same_settings_are_not_asked_again_though_their_trial_failed(begin: Begin) -> None:
+    choices = {ALPHA: {"categorical": [0.5, 1.0, 2.0]}, ON: {"categorical": ["natural"]}}
+    trials = [past(0, None, settings={ON: "natural", ALPHA: 2.0}), past(1, settings={ALPHA: 0.5, ON: "natural"})]
+    found = begin(*trials, space=choices).suggest("a")["settings"]
+    assert found == {ALPHA: 1.0, ON: "natural"}, "the order of the settings decides nothing"
