@@ -63,7 +63,7 @@ def verify_bundle(folder: Path, data_dir: Path | None = None) -> tuple[Json, lis
             float(card[key])
         arrays = _arrays(folder / ADVERSARIAL)
         spec = DataSpec.load({**card["data"], "data_dir": str(data_dir) if data_dir else None}, str(folder / CARD))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         raise SpecError(f"{folder}: not a bundle: {error}") from None
     for name in (META, WEIGHTS):
         if not (folder / CHECKPOINT / name).is_file():
