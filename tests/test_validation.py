@@ -1,0 +1,237 @@
+"""The objective of sweeps on a network whose robustness is known by hand."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from ladder import Ladder, ladder
+from torch import Tensor, nn
+
+from raysweep.attacks import APGD, PGD
+from raysweep.data import Split
+from raysweep.evaluation.flatness import flatness
+from raysweep.evaluation.instances import instances
+from raysweep.evaluation.masking import scaling_gap
+from raysweep.evaluation.validation import METRICS, OBJECTIVE, Validation
+from raysweep.rng import Rng
+
+# Distances to the boundary; below 0 is wrong from the start, and so is label 2 wherever it lies.
+DISTANCES = [0.01, -0.02, 0.03, 0.05, 0.07, 0.09, 0.05, 0.07, 0.03, 0.2]
+LABELS = [0, 1, 1, 0, 1, 0, 2, 0, 0, 1]
+# Rows with a thousandfold slope, where the cross-entropy has no gradient.
+STEEP = [1, 0, 0, 1, 0, 0, 0, 1, 0, 0]
+
+
+def step(reach: float, **settings) -> PGD:
+    """Ends `reach` below where it starts, along the one direction that there is."""
+    return PGD(eps=reach, step_size=reach / 2, steps=2, start="natural", **settings)
+
+
+def split(count: int | None = None, white: int = 1) -> Split:
+    x, y = ladder(DISTANCES, LABELS, STEEP)
+    return Split(white * x[:count], y[:count], torch.arange(len(y))[:count], white)
+
+
+JUDGE = Validation(
+    attacks={"pgd": step(0.04), "cw": step(0.02, loss="cw")},
+    finish={"apgd_t": APGD(eps=0.06, steps=10, loss="dlr-targeted", targets=3)},
+    scales=(),
+)
+# By hand: of 10, two are wrong. PGD breaks what is nearer than 0.04 and not steep: the 0.03s. CW breaks what is nearer
+# than 0.02: the 0.01. What both leave, two at 0.07, one at 0.05, one at 0.09 and one at 0.2, `finish` narrows to what
+# is farther than 0.06.
+SHARES = {"clean": 0.8, "zero_gradient": 0.3, "pgd": 0.6, "cw": 0.7, "robust_worst": 0.4, "masking_gap": 0.2}
+
+
+def test_every_share_by_hand() -> None:
+    found = JUDGE(Ladder(), split())
+    assert found.pop("val/ce_cw_gap") == pytest.approx(0.6 - 0.7)
+    assert list(found) == list(SHARES) and found == pytest.approx(SHARES)
+    assert set(METRICS) <= set(found) and OBJECTIVE == "robust_worst" == Validation().objective
+
+
+def test_without_finish_the_worst_of_the_attacks_is_left() -> None:
+    found = JUDGE.model_copy(update={"finish": {}})(Ladder(), split())
+    assert found["robust_worst"] == pytest.approx(0.5) and found["masking_gap"] == pytest.approx(0.1)
+    assert "apgd_t" not in found
+
+
+def test_several_attacks_finish_and_each_breaks_what_it_can() -> None:
+    finish = {"weak": step(0.03), "strong": step(0.08, loss="cw"), "weaker": step(0.01)}
+    found = JUDGE.model_copy(update={"finish": finish})(Ladder(), split())
+    assert found["robust_worst"] == pytest.approx(0.2) and found["masking_gap"] == pytest.approx(0.4)
+
+
+def test_the_gap_is_that_of_the_first_attack() -> None:
+    turned = JUDGE.model_copy(update={"attacks": dict(reversed(JUDGE.attacks.items()))})
+    assert turned(Ladder(), split())["masking_gap"] == pytest.approx(0.7 - 0.4)
+
+
+def test_which_rows_each_attack_faces() -> None:
+    """`attacks` all that are right, `finish` those that all before it left; nobody those that are wrong."""
+    sizes: list[int] = []
+    model = Ladder()
+    model.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
+    finish = {"a": step(0.06, loss="cw"), "b": step(0.08, loss="cw"), "c": step(0.3, loss="cw"), "d": step(0.01)}
+    JUDGE.model_copy(update={"finish": finish})(model, split())
+    # A look at all 10; then two steps and a verdict for each attack, and none for the last: nothing is left.
+    assert sizes == [10] + 3 * [8] + 3 * [8] + 3 * [5] + 3 * [4] + 3 * [2]
+
+
+def test_the_first_examples_alone() -> None:
+    """By hand for the first four: 0.01 steep, one that is wrong, 0.03, and 0.05 steep."""
+    expected = {"clean": 0.75, "zero_gradient": 0.5, "pgd": 0.5, "cw": 0.5, "robust_worst": 0.0, "masking_gap": 0.5}
+    for size, rows in ((4, None), (None, 4), (99, 4)):
+        found = JUDGE.model_copy(update={"size": size})(Ladder(), split(rows))
+        assert {name: found[name] for name in expected} == pytest.approx(expected), (size, rows)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 9, 10])
+def test_batches_change_nothing(batch_size: int) -> None:
+    judge = JUDGE.model_copy(update={"batch_size": batch_size, "scales": (1e-4,), "scaled_share": 1.0})
+    assert judge(Ladder(), split()) == pytest.approx(SHARES | {"val/ce_cw_gap": -0.1, "val/scaling_gap": 0.1})
+
+
+def test_pixels_are_divided_by_the_brightest() -> None:
+    assert JUDGE(Ladder(), split(white=4)) == JUDGE(Ladder(), split())
+
+
+def test_the_gap_that_scaled_logits_open() -> None:
+    """Divided by 10,000, steep rows are as the others: PGD of 0.04 then breaks the steep one at 0.01, not at 0.05."""
+    judge = JUDGE.model_copy(update={"scales": (1.0, 1e-4), "scaled_share": 1.0})
+    assert judge(Ladder(), split())["val/scaling_gap"] == pytest.approx(0.1)
+    survived = torch.tensor([1, 0, 0, 1, 1, 1, 0, 1, 0, 1]) > 0
+    for scales, expected in (((1e-4,), 0.1), ((1.0,), 0.0), ((1e-4, 1.0), 0.1), ((1.0, 1e-4, 1.0), 0.1), ((), 0.0)):
+        assert scaling_gap(Ladder(), split(), step(0.04), survived, scales, batch_size=4) == pytest.approx(expected)
+    assert scaling_gap(Ladder(), split(), step(0.06), survived, (1e-4,)) == pytest.approx(0.2)
+    assert scaling_gap(Ladder(), split(), step(0.06), survived[:3], (1e-4,)) == pytest.approx(1 / 3), "of these alone"
+
+
+def test_the_gaps_need_a_cross_entropy_pgd_and_take_the_first() -> None:
+    def gaps(**attacks: PGD | APGD) -> dict[str, float]:
+        judge = Validation(attacks=attacks, finish={}, scales=(1e-4,), scaled_share=1.0)
+        return {name: round(value, 6) for name, value in judge(Ladder(), split()).items() if name.startswith("val/")}
+
+    assert gaps(pgd=step(0.02, loss="cw")) == {}
+    assert gaps(a=APGD(eps=0.04, steps=3)) == {}
+    assert gaps(pgd=step(0.04)) == {"val/scaling_gap": 0.1}
+    both = {"cw": step(0.06, loss="cw"), "wide": step(0.06), "narrow": step(0.01), "cw2": step(0.01, loss="cw")}
+    # The CW attack leaves 4 of 10, the wide PGD the two steep ones at 0.01 and 0.05 more, which scaling gives away.
+    assert gaps(**both) == {"val/ce_cw_gap": 0.2, "val/scaling_gap": 0.2}
+
+
+def test_starts_are_drawn_by_the_examples_number_and_the_attacks_name() -> None:
+    """An attack that takes no step leaves what its start leaves."""
+    attacks = {name: PGD(eps=0.3, step_size=0.0, steps=1) for name in ("pgd", "other")}
+    x, y = ladder([0.05] * 200, [1] * 200)
+    index = torch.arange(200) * 7 + 3
+
+    def by_hand(name: str, index: Tensor) -> float:
+        noise = Rng.for_examples(index, 0, "validation", name).uniform((1, 2, 2))
+        start = x.double() + 0.3 * (2 * noise.double() - 1)
+        sums = start[:, 0, 0, 0] + start[:, 0, 1, 1] - start[:, 0, 0, 1] - start[:, 0, 1, 0]
+        return float((sums > 0).double().mean())
+
+    found = Validation(attacks=attacks, finish={}, scales=(), batch_size=64)(Ladder(), Split(x, y, index, 1))
+    assert found["pgd"] == pytest.approx(by_hand("pgd", index)) != found["other"]
+    assert found["other"] == pytest.approx(by_hand("other", index))
+    assert by_hand("pgd", index) != by_hand("pgd", torch.arange(200))
+    turned = index.flip(0)
+    again = Validation(attacks=attacks, finish={}, scales=())(Ladder(), Split(x.flip(0), y.flip(0), turned, 1))
+    assert again == pytest.approx(found)
+
+
+def test_with_three_classes_the_margin_stands_in_for_the_targeted_loss() -> None:
+    class Three(Ladder):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[:, :3]
+
+    for loss in ("dlr-targeted", "dlr"):
+        judge = JUDGE.model_copy(update={"finish": {"t": APGD(eps=0.06, steps=10, loss=loss)}})
+        assert judge(Three(), split())["robust_worst"] == pytest.approx(0.4), loss
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Modes, flags and gradients of a model in which one part is in eval mode and one weight is fixed."""
+    model.train()
+    model.ladder.eval()
+    model.fixed.requires_grad_(False)
+    before = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    yield
+    assert before == ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()])
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+class Moody(nn.Module):
+    """A ladder that is upside down in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ladder, self.fixed, self.norm = Ladder(), nn.Parameter(torch.ones(())), nn.BatchNorm2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.norm(x)
+        return self.ladder(x) * (-1 if self.training else 1) * self.fixed
+
+
+def test_a_model_is_judged_in_eval_mode_and_comes_out_as_it_went_in() -> None:
+    model = Moody()
+    with left_as_it_was(model):
+        found = JUDGE(model, split())
+        instances(model, split(), {"pgd": step(0.04)}, 10)
+        flat = flatness(model, split(), step(0.02), 10)
+    assert found["robust_worst"] == pytest.approx(0.4)
+    assert flat == pytest.approx(flatness(Ladder(), split(), step(0.02), 10))
+
+
+def slope(distance: float) -> float:
+    """The norm of the gradient of the cross-entropy: (1 - p_y) 20 / 2, for the height's gradient has the norm 1/2."""
+    return float(torch.sigmoid(torch.tensor(-20.0 * distance, dtype=torch.float64))) * 10
+
+
+def test_flatness_where_the_attack_first_succeeds_and_where_it_ends() -> None:
+    """20 steps of 0.01 in a ball of 0.055, whatever the attack says of its loss, its steps and tau."""
+    x, y = ladder([0.025, 0.2, -0.01], [1, 0, 1])
+    images = Split(x, y, torch.arange(3), 1)
+    # From 0.025 in steps of 0.01 the first wrong point is -0.005; from 0.2 the ball ends; a wrong one does not move.
+    friendly = [slope(-0.005), slope(0.145), slope(-0.01)]
+    adversarial = [slope(-0.03), slope(0.145), slope(-0.065)]
+    for attack in (
+        PGD(eps=0.055, step_size=0.01, steps=1, start="natural", loss="cw"),
+        PGD(eps=0.055, step_size=0.01, steps=50, start="natural", tau=3),
+    ):
+        for batch_size in (1, 2, 512):
+            found = flatness(Ladder(), images, attack, 3, batch_size)
+            expected = {"flatness_friendly": sum(friendly) / 3, "flatness_adversarial": sum(adversarial) / 3}
+            assert found == pytest.approx(expected, rel=1e-4)
+    found = flatness(Ladder(), images, attack, 2)
+    assert found["flatness_adversarial"] == pytest.approx(sum(adversarial[:2]) / 2, rel=1e-4), "the first two alone"
+
+
+def test_flatness_takes_the_first_pgd_and_as_many_examples_as_are_judged() -> None:
+    x, y = ladder([0.05, 0.2], [1, 1])
+    attacks = {"apgd": APGD(eps=0.01, steps=1), "cw": step(0.02, loss="cw"), "pgd": step(0.1)}
+    judge = Validation(attacks=attacks, finish={}, scales=(), flatness=True)
+    found = judge(Ladder(), Split(x, y, torch.arange(2), 1))
+    assert found["flatness_adversarial"] == pytest.approx((slope(0.03) + slope(0.18)) / 2, rel=1e-4)
+    found = judge.model_copy(update={"size": 1})(Ladder(), Split(x, y, torch.arange(2), 1))
+    assert found["flatness_adversarial"] == pytest.approx(slope(0.03), rel=1e-4)
+
+
+def test_examples_as_a_model_sees_them_by_hand() -> None:
+    """Steps of 0.01 from the image itself: kappa counts the points before each step that are still right."""
+    x, y = ladder([0.025, 0.2, -0.01, 0.3], [1, 0, 1, 1])
+    settings = {"eps": 0.055, "step_size": 0.01, "start": "natural"}
+    attacks = {"pgd": PGD(**settings, steps=10), "cw": PGD(**settings, steps=4, loss="cw")}
+    seen = instances(Ladder(), Split(x, y, torch.arange(4), 1), attacks, 3)
+    assert seen.y.tolist() == [1, 0, 1]
+    assert seen.logits[:, :2].flatten().tolist() == pytest.approx([-0.25, 0.25, 2, -2, 0.1, -0.1], abs=1e-5)
+    assert seen.kappa["pgd"].tolist() == [3, 10, 0] and seen.kappa["cw"].tolist() == [3, 4, 0]
+    p = torch.sigmoid(20 * torch.tensor([-0.03, 0.145, -0.065])).tolist()
+    assert seen.v["pgd"].tolist() == pytest.approx(p, rel=1e-4), "the true class's probability"
+    p = torch.sigmoid(20 * torch.tensor([-0.015, 0.16, -0.05])).tolist()
+    assert seen.v["cw"].tolist() == pytest.approx([2 * each - 1 for each in p], rel=1e-4), "less the other's"
