@@ -1,0 +1,158 @@
+"""A checkpoint in a bucket is whole or absent at every moment: a push or a drop that is cut off, at each request."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from moto.server import DomainDispatcherApplication, create_backend_app
+from pyarrow import fs
+from werkzeug.serving import make_server
+
+from raysweep import storage
+from raysweep.files import write_whole
+from raysweep.spec import SpecError
+
+BUCKET = "order"
+# `meta.json` is neither the first nor the last in the alphabet, nor in the order in which a folder is listed.
+FILES = ("config.json", "a.bin", "meta.json", "weights.bin", "state.bin")
+
+
+class Gate:
+    """The S3 test server, which writes down each change that is asked for and refuses it from a given one on."""
+
+    def __init__(self, application: Callable[..., Iterable[bytes]]) -> None:
+        self._application = application
+        self.changes: list[str] = []
+        self.allowed = 1000
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        method, path, query = (environ[key] for key in ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING"))
+        if method in ("PUT", "DELETE") or (method == "POST" and "delete" in query):
+            self.changes.append(f"{method} {path.rpartition('/')[2]}")
+            if len(self.changes) > self.allowed:
+                environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+                start_response("403 Forbidden", [("Content-Type", "application/xml")])
+                return [b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
+        return self._application(environ, start_response)
+
+    def allow(self, count: int) -> None:
+        self.changes.clear()
+        self.allowed = count
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[Gate, str]]:
+    """The server and the URI of a place in a bucket on it."""
+    gate = Gate(DomainDispatcherApplication(create_backend_app))
+    server = make_server("127.0.0.1", 0, gate, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    query = f"endpoint_override=127.0.0.1:{server.port}&scheme=http"
+    fs.FileSystem.from_uri(f"s3://{BUCKET}?allow_bucket_creation=true&{query}")[0].create_dir(BUCKET)
+    yield gate, f"s3://{BUCKET}/run?{query}"
+    server.shutdown()
+    thread.join()
+
+
+def written(path: Path, text: str) -> Path:
+    for name in FILES:
+        write_whole(path / name, f"{name} {text}")
+    return path
+
+
+@pytest.fixture
+def machines(served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """The run's folder as a machine sees it, by the machine's name; the machine is then the one that acts."""
+
+    def act_as(machine: str) -> Path:
+        monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / machine))
+        return storage.at(served[1])
+
+    return act_as
+
+
+def assert_seen(path: Path, text: str | None) -> None:
+    """What another machine finds: no checkpoint, or all files of it."""
+    assert storage.folders(path.parent) == ([] if text is None else [path.name])
+    assert storage.pull(path) == (text is not None)
+    if text is None:
+        assert not path.exists(), "what is not whole is not left in the copy either"
+    else:
+        assert {file.name: file.read_text() for file in path.iterdir()} == {name: f"{name} {text}" for name in FILES}
+
+
+def test_a_push_that_is_cut_off_is_no_checkpoint_until_its_last_file(served, machines) -> None:
+    gate, _ = served
+    for allowed in (1, len(FILES) - 1):
+        path = written(machines("one") / f"epoch-{allowed}", "new")
+        gate.allow(allowed)
+        with pytest.raises(SpecError, match="ACCESS_DENIED"):
+            storage.push(path)
+        assert "PUT meta.json" not in gate.changes[:allowed]
+        gate.allow(1000)
+        other = machines("other") / f"epoch-{allowed}"
+        assert not storage.pull(other) and not other.exists()
+        assert f"epoch-{allowed}" not in storage.folders(other.parent)
+        path = machines("one") / f"epoch-{allowed}"
+        gate.allow(1000)
+        storage.push(path)
+        assert gate.changes[-1] == "PUT meta.json" and len(gate.changes) == len(FILES)
+        assert storage.pull(machines("other") / f"epoch-{allowed}")
+    storage.discard(machines("one"))
+
+
+def test_a_copy_within_the_bucket_is_no_checkpoint_until_its_last_file(served, machines) -> None:
+    """`like` saves sending what the bucket has already; `meta.json` is sent all the same, and last."""
+    gate, _ = served
+    root = machines("one")
+    first = written(root / "first", "old")
+    storage.push(first)
+    second = written(root / "second", "old")
+    write_whole(second / "meta.json", "meta.json new")
+    gate.allow(len(FILES) - 1)
+    with pytest.raises(SpecError, match="ACCESS_DENIED"):
+        storage.push(second, like=first)
+    gate.allow(1000)
+    assert not storage.pull(machines("other") / "second")
+    storage.push(machines("one") / "second", like=machines("one") / "first")
+    other = machines("other")
+    assert storage.pull(other / "second") and storage.folders(other) == ["first", "second"]
+    assert (other / "second" / "meta.json").read_text() == "meta.json new"
+    assert (other / "second" / "a.bin").read_text() == "a.bin old"
+    storage.discard(other)
+
+
+def test_a_drop_that_is_cut_off_leaves_no_checkpoint(served, machines) -> None:
+    gate, _ = served
+    storage.push(written(machines("one") / "run", "new"))
+    gate.allow(1)
+    with pytest.raises(SpecError, match="ACCESS_DENIED"):
+        storage.drop(machines("one") / "run")
+    assert gate.changes[0] == "DELETE meta.json" and len(gate.changes) > 1
+    gate.allow(1000)
+    assert_seen(machines("other") / "run", None)
+    left = {entry.path.name for entry in storage.listing(machines("one") / "run")}
+    assert left == {*FILES} - {"meta.json"}, "the rest goes with the next try"
+    storage.drop(machines("one") / "run")
+    assert not storage.listing(machines("one") / "run")
+    assert (machines("one") / "run" / "meta.json").exists(), "the copy is the caller's"
+
+
+def test_a_machine_sees_a_checkpoint_anew_only_when_all_of_it_is_there(served, machines) -> None:
+    """Its copy of the old one is kept as long as `meta.json` says the same, and replaced as a whole afterwards."""
+    gate, _ = served
+    storage.push(written(machines("one") / "run", "old"))
+    assert_seen(machines("other") / "run", "old")
+    path = written(machines("one") / "run", "new")
+    gate.allow(2)
+    with pytest.raises(SpecError, match="ACCESS_DENIED"):
+        storage.push(path)
+    gate.allow(1000)
+    assert_seen(machines("other") / "run", "old")
+    storage.push(machines("one") / "run")
+    assert_seen(machines("other") / "run", "new")
+    storage.discard(machines("one"))
+    assert not machines("one").exists()
+    assert_seen(machines("other") / "run", None)
