@@ -44,7 +44,7 @@ class Distribution(Spec):
     int: Integers | None = None
     categorical: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
     log: bool = False
-    step: Number | None = None
+    step: Annotated[Number, Field(gt=0)] | None = None
     when: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -61,6 +61,8 @@ class Distribution(Spec):
             raise ValueError(f"a log range must be positive, got [{bounds[0]:g}, {bounds[1]:g}]")
         if self.log and self.step:
             raise ValueError("log and step exclude each other")
+        if self.int and self.step and self.step % 1:
+            raise ValueError(f"step = {self.step:g}: steps of an int range are whole numbers")
         return self
 
     @property
