@@ -1,0 +1,366 @@
+"""What a sweep's ledger holds after each of Tune's events, and when a sweep ends: events by hand, no Ray is started."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.space import SearchSpace
+
+LR = "optim.lr"
+Told = list[tuple[str, int, float | None]]
+
+
+class Sweep:
+    """A relay over a new ledger with the trials `past`, a clock to be set, and what its listener heard."""
+
+    def __init__(self, path: Path, patch: pytest.MonkeyPatch, *past: Trial, **how: Any) -> None:
+        from raysweep.sweep.relay import Budget, Relay
+
+        self.now = 1000.0
+        patch.setattr("raysweep.sweep.relay.time", SimpleNamespace(monotonic=lambda: self.now))
+        space: dict[str, Any] = {LR: {"float": [0.01, 0.5]}, **how.pop("space", {})}
+        data = {"method": "at", "trials": 4, "scheduler": {"kind": "none"}, "space": space}
+        self.ledger = Ledger.create(path / "sweep", SearchSpace.load(data))
+        for trial in past:
+            self.ledger.write(trial)
+        self.told: Told = []
+        gpus = how.pop("gpus", 0.0)
+        self.relay = Relay(self.ledger, 3, [self], gpus=gpus, budget=Budget(**how))
+        self.tune: dict[int, Any] = {}
+
+    def trial_changed(self, trial: Trial, metrics: dict[str, float] | None) -> None:
+        assert trial in self.ledger.trials(), "it is written down before anybody hears of it"
+        self.told.append((trial.state, trial.epoch, None if metrics is None else metrics["epoch"]))
+
+    def started(self, ledger: Ledger, concurrent: int) -> None: ...
+
+    def ended(self, ledger: Ledger) -> None: ...
+
+    def event(self, name: str, number: int = 0, after: float = 0.0, failures: int = 1, **info: Any) -> None:
+        """Tune's event `name` of the trial, so many seconds after the last."""
+        self.now += after
+        fresh = SimpleNamespace(
+            trial_id=f"t{number}",
+            config={"number": number, "settings": info.pop("settings", {LR: 0.1})},
+            error_file=None,
+            num_failures=0,
+        )
+        trial = self.tune.setdefault(number, fresh)
+        trial.num_failures = failures
+        trial.error_file = info.pop("error_file", None)
+        getattr(self.relay, f"on_trial_{name}")(0, [], trial, **info)
+
+    def report(self, epoch: int, worst: float, number: int = 0, after: float = 0.0, **more: Any) -> None:
+        self.event("result", number, after, result={"epoch": epoch, "robust_worst": worst, **more})
+
+    def written(self, number: int = 0) -> Trial:
+        return next(trial for trial in self.ledger.trials() if trial.number == number)
+
+
+@pytest.fixture
+def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sweep]:
+    return lambda *past, **how: Sweep(tmp_path, monkeypatch, *past, **how)
+
+
+def test_a_trial_from_its_start_to_its_end(begin: Callable[..., Sweep]) -> None:
+    sweep = begin()
+    sweep.event("start")
+    assert sweep.written() == Trial(0, {LR: 0.1})
+    for epoch, worst in ((1, 0.25), (2, 0.5), (3, 0.375)):
+        sweep.report(epoch, worst)
+    assert sweep.written().state == "running"
+    sweep.event("complete")
+    trial = sweep.written()
+    assert (trial.state, trial.epoch, trial.trained, trial.retries) == ("finished", 3, 3, 0)
+    assert trial.best == {"epoch": 2.0, "robust_worst": 0.5} and trial.latest == {"epoch": 3.0, "robust_worst": 0.375}
+    assert trial.curve == [[1, 0.25], [2, 0.5], [3, 0.375]]
+    assert sweep.told == [
+        ("running", 0, None),
+        ("running", 1, 1),
+        ("running", 2, 2),
+        ("running", 3, 3),
+        ("finished", 3, None),
+    ]
+
+
+def test_what_tune_adds_to_a_report_is_no_metric(begin: Callable[..., Sweep]) -> None:
+    sweep = begin()
+    sweep.event("start")
+    tune = {"timestamp": 1, "time_this_iter_s": 1.0, "time_total_s": 1.0, "time_since_restore": 1.0, "pid": 1}
+    tune |= {"iterations_since_restore": 1, "training_iteration": 7, "done": False, "hostname": "h", "trial_id": "x"}
+    sweep.report(1, 0.25, **tune, flag=True, config={"number": 0}, **{"train/seconds": 2, "val/gap": 0.5})
+    row = sweep.written().latest
+    assert row == {"epoch": 1.0, "robust_worst": 0.25, "train/seconds": 2.0, "val/gap": 0.5}
+    assert all(type(value) is float for value in row.values())
+
+
+def test_epochs_that_were_reported_before_are_told_to_nobody(begin: Callable[..., Sweep]) -> None:
+    """After a restart a trial says again what it had reported; epochs of other trials are not trained."""
+    sweep = begin()
+    sweep.event("start")
+    sweep.report(1, 0.25, shared=1.0)
+    sweep.report(2, 0.5)
+    before, heard = sweep.written(), len(sweep.told)
+    for epoch in (1, 2):
+        sweep.report(epoch, 0.875, after=5.0)
+    assert sweep.written() == before and len(sweep.told) == heard
+    sweep.report(3, 0.375)
+    assert (sweep.written().epoch, sweep.written().trained) == (3, 2)
+
+
+@pytest.mark.parametrize(("epochs", "state"), [(2, "stopped"), (3, "finished"), (4, "finished")])
+def test_a_trial_that_ends_before_its_last_epoch_was_stopped(
+    begin: Callable[..., Sweep], epochs: int, state: str
+) -> None:
+    sweep = begin()
+    sweep.event("start")
+    for epoch in range(1, epochs + 1):
+        sweep.report(epoch, 0.5)
+    sweep.event("complete")
+    assert sweep.written().state == state and sweep.told[-1] == (state, epochs, None)
+
+
+@pytest.mark.parametrize(("epochs", "state"), [(2, "running"), (3, "finished")])
+def test_a_trial_that_a_budget_ends_goes_on_another_time(begin: Callable[..., Sweep], epochs: int, state: str) -> None:
+    sweep = begin(seconds=60.0)
+    sweep.event("start")
+    for epoch in range(1, epochs + 1):
+        sweep.report(epoch, 0.5)
+    sweep.now += 60.0
+    sweep.event("complete")
+    assert sweep.written().state == state
+
+
+def test_a_trial_that_never_started_leaves_nothing(begin: Callable[..., Sweep]) -> None:
+    sweep = begin(seconds=0.0)
+    sweep.event("complete")
+    sweep.event("recover")
+    assert sweep.ledger.trials() == [] and sweep.told == []
+
+
+def test_a_failure_that_is_reported_is_the_trials_end(begin: Callable[..., Sweep]) -> None:
+    sweep = begin()
+    sweep.event("start")
+    sweep.report(1, 0.5)
+    sweep.event("result", result={"failed": "the loss became nan in epoch 2", "training_iteration": 2})
+    failed = sweep.written()
+    assert (failed.state, failed.epoch, failed.reason) == ("failed", 1, "the loss became nan in epoch 2")
+    assert failed.best["robust_worst"] == 0.5 and sweep.told[-1] == ("failed", 1, None)
+    sweep.event("complete")
+    assert sweep.written() == failed, "neither stopped nor finished"
+    assert sweep.relay.bugs == [] and not sweep.relay.over, "its settings explain it"
+
+
+def test_three_errors_of_the_code_end_the_sweep(begin: Callable[..., Sweep]) -> None:
+    from raysweep.sweep.relay import SweepFailed
+
+    sweep = begin()
+    assert sweep.relay.another_round()
+    for number in range(3):
+        assert not sweep.relay.over
+        sweep.relay.check()
+        sweep.event("start", number)
+        sweep.event("result", number, result={"failed": "KeyError: 'no'", "bug": f"Traceback {number}"})
+        sweep.event("complete", number)
+    assert sweep.relay.over and [trial.state for trial in sweep.ledger.trials()] == ["failed"] * 3
+    with pytest.raises(SweepFailed, match="3 trials met errors of the code, the first:\nTraceback 0"):
+        sweep.relay.check()
+
+
+def account(path: Path, *failures: str) -> str:
+    """A file as Tune writes it: every failure of a trial, the last at its end."""
+    file = path / "error.txt"
+    file.write_text("".join(f"Failure # {n} (occurred at noon)\n{text}\n" for n, text in enumerate(failures, 1)))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("failures", "reason"),
+    [
+        ((), "its process or its node died"),
+        (("The worker died.",), "its process or its node died"),
+        (("The node was preempted.",), "its node was preempted"),
+        (
+            ("The node was preempted.", "Task was killed due to the node running low on memory."),
+            "its process was killed because the node ran out of memory",
+        ),
+        (
+            ("Task was killed due to the node running low on memory.", "The worker died."),
+            "its process or its node died",
+        ),
+    ],
+)
+def test_a_lost_process_is_a_retry_with_the_last_reason(
+    begin: Callable[..., Sweep], failures: tuple[str, ...], reason: str, tmp_path: Path
+) -> None:
+    sweep = begin(Trial(0, {LR: 0.1}, epoch=1, retries=2))
+    sweep.event("start")
+    sweep.event("recover", error_file=account(tmp_path, *failures) if failures else None)
+    lost = sweep.written()
+    assert (lost.state, lost.epoch, lost.retries, lost.reason) == ("running", 1, 3, reason)
+    sweep.event("start")
+    assert sweep.written() == lost and len(sweep.told) == 2, "a second start is no news"
+    sweep.report(2, 0.5)
+    assert (sweep.written().retries, sweep.written().reason) == (3, "")
+
+
+def test_an_account_that_is_gone_is_a_lost_process(begin: Callable[..., Sweep], tmp_path: Path) -> None:
+    sweep = begin()
+    sweep.event("start")
+    sweep.event("recover", error_file=str(tmp_path / "nowhere.txt"))
+    assert sweep.written().reason == "its process or its node died"
+
+
+@pytest.mark.parametrize(("failures", "state"), [(20, "running"), (21, "failed")])
+def test_a_trial_that_loses_its_process_too_often_has_failed(
+    begin: Callable[..., Sweep], failures: int, state: str
+) -> None:
+    sweep = begin()
+    assert sweep.relay.another_round()
+    sweep.event("start")
+    sweep.report(1, 0.5)
+    sweep.event("error", failures=failures)
+    trial = sweep.written()
+    assert trial.state == state
+    assert trial.reason == ("its process or its node died, 21 times" if state == "failed" else "")
+    sweep.relay.check()
+    assert sweep.relay.another_round() == (state == "running"), "what has not failed is for another round of Tune"
+    assert not sweep.relay.another_round(), "it is asked for once"
+
+
+def test_a_sweep_whose_trials_cannot_start_says_so(begin: Callable[..., Sweep]) -> None:
+    from raysweep.sweep.relay import SweepFailed
+
+    sweep = begin()
+    assert sweep.relay.another_round(), "the first time"
+    sweep.event("error", 0)
+    sweep.event("error", 1)
+    with pytest.raises(SweepFailed, match="no trial could start: its process or its node died"):
+        sweep.relay.check()
+    assert sweep.relay.another_round()
+    sweep.event("start", 2)
+    sweep.event("error", 0)
+    with pytest.raises(SweepFailed, match="no trial could start"):
+        sweep.relay.check()
+    assert sweep.relay.another_round()
+    sweep.report(1, 0.5, number=2)
+    sweep.event("error", 0)
+    sweep.relay.check()
+    assert sweep.relay.another_round(), "some trial makes progress: the others may start later"
+    sweep.event("error", 0)
+    with pytest.raises(SweepFailed, match="no trial could start"):
+        sweep.relay.check()
+
+
+def test_a_spent_budget_ends_the_rounds_too(begin: Callable[..., Sweep]) -> None:
+    sweep = begin(seconds=60.0)
+    assert sweep.relay.another_round()
+    sweep.event("error", 0)
+    sweep.now += 60.0
+    assert not sweep.relay.another_round() and sweep.relay.ended
+
+
+def test_seconds_are_those_in_which_a_process_held_something(begin: Callable[..., Sweep]) -> None:
+    """In vain: an epoch of 15 s that was lost. Not held: 75 s until there was another process."""
+    sweep = begin(Trial(0, {LR: 0.1}, epoch=0, seconds=100.0), gpus=2.0, gpu_seconds=130.0)
+    sweep.event("start")
+    sweep.report(1, 0.25, after=10.0)
+    sweep.event("recover", after=15.0)
+    assert sweep.written().seconds == 125.0
+    sweep.event("start", after=75.0)
+    sweep.report(2, 0.25, after=30.0)
+    sweep.report(2, 0.25, after=4.0)
+    sweep.event("complete", after=5.0)
+    assert sweep.written().seconds == 164.0 and sweep.written().state == "stopped"
+    assert not sweep.relay.over, "64 s of two GPUs are 128"
+    sweep.event("start", 1)
+    sweep.now += 0.9
+    assert not sweep.relay.over
+    sweep.now += 0.1
+    assert sweep.relay.over and sweep.relay.end()
+
+
+def test_gpus_of_trials_that_run_at_once_add_up(begin: Callable[..., Sweep]) -> None:
+    sweep = begin(gpus=0.5, gpu_seconds=40.0)
+    sweep.event("start", 0)
+    sweep.event("start", 1, after=20.0)
+    sweep.event("error", 0, after=20.0)
+    sweep.now += 19.0
+    assert not sweep.relay.over, "40 s and 39 s of half a GPU"
+    sweep.now += 1.0
+    assert sweep.relay.over
+
+
+def test_a_budget_of_wall_seconds_is_of_this_call(begin: Callable[..., Sweep]) -> None:
+    sweep = begin(Trial(0, {LR: 0.1}, seconds=1e6), seconds=60.0)
+    sweep.event("start")
+    sweep.now += 59.9
+    assert not sweep.relay.over and not sweep.relay.end() and not sweep.relay.ended
+    sweep.now += 0.1
+    assert sweep.relay.over and not sweep.relay.ended, "looking ends nothing"
+    assert sweep.relay.end() and sweep.relay.ended
+
+
+@pytest.mark.parametrize(
+    ("budget", "spent", "over"),
+    [
+        ({"seconds": 10.0}, (10.0, 0.0), True),
+        ({"seconds": 10.0}, (9.999, 1e9), False),
+        ({"gpu_seconds": 10.0}, (0.0, 10.0), True),
+        ({"gpu_seconds": 10.0}, (1e9, 9.999), False),
+        ({"seconds": 10.0, "gpu_seconds": 20.0}, (9.0, 20.0), True),
+        ({"seconds": 10.0, "gpu_seconds": 20.0}, (10.0, 19.0), True),
+        ({"seconds": 0.0}, (0.0, 0.0), True),
+        ({}, (1e12, 1e12), False),
+    ],
+)
+def test_a_budget_is_spent_when_it_is_reached(budget: dict, spent: tuple[float, float], over: bool) -> None:
+    from raysweep.sweep.relay import Budget
+
+    assert Budget(**budget).spent(*spent) is over
+
+
+def test_tune_is_told_to_stop_all_trials_and_never_one(begin: Callable[..., Sweep]) -> None:
+    from raysweep.sweep.relay import Stop
+
+    sweep = begin(seconds=60.0)
+    stop = Stop(sweep.relay)
+    assert not stop.stop_all()
+    sweep.now += 60.0
+    assert stop.stop_all() and sweep.relay.ended
+    assert not stop("t0", {"robust_worst": 0.0})
+
+
+def test_a_resumed_trial_keeps_its_past_and_its_number(begin: Callable[..., Sweep]) -> None:
+    """Those whose state says that they ended run again when a sweep has grown."""
+    row = {"epoch": 2.0, "robust_worst": 0.75}
+    past = Trial(7, {LR: 0.25}, "running", 2, row, row, [[1, 0.5], [2, 0.75]], 1, 30.0, 1, "its node was preempted")
+    sweep = begin(Trial(3, {LR: 0.5}, "finished", 3), past)
+    sweep.event("start", 7, settings={LR: 0.25})
+    assert sweep.written(7) == past
+    sweep.report(3, 0.5, number=7, after=2.0)
+    sweep.event("complete", 7, after=1.0)
+    trial = sweep.written(7)
+    assert trial.best == row and trial.curve == [[1, 0.5], [2, 0.75], [3, 0.5]]
+    assert (trial.state, trial.trained, trial.seconds, trial.retries) == ("finished", 2, 33.0, 1)
+    assert [trial.number for trial in sweep.ledger.trials()] == [3, 7]
+    assert json.loads((sweep.ledger.path / "trials/0007/trial.json").read_text())["epoch"] == 3
+
+
+def test_trials_do_not_mix(begin: Callable[..., Sweep]) -> None:
+    sweep = begin()
+    for number in (0, 1):
+        sweep.event("start", number, settings={LR: 0.1 + number / 10})
+    sweep.report(1, 0.25, number=0)
+    sweep.report(1, 0.75, number=1)
+    sweep.report(2, 0.5, number=0)
+    sweep.event("recover", 1)
+    first, second = sweep.ledger.trials()
+    assert (first.epoch, first.best["robust_worst"], first.retries) == (2, 0.5, 0)
+    assert (second.epoch, second.best["robust_worst"], second.retries) == (1, 0.75, 1)
+    assert [first.settings, second.settings] == [{LR: 0.1}, {LR: 0.2}]
