@@ -1,0 +1,157 @@
+"""Whole training runs against a loop written out by hand: order, starts, attack, weights, loss and SGD."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from by_hand import crop_and_flip, hashed, shuffled, uniform
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from raysweep.data import Data, Split, load
+from raysweep.models.cnn import digits_cnn
+from raysweep.training.config import RunConfig, run_config
+from raysweep.training.trainer import fit
+
+ROWS, BATCH, SEED, STEPS, STEP_SIZE, LAM = 36, 16, 3, 2, 0.05, -1.0
+# Learning rate, weight decay and epsilon of each epoch. Large, so that a term that is left out shows.
+PLAN = [(0.05, 0.05, 0.1), (0.02, 0.05, 0.2), (0.02, 0.2, 0.2)]
+PLAIN = {"compute.channels_last": False, "compute.fold": False}
+# All that is not looked at here costs little.
+QUICK = {"validation.attacks": {"pgd": {"kind": "pgd", "steps": 1}}, "validation.finish": {}, "validation.scales": []}
+
+
+def piecewise(values: list[float]) -> dict[str, Any]:
+    return {"kind": "piecewise", "boundaries": [1, 2], "values": values}
+
+
+def config(method: str, **changes: Any) -> RunConfig:
+    lr, weight_decay, eps = (piecewise(list(values)) for values in zip(*PLAN, strict=True))
+    settings = {
+        "epochs": 3, "batch_size": BATCH, "seed": SEED, "data.val_size": 20, "data.train_size": ROWS,
+        "optim.lr": lr, "optim.weight_decay": weight_decay, "method.attacks.pgd.steps": STEPS,
+        "method.attacks.pgd.eps": eps, "method.attacks.pgd.step_size": STEP_SIZE, **QUICK, **PLAIN,
+    }  # fmt: skip
+    return run_config(method, settings, {key.replace("__", "."): value for key, value in changes.items()})
+
+
+class ByHand:
+    """What SGD with adversarial examples makes of the images of a split, step after step."""
+
+    def __init__(
+        self,
+        split: Split,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        augment: bool = False,
+        burn_in: int = 3,
+        l2: bool = False,
+    ) -> None:
+        torch.manual_seed(hashed(SEED, "weights") >> 1)
+        self.model = nn.Sequential(digits_cnn(1, 10))
+        self.buffers: dict[str, Tensor] = {}
+        self.losses, self.right = [], []
+        for epoch, (lr, weight_decay, eps) in enumerate(PLAN):
+            loss_sum, right = 0.0, 0
+            order = shuffled(ROWS, SEED, "order", epoch)
+            for first in range(0, ROWS, BATCH):
+                rows = order[first : first + BATCH]
+                x, y = split.x[rows].float() / 16, split.y[rows]
+                examples = split.index[rows].tolist()
+                if augment:
+                    x = torch.stack([crop_and_flip(x[i], SEED, epoch, n) for i, n in enumerate(examples)])
+                x_adv, kappa = self.attacked(x, y, examples, epoch, eps, l2)
+                weight = torch.ones(len(y))
+                if epoch >= burn_in:
+                    weight = (1 + torch.tanh(LAM + 5 * (1 - 2 * kappa / STEPS))) / 2
+                    weight = weight / weight.mean()
+                self.model.train()
+                logits = self.model(x_adv)
+                loss = (weight * F.cross_entropy(logits, y, reduction="none")).sum() / len(y)
+                loss_sum += loss.item() * len(y)
+                right += int((logits.argmax(1) == y).sum())
+                self.update(loss, lr, weight_decay, momentum, nesterov)
+            self.losses.append(loss_sum / ROWS)
+            self.right.append(right / ROWS)
+
+    def attacked(
+        self, x: Tensor, y: Tensor, examples: list[int], epoch: int, eps: float, l2: bool
+    ) -> tuple[Tensor, Tensor]:
+        """PGD and how many of its iterates were right; from a random start, in L2 from the image itself."""
+        self.model.eval()
+        x_adv, kappa = x, torch.zeros(len(y))
+        if not l2:
+            key = hashed(hashed(SEED, "train", epoch), "attack", "pgd")
+            noise = torch.tensor([uniform(key, example, 64) for example in examples]).view_as(x)
+            x_adv = (x + eps * (noise * 2 - 1)).clamp(0, 1)
+        for _ in range(STEPS):
+            leaf = x_adv.clone().requires_grad_()
+            logits = self.model(leaf)
+            kappa += (logits.argmax(1) == y).float()
+            (grad,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), leaf)
+            if l2:
+                moved = x_adv + STEP_SIZE * grad / grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+                length = (moved - x).flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+                x_adv = torch.where(length > eps, x + (moved - x) * eps / length, moved).clamp(0, 1)
+            else:
+                moved = x_adv + STEP_SIZE * grad.sign()
+                x_adv = torch.minimum(torch.maximum(moved, x - eps), x + eps).clamp(0, 1)
+        return x_adv, kappa
+
+    def update(self, loss: Tensor, lr: float, weight_decay: float, momentum: float, nesterov: bool) -> None:
+        """g + weight decay x w goes into the momentum; Nesterov looks one step ahead of it."""
+        grads = torch.autograd.grad(loss, list(self.model.parameters()))
+        with torch.no_grad():
+            for (name, parameter), grad in zip(self.model.named_parameters(), grads, strict=True):
+                grad = grad.add(parameter, alpha=weight_decay)
+                if momentum:
+                    before = self.buffers.get(name)
+                    self.buffers[name] = grad if before is None else (before * momentum).add(grad)
+                    grad = grad.add(self.buffers[name], alpha=momentum) if nesterov else self.buffers[name]
+                parameter.add_(grad, alpha=-lr)
+
+
+def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    return max((found[name].double() - value.double()).abs().max().item() for name, value in expected.items())
+
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "momentum": ("at", {}, {}),
+    "nesterov": ("at", {"optim__nesterov": True}, {"nesterov": True}),
+    "no momentum": ("at", {"optim__momentum": 0.0}, {"momentum": 0.0}),
+    "augmented": ("at", {"data__augment": True}, {"augment": True}),
+    "weights after a burn-in": ("gairat", {"*.burn_in": 1, "*.lam": LAM}, {"burn_in": 1}),
+}
+
+
+@pytest.fixture(scope="module")
+def part() -> Data:
+    return load(config("at").data)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_is_the_loop_by_hand(case: str, tmp_path: Path, part: Data) -> None:
+    method, changes, by_hand = CASES[case]
+    data = replace(part, augment=bool(by_hand.get("augment")))
+    saved = fit(config(method, **changes), tmp_path, data=data).last
+    expected = ByHand(data.train, **by_hand)
+    assert furthest(load_file(saved.path / "weights.safetensors"), expected.model.state_dict()) < 1e-6
+    if expected.buffers:
+        assert furthest(load_file(saved.path / "state.safetensors"), expected.buffers) < 1e-5
+    rows = saved.history
+    assert [row["train/lr"] for row in rows] == [0.05, 0.02, 0.02]
+    assert [row["train/loss"] for row in rows] == pytest.approx(expected.losses, rel=1e-5)
+    assert [row["train/pgd"] for row in rows] == pytest.approx(expected.right)
+
+
+def test_attacks_meet_the_weights_of_their_own_step_also_on_the_fast_paths(tmp_path: Path, part: Data) -> None:
+    """Folded batch norms and channels last change rounding alone. In L2, where no sign flips with a last bit."""
+    changes = {"method__attacks__pgd__norm": "L2", "method__attacks__pgd__start": "natural"}
+    fast = {"compute__fold": True, "compute__channels_last": True}
+    saved = fit(config("at", **changes, **fast), tmp_path, data=part).last
+    expected = ByHand(part.train, l2=True)
+    assert furthest(load_file(saved.path / "weights.safetensors"), expected.model.state_dict()) < 1e-4
