@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 from raysweep import losses
 from raysweep.catalog import METHODS
 from raysweep.method import Method, Term
-from raysweep.spec import override
-from raysweep.weights import Remainder, Vulnerability
+from raysweep.spec import SpecError, override
+from raysweep.weights import Geometry, Look, Remainder, Vulnerability
 
 G_ATTACK = {"*.eps": 0.031, "*.step_size": 0.007}
 SHAPES = {"Tanh": "tanh", "Sigmoid": "sigmoid", "Discrete": "linear"}
@@ -51,29 +51,52 @@ STEPS = {
 }
 
 
+# What is stored of each step: gradients of three parameters, and the state afterwards. TRADES and GAIR-RST run a view
+# twice, so that their running statistics are not ours; only GAIRAT's step was taken with its optimiser.
+GRADIENTS = {"conv1.weight", "bn2.weight", "linear.bias"}
+STATISTICS = {f"bn{n}.{name}" for n in (1, 2) for name in ("running_mean", "running_var", "num_batches_tracked")}
+STEPPED = {"conv1.weight", "linear.bias", *(f"bn{n}.{name}" for n in (1, 2) for name in ("weight", "bias"))}
+
+
+def stored_of(name):
+    """What must be stored of a step: parts, gradients, state afterwards."""
+    if name.startswith("gairat"):
+        return {"loss", "weights"}, GRADIENTS, STATISTICS | STEPPED
+    if name.startswith("gair-rst"):
+        return {"loss", "kappa"}, GRADIENTS, set()
+    return {"loss"}, GRADIENTS, set() if name == "trades" else STATISTICS
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_one_step_is_the_authors(oracle, name):
     """Attack, kappa, weights, loss, gradients, and for methods that run each view once, batch norms and SGD's step."""
-    data = stored("steps")
+    data = {key.removeprefix(f"{name}."): value for key, value in stored("steps").items() if key.startswith(f"{name}.")}
+    parts, gradients, state = stored_of(name)
     model = oracle.model
+    parameters = dict(model.named_parameters())
+    assert set(data) == {
+        *parts,
+        *(f"gradnorm.{key}" for key in parameters),
+        *(f"grad.{key}" for key in gradients),
+        *(f"after.{key}" for key in state),
+    }
     step = STEPS[name]().at(0)(model, oracle.x, oracle.y, oracle.noise)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4)
     step.loss.backward()
-    torch.testing.assert_close(step.loss.detach(), data[f"{name}.loss"], rtol=1e-9, atol=0)
-    for key, parameter in model.named_parameters():
-        expected = data[f"{name}.gradnorm.{key}"]
-        torch.testing.assert_close(parameter.grad.norm(), expected, rtol=1e-8, atol=1e-10)
-        if f"{name}.grad.{key}" in data:
-            torch.testing.assert_close(parameter.grad, data[f"{name}.grad.{key}"], rtol=1e-8, atol=1e-10)
-    if f"{name}.kappa" in data:
-        assert torch.equal(step.adversarial["pgd"].kappa, data[f"{name}.kappa"])
-    if name.startswith("gairat") and f"{name}.weights" in data:
+    torch.testing.assert_close(step.loss.detach(), data["loss"], rtol=1e-9, atol=0)
+    for key, parameter in parameters.items():
+        torch.testing.assert_close(parameter.grad.norm(), data[f"gradnorm.{key}"], rtol=1e-8, atol=1e-10)
+    for key in gradients:
+        torch.testing.assert_close(parameters[key].grad, data[f"grad.{key}"], rtol=1e-8, atol=1e-10)
+    if "kappa" in parts:
+        assert torch.equal(step.adversarial["pgd"].kappa, data["kappa"])
+    if "weights" in parts:
         weight = step.weights["pgd"] / step.weights["pgd"].mean()
-        torch.testing.assert_close(weight, data[f"{name}.weights"].double(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(weight, data["weights"].double(), rtol=1e-9, atol=1e-12)
+    if state >= STEPPED:
         optimizer.step()
-    for key, value in model.state_dict().items():
-        if f"{name}.after.{key}" in data:
-            torch.testing.assert_close(value, data[f"{name}.after.{key}"], rtol=1e-9, atol=1e-12)
+    for key in state:
+        torch.testing.assert_close(model.state_dict()[key], data[f"after.{key}"], rtol=1e-9, atol=1e-12)
 
 
 @pytest.fixture
@@ -118,6 +141,26 @@ def test_contract(logits, name):
         assert view.grad.isfinite().all()
     if name.startswith("kl"):
         assert losses.LOSSES[name](natural, natural, y).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        # sigma(2 x 5), sigma(0), sigma(2 x -5), for (1 + tanh(a)) / 2 = sigma(2 a); then sigma(5), sigma(0), sigma(-5).
+        ("tanh", [0.9999546021312976, 0.5, 4.5397868702434395e-05]),
+        ("sigmoid", [0.9933071490757153, 0.5, 0.0066928509242848554]),
+    ],
+)
+def test_official_geometry_weights_of_an_attack_of_two_steps(shape, expected):
+    """h = floor(2 / 2) = 1: the fewest steps that the authors' code can weigh, and there it is the paper's formula."""
+    kappa = torch.arange(3)
+    look = Look(torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.int64), kappa, steps=2)
+    for official in (True, False):
+        assert Geometry(shape=shape, official=official)(look).tolist() == pytest.approx(expected, rel=1e-12)
+    method = override(METHODS["gairat"](), {"attacks.pgd.steps": 2, "terms.pgd.weight.official": True})
+    assert method.terms["pgd"].weight.official
+    with pytest.raises(SpecError, match=r"floor\(steps / 2\): attacks.pgd.steps must be 2 or more"):
+        override(method, {"attacks.pgd.steps": 1})
 
 
 class Views(torch.nn.Module):
