@@ -66,13 +66,18 @@ class Resources:
         fits = [cluster.get("CPU", 0) / self.cpus]
         if self.held_gpus:
             fits.append(cluster.get("GPU", 0) / self.held_gpus)
-        if min(fits) < 1:
+        if not _whole(min(fits)):
             have = f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
             raise SpecError(f"a trial wants {self.cpus:g} CPUs and {self.held_gpus:g} GPUs, the cluster has {have}")
         if self.workers == 1:
-            return int(min(fits))
-        places = sum(min(int(node.get(k, 0) / v) for k, v in self.worker.items() if v) for node in nodes)
+            return _whole(min(fits))
+        places = sum(min(_whole(node.get(k, 0) / v) for k, v in self.worker.items() if v) for node in nodes)
         if places < self.workers:
             each = f"{self.cpus / self.workers:g} CPUs and {self.held_gpus / self.workers:g} GPUs"
             raise SpecError(f"a trial wants {self.workers} workers of {each} each, the cluster's nodes hold {places}")
-        return min(int(min(fits)), places // self.workers)
+        return min(_whole(min(fits)), places // self.workers)
+
+
+def _whole(ratio: float) -> int:
+    """How often something fits: 33 / 1.1 is 29.999999999999996 for a computer."""
+    return int(ratio + 1e-9)
