@@ -144,7 +144,8 @@ def _small(config: RunConfig, data: Data) -> bool:
 
 def left(space: SearchSpace, epochs: int, trials: Sequence[Trial]) -> list[int]:
     """For each trial that is still to run the epochs that it has behind it. epochs: what the sweep is to have now."""
-    going = [t.epoch for t in trials if t.state == "running" or (t.state == "finished" and t.epoch < epochs)]
+    wanted = [(trial, trial.settings.get("epochs", epochs)) for trial in trials]
+    going = [t.epoch for t, most in wanted if t.state == "running" or (t.state == "finished" and t.epoch < most)]
     return going + [0] * (space.total - len(trials))
 
 

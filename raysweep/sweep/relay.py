@@ -128,7 +128,7 @@ class Relay(tune.Callback):
         record = self._trials.get(trial.trial_id)
         # None: a budget was spent before its first process started.
         if record is not None and record.state == "running":
-            if record.epoch >= self._epochs:
+            if record.epoch >= record.settings.get("epochs", self._epochs):
                 self._update(trial, replace(record, state="finished", reason=""))
             elif not self.over:
                 self._update(trial, replace(record, state="stopped", reason=""))
