@@ -125,6 +125,19 @@ def test_a_trial_that_ends_before_its_last_epoch_was_stopped(
     assert sweep.written().state == state and sweep.told[-1] == (state, epochs, None)
 
 
+@pytest.mark.parametrize(("epochs", "state"), [(1, "stopped"), (2, "finished"), (4, "stopped"), (5, "finished")])
+def test_where_epochs_are_searched_each_trial_has_its_own_last_one(
+    begin: Callable[..., Sweep], epochs: int, state: str
+) -> None:
+    """One of two, one of five epochs, in a sweep whose base has three."""
+    sweep = begin(space={"epochs": {"int": [2, 5]}})
+    sweep.event("start", settings={LR: 0.1, "epochs": 2 if epochs <= 2 else 5})
+    for epoch in range(1, epochs + 1):
+        sweep.report(epoch, 0.5)
+    sweep.event("complete")
+    assert sweep.written().state == state
+
+
 @pytest.mark.parametrize(("epochs", "state"), [(2, "running"), (3, "finished")])
 def test_a_trial_that_a_budget_ends_goes_on_another_time(begin: Callable[..., Sweep], epochs: int, state: str) -> None:
     sweep = begin(seconds=60.0)

@@ -1,0 +1,319 @@
+"""What a trial holds, how many fit a cluster, and what a plan makes of it: shares, epochs and hours by hand."""
+
+import json
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY
+
+from raysweep.data import Data
+from raysweep.spec import SpecError
+from raysweep.sweep.ledger import Trial
+from raysweep.sweep.plan import epoch_seconds, expected_epochs, left, plan, trial_epochs
+from raysweep.sweep.resources import Resources
+from raysweep.sweep.space import SearchSpace
+
+LR = "optim.lr"
+SMALL = {**TINY, "validation.finish.apgd_t.steps": 2, "validation.scales": []}
+
+
+def space(**changes: Any) -> SearchSpace:
+    data = {"method": "at", "trials": 16, "base": SMALL, "scheduler": {"grace": 2, "factor": 2}}
+    return SearchSpace.load({**data, "space": {LR: {"float": [0.01, 0.5]}}, **changes})
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "workers", "share", "threads"),
+    [
+        (2, None, 2, {"CPU": 0.99, "GPU": 0.0}, 1),
+        (1, 1, 3, {"CPU": 0.3233, "GPU": 0.3333}, 1),
+        (2, 1, 3, {"CPU": 0.6566, "GPU": 0.3333}, 1),
+        (7, 2, 2, {"CPU": 3.49, "GPU": 1.0}, 3),
+        (8, 4, 2, {"CPU": 3.99, "GPU": 2.0}, 4),
+        (5, 0, 2, {"CPU": 2.49, "GPU": 0.0}, 2),
+        (3, 2, 3, {"CPU": 0.99, "GPU": 0.6666}, 1),
+        (16, 8, 8, {"CPU": 1.99, "GPU": 1.0}, 2),
+    ],
+)
+def test_workers_have_equal_shares_rounded_down_beside_the_waiting_process(
+    cpus: float, gpus: float | None, workers: int, share: dict[str, float], threads: int
+) -> None:
+    resources = Resources(cpus, gpus, workers)
+    assert resources.worker == pytest.approx(share, abs=1e-9)
+    assert resources.threads == threads
+    assert resources.trial == {"CPU": 0.01}, "of the process that waits for them"
+
+
+def test_the_shares_fit_into_what_a_trial_holds_and_waste_next_to_nothing() -> None:
+    """In Ray's ten thousandths, exactly."""
+    for cpus in (1, 1.5, 2, 3, 4, 5.25, 7, 10, 31, 64):
+        for gpus in (0, 0.5, 1, 2):
+            for workers in (2, 3, 4, 6, 7, 9):
+                if gpus > workers and gpus % workers:
+                    continue
+                resources = Resources(cpus, gpus, workers)
+                share = {kind: Fraction(str(value)) for kind, value in resources.worker.items()}
+                held = {"CPU": share["CPU"] * workers + Fraction("0.01"), "GPU": share["GPU"] * workers}
+                assert all(f"{float(value):.4f}".rstrip("0").rstrip(".") for value in share.values())
+                for kind, given in (("CPU", cpus), ("GPU", gpus)):
+                    assert (share[kind] * 10_000).denominator == 1
+                    slack = Fraction(str(given)) - held[kind]
+                    most = Fraction(workers * 2, 10_000) + (Fraction("0.01") * (workers - 1) if kind == "CPU" else 0)
+                    assert 0 <= slack <= most, (cpus, gpus, workers, kind)
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(0.5, 1), (1, 1), (1.9, 1), (2, 2), (3.99, 3), (8, 8)])
+def test_one_worker_is_the_trials_own_process(cpus: float, threads: int) -> None:
+    resources = Resources(cpus=cpus, gpus=0.25)
+    assert resources.trial == {"CPU": cpus, "GPU": 0.25} and resources.threads == threads
+    assert Resources().trial == {"CPU": 1, "GPU": 0.0} and Resources().held_gpus == 0.0
+
+
+def test_gpus_that_nobody_named_are_one_for_each_worker_where_there_are_any() -> None:
+    gpus, none = {"CPU": 8.0, "GPU": 4.0}, {"CPU": 8.0}
+    for workers in (1, 2):
+        assert Resources(workers=workers).on(gpus).gpus == workers
+        assert Resources(workers=workers).on(none).gpus == Resources(workers=workers).on(none | {"GPU": 0}).gpus == 0
+        assert Resources(cpus=2, gpus=0.5, workers=workers).on(gpus) == Resources(cpus=2, gpus=0.5, workers=workers)
+    assert Resources(gpus=0.0).on(gpus).gpus == 0.0, "none is an answer"
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"cpus": 0}, "--cpus-per-trial 0: must be more than 0"),
+        ({"cpus": -1}, "--cpus-per-trial -1: must be more than 0"),
+        ({"cpus": 0.02, "workers": 2}, "0.02 CPUs are not enough for 2 workers"),
+        ({"cpus": 2, "gpus": 3, "workers": 2}, "3 GPUs for 2 workers is 1.5 each"),
+        ({"gpus": 1.5}, "1.5 GPUs for 1 workers is 1.5 each"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(how: dict[str, float], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        Resources(**how)  # type: ignore[arg-type]
+
+
+def test_shares_at_the_limit_are_taken() -> None:
+    assert 0 < Resources(cpus=0.0204, workers=2).worker["CPU"] <= 0.0002
+    assert Resources(gpus=1, workers=4, cpus=4).worker["GPU"] == 0.25
+    assert [Resources(gpus=gpus).held_gpus for gpus in (0.5, 1, 2)] == [0.5, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("resources", "cluster", "nodes", "trials"),
+    [
+        (Resources(), {"CPU": 2.0}, [], 2),
+        (Resources(cpus=2), {"CPU": 2.0}, [], 1),
+        (Resources(cpus=2), {"CPU": 7.0}, [], 3),
+        (Resources(cpus=0.5), {"CPU": 2.0}, [], 4),
+        (Resources(cpus=1, gpus=1), {"CPU": 16.0, "GPU": 4.0}, [], 4),
+        (Resources(cpus=8, gpus=1), {"CPU": 16.0, "GPU": 4.0}, [], 2),
+        (Resources(cpus=1, gpus=0.25), {"CPU": 16.0, "GPU": 3.0}, [], 12),
+        (Resources(cpus=1, gpus=0.0), {"CPU": 16.0, "GPU": 1.0}, [], 16),
+        # Two workers need not be on one node, one worker must be.
+        (Resources(cpus=2, workers=2), {"CPU": 4.0}, [{"CPU": 1.0}] * 4, 2),
+        (Resources(cpus=4, workers=2), {"CPU": 9.0}, [{"CPU": 3.0}] * 3, 1),
+        (Resources(cpus=2, gpus=2, workers=2), {"CPU": 8.0, "GPU": 3.0}, [{"CPU": 4.0, "GPU": 1.5}] * 2, 1),
+        (Resources(cpus=2, gpus=2, workers=2), {"CPU": 9.0, "GPU": 4.0}, [{"CPU": 1.0, "GPU": 4.0}, {"CPU": 8.0}], 0),
+        (Resources(cpus=3, gpus=1, workers=3), {"CPU": 6.0, "GPU": 2.0}, [{"CPU": 6.0, "GPU": 2.0}], 2),
+    ],
+)  # fmt: skip
+def test_how_many_trials_fit(resources: Resources, cluster: dict, nodes: list, trials: int) -> None:
+    if trials:
+        assert resources.concurrent(cluster, nodes) == trials
+    else:
+        with pytest.raises(SpecError, match=r"a trial wants 2 workers of 1 CPUs and 1 GPUs each, .* nodes hold 1"):
+            resources.concurrent(cluster, nodes)
+
+
+@pytest.mark.parametrize(
+    ("resources", "cluster"),
+    [
+        (Resources(cpus=2.01), {"CPU": 2.0}),
+        (Resources(gpus=1), {"CPU": 2.0, "GPU": 0.5}),
+        (Resources(gpus=0.25), {"CPU": 2.0}),
+        (Resources(), {}),
+    ],
+)
+def test_a_trial_that_does_not_fit_is_refused(resources: Resources, cluster: dict) -> None:
+    with pytest.raises(SpecError, match=r"a trial wants .* the cluster has "):
+        resources.concurrent(cluster)
+
+
+def test_fractions_of_a_cluster_are_counted_exactly() -> None:
+    """33 / 1.1 is 29.999999999999996 for a computer, and 7 / 0.07 is 99.99999999999999."""
+    for hundredths in (7, 14, 28, 33, 55, 56, 68, 110, 112, 125):
+        for whole in (1, 7, 14, 17, 28, 33, 64):
+            fit = whole * 100 // hundredths
+            cluster = {"CPU": float(whole), "GPU": float(whole)}
+            if fit:
+                assert Resources(cpus=hundredths / 100).concurrent(cluster) == fit
+                if hundredths <= 100:
+                    assert Resources(cpus=0.001, gpus=hundredths / 100).concurrent(cluster) == fit
+    # 24.999999999999996 times what each of two workers holds.
+    half = Resources(cpus=1, gpus=0.56, workers=2)
+    assert half.concurrent({"CPU": 99.0, "GPU": 7.0}, [{"CPU": 99.0, "GPU": 7.0}]) == 12
+    assert half.concurrent({"CPU": 99.0, "GPU": 14.0}, [{"CPU": 49.5, "GPU": 7.0}] * 2) == 25
+
+
+@pytest.mark.parametrize(
+    ("epochs", "begun", "expected"),
+    [
+        # Rungs at 2 and 4: half of the trials get past the first, a quarter past the second.
+        (8, 0, 2 + 2 / 2 + 4 / 4),
+        (8, 1, 1 + 2 / 2 + 4 / 4),
+        (8, 2, 2 + 4 / 2),
+        (8, 3, 1 + 4 / 2),
+        (8, 4, 4),
+        (8, 7, 1),
+        (8, 8, 0),
+        (2, 0, 2),
+        (3, 0, 2 + 1 / 2),
+        (4, 0, 2 + 2 / 2),
+        (5, 0, 2 + 2 / 2 + 1 / 4),
+    ],
+)
+def test_epochs_that_a_trial_can_expect(epochs: int, begun: int, expected: float) -> None:
+    assert trial_epochs(space(), epochs, begun) == expected
+
+
+def test_epochs_of_a_whole_sweep() -> None:
+    assert expected_epochs(space(), 8) == 64 and expected_epochs(space(trials=3), 8) == 12
+    assert expected_epochs(space(scheduler={"kind": "none"}), 8) == 128
+    assert expected_epochs(space(scheduler={"grace": 1, "factor": 3}), 9) == round(16 * (1 + 2 / 3 + 6 / 9))
+    grid = space(sampler={"kind": "grid"}, space={LR: {"categorical": [0.1, 0.2, 0.3]}})
+    assert expected_epochs(grid, 8) == 12, "of its points"
+
+
+def test_a_plan_is_of_the_trials_that_are_left() -> None:
+    states = [("running", 1), ("finished", 3), ("finished", 5), ("stopped", 2), ("failed", 0), ("running", 0)]
+    trials = [Trial(number, {LR: 0.1}, state, epoch) for number, (state, epoch) in enumerate(states)]  # type: ignore[arg-type]
+    assert left(space(trials=8), 3, trials) == [1, 0, 0, 0]
+    assert left(space(trials=8), 5, trials) == [1, 3, 0, 0, 0], "one that had finished gets two more"
+    assert left(space(trials=6), 6, trials) == [1, 3, 5, 0]
+    assert left(space(trials=3), 8, []) == [0, 0, 0]
+    own = [Trial(0, {"epochs": 2}, "finished", 2), Trial(1, {"epochs": 9}, "running", 4)]
+    assert left(space(trials=2), 5, own) == [4], "a trial with epochs of its own has no others"
+
+
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """A clock of which each look takes as long as the list's first number says, in seconds; the second: all looks."""
+    tick = [1.0, 0.0]
+
+    def look() -> float:
+        tick[1] += tick[0]
+        return tick[1]
+
+    monkeypatch.setattr("raysweep.sweep.plan.time", SimpleNamespace(perf_counter=look))
+    yield tick
+    torch.set_num_threads(1)  # as it was
+
+
+def test_seconds_of_an_epoch(digits: Data, ticking: list[float]) -> None:
+    """A step takes one second of this clock, and so does the validation of a sample of 32 of 50 images."""
+    config = space(base={**SMALL, "epochs": 4}).config({})
+    assert epoch_seconds(config, digits, Resources()) == pytest.approx(2 * 1 + 50 / 32)
+    every = space(base={**SMALL, "validation.every": 2, "batch_size": 24}, scheduler={"kind": "none"}).config({})
+    assert epoch_seconds(every, digits, Resources()) == pytest.approx(3 * 1 + 50 / 24 / 2), "64 images are three of 24"
+    # Each of two workers judges 20 of 40: all of them are its sample.
+    some = space(base={**SMALL, "validation.size": 40}).config({})
+    assert epoch_seconds(some, digits, Resources(cpus=2, workers=2)) == pytest.approx(2 * 1 + 1)
+
+
+def test_steps_that_take_long_are_timed_once(digits: Data, ticking: list[float]) -> None:
+    ticking[0] = 6.0
+    assert epoch_seconds(space().config({}), digits, Resources(), steps=2) == pytest.approx(2 * 6 + 6 * 50 / 32)
+    assert ticking[1] / 6 == 4, "looks: before and after one step and the validation"
+
+
+def test_a_step_is_timed_with_the_threads_that_a_trial_will_have(digits: Data, ticking: list[float]) -> None:
+    torch.set_num_threads(2)
+    epoch_seconds(space().config({}), digits, Resources(cpus=2, workers=2), steps=0)
+    assert torch.get_num_threads() == 1
+
+
+def test_the_hours_of_a_plan(
+    digits: Data, ticking: list[float], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    ticking[0] = 16.0  # an epoch: 2 x 16 s, and 16 s for 32 of 50 images
+    past = [Trial(0, {LR: 0.1}, "running", 3), Trial(1, {LR: 0.2}, "stopped", 2), Trial(2, {LR: 0.3}, "failed")]
+    sweep = space(trials=5, base={**SMALL, "epochs": 8})
+    facts = []
+    for resources, trials in ((Resources(cpus=0.25), ()), (Resources(cpus=0.5), past), (Resources(cpus=0.75), past)):
+        assert plan(sweep, digits, resources, None, as_json=True, trials=trials) == 0
+        facts.append(json.loads(capsys.readouterr().out))
+    whole, rest, half = facts
+    assert (whole["trials"], whole["trials_left"], whole["epochs_per_trial"]) == (5, 5, 8)
+    assert (rest["trials"], rest["trials_left"]) == (5, 3)
+    assert whole["epochs_expected"] == 20 and rest["epochs_expected"] == 3 + 4 + 4
+    assert [plan["trials_at_once"] for plan in facts] == [5, 3, 2], "no more than are left, and than fit"
+    seconds = 2 * 16 + 16 * 50 / 32
+    assert all(plan["seconds_per_epoch"] == seconds for plan in facts)
+    assert whole["trial_hours"] == round(seconds * 20 / 3600, 3)
+    assert whole["wall_hours"] == round(seconds * 20 / 5 / 3600, 3)
+    assert rest["wall_hours"] == round(seconds * 11 / 3 / 3600, 3)
+    assert half["wall_hours"] == round(seconds * 11 / 2 / 3600, 3)
+    assert whole["objective_95_half_width"] == round(0.98 / math.sqrt(50), 4)
+    assert (whole["train_examples"], whole["validation_examples"]) == (64, 50)
+    assert whole["searched"] == {LR: {"float": [0.01, 0.5]}}
+    assert (half["cpus_per_trial"], half["gpus_per_trial"], half["workers_per_trial"]) == (0.75, 0.0, 1)
+
+
+def test_a_plan_in_words(digits: Data, ticking: list[float], capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    sweep = space(trials=3, base={**SMALL, "epochs": 4, "validation.size": 26})
+    assert plan(sweep, digits, Resources(cpus=2, workers=2), None, as_json=False) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "3 trials of at on digits, 4 epochs each, digits_cnn",
+        "  optim.lr: {'float': (0.01, 0.5)}",
+        "64 training and 50 validation examples",
+        "95% interval of the objective: +-0.192",
+        "a trial holds 2 CPU(s) and 0 GPU(s), shared by 2 workers; 2 run at once",
+        "one epoch with validation takes about 3.0 s, estimated from a few steps of one worker here",
+        "about 9 epochs in all (12 without early stopping):",
+        "27.0 s of trials, 13.5 s from start to end",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("resources", "threads"),
+    [
+        (Resources(cpus=2, workers=2), 1),
+        (Resources(cpus=4, workers=2), 2),
+        (Resources(cpus=5, workers=2), 2),
+        (Resources(cpus=3, workers=3), 1),
+        (Resources(cpus=6, workers=3), 2),
+        (Resources(cpus=2, workers=3), 1),
+        (Resources(cpus=24, gpus=3, workers=3), 8),
+    ],
+)
+def test_each_workers_computation_has_the_threads_of_its_share(
+    resources: Resources, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.train
+    from conftest import tiny
+
+    from raysweep.sweep import workers
+
+    # Tune's own callback wants to be made within one of its trials.
+    monkeypatch.setattr(workers, "TuneReportCallback", ray.train.UserCallback)
+    folder = tmp_path / "trials" / "0003"
+    trainer = workers._trainer(tiny("at"), folder, resources.workers, resources.worker, None, None)
+    assert trainer.train_loop_config["threads"] == threads == resources.threads
+    scaling = trainer.scaling_config
+    assert scaling.num_workers == resources.workers and scaling.use_gpu == bool(resources.gpus)
+    assert scaling.resources_per_worker == {k: v for k, v in resources.worker.items() if v}
+    assert trainer.backend_config.backend == ("nccl" if resources.gpus else "gloo")
+    assert not ray.is_initialized()
