@@ -1,0 +1,229 @@
+"""The thresholds of an evaluation's doubts, on networks that lie just within and just beyond them."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from ladder import Ladder, ladder
+from torch import Tensor, nn
+
+from raysweep.attacks import APGD, FAB, PGD, SingleAttack, Square
+from raysweep.evaluation.checks import Nature, collapsed, examine, fitting, square_beats_gradients, suited
+from raysweep.rng import Rng
+from raysweep.spec import SpecError
+
+
+class Scripted(nn.Module):
+    """f(x, how many forwards there were before)."""
+
+    def __init__(self, f: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.f, self.calls = f, 0
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.f(x, self.calls - 1) * self.weight
+
+
+def sound(x: Tensor) -> Tensor:
+    """Ten logits of images (N, 1, 2, 2), up to 10 in size."""
+    return 10 * x.flatten(1) @ torch.eye(4, 10) - 5 * torch.arange(10) / 9
+
+
+IMAGES, LABELS = torch.rand(12, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 4
+
+
+def look(
+    f: Callable[[Tensor, int], Tensor],
+    attacks: tuple[SingleAttack, ...] = (PGD(),),
+    x: Tensor = IMAGES,
+    y: Tensor = LABELS,
+    eps: float = 0.0,
+) -> Nature:
+    return examine(Scripted(f), x, y, Rng.for_examples(torch.arange(len(x)), 0), eps, attacks)
+
+
+def test_a_sound_model_is_not_doubted() -> None:
+    assert look(lambda x, call: sound(x)) == Nature(10, False, True, ())
+
+
+@pytest.mark.parametrize(("share", "random"), [(3e-5, True), (3e-6, False)])
+@pytest.mark.parametrize("call", [1, 4])
+def test_random_is_what_differs_by_a_hundred_thousandth_in_any_of_five_answers(share, random, call) -> None:
+    def drifting(x: Tensor, number: int) -> Tensor:
+        logits = sound(x)
+        shift = torch.zeros_like(logits)
+        shift[-1, 0] = share * float(sound(IMAGES).abs().max()) * (number == call)
+        return logits + shift
+
+    found = look(drifting)
+    assert found.random is random and len(found.warnings) == random
+    assert not random or "answers differently each time" in found.warnings[0]
+
+
+def test_what_comes_after_five_answers_is_not_looked_at() -> None:
+    assert not look(lambda x, call: sound(x) + (call == 5)).random
+
+
+def test_a_random_model_is_no_doubt_where_every_attack_averages() -> None:
+    rand, plain = APGD(samples=20), APGD()
+    for attacks, doubts in (((rand,), 0), ((rand, rand), 0), ((rand, plain), 1), ((plain,), 1), ((Square(),), 1)):
+        found = look(lambda x, call: sound(x) + call, attacks)
+        assert found.random and len(found.warnings) == doubts, attacks
+
+
+def shares(x: Tensor) -> Tensor:
+    return sound(x).softmax(1)
+
+
+@pytest.mark.parametrize(
+    ("f", "probabilities"),
+    [
+        (shares, True),
+        (lambda x: shares(x) * (1 + 5e-6), True),
+        (lambda x: shares(x) * (1 + 1e-4), False),
+        (lambda x: shares(x) * (1 - 1e-4), False),
+        (lambda x: sound(x).sigmoid(), False),
+        # Rows that sum to 1, and one that does not.
+        (lambda x: shares(x) + 0.01 * (torch.arange(12) == 11)[:, None], False),
+        # Rows that sum to 1, with numbers below 0.
+        (lambda x: sound(x) - sound(x).mean(1, keepdim=True) + 0.1, False),
+    ],
+)
+def test_probabilities_are_at_least_0_and_sum_to_1(f, probabilities: bool) -> None:
+    warnings = look(lambda x, call: f(x)).warnings
+    assert any("outputs are probabilities" in warning for warning in warnings) is probabilities
+
+
+@pytest.mark.parametrize(("spread", "constant"), [(0.0, True), (1e-4, False)])
+def test_constant_is_the_same_logits_for_every_example(spread: float, constant: bool) -> None:
+    def flat(x: Tensor, call: int) -> Tensor:
+        logits = 0 * sound(x) + torch.arange(10.0)
+        return logits + spread * (torch.arange(len(x)) == len(x) - 1)[:, None]
+
+    warnings = look(flat).warnings
+    assert any("it is constant" in warning for warning in warnings) is constant
+    alone = look(flat, x=IMAGES[:1], y=LABELS[:1]).warnings
+    assert not any("it is constant" in warning for warning in alone), "one example says nothing"
+
+
+# Of eight, the first two are wrong; then three are steep.
+DISTANCES, WHICH, STEEP = [-0.1, -0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2], [0, 1] * 4, [1, 0, 1, 1, 1, 0, 0, 0]
+
+
+def silent(model: nn.Module, attacks: tuple[SingleAttack, ...] = (PGD(),), eps: float = 0.0) -> tuple[str, ...]:
+    x, y = ladder(DISTANCES, WHICH, STEEP)
+    return examine(model, x, y, Rng.for_examples(torch.arange(8), 0), eps, attacks).warnings
+
+
+def test_examples_without_a_gradient_are_counted_among_those_that_are_right() -> None:
+    (warning,) = silent(Ladder())
+    assert warning == (
+        "3 of 8 examples looked at have zero CE gradient (its softmax saturates): attacks on the CE loss are unreliable"
+    )
+    assert silent(Ladder(), (Square(),)) == (), "Square needs none"
+    assert silent(Ladder(), (Square(), FAB())) == (warning,)
+
+
+def test_a_masked_gradient_is_no_saturated_softmax() -> None:
+    class Rounded(Ladder):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward((x * 1000).round() / 1000)
+
+    for warning, loss in zip(silent(Rounded()), ("CE", "margin"), strict=True):
+        assert warning == (
+            f"6 of 8 examples looked at have zero {loss} gradient (its gradient is masked): "
+            f"attacks on the {loss} loss are unreliable"
+        )
+
+
+def test_gradients_are_looked_at_near_the_images_and_not_at_them() -> None:
+    """At the images themselves, in 16ths, there is none; eps away there is."""
+
+    def trapped(x: Tensor, call: int) -> Tensor:
+        at_grid = ((x * 16).round() / 16 - x).abs().flatten(1).amax(1, keepdim=True) < 1e-6
+        return torch.where(at_grid, sound(x).detach() + 0 * x.sum(), sound(x))
+
+    x = (IMAGES * 16).round() / 16
+    assert look(trapped, x=x, eps=0.01).warnings == ()
+    assert len(look(trapped, x=x, eps=0.0).warnings) == 2
+
+
+def test_a_model_without_a_gradient_is_for_square_alone() -> None:
+    found = look(lambda x, call: sound(x.detach()))
+    assert not found.differentiable
+    assert found.warnings == ("the model has no gradient with respect to its input: only Square can be run",)
+    assert look(lambda x, call: sound(x.detach()), (Square(),)).warnings == ()
+
+
+def test_which_attacks_a_model_allows() -> None:
+    def nature(classes: int, differentiable: bool = True) -> Nature:
+        return Nature(classes, False, differentiable, ())
+
+    dlr, targeted, ce = APGD(loss="dlr", steps=7), APGD(loss="dlr-targeted", eps=0.1), APGD()
+    for attack, least in (
+        (dlr, 3),
+        (targeted, 4),
+        (ce, 2),
+        (APGD(loss="cw"), 2),
+        (PGD(), 2),
+        (FAB(), 2),
+        (Square(), 2),
+    ):
+        assert suited(attack, nature(least)) == (attack, None)
+        if least > 2:
+            told = f"the {attack.loss} loss needs {least} logits, the model has {least - 1}: run with the cw loss"
+            assert suited(attack, nature(least - 1)) == (attack.model_copy(update={"loss": "cw"}), told)
+    for attack in (dlr, targeted, ce, PGD(), FAB()):
+        assert suited(attack, nature(2, differentiable=False)) == (None, "left out: it needs a gradient")
+    assert suited(Square(), nature(2, differentiable=False)) == (Square(), None)
+
+
+def test_labels_that_have_no_logit() -> None:
+    for labels in ([0, 3], [3], [0]):
+        fitting(np.array(labels), 4)
+    for labels, low, high in (([0, 4], 0, 4), ([-1, 3], -1, 3)):
+        with pytest.raises(SpecError, match=rf"y must lie in 0..3, as the model has 4 logits; got {low} to {high}"):
+            fitting(torch.tensor(labels), 4)
+
+
+def test_what_has_collapsed() -> None:
+    one, several = np.array([2, 2, 2]), np.array([0, 2, 2])
+    assert collapsed(one, several) == "the model predicts class 2 for every example: it has collapsed"
+    assert collapsed(several, several) is None
+    assert collapsed(one, one) is None, "all the examples are of one class"
+    assert collapsed(one[:1], several[:1]) is None
+
+
+def test_what_square_may_break_after_the_others() -> None:
+    assert square_beats_gradients(0.5, 0.4981) is None and square_beats_gradients(0.5, 0.5) is None
+    line = square_beats_gradients(0.5, 0.4978)
+    assert line is not None and line.startswith("Square lowered robust accuracy by 0.22 points")
+
+
+@pytest.mark.parametrize(
+    ("f", "words"),
+    [
+        (lambda x: sound(x)[:, :1], "must return (N, 2 or more) logits, it returned (12, 1)"),
+        (lambda x: sound(x)[:, 0], "must return (N, 2 or more) logits, it returned (12,)"),
+        (lambda x: sound(x) + torch.tensor([torch.nan] + 9 * [0.0]), "returns logits that are not finite"),
+        (lambda x: sound(x) - torch.tensor(9 * [0.0] + [torch.inf]), "returns logits that are not finite"),
+    ],
+)
+def test_models_that_cannot_be_attacked(f, words: str) -> None:
+    with pytest.raises(SpecError) as error:
+        look(lambda x, call: f(x))
+    assert words in str(error.value)
+
+
+def test_a_model_is_looked_at_in_eval_mode_and_comes_out_as_it_went_in() -> None:
+    class Moody(Ladder):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + (torch.rand(()) * 1e6 if self.training else 0)
+
+    model = Moody().train()
+    x, y = ladder([0.1, 0.1], [0, 1])
+    assert examine(model, x, y, Rng.for_examples(torch.arange(2), 0), 0.01, (PGD(),)).warnings == ()
+    assert model.training and model.scale.requires_grad and model.scale.grad is None and not x.requires_grad
