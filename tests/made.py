@@ -1,0 +1,55 @@
+"""Candidates and judgements of a pipeline, made up for tests: what is not given is unremarkable."""
+
+from typing import Any
+
+from raysweep.pipeline.artifact import Candidate, Judgement
+
+PROTOCOL: dict[str, Any] = {
+    "data": "cifar10",
+    "model": "resnet18",
+    "epochs": 100,
+    "train_size": None,
+    "batch_size": 128,
+    "eps": 8 / 255,
+    "norm": "Linf",
+    "examples": 10_000,
+    "fingerprint": "f00d",
+}
+
+
+def made_candidate(label: str, robust: float | None = None, **more: Any) -> Candidate:
+    """Scores may be given by name: `robust` is `robust_worst`, and `gap`, `clean`, `pgd` are scores too."""
+    scores = {"robust_worst": robust, "masking_gap": more.pop("gap", None)}
+    scores |= {name: more.pop(name) for name in ("clean", "pgd", "cw") if name in more}
+    more.setdefault("method", label)
+    more.setdefault("checkpoint", "-".join([label, str(more.get("seed", 0)), more.get("which", "best")]))
+    metrics = {name: score for name, score in scores.items() if score is not None}
+    return Candidate(label=label, metrics=metrics, **{"epoch": 90, "epochs": 100, **more})
+
+
+def made_judgement(candidate: Candidate, robust: float, **more: Any) -> Judgement:
+    """Under AutoAttack on the whole test set of CIFAR-10; settings of `protocol` may be given by name."""
+    protocol = PROTOCOL | {name: more.pop(name) for name in ("data", "model", "epochs", "train_size") if name in more}
+    examples, eps, norm = more.get("examples", 10_000), more.get("eps", 8 / 255), more.get("norm", "Linf")
+    protocol |= {"examples": examples, "eps": eps, "norm": norm, "fingerprint": more.pop("fingerprint", "f00d")}
+    rest = {
+        "attack": "AA",
+        "standard": True,
+        "examples": examples,
+        "test_examples": 10_000,
+        "eps": eps,
+        "norm": norm,
+        "clean": 0.9,
+        "intervals": {"robust": (robust - 0.01, robust + 0.01)},
+        "after": {},
+        "per_class": {},
+        "masking_gap": None,
+        "seconds": 1.0,
+        "queries": 10,
+        "warnings": (),
+        "run": "run",
+        "folder": "folder",
+        "protocol": protocol,
+        **more,
+    }
+    return Judgement(candidate=candidate, robust=robust, **rest)

@@ -1,0 +1,179 @@
+"""Which candidates go on, and whose verdict counts: limits, ties, masked ones, several methods and metrics."""
+
+import pytest
+from made import made_candidate, made_judgement
+
+from raysweep.pipeline.artifact import Artifact, Candidate, chosen, ranked_by
+from raysweep.pipeline.promote import Promote
+from raysweep.pipeline.register import verdict_on_chosen
+from raysweep.pipeline.stage import Past, Settings, StageFailed
+from raysweep.spec import SpecError
+from raysweep.training.config import run_config
+
+
+def promoted(pool: list[Candidate], **settings) -> list[str]:
+    return [c.label for c in Promote(**settings).choose(tuple(pool))]
+
+
+def test_the_best_go_on_best_first() -> None:
+    pool = [made_candidate(name, score) for name, score in (("a", 0.3), ("b", 0.5), ("c", 0.4), ("d", 0.2))]
+    assert promoted(pool) == ["b", "c"], "two by default"
+    assert promoted(pool, top=1) == ["b"] and promoted(pool, top=3) == ["b", "c", "a"]
+    assert promoted(pool, top=9) == ["b", "c", "a", "d"]
+    assert promoted(pool[::-1], top=3) == ["b", "c", "a"]
+
+
+def test_equal_scores_go_on_in_the_order_of_the_pool() -> None:
+    pool = [made_candidate(name, score) for name, score in (("a", 0.4), ("b", 0.5), ("c", 0.5), ("d", 0.4))]
+    assert promoted(pool, top=3) == ["b", "c", "a"]
+    assert promoted(pool[::-1], top=3) == ["c", "b", "d"]
+
+
+def test_a_candidate_without_the_metric_comes_last() -> None:
+    pool = [made_candidate("none"), made_candidate("low", 0.0), made_candidate("high", 0.1)]
+    assert promoted(pool, top=3) == ["high", "low", "none"]
+
+
+def test_the_gap_may_be_as_large_as_the_limit() -> None:
+    """0.05 is what `max_masking_gap: 0.05` allows; a candidate of which no gap is known has none."""
+    pool = [
+        made_candidate("at", 0.3, gap=0.05),
+        made_candidate("over", 0.9, gap=0.0500001),
+        made_candidate("below", 0.2, gap=0.049),
+        made_candidate("unknown", 0.1),
+    ]
+    assert promoted(pool, top=9, max_masking_gap=0.05) == ["at", "below", "unknown"]
+    assert promoted(pool, top=9) == ["over", "at", "below", "unknown"]
+    assert promoted(pool[3:], max_masking_gap=0.0) == ["unknown"]
+    none = made_candidate("none", 0.5, gap=0.0)
+    assert promoted([none], max_masking_gap=0.0) == ["none"], "no gap is within a limit of none"
+    with pytest.raises(StageFailed, match=r"each of 1 candidates has a masking gap over 0.05: nothing is promoted"):
+        promoted(pool[1:2], max_masking_gap=0.05)
+
+
+def test_one_that_its_space_calls_masked_comes_after_all_others() -> None:
+    pool = [made_candidate("masked", 0.9, masked=True), made_candidate("a", 0.2), made_candidate("b", 0.3)]
+    assert promoted(pool, top=3) == ["b", "a", "masked"]
+    assert promoted(pool, top=2) == ["b", "a"]
+    assert promoted(pool[:1], top=2) == ["masked"], "where there is nothing else"
+
+
+def test_each_method_sends_its_own_best() -> None:
+    scores = {"a": ("at", 0.5), "b": ("at", 0.6), "c": ("lrat", 0.1), "d": ("lrat", 0.2), "e": ("at", 0.7)}
+    pool = [made_candidate(name, score, method=method) for name, (method, score) in scores.items()]
+    assert promoted(pool, top=1, each=True) == ["e", "d"]
+    assert promoted(pool, top=2, each=True) == ["e", "b", "d", "c"]
+    assert promoted(pool, top=3, each=True) == ["e", "b", "a", "d", "c"]
+    assert promoted(pool, top=2) == ["e", "b"], "without it the methods compete"
+
+
+def two(name: str, pgd: float, clean: float, **more) -> Candidate:
+    return made_candidate(name, pgd=pgd, clean=clean, objectives=("pgd", "clean"), method="at", **more)
+
+
+def test_the_pareto_set_is_what_no_other_beats() -> None:
+    pool = [
+        two("clean", 0.1, 0.9),
+        two("middle", 0.3, 0.8),
+        two("worse in one", 0.3, 0.7),
+        two("worse in both", 0.2, 0.6),
+        two("robust", 0.5, 0.2),
+        two("as robust, less clean", 0.5, 0.1),
+    ]
+    assert promoted(pool, pareto=True) == ["robust", "middle", "clean"], "first objective first, `top` does not count"
+    twins = [two("one", 0.4, 0.4), two("other", 0.4, 0.4), two("beaten", 0.4, 0.3)]
+    assert promoted(twins, pareto=True) == ["one", "other"], "equals do not beat each other"
+    masked = [two("masked", 0.9, 0.9, masked=True), two("fit", 0.1, 0.1)]
+    assert promoted(masked, pareto=True) == ["fit"]
+
+
+def test_the_pareto_set_of_each_method() -> None:
+    pool = [two("a", 0.5, 0.5), two("b", 0.1, 0.1), two("c", 0.2, 0.2).model_copy(update={"method": "lrat"})]
+    assert promoted(pool, pareto=True) == ["a"]
+    assert promoted(pool, pareto=True, each=True) == ["a", "c"]
+
+
+def test_one_space_is_ranked_by_its_metric_and_several_by_the_default() -> None:
+    by_clean = [made_candidate("a", 0.1, clean=0.9, objectives=("clean",)) for _ in range(2)]
+    by_both = made_candidate("b", 0.5, clean=0.1, objectives=("pgd", "clean"))
+    assert ranked_by(by_clean) == ("clean",) and ranked_by([by_both]) == ("pgd", "clean")
+    assert ranked_by([*by_clean, by_both]) == ("robust_worst",) == ranked_by([])
+
+
+def test_the_one_that_validation_prefers() -> None:
+    best, last = made_candidate("a", 0.4), made_candidate("a", 0.6, which="last")
+    assert chosen((best, last)) == best, "the best epoch was chosen on validation, the last was not"
+    assert chosen((last,)) == last
+    seeds = [made_candidate("a", 0.4, seed=seed) for seed in (2, 0, 1)]
+    assert chosen(tuple(seeds)).seed == 0
+    better = made_candidate("b", 0.41, seed=9)
+    assert chosen((*seeds, better)) == better
+    masked = made_candidate("c", 0.9, masked=True)
+    assert chosen((masked, *seeds)).seed == 0 and chosen((masked,)) == masked
+
+
+def left(kind: str, *candidates: Candidate, judged=()) -> Artifact:
+    return Artifact(kind=kind, key="k", stage={}, inputs=(), candidates=candidates, judged=tuple(judged))
+
+
+def test_tune_and_train_add_to_the_pool_and_promote_replaces_it() -> None:
+    a, b, c, d = (made_candidate(name, 0.1) for name in "abcd")
+    past = Past((left("tune", a, b), left("train", c), left("promote", b), left("autoattack"), left("train", d)))
+    assert [x.label for x in past.pool] == ["b", "d"]
+    assert [x.label for x in Past(past.artifacts[:2]).pool] == ["a", "b", "c"]
+    assert Past().pool == () and Past().judged == ()
+
+
+def test_only_verdicts_on_what_is_in_the_running_count() -> None:
+    a, b = made_candidate("a", 0.1), made_candidate("b", 0.2)
+    judged = [made_judgement(a, 0.5), made_judgement(b, 0.4)]
+    past = Past((left("tune", a, b), left("autoattack", judged=judged), left("promote", b)))
+    assert [j.candidate.label for j in past.judged] == ["b"]
+
+
+def test_the_verdict_is_on_the_chosen_and_autoattacks_before_others() -> None:
+    """What validation prefers, though the test set prefers the other."""
+    a, b = made_candidate("a", 0.3), made_candidate("b", 0.2)
+    judged = [
+        made_judgement(b, 0.9),
+        made_judgement(a, 0.5, attack="PGD", standard=False),
+        made_judgement(a, 0.4, attack="AA"),
+        made_judgement(a, 0.6, attack="CW", standard=False),
+    ]
+    past = Past((left("tune", a, b), left("autoattack", judged=judged)))
+    assert (verdict_on_chosen(past).candidate, verdict_on_chosen(past).robust) == (a, 0.4)
+    assert verdict_on_chosen(past, "PGD").robust == 0.5
+    without = Past((left("tune", a, b), left("autoattack", judged=[judged[1], judged[3]])))
+    assert verdict_on_chosen(without).attack == "CW", "the last that judged it"
+    with pytest.raises(StageFailed, match="a, seed 0, best epoch was not judged"):
+        verdict_on_chosen(Past((left("tune", a, b), left("autoattack", judged=judged[:1]))))
+
+
+NOTHING = Settings({}, {})
+
+
+def test_what_is_trained_again_is_known_beforehand() -> None:
+    """So many epochs in all, shared among the runs that may be promoted: 2 seeds of the best 2, 30 epochs each."""
+    before = [run_config("at"), run_config("lrat"), run_config("at", {"seed": 3})]
+    trainings = Promote(top=2, seeds=(0, 1), set={"epochs": 30}).trainings(NOTHING, before)
+    assert [t.config.method.name for t in trainings] == ["at", "lrat"], "those that differ in their seed are one"
+    assert [(t.at_once, t.epochs) for t in trainings] == [(2, 30 * 4 / 2)] * 2
+    each = Promote(top=1, each=True, set={"epochs": 30}).trainings(NOTHING, before)
+    assert [(t.at_once, t.epochs) for t in each] == [(1, 30.0)] * len(each)
+    assert [t.epochs for t in Promote(pareto=True, seeds=(1,)).trainings(NOTHING, before)] == [None, None]
+    assert Promote().trainings(NOTHING, before) == [], "what is not trained again is what it was"
+    with pytest.raises(SpecError) as error:
+        Promote(set={"epochz": 3}).trainings(NOTHING, before)
+    assert error.value.problems == ["set: no setting 'epochz'; nearest: epochs"], "once, not for each run"
+
+
+def test_what_promotion_says_of_itself() -> None:
+    assert Promote().describe(NOTHING) == "the best 2 on validation"
+    assert Promote(top=1, each=True).describe(NOTHING) == "the best 1 of each method on validation"
+    assert Promote(pareto=True, seeds=(0, 1)).describe(NOTHING) == (
+        "the Pareto set on validation, trained again with the same settings and seeds [0, 1]"
+    )
+    again = Promote(set={"epochs": 30, "optim.lr": 0.1})
+    assert again.describe(Settings({}, {"epochs": 5})) == (
+        "the best 2 on validation, trained again with {'epochs': 5, 'optim.lr': 0.1}"
+    )
