@@ -1,0 +1,116 @@
+"""What a trial says of its failure, what is told of a lost process, and who answers SIGTERM."""
+
+import json
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny
+
+from raysweep.spec import SpecError
+from raysweep.sweep.failures import explain, forget, keep, kept, lost
+from raysweep.training.trainer import TrainingFailed
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TrainingFailed("the loss became nan in epoch 3"), "the loss became nan in epoch 3"),
+        (SpecError(["epochs = 0: at least 1", "seed = x: a number"]), "epochs = 0: at least 1\nseed = x: a number"),
+        (
+            MemoryError(),
+            "out of memory: lower batch_size (now 16) or raise --cpus-per-trial, so that fewer run at once",
+        ),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"),
+            "out of memory: lower batch_size (now 16) or raise --cpus-per-trial, so that fewer run at once",
+        ),
+    ],
+)  # fmt: skip
+def test_what_settings_or_memory_explain_is_no_bug(error: Exception, reason: str, tmp_path: Path) -> None:
+    assert explain(error, tiny("at", batch_size=16), tmp_path) == {"failed": reason}
+    assert not list(tmp_path.iterdir()), "no traceback is kept"
+
+
+@pytest.mark.parametrize(("trial", "more"), [(True, " or raise --gpus-per-trial"), (False, "")])
+def test_a_gpu_without_memory_is_named(trial: bool, more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    found = explain(torch.OutOfMemoryError("CUDA out of memory"), tiny("at"), tmp_path, trial)
+    assert found == {"failed": f"out of memory on NVIDIA H200: lower batch_size (now 32){more}"}
+
+
+def test_anything_else_is_a_bug_with_its_traceback(tmp_path: Path) -> None:
+    try:
+        raise RuntimeError("shapes differ\n  in the second line") from KeyError("cause")
+    except RuntimeError as error:
+        found = explain(error, tiny("at"), tmp_path)
+    assert found["failed"] == "RuntimeError: shapes differ"
+    assert found["bug"] == (tmp_path / "error.txt").read_text()
+    lines = found["bug"].splitlines()
+    assert lines[0] == "KeyError: 'cause'" and lines[-2:] == ["RuntimeError: shapes differ", "  in the second line"]
+
+
+def test_a_report_is_kept_for_the_next_workers_until_it_is_forgotten(tmp_path: Path) -> None:
+    assert kept(tmp_path) == {}
+    report = {"failed": "KeyError: 'no'", "bug": "Traceback"}
+    keep(tmp_path, report)
+    assert kept(tmp_path) == report == json.loads((tmp_path / "failed.json").read_text())
+    keep(tmp_path, {"failed": "again"})
+    assert kept(tmp_path) == {"failed": "again"}
+    for _ in range(2):
+        forget(tmp_path)
+        assert kept(tmp_path) == {} and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("account", "reason"),
+    [
+        ("", "its process or its node died"),
+        ("The actor died because its node has died.", "its process or its node died"),
+        ("Preempted by another: the node running low on memory.", "its process was killed because the node ran out"),
+        ("The actor is dead because its node was preempted.", "its node was preempted"),
+    ],
+)  # fmt: skip
+def test_a_lost_process_in_a_few_words(account: str, reason: str) -> None:
+    assert lost(account).startswith(reason)
+
+
+class Trainable:
+    """As Tune makes one of a function."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+
+def ended_at_once(code: int) -> None:
+    raise SystemExit(f"at once: {code}")
+
+
+def test_sigterm_waits_for_a_trial_that_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    from raysweep.sweep import preemption
+
+    monkeypatch.setattr(preemption, "_Notice", SimpleNamespace(told=False, busy=False))
+    monkeypatch.setattr("os._exit", ended_at_once)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        made: Any = type("Made", (preemption.Preemptible, Trainable), {})()
+        made.setup({"number": 3})
+        assert made.config == {"number": 3}, "Tune's own class is set up as well"
+        assert not preemption.told()
+        with preemption.busy():
+            signal.raise_signal(signal.SIGTERM)
+            assert preemption.told(), "whoever works asks for it"
+        with pytest.raises(SystemExit) as end:
+            signal.raise_signal(signal.SIGTERM)
+        assert end.value.code == 143
+        with pytest.raises(SystemExit, match="at once: 143"):
+            preemption.leave()
+        with pytest.raises(KeyError), preemption.busy():
+            raise KeyError
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
