@@ -1,0 +1,161 @@
+"""The parts that attacks share, and the settings of the evaluations that have a name, by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from raysweep.attacks import APGD, ATTACKS, FAB, PGD, Square, autoattack, custom, frozen, margin, preset, vulnerability
+from raysweep.attacks.base import norms, project, put, step_direction
+from raysweep.schedules import Linear, Piecewise
+from raysweep.spec import SpecError
+
+
+def images(*rows):
+    return torch.tensor(rows, dtype=torch.float64).view(len(rows), 2, 1, 2)
+
+
+def test_margin_and_vulnerability():
+    """p = (.5, .3, .2): the true class first, second and last."""
+    logits = torch.tensor([[0.5, 0.3, 0.2]] * 3, dtype=torch.float64).log() + 7
+    y = torch.tensor([0, 1, 2])
+    assert margin(torch.tensor([[4.0, -1, 2], [4, -1, 2], [4, 4, 2]]), torch.tensor([0, 1, 0])).tolist() == [2, -5, 0]
+    assert vulnerability(logits, y, "probability").tolist() == pytest.approx([0.5, 0.3, 0.2])
+    assert vulnerability(logits, y, "margin").tolist() == pytest.approx([0.2, -0.2, -0.3])
+
+
+def test_each_attack_says_how_vulnerability_to_it_is_measured():
+    """L eq. 8 for those that lower p_y, eq. 9 for those that raise another class."""
+    probability = [PGD(), PGD(loss="kl"), APGD()]
+    by_margin = [PGD(loss="cw"), APGD(loss="cw"), APGD(loss="dlr"), APGD(loss="dlr-targeted"), FAB(), Square()]
+    assert {attack.view for attack in probability} == {"probability"}
+    assert {attack.view for attack in by_margin} == {"margin"}
+
+
+def test_projection():
+    """Linf: pixel by pixel. L2: by length over all axes, then the box. Points inside stay."""
+    x, far = images([0.5, 0.95, 0.1, 0.5]), images([0.9, 1.25, -0.4, 0.45])
+    assert project(far, x, 0.2, "Linf").flatten().tolist() == pytest.approx([0.7, 1.0, 0.0, 0.45])
+    length = (0.4**2 + 0.3**2 + 0.5**2 + 0.05**2) ** 0.5
+    expected = [0.5 + 0.4 / length * 0.2, 1.0, 0.0, 0.5 - 0.05 / length * 0.2]
+    assert 0.95 + 0.3 / length * 0.2 > 1 and 0.1 - 0.5 / length * 0.2 < 0
+    assert project(far, x, 0.2, "L2").flatten().tolist() == pytest.approx(expected)
+    near = images([0.51, 0.95, 0.1, 0.5])
+    for norm in ("Linf", "L2"):
+        assert project(near, x, 0.2, norm).flatten().tolist() == pytest.approx(near.flatten().tolist(), rel=1e-12)
+        assert torch.equal(project(x, x, 0.0, norm), x)
+        assert project(far, x, 0.0, norm).flatten().tolist() == pytest.approx(x.flatten().tolist(), rel=1e-12)
+
+
+def test_direction_of_a_step():
+    grad = images([3.0, 0.0, -4.0, 0.0], [0.0, 0.0, 0.0, 0.0], [1e-3, -1e-3, 1e-3, -1e-3])
+    assert step_direction(grad, "Linf").view(3, 4).tolist() == [[1, 0, -1, 0], [0, 0, 0, 0], [1, -1, 1, -1]]
+    assert step_direction(grad, "L2").flatten().tolist() == pytest.approx(
+        [0.6, 0, -0.8, 0, 0, 0, 0, 0, 0.5, -0.5, 0.5, -0.5]
+    )
+    assert norms(grad).shape == (3, 1, 1, 1) and norms(grad).flatten().tolist() == pytest.approx([5, 0, 0.002])
+
+
+def test_put_writes_the_rows_of_a_mask_only():
+    into = torch.zeros(3, 2)
+    put(into, torch.tensor([True, False, True]), torch.tensor([[1.0, 2], [3, 4], [5, 6]]))
+    assert into.tolist() == [[1, 2], [0, 0], [5, 6]]
+    put(into, torch.tensor([False] * 3), torch.ones(3, 2))
+    assert into.tolist() == [[1, 2], [0, 0], [5, 6]]
+
+
+@pytest.mark.parametrize("kind", [PGD, APGD, FAB, Square])
+def test_a_radius_of_more_than_one_pixel_range(kind):
+    """In Linf a mistake, in L2 not; of a schedule every value counts."""
+    assert kind(eps=1.0).eps == 1.0 and kind(eps=8, norm="L2").eps == 8
+    ramp = {"kind": "linear", "first": 0.1, "last": 8, "end": 5}
+    for eps in (8, 1.01, ramp, {"boundaries": [3], "values": [4, 0.1]}):
+        with pytest.raises(SpecError, match="epsilon means pixels in"):
+            kind.load({"eps": eps})
+        kind.load({"eps": eps, "norm": "L2"})
+    with pytest.raises(SpecError, match="at least 0"):
+        kind.load({"eps": -0.1})
+    assert kind(eps=Linear(first=0.0, last=1.0, end=4)).at(2).eps == 0.5
+    assert kind(eps=Piecewise(boundaries=(2,), values=(0.1, 0.2))).at(1).eps == 0.1
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_frozen_restores_modes_and_gradients_even_after_an_error(mode):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.BatchNorm1d(2)).train()
+    model[1].eval()
+    model[0].bias.requires_grad_(False)
+    before = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    with pytest.raises(KeyError), frozen(model, mode) as inside:
+        assert inside is model
+        assert {m.training for m in model.modules()} == {mode == "train"}
+        assert not any(p.requires_grad for p in model.parameters())
+        raise KeyError
+    assert ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]) == before
+
+
+def settings(attack):
+    """What an attack's settings are beside radius and norm, as plain data."""
+    return {key: value for key, value in attack.json_dict().items() if key not in ("eps", "norm")}
+
+
+CE = {"kind": "apgd", "steps": 100, "loss": "ce", "restarts": 1, "targets": 9, "rho": 0.75, "samples": 1}
+T = CE | {"loss": "dlr-targeted"}
+FAB_T = {"kind": "fab", "steps": 100, "targets": 9, "restarts": 1, "alpha_max": 0.1, "eta": 1.05, "beta": 0.9}
+SQUARE = {"kind": "square", "queries": 5000, "restarts": 1, "p_init": 0.8}
+PGD20 = {
+    "kind": "pgd", "step_size": 0.075, "steps": 20, "loss": "ce", "start": "uniform", "tau": None, "confidence": 50.0,
+    "mode": "eval",
+}  # fmt: skip
+VERSIONS = {
+    "standard": {"apgd-ce": CE, "apgd-t": T, "fab-t": FAB_T, "square": SQUARE},
+    "plus": {
+        "apgd-ce": CE | {"restarts": 5}, "apgd-dlr": CE | {"loss": "dlr", "restarts": 5},
+        "fab": FAB_T | {"targets": None, "restarts": 5}, "square": SQUARE, "apgd-t": T, "fab-t": FAB_T,
+    },
+    "rand": {"apgd-ce": CE | {"samples": 20}, "apgd-dlr": CE | {"loss": "dlr", "samples": 20}},
+}  # fmt: skip
+NAMED = {
+    **{name: {name: one} for name, one in VERSIONS["standard"].items()},
+    "autoattack": VERSIONS["standard"],
+    "apgd-dlr": {"apgd-dlr": CE | {"loss": "dlr"}},
+    "apgd-cw": {"apgd-cw": CE | {"loss": "cw"}},
+    "fab": {"fab": FAB_T | {"targets": None}},
+    "pgd20": {"pgd20": PGD20},
+    "cw20": {"cw20": PGD20 | {"loss": "cw"}},
+    "pgd+": {f"pgd+-{i}": PGD20 | {"steps": 40, "step_size": 0.01, "tau": 0} for i in range(1, 6)},
+}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_versions_of_autoattack(version, norm):
+    """Every setting of the official versions, in their order, with the radius and norm asked for."""
+    cascade = autoattack(0.3, norm, version)
+    assert {name: settings(attack) for name, attack in cascade.attacks.items()} == VERSIONS[version]
+    assert list(cascade.attacks) == list(VERSIONS[version]) and not cascade.tf32
+    assert {(attack.eps, attack.norm) for attack in cascade.attacks.values()} == {(0.3, norm)}
+    assert preset("autoattack", 0.3, norm, version) == cascade
+
+
+def test_tf32_is_the_standard_version_in_tf32():
+    assert autoattack(0.3, "L2", "tf32").json_dict() == autoattack(0.3, "L2").json_dict() | {"tf32": True}
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_every_name(norm):
+    assert set(NAMED) == set(ATTACKS)
+    for name, expected in NAMED.items():
+        attacks = preset(name, 0.3, norm).attacks
+        assert {key: settings(attack) for key, attack in attacks.items()} == expected
+        assert list(attacks) == list(expected)
+        assert {(attack.eps, attack.norm) for attack in attacks.values()} == {(0.3, norm)}
+    assert {attack.eps for attack in preset("autoattack").attacks.values()} == {8 / 255}
+
+
+def test_lists_keep_their_order():
+    assert list(custom(["square", "pgd20", "square", "pgd20", "pgd20"]).attacks) == [
+        "square", "pgd20", "square-2", "pgd20-2", "pgd20-3",
+    ]  # fmt: skip
+    with pytest.raises(SpecError, match="at least one attack"):
+        custom([])
+    with pytest.raises(SpecError, match="AutoAttack version"):
+        autoattack(version="standart")

@@ -1,0 +1,188 @@
+"""Losses and weights by hand, for few classes, odd numbers of steps and the ends of their ranges."""
+
+import math
+
+import pytest
+import torch
+
+from raysweep.losses import LOSSES
+from raysweep.schedules import Linear
+from raysweep.spec import SpecError
+from raysweep.weights import Geometry, Look, Margin, Remainder, Uniform, Vulnerability, WithinMargin
+
+
+def log_of(*rows):
+    return torch.tensor(rows, dtype=torch.float64).log()
+
+
+def look(p, y, **settings):
+    return Look(log_of(*p) + 3, torch.tensor(y), **settings)
+
+
+def test_losses_by_name():
+    """p = (.5, .3, .2) of the view, q = (.7, .2, .1) of the natural data; y is the first class, then the last."""
+    view, natural, y = log_of([0.5, 0.3, 0.2], [0.5, 0.3, 0.2]), log_of([0.7, 0.2, 0.1], [0.7, 0.2, 0.1]), [0, 2]
+    kl = 0.7 * math.log(0.7 / 0.5) + 0.2 * math.log(0.2 / 0.3) + 0.1 * math.log(0.1 / 0.2)
+    ce = [-math.log(0.5), -math.log(0.2)]
+    margin = [-math.log(1.0001 - 0.3), -math.log(1.0001 - 0.5)]
+    expected = {
+        "ce": ce,
+        "margin": margin,
+        "bce": [a + b for a, b in zip(ce, margin, strict=True)],
+        "kl": [kl, kl],
+        "kl_misclassified": [kl * (1 - 0.7), kl * (1 - 0.1)],
+    }
+    assert set(LOSSES) == set(expected)
+    for name, values in expected.items():
+        assert LOSSES[name](view + 2, natural - 1, torch.tensor(y)).tolist() == pytest.approx(values, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_two_classes_and_of_a_hundred(name):
+    """Of two classes margin and cross-entropy agree: 1 - p_other = p_y. Of a hundred equal ones all is known."""
+    view, natural, y = log_of([0.8, 0.2]), log_of([0.6, 0.4]), torch.tensor([1])
+    kl = 0.6 * math.log(0.6 / 0.8) + 0.4 * math.log(0.4 / 0.2)
+    two = {"ce": -math.log(0.2), "margin": -math.log(0.2), "kl": kl, "kl_misclassified": 0.6 * kl}
+    two["bce"] = -2 * math.log(0.2)
+    assert LOSSES[name](view, natural, y).item() == pytest.approx(two[name], abs=1e-3)
+    equal = torch.zeros(1, 100, dtype=torch.float64)
+    hundred = {"ce": math.log(100), "margin": -math.log(0.9901), "kl": 0.0, "kl_misclassified": 0.0}
+    hundred["bce"] = math.log(100) - math.log(0.9901)
+    assert LOSSES[name](equal, equal, torch.tensor([99])).item() == pytest.approx(hundred[name], abs=1e-9)
+
+
+def test_gradients_flow_into_both_sides_of_the_divergence():
+    """MART's factor 1 - p_y(x) is part of the loss: it is differentiated too."""
+    view, natural = log_of([0.5, 0.3, 0.2]).requires_grad_(), log_of([0.7, 0.2, 0.1]).requires_grad_()
+    for name in ("kl", "kl_misclassified"):
+        for tensor in (view, natural):
+            (slope,) = torch.autograd.grad(LOSSES[name](view, natural, torch.tensor([0])).sum(), tensor)
+            for k in range(3):
+                step = torch.zeros(1, 3, dtype=torch.float64)
+                step[0, k] = 1e-6
+                up, down = (
+                    LOSSES[name](
+                        view.detach() + (s * step if tensor is view else 0),
+                        natural.detach() + (s * step if tensor is natural else 0),
+                        torch.tensor([0]),
+                    ).item()
+                    for s in (1, -1)
+                )
+                assert slope[0, k].item() == pytest.approx((up - down) / 2e-6, abs=1e-7)
+
+
+def geometry(steps, kappas, **settings):
+    seen = Look(torch.zeros(len(kappas), 3, dtype=torch.float64), torch.zeros(len(kappas)), torch.tensor(kappas), steps)
+    return Geometry(**settings)(seen).tolist()
+
+
+@pytest.mark.parametrize(
+    ("steps", "official", "arguments"),
+    [
+        # 5 (1 - 2 kappa / K), the paper's, and 5 (h - kappa) / h with h = floor(K / 2), the code's.
+        (1, False, [5, -5]),
+        (2, False, [5, 0, -5]),
+        (2, True, [5, 0, -5]),
+        (3, False, [5, 5 / 3, -5 / 3, -5]),
+        (3, True, [5, 0, -5, -10]),
+        (5, False, [5, 3, 1, -1, -3, -5]),
+        (5, True, [5, 2.5, 0, -2.5, -5, -7.5]),
+        (4, True, [5, 2.5, 0, -2.5, -5]),
+    ],
+)
+def test_geometry_weights_of_few_steps(steps, official, arguments):
+    kappas = list(range(steps + 1))
+    for lam in (0.0, -2.0):
+        tanh = [(1 + math.tanh(lam + a)) / 2 for a in arguments]
+        sigmoid = [1 / (1 + math.exp(-lam - a)) for a in arguments]
+        assert geometry(steps, kappas, lam=lam, official=official) == pytest.approx(tanh, rel=1e-9)
+        assert geometry(steps, kappas, lam=lam, official=official, shape="sigmoid") == pytest.approx(sigmoid, rel=1e-9)
+    linear = [1 - k / (steps + 1) for k in kappas]
+    assert geometry(steps, kappas, official=official, shape="linear") == pytest.approx(linear, rel=1e-12)
+
+
+def test_tables_of_weights():
+    """An entry for each kappa, the last one for all beyond; equal neighbours are allowed, rising ones are not."""
+    table = (2.0, 2.0, 0.5, 0.0)
+    assert geometry(10, [0, 1, 2, 3, 4, 10], shape="piecewise", table=table) == [2, 2, 0.5, 0, 0, 0]
+    with pytest.raises(SpecError, match="must not increase"):
+        Geometry.load({"shape": "piecewise", "table": [1.0, 0.5, 0.6]})
+    with pytest.raises(SpecError):
+        Geometry.load({"shape": "piecewise", "table": [1.0, -0.1]})
+
+
+P = [[0.5, 0.3, 0.2]] * 3
+
+
+def test_vulnerability_weights():
+    """alpha (1 - V)^beta with V = p_y, or p_y - max p_other: .5 .3 .2, or .2 -.2 -.3."""
+    for view, v in (("probability", (0.5, 0.3, 0.2)), ("margin", (0.2, -0.2, -0.3))):
+        for alpha, beta in ((2.0, 0.5), (1.5, 3.0), (0.0, 1.0), (2.0, 0.0)):
+            weight = Vulnerability(alpha=alpha, beta=beta)(look(P, [0, 1, 2], view=view))
+            assert weight.tolist() == pytest.approx([alpha * (1 - a) ** beta for a in v], rel=1e-9)
+    assert Vulnerability().alpha == 2.0 and Vulnerability().beta == 0.5
+
+
+def test_vulnerability_weight_of_a_row_beyond_doubt_is_zero():
+    """p_y = 1, as nearly as a float can say, in both types and views: no root of a negative number."""
+    for dtype in (torch.float32, torch.float64):
+        for gap in (10.0, 17.0, 30.0, 200.0):
+            logits = torch.zeros(1000, 7, dtype=dtype)
+            logits[:, 3] = gap + torch.linspace(0, 1, 1000, dtype=dtype)
+            for view in ("probability", "margin"):
+                weight = Vulnerability()(Look(logits, torch.full((1000,), 3), view=view))
+                assert weight.isfinite().all() and weight.min() >= 0 and weight.max() < 0.1
+
+
+def test_margin_weights():
+    """MAIL: sigma(slope (PM + bias)), PM = max p_other - p_y: -.2 .2 .3; larger where another class is as likely."""
+    pm = (-0.2, 0.2, 0.3)
+    for slope, bias, scale in ((10.0, -0.5, 1.0), (2.0, 0.1, 3.0)):
+        weight = Margin(slope=slope, bias=bias, scale=scale)(look(P, [0, 1, 2])).tolist()
+        assert weight == pytest.approx([scale / (1 + math.exp(-slope * (m + bias))) for m in pm], rel=1e-9)
+        assert weight[0] < weight[1] < weight[2]
+    assert Margin().json_dict() == {
+        "kind": "margin", "by": None, "normalise": True, "burn_in": 0, "slope": 10.0, "bias": -0.5, "scale": 1.0,
+    }  # fmt: skip
+
+
+def test_remainder():
+    """[total - w_1 - w_2]_+, of the terms named only."""
+    weights = {name: torch.tensor([value, 0.1]) for name, value in (("a", 0.5), ("b", 0.4), ("c", 9.0))}
+    seen = look(P[:2], [0, 1], weights=weights)
+    assert Remainder(total=1.0, of=("a", "b"))(seen).tolist() == pytest.approx([0.1, 0.8])
+    assert Remainder(total=1.0, of=("a", "c"))(seen).tolist() == pytest.approx([0.0, 0.8])
+    assert Remainder(total=0.0, of=("a",))(seen).tolist() == [0.0, 0.0]
+
+
+def test_uniform_and_within_margin():
+    assert Uniform()(look(P, [0, 1, 2])).tolist() == [1, 1, 1]
+    assert Uniform()(look(P, [0, 1, 2])).dtype == torch.float64
+    seen = look([[0.5, 0.5]] * 4, [0, 0, 0, 0], kappa=torch.tensor([0, 4, 5, 6]), steps=5)
+    assert WithinMargin()(seen).tolist() == [1, 1, 0, 0]
+
+
+def test_weights_that_need_kappa_say_so():
+    for weight in (Geometry(), WithinMargin()):
+        with pytest.raises(TypeError, match="need a view that is an attack's output"):
+            weight(look(P, [0, 1, 2]))
+
+
+def test_settings_follow_the_epoch():
+    """Every setting of a weight may be a schedule; a burn-in ends at the epoch that it names (counted from 0)."""
+    ramp = Linear(first=0.0, last=4.0, end=4)
+    late = Geometry(lam=ramp, burn_in=3)
+    assert [late.at(epoch) for epoch in (0, 2)] == [Uniform(), Uniform()]
+    assert late.at(3) == Geometry(lam=3.0) and late.at(9) == Geometry(lam=4.0)
+    assert Margin(slope=ramp, bias=ramp, burn_in=1).at(1) == Margin(slope=1.0, bias=1.0)
+    assert Margin(burn_in=1).at(0) == Uniform()
+    assert Vulnerability(alpha=ramp, beta=ramp).at(2) == Vulnerability(alpha=2.0, beta=2.0)
+    assert Remainder(total=ramp, of=("a",)).at(1) == Remainder(total=1.0, of=("a",))
+    with pytest.raises(TypeError, match="changes with the epoch"):
+        Vulnerability(alpha=ramp)(look(P, [0, 1, 2]))
+
+
+def test_which_weights_are_normalised():
+    """GAIRAT's and MAIL's are, LRAT's is not: it divides by the mean of the pair."""
+    assert (Geometry().normalise, Margin().normalise, Vulnerability().normalise) == (True, True, False)
+    assert not hasattr(Uniform(), "normalise") and not hasattr(Remainder(total=1, of=("a",)), "normalise")
