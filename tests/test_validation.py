@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny
 from ladder import Ladder, ladder
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from raysweep.evaluation.instances import instances
 from raysweep.evaluation.masking import scaling_gap
 from raysweep.evaluation.validation import METRICS, OBJECTIVE, Validation
 from raysweep.rng import Rng
+from raysweep.training.trainer import fit
 
 # Distances to the boundary; below 0 is wrong from the start, and so is label 2 wherever it lies.
 DISTANCES = [0.01, -0.02, 0.03, 0.05, 0.07, 0.09, 0.05, 0.07, 0.03, 0.2]
@@ -235,3 +238,14 @@ def test_examples_as_a_model_sees_them_by_hand() -> None:
     assert seen.v["pgd"].tolist() == pytest.approx(p, rel=1e-4), "the true class's probability"
     p = torch.sigmoid(20 * torch.tensor([-0.015, 0.16, -0.05])).tolist()
     assert seen.v["cw"].tolist() == pytest.approx([2 * each - 1 for each in p], rel=1e-4), "less the other's"
+
+
+@pytest.mark.parametrize(("every", "epochs", "judged"), [(1, 2, [1, 2]), (2, 3, [2, 3]), (3, 2, [2])])
+def test_epochs_that_are_judged(every: int, epochs: int, judged: list[int], tmp_path: Path) -> None:
+    """Every so many, and the last; on the first `size` validation examples."""
+    config = tiny("standard", epochs=epochs, validation__every=every, validation__size=20)
+    history = fit(config, tmp_path).last.history
+    assert [int(row["epoch"]) for row in history if "robust_worst" in row] == judged
+    assert [int(row["epoch"]) for row in history if "validation_seconds" in row] == judged
+    hits = [20 * row["clean"] for row in history if "clean" in row]
+    assert hits == pytest.approx([round(hit) for hit in hits], abs=1e-4)
