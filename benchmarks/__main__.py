@@ -6,7 +6,7 @@
 
 Each part also runs alone, with sizes of its own: training_step.py, objective_cost.py, autoattack.py, sweeps.py,
 scaling.py, footprint.py. Not in the table: the choice of the objective (objectives.py), the methods
-(methods_on_digits.py), kills (kills.py), very large sweeps (scale.py).
+(methods_on_digits.py), kills (kills.py), very large sweeps (scale.py), what the tests notice (mutants.py).
 """
 
 import argparse
