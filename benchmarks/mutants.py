@@ -588,11 +588,11 @@ class Picked:
             self.failed, self.why = report.nodeid, str(crash.message if crash else report.longrepr)[:200]
 
 
-def run_tests(names: list[str], folder: Path) -> Json:
+def run_tests(names: list[str], expression: str, folder: Path) -> Json:
     """Run tests in this process until one fails."""
     picked = Picked(names)
     files = sorted({name.partition("::")[0] for name in names})
-    code = pytest.main([*_ARGUMENTS, "-x", *files], plugins=[picked])
+    code = pytest.main([*_ARGUMENTS, "-x", "-m", expression, *files], plugins=[picked])
     return {"code": int(code), "failed": picked.failed, "why": picked.why, "ran": picked.ran}
 
 
@@ -608,6 +608,8 @@ class Run:
 
     def work(self, mutants: list[Mutant]) -> None:
         self._total = len(mutants)
+        most = sum(self.suite.seconds(self.suite.covering(mutant)[0]) for mutant in mutants)
+        print(f"Running all their tests for all {len(mutants)} mutants would take {most:.0f} processor s", flush=True)
         for mutant in mutants:
             self._submit(mutant, 0.0)
         self.pool.run()
@@ -618,10 +620,10 @@ class Run:
         if not names:
             self._finish(mutant, {"outcome": "survived", "seconds": spent, "tests": 0, "reached": False})
             return
-        limit = 4 * self.suite.seconds(names) + 20
+        limit = self._limit(names)
         edit = (mutant.file, mutant.apply(self.snapshot.sources[mutant.file]))
         done = partial(self._judge, mutant, {"tests": len(names), "reached": reached}, spent)
-        self.pool.tasks.append(Task(partial(run_tests, names), done, limit, edit))
+        self.pool.tasks.append(Task(partial(run_tests, names, self._expression(names)), done, limit, edit))
 
     def _judge(self, mutant: Mutant, facts: Json, spent: float, found: Json, seconds: float) -> None:
         facts |= {"seconds": round(spent + seconds, 1)}
@@ -656,8 +658,14 @@ class Run:
 
         self._waiting[test].append((finish, again))
         if len(self._waiting[test]) == 1:
-            limit = 4 * self.suite.seconds([test]) + 20
-            self.pool.tasks.appendleft(Task(partial(run_tests, [test]), done, limit))
+            work = partial(run_tests, [test], self._expression([test]))
+            self.pool.tasks.appendleft(Task(work, done, self._limit([test])))
+
+    def _limit(self, names: list[str]) -> float:
+        return 4 * self.suite.seconds(names) + 20
+
+    def _expression(self, names: list[str]) -> str:
+        return "" if any(self.suite.tests[name].slow for name in names) else QUICK
 
     def _finish(self, mutant: Mutant, result: Json) -> None:
         self._count += 1
@@ -718,18 +726,18 @@ def read_equivalent(text: str) -> dict[tuple[str, tuple[str, ...], tuple[str, ..
 # What is printed
 
 
-def describe(mutant: Mutant) -> str:
+def describe(mutant: Mutant, note: str = "") -> str:
     """The mutant as mutants_equivalent.txt has it, where a line that says why follows."""
-    lines = [f"{mutant.file}:{mutant.line} {mutant.operator}"]
+    lines = [f"{mutant.file}:{mutant.line} {mutant.operator}{note}"]
     lines += [f"- {line}" for line in mutant.before] + [f"+ {line}" for line in mutant.after]
     return "\n".join(lines)
 
 
-def report(outcomes: list[tuple[Mutant, str]]) -> str:
+def report(found: list[tuple[Mutant, Json]]) -> str:
     """Markdown: a table by module, the score, and the survivors."""
     by_file: dict[str, Counter[str]] = defaultdict(Counter)
-    for mutant, outcome in outcomes:
-        by_file[mutant.file][outcome] += 1
+    for mutant, result in found:
+        by_file[mutant.file][result["outcome"]] += 1
     total = sum(by_file.values(), Counter())
     rows = [[file, count.total(), *(count[outcome] or "" for outcome in OUTCOMES)] for file, count in by_file.items()]
     rows.append(["all", total.total(), *(total[outcome] for outcome in OUTCOMES)])
@@ -737,8 +745,11 @@ def report(outcomes: list[tuple[Mutant, str]]) -> str:
     noticed = sum(total[outcome] for outcome in ("caught", "timed out", "crashed"))
     count = total.total() - total["equivalent"]
     parts = ["\n".join(f"| {' | '.join(map(str, row))} |" for row in table)]
-    parts.append(f"{noticed} of {count} noticed ({noticed / count:.0%}).") if count else None
-    return "\n\n".join([*parts, *(describe(mutant) for mutant, outcome in outcomes if outcome == "survived")])
+    parts.append(f"{noticed} of {count} noticed" + (f" ({noticed / count:.0%})." if count else "."))
+    for mutant, result in found:
+        if result["outcome"] == "survived":
+            parts.append(describe(mutant, "" if result["reached"] else "; no test runs this line"))
+    return "\n\n".join(parts)
 
 
 def show(mutant: Mutant, source: str) -> str:
@@ -819,8 +830,8 @@ def work(snapshot: Snapshot, mutants: list[Mutant], scratch: Path, args: argpars
     args.cache.mkdir(parents=True, exist_ok=True)
     results = Results(args.cache / ("results-all.jsonl" if args.all else "results.jsonl"), snapshot)
     equivalent = read_equivalent(EQUIVALENT.read_text() if EQUIVALENT.exists() else "")
-    known = {m: "equivalent" for m in mutants if (m.file, m.before, m.after) in equivalent}
-    known |= {m: found["outcome"] for m in mutants if m not in known and (found := results.get(m))}
+    known = {m: {"outcome": "equivalent"} for m in mutants if (m.file, m.before, m.after) in equivalent}
+    known |= {m: found for m in mutants if m not in known and (found := results.get(m))}
     left = [mutant for mutant in mutants if mutant not in known]
     print(f"{len(mutants)} mutants, {len(left)} to run", flush=True)
     if left:
@@ -833,8 +844,7 @@ def work(snapshot: Snapshot, mutants: list[Mutant], scratch: Path, args: argpars
         suite = collect_suite(snapshot, pool, args.cache, args.all)
         Run(snapshot, suite, pool, results).work(left)
         print(f"{time.monotonic() - began:.0f} s, {_seconds() - spent:.0f} s of the processor in all")
-    outcomes = [(m, known.get(m) or (results.get(m) or {})["outcome"]) for m in mutants]
-    return report(outcomes)
+    return report([(m, known.get(m) or results.get(m) or {"outcome": "not run"}) for m in mutants])
 
 
 def _is_asked(file: str, only: list[str]) -> bool:
