@@ -1,9 +1,12 @@
 """What the tests share: a small network, a batch of digits, one Ray cluster for the session."""
 
+import multiprocessing
 import os
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +15,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Buckets are those of a server on this machine, their copies out of the way of the user's own.
 os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="hush", AWS_EC2_METADATA_DISABLED="true")
-os.environ["RAYSWEEP_CACHE"] = tempfile.mkdtemp(prefix="raysweep-copies-")
+if multiprocessing.parent_process() is None:
+    os.environ["RAYSWEEP_CACHE"] = tempfile.mkdtemp(prefix="raysweep-copies-")
 
+import fork_worker
 import pytest
 import torch
+from filelock import FileLock
 from oracle import Oracle
 from torch import nn
 
@@ -27,6 +33,7 @@ if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
     from raysweep.sweep.ledger import Ledger, Trial
+    from raysweep.tracking import Tracker
 
 # Small enough for one epoch in a fraction of a second, through the same code as the real thing.
 TINY: dict[str, Any] = {
@@ -35,7 +42,21 @@ TINY: dict[str, Any] = {
     "data.val_size": 50,
     "batch_size": 32,
     "*.attacks.*.steps": 2,
+    "validation.finish.*.steps": 2,
+    "validation.finish.*.targets": 1,
 }
+# Ray's workers are forks of one process: for `head_node_args`, and `add_node`.
+FORKED = {"setup_worker_path": fork_worker.__file__}
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """One process runs all tests that use the cluster, first, for they take longest; others stay with their file's."""
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+    yield
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,6 +69,46 @@ def _no_copies_left() -> Iterator[None]:
     copies = os.environ["RAYSWEEP_CACHE"]
     yield
     shutil.rmtree(copies, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
+    """Makes a file an MLflow store without a run: a copy, for MLflow takes seconds to make its tables."""
+    folder = tmp_path_factory.getbasetemp()
+    # pytest-xdist gives each of its processes a folder in one that they share.
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    store, first, half = (folder / f"{name}.db" for name in ("empty", "first", "half"))
+
+    def make(file: Path) -> None:
+        with FileLock(folder / "empty.lock"):
+            if not store.exists():
+                from mlflow import MlflowClient
+
+                MlflowClient(tracking_uri=f"sqlite:///{first}").search_experiments()
+                with closing(sqlite3.connect(first)) as made, closing(sqlite3.connect(half)) as copy:
+                    made.backup(copy)
+                half.rename(store)
+        shutil.copy(store, file)
+
+    return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _new_stores_are_copies(empty_store: Callable[[Path], None]) -> Iterator[None]:
+    """In this process; test_cli has a real command that makes its own."""
+    from raysweep.tracking.store import Tracker
+
+    connect = Tracker._connect
+
+    def copied(tracker: "Tracker") -> Any:
+        file = Path(tracker.uri.removeprefix("sqlite:///"))
+        if tracker.uri.startswith("sqlite:///") and file.parent.is_dir() and not file.exists():
+            empty_store(file)
+        return connect(tracker)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tracker, "_connect", copied)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -79,8 +140,9 @@ def ray_cluster() -> Iterator["Cluster"]:
 
     from ray.cluster_utils import Cluster  # isort: skip
 
-    with loopback():
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    with loopback(), tempfile.TemporaryDirectory(prefix="forks-") as sockets:
+        os.environ[fork_worker.FOLDER] = sockets
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **FORKED})
         with connected(cluster.address):
             yield cluster
         cluster.shutdown()

@@ -1,19 +1,16 @@
-"""kill -9 in every stage of a pipeline, amid its work and amid its writing: what is done stays done, the rest goes on.
+"""kill -9 in every stage of a pipeline, in its work and in its writing: what is done stays done, the rest goes on."""
 
-Each case carries on where the one before it was killed, in real processes on the session's Ray cluster; alone, a case
-starts from nothing and is killed at its own point.
-"""
-
-import multiprocessing
+import itertools
 import os
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 import ray
+from forked import Forked
 
 from raysweep.pipeline.artifact import FILE, Artifact
 from raysweep.sweep.ledger import Ledger
@@ -32,7 +29,6 @@ stages:
   - {kind: report}
 """
 _MARK = "RAYSWEEP_TEST_OF_KILLS"
-_FORKS = multiprocessing.get_context("forkserver")
 
 
 def _die(*args: object, **more: object) -> None:
@@ -90,41 +86,32 @@ def _attribute(owner: object, dotted: str) -> tuple[object, str]:
     return owner, last
 
 
-def _drive(folder: Path, environment: dict[str, str], stage: str | None, when: str) -> None:
+def _drive(stage: str | None, when: str) -> int:
     """`raysweep run killed.yaml` in a process of its own."""
     from raysweep.cli import main
 
-    os.environ.update(environment)
-    os.chdir(folder)
-    sys.stdout = sys.stderr = (folder / "log").open("a")
     if stage is not None:
         _arm(stage, when)
-    sys.exit(main(["run", "killed.yaml"]))
+    return main(["run", "killed.yaml"])
 
 
-@pytest.fixture(scope="module")
-def folder(ray_cluster, tmp_path_factory) -> Iterator[Path]:
-    # What is imported once is forked for each process.
-    _FORKS.set_forkserver_preload(
-        ["raysweep.commands.run", "raysweep.sweep.tuner", "mlflow.tracking", "mlflow.store.db.utils"]
-    )
-    path = tmp_path_factory.mktemp("killed")
-    (path / "killed.yaml").write_text(PIPELINE)
-    yield path
+@pytest.fixture
+def folder(ray_cluster, empty_store, tmp_path: Path) -> Path:
+    empty_store(tmp_path / "mlflow.db")
+    (tmp_path / "killed.yaml").write_text(PIPELINE)
+    return tmp_path
 
 
-def run(folder: Path, stage: str | None = None, when: str = "") -> int | None:
-    """The exit code of a run that may be told to die; nothing that it started is left."""
+def run(folder: Path, stage: str | None = None, when: str = "") -> Forked:
+    """A run, ended, that may have been told to die; nothing that it started is left."""
     environment = {_MARK: str(folder)}
     # Attacks are spread over processes of the run's own, which are to end with it.
     if stage in ("tune", "train", "promote"):
         environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    process = _FORKS.Process(target=_drive, args=(folder, environment, stage, when))
-    process.start()
-    process.join(120)
-    assert process.exitcode is not None, (folder / "log").read_text()
+    process = forked.start(_drive, stage, when, folder=folder, environment=environment)
+    process.wait()
     assert not psutil.wait_procs(_started_by(folder), timeout=20)[1], "workers outlive their driver"
-    return process.exitcode
+    return process
 
 
 def _started_by(folder: Path) -> list[psutil.Process]:
@@ -153,19 +140,23 @@ def done(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in paths}
 
 
-@pytest.mark.parametrize("when", ["working", "writing"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_run_that_is_killed_goes_on(folder: Path, stage: str, when: str) -> None:
+def kill(folder: Path, stage: str, when: str) -> None:
+    """Kill a run in `stage`, and check what it leaves."""
     before, shards = done(folder), {path: path.stat().st_mtime_ns for path in folder.glob("runs/**/shards/*/*.npz")}
-    assert run(folder, stage, when) == -signal.SIGKILL, (folder / "log").read_text()
+    process = run(folder, stage, when)
+    assert process.poll() == -signal.SIGKILL, f"{stage}, {when}: {process.err}"
     assert list(artifacts(folder)) == STAGES[: STAGES.index(stage)], "all before it, whole; of itself nothing"
     after = done(folder)
     assert {path: after[path] for path in before} == before, "what was finished was left alone"
     assert all(path.stat().st_mtime_ns == then for path, then in shards.items()), "no attack again"
 
 
-def test_in_the_end_everything_is_there_once(folder: Path) -> None:
-    assert run(folder) == 0, (folder / "log").read_text()
+def test_a_run_that_is_killed_at_every_point_has_everything_once_in_the_end(folder: Path) -> None:
+    """Each run carries on where the one before it was killed."""
+    for stage, when in itertools.product(STAGES, ["working", "writing"]):
+        kill(folder, stage, when)
+    last = run(folder)
+    assert last.poll() == 0, last.err
     found = artifacts(folder)
     assert list(found) == STAGES
     assert not list((folder / "runs" / "pipelines" / "killed").glob(".[0-9]*")), "halves are swept up"

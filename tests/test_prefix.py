@@ -1,13 +1,13 @@
 """Shared prefixes: named by what decides them, bit-identical to training from scratch, never trained twice."""
 
 import json
+import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import tiny
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from raysweep.data import load
 from raysweep.training import checkpoint
+from raysweep.training.config import RunConfig
 from raysweep.training.prefix import Prefixes, chain
 from raysweep.training.trainer import fit
 
@@ -92,43 +93,35 @@ def test_the_second_run_of_the_same_settings_trains_nothing(tmp_path) -> None:
     assert [row["shared"] for row in rows] == [1.0, 1.0]
 
 
+def train_beside_another(config: RunConfig, root: Path, name: str) -> None:
+    """What each of two processes does: it writes the rows that were reported to NAME.json."""
+    torch.set_num_threads(1)
+    rows: list[dict[str, float]] = []
+    fit(config, root / name, lambda metrics, saved: rows.append(metrics), prefixes=Prefixes(root / "prefixes"))
+    (root / f"{name}.json").write_text(json.dumps(rows))
+
+
 def test_two_runs_at_once_train_a_common_prefix_once(tmp_path) -> None:
-    script = (
-        "import sys, json, pathlib, torch; torch.set_num_threads(1)\n"
-        "from raysweep.training.config import RunConfig\nfrom raysweep.training.prefix import Prefixes\n"
-        "from raysweep.training.trainer import fit\n"
-        "rows = []\n"
-        "root = pathlib.Path(sys.argv[2])\n"
-        "fit(RunConfig.model_validate_json(sys.argv[1]), root / sys.argv[3], lambda m, c: rows.append(m),\n"
-        "    prefixes=Prefixes(root / 'prefixes'))\n"
-        "print(json.dumps(rows))\n"
-    )
     configs = [tiny("gairat", epochs=8, **{BURN_IN: 6, LAM: lam}) for lam in (-1.0, 1.0)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, config.model_dump_json(), str(tmp_path), str(number)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for number, config in enumerate(configs)
+        forked.start(train_beside_another, config, tmp_path, str(number)) for number, config in enumerate(configs)
     ]
-    rows = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+    assert [process.wait() for process in processes] == [0, 0]
+    rows = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)]
     trained = sum(not row.get("shared") for part in rows for row in part)
     assert trained == 6 + 2 + 2
     assert [row["robust_worst"] for row in rows[0][:6]] == [row["robust_worst"] for row in rows[1][:6]]
 
 
+def die_with_a_claim(folder: Path) -> None:
+    with Prefixes(folder).training("key") as ours:
+        assert ours
+        os._exit(0)
+
+
 def test_a_dead_owners_claim_is_taken_over(tmp_path) -> None:
-    dead = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import os, sys, pathlib\nfrom raysweep.training.prefix import Prefixes\n"
-            f"with Prefixes(pathlib.Path({str(tmp_path)!r})).training('key') as ours: assert ours; os._exit(0)",
-        ],
-        check=True,
-    )
-    assert dead.returncode == 0 and (tmp_path / "key.claim").exists()
+    assert forked.start(die_with_a_claim, tmp_path).wait() == 0
+    assert (tmp_path / "key.claim").exists()
     with Prefixes(tmp_path).training("key") as ours:
         assert ours
     assert not (tmp_path / "key.claim").exists()

@@ -3,14 +3,14 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import ray
+from forked import Forked
 
 from raysweep.cli import main
 from raysweep.sweep.ledger import Ledger
@@ -21,14 +21,14 @@ SMALL = [part for setting in SETTINGS for part in ("--set", setting)]
 
 
 @pytest.fixture
-def tune(ray_cluster, workdir: Path, monkeypatch: pytest.MonkeyPatch):
+def tune(ray_cluster, empty_store, workdir: Path, monkeypatch: pytest.MonkeyPatch):
     """Starts `raysweep tune gairat ...` as a process of its own, on the cluster that is already up."""
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    empty_store(workdir / "mlflow.db")
     started = []
 
-    def start(*arguments: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "raysweep.cli", "tune", "gairat", *arguments]
-        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True))
+    def start(*arguments: str) -> Forked:
+        started.append(forked.command(["tune", "gairat", *arguments], workdir))
         return started[-1]
 
     yield start
@@ -40,7 +40,7 @@ def epochs_of(sweep: Path) -> int:
     return sum(json.loads(file.read_text())["epoch"] for file in sweep.glob("trials/*/trial.json"))
 
 
-def wait_for_epochs(sweep: Path, count: int, process: subprocess.Popen) -> None:
+def wait_for_epochs(sweep: Path, count: int, process: Forked) -> None:
     deadline = time.monotonic() + 120
     while epochs_of(sweep) < count:
         assert process.poll() is None and time.monotonic() < deadline
@@ -61,9 +61,9 @@ def test_kill_9_ctrl_c_a_sigterm_and_a_budget_in_the_life_of_one_sweep(tune, wor
         again = tune("--resume", "s", "--max-time", "1h")
         wait_for_epochs(sweep, before + 1, again)
         again.send_signal(end)
-        _, err = again.communicate(timeout=60)
-        assert again.returncode == 130, "Ctrl-C is not the budget's end"
-        assert "raysweep tune --resume s" in err and "Traceback" not in err and "SIGTERM received" not in err
+        assert again.wait() == 130, "Ctrl-C is not the budget's end"
+        assert "raysweep tune --resume s" in again.err
+        assert "Traceback" not in again.err and "SIGTERM received" not in again.err
 
     assert main(["tune", "gairat", "--resume", "s", "--max-time", "0.1s"]) == 0
     assert "go on with" in capsys.readouterr().err

@@ -2,12 +2,10 @@
 
 import io
 import json
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import TINY, tiny
@@ -21,7 +19,7 @@ from raysweep.spec import SpecError
 from raysweep.sweep.space import load_space
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import Run
-from raysweep.training.config import run_config
+from raysweep.training.config import RunConfig, run_config
 from raysweep.training.trainer import TrainingFailed, best_epoch, fit
 
 
@@ -77,23 +75,20 @@ def test_the_attacks_of_the_objective_start_the_same_for_every_checkpoint(tmp_pa
     assert scores[0]["robust_worst"] == saved.metrics["robust_worst"]
 
 
+def train_in_its_own_process(config: RunConfig, path: Path) -> None:
+    torch.set_num_threads(1)
+    fit(config, path)
+
+
 def test_killed_with_sigkill_it_resumes_to_the_weights_of_a_run_never_stopped(tmp_path) -> None:
-    script = (
-        "import sys, pathlib, torch; torch.set_num_threads(1)\n"
-        "from raysweep.training.config import RunConfig\nfrom raysweep.training.trainer import fit\n"
-        "config = RunConfig.model_validate_json(sys.argv[1])\n"
-        "fit(config, pathlib.Path(sys.argv[2]), lambda m, c: print(c.epoch, flush=True))\n"
-    )
     config = tiny("lrat", epochs=30)
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, config.model_dump_json(), str(tmp_path / "killed")], stdout=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    while int(process.stdout.readline()) < 3:
-        pass
+    process = forked.start(train_in_its_own_process, config, tmp_path / "killed")
+    while max(Run(tmp_path / "killed").epochs(), default=0) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    # Somewhere in an epoch, or amid the writing of its checkpoint.
     time.sleep(0.07)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
     before = Run(tmp_path / "killed").epochs()
     assert before and before[-1] < 30
     epochs = []

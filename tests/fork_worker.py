@@ -1,0 +1,110 @@
+"""Starts Ray's worker processes as forks of one process that has imported what they need: 0.1 s instead of 5 each.
+
+A node of the test cluster is given this file as its `setup_worker_path`. Its first worker starts the server of the
+node, and waits as long as the node lives, so that all workers are descendants of the process that started the node.
+"""
+
+import array
+import fcntl
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# The variable that names the folder of the servers' sockets.
+FOLDER = "RAYSWEEP_TEST_FORKS"
+IMPORTS = (
+    "ray._private.workers.default_worker",
+    "ray.train.torch",
+    "raysweep.sweep.tuner",
+    "raysweep.training.distributed",
+)
+ALIVE = 1.0
+
+
+def launch(arguments: list[str]) -> None:
+    """What the raylet runs for each worker: hand it to the node's server, which the first one starts."""
+    context = "--serialized-runtime-env-context="
+    given = [argument.removeprefix(context) for argument in arguments if argument.startswith(context)]
+    environment = dict(os.environ) | json.loads(given[0] if given else "{}").get("env_vars", {})
+    worker = [argument for argument in arguments if not argument.startswith(("--serialized-runtime", "--language"))]
+    path, server = Path(os.environ[FOLDER], os.environ["RAY_RAYLET_PID"]), None
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            server = subprocess.Popen([sys.executable, __file__, "serve", str(path)], start_new_session=True)
+        deadline = time.monotonic() + 120
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        message = json.dumps({"argv": worker, "environment": environment, "folder": str(Path.cwd())}).encode()
+        streams = array.array("i", [1, 2])
+        connection.sendmsg([len(message).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+        connection.sendall(message)
+        # The raylet takes the end of what it started for the end of the worker.
+        connection.recv(1)
+    if server is not None:
+        server.wait()
+
+
+def serve(path: Path) -> None:
+    """Fork a worker for each request, until the raylet has ended."""
+    for name in IMPORTS:
+        __import__(name)
+    raylet = int(os.environ["RAY_RAYLET_PID"])
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path.with_suffix(".new")))
+        listener.listen(64)
+        path.with_suffix(".new").rename(path)
+        while _is_alive(raylet):
+            if not select.select([listener], [], [], ALIVE)[0]:
+                continue
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                # The raylet ends the group of a worker's process with it.
+                os.setsid()
+                listener.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                _become_worker(connection)
+            connection.close()
+    path.unlink()
+
+
+def _become_worker(connection: socket.socket) -> None:
+    """Read the request and run it. The connection stays open: its end tells the launcher of this process's."""
+    head, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(8))
+    streams = array.array("i")
+    streams.frombytes(ancillary[0][2])
+    size, message = int.from_bytes(head, "big"), b""
+    while len(message) < size:
+        message += connection.recv(size - len(message))
+    request = json.loads(message)
+    for number, stream in zip((1, 2), streams, strict=True):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    sys.argv = request["argv"]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    os._exit(0)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[2])) if sys.argv[1] == "serve" else launch(sys.argv[1:])

@@ -1,0 +1,117 @@
+"""Processes of their own that start at once: forks of one that has imported what commands and trainings need.
+
+What a fresh interpreter imports first is tested where that is the point (test_cli, test_eval, the notebook).
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        "raysweep.commands.run",
+        "raysweep.commands.tune",
+        "raysweep.sweep.tuner",
+        "raysweep.tracking",
+        "safetensors.torch",
+    ]
+)
+
+
+class Forked:
+    """A running function or command. out, err: what it printed so far."""
+
+    def __init__(self, process: BaseProcess, output: Path) -> None:
+        self._process = process
+        self._output = output
+        self.pid = process.pid
+
+    @property
+    def out(self) -> str:
+        return (self._output / "out").read_text()
+
+    @property
+    def err(self) -> str:
+        return (self._output / "err").read_text()
+
+    def poll(self) -> int | None:
+        """The exit code, or minus the signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float = 120) -> int:
+        """The exit code. Raises TimeoutError, with what was printed, if it still runs then."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise TimeoutError(f"still running after {timeout} s: {self.out}{self.err}")
+        return self._process.exitcode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        assert self.pid is not None
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def start(
+    function: Callable[..., object],
+    *arguments: Any,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Forked:
+    """Call `function(*arguments)` in a new process, in `folder`; what it returns is the exit code (None: 0).
+
+    environment: what differs from this process's.
+    """
+    output = Path(tempfile.mkdtemp(prefix="forked-"))
+    where, variables = folder or Path.cwd(), {**os.environ, **(environment or {})}
+    for name in ("out", "err"):
+        (output / name).touch()
+    process = FORKS.Process(target=_work, args=(output, where, variables, function, arguments))
+    process.start()
+    return Forked(process, output)
+
+
+def command(
+    arguments: Sequence[str], folder: Path | None = None, environment: Mapping[str, str] | None = None
+) -> Forked:
+    """`raysweep ARGUMENTS` in a new process."""
+    return start(_main, list(arguments), folder=folder, environment=environment)
+
+
+def _main(arguments: list[str]) -> int:
+    from raysweep.cli import main
+
+    return main(arguments)
+
+
+def _work(
+    output: Path, folder: Path, variables: dict[str, str], function: Callable[..., object], arguments: tuple[Any, ...]
+) -> None:
+    for number, name in enumerate(("out", "err"), start=1):
+        file = os.open(output / name, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(folder)
+    # As in a fresh interpreter: the server of the forks ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code = function(*arguments)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.exit(code)
