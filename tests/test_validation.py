@@ -60,6 +60,15 @@ def test_without_finish_the_worst_of_the_attacks_is_left() -> None:
     assert "apgd_t" not in found
 
 
+def test_of_rows_without_a_gradient_those_that_are_right_count() -> None:
+    class Rounded(Ladder):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward((x * 1000).round() / 1000)
+
+    found = JUDGE(Rounded(), split())
+    assert found["zero_gradient"] == found["clean"] == pytest.approx(0.8)
+
+
 def test_several_attacks_finish_and_each_breaks_what_it_can() -> None:
     finish = {"weak": step(0.03), "strong": step(0.08, loss="cw"), "weaker": step(0.01)}
     found = JUDGE.model_copy(update={"finish": finish})(Ladder(), split())
@@ -213,6 +222,14 @@ def test_flatness_where_the_attack_first_succeeds_and_where_it_ends() -> None:
             assert found == pytest.approx(expected, rel=1e-4)
     found = flatness(Ladder(), images, attack, 2)
     assert found["flatness_adversarial"] == pytest.approx(sum(adversarial[:2]) / 2, rel=1e-4), "the first two alone"
+
+
+def test_flatness_is_of_attacks_on_the_cross_entropy() -> None:
+    """Which cannot move a steep row, where an attack on the margin would reach a slope of 100,000."""
+    x, y = ladder([0.03], [1], [1])
+    attack = PGD(eps=0.055, step_size=0.01, steps=1, start="natural", loss="cw")
+    found = flatness(Ladder(), Split(x, y, torch.arange(1), 1), attack, 1)
+    assert found == {"flatness_friendly": 0.0, "flatness_adversarial": 0.0}
 
 
 def test_flatness_takes_the_first_pgd_and_as_many_examples_as_are_judged() -> None:
