@@ -1,0 +1,211 @@
+"""Claims on a shared state: the living keep theirs, wherever they are; those of the dead are taken over."""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from pyarrow import fs
+from torch import nn
+
+from raysweep import storage
+from raysweep.training import checkpoint, claim
+from raysweep.training.claim import BucketClaim, FileClaim, Heart, claim_on
+from raysweep.training.config import run_config
+from raysweep.training.prefix import Prefixes
+
+HERE = socket.gethostname()
+# Above the largest number that Linux gives a process.
+NOBODY = 2**22 + 1
+ME = os.getpid()
+
+
+def claimed(path: Path, owner: str, age: float) -> Path:
+    """A claim's file whose owner last gave a sign of life `age` seconds ago."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(owner)
+    then = time.time() - age
+    os.utime(path, (then, then))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("owner", "age", "taken"),
+    [
+        ("elsewhere 123", 0, False),
+        ("elsewhere 123", 20, False),
+        ("elsewhere 123", 40, True),
+        ("elsewhere 123", -3600, False),
+        (f"elsewhere {NOBODY}", 0, False),
+        (f"elsewhere {ME}", 40, True),
+        (f"{HERE} {ME}", 0, False),
+        (f"{HERE} {ME}", 40, True),
+        (f"{HERE} {os.getppid()}", 20, False),
+        (f"{HERE} {NOBODY}", 0, True),
+        (f"{HERE} 1", 0, False),
+        ("", 0, False),
+        ("", 40, True),
+        (HERE, 0, False),
+    ],
+)
+def test_a_claim_is_taken_over_from_the_dead_alone(owner: str, age: float, taken: bool, tmp_path: Path) -> None:
+    """Dead is whose process this machine no longer has, or whose heartbeat is older than half a minute."""
+    file = claimed(tmp_path / "key.claim", owner, age)
+    assert FileClaim(file).taken() is taken
+    assert file.read_text() == (f"{HERE} {ME}" if taken else owner)
+    assert time.time() - file.stat().st_mtime == pytest.approx(0 if taken else age, abs=8)
+
+
+def test_another_users_process_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(process: int, number: int) -> None:
+        assert (process, number) == (NOBODY, 0)
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)
+    assert not FileClaim(claimed(tmp_path / "key.claim", f"{HERE} {NOBODY}", 0)).taken()
+
+
+def test_what_cannot_be_read_is_not_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "key.claim").mkdir()
+    assert not FileClaim(tmp_path / "key.claim").taken()
+    assert (tmp_path / "key.claim").is_dir()
+
+
+def test_one_holds_it_until_it_is_released(tmp_path: Path) -> None:
+    first, second = claim_on(tmp_path, "key"), claim_on(tmp_path, "key")
+    assert first.taken() and not second.taken() and not first.taken()
+    assert claim_on(tmp_path, "other").taken(), "another state is another claim"
+    assert (tmp_path / "key.claim").read_text() == f"{HERE} {ME}"
+    first.release()
+    assert not (tmp_path / "key.claim").exists()
+    first.release()
+    assert second.taken()
+
+
+def test_a_beat_is_a_sign_of_life(tmp_path: Path) -> None:
+    file = claimed(tmp_path / "key.claim", "elsewhere 123", 3600)
+    FileClaim(file).beat()
+    assert file.read_text() == "elsewhere 123"
+    assert not FileClaim(file).taken()
+
+
+def test_a_heart_beats_until_the_end_and_never_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "_BEAT", 0.001)
+    held, file = claim_on(tmp_path, "key"), tmp_path / "key.claim"
+    assert held.taken()
+    with pytest.raises(ZeroDivisionError), Heart(held):
+        for _ in range(2):
+            claimed(file, f"{HERE} {ME}", 3600)
+            while time.time() - file.stat().st_mtime > 1800:
+                os.sched_yield()
+        raise ZeroDivisionError
+    assert not file.exists()
+
+
+class TestTraining:
+    @pytest.fixture
+    def prefixes(self, tmp_path: Path) -> Prefixes:
+        """A store with one state, `there`."""
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        path = tmp_path / "run" / "epoch-0001"
+        saved = checkpoint.save(path, run_config("standard"), model, optimizer, [{"epoch": 1.0}], "data")
+        store = Prefixes(tmp_path / "prefixes")
+        store.put("there", saved.path)
+        return store
+
+    def test_a_state_that_is_there_is_not_trained(self, prefixes: Prefixes) -> None:
+        with prefixes.training("there") as ours:
+            assert not ours
+        with prefixes.training("missing") as ours:
+            assert ours and (prefixes.path / "missing.claim").exists()
+        assert [path.name for path in prefixes.path.iterdir()] == ["there"]
+
+    def test_somebody_elses_claim_is_left_alone_where_the_state_is_there(self, prefixes: Prefixes) -> None:
+        file = claimed(prefixes.path / "there.claim", "elsewhere 123", 0)
+        with prefixes.training("there") as ours:
+            assert not ours
+        assert file.read_text() == "elsewhere 123"
+
+    def test_a_claim_is_given_back_also_after_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(ZeroDivisionError), Prefixes(tmp_path).training("key"):
+            raise ZeroDivisionError
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The claims of a bucket that is a folder of this machine: the copy is elsewhere."""
+    remote = tmp_path / "remote"
+    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "copies"))
+    files = fs.SubTreeFileSystem(str(remote), fs.LocalFileSystem(use_mmap=False))
+    monkeypatch.setattr(storage, "_file_system", lambda store, bucket: (files, bucket))
+    claims = remote / "b" / "sweep" / ".claims" / "key"
+    claims.mkdir(parents=True)
+    return claims
+
+
+def claim_in_bucket() -> BucketClaim:
+    held = claim_on(storage.at("gs://b/sweep"), "key")
+    assert isinstance(held, BucketClaim)
+    return held
+
+
+class TestBucket:
+    def test_the_first_holds_it_until_it_is_released(self, bucket: Path) -> None:
+        first, second = claim_in_bucket(), claim_in_bucket()
+        assert first.taken() and first.taken()
+        (file,) = bucket.iterdir()
+        assert file.name.split()[1:] == [HERE, str(ME)]
+        assert not second.taken() and list(bucket.iterdir()) == [file]
+        first.release()
+        assert not list(bucket.iterdir())
+        assert second.taken()
+
+    @pytest.mark.parametrize("began", ["1.000000", "9999999999.000000"])
+    def test_a_living_owner_elsewhere_keeps_it(self, began: str, bucket: Path) -> None:
+        (bucket / f"{began} elsewhere {NOBODY}").touch()
+        held = claim_in_bucket()
+        assert not held.taken() and not held.taken()
+        assert [file.name for file in bucket.iterdir()] == [f"{began} elsewhere {NOBODY}"]
+
+    def test_the_dead_of_this_machine_lose_it(self, bucket: Path) -> None:
+        (bucket / f"1.000000 {HERE} {NOBODY}").touch()
+        assert claim_in_bucket().taken()
+        (file,) = bucket.iterdir()
+        assert file.name.endswith(f"{HERE} {ME}")
+
+    def test_a_heart_that_stands_still_loses_it_and_one_that_beats_does_not(
+        self, bucket: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By this machine's own clock, from the moment when it first saw the beat."""
+        clock = [1000.0]
+        monkeypatch.setattr(claim.time, "monotonic", lambda: clock[0])
+        other = claimed(bucket / "1.000000 elsewhere 77", "", 10_000)
+        held = claim_in_bucket()
+        assert not held.taken() and held.alive() == "", "one beat may be that of a dead one"
+        clock[0] += 25
+        claimed(other, "", 9_000)
+        assert not held.taken() and held.alive() == "process 77 on elsewhere"
+        clock[0] += 25
+        assert not held.taken(), "25 seconds after its last beat"
+        clock[0] += 10
+        assert held.taken()
+        assert not other.exists()
+
+    @pytest.mark.parametrize(("other", "mine"), [("1.000000 elsewhere 77", False), ("9999999999.0 elsewhere 77", True)])
+    def test_of_two_at_once_the_earlier_wins(self, other: str, mine: bool, bucket: Path) -> None:
+        held = claim_in_bucket()
+        beat = held.beat
+
+        def both() -> None:
+            (bucket / other).touch()
+            beat()
+
+        held.beat = both  # type: ignore[method-assign]
+        assert held.taken() is mine
+        names = sorted(file.name for file in bucket.iterdir())
+        assert len(names) == (2 if mine else 1) and other in names

@@ -1,0 +1,190 @@
+"""The keys of shared states: every setting is one that decides the weights, or one that is known not to."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raysweep.data import Data
+from raysweep.spec import flatten, override
+from raysweep.training import checkpoint
+from raysweep.training.checkpoint import Run
+from raysweep.training.config import RunConfig, run_config
+from raysweep.training.prefix import Prefixes, chain
+from raysweep.training.trainer import fit
+
+PGD = ("eps", "step_size", "steps", "confidence")
+ATTACKS = [f"method.attacks.{name}" for name in ("pgd", "cw")] + [f"validation.attacks.{n}" for n in ("pgd", "cw")]
+# What a state after an epoch is the same for.
+FREE: dict[str, Any] = {
+    "method.name": "other",
+    "data.name": "arrays",
+    "data.data_dir": "/elsewhere",
+    "data.download": True,
+    "epochs": 5,
+    "collapse_after": None,
+}
+# Another value for each setting that is no number or switch, or has few values.
+OTHER: dict[str, Any] = {
+    **{
+        f"{attack}.{key}": value for attack in ATTACKS for key, value in (("norm", "L2"), ("tau", 1), ("mode", "train"))
+    },
+    **{f"{attack}.start": "gaussian" for attack in ATTACKS},
+    **{f"{attack}.loss": "kl" for attack in ATTACKS},
+    "data.augment": True,
+    "data.train_size": 64,
+    "data.unlabeled": "/more.npz",
+    "data.unlabeled_fraction": 0.25,
+    "model.name": "small_cnn",
+    "model.mean": [0.5],
+    "model.std": [0.5],
+    "optim.lr": 0.03,
+    "optim.momentum": 0.5,
+    "validation.size": 20,
+    "validation.objective": "clean",
+    "validation.scales": [10.0],
+    "validation.finish.apgd_t.loss": "ce",
+    "validation.finish.apgd_t.norm": "L2",
+    "compute.channels_last": False,
+    "compute.fold": False,
+    "compute.attack": "bf16",
+    "compute.train": "bf16",
+    "method.terms.pgd.on": "natural+pgd",
+    "method.terms.cw.on": "natural+cw",
+    "method.terms.bound.on": "pgd",
+    "method.terms.bound.weight.of": ["pgd"],
+    **{f"method.terms.{term}.loss": "bce" for term in ("pgd", "cw", "bound")},
+    **{f"method.terms.{term}.weight.by": "natural" for term in ("pgd", "cw")},
+}
+# `kind` says what the other settings of a part are; TF32 and several of these are refused on a CPU.
+ELSEWHERE = (".kind", "optim.lr.", "compute.tf32")
+
+
+def base() -> RunConfig:
+    return run_config("lrat", {"epochs": 3, "optim.lr": 0.05, "optim.weight_decay": 0.001})
+
+
+def changed(path: str, value: Any) -> Any:
+    if path in OTHER:
+        return OTHER[path]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    assert isinstance(value, float), f"{path} = {value!r} is in no table of this test"
+    return value * 0.75 if value else 0.5
+
+
+def settings() -> list[str]:
+    return [path for path in flatten(base()) if path not in FREE and not any(part in path for part in ELSEWHERE)]
+
+
+@pytest.mark.parametrize("path", settings())
+def test_a_setting_that_decides_the_weights_changes_the_keys(path: str) -> None:
+    config = base()
+    changes = {path: changed(path, flatten(config)[path])}
+    if path in ("model.mean", "model.std"):
+        changes = {"model.mean": [0.5], "model.std": [0.5]}
+    other = chain(override(config, changes), "data")
+    assert not set(other[1:]) & set(chain(config, "data")[1:])
+
+
+def test_what_decides_no_weight_leaves_the_keys() -> None:
+    config = base()
+    assert set(FREE) <= set(flatten(config))
+    keys = chain(config, "data")
+    for path, value in FREE.items():
+        assert chain(override(config, {path: value}), "data")[:4] == keys, path
+
+
+def test_one_key_for_each_epoch_and_one_before() -> None:
+    keys = chain(base(), "data")
+    assert len(keys) == 4 == len(set(keys))
+    assert chain(override(base(), {"epochs": 1}), "data") == keys[:2]
+
+
+def test_data_workers_device_threads_and_versions_change_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = override(base(), {"compute.channels_last": True, "compute.fold": True})
+    found = [chain(config, "data"), chain(config, "other data"), chain(config, "data", workers=2)]
+    found.append(chain(config, "data", device=torch.device("meta")))
+    assert chain(config, "data", 1, torch.device("cpu")) == found[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 64)
+        found.append(chain(config, "data"))
+    known = checkpoint.environment()
+    for name in ("raysweep", "torch", "device"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "environment", lambda name=name: known | {name: "another"})
+            found.append(chain(config, "data"))
+    assert len({key for keys in found for key in keys}) == 4 * len(found)
+
+
+def test_a_state_has_the_settings_of_all_epochs_before_it_in_its_key() -> None:
+    """Epochs 2 and 3 have the same settings, and the weights they start from differ."""
+    lr = [{"kind": "piecewise", "boundaries": [1], "values": [first, 0.01]} for first in (0.1, 0.2)]
+    one, two = (chain(override(base(), {"optim.lr": value}), "data") for value in lr)
+    assert one[0] == two[0] and not set(one[1:]) & set(two[1:])
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_schedule_changes_the_keys_from_its_own_epoch_on(epoch: int) -> None:
+    for path in ("optim.lr", "optim.weight_decay", "method.attacks.pgd.eps", "method.terms.cw.weight.beta"):
+        steady = override(base(), {path: 0.2, "method.attacks.pgd.eps": 0.2})
+        late = override(steady, {path: {"kind": "piecewise", "boundaries": [epoch], "values": [0.2, 0.1]}})
+        keys, other = chain(steady, "data"), chain(late, "data")
+        assert keys[: epoch + 1] == other[: epoch + 1] and not set(keys[epoch + 1 :]) & set(other[epoch + 1 :]), path
+
+
+QUICK: dict[str, Any] = {
+    "epochs": 3, "batch_size": 64, "validation.attacks": {"pgd": {"kind": "pgd", "steps": 1}}, "validation.finish": {},
+    "validation.scales": [], "validation.objective": "clean",
+}  # fmt: skip
+
+
+def stored(path: Path, config: RunConfig, data: Data, clean: tuple[float, ...], epochs: set[int]) -> Prefixes:
+    """States of an untrained network with accuracies that a test made up."""
+    prefixes, keys = Prefixes(path / "prefixes"), chain(config, data.fingerprint)
+    model = config.model.build(1, 10, 0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rows = [{"epoch": float(epoch), "clean": share, "train/seconds": 9.0} for epoch, share in enumerate(clean, 1)]
+    for epoch in epochs:
+        saved = checkpoint.save(path / "first" / str(epoch), config, model, optimizer, rows[:epoch], data.fingerprint)
+        prefixes.put(keys[epoch], saved.path)
+    return prefixes
+
+
+def test_the_longest_prefix_comes_with_its_best_epoch(tmp_path: Path, digits: Data) -> None:
+    config = run_config("standard", QUICK)
+    prefixes = stored(tmp_path, config, digits, (0.3, 0.9, 0.5), {1, 2, 3})
+    told: list[tuple[float, float, float]] = []
+    fitted = fit(
+        config,
+        tmp_path / "run",
+        lambda row, saved: told.append((row["clean"], row["shared"], row["train/seconds"])),
+        data=digits,
+        prefixes=prefixes,
+    )
+    assert told == [(0.3, 1.0, 0.0), (0.9, 1.0, 0.0), (0.5, 1.0, 0.0)]
+    assert Run(tmp_path / "run").epochs() == [2, 3]
+    assert (fitted.best.epoch, len(fitted.best.history), fitted.last.epoch) == (2, 2, 3)
+
+
+def test_without_its_best_epoch_a_prefix_is_of_no_use(tmp_path: Path, digits: Data) -> None:
+    """It has outgrown the store's limit. The run takes the next shorter one, trains, and meets the other again."""
+    config = run_config("standard", QUICK)
+    prefixes = stored(tmp_path, config, digits, (0.3, 0.9, 0.5), {1, 3})
+    fitted = fit(config, tmp_path / "run", data=digits, prefixes=prefixes)
+    history = fitted.last.history
+    assert [row.get("shared") for row in history] == [1.0, None, 1.0]
+    assert history[1]["train/seconds"] > 0 and history[1]["clean"] < 0.5 == history[2]["clean"]
+    assert fitted.best.epoch == 3 and fitted.best.history == history
+
+
+def test_a_run_that_has_begun_takes_over_later_states(tmp_path: Path, digits: Data) -> None:
+    config = run_config("standard", QUICK)
+    fit(run_config("standard", QUICK, {"epochs": 1}), tmp_path / "run", data=digits)
+    prefixes = stored(tmp_path, config, digits, (0.3, 0.9, 0.5), {2, 3})
+    history = fit(config, tmp_path / "run", data=digits, prefixes=prefixes).last.history
+    assert [row.get("shared") for row in history] == [None, 1.0, 1.0]
+    assert [row["clean"] for row in history[1:]] == [0.9, 0.5]

@@ -1,0 +1,413 @@
+"""A run's folder: what is measured, kept, resumed and refused, on runs of a fraction of a second."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from raysweep.data import Data
+from raysweep.method import Method
+from raysweep.spec import SpecError, override
+from raysweep.training import checkpoint
+from raysweep.training.checkpoint import STATE, WEIGHTS, Checkpoint, Run
+from raysweep.training.config import RunConfig, run_config
+from raysweep.training.pause import Interrupted
+from raysweep.training.prefix import chain
+from raysweep.training.trainer import TrainingFailed, best_epoch, check_goes_on, fit
+
+Row = dict[str, float]
+QUICK: dict[str, Any] = {
+    "data.train_size": 64,
+    "data.val_size": 50,
+    "batch_size": 32,
+    "validation.attacks": {"pgd": {"kind": "pgd", "steps": 1}},
+    "validation.finish": {},
+    "validation.scales": [],
+    "validation.objective": "clean",
+}
+
+
+def quick(**changes: Any) -> RunConfig:
+    """Training without an attack; `__` in a name stands for a dot."""
+    return run_config("standard", QUICK, {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def write(path: Path, config: RunConfig, rows: Sequence[Row], data: Data) -> Checkpoint:
+    """The checkpoint of an untrained network, with a history that a test made up."""
+    model = config.model.build(1, 10, 0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return checkpoint.save(path, config, model, optimizer, list(rows), data.fingerprint)
+
+
+def rows_of(*clean: float | None, first: int = 1) -> list[Row]:
+    """A row for each epoch; None stands for one that was not measured."""
+    return [
+        {"epoch": float(epoch)} | ({} if share is None else {"clean": share})
+        for epoch, share in enumerate(clean, first)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("every", "epochs", "measured"), [(1, 2, [1, 2]), (2, 5, [2, 4, 5]), (2, 4, [2, 4]), (3, 2, [2]), (4, 5, [4, 5])]
+)
+def test_every_nth_epoch_and_the_last_are_measured(
+    every: int, epochs: int, measured: list[int], tmp_path: Path, digits: Data
+) -> None:
+    fitted = fit(quick(epochs=epochs, validation__every=every), tmp_path, data=digits)
+    history = fitted.last.history
+    for metric in ("clean", "pgd", "robust_worst", "train/natural", "validation_seconds"):
+        assert [row["epoch"] for row in history if metric in row] == measured, metric
+    assert len(history) == epochs and all("train/loss" in row for row in history)
+    assert fitted.best.epoch in measured
+
+
+def test_a_run_that_grows_keeps_what_was_measured_at_its_former_end(tmp_path: Path, digits: Data) -> None:
+    fit(quick(epochs=3, validation__every=2), tmp_path, data=digits)
+    grown = fit(quick(epochs=5, validation__every=2), tmp_path, data=digits).last.history
+    assert [row["epoch"] for row in grown if "clean" in row] == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("clean", "best"),
+    [
+        ((0.2, 0.5, 0.4), 2),
+        ((0.5, 0.5, 0.5), 1),
+        ((0.4, 0.5, 0.5), 2),
+        ((None, 0.3, None, 0.4), 4),
+        ((None, 0.4, None, 0.4), 2),
+        ((None, 0.0), 2),
+        ((0.7,), 1),
+    ],
+)
+def test_the_best_epoch_is_the_first_of_the_highest(clean: tuple[float | None, ...], best: int) -> None:
+    assert best_epoch(quick(), rows_of(*clean)) == best
+
+
+def test_the_best_epoch_is_by_the_objective_alone() -> None:
+    rows = [{"clean": 0.9, "pgd": 0.1}, {"clean": 0.8, "pgd": 0.3}, {"clean": 0.7, "pgd": 0.2}]
+    assert best_epoch(quick(), rows) == 1
+    assert best_epoch(quick(validation__objective="pgd"), rows) == 2
+
+
+# Chance is 0.1. Two standard deviations above it are 0.1849 among 50 images, 0.2342 among 20.
+@pytest.mark.parametrize(
+    ("clean", "changes", "collapsed"),
+    [
+        ((0.9, 0.9, 0.9, 0.18, 0.18), {}, True),
+        ((0.9, 0.9, 0.9, 0.19, 0.18), {}, False),
+        ((0.9, 0.9, 0.9, 0.18, 0.19), {}, False),
+        ((0.18, 0.18, 0.18, 0.9, 0.9), {}, False),
+        ((0.1, 0.1, 0.1, 0.1), {}, False),
+        ((0.1, 0.1, 0.1, 0.1), {"collapse_after": 2}, True),
+        ((0.1, 0.1, 0.1, 0.1), {"collapse_after": None}, False),
+        ((0.1,), {"collapse_after": 0}, False),
+        ((0.1, 0.1), {"collapse_after": 0}, True),
+        ((0.9, 0.9, None, 0.1, None, 0.1), {}, True),
+        ((0.9, 0.9, None, 0.1, None, 0.2), {}, False),
+        ((None, None, None, None, None, 0.1), {}, False),
+        ((0.9, 0.9, 0.9, 0.23, 0.23), {"validation.size": 20}, True),
+        ((0.9, 0.9, 0.9, 0.24, 0.24), {"validation.size": 20}, False),
+        ((0.9, 0.9, 0.9, 0.18, 0.18), {"validation.size": 1000}, True),
+        ((0.9, 0.9, 0.9, 0.19, 0.19), {"validation.size": 1000}, False),
+    ],
+)
+def test_a_collapse_is_two_measured_epochs_no_better_than_chance(
+    clean: tuple[float | None, ...], changes: dict[str, Any], collapsed: bool, tmp_path: Path, digits: Data
+) -> None:
+    config = override(quick(epochs=len(clean), collapse_after=3), changes)
+    rows = rows_of(*clean)
+    for epoch in {best_epoch(config, rows), len(rows)}:
+        write(Run(tmp_path).at(epoch), config, rows[:epoch], digits)
+    if collapsed:
+        with pytest.raises(TrainingFailed, match=f"collapsed: {clean[-1]:.3f} of .* right in epoch {len(clean)}, no"):
+            fit(config, tmp_path, data=digits)
+    else:
+        fit(config, tmp_path, data=digits)
+
+
+@pytest.mark.parametrize(("clean", "kept"), [((0.3, 0.9, 0.5), {2, 4}), ((0.9, 0.9, 0.5), {1, 4})])
+def test_pruning_keeps_the_best_and_the_last_and_clears_what_crashes_left(
+    clean: tuple[float, ...], kept: set[int], tmp_path: Path, digits: Data
+) -> None:
+    config, rows = quick(epochs=4, optim__lr=1e-9), rows_of(*clean)
+    run = Run(tmp_path)
+    for epoch in (1, 2, 3):
+        write(run.at(epoch), config, rows[:epoch], digits)
+    key = run.key
+    left = [tmp_path / name for name in (".epoch-0004.17", ".half.17", "half")]
+    for folder in left:
+        folder.mkdir()
+        (folder / "weights.safetensors").write_bytes(b"half")
+    fitted = fit(config, tmp_path, data=digits)
+    assert fitted.last.metrics["clean"] < 0.5, "the network of epoch 4 is as good as untrained"
+    assert set(run.epochs()) == kept and fitted.best.epoch == min(kept)
+    assert not any(folder.exists() for folder in left)
+    assert run.key == key and (tmp_path / "histograms" / "epoch-0004.json").is_file()
+
+
+def test_whoever_is_told_of_an_epoch_finds_it_and_the_best_so_far(tmp_path: Path, digits: Data) -> None:
+    config = quick(epochs=5, optim__lr=0.3, data__train_size=32)
+    found: list[tuple[set[int], int]] = []
+
+    def look(metrics: Row, saved: Checkpoint) -> None:
+        found.append((set(Run(tmp_path).epochs()), saved.epoch))
+
+    fit(config, tmp_path, look, data=digits)
+    history = Run(tmp_path).history()
+    for number, (epochs, told) in enumerate(found, 1):
+        clean = [row["clean"] for row in history[:number]]
+        assert epochs == {number, clean.index(max(clean)) + 1} and told == number
+
+
+class Enough(Exception):
+    """Raised by a report: the process ends here."""
+
+
+def test_a_run_that_ends_after_each_epoch_comes_to_the_bits_of_one_that_does_not(tmp_path: Path, digits: Data) -> None:
+    changes = {"optim.lr": {"kind": "piecewise", "boundaries": [1, 2], "values": [0.1, 0.05, 0.01]}, "epochs": 4}
+    config = run_config("at", QUICK, {"method.attacks.pgd.steps": 1, "data.augment": True, **changes})
+    data = replace(digits, augment=True)
+    whole = fit(config, tmp_path / "whole", data=data)
+
+    def stop(metrics: Row, saved: Checkpoint) -> None:
+        raise Enough
+
+    for epoch in range(1, 5):
+        with pytest.raises(Enough):
+            fit(config, tmp_path / "parts", stop, data=data, reported=epoch - 1)
+        assert Run(tmp_path / "parts").epochs()[-1] == epoch
+    parts = fit(config, tmp_path / "parts", data=data)
+    assert parts.last.meta["sha256"] == whole.last.meta["sha256"]
+    assert parts.best.meta["sha256"] == whole.best.meta["sha256"] and parts.best.epoch == whole.best.epoch
+    untimed = [[{k: v for k, v in r.items() if "seconds" not in k} for r in f.last.history] for f in (parts, whole)]
+    assert untimed[0] == untimed[1]
+
+
+def test_an_epoch_that_failed_leaves_no_checkpoint(tmp_path: Path, digits: Data) -> None:
+    lr = {"kind": "piecewise", "boundaries": [1], "values": [0.01, 1e30]}
+    with pytest.raises(TrainingFailed, match="in epoch 2"):
+        fit(quick(epochs=3, optim__lr=lr), tmp_path, data=digits)
+    assert Run(tmp_path).epochs() == [1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"batch_size": 31},
+        {"optim.weight_decay": 0.1},
+        {"optim.nesterov": True},
+        {"method.terms.natural.coef": 2},
+        {"method.name": "other"},
+        {"data.train_size": 63},
+        {"data.split_seed": 1},
+        {"model.mean": [0.5], "model.std": [0.5]},
+        {"validation.every": 2},
+        {"compute.fold": False},
+        {"collapse_after": 5},
+        {"epochs": 2},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_run_does_not_go_on_with_other_settings(changes: dict[str, Any], tmp_path: Path, digits: Data) -> None:
+    config = quick(epochs=6)
+    saved = write(tmp_path / "run" / "epoch-0003", config, rows_of(0.5, 0.5, 0.5), digits)
+    with pytest.raises(SpecError) as error:
+        check_goes_on(saved, override(config, changes), digits.fingerprint)
+    (line,) = error.value.problems
+    assert line == f"{tmp_path / 'run'} holds a run with other settings: choose another --name, or delete the folder"
+
+
+def test_a_run_goes_on_for_as_many_epochs_as_it_has_or_more_and_on_its_own_data(tmp_path: Path, digits: Data) -> None:
+    config = quick(epochs=6)
+    saved = write(tmp_path / "epoch-0003", config, rows_of(0.5, 0.5, 0.5), digits)
+    for epochs in (3, 5, 6, 60):
+        check_goes_on(saved, override(config, {"epochs": epochs}), digits.fingerprint)
+    with pytest.raises(SpecError, match="holds a run on other 'digits' data"):
+        check_goes_on(saved, config, "0" * 16)
+
+
+def interrupt_after(steps: int, config: RunConfig, path: Path, data: Data) -> None:
+    """Leave a run in the middle of an epoch."""
+    left = [steps]
+
+    def interrupted() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
+    with pytest.raises(Interrupted):
+        fit(config, path, data=data, interrupted=interrupted)
+
+
+def steps_told(config: RunConfig, path: Path, data: Data) -> list[tuple[int, int]]:
+    told: list[tuple[int, int]] = []
+    fit(config, path, data=data, stepped=lambda epoch, steps: told.append((epoch, steps)))
+    return told
+
+
+def test_half_an_epoch_is_gone_on_with_also_for_more_epochs(tmp_path: Path, digits: Data) -> None:
+    interrupt_after(6, quick(epochs=2, batch_size=16), tmp_path, digits)
+    assert steps_told(quick(epochs=3, batch_size=16), tmp_path, digits) == [
+        *((2, step) for step in (3, 4)),
+        *((3, step) for step in (1, 2, 3, 4)),
+    ]
+
+
+def test_half_an_epoch_on_other_data_is_begun_anew(tmp_path: Path, digits: Data) -> None:
+    config = quick(epochs=1, batch_size=16)
+    interrupt_after(2, config, tmp_path, digits)
+    other = replace(digits, fingerprint="0" * 16)
+    assert steps_told(config, tmp_path, other) == [(1, 1), (1, 2), (1, 3), (1, 4)]
+
+
+def test_half_of_an_epoch_that_is_done_is_not_begun_again(tmp_path: Path, digits: Data) -> None:
+    """A process that died after it had saved the epoch, before it could delete the half."""
+    config = quick(epochs=2, batch_size=16)
+    interrupt_after(2, config, tmp_path, digits)
+    whole = fit(config, tmp_path / "whole", data=digits)
+    first = fit(quick(epochs=1, batch_size=16), tmp_path / "first", data=digits).last
+    first.path.rename(tmp_path / "epoch-0001")
+    assert steps_told(config, tmp_path, digits) == [(2, 1), (2, 2), (2, 3), (2, 4)]
+    last = Run(tmp_path).last()
+    assert last is not None and last.meta["sha256"] == whole.last.meta["sha256"]
+
+
+def test_the_time_of_an_epoch_is_that_of_all_who_worked_on_it(tmp_path: Path, digits: Data) -> None:
+    config = quick(epochs=1, batch_size=16)
+    interrupt_after(2, config, tmp_path, digits)
+    seen = tmp_path / "half" / "seen.safetensors"
+    with safe_open(seen, "pt") as file:
+        facts = file.metadata()
+    save_file(load_file(seen), seen, facts | {"seconds": "1000.0"})
+    (row,) = fit(config, tmp_path, data=digits).last.history
+    assert 1000 < row["train/seconds"] < 1100
+
+
+class TestCheckpoint:
+    @pytest.fixture
+    def saved(self, tmp_path: Path, digits: Data) -> Checkpoint:
+        return write(tmp_path / "run" / "epoch-0002", quick(), rows_of(0.2, 0.3), digits)
+
+    def test_it_is_read_as_it_was_written(self, saved: Checkpoint, digits: Data) -> None:
+        again = checkpoint.read(saved.path)
+        assert again == saved and again.epoch == 2 and again.metrics == {"epoch": 2.0, "clean": 0.3}
+        assert again.meta["format"] == 1 and again.meta["data_fingerprint"] == digits.fingerprint
+
+    @pytest.mark.parametrize("number", [0, 2, 3, "1", None, [1]])
+    def test_another_format_is_refused(self, number: object, saved: Checkpoint) -> None:
+        self.change(saved, format=number)
+        with pytest.raises(SpecError, match="not a raysweep checkpoint of format 1"):
+            checkpoint.read(saved.path)
+
+    @pytest.mark.parametrize("key", ["format", "config", "epoch", "history", "data_fingerprint", "sha256"])
+    def test_a_missing_key_is_named(self, key: str, saved: Checkpoint) -> None:
+        meta = json.loads((saved.path / "meta.json").read_text())
+        del meta[key]
+        (saved.path / "meta.json").write_text(json.dumps(meta))
+        with pytest.raises(SpecError, match=r"not a raysweep checkpoint.*" + key):
+            checkpoint.read(saved.path)
+
+    def test_files_that_are_exchanged_altered_or_gone_are_refused(self, saved: Checkpoint) -> None:
+        weights, state = ((saved.path / name).read_bytes() for name in (WEIGHTS, STATE))
+        (saved.path / WEIGHTS).write_bytes(state)
+        (saved.path / STATE).write_bytes(weights)
+        with pytest.raises(SpecError, match="truncated or altered"):
+            checkpoint.read(saved.path)
+        (saved.path / WEIGHTS).write_bytes(weights)
+        with pytest.raises(SpecError, match=rf"{STATE} is truncated or altered"):
+            checkpoint.read(saved.path)
+        (saved.path / STATE).unlink()
+        with pytest.raises(SpecError, match=rf"{STATE} is truncated or altered"):
+            checkpoint.read(saved.path)
+        flipped = bytearray(weights)
+        flipped[-1] ^= 1
+        (saved.path / STATE).write_bytes(state)
+        (saved.path / WEIGHTS).write_bytes(flipped)
+        with pytest.raises(SpecError, match=rf"{WEIGHTS} is truncated or altered"):
+            checkpoint.read(saved.path)
+
+    @pytest.mark.parametrize("names", [[WEIGHTS], [WEIGHTS, STATE, "more"], []])
+    def test_hashes_of_other_files_are_refused(self, names: list[str], saved: Checkpoint) -> None:
+        self.change(saved, sha256={name: saved.meta["sha256"].get(name, "0") for name in names})
+        with pytest.raises(SpecError, match=r"meta\.json lacks hashes"):
+            checkpoint.read(saved.path)
+
+    def test_what_is_no_object_or_no_json_is_refused(self, saved: Checkpoint) -> None:
+        for text, words in (("[1]", "of format 1"), ("{", "missing or not JSON"), (None, "missing or not JSON")):
+            if text is None:
+                (saved.path / "meta.json").unlink()
+            else:
+                (saved.path / "meta.json").write_text(text)
+            with pytest.raises(SpecError, match=words):
+                checkpoint.read(saved.path)
+
+    @staticmethod
+    def change(saved: Checkpoint, **values: object) -> None:
+        (saved.path / "meta.json").write_text(json.dumps({**saved.meta, **values}))
+
+    def test_momentum_goes_back_to_the_parameter_it_belongs_to(self, tmp_path: Path) -> None:
+        """Also where some parameters have none yet."""
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        generator = torch.Generator().manual_seed(0)
+        expected = {}
+        for name, parameter in model.named_parameters():
+            if name != "1.bias":
+                expected[name] = torch.rand(parameter.shape, generator=generator)
+                optimizer.state[parameter]["momentum_buffer"] = expected[name]
+        saved = checkpoint.save(tmp_path / "c", quick(), model, optimizer, rows_of(0.1), "f", {"more.txt": b"more"})
+        other = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+        into = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
+        saved.load_state(other, into)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+        for name, parameter in other.named_parameters():
+            if name in expected:
+                assert torch.equal(into.state[parameter]["momentum_buffer"], expected[name])
+            else:
+                assert "momentum_buffer" not in into.state[parameter]
+        assert (tmp_path / "c" / "more.txt").read_bytes() == b"more"
+
+    def test_a_state_that_is_taken_over_costs_nothing_and_says_so(self, saved: Checkpoint, tmp_path: Path) -> None:
+        config = quick(seed=7)
+        timed = [{**row, "train/seconds": 5.0} for row in saved.history]
+        self.change(saved, history=timed)
+        all_of_it = checkpoint.adopt(tmp_path / "all", saved.path, config)
+        assert all_of_it == checkpoint.read(tmp_path / "all")
+        assert all_of_it.history == [{**row, "train/seconds": 0.0, "shared": 1.0} for row in timed]
+        own = {"epoch": 1.0, "clean": 0.25, "train/seconds": 9.0}
+        last = checkpoint.adopt(tmp_path / "last", saved.path, config, [own])
+        assert last.history == [own, {**timed[1], "train/seconds": 0.0, "shared": 1.0}]
+        assert last.epoch == 2 and last.config == config and last.meta["sha256"] == saved.meta["sha256"]
+        assert last.meta["data_fingerprint"] == saved.meta["data_fingerprint"]
+        for name in (WEIGHTS, STATE):
+            assert (tmp_path / "last" / name).read_bytes() == (saved.path / name).read_bytes()
+
+
+def test_epochs_are_numbers_of_whole_checkpoints(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert run.epochs() == [] and run.last() is None and run.history() == []
+    for name in ("epoch-0009", "epoch-10000", "epoch-0010", "epoch-last", ".epoch-0011.5", "other-0012"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.json").write_text("{}")
+    (tmp_path / "epoch-0013").mkdir()
+    assert run.epochs() == [9, 10, 10000]
+    assert [run.at(epoch).name for epoch in (9, 10, 10000)] == ["epoch-0009", "epoch-0010", "epoch-10000"]
+
+
+def test_a_run_keeps_its_key_and_has_another_than_any_other(tmp_path: Path) -> None:
+    one, two = Run(tmp_path / "one").key, Run(tmp_path / "two").key
+    assert Run(tmp_path / "one").key == one != two and len(one) == 32
+
+
+def test_a_method_that_is_renamed_is_another_run_but_no_other_training() -> None:
+    """Its name is in the settings that a folder must agree on, and not in what decides the weights."""
+    config = quick(epochs=2)
+    renamed = config.model_copy(update={"method": Method.load(config.method.json_dict() | {"name": "other"})})
+    assert chain(config, "data") == chain(renamed, "data") and config != renamed
