@@ -1,0 +1,290 @@
+"""Two models on the same examples: what is compared, by SciPy's numbers, and who is champion afterwards."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import tiny
+from made import made_candidate, made_judgement
+from rich.console import Console
+from scipy import stats
+from torch import nn
+
+from raysweep.pipeline.artifact import Artifact, Judgement
+from raysweep.pipeline.compare import EXAMPLES, differences, facts_of, paired
+from raysweep.pipeline.register import Register
+from raysweep.pipeline.report import Report, _previous
+from raysweep.pipeline.stage import Past, Settings, Work
+from raysweep.training import checkpoint
+
+
+def outcomes(folder: Path, held_out: dict[int, bool]) -> Path:
+    """A file of what an evaluation leaves for each example, its rows in the order given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    broken_by = [None if held else "apgd-ce" for held in held_out.values()]
+    columns = {"index": pa.array(held_out, pa.int64()), "broken_by": pa.array(broken_by, pa.string())}
+    pq.write_table(pa.table(columns | {"margin_after": pa.array([0.0] * len(held_out))}), folder / EXAMPLES)
+    return folder / EXAMPLES
+
+
+def test_examples_are_paired_by_their_number(tmp_path: Path) -> None:
+    """New: even numbers hold out; old: those below 6; 2 of each kind in 0..9, in another order and with strangers."""
+    new = outcomes(tmp_path / "new", {n: n % 2 == 0 for n in (9, 7, 5, 3, 1, 8, 6, 4, 2, 0, 100, 102)})
+    old = outcomes(tmp_path / "old", {n: n < 6 for n in (*range(10), 201, 203, 205)})
+    found = paired(new, old)
+    assert found is not None
+    assert (found.gained, found.lost, found.examples) == (2, 3, 10), "6 and 8 are gained; 1, 3 and 5 are lost"
+    assert found.difference == pytest.approx(-0.1) and found.p == stats.binomtest(2, 5).pvalue == 1.0
+    turned = paired(old, new)
+    assert turned is not None and (turned.gained, turned.lost) == (3, 2)
+    assert paired(new, outcomes(tmp_path / "other", dict.fromkeys((11, 13), True))) is None
+
+
+def judgement(name: str, folder: Path, out: Path, **more: Any) -> Judgement:
+    return made_judgement(
+        made_candidate(name, 0.5), 0.4, folder=str(folder.relative_to(out)), run=f"run-{name}", **more
+    )
+
+
+def test_verdicts_under_other_terms_are_about_something_else() -> None:
+    candidate = made_candidate("a", 0.5)
+    base = facts_of(made_judgement(candidate, 0.4))
+    assert base == {
+        "attack": "AA",
+        "standard": True,
+        "eps": "0.0313725",
+        "norm": "Linf",
+        "data": "cifar10",
+        "fingerprint": "f00d",
+    }
+    assert differences(base, base) == []
+    tags = {key: str(value) for key, value in base.items()}
+    assert differences(base, tags) == [], "as MLflow keeps them, in words"
+    changes: dict[str, Any] = {
+        "attack": "PGD",
+        "standard": False,
+        "eps": 0.031,
+        "norm": "L2",
+        "data": "svhn",
+        "fingerprint": "beef",
+    }
+    for key, value in changes.items():
+        (line,) = differences(facts_of(made_judgement(candidate, 0.4, **{key: value})), tags)
+        assert line.startswith(f"{key} ") and line.endswith(" now"), line
+    assert differences(base, {}) == [f"{key} None then, {value!r} now" for key, value in base.items()]
+    assert differences(facts_of(made_judgement(candidate, 0.1, model="vgg13", epochs=3)), tags) == [], (
+        "how it was trained is what is compared"
+    )
+    # Six digits: what a float32 makes of 8/255 is the same.
+    assert differences(facts_of(made_judgement(candidate, 0.4, eps=0.03137255)), tags) == []
+
+
+class Shelf:
+    """Stands for MLflow's registry: versions with their tags and, in a folder, their files. New ones are version 5."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.champion: tuple[str, str, dict[str, str]] | None = None
+        self.aliases: dict[str, str] = {}
+        self.tags: dict[str, str] = {}
+        self.described = ""
+
+    def artifact(self, run: str, data: Any, name: str) -> None:
+        assert (run, name) == ("run-new", "registered/card.json") and json.dumps(data)
+
+    def file(self, run: str, path: Path, under: str) -> None:
+        assert (run, path.name, under) == ("run-new", EXAMPLES, "registered") and path.is_file()
+
+    def register(self, name: str, run: str, tags: dict[str, str], description: str) -> str:
+        assert (name, run) == ("model", "run-new") and description
+        self.tags = tags
+        return "5"
+
+    def alias(self, name: str, alias: str, version: str) -> None:
+        self.aliases[alias] = version
+
+    def describe_version(self, name: str, version: str, text: str) -> None:
+        assert (name, version) == ("model", "5")
+        self.described = text
+
+    def model_at(self, name: str, alias: str) -> tuple[str, str, dict[str, str]] | None:
+        return self.champion if (name, alias) == ("model", "champion") else None
+
+    def download(self, run: str, path: str, into: Path) -> Path:
+        assert path == f"registered/{EXAMPLES}"
+        return self.folder / run / EXAMPLES
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Work:
+    folder = tmp_path / "runs" / "pipelines" / "p"
+    made = Work("p", tmp_path, folder, tmp_path / "runs", Settings({}, {}), Console(), None, ExitStack())
+    made.__dict__["tracker"] = Shelf(tmp_path / "shelf")
+    return made
+
+
+def contest(work: Work, gained: int, lost: int, same: int = 50, **more: Any) -> dict[str, Any]:
+    """The new one against a champion, version 4, of which it gains and loses so many examples."""
+    new = [True] * gained + [False] * lost + [True] * same
+    old = [False] * gained + [True] * lost + [True] * same
+    ours = outcomes(work.out / "new", dict(enumerate(new))).parent
+    outcomes(work.out / "shelf" / "run-old", dict(enumerate(old)))
+    tags = {f"raysweep.{key}": str(value) for key, value in facts_of(judgement("old", ours, work.out)).items()}
+    work.tracker.champion = ("4", "run-old", tags | {"autoattack.robust_accuracy": "0.4"})
+    return Register(name="model")._against_champion(work, judgement("new", ours, work.out, **more), "5")
+
+
+def test_without_a_champion_the_first_is_one(work: Work) -> None:
+    ours = outcomes(work.out / "new", {0: True}).parent
+    found = Register(name="model")._against_champion(work, judgement("new", ours, work.out), "1")
+    assert found == {"champion": "1", "verdict": "better", "reason": "there was no champion"}
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "champion", "verdict"),
+    [(6, 0, "5", "better"), (5, 0, "4", "cannot tell"), (0, 6, "4", "worse"), (0, 0, "4", "tie")],
+)
+def test_only_one_that_is_better_becomes_champion(work: Work, gained, lost, champion, verdict) -> None:
+    """p = 2 / 64 for six of six, 2 / 32 for five of five."""
+    found = contest(work, gained, lost)
+    assert (found["champion"], found["verdict"], found["before"]) == (champion, verdict, "4")
+    p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert found["test"]["p"] == pytest.approx(p)
+    points = 100 * (gained - lost) / (50 + gained + lost)
+    assert found["reason"] == (
+        f"{points:+.2f} points against version 4 on {50 + gained + lost} shared examples "
+        f"({gained} gained, {lost} lost, p = {p:.3g})"
+    )
+
+
+def test_under_another_protocol_the_champion_stays(work: Work) -> None:
+    found = contest(work, 30, 0, norm="L2")
+    assert found == {
+        "champion": "4",
+        "before": "4",
+        "verdict": "cannot tell",
+        "reason": "other protocol: norm 'Linf' then, 'L2' now",
+    }
+
+
+def test_on_other_examples_the_champion_stays(work: Work) -> None:
+    contest(work, 6, 0)
+    ours = outcomes(work.out / "elsewhere", {1000: True, 1001: True}).parent
+    found = Register(name="model")._against_champion(work, judgement("new", ours, work.out), "5")
+    assert (found["champion"], found["verdict"], found["reason"]) == ("4", "cannot tell", "judged on other examples")
+
+
+def test_the_champion_itself_is_a_tie(work: Work) -> None:
+    contest(work, 6, 0)
+    ours = work.out / "new"
+    found = Register(name="model")._against_champion(work, judgement("new", ours, work.out), "4")
+    assert found == {"champion": "4", "verdict": "tie", "reason": "it is the champion"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, of a network that nobody asks anything."""
+    path, model = tmp_path_factory.mktemp("trained") / "run" / "epoch-0001", nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return checkpoint.save(path, tiny("at", seed=7), model, optimizer, [{"epoch": 1.0}], "f00d").path
+
+
+@pytest.mark.parametrize(
+    ("standard", "gained", "lost", "aliases"),
+    [
+        (True, 6, 0, ["candidate", "aa-verified", "champion"]),
+        (True, 0, 6, ["candidate", "aa-verified"]),
+        (True, 5, 0, ["candidate", "aa-verified"]),
+        (False, 6, 0, ["candidate"]),
+    ],
+)
+def test_a_version_gets_the_aliases_that_it_earned(work: Work, trained: Path, standard, gained, lost, aliases) -> None:
+    """Verified is what AutoAttack standard judged, champion what it found better, candidate every one."""
+    contest(work, gained, lost)
+    (work.out / "new" / "card.json").write_text('{"autoattack_acc": "40.00", "name": null}')
+    candidate = made_candidate("new", 0.5, checkpoint=str(trained))
+    best = made_judgement(
+        candidate, 0.4, folder="new", run="run-new", standard=standard, examples=56, after={"apgd-ce": 0.4}
+    )
+    past = Past((Artifact(kind="train", key="k", stage={}, inputs=(), candidates=(candidate,), judged=(best,)),))
+    outcome = Register(name="model", about={"authors": "us"}).run(work, past)
+    assert work.tracker.aliases == dict.fromkeys(aliases, "5")
+    assert work.tracker.tags == {
+        "raysweep.attack": "AA",
+        "raysweep.standard": str(standard),
+        "raysweep.eps": "0.0313725",
+        "raysweep.norm": "Linf",
+        "raysweep.data": "cifar10",
+        "raysweep.fingerprint": "f00d",
+        "autoattack.robust_accuracy": "0.400000",
+        "autoattack.examples": "56",
+    }, "what the next one is compared with"
+    assert work.tracker.described.startswith(
+        "new, seed 0, best epoch: 40.00% under AA (95% 39.00% to 41.00%), 90.00% clean, Linf eps 0.03137, "
+        "56 of 10000 test examples. As a champion: "
+    )
+    assert (outcome.facts["version"], outcome.facts["name"]) == ("5", "model")
+    assert outcome.facts.get("champion") == ("5" if "champion" in aliases else "4" if standard else None)
+    beside = work.out / "beside"
+    beside.mkdir()
+    outcome.files(beside)
+    card = json.loads((beside / "card.json").read_text())
+    assert card["aliases"] == aliases and (beside / EXAMPLES).is_file()
+    assert (card["name"], card["authors"], card["autoattack_acc"]) == ("model", "us", "40.00")
+    assert card["attacks"] == ["apgd-ce"] and card["autoattack_interval"] == pytest.approx([0.39, 0.41])
+    assert (card["seed"], card["norm"], card["examples"]) == (7, "Linf", 56)
+
+
+def reported(work: Work, key: str, finished: float, robust: float, regressions: list[str], held_out: dict) -> None:
+    """A report of an earlier night."""
+    folder = work.folder / f"03-report-{key}"
+    ours = outcomes(work.out / key, held_out).parent
+    best = judgement(key, ours, work.out).model_copy(update={"robust": robust})
+    facts = {
+        "best": best.json_dict(),
+        "protocol": facts_of(best),
+        "regressions": regressions,
+        "medians": {"at under AA": robust, "gone under AA": 0.1},
+    }
+    artifact = Artifact(kind="report", key=key, stage={}, inputs=(), finished=finished, facts=facts)
+    artifact.write(folder, lambda partial: (partial / EXAMPLES).write_bytes((ours / EXAMPLES).read_bytes()))
+
+
+def test_a_night_is_compared_with_the_last_good_one(work: Work) -> None:
+    """Not with itself, and not with one that saw a regression, as long as there is another."""
+    work.digest = "now"
+    assert _previous(work) is None
+    examples = dict.fromkeys(range(60), True)
+    reported(work, "bad", 400.0, 0.1, ["worse"], examples)
+    assert _previous(work)[1].key == "bad", "better than nothing"
+    reported(work, "old", 100.0, 0.5, [], examples)
+    reported(work, "good", 200.0, 0.6, [], examples)
+    reported(work, "now", 500.0, 0.7, [], examples)
+    folder, artifact = _previous(work)
+    assert (artifact.key, folder.name) == ("good", "03-report-good")
+
+
+def test_what_changed_since_then(work: Work) -> None:
+    work.digest = "now"
+    reported(work, "then", 100.0, 0.6, [], dict.fromkeys(range(60), True))
+    ours = outcomes(work.out / "new", {n: n >= 7 for n in range(60)}).parent
+    best = judgement("new", ours, work.out, clean=0.8).model_copy(
+        update={"candidate": made_candidate("new", 0.5, method="at")}
+    )
+    candidates = (best.candidate,)
+    past = Past((Artifact(kind="autoattack", key="k", stage={}, inputs=(), candidates=candidates, judged=(best,)),))
+    since = Report()._since(work, past, best)
+    assert since["best"] == ["then, seed 0, best epoch", "new, seed 0, best epoch"]
+    assert since["robust"] == [0.6, 0.4] and since["clean"] == [0.9, 0.8], "before, then now"
+    assert since["medians"] == {"at under AA": [0.6, 0.4]}, "of what both have"
+    test = since["test"]
+    assert (test["gained"], test["lost"], test["examples"], test["verdict"]) == (0, 7, 60, "worse")
+    assert test["p"] == pytest.approx(stats.binomtest(0, 7).pvalue) and since["different"] == []
+    json.dumps(since)
+    other = Report()._since(work, past, best.model_copy(update={"norm": "L2"}))
+    assert "test" not in other and other["different"] == ["norm 'Linf' then, 'L2' now"]

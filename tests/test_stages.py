@@ -1,0 +1,289 @@
+"""A pipeline's parts: what an artifact keeps, what changes a stage's digest, whose settings win, which nights stay."""
+
+import json
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made import made_candidate, made_judgement
+from rich.console import Console
+
+from raysweep import storage
+from raysweep.data import DataSpec, load
+from raysweep.pipeline import nights, stage
+from raysweep.pipeline.artifact import FILE, Artifact
+from raysweep.pipeline.pipeline import Pipeline, load_pipeline, position, steps
+from raysweep.pipeline.stage import Settings, Work
+from raysweep.spec import SpecError
+from raysweep.training.checkpoint import environment
+
+
+def artifact(**more: Any) -> Artifact:
+    candidate = made_candidate("a", 0.5, gap=float("inf"), settings={"optim.lr": 0.1, "x": None, "y": [1, 2]})
+    judged = made_judgement(candidate, 0.4, warnings=("w",), per_class={"0": {"robust_accuracy": 0.1}})
+    return Artifact(
+        kind="tune",
+        key="k",
+        stage={"kind": "tune"},
+        inputs=("1", "2"),
+        candidates=(candidate,),
+        judged=(judged,),
+        **more,
+    )
+
+
+def test_an_artifact_is_read_as_it_was_written(tmp_path: Path) -> None:
+    made = artifact(finished=12.5, seconds=3.25, facts={"of": 3, "left_out": ["x"]})
+    made.write(tmp_path / "00-tune-k", lambda partial: (partial / "beside.txt").write_text("b"))
+    assert Artifact.read(tmp_path / "00-tune-k") == made
+    assert (tmp_path / "00-tune-k" / "beside.txt").read_text() == "b"
+    assert [path.name for path in tmp_path.iterdir()] == ["00-tune-k"]
+    artifact().write(tmp_path / "00-tune-k")
+    assert [path.name for path in (tmp_path / "00-tune-k").iterdir()] == [FILE], "a new one is a new folder"
+
+
+def test_a_stage_whose_files_failed_has_no_artifact(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("h")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        artifact().write(tmp_path / "00-tune-k", fail)
+    assert Artifact.read(tmp_path / "00-tune-k") is None and not (tmp_path / "00-tune-k").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "cannot be read: Expecting property name"),
+        ('{"kind": "tune"}', "key is missing"),
+        (json.dumps(artifact().json_dict() | {"keyy": 1}), "no setting 'keyy'; nearest: key"),
+    ],
+)
+def test_a_damaged_artifact_is_named(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(text)
+    with pytest.raises(SpecError) as error:
+        Artifact.read(tmp_path)
+    assert error.value.problems[0].startswith(str(tmp_path / FILE)) and words in str(error.value)
+
+
+PIPELINE = """\
+about: {about}
+set: {{data.val_size: 50, data.train_size: 64}}
+stages:
+  - {{kind: train, runs: {{AT: {{method: at}}}}, seeds: [0]}}
+  - {{kind: train, runs: {{LRAT: {{method: lrat, set: {{epochs: 3}}}}}}, seeds: [0], set: {{epochs: 4, seed: 1}}}}
+  - {{kind: promote}}
+  - {{kind: autoattack}}
+  - {{kind: report}}
+"""
+
+
+@pytest.fixture
+def file(workdir: Path) -> Path:
+    (workdir / "p.yaml").write_text(PIPELINE.format(about="one"))
+    return workdir / "p.yaml"
+
+
+@pytest.fixture
+def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data sets that were read stay in memory."""
+    monkeypatch.setattr("raysweep.pipeline.pipeline.load", _read)
+
+
+_read = cache(load)
+
+
+def digests(file: Path, salt: str = "", **changes: Any) -> list[str]:
+    _, pipeline, settings = load_pipeline(str(file), {k.replace("__", "."): v for k, v in changes.items()})
+    return [step.digest for step in steps(pipeline, settings, file.parent, salt)]
+
+
+def test_a_digest_changes_with_what_goes_into_the_stage_and_with_nothing_else(file: Path, read_once) -> None:
+    base = digests(file)
+    assert len(set(base)) == 5 and all(len(one) == 16 for one in base) and digests(file) == base
+
+    def changed(**more: Any) -> str:
+        return "".join("x" if one != other else "." for one, other in zip(base, digests(file, **more), strict=True))
+
+    assert changed(stages__0__seeds=[0, 1]) == "x.xxx"
+    assert changed(stages__1__checkpoints=["last"]) == ".xxxx"
+    assert changed(stages__promote__top=1) == "..xxx"
+    assert changed(stages__autoattack__n=9) == "...xx"
+    assert changed(stages__report__floor=0.1) == "....x"
+    assert changed(batch_size=16) == "xxxxx" == changed(data__train_size=65) == changed(salt="2026-01-01")
+    assert changed(epochs=4) == "xxxxx"
+    assert changed(keep=3, again="daily") == "....." == changed(again="revision"), "that is the salt's part"
+    file.write_text(PIPELINE.format(about="two"))
+    assert changed() == ".....", "what it is about changes nothing"
+    file.write_text(PIPELINE.format(about="two").replace("seeds: [0], set", "seeds: [1], set"))
+    assert changed() == ".xxxx"
+
+
+def test_a_stage_that_trains_has_no_inputs_and_each_other_has_all_before_it(file: Path, read_once) -> None:
+    _, pipeline, settings = load_pipeline(str(file), {})
+    found = steps(pipeline, settings, file.parent / "f", "")
+    at, lrat, promote, attack, report = found
+    assert at.inputs == lrat.inputs == ()
+    assert promote.inputs == (at.digest, lrat.digest) and attack.inputs == (*promote.inputs, promote.digest)
+    assert report.inputs == (*attack.inputs, attack.digest)
+    assert [step.folder for step in found] == [
+        file.parent / "f" / f"{step.number:02d}-{step.kind}-{step.digest}" for step in found
+    ]
+    assert [step.kind for step in found] == ["train", "train", "promote", "autoattack", "report"]
+
+
+def test_the_stages_settings_win_over_the_pipelines_and_the_command_line_over_both(file: Path) -> None:
+    around = Settings({"a": 1, "b": 1, "c": 1}, {"c": 3, "d": 3}).around({"b": 2, "c": 2, "e": 2})
+    assert around == {"a": 1, "b": 2, "c": 3, "d": 3, "e": 2}
+
+    def epochs(**changes: Any) -> list[tuple[int, int, int]]:
+        _, pipeline, settings = load_pipeline(str(file), changes)
+        runs = [config for stage in pipeline.stages[:2] for config in stage.configs(settings)]
+        return [(run.epochs, run.batch_size, run.data.train_size) for run in runs]
+
+    assert epochs() == [(8, 64, 64), (3, 64, 64)], "of a row over the stage's, of the pipeline over the data set's"
+    assert epochs(epochs=5, batch_size=16) == [(5, 16, 64), (5, 16, 64)]
+
+
+def test_the_command_line_reaches_one_stage_or_all_of_a_kind(file: Path) -> None:
+    def stages(**changes: Any) -> tuple[Any, ...]:
+        return load_pipeline(str(file), {k.replace("__", "."): v for k, v in changes.items()})[1].stages
+
+    assert [one.seeds for one in stages(stages__train__seeds=[7])[:2]] == [(7,), (7,)]
+    assert [one.seeds for one in stages(stages__1__seeds=[7])[:2]] == [(0,), (7,)]
+    assert stages(stages__promote__each=True)[2].each and not stages()[2].each
+    _, pipeline, settings = load_pipeline(str(file), {"again": "daily", "keep": 2, "epochs": 3})
+    assert (pipeline.again, pipeline.keep, settings.command) == ("daily", 2, {"epochs": 3})
+    assert settings.pipeline == {"data.val_size": 50, "data.train_size": 64}
+    for path, words in {
+        "stages": "expected stages.STAGE.SETTING=..., where STAGE is a number or one of train, promote, autoattack",
+        "stages.train": "expected stages.STAGE.SETTING",
+        "stages.7.seeds": "expected stages.STAGE.SETTING",
+        "stages.promote.topp": "no setting 'topp'; nearest: top",
+        "stages.*.seeds": "no setting 'seeds'",
+    }.items():
+        with pytest.raises(SpecError) as error:
+            load_pipeline(str(file), {path: [1]})
+        assert f"--set {path}: " in str(error.value) and words in str(error.value)
+
+
+def pipeline(*stages: dict[str, Any], **more: Any) -> Pipeline:
+    return Pipeline.load({"stages": list(stages), **more})
+
+
+TRAIN = {"kind": "train", "runs": {"AT": {"method": "at"}}, "seeds": [0]}
+
+
+@pytest.mark.parametrize(
+    ("stages", "lines"),
+    [
+        ([TRAIN, {"kind": "promote"}, {"kind": "autoattack"}, {"kind": "report"}], []),
+        (
+            [{"kind": "promote"}, TRAIN, {"kind": "report"}, {"kind": "register", "name": "m"}, {"kind": "autoattack"}],
+            [
+                "stages.0 (promote): no stage before it trains anything; put tune or train first",
+                "stages.2 (report): no stage before it judges anything; put autoattack first",
+                "stages.3 (register): no stage before it judges anything; put autoattack first",
+            ],
+        ),
+        ([TRAIN, TRAIN], ["stages.1 (train): its label 'AT' is that of stages.0; give it another"]),
+        ([{"kind": "tune", "space": "at"}, TRAIN | {"runs": {"at": {"method": "at"}}}], None),
+    ],
+)
+def test_stages_in_an_order_that_cannot_be(stages: list, lines: list[str] | None) -> None:
+    found = pipeline(*stages).problems(Settings({}, {}))
+    assert found == (
+        ["stages.1 (train): its label 'at' is that of stages.0; give it another"] if lines is None else lines
+    )
+
+
+def test_nights_are_counted_where_there_are_nights() -> None:
+    for again in ("never", "revision"):
+        (line,) = pipeline(TRAIN, again=again, keep=1).problems(Settings({}, {}))
+        assert line == "keep: counts nights; it needs `again: daily`"
+    assert pipeline(TRAIN, again="daily", keep=1).problems(Settings({}, {})) == []
+    with pytest.raises(SpecError, match="keep = 0"):
+        pipeline(TRAIN, again="daily", keep=0)
+
+
+def test_what_makes_it_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raysweep.pipeline.pipeline.today", lambda: "2026-03-01")
+    assert pipeline(TRAIN).salt() == "" and pipeline(TRAIN, again="daily").salt() == "2026-03-01"
+    revision = environment()["git_revision"] or environment()["raysweep"]
+    assert pipeline(TRAIN, again="revision").salt() == str(revision) != ""
+
+
+def test_a_stage_is_named_by_kind_or_number() -> None:
+    two = pipeline(TRAIN, TRAIN | {"runs": {"B": {"method": "at"}}}, {"kind": "autoattack"})
+    assert position(None, two) == 3, "beyond the last: nothing is made again"
+    assert [position(name, two) for name in ("train", "autoattack", "0", "1", "2")] == [0, 2, 0, 1, 2]
+    for name in ("3", "-1", "promote", "", "1.0"):
+        with pytest.raises(SpecError) as error:
+            position(name, two)
+        assert str(error.value) == f"--from {name!r}: this pipeline has 0 train, 1 train, 2 autoattack"
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Work:
+    folder = tmp_path / "runs" / "pipelines" / "p"
+    return Work("p", tmp_path, folder, tmp_path / "runs", Settings({}, {}), Console(), None, ExitStack())
+
+
+def test_files_are_called_by_their_path_in_the_folder_or_by_their_whole_one(work: Work, tmp_path: Path) -> None:
+    inside, outside = tmp_path / "runs" / "s" / "epoch-0001", tmp_path.parent / "elsewhere"
+    assert work.reference(inside) == "runs/s/epoch-0001" and work.path("runs/s/epoch-0001") == inside
+    assert work.reference(outside) == str(outside) and work.path(str(outside)) == outside
+    copy = storage.at("s3://b/x?region=r")
+    assert work.reference(copy / "y") == "s3://b/x/y?region=r" and work.path("s3://b/x/y?region=r") == copy / "y"
+
+
+def test_a_stages_sweep_is_named_by_pipeline_stage_part_and_digest(work: Work, tmp_path: Path) -> None:
+    work.number, work.digest = 3, "0123456789abcdef"
+    assert work.sweep("at") == tmp_path / "runs" / "p-03-at-01234567"
+    assert work.sweep("lambda = -1/2 (ä).x_y").name == "p-03-lambda----1-2--ä-.x_y-01234567"
+
+
+def test_data_are_read_once(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counting(spec: DataSpec) -> Any:
+        asked.append(spec.val_size)
+        return load(spec)
+
+    monkeypatch.setattr(stage, "load", counting)
+    one, other = DataSpec(val_size=50, train_size=64), DataSpec(val_size=51, train_size=64)
+    assert work.data(one) is work.data(one.model_copy()) and len(work.data(other).val) == 51
+    assert asked == [50, 51]
+
+
+def test_which_nights_stay(tmp_path: Path) -> None:
+    """The last so many, tonight one of them; what is no night is left alone but for its prefixes."""
+
+    def after(tonight: str, keep: int | None, *names: str) -> list[str]:
+        folder = tmp_path / f"{tonight} {keep} {len(names)}"
+        for name in names:
+            (folder / name / ".prefixes").mkdir(parents=True)
+            (folder / name / "sweep").mkdir()
+        nights.forget(folder, tonight, keep)
+        return sorted(str(path.relative_to(folder)) for path in folder.glob("*/*"))
+
+    days = ("2026-02-28", "2026-03-01", "2026-03-02")
+    assert after("2026-03-02", 1, *days) == ["2026-03-02/.prefixes", "2026-03-02/sweep"]
+    assert after("2026-03-02", 2, *days) == ["2026-03-01/sweep", "2026-03-02/.prefixes", "2026-03-02/sweep"]
+    assert after("2026-03-02", 9, *days) == [
+        "2026-02-28/sweep",
+        "2026-03-01/sweep",
+        "2026-03-02/.prefixes",
+        "2026-03-02/sweep",
+    ]
+    others = ("20260101", "2026-1-1", "abcdef", "2026-02-30")
+    assert after("2026-03-02", 1, *others) == sorted(f"{name}/sweep" for name in others)
+    # A clock that was wrong once: tonight is never given up for a later date.
+    assert after("2026-03-01", 1, "2026-03-01", "2026-12-31") == [
+        "2026-03-01/.prefixes",
+        "2026-03-01/sweep",
+        "2026-12-31/sweep",
+    ]
