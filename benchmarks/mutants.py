@@ -20,6 +20,7 @@ since could have changed. Mutants in mutants_equivalent.txt are wrong in nothing
 """
 
 import argparse
+import ctypes
 import difflib
 import gc
 import hashlib
@@ -64,6 +65,7 @@ LEFT_OUT = (".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-in
 QUICK = "not slow and not ray"
 OUTCOMES = ("caught", "timed out", "crashed", "survived", "equivalent")
 MEMORY, PROCESSES, FILE = 12 * 2**30, 300, 4 * 2**30
+_DIE_WITH_PARENT = 1
 # Seconds between two looks at what a process has used.
 POLL = 0.5
 # A fixture for several tests that takes longer is set up once: its tests run one after the other.
@@ -199,8 +201,7 @@ class Pool:
             if result.exists():
                 found = json.loads(result.read_text())
             else:
-                log = (one.folder / "log").read_text(errors="replace").splitlines()[-30:]
-                found = {"died": os.waitstatus_to_exitcode(status), "log": log}
+                found = {"died": os.waitstatus_to_exitcode(status), "log": _read_end(one.folder / "log")}
         elif time.monotonic() - one.looked > POLL and (why := self._excess(one)):
             found = {"killed": why}
         else:
@@ -211,8 +212,8 @@ class Pool:
 
     def _excess(self, one: _Running) -> str:
         """The limit that the process and its children are over, or nothing."""
-        memory, count, spent, busy = 0, 0, 0.0, False
-        for process in _family(one):
+        memory, count, spent, busy, family = 0, 0, 0.0, False, _family(one)
+        for process in family:
             with suppress(psutil.Error):
                 times = process.cpu_times()
                 spent += times.user + times.system + times.children_user + times.children_system
@@ -226,7 +227,10 @@ class Pool:
         one.spent = max(one.spent, spent)
         if one.spent > one.task.limit or one.idle > one.task.limit:
             return "timed out"
-        return "memory" if memory > self.memory else "processes" if count > PROCESSES else ""
+        if count > PROCESSES:
+            return "processes"
+        # Pages that a process shares with those it was forked from are counted once, which takes longer to find out.
+        return "memory" if memory > self.memory and _proportional(family) > self.memory else ""
 
     def _clear(self, one: _Running) -> None:
         """End the process and all that it started, and remove its folder."""
@@ -251,6 +255,24 @@ def _family(one: _Running) -> list[psutil.Process]:
         return []
 
 
+def _read_end(path: Path) -> list[str]:
+    """The last lines of a file that may be large."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 8000))
+        return file.read().decode(errors="replace").splitlines()[-30:]
+
+
+def _proportional(processes: list[psutil.Process]) -> int:
+    """Bytes of memory, each page divided among those that share it."""
+    total = 0
+    for process in processes:
+        with suppress(psutil.Error):
+            total += process.memory_full_info().pss
+    return total
+
+
 def _strays(one: _Running) -> Iterator[psutil.Process]:
     """Processes of its session, or with its mark in their environment, that are no longer its children."""
     for process in psutil.process_iter():
@@ -265,6 +287,8 @@ def _work_in_fork(work: Callable[[Path], Json], folder: Path, memory: int) -> No
     code = 1
     try:
         os.setsid()
+        with suppress(AttributeError, OSError):
+            ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
         _enter(folder, memory)
         result = work(folder)
         part = folder / "result.part"
@@ -441,7 +465,7 @@ def record_coverage(test_file: str, expression: str, folder: Path) -> Json:
                     for context in contexts:
                         if context.startswith("c"):
                             lines[recorder.names[int(context[1:])]][name].append(line)
-    log = (folder / "log").read_text(errors="replace").splitlines()[-30:]
+    log = _read_end(folder / "log")
     return {"code": int(code), "tests": recorder.tests, "fixtures": recorder.fixtures, "lines": lines, "log": log}
 
 

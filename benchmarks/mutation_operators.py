@@ -37,6 +37,8 @@ ARITHMETIC: dict[type[ast.operator], tuple[str, tuple[str, ...]]] = {
 }
 _PAIRS = ("min max", "any all", "amin amax", "argmin argmax", "minimum maximum", "clamp_min clamp_max", "floor ceil")
 SWAPPED = {a: b for pair in _PAIRS for a, b in (pair.split(), reversed(pair.split()))}
+# Names that `/` joins to a path: any other operator fails at once.
+_PATH = re.compile("path|folder|file|home|dir$|root", re.I)
 # Calls whose arguments are words for a reader, and keywords that are: no behaviour to test.
 _TELLING = {"print", "warn", "debug", "info", "warning", "error", "exception", "log"}
 # Calls whose first two arguments may change places, or that then fail at once.
@@ -323,7 +325,8 @@ class _Collector(ast.NodeVisitor):
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
         symbol, others = ARITHMETIC.get(type(node.op), ("", ()))
-        if symbol and not any(_is_text_or_type(side) for side in (node.left, node.right)):
+        is_path = symbol == "/" and _PATH.search(self._text(node.left))
+        if symbol and not is_path and not any(_is_text_or_type(side) for side in (node.left, node.right)):
             pattern = re.escape(symbol)
             edits = [self._replace_between(node.left, node.right, pattern, other) for other in others]
             self._add("arithmetic swapped", *(edit for found in edits for edit in found))
