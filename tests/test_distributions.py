@@ -279,6 +279,22 @@ def test_sections_for_data_sets_add_entries_and_replace_the_rest(tmp_path: Path)
     assert load_space("", {"data.name": "digits"}, file).trials == 3, "what is set wins over the file"
 
 
+def test_the_folder_of_a_sweeps_data_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials work elsewhere, and a sweep may go on from another folder."""
+    monkeypatch.chdir(tmp_path)
+    space = SearchSpace.load({
+        "method": "at",
+        "base": {"data.name": "arrays", "data.data_dir": "images", "epochs": 3},
+        "space": {LR: {"float": [0.01, 0.1]}},
+    })  # fmt: skip
+    rooted = space.rooted()
+    assert rooted.base == {"data.name": "arrays", "data.data_dir": str(tmp_path / "images"), "epochs": 3}
+    monkeypatch.chdir("/")
+    assert rooted.rooted() == rooted
+    plain = SearchSpace.load({"method": "at", "space": {LR: {"float": [0.01, 0.1]}}})
+    assert plain.rooted() is plain
+
+
 def test_the_digest_of_a_space_names_its_values() -> None:
     plain = {"method": "at", "space": {LR: {"float": [0.01, 0.1]}, DECAY: {"float": [0.0, 0.1]}}}
     space = SearchSpace.load(plain)

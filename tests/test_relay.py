@@ -356,6 +356,8 @@ def test_a_resumed_trial_keeps_its_past_and_its_number(begin: Callable[..., Swee
     sweep = begin(Trial(3, {LR: 0.5}, "finished", 3), past)
     sweep.event("start", 7, settings={LR: 0.25})
     assert sweep.written(7) == past
+    sweep.event("start", 3, settings={LR: 0.5})
+    assert (sweep.written(3).state, sweep.written(3).epoch) == ("running", 3)
     sweep.report(3, 0.5, number=7, after=2.0)
     sweep.event("complete", 7, after=1.0)
     trial = sweep.written(7)
@@ -363,6 +365,24 @@ def test_a_resumed_trial_keeps_its_past_and_its_number(begin: Callable[..., Swee
     assert (trial.state, trial.trained, trial.seconds, trial.retries) == ("finished", 2, 33.0, 1)
     assert [trial.number for trial in sweep.ledger.trials()] == [3, 7]
     assert json.loads((sweep.ledger.path / "trials/0007/trial.json").read_text())["epoch"] == 3
+
+
+def test_another_round_of_tune_goes_on_with_what_the_last_one_wrote(begin: Callable[..., Sweep]) -> None:
+    """Tune has other names for the trials of its next round, and the same numbers."""
+    sweep = begin()
+    sweep.event("start")
+    sweep.report(1, 0.75, after=10.0)
+    sweep.event("recover", after=2.0)
+    sweep.event("error")
+    assert sweep.relay.another_round()
+    before = sweep.written()
+    assert (before.epoch, before.seconds, before.retries) == (1, 12.0, 1)
+    sweep.tune.clear()
+    sweep.tune[0] = SimpleNamespace(trial_id="other", config={"number": 0, "settings": {LR: 0.1}})
+    sweep.event("start", after=50.0)
+    assert sweep.written() == before
+    sweep.report(2, 0.5, after=3.0)
+    assert sweep.written().curve == [[1, 0.75], [2, 0.5]] and sweep.written().seconds == 15.0
 
 
 def test_trials_do_not_mix(begin: Callable[..., Sweep]) -> None:

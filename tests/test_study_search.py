@@ -234,13 +234,14 @@ def test_optuna_is_asked_with_the_distributions_of_the_file(begin: Begin) -> Non
     assert remembered.params == settings
 
 
-def test_a_grid_that_trials_cut_short_has_its_first_points(begin: Begin) -> None:
+@pytest.mark.parametrize(("trials", "points"), [(3, 3), (4, 4), (9, 4)])
+def test_a_grid_ends_with_its_points_or_is_cut_short_by_trials(begin: Begin, trials: int, points: int) -> None:
     grid = {ALPHA: {"categorical": [4.0, 0.5]}, ON: {"categorical": ["natural", "pgd"]}}
-    search = begin(sampler={"kind": "grid"}, space=grid, trials=3)
-    assert search._ledger.space.total == 3
-    asked = [search.suggest(name) for name in "abcd"]
-    points = [{ALPHA: 4.0, ON: "natural"}, {ALPHA: 4.0, ON: "pgd"}, {ALPHA: 0.5, ON: "natural"}]
-    assert [found["settings"] for found in asked[:3]] == points and asked[3] == "FINISHED"
+    search = begin(sampler={"kind": "grid"}, space=grid, trials=trials)
+    assert search._ledger.space.total == points
+    *found, end = [search.suggest(str(number)) for number in range(points + 1)]
+    ordered = [{ALPHA: alpha, ON: on} for alpha in (4.0, 0.5) for on in ("natural", "pgd")]
+    assert found == [{"number": n, "settings": ordered[n]} for n in range(points)] and end == "FINISHED"
 
 
 def test_a_restarted_sampler_does_not_repeat_its_draws(begin: Begin) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +16,7 @@ from conftest import TINY
 from raysweep.data import Data
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Trial
-from raysweep.sweep.plan import epoch_seconds, expected_epochs, left, plan, trial_epochs
+from raysweep.sweep.plan import epoch_seconds, expected_epochs, left, plan, quick_epoch_seconds, trial_epochs
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.space import SearchSpace
 
@@ -200,6 +201,54 @@ def test_a_plan_is_of_the_trials_that_are_left() -> None:
     assert left(space(trials=3), 8, []) == [0, 0, 0]
     own = [Trial(0, {"epochs": 2}, "finished", 2), Trial(1, {"epochs": 9}, "running", 4)]
     assert left(space(trials=2), 5, own) == [4], "a trial with epochs of its own has no others"
+
+
+@pytest.mark.parametrize(
+    ("present", "brought"),
+    [(1, ["gpu", "gpu", "cpu", "cpu"]), (2, ["gpu", "cpu", "cpu"]), (3, ["cpu", "cpu"]), (5, []), (9, [])],
+)
+def test_nodes_that_an_autoscaler_has_not_brought_yet(present: int, brought: list[str]) -> None:
+    """Four at most, those with GPUs first; the head is one of those that are there."""
+    from raysweep.sweep.cluster import _launchable
+
+    kinds: dict[str, dict[str, float]] = {"cpu": {"CPU": 4}, "gpu": {"CPU": 8, "GPU": 1}}
+    types: dict[str, Any] = {
+        "head": {"resources": {"CPU": 2, "GPU": 8}, "max_workers": 7},
+        "cpu": {"resources": kinds["cpu"], "max_workers": 3},
+        "auto": {"resources": {}, "max_workers": 2},
+        "gpu": {"resources": kinds["gpu"], "max_workers": 2},
+        "none": {"resources": {"CPU": 64}},
+    }
+    config = {"head_node_type": "head", "max_workers": 4, "available_node_types": types}
+    assert list(_launchable(config, present)) == [kinds[name] for name in brought]
+
+
+def test_a_cluster_that_does_not_tell_is_as_large_as_somebody_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from raysweep.sweep import cluster
+
+    monkeypatch.setenv("RAYSWEEP_CLUSTER_MAX", '{"CPU": 32, "GPU": "8"}')
+    assert cluster.nodes() == [{"CPU": 32.0, "GPU": 8.0}] and cluster.capacity() == {"CPU": 32.0, "GPU": 8.0}
+    for wrong in ("[1]", "32", '{"CPU": "many"}', ""):
+        monkeypatch.setenv("RAYSWEEP_CLUSTER_MAX", wrong)
+        with pytest.raises(SpecError, match=r"RAYSWEEP_CLUSTER_MAX=.*expected JSON like"):
+            cluster.nodes()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU to time")
+def test_trials_on_gpus_are_not_timed_where_there_is_none(digits: Data) -> None:
+    assert quick_epoch_seconds(space().config({}), digits, Resources(gpus=1)) is None
+
+
+def test_a_sweep_gives_the_signals_back_that_tune_takes() -> None:
+    from raysweep.sweep.tuner import _handlers_put_back
+
+    numbers = (signal.SIGINT, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    with pytest.raises(KeyError), _handlers_put_back():
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyError
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 @pytest.fixture
