@@ -5,19 +5,19 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.request import Request, urlopen
 
+import forked
 import optuna
 import pytest
 import ray
 import torch
 from conftest import tiny
+from forked import Forked
 from gcp_storage_emulator.server import create_server
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
@@ -26,11 +26,13 @@ from test_workers import in_processes
 
 from raysweep import storage
 from raysweep.cli import main
+from raysweep.files import write_whole
 from raysweep.pipeline.lock import alone
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import META, WEIGHTS, Run
+from raysweep.training.config import RunConfig
 from raysweep.training.distributed import GroupWorkers
 from raysweep.training.prefix import Prefixes
 from raysweep.training.trainer import fit
@@ -186,31 +188,31 @@ def test_a_damaged_object_is_one_line_with_its_uri(any_uri: str, tmp_path: Path)
     )
 
 
-SCRIPT = """\
-import sys, json, torch; torch.set_num_threads(1)
-from raysweep import storage
-from raysweep.training.config import RunConfig
-from raysweep.training.prefix import Prefixes
-from raysweep.training.trainer import fit
-rows, root = [], storage.at(sys.argv[2])
-fit(RunConfig.model_validate_json(sys.argv[1]), root / sys.argv[3], lambda m, c: rows.append(m),
-    prefixes=Prefixes(root / ".prefixes"))
-print(json.dumps(rows))
-"""
+def train_beside_another(config: RunConfig, uri: str, name: str, told: Path) -> None:
+    """What each of two machines does; the rows that were reported go to the file `told`."""
+    torch.set_num_threads(1)
+    rows: list[dict[str, float]] = []
+    root = storage.at(uri)
+    fit(config, root / name, lambda metrics, saved: rows.append(metrics), prefixes=Prefixes(root / ".prefixes"))
+    told.write_text(json.dumps(rows))
 
 
 def test_two_machines_train_a_common_prefix_once(any_uri: str, tmp_path: Path) -> None:
     configs = [tiny("gairat", epochs=8, **{BURN_IN: 6, LAM: lam}) for lam in (-1.0, 1.0)]
+    told = [tmp_path / f"{number}.json" for number in range(2)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, config.model_dump_json(), any_uri, str(number)],
-            env={**os.environ, "RAYSWEEP_CACHE": str(tmp_path / f"machine{number}")},
-            stdout=subprocess.PIPE,
-            text=True,
+        forked.start(
+            train_beside_another,
+            config,
+            any_uri,
+            str(number),
+            told[number],
+            environment={"RAYSWEEP_CACHE": str(tmp_path / f"machine{number}")},
         )
         for number, config in enumerate(configs)
     ]
-    rows = [json.loads(process.communicate(timeout=200)[0]) for process in processes]
+    assert [process.wait() for process in processes] == [0, 0]
+    rows = [json.loads(file.read_text()) for file in told]
     assert sum(not row.get("shared") for part in rows for row in part) == 6 + 2 + 2
     assert [row["robust_worst"] for row in rows[0][:6]] == [row["robust_worst"] for row in rows[1][:6]]
     alone = fit(configs[1], tmp_path / "alone").last
@@ -232,7 +234,7 @@ def test_a_living_owners_claim_is_waited_for_and_a_dead_ones_is_not(
         assert ours
         thread = threading.Thread(target=second)
         thread.start()
-        time.sleep(1.5)
+        thread.join(0.5)
         assert not got
         prefixes.put("key", state)
     thread.join()
@@ -242,10 +244,10 @@ def test_a_living_owners_claim_is_waited_for_and_a_dead_ones_is_not(
     silent.parent.mkdir(parents=True)
     silent.touch()
     storage.push(silent)
-    monkeypatch.setattr("raysweep.training.claim._STALE", 1.0)
+    monkeypatch.setattr("raysweep.training.claim._STALE", 0.3)
     began = time.monotonic()
     with prefixes.training("other") as ours:
-        assert ours and time.monotonic() - began > 1
+        assert ours and time.monotonic() - began > 0.3
 
 
 def test_two_at_once_in_one_folder_of_a_bucket(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,8 +274,9 @@ def test_a_bucket_of_prefixes_that_is_full_forgets_the_oldest(any_uri: str, tmp_
     size = sum(file.stat().st_size for file in state.iterdir())
     prefixes = Prefixes(storage.at(any_uri) / ".prefixes", limit=int(2.5 * size))
     for key in ("a", "b", "c"):
+        # Object stores count in seconds.
+        time.sleep(1.1 if prefixes.stored(["a", "b"]) else 0)
         prefixes.put(key, state)
-        time.sleep(1.1)  # object stores count in seconds
     assert storage.folders(prefixes.path) == ["b", "c"]
     forget(tmp_path)
     assert prefixes.stored(["b", "a", "c"]) == [2, 0]
@@ -297,9 +300,9 @@ def test_a_folder_goes_with_everything_in_it_and_its_neighbours_stay(any_uri: st
 
 def test_copies_are_kept_small_and_come_again(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_COPIES", 1)
-    monkeypatch.setattr(storage, "_IN_USE", 1.5)
+    monkeypatch.setattr(storage, "_IN_USE", 0.5)
     first = fit(tiny("at", epochs=1), storage.at(uri) / "first").last
-    time.sleep(1.6)
+    time.sleep(0.6)
     second = fit(tiny("at", epochs=1), storage.at(uri) / "second").last
     assert second.path.exists() and not first.path.exists()
     assert checkpoint.read(first.path).meta == first.meta
@@ -364,14 +367,10 @@ def test_credentials_that_are_refused_are_one_line(uri: str, workdir: Path, caps
     assert "credentials come from the environment" in message and os.environ["AWS_SECRET_ACCESS_KEY"] not in message
 
 
-def tune(folder: Path, *arguments: str) -> subprocess.Popen:
+def tune(folder: Path, *arguments: str) -> Forked:
     """A driver on a machine of its own: its folder, its copy of the bucket."""
     folder.mkdir()
-    environment = {**os.environ, "RAYSWEEP_CACHE": str(folder / "copy")}
-    command = [sys.executable, "-m", "raysweep.cli", "tune", "gairat", *arguments]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return forked.command(["tune", "gairat", *arguments], folder, {"RAYSWEEP_CACHE": str(folder / "copy")})
 
 
 @pytest.fixture(scope="module")
@@ -383,10 +382,11 @@ def nodes_copy() -> Path:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
-    nodes_copy: Path, ray_cluster, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    nodes_copy: Path, ray_cluster, empty_store, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     store = f"sqlite:///{tmp_path}/shared.db"
+    empty_store(tmp_path / "shared.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     settings = ("epochs=6", "data.train_size=320", "data.val_size=50", "*.attacks.*.steps=3")
     small = [part for setting in settings for part in ("--set", setting)]
@@ -397,8 +397,7 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
     while not storage.pull_file(sweep / "sweep.json") or sum(t.epoch for t in Ledger.open(sweep).trials()) < 5:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.3)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
     before = {trial.number: trial for trial in Ledger.open(sweep).trials()}
     assert any(trial.state == "running" for trial in before.values())
     time.sleep(2)  # until the cluster has noticed, and ended the trials
@@ -406,8 +405,7 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
     shutil.rmtree(tmp_path / "one")
 
     again = tune(tmp_path / "two", "--resume", "s", "--json", *places)
-    out, err = again.communicate(timeout=300)
-    assert again.returncode == 0, err
+    assert again.wait(300) == 0, again.err
     trials = Ledger.open(sweep).trials()
     assert [trial.number for trial in trials] == [0, 1, 2, 3]
     assert all(trial.state in ("finished", "stopped") for trial in trials)
@@ -433,7 +431,7 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
     assert sorted(trial.value for trial in told) == sorted(trial.score("robust_worst") for trial in trials)
 
     forget(tmp_path)
-    best = json.loads(out)["trials"][0]
+    best = json.loads(again.out)["trials"][0]
     assert best["checkpoint"].startswith(below(uri, "s", "trials").partition("?")[0])
     monkeypatch.chdir(tmp_path / "two")
     assert main(["show", "s", "--storage", uri]) == 0
@@ -448,20 +446,23 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
     assert any(name.startswith("eval/") for name in run.data.metrics), "beside what the trial reported itself"
 
 
+def serve(address: Path) -> None:
+    """An S3 server; its host and port go to the file `address`."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    write_whole(address, "{}:{}".format(*server.get_host_and_port()))
+    time.sleep(600)
+
+
 @pytest.fixture
-def stoppable() -> Iterator[tuple[subprocess.Popen, str]]:
+def stoppable(tmp_path: Path) -> Iterator[tuple[Forked, str]]:
     """An S3 server in a process of its own, and its host and port."""
-    script = (
-        "import time\nfrom moto.server import ThreadedMotoServer\n"
-        "server = ThreadedMotoServer('127.0.0.1', 0, verbose=False)\nserver.start()\n"
-        "print('%s:%s' % server.get_host_and_port(), flush=True)\ntime.sleep(600)"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    yield process, process.stdout.readline().strip()
+    process, address = forked.start(serve, tmp_path / "address"), tmp_path / "address"
+    while not address.exists():
+        assert process.poll() is None, process.err
+        time.sleep(0.02)
+    yield process, address.read_text()
     process.kill()
-    process.wait()
 
 
 def test_a_server_that_does_not_answer_is_given_up(stoppable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

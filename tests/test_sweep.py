@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, Follower, tiny
+from conftest import FORKED, TINY, Follower, tiny
 
 from raysweep import storage
 from raysweep.cli import main
@@ -407,7 +407,7 @@ def test_failures_are_told_apart(tmp_path) -> None:
 def test_a_node_that_dies_costs_its_trials_the_epoch_they_were_in(ray_cluster, tmp_path) -> None:
     """Three trials on three CPUs, one of them on the node that is killed."""
     ledger = Ledger.create(tmp_path / "sweep", space(trials=3, base={**TINY, "epochs": 5, "data.train_size": 256}))
-    nodes = [ray_cluster.add_node(num_cpus=1)]
+    nodes = [ray_cluster.add_node(num_cpus=1, **FORKED)]
     epochs: dict[int, int] = {}
 
     def kill_once(trial: Trial) -> None:
