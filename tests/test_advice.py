@@ -41,3 +41,62 @@ def test_robust_overfitting() -> None:
 
 def test_nothing_to_say_of_nothing() -> None:
     assert advise(run_config("at"), []) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "lines"),
+    [
+        ("at", {"masking_gap": 0.05}, 1),
+        ("at", {"masking_gap": 0.0499}, 0),
+        ("at", {"pgd": 0.741}, 1),
+        ("at", {"pgd": 0.739}, 0),
+        ("at", {"zero_gradient": 0.05}, 1),
+        ("at", {"zero_gradient": 0.0499}, 0),
+        ("gairat", {"train/ess_pgd": 0.299}, 1),
+        ("gairat", {"train/ess_pgd": 0.3}, 0),
+        ("gairat", {"train/ess_pgd": 0.98}, 0),
+        ("gairat", {"train/ess_pgd": 0.981}, 1),
+        ("at", {"train/ess_pgd": 1.0}, 0),
+        ("lrat", {"train/active_bound": 0.01}, 0),
+        ("lrat", {"train/active_bound": 0.0099}, 1),
+        ("lrat", {"train/ess_bound": 0.01}, 0),
+        ("lrat", {"train/kappa_cw": 9.5}, 1),
+        ("at", {"train/kappa_pgd": 9.49}, 0),
+        ("at", {"train/kappa_pgd": 9.5}, 1),
+        ("at", {"train/kappa_pgd": 0.51}, 0),
+        ("at", {"train/kappa_pgd": 0.5}, 1),
+        ("gairat", {"epoch": 4.0}, 0),
+        ("gairat", {"epoch": 3.0}, 1),
+        ("gairat", {"epoch": 3.0, "train/ess_pgd": 1.0}, 1),
+        ("gairat", {"epoch": 4.0, "train/ess_pgd": 1.0}, 1),
+    ],
+)
+def test_a_line_begins_at_its_own_threshold(method, changes, lines) -> None:
+    """On digits, where PGD takes 10 steps and weights act after epoch 3."""
+    assert len(advise(run_config(method), [{**GOOD, **changes}])) == lines
+
+
+def test_an_attack_of_one_step_has_no_kappa_to_speak_of() -> None:
+    for steps, lines in ((1, 0), (2, 1)):
+        config = run_config("at", {"method.attacks.pgd.steps": steps})
+        assert len(advise(config, [{**GOOD, "train/kappa_pgd": float(steps)}])) == lines
+
+
+def test_masking_is_judged_by_the_best_epoch_and_weights_by_the_last() -> None:
+    before = {**GOOD, "epoch": 7.0, "robust_worst": 0.69}
+    masked, heavy = {"masking_gap": 0.08}, {"train/ess_pgd": 0.1}
+    config = run_config("gairat")
+    assert len(advise(config, [{**before, **masked}, GOOD])) == 1
+    assert advise(config, [before, {**GOOD, **masked}]) == []
+    assert advise(config, [{**before, **heavy}, GOOD]) == []
+    assert len(advise(config, [before, {**GOOD, **heavy}])) == 1
+
+
+@pytest.mark.parametrize(("last", "lines"), [(0.651, 0), (0.649, 1)])
+def test_a_fall_of_three_points_is_overfitting(last, lines) -> None:
+    """From the best epoch to the last that was measured."""
+    rows = [{**GOOD, "epoch": float(e), "robust_worst": r} for e, r in ((5, 0.6), (6, 0.68), (7, last))]
+    unmeasured = {key: value for key, value in GOOD.items() if key != "robust_worst"}
+    assert len(advise(run_config("at"), [*rows, unmeasured])) == lines
+    by_clean = run_config("at", {"validation.objective": "clean"})
+    assert advise(by_clean, rows) == []

@@ -1,0 +1,110 @@
+"""What decides a run: layers of settings, what a data set brings, and settings that do nothing."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from raysweep.spec import SpecError
+from raysweep.training.compute import Compute
+from raysweep.training.config import Optim, RunConfig, run_config
+
+WRITTEN_OUT: dict[str, Any] = {
+    "attacks": {"pgd": {"kind": "pgd"}},
+    "terms": {
+        "a": {"on": "pgd", "weight": {"kind": "geometry", "burn_in": 2}},
+        "b": {"on": "pgd", "weight": {"kind": "margin", "burn_in": 5}},
+        "c": {"on": "natural"},
+    },
+}
+
+
+def test_later_layers_win_over_earlier_ones_and_all_over_what_the_data_set_brings() -> None:
+    assert run_config("at").epochs == 8
+    assert run_config("at", {"epochs": 3}).epochs == 3
+    assert run_config("at", {"epochs": 3, "seed": 1}, {"epochs": 4}) == run_config("at", {"epochs": 4, "seed": 1})
+    assert run_config("at", {"data.name": "cifar10"}, {"data.name": "digits"}) == run_config("at")
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        # Madry et al. 2018 attack MNIST with 0.3, CIFAR-10 with 8/255.
+        ("mnist", {"eps": 0.3, "lr": [0.05, 0.005, 0.0005], "at": [19, 20, 27], "every": 1, "val_size": 5000}),
+        # Rice et al. 2020 carve 1,000 examples for validation.
+        ("cifar10", {"eps": 8 / 255, "lr": [0.1, 0.01, 0.001], "at": [59, 60, 90], "every": 2, "val_size": 1000}),
+        # G appendix C.3: a tenth of the rate, which falls at 30 and 60.
+        ("svhn", {"eps": 8 / 255, "lr": [0.01, 0.001, 0.0001], "at": [29, 30, 60], "every": 1, "val_size": 1000}),
+    ],
+)
+def test_what_a_data_set_brings(name: str, facts: dict[str, Any]) -> None:
+    config = run_config("at", {"data.name": name})
+    assert config.method.attacks["pgd"].eps == config.validation.attacks["cw"].eps == facts["eps"]
+    assert [config.at(epoch).optim.lr for epoch in facts["at"]] == facts["lr"]
+    assert (config.validation.every, config.data.val_size) == (facts["every"], facts["val_size"])
+    assert (config.optim.momentum, config.optim.weight_decay, config.batch_size) == (0.9, 5e-4, 128)
+
+
+def test_validation_is_at_the_epsilon_of_the_last_epoch_unless_somebody_chose_it() -> None:
+    growing = {"method.attacks.pgd.eps": {"kind": "linear", "first": 0.0, "last": 0.1, "end": 10}}
+    config = run_config("at", {"epochs": 5, **growing})
+    assert [attack.eps for attack in config.validation.attacks.values()] == pytest.approx([0.04, 0.04])
+    assert config.validation.finish["apgd_t"].eps == pytest.approx(0.04)
+    assert run_config("at", {"epochs": 30, **growing}).validation.attacks["pgd"].eps == pytest.approx(0.1)
+    chosen = run_config("at", {"epochs": 5, **growing, "validation.attacks.pgd.eps": 0.2}).validation
+    assert (chosen.attacks["pgd"].eps, chosen.attacks["cw"].eps) == (0.2, 0.15)
+    everywhere = run_config("at", {"*.eps": 0.07})
+    assert everywhere.method.attacks["pgd"].eps == everywhere.validation.attacks["cw"].eps == 0.07
+    assert run_config("standard").validation.attacks["pgd"].eps == 0.15, "the data set's, without an attack of its own"
+
+
+def test_nesterov_needs_momentum() -> None:
+    with pytest.raises(SpecError, match=r"optim\.nesterov needs optim\.momentum > 0"):
+        run_config("at", {"optim.nesterov": True, "optim.momentum": 0.0})
+    assert run_config("at", {"optim.momentum": 0.0}).optim.nesterov is False
+    assert run_config("at", {"optim.nesterov": True}).optim.nesterov is True
+    for wrong in ({"momentum": 1.0}, {"momentum": -0.1}, {"weight_decay": -1e-4}, {"lr": -0.1}):
+        with pytest.raises(SpecError):
+            Optim.load(wrong)
+
+
+def test_the_burn_in_of_a_run_is_its_longest() -> None:
+    assert RunConfig.load({"method": WRITTEN_OUT}).burn_in == 5
+    assert run_config(WRITTEN_OUT, {"*.burn_in": 0}).burn_in == run_config("at").burn_in == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "starts"),
+    [
+        ("gairat", {"*.burn_in": 8}, ["method.terms.pgd.weight.burn_in = 8: the weights never act in 8 epochs"]),
+        ("gairat", {"*.burn_in": 7}, []),
+        ("gairat", {"*.burn_in": 1, "epochs": 1}, ["method.terms.pgd.weight.burn_in = 1: the weights never act in 1 e"]),
+        ("at", {"data.data_dir": "/there"}, ["data.data_dir = /there: not read: digits come with scikit-learn"]),
+        ("rst", {"data.data_dir": "/there", "data.unlabeled": "more.npz"}, []),
+        ("rst", {}, ["data.unlabeled is not set: rst trains on labelled data alone"]),
+        ("gair-rst", {"*.burn_in": 1}, ["data.unlabeled is not set: gair-rst trains on labelled data alone"]),
+        ("mma", {"compute.compile": True}, ["compute.compile = true: method.attacks.minimal lets rows go early"]),
+        ("at", {"compute.compile": True}, []),
+        ("at", {"compute.compile": True, "method.attacks.pgd.tau": 0}, ["compute.compile = true: method.attacks.pgd"]),
+        ("trades", {"compute.train": "bf16"}, []),
+    ],
+)  # fmt: skip
+def test_settings_that_do_nothing_are_named(method: str, changes: dict[str, Any], starts: list[str]) -> None:
+    lines = run_config(method, changes).warnings()
+    assert len(lines) == len(starts) and all(map(str.startswith, lines, starts)), lines
+
+
+def test_auto_is_decided_for_a_device_and_what_was_chosen_stays() -> None:
+    cpu = torch.device("cpu")
+    assert Compute().on(cpu) == Compute(channels_last=True, fold=True, tf32=False)
+    chosen = Compute(channels_last=False, fold=False, tf32=False, attack="bf16", compile=True)
+    assert chosen.on(cpu) == chosen
+    assert Compute(fold=False).on(cpu) == Compute(channels_last=True, fold=False, tf32=False)
+
+
+def test_a_config_that_says_nothing_has_the_documented_defaults() -> None:
+    """Those of the papers for CIFAR-10: 100 epochs, batches of 128, the rate falling at 60 and 90."""
+    config = RunConfig.load({"method": "at"})
+    assert (config.epochs, config.batch_size, config.seed, config.collapse_after) == (100, 128, 0, 20)
+    assert [config.at(epoch).optim.lr for epoch in (0, 59, 60, 89, 90)] == [0.1, 0.1, 0.01, 0.01, 0.001]
+    assert config.optim.nesterov is False and config.validation.objective == "robust_worst"
