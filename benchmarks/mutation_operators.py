@@ -106,7 +106,8 @@ def draw_mutants(sources: Mapping[str, str], count: int, seed: int) -> list[Muta
         chance = random.Random(f"{seed} {file}")
         chance.shuffle(sites[file])
         candidates = (_make_mutant(file, sources[file], site, chance.choice(site.edits)) for site in sites[file])
-        valid = (mutant for mutant in candidates if mutant and _compiles(mutant.apply(sources[file])))
+        different = {(mutant.line, mutant.after): mutant for mutant in candidates if mutant}.values()
+        valid = (mutant for mutant in different if _compiles(mutant.apply(sources[file])))
         drawn += sorted((m for m, _ in zip(valid, range(share), strict=False)), key=lambda m: m.edit.start)
     return drawn
 
