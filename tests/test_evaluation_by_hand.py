@@ -614,6 +614,9 @@ def test_inputs_are_left_alone_and_bytes_are_255ths() -> None:
     found = evaluate(Ladder(), bytes_, y, WorstCase(attacks={"a": steps(11, eps=0.11)}), keep_adversarial=True)
     assert torch.equal(bytes_, before) and found.broken_by.tolist() == ["a", "", "clean"]
     assert np.array_equal(found.x_adv[1], bytes_[1].numpy().astype(np.float32) / np.float32(255))
+    whole = bytes_.int()[:, 0]
+    heights = (whole[:, 0, 0] + whole[:, 1, 1] - whole[:, 0, 1] - whole[:, 1, 0]) / 4 / 255
+    assert found.margin_before.tolist() == pytest.approx((20 * heights * torch.tensor([-1, 1, 1])).tolist(), abs=1e-4)
     kept = x.clone()
     evaluate(Ladder(), x, y, WorstCase(attacks={"a": steps(11, eps=0.11)}), keep_adversarial=True)
     assert torch.equal(x, kept)
