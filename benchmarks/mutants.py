@@ -33,6 +33,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter, defaultdict, deque
@@ -158,6 +159,8 @@ class _Running:
 class Pool:
     """Runs tasks, `jobs` at a time, in forks of this process."""
 
+    ending = threading.Event()
+
     def __init__(self, template: Path, scratch: Path, jobs: int) -> None:
         self.template, self.scratch, self.jobs = template, scratch, jobs
         self.memory = min(MEMORY, psutil.virtual_memory().total // (2 * jobs))
@@ -172,6 +175,8 @@ class Pool:
                 while self.tasks and len(self._running) < self.jobs:
                     self._running.append(self._start(self.tasks.popleft()))
                 time.sleep(0.05)
+                if self.ending.is_set():
+                    raise SystemExit(143)
                 for one in [*self._running]:
                     self._look_at(one)
         finally:
@@ -828,7 +833,8 @@ def main() -> None:
     if args.survivors:
         print(last.read_text().partition("noticed")[2].partition("\n\n")[2] if last.exists() else "no run yet")
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Raised in the loop, not in the handler: inside a destructor an exception would be lost.
+    signal.signal(signal.SIGTERM, lambda *_: Pool.ending.set())
     scratch = Path(tempfile.mkdtemp(prefix="mutants-"))
     try:
         snapshot = Snapshot(scratch / "0", args.tests)
