@@ -15,12 +15,17 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SmallNet:
-    """Two layers with a tanh between them; its logits and their derivatives are written out by hand."""
+    """Two layers with a tanh between them; its logits and their derivatives are written out by hand.
+
+    levels: if not 0, pixels are rounded to multiples of 1 / levels first, and derivatives go through as if they were
+    not: different points have exactly the same loss.
+    """
 
     first: Array
     first_bias: Array
     second: Array
     second_bias: Array
+    levels: int = 0
 
     @classmethod
     def draw(cls, pixels: int, classes: int, seed: int, hidden: int = 16, scale: float = 4.0) -> "SmallNet":
@@ -29,12 +34,15 @@ class SmallNet:
         second = rng.normal(size=(classes, hidden)) * 2 / math.sqrt(hidden)
         return cls(first, -first.sum(1) / 2, second, rng.normal(size=classes) * 0.1)
 
+    def rounded(self, x: Array) -> Array:
+        return np.round(x * self.levels) / self.levels if self.levels else x
+
     def logits(self, x: Array) -> Array:
-        return self.second @ np.tanh(self.first @ x.ravel() + self.first_bias) + self.second_bias
+        return self.second @ np.tanh(self.first @ self.rounded(x).ravel() + self.first_bias) + self.second_bias
 
     def jacobian(self, x: Array) -> Array:
         """(classes, pixels): the derivative of each logit."""
-        inner = np.tanh(self.first @ x.ravel() + self.first_bias)
+        inner = np.tanh(self.first @ self.rounded(x).ravel() + self.first_bias)
         return (self.second * (1 - inner**2)) @ self.first
 
     def predict(self, x: Array) -> int:
@@ -48,13 +56,24 @@ class SmallNet:
         """The same network in torch."""
         hidden, pixels = self.first.shape
         net = nn.Sequential(nn.Flatten(), nn.Linear(pixels, hidden), nn.Tanh(), nn.Linear(hidden, len(self.second)))
-        net = net.double()
+        net = nn.Sequential(Rounded(self.levels), *net).double()
         with torch.no_grad():
             for parameter, value in zip(
                 net.parameters(), (self.first, self.first_bias, self.second, self.second_bias), strict=True
             ):
                 parameter.copy_(torch.from_numpy(value))
         return net
+
+
+class Rounded(nn.Module):
+    """Rounds to multiples of 1 / levels; gradients pass."""
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.levels = levels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.levels).round().detach() / self.levels + (x - x.detach()) if self.levels else x
 
 
 def draw_images(count: int, shape: tuple[int, int, int], seed: int) -> Array:
@@ -220,7 +239,8 @@ def slow_apgd(
         points.append(now)
         values[i], gradient = look(now)
         for other, at in ((best_value, best), (values[i - 1], before)):
-            if unsure_from is None and abs(values[i] - other) < 1e-13 and not np.array_equal(now, at):
+            same = np.array_equal(net.rounded(now), net.rounded(at))
+            if unsure_from is None and abs(values[i] - other) < 1e-13 and not same:
                 unsure_from = len(points)
         if values[i] > best_value:
             best, best_value, best_gradient = now, values[i], gradient

@@ -20,33 +20,33 @@ Y[-1] = (Y[-1] + 1) % 6
 # Small enough that rows hold out, large enough that others break on the way.
 RADIUS = {"Linf": 0.06, "L2": 0.25}
 # Section 3.1 of Auto-PGD for 100 iterations, and the same rule by hand for 30: gaps of 6, 5, 4, 3, 2 and then 1.
-CHECKPOINTS = {100: [22, 41, 57, 70, 80, 87, 93, 99], 30: [6, 11, 15, 18, 20, *range(21, 31)]}
+CHECKPOINTS = {100: [22, 41, 57, 70, 80, 87, 93, 99], 30: [6, 11, 15, 18, 20, *range(21, 31)], 3: [1, 2, 3]}
 
 
-def run(attack, rows):
+def run(attack, rows, net=NET, seed=5):
     """The result for these rows, and the points that the model was given."""
-    model = NET.module()
+    model = net.module()
     with recorded_inputs(model) as seen:
         result = attack(
-            model, torch.from_numpy(X[rows]), torch.from_numpy(Y[rows]), Rng.for_examples(torch.tensor(rows), 5)
+            model, torch.from_numpy(X[rows]), torch.from_numpy(Y[rows]), Rng.for_examples(torch.tensor(rows), seed)
         )
     return result, seen
 
 
-def follow(attack, row):
+def follow(attack, row, net=NET, seed=5):
     """Our attack on one row beside the slow one: every point is compared; the starts are taken from ours.
 
     Gives the number of points compared, and whether the row held out: None where the slow one is unsure of its end.
     """
-    result, seen = run(attack, [row])
+    result, seen = run(attack, [row], net, seed)
     x, y = X[row], int(Y[row])
     points, best, queries = [x], Outcome(x, 0, []), 1
-    down = sorted(range(6), key=lambda k: -NET.logits(x)[k])
+    down = sorted(range(6), key=lambda k: -net.logits(x)[k])
     targets = down[1 : 1 + attack.targets] if attack.loss == "dlr-targeted" else [y]
     runs = [] if down[0] != y else [target for target in targets for _ in range(attack.restarts)]
     for target in runs:
         outcome = slow_apgd(
-            NET, x, y, target, seen[len(points)][0], eps=attack.eps, steps=attack.steps, loss=attack.loss,
+            net, x, y, target, seen[len(points)][0], eps=attack.eps, steps=attack.steps, loss=attack.loss,
             checkpoints=CHECKPOINTS[attack.steps], norm=attack.norm, rho=attack.rho,
         )  # fmt: skip
         points += outcome.points[: outcome.sure]
@@ -90,13 +90,45 @@ def test_a_row_that_breaks_at_its_second_target_is_done():
 
 
 def test_restarts_keep_the_best():
-    attack = APGD(eps=0.05, loss="dlr", steps=30, restarts=3)
-    assert [follow(attack, row) for row in (0, 3)] == [(94, True)] * 2
+    """Row 3 has its highest loss neither in the first run nor in the last one."""
+    attack = APGD(eps=0.05, loss="dlr", steps=3, restarts=4)
+    assert [follow(attack, row) for row in (0, 3)] == [(17, True)] * 2
+
+
+class Cliff(nn.Module):
+    """One pixel: to 0.5 six classes are nearly even, the first ahead; beyond, the second is just ahead of it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        even, pair = torch.tensor([[0.1, 0, 0, 0, 0, 0], [2.0, 2.1, -9, -9, -9, -9]], dtype=x.dtype)
+        return torch.where(x.view(-1, 1) > 0.5, pair, even) + 0 * x.view(-1, 1)
+
+
+def test_a_broken_point_is_taken_whatever_the_loss_of_another_start():
+    """Starts are at 0.3, where the cross-entropy is 1.7 and the row is right, or at 0.7, where it is 0.7 and wrong."""
+    x, y = torch.full((20, 1, 1, 1), 0.5, dtype=torch.float64), torch.zeros(20, dtype=torch.long)
+    result = APGD(eps=0.2, steps=3, restarts=12)(Cliff(), x, y, Rng.for_examples(torch.arange(20), 0))
+    np.testing.assert_allclose(result.x.flatten(), 0.7)
+    # The clean pass, 4 for each start at 0.3, one for the start at 0.7.
+    assert {(queries - 2) % 4 for queries in result.queries.tolist()} == {0}
+    assert len(set(result.queries.tolist())) > 2
+
+
+@pytest.mark.parametrize(("eps", "norm", "rho"), [(0.1, "Linf", 0.75), (0.2, "L2", 0.5)])
+def test_equal_losses(eps, norm, rho):
+    """Where pixels are rounded a step often changes nothing: that is no rise, and no new best."""
+    net = SmallNet(NET.first, NET.first_bias, NET.second, NET.second_bias, levels=8)
+    assert follow(APGD(eps=eps, norm=norm, steps=30, rho=rho), 3, net) == (32, True)
+
+
+def test_the_first_check_does_not_halve_for_a_best_that_stalls():
+    """As if the step had been halved before. Here the start is better than the first iterate."""
+    net = SmallNet(NET.first, NET.first_bias, NET.second, NET.second_bias, levels=4)
+    assert follow(APGD(eps=0.25, norm="L2", steps=3), 1, net, seed=3) == (5, True)
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 1.0])
 def test_share_of_rising_steps(rho):
-    assert follow(APGD(eps=0.05, steps=30, rho=rho), 3) == (32, True)
+    assert follow(APGD(eps=0.2, norm="L2", steps=30, rho=rho), 3) == (32, True)
 
 
 @pytest.mark.parametrize(("loss", "norm"), [("ce", "L2"), ("dlr-targeted", "Linf")])

@@ -127,7 +127,7 @@ def test_train_mode_is_only_for_the_attack():
     norm = torch.nn.BatchNorm1d(12, affine=False).double()
     modes = []
     norm.register_forward_hook(lambda module, args, output: modes.append(module.training))
-    flat = torch.nn.Sequential(torch.nn.Flatten(), norm, *NET.module()[1:])
+    flat = torch.nn.Sequential(torch.nn.Flatten(), norm, *NET.module()[2:])
     for mode, before in (("train", False), ("eval", True)):
         flat.train(before)
         PGD(steps=2, mode=mode, loss="kl")(

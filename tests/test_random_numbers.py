@@ -78,6 +78,21 @@ def test_numbers_that_stay():
     assert 0 <= seed_of(5, "x") < 2**63
 
 
+def test_normal_and_symmetric_number_by_number():
+    """Box and Muller from two streams, sqrt(-2 log(1 - u)) cos(2 pi v), and 2 u - 1."""
+    ids, key = [0, 4], key_of(7, "a")
+    ours = Rng.for_examples(torch.tensor(ids), 7, "a")
+    normal, symmetric = ours.normal((3,), torch.float64), ours.symmetric((3,), torch.float64)
+    for row, i in enumerate(ids):
+        u, v, w = (
+            [(word >> 11) / 2**53 for word in words_of(k, i, 3)]
+            for k in (key_of(key, "radius"), key_of(key, "angle"), key)
+        )
+        slow = [math.sqrt(-2 * math.log(1 - a)) * math.cos(2 * math.pi * b) for a, b in zip(u, v, strict=True)]
+        assert normal[row].tolist() == pytest.approx(slow, rel=1e-12, abs=1e-14)
+        assert symmetric[row].tolist() == [2 * a - 1 for a in w]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_uniform_and_symmetric(dtype):
     """[0, 1) and [-1, 1), flat by Kolmogorov and Smirnov."""
