@@ -81,8 +81,8 @@ def test_a_tie_at_a_rung_goes_on(tmp_path: Path) -> None:
 
 def test_each_rung_is_a_comparison_of_its_own_and_other_epochs_are_none(tmp_path: Path) -> None:
     rungs = Rungs(tmp_path)
-    assert not rungs.stops(0, 2, 0.9) and not rungs.stops(0, 4, 0.5)
-    assert not any(rungs.stops(1, epoch, 0.1) for epoch in (1, 3, 5, 6, 7, 8))
+    assert not rungs.stops(0, 2, 0.9) and not rungs.stops(0, 4, 0.5) and not rungs.stops(0, 8, 0.9)
+    assert not any(rungs.stops(1, epoch, 0.1) for epoch in (1, 3, 5, 6, 7, 8)), "the last epoch is no rung"
     assert rungs.stops(1, 2, 0.6)
     assert not rungs.stops(2, 4, 0.6) and rungs.stops(3, 4, 0.55), "it is 0.6 to beat there, not 0.9"
 

@@ -127,3 +127,11 @@ def test_a_base_that_only_some_trials_have_makes_them_others_too() -> None:
     """The decay of trials without a searched one is the base's."""
     (line,) = problems({"base": {DECAY: 0.002}})
     assert line.startswith(f"{DECAY} = 0.002: the sweep has 0.0005")
+
+
+def test_a_number_that_becomes_a_schedule_makes_another_run() -> None:
+    """One setting is gone then and others are new: none has another value."""
+    schedule = {"kind": "piecewise", "boundaries": [4], "values": [0.002, 0.001]}
+    lines = problems({"base": {"method.attacks.pgd.step_size": schedule}})
+    assert any(line.startswith("method.attacks.pgd.step_size = None: the sweep has ") for line in lines)
+    assert any(line.startswith("method.attacks.pgd.step_size.kind = 'piecewise': the sweep has None") for line in lines)

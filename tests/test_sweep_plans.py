@@ -345,6 +345,8 @@ def test_a_plan_in_words(digits: Data, ticking: list[float], capsys, monkeypatch
         (Resources(cpus=3, workers=3), 1),
         (Resources(cpus=6, workers=3), 2),
         (Resources(cpus=2, workers=3), 1),
+        (Resources(cpus=5, workers=3), 1),
+        (Resources(cpus=34, workers=2), 17),
         (Resources(cpus=24, gpus=3, workers=3), 8),
     ],
 )
