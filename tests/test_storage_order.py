@@ -156,3 +156,15 @@ def test_a_machine_sees_a_checkpoint_anew_only_when_all_of_it_is_there(served, m
     storage.discard(machines("one"))
     assert not machines("one").exists()
     assert_seen(machines("other") / "run", None)
+
+
+def test_the_checkpoints_of_a_bucket_are_the_folders_that_hold_the_file_themselves(served, machines) -> None:
+    root = machines("one")
+    for file in ("b/meta.json", "a/deep/meta.json", ".hidden/meta.json", "c/other.json", "meta.json"):
+        write_whole(root / file, "{}")
+        storage.push(root / file)
+    other = machines("other")
+    assert storage.folders(other) == ["b"] and storage.folders(other / "a") == ["deep"]
+    assert storage.folders(other, "other.json") == ["c"] and storage.children(other) == [".hidden", "a", "b", "c"]
+    assert {str(path.relative_to(other)) for path in storage.files(other / "a")} == {"a/deep/meta.json"}
+    storage.discard(other)
