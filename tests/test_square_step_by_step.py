@@ -119,14 +119,15 @@ def test_a_batch_is_its_rows(norm, eps):
         assert int(result.queries[row]) == spent if norm == "L2" else 1 <= int(result.queries[row]) <= spent
 
 
-def test_l2_proposals_change_two_odd_windows_and_keep_the_norm():
+@pytest.mark.parametrize(("p_init", "sides"), [(0.1, (5, 3)), (0.01, (3, 3))])
+def test_l2_proposals_change_two_odd_windows_and_keep_the_norm(p_init, sides):
     """A model whose margin is the same everywhere takes no proposal, so that each differs from the start.
 
     Outside its two windows a proposal is the start times one factor.
     """
     same = SmallNet.draw(2 * 13 * 11, 5, seed=0, scale=0.0)
     module, grey = same.module(), torch.full((1, *SHAPE), 0.5, dtype=F64)
-    attack = Square(eps=0.7, queries=60, norm="L2", p_init=0.1)
+    attack = Square(eps=0.7, queries=60, norm="L2", p_init=p_init)
     with recorded_inputs(module) as seen:
         attack(module, grey, torch.tensor([same.predict(X[0])]), Rng.for_examples(torch.tensor([3]), 0))
     _, start, *proposals = [batch[0] - 0.5 for batch in seen]
@@ -139,7 +140,7 @@ def test_l2_proposals_change_two_odd_windows_and_keep_the_norm():
         values, counts = np.unique(ratio[used].round(6), return_counts=True)
         moved = (np.abs(ratio - values[counts.argmax()]) > 1e-5).any(0)
         # sqrt(0.1 x 143) = 3.8, sqrt(0.05 x 143) = 2.7 after query 10, 1.9 after query 50: odd, and 3 at least.
-        side = 5 if query <= 10 else 3
+        side = sides[query > 10]
         rows, columns = np.flatnonzero(moved.any(1)), np.flatnonzero(moved.any(0))
         assert side**2 * 0.6 <= moved.sum() <= 2 * side**2
         assert max(len(rows), len(columns)) <= 2 * side and min(len(rows), len(columns)) >= side - 1
