@@ -203,6 +203,18 @@ def test_starting_points_lose_what_they_do_not_have_and_are_tried_once() -> None
     assert gairat(start=start).queue == [{SHAPE: "linear"}, {SHAPE: "tanh", LAM: 1.0, BURN_IN: 3}, {LAM: 2.0}]
 
 
+def test_a_condition_on_a_setting_that_a_point_does_not_have_is_not_met() -> None:
+    chain = {
+        SHAPE: {"categorical": ["tanh", "linear"]},
+        LAM: {"categorical": [-1.0, 1.0], "when": {SHAPE: "tanh"}},
+        BURN_IN: {"categorical": [1, 2], "when": {LAM: 1.0}},
+    }
+    points = [{SHAPE: "tanh", LAM: -1.0}, *({SHAPE: "tanh", LAM: 1.0, BURN_IN: n} for n in (1, 2)), {SHAPE: "linear"}]
+    assert gairat(space=chain, sampler={"kind": "grid"}).queue == points
+    start = [{SHAPE: "linear", LAM: 1.0, BURN_IN: 1}, {SHAPE: "tanh", LAM: 1.0, BURN_IN: 1}]
+    assert gairat(space=chain, start=start).queue == [{SHAPE: "linear"}, start[1]]
+
+
 @pytest.mark.parametrize(("trials", "total"), [(3, 3), (7, 7), (8, 8), (100, 8)])
 def test_a_grid_has_its_points_or_as_many_as_trials_allows(trials: int, total: int) -> None:
     """Two with a lambda of two values at two burn-ins each, one without."""

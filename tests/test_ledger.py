@@ -77,16 +77,16 @@ def test_the_ranking(ledger: Ledger) -> None:
     write(
         ledger,
         judged(6, 0.25),
-        judged(5, 0.75, gap=0.5),
-        judged(4, 0.875, gap=0.2500001),
+        judged(5, 0.875, gap=0.5),
+        judged(4, 0.75, gap=0.2500001),
         judged(3, 0.5, gap=0.25, state="failed"),
         judged(2, 0.5, clean=1.0, state="stopped"),
         judged(1, 0.5, state="running"),
         Trial(0, {LR: 0.1}, best={"epoch": 1.0, "clean": 1.0}),
         Trial(7, {LR: 0.1}),
     )
-    assert [trial.number for trial in ledger.ranked()] == [1, 2, 3, 6, 4, 5]
-    assert [trial.number for trial in ledger.ranked() if ledger.masks(trial)] == [4, 5]
+    assert [trial.number for trial in ledger.ranked()] == [1, 2, 3, 6, 5, 4]
+    assert [trial.number for trial in ledger.ranked() if ledger.masks(trial)] == [5, 4]
     assert [trial.number for trial in ledger.trials()] == list(range(8))
 
 

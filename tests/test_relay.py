@@ -268,6 +268,10 @@ def test_a_sweep_whose_trials_cannot_start_says_so(begin: Callable[..., Sweep]) 
     sweep.event("error", 0)
     with pytest.raises(SweepFailed, match="no trial could start"):
         sweep.relay.check()
+    assert sweep.relay.another_round()
+    sweep.event("result", 2, result={"failed": "the loss became nan"})
+    sweep.event("error", 0)
+    sweep.relay.check()
 
 
 def test_a_spent_budget_ends_the_rounds_too(begin: Callable[..., Sweep]) -> None:
@@ -285,7 +289,9 @@ def test_seconds_are_those_in_which_a_process_held_something(begin: Callable[...
     sweep.report(1, 0.25, after=10.0)
     sweep.event("recover", after=15.0)
     assert sweep.written().seconds == 125.0
-    sweep.event("start", after=75.0)
+    sweep.now += 75.0
+    assert not sweep.relay.over, "who waits holds nothing"
+    sweep.event("start")
     sweep.report(2, 0.25, after=30.0)
     sweep.report(2, 0.25, after=4.0)
     sweep.event("complete", after=5.0)

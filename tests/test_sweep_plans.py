@@ -122,6 +122,8 @@ def test_shares_at_the_limit_are_taken() -> None:
         (Resources(cpus=4, workers=2), {"CPU": 9.0}, [{"CPU": 3.0}] * 3, 1),
         (Resources(cpus=2, gpus=2, workers=2), {"CPU": 8.0, "GPU": 3.0}, [{"CPU": 4.0, "GPU": 1.5}] * 2, 1),
         (Resources(cpus=2, gpus=2, workers=2), {"CPU": 9.0, "GPU": 4.0}, [{"CPU": 1.0, "GPU": 4.0}, {"CPU": 8.0}], 0),
+        # Twenty workers of 0.49 would fit, and no process that waits for each pair.
+        (Resources(cpus=1, workers=2), {"CPU": 9.9}, [{"CPU": 9.9}], 9),
         (Resources(cpus=3, gpus=1, workers=3), {"CPU": 6.0, "GPU": 2.0}, [{"CPU": 6.0, "GPU": 2.0}], 2),
     ],
 )  # fmt: skip
@@ -271,9 +273,12 @@ def test_seconds_of_an_epoch(digits: Data, ticking: list[float]) -> None:
     assert epoch_seconds(config, digits, Resources()) == pytest.approx(2 * 1 + 50 / 32)
     every = space(base={**SMALL, "validation.every": 2, "batch_size": 24}, scheduler={"kind": "none"}).config({})
     assert epoch_seconds(every, digits, Resources()) == pytest.approx(3 * 1 + 50 / 24 / 2), "64 images are three of 24"
-    # Each of two workers judges 20 of 40: all of them are its sample.
-    some = space(base={**SMALL, "validation.size": 40}).config({})
-    assert epoch_seconds(some, digits, Resources(cpus=2, workers=2)) == pytest.approx(2 * 1 + 1)
+    # Of 40 images, 20 for each of two workers, a sample of 16.
+    some = space(base={**SMALL, "validation.size": 40, "batch_size": 16}).config({})
+    assert epoch_seconds(some, digits, Resources()) == pytest.approx(4 * 1 + 40 / 16)
+    assert epoch_seconds(some, digits, Resources(cpus=2, workers=2)) == pytest.approx(4 * 1 + 20 / 16)
+    few = space(base={**SMALL, "validation.size": 10, "batch_size": 16}).config({})
+    assert epoch_seconds(few, digits, Resources()) == pytest.approx(4 * 1 + 1), "all ten are the sample"
 
 
 def test_steps_that_take_long_are_timed_once(digits: Data, ticking: list[float]) -> None:
