@@ -91,6 +91,17 @@ def test_a_batch_is_its_rows(norm, targets):
     assert len(set(result.queries.tolist())) >= 3
 
 
+def test_rows_that_leave_late_spend_no_more(monkeypatch):
+    """As on a GPU: a row that is done stays in the batch for a while, but neither its point nor its queries change."""
+    attack, rows = FAB(eps=0.3, norm="L2", steps=12, targets=1), list(range(12))
+    early, _ = run(attack, rows)
+    for module in ("base", "fab"):
+        monkeypatch.setattr(f"raysweep.attacks.{module}.cheap_to_look", lambda x: False)
+    late, _ = run(attack, rows)
+    np.testing.assert_allclose(late.x, early.x, atol=1e-9)
+    assert late.queries.tolist() == early.queries.tolist()
+
+
 def straight(points, eps, norm, steps=100, offset=-2.8, **settings):
     """FAB where z_1 - z_0 = 3 a + b + offset on images of two pixels a, b, and the true class is 0."""
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(2, 2)).double()

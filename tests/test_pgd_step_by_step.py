@@ -173,10 +173,10 @@ def test_shortest_perturbation_by_hand_linf():
 
 
 def test_shortest_perturbation_by_hand_l2():
-    """|w| = sqrt(14): the boundary is 0.4 / sqrt(14) = 0.1069 away; path of 0.3, 4 bisections: 6/16 of it, kappa 3."""
-    x, result, _ = search_line("L2", 0.3, bisections=4)
-    np.testing.assert_allclose((result.x - x)[0].flatten(), 0.3 * 6 / 16 * SLOPE / np.sqrt(14), atol=1e-12)
-    assert result.kappa.tolist() == [3, 0]
+    """|w| = sqrt(14): the boundary is 0.4 / sqrt(14) = 0.1069 away; path of 0.12, 4 bisections: 15/16, kappa 9."""
+    x, result, _ = search_line("L2", 0.12, bisections=4)
+    np.testing.assert_allclose((result.x - x)[0].flatten(), 0.12 * 15 / 16 * SLOPE / np.sqrt(14), atol=1e-12)
+    assert result.kappa.tolist() == [9, 0]
     assert result.queries.tolist() == [16, 1]
 
 
