@@ -46,7 +46,9 @@ def test_the_gap_may_be_as_large_as_the_limit() -> None:
     assert promoted(pool, top=9) == ["over", "at", "below", "unknown"]
     assert promoted(pool[3:], max_masking_gap=0.0) == ["unknown"]
     none = made_candidate("none", 0.5, gap=0.0)
-    assert promoted([none], max_masking_gap=0.0) == ["none"], "no gap is within a limit of none"
+    assert promoted([none, *pool], top=9, max_masking_gap=0.0) == ["none", "unknown"], (
+        "0 is a limit, which no gap is at"
+    )
     with pytest.raises(StageFailed, match=r"each of 1 candidates has a masking gap over 0.05: nothing is promoted"):
         promoted(pool[1:2], max_masking_gap=0.05)
 
