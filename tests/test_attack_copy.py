@@ -78,6 +78,7 @@ def concatenated(net: Net, x: Tensor) -> Tensor:
         (lambda net, x: net.norm(z := net.conv(x)) + z, {}),
         (lambda net, x: net.norm(z := net.conv(x)) + z.mean(), {}),
         (lambda net, x: net.norm(net.conv(x)) * F.relu(input=net.conv2(net.conv(x))), {}),
+        (lambda net, x: net.norm(z := net.conv(x)) + torch.relu(input=z), {}),
         (changed_in_place, {}),
         (concatenated, {}),
     ],

@@ -70,6 +70,9 @@ def test_what_pgd_would_have_chosen_in_words(tmp_path: Path) -> None:
     assert masking(ledger(tmp_path / "c", same)) == [], "PGD chooses the same one"
     unmeasured = [trial(0, 0.40, 0.62), trial(1, 0.55)]
     assert masking(ledger(tmp_path / "d", unmeasured)) == [], "a trial that PGD did not judge has no part in it"
+    better_but_masked = [trial(0, 0.45, 0.65), trial(1, 0.50, 0.64), trial(2, 0.48, 0.50)]
+    line, _ = masking(ledger(tmp_path / "f", better_but_masked, max_masking_gap=0.1))
+    assert line.endswith("trial 0000, at a cost of 0.030 in robust worst"), "trial 0001 is no measure of what was lost"
     all_masked = [trial(0, 0.1, 0.6), trial(1, 0.2, 0.6)]
     (line,) = masking(ledger(tmp_path / "e", all_masked, max_masking_gap=0.1))
     assert line == "masking gap over 0.1: trials 0001, 0000 are ranked last"
@@ -79,13 +82,13 @@ def test_a_sweep_as_plain_data(tmp_path: Path) -> None:
     trials = [
         trial(0, 0.4, 0.4, trained=2),
         trial(1, 0.5, 0.9),
-        trial(2, None, state="running", epoch=0, trained=0),
+        trial(2, None, state="running", epoch=1, trained=1),
         trial(3, 0.6, 0.65, trained=1),
     ]
     made = ledger(tmp_path, trials, max_masking_gap=0.1)
     facts = json.loads(json.dumps(sweep_facts(made)))
     assert facts["sweep"] == "s" and facts["path"] == str(made.path) and facts["advice"] == []
-    assert facts["epochs"] == {"asked": 9, "trained": 6, "saved": 3}
+    assert facts["epochs"] == {"asked": 10, "trained": 7, "saved": 3}
     assert facts["front"] == [3] and facts["space"] == made.space.json_dict()
     assert [t["number"] for t in facts["trials"]] == [3, 0, 1, 2], "what masks comes last of those with a result"
     assert [t["masks"] for t in facts["trials"]] == [False, False, True, False]
