@@ -138,7 +138,7 @@ def test_projection_gives_the_corner_where_the_plane_misses_the_box():
 def test_square_spends_no_forward_on_proposals_that_cannot_matter():
     """The same points, bit for bit, as evaluating every proposal, with fewer forward passes."""
     model, (x, y) = robust_digits(), digits(16)
-    attack, eps, queries = Square(eps=0.1, queries=900), 0.1, 900
+    attack, eps, queries = Square(eps=0.1, queries=600), 0.1, 600
     result = attack(model, x, y, rng(16))
     stream = rng(16).stream("restart", 0)
     right = (margin(model(x), y) > 0).nonzero()[:, 0]
@@ -188,17 +188,19 @@ def test_each_attack_of_a_cascade_sees_only_survivors():
 
 
 def short_cascade() -> WorstCase:
-    return WorstCase(attacks={"ce": APGD(eps=0.2, steps=15), "t": APGD(eps=0.2, steps=15, loss="dlr-targeted")})
+    return WorstCase(
+        attacks={"ce": APGD(eps=0.2, steps=15), "t": APGD(eps=0.2, steps=15, loss="dlr-targeted", targets=3)}
+    )
 
 
 @pytest.mark.parametrize(
     "attack",
     [
-        APGD(eps=0.2),
-        APGD(eps=0.2, loss="dlr-targeted", targets=2, steps=50),
-        FAB(eps=0.2, targets=3, steps=25),
-        Square(eps=0.2, queries=250),
-        Square(eps=0.7, queries=250, norm="L2"),
+        APGD(eps=0.2, steps=30),
+        APGD(eps=0.2, loss="dlr-targeted", targets=2, steps=25),
+        FAB(eps=0.2, targets=2, steps=21),
+        Square(eps=0.2, queries=120),
+        Square(eps=0.7, queries=120, norm="L2"),
     ],
     ids=repr,
 )
