@@ -192,6 +192,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+# What some commands do without: the name of the module, of the library, and what pip calls it.
+_REQUIREMENTS = {"ray": ("Ray", "ray[default,tune,train]"), "mlflow": ("MLflow", "mlflow")}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; user mistakes become lines on stderr and exit code 2."""
     args = _parsed(arguments)
@@ -211,6 +215,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    except ModuleNotFoundError as error:
+        if error.name not in _REQUIREMENTS:
+            raise
+        title, requirement = _REQUIREMENTS[error.name]
+        print(
+            f"raysweep: error: `raysweep {args.command}` needs {title}, which is not installed: "
+            f"pip install '{requirement}'",
+            file=sys.stderr,
+        )
+        return 2
     except BrokenPipeError:
         # Whoever read our output has seen enough (`raysweep list | head`); nothing is left to say on the way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

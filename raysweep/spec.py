@@ -214,14 +214,17 @@ def _leaves(data: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _match(path: str, data: Json) -> list[str]:
-    known = [p for p, _ in _nodes(data, "")]
     if "*" in path:
-        return [p for p in known if fnmatch.fnmatchcase(p, path)]
-    parent = path.rpartition(".")[0]
+        return [p for p, _ in _nodes(data, "") if fnmatch.fnmatchcase(p, path)]
+    node: Any = data
+    *parents, key = path.split(".")
+    for part in parents:
+        if not isinstance(node, dict) or part not in node:
+            return []
+        node = node[part]
     # A key that the part lacks now may be one that it has under another `kind`: pydantic is the judge of that.
-    nodes = dict(_nodes(data, ""))
-    addable = isinstance(nodes.get(parent), dict) and "kind" in nodes[parent]
-    return [path] if path in nodes or addable else []
+    addable = isinstance(node, dict) and (key in node or (parents and "kind" in node))
+    return [path] if addable else []
 
 
 def _assign(data: Json, parts: list[str], value: Any) -> None:

@@ -29,6 +29,7 @@ META = "meta.json"
 # Seconds between attempts: a bucket may be out of reach for two minutes. And until one without an answer is given up.
 _PATIENCE = (1, 2, 4, 8, 16, 32, 64)
 _TIMEOUT = 20
+_ATTEMPTS = 3
 _REFUSED = re.compile(
     r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE|HTTP status 40[13]"
     r"|PERMISSION_DENIED|UNAUTHENTICATED|authenticate the request"
@@ -262,7 +263,7 @@ def _file_system(store: str, bucket: str) -> tuple[Any, str]:
         options["region"] = fs.resolve_s3_region(bucket)
     # By itself it would wait forever for a server that accepts and does not answer.
     patience = {"connect_timeout": _TIMEOUT, "request_timeout": _TIMEOUT}
-    retries = fs.AwsStandardS3RetryStrategy(max_attempts=3)
+    retries = fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS)
     return fs.S3FileSystem(**options, **patience, retry_strategy=retries, allow_delayed_open=True), bucket
 
 

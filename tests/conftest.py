@@ -1,5 +1,6 @@
 """What the tests share: a small network, a batch of digits, one Ray cluster for the session."""
 
+import importlib.util
 import multiprocessing
 import os
 import shutil
@@ -22,6 +23,7 @@ import fork_worker
 import pytest
 import torch
 from filelock import FileLock
+from import_graph import is_importable
 from oracle import Oracle
 from torch import nn
 
@@ -43,17 +45,28 @@ TINY: dict[str, Any] = {
     "batch_size": 32,
     "*.attacks.*.steps": 2,
     "validation.finish.*.steps": 2,
-    "validation.finish.*.targets": 1,
 }
 # Ray's workers are forks of one process: for `head_node_args`, and `add_node`.
 FORKED = {"setup_worker_path": fork_worker.__file__}
 
 
+# Tests marked `ray` run in two processes, each with a cluster: those of these files, and the others.
+SECOND_CLUSTER = {"test_cli", "test_clusters", "test_doctor", "test_eval", "test_notebook", "test_pipelines"}
+HAS_RAY = importlib.util.find_spec("ray") is not None
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Where Ray and MLflow are not installed, files that import them are left out."""
+    left_out = not HAS_RAY and collection_path.suffix == ".py" and not is_importable(collection_path)
+    return True if left_out else None
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """One process runs all tests that use the cluster, first, for they take longest; others stay with their file's."""
+    """Tests that use the same cluster run in one process, first, for they take longest; others with their file's."""
     for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.path.name
+        second = item.path.stem in SECOND_CLUSTER
+        group = f"ray {1 + second}" if item.get_closest_marker("ray") else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
     yield
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)

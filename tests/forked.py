@@ -14,16 +14,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        "raysweep.commands.run",
-        "raysweep.commands.tune",
-        "raysweep.sweep.tuner",
-        "raysweep.tracking",
-        "safetensors.torch",
-    ]
-)
+TRAINING = ["raysweep.training.trainer", "raysweep.training.distributed"]
+COMMANDS = ["raysweep.commands.run", "raysweep.commands.tune", "raysweep.sweep.tuner", "mlflow.tracking"]
 
 
 class Forked:
@@ -67,15 +62,17 @@ def start(
     *arguments: Any,
     folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    imports: list[str] = TRAINING,
 ) -> Forked:
     """Call `function(*arguments)` in a new process, in `folder`; what it returns is the exit code (None: 0).
 
-    environment: what differs from this process's.
+    environment: what differs from this process's. imports: what the server of the forks imports, if it does not run yet.
     """
     output = Path(tempfile.mkdtemp(prefix="forked-"))
     where, variables = folder or Path.cwd(), {**os.environ, **(environment or {})}
     for name in ("out", "err"):
         (output / name).touch()
+    FORKS.set_forkserver_preload(imports)
     process = FORKS.Process(target=_work, args=(output, where, variables, function, arguments))
     process.start()
     return Forked(process, output)
@@ -85,7 +82,15 @@ def command(
     arguments: Sequence[str], folder: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> Forked:
     """`raysweep ARGUMENTS` in a new process."""
-    return start(_main, list(arguments), folder=folder, environment=environment)
+    return start(_main, list(arguments), folder=folder, environment=environment, imports=COMMANDS)
+
+
+def instead_of_spawn(patch: pytest.MonkeyPatch) -> None:
+    """Where a process of its own would be started by "spawn", as a fresh interpreter, it is a fork of the server's."""
+    get_context = multiprocessing.get_context
+    patch.setattr(
+        multiprocessing, "get_context", lambda method=None: FORKS if method == "spawn" else get_context(method)
+    )
 
 
 def _main(arguments: list[str]) -> int:

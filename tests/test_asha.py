@@ -10,6 +10,8 @@ import pytest
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import Scheduler, SearchSpace
 
+pytestmark = pytest.mark.needs_ray
+
 BURN_IN = "method.terms.pgd.weight.burn_in"
 
 

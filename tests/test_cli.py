@@ -11,7 +11,6 @@ from typing import get_args
 
 import numpy as np
 import pytest
-import ray
 import yaml
 
 from raysweep.cli import build_parser, main
@@ -24,6 +23,7 @@ from raysweep.sweep.space import load_space
 from raysweep.training.presets import resolve
 
 ALPHA = "method.terms.pgd.weight.alpha"
+NEEDS_RAY = pytest.mark.needs_ray
 COMMON = {"--set", "--data-dir", "--json"}
 FLAGS = {
     "list": {"--json"},
@@ -55,7 +55,18 @@ SMALL = [
     "data.val_size=50",
     "--set",
     "*.attacks.*.steps=2",
+    "--set",
+    "validation.finish.*.steps=2",
+    "--set",
+    "validation.finish.*.targets=1",
 ]
+
+
+def gcs_address() -> str:
+    """Of the session's cluster."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def test_flags_are_frozen() -> None:
@@ -142,6 +153,7 @@ def test_show_tells_names_of_several_things_apart(capsys) -> None:
     assert "no space 'lart'; nearest: mart, lrat" in capsys.readouterr().err
 
 
+@pytest.mark.mlflow
 def test_train_tracks_and_tells_where(workdir: Path, capsys) -> None:
     assert main(["train", "lrat", *SMALL, "--name", "mine", "--json"]) == 0
     out, err = capsys.readouterr()
@@ -159,6 +171,7 @@ def test_train_tracks_and_tells_where(workdir: Path, capsys) -> None:
     assert {"errors.png", "kappa_pgd.png", "weight_pgd_histogram.png", "V_cw_histogram.png"} <= plots
 
 
+@pytest.mark.mlflow
 def test_a_refused_train_leaves_the_earlier_run_as_it_was(workdir: Path, capsys) -> None:
     Ledger.create(workdir / "runs" / "sweep", load_space("lrat", {}))
     assert main(["train", "lrat", *SMALL, "--name", "mine"]) == 0
@@ -209,7 +222,7 @@ def test_tune_ends_with_the_best_trials_and_what_to_type_next(ray_cluster, workd
     trials = json.loads(capsys.readouterr().out)["trials"]
     assert len(trials) == 3 and all(trial["epoch"] == 2 for trial in trials if trial["state"] == "finished")
     assert Ledger.open(workdir / "runs" / "quick").space.space[ALPHA].float == (0.125, 8.0)
-    held = ["--address", ray.get_runtime_context().gcs_address, "--workers", "2", "--cpus-per-trial", "1.5"]
+    held = ["--address", gcs_address(), "--workers", "2", "--cpus-per-trial", "1.5"]
     held += ["--gpus-per-trial", "0", "--optuna", f"sqlite:///{workdir}/optuna.db"]
     assert main(["tune", "lrat", "--resume", "quick", "--trials", "4", "--max-time", "0.01s", *held]) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "--resume" in line]
@@ -269,7 +282,7 @@ def test_a_plan_of_a_sweep_to_go_on_with_is_of_what_is_left(workdir: Path, capsy
 @pytest.mark.ray
 def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) -> None:
     """The session's cluster has two CPUs."""
-    small = [*SMALL, "--plan", "--json", "--address", ray.get_runtime_context().gcs_address]
+    small = [*SMALL, "--plan", "--json", "--address", gcs_address()]
     plans = []
     for more in ([], ["--workers", "2", "--cpus-per-trial", "2"]):
         assert main(["tune", "lrat", *small, *more]) == 0
@@ -287,7 +300,7 @@ def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) 
         (["tune"], "METHOD is missing: name one of `raysweep list`, or give --space FILE or --resume NAME"),
         (["tune", "lrat", "--space", "both.yaml"], "both.yaml is a space for method 'both', not for 'lrat'"),
         (["tune", "at", "--resume", "g1"], "--resume g1: is a sweep of 'both', not of 'at'"),
-        (["tune", "--space", "both.yaml", "--name", "g1"], "there is a sweep in"),
+        pytest.param(["tune", "--space", "both.yaml", "--name", "g1"], "there is a sweep in", marks=NEEDS_RAY),
         (["train", "lrat", "--set", "epochz=3"], "no setting 'epochz'; nearest: epochs"),
         (["train", "lrat", "--set", "epochs"], "--set 'epochs': expected PATH=VALUE"),
         (["train", "lrat", "--set", "epochs=[1"], "'[1' is not a YAML value"),
@@ -299,8 +312,8 @@ def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) 
         (["train", "lrat", "--name", "eval"], "--name 'eval': in that folder raysweep keeps other things"),
         (["tune", "lrat", "--resume", "nothing"], "no sweep in"),
         (["tune", "lrat", "--out", "file/below"], "--out file/below: cannot be made"),
-        (["tune", "lrat", "--address", "127.0.0.1:1"], "no Ray cluster at --address 127.0.0.1:1"),
-        (["tune", "lrat", "--address", "nonsense"], "--address 'nonsense': expected auto or host:port"),
+        pytest.param(["tune", "lrat", "--address", "127.0.0.1:1"], "no Ray cluster at --address", marks=NEEDS_RAY),
+        pytest.param(["tune", "lrat", "--address", "nonsense"], "expected auto or host:port", marks=NEEDS_RAY),
         (["tune", "lrat", "--workers", "2", "--gpus-per-trial", "3"], "3 GPUs for 2 workers is 1.5 each"),
         (["tune", "lrat", "--workers", "2", "--cpus-per-trial", "0.01"], "0.01 CPUs are not enough for 2 workers"),
         (["tune", "lrat", "--cpus-per-trial", "0"], "--cpus-per-trial 0: must be more than 0, for example 0.5"),
@@ -329,6 +342,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, line, workdir: Path, c
     assert not (workdir / "runs").exists() or not list((workdir / "runs").glob("*/trials/*"))
 
 
+@pytest.mark.needs_ray
 def test_a_refused_sweep_takes_back_what_it_made_and_nothing_else(workdir: Path, capsys) -> None:
     run = workdir / "runs" / "first" / "epoch-0001"
     run.mkdir(parents=True)
@@ -341,6 +355,7 @@ def test_a_refused_sweep_takes_back_what_it_made_and_nothing_else(workdir: Path,
     assert [path.name for path in (workdir / "runs").iterdir()] == ["first"]
 
 
+@pytest.mark.mlflow
 def test_out_may_be_below_home(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(workdir / "home"))
     assert main(["train", "at", *SMALL, "--name", "mine", "--out", "~/x"]) == 0
@@ -348,6 +363,7 @@ def test_out_may_be_below_home(workdir: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [path.name for path in workdir.iterdir()] == ["home"]
 
 
+@pytest.mark.needs_ray
 def test_two_at_once_in_one_folder_are_refused(workdir: Path, capsys) -> None:
     sweep = Ledger.create(workdir / "runs" / "g1", load_space("lrat", {}))
     for command in (["tune", "lrat", "--resume", "g1"], ["train", "lrat", "--name", "mine"]):
@@ -358,6 +374,7 @@ def test_two_at_once_in_one_folder_are_refused(workdir: Path, capsys) -> None:
     assert not sweep.trials() and not (workdir / "runs" / "mine").exists()
 
 
+@pytest.mark.needs_ray
 def test_a_refused_resume_changes_nothing(workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     new, old = (Ledger.create(workdir / "runs" / name, load_space("lrat", {"epochs": 3})) for name in ("new", "old"))
     old.write(Trial(0, {ALPHA: 1.0}, state="finished", epoch=3))

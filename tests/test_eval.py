@@ -21,7 +21,8 @@ from raysweep.tracking import Tracker, embedded_store, run_tags
 from raysweep.training.checkpoint import Run
 from raysweep.training.load import load_checkpoint
 
-SMALL = ["--set", "epochs=2", "--set", "data.val_size=50", "--set", "*.attacks.*.steps=2"]
+SETTINGS = ("epochs=2", "data.train_size=200", "data.val_size=50", "*.attacks.*.steps=2", "validation.finish.*.steps=2")
+SMALL = [part for setting in SETTINGS for part in ("--set", setting)]
 QUICK = ["--attack", "apgd-ce", "--n", "40", "--json"]
 
 
@@ -43,6 +44,7 @@ def trained(trained_once: Path, workdir: Path) -> Path:
     return workdir / "runs" / "mine"
 
 
+@pytest.mark.mlflow
 def test_a_checkpoint_is_attacked_and_the_numbers_go_to_its_run(trained: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
     assert main(["eval", str(trained), *QUICK, "--keep-adversarial"]) == 0
@@ -85,6 +87,7 @@ def test_a_finished_evaluation_is_not_run_again(trained: Path, capsys, monkeypat
     assert json.loads(capsys.readouterr().out)["robust_accuracy"] == first["robust_accuracy"]
 
 
+@pytest.mark.mlflow
 def test_neither_seeds_nor_versions_overwrite_each_other(trained: Path, workdir: Path, monkeypatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
     tracker, subject = Tracker(embedded_store(workdir), workdir / "mlruns"), load_checkpoint(trained, {})
@@ -194,6 +197,7 @@ def test_pseudo_labels_for_self_training(trained: Path, workdir: Path, capsys) -
     assert "rst trains on labelled data alone" in capsys.readouterr().err
 
 
+@pytest.mark.mlflow
 def test_the_command_with_a_class_of_ones_own_and_several_processes(workdir: Path) -> None:
     (workdir / "mine.py").write_text(
         "import torch\n"
@@ -236,8 +240,8 @@ def test_a_wrong_radius_is_refused(arguments, words, trained: Path, capsys) -> N
     [
         ("nowhere", "no such folder"),
         (".", "neither a checkpoint"),
-        ("0" * 32, "no checkpoint in MLflow store"),
-        ("models:/none@champion", "no checkpoint in MLflow store"),
+        pytest.param("0" * 32, "no checkpoint in MLflow store", marks=pytest.mark.mlflow),
+        pytest.param("models:/none@champion", "no checkpoint in MLflow store", marks=pytest.mark.mlflow),
         ("no_such_module:factory", "cannot be imported"),
         ("weights.pt", "weights.pt: is a file; give the folder"),
     ],

@@ -1,15 +1,13 @@
 """Evaluations: the official verdict, the same one however it is cut up, resumed after a kill, honest about doubts."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from functools import cache
 from pathlib import Path
 
+import forked
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -35,7 +33,7 @@ SHORT = WorstCase(
 )
 
 
-def short(count: int = 120, model: nn.Module | None = None, **settings):
+def short(count: int, model: nn.Module | None = None, **settings):
     return evaluate(model or robust_digits(), *digits(count), attack=SHORT, keep_adversarial=True, **settings)
 
 
@@ -51,15 +49,17 @@ def same(one, other) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("norm", "eps", "queries"), [("Linf", 0.2, 5000), ("L2", 0.7, 1000)])
-def test_official_verdict(norm, eps, queries):
+@pytest.mark.parametrize(("norm", "eps", "fab_steps"), [("Linf", 0.2, 20), ("L2", 0.7, 100)])
+def test_official_verdict(norm, eps, fab_steps):
     """On every image that the official package breaks, and some that it does not (they take the time).
 
-    Between seeds the official verdict moves by 2 of 450 images.
+    Between seeds the official verdict moves by 2 of 450 images. In Linf the official FAB and Square break none that
+    APGD leaves, so that few of their steps do.
     """
     held = 16
     attack = autoattack(eps, norm)
-    attack = WorstCase(attacks=attack.attacks | {"square": Square(eps=eps, norm=norm, queries=queries)})
+    fab, square = FAB(eps=eps, norm=norm, steps=fab_steps), Square(eps=eps, norm=norm, queries=1000)
+    attack = WorstCase(attacks=attack.attacks | {"fab-t": fab, "square": square})
     official = {key.partition(".")[2]: OFFICIAL[key] for key in OFFICIAL if key.startswith(f"{norm}.")}
     rows = np.sort(np.concatenate([np.flatnonzero(~official["square"]), np.flatnonzero(official["square"])[:held]]))
     model, (x, y) = robust_digits(), (tensor[rows] for tensor in digits())
@@ -80,10 +80,10 @@ def test_official_verdict(norm, eps, queries):
 
 
 def test_batch_size_and_shards_change_nothing():
-    whole = undivided(120)
-    assert 20 < whole.robust.sum() < 100
-    for settings in ({"batch_size": 64}, {"shards": 1}, {"shards": 3, "batch_size": 11}):
-        assert same(whole, short(**settings)), settings
+    whole = undivided(60)
+    assert 10 < whole.robust.sum() < 50
+    for settings in ({"batch_size": 32}, {"shards": 1}, {"shards": 3, "batch_size": 11}):
+        assert same(whole, short(60, **settings)), settings
 
 
 def test_a_fixed_tile_gives_one_verdict_too():
@@ -99,12 +99,12 @@ def test_the_evaluation_is_the_cascade():
 
 
 def test_randomness_belongs_to_the_example():
-    whole, (x, y) = undivided(120), digits(120)
+    whole, (x, y) = undivided(60), digits(60)
     part = evaluate(
-        robust_digits(), x[40:90], y[40:90], attack=SHORT, index=torch.arange(40, 90), keep_adversarial=True
+        robust_digits(), x[20:45], y[20:45], attack=SHORT, index=torch.arange(20, 45), keep_adversarial=True
     )
-    assert np.array_equal(part.x_adv, whole.x_adv[40:90])
-    assert not np.array_equal(short(120, seed=1).x_adv, whole.x_adv)
+    assert np.array_equal(part.x_adv, whole.x_adv[20:45])
+    assert not np.array_equal(short(60, seed=1).x_adv, whole.x_adv)
 
 
 def test_shards_may_come_back_in_any_order():
@@ -151,37 +151,30 @@ def test_the_same_weights_that_answer_differently_are_not_mixed_up(tmp_path):
         short(20, other, resume_dir=tmp_path)
 
 
-KILLED = """
-import sys, time
-import torch
-from test_evaluation import short
-from raysweep.evaluation import AttackShards
+def evaluate_ten_shards(folder: Path) -> None:
+    """Four of clean, four of apgd-ce and two of apgd-t; then wait to be killed."""
+    done = 0
 
-def slowly(run, shards):
-    for shard in shards:
-        yield run(shard)
-        print(shard.name, flush=True)
-        time.sleep(0.3)
+    def paused(run, shards):
+        nonlocal done
+        for shard in shards:
+            yield run(shard)
+            print(shard.name, flush=True)
+            done += 1
+            if done == 10:
+                signal.pause()
 
-torch.set_num_threads(1)
-short(60, resume_dir=sys.argv[1], shards=4, map=slowly)
-"""
+    torch.set_num_threads(1)
+    short(60, resume_dir=folder, shards=4, map=paused)
 
 
 def test_kill_and_resume_lose_at_most_one_shard(tmp_path):
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    lines = [child.stdout.readline().strip() for _ in range(4 + 4 + 2)]
-    time.sleep(0.1)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    child.stdout.close()
+    child = forked.start(evaluate_ten_shards, tmp_path)
+    while child.out.count("\n") < 10:
+        assert child.poll() is None, child.err
+        time.sleep(0.01)
+    child.kill()
+    lines = child.out.splitlines()
     assert lines[-1] == "apgd-t" and lines.count("apgd-t") == 2
     assert not list(tmp_path.rglob("*.part"))
     again: list[Shard] = []
@@ -343,15 +336,15 @@ def test_small_batches_are_padded():
 )
 def test_doubts_are_told(defence, words):
     attack = WorstCase(attacks=SHORT.attacks | {"square": Square(eps=0.2, queries=300)})
-    report = evaluate(Wrapped(DEFENCES[defence]), *digits(80), attack=attack)
+    report = evaluate(Wrapped(DEFENCES[defence]), *digits(60), attack=attack)
     for word in words:
         assert any(word in warning for warning in report.warnings), (word, report.warnings)
     if defence in ("scale1000", "softmax"):
-        assert report.robust.sum() <= undivided(80).robust.sum() + 4
+        assert report.robust.sum() <= undivided(60).robust.sum() + 4
 
 
 def test_a_sound_model_raises_no_doubt():
-    assert undivided(80).warnings == ()
+    assert undivided(60).warnings == ()
 
 
 def test_where_no_gradient_attack_ran_none_is_spoken_of():
@@ -498,16 +491,16 @@ def test_report_on_disk(tmp_path):
 
 
 def test_report_in_numbers():
-    report = undivided(120)
-    assert f"120 examples, Linf eps 0.2: clean {report.clean_accuracy:.2%}, robust" in repr(report)
+    report = undivided(60)
+    assert f"60 examples, Linf eps 0.2: clean {report.clean_accuracy:.2%}, robust" in repr(report)
     classes = report.per_class()
-    assert sum(c["count"] for c in classes.values()) == 120
-    assert np.isclose(sum(c["count"] * c["robust_accuracy"] for c in classes.values()) / 120, report.robust_accuracy)
+    assert sum(c["count"] for c in classes.values()) == 60
+    assert np.isclose(sum(c["count"] * c["robust_accuracy"] for c in classes.values()) / 60, report.robust_accuracy)
     low, high = report.intervals["robust"]
     assert low < report.robust_accuracy < high
     assert report.masking_gap == pytest.approx(report.robust_after["apgd-ce"].mean() - report.robust_accuracy)
     assert report.cost["apgd-t"].rows == report.robust_after["apgd-ce"].sum()
-    assert report.queries.sum() == 120 + sum(cost.queries for cost in report.cost.values())
+    assert report.queries.sum() == 60 + sum(cost.queries for cost in report.cost.values())
     for attack in (custom(["square", "apgd-ce"], 0.2), "pgd20"):
         assert evaluate(robust_digits(), *digits(9), attack=attack, eps=0.2).masking_gap is None
 
@@ -555,8 +548,9 @@ def test_shards_where_none_are_asked_for(count, settings, expected):
     assert seen[: len(expected)] == expected
 
 
-def test_processes_of_this_machine(tmp_path):
+def test_processes_of_this_machine(tmp_path, monkeypatch):
     """They stay for the next evaluation, of another model."""
+    forked.instead_of_spawn(monkeypatch)
     mirrored = Wrapped(mirror)
     with Processes(2) as processes:
         assert same(undivided(60), short(60, map=processes, shards=4, resume_dir=tmp_path))

@@ -1,7 +1,8 @@
 """Fast paths hold to the plain computation: the same attack, the same step, and no say in any verdict."""
 
-import copy
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from raysweep.attacks import PGD, WorstCase
 from raysweep.data import Data, load
 from raysweep.models import MODELS, ModelSpec
+from raysweep.models.layers import Logits, conv3x3
 from raysweep.rng import Rng
 from raysweep.spec import SpecError, override
 from raysweep.training.compute import Compute
@@ -48,7 +50,8 @@ def apart(faces: Faces, x: Tensor) -> float:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_network_is_attacked_as_it_is(name) -> None:
-    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    side = 8 if name.startswith("wrn") else 16
+    x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     faces = Faces(lived_in(ModelSpec(name=name).build(3, 10, 0)), x, Compute().on(CPU))
     norms = [m for m in faces.model.modules() if isinstance(m, nn.BatchNorm2d)]
     left = [m for m in faces.attacked.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -68,13 +71,20 @@ def test_a_norm_that_shares_its_convolutions_output_is_not_folded() -> None:
     assert isinstance(faces.attacked.get_submodule("0.blocks.0.bn2"), nn.Identity)
 
 
-@pytest.mark.parametrize("path", [OFF, {}, {"compute.fold": False}], ids=["plain", "default", "channels last"])
-@pytest.mark.parametrize("name", ["digits_cnn", "resnet18", "preact_resnet18", "vgg13"])
-def test_the_attacks_gradient_is_as_near_to_float64s_as_the_plain_one_is(name, path) -> None:
+@cache
+def exact_gradient(name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, labels and the attack's gradient in float64."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.rand(9, 3, 16, 16, generator=generator), torch.arange(9)
     model = lived_in(ModelSpec(name=name).build(3, 10, 0)).eval().requires_grad_(False)
-    _, exact = PGD()._gradient(copy.deepcopy(model).double(), x.double(), y, None)
+    return x, y, PGD()._gradient(model.double(), x.double(), y, None)[1]
+
+
+@pytest.mark.parametrize("path", [OFF, {}, {"compute.fold": False}], ids=["plain", "default", "channels last"])
+@pytest.mark.parametrize("name", ["digits_cnn", "resnet18", "preact_resnet18", "vgg13"])
+def test_the_attacks_gradient_is_as_near_to_float64s_as_the_plain_one_is(name, path) -> None:
+    x, y, exact = exact_gradient(name)
+    model = lived_in(ModelSpec(name=name).build(3, 10, 0)).eval().requires_grad_(False)
     faces = Faces(model, x, override(run_config("at"), path).compute.on(CPU))
     _, found = PGD()._gradient(faces.attacked, x, y, None)
     error = (found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
@@ -83,10 +93,12 @@ def test_the_attacks_gradient_is_as_near_to_float64s_as_the_plain_one_is(name, p
 
 @pytest.fixture(scope="module")
 def learned(digits: Data) -> dict[str, Tensor]:
+    return some_learned(ModelSpec(name="digits_cnn").build(1, 10, 0), digits)
+
+
+def some_learned(model: nn.Module, digits: Data) -> dict[str, Tensor]:
     """Weights that have some of the digits right, so that kappa is of several sizes."""
-    torch.manual_seed(0)
-    model = ModelSpec(name="digits_cnn").build(1, 10, 0).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1, momentum=0.9)
     for _ in range(12):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(digits.train.images(slice(None))), digits.train.y).backward()
@@ -131,6 +143,14 @@ class Stepped:
         }
 
 
+@pytest.fixture(scope="module")
+def plain_step(digits: Data, learned: dict[str, Tensor]) -> Callable[[str, str], Stepped]:
+    """The step in float64 with all fast paths off, computed once for each method and norm."""
+    return cache(
+        lambda method, norm: Stepped(method, digits, learned, OFF | {"method.attacks.*.norm": norm}, torch.float64)
+    )
+
+
 METHODS = ["gairat", "lrat", "gair-fat", "trades", "gair-mart", "mma"]
 PATHS: dict[str, dict[str, object]] = {
     "default": {},
@@ -141,11 +161,11 @@ PATHS: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_is_the_plain_step(method, path, digits, learned) -> None:
+def test_a_step_is_the_plain_step(method, path, digits, learned, plain_step) -> None:
     """In float64: in float32 a pixel whose gradient is near 0 may move the other way, by the machine."""
     for norm in ("Linf", "L2"):
         changes = {"method.attacks.*.norm": norm}
-        plain = Stepped(method, digits, learned, OFF | changes, torch.float64)
+        plain = plain_step(method, norm)
         assert len(plain.kappa.unique()) > 2, "a comparison of something"
         found = Stepped(method, digits, learned, PATHS[path] | changes, torch.float64).apart(plain)
         assert found["kappa"] == 0 and max(found.values()) < 1e-8, found
@@ -173,11 +193,20 @@ def test_an_attack_in_train_mode_meets_the_model_itself(digits, learned) -> None
 
 
 @pytest.mark.slow
-def test_a_compiled_attack_is_the_plain_attack(digits, learned) -> None:
+def test_a_compiled_attack_is_the_plain_attack(digits) -> None:
+    """Of a network with one layer of each kind: a compiler takes seconds for each."""
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        layers = conv3x3(1, 16, 2), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), Logits(256, 10)
+        return nn.Sequential(*layers)
+
+    learned = some_learned(network(), digits)
     method = override(run_config("gairat", TINY).at(0).method, {"attacks.pgd.steps": 3})
     found = []
     for changes in (OFF, {"compute.compile": True}):
-        faces = build(run_config("gairat", TINY, changes), digits, CPU)
+        compute = run_config("gairat", TINY, changes).compute.on(CPU)
+        faces = Faces(network(), digits.train.images(slice(0, 1)), compute)
         faces.model.load_state_dict(learned)
         faces.refresh()
         rows = slice(0, 32)
@@ -189,7 +218,7 @@ def test_a_compiled_attack_is_the_plain_attack(digits, learned) -> None:
 
 @pytest.mark.parametrize("changes", [OFF, {}, BF16], ids=["plain", "default", "bf16"])
 def test_verdicts_are_those_of_the_weights_alone(changes, tmp_path) -> None:
-    config = run_config("lrat", TINY, changes)
+    config = run_config("lrat", TINY, {"epochs": 1, **changes})
     saved = fit(config, tmp_path).last
     model = saved.load_model(config.model.build(1, 10, 0))
     again = config.validation(model.eval(), load(config.data).val)
@@ -200,7 +229,9 @@ def test_training_with_fast_paths_learns_what_plain_training_learns(tmp_path) ->
     """Not bit for bit: training makes much of a difference in a last bit, whoever brings it in."""
     losses = {}
     for name, changes in {"plain": OFF, "default": {}, "bf16": BF16}.items():
-        config = run_config("gairat", TINY, {"epochs": 3, "data.train_size": 256, "*.burn_in": 1, **changes})
+        config = run_config(
+            "gairat", TINY, {"epochs": 3, "data.train_size": 256, "*.burn_in": 1, "*.attacks.*.steps": 1, **changes}
+        )
         rows = fit(config, tmp_path / name).last.history
         losses[name] = rows[0]["train/loss"]
         assert rows[-1]["clean"] > 0.3

@@ -108,7 +108,7 @@ def run(folder: Path, stage: str | None = None, when: str = "") -> Forked:
     # Attacks are spread over processes of the run's own, which are to end with it.
     if stage in ("tune", "train", "promote"):
         environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    process = forked.start(_drive, stage, when, folder=folder, environment=environment)
+    process = forked.start(_drive, stage, when, folder=folder, environment=environment, imports=forked.COMMANDS)
     process.wait()
     assert not psutil.wait_procs(_started_by(folder), timeout=20)[1], "workers outlive their driver"
     return process

@@ -1,10 +1,10 @@
 """Who may import whom: arrows point one way."""
 
-import ast
 import tomllib
 from pathlib import Path
 
 import pytest
+from import_graph import imports
 
 ROOT = Path(__file__).parent.parent / "raysweep"
 # Each layer may import itself and those before it.
@@ -23,18 +23,6 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
-
-
-def imports(path: Path) -> set[str]:
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            if node.module == "raysweep":
-                found |= {f"raysweep.{alias.name}" for alias in node.names}
-    return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -13,7 +13,6 @@ from conftest import TINY, tiny
 from raysweep.cli import main
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.space import SearchSpace
-from raysweep.sweep.tuner import run_sweep
 from raysweep.training.checkpoint import STATE, WEIGHTS, Run
 from raysweep.training.config import run_config
 from raysweep.training.diagnostics import read_histograms
@@ -72,6 +71,7 @@ def test_a_half_of_something_else_is_left_alone(tmp_path: Path, digits) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.mlflow
 def test_a_signal_to_a_training_run(number: signal.Signals, workdir: Path, capsys) -> None:
     """One epoch of many steps, so that the signal comes in its middle."""
     settings = {"epochs": 1, "data.val_size": 50, "batch_size": 8, "*.attacks.*.steps": 3}
@@ -118,6 +118,7 @@ def test_who_cannot_wait_says_ctrl_c_twice() -> None:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.mlflow
 def test_a_training_run_that_fails_is_closed_and_says_where_to_look(workdir: Path, capsys) -> None:
     (workdir / "runs" / "r").mkdir(parents=True)
     (workdir / "runs" / "r" / "histograms").touch()
@@ -134,6 +135,8 @@ def test_a_training_run_that_fails_is_closed_and_says_where_to_look(workdir: Pat
 @pytest.mark.ray
 @pytest.mark.slow
 def test_sigterm_to_a_trial_costs_it_nothing(ray_cluster, tmp_path: Path) -> None:
+    from raysweep.sweep.tuner import run_sweep
+
     alpha = "method.terms.pgd.weight.alpha"
     base = {**TINY, "epochs": 2, "data.train_size": None, "batch_size": 8, "*.attacks.*.steps": 3}
     settings = SearchSpace.load(

@@ -11,6 +11,8 @@ import pytest
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import SearchSpace
 
+pytestmark = pytest.mark.needs_ray
+
 LR = "optim.lr"
 Told = list[tuple[str, int, float | None]]
 

@@ -132,6 +132,7 @@ def test_what_to_type_next_holds_no_password(uri: str, command: str) -> None:
 
 
 @pytest.mark.parametrize("uri", ["http://lab:hush@127.0.0.1:1", "nosuch://lab:hu/sh@127.0.0.1/db?password=hush"])
+@pytest.mark.mlflow
 def test_a_store_that_does_not_answer_gives_no_password_away(uri: str) -> None:
     with pytest.raises(SpecError) as refused:
         store_version(uri)

@@ -1,11 +1,12 @@
 """One copy of a data set for all processes of a machine."""
 
+import gc
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -13,17 +14,18 @@ from raysweep.data import Data, DataSpec, load
 from raysweep.data.shared import Source, cache_folder
 from raysweep.spec import SpecError
 
-# Map the same data in a process of its own, touch all of it, and say how much memory is this process's alone.
-OTHER = """
-import gc, sys, psutil, torch
-from raysweep.data import DataSpec, load
-from raysweep.data.shared import Source
-spec = DataSpec(name="arrays", data_dir=sys.argv[1])
-gc.collect(); before = psutil.Process().memory_full_info().uss
-data = Source(spec, sys.argv[2]).load(spec) if sys.argv[2] != "copy" else load(spec)
-sum(int(part.x.sum()) for part in (data.train, data.val, data.test))
-print(psutil.Process().memory_full_info().uss - before)
-"""
+
+def touch_all(folder: Path, how: str) -> None:
+    """Map the same data in a process of its own, touch all of it, and print how much memory is this process's alone.
+
+    how: the fingerprint of the data, or "copy" to read the files instead.
+    """
+    spec = DataSpec(name="arrays", data_dir=folder)
+    gc.collect()
+    before = psutil.Process().memory_full_info().uss
+    data = Source(spec, how).load(spec) if how != "copy" else load(spec)
+    sum(int(part.x.sum()) for part in (data.train, data.val, data.test))
+    print(psutil.Process().memory_full_info().uss - before)
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +56,10 @@ def test_it_is_the_data_set_and_files_are_read_once(tmp_path: Path) -> None:
     (copy,) = cache_folder().iterdir()
     assert copy.parent.stat().st_mode & 0o077 == 0, "this user's alone"
     (tmp_path / "train.npz").unlink()
-    other_process = [sys.executable, "-c", OTHER, str(tmp_path), plain.fingerprint]
+    other_process = forked.start(touch_all, tmp_path, plain.fingerprint)
     # Its val_size is another, so the copy is not its data.
-    refused = subprocess.run(other_process, capture_output=True, text=True, check=False).stderr.splitlines()[-1]
+    assert other_process.wait() == 1
+    refused = other_process.err.splitlines()[-1]
     assert re.match(r"raysweep.spec.SpecError: [\w.-]+: data.data_dir .* has no train.npz", refused)
 
 
@@ -95,8 +98,9 @@ def test_processes_share_its_memory(tmp_path: Path) -> None:
     assert sum(int(part.x.sum()) for part in (mine.train, mine.val, mine.test)) > 0
 
     def private(how: str) -> float:
-        command = [sys.executable, "-c", OTHER, str(tmp_path), how]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 2**20
+        process = forked.start(touch_all, tmp_path, how)
+        assert process.wait() == 0, process.err
+        return int(process.out) / 2**20
 
     size = 2 * 12_000 * 3 * 16 * 16 / 2**20
     assert private("copy") > 0.9 * size

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -471,13 +472,17 @@ def test_a_server_that_does_not_answer_is_given_up(stoppable, tmp_path: Path, mo
     monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "copy"))
     monkeypatch.setattr(storage, "_PATIENCE", ())
     monkeypatch.setattr(storage, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(storage, "_ATTEMPTS", 1)
     file = storage.at(bucket_on(host, "s3", tmp_path)) / "a" / META
     file.parent.mkdir(parents=True)
     file.write_text("{}")
     server.send_signal(signal.SIGSTOP)
-    for step in (storage.push, storage.pull_file, storage.drop_file, storage.listing):
-        with pytest.raises(storage.StoreFailed, match="Timeout"):
-            step(file)
+    with ThreadPoolExecutor(4) as pool:
+        steps = [pool.submit(step, file) for step in (storage.push, storage.pull_file, storage.drop_file)]
+        steps.append(pool.submit(storage.listing, file))
+        for step in steps:
+            with pytest.raises(storage.StoreFailed, match="Timeout"):
+                step.result()
     server.send_signal(signal.SIGCONT)
     storage.push(file)
     assert storage.pull(file.parent)

@@ -12,6 +12,8 @@ from optuna.trial import FrozenTrial
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.space import Sampler, SearchSpace
 
+pytestmark = pytest.mark.needs_ray
+
 if TYPE_CHECKING:
     from raysweep.sweep.search import StudySearch
 

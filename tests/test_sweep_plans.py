@@ -20,6 +20,8 @@ from raysweep.sweep.plan import epoch_seconds, expected_epochs, left, plan, quic
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.space import SearchSpace
 
+pytestmark = pytest.mark.needs_ray
+
 LR = "optim.lr"
 SMALL = {**TINY, "validation.finish.apgd_t.steps": 2, "validation.scales": []}
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import forked  # noqa: F401 - what the server of the forks imports
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -48,6 +48,7 @@ def in_processes(size: int, work: Callable[..., None], *arguments: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    forked.FORKS.set_forkserver_preload(forked.TRAINING)
     mp.start_processes(_joined, (size, port, work, arguments), nprocs=size, start_method="forkserver")
 
 

@@ -21,7 +21,7 @@ from raysweep.pipeline.bundle import verify_bundle, write_bundle
 from raysweep.pipeline.judge import folder_of, judge, save, threat_of, track, workers
 from raysweep.results import load_sweep
 from raysweep.spec import SpecError, override, unknown_name
-from raysweep.tracking import Tracker, embedded_store, run_tags
+from raysweep.tracking import Tracker, open_tracker, run_tags
 from raysweep.training.load import Subject, load_checkpoint, load_factory
 
 _FACTORY = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
@@ -58,7 +58,7 @@ def run(args: Namespace) -> int:
     attack = preset(args.attack, _eps(args, subject, spec), args.norm, args.version)
     bundle = _bundle(args, subject)
     data = subject.data or load(spec)
-    tracker = _tracker(out)
+    tracker = open_tracker(out)
     if run_id is None and subject.checkpoint is not None:
         run_id = tracker.find(run_tags(subject.checkpoint))
     count = min(args.n or len(data.test), len(data.test))
@@ -107,16 +107,12 @@ def _verify(args: Namespace) -> int:
     return 1 if problems else 0
 
 
-def _tracker(out: Path) -> Tracker:
-    return Tracker(embedded_store(out), out / "mlruns").ready()
-
-
 def _subject(args: Namespace, out: Path) -> tuple[Subject, str | None]:
     """The model, and its MLflow run if it was named by one: for anything else no store is opened."""
     if _FACTORY.match(args.what):
         return load_factory(args.what), None
     if _RUN_ID.match(args.what) or args.what.startswith(("runs:/", "models:/")):
-        run_id, folder = _tracker(out).checkpoint(args.what, out / "runs" / "from-mlflow")
+        run_id, folder = open_tracker(out).checkpoint(args.what, out / "runs" / "from-mlflow")
         return load_checkpoint(folder, _data(args)), run_id
     return load_checkpoint(_place(args), _data(args)), None
 
@@ -177,4 +173,6 @@ def _print(args: Namespace, report: RobustnessReport, subject: Subject, folder: 
         print(f"  {name:<16} {flags.mean():7.2%}   95% {interval[0]:.2%} .. {interval[1]:.2%}")
     if report.masking_gap is not None:
         print(f"  {'masking gap':<16} {report.masking_gap:7.2%}")
-    print(f"files\n  {folder}\ncompare with\n  {ui_command(tracker.uri)}")
+    print(f"files\n  {folder}")
+    if tracker.uri:
+        print(f"compare with\n  {ui_command(tracker.uri)}")

@@ -15,7 +15,7 @@ from raysweep.display import figures, step_bar
 from raysweep.pipeline.lock import alone
 from raysweep.spec import SpecError
 from raysweep.sweep.failures import BUG, FAILED, explain
-from raysweep.tracking import Tracker, embedded_store, train_tags
+from raysweep.tracking import Tracker, open_tracker, train_tags
 from raysweep.training.advice import advise
 from raysweep.training.checkpoint import Checkpoint, Run
 from raysweep.training.config import RunConfig
@@ -39,7 +39,7 @@ def run(args: Namespace) -> int:
         if (last := Run(path).last()) is not None:
             # Before the tracker reopens what may be another run.
             check_goes_on(last, config, data.fingerprint)
-        return _train(args, config, data, Tracker(embedded_store(out), out / "mlruns").ready(), path)
+        return _train(args, config, data, open_tracker(out), path)
 
 
 def _train(args: Namespace, config: RunConfig, data: Data, tracker: Tracker, path: Path) -> int:
@@ -109,5 +109,6 @@ def _tell(args: Namespace, config: RunConfig, tracker: Tracker, fitted: Fitted, 
     print(f"best epoch {fitted.best.epoch} by {objective}: {best[objective]:.3f}\n  {where}")
     for line in advice:
         print(f"note: {line}")
-    print(f"compare with\n  {ui_command(tracker.uri)}")
+    if tracker.uri:
+        print(f"compare with\n  {ui_command(tracker.uri)}")
     return 0
