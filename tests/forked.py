@@ -66,7 +66,7 @@ def start(
 ) -> Forked:
     """Call `function(*arguments)` in a new process, in `folder`; what it returns is the exit code (None: 0).
 
-    environment: what differs from this process's. imports: what the server of the forks imports, if it does not run yet.
+    environment: what differs from that of this process. imports: of the server of the forks, if it does not run yet.
     """
     output = Path(tempfile.mkdtemp(prefix="forked-"))
     where, variables = folder or Path.cwd(), {**os.environ, **(environment or {})}
@@ -87,6 +87,7 @@ def command(
 
 def instead_of_spawn(patch: pytest.MonkeyPatch) -> None:
     """Where a process of its own would be started by "spawn", as a fresh interpreter, it is a fork of the server's."""
+    FORKS.set_forkserver_preload(TRAINING)
     get_context = multiprocessing.get_context
     patch.setattr(
         multiprocessing, "get_context", lambda method=None: FORKS if method == "spawn" else get_context(method)
