@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from robust_digits import digits, robust_digits  # noqa: E402
 from raysweep.attacks import Norm, autoattack  # noqa: E402
 from raysweep.evaluation.copies import attack_copy  # noqa: E402
 from raysweep.rng import Rng  # noqa: E402
+from raysweep.spec import override  # noqa: E402
 
 EVERY = 8
 FORWARD, BOTH = "forward", "forward+backward"
@@ -81,14 +83,17 @@ def main() -> None:
     measure(args.norm, args.seed)
 
 
-def measure(norm: Norm, seed: int = 0, count: int = 450) -> float:
-    """Print the table of the first `count` images (all 450); the ratio over all attacks."""
+def measure(norm: Norm, seed: int = 0, count: int = 450, changes: Mapping[str, object] | None = None) -> float:
+    """Print the table of the first `count` images (all 450); the ratio over all attacks.
+
+    changes: settings of the attacks to override.
+    """
     model, (x, y), eps = robust_digits(), digits(count), {"Linf": 0.2, "L2": 0.7}[norm]
     live = (model(x).argmax(1) == y).nonzero()[:, 0]
     sampled, all_cpu, all_limit = Sampled(attack_copy(model, x[:32])), 0.0, 0.0
     print("| attack | robust | passes | rows a pass | us a row, forward | forward+backward | cpu s | limit s | ratio |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, attack in autoattack(eps, norm).attacks.items():
+    for name, attack in override(autoattack(eps, norm), changes or {}, missing="ignore").attacks.items():
         sampled.reset()
         began = time.process_time()
         found = attack(sampled, x[live], y[live], Rng.for_examples(live, seed).stream(name))

@@ -48,9 +48,8 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def matrix_rate(dtype: torch.dtype, tries: int = 10) -> float:
+def matrix_rate(dtype: torch.dtype, tries: int = 10, size: int = 8192 if DEVICE.type == "cuda" else 1024) -> float:
     """The most FLOP/s that a product of square matrices reaches here; float32 is TF32 on NVIDIA's GPUs."""
-    size = 8192 if DEVICE.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
     with float32_as("tf32"):
         best = min(_seconds(lambda: a @ b) for _ in range(tries))

@@ -50,17 +50,19 @@ def line(sizes: list[int], costs: list[float]) -> tuple[float, float, float]:
     return float(slope), float(intercept), float(1 - (residual**2).sum() / np.var(costs) / len(costs))
 
 
-def lines(epochs: list[int], examples: list[int], trials: list[int], n: int, plot: Path | None) -> list[Ratio]:
+def lines(
+    epochs: list[int], examples: list[int], trials: list[int], n: int, plot: Path | None, small: bool = False
+) -> list[Ratio]:
     """Cost against epochs, examples and trials, each the least of n interleaved runs; of trials in wall seconds."""
     seconds({"epochs": 1, "data.train_size": 64})
     measured: dict[str, tuple[list[int], list[float]]] = {}
     for name, sizes, of in (
-        ("epochs", epochs, lambda size: {"epochs": size, "data.train_size": 256}),
+        ("epochs", epochs, lambda size: {"epochs": size, "data.train_size": 32 if small else 256}),
         ("training examples", examples, lambda size: {"epochs": 1, "data.train_size": size}),
     ):
         runs = [[seconds(of(size)) for size in sizes] for _ in range(n)]
         measured[name] = (sizes, [min(column) for column in zip(*runs, strict=True)])
-    walls = [trials_seconds(trials) for _ in range(n)]
+    walls = [trials_seconds(trials, small) for _ in range(n)]
     measured["trials"] = (trials, [min(column) for column in zip(*walls, strict=True)])
     rows, found = [], []
     for name, (sizes, costs) in measured.items():
@@ -124,7 +126,7 @@ def in_processes(size: int, threads: int, job: tuple[str, int, int]) -> list[flo
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        mp.spawn(_process, (size, threads, port, folder, job), nprocs=size)
+        mp.start_processes(_process, (size, threads, port, folder, job), nprocs=size, start_method="forkserver")
         return [float(value) for value in np.load(Path(folder) / "timings.npy")]
 
 
@@ -151,7 +153,7 @@ def run(full: bool = False) -> list[Ratio]:
     """What `python benchmarks` shows of it."""
     if not full:
         few = {name: VARIANTS[name] for name in ("1 worker, 1 thread", "2 workers, 1 thread each")}
-        return [*lines([1, 2], [64, 128], [1, 2], 1, None), *workers("digits_cnn", 16, 1, 1, few)]
+        return [*lines([1, 2], [32, 64], [1, 2], 1, None, small=True), *workers("digits_cnn", 16, 1, 1, few)]
     plot = Path(__file__).parent / "scaling.svg"
     return [*lines(*SIZES, 2, plot), *workers("resnet18", 64, 2, 2, VARIANTS)]
 

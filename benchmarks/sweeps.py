@@ -35,6 +35,8 @@ from raysweep.training.trainer import fit
 
 LAM, BURN_IN = "method.terms.pgd.weight.lam", "method.terms.pgd.weight.burn_in"
 SMALL = {"data.train_size": 320, "data.val_size": 50, "*.attacks.*.steps": 5}
+# As little as a sweep can train on.
+TINY = {"data.train_size": 32, "data.val_size": 16, "*.attacks.*.steps": 1, "batch_size": 32}
 GRID = {
     "method": "gairat",
     "base": SMALL,
@@ -133,9 +135,9 @@ def overhead(
     return table
 
 
-def trials_seconds(sizes: Sequence[int]) -> list[float]:
+def trials_seconds(sizes: Sequence[int], small: bool = False) -> list[float]:
     """Wall seconds of sweeps of so many trials, two at a time, on a cluster that is up; nothing is shared."""
-    base = {**SMALL, "epochs": 2}
+    base = {**TINY, "epochs": 1} if small else {**SMALL, "epochs": 2}
     spaces = [SearchSpace.load(GRID | {"base": base, "share_prefixes": False, "trials": size}) for size in sizes]
     with connected(cpus=2):
         return [sweep(space)[1] for space in spaces]
@@ -144,7 +146,7 @@ def trials_seconds(sizes: Sequence[int]) -> list[float]:
 def run(full: bool = False) -> list[Ratio]:
     """What `python benchmarks` shows of it."""
     with connected(cpus=2):
-        head, *rows = overhead(2) if full else overhead(1, 3, 1, (SMALL,))
+        head, *rows = overhead(2) if full else overhead(1, 3, 1, (TINY,))
     print(f"\nA sweep and bare training of the same runs; {machine()}\n")
     print(markdown(head, [[str(cell) for cell in row] for row in rows]), flush=True)
     found = []

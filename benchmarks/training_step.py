@@ -265,7 +265,8 @@ def measure(
     seconds = rounds({k: lambda k=k, run=run: found.update({k: run()}) for k, run in variants.items()}, n, warm_up)
     time_of = medians(seconds)
     attack, rest = flops(subject)
-    rates = {dtype: matrix_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    size = {"tries": 2, "size": 256} if small else {}
+    rates = {dtype: matrix_rate(dtype, **size) for dtype in (torch.float32, torch.bfloat16)}
     reference = next(iter(variants))
     base = found.get("ours, all off", found[reference])
     rows = []
@@ -319,7 +320,8 @@ def _agreement(one: Found, other: Found) -> list[str]:
 def run(full: bool = False) -> list[Ratio]:
     """What `python benchmarks` shows of it."""
     batch, n = (128, 2) if full else (16, 1)
-    return [ratio for name in ("gairat", "lrat") for ratio in measure(name, batch, n, not full, suited(full))]
+    paths = suited(full)
+    return [r for name in ("gairat", "lrat") for r in measure(name, batch, n, not full, paths, warm_up=full)]
 
 
 def suited(full: bool) -> list[str]:
