@@ -9,15 +9,22 @@ is the peak of a process that trains an epoch, validates it and writes the check
 
 import argparse
 import os
+import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 from measure import Ratio, machine, table
+from training_step import ours, plain, prepared
+
+from raysweep.spec import override
 
 HERE = Path(__file__).parent
 COMMANDS: dict[str, tuple[list[str], float | None]] = {
@@ -25,21 +32,6 @@ COMMANDS: dict[str, tuple[list[str], float | None]] = {
     "raysweep list": (["list"], None),
     "raysweep tune lrat --plan": (["tune", "lrat", "--plan"], 3.0),
 }
-# What a step costs in memory: argv is batch, attack steps, whose, and which network.
-STEP = """
-import dataclasses, resource, sys
-import torch
-torch.set_num_threads(1)
-from training_step import ours, plain, prepared
-from raysweep.spec import override
-batch, steps, mine, small = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "ours", sys.argv[4] == "small"
-subject = prepared("gairat", batch, small, warm_up=0)
-subject = dataclasses.replace(subject, method=override(subject.method, {"attacks.pgd.steps": steps}))
-run = ours(subject, {"channels_last": True, "fold": True}) if mine else plain(subject, False)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-run()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-"""
 TRIAL = """
 import contextlib, os, resource, sys
 from raysweep.cli import main
@@ -57,6 +49,7 @@ CIFAR = [
     "*.burn_in=0",
 ]
 DIGITS = ["data.train_size=256", "data.val_size=64"]
+TINY = ["data.train_size=32", "data.val_size=16", "*.attacks.*.steps=1", "validation.finish.*.steps=1"]
 TRIALS = [
     ("LRAT, digits", "1 epoch", "lrat", DIGITS),
     ("GAIRAT, ResNet-18, 32 x 32 pixels", "1 step of 128", "gairat", CIFAR),
@@ -103,13 +96,25 @@ def memory(batch: int, steps: tuple[int, int], small: bool = False) -> list[Rati
     """MiB that a step adds to its process."""
     network = "small" if small else "resnet18"
     asked = [("ours", steps[0]), ("ours", steps[1]), ("plain", steps[0])]
-    mib = [float(python("-c", STEP, str(batch), str(k), who, network)) for who, k in asked]
+    with get_context("forkserver").Pool(1, maxtasksperchild=1) as pool:
+        mib = pool.starmap(step_memory, [(batch, k, who == "ours", small) for who, k in asked], chunksize=1)
     rows = [[who, str(k), f"{size:.0f}"] for (who, k), size in zip(asked, mib, strict=True)]
     print(f"\nPeak memory of a GAIRAT step, {network}, batch {batch}; {machine()}\n")
     print(table(["step", "attack steps", "MiB over rest"], rows), flush=True)
     what = f"memory of a step, {steps[1]} over {steps[0]} attack steps"
     ratio = f"{mib[1] / mib[0]:.2f} ({mib[0]:.0f} MiB; plain {mib[2]:.0f})" if mib[0] else "too small to see"
     return [Ratio(what, ratio, "1", f"batch {batch}")]
+
+
+def step_memory(batch: int, steps: int, mine: bool, small: bool) -> float:
+    """MiB that the peak of this process grows by in its first step: ours, or a plain one."""
+    torch.set_num_threads(1)
+    subject = prepared("gairat", batch, small, warm_up=0)
+    subject = replace(subject, method=override(subject.method, {"attacks.pgd.steps": steps}))
+    run = ours(subject, {"channels_last": True, "fold": True}) if mine else plain(subject, False)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 def trials(sizes: list[tuple[str, str, str, list[str]]]) -> list[Ratio]:
@@ -132,7 +137,7 @@ def trials(sizes: list[tuple[str, str, str, list[str]]]) -> list[Ratio]:
 def run(full: bool = False) -> list[Ratio]:
     """What `python benchmarks` shows of it."""
     if not full:
-        return [*answers(1, ["raysweep --help"]), *memory(64, (1, 2), small=True), *trials(TRIALS[:1])]
+        return [*answers(1, ["raysweep --help"]), *memory(64, (1, 2), small=True), *trials([(*TRIALS[0][:3], TINY)])]
     return [*answers(5, list(COMMANDS)), *memory(32, (2, 8)), *trials(TRIALS)]
 
 
