@@ -4,6 +4,7 @@ import importlib.util
 import multiprocessing
 import os
 import shutil
+import socket
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
@@ -153,9 +154,13 @@ def ray_cluster() -> Iterator["Cluster"]:
 
     from ray.cluster_utils import Cluster  # isort: skip
 
-    with loopback(), tempfile.TemporaryDirectory(prefix="forks-") as sockets:
+    with loopback(), tempfile.TemporaryDirectory(prefix="forks-") as sockets, socket.socket() as free:
         os.environ[fork_worker.FOLDER] = sockets
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **FORKED})
+        # Ray's own choice of a port is the same in every process.
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "dashboard_port": port, **FORKED})
         with connected(cluster.address):
             yield cluster
         cluster.shutdown()

@@ -53,11 +53,13 @@ def test_one_command_measures_the_step_and_the_objective() -> None:
         pytest.param("scaling", marks=pytest.mark.ray),
     ],
 )
-def test_each_part_ends_with_a_table_of_ratios(part, request, monkeypatch, capsys) -> None:
+def test_each_part_ends_with_a_table_of_ratios(part, request, monkeypatch, capsys, tmp_path, empty_store) -> None:
     """In this process, on the tests' cluster; processes that it starts are forks."""
     if request.node.get_closest_marker("ray"):
         request.getfixturevalue("ray_cluster")
     forked.instead_of_spawn(monkeypatch)
+    empty_store(tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["benchmarks", part])
     spec = spec_from_file_location("benchmarks_command", ROOT / "benchmarks" / "__main__.py")

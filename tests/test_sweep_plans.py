@@ -374,4 +374,3 @@ def test_each_workers_computation_has_the_threads_of_its_share(
     assert scaling.num_workers == resources.workers and scaling.use_gpu == bool(resources.gpus)
     assert scaling.resources_per_worker == {k: v for k, v in resources.worker.items() if v}
     assert trainer.backend_config.backend == ("nccl" if resources.gpus else "gloo")
-    assert not ray.is_initialized()

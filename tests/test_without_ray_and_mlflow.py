@@ -46,7 +46,7 @@ print(json.dumps([said, report.robust_accuracy, sorted({"ray", "mlflow"} & set(s
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list], list]:
-    """Exit code, output and errors of each command; what `raysweep.evaluate` found, and which of the modules are there."""
+    """Exit code, output and errors of each command; what `raysweep.evaluate` found, and which modules are there."""
     folder = tmp_path_factory.mktemp("core")
     here = all(importlib.util.find_spec(name) is None for name in LEFT_OUT)
     python = Path(sys.executable) if here else make_core_environment(folder / "environment")

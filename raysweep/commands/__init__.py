@@ -1,8 +1,10 @@
 """One module for each command: `run(args) -> exit code`, and what several of them share."""
 
+import importlib.util
 import os
 import re
 import shlex
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import yaml
 from raysweep import storage
 from raysweep.spec import SpecError, is_plain, parse_yaml
 from raysweep.sweep.ledger import Ledger
+from raysweep.tracking import NullTracker, Tracker, embedded_store
 
 # What else there is beside sweeps and runs.
 _RESERVED = ("pipelines", "eval", "from-mlflow")
@@ -92,6 +95,17 @@ def plain_name(name: str, option: str) -> str:
     if not is_plain(name):
         raise SpecError(f"{option} {name!r}: use letters, digits, '-', '_' and '.', not starting with '.'")
     return name
+
+
+def open_tracker(out: Path) -> Tracker:
+    """The tracker of the MLflow store of `out`; without MLflow, one that keeps nothing, and a warning.
+
+    Raises SpecError in one line if the store does not answer.
+    """
+    if importlib.util.find_spec("mlflow") is None:
+        print("raysweep: warning: MLflow is not installed, nothing is tracked: pip install mlflow", file=sys.stderr)
+        return NullTracker()
+    return Tracker(embedded_store(out), out / "mlruns").ready()
 
 
 def ui_command(uri: str) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from raysweep import storage
 from raysweep.attacks import preset
-from raysweep.commands import data_settings, named_sweep, runs_in, ui_command, writable
+from raysweep.commands import data_settings, named_sweep, open_tracker, runs_in, ui_command, writable
 from raysweep.data import DataSpec, load
 from raysweep.data.unlabeled import pseudo_label
 from raysweep.data.unlabeled import read as read_unlabeled
@@ -21,7 +21,7 @@ from raysweep.pipeline.bundle import verify_bundle, write_bundle
 from raysweep.pipeline.judge import folder_of, judge, save, threat_of, track, workers
 from raysweep.results import load_sweep
 from raysweep.spec import SpecError, override, unknown_name
-from raysweep.tracking import Tracker, open_tracker, run_tags
+from raysweep.tracking import Tracker, run_tags
 from raysweep.training.load import Subject, load_checkpoint, load_factory
 
 _FACTORY = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")

@@ -9,13 +9,13 @@ from pathlib import Path
 from rich.console import Console
 
 from raysweep import storage
-from raysweep.commands import plain_name, runs_in, settings, ui_command, writable
+from raysweep.commands import open_tracker, plain_name, runs_in, settings, ui_command, writable
 from raysweep.data import Data, load
 from raysweep.display import figures, step_bar
 from raysweep.pipeline.lock import alone
 from raysweep.spec import SpecError
 from raysweep.sweep.failures import BUG, FAILED, explain
-from raysweep.tracking import Tracker, open_tracker, train_tags
+from raysweep.tracking import Tracker, train_tags
 from raysweep.training.advice import advise
 from raysweep.training.checkpoint import Checkpoint, Run
 from raysweep.training.config import RunConfig

@@ -1,25 +1,12 @@
-"""Where MLflow is not installed: commands of one process work, and nothing is tracked."""
+"""For commands of one process, which work where MLflow is not installed."""
 
-import importlib.util
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from raysweep.spec import SpecError
-from raysweep.tracking.store import Status, Tracker, embedded_store
+from raysweep.tracking.store import Status, Tracker
 from raysweep.training.config import RunConfig
-
-
-def open_tracker(out: Path) -> Tracker:
-    """The tracker of the MLflow store of `out`, once it answers; without MLflow, one that keeps nothing, and a warning.
-
-    Raises SpecError in one line if the store does not answer.
-    """
-    if importlib.util.find_spec("mlflow") is None:
-        print("raysweep: warning: MLflow is not installed, nothing is tracked: pip install mlflow", file=sys.stderr)
-        return NullTracker()
-    return Tracker(embedded_store(out), out / "mlruns").ready()
 
 
 class NullTracker(Tracker):
