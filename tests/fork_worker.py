@@ -24,6 +24,8 @@ IMPORTS = (
     "ray.train.torch",
     "raysweep.sweep.tuner",
     "raysweep.training.distributed",
+    # What the first optimiser in a process imports.
+    "torch._dynamo",
 )
 ALIVE = 1.0
 

@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 
 FORKS = multiprocessing.get_context("forkserver")
-TRAINING = ["raysweep.training.trainer", "raysweep.training.distributed"]
-COMMANDS = ["raysweep.commands.run", "raysweep.commands.tune", "raysweep.sweep.tuner", "mlflow.tracking"]
+# torch._dynamo: what the first optimiser in a process imports.
+TRAINING = ["raysweep.training.trainer", "raysweep.training.distributed", "torch._dynamo"]
+COMMANDS = [*TRAINING, "raysweep.commands.run", "raysweep.commands.tune", "raysweep.sweep.tuner"]
+COMMANDS += ["mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store", "raysweep.plots", "optuna.importance"]
 
 
 class Forked:

@@ -90,6 +90,9 @@ def _drive(stage: str | None, when: str) -> int:
     """`raysweep run killed.yaml` in a process of its own."""
     from raysweep.cli import main
 
+    if (stage, when) != ("autoattack", "working"):
+        # One run spreads its attacks over processes of its own, which are to end with it.
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     if stage is not None:
         _arm(stage, when)
     return main(["run", "killed.yaml"])
@@ -105,7 +108,6 @@ def folder(ray_cluster, empty_store, tmp_path: Path) -> Path:
 def run(folder: Path, stage: str | None = None, when: str = "") -> Forked:
     """A run, ended, that may have been told to die; nothing that it started is left."""
     environment = {_MARK: str(folder)}
-    # Attacks are spread over processes of the run's own, which are to end with it.
     if stage in ("tune", "train", "promote"):
         environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     process = forked.start(_drive, stage, when, folder=folder, environment=environment, imports=forked.COMMANDS)
