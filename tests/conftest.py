@@ -51,8 +51,19 @@ TINY: dict[str, Any] = {
 FORKED = {"setup_worker_path": fork_worker.__file__}
 
 
-# Tests marked `ray` run in two processes, each with a cluster: those of these files, and the others.
-SECOND_CLUSTER = {"test_cli", "test_clusters", "test_doctor", "test_eval", "test_notebook", "test_pipelines"}
+# The files that use Ray run in two processes, each with a cluster: these in one, those in the other.
+CLUSTERS = (
+    {
+        "test_kills.py",
+        "test_preemption.py",
+        "test_ray_workers.py",
+        "test_resume.py",
+        "test_storage.py",
+        "test_sweep.py",
+    },
+    {"test_benchmarks.py", "test_cli.py", "test_clusters.py", "test_doctor.py", "test_eval.py", "test_notebook.py"}
+    | {"test_pipelines.py", "test_security.py"},
+)
 HAS_RAY = importlib.util.find_spec("ray") is not None
 
 
@@ -62,15 +73,23 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True if left_out else None
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """Tests that use the same cluster run in one process, first, for they take longest; others with their file's."""
-    for item in items:
-        second = item.path.stem in SECOND_CLUSTER
-        group = f"ray {1 + second}" if item.get_closest_marker("ray") else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-    yield
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that use Ray go first, for they take longest."""
+    items.sort(key=lambda item: not any(item.path.name in files for files in CLUSTERS))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of one file run in one process, and so do those of files that share a cluster."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByCluster(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = Path(nodeid.split("::")[0]).name
+            return next((f"cluster {number}" for number, files in enumerate(CLUSTERS) if file in files), file)
+
+    return ByCluster(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -338,9 +338,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, line, workdir: Path, c
     Ledger.create(workdir / "runs" / "g1", load_space("", {}, workdir / "both.yaml"))
     assert main(arguments) == 2
     out, err = capsys.readouterr()
-    assert out == ""
-    (message,) = err.strip().splitlines()
-    assert message.startswith("raysweep: error: ") and line in message
+    assert out == "" and len(err.strip().splitlines()) == 1, err
+    assert err.startswith("raysweep: error: ") and line in err
     assert not (workdir / "runs").exists() or not list((workdir / "runs").glob("*/trials/*"))
 
 

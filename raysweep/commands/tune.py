@@ -43,10 +43,10 @@ def run(args: Namespace) -> int:
         return plan(space, data, resources, args.address, args.json, old.trials() if old else [])
     out = writable(args.out)
     exports = _exports(args)
-    tracker = Tracker(embedded_store(out), out / "mlruns")
-    listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(Console(stderr=True)), *exports]
     name = args.name or f"{space.config({}).method.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = runs / (args.resume or plain_name(name, "--name"))
+    tracker = Tracker(embedded_store(out), out / "mlruns")
+    listeners: list[Listener] = [SweepTracker(tracker, data.fingerprint), Progress(Console(stderr=True)), *exports]
 
     from raysweep.sweep.relay import SweepFailed
     from raysweep.sweep.tuner import run_sweep
