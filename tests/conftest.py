@@ -1,6 +1,7 @@
 """What the tests share: a small network, a batch of digits, one Ray cluster for the session."""
 
 import importlib.util
+import logging
 import multiprocessing
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 # By Ray's default its workers get one second for each 28 that the tests beside theirs use.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Buckets are those of a server on this machine, their copies out of the way of the user's own.
@@ -117,6 +119,8 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], No
             if not store.exists():
                 from mlflow import MlflowClient
 
+                for name in ("alembic", "mlflow.store.db.utils"):
+                    logging.getLogger(name).setLevel(logging.WARNING)
                 MlflowClient(tracking_uri=f"sqlite:///{first}").search_experiments()
                 with closing(sqlite3.connect(first)) as made, closing(sqlite3.connect(half)) as copy:
                     made.backup(copy)

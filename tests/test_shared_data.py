@@ -105,3 +105,17 @@ def test_processes_share_its_memory(tmp_path: Path) -> None:
     size = 2 * 12_000 * 3 * 16 * 16 / 2**20
     assert private("copy") > 0.9 * size
     assert private(fingerprint) < 0.2 * size
+
+
+def test_nobody_else_reads_the_copies(tmp_path: Path) -> None:
+    """Also where the folders of the cache are yet to be made."""
+    (tmp_path / "data").mkdir()
+    spec = write_arrays(tmp_path / "data", 0)
+    assert not cache_folder().exists()
+    source = Source(spec, load(spec).fingerprint)
+    source.load(spec)
+    assert cache_folder().stat().st_mode & 0o777 == 0o700
+    (file,) = cache_folder().iterdir()
+    file.unlink()
+    source.load(spec)
+    assert file.exists(), "a folder that is there already is no reason to do without"

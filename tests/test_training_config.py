@@ -108,3 +108,18 @@ def test_a_config_that_says_nothing_has_the_documented_defaults() -> None:
     assert (config.epochs, config.batch_size, config.seed, config.collapse_after) == (100, 128, 0, 20)
     assert [config.at(epoch).optim.lr for epoch in (0, 59, 60, 89, 90)] == [0.1, 0.1, 0.01, 0.01, 0.001]
     assert config.optim.nesterov is False and config.validation.objective == "robust_worst"
+
+
+def test_defaults_of_mnist_and_svhn() -> None:
+    """Madry et al.'s threat model for MNIST; for SVHN the learning rates of G appendix C.3."""
+    mnist = run_config("gairat", {"data.name": "mnist"})
+    attack = mnist.method.attacks["pgd"]
+    assert (attack.eps, attack.step_size, mnist.method.terms["pgd"].weight.burn_in) == (0.3, 0.04, 10)
+    assert (mnist.data.val_size, mnist.model.name, mnist.epochs, mnist.batch_size) == (5000, "digits_cnn", 30, 128)
+    assert [mnist.at(epoch).optim.lr for epoch in (19, 20, 26, 27)] == [0.05, 0.005, 0.005, 0.0005]
+    assert run_config("mma", {"data.name": "mnist"}).method.attacks["minimal"].d_max == 0.45
+    fat = run_config("fat", {"data.name": "mnist"})
+    assert [fat.at(epoch).method.attacks["pgd"].tau for epoch in (9, 10, 19, 20)] == [0, 3, 3, 6]
+    svhn = run_config("gairat", {"data.name": "svhn"})
+    assert [svhn.at(epoch).optim.lr for epoch in (29, 30, 59, 60)] == [0.01, 0.001, 0.001, 0.0001]
+    assert (svhn.model.name, svhn.data.val_size, svhn.epochs) == ("resnet18", 1000, 100)

@@ -221,3 +221,26 @@ def _rest(folder, few):
     rows = torch.tensor([i not in used for i in whole.train.index.tolist()])
     write(folder / "bare.npz", whole.train.x[rows].numpy(), whole.train.y[rows].numpy())
     return folder / "bare.npz"
+
+
+class Python2(pickle._Pickler):
+    """Writes bytes as Python 2 wrote its strings: an array's numbers, too."""
+
+    dispatch = {**pickle._Pickler.dispatch}  # noqa: RUF012
+
+    def save_bytes(self, content: bytes) -> None:
+        self.write(pickle.BINSTRING + len(content).to_bytes(4, "little") + content)
+        self.memoize(content)
+
+    dispatch[bytes] = save_bytes
+
+
+def test_a_pickle_of_python_2(tmp_path, images):
+    x, y = images
+    x = x + np.uint8(200)
+    path = tmp_path / "old.pickle"
+    content = {"data": np.ascontiguousarray(x.transpose(0, 2, 3, 1)), "extrapolated_targets": y}
+    with path.open("wb") as file:
+        Python2(file, protocol=2).dump(content)
+    read_x, read_y = read(path)
+    assert np.array_equal(read_x, x) and np.array_equal(read_y, y)
