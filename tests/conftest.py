@@ -49,11 +49,11 @@ TINY: dict[str, Any] = {
     "*.attacks.*.steps": 2,
     "validation.finish.*.steps": 2,
 }
-# Ray's workers are forks of one process: for `head_node_args`, and `add_node`.
+# Arguments for `head_node_args` and `add_node` that make Ray's workers forks of one process.
 FORKED = {"setup_worker_path": fork_worker.__file__}
 
 
-# The files that use Ray run in two processes, each with a cluster: these in one, those in the other.
+# The files that use Ray run in two processes, each with a cluster of its own: one set of files in each process.
 CLUSTERS = (
     {
         "test_kills.py",
@@ -70,20 +70,20 @@ HAS_RAY = importlib.util.find_spec("ray") is not None
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Where Ray and MLflow are not installed, files that import them are left out."""
+    """Leave out the test files that import Ray or MLflow where these are not installed."""
     left_out = not HAS_RAY and collection_path.suffix == ".py" and not is_importable(collection_path)
     return True if left_out else None
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that use Ray go first, for they take longest."""
+    """Run the files that use Ray first, because they take longest."""
     items.sort(key=lambda item: not any(item.path.name in files for files in CLUSTERS))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests of one file run in one process, and so do those of files that share a cluster."""
+    """Run the tests of one file in one process, and those of files that share a cluster, too."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByCluster(LoadScopeScheduling):
@@ -108,7 +108,7 @@ def _no_copies_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
-    """Makes a file an MLflow store without a run: a copy, for MLflow takes seconds to make its tables."""
+    """Function that creates an MLflow store without runs. It copies one: MLflow takes seconds to create it."""
     folder = tmp_path_factory.getbasetemp()
     # pytest-xdist gives each of its processes a folder in one that they share.
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
@@ -132,7 +132,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], No
 
 @pytest.fixture(scope="session", autouse=True)
 def _new_stores_are_copies(empty_store: Callable[[Path], None]) -> Iterator[None]:
-    """In this process; test_cli has a real command that makes its own."""
+    """Create new stores of this process by copying an empty one. A command in test_cli lets MLflow create its store."""
     from raysweep.tracking.store import Tracker
 
     connect = Tracker._connect
@@ -179,7 +179,7 @@ def ray_cluster() -> Iterator["Cluster"]:
 
     with loopback(), tempfile.TemporaryDirectory(prefix="forks-") as sockets, socket.socket() as free:
         os.environ[fork_worker.FOLDER] = sockets
-        # Ray's own choice of a port is the same in every process.
+        # By default Ray tries the same port in every process.
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()

@@ -1,8 +1,8 @@
-"""An environment that lacks Ray and MLflow, made of links to the packages of this one.
+"""Create an environment without Ray and MLflow whose packages are links to those of the current one.
 
     python tests/core_environment.py FOLDER
 
-makes it in FOLDER and prints its interpreter. CI runs the quick tests there.
+creates it in FOLDER and prints the path of its interpreter. CI runs the quick tests there.
 """
 
 import shutil
@@ -15,7 +15,7 @@ LEFT_OUT = ("ray", "mlflow")
 
 
 def make_core_environment(folder: Path) -> Path:
-    """A virtual environment in `folder`, made anew; its interpreter."""
+    """Create the environment, deleting what `folder` held before, and return the path of its interpreter."""
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=False)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"

@@ -1,4 +1,4 @@
-"""Starts Ray's worker processes as forks of one process that has imported what they need: 0.1 s instead of 5 each.
+"""Starts Ray's worker processes as forks of one process that has imported what they need: 0.1 s each instead of 5.
 
 A node of the test cluster is given this file as its `setup_worker_path`. Its first worker starts the server of the
 node, and waits as long as the node lives, so that all workers are descendants of the process that started the node.
@@ -27,11 +27,12 @@ IMPORTS = (
     # What the first optimiser in a process imports.
     "torch._dynamo",
 )
-ALIVE = 1.0
+# Seconds between two checks that the raylet still runs.
+POLL_SECONDS = 1.0
 
 
 def launch(arguments: list[str]) -> None:
-    """What the raylet runs for each worker: hand it to the node's server, which the first one starts."""
+    """Ask the node's server to fork a worker. The raylet calls this for each; the first call starts the server."""
     context = "--serialized-runtime-env-context="
     given = [argument.removeprefix(context) for argument in arguments if argument.startswith(context)]
     environment = dict(os.environ) | json.loads(given[0] if given else "{}").get("env_vars", {})
@@ -50,14 +51,14 @@ def launch(arguments: list[str]) -> None:
         streams = array.array("i", [1, 2])
         connection.sendmsg([len(message).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
         connection.sendall(message)
-        # The raylet takes the end of what it started for the end of the worker.
+        # Wait until the worker ends: the raylet started this process, and takes its end for the end of the worker.
         connection.recv(1)
     if server is not None:
         server.wait()
 
 
 def serve(path: Path) -> None:
-    """Fork a worker for each request, until the raylet has ended."""
+    """Fork a worker for each request, until the raylet ends."""
     for name in IMPORTS:
         __import__(name)
     raylet = int(os.environ["RAY_RAYLET_PID"])
@@ -67,11 +68,11 @@ def serve(path: Path) -> None:
         listener.listen(64)
         path.with_suffix(".new").rename(path)
         while _is_alive(raylet):
-            if not select.select([listener], [], [], ALIVE)[0]:
+            if not select.select([listener], [], [], POLL_SECONDS)[0]:
                 continue
             connection, _ = listener.accept()
             if os.fork() == 0:
-                # The raylet ends the group of a worker's process with it.
+                # When the raylet kills a worker it kills the worker's process group, which must not be the server's.
                 os.setsid()
                 listener.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -81,7 +82,7 @@ def serve(path: Path) -> None:
 
 
 def _become_worker(connection: socket.socket) -> None:
-    """Read the request and run it. The connection stays open: its end tells the launcher of this process's."""
+    """Read the request and run it. The connection stays open: by its end the launcher sees that of the worker."""
     head, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(8))
     streams = array.array("i")
     streams.frombytes(ancillary[0][2])

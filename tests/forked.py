@@ -1,6 +1,7 @@
-"""Processes of their own that start at once: forks of one that has imported what commands and trainings need.
+"""Run functions and commands in new processes that start in 0.1 s.
 
-What a fresh interpreter imports first is tested where that is the point (test_cli, test_eval, the notebook).
+They are forks of a server that has imported what commands and training need. Tests of what a fresh interpreter does
+start a real one instead (test_cli, test_eval, the notebook).
 """
 
 import multiprocessing
@@ -24,7 +25,7 @@ COMMANDS += ["mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store", "raysw
 
 
 class Forked:
-    """A running function or command. out, err: what it printed so far."""
+    """A running function or command. out, err: what it has printed so far."""
 
     def __init__(self, process: BaseProcess, output: Path) -> None:
         self._process = process
@@ -44,7 +45,7 @@ class Forked:
         return self._process.exitcode
 
     def wait(self, timeout: float = 120) -> int:
-        """The exit code. Raises TimeoutError, with what was printed, if it still runs then."""
+        """Return the exit code. Raises TimeoutError, with what was printed, after `timeout` seconds."""
         self._process.join(timeout)
         if self._process.exitcode is None:
             raise TimeoutError(f"still running after {timeout} s: {self.out}{self.err}")
@@ -68,7 +69,8 @@ def start(
 ) -> Forked:
     """Call `function(*arguments)` in a new process, in `folder`; what it returns is the exit code (None: 0).
 
-    environment: what differs from that of this process. imports: of the server of the forks, if it does not run yet.
+    environment: variables that differ from those of this process. imports: the modules that the fork server imports
+    when it starts; they change nothing if it runs already.
     """
     output = Path(tempfile.mkdtemp(prefix="forked-"))
     where, variables = folder or Path.cwd(), {**os.environ, **(environment or {})}
@@ -83,12 +85,12 @@ def start(
 def command(
     arguments: Sequence[str], folder: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> Forked:
-    """`raysweep ARGUMENTS` in a new process."""
+    """Run `raysweep ARGUMENTS` in a new process."""
     return start(_main, list(arguments), folder=folder, environment=environment, imports=COMMANDS)
 
 
 def instead_of_spawn(patch: pytest.MonkeyPatch) -> None:
-    """Where a process of its own would be started by "spawn", as a fresh interpreter, it is a fork of the server's."""
+    """Replace multiprocessing's "spawn" context, which starts fresh interpreters, by the fork server."""
     FORKS.set_forkserver_preload(TRAINING)
     get_context = multiprocessing.get_context
     patch.setattr(
@@ -113,7 +115,7 @@ def _work(
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)
-    # As in a fresh interpreter: the server of the forks ignores it.
+    # The fork server ignores SIGINT, and so would its forks; a fresh interpreter does not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = function(*arguments)

@@ -1,4 +1,4 @@
-"""What a file imports, read from its text."""
+"""Find out from the text of a file which modules it imports."""
 
 import ast
 import importlib.util
@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "raysweep"
 
 
 def imports(path: Path, nested: bool = True) -> set[str]:
-    """Names of the modules that a file imports; without `nested`, only those that its own import brings."""
+    """Names of the modules that a file imports; without `nested`, only by statements at its top level."""
     tree = ast.parse(path.read_text())
     found: set[str] = set()
     for node in ast.walk(tree) if nested else tree.body:
@@ -23,12 +23,12 @@ def imports(path: Path, nested: bool = True) -> set[str]:
 
 
 def is_importable(path: Path) -> bool:
-    """Whether the libraries that a file of tests imports, itself or through other files of ours, are installed."""
+    """Whether all libraries are installed that a test file imports, itself or through files of this project."""
     files, seen = [path], {path}
     while files:
         file = files.pop()
         for name in _imports(file):
-            found = _ours(name, file.parent)
+            found = _find_own_files(name, file.parent)
             if not found and not _is_installed(name.partition(".")[0]):
                 return False
             files += [one for one in found if one not in seen]
@@ -40,11 +40,11 @@ _is_installed = cache(lambda name: importlib.util.find_spec(name) is not None)
 _imports = cache(lambda path: imports(path, nested=False))
 
 
-def _ours(name: str, folder: Path) -> list[Path]:
-    """The files of the package, or of the tests in `folder`, that importing a module of this name runs."""
+def _find_own_files(name: str, folder: Path) -> list[Path]:
+    """The files of this project that are executed when a file in `folder` imports the module `name`."""
     top, *rest = name.split(".")
     if top != "raysweep":
-        beside = [] if folder.is_relative_to(PACKAGE) else [folder, PACKAGE.parent / "benchmarks"]
-        return [place / f"{top}.py" for place in beside if (place / f"{top}.py").is_file()][:1]
+        folders = [] if folder.is_relative_to(PACKAGE) else [folder, PACKAGE.parent / "benchmarks"]
+        return [place / f"{top}.py" for place in folders if (place / f"{top}.py").is_file()][:1]
     packages = [PACKAGE.joinpath(*rest[:depth], "__init__.py") for depth in range(len(rest) + 1)]
     return [file for file in (*packages, PACKAGE.joinpath(*rest).with_suffix(".py")) if file.is_file()]

@@ -1,4 +1,4 @@
-"""Where Ray and MLflow are not installed, what needs neither works, and what needs one says so in a line."""
+"""Without Ray and MLflow, commands that need neither work, and commands that need one say so in one line."""
 
 import importlib.util
 import json
@@ -31,22 +31,22 @@ NEED = [f"tune lrat --trials 1 {SMALL}", "doctor", "eval models:/robust@champion
 SCRIPT = """\
 import contextlib, io, json, sys
 from raysweep.cli import main
-said = []
+results = []
 for command in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(command.split())
-    said.append([code, out.getvalue(), err.getvalue()])
+    results.append([code, out.getvalue(), err.getvalue()])
 import torch, raysweep
 x, y = torch.rand(8, 1, 8, 8), torch.arange(8)
 report = raysweep.evaluate(__import__("mine").make(), x, y, attack="pgd20", eps=0.1)
-print(json.dumps([said, report.robust_accuracy, sorted({"ray", "mlflow"} & set(sys.modules))]))
+print(json.dumps([results, report.robust_accuracy, sorted({"ray", "mlflow"} & set(sys.modules))]))
 """
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list], list]:
-    """Exit code, output and errors of each command; what `raysweep.evaluate` found, and which modules are there."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list], list]:
+    """Exit code, output and errors of each command; then the robust accuracy by `raysweep.evaluate`, and imports."""
     folder = tmp_path_factory.mktemp("core")
     here = all(importlib.util.find_spec(name) is None for name in LEFT_OUT)
     python = Path(sys.executable) if here else make_core_environment(folder / "environment")
@@ -59,23 +59,23 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list], lis
 
 
 @pytest.mark.parametrize("command", WORK)
-def test_what_needs_neither_works(said, command: str) -> None:
-    code, out, err = said[0][command]
+def test_commands_that_need_neither_work(results, command: str) -> None:
+    code, out, err = results[0][command]
     assert code == 0 and out, err
     tracks = command.startswith(("train", "eval")) and "--verify" not in command
     assert ("MLflow is not installed, nothing is tracked" in err) == tracks
 
 
-def test_evaluate_works_and_neither_was_imported(said) -> None:
-    robust, modules = said[1]
+def test_evaluate_works_and_neither_was_imported(results) -> None:
+    robust, modules = results[1]
     assert 0 <= robust <= 1 and modules == []
 
 
 @pytest.mark.parametrize(
     ("command", "line"), zip(NEED, ["needs Ray", "needs Ray", "MLflow is not installed"], strict=True)
 )
-def test_what_needs_one_says_so_in_a_line(said, command: str, line: str) -> None:
-    code, out, err = said[0][command]
+def test_commands_that_need_one_say_so_in_one_line(results, command: str, line: str) -> None:
+    code, out, err = results[0][command]
     assert code == 2 and out == ""
     *_, message = err.splitlines()
     assert message.startswith("raysweep: error: ") and line in message and "pip install" in message
