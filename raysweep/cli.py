@@ -192,7 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# What some commands do without: the name of the module, of the library, and what pip calls it.
+# Libraries that only some commands need: {module: (name for messages, requirement for pip)}.
 _REQUIREMENTS = {"ray": ("Ray", "ray[default,tune,train]"), "mlflow": ("MLflow", "mlflow")}
 
 

@@ -228,7 +228,7 @@ def _match(path: str, data: Json) -> list[str]:
 
 
 def _assign(data: Json, parts: list[str], value: Any) -> None:
-    """Set the value at a path. A part that a wider match of the same `*` has replaced is gone, and is left out."""
+    """Set the value at a path. Do nothing if a wider match of the same `*` has replaced the part that held it."""
     node: Any = data
     for part in parts[:-1]:
         node = node.get(part) if isinstance(node, dict) else None
@@ -236,7 +236,7 @@ def _assign(data: Json, parts: list[str], value: Any) -> None:
         return
     if parts[-1] == "kind" and node.get("kind") != value:
         node.clear()
-    # A copy of its own for each place: a deeper path may change it, and the caller's value stays as it is.
+    # Each place gets its own copy: a deeper path may change it later, and the caller's value must not change.
     node[parts[-1]] = copy.deepcopy(value)
 
 

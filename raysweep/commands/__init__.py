@@ -98,9 +98,9 @@ def plain_name(name: str, option: str) -> str:
 
 
 def open_tracker(out: Path) -> Tracker:
-    """The tracker of the MLflow store of `out`; without MLflow, one that keeps nothing, and a warning.
+    """Open the MLflow store of `out`. Without MLflow, warn and return a tracker that keeps nothing.
 
-    Raises SpecError in one line if the store does not answer.
+    Raises SpecError, in one line, if the store does not answer.
     """
     if importlib.util.find_spec("mlflow") is None:
         print("raysweep: warning: MLflow is not installed, nothing is tracked: pip install mlflow", file=sys.stderr)

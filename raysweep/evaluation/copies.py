@@ -172,7 +172,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def _agree(one: nn.Module, other: nn.Module, x: Tensor) -> bool:
-    """Whether the folded model `other` computes what `one` does."""
+    """Whether the folded model `other` gives the same outputs as `one`, up to FOLDING_TOLERANCE."""
     with torch.no_grad():
         a = one(x)
         try:

@@ -68,9 +68,9 @@ def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 
 def student_t(freedom: int) -> float:
-    """The two-sided 95% point of Student's t with so many (1 or more) degrees of freedom, to within 0.0005.
+    """Return the two-sided 95% point of Student's t with `freedom` (1 or more) degrees of freedom, to within 0.0005.
 
-    Beyond the table by its expansion about the normal distribution's (Abramowitz and Stegun 26.7.5).
+    Beyond the table it comes from an expansion about the normal distribution's (Abramowitz and Stegun 26.7.5).
     """
     if freedom <= len(_T95):
         return _T95[freedom - 1]

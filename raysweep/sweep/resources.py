@@ -79,5 +79,5 @@ class Resources:
 
 
 def _whole(ratio: float) -> int:
-    """How often something fits: 33 / 1.1 is 29.999999999999996 for a computer."""
+    """Round a ratio down to a whole number, with room for rounding errors: 33 / 1.1 is 29.999999999999996 in floats."""
     return int(ratio + 1e-9)

@@ -1,4 +1,4 @@
-"""For commands of one process, which work where MLflow is not installed."""
+"""Tracker for `raysweep train` and `raysweep eval` where MLflow is not installed."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from raysweep.training.config import RunConfig
 
 
 class NullTracker(Tracker):
-    """Takes what a training run or an evaluation logs, and keeps nothing of it. uri: empty."""
+    """Accepts what a training run or an evaluation logs and keeps nothing. uri: empty."""
 
     def __init__(self) -> None:
         self.uri = ""

@@ -12,6 +12,8 @@ from typing import Protocol
 from raysweep import storage
 
 _BEAT, _STALE = 5.0, 30.0
+# How often, and how many seconds apart, a claimant looks whether another that came at once withdraws.
+_LOOKS, _PAUSE = 10, 0.1
 
 
 class Claim(Protocol):
@@ -87,9 +89,9 @@ class FileClaim:
 
 
 class BucketClaim:
-    """Buckets cannot create exclusively: each claimant leaves a file of its own, and the earliest that lives wins.
+    """Buckets cannot create exclusively: each claimant leaves a file of its own, and holds the claim if it is alone.
 
-    Where clocks differ two may win at once. Then a state is trained twice, and is the same.
+    Of several that come at once the one with the earliest clock stays, the others withdraw.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -101,10 +103,16 @@ class BucketClaim:
         if self._others():
             return False
         self.beat()
-        if any(other.name < self._mine.name for other in self._others()):
-            self.release()
-            return False
-        return True
+        # Of two that came at once the later withdraws; one that is here to stay did not see this one when it came.
+        for _ in range(_LOOKS):
+            others = self._others()
+            if not others:
+                return True
+            if any(other.name < self._mine.name for other in others):
+                break
+            time.sleep(_PAUSE)
+        self.release()
+        return False
 
     def alive(self) -> str:
         """Another whose heart was seen to beat since this process first asked; empty if none was yet."""
