@@ -36,7 +36,7 @@ from raysweep.rng import Rng  # noqa: E402
 
 # Of the 10,000 images: a minute each at most.
 SHARDS = 100
-# Settings of AutoAttack that make it short, to see that it runs.
+# Settings that shorten AutoAttack, to check only that the benchmark works.
 SHORT = {"attacks.*.steps": 10, "attacks.*.targets": 2, "attacks.*.queries": 50}
 # MNIST images of WK17a that gradients leave and Square breaks, not all of them with every seed.
 OF_SQUARE = [211, 2610, 4477, 4929, 6101, 479, 6035, 8, 3511]

@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def measure(norm: Norm, seed: int = 0, count: int = 450, changes: Mapping[str, object] | None = None) -> float:
-    """Print the table of the first `count` images (all 450); the ratio over all attacks.
+    """Print the table for the first `count` of the 450 images and return the ratio over all attacks.
 
     changes: settings of the attacks to override.
     """

@@ -107,7 +107,7 @@ def memory(batch: int, steps: tuple[int, int], small: bool = False) -> list[Rati
 
 
 def step_memory(batch: int, steps: int, mine: bool, small: bool) -> float:
-    """MiB that the peak of this process grows by in its first step: ours, or a plain one."""
+    """Return by how many MiB the peak memory of this process grows in its first step: ours (`mine`) or a plain one."""
     torch.set_num_threads(1)
     subject = prepared("gairat", batch, small, warm_up=0)
     subject = replace(subject, method=override(subject.method, {"attacks.pgd.steps": steps}))

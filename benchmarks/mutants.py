@@ -1,4 +1,4 @@
-"""How many wrong versions of the core the tests notice: a mutation run.
+"""Mutation testing: count how many wrong versions (mutants) of the core the tests notice.
 
     nice -n 19 python benchmarks/mutants.py                        # 150 mutants, seed 0; the tables of mutants.md
     python benchmarks/mutants.py -n 40 --only losses --only weights
@@ -9,14 +9,14 @@
 Takes a copy of the project first, so that the tree may change meanwhile and is never written to. A coverage run of each
 test file records which test runs which line (minutes; kept by file in the cache and redone for what has changed). Each
 mutant is then a process of its own, forked from one that has imported the libraries: it runs the tests that cover the
-changed line, cheapest first, until one fails. What a test starts sees the mutant as well (PYTHONPATH), unless the test
-gives it an environment without that. A test that catches a mutant must pass alone on the unchanged code.
+changed line, cheapest first, until one fails. Processes that a test starts import the mutant as well (PYTHONPATH),
+unless the test gives them an environment without it. A test that catches a mutant must pass alone on the original code.
 
-A mutant of a line that no test runs gets all tests that run its module. One under which they need more than 4 times
-their usual processor time and 20 s, wait for so long without working, or take too much memory counts as caught, named
-apart: these are limits that a busy machine does not make them reach.
-Results are written as they come: the same command goes on after an interruption, and runs again only what the changes
-since could have changed. Mutants in mutants_equivalent.txt are wrong in nothing that can be seen, and do not count.
+If no test runs the changed line, all tests that run its module are tried. A mutant also counts as caught, under a name
+of its own, if its tests need more than 4 times their usual processor time and 20 s, wait that long without working, or
+take too much memory: a busy machine alone does not make them reach these limits.
+Results are written as they come: after an interruption the same command resumes, and it repeats only what changes
+of the project could affect. Mutants in mutants_equivalent.txt behave like the original code and do not count.
 """
 
 import argparse
@@ -60,16 +60,16 @@ CORE = [
     *(f"raysweep/sweep/{n}.py" for n in ("tuner", "trial")),
     *(f"raysweep/pipeline/{n}.py" for n in ("statistics", "promote", "paper", "artifact", "stage", "bundle", "judge")),
 ]
-# What a copy of the project goes without.
+# Not copied with the project.
 LEFT_OUT = (".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "mlruns", "mlflow.db", "build",
             "dist", "/runs")  # fmt: skip
 QUICK = "not slow and not ray"
 OUTCOMES = ("caught", "timed out", "crashed", "survived", "equivalent")
 MEMORY, PROCESSES, FILE = 12 * 2**30, 300, 4 * 2**30
 _DIE_WITH_PARENT = 1
-# Seconds between two looks at what a process has used.
+# Seconds between two checks of what a process has used.
 POLL = 0.5
-# A fixture for several tests that takes longer is set up once: its tests run one after the other.
+# Seconds above which a shared fixture is expensive: its tests run one after the other, so that it is set up once.
 EXPENSIVE = 0.2
 MARK = "RAYSWEEP_MUTANTS_JOB"
 Json = dict[str, Any]
@@ -79,7 +79,7 @@ Json = dict[str, Any]
 
 
 class Snapshot:
-    """A copy of the project as it is now, and the digests that say what results depend on."""
+    """A copy of the project as it is now, and digests of the files that results depend on."""
 
     def __init__(self, folder: Path, tests: list[str]) -> None:
         self.folder, self._tests = folder, tests
@@ -87,20 +87,20 @@ class Snapshot:
 
     @cached_property
     def sources(self) -> dict[str, str]:
-        """The core's files and their texts."""
+        """{path: text} of the files of the core."""
         files = {path for pattern in CORE for path in self.folder.glob(pattern)}
         return {path.relative_to(self.folder).as_posix(): path.read_text() for path in sorted(files)}
 
     @cached_property
     def test_files(self) -> list[str]:
-        """Those that were asked for."""
+        """Paths of the test files that were asked for: all, unless some were named."""
         files = sorted(self.folder.glob("tests/test_*.py"))
         asked = {f"test_{name.removeprefix('test_').removesuffix('.py')}" for name in self._tests}
         return [f"tests/{path.name}" for path in files if not asked or path.stem in asked]
 
     @cached_property
     def code_digest(self) -> str:
-        """Of everything but the test files themselves: the package, what tests share, what they read."""
+        """Digest of everything but the test files themselves: the package, what tests share and what they read."""
         names = ("raysweep", "search_spaces", "pipelines", "tests", "pyproject.toml")
         files = [path for name in names for path in [self.folder / name, *(self.folder / name).rglob("*")]]
         tests = {*self.folder.glob("tests/test_*.py")}
@@ -132,11 +132,11 @@ def _leave_out(folder: str, names: list[str]) -> set[str]:
 
 @dataclass
 class Task:
-    """A function that a process of its own runs in a fresh copy of the project.
+    """A function to run in a process of its own, in a fresh copy of the project.
 
-    work: called with that copy's folder, its result is JSON. done: called with it, or with {"killed": why} or
-    {"died": code}, and the processor seconds. limit: seconds of the processor, and of waiting while it does nothing.
-    edit: file and text to write into the copy.
+    work: called with the folder of that copy; returns JSON. done: called with what `work` returned, or {"killed": why}
+    or {"died": code}, and with the processor seconds. limit: the most processor seconds, and the most seconds of waiting
+    idly. edit: a file and its new text, to write into the copy.
     """
 
     work: Callable[[Path], Json]
@@ -169,7 +169,7 @@ class Pool:
         self._started = 0
 
     def run(self) -> None:
-        """Work until no task is left; `done` may add some."""
+        """Run until no task is left; `done` may add tasks."""
         try:
             while self.tasks or self._running:
                 while self.tasks and len(self._running) < self.jobs:
@@ -178,10 +178,10 @@ class Pool:
                 if self.ending.is_set():
                     raise SystemExit(143)
                 for one in [*self._running]:
-                    self._look_at(one)
+                    self._check_process(one)
         finally:
             for one in self._running:
-                self._clear(one)
+                self._kill_and_clean(one)
 
     def _start(self, task: Task) -> _Running:
         self._started += 1
@@ -197,8 +197,8 @@ class Pool:
             _work_in_fork(task.work, folder, self.memory)
         return _Running(task, folder, pid, psutil.Process(pid))
 
-    def _look_at(self, one: _Running) -> None:
-        """Find out whether a process has ended, or must."""
+    def _check_process(self, one: _Running) -> None:
+        """Handle a process that has ended, or kill one that exceeds a limit."""
         ended, status, used = os.wait4(one.pid, os.WNOHANG)
         if ended:
             one.spent = max(one.spent, used.ru_utime + used.ru_stime)
@@ -207,17 +207,17 @@ class Pool:
                 found = json.loads(result.read_text())
             else:
                 found = {"died": os.waitstatus_to_exitcode(status), "log": _read_end(one.folder / "log")}
-        elif time.monotonic() - one.looked > POLL and (why := self._excess(one)):
+        elif time.monotonic() - one.looked > POLL and (why := self._exceeded_limit(one)):
             found = {"killed": why}
         else:
             return
         one.task.done(found, one.spent)
         self._running.remove(one)
-        self._clear(one)
+        self._kill_and_clean(one)
 
-    def _excess(self, one: _Running) -> str:
-        """The limit that the process and its children are over, or nothing."""
-        memory, count, spent, busy, family = 0, 0, 0.0, False, _family(one)
+    def _exceeded_limit(self, one: _Running) -> str:
+        """Name of the limit that the process and its children exceed, or ''."""
+        memory, count, spent, busy, family = 0, 0, 0.0, False, _living_processes(one)
         for process in family:
             with suppress(psutil.Error):
                 times = process.cpu_times()
@@ -225,7 +225,7 @@ class Pool:
                 memory += process.memory_info().rss
                 busy |= process.status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
                 count += 1
-        # What waits for a processor is not idle, however long its neighbours let it wait.
+        # A process that waits for a processor is not idle, however long it waits.
         passed = time.monotonic() - one.looked
         one.looked += passed
         one.idle += 0.0 if busy or spent - one.spent > 0.01 * passed else passed
@@ -234,13 +234,13 @@ class Pool:
             return "timed out"
         if count > PROCESSES:
             return "processes"
-        # Pages that a process shares with those it was forked from are counted once, which takes longer to find out.
-        return "memory" if memory > self.memory and _proportional(family) > self.memory else ""
+        # `rss` counts pages that forks share in each of them. The exact sum is slow, so it comes second.
+        return "memory" if memory > self.memory and _proportional_memory(family) > self.memory else ""
 
-    def _clear(self, one: _Running) -> None:
+    def _kill_and_clean(self, one: _Running) -> None:
         """End the process and all that it started, and remove its folder."""
         for _ in range(10):
-            left = [*_family(one), *_strays(one)]
+            left = [*_living_processes(one), *_stray_processes(one)]
             for process in left:
                 with suppress(psutil.Error):
                     process.kill()
@@ -252,7 +252,7 @@ class Pool:
         shutil.rmtree(one.folder, ignore_errors=True)
 
 
-def _family(one: _Running) -> list[psutil.Process]:
+def _living_processes(one: _Running) -> list[psutil.Process]:
     try:
         found = [one.process, *one.process.children(recursive=True)]
         return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
@@ -269,7 +269,7 @@ def _read_end(path: Path) -> list[str]:
         return file.read().decode(errors="replace").splitlines()[-30:]
 
 
-def _proportional(processes: list[psutil.Process]) -> int:
+def _proportional_memory(processes: list[psutil.Process]) -> int:
     """Bytes of memory, each page divided among those that share it."""
     total = 0
     for process in processes:
@@ -278,7 +278,7 @@ def _proportional(processes: list[psutil.Process]) -> int:
     return total
 
 
-def _strays(one: _Running) -> Iterator[psutil.Process]:
+def _stray_processes(one: _Running) -> Iterator[psutil.Process]:
     """Processes of its session, or with its mark in their environment, that are no longer its children."""
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
@@ -288,13 +288,13 @@ def _strays(one: _Running) -> Iterator[psutil.Process]:
 
 
 def _work_in_fork(work: Callable[[Path], Json], folder: Path, memory: int) -> None:
-    """Do the work of a task and leave without coming back."""
+    """Do the work of a task and end the process; never returns."""
     code = 1
     try:
         os.setsid()
         with suppress(AttributeError, OSError):
             ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-        _enter(folder, memory)
+        _isolate_process(folder, memory)
         result = work(folder)
         part = folder / "result.part"
         part.write_text(json.dumps(result))
@@ -306,8 +306,8 @@ def _work_in_fork(work: Callable[[Path], Json], folder: Path, memory: int) -> No
         os._exit(code)
 
 
-def _enter(folder: Path, memory: int) -> None:
-    """Make this process one that knows only the copy, writes only there and has limits."""
+def _isolate_process(folder: Path, memory: int) -> None:
+    """Limit this process: it imports the project only from the copy, writes only there, and has bounded resources."""
     project = folder / "p"
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for kind, limit in ((resource.RLIMIT_DATA, memory), (resource.RLIMIT_FSIZE, FILE), (resource.RLIMIT_CORE, 0)):
@@ -333,7 +333,7 @@ def _enter(folder: Path, memory: int) -> None:
 
 
 _FONTS = "RAYSWEEP_MUTANTS_FONTS"
-# A mutant must not remove or write what is not its own, whatever path it makes up.
+# A mutant must not write or remove files outside of its copy, whatever path it computes.
 _GUARD = f"""
 import os, sys
 def _set_guard(home, fonts):
@@ -360,7 +360,7 @@ if os.environ.get("{MARK}"):
 
 
 class Recorder:
-    """pytest plugin: seconds, outcome and shared fixtures of each test; tells coverage which of them runs."""
+    """pytest plugin: records seconds, outcome and shared fixtures of each test; tells coverage which test runs."""
 
     def __init__(self, coverage: Any) -> None:
         self.coverage = coverage
@@ -401,7 +401,7 @@ class Recorder:
         before = _seconds()
         yield
         whole = _seconds() - before
-        # Fixtures that this one asked for have their own seconds.
+        # The seconds of fixtures that this one requested are counted under their own names.
         self.fixtures[name] = whole - (self._shared - shared)
         self._shared = shared + whole
         self._switch("" if outer == "outside" else outer)
@@ -421,7 +421,7 @@ def _seconds() -> float:
 
 
 def _shared_fixtures(item: Any) -> list[str]:
-    """Names, as Recorder has them, of the test's fixtures that serve several tests."""
+    """Names, in the form that Recorder uses, of the test's fixtures that several tests share."""
     found = []
     for name, definitions in item._fixtureinfo.name2fixturedefs.items():
         scope = definitions[-1].scope
@@ -517,11 +517,11 @@ class Suite:
         runs, inside = self._runs[mutant.file], self._in_functions[mutant.file]
         first, last = mutant.lines
         if mutant.body is not None:
-            # A default of a function's argument tells in its body.
+            # The default of an argument is evaluated outside of the function, and its effect shows in the body.
             span = range(first, last + 1) if first >= mutant.body[0] else range(mutant.body[0], mutant.body[1] + 1)
             if found := set[str]().union(*(runs[line] for line in span if line in runs)):
                 return found, True
-        # What runs at import may tell in every test that runs any function of the module.
+        # What runs at import may have an effect in every test that runs any function of the module.
         found = set[str]().union(*(runs[line] for line in inside if line in runs))
         return found, mutant.body is None and bool(found)
 
@@ -593,8 +593,8 @@ def _summary(record: Json) -> str:
 # Mutants
 
 
-class Picked:
-    """pytest plugin: keeps the tests that were picked, in their order, and tells which one failed."""
+class SelectedTests:
+    """pytest plugin: runs only the selected tests, in their order, and records which one failed."""
 
     def __init__(self, names: list[str]) -> None:
         self.places = {name: place for place, name in enumerate(names)}
@@ -619,7 +619,7 @@ class Picked:
 
 def run_tests(names: list[str], expression: str, folder: Path) -> Json:
     """Run tests in this process until one fails."""
-    picked = Picked(names)
+    picked = SelectedTests(names)
     files = sorted({name.partition("::")[0] for name in names})
     code = pytest.main([*_ARGUMENTS, "-x", "-m", expression, *files], plugins=[picked])
     return {"code": int(code), "failed": picked.failed, "why": picked.why, "ran": picked.ran}
@@ -705,7 +705,7 @@ class Run:
 
 
 class Results:
-    """What became of mutants, in a file of JSON lines; the last line of a mutant counts."""
+    """The results of mutants, in a file of JSON lines; the last line about a mutant counts."""
 
     def __init__(self, path: Path, snapshot: Snapshot) -> None:
         self.path, self.snapshot = path, snapshot
@@ -724,7 +724,7 @@ class Results:
         found = self._found.get(self._key(mutant))
         if found is None or found["all_tests"] == self.snapshot.tests_digest:
             return found
-        # New tests cannot let a mutant go that an unchanged file catches.
+        # A mutant that an unchanged test file catches stays caught, whatever tests are added.
         file = found.get("failed", "").partition("::")[0]
         same = file in self.snapshot.test_files and found["test_file"] == self.snapshot.file_digest(file)
         return found if same else None
@@ -740,7 +740,7 @@ class Results:
 
 
 def read_equivalent(text: str) -> dict[tuple[str, tuple[str, ...], tuple[str, ...]], str]:
-    """(file, lines before, lines after) -> why no test can tell them apart."""
+    """Return {(file, lines before, lines after): why no test can tell them apart}."""
     found = {}
     for block in text.split("\n\n"):
         lines = [line.strip() for line in block.strip().splitlines() if not line.startswith("#")]
@@ -756,7 +756,7 @@ def read_equivalent(text: str) -> dict[tuple[str, tuple[str, ...], tuple[str, ..
 
 
 def describe(mutant: Mutant, note: str = "") -> str:
-    """The mutant as mutants_equivalent.txt has it, where a line that says why follows."""
+    """Format a mutant as in mutants_equivalent.txt, where a line with the reason follows it."""
     lines = [f"{mutant.file}:{mutant.line} {mutant.operator}{note}"]
     lines += [f"- {line}" for line in mutant.before] + [f"+ {line}" for line in mutant.after]
     return "\n".join(lines)
@@ -800,7 +800,7 @@ def list_libraries(files: list[str], folder: Path) -> Json:
 
 
 def prepare(template: Path, with_ray: bool, found: Json, seconds: float) -> None:
-    """Take over compiled files, and import the libraries so that forks have them."""
+    """Copy compiled files, and import the libraries so that forks have them."""
     if "died" in found:
         raise RuntimeError("the tests cannot be collected:\n" + "\n".join(found["log"]))
     project = Path(found["project"])

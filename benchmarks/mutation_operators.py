@@ -1,7 +1,7 @@
 """Find the places of a Python source that a mutation can change, and the text that each change puts there.
 
-A change never adds or removes a line, so that line numbers and coverage stay valid. Left alone: annotations,
-decorators, docstrings and other strings, what a `raise`, a warning or a log line says, and `TYPE_CHECKING` blocks.
+A change never adds or removes a line, so that line numbers and coverage stay valid. Not changed: annotations,
+decorators, docstrings and other strings, texts of `raise`, warnings and log lines, and `TYPE_CHECKING` blocks.
 """
 
 import ast
@@ -39,9 +39,9 @@ _PAIRS = ("min max", "any all", "amin amax", "argmin argmax", "minimum maximum",
 SWAPPED = {a: b for pair in _PAIRS for a, b in (pair.split(), reversed(pair.split()))}
 # Names that `/` joins to a path: any other operator fails at once.
 _PATH = re.compile("path|folder|file|home|dir$|root", re.I)
-# Calls whose arguments are words for a reader, and keywords that are: no behaviour to test.
+# Calls and keywords whose arguments are texts for people: there is no behaviour to test.
 _TELLING = {"print", "warn", "debug", "info", "warning", "error", "exception", "log"}
-# Calls whose first two arguments may change places, or that then fail at once.
+# Calls whose first two arguments can be swapped without effect, or which then fail at once.
 _SYMMETRIC = {"min", "max", "minimum", "maximum", "equal", "zip", "isinstance", "issubclass"}
 _WORDS = {"description", "title", "examples", "help"}
 
@@ -59,8 +59,8 @@ class Edit:
 class Site:
     """A place that can be changed.
 
-    lines: of its statement, without the body of a compound one. body: first and last line of the function whose tests
-    tell of the change; None if it runs when the module is imported. edits: the possible changes, one of which is drawn.
+    lines: those of its statement, without the body of a compound one. body: first and last line of the function whose
+    tests can notice the change; None if it runs when the module is imported. edits: the changes to draw one from.
     """
 
     operator: str
@@ -97,7 +97,7 @@ def find_sites(source: str) -> list[Site]:
 def draw_mutants(sources: Mapping[str, str], count: int, seed: int) -> list[Mutant]:
     """Draw mutants: from each file in proportion to its number of sites, at least one; uniformly within a file.
 
-    A larger `count` draws the same mutants and more, as far as the shares allow.
+    A larger `count` draws the same mutants and more, as far as the shares of the files allow.
     """
     sites = {file: find_sites(source) for file, source in sources.items()}
     shares = _allocate({file: len(found) for file, found in sites.items()}, count)
@@ -161,7 +161,7 @@ class _Collector(ast.NodeVisitor):
         self._body: tuple[int, int] | None = None
         self._function = ""
 
-    # Where things are
+    # Positions in the source
 
     def _offset(self, line: int, column: int) -> int:
         """Offset in characters of a position of `ast`, whose columns are bytes of UTF-8."""
@@ -169,7 +169,7 @@ class _Collector(ast.NodeVisitor):
         return self._starts[line - 1] + (column if text.isascii() else len(text.encode()[:column].decode()))
 
     def _blank_text(self) -> str:
-        """The source with blanks in place of comments and strings, to look for commas and operators in."""
+        """The source with comments and strings blanked out, so that commas and operators can be searched for."""
         blanked = list(self.source)
         for token in tokenize.generate_tokens(io.StringIO(self.source).readline):
             if token.type in (tokenize.COMMENT, tokenize.STRING):
@@ -192,7 +192,7 @@ class _Collector(ast.NodeVisitor):
             self.sites.append(Site(operator, self._statement, self._body, edits))
 
     def _replace(self, node: ast.AST, text: str) -> Edit:
-        """Put `text` in place of a node, with as many line ends inside parentheses as the node had."""
+        """Put `text` in place of a node; line breaks inside parentheses keep the number of lines."""
         breaks = self._text(node).count("\n")
         return Edit(self._start(node), self._end(node), f"({text}" + "\n" * breaks + ")" if breaks else text)
 
@@ -221,7 +221,7 @@ class _Collector(ast.NodeVisitor):
                 self.visit(node)
 
     def _visit_body(self, body: list[ast.stmt]) -> None:
-        """Visit statements without a docstring before them, or strings after attributes that document them."""
+        """Visit statements, but neither the docstring nor strings that document attributes."""
         self._visit_all(node for node in body if not _is_text(node))
 
     def visit_Module(self, node: ast.Module) -> None:
@@ -316,7 +316,7 @@ class _Collector(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        """Text; besides, before Python 3.12 positions inside f-strings are wrong."""
+        """Skip f-strings: they are text, and before Python 3.12 positions inside them are wrong."""
 
     def visit_Compare(self, node: ast.Compare) -> None:
         for left, op, right in zip([node.left, *node.comparators], node.ops, node.comparators, strict=False):
@@ -433,7 +433,7 @@ class _Collector(ast.NodeVisitor):
 
 
 def _called(node: ast.Call) -> str:
-    """Last part of the name of what is called."""
+    """Last part of the dotted name of the called function."""
     func = node.func
     return func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
 
@@ -443,7 +443,7 @@ def _is_text(node: ast.stmt) -> bool:
 
 
 def _is_text_or_type(node: ast.expr) -> bool:
-    """Whether an operand is a string (a path's part, a line for a reader) or stands in a union of types."""
+    """Whether an operand is a string (part of a path, text for people) or belongs to a union of types."""
     if isinstance(node, ast.Constant):
         return node.value is None or isinstance(node.value, str)
     return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Subscript) and "Annotated" in ast.dump(node.value))
