@@ -200,16 +200,33 @@ class TestBucket:
         assert held.taken()
         assert not other.exists()
 
-    @pytest.mark.parametrize(("other", "mine"), [("1.000000 elsewhere 77", False), ("9999999999.0 elsewhere 77", True)])
-    def test_of_two_at_once_the_earlier_wins(self, other: str, mine: bool, bucket: Path) -> None:
-        held = claim_in_bucket()
+    @pytest.mark.parametrize(
+        ("other", "withdraws", "mine"),
+        [
+            ("1.000000 elsewhere 77", False, False),
+            ("9999999999.0 elsewhere 77", True, True),
+            ("9999999999.0 elsewhere 77", False, False),
+        ],
+        ids=["earlier", "later, and withdraws", "later, but it had looked before this one came"],
+    )
+    def test_of_two_at_once_one_holds_it(
+        self, other: str, withdraws: bool, mine: bool, bucket: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        held, slept = claim_in_bucket(), []
         beat = held.beat
 
         def both() -> None:
             (bucket / other).touch()
             beat()
 
+        def sleep(seconds: float) -> None:
+            slept.append(seconds)
+            if withdraws and len(slept) == 3:
+                (bucket / other).unlink()
+
         held.beat = both  # type: ignore[method-assign]
+        monkeypatch.setattr(claim.time, "sleep", sleep)
         assert held.taken() is mine
-        names = sorted(file.name for file in bucket.iterdir())
-        assert len(names) == (2 if mine else 1) and other in names
+        names = [file.name for file in bucket.iterdir()]
+        assert (names == [other]) != mine and len(names) == 1
+        assert sum(slept) < 2

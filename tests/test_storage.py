@@ -14,6 +14,7 @@ from urllib.request import Request, urlopen
 
 import forked
 import optuna
+import psutil
 import pytest
 import ray
 import torch
@@ -401,7 +402,9 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
     process.kill()
     before = {trial.number: trial for trial in Ledger.open(sweep).trials()}
     assert any(trial.state == "running" for trial in before.values())
-    time.sleep(2)  # until the cluster has noticed, and ended the trials
+    while [child for child in psutil.Process().children(recursive=True) if child.name().startswith("ray::Implicit")]:
+        assert time.monotonic() < deadline, "the cluster ends the trials of a driver that is gone"
+        time.sleep(0.1)
     shutil.rmtree(nodes_copy / sweep.relative_to(tmp_path / "copy").parts[0])
     shutil.rmtree(tmp_path / "one")
 
