@@ -135,8 +135,8 @@ class Task:
     """A function to run in a process of its own, in a fresh copy of the project.
 
     work: called with the folder of that copy; returns JSON. done: called with what `work` returned, or {"killed": why}
-    or {"died": code}, and with the processor seconds. limit: the most processor seconds, and the most seconds of waiting
-    idly. edit: a file and its new text, to write into the copy.
+    or {"died": code}, and with the processor seconds. limit: the most processor seconds, and the most seconds of idle
+    waiting. edit: a file and its new text, to write into the copy.
     """
 
     work: Callable[[Path], Json]
