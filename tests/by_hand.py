@@ -16,7 +16,7 @@ def hashed(seed: int, *names: object) -> int:
 
 
 def splitmix(word: int) -> int:
-    """splitmix64's finaliser (Steele et al. 2014) in whole numbers."""
+    """splitmix64's finaliser (Steele et al. 2014) in Python integers."""
     word &= _WORD
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
@@ -30,13 +30,13 @@ def uniform(key: int, example: int, count: int, bits: int = 24) -> list[float]:
 
 
 def shuffled(count: int, *names: object) -> list[int]:
-    """0 .. count - 1 in the order of a named purpose."""
+    """The numbers 0 to count - 1, shuffled by the stream of these names (the first is the seed)."""
     generator = torch.Generator().manual_seed(hashed(*names) >> 1)
     return torch.randperm(count, generator=generator).tolist()
 
 
 def crop_and_flip(image: Tensor, seed: int, epoch: int, example: int) -> Tensor:
-    """One image (C, H, W) after four black pixels on each side, a crop of its size, and perhaps a mirror."""
+    """Pad an image (C, H, W) with four black pixels on each side, crop it to its own size, and perhaps mirror it."""
     key = hashed(seed, "augment", epoch)
     top, left = (int(number * 9) for number in uniform(hashed(key, "crop"), example, 2, bits=53))
     flipped = uniform(hashed(key, "flip"), example, 1)[0] < 0.5

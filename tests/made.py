@@ -1,4 +1,4 @@
-"""Candidates and judgements of a pipeline, made up for tests: what is not given is unremarkable."""
+"""Build candidates and judgements of a pipeline for tests; what is not given gets an ordinary value."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ PROTOCOL: dict[str, Any] = {
 
 
 def made_candidate(label: str, robust: float | None = None, **more: Any) -> Candidate:
-    """Scores may be given by name: `robust` is `robust_worst`, and `gap`, `clean`, `pgd` are scores too."""
+    """A candidate. Scores may be given by name: `robust` is `robust_worst`; `gap`, `clean` and `pgd` are scores too."""
     scores = {"robust_worst": robust, "masking_gap": more.pop("gap", None)}
     scores |= {name: more.pop(name) for name in ("clean", "pgd", "cw") if name in more}
     more.setdefault("method", label)
@@ -28,7 +28,7 @@ def made_candidate(label: str, robust: float | None = None, **more: Any) -> Cand
 
 
 def made_judgement(candidate: Candidate, robust: float, **more: Any) -> Judgement:
-    """Under AutoAttack on the whole test set of CIFAR-10; settings of `protocol` may be given by name."""
+    """A judgement by AutoAttack on the whole test set of CIFAR-10; settings of `protocol` may be given by name."""
     protocol = PROTOCOL | {name: more.pop(name) for name in ("data", "model", "epochs", "train_size") if name in more}
     examples, eps, norm = more.get("examples", 10_000), more.get("eps", 8 / 255), more.get("norm", "Linf")
     protocol |= {"examples": examples, "eps": eps, "norm": norm, "fingerprint": more.pop("fingerprint", "f00d")}

@@ -17,8 +17,8 @@ Array = NDArray[np.float64]
 class SmallNet:
     """Two layers with a tanh between them; its logits and their derivatives are written out by hand.
 
-    levels: if not 0, pixels are rounded to multiples of 1 / levels first, and derivatives go through as if they were
-    not: different points have exactly the same loss.
+    levels: if not 0, pixels are first rounded to multiples of 1 / levels, so that different points have exactly the
+    same loss; derivatives ignore the rounding.
     """
 
     first: Array
@@ -66,7 +66,7 @@ class SmallNet:
 
 
 class Rounded(nn.Module):
-    """Rounds to multiples of 1 / levels; gradients pass."""
+    """Rounds to multiples of 1 / levels; gradients pass through unchanged."""
 
     def __init__(self, levels: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def recorded_inputs(model: nn.Module) -> Iterator[list[Array]]:
 def loss_and_slope(
     name: str, z: Array, y: int, target: int = -1, natural: Array | None = None, confidence: float = 0.0
 ) -> tuple[float, Array]:
-    """An attack's loss of one row of logits, and its derivative by each logit."""
+    """An attack's loss at one row of logits, and its derivative with respect to each logit."""
     classes = len(z)
     one = np.eye(classes)
     others = [k for k in range(classes) if k != y]
@@ -140,7 +140,7 @@ def size(move: Array, norm: str) -> float:
 
 
 def project(point: Array, x: Array, eps: float, norm: str) -> Array:
-    """Into the ball round x, then into the box."""
+    """Project into the ball around x, then into the box."""
     if norm == "Linf":
         point = np.minimum(np.maximum(point, x - eps), x + eps)
     elif size(point - x, "L2") > eps:
@@ -150,10 +150,10 @@ def project(point: Array, x: Array, eps: float, norm: str) -> Array:
 
 @dataclass
 class Outcome:
-    """What an attack came to on one row: its point, the forward passes it spent, every point that it looked at.
+    """The result of an attack on one row: its point, its forward passes, and every point that it evaluated.
 
-    sure: so many of its points follow from clear decisions. The next hung on the last digits of a loss, where another
-    order of sums may decide otherwise.
+    sure: how many of these points follow from clear decisions. The next one depended on the last digits of a loss,
+    which another order of summation may change.
     """
 
     x: Array
@@ -216,7 +216,7 @@ def slow_apgd(
     norm: str = "Linf",
     rho: float = 0.75,
 ) -> Outcome:
-    """Algorithm 1 of Auto-PGD; stops at the first misclassified point, else gives the one of highest loss."""
+    """Algorithm 1 of Auto-PGD; stops at the first misclassified point, else returns the one of highest loss."""
 
     def look(at: Array) -> tuple[float, Array]:
         value, slope = loss_and_slope(loss, net.logits(at), y, target)
@@ -227,7 +227,7 @@ def slow_apgd(
     best, best_value, best_gradient = start, value, gradient
     if net.predict(start) != y:
         return Outcome(start, 1, points, broken=True, loss=value)
-    # The first check of the official code looks back from step 0 to a row of zeros.
+    # At its first check the official code compares the loss of step 0 with a row of zeros.
     values, unsure_from = {-1: 0.0}, None
     last_check, best_at_check = 0, value
     before = now = start
@@ -261,8 +261,8 @@ def slow_apgd(
 def slow_projection(p: Array, w: Array, gap: float, norm: str) -> Array:
     """The smallest move d with w . d = -gap and p + d in the box; the corner nearest to the plane if there is none.
 
-    The coordinates move at once, at speed 1 (Linf) or |w_i| (L2), and each stops at the box. The events are walked
-    through in the order of time.
+    All coordinates move at the same time, at speed 1 (Linf) or |w_i| (L2), and each stops at the box. These events
+    are handled in the order of time.
     """
     d = np.zeros(len(p))
     movers = []
@@ -333,7 +333,7 @@ def slow_fab(
 
 
 def window_side(query: int, height: int, width: int, p_init: float, at_least: int) -> int:
-    """Side of Square's window: p falls by half after each of these queries."""
+    """Side of Square's window: p is halved after each of these queries."""
     p = p_init
     for after in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000):
         if query > after:
@@ -370,7 +370,7 @@ def slow_square_linf(
 
 
 def bump(side: int, turned: bool) -> Array:
-    """Equations 2 and 3 of Square: two hills of opposite sign beside each other, of norm 1."""
+    """Equations 2 and 3 of Square: two adjacent hills of opposite sign, with norm 1 together."""
 
     def hill(height: int, width: int) -> Array:
         result = np.zeros((height, width))

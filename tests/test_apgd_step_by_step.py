@@ -1,4 +1,4 @@
-"""APGD against a plain loop over one example: every point that it looks at, its losses, targets and restarts."""
+"""APGD against a plain loop over one example: every point that it evaluates, its losses, targets and restarts."""
 
 import math
 
@@ -17,14 +17,14 @@ X = draw_images(12, SHAPE, seed=1)
 # The last row is wrong from the start.
 Y = np.array([NET.predict(x) for x in X])
 Y[-1] = (Y[-1] + 1) % 6
-# Small enough that rows hold out, large enough that others break on the way.
+# Small enough that some rows hold out, large enough that others break on the way.
 RADIUS = {"Linf": 0.06, "L2": 0.25}
 # Section 3.1 of Auto-PGD for 100 iterations, and the same rule by hand for 30: gaps of 6, 5, 4, 3, 2 and then 1.
 CHECKPOINTS = {100: [22, 41, 57, 70, 80, 87, 93, 99], 30: [6, 11, 15, 18, 20, *range(21, 31)], 3: [1, 2, 3]}
 
 
 def run(attack, rows, net=NET, seed=5):
-    """The result for these rows, and the points that the model was given."""
+    """The result for these rows, and the points at which the model was evaluated."""
     model = net.module()
     with recorded_inputs(model) as seen:
         result = attack(
@@ -34,9 +34,9 @@ def run(attack, rows, net=NET, seed=5):
 
 
 def follow(attack, row, net=NET, seed=5):
-    """Our attack on one row beside the slow one: every point is compared; the starts are taken from ours.
+    """Run our attack and the slow one on one row from the same starts, and compare every point.
 
-    Gives the number of points compared, and whether the row held out: None where the slow one is unsure of its end.
+    Returns the number of points compared, and whether the row held out: None where rounding decides that.
     """
     result, seen = run(attack, [row], net, seed)
     x, y = X[row], int(Y[row])
@@ -68,7 +68,7 @@ def follow(attack, row, net=NET, seed=5):
 @pytest.mark.parametrize("loss", ["ce", "cw", "dlr"])
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_every_point_of_a_run(norm, loss):
-    """Steps, momentum, halvings, returns to the best point: the 100 iterations of rows that hold out, and of others."""
+    """Steps, momentum, halvings, returns to the best point: 100 iterations, of rows that hold out and of others."""
     attack = APGD(eps=RADIUS[norm], norm=norm, loss=loss)
     counts, held = zip(*[follow(attack, row) for row in (2, 3, 11)], strict=True)
     # In L2 the margin's iterates come to rest within 22 steps; from there rounding decides.
@@ -96,14 +96,14 @@ def test_restarts_keep_the_best():
 
 
 class Cliff(nn.Module):
-    """One pixel: to 0.5 six classes are nearly even, the first ahead; beyond, the second is just ahead of it."""
+    """One pixel. Up to 0.5 six classes are nearly equal and the first leads; beyond, the second is just ahead of it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         even, pair = torch.tensor([[0.1, 0, 0, 0, 0, 0], [2.0, 2.1, -9, -9, -9, -9]], dtype=x.dtype)
         return torch.where(x.view(-1, 1) > 0.5, pair, even) + 0 * x.view(-1, 1)
 
 
-def test_a_broken_point_is_taken_whatever_the_loss_of_another_start():
+def test_a_misclassified_point_is_returned_though_another_start_has_a_higher_loss():
     """Starts are at 0.3, where the cross-entropy is 1.7 and the row is right, or at 0.7, where it is 0.7 and wrong."""
     x, y = torch.full((20, 1, 1, 1), 0.5, dtype=torch.float64), torch.zeros(20, dtype=torch.long)
     result = APGD(eps=0.2, steps=3, restarts=12)(Cliff(), x, y, Rng.for_examples(torch.arange(20), 0))
@@ -115,13 +115,13 @@ def test_a_broken_point_is_taken_whatever_the_loss_of_another_start():
 
 @pytest.mark.parametrize(("eps", "norm", "rho"), [(0.1, "Linf", 0.75), (0.2, "L2", 0.5)])
 def test_equal_losses(eps, norm, rho):
-    """Where pixels are rounded a step often changes nothing: that is no rise, and no new best."""
+    """Where pixels are rounded, a step often leaves the loss unchanged, which is neither a rise nor a new best."""
     net = SmallNet(NET.first, NET.first_bias, NET.second, NET.second_bias, levels=8)
     assert follow(APGD(eps=eps, norm=norm, steps=30, rho=rho), 3, net) == (32, True)
 
 
-def test_the_first_check_does_not_halve_for_a_best_that_stalls():
-    """As if the step had been halved before. Here the start is better than the first iterate."""
+def test_the_first_check_does_not_halve_the_step_because_the_best_stalls():
+    """APGD acts as if the step had been halved before. Here the start is better than the first iterate."""
     net = SmallNet(NET.first, NET.first_bias, NET.second, NET.second_bias, levels=4)
     assert follow(APGD(eps=0.25, norm="L2", steps=3), 1, net, seed=3) == (5, True)
 
@@ -132,7 +132,7 @@ def test_share_of_rising_steps(rho):
 
 
 @pytest.mark.parametrize(("loss", "norm"), [("ce", "L2"), ("dlr-targeted", "Linf")])
-def test_a_batch_is_its_rows(loss, norm):
+def test_rows_of_a_batch_do_not_affect_each_other(loss, norm):
     """Rows that are wrong, break or hold out at different times do not disturb each other."""
     attack = APGD(eps=RADIUS[norm], norm=norm, loss=loss, steps=20, targets=2, restarts=2)
     rows = [0, 2, 3, 6, 8, 11]
@@ -143,12 +143,12 @@ def test_a_batch_is_its_rows(loss, norm):
     assert len(set(result.queries.tolist())) > 3
 
 
-def test_no_radius_no_move():
+def test_a_radius_of_zero_moves_nothing():
     for norm in ("Linf", "L2"):
         assert torch.equal(run(APGD(eps=0, norm=norm, steps=3), list(range(12)))[0].x, torch.from_numpy(X))
 
 
-def test_defaults_are_autoattacks():
+def test_defaults_are_those_of_autoattack():
     assert APGD().json_dict() == {
         "kind": "apgd", "eps": 8 / 255, "steps": 100, "loss": "ce", "norm": "Linf", "restarts": 1, "targets": 9,
         "rho": 0.75, "samples": 1,
@@ -169,7 +169,7 @@ class Alternating(nn.Module):
 
 
 def test_gradients_are_averaged_over_samples():
-    """samples = 2: each gradient is the mean of two, loss and verdict those of the last pass; no row leaves early,
+    """samples = 2: each gradient is the mean of two, loss and verdict are those of the last pass; no row leaves early,
     and a broken row returns its last misclassified point."""
     other = SmallNet.draw(12, 6, seed=0, scale=4.4)
     model = Alternating(NET, other)
@@ -187,7 +187,7 @@ def test_gradients_are_averaged_over_samples():
     verdicts, queries = [], {}
     for i, row in enumerate(right):
         x, y, points = X[row], int(Y[row]), [batch[i] for batch in seen[1::2]]
-        # No checkpoint moves a row before its first step.
+        # Before its first step no row is moved by a checkpoint.
         gradient = (slope(NET, points[0], y) + slope(other, points[0], y)) / 2
         first = np.clip(np.clip(points[0] + 0.2 * np.sign(gradient), x - 0.1, x + 0.1), 0, 1)
         np.testing.assert_allclose(points[1], first, atol=1e-12)

@@ -16,7 +16,7 @@ BURN_IN = "method.terms.pgd.weight.burn_in"
 
 
 class Rungs:
-    """One ASHA, told of epochs: whether a trial is stopped."""
+    """An ASHA scheduler that is given the results of epochs; `stops` says whether it stops the trial."""
 
     def __init__(self, path: Path, *past: Trial, epochs: int = 8, **changes: Any) -> None:
         from raysweep.sweep.asha import Asha
@@ -67,7 +67,7 @@ def test_rungs_are_below_the_last_epoch(scheduler: dict, epochs: int, rungs: lis
         (4, [0.3, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2], [False, True, True, True, True, True, True, False]),
     ],
 )
-def test_the_best_of_those_that_came_so_far_go_on(
+def test_the_best_of_those_that_have_arrived_go_on(
     factor: int, values: list[float], stopped: list[bool], tmp_path: Path
 ) -> None:
     rungs = Rungs(tmp_path, scheduler={"grace": 2, "factor": factor})
@@ -81,37 +81,39 @@ def test_a_tie_at_a_rung_goes_on(tmp_path: Path) -> None:
     ]
 
 
-def test_each_rung_is_a_comparison_of_its_own_and_other_epochs_are_none(tmp_path: Path) -> None:
+def test_each_rung_compares_by_itself_and_other_epochs_do_not(tmp_path: Path) -> None:
     rungs = Rungs(tmp_path)
     assert not rungs.stops(0, 2, 0.9) and not rungs.stops(0, 4, 0.5) and not rungs.stops(0, 8, 0.9)
     assert not any(rungs.stops(1, epoch, 0.1) for epoch in (1, 3, 5, 6, 7, 8)), "the last epoch is no rung"
     assert rungs.stops(1, 2, 0.6)
-    assert not rungs.stops(2, 4, 0.6) and rungs.stops(3, 4, 0.55), "it is 0.6 to beat there, not 0.9"
+    assert not rungs.stops(2, 4, 0.6) and rungs.stops(3, 4, 0.55), "the value to beat there is 0.6, not 0.9"
 
 
 @pytest.mark.parametrize(("burn_in", "compared"), [(0, True), (1, True), (2, False), (3, False)])
 def test_a_trial_is_not_compared_before_its_weights_have_acted(burn_in: int, compared: bool, tmp_path: Path) -> None:
-    """The weights act from epoch burn_in + 1 on: at the rung of epoch 2 those of a burn-in of 1 have, of 2 have not."""
+    """Weights act from epoch burn_in + 1 on: at the rung of epoch 2 a burn-in of 1 is over, one of 2 is not."""
     rungs = Rungs(tmp_path)
     assert not rungs.stops(0, 2, 0.9)
     assert rungs.stops(1, 2, 0.1, burn_in) == compared
     assert not rungs.stops(0, 4, 0.9)
-    assert rungs.stops(2, 4, 0.1, burn_in), "at the rung of epoch 4 all of them have"
+    assert rungs.stops(2, 4, 0.1, burn_in), "at the rung of epoch 4 all weights have acted"
 
 
 @pytest.mark.parametrize(("burn_in", "stopped"), [(1, True), (2, False), (3, False)])
 @pytest.mark.parametrize("remembered", [False, True])
-def test_nor_are_others_compared_with_it(burn_in: int, stopped: bool, remembered: bool, tmp_path: Path) -> None:
+def test_other_trials_are_not_compared_with_one_in_its_burn_in(
+    burn_in: int, stopped: bool, remembered: bool, tmp_path: Path
+) -> None:
     if remembered:
         rungs = Rungs(tmp_path, Trial(0, {BURN_IN: burn_in}, "stopped", 2, curve=[[1, 0.9], [2, 0.9]]))
     else:
         rungs = Rungs(tmp_path)
         assert not rungs.stops(0, 2, 0.9, burn_in)
-    assert rungs.stops(1, 2, 0.1) == stopped, "it is the first there, if the other has not got there"
+    assert rungs.stops(1, 2, 0.1) == stopped, "trial 1 is the first there unless trial 0 counts"
 
 
-def test_a_burn_in_that_is_not_searched_counts_too_and_the_longest_of_a_methods_terms(tmp_path: Path) -> None:
-    """GAIR-TRADES: three epochs for one term, none for the other."""
+def test_a_fixed_burn_in_counts_too_and_of_several_terms_the_longest(tmp_path: Path) -> None:
+    """GAIR-TRADES with a burn-in of three epochs in one term and none in the other."""
     base = {"method.terms.natural.weight.burn_in": 3}
     rungs = Rungs(tmp_path, method="gair-trades", base=base, space={"optim.lr": {"float": [0.01, 0.1]}})
     said = []
@@ -124,7 +126,7 @@ def test_a_burn_in_that_is_not_searched_counts_too_and_the_longest_of_a_methods_
 
 @pytest.mark.parametrize("remembered", [False, True])
 def test_a_repeated_report_of_an_epoch_counts_once(remembered: bool, tmp_path: Path) -> None:
-    """Counted three times, 0.2 would leave 0.4 among the two best of five."""
+    """If 0.2 counted three times, 0.4 would be among the two best of five."""
     if remembered:
         rungs = Rungs(tmp_path, Trial(0, {BURN_IN: 0}, "running", 2, curve=[[1, 0.1], [2, 0.2]]))
     else:
@@ -135,7 +137,7 @@ def test_a_repeated_report_of_an_epoch_counts_once(remembered: bool, tmp_path: P
 
 
 def test_a_repeated_report_does_not_stop_a_trial_that_went_on(tmp_path: Path) -> None:
-    """It was the first at the rung; others were better later, and then its process died."""
+    """The trial was the first at the rung; later others were better; then it restarted and reported again."""
     rungs = Rungs(tmp_path)
     assert not rungs.stops(0, 2, 0.2)
     assert not rungs.stops(1, 2, 0.5) and not rungs.stops(2, 2, 0.6)

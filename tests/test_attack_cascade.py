@@ -44,7 +44,7 @@ def margins(points):
     ids=lambda attacks: "+".join(attacks),
 )
 def test_a_cascade_is_its_attacks_one_by_one(attacks):
-    """Each attack sees the rows left, with its own random numbers; the point of least margin is what remains."""
+    """Each attack gets the rows that are still right, with its own random numbers; the least margin is kept."""
     result = run(WorstCase(attacks=attacks), list(range(12)))
     for row in range(12):
         y, best, queries, robust = int(Y[row]), X[row], 1, {}
@@ -54,7 +54,7 @@ def test_a_cascade_is_its_attacks_one_by_one(attacks):
                 found = attack(
                     NET.module(), torch.from_numpy(X[[row]]), torch.from_numpy(Y[[row]]), rng([row]).stream(name)
                 )
-                # And one pass for the verdict.
+                # One more pass for the verdict.
                 queries += int(found.queries) + 1
                 if NET.margin(found.x[0].numpy(), y) < least:
                     best, least = found.x[0].numpy(), NET.margin(found.x[0].numpy(), y)
@@ -82,8 +82,8 @@ def test_attacks_that_fail_leave_the_point_of_least_margin():
             assert torch.equal(result.x[i], alone["s"].x[i])
 
 
-def test_an_attack_that_makes_it_worse_is_not_taken():
-    """A point of larger margin than the image's is dropped: here PGD is led uphill by a wrong sign."""
+def test_a_result_with_a_larger_margin_is_dropped():
+    """The image itself is kept where the attack's point has a larger margin: here a wrong sign leads PGD uphill."""
 
     class Uphill(PGD):
         def __call__(self, model, x, y, rng):
@@ -98,7 +98,7 @@ def test_an_attack_that_makes_it_worse_is_not_taken():
     assert sum(worse) > 6 and torch.equal(result.x[worse], torch.from_numpy(X)[worse])
 
 
-def test_a_tie_is_no_robust_row():
+def test_a_margin_of_zero_is_broken():
     """A margin of 0 counts as broken, and is attacked no more."""
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(25, 3)).double()
     torch.nn.init.zeros_(model[1].weight)
@@ -110,7 +110,7 @@ def test_a_tie_is_no_robust_row():
     assert result.robust_after["a"].tolist() == [False] * 4 and result.queries.tolist() == [1] * 4 and len(seen) == 1
 
 
-def test_properties():
+def test_properties_of_a_cascade_and_names_of_restarts():
     cascade = WorstCase(attacks={"a": PGD(steps=7), "b": APGD(steps=9), "c": Square(queries=8), "d": FAB(steps=3)})
     assert cascade.steps == 9 and cascade.view == "margin" and cascade.tf32 is False
     several = restarts(STRONG, 3, "again").attacks
@@ -119,7 +119,7 @@ def test_properties():
 
 
 class Failing(torch.nn.Module):
-    """Notes the precision of each pass; may fail at one of them."""
+    """Records the precision of each pass; may raise an error in one of them."""
 
     def __init__(self, fails_at=-1):
         super().__init__()
@@ -133,7 +133,7 @@ class Failing(torch.nn.Module):
 
 
 def test_tf32_is_for_the_attacks_alone():
-    """The clean pass and the verdicts have the precision that holds outside, which comes back even after an error."""
+    """The clean pass and the verdicts use the caller's precision, which is restored even after an error."""
     x, y = torch.from_numpy(X[:3]), torch.from_numpy(Y[:3])
     attacks = {"a": WEAK, "b": WEAK}
     before = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision

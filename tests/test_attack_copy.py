@@ -65,7 +65,7 @@ def concatenated(net: Net, x: Tensor) -> Tensor:
     [
         (chain, BOTH),
         (lambda net, x: net.norm2(net.conv2(net.norm(net.conv(x)))), BOTH),
-        # A skip past the norm of what it gave is no use of the convolution's output.
+        # The skip connection uses the output of the norm, not that of the convolution.
         (lambda net, x: (z := net.norm(net.conv(x))) + net.norm2(net.conv2(z.relu())), BOTH),
         (lambda net, x: net.norm(net.conv(x).relu()), {}),
         (lambda net, x: net.norm(net.conv(x) + 1), {}),
@@ -84,7 +84,7 @@ def concatenated(net: Net, x: Tensor) -> Tensor:
     ],
 )
 def test_which_batch_norms_can_be_folded(f, expected) -> None:
-    """Those that alone take the output of a convolution, both used once; the copy computes the same in any case."""
+    """A norm that is the only consumer of a convolution's output, if both run once. Outputs never change."""
     net = Net(f)
     assert foldable(net, X) == expected
     assert not any(module._forward_hooks for module in net.modules())
@@ -121,8 +121,8 @@ def test_a_folded_norm_is_the_formula(settings) -> None:
     assert torch.allclose(grad.double(), expected_grad, atol=1e-5)
 
 
-def test_a_norm_of_the_batch_itself_stays() -> None:
-    """Without running statistics it normalises by each batch: there is nothing to fold."""
+def test_a_norm_without_running_statistics_is_not_folded() -> None:
+    """It normalises by the statistics of each batch: there is nothing to fold."""
     net = Net(lambda net, x: net.norm(net.conv(x)), track_running_stats=False)
     assert foldable(net, X) == {}
     assert torch.allclose(attack_copy(net, X)(X), net(X), atol=1e-5)
@@ -135,8 +135,8 @@ def test_names_of_nested_parts() -> None:
     assert fold_batch_norms(net, X) == 2 and isinstance(net[0][1], nn.Identity) and isinstance(net[1], nn.BatchNorm2d)
 
 
-def test_folding_that_is_not_exact_enough_is_left_out() -> None:
-    """Statistics of another order than the outputs: what cancels in one sum does not in the other."""
+def test_a_norm_is_not_folded_where_that_is_too_inexact() -> None:
+    """Where statistics are far larger than the outputs' spread, rounding makes the folded copy differ."""
     net = Net(lambda net, x: net.norm(net.conv(x)))
     net.conv.weight.data.mul_(1e-3)
     net.norm.running_mean.fill_(1e5)
@@ -150,7 +150,7 @@ def test_folding_that_is_not_exact_enough_is_left_out() -> None:
 
 
 def test_a_model_that_reads_its_parts_weights_is_copied_as_it_is() -> None:
-    """It would find others, or none, in a folded copy."""
+    """In a folded copy it would find other weights, or none."""
     for f in (
         lambda net, x: net.norm(net.conv(x)) + net.norm.running_mean[:, None, None],
         lambda net, x: net.norm(net.conv(x)) + F.conv2d(x, net.conv.weight, padding=1),
@@ -201,7 +201,7 @@ def test_batches_are_cut_and_padded_to_the_tile() -> None:
         assert torch.equal(out, X[:rows].flatten(1)) and (out.dtype == torch.float32 or not rows)
 
 
-def test_what_takes_gradients_of_its_own() -> None:
+def test_models_that_compute_gradients_in_their_forward() -> None:
     def by_grad(net: Net, x: Tensor) -> Tensor:
         with torch.enable_grad():
             point = x.clone().requires_grad_()
@@ -240,7 +240,7 @@ def test_full_precision_ends_with_its_block() -> None:
             setting.fp32_precision = value
 
 
-def test_where_a_model_is() -> None:
+def test_the_device_of_a_model() -> None:
     class Buffered(nn.Module):
         def __init__(self) -> None:
             super().__init__()

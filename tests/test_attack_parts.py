@@ -1,4 +1,4 @@
-"""The parts that attacks share, and the settings of the evaluations that have a name, by hand."""
+"""The parts that attacks share, and the settings of the named evaluations, by hand."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_put_writes_the_rows_of_a_mask_only():
 
 @pytest.mark.parametrize("kind", [PGD, APGD, FAB, Square])
 def test_a_radius_of_more_than_one_pixel_range(kind):
-    """In Linf a mistake, in L2 not; of a schedule every value counts."""
+    """An error in Linf, allowed in L2; of a schedule every value is checked."""
     assert kind(eps=1.0).eps == 1.0 and kind(eps=8, norm="L2").eps == 8
     ramp = {"kind": "linear", "first": 0.1, "last": 8, "end": 5}
     for eps in (8, 1.01, ramp, {"boundaries": [3], "values": [4, 0.1]}):
@@ -93,7 +93,7 @@ def test_frozen_restores_modes_and_gradients_even_after_an_error(mode):
 
 
 def settings(attack):
-    """What an attack's settings are beside radius and norm, as plain data."""
+    """All settings of an attack but radius and norm, as plain data."""
     return {key: value for key, value in attack.json_dict().items() if key not in ("eps", "norm")}
 
 
@@ -141,7 +141,7 @@ def test_tf32_is_the_standard_version_in_tf32():
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_every_name(norm):
+def test_every_named_evaluation(norm):
     assert set(NAMED) == set(ATTACKS)
     for name, expected in NAMED.items():
         attacks = preset(name, 0.3, norm).attacks

@@ -1,4 +1,4 @@
-"""The catalog as the papers print it, every setting written out; and which methods no step could compute."""
+"""The catalog as the papers print it, every setting written out; and which methods are refused."""
 
 from typing import Any
 
@@ -42,7 +42,8 @@ def remainder(total: float, *of: str) -> dict[str, Any]:
 
 VULNERABILITY = {"by": None, "normalise": False, "kind": "vulnerability", "alpha": 2.0, "beta": 0.5}
 TAU = {"kind": "piecewise", "boundaries": [40, 70], "values": [0.0, 3.0, 6.0]}
-# Madry's radius; G's and L's, with L's step of a tenth; and TRADES' start beside the image, of MART, MAIL and RST too.
+# PGD as in Madry et al., G and L (whose step is a tenth of the radius), and with the Gaussian start of TRADES, which
+# MART, MAIL and RST use too.
 MADRY = pgd(8 / 255, 2 / 255)
 G = pgd(0.031, 0.007)
 L, L_CW = pgd(8 / 255, 8 / 2550), pgd(8 / 255, 8 / 2550, loss="cw")
@@ -135,7 +136,7 @@ def test_every_setting_is_the_papers(name: str) -> None:
 
 
 def test_a_method_of_the_catalog_is_made_anew_each_time() -> None:
-    """Their parts are frozen, yet nobody shares a mapping with somebody else."""
+    """The parts of a method are frozen, but its mappings are not: no two methods share one."""
     for name, make in METHODS.items():
         assert make() == make() and make().terms is not make().terms, name
 
@@ -201,8 +202,8 @@ def test_a_method_that_no_step_could_compute_is_refused(attacks: dict, terms: di
     assert len(found) == len(expected) and all(e in f for e, f in zip(expected, found, strict=True)), found
 
 
-def test_a_method_that_looks_odd_and_can_be_computed_is_taken() -> None:
-    """An attack that only decides a weight is looked at; blanks round a `+` do not matter; two steps have a half."""
+def test_an_unusual_method_that_can_be_computed_is_accepted() -> None:
+    """An attack may serve a weight only; spaces around a `+` do not matter; official weights need just two steps."""
     method = Method.load(
         {
             "attacks": {"pgd": PGD | {"steps": 2}, "near": {"kind": "minimal"}},
@@ -218,12 +219,12 @@ def test_a_method_that_looks_odd_and_can_be_computed_is_taken() -> None:
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "a b", "x" * 101])
-def test_a_methods_name_is_a_part_of_folders_names(name: str) -> None:
+def test_a_methods_name_must_be_fit_for_a_folder(name: str) -> None:
     (line,) = lines({"name": name, "terms": {"a": {"on": "natural"}}})
     assert "use letters, digits, '-', '_' and '.', not starting with '.'" in line
 
 
-def test_a_file_says_what_differs_from_a_preset_and_the_command_line_from_both(tmp_path) -> None:
+def test_a_file_overrides_a_preset_and_the_command_line_overrides_both(tmp_path) -> None:
     """Later layers win: data set, preset, file, command line."""
     file = tmp_path / "mine.yml"
     file.write_text("extends: gairat-fig13-official\nepochs: 70\nmethod.terms.pgd.weight.lam: 2\n")
@@ -231,7 +232,7 @@ def test_a_file_says_what_differs_from_a_preset_and_the_command_line_from_both(t
     weight = mine.method.terms["pgd"].weight
     assert (mine.epochs, weight.lam, weight.burn_in, weight.official, mine.data.name) == (70, 3.0, 59, True, "svhn")
     assert resolve(str(file), {}).method.terms["pgd"].weight.lam == 2.0
-    assert mine.optim.lr.boundaries == (29, 59), "of the preset, which itself extends another"
+    assert mine.optim.lr.boundaries == (29, 59), "those of the preset, which itself extends another"
     file.write_text("epochs: 7\n")
     assert resolve(str(file), {}) == run_config("at", {"epochs": 7}), "AT, where the file names no method"
     file.write_text("extends: gairat-fig13\nmethod: trades\n")
@@ -239,7 +240,7 @@ def test_a_file_says_what_differs_from_a_preset_and_the_command_line_from_both(t
         resolve(str(file), {})
 
 
-def test_a_name_is_a_methods_or_a_presets() -> None:
+def test_a_name_is_that_of_a_method_or_of_a_preset() -> None:
     assert resolve("lrat", {"epochs": 3}) == run_config("lrat", {"epochs": 3})
     method, settings = preset("gairat-table1")
     assert method == "gairat" and "method" not in settings and "extends" not in settings
@@ -248,14 +249,14 @@ def test_a_name_is_a_methods_or_a_presets() -> None:
         resolve("lrat-tabel5", {})
 
 
-def test_a_preset_that_was_read_is_not_changed_by_what_is_made_of_it() -> None:
+def test_a_preset_is_not_changed_by_configs_made_from_it() -> None:
     before = preset("gairat-table1")
     resolve("gairat-table1", {"optim.lr.values": [1, 2, 3, 4], "epochs": 1})
     assert preset("gairat-table1") == before
 
 
-def test_validation_has_the_radius_of_training_unless_somebody_says_otherwise() -> None:
-    """0.031 is not 8/255: the method's last radius, in each of validation's attacks."""
+def test_validation_has_the_radius_of_training_unless_it_is_set() -> None:
+    """Each attack of validation has the last radius of the method's attacks: 0.031, which is not 8/255."""
 
     def radii(config: RunConfig) -> set[float]:
         attacks = (*config.validation.attacks.values(), *config.validation.finish.values())

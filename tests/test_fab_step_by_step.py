@@ -27,7 +27,7 @@ def run(attack, rows):
 
 
 def follow(attack, row):
-    """Our attack on one row beside the slow one: every point is compared. Whether it was broken, and in which run."""
+    """Compare every point of our attack and the slow one on one row. Returns whether it broke, and in which run."""
     result, seen = run(attack, [row])
     x, y = X[row], int(Y[row])
     down = sorted(range(6), key=lambda k: -NET.logits(x)[k])
@@ -80,7 +80,7 @@ def test_settings_and_restarts(norm, eps, change):
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("targets", [3, None])
-def test_a_batch_is_its_rows(norm, targets):
+def test_rows_of_a_batch_do_not_affect_each_other(norm, targets):
     """Rows that are wrong, break or hold out at different times do not disturb each other."""
     attack = FAB(eps={"Linf": 0.085, "L2": 0.3}[norm], norm=norm, steps=6, targets=targets)
     rows = [0, 2, 3, 4, 6, 11]
@@ -91,8 +91,8 @@ def test_a_batch_is_its_rows(norm, targets):
     assert len(set(result.queries.tolist())) >= 3
 
 
-def test_rows_that_leave_late_spend_no_more(monkeypatch):
-    """As on a GPU: a row that is done stays in the batch for a while, but neither its point nor its queries change."""
+def test_rows_that_are_done_spend_no_more_queries(monkeypatch):
+    """As on a GPU, a row that is done stays in the batch for a while; neither its point nor its queries change."""
     attack, rows = FAB(eps=0.3, norm="L2", steps=12, targets=1), list(range(12))
     early, _ = run(attack, rows)
     for module in ("base", "fab"):
@@ -149,14 +149,14 @@ def test_one_step_by_hand_where_the_box_is_in_the_way(norm):
 
 
 def test_no_success_beyond_eps():
-    """The boundary is 0.2 away: with eps 0.19 the row comes back as it came, after 100 steps of two passes."""
+    """The boundary is 0.2 away: with eps 0.19 the row is returned unchanged, after 100 steps of two passes."""
     result, seen = straight([[0.5, 0.5]], 0.19, "Linf")
     assert result.x.flatten().tolist() == [0.5, 0.5]
     assert result.queries.tolist() == [201] == [len(seen)]
 
 
 def test_a_distance_of_just_eps_is_a_success():
-    """At (.5, .5) + 1.05 * 0.2: exactly representable steps are not to be had, so one ulp above and below."""
+    """At (.5, .5) + 1.05 * 0.2: these steps are not exact in floats, so eps is the distance or one ulp less."""
     distance = float(np.abs(straight([[0.5, 0.5]], 1.0, "Linf", steps=1)[1][2] - 0.5).max())
     for eps, queries in ((distance, 3), (np.nextafter(distance, 0), 5)):
         assert straight([[0.5, 0.5]], float(eps), "Linf")[0].queries.tolist() == [queries]
@@ -181,14 +181,14 @@ def test_projection_in_the_box(norm):
     assert 40 < reached < 80
 
 
-def test_defaults_are_autoattacks():
+def test_defaults_are_those_of_autoattack():
     assert FAB().json_dict() == {
         "kind": "fab", "eps": 8 / 255, "steps": 100, "norm": "Linf", "targets": 9, "restarts": 1, "alpha_max": 0.1,
         "eta": 1.05, "beta": 0.9,
     }  # fmt: skip
 
 
-def test_no_radius_no_move():
+def test_a_radius_of_zero_moves_nothing():
     for norm in ("Linf", "L2"):
         attack = FAB(eps=0, norm=norm, steps=2, targets=2, restarts=2)
         assert torch.equal(run(attack, list(range(12)))[0].x, torch.from_numpy(X))

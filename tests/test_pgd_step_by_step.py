@@ -18,7 +18,7 @@ RADIUS = {"Linf": (0.15, 0.04), "L2": (0.5, 0.15)}
 
 
 def run(attack):
-    """The result, and the points that the model was given."""
+    """The result, and the points at which the model was evaluated."""
     rng = Rng.for_examples(torch.arange(len(X)), 3)
     model = NET.module()
     with recorded_inputs(model) as seen:
@@ -41,7 +41,7 @@ def expected(attack, starts, loss=None):
     ("loss", "start"), [("ce", "natural"), ("ce", "gaussian"), ("cw", "uniform"), ("kl", "uniform"), ("kl", "gaussian")]
 )
 def test_every_iterate_and_kappa(norm, loss, start):
-    """kappa goes on counting where a row that was wrong is right again."""
+    """kappa continues to count where a row that was wrong is right again."""
     eps, step = RADIUS[norm]
     attack = PGD(eps=eps, step_size=2 * step, steps=9, loss=loss, norm=norm, start=start)
     result, seen = run(attack)
@@ -161,14 +161,14 @@ def test_shortest_perturbation_by_hand_linf():
     """z_1 - z_0 = -0.4 at the first row, and falls by 6 for each unit of Linf: the boundary is 1/15 away.
 
     PGD's direction is the sign of the slope. 5 bisections of a path of 0.15 give the boundary up to 0.15 / 32 from
-    above: 4/9 lies between 14/32 and 15/32. kappa = floor(10 * 15/32) = 4. The second row is wrong already.
+    above: 4/9 lies between 14/32 and 15/32. kappa = floor(10 * 15/32) = 4. The second row is wrong from the start.
     """
     x, result, _ = search_line("Linf", 0.15, bisections=5)
     expected = 0.15 * 15 / 32 * np.array([1.0, -1.0, 1.0, 0.0])
     np.testing.assert_allclose((result.x - x)[0].flatten(), expected, atol=1e-12)
     assert torch.equal(result.x[1], x[1])
     assert result.kappa.tolist() == [4, 0]
-    # The clean pass; then 10 for PGD, one for its end, 5 bisections.
+    # The clean pass; then 10 passes for PGD, one for its end, 5 bisections.
     assert result.queries.tolist() == [17, 1]
 
 
@@ -188,7 +188,7 @@ def test_a_row_out_of_reach_keeps_the_end_of_pgd():
 
 
 def test_kappa_of_a_row_at_the_very_end_is_below_steps():
-    """Found at the full length: 10 units would say that it was not found."""
+    """The boundary is found at the full length: kappa = 10 would mean that it was not found."""
     _, result, _ = search_line("Linf", 0.4 / 6 + 1e-9, bisections=1)
     assert result.kappa.tolist() == [9, 0]
 
@@ -203,7 +203,7 @@ def test_step_of_the_inner_pgd():
 
 
 @pytest.mark.parametrize("loss", ["ce", "cw"])
-def test_inner_pgd_has_the_loss_and_the_norm(loss):
+def test_inner_pgd_uses_the_loss_and_the_norm_of_the_search(loss):
     """The points of PGD inside the search are those of PGD itself on the rows that are right."""
     right = np.array([NET.predict(x) == y for x, y in zip(X, Y, strict=True)])
     attack = Minimal(d_max=0.4, norm="L2", loss=loss, start="uniform", steps=4, bisections=3)

@@ -1,4 +1,4 @@
-"""Square against a plain loop over one example, and its proposals by what the paper says of them."""
+"""Square against a plain loop over one example, and its proposals by what the paper says about them."""
 
 import math
 
@@ -40,7 +40,7 @@ def run(attack, rows, x=X):
 
 
 def streams(row, restart=0):
-    """The stream of one start for one row, and the numbers of all its windows, which all rows share."""
+    """The stream of one start for one row, and a function for the numbers of its windows, which all rows share."""
     rng = Rng.for_examples(torch.tensor([row]), 5).stream("restart", restart)
 
     def shared(name, count, each, dtype=F64):
@@ -66,7 +66,7 @@ def slow(attack, row, restart=0):
 
 
 def expected(attack, row):
-    """The best point of all starts, whether it is beyond the boundary, and the proposals of each start."""
+    """The best point of all starts, whether it is misclassified, and the slow attack's outcome for each start."""
     best, least, outcomes = X[row], NET.margin(X[row], int(Y[row])), []
     for restart in range(attack.restarts):
         if least > 0:
@@ -93,7 +93,7 @@ def test_every_proposal_l2(eps, row):
 
 @pytest.mark.parametrize(("eps", "row"), [(0.02, 0), (0.02, 2), (0.06, 1), (0.06, 7)])
 def test_every_proposal_linf(eps, row):
-    """Proposals in order; those that cannot change anything are left out, which leaves the outcome as it is."""
+    """Proposals in order; our attack skips those that cannot change anything, and has the same outcome."""
     attack = Square(eps=eps, queries=130)
     result, (_, *seen) = run(attack, [row])
     best, broken, outcomes = expected(attack, row)
@@ -105,7 +105,7 @@ def test_every_proposal_linf(eps, row):
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.04), ("L2", 0.5)])
-def test_a_batch_is_its_rows(norm, eps):
+def test_rows_of_a_batch_do_not_affect_each_other(norm, eps):
     """All rows share the windows, but not the starts; a row that breaks leaves the others alone; the best start counts.
 
     Queries are those that can matter, so that in Linf they are at most the slow one's.
@@ -121,7 +121,7 @@ def test_a_batch_is_its_rows(norm, eps):
 
 @pytest.mark.parametrize(("p_init", "sides"), [(0.1, (5, 3)), (0.01, (3, 3))])
 def test_l2_proposals_change_two_odd_windows_and_keep_the_norm(p_init, sides):
-    """A model whose margin is the same everywhere takes no proposal, so that each differs from the start.
+    """For a model with a constant margin no proposal is accepted, so that each one differs from the start alone.
 
     Outside its two windows a proposal is the start times one factor.
     """
@@ -177,7 +177,7 @@ def test_stripes_linf():
 
 
 def test_windows_linf():
-    """On a model that refuses everything: one square window, of the side of the schedule, of one sign a channel.
+    """On a model where no proposal is accepted: one square window, with the side of the schedule, one sign a channel.
 
     The last offset, at the lower or right border, is never drawn, as in the official code.
     """
@@ -222,12 +222,12 @@ def test_schedule_of_the_windows_share(query, p):
     assert Square(p_init=0.05)._side(query, 1_000_000) == round(math.sqrt(p / 16) * 1000)
 
 
-def test_defaults_are_autoattacks():
+def test_defaults_are_those_of_autoattack():
     assert Square().json_dict() == {
         "kind": "square", "eps": 8 / 255, "queries": 5000, "norm": "Linf", "restarts": 1, "p_init": 0.8,
     }  # fmt: skip
 
 
-def test_no_radius_no_move():
+def test_a_radius_of_zero_moves_nothing():
     assert torch.equal(run(Square(eps=0, queries=5), list(range(8)))[0].x, torch.from_numpy(X))
     assert torch.equal(run(Square(eps=0, queries=5, norm="L2"), list(range(8)))[0].x, torch.from_numpy(X))
