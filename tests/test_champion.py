@@ -1,4 +1,4 @@
-"""Two models on the same examples: what is compared, by SciPy's numbers, and who is champion afterwards."""
+"""Two models on the same examples: what is compared, with SciPy as the oracle, and which one becomes champion."""
 
 import json
 from contextlib import ExitStack
@@ -24,7 +24,7 @@ from raysweep.training import checkpoint
 
 
 def outcomes(folder: Path, held_out: dict[int, bool]) -> Path:
-    """A file of what an evaluation leaves for each example, its rows in the order given."""
+    """Write the file with an evaluation's result for each example, its rows in the order given."""
     folder.mkdir(parents=True, exist_ok=True)
     broken_by = [None if held else "apgd-ce" for held in held_out.values()]
     columns = {"index": pa.array(held_out, pa.int64()), "broken_by": pa.array(broken_by, pa.string())}
@@ -33,7 +33,7 @@ def outcomes(folder: Path, held_out: dict[int, bool]) -> Path:
 
 
 def test_examples_are_paired_by_their_number(tmp_path: Path) -> None:
-    """New: even numbers hold out; old: those below 6; 2 of each kind in 0..9, in another order and with strangers."""
+    """Of examples 0 to 9 the even ones hold out now, those below 6 did before; each file has further examples too."""
     new = outcomes(tmp_path / "new", {n: n % 2 == 0 for n in (9, 7, 5, 3, 1, 8, 6, 4, 2, 0, 100, 102)})
     old = outcomes(tmp_path / "old", {n: n < 6 for n in (*range(10), 201, 203, 205)})
     found = paired(new, old)
@@ -51,7 +51,7 @@ def judgement(name: str, folder: Path, out: Path, **more: Any) -> Judgement:
     )
 
 
-def test_verdicts_under_other_terms_are_about_something_else() -> None:
+def test_verdicts_under_another_protocol_are_not_comparable() -> None:
     candidate = made_candidate("a", 0.5)
     base = facts_of(made_judgement(candidate, 0.4))
     assert base == {
@@ -64,7 +64,7 @@ def test_verdicts_under_other_terms_are_about_something_else() -> None:
     }
     assert differences(base, base) == []
     tags = {key: str(value) for key, value in base.items()}
-    assert differences(base, tags) == [], "as MLflow keeps them, in words"
+    assert differences(base, tags) == [], "MLflow keeps the facts as strings"
     changes: dict[str, Any] = {
         "attack": "PGD",
         "standard": False,
@@ -78,14 +78,14 @@ def test_verdicts_under_other_terms_are_about_something_else() -> None:
         assert line.startswith(f"{key} ") and line.endswith(" now"), line
     assert differences(base, {}) == [f"{key} None then, {value!r} now" for key, value in base.items()]
     assert differences(facts_of(made_judgement(candidate, 0.1, model="vgg13", epochs=3)), tags) == [], (
-        "how it was trained is what is compared"
+        "differences in the training are what is compared"
     )
-    # Six digits: what a float32 makes of 8/255 is the same.
+    # Six digits are compared, so that 8/255 in float32 is the same.
     assert differences(facts_of(made_judgement(candidate, 0.4, eps=0.03137255)), tags) == []
 
 
-class Shelf:
-    """Stands for MLflow's registry: versions with their tags and, in a folder, their files. New ones are version 5."""
+class FakeRegistry:
+    """Replaces MLflow's registry: versions with their tags and, in a folder, their files. New ones are version 5."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -124,12 +124,12 @@ class Shelf:
 def work(tmp_path: Path) -> Work:
     folder = tmp_path / "runs" / "pipelines" / "p"
     made = Work("p", tmp_path, folder, tmp_path / "runs", Settings({}, {}), Console(), None, ExitStack())
-    made.__dict__["tracker"] = Shelf(tmp_path / "shelf")
+    made.__dict__["tracker"] = FakeRegistry(tmp_path / "shelf")
     return made
 
 
 def contest(work: Work, gained: int, lost: int, same: int = 50, **more: Any) -> dict[str, Any]:
-    """The new one against a champion, version 4, of which it gains and loses so many examples."""
+    """Compare a new version with the champion, version 4: it gains and loses this many examples."""
     new = [True] * gained + [False] * lost + [True] * same
     old = [False] * gained + [True] * lost + [True] * same
     ours = outcomes(work.out / "new", dict(enumerate(new))).parent
@@ -139,7 +139,7 @@ def contest(work: Work, gained: int, lost: int, same: int = 50, **more: Any) -> 
     return Register(name="model")._against_champion(work, judgement("new", ours, work.out, **more), "5")
 
 
-def test_without_a_champion_the_first_is_one(work: Work) -> None:
+def test_without_a_champion_the_first_version_becomes_it(work: Work) -> None:
     ours = outcomes(work.out / "new", {0: True}).parent
     found = Register(name="model")._against_champion(work, judgement("new", ours, work.out), "1")
     assert found == {"champion": "1", "verdict": "better", "reason": "there was no champion"}
@@ -149,8 +149,8 @@ def test_without_a_champion_the_first_is_one(work: Work) -> None:
     ("gained", "lost", "champion", "verdict"),
     [(6, 0, "5", "better"), (5, 0, "4", "cannot tell"), (0, 6, "4", "worse"), (0, 0, "4", "tie")],
 )
-def test_only_one_that_is_better_becomes_champion(work: Work, gained, lost, champion, verdict) -> None:
-    """p = 2 / 64 for six of six, 2 / 32 for five of five."""
+def test_only_a_better_version_becomes_champion(work: Work, gained, lost, champion, verdict) -> None:
+    """p = 2 / 64 if all of six differences are gains, 2 / 32 for five of five."""
     found = contest(work, gained, lost)
     assert (found["champion"], found["verdict"], found["before"]) == (champion, verdict, "4")
     p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
@@ -179,7 +179,7 @@ def test_on_other_examples_the_champion_stays(work: Work) -> None:
     assert (found["champion"], found["verdict"], found["reason"]) == ("4", "cannot tell", "judged on other examples")
 
 
-def test_the_champion_itself_is_a_tie(work: Work) -> None:
+def test_the_champion_ties_with_itself(work: Work) -> None:
     contest(work, 6, 0)
     ours = work.out / "new"
     found = Register(name="model")._against_champion(work, judgement("new", ours, work.out), "4")
@@ -188,7 +188,7 @@ def test_the_champion_itself_is_a_tie(work: Work) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, of a network that nobody asks anything."""
+    """A checkpoint of a network that no test runs."""
     path, model = tmp_path_factory.mktemp("trained") / "run" / "epoch-0001", nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return checkpoint.save(path, tiny("at", seed=7), model, optimizer, [{"epoch": 1.0}], "f00d").path
@@ -204,7 +204,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_version_gets_the_aliases_that_it_earned(work: Work, trained: Path, standard, gained, lost, aliases) -> None:
-    """Verified is what AutoAttack standard judged, champion what it found better, candidate every one."""
+    """`aa-verified` if standard AutoAttack judged it, `champion` if that found it better, `candidate` always."""
     contest(work, gained, lost)
     (work.out / "new" / "card.json").write_text('{"autoattack_acc": "40.00", "name": null}')
     candidate = made_candidate("new", 0.5, checkpoint=str(trained))
@@ -223,7 +223,7 @@ def test_a_version_gets_the_aliases_that_it_earned(work: Work, trained: Path, st
         "raysweep.fingerprint": "f00d",
         "autoattack.robust_accuracy": "0.400000",
         "autoattack.examples": "56",
-    }, "what the next one is compared with"
+    }, "the facts that the next version is compared with"
     assert work.tracker.described.startswith(
         "new, seed 0, best epoch: 40.00% under AA (95% 39.00% to 41.00%), 90.00% clean, Linf eps 0.03137, "
         "56 of 10000 test examples. As a champion: "
@@ -241,7 +241,7 @@ def test_a_version_gets_the_aliases_that_it_earned(work: Work, trained: Path, st
 
 
 def reported(work: Work, key: str, finished: float, robust: float, regressions: list[str], held_out: dict) -> None:
-    """A report of an earlier night."""
+    """The report of an earlier night."""
     folder = work.folder / f"03-report-{key}"
     ours = outcomes(work.out / key, held_out).parent
     best = judgement(key, ours, work.out).model_copy(update={"robust": robust})
@@ -256,12 +256,12 @@ def reported(work: Work, key: str, finished: float, robust: float, regressions: 
 
 
 def test_a_night_is_compared_with_the_last_good_one(work: Work) -> None:
-    """Not with itself, and not with one that saw a regression, as long as there is another."""
+    """Not with itself, nor with a night that had a regression, unless there is no other."""
     work.digest = "now"
     assert _previous(work) is None
     examples = dict.fromkeys(range(60), True)
     reported(work, "bad", 400.0, 0.1, ["worse"], examples)
-    assert _previous(work)[1].key == "bad", "better than nothing"
+    assert _previous(work)[1].key == "bad", "a night with a regression is better than none"
     reported(work, "old", 100.0, 0.5, [], examples)
     reported(work, "good", 200.0, 0.6, [], examples)
     reported(work, "now", 500.0, 0.7, [], examples)
@@ -269,7 +269,7 @@ def test_a_night_is_compared_with_the_last_good_one(work: Work) -> None:
     assert (artifact.key, folder.name) == ("good", "03-report-good")
 
 
-def test_what_changed_since_then(work: Work) -> None:
+def test_changes_since_an_earlier_night(work: Work) -> None:
     work.digest = "now"
     reported(work, "then", 100.0, 0.6, [], dict.fromkeys(range(60), True))
     ours = outcomes(work.out / "new", {n: n >= 7 for n in range(60)}).parent
@@ -281,7 +281,7 @@ def test_what_changed_since_then(work: Work) -> None:
     since = Report()._since(work, past, best)
     assert since["best"] == ["then, seed 0, best epoch", "new, seed 0, best epoch"]
     assert since["robust"] == [0.6, 0.4] and since["clean"] == [0.9, 0.8], "before, then now"
-    assert since["medians"] == {"at under AA": [0.6, 0.4]}, "of what both have"
+    assert since["medians"] == {"at under AA": [0.6, 0.4]}, "of what both reports have"
     test = since["test"]
     assert (test["gained"], test["lost"], test["examples"], test["verdict"]) == (0, 7, 60, "worse")
     assert test["p"] == pytest.approx(stats.binomtest(0, 7).pvalue) and since["different"] == []

@@ -1,4 +1,4 @@
-"""Distributions, conditions, grids and starting points of a search space, beside Optuna's own and lists by hand."""
+"""Distributions, conditions, grids and starting points of a search space, against Optuna's and lists by hand."""
 
 import hashlib
 import json
@@ -82,7 +82,7 @@ def test_a_range_holds_what_optuna_holds(entry: dict) -> None:
 def test_a_distribution_in_optunas_terms(entry: dict, expected: Any) -> None:
     distribution = Distribution.load(entry)
     assert distribution.optuna() == expected and type(distribution.optuna()) is type(expected)
-    # `log` and `step` must also get through the question that is asked.
+    # `log` and `step` must also reach Optuna through `suggest`.
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     SearchSpace.load({"method": "at", "space": {LR: entry}}).suggest(study.ask())
     assert study.get_trials()[0].distributions == {LR: expected}
@@ -140,7 +140,7 @@ def test_a_starting_point_off_its_distribution_is_refused(entry: dict, value: fl
         assert space.problems() == []
 
 
-def test_a_starting_point_is_a_runs_setting_too() -> None:
+def test_a_starting_point_must_be_valid_settings_of_a_run() -> None:
     data = {"method": "at", "space": {"batch_size": {"categorical": [16, 32]}, LR: {"float": [0.01, 0.1]}}}
     assert SearchSpace.load({**data, "start": [{"batch_size": 16, LR: 0.05}]}).problems() == []
     wrong = {**data, "space": {"batch_size": {"categorical": [1, 16]}, LR: {"float": [0.01, 0.1]}}}
@@ -192,7 +192,7 @@ def test_a_condition_on_a_choice_that_is_a_list() -> None:
     assert found.params(drawn[0]) | {momentum: 0} == {values: str(drawn[0][values]), momentum: 0}
 
 
-def test_starting_points_lose_what_they_do_not_have_and_are_tried_once() -> None:
+def test_starting_points_lose_inactive_settings_and_are_tried_once() -> None:
     start = [
         {SHAPE: "linear", LAM: 1.0},
         {SHAPE: "linear", LAM: -1.0},
@@ -287,12 +287,12 @@ def test_sections_for_data_sets_add_entries_and_replace_the_rest(tmp_path: Path)
     assert images.base == {"epochs": 40, "batch_size": 64, "data.name": "cifar10"}
     assert [images.space[path].float for path in (LR, DECAY)] == [(0.1, 1.0), (0.0, 0.1)]
     file.write_text(yaml.safe_dump({**data, "base": {"data.name": "cifar10"}}))
-    assert load_space("", {}, file).base == {"data.name": "cifar10", "epochs": 40}, "the file's own data set"
+    assert load_space("", {}, file).base == {"data.name": "cifar10", "epochs": 40}, "the data set that the file names"
     assert load_space("", {"data.name": "digits"}, file).trials == 3, "what is set wins over the file"
 
 
 def test_the_folder_of_a_sweeps_data_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials work elsewhere, and a sweep may go on from another folder."""
+    """Trials run in other folders, and a sweep may be resumed from another folder."""
     monkeypatch.chdir(tmp_path)
     space = SearchSpace.load({
         "method": "at",

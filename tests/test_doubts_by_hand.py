@@ -1,4 +1,4 @@
-"""The thresholds of an evaluation's doubts, on networks that lie just within and just beyond them."""
+"""The thresholds of an evaluation's warnings, on networks just within and just beyond them."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ from raysweep.spec import SpecError
 
 
 class Scripted(nn.Module):
-    """f(x, how many forwards there were before)."""
+    """A model that returns f(x, number of forwards before this one)."""
 
     def __init__(self, f: Callable[[Tensor, int], Tensor]) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def test_a_sound_model_is_not_doubted() -> None:
 
 @pytest.mark.parametrize(("share", "random"), [(3e-5, True), (3e-6, False)])
 @pytest.mark.parametrize("call", [1, 4])
-def test_random_is_what_differs_by_a_hundred_thousandth_in_any_of_five_answers(share, random, call) -> None:
+def test_a_model_is_random_if_one_of_five_answers_differs_by_a_hundred_thousandth(share, random, call) -> None:
     def drifting(x: Tensor, number: int) -> Tensor:
         logits = sound(x)
         shift = torch.zeros_like(logits)
@@ -63,11 +63,11 @@ def test_random_is_what_differs_by_a_hundred_thousandth_in_any_of_five_answers(s
     assert not random or "answers differently each time" in found.warnings[0]
 
 
-def test_what_comes_after_five_answers_is_not_looked_at() -> None:
+def test_only_five_answers_are_compared() -> None:
     assert not look(lambda x, call: sound(x) + (call == 5)).random
 
 
-def test_a_random_model_is_no_doubt_where_every_attack_averages() -> None:
+def test_a_random_model_gives_no_warning_if_every_attack_averages() -> None:
     rand, plain = APGD(samples=20), APGD()
     for attacks, doubts in (((rand,), 0), ((rand, rand), 0), ((rand, plain), 1), ((plain,), 1), ((Square(),), 1)):
         found = look(lambda x, call: sound(x) + call, attacks)
@@ -98,7 +98,7 @@ def test_probabilities_are_at_least_0_and_sum_to_1(f, probabilities: bool) -> No
 
 
 @pytest.mark.parametrize(("spread", "constant"), [(0.0, True), (1e-4, False)])
-def test_constant_is_the_same_logits_for_every_example(spread: float, constant: bool) -> None:
+def test_a_model_is_constant_if_all_examples_have_the_same_logits(spread: float, constant: bool) -> None:
     def flat(x: Tensor, call: int) -> Tensor:
         logits = 0 * sound(x) + torch.arange(10.0)
         return logits + spread * (torch.arange(len(x)) == len(x) - 1)[:, None]
@@ -106,41 +106,41 @@ def test_constant_is_the_same_logits_for_every_example(spread: float, constant: 
     warnings = look(flat).warnings
     assert any("it is constant" in warning for warning in warnings) is constant
     alone = look(flat, x=IMAGES[:1], y=LABELS[:1]).warnings
-    assert not any("it is constant" in warning for warning in alone), "one example says nothing"
+    assert not any("it is constant" in warning for warning in alone), "one example cannot show it"
 
 
-# Of eight, the first two are wrong; then three are steep.
+# Of eight images the first two are wrong; four are steep, three of them among those that are right.
 DISTANCES, WHICH, STEEP = [-0.1, -0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2], [0, 1] * 4, [1, 0, 1, 1, 1, 0, 0, 0]
 
 
-def silent(model: nn.Module, attacks: tuple[SingleAttack, ...] = (PGD(),), eps: float = 0.0) -> tuple[str, ...]:
+def warnings_of(model: nn.Module, attacks: tuple[SingleAttack, ...] = (PGD(),), eps: float = 0.0) -> tuple[str, ...]:
     x, y = ladder(DISTANCES, WHICH, STEEP)
     return examine(model, x, y, Rng.for_examples(torch.arange(8), 0), eps, attacks).warnings
 
 
 def test_examples_without_a_gradient_are_counted_among_those_that_are_right() -> None:
-    (warning,) = silent(Ladder())
+    (warning,) = warnings_of(Ladder())
     assert warning == (
         "3 of 8 examples looked at have zero CE gradient (its softmax saturates): attacks on the CE loss are unreliable"
     )
-    assert silent(Ladder(), (Square(),)) == (), "Square needs none"
-    assert silent(Ladder(), (Square(), FAB())) == (warning,)
+    assert warnings_of(Ladder(), (Square(),)) == (), "Square needs no gradient"
+    assert warnings_of(Ladder(), (Square(), FAB())) == (warning,)
 
 
-def test_a_masked_gradient_is_no_saturated_softmax() -> None:
+def test_a_masked_gradient_is_told_from_a_saturated_softmax() -> None:
     class Rounded(Ladder):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward((x * 1000).round() / 1000)
 
-    for warning, loss in zip(silent(Rounded()), ("CE", "margin"), strict=True):
+    for warning, loss in zip(warnings_of(Rounded()), ("CE", "margin"), strict=True):
         assert warning == (
             f"6 of 8 examples looked at have zero {loss} gradient (its gradient is masked): "
             f"attacks on the {loss} loss are unreliable"
         )
 
 
-def test_gradients_are_looked_at_near_the_images_and_not_at_them() -> None:
-    """At the images themselves, in 16ths, there is none; eps away there is."""
+def test_gradients_are_measured_near_the_images_and_not_at_them() -> None:
+    """At the images themselves, multiples of 1/16, the gradient is zero; eps away it is not."""
 
     def trapped(x: Tensor, call: int) -> Tensor:
         at_grid = ((x * 16).round() / 16 - x).abs().flatten(1).amax(1, keepdim=True) < 1e-6
@@ -151,7 +151,7 @@ def test_gradients_are_looked_at_near_the_images_and_not_at_them() -> None:
     assert len(look(trapped, x=x, eps=0.0).warnings) == 2
 
 
-def test_a_model_without_a_gradient_is_for_square_alone() -> None:
+def test_only_square_attacks_a_model_without_a_gradient() -> None:
     found = look(lambda x, call: sound(x.detach()))
     assert not found.differentiable
     assert found.warnings == ("the model has no gradient with respect to its input: only Square can be run",)
@@ -181,7 +181,7 @@ def test_which_attacks_a_model_allows() -> None:
     assert suited(Square(), nature(2, differentiable=False)) == (Square(), None)
 
 
-def test_labels_that_have_no_logit() -> None:
+def test_labels_without_a_logit_are_refused() -> None:
     for labels in ([0, 3], [3], [0]):
         fitting(np.array(labels), 4)
     for labels, low, high in (([0, 4], 0, 4), ([-1, 3], -1, 3)):
@@ -189,15 +189,15 @@ def test_labels_that_have_no_logit() -> None:
             fitting(torch.tensor(labels), 4)
 
 
-def test_what_has_collapsed() -> None:
+def test_when_a_model_has_collapsed() -> None:
     one, several = np.array([2, 2, 2]), np.array([0, 2, 2])
     assert collapsed(one, several) == "the model predicts class 2 for every example: it has collapsed"
     assert collapsed(several, several) is None
-    assert collapsed(one, one) is None, "all the examples are of one class"
+    assert collapsed(one, one) is None, "the model is right: all examples are of that class"
     assert collapsed(one[:1], several[:1]) is None
 
 
-def test_what_square_may_break_after_the_others() -> None:
+def test_how_many_examples_square_may_break_after_the_others() -> None:
     assert square_beats_gradients(0.5, 0.4981) is None and square_beats_gradients(0.5, 0.5) is None
     line = square_beats_gradients(0.5, 0.4978)
     assert line is not None and line.startswith("Square lowered robust accuracy by 0.22 points")
@@ -212,13 +212,13 @@ def test_what_square_may_break_after_the_others() -> None:
         (lambda x: sound(x) - torch.tensor(9 * [0.0] + [torch.inf]), "returns logits that are not finite"),
     ],
 )
-def test_models_that_cannot_be_attacked(f, words: str) -> None:
+def test_models_that_cannot_be_attacked_are_refused(f, words: str) -> None:
     with pytest.raises(SpecError) as error:
         look(lambda x, call: f(x))
     assert words in str(error.value)
 
 
-def test_a_model_is_looked_at_in_eval_mode_and_comes_out_as_it_went_in() -> None:
+def test_a_model_is_examined_in_eval_mode_and_left_as_it_was() -> None:
     class Moody(Ladder):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + (torch.rand(()) * 1e6 if self.training else 0)

@@ -1,4 +1,4 @@
-"""Evaluations of a network whose robustness is known by hand: the report's numbers, and what a resumed one keeps."""
+"""Evaluations of a network whose robustness is known by hand: the report's numbers, and what resuming reuses."""
 
 import json
 import random
@@ -22,18 +22,18 @@ from raysweep.evaluation import AttackShards, Outcome, RobustnessReport, Shard, 
 from raysweep.evaluation.report import wilson
 from raysweep.spec import SpecError
 
-# Distances to the boundary; below 0 is wrong from the start, and so is label 2 wherever it lies.
+# Distances to the boundary; rows with a negative one are wrong from the start, and so is label 2 at any distance.
 DISTANCES = [0.012, -0.02, 0.03, 0.05, 0.025, 0.035, 0.07, 0.2]
 LABELS = [0, 1, 1, 0, 1, 0, 2, 1]
 PREDICTED = [0, 0, 1, 0, 1, 0, 0, 1]
 
 
 def steps(count: int, **settings: Any) -> PGD:
-    """Ends count / 100 below where it starts, along the one direction that there is."""
+    """PGD that lowers the height by count / 100, along the only direction that there is."""
     return PGD(**{"eps": 0.05, "step_size": 0.01, "steps": count, "start": "natural"} | settings)
 
 
-# The second attack is the strongest, so the third finds no row and no margin.
+# The second attack is the strongest, so the third breaks no row and lowers no margin.
 ATTACKS = {"a": steps(2), "b": steps(4), "c": steps(3, loss="cw")}
 
 
@@ -74,7 +74,7 @@ def test_every_row_by_hand(settings: dict[str, Any]) -> None:
     cost = {name: (spent.rows, spent.queries) for name, spent in found.cost.items()}
     assert cost == {"a": (6, 6 * 3), "b": (5, 5 * 5), "c": (2, 2 * 4)}
     heights = (torch.from_numpy(found.x_adv[:, 0]) - 0.5).mul(SIGNS).mean((1, 2)).tolist()
-    # Rows that hold out keep their own images.
+    # The adversarial image of a row that holds out is the image itself.
     ends = [0.008, -0.02, -0.01, -0.05, -0.015, 0.005, -0.07, 0.2]
     assert heights == pytest.approx(ends, abs=1e-6)
     assert np.array_equal(found.x_adv[[1, 3, 6, 7]], ladder(DISTANCES, LABELS)[0].numpy()[[1, 3, 6, 7]])
@@ -177,7 +177,7 @@ def test_the_archive_of_adversarial_examples(tmp_path: Path) -> None:
 
 
 def test_lengths_and_margins_in_l2() -> None:
-    """A step of 0.01 in L2 descends by half of it, for all four pixels move."""
+    """A step of 0.01 in L2 lowers the height by half of that, because all four pixels move."""
     norm = {"norm": "L2", "eps": 0.056}
     found = judge({"a": steps(2, **norm), "b": steps(9, **norm), "c": steps(4, **norm)})
     assert found.perturbation.tolist() == pytest.approx([0.056, 0, *4 * [0.056], 0, 0.056], abs=1e-6)
@@ -186,19 +186,19 @@ def test_lengths_and_margins_in_l2() -> None:
 
 
 def test_a_point_that_is_no_worse_than_the_image_is_not_recorded() -> None:
-    """Random starts alone: some lie higher than the image."""
+    """Attacks of random starts only: some starts are higher than the image."""
     starts = {"a": PGD(eps=0.04, step_size=0.0, steps=1), "b": PGD(eps=0.04, step_size=0.0, steps=1)}
     x, y = ladder([0.05] * 64, [1] * 64)
     found = evaluate(Ladder(), x, y, WorstCase(attacks=starts), keep_adversarial=True)
     kept = found.perturbation == 0
-    assert 8 < kept.sum() < 32, "of two starts, a quarter lie higher both"
+    assert 8 < kept.sum() < 32, "for a quarter of the rows both starts are higher"
     assert (found.margin_after[kept] == found.margin_before[kept]).all()
     assert (found.margin_after[~kept] < found.margin_before[~kept]).all() and found.robust.all()
 
 
 def test_the_masking_gap_needs_a_cross_entropy_first_and_another_attack() -> None:
     ce, cw, apgd, square = steps(2), steps(4, loss="cw"), APGD(eps=0.05, steps=5), Square(eps=0.05, queries=3)
-    # PGD leaves 5 of 8, the margin's PGD 2, APGD, which reaches 0.05, one or two: one row stands just there.
+    # PGD leaves 5 of 8 rows, PGD on the margin 2, and APGD, which reaches 0.05, one or two: one row is just that far.
     assert judge({"a": ce, "b": cw}).masking_gap == judge({"a": ce, "b": cw, "c": ce}).masking_gap == 0.375
     assert judge({"a": ce, "b": steps(3), "c": cw}).masking_gap == 0.375
     assert judge({"a": apgd, "b": ce}).masking_gap == 0.0
@@ -215,7 +215,7 @@ WARNINGS = [
 ]
 
 
-def test_any_doubt_makes_a_card_unreliable_and_nothing_else_does() -> None:
+def test_any_warning_makes_a_card_unreliable_and_nothing_else_does() -> None:
     assert report().card()["unreliable"] is False
     for warning in WARNINGS:
         assert replace(report(), warnings=(warning,)).card()["unreliable"] is True
@@ -223,7 +223,7 @@ def test_any_doubt_makes_a_card_unreliable_and_nothing_else_does() -> None:
     assert wide.card()["unreliable"] is False and wide.card()["reported"] == "0.00"
 
 
-def test_every_doubt_of_an_evaluation_reaches_its_card() -> None:
+def test_every_warning_of_an_evaluation_is_on_its_card() -> None:
     x, y = ladder(DISTANCES, [min(label, 1) for label in LABELS])
 
     class Two(Ladder):
@@ -296,7 +296,7 @@ def test_a_card_by_hand() -> None:
         assert (card["eps"], card["threat_model"]) == (text, norm)
 
 
-def test_what_autoattack_is_and_what_is_not() -> None:
+def test_which_attacks_count_as_autoattack() -> None:
     def is_autoattack(attack: WorstCase, eps: float = 8 / 255, norm: str = "Linf") -> bool:
         found = replace(report(), attack=attack.json_dict(), eps=eps, norm=norm)
         assert (found.card()["autoattack_acc"] == "25.00") == found.is_autoattack
@@ -349,7 +349,7 @@ class Recorder:
     ],
 )
 def test_each_example_is_in_exactly_one_shard(count: int, width: int, settings: dict[str, int]) -> None:
-    """However the rows are cut, and in whatever order the shards come back, the rows of the report are in order."""
+    """However the rows are split, and in whatever order shards finish, the rows of the report are in order."""
     distances = [(0.0005 + 0.001 * row) * (-1 if row % 5 == 4 else 1) for row in range(count)]
     x, y = ladder(distances, [row % 2 for row in range(count)])
     map = Recorder(width)
@@ -371,8 +371,10 @@ TWO = {"a": steps(2), "b": steps(4)}
 RIGHT, LEFT = [0, 2, 3, 4, 5, 7], [2, 3, 4, 5, 7]
 
 
-def resumed(folder: Path, attacks: dict[str, SingleAttack] | None = None, rows: int = 8, **settings: Any) -> Recorder:
-    """Which rows an evaluation computed that may take others from `folder`, checked against one that may not."""
+def evaluate_resumed(
+    folder: Path, attacks: dict[str, SingleAttack] | None = None, rows: int = 8, **settings: Any
+) -> Recorder:
+    """Run an evaluation that may reuse rows of `folder`, check it against a fresh one, and return what it computed."""
     x, y = ladder(DISTANCES, LABELS)
     call = {"model": Ladder(), "x": x[:rows], "y": y[:rows], "attack": WorstCase(attacks=attacks or TWO)} | settings
     map = Recorder()
@@ -387,15 +389,15 @@ def resumed(folder: Path, attacks: dict[str, SingleAttack] | None = None, rows: 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where an evaluation left its shards."""
-    rows = resumed(tmp_path, shards=3).rows
+    """A folder with the shards of a finished evaluation."""
+    rows = evaluate_resumed(tmp_path, shards=3).rows
     assert (sorted(rows["a"]), sorted(rows["b"])) == (RIGHT, LEFT)
     return tmp_path
 
 
 @pytest.mark.parametrize("settings", [{}, {"batch_size": 2}, {"shards": 5}, {"progress": lambda progress: None}])
-def test_a_resumed_evaluation_takes_over_what_is_done(settings: dict[str, Any], folder: Path) -> None:
-    assert list(resumed(folder, **settings).rows) == ["clean"]
+def test_a_resumed_evaluation_reuses_finished_rows(settings: dict[str, Any], folder: Path) -> None:
+    assert list(evaluate_resumed(folder, **settings).rows) == ["clean"]
 
 
 def steeper() -> Ladder:
@@ -442,19 +444,19 @@ def brighter() -> Tensor:
     ],
     ids=["labels", "weights", "buffers", "architecture", "x", "index", "order", "seed", "fold", "tile", "n"],
 )
-def test_another_evaluation_takes_over_nothing(settings: dict[str, Any], folder: Path) -> None:
-    """Whatever it differs in, be it one label or the last bit of one number; and the first one's shards stay."""
+def test_another_evaluation_reuses_nothing(settings: dict[str, Any], folder: Path) -> None:
+    """Whatever differs, even one label or the last bit of one number; the shards of the first evaluation stay."""
     right = [*RIGHT, 6] if "y" in settings else [row for row in RIGHT if row < settings.get("rows", 8)]
     if "y" in settings:  # label 1 where the model says 0
         right.remove(6)
-    rows = resumed(folder, **settings).rows
+    rows = evaluate_resumed(folder, **settings).rows
     assert sorted(rows["a"]) == right and sorted(rows["b"]) == right[1:]
-    assert list(resumed(folder).rows) == ["clean"]
+    assert list(evaluate_resumed(folder).rows) == ["clean"]
 
 
-def test_tf32_takes_over_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_in_tf32_reuses_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raysweep.evaluation.evaluator.has_tf32", lambda device: True)
-    rows = resumed(folder, attack=WorstCase(attacks=TWO, tf32=True)).rows
+    rows = evaluate_resumed(folder, attack=WorstCase(attacks=TWO, tf32=True)).rows
     assert sorted(rows["a"]) == RIGHT and sorted(rows["b"]) == LEFT
 
 
@@ -470,16 +472,16 @@ def test_tf32_takes_over_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"c": steps(5)}, {"c": [3, 7]}),
     ],
 )
-def test_another_attack_is_run_and_the_others_are_not(
+def test_only_the_attack_that_changed_is_run_again(
     change: dict[str, SingleAttack], again: dict[str, list[int]], folder: Path
 ) -> None:
-    rows = resumed(folder, TWO | change).rows
+    rows = evaluate_resumed(folder, TWO | change).rows
     del rows["clean"]
     assert {name: sorted(positions) for name, positions in rows.items()} == again
 
 
-def test_the_same_attack_under_another_name_is_another(folder: Path) -> None:
-    rows = resumed(folder, {"a": steps(2), "b-2": steps(4)}).rows
+def test_the_same_attack_under_another_name_counts_as_another(folder: Path) -> None:
+    rows = evaluate_resumed(folder, {"a": steps(2), "b-2": steps(4)}).rows
     assert sorted(rows) == ["b-2", "clean"] and sorted(rows["b-2"]) == LEFT
 
 
@@ -488,30 +490,30 @@ def shards_folder(folder: Path) -> Path:
     return inside
 
 
-def test_rows_that_several_files_have_count_once_and_those_that_are_done_do_not_count(folder: Path) -> None:
-    """A file with all rows, the wrong ones too, beside the three that are there; and rows that only it has."""
+def test_rows_in_several_files_count_once_and_wrong_rows_do_not_count(folder: Path) -> None:
+    """A file with all rows, also the wrong ones, beside the others; then that file alone."""
     x, y = ladder(DISTANCES, LABELS)
     work = AttackShards(Ladder(), x.numpy(), y.numpy(), np.arange(8), folder=shards_folder(folder))
     for positions in (np.arange(8), np.array([7, 2, 0])):
         for name, attack in TWO.items():
             work(Shard(name, attack, positions))
     assert len(list(work.folder.glob("b-*.npz"))) == 5
-    assert list(resumed(folder).rows) == ["clean"]
+    assert list(evaluate_resumed(folder).rows) == ["clean"]
     for path in work.folder.glob("[ab]-*.npz"):
         if set(Outcome.load(path).positions.tolist()) != set(range(8)):
             path.unlink()
-    assert list(resumed(folder).rows) == ["clean"]
+    assert list(evaluate_resumed(folder).rows) == ["clean"]
 
 
 def test_only_rows_that_are_missing_are_computed(folder: Path) -> None:
     gone = min(shards_folder(folder).glob("b-*.npz"))
     missing = Outcome.load(gone).positions.tolist()
     gone.unlink()
-    rows = resumed(folder).rows
+    rows = evaluate_resumed(folder).rows
     assert rows.pop("clean") == list(range(8)) and rows == {"b": missing}
 
 
-def test_a_file_with_any_byte_changed_is_refused_or_says_the_same(folder: Path) -> None:
+def test_a_file_with_one_byte_changed_is_refused_or_has_the_same_content(folder: Path) -> None:
     path = min(shards_folder(folder).glob("a-*.npz"))
     whole, sound = path.read_bytes(), Outcome.load(path)
     refused = 0
@@ -534,7 +536,7 @@ def test_a_file_that_lacks_an_array_or_holds_objects_is_refused(folder: Path) ->
     assert Outcome.load(path) is None
     np.savez(path, **arrays | {"queries": np.array([{"a": 1}] * len(arrays["queries"]))})
     assert Outcome.load(path) is None
-    assert sorted(resumed(folder).rows["a"]) == sorted(arrays["positions"].tolist())
+    assert sorted(evaluate_resumed(folder).rows["a"]) == sorted(arrays["positions"].tolist())
 
 
 def test_a_random_model_may_answer_differently_when_it_is_resumed(tmp_path: Path) -> None:
@@ -552,8 +554,8 @@ def test_a_random_model_may_answer_differently_when_it_is_resumed(tmp_path: Path
     assert list(maps[1].rows) == ["clean"]
 
 
-def test_a_model_that_is_no_longer_what_it_was_is_not_resumed(folder: Path) -> None:
-    """Its weights are the same, its answers a hundredth off."""
+def test_an_evaluation_of_a_changed_model_is_not_resumed(folder: Path) -> None:
+    """Its weights are the same, but its logits differ by a hundredth."""
 
     class Off(Ladder):
         factor = 1.0
@@ -589,7 +591,7 @@ class Fragile(nn.Module):
         return self.ladder(x) * (-1 if self.training else 1) * self.fixed
 
 
-def test_a_model_is_attacked_in_eval_mode_and_comes_out_as_it_went_in() -> None:
+def test_a_model_is_attacked_in_eval_mode_and_left_as_it_was() -> None:
     model = Fragile()
     values = {name: value.clone() for name, value in model.state_dict().items()}
     precision = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
@@ -607,7 +609,7 @@ def test_a_model_is_attacked_in_eval_mode_and_comes_out_as_it_went_in() -> None:
     assert precision == (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
 
 
-def test_inputs_are_left_alone_and_bytes_are_255ths() -> None:
+def test_inputs_are_not_changed_and_bytes_are_divided_by_255() -> None:
     x, y = ladder([0.1, 0.2, -0.1], [0, 1, 1])
     bytes_ = (255 * x).round().to(torch.uint8)
     before = bytes_.clone()
@@ -630,7 +632,7 @@ def test_progress_counts_what_was_done_before(folder: Path) -> None:
     x, y = ladder(DISTANCES, LABELS)
     evaluate(Ladder(), x, y, WorstCase(attacks=TWO), resume_dir=folder, shards=2, progress=told.append)
     told = [(p.attack, p.done, p.total, p.robust, p.examples) for p in told]
-    # Of `b`'s five rows those in the two files that are left were done; two shards do the rest, of which two hold out.
+    # Of `b`'s five rows those in the two remaining files are done; two shards compute the others. Two rows hold out.
     (first, second) = [row for row in told if row[0] == "b"]
     assert told[:2] == [("clean", 4, 8, 8, 8), ("clean", 8, 8, 8, 8)]
     assert (first[1], second[1:3]) == (5 - missing + 1, (5, 5)) and second[4] == 8

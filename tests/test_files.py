@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and a place has one name, here and in a bucket."""
+"""Files are written completely or not at all; a folder on disk or in a bucket has exactly one name."""
 
 import os
 from pathlib import Path
@@ -40,11 +40,11 @@ def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
     with pytest.raises(PowerCut), whole(tmp_path / "new.json") as stream:
         stream.write(b"half")
         raise PowerCut
-    assert content(tmp_path) == {"x.json": "old"}, "and where there was none, there is none"
+    assert content(tmp_path) == {"x.json": "old"}, "where there was no file, there is none afterwards"
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flushed and synced, then renamed: a rename that reaches the disk before the data would leave an empty file."""
+    """Flush and sync come before the rename: if that reached the disk before the data, the file would be empty."""
     steps: list[str] = []
     sync, rename = os.fsync, Path.replace
 
@@ -88,7 +88,7 @@ def test_a_folder_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None
     assert content(path) == {"one": "1"}
     with whole_folder(path) as partial:
         (partial / "two").write_text("2")
-    assert content(tmp_path) == {"epoch/two": "2"}, "and the half is no part of the next"
+    assert content(tmp_path) == {"epoch/two": "2"}, "the half-written folder is no part of the next one"
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_place_in_a_bucket_keeps_its_name(where: str) -> None:
     assert storage.at(storage.name(path / "trials")) == path / "trials"
 
 
-def test_places_that_differ_have_folders_that_differ() -> None:
+def test_different_places_have_different_folders() -> None:
     places = ["s3://b/x", "gs://b/x", "s3://b/x/y", "s3://c/x", "s3://b/x?region=a", "s3://b/x?region=b"]
     paths = [storage.at(place) for place in places]
     assert len(set(paths)) == len(places)
@@ -124,7 +124,7 @@ def test_a_folder_may_be_written_in_several_ways(tmp_path: Path, monkeypatch: py
     assert storage.is_uri("s3://b") and not storage.is_uri("a:b") and not storage.is_uri("/a//b")
 
 
-def test_copies_lie_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_decides_where_copies_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "own"))
     assert storage.at("s3://b/x").is_relative_to(tmp_path / "own")
     monkeypatch.delenv("RAYSWEEP_CACHE")
@@ -135,10 +135,10 @@ def test_copies_lie_where_the_environment_says(tmp_path: Path, monkeypatch: pyte
     assert storage.at("s3://b/x").is_relative_to(tmp_path / ".cache" / "raysweep")
 
 
-def test_what_is_in_a_folder_of_this_machine(tmp_path: Path) -> None:
+def test_the_content_of_a_local_folder(tmp_path: Path) -> None:
     for file in ("b/meta.json", "a/meta.json", ".hidden/meta.json", "c/other.json", "a/deep/meta.json", "meta.json"):
         write_whole(tmp_path / file, "{}")
-    assert storage.folders(tmp_path) == ["a", "b"], "those that hold the file themselves, without hidden ones"
+    assert storage.folders(tmp_path) == ["a", "b"], "only folders that hold the file themselves, and no hidden ones"
     assert storage.folders(tmp_path, "other.json") == ["c"]
     assert storage.children(tmp_path) == [".hidden", "a", "b", "c"] and storage.children(tmp_path / "none") == []
     assert {str(path.relative_to(tmp_path)) for path in storage.files(tmp_path / "a")} == {

@@ -1,4 +1,4 @@
-"""What a sweep may become when it goes on: each change by itself, and the line that refuses it."""
+"""Which changes a resumed sweep may have: each change by itself, and the line that refuses it."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ TRIED = {
 
 
 def problems(changes: dict[str, Any], tried: dict[int, dict[str, Any]] | None = None) -> list[str]:
-    """Why a sweep of `DATA` cannot go on with these changes; `space` and `base` are changed entry by entry."""
+    """Why a sweep of `DATA` cannot resume with these changes; `space` and `base` are changed entry by entry."""
     data = {**DATA, **changes}
     for part in ("space", "base"):
         merged = {**DATA[part], **changes.get(part, {})}
@@ -60,7 +60,7 @@ def problems(changes: dict[str, Any], tried: dict[int, dict[str, Any]] | None = 
     ],
     ids=str,
 )
-def test_what_may_change(changes: dict[str, Any]) -> None:
+def test_changes_that_are_allowed(changes: dict[str, Any]) -> None:
     assert problems(changes) == []
 
 
@@ -99,12 +99,12 @@ def test_what_may_change(changes: dict[str, Any]) -> None:
     ],
     ids=str,
 )
-def test_what_would_make_it_another_sweep(changes: dict[str, Any], line: str) -> None:
+def test_changes_that_are_refused(changes: dict[str, Any], line: str) -> None:
     found = problems(changes)
     assert len(found) == 1 and found[0].startswith(line)
 
 
-def test_without_trials_the_ranges_are_free_and_the_rest_is_not() -> None:
+def test_without_trials_any_range_is_allowed_and_other_changes_are_not() -> None:
     assert problems({"space": {LR: {"float": [0.3, 0.4]}, "seed": {"int": [5, 9]}}}, {}) == []
     assert len(problems({"base": {"epochs": 7}}, {})) == 1
 
@@ -123,14 +123,14 @@ def test_all_reasons_come_at_once_and_each_once() -> None:
     ]
 
 
-def test_a_base_that_only_some_trials_have_makes_them_others_too() -> None:
-    """The decay of trials without a searched one is the base's."""
+def test_a_base_setting_that_only_some_trials_use_cannot_change() -> None:
+    """Trials in which the decay is not searched have that of the base."""
     (line,) = problems({"base": {DECAY: 0.002}})
     assert line.startswith(f"{DECAY} = 0.002: the sweep has 0.0005")
 
 
-def test_a_number_that_becomes_a_schedule_makes_another_run() -> None:
-    """One setting is gone then and others are new: none has another value."""
+def test_a_number_cannot_become_a_schedule() -> None:
+    """This removes one setting and adds others, though none changes its value."""
     schedule = {"kind": "piecewise", "boundaries": [4], "values": [0.002, 0.001]}
     lines = problems({"base": {"method.attacks.pgd.step_size": schedule}})
     assert any(line.startswith("method.attacks.pgd.step_size = None: the sweep has ") for line in lines)

@@ -28,7 +28,7 @@ SUBJECT = Subject(Ladder(), "mine:make")
 
 @pytest.fixture
 def data() -> Data:
-    """A test set of six by hand, numbered from 100 on, in halves of its brightest; the other splits are of no use."""
+    """A test set of six by hand, numbered from 100, whose pixels have the maximum 2; the other splits are not used."""
     x, y = ladder(DISTANCES, LABELS)
     test = Split(2 * x, y, torch.arange(100, 106), 2)
     none = Split(x[:0], y[:0], torch.arange(0), 2)
@@ -59,7 +59,7 @@ def test_seed_numbers_and_settings_reach_the_evaluation(data: Data, tmp_path: Pa
     assert not np.array_equal(found.margin_after, again.margin_after)
 
 
-def test_finished_shards_are_in_the_folder_and_are_taken_over(data: Data, tmp_path: Path) -> None:
+def test_finished_shards_are_in_the_folder_and_are_reused(data: Data, tmp_path: Path) -> None:
     names: list[str] = []
 
     def recorded(run, shards):
@@ -77,13 +77,13 @@ def checkpoint(config: RunConfig, path: Path) -> Checkpoint:
     return Checkpoint(path, config, 1, [{"epoch": 1.0}], {"environment": {}})
 
 
-def test_the_threat_is_the_validations_else_the_profiles() -> None:
+def test_the_threat_model_is_that_of_validation_or_else_of_the_data_set() -> None:
     def threat(**changes: Any) -> tuple[float, str]:
         return threat_of(Subject(Ladder(), "m", checkpoint(tiny("at", **changes), Path("run/epoch-0001"))), "cifar10")
 
     assert threat() == (0.15, "Linf")
     assert threat(validation__attacks__pgd__eps=0.07) == (0.07, "Linf")
-    assert threat(validation__attacks__cw__eps=0.07) == (0.15, "Linf"), "the first attack's"
+    assert threat(validation__attacks__cw__eps=0.07) == (0.15, "Linf"), "that of the first attack"
     assert threat(**{"*__eps": 0.5, "*__norm": "L2"}) == (0.5, "L2")
     growing = {"kind": "piecewise", "boundaries": [1], "values": [0.02, 0.08]}
     assert threat(epochs=3, validation__attacks__pgd__eps=growing) == (0.08, "Linf"), "at the end of the training"
@@ -140,8 +140,8 @@ def test_the_files_of_an_evaluation(report: RobustnessReport, tmp_path: Path) ->
     assert (card["name"], card["dataset"], card["architecture"]) == ("mine:make", "mnist", None)
 
 
-class Notebook:
-    """Writes down what a tracker is asked to keep."""
+class RecordingTracker:
+    """Records the calls that a tracker gets."""
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
@@ -166,8 +166,8 @@ class Notebook:
 
 
 def tracked(report: RobustnessReport, subject: Subject, folder: Path, whole: bool = True) -> str:
-    """The prefix under which the numbers of an evaluation go into its training's run."""
-    book = Notebook()
+    """The prefix of an evaluation's numbers in the run of its training."""
+    book = RecordingTracker()
     assert track(book, "id", subject, report, folder, "name", whole) == "id"  # type: ignore[arg-type]
     assert book.runs == []
     prefixes = {name.removeprefix("id:").rpartition("/")[0] for name in book.metrics}
@@ -175,7 +175,9 @@ def tracked(report: RobustnessReport, subject: Subject, folder: Path, whole: boo
     return prefix
 
 
-def test_aa_is_for_autoattack_on_the_whole_test_set_at_the_trainings_radius(report, tmp_path: Path) -> None:
+def test_the_prefix_aa_is_for_autoattack_on_the_whole_test_set_at_the_radius_of_training(
+    report, tmp_path: Path
+) -> None:
     trained = Subject(Ladder(), "m", checkpoint(tiny("at"), tmp_path / "run" / "epoch-0001"))
 
     def standard(eps: float = 0.15, norm: str = "Linf", **changes: Any) -> RobustnessReport:
@@ -183,7 +185,9 @@ def test_aa_is_for_autoattack_on_the_whole_test_set_at_the_trainings_radius(repo
         return replace(report, attack=attack.json_dict(), eps=eps, norm=norm, **changes)
 
     assert tracked(standard(), trained, tmp_path) == "aa"
-    assert tracked(standard(0.3), SUBJECT, tmp_path) == "aa", "a model of one's own has no radius"
+    assert tracked(standard(0.3), SUBJECT, tmp_path) == "aa", (
+        "a model that was not trained here has no radius of training"
+    )
     assert tracked(standard(seed=1), trained, tmp_path) == "aa-seed1"
     assert tracked(standard(), trained, tmp_path, whole=False) == "eval/name-Linf-0.15-n6"
     assert tracked(standard(0.1), trained, tmp_path) == "eval/name-Linf-0.1-n6"
@@ -199,7 +203,7 @@ def test_the_numbers_and_files_that_go_into_a_run(report: RobustnessReport, tmp_
     folder = tmp_path / "mine.make-0123"
     save(report, folder, SUBJECT, DataSpec())
     (folder / "shards").mkdir()
-    book = Notebook()
+    book = RecordingTracker()
     assert track(book, None, SUBJECT, report, folder, "pgd20", True) == "new"  # type: ignore[arg-type]
     prefix = "new:eval/pgd20-Linf-0.04-n6"
     low, high = book.metrics.pop(f"{prefix}/robust_low"), book.metrics.pop(f"{prefix}/robust_high")

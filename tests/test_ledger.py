@@ -1,4 +1,4 @@
-"""A sweep's records: what reports make of a trial, the ranking, the Pareto front, what a grown sweep goes on with."""
+"""The ledger of a sweep: how reports change a trial, the ranking, the Pareto front, and which trials resume."""
 
 import json
 import random
@@ -38,7 +38,7 @@ def write(ledger: Ledger, *trials: Trial) -> None:
         ledger.write(trial)
 
 
-def test_reports_make_a_trial() -> None:
+def test_reports_change_a_trial() -> None:
     rows = [
         {"epoch": 1.0, "clean": 0.5},
         {"epoch": 2.0, "clean": 0.6, "robust_worst": 0.25, "shared": 1.0},
@@ -53,7 +53,7 @@ def test_reports_make_a_trial() -> None:
         assert trial.latest == row and trial.epoch == row["epoch"] and trial.reason == ""
         best.append(trial.best.get("epoch"))
         curves.append(len(trial.curve))
-    assert best == [None, 2, 3, 3, 3, 3], "of epochs that tie the first; epochs without the objective are none"
+    assert best == [None, 2, 3, 3, 3, 3], "the first of epochs that tie; epochs without the objective do not count"
     assert trial.curve == [[2, 0.25], [3, 0.375], [4, 0.375], [5, 0.125]] and curves == [0, 1, 2, 3, 4, 4]
     assert trial.trained == 5, "all but the shared one"
     assert trial.state == "running" and trial.score("robust_worst") == 0.375 and trial.score("clean") == 0.7
@@ -67,13 +67,13 @@ def test_an_epoch_that_was_reported_before_changes_nothing(epoch: float) -> None
     assert trial.reported({"epoch": epoch, "robust_worst": 0.75}, "robust_worst") is trial
 
 
-def test_a_score_of_nothing_is_a_result() -> None:
+def test_a_score_of_zero_is_a_result() -> None:
     trial = Trial(0, {}).reported({"epoch": 1.0, "robust_worst": 0.0}, "robust_worst")
     assert trial.best == {"epoch": 1.0, "robust_worst": 0.0} and trial.curve == [[1, 0.0]]
 
 
 def test_the_ranking(ledger: Ledger) -> None:
-    """Best first, ties by number, those over the limit last and among them the best first, nobody without a result."""
+    """Best first, ties by number; then those over the limit, best first; trials without a result are left out."""
     write(
         ledger,
         judged(6, 0.25),
@@ -97,8 +97,10 @@ def test_the_ranking(ledger: Ledger) -> None:
 def test_a_gap_at_the_limit_is_within_it(limit: float | None, gap: float, masks: bool, tmp_path: Path) -> None:
     ledger = Ledger.create(tmp_path / "sweep", space(max_masking_gap=limit))
     assert ledger.masks(judged(0, 0.5, gap=gap)) == masks
-    assert ledger.masks(judged(0, 0.5, gap=0.0, latest={"masking_gap": 1.0})) is False, "the best epoch's, not the last"
-    assert not ledger.masks(Trial(0, {})), "nothing is known of it yet"
+    assert ledger.masks(judged(0, 0.5, gap=0.0, latest={"masking_gap": 1.0})) is False, (
+        "the gap of the best epoch counts, not that of the last"
+    )
+    assert not ledger.masks(Trial(0, {})), "a trial without an epoch has no gap"
 
 
 def test_several_metrics_are_ranked_by_the_first(tmp_path: Path) -> None:
@@ -107,7 +109,7 @@ def test_several_metrics_are_ranked_by_the_first(tmp_path: Path) -> None:
     assert [trial.number for trial in ledger.ranked()] == [1, 0, 2]
 
 
-def test_what_is_beaten_in_one_metric_alone_is_not_on_the_front(tmp_path: Path) -> None:
+def test_the_front_of_two_metrics(tmp_path: Path) -> None:
     ledger = Ledger.create(tmp_path / "sweep", space(metric=["robust_worst", "clean"], max_masking_gap=0.25))
     write(
         ledger,
@@ -119,15 +121,15 @@ def test_what_is_beaten_in_one_metric_alone_is_not_on_the_front(tmp_path: Path) 
         judged(5, 0.25, 0.8125),  # beaten by 4
         judged(6, 1.0, 1.0, gap=0.5),  # breaks the limit
     )
-    assert [trial.number for trial in ledger.front()] == [0, 3, 4], "as they are ranked"
+    assert [trial.number for trial in ledger.front()] == [0, 3, 4], "in the order of the ranking"
     assert {trial.number for trial in study(ledger).best_trials} == {0, 3, 4}, "Optuna's front"
     assert [trial.number for trial in ledger.front(["robust_worst"])] == [0, 1, 3]
     assert [trial.number for trial in ledger.front(["clean"])] == [4]
-    assert [trial.number for trial in ledger.front(["clean", "pgd"])] == [4], "nobody has the other metric"
+    assert [trial.number for trial in ledger.front(["clean", "pgd"])] == [4], "no trial has the other metric"
 
 
 def test_the_front_of_three_metrics_is_what_nothing_dominates(tmp_path: Path) -> None:
-    """By numpy, on points with many ties and some duplicates."""
+    """Compared with numpy, on points with many ties and some duplicates."""
     ledger = Ledger.create(tmp_path / "sweep", space(trials=40))
     draw, points = random.Random(1), []
     for number in range(40):
@@ -142,7 +144,7 @@ def test_the_front_of_three_metrics_is_what_nothing_dominates(tmp_path: Path) ->
     assert found == expected and 1 < len(expected) < 40
 
 
-def test_the_best_epoch_has_the_checkpoint(ledger: Ledger) -> None:
+def test_a_trials_checkpoint_is_that_of_its_best_epoch(ledger: Ledger) -> None:
     path = ledger.checkpoint(judged(12, 0.5))
     assert path == ledger.path / "trials" / "0012" / "epoch-0003", "its fourth epoch was worse"
 
@@ -177,7 +179,7 @@ def test_a_folder_with_anything_else_in_it_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "b" / "sweep.json").exists()
 
 
-def test_a_refused_sweep_is_taken_back_unless_it_has_trials(ledger: Ledger) -> None:
+def test_discard_removes_a_sweep_unless_it_has_trials_or_other_files(ledger: Ledger) -> None:
     ledger.write(judged(0, 0.5))
     ledger.discard()
     assert Ledger.open(ledger.path).trials() == [judged(0, 0.5)]
@@ -190,7 +192,7 @@ def test_a_refused_sweep_is_taken_back_unless_it_has_trials(ledger: Ledger) -> N
     assert [file.name for file in other.path.iterdir()] == ["notes"]
 
 
-def test_finished_trials_that_get_more_epochs_go_on_and_no_others(ledger: Ledger) -> None:
+def test_only_finished_trials_that_get_more_epochs_resume(ledger: Ledger) -> None:
     states = {0: ("finished", 4), 1: ("stopped", 2), 2: ("failed", 3), 3: ("running", 1), 4: ("finished", 6)}
     trials = [judged(n, 0.5, state=state, epoch=epoch, reason="r") for n, (state, epoch) in states.items()]
     write(ledger, *trials)
@@ -198,12 +200,12 @@ def test_finished_trials_that_get_more_epochs_go_on_and_no_others(ledger: Ledger
     assert ledger.trials() == trials, "as many epochs as before"
     ledger.extend(space(max_masking_gap=0.25, trials=9, base={"epochs": 6}))
     assert [trial.state for trial in ledger.trials()] == ["running", "stopped", "failed", "running", "finished"]
-    assert ledger.trials()[0] == replace(trials[0], state="running"), "with all that is known of it"
+    assert ledger.trials()[0] == replace(trials[0], state="running"), "all its other fields stay"
     again = Ledger.open(ledger.path).space
     assert (again.trials, again.config({}).epochs) == (9, 6)
 
 
-def test_a_trials_own_number_of_epochs_decides_whether_it_goes_on(tmp_path: Path) -> None:
+def test_a_trials_own_number_of_epochs_decides_whether_it_resumes(tmp_path: Path) -> None:
     searched = {"epochs": {"int": [2, 8]}}
     ledger = Ledger.create(tmp_path / "sweep", space(space=searched))
     write(ledger, judged(0, 0.5, settings={"epochs": 2}, epoch=2), judged(1, 0.5, settings={"epochs": 4}, epoch=4))
@@ -211,7 +213,7 @@ def test_a_trials_own_number_of_epochs_decides_whether_it_goes_on(tmp_path: Path
     assert [trial.state for trial in ledger.trials()] == ["finished", "finished"]
 
 
-def test_importance_is_of_the_first_objective_and_wants_ten_results(tmp_path: Path) -> None:
+def test_importance_is_of_the_first_objective_and_needs_ten_results(tmp_path: Path) -> None:
     from raysweep.sweep.study import importances
 
     searched = {LR: {"float": [0.0, 1.0]}, "optim.momentum": {"float": [0.0, 0.9]}}

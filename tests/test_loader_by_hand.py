@@ -1,4 +1,4 @@
-"""Batches, augmentation and splits, worked out by hand from what they document."""
+"""Batches, augmentation and splits, worked out by hand from their documentation."""
 
 import hashlib
 from dataclasses import replace
@@ -44,7 +44,7 @@ def rows_by_hand(labelled: Split, batch_size: int, epoch: int, others: Split | N
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize(("fraction", "share"), [(None, 0), (0.5, 5), (0.26, 3), (0.01, 1), (0.99, 9)])
 def test_batches_by_hand(fraction: float | None, share: int, workers: int, augment: bool) -> None:
-    """Each worker has every third row of the global batch, from its own rank on."""
+    """Each of three workers has every third row of the global batch, starting at its rank."""
     labelled, others = split(23), split(8, first=1000) if fraction else None
     for epoch in (0, 2):
         expected = rows_by_hand(labelled, 10, epoch, others, share)
@@ -61,8 +61,8 @@ def test_batches_by_hand(fraction: float | None, share: int, workers: int, augme
                     assert torch.equal(x, image) and y == source.y[row]
 
 
-def test_crops_go_four_pixels_each_way_and_half_of_the_images_are_turned() -> None:
-    """Where the one bright pixel of an image is found again says how the image was moved."""
+def test_crops_move_up_to_four_pixels_each_way_and_half_of_the_images_are_mirrored() -> None:
+    """The position of an image's only bright pixel shows how the image was moved."""
     x = torch.zeros(4000, 1, 9, 9)
     x[:, 0, 4, 4] = 1
     places = augmented(x, Rng.for_examples(torch.arange(4000), 0))[:, 0].nonzero()
@@ -85,7 +85,7 @@ def write_arrays(folder: Path, y: np.ndarray, channels: int = 3, y_test: np.ndar
     return DataSpec(name="arrays", data_dir=folder, val_size=9)
 
 
-def test_every_beginning_of_the_validation_part_has_all_classes_as_long_as_they_last(tmp_path: Path) -> None:
+def test_the_first_validation_examples_are_balanced_however_many_are_taken(tmp_path: Path) -> None:
     y = np.array([0] * 50 + [1] * 30 + [2] * 4)
     spec = write_arrays(tmp_path, y).model_copy(update={"val_size": 60})
     data = load(spec)
@@ -99,7 +99,7 @@ def test_every_beginning_of_the_validation_part_has_all_classes_as_long_as_they_
     assert data.train.index.tolist() == sorted(set(range(84)) - set(data.val.index.tolist()))
 
 
-def test_a_smaller_training_set_is_balanced_and_leaves_validation_alone(tmp_path: Path) -> None:
+def test_a_smaller_training_set_is_balanced_and_does_not_change_validation(tmp_path: Path) -> None:
     spec = write_arrays(tmp_path, np.arange(90) % 3)
     whole, small = load(spec), load(spec.model_copy(update={"train_size": 30}))
     assert torch.equal(whole.val.index, small.val.index)
@@ -113,7 +113,7 @@ def test_a_smaller_training_set_is_balanced_and_leaves_validation_alone(tmp_path
 
 
 def test_validation_examples_of_digits_are_those_of_every_run_so_far() -> None:
-    """Old checkpoints, sweeps and reports were judged on them."""
+    """Old checkpoints, sweeps and reports were evaluated on them."""
     data = load(DataSpec(name="digits", val_size=300))
     assert data.val.index[:8].tolist() == [87, 752, 592, 656, 912, 972, 245, 578]
     assert data.fingerprint == "a41d5e20dd66877e"
@@ -138,7 +138,7 @@ def test_the_fingerprint_is_of_every_pixel_label_and_shape(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("channels", "asked", "augment"), [(3, None, True), (1, None, False), (3, False, False), (1, True, True)]
 )
-def test_colour_images_are_augmented_unless_it_is_said(
+def test_by_default_only_colour_images_are_augmented(
     channels: int, asked: bool | None, augment: bool, tmp_path: Path
 ) -> None:
     spec = write_arrays(tmp_path, np.arange(30) % 3, channels).model_copy(update={"augment": asked})
@@ -155,8 +155,8 @@ def test_a_test_label_that_training_lacks_is_refused(tmp_path: Path) -> None:
         load(spec)
 
 
-def test_a_copy_that_processes_share_is_all_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pseudo-labelled images and their share included, whose numbers go on where the training set's end."""
+def test_a_copy_that_processes_share_has_all_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the pseudo-labelled images, numbered after those of the training set, and their share."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     spec = write_arrays(tmp_path, np.arange(30) % 3)
     write(tmp_path / "more.npz", np.full((5, 3, 4, 4), 9, dtype=np.uint8), np.array([2, 1, 0, 2, 1]))

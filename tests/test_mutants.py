@@ -23,7 +23,7 @@ def first(values: list[int] = [1 + 1], limit=3) -> int:
 
 
 def changes(source: str) -> list[tuple[str, int, str]]:
-    """(operator, line, changed line) of all that could be drawn."""
+    """(operator, line, changed line) of all mutants that could be drawn."""
     made = [_make_mutant("f.py", source, site, edit) for site in find_sites(source) for edit in site.edits]
     return [(mutant.operator, mutant.line, " ".join(mutant.after)) for mutant in made if isinstance(mutant, Mutant)]
 

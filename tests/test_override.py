@@ -89,7 +89,7 @@ def test_a_star_stands_for_any_run_of_characters_dots_included() -> None:
     ],
     ids=["everything", "every kind", "every term"],
 )
-def test_a_star_that_matches_a_part_and_what_is_in_it_ends_in_lines(changes: dict, lines: list[str]) -> None:
+def test_a_star_that_matches_a_part_and_its_settings_ends_in_error_lines(changes: dict, lines: list[str]) -> None:
     found = problems(METHODS["fat"](), changes)
     assert all(any(line in one for one in found) for line in lines), found
 
@@ -100,7 +100,7 @@ def test_missing_settings_are_an_error_or_are_skipped() -> None:
     found = problems(at, changes)
     assert [line.partition(";")[0] for line in found] == ["no setting '*.d_max'", "no setting 'attacks.cw.steps'"]
     changed = override(at, changes, missing="ignore")
-    assert changed == override(at, {"attacks.pgd.steps": 4}), "what matches is set all the same"
+    assert changed == override(at, {"attacks.pgd.steps": 4}), "what matches is set nevertheless"
     assert problems(at, {"*.d_max": 0.1, "attacks.pgd.steps": 0}, missing="ignore") == [
         "attacks.pgd.steps = 0: must be greater than or equal to 1"
     ]
@@ -118,7 +118,7 @@ def test_the_spec_that_is_changed_stays_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("path", "nearest"),
     [
-        # The same last part wins over a path that looks more alike.
+        # A path with the same last part is preferred to one that is more similar as a whole.
         ("attack.cw.steps", "attacks.cw.steps, attacks.pgd.steps"),
         ("terms.pgd.steps", "attacks.pgd.steps, attacks.cw.steps"),
         ("terms.pgd.weight.alfa", "terms.pgd.weight.alpha, terms.cw.weight.alpha"),
@@ -156,7 +156,7 @@ def test_one_line_names_the_place_and_the_value(changes: dict, line: str) -> Non
     assert line in found
 
 
-def test_where_a_value_comes_from_is_said_first() -> None:
+def test_error_lines_begin_with_the_source_of_the_values() -> None:
     with pytest.raises(SpecError) as error:
         PGD.load({"steps": 0, "stepz": 1, "eps": -1}, "my.yaml")
     assert sorted(error.value.problems) == [
@@ -183,7 +183,7 @@ def test_at_resolves_schedules_at_every_depth_and_leaves_the_rest_alone() -> Non
     assert [outer.at(e).inner.knob for e in (0, 1, 2, 3)] == [1, 1, 9, 9]
     assert [outer.at(e).named["a"].knob for e in (0, 1, 2, 4)] == [0, 2, 4, 8]
     assert outer.at(1).named["b"] is named["b"] and list(outer.at(1).named) == ["a", "b"]
-    assert outer.inner.knob == Piecewise(boundaries=(2,), values=(1, 9)), "the spec itself still varies"
+    assert outer.inner.knob == Piecewise(boundaries=(2,), values=(1, 9)), "the spec itself keeps its schedule"
     resolved = outer.at(2)
     assert resolved.at(0) is resolved and resolved.plain == 3
 
@@ -210,7 +210,7 @@ def test_a_digest_is_the_sha256_of_sorted_json_without_spaces() -> None:
     ],
 )
 def test_digests_stay_what_they_were(name: str, method: str, digits: str, cifar: str) -> None:
-    """Written down, for they name what is on people's disks: with another digest, all that was trained runs anew."""
+    """They name folders on users' disks: with other digests, everything would be trained again."""
     assert METHODS[name]().digest() == method
     assert run_config(name).digest() == digits
     assert run_config(name, {"data.name": "cifar10"}).digest() == cifar

@@ -1,4 +1,4 @@
-"""Our numbers beside a paper's: which are compared, which way they differ, and when they are about something else."""
+"""Our numbers beside a paper's: which are compared, the sign of the difference, and when they are not comparable."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ def test_every_number_of_the_table_that_we_have_gets_a_line() -> None:
         ("LRAT", "best", "AA"),
     ]
     assert [round(c.difference, 9) for c in lines] == [0.5, -0.5, 2.0, -8.6], "ours less the paper's, in points"
-    assert [c.tolerance for c in lines] == [1.5, 1.5, 3, 1.5], "a number's own, or the table's"
+    assert [c.tolerance for c in lines] == [1.5, 1.5, 3, 1.5], "the tolerance of the number or else of the table"
     assert [c.verdict for c in lines] == ["reproduced", "reproduced", "reproduced", "not reproduced"]
     assert [(c.paper, c.sd) for c in lines] == [(82.5, None), (48.5, 0.1), (45.0, None), (48.6, None)]
     assert compare(TABLE, have[-1:]) == [] == compare(TABLE, [])
@@ -81,7 +81,7 @@ def test_seeds_count_once_each_and_the_median_is_compared() -> None:
 def test_the_smallest_test_set_decides_how_exact_we_are() -> None:
     few = [judged("AT", 0.48, seed=seed, examples=examples) for seed, examples in ((0, 10_000), (1, 100))]
     line = next(c for c in compare(TABLE, few) if c.metric == "AA")
-    assert line.ours.high - line.ours.low > 0.19, "that of 100 examples: 9.6 points each way"
+    assert line.ours.high - line.ours.low > 0.19, "the interval of 100 examples: 9.6 points each way"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_the_smallest_test_set_decides_how_exact_we_are() -> None:
 def test_what_differs_from_the_papers_protocol_is_not_comparable(more: dict, reason: str) -> None:
     line = only(compare(TABLE, [judged("AT", 0.485, which="last", **more)]))
     assert line.verdict == "not comparable" and line.reasons == (reason,)
-    assert line.difference == pytest.approx(3.5), "it is said all the same"
+    assert line.difference == pytest.approx(3.5), "the difference is shown nevertheless"
 
 
 def test_eps_may_be_rounded_and_a_row_may_have_epochs_of_its_own() -> None:

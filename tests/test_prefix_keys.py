@@ -1,4 +1,4 @@
-"""The keys of shared states: every setting is one that decides the weights, or one that is known not to."""
+"""The keys of shared states: every setting either changes the weights and the keys, or is known not to."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from raysweep.training.trainer import fit
 
 PGD = ("eps", "step_size", "steps", "confidence")
 ATTACKS = [f"method.attacks.{name}" for name in ("pgd", "cw")] + [f"validation.attacks.{n}" for n in ("pgd", "cw")]
-# What a state after an epoch is the same for.
+# Settings that do not change the state after an epoch, with another value for each.
 FREE: dict[str, Any] = {
     "method.name": "other",
     "data.name": "arrays",
@@ -25,7 +25,7 @@ FREE: dict[str, Any] = {
     "epochs": 5,
     "collapse_after": None,
 }
-# Another value for each setting that is no number or switch, or has few values.
+# Another value for each setting that is neither a number nor a switch, or that allows few values.
 OTHER: dict[str, Any] = {
     **{
         f"{attack}.{key}": value for attack in ATTACKS for key, value in (("norm", "L2"), ("tau", 1), ("mode", "train"))
@@ -57,7 +57,7 @@ OTHER: dict[str, Any] = {
     **{f"method.terms.{term}.loss": "bce" for term in ("pgd", "cw", "bound")},
     **{f"method.terms.{term}.weight.by": "natural" for term in ("pgd", "cw")},
 }
-# `kind` says what the other settings of a part are; TF32 and several of these are refused on a CPU.
+# Not changed here: `kind` decides which other settings a part has; TF32 and some others are refused on a CPU.
 ELSEWHERE = (".kind", "optim.lr.", "compute.tf32")
 
 
@@ -72,7 +72,7 @@ def changed(path: str, value: Any) -> Any:
         return not value
     if isinstance(value, int):
         return value + 1
-    assert isinstance(value, float), f"{path} = {value!r} is in no table of this test"
+    assert isinstance(value, float), f"{path} = {value!r} needs an entry in OTHER"
     return value * 0.75 if value else 0.5
 
 
@@ -90,7 +90,7 @@ def test_a_setting_that_decides_the_weights_changes_the_keys(path: str) -> None:
     assert not set(other[1:]) & set(chain(config, "data")[1:])
 
 
-def test_what_decides_no_weight_leaves_the_keys() -> None:
+def test_a_setting_that_decides_no_weight_leaves_the_keys() -> None:
     config = base()
     assert set(FREE) <= set(flatten(config))
     keys = chain(config, "data")
@@ -120,8 +120,8 @@ def test_data_workers_device_threads_and_versions_change_every_key(monkeypatch: 
     assert len({key for keys in found for key in keys}) == 4 * len(found)
 
 
-def test_a_state_has_the_settings_of_all_epochs_before_it_in_its_key() -> None:
-    """Epochs 2 and 3 have the same settings, and the weights they start from differ."""
+def test_the_key_of_a_state_depends_on_the_settings_of_all_epochs_before_it() -> None:
+    """Epochs 2 and 3 have the same settings, but start from different weights."""
     lr = [{"kind": "piecewise", "boundaries": [1], "values": [first, 0.01]} for first in (0.1, 0.2)]
     one, two = (chain(override(base(), {"optim.lr": value}), "data") for value in lr)
     assert one[0] == two[0] and not set(one[1:]) & set(two[1:])
@@ -143,7 +143,7 @@ QUICK: dict[str, Any] = {
 
 
 def stored(path: Path, config: RunConfig, data: Data, clean: tuple[float, ...], epochs: set[int]) -> Prefixes:
-    """States of an untrained network with accuracies that a test made up."""
+    """Store states of an untrained network with the given accuracies."""
     prefixes, keys = Prefixes(path / "prefixes"), chain(config, data.fingerprint)
     model = config.model.build(1, 10, 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -170,8 +170,8 @@ def test_the_longest_prefix_comes_with_its_best_epoch(tmp_path: Path, digits: Da
     assert (fitted.best.epoch, len(fitted.best.history), fitted.last.epoch) == (2, 2, 3)
 
 
-def test_without_its_best_epoch_a_prefix_is_of_no_use(tmp_path: Path, digits: Data) -> None:
-    """It has outgrown the store's limit. The run takes the next shorter one, trains, and meets the other again."""
+def test_a_prefix_without_its_best_epoch_is_not_used(tmp_path: Path, digits: Data) -> None:
+    """Epoch 2 was evicted at the size limit: the run reuses epoch 1, trains epoch 2, and reuses epoch 3 afterwards."""
     config = run_config("standard", QUICK)
     prefixes = stored(tmp_path, config, digits, (0.3, 0.9, 0.5), {1, 3})
     fitted = fit(config, tmp_path / "run", data=digits, prefixes=prefixes)
@@ -181,7 +181,7 @@ def test_without_its_best_epoch_a_prefix_is_of_no_use(tmp_path: Path, digits: Da
     assert fitted.best.epoch == 3 and fitted.best.history == history
 
 
-def test_a_run_that_has_begun_takes_over_later_states(tmp_path: Path, digits: Data) -> None:
+def test_a_run_that_has_begun_reuses_later_states(tmp_path: Path, digits: Data) -> None:
     config = run_config("standard", QUICK)
     fit(run_config("standard", QUICK, {"epochs": 1}), tmp_path / "run", data=digits)
     prefixes = stored(tmp_path, config, digits, (0.3, 0.9, 0.5), {2, 3})

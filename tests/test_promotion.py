@@ -1,4 +1,4 @@
-"""Which candidates go on, and whose verdict counts: limits, ties, masked ones, several methods and metrics."""
+"""Which candidates are promoted, and whose verdict counts: limits, ties, masking, several methods and metrics."""
 
 import pytest
 from made import made_candidate, made_judgement
@@ -15,7 +15,7 @@ def promoted(pool: list[Candidate], **settings) -> list[str]:
     return [c.label for c in Promote(**settings).choose(tuple(pool))]
 
 
-def test_the_best_go_on_best_first() -> None:
+def test_the_best_are_promoted_best_first() -> None:
     pool = [made_candidate(name, score) for name, score in (("a", 0.3), ("b", 0.5), ("c", 0.4), ("d", 0.2))]
     assert promoted(pool) == ["b", "c"], "two by default"
     assert promoted(pool, top=1) == ["b"] and promoted(pool, top=3) == ["b", "c", "a"]
@@ -23,7 +23,7 @@ def test_the_best_go_on_best_first() -> None:
     assert promoted(pool[::-1], top=3) == ["b", "c", "a"]
 
 
-def test_equal_scores_go_on_in_the_order_of_the_pool() -> None:
+def test_candidates_with_equal_scores_keep_the_order_of_the_pool() -> None:
     pool = [made_candidate(name, score) for name, score in (("a", 0.4), ("b", 0.5), ("c", 0.5), ("d", 0.4))]
     assert promoted(pool, top=3) == ["b", "c", "a"]
     assert promoted(pool[::-1], top=3) == ["c", "b", "d"]
@@ -35,7 +35,7 @@ def test_a_candidate_without_the_metric_comes_last() -> None:
 
 
 def test_the_gap_may_be_as_large_as_the_limit() -> None:
-    """0.05 is what `max_masking_gap: 0.05` allows; a candidate of which no gap is known has none."""
+    """0.05 is what `max_masking_gap: 0.05` allows; a candidate whose gap is not known counts as within it."""
     pool = [
         made_candidate("at", 0.3, gap=0.05),
         made_candidate("over", 0.9, gap=0.0500001),
@@ -47,33 +47,33 @@ def test_the_gap_may_be_as_large_as_the_limit() -> None:
     assert promoted(pool[3:], max_masking_gap=0.0) == ["unknown"]
     none = made_candidate("none", 0.5, gap=0.0)
     assert promoted([none, *pool], top=9, max_masking_gap=0.0) == ["none", "unknown"], (
-        "0 is a limit, which no gap is at"
+        "0 is a limit too, and a gap of 0 is within it"
     )
     with pytest.raises(StageFailed, match=r"each of 1 candidates has a masking gap over 0.05: nothing is promoted"):
         promoted(pool[1:2], max_masking_gap=0.05)
 
 
-def test_one_that_its_space_calls_masked_comes_after_all_others() -> None:
+def test_a_candidate_that_its_sweep_calls_masked_comes_last() -> None:
     pool = [made_candidate("masked", 0.9, masked=True), made_candidate("a", 0.2), made_candidate("b", 0.3)]
     assert promoted(pool, top=3) == ["b", "a", "masked"]
     assert promoted(pool, top=2) == ["b", "a"]
-    assert promoted(pool[:1], top=2) == ["masked"], "where there is nothing else"
+    assert promoted(pool[:1], top=2) == ["masked"], "it is promoted where there is no other"
 
 
-def test_each_method_sends_its_own_best() -> None:
+def test_the_best_of_each_method_are_promoted() -> None:
     scores = {"a": ("at", 0.5), "b": ("at", 0.6), "c": ("lrat", 0.1), "d": ("lrat", 0.2), "e": ("at", 0.7)}
     pool = [made_candidate(name, score, method=method) for name, (method, score) in scores.items()]
     assert promoted(pool, top=1, each=True) == ["e", "d"]
     assert promoted(pool, top=2, each=True) == ["e", "b", "d", "c"]
     assert promoted(pool, top=3, each=True) == ["e", "b", "a", "d", "c"]
-    assert promoted(pool, top=2) == ["e", "b"], "without it the methods compete"
+    assert promoted(pool, top=2) == ["e", "b"], "without `each` the methods compete"
 
 
 def two(name: str, pgd: float, clean: float, **more) -> Candidate:
     return made_candidate(name, pgd=pgd, clean=clean, objectives=("pgd", "clean"), method="at", **more)
 
 
-def test_the_pareto_set_is_what_no_other_beats() -> None:
+def test_the_pareto_set_is_the_candidates_that_no_other_beats() -> None:
     pool = [
         two("clean", 0.1, 0.9),
         two("middle", 0.3, 0.8),
@@ -84,7 +84,7 @@ def test_the_pareto_set_is_what_no_other_beats() -> None:
     ]
     assert promoted(pool, pareto=True) == ["robust", "middle", "clean"], "first objective first, `top` does not count"
     twins = [two("one", 0.4, 0.4), two("other", 0.4, 0.4), two("beaten", 0.4, 0.3)]
-    assert promoted(twins, pareto=True) == ["one", "other"], "equals do not beat each other"
+    assert promoted(twins, pareto=True) == ["one", "other"], "equal candidates do not beat each other"
     masked = [two("masked", 0.9, 0.9, masked=True), two("fit", 0.1, 0.1)]
     assert promoted(masked, pareto=True) == ["fit"]
 
@@ -102,7 +102,7 @@ def test_one_space_is_ranked_by_its_metric_and_several_by_the_default() -> None:
     assert ranked_by([*by_clean, by_both]) == ("robust_worst",) == ranked_by([])
 
 
-def test_the_one_that_validation_prefers() -> None:
+def test_the_candidate_that_validation_prefers() -> None:
     best, last = made_candidate("a", 0.4), made_candidate("a", 0.6, which="last")
     assert chosen((best, last)) == best, "the best epoch was chosen on validation, the last was not"
     assert chosen((last,)) == last
@@ -126,15 +126,15 @@ def test_tune_and_train_add_to_the_pool_and_promote_replaces_it() -> None:
     assert Past().pool == () and Past().judged == ()
 
 
-def test_only_verdicts_on_what_is_in_the_running_count() -> None:
+def test_only_verdicts_on_promoted_candidates_count() -> None:
     a, b = made_candidate("a", 0.1), made_candidate("b", 0.2)
     judged = [made_judgement(a, 0.5), made_judgement(b, 0.4)]
     past = Past((left("tune", a, b), left("autoattack", judged=judged), left("promote", b)))
     assert [j.candidate.label for j in past.judged] == ["b"]
 
 
-def test_the_verdict_is_on_the_chosen_and_autoattacks_before_others() -> None:
-    """What validation prefers, though the test set prefers the other."""
+def test_the_verdict_is_on_the_chosen_candidate_and_autoattack_comes_first() -> None:
+    """The chosen candidate is the one with the better validation, though the other is better on the test set."""
     a, b = made_candidate("a", 0.3), made_candidate("b", 0.2)
     judged = [
         made_judgement(b, 0.9),
@@ -146,7 +146,7 @@ def test_the_verdict_is_on_the_chosen_and_autoattacks_before_others() -> None:
     assert (verdict_on_chosen(past).candidate, verdict_on_chosen(past).robust) == (a, 0.4)
     assert verdict_on_chosen(past, "PGD").robust == 0.5
     without = Past((left("tune", a, b), left("autoattack", judged=[judged[1], judged[3]])))
-    assert verdict_on_chosen(without).attack == "CW", "the last that judged it"
+    assert verdict_on_chosen(without).attack == "CW", "without AutoAttack, the last attack counts"
     with pytest.raises(StageFailed, match="a, seed 0, best epoch was not judged"):
         verdict_on_chosen(Past((left("tune", a, b), left("autoattack", judged=judged[:1]))))
 
@@ -154,19 +154,21 @@ def test_the_verdict_is_on_the_chosen_and_autoattacks_before_others() -> None:
 NOTHING = Settings({}, {})
 
 
-def test_what_is_trained_again_is_known_beforehand() -> None:
-    """So many epochs in all, shared among the runs that may be promoted: 2 seeds of the best 2, 30 epochs each."""
+def test_the_trainings_of_a_promotion_are_known_beforehand() -> None:
+    """2 seeds of the best 2, 30 epochs each: the epochs in total are shared among the methods that may be promoted."""
     before = [run_config("at"), run_config("lrat"), run_config("at", {"seed": 3})]
     trainings = Promote(top=2, seeds=(0, 1), set={"epochs": 30}).trainings(NOTHING, before)
-    assert [t.config.method.name for t in trainings] == ["at", "lrat"], "those that differ in their seed are one"
+    assert [t.config.method.name for t in trainings] == ["at", "lrat"], "runs that differ only in the seed count as one"
     assert [(t.at_once, t.epochs) for t in trainings] == [(2, 30 * 4 / 2)] * 2
     each = Promote(top=1, each=True, set={"epochs": 30}).trainings(NOTHING, before)
     assert [(t.at_once, t.epochs) for t in each] == [(1, 30.0)] * len(each)
     assert [t.epochs for t in Promote(pareto=True, seeds=(1,)).trainings(NOTHING, before)] == [None, None]
-    assert Promote().trainings(NOTHING, before) == [], "what is not trained again is what it was"
+    assert Promote().trainings(NOTHING, before) == [], "without seeds or settings nothing is trained again"
     with pytest.raises(SpecError) as error:
         Promote(set={"epochz": 3}).trainings(NOTHING, before)
-    assert error.value.problems == ["set: no setting 'epochz'; nearest: epochs"], "once, not for each run"
+    assert error.value.problems == ["set: no setting 'epochz'; nearest: epochs"], (
+        "the line appears once, not for each run"
+    )
 
 
 def test_what_promotion_says_of_itself() -> None:

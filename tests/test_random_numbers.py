@@ -1,4 +1,4 @@
-"""Random numbers: bit by bit against a slow splitmix64, and their distributions by statistical tests of fixed seeds."""
+"""Random numbers bit by bit against a slow splitmix64, and statistical tests of their distributions, fixed seeds."""
 
 import hashlib
 import math
@@ -32,7 +32,7 @@ def key_of(*names: object) -> int:
 
 
 def words_of(key: int, example: int, count: int) -> list[int]:
-    """Each example has a generator, whose state is the key's generator's output at the example's place."""
+    """Each example has its own generator; its state is the output of the key's generator at the example's position."""
     (state,) = splitmix64((key + (example - 1) * GOLDEN) % WORD, 1)
     return splitmix64(state, count)
 
@@ -65,7 +65,7 @@ def rng(count: int, seed: int = 3) -> Rng:
     return Rng.for_examples(torch.arange(count), seed)
 
 
-def test_numbers_that_stay():
+def test_numbers_never_change():
     """Published results depend on these: they never change."""
     few = Rng.for_examples(torch.tensor([0, 5]), 0, "a")
     assert few.key == key_of("0", "a") == 0xD3216B8DC7C46489
@@ -95,7 +95,7 @@ def test_normal_and_symmetric_number_by_number():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_uniform_and_symmetric(dtype):
-    """[0, 1) and [-1, 1), flat by Kolmogorov and Smirnov."""
+    """[0, 1) and [-1, 1), flat by the Kolmogorov-Smirnov test."""
     u, s = (draw((20,), dtype).flatten().double().numpy() for draw in (rng(5000).uniform, rng(5000).symmetric))
     assert 0 <= u.min() < 1e-4 and 1 - 1e-4 < u.max() < 1
     assert -1 <= s.min() < -1 + 2e-4 and 1 - 2e-4 < s.max() < 1
@@ -107,7 +107,7 @@ def test_uniform_and_symmetric(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_normal(dtype):
-    """Mean, variance, kurtosis, both tails, and all of it by Kolmogorov and Smirnov."""
+    """Mean, variance, kurtosis, both tails, and the whole distribution by the Kolmogorov-Smirnov test."""
     draws = rng(5000).normal((40,), dtype)
     assert draws.dtype == dtype and draws.shape == (5000, 40) and draws.isfinite().all()
     n = draws.flatten().double().numpy()
@@ -134,7 +134,7 @@ def test_integers(high):
 
 
 def test_integers_of_a_wide_range():
-    """24 bits would give every 2^16-th of 2^40 numbers only."""
+    """24 bits would give only every 2^16-th of 2^40 numbers."""
     i = rng(2000).integers(2**40)
     assert i.min() >= 0 and i.max() < 2**40 and len(i.unique()) == 2000
     assert abs((i % 2).double().mean() - 0.5) < 0.05 and abs(i.double().mean() / 2**40 - 0.5) < 0.03

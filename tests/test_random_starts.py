@@ -17,7 +17,7 @@ ROWS = 3000
 
 
 def starts(attack, pixel, which, dtype=torch.float64, rows=ROWS, seed=0):
-    """The batch number `which` that the attack gives the model, as moves from images of one grey, (rows, 12)."""
+    """The batch number `which` that the attack gives to the model, as differences from grey images, (rows, 12)."""
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(PIXELS, 4)).to(dtype)
     with torch.no_grad():
         model[1].weight.zero_()
@@ -30,7 +30,7 @@ def starts(attack, pixel, which, dtype=torch.float64, rows=ROWS, seed=0):
 
 
 def check_directions(moves):
-    """Even in all directions: no mean, no correlation, and each coordinate's square has its beta distribution."""
+    """Check for even directions: zero mean, no correlation, and each coordinate's square is beta distributed."""
     unit = moves / np.linalg.norm(moves, axis=1, keepdims=True)
     assert np.abs(unit.mean(0)).max() < 4 / math.sqrt(ROWS * PIXELS)
     second = unit.T @ unit / ROWS * PIXELS
@@ -41,7 +41,7 @@ def check_directions(moves):
 
 @pytest.mark.parametrize(("attack", "which"), [(PGD(eps=0.3, steps=1), 0), (Minimal(d_max=0.3, steps=1), 1)], ids=repr)
 def test_uniform_in_the_cube(attack, which):
-    """Each pixel is uniform in (-eps, eps), alone."""
+    """Each pixel is uniform in (-eps, eps), independent of the others."""
     moves = starts(attack, 0.5, which) / 0.3
     assert np.abs(moves).max() <= 1
     for column in moves.T:
