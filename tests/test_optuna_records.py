@@ -69,17 +69,19 @@ def test_settings_and_the_distributions_that_they_come_from() -> None:
     lists = space(method="at", space={"optim.lr.values": {"categorical": [[0.1, 0.01, 0.001], [0.2, 0.02, 0.002]]}})
     trial = frozen(lists, ended(settings={"optim.lr.values": [0.2, 0.02, 0.002]}))
     assert trial.params == {"optim.lr.values": "[0.2, 0.02, 0.002]"}
-    assert frozen(space(), ended(settings={BURN_IN: 2, "epochs": 9})).params == {BURN_IN: 2}, "only what is searched"
+    assert frozen(space(), ended(settings={BURN_IN: 2, "epochs": 9})).params == {BURN_IN: 2}, (
+        "only settings that are searched"
+    )
 
 
 def test_several_objectives_have_values_and_no_epochs() -> None:
-    """Optuna's epochs are of one value."""
+    """Optuna stores values of epochs for a single objective only."""
     trial = frozen(space(metric=["clean", "robust_worst"]), ended())
     assert trial.values == [0.75, 0.5] and trial.intermediate_values == {} and not trial.constraints
     assert frozen(space(metric="clean"), ended()).values == [0.75]
 
 
-def test_a_constraint_is_what_the_gap_is_over_its_limit() -> None:
+def test_a_constraint_is_the_gap_less_its_limit() -> None:
     assert constraints(space(), BEST) == {}
     assert [constraints(space(max_masking_gap=limit), BEST)["masking_gap"] for limit in (0.0, 0.125, 0.5)] == [
         0.125,
@@ -113,7 +115,7 @@ def test_a_database_has_the_ended_trials_of_one_sweep(tmp_path: Path) -> None:
     ]
     assert trials[2].constraints == {"masking_gap": 0.125}
     assert [t.user_attrs["raysweep.number"] for t in study.best_trials] == [0], "the other breaks the limit"
-    # Somebody changed the study, and the next driver makes good for it.
+    # If somebody changes the study, the next driver restores it.
     study.add_trial(frozen(one.space, ended(7)))
     export.started(one, 2)
     again = optuna.load_study(study_name=study.study_name, storage=storage).get_trials()

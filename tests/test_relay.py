@@ -1,4 +1,4 @@
-"""What a sweep's ledger holds after each of Tune's events, and when a sweep ends: events by hand, no Ray is started."""
+"""What a sweep's ledger holds after each of Tune's events, and when a sweep ends. No Ray is started."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Told = list[tuple[str, int, float | None]]
 
 
 class Sweep:
-    """A relay over a new ledger with the trials `past`, a clock to be set, and what its listener heard."""
+    """A relay on a new ledger with the trials `past`, a clock that tests set, and what its listener was told."""
 
     def __init__(self, path: Path, patch: pytest.MonkeyPatch, *past: Trial, **how: Any) -> None:
         from raysweep.sweep.relay import Budget, Relay
@@ -36,7 +36,7 @@ class Sweep:
         self.tune: dict[int, Any] = {}
 
     def trial_changed(self, trial: Trial, metrics: dict[str, float] | None) -> None:
-        assert trial in self.ledger.trials(), "it is written down before anybody hears of it"
+        assert trial in self.ledger.trials(), "the ledger has the change before listeners are told"
         self.told.append((trial.state, trial.epoch, None if metrics is None else metrics["epoch"]))
 
     def started(self, ledger: Ledger, concurrent: int) -> None: ...
@@ -44,7 +44,7 @@ class Sweep:
     def ended(self, ledger: Ledger) -> None: ...
 
     def event(self, name: str, number: int = 0, after: float = 0.0, failures: int = 1, **info: Any) -> None:
-        """Tune's event `name` of the trial, so many seconds after the last."""
+        """Send Tune's event `name` of a trial, `after` seconds after the last event."""
         self.now += after
         fresh = SimpleNamespace(
             trial_id=f"t{number}",
@@ -101,8 +101,8 @@ def test_what_tune_adds_to_a_report_is_no_metric(begin: Callable[..., Sweep]) ->
     assert all(type(value) is float for value in row.values())
 
 
-def test_epochs_that_were_reported_before_are_told_to_nobody(begin: Callable[..., Sweep]) -> None:
-    """After a restart a trial says again what it had reported; epochs of other trials are not trained."""
+def test_epochs_that_were_reported_before_are_ignored(begin: Callable[..., Sweep]) -> None:
+    """After a restart a trial repeats its reports. Epochs shared from other trials do not count as trained."""
     sweep = begin()
     sweep.event("start")
     sweep.report(1, 0.25, shared=1.0)
@@ -131,7 +131,7 @@ def test_a_trial_that_ends_before_its_last_epoch_was_stopped(
 def test_where_epochs_are_searched_each_trial_has_its_own_last_one(
     begin: Callable[..., Sweep], epochs: int, state: str
 ) -> None:
-    """One of two, one of five epochs, in a sweep whose base has three."""
+    """A trial of two and one of five epochs, in a sweep whose base has three."""
     sweep = begin(space={"epochs": {"int": [2, 5]}})
     sweep.event("start", settings={LR: 0.1, "epochs": 2 if epochs <= 2 else 5})
     for epoch in range(1, epochs + 1):
@@ -141,7 +141,7 @@ def test_where_epochs_are_searched_each_trial_has_its_own_last_one(
 
 
 @pytest.mark.parametrize(("epochs", "state"), [(2, "running"), (3, "finished")])
-def test_a_trial_that_a_budget_ends_goes_on_another_time(begin: Callable[..., Sweep], epochs: int, state: str) -> None:
+def test_a_trial_that_a_budget_ends_can_be_resumed(begin: Callable[..., Sweep], epochs: int, state: str) -> None:
     sweep = begin(seconds=60.0)
     sweep.event("start")
     for epoch in range(1, epochs + 1):
@@ -158,7 +158,7 @@ def test_a_trial_that_never_started_leaves_nothing(begin: Callable[..., Sweep]) 
     assert sweep.ledger.trials() == [] and sweep.told == []
 
 
-def test_a_failure_that_is_reported_is_the_trials_end(begin: Callable[..., Sweep]) -> None:
+def test_a_reported_failure_ends_the_trial(begin: Callable[..., Sweep]) -> None:
     sweep = begin()
     sweep.event("start")
     sweep.report(1, 0.5)
@@ -168,7 +168,7 @@ def test_a_failure_that_is_reported_is_the_trials_end(begin: Callable[..., Sweep
     assert failed.best["robust_worst"] == 0.5 and sweep.told[-1] == ("failed", 1, None)
     sweep.event("complete")
     assert sweep.written() == failed, "neither stopped nor finished"
-    assert sweep.relay.bugs == [] and not sweep.relay.over, "its settings explain it"
+    assert sweep.relay.bugs == [] and not sweep.relay.over, "the settings explain the failure: it is no bug"
 
 
 def test_three_errors_of_the_code_end_the_sweep(begin: Callable[..., Sweep]) -> None:
@@ -187,8 +187,8 @@ def test_three_errors_of_the_code_end_the_sweep(begin: Callable[..., Sweep]) -> 
         sweep.relay.check()
 
 
-def account(path: Path, *failures: str) -> str:
-    """A file as Tune writes it: every failure of a trial, the last at its end."""
+def write_error_file(path: Path, *failures: str) -> str:
+    """Write an error file as Tune does: every failure of a trial, the last one at the end."""
     file = path / "error.txt"
     file.write_text("".join(f"Failure # {n} (occurred at noon)\n{text}\n" for n, text in enumerate(failures, 1)))
     return str(file)
@@ -215,16 +215,16 @@ def test_a_lost_process_is_a_retry_with_the_last_reason(
 ) -> None:
     sweep = begin(Trial(0, {LR: 0.1}, epoch=1, retries=2))
     sweep.event("start")
-    sweep.event("recover", error_file=account(tmp_path, *failures) if failures else None)
+    sweep.event("recover", error_file=write_error_file(tmp_path, *failures) if failures else None)
     lost = sweep.written()
     assert (lost.state, lost.epoch, lost.retries, lost.reason) == ("running", 1, 3, reason)
     sweep.event("start")
-    assert sweep.written() == lost and len(sweep.told) == 2, "a second start is no news"
+    assert sweep.written() == lost and len(sweep.told) == 2, "listeners are not told of a second start"
     sweep.report(2, 0.5)
     assert (sweep.written().retries, sweep.written().reason) == (3, "")
 
 
-def test_an_account_that_is_gone_is_a_lost_process(begin: Callable[..., Sweep], tmp_path: Path) -> None:
+def test_a_missing_error_file_means_a_lost_process(begin: Callable[..., Sweep], tmp_path: Path) -> None:
     sweep = begin()
     sweep.event("start")
     sweep.event("recover", error_file=str(tmp_path / "nowhere.txt"))
@@ -244,8 +244,10 @@ def test_a_trial_that_loses_its_process_too_often_has_failed(
     assert trial.state == state
     assert trial.reason == ("its process or its node died, 21 times" if state == "failed" else "")
     sweep.relay.check()
-    assert sweep.relay.another_round() == (state == "running"), "what has not failed is for another round of Tune"
-    assert not sweep.relay.another_round(), "it is asked for once"
+    assert sweep.relay.another_round() == (state == "running"), (
+        "a trial that has not failed needs another round of Tune"
+    )
+    assert not sweep.relay.another_round(), "a round is asked for once"
 
 
 def test_a_sweep_whose_trials_cannot_start_says_so(begin: Callable[..., Sweep]) -> None:
@@ -284,15 +286,15 @@ def test_a_spent_budget_ends_the_rounds_too(begin: Callable[..., Sweep]) -> None
     assert not sweep.relay.another_round() and sweep.relay.ended
 
 
-def test_seconds_are_those_in_which_a_process_held_something(begin: Callable[..., Sweep]) -> None:
-    """In vain: an epoch of 15 s that was lost. Not held: 75 s until there was another process."""
+def test_seconds_count_while_a_process_holds_resources(begin: Callable[..., Sweep]) -> None:
+    """The 15 s of a lost epoch count; the 75 s until a new process starts do not."""
     sweep = begin(Trial(0, {LR: 0.1}, epoch=0, seconds=100.0), gpus=2.0, gpu_seconds=130.0)
     sweep.event("start")
     sweep.report(1, 0.25, after=10.0)
     sweep.event("recover", after=15.0)
     assert sweep.written().seconds == 125.0
     sweep.now += 75.0
-    assert not sweep.relay.over, "who waits holds nothing"
+    assert not sweep.relay.over, "a waiting trial holds nothing"
     sweep.event("start")
     sweep.report(2, 0.25, after=30.0)
     sweep.report(2, 0.25, after=4.0)
@@ -317,13 +319,13 @@ def test_gpus_of_trials_that_run_at_once_add_up(begin: Callable[..., Sweep]) -> 
     assert sweep.relay.over
 
 
-def test_a_budget_of_wall_seconds_is_of_this_call(begin: Callable[..., Sweep]) -> None:
+def test_a_budget_of_wall_seconds_counts_this_call_only(begin: Callable[..., Sweep]) -> None:
     sweep = begin(Trial(0, {LR: 0.1}, seconds=1e6), seconds=60.0)
     sweep.event("start")
     sweep.now += 59.9
     assert not sweep.relay.over and not sweep.relay.end() and not sweep.relay.ended
     sweep.now += 0.1
-    assert sweep.relay.over and not sweep.relay.ended, "looking ends nothing"
+    assert sweep.relay.over and not sweep.relay.ended, "reading `over` does not end the sweep"
     assert sweep.relay.end() and sweep.relay.ended
 
 
@@ -358,7 +360,7 @@ def test_tune_is_told_to_stop_all_trials_and_never_one(begin: Callable[..., Swee
 
 
 def test_a_resumed_trial_keeps_its_past_and_its_number(begin: Callable[..., Sweep]) -> None:
-    """Those whose state says that they ended run again when a sweep has grown."""
+    """Trials that had ended run again when a sweep has grown."""
     row = {"epoch": 2.0, "robust_worst": 0.75}
     past = Trial(7, {LR: 0.25}, "running", 2, row, row, [[1, 0.5], [2, 0.75]], 1, 30.0, 1, "its node was preempted")
     sweep = begin(Trial(3, {LR: 0.5}, "finished", 3), past)
@@ -375,7 +377,7 @@ def test_a_resumed_trial_keeps_its_past_and_its_number(begin: Callable[..., Swee
     assert json.loads((sweep.ledger.path / "trials/0007/trial.json").read_text())["epoch"] == 3
 
 
-def test_another_round_of_tune_goes_on_with_what_the_last_one_wrote(begin: Callable[..., Sweep]) -> None:
+def test_another_round_of_tune_continues_the_records_of_the_last(begin: Callable[..., Sweep]) -> None:
     """Tune has other names for the trials of its next round, and the same numbers."""
     sweep = begin()
     sweep.event("start")

@@ -1,4 +1,4 @@
-"""What the report says of given judgements, sweeps and versions: every number by hand, rounded as it is told."""
+"""What the report says of given judgements, sweeps and versions: every number by hand, rounded as printed."""
 
 import re
 from typing import Any
@@ -55,13 +55,13 @@ def test_a_row_for_each_checkpoint_and_attack_with_medians_over_seeds() -> None:
     assert (first["validation"], first["clean"], first["robust"]) == ("45.00", "75.00 ± 10.41", "44.00 ± 15.87")
     # t(2) 4.303 x 15.875 / sqrt 3 = 39.44 points, with the 0.97 of 10,000 examples.
     assert first["95%"] == "4.55 to 83.45"
-    assert (first["masking gap"], first["masking"]) == ("2.10", "stands out"), "the largest of the seeds"
+    assert (first["masking gap"], first["masking"]) == ("2.10", "stands out"), "the largest gap of all seeds"
     assert (second["robust"], second["95%"]) == ("60.00", "59.04 to 60.96")
     assert (second["masking gap"], second["masking"]) == ("2.00", "none"), "over two points stands out, two do not"
     assert (third["masking gap"], third["masking"]) == ("", "")
 
 
-def test_what_is_left_after_each_attack_and_in_each_class() -> None:
+def test_accuracy_after_each_attack_and_in_each_class() -> None:
     per_class = {"0": {"robust_accuracy": 0.25}, "1": {"robust_accuracy": 0.12345}}
     have = [
         judged("a", 0.2, attack="PGD", standard=False, after={"pgd": 0.2}),
@@ -70,7 +70,7 @@ def test_what_is_left_after_each_attack_and_in_each_class() -> None:
     ]
     (section,) = evaluation(have, have[0])
     _, left, by_class = tables(section)
-    assert left.headers == ["left after", "clean", "apgd-ce", "square"], "AutoAttack's, where there is any"
+    assert left.headers == ["left after", "clean", "apgd-ce", "square"], "the attacks of AutoAttack, where it was run"
     assert left.rows == [["a, best, AA", "95.00", "30.00", "10.00"], ["b, best, AA", "90.00", "15.00", ""]]
     assert by_class.headers == ["robust, by class", "0", "1", "2"]
     assert by_class.rows == [["a, best, AA", "25.00", "12.35", ""], ["b, best, AA", "", "", "100.00"]]
@@ -112,7 +112,7 @@ def stage(kind: str, seconds: float = 1.0, facts: dict | None = None, judged: tu
     )
 
 
-def test_what_it_cost() -> None:
+def test_the_costs() -> None:
     sweeps = [
         sweep("runs/s1", 200, 150, 754.0, "finished", "stopped", "stopped", "failed"),
         sweep("s2", 0, 0, 6120.0),
@@ -145,14 +145,14 @@ def test_what_was_registered_and_who_is_champion() -> None:
     assert registry([stage("tune")]) == []
 
 
-def test_what_is_needed_to_do_it_again() -> None:
+def test_what_is_needed_to_reproduce_a_run() -> None:
     section = provenance([stage("tune"), stage("report")], {"torch": "2.15", "git": None, "python": "3.11"})
     stages, versions = tables(section)
     assert [row[:2] for row in stages.rows] == [["tune", "key of tune"], ["report", "key of report"]]
-    assert versions.rows == [["torch", "2.15"], ["python", "3.11"]], "what is not known is left out"
+    assert versions.rows == [["torch", "2.15"], ["python", "3.11"]], "unknown versions are left out"
 
 
-def test_curves_of_what_changes() -> None:
+def test_curves_of_what_changes_from_epoch_to_epoch() -> None:
     histories = {
         "a": [
             {"epoch": 1, "robust_worst": 0.1, "clean": 0.5, "masking_gap": 0.0, "train/ess_pgd": 1.0, "train/loss": 2},
@@ -165,7 +165,7 @@ def test_curves_of_what_changes() -> None:
         "Worst case on validation over epochs",
         "Clean accuracy on validation over epochs",
         "Training loss over epochs",
-    ], "accuracies always; else what differs from epoch to epoch, in four digits"
+    ], "accuracies always, other metrics if they vary in the first four digits"
     assert texts(section) == ["a: one thing.", "a: another."]
     histories["b"][0] |= {"train/ess_pgd": 0.9, "masking_gap": 0.1, "train/kappa_median_pgd": 5.0}
     histories["a"][0] |= {"train/kappa_pgd": 4.0}
@@ -185,7 +185,7 @@ def since(**more: Any) -> dict[str, Any]:
 
 
 def test_a_regression_is_a_verdict_of_worse_or_a_number_below_the_floor() -> None:
-    """At the floor is not below it."""
+    """A number equal to the floor is not below it."""
     best = judged("b", 0.4321)
     test = {"lost": 30, "gained": 10, "p": 0.00222, "verdict": "worse", "examples": 100}
     assert Report()._regressions(best, since(test=test)) == [
@@ -219,7 +219,7 @@ def test_what_changed_since_the_last_report() -> None:
         ["chosen checkpoint", "a", "b"],
         ["robust accuracy", "50.00%", "43.21%"],
         ["clean accuracy", "90.00%", "89.00%"],
-    ], "the median of one method alone says nothing more"
+    ], "with one method its median is the same number"
     _, line = _since_lines(since(different=["eps 1 then, 2 now", "norm a then, b now"], test={}))
     assert line.text == "Not comparable with the previous report: eps 1 then, 2 now; norm a then, b now."
     test = {"examples": 200, "gained": 3, "lost": 13, "p": 0.021270751953125, "verdict": "worse"}
@@ -235,7 +235,7 @@ def test_methods_are_compared_by_their_medians() -> None:
     assert _medians(tuple(have)) == {"at under AA": 0.25, "lrat under PGD": 0.4}, "of an even count the middle of two"
 
 
-def test_one_thing_varied_is_drawn_in_medians_over_seeds() -> None:
+def test_a_single_varied_setting_is_plotted_in_medians_over_seeds() -> None:
     """Skewed: the means would be 0.4, and for the second value 0.3."""
     from conftest import tiny
 
@@ -257,7 +257,7 @@ def document(*parts: Any) -> Document:
     return Document("A <title>", "under & over", [Section("S", parts)])
 
 
-def test_html_escapes_what_it_is_given_and_colours_verdicts() -> None:
+def test_html_escapes_its_texts_and_colours_verdicts() -> None:
     table = Table(["row", "verdict"], [["<b>", "worse"], ["a|b", "better"], ["c", "tie"], ["d", "other"]], ("verdict",))
     text = document(
         Banner("all & well", True), Banner("bad", False), Banner("?"), Text("x < y", quiet=True), table
@@ -270,7 +270,7 @@ def test_html_escapes_what_it_is_given_and_colours_verdicts() -> None:
     assert [re.findall(r'span class="(\w+)"', cell) for cell in cells[1::2]] == [["bad"], ["good"], ["open"], []]
 
 
-def test_markdown_has_the_same_words_and_names_the_figures() -> None:
+def test_markdown_has_the_same_text_and_names_the_figures() -> None:
     table = Table(["row", "n", "verdict"], [["a|b", "1", "tie"]], ("verdict",))
     picture = Picture("A curve", Figure())
     text = document(Banner("well", True), picture, Text("x < y"), table, Picture("Another", Figure())).markdown()

@@ -1,4 +1,4 @@
-"""A run's folder: what is measured, kept, resumed and refused, on runs of a fraction of a second."""
+"""The folder of a run: what is measured, kept, resumed and refused, in runs of a fraction of a second."""
 
 import json
 from collections.abc import Sequence
@@ -40,14 +40,14 @@ def quick(**changes: Any) -> RunConfig:
 
 
 def write(path: Path, config: RunConfig, rows: Sequence[Row], data: Data) -> Checkpoint:
-    """The checkpoint of an untrained network, with a history that a test made up."""
+    """Save a checkpoint of an untrained network with the given history."""
     model = config.model.build(1, 10, 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     return checkpoint.save(path, config, model, optimizer, list(rows), data.fingerprint)
 
 
 def rows_of(*clean: float | None, first: int = 1) -> list[Row]:
-    """A row for each epoch; None stands for one that was not measured."""
+    """A row for each epoch; None stands for an epoch that was not measured."""
     return [
         {"epoch": float(epoch)} | ({} if share is None else {"clean": share})
         for epoch, share in enumerate(clean, first)
@@ -96,7 +96,7 @@ def test_the_best_epoch_is_by_the_objective_alone() -> None:
     assert best_epoch(quick(validation__objective="pgd"), rows) == 2
 
 
-# Chance is 0.1. Two standard deviations above it are 0.1849 among 50 images, 0.2342 among 20.
+# Chance is 0.1. Two standard deviations above it are 0.1849 for 50 images and 0.2342 for 20.
 @pytest.mark.parametrize(
     ("clean", "changes", "collapsed"),
     [
@@ -133,7 +133,7 @@ def test_a_collapse_is_two_measured_epochs_no_better_than_chance(
 
 
 @pytest.mark.parametrize(("clean", "kept"), [((0.3, 0.9, 0.5), {2, 4}), ((0.9, 0.9, 0.5), {1, 4})])
-def test_pruning_keeps_the_best_and_the_last_and_clears_what_crashes_left(
+def test_pruning_keeps_the_best_and_the_last_and_removes_leftovers_of_crashes(
     clean: tuple[float, ...], kept: set[int], tmp_path: Path, digits: Data
 ) -> None:
     config, rows = quick(epochs=4, optim__lr=1e-9), rows_of(*clean)
@@ -152,7 +152,7 @@ def test_pruning_keeps_the_best_and_the_last_and_clears_what_crashes_left(
     assert run.key == key and (tmp_path / "histograms" / "epoch-0004.json").is_file()
 
 
-def test_whoever_is_told_of_an_epoch_finds_it_and_the_best_so_far(tmp_path: Path, digits: Data) -> None:
+def test_when_an_epoch_is_reported_it_and_the_best_so_far_are_saved(tmp_path: Path, digits: Data) -> None:
     config = quick(epochs=5, optim__lr=0.3, data__train_size=32)
     found: list[tuple[set[int], int]] = []
 
@@ -170,7 +170,7 @@ class Enough(Exception):
     """Raised by a report: the process ends here."""
 
 
-def test_a_run_that_ends_after_each_epoch_comes_to_the_bits_of_one_that_does_not(tmp_path: Path, digits: Data) -> None:
+def test_a_run_that_stops_after_each_epoch_has_the_same_bits_as_one_that_does_not(tmp_path: Path, digits: Data) -> None:
     changes = {"optim.lr": {"kind": "piecewise", "boundaries": [1, 2], "values": [0.1, 0.05, 0.01]}, "epochs": 4}
     config = run_config("at", QUICK, {"method.attacks.pgd.steps": 1, "data.augment": True, **changes})
     data = replace(digits, augment=True)
@@ -216,7 +216,7 @@ def test_an_epoch_that_failed_leaves_no_checkpoint(tmp_path: Path, digits: Data)
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_a_run_does_not_go_on_with_other_settings(changes: dict[str, Any], tmp_path: Path, digits: Data) -> None:
+def test_a_run_does_not_resume_with_other_settings(changes: dict[str, Any], tmp_path: Path, digits: Data) -> None:
     config = quick(epochs=6)
     saved = write(tmp_path / "run" / "epoch-0003", config, rows_of(0.5, 0.5, 0.5), digits)
     with pytest.raises(SpecError) as error:
@@ -225,7 +225,7 @@ def test_a_run_does_not_go_on_with_other_settings(changes: dict[str, Any], tmp_p
     assert line == f"{tmp_path / 'run'} holds a run with other settings: choose another --name, or delete the folder"
 
 
-def test_a_run_goes_on_for_as_many_epochs_as_it_has_or_more_and_on_its_own_data(tmp_path: Path, digits: Data) -> None:
+def test_a_run_resumes_with_as_many_or_more_epochs_and_on_its_own_data_only(tmp_path: Path, digits: Data) -> None:
     config = quick(epochs=6)
     saved = write(tmp_path / "epoch-0003", config, rows_of(0.5, 0.5, 0.5), digits)
     for epochs in (3, 5, 6, 60):
@@ -235,7 +235,7 @@ def test_a_run_goes_on_for_as_many_epochs_as_it_has_or_more_and_on_its_own_data(
 
 
 def interrupt_after(steps: int, config: RunConfig, path: Path, data: Data) -> None:
-    """Leave a run in the middle of an epoch."""
+    """Train this many steps, then leave the run in the middle of an epoch."""
     left = [steps]
 
     def interrupted() -> bool:
@@ -252,7 +252,7 @@ def steps_told(config: RunConfig, path: Path, data: Data) -> list[tuple[int, int
     return told
 
 
-def test_half_an_epoch_is_gone_on_with_also_for_more_epochs(tmp_path: Path, digits: Data) -> None:
+def test_half_an_epoch_is_resumed_also_with_more_epochs(tmp_path: Path, digits: Data) -> None:
     interrupt_after(6, quick(epochs=2, batch_size=16), tmp_path, digits)
     assert steps_told(quick(epochs=3, batch_size=16), tmp_path, digits) == [
         *((2, step) for step in (3, 4)),
@@ -260,15 +260,15 @@ def test_half_an_epoch_is_gone_on_with_also_for_more_epochs(tmp_path: Path, digi
     ]
 
 
-def test_half_an_epoch_on_other_data_is_begun_anew(tmp_path: Path, digits: Data) -> None:
+def test_half_an_epoch_on_other_data_starts_again(tmp_path: Path, digits: Data) -> None:
     config = quick(epochs=1, batch_size=16)
     interrupt_after(2, config, tmp_path, digits)
     other = replace(digits, fingerprint="0" * 16)
     assert steps_told(config, tmp_path, other) == [(1, 1), (1, 2), (1, 3), (1, 4)]
 
 
-def test_half_of_an_epoch_that_is_done_is_not_begun_again(tmp_path: Path, digits: Data) -> None:
-    """A process that died after it had saved the epoch, before it could delete the half."""
+def test_half_of_an_epoch_that_was_saved_is_ignored(tmp_path: Path, digits: Data) -> None:
+    """A process died after it had saved the epoch, before it deleted the half."""
     config = quick(epochs=2, batch_size=16)
     interrupt_after(2, config, tmp_path, digits)
     whole = fit(config, tmp_path / "whole", data=digits)
@@ -279,7 +279,7 @@ def test_half_of_an_epoch_that_is_done_is_not_begun_again(tmp_path: Path, digits
     assert last is not None and last.meta["sha256"] == whole.last.meta["sha256"]
 
 
-def test_the_time_of_an_epoch_is_that_of_all_who_worked_on_it(tmp_path: Path, digits: Data) -> None:
+def test_the_time_of_an_epoch_is_the_sum_over_all_processes_that_trained_it(tmp_path: Path, digits: Data) -> None:
     config = quick(epochs=1, batch_size=16)
     interrupt_after(2, config, tmp_path, digits)
     seen = tmp_path / "half" / "seen.safetensors"
@@ -339,7 +339,7 @@ class TestCheckpoint:
         with pytest.raises(SpecError, match=r"meta\.json lacks hashes"):
             checkpoint.read(saved.path)
 
-    def test_what_is_no_object_or_no_json_is_refused(self, saved: Checkpoint) -> None:
+    def test_files_that_are_not_json_objects_are_refused(self, saved: Checkpoint) -> None:
         for text, words in (("[1]", "of format 1"), ("{", "missing or not JSON"), (None, "missing or not JSON")):
             if text is None:
                 (saved.path / "meta.json").unlink()
@@ -353,7 +353,7 @@ class TestCheckpoint:
         (saved.path / "meta.json").write_text(json.dumps({**saved.meta, **values}))
 
     def test_momentum_goes_back_to_the_parameter_it_belongs_to(self, tmp_path: Path) -> None:
-        """Also where some parameters have none yet."""
+        """Also if some parameters have no momentum yet."""
         model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         generator = torch.Generator().manual_seed(0)
@@ -374,7 +374,7 @@ class TestCheckpoint:
                 assert "momentum_buffer" not in into.state[parameter]
         assert (tmp_path / "c" / "more.txt").read_bytes() == b"more"
 
-    def test_a_state_that_is_taken_over_costs_nothing_and_says_so(self, saved: Checkpoint, tmp_path: Path) -> None:
+    def test_a_reused_state_costs_nothing_and_is_marked(self, saved: Checkpoint, tmp_path: Path) -> None:
         config = quick(seed=7)
         timed = [{**row, "train/seconds": 5.0} for row in saved.history]
         self.change(saved, history=timed)
@@ -406,8 +406,8 @@ def test_a_run_keeps_its_key_and_has_another_than_any_other(tmp_path: Path) -> N
     assert Run(tmp_path / "one").key == one != two and len(one) == 32
 
 
-def test_a_method_that_is_renamed_is_another_run_but_no_other_training() -> None:
-    """Its name is in the settings that a folder must agree on, and not in what decides the weights."""
+def test_a_renamed_method_is_another_run_but_the_same_training() -> None:
+    """The name is a setting that a folder checks, but it does not decide the weights."""
     config = quick(epochs=2)
     renamed = config.model_copy(update={"method": Method.load(config.method.json_dict() | {"name": "other"})})
     assert chain(config, "data") == chain(renamed, "data") and config != renamed

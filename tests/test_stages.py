@@ -1,4 +1,4 @@
-"""A pipeline's parts: what an artifact keeps, what changes a stage's digest, whose settings win, which nights stay."""
+"""Parts of a pipeline: artifacts, digests of stages, precedence of settings, and which nights are kept."""
 
 import json
 from contextlib import ExitStack
@@ -89,7 +89,7 @@ def file(workdir: Path) -> Path:
 
 @pytest.fixture
 def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data sets that were read stay in memory."""
+    """Keep data sets in memory once they have been read."""
     monkeypatch.setattr("raysweep.pipeline.pipeline.load", _read)
 
 
@@ -114,12 +114,12 @@ def test_a_digest_changes_with_what_goes_into_the_stage_and_with_nothing_else(fi
     assert changed(stages__autoattack__n=9) == "...xx"
     assert changed(stages__report__floor=0.1) == "....x"
     assert changed(data__train_size=65) == "xxxxx" == changed(salt="2026-01-01")
-    assert changed(keep=3, again="daily") == ".....", "that is the salt's part"
+    assert changed(keep=3, again="daily") == ".....", "`again` acts through the salt only"
     file.write_text(PIPELINE.format(about="two"))
-    assert changed() == ".....", "what it is about changes nothing"
+    assert changed() == ".....", "`about` changes nothing"
 
 
-def test_a_stage_that_trains_has_no_inputs_and_each_other_has_all_before_it(file: Path, read_once) -> None:
+def test_stages_that_train_have_no_inputs_and_all_others_have_every_stage_before_them(file: Path, read_once) -> None:
     _, pipeline, settings = load_pipeline(str(file), {})
     found = steps(pipeline, settings, file.parent / "f", "")
     at, lrat, promote, attack, report = found
@@ -141,7 +141,9 @@ def test_the_stages_settings_win_over_the_pipelines_and_the_command_line_over_bo
         runs = [config for stage in pipeline.stages[:2] for config in stage.configs(settings)]
         return [(run.epochs, run.batch_size, run.data.train_size) for run in runs]
 
-    assert epochs() == [(8, 64, 64), (3, 64, 64)], "of a row over the stage's, of the pipeline over the data set's"
+    assert epochs() == [(8, 64, 64), (3, 64, 64)], (
+        "a run's epochs over the stage's, the pipeline's sizes over the data set's"
+    )
     assert epochs(epochs=5, batch_size=16) == [(5, 16, 64), (5, 16, 64)]
 
 
@@ -190,14 +192,14 @@ TRAIN = {"kind": "train", "runs": {"AT": {"method": "at"}}, "seeds": [0]}
         ([{"kind": "tune", "space": "at"}, TRAIN | {"runs": {"at": {"method": "at"}}}], None),
     ],
 )
-def test_stages_in_an_order_that_cannot_be(stages: list, lines: list[str] | None) -> None:
+def test_an_impossible_order_of_stages_is_refused(stages: list, lines: list[str] | None) -> None:
     found = pipeline(*stages).problems(Settings({}, {}))
     assert found == (
         ["stages.1 (train): its label 'at' is that of stages.0; give it another"] if lines is None else lines
     )
 
 
-def test_nights_are_counted_where_there_are_nights() -> None:
+def test_keep_needs_a_daily_pipeline() -> None:
     for again in ("never", "revision"):
         (line,) = pipeline(TRAIN, again=again, keep=1).problems(Settings({}, {}))
         assert line == "keep: counts nights; it needs `again: daily`"
@@ -206,7 +208,7 @@ def test_nights_are_counted_where_there_are_nights() -> None:
         pipeline(TRAIN, again="daily", keep=0)
 
 
-def test_what_makes_it_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_salt_makes_a_pipeline_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raysweep.pipeline.pipeline.today", lambda: "2026-03-01")
     assert pipeline(TRAIN).salt() == "" and pipeline(TRAIN, again="daily").salt() == "2026-03-01"
     revision = environment()["git_revision"] or environment()["raysweep"]
@@ -215,7 +217,7 @@ def test_what_makes_it_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_stage_is_named_by_kind_or_number() -> None:
     two = pipeline(TRAIN, TRAIN | {"runs": {"B": {"method": "at"}}}, {"kind": "autoattack"})
-    assert position(None, two) == 3, "beyond the last: nothing is made again"
+    assert position(None, two) == 3, "beyond the last stage: nothing runs again"
     assert [position(name, two) for name in ("train", "autoattack", "0", "1", "2")] == [0, 2, 0, 1, 2]
     for name in ("3", "-1", "promote", "", "1.0"):
         with pytest.raises(SpecError) as error:
@@ -229,7 +231,9 @@ def work(tmp_path: Path) -> Work:
     return Work("p", tmp_path, folder, tmp_path / "runs", Settings({}, {}), Console(), None, ExitStack())
 
 
-def test_files_are_called_by_their_path_in_the_folder_or_by_their_whole_one(work: Work, tmp_path: Path) -> None:
+def test_files_are_named_by_relative_paths_inside_the_folder_and_absolute_ones_outside(
+    work: Work, tmp_path: Path
+) -> None:
     inside, outside = tmp_path / "runs" / "s" / "epoch-0001", tmp_path.parent / "elsewhere"
     assert work.reference(inside) == "runs/s/epoch-0001" and work.path("runs/s/epoch-0001") == inside
     assert work.reference(outside) == str(outside) and work.path(str(outside)) == outside
@@ -256,8 +260,8 @@ def test_data_are_read_once(work: Work, monkeypatch: pytest.MonkeyPatch) -> None
     assert asked == [50, 51]
 
 
-def test_which_nights_stay(tmp_path: Path) -> None:
-    """The last so many, tonight one of them; what is no night is left alone but for its prefixes."""
+def test_which_nights_are_kept(tmp_path: Path) -> None:
+    """The last `keep`, including tonight. Folders that are no nights lose only their prefixes."""
 
     def after(tonight: str, keep: int | None, *names: str) -> list[str]:
         folder = tmp_path / f"{tonight} {keep} {len(names)}"
@@ -278,7 +282,7 @@ def test_which_nights_stay(tmp_path: Path) -> None:
     ]
     others = ("20260101", "2026-1-1", "abcdef", "2026-02-30")
     assert after("2026-03-02", 1, *others) == sorted(f"{name}/sweep" for name in others)
-    # A clock that was wrong once: tonight is never given up for a later date.
+    # If the clock was wrong once: tonight is kept even if there is a later date.
     assert after("2026-03-01", 1, "2026-03-01", "2026-12-31") == [
         "2026-03-01/.prefixes",
         "2026-03-01/sweep",

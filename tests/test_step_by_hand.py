@@ -1,4 +1,4 @@
-"""One training step and what is recorded of it, in numbers worked out by hand; and what several workers add up."""
+"""One training step and what is recorded of it, in numbers worked out by hand, with one worker and with two."""
 
 import math
 import threading
@@ -24,7 +24,7 @@ from raysweep.weights import Geometry, Margin, Remainder, Vulnerability
 
 
 class Rank:
-    """One of two workers in two threads: a sum waits for the other's value."""
+    """One of two workers, each in a thread: `sum` waits for the value of the other."""
 
     size = 2
 
@@ -40,7 +40,7 @@ class Rank:
 
 
 def on_two_workers(work: Callable[[Workers], Any]) -> list[Any]:
-    """What `work` gives on each of them."""
+    """Run `work` on both workers and return both results."""
     barrier, values, found = threading.Barrier(2, timeout=60), {}, {}
     ranks = [Rank(rank, barrier, values) for rank in range(2)]
     threads = [threading.Thread(target=lambda r=r: found.update({r.rank: work(r)})) for r in ranks]
@@ -101,7 +101,7 @@ def expected_loss(normalise: bool, divided: bool) -> float:
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("divided", [False, True])
 def test_the_loss_by_hand(normalise: bool, divided: bool) -> None:
-    """Weights that the terms after it see are those before they are divided by their mean."""
+    """A term sees the weights of earlier terms before they are divided by their mean."""
     method = by_hand_method(normalise, divided)
     step = step_of(method)
     assert step.adversarial["pgd"].kappa is not None and step.adversarial["pgd"].kappa.tolist() == [4, 4, 0]
@@ -124,8 +124,8 @@ def test_weights_that_are_all_zero_give_a_loss_of_zero() -> None:
         assert step_of(Method(attacks={"pgd": STILL}, terms={"a": term}, normalise=normalise)).loss == 0
 
 
-def test_views_are_seen_in_order_natural_first_and_only_if_a_term_needs_it() -> None:
-    """Running statistics of a batch norm tell of the order and number of forwards in training."""
+def test_the_model_sees_the_views_in_order_and_natural_data_only_if_a_term_needs_them() -> None:
+    """The running statistics of a batch norm show the order and number of forwards in training."""
 
     def norm_after(terms: dict[str, Term]) -> tuple[nn.BatchNorm2d, Step, Tensor]:
         torch.manual_seed(0)
@@ -188,7 +188,7 @@ RECORDED = Method(
 def recorded(rows: slice, loss: float, of: int) -> tuple[Step, Tensor]:
     logits = torch.tensor(P)[rows].log()
     kappa = torch.tensor(KAPPA)[rows]
-    # Natural data are right but for the first row.
+    # On natural data all rows but the first are right.
     natural = torch.nn.functional.one_hot(torch.tensor([1, 1, 2, 0, 1])[rows], 3).float()
     spent = torch.full_like(kappa, 4)
     return (
@@ -232,10 +232,10 @@ BINS = {
 }
 
 
-def test_what_an_epoch_looked_like_by_hand() -> None:
+def test_the_record_of_an_epoch_by_hand() -> None:
     seen = Diagnostics(RECORDED, ONE_WORKER)
     seen.add(*recorded(slice(0, 4), 2.0, 4))
-    assert seen.metrics()["train/kappa_median_pgd"] == 1.0, "of 0, 1, 3, 4 the lower one"
+    assert seen.metrics()["train/kappa_median_pgd"] == 1.0, "the lower of the two medians of 0, 1, 3, 4"
     seen.add(*recorded(slice(4, 5), 5.0, 1))
     assert seen.metrics() == pytest.approx(EXPECTED)
     histograms = seen.histograms()
@@ -248,7 +248,7 @@ def test_what_an_epoch_looked_like_by_hand() -> None:
 
 
 def test_two_workers_record_what_one_does() -> None:
-    """A worker's loss is its part of the global mean, times their number."""
+    """A worker's loss is its part of the global mean, times the number of workers."""
 
     def work(workers: Workers) -> tuple[dict[str, float], dict[str, Any]]:
         seen = Diagnostics(RECORDED, workers)
@@ -261,7 +261,7 @@ def test_two_workers_record_what_one_does() -> None:
 
 
 def test_a_weight_beyond_the_last_edge_is_in_the_last_bin() -> None:
-    """One of eight rows has all the weight: eight times the mean, where the histogram ends at five times."""
+    """One of eight rows has all the weight, eight times the mean; the histogram ends at five times the mean."""
     logits, y = torch.zeros(8, 3), torch.zeros(8, dtype=torch.int64)
     method = Method(terms={"clean": Term(on="natural")})
     weight = torch.tensor([0.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0])
@@ -295,10 +295,10 @@ def test_histograms_are_kept_by_epoch(tmp_path: Path) -> None:
     assert {epoch: found["V"]["counts"] for epoch, found in read_histograms(tmp_path).items()} == {1: [1], 12: [12]}
 
 
-def test_metrics_of_workers_are_weighed_by_their_rows() -> None:
+def test_metrics_of_workers_are_weighted_by_their_rows() -> None:
     parts = [({"clean": 0.5, "pgd": 1 / 3}, 3), ({"clean": 0.1, "pgd": 1 / 3}, 1)]
     for found in on_two_workers(lambda w: mean_metrics(*parts[w.rank], w, torch.device("cpu"))):
-        assert found == {"clean": 0.4, "pgd": 0.333333}, "rounded, so that ties stay ties"
+        assert found == {"clean": 0.4, "pgd": 0.333333}, "values are rounded, so that ties stay ties"
     assert mean_metrics({"pgd": 1 / 3}, 3, ONE_WORKER, torch.device("cpu")) == {"pgd": 1 / 3}
 
 
@@ -338,7 +338,7 @@ def test_gradients_are_averaged_in_their_own_place_and_type() -> None:
 )
 @pytest.mark.parametrize("attack", ["pgd", "cw"])
 def test_which_attacks_several_workers_refuse(changes: dict[str, Any], refused: bool, attack: str) -> None:
-    """Batch norms that look at all workers' rows need the same number of forwards on each."""
+    """Batch norms over the rows of all workers need the same number of forwards on each worker."""
     method = override(METHODS["lrat"](), {f"attacks.{attack}.{key}": value for key, value in changes.items()})
     check(method, ONE_WORKER)
     two = Rank(0, threading.Barrier(2), {})

@@ -1,4 +1,4 @@
-"""A checkpoint in a bucket is whole or absent at every moment: a push or a drop that is cut off, at each request."""
+"""A checkpoint in a bucket is whole or absent at every moment: a push or a drop is cut off at each of its requests."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ FILES = ("config.json", "a.bin", "meta.json", "weights.bin", "state.bin")
 
 
 class Gate:
-    """The S3 test server, which writes down each change that is asked for and refuses it from a given one on."""
+    """The S3 test server. Records each request for a change, and refuses all after the first `allowed`."""
 
     def __init__(self, application: Callable[..., Iterable[bytes]]) -> None:
         self._application = application
@@ -44,7 +44,7 @@ class Gate:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[Gate, str]]:
-    """The server and the URI of a place in a bucket on it."""
+    """The server, and the URI of a folder in a bucket on it."""
     gate = Gate(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, gate, threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -64,7 +64,7 @@ def written(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def machines(served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """The run's folder as a machine sees it, by the machine's name; the machine is then the one that acts."""
+    """Function that switches to the named machine (its own local copy) and returns the run's folder there."""
 
     def act_as(machine: str) -> Path:
         monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / machine))
@@ -74,11 +74,11 @@ def machines(served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
 
 
 def assert_seen(path: Path, text: str | None) -> None:
-    """What another machine finds: no checkpoint, or all files of it."""
+    """Check what a machine finds: no checkpoint (None), or all of its files."""
     assert storage.folders(path.parent) == ([] if text is None else [path.name])
     assert storage.pull(path) == (text is not None)
     if text is None:
-        assert not path.exists(), "what is not whole is not left in the copy either"
+        assert not path.exists(), "the local copy has no incomplete checkpoint either"
     else:
         assert {file.name: file.read_text() for file in path.iterdir()} == {name: f"{name} {text}" for name in FILES}
 
@@ -104,7 +104,7 @@ def test_a_push_that_is_cut_off_is_no_checkpoint_until_its_last_file(served, mac
 
 
 def test_a_copy_within_the_bucket_is_no_checkpoint_until_its_last_file(served, machines) -> None:
-    """`like` saves sending what the bucket has already; `meta.json` is sent all the same, and last."""
+    """`like` avoids sending files that the bucket has already; `meta.json` is sent nevertheless, and last."""
     gate, _ = served
     root = machines("one")
     first = written(root / "first", "old")
@@ -134,14 +134,14 @@ def test_a_drop_that_is_cut_off_leaves_no_checkpoint(served, machines) -> None:
     gate.allow(1000)
     assert_seen(machines("other") / "run", None)
     left = {entry.path.name for entry in storage.listing(machines("one") / "run")}
-    assert left == {*FILES} - {"meta.json"}, "the rest goes with the next try"
+    assert left == {*FILES} - {"meta.json"}, "the next try deletes the rest"
     storage.drop(machines("one") / "run")
     assert not storage.listing(machines("one") / "run")
-    assert (machines("one") / "run" / "meta.json").exists(), "the copy is the caller's"
+    assert (machines("one") / "run" / "meta.json").exists(), "the caller keeps its local copy"
 
 
-def test_a_machine_sees_a_checkpoint_anew_only_when_all_of_it_is_there(served, machines) -> None:
-    """Its copy of the old one is kept as long as `meta.json` says the same, and replaced as a whole afterwards."""
+def test_a_machine_sees_a_new_checkpoint_only_when_all_of_it_is_there(served, machines) -> None:
+    """The old local copy is kept as long as `meta.json` is the same, and then replaced as a whole."""
     gate, _ = served
     storage.push(written(machines("one") / "run", "old"))
     assert_seen(machines("other") / "run", "old")

@@ -25,7 +25,7 @@ Begin = Callable[..., "StudySearch"]
 
 @pytest.fixture
 def begin(tmp_path: Path) -> Begin:
-    """A search over a new sweep's ledger, which holds the trials `past`."""
+    """Function that starts a search on the ledger of a new sweep, which holds the trials `past`."""
     from raysweep.sweep.search import StudySearch
 
     def begin(*past: Trial, **changes: Any) -> StudySearch:
@@ -45,20 +45,20 @@ def begin(tmp_path: Path) -> Begin:
 
 
 def row(epoch: int, worst: float, clean: float = 0.75, gap: float = 0.0) -> dict[str, Any]:
-    """What a trial reports of an epoch, with what Tune adds to it."""
+    """What a trial reports about an epoch, with the keys that Tune adds."""
     ours = {"epoch": float(epoch), "robust_worst": worst, "clean": clean, "masking_gap": gap}
     return {**ours, "training_iteration": epoch, "trial_id": "a", "done": False}
 
 
 def past(number: int, value: float | None = 0.5, alpha: float | None = None, **more: Any) -> Trial:
-    """A trial of an earlier driver; value: of its best epoch, None for a trial that failed before there was any."""
+    """A trial of an earlier driver. value: of its best epoch; None for a trial that failed before it had one."""
     best = {} if value is None else {"epoch": 1.0, "robust_worst": value, "masking_gap": 0.0}
     state = "failed" if value is None else "finished"
     return Trial(number, **{"settings": {ALPHA: alpha or 1.0 + number / 4}, "state": state, "best": best, **more})
 
 
 def run(search: "StudySearch", name: str, *rows: dict[str, Any], **how: Any) -> FrozenTrial:
-    """Let one trial report these epochs and end with the last of them, as Tune does: what Optuna holds of it then."""
+    """Let a trial report these epochs and end with the last, as Tune does; return Optuna's record of the trial."""
     search.suggest(name)
     for metrics in rows:
         search.on_trial_result(name, metrics)
@@ -79,7 +79,7 @@ def test_optuna_is_told_the_value_and_the_gap_of_the_best_epoch(begin: Begin) ->
 
 
 def test_a_last_report_that_comes_with_the_end_may_be_the_best(begin: Begin) -> None:
-    """Tune gives the report with which a trial ends to `on_trial_complete` alone."""
+    """Tune passes the last report of a trial to `on_trial_complete` only."""
     search = begin(max_masking_gap=0.125)
     trial = run(search, "a", row(1, 0.25), result=row(2, 0.5, gap=0.25))
     assert (trial.value, trial.constraints) == (0.5, {"masking_gap": 0.125})
@@ -119,7 +119,7 @@ def test_a_resumed_trial_is_told_with_the_best_of_all_its_epochs(begin: Begin, a
     search = begin(going, max_masking_gap=0.125)
     trial = run(search, "a", row(3, after, gap=0.25))
     assert (trial.state.name, trial.value, trial.params) == ("COMPLETE", best, {ALPHA: 2.0})
-    assert trial.constraints == {"masking_gap": 0.125 if after > 0.75 else -0.0625}, "of the same epoch"
+    assert trial.constraints == {"masking_gap": 0.125 if after > 0.75 else -0.0625}, "the gap is that of the same epoch"
     assert len(search._study.get_trials()) == 1
 
 
@@ -132,7 +132,7 @@ def test_several_objectives_are_those_of_one_epoch_and_the_first_chooses_it(
 ) -> None:
     rows = [row(1, 0.25, 0.875), row(2, 0.5, 0.625), row(3, 0.5, 0.75), row(4, 0.375, 1.0)]
     search = begin(metric=metric)
-    assert run(search, "a", *rows).values == values, "of epochs that tie the first"
+    assert run(search, "a", *rows).values == values, "the first of epochs that tie"
     assert [direction.name for direction in search._study.directions] == ["MAXIMIZE", "MAXIMIZE"]
     trial = Trial(0, {})
     for metrics in rows:
@@ -147,7 +147,7 @@ def test_a_gap_exactly_at_the_limit_is_feasible_for_optuna_and_for_the_ranking(b
         for number, (value, gap) in gaps.items()
     ]
     search = begin(*trials, max_masking_gap=0.125)
-    assert search._study.best_trial.value == 0.5, "Optuna calls a constraint of 0 met"
+    assert search._study.best_trial.value == 0.5, "for Optuna a constraint of 0 is met"
     assert [trial.number for trial in search._ledger.ranked()] == [1, 2, 0]
     constraints = [trial.constraints["masking_gap"] for trial in search._study.get_trials()]
     assert constraints[0] > 0 and constraints[1:] == [0.0, -0.125]
@@ -162,7 +162,9 @@ def test_the_past_is_told_by_its_states_and_its_best_epochs(begin: Begin) -> Non
         past(3, 0.5, state="running"),
     ]
     search = begin(*trials)
-    assert told(search) == [("COMPLETE", [0.625]), ("FAIL", None), ("FAIL", None)], "one goes on, and is told later"
+    assert told(search) == [("COMPLETE", [0.625]), ("FAIL", None), ("FAIL", None)], (
+        "the running trial is told when it ends"
+    )
     first, second, _ = search._study.get_trials()
     assert first.intermediate_values == {1: 0.25, 2: 0.625, 3: 0.375}
     assert [first.user_attrs["raysweep.number"], second.user_attrs["raysweep.number"]] == [0, 1]
@@ -173,7 +175,7 @@ def test_unfinished_trials_come_first_in_their_order_and_once(begin: Begin) -> N
     trials = [past(0), past(2, state="running"), past(3, state="running"), past(5, state="failed")]
     search = begin(*trials, trials=8)
     asked = [search.suggest(name) for name in "abcdefg"]
-    assert [found["number"] for found in asked[:-1]] == [2, 3, 1, 4, 6, 7], "then the numbers that nobody has"
+    assert [found["number"] for found in asked[:-1]] == [2, 3, 1, 4, 6, 7], "then numbers that no trial has"
     assert [found["settings"] for found in asked[:2]] == [{ALPHA: 1.5}, {ALPHA: 1.75}]
     assert asked[-1] == "FINISHED"
 
@@ -192,13 +194,13 @@ def test_each_starting_point_is_tried_unless_some_trial_has_it(begin: Begin) -> 
     assert fifth[ALPHA] not in (1.0, 2.0, 3.0)
 
 
-def test_a_starting_point_of_some_settings_leaves_the_rest_to_the_sampler(begin: Begin) -> None:
+def test_the_sampler_draws_the_settings_that_a_starting_point_lacks(begin: Begin) -> None:
     two = {ALPHA: {"float": [0.5, 4.0]}, BETA: {"float": [0.5, 4.0]}}
     settings = begin(space=two, start=[{BETA: 2.0}]).suggest("a")["settings"]
     assert list(settings) == [ALPHA, BETA] and settings[BETA] == 2.0 and 0.5 <= settings[ALPHA] <= 4.0
 
 
-def test_choices_that_are_no_scalars_go_through_optuna_and_back(begin: Begin) -> None:
+def test_choices_that_are_not_scalars_come_back_from_optuna_unchanged(begin: Begin) -> None:
     choices = [[0.1, 0.01], [0.05], None, 2, "2", {"kind": "x"}]
     values = {"optim.lr.values": {"categorical": choices}}
     start = [{"optim.lr.values": choice} for choice in ([0.05], {"kind": "x"})]
@@ -206,7 +208,7 @@ def test_choices_that_are_no_scalars_go_through_optuna_and_back(begin: Begin) ->
     search = begin(done, method="at", space=values, start=start, trials=6)
     found = [search.suggest(name)["settings"]["optim.lr.values"] for name in "abcde"]
     assert found[:2] == [[0.05], {"kind": "x"}]
-    assert sorted(map(repr, found)) == sorted(map(repr, choices[1:])), "the others, each as it was written"
+    assert sorted(map(repr, found)) == sorted(map(repr, choices[1:])), "the other choices, each as it was written"
     assert search._study.get_trials()[0].params == {"optim.lr.values": "[0.1, 0.01]"}
 
 
@@ -267,7 +269,7 @@ def test_the_seed_of_a_sampler_counts_the_trials_before(kind: str) -> None:
     assert draw(Sampler(kind=kind, seed=5), 0) == expected  # type: ignore[arg-type]
 
 
-def test_tpe_draws_at_random_until_as_many_trials_as_startup_have_results(begin: Begin) -> None:
+def test_tpe_draws_at_random_until_startup_trials_have_results(begin: Begin) -> None:
     search = begin(trials=16, sampler={"kind": "tpe", "seed": 3, "startup": 3})
     random = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3))
     same = []
@@ -280,7 +282,7 @@ def test_tpe_draws_at_random_until_as_many_trials_as_startup_have_results(begin:
     assert same == [True, True, True, True, False, False]
 
 
-def test_failures_are_no_part_of_a_generation(begin: Begin) -> None:
+def test_failed_trials_do_not_count_for_a_generation(begin: Begin) -> None:
     trials = [past(0, 0.5), past(1, None), past(2, 0.25), past(3, 0.75), past(4, None), past(5, 0.125), past(6, 0.25)]
     study = begin(*trials, trials=8, sampler={"kind": "nsga2", "startup": 2})._study
     sampler = study.sampler
@@ -299,8 +301,8 @@ def test_a_genetic_sampler_chooses_the_best_of_the_past_as_parents(begin: Begin)
     assert fresh.build().population_size == 2 and Sampler(kind="nsga2").build().population_size == 8  # type: ignore[attr-defined]
 
 
-def test_the_same_settings_are_not_asked_again_though_their_trial_failed(begin: Begin) -> None:
+def test_settings_are_not_tried_again_even_if_their_trial_failed(begin: Begin) -> None:
     choices = {ALPHA: {"categorical": [0.5, 1.0, 2.0]}, ON: {"categorical": ["natural"]}}
     trials = [past(0, None, settings={ON: "natural", ALPHA: 2.0}), past(1, settings={ALPHA: 0.5, ON: "natural"})]
     found = begin(*trials, space=choices).suggest("a")["settings"]
-    assert found == {ALPHA: 1.0, ON: "natural"}, "the order of the settings decides nothing"
+    assert found == {ALPHA: 1.0, ON: "natural"}, "the order of the settings does not matter"

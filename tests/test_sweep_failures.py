@@ -1,4 +1,4 @@
-"""What a trial says of its failure, what is told of a lost process, and who answers SIGTERM."""
+"""How failures of trials are reported, how lost processes are described, and how SIGTERM is handled."""
 
 import json
 import signal
@@ -30,13 +30,15 @@ from raysweep.training.trainer import TrainingFailed
         ),
     ],
 )  # fmt: skip
-def test_what_settings_or_memory_explain_is_no_bug(error: Exception, reason: str, tmp_path: Path) -> None:
+def test_a_failure_that_settings_or_memory_explain_is_no_bug(error: Exception, reason: str, tmp_path: Path) -> None:
     assert explain(error, tiny("at", batch_size=16), tmp_path) == {"failed": reason}
     assert not list(tmp_path.iterdir()), "no traceback is kept"
 
 
 @pytest.mark.parametrize(("trial", "more"), [(True, " or raise --gpus-per-trial"), (False, "")])
-def test_a_gpu_without_memory_is_named(trial: bool, more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_ran_out_of_memory_is_named(
+    trial: bool, more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
     found = explain(torch.OutOfMemoryError("CUDA out of memory"), tiny("at"), tmp_path, trial)
     assert found == {"failed": f"out of memory on NVIDIA H200: lower batch_size (now 32){more}"}
@@ -74,12 +76,12 @@ def test_a_report_is_kept_for_the_next_workers_until_it_is_forgotten(tmp_path: P
         ("The actor is dead because its node was preempted.", "its node was preempted"),
     ],
 )  # fmt: skip
-def test_a_lost_process_in_a_few_words(account: str, reason: str) -> None:
+def test_descriptions_of_lost_processes(account: str, reason: str) -> None:
     assert lost(account).startswith(reason)
 
 
 class Trainable:
-    """As Tune makes one of a function."""
+    """Stands for the class that Tune makes from a training function."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.config = config
@@ -89,7 +91,7 @@ def ended_at_once(code: int) -> None:
     raise SystemExit(f"at once: {code}")
 
 
-def test_sigterm_waits_for_a_trial_that_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_waits_while_a_trial_is_working(monkeypatch: pytest.MonkeyPatch) -> None:
     from raysweep.sweep import preemption
 
     monkeypatch.setattr(preemption, "_Notice", SimpleNamespace(told=False, busy=False))
@@ -98,11 +100,11 @@ def test_sigterm_waits_for_a_trial_that_is_at_work(monkeypatch: pytest.MonkeyPat
     try:
         made: Any = type("Made", (preemption.Preemptible, Trainable), {})()
         made.setup({"number": 3})
-        assert made.config == {"number": 3}, "Tune's own class is set up as well"
+        assert made.config == {"number": 3}, "`setup` of Tune's class is called as well"
         assert not preemption.told()
         with preemption.busy():
             signal.raise_signal(signal.SIGTERM)
-            assert preemption.told(), "whoever works asks for it"
+            assert preemption.told(), "the working trial can see the request"
         with pytest.raises(SystemExit) as end:
             signal.raise_signal(signal.SIGTERM)
         assert end.value.code == 143

@@ -1,4 +1,4 @@
-"""What a trial holds, how many fit a cluster, and what a plan makes of it: shares, epochs and hours by hand."""
+"""What a trial holds, how many trials fit a cluster, and the plan of a sweep: shares, epochs and hours by hand."""
 
 import json
 import math
@@ -44,17 +44,17 @@ def space(**changes: Any) -> SearchSpace:
         (16, 8, 8, {"CPU": 1.99, "GPU": 1.0}, 2),
     ],
 )
-def test_workers_have_equal_shares_rounded_down_beside_the_waiting_process(
+def test_workers_have_equal_shares_rounded_down_and_the_waiting_process_0_01(
     cpus: float, gpus: float | None, workers: int, share: dict[str, float], threads: int
 ) -> None:
     resources = Resources(cpus, gpus, workers)
     assert resources.worker == pytest.approx(share, abs=1e-9)
     assert resources.threads == threads
-    assert resources.trial == {"CPU": 0.01}, "of the process that waits for them"
+    assert resources.trial == {"CPU": 0.01}, "the share of the process that waits for the workers"
 
 
-def test_the_shares_fit_into_what_a_trial_holds_and_waste_next_to_nothing() -> None:
-    """In Ray's ten thousandths, exactly."""
+def test_the_shares_fit_into_the_resources_of_a_trial_and_waste_almost_nothing() -> None:
+    """Exactly, in the ten thousandths in which Ray counts."""
     for cpus in (1, 1.5, 2, 3, 4, 5.25, 7, 10, 31, 64):
         for gpus in (0, 0.5, 1, 2):
             for workers in (2, 3, 4, 6, 7, 9):
@@ -78,13 +78,13 @@ def test_one_worker_is_the_trials_own_process(cpus: float, threads: int) -> None
     assert Resources().trial == {"CPU": 1, "GPU": 0.0} and Resources().held_gpus == 0.0
 
 
-def test_gpus_that_nobody_named_are_one_for_each_worker_where_there_are_any() -> None:
+def test_by_default_each_worker_has_a_gpu_if_the_cluster_has_any() -> None:
     gpus, none = {"CPU": 8.0, "GPU": 4.0}, {"CPU": 8.0}
     for workers in (1, 2):
         assert Resources(workers=workers).on(gpus).gpus == workers
         assert Resources(workers=workers).on(none).gpus == Resources(workers=workers).on(none | {"GPU": 0}).gpus == 0
         assert Resources(cpus=2, gpus=0.5, workers=workers).on(gpus) == Resources(cpus=2, gpus=0.5, workers=workers)
-    assert Resources(gpus=0.0).on(gpus).gpus == 0.0, "none is an answer"
+    assert Resources(gpus=0.0).on(gpus).gpus == 0.0, "0 GPUs is a choice, not the default"
 
 
 @pytest.mark.parametrize(
@@ -97,12 +97,12 @@ def test_gpus_that_nobody_named_are_one_for_each_worker_where_there_are_any() ->
         ({"gpus": 1.5}, "1.5 GPUs for 1 workers is 1.5 each"),
     ],
 )
-def test_shares_that_cannot_be_are_refused(how: dict[str, float], words: str) -> None:
+def test_impossible_shares_are_refused(how: dict[str, float], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         Resources(**how)  # type: ignore[arg-type]
 
 
-def test_shares_at_the_limit_are_taken() -> None:
+def test_shares_at_the_limit_are_accepted() -> None:
     assert 0 < Resources(cpus=0.0204, workers=2).worker["CPU"] <= 0.0002
     assert Resources(gpus=1, workers=4, cpus=4).worker["GPU"] == 0.25
     assert [Resources(gpus=gpus).held_gpus for gpus in (0.5, 1, 2)] == [0.5, 1, 2]
@@ -119,12 +119,12 @@ def test_shares_at_the_limit_are_taken() -> None:
         (Resources(cpus=8, gpus=1), {"CPU": 16.0, "GPU": 4.0}, [], 2),
         (Resources(cpus=1, gpus=0.25), {"CPU": 16.0, "GPU": 3.0}, [], 12),
         (Resources(cpus=1, gpus=0.0), {"CPU": 16.0, "GPU": 1.0}, [], 16),
-        # Two workers need not be on one node, one worker must be.
+        # Two workers may be on different nodes; a single worker needs one node.
         (Resources(cpus=2, workers=2), {"CPU": 4.0}, [{"CPU": 1.0}] * 4, 2),
         (Resources(cpus=4, workers=2), {"CPU": 9.0}, [{"CPU": 3.0}] * 3, 1),
         (Resources(cpus=2, gpus=2, workers=2), {"CPU": 8.0, "GPU": 3.0}, [{"CPU": 4.0, "GPU": 1.5}] * 2, 1),
         (Resources(cpus=2, gpus=2, workers=2), {"CPU": 9.0, "GPU": 4.0}, [{"CPU": 1.0, "GPU": 4.0}, {"CPU": 8.0}], 0),
-        # Twenty workers of 0.49 would fit, and no process that waits for each pair.
+        # Twenty workers of 0.49 would fit, but not with the process that waits for each pair.
         (Resources(cpus=1, workers=2), {"CPU": 9.9}, [{"CPU": 9.9}], 9),
         (Resources(cpus=3, gpus=1, workers=3), {"CPU": 6.0, "GPU": 2.0}, [{"CPU": 6.0, "GPU": 2.0}], 2),
     ],
@@ -152,7 +152,7 @@ def test_a_trial_that_does_not_fit_is_refused(resources: Resources, cluster: dic
 
 
 def test_fractions_of_a_cluster_are_counted_exactly() -> None:
-    """33 / 1.1 is 29.999999999999996 for a computer, and 7 / 0.07 is 99.99999999999999."""
+    """In floats 33 / 1.1 is 29.999999999999996, and 7 / 0.07 is 99.99999999999999."""
     for hundredths in (7, 14, 28, 33, 55, 56, 68, 110, 112, 125):
         for whole in (1, 7, 14, 17, 28, 33, 64):
             fit = whole * 100 // hundredths
@@ -193,26 +193,26 @@ def test_epochs_of_a_whole_sweep() -> None:
     assert expected_epochs(space(scheduler={"kind": "none"}), 8) == 128
     assert expected_epochs(space(scheduler={"grace": 1, "factor": 3}), 9) == round(16 * (1 + 2 / 3 + 6 / 9))
     grid = space(sampler={"kind": "grid"}, space={LR: {"categorical": [0.1, 0.2, 0.3]}})
-    assert expected_epochs(grid, 8) == 12, "of its points"
+    assert expected_epochs(grid, 8) == 12, "the epochs of the grid's points"
 
 
-def test_a_plan_is_of_the_trials_that_are_left() -> None:
+def test_a_plan_counts_the_trials_that_are_left() -> None:
     states = [("running", 1), ("finished", 3), ("finished", 5), ("stopped", 2), ("failed", 0), ("running", 0)]
     trials = [Trial(number, {LR: 0.1}, state, epoch) for number, (state, epoch) in enumerate(states)]  # type: ignore[arg-type]
     assert left(space(trials=8), 3, trials) == [1, 0, 0, 0]
-    assert left(space(trials=8), 5, trials) == [1, 3, 0, 0, 0], "one that had finished gets two more"
+    assert left(space(trials=8), 5, trials) == [1, 3, 0, 0, 0], "the trial that had finished 3 epochs gets two more"
     assert left(space(trials=6), 6, trials) == [1, 3, 5, 0]
     assert left(space(trials=3), 8, []) == [0, 0, 0]
     own = [Trial(0, {"epochs": 2}, "finished", 2), Trial(1, {"epochs": 9}, "running", 4)]
-    assert left(space(trials=2), 5, own) == [4], "a trial with epochs of its own has no others"
+    assert left(space(trials=2), 5, own) == [4], "a trial's own number of epochs is not changed"
 
 
 @pytest.mark.parametrize(
     ("present", "brought"),
     [(1, ["gpu", "gpu", "cpu", "cpu"]), (2, ["gpu", "cpu", "cpu"]), (3, ["cpu", "cpu"]), (5, []), (9, [])],
 )
-def test_nodes_that_an_autoscaler_has_not_brought_yet(present: int, brought: list[str]) -> None:
-    """Four at most, those with GPUs first; the head is one of those that are there."""
+def test_nodes_that_an_autoscaler_can_still_start(present: int, brought: list[str]) -> None:
+    """At most four, those with GPUs first; the head is among the nodes that are present."""
     from raysweep.sweep.cluster import _launchable
 
     kinds: dict[str, dict[str, float]] = {"cpu": {"CPU": 4}, "gpu": {"CPU": 8, "GPU": 1}}
@@ -227,7 +227,7 @@ def test_nodes_that_an_autoscaler_has_not_brought_yet(present: int, brought: lis
     assert list(_launchable(config, present)) == [kinds[name] for name in brought]
 
 
-def test_a_cluster_that_does_not_tell_is_as_large_as_somebody_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_cluster_may_be_given_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     from raysweep.sweep import cluster
 
     monkeypatch.setenv("RAYSWEEP_CLUSTER_MAX", '{"CPU": 32, "GPU": "8"}')
@@ -243,7 +243,7 @@ def test_trials_on_gpus_are_not_timed_where_there_is_none(digits: Data) -> None:
     assert quick_epoch_seconds(space().config({}), digits, Resources(gpus=1)) is None
 
 
-def test_a_sweep_gives_the_signals_back_that_tune_takes() -> None:
+def test_a_sweep_restores_the_signal_handlers_that_tune_replaces() -> None:
     from raysweep.sweep.tuner import _handlers_put_back
 
     numbers = (signal.SIGINT, signal.SIGUSR1)
@@ -257,7 +257,7 @@ def test_a_sweep_gives_the_signals_back_that_tune_takes() -> None:
 
 @pytest.fixture
 def ticking(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """A clock of which each look takes as long as the list's first number says, in seconds; the second: all looks."""
+    """A clock on which each reading takes as many seconds as the first number of the list; the second is its time."""
     tick = [1.0, 0.0]
 
     def look() -> float:
@@ -274,19 +274,21 @@ def test_seconds_of_an_epoch(digits: Data, ticking: list[float]) -> None:
     config = space(base={**SMALL, "epochs": 4}).config({})
     assert epoch_seconds(config, digits, Resources()) == pytest.approx(2 * 1 + 50 / 32)
     every = space(base={**SMALL, "validation.every": 2, "batch_size": 24}, scheduler={"kind": "none"}).config({})
-    assert epoch_seconds(every, digits, Resources()) == pytest.approx(3 * 1 + 50 / 24 / 2), "64 images are three of 24"
-    # Of 40 images, 20 for each of two workers, a sample of 16.
+    assert epoch_seconds(every, digits, Resources()) == pytest.approx(3 * 1 + 50 / 24 / 2), (
+        "64 images are three batches of 24"
+    )
+    # A sample of 16 from 40 images, of which each of two workers has 20.
     some = space(base={**SMALL, "validation.size": 40, "batch_size": 16}).config({})
     assert epoch_seconds(some, digits, Resources()) == pytest.approx(4 * 1 + 40 / 16)
     assert epoch_seconds(some, digits, Resources(cpus=2, workers=2)) == pytest.approx(4 * 1 + 20 / 16)
     few = space(base={**SMALL, "validation.size": 10, "batch_size": 16}).config({})
-    assert epoch_seconds(few, digits, Resources()) == pytest.approx(4 * 1 + 1), "all ten are the sample"
+    assert epoch_seconds(few, digits, Resources()) == pytest.approx(4 * 1 + 1), "the sample is all ten images"
 
 
 def test_steps_that_take_long_are_timed_once(digits: Data, ticking: list[float]) -> None:
     ticking[0] = 6.0
     assert epoch_seconds(space().config({}), digits, Resources(), steps=2) == pytest.approx(2 * 6 + 6 * 50 / 32)
-    assert ticking[1] / 6 == 4, "looks: before and after one step and the validation"
+    assert ticking[1] / 6 == 4, "readings: before and after one step, and before and after the validation"
 
 
 def test_a_step_is_timed_with_the_threads_that_a_trial_will_have(digits: Data, ticking: list[float]) -> None:
@@ -312,7 +314,7 @@ def test_the_hours_of_a_plan(
     assert (whole["trials"], whole["trials_left"], whole["epochs_per_trial"]) == (5, 5, 8)
     assert (rest["trials"], rest["trials_left"]) == (5, 3)
     assert whole["epochs_expected"] == 20 and rest["epochs_expected"] == 3 + 4 + 4
-    assert [plan["trials_at_once"] for plan in facts] == [5, 3, 2], "no more than are left, and than fit"
+    assert [plan["trials_at_once"] for plan in facts] == [5, 3, 2], "at most as many as are left, and as fit"
     seconds = 2 * 16 + 16 * 50 / 32
     assert all(plan["seconds_per_epoch"] == seconds for plan in facts)
     assert whole["trial_hours"] == round(seconds * 20 / 3600, 3)
@@ -365,7 +367,7 @@ def test_each_workers_computation_has_the_threads_of_its_share(
 
     from raysweep.sweep import workers
 
-    # Tune's own callback wants to be made within one of its trials.
+    # Tune's own callback must be created inside one of its trials.
     monkeypatch.setattr(workers, "TuneReportCallback", ray.train.UserCallback)
     folder = tmp_path / "trials" / "0003"
     trainer = workers._trainer(tiny("at"), folder, resources.workers, resources.worker, None, None)

@@ -54,7 +54,7 @@ def test_trials_best_first_and_then_those_without_a_result(tmp_path: Path) -> No
 def test_the_best_checkpoint_is_that_of_the_best_epoch_of_the_best_trial(tmp_path: Path) -> None:
     made = ledger(tmp_path, [trial(0, 0.7, 0.9), trial(1, 0.5, 0.5), trial(2, 0.6, 0.6)], max_masking_gap=0.1)
     best = raysweep.load_sweep(made.path).best
-    assert best == made.path / "trials" / "0002" / "epoch-0002", "0000 breaks the limit"
+    assert best == made.path / "trials" / "0002" / "epoch-0002", "trial 0000 is over the limit"
 
 
 def test_what_pgd_would_have_chosen_in_words(tmp_path: Path) -> None:
@@ -65,14 +65,16 @@ def test_what_pgd_would_have_chosen_in_words(tmp_path: Path) -> None:
         "PGD would have chosen trial 0000, at a cost of 0.150 in robust worst",
         "masking gap over 0.2: trials 0000 are ranked last",
     ]
-    assert masking(ledger(tmp_path / "b", trials)) == lines[:1], "without a limit none is beyond it"
+    assert masking(ledger(tmp_path / "b", trials)) == lines[:1], "without a limit no trial is over it"
     same = [trial(0, 0.55, 0.60), trial(1, 0.50, 0.58)]
-    assert masking(ledger(tmp_path / "c", same)) == [], "PGD chooses the same one"
+    assert masking(ledger(tmp_path / "c", same)) == [], "PGD chooses the same trial"
     unmeasured = [trial(0, 0.40, 0.62), trial(1, 0.55)]
-    assert masking(ledger(tmp_path / "d", unmeasured)) == [], "a trial that PGD did not judge has no part in it"
+    assert masking(ledger(tmp_path / "d", unmeasured)) == [], "a trial without a PGD accuracy is not compared"
     better_but_masked = [trial(0, 0.45, 0.65), trial(1, 0.50, 0.64), trial(2, 0.48, 0.50)]
     line, _ = masking(ledger(tmp_path / "f", better_but_masked, max_masking_gap=0.1))
-    assert line.endswith("trial 0000, at a cost of 0.030 in robust worst"), "trial 0001 is no measure of what was lost"
+    assert line.endswith("trial 0000, at a cost of 0.030 in robust worst"), (
+        "the cost is not measured by trial 0001, which is over the limit"
+    )
     all_masked = [trial(0, 0.1, 0.6), trial(1, 0.2, 0.6)]
     (line,) = masking(ledger(tmp_path / "e", all_masked, max_masking_gap=0.1))
     assert line == "masking gap over 0.1: trials 0001, 0000 are ranked last"
@@ -90,7 +92,9 @@ def test_a_sweep_as_plain_data(tmp_path: Path) -> None:
     assert facts["sweep"] == "s" and facts["path"] == str(made.path) and facts["advice"] == []
     assert facts["epochs"] == {"asked": 10, "trained": 7, "saved": 3}
     assert facts["front"] == [3] and facts["space"] == made.space.json_dict()
-    assert [t["number"] for t in facts["trials"]] == [3, 0, 1, 2], "what masks comes last of those with a result"
+    assert [t["number"] for t in facts["trials"]] == [3, 0, 1, 2], (
+        "a trial over the limit comes last of those with a result"
+    )
     assert [t["masks"] for t in facts["trials"]] == [False, False, True, False]
     assert facts["trials"][0]["checkpoint"] == str(made.path / "trials" / "0003" / "epoch-0002")
     assert facts["trials"][3]["checkpoint"] is None and facts["trials"][3]["state"] == "running"

@@ -20,7 +20,7 @@ ROWS, BATCH, SEED, STEPS, STEP_SIZE, LAM = 36, 16, 3, 2, 0.05, -1.0
 # Learning rate, weight decay and epsilon of each epoch. Large, so that a term that is left out shows.
 PLAN = [(0.05, 0.05, 0.1), (0.02, 0.05, 0.2), (0.02, 0.2, 0.2)]
 PLAIN = {"compute.channels_last": False, "compute.fold": False}
-# All that is not looked at here costs little.
+# Settings that do not matter here are cheap.
 QUICK = {"validation.attacks": {"pgd": {"kind": "pgd", "steps": 1}}, "validation.finish": {}, "validation.scales": []}
 
 
@@ -39,7 +39,7 @@ def config(method: str, **changes: Any) -> RunConfig:
 
 
 class ByHand:
-    """What SGD with adversarial examples makes of the images of a split, step after step."""
+    """Adversarial training with SGD on the images of a split, step by step."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class ByHand:
     def attacked(
         self, x: Tensor, y: Tensor, examples: list[int], epoch: int, eps: float, l2: bool
     ) -> tuple[Tensor, Tensor]:
-        """PGD and how many of its iterates were right; from a random start, in L2 from the image itself."""
+        """PGD's point and the number of its right iterates; it starts at random, in L2 at the image itself."""
         self.model.eval()
         x_adv, kappa = x, torch.zeros(len(y))
         if not l2:
@@ -102,7 +102,7 @@ class ByHand:
         return x_adv, kappa
 
     def update(self, loss: Tensor, lr: float, weight_decay: float, momentum: float, nesterov: bool) -> None:
-        """g + weight decay x w goes into the momentum; Nesterov looks one step ahead of it."""
+        """The momentum accumulates g + weight decay x w; Nesterov looks one step ahead."""
         grads = torch.autograd.grad(loss, list(self.model.parameters()))
         with torch.no_grad():
             for (name, parameter), grad in zip(self.model.named_parameters(), grads, strict=True):
@@ -134,7 +134,7 @@ def part() -> Data:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_is_the_loop_by_hand(case: str, tmp_path: Path, part: Data) -> None:
+def test_a_run_equals_the_loop_by_hand(case: str, tmp_path: Path, part: Data) -> None:
     method, changes, by_hand = CASES[case]
     data = replace(part, augment=bool(by_hand.get("augment")))
     saved = fit(config(method, **changes), tmp_path, data=data).last
@@ -148,8 +148,8 @@ def test_a_run_is_the_loop_by_hand(case: str, tmp_path: Path, part: Data) -> Non
     assert [row["train/pgd"] for row in rows] == pytest.approx(expected.right)
 
 
-def test_attacks_meet_the_weights_of_their_own_step_also_on_the_fast_paths(tmp_path: Path, part: Data) -> None:
-    """Folded batch norms and channels last change rounding alone. In L2, where no sign flips with a last bit."""
+def test_attacks_use_the_weights_of_their_own_step_also_on_the_fast_paths(tmp_path: Path, part: Data) -> None:
+    """Folded batch norms and channels last change only rounding. In L2, where a last bit flips no sign."""
     changes = {"method__attacks__pgd__norm": "L2", "method__attacks__pgd__start": "natural"}
     fast = {"compute__fold": True, "compute__channels_last": True}
     saved = fit(config("at", **changes, **fast), tmp_path, data=part).last

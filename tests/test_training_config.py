@@ -1,4 +1,4 @@
-"""What decides a run: layers of settings, what a data set brings, and settings that do nothing."""
+"""The config of a run: layers of settings, the defaults of data sets, and settings without effect."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ WRITTEN_OUT: dict[str, Any] = {
 }
 
 
-def test_later_layers_win_over_earlier_ones_and_all_over_what_the_data_set_brings() -> None:
+def test_later_layers_win_over_earlier_ones_and_all_over_the_defaults_of_the_data_set() -> None:
     assert run_config("at").epochs == 8
     assert run_config("at", {"epochs": 3}).epochs == 3
     assert run_config("at", {"epochs": 3, "seed": 1}, {"epochs": 4}) == run_config("at", {"epochs": 4, "seed": 1})
@@ -37,7 +37,7 @@ def test_later_layers_win_over_earlier_ones_and_all_over_what_the_data_set_bring
         ("svhn", {"eps": 8 / 255, "lr": [0.01, 0.001, 0.0001], "at": [29, 30, 60], "every": 1, "val_size": 1000}),
     ],
 )
-def test_what_a_data_set_brings(name: str, facts: dict[str, Any]) -> None:
+def test_defaults_of_data_sets(name: str, facts: dict[str, Any]) -> None:
     config = run_config("at", {"data.name": name})
     assert config.method.attacks["pgd"].eps == config.validation.attacks["cw"].eps == facts["eps"]
     assert [config.at(epoch).optim.lr for epoch in facts["at"]] == facts["lr"]
@@ -45,7 +45,7 @@ def test_what_a_data_set_brings(name: str, facts: dict[str, Any]) -> None:
     assert (config.optim.momentum, config.optim.weight_decay, config.batch_size) == (0.9, 5e-4, 128)
 
 
-def test_validation_is_at_the_epsilon_of_the_last_epoch_unless_somebody_chose_it() -> None:
+def test_validation_has_the_epsilon_of_the_last_epoch_unless_it_is_set() -> None:
     growing = {"method.attacks.pgd.eps": {"kind": "linear", "first": 0.0, "last": 0.1, "end": 10}}
     config = run_config("at", {"epochs": 5, **growing})
     assert [attack.eps for attack in config.validation.attacks.values()] == pytest.approx([0.04, 0.04])
@@ -55,7 +55,9 @@ def test_validation_is_at_the_epsilon_of_the_last_epoch_unless_somebody_chose_it
     assert (chosen.attacks["pgd"].eps, chosen.attacks["cw"].eps) == (0.2, 0.15)
     everywhere = run_config("at", {"*.eps": 0.07})
     assert everywhere.method.attacks["pgd"].eps == everywhere.validation.attacks["cw"].eps == 0.07
-    assert run_config("standard").validation.attacks["pgd"].eps == 0.15, "the data set's, without an attack of its own"
+    assert run_config("standard").validation.attacks["pgd"].eps == 0.15, (
+        "without an attack in training, the epsilon of the data set"
+    )
 
 
 def test_nesterov_needs_momentum() -> None:
@@ -94,7 +96,7 @@ def test_settings_that_do_nothing_are_named(method: str, changes: dict[str, Any]
     assert len(lines) == len(starts) and all(map(str.startswith, lines, starts)), lines
 
 
-def test_auto_is_decided_for_a_device_and_what_was_chosen_stays() -> None:
+def test_auto_is_resolved_for_a_device_and_explicit_choices_stay() -> None:
     cpu = torch.device("cpu")
     assert Compute().on(cpu) == Compute(channels_last=True, fold=True, tf32=False)
     chosen = Compute(channels_last=False, fold=False, tf32=False, attack="bf16", compile=True)
@@ -102,7 +104,7 @@ def test_auto_is_decided_for_a_device_and_what_was_chosen_stays() -> None:
     assert Compute(fold=False).on(cpu) == Compute(channels_last=True, fold=False, tf32=False)
 
 
-def test_a_config_that_says_nothing_has_the_documented_defaults() -> None:
+def test_a_config_without_settings_has_the_documented_defaults() -> None:
     """Those of the papers for CIFAR-10: 100 epochs, batches of 128, the rate falling at 60 and 90."""
     config = RunConfig.load({"method": "at"})
     assert (config.epochs, config.batch_size, config.seed, config.collapse_after) == (100, 128, 0, 20)

@@ -19,7 +19,7 @@ from raysweep.evaluation.validation import METRICS, OBJECTIVE, Validation
 from raysweep.rng import Rng
 from raysweep.training.trainer import fit
 
-# Distances to the boundary; below 0 is wrong from the start, and so is label 2 wherever it lies.
+# Distances to the boundary; rows with a negative one are wrong from the start, and so is label 2 at any distance.
 DISTANCES = [0.01, -0.02, 0.03, 0.05, 0.07, 0.09, 0.05, 0.07, 0.03, 0.2]
 LABELS = [0, 1, 1, 0, 1, 0, 2, 0, 0, 1]
 # Rows with a thousandfold slope, where the cross-entropy has no gradient.
@@ -27,7 +27,7 @@ STEEP = [1, 0, 0, 1, 0, 0, 0, 1, 0, 0]
 
 
 def step(reach: float, **settings) -> PGD:
-    """Ends `reach` below where it starts, along the one direction that there is."""
+    """PGD that lowers the height by `reach`, along the only direction that there is."""
     return PGD(eps=reach, step_size=reach / 2, steps=2, start="natural", **settings)
 
 
@@ -41,9 +41,9 @@ JUDGE = Validation(
     finish={"apgd_t": APGD(eps=0.06, steps=10, loss="dlr-targeted", targets=3)},
     scales=(),
 )
-# By hand: of 10, two are wrong. PGD breaks what is nearer than 0.04 and not steep: the 0.03s. CW breaks what is nearer
-# than 0.02: the 0.01. What both leave, two at 0.07, one at 0.05, one at 0.09 and one at 0.2, `finish` narrows to what
-# is farther than 0.06.
+# By hand: of 10, two are wrong. PGD breaks rows nearer than 0.04 that are not steep: both at 0.03. CW breaks rows
+# nearer than 0.02: the one at 0.01. Both leave two at 0.07, one at 0.05, one at 0.09 and one at 0.2; `finish` leaves
+# those farther than 0.06.
 SHARES = {"clean": 0.8, "zero_gradient": 0.3, "pgd": 0.6, "cw": 0.7, "robust_worst": 0.4, "masking_gap": 0.2}
 
 
@@ -54,13 +54,13 @@ def test_every_share_by_hand() -> None:
     assert set(METRICS) <= set(found) and OBJECTIVE == "robust_worst" == Validation().objective
 
 
-def test_without_finish_the_worst_of_the_attacks_is_left() -> None:
+def test_without_finish_the_worst_case_is_over_the_attacks() -> None:
     found = JUDGE.model_copy(update={"finish": {}})(Ladder(), split())
     assert found["robust_worst"] == pytest.approx(0.5) and found["masking_gap"] == pytest.approx(0.1)
     assert "apgd_t" not in found
 
 
-def test_of_rows_without_a_gradient_those_that_are_right_count() -> None:
+def test_only_right_rows_count_as_rows_without_a_gradient() -> None:
     class Rounded(Ladder):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward((x * 1000).round() / 1000)
@@ -69,7 +69,7 @@ def test_of_rows_without_a_gradient_those_that_are_right_count() -> None:
     assert found["zero_gradient"] == found["clean"] == pytest.approx(0.8)
 
 
-def test_several_attacks_finish_and_each_breaks_what_it_can() -> None:
+def test_with_several_finishing_attacks_each_breaks_what_it_can() -> None:
     finish = {"weak": step(0.03), "strong": step(0.08, loss="cw"), "weaker": step(0.01)}
     found = JUDGE.model_copy(update={"finish": finish})(Ladder(), split())
     assert found["robust_worst"] == pytest.approx(0.2) and found["masking_gap"] == pytest.approx(0.4)
@@ -81,18 +81,18 @@ def test_the_gap_is_that_of_the_first_attack() -> None:
 
 
 def test_which_rows_each_attack_faces() -> None:
-    """`attacks` all that are right, `finish` those that all before it left; nobody those that are wrong."""
+    """`attacks` get all rows that are right, `finish` those that all attacks before left; no attack gets wrong rows."""
     sizes: list[int] = []
     model = Ladder()
     model.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
     finish = {"a": step(0.06, loss="cw"), "b": step(0.08, loss="cw"), "c": step(0.3, loss="cw"), "d": step(0.01)}
     JUDGE.model_copy(update={"finish": finish})(model, split())
-    # A look at all 10; then two steps and a verdict for each attack, and none for the last: nothing is left.
+    # The clean pass on all 10; two steps and a verdict for each attack; none for the last, as no row is left.
     assert sizes == [10] + 3 * [8] + 3 * [8] + 3 * [5] + 3 * [4] + 3 * [2]
 
 
-def test_the_first_examples_alone() -> None:
-    """By hand for the first four: 0.01 steep, one that is wrong, 0.03, and 0.05 steep."""
+def test_only_the_first_examples_are_used() -> None:
+    """By hand for the first four: 0.01 and steep, one that is wrong, 0.03, and 0.05 and steep."""
     expected = {"clean": 0.75, "zero_gradient": 0.5, "pgd": 0.5, "cw": 0.5, "robust_worst": 0.0, "masking_gap": 0.5}
     for size, rows in ((4, None), (None, 4), (99, 4)):
         found = JUDGE.model_copy(update={"size": size})(Ladder(), split(rows))
@@ -100,24 +100,26 @@ def test_the_first_examples_alone() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 9, 10])
-def test_batches_change_nothing(batch_size: int) -> None:
+def test_the_batch_size_changes_nothing(batch_size: int) -> None:
     judge = JUDGE.model_copy(update={"batch_size": batch_size, "scales": (1e-4,), "scaled_share": 1.0})
     assert judge(Ladder(), split()) == pytest.approx(SHARES | {"val/ce_cw_gap": -0.1, "val/scaling_gap": 0.1})
 
 
-def test_pixels_are_divided_by_the_brightest() -> None:
+def test_pixels_are_divided_by_their_maximum() -> None:
     assert JUDGE(Ladder(), split(white=4)) == JUDGE(Ladder(), split())
 
 
-def test_the_gap_that_scaled_logits_open() -> None:
-    """Divided by 10,000, steep rows are as the others: PGD of 0.04 then breaks the steep one at 0.01, not at 0.05."""
+def test_the_gap_that_scaled_logits_reveal() -> None:
+    """With logits divided by 10,000 steep rows are like others: PGD of 0.04 breaks the one at 0.01, not at 0.05."""
     judge = JUDGE.model_copy(update={"scales": (1.0, 1e-4), "scaled_share": 1.0})
     assert judge(Ladder(), split())["val/scaling_gap"] == pytest.approx(0.1)
     survived = torch.tensor([1, 0, 0, 1, 1, 1, 0, 1, 0, 1]) > 0
     for scales, expected in (((1e-4,), 0.1), ((1.0,), 0.0), ((1e-4, 1.0), 0.1), ((1.0, 1e-4, 1.0), 0.1), ((), 0.0)):
         assert scaling_gap(Ladder(), split(), step(0.04), survived, scales, batch_size=4) == pytest.approx(expected)
     assert scaling_gap(Ladder(), split(), step(0.06), survived, (1e-4,)) == pytest.approx(0.2)
-    assert scaling_gap(Ladder(), split(), step(0.06), survived[:3], (1e-4,)) == pytest.approx(1 / 3), "of these alone"
+    assert scaling_gap(Ladder(), split(), step(0.06), survived[:3], (1e-4,)) == pytest.approx(1 / 3), (
+        "the share of these three rows"
+    )
 
 
 def test_the_gaps_need_a_cross_entropy_pgd_and_take_the_first() -> None:
@@ -129,12 +131,12 @@ def test_the_gaps_need_a_cross_entropy_pgd_and_take_the_first() -> None:
     assert gaps(a=APGD(eps=0.04, steps=3)) == {}
     assert gaps(pgd=step(0.04)) == {"val/scaling_gap": 0.1}
     both = {"cw": step(0.06, loss="cw"), "wide": step(0.06), "narrow": step(0.01), "cw2": step(0.01, loss="cw")}
-    # The CW attack leaves 4 of 10, the wide PGD the two steep ones at 0.01 and 0.05 more, which scaling gives away.
+    # The CW attack leaves 4 of 10. The wide PGD also leaves the steep ones at 0.01 and 0.05, which scaling reveals.
     assert gaps(**both) == {"val/ce_cw_gap": 0.2, "val/scaling_gap": 0.2}
 
 
 def test_starts_are_drawn_by_the_examples_number_and_the_attacks_name() -> None:
-    """An attack that takes no step leaves what its start leaves."""
+    """The result of an attack without steps depends only on its start."""
     attacks = {name: PGD(eps=0.3, step_size=0.0, steps=1) for name in ("pgd", "other")}
     x, y = ladder([0.05] * 200, [1] * 200)
     index = torch.arange(200) * 7 + 3
@@ -190,7 +192,7 @@ class Moody(nn.Module):
         return self.ladder(x) * (-1 if self.training else 1) * self.fixed
 
 
-def test_a_model_is_judged_in_eval_mode_and_comes_out_as_it_went_in() -> None:
+def test_a_model_is_evaluated_in_eval_mode_and_left_as_it_was() -> None:
     model = Moody()
     with left_as_it_was(model):
         found = JUDGE(model, split())
@@ -201,15 +203,15 @@ def test_a_model_is_judged_in_eval_mode_and_comes_out_as_it_went_in() -> None:
 
 
 def slope(distance: float) -> float:
-    """The norm of the gradient of the cross-entropy: (1 - p_y) 20 / 2, for the height's gradient has the norm 1/2."""
+    """The norm of the gradient of the cross-entropy: (1 - p_y) 20 / 2, because the height's gradient has norm 1/2."""
     return float(torch.sigmoid(torch.tensor(-20.0 * distance, dtype=torch.float64))) * 10
 
 
 def test_flatness_where_the_attack_first_succeeds_and_where_it_ends() -> None:
-    """20 steps of 0.01 in a ball of 0.055, whatever the attack says of its loss, its steps and tau."""
+    """20 steps of 0.01 in a ball of 0.055, whatever loss, steps and tau the attack has."""
     x, y = ladder([0.025, 0.2, -0.01], [1, 0, 1])
     images = Split(x, y, torch.arange(3), 1)
-    # From 0.025 in steps of 0.01 the first wrong point is -0.005; from 0.2 the ball ends; a wrong one does not move.
+    # From 0.025 in steps of 0.01 the first wrong point is -0.005; from 0.2 the ball ends first; wrong rows stay.
     friendly = [slope(-0.005), slope(0.145), slope(-0.01)]
     adversarial = [slope(-0.03), slope(0.145), slope(-0.065)]
     for attack in (
@@ -221,18 +223,20 @@ def test_flatness_where_the_attack_first_succeeds_and_where_it_ends() -> None:
             expected = {"flatness_friendly": sum(friendly) / 3, "flatness_adversarial": sum(adversarial) / 3}
             assert found == pytest.approx(expected, rel=1e-4)
     found = flatness(Ladder(), images, attack, 2)
-    assert found["flatness_adversarial"] == pytest.approx(sum(adversarial[:2]) / 2, rel=1e-4), "the first two alone"
+    assert found["flatness_adversarial"] == pytest.approx(sum(adversarial[:2]) / 2, rel=1e-4), (
+        "only the first two examples"
+    )
 
 
 def test_flatness_is_of_attacks_on_the_cross_entropy() -> None:
-    """Which cannot move a steep row, where an attack on the margin would reach a slope of 100,000."""
+    """It cannot move a steep row, where an attack on the margin would reach a slope of 100,000."""
     x, y = ladder([0.03], [1], [1])
     attack = PGD(eps=0.055, step_size=0.01, steps=1, start="natural", loss="cw")
     found = flatness(Ladder(), Split(x, y, torch.arange(1), 1), attack, 1)
     assert found == {"flatness_friendly": 0.0, "flatness_adversarial": 0.0}
 
 
-def test_flatness_takes_the_first_pgd_and_as_many_examples_as_are_judged() -> None:
+def test_flatness_uses_the_first_pgd_and_as_many_examples_as_validation() -> None:
     x, y = ladder([0.05, 0.2], [1, 1])
     attacks = {"apgd": APGD(eps=0.01, steps=1), "cw": step(0.02, loss="cw"), "pgd": step(0.1)}
     judge = Validation(attacks=attacks, finish={}, scales=(), flatness=True)
@@ -254,12 +258,14 @@ def test_examples_as_a_model_sees_them_by_hand() -> None:
     p = torch.sigmoid(20 * torch.tensor([-0.03, 0.145, -0.065])).tolist()
     assert seen.v["pgd"].tolist() == pytest.approx(p, rel=1e-4), "the true class's probability"
     p = torch.sigmoid(20 * torch.tensor([-0.015, 0.16, -0.05])).tolist()
-    assert seen.v["cw"].tolist() == pytest.approx([2 * each - 1 for each in p], rel=1e-4), "less the other's"
+    assert seen.v["cw"].tolist() == pytest.approx([2 * each - 1 for each in p], rel=1e-4), (
+        "the true class's probability less the other's"
+    )
 
 
 @pytest.mark.parametrize(("every", "epochs", "judged"), [(2, 3, [2, 3])])
-def test_epochs_that_are_judged(every: int, epochs: int, judged: list[int], tmp_path: Path) -> None:
-    """Every so many, and the last; on the first `size` validation examples."""
+def test_which_epochs_are_validated(every: int, epochs: int, judged: list[int], tmp_path: Path) -> None:
+    """Every n-th epoch and the last, on the first `size` validation examples."""
     config = tiny("standard", epochs=epochs, validation__every=every, validation__size=20)
     history = fit(config, tmp_path).last.history
     assert [int(row["epoch"]) for row in history if "robust_worst" in row] == judged

@@ -48,19 +48,19 @@ def claimed(x: Tensor, y: Tensor, points: Tensor, eps: float, norm: str = "Linf"
 
 @pytest.mark.parametrize(("norm", "share"), [("Linf", 1.0), ("L2", 0.5)])
 def test_points_within_eps_count_and_those_beyond_do_not(norm: str, share: float) -> None:
-    """Six points that the model gets wrong, each a little farther away than the one before."""
+    """Six misclassified points at several multiples of eps."""
     times = [0.9, 1.0, 1.0001, 1.01, 1.5, 1.0]
     eps = 0.04
     x, y = ladder([0.001] * 6, [1] * 6)
     points = x - torch.tensor([share * eps * t for t in times])[:, None, None, None] * SIGNS
     found = claimed(x, y, points, eps, norm)
-    assert found.predicted.tolist() == [0] * 6, "all are wrong there"
+    assert found.predicted.tolist() == [0] * 6, "all points are misclassified"
     assert found.broken.tolist() == [True, True, False, False, False, True]
     assert found.norm.tolist() == pytest.approx([eps * t for t in times], rel=1e-4)
     assert np.array_equal(found.x_adv, points[[0, 1, 5]].numpy())
 
 
-def test_a_single_pixel_too_far_is_too_far() -> None:
+def test_a_point_with_a_single_pixel_too_far_does_not_count() -> None:
     x, y = ladder([0.001] * 2, [1] * 2)
     points = x - 0.01 * SIGNS
     points[1, 0, 1, 0] = x[1, 0, 1, 0] + 0.0505
@@ -84,11 +84,11 @@ def test_points_outside_the_box_do_not_count_however_near_they_are(norm: str) ->
     work = AttackShards(model, x.numpy(), y.numpy(), np.arange(5))
     found = work(Shard("points", Points(points, 0.05, norm), np.arange(5)))  # type: ignore[arg-type]
     assert found.predicted.tolist() == [0] * 5 and found.norm.max() < 0.05
-    assert found.broken.tolist() == [True, False, False, False, True], "0 and 1 themselves are in"
+    assert found.broken.tolist() == [True, False, False, False, True], "the values 0 and 1 are inside"
     assert in_unit_range(points).tolist() == [True, False, False, False, True]
 
 
-def test_points_that_are_no_numbers_do_not_count() -> None:
+def test_points_that_are_not_finite_do_not_count() -> None:
     x, y = ladder([0.001] * 4, [1] * 4)
     points = x - 0.01 * SIGNS
     for row, value in enumerate((math.nan, math.inf, -math.inf)):
@@ -105,7 +105,7 @@ def test_a_point_that_the_model_gets_right_does_not_count() -> None:
 
 
 def test_the_rounding_that_is_allowed() -> None:
-    """Of one float32 in [0.5, 1], where x + eps is rounded: and no more than a millionth of eps."""
+    """The rounding of x + eps to float32 in [0.5, 1], and little more."""
     for eps in (1 / 255, 8 / 255, 0.3):
         assert eps + 2**-26 < allowed(eps, "Linf") < eps * (1 + 1e-5) + 2**-24
         assert eps < allowed(eps, "L2") < eps * (1 + 1e-5)
@@ -198,7 +198,7 @@ def moves(made) -> np.ndarray:
 
 
 def test_a_bundle_of_a_smaller_radius_than_its_examples_is_refused(made, tmp_path: Path) -> None:
-    """Also if it is by a hundredth; in L2 too, whose lengths are those of the same examples."""
+    """Even if eps is smaller by only a hundredth or a thousandth; in L2 too, for the same examples."""
     lengths = {"Linf": np.abs(moves(made)).max(1), "L2": np.sqrt((moves(made) ** 2).sum(1))}
     for number, (norm, length) in enumerate(lengths.items()):
         longest = float(length.max())
@@ -234,7 +234,7 @@ def test_a_bundle_with_a_pixel_outside_the_box_is_refused_however_near(made, tmp
     assert found == ([] if inside else ["1 examples are outside [0, 1]"])
 
 
-def test_points_of_a_bundle_that_are_no_numbers_are_refused(made, tmp_path: Path) -> None:
+def test_points_of_a_bundle_that_are_not_numbers_are_refused(made, tmp_path: Path) -> None:
     def lie(arrays: Arrays, card: Card) -> None:
         arrays["x_adv"][0] = np.nan
 
@@ -289,12 +289,12 @@ def _modest(arrays: Arrays, card: Card) -> None:
         (_count, f"there are {COUNT} examples, the card says {COUNT + 1}"),
     ],
 )
-def test_other_lies(made, tmp_path: Path, lie, words: str) -> None:
+def test_other_false_claims(made, tmp_path: Path, lie, words: str) -> None:
     (line,) = problems_of(made, tmp_path, lie)
     assert line.startswith(words)
 
 
-def test_lies_about_verdicts_are_counted(made, tmp_path: Path) -> None:
+def test_false_verdicts_are_counted(made, tmp_path: Path) -> None:
     _, report, _ = made
     robust, wrong = np.flatnonzero(report.robust), np.flatnonzero(~report.clean)
     broken = np.flatnonzero(report.clean & ~report.robust)
@@ -311,7 +311,7 @@ def test_lies_about_verdicts_are_counted(made, tmp_path: Path) -> None:
     ]
 
 
-def test_the_order_of_a_bundles_examples_is_its_own_affair(made, tmp_path: Path) -> None:
+def test_the_order_of_a_bundles_examples_does_not_matter(made, tmp_path: Path) -> None:
     def turn(arrays: Arrays, card: Card) -> None:
         for name, array in arrays.items():
             arrays[name] = array[::-1]
@@ -319,7 +319,7 @@ def test_the_order_of_a_bundles_examples_is_its_own_affair(made, tmp_path: Path)
     assert problems_of(made, tmp_path, turn) == []
 
 
-def test_another_models_weights_do_not_bear_the_claim(made, tmp_path: Path) -> None:
+def test_a_claim_fails_with_the_weights_of_another_model(made, tmp_path: Path) -> None:
     copy = shutil.copytree(made[0], tmp_path / "copy")
     shutil.rmtree(copy / "checkpoint")
     saved_model(copy / "checkpoint", 1)
@@ -328,14 +328,14 @@ def test_another_models_weights_do_not_bear_the_claim(made, tmp_path: Path) -> N
     assert any(line.startswith("clean_accuracy is") for line in found)
 
 
-def test_an_archive_with_any_byte_changed_never_passes_for_another_claim(made, tmp_path: Path) -> None:
-    """In its table of contents, where readers trip over all kinds of things."""
+def test_an_archive_with_a_changed_byte_is_refused(made, tmp_path: Path) -> None:
+    """In its table of contents, where changes cause many kinds of errors in readers."""
     folder, _, _ = made
     copy = shutil.copytree(folder, tmp_path / "copy")
     archive = copy / "adversarial.npz"
     whole = archive.read_bytes()
     table = whole.index(b"PK\x01\x02")
-    # The version that is needed to read the first file, and its flags.
+    # Signature, required version, flags, method and checksum of the first file, and the end of the archive.
     for place in (table, table + 6, table + 8, table + 10, table + 16, len(whole) - 10):
         archive.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         with pytest.raises(SpecError, match="not a bundle"):

@@ -39,7 +39,7 @@ def test_losses_by_name():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_of_two_classes_and_of_a_hundred(name):
-    """Of two classes margin and cross-entropy agree: 1 - p_other = p_y. Of a hundred equal ones all is known."""
+    """For two classes margin and cross-entropy agree: 1 - p_other = p_y. For a hundred equal ones all are known."""
     view, natural, y = log_of([0.8, 0.2]), log_of([0.6, 0.4]), torch.tensor([1])
     kl = 0.6 * math.log(0.6 / 0.8) + 0.4 * math.log(0.4 / 0.2)
     two = {"ce": -math.log(0.2), "margin": -math.log(0.2), "kl": kl, "kl_misclassified": 0.6 * kl}
@@ -102,7 +102,7 @@ def test_geometry_weights_of_few_steps(steps, official, arguments):
 
 
 def test_tables_of_weights():
-    """An entry for each kappa, the last one for all beyond; equal neighbours are allowed, rising ones are not."""
+    """An entry for each kappa, the last one for all larger; entries may be equal but must not increase."""
     table = (2.0, 2.0, 0.5, 0.0)
     assert geometry(10, [0, 1, 2, 3, 4, 10], shape="piecewise", table=table) == [2, 2, 0.5, 0, 0, 0]
     with pytest.raises(SpecError, match="must not increase"):
@@ -123,8 +123,8 @@ def test_vulnerability_weights():
     assert Vulnerability().alpha == 2.0 and Vulnerability().beta == 0.5
 
 
-def test_vulnerability_weight_of_a_row_beyond_doubt_is_zero():
-    """p_y = 1, as nearly as a float can say, in both types and views: no root of a negative number."""
+def test_vulnerability_weight_of_a_certain_row_is_near_zero():
+    """p_y = 1 up to rounding, in both types and views: no root of a negative number."""
     for dtype in (torch.float32, torch.float64):
         for gap in (10.0, 17.0, 30.0, 200.0):
             logits = torch.zeros(1000, 7, dtype=dtype)
@@ -135,7 +135,7 @@ def test_vulnerability_weight_of_a_row_beyond_doubt_is_zero():
 
 
 def test_margin_weights():
-    """MAIL: sigma(slope (PM + bias)), PM = max p_other - p_y: -.2 .2 .3; larger where another class is as likely."""
+    """MAIL: sigma(slope (PM + bias)), PM = max p_other - p_y: -.2 .2 .3; larger where another class is likelier."""
     pm = (-0.2, 0.2, 0.3)
     for slope, bias, scale in ((10.0, -0.5, 1.0), (2.0, 0.1, 3.0)):
         weight = Margin(slope=slope, bias=bias, scale=scale)(look(P, [0, 1, 2])).tolist()
@@ -147,7 +147,7 @@ def test_margin_weights():
 
 
 def test_remainder():
-    """[total - w_1 - w_2]_+, of the terms named only."""
+    """[total - w_1 - w_2]_+, of the named terms only."""
     weights = {name: torch.tensor([value, 0.1]) for name, value in (("a", 0.5), ("b", 0.4), ("c", 9.0))}
     seen = look(P[:2], [0, 1], weights=weights)
     assert Remainder(total=1.0, of=("a", "b"))(seen).tolist() == pytest.approx([0.1, 0.8])

@@ -67,11 +67,11 @@ def test_parameters_as_mlflow_shows_them(value: object, text: str) -> None:
         ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
     ],
 )
-def test_a_stores_password_is_never_shown(uri: str, shown: str) -> None:
+def test_the_password_of_a_store_is_never_shown(uri: str, shown: str) -> None:
     assert masked(uri) == shown
 
 
-def test_the_store_is_the_folders_unless_the_environment_names_one(workdir: Path, monkeypatch) -> None:
+def test_the_store_is_in_the_folder_unless_the_environment_names_one(workdir: Path, monkeypatch) -> None:
     assert embedded_store(workdir / "x") == f"sqlite:///{workdir}/x/mlflow.db" == embedded_store(Path("x"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
     assert embedded_store(workdir / "x") == "http://host:5000"
@@ -79,7 +79,7 @@ def test_the_store_is_the_folders_unless_the_environment_names_one(workdir: Path
     assert embedded_store(workdir / "x") == f"sqlite:///{workdir}/x/mlflow.db"
 
 
-def test_runs_of_two_folders_have_tags_that_differ(tmp_path: Path) -> None:
+def test_runs_of_two_folders_have_different_tags(tmp_path: Path) -> None:
     one, other = (train_tags(Run(tmp_path / name)) for name in ("a", "b"))
     assert one["raysweep.kind"] == other["raysweep.kind"] == "train" and one != other
     assert one == train_tags(Run(tmp_path / "a"))
