@@ -1,4 +1,4 @@
-"""Claims on a shared state: the living keep theirs, wherever they are; those of the dead are taken over."""
+"""Claims on a shared state: live processes keep theirs on any machine; those of dead processes are taken over."""
 
 import os
 import socket
@@ -18,13 +18,13 @@ from raysweep.training.config import run_config
 from raysweep.training.prefix import Prefixes
 
 HERE = socket.gethostname()
-# Above the largest number that Linux gives a process.
+# Above the largest process number of Linux.
 NOBODY = 2**22 + 1
 ME = os.getpid()
 
 
 def claimed(path: Path, owner: str, age: float) -> Path:
-    """A claim's file whose owner last gave a sign of life `age` seconds ago."""
+    """Write a claim's file whose owner last gave a sign of life `age` seconds ago."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(owner)
     then = time.time() - age
@@ -51,8 +51,8 @@ def claimed(path: Path, owner: str, age: float) -> Path:
         ("HERE", 0, False),
     ],
 )
-def test_a_claim_is_taken_over_from_the_dead_alone(owner: str, age: float, taken: bool, tmp_path: Path) -> None:
-    """Dead is whose process this machine no longer has, or whose heartbeat is older than half a minute."""
+def test_only_the_claim_of_a_dead_process_is_taken_over(owner: str, age: float, taken: bool, tmp_path: Path) -> None:
+    """A process is dead if this machine no longer has it, or if its heartbeat is older than half a minute."""
     words = {"HERE": HERE, "ME": ME, "PARENT": os.getppid(), "NOBODY": NOBODY}
     owner = " ".join(str(words.get(word, word)) for word in owner.split())
     file = claimed(tmp_path / "key.claim", owner, age)
@@ -61,7 +61,7 @@ def test_a_claim_is_taken_over_from_the_dead_alone(owner: str, age: float, taken
     assert time.time() - file.stat().st_mtime == pytest.approx(0 if taken else age, abs=15)
 
 
-def test_another_users_process_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_of_another_user_counts_as_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(process: int, number: int) -> None:
         assert (process, number) == (NOBODY, 0)
         raise PermissionError
@@ -70,13 +70,13 @@ def test_another_users_process_lives(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not FileClaim(claimed(tmp_path / "key.claim", f"{HERE} {NOBODY}", 0)).taken()
 
 
-def test_what_cannot_be_read_is_not_taken_over(tmp_path: Path) -> None:
+def test_a_claim_that_cannot_be_read_is_not_taken_over(tmp_path: Path) -> None:
     (tmp_path / "key.claim").mkdir()
     assert not FileClaim(tmp_path / "key.claim").taken()
     assert (tmp_path / "key.claim").is_dir()
 
 
-def test_one_holds_it_until_it_is_released(tmp_path: Path) -> None:
+def test_one_holder_keeps_a_claim_until_it_is_released(tmp_path: Path) -> None:
     first, second = claim_on(tmp_path, "key"), claim_on(tmp_path, "key")
     assert first.taken() and not second.taken() and not first.taken()
     assert claim_on(tmp_path, "other").taken(), "another state is another claim"
@@ -87,14 +87,14 @@ def test_one_holds_it_until_it_is_released(tmp_path: Path) -> None:
     assert second.taken()
 
 
-def test_a_beat_is_a_sign_of_life(tmp_path: Path) -> None:
+def test_a_heartbeat_is_a_sign_of_life(tmp_path: Path) -> None:
     file = claimed(tmp_path / "key.claim", "elsewhere 123", 3600)
     FileClaim(file).beat()
     assert file.read_text() == "elsewhere 123"
     assert not FileClaim(file).taken()
 
 
-def test_a_heart_beats_until_the_end_and_never_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heartbeats_end_with_their_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim, "_BEAT", 0.001)
     held, file = claim_on(tmp_path, "key"), tmp_path / "key.claim"
     assert held.taken()
@@ -121,20 +121,20 @@ class TestTraining:
         store.put("there", saved.path)
         return store
 
-    def test_a_state_that_is_there_is_not_trained(self, prefixes: Prefixes) -> None:
+    def test_a_state_that_exists_is_not_trained(self, prefixes: Prefixes) -> None:
         with prefixes.training("there") as ours:
             assert not ours
         with prefixes.training("missing") as ours:
             assert ours and (prefixes.path / "missing.claim").exists()
         assert [path.name for path in prefixes.path.iterdir()] == ["there"]
 
-    def test_somebody_elses_claim_is_left_alone_where_the_state_is_there(self, prefixes: Prefixes) -> None:
+    def test_the_claim_of_another_process_is_not_touched_if_the_state_exists(self, prefixes: Prefixes) -> None:
         file = claimed(prefixes.path / "there.claim", "elsewhere 123", 0)
         with prefixes.training("there") as ours:
             assert not ours
         assert file.read_text() == "elsewhere 123"
 
-    def test_a_claim_is_given_back_also_after_an_error(self, tmp_path: Path) -> None:
+    def test_a_claim_is_released_also_after_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(ZeroDivisionError), Prefixes(tmp_path).training("key"):
             raise ZeroDivisionError
         assert not list(tmp_path.iterdir())
@@ -142,7 +142,7 @@ class TestTraining:
 
 @pytest.fixture
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The claims of a bucket that is a folder of this machine: the copy is elsewhere."""
+    """The folder of claims in a bucket that is a folder of this machine; its local copy is another folder."""
     remote = tmp_path / "remote"
     monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "copies"))
     files = fs.SubTreeFileSystem(str(remote), fs.LocalFileSystem(use_mmap=False))
@@ -170,32 +170,30 @@ class TestBucket:
         assert second.taken()
 
     @pytest.mark.parametrize("began", ["1.000000", "9999999999.000000"])
-    def test_a_living_owner_elsewhere_keeps_it(self, began: str, bucket: Path) -> None:
+    def test_a_live_owner_on_another_machine_keeps_it(self, began: str, bucket: Path) -> None:
         (bucket / f"{began} elsewhere {NOBODY}").touch()
         held = claim_in_bucket()
         assert not held.taken() and not held.taken()
         assert [file.name for file in bucket.iterdir()] == [f"{began} elsewhere {NOBODY}"]
 
-    def test_the_dead_of_this_machine_lose_it(self, bucket: Path) -> None:
+    def test_dead_processes_of_this_machine_lose_it(self, bucket: Path) -> None:
         (bucket / f"1.000000 {HERE} {NOBODY}").touch()
         assert claim_in_bucket().taken()
         (file,) = bucket.iterdir()
         assert file.name.endswith(f"{HERE} {ME}")
 
-    def test_a_heart_that_stands_still_loses_it_and_one_that_beats_does_not(
-        self, bucket: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """By this machine's own clock, from the moment when it first saw the beat."""
+    def test_a_claim_without_new_heartbeats_is_taken_over(self, bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Measured on this machine's clock, from when it first saw the last heartbeat."""
         clock = [1000.0]
         monkeypatch.setattr(claim.time, "monotonic", lambda: clock[0])
         other = claimed(bucket / "1.000000 elsewhere 77", "", 10_000)
         held = claim_in_bucket()
-        assert not held.taken() and held.alive() == "", "one beat may be that of a dead one"
+        assert not held.taken() and held.alive() == "", "a single heartbeat may be from a process that has died"
         clock[0] += 25
         claimed(other, "", 9_000)
         assert not held.taken() and held.alive() == "process 77 on elsewhere"
         clock[0] += 25
-        assert not held.taken(), "25 seconds after its last beat"
+        assert not held.taken(), "25 seconds after its last heartbeat"
         clock[0] += 10
         assert held.taken()
         assert not other.exists()
