@@ -94,7 +94,7 @@ def test_masking_is_judged_by_the_best_epoch_and_weights_by_the_last() -> None:
 
 @pytest.mark.parametrize(("last", "lines"), [(0.651, 0), (0.649, 1)])
 def test_a_fall_of_three_points_is_overfitting(last, lines) -> None:
-    """From the best epoch to the last that was measured."""
+    """The fall is from the best epoch to the last one that was measured."""
     rows = [{**GOOD, "epoch": float(e), "robust_worst": r} for e, r in ((5, 0.6), (6, 0.68), (7, last))]
     unmeasured = {key: value for key, value in GOOD.items() if key != "robust_worst"}
     assert len(advise(run_config("at"), [*rows, unmeasured])) == lines

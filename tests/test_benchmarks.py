@@ -28,7 +28,7 @@ def test_the_plain_step_is_written_from_the_papers_and_ours_computes_the_same(me
 
 
 def ratios(printed: str) -> list[list[str]]:
-    """The cells of the table that it ends with."""
+    """The cells of the table at the end of the output."""
     *_, last = printed.strip().split("\n\n")
     head, _, *rows = last.splitlines()
     assert head == "| what | measured | goal | n |"
@@ -54,7 +54,7 @@ def test_one_command_measures_the_step_and_the_objective() -> None:
     ],
 )
 def test_each_part_ends_with_a_table_of_ratios(part, request, monkeypatch, capsys, tmp_path, empty_store) -> None:
-    """In this process, on the tests' cluster; processes that it starts are forks."""
+    """The parts run in this process and on the tests' cluster; the processes that they start are forks."""
     if request.node.get_closest_marker("ray"):
         request.getfixturevalue("ray_cluster")
     forked.instead_of_spawn(monkeypatch)

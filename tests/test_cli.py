@@ -100,7 +100,7 @@ def test_help_answers_at_once_and_imports_nothing_heavy() -> None:
     )
     seconds, heavy = zip(*(_run([sys.executable, "-c", code]) for _ in range(3)), strict=True)
     assert set(heavy) == {"[]"}
-    assert min(seconds) < 0.5, "0.05 processor seconds on an idle machine"
+    assert min(seconds) < 0.5, "it takes 0.05 processor seconds on an idle machine"
 
 
 @pytest.mark.parametrize("command", [["list"], ["tune", "at", "--plan", "--set", "data.train_size=64"]])
@@ -113,7 +113,7 @@ def test_what_starts_no_sweep_needs_nothing_of_one(command) -> None:
 
 
 def _run(command: list[str]) -> tuple[float, str]:
-    """Processor seconds, and the last line on stderr."""
+    """The processor seconds of a command, and its last line on stderr."""
     before = os.times()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     after = os.times()

@@ -152,7 +152,7 @@ def test_the_same_weights_that_answer_differently_are_not_mixed_up(tmp_path):
 
 
 def evaluate_ten_shards(folder: Path) -> None:
-    """Four of clean, four of apgd-ce and two of apgd-t; then wait to be killed."""
+    """Run four shards of clean, four of apgd-ce and two of apgd-t; then wait to be killed."""
     done = 0
 
     def paused(run, shards):

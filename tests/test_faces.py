@@ -194,7 +194,7 @@ def test_an_attack_in_train_mode_meets_the_model_itself(digits, learned) -> None
 
 @pytest.mark.slow
 def test_a_compiled_attack_is_the_plain_attack(digits) -> None:
-    """Of a network with one layer of each kind: a compiler takes seconds for each."""
+    """On a network with one layer of each kind, because compiling takes seconds for each layer."""
 
     def network() -> nn.Module:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""kill -9 in every stage of a pipeline, in its work and in its writing: what is done stays done, the rest goes on."""
+"""kill -9 in every stage of a pipeline, while it works and while it writes: finished work stays, the rest resumes."""
 
 import itertools
 import os
@@ -91,7 +91,7 @@ def _drive(stage: str | None, when: str) -> int:
     from raysweep.cli import main
 
     if (stage, when) != ("autoattack", "working"):
-        # One run spreads its attacks over processes of its own, which are to end with it.
+        # One run spreads its attacks over processes of its own, which must end with it.
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     if stage is not None:
         _arm(stage, when)
@@ -106,7 +106,7 @@ def folder(ray_cluster, empty_store, tmp_path: Path) -> Path:
 
 
 def run(folder: Path, stage: str | None = None, when: str = "") -> Forked:
-    """A run, ended, that may have been told to die; nothing that it started is left."""
+    """Run the pipeline to its end, or kill it at `stage` and `when`; check that no process it started is left."""
     environment = {_MARK: str(folder)}
     if stage in ("tune", "train", "promote"):
         environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address

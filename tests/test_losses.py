@@ -59,7 +59,7 @@ STEPPED = {"conv1.weight", "linear.bias", *(f"bn{n}.{name}" for n in (1, 2) for 
 
 
 def stored_of(name):
-    """What must be stored of a step: parts, gradients, state afterwards."""
+    """What is stored of a step: loss parts, gradients, and the state afterwards."""
     if name.startswith("gairat"):
         return {"loss", "weights"}, GRADIENTS, STATISTICS | STEPPED
     if name.startswith("gair-rst"):
@@ -152,7 +152,7 @@ def test_contract(logits, name):
     ],
 )
 def test_official_geometry_weights_of_an_attack_of_two_steps(shape, expected):
-    """h = floor(2 / 2) = 1: the fewest steps that the authors' code can weigh, and there it is the paper's formula."""
+    """h = floor(2 / 2) = 1: the fewest steps that the authors' code accepts; there it equals the paper's formula."""
     kappa = torch.arange(3)
     look = Look(torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.int64), kappa, steps=2)
     for official in (True, False):

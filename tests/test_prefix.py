@@ -94,7 +94,7 @@ def test_the_second_run_of_the_same_settings_trains_nothing(tmp_path) -> None:
 
 
 def train_beside_another(config: RunConfig, root: Path, name: str) -> None:
-    """What each of two processes does: it writes the rows that were reported to NAME.json."""
+    """What each of two processes does: train, and write the reported rows to NAME.json."""
     torch.set_num_threads(1)
     rows: list[dict[str, float]] = []
     fit(config, root / name, lambda metrics, saved: rows.append(metrics), prefixes=Prefixes(root / "prefixes"))

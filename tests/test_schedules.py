@@ -147,8 +147,8 @@ class Knob(Spec):
         ("", None),
     ],
 )
-def test_what_text_is_a_number(text, number):
-    """A quotient of whole numbers, with or without blanks round the stroke; never one of something else."""
+def test_which_texts_are_numbers(text, number):
+    """A quotient of whole numbers is one, with or without spaces around the slash; other quotients are not."""
     if number is None:
         with pytest.raises(SpecError) as error:
             Knob.load({"z": text})
@@ -160,7 +160,7 @@ def test_what_text_is_a_number(text, number):
 def test_quotients_are_numbers_inside_schedules_too():
     assert Knob.load({"y": {"boundaries": [3], "values": ["8/255", "4 / 255"]}}).y == Piecewise(
         boundaries=(3,), values=(8 / 255, 4 / 255)
-    ), "and without `kind` it is piecewise"
+    ), "without `kind` it is piecewise"
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_quotients_are_numbers_inside_schedules_too():
     ],
     ids=lambda case: case.kind,
 )
-def test_a_schedule_is_no_number_before_it_is_resolved(schedule):
+def test_a_schedule_is_not_a_number_before_it_is_resolved(schedule):
     with pytest.raises(TypeError, match=rf"kind='{schedule.kind}'.* changes with the epoch: .*with \.at\(epoch\)"):
         now(schedule)
     assert now(Knob(y=schedule).at(1).y) == at(schedule, 1) == schedule.value(1)

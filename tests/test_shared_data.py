@@ -16,7 +16,7 @@ from raysweep.spec import SpecError
 
 
 def touch_all(folder: Path, how: str) -> None:
-    """Map the same data in a process of its own, touch all of it, and print how much memory is this process's alone.
+    """Map the same data in a process of its own, touch all of it, and print how much memory only this process uses.
 
     how: the fingerprint of the data, or "copy" to read the files instead.
     """
@@ -107,12 +107,12 @@ def test_processes_share_its_memory(tmp_path: Path) -> None:
     assert private(fingerprint) < 0.2 * size
 
 
-def test_nobody_else_reads_the_copies(tmp_path: Path) -> None:
-    """Also where the folders of the cache are yet to be made."""
+def test_other_users_cannot_read_the_copies(tmp_path: Path) -> None:
+    """Even if the folders of the cache do not exist yet."""
     (tmp_path / "data").mkdir()
     spec = write_arrays(tmp_path / "data", 0)
     assert not cache_folder().exists()
     for number, other in enumerate((spec, spec.model_copy(update={"val_size": 18})), start=1):
         Source(other, load(other).fingerprint).load(other)
-        assert len(list(cache_folder().iterdir())) == number, "whether the folder was there or not"
+        assert len(list(cache_folder().iterdir())) == number, "whether the folder existed before or not"
     assert cache_folder().stat().st_mode & 0o777 == 0o700

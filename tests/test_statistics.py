@@ -1,4 +1,4 @@
-"""Verdicts against numbers worked out by hand, and the numbers behind them against SciPy's."""
+"""Verdicts compared with numbers worked out by hand, and the numbers behind them with SciPy's."""
 
 import math
 import statistics
@@ -120,7 +120,7 @@ def test_mcnemar_is_scipys_and_its_interval_that_of_paired_differences(both, gai
 
 
 def test_a_p_at_the_level_is_not_significant() -> None:
-    """2 / 32 for five gained and none lost."""
+    """p = 2 / 32 for five gained and none lost."""
     new, old = flags(50, 5, 0, 45)
     assert mcnemar(new, old, alpha=2 / 32).verdict == "cannot tell"
     assert mcnemar(new, old, alpha=0.0626).verdict == "better"
@@ -129,12 +129,12 @@ def test_a_p_at_the_level_is_not_significant() -> None:
 
 
 def test_a_tie_needs_the_whole_interval_within_the_margin() -> None:
-    """Ten gained, four lost: the interval reaches further up than down, and turned round further down than up."""
+    """Ten gained, four lost: the interval reaches further up than down; with the models swapped, further down."""
     for new, old in (flags(400, 10, 4, 586), flags(400, 4, 10, 586)):
         low, high = mcnemar(new, old, alpha=0).interval
         near, far = sorted((abs(low), abs(high)))
         assert low < 0 < high and near < far
-        assert mcnemar(new, old, alpha=0, margin=far).verdict == "tie", "at the margin itself"
+        assert mcnemar(new, old, alpha=0, margin=far).verdict == "tie", "an end equal to the margin is within it"
         assert mcnemar(new, old, alpha=0, margin=(near + far) / 2).verdict == "cannot tell"
         assert mcnemar(new, old, alpha=0, margin=near / 2).verdict == "cannot tell"
 
@@ -187,7 +187,7 @@ def test_median_and_spread_over_seeds(shares, median, sd) -> None:
 
 
 @pytest.mark.parametrize("seeds", [2, 5, 11, 12, 25])
-def test_the_interval_adds_the_seeds_doubt_to_the_test_sets(seeds) -> None:
+def test_the_interval_adds_the_uncertainty_of_seeds_to_that_of_the_test_set(seeds) -> None:
     shares = [0.5 + 0.04 * math.sin(seed) for seed in range(seeds)]
     found = summary(shares, 1000)
     median = statistics.median(shares)
@@ -197,14 +197,14 @@ def test_the_interval_adds_the_seeds_doubt_to_the_test_sets(seeds) -> None:
     assert found.high == pytest.approx(median + math.hypot(over_seeds, of_test.high - median), abs=5e-5)
 
 
-def test_the_interval_of_one_seed_is_the_test_sets() -> None:
+def test_the_interval_of_one_seed_is_that_of_the_test_set() -> None:
     for hits in (0, 3, 50, 100):
         expected = stats.binomtest(hits, 100).proportion_ci(0.95, method="wilson")
         found = summary([hits / 100], 100)
         assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-7)
 
 
-def test_the_interval_is_one_of_shares() -> None:
+def test_the_interval_stays_between_0_and_1() -> None:
     """Two seeds far apart: t is 12.7."""
     for shares in ([0.01, 0.6], [0.4, 0.99], [0.0, 1.0]):
         found = summary(shares, 100)
@@ -215,7 +215,7 @@ def test_the_interval_is_one_of_shares() -> None:
 @pytest.mark.parametrize(
     ("low", "middle", "high", "verdict"),
     [
-        # Sums and halves of powers of 2, so that what is equal is equal: the paper says 50, tolerance 12.5.
+        # Sums of powers of 2, so that equal numbers are exactly equal: the paper says 50, with tolerance 12.5.
         (0.5, 0.625, 0.75, "reproduced"),
         (0.25, 0.375, 0.5, "reproduced"),
         (0.5, 0.626, 0.75, "cannot tell"),

@@ -276,7 +276,7 @@ def test_a_bucket_of_prefixes_that_is_full_forgets_the_oldest(any_uri: str, tmp_
     size = sum(file.stat().st_size for file in state.iterdir())
     prefixes = Prefixes(storage.at(any_uri) / ".prefixes", limit=int(2.5 * size))
     for key in ("a", "b", "c"):
-        # Object stores count in seconds.
+        # Object stores keep times in whole seconds.
         time.sleep(1.1 if prefixes.stored(["a", "b"]) else 0)
         prefixes.put(key, state)
     assert storage.folders(prefixes.path) == ["b", "c"]

@@ -425,7 +425,7 @@ def test_a_node_that_dies_costs_its_trials_the_epoch_they_were_in(ray_cluster, t
 
     def kill_once(trial: Trial) -> None:
         epochs[trial.number] = trial.epoch
-        # When all three are amid their epochs: they start one after the other.
+        # Wait until all three are in the middle of their epochs: they start one after the other.
         if nodes and len(epochs) == 3 and min(epochs.values()) >= 1 and max(epochs.values()) < 10:
             ray_cluster.remove_node(nodes.pop(), allow_graceful=False)
 

@@ -86,7 +86,7 @@ def test_killed_with_sigkill_it_resumes_to_the_weights_of_a_run_never_stopped(tm
     while max(Run(tmp_path / "killed").epochs(), default=0) < 3:
         assert process.poll() is None
         time.sleep(0.01)
-    # Somewhere in an epoch, or amid the writing of its checkpoint.
+    # Somewhere in an epoch, or while its checkpoint is written.
     time.sleep(0.07)
     process.kill()
     before = Run(tmp_path / "killed").epochs()

@@ -224,7 +224,7 @@ def _rest(folder, few):
 
 
 class Python2(pickle._Pickler):
-    """Writes bytes as Python 2 wrote its strings: an array's numbers, too."""
+    """Pickles bytes as Python 2 pickled its strings, including the numbers of an array."""
 
     dispatch = {**pickle._Pickler.dispatch}  # noqa: RUF012
 
