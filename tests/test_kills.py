@@ -112,7 +112,7 @@ def run(folder: Path, stage: str | None = None, when: str = "") -> Forked:
         environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     process = forked.start(_drive, stage, when, folder=folder, environment=environment, imports=forked.COMMANDS)
     process.wait()
-    assert not psutil.wait_procs(_started_by(folder), timeout=20)[1], "workers outlive their driver"
+    assert not psutil.wait_procs(_started_by(folder), timeout=120)[1], "workers outlive their driver"
     return process
 
 
@@ -145,6 +145,9 @@ def done(folder: Path) -> dict[Path, int]:
 def kill(folder: Path, stage: str, when: str) -> None:
     """Kill a run in `stage`, and check what it leaves."""
     before, shards = done(folder), {path: path.stat().st_mtime_ns for path in folder.glob("runs/**/shards/*/*.npz")}
+    assert bool(shards) == (STAGES.index(stage) > 3 or (stage, when) == ("autoattack", "writing")), (
+        "attacks are stage 3"
+    )
     process = run(folder, stage, when)
     assert process.poll() == -signal.SIGKILL, f"{stage}, {when}: {process.err}"
     assert list(artifacts(folder)) == STAGES[: STAGES.index(stage)], "all before it, whole; of itself nothing"

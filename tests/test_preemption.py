@@ -1,10 +1,10 @@
 """SIGTERM in mid-epoch: everything is kept at once, and the run that goes on ends with the same bits."""
 
-import os
 import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -13,11 +13,12 @@ from conftest import TINY, tiny
 from raysweep.cli import main
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.space import SearchSpace
+from raysweep.training import trainer
 from raysweep.training.checkpoint import STATE, WEIGHTS, Run
 from raysweep.training.config import run_config
 from raysweep.training.diagnostics import read_histograms
 from raysweep.training.pause import Interrupted, told_to_end
-from raysweep.training.trainer import fit
+from raysweep.training.trainer import fit, train_step
 
 
 def same_run(one: Path, other: Path) -> None:
@@ -73,21 +74,23 @@ def test_a_half_of_something_else_is_left_alone(tmp_path: Path, digits) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.mlflow
 def test_a_signal_to_a_training_run(number: signal.Signals, workdir: Path, capsys) -> None:
-    """One epoch of many steps, so that the signal comes in its middle."""
-    settings = {"epochs": 1, "data.val_size": 50, "batch_size": 8, "*.attacks.*.steps": 3}
+    """The signal comes at the tenth of the 25 steps of an epoch."""
+    settings = {"epochs": 1, "data.train_size": 200, "data.val_size": 50, "batch_size": 8, "*.attacks.*.steps": 3}
     flags = [part for path, value in settings.items() for part in ("--set", f"{path}={value}")]
     command = ["train", "gairat", *flags, "--name", "r", "--json"]
 
-    def terminate() -> None:
-        # The claim on the prefix says that the epoch has begun.
-        while not list(workdir.glob("runs/.prefixes/*.claim")):
-            time.sleep(0.01)
-        time.sleep(0.3)
-        os.kill(os.getpid(), number)
+    steps: list[int] = []
 
-    threading.Thread(target=terminate, daemon=True).start()
-    assert main(command) == 130
-    assert "raysweep: told to end in epoch 1, after" in capsys.readouterr().err
+    def step_and_signal(*arguments: Any, **options: Any) -> Any:
+        steps.append(len(steps))
+        if len(steps) == 10:
+            signal.raise_signal(number)
+        return train_step(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "train_step", step_and_signal)
+        assert main(command) == 130
+    assert "raysweep: told to end in epoch 1, after 10 steps" in capsys.readouterr().err
     assert statuses(workdir) == ["KILLED"]
     assert (workdir / "runs/r/half").is_dir() and not list(workdir.glob("runs/r/epoch-*"))
     assert main(command) == 0
@@ -157,6 +160,7 @@ def test_sigterm_to_a_trial_costs_it_nothing(ray_cluster, tmp_path: Path) -> Non
     def take_the_machine_away() -> None:
         while not (tmp_path / "sweep/trials/0000/epoch-0001").exists():
             time.sleep(0.05)
+        # Amid the second epoch, or between its end and the next report: either way the trial ends as if left alone.
         time.sleep(0.5)
         for process in psutil.Process().children(recursive=True):
             if process.name().startswith("ray::ImplicitFu"):
@@ -164,6 +168,7 @@ def test_sigterm_to_a_trial_costs_it_nothing(ray_cluster, tmp_path: Path) -> Non
                 ended.append(process.pid)
         deadline = time.monotonic() + 120
         while not kept and time.monotonic() < deadline:
+            time.sleep(0.01)
             kept.extend((tmp_path / "sweep/trials/0000").glob("half"))
 
     threading.Thread(target=take_the_machine_away, daemon=True).start()

@@ -16,7 +16,6 @@ import forked
 import optuna
 import psutil
 import pytest
-import ray
 import torch
 from conftest import tiny
 from forked import Forked
@@ -384,8 +383,17 @@ def nodes_copy() -> Path:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
-    nodes_copy: Path, ray_cluster, empty_store, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    nodes_copy: Path,
+    ray_cluster,
+    one_core,
+    empty_store,
+    uri: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys,
 ) -> None:
+    import ray
+
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     store = f"sqlite:///{tmp_path}/shared.db"
     empty_store(tmp_path / "shared.db")
@@ -475,6 +483,7 @@ def test_a_server_that_does_not_answer_is_given_up(stoppable, tmp_path: Path, mo
     monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "copy"))
     monkeypatch.setattr(storage, "_PATIENCE", ())
     monkeypatch.setattr(storage, "_TIMEOUT", 0.3)
+    assert storage._ATTEMPTS == 3
     monkeypatch.setattr(storage, "_ATTEMPTS", 1)
     file = storage.at(bucket_on(host, "s3", tmp_path)) / "a" / META
     file.parent.mkdir(parents=True)
@@ -503,7 +512,9 @@ stages:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_pipelines_sweeps_live_in_the_bucket(ray_cluster, uri: str, tmp_path: Path, workdir: Path, capsys) -> None:
+def test_a_pipelines_sweeps_live_in_the_bucket(
+    ray_cluster, one_core, uri: str, tmp_path: Path, workdir: Path, capsys
+) -> None:
     (workdir / "small.yaml").write_text(PIPELINE)
     command = ["run", "small.yaml", "--storage", uri, "--json"]
     assert main(command) == 0

@@ -419,14 +419,14 @@ def test_failures_are_told_apart(tmp_path) -> None:
 
 def test_a_node_that_dies_costs_its_trials_the_epoch_they_were_in(ray_cluster, tmp_path) -> None:
     """Three trials on three CPUs, one of them on the node that is killed."""
-    ledger = Ledger.create(tmp_path / "sweep", space(trials=3, base={**TINY, "epochs": 10, "data.train_size": 128}))
+    ledger = Ledger.create(tmp_path / "sweep", space(trials=3, base={**TINY, "epochs": 15, "data.train_size": 96}))
     nodes = [ray_cluster.add_node(num_cpus=1, **FORKED)]
     epochs: dict[int, int] = {}
 
     def kill_once(trial: Trial) -> None:
         epochs[trial.number] = trial.epoch
         # Wait until all three are in the middle of their epochs: they start one after the other.
-        if nodes and len(epochs) == 3 and min(epochs.values()) >= 1 and max(epochs.values()) < 10:
+        if nodes and len(epochs) == 3 and min(epochs.values()) >= 1 and max(epochs.values()) < 15:
             ray_cluster.remove_node(nodes.pop(), allow_graceful=False)
 
     run_sweep(ledger, [Follower(kill_once)])
@@ -434,9 +434,9 @@ def test_a_node_that_dies_costs_its_trials_the_epoch_they_were_in(ray_cluster, t
     ray_cluster.wait_for_nodes()
     assert sorted(trial.retries for trial in ledger.trials()) == [0, 0, 1], "the one that was there started again"
     for trial in ledger.trials():
-        assert trial.state == "finished" and [epoch for epoch, _ in trial.curve] == list(range(1, 11))
+        assert trial.state == "finished" and [epoch for epoch, _ in trial.curve] == list(range(1, 16))
         alone = fit(ledger.space.config(trial.settings), tmp_path / f"alone-{trial.number}").last
-        assert weights(alone.path) == weights(ledger.run_path(trial.number) / "epoch-0010")
+        assert weights(alone.path) == weights(ledger.run_path(trial.number) / "epoch-0015")
 
 
 def test_a_grid_asks_for_each_point_once(tmp_path) -> None:
