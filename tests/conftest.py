@@ -132,7 +132,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], No
 
 @pytest.fixture(scope="session", autouse=True)
 def _new_stores_are_copies(empty_store: Callable[[Path], None]) -> Iterator[None]:
-    """Create new stores of this process by copying an empty one. A command in test_eval lets MLflow create its store."""
+    """Create new stores of this process by copying an empty one; a command in test_eval lets MLflow make its own."""
     from raysweep.tracking.store import Tracker
 
     connect = Tracker._connect
