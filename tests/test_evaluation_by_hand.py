@@ -1,6 +1,7 @@
 """Evaluations of a network whose robustness is known by hand: the report's numbers, and what resuming reuses."""
 
 import json
+import pickle
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from raysweep.attacks import APGD, PGD, SingleAttack, Square, WorstCase, autoattack, custom
-from raysweep.evaluation import AttackShards, Outcome, RobustnessReport, Shard, evaluate
+from raysweep.evaluation import AttackShards, Outcome, RobustnessReport, Shard, evaluate, processes
 from raysweep.evaluation.report import wilson
 from raysweep.spec import SpecError
 
@@ -636,3 +637,26 @@ def test_progress_counts_what_was_done_before(folder: Path) -> None:
     (first, second) = [row for row in told if row[0] == "b"]
     assert told[:2] == [("clean", 4, 8, 8, 8), ("clean", 8, 8, 8, 8)]
     assert (first[1], second[1:3]) == (5 - missing + 1, (5, 5)) and second[4] == 8
+
+
+def _say_one(shard: Shard) -> str:
+    return f"one {shard.name}"
+
+
+def _say_two(shard: Shard) -> str:
+    return f"two {shard.name}"
+
+
+def test_a_process_runs_what_the_file_it_is_given_holds(tmp_path: Path) -> None:
+    """A pool outlives an evaluation: the next one brings another model in another file."""
+    shard, files = Shard("clean", None, np.arange(3)), []
+    for run in (_say_one, _say_two):
+        files.append(tmp_path / f"{run.__name__}.pickle")
+        files[-1].write_bytes(pickle.dumps(run))
+    one, two = files
+    assert [processes._one(file, shard) for file in (one, one, two, one)] == ["one clean"] * 2 + [
+        "two clean",
+        "one clean",
+    ]
+    one.unlink()
+    assert processes._one(one, shard) == "one clean", "it is read once"

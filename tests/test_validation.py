@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from raysweep.attacks import APGD, PGD
 from raysweep.data import Split
+from raysweep.evaluation import validation
 from raysweep.evaluation.flatness import flatness
 from raysweep.evaluation.instances import instances
 from raysweep.evaluation.masking import scaling_gap
@@ -272,3 +273,11 @@ def test_which_epochs_are_validated(every: int, epochs: int, judged: list[int], 
     assert [int(row["epoch"]) for row in history if "validation_seconds" in row] == judged
     hits = [20 * row["clean"] for row in history if "clean" in row]
     assert hits == pytest.approx([round(hit) for hit in hits], abs=1e-4)
+
+
+def test_only_dlr_losses_over_fewer_than_four_classes_are_replaced() -> None:
+    """DLR divides by a difference to the third largest logit, or to the mean of the third and fourth."""
+    targeted, plain, pgd = APGD(loss="dlr-targeted"), APGD(loss="ce"), PGD(loss="ce")
+    assert validation._fit_for(targeted, 3) == APGD(loss="cw")
+    assert validation._fit_for(targeted, 4) == targeted
+    assert validation._fit_for(plain, 3) == plain and validation._fit_for(pgd, 3) == pgd

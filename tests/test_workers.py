@@ -23,7 +23,7 @@ from raysweep.models import ModelSpec
 from raysweep.rng import Rng
 from raysweep.spec import SpecError, override
 from raysweep.training import checkpoint
-from raysweep.training.batchnorm import synchronised
+from raysweep.training.batchnorm import _statistics, synchronised
 from raysweep.training.checkpoint import Run
 from raysweep.training.config import RunConfig
 from raysweep.training.distributed import GroupWorkers, PeerLost, average_gradients
@@ -237,3 +237,22 @@ def test_an_attack_that_would_leave_workers_waiting_is_refused(tmp_path: Path) -
             tmp_path,
             workers=Second(),
         )
+
+
+class Alone:
+    """One worker that counts as a group: sums are its own."""
+
+    size, rank = 1, 0
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_statistics_of_half_precision_are_computed_in_float32(dtype: torch.dtype) -> None:
+    x = (100 + torch.rand(64, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).to(dtype)
+    found = _statistics(x, Alone())
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = x.double().transpose(0, 1).flatten(1)
+    expected = torch.cat([torch.tensor([1024.0]), exact.mean(1), exact.var(1, correction=0)])
+    assert torch.allclose(found.double(), expected, rtol=1e-12 if dtype == torch.float64 else 1e-4)

@@ -25,14 +25,11 @@ class ImageConv(nn.Conv2d):
         return output
 
 
-def speed_up(model: nn.Module) -> int:
-    """Make an ImageConv, in place, of each convolution of a frozen model that may be one; how many."""
-    count = 0
+def speed_up(model: nn.Module) -> None:
+    """Make an ImageConv, in place, of each convolution of a frozen model that may be one."""
     for module in model.modules():
         if type(module) is nn.Conv2d and _suits(module):
             module.__class__ = ImageConv
-            count += 1
-    return count
 
 
 def _suits(conv: nn.Conv2d) -> bool:
