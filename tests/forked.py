@@ -4,8 +4,10 @@ They are forks of a server that has imported what commands and training need. Te
 start a real one instead (test_cli, test_eval, the notebook).
 """
 
+import atexit
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -73,6 +75,7 @@ def start(
     when it starts; they change nothing if it runs already.
     """
     output = Path(tempfile.mkdtemp(prefix="forked-"))
+    atexit.register(shutil.rmtree, output, ignore_errors=True)
     where, variables = folder or Path.cwd(), {**os.environ, **(environment or {})}
     for name in ("out", "err"):
         (output / name).touch()
