@@ -36,6 +36,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -53,12 +54,14 @@ from mutation_operators import Mutant, draw_mutants, find_function_lines
 
 ROOT = Path(__file__).parent.parent
 EQUIVALENT = Path(__file__).parent / "mutants_equivalent.txt"
+# The modules that mutants are drawn from: patterns of files, each of which must match one.
 CORE = [
     *(f"raysweep/{n}.py" for n in ("spec", "schedules", "rng", "weights", "losses", "method", "storage", "results")),
     *(f"raysweep/{package}/*.py" for package in ("attacks", "training", "evaluation", "data")),
-    *(f"raysweep/sweep/{n}.py" for n in ("space", "search", "ledger", "relay", "growth", "resources", "workers")),
-    *(f"raysweep/sweep/{n}.py" for n in ("tuner", "trial")),
+    *(f"raysweep/sweep/{n}.py" for n in ("space", "search", "asha", "ledger", "relay", "growth", "study", "plan")),
+    *(f"raysweep/sweep/{n}.py" for n in ("resources", "workers", "tuner", "failures")),
     *(f"raysweep/pipeline/{n}.py" for n in ("statistics", "promote", "paper", "artifact", "stage", "bundle", "judge")),
+    *(f"raysweep/pipeline/{n}.py" for n in ("register", "compare")),
 ]
 # Not copied with the project.
 LEFT_OUT = (".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "mlruns", "mlflow.db", "build",
@@ -88,8 +91,7 @@ class Snapshot:
     @cached_property
     def sources(self) -> dict[str, str]:
         """{path: text} of the files of the core."""
-        files = {path for pattern in CORE for path in self.folder.glob(pattern)}
-        return {path.relative_to(self.folder).as_posix(): path.read_text() for path in sorted(files)}
+        return {file: (self.folder / file).read_text() for file in find_core_files(self.folder)}
 
     @cached_property
     def test_files(self) -> list[str]:
@@ -119,6 +121,17 @@ class Snapshot:
             if path.suffix != ".pyc":
                 state.update(f"{path.relative_to(self.folder)}\0".encode() + path.read_bytes() + b"\0")
         return state.hexdigest()[:16]
+
+
+def find_core_files(folder: Path, patterns: Iterable[str] = CORE) -> list[str]:
+    """Paths, relative to `folder`, of the files of the core. Raises ValueError if a pattern matches none."""
+    found: set[str] = set()
+    for pattern in patterns:
+        files = {path.relative_to(folder).as_posix() for path in folder.glob(pattern)}
+        if not files:
+            raise ValueError(f"CORE lists {pattern}, which matches no file: correct the list in benchmarks/mutants.py")
+        found |= files
+    return sorted(found)
 
 
 def _leave_out(folder: str, names: list[str]) -> set[str]:
@@ -328,6 +341,9 @@ def _isolate_process(folder: Path, memory: int) -> None:
     sys.dont_write_bytecode = True
     sys.path[:] = [str(project), *(path for path in sys.path if Path(path or ".").resolve() != ROOT / "benchmarks")]
     importlib.invalidate_caches()
+    # A process that multiprocessing starts imports the main module of its parent again. This script is no part of the
+    # copy and cannot be imported there.
+    sys.modules["__main__"] = types.ModuleType("__main__")
     os.chdir(project)
     exec(compile(_GUARD, "sitecustomize.py", "exec"), {})
 
@@ -838,7 +854,7 @@ def main() -> None:
     scratch = Path(tempfile.mkdtemp(prefix="mutants-"))
     try:
         snapshot = Snapshot(scratch / "0", args.tests)
-        sources = {file: text for file, text in snapshot.sources.items() if _is_asked(file, args.only)}
+        sources = {file: snapshot.sources[file] for file in select_files(snapshot.sources, args.only)}
         mutants = draw_mutants(sources, args.n, args.seed)
         if args.list or args.show is not None:
             chosen = range(len(mutants)) if args.list else [args.show]
@@ -877,9 +893,19 @@ def work(snapshot: Snapshot, mutants: list[Mutant], scratch: Path, args: argpars
     return report([(m, known.get(m) or results.get(m) or {"outcome": "not run"}) for m in mutants])
 
 
-def _is_asked(file: str, only: list[str]) -> bool:
-    name = file.removeprefix("raysweep/").removesuffix(".py")
-    return not only or any(name == one or name.startswith(f"{one}/") for one in only)
+def select_files(files: Iterable[str], only: list[str]) -> list[str]:
+    """The files of the modules and packages named in `only`; all if none are. Raises ValueError if a name has no file.
+
+    only: without "raysweep/" and ".py", as in weights, attacks/pgd, sweep.
+    """
+    modules = {file: file.removeprefix("raysweep/").removesuffix(".py") for file in files}
+    selected = {name: {f for f, m in modules.items() if m == name or m.startswith(f"{name}/")} for name in only}
+    for name, found in selected.items():
+        if not found:
+            raise ValueError(
+                f"--only {name}: no module of the core has this name; allowed: {', '.join(modules.values())}"
+            )
+    return [file for file in modules if not only or any(file in found for found in selected.values())]
 
 
 if __name__ == "__main__":

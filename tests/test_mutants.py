@@ -1,12 +1,15 @@
-"""The mutation run draws wrong versions that compile, in their lines, and the list of equivalent ones fits the code."""
+"""The mutation run draws changes that compile, from files that exist; the list of equivalent ones fits the code."""
 
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from mutants import EQUIVALENT, read_equivalent  # noqa: E402
+from mutants import CORE, EQUIVALENT, find_core_files, read_equivalent, select_files  # noqa: E402
 from mutation_operators import Mutant, _make_mutant, draw_mutants, find_sites  # noqa: E402
 
 SOURCE = '''
@@ -79,3 +82,69 @@ def test_equivalent_mutants_are_of_lines_that_exist() -> None:
         lines = [stripped for line in (ROOT / file).read_text().splitlines() if (stripped := line.strip())]
         assert any(tuple(lines[at : at + len(before)]) == before for at in range(len(lines))), f"{file}: {before}"
         assert before != after and len(why) > 20
+
+
+def test_every_pattern_of_the_core_matches_a_file() -> None:
+    files = find_core_files(ROOT)
+    assert len(files) >= len(CORE) and all((ROOT / file).is_file() for file in files)
+
+
+def test_a_pattern_without_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "raysweep").mkdir()
+    (tmp_path / "raysweep" / "one.py").touch()
+    assert find_core_files(tmp_path, ["raysweep/one.py", "raysweep/*.py"]) == ["raysweep/one.py"]
+    for wrong in ("raysweep/two.py", "raysweep/two/*.py"):
+        with pytest.raises(ValueError, match=f"CORE lists {wrong.replace('*', '.')}, which matches no file"):
+            find_core_files(tmp_path, ["raysweep/one.py", wrong])
+
+
+def test_only_names_modules_or_packages_that_exist() -> None:
+    files = ["raysweep/attacks/pgd.py", "raysweep/sweep/plan.py", "raysweep/sweep/planner.py", "raysweep/weights.py"]
+    assert select_files(files, []) == files
+    assert select_files(files, ["weights", "sweep/plan"]) == ["raysweep/sweep/plan.py", "raysweep/weights.py"]
+    assert select_files(files, ["sweep"]) == files[1:3]
+    with pytest.raises(ValueError, match="--only sweep/trial: no module of the core has this name"):
+        select_files(files, ["weights", "sweep/trial"])
+
+
+def test_a_process_that_multiprocessing_starts_runs_in_the_copy(tmp_path: Path) -> None:
+    """It imports the main module of its parent again, and what that imports is no part of the copy."""
+    (tmp_path / "project").mkdir()
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    found = subprocess.run([sys.executable, script, ROOT / "benchmarks", tmp_path], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split() == ["forkserver", "0", "spawn", "0"], found.stdout
+
+
+SCRIPT = """
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
+
+import mutants
+
+KINDS = ("forkserver", "spawn")
+
+
+def start_processes(folder):
+    codes = {}
+    for kind in KINDS:
+        process = multiprocessing.get_context(kind).Process(target=os.getpid)
+        process.start()
+        process.join()
+        codes[kind] = process.exitcode
+    return codes
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[2])
+    os.environ[mutants._FONTS] = str(folder)
+    pool = mutants.Pool(folder / "project", folder / "scratch", jobs=1)
+    pool.tasks.append(mutants.Task(start_processes, lambda found, seconds: print(*sum(found.items(), ()))))
+    pool.run()
+"""
