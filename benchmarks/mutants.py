@@ -334,7 +334,7 @@ def _isolate_process(folder: Path, memory: int) -> None:
         os.environ[name] = str(path)
     guard = folder / "guard"
     guard.mkdir()
-    (guard / "sitecustomize.py").write_text(_GUARD)
+    (guard / "sitecustomize.py").write_text(_GUARD + _NAME_TEST)
     os.environ.update(PYTHONPATH=f"{project}:{guard}", PYTHONDONTWRITEBYTECODE="1", MPLCONFIGDIR=os.environ[_FONTS])
     os.environ[MARK] = str(folder)
     tempfile.tempdir = None
@@ -370,6 +370,18 @@ def _set_guard(home, fonts):
 if os.environ.get("{MARK}"):
     _set_guard(os.environ["{MARK}"], os.environ["{_FONTS}"])
 """
+_CONTEXT_FILE = "MUTANTS_CONTEXT_FILE"
+# One fork server starts the processes of many tests: each of them learns from a file which test is running.
+_NAME_TEST = f"""
+if os.environ.get("{_CONTEXT_FILE}"):
+    def _name_test():
+        coverage = sys.modules.get("coverage")
+        recorded = coverage and coverage.Coverage.current()
+        if recorded:
+            with open(os.environ["{_CONTEXT_FILE}"]) as file:
+                recorded.switch_context(file.read())
+    os.register_at_fork(after_in_child=_name_test)
+"""
 
 
 # Coverage
@@ -389,6 +401,7 @@ class Recorder:
     def _switch(self, name: str) -> None:
         self.coverage.switch_context(name)
         os.environ["MUTANTS_CONTEXT"] = name or "outside"
+        Path(os.environ[_CONTEXT_FILE]).write_text(name or "outside")
 
     def _context(self, name: str) -> str:
         self.names.append(name)
@@ -468,6 +481,7 @@ def record_coverage(test_file: str, expression: str, folder: Path) -> Json:
         f"[run]\nparallel = true\ndata_file = {data}/sub\ninclude = {project}/raysweep/*\n"
         "context = ${MUTANTS_CONTEXT-outside}\npatch = _exit\ndisable_warnings = no-data-collected\n"
     )
+    os.environ[_CONTEXT_FILE] = str(folder / "context")
     recorded = coverage.Coverage(data_file=str(data / "main"), include=[f"{project}/raysweep/*"], config_file=False)
     recorded.start()
     recorder = Recorder(recorded)
@@ -483,7 +497,8 @@ def record_coverage(test_file: str, expression: str, folder: Path) -> Json:
             for path in found.measured_files():
                 name = Path(path).relative_to(project).as_posix()
                 for line, contexts in found.contexts_by_lineno(path).items():
-                    for context in contexts:
+                    # In a fork: what its server was started with, and after a bar what was running at the fork.
+                    for context in {context.rpartition("|")[2] for context in contexts}:
                         if context.startswith("c"):
                             lines[recorder.names[int(context[1:])]][name].append(line)
     log = _read_end(folder / "log")

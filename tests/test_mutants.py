@@ -1,5 +1,6 @@
 """The mutation run draws changes that compile, from files that exist; the list of equivalent ones fits the code."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -107,44 +108,57 @@ def test_only_names_modules_or_packages_that_exist() -> None:
         select_files(files, ["weights", "sweep/trial"])
 
 
-def test_a_process_that_multiprocessing_starts_runs_in_the_copy(tmp_path: Path) -> None:
-    """It imports the main module of its parent again, and what that imports is no part of the copy."""
-    (tmp_path / "project").mkdir()
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    found = subprocess.run([sys.executable, script, ROOT / "benchmarks", tmp_path], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.split() == ["forkserver", "0", "spawn", "0"], found.stdout
+def test_lines_that_a_fork_server_runs_are_of_the_test_that_asked_for_them(tmp_path: Path) -> None:
+    """Its forks import the main module of their parent again: the script must not be it, for it is not in the copy."""
+    for name, text in {"raysweep/work.py": PACKAGE, "tests/test_work.py": TESTS, "../script.py": SCRIPT}.items():
+        (tmp_path / "project" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "project" / name).write_text(text)
+    arguments = [sys.executable, tmp_path / "script.py", ROOT / "benchmarks", tmp_path]
+    ended = subprocess.run(arguments, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert all(test["passed"] for test in found["tests"].values()), found["log"]
+    lines = {name.partition("::")[2]: set(files["raysweep/work.py"]) for name, files in found["lines"].items()}
+    assert {name: run & {2, 5} for name, run in lines.items()} == {"test_first": {2}, "test_second": {5}}
 
 
-SCRIPT = """
-import multiprocessing
+PACKAGE = """def first():
+    return 1
+
+def second():
+    return 2
+"""
+TESTS = """import multiprocessing
+from raysweep import work
+
+def ends_well(target):
+    process = multiprocessing.get_context("forkserver").Process(target=target)
+    process.start()
+    process.join()
+    return process.exitcode == 0
+
+def test_first():
+    assert ends_well(work.first)
+
+def test_second():
+    assert ends_well(work.second)
+"""
+SCRIPT = """import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, sys.argv[1])
 
-import mutants
-
-KINDS = ("forkserver", "spawn")
-
-
-def start_processes(folder):
-    codes = {}
-    for kind in KINDS:
-        process = multiprocessing.get_context(kind).Process(target=os.getpid)
-        process.start()
-        process.join()
-        codes[kind] = process.exitcode
-    return codes
-
+from mutants import _FONTS, Pool, Task, record_coverage
 
 if __name__ == "__main__":
     folder = Path(sys.argv[2])
-    os.environ[mutants._FONTS] = str(folder)
-    pool = mutants.Pool(folder / "project", folder / "scratch", jobs=1)
-    pool.tasks.append(mutants.Task(start_processes, lambda found, seconds: print(*sum(found.items(), ()))))
+    os.environ[_FONTS] = str(folder / "fonts")
+    pool = Pool(folder / "project", folder / "scratch", jobs=1)
+    work = partial(record_coverage, "tests/test_work.py", "")
+    pool.tasks.append(Task(work, lambda found, seconds: print(json.dumps(found))))
     pool.run()
 """
