@@ -203,7 +203,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (False, 6, 0, ["candidate"]),
     ],
 )
-def test_a_version_gets_the_aliases_that_it_earned(work: Work, trained: Path, standard, gained, lost, aliases) -> None:
+def test_a_version_gets_the_aliases_that_it_earned(
+    work: Work, trained: Path, capsys, standard, gained, lost, aliases
+) -> None:
     """`aa-verified` if standard AutoAttack judged it, `champion` if that found it better, `candidate` always."""
     contest(work, gained, lost)
     (work.out / "new" / "card.json").write_text('{"autoattack_acc": "40.00", "name": null}')
@@ -228,6 +230,9 @@ def test_a_version_gets_the_aliases_that_it_earned(work: Work, trained: Path, st
         "new, seed 0, best epoch: 40.00% under AA (95% 39.00% to 41.00%), 90.00% clean, Linf eps 0.03137, "
         "56 of 10000 test examples. As a champion: "
     )
+    verdict = f"{outcome.facts['verdict']}, {outcome.facts['reason']}"
+    assert work.tracker.described.endswith(f" As a champion: {verdict}.")
+    assert capsys.readouterr().out == f"model version 5: {verdict}\n"
     assert (outcome.facts["version"], outcome.facts["name"]) == ("5", "model")
     assert outcome.facts.get("champion") == ("5" if "champion" in aliases else "4" if standard else None)
     beside = work.out / "beside"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import tiny
 from moto.server import DomainDispatcherApplication, create_backend_app
 from pyarrow import fs
 from werkzeug.serving import make_server
@@ -13,6 +14,7 @@ from werkzeug.serving import make_server
 from raysweep import storage
 from raysweep.files import write_whole
 from raysweep.spec import SpecError
+from raysweep.sweep.failures import ERROR, explain, forget, keep, kept
 
 BUCKET = "order"
 # `meta.json` is neither the first nor the last in the alphabet, nor in the order in which a folder is listed.
@@ -156,6 +158,18 @@ def test_a_machine_sees_a_new_checkpoint_only_when_all_of_it_is_there(served, ma
     storage.discard(machines("one"))
     assert not machines("one").exists()
     assert_seen(machines("other") / "run", None)
+
+
+def test_other_machines_learn_why_a_trial_failed(machines) -> None:
+    path = machines("one")
+    report = explain(KeyError("no"), tiny("at"), path)
+    keep(path, report)
+    there = machines("other")
+    assert kept(there) == report and report["failed"] == "KeyError: 'no'"
+    assert storage.pull_file(there / ERROR) and (there / ERROR).read_text() == report["bug"]
+    forget(there)
+    assert kept(machines("one")) == {}
+    storage.discard(machines("one"))
 
 
 def test_the_checkpoints_of_a_bucket_are_the_folders_that_hold_the_file_themselves(served, machines) -> None:

@@ -303,20 +303,23 @@ def test_the_hours_of_a_plan(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    ticking[0] = 16.0  # an epoch: 2 x 16 s, and 16 s for 32 of 50 images
+    ticking[0] = 16.004  # an epoch: 2 x 16.004 s, and 16.004 s for 32 of 50 images
     past = [Trial(0, {LR: 0.1}, "running", 3), Trial(1, {LR: 0.2}, "stopped", 2), Trial(2, {LR: 0.3}, "failed")]
+    most = [*past, Trial(3, {LR: 0.4}, "stopped", 2), Trial(4, {LR: 0.5}, "stopped", 2)]
     sweep = space(trials=5, base={**SMALL, "epochs": 8})
     facts = []
-    for resources, trials in ((Resources(cpus=0.25), ()), (Resources(cpus=0.5), past), (Resources(cpus=0.75), past)):
+    for cpus, trials in ((0.25, ()), (0.5, past), (0.75, past), (0.5, most)):
+        resources = Resources(cpus=cpus)
         assert plan(sweep, digits, resources, None, as_json=True, trials=trials) == 0
         facts.append(json.loads(capsys.readouterr().out))
-    whole, rest, half = facts
+    whole, rest, half, one = facts
     assert (whole["trials"], whole["trials_left"], whole["epochs_per_trial"]) == (5, 5, 8)
     assert (rest["trials"], rest["trials_left"]) == (5, 3)
     assert whole["epochs_expected"] == 20 and rest["epochs_expected"] == 3 + 4 + 4
-    assert [plan["trials_at_once"] for plan in facts] == [5, 3, 2], "at most as many as are left, and as fit"
-    seconds = 2 * 16 + 16 * 50 / 32
-    assert all(plan["seconds_per_epoch"] == seconds for plan in facts)
+    assert (one["trials_left"], one["epochs_expected"]) == (1, 3), "the trial that has 3 of 8 epochs behind it"
+    assert [plan["trials_at_once"] for plan in facts] == [5, 3, 2, 1], "at most as many as are left, and as fit"
+    seconds = 2 * 16.004 + 16.004 * 50 / 32
+    assert all(plan["seconds_per_epoch"] == 57.01 for plan in facts), "57.01425, rounded"
     assert whole["trial_hours"] == round(seconds * 20 / 3600, 3)
     assert whole["wall_hours"] == round(seconds * 20 / 5 / 3600, 3)
     assert rest["wall_hours"] == round(seconds * 11 / 3 / 3600, 3)
