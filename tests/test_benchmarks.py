@@ -1,5 +1,6 @@
 """`python benchmarks` in its smallest form: that it runs and what it claims of results; nothing here is timed."""
 
+import runpy
 import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -43,6 +44,22 @@ def test_one_command_measures_the_step_and_the_objective() -> None:
     assert "| + folded batch norms (default) |" in printed and "GFLOP/s in float32" in printed
 
 
+def interpret(arguments: tuple[str, ...]) -> None:
+    """`python ARGUMENTS`, which begin with -c or -m."""
+    flag, what, *sys.argv[1:] = arguments
+    if flag == "-c":
+        exec(what, {})
+    else:
+        runpy.run_module(what, run_name="__main__")
+
+
+def python_in_a_fork(*arguments: str, cwd: Path = ROOT) -> str:
+    """What `footprint.python` is, without the start of an interpreter."""
+    done = forked.start(interpret, arguments, folder=cwd)
+    assert done.wait() == 0, done.err
+    return done.out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "part",
@@ -58,6 +75,7 @@ def test_each_part_ends_with_a_table_of_ratios(part, request, monkeypatch, capsy
     if request.node.get_closest_marker("ray"):
         request.getfixturevalue("ray_cluster")
     forked.instead_of_spawn(monkeypatch)
+    monkeypatch.setattr("footprint.python", python_in_a_fork)
     empty_store(tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.chdir(ROOT)

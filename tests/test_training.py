@@ -2,7 +2,9 @@
 
 import io
 import json
-import time
+import os
+import signal
+import threading
 from pathlib import Path
 
 import forked
@@ -75,26 +77,27 @@ def test_the_attacks_of_the_objective_start_the_same_for_every_checkpoint(tmp_pa
     assert scores[0]["robust_worst"] == saved.metrics["robust_worst"]
 
 
-def train_in_its_own_process(config: RunConfig, path: Path) -> None:
+def train_until_killed(config: RunConfig, path: Path) -> None:
+    """Training that kills its process after epoch 3: somewhere in an epoch, or while its checkpoint is written."""
     torch.set_num_threads(1)
-    fit(config, path)
+
+    def kill_soon(metrics: dict[str, float], saved: checkpoint.Checkpoint) -> None:
+        if saved.epoch == 3:
+            threading.Timer(0.07, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    fit(config, path, kill_soon)
 
 
 def test_killed_with_sigkill_it_resumes_to_the_weights_of_a_run_never_stopped(tmp_path) -> None:
-    config = tiny("lrat", epochs=30)
-    process = forked.start(train_in_its_own_process, config, tmp_path / "killed")
-    while max(Run(tmp_path / "killed").epochs(), default=0) < 3:
-        assert process.poll() is None
-        time.sleep(0.01)
-    # Somewhere in an epoch, or while its checkpoint is written.
-    time.sleep(0.07)
-    process.kill()
+    config = tiny("lrat", epochs=8)
+    process = forked.start(train_until_killed, config, tmp_path / "killed")
+    assert process.wait() == -signal.SIGKILL, process.err
     before = Run(tmp_path / "killed").epochs()
-    assert before and before[-1] < 30
+    assert before and 3 <= before[-1] < 8
     epochs = []
     fit(config, tmp_path / "killed", lambda metrics, saved: epochs.append(saved.epoch), reported=before[-1])
     assert epochs[0] == before[-1] + 1, "only the epoch it was in is done again"
-    assert same_weights(tmp_path / "killed" / "epoch-0030", fit(config, tmp_path / "whole").last.path)
+    assert same_weights(tmp_path / "killed" / "epoch-0008", fit(config, tmp_path / "whole").last.path)
     assert not list((tmp_path / "killed").glob(".epoch-*")), "what the crash left is cleaned up"
 
 
