@@ -125,10 +125,20 @@ def push(path: Path, like: Path | None = None) -> None:
     """
     if not is_copy(path):
         return
-    for file in sorted(path.iterdir(), key=lambda file: file.name == META) if path.is_dir() else [path]:
+    for file in _meta_last(path) if path.is_dir() else [path]:
         if like is None or file.name == META or not _patiently(_copy, like / file.name, file):
             _patiently(_upload, file)
     _tidy()
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Store a checkpoint's folder in the bucket under another path, without writing that path on this machine.
+
+    The bucket copies the files that it has; the others are uploaded from `source`.
+    """
+    for file in _meta_last(source):
+        if not _patiently(_copy, file, target / file.name):
+            _patiently(_upload, target / file.name, file)
 
 
 def pull(path: Path) -> bool:
@@ -283,10 +293,15 @@ def _patiently(do: Callable[..., Result], path: Path, *more: Any) -> Result:
     raise AssertionError
 
 
-def _upload(path: Path) -> None:
+def _meta_last(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir(), key=lambda file: file.name == META)
+
+
+def _upload(path: Path, content: Path | None = None) -> None:
+    """Upload a file, by default the one at `path` itself, as the object that `path` stands for."""
     files, key = _remote(path)
     # Not `fs.copy_files`: it does not tell of an upload that fails at its end.
-    with path.open("rb") as source, files.open_output_stream(key) as sink:
+    with (content or path).open("rb") as source, files.open_output_stream(key) as sink:
         shutil.copyfileobj(source, sink, _CHUNK)
 
 
@@ -329,6 +344,8 @@ def _download(path: Path, meta: bytes) -> None:
         here = fs.LocalFileSystem()
         fs.copy_files(key, str(partial), source_filesystem=files, destination_filesystem=here, chunk_size=_CHUNK)
         (partial / META).write_bytes(meta)
+        if _here(path / META) == meta:
+            return  # another process of this machine was faster, and may be reading it
         shutil.rmtree(path, ignore_errors=True)
         with suppress(OSError):  # another process of this machine was faster
             partial.replace(path)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from raysweep.data import load
 from raysweep.training import checkpoint
+from raysweep.training.claim import FileClaim
 from raysweep.training.config import RunConfig
 from raysweep.training.prefix import Prefixes, chain
 from raysweep.training.trainer import fit
@@ -127,8 +128,28 @@ def test_a_dead_owners_claim_is_taken_over(tmp_path) -> None:
     assert not (tmp_path / "key.claim").exists()
 
 
-def test_a_living_owners_claim_is_waited_for(tmp_path) -> None:
+def record_answers(patch: pytest.MonkeyPatch, claim: type) -> list[bool]:
+    """A list of what `taken` of this class of claims has answered from now on, in order."""
+    taken, answers = claim.taken, []
+
+    def answer(self) -> bool:
+        answers.append(taken(self))
+        return answers[-1]
+
+    patch.setattr(claim, "taken", answer)
+    return answers
+
+
+def wait_for_refusals(answers: list[bool], count: int, thread: threading.Thread) -> None:
+    deadline = time.monotonic() + 60
+    while answers.count(False) < count:
+        assert thread.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_living_owners_claim_is_waited_for(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefixes, got = Prefixes(tmp_path / "prefixes"), []
+    answers = record_answers(monkeypatch, FileClaim)
     state = fit(tiny("at", epochs=1), tmp_path / "run").last.path
 
     def second() -> None:
@@ -139,8 +160,8 @@ def test_a_living_owners_claim_is_waited_for(tmp_path) -> None:
         assert ours
         thread = threading.Thread(target=second)
         thread.start()
-        time.sleep(0.5)
-        assert not got
+        wait_for_refusals(answers, 3, thread)
+        assert not got and thread.is_alive()
         prefixes.put("key", state)
     thread.join()
     assert got == [False]

@@ -23,6 +23,7 @@ from gcp_storage_emulator.server import create_server
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 from safetensors.torch import load_file
+from test_prefix import record_answers, wait_for_refusals
 from test_workers import in_processes
 
 from raysweep import storage
@@ -30,9 +31,10 @@ from raysweep.cli import main
 from raysweep.files import write_whole
 from raysweep.pipeline.lock import alone
 from raysweep.spec import SpecError
-from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import META, WEIGHTS, Run
+from raysweep.training.claim import BucketClaim
 from raysweep.training.config import RunConfig
 from raysweep.training.distributed import GroupWorkers
 from raysweep.training.prefix import Prefixes
@@ -225,6 +227,8 @@ def test_a_living_owners_claim_is_waited_for_and_a_dead_ones_is_not(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefixes, got = Prefixes(storage.at(uri) / ".prefixes"), []
+    answers = record_answers(monkeypatch, BucketClaim)
+    monkeypatch.setattr("raysweep.training.prefix._BUCKET_POLL", 0.1)
     state = fit(tiny("at", epochs=1), storage.at(uri) / "run").last.path
 
     def second() -> None:
@@ -235,8 +239,8 @@ def test_a_living_owners_claim_is_waited_for_and_a_dead_ones_is_not(
         assert ours
         thread = threading.Thread(target=second)
         thread.start()
-        thread.join(0.5)
-        assert not got
+        wait_for_refusals(answers, 3, thread)
+        assert not got and thread.is_alive()
         prefixes.put("key", state)
     thread.join()
     assert got == [False]
@@ -249,6 +253,44 @@ def test_a_living_owners_claim_is_waited_for_and_a_dead_ones_is_not(
     began = time.monotonic()
     with prefixes.training("other") as ours:
         assert ours and time.monotonic() - began > 0.3
+
+
+def test_a_run_that_waits_for_a_state_leaves_alone_what_is_being_stored(
+    any_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials of one machine share its copy of the bucket: one stores a state, another asks for it again and again."""
+    prefixes, asked = Prefixes(storage.at(any_uri) / ".prefixes"), []
+    state = fit(tiny("at", epochs=1), storage.at(any_uri) / "run").last
+
+    def ask_before(do):
+        def step(path: Path, *more: Path) -> object:
+            asked.append(prefixes.get("key"))
+            return do(path, *more)
+
+        return step
+
+    for name in ("_copy", "_upload"):
+        monkeypatch.setattr(storage, name, ask_before(getattr(storage, name)))
+    prefixes.put("key", state.path)
+    assert asked == [None] * 3, "before each of its files, meta.json last"
+    stored = prefixes.get("key")
+    assert stored is not None and checkpoint.check(stored).meta == state.meta
+
+
+def test_of_two_processes_that_download_the_same_the_second_leaves_the_firsts_copy(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = fit(tiny("at", epochs=1), storage.at(uri) / "run").last.path
+    shutil.move(path, tmp_path / "first")
+    first, copy_files = (tmp_path / "first").stat().st_ino, fs.copy_files
+
+    def copy_slowly(*arguments: object, **options: object) -> None:
+        copy_files(*arguments, **options)
+        (tmp_path / "first").rename(path)
+
+    monkeypatch.setattr(fs, "copy_files", copy_slowly)
+    assert storage.pull(path) and path.stat().st_ino == first
+    assert [file.name for file in path.parent.iterdir() if "epoch" in file.name] == [path.name]
 
 
 def test_two_at_once_in_one_folder_of_a_bucket(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,11 +343,12 @@ def test_a_folder_goes_with_everything_in_it_and_its_neighbours_stay(any_uri: st
 
 def test_copies_are_kept_small_and_come_again(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_COPIES", 1)
-    monkeypatch.setattr(storage, "_IN_USE", 0.5)
-    first = fit(tiny("at", epochs=1), storage.at(uri) / "first").last
-    time.sleep(0.6)
-    second = fit(tiny("at", epochs=1), storage.at(uri) / "second").last
-    assert second.path.exists() and not first.path.exists()
+    first, second = (fit(tiny("at", epochs=1), storage.at(uri) / name).last for name in ("first", "second"))
+    assert first.path.exists() and second.path.exists(), "both are in use"
+    two_hours_ago = time.time() - 7200
+    os.utime(first.path, (two_hours_ago, two_hours_ago))
+    third = fit(tiny("at", epochs=1), storage.at(uri) / "third").last
+    assert third.path.exists() and second.path.exists() and not first.path.exists()
     assert checkpoint.read(first.path).meta == first.meta
 
 
@@ -404,12 +447,14 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
     places = ["--storage", uri, "--optuna", study]
     process = tune(tmp_path / "one", *small, "--trials", "4", "--name", "s", *places)
     sweep, deadline = storage.at(uri) / "s", time.monotonic() + 120
-    while not storage.pull_file(sweep / "sweep.json") or sum(t.epoch for t in Ledger.open(sweep).trials()) < 5:
+    trials: list[Trial] = []
+    while sum(trial.epoch for trial in trials) < 5 or all(trial.state == "running" for trial in trials):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.3)
+        trials = Ledger.open(sweep).trials() if storage.pull_file(sweep / "sweep.json") else []
     process.kill()
     before = {trial.number: trial for trial in Ledger.open(sweep).trials()}
-    assert any(trial.state == "running" for trial in before.values())
+    assert {trial.state for trial in before.values()} > {"running"}, "some have ended, some have not"
     while [child for child in psutil.Process().children(recursive=True) if child.name().startswith("ray::Implicit")]:
         assert time.monotonic() < deadline, "the cluster ends the trials of a driver that is gone"
         time.sleep(0.1)

@@ -96,6 +96,15 @@ class Prefixes:
         """Keep the state in the checkpoint folder `saved` under `key`."""
         if self.stored([key]) and self.get(key) is not None:
             return
+        if storage.is_copy(self.path):
+            # Not through a folder here: a run of this machine that waits for the state and does not find it in the
+            # bucket yet would delete the folder before it is pushed.
+            storage.copy_folder(saved, self.path / key)
+        else:
+            self._link(key, saved)
+        self._collect()
+
+    def _link(self, key: str, saved: Path) -> None:
         partial = self.path / f".{key}.{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -104,8 +113,6 @@ class Prefixes:
         with suppress(OSError):  # another run was faster
             partial.replace(self.path / key)
         shutil.rmtree(partial, ignore_errors=True)
-        storage.push(self.path / key, like=saved)
-        self._collect()
 
     @contextmanager
     def training(self, key: str) -> Iterator[bool]:
