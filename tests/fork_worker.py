@@ -1,7 +1,8 @@
 """Starts Ray's worker processes as forks of one process that has imported what they need: 0.1 s each instead of 5.
 
-A node of the test cluster is given this file as its `setup_worker_path`. Its first worker starts the server of the
-node, and waits as long as the node lives, so that all workers are descendants of the process that started the node.
+A node of the test cluster is given this file as its `setup_worker_path`. The first worker of all nodes starts the
+server, which serves later nodes too, and waits as long as its own node lives, so that all workers are descendants of
+the process that started this node.
 """
 
 import array
@@ -17,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-# The variable that names the folder of the servers' sockets.
+# The variable that names the folder of the server's socket.
 FOLDER = "RAYSWEEP_TEST_FORKS"
 IMPORTS = (
     "ray._private.workers.default_worker",
@@ -32,12 +33,12 @@ POLL_SECONDS = 1.0
 
 
 def launch(arguments: list[str]) -> None:
-    """Ask the node's server to fork a worker. The raylet calls this for each; the first call starts the server."""
+    """Ask the server to fork a worker. A raylet calls this for each; the first call starts the server."""
     context = "--serialized-runtime-env-context="
     given = [argument.removeprefix(context) for argument in arguments if argument.startswith(context)]
     environment = dict(os.environ) | json.loads(given[0] if given else "{}").get("env_vars", {})
     worker = [argument for argument in arguments if not argument.startswith(("--serialized-runtime", "--language"))]
-    path, server = Path(os.environ[FOLDER], os.environ["RAY_RAYLET_PID"]), None
+    path, server = Path(os.environ[FOLDER], "server"), None
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
@@ -58,7 +59,7 @@ def launch(arguments: list[str]) -> None:
 
 
 def serve(path: Path) -> None:
-    """Fork a worker for each request, until the raylet ends."""
+    """Fork a worker for each request, until the raylet that started this process ends."""
     for name in IMPORTS:
         __import__(name)
     raylet = int(os.environ["RAY_RAYLET_PID"])

@@ -2,13 +2,12 @@
 
 import http.server
 import json
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
+import forked
 import pytest
+from conftest import FORKED
 
 from raysweep.cli import main
 from raysweep.commands import doctor
@@ -16,19 +15,6 @@ from raysweep.data import DataSpec
 from raysweep.sweep import probe
 
 pytestmark = pytest.mark.ray
-# A head and a worker that Ray was told two GPUs of, and no token; then the doctor in the same process.
-BROKEN = """
-import sys
-import raysweep.sweep
-from ray.cluster_utils import Cluster
-from raysweep.cli import main
-from raysweep.commands import doctor
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-cluster.add_node(num_cpus=1, num_gpus=2)
-code = main(["doctor", "--address", cluster.address, *sys.argv[1:]])
-cluster.shutdown()
-sys.exit(code)
-"""
 
 
 def test_a_good_cluster(ray_cluster, workdir: Path, capsys) -> None:
@@ -70,15 +56,29 @@ def test_storage_that_is_not_shared(ray_cluster, workdir: Path) -> None:
     assert answer.problems["storage"] == f"does not see {workdir}/elsewhere as the driver does"
 
 
+def examine_a_broken_cluster(*arguments: str) -> int:
+    """The doctor on a head and a worker that Ray was told two GPUs of; they listen everywhere and want no token."""
+    from ray._private import ray_constants
+    from ray.cluster_utils import Cluster
+
+    # Ray's own default, which the session's cluster has switched off.
+    ray_constants.ENABLE_RAY_CLUSTER = True
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **FORKED})
+    cluster.add_node(num_cpus=1, num_gpus=2, **FORKED)
+    code = main(["doctor", "--address", cluster.address, *arguments])
+    cluster.shutdown()
+    return code
+
+
 @pytest.mark.slow
-def test_a_broken_cluster_is_told_what_to_do(tmp_path: Path) -> None:
-    # Ray's own default, which the session's cluster has switched off: it listens everywhere.
+def test_a_broken_cluster_is_told_what_to_do(ray_cluster, tmp_path: Path) -> None:
+    """The session's cluster lends its server of forks."""
     open_doors = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "RAY_AUTH_MODE": "disabled"}
-    environment = {**os.environ, **open_doors, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
-    command = [sys.executable, "-c", BROKEN, "--json", "--out", str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 1, done.stderr
-    report = json.loads(done.stdout)
+    environment = {**open_doors, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    arguments, imports = ("--json", "--out", str(tmp_path)), forked.COMMANDS
+    done = forked.start(examine_a_broken_cluster, *arguments, environment=environment, imports=imports)
+    assert done.wait() == 1, done.err
+    report = json.loads(done.out)
     broken = {(finding["check"], finding["text"].split(": ", 1)[-1]) for finding in report["findings"] if finding["do"]}
     assert ("gpus", "has 0 GPUs, Ray was told 2") in broken
     assert ("doors", "Ray listens beyond loopback and wants no token") in broken

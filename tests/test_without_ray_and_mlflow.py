@@ -29,8 +29,10 @@ WORK = [
 ]
 NEED = [f"tune lrat --trials 1 {SMALL}", "doctor", "eval models:/robust@champion"]
 SCRIPT = """\
-import contextlib, io, json, sys
+import contextlib, io, json, os, sys
 from raysweep.cli import main
+# Attacks run in this process: starting others takes longer than such small attacks do.
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 results = []
 for command in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()
