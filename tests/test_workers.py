@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -184,9 +185,10 @@ def test_every_worker_reports_the_metrics_of_one(two: Path, trained_alone: Fitte
         )
 
 
-def test_a_checkpoint_goes_from_two_workers_to_one_and_back(two: Path, trained_alone: Fitted) -> None:
+def test_a_checkpoint_goes_from_two_workers_to_one_and_back(two: Path, trained_alone: Fitted, tmp_path: Path) -> None:
     epochs: list[int] = []
-    handed = fit(config(), two / "handed over", lambda metrics, saved: epochs.append(saved.epoch), reported=1).last
+    run = shutil.copytree(two / "handed over", tmp_path / "run")
+    handed = fit(config(), run, lambda metrics, saved: epochs.append(saved.epoch), reported=1).last
     assert epochs == [2]
     assert difference(handed.path, trained_alone.last.path) < 1e-5
     assert difference(two / "taken over" / "epoch-0002", trained_alone.last.path) < 1e-5
