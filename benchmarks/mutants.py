@@ -869,7 +869,10 @@ def main() -> None:
     scratch = Path(tempfile.mkdtemp(prefix="mutants-"))
     try:
         snapshot = Snapshot(scratch / "0", args.tests)
-        sources = {file: snapshot.sources[file] for file in select_files(snapshot.sources, args.only)}
+        try:
+            sources = {file: snapshot.sources[file] for file in select_files(snapshot.sources, args.only)}
+        except ValueError as error:
+            parser.error(str(error))
         mutants = draw_mutants(sources, args.n, args.seed)
         if args.list or args.show is not None:
             chosen = range(len(mutants)) if args.list else [args.show]
