@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -235,17 +235,40 @@ def test_the_second_run_does_nothing(digits_run: Path, monkeypatch, capsys) -> N
     assert [stage["done"] for stage in planned] == [True, True, False, False, False]
 
 
-@pytest.mark.ray
-def test_from_makes_the_rest_again_and_repeats_no_attack(digits_run: Path, monkeypatch) -> None:
+@pytest.fixture
+def copied_run(digits_run: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of `digits_run` in its place, for what it holds names that place; afterwards the original is back.
+
+    Only for new processes: this one may have the original's database open.
+    """
+    original = digits_run.rename(tmp_path / "original")
+    shutil.copytree(original, digits_run)
+    yield digits_run
+    shutil.rmtree(digits_run)
+    original.rename(digits_run)
+
+
+def run_without_attacks(arguments: list[str]) -> int:
+    """Call `raysweep`; it fails if an attack of AutoAttack runs."""
+
     def refuse(*args, **kwargs):
         raise AssertionError("an attack ran again")
 
-    before = {kind: artifact.finished for kind, (_, artifact) in artifacts(digits_run).items()}
-    monkeypatch.setattr("raysweep.attacks.apgd.APGD.__call__", refuse)
-    assert main(["run", "digits", *TINY, "--out", str(digits_run), "--from", "autoattack"]) == 0
-    after = {kind: artifact.finished for kind, (_, artifact) in artifacts(digits_run).items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("raysweep.attacks.apgd.APGD.__call__", refuse)
+        patch.setattr("os.sched_getaffinity", lambda pid: {0})
+        return main(arguments)
+
+
+@pytest.mark.ray
+def test_from_makes_the_rest_again_and_repeats_no_attack(copied_run: Path) -> None:
+    before = {kind: artifact.finished for kind, (_, artifact) in artifacts(copied_run).items()}
+    command = ["run", "digits", *TINY, "--out", str(copied_run), "--from", "autoattack"]
+    again = forked.start(run_without_attacks, command, imports=forked.COMMANDS)
+    assert again.wait() == 0, again.err
+    after = {kind: artifact.finished for kind, (_, artifact) in artifacts(copied_run).items()}
     assert [kind for kind in after if after[kind] != before[kind]] == ["autoattack", "register", "report"]
-    assert artifacts(digits_run)["register"][1].facts["verdict"] == "tie", "it is the champion itself"
+    assert artifacts(copied_run)["register"][1].facts["verdict"] == "tie", "it is the champion itself"
 
 
 def _configs(name: str) -> list[RunConfig]:
