@@ -24,6 +24,9 @@ FORKS = multiprocessing.get_context("forkserver")
 TRAINING = ["raysweep.training.trainer", "raysweep.training.distributed", "torch._dynamo"]
 COMMANDS = [*TRAINING, "raysweep.commands.run", "raysweep.commands.tune", "raysweep.sweep.tuner"]
 COMMANDS += ["mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store", "raysweep.plots", "optuna.importance"]
+# What the server imports whoever starts it: all that commands need, where tests use Ray (see `conftest`). Each command
+# would import it again in a fork of a server that a test of training had started.
+ALWAYS: list[str] = []
 
 
 class Forked:
@@ -79,7 +82,7 @@ def start(
     where, variables = folder or Path.cwd(), {**os.environ, **(environment or {})}
     for name in ("out", "err"):
         (output / name).touch()
-    FORKS.set_forkserver_preload(imports)
+    FORKS.set_forkserver_preload([*imports, *ALWAYS])
     process = FORKS.Process(target=_work, args=(output, where, variables, function, arguments))
     process.start()
     return Forked(process, output)
@@ -94,7 +97,7 @@ def command(
 
 def instead_of_spawn(patch: pytest.MonkeyPatch) -> None:
     """Replace multiprocessing's "spawn" context, which starts fresh interpreters, by the fork server."""
-    FORKS.set_forkserver_preload(TRAINING)
+    FORKS.set_forkserver_preload([*TRAINING, *ALWAYS])
     get_context = multiprocessing.get_context
     patch.setattr(
         multiprocessing, "get_context", lambda method=None: FORKS if method == "spawn" else get_context(method)
