@@ -50,8 +50,9 @@ TINY: dict[str, Any] = {
     "*.attacks.*.steps": 2,
     "validation.finish.*.steps": 2,
 }
-# Arguments for `head_node_args` and `add_node` that make Ray's workers forks of one process.
-FORKED = {"setup_worker_path": fork_worker.__file__}
+# Arguments for `head_node_args` and `add_node`: Ray's workers are forks of one process, and none watches their logs,
+# which no driver here asks for.
+FORKED: dict[str, Any] = {"setup_worker_path": fork_worker.__file__, "include_log_monitor": False}
 
 
 # The files that use Ray run in two processes, each with a cluster of its own: one set of files in each process.
