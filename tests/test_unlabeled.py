@@ -188,18 +188,25 @@ def test_pseudo_labels():
         assert torch.equal(labels, model.eval()(x.float() / 16).argmax(1))
 
 
-@pytest.mark.parametrize("method", ["rst", "gair-rst"])
-def test_robust_self_training_on_digits(tmp_path, method):
-    """Part of the training set loses its labels, gets a model's, and helps: RST trains, and the fingerprint knows."""
-    spec = DataSpec(val_size=100, train_size=400)
-    few = load(spec)
-    with np.load(_rest(tmp_path, few)) as rest:
+@pytest.fixture(scope="module")
+def pseudo_labeled(tmp_path_factory):
+    """Few labelled digits, and a file of the others with the labels of a model trained on the few."""
+    folder = tmp_path_factory.mktemp("pseudo_labeled")
+    few = load(DataSpec(val_size=100, train_size=400))
+    with np.load(_rest(folder, few)) as rest:
         x = rest["x"]
-    teacher = fit(run_config("standard", DIGITS | {"epochs": 3}), tmp_path / "teacher", data=few)
+    teacher = fit(run_config("standard", DIGITS | {"epochs": 3}), folder / "teacher", data=few)
     model = teacher.last.load_model(ModelSpec().build(1, 10, 0))
     labels = pseudo_label(model, torch.from_numpy(x), white=16)
-    write(tmp_path / "rest.npz", x, labels.numpy())
-    settings = DIGITS | {"epochs": 2, "data.unlabeled": str(tmp_path / "rest.npz"), "method.attacks.*.steps": 2}
+    write(folder / "rest.npz", x, labels.numpy())
+    return few, folder / "rest.npz"
+
+
+@pytest.mark.parametrize("method", ["rst", "gair-rst"])
+def test_robust_self_training_on_digits(pseudo_labeled, tmp_path, method):
+    """Part of the training set loses its labels, gets a model's, and helps: RST trains, and the fingerprint knows."""
+    few, file = pseudo_labeled
+    settings = DIGITS | {"epochs": 2, "data.unlabeled": str(file), "method.attacks.*.steps": 2}
     settings |= {"method.terms.kl.weight.burn_in": 1} if method == "gair-rst" else {}
     config = run_config(method, settings)
     data = load(config.data)
