@@ -201,6 +201,7 @@ def test_the_nightly_manifest_holds_a_valid_rayjob() -> None:
     jsonschema.validate(yaml.safe_load(held)["spec"], JOB)
 
 
+@pytest.mark.slow
 def test_aws_gets_what_the_file_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Ray's own AWS provider, against moto: key pair, role, subnets, machines; nothing open to the world."""
     moto = pytest.importorskip("moto", reason="needs `pip install moto[ec2,iam]`")

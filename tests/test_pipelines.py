@@ -276,6 +276,7 @@ def _configs(name: str) -> list[RunConfig]:
     return [config for stage in pipeline.stages for config in stage.configs(around)]
 
 
+@pytest.mark.slow
 def test_every_row_of_every_pipeline_trains(tmp_path: Path) -> None:
     """One small epoch of each run, in this process; what several pipelines share is trained once."""
     found = {name: _configs(name) for name in pipelines()}

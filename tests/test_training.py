@@ -88,6 +88,7 @@ def train_until_killed(config: RunConfig, path: Path) -> None:
     fit(config, path, kill_soon)
 
 
+@pytest.mark.slow
 def test_killed_with_sigkill_it_resumes_to_the_weights_of_a_run_never_stopped(tmp_path) -> None:
     config = tiny("lrat", epochs=8)
     process = forked.start(train_until_killed, config, tmp_path / "killed")
