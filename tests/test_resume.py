@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import forked
@@ -40,21 +41,30 @@ def epochs_of(sweep: Path) -> int:
     return sum(json.loads(file.read_text())["epoch"] for file in sweep.glob("trials/*/trial.json"))
 
 
-def wait_for_epochs(sweep: Path, count: int, process: Forked) -> None:
+def has_ended_trial(sweep: Path) -> bool:
+    return any(json.loads(file.read_text())["state"] != "running" for file in sweep.glob("trials/*/trial.json"))
+
+
+def wait_until(condition: Callable[[], bool], process: Forked) -> None:
     deadline = time.monotonic() + 120
-    while epochs_of(sweep) < count:
+    while not condition():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def wait_for_epochs(sweep: Path, count: int, process: Forked) -> None:
+    wait_until(lambda: epochs_of(sweep) >= count, process)
 
 
 def test_kill_9_ctrl_c_a_sigterm_and_a_budget_in_the_life_of_one_sweep(tune, workdir: Path, capsys) -> None:
     sweep = workdir / "runs" / "s"
     first = tune(*SMALL, "--trials", "5", "--name", "s")
     wait_for_epochs(sweep, 5, first)
+    wait_until(lambda: has_ended_trial(sweep), first)
     first.send_signal(signal.SIGKILL)
     first.wait()
     killed = {trial.number: trial for trial in Ledger.open(sweep).trials()}
-    assert any(trial.state == "running" for trial in killed.values())
+    assert {trial.state for trial in killed.values()} > {"running"}, "some have ended, some have not"
 
     for end in (signal.SIGINT, signal.SIGTERM):
         before = epochs_of(sweep)
