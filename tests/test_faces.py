@@ -193,8 +193,10 @@ def test_an_attack_in_train_mode_meets_the_model_itself(digits, learned) -> None
 
 
 @pytest.mark.slow
-def test_a_compiled_attack_is_the_plain_attack(digits) -> None:
+def test_a_compiled_attack_is_the_plain_attack(digits, monkeypatch) -> None:
     """On a network with one layer of each kind, because compiling takes seconds for each layer."""
+    # Otherwise Inductor compiles a program of its own for each instruction set that /proc/cpuinfo names, to try it.
+    monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", True)
 
     def network() -> nn.Module:
         torch.manual_seed(0)
