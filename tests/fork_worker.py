@@ -72,6 +72,7 @@ def serve(path: Path) -> None:
             if not select.select([listener], [], [], POLL_SECONDS)[0]:
                 continue
             connection, _ = listener.accept()
+            _draw_random_ids()
             if os.fork() == 0:
                 # When the raylet kills a worker it kills the worker's process group, which must not be the server's.
                 os.setsid()
@@ -80,6 +81,18 @@ def serve(path: Path) -> None:
                 _become_worker(connection)
             connection.close()
     path.unlink()
+
+
+def _draw_random_ids() -> None:
+    """Draw as many of Ray's random ids as no test's worker does, so that the next fork's are others.
+
+    Forks inherit the state of the generator: two that started at once gave their first objects the same id, one of them
+    crashed, and the first driver of the node waited for it forever.
+    """
+    from ray import ObjectID
+
+    for _ in range(2_000):
+        ObjectID.from_random()
 
 
 def _become_worker(connection: socket.socket) -> None:
