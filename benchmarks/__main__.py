@@ -4,9 +4,10 @@
     python benchmarks --full        # the sizes of RESULTS.md: an hour of a machine that does nothing else
     python benchmarks --full step   # one part of it
 
-Each part also runs alone, with sizes of its own: training_step.py, objective_cost.py, autoattack.py, sweeps.py,
-scaling.py, footprint.py. Not in the table: the choice of the objective (objectives.py), the methods
-(methods_on_digits.py), kills (kills.py), very large sweeps (scale.py), what the tests notice (mutants.py).
+Each part also runs alone, with sizes of its own: training_step.py, objective_cost.py,
+autoattack.py, sweeps.py, scaling.py, footprint.py. Not in the table: the choice of the objective
+(objectives.py), the methods (methods_on_digits.py), kills (kills.py), very large sweeps (scale.py),
+what the tests notice (mutants.py).
 """
 
 import argparse
@@ -27,15 +28,21 @@ PARTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    ratios = [ratio for name in args.parts or PARTS for ratio in import_module(PARTS[name]).run(args.full)]
+    ratios = [
+        ratio for name in args.parts or PARTS for ratio in import_module(PARTS[name]).run(args.full)
+    ]
     print(f"\n{machine()}{'' if args.full else '; smallest sizes, which say little of speed'}\n")
-    print(table(["what", "measured", "goal", "n"], [[r.what, r.value, r.goal, r.n] for r in ratios]))
+    print(
+        table(["what", "measured", "goal", "n"], [[r.what, r.value, r.goal, r.n] for r in ratios])
+    )
 
 
 if __name__ == "__main__":

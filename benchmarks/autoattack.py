@@ -1,4 +1,5 @@
-"""AutoAttack measured: the verdict, its time, the passes that 'standard' prescribes and those that were done.
+"""AutoAttack measured: the verdict, its time, the passes that 'standard' prescribes and those that
+were done.
 
     python benchmarks/autoattack.py digits --norm Linf              # the robust digits network of the tests
     python benchmarks/autoattack.py torchattacks                    # in turn with torchattacks 3.5.1, if installed
@@ -7,7 +8,8 @@
     python benchmarks/autoattack.py square --data DATA              # MNIST images that only Square breaks, step by step
     python benchmarks/autoattack.py hard --data DATA                # MNIST images on which gradient attacks fail
 
-DATA holds `mnist/` (the four idx .gz files) and `models/` (published networks with `archs.py`). One thread a process.
+DATA holds `mnist/` (the four idx .gz files) and `models/` (published networks with `archs.py`). One
+thread a process.
 """
 
 import argparse
@@ -27,12 +29,27 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import autoattack_limit  # noqa: E402
+import autoattack_limit
 
-from raysweep.attacks import APGD, FAB, PGD, Square, Version, WorstCase, autoattack, margin  # noqa: E402
-from raysweep.evaluation import Processes, RobustnessReport, bar, evaluate  # noqa: E402
-from raysweep.evaluation.copies import Tiled, device_of  # noqa: E402
-from raysweep.rng import Rng  # noqa: E402
+from raysweep.attacks import (
+    APGD,
+    FAB,
+    PGD,
+    AttackCascade,
+    AutoAttackVersion,
+    Square,
+    autoattack,
+    true_class_margin,
+)
+from raysweep.evaluation import (
+    ProcessPoolMap,
+    RobustnessReport,
+    evaluate,
+    show_evaluation_progress,
+)
+from raysweep.evaluation.attack_model import FixedSizeBatches
+from raysweep.evaluation.device_precision import get_model_device
+from raysweep.rng import ExampleRng
 
 # Of the 10,000 images: a minute each at most.
 SHARDS = 100
@@ -48,8 +65,12 @@ OFFICIAL_CPU_S = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["digits", "torchattacks", "defences", "mnist", "square", "hard"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "what", choices=["digits", "torchattacks", "defences", "mnist", "square", "hard"]
+    )
     parser.add_argument("--norm", choices=["Linf", "L2"], default="Linf")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -69,7 +90,9 @@ def main() -> None:
 
 
 def run(full: bool = False) -> list[Ratio]:
-    """What `python benchmarks` shows of it: the robust digits network of the tests, one thread, then two processes."""
+    """What `python benchmarks` shows of it: the robust digits network of the tests, one thread,
+    then two processes.
+    """
     from robust_digits import OFFICIAL, digits, robust_digits
 
     found: list[Ratio] = []
@@ -80,7 +103,14 @@ def run(full: bool = False) -> list[Ratio]:
             report, _, cpu = timed(model, x, y, eps, norm, 0, 0)
             robust = OFFICIAL[f"{norm}.square"].sum()
             value = f"{sum(OFFICIAL_CPU_S[norm].values()) / cpu:.2f} ({report.robust.sum()} robust, official {robust})"
-            found.append(Ratio(f"AutoAttack {norm} over the official package, as recorded elsewhere", value, "2", n))
+            found.append(
+                Ratio(
+                    f"AutoAttack {norm} over the official package, as recorded elsewhere",
+                    value,
+                    "2",
+                    n,
+                )
+            )
         if (ratio := interleaved(model, x, y, eps, norm, 0, None)) is not None:
             found.append(Ratio(f"AutoAttack {norm} over torchattacks", ratio, "2", n))
         over = autoattack_limit.measure(norm, 0, count, None if full else SHORT)
@@ -100,8 +130,12 @@ def digits_benchmark(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         for count in (c or len(x) for c in args.examples):
             for processes in args.processes:
-                report, wall, cpu = timed(model, x[:count], y[:count], eps, args.norm, seed, processes)
-                print(f"\n{args.norm} eps {eps} seed {seed}, {count} examples, {processes or 'this'} process(es)")
+                report, wall, cpu = timed(
+                    model, x[:count], y[:count], eps, args.norm, seed, processes
+                )
+                print(
+                    f"\n{args.norm} eps {eps} seed {seed}, {count} examples, {processes or 'this'} process(es)"
+                )
                 for name, rows in report.robust_after.items():
                     print(
                         f"  {name:8} {rows.sum():4} robust, official {OFFICIAL[f'{args.norm}.{name}'][:count].sum():4}"
@@ -115,14 +149,17 @@ def digits_benchmark(args: argparse.Namespace) -> None:
 
 
 def defences_benchmark(args: argparse.Namespace) -> None:
-    """Masked, saturated, softmax and randomised outputs: ours beside the official verdict on the first 150 images."""
+    """Masked, saturated, softmax and randomised outputs: ours beside the official verdict on the
+    first 150 images.
+    """
     from robust_digits import DEFENCES, OFFICIAL, Wrapped, digits
 
     for name in ("quant4", "scale1000", "softmax", "random"):
         for seed in args.seeds:
             report = evaluate(Wrapped(DEFENCES[name]), *digits(150), eps=0.2, seed=seed)
             counts = [
-                f"{key} {rows.sum()}/{OFFICIAL[f'{name}.{key}'].sum()}" for key, rows in report.robust_after.items()
+                f"{key} {rows.sum()}/{OFFICIAL[f'{name}.{key}'].sum()}"
+                for key, rows in report.robust_after.items()
             ]
             print(
                 f"{name} seed {seed}, robust ours/official: {', '.join(counts)}",
@@ -147,7 +184,7 @@ def timed(
         wall, cpu = time.monotonic(), time.process_time()
         report = evaluate(model, x, y, attack, eps, norm=norm, seed=seed)
         return report, time.monotonic() - wall, time.process_time() - cpu
-    with Processes(processes) as pool:
+    with ProcessPoolMap(processes) as pool:
         evaluate(model, x[:8], y[:8], attack="pgd20", eps=eps, norm=norm, map=pool)  # start them
         wall, cpu = time.monotonic(), time.process_time()
         report = evaluate(model, x, y, attack, eps, norm=norm, seed=seed, map=pool)
@@ -155,7 +192,9 @@ def timed(
 
 
 def passes(report: RobustnessReport, done: bool) -> Counter[str]:
-    """How often a row went through the model, from the report's counts (done) or from the settings (prescribed)."""
+    """How often a row went through the model, from the report's counts (done) or from the settings
+    (prescribed).
+    """
     total: Counter[str] = Counter()
     live = int(report.clean.sum())
     for name, attack in autoattack(report.eps, report.norm).attacks.items():  # type: ignore[arg-type]
@@ -175,15 +214,18 @@ def passes(report: RobustnessReport, done: bool) -> Counter[str]:
 def torchattacks_benchmark(args: argparse.Namespace) -> None:
     """Ours and torchattacks' with the official 100 steps, attack by attack in turn.
 
-    In this process by cpu time; with --processes N by wall time, ours on N processes, theirs on N threads.
+    In this process by cpu time; with --processes N by wall time, ours on N processes, theirs on N
+    threads.
     """
     from robust_digits import digits, robust_digits
 
     model, (x, y), eps = robust_digits(), digits(), {"Linf": 0.2, "L2": 0.7}[args.norm]
     for processes in args.processes:
         torch.set_num_threads(processes or 1)
-        with Processes(processes) if processes else InThisProcess() as pool:
-            evaluate(model, x[:8], y[:8], attack="pgd20", eps=eps, norm=args.norm, map=pool)  # start them
+        with ProcessPoolMap(processes) if processes else InThisProcess() as pool:
+            evaluate(
+                model, x[:8], y[:8], attack="pgd20", eps=eps, norm=args.norm, map=pool
+            )  # start them
             for seed in args.seeds:
                 interleaved(model, x, y, eps, args.norm, seed, pool)
 
@@ -195,8 +237,8 @@ def interleaved(
     eps: float,
     norm: str,
     seed: int,
-    pool: Processes | None,
-    version: Version = "standard",
+    pool: ProcessPoolMap | None,
+    version: AutoAttackVersion = "standard",
 ) -> str | None:
     """Theirs over ours and both verdicts; None without torchattacks, which is no dependency."""
     try:
@@ -207,12 +249,12 @@ def interleaved(
     except ImportError as error:
         print(f"torchattacks cannot be imported ({error}): pip install --no-deps torchattacks")
         return None
-    on_gpu = device_of(model).type == "cuda"
+    on_gpu = get_model_device(model).type == "cuda"
     clock, kind = (time.monotonic, "wall") if pool or on_gpu else (time.process_time, "cpu")
 
     def right(rows: np.ndarray, x: Tensor) -> np.ndarray:
         with torch.no_grad():
-            return (model(x.to(device_of(model))).argmax(1).cpu() == y[rows]).numpy()
+            return (model(x.to(get_model_device(model))).argmax(1).cpu() == y[rows]).numpy()
 
     frozen = {"eps": eps, "norm": norm, "seed": seed}
     theirs = {
@@ -226,7 +268,7 @@ def interleaved(
     cascade = autoattack(eps, norm, version)  # type: ignore[arg-type]
     for name, attack in cascade.attacks.items():
         rows = np.flatnonzero(live["ours"])
-        alone = WorstCase(attacks={name: attack}, tf32=cascade.tf32)
+        alone = AttackCascade(attacks={name: attack}, tf32=cascade.tf32)
         began = clock()
         report = evaluate(model, x[rows], y[rows], attack=alone, seed=seed, index=rows, map=pool)
         spent = {"ours": clock() - began}
@@ -238,22 +280,30 @@ def interleaved(
         live["theirs"][rows] = right(rows, x_adv)
         total.update(spent)
         print(
-            f"  {name:8}", "; ".join(f"{who} {spent[who]:.1f} s, {live[who].sum()} robust" for who in spent), flush=True
+            f"  {name:8}",
+            "; ".join(f"{who} {spent[who]:.1f} s, {live[who].sum()} robust" for who in spent),
+            flush=True,
         )
     ratio = total["theirs"] / total["ours"]
-    print(f"  {kind}: torchattacks {total['theirs']:.1f} s / ours {total['ours']:.1f} s = {ratio:.2f}")
+    print(
+        f"  {kind}: torchattacks {total['theirs']:.1f} s / ours {total['ours']:.1f} s = {ratio:.2f}"
+    )
     return f"{ratio:.2f} ({live['ours'].sum()} robust, theirs {live['theirs'].sum()})"
 
 
 def mnist_benchmark(args: argparse.Namespace) -> None:
-    """WK17a at eps 0.1: mixed-integer programming proves 438 errors on 10,000 images; no attack can find more."""
+    """WK17a at eps 0.1: mixed-integer programming proves 438 errors on 10,000 images; no attack can
+    find more.
+    """
     archs, (x, y) = published(args.data), mnist(args.data)
-    with Processes(max(args.processes)) if max(args.processes) else InThisProcess() as pool:
+    with ProcessPoolMap(max(args.processes)) if max(args.processes) else InThisProcess() as pool:
         for seed in args.seeds:
             began = time.monotonic()
             settings = {"seed": seed, "map": pool, "shards": SHARDS, "resume_dir": args.resume}
-            with bar() as progress:
-                report = evaluate(archs.load("wk17a_mipverify"), x, y, eps=0.1, progress=progress, **settings)
+            with show_evaluation_progress() as progress:
+                report = evaluate(
+                    archs.load("wk17a_mipverify"), x, y, eps=0.1, progress=progress, **settings
+                )
             errors = {name: int((~rows).sum()) for name, rows in report.robust_after.items()}
             print(
                 f"wk17a_mipverify eps 0.1 seed {seed}: errors {int((~report.clean).sum())} clean, {json.dumps(errors)}"
@@ -265,34 +315,45 @@ def mnist_benchmark(args: argparse.Namespace) -> None:
 
 
 def square_benchmark(args: argparse.Namespace) -> None:
-    """Square and the official steps, written down plainly, with the same random numbers: which images fall to each."""
+    """Square and the official steps, written down plainly, with the same random numbers: which
+    images fall to each.
+    """
     archs, (x, y), rows = published(args.data), mnist(args.data), torch.tensor(OF_SQUARE)
-    model, x, y = Tiled(archs.load("wk17a_mipverify")), x[rows].float() / 255, y[rows]
+    model, x, y = FixedSizeBatches(archs.load("wk17a_mipverify")), x[rows].float() / 255, y[rows]
     for seed in args.seeds:
-        attack, rng = Square(eps=0.1), Rng.for_examples(rows, seed).stream("square")
-        ours = margin(model(attack(model, x, y, rng).x), y) <= 0
-        official = official_square(attack, model, x, y, rng.stream("restart", 0)) <= 0
-        fell = [[row for row, hit in zip(OF_SQUARE, hits.tolist(), strict=True) if hit] for hits in (ours, official)]
-        print(f"seed {seed}: the official steps break {fell[1]}, ours {'the same' if fell[0] == fell[1] else fell[0]}")
+        attack, rng = Square(eps=0.1), ExampleRng.for_examples(rows, seed).derive_stream("square")
+        ours = true_class_margin(model(attack(model, x, y, rng).x_adv), y) <= 0
+        official = official_square(attack, model, x, y, rng.derive_stream("restart", 0)) <= 0
+        fell = [
+            [row for row, hit in zip(OF_SQUARE, hits.tolist(), strict=True) if hit]
+            for hits in (ours, official)
+        ]
+        print(
+            f"seed {seed}: the official steps break {fell[1]}, ours {'the same' if fell[0] == fell[1] else fell[0]}"
+        )
 
 
 @torch.inference_mode()
-def official_square(attack: Square, model: nn.Module, x: Tensor, y: Tensor, rng: Rng) -> Tensor:
-    """Margins (N,) where x_best + 2 eps s in a window is clamped to the ball, then to [0, 1], for every query."""
+def official_square(
+    attack: Square, model: nn.Module, x: Tensor, y: Tensor, rng: ExampleRng
+) -> Tensor:
+    """Margins (N,) where x_best + 2 eps s in a window is clamped to the ball, then to [0, 1], for
+    every query.
+    """
     eps, size = attack.eps, x.shape[-1]
-    stripes = torch.where(rng.stream("start").uniform((1, 1, size)) < 0.5, -eps, eps)
+    stripes = torch.where(rng.derive_stream("start").uniform((1, 1, size)) < 0.5, -eps, eps)
     best_x = (x + stripes).clamp(0, 1)
-    best = margin(model(best_x), y)
-    for query, (down, right, sign) in enumerate(attack._shared(rng, 3)):
+    best = true_class_margin(model(best_x), y)
+    for query, (down, right, sign) in enumerate(attack._draw_shared_numbers(rng, 3)):
         live = (best > 0).nonzero()[:, 0]
         if not len(live):
             break
-        side = attack._side(query, size * size)
+        side = attack._window_side(query, size * size)
         top, left = int(down * (size - side)), int(right * (size - side))
         candidate = best_x[live]
         candidate[..., top : top + side, left : left + side] += -2 * eps if sign < 0.5 else 2 * eps
         candidate = candidate.clamp(x[live] - eps, x[live] + eps).clamp(0, 1)
-        least = margin(model(candidate), y[live])
+        least = true_class_margin(model(candidate), y[live])
         better = least < best[live]
         best_x[live[better]], best[live[better]] = candidate[better], least[better]
     return best
@@ -306,15 +367,23 @@ def hard_benchmark(args: argparse.Namespace) -> None:
         ("babattack_mnist_madry_tiny", "mnist_MadryCNN_no_maxpool_tiny"),
     ):
         lines = (
-            (args.data / "models" / "hard_idx" / f"{file}__mip_unsafe_idx.txt").read_text().replace(",", " ").split()
+            (args.data / "models" / "hard_idx" / f"{file}__mip_unsafe_idx.txt")
+            .read_text()
+            .replace(",", " ")
+            .split()
         )
         rows = torch.tensor([int(line) for line in lines])
-        plain = WorstCase(attacks={"pgd": PGD(eps=0.3, steps=100, step_size=0.01)})
+        plain = AttackCascade(attacks={"pgd": PGD(eps=0.3, steps=100, step_size=0.01)})
         for attack in (plain, autoattack(0.3), autoattack(0.3, version="plus")):
             for seed in args.seeds:
-                report = evaluate(archs.load(name), x[rows], y[rows], attack=attack, seed=seed, index=rows)
+                report = evaluate(
+                    archs.load(name), x[rows], y[rows], attack=attack, seed=seed, index=rows
+                )
                 fallen = Counter(report.broken_by.tolist())
-                print(f"{name}: {len(rows) - fallen['']} of {len(rows)} fall: {dict(fallen)} (seed {seed})", flush=True)
+                print(
+                    f"{name}: {len(rows) - fallen['']} of {len(rows)} fall: {dict(fallen)} (seed {seed})",
+                    flush=True,
+                )
 
 
 class InThisProcess:
@@ -328,7 +397,9 @@ class InThisProcess:
 def mnist(data: Path) -> tuple[Tensor, Tensor]:
     """The 10,000 test images, uint8 (N, 1, 28, 28), and labels."""
     read = [
-        np.frombuffer(gzip.decompress((data / "mnist" / name).read_bytes()), np.uint8, offset=offset)
+        np.frombuffer(
+            gzip.decompress((data / "mnist" / name).read_bytes()), np.uint8, offset=offset
+        )
         for name, offset in (("t10k-images-idx3-ubyte.gz", 16), ("t10k-labels-idx1-ubyte.gz", 8))
     ]
     return torch.tensor(read[0]).view(-1, 1, 28, 28), torch.tensor(read[1]).long()

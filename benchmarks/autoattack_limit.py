@@ -1,10 +1,12 @@
-"""AutoAttack's time over the cost of its passes alone, attack by attack, on the robust digits network of the tests.
+"""AutoAttack's time over the cost of its passes alone, attack by attack, on the robust digits
+network of the tests.
 
     python benchmarks/autoattack_limit.py --norm L2
 
-A pass costs what it costs at the size it is done, on a machine that others share: so every EVERY-th pass of the run is
-done a second time, bare (a forward, or a forward and the gradient of the summed logits), right before the first. Its
-cpu seconds, times EVERY, are the limit; they are not counted as the attack's. One thread.
+A pass costs what it costs at the size it is done, on a machine that others share: so every EVERY-th
+pass of the run is done a second time, bare (a forward, or a forward and the gradient of the summed
+logits), right before the first. Its cpu seconds, times EVERY, are the limit; they are not counted
+as the attack's. One thread.
 """
 
 import argparse
@@ -20,12 +22,12 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from robust_digits import digits, robust_digits  # noqa: E402
+from robust_digits import digits, robust_digits
 
-from raysweep.attacks import Norm, autoattack  # noqa: E402
-from raysweep.evaluation.copies import attack_copy  # noqa: E402
-from raysweep.rng import Rng  # noqa: E402
-from raysweep.spec import override  # noqa: E402
+from raysweep.attacks import Norm, autoattack
+from raysweep.evaluation.attack_model import make_attack_model
+from raysweep.rng import ExampleRng
+from raysweep.spec import apply_overrides
 
 EVERY = 8
 FORWARD, BOTH = "forward", "forward+backward"
@@ -75,7 +77,9 @@ class Sampled(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--norm", choices=["Linf", "L2"], default="Linf")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -83,22 +87,31 @@ def main() -> None:
     measure(args.norm, args.seed)
 
 
-def measure(norm: Norm, seed: int = 0, count: int = 450, changes: Mapping[str, object] | None = None) -> float:
-    """Print the table for the first `count` of the 450 images and return the ratio over all attacks.
+def measure(
+    norm: Norm, seed: int = 0, count: int = 450, changes: Mapping[str, object] | None = None
+) -> float:
+    """Print the table for the first `count` of the 450 images and return the ratio over all
+    attacks.
 
     changes: settings of the attacks to override.
     """
     model, (x, y), eps = robust_digits(), digits(count), {"Linf": 0.2, "L2": 0.7}[norm]
     live = (model(x).argmax(1) == y).nonzero()[:, 0]
-    sampled, all_cpu, all_limit = Sampled(attack_copy(model, x[:32])), 0.0, 0.0
-    print("| attack | robust | passes | rows a pass | us a row, forward | forward+backward | cpu s | limit s | ratio |")
+    sampled, all_cpu, all_limit = Sampled(make_attack_model(model, x[:32])), 0.0, 0.0
+    print(
+        "| attack | robust | passes | rows a pass | us a row, forward | forward+backward | cpu s | limit s | ratio |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, attack in override(autoattack(eps, norm), changes or {}, missing="ignore").attacks.items():
+    for name, attack in apply_overrides(
+        autoattack(eps, norm), changes or {}, on_missing="ignore"
+    ).attacks.items():
         sampled.reset()
         began = time.process_time()
-        found = attack(sampled, x[live], y[live], Rng.for_examples(live, seed).stream(name))
+        found = attack(
+            sampled, x[live], y[live], ExampleRng.for_examples(live, seed).derive_stream(name)
+        )
         cpu = time.process_time() - began - sum(sampled.seconds.values())
-        live = live[model(found.x).argmax(1) == y[live]]
+        live = live[model(found.x_adv).argmax(1) == y[live]]
         rows, calls, unit, limit = sampled.rows, sampled.calls, sampled.unit, sampled.limit
         costs = [f"{1e6 * unit[kind]:.1f}" if kind in unit else "" for kind in (FORWARD, BOTH)]
         size = rows.total() / calls.total()
@@ -114,7 +127,9 @@ def measure(norm: Norm, seed: int = 0, count: int = 450, changes: Mapping[str, o
         ]
         print("|", " | ".join(map(str, cells)), "|", flush=True)
         all_cpu, all_limit = all_cpu + cpu, all_limit + limit
-    print(f"| all | {len(live)} | | | | | {all_cpu:.2f} | {all_limit:.2f} | {all_cpu / all_limit:.3f} |")
+    print(
+        f"| all | {len(live)} | | | | | {all_cpu:.2f} | {all_limit:.2f} | {all_cpu / all_limit:.3f} |"
+    )
     return all_cpu / all_limit
 
 

@@ -1,9 +1,11 @@
-"""AutoAttack's wall time against the number of workers and of examples, on the robust digits network of the tests.
+"""AutoAttack's wall time against the number of workers and of examples, on the robust digits
+network of the tests.
 
     python benchmarks/autoattack_scaling.py --examples 50 100 200 --workers 1 2        # writes autoattack_scaling.svg
     python benchmarks/autoattack_scaling.py --ray ...                                  # workers are Ray's
 
-One thread a worker; workers are up before the clock starts. Verdicts must agree however many there are.
+One thread a worker; workers are up before the clock starts. Verdicts must agree however many there
+are.
 """
 
 import argparse
@@ -21,16 +23,18 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from robust_digits import digits, robust_digits  # noqa: E402
+from robust_digits import digits, robust_digits
 
-from raysweep.evaluation import Processes, RobustnessReport, evaluate  # noqa: E402
-from raysweep.evaluation.evaluator import Map  # noqa: E402
+from raysweep.evaluation import ProcessPoolMap, RobustnessReport, evaluate
+from raysweep.evaluation.evaluator import ShardMapper
 
 EPS = 0.2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--examples", type=int, nargs="+", default=[50, 100, 200])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--ray", action="store_true")
@@ -39,7 +43,9 @@ def main() -> None:
     torch.set_num_threads(1)
     seconds: dict[int, list[float]] = {}
     verdicts: dict[int, np.ndarray] = {}
-    print("| workers | examples | robust | wall s | examples / s | load |\n|---|---|---|---|---|---|")
+    print(
+        "| workers | examples | robust | wall s | examples / s | load |\n|---|---|---|---|---|---|"
+    )
     for workers in args.workers:
         with pool(workers, args.ray) as map:
             run(map, 2 * workers, "pgd20")
@@ -47,7 +53,9 @@ def main() -> None:
                 began = time.monotonic()
                 robust = run(map, count).robust
                 wall = time.monotonic() - began
-                assert np.array_equal(verdicts.setdefault(count, robust), robust), "the verdict depends on the workers"
+                assert np.array_equal(verdicts.setdefault(count, robust), robust), (
+                    "the verdict depends on the workers"
+                )
                 seconds.setdefault(workers, []).append(wall)
                 cells = [
                     workers,
@@ -61,20 +69,20 @@ def main() -> None:
     draw(args.examples, seconds, args.out)
 
 
-def run(map: Map, count: int, attack: str = "autoattack") -> RobustnessReport:
+def run(map: ShardMapper, count: int, attack: str = "autoattack") -> RobustnessReport:
     return evaluate(robust_digits(), *digits(count), attack, EPS, map=map)
 
 
 @contextmanager
-def pool(workers: int, ray: bool) -> Iterator[Map]:
+def pool(workers: int, ray: bool) -> Iterator[ShardMapper]:
     if not ray:
-        with Processes(workers) as processes:
+        with ProcessPoolMap(workers) as processes:
             yield processes
         return
-    from raysweep.sweep.cluster import connected
-    from raysweep.sweep.launch import RayMap
+    from raysweep.sweep.cluster import connect_to_cluster
+    from raysweep.sweep.ray_map import RayMap
 
-    with connected(cpus=workers):
+    with connect_to_cluster(n_cpus=workers):
         yield RayMap()
 
 
@@ -88,7 +96,9 @@ def draw(examples: list[int], seconds: dict[int, list[float]], path: Path) -> No
     for workers, walls in seconds.items():
         left.plot(examples, walls, "o-", label=f"{workers} worker{'s' * (workers > 1)}")
     for i, count in enumerate(examples):
-        right.plot(list(seconds), [walls[i] for walls in seconds.values()], "o-", label=f"{count} examples")
+        right.plot(
+            list(seconds), [walls[i] for walls in seconds.values()], "o-", label=f"{count} examples"
+        )
     left.set(xlabel="examples", ylabel="wall time, s", ylim=(0, None))
     right.set(xlabel="workers", xticks=list(seconds))
     for axes in (left, right):

@@ -1,10 +1,11 @@
-"""The whole on real images: ResNet-18 on CIFAR-10, what an epoch and its validation take, AutoAttack on the result.
+"""The whole on real images: ResNet-18 on CIFAR-10, what an epoch and its validation take,
+AutoAttack on the result.
 
     python benchmarks/cifar10.py --data-dir DIR --epochs 20 --methods at gairat lrat --examples 1000
 
-DIR holds `train.npz` and `test.npz` (see `raysweep list`, arrays). Meant for a GPU, and runs without one. The learning
-rate falls at 2/3 and 5/6 of the epochs, GAIRAT's burn-in ends at half. Given torchattacks, its attacks run in turn with
-ours on the first `--against` images.
+DIR holds `train.npz` and `test.npz` (see `raysweep list`, arrays). Meant for a GPU, and runs
+without one. The learning rate falls at 2/3 and 5/6 of the epochs, GAIRAT's burn-in ends at half.
+Given torchattacks, its attacks run in turn with ours on the first `--against` images.
 """
 
 import argparse
@@ -18,27 +19,33 @@ import numpy as np
 import torch
 from measure import DEVICE, Flops, machine, matrix_rate, table
 
-from raysweep.data import Data, load
+from raysweep.data import Dataset, load_data
 from raysweep.evaluation import evaluate
-from raysweep.evaluation.copies import full_precision
-from raysweep.rng import Rng
+from raysweep.evaluation.device_precision import disable_tf32_and_autocast
+from raysweep.rng import ExampleRng
 from raysweep.spec import parse_yaml
-from raysweep.training.compute import Compute
-from raysweep.training.config import RunConfig, run_config
-from raysweep.training.faces import Faces
-from raysweep.training.trainer import Fitted, fit, train_step
+from raysweep.training.compute import ComputeSpec
+from raysweep.training.config import TrainingConfig, build_training_config
+from raysweep.training.model_variants import ModelVariants
+from raysweep.training.trainer import TrainingResult, compute_step_gradients, train_model
 
 FAST = {"compute.attack": "bf16", "compute.train": "bf16", "compute.compile": True}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=["gairat"])
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--examples", type=int, default=1000, help="test images for AutoAttack")
-    parser.add_argument("--against", type=int, default=0, help="test images for torchattacks in turn with ours")
-    parser.add_argument("--plain", action="store_true", help="without the fast paths that are off by default")
+    parser.add_argument(
+        "--against", type=int, default=0, help="test images for torchattacks in turn with ours"
+    )
+    parser.add_argument(
+        "--plain", action="store_true", help="without the fast paths that are off by default"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
     parser.add_argument("--out", type=Path, help="keep the checkpoints here")
     args = parser.parse_args()
@@ -47,17 +54,27 @@ def main() -> None:
     rows: list[list[str]] = []
     for method in args.methods:
         config = configured(method, args.data_dir, args.epochs, {} if args.plain else FAST, changes)
-        data = load(config.data)
+        data = load_data(config.data)
         with TemporaryDirectory() as folder:
-            found = fit(config, (args.out or Path(folder)) / method, told, data=data, device=DEVICE)
-            model = found.best.load_model(config.model.build(data.channels, data.classes, 0)).to(DEVICE).eval()
+            found = train_model(
+                config, (args.out or Path(folder)) / method, told, data=data, device=DEVICE
+            )
+            model = (
+                found.best_checkpoint.load_weights(
+                    config.model.build_model(data.channels, data.classes, 0)
+                )
+                .to(DEVICE)
+                .eval()
+            )
         rows.append([method, *trained(config, data, found), *judged(config, data, model, args)])
         head = ["method", "s an epoch", "images / s", "of the matrix rate", "validation", "clean", "PGD-20", "worst",
                 "AutoAttack", "clean, test", "images", "s"]  # fmt: skip
         print(table(head, rows), flush=True)
 
 
-def configured(method: str, folder: Path, epochs: int, fast: dict[str, Any], changes: dict[str, str]) -> RunConfig:
+def configured(
+    method: str, folder: Path, epochs: int, fast: dict[str, Any], changes: dict[str, str]
+) -> TrainingConfig:
     base: dict[str, Any] = {
         "data.name": "arrays",
         "data.data_dir": str(folder),
@@ -70,23 +87,31 @@ def configured(method: str, folder: Path, epochs: int, fast: dict[str, Any], cha
             "values": [0.1, 0.01, 0.001],
         },
     }
-    return run_config(method, base, fast, {path: parse_yaml(value) for path, value in changes.items()})
+    return build_training_config(
+        method, base, fast, {path: parse_yaml(value) for path, value in changes.items()}
+    )
 
 
 def told(row: dict[str, float], checkpoint: object) -> None:
-    said = {key: round(row[key], 4) for key in ("train/loss", "train/seconds", "clean", "robust_worst") if key in row}
+    said = {
+        key: round(row[key], 4)
+        for key in ("train/loss", "train/seconds", "clean", "robust_worst")
+        if key in row
+    }
     print(int(row["epoch"]), said, flush=True)
 
 
-def trained(config: RunConfig, data: Data, found: Fitted) -> list[str]:
-    """Of the median epoch but the first: seconds, images a second, share of the rate of matrix products; validation."""
-    history = found.last.history
+def trained(config: TrainingConfig, data: Dataset, found: TrainingResult) -> list[str]:
+    """Of the median epoch but the first: seconds, images a second, share of the rate of matrix
+    products; validation.
+    """
+    history = found.last_checkpoint.history
     seconds = float(np.median([row["train/seconds"] for row in history[1:] or history]))
     count = len(data.train.y) // config.batch_size * config.batch_size
     checked = [row["validation_seconds"] for row in history[2:] if "validation_seconds" in row]
     share = np.median(checked) / config.validation.every / seconds if checked else float("nan")
     rate = count * step_flops(config, data) / seconds / matrix_rate(torch.bfloat16)
-    best = found.best.history[found.best.epoch - 1]
+    best = found.best_checkpoint.history[found.best_checkpoint.epoch - 1]
     return [
         f"{seconds:.1f}",
         f"{count / seconds:.0f}",
@@ -96,29 +121,46 @@ def trained(config: RunConfig, data: Data, found: Fitted) -> list[str]:
     ]
 
 
-def step_flops(config: RunConfig, data: Data) -> float:
+def step_flops(config: TrainingConfig, data: Dataset) -> float:
     """Floating-point operations of a training step for one image, counted on four."""
-    model = config.model.build(data.channels, data.classes, 0).to(DEVICE).train()
-    batch = next(iter(data.to(DEVICE).batches(4, 0, 0)))
-    faces = Faces(model, batch.x[:1], Compute().on(DEVICE))
+    model = config.model.build_model(data.channels, data.classes, 0).to(DEVICE).train()
+    batch = next(iter(data.to(DEVICE).iter_train_batches(4, 0, 0)))
+    faces = ModelVariants(model, batch.x[:1], ComputeSpec().resolve(DEVICE))
     with Flops() as counted:
-        train_step(config.at(config.epochs - 1).method, faces, batch, Rng.for_examples(batch.index, 0))
+        compute_step_gradients(
+            config.resolve_at(config.epochs - 1).method,
+            faces,
+            batch,
+            ExampleRng.for_examples(batch.index, 0),
+        )
     return counted.total / 4
 
 
-def judged(config: RunConfig, data: Data, model: torch.nn.Module, args: argparse.Namespace) -> list[str]:
+def judged(
+    config: TrainingConfig, data: Dataset, model: torch.nn.Module, args: argparse.Namespace
+) -> list[str]:
     x, y = data.test.x[: args.examples], data.test.y[: args.examples]
     eps = config.validation.attacks["pgd"].eps
     began = time.monotonic()
     report = evaluate(model, x, y, eps=eps)
     seconds = time.monotonic() - began
-    print(report, {name: int(rows.sum()) for name, rows in report.robust_after.items()}, *report.warnings, flush=True)
+    print(
+        report,
+        {name: int(rows.sum()) for name, rows in report.robust_after.items()},
+        *report.warnings,
+        flush=True,
+    )
     print({name: f"{cost.seconds:.1f} s" for name, cost in report.cost.items()}, flush=True)
     if args.against:
         copied = x[: args.against].float() / 255 if x.dtype == torch.uint8 else x[: args.against]
-        with full_precision(DEVICE):
+        with disable_tf32_and_autocast(DEVICE):
             autoattack.interleaved(model, copied, y[: args.against], eps, "Linf", 0, None)
-    return [f"{report.robust_accuracy:.3f}", f"{report.clean_accuracy:.3f}", str(len(y)), f"{seconds:.0f}"]
+    return [
+        f"{report.robust_accuracy:.3f}",
+        f"{report.clean_accuracy:.3f}",
+        str(len(y)),
+        f"{seconds:.0f}",
+    ]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What a sweep loses when its driver, its trials' processes or whole nodes are killed with SIGKILL at random moments.
+"""What a sweep loses when its driver, its trials' processes or whole nodes are killed with SIGKILL
+at random moments.
 
     python benchmarks/kills.py --kills 30 --out kills.json
 
-Starts a Ray cluster of three nodes on this machine: a head for the driver and two nodes of one CPU for the trials. For
-each number of workers a sweep of GAIRAT on digits (a grid, so that two sweeps have the same trials) runs undisturbed
-first; then sweeps are killed at random, go on with `--resume` where it was the driver, and are compared with it.
-Finished sweeps are kept in --out and not redone. Prints the tables of kills.md.
+Starts a Ray cluster of three nodes on this machine: a head for the driver and two nodes of one CPU
+for the trials. For each number of workers a sweep of GAIRAT on digits (a grid, so that two sweeps
+have the same trials) runs undisturbed first; then sweeps are killed at random, go on with
+`--resume` where it was the driver, and are compared with it. Finished sweeps are kept in --out and
+not redone. Prints the tables of kills.md.
 """
 
 import argparse
@@ -41,12 +43,20 @@ space:
   method.terms.pgd.weight.burn_in: {categorical: [2, 6]}
 """
 # Titles of Ray's processes that train, or wait for those that do.
-TRAINERS = ("ray::ImplicitFunc", "ray::trainable", "ray::RayTrainWorker", "ray::TrainController", "ray::_TrainSession")
+TRAINERS = (
+    "ray::ImplicitFunc",
+    "ray::trainable",
+    "ray::RayTrainWorker",
+    "ray::TrainController",
+    "ray::_TrainSession",
+)
 PATIENCE = 600.0
 
 
 class Written:
-    """Follows which epochs a sweep's trials write: (seconds, trial, epoch, whether taken over) in order."""
+    """Follows which epochs a sweep's trials write: (seconds, trial, epoch, whether taken over) in
+    order.
+    """
 
     def __init__(self, sweep: Path, began: float) -> None:
         self.events: list[tuple[float, int, int, bool]] = []
@@ -106,8 +116,24 @@ class Round:
                 "code": self.driver.returncode, **self._outcome()}  # fmt: skip
 
     def _start(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "raysweep.cli", "tune", "gairat", *arguments, "--out", str(self.folder)]
-        command += ["--workers", str(self.workers), "--cpus-per-trial", str(self.workers), "--gpus-per-trial", "0"]
+        command = [
+            sys.executable,
+            "-m",
+            "raysweep.cli",
+            "tune",
+            "gairat",
+            *arguments,
+            "--out",
+            str(self.folder),
+        ]
+        command += [
+            "--workers",
+            str(self.workers),
+            "--cpus-per-trial",
+            str(self.workers),
+            "--gpus-per-trial",
+            "0",
+        ]
         if "--name" in arguments:
             command += ["--space", str(self.folder / "space.yaml")]
         environment = {**os.environ, "RAY_ADDRESS": self.cluster.address}
@@ -123,7 +149,12 @@ class Round:
         trainers = {node: training_on(node) for node in self.cluster.worker_nodes}
         if self.driver.poll() is not None or (kind != "driver" and not any(trainers.values())):
             return
-        row = {"at": time.monotonic() - self.began, "kind": kind, "before": self.written.last(), "what": "driver"}
+        row = {
+            "at": time.monotonic() - self.began,
+            "kind": kind,
+            "before": self.written.last(),
+            "what": "driver",
+        }
         if kind == "driver":
             self.driver.send_signal(signal.SIGKILL)
             self.driver.wait()
@@ -134,36 +165,50 @@ class Round:
             self.cluster.remove_node(node, allow_graceful=False)
             self.cluster.add_node(num_cpus=1)
         else:
-            pid, row["what"] = chance.choice([process for found in trainers.values() for process in found])
+            pid, row["what"] = chance.choice(
+                [process for found in trainers.values() for process in found]
+            )
             os.kill(pid, signal.SIGKILL)
         self.rows.append(row)
 
     def _judged(self) -> list[dict[str, Any]]:
-        """Each kill with `again`: epochs that any trial trained again at most, the one in work counted as lost."""
+        """Each kill with `again`: epochs that any trial trained again at most, the one in work
+        counted as lost.
+        """
         ends = [*(row["at"] for row in self.rows), float("inf")][1:]
         for row, until in zip(self.rows, ends, strict=bool(self.rows)):
             again = 0
             for trial, last in row["before"].items():
-                after = [e for at, t, e, _ in self.written.events if t == trial and row["at"] < at <= until]
+                after = [
+                    e
+                    for at, t, e, _ in self.written.events
+                    if t == trial and row["at"] < at <= until
+                ]
                 again = max(again, last + 2 - after[0] if after else 0)
             row["again"] = again
         return self.rows
 
     def _outcome(self) -> dict[str, Any]:
         ledger = Ledger.open(self.sweep)
-        trials = ledger.trials()
+        trials = ledger.load_trials()
         client = MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
         where = f"tags.`raysweep.sweep` = '{ledger.key}'"
         runs = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id], where)
-        children = Counter(run.data.tags.get("raysweep.trial") for run in runs if "raysweep.trial" in run.data.tags)
+        children = Counter(
+            run.data.tags.get("raysweep.trial") for run in runs if "raysweep.trial" in run.data.tags
+        )
         return {
             "trials": len(trials),
-            "lost": ledger.space.total - sum(t.state == "finished" and t.epoch == 10 for t in trials),
+            "lost": ledger.space.n_trials
+            - sum(t.state == "finished" and t.epoch == 10 for t in trials),
             "curves": [[epoch for epoch, _ in trial.curve] for trial in trials],
             "runs": sorted(children.values()),
             "open": sum(run.info.status == "RUNNING" for run in runs),
-            "weights": {json.dumps(t.settings): digests(ledger.run_path(t.number) / "epoch-0010") for t in trials},
-            "best": {json.dumps(t.settings): t.best.get("robust_worst") for t in trials},
+            "weights": {
+                json.dumps(t.params): digests(ledger.trial_path(t.number) / "epoch-0010")
+                for t in trials
+            },
+            "best": {json.dumps(t.params): t.best.get("robust_worst") for t in trials},
         }
 
 
@@ -183,33 +228,61 @@ def training_on(node: Any) -> list[tuple[int, str]]:
         for process in raylet.children(recursive=True):
             title = " ".join(process.cmdline())
             if title.startswith(TRAINERS):
-                found.append((process.pid, title.removeprefix("ray::").split(".")[0].split("(")[0].split(" ")[0]))
+                found.append(
+                    (
+                        process.pid,
+                        title.removeprefix("ray::").split(".")[0].split("(")[0].split(" ")[0],
+                    )
+                )
     except psutil.Error:
         pass
     return found
 
 
 def compare(result: dict[str, Any], reference: dict[str, Any]) -> str:
-    same = [reference["weights"].get(settings) == found for settings, found in result["weights"].items()]
+    same = [
+        reference["weights"].get(settings) == found for settings, found in result["weights"].items()
+    ]
     return f"{sum(same)} of {len(same)}"
 
 
 def tables(done: dict[str, Any]) -> str:
     killed = {name: result for name, result in done.items() if not name.startswith("reference")}
     rows: list[list[Any]] = [
-        ["#", "sweep", "workers", "killed", "at s", "epochs written by then, each trial", "epochs again, at most"]
+        [
+            "#",
+            "sweep",
+            "workers",
+            "killed",
+            "at s",
+            "epochs written by then, each trial",
+            "epochs again, at most",
+        ]
     ]
     for name, result in killed.items():
         for row in result["kills"]:
             before = " ".join(str(epoch) for _, epoch in sorted(row["before"].items()))
-            rows.append([len(rows), name, result["workers"], row["what"], f"{row['at']:.1f}", before, row["again"]])
+            rows.append(
+                [
+                    len(rows),
+                    name,
+                    result["workers"],
+                    row["what"],
+                    f"{row['at']:.1f}",
+                    before,
+                    row["again"],
+                ]
+            )
     ends: list[list[Any]] = [
         ["sweep", "workers", "kills", "exit code", "trials", "lost", "epochs counted twice", "MLflow runs a trial",
          "left RUNNING", "same weights and momentum"]
     ]  # fmt: skip
     for name, result in killed.items():
         twice = sum(len(curve) - len(set(curve)) for curve in result["curves"])
-        runs, same = "/".join(map(str, result["runs"])), compare(result, done[f"reference-{result['workers']}"])
+        runs, same = (
+            "/".join(map(str, result["runs"])),
+            compare(result, done[f"reference-{result['workers']}"]),
+        )
         ends.append([name, result["workers"], len(result["kills"]), result["code"], result["trials"], result["lost"],
                      twice, runs, result["open"], same])  # fmt: skip
     return "\n\n".join(markdown(table) for table in (rows, ends))
@@ -221,7 +294,9 @@ def markdown(table: list[list[Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--each", type=int, default=6, help="kills a sweep")
     parser.add_argument("--seed", type=int, default=0)
@@ -239,9 +314,13 @@ def main() -> None:
             workers = 2 if number % 6 == 2 else 1
             for name, kills in (
                 (f"reference-{workers}", 0),
-                (f"killed-{number}", min(args.each // workers, args.kills - count)),
+                (f"killed-{number}", min(args.per_method // workers, args.kills - count)),
             ):
-                if name in done or count >= args.kills or time.monotonic() - began > 60 * args.minutes:
+                if (
+                    name in done
+                    or count >= args.kills
+                    or time.monotonic() - began > 60 * args.minutes
+                ):
                     continue
                 folder = Path(tempfile.mkdtemp(prefix="kills-"))
                 # Several workers take their time to start: one trial is enough.
@@ -249,7 +328,12 @@ def main() -> None:
                 (folder / "space.yaml").write_text(one if workers > 1 else SPACE)
                 chance = random.Random(f"{args.seed} {name}")
                 done[name] = Round(cluster, folder, name, workers).run(chance, kills)
-                print(name, json.dumps({k: v for k, v in done[name].items() if k != "weights"}), folder, flush=True)
+                print(
+                    name,
+                    json.dumps({k: v for k, v in done[name].items() if k != "weights"}),
+                    folder,
+                    flush=True,
+                )
                 args.out.write_text(json.dumps(done, indent=1))
     finally:
         cluster.shutdown()

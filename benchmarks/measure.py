@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from raysweep.attacks import float32_as
+from raysweep.attacks import fp32_precision
 
 # Steps are measured on the GPU if there is one.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -22,7 +22,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @dataclass(frozen=True)
 class Ratio:
-    """One line of the table that `python benchmarks` ends with. n: rounds, or what else it rests on."""
+    """One line of the table that `python benchmarks` ends with. n: rounds, or what else it rests
+    on.
+    """
 
     what: str
     value: str
@@ -30,10 +32,13 @@ class Ratio:
     n: str
 
 
-def rounds(variants: Mapping[str, Callable[[], object]], n: int, warm_up: bool = True) -> dict[str, list[float]]:
+def rounds(
+    variants: Mapping[str, Callable[[], object]], n: int, warm_up: bool = True
+) -> dict[str, list[float]]:
     """Seconds of each variant in n interleaved rounds, after one that is not counted.
 
-    Processor seconds with one thread, which neighbours on the machine hardly change; wall seconds with more, or a GPU.
+    Processor seconds with one thread, which neighbours on the machine hardly change; wall seconds
+    with more, or a GPU.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(n + warm_up):
@@ -48,10 +53,14 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def matrix_rate(dtype: torch.dtype, tries: int = 10, size: int = 8192 if DEVICE.type == "cuda" else 1024) -> float:
-    """The most FLOP/s that a product of square matrices reaches here; float32 is TF32 on NVIDIA's GPUs."""
+def matrix_rate(
+    dtype: torch.dtype, tries: int = 10, size: int = 8192 if DEVICE.type == "cuda" else 1024
+) -> float:
+    """The most FLOP/s that a product of square matrices reaches here; float32 is TF32 on NVIDIA's
+    GPUs.
+    """
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
-    with float32_as("tf32"):
+    with fp32_precision("tf32"):
         best = min(_seconds(lambda: a @ b) for _ in range(tries))
     return float(2 * size**3 / best)
 
@@ -65,7 +74,9 @@ def machine() -> str:
 
 
 class Flops(TorchDispatchMode):
-    """Counts the floating-point operations of matrix products and convolutions inside it, backwards too."""
+    """Counts the floating-point operations of matrix products and convolutions inside it, backwards
+    too.
+    """
 
     total = 0
 
@@ -100,5 +111,7 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     flags = next((line for line in lines if line.startswith("flags")), "")
-    matrix = [name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f" {name}" in flags]
+    matrix = [
+        name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f" {name}" in flags
+    ]
     return f"{names[0] if names else platform.machine()} ({', '.join(matrix[:2])})"

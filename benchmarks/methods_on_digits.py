@@ -1,10 +1,11 @@
-"""All methods on scikit-learn's digits with equal budgets, as a Markdown table: python benchmarks/methods_on_digits.py
+"""All methods on scikit-learn's digits with equal budgets, as a Markdown table: python
+benchmarks/methods_on_digits.py
 
-Each is trained with the data set's profile (8 epochs, burn-in 3) and its own defaults, and judged by its last
-checkpoint on the 450 test images: PGD-20 and CW-PGD-20 at Linf 0.15. `worst` is what survives both, `gap` what PGD
-alone overstates it by; `low weights` the largest share, over a method's terms, of training examples with a weight
-under 0.2 of the mean in the last epoch (the bound of `lrat` is meant to be 0 for most). `rst` and `gair-rst` see
-labelled data alone.
+Each is trained with the data set's profile (8 epochs, burn-in 3) and its own defaults, and judged
+by its last checkpoint on the 450 test images: PGD-20 and CW-PGD-20 at Linf 0.15. `worst` is what
+survives both, `gap` what PGD alone overstates it by; `low weights` the largest share, over a
+method's terms, of training examples with a weight under 0.2 of the mean in the last epoch (the
+bound of `lrat` is meant to be 0 for most). `rst` and `gair-rst` see labelled data alone.
 """
 
 import argparse
@@ -16,17 +17,21 @@ from pathlib import Path
 import torch
 
 from raysweep.catalog import METHODS
-from raysweep.data import load
-from raysweep.training.config import run_config
-from raysweep.training.trainer import fit
+from raysweep.data import load_data
+from raysweep.training.config import build_training_config
+from raysweep.training.trainer import train_model
 
 COLUMNS = ("clean", "pgd", "cw", "robust_worst", "masking_gap")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("methods", nargs="*", help="default: all")
-    parser.add_argument("--seeds", type=int, default=1, help="seeds 0, 1, ...; the table has means (default: 1)")
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="seeds 0, 1, ...; the table has means (default: 1)"
+    )
     parser.add_argument("--epochs", type=int, default=8)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -34,19 +39,30 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for method in arguments.methods or METHODS:
         rows = [row(method, seed, arguments.epochs) for seed in range(arguments.seeds)]
-        means = {name: statistics.mean(r[name] for r in rows) for name in (*COLUMNS, "low", "seconds")}
+        means = {
+            name: statistics.mean(r[name] for r in rows) for name in (*COLUMNS, "low", "seconds")
+        }
         scores = " | ".join(f"{100 * means[name]:.1f}" for name in COLUMNS)
-        print(f"| {method} | {scores} | {100 * means['low']:.0f}% | {means['seconds']:.0f} |", flush=True)
+        print(
+            f"| {method} | {scores} | {100 * means['low']:.0f}% | {means['seconds']:.0f} |",
+            flush=True,
+        )
 
 
 def row(method: str, seed: int, epochs: int) -> dict[str, float]:
-    """Test accuracies of one run, the largest share of low weights that a term has, and its wall time."""
-    config = run_config(method, {"seed": seed, "epochs": epochs})
-    data, started = load(config.data), time.perf_counter()
+    """Test accuracies of one run, the largest share of low weights that a term has, and its wall
+    time.
+    """
+    config = build_training_config(method, {"seed": seed, "epochs": epochs})
+    data, started = load_data(config.data), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        last = fit(config, Path(folder) / "run", data=data, device=torch.device("cpu")).last
-        model = last.load_model(config.model.build(data.channels, data.classes, 0))
-    low = max(value for key, value in last.metrics.items() if key.startswith("train/low_weight_"))
+        last = train_model(
+            config, Path(folder) / "run", data=data, device=torch.device("cpu")
+        ).last_checkpoint
+        model = last.load_weights(config.model.build_model(data.channels, data.classes, 0))
+    low = max(
+        value for key, value in last.last_metrics.items() if key.startswith("train/low_weight_")
+    )
     seconds = time.perf_counter() - started
     return {**config.validation(model, data.test), "low": low, "seconds": seconds}
 

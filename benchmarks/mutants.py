@@ -6,17 +6,20 @@
     python benchmarks/mutants.py --show 3                          # the diff of one of them
     python benchmarks/mutants.py --survivors                       # those of the last run
 
-Takes a copy of the project first, so that the tree may change meanwhile and is never written to. A coverage run of each
-test file records which test runs which line (minutes; kept by file in the cache and redone for what has changed). Each
-mutant is then a process of its own, forked from one that has imported the libraries: it runs the tests that cover the
-changed line, cheapest first, until one fails. Processes that a test starts import the mutant as well (PYTHONPATH),
-unless the test gives them an environment without it. A test that catches a mutant must pass alone on the original code.
+Takes a copy of the project first, so that the tree may change meanwhile and is never written to. A
+coverage run of each test file records which test runs which line (minutes; kept by file in the
+cache and redone for what has changed). Each mutant is then a process of its own, forked from one
+that has imported the libraries: it runs the tests that cover the changed line, cheapest first,
+until one fails. Processes that a test starts import the mutant as well (PYTHONPATH), unless the
+test gives them an environment without it. A test that catches a mutant must pass alone on the
+original code.
 
-If no test runs the changed line, all tests that run its module are tried. A mutant also counts as caught, under a name
-of its own, if its tests need more than 4 times their usual processor time and 20 s, wait that long without working, or
-take too much memory: a busy machine alone does not make them reach these limits.
-Results are written as they come: after an interruption the same command resumes, and it repeats only what changes
-of the project could affect. Mutants in mutants_equivalent.txt behave like the original code and do not count.
+If no test runs the changed line, all tests that run its module are tried. A mutant also counts as
+caught, under a name of its own, if its tests need more than 4 times their usual processor time and
+20 s, wait that long without working, or take too much memory: a busy machine alone does not make
+them reach these limits. Results are written as they come: after an interruption the same command
+resumes, and it repeats only what changes of the project could affect. Mutants in
+mutants_equivalent.txt behave like the original code and do not count.
 """
 
 import argparse
@@ -56,11 +59,20 @@ ROOT = Path(__file__).parent.parent
 EQUIVALENT = Path(__file__).parent / "mutants_equivalent.txt"
 # The modules that mutants are drawn from: patterns of files, each of which must match one.
 CORE = [
-    *(f"raysweep/{n}.py" for n in ("spec", "schedules", "rng", "weights", "losses", "method", "storage", "results")),
+    *(
+        f"raysweep/{n}.py"
+        for n in ("spec", "schedules", "rng", "weights", "losses", "method", "storage", "results")
+    ),
     *(f"raysweep/{package}/*.py" for package in ("attacks", "training", "evaluation", "data")),
-    *(f"raysweep/sweep/{n}.py" for n in ("space", "search", "asha", "ledger", "relay", "growth", "study", "plan")),
+    *(
+        f"raysweep/sweep/{n}.py"
+        for n in ("space", "search", "asha", "ledger", "relay", "growth", "study", "plan")
+    ),
     *(f"raysweep/sweep/{n}.py" for n in ("resources", "workers", "tuner", "failures")),
-    *(f"raysweep/pipeline/{n}.py" for n in ("statistics", "promote", "paper", "artifact", "stage", "bundle", "judge")),
+    *(
+        f"raysweep/pipeline/{n}.py"
+        for n in ("statistics", "promote", "paper", "artifact", "stage", "bundle", "judge")
+    ),
     *(f"raysweep/pipeline/{n}.py" for n in ("register", "compare")),
 ]
 # Not copied with the project.
@@ -72,7 +84,8 @@ MEMORY, PROCESSES, FILE = 12 * 2**30, 300, 4 * 2**30
 _DIE_WITH_PARENT = 1
 # Seconds between two checks of what a process has used.
 POLL = 0.5
-# Seconds above which a shared fixture is expensive: its tests run one after the other, so that it is set up once.
+# Seconds above which a shared fixture is expensive: its tests run one after the other, so that it
+# is set up once.
 EXPENSIVE = 0.2
 MARK = "RAYSWEEP_MUTANTS_JOB"
 Json = dict[str, Any]
@@ -102,9 +115,15 @@ class Snapshot:
 
     @cached_property
     def code_digest(self) -> str:
-        """Digest of everything but the test files themselves: the package, what tests share and what they read."""
+        """Digest of everything but the test files themselves: the package, what tests share and
+        what they read.
+        """
         names = ("raysweep", "search_spaces", "pipelines", "tests", "pyproject.toml")
-        files = [path for name in names for path in [self.folder / name, *(self.folder / name).rglob("*")]]
+        files = [
+            path
+            for name in names
+            for path in [self.folder / name, *(self.folder / name).rglob("*")]
+        ]
         tests = {*self.folder.glob("tests/test_*.py")}
         return self._digest(path for path in files if path.is_file() and path not in tests)
 
@@ -119,17 +138,23 @@ class Snapshot:
         state = hashlib.sha256()
         for path in sorted(files):
             if path.suffix != ".pyc":
-                state.update(f"{path.relative_to(self.folder)}\0".encode() + path.read_bytes() + b"\0")
+                state.update(
+                    f"{path.relative_to(self.folder)}\0".encode() + path.read_bytes() + b"\0"
+                )
         return state.hexdigest()[:16]
 
 
 def find_core_files(folder: Path, patterns: Iterable[str] = CORE) -> list[str]:
-    """Paths, relative to `folder`, of the files of the core. Raises ValueError if a pattern matches none."""
+    """Paths, relative to `folder`, of the files of the core. Raises ValueError if a pattern matches
+    none.
+    """
     found: set[str] = set()
     for pattern in patterns:
         files = {path.relative_to(folder).as_posix() for path in folder.glob(pattern)}
         if not files:
-            raise ValueError(f"CORE lists {pattern}, which matches no file: correct the list in benchmarks/mutants.py")
+            raise ValueError(
+                f"CORE lists {pattern}, which matches no file: correct the list in benchmarks/mutants.py"
+            )
         found |= files
     return sorted(found)
 
@@ -147,9 +172,10 @@ def _leave_out(folder: str, names: list[str]) -> set[str]:
 class Task:
     """A function to run in a process of its own, in a fresh copy of the project.
 
-    work: called with the folder of that copy; returns JSON. done: called with what `work` returned, or {"killed": why}
-    or {"died": code}, and with the processor seconds. limit: the most processor seconds, and the most seconds of idle
-    waiting. edit: a file and its new text, to write into the copy.
+    work: called with the folder of that copy; returns JSON. done: called with what `work` returned,
+    or {"killed": why} or {"died": code}, and with the processor seconds. limit: the most processor
+    seconds, and the most seconds of idle waiting. edit: a file and its new text, to write into the
+    copy.
     """
 
     work: Callable[[Path], Json]
@@ -219,7 +245,10 @@ class Pool:
             if result.exists():
                 found = json.loads(result.read_text())
             else:
-                found = {"died": os.waitstatus_to_exitcode(status), "log": _read_end(one.folder / "log")}
+                found = {
+                    "died": os.waitstatus_to_exitcode(status),
+                    "log": _read_end(one.folder / "log"),
+                }
         elif time.monotonic() - one.looked > POLL and (why := self._exceeded_limit(one)):
             found = {"killed": why}
         else:
@@ -247,8 +276,11 @@ class Pool:
             return "timed out"
         if count > PROCESSES:
             return "processes"
-        # `rss` counts pages that forks share in each of them. The exact sum is slow, so it comes second.
-        return "memory" if memory > self.memory and _proportional_memory(family) > self.memory else ""
+        # `rss` counts pages that forks share in each of them. The exact sum is slow, so it comes
+        # second.
+        return (
+            "memory" if memory > self.memory and _proportional_memory(family) > self.memory else ""
+        )
 
     def _kill_and_clean(self, one: _Running) -> None:
         """End the process and all that it started, and remove its folder."""
@@ -292,10 +324,14 @@ def _proportional_memory(processes: list[psutil.Process]) -> int:
 
 
 def _stray_processes(one: _Running) -> Iterator[psutil.Process]:
-    """Processes of its session, or with its mark in their environment, that are no longer its children."""
+    """Processes of its session, or with its mark in their environment, that are no longer its
+    children.
+    """
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
-            ours = os.getsid(process.pid) == one.pid or process.environ().get(MARK) == str(one.folder)
+            ours = os.getsid(process.pid) == one.pid or process.environ().get(MARK) == str(
+                one.folder
+            )
             if ours and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
                 yield process
 
@@ -320,29 +356,46 @@ def _work_in_fork(work: Callable[[Path], Json], folder: Path, memory: int) -> No
 
 
 def _isolate_process(folder: Path, memory: int) -> None:
-    """Limit this process: it imports the project only from the copy, writes only there, and has bounded resources."""
+    """Limit this process: it imports the project only from the copy, writes only there, and has
+    bounded resources.
+    """
     project = folder / "p"
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for kind, limit in ((resource.RLIMIT_DATA, memory), (resource.RLIMIT_FSIZE, FILE), (resource.RLIMIT_CORE, 0)):
+    for kind, limit in (
+        (resource.RLIMIT_DATA, memory),
+        (resource.RLIMIT_FSIZE, FILE),
+        (resource.RLIMIT_CORE, 0),
+    ):
         resource.setrlimit(kind, (limit, limit))
     with (folder / "log").open("wb") as log, Path(os.devnull).open("rb") as nothing:
         for number, file in enumerate((nothing, log, log)):
             os.dup2(file.fileno(), number)
-    places = {"TMPDIR": folder / "t", "HOME": folder / "h", "XDG_CACHE_HOME": folder / "h" / ".cache"}
+    places = {
+        "TMPDIR": folder / "t",
+        "HOME": folder / "h",
+        "XDG_CACHE_HOME": folder / "h" / ".cache",
+    }
     for name, path in places.items():
         path.mkdir(parents=True, exist_ok=True)
         os.environ[name] = str(path)
     guard = folder / "guard"
     guard.mkdir()
     (guard / "sitecustomize.py").write_text(_GUARD + _NAME_TEST)
-    os.environ.update(PYTHONPATH=f"{project}:{guard}", PYTHONDONTWRITEBYTECODE="1", MPLCONFIGDIR=os.environ[_FONTS])
+    os.environ.update(
+        PYTHONPATH=f"{project}:{guard}",
+        PYTHONDONTWRITEBYTECODE="1",
+        MPLCONFIGDIR=os.environ[_FONTS],
+    )
     os.environ[MARK] = str(folder)
     tempfile.tempdir = None
     sys.dont_write_bytecode = True
-    sys.path[:] = [str(project), *(path for path in sys.path if Path(path or ".").resolve() != ROOT / "benchmarks")]
+    sys.path[:] = [
+        str(project),
+        *(path for path in sys.path if Path(path or ".").resolve() != ROOT / "benchmarks"),
+    ]
     importlib.invalidate_caches()
-    # A process that multiprocessing starts imports the main module of its parent again. This script is no part of the
-    # copy and cannot be imported there.
+    # A process that multiprocessing starts imports the main module of its parent again. This script
+    # is no part of the copy and cannot be imported there.
     sys.modules["__main__"] = types.ModuleType("__main__")
     os.chdir(project)
     exec(compile(_GUARD, "sitecustomize.py", "exec"), {})
@@ -371,7 +424,8 @@ if os.environ.get("{MARK}"):
     _set_guard(os.environ["{MARK}"], os.environ["{_FONTS}"])
 """
 _CONTEXT_FILE = "MUTANTS_CONTEXT_FILE"
-# One fork server starts the processes of many tests: each of them learns from a file which test is running.
+# One fork server starts the processes of many tests: each of them learns from a file which test is
+# running.
 _NAME_TEST = f"""
 if os.environ.get("{_CONTEXT_FILE}"):
     def _name_test():
@@ -388,7 +442,9 @@ if os.environ.get("{_CONTEXT_FILE}"):
 
 
 class Recorder:
-    """pytest plugin: records seconds, outcome and shared fixtures of each test; tells coverage which test runs."""
+    """pytest plugin: records seconds, outcome and shared fixtures of each test; tells coverage
+    which test runs.
+    """
 
     def __init__(self, coverage: Any) -> None:
         self.coverage = coverage
@@ -414,7 +470,11 @@ class Recorder:
         self._switch(self._current)
         self._shared, before = 0.0, _seconds()
         slow = any(item.get_closest_marker(name) for name in ("slow", "ray"))
-        test = self.tests[item.nodeid] = {"fixtures": _shared_fixtures(item), "passed": False, "slow": slow}
+        test = self.tests[item.nodeid] = {
+            "fixtures": _shared_fixtures(item),
+            "passed": False,
+            "slow": slow,
+        }
         yield
         test["seconds"] = max(_seconds() - before - self._shared, 0.001)
         self._switch("")
@@ -462,7 +522,9 @@ def _shared_fixtures(item: Any) -> list[str]:
 
 
 def _clear_caches() -> None:
-    """Empty the package's function caches, so that each test runs all lines that it would run alone."""
+    """Empty the package's function caches, so that each test runs all lines that it would run
+    alone.
+    """
     for name, module in [*sys.modules.items()]:
         if name.startswith("raysweep"):
             for value in [*vars(module).values()]:
@@ -471,7 +533,9 @@ def _clear_caches() -> None:
 
 
 def record_coverage(test_file: str, expression: str, folder: Path) -> Json:
-    """Run a test file and report, for each test, its seconds and the lines of the package that it ran."""
+    """Run a test file and report, for each test, its seconds and the lines of the package that it
+    ran.
+    """
     import coverage
 
     project, data = folder / "p", folder / "coverage"
@@ -482,7 +546,9 @@ def record_coverage(test_file: str, expression: str, folder: Path) -> Json:
         "context = ${MUTANTS_CONTEXT-outside}\npatch = _exit\ndisable_warnings = no-data-collected\n"
     )
     os.environ[_CONTEXT_FILE] = str(folder / "context")
-    recorded = coverage.Coverage(data_file=str(data / "main"), include=[f"{project}/raysweep/*"], config_file=False)
+    recorded = coverage.Coverage(
+        data_file=str(data / "main"), include=[f"{project}/raysweep/*"], config_file=False
+    )
     recorded.start()
     recorder = Recorder(recorded)
     os.environ["COVERAGE_PROCESS_START"] = str(settings)
@@ -497,20 +563,40 @@ def record_coverage(test_file: str, expression: str, folder: Path) -> Json:
             for path in found.measured_files():
                 name = Path(path).relative_to(project).as_posix()
                 for line, contexts in found.contexts_by_lineno(path).items():
-                    # In a fork: what its server was started with, and after a bar what was running at the fork.
+                    # In a fork: what its server was started with, and after a bar what was running
+                    # at the fork.
                     for context in {context.rpartition("|")[2] for context in contexts}:
                         if context.startswith("c"):
                             lines[recorder.names[int(context[1:])]][name].append(line)
     log = _read_end(folder / "log")
-    return {"code": int(code), "tests": recorder.tests, "fixtures": recorder.fixtures, "lines": lines, "log": log}
+    return {
+        "code": int(code),
+        "tests": recorder.tests,
+        "fixtures": recorder.fixtures,
+        "lines": lines,
+        "log": log,
+    }
 
 
-_ARGUMENTS = ["-p", "no:cacheprovider", "-n", "0", "-o", "addopts=", "-q", "--strict-markers", "-W", "ignore"]
+_ARGUMENTS = [
+    "-p",
+    "no:cacheprovider",
+    "-n",
+    "0",
+    "-o",
+    "addopts=",
+    "-q",
+    "--strict-markers",
+    "-W",
+    "ignore",
+]
 
 
 @dataclass
 class Test:
-    """A test that passes on the unchanged code. seconds: of the processor; fixtures: the shared ones that it needs."""
+    """A test that passes on the unchanged code. seconds: of the processor; fixtures: the shared
+    ones that it needs.
+    """
 
     name: str
     seconds: float
@@ -548,8 +634,13 @@ class Suite:
         runs, inside = self._runs[mutant.file], self._in_functions[mutant.file]
         first, last = mutant.lines
         if mutant.body is not None:
-            # The default of an argument is evaluated outside of the function, and its effect shows in the body.
-            span = range(first, last + 1) if first >= mutant.body[0] else range(mutant.body[0], mutant.body[1] + 1)
+            # The default of an argument is evaluated outside of the function, and its effect shows
+            # in the body.
+            span = (
+                range(first, last + 1)
+                if first >= mutant.body[0]
+                else range(mutant.body[0], mutant.body[1] + 1)
+            )
             if found := set[str]().union(*(runs[line] for line in span if line in runs)):
                 return found, True
         # What runs at import may have an effect in every test that runs any function of the module.
@@ -570,12 +661,18 @@ class Suite:
     def seconds(self, names: Iterable[str]) -> float:
         tests = [self.tests[name] for name in names]
         shared = {fixture for test in tests for fixture in test.fixtures}
-        return sum(test.seconds for test in tests) + sum(self.fixtures.get(fixture, 0.0) for fixture in shared)
+        return sum(test.seconds for test in tests) + sum(
+            self.fixtures.get(fixture, 0.0) for fixture in shared
+        )
 
 
 def collect_suite(snapshot: Snapshot, pool: Pool, cache: Path, every_test: bool) -> Suite:
     """Record the coverage of each test file that the cache does not know."""
-    expression, suite, begun = "" if every_test else QUICK, Suite(snapshot.sources), time.monotonic()
+    expression, suite, begun = (
+        "" if every_test else QUICK,
+        Suite(snapshot.sources),
+        time.monotonic(),
+    )
     records: dict[str, Json] = {}
     total = [0.0]
 
@@ -589,7 +686,9 @@ def collect_suite(snapshot: Snapshot, pool: Pool, cache: Path, every_test: bool)
 
     cache.mkdir(parents=True, exist_ok=True)
     for file in snapshot.test_files:
-        key = hashlib.sha256(f"{snapshot.code_digest} {snapshot.file_digest(file)} {expression}".encode())
+        key = hashlib.sha256(
+            f"{snapshot.code_digest} {snapshot.file_digest(file)} {expression}".encode()
+        )
         name = f"coverage-{'all' if every_test else 'quick'}-{Path(file).stem}"
         path = cache / f"{name}-{key.hexdigest()[:16]}.json"
         if path.exists():
@@ -597,12 +696,18 @@ def collect_suite(snapshot: Snapshot, pool: Pool, cache: Path, every_test: bool)
             continue
         for old in cache.glob(f"{name}-{'[0-9a-f]' * 16}.json"):
             old.unlink()
-        pool.tasks.append(Task(partial(record_coverage, file, expression), partial(keep, file, path), 1800))
+        pool.tasks.append(
+            Task(partial(record_coverage, file, expression), partial(keep, file, path), 1800)
+        )
     pool.run()
     for file in snapshot.test_files:
         if "tests" in records[file]:
             suite.add(records[file])
-    left_out = sum(not test["passed"] for record in records.values() for test in record.get("tests", {}).values())
+    left_out = sum(
+        not test["passed"]
+        for record in records.values()
+        for test in record.get("tests", {}).values()
+    )
     if not suite.tests:
         raise RuntimeError("no test passes")
     print(
@@ -617,8 +722,14 @@ def _summary(record: Json) -> str:
     if "tests" not in record:
         return f"failed: {record}"
     outcome = Counter(test["passed"] for test in record["tests"].values())
-    text = f"{outcome[True]} tests pass" + (f", {outcome[False]} skipped or failing" if outcome[False] else "")
-    return text if record["code"] in (0, 5) else text + "".join(f"\n    {line}" for line in record["log"][-8:])
+    text = f"{outcome[True]} tests pass" + (
+        f", {outcome[False]} skipped or failing" if outcome[False] else ""
+    )
+    return (
+        text
+        if record["code"] in (0, 5)
+        else text + "".join(f"\n    {line}" for line in record["log"][-8:])
+    )
 
 
 # Mutants
@@ -634,7 +745,8 @@ class SelectedTests:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         picked = [item for item in items if item.nodeid in self.places]
-        # The mutant may have changed the names of parametrised tests: then all tests of their files.
+        # The mutant may have changed the names of parametrised tests: then all tests of their
+        # files.
         items[:] = sorted(picked, key=lambda item: self.places[item.nodeid]) if picked else items
 
     def pytest_collectreport(self, report: Any) -> None:
@@ -645,7 +757,10 @@ class SelectedTests:
         self.ran += report.when == "call"
         if report.failed and not self.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
-            self.failed, self.why = report.nodeid, str(crash.message if crash else report.longrepr)[:200]
+            self.failed, self.why = (
+                report.nodeid,
+                str(crash.message if crash else report.longrepr)[:200],
+            )
 
 
 def run_tests(names: list[str], expression: str, folder: Path) -> Json:
@@ -669,7 +784,10 @@ class Run:
     def work(self, mutants: list[Mutant]) -> None:
         self._total = len(mutants)
         most = sum(self.suite.seconds(self.suite.covering(mutant)[0]) for mutant in mutants)
-        print(f"Running all their tests for all {len(mutants)} mutants would take {most:.0f} processor s", flush=True)
+        print(
+            f"Running all their tests for all {len(mutants)} mutants would take {most:.0f} processor s",
+            flush=True,
+        )
         for mutant in mutants:
             self._submit(mutant, 0.0)
         self.pool.run()
@@ -678,14 +796,20 @@ class Run:
         covering, reached = self.suite.covering(mutant)
         names = self.suite.order(covering - self.unsound)
         if not names:
-            self._finish(mutant, {"outcome": "survived", "seconds": spent, "tests": 0, "reached": False})
+            self._finish(
+                mutant, {"outcome": "survived", "seconds": spent, "tests": 0, "reached": False}
+            )
             return
         limit = self._limit(names)
         edit = (mutant.file, mutant.apply(self.snapshot.sources[mutant.file]))
         done = partial(self._judge, mutant, {"tests": len(names), "reached": reached}, spent)
-        self.pool.tasks.append(Task(partial(run_tests, names, self._expression(names)), done, limit, edit))
+        self.pool.tasks.append(
+            Task(partial(run_tests, names, self._expression(names)), done, limit, edit)
+        )
 
-    def _judge(self, mutant: Mutant, facts: Json, spent: float, found: Json, seconds: float) -> None:
+    def _judge(
+        self, mutant: Mutant, facts: Json, spent: float, found: Json, seconds: float
+    ) -> None:
         facts |= {"seconds": round(spent + seconds, 1)}
         failed = found.get("failed", "")
         if failed in self.unsound:
@@ -705,14 +829,19 @@ class Run:
         else:
             finish()
 
-    def _check_alone(self, test: str, finish: Callable[[], None], again: Callable[[], None]) -> None:
+    def _check_alone(
+        self, test: str, finish: Callable[[], None], again: Callable[[], None]
+    ) -> None:
         """A test that fails alone on the unchanged code, too, has caught nothing."""
 
         def done(found: Json, seconds: float) -> None:
             sound = found.get("code") == 0
             (self.sound if sound else self.unsound).add(test)
             if not sound:
-                print(f"  {test} fails alone on the unchanged code and is left out: {found}", flush=True)
+                print(
+                    f"  {test} fails alone on the unchanged code and is left out: {found}",
+                    flush=True,
+                )
             for ended, submit in self._waiting.pop(test):
                 (ended if sound else submit)()
 
@@ -757,13 +886,20 @@ class Results:
             return found
         # A mutant that an unchanged test file catches stays caught, whatever tests are added.
         file = found.get("failed", "").partition("::")[0]
-        same = file in self.snapshot.test_files and found["test_file"] == self.snapshot.file_digest(file)
+        same = file in self.snapshot.test_files and found["test_file"] == self.snapshot.file_digest(
+            file
+        )
         return found if same else None
 
     def add(self, mutant: Mutant, result: Json) -> None:
         file = result.get("failed", "").partition("::")[0]
         digest = self.snapshot.file_digest(file) if file in self.snapshot.test_files else ""
-        entry = {"key": self._key(mutant), "all_tests": self.snapshot.tests_digest, "test_file": digest, **result}
+        entry = {
+            "key": self._key(mutant),
+            "all_tests": self.snapshot.tests_digest,
+            "test_file": digest,
+            **result,
+        }
         entry |= {"mutant": asdict(mutant)}
         self._found[entry["key"]] = entry
         with self.path.open("a") as file:
@@ -775,7 +911,9 @@ def read_equivalent(text: str) -> dict[tuple[str, tuple[str, ...], tuple[str, ..
     found = {}
     for block in text.split("\n\n"):
         lines = [line.strip() for line in block.strip().splitlines() if not line.startswith("#")]
-        before, after = (tuple(line[1:].strip() for line in lines if line[0] == sign) for sign in "-+")
+        before, after = (
+            tuple(line[1:].strip() for line in lines if line[0] == sign) for sign in "-+"
+        )
         if before:
             found[lines[0].partition(":")[0], before, after] = " ".join(
                 line for line in lines[1:] if line[0] not in "-+"
@@ -799,7 +937,10 @@ def report(found: list[tuple[Mutant, Json]]) -> str:
     for mutant, result in found:
         by_file[mutant.file][result["outcome"]] += 1
     total = sum(by_file.values(), Counter())
-    rows = [[file, count.total(), *(count[outcome] or "" for outcome in OUTCOMES)] for file, count in by_file.items()]
+    rows = [
+        [file, count.total(), *(count[outcome] or "" for outcome in OUTCOMES)]
+        for file, count in by_file.items()
+    ]
     rows.append(["all", total.total(), *(total[outcome] for outcome in OUTCOMES)])
     table = [["module", "mutants", *OUTCOMES], ["---", *["---:"] * (len(OUTCOMES) + 1)], *rows]
     noticed = sum(total[outcome] for outcome in ("caught", "timed out", "crashed"))
@@ -814,11 +955,15 @@ def report(found: list[tuple[Mutant, Json]]) -> str:
 
 def show(mutant: Mutant, source: str) -> str:
     before, after = source.splitlines(), mutant.apply(source).splitlines()
-    return "\n".join(difflib.unified_diff(before, after, mutant.file, f"{mutant.operator}", lineterm=""))
+    return "\n".join(
+        difflib.unified_diff(before, after, mutant.file, f"{mutant.operator}", lineterm="")
+    )
 
 
 def list_libraries(files: list[str], folder: Path) -> Json:
-    """Compile the package and collect the quick tests; report which installed modules that imported."""
+    """Compile the package and collect the quick tests; report which installed modules that
+    imported.
+    """
     import compileall
 
     project = folder / "p"
@@ -826,7 +971,11 @@ def list_libraries(files: list[str], folder: Path) -> Json:
     compileall.compile_dir(project / "raysweep", quiet=2)
     pytest.main([*_ARGUMENTS, "--collect-only", "-m", QUICK, *files])
     installed = tuple(path for path in sys.path if path.endswith("site-packages"))
-    names = [n for n, m in sys.modules.items() if str(getattr(m, "__file__", "") or "").startswith(installed)]
+    names = [
+        n
+        for n, m in sys.modules.items()
+        if str(getattr(m, "__file__", "") or "").startswith(installed)
+    ]
     return {"modules": names, "project": str(project)}
 
 
@@ -847,22 +996,38 @@ def prepare(template: Path, with_ray: bool, found: Json, seconds: float) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-n", type=int, default=150, help="mutants (150)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", action="append", default=[], metavar="MODULE", help="weights, attacks/pgd, sweep")
-    parser.add_argument("--tests", action="append", default=[], metavar="NAME", help="only these files of tests")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="MODULE", help="weights, attacks/pgd, sweep"
+    )
+    parser.add_argument(
+        "--tests", action="append", default=[], metavar="NAME", help="only these files of tests"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--all", action="store_true", help="use slow tests and those with Ray, too")
     parser.add_argument("--list", action="store_true", help="print the mutants and end")
-    parser.add_argument("--show", type=int, metavar="K", help="print the diff of a mutant of the list and end")
-    parser.add_argument("--survivors", action="store_true", help="print the survivors of the last run and end")
+    parser.add_argument(
+        "--show", type=int, metavar="K", help="print the diff of a mutant of the list and end"
+    )
+    parser.add_argument(
+        "--survivors", action="store_true", help="print the survivors of the last run and end"
+    )
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    parser.add_argument("--cache", type=Path, default=home / "raysweep-mutants", help=f"({home}/raysweep-mutants)")
+    parser.add_argument(
+        "--cache", type=Path, default=home / "raysweep-mutants", help=f"({home}/raysweep-mutants)"
+    )
     args = parser.parse_args()
     last = args.cache / "last.md"
     if args.survivors:
-        print(last.read_text().partition("noticed")[2].partition("\n\n")[2] if last.exists() else "no run yet")
+        print(
+            last.read_text().partition("noticed")[2].partition("\n\n")[2]
+            if last.exists()
+            else "no run yet"
+        )
         return
     # Raised in the loop, not in the handler: inside a destructor an exception would be lost.
     signal.signal(signal.SIGTERM, lambda *_: Pool.ending.set())
@@ -870,7 +1035,9 @@ def main() -> None:
     try:
         snapshot = Snapshot(scratch / "0", args.tests)
         try:
-            sources = {file: snapshot.sources[file] for file in select_files(snapshot.sources, args.only)}
+            sources = {
+                file: snapshot.sources[file] for file in select_files(snapshot.sources, args.only)
+            }
         except ValueError as error:
             parser.error(str(error))
         mutants = draw_mutants(sources, args.n, args.seed)
@@ -878,11 +1045,17 @@ def main() -> None:
             chosen = range(len(mutants)) if args.list else [args.show]
             for number in chosen:
                 mutant = mutants[number]
-                print(f"{number}: {describe(mutant)}\n" if args.list else show(mutant, sources[mutant.file]))
+                print(
+                    f"{number}: {describe(mutant)}\n"
+                    if args.list
+                    else show(mutant, sources[mutant.file])
+                )
             return
         text = work(snapshot, mutants, scratch, args)
         last.write_text(text + "\n")
-        print(f"\n{date.today()}, Python {platform.python_version()}, n {args.n}, seed {args.seed}\n\n{text}")
+        print(
+            f"\n{date.today()}, Python {platform.python_version()}, n {args.n}, seed {args.seed}\n\n{text}"
+        )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -894,36 +1067,49 @@ def work(snapshot: Snapshot, mutants: list[Mutant], scratch: Path, args: argpars
     args.cache.mkdir(parents=True, exist_ok=True)
     results = Results(args.cache / ("results-all.jsonl" if args.all else "results.jsonl"), snapshot)
     equivalent = read_equivalent(EQUIVALENT.read_text() if EQUIVALENT.exists() else "")
-    known = {m: {"outcome": "equivalent"} for m in mutants if (m.file, m.before, m.after) in equivalent}
+    known = {
+        m: {"outcome": "equivalent"} for m in mutants if (m.file, m.before, m.after) in equivalent
+    }
     known |= {m: found for m in mutants if m not in known and (found := results.get(m))}
     left = [mutant for mutant in mutants if mutant not in known]
     print(f"{len(mutants)} mutants, {len(left)} to run", flush=True)
     if left:
         pool = Pool(snapshot.folder, scratch, args.jobs)
         pool.tasks.append(
-            Task(partial(list_libraries, snapshot.test_files), partial(prepare, snapshot.folder, not args.all))
+            Task(
+                partial(list_libraries, snapshot.test_files),
+                partial(prepare, snapshot.folder, not args.all),
+            )
         )
         pool.run()
         print(f"Libraries are in after {time.monotonic() - began:.0f} s", flush=True)
         suite = collect_suite(snapshot, pool, args.cache, args.all)
         Run(snapshot, suite, pool, results).work(left)
-        print(f"{time.monotonic() - began:.0f} s, {_seconds() - spent:.0f} s of the processor in all")
+        print(
+            f"{time.monotonic() - began:.0f} s, {_seconds() - spent:.0f} s of the processor in all"
+        )
     return report([(m, known.get(m) or results.get(m) or {"outcome": "not run"}) for m in mutants])
 
 
 def select_files(files: Iterable[str], only: list[str]) -> list[str]:
-    """The files of the modules and packages named in `only`; all if none are. Raises ValueError if a name has no file.
+    """The files of the modules and packages named in `only`; all if none are. Raises ValueError if
+    a name has no file.
 
     only: without "raysweep/" and ".py", as in weights, attacks/pgd, sweep.
     """
     modules = {file: file.removeprefix("raysweep/").removesuffix(".py") for file in files}
-    selected = {name: {f for f, m in modules.items() if m == name or m.startswith(f"{name}/")} for name in only}
+    selected = {
+        name: {f for f, m in modules.items() if m == name or m.startswith(f"{name}/")}
+        for name in only
+    }
     for name, found in selected.items():
         if not found:
             raise ValueError(
                 f"--only {name}: no module of the core has this name; allowed: {', '.join(modules.values())}"
             )
-    return [file for file in modules if not only or any(file in found for found in selected.values())]
+    return [
+        file for file in modules if not only or any(file in found for found in selected.values())
+    ]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Find the places of a Python source that a mutation can change, and the text that each change puts there.
+"""Find the places of a Python source that a mutation can change, and the text that each change puts
+there.
 
-A change never adds or removes a line, so that line numbers and coverage stay valid. Not changed: annotations,
-decorators, docstrings and other strings, texts of `raise`, warnings and log lines, and `TYPE_CHECKING` blocks.
+A change never adds or removes a line, so that line numbers and coverage stay valid. Not changed:
+annotations, decorators, docstrings and other strings, texts of `raise`, warnings and log lines, and
+`TYPE_CHECKING` blocks.
 """
 
 import ast
@@ -35,7 +37,15 @@ ARITHMETIC: dict[type[ast.operator], tuple[str, tuple[str, ...]]] = {
     ast.BitAnd: ("&", ("|",)),
     ast.BitOr: ("|", ("&",)),
 }
-_PAIRS = ("min max", "any all", "amin amax", "argmin argmax", "minimum maximum", "clamp_min clamp_max", "floor ceil")
+_PAIRS = (
+    "min max",
+    "any all",
+    "amin amax",
+    "argmin argmax",
+    "minimum maximum",
+    "clamp_min clamp_max",
+    "floor ceil",
+)
 SWAPPED = {a: b for pair in _PAIRS for a, b in (pair.split(), reversed(pair.split()))}
 # Names that `/` joins to a path: any other operator fails at once.
 _PATH = re.compile("path|folder|file|home|dir$|root", re.I)
@@ -59,8 +69,9 @@ class Edit:
 class Site:
     """A place that can be changed.
 
-    lines: those of its statement, without the body of a compound one. body: first and last line of the function whose
-    tests can notice the change; None if it runs when the module is imported. edits: the changes to draw one from.
+    lines: those of its statement, without the body of a compound one. body: first and last line of
+    the function whose tests can notice the change; None if it runs when the module is imported.
+    edits: the changes to draw one from.
     """
 
     operator: str
@@ -91,11 +102,14 @@ def find_sites(source: str) -> list[Site]:
     """List all sites of a source, in the order of their text."""
     collector = _Collector(source)
     collector.visit(ast.parse(source))
-    return sorted(collector.sites, key=lambda site: (site.edits[0].start, site.edits[0].end, site.operator))
+    return sorted(
+        collector.sites, key=lambda site: (site.edits[0].start, site.edits[0].end, site.operator)
+    )
 
 
 def draw_mutants(sources: Mapping[str, str], count: int, seed: int) -> list[Mutant]:
-    """Draw mutants: from each file in proportion to its number of sites, at least one; uniformly within a file.
+    """Draw mutants: from each file in proportion to its number of sites, at least one; uniformly
+    within a file.
 
     A larger `count` draws the same mutants and more, as far as the shares of the files allow.
     """
@@ -105,15 +119,24 @@ def draw_mutants(sources: Mapping[str, str], count: int, seed: int) -> list[Muta
     for file, share in shares.items():
         chance = random.Random(f"{seed} {file}")
         chance.shuffle(sites[file])
-        candidates = (_make_mutant(file, sources[file], site, chance.choice(site.edits)) for site in sites[file])
-        different = {(mutant.line, mutant.after): mutant for mutant in candidates if mutant}.values()
+        candidates = (
+            _make_mutant(file, sources[file], site, chance.choice(site.edits))
+            for site in sites[file]
+        )
+        different = {
+            (mutant.line, mutant.after): mutant for mutant in candidates if mutant
+        }.values()
         valid = (mutant for mutant in different if _compiles(mutant.apply(sources[file])))
-        drawn += sorted((m for m, _ in zip(valid, range(share), strict=False)), key=lambda m: m.edit.start)
+        drawn += sorted(
+            (m for m, _ in zip(valid, range(share), strict=False)), key=lambda m: m.edit.start
+        )
     return drawn
 
 
 def _allocate(sizes: Mapping[str, int], count: int) -> dict[str, int]:
-    """Split `count` in proportion to sizes by largest remainders, at least one for each that is not empty."""
+    """Split `count` in proportion to sizes by largest remainders, at least one for each that is not
+    empty.
+    """
     filled = {name: size for name, size in sizes.items() if size}
     total = sum(filled.values())
     exact = {name: count * size / total for name, size in filled.items()}
@@ -166,10 +189,14 @@ class _Collector(ast.NodeVisitor):
     def _offset(self, line: int, column: int) -> int:
         """Offset in characters of a position of `ast`, whose columns are bytes of UTF-8."""
         text = self._lines[line - 1]
-        return self._starts[line - 1] + (column if text.isascii() else len(text.encode()[:column].decode()))
+        return self._starts[line - 1] + (
+            column if text.isascii() else len(text.encode()[:column].decode())
+        )
 
     def _blank_text(self) -> str:
-        """The source with comments and strings blanked out, so that commas and operators can be searched for."""
+        """The source with comments and strings blanked out, so that commas and operators can be
+        searched for.
+        """
         blanked = list(self.source)
         for token in tokenize.generate_tokens(io.StringIO(self.source).readline):
             if token.type in (tokenize.COMMENT, tokenize.STRING):
@@ -194,9 +221,13 @@ class _Collector(ast.NodeVisitor):
     def _replace(self, node: ast.AST, text: str) -> Edit:
         """Put `text` in place of a node; line breaks inside parentheses keep the number of lines."""
         breaks = self._text(node).count("\n")
-        return Edit(self._start(node), self._end(node), f"({text}" + "\n" * breaks + ")" if breaks else text)
+        return Edit(
+            self._start(node), self._end(node), f"({text}" + "\n" * breaks + ")" if breaks else text
+        )
 
-    def _replace_between(self, left: ast.AST, right: ast.AST, pattern: str, text: str) -> Iterator[Edit]:
+    def _replace_between(
+        self, left: ast.AST, right: ast.AST, pattern: str, text: str
+    ) -> Iterator[Edit]:
         """Replace what `pattern` finds between two operands."""
         gap = self._end(left)
         if found := re.search(pattern, self._code[gap : self._start(right)]):
@@ -244,7 +275,10 @@ class _Collector(ast.NodeVisitor):
     def visit_Assign(self, node: ast.Assign) -> None:
         if any(isinstance(target, ast.Name) and target.id == "__all__" for target in node.targets):
             return
-        if any(isinstance(t, ast.Subscript | ast.Attribute) for t in node.targets) and "init__" not in self._function:
+        if (
+            any(isinstance(t, ast.Subscript | ast.Attribute) for t in node.targets)
+            and "init__" not in self._function
+        ):
             self._add("assignment deleted", self._delete(node))
         self.generic_visit(node)
 
@@ -252,7 +286,9 @@ class _Collector(ast.NodeVisitor):
         self._add("assignment deleted", self._delete(node))
         symbol, others = ARITHMETIC.get(type(node.op), ("", ()))
         for other in others:
-            edits = self._replace_between(node.target, node.value, re.escape(f"{symbol}="), f"{other}=")
+            edits = self._replace_between(
+                node.target, node.value, re.escape(f"{symbol}="), f"{other}="
+            )
             self._add("arithmetic swapped", *edits)
         self.generic_visit(node)
 
@@ -273,10 +309,14 @@ class _Collector(ast.NodeVisitor):
         self._add("break deleted", self._delete(node))
 
     def _delete(self, node: ast.stmt) -> Edit:
-        return Edit(self._start(node), self._end(node), "pass" + "\n" * self._text(node).count("\n"))
+        return Edit(
+            self._start(node), self._end(node), "pass" + "\n" * self._text(node).count("\n")
+        )
 
     def visit_Return(self, node: ast.Return) -> None:
-        if node.value is not None and not (isinstance(node.value, ast.Constant) and node.value.value is None):
+        if node.value is not None and not (
+            isinstance(node.value, ast.Constant) and node.value.value is None
+        ):
             self._add("None returned", self._replace(node.value, "None"))
         self.generic_visit(node)
 
@@ -319,17 +359,28 @@ class _Collector(ast.NodeVisitor):
         """Skip f-strings: they are text, and before Python 3.12 positions inside them are wrong."""
 
     def visit_Compare(self, node: ast.Compare) -> None:
-        for left, op, right in zip([node.left, *node.comparators], node.ops, node.comparators, strict=False):
-            edits = [self._replace_between(left, right, pattern, text) for pattern, text in COMPARISONS[type(op)]]
+        for left, op, right in zip(
+            [node.left, *node.comparators], node.ops, node.comparators, strict=False
+        ):
+            edits = [
+                self._replace_between(left, right, pattern, text)
+                for pattern, text in COMPARISONS[type(op)]
+            ]
             self._add("comparison swapped", *(edit for found in edits for edit in found))
         self.generic_visit(node)
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
         symbol, others = ARITHMETIC.get(type(node.op), ("", ()))
         is_path = symbol == "/" and _PATH.search(self._text(node.left))
-        if symbol and not is_path and not any(_is_text_or_type(side) for side in (node.left, node.right)):
+        if (
+            symbol
+            and not is_path
+            and not any(_is_text_or_type(side) for side in (node.left, node.right))
+        ):
             pattern = re.escape(symbol)
-            edits = [self._replace_between(node.left, node.right, pattern, other) for other in others]
+            edits = [
+                self._replace_between(node.left, node.right, pattern, other) for other in others
+            ]
             self._add("arithmetic swapped", *(edit for found in edits for edit in found))
         self.generic_visit(node)
 
@@ -344,7 +395,9 @@ class _Collector(ast.NodeVisitor):
         if word := words.get(type(node.op)):
             start = self._start(node)
             space = len(word) + (word == "not" and self.source[start + 3] == " ")
-            self._add("sign dropped" if word == "-" else f"{word} dropped", Edit(start, start + space, ""))
+            self._add(
+                "sign dropped" if word == "-" else f"{word} dropped", Edit(start, start + space, "")
+            )
         self.generic_visit(node)
 
     def visit_Constant(self, node: ast.Constant) -> None:
@@ -370,9 +423,16 @@ class _Collector(ast.NodeVisitor):
             if bound is None:
                 continue
             text = self._text(bound)
-            number = bound.value if isinstance(bound, ast.Constant) and isinstance(bound.value, int) else None
+            number = (
+                bound.value
+                if isinstance(bound, ast.Constant) and isinstance(bound.value, int)
+                else None
+            )
             texts = [f"({text}) + 1", f"({text}) - 1"] if number is None else [str(number + 1)]
-            self._add("slice bound moved", *(Edit(self._start(bound), self._end(bound), text) for text in texts))
+            self._add(
+                "slice bound moved",
+                *(Edit(self._start(bound), self._end(bound), text) for text in texts),
+            )
             if not isinstance(bound, ast.Constant | ast.UnaryOp):
                 self.visit(bound)
         self._visit_all([node.step])
@@ -397,24 +457,34 @@ class _Collector(ast.NodeVisitor):
                 self._add("min/max swapped", Edit(start, start + 3, SWAPPED[keyword.arg]))
         self.visit(node.func)
         self._visit_all(node.args[:1] if name in ("isinstance", "issubclass") else node.args)
-        kept = (k for k in node.keywords if k.arg not in _WORDS and not (name == "zip" and k.arg == "strict"))
+        kept = (
+            k
+            for k in node.keywords
+            if k.arg not in _WORDS and not (name == "zip" and k.arg == "strict")
+        )
         self._visit_all(keyword.value for keyword in kept)
 
     def _swap_name(self, func: ast.expr, name: str) -> None:
         base = name.removesuffix("_")
         if base in SWAPPED:
             end = self._end(func)
-            self._add(f"{base} swapped", Edit(end - len(name), end, SWAPPED[base] + name[len(base) :]))
+            self._add(
+                f"{base} swapped", Edit(end - len(name), end, SWAPPED[base] + name[len(base) :])
+            )
         elif name == "reversed":
             self._add("order reversed", self._replace(func, "list"))
 
     def _swap_arguments(self, node: ast.Call) -> None:
-        """Swap the first two positional arguments, if both are on one line and not numbers or words."""
+        """Swap the first two positional arguments, if both are on one line and not numbers or
+        words.
+        """
         if len(node.args) < 2 or any(isinstance(arg, ast.Starred) for arg in node.args[:2]):
             return
         first, second = node.args[:2]
         whole = self.source[self._start(first) : self._end(second)]
-        plain = not any(isinstance(arg, ast.Constant | ast.JoinedStr | ast.Lambda) for arg in (first, second))
+        plain = not any(
+            isinstance(arg, ast.Constant | ast.JoinedStr | ast.Lambda) for arg in (first, second)
+        )
         same = self._text(first) == self._text(second) or _called(node) in _SYMMETRIC
         if plain and not same and "\n" not in whole:
             middle = self.source[self._end(first) : self._start(second)]
@@ -435,7 +505,13 @@ class _Collector(ast.NodeVisitor):
 def _called(node: ast.Call) -> str:
     """Last part of the dotted name of the called function."""
     func = node.func
-    return func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
+    return (
+        func.attr
+        if isinstance(func, ast.Attribute)
+        else func.id
+        if isinstance(func, ast.Name)
+        else ""
+    )
 
 
 def _is_text(node: ast.stmt) -> bool:
@@ -443,13 +519,21 @@ def _is_text(node: ast.stmt) -> bool:
 
 
 def _is_text_or_type(node: ast.expr) -> bool:
-    """Whether an operand is a string (part of a path, text for people) or belongs to a union of types."""
+    """Whether an operand is a string (part of a path, text for people) or belongs to a union of
+    types.
+    """
     if isinstance(node, ast.Constant):
         return node.value is None or isinstance(node.value, str)
-    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Subscript) and "Annotated" in ast.dump(node.value))
+    return isinstance(node, ast.JoinedStr) or (
+        isinstance(node, ast.Subscript) and "Annotated" in ast.dump(node.value)
+    )
 
 
 def find_function_lines(source: str) -> set[int]:
     """Lines inside the bodies of functions: those that do not run when the module is imported."""
-    functions = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+    functions = (
+        n
+        for n in ast.walk(ast.parse(source))
+        if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
     return {line for node in functions for line in range(node.body[0].lineno, node.end_lineno + 1)}

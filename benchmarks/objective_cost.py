@@ -1,11 +1,13 @@
-"""What the sweep's objective costs beside training: its floating-point operations and seconds over those of an epoch.
+"""What the sweep's objective costs beside training: its floating-point operations and seconds over
+those of an epoch.
 
     python benchmarks/objective_cost.py                 # digits, trained; CIFAR-10's sizes, from the cost of a row
     python benchmarks/objective_cost.py --methods at    # fewer
 
-For CIFAR-10 (ResNet-18, 50,000 training images) the cost of a row of training and of each attack of the objective is
-measured on a few rows, and multiplied: by the rows of an epoch, and by the validation examples that face the attack
-when 85% are right and 50% survive, which is about where adversarial training ends. Earlier epochs cost less.
+For CIFAR-10 (ResNet-18, 50,000 training images) the cost of a row of training and of each attack of
+the objective is measured on a few rows, and multiplied: by the rows of an epoch, and by the
+validation examples that face the attack when 85% are right and 50% survive, which is about where
+adversarial training ends. Earlier epochs cost less.
 """
 
 import argparse
@@ -20,14 +22,14 @@ from torch import Tensor, nn
 
 from raysweep.attacks import AnyAttack
 from raysweep.data import Batch
-from raysweep.evaluation.copies import attack_copy
+from raysweep.evaluation.attack_model import make_attack_model
 from raysweep.models import ModelSpec
-from raysweep.rng import Rng
-from raysweep.spec import override
-from raysweep.training.compute import Compute
-from raysweep.training.config import RunConfig, run_config
-from raysweep.training.faces import Faces
-from raysweep.training.trainer import fit, train_step
+from raysweep.rng import ExampleRng
+from raysweep.spec import apply_overrides
+from raysweep.training.compute import ComputeSpec
+from raysweep.training.config import TrainingConfig, build_training_config
+from raysweep.training.model_variants import ModelVariants
+from raysweep.training.trainer import compute_step_gradients, train_model
 
 TRAIN, CLEAN, ROBUST = 50_000, 0.85, 0.5
 METHODS = ("at", "gairat", "trades", "lrat")
@@ -44,33 +46,46 @@ def row_cost(run: Callable[[], object], rows: int) -> tuple[float, float]:
 
 def cifar10(method: str, rows: int, network: str) -> tuple[list[str], float]:
     """A line of the table, and the share of an epoch in FLOP."""
-    config = run_config(method, {"data.name": "cifar10", "model.name": network}).at(99)
+    config = build_training_config(
+        method, {"data.name": "cifar10", "model.name": network}
+    ).resolve_at(99)
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(rows, 3, 32, 32, generator=generator)
-    model = ModelSpec(name=config.model.name).build(3, 10, 0)
+    model = ModelSpec(name=config.model.name).build_model(3, 10, 0)
     with torch.no_grad():
         y = model.eval()(x).argmax(1)
-    rng = Rng.for_examples(torch.arange(rows), 0)
-    faces = Faces(model.train(), x[:1], Compute().on(torch.device("cpu")))
-    step = row_cost(lambda: train_step(config.method, faces, Batch(x, y, rng.index), rng), rows)
+    rng = ExampleRng.for_examples(torch.arange(rows), 0)
+    faces = ModelVariants(model.train(), x[:1], ComputeSpec().resolve(torch.device("cpu")))
+    step = row_cost(
+        lambda: compute_step_gradients(config.method, faces, Batch(x, y, rng.example_ids), rng),
+        rows,
+    )
     examples = min(config.validation.size or config.data.val_size, config.data.val_size)
     # Without the padding to the least number of rows, which a few rows would pay for.
-    judged = attack_copy(model, x).model
+    judged = make_attack_model(model, x).model
     cost = [examples * part for part in row_cost(lambda: looked(judged, x, y), rows)]
     for attacks, share in ((config.validation.attacks, CLEAN), (config.validation.finish, ROBUST)):
         for attack in attacks.values():
             each = row_cost(lambda attack=attack: lasting(attack)(judged, x, y, rng), rows)
             cost = [total + examples * share * part for total, part in zip(cost, each, strict=True)]
     epoch = [(TRAIN - config.data.val_size) * part for part in step]
-    shares = [part / whole / config.validation.every for part, whole in zip(cost, epoch, strict=True)]
+    shares = [
+        part / whole / config.validation.every for part, whole in zip(cost, epoch, strict=True)
+    ]
     flop, seconds = (f"{share:.1%}" for share in shares)
-    row = [method, f"cifar10, {network}", f"{examples} every {config.validation.every}", flop, seconds]
+    row = [
+        method,
+        f"cifar10, {network}",
+        f"{examples} every {config.validation.every}",
+        flop,
+        seconds,
+    ]
     return row, shares[0]
 
 
 def lasting(attack: AnyAttack) -> AnyAttack:
     """The attack in a ball so small that no row falls and leaves."""
-    return override(attack, {"eps": 1e-9})
+    return apply_overrides(attack, {"eps": 1e-9})
 
 
 def looked(model: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -80,11 +95,20 @@ def looked(model: nn.Module, x: Tensor, y: Tensor) -> None:
 
 
 def digits(method: str, epochs: int, small: bool = False) -> tuple[list[str], float]:
-    few = {"*.attacks.*.steps": 2, "validation.finish.*.steps": 2, "data.train_size": 64, "data.val_size": 16}
-    config: RunConfig = run_config(method, {"epochs": epochs, **(few if small else {})})
+    few = {
+        "*.attacks.*.steps": 2,
+        "validation.finish.*.steps": 2,
+        "data.train_size": 64,
+        "data.val_size": 16,
+    }
+    config: TrainingConfig = build_training_config(
+        method, {"epochs": epochs, **(few if small else {})}
+    )
     with TemporaryDirectory() as folder:
-        history = fit(config, Path(folder)).last.history[1:]
-    seconds = medians({name: [r[name] for r in history] for name in ("validation_seconds", "train/seconds")})
+        history = train_model(config, Path(folder)).last_checkpoint.history[1:]
+    seconds = medians(
+        {name: [r[name] for r in history] for name in ("validation_seconds", "train/seconds")}
+    )
     share = seconds["validation_seconds"] / seconds["train/seconds"]
     examples = min(config.validation.size or config.data.val_size, config.data.val_size)
     return [
@@ -105,9 +129,15 @@ def measure(
         worst = max(worst, share)
         lines.append(line)
     lines += [digits(method, epochs, small)[0] for method in methods]
-    print(f"\nThe objective over an epoch of training; {rows} rows, {epochs - 1} epochs of digits; {machine()}\n")
+    print(
+        f"\nThe objective over an epoch of training; {rows} rows, {epochs - 1} epochs of digits; {machine()}\n"
+    )
     print(table(["method", "data", "examples", "FLOP", "seconds"], lines), flush=True)
-    return [Ratio("objective over an epoch, cifar10, at most", f"{worst:.1%}", "10%", f"{rows} rows, FLOP")]
+    return [
+        Ratio(
+            "objective over an epoch, cifar10, at most", f"{worst:.1%}", "10%", f"{rows} rows, FLOP"
+        )
+    ]
 
 
 def run(full: bool = False) -> list[Ratio]:
@@ -116,7 +146,9 @@ def run(full: bool = False) -> list[Ratio]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=4, help="of digits")

@@ -1,10 +1,12 @@
-"""Which cheap validation metric ranks models as AutoAttack does? Kendall's tau over many small models on digits.
+"""Which cheap validation metric ranks models as AutoAttack does? Kendall's tau over many small
+models on digits.
 
     python benchmarks/objectives.py --models 48 --examples 200 --out objectives.json
 
-Trains each model (methods x seeds x epochs, in parallel processes), measures the candidates on the validation split
-and full AutoAttack on test examples, and prints two Markdown tables: each candidate's Kendall tau with a 95% interval
-(models drawn with replacement), and each method's symptoms of masking. Finished models are kept in --out.
+Trains each model (methods x seeds x epochs, in parallel processes), measures the candidates on the
+validation split and full AutoAttack on test examples, and prints two Markdown tables: each
+candidate's Kendall tau with a 95% interval (models drawn with replacement), and each method's
+symptoms of masking. Finished models are kept in --out.
 """
 
 import argparse
@@ -20,12 +22,12 @@ import torch
 from scipy.stats import kendalltau
 
 from raysweep.attacks import APGD, PGD, Square
-from raysweep.data import load
+from raysweep.data import load_data
 from raysweep.evaluation import evaluate
-from raysweep.evaluation.validation import Validation
-from raysweep.spec import override
-from raysweep.training.config import run_config
-from raysweep.training.trainer import fit
+from raysweep.spec import apply_overrides
+from raysweep.training.config import build_training_config
+from raysweep.training.trainer import train_model
+from raysweep.training.validation import Validation
 
 METHODS = ("at", "gairat", "trades", "mart", "lrat", "gair-mart", "mail-at", "gair-fat")
 EPS = 0.15
@@ -34,7 +36,9 @@ SYMPTOMS = ("masking_gap", "val/ce_cw_gap", "val/scaling_gap", "zero_gradient")
 
 def jobs(count: int, lengths: list[int]) -> list[tuple[str, int, int]]:
     """(method, seed, epochs), the methods in turn."""
-    grid = [(m, seed, epochs) for seed, epochs in itertools.product(range(20), lengths) for m in METHODS]
+    grid = [
+        (m, seed, epochs) for seed, epochs in itertools.product(range(20), lengths) for m in METHODS
+    ]
     return grid[:count]
 
 
@@ -43,11 +47,17 @@ def measure(job: tuple[str, int, int], examples: int, train: int, val: int) -> d
     method, seed, epochs = job
     lr = {"kind": "piecewise", "boundaries": [epochs - 1], "values": [0.05, 0.01]}
     sizes = {"data.train_size": train, "data.val_size": val, "validation.every": epochs}
-    config = run_config(method, {"epochs": epochs, "seed": seed, "optim.lr": lr, **sizes})
-    config = override(config, {"*.burn_in": epochs // 2}, missing="ignore")
-    data = load(config.data)
+    config = build_training_config(
+        method, {"epochs": epochs, "seed": seed, "optim.lr": lr, **sizes}
+    )
+    config = apply_overrides(config, {"*.burn_in": epochs // 2}, on_missing="ignore")
+    data = load_data(config.data)
     with TemporaryDirectory() as folder:
-        model = fit(config, Path(folder), data=data).last.load_model(config.model.build(1, 10, 0)).eval()
+        model = (
+            train_model(config, Path(folder), data=data)
+            .last_checkpoint.load_weights(config.model.build_model(1, 10, 0))
+            .eval()
+        )
     step = {"eps": EPS, "step_size": EPS / 4, "steps": 20}
     candidates = Validation(
         attacks={
@@ -63,10 +73,17 @@ def measure(job: tuple[str, int, int], examples: int, train: int, val: int) -> d
     scores = candidates(model, data.val)
     scores = {name: scores[name] for name in ("clean", *candidates.attacks)}
     ours = config.validation(model, data.val)
-    scores |= {"default objective": ours["robust_worst"], "min(pgd20, cw20)": min(scores["pgd20"], scores["cw20"])}
-    x, y = data.test.images(slice(0, examples)), data.test.y[:examples]
+    scores |= {
+        "default objective": ours["robust_worst"],
+        "min(pgd20, cw20)": min(scores["pgd20"], scores["cw20"]),
+    }
+    x, y = data.test.get_float_images(slice(0, examples)), data.test.y[:examples]
     report = evaluate(model, x, y, "autoattack", EPS, batch_size=examples)
-    return {**scores, "autoattack": report.robust_accuracy, **{name: ours[name] for name in SYMPTOMS}}
+    return {
+        **scores,
+        "autoattack": report.robust_accuracy,
+        **{name: ours[name] for name in SYMPTOMS},
+    }
 
 
 def table(rows: list[dict[str, float]]) -> str:
@@ -77,15 +94,27 @@ def table(rows: list[dict[str, float]]) -> str:
     found = []
     for name in names:
         values = np.array([row[name] for row in rows])
-        low, high = np.nanpercentile([kendalltau(values[d], truth[d]).statistic for d in draws], (2.5, 97.5))
-        found.append((kendalltau(values, truth).statistic, f"| {name} | %.2f | {low:.2f} .. {high:.2f} |"))
-    head = [f"| metric on validation | tau to AutoAttack on test (n = {len(rows)} models) | 95% |", "|---|---|---|"]
+        low, high = np.nanpercentile(
+            [kendalltau(values[d], truth[d]).statistic for d in draws], (2.5, 97.5)
+        )
+        found.append(
+            (kendalltau(values, truth).statistic, f"| {name} | %.2f | {low:.2f} .. {high:.2f} |")
+        )
+    head = [
+        f"| metric on validation | tau to AutoAttack on test (n = {len(rows)} models) | 95% |",
+        "|---|---|---|",
+    ]
     return "\n".join(head + [line % tau for tau, line in sorted(found, reverse=True)])
 
 
 def symptoms(done: dict[str, dict[str, float]]) -> str:
-    """Means over each method's models; `overstated` is PGD-20 on validation less AutoAttack on test."""
-    lines = [f"| method | overstated | {' | '.join(SYMPTOMS)} |", "|---" * (2 + len(SYMPTOMS)) + "|"]
+    """Means over each method's models; `overstated` is PGD-20 on validation less AutoAttack on
+    test.
+    """
+    lines = [
+        f"| method | overstated | {' | '.join(SYMPTOMS)} |",
+        "|---" * (2 + len(SYMPTOMS)) + "|",
+    ]
     for method in METHODS:
         rows = [row for job, row in done.items() if ast.literal_eval(job)[0] == method]
         means = [np.mean([row["pgd20"] - row["autoattack"] for row in rows])]
@@ -95,7 +124,9 @@ def symptoms(done: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", type=int, default=48)
     parser.add_argument("--examples", type=int, default=200)
     parser.add_argument("--epochs", type=int, nargs="+", default=[4, 6, 8])
@@ -107,11 +138,16 @@ def main() -> None:
     done = json.loads(args.out.read_text()) if args.out.exists() else {}
     with ProcessPoolExecutor(args.processes) as pool:
         missing = [job for job in jobs(args.models, args.epochs) if str(job) not in done]
-        waiting = {pool.submit(measure, job, args.examples, args.train, args.val): str(job) for job in missing}
+        waiting = {
+            pool.submit(measure, job, args.examples, args.train, args.val): str(job)
+            for job in missing
+        }
         for future in as_completed(waiting):
             done[waiting[future]] = future.result()
             args.out.write_text(json.dumps(done, indent=1))
-            print(f"{len(done)}/{args.models} {waiting[future]} {done[waiting[future]]}", flush=True)
+            print(
+                f"{len(done)}/{args.models} {waiting[future]} {done[waiting[future]]}", flush=True
+            )
     print(table(list(done.values())), symptoms(done), sep="\n\n")
 
 

@@ -1,10 +1,12 @@
-"""A thousand GPUs and ten thousand trials, simulated event by event from measured costs: what becomes the limit?
+"""A thousand GPUs and ten thousand trials, simulated event by event from measured costs: what
+becomes the limit?
 
 python benchmarks/scale.py benchmarks/scale_costs.json       the table of scale.md
 
-One driver handles proposals, reports and ends one after the other, and a trial goes on when its report has been handled
-(that is how Ray Tune works); all checkpoints go through one store of a given bandwidth; machines are taken away at
-random and come back after a while. Costs that grow with the number of trials are interpolated between the measured.
+One driver handles proposals, reports and ends one after the other, and a trial goes on when its
+report has been handled (that is how Ray Tune works); all checkpoints go through one store of a
+given bandwidth; machines are taken away at random and come back after a while. Costs that grow with
+the number of trials are interpolated between the measured.
 """
 
 import argparse
@@ -24,7 +26,9 @@ Costs = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Setting:
-    """A sweep on a cluster. Seconds and MB; driver: what of it is shared out over so many sweeps of equal size."""
+    """A sweep on a cluster. Seconds and MB; driver: what of it is shared out over so many sweeps of
+    equal size.
+    """
 
     name: str
     gpus: int = 1000
@@ -65,7 +69,9 @@ class Server:
 
 @dataclass
 class Outcome:
-    """hours: to the last report; shares: of the GPUs' time until then; driver_busy: of the busiest driver's."""
+    """hours: to the last report; shares: of the GPUs' time until then; driver_busy: of the busiest
+    driver's.
+    """
 
     hours: float
     shares: dict[str, float]
@@ -77,7 +83,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happens on a GPU at a time. quality: of its trial; left: seconds of training in this epoch."""
+    """Something that happens on a GPU at a time. quality: of its trial; left: seconds of training
+    in this epoch.
+    """
 
     at: float
     then: Callable[["Event"], "Event | None"]
@@ -127,8 +135,12 @@ class Sweep:
 
     def _lose(self, event: Event) -> Event:
         self._preemptions += 1
-        told = self._driver.serve(event.at, at(self._costs["ray tune: a trial"], self._started) / 1000)
-        return replace(event, at=told + self._s.replacement_seconds + self._s.start_seconds, then=self._train)
+        told = self._driver.serve(
+            event.at, at(self._costs["ray tune: a trial"], self._started) / 1000
+        )
+        return replace(
+            event, at=told + self._s.replacement_seconds + self._s.start_seconds, then=self._train
+        )
 
     def _save(self, event: Event) -> Event:
         saved = self._store.serve(event.at, self._s.checkpoint_mb / self._s.store_mb_per_second)
@@ -162,9 +174,21 @@ class Sweep:
     def _cost(self, event: str) -> float:
         """Seconds of the driver; the study and the store hold more and more."""
         names = {
-            "start": [f"optuna {self._s.optuna}", "ledger: write a trial", f"mlflow {self._s.mlflow}: open a run"],
-            "report": ["ledger: write a trial", f"mlflow {self._s.mlflow}: log an epoch", "ray tune: a report"],
-            "end": ["ledger: write a trial", f"mlflow {self._s.mlflow}: close a run", "ray tune: a trial"],
+            "start": [
+                f"optuna {self._s.optuna}",
+                "ledger: write a trial",
+                f"mlflow {self._s.mlflow}: open a run",
+            ],
+            "report": [
+                "ledger: write a trial",
+                f"mlflow {self._s.mlflow}: log an epoch",
+                "ray tune: a report",
+            ],
+            "end": [
+                "ledger: write a trial",
+                f"mlflow {self._s.mlflow}: close a run",
+                "ray tune: a trial",
+            ],
         }[event]
         total = 0.0
         for name in names:
@@ -177,7 +201,9 @@ class Sweep:
 
 
 def at(cost: dict[str, float], held: int) -> float:
-    """A cost at a number of trials: straight lines between the measured ones, the last slope beyond."""
+    """A cost at a number of trials: straight lines between the measured ones, the last slope
+    beyond.
+    """
     points = sorted((int(size), value) for size, value in cost.items())
     if len(points) == 1 or held <= points[0][0]:
         return points[0][1]
@@ -189,9 +215,12 @@ def at(cost: dict[str, float], held: int) -> float:
 def simulate(setting: Setting, costs: Costs) -> Outcome:
     """All sweeps side by side, on one store."""
     store = Server()
-    part = replace(setting, gpus=setting.gpus // setting.sweeps, trials=setting.trials // setting.sweeps)
+    part = replace(
+        setting, gpus=setting.gpus // setting.sweeps, trials=setting.trials // setting.sweeps
+    )
     sweeps = [Sweep(part, costs, store, seed) for seed in range(setting.sweeps)]
-    # Events at one moment in the order in which they came up: what happens to be equal is not compared further.
+    # Events at one moment in the order in which they came up: what happens to be equal is not
+    # compared further.
     count = itertools.count()
     queue = [(event.at, next(count), event) for sweep in sweeps for event in sweep.events()]
     while queue:
@@ -233,7 +262,12 @@ def settings() -> list[Setting]:
         replace(slow, name="... Optuna on SQLite", optuna="sqlite"),
         replace(slow, name="... half epochs lost", keeps_half_epochs=False),
         replace(slow, name="... preempted every hour", hours_between_preemptions=1.0),
-        replace(slow, name="... every hour, half epochs lost", hours_between_preemptions=1.0, keeps_half_epochs=False),
+        replace(
+            slow,
+            name="... every hour, half epochs lost",
+            hours_between_preemptions=1.0,
+            keeps_half_epochs=False,
+        ),
         wide,
         replace(wide, name="... store of 1 GB/s (one NFS server)", store_mb_per_second=1000.0),
         fast,
@@ -246,26 +280,46 @@ def settings() -> list[Setting]:
 
 def limit(outcome: Outcome) -> str:
     """Where most of the time goes that nobody trains in."""
-    name, share = max((item for item in outcome.shares.items() if item[0] != "training"), key=lambda item: item[1])
+    name, share = max(
+        (item for item in outcome.shares.items() if item[0] != "training"), key=lambda item: item[1]
+    )
     part = f": {outcome.by_part.most_common(1)[0][0]}" if name == "the driver" else ""
     return f"{name} ({share:.0%}{part})"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("costs", type=Path)
-    parser.add_argument("--shrink", type=int, default=1, metavar="N", help="N times fewer GPUs and trials, for a try")
+    parser.add_argument(
+        "--shrink",
+        type=int,
+        default=1,
+        metavar="N",
+        help="N times fewer GPUs and trials, for a try",
+    )
     args = parser.parse_args()
     costs: Costs = json.loads(args.costs.read_text())
     # What a trial costs Tune is its start, its one report and its end.
-    costs["ray tune: a report"] = {size: value / 3 for size, value in costs["ray tune: a trial"].items()}
-    print("| setting | hours | GPUs train | driver busy | preempted | epochs lost | most of the rest goes to |")
+    costs["ray tune: a report"] = {
+        size: value / 3 for size, value in costs["ray tune: a trial"].items()
+    }
+    print(
+        "| setting | hours | GPUs train | driver busy | preempted | epochs lost | most of the rest goes to |"
+    )
     print("|---|---:|---:|---:|---:|---:|---|")
     for setting in settings():
-        small = replace(setting, gpus=setting.gpus // args.shrink, trials=setting.trials // args.shrink)
+        small = replace(
+            setting, gpus=setting.gpus // args.shrink, trials=setting.trials // args.shrink
+        )
         o = simulate(small, costs)
-        numbers = f"{o.hours:.1f} | {o.shares['training']:.0%} | {o.driver_busy:.0%} | {o.preemptions}"
-        print(f"| {setting.name} | {numbers} | {math.ceil(o.lost_epochs)} | {limit(o)} |", flush=True)
+        numbers = (
+            f"{o.hours:.1f} | {o.shares['training']:.0%} | {o.driver_busy:.0%} | {o.preemptions}"
+        )
+        print(
+            f"| {setting.name} | {numbers} | {math.ceil(o.lost_epochs)} | {limit(o)} |", flush=True
+        )
 
 
 if __name__ == "__main__":

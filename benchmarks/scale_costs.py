@@ -1,6 +1,8 @@
-"""What one event of a sweep costs its driver, by the number of trials that there are already. Milliseconds.
+"""What one event of a sweep costs its driver, by the number of trials that there are already.
+Milliseconds.
 
-python benchmarks/scale_costs.py [--postgres /usr/lib/postgresql/15/bin] [--sizes 100 1000 10000] > costs.json
+python benchmarks/scale_costs.py [--postgres /usr/lib/postgresql/15/bin] [--sizes 100 1000 10000] >
+costs.json
 """
 
 import argparse
@@ -22,22 +24,22 @@ from typing import Any
 import optuna
 
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.space import SearchSpace, Settings, load_space
+from raysweep.sweep.search_space import Params, SearchSpace, load_space
 from raysweep.tracking import SweepTracker, Tracker
 
 EPOCHS, METRICS, REPEATS = 10, 25, 5
 
 
-def settings_of(space: SearchSpace, number: int) -> Settings:
+def settings_of(space: SearchSpace, number: int) -> Params:
     trial = optuna.trial.FixedTrial(_random(space, random.Random(number)))
-    return space.suggest(trial)
+    return space.suggest_params(trial)
 
 
 def _random(space: SearchSpace, rng: random.Random) -> dict[str, Any]:
     def draw(distribution: Any) -> Any:
         if distribution.categorical is not None:
             return rng.choice(distribution.optuna().choices)
-        return rng.uniform(*distribution.ends())
+        return rng.uniform(*distribution.bounds_or_choices())
 
     return {path: draw(distribution) for path, distribution in space.space.items()}
 
@@ -46,9 +48,16 @@ def trial_of(space: SearchSpace, number: int) -> Trial:
     """An ended trial as a sweep leaves it, its metrics in the numbers that a real one has."""
     rng = random.Random(number)
     row = {f"train/metric_{i}": rng.random() for i in range(METRICS - 3)}
-    row |= {"robust_worst": rng.random(), "clean": rng.random(), "masking_gap": rng.random() * 0.1, "epoch": EPOCHS}
+    row |= {
+        "robust_worst": rng.random(),
+        "clean": rng.random(),
+        "masking_gap": rng.random() * 0.1,
+        "epoch": EPOCHS,
+    }
     curve = [[epoch, rng.random()] for epoch in range(1, EPOCHS + 1)]
-    return Trial(number, settings_of(space, number), "finished", EPOCHS, row, row, curve, EPOCHS, 100.0)
+    return Trial(
+        number, settings_of(space, number), "finished", EPOCHS, row, row, curve, EPOCHS, 100.0
+    )
 
 
 def milliseconds(call: Callable[[], Any], repeats: int = REPEATS) -> float:
@@ -64,23 +73,27 @@ def milliseconds(call: Callable[[], Any], repeats: int = REPEATS) -> float:
 def optuna_costs(space: SearchSpace, storage: Any, sizes: list[int]) -> dict[int, float]:
     """One proposal and its result told, by trials that the study holds."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(storage=storage, direction="maximize", sampler=space.sampler.build())
+    study = optuna.create_study(
+        storage=storage, direction="maximize", sampler=space.sampler.build_sampler()
+    )
     costs, held = {}, 0
 
     def once() -> None:
         nonlocal held
         trial = study.ask()
-        space.suggest(trial)
+        space.suggest_params(trial)
         study.tell(trial, random.random())
         held += 1
 
     for size in sizes:
         missing = [trial_of(space, number) for number in range(held, size)]
-        distributions = {path: distribution.optuna() for path, distribution in space.space.items()}
+        distributions = {
+            path: distribution.to_optuna() for path, distribution in space.space.items()
+        }
         study.add_trials(
             optuna.trial.create_trial(
-                params=space.params(t.settings),
-                distributions={path: distributions[path] for path in t.settings},
+                params=space.optuna_params(t.params),
+                distributions={path: distributions[path] for path in t.params},
                 value=t.score("robust_worst"),
             )
             for t in missing
@@ -96,20 +109,24 @@ def ledger_costs(space: SearchSpace, folder: Path, sizes: list[int]) -> dict[str
     held = 0
     for size in sizes:
         for number in range(held, size):
-            ledger.write(trial_of(space, number))
+            ledger.save_trial(trial_of(space, number))
         held = size
         again = trial_of(space, 0)
-        costs["write a trial"][size] = milliseconds(lambda trial=again: ledger.write(trial))
-        costs["read all trials"][size] = milliseconds(ledger.trials, 2)
+        costs["write a trial"][size] = milliseconds(lambda trial=again: ledger.save_trial(trial))
+        costs["read all trials"][size] = milliseconds(ledger.load_trials, 2)
     return costs
 
 
-def mlflow_costs(space: SearchSpace, uri: str, folder: Path, sizes: list[int]) -> dict[str, dict[int, float]]:
-    """A trial's run opened with its settings, one epoch's metrics, the run closed: by runs that the store holds."""
-    tracker = Tracker(uri, folder / "artifacts").ready()
+def mlflow_costs(
+    space: SearchSpace, uri: str, folder: Path, sizes: list[int]
+) -> dict[str, dict[int, float]]:
+    """A trial's run opened with its settings, one epoch's metrics, the run closed: by runs that the
+    store holds.
+    """
+    tracker = Tracker(uri, folder / "artifacts").wait_until_ready()
     follower = SweepTracker(tracker, "0123456789abcdef")
     ledger = Ledger.create(folder / "followed", space)
-    follower.started(ledger, 1)
+    follower.on_sweep_start(ledger, 1)
     costs: dict[str, dict[int, float]] = {"open a run": {}, "log an epoch": {}, "close a run": {}}
     held = 0
     for size in sizes:
@@ -118,24 +135,38 @@ def mlflow_costs(space: SearchSpace, uri: str, folder: Path, sizes: list[int]) -
         opened, logged, closed = [], [], []
         for number in range(size, size + REPEATS):
             trial = trial_of(space, number)
-            running = Trial(number, trial.settings)
-            ended = Trial(number, trial.settings, "stopped", EPOCHS)
-            opened.append(milliseconds(lambda t=running: follower.trial_changed(t, None), 1))
-            logged.append(milliseconds(lambda t=running, row=trial.latest: follower.trial_changed(t, row), 1))
-            closed.append(milliseconds(lambda t=ended: follower.trial_changed(t, None), 1))
+            running = Trial(number, trial.params)
+            ended = Trial(number, trial.params, "stopped", EPOCHS)
+            opened.append(milliseconds(lambda t=running: follower.on_trial_update(t, None), 1))
+            logged.append(
+                milliseconds(
+                    lambda t=running, row=trial.latest: follower.on_trial_update(t, row), 1
+                )
+            )
+            closed.append(milliseconds(lambda t=ended: follower.on_trial_update(t, None), 1))
         for name, found in zip(costs, (opened, logged, closed), strict=True):
             costs[name][size] = min(found)
     return costs
 
 
 def _fill(uri: str, tracker: Tracker, first: int, last: int) -> None:
-    """Runs as sweeps leave them, brought straight into the tables: through MLflow it would take an hour."""
+    """Runs as sweeps leave them, brought straight into the tables: through MLflow it would take an
+    hour.
+    """
     import sqlalchemy as sa
-    from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, SqlParam, SqlRun, SqlTag
+    from mlflow.store.tracking.dbmodels.models import (
+        SqlLatestMetric,
+        SqlMetric,
+        SqlParam,
+        SqlRun,
+        SqlTag,
+    )
 
-    _, experiment = tracker._connected.result()
+    _, experiment = tracker._connection.result()
     now = int(time.time() * 1000)
-    rows: dict[Any, list[dict[str, Any]]] = {m: [] for m in (SqlRun, SqlTag, SqlParam, SqlMetric, SqlLatestMetric)}
+    rows: dict[Any, list[dict[str, Any]]] = {
+        m: [] for m in (SqlRun, SqlTag, SqlParam, SqlMetric, SqlLatestMetric)
+    }
     for number in range(first, last):
         run = f"{number:032x}"
         rows[SqlRun].append(
@@ -145,15 +176,34 @@ def _fill(uri: str, tracker: Tracker, first: int, last: int) -> None:
                 "lifecycle_stage": "active", "artifact_uri": "a", "experiment_id": int(experiment),
             }
         )  # fmt: skip
-        tags = {"raysweep.kind": "trial", "raysweep.sweep": "k", "raysweep.trial": f"{number:05d}", "state": "stopped"}
+        tags = {
+            "raysweep.kind": "trial",
+            "raysweep.sweep": "k",
+            "raysweep.trial": f"{number:05d}",
+            "state": "stopped",
+        }
         rows[SqlTag] += [{"run_uuid": run, "key": k, "value": v} for k, v in tags.items()]
         rows[SqlParam] += [{"run_uuid": run, "key": f"p{i}", "value": str(i)} for i in range(60)]
         rows[SqlLatestMetric] += [
-            {"run_uuid": run, "key": f"m{i}", "value": 0.5, "timestamp": now, "step": 1, "is_nan": False}
+            {
+                "run_uuid": run,
+                "key": f"m{i}",
+                "value": 0.5,
+                "timestamp": now,
+                "step": 1,
+                "is_nan": False,
+            }
             for i in range(METRICS)
         ]
         rows[SqlMetric] += [
-            {"run_uuid": run, "key": f"m{i}", "value": 0.5, "timestamp": now, "step": s, "is_nan": False}
+            {
+                "run_uuid": run,
+                "key": f"m{i}",
+                "value": 0.5,
+                "timestamp": now,
+                "step": s,
+                "is_nan": False,
+            }
             for i in range(METRICS)
             for s in range(2)
         ]
@@ -166,10 +216,12 @@ def _fill(uri: str, tracker: Tracker, first: int, last: int) -> None:
 
 
 def tune_costs(count: int) -> dict[int, float]:
-    """Ray Tune's own work for a trial of one report, with nothing of ours: early in a sweep and late."""
+    """Ray Tune's own work for a trial of one report, with nothing of ours: early in a sweep and
+    late.
+    """
     from ray import tune
 
-    from raysweep.sweep.cluster import connected
+    from raysweep.sweep.cluster import connect_to_cluster
 
     ended: list[float] = []
 
@@ -177,15 +229,19 @@ def tune_costs(count: int) -> dict[int, float]:
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             ended.append(time.perf_counter())
 
-    with connected(cpus=2), tempfile.TemporaryDirectory() as folder:
+    with connect_to_cluster(n_cpus=2), tempfile.TemporaryDirectory() as folder:
         tune.Tuner(
             tune.with_resources(lambda config: tune.report({"x": 1}), {"CPU": 1}),
-            tune_config=tune.TuneConfig(num_samples=count, max_concurrent_trials=2, reuse_actors=True),
+            tune_config=tune.TuneConfig(
+                num_samples=count, max_concurrent_trials=2, reuse_actors=True
+            ),
             run_config=tune.RunConfig(storage_path=folder, verbose=0, callbacks=[Clock()]),
         ).fit()
     # Ten in a row, the fastest: two run at once, and end together.
     early, late = ended[10 : count // 4], ended[-count // 4 :]
-    each = [min(b - a for a, b in zip(part, part[10:], strict=False)) / 10 for part in (early, late)]
+    each = [
+        min(b - a for a, b in zip(part, part[10:], strict=False)) / 10 for part in (early, late)
+    ]
     return {count // 4: round(1000 * each[0], 2), count: round(1000 * each[1], 2)}
 
 
@@ -202,11 +258,28 @@ def postgres(binaries: Path, folder: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
 
     def run(*command: str) -> None:
-        subprocess.run(command, user=user.pw_uid, group=user.pw_gid, cwd="/", check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            command,
+            user=user.pw_uid,
+            group=user.pw_gid,
+            cwd="/",
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
 
     run(str(binaries / "initdb"), "-A", "trust", "-D", str(data))
     options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={data}"
-    run(str(binaries / "pg_ctl"), "-D", str(data), "-o", options, "-l", str(data / "log"), "-w", "start")
+    run(
+        str(binaries / "pg_ctl"),
+        "-D",
+        str(data),
+        "-o",
+        options,
+        "-l",
+        str(data / "log"),
+        "-w",
+        "start",
+    )
     try:
         for database in ("optuna", "mlflow"):
             run(str(binaries / "createdb"), "-h", "127.0.0.1", "-p", str(port), database)
@@ -216,10 +289,14 @@ def postgres(binaries: Path, folder: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--postgres", type=Path, metavar="BIN", help="folder of initdb and pg_ctl")
     parser.add_argument("--sizes", type=int, nargs="+", default=[100, 1000, 10_000])
-    parser.add_argument("--parts", nargs="+", default=["optuna", "optuna-storage", "ledger", "mlflow", "tune"])
+    parser.add_argument(
+        "--parts", nargs="+", default=["optuna", "optuna-storage", "ledger", "mlflow", "tune"]
+    )
     args = parser.parse_args()
     space = load_space("lrat", {})
     costs: dict[str, Any] = {}
@@ -232,7 +309,10 @@ def main() -> None:
         if "optuna" in args.parts:
             costs["optuna in memory"] = optuna_costs(space, None, args.sizes)
         if "ledger" in args.parts:
-            costs |= {f"ledger: {what}": cost for what, cost in ledger_costs(space, folder, args.sizes).items()}
+            costs |= {
+                f"ledger: {what}": cost
+                for what, cost in ledger_costs(space, folder, args.sizes).items()
+            }
         for name, uri in stores.items():
             suffix = ".db" if name == "sqlite" else ""
             if "optuna-storage" in args.parts:

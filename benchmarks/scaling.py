@@ -1,10 +1,12 @@
-"""Training against the number of workers, epochs and examples, and what is not work: a plot and a table.
+"""Training against the number of workers, epochs and examples, and what is not work: a plot and a
+table.
 
     python benchmarks/scaling.py --plot benchmarks/scaling.svg
 
-Cost should be a straight line in epochs and in examples; the table has the line's coefficient of determination and what
-one more epoch costs over the first. Workers share each batch over gloo on this machine, one thread each, and are
-compared with one worker that has one thread, and as many threads as they are.
+Cost should be a straight line in epochs and in examples; the table has the line's coefficient of
+determination and what one more epoch costs over the first. Workers share each batch over gloo on
+this machine, one thread each, and are compared with one worker that has one thread, and as many
+threads as they are.
 """
 
 import argparse
@@ -21,12 +23,12 @@ import torch.multiprocessing as mp
 from measure import Ratio, machine, medians, table
 from sweeps import trials_seconds
 
-from raysweep.data import load
-from raysweep.method import ONE_WORKER, Workers
-from raysweep.rng import Rng
-from raysweep.training.config import run_config
-from raysweep.training.distributed import GroupWorkers
-from raysweep.training.trainer import build, fit, train_step
+from raysweep.data import load_data
+from raysweep.rng import ExampleRng
+from raysweep.training.config import build_training_config
+from raysweep.training.distributed import DistributedWorkerGroup
+from raysweep.training.trainer import build_model_variants, compute_step_gradients, train_model
+from raysweep.worker_group import SINGLE_WORKER, WorkerGroup
 
 CPU = torch.device("cpu")
 # Epochs, training examples, trials.
@@ -35,11 +37,11 @@ SIZES = [1, 2, 4, 8], [128, 256, 512, 1024], [2, 4, 8, 12]
 
 def seconds(changes: dict[str, object]) -> float:
     """Processor seconds of a whole run of GAIRAT on digits, checkpoints and validation included."""
-    config = run_config("gairat", {"*.burn_in": 0, "data.val_size": 64, **changes})
-    data = load(config.data)
+    config = build_training_config("gairat", {"*.burn_in": 0, "data.val_size": 64, **changes})
+    data = load_data(config.data)
     with TemporaryDirectory() as folder:
         started = time.process_time()
-        fit(config, Path(folder), data=data)
+        train_model(config, Path(folder), data=data)
         return time.process_time() - started
 
 
@@ -47,13 +49,24 @@ def line(sizes: list[int], costs: list[float]) -> tuple[float, float, float]:
     """Slope, intercept and coefficient of determination of the least-squares line."""
     slope, intercept = np.polyfit(sizes, costs, 1)
     residual = np.array(costs) - (slope * np.array(sizes) + intercept)
-    return float(slope), float(intercept), float(1 - (residual**2).sum() / np.var(costs) / len(costs))
+    return (
+        float(slope),
+        float(intercept),
+        float(1 - (residual**2).sum() / np.var(costs) / len(costs)),
+    )
 
 
 def lines(
-    epochs: list[int], examples: list[int], trials: list[int], n: int, plot: Path | None, small: bool = False
+    epochs: list[int],
+    examples: list[int],
+    trials: list[int],
+    n: int,
+    plot: Path | None,
+    small: bool = False,
 ) -> list[Ratio]:
-    """Cost against epochs, examples and trials, each the least of n interleaved runs; of trials in wall seconds."""
+    """Cost against epochs, examples and trials, each the least of n interleaved runs; of trials in
+    wall seconds.
+    """
     seconds({"epochs": 1, "data.train_size": 64})
     measured: dict[str, tuple[list[int], list[float]]] = {}
     for name, sizes, of in (
@@ -68,9 +81,27 @@ def lines(
     for name, (sizes, costs) in measured.items():
         slope, intercept, fit_ = line(sizes, costs)
         costs_text = ", ".join(f"{cost:.2f}" for cost in costs)
-        rows.append([name, ", ".join(map(str, sizes)), costs_text, f"{slope:.2g}", f"{intercept:.2g}", f"{fit_:.4f}"])
-        found.append(Ratio(f"cost against {name}, R2 of a line", f"{fit_:.4f}", "1", f"{len(sizes)} sizes, {n} runs"))
-    print(f"\nCost of GAIRAT on digits, processor s (trials: wall s of the sweep), least of {n}; {machine()}\n")
+        rows.append(
+            [
+                name,
+                ", ".join(map(str, sizes)),
+                costs_text,
+                f"{slope:.2g}",
+                f"{intercept:.2g}",
+                f"{fit_:.4f}",
+            ]
+        )
+        found.append(
+            Ratio(
+                f"cost against {name}, R2 of a line",
+                f"{fit_:.4f}",
+                "1",
+                f"{len(sizes)} sizes, {n} runs",
+            )
+        )
+    print(
+        f"\nCost of GAIRAT on digits, processor s (trials: wall s of the sweep), least of {n}; {machine()}\n"
+    )
     print(table(["against", "sizes", "s", "slope", "at 0", "R2"], rows), flush=True)
     if plot:
         draw(measured, plot)
@@ -83,38 +114,46 @@ def draw(measured: dict[str, tuple[list[int], list[float]]], path: Path) -> None
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(measured), figsize=(4.2 * len(measured), 3.2), layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(measured), figsize=(4.2 * len(measured), 3.2), layout="constrained"
+    )
     for axis, (name, (sizes, costs)) in zip(axes, measured.items(), strict=True):
         slope, intercept, fit_ = line(sizes, costs)
-        axis.plot([0, max(sizes)], [intercept, slope * max(sizes) + intercept], color="0.6", linewidth=1)
+        axis.plot(
+            [0, max(sizes)], [intercept, slope * max(sizes) + intercept], color="0.6", linewidth=1
+        )
         axis.plot(sizes, costs, "o")
         unit = "wall seconds" if name == "trials" else "processor seconds"
         axis.set(xlabel=name, ylabel=unit, title=f"R2 = {fit_:.4f}", xlim=(0, None), ylim=(0, None))
     figure.savefig(path)
 
 
-def worker_steps(workers: Workers, model: str, batch: int, n: int) -> list[float]:
+def worker_steps(workers: WorkerGroup, model: str, batch: int, n: int) -> list[float]:
     """Wall seconds of n steps of GAIRAT, PGD-10, after one that is not counted."""
-    config = run_config("gairat", {"*.burn_in": 0, "model.name": model, "data.val_size": 64})
-    data = load(config.data)
-    faces = build(config, data, CPU, workers)
+    config = build_training_config(
+        "gairat", {"*.burn_in": 0, "model.name": model, "data.val_size": 64}
+    )
+    data = load_data(config.data)
+    faces = build_model_variants(config, data, CPU, workers)
     faces.model.train()
-    rows = next(iter(data.batches(batch, 0, 0, workers.rank, workers.size)))
-    rng, timings = Rng.for_examples(rows.index, 0, "train", 0), []
+    rows = next(iter(data.iter_train_batches(batch, 0, 0, workers.rank, workers.size)))
+    rng, timings = ExampleRng.for_examples(rows.index, 0, "train", 0), []
     for _ in range(n + 1):
-        workers.sum(torch.zeros(()))
+        workers.all_reduce_sum(torch.zeros(()))
         started = time.perf_counter()
-        train_step(config.at(0).method, faces, rows, rng, workers)
-        workers.sum(torch.zeros(()))
+        compute_step_gradients(config.resolve_at(0).method, faces, rows, rng, workers)
+        workers.all_reduce_sum(torch.zeros(()))
         timings.append(time.perf_counter() - started)
     return timings[1:]
 
 
-def _process(rank: int, size: int, threads: int, port: int, folder: str, job: tuple[str, int, int]) -> None:
+def _process(
+    rank: int, size: int, threads: int, port: int, folder: str, job: tuple[str, int, int]
+) -> None:
     torch.set_num_threads(threads)
     if size > 1:
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    timings = worker_steps(GroupWorkers() if size > 1 else ONE_WORKER, *job)
+    timings = worker_steps(DistributedWorkerGroup() if size > 1 else SINGLE_WORKER, *job)
     if rank == 0:
         np.save(Path(folder) / "timings.npy", timings)
     if size > 1:
@@ -126,14 +165,22 @@ def in_processes(size: int, threads: int, job: tuple[str, int, int]) -> list[flo
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        mp.start_processes(_process, (size, threads, port, folder, job), nprocs=size, start_method="forkserver")
+        mp.start_processes(
+            _process, (size, threads, port, folder, job), nprocs=size, start_method="forkserver"
+        )
         return [float(value) for value in np.load(Path(folder) / "timings.npy")]
 
 
-VARIANTS = {"1 worker, 1 thread": (1, 1), "1 worker, 2 threads": (1, 2), "2 workers, 1 thread each": (2, 1)}
+VARIANTS = {
+    "1 worker, 1 thread": (1, 1),
+    "1 worker, 2 threads": (1, 2),
+    "2 workers, 1 thread each": (2, 1),
+}
 
 
-def workers(model: str, batch: int, n: int, repeats: int, variants: dict[str, tuple[int, int]]) -> list[Ratio]:
+def workers(
+    model: str, batch: int, n: int, repeats: int, variants: dict[str, tuple[int, int]]
+) -> list[Ratio]:
     """One and two workers in turn."""
     timings: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
@@ -142,25 +189,41 @@ def workers(model: str, batch: int, n: int, repeats: int, variants: dict[str, tu
     time_of = medians(timings)
     first = time_of[next(iter(variants))]
     rows = [[name, f"{value:.3f}", f"{first / value:.2f}"] for name, value in time_of.items()]
-    print(f"\nWorkers, GAIRAT, {model} on digits, batch {batch}, wall s of {n} x {repeats} steps; {machine()}\n")
+    print(
+        f"\nWorkers, GAIRAT, {model} on digits, batch {batch}, wall s of {n} x {repeats} steps; {machine()}\n"
+    )
     print(table(["", "s a step, median", "x"], rows), flush=True)
     what = f"1 to 2 workers of training, {model}, batch {batch}"
     cores = f"2 on idle cores ({os.cpu_count()}, load {os.getloadavg()[0]:.0f})"
-    return [Ratio(what, f"{first / time_of['2 workers, 1 thread each']:.2f}", cores, f"{n * repeats} steps")]
+    return [
+        Ratio(
+            what,
+            f"{first / time_of['2 workers, 1 thread each']:.2f}",
+            cores,
+            f"{n * repeats} steps",
+        )
+    ]
 
 
 def run(full: bool = False) -> list[Ratio]:
     """What `python benchmarks` shows of it."""
     if not full:
         few = {name: VARIANTS[name] for name in ("1 worker, 1 thread", "2 workers, 1 thread each")}
-        return [*lines([1, 2], [32, 64], [1, 2], 1, None, small=True), *workers("digits_cnn", 16, 1, 1, few)]
+        return [
+            *lines([1, 2], [32, 64], [1, 2], 1, None, small=True),
+            *workers("digits_cnn", 16, 1, 1, few),
+        ]
     plot = Path(__file__).parent / "scaling.svg"
     return [*lines(*SIZES, 2, plot), *workers("resnet18", 64, 2, 2, VARIANTS)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", nargs="+", choices=["lines", "workers"], default=["lines", "workers"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--what", nargs="+", choices=["lines", "workers"], default=["lines", "workers"]
+    )
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--batch", type=int, default=64)

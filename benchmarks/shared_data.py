@@ -1,4 +1,5 @@
-"""Memory that each further trial on a machine needs for its data: a copy of its own, or the machine's.
+"""Memory that each further trial on a machine needs for its data: a copy of its own, or the
+machine's.
 
 python benchmarks/shared_data.py        CIFAR-10's size (random pixels), 1 and 4 processes
 """
@@ -15,16 +16,18 @@ from typing import Any
 import numpy as np
 import psutil
 
-from raysweep.data import DataSpec, load
-from raysweep.data.shared import Source
+from raysweep.data import DataSpec, load_data
+from raysweep.data.dataset_cache import CachedDataset
 
 
 def trial(how: str, spec: DataSpec, fingerprint: str, ready: Any, results: Any) -> None:
-    """Load, touch every pixel, and say how much memory that took: private to this process, and resident."""
+    """Load, touch every pixel, and say how much memory that took: private to this process, and
+    resident.
+    """
     gc.collect()
     before = psutil.Process().memory_full_info()
     began = time.perf_counter()
-    data = load(spec) if how == "copy" else Source(spec, fingerprint).load(spec)
+    data = load_data(spec) if how == "copy" else CachedDataset(spec, fingerprint).load_shared(spec)
     seconds = time.perf_counter() - began
     for split in (data.train, data.val, data.test):
         split.x.sum()
@@ -37,7 +40,10 @@ def trial(how: str, spec: DataSpec, fingerprint: str, ready: Any, results: Any) 
 def measure(how: str, count: int, spec: DataSpec, fingerprint: str) -> tuple[float, float, float]:
     context = multiprocessing.get_context("spawn")
     ready, results = context.Barrier(count), context.Queue()
-    trials = [context.Process(target=trial, args=(how, spec, fingerprint, ready, results)) for _ in range(count)]
+    trials = [
+        context.Process(target=trial, args=(how, spec, fingerprint, ready, results))
+        for _ in range(count)
+    ]
     for process in trials:
         process.start()
     found = [results.get() for _ in trials]
@@ -47,7 +53,9 @@ def measure(how: str, count: int, spec: DataSpec, fingerprint: str) -> tuple[flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--examples", type=int, default=50_000)
     examples = parser.parse_args().examples
     with tempfile.TemporaryDirectory() as folder:
@@ -57,14 +65,19 @@ def main() -> None:
             x = rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
             np.savez(Path(folder) / f"{split}.npz", x=x, y=np.arange(count) % 10)
         spec = DataSpec(name="arrays", data_dir=Path(folder))
-        fingerprint = load(spec).fingerprint
-        Source(spec, fingerprint).load(spec)
+        fingerprint = load_data(spec).fingerprint
+        CachedDataset(spec, fingerprint).load_shared(spec)
         print(f"{examples} + {examples // 5} images, {1.2 * examples * 3072 / 2**20:.0f} MiB")
-        print("| how | processes | seconds | private MiB each (USS) | resident MiB each |\n|---|---:|---:|---:|---:|")
+        print(
+            "| how | processes | seconds | private MiB each (USS) | resident MiB each |\n|---|---:|---:|---:|---:|"
+        )
         for how in ("copy", "shared"):
             for count in (1, 4):
                 seconds, uss, rss = measure(how, count, spec, fingerprint)
-                print(f"| {how} | {count} | {seconds:.2f} | {uss / 2**20:.0f} | {rss / 2**20:.0f} |", flush=True)
+                print(
+                    f"| {how} | {count} | {seconds:.2f} | {uss / 2**20:.0f} | {rss / 2**20:.0f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

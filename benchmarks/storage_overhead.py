@@ -2,8 +2,9 @@
 
     python benchmarks/storage_overhead.py
 
-Prints a Markdown table: median seconds to save a checkpoint in a folder and in a bucket, to bring it to a machine that
-has none, to look whether a copy is up to date, and to store it as a shared prefix.
+Prints a Markdown table: median seconds to save a checkpoint in a folder and in a bucket, to bring
+it to a machine that has none, to look whether a copy is up to date, and to store it as a shared
+prefix.
 """
 
 import argparse
@@ -23,15 +24,17 @@ from pyarrow import fs
 from raysweep import storage
 from raysweep.models import ModelSpec
 from raysweep.training import checkpoint
-from raysweep.training.config import run_config
-from raysweep.training.prefix import Prefixes
+from raysweep.training.config import build_training_config
+from raysweep.training.prefix_cache import PrefixCache
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
-    os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_EC2_METADATA_DISABLED="true")
+    os.environ.update(
+        AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_EC2_METADATA_DISABLED="true"
+    )
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
@@ -43,24 +46,33 @@ def main() -> None:
         print("| network | MB | save, folder | save, bucket | pull | up to date? | prefix |")
         print("|---|--:|--:|--:|--:|--:|--:|")
         for name, channels in (("digits_cnn", 1), ("resnet18", 3)):
-            row = measured(name, channels, Path(scratch) / "folder", storage.at(f"s3://bench/x?{query}"), repeats)
-            print(f"| {name} | {row[0]:.1f} | {' | '.join(f'{value:.3f} s' for value in row[1:])} |", flush=True)
+            row = measured(
+                name,
+                channels,
+                Path(scratch) / "folder",
+                storage.local_path(f"s3://bench/x?{query}"),
+                repeats,
+            )
+            print(
+                f"| {name} | {row[0]:.1f} | {' | '.join(f'{value:.3f} s' for value in row[1:])} |",
+                flush=True,
+            )
     server.stop()
 
 
 def measured(name: str, channels: int, folder: Path, bucket: Path, repeats: int) -> list[float]:
-    model = ModelSpec(name=name).build(channels, 10, 0)
+    model = ModelSpec(name=name).build_model(channels, 10, 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()
-    config, prefixes = run_config("at"), Prefixes(bucket / ".prefixes")
+    config, prefixes = build_training_config("at"), PrefixCache(bucket / ".prefixes")
 
-    def save(path: Path) -> checkpoint.Checkpoint:
-        return checkpoint.save(path, config, model, optimizer, [{"epoch": 1.0}], "data")
+    def save(path: Path) -> checkpoint.TrainingCheckpoint:
+        return checkpoint.save_checkpoint(path, config, model, optimizer, [{"epoch": 1.0}], "data")
 
     def pull() -> None:
         shutil.rmtree(bucket / name)
-        storage.pull(bucket / name)
+        storage.pull_checkpoint(bucket / name)
 
     size = sum(file.stat().st_size for file in save(bucket / name).path.iterdir()) / 2**20
     keys = iter(range(repeats))
@@ -68,8 +80,8 @@ def measured(name: str, channels: int, folder: Path, bucket: Path, repeats: int)
         lambda: save(folder / name),
         lambda: save(bucket / name),
         pull,
-        lambda: storage.pull(bucket / name),
-        lambda: prefixes.put(f"{name}{next(keys)}", bucket / name),
+        lambda: storage.pull_checkpoint(bucket / name),
+        lambda: prefixes.store_state(f"{name}{next(keys)}", bucket / name),
     ]
     return [size, *(median(step, repeats) for step in steps)]
 

@@ -23,15 +23,15 @@ import torch
 from measure import Ratio, machine
 from measure import table as markdown
 
-from raysweep.data import load
-from raysweep.sweep.cluster import connected
+from raysweep.data import load_data
+from raysweep.sweep.cluster import connect_to_cluster
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.resources import Resources
-from raysweep.sweep.space import SearchSpace, load_space
+from raysweep.sweep.search_space import SearchSpace, load_space
 from raysweep.sweep.tuner import run_sweep
 from raysweep.tracking import SweepTracker, Tracker
-from raysweep.training.config import RunConfig
-from raysweep.training.trainer import fit
+from raysweep.training.config import TrainingConfig
+from raysweep.training.trainer import train_model
 
 LAM, BURN_IN = "method.terms.pgd.weight.lam", "method.terms.pgd.weight.burn_in"
 SMALL = {"data.train_size": 320, "data.val_size": 50, "*.attacks.*.steps": 5}
@@ -54,61 +54,90 @@ class Clock:
         self.started_at: dict[int, float] = {}
         self.waits: list[float] = []
 
-    def started(self, ledger: Ledger, concurrent: int) -> None:
-        self.concurrent = concurrent
+    def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:
+        self.concurrent = concurrency
 
-    def trial_changed(self, trial: Trial, metrics: dict[str, float] | None) -> None:
+    def on_trial_update(self, trial: Trial, epoch_metrics: dict[str, float] | None) -> None:
         now = time.perf_counter()
         begun = self.started_at.setdefault(trial.number, now)
-        if metrics is not None and trial.epoch == 1 and "shared" not in metrics:
-            self.waits.append(now - begun - metrics["train/seconds"] - metrics["validation_seconds"])
+        if epoch_metrics is not None and trial.epoch == 1 and "shared" not in epoch_metrics:
+            self.waits.append(
+                now - begun - epoch_metrics["train/seconds"] - epoch_metrics["validation_seconds"]
+            )
 
-    def ended(self, ledger: Ledger) -> None:
+    def on_sweep_end(self, ledger: Ledger) -> None:
         pass
 
 
 def sweep(space: SearchSpace, **resources: Any) -> tuple[Ledger, float, Clock]:
     """A sweep in a folder of its own, its wall seconds, and when things happened."""
     folder, clock = Path(tempfile.mkdtemp(prefix="sweeps-")), Clock()
-    tracker = Tracker(f"sqlite:///{folder}/mlflow.db", folder / "mlruns").ready()
-    fingerprint = load(space.config({}).data).fingerprint
+    tracker = Tracker(f"sqlite:///{folder}/mlflow.db", folder / "mlruns").wait_until_ready()
+    fingerprint = load_data(space.trial_config({}).data).fingerprint
     ledger = Ledger.create(folder / "runs" / "sweep", space)
     began = time.perf_counter()
     run_sweep(ledger, [SweepTracker(tracker, fingerprint), clock], Resources(**resources))
-    seconds, trials = time.perf_counter() - began, ledger.trials()
-    asked, trained = sum(trial.epoch for trial in trials), sum(trial.trained for trial in trials)
+    seconds, trials = time.perf_counter() - began, ledger.load_trials()
+    asked, trained = (
+        sum(trial.epoch for trial in trials),
+        sum(trial.trained_epochs for trial in trials),
+    )
     print(
-        f"{len(trials)} trials, {asked} epochs asked, {trained} trained, {seconds:.1f} s", file=sys.stderr, flush=True
+        f"{len(trials)} trials, {asked} epochs asked, {trained} trained, {seconds:.1f} s",
+        file=sys.stderr,
+        flush=True,
     )
     return ledger, seconds, clock
 
 
 def sharing(rounds: int) -> list[list[Any]]:
     shipped = load_space("gairat", SMALL)
-    cases = {"lambda x burn-in (grid of 12)": SearchSpace.load(GRID), "gairat as shipped (TPE, ASHA)": shipped}
+    cases = {
+        "lambda x burn-in (grid of 12)": SearchSpace.from_data(GRID),
+        "gairat as shipped (TPE, ASHA)": shipped,
+    }
     table: list[list[Any]] = [
-        ["sweep", "trials", "epochs asked", "trained, shared", "ratio", "s alone", "s shared", "ratio"]
+        [
+            "sweep",
+            "trials",
+            "epochs asked",
+            "trained, shared",
+            "ratio",
+            "s alone",
+            "s shared",
+            "ratio",
+        ]
     ]
     for name, space in cases.items():
         alone, shared = [], []
         for _ in range(rounds):
             alone.append(sweep(space.model_copy(update={"share_prefixes": False}))[:2])
             shared.append(sweep(space)[:2])
-        asked = [sum(trial.epoch for trial in ledger.trials()) for ledger, _ in shared]
-        trained = [sum(trial.trained for trial in ledger.trials()) for ledger, _ in shared]
+        asked = [sum(trial.epoch for trial in ledger.load_trials()) for ledger, _ in shared]
+        trained = [
+            sum(trial.trained_epochs for trial in ledger.load_trials()) for ledger, _ in shared
+        ]
         slow, fast = (statistics.median(seconds for _, seconds in runs) for runs in (alone, shared))
-        table.append([name, space.total, "/".join(map(str, asked)), "/".join(map(str, trained)),
+        table.append([name, space.n_trials, "/".join(map(str, asked)), "/".join(map(str, trained)),
                       f"{sum(trained) / sum(asked):.2f}", f"{slow:.1f}", f"{fast:.1f}",
                       f"{fast / slow:.2f}"])  # fmt: skip
     return table
 
 
-def bare(config: RunConfig) -> None:
+def bare(config: TrainingConfig) -> None:
     torch.set_num_threads(1)
-    fit(config, Path(tempfile.mkdtemp(prefix="sweeps-")))
+    train_model(config, Path(tempfile.mkdtemp(prefix="sweeps-")))
 
 
-OVERHEAD = ["trials", "epochs each", "s an epoch", "s bare, 2 processes", "s sweep", "ratio", "s to start, warm actor"]
+OVERHEAD = [
+    "trials",
+    "epochs each",
+    "s an epoch",
+    "s bare, 2 processes",
+    "s sweep",
+    "ratio",
+    "s to start, warm actor",
+]
 
 
 def overhead(
@@ -116,8 +145,10 @@ def overhead(
 ) -> list[list[Any]]:
     table: list[list[Any]] = [OVERHEAD]
     for base in bases:
-        space = SearchSpace.load(GRID | {"base": {**base, "epochs": epochs}, "share_prefixes": False, "trials": trials})
-        configs = [space.config(point) for point in space.queue[: space.total]]
+        space = SearchSpace.from_data(
+            GRID | {"base": {**base, "epochs": epochs}, "share_prefixes": False, "trials": trials}
+        )
+        configs = [space.trial_config(point) for point in space.initial_points[: space.n_trials]]
         alone, swept, waits = [], [], []
         for _ in range(rounds):
             began = time.perf_counter()
@@ -130,22 +161,27 @@ def overhead(
         one, two = statistics.median(alone), statistics.median(swept)
         ratios = "/".join(f"{b / a:.2f}" for a, b in zip(alone, swept, strict=True))
         epoch = 2 * one / sum(config.epochs for config in configs)
-        table.append([space.total, epochs, f"{epoch:.1f}", f"{one:.1f}", f"{two:.1f}", f"{two / one:.2f} ({ratios})",
+        table.append([space.n_trials, epochs, f"{epoch:.1f}", f"{one:.1f}", f"{two:.1f}", f"{two / one:.2f} ({ratios})",
                       f"{statistics.median(waits):.2f}"])  # fmt: skip
     return table
 
 
 def trials_seconds(sizes: Sequence[int], small: bool = False) -> list[float]:
-    """Wall seconds of sweeps of so many trials, two at a time, on a cluster that is up; nothing is shared."""
+    """Wall seconds of sweeps of so many trials, two at a time, on a cluster that is up; nothing is
+    shared.
+    """
     base = {**TINY, "epochs": 1} if small else {**SMALL, "epochs": 2}
-    spaces = [SearchSpace.load(GRID | {"base": base, "share_prefixes": False, "trials": size}) for size in sizes]
-    with connected(cpus=2):
+    spaces = [
+        SearchSpace.from_data(GRID | {"base": base, "share_prefixes": False, "trials": size})
+        for size in sizes
+    ]
+    with connect_to_cluster(n_cpus=2):
         return [sweep(space)[1] for space in spaces]
 
 
 def run(full: bool = False) -> list[Ratio]:
     """What `python benchmarks` shows of it."""
-    with connected(cpus=2):
+    with connect_to_cluster(n_cpus=2):
         head, *rows = overhead(2) if full else overhead(1, 3, 1, (TINY,))
     print(f"\nA sweep and bare training of the same runs; {machine()}\n")
     print(markdown(head, [[str(cell) for cell in row] for row in rows]), flush=True)
@@ -154,7 +190,9 @@ def run(full: bool = False) -> list[Ratio]:
         n = f"{trials} trials of {epochs} epochs of {epoch} s"
         minutes = (float(swept) - float(alone)) / (trials * epochs * 60 / 2)
         found.append(Ratio("sweep over bare training", ratio, "", n))
-        found.append(Ratio("... what it adds, beside epochs of a minute", f"{minutes:.1%}", "5%", n))
+        found.append(
+            Ratio("... what it adds, beside epochs of a minute", f"{minutes:.1%}", "5%", n)
+        )
         found.append(Ratio("start of a trial on a warm actor", f"{start} s", "1 s", n))
     return found
 
@@ -170,7 +208,10 @@ def kinds(rounds: int) -> list[list[Any]]:
     }
     both = {"metric": ["clean", "robust_worst"]}
     cases: dict[str, tuple[dict[str, Any], int]] = {
-        "TPE, ASHA": ({"sampler": {"kind": "tpe", "startup": 4}, "scheduler": {"kind": "asha", "grace": 2}}, 1),
+        "TPE, ASHA": (
+            {"sampler": {"kind": "tpe", "startup": 4}, "scheduler": {"kind": "asha", "grace": 2}},
+            1,
+        ),
         "TPE, no early stopping": ({"sampler": {"kind": "tpe", "startup": 4}}, 1),
         "random": ({"sampler": {"kind": "random"}}, 1),
         "grid": ({"sampler": {"kind": "grid"}, "space": GRID["space"]}, 1),
@@ -179,27 +220,42 @@ def kinds(rounds: int) -> list[list[Any]]:
         "random, 2 workers a trial": ({"sampler": {"kind": "random"}, "trials": 2}, 2),
     }
     table: list[list[Any]] = [
-        ["sweep", "trials", "finished / stopped / failed", "epochs asked", "trained", "best robust_worst", "front", "s"]
+        [
+            "sweep",
+            "trials",
+            "finished / stopped / failed",
+            "epochs asked",
+            "trained",
+            "best robust_worst",
+            "front",
+            "s",
+        ]
     ]
     for name, (changes, workers) in cases.items():
-        ledger, seconds, _ = sweep(SearchSpace.load(plain | changes), cpus=workers, workers=workers)
-        trials = ledger.trials()
+        ledger, seconds, _ = sweep(
+            SearchSpace.from_data(plain | changes), cpus=workers, workers=workers
+        )
+        trials = ledger.load_trials()
         states = Counter(trial.state for trial in trials)
         best = max(trial.score("robust_worst") for trial in trials)
         table.append([name, len(trials), " / ".join(str(states[s]) for s in ("finished", "stopped", "failed")),
-                      sum(t.epoch for t in trials), sum(t.trained for t in trials), f"{best:.3f}",
-                      len(ledger.front()) if len(ledger.space.objectives) > 1 else "", f"{seconds:.1f}"])  # fmt: skip
+                      sum(t.epoch for t in trials), sum(t.trained_epochs for t in trials), f"{best:.3f}",
+                      len(ledger.pareto_front()) if len(ledger.space.objectives) > 1 else "", f"{seconds:.1f}"])  # fmt: skip
         print(table[-1], file=sys.stderr, flush=True)
     return table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     what = {"sharing": sharing, "overhead": overhead, "kinds": kinds}
     parser.add_argument("what", choices=what)
-    parser.add_argument("--rounds", type=int, default=2, help="of each, in turn; the table has medians (default: 2)")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="of each, in turn; the table has medians (default: 2)"
+    )
     args = parser.parse_args()
-    with connected(cpus=2):
+    with connect_to_cluster(n_cpus=2):
         table = what[args.what](args.rounds)
     head, *rows = [f"| {' | '.join(map(str, row))} |" for row in table]
     print("\n".join([head, "|---" * len(table[0]) + "|", *rows]))

@@ -1,13 +1,15 @@
-"""One training step of GAIRAT and of LRAT, fast path after fast path, against a plain step written as public code is.
+"""One training step of GAIRAT and of LRAT, fast path after fast path, against a plain step written
+as public code is.
 
     python benchmarks/training_step.py --method gairat lrat --batch 32 --rounds 3 --threads 1
     python benchmarks/training_step.py --digits
 
-The plain steps here follow the papers' algorithms in the common style: the attack calls backward(), which computes the
-gradients of all parameters too, kappa and weights are filled example by example, tensors are contiguous. GAIRAT's
-published code takes kappa from the forward that it differentiates, other code of the field does a forward for it: both
-are measured. All variants share weights, batch and random start, so that kappa, loss and gradient must agree. On a GPU
-if there is one; then with compilation and CUDA graphs, and TF32 in float32 as training has it.
+The plain steps here follow the papers' algorithms in the common style: the attack calls backward(),
+which computes the gradients of all parameters too, kappa and weights are filled example by example,
+tensors are contiguous. GAIRAT's published code takes kappa from the forward that it differentiates,
+other code of the field does a forward for it: both are measured. All variants share weights, batch
+and random start, so that kappa, loss and gradient must agree. On a GPU if there is one; then with
+compilation and CUDA graphs, and TF32 in float32 as training has it.
 """
 
 import argparse
@@ -25,12 +27,12 @@ from raysweep.attacks import PGD
 from raysweep.data import Batch
 from raysweep.method import Method
 from raysweep.models import ModelSpec
-from raysweep.rng import Rng
-from raysweep.schedules import now
-from raysweep.training.compute import Compute
-from raysweep.training.config import run_config
-from raysweep.training.faces import Faces
-from raysweep.training.trainer import train_step
+from raysweep.rng import ExampleRng
+from raysweep.schedules import resolved_value
+from raysweep.training.compute import ComputeSpec
+from raysweep.training.config import build_training_config
+from raysweep.training.model_variants import ModelVariants
+from raysweep.training.trainer import compute_step_gradients
 
 PLAIN = {"channels_last": False, "fold": False, "tf32": False}
 # Each adds to the one before.
@@ -61,10 +63,10 @@ class Subject:
     method: Method
     model: nn.Module
     batch: Batch
-    rng: Rng
+    rng: ExampleRng
 
     def copy(self) -> nn.Module:
-        model = ModelSpec(name=self.name).build(self.batch.x.shape[1], 10, 0).to(DEVICE)
+        model = ModelSpec(name=self.name).build_model(self.batch.x.shape[1], 10, 0).to(DEVICE)
         model.load_state_dict(self.model.state_dict())
         return model.train()
 
@@ -75,7 +77,7 @@ class Subject:
     def start(self, attack: str) -> Tensor:
         spec = self.method.attacks[attack]
         assert isinstance(spec, PGD)
-        return spec._start(self.batch.x, self.rng.stream("attack", attack))
+        return spec._sample_start(self.batch.x, self.rng.derive_stream("attack", attack))
 
 
 def plain_attack(
@@ -103,8 +105,10 @@ def plain_attack(
         else:
             loss = F.cross_entropy(logits, y)
         loss.backward()
-        x_adv = x_adv.detach() + now(spec.step_size) * x_adv.grad.sign()
-        x_adv = torch.min(torch.max(x_adv, x - now(spec.eps)), x + now(spec.eps)).clamp(0, 1)
+        x_adv = x_adv.detach() + resolved_value(spec.step_size) * x_adv.grad.sign()
+        x_adv = torch.min(
+            torch.max(x_adv, x - resolved_value(spec.eps)), x + resolved_value(spec.eps)
+        ).clamp(0, 1)
     model.train()
     return x_adv, kappa
 
@@ -113,7 +117,7 @@ def plain_gairat(model: nn.Module, subject: Subject, own_forward: bool) -> Found
     """G alg. 1-2 with eq. 6, example by example."""
     x, y, spec = subject.batch.x, subject.batch.y, subject.method.attacks["pgd"]
     x_adv, kappa = plain_attack(model, spec, subject.start("pgd"), x, y, own_forward)
-    lam = now(subject.method.terms["pgd"].weight.lam)
+    lam = resolved_value(subject.method.terms["pgd"].weight.lam)
     weight = torch.zeros(len(x), device=DEVICE)
     for i in range(len(x)):
         weight[i] = (1 + torch.tanh(lam + 5 * (1 - 2 * kappa[i] / spec.steps))) / 2
@@ -132,15 +136,23 @@ def plain_lrat(model: nn.Module, subject: Subject, own_forward: bool) -> Found:
         made[name] = plain_attack(model, spec, subject.start(name), x, y, False)
     logits = {"natural": model(x), **{name: model(x_adv) for name, (x_adv, _) in made.items()}}
     weights = {name: torch.zeros(len(x), device=DEVICE) for name in ("pgd", "cw", "natural")}
-    alpha, beta = (now(getattr(method.terms["pgd"].weight, name)) for name in ("alpha", "beta"))
+    alpha, beta = (
+        resolved_value(getattr(method.terms["pgd"].weight, name)) for name in ("alpha", "beta")
+    )
     for i in range(len(x)):
         p_pgd, p_cw = (F.softmax(logits[name][i].detach(), 0) for name in ("pgd", "cw"))
         others = torch.cat([p_cw[: y[i]], p_cw[y[i] + 1 :]])
         weights["pgd"][i] = alpha * (1 - p_pgd[y[i]]) ** beta
         weights["cw"][i] = alpha * (1 - (p_cw[y[i]] - others.max())) ** beta
-        rest = now(method.terms["bound"].weight.total) - weights["pgd"][i] - weights["cw"][i]
+        rest = (
+            resolved_value(method.terms["bound"].weight.total)
+            - weights["pgd"][i]
+            - weights["cw"][i]
+        )
         weights["natural"][i] = rest.clamp(min=0)
-    total = sum((weights[k] * F.cross_entropy(logits[k], y, reduction="none")).sum() for k in weights)
+    total = sum(
+        (weights[k] * F.cross_entropy(logits[k], y, reduction="none")).sum() for k in weights
+    )
     loss = total / sum(w.sum() for w in weights.values())
     model.zero_grad()
     loss.backward()
@@ -153,15 +165,15 @@ def gradient(model: nn.Module) -> Tensor:
 
 def ours(subject: Subject, changes: dict[str, Any]) -> Callable[[], Found]:
     """Our step under `changes` of the plain settings, with its update."""
-    compute = Compute.load({**PLAIN, **changes})
-    faces = Faces(subject.copy(), subject.batch.x[:1], compute.on(DEVICE))
+    compute = ComputeSpec.from_data({**PLAIN, **changes})
+    faces = ModelVariants(subject.copy(), subject.batch.x[:1], compute.resolve(DEVICE))
     optimizer = sgd(faces.model)
 
     def run() -> Found:
-        with faces.float32():
-            step = train_step(subject.method, faces, subject.batch, subject.rng)
+        with faces.training_precision():
+            step = compute_step_gradients(subject.method, faces, subject.batch, subject.rng)
         optimizer.step()
-        return Found(step.loss.item(), gradient(faces.model), step.adversarial["pgd"].kappa)
+        return Found(step.loss.item(), gradient(faces.model), step.attack_results["pgd"].kappa)
 
     return run
 
@@ -184,8 +196,11 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
 
 
-def prepared(name: str, batch: int, small: bool, network: Path | None = None, warm_up: int = 15) -> Subject:
-    """Method, batch and a network that has learned some of it; kept in the file `network` if one is given.
+def prepared(
+    name: str, batch: int, small: bool, network: Path | None = None, warm_up: int = 15
+) -> Subject:
+    """Method, batch and a network that has learned some of it; kept in the file `network` if one is
+    given.
 
     Images of ten random patterns under noise; their arithmetic costs what that of photographs does.
     """
@@ -200,17 +215,23 @@ def prepared(name: str, batch: int, small: bool, network: Path | None = None, wa
         return (0.3 + 0.3 * patterns[y] + 0.1 * noise).clamp(0, 1), y
 
     x, y = images(batch)
-    model = ModelSpec(name="digits_cnn" if small else "resnet18").build(shape[0], 10, 0).train()
+    model = (
+        ModelSpec(name="digits_cnn" if small else "resnet18").build_model(shape[0], 10, 0).train()
+    )
     if network is not None and network.exists():
         model.load_state_dict(torch.load(network, weights_only=True))
     else:
         learn(model, images, warm_up)
     if network is not None:
         torch.save(model.state_dict(), network)
-    config = run_config(name, {"data.name": "cifar10", **({"*.burn_in": 0} if name == "gairat" else {})})
+    config = build_training_config(
+        name, {"data.name": "cifar10", **({"*.burn_in": 0} if name == "gairat" else {})}
+    )
     index = torch.arange(batch, device=DEVICE)
-    rng = Rng.for_examples(index, 0, "train", 0)
-    return Subject(config.at(0).method, model.to(DEVICE), Batch(x.to(DEVICE), y.to(DEVICE), index), rng)
+    rng = ExampleRng.for_examples(index, 0, "train", 0)
+    return Subject(
+        config.resolve_at(0).method, model.to(DEVICE), Batch(x.to(DEVICE), y.to(DEVICE), index), rng
+    )
 
 
 def learn(model: nn.Module, images: Callable[[int], tuple[Tensor, Tensor]], steps: int) -> None:
@@ -237,20 +258,31 @@ def settle(model: nn.Module, x: Tensor) -> None:
 
 def flops(subject: Subject) -> tuple[float, float]:
     """Of our step's attacks, and of the rest of it, counted."""
-    faces = Faces(subject.copy(), subject.batch.x[:1], Compute().on(DEVICE))
-    few = Subject(subject.method, subject.model, Batch(*(t[:4] for t in vars(subject.batch).values())), subject.rng)
-    rng = Rng.for_examples(few.batch.index, 0)
+    faces = ModelVariants(subject.copy(), subject.batch.x[:1], ComputeSpec().resolve(DEVICE))
+    few = Subject(
+        subject.method,
+        subject.model,
+        Batch(*(t[:4] for t in vars(subject.batch).values())),
+        subject.rng,
+    )
+    rng = ExampleRng.for_examples(few.batch.index, 0)
     with Flops() as whole:
-        train_step(few.method, faces, few.batch, rng)
+        compute_step_gradients(few.method, faces, few.batch, rng)
     with Flops() as attacks:
         for attack in few.method.attacks.values():
-            attack(faces.attacked, few.batch.x, few.batch.y, rng)
+            attack(faces.attack_module, few.batch.x, few.batch.y, rng)
     scale = len(subject.batch.y) / len(few.batch.y)
     return attacks.total * scale, (whole.total - attacks.total) * scale
 
 
 def measure(
-    name: str, batch: int, n: int, small: bool, paths: list[str], warm_up: bool = True, network: Path | None = None
+    name: str,
+    batch: int,
+    n: int,
+    small: bool,
+    paths: list[str],
+    warm_up: bool = True,
+    network: Path | None = None,
 ) -> list[Ratio]:
     """Print the table of one method and batch size; the ratios that have goals."""
     subject = prepared(name, batch, small, network)
@@ -262,7 +294,11 @@ def measure(
         if path in paths:
             variants[path] = ours(subject, dict(changes))
     found: dict[str, Found] = {}
-    seconds = rounds({k: lambda k=k, run=run: found.update({k: run()}) for k, run in variants.items()}, n, warm_up)
+    seconds = rounds(
+        {k: lambda k=k, run=run: found.update({k: run()}) for k, run in variants.items()},
+        n,
+        warm_up,
+    )
     time_of = medians(seconds)
     attack, rest = flops(subject)
     size = {"tries": 2, "size": 256} if small else {}
@@ -271,7 +307,11 @@ def measure(
     base = found.get("ours, all off", found[reference])
     rows = []
     for variant in variants:
-        limit = "" if variant.startswith("plain") else f"{_limit(variant, attack, rest, rates) / time_of[variant]:.0%}"
+        limit = (
+            ""
+            if variant.startswith("plain")
+            else f"{_limit(variant, attack, rest, rates) / time_of[variant]:.0%}"
+        )
         took, one_forward = time_of[variant], time_of["plain, one forward"]
         rows.append([
             variant, f"{took:.3f}", f"{batch / took:.0f}", f"{time_of[reference] / took:.2f}",
@@ -289,9 +329,15 @@ def measure(
         "gradient",
     ]
     print(f"\n{name}, PGD-10, {subject.name}, batch {batch}; {n} interleaved rounds; {machine()}")
-    print(f"kappa of {len(base.kappa.unique())} sizes, mean {base.kappa.float().mean():.1f};", end=" ")
-    print(f"{(attack + rest) / 1e9:.0f} GFLOP a step, {attack / (attack + rest):.0%} in attacks; matrix products reach")
-    print(f"{rates[torch.float32] / 1e9:.0f} GFLOP/s in float32, {rates[torch.bfloat16] / 1e9:.0f} in bf16\n")
+    print(
+        f"kappa of {len(base.kappa.unique())} sizes, mean {base.kappa.float().mean():.1f};", end=" "
+    )
+    print(
+        f"{(attack + rest) / 1e9:.0f} GFLOP a step, {attack / (attack + rest):.0%} in attacks; matrix products reach"
+    )
+    print(
+        f"{rates[torch.float32] / 1e9:.0f} GFLOP/s in float32, {rates[torch.bfloat16] / 1e9:.0f} in bf16\n"
+    )
     print(table(head, rows), flush=True)
     goals = {FLOAT32: "2 (float32)", BF16: "3.5 (bf16)", COMPILED: "5 (GPU)"}
     return [
@@ -304,9 +350,12 @@ def measure(
 def _limit(variant: str, attack: float, rest: float, rates: dict[torch.dtype, float]) -> float:
     """Seconds that the step's matrix products alone take at the machine's rate."""
     order = list(PATHS)
-    in_bf16 = [order.index(variant) >= order.index(f"+ bf16 {part}") for part in ("attack", "training")]
+    in_bf16 = [
+        order.index(variant) >= order.index(f"+ bf16 {part}") for part in ("attack", "training")
+    ]
     return sum(
-        w / rates[torch.bfloat16 if low else torch.float32] for w, low in zip((attack, rest), in_bf16, strict=True)
+        w / rates[torch.bfloat16 if low else torch.float32]
+        for w, low in zip((attack, rest), in_bf16, strict=True)
     )
 
 
@@ -321,11 +370,17 @@ def run(full: bool = False) -> list[Ratio]:
     """What `python benchmarks` shows of it."""
     batch, n = (128, 2) if full else (16, 1)
     paths = suited(full)
-    return [r for name in ("gairat", "lrat") for r in measure(name, batch, n, not full, paths, warm_up=full)]
+    return [
+        r
+        for name in ("gairat", "lrat")
+        for r in measure(name, batch, n, not full, paths, warm_up=full)
+    ]
 
 
 def suited(full: bool) -> list[str]:
-    """The paths that are faster here, if only those are asked for: a processor without units for bf16 takes minutes."""
+    """The paths that are faster here, if only those are asked for: a processor without units for
+    bf16 takes minutes.
+    """
     if DEVICE.type == "cuda":
         return list(PATHS)
     paths = [path for path in PATHS if path != COMPILED]
@@ -336,19 +391,35 @@ def suited(full: bool) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", nargs="+", choices=["gairat", "lrat"], default=["gairat", "lrat"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--method", nargs="+", choices=["gairat", "lrat"], default=["gairat", "lrat"]
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cold", action="store_true", help="count the first round too")
-    parser.add_argument("--network", type=Path, help="weights to start from; written here if there are none")
+    parser.add_argument(
+        "--network", type=Path, help="weights to start from; written here if there are none"
+    )
     parser.add_argument("--digits", action="store_true", help="the small network on 8 x 8 images")
-    parser.add_argument("--paths", nargs="+", choices=list(PATHS), help="default: those that are faster here")
+    parser.add_argument(
+        "--paths", nargs="+", choices=list(PATHS), help="default: those that are faster here"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for name in args.method:
-        measure(name, args.batch, args.rounds, args.digits, args.paths or suited(True), not args.cold, args.network)
+        measure(
+            name,
+            args.batch,
+            args.rounds,
+            args.digits,
+            args.paths or suited(True),
+            not args.cold,
+            args.network,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""raysweep: distributed sweeps for instance-reweighted adversarial training, proven with AutoAttack."""
+"""raysweep: distributed sweeps for instance-reweighted adversarial training, proven with
+AutoAttack.
+"""
 
 import os
 from importlib import import_module
@@ -12,12 +14,13 @@ __all__ = ["evaluate", "load", "load_report", "load_sweep"]
 
 __version__ = "0.1.0"
 
-# Ray and MLflow report usage unless told not to, before they are imported. A user's own setting wins.
+# Ray and MLflow report usage unless told not to, before they are imported. A user's own setting
+# wins.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
-_LAZY = {
+_LAZY_EXPORTS = {
     "evaluate": "raysweep.evaluation",
     "load": "raysweep.results",
     "load_report": "raysweep.results",
@@ -27,10 +30,10 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     """What a notebook uses, `evaluate` and `load...`, without importing torch before it is used."""
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+    if name in _LAZY_EXPORTS:
+        return getattr(import_module(_LAZY_EXPORTS[name]), name)
     raise AttributeError(f"module 'raysweep' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted([*globals(), *_LAZY_EXPORTS])

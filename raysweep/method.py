@@ -1,84 +1,64 @@
-"""A method is a sum over terms: coef x mean(weight x loss), a term looking at natural or attacked data."""
+"""A method is a sum over terms: coef x mean(weight x loss), a term looking at natural or attacked
+data.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Protocol, Self
+from typing import Annotated, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from raysweep.attacks import Adversarial, AnyAttack
+from raysweep.attacks import AnyAttack, AttackResult
 from raysweep.losses import LOSSES, LossName
-from raysweep.rng import Rng
-from raysweep.schedules import Schedule, now, within
-from raysweep.spec import Spec, SpecError, is_plain, unknown_name
-from raysweep.weights import Look, Remainder, Uniform, Weight
+from raysweep.rng import ExampleRng
+from raysweep.schedules import Schedule, bounded, resolved_value
+from raysweep.spec import Spec, SpecError, describe_unknown_name, is_safe_name
+from raysweep.weights import AnyWeight, RemainderWeight, UniformWeight, WeightInputs
+from raysweep.worker_group import SINGLE_WORKER, WorkerGroup
 
-NATURAL = "natural"
+NATURAL_INPUT = "natural"
 # Kinds of weights that look at kappa, and the attacks whose kappa is what they mean.
-_COUNT_KAPPA = {"geometry": ("pgd",), "within_margin": ("pgd", "minimal")}
-
-
-class Workers(Protocol):
-    """The processes that share one global batch; rank counts them from 0."""
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def rank(self) -> int: ...
-
-    def sum(self, value: Tensor) -> Tensor:
-        """The sum of a detached tensor over all workers, the same on each. All of them call it equally often."""
-        ...
-
-
-class OneWorker:
-    """A process by itself: the local batch is the global batch."""
-
-    size = 1
-    rank = 0
-
-    def sum(self, value: Tensor) -> Tensor:
-        return value
-
-
-ONE_WORKER = OneWorker()
+_KAPPA_ATTACK_KINDS = {"geometry": ("pgd",), "within_margin": ("pgd", "minimal")}
 
 
 class Term(Spec):
-    """coef x mean(weight x loss) over a view: `natural`, an attack's name, or several joined by `+` (losses add)."""
+    """coef x mean(weight x loss) over a view: `natural`, an attack's name, or several joined by `+`
+    (losses add).
+    """
 
     loss: LossName = "ce"
     on: str
-    coef: Annotated[Schedule, within(0)] = 1.0
-    weight: Weight = Field(default_factory=Uniform)
+    coef: Annotated[Schedule, bounded(0)] = 1.0
+    weight: AnyWeight = Field(default_factory=UniformWeight)
 
     @property
-    def views(self) -> tuple[str, ...]:
+    def input_names(self) -> tuple[str, ...]:
         return tuple(part.strip() for part in self.on.split("+"))
 
 
 @dataclass(frozen=True)
-class Step:
+class MethodOutput:
     """One training step: the loss to differentiate, and what the method saw of the local rows.
 
-    natural_logits, logits: (N, C), still in the graph; weights: (N,) without gradient; rows: of the global batch.
+    natural_logits, logits: (N, C), still in the graph; weights: (N,) without gradient; rows: of the
+    global batch.
     """
 
     loss: Tensor
     natural_logits: Tensor | None
     logits: Mapping[str, Tensor]
-    adversarial: Mapping[str, Adversarial]
+    attack_results: Mapping[str, AttackResult]
     weights: Mapping[str, Tensor]
-    rows: Tensor
+    global_batch_size: Tensor
 
 
 class Method(Spec):
     """Attacks and terms. Terms are taken in order: a `remainder` weight names terms before it.
 
-    normalise: divide the loss by the mean, over the global batch, of the summed weights of all terms (L eq. 17).
+    normalise: divide the loss by the mean, over the global batch, of the summed weights of all
+    terms (L eq. 17).
     """
 
     name: str = "inline"
@@ -88,48 +68,69 @@ class Method(Spec):
 
     @field_validator("name")
     @classmethod
-    def _plain_name(cls, name: str) -> str:
+    def _check_name(cls, name: str) -> str:
         # It becomes a part of folders' names.
-        if not is_plain(name):
+        if not is_safe_name(name):
             raise ValueError("use letters, digits, '-', '_' and '.', not starting with '.'")
         return name
 
     @field_validator("attacks", "terms")
     @classmethod
-    def _plain_names(cls, named: dict[str, object]) -> dict[str, object]:
-        for name in named:
-            if name == NATURAL and not isinstance(named[name], Term):
-                raise ValueError(f"{NATURAL!r} is the name of the clean view, not of an attack")
+    def _check_part_names(cls, parts: dict[str, object]) -> dict[str, object]:
+        for name in parts:
+            if name == NATURAL_INPUT and not isinstance(parts[name], Term):
+                raise ValueError(
+                    f"{NATURAL_INPUT!r} is the name of the clean view, not of an attack"
+                )
             if not name.isidentifier():
                 raise ValueError(f"{name!r} is not a plain name: use letters, digits and _")
-        return named
+        return parts
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_terms(self) -> Self:
         problems = []
-        known = [NATURAL, *self.attacks]
+        known = [NATURAL_INPUT, *self.attacks]
         before: list[str] = []
         for name, term in self.terms.items():
-            problems += [f"terms.{name}.on: {unknown_name('view', v, known)}" for v in term.views if v not in known]
-            if isinstance(term.weight, Remainder):
+            problems += [
+                f"terms.{name}.on: {describe_unknown_name('view', v, known)}"
+                for v in term.input_names
+                if v not in known
+            ]
+            if isinstance(term.weight, RemainderWeight):
                 missing = [other for other in term.weight.of if other not in before]
-                problems += [f"terms.{name}.weight.of: {m!r} is not a term before it" for m in missing]
-            if _decides(term) not in known and _decides(term) not in term.views:
-                problems.append(f"terms.{name}.weight.by: {unknown_name('view', _decides(term), known)}")
-            elif problem := self._kappa_problem(term):
+                problems += [
+                    f"terms.{name}.weight.of: {m!r} is not a term before it" for m in missing
+                ]
+            if (
+                _weight_input_name(term) not in known
+                and _weight_input_name(term) not in term.input_names
+            ):
+                problems.append(
+                    f"terms.{name}.weight.by: {describe_unknown_name('view', _weight_input_name(term), known)}"
+                )
+            elif problem := self._find_kappa_problem(term):
                 problems.append(f"terms.{name}.weight: {problem}")
             before.append(name)
-        used = {view for term in self.terms.values() for view in (*term.views, _decides(term))}
-        problems += [f"attacks.{name}: no term looks at it" for name in self.attacks if name not in used]
+        used = {
+            view
+            for term in self.terms.values()
+            for view in (*term.input_names, _weight_input_name(term))
+        }
+        problems += [
+            f"attacks.{name}: no term looks at it" for name in self.attacks if name not in used
+        ]
         if problems:
             raise SpecError(problems)
         return self
 
-    def _kappa_problem(self, term: Term) -> str | None:
-        """Why the attack that decides the term's weight does not have the kappa that such weights need."""
-        decides, counting = _decides(term), _COUNT_KAPPA.get(term.weight.kind)
+    def _find_kappa_problem(self, term: Term) -> str | None:
+        """Why the attack that decides the term's weight does not have the kappa that such weights
+        need.
+        """
+        decides, counting = _weight_input_name(term), _KAPPA_ATTACK_KINDS.get(term.weight.kind)
         attack = self.attacks.get(decides)
-        if counting and decides == NATURAL:
+        if counting and decides == NATURAL_INPUT:
             return f"{term.weight.kind} weights need kappa; set `by` to an attack"
         if not counting or attack is None:
             return None
@@ -144,62 +145,77 @@ class Method(Spec):
         model: nn.Module,
         x: Tensor,
         y: Tensor,
-        rng: Rng,
-        workers: Workers = ONE_WORKER,
-        attacked: nn.Module | None = None,
-    ) -> Step:
-        """Attack, then one forward in the model's own mode for each view, then the weighted sum of losses.
+        rng: ExampleRng,
+        workers: WorkerGroup = SINGLE_WORKER,
+        attack_model: nn.Module | None = None,
+    ) -> MethodOutput:
+        """Attack, then one forward in the model's own mode for each view, then the weighted sum of
+        losses.
 
-        The loss is scaled so that the mean of its gradient over workers is the gradient of the global batch.
-        attacked: the model in eval mode in a form that is faster, for the attacks that want that mode.
+        The loss is scaled so that the mean of its gradient over workers is the gradient of the
+        global batch. attacked: the model in eval mode in a form that is faster, for the attacks
+        that want that mode.
         """
-        adversarial: dict[str, Adversarial] = {}
+        adversarial: dict[str, AttackResult] = {}
         for name, attack in self.attacks.items():
-            met = model if attacked is None or getattr(attack, "mode", "eval") == "train" else attacked
-            adversarial[name] = attack(met, x, y, rng.stream("attack", name))
+            met = (
+                model
+                if attack_model is None or getattr(attack, "mode", "eval") == "train"
+                else attack_model
+            )
+            adversarial[name] = attack(met, x, y, rng.derive_stream("attack", name))
         needs_natural = any(
-            NATURAL in (*term.views, _decides(term)) or term.loss.startswith("kl") for term in self.terms.values()
+            NATURAL_INPUT in (*term.input_names, _weight_input_name(term))
+            or term.loss.startswith("kl")
+            for term in self.terms.values()
         )
-        logits: dict[str, Tensor] = {NATURAL: model(x)} if needs_natural else {}
-        logits |= {name: model(result.x) for name, result in adversarial.items()}
+        logits: dict[str, Tensor] = {NATURAL_INPUT: model(x)} if needs_natural else {}
+        logits |= {name: model(result.x_adv) for name, result in adversarial.items()}
 
-        natural = logits.get(NATURAL)
-        rows = workers.sum(x.new_full((), len(y)))
+        natural = logits.get(NATURAL_INPUT)
+        rows = workers.all_reduce_sum(x.new_full((), len(y)))
         total, tiny = x.new_zeros(()), torch.finfo(x.dtype).tiny
         pair_weight = x.new_zeros(len(y))
         weights: dict[str, Tensor] = {}
         for name, term in self.terms.items():
-            weight = self._weight(term, logits, y, adversarial, weights)
+            weight = self._compute_weight(term, logits, y, adversarial, weights)
             weights[name] = weight
             if getattr(term.weight, "normalise", False):
-                weight = weight * rows / workers.sum(weight.sum()).clamp_min(tiny)
+                weight = weight * rows / workers.all_reduce_sum(weight.sum()).clamp_min(tiny)
             pair_weight = pair_weight + weight
-            loss = sum(LOSSES[term.loss](logits[v], logits[v] if natural is None else natural, y) for v in term.views)
-            total = total + now(term.coef) * (weight * loss).sum()
-        scale = workers.sum(pair_weight.sum()).clamp_min(tiny) if self.normalise else rows
-        return Step(total * workers.size / scale, natural, logits, adversarial, weights, rows)
+            loss = sum(
+                LOSSES[term.loss](logits[v], logits[v] if natural is None else natural, y)
+                for v in term.input_names
+            )
+            total = total + resolved_value(term.coef) * (weight * loss).sum()
+        scale = (
+            workers.all_reduce_sum(pair_weight.sum()).clamp_min(tiny) if self.normalise else rows
+        )
+        return MethodOutput(
+            total * workers.size / scale, natural, logits, adversarial, weights, rows
+        )
 
-    def _weight(
+    def _compute_weight(
         self,
         term: Term,
         logits: dict[str, Tensor],
         y: Tensor,
-        adversarial: dict[str, Adversarial],
-        before: dict[str, Tensor],
+        attack_results: dict[str, AttackResult],
+        earlier_weights: dict[str, Tensor],
     ) -> Tensor:
-        view = _decides(term)
+        view = _weight_input_name(term)
         attack = self.attacks.get(view)
-        look = Look(
+        look = WeightInputs(
             logits=logits[view].detach(),
             y=y,
-            kappa=adversarial[view].kappa if attack else None,
-            steps=attack.steps if attack else 0,
-            view=attack.view if attack else "probability",
-            weights=before,
+            kappa=attack_results[view].kappa if attack else None,
+            attack_steps=attack.steps if attack else 0,
+            vulnerability_kind=attack.vulnerability_kind if attack else "probability",
+            earlier_weights=earlier_weights,
         )
         return term.weight(look)
 
 
-def _decides(term: Term) -> str:
+def _weight_input_name(term: Term) -> str:
     """The view that the term's weight looks at."""
-    return getattr(term.weight, "by", None) or term.views[0]
+    return getattr(term.weight, "by", None) or term.input_names[0]

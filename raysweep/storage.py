@@ -1,11 +1,13 @@
 """Where runs live: a folder, or a bucket (s3://, gs://) of which this machine has a working copy.
 
-All code works on paths. A path in a working copy stands for an object of the bucket: it is pushed once it is written,
-pulled before it is read, dropped when it goes. For every other path these do nothing. The bucket is the truth: a copy
-may be deleted at any time, and no two machines share one. Copies are in $RAYSWEEP_CACHE (default: ~/.cache/raysweep).
+All code works on paths. A path in a working copy stands for an object of the bucket: it is pushed
+once it is written, pulled before it is read, dropped when it goes. For every other path these do
+nothing. The bucket is the truth: a copy may be deleted at any time, and no two machines share one.
+Copies are in $RAYSWEEP_CACHE (default: ~/.cache/raysweep).
 
-A folder with a `meta.json` (a checkpoint) is pushed with that file last and dropped with it first: whoever reads the
-bucket sees all of it or none. Credentials are the environment's; a URI that holds any is refused.
+A folder with a `meta.json` (a checkpoint) is pushed with that file last and dropped with it first:
+whoever reads the bucket sees all of it or none. Credentials are the environment's; a URI that holds
+any is refused.
 """
 
 import json
@@ -22,294 +24,348 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
-from raysweep.files import whole
-from raysweep.spec import Json, SpecError, unknown_name
+from raysweep.atomic_files import atomic_open
+from raysweep.spec import JsonDict, SpecError, describe_unknown_name
 
-META = "meta.json"
-# Seconds between attempts: a bucket may be out of reach for two minutes. And until one without an answer is given up.
-_PATIENCE = (1, 2, 4, 8, 16, 32, 64)
-_TIMEOUT = 20
-_ATTEMPTS = 3
-_REFUSED = re.compile(
+META_FILE = "meta.json"
+# Seconds between attempts: a bucket may be out of reach for two minutes. And until one without an
+# answer is given up.
+_RETRY_DELAYS = (1, 2, 4, 8, 16, 32, 64)
+_REQUEST_TIMEOUT = 20
+_MAX_REQUEST_ATTEMPTS = 3
+_ACCESS_DENIED_PATTERN = re.compile(
     r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE|HTTP status 40[13]"
     r"|PERMISSION_DENIED|UNAUTHENTICATED|authenticate the request"
 )
 # What pyarrow wraps around the one thing to know.
-_WRAPPING = re.compile(
+_ERROR_NOISE_PATTERN = re.compile(
     r"^.*AWS Error |\s*\(Request ID: [^)]*\)"
     r"|^.*google::cloud::Status\(|Learn more .*? error message was: |\s*error_info=.*$"
 )
-_COPIES = 50 * 2**30
-_CHUNK = 16 * 2**20
-_IN_USE = 3600.0
-Result = TypeVar("Result")
+_CACHE_MAX_BYTES = 50 * 2**30
+_CHUNK_BYTES = 16 * 2**20
+_EVICTION_MIN_AGE = 3600.0
+OperationResult = TypeVar("OperationResult")
 
 
-class StoreFailed(OSError):
+class BucketUnavailable(OSError):
     """The bucket did not answer, several times over."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A file of a bucket, by the path that it has in the working copy. size: bytes; changed: Unix time."""
+class RemoteFile:
+    """A file of a bucket, by the path that it has in the working copy. size: bytes; changed: Unix
+    time.
+    """
 
     path: Path
     size: int
-    changed: float
+    modified: float
 
 
-def is_uri(where: str) -> bool:
-    return "://" in where
+def is_uri(location: str) -> bool:
+    return "://" in location
 
 
-def at(where: str) -> Path:
-    """The folder that stands for `where`: itself, or a place in the working copy. Raises SpecError for a wrong URI."""
-    if not is_uri(where):
-        return Path(where).expanduser().resolve()
-    parts = urlsplit(where)
+def local_path(location: str) -> Path:
+    """The folder that stands for `where`: itself, or a place in the working copy. Raises SpecError
+    for a wrong URI.
+    """
+    if not is_uri(location):
+        return Path(location).expanduser().resolve()
+    parts = urlsplit(location)
     login, _, bucket = parts.netloc.rpartition("@")
     if login and (parts.scheme, login) != ("gs", "anonymous"):
-        raise SpecError(f"{parts.scheme}://...@{bucket}: credentials belong in the environment, not in a URI")
+        raise SpecError(
+            f"{parts.scheme}://...@{bucket}: credentials belong in the environment, not in a URI"
+        )
     steps = [step for step in parts.path.split("/") if step]
     if parts.scheme not in ("s3", "gs") or not bucket or {".", ".."} & {*steps, bucket}:
-        raise SpecError(f"{where}: expected a folder, s3://BUCKET/PATH or gs://BUCKET/PATH")
-    query = "&".join(filter(None, [parts.query, _endpoint(parts.query) if parts.scheme == "s3" else ""]))
+        raise SpecError(f"{location}: expected a folder, s3://BUCKET/PATH or gs://BUCKET/PATH")
+    query = "&".join(
+        filter(None, [parts.query, _endpoint_options(parts.query) if parts.scheme == "s3" else ""])
+    )
     store = f"{parts.scheme}?{query}".rstrip("?")
-    return _copies().joinpath(_folder_name(store), parts.netloc, *steps)
+    return _cache_root().joinpath(_encode_store_name(store), parts.netloc, *steps)
 
 
-def _endpoint(query: str) -> str:
-    """The server that Amazon's own tools would ask, as options of a URI: other machines may lack these variables."""
-    key = next((key for key in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if os.environ.get(key)), None)
+def _endpoint_options(query: str) -> str:
+    """The server that Amazon's own tools would ask, as options of a URI: other machines may lack
+    these variables.
+    """
+    key = next(
+        (key for key in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if os.environ.get(key)), None
+    )
     if key is None or "endpoint_override" in query:
         return ""
     server = urlsplit(os.environ[key])
-    if server.scheme not in ("http", "https") or not server.hostname or "@" in server.netloc or server.path.strip("/"):
+    if (
+        server.scheme not in ("http", "https")
+        or not server.hostname
+        or "@" in server.netloc
+        or server.path.strip("/")
+    ):
         raise SpecError(f"{key}: expected http://HOST:PORT or https://HOST")
     return urlencode({"endpoint_override": server.netloc, "scheme": server.scheme}, safe=":")
 
 
-def name(path: Path) -> str:
+def uri_of(path: Path) -> str:
     """What `path` is called on every machine: its URI, or the path itself."""
-    if not is_copy(path):
+    if not is_bucket_copy(path):
         return str(path)
-    store, *steps = path.relative_to(_copies()).parts
-    scheme, _, query = _store(store).partition("?")
+    store, *steps = path.relative_to(_cache_root()).parts
+    scheme, _, query = _decode_store_name(store).partition("?")
     return f"{scheme}://{'/'.join(steps)}{f'?{query}' if query else ''}"
 
 
-def is_copy(path: Path) -> bool:
+def is_bucket_copy(path: Path) -> bool:
     """Whether `path` stands for an object of a bucket."""
-    return path.is_relative_to(_copies())
+    return path.is_relative_to(_cache_root())
 
 
-def reach(where: str) -> Path:
-    """`at(where)`, in a bucket that exists and answers. Raises SpecError in one line if it does not."""
-    path = at(where)
-    if is_copy(path):
+def require_reachable(location: str) -> Path:
+    """`at(where)`, in a bucket that exists and answers. Raises SpecError in one line if it does
+    not.
+    """
+    path = local_path(location)
+    if is_bucket_copy(path):
         try:
-            files, key = _remote(path)
+            files, key = _resolve_remote(path)
             bucket = key.split("/")[0]
             found = files.get_file_info(bucket).type
-        except (OSError, _arrow_error()) as error:
-            raise SpecError(f"{where}: {_reason(error)}") from None
+        except (OSError, _arrow_error_type()) as error:
+            raise SpecError(f"{location}: {_describe_error(error)}") from None
         if not found:
-            raise SpecError(f"{where}: there is no bucket {bucket!r}, or none that these credentials may see")
+            raise SpecError(
+                f"{location}: there is no bucket {bucket!r}, or none that these credentials may see"
+            )
     return path
 
 
-def push(path: Path, like: Path | None = None) -> None:
+def push_to_bucket(path: Path, copy_from: Path | None = None) -> None:
     """Bring a file or a checkpoint's folder to the bucket.
 
-    like: a folder whose files, `meta.json` aside, are the same: the bucket copies them, if it has them.
+    like: a folder whose files, `meta.json` aside, are the same: the bucket copies them, if it has
+    them.
     """
-    if not is_copy(path):
+    if not is_bucket_copy(path):
         return
     for file in _meta_last(path) if path.is_dir() else [path]:
-        if like is None or file.name == META or not _patiently(_copy, like / file.name, file):
-            _patiently(_upload, file)
-    _tidy()
+        if (
+            copy_from is None
+            or file.name == META_FILE
+            or not _with_retries(_copy_remote_file, copy_from / file.name, file)
+        ):
+            _with_retries(_upload_file, file)
+    _evict_lru()
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Store a checkpoint's folder in the bucket under another path, without writing that path on this machine.
+    """Store a checkpoint's folder in the bucket under another path, without writing that path on
+    this machine.
 
     The bucket copies the files that it has; the others are uploaded from `source`.
     """
     for file in _meta_last(source):
-        if not _patiently(_copy, file, target / file.name):
-            _patiently(_upload, target / file.name, file)
+        if not _with_retries(_copy_remote_file, file, target / file.name):
+            _with_retries(_upload_file, target / file.name, file)
 
 
-def pull(path: Path) -> bool:
+def pull_checkpoint(path: Path) -> bool:
     """Make the copy of a checkpoint's folder what the bucket has; whether there is a checkpoint."""
-    if is_copy(path):
-        meta = _patiently(_content, path / META)
+    if is_bucket_copy(path):
+        meta = _with_retries(_read_remote_file, path / META_FILE)
         if meta is None:
             shutil.rmtree(path, ignore_errors=True)
-        elif _here(path / META) != meta:
-            _patiently(_download, path, meta)
-            _tidy()
+        elif _read_local_file(path / META_FILE) != meta:
+            _with_retries(_download_checkpoint, path, meta)
+            _evict_lru()
         else:
             os.utime(path)
-    return (path / META).is_file()
+    return (path / META_FILE).is_file()
 
 
 def pull_file(path: Path) -> bool:
     """Make the copy of a file what the bucket has; whether there is one."""
-    if is_copy(path):
-        content = _patiently(_content, path)
+    if is_bucket_copy(path):
+        content = _with_retries(_read_remote_file, path)
         if content is None:
             path.unlink(missing_ok=True)
-        elif _here(path) != content:
-            with whole(path) as stream:
+        elif _read_local_file(path) != content:
+            with atomic_open(path) as stream:
                 stream.write(content)
     return path.is_file()
 
 
 def pull_files(path: Path, pattern: str) -> None:
     """Make the copies of all files below a folder that are called so what the bucket has."""
-    if is_copy(path):
-        found = [entry.path for entry in listing(path) if entry.path.match(pattern)]
+    if is_bucket_copy(path):
+        found = [entry.path for entry in list_remote_files(path) if entry.path.match(pattern)]
         for gone in set(path.rglob(pattern)) - set(found):
             gone.unlink(missing_ok=True)
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(pull_file, found))
 
 
-def read_json(path: Path, keys: Iterable[str]) -> Json:
-    """A file that raysweep wrote, as it is here: a JSON object with these keys. SpecError in one line if it is damaged,
-    FileNotFoundError if there is none.
+def read_json(path: Path, required_keys: Iterable[str]) -> JsonDict:
+    """A file that raysweep wrote, as it is here: a JSON object with these keys. SpecError in one
+    line if it is damaged, FileNotFoundError if there is none.
     """
     try:
         data = json.loads(path.read_text())
     except ValueError:
         data = None
-    if not isinstance(data, dict) or (lacking := sorted(set(keys) - data.keys())):
-        what = f"it lacks {', '.join(lacking)}" if isinstance(data, dict) else "it is no JSON object"
-        raise SpecError(f"{name(path)} is damaged: {what}; restore it, or start anew under another --name")
+    if not isinstance(data, dict) or (lacking := sorted(set(required_keys) - data.keys())):
+        what = (
+            f"it lacks {', '.join(lacking)}" if isinstance(data, dict) else "it is no JSON object"
+        )
+        raise SpecError(
+            f"{uri_of(path)} is damaged: {what}; restore it, or start anew under another --name"
+        )
     return data
 
 
-def drop(path: Path) -> None:
+def delete_remote(path: Path) -> None:
     """Take a folder, a checkpoint's or another, out of the bucket. The copy is the caller's."""
-    if is_copy(path):
-        _patiently(_delete_file, path / META)
-        _patiently(_delete_folder, path)
+    if is_bucket_copy(path):
+        _with_retries(_delete_remote_object, path / META_FILE)
+        _with_retries(_delete_remote_folder, path)
 
 
-def discard(path: Path) -> None:
+def delete_everywhere(path: Path) -> None:
     """Delete a folder, in the bucket and here, if it is there."""
-    if is_copy(path) and listing(path):
-        drop(path)
+    if is_bucket_copy(path) and list_remote_files(path):
+        delete_remote(path)
     shutil.rmtree(path, ignore_errors=True)
 
 
-def drop_file(path: Path) -> None:
+def delete_remote_file(path: Path) -> None:
     """Take a file out of the bucket. The copy is the caller's."""
-    if is_copy(path):
-        _patiently(_delete_file, path)
+    if is_bucket_copy(path):
+        _with_retries(_delete_remote_object, path)
 
 
-def listing(path: Path) -> list[Entry]:
+def list_remote_files(path: Path) -> list[RemoteFile]:
     """All files below a folder of a working copy that the bucket has."""
-    return _patiently(_listing, path)
+    return _with_retries(_list_remote_objects, path)
 
 
-def files(path: Path) -> Iterator[Path]:
+def iter_files(path: Path) -> Iterator[Path]:
     """All files below a folder, as the bucket has them or as they are here."""
-    return (entry.path for entry in listing(path)) if is_copy(path) else filter(Path.is_file, path.rglob("*"))
+    return (
+        (entry.path for entry in list_remote_files(path))
+        if is_bucket_copy(path)
+        else filter(Path.is_file, path.rglob("*"))
+    )
 
 
-def folders(path: Path, holding: str = META) -> list[str]:
+def list_folders_containing(path: Path, file_name: str = META_FILE) -> list[str]:
     """Names of the folders in a folder that hold this file, hidden ones left out."""
-    found = (entry.path for entry in listing(path)) if is_copy(path) else path.glob(f"*/{holding}")
-    names = {file.parent.name for file in found if file.name == holding and file.parent.parent == path}
+    found = (
+        (entry.path for entry in list_remote_files(path))
+        if is_bucket_copy(path)
+        else path.glob(f"*/{file_name}")
+    )
+    names = {
+        file.parent.name for file in found if file.name == file_name and file.parent.parent == path
+    }
     return sorted(name for name in names if not name.startswith("."))
 
 
-def children(path: Path) -> list[str]:
+def list_subfolders(path: Path) -> list[str]:
     """Names of the folders in a folder, sorted."""
-    if is_copy(path):
-        below = [entry.path.relative_to(path).parts for entry in listing(path)]
+    if is_bucket_copy(path):
+        below = [entry.path.relative_to(path).parts for entry in list_remote_files(path)]
         return sorted({name for name, *deeper in below if deeper})
     return sorted(child.name for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
 
 
-def _copies() -> Path:
+def _cache_root() -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("RAYSWEEP_CACHE") or Path(home) / "raysweep").resolve()
 
 
-def _folder_name(store: str) -> str:
+def _encode_store_name(store: str) -> str:
     """Without a character that means something in a URI, for Ray takes paths for URIs."""
     return quote(store, safe="").replace("~", "%7E").replace("%", "~")
 
 
-def _store(folder_name: str) -> str:
+def _decode_store_name(folder_name: str) -> str:
     return unquote(folder_name.replace("~", "%"))
 
 
-def _remote(path: Path) -> tuple[Any, str]:
+def _resolve_remote(path: Path) -> tuple[Any, str]:
     """The file system of a path in a working copy, and what the path is called there."""
-    parts = path.relative_to(_copies()).parts
-    files, bucket = _file_system(*parts[:2])
+    parts = path.relative_to(_cache_root()).parts
+    files, bucket = _open_file_system(*parts[:2])
     return files, "/".join((bucket, *parts[2:]))
 
 
 @cache
-def _file_system(store: str, bucket: str) -> tuple[Any, str]:
+def _open_file_system(store: str, bucket: str) -> tuple[Any, str]:
     from pyarrow import fs
 
-    scheme, _, query = _store(store).partition("?")
+    scheme, _, query = _decode_store_name(store).partition("?")
     options = dict(parse_qsl(query))
     if scheme == "gs":
         # Google's client would try for a quarter of an hour.
-        files, key = fs.FileSystem.from_uri(f"gs://{bucket}?{urlencode({'retry_limit_seconds': 15, **options})}")
+        files, key = fs.FileSystem.from_uri(
+            f"gs://{bucket}?{urlencode({'retry_limit_seconds': 15, **options})}"
+        )
         return files, str(key)
     if unknown := options.keys() - {"endpoint_override", "region", "scheme"}:
-        raise SpecError(unknown_name("option of an s3:// URI", min(unknown), ["endpoint_override", "region", "scheme"]))
+        raise SpecError(
+            describe_unknown_name(
+                "option of an s3:// URI", min(unknown), ["endpoint_override", "region", "scheme"]
+            )
+        )
     if "endpoint_override" not in options and "region" not in options:
         options["region"] = fs.resolve_s3_region(bucket)
     # By itself it would wait forever for a server that accepts and does not answer.
-    patience = {"connect_timeout": _TIMEOUT, "request_timeout": _TIMEOUT}
-    retries = fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS)
-    return fs.S3FileSystem(**options, **patience, retry_strategy=retries, allow_delayed_open=True), bucket
+    patience = {"connect_timeout": _REQUEST_TIMEOUT, "request_timeout": _REQUEST_TIMEOUT}
+    retries = fs.AwsStandardS3RetryStrategy(max_attempts=_MAX_REQUEST_ATTEMPTS)
+    return fs.S3FileSystem(
+        **options, **patience, retry_strategy=retries, allow_delayed_open=True
+    ), bucket
 
 
-def _patiently(do: Callable[..., Result], path: Path, *more: Any) -> Result:
-    """Again and again while the bucket does not answer. Raises SpecError if it refuses, StoreFailed in the end."""
-    for wait in (*_PATIENCE, None):
+def _with_retries(
+    operation: Callable[..., OperationResult], path: Path, *args: Any
+) -> OperationResult:
+    """Again and again while the bucket does not answer. Raises SpecError if it refuses, StoreFailed
+    in the end.
+    """
+    for wait in (*_RETRY_DELAYS, None):
         try:
-            return do(path, *more)
+            return operation(path, *args)
         except FileNotFoundError:
             raise
-        except (OSError, _arrow_error()) as error:
-            if _REFUSED.search(str(error)):
-                raise SpecError(f"{name(path)}: {_reason(error)}") from None
+        except (OSError, _arrow_error_type()) as error:
+            if _ACCESS_DENIED_PATTERN.search(str(error)):
+                raise SpecError(f"{uri_of(path)}: {_describe_error(error)}") from None
             if wait is None:
-                raise StoreFailed(f"{name(path)}: {_reason(error)}") from None
+                raise BucketUnavailable(f"{uri_of(path)}: {_describe_error(error)}") from None
             time.sleep(wait)
     raise AssertionError
 
 
 def _meta_last(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir(), key=lambda file: file.name == META)
+    return sorted(folder.iterdir(), key=lambda file: file.name == META_FILE)
 
 
-def _upload(path: Path, content: Path | None = None) -> None:
+def _upload_file(path: Path, content: Path | None = None) -> None:
     """Upload a file, by default the one at `path` itself, as the object that `path` stands for."""
-    files, key = _remote(path)
+    files, key = _resolve_remote(path)
     # Not `fs.copy_files`: it does not tell of an upload that fails at its end.
     with (content or path).open("rb") as source, files.open_output_stream(key) as sink:
-        shutil.copyfileobj(source, sink, _CHUNK)
+        shutil.copyfileobj(source, sink, _CHUNK_BYTES)
 
 
-def _copy(source: Path, target: Path) -> bool:
+def _copy_remote_file(source: Path, target: Path) -> bool:
     """Within the bucket; False if the source is not there."""
-    files, key = _remote(source)
+    files, key = _resolve_remote(source)
     try:
-        files.copy_file(key, _remote(target)[1])
+        files.copy_file(key, _resolve_remote(target)[1])
     except FileNotFoundError:
         return False
     except OSError as error:
@@ -319,32 +375,39 @@ def _copy(source: Path, target: Path) -> bool:
     return True
 
 
-def _content(path: Path) -> bytes | None:
-    files, key = _remote(path)
+def _read_remote_file(path: Path) -> bytes | None:
+    files, key = _resolve_remote(path)
     while True:
         try:
             with files.open_input_stream(key) as stream:
                 content = bytes(stream.read())
         except FileNotFoundError:
             return None
-        # pyarrow asks for the length first: an object that was replaced before it was read is cut off there.
+        # pyarrow asks for the length first: an object that was replaced before it was read is cut
+        # off there.
         if files.get_file_info(key).size in (len(content), None):
             return content
 
 
-def _download(path: Path, meta: bytes) -> None:
+def _download_checkpoint(path: Path, meta_content: bytes) -> None:
     """A checkpoint's folder, whole or, if it goes meanwhile, not at all."""
     from pyarrow import fs
 
-    files, key = _remote(path)
+    files, key = _resolve_remote(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         here = fs.LocalFileSystem()
-        fs.copy_files(key, str(partial), source_filesystem=files, destination_filesystem=here, chunk_size=_CHUNK)
-        (partial / META).write_bytes(meta)
-        if _here(path / META) == meta:
+        fs.copy_files(
+            key,
+            str(partial),
+            source_filesystem=files,
+            destination_filesystem=here,
+            chunk_size=_CHUNK_BYTES,
+        )
+        (partial / META_FILE).write_bytes(meta_content)
+        if _read_local_file(path / META_FILE) == meta_content:
             return  # another process of this machine was faster, and may be reading it
         shutil.rmtree(path, ignore_errors=True)
         with suppress(OSError):  # another process of this machine was faster
@@ -355,58 +418,66 @@ def _download(path: Path, meta: bytes) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _delete_file(path: Path) -> None:
-    files, key = _remote(path)
+def _delete_remote_object(path: Path) -> None:
+    files, key = _resolve_remote(path)
     with suppress(FileNotFoundError):
         files.delete_file(key)
 
 
-def _delete_folder(path: Path) -> None:
-    files, key = _remote(path)
+def _delete_remote_folder(path: Path) -> None:
+    files, key = _resolve_remote(path)
     with suppress(FileNotFoundError):
         files.delete_dir(key)
 
 
-def _listing(path: Path) -> list[Entry]:
+def _list_remote_objects(path: Path) -> list[RemoteFile]:
     from pyarrow import fs
 
-    files, key = _remote(path)
+    files, key = _resolve_remote(path)
     found = files.get_file_info(fs.FileSelector(key, allow_not_found=True, recursive=True))
     return [
-        Entry(path / info.path.removeprefix(f"{key}/"), info.size, info.mtime.timestamp())
+        RemoteFile(path / info.path.removeprefix(f"{key}/"), info.size, info.mtime.timestamp())
         for info in found
         if info.type == fs.FileType.File
     ]
 
 
-def _here(path: Path) -> bytes | None:
+def _read_local_file(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
     except OSError:
         return None
 
 
-def _tidy() -> None:
-    """Keep all copies together small: the least recently used checkpoints go. Whoever reads one pulls it first."""
+def _evict_lru() -> None:
+    """Keep all copies together small: the least recently used checkpoints go. Whoever reads one
+    pulls it first.
+    """
     found: list[tuple[float, int, Path]] = []
     with suppress(OSError):  # other processes come and go
-        for folder in [meta.parent for meta in _copies().rglob(META)]:
-            found.append((folder.stat().st_mtime, sum(file.stat().st_size for file in folder.iterdir()), folder))
+        for folder in [meta.parent for meta in _cache_root().rglob(META_FILE)]:
+            found.append(
+                (
+                    folder.stat().st_mtime,
+                    sum(file.stat().st_size for file in folder.iterdir()),
+                    folder,
+                )
+            )
     size = sum(bytes_ for _, bytes_, _ in found)
     for used, bytes_, folder in sorted(found):
-        if size <= _COPIES or time.time() - used < _IN_USE:
+        if size <= _CACHE_MAX_BYTES or time.time() - used < _EVICTION_MIN_AGE:
             return
         shutil.rmtree(folder, ignore_errors=True)
         size -= bytes_
 
 
-def _arrow_error() -> type[Exception]:
+def _arrow_error_type() -> type[Exception]:
     from pyarrow.lib import ArrowException
 
     return ArrowException  # type: ignore[no-any-return]
 
 
-def _reason(error: Exception) -> str:
-    text = _WRAPPING.sub("", str(error).splitlines()[0])
+def _describe_error(error: Exception) -> str:
+    text = _ERROR_NOISE_PATTERN.sub("", str(error).splitlines()[0])
     hint = "; credentials come from the environment (for s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role)"
-    return text.rstrip(". ") + (hint if _REFUSED.search(text) else "")
+    return text.rstrip(". ") + (hint if _ACCESS_DENIED_PATTERN.search(text) else "")

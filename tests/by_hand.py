@@ -1,4 +1,6 @@
-"""Random numbers, batch order and augmentation, worked out one example at a time from what `raysweep.rng` documents."""
+"""Random numbers, batch order and augmentation, worked out one example at a time from what
+`raysweep.rng` documents.
+"""
 
 import hashlib
 
@@ -26,7 +28,9 @@ def splitmix(word: int) -> int:
 def uniform(key: int, example: int, count: int, bits: int = 24) -> list[float]:
     """`count` numbers in [0, 1) of one example."""
     row = splitmix(example * _GOLDEN + key)
-    return [(splitmix(row + place * _GOLDEN) >> (64 - bits)) / 2**bits for place in range(1, count + 1)]
+    return [
+        (splitmix(row + place * _GOLDEN) >> (64 - bits)) / 2**bits for place in range(1, count + 1)
+    ]
 
 
 def shuffled(count: int, *names: object) -> list[int]:
@@ -36,7 +40,9 @@ def shuffled(count: int, *names: object) -> list[int]:
 
 
 def crop_and_flip(image: Tensor, seed: int, epoch: int, example: int) -> Tensor:
-    """Pad an image (C, H, W) with four black pixels on each side, crop it to its own size, and perhaps mirror it."""
+    """Pad an image (C, H, W) with four black pixels on each side, crop it to its own size, and
+    perhaps mirror it.
+    """
     key = hashed(seed, "augment", epoch)
     top, left = (int(number * 9) for number in uniform(hashed(key, "crop"), example, 2, bits=53))
     flipped = uniform(hashed(key, "flip"), example, 1)[0] < 0.5

@@ -18,7 +18,9 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 # By Ray's default its workers get one second for each 28 that the tests beside theirs use.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Buckets are those of a server on this machine, their copies out of the way of the user's own.
-os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="hush", AWS_EC2_METADATA_DISABLED="true")
+os.environ.update(
+    AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="hush", AWS_EC2_METADATA_DISABLED="true"
+)
 if multiprocessing.parent_process() is None:
     os.environ["RAYSWEEP_CACHE"] = tempfile.mkdtemp(prefix="raysweep-copies-")
 
@@ -31,9 +33,9 @@ from import_graph import is_importable
 from oracle import Oracle
 from torch import nn
 
-from raysweep.data import Data, DataSpec, load
-from raysweep.rng import Rng
-from raysweep.training.config import RunConfig, run_config
+from raysweep.data import Dataset, DataSpec, load_data
+from raysweep.rng import ExampleRng
+from raysweep.training.config import TrainingConfig, build_training_config
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
@@ -50,12 +52,13 @@ TINY: dict[str, Any] = {
     "*.attacks.*.steps": 2,
     "validation.finish.*.steps": 2,
 }
-# Arguments for `head_node_args` and `add_node`: Ray's workers are forks of one process, and none watches their logs,
-# which no driver here asks for.
+# Arguments for `head_node_args` and `add_node`: Ray's workers are forks of one process, and none
+# watches their logs, which no driver here asks for.
 FORKED: dict[str, Any] = {"setup_worker_path": fork_worker.__file__, "include_log_monitor": False}
 
 
-# The files that use Ray run in two processes, each with a cluster of its own: one set of files in each process.
+# The files that use Ray run in two processes, each with a cluster of its own: one set of files in
+# each process.
 CLUSTERS = (
     {
         "test_kills.py",
@@ -65,7 +68,14 @@ CLUSTERS = (
         "test_storage.py",
         "test_sweep.py",
     },
-    {"test_benchmarks.py", "test_cli.py", "test_clusters.py", "test_doctor.py", "test_eval.py", "test_notebook.py"}
+    {
+        "test_benchmarks.py",
+        "test_cli.py",
+        "test_clusters.py",
+        "test_doctor.py",
+        "test_eval.py",
+        "test_notebook.py",
+    }
     | {"test_pipelines.py", "test_security.py"},
 )
 HAS_RAY = importlib.util.find_spec("ray") is not None
@@ -73,7 +83,9 @@ HAS_RAY = importlib.util.find_spec("ray") is not None
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Leave out the test files that import Ray or MLflow where these are not installed."""
-    left_out = not HAS_RAY and collection_path.suffix == ".py" and not is_importable(collection_path)
+    left_out = (
+        not HAS_RAY and collection_path.suffix == ".py" and not is_importable(collection_path)
+    )
     return True if left_out else None
 
 
@@ -93,7 +105,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByCluster(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = Path(nodeid.split("::")[0]).name
-            return next((f"cluster {number}" for number, files in enumerate(CLUSTERS) if file in files), file)
+            return next(
+                (f"cluster {number}" for number, files in enumerate(CLUSTERS) if file in files),
+                file,
+            )
 
     return ByCluster(config, log)
 
@@ -112,7 +127,9 @@ def _no_copies_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
-    """Function that creates an MLflow store without runs. It copies one: MLflow takes seconds to create it."""
+    """Function that creates an MLflow store without runs. It copies one: MLflow takes seconds to
+    create it.
+    """
     folder = tmp_path_factory.getbasetemp()
     # pytest-xdist gives each of its processes a folder in one that they share.
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
@@ -126,7 +143,10 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], No
                 for name in ("alembic", "mlflow.store.db.utils"):
                     logging.getLogger(name).setLevel(logging.WARNING)
                 MlflowClient(tracking_uri=f"sqlite:///{first}").search_experiments()
-                with closing(sqlite3.connect(first)) as made, closing(sqlite3.connect(half)) as copy:
+                with (
+                    closing(sqlite3.connect(first)) as made,
+                    closing(sqlite3.connect(half)) as copy,
+                ):
                     made.backup(copy)
                 half.rename(store)
         shutil.copy(store, file)
@@ -136,8 +156,10 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], No
 
 @pytest.fixture(scope="session", autouse=True)
 def _new_stores_are_copies(empty_store: Callable[[Path], None]) -> Iterator[None]:
-    """Create new stores of this process by copying an empty one; a command in test_eval lets MLflow make its own."""
-    from raysweep.tracking.store import Tracker
+    """Create new stores of this process by copying an empty one; a command in test_eval lets MLflow
+    make its own.
+    """
+    from raysweep.tracking.mlflow_tracker import Tracker
 
     connect = Tracker._connect
 
@@ -153,20 +175,26 @@ def _new_stores_are_copies(empty_store: Callable[[Path], None]) -> Iterator[None
 
 
 @pytest.fixture(scope="session")
-def digits() -> Data:
-    return load(DataSpec(name="digits", val_size=50, train_size=64))
+def digits() -> Dataset:
+    return load_data(DataSpec(name="digits", val_size=50, train_size=64))
 
 
 @pytest.fixture
 def net() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10)).eval()
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10)
+    ).eval()
 
 
 @pytest.fixture
-def batch(digits: Data) -> tuple[torch.Tensor, torch.Tensor, Rng]:
+def batch(digits: Dataset) -> tuple[torch.Tensor, torch.Tensor, ExampleRng]:
     rows = slice(0, 32)
-    return digits.train.images(rows), digits.train.y[rows], Rng.for_examples(digits.train.index[rows], 0)
+    return (
+        digits.train.get_float_images(rows),
+        digits.train.y[rows],
+        ExampleRng.for_examples(digits.train.index[rows], 0),
+    )
 
 
 @pytest.fixture
@@ -176,12 +204,21 @@ def oracle() -> Oracle:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator["Cluster"]:
-    """A cluster of one node with two CPUs, on loopback. A test that adds nodes takes them away again."""
-    from raysweep.sweep.cluster import connected, loopback  # before Ray: it sets its environment
+    """A cluster of one node with two CPUs, on loopback. A test that adds nodes takes them away
+    again.
+    """
+    from raysweep.sweep.cluster import (  # before Ray: it sets its environment
+        connect_to_cluster,
+        listen_on_loopback,
+    )
 
     from ray.cluster_utils import Cluster  # isort: skip
 
-    with loopback(), tempfile.TemporaryDirectory(prefix="forks-") as sockets, socket.socket() as free:
+    with (
+        listen_on_loopback(),
+        tempfile.TemporaryDirectory(prefix="forks-") as sockets,
+        socket.socket() as free,
+    ):
         os.environ[fork_worker.FOLDER] = sockets
         # By default Ray tries the same port in every process.
         free.bind(("127.0.0.1", 0))
@@ -191,24 +228,24 @@ def ray_cluster() -> Iterator["Cluster"]:
         system = {"health_check_period_ms": 500}
         head = {"num_cpus": 2, "dashboard_port": port, "_system_config": system, **FORKED}
         cluster = Cluster(initialize_head=True, head_node_args=head)
-        with connected(cluster.address):
+        with connect_to_cluster(cluster.address):
             yield cluster
         cluster.shutdown()
 
 
-class Follower:
+class TrialUpdateListener:
     """A listener that calls `act(trial)` after each change of a trial."""
 
-    def __init__(self, act: Callable[["Trial"], None]) -> None:
-        self.act = act
+    def __init__(self, callback: Callable[["Trial"], None]) -> None:
+        self.callback = callback
 
-    def started(self, ledger: "Ledger", concurrent: int) -> None:
+    def on_sweep_start(self, ledger: "Ledger", concurrency: int) -> None:
         pass
 
-    def trial_changed(self, trial: "Trial", metrics: dict[str, float] | None) -> None:
-        self.act(trial)
+    def on_trial_update(self, trial: "Trial", epoch_metrics: dict[str, float] | None) -> None:
+        self.callback(trial)
 
-    def ended(self, ledger: "Ledger") -> None:
+    def on_sweep_end(self, ledger: "Ledger") -> None:
         pass
 
 
@@ -227,6 +264,8 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def tiny(method: str, **changes: Any) -> RunConfig:
+def tiny(method: str, **changes: Any) -> TrainingConfig:
     """A config that trains in about a second; `__` in a name stands for a dot."""
-    return run_config(method, TINY, {key.replace("__", "."): value for key, value in changes.items()})
+    return build_training_config(
+        method, TINY, {key.replace("__", "."): value for key, value in changes.items()}
+    )

@@ -1,4 +1,5 @@
-"""Create an environment without Ray and MLflow whose packages are links to those of the current one.
+"""Create an environment without Ray and MLflow whose packages are links to those of the current
+one.
 
     python tests/core_environment.py FOLDER
 
@@ -15,7 +16,9 @@ LEFT_OUT = ("ray", "mlflow")
 
 
 def make_core_environment(folder: Path) -> Path:
-    """Create the environment, deleting what `folder` held before, and return the path of its interpreter."""
+    """Create the environment, deleting what `folder` held before, and return the path of its
+    interpreter.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=False)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"

@@ -1,8 +1,9 @@
-"""Starts Ray's worker processes as forks of one process that has imported what they need: 0.1 s each instead of 5.
+"""Starts Ray's worker processes as forks of one process that has imported what they need: 0.1 s
+each instead of 5.
 
-A node of the test cluster is given this file as its `setup_worker_path`. The first worker of all nodes starts the
-server, which serves later nodes too, and waits as long as its own node lives, so that all workers are descendants of
-the process that started this node.
+A node of the test cluster is given this file as its `setup_worker_path`. The first worker of all
+nodes starts the server, which serves later nodes too, and waits as long as its own node lives, so
+that all workers are descendants of the process that started this node.
 """
 
 import array
@@ -33,26 +34,41 @@ POLL_SECONDS = 1.0
 
 
 def launch(arguments: list[str]) -> None:
-    """Ask the server to fork a worker. A raylet calls this for each; the first call starts the server."""
+    """Ask the server to fork a worker. A raylet calls this for each; the first call starts the
+    server.
+    """
     context = "--serialized-runtime-env-context="
-    given = [argument.removeprefix(context) for argument in arguments if argument.startswith(context)]
+    given = [
+        argument.removeprefix(context) for argument in arguments if argument.startswith(context)
+    ]
     environment = dict(os.environ) | json.loads(given[0] if given else "{}").get("env_vars", {})
-    worker = [argument for argument in arguments if not argument.startswith(("--serialized-runtime", "--language"))]
+    worker = [
+        argument
+        for argument in arguments
+        if not argument.startswith(("--serialized-runtime", "--language"))
+    ]
     path, server = Path(os.environ[FOLDER], "server"), None
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            server = subprocess.Popen([sys.executable, __file__, "serve", str(path)], start_new_session=True)
+            server = subprocess.Popen(
+                [sys.executable, __file__, "serve", str(path)], start_new_session=True
+            )
         deadline = time.monotonic() + 120
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(path))
-        message = json.dumps({"argv": worker, "environment": environment, "folder": str(Path.cwd())}).encode()
+        message = json.dumps(
+            {"argv": worker, "environment": environment, "folder": str(Path.cwd())}
+        ).encode()
         streams = array.array("i", [1, 2])
-        connection.sendmsg([len(message).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+        connection.sendmsg(
+            [len(message).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)]
+        )
         connection.sendall(message)
-        # Wait until the worker ends: the raylet started this process, and takes its end for the end of the worker.
+        # Wait until the worker ends: the raylet started this process, and takes its end for the end
+        # of the worker.
         connection.recv(1)
     if server is not None:
         server.wait()
@@ -74,7 +90,8 @@ def serve(path: Path) -> None:
             connection, _ = listener.accept()
             _draw_random_ids()
             if os.fork() == 0:
-                # When the raylet kills a worker it kills the worker's process group, which must not be the server's.
+                # When the raylet kills a worker it kills the worker's process group, which must not
+                # be the server's.
                 os.setsid()
                 listener.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -84,10 +101,11 @@ def serve(path: Path) -> None:
 
 
 def _draw_random_ids() -> None:
-    """Draw as many of Ray's random ids as no test's worker does, so that the next fork's are others.
+    """Draw as many of Ray's random ids as no test's worker does, so that the next fork's are
+    others.
 
-    Forks inherit the state of the generator: two that started at once gave their first objects the same id, one of them
-    crashed, and the first driver of the node waited for it forever.
+    Forks inherit the state of the generator: two that started at once gave their first objects the
+    same id, one of them crashed, and the first driver of the node waited for it forever.
     """
     from ray import ObjectID
 
@@ -96,7 +114,9 @@ def _draw_random_ids() -> None:
 
 
 def _become_worker(connection: socket.socket) -> None:
-    """Read the request and run it. The connection stays open: by its end the launcher sees that of the worker."""
+    """Read the request and run it. The connection stays open: by its end the launcher sees that of
+    the worker.
+    """
     head, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(8))
     streams = array.array("i")
     streams.frombytes(ancillary[0][2])

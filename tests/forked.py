@@ -1,7 +1,7 @@
 """Run functions and commands in new processes that start in 0.1 s.
 
-They are forks of a server that has imported what commands and training need. Tests of what a fresh interpreter does
-start a real one instead (test_cli, test_eval, the notebook).
+They are forks of a server that has imported what commands and training need. Tests of what a fresh
+interpreter does start a real one instead (test_cli, test_eval, the notebook).
 """
 
 import atexit
@@ -23,9 +23,15 @@ FORKS = multiprocessing.get_context("forkserver")
 # torch._dynamo: what the first optimiser in a process imports.
 TRAINING = ["raysweep.training.trainer", "raysweep.training.distributed", "torch._dynamo"]
 COMMANDS = [*TRAINING, "raysweep.commands.run", "raysweep.commands.tune", "raysweep.sweep.tuner"]
-COMMANDS += ["mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store", "raysweep.plots", "optuna.importance"]
-# What the server imports whoever starts it: all that commands need, where tests use Ray (see `conftest`). Each command
-# would import it again in a fork of a server that a test of training had started.
+COMMANDS += [
+    "mlflow.tracking",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "raysweep.plots",
+    "optuna.importance",
+]
+# What the server imports whoever starts it: all that commands need, where tests use Ray (see
+# `conftest`). Each command would import it again in a fork of a server that a test of training had
+# started.
 ALWAYS: list[str] = []
 
 
@@ -50,7 +56,9 @@ class Forked:
         return self._process.exitcode
 
     def wait(self, timeout: float = 120) -> int:
-        """Return the exit code. Raises TimeoutError, with what was printed, after `timeout` seconds."""
+        """Return the exit code. Raises TimeoutError, with what was printed, after `timeout`
+        seconds.
+        """
         self._process.join(timeout)
         if self._process.exitcode is None:
             raise TimeoutError(f"still running after {timeout} s: {self.out}{self.err}")
@@ -72,10 +80,11 @@ def start(
     environment: Mapping[str, str] | None = None,
     imports: list[str] = TRAINING,
 ) -> Forked:
-    """Call `function(*arguments)` in a new process, in `folder`; what it returns is the exit code (None: 0).
+    """Call `function(*arguments)` in a new process, in `folder`; what it returns is the exit code
+    (None: 0).
 
-    environment: variables that differ from those of this process. imports: the modules that the fork server imports
-    when it starts; they change nothing if it runs already.
+    environment: variables that differ from those of this process. imports: the modules that the
+    fork server imports when it starts; they change nothing if it runs already.
     """
     output = Path(tempfile.mkdtemp(prefix="forked-"))
     atexit.register(shutil.rmtree, output, ignore_errors=True)
@@ -89,18 +98,24 @@ def start(
 
 
 def command(
-    arguments: Sequence[str], folder: Path | None = None, environment: Mapping[str, str] | None = None
+    arguments: Sequence[str],
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Forked:
     """Run `raysweep ARGUMENTS` in a new process."""
     return start(_main, list(arguments), folder=folder, environment=environment, imports=COMMANDS)
 
 
 def instead_of_spawn(patch: pytest.MonkeyPatch) -> None:
-    """Replace multiprocessing's "spawn" context, which starts fresh interpreters, by the fork server."""
+    """Replace multiprocessing's "spawn" context, which starts fresh interpreters, by the fork
+    server.
+    """
     FORKS.set_forkserver_preload([*TRAINING, *ALWAYS])
     get_context = multiprocessing.get_context
     patch.setattr(
-        multiprocessing, "get_context", lambda method=None: FORKS if method == "spawn" else get_context(method)
+        multiprocessing,
+        "get_context",
+        lambda method=None: FORKS if method == "spawn" else get_context(method),
     )
 
 
@@ -111,7 +126,11 @@ def _main(arguments: list[str]) -> int:
 
 
 def _work(
-    output: Path, folder: Path, variables: dict[str, str], function: Callable[..., object], arguments: tuple[Any, ...]
+    output: Path,
+    folder: Path,
+    variables: dict[str, str],
+    function: Callable[..., object],
+    arguments: tuple[Any, ...],
 ) -> None:
     for number, name in enumerate(("out", "err"), start=1):
         file = os.open(output / name, os.O_WRONLY | os.O_APPEND)

@@ -9,7 +9,9 @@ PACKAGE = Path(__file__).parent.parent / "raysweep"
 
 
 def imports(path: Path, nested: bool = True) -> set[str]:
-    """Names of the modules that a file imports; without `nested`, only by statements at its top level."""
+    """Names of the modules that a file imports; without `nested`, only by statements at its top
+    level.
+    """
     tree = ast.parse(path.read_text())
     found: set[str] = set()
     for node in ast.walk(tree) if nested else tree.body:
@@ -23,7 +25,9 @@ def imports(path: Path, nested: bool = True) -> set[str]:
 
 
 def is_importable(path: Path) -> bool:
-    """Whether all libraries are installed that a test file imports, itself or through files of this project."""
+    """Whether all libraries are installed that a test file imports, itself or through files of this
+    project.
+    """
     files, seen = [path], {path}
     while files:
         file = files.pop()
@@ -41,10 +45,14 @@ _imports = cache(lambda path: imports(path, nested=False))
 
 
 def _find_own_files(name: str, folder: Path) -> list[Path]:
-    """The files of this project that are executed when a file in `folder` imports the module `name`."""
+    """The files of this project that are executed when a file in `folder` imports the module
+    `name`.
+    """
     top, *rest = name.split(".")
     if top != "raysweep":
         folders = [] if folder.is_relative_to(PACKAGE) else [folder, PACKAGE.parent / "benchmarks"]
         return [place / f"{top}.py" for place in folders if (place / f"{top}.py").is_file()][:1]
     packages = [PACKAGE.joinpath(*rest[:depth], "__init__.py") for depth in range(len(rest) + 1)]
-    return [file for file in (*packages, PACKAGE.joinpath(*rest).with_suffix(".py")) if file.is_file()]
+    return [
+        file for file in (*packages, PACKAGE.joinpath(*rest).with_suffix(".py")) if file.is_file()
+    ]

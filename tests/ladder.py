@@ -1,4 +1,6 @@
-"""A network whose robustness is known by hand: each image lies at a chosen distance from the one decision boundary."""
+"""A network whose robustness is known by hand: each image lies at a chosen distance from the one
+decision boundary.
+"""
 
 from collections.abc import Sequence
 
@@ -13,11 +15,13 @@ NEVER = (-1e6, -1.1e6)
 
 
 class Ladder(nn.Module):
-    """Logits (N, 4) of images (N, C, 2, 2): -10 h, 10 h and two far smaller ones, for an image of height h.
+    """Logits (N, 4) of images (N, C, 2, 2): -10 h, 10 h and two far smaller ones, for an image of
+    height h.
 
-    An image of class 1 at height d > 0 (or of class 0 at -d) has the margin 20 d. It is broken by a move of r in Linf
-    if r > d, and in L2 if r > 2 d: all four pixels move by the same amount. With a second channel of ones the logits
-    are 10,000 times as large, and the cross-entropy has no gradient.
+    An image of class 1 at height d > 0 (or of class 0 at -d) has the margin 20 d. It is broken by a
+    move of r in Linf if r > d, and in L2 if r > 2 d: all four pixels move by the same amount. With
+    a second channel of ones the logits are 10,000 times as large, and the cross-entropy has no
+    gradient.
     """
 
     def __init__(self) -> None:
@@ -33,10 +37,19 @@ class Ladder(nn.Module):
         return torch.stack([-value, value, *(0 * value + low for low in NEVER)], 1)
 
 
-def ladder(distances: Sequence[float], labels: Sequence[int], steep: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-    """Images (N, 1, 2, 2), or (N, 2, 2, 2) if some are `steep`, and labels. Rows with a negative distance are wrong."""
-    heights = torch.tensor([d if label == 1 else -d for d, label in zip(distances, labels, strict=True)])
+def ladder(
+    distances: Sequence[float], labels: Sequence[int], steep: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """Images (N, 1, 2, 2), or (N, 2, 2, 2) if some are `steep`, and labels. Rows with a negative
+    distance are wrong.
+    """
+    heights = torch.tensor(
+        [d if label == 1 else -d for d, label in zip(distances, labels, strict=True)]
+    )
     x = 0.5 + heights[:, None, None, None] * SIGNS
     if len(steep):
-        x = torch.cat([x, torch.tensor(steep, dtype=torch.float32)[:, None, None, None].expand(-1, 1, 2, 2)], 1)
+        x = torch.cat(
+            [x, torch.tensor(steep, dtype=torch.float32)[:, None, None, None].expand(-1, 1, 2, 2)],
+            1,
+        )
     return x, torch.tensor(labels)

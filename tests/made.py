@@ -1,8 +1,10 @@
-"""Build candidates and judgements of a pipeline for tests; what is not given gets an ordinary value."""
+"""Build candidates and judgements of a pipeline for tests; what is not given gets an ordinary
+value.
+"""
 
 from typing import Any
 
-from raysweep.pipeline.artifact import Candidate, Judgement
+from raysweep.pipeline.artifact import Candidate, EvaluationResult
 
 PROTOCOL: dict[str, Any] = {
     "data": "cifar10",
@@ -18,20 +20,37 @@ PROTOCOL: dict[str, Any] = {
 
 
 def made_candidate(label: str, robust: float | None = None, **more: Any) -> Candidate:
-    """A candidate. Scores may be given by name: `robust` is `robust_worst`; `gap`, `clean` and `pgd` are scores too."""
+    """A candidate. Scores may be given by name: `robust` is `robust_worst`; `gap`, `clean` and
+    `pgd` are scores too.
+    """
     scores = {"robust_worst": robust, "masking_gap": more.pop("gap", None)}
     scores |= {name: more.pop(name) for name in ("clean", "pgd", "cw") if name in more}
     more.setdefault("method", label)
-    more.setdefault("checkpoint", "-".join([label, str(more.get("seed", 0)), more.get("which", "best")]))
+    more.setdefault(
+        "checkpoint", "-".join([label, str(more.get("seed", 0)), more.get("which", "best")])
+    )
     metrics = {name: score for name, score in scores.items() if score is not None}
     return Candidate(label=label, metrics=metrics, **{"epoch": 90, "epochs": 100, **more})
 
 
-def made_judgement(candidate: Candidate, robust: float, **more: Any) -> Judgement:
-    """A judgement by AutoAttack on the whole test set of CIFAR-10; settings of `protocol` may be given by name."""
-    protocol = PROTOCOL | {name: more.pop(name) for name in ("data", "model", "epochs", "train_size") if name in more}
-    examples, eps, norm = more.get("examples", 10_000), more.get("eps", 8 / 255), more.get("norm", "Linf")
-    protocol |= {"examples": examples, "eps": eps, "norm": norm, "fingerprint": more.pop("fingerprint", "f00d")}
+def made_judgement(candidate: Candidate, robust: float, **more: Any) -> EvaluationResult:
+    """A judgement by AutoAttack on the whole test set of CIFAR-10; settings of `protocol` may be
+    given by name.
+    """
+    protocol = PROTOCOL | {
+        name: more.pop(name) for name in ("data", "model", "epochs", "train_size") if name in more
+    }
+    examples, eps, norm = (
+        more.get("examples", 10_000),
+        more.get("eps", 8 / 255),
+        more.get("norm", "Linf"),
+    )
+    protocol |= {
+        "examples": examples,
+        "eps": eps,
+        "norm": norm,
+        "fingerprint": more.pop("fingerprint", "f00d"),
+    }
     rest = {
         "attack": "AA",
         "standard": True,
@@ -52,4 +71,4 @@ def made_judgement(candidate: Candidate, robust: float, **more: Any) -> Judgemen
         "protocol": protocol,
         **more,
     }
-    return Judgement(candidate=candidate, robust=robust, **rest)
+    return EvaluationResult(candidate=candidate, robust=robust, **rest)

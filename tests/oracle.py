@@ -1,4 +1,6 @@
-"""The stored numbers of the authors' code (data/losses), with the network, images and noise they belong to."""
+"""The stored numbers of the authors' code (data/losses), with the network, images and noise they
+belong to.
+"""
 
 from dataclasses import dataclass
 from functools import cache
@@ -35,15 +37,17 @@ def stored(name):
 
 @dataclass(frozen=True)
 class Noise:
-    """Stands for an `Rng`: the draws are the stored ones, whatever the stream; `cw` has a normal draw of its own."""
+    """Stands for an `Rng`: the draws are the stored ones, whatever the stream; `cw` has a normal
+    draw of its own.
+    """
 
     normals: str = "gauss_noise_1"
     uniforms: torch.Tensor | None = None
 
-    def stream(self, *names):
+    def derive_stream(self, *names):
         return Noise("gauss_noise_2" if names[-1] == "cw" else "gauss_noise_1", self.uniforms)
 
-    def symmetric(self, shape, dtype):
+    def symmetric_uniform(self, shape, dtype):
         if self.uniforms is not None:
             return self.uniforms.to(dtype) * 2 - 1
         return stored("inputs")["uniform_noise"].to(dtype) / 0.031

@@ -1,4 +1,6 @@
-"""A small robust digits network, its test images and the official AutoAttack's verdicts on it (tests/data/aa)."""
+"""A small robust digits network, its test images and the official AutoAttack's verdicts on it
+(tests/data/aa).
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +40,8 @@ class Wrapped(nn.Module):
         return self.f(self.model, x)
 
 
-# What is wrapped round the network to fool an evaluation; the official verdicts on the first four are in OFFICIAL.
+# What is wrapped round the network to fool an evaluation; the official verdicts on the first four
+# are in OFFICIAL.
 DEFENCES = {
     "quant4": lambda model, x: model((4 * x).round() / 4),
     "scale1000": lambda model, x: 1000 * model(x),
@@ -59,7 +62,9 @@ def _confidence_gradient(model: nn.Module, x: Tensor) -> Tensor:
 def robust_digits() -> RobustDigits:
     model = RobustDigits()
     params = {
-        name.removeprefix("param."): torch.tensor(OFFICIAL[name]) for name in OFFICIAL if name.startswith("param.")
+        name.removeprefix("param."): torch.tensor(OFFICIAL[name])
+        for name in OFFICIAL
+        if name.startswith("param.")
     }
     model.load_state_dict(params)
     return model
@@ -67,4 +72,6 @@ def robust_digits() -> RobustDigits:
 
 def digits(count: int = 450, first: int = 0) -> tuple[Tensor, Tensor]:
     rows = slice(first, first + count)
-    return torch.tensor(OFFICIAL["x_test"][rows]).float() / 16, torch.tensor(OFFICIAL["y_test"][rows])
+    return torch.tensor(OFFICIAL["x_test"][rows]).float() / 16, torch.tensor(
+        OFFICIAL["y_test"][rows]
+    )

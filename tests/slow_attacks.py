@@ -1,4 +1,6 @@
-"""The published attacks as plain loops over one example in numpy and float64: what tests compare ours with."""
+"""The published attacks as plain loops over one example in numpy and float64: what tests compare
+ours with.
+"""
 
 import math
 from collections.abc import Iterator
@@ -15,10 +17,11 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SmallNet:
-    """Two layers with a tanh between them; its logits and their derivatives are written out by hand.
+    """Two layers with a tanh between them; its logits and their derivatives are written out by
+    hand.
 
-    levels: if not 0, pixels are first rounded to multiples of 1 / levels, so that different points have exactly the
-    same loss; derivatives ignore the rounding.
+    levels: if not 0, pixels are first rounded to multiples of 1 / levels, so that different points
+    have exactly the same loss; derivatives ignore the rounding.
     """
 
     first: Array
@@ -28,7 +31,9 @@ class SmallNet:
     levels: int = 0
 
     @classmethod
-    def draw(cls, pixels: int, classes: int, seed: int, hidden: int = 16, scale: float = 4.0) -> "SmallNet":
+    def draw(
+        cls, pixels: int, classes: int, seed: int, hidden: int = 16, scale: float = 4.0
+    ) -> "SmallNet":
         rng = np.random.default_rng(seed)
         first = rng.normal(size=(hidden, pixels)) * scale / math.sqrt(pixels)
         second = rng.normal(size=(classes, hidden)) * 2 / math.sqrt(hidden)
@@ -38,7 +43,10 @@ class SmallNet:
         return np.round(x * self.levels) / self.levels if self.levels else x
 
     def logits(self, x: Array) -> Array:
-        return self.second @ np.tanh(self.first @ self.rounded(x).ravel() + self.first_bias) + self.second_bias
+        return (
+            self.second @ np.tanh(self.first @ self.rounded(x).ravel() + self.first_bias)
+            + self.second_bias
+        )
 
     def jacobian(self, x: Array) -> Array:
         """(classes, pixels): the derivative of each logit."""
@@ -55,11 +63,15 @@ class SmallNet:
     def module(self) -> nn.Sequential:
         """The same network in torch."""
         hidden, pixels = self.first.shape
-        net = nn.Sequential(nn.Flatten(), nn.Linear(pixels, hidden), nn.Tanh(), nn.Linear(hidden, len(self.second)))
+        net = nn.Sequential(
+            nn.Flatten(), nn.Linear(pixels, hidden), nn.Tanh(), nn.Linear(hidden, len(self.second))
+        )
         net = nn.Sequential(Rounded(self.levels), *net).double()
         with torch.no_grad():
             for parameter, value in zip(
-                net.parameters(), (self.first, self.first_bias, self.second, self.second_bias), strict=True
+                net.parameters(),
+                (self.first, self.first_bias, self.second, self.second_bias),
+                strict=True,
             ):
                 parameter.copy_(torch.from_numpy(value))
         return net
@@ -73,7 +85,11 @@ class Rounded(nn.Module):
         self.levels = levels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x * self.levels).round().detach() / self.levels + (x - x.detach()) if self.levels else x
+        return (
+            (x * self.levels).round().detach() / self.levels + (x - x.detach())
+            if self.levels
+            else x
+        )
 
 
 def draw_images(count: int, shape: tuple[int, int, int], seed: int) -> Array:
@@ -85,7 +101,9 @@ def draw_images(count: int, shape: tuple[int, int, int], seed: int) -> Array:
 def recorded_inputs(model: nn.Module) -> Iterator[list[Array]]:
     """Every batch that the model is given, in order."""
     seen: list[Array] = []
-    handle = model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().numpy().copy()))
+    handle = model.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].detach().numpy().copy())
+    )
     try:
         yield seen
     finally:
@@ -93,7 +111,12 @@ def recorded_inputs(model: nn.Module) -> Iterator[list[Array]]:
 
 
 def loss_and_slope(
-    name: str, z: Array, y: int, target: int = -1, natural: Array | None = None, confidence: float = 0.0
+    name: str,
+    z: Array,
+    y: int,
+    target: int = -1,
+    natural: Array | None = None,
+    confidence: float = 0.0,
 ) -> tuple[float, Array]:
     """An attack's loss at one row of logits, and its derivative with respect to each logit."""
     classes = len(z)
@@ -136,7 +159,11 @@ def step_direction(slope: Array, norm: str) -> Array:
 
 def size(move: Array, norm: str) -> float:
     flat = move.ravel()
-    return max(abs(float(v)) for v in flat) if norm == "Linf" else math.sqrt(sum(float(v) ** 2 for v in flat))
+    return (
+        max(abs(float(v)) for v in flat)
+        if norm == "Linf"
+        else math.sqrt(sum(float(v) ** 2 for v in flat))
+    )
 
 
 def project(point: Array, x: Array, eps: float, norm: str) -> Array:
@@ -150,10 +177,11 @@ def project(point: Array, x: Array, eps: float, norm: str) -> Array:
 
 @dataclass
 class Outcome:
-    """The result of an attack on one row: its point, its forward passes, and every point that it evaluated.
+    """The result of an attack on one row: its point, its forward passes, and every point that it
+    evaluated.
 
-    sure: how many of these points follow from clear decisions. The next one depended on the last digits of a loss,
-    which another order of summation may change.
+    sure: how many of these points follow from clear decisions. The next one depended on the last
+    digits of a loss, which another order of summation may change.
     """
 
     x: Array
@@ -196,7 +224,9 @@ def slow_pgd(
             left -= 1
         if right:
             kappa += 1
-        _, slope = loss_and_slope(loss, net.logits(point), y, natural=natural, confidence=confidence)
+        _, slope = loss_and_slope(
+            loss, net.logits(point), y, natural=natural, confidence=confidence
+        )
         gradient = (slope @ net.jacobian(point)).reshape(x.shape)
         point = project(point + step * step_direction(gradient, norm), x, eps, norm)
     return Outcome(point, len(points), points, kappa)
@@ -216,7 +246,9 @@ def slow_apgd(
     norm: str = "Linf",
     rho: float = 0.75,
 ) -> Outcome:
-    """Algorithm 1 of Auto-PGD; stops at the first misclassified point, else returns the one of highest loss."""
+    """Algorithm 1 of Auto-PGD; stops at the first misclassified point, else returns the one of
+    highest loss.
+    """
 
     def look(at: Array) -> tuple[float, Array]:
         value, slope = loss_and_slope(loss, net.logits(at), y, target)
@@ -245,7 +277,9 @@ def slow_apgd(
         if values[i] > best_value:
             best, best_value, best_gradient = now, values[i], gradient
         if net.predict(now) != y:
-            return Outcome(now, len(points), points, broken=True, loss=best_value, unsure_from=unsure_from)
+            return Outcome(
+                now, len(points), points, broken=True, loss=best_value, unsure_from=unsure_from
+            )
         if i + 1 in checkpoints:
             length = i + 1 - last_check
             increases = len([j for j in range(last_check, i + 1) if values[j] > values[j - 1]])
@@ -259,10 +293,11 @@ def slow_apgd(
 
 
 def slow_projection(p: Array, w: Array, gap: float, norm: str) -> Array:
-    """The smallest move d with w . d = -gap and p + d in the box; the corner nearest to the plane if there is none.
+    """The smallest move d with w . d = -gap and p + d in the box; the corner nearest to the plane
+    if there is none.
 
-    All coordinates move at the same time, at speed 1 (Linf) or |w_i| (L2), and each stops at the box. These events
-    are handled in the order of time.
+    All coordinates move at the same time, at speed 1 (Linf) or |w_i| (L2), and each stops at the
+    box. These events are handled in the order of time.
     """
     d = np.zeros(len(p))
     movers = []
@@ -342,7 +377,14 @@ def window_side(query: int, height: int, width: int, p_init: float, at_least: in
 
 
 def slow_square_linf(
-    net: SmallNet, x: Array, y: int, stripes: Array, draws: Array, *, eps: float, p_init: float = 0.8
+    net: SmallNet,
+    x: Array,
+    y: int,
+    stripes: Array,
+    draws: Array,
+    *,
+    eps: float,
+    p_init: float = 0.8,
 ) -> Outcome:
     """Square's algorithm 2. stripes (C, 1, W) and draws (queries, 2 + C): numbers in [0, 1)."""
     channels, height, width = x.shape
@@ -398,7 +440,9 @@ def slow_square_l2(
     eps: float,
     p_init: float = 0.8,
 ) -> Outcome:
-    """Square's algorithm 3. grid_signs (rows, columns, C), draws (queries, 5), signs (queries, C): in [0, 1)."""
+    """Square's algorithm 3. grid_signs (rows, columns, C), draws (queries, 5), signs (queries, C):
+    in [0, 1).
+    """
     channels, height, width = x.shape
     tile = height // 5
     edge = (height - 5 * tile) // 2

@@ -1,4 +1,6 @@
-"""Which trials ASHA stops, worked out by hand and by a plain version that counts better trials. No Ray is started."""
+"""Which trials ASHA stops, worked out by hand and by a plain version that counts better trials. No
+Ray is started.
+"""
 
 import random
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.space import Scheduler, SearchSpace
+from raysweep.sweep.search_space import Scheduler, SearchSpace
 
 pytestmark = pytest.mark.needs_ray
 
@@ -16,10 +18,12 @@ BURN_IN = "method.terms.pgd.weight.burn_in"
 
 
 class Rungs:
-    """An ASHA scheduler that is given the results of epochs; `stops` says whether it stops the trial."""
+    """An ASHA scheduler that is given the results of epochs; `stops` says whether it stops the
+    trial.
+    """
 
     def __init__(self, path: Path, *past: Trial, epochs: int = 8, **changes: Any) -> None:
-        from raysweep.sweep.asha import Asha
+        from raysweep.sweep.asha import AshaScheduler
 
         data = {
             "method": "gairat",
@@ -27,15 +31,19 @@ class Rungs:
             "scheduler": {"grace": 2, "factor": 2},
             "space": {BURN_IN: {"int": [0, 6]}},
         }
-        ledger = Ledger.create(path / "sweep", SearchSpace.load({**data, **changes}))
+        ledger = Ledger.create(path / "sweep", SearchSpace.from_data({**data, **changes}))
         for trial in past:
-            ledger.write(trial)
-        self.asha = Asha(ledger, epochs)
+            ledger.save_trial(trial)
+        self.asha = AshaScheduler(ledger, epochs)
 
-    def stops(self, number: int, epoch: int, value: float | None, burn_in: int = 0, **more: float) -> bool:
+    def stops(
+        self, number: int, epoch: int, value: float | None, burn_in: int = 0, **more: float
+    ) -> bool:
         trial: Any = SimpleNamespace(config={"number": number, "settings": {BURN_IN: burn_in}})
         result = {"epoch": float(epoch), "training_iteration": 99, **more}
-        decision = self.asha.on_trial_result(None, trial, result if value is None else result | {"robust_worst": value})
+        decision = self.asha.on_trial_result(
+            None, trial, result if value is None else result | {"robust_worst": value}
+        )
         assert decision in ("STOP", "CONTINUE")
         return decision == "STOP"
 
@@ -54,7 +62,7 @@ class Rungs:
     ],
 )
 def test_rungs_are_below_the_last_epoch(scheduler: dict, epochs: int, rungs: list[int]) -> None:
-    assert Scheduler.load(scheduler).rungs(epochs) == rungs
+    assert Scheduler.from_data(scheduler).rungs(epochs) == rungs
 
 
 @pytest.mark.parametrize(
@@ -63,8 +71,16 @@ def test_rungs_are_below_the_last_epoch(scheduler: dict, epochs: int, rungs: lis
         # Of 1, 2, 3 trials the best goes on, of 4 and 5 the two best.
         (2, [0.5, 0.4, 0.6, 0.55, 0.54, 0.56], [False, True, False, False, True, False]),
         # Of up to 5 the best, of 6 to 8 the two best, of 9 the three best.
-        (3, [0.1, 0.5, 0.4, 0.4, 0.4, 0.4, 0.3, 0.3, 0.4], [False, False, True, True, True, False, True, True, False]),
-        (4, [0.3, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2], [False, True, True, True, True, True, True, False]),
+        (
+            3,
+            [0.1, 0.5, 0.4, 0.4, 0.4, 0.4, 0.3, 0.3, 0.4],
+            [False, False, True, True, True, False, True, True, False],
+        ),
+        (
+            4,
+            [0.3, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2],
+            [False, True, True, True, True, True, True, False],
+        ),
     ],
 )
 def test_the_best_of_those_that_have_arrived_go_on(
@@ -76,22 +92,30 @@ def test_the_best_of_those_that_have_arrived_go_on(
 
 def test_a_tie_at_a_rung_goes_on(tmp_path: Path) -> None:
     rungs = Rungs(tmp_path)
-    assert [rungs.stops(number, 2, value) for number, value in enumerate([0.5, 0.5, 0.5, 0.4999])] == [False] * 3 + [
-        True
-    ]
+    assert [
+        rungs.stops(number, 2, value) for number, value in enumerate([0.5, 0.5, 0.5, 0.4999])
+    ] == [False] * 3 + [True]
 
 
 def test_each_rung_compares_by_itself_and_other_epochs_do_not(tmp_path: Path) -> None:
     rungs = Rungs(tmp_path)
     assert not rungs.stops(0, 2, 0.9) and not rungs.stops(0, 4, 0.5) and not rungs.stops(0, 8, 0.9)
-    assert not any(rungs.stops(1, epoch, 0.1) for epoch in (1, 3, 5, 6, 7, 8)), "the last epoch is no rung"
+    assert not any(rungs.stops(1, epoch, 0.1) for epoch in (1, 3, 5, 6, 7, 8)), (
+        "the last epoch is no rung"
+    )
     assert rungs.stops(1, 2, 0.6)
-    assert not rungs.stops(2, 4, 0.6) and rungs.stops(3, 4, 0.55), "the value to beat there is 0.6, not 0.9"
+    assert not rungs.stops(2, 4, 0.6) and rungs.stops(3, 4, 0.55), (
+        "the value to beat there is 0.6, not 0.9"
+    )
 
 
 @pytest.mark.parametrize(("burn_in", "compared"), [(0, True), (1, True), (2, False), (3, False)])
-def test_a_trial_is_not_compared_before_its_weights_have_acted(burn_in: int, compared: bool, tmp_path: Path) -> None:
-    """Weights act from epoch burn_in + 1 on: at the rung of epoch 2 a burn-in of 1 is over, one of 2 is not."""
+def test_a_trial_is_not_compared_before_its_weights_have_acted(
+    burn_in: int, compared: bool, tmp_path: Path
+) -> None:
+    """Weights act from epoch burn_in + 1 on: at the rung of epoch 2 a burn-in of 1 is over, one of
+    2 is not.
+    """
     rungs = Rungs(tmp_path)
     assert not rungs.stops(0, 2, 0.9)
     assert rungs.stops(1, 2, 0.1, burn_in) == compared
@@ -105,7 +129,9 @@ def test_other_trials_are_not_compared_with_one_in_its_burn_in(
     burn_in: int, stopped: bool, remembered: bool, tmp_path: Path
 ) -> None:
     if remembered:
-        rungs = Rungs(tmp_path, Trial(0, {BURN_IN: burn_in}, "stopped", 2, curve=[[1, 0.9], [2, 0.9]]))
+        rungs = Rungs(
+            tmp_path, Trial(0, {BURN_IN: burn_in}, "stopped", 2, curve=[[1, 0.9], [2, 0.9]])
+        )
     else:
         rungs = Rungs(tmp_path)
         assert not rungs.stops(0, 2, 0.9, burn_in)
@@ -115,12 +141,18 @@ def test_other_trials_are_not_compared_with_one_in_its_burn_in(
 def test_a_fixed_burn_in_counts_too_and_of_several_terms_the_longest(tmp_path: Path) -> None:
     """GAIR-TRADES with a burn-in of three epochs in one term and none in the other."""
     base = {"method.terms.natural.weight.burn_in": 3}
-    rungs = Rungs(tmp_path, method="gair-trades", base=base, space={"optim.lr": {"float": [0.01, 0.1]}})
+    rungs = Rungs(
+        tmp_path, method="gair-trades", base=base, space={"optim.lr": {"float": [0.01, 0.1]}}
+    )
     said = []
     for epoch in (2, 4):
         for number, value in enumerate((0.9, 0.1)):
             trial: Any = SimpleNamespace(config={"number": number, "settings": {"optim.lr": 0.05}})
-            said.append(rungs.asha.on_trial_result(None, trial, {"epoch": float(epoch), "robust_worst": value}))
+            said.append(
+                rungs.asha.on_trial_result(
+                    None, trial, {"epoch": float(epoch), "robust_worst": value}
+                )
+            )
     assert said == ["CONTINUE", "CONTINUE", "CONTINUE", "STOP"]
 
 
@@ -137,19 +169,30 @@ def test_a_repeated_report_of_an_epoch_counts_once(remembered: bool, tmp_path: P
 
 
 def test_a_repeated_report_does_not_stop_a_trial_that_went_on(tmp_path: Path) -> None:
-    """The trial was the first at the rung; later others were better; then it restarted and reported again."""
+    """The trial was the first at the rung; later others were better; then it restarted and reported
+    again.
+    """
     rungs = Rungs(tmp_path)
     assert not rungs.stops(0, 2, 0.2)
     assert not rungs.stops(1, 2, 0.5) and not rungs.stops(2, 2, 0.6)
     assert not rungs.stops(0, 2, 0.2)
-    assert not rungs.stops(3, 2, 0.5) and rungs.stops(4, 2, 0.4), "0.6 and 0.5 are the two best of five"
+    assert not rungs.stops(3, 2, 0.5) and rungs.stops(4, 2, 0.4), (
+        "0.6 and 0.5 are the two best of five"
+    )
 
 
 def test_trials_of_earlier_drivers_count_whatever_became_of_them(tmp_path: Path) -> None:
     states = ("finished", "stopped", "failed", "running")
-    past = [Trial(n, {BURN_IN: 0}, s, 3, curve=[[1, 1.0], [2, 0.5 + n / 8], [3, 1.0]]) for n, s in enumerate(states)]
+    past = [
+        Trial(n, {BURN_IN: 0}, s, 3, curve=[[1, 1.0], [2, 0.5 + n / 8], [3, 1.0]])
+        for n, s in enumerate(states)
+    ]
     rungs = Rungs(tmp_path, *past)
-    assert [rungs.stops(4 + n, 2, value) for n, value in enumerate((0.74, 0.75, 0.76))] == [True, False, False]
+    assert [rungs.stops(4 + n, 2, value) for n, value in enumerate((0.74, 0.75, 0.76))] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_an_epoch_without_the_objective_is_no_rung_yet(tmp_path: Path) -> None:
@@ -161,11 +204,16 @@ def test_an_epoch_without_the_objective_is_no_rung_yet(tmp_path: Path) -> None:
 
 def test_the_metric_of_the_space_decides_and_of_several_the_first(tmp_path: Path) -> None:
     space = {"optim.lr": {"float": [0.01, 0.1]}}
-    several = SearchSpace.load({"method": "at", "metric": ["clean", "robust_worst"], "space": space})
-    (line,) = several.problems()
-    assert "scheduler.kind = 'asha'" in line and "with several metrics nothing says which trial is weak" in line
+    several = SearchSpace.from_data(
+        {"method": "at", "metric": ["clean", "robust_worst"], "space": space}
+    )
+    (line,) = several.find_problems()
+    assert (
+        "scheduler.kind = 'asha'" in line
+        and "with several metrics nothing says which trial is weak" in line
+    )
     none = several.model_copy(update={"scheduler": Scheduler(kind="none")})
-    assert none.problems() == [] and none.config({}).validation.objective == "clean"
+    assert none.find_problems() == [] and none.trial_config({}).validation.objective == "clean"
     for number, metric in enumerate(("clean", ["clean", "robust_worst"])):
         rungs = Rungs(tmp_path / str(number), metric=metric)
         assert not rungs.stops(0, 2, 0.1, clean=0.9)
@@ -176,22 +224,33 @@ def test_the_metric_of_the_space_decides_and_of_several_the_first(tmp_path: Path
 def test_a_sweep_without_early_stopping_has_a_scheduler_that_stops_nothing(tmp_path: Path) -> None:
     from ray.tune.schedulers import FIFOScheduler
 
-    from raysweep.sweep.asha import Asha
-    from raysweep.sweep.tuner import _scheduler
+    from raysweep.sweep.asha import AshaScheduler
+    from raysweep.sweep.tuner import _build_scheduler
 
     found = {}
     for kind in ("none", "asha"):
-        data = {"method": "at", "scheduler": {"kind": kind}, "space": {"optim.lr": {"float": [0.01, 0.1]}}}
-        found[kind] = type(_scheduler(Ledger.create(tmp_path / kind, SearchSpace.load(data)), 8))
-    assert found == {"none": FIFOScheduler, "asha": Asha}
+        data = {
+            "method": "at",
+            "scheduler": {"kind": kind},
+            "space": {"optim.lr": {"float": [0.01, 0.1]}},
+        }
+        found[kind] = type(
+            _build_scheduler(Ledger.create(tmp_path / kind, SearchSpace.from_data(data)), 8)
+        )
+    assert found == {"none": FIFOScheduler, "asha": AshaScheduler}
 
 
 def test_a_busy_sweep_is_stopped_as_by_a_count_of_better_trials(tmp_path: Path) -> None:
-    """Asynchronous, with restarts, ties, burn-ins and repeated reports: 24 trials over rungs 1, 3 and 9."""
+    """Asynchronous, with restarts, ties, burn-ins and repeated reports: 24 trials over rungs 1, 3
+    and 9.
+    """
     draw = random.Random(0)
     rungs = Rungs(tmp_path, epochs=12, scheduler={"grace": 1, "factor": 3})
     seen: dict[int, dict[int, float]] = {1: {}, 3: {}, 9: {}}
-    reached, burn_in = dict.fromkeys(range(24), 0), {number: draw.choice([0, 0, 1, 2, 3, 4]) for number in range(24)}
+    reached, burn_in = (
+        dict.fromkeys(range(24), 0),
+        {number: draw.choice([0, 0, 1, 2, 3, 4]) for number in range(24)},
+    )
     stopped = 0
     for _ in range(500):
         if not reached:

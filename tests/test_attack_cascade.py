@@ -5,8 +5,16 @@ import pytest
 import torch
 from slow_attacks import SmallNet, draw_images, recorded_inputs
 
-from raysweep.attacks import APGD, FAB, PGD, Square, WorstCase, float32_as, restarts
-from raysweep.rng import Rng
+from raysweep.attacks import (
+    APGD,
+    FAB,
+    PGD,
+    AttackCascade,
+    Square,
+    build_restart_cascade,
+    fp32_precision,
+)
+from raysweep.rng import ExampleRng
 
 SHAPE = (1, 5, 5)
 NET = SmallNet.draw(25, 5, seed=0)
@@ -18,7 +26,7 @@ WEAK, STRONG = PGD(eps=0.01, step_size=0.01, steps=2), PGD(eps=0.04, step_size=0
 
 
 def rng(rows, seed=5):
-    return Rng.for_examples(torch.tensor(rows), seed)
+    return ExampleRng.for_examples(torch.tensor(rows), seed)
 
 
 def run(attack, rows):
@@ -44,22 +52,27 @@ def margins(points):
     ids=lambda attacks: "+".join(attacks),
 )
 def test_a_cascade_is_its_attacks_one_by_one(attacks):
-    """Each attack gets the rows that are still right, with its own random numbers; the least margin is kept."""
-    result = run(WorstCase(attacks=attacks), list(range(12)))
+    """Each attack gets the rows that are still right, with its own random numbers; the least margin
+    is kept.
+    """
+    result = run(AttackCascade(attacks=attacks), list(range(12)))
     for row in range(12):
         y, best, queries, robust = int(Y[row]), X[row], 1, {}
         least = NET.margin(best, y)
         for name, attack in attacks.items():
             if least > 0:
                 found = attack(
-                    NET.module(), torch.from_numpy(X[[row]]), torch.from_numpy(Y[[row]]), rng([row]).stream(name)
+                    NET.module(),
+                    torch.from_numpy(X[[row]]),
+                    torch.from_numpy(Y[[row]]),
+                    rng([row]).derive_stream(name),
                 )
                 # One more pass for the verdict.
                 queries += int(found.queries) + 1
-                if NET.margin(found.x[0].numpy(), y) < least:
-                    best, least = found.x[0].numpy(), NET.margin(found.x[0].numpy(), y)
+                if NET.margin(found.x_adv[0].numpy(), y) < least:
+                    best, least = found.x_adv[0].numpy(), NET.margin(found.x_adv[0].numpy(), y)
             robust[name] = least > 0
-        np.testing.assert_allclose(result.x[row], best, atol=1e-9)
+        np.testing.assert_allclose(result.x_adv[row], best, atol=1e-9)
         assert int(result.queries[row]) == queries
         assert {name: bool(flags[row]) for name, flags in result.robust_after.items()} == robust
     last = list(result.robust_after.values())[-1]
@@ -69,33 +82,37 @@ def test_a_cascade_is_its_attacks_one_by_one(attacks):
 def test_attacks_that_fail_leave_the_point_of_least_margin():
     """Whether the stronger one comes first or last."""
     weaker, stronger = (attack.model_copy(update={"start": "natural"}) for attack in (WEAK, STRONG))
-    rows = [row for row, left in enumerate(margins(run(stronger, list(range(12))).x)) if left > 0]
+    rows = [
+        row for row, left in enumerate(margins(run(stronger, list(range(12))).x_adv)) if left > 0
+    ]
     assert len(rows) >= 3
     alone = {"w": run(weaker, rows), "s": run(stronger, rows)}
     orders = {"w": weaker, "s": stronger}, {"s": stronger, "w": weaker}
-    both = [run(WorstCase(attacks=order), rows) for order in orders]
+    both = [run(AttackCascade(attacks=order), rows) for order in orders]
     for i, row in enumerate(rows):
         y = int(Y[row])
-        weak, strong = (NET.margin(alone[name].x[i].numpy(), y) for name in ("w", "s"))
+        weak, strong = (NET.margin(alone[name].x_adv[i].numpy(), y) for name in ("w", "s"))
         assert 0 < strong < weak < NET.margin(X[row], y)
         for result in both:
-            assert torch.equal(result.x[i], alone["s"].x[i])
+            assert torch.equal(result.x_adv[i], alone["s"].x_adv[i])
 
 
 def test_a_result_with_a_larger_margin_is_dropped():
-    """The image itself is kept where the attack's point has a larger margin: here a wrong sign leads PGD uphill."""
+    """The image itself is kept where the attack's point has a larger margin: here a wrong sign
+    leads PGD uphill.
+    """
 
     class Uphill(PGD):
         def __call__(self, model, x, y, rng):
             found = super().__call__(model, x, y, rng)
-            return type(found)(2 * x - found.x, found.queries, found.kappa)
+            return type(found)(2 * x - found.x_adv, found.queries, found.kappa)
 
-    cascade = WorstCase(attacks={"up": STRONG}).model_copy(
+    cascade = AttackCascade(attacks={"up": STRONG}).model_copy(
         update={"attacks": {"up": Uphill(eps=0.02, step_size=0.02, steps=1, start="natural")}}
     )
     result = run(cascade, list(range(12)))
-    worse = [a >= b for a, b in zip(margins(result.x), margins(X), strict=True)]
-    assert sum(worse) > 6 and torch.equal(result.x[worse], torch.from_numpy(X)[worse])
+    worse = [a >= b for a, b in zip(margins(result.x_adv), margins(X), strict=True)]
+    assert sum(worse) > 6 and torch.equal(result.x_adv[worse], torch.from_numpy(X)[worse])
 
 
 def test_a_margin_of_zero_is_broken():
@@ -104,18 +121,24 @@ def test_a_margin_of_zero_is_broken():
     torch.nn.init.zeros_(model[1].weight)
     torch.nn.init.zeros_(model[1].bias)
     with recorded_inputs(model) as seen:
-        result = WorstCase(attacks={"a": WEAK})(
+        result = AttackCascade(attacks={"a": WEAK})(
             model, torch.from_numpy(X[:4]), torch.zeros(4, dtype=torch.long), rng([0, 1, 2, 3])
         )
-    assert result.robust_after["a"].tolist() == [False] * 4 and result.queries.tolist() == [1] * 4 and len(seen) == 1
+    assert (
+        result.robust_after["a"].tolist() == [False] * 4
+        and result.queries.tolist() == [1] * 4
+        and len(seen) == 1
+    )
 
 
 def test_properties_of_a_cascade_and_names_of_restarts():
-    cascade = WorstCase(attacks={"a": PGD(steps=7), "b": APGD(steps=9), "c": Square(queries=8), "d": FAB(steps=3)})
-    assert cascade.steps == 9 and cascade.view == "margin" and cascade.tf32 is False
-    several = restarts(STRONG, 3, "again").attacks
+    cascade = AttackCascade(
+        attacks={"a": PGD(steps=7), "b": APGD(steps=9), "c": Square(queries=8), "d": FAB(steps=3)}
+    )
+    assert cascade.steps == 9 and cascade.vulnerability_kind == "margin" and cascade.tf32 is False
+    several = build_restart_cascade(STRONG, 3, "again").attacks
     assert list(several) == ["again-1", "again-2", "again-3"] and set(several.values()) == {STRONG}
-    assert list(restarts(STRONG, 2).attacks) == ["pgd-1", "pgd-2"]
+    assert list(build_restart_cascade(STRONG, 2).attacks) == ["pgd-1", "pgd-2"]
 
 
 class Failing(torch.nn.Module):
@@ -126,25 +149,32 @@ class Failing(torch.nn.Module):
         self.inner, self.fails_at, self.seen = NET.module(), fails_at, []
 
     def forward(self, x):
-        self.seen.append((torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision))
+        self.seen.append(
+            (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
+        )
         if len(self.seen) == self.fails_at:
             raise RuntimeError("out of order")
         return self.inner(x)
 
 
 def test_tf32_is_for_the_attacks_alone():
-    """The clean pass and the verdicts use the caller's precision, which is restored even after an error."""
+    """The clean pass and the verdicts use the caller's precision, which is restored even after an
+    error.
+    """
     x, y = torch.from_numpy(X[:3]), torch.from_numpy(Y[:3])
     attacks = {"a": WEAK, "b": WEAK}
     before = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
-    with float32_as("ieee"):
+    with fp32_precision("ieee"):
         for tf32, inside in ((True, "tf32"), (False, "ieee")):
             model = Failing()
-            WorstCase(attacks=attacks, tf32=tf32)(model, x, y, rng([0, 1, 2]))
+            AttackCascade(attacks=attacks, tf32=tf32)(model, x, y, rng([0, 1, 2]))
             plain, coarse = ("ieee", "ieee"), (inside, inside)
             assert model.seen == [plain, *[coarse] * 2, plain, *[coarse] * 2, plain]
         with pytest.raises(RuntimeError, match="out of order"):
-            WorstCase(attacks=attacks, tf32=True)(Failing(fails_at=3), x, y, rng([0, 1, 2]))
+            AttackCascade(attacks=attacks, tf32=True)(Failing(fails_at=3), x, y, rng([0, 1, 2]))
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"
         assert torch.backends.cudnn.conv.fp32_precision == "ieee"
-    assert (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision) == before
+    assert (
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision,
+    ) == before

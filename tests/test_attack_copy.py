@@ -1,4 +1,6 @@
-"""The copy of a model that attacks run on: which batch norms it folds, and that it computes what the model does."""
+"""The copy of a model that attacks run on: which batch norms it folds, and that it computes what
+the model does.
+"""
 
 from collections.abc import Callable
 
@@ -7,15 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysweep.evaluation.copies import (
-    Tiled,
-    attack_copy,
-    device_of,
-    differentiates,
-    fold_batch_norms,
-    foldable,
-    full_precision,
+from raysweep.evaluation.attack_model import (
+    FixedSizeBatches,
+    forward_uses_autograd,
+    make_attack_model,
 )
+from raysweep.evaluation.batchnorm_folding import find_foldable_batch_norms, fold_batch_norms
+from raysweep.evaluation.device_precision import disable_tf32_and_autocast, get_model_device
 
 
 class Net(nn.Module):
@@ -24,7 +24,10 @@ class Net(nn.Module):
     def __init__(self, f: Callable[["Net", Tensor], Tensor], **norm: object) -> None:
         super().__init__()
         self.f = f
-        self.conv, self.conv2 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False)
+        self.conv, self.conv2 = (
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False),
+        )
         self.norm, self.norm2 = nn.BatchNorm2d(4, **norm), nn.BatchNorm2d(4, **norm)  # type: ignore[arg-type]
         self.head = nn.Linear(4, 5)
         generator = torch.Generator().manual_seed(0)
@@ -84,34 +87,49 @@ def concatenated(net: Net, x: Tensor) -> Tensor:
     ],
 )
 def test_which_batch_norms_can_be_folded(f, expected) -> None:
-    """A norm that is the only consumer of a convolution's output, if both run once. Outputs never change."""
+    """A norm that is the only consumer of a convolution's output, if both run once. Outputs never
+    change.
+    """
     net = Net(f)
-    assert foldable(net, X) == expected
+    assert find_foldable_batch_norms(net, X) == expected
     assert not any(module._forward_hooks for module in net.modules())
-    copied = attack_copy(net, X)
+    copied = make_attack_model(net, X)
     assert len([m for m in copied.modules() if isinstance(m, nn.BatchNorm2d)]) == 2 - len(expected)
     assert torch.allclose(copied(X), net(X), atol=1e-5)
-    assert fold_batch_norms(net, X) == len(expected) == sum(isinstance(m, nn.Identity) for m in net.modules())
+    assert (
+        fold_batch_norms(net, X)
+        == len(expected)
+        == sum(isinstance(m, nn.Identity) for m in net.modules())
+    )
 
 
 @pytest.mark.parametrize("settings", [{"eps": 0.3}, {"affine": False}, {"momentum": None}])
 def test_a_folded_norm_is_the_formula(settings) -> None:
-    """(conv(x) - mean) / sqrt(var + eps) * weight + bias in float64, in the outputs and in the image's gradient."""
+    """(conv(x) - mean) / sqrt(var + eps) * weight + bias in float64, in the outputs and in the
+    image's gradient.
+    """
     net = Net(chain, **settings)
     double = {name: value.double() for name, value in net.state_dict().items()}
 
     def normalised(z: Tensor, name: str) -> Tensor:
-        by_channel = {key: double.get(f"{name}.{key}") for key in ("running_mean", "running_var", "weight", "bias")}
-        mean, var, weight, bias = (None if v is None else v[:, None, None] for v in by_channel.values())
+        by_channel = {
+            key: double.get(f"{name}.{key}")
+            for key in ("running_mean", "running_var", "weight", "bias")
+        }
+        mean, var, weight, bias = (
+            None if v is None else v[:, None, None] for v in by_channel.values()
+        )
         z = (z - mean) / (var + settings.get("eps", 1e-5)).sqrt()
         return z if weight is None else z * weight + bias
 
     def by_hand(x: Tensor) -> Tensor:
-        z = normalised(F.conv2d(x, double["conv.weight"], double["conv.bias"], padding=1), "norm").relu()
+        z = normalised(
+            F.conv2d(x, double["conv.weight"], double["conv.bias"], padding=1), "norm"
+        ).relu()
         z = normalised(F.conv2d(z, double["conv2.weight"], padding=1, groups=2), "norm2").relu()
         return z.mean((2, 3)) @ double["head.weight"].T + double["head.bias"]
 
-    copied = attack_copy(net, X)
+    copied = make_attack_model(net, X)
     assert not [m for m in copied.modules() if isinstance(m, nn.BatchNorm2d)]
     point, exact = X.clone().requires_grad_(), X.double().requires_grad_()
     logits, expected = copied(point), by_hand(exact)
@@ -124,27 +142,33 @@ def test_a_folded_norm_is_the_formula(settings) -> None:
 def test_a_norm_without_running_statistics_is_not_folded() -> None:
     """It normalises by the statistics of each batch: there is nothing to fold."""
     net = Net(lambda net, x: net.norm(net.conv(x)), track_running_stats=False)
-    assert foldable(net, X) == {}
-    assert torch.allclose(attack_copy(net, X)(X), net(X), atol=1e-5)
+    assert find_foldable_batch_norms(net, X) == {}
+    assert torch.allclose(make_attack_model(net, X)(X), net(X), atol=1e-5)
 
 
 def test_names_of_nested_parts() -> None:
     block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     net = nn.Sequential(block, nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
-    assert foldable(net, X) == {"0.1": "0.0", "3": "2"}
-    assert fold_batch_norms(net, X) == 2 and isinstance(net[0][1], nn.Identity) and isinstance(net[1], nn.BatchNorm2d)
+    assert find_foldable_batch_norms(net, X) == {"0.1": "0.0", "3": "2"}
+    assert (
+        fold_batch_norms(net, X) == 2
+        and isinstance(net[0][1], nn.Identity)
+        and isinstance(net[1], nn.BatchNorm2d)
+    )
 
 
 def test_a_norm_is_not_folded_where_that_is_too_inexact() -> None:
-    """Where statistics are far larger than the outputs' spread, rounding makes the folded copy differ."""
+    """Where statistics are far larger than the outputs' spread, rounding makes the folded copy
+    differ.
+    """
     net = Net(lambda net, x: net.norm(net.conv(x)))
     net.conv.weight.data.mul_(1e-3)
     net.norm.running_mean.fill_(1e5)
     net.norm.running_var.fill_(1e-6)
     net.norm.weight.data.fill_(1.0)
     net.conv.bias.data.fill_(1e5)
-    assert foldable(net, X) == {"norm": "conv"}
-    copied = attack_copy(net, X)
+    assert find_foldable_batch_norms(net, X) == {"norm": "conv"}
+    copied = make_attack_model(net, X)
     assert [m for m in copied.modules() if isinstance(m, nn.BatchNorm2d)]
     assert torch.allclose(copied(X), net(X), rtol=1e-4)
 
@@ -156,7 +180,7 @@ def test_a_model_that_reads_its_parts_weights_is_copied_as_it_is() -> None:
         lambda net, x: net.norm(net.conv(x)) + F.conv2d(x, net.conv.weight, padding=1),
     ):
         net = Net(f)
-        copied = attack_copy(net, X)
+        copied = make_attack_model(net, X)
         assert torch.allclose(copied(X), net(X), atol=1e-5)
 
 
@@ -165,7 +189,7 @@ def test_a_copy_is_frozen_in_eval_mode_and_the_model_is_not() -> None:
     net.norm.eval()
     values = {name: value.clone() for name, value in net.state_dict().items()}
     for fold in (True, False):
-        copied = attack_copy(net, X, fold)
+        copied = make_attack_model(net, X, fold)
         assert not any(m.training for m in copied.modules())
         assert not any(p.requires_grad for p in copied.parameters())
         copied(X)
@@ -196,7 +220,7 @@ def test_batches_are_cut_and_padded_to_the_tile() -> None:
         (32, 20, [32]),
     ):
         sizes.clear()
-        out = Tiled(Counted(), tile)(X[:rows])
+        out = FixedSizeBatches(Counted(), tile)(X[:rows])
         assert sizes == expected, (tile, rows)
         assert torch.equal(out, X[:rows].flatten(1)) and (out.dtype == torch.float32 or not rows)
 
@@ -213,11 +237,11 @@ def test_models_that_compute_gradients_in_their_forward() -> None:
             point.square().sum().backward()
         return x + point.grad
 
-    assert not differentiates(Net(chain), X)
+    assert not forward_uses_autograd(Net(chain), X)
     for f in (by_grad, by_backward):
         net = Net(lambda net, x, f=f: chain(net, f(net, x)))
-        assert differentiates(net, X)
-        copied = attack_copy(net, X)
+        assert forward_uses_autograd(net, X)
+        copied = make_attack_model(net, X)
         with torch.inference_mode():
             logits = copied(X)
         assert torch.allclose(logits, net(X), atol=1e-5)
@@ -230,7 +254,7 @@ def test_full_precision_ends_with_its_block() -> None:
         for setting in settings:
             setting.fp32_precision = "tf32"
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            with full_precision(torch.device("cpu")):
+            with disable_tf32_and_autocast(torch.device("cpu")):
                 assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
                 assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
@@ -246,5 +270,9 @@ def test_the_device_of_a_model() -> None:
             super().__init__()
             self.register_buffer("mean", torch.zeros(1, device="meta"))
 
-    assert device_of(nn.Flatten()) == torch.device("cpu")
-    assert device_of(nn.Linear(2, 2, device="meta")).type == device_of(Buffered()).type == "meta"
+    assert get_model_device(nn.Flatten()) == torch.device("cpu")
+    assert (
+        get_model_device(nn.Linear(2, 2, device="meta")).type
+        == get_model_device(Buffered()).type
+        == "meta"
+    )

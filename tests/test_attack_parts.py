@@ -4,9 +4,26 @@ import pytest
 import torch
 from torch import nn
 
-from raysweep.attacks import APGD, ATTACKS, FAB, PGD, Square, autoattack, custom, frozen, margin, preset, vulnerability
-from raysweep.attacks.base import norms, project, put, step_direction
-from raysweep.schedules import Linear, Piecewise
+from raysweep.attacks import (
+    APGD,
+    ATTACK_DESCRIPTIONS,
+    FAB,
+    PGD,
+    Square,
+    attack_by_name,
+    autoattack,
+    build_custom_cascade,
+    freeze_model,
+    true_class_confidence,
+    true_class_margin,
+)
+from raysweep.attacks.base import (
+    l2_norms,
+    masked_assign_,
+    project_to_ball,
+    steepest_ascent_direction,
+)
+from raysweep.schedules import LinearSchedule, PiecewiseSchedule
 from raysweep.spec import SpecError
 
 
@@ -18,15 +35,26 @@ def test_margin_and_vulnerability():
     """p = (.5, .3, .2): the true class first, second and last."""
     logits = torch.tensor([[0.5, 0.3, 0.2]] * 3, dtype=torch.float64).log() + 7
     y = torch.tensor([0, 1, 2])
-    assert margin(torch.tensor([[4.0, -1, 2], [4, -1, 2], [4, 4, 2]]), torch.tensor([0, 1, 0])).tolist() == [2, -5, 0]
-    assert vulnerability(logits, y, "probability").tolist() == pytest.approx([0.5, 0.3, 0.2])
-    assert vulnerability(logits, y, "margin").tolist() == pytest.approx([0.2, -0.2, -0.3])
+    assert true_class_margin(
+        torch.tensor([[4.0, -1, 2], [4, -1, 2], [4, 4, 2]]), torch.tensor([0, 1, 0])
+    ).tolist() == [2, -5, 0]
+    assert true_class_confidence(logits, y, "probability").tolist() == pytest.approx(
+        [0.5, 0.3, 0.2]
+    )
+    assert true_class_confidence(logits, y, "margin").tolist() == pytest.approx([0.2, -0.2, -0.3])
 
 
 def test_each_attack_says_how_vulnerability_to_it_is_measured():
     """L eq. 8 for those that lower p_y, eq. 9 for those that raise another class."""
     probability = [PGD(), PGD(loss="kl"), APGD()]
-    by_margin = [PGD(loss="cw"), APGD(loss="cw"), APGD(loss="dlr"), APGD(loss="dlr-targeted"), FAB(), Square()]
+    by_margin = [
+        PGD(loss="cw"),
+        APGD(loss="cw"),
+        APGD(loss="dlr"),
+        APGD(loss="dlr-targeted"),
+        FAB(),
+        Square(),
+    ]
     assert {attack.view for attack in probability} == {"probability"}
     assert {attack.view for attack in by_margin} == {"margin"}
 
@@ -34,32 +62,46 @@ def test_each_attack_says_how_vulnerability_to_it_is_measured():
 def test_projection():
     """Linf: pixel by pixel. L2: by length over all axes, then the box. Points inside stay."""
     x, far = images([0.5, 0.95, 0.1, 0.5]), images([0.9, 1.25, -0.4, 0.45])
-    assert project(far, x, 0.2, "Linf").flatten().tolist() == pytest.approx([0.7, 1.0, 0.0, 0.45])
+    assert project_to_ball(far, x, 0.2, "Linf").flatten().tolist() == pytest.approx(
+        [0.7, 1.0, 0.0, 0.45]
+    )
     length = (0.4**2 + 0.3**2 + 0.5**2 + 0.05**2) ** 0.5
     expected = [0.5 + 0.4 / length * 0.2, 1.0, 0.0, 0.5 - 0.05 / length * 0.2]
     assert 0.95 + 0.3 / length * 0.2 > 1 and 0.1 - 0.5 / length * 0.2 < 0
-    assert project(far, x, 0.2, "L2").flatten().tolist() == pytest.approx(expected)
+    assert project_to_ball(far, x, 0.2, "L2").flatten().tolist() == pytest.approx(expected)
     near = images([0.51, 0.95, 0.1, 0.5])
     for norm in ("Linf", "L2"):
-        assert project(near, x, 0.2, norm).flatten().tolist() == pytest.approx(near.flatten().tolist(), rel=1e-12)
-        assert torch.equal(project(x, x, 0.0, norm), x)
-        assert project(far, x, 0.0, norm).flatten().tolist() == pytest.approx(x.flatten().tolist(), rel=1e-12)
+        assert project_to_ball(near, x, 0.2, norm).flatten().tolist() == pytest.approx(
+            near.flatten().tolist(), rel=1e-12
+        )
+        assert torch.equal(project_to_ball(x, x, 0.0, norm), x)
+        assert project_to_ball(far, x, 0.0, norm).flatten().tolist() == pytest.approx(
+            x.flatten().tolist(), rel=1e-12
+        )
 
 
 def test_direction_of_a_step():
     grad = images([3.0, 0.0, -4.0, 0.0], [0.0, 0.0, 0.0, 0.0], [1e-3, -1e-3, 1e-3, -1e-3])
-    assert step_direction(grad, "Linf").view(3, 4).tolist() == [[1, 0, -1, 0], [0, 0, 0, 0], [1, -1, 1, -1]]
-    assert step_direction(grad, "L2").flatten().tolist() == pytest.approx(
+    assert steepest_ascent_direction(grad, "Linf").view(3, 4).tolist() == [
+        [1, 0, -1, 0],
+        [0, 0, 0, 0],
+        [1, -1, 1, -1],
+    ]
+    assert steepest_ascent_direction(grad, "L2").flatten().tolist() == pytest.approx(
         [0.6, 0, -0.8, 0, 0, 0, 0, 0, 0.5, -0.5, 0.5, -0.5]
     )
-    assert norms(grad).shape == (3, 1, 1, 1) and norms(grad).flatten().tolist() == pytest.approx([5, 0, 0.002])
+    assert l2_norms(grad).shape == (3, 1, 1, 1) and l2_norms(
+        grad
+    ).flatten().tolist() == pytest.approx([5, 0, 0.002])
 
 
 def test_put_writes_the_rows_of_a_mask_only():
     into = torch.zeros(3, 2)
-    put(into, torch.tensor([True, False, True]), torch.tensor([[1.0, 2], [3, 4], [5, 6]]))
+    masked_assign_(
+        into, torch.tensor([True, False, True]), torch.tensor([[1.0, 2], [3, 4], [5, 6]])
+    )
     assert into.tolist() == [[1, 2], [0, 0], [5, 6]]
-    put(into, torch.tensor([False] * 3), torch.ones(3, 2))
+    masked_assign_(into, torch.tensor([False] * 3), torch.ones(3, 2))
     assert into.tolist() == [[1, 2], [0, 0], [5, 6]]
 
 
@@ -70,12 +112,12 @@ def test_a_radius_of_more_than_one_pixel_range(kind):
     ramp = {"kind": "linear", "first": 0.1, "last": 8, "end": 5}
     for eps in (8, 1.01, ramp, {"boundaries": [3], "values": [4, 0.1]}):
         with pytest.raises(SpecError, match="epsilon means pixels in"):
-            kind.load({"eps": eps})
-        kind.load({"eps": eps, "norm": "L2"})
+            kind.from_data({"eps": eps})
+        kind.from_data({"eps": eps, "norm": "L2"})
     with pytest.raises(SpecError, match="at least 0"):
-        kind.load({"eps": -0.1})
-    assert kind(eps=Linear(first=0.0, last=1.0, end=4)).at(2).eps == 0.5
-    assert kind(eps=Piecewise(boundaries=(2,), values=(0.1, 0.2))).at(1).eps == 0.1
+        kind.from_data({"eps": -0.1})
+    assert kind(eps=LinearSchedule(first=0.0, last=1.0, end=4)).resolve_at(2).eps == 0.5
+    assert kind(eps=PiecewiseSchedule(boundaries=(2,), values=(0.1, 0.2))).resolve_at(1).eps == 0.1
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -84,22 +126,43 @@ def test_frozen_restores_modes_and_gradients_even_after_an_error(mode):
     model[1].eval()
     model[0].bias.requires_grad_(False)
     before = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
-    with pytest.raises(KeyError), frozen(model, mode) as inside:
+    with pytest.raises(KeyError), freeze_model(model, mode) as inside:
         assert inside is model
         assert {m.training for m in model.modules()} == {mode == "train"}
         assert not any(p.requires_grad for p in model.parameters())
         raise KeyError
-    assert ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]) == before
+    assert (
+        [m.training for m in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+    ) == before
 
 
 def settings(attack):
     """All settings of an attack but radius and norm, as plain data."""
-    return {key: value for key, value in attack.json_dict().items() if key not in ("eps", "norm")}
+    return {
+        key: value for key, value in attack.to_json_dict().items() if key not in ("eps", "norm")
+    }
 
 
-CE = {"kind": "apgd", "steps": 100, "loss": "ce", "restarts": 1, "targets": 9, "rho": 0.75, "samples": 1}
+CE = {
+    "kind": "apgd",
+    "steps": 100,
+    "loss": "ce",
+    "restarts": 1,
+    "targets": 9,
+    "rho": 0.75,
+    "samples": 1,
+}
 T = CE | {"loss": "dlr-targeted"}
-FAB_T = {"kind": "fab", "steps": 100, "targets": 9, "restarts": 1, "alpha_max": 0.1, "eta": 1.05, "beta": 0.9}
+FAB_T = {
+    "kind": "fab",
+    "steps": 100,
+    "targets": 9,
+    "restarts": 1,
+    "alpha_max": 0.1,
+    "eta": 1.05,
+    "beta": 0.9,
+}
 SQUARE = {"kind": "square", "queries": 5000, "restarts": 1, "p_init": 0.8}
 PGD20 = {
     "kind": "pgd", "step_size": 0.075, "steps": 20, "loss": "ce", "start": "uniform", "tau": None, "confidence": 50.0,
@@ -133,29 +196,31 @@ def test_versions_of_autoattack(version, norm):
     assert {name: settings(attack) for name, attack in cascade.attacks.items()} == VERSIONS[version]
     assert list(cascade.attacks) == list(VERSIONS[version]) and not cascade.tf32
     assert {(attack.eps, attack.norm) for attack in cascade.attacks.values()} == {(0.3, norm)}
-    assert preset("autoattack", 0.3, norm, version) == cascade
+    assert attack_by_name("autoattack", 0.3, norm, version) == cascade
 
 
 def test_tf32_is_the_standard_version_in_tf32():
-    assert autoattack(0.3, "L2", "tf32").json_dict() == autoattack(0.3, "L2").json_dict() | {"tf32": True}
+    assert autoattack(0.3, "L2", "tf32").to_json_dict() == autoattack(0.3, "L2").to_json_dict() | {
+        "tf32": True
+    }
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_every_named_evaluation(norm):
-    assert set(NAMED) == set(ATTACKS)
+    assert set(NAMED) == set(ATTACK_DESCRIPTIONS)
     for name, expected in NAMED.items():
-        attacks = preset(name, 0.3, norm).attacks
+        attacks = attack_by_name(name, 0.3, norm).attacks
         assert {key: settings(attack) for key, attack in attacks.items()} == expected
         assert list(attacks) == list(expected)
         assert {(attack.eps, attack.norm) for attack in attacks.values()} == {(0.3, norm)}
-    assert {attack.eps for attack in preset("autoattack").attacks.values()} == {8 / 255}
+    assert {attack.eps for attack in attack_by_name("autoattack").attacks.values()} == {8 / 255}
 
 
 def test_lists_keep_their_order():
-    assert list(custom(["square", "pgd20", "square", "pgd20", "pgd20"]).attacks) == [
+    assert list(build_custom_cascade(["square", "pgd20", "square", "pgd20", "pgd20"]).attacks) == [
         "square", "pgd20", "square-2", "pgd20-2", "pgd20-3",
     ]  # fmt: skip
     with pytest.raises(SpecError, match="at least one attack"):
-        custom([])
+        build_custom_cascade([])
     with pytest.raises(SpecError, match="AutoAttack version"):
         autoattack(version="standart")

@@ -1,4 +1,6 @@
-"""The attacks of AutoAttack: what each promises, their parts against slow transcriptions, and the official verdict."""
+"""The attacks of AutoAttack: what each promises, their parts against slow transcriptions, and the
+official verdict.
+"""
 
 import math
 
@@ -9,11 +11,23 @@ from pydantic import TypeAdapter
 from robust_digits import OFFICIAL, digits, robust_digits
 from torch import nn
 
-from raysweep.attacks import APGD, ATTACKS, FAB, PGD, AnyAttack, Square, WorstCase, autoattack, custom, margin, preset
-from raysweep.attacks.apgd import _checkpoints
+from raysweep.attacks import (
+    APGD,
+    ATTACK_DESCRIPTIONS,
+    FAB,
+    PGD,
+    AnyAttack,
+    AttackCascade,
+    Square,
+    attack_by_name,
+    autoattack,
+    build_custom_cascade,
+    true_class_margin,
+)
+from raysweep.attacks.apgd import _step_size_checkpoints
 from raysweep.attacks.fab import project_onto_plane
-from raysweep.rng import Rng
-from raysweep.schedules import Piecewise
+from raysweep.rng import ExampleRng
+from raysweep.schedules import PiecewiseSchedule
 from raysweep.spec import SpecError
 
 PGDS = [
@@ -36,7 +50,9 @@ OTHERS = [
     FAB(eps=0.25, steps=6, targets=None, restarts=2),
     Square(eps=0.25, queries=40),
     Square(eps=0.9, queries=40, norm="L2", restarts=2),
-    WorstCase(attacks={"pgd": PGDS[0], "apgd": APGDS[0], "square": Square(eps=0.2, queries=20)}),
+    AttackCascade(
+        attacks={"pgd": PGDS[0], "apgd": APGDS[0], "square": Square(eps=0.2, queries=20)}
+    ),
 ]
 
 
@@ -46,12 +62,12 @@ class TestContract(AttackContract):
         return request.param
 
 
-def rng(count: int, seed: int = 0) -> Rng:
-    return Rng.for_examples(torch.arange(count), seed)
+def rng(count: int, seed: int = 0) -> ExampleRng:
+    return ExampleRng.for_examples(torch.arange(count), seed)
 
 
 def test_apgd_looks_at_the_step_size_where_the_official_code_does():
-    assert sorted(_checkpoints(100)) == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert sorted(_step_size_checkpoints(100)) == [22, 41, 57, 70, 80, 87, 93, 99]
 
 
 def test_apgd_matches_a_slow_transcription():
@@ -60,12 +76,14 @@ def test_apgd_matches_a_slow_transcription():
     x = x.double()
     attack = APGD(eps=0.1, steps=60)
     result = attack(model, x, y, rng(30))
-    held = (model(result.x).argmax(1) == y).nonzero()[:, 0][:4]
+    held = (model(result.x_adv).argmax(1) == y).nonzero()[:, 0][:4]
     assert len(held) == 4
-    start = attack._start(x, rng(30).stream("target", 0, "restart", 0))
+    start = attack._sample_start(x, rng(30).derive_stream("target", 0, "restart", 0))
     for i in held.tolist():
         assert torch.allclose(
-            result.x[i], slow_apgd(model, x[i : i + 1], y[i : i + 1], start[i : i + 1], 0.1, 60)[0], atol=1e-6
+            result.x_adv[i],
+            slow_apgd(model, x[i : i + 1], y[i : i + 1], start[i : i + 1], 0.1, 60)[0],
+            atol=1e-6,
         )
 
 
@@ -78,7 +96,11 @@ def slow_apgd(model, x, y, start, eps, steps):
     def clip(z):
         return z.clamp(x - eps, x + eps).clamp(0, 1)
 
-    gap, least, less = max(int(0.22 * steps), 1), max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
+    gap, least, less = (
+        max(int(0.22 * steps), 1),
+        max(int(0.06 * steps), 1),
+        max(int(0.03 * steps), 1),
+    )
     losses = [0.0] * steps
     z = old = best = start
     best_loss, grad = look(z)
@@ -122,9 +144,15 @@ def test_projection_onto_a_plane_in_the_box(norm):
         low, high = 0.0, 100.0
         for _ in range(80):
             time = (low + high) / 2
-            reach = torch.minimum(torch.full_like(room, time) if norm == "Linf" else time * normal[i].abs(), room)
-            low, high = (time, high) if (normal[i].abs() * reach).sum() < gap[i].abs() else (low, time)
-        reach = torch.minimum(torch.full_like(room, high) if norm == "Linf" else high * normal[i].abs(), room)
+            reach = torch.minimum(
+                torch.full_like(room, time) if norm == "Linf" else time * normal[i].abs(), room
+            )
+            low, high = (
+                (time, high) if (normal[i].abs() * reach).sum() < gap[i].abs() else (low, time)
+            )
+        reach = torch.minimum(
+            torch.full_like(room, high) if norm == "Linf" else high * normal[i].abs(), room
+        )
         reach = reach * (normal[i] != 0)
         assert math.isclose(size[i], reach.max() if norm == "Linf" else reach.norm(), abs_tol=1e-9)
 
@@ -132,7 +160,10 @@ def test_projection_onto_a_plane_in_the_box(norm):
 def test_projection_gives_the_corner_where_the_plane_misses_the_box():
     points, normal = torch.full((1, 2), 0.5), torch.tensor([[1.0, -1.0]])
     for norm in ("Linf", "L2"):
-        assert torch.equal(project_onto_plane(points, normal, torch.tensor([-9.0]), norm), torch.tensor([[0.5, -0.5]]))
+        assert torch.equal(
+            project_onto_plane(points, normal, torch.tensor([-9.0]), norm),
+            torch.tensor([[0.5, -0.5]]),
+        )
 
 
 def test_square_spends_no_forward_on_proposals_that_cannot_matter():
@@ -140,39 +171,42 @@ def test_square_spends_no_forward_on_proposals_that_cannot_matter():
     model, (x, y) = robust_digits(), digits(16)
     attack, eps, queries = Square(eps=0.1, queries=600), 0.1, 600
     result = attack(model, x, y, rng(16))
-    stream = rng(16).stream("restart", 0)
-    right = (margin(model(x), y) > 0).nonzero()[:, 0]
+    stream = rng(16).derive_stream("restart", 0)
+    right = (true_class_margin(model(x), y) > 0).nonzero()[:, 0]
     low, high = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
-    best_x = torch.where(stream.stream("start").uniform((1, 1, 8)) < 0.5, low, high)
+    best_x = torch.where(stream.derive_stream("start").uniform((1, 1, 8)) < 0.5, low, high)
     with torch.no_grad():
-        best = margin(model(best_x), y)
-        for query, draws in enumerate(attack._shared(stream, 3)):
-            side = attack._side(query, 64)
+        best = true_class_margin(model(best_x), y)
+        for query, draws in enumerate(attack._draw_shared_numbers(stream, 3)):
+            side = attack._window_side(query, 64)
             top, left = int(draws[0] * (8 - side)), int(draws[1] * (8 - side))
             area = (..., slice(top, top + side), slice(left, left + side))
             candidate = best_x.clone()
             candidate[area] = (low if draws[2] < 0.5 else high)[area]
-            loss = margin(model(candidate), y)
+            loss = true_class_margin(model(candidate), y)
             better = (loss < best) & (best > 0)
             best_x[better], best[better] = candidate[better], loss[better]
-    held = right[best[right] < margin(model(x[right]), y[right])]
-    assert len(held) >= 12 and torch.equal(result.x[held], best_x[held])
+    held = right[best[right] < true_class_margin(model(x[right]), y[right])]
+    assert len(held) >= 12 and torch.equal(result.x_adv[held], best_x[held])
     assert result.queries.max() < queries / 2
 
 
 def test_square_window_shrinks_after_the_official_queries():
     attack = Square()
-    sides = [attack._side(query, 32 * 32) for query in (0, 10, 11, 50, 51, 200, 201, 500, 501, 1001, 2001, 4001)]
+    sides = [
+        attack._window_side(query, 32 * 32)
+        for query in (0, 10, 11, 50, 51, 200, 201, 500, 501, 1001, 2001, 4001)
+    ]
     assert sides == [29, 29, 20, 20, 14, 14, 10, 10, 7, 5, 4, 3]
 
 
 def test_fab_finds_only_what_lies_within_eps():
     model, (x, y) = robust_digits(), digits(40)
     result = FAB(eps=0.12, steps=30, targets=2)(model, x, y, rng(40))
-    broken = (model(result.x).argmax(1) != y) & (model(x).argmax(1) == y)
-    moved = (result.x != x).flatten(1).any(1)
+    broken = (model(result.x_adv).argmax(1) != y) & (model(x).argmax(1) == y)
+    moved = (result.x_adv != x).flatten(1).any(1)
     assert broken.any() and torch.equal(broken, moved)
-    assert (result.x - x).abs().max() <= 0.12 * (1 + 1e-6)
+    assert (result.x_adv - x).abs().max() <= 0.12 * (1 + 1e-6)
 
 
 def test_each_attack_of_a_cascade_sees_only_survivors():
@@ -182,14 +216,19 @@ def test_each_attack_of_a_cascade_sees_only_survivors():
     result = short_cascade()(model, x, y, rng(60))
     handle.remove()
     first, second = result.robust_after.values()
-    assert not (second & ~first).any() and second.sum() < first.sum() < (model(x).argmax(1) == y).sum()
+    assert (
+        not (second & ~first).any() and second.sum() < first.sum() < (model(x).argmax(1) == y).sum()
+    )
     assert seen[-2] <= first.sum()
     assert torch.equal(model(result.x).argmax(1) == y, second)
 
 
-def short_cascade() -> WorstCase:
-    return WorstCase(
-        attacks={"ce": APGD(eps=0.2, steps=15), "t": APGD(eps=0.2, steps=15, loss="dlr-targeted", targets=3)}
+def short_cascade() -> AttackCascade:
+    return AttackCascade(
+        attacks={
+            "ce": APGD(eps=0.2, steps=15),
+            "t": APGD(eps=0.2, steps=15, loss="dlr-targeted", targets=3),
+        }
     )
 
 
@@ -207,68 +246,85 @@ def short_cascade() -> WorstCase:
 def test_leaving_the_batch_late_changes_no_verdict(attack, monkeypatch):
     """On a GPU broken rows stay for a while, so that the host need not wait for the device."""
     model, (x, y) = robust_digits(), digits(40)
-    early = model(attack(model, x, y, rng(40)).x).argmax(1) == y
+    early = model(attack(model, x, y, rng(40)).x_adv).argmax(1) == y
     for module in ("base", "apgd", "fab", "square"):
         monkeypatch.setattr(f"raysweep.attacks.{module}.cheap_to_look", lambda x: False)
-    late = model(attack(model, x, y, rng(40)).x).argmax(1) == y
+    late = model(attack(model, x, y, rng(40)).x_adv).argmax(1) == y
     assert early.sum() < 38 and torch.equal(early, late)
 
 
 def test_pgd_plus_needs_every_iterate_to_be_right():
     model, (x, y) = robust_digits(), digits(40)
-    plus, once = preset("pgd+", 0.2), PGD(eps=0.2, step_size=0.01, steps=40)
+    plus, once = attack_by_name("pgd+", 0.2), PGD(eps=0.2, step_size=0.01, steps=40)
     left = plus(model, x, y, rng(40)).robust_after
-    alone = model(once(model, x, y, rng(40).stream("pgd+-1")).x).argmax(1) == y
+    alone = model(once(model, x, y, rng(40).derive_stream("pgd+-1")).x_adv).argmax(1) == y
     assert list(left) == [f"pgd+-{i}" for i in range(1, 6)]
     assert not (left["pgd+-1"] & ~alone).any() and left["pgd+-5"].sum() <= left["pgd+-1"].sum()
 
 
 def test_official_versions():
-    assert list(autoattack(version="plus").attacks) == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
+    assert list(autoattack(version="plus").attacks) == [
+        "apgd-ce",
+        "apgd-dlr",
+        "fab",
+        "square",
+        "apgd-t",
+        "fab-t",
+    ]
     assert autoattack(version="plus").attacks["apgd-dlr"].restarts == 5
     assert {a.samples for a in autoattack(version="rand").attacks.values()} == {20}
     assert {a.norm for a in autoattack(0.5, "L2").attacks.values()} == {"L2"}
-    assert list(preset("square, apgd-dlr").attacks) == ["square", "apgd-dlr"]
-    with pytest.raises(SpecError, match="'plus' is of autoattack alone: leave it out for 'autoattack,square'"):
-        preset("autoattack,square", version="plus")
+    assert list(attack_by_name("square, apgd-dlr").attacks) == ["square", "apgd-dlr"]
+    with pytest.raises(
+        SpecError, match="'plus' is of autoattack alone: leave it out for 'autoattack,square'"
+    ):
+        attack_by_name("autoattack,square", version="plus")
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", ATTACK_DESCRIPTIONS)
 def test_a_name_alone_and_in_a_list_is_the_same_attack(name):
-    alone = preset(name).attacks
-    assert preset(f"{name},apgd-dlr").attacks.items() >= alone.items()
+    alone = attack_by_name(name).attacks
+    assert attack_by_name(f"{name},apgd-dlr").attacks.items() >= alone.items()
 
 
 def test_a_radius_as_one_writes_it():
-    assert preset("pgd20", "8/255") == preset("pgd20", 8 / 255)
+    assert attack_by_name("pgd20", "8/255") == attack_by_name("pgd20", 8 / 255)
 
 
 def test_a_name_again_is_a_restart():
-    attacks = preset("autoattack,square, square").attacks
+    attacks = attack_by_name("autoattack,square, square").attacks
     assert list(attacks) == ["apgd-ce", "apgd-t", "fab-t", "square", "square-2", "square-3"]
     assert attacks["square"] == attacks["square-2"]
     model, (x, y) = robust_digits(), digits(20)
-    first, second = (Square(eps=0.2, queries=5)(model, x, y, rng(20).stream(name)).x for name in ("square", "square-2"))
+    first, second = (
+        Square(eps=0.2, queries=5)(model, x, y, rng(20).derive_stream(name)).x_adv
+        for name in ("square", "square-2")
+    )
     assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("name", ["a/b", "clean", "robust", "", "x" * 65, "é:"])
 def test_names_that_cannot_be_files(name):
     with pytest.raises(SpecError, match="cannot name an attack"):
-        WorstCase.load({"attacks": {name: {"kind": "fab"}}})
+        AttackCascade.from_data({"attacks": {name: {"kind": "fab"}}})
 
 
 def test_unknown_names_are_refused_with_the_nearest():
-    for make, near in ((lambda: preset("autoatack"), "autoattack"), (lambda: custom(["fab_t"]), "fab-t")):
+    for make, near in (
+        (lambda: attack_by_name("autoatack"), "autoattack"),
+        (lambda: build_custom_cascade(["fab_t"]), "fab-t"),
+    ):
         with pytest.raises(SpecError, match=near):
             make()
 
 
 def test_too_few_logits_for_the_dlr_losses():
     model, (x, y) = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), digits(4)
-    with pytest.raises(SpecError, match="dlr-targeted loss needs 4 logits or more, the model has 3; use cw"):
+    with pytest.raises(
+        SpecError, match="dlr-targeted loss needs 4 logits or more, the model has 3; use cw"
+    ):
         APGD(loss="dlr-targeted")(model, x, y % 3, rng(4))
-    assert APGD(loss="dlr", steps=3)(model, x, y % 3, rng(4)).x.shape == x.shape
+    assert APGD(loss="dlr", steps=3)(model, x, y % 3, rng(4)).x_adv.shape == x.shape
 
 
 def test_attacks_are_told_apart_by_kind():
@@ -276,11 +332,13 @@ def test_attacks_are_told_apart_by_kind():
     cascade = adapter.validate_python(
         {"kind": "worst_case", "attacks": {"a": {"kind": "fab"}, "b": {"kind": "square"}}}
     )
-    assert isinstance(cascade, WorstCase) and isinstance(cascade.attacks["b"], Square)
+    assert isinstance(cascade, AttackCascade) and isinstance(cascade.attacks["b"], Square)
     assert isinstance(adapter.validate_python({"steps": 3}), PGD)
     with pytest.raises(SpecError, match=r"no setting 'attacks.a.queries'; nearest: .*restarts"):
-        WorstCase.load({"attacks": {"a": {"kind": "apgd", "queries": 3}}})
-    assert isinstance(APGD(eps=Piecewise(boundaries=(1,), values=(0.1, 0.2))).at(3).eps, float)
+        AttackCascade.from_data({"attacks": {"a": {"kind": "apgd", "queries": 3}}})
+    assert isinstance(
+        APGD(eps=PiecewiseSchedule(boundaries=(1,), values=(0.1, 0.2))).resolve_at(3).eps, float
+    )
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.2), ("L2", 0.7)])
@@ -288,5 +346,5 @@ def test_apgd_ce_breaks_about_as_many_as_the_official(norm, eps):
     """With the same starts the outcome is the same; other starts move it by up to 14 of 450."""
     model, (x, y) = robust_digits(), digits()
     result = APGD(eps=eps, norm=norm)(model, x, y, rng(450))
-    robust = int((model(result.x).argmax(1) == y).sum())
+    robust = int((model(result.x_adv).argmax(1) == y).sum())
     assert abs(robust - int(OFFICIAL[f"{norm}.apgd-ce"].sum())) <= 16

@@ -1,4 +1,6 @@
-"""`python benchmarks` in its smallest form: that it runs and what it claims of results; nothing here is timed."""
+"""`python benchmarks` in its smallest form: that it runs and what it claims of results; nothing
+here is timed.
+"""
 
 import runpy
 import subprocess
@@ -19,7 +21,10 @@ import training_step  # noqa: E402
 @pytest.mark.parametrize("method", ["gairat", "lrat"])
 def test_the_plain_step_is_written_from_the_papers_and_ours_computes_the_same(method) -> None:
     subject = training_step.prepared(method, 24, small=True)
-    plain, ours = training_step.plain(subject, method == "gairat")(), training_step.ours(subject, {})()
+    plain, ours = (
+        training_step.plain(subject, method == "gairat")(),
+        training_step.ours(subject, {})(),
+    )
     fast = training_step.ours(subject, {"channels_last": True, "fold": True})()
     assert len(plain.kappa.unique()) > 2
     for found in (ours, fast):
@@ -40,7 +45,9 @@ def ratios(printed: str) -> list[list[str]]:
 def test_one_command_measures_the_step_and_the_objective() -> None:
     command = [sys.executable, "benchmarks", "step", "objective"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert [goal for _, _, goal, _ in ratios(printed)] == ["2 (float32)", "3.5 (bf16)"] * 2 + ["10%"]
+    assert [goal for _, _, goal, _ in ratios(printed)] == ["2 (float32)", "3.5 (bf16)"] * 2 + [
+        "10%"
+    ]
     assert "| + folded batch norms (default) |" in printed and "GFLOP/s in float32" in printed
 
 
@@ -70,8 +77,12 @@ def python_in_a_fork(*arguments: str, cwd: Path = ROOT) -> str:
         pytest.param("scaling", marks=pytest.mark.ray),
     ],
 )
-def test_each_part_ends_with_a_table_of_ratios(part, request, monkeypatch, capsys, tmp_path, empty_store) -> None:
-    """The parts run in this process and on the tests' cluster; the processes that they start are forks."""
+def test_each_part_ends_with_a_table_of_ratios(
+    part, request, monkeypatch, capsys, tmp_path, empty_store
+) -> None:
+    """The parts run in this process and on the tests' cluster; the processes that they start are
+    forks.
+    """
     if request.node.get_closest_marker("ray"):
         request.getfixturevalue("ray_cluster")
     forked.instead_of_spawn(monkeypatch)

@@ -1,4 +1,6 @@
-"""`raysweep eval --bundle` and `--verify`: a claim that can be checked, and a false one that is caught."""
+"""`raysweep eval --bundle` and `--verify`: a claim that can be checked, and a false one that is
+caught.
+"""
 
 import json
 import shutil
@@ -16,17 +18,32 @@ SMALL = ["--set", "epochs=2", "--set", "data.val_size=50", "--set", "*.attacks.*
 def bundle(one_core, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("bundle")
     assert main(["train", "at", *SMALL, "--name", "mine", "--out", str(out)]) == 0
-    command = ["eval", str(out / "runs" / "mine"), "--attack", "apgd-ce", "--n", "40", "--out", str(out)]
+    command = [
+        "eval",
+        str(out / "runs" / "mine"),
+        "--attack",
+        "apgd-ce",
+        "--n",
+        "40",
+        "--out",
+        str(out),
+    ]
     assert main([*command, "--bundle", str(out / "claim")]) == 0
     assert main([*command, "--bundle", str(out / "claim")]) == 2, "it is not overwritten"
     return out / "claim"
 
 
 def test_a_sound_bundle(bundle: Path, capsys) -> None:
-    assert {path.name for path in bundle.iterdir()} == {"card.json", "adversarial.npz", "checkpoint"}
+    assert {path.name for path in bundle.iterdir()} == {
+        "card.json",
+        "adversarial.npz",
+        "checkpoint",
+    }
     assert main(["eval", "--verify", str(bundle), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["sound"] and said["card"]["examples"] == 40 and said["card"]["threat_model"] == "Linf"
+    assert (
+        said["sound"] and said["card"]["examples"] == 40 and said["card"]["threat_model"] == "Linf"
+    )
 
 
 def _far(arrays, card) -> None:
@@ -91,7 +108,9 @@ def test_a_lie_is_caught(lie, words, bundle: Path, tmp_path: Path, capsys) -> No
         ({}, {"index": np.arange(39)}, "index in adversarial.npz is int64 (39,)"),
     ],
 )
-def test_a_foreign_bundle_is_one_line(card, arrays, words, bundle: Path, tmp_path: Path, capsys) -> None:
+def test_a_foreign_bundle_is_one_line(
+    card, arrays, words, bundle: Path, tmp_path: Path, capsys
+) -> None:
     copy = shutil.copytree(bundle, tmp_path / "copy")
     (copy / "card.json").write_text(json.dumps(json.loads((copy / "card.json").read_text()) | card))
     np.savez(copy / "adversarial.npz", **dict(np.load(copy / "adversarial.npz")) | arrays)
@@ -111,4 +130,8 @@ def test_what_is_no_bundle_is_one_line(bundle: Path, tmp_path: Path, capsys) -> 
     (copy / "checkpoint" / "weights.safetensors").write_bytes(b"half")
     assert main(["eval", "--verify", str(copy)]) == 2
     *no_bundles, last = capsys.readouterr().err.strip().splitlines()
-    assert len(no_bundles) == 3 and all("not a bundle" in line for line in no_bundles) and "truncated" in last
+    assert (
+        len(no_bundles) == 3
+        and all("not a bundle" in line for line in no_bundles)
+        and "truncated" in last
+    )

@@ -9,9 +9,9 @@ import yaml
 from raysweep.catalog import METHODS
 from raysweep.method import Method
 from raysweep.models import ModelSpec
-from raysweep.rng import Rng
-from raysweep.spec import SpecError, override
-from raysweep.training.config import RunConfig, run_config
+from raysweep.rng import ExampleRng
+from raysweep.spec import SpecError, apply_overrides
+from raysweep.training.config import TrainingConfig, build_training_config
 
 # The rows of the table of methods; a method that is added or renamed is meant to change this list.
 NAMES = [
@@ -39,14 +39,16 @@ NAMES = [
 @pytest.fixture
 def batch():
     generator = torch.Generator().manual_seed(3)
-    return torch.rand(24, 1, 8, 8, generator=generator), torch.randint(10, (24,), generator=generator)
+    return torch.rand(24, 1, 8, 8, generator=generator), torch.randint(
+        10, (24,), generator=generator
+    )
 
 
 def step(method, batch, epoch=0):
     """Loss, gradients and the step's record, from the same weights and the same random starts."""
     x, y = batch
-    model = ModelSpec().build(1, 10, seed=0)
-    result = method.at(epoch)(model, x, y, Rng.for_examples(torch.arange(len(y)), 0))
+    model = ModelSpec().build_model(1, 10, seed=0)
+    result = method.resolve_at(epoch)(model, x, y, ExampleRng.for_examples(torch.arange(len(y)), 0))
     result.loss.backward()
     return result, [p.grad for p in model.parameters()]
 
@@ -58,7 +60,9 @@ def same_step(first, second, batch, epoch=0, exact=True):
 
 
 def weight(method, term, **changes):
-    return override(method, {f"terms.{term}.weight.{key}": value for key, value in changes.items()})
+    return apply_overrides(
+        method, {f"terms.{term}.weight.{key}": value for key, value in changes.items()}
+    )
 
 
 def test_the_catalog_is_complete():
@@ -69,17 +73,19 @@ def test_the_catalog_is_complete():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("epoch", [0, 150])
 def test_one_step(name, epoch, batch):
-    """Finite loss, a finite gradient for every parameter, attacks within reach, and weights without gradient."""
+    """Finite loss, a finite gradient for every parameter, attacks within reach, and weights without
+    gradient.
+    """
     method = METHODS[name]()
     result, gradients = step(method, batch, epoch)
     assert result.loss.isfinite()
     assert all(g is not None and g.isfinite().all() for g in gradients)
     assert any(g.abs().max() > 0 for g in gradients)
     assert not any(w.requires_grad for w in result.weights.values())
-    for key, adversarial in result.adversarial.items():
-        attack = method.at(epoch).attacks[key]
+    for key, adversarial in result.attack_results.items():
+        attack = method.resolve_at(epoch).attacks[key]
         reach = getattr(attack, "eps", None) or attack.d_max
-        assert (adversarial.x - batch[0]).abs().max() <= reach + 1e-6
+        assert (adversarial.x_adv - batch[0]).abs().max() <= reach + 1e-6
         assert adversarial.kappa is not None
         assert int(adversarial.kappa.max()) <= attack.steps
 
@@ -88,12 +94,17 @@ def test_one_step(name, epoch, batch):
 def test_round_trips(name, batch):
     """JSON and YAML give the same method, with the same digest and the same step."""
     method = METHODS[name]()
-    again = Method.load(method.json_dict())
-    from_yaml = Method.load(yaml.safe_load(yaml.safe_dump(method.json_dict(), sort_keys=False)))
+    again = Method.from_data(method.to_json_dict())
+    from_yaml = Method.from_data(
+        yaml.safe_load(yaml.safe_dump(method.to_json_dict(), sort_keys=False))
+    )
     assert again == method == from_yaml
     assert again.digest() == method.digest()
     assert same_step(method, again, batch, 100)
-    assert RunConfig.load({"method": method.json_dict()}).method == RunConfig.load({"method": name}).method
+    assert (
+        TrainingConfig.from_data({"method": method.to_json_dict()}).method
+        == TrainingConfig.from_data({"method": name}).method
+    )
 
 
 @pytest.mark.parametrize("name", ["gairat", "gair-fat"])
@@ -108,11 +119,15 @@ def test_infinite_lambda_is_the_base_method(name, batch):
 
 @pytest.mark.parametrize(
     ("name", "term", "base"),
-    [("gair-trades", "natural", "trades"), ("mail-trades", "kl", "trades"), ("mail-mart", "pgd", "mart")],
+    [
+        ("gair-trades", "natural", "trades"),
+        ("mail-trades", "kl", "trades"),
+        ("mail-mart", "pgd", "mart"),
+    ],
 )
 def test_burn_in_is_the_base_method(name, term, base, batch):
     method = METHODS[name]()
-    plain = override(METHODS[base](), {"terms.kl.coef": method.terms["kl"].coef})
+    plain = apply_overrides(METHODS[base](), {"terms.kl.coef": method.terms["kl"].coef})
     assert same_step(method, plain, batch, epoch=74)
     assert not same_step(method, plain, batch, epoch=75)
 
@@ -125,25 +140,37 @@ def test_mail_without_slope_is_at(batch):
 
 
 def test_trades_without_beta_is_standard_training(batch):
-    assert same_step(override(METHODS["trades"](), {"terms.kl.coef": 0.0}), METHODS["standard"](), batch, exact=False)
+    assert same_step(
+        apply_overrides(METHODS["trades"](), {"terms.kl.coef": 0.0}),
+        METHODS["standard"](),
+        batch,
+        exact=False,
+    )
 
 
 def test_rst_is_trades_with_another_attack(batch):
-    assert same_step(override(METHODS["rst"](), {"attacks.pgd.loss": "kl"}), renamed(METHODS["trades"]()), batch)
+    assert same_step(
+        apply_overrides(METHODS["rst"](), {"attacks.pgd.loss": "kl"}),
+        renamed(METHODS["trades"]()),
+        batch,
+    )
 
 
 def renamed(trades):
     """TRADES whose attack has RST's name: random starts are keyed by it."""
-    data = trades.json_dict()
+    data = trades.to_json_dict()
     data["attacks"] = {"pgd": data["attacks"]["kl"]}
     data["terms"]["kl"]["on"] = "pgd"
-    return Method.load(data)
+    return Method.from_data(data)
 
 
 def test_gair_mart_without_weights_is_mart(batch):
     """G eq. 9 and 10 differ by omega on -log p_y alone."""
     assert same_step(
-        weight(METHODS["gair-mart"](), "pgd", burn_in=0, lam=math.inf), METHODS["mart"](), batch, exact=False
+        weight(METHODS["gair-mart"](), "pgd", burn_in=0, lam=math.inf),
+        METHODS["mart"](),
+        batch,
+        exact=False,
     )
 
 
@@ -157,7 +184,7 @@ def test_gair_rst_shares_each_example(batch):
 
 def test_lrat_bound_fills_up_to_c(batch):
     """L eq. 5: the weights of an instance add up to at least C."""
-    result, _ = step(override(METHODS["lrat"](), {"terms.bound.weight.total": 4.0}), batch)
+    result, _ = step(apply_overrides(METHODS["lrat"](), {"terms.bound.weight.total": 4.0}), batch)
     total = sum(result.weights.values())
     assert bool((total >= 4.0 - 1e-5).all())
     filled = result.weights["bound"] > 0
@@ -166,34 +193,40 @@ def test_lrat_bound_fills_up_to_c(batch):
 
 def test_lrat_with_one_attack_and_unit_weights_is_at(batch):
     """L section 4.2: omega = 1, C < 1, m = 1 recovers SAT."""
-    data = METHODS["lrat"]().json_dict()
+    data = METHODS["lrat"]().to_json_dict()
     del data["attacks"]["cw"], data["terms"]["cw"]
     data["terms"]["pgd"]["weight"] = {"kind": "uniform"}
     data["terms"]["bound"]["weight"] |= {"total": 0.9, "of": ["pgd"]}
-    lrat = Method.load(data)
-    at = lrat.model_copy(update={"terms": {"pgd": METHODS["at"]().terms["pgd"]}, "normalise": False})
+    lrat = Method.from_data(data)
+    at = lrat.model_copy(
+        update={"terms": {"pgd": METHODS["at"]().terms["pgd"]}, "normalise": False}
+    )
     assert same_step(lrat, at, batch, exact=False)
 
 
 def test_lrat_takes_any_list_of_attacks(batch):
-    data = METHODS["lrat"]().json_dict()
+    data = METHODS["lrat"]().to_json_dict()
     data["attacks"]["kl"] = data["attacks"]["pgd"] | {"loss": "kl", "start": "gaussian"}
-    data["terms"] = {"kl": {"on": "kl", "weight": {"kind": "vulnerability", "alpha": 1.0}}} | data["terms"]
+    data["terms"] = {"kl": {"on": "kl", "weight": {"kind": "vulnerability", "alpha": 1.0}}} | data[
+        "terms"
+    ]
     data["terms"]["bound"]["weight"]["of"] = ["pgd", "cw", "kl"]
-    result, _ = step(Method.load(data), batch)
+    result, _ = step(Method.from_data(data), batch)
     assert result.loss.isfinite()
     assert set(result.weights) == {"kl", "pgd", "cw", "bound"}
 
 
 def test_gairat_driven_by_cw(batch):
     """L fig. 5: kappa and data from the CW attack."""
-    driven = override(weight(METHODS["gairat"](), "pgd", burn_in=0), {"attacks.pgd.loss": "cw"})
+    driven = apply_overrides(
+        weight(METHODS["gairat"](), "pgd", burn_in=0), {"attacks.pgd.loss": "cw"}
+    )
     assert not same_step(driven, weight(METHODS["gairat"](), "pgd", burn_in=0), batch)
 
 
 def test_mma_weighs_only_rows_within_reach(batch):
     result, _ = step(METHODS["mma"](), batch)
-    within = result.adversarial["minimal"].kappa < 10
+    within = result.attack_results["minimal"].kappa < 10
     assert torch.equal(result.weights["minimal"], within.float())
 
 
@@ -214,14 +247,21 @@ epochs: 60
 
 
 def test_a_method_written_inline(batch):
-    """A new combination needs YAML and no Python, and may be searched and overridden like one of the catalog."""
-    config = RunConfig.load(yaml.safe_load(INLINE))
+    """A new combination needs YAML and no Python, and may be searched and overridden like one of
+    the catalog.
+    """
+    config = TrainingConfig.from_data(yaml.safe_load(INLINE))
     assert config.method.attacks["cw"].eps == 8 / 255
     result, _ = step(config.method, batch, epoch=20)
     assert result.loss.isfinite()
-    again = run_config(yaml.safe_load(INLINE)["method"], {"method.terms.adversarial.weight.burn_in": 2})
+    again = build_training_config(
+        yaml.safe_load(INLINE)["method"], {"method.terms.adversarial.weight.burn_in": 2}
+    )
     assert again.method.terms["adversarial"].weight.burn_in == 2
-    assert run_config(config.method.json_dict()).method == run_config(yaml.safe_load(INLINE)["method"]).method
+    assert (
+        build_training_config(config.method.to_json_dict()).method
+        == build_training_config(yaml.safe_load(INLINE)["method"]).method
+    )
 
 
 @pytest.mark.parametrize(
@@ -235,4 +275,4 @@ def test_a_method_written_inline(batch):
 )
 def test_mistakes_are_named(change, message):
     with pytest.raises(SpecError, match=message):
-        override(METHODS["gairat"](), change)
+        apply_overrides(METHODS["gairat"](), change)

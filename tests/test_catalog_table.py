@@ -7,8 +7,8 @@ import pytest
 from raysweep.catalog import METHODS
 from raysweep.method import Method
 from raysweep.spec import SpecError
-from raysweep.training.config import RunConfig, run_config
-from raysweep.training.presets import preset, resolve
+from raysweep.training.config import TrainingConfig, build_training_config
+from raysweep.training.presets import load_preset, resolve_training_config
 
 
 def pgd(eps: float, step: float, **more: Any) -> dict[str, Any]:
@@ -19,7 +19,9 @@ def pgd(eps: float, step: float, **more: Any) -> dict[str, Any]:
     } | more  # fmt: skip
 
 
-def term(on: str, loss: str = "ce", coef: float = 1.0, weight: dict[str, Any] | None = None) -> dict[str, Any]:
+def term(
+    on: str, loss: str = "ce", coef: float = 1.0, weight: dict[str, Any] | None = None
+) -> dict[str, Any]:
     return {"loss": loss, "on": on, "coef": coef, "weight": weight or {"kind": "uniform"}}
 
 
@@ -42,12 +44,14 @@ def remainder(total: float, *of: str) -> dict[str, Any]:
 
 VULNERABILITY = {"by": None, "normalise": False, "kind": "vulnerability", "alpha": 2.0, "beta": 0.5}
 TAU = {"kind": "piecewise", "boundaries": [40, 70], "values": [0.0, 3.0, 6.0]}
-# PGD as in Madry et al., G and L (whose step is a tenth of the radius), and with the Gaussian start of TRADES, which
-# MART, MAIL and RST use too.
+# PGD as in Madry et al., G and L (whose step is a tenth of the radius), and with the Gaussian start
+# of TRADES, which MART, MAIL and RST use too.
 MADRY = pgd(8 / 255, 2 / 255)
 G = pgd(0.031, 0.007)
 L, L_CW = pgd(8 / 255, 8 / 2550), pgd(8 / 255, 8 / 2550, loss="cw")
-NEAR, NEAR_KL, NEAR_CW = (pgd(0.031, 0.007, start="gaussian", loss=loss) for loss in ("ce", "kl", "cw"))
+NEAR, NEAR_KL, NEAR_CW = (
+    pgd(0.031, 0.007, start="gaussian", loss=loss) for loss in ("ce", "kl", "cw")
+)
 MINIMAL = {
     "kind": "minimal", "d_max": 12 / 255, "steps": 10, "step_scale": 2.5, "bisections": 10, "loss": "ce",
     "norm": "Linf", "start": "uniform",
@@ -63,9 +67,15 @@ CATALOG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "trades": ({"kl": NEAR_KL}, {"natural": term("natural"), "kl": term("kl", "kl", 6.0)}),
     "gair-trades": (
         {"kl": NEAR_KL},
-        {"natural": term("natural", weight=geometry(-1.0, 75, by="kl")), "kl": term("kl", "kl", 6.0)},
+        {
+            "natural": term("natural", weight=geometry(-1.0, 75, by="kl")),
+            "kl": term("kl", "kl", 6.0),
+        },
     ),
-    "mart": ({"pgd": NEAR}, {"pgd": term("pgd", "bce"), "kl": term("pgd", "kl_misclassified", 5.0)}),
+    "mart": (
+        {"pgd": NEAR},
+        {"pgd": term("pgd", "bce"), "kl": term("pgd", "kl_misclassified", 5.0)},
+    ),
     "gair-mart": (
         {"pgd": NEAR},
         {
@@ -117,7 +127,10 @@ CATALOG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "mail-mart": (
         {"pgd": NEAR},
-        {"pgd": term("pgd", "bce", weight=margin(1.0, -1.5, 75)), "kl": term("pgd", "kl_misclassified", 5.0)},
+        {
+            "pgd": term("pgd", "bce", weight=margin(1.0, -1.5, 75)),
+            "kl": term("pgd", "kl_misclassified", 5.0),
+        },
     ),
 }
 
@@ -125,7 +138,7 @@ CATALOG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", METHODS)
 def test_every_setting_is_the_papers(name: str) -> None:
     attacks, terms = CATALOG[name]
-    found = METHODS[name]().json_dict()
+    found = METHODS[name]().to_json_dict()
     assert found == {
         "name": name,
         "attacks": attacks,
@@ -143,7 +156,7 @@ def test_a_method_of_the_catalog_is_made_anew_each_time() -> None:
 
 def lines(data: dict[str, Any]) -> list[str]:
     with pytest.raises(SpecError) as error:
-        Method.load(data)
+        Method.from_data(data)
     return error.value.problems
 
 
@@ -158,14 +171,29 @@ PGD = {"kind": "pgd"}
             {"a": {"on": "pdg"}},
             ["terms.a.on: no view 'pdg'; nearest: pgd", "attacks.pgd: no term looks at it"],
         ),
-        ({"pgd": PGD}, {"a": {"on": "pgd + natral"}}, ["terms.a.on: no view 'natral'; nearest: natural"]),
+        (
+            {"pgd": PGD},
+            {"a": {"on": "pgd + natral"}},
+            ["terms.a.on: no view 'natral'; nearest: natural"],
+        ),
         ({}, {"a": {"on": "natural+"}}, ["terms.a.on: no view ''; known: natural"]),
-        ({"natural": PGD}, {"a": {"on": "natural"}}, ["'natural' is the name of the clean view, not of an attack"]),
-        ({"a b": PGD}, {"a": {"on": "a b"}}, ["'a b' is not a plain name: use letters, digits and _"]),
+        (
+            {"natural": PGD},
+            {"a": {"on": "natural"}},
+            ["'natural' is the name of the clean view, not of an attack"],
+        ),
+        (
+            {"a b": PGD},
+            {"a": {"on": "a b"}},
+            ["'a b' is not a plain name: use letters, digits and _"],
+        ),
         ({}, {"a.b": {"on": "natural"}}, ["'a.b' is not a plain name: use letters, digits and _"]),
         (
             {"pgd": PGD},
-            {"a": {"on": "natural", "weight": {"kind": "geometry", "by": "cw"}}, "b": {"on": "pgd"}},
+            {
+                "a": {"on": "natural", "weight": {"kind": "geometry", "by": "cw"}},
+                "b": {"on": "pgd"},
+            },
             ["terms.a.weight.by: no view 'cw'; known: natural, pgd"],
         ),
         (
@@ -180,8 +208,14 @@ PGD = {"kind": "pgd"}
         ),
         (
             {"pgd": PGD},
-            {"a": {"on": "pgd", "weight": {"kind": "remainder", "total": 1, "of": ["a", "b"]}}, "b": {"on": "pgd"}},
-            ["terms.a.weight.of: 'a' is not a term before it", "terms.a.weight.of: 'b' is not a term before it"],
+            {
+                "a": {"on": "pgd", "weight": {"kind": "remainder", "total": 1, "of": ["a", "b"]}},
+                "b": {"on": "pgd"},
+            },
+            [
+                "terms.a.weight.of: 'a' is not a term before it",
+                "terms.a.weight.of: 'b' is not a term before it",
+            ],
         ),
         (
             {"one": PGD | {"steps": 1}, "fgsm": {"kind": "apgd"}},
@@ -197,25 +231,37 @@ PGD = {"kind": "pgd"}
         ({"pgd": PGD, "cw": PGD}, {"a": {"on": "pgd"}}, ["attacks.cw: no term looks at it"]),
     ],
 )
-def test_a_method_that_no_step_could_compute_is_refused(attacks: dict, terms: dict, expected: list[str]) -> None:
+def test_a_method_that_no_step_could_compute_is_refused(
+    attacks: dict, terms: dict, expected: list[str]
+) -> None:
     found = lines({"attacks": attacks, "terms": terms})
-    assert len(found) == len(expected) and all(e in f for e, f in zip(expected, found, strict=True)), found
+    assert len(found) == len(expected) and all(
+        e in f for e, f in zip(expected, found, strict=True)
+    ), found
 
 
 def test_an_unusual_method_that_can_be_computed_is_accepted() -> None:
-    """An attack may serve a weight only; spaces around a `+` do not matter; official weights need just two steps."""
-    method = Method.load(
+    """An attack may serve a weight only; spaces around a `+` do not matter; official weights need
+    just two steps.
+    """
+    method = Method.from_data(
         {
             "attacks": {"pgd": PGD | {"steps": 2}, "near": {"kind": "minimal"}},
             "terms": {
-                "a": {"on": " natural +near ", "weight": {"kind": "geometry", "by": "pgd", "official": True}},
+                "a": {
+                    "on": " natural +near ",
+                    "weight": {"kind": "geometry", "by": "pgd", "official": True},
+                },
                 "b": {"on": "near", "weight": {"kind": "within_margin"}},
-                "c": {"on": "natural", "weight": {"kind": "remainder", "total": 1, "of": ["b", "a"]}},
+                "c": {
+                    "on": "natural",
+                    "weight": {"kind": "remainder", "total": 1, "of": ["b", "a"]},
+                },
                 "d": {"on": "pgd", "weight": {"kind": "within_margin"}},
             },
         }
     )
-    assert method.terms["a"].views == ("natural", "near") and method.name == "inline"
+    assert method.terms["a"].input_names == ("natural", "near") and method.name == "inline"
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "a b", "x" * 101])
@@ -228,44 +274,70 @@ def test_a_file_overrides_a_preset_and_the_command_line_overrides_both(tmp_path)
     """Later layers win: data set, preset, file, command line."""
     file = tmp_path / "mine.yml"
     file.write_text("extends: gairat-fig13-official\nepochs: 70\nmethod.terms.pgd.weight.lam: 2\n")
-    mine = resolve(str(file), {"method.terms.pgd.weight.lam": 3, "data.name": "svhn"})
+    mine = resolve_training_config(
+        str(file), {"method.terms.pgd.weight.lam": 3, "data.name": "svhn"}
+    )
     weight = mine.method.terms["pgd"].weight
-    assert (mine.epochs, weight.lam, weight.burn_in, weight.official, mine.data.name) == (70, 3.0, 59, True, "svhn")
-    assert resolve(str(file), {}).method.terms["pgd"].weight.lam == 2.0
+    assert (mine.epochs, weight.lam, weight.burn_in, weight.official, mine.data.name) == (
+        70,
+        3.0,
+        59,
+        True,
+        "svhn",
+    )
+    assert resolve_training_config(str(file), {}).method.terms["pgd"].weight.lam == 2.0
     assert mine.optim.lr.boundaries == (29, 59), "those of the preset, which itself extends another"
     file.write_text("epochs: 7\n")
-    assert resolve(str(file), {}) == run_config("at", {"epochs": 7}), "AT, where the file names no method"
+    assert resolve_training_config(str(file), {}) == build_training_config("at", {"epochs": 7}), (
+        "AT, where the file names no method"
+    )
     file.write_text("extends: gairat-fig13\nmethod: trades\n")
     with pytest.raises(SpecError, match=r"no setting 'method\.terms\.pgd\.weight\.lam'"):
-        resolve(str(file), {})
+        resolve_training_config(str(file), {})
 
 
 def test_a_name_is_that_of_a_method_or_of_a_preset() -> None:
-    assert resolve("lrat", {"epochs": 3}) == run_config("lrat", {"epochs": 3})
-    method, settings = preset("gairat-table1")
+    assert resolve_training_config("lrat", {"epochs": 3}) == build_training_config(
+        "lrat", {"epochs": 3}
+    )
+    method, settings = load_preset("gairat-table1")
     assert method == "gairat" and "method" not in settings and "extends" not in settings
-    assert resolve("gairat-table1", {"seed": 4}) == run_config(method, settings, {"seed": 4})
+    assert resolve_training_config("gairat-table1", {"seed": 4}) == build_training_config(
+        method, settings, {"seed": 4}
+    )
     with pytest.raises(SpecError, match="no method or preset 'lrat-tabel5'; nearest: lrat-table5"):
-        resolve("lrat-tabel5", {})
+        resolve_training_config("lrat-tabel5", {})
 
 
 def test_a_preset_is_not_changed_by_configs_made_from_it() -> None:
-    before = preset("gairat-table1")
-    resolve("gairat-table1", {"optim.lr.values": [1, 2, 3, 4], "epochs": 1})
-    assert preset("gairat-table1") == before
+    before = load_preset("gairat-table1")
+    resolve_training_config("gairat-table1", {"optim.lr.values": [1, 2, 3, 4], "epochs": 1})
+    assert load_preset("gairat-table1") == before
 
 
 def test_validation_has_the_radius_of_training_unless_it_is_set() -> None:
-    """Each attack of validation has the last radius of the method's attacks: 0.031, which is not 8/255."""
+    """Each attack of validation has the last radius of the method's attacks: 0.031, which is not
+    8/255.
+    """
 
-    def radii(config: RunConfig) -> set[float]:
+    def radii(config: TrainingConfig) -> set[float]:
         attacks = (*config.validation.attacks.values(), *config.validation.finish.values())
         return {attack.eps for attack in attacks}
 
     cifar = {"data.name": "cifar10"}
-    assert radii(run_config("gairat", cifar)) == {0.031} and radii(run_config("lrat", cifar)) == {8 / 255}
+    assert radii(build_training_config("gairat", cifar)) == {0.031} and radii(
+        build_training_config("lrat", cifar)
+    ) == {8 / 255}
     ramp = {"kind": "linear", "first": 0.0, "last": 0.1, "end": 50}
-    assert radii(run_config("at", cifar | {"method.attacks.pgd.eps": ramp, "epochs": 26})) == {0.05}
-    assert radii(run_config("at", cifar | {"method.attacks.pgd.eps": 0.2, "validation.*.eps": 0.1})) == {0.1}
-    assert radii(run_config("at", cifar | {"*.eps": 0.2})) == {0.2}
-    assert radii(run_config("standard", cifar)) == {8 / 255} and radii(run_config("standard")) == {0.15}
+    assert radii(
+        build_training_config("at", cifar | {"method.attacks.pgd.eps": ramp, "epochs": 26})
+    ) == {0.05}
+    assert radii(
+        build_training_config(
+            "at", cifar | {"method.attacks.pgd.eps": 0.2, "validation.*.eps": 0.1}
+        )
+    ) == {0.1}
+    assert radii(build_training_config("at", cifar | {"*.eps": 0.2})) == {0.2}
+    assert radii(build_training_config("standard", cifar)) == {8 / 255} and radii(
+        build_training_config("standard")
+    ) == {0.15}

@@ -1,4 +1,6 @@
-"""Two models on the same examples: what is compared, with SciPy as the oracle, and which one becomes champion."""
+"""Two models on the same examples: what is compared, with SciPy as the oracle, and which one
+becomes champion.
+"""
 
 import json
 from contextlib import ExitStack
@@ -15,11 +17,16 @@ from rich.console import Console
 from scipy import stats
 from torch import nn
 
-from raysweep.pipeline.artifact import Artifact, Judgement
-from raysweep.pipeline.compare import EXAMPLES, differences, facts_of, paired
-from raysweep.pipeline.register import Register
-from raysweep.pipeline.report import Report, _previous
-from raysweep.pipeline.stage import Past, Settings, Work
+from raysweep.pipeline.artifact import Artifact, EvaluationResult
+from raysweep.pipeline.paired_comparison import (
+    EXAMPLES_FILE,
+    compare_shared_examples,
+    extract_comparison_protocol,
+    find_protocol_differences,
+)
+from raysweep.pipeline.register import RegisterStage
+from raysweep.pipeline.report.stage import ReportStage, _find_previous_report
+from raysweep.pipeline.stage import StageContext, TrainingOverrides, UpstreamResults
 from raysweep.training import checkpoint
 
 
@@ -27,33 +34,54 @@ def outcomes(folder: Path, held_out: dict[int, bool]) -> Path:
     """Write the file with an evaluation's result for each example, its rows in the order given."""
     folder.mkdir(parents=True, exist_ok=True)
     broken_by = [None if held else "apgd-ce" for held in held_out.values()]
-    columns = {"index": pa.array(held_out, pa.int64()), "broken_by": pa.array(broken_by, pa.string())}
-    pq.write_table(pa.table(columns | {"margin_after": pa.array([0.0] * len(held_out))}), folder / EXAMPLES)
-    return folder / EXAMPLES
+    columns = {
+        "index": pa.array(held_out, pa.int64()),
+        "broken_by": pa.array(broken_by, pa.string()),
+    }
+    pq.write_table(
+        pa.table(columns | {"margin_after": pa.array([0.0] * len(held_out))}),
+        folder / EXAMPLES_FILE,
+    )
+    return folder / EXAMPLES_FILE
 
 
 def test_examples_are_paired_by_their_number(tmp_path: Path) -> None:
-    """Of examples 0 to 9 the even ones hold out now, those below 6 did before; each file has further examples too."""
-    new = outcomes(tmp_path / "new", {n: n % 2 == 0 for n in (9, 7, 5, 3, 1, 8, 6, 4, 2, 0, 100, 102)})
+    """Of examples 0 to 9 the even ones hold out now, those below 6 did before; each file has
+    further examples too.
+    """
+    new = outcomes(
+        tmp_path / "new", {n: n % 2 == 0 for n in (9, 7, 5, 3, 1, 8, 6, 4, 2, 0, 100, 102)}
+    )
     old = outcomes(tmp_path / "old", {n: n < 6 for n in (*range(10), 201, 203, 205)})
-    found = paired(new, old)
+    found = compare_shared_examples(new, old)
     assert found is not None
-    assert (found.gained, found.lost, found.examples) == (2, 3, 10), "6 and 8 are gained; 1, 3 and 5 are lost"
-    assert found.difference == pytest.approx(-0.1) and found.p == stats.binomtest(2, 5).pvalue == 1.0
-    turned = paired(old, new)
+    assert (found.gained, found.lost, found.examples) == (2, 3, 10), (
+        "6 and 8 are gained; 1, 3 and 5 are lost"
+    )
+    assert (
+        found.difference == pytest.approx(-0.1) and found.p == stats.binomtest(2, 5).pvalue == 1.0
+    )
+    turned = compare_shared_examples(old, new)
     assert turned is not None and (turned.gained, turned.lost) == (3, 2)
-    assert paired(new, outcomes(tmp_path / "other", dict.fromkeys((11, 13), True))) is None
+    assert (
+        compare_shared_examples(new, outcomes(tmp_path / "other", dict.fromkeys((11, 13), True)))
+        is None
+    )
 
 
-def judgement(name: str, folder: Path, out: Path, **more: Any) -> Judgement:
+def judgement(name: str, folder: Path, out: Path, **more: Any) -> EvaluationResult:
     return made_judgement(
-        made_candidate(name, 0.5), 0.4, folder=str(folder.relative_to(out)), run=f"run-{name}", **more
+        made_candidate(name, 0.5),
+        0.4,
+        folder=str(folder.relative_to(out)),
+        run=f"run-{name}",
+        **more,
     )
 
 
 def test_verdicts_under_another_protocol_are_not_comparable() -> None:
     candidate = made_candidate("a", 0.5)
-    base = facts_of(made_judgement(candidate, 0.4))
+    base = extract_comparison_protocol(made_judgement(candidate, 0.4))
     assert base == {
         "attack": "AA",
         "standard": True,
@@ -62,9 +90,9 @@ def test_verdicts_under_another_protocol_are_not_comparable() -> None:
         "data": "cifar10",
         "fingerprint": "f00d",
     }
-    assert differences(base, base) == []
+    assert find_protocol_differences(base, base) == []
     tags = {key: str(value) for key, value in base.items()}
-    assert differences(base, tags) == [], "MLflow keeps the facts as strings"
+    assert find_protocol_differences(base, tags) == [], "MLflow keeps the facts as strings"
     changes: dict[str, Any] = {
         "attack": "PGD",
         "standard": False,
@@ -74,18 +102,33 @@ def test_verdicts_under_another_protocol_are_not_comparable() -> None:
         "fingerprint": "beef",
     }
     for key, value in changes.items():
-        (line,) = differences(facts_of(made_judgement(candidate, 0.4, **{key: value})), tags)
+        (line,) = find_protocol_differences(
+            extract_comparison_protocol(made_judgement(candidate, 0.4, **{key: value})), tags
+        )
         assert line.startswith(f"{key} ") and line.endswith(" now"), line
-    assert differences(base, {}) == [f"{key} None then, {value!r} now" for key, value in base.items()]
-    assert differences(facts_of(made_judgement(candidate, 0.1, model="vgg13", epochs=3)), tags) == [], (
-        "differences in the training are what is compared"
-    )
+    assert find_protocol_differences(base, {}) == [
+        f"{key} None then, {value!r} now" for key, value in base.items()
+    ]
+    assert (
+        find_protocol_differences(
+            extract_comparison_protocol(made_judgement(candidate, 0.1, model="vgg13", epochs=3)),
+            tags,
+        )
+        == []
+    ), "differences in the training are what is compared"
     # Six digits are compared, so that 8/255 in float32 is the same.
-    assert differences(facts_of(made_judgement(candidate, 0.4, eps=0.03137255)), tags) == []
+    assert (
+        find_protocol_differences(
+            extract_comparison_protocol(made_judgement(candidate, 0.4, eps=0.03137255)), tags
+        )
+        == []
+    )
 
 
 class FakeRegistry:
-    """Replaces MLflow's registry: versions with their tags and, in a folder, their files. New ones are version 5."""
+    """Replaces MLflow's registry: versions with their tags and, in a folder, their files. New ones
+    are version 5.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -94,54 +137,80 @@ class FakeRegistry:
         self.tags: dict[str, str] = {}
         self.described = ""
 
-    def artifact(self, run: str, data: Any, name: str) -> None:
+    def log_json(self, run: str, data: Any, name: str) -> None:
         assert (run, name) == ("run-new", "registered/card.json") and json.dumps(data)
 
-    def file(self, run: str, path: Path, under: str) -> None:
-        assert (run, path.name, under) == ("run-new", EXAMPLES, "registered") and path.is_file()
+    def log_file(self, run_id: str, path: Path, artifact_folder: str) -> None:
+        assert (run_id, path.name, artifact_folder) == (
+            "run-new",
+            EXAMPLES_FILE,
+            "registered",
+        ) and path.is_file()
 
-    def register(self, name: str, run: str, tags: dict[str, str], description: str) -> str:
-        assert (name, run) == ("model", "run-new") and description
+    def register_model(
+        self, model_name: str, run_id: str, tags: dict[str, str], description: str
+    ) -> str:
+        assert (model_name, run_id) == ("model", "run-new") and description
         self.tags = tags
         return "5"
 
-    def alias(self, name: str, alias: str, version: str) -> None:
+    def set_model_alias(self, model_name: str, alias: str, version: str) -> None:
         self.aliases[alias] = version
 
-    def describe_version(self, name: str, version: str, text: str) -> None:
-        assert (name, version) == ("model", "5")
-        self.described = text
+    def set_version_description(self, model_name: str, version: str, description: str) -> None:
+        assert (model_name, version) == ("model", "5")
+        self.described = description
 
-    def model_at(self, name: str, alias: str) -> tuple[str, str, dict[str, str]] | None:
-        return self.champion if (name, alias) == ("model", "champion") else None
+    def find_model_by_alias(
+        self, model_name: str, alias: str
+    ) -> tuple[str, str, dict[str, str]] | None:
+        return self.champion if (model_name, alias) == ("model", "champion") else None
 
-    def download(self, run: str, path: str, into: Path) -> Path:
-        assert path == f"registered/{EXAMPLES}"
-        return self.folder / run / EXAMPLES
+    def download_artifact(self, run_id: str, artifact_path: str, target_folder: Path) -> Path:
+        assert artifact_path == f"registered/{EXAMPLES_FILE}"
+        return self.folder / run_id / EXAMPLES_FILE
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Work:
+def work(tmp_path: Path) -> StageContext:
     folder = tmp_path / "runs" / "pipelines" / "p"
-    made = Work("p", tmp_path, folder, tmp_path / "runs", Settings({}, {}), Console(), None, ExitStack())
+    made = StageContext(
+        "p",
+        tmp_path,
+        folder,
+        tmp_path / "runs",
+        TrainingOverrides({}, {}),
+        Console(),
+        None,
+        ExitStack(),
+    )
     made.__dict__["tracker"] = FakeRegistry(tmp_path / "shelf")
     return made
 
 
-def contest(work: Work, gained: int, lost: int, same: int = 50, **more: Any) -> dict[str, Any]:
+def contest(
+    work: StageContext, gained: int, lost: int, same: int = 50, **more: Any
+) -> dict[str, Any]:
     """Compare a new version with the champion, version 4: it gains and loses this many examples."""
     new = [True] * gained + [False] * lost + [True] * same
     old = [False] * gained + [True] * lost + [True] * same
     ours = outcomes(work.out / "new", dict(enumerate(new))).parent
     outcomes(work.out / "shelf" / "run-old", dict(enumerate(old)))
-    tags = {f"raysweep.{key}": str(value) for key, value in facts_of(judgement("old", ours, work.out)).items()}
+    tags = {
+        f"raysweep.{key}": str(value)
+        for key, value in extract_comparison_protocol(judgement("old", ours, work.out)).items()
+    }
     work.tracker.champion = ("4", "run-old", tags | {"autoattack.robust_accuracy": "0.4"})
-    return Register(name="model")._against_champion(work, judgement("new", ours, work.out, **more), "5")
+    return RegisterStage(name="model")._compare_with_champion(
+        work, judgement("new", ours, work.out, **more), "5"
+    )
 
 
-def test_without_a_champion_the_first_version_becomes_it(work: Work) -> None:
+def test_without_a_champion_the_first_version_becomes_it(work: StageContext) -> None:
     ours = outcomes(work.out / "new", {0: True}).parent
-    found = Register(name="model")._against_champion(work, judgement("new", ours, work.out), "1")
+    found = RegisterStage(name="model")._compare_with_champion(
+        work, judgement("new", ours, work.out), "1"
+    )
     assert found == {"champion": "1", "verdict": "better", "reason": "there was no champion"}
 
 
@@ -149,7 +218,9 @@ def test_without_a_champion_the_first_version_becomes_it(work: Work) -> None:
     ("gained", "lost", "champion", "verdict"),
     [(6, 0, "5", "better"), (5, 0, "4", "cannot tell"), (0, 6, "4", "worse"), (0, 0, "4", "tie")],
 )
-def test_only_a_better_version_becomes_champion(work: Work, gained, lost, champion, verdict) -> None:
+def test_only_a_better_version_becomes_champion(
+    work: StageContext, gained, lost, champion, verdict
+) -> None:
     """p = 2 / 64 if all of six differences are gains, 2 / 32 for five of five."""
     found = contest(work, gained, lost)
     assert (found["champion"], found["verdict"], found["before"]) == (champion, verdict, "4")
@@ -162,7 +233,7 @@ def test_only_a_better_version_becomes_champion(work: Work, gained, lost, champi
     )
 
 
-def test_under_another_protocol_the_champion_stays(work: Work) -> None:
+def test_under_another_protocol_the_champion_stays(work: StageContext) -> None:
     found = contest(work, 30, 0, norm="L2")
     assert found == {
         "champion": "4",
@@ -172,17 +243,25 @@ def test_under_another_protocol_the_champion_stays(work: Work) -> None:
     }
 
 
-def test_on_other_examples_the_champion_stays(work: Work) -> None:
+def test_on_other_examples_the_champion_stays(work: StageContext) -> None:
     contest(work, 6, 0)
     ours = outcomes(work.out / "elsewhere", {1000: True, 1001: True}).parent
-    found = Register(name="model")._against_champion(work, judgement("new", ours, work.out), "5")
-    assert (found["champion"], found["verdict"], found["reason"]) == ("4", "cannot tell", "judged on other examples")
+    found = RegisterStage(name="model")._compare_with_champion(
+        work, judgement("new", ours, work.out), "5"
+    )
+    assert (found["champion"], found["verdict"], found["reason"]) == (
+        "4",
+        "cannot tell",
+        "judged on other examples",
+    )
 
 
-def test_the_champion_ties_with_itself(work: Work) -> None:
+def test_the_champion_ties_with_itself(work: StageContext) -> None:
     contest(work, 6, 0)
     ours = work.out / "new"
-    found = Register(name="model")._against_champion(work, judgement("new", ours, work.out), "4")
+    found = RegisterStage(name="model")._compare_with_champion(
+        work, judgement("new", ours, work.out), "4"
+    )
     assert found == {"champion": "4", "verdict": "tie", "reason": "it is the champion"}
 
 
@@ -191,7 +270,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a network that no test runs."""
     path, model = tmp_path_factory.mktemp("trained") / "run" / "epoch-0001", nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return checkpoint.save(path, tiny("at", seed=7), model, optimizer, [{"epoch": 1.0}], "f00d").path
+    return checkpoint.save_checkpoint(
+        path, tiny("at", seed=7), model, optimizer, [{"epoch": 1.0}], "f00d"
+    ).path
 
 
 @pytest.mark.parametrize(
@@ -204,17 +285,36 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_version_gets_the_aliases_that_it_earned(
-    work: Work, trained: Path, capsys, standard, gained, lost, aliases
+    work: StageContext, trained: Path, capsys, standard, gained, lost, aliases
 ) -> None:
-    """`aa-verified` if standard AutoAttack judged it, `champion` if that found it better, `candidate` always."""
+    """`aa-verified` if standard AutoAttack judged it, `champion` if that found it better,
+    `candidate` always.
+    """
     contest(work, gained, lost)
     (work.out / "new" / "card.json").write_text('{"autoattack_acc": "40.00", "name": null}')
     candidate = made_candidate("new", 0.5, checkpoint=str(trained))
     best = made_judgement(
-        candidate, 0.4, folder="new", run="run-new", standard=standard, examples=56, after={"apgd-ce": 0.4}
+        candidate,
+        0.4,
+        folder="new",
+        run="run-new",
+        standard=standard,
+        examples=56,
+        after={"apgd-ce": 0.4},
     )
-    past = Past((Artifact(kind="train", key="k", stage={}, inputs=(), candidates=(candidate,), judged=(best,)),))
-    outcome = Register(name="model", about={"authors": "us"}).run(work, past)
+    past = UpstreamResults(
+        (
+            Artifact(
+                kind="train",
+                key="k",
+                stage={},
+                inputs=(),
+                candidates=(candidate,),
+                evaluations=(best,),
+            ),
+        )
+    )
+    outcome = RegisterStage(name="model", card_fields={"authors": "us"}).run_stage(work, past)
     assert work.tracker.aliases == dict.fromkeys(aliases, "5")
     assert work.tracker.tags == {
         "raysweep.attack": "AA",
@@ -234,56 +334,85 @@ def test_a_version_gets_the_aliases_that_it_earned(
     assert work.tracker.described.endswith(f" As a champion: {verdict}.")
     assert capsys.readouterr().out == f"model version 5: {verdict}\n"
     assert (outcome.facts["version"], outcome.facts["name"]) == ("5", "model")
-    assert outcome.facts.get("champion") == ("5" if "champion" in aliases else "4" if standard else None)
+    assert outcome.facts.get("champion") == (
+        "5" if "champion" in aliases else "4" if standard else None
+    )
     beside = work.out / "beside"
     beside.mkdir()
-    outcome.files(beside)
+    outcome.write_files(beside)
     card = json.loads((beside / "card.json").read_text())
-    assert card["aliases"] == aliases and (beside / EXAMPLES).is_file()
+    assert card["aliases"] == aliases and (beside / EXAMPLES_FILE).is_file()
     assert (card["name"], card["authors"], card["autoattack_acc"]) == ("model", "us", "40.00")
-    assert card["attacks"] == ["apgd-ce"] and card["autoattack_interval"] == pytest.approx([0.39, 0.41])
+    assert card["attacks"] == ["apgd-ce"] and card["autoattack_interval"] == pytest.approx(
+        [0.39, 0.41]
+    )
     assert (card["seed"], card["norm"], card["examples"]) == (7, "Linf", 56)
 
 
-def reported(work: Work, key: str, finished: float, robust: float, regressions: list[str], held_out: dict) -> None:
+def reported(
+    work: StageContext,
+    key: str,
+    finished: float,
+    robust: float,
+    regressions: list[str],
+    held_out: dict,
+) -> None:
     """The report of an earlier night."""
-    folder = work.folder / f"03-report-{key}"
+    folder = work.artifacts_folder / f"03-report-{key}"
     ours = outcomes(work.out / key, held_out).parent
     best = judgement(key, ours, work.out).model_copy(update={"robust": robust})
     facts = {
-        "best": best.json_dict(),
-        "protocol": facts_of(best),
+        "best": best.to_json_dict(),
+        "protocol": extract_comparison_protocol(best),
         "regressions": regressions,
         "medians": {"at under AA": robust, "gone under AA": 0.1},
     }
-    artifact = Artifact(kind="report", key=key, stage={}, inputs=(), finished=finished, facts=facts)
-    artifact.write(folder, lambda partial: (partial / EXAMPLES).write_bytes((ours / EXAMPLES).read_bytes()))
+    artifact = Artifact(
+        kind="report", key=key, stage={}, inputs=(), finish_time=finished, facts=facts
+    )
+    artifact.write(
+        folder,
+        lambda partial: (partial / EXAMPLES_FILE).write_bytes((ours / EXAMPLES_FILE).read_bytes()),
+    )
 
 
-def test_a_night_is_compared_with_the_last_good_one(work: Work) -> None:
+def test_a_night_is_compared_with_the_last_good_one(work: StageContext) -> None:
     """Not with itself, nor with a night that had a regression, unless there is no other."""
-    work.digest = "now"
-    assert _previous(work) is None
+    work.stage_digest = "now"
+    assert _find_previous_report(work) is None
     examples = dict.fromkeys(range(60), True)
     reported(work, "bad", 400.0, 0.1, ["worse"], examples)
-    assert _previous(work)[1].key == "bad", "a night with a regression is better than none"
+    assert _find_previous_report(work)[1].key == "bad", (
+        "a night with a regression is better than none"
+    )
     reported(work, "old", 100.0, 0.5, [], examples)
     reported(work, "good", 200.0, 0.6, [], examples)
     reported(work, "now", 500.0, 0.7, [], examples)
-    folder, artifact = _previous(work)
+    folder, artifact = _find_previous_report(work)
     assert (artifact.key, folder.name) == ("good", "03-report-good")
 
 
-def test_changes_since_an_earlier_night(work: Work) -> None:
-    work.digest = "now"
+def test_changes_since_an_earlier_night(work: StageContext) -> None:
+    work.stage_digest = "now"
     reported(work, "then", 100.0, 0.6, [], dict.fromkeys(range(60), True))
     ours = outcomes(work.out / "new", {n: n >= 7 for n in range(60)}).parent
     best = judgement("new", ours, work.out, clean=0.8).model_copy(
         update={"candidate": made_candidate("new", 0.5, method="at")}
     )
     candidates = (best.candidate,)
-    past = Past((Artifact(kind="autoattack", key="k", stage={}, inputs=(), candidates=candidates, judged=(best,)),))
-    since = Report()._since(work, past, best)
+    past = UpstreamResults(
+        (
+            Artifact(
+                kind="autoattack",
+                key="k",
+                stage={},
+                inputs=(),
+                candidates=candidates,
+                evaluations=(best,),
+            ),
+        )
+    )
+    since = ReportStage()._compare_with_previous(work, past, best)
     assert since["best"] == ["then, seed 0, best epoch", "new, seed 0, best epoch"]
     assert since["robust"] == [0.6, 0.4] and since["clean"] == [0.9, 0.8], "before, then now"
     assert since["medians"] == {"at under AA": [0.6, 0.4]}, "of what both reports have"
@@ -291,5 +420,5 @@ def test_changes_since_an_earlier_night(work: Work) -> None:
     assert (test["gained"], test["lost"], test["examples"], test["verdict"]) == (0, 7, 60, "worse")
     assert test["p"] == pytest.approx(stats.binomtest(0, 7).pvalue) and since["different"] == []
     json.dumps(since)
-    other = Report()._since(work, past, best.model_copy(update={"norm": "L2"}))
+    other = ReportStage()._compare_with_previous(work, past, best.model_copy(update={"norm": "L2"}))
     assert "test" not in other and other["different"] == ["norm 'Linf' then, 'L2' now"]

@@ -13,13 +13,13 @@ import pytest
 import yaml
 
 from raysweep.cli import build_parser, main
-from raysweep.evaluation.validation import Metric
-from raysweep.manual import PAGES
-from raysweep.pipeline.lock import alone
-from raysweep.spec import flatten, override, parse_yaml
+from raysweep.command_help import COMMAND_HELP
+from raysweep.leases import hold_folder_lease
+from raysweep.spec import apply_overrides, flatten_spec, parse_yaml
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.space import load_space
-from raysweep.training.presets import resolve
+from raysweep.sweep.search_space import load_space
+from raysweep.training.presets import resolve_training_config
+from raysweep.training.validation import ObjectiveName
 
 ALPHA = "method.terms.pgd.weight.alpha"
 NEEDS_RAY = pytest.mark.needs_ray
@@ -72,7 +72,12 @@ def test_flags_are_frozen() -> None:
     """New knobs are settings, reached by --set; a new flag is a decision that shows here."""
     parsers = build_parser()._subparsers._group_actions[0].choices
     found = {
-        name: {flag for a in p._actions for flag in a.option_strings if flag.startswith("--") and flag != "--help"}
+        name: {
+            flag
+            for a in p._actions
+            for flag in a.option_strings
+            if flag.startswith("--") and flag != "--help"
+        }
         for name, p in parsers.items()
     }
     assert found == FLAGS
@@ -83,7 +88,7 @@ def test_every_command_has_a_manual_page_with_examples_that_parse() -> None:
     parser = build_parser()
     commands = parser._subparsers._group_actions[0].choices
     for name, command in commands.items():
-        text, examples = command.format_help(), PAGES[name][1]
+        text, examples = command.format_help(), COMMAND_HELP[name][1]
         assert len(examples) >= 2 and all(example in text for example in examples)
         assert max(map(len, text.split("options:")[1].splitlines())) <= 120
         for action in command._actions:
@@ -103,7 +108,9 @@ def test_help_answers_at_once_and_imports_nothing_heavy() -> None:
     assert min(seconds) < 0.5, "it takes 0.05 processor seconds on an idle machine"
 
 
-@pytest.mark.parametrize("command", [["list"], ["tune", "at", "--plan", "--set", "data.train_size=64"]])
+@pytest.mark.parametrize(
+    "command", [["list"], ["tune", "at", "--plan", "--set", "data.train_size=64"]]
+)
 def test_what_starts_no_sweep_needs_nothing_of_one(command) -> None:
     code = (
         f"import sys, raysweep.cli\nraysweep.cli.main({command})\n"
@@ -117,7 +124,9 @@ def _run(command: list[str]) -> tuple[float, str]:
     before = os.times()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     after = os.times()
-    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    spent = (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
     return spent, done.stderr.strip().splitlines()[-1]
 
 
@@ -125,22 +134,35 @@ def test_list_and_show_in_json(capsys) -> None:
     assert main(["list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert {"at", "gairat", "lrat"} <= set(listed["methods"]) and "digits" in listed["data"]
-    assert set(listed["metrics"]) == set(get_args(Metric)) and "fab-t" in listed["attacks"]
-    about = [(name, line) for rows in listed.values() if isinstance(rows, dict) for name, line in rows.items()]
+    assert set(listed["metrics"]) == set(get_args(ObjectiveName)) and "fab-t" in listed["attacks"]
+    about = [
+        (name, line)
+        for rows in listed.values()
+        if isinstance(rows, dict)
+        for name, line in rows.items()
+    ]
     assert len(about) > 50 and all(line for _, line in about), "a name without a word about it"
     assert main(["show", "lrat", "--set", "epochs=3", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["epochs"] == 3 and shown["method"]["terms"]["bound"]["weight"]["total"] == 0.1
 
 
-@pytest.mark.parametrize("what", ["gairat", "lrat-trades", "preset:gairat-table1", "preset:lrat-table5"])
+@pytest.mark.parametrize(
+    "what", ["gairat", "lrat-trades", "preset:gairat-table1", "preset:lrat-table5"]
+)
 def test_what_show_prints_is_what_set_takes(what, capsys) -> None:
     assert main(["show", what]) == 0
     shown = dict(line.split(" = ", 1) for line in capsys.readouterr().out.splitlines())
-    config = resolve(what.removeprefix("preset:"), {})
-    assert set(shown) == set(flatten(config))
-    assert override(config, {path: parse_yaml(value) for path, value in shown.items()}) == config
-    assert {path: parse_yaml(shown[path]) for path in ("epochs", "seed")} == {"epochs": config.epochs, "seed": 0}
+    config = resolve_training_config(what.removeprefix("preset:"), {})
+    assert set(shown) == set(flatten_spec(config))
+    assert (
+        apply_overrides(config, {path: parse_yaml(value) for path, value in shown.items()})
+        == config
+    )
+    assert {path: parse_yaml(shown[path]) for path in ("epochs", "seed")} == {
+        "epochs": config.epochs,
+        "seed": 0,
+    }
 
 
 def test_show_tells_names_of_several_things_apart(capsys) -> None:
@@ -148,7 +170,9 @@ def test_show_tells_names_of_several_things_apart(capsys) -> None:
     assert "stages:" in capsys.readouterr().out
     assert main(["show", "space:lrat"]) == 0
     said = capsys.readouterr().out
-    assert f'{ALPHA}: {{"float": [0.25, 4.0], "log": true}}' in said and "data.name = digits" in said
+    assert (
+        f'{ALPHA}: {{"float": [0.25, 4.0], "log": true}}' in said and "data.name = digits" in said
+    )
     assert main(["show", "space:lrat", "--json"]) == 0
     assert ALPHA in json.loads(capsys.readouterr().out)["space"]["space"]
     assert main(["show", "space:lart"]) == 2
@@ -162,7 +186,9 @@ def test_train_tracks_and_tells_where(workdir: Path, capsys) -> None:
     result = json.loads(out)
     assert Path(result["checkpoint"]) == workdir / "runs" / "mine" / "epoch-0001"
     assert "epoch 1/1" in err
-    assert main(["train", "lrat", *SMALL, "--name", "mine", "--json"]) == 0, "a finished run is not run again"
+    assert main(["train", "lrat", *SMALL, "--name", "mine", "--json"]) == 0, (
+        "a finished run is not run again"
+    )
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{workdir}/mlflow.db")
@@ -170,7 +196,12 @@ def test_train_tracks_and_tells_where(workdir: Path, capsys) -> None:
     assert [(run.info.run_name, run.info.status) for run in runs] == [("mine", "FINISHED")]
     assert runs[0].data.metrics["best/robust_worst"] == round(result["metrics"]["robust_worst"], 6)
     plots = {Path(item.path).name for item in client.list_artifacts(runs[0].info.run_id, "plots")}
-    assert {"errors.png", "kappa_pgd.png", "weight_pgd_histogram.png", "V_cw_histogram.png"} <= plots
+    assert {
+        "errors.png",
+        "kappa_pgd.png",
+        "weight_pgd_histogram.png",
+        "V_cw_histogram.png",
+    } <= plots
 
 
 @pytest.mark.mlflow
@@ -199,11 +230,15 @@ def test_a_preset_is_trained_by_its_name(workdir: Path, capsys) -> None:
     assert meta["config"]["method"]["terms"]["bound"]["on"] == "pgd"
     assert meta["config"]["method"]["attacks"]["pgd"]["eps"] == 8 / 255
     assert main(["train", "lrat-table4-ppx"]) == 2
-    assert "no method or preset 'lrat-table4-ppx'; nearest: lrat-table4-ppc" in capsys.readouterr().err
+    assert (
+        "no method or preset 'lrat-table4-ppx'; nearest: lrat-table4-ppc" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.ray
-def test_tune_ends_with_the_best_trials_and_what_to_type_next(ray_cluster, workdir: Path, capsys) -> None:
+def test_tune_ends_with_the_best_trials_and_what_to_type_next(
+    ray_cluster, workdir: Path, capsys
+) -> None:
     assert main(["tune", "lrat", *SMALL, "--trials", "2", "--name", "quick"]) == 0
     out, err = capsys.readouterr()
     assert "best 2 of 2 trials by robust worst" in out
@@ -216,7 +251,7 @@ def test_tune_ends_with_the_best_trials_and_what_to_type_next(ray_cluster, workd
     assert shown["sweep"] == "quick" and len(shown["trials"]) == 2
     assert all(Path(trial["checkpoint"]).is_dir() for trial in shown["trials"])
     wider = workdir / "wider.yaml"
-    shipped = load_space("lrat", {}).json_dict()
+    shipped = load_space("lrat", {}).to_json_dict()
     shipped["space"][ALPHA]["float"] = [0.125, 8.0]
     wider.write_text(yaml.safe_dump(shipped))
     grown = ["--trials", "3", "--set", "epochs=2", "--space", str(wider)]
@@ -227,7 +262,10 @@ def test_tune_ends_with_the_best_trials_and_what_to_type_next(ray_cluster, workd
     assert Ledger.open(workdir / "runs" / "quick").space.space[ALPHA].float == (0.125, 8.0)
     held = ["--address", gcs_address(), "--workers", "2", "--cpus-per-trial", "1.5"]
     held += ["--gpus-per-trial", "0", "--optuna", f"sqlite:///{workdir}/optuna.db"]
-    assert main(["tune", "lrat", "--resume", "quick", "--trials", "4", "--max-time", "0.01s", *held]) == 0
+    assert (
+        main(["tune", "lrat", "--resume", "quick", "--trials", "4", "--max-time", "0.01s", *held])
+        == 0
+    )
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "--resume" in line]
     assert line == f"  raysweep tune --resume quick {' '.join(held)}"
     assert main(["tune", "lrat", "--resume", "quick", "--set", "batch_size=16"]) == 2
@@ -236,7 +274,9 @@ def test_tune_ends_with_the_best_trials_and_what_to_type_next(ray_cluster, workd
 
 
 @pytest.mark.ray
-def test_a_sweep_of_a_method_of_ones_own_is_called_after_it(ray_cluster, workdir: Path, capsys) -> None:
+def test_a_sweep_of_a_method_of_ones_own_is_called_after_it(
+    ray_cluster, workdir: Path, capsys
+) -> None:
     (workdir / "both.yaml").write_text(BOTH)
     assert main(["tune", "--space", "both.yaml", "--trials", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["sweep"].startswith("both-2")
@@ -249,7 +289,13 @@ def test_tune_gairat_on_colour_images_of_ones_own(ray_cluster, workdir: Path, ca
         x = generator.integers(0, 256, (60, 3, 16, 16), dtype=np.uint8)
         np.savez(workdir / f"{split}.npz", x=x, y=np.arange(60) % 3)
     # A relative folder, though trials work in others.
-    settings = ["data.name=arrays", "data.val_size=15", "model.name=digits_cnn", "epochs=2", "*.attacks.*.steps=2"]
+    settings = [
+        "data.name=arrays",
+        "data.val_size=15",
+        "model.name=digits_cnn",
+        "epochs=2",
+        "*.attacks.*.steps=2",
+    ]
     flags = [part for setting in [*settings, "data.data_dir=."] for part in ("--set", setting)]
     assert main(["tune", "gairat", *flags, "--trials", "2", "--name", "mine", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["trials"]) == 2
@@ -263,23 +309,31 @@ def test_plan_starts_nothing_and_writes_nothing(workdir: Path, capsys) -> None:
     assert plan["epochs_expected"] == 64, "16 x 2, then 8 x 2, then 4 x 4"
     assert plan["objective_95_half_width"] == pytest.approx(1.96 * (0.25 / 300) ** 0.5, abs=1e-4)
     assert plan["trials_at_once"] == min(os.cpu_count(), 16)
-    assert plan["wall_hours"] == pytest.approx(plan["trial_hours"] / plan["trials_at_once"], abs=2e-3)
+    assert plan["wall_hours"] == pytest.approx(
+        plan["trial_hours"] / plan["trials_at_once"], abs=2e-3
+    )
     assert not list(workdir.iterdir())
 
 
 def test_a_plan_of_a_sweep_to_go_on_with_is_of_what_is_left(workdir: Path, capsys) -> None:
     ledger = Ledger.create(workdir / "runs" / "g1", load_space("lrat", {"epochs": 3}))
     for number, state in enumerate(("finished", "stopped", "running")):
-        ledger.write(Trial(number, {ALPHA: 1.0}, state=state, epoch=3 - number))  # type: ignore[arg-type]
+        ledger.save_trial(Trial(number, {ALPHA: 1.0}, state=state, epoch=3 - number))  # type: ignore[arg-type]
     plans = []
     for more in ([], ["--set", "epochs=5"]):
         assert main(["tune", "--resume", "g1", "--plan", "--json", *more]) == 0
         plans.append(json.loads(capsys.readouterr().out))
     assert [(plan["trials"], plan["trials_left"]) for plan in plans] == [(16, 14), (16, 15)]
-    # Rungs at 2 and 4: thirteen new trials, one after its first epoch, and one that had finished after its third.
-    assert [plan["epochs_expected"] for plan in plans] == [round(13 * 2.5 + 1.5), round(13 * 3.25 + 2.25 + 1.5)]
+    # Rungs at 2 and 4: thirteen new trials, one after its first epoch, and one that had finished
+    # after its third.
+    assert [plan["epochs_expected"] for plan in plans] == [
+        round(13 * 2.5 + 1.5),
+        round(13 * 3.25 + 2.25 + 1.5),
+    ]
     assert main(["tune", "--resume", "g1", "--plan"]) == 0
-    assert capsys.readouterr().out.startswith("14 of 16 trials are left: lrat on digits, 3 epochs each")
+    assert capsys.readouterr().out.startswith(
+        "14 of 16 trials are left: lrat on digits, 3 epochs each"
+    )
 
 
 @pytest.mark.ray
@@ -300,38 +354,81 @@ def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) 
     ("arguments", "line"),
     [
         (["tune", "lratt"], "no method 'lratt'; nearest: lrat"),
-        (["tune"], "METHOD is missing: name one of `raysweep list`, or give --space FILE or --resume NAME"),
-        (["tune", "lrat", "--space", "both.yaml"], "both.yaml is a space for method 'both', not for 'lrat'"),
+        (
+            ["tune"],
+            "METHOD is missing: name one of `raysweep list`, or give --space FILE or --resume NAME",
+        ),
+        (
+            ["tune", "lrat", "--space", "both.yaml"],
+            "both.yaml is a space for method 'both', not for 'lrat'",
+        ),
         (["tune", "at", "--resume", "g1"], "--resume g1: is a sweep of 'both', not of 'at'"),
-        pytest.param(["tune", "--space", "both.yaml", "--name", "g1"], "there is a sweep in", marks=NEEDS_RAY),
+        pytest.param(
+            ["tune", "--space", "both.yaml", "--name", "g1"], "there is a sweep in", marks=NEEDS_RAY
+        ),
         (["train", "lrat", "--set", "epochz=3"], "no setting 'epochz'; nearest: epochs"),
         (["train", "lrat", "--set", "epochs"], "--set 'epochs': expected PATH=VALUE"),
         (["train", "lrat", "--set", "epochs=[1"], "'[1' is not a YAML value"),
         (["tune", "lrat", "--set", "data.name=svhn"], "data.data_dir is missing"),
-        (["tune", "lrat", "--set", "data.name=svhn", "--data-dir", "nowhere"], "data.name 'svhn' is not in"),
+        (
+            ["tune", "lrat", "--set", "data.name=svhn", "--data-dir", "nowhere"],
+            "data.name 'svhn' is not in",
+        ),
         (["tune", "lrat", "--space", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["tune", "lrat", "--name", "../up"], "--name '../up': use letters, digits"),
-        (["tune", "lrat", "--name", "pipelines"], "--name 'pipelines': in that folder raysweep keeps other things"),
-        (["train", "lrat", "--name", "eval"], "--name 'eval': in that folder raysweep keeps other things"),
+        (
+            ["tune", "lrat", "--name", "pipelines"],
+            "--name 'pipelines': in that folder raysweep keeps other things",
+        ),
+        (
+            ["train", "lrat", "--name", "eval"],
+            "--name 'eval': in that folder raysweep keeps other things",
+        ),
         (["tune", "lrat", "--resume", "nothing"], "no sweep in"),
         (["tune", "lrat", "--out", "file/below"], "--out file/below: cannot be made"),
         pytest.param(
-            ["tune", "lrat", "--address", "127.0.0.1:1"], "no Ray cluster at --address 127.0.0.1:1", marks=NEEDS_RAY
+            ["tune", "lrat", "--address", "127.0.0.1:1"],
+            "no Ray cluster at --address 127.0.0.1:1",
+            marks=NEEDS_RAY,
         ),
         pytest.param(
             ["tune", "lrat", "--address", "nonsense"],
             "--address 'nonsense': expected auto or host:port",
             marks=NEEDS_RAY,
         ),
-        (["tune", "lrat", "--workers", "2", "--gpus-per-trial", "3"], "3 GPUs for 2 workers is 1.5 each"),
-        (["tune", "lrat", "--workers", "2", "--cpus-per-trial", "0.01"], "0.01 CPUs are not enough for 2 workers"),
-        (["tune", "lrat", "--cpus-per-trial", "0"], "--cpus-per-trial 0: must be more than 0, for example 0.5"),
-        (["tune", "lrat", "--plan", "--cpus-per-trial", "0"], "--cpus-per-trial 0: must be more than 0"),
+        (
+            ["tune", "lrat", "--workers", "2", "--gpus-per-trial", "3"],
+            "3 GPUs for 2 workers is 1.5 each",
+        ),
+        (
+            ["tune", "lrat", "--workers", "2", "--cpus-per-trial", "0.01"],
+            "0.01 CPUs are not enough for 2 workers",
+        ),
+        (
+            ["tune", "lrat", "--cpus-per-trial", "0"],
+            "--cpus-per-trial 0: must be more than 0, for example 0.5",
+        ),
+        (
+            ["tune", "lrat", "--plan", "--cpus-per-trial", "0"],
+            "--cpus-per-trial 0: must be more than 0",
+        ),
         (["train", "odd.yaml"], "odd.yaml: 1: expected the name of a setting, got int"),
-        (["tune", "lrat", "--resume", "empty"], "sweep.json is damaged: it lacks key, space; restore it"),
-        (["show", "half"], "sweep.json is damaged: it is no JSON object; restore it, or start anew under another"),
-        (["show", "lart"], "no method, preset, space file, pipeline, sweep or trial 'lart'; nearest: mart, lrat"),
-        (["show", "#"], "no method, preset, space file, pipeline, sweep or trial '#'; `raysweep list` names all"),
+        (
+            ["tune", "lrat", "--resume", "empty"],
+            "sweep.json is damaged: it lacks key, space; restore it",
+        ),
+        (
+            ["show", "half"],
+            "sweep.json is damaged: it is no JSON object; restore it, or start anew under another",
+        ),
+        (
+            ["show", "lart"],
+            "no method, preset, space file, pipeline, sweep or trial 'lart'; nearest: mart, lrat",
+        ),
+        (
+            ["show", "#"],
+            "no method, preset, space file, pipeline, sweep or trial '#'; `raysweep list` names all",
+        ),
     ],
     ids=lambda case: " ".join(case) if isinstance(case, list) else "",
 )
@@ -358,7 +455,12 @@ def test_a_refused_sweep_takes_back_what_it_made_and_nothing_else(workdir: Path,
     assert main(["tune", "lrat", "--name", "first", "--address", "127.0.0.1:1"]) == 2
     assert "holds something else than a sweep: choose another --name" in capsys.readouterr().err
     assert (run / "meta.json").read_text() == "precious"
-    assert {path.name for path in (workdir / "runs").rglob("*")} == {"first", "lock", "epoch-0001", "meta.json"}
+    assert {path.name for path in (workdir / "runs").rglob("*")} == {
+        "first",
+        "lock",
+        "epoch-0001",
+        "meta.json",
+    }
     assert main(["tune", "lrat", "--name", "second", "--address", "127.0.0.1:1"]) == 2
     assert [path.name for path in (workdir / "runs").iterdir()] == ["first"]
 
@@ -367,7 +469,11 @@ def test_a_refused_sweep_takes_back_what_it_made_and_nothing_else(workdir: Path,
 def test_out_may_be_below_home(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(workdir / "home"))
     assert main(["train", "at", *SMALL, "--name", "mine", "--out", "~/x"]) == 0
-    assert sorted(path.name for path in (workdir / "home" / "x").iterdir()) == ["mlflow.db", "mlruns", "runs"]
+    assert sorted(path.name for path in (workdir / "home" / "x").iterdir()) == [
+        "mlflow.db",
+        "mlruns",
+        "runs",
+    ]
     assert [path.name for path in workdir.iterdir()] == ["home"]
 
 
@@ -375,20 +481,39 @@ def test_out_may_be_below_home(workdir: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_two_at_once_in_one_folder_are_refused(workdir: Path, capsys) -> None:
     sweep = Ledger.create(workdir / "runs" / "g1", load_space("lrat", {}))
     for command in (["tune", "lrat", "--resume", "g1"], ["train", "lrat", "--name", "mine"]):
-        with alone(sweep.path.with_name(command[-1])):
+        with hold_folder_lease(sweep.path.with_name(command[-1])):
             assert main(command) == 2
         (message,) = capsys.readouterr().err.strip().splitlines()
         assert f"'{command[-1]}' is running already (process {os.getpid()} on " in message
-    assert not sweep.trials() and not (workdir / "runs" / "mine").exists()
+    assert not sweep.load_trials() and not (workdir / "runs" / "mine").exists()
 
 
 @pytest.mark.needs_ray
-def test_a_refused_resume_changes_nothing(workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    new, old = (Ledger.create(workdir / "runs" / name, load_space("lrat", {"epochs": 3})) for name in ("new", "old"))
-    old.write(Trial(0, {ALPHA: 1.0}, state="finished", epoch=3))
+def test_a_refused_resume_changes_nothing(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    new, old = (
+        Ledger.create(workdir / "runs" / name, load_space("lrat", {"epochs": 3}))
+        for name in ("new", "old")
+    )
+    old.save_trial(Trial(0, {ALPHA: 1.0}, state="finished", epoch=3))
     before = {file: file.read_text() for file in (workdir / "runs").rglob("*.json")}
     for ledger in (new, old):
-        assert main(["tune", "lrat", "--resume", ledger.name, "--set", "epochs=40", "--address", "127.0.0.1:1"]) == 2
+        assert (
+            main(
+                [
+                    "tune",
+                    "lrat",
+                    "--resume",
+                    ledger.name,
+                    "--set",
+                    "epochs=40",
+                    "--address",
+                    "127.0.0.1:1",
+                ]
+            )
+            == 2
+        )
         assert "no Ray cluster at --address 127.0.0.1:1" in capsys.readouterr().err
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://x")
     assert main(["tune", "lrat", "--resume", "old", "--set", "epochs=40"]) == 2
@@ -399,10 +524,16 @@ def test_a_refused_resume_changes_nothing(workdir: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["tune", "lrat", "--trials", "0"], "'0' is not a whole number of at least 1; see `raysweep tune --help`"),
+        (
+            ["tune", "lrat", "--trials", "0"],
+            "'0' is not a whole number of at least 1; see `raysweep tune --help`",
+        ),
         (["tune", "lrat", "--cpus-per-trial", "-1"], "'-1' is not a number of at least 0"),
         (["tune", "lrat", "--workers", "0"], "'0' is not a whole number"),
-        (["tune", "lrat", "--trails=3"], "unrecognized arguments: --trails=3; nearest: --trials; see `raysweep tune"),
+        (
+            ["tune", "lrat", "--trails=3"],
+            "unrecognized arguments: --trails=3; nearest: --trials; see `raysweep tune",
+        ),
         (["list", "more"], "unrecognized arguments: more; see `raysweep list --help`"),
         (["tun", "lrat"], "invalid choice: 'tun'"),
         ([], "required: COMMAND; see `raysweep --help`"),
@@ -419,17 +550,26 @@ def test_argparse_refuses_with_one_line_and_exit_code_2(arguments, line, capsys)
 def test_a_folder_that_digits_do_not_read_is_told(workdir: Path, capsys) -> None:
     assert main(["train", "at", *SMALL, "--data-dir", "data"]) == 0
     said = capsys.readouterr().err
-    assert f"warning: data.data_dir = {workdir}/data: not read: digits come with scikit-learn" in said
+    assert (
+        f"warning: data.data_dir = {workdir}/data: not read: digits come with scikit-learn" in said
+    )
 
 
 def test_a_table_in_a_pipe_is_whole(workdir: Path, capsys) -> None:
     ledger = Ledger.create(workdir / "runs" / "g1", load_space("lrat", {}))
     settings = dict.fromkeys(ledger.space.space, 1.2345)
-    ledger.write(Trial(0, settings, state="failed", epoch=1, reason="a reason of " + "many words " * 20))
+    ledger.save_trial(
+        Trial(0, settings, state="failed", epoch=1, reason="a reason of " + "many words " * 20)
+    )
     assert main(["show", "g1"]) == 0
     _, header, row = capsys.readouterr().out.splitlines()
-    assert header.split()[:4] == ["trial", "pgd.alpha", "pgd.beta", "cw.alpha"] and "robust worst" in header
-    assert row.count("1.23") == len(settings) and "many words many words" in row and "\x1b" not in row
+    assert (
+        header.split()[:4] == ["trial", "pgd.alpha", "pgd.beta", "cw.alpha"]
+        and "robust worst" in header
+    )
+    assert (
+        row.count("1.23") == len(settings) and "many words many words" in row and "\x1b" not in row
+    )
 
 
 def test_a_corrupt_checkpoint_is_one_line(workdir: Path, capsys) -> None:
@@ -443,8 +583,14 @@ def test_a_corrupt_checkpoint_is_one_line(workdir: Path, capsys) -> None:
 
 def test_commands_do_not_phone_home() -> None:
     code = "import raysweep, os; print(os.environ['RAY_USAGE_STATS_ENABLED'], os.environ['MLFLOW_DISABLE_TELEMETRY'])"
-    clean = {k: v for k, v in os.environ.items() if k not in ("RAY_USAGE_STATS_ENABLED", "MLFLOW_DISABLE_TELEMETRY")}
-    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RAY_USAGE_STATS_ENABLED", "MLFLOW_DISABLE_TELEMETRY")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["0", "true"]
 
 
@@ -456,7 +602,12 @@ def test_completion_scripts_are_sound(shell, capsys, tmp_path) -> None:
     assert end.value.code == 0 and "gair-trades" in script and "--max-gpu-hours" in script
     if shell == "bash":
         complete = "\n".join(
-            ["COMP_WORDS=(raysweep tune lr)", "COMP_CWORD=2", "_shtab_raysweep", 'echo "${COMPREPLY[@]}"']
+            [
+                "COMP_WORDS=(raysweep tune lr)",
+                "COMP_CWORD=2",
+                "_shtab_raysweep",
+                'echo "${COMPREPLY[@]}"',
+            ]
         )
         command = ["bash", "-c", f"{script}\n{complete}"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

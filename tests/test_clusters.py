@@ -24,8 +24,18 @@ LAUNCHER = [ROOT / "cluster.yaml", ROOT / "clusters/gcp.yaml", ROOT / "clusters/
 CLOUDS = LAUNCHER[:2]
 KUBERAY = sorted((ROOT / "clusters/kuberay").glob("*.yaml"))
 SCRIPTS = sorted((ROOT / "clusters").glob("*.sh"))
-EVERYTHING = [*LAUNCHER, *KUBERAY, *SCRIPTS, ROOT / "clusters/kuberay/Dockerfile", ROOT / "deploy/nightly-rayjob.yaml"]
-PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#")
+EVERYTHING = [
+    *LAUNCHER,
+    *KUBERAY,
+    *SCRIPTS,
+    ROOT / "clusters/kuberay/Dockerfile",
+    ROOT / "deploy/nightly-rayjob.yaml",
+]
+PINS = dict(
+    line.split("==")
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line[0] != "#"
+)
 
 
 def name_of(path: Path) -> str:
@@ -56,9 +66,13 @@ def test_a_cloud_cluster_has_a_small_head_and_gpus_from_zero_with_a_fallback(pat
     types = config["available_node_types"]
     head = types.pop(config["head_node_type"])
     assert head["resources"] == {"CPU": 0}, "no trials on the head"
-    assert {kind["min_workers"] for kind in types.values()} == {0} and config["idle_timeout_minutes"] <= 15
+    assert {kind["min_workers"] for kind in types.values()} == {0} and config[
+        "idle_timeout_minutes"
+    ] <= 15
     assert {kind["resources"]["GPU"] for kind in types.values()} == {1}
-    spot = [name for name, kind in types.items() if "spot" in json.dumps(kind["node_config"]).lower()]
+    spot = [
+        name for name, kind in types.items() if "spot" in json.dumps(kind["node_config"]).lower()
+    ]
     assert spot == ["gpu_spot"] and set(types) == {"gpu_spot", "gpu_on_demand"}
     assert types["gpu_spot"]["priority"] > types["gpu_on_demand"].get("priority", 0)
 
@@ -72,7 +86,9 @@ def test_ray_starts_closed_and_with_a_token_on_every_node(path: Path) -> None:
     for line in starts:
         assert line.startswith(". ~/raysweep/clusters/env.sh;")
     assert "--dashboard-host=127.0.0.1" in starts[0]
-    assert set(re.findall(r"--[\w-]*port=(\d+)", " ".join(starts))) == {"6379"}, "Ray's inner ports are not fixed"
+    assert set(re.findall(r"--[\w-]*port=(\d+)", " ".join(starts))) == {"6379"}, (
+        "Ray's inner ports are not fixed"
+    )
     assert "export RAY_AUTH_MODE=token" in (ROOT / "clusters/env.sh").read_text()
     assert config["file_mounts"] == {"~/raysweep": ".", "~/.ray/auth_token": "~/.ray/auth_token"}
     assert "~/raysweep/clusters/install.sh" in config["setup_commands"]
@@ -81,26 +97,33 @@ def test_ray_starts_closed_and_with_a_token_on_every_node(path: Path) -> None:
 
 def test_nothing_listens_to_the_world_but_a_dashboard_that_kuberay_must_reach() -> None:
     for path in EVERYTHING:
-        text = "\n".join(line for line in path.read_text().splitlines() if not line.lstrip().startswith("#"))
+        text = "\n".join(
+            line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")
+        )
         for line in text.splitlines():
             if "0.0.0.0" in line or "::/0" in line:
                 assert path in KUBERAY and "dashboard-host: 0.0.0.0" in line
         assert "authOptions: {mode: token}" in text or path not in KUBERAY
-    assert "IpPermissions" not in (ROOT / "cluster.yaml").read_text(), "Ray would open port 22 to everybody beside them"
+    assert "IpPermissions" not in (ROOT / "cluster.yaml").read_text(), (
+        "Ray would open port 22 to everybody beside them"
+    )
     for kind in spelled_out(ROOT / "cluster.yaml")["available_node_types"].values():
-        assert kind["node_config"]["SecurityGroupIds"] and kind["node_config"]["MetadataOptions"] == {
-            "HttpTokens": "required"
-        }
+        assert kind["node_config"]["SecurityGroupIds"] and kind["node_config"][
+            "MetadataOptions"
+        ] == {"HttpTokens": "required"}
 
 
 @pytest.mark.parametrize("path", EVERYTHING, ids=name_of)
 def test_no_secret_is_in_the_files(path: Path) -> None:
     text = path.read_text()
     assert not re.search(
-        r"AKIA[0-9A-Z]{16}|BEGIN [A-Z ]*PRIVATE KEY|\b[0-9a-f]{32,}\b|(?=[A-Za-z+]*\d)[A-Za-z0-9+]{40,}", text
+        r"AKIA[0-9A-Z]{16}|BEGIN [A-Z ]*PRIVATE KEY|\b[0-9a-f]{32,}\b|(?=[A-Za-z+]*\d)[A-Za-z0-9+]{40,}",
+        text,
     )
     assert not re.search(r"://[^/\s:@]+:[^/\s:@]+@", text), "a password in a URL"
-    assert not re.search(r"(?i)(password|secret_?key|access_?key|token)\s*[=:]\s*['\"]?[A-Za-z0-9]{8,}", text)
+    assert not re.search(
+        r"(?i)(password|secret_?key|access_?key|token)\s*[=:]\s*['\"]?[A-Za-z0-9]{8,}", text
+    )
 
 
 @pytest.mark.parametrize("path", EVERYTHING, ids=name_of)
@@ -112,9 +135,9 @@ def test_versions_are_those_of_the_constraints(path: Path) -> None:
     for line in text.splitlines():
         if "pip install" in line:
             assert "constraints.txt" in line
-            for package in re.findall(r"constraints\.txt (.+?)(?: ;;|$)", line.replace('"', "").replace("'", ""))[
-                0
-            ].split():
+            for package in re.findall(
+                r"constraints\.txt (.+?)(?: ;;|$)", line.replace('"', "").replace("'", "")
+            )[0].split():
                 assert package.split("[")[0] in PINS or package.endswith(("raysweep", "."))
 
 
@@ -142,7 +165,10 @@ CONTAINER = closed(
 POD = closed(
     spec=closed(
         containers={"type": "array", "items": CONTAINER, "minItems": 1},
-        volumes={"type": "array", "items": closed(name=TEXT, persistentVolumeClaim=closed(claimName=TEXT))},
+        volumes={
+            "type": "array",
+            "items": closed(name=TEXT, persistentVolumeClaim=closed(claimName=TEXT)),
+        },
         terminationGracePeriodSeconds=WHOLE,
         affinity=closed(nodeAffinity={"type": "object"}),
     )
@@ -157,7 +183,12 @@ CLUSTER = closed(
     workerGroupSpecs={
         "type": "array",
         "items": closed(
-            groupName=TEXT, replicas=WHOLE, minReplicas=WHOLE, maxReplicas=WHOLE, rayStartParams=TEXTS, template=POD
+            groupName=TEXT,
+            replicas=WHOLE,
+            minReplicas=WHOLE,
+            maxReplicas=WHOLE,
+            rayStartParams=TEXTS,
+            template=POD,
         ),
     },
 )
@@ -185,7 +216,9 @@ def test_the_kuberay_manifests_have_only_fields_that_there_are(path: Path) -> No
     (group,) = spec["workerGroupSpecs"]
     assert group["minReplicas"] == 0, "workers come when they are wanted"
     head, mlflow = spec["headGroupSpec"]["template"]["spec"]["containers"]
-    most = json.loads(next(env["value"] for env in head["env"] if env["name"] == "RAYSWEEP_CLUSTER_MAX"))
+    most = json.loads(
+        next(env["value"] for env in head["env"] if env["name"] == "RAYSWEEP_CLUSTER_MAX")
+    )
     (worker,) = group["template"]["spec"]["containers"]
     wanted = worker["resources"]["requests"]
     assert most["GPU"] == group["maxReplicas"] * wanted["nvidia.com/gpu"]
@@ -203,7 +236,9 @@ def test_the_nightly_manifest_holds_a_valid_rayjob() -> None:
 
 @pytest.mark.slow
 def test_aws_gets_what_the_file_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Ray's own AWS provider, against moto: key pair, role, subnets, machines; nothing open to the world."""
+    """Ray's own AWS provider, against moto: key pair, role, subnets, machines; nothing open to the
+    world.
+    """
     moto = pytest.importorskip("moto", reason="needs `pip install moto[ec2,iam]`")
     import boto3
 
@@ -217,7 +252,9 @@ def test_aws_gets_what_the_file_says(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
         ec2 = boto3.client("ec2", "us-west-2")
         vpc = ec2.describe_vpcs()["Vpcs"][0]["VpcId"]
-        group = ec2.create_security_group(GroupName="raysweep", Description="raysweep", VpcId=vpc)["GroupId"]
+        group = ec2.create_security_group(GroupName="raysweep", Description="raysweep", VpcId=vpc)[
+            "GroupId"
+        ]
         config = spelled_out(ROOT / "cluster.yaml")
         for kind in config["available_node_types"].values():
             image = ec2.describe_images()["Images"][0]["ImageId"]
@@ -229,7 +266,9 @@ def test_aws_gets_what_the_file_says(monkeypatch: pytest.MonkeyPatch, tmp_path: 
             provider.create_node(kind["node_config"], tags, 1)
         machines = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
         groups = ec2.describe_security_groups()["SecurityGroups"]
-    market = {machine["InstanceType"] + machine.get("InstanceLifecycle", "") for machine in machines}
+    market = {
+        machine["InstanceType"] + machine.get("InstanceLifecycle", "") for machine in machines
+    }
     assert market == {"m7i.xlarge", "g6.2xlarge", "g6.2xlargespot"}
     assert all([g["GroupId"] for g in machine["SecurityGroups"]] == [group] for machine in machines)
     assert not [g for g in groups for rule in g["IpPermissions"] if rule["IpRanges"]]
@@ -263,11 +302,17 @@ class Metadata(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
-def test_a_machine_that_is_taken_away_stops_ray(cloud: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_is_taken_away_stops_ray(
+    cloud: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Metadata, "asked", 0)
     server = http.server.HTTPServer(("127.0.0.1", 0), Metadata)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    commands = {"ray": f"echo $* >> {tmp_path}/said", "pkill": f"echo $* >> {tmp_path}/said", "pgrep": "exit 1"}
+    commands = {
+        "ray": f"echo $* >> {tmp_path}/said",
+        "pkill": f"echo $* >> {tmp_path}/said",
+        "pgrep": "exit 1",
+    }
     for name, body in {**commands, "sleep": "exit 0"}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
@@ -284,7 +329,9 @@ def test_a_machine_that_is_taken_away_stops_ray(cloud: str, tmp_path: Path, monk
         said = (tmp_path / "said").read_text().splitlines() if (tmp_path / "said").exists() else []
     server.shutdown()
     assert [line.split()[0] for line in said] == ["drain-node", "-TERM", "stop"]
-    assert said[1].endswith(" ^ray::ImplicitFu"), "the trials, and neither Ray's own nor anybody else's"
+    assert said[1].endswith(" ^ray::ImplicitFu"), (
+        "the trials, and neither Ray's own nor anybody else's"
+    )
     assert Metadata.asked == 3
 
 
@@ -292,16 +339,23 @@ def test_a_sweep_counts_on_what_the_autoscaler_may_bring(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    here = cluster.capacity()
-    assert here["CPU"] == 2 and Resources().on(here).gpus == 0
+    here = cluster.cluster_capacity()
+    assert here["CPU"] == 2 and Resources().resolve(here).gpus == 0
     config = spelled_out(ROOT / "cluster.yaml")
     (tmp_path / "ray_bootstrap_config.yaml").write_text(json.dumps(config))
-    more = cluster.capacity()
-    assert (more["CPU"], more["GPU"]) == (2 + 10 * 8, 10), "8 spot, 2 on demand; the head is there already"
-    assert Resources().on(more).concurrent(more) == 10, "a GPU each"
-    assert Resources(gpus=0.25).concurrent(more) == 40
+    more = cluster.cluster_capacity()
+    assert (more["CPU"], more["GPU"]) == (2 + 10 * 8, 10), (
+        "8 spot, 2 on demand; the head is there already"
+    )
+    assert Resources().resolve(more).max_concurrent_trials(more) == 10, "a GPU each"
+    assert Resources(gpus=0.25).max_concurrent_trials(more) == 40
     monkeypatch.setenv("RAYSWEEP_CLUSTER_MAX", '{"CPU": 32, "GPU": 8}')
-    assert Resources(workers=2).on(cluster.capacity()).concurrent(cluster.capacity(), cluster.nodes()) == 4
+    assert (
+        Resources(workers=2)
+        .resolve(cluster.cluster_capacity())
+        .max_concurrent_trials(cluster.cluster_capacity(), cluster.node_capacities())
+        == 4
+    )
     monkeypatch.setenv("RAYSWEEP_CLUSTER_MAX", "32 CPUs")
     with pytest.raises(SpecError, match=r"RAYSWEEP_CLUSTER_MAX='32 CPUs': expected JSON"):
-        cluster.nodes()
+        cluster.node_capacities()

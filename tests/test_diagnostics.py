@@ -1,28 +1,32 @@
-"""What training records of kappa, weights and vulnerability, the flatness of the loss, and the figures of it all."""
+"""What training records of kappa, weights and vulnerability, the flatness of the loss, and the
+figures of it all.
+"""
 
 import pytest
 import torch
 
 from raysweep.catalog import METHODS
-from raysweep.data import DataSpec, load
-from raysweep.evaluation.flatness import flatness
-from raysweep.method import ONE_WORKER
+from raysweep.data import DataSpec, load_data
 from raysweep.models import ModelSpec
-from raysweep.plots import all_figures, logits_map, vulnerable_map
-from raysweep.rng import Rng
-from raysweep.spec import override
-from raysweep.training.config import run_config
-from raysweep.training.diagnostics import Diagnostics, read_histograms
-from raysweep.training.trainer import fit
+from raysweep.plots import plot_logits_map, plot_run_figures, plot_vulnerable_map
+from raysweep.rng import ExampleRng
+from raysweep.spec import apply_overrides
+from raysweep.training.config import build_training_config
+from raysweep.training.diagnostics import EpochDiagnostics, read_histograms
+from raysweep.training.input_gradients import input_gradient_norm
+from raysweep.training.trainer import train_model
+from raysweep.worker_group import SINGLE_WORKER
 
 
-def record(method, batches, epoch=0, workers=ONE_WORKER):
+def record(method, batches, epoch=0, workers=SINGLE_WORKER):
     """Diagnostics of some steps of an untrained model, and the steps."""
-    model, seen, steps = ModelSpec().build(1, 10, 0), Diagnostics(method, workers), []
+    model, seen, steps = ModelSpec().build_model(1, 10, 0), EpochDiagnostics(method, workers), []
     for number, (x, y) in enumerate(batches):
         index = torch.arange(len(y)) + 1000 * number
-        steps.append(method.at(epoch)(model, x, y, Rng.for_examples(index, 0), workers))
-        seen.add(steps[-1], y)
+        steps.append(
+            method.resolve_at(epoch)(model, x, y, ExampleRng.for_examples(index, 0), workers)
+        )
+        seen.add_batch(steps[-1], y)
     return seen, steps
 
 
@@ -30,14 +34,15 @@ def record(method, batches, epoch=0, workers=ONE_WORKER):
 def batches():
     generator = torch.Generator().manual_seed(1)
     return [
-        (torch.rand(n, 1, 8, 8, generator=generator), torch.randint(10, (n,), generator=generator)) for n in (32, 9)
+        (torch.rand(n, 1, 8, 8, generator=generator), torch.randint(10, (n,), generator=generator))
+        for n in (32, 9)
     ]
 
 
 def test_numbers_by_hand(batches):
-    method = override(METHODS["gairat"](), {"terms.pgd.weight.burn_in": 0})
+    method = apply_overrides(METHODS["gairat"](), {"terms.pgd.weight.burn_in": 0})
     seen, steps = record(method, batches)
-    kappa = torch.cat([s.adversarial["pgd"].kappa for s in steps])
+    kappa = torch.cat([s.attack_results["pgd"].kappa for s in steps])
     weights = [s.weights["pgd"] for s in steps]
     weight = torch.cat(weights)
     y = torch.cat([y for _, y in batches])
@@ -51,13 +56,14 @@ def test_numbers_by_hand(batches):
         "train/low_weight_pgd": torch.cat([w / w.mean() < 0.2 for w in weights]).float().mean(),
         "train/V_pgd": p.gather(1, y[:, None]).mean(),
         "train/pgd": (p.argmax(1) == y).float().mean(),
-        "train/loss": sum(s.loss.detach() * len(b[1]) for s, b in zip(steps, batches, strict=True)) / len(y),
+        "train/loss": sum(s.loss.detach() * len(b[1]) for s, b in zip(steps, batches, strict=True))
+        / len(y),
     }
-    metrics = seen.metrics()
+    metrics = seen.compute_metrics()
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(float(value), rel=1e-5), name
-    histograms = seen.histograms()
+    histograms = seen.compute_histograms()
     assert histograms["kappa_pgd"]["counts"] == torch.bincount(kappa, minlength=11).tolist()
     for histogram in histograms.values():
         assert sum(histogram["counts"]) == len(y)
@@ -70,7 +76,7 @@ class TwoWorkers:
     size = 2
     rank = 0
 
-    def sum(self, value):
+    def all_reduce_sum(self, value):
         return 2 * value
 
 
@@ -79,42 +85,63 @@ def test_every_method_can_be_recorded(batches, name):
     """Means over all workers do not change if all see the same; counts add up."""
     seen, _ = record(METHODS[name](), batches, epoch=150)
     both, _ = record(METHODS[name](), batches, epoch=150, workers=TwoWorkers())
-    one, two = seen.metrics(), both.metrics()
+    one, two = seen.compute_metrics(), both.compute_metrics()
     assert one == pytest.approx(two)
     shares = [key for key in one if "low_weight" in key or "ess" in key]
     assert len(shares) >= 2
     assert all(0 <= one[key] <= 1 for key in shares)
-    for key, histogram in seen.histograms().items():
-        assert both.histograms()[key]["counts"] == [2 * c for c in histogram["counts"]]
+    for key, histogram in seen.compute_histograms().items():
+        assert both.compute_histograms()[key]["counts"] == [2 * c for c in histogram["counts"]]
 
 
 def test_flatness_is_the_mean_gradient_norm():
-    """Without an attack to move the data, by hand; and friendly data are no steeper than a straight line says."""
-    data = load(DataSpec(val_size=20))
-    model = ModelSpec().build(1, 10, 0)
+    """Without an attack to move the data, by hand; and friendly data are no steeper than a straight
+    line says.
+    """
+    data = load_data(DataSpec(val_size=20))
+    model = ModelSpec().build_model(1, 10, 0)
     attack = METHODS["at"]().attacks["pgd"].model_copy(update={"eps": 0.0, "step_size": 0.0})
-    result = flatness(model, data.val, attack, count=20, batch_size=7)
-    x, y = data.val.images(slice(0, 20)).requires_grad_(), data.val.y[:20]
+    result = input_gradient_norm(model, data.val, attack, n_examples=20, batch_size=7)
+    x, y = data.val.get_float_images(slice(0, 20)).requires_grad_(), data.val.y[:20]
     model.eval()
     norms = []
     for i in range(20):
         loss = torch.nn.functional.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
         norms.append(torch.autograd.grad(loss, x)[0].norm())
     expected = float(torch.stack(norms).mean())
-    assert result == pytest.approx({"flatness_friendly": expected, "flatness_adversarial": expected}, rel=1e-4)
+    assert result == pytest.approx(
+        {"flatness_friendly": expected, "flatness_adversarial": expected}, rel=1e-4
+    )
 
 
 def test_a_run_records_and_draws(tmp_path):
-    settings = {"data.val_size": 60, "data.train_size": 120, "epochs": 2, "validation.flatness": True}
+    settings = {
+        "data.val_size": 60,
+        "data.train_size": 120,
+        "epochs": 2,
+        "validation.flatness": True,
+    }
     settings |= {"method.terms.pgd.weight.burn_in": 1, "*.steps": 2}
-    fitted = fit(run_config("gairat", settings), tmp_path / "run")
+    fitted = train_model(build_training_config("gairat", settings), tmp_path / "run")
     histograms = read_histograms(tmp_path / "run")
     assert list(histograms) == [1, 2]
     assert sum(histograms[2]["kappa_pgd"]["counts"]) == 120
-    row = fitted.last.metrics
-    assert {"train/natural", "flatness_friendly", "flatness_adversarial", "train/low_weight_pgd"} <= row.keys()
-    figures = all_figures(fitted.last.history, histograms)
-    expected = {"errors", "flatness", "kappa_pgd", "kappa_pgd_histogram", "V_pgd_histogram", "weight_pgd_histogram"}
+    row = fitted.last_checkpoint.last_metrics
+    assert {
+        "train/natural",
+        "flatness_friendly",
+        "flatness_adversarial",
+        "train/low_weight_pgd",
+    } <= row.keys()
+    figures = plot_run_figures(fitted.last_checkpoint.history, histograms)
+    expected = {
+        "errors",
+        "flatness",
+        "kappa_pgd",
+        "kappa_pgd_histogram",
+        "V_pgd_histogram",
+        "weight_pgd_histogram",
+    }
     assert set(figures) == expected
     for name, figure in figures.items():
         figure.savefig(tmp_path / f"{name}.png")
@@ -122,17 +149,22 @@ def test_a_run_records_and_draws(tmp_path):
 
 
 def test_maps_of_instances(tmp_path):
-    """G fig. 7 and L fig. 2 from logits; two classes that differ in one direction are told apart by it."""
+    """G fig. 7 and L fig. 2 from logits; two classes that differ in one direction are told apart by
+    it.
+    """
     generator = torch.Generator().manual_seed(0)
     logits, y = torch.randn(60, 10, generator=generator), torch.arange(60) % 3
     logits[:, 0] += 20 * (y == 1)
     kappa = torch.randint(11, (60,), generator=generator)
-    figure = logits_map(logits, y, kappa, (0, 1))
+    figure = plot_logits_map(logits, y, kappa, (0, 1))
     zeros, ones = (dots.get_offsets()[:, 0] for dots in figure.axes[0].collections)
     assert len(zeros) == len(ones) == 20
     assert zeros.max() < ones.min() or ones.max() < zeros.min()
     v = torch.rand(60, generator=generator)
-    same = vulnerable_map(logits, v, v)
-    assert [text.get_text() for text in same.axes[0].get_legend().get_texts()] == ["consistent: 12", "inconsistent: 0"]
+    same = plot_vulnerable_map(logits, v, v)
+    assert [text.get_text() for text in same.axes[0].get_legend().get_texts()] == [
+        "consistent: 12",
+        "inconsistent: 0",
+    ]
     for number, drawn in enumerate((figure, same)):
         drawn.savefig(tmp_path / f"{number}.png")

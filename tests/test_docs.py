@@ -8,10 +8,13 @@ import pytest
 
 from raysweep.cli import build_parser
 from raysweep.spec import parse_yaml
-from raysweep.sweep.space import SearchSpace
+from raysweep.sweep.search_space import SearchSpace
 
 ROOT = Path(__file__).parent.parent
-PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
+PAGES = {
+    page.relative_to(ROOT).as_posix(): page.read_text()
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+}
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -19,7 +22,13 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return [(name, block) for name, page in PAGES.items() for block in fence.findall(page)]
 
 
-LINKS = sorted({(n, link) for n, page in PAGES.items() for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page)})
+LINKS = sorted(
+    {
+        (n, link)
+        for n, page in PAGES.items()
+        for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page)
+    }
+)
 COMMANDS = sorted(
     {
         (name, c)
@@ -48,7 +57,7 @@ def test_code_compiles(page, code) -> None:
 def test_yaml_is_sound(page, text) -> None:
     data = parse_yaml(text)
     if isinstance(data, dict) and "space" in data:
-        assert SearchSpace.load(data).problems() == []
+        assert SearchSpace.from_data(data).find_problems() == []
 
 
 def test_ci_runs_exactly_the_readmes_test_command() -> None:

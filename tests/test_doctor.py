@@ -12,7 +12,7 @@ from conftest import FORKED
 from raysweep.cli import main
 from raysweep.commands import doctor
 from raysweep.data import DataSpec
-from raysweep.sweep import probe
+from raysweep.sweep import node_probe
 
 pytestmark = pytest.mark.ray
 
@@ -25,7 +25,9 @@ def test_a_good_cluster(ray_cluster, workdir: Path, capsys) -> None:
     assert [finding["check"] for finding in report["findings"]] == checks
     assert not any(finding["do"] for finding in report["findings"])
     assert report["findings"][-1]["text"] == "Ray listens on loopback alone"
-    assert not (workdir / "mlflow.db").exists() and not list((workdir / "runs").iterdir()), "it leaves nothing"
+    assert not (workdir / "mlflow.db").exists() and not list((workdir / "runs").iterdir()), (
+        "it leaves nothing"
+    )
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(checks) and all(line.startswith("ok ") for line in lines)
@@ -37,27 +39,35 @@ def test_data_that_not_every_node_sees(ray_cluster, workdir: Path, capsys) -> No
     for split in ("train", "test"):
         np.savez(workdir / f"{split}.npz", x=np.zeros((9, 3, 8, 8), np.uint8), y=np.arange(9) % 3)
     arrays = ["--set", "data.name=arrays", "--set", "data.val_size=3"]
-    assert main(["doctor", *arrays, "--set", "data.data_dir=."]) == 0, "a relative folder is the driver's"
+    assert main(["doctor", *arrays, "--set", "data.data_dir=."]) == 0, (
+        "a relative folder is the driver's"
+    )
     assert main(["doctor", *arrays, "--data-dir", str(workdir)]) == 0
     capsys.readouterr()
     elsewhere = DataSpec(name="arrays", data_dir=workdir / "elsewhere").model_dump_json()
-    answers = probe.ask(probe.Question(str(workdir), "train.npz", elsewhere))
-    findings = doctor._nodes(answers, probe.versions(), str(workdir), "arrays", "0" * 16)
+    answers = node_probe.probe_nodes(node_probe.ProbeRequest(str(workdir), "train.npz", elsewhere))
+    findings = doctor._diagnose_nodes(
+        answers, node_probe.package_versions(), str(workdir), "arrays", "0" * 16
+    )
     (broken,) = [finding for finding in findings if not finding.ok]
     assert broken.check == "data" and "elsewhere' has no train.npz" in broken.text
-    assert "put data set 'arrays' where every node finds it" in broken.do
+    assert "put data set 'arrays' where every node finds it" in broken.remedy
     assert main(["doctor", *arrays, "--data-dir", str(workdir / "nowhere")]) == 1
     assert "BROKEN data      here: data.data_dir" in capsys.readouterr().out
 
 
 def test_storage_that_is_not_shared(ray_cluster, workdir: Path) -> None:
     spec = DataSpec().model_dump_json()
-    (answer,) = probe.ask(probe.Question(str(workdir / "elsewhere"), "marker", spec))
+    (answer,) = node_probe.probe_nodes(
+        node_probe.ProbeRequest(str(workdir / "elsewhere"), "marker", spec)
+    )
     assert answer.problems["storage"] == f"does not see {workdir}/elsewhere as the driver does"
 
 
 def examine_a_broken_cluster(*arguments: str) -> int:
-    """The doctor on a head and a worker that Ray was told two GPUs of; they listen everywhere and want no token."""
+    """The doctor on a head and a worker that Ray was told two GPUs of; they listen everywhere and
+    want no token.
+    """
     from ray._private import ray_constants
     from ray.cluster_utils import Cluster
 
@@ -76,14 +86,27 @@ def test_a_broken_cluster_is_told_what_to_do(ray_cluster, tmp_path: Path) -> Non
     open_doors = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "RAY_AUTH_MODE": "disabled"}
     environment = {**open_doors, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     arguments, imports = ("--json", "--out", str(tmp_path)), forked.COMMANDS
-    done = forked.start(examine_a_broken_cluster, *arguments, environment=environment, imports=imports)
+    done = forked.start(
+        examine_a_broken_cluster, *arguments, environment=environment, imports=imports
+    )
     assert done.wait() == 1, done.err
     report = json.loads(done.out)
-    broken = {(finding["check"], finding["text"].split(": ", 1)[-1]) for finding in report["findings"] if finding["do"]}
+    broken = {
+        (finding["check"], finding["text"].split(": ", 1)[-1])
+        for finding in report["findings"]
+        if finding["do"]
+    }
     assert ("gpus", "has 0 GPUs, Ray was told 2") in broken
     assert ("doors", "Ray listens beyond loopback and wants no token") in broken
-    assert any(finding["check"] == "mlflow" and "127.0.0.1:9" in finding["text"] for finding in report["findings"])
-    assert {finding["check"] for finding in report["findings"] if finding["ok"]} >= {"address", "storage", "data"}
+    assert any(
+        finding["check"] == "mlflow" and "127.0.0.1:9" in finding["text"]
+        for finding in report["findings"]
+    )
+    assert {finding["check"] for finding in report["findings"] if finding["ok"]} >= {
+        "address",
+        "storage",
+        "data",
+    }
 
 
 class OldServer(http.server.BaseHTTPRequestHandler):

@@ -9,8 +9,15 @@ from ladder import Ladder, ladder
 from torch import Tensor, nn
 
 from raysweep.attacks import APGD, FAB, PGD, SingleAttack, Square
-from raysweep.evaluation.checks import Nature, collapsed, examine, fitting, square_beats_gradients, suited
-from raysweep.rng import Rng
+from raysweep.evaluation.model_inspection import (
+    ModelProperties,
+    adapt_attack,
+    check_labels,
+    find_collapse_warning,
+    find_square_masking_warning,
+    inspect_model,
+)
+from raysweep.rng import ExampleRng
 from raysweep.spec import SpecError
 
 
@@ -32,7 +39,10 @@ def sound(x: Tensor) -> Tensor:
     return 10 * x.flatten(1) @ torch.eye(4, 10) - 5 * torch.arange(10) / 9
 
 
-IMAGES, LABELS = torch.rand(12, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 4
+IMAGES, LABELS = (
+    torch.rand(12, 1, 2, 2, generator=torch.Generator().manual_seed(0)),
+    torch.arange(12) % 4,
+)
 
 
 def look(
@@ -41,17 +51,21 @@ def look(
     x: Tensor = IMAGES,
     y: Tensor = LABELS,
     eps: float = 0.0,
-) -> Nature:
-    return examine(Scripted(f), x, y, Rng.for_examples(torch.arange(len(x)), 0), eps, attacks)
+) -> ModelProperties:
+    return inspect_model(
+        Scripted(f), x, y, ExampleRng.for_examples(torch.arange(len(x)), 0), eps, attacks
+    )
 
 
 def test_a_sound_model_is_not_doubted() -> None:
-    assert look(lambda x, call: sound(x)) == Nature(10, False, True, ())
+    assert look(lambda x, call: sound(x)) == ModelProperties(10, False, True, ())
 
 
 @pytest.mark.parametrize(("share", "random"), [(3e-5, True), (3e-6, False)])
 @pytest.mark.parametrize("call", [1, 4])
-def test_a_model_is_random_if_one_of_five_answers_differs_by_a_hundred_thousandth(share, random, call) -> None:
+def test_a_model_is_random_if_one_of_five_answers_differs_by_a_hundred_thousandth(
+    share, random, call
+) -> None:
     def drifting(x: Tensor, number: int) -> Tensor:
         logits = sound(x)
         shift = torch.zeros_like(logits)
@@ -59,19 +73,25 @@ def test_a_model_is_random_if_one_of_five_answers_differs_by_a_hundred_thousandt
         return logits + shift
 
     found = look(drifting)
-    assert found.random is random and len(found.warnings) == random
+    assert found.is_random is random and len(found.warnings) == random
     assert not random or "answers differently each time" in found.warnings[0]
 
 
 def test_only_five_answers_are_compared() -> None:
-    assert not look(lambda x, call: sound(x) + (call == 5)).random
+    assert not look(lambda x, call: sound(x) + (call == 5)).is_random
 
 
 def test_a_random_model_gives_no_warning_if_every_attack_averages() -> None:
     rand, plain = APGD(samples=20), APGD()
-    for attacks, doubts in (((rand,), 0), ((rand, rand), 0), ((rand, plain), 1), ((plain,), 1), ((Square(),), 1)):
+    for attacks, doubts in (
+        ((rand,), 0),
+        ((rand, rand), 0),
+        ((rand, plain), 1),
+        ((plain,), 1),
+        ((Square(),), 1),
+    ):
         found = look(lambda x, call: sound(x) + call, attacks)
-        assert found.random and len(found.warnings) == doubts, attacks
+        assert found.is_random and len(found.warnings) == doubts, attacks
 
 
 def shares(x: Tensor) -> Tensor:
@@ -98,7 +118,9 @@ def test_probabilities_are_at_least_0_and_sum_to_1(f, probabilities: bool) -> No
 
 
 @pytest.mark.parametrize(("spread", "constant"), [(0.0, True), (1e-4, False)])
-def test_a_model_is_constant_if_all_examples_have_the_same_logits(spread: float, constant: bool) -> None:
+def test_a_model_is_constant_if_all_examples_have_the_same_logits(
+    spread: float, constant: bool
+) -> None:
     def flat(x: Tensor, call: int) -> Tensor:
         logits = 0 * sound(x) + torch.arange(10.0)
         return logits + spread * (torch.arange(len(x)) == len(x) - 1)[:, None]
@@ -110,12 +132,20 @@ def test_a_model_is_constant_if_all_examples_have_the_same_logits(spread: float,
 
 
 # Of eight images the first two are wrong; four are steep, three of them among those that are right.
-DISTANCES, WHICH, STEEP = [-0.1, -0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2], [0, 1] * 4, [1, 0, 1, 1, 1, 0, 0, 0]
+DISTANCES, WHICH, STEEP = (
+    [-0.1, -0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2],
+    [0, 1] * 4,
+    [1, 0, 1, 1, 1, 0, 0, 0],
+)
 
 
-def warnings_of(model: nn.Module, attacks: tuple[SingleAttack, ...] = (PGD(),), eps: float = 0.0) -> tuple[str, ...]:
+def warnings_of(
+    model: nn.Module, attacks: tuple[SingleAttack, ...] = (PGD(),), eps: float = 0.0
+) -> tuple[str, ...]:
     x, y = ladder(DISTANCES, WHICH, STEEP)
-    return examine(model, x, y, Rng.for_examples(torch.arange(8), 0), eps, attacks).warnings
+    return inspect_model(
+        model, x, y, ExampleRng.for_examples(torch.arange(8), 0), eps, attacks
+    ).warnings
 
 
 def test_examples_without_a_gradient_are_counted_among_those_that_are_right() -> None:
@@ -153,14 +183,16 @@ def test_gradients_are_measured_near_the_images_and_not_at_them() -> None:
 
 def test_only_square_attacks_a_model_without_a_gradient() -> None:
     found = look(lambda x, call: sound(x.detach()))
-    assert not found.differentiable
-    assert found.warnings == ("the model has no gradient with respect to its input: only Square can be run",)
+    assert not found.is_differentiable
+    assert found.warnings == (
+        "the model has no gradient with respect to its input: only Square can be run",
+    )
     assert look(lambda x, call: sound(x.detach()), (Square(),)).warnings == ()
 
 
 def test_which_attacks_a_model_allows() -> None:
-    def nature(classes: int, differentiable: bool = True) -> Nature:
-        return Nature(classes, False, differentiable, ())
+    def nature(classes: int, differentiable: bool = True) -> ModelProperties:
+        return ModelProperties(classes, False, differentiable, ())
 
     dlr, targeted, ce = APGD(loss="dlr", steps=7), APGD(loss="dlr-targeted", eps=0.1), APGD()
     for attack, least in (
@@ -172,34 +204,50 @@ def test_which_attacks_a_model_allows() -> None:
         (FAB(), 2),
         (Square(), 2),
     ):
-        assert suited(attack, nature(least)) == (attack, None)
+        assert adapt_attack(attack, nature(least)) == (attack, None)
         if least > 2:
             told = f"the {attack.loss} loss needs {least} logits, the model has {least - 1}: run with the cw loss"
-            assert suited(attack, nature(least - 1)) == (attack.model_copy(update={"loss": "cw"}), told)
+            assert adapt_attack(attack, nature(least - 1)) == (
+                attack.model_copy(update={"loss": "cw"}),
+                told,
+            )
     for attack in (dlr, targeted, ce, PGD(), FAB()):
-        assert suited(attack, nature(2, differentiable=False)) == (None, "left out: it needs a gradient")
-    assert suited(Square(), nature(2, differentiable=False)) == (Square(), None)
+        assert adapt_attack(attack, nature(2, differentiable=False)) == (
+            None,
+            "left out: it needs a gradient",
+        )
+    assert adapt_attack(Square(), nature(2, differentiable=False)) == (Square(), None)
 
 
 def test_labels_without_a_logit_are_refused() -> None:
     for labels in ([0, 3], [3], [0]):
-        fitting(np.array(labels), 4)
+        check_labels(np.array(labels), 4)
     for labels, low, high in (([0, 4], 0, 4), ([-1, 3], -1, 3)):
-        with pytest.raises(SpecError, match=rf"y must lie in 0..3, as the model has 4 logits; got {low} to {high}"):
-            fitting(torch.tensor(labels), 4)
+        with pytest.raises(
+            SpecError, match=rf"y must lie in 0..3, as the model has 4 logits; got {low} to {high}"
+        ):
+            check_labels(torch.tensor(labels), 4)
 
 
 def test_when_a_model_has_collapsed() -> None:
     one, several = np.array([2, 2, 2]), np.array([0, 2, 2])
-    assert collapsed(one, several) == "the model predicts class 2 for every example: it has collapsed"
-    assert collapsed(several, several) is None
-    assert collapsed(one, one) is None, "the model is right: all examples are of that class"
-    assert collapsed(one[:1], several[:1]) is None
+    assert (
+        find_collapse_warning(one, several)
+        == "the model predicts class 2 for every example: it has collapsed"
+    )
+    assert find_collapse_warning(several, several) is None
+    assert find_collapse_warning(one, one) is None, (
+        "the model is right: all examples are of that class"
+    )
+    assert find_collapse_warning(one[:1], several[:1]) is None
 
 
 def test_how_many_examples_square_may_break_after_the_others() -> None:
-    assert square_beats_gradients(0.5, 0.4981) is None and square_beats_gradients(0.5, 0.5) is None
-    line = square_beats_gradients(0.5, 0.4978)
+    assert (
+        find_square_masking_warning(0.5, 0.4981) is None
+        and find_square_masking_warning(0.5, 0.5) is None
+    )
+    line = find_square_masking_warning(0.5, 0.4978)
     assert line is not None and line.startswith("Square lowered robust accuracy by 0.22 points")
 
 
@@ -208,8 +256,14 @@ def test_how_many_examples_square_may_break_after_the_others() -> None:
     [
         (lambda x: sound(x)[:, :1], "must return (N, 2 or more) logits, it returned (12, 1)"),
         (lambda x: sound(x)[:, 0], "must return (N, 2 or more) logits, it returned (12,)"),
-        (lambda x: sound(x) + torch.tensor([torch.nan] + 9 * [0.0]), "returns logits that are not finite"),
-        (lambda x: sound(x) - torch.tensor(9 * [0.0] + [torch.inf]), "returns logits that are not finite"),
+        (
+            lambda x: sound(x) + torch.tensor([torch.nan] + 9 * [0.0]),
+            "returns logits that are not finite",
+        ),
+        (
+            lambda x: sound(x) - torch.tensor(9 * [0.0] + [torch.inf]),
+            "returns logits that are not finite",
+        ),
     ],
 )
 def test_models_that_cannot_be_attacked_are_refused(f, words: str) -> None:
@@ -225,5 +279,15 @@ def test_a_model_is_examined_in_eval_mode_and_left_as_it_was() -> None:
 
     model = Moody().train()
     x, y = ladder([0.1, 0.1], [0, 1])
-    assert examine(model, x, y, Rng.for_examples(torch.arange(2), 0), 0.01, (PGD(),)).warnings == ()
-    assert model.training and model.scale.requires_grad and model.scale.grad is None and not x.requires_grad
+    assert (
+        inspect_model(
+            model, x, y, ExampleRng.for_examples(torch.arange(2), 0), 0.01, (PGD(),)
+        ).warnings
+        == ()
+    )
+    assert (
+        model.training
+        and model.scale.requires_grad
+        and model.scale.grad is None
+        and not x.requires_grad
+    )

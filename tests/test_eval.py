@@ -12,16 +12,27 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from raysweep.attacks import preset
+from raysweep.attacks import attack_by_name
+from raysweep.checkpoint_evaluation import (
+    choose_evaluation_folder,
+    evaluate_checkpoint,
+    log_evaluation,
+    save_evaluation_files,
+)
 from raysweep.cli import main
-from raysweep.pipeline.judge import folder_of, judge, save, track
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.space import load_space
-from raysweep.tracking import Tracker, embedded_store, run_tags
-from raysweep.training.checkpoint import Run
-from raysweep.training.load import load_checkpoint
+from raysweep.sweep.search_space import load_space
+from raysweep.tracking import Tracker, checkpoint_run_tags, tracking_uri
+from raysweep.training.checkpoint import RunDirectory
+from raysweep.training.model_loading import load_checkpoint_target
 
-SETTINGS = ("epochs=2", "data.train_size=200", "data.val_size=50", "*.attacks.*.steps=2", "validation.finish.*.steps=2")
+SETTINGS = (
+    "epochs=2",
+    "data.train_size=200",
+    "data.val_size=50",
+    "*.attacks.*.steps=2",
+    "validation.finish.*.steps=2",
+)
 SMALL = [part for setting in SETTINGS for part in ("--set", setting)]
 QUICK = ["--attack", "apgd-ce", "--n", "40", "--json"]
 
@@ -45,7 +56,9 @@ def trained(trained_once: Path, workdir: Path) -> Path:
 
 
 @pytest.mark.mlflow
-def test_a_checkpoint_is_attacked_and_the_numbers_go_to_its_run(trained: Path, capsys, monkeypatch) -> None:
+def test_a_checkpoint_is_attacked_and_the_numbers_go_to_its_run(
+    trained: Path, capsys, monkeypatch
+) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
     assert main(["eval", str(trained), *QUICK, "--keep-adversarial"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -62,8 +75,12 @@ def test_a_checkpoint_is_attacked_and_the_numbers_go_to_its_run(trained: Path, c
 
     client = MlflowClient(f"sqlite:///{trained.parent.parent}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
-    assert run.data.metrics["eval/apgd-ce-Linf-0.15-n40/robust_accuracy"] == report["robust_accuracy"]
-    assert not [name for name in run.data.metrics if name.startswith("aa/")], "that is AutoAttack's alone"
+    assert (
+        run.data.metrics["eval/apgd-ce-Linf-0.15-n40/robust_accuracy"] == report["robust_accuracy"]
+    )
+    assert not [name for name in run.data.metrics if name.startswith("aa/")], (
+        "that is AutoAttack's alone"
+    )
     assert run.info.status == "FINISHED"
 
     client.create_registered_model("robust")
@@ -88,16 +105,25 @@ def test_a_finished_evaluation_is_not_run_again(trained: Path, capsys, monkeypat
 
 
 @pytest.mark.mlflow
-def test_neither_seeds_nor_versions_overwrite_each_other(trained: Path, workdir: Path, monkeypatch) -> None:
+def test_neither_seeds_nor_versions_overwrite_each_other(
+    trained: Path, workdir: Path, monkeypatch
+) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
-    tracker, subject = Tracker(embedded_store(workdir), workdir / "mlruns"), load_checkpoint(trained, {})
+    tracker, subject = (
+        Tracker(tracking_uri(workdir), workdir / "mlruns"),
+        load_checkpoint_target(trained, {}),
+    )
     assert subject.checkpoint and subject.data and subject.config
-    run, attack, folders = tracker.find(run_tags(subject.checkpoint)), preset("pgd20", 0.15), set()
+    run, attack, folders = (
+        tracker.find_run(checkpoint_run_tags(subject.checkpoint)),
+        attack_by_name("pgd20", 0.15),
+        set(),
+    )
     for seed in (0, 1):
-        folder = folder_of(workdir, subject, attack, subject.config.data, 4, seed)
-        report = judge(subject, subject.data, attack, 4, folder, None, seed=seed)
-        save(report, folder, subject, subject.config.data)
-        track(tracker, run, subject, report, folder, "pgd20", False)
+        folder = choose_evaluation_folder(workdir, subject, attack, subject.config.data, 4, seed)
+        report = evaluate_checkpoint(subject, subject.data, attack, 4, folder, None, seed=seed)
+        save_evaluation_files(report, folder, subject, subject.config.data)
+        log_evaluation(tracker, run, subject, report, folder, "pgd20", False)
         folders.add(folder)
     assert len(folders) == 2
     assert main(["eval", str(trained), "--version", "rand", "--n", "1"]) == 0
@@ -107,47 +133,63 @@ def test_neither_seeds_nor_versions_overwrite_each_other(trained: Path, workdir:
     assert run is not None
     logged = MlflowClient(f"sqlite:///{workdir}/mlflow.db").get_run(run).data.metrics
     names = {name.split("/")[1] for name in logged if name.startswith("eval/")}
-    assert names == {"pgd20-Linf-0.15-n4", "pgd20-Linf-0.15-n4-seed1", "autoattack-rand-Linf-0.15-n1"}
+    assert names == {
+        "pgd20-Linf-0.15-n4",
+        "pgd20-Linf-0.15-n4-seed1",
+        "autoattack-rand-Linf-0.15-n1",
+    }
 
 
 @pytest.mark.ray
-def test_over_a_ray_cluster_the_verdict_is_the_same(trained: Path, ray_cluster, capsys, monkeypatch) -> None:
+def test_over_a_ray_cluster_the_verdict_is_the_same(
+    trained: Path, ray_cluster, capsys, monkeypatch
+) -> None:
     from raysweep.evaluation import evaluate
-    from raysweep.sweep.launch import RayMap
+    from raysweep.sweep.ray_map import RayMap
 
-    subject = load_checkpoint(trained, {})
-    from raysweep.data import load
+    subject = load_checkpoint_target(trained, {})
+    from raysweep.data import load_data
 
-    test = load(subject.config.data).test
-    x, y = test.images(slice(0, 60)), test.y[:60]
+    test = load_data(subject.config.data).test
+    x, y = test.get_float_images(slice(0, 60)), test.y[:60]
     alone = evaluate(subject.model, x, y, "apgd-ce,square", 0.15, batch_size=60, shards=1)
-    spread = evaluate(subject.model, x, y, "apgd-ce,square", 0.15, batch_size=20, shards=3, map=RayMap())
+    spread = evaluate(
+        subject.model, x, y, "apgd-ce,square", 0.15, batch_size=20, shards=3, map=RayMap()
+    )
     assert np.array_equal(alone.robust, spread.robust)
 
 
-def test_a_sweep_and_a_trial_are_named_as_show_names_them(trained: Path, workdir: Path, capsys, monkeypatch) -> None:
+def test_a_sweep_and_a_trial_are_named_as_show_names_them(
+    trained: Path, workdir: Path, capsys, monkeypatch
+) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
     ledger = Ledger.create(workdir / "runs" / "g1", load_space("at", {}))
-    shutil.move(trained, ledger.run_path(3))
-    last = Run(ledger.run_path(3)).last()
+    shutil.move(trained, ledger.trial_path(3))
+    last = RunDirectory(ledger.trial_path(3)).read_last_checkpoint()
     assert last is not None
-    ledger.write(Trial(3, {}, "finished", 2, best=max(last.history, key=lambda row: row["robust_worst"])))
+    ledger.save_trial(
+        Trial(3, {}, "finished", 2, best=max(last.history, key=lambda row: row["robust_worst"]))
+    )
     folders = set()
     for what in (
         ["g1/0003"],
         ["g1"],
         ["runs/g1"],
-        [str(ledger.run_path(3))],
+        [str(ledger.trial_path(3))],
         ["g1/3", "--storage", str(workdir / "s")],
     ):
         if "--storage" in what:
             shutil.copytree(workdir / "runs" / "g1", workdir / "s" / "g1")
         assert main(["eval", *what, *QUICK]) == 0, what
-        folders.add(json.loads(capsys.readouterr().out)["folder"].replace(str(workdir / "s"), str(workdir / "runs")))
-    assert len(folders) == 1 and folders.pop().startswith(str(ledger.run_path(3)))
+        folders.add(
+            json.loads(capsys.readouterr().out)["folder"].replace(
+                str(workdir / "s"), str(workdir / "runs")
+            )
+        )
+    assert len(folders) == 1 and folders.pop().startswith(str(ledger.trial_path(3)))
     assert main(["show", "g1", "--json"]) == 0
     (trial,) = json.loads(capsys.readouterr().out)["trials"]
-    assert Path(trial["checkpoint"]).parent == ledger.run_path(3)
+    assert Path(trial["checkpoint"]).parent == ledger.trial_path(3)
     assert main(["eval", "g1/0004", *QUICK]) == 2
     assert "g1 has no trial 0004: it has 1, counted from 0000" in capsys.readouterr().err
     assert main(["eval", "g2", *QUICK]) == 2
@@ -155,7 +197,9 @@ def test_a_sweep_and_a_trial_are_named_as_show_names_them(trained: Path, workdir
 
 
 def test_a_users_own_model(tmp_path: Path, capsys, monkeypatch) -> None:
-    """In a folder and as a user whose names make trouble: `o'neil`, and none at all, as in some containers."""
+    """In a folder and as a user whose names make trouble: `o'neil`, and none at all, as in some
+    containers.
+    """
     workdir = tmp_path / "o'neil"
     workdir.mkdir()
     monkeypatch.chdir(workdir)
@@ -170,14 +214,26 @@ def test_a_users_own_model(tmp_path: Path, capsys, monkeypatch) -> None:
         "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
         "number = 3\n"
     )
-    command = ["eval", "my_models:linear", "--attack", "pgd20", "--eps", "8/255", "--n", "30", "--json"]
+    command = [
+        "eval",
+        "my_models:linear",
+        "--attack",
+        "pgd20",
+        "--eps",
+        "8/255",
+        "--n",
+        "30",
+        "--json",
+    ]
     assert main(command) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["eps"] == 8 / 255 and report["model"] == "my_models:linear"
     for name, count in (("train", 10), ("test", 30)):
         x = np.random.default_rng(0).integers(0, 256, (count, 1, 8, 8), dtype=np.uint8)
         np.savez(workdir / f"{name}.npz", x=x, y=np.arange(count) % 10)
-    assert main([*command, "--set", "data.name=arrays", "--data-dir", "."]) == 0, "its training set is not used"
+    assert main([*command, "--set", "data.name=arrays", "--data-dir", "."]) == 0, (
+        "its training set is not used"
+    )
     assert json.loads(capsys.readouterr().out)["examples"] == 30
     assert main(["eval", "my_models:nothing"]) == 2
     assert "cannot be imported" in capsys.readouterr().err
@@ -212,12 +268,28 @@ def test_the_command_with_a_class_of_ones_own_and_several_processes(workdir: Pat
         "    return Net()\n"
     )
     command = Path(sys.executable).parent / "raysweep"
-    arguments = ["eval", "mine:make", "--attack", "apgd-ce,square", "--eps", "0.01", "--n", "40", "--json"]
+    arguments = [
+        "eval",
+        "mine:make",
+        "--attack",
+        "apgd-ce,square",
+        "--eps",
+        "0.01",
+        "--n",
+        "40",
+        "--json",
+    ]
     # The only command here that makes an MLflow store of its own: see conftest.
-    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_LOGGING_LEVEL"}
-    done = subprocess.run([command, *arguments], capture_output=True, text=True, cwd=workdir, env=environment)
+    environment = {
+        name: value for name, value in os.environ.items() if name != "MLFLOW_LOGGING_LEVEL"
+    }
+    done = subprocess.run(
+        [command, *arguments], capture_output=True, text=True, cwd=workdir, env=environment
+    )
     assert done.returncode == 0, done.stderr
-    assert (workdir / "mlflow.db").exists() and "INFO" not in done.stderr, "MLflow's tables are made without a word"
+    assert (workdir / "mlflow.db").exists() and "INFO" not in done.stderr, (
+        "MLflow's tables are made without a word"
+    )
     report = json.loads(done.stdout)
     assert list(report["robust_after"]) == ["apgd-ce", "square"]
     if len(os.sched_getaffinity(0)) > 1:
@@ -228,7 +300,10 @@ def test_the_command_with_a_class_of_ones_own_and_several_processes(workdir: Pat
     ("arguments", "words"),
     [
         (["--norm", "L2"], "say --eps too"),
-        (["--version", "rand"], "version 'rand' is of autoattack alone: leave it out for 'apgd-ce'"),
+        (
+            ["--version", "rand"],
+            "version 'rand' is of autoattack alone: leave it out for 'apgd-ce'",
+        ),
         (["--eps", "8"], "did you mean 8/255"),
         (["--set", "epochs=3"], "only data.* settings matter"),
     ],
@@ -244,7 +319,9 @@ def test_a_wrong_radius_is_refused(arguments, words, trained: Path, capsys) -> N
         ("nowhere", "no such folder"),
         (".", "neither a checkpoint"),
         pytest.param("0" * 32, "no checkpoint in MLflow store", marks=pytest.mark.mlflow),
-        pytest.param("models:/none@champion", "no checkpoint in MLflow store", marks=pytest.mark.mlflow),
+        pytest.param(
+            "models:/none@champion", "no checkpoint in MLflow store", marks=pytest.mark.mlflow
+        ),
         ("no_such_module:factory", "cannot be imported"),
         ("weights.pt", "weights.pt: is a file; give the folder"),
     ],
@@ -254,7 +331,9 @@ def test_what_cannot_be_evaluated_is_one_line(what, words, workdir: Path, capsys
     assert main(["eval", what, *QUICK]) == 2
     (message,) = capsys.readouterr().err.strip().splitlines()
     assert words in message
-    assert (workdir / "mlflow.db").exists() == ("MLflow" in words), "a store is made when something is to be written"
+    assert (workdir / "mlflow.db").exists() == ("MLflow" in words), (
+        "a store is made when something is to be written"
+    )
 
 
 @pytest.mark.parametrize(
@@ -262,9 +341,18 @@ def test_what_cannot_be_evaluated_is_one_line(what, words, workdir: Path, capsys
     [
         (["--verify", "--n", "3", "--out", "x"], "--verify attacks nothing: leave out --n, --out"),
         (["--verify", "--set", "data.val_size=3"], "--verify attacks nothing: leave out --set"),
-        (["--verify", "--pseudo-label", "x.npz"], "--verify attacks nothing: leave out --pseudo-label"),
-        (["--pseudo-label", "x.npz", "--attack", "square"], "--pseudo-label attacks nothing: leave out --attack"),
-        (["--pseudo-label", "x.npz", "--bundle", "b"], "--pseudo-label attacks nothing: leave out --bundle"),
+        (
+            ["--verify", "--pseudo-label", "x.npz"],
+            "--verify attacks nothing: leave out --pseudo-label",
+        ),
+        (
+            ["--pseudo-label", "x.npz", "--attack", "square"],
+            "--pseudo-label attacks nothing: leave out --attack",
+        ),
+        (
+            ["--pseudo-label", "x.npz", "--bundle", "b"],
+            "--pseudo-label attacks nothing: leave out --bundle",
+        ),
     ],
 )
 def test_what_a_mode_does_not_read_is_refused(arguments, words, workdir: Path, capsys) -> None:

@@ -1,4 +1,6 @@
-"""Evaluations: the official verdict, the same one however it is cut up, resumed after a kill, honest about doubts."""
+"""Evaluations: the official verdict, the same one however it is cut up, resumed after a kill,
+honest about doubts.
+"""
 
 import json
 import random
@@ -15,15 +17,32 @@ import torch
 from robust_digits import DEFENCES, OFFICIAL, Wrapped, digits, robust_digits
 from torch import nn
 
-from raysweep.attacks import APGD, FAB, PGD, Adversarial, Minimal, Square, WorstCase, autoattack, custom
-from raysweep.evaluation import AttackShards, Outcome, Processes, Shard, bar, evaluate
-from raysweep.evaluation.copies import LEAST_ROWS, Tiled, attack_copy
-from raysweep.evaluation.image_conv import ImageConv
-from raysweep.evaluation.report import wilson
-from raysweep.rng import Rng
+from raysweep.attacks import (
+    APGD,
+    FAB,
+    PGD,
+    AttackCascade,
+    AttackResult,
+    MinimalPerturbation,
+    Square,
+    autoattack,
+    build_custom_cascade,
+)
+from raysweep.evaluation import (
+    ProcessPoolMap,
+    Shard,
+    ShardResult,
+    ShardRunner,
+    evaluate,
+    show_evaluation_progress,
+)
+from raysweep.evaluation.attack_model import MIN_BATCH_ROWS, FixedSizeBatches, make_attack_model
+from raysweep.evaluation.fast_convolution import FastInputGradConv2d
+from raysweep.evaluation.report import compute_wilson_interval
+from raysweep.rng import ExampleRng
 from raysweep.spec import SpecError
 
-SHORT = WorstCase(
+SHORT = AttackCascade(
     attacks={
         "apgd-ce": APGD(eps=0.2, steps=10),
         "apgd-t": APGD(eps=0.2, steps=10, loss="dlr-targeted", targets=3),
@@ -34,7 +53,9 @@ SHORT = WorstCase(
 
 
 def short(count: int, model: nn.Module | None = None, **settings):
-    return evaluate(model or robust_digits(), *digits(count), attack=SHORT, keep_adversarial=True, **settings)
+    return evaluate(
+        model or robust_digits(), *digits(count), attack=SHORT, keep_adversarial=True, **settings
+    )
 
 
 @cache
@@ -44,24 +65,38 @@ def undivided(count: int):
 
 
 def same(one, other) -> bool:
-    flags = all(np.array_equal(one.robust_after[name], other.robust_after[name]) for name in one.robust_after)
-    return flags and np.array_equal(one.x_adv, other.x_adv) and np.array_equal(one.broken_by, other.broken_by)
+    flags = all(
+        np.array_equal(one.robust_after[name], other.robust_after[name])
+        for name in one.robust_after
+    )
+    return (
+        flags
+        and np.array_equal(one.x_adv, other.x_adv)
+        and np.array_equal(one.broken_by, other.broken_by)
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("norm", "eps", "fab_steps"), [("Linf", 0.2, 20), ("L2", 0.7, 100)])
 def test_official_verdict(norm, eps, fab_steps):
-    """On every image that the official package breaks, and some that it does not (they take the time).
+    """On every image that the official package breaks, and some that it does not (they take the
+    time).
 
-    Between seeds the official verdict moves by 2 of 450 images. In Linf the official FAB and Square break none that
-    APGD leaves, so that few of their steps do.
+    Between seeds the official verdict moves by 2 of 450 images. In Linf the official FAB and Square
+    break none that APGD leaves, so that few of their steps do.
     """
     held = 16
     attack = autoattack(eps, norm)
     fab, square = FAB(eps=eps, norm=norm, steps=fab_steps), Square(eps=eps, norm=norm, queries=1000)
-    attack = WorstCase(attacks=attack.attacks | {"fab-t": fab, "square": square})
-    official = {key.partition(".")[2]: OFFICIAL[key] for key in OFFICIAL if key.startswith(f"{norm}.")}
-    rows = np.sort(np.concatenate([np.flatnonzero(~official["square"]), np.flatnonzero(official["square"])[:held]]))
+    attack = AttackCascade(attacks=attack.attacks | {"fab-t": fab, "square": square})
+    official = {
+        key.partition(".")[2]: OFFICIAL[key] for key in OFFICIAL if key.startswith(f"{norm}.")
+    }
+    rows = np.sort(
+        np.concatenate(
+            [np.flatnonzero(~official["square"]), np.flatnonzero(official["square"])[:held]]
+        )
+    )
     model, (x, y) = robust_digits(), (tensor[rows] for tensor in digits())
     report = evaluate(model, x, y, attack, index=rows, keep_adversarial=True)
     assert (~report.clean).sum() == 450 - 437
@@ -74,9 +109,13 @@ def test_official_verdict(norm, eps, fab_steps):
     move = (x_adv.double() - x).flatten(1)
     assert (move.abs().amax() if norm == "Linf" else move.norm(dim=1).max()) <= eps * (1 + 1e-6)
     assert x_adv.min() >= 0 and x_adv.max() <= 1
-    assert (report.margin_after[broken] < 0).all() and (report.margin_after[report.robust] > 0).all()
+    assert (report.margin_after[broken] < 0).all() and (
+        report.margin_after[report.robust] > 0
+    ).all()
     # One example more under Square is over the official 0.2% of so few.
-    assert all(warning.startswith("Square lowered robust accuracy by 0.36") for warning in report.warnings)
+    assert all(
+        warning.startswith("Square lowered robust accuracy by 0.36") for warning in report.warnings
+    )
 
 
 def test_batch_size_and_shards_change_nothing():
@@ -93,7 +132,7 @@ def test_a_fixed_tile_gives_one_verdict_too():
 def test_the_evaluation_is_the_cascade():
     model, (x, y) = robust_digits(), digits(60)
     report = evaluate(model, x, y, attack=SHORT, fold=False)
-    cascade = SHORT(model, x, y, Rng.for_examples(torch.arange(60), 0))
+    cascade = SHORT(model, x, y, ExampleRng.for_examples(torch.arange(60), 0))
     for name, rows in cascade.robust_after.items():
         assert report.robust_after[name].tolist() == rows.tolist()
 
@@ -101,7 +140,12 @@ def test_the_evaluation_is_the_cascade():
 def test_randomness_belongs_to_the_example():
     whole, (x, y) = undivided(60), digits(60)
     part = evaluate(
-        robust_digits(), x[20:45], y[20:45], attack=SHORT, index=torch.arange(20, 45), keep_adversarial=True
+        robust_digits(),
+        x[20:45],
+        y[20:45],
+        attack=SHORT,
+        index=torch.arange(20, 45),
+        keep_adversarial=True,
     )
     assert np.array_equal(part.x_adv, whole.x_adv[20:45])
     assert not np.array_equal(short(60, seed=1).x_adv, whole.x_adv)
@@ -121,7 +165,9 @@ def test_uint8_images_and_numpy_arrays():
     pixels = (x * 255).round().to(torch.uint8)
     scaled = pixels.float() / 255
     forms = [(pixels, y), (scaled, y), (pixels.numpy(), y.numpy()), (scaled.numpy(), y.tolist())]
-    reports = [evaluate(robust_digits(), *form, attack=SHORT, keep_adversarial=True) for form in forms]
+    reports = [
+        evaluate(robust_digits(), *form, attack=SHORT, keep_adversarial=True) for form in forms
+    ]
     assert all(same(reports[0], report) for report in reports[1:])
 
 
@@ -184,7 +230,10 @@ def test_kill_and_resume_lose_at_most_one_shard(tmp_path):
         return [run(shard) for shard in shards]
 
     resumed = short(60, resume_dir=tmp_path, map=counted)
-    rows = {name: sum(len(s.positions) for s in again if s.name == name) for name in ("apgd-ce", "apgd-t")}
+    rows = {
+        name: sum(len(s.positions) for s in again if s.attack_name == name)
+        for name in ("apgd-ce", "apgd-t")
+    }
     left = int(resumed.robust_after["apgd-ce"].sum())
     assert rows["apgd-ce"] == 0 and rows["apgd-t"] <= left - 2 * (left // 4)
     assert same(resumed, undivided(60))
@@ -196,7 +245,7 @@ class Cheat:
     eps, norm = 0.2, "Linf"
 
     def __call__(self, model, x, y, rng):
-        return Adversarial(1 - x, torch.ones_like(y))
+        return AttackResult(1 - x, torch.ones_like(y))
 
     def digest(self):
         return "cheat"
@@ -205,14 +254,17 @@ class Cheat:
 def test_a_claim_that_does_not_verify_counts_as_robust():
     model, (x, y) = robust_digits(), digits(40)
     assert (model(1 - x).argmax(1) != y).any()
-    work = AttackShards(model, x.numpy(), y.numpy(), np.arange(40))
+    work = ShardRunner(model, x.numpy(), y.numpy(), np.arange(40))
     outcome = work(Shard("cheat", Cheat(), np.arange(40)))
     assert not outcome.broken.any() and not len(outcome.x_adv) and outcome.norm.max() > 0.2
 
 
 def test_claims_are_verified_on_the_model_as_given(monkeypatch):
     """A copy that is wrong everywhere breaks nothing of the original."""
-    monkeypatch.setattr("raysweep.evaluation.shards.attack_copy", lambda model, *_: Wrapped(lambda m, x: -m(x)))
+    monkeypatch.setattr(
+        "raysweep.evaluation.shards.make_attack_model",
+        lambda model, *_: Wrapped(lambda m, x: -m(x)),
+    )
     report = evaluate(robust_digits(), *digits(40), attack=PGD(eps=1e-6, steps=2))
     assert report.robust_accuracy == report.clean_accuracy > 0.9
 
@@ -230,7 +282,9 @@ class BatchNormed(nn.Module):
 
 
 class CoarseInTf32(nn.Module):
-    """What TF32 does, and far more of it, on a machine without it: a margin under 1 passes for none."""
+    """What TF32 does, and far more of it, on a machine without it: a margin under 1 passes for
+    none.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -248,10 +302,17 @@ def test_what_only_tf32_breaks_is_attacked_again_in_float32(monkeypatch):
         evaluate(model, x, y, eps=0.2, version="tf32")
     monkeypatch.setattr("raysweep.evaluation.evaluator.has_tf32", lambda device: True)
     attacks = {"apgd-ce": APGD(eps=0.2, steps=20)}
-    plain, fast = (evaluate(model, x, y, attack=WorstCase(attacks=attacks, tf32=tf32)) for tf32 in (False, True))
+    plain, fast = (
+        evaluate(model, x, y, attack=AttackCascade(attacks=attacks, tf32=tf32))
+        for tf32 in (False, True)
+    )
     assert abs(int(plain.robust.sum()) - int(fast.robust.sum())) <= 2
     assert fast.cost["apgd-ce"].queries > plain.cost["apgd-ce"].queries, "some were attacked twice"
-    assert (fast.margin_after[~fast.robust] <= 0).all() and fast.attack["tf32"] and not plain.attack["tf32"]
+    assert (
+        (fast.margin_after[~fast.robust] <= 0).all()
+        and fast.attack["tf32"]
+        and not plain.attack["tf32"]
+    )
     assert autoattack(0.2, version="tf32").attacks == autoattack(0.2).attacks
 
 
@@ -260,11 +321,17 @@ def test_batch_norms_are_folded_where_that_is_exact():
     model, (x, _) = BatchNormed(), digits(32)
     with torch.no_grad():
         model(x)  # running statistics
-    copied = attack_copy(model, x)
+    copied = make_attack_model(model, x)
     assert not [m for m in copied.modules() if isinstance(m, nn.BatchNorm2d)] and model.training
-    assert [m for m in attack_copy(model, x, fold=False).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [
+        m
+        for m in make_attack_model(model, x, fold=False).modules()
+        if isinstance(m, nn.BatchNorm2d)
+    ]
     assert torch.allclose(copied(x), model.eval()(x), atol=1e-5)
-    assert not any(p.requires_grad for p in copied.parameters()) and all(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for p in copied.parameters()) and all(
+        p.requires_grad for p in model.parameters()
+    )
 
 
 def test_batch_norms_that_cannot_be_folded_are_left():
@@ -276,7 +343,7 @@ def test_batch_norms_that_cannot_be_folded_are_left():
 
     torch.manual_seed(0)
     model, (x, _) = Twice(), digits(32)
-    copied = attack_copy(model, x)
+    copied = make_attack_model(model, x)
     assert torch.allclose(copied(x), model.eval()(x), atol=1e-5)
 
 
@@ -295,17 +362,19 @@ def test_batch_norms_that_cannot_be_folded_are_left():
 )
 def test_gradients_to_images_are_cheap_and_the_same(settings, cheap):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 6, **settings), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)).double()
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, **settings), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)
+    ).double()
     x = torch.rand(20, 3, 11, 12, dtype=torch.float64)
     model(x)
-    copied = attack_copy(model, x)
-    assert isinstance(copied.model[0], ImageConv) == cheap and type(model[0]) is nn.Conv2d
+    copied = make_attack_model(model, x)
+    assert isinstance(copied.model[0], FastInputGradConv2d) == cheap and type(model[0]) is nn.Conv2d
     gradients = []
     for each in (model, copied):
         point = x.clone().requires_grad_()
         gradients.append(torch.autograd.grad(each(point).square().sum(), point)[0])
     assert torch.allclose(*gradients, rtol=1e-12, atol=1e-12)
-    assert type(attack_copy(model, x, fold=False).model[0]) is nn.Conv2d
+    assert type(make_attack_model(model, x, fold=False).model[0]) is nn.Conv2d
 
 
 def test_small_batches_are_padded():
@@ -313,8 +382,11 @@ def test_small_batches_are_padded():
     model = robust_digits()
     model.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
     x, _ = digits(40)
-    assert torch.equal(Tiled(model)(x[:3]), Tiled(model)(x)[:3]) and seen == [LEAST_ROWS, 40]
-    assert Tiled(model, 16)(x).shape == (40, 10) and seen[2:] == [16, 16, 16]
+    assert torch.equal(FixedSizeBatches(model)(x[:3]), FixedSizeBatches(model)(x)[:3]) and seen == [
+        MIN_BATCH_ROWS,
+        40,
+    ]
+    assert FixedSizeBatches(model, 16)(x).shape == (40, 10) and seen[2:] == [16, 16, 16]
 
 
 @pytest.mark.parametrize(
@@ -322,7 +394,11 @@ def test_small_batches_are_padded():
     [
         (
             "quant4",
-            ["zero CE gradient (its gradient is masked)", "zero margin gradient", "Square lowered robust accuracy"],
+            [
+                "zero CE gradient (its gradient is masked)",
+                "zero margin gradient",
+                "Square lowered robust accuracy",
+            ],
         ),
         ("scale1000", ["zero CE gradient (its softmax saturates)"]),
         ("softmax", ["outputs are probabilities"]),
@@ -330,12 +406,17 @@ def test_small_batches_are_padded():
         ("constant", ["it is constant", "zero CE gradient", "predicts class 9 for every example"]),
         (
             "no gradient",
-            ["no gradient with respect to its input", "apgd-ce: left out", "apgd-t: left out", "fab-t: left out"],
+            [
+                "no gradient with respect to its input",
+                "apgd-ce: left out",
+                "apgd-t: left out",
+                "fab-t: left out",
+            ],
         ),
     ],
 )
 def test_doubts_are_told(defence, words):
-    attack = WorstCase(attacks=SHORT.attacks | {"square": Square(eps=0.2, queries=300)})
+    attack = AttackCascade(attacks=SHORT.attacks | {"square": Square(eps=0.2, queries=300)})
     report = evaluate(Wrapped(DEFENCES[defence]), *digits(60), attack=attack)
     for word in words:
         assert any(word in warning for warning in report.warnings), (word, report.warnings)
@@ -354,7 +435,9 @@ def test_where_no_gradient_attack_ran_none_is_spoken_of():
 
 
 def test_square_before_the_others_is_no_reason_to_doubt():
-    attack = WorstCase(attacks={"square": Square(eps=0.2, queries=100), "apgd-ce": APGD(eps=0.2, steps=3)})
+    attack = AttackCascade(
+        attacks={"square": Square(eps=0.2, queries=100), "apgd-ce": APGD(eps=0.2, steps=3)}
+    )
     report = evaluate(robust_digits(), *digits(40), attack=attack)
     assert report.robust_after["square"].sum() < report.clean.sum() - 1 and report.warnings == ()
 
@@ -362,7 +445,9 @@ def test_square_before_the_others_is_no_reason_to_doubt():
 def test_an_adaptive_defence_can_be_attacked():
     """It takes gradients where Square and FAB would have none taken."""
     report = evaluate(Wrapped(DEFENCES["adaptive"]), *digits(40), attack=SHORT)
-    assert report.robust_accuracy < report.clean_accuracy and list(report.cost) == list(SHORT.attacks)
+    assert report.robust_accuracy < report.clean_accuracy and list(report.cost) == list(
+        SHORT.attacks
+    )
     (warning,) = report.warnings
     assert "takes gradients of its own" in warning
 
@@ -378,7 +463,9 @@ def test_logits_that_are_no_numbers_are_wrong_answers(tmp_path):
     x = torch.rand(300, 1, 8, 8) / 2
     x[-1] = 1
     attack = PGD(eps=0.01, steps=1)
-    model = Wrapped(lambda model, x: model(x) + torch.where(x.amin((1, 2, 3)) > 0.9, torch.nan, 0.0)[:, None])
+    model = Wrapped(
+        lambda model, x: model(x) + torch.where(x.amin((1, 2, 3)) > 0.9, torch.nan, 0.0)[:, None]
+    )
     y = robust_digits()(x).argmax(1)
     y[-1] = 0
     for _ in range(2):
@@ -405,12 +492,15 @@ def test_few_logits(classes):
     x, y = x[y < classes][:40], y[y < classes][:40]
     report = evaluate(Wrapped(lambda model, x: model(x)[:, :classes]), x, y, attack=SHORT)
     assert report.attack["attacks"]["apgd-t"]["loss"] == "cw"
-    assert any(f"apgd-t: the dlr-targeted loss needs 4 logits, the model has {classes}" in w for w in report.warnings)
+    assert any(
+        f"apgd-t: the dlr-targeted loss needs 4 logits, the model has {classes}" in w
+        for w in report.warnings
+    )
     assert report.robust_accuracy < report.clean_accuracy
 
 
 def test_a_randomised_model_under_the_rand_version():
-    attack = WorstCase(attacks={"apgd-ce": APGD(eps=0.2, steps=10, samples=5)})
+    attack = AttackCascade(attacks={"apgd-ce": APGD(eps=0.2, steps=10, samples=5)})
     report = evaluate(Wrapped(DEFENCES["random"]), *digits(60), attack=attack)
     assert report.robust_accuracy < 0.75 and report.warnings == ()
 
@@ -423,15 +513,27 @@ def test_a_randomised_model_under_the_rand_version():
         ({"y": torch.zeros(3)}, "same length"),
         ({"attack": "autoatack"}, "nearest: autoattack"),
         ({"version": "standrad"}, "nearest: standard"),
-        ({"attack": WorstCase(attacks={"a": PGD(eps=0.1), "b": PGD(eps=0.2)})}, "must share eps and norm"),
-        ({"attack": Minimal()}, "PGD, APGD, FAB, Square or WorstCase, got Minimal"),
+        (
+            {"attack": AttackCascade(attacks={"a": PGD(eps=0.1), "b": PGD(eps=0.2)})},
+            "must share eps and norm",
+        ),
+        ({"attack": MinimalPerturbation()}, "PGD, APGD, FAB, Square or WorstCase, got Minimal"),
         ({"model": nn.Flatten(0)}, "must return (N, 2 or more) logits"),
-        ({"model": Wrapped(lambda model, x: (model(x), x))}, "must return a tensor of logits, it returned tuple"),
-        ({"model": Wrapped(lambda model, x: model(x, 1))}, "cannot take float32 images of shape (1, 8, 8)"),
+        (
+            {"model": Wrapped(lambda model, x: (model(x), x))},
+            "must return a tensor of logits, it returned tuple",
+        ),
+        (
+            {"model": Wrapped(lambda model, x: model(x, 1))},
+            "cannot take float32 images of shape (1, 8, 8)",
+        ),
         ({"model": torch.jit.ScriptModule()}, "model is TorchScript"),
         ({"model": lambda x: x}, "must be a torch.nn.Module from images to logits, got function"),
         ({"x": torch.rand(4, 3, 8, 8)}, "cannot take float32 images of shape (3, 8, 8)"),
-        ({"y": torch.tensor([0, 1, 2, 10])}, "y must lie in 0..9, as the model has 10 logits; got 0 to 10"),
+        (
+            {"y": torch.tensor([0, 1, 2, 10])},
+            "y must lie in 0..9, as the model has 10 logits; got 0 to 10",
+        ),
         ({"y": [0.0, 0.5, 1.0, 2.0]}, "whole numbers"),
         ({"eps": 8}, "did you mean 8/255"),
         ({"norm": "l2"}, "norm"),
@@ -455,11 +557,14 @@ def test_progress_is_told():
         ("apgd-ce", False),
         ("apgd-ce", True),
     ]
-    assert told[-1].robust == report.robust.sum() and told[-1].robust_accuracy == report.robust_accuracy
+    assert (
+        told[-1].robust == report.robust.sum()
+        and told[-1].robust_accuracy == report.robust_accuracy
+    )
 
 
 def test_a_line_an_attack_in_a_pipe(capsys):
-    with bar() as progress:
+    with show_evaluation_progress() as progress:
         report = short(40, shards=2, progress=progress)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in lines] == [*SHORT.attacks]
@@ -475,19 +580,31 @@ def test_report_on_disk(tmp_path):
     rows = table.to_pydict()
     assert rows["index"] == list(range(60)) and rows["label"] == report.labels.tolist()
     assert [name is None for name in rows["broken_by"]] == report.robust.tolist()
-    assert all(name == "clean" for name, ok in zip(rows["broken_by"], report.clean, strict=True) if not ok)
-    assert (np.array(rows["queries"]) == report.queries).all() and max(rows["perturbation"]) <= 0.2 * (1 + 1e-6)
+    assert all(
+        name == "clean" for name, ok in zip(rows["broken_by"], report.clean, strict=True) if not ok
+    )
+    assert (np.array(rows["queries"]) == report.queries).all() and max(
+        rows["perturbation"]
+    ) <= 0.2 * (1 + 1e-6)
     summary = json.loads(table.schema.metadata[b"raysweep.evaluation"])
-    assert summary["robust_accuracy"] == report.robust_accuracy and list(summary["robust_after"]) == list(SHORT.attacks)
+    assert summary["robust_accuracy"] == report.robust_accuracy and list(
+        summary["robust_after"]
+    ) == list(SHORT.attacks)
     card = json.loads((tmp_path / "card.json").read_text())
     assert card["name"] == "digits" and card["clean_acc"] == f"{100 * report.clean_accuracy:.2f}"
     assert card["autoattack_acc"] is None, "only AutoAttack's standard version is AutoAttack"
     assert card["eps"] == "51/255"
     with np.load(tmp_path / "adversarial.npz") as kept:
         assert np.array_equal(kept["x_adv"], report.x_adv)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adversarial.npz", "card.json", "rows.parquet"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "adversarial.npz",
+        "card.json",
+        "rows.parquet",
+    ]
     with pytest.raises(ValueError, match="were not kept"):
-        evaluate(robust_digits(), *digits(5), attack="pgd20", eps=0.2).save_adversarial(tmp_path / "none.npz")
+        evaluate(robust_digits(), *digits(5), attack="pgd20", eps=0.2).save_adversarial(
+            tmp_path / "none.npz"
+        )
 
 
 def test_report_in_numbers():
@@ -495,30 +612,43 @@ def test_report_in_numbers():
     assert f"60 examples, Linf eps 0.2: clean {report.clean_accuracy:.2%}, robust" in repr(report)
     classes = report.per_class()
     assert sum(c["count"] for c in classes.values()) == 60
-    assert np.isclose(sum(c["count"] * c["robust_accuracy"] for c in classes.values()) / 60, report.robust_accuracy)
+    assert np.isclose(
+        sum(c["count"] * c["robust_accuracy"] for c in classes.values()) / 60,
+        report.robust_accuracy,
+    )
     low, high = report.intervals["robust"]
     assert low < report.robust_accuracy < high
-    assert report.masking_gap == pytest.approx(report.robust_after["apgd-ce"].mean() - report.robust_accuracy)
+    assert report.masking_gap == pytest.approx(
+        report.robust_after["apgd-ce"].mean() - report.robust_accuracy
+    )
     assert report.cost["apgd-t"].rows == report.robust_after["apgd-ce"].sum()
     assert report.queries.sum() == 60 + sum(cost.queries for cost in report.cost.values())
-    for attack in (custom(["square", "apgd-ce"], 0.2), "pgd20"):
+    for attack in (build_custom_cascade(["square", "apgd-ce"], 0.2), "pgd20"):
         assert evaluate(robust_digits(), *digits(9), attack=attack, eps=0.2).masking_gap is None
 
 
 def test_wilson_interval():
-    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == pytest.approx(1) and wilson(0, 0) == (0.0, 1.0)
+    assert compute_wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert (
+        compute_wilson_interval(0, 10)[0] == 0
+        and compute_wilson_interval(10, 10)[1] == pytest.approx(1)
+        and compute_wilson_interval(0, 0) == (0.0, 1.0)
+    )
 
 
 def test_outcomes_are_written_whole(tmp_path):
-    outcome = AttackShards(robust_digits(), *(a.numpy() for a in digits(6)), np.arange(6))(
+    outcome = ShardRunner(robust_digits(), *(a.numpy() for a in digits(6)), np.arange(6))(
         Shard("clean", None, np.arange(6))
     )
-    outcome.save(tmp_path / "deep" / "a.npz")
-    loaded = Outcome.load(tmp_path / "deep" / "a.npz")
-    assert loaded is not None and np.array_equal(loaded.margin, outcome.margin) and loaded.classes == 10
+    outcome.save_npz(tmp_path / "deep" / "a.npz")
+    loaded = ShardResult.load_npz(tmp_path / "deep" / "a.npz")
+    assert (
+        loaded is not None
+        and np.array_equal(loaded.margin, outcome.margin)
+        and loaded.classes == 10
+    )
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.npz"]
-    assert Outcome.load(tmp_path / "none.npz") is None
+    assert ShardResult.load_npz(tmp_path / "none.npz") is None
 
 
 @pytest.mark.parametrize(
@@ -544,7 +674,14 @@ def test_shards_where_none_are_asked_for(count, settings, expected):
 
     counted.width = settings.pop("width", 1)
     x = torch.rand(count, 1, 8, 8)
-    evaluate(robust_digits(), x, torch.zeros(count), attack=PGD(eps=0.1, steps=1), map=counted, **settings)
+    evaluate(
+        robust_digits(),
+        x,
+        torch.zeros(count),
+        attack=PGD(eps=0.1, steps=1),
+        map=counted,
+        **settings,
+    )
     assert seen[: len(expected)] == expected
 
 
@@ -552,23 +689,23 @@ def test_processes_of_this_machine(tmp_path, monkeypatch):
     """They stay for the next evaluation, of another model."""
     forked.instead_of_spawn(monkeypatch)
     mirrored = Wrapped(mirror)
-    with Processes(2) as processes:
+    with ProcessPoolMap(2) as processes:
         assert same(undivided(60), short(60, map=processes, shards=4, resume_dir=tmp_path))
         pids = set(processes._pool._processes)
         other = short(20, mirrored, map=processes, shards=2)
         assert set(processes._pool._processes) == pids and len(pids) == 2
-        kept = Path(processes._folder.name)
+        kept = Path(processes._temp_dir.name)
         assert len(list(kept.iterdir())) == 1
     assert not kept.exists() and len(list(tmp_path.rglob("apgd-ce-*.npz"))) == 4
     assert same(other, short(20, mirrored)) and not same(other, undivided(20))
 
 
 def test_a_model_that_no_other_process_can_have(tmp_path):
-    with Processes(2) as processes:
+    with ProcessPoolMap(2) as processes:
         for _ in range(2):
             with pytest.raises(SpecError, match=r"cannot be sent to other processes .*lambda"):
                 short(20, Wrapped(lambda model, x: model(x)), map=processes)
-        assert not list(Path(processes._folder.name).iterdir())
+        assert not list(Path(processes._temp_dir.name).iterdir())
 
 
 def mirror(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""Evaluations of a network whose robustness is known by hand: the report's numbers, and what resuming reuses."""
+"""Evaluations of a network whose robustness is known by hand: the report's numbers, and what
+resuming reuses.
+"""
 
 import json
 import pickle
@@ -18,12 +20,28 @@ from ladder import SIGNS, Ladder, ladder
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from raysweep.attacks import APGD, PGD, SingleAttack, Square, WorstCase, autoattack, custom
-from raysweep.evaluation import AttackShards, Outcome, RobustnessReport, Shard, evaluate, processes
-from raysweep.evaluation.report import wilson
+from raysweep.attacks import (
+    APGD,
+    PGD,
+    AttackCascade,
+    SingleAttack,
+    Square,
+    autoattack,
+    build_custom_cascade,
+)
+from raysweep.evaluation import (
+    RobustnessReport,
+    Shard,
+    ShardResult,
+    ShardRunner,
+    evaluate,
+    process_pool,
+)
+from raysweep.evaluation.report import compute_wilson_interval
 from raysweep.spec import SpecError
 
-# Distances to the boundary; rows with a negative one are wrong from the start, and so is label 2 at any distance.
+# Distances to the boundary; rows with a negative one are wrong from the start, and so is label 2 at
+# any distance.
 DISTANCES = [0.012, -0.02, 0.03, 0.05, 0.025, 0.035, 0.07, 0.2]
 LABELS = [0, 1, 1, 0, 1, 0, 2, 1]
 PREDICTED = [0, 0, 1, 0, 1, 0, 0, 1]
@@ -41,7 +59,9 @@ ATTACKS = {"a": steps(2), "b": steps(4), "c": steps(3, loss="cw")}
 def judge(attacks: dict[str, SingleAttack] | None = None, **settings: Any) -> RobustnessReport:
     x, y = ladder(DISTANCES, LABELS)
     model = settings.pop("model", None) or Ladder()
-    return evaluate(model, x, y, WorstCase(attacks=attacks or ATTACKS), keep_adversarial=True, **settings)
+    return evaluate(
+        model, x, y, AttackCascade(attacks=attacks or ATTACKS), keep_adversarial=True, **settings
+    )
 
 
 @cache
@@ -49,12 +69,18 @@ def report() -> RobustnessReport:
     return judge()
 
 
-def backwards(run: Callable[[Shard], Outcome], shards: Sequence[Shard]) -> list[Outcome]:
+def backwards(run: Callable[[Shard], ShardResult], shards: Sequence[Shard]) -> list[ShardResult]:
     return [run(shard) for shard in reversed(shards)]
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"batch_size": 1}, {"shards": 3, "batch_size": 2, "map": backwards}, {"fold": False, "tile": 3}]
+    "settings",
+    [
+        {},
+        {"batch_size": 1},
+        {"shards": 3, "batch_size": 2, "map": backwards},
+        {"fold": False, "tile": 3},
+    ],
 )
 def test_every_row_by_hand(settings: dict[str, Any]) -> None:
     found = judge(**settings)
@@ -67,10 +93,17 @@ def test_every_row_by_hand(settings: dict[str, Any]) -> None:
         "c": [0, 0, 0, 1, 0, 0, 0, 1],
     }
     lost = -1_000_000.6875  # the float32 nearest to -1e6 - 0.7
-    assert found.margin_before.tolist() == pytest.approx([0.24, -0.4, 0.6, 1.0, 0.5, 0.7, lost, 4.0], abs=1e-5)
-    assert found.margin_after.tolist() == pytest.approx([-0.16, -0.4, -0.2, 0.2, -0.3, -0.1, lost, 3.2], abs=1e-5)
-    assert found.perturbation.tolist() == pytest.approx([0.02, 0, 0.04, 0.04, 0.04, 0.04, 0, 0.04], abs=1e-6)
-    # One for the clean pass; then one a step and one for the verdict, for each attack that still found the row right.
+    assert found.margin_before.tolist() == pytest.approx(
+        [0.24, -0.4, 0.6, 1.0, 0.5, 0.7, lost, 4.0], abs=1e-5
+    )
+    assert found.margin_after.tolist() == pytest.approx(
+        [-0.16, -0.4, -0.2, 0.2, -0.3, -0.1, lost, 3.2], abs=1e-5
+    )
+    assert found.perturbation.tolist() == pytest.approx(
+        [0.02, 0, 0.04, 0.04, 0.04, 0.04, 0, 0.04], abs=1e-6
+    )
+    # One for the clean pass; then one a step and one for the verdict, for each attack that still
+    # found the row right.
     assert found.queries.tolist() == [4, 1, 9, 13, 9, 9, 1, 13]
     cost = {name: (spent.rows, spent.queries) for name, spent in found.cost.items()}
     assert cost == {"a": (6, 6 * 3), "b": (5, 5 * 5), "c": (2, 2 * 4)}
@@ -78,7 +111,9 @@ def test_every_row_by_hand(settings: dict[str, Any]) -> None:
     # The adversarial image of a row that holds out is the image itself.
     ends = [0.008, -0.02, -0.01, -0.05, -0.015, 0.005, -0.07, 0.2]
     assert heights == pytest.approx(ends, abs=1e-6)
-    assert np.array_equal(found.x_adv[[1, 3, 6, 7]], ladder(DISTANCES, LABELS)[0].numpy()[[1, 3, 6, 7]])
+    assert np.array_equal(
+        found.x_adv[[1, 3, 6, 7]], ladder(DISTANCES, LABELS)[0].numpy()[[1, 3, 6, 7]]
+    )
     assert found.warnings == () and found.masking_gap == pytest.approx(0.625 - 0.25)
 
 
@@ -107,16 +142,22 @@ def test_the_report_in_numbers_by_hand() -> None:
 def test_intervals_are_those_of_scipy(count: int) -> None:
     for hits in {0, 1, count // 3, count // 2, count - 1, count}:
         interval = binomtest(hits, count).proportion_ci(0.95, "wilson")
-        assert wilson(hits, count) == pytest.approx((interval.low, interval.high), abs=1e-6)
+        assert compute_wilson_interval(hits, count) == pytest.approx(
+            (interval.low, interval.high), abs=1e-6
+        )
 
 
 def test_the_summary_comes_back_from_json() -> None:
     found = json.loads(json.dumps(report().summary()))
     assert all(spent.pop("seconds") >= 0 for spent in found["cost"].values())
-    assert found["attack"].pop("attacks") == {name: attack.json_dict() for name, attack in ATTACKS.items()}
+    assert found["attack"].pop("attacks") == {
+        name: attack.to_json_dict() for name, attack in ATTACKS.items()
+    }
     for name, hits in {"clean": 6, "a": 5, "b": 2, "c": 2, "robust": 2}.items():
         interval = binomtest(hits, 8).proportion_ci(0.95, "wilson")
-        assert found["intervals"].pop(name) == pytest.approx([interval.low, interval.high], abs=1e-6)
+        assert found["intervals"].pop(name) == pytest.approx(
+            [interval.low, interval.high], abs=1e-6
+        )
     assert found == {
         "examples": 8,
         "clean_accuracy": 0.75,
@@ -163,7 +204,9 @@ def test_the_parquet_file_by_hand(tmp_path: Path) -> None:
     assert rows["broken_by"] == ["a", "clean", "b", None, "b", "b", "clean", None]
     assert rows["margin_before"][:4] == pytest.approx([0.24, -0.4, 0.6, 1.0], abs=1e-5)
     assert rows["margin_after"][:4] == pytest.approx([-0.16, -0.4, -0.2, 0.2], abs=1e-5)
-    assert rows["perturbation"] == pytest.approx([0.02, 0, 0.04, 0.04, 0.04, 0.04, 0, 0.04], abs=1e-6)
+    assert rows["perturbation"] == pytest.approx(
+        [0.02, 0, 0.04, 0.04, 0.04, 0.04, 0, 0.04], abs=1e-6
+    )
     assert rows["queries"] == [4, 1, 9, 13, 9, 9, 1, 13]
     summary = json.loads(table.schema.metadata[b"raysweep.evaluation"])
     assert summary == json.loads(json.dumps(numbered.summary()))
@@ -174,23 +217,32 @@ def test_the_archive_of_adversarial_examples(tmp_path: Path) -> None:
     with np.load(tmp_path / "adversarial.npz") as kept:
         assert set(kept.files) == {"x_adv", "labels", "index", "robust"}
         assert kept["labels"].tolist() == LABELS and kept["index"].tolist() == list(range(8))
-        assert np.flatnonzero(kept["robust"]).tolist() == [3, 7] and kept["x_adv"].dtype == np.float32
+        assert (
+            np.flatnonzero(kept["robust"]).tolist() == [3, 7] and kept["x_adv"].dtype == np.float32
+        )
 
 
 def test_lengths_and_margins_in_l2() -> None:
     """A step of 0.01 in L2 lowers the height by half of that, because all four pixels move."""
     norm = {"norm": "L2", "eps": 0.056}
     found = judge({"a": steps(2, **norm), "b": steps(9, **norm), "c": steps(4, **norm)})
-    assert found.perturbation.tolist() == pytest.approx([0.056, 0, *4 * [0.056], 0, 0.056], abs=1e-6)
+    assert found.perturbation.tolist() == pytest.approx(
+        [0.056, 0, *4 * [0.056], 0, 0.056], abs=1e-6
+    )
     assert found.broken_by.tolist() == ["b", "clean", "", "", "b", "", "clean", ""]
-    assert found.margin_after[2] == pytest.approx(20 * (0.03 - 0.028), abs=1e-5) and found.norm == "L2"
+    assert (
+        found.margin_after[2] == pytest.approx(20 * (0.03 - 0.028), abs=1e-5) and found.norm == "L2"
+    )
 
 
 def test_a_point_that_is_no_worse_than_the_image_is_not_recorded() -> None:
     """Attacks of random starts only: some starts are higher than the image."""
-    starts = {"a": PGD(eps=0.04, step_size=0.0, steps=1), "b": PGD(eps=0.04, step_size=0.0, steps=1)}
+    starts = {
+        "a": PGD(eps=0.04, step_size=0.0, steps=1),
+        "b": PGD(eps=0.04, step_size=0.0, steps=1),
+    }
     x, y = ladder([0.05] * 64, [1] * 64)
-    found = evaluate(Ladder(), x, y, WorstCase(attacks=starts), keep_adversarial=True)
+    found = evaluate(Ladder(), x, y, AttackCascade(attacks=starts), keep_adversarial=True)
     kept = found.perturbation == 0
     assert 8 < kept.sum() < 32, "for a quarter of the rows both starts are higher"
     assert (found.margin_after[kept] == found.margin_before[kept]).all()
@@ -198,9 +250,19 @@ def test_a_point_that_is_no_worse_than_the_image_is_not_recorded() -> None:
 
 
 def test_the_masking_gap_needs_a_cross_entropy_first_and_another_attack() -> None:
-    ce, cw, apgd, square = steps(2), steps(4, loss="cw"), APGD(eps=0.05, steps=5), Square(eps=0.05, queries=3)
-    # PGD leaves 5 of 8 rows, PGD on the margin 2, and APGD, which reaches 0.05, one or two: one row is just that far.
-    assert judge({"a": ce, "b": cw}).masking_gap == judge({"a": ce, "b": cw, "c": ce}).masking_gap == 0.375
+    ce, cw, apgd, square = (
+        steps(2),
+        steps(4, loss="cw"),
+        APGD(eps=0.05, steps=5),
+        Square(eps=0.05, queries=3),
+    )
+    # PGD leaves 5 of 8 rows, PGD on the margin 2, and APGD, which reaches 0.05, one or two: one row
+    # is just that far.
+    assert (
+        judge({"a": ce, "b": cw}).masking_gap
+        == judge({"a": ce, "b": cw, "c": ce}).masking_gap
+        == 0.375
+    )
     assert judge({"a": ce, "b": steps(3), "c": cw}).masking_gap == 0.375
     assert judge({"a": apgd, "b": ce}).masking_gap == 0.0
     apgd_cw = APGD(eps=0.05, steps=2, loss="cw")
@@ -263,12 +325,18 @@ def test_every_warning_of_an_evaluation_is_on_its_card() -> None:
         (Moody, "answers differently each time"),
         (Chances, "are probabilities"),
     ):
-        found = evaluate(kind(), x, y, WorstCase(attacks={"a": APGD(eps=0.05, steps=2, loss="dlr")}))
+        found = evaluate(
+            kind(), x, y, AttackCascade(attacks={"a": APGD(eps=0.05, steps=2, loss="dlr")})
+        )
         assert any(words in warning for warning in found.warnings), (kind, found.warnings)
         assert found.card()["unreliable"] is True
     steep = ladder([0.02] * 8, [0, 1] * 4, [1] * 8)
-    found = evaluate(Ladder(), *steep, WorstCase(attacks={"a": steps(2), "s": Square(eps=0.05, queries=50)}))
-    assert any(" of 8 examples looked at have zero CE gradient" in warning for warning in found.warnings)
+    found = evaluate(
+        Ladder(), *steep, AttackCascade(attacks={"a": steps(2), "s": Square(eps=0.05, queries=50)})
+    )
+    assert any(
+        " of 8 examples looked at have zero CE gradient" in warning for warning in found.warnings
+    )
     assert any("Square lowered robust accuracy by" in warning for warning in found.warnings)
 
 
@@ -291,26 +359,30 @@ def test_a_card_by_hand() -> None:
         "unreliable": False,
         "more": 3,
     }
-    shown = [(0.031, "Linf", "0.031"), (0.5 / 255, "Linf", f"{0.5 / 255:g}"), (1 / 255, "Linf", "1/255")]
+    shown = [
+        (0.031, "Linf", "0.031"),
+        (0.5 / 255, "Linf", f"{0.5 / 255:g}"),
+        (1 / 255, "Linf", "1/255"),
+    ]
     for eps, norm, text in [*shown, (8 / 255, "L2", f"{8 / 255:g}"), (0.5, "L2", "0.5")]:
         card = replace(report(), eps=eps, norm=norm).card()
         assert (card["eps"], card["threat_model"]) == (text, norm)
 
 
 def test_which_attacks_count_as_autoattack() -> None:
-    def is_autoattack(attack: WorstCase, eps: float = 8 / 255, norm: str = "Linf") -> bool:
-        found = replace(report(), attack=attack.json_dict(), eps=eps, norm=norm)
+    def is_autoattack(attack: AttackCascade, eps: float = 8 / 255, norm: str = "Linf") -> bool:
+        found = replace(report(), attack=attack.to_json_dict(), eps=eps, norm=norm)
         assert (found.card()["autoattack_acc"] == "25.00") == found.is_autoattack
         return found.is_autoattack
 
     assert is_autoattack(autoattack()) and is_autoattack(autoattack(0.5, "L2"), 0.5, "L2")
-    assert is_autoattack(custom(["apgd-ce", "apgd-t", "fab-t", "square"]))
+    assert is_autoattack(build_custom_cascade(["apgd-ce", "apgd-t", "fab-t", "square"]))
     standard = dict(autoattack().attacks)
     for other in (
         *(autoattack(version=version) for version in ("plus", "rand", "tf32")),
-        WorstCase(attacks={name: standard[name] for name in list(standard)[:3]}),
-        WorstCase(attacks=standard | {"more": standard["square"]}),
-        WorstCase(attacks=standard | {"square": Square(queries=4999)}),
+        AttackCascade(attacks={name: standard[name] for name in list(standard)[:3]}),
+        AttackCascade(attacks=standard | {"more": standard["square"]}),
+        AttackCascade(attacks=standard | {"square": Square(queries=4999)}),
         autoattack(4 / 255),
         autoattack(norm="L2"),
     ):
@@ -324,9 +396,11 @@ class Recorder:
         self.width = width
         self.rows: dict[str, list[int]] = {}
 
-    def __call__(self, run: Callable[[Shard], Outcome], shards: Sequence[Shard]) -> list[Outcome]:
+    def __call__(
+        self, run: Callable[[Shard], ShardResult], shards: Sequence[Shard]
+    ) -> list[ShardResult]:
         for shard in shards:
-            self.rows.setdefault(shard.name, []).extend(shard.positions.tolist())
+            self.rows.setdefault(shard.attack_name, []).extend(shard.positions.tolist())
         outcomes = [run(shard) for shard in shards]
         random.Random(0).shuffle(outcomes)
         return outcomes
@@ -349,16 +423,26 @@ class Recorder:
         (33, 1, {"shards": 40, "batch_size": 1}),
     ],
 )
-def test_each_example_is_in_exactly_one_shard(count: int, width: int, settings: dict[str, int]) -> None:
-    """However the rows are split, and in whatever order shards finish, the rows of the report are in order."""
+def test_each_example_is_in_exactly_one_shard(
+    count: int, width: int, settings: dict[str, int]
+) -> None:
+    """However the rows are split, and in whatever order shards finish, the rows of the report are
+    in order.
+    """
     distances = [(0.0005 + 0.001 * row) * (-1 if row % 5 == 4 else 1) for row in range(count)]
     x, y = ladder(distances, [row % 2 for row in range(count)])
     map = Recorder(width)
-    found = evaluate(Ladder(), x, y, WorstCase(attacks={"a": steps(1), "b": steps(2)}), **settings, map=map)
+    found = evaluate(
+        Ladder(), x, y, AttackCascade(attacks={"a": steps(1), "b": steps(2)}), **settings, map=map
+    )
     right = [row for row in range(count) if row % 5 != 4]
     faced = {"clean": list(range(count)), "a": right, "b": [row for row in right if row >= 10]}
-    assert {name: sorted(rows) for name, rows in map.rows.items()} == {n: rows for n, rows in faced.items() if rows}
-    assert found.predicted.tolist() == [row % 2 if d > 0 else 1 - row % 2 for row, d in enumerate(distances)]
+    assert {name: sorted(rows) for name, rows in map.rows.items()} == {
+        n: rows for n, rows in faced.items() if rows
+    }
+    assert found.predicted.tolist() == [
+        row % 2 if d > 0 else 1 - row % 2 for row, d in enumerate(distances)
+    ]
     assert found.margin_before.tolist() == pytest.approx([20 * d for d in distances], abs=1e-5)
     reach = [0.0 if row not in right else 0.01 if row < 10 else 0.02 for row in range(count)]
     after = [20 * (d - r) for d, r in zip(distances, reach, strict=True)]
@@ -375,13 +459,22 @@ RIGHT, LEFT = [0, 2, 3, 4, 5, 7], [2, 3, 4, 5, 7]
 def evaluate_resumed(
     folder: Path, attacks: dict[str, SingleAttack] | None = None, rows: int = 8, **settings: Any
 ) -> Recorder:
-    """Run an evaluation that may reuse rows of `folder`, check it against a fresh one, and return what it computed."""
+    """Run an evaluation that may reuse rows of `folder`, check it against a fresh one, and return
+    what it computed.
+    """
     x, y = ladder(DISTANCES, LABELS)
-    call = {"model": Ladder(), "x": x[:rows], "y": y[:rows], "attack": WorstCase(attacks=attacks or TWO)} | settings
+    call = {
+        "model": Ladder(),
+        "x": x[:rows],
+        "y": y[:rows],
+        "attack": AttackCascade(attacks=attacks or TWO),
+    } | settings
     map = Recorder()
     found = evaluate(**call, resume_dir=folder, map=map, keep_adversarial=True)
     fresh = evaluate(**call, keep_adversarial=True)
-    assert found.broken_by.tolist() == fresh.broken_by.tolist() and np.array_equal(found.x_adv, fresh.x_adv)
+    assert found.broken_by.tolist() == fresh.broken_by.tolist() and np.array_equal(
+        found.x_adv, fresh.x_adv
+    )
     assert found.queries.tolist() == fresh.queries.tolist()
     assert np.array_equal(found.margin_after, fresh.margin_after)
     assert np.array_equal(found.perturbation, fresh.perturbation)
@@ -396,7 +489,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("settings", [{}, {"batch_size": 2}, {"shards": 5}, {"progress": lambda progress: None}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"batch_size": 2}, {"shards": 5}, {"progress": lambda progress: None}]
+)
 def test_a_resumed_evaluation_reuses_finished_rows(settings: dict[str, Any], folder: Path) -> None:
     assert list(evaluate_resumed(folder, **settings).rows) == ["clean"]
 
@@ -443,11 +538,27 @@ def brighter() -> Tensor:
         {"tile": 16},
         {"rows": 7},
     ],
-    ids=["labels", "weights", "buffers", "architecture", "x", "index", "order", "seed", "fold", "tile", "n"],
+    ids=[
+        "labels",
+        "weights",
+        "buffers",
+        "architecture",
+        "x",
+        "index",
+        "order",
+        "seed",
+        "fold",
+        "tile",
+        "n",
+    ],
 )
 def test_another_evaluation_reuses_nothing(settings: dict[str, Any], folder: Path) -> None:
-    """Whatever differs, even one label or the last bit of one number; the shards of the first evaluation stay."""
-    right = [*RIGHT, 6] if "y" in settings else [row for row in RIGHT if row < settings.get("rows", 8)]
+    """Whatever differs, even one label or the last bit of one number; the shards of the first
+    evaluation stay.
+    """
+    right = (
+        [*RIGHT, 6] if "y" in settings else [row for row in RIGHT if row < settings.get("rows", 8)]
+    )
     if "y" in settings:  # label 1 where the model says 0
         right.remove(6)
     rows = evaluate_resumed(folder, **settings).rows
@@ -455,9 +566,11 @@ def test_another_evaluation_reuses_nothing(settings: dict[str, Any], folder: Pat
     assert list(evaluate_resumed(folder).rows) == ["clean"]
 
 
-def test_an_evaluation_in_tf32_reuses_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_in_tf32_reuses_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("raysweep.evaluation.evaluator.has_tf32", lambda device: True)
-    rows = evaluate_resumed(folder, attack=WorstCase(attacks=TWO, tf32=True)).rows
+    rows = evaluate_resumed(folder, attack=AttackCascade(attacks=TWO, tf32=True)).rows
     assert sorted(rows["a"]) == RIGHT and sorted(rows["b"]) == LEFT
 
 
@@ -494,21 +607,23 @@ def shards_folder(folder: Path) -> Path:
 def test_rows_in_several_files_count_once_and_wrong_rows_do_not_count(folder: Path) -> None:
     """A file with all rows, also the wrong ones, beside the others; then that file alone."""
     x, y = ladder(DISTANCES, LABELS)
-    work = AttackShards(Ladder(), x.numpy(), y.numpy(), np.arange(8), folder=shards_folder(folder))
+    work = ShardRunner(
+        Ladder(), x.numpy(), y.numpy(), np.arange(8), result_dir=shards_folder(folder)
+    )
     for positions in (np.arange(8), np.array([7, 2, 0])):
         for name, attack in TWO.items():
             work(Shard(name, attack, positions))
-    assert len(list(work.folder.glob("b-*.npz"))) == 5
+    assert len(list(work.result_dir.glob("b-*.npz"))) == 5
     assert list(evaluate_resumed(folder).rows) == ["clean"]
-    for path in work.folder.glob("[ab]-*.npz"):
-        if set(Outcome.load(path).positions.tolist()) != set(range(8)):
+    for path in work.result_dir.glob("[ab]-*.npz"):
+        if set(ShardResult.load_npz(path).positions.tolist()) != set(range(8)):
             path.unlink()
     assert list(evaluate_resumed(folder).rows) == ["clean"]
 
 
 def test_only_rows_that_are_missing_are_computed(folder: Path) -> None:
     gone = min(shards_folder(folder).glob("b-*.npz"))
-    missing = Outcome.load(gone).positions.tolist()
+    missing = ShardResult.load_npz(gone).positions.tolist()
     gone.unlink()
     rows = evaluate_resumed(folder).rows
     assert rows.pop("clean") == list(range(8)) and rows == {"b": missing}
@@ -516,27 +631,29 @@ def test_only_rows_that_are_missing_are_computed(folder: Path) -> None:
 
 def test_a_file_with_one_byte_changed_is_refused_or_has_the_same_content(folder: Path) -> None:
     path = min(shards_folder(folder).glob("a-*.npz"))
-    whole, sound = path.read_bytes(), Outcome.load(path)
+    whole, sound = path.read_bytes(), ShardResult.load_npz(path)
     refused = 0
     for place in range(0, len(whole), 11):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
-        found = Outcome.load(path)
+        found = ShardResult.load_npz(path)
         refused += found is None
         if found is not None:
-            assert all(np.array_equal(value, vars(sound)[name]) for name, value in vars(found).items()), place
+            assert all(
+                np.array_equal(value, vars(sound)[name]) for name, value in vars(found).items()
+            ), place
     assert refused > len(whole) / 11 / 2
     for length in range(0, len(whole), 97):
         path.write_bytes(whole[:length])
-        assert Outcome.load(path) is None
+        assert ShardResult.load_npz(path) is None
 
 
 def test_a_file_that_lacks_an_array_or_holds_objects_is_refused(folder: Path) -> None:
     path = min(shards_folder(folder).glob("a-*.npz"))
     arrays = dict(np.load(path))
     np.savez(path, **{name: array for name, array in arrays.items() if name != "queries"})
-    assert Outcome.load(path) is None
+    assert ShardResult.load_npz(path) is None
     np.savez(path, **arrays | {"queries": np.array([{"a": 1}] * len(arrays["queries"]))})
-    assert Outcome.load(path) is None
+    assert ShardResult.load_npz(path) is None
     assert sorted(evaluate_resumed(folder).rows["a"]) == sorted(arrays["positions"].tolist())
 
 
@@ -550,7 +667,9 @@ def test_a_random_model_may_answer_differently_when_it_is_resumed(tmp_path: Path
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for map in maps:
-            found = evaluate(Noisy(), x, y, WorstCase(attacks={"a": steps(1)}), resume_dir=tmp_path, map=map)
+            found = evaluate(
+                Noisy(), x, y, AttackCascade(attacks={"a": steps(1)}), resume_dir=tmp_path, map=map
+            )
             assert "differently each time" in found.warnings[0] and found.robust_accuracy == 1.0
     assert list(maps[1].rows) == ["clean"]
 
@@ -565,7 +684,7 @@ def test_an_evaluation_of_a_changed_model_is_not_resumed(folder: Path) -> None:
             return super().forward(x) * x.new_tensor([self.factor, self.factor, 1.0, 1.0])
 
     x, y = ladder([0.01, 0.02, 0.03], [0, 1, 1])
-    call = {"attack": WorstCase(attacks={"a": steps(1)}), "resume_dir": folder}
+    call = {"attack": AttackCascade(attacks={"a": steps(1)}), "resume_dir": folder}
     evaluate(Off(), x, y, **call)
     for factor, sound in ((1.00001, True), (1.01, False), (0.99, False)):
         model = Off()
@@ -578,11 +697,17 @@ def test_an_evaluation_of_a_changed_model_is_not_resumed(folder: Path) -> None:
 
 
 class Fragile(nn.Module):
-    """A ladder that is upside down in train mode, with a part in eval mode and a weight that is fixed."""
+    """A ladder that is upside down in train mode, with a part in eval mode and a weight that is
+    fixed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.ladder, self.fixed, self.norm = Ladder(), nn.Parameter(torch.ones(())), nn.BatchNorm2d(1)
+        self.ladder, self.fixed, self.norm = (
+            Ladder(),
+            nn.Parameter(torch.ones(())),
+            nn.BatchNorm2d(1),
+        )
         self.train()
         self.ladder.eval()
         self.fixed.requires_grad_(False)
@@ -607,44 +732,66 @@ def test_a_model_is_attacked_in_eval_mode_and_left_as_it_was() -> None:
     }
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
-    assert precision == (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+    assert precision == (
+        torch.backends.cudnn.conv.fp32_precision,
+        torch.backends.cuda.matmul.fp32_precision,
+    )
 
 
 def test_inputs_are_not_changed_and_bytes_are_divided_by_255() -> None:
     x, y = ladder([0.1, 0.2, -0.1], [0, 1, 1])
     bytes_ = (255 * x).round().to(torch.uint8)
     before = bytes_.clone()
-    found = evaluate(Ladder(), bytes_, y, WorstCase(attacks={"a": steps(11, eps=0.11)}), keep_adversarial=True)
+    found = evaluate(
+        Ladder(),
+        bytes_,
+        y,
+        AttackCascade(attacks={"a": steps(11, eps=0.11)}),
+        keep_adversarial=True,
+    )
     assert torch.equal(bytes_, before) and found.broken_by.tolist() == ["a", "", "clean"]
     assert np.array_equal(found.x_adv[1], bytes_[1].numpy().astype(np.float32) / np.float32(255))
     whole = bytes_.int()[:, 0]
     heights = (whole[:, 0, 0] + whole[:, 1, 1] - whole[:, 0, 1] - whole[:, 1, 0]) / 4 / 255
-    assert found.margin_before.tolist() == pytest.approx((20 * heights * torch.tensor([-1, 1, 1])).tolist(), abs=1e-4)
+    assert found.margin_before.tolist() == pytest.approx(
+        (20 * heights * torch.tensor([-1, 1, 1])).tolist(), abs=1e-4
+    )
     kept = x.clone()
-    evaluate(Ladder(), x, y, WorstCase(attacks={"a": steps(11, eps=0.11)}), keep_adversarial=True)
+    evaluate(
+        Ladder(), x, y, AttackCascade(attacks={"a": steps(11, eps=0.11)}), keep_adversarial=True
+    )
     assert torch.equal(x, kept)
 
 
 def test_progress_counts_what_was_done_before(folder: Path) -> None:
     gone = min(shards_folder(folder).glob("b-*.npz"))
-    missing = len(Outcome.load(gone).positions)
+    missing = len(ShardResult.load_npz(gone).positions)
     gone.unlink()
     told = []
     x, y = ladder(DISTANCES, LABELS)
-    evaluate(Ladder(), x, y, WorstCase(attacks=TWO), resume_dir=folder, shards=2, progress=told.append)
+    evaluate(
+        Ladder(),
+        x,
+        y,
+        AttackCascade(attacks=TWO),
+        resume_dir=folder,
+        shards=2,
+        progress=told.append,
+    )
     told = [(p.attack, p.done, p.total, p.robust, p.examples) for p in told]
-    # Of `b`'s five rows those in the two remaining files are done; two shards compute the others. Two rows hold out.
+    # Of `b`'s five rows those in the two remaining files are done; two shards compute the others.
+    # Two rows hold out.
     (first, second) = [row for row in told if row[0] == "b"]
     assert told[:2] == [("clean", 4, 8, 8, 8), ("clean", 8, 8, 8, 8)]
     assert (first[1], second[1:3]) == (5 - missing + 1, (5, 5)) and second[4] == 8
 
 
 def _say_one(shard: Shard) -> str:
-    return f"one {shard.name}"
+    return f"one {shard.attack_name}"
 
 
 def _say_two(shard: Shard) -> str:
-    return f"two {shard.name}"
+    return f"two {shard.attack_name}"
 
 
 def test_a_process_runs_what_the_file_it_is_given_holds(tmp_path: Path) -> None:
@@ -654,9 +801,11 @@ def test_a_process_runs_what_the_file_it_is_given_holds(tmp_path: Path) -> None:
         files.append(tmp_path / f"{run.__name__}.pickle")
         files[-1].write_bytes(pickle.dumps(run))
     one, two = files
-    assert [processes._one(file, shard) for file in (one, one, two, one)] == ["one clean"] * 2 + [
+    assert [process_pool._run_pickled_shard(file, shard) for file in (one, one, two, one)] == [
+        "one clean"
+    ] * 2 + [
         "two clean",
         "one clean",
     ]
     one.unlink()
-    assert processes._one(one, shard) == "one clean", "it is read once"
+    assert process_pool._run_pickled_shard(one, shard) == "one clean", "it is read once"

@@ -7,56 +7,69 @@ import optuna
 import pytest
 
 from raysweep.cli import main
-from raysweep.sweep.export import StudyExport
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.space import SearchSpace
+from raysweep.sweep.optuna_export import OptunaExporter
+from raysweep.sweep.search_space import SearchSpace
 
 ALPHA = "method.terms.pgd.weight.alpha"
 
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
-    data = {"method": "lrat", "trials": 4, "space": {ALPHA: {"float": [0.5, 4.0]}}, "max_masking_gap": 0.1}
-    return Ledger.create(tmp_path / "s", SearchSpace.load(data))
+    data = {
+        "method": "lrat",
+        "trials": 4,
+        "space": {ALPHA: {"float": [0.5, 4.0]}},
+        "max_masking_gap": 0.1,
+    }
+    return Ledger.create(tmp_path / "s", SearchSpace.from_data(data))
 
 
 def ended(number: int, value: float) -> Trial:
     best = {"epoch": 2.0, "robust_worst": value, "masking_gap": 0.2}
-    return Trial(number, {ALPHA: 1.0 + number}, "finished", 2, best, best, [[1, value / 2], [2, value]])
+    return Trial(
+        number, {ALPHA: 1.0 + number}, "finished", 2, best, best, [[1, value / 2], [2, value]]
+    )
 
 
 def known(url: str) -> list[tuple]:
     (name,) = optuna.get_all_study_names(url)
     trials = optuna.load_study(study_name=name, storage=url).get_trials()
-    return sorted((t.user_attrs["raysweep.number"], t.state.name, t.value, t.params[ALPHA]) for t in trials)
+    return sorted(
+        (t.user_attrs["raysweep.number"], t.state.name, t.value, t.params[ALPHA]) for t in trials
+    )
 
 
 def test_the_study_is_the_ledger_whatever_happens(ledger: Ledger, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/optuna.db"
-    export = StudyExport(url)
-    export.started(ledger, 1)
+    export = OptunaExporter(url)
+    export.on_sweep_start(ledger, 1)
     running = Trial(0, {ALPHA: 1.0})
     for trial in (running, ended(0, 0.25), Trial(1, {ALPHA: 2.0}, "failed", reason="nan")):
-        ledger.write(trial)
-        export.trial_changed(trial, None)
+        ledger.save_trial(trial)
+        export.on_trial_update(trial, None)
     assert known(url) == [(0, "COMPLETE", 0.25, 1.0), (1, "FAIL", None, 2.0)]
     (first, _) = optuna.load_study(study_name=f"s-{ledger.key[:8]}", storage=url).get_trials()
-    assert first.intermediate_values == {1: 0.125, 2: 0.25} and first.constraints == {"masking_gap": 0.1}
+    assert first.intermediate_values == {1: 0.125, 2: 0.25} and first.constraints == {
+        "masking_gap": 0.1
+    }
 
     # The driver dies between ledger and study; the next one makes good for it, once.
-    ledger.write(ended(2, 0.5))
+    ledger.save_trial(ended(2, 0.5))
     for _ in range(2):
-        export = StudyExport(url)
-        export.started(Ledger.open(ledger.path), 1)
+        export = OptunaExporter(url)
+        export.on_sweep_start(Ledger.open(ledger.path), 1)
         assert [number for number, *_ in known(url)] == [0, 1, 2]
     # A trial that had ended goes on.
-    export.trial_changed(replace(ended(0, 0.75), epoch=3), None)
-    ledger.write(replace(ended(0, 0.75), epoch=3))
-    export.ended(ledger)
+    export.on_trial_update(replace(ended(0, 0.75), epoch=3), None)
+    ledger.save_trial(replace(ended(0, 0.75), epoch=3))
+    export.on_sweep_end(ledger)
     assert known(url)[0] == (0, "COMPLETE", 0.75, 1.0) and len(known(url)) == 3
 
 
-@pytest.mark.parametrize("url", ["nonsense", "sqlite:////no/such/folder/x.db", "nosuch://me:secret@host/x"])
+@pytest.mark.parametrize(
+    "url", ["nonsense", "sqlite:////no/such/folder/x.db", "nosuch://me:secret@host/x"]
+)
 def test_a_storage_that_cannot_be_is_one_line(url: str, workdir: Path, capsys) -> None:
     assert main(["tune", "lrat", "--optuna", url]) == 2
     (message,) = capsys.readouterr().err.strip().splitlines()

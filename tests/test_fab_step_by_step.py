@@ -3,11 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from slow_attacks import Outcome, SmallNet, draw_images, recorded_inputs, size, slow_fab, slow_projection
+from slow_attacks import (
+    Outcome,
+    SmallNet,
+    draw_images,
+    recorded_inputs,
+    size,
+    slow_fab,
+    slow_projection,
+)
 
 from raysweep.attacks import FAB
 from raysweep.attacks.fab import project_onto_plane
-from raysweep.rng import Rng
+from raysweep.rng import ExampleRng
 
 SHAPE = (2, 2, 3)
 NET = SmallNet.draw(12, 6, seed=0)
@@ -21,18 +29,27 @@ def run(attack, rows):
     model = NET.module()
     with recorded_inputs(model) as seen:
         result = attack(
-            model, torch.from_numpy(X[rows]), torch.from_numpy(Y[rows]), Rng.for_examples(torch.tensor(rows), 5)
+            model,
+            torch.from_numpy(X[rows]),
+            torch.from_numpy(Y[rows]),
+            ExampleRng.for_examples(torch.tensor(rows), 5),
         )
     return result, seen
 
 
 def follow(attack, row):
-    """Compare every point of our attack and the slow one on one row. Returns whether it broke, and in which run."""
+    """Compare every point of our attack and the slow one on one row. Returns whether it broke, and
+    in which run.
+    """
     result, seen = run(attack, [row])
     x, y = X[row], int(Y[row])
     down = sorted(range(6), key=lambda k: -NET.logits(x)[k])
     targets = down[1 : 1 + attack.targets] if attack.targets else [None]
-    runs = [] if down[0] != y else [(target, again) for target in targets for again in range(attack.restarts)]
+    runs = (
+        []
+        if down[0] != y
+        else [(target, again) for target in targets for again in range(attack.restarts)]
+    )
     points, outcome, number = [x], Outcome(x, 0, []), -1
     for number, (target, again) in enumerate(runs):  # noqa: B007
         start = x
@@ -50,7 +67,7 @@ def follow(attack, row):
     assert len(seen) == len(points)
     for ours, slow in zip(seen, points, strict=True):
         np.testing.assert_allclose(ours[0], slow, atol=1e-8)
-    np.testing.assert_allclose(result.x[0], outcome.x, atol=1e-8)
+    np.testing.assert_allclose(result.x_adv[0], outcome.x, atol=1e-8)
     assert result.queries.tolist() == [len(points)]
     return outcome.broken, number
 
@@ -58,8 +75,12 @@ def follow(attack, row):
 @pytest.mark.parametrize("targets", [9, None])
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.09), ("L2", 0.3)])
 def test_every_point_of_a_run(norm, eps, targets):
-    """Projections, the bias to x, overshoot, the step back from beyond the boundary; rows that hold out and others."""
-    outcomes = [follow(FAB(eps=eps, norm=norm, steps=10, targets=targets), row) for row in (3, 4, 7, 11)]
+    """Projections, the bias to x, overshoot, the step back from beyond the boundary; rows that hold
+    out and others.
+    """
+    outcomes = [
+        follow(FAB(eps=eps, norm=norm, steps=10, targets=targets), row) for row in (3, 4, 7, 11)
+    ]
     outcomes.append(follow(FAB(eps=eps / 3, norm=norm, steps=10, targets=targets), 1))
     # Row 3 is broken by its second target in L2; row 1 holds out against all five.
     second = (False, 4) if norm == "Linf" else (True, 1)
@@ -70,7 +91,9 @@ def test_every_point_of_a_run(norm, eps, targets):
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"alpha_max": 0.5}, {"alpha_max": 0.0}, {"eta": 1.3}, {"beta": 0.5}, {"targets": None}], ids=str
+    "change",
+    [{}, {"alpha_max": 0.5}, {"alpha_max": 0.0}, {"eta": 1.3}, {"beta": 0.5}, {"targets": None}],
+    ids=str,
 )
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.05), ("L2", 0.15)])
 def test_settings_and_restarts(norm, eps, change):
@@ -86,19 +109,21 @@ def test_rows_of_a_batch_do_not_affect_each_other(norm, targets):
     rows = [0, 2, 3, 4, 6, 11]
     result, _ = run(attack, rows)
     alone = [run(attack, [row])[0] for row in rows]
-    np.testing.assert_allclose(result.x, torch.cat([one.x for one in alone]), atol=1e-8)
+    np.testing.assert_allclose(result.x_adv, torch.cat([one.x for one in alone]), atol=1e-8)
     assert result.queries.tolist() == [int(one.queries) for one in alone]
     assert len(set(result.queries.tolist())) >= 3
 
 
 def test_rows_that_are_done_spend_no_more_queries(monkeypatch):
-    """As on a GPU, a row that is done stays in the batch for a while; neither its point nor its queries change."""
+    """As on a GPU, a row that is done stays in the batch for a while; neither its point nor its
+    queries change.
+    """
     attack, rows = FAB(eps=0.3, norm="L2", steps=12, targets=1), list(range(12))
     early, _ = run(attack, rows)
     for module in ("base", "fab"):
         monkeypatch.setattr(f"raysweep.attacks.{module}.cheap_to_look", lambda x: False)
     late, _ = run(attack, rows)
-    np.testing.assert_allclose(late.x, early.x, atol=1e-9)
+    np.testing.assert_allclose(late.x_adv, early.x_adv, atol=1e-9)
     assert late.queries.tolist() == early.queries.tolist()
 
 
@@ -111,16 +136,21 @@ def straight(points, eps, norm, steps=100, offset=-2.8, **settings):
     x = torch.tensor(points, dtype=torch.float64).view(-1, 1, 1, 2)
     with recorded_inputs(net) as seen:
         result = FAB(eps=eps, norm=norm, steps=steps, **settings)(
-            net, x, torch.zeros(len(x), dtype=torch.long), Rng.for_examples(torch.arange(len(x)), 0)
+            net,
+            x,
+            torch.zeros(len(x), dtype=torch.long),
+            ExampleRng.for_examples(torch.arange(len(x)), 0),
         )
     return result, [batch.reshape(-1, 2) for batch in seen]
 
 
 def test_two_steps_by_hand_linf():
-    """From (.5, .5) the boundary is 0.8 / 4 = 0.2 away, and 1.05 times that is 0.01 beyond the eps of 0.205.
+    """From (.5, .5) the boundary is 0.8 / 4 = 0.2 away, and 1.05 times that is 0.01 beyond the eps
+    of 0.205.
 
-    So the first point found, (.71, .71), is too far: back to 0.9 of the way, (.689, .689), 0.011 before the boundary.
-    From there alpha = 0.011 / (0.011 + 0.2), a mixture of .689 + 1.05 * 0.011 and .71: near enough.
+    So the first point found, (.71, .71), is too far: back to 0.9 of the way, (.689, .689), 0.011
+    before the boundary. From there alpha = 0.011 / (0.011 + 0.2), a mixture of .689 + 1.05 * 0.011
+    and .71: near enough.
     """
     result, seen = straight([[0.5, 0.5], [0.9, 0.9]], 0.205, "Linf")
     alpha = 0.011 / 0.211
@@ -128,7 +158,7 @@ def test_two_steps_by_hand_linf():
     for points, expected in zip(seen[1:], (0.5, 0.71, 0.689, last), strict=True):
         np.testing.assert_allclose(points, [[expected, expected]], atol=1e-12)
     assert abs(last - 0.701043) < 1e-6
-    np.testing.assert_allclose(result.x.view(2, 2), [[last, last], [0.9, 0.9]], atol=1e-12)
+    np.testing.assert_allclose(result.x_adv.view(2, 2), [[last, last], [0.9, 0.9]], atol=1e-12)
     assert result.queries.tolist() == [5, 1]
 
 
@@ -136,27 +166,33 @@ def test_one_step_by_hand_l2():
     """w = (3, 1), gap 0.8: the move is 0.8 / 10 * w = (.24, .08), of length 0.253, overshot by 5%."""
     result, seen = straight([[0.5, 0.5]], 0.27, "L2")
     np.testing.assert_allclose(seen[2], [[0.5 + 1.05 * 0.24, 0.5 + 1.05 * 0.08]], atol=1e-12)
-    np.testing.assert_allclose(result.x.view(1, 2), seen[2], atol=1e-12)
+    np.testing.assert_allclose(result.x_adv.view(1, 2), seen[2], atol=1e-12)
     assert result.queries.tolist() == [3]
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_one_step_by_hand_where_the_box_is_in_the_way(norm):
-    """3 a + b - 3.5 is -0.25 at (.95, .4). a has room for .05, which gives .15; the other .1 is b's. Then 5% more."""
+    """3 a + b - 3.5 is -0.25 at (.95, .4). a has room for .05, which gives .15; the other .1 is
+    b's. Then 5% more.
+    """
     result, seen = straight([[0.95, 0.4]], 0.2, norm, offset=-3.5)
     np.testing.assert_allclose(seen[2], [[1.0, 0.4 + 1.05 * 0.1]], atol=1e-12)
-    np.testing.assert_allclose(result.x.view(1, 2), seen[2], atol=1e-12)
+    np.testing.assert_allclose(result.x_adv.view(1, 2), seen[2], atol=1e-12)
 
 
 def test_no_success_beyond_eps():
-    """The boundary is 0.2 away: with eps 0.19 the row is returned unchanged, after 100 steps of two passes."""
+    """The boundary is 0.2 away: with eps 0.19 the row is returned unchanged, after 100 steps of two
+    passes.
+    """
     result, seen = straight([[0.5, 0.5]], 0.19, "Linf")
-    assert result.x.flatten().tolist() == [0.5, 0.5]
+    assert result.x_adv.flatten().tolist() == [0.5, 0.5]
     assert result.queries.tolist() == [201] == [len(seen)]
 
 
 def test_a_distance_of_just_eps_is_a_success():
-    """At (.5, .5) + 1.05 * 0.2: these steps are not exact in floats, so eps is the distance or one ulp less."""
+    """At (.5, .5) + 1.05 * 0.2: these steps are not exact in floats, so eps is the distance or one
+    ulp less.
+    """
     distance = float(np.abs(straight([[0.5, 0.5]], 1.0, "Linf", steps=1)[1][2] - 0.5).max())
     for eps, queries in ((distance, 3), (np.nextafter(distance, 0), 5)):
         assert straight([[0.5, 0.5]], float(eps), "Linf")[0].queries.tolist() == [queries]
@@ -164,7 +200,9 @@ def test_a_distance_of_just_eps_is_a_success():
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_projection_in_the_box(norm):
-    """Both signs of the gap, coordinates without weight or room, planes beyond the box; two layers of points."""
+    """Both signs of the gap, coordinates without weight or room, planes beyond the box; two layers
+    of points.
+    """
     rng = np.random.default_rng(3)
     points = np.clip(rng.uniform(-0.3, 1.3, (2, 40, 9)), 0, 1)
     normal = rng.normal(size=(40, 9)) * (rng.uniform(size=(40, 9)) < 0.8)
@@ -182,7 +220,7 @@ def test_projection_in_the_box(norm):
 
 
 def test_defaults_are_those_of_autoattack():
-    assert FAB().json_dict() == {
+    assert FAB().to_json_dict() == {
         "kind": "fab", "eps": 8 / 255, "steps": 100, "norm": "Linf", "targets": 9, "restarts": 1, "alpha_max": 0.1,
         "eta": 1.05, "beta": 0.9,
     }  # fmt: skip
@@ -191,4 +229,4 @@ def test_defaults_are_those_of_autoattack():
 def test_a_radius_of_zero_moves_nothing():
     for norm in ("Linf", "L2"):
         attack = FAB(eps=0, norm=norm, steps=2, targets=2, restarts=2)
-        assert torch.equal(run(attack, list(range(12)))[0].x, torch.from_numpy(X))
+        assert torch.equal(run(attack, list(range(12)))[0].x_adv, torch.from_numpy(X))

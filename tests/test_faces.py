@@ -1,4 +1,6 @@
-"""Fast paths hold to the plain computation: the same attack, the same step, and no say in any verdict."""
+"""Fast paths hold to the plain computation: the same attack, the same step, and no say in any
+verdict.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,17 +11,17 @@ import torch
 from conftest import TINY, tiny
 from torch import Tensor, nn
 
-from raysweep.attacks import PGD, WorstCase
-from raysweep.data import Data, load
+from raysweep.attacks import PGD, AttackCascade
+from raysweep.data import Dataset, load_data
 from raysweep.models import MODELS, ModelSpec
 from raysweep.models.layers import Logits, conv3x3
-from raysweep.rng import Rng
-from raysweep.spec import SpecError, override
-from raysweep.training.compute import Compute
-from raysweep.training.config import run_config
-from raysweep.training.faces import Faces
-from raysweep.training.prefix import chain
-from raysweep.training.trainer import build, fit, train_step
+from raysweep.rng import ExampleRng
+from raysweep.spec import SpecError, apply_overrides
+from raysweep.training.compute import ComputeSpec
+from raysweep.training.config import build_training_config
+from raysweep.training.model_variants import ModelVariants
+from raysweep.training.prefix_cache import prefix_keys
+from raysweep.training.trainer import build_model_variants, compute_step_gradients, train_model
 
 CPU = torch.device("cpu")
 BF16 = {"compute.attack": "bf16", "compute.train": "bf16"}
@@ -39,11 +41,13 @@ def lived_in(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def apart(faces: Faces, x: Tensor) -> float:
-    """Greatest difference between what attacks meet and the model in eval mode, relative to the largest logit."""
+def apart(faces: ModelVariants, x: Tensor) -> float:
+    """Greatest difference between what attacks meet and the model in eval mode, relative to the
+    largest logit.
+    """
     training = faces.model.training
     with torch.no_grad():
-        expected, met = faces.model.eval()(x), faces.attacked(x)
+        expected, met = faces.model.eval()(x), faces.attack_module(x)
     faces.model.train(training)
     return float((expected - met).abs().max() / expected.abs().max())
 
@@ -52,23 +56,29 @@ def apart(faces: Faces, x: Tensor) -> float:
 def test_every_network_is_attacked_as_it_is(name) -> None:
     side = 8 if name.startswith("wrn") else 16
     x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-    faces = Faces(lived_in(ModelSpec(name=name).build(3, 10, 0)), x, Compute().on(CPU))
+    faces = ModelVariants(
+        lived_in(ModelSpec(name=name).build_model(3, 10, 0)), x, ComputeSpec().resolve(CPU)
+    )
     norms = [m for m in faces.model.modules() if isinstance(m, nn.BatchNorm2d)]
-    left = [m for m in faces.attacked.modules() if isinstance(m, nn.BatchNorm2d)]
+    left = [m for m in faces.attack_module.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(left) < len(norms)
     assert apart(faces, x) < 1e-5
     lived_in(faces.model, seed=1)
     faces.model.get_parameter(next(k for k, _ in faces.model.named_parameters())).data.mul_(1.5)
     assert apart(faces, x) > 1e-3
-    faces.refresh()
+    faces.sync_folded_weights()
     assert apart(faces, x) < 1e-5
 
 
 def test_a_norm_that_shares_its_convolutions_output_is_not_folded() -> None:
     x = torch.rand(2, 3, 16, 16)
-    faces = Faces(ModelSpec(name="preact_resnet18").build(3, 10, 0), x, Compute().on(CPU))
-    assert isinstance(faces.attacked.get_submodule("0.blocks.0.bn1"), nn.BatchNorm2d), "the block's shortcut takes it"
-    assert isinstance(faces.attacked.get_submodule("0.blocks.0.bn2"), nn.Identity)
+    faces = ModelVariants(
+        ModelSpec(name="preact_resnet18").build_model(3, 10, 0), x, ComputeSpec().resolve(CPU)
+    )
+    assert isinstance(faces.attack_module.get_submodule("0.blocks.0.bn1"), nn.BatchNorm2d), (
+        "the block's shortcut takes it"
+    )
+    assert isinstance(faces.attack_module.get_submodule("0.blocks.0.bn2"), nn.Identity)
 
 
 @cache
@@ -76,32 +86,38 @@ def exact_gradient(name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Images, labels and the attack's gradient in float64."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.rand(9, 3, 16, 16, generator=generator), torch.arange(9)
-    model = lived_in(ModelSpec(name=name).build(3, 10, 0)).eval().requires_grad_(False)
-    return x, y, PGD()._gradient(model.double(), x.double(), y, None)[1]
+    model = lived_in(ModelSpec(name=name).build_model(3, 10, 0)).eval().requires_grad_(False)
+    return x, y, PGD()._compute_gradient(model.double(), x.double(), y, None)[1]
 
 
-@pytest.mark.parametrize("path", [OFF, {}, {"compute.fold": False}], ids=["plain", "default", "channels last"])
+@pytest.mark.parametrize(
+    "path", [OFF, {}, {"compute.fold": False}], ids=["plain", "default", "channels last"]
+)
 @pytest.mark.parametrize("name", ["digits_cnn", "resnet18", "preact_resnet18", "vgg13"])
 def test_the_attacks_gradient_is_as_near_to_float64s_as_the_plain_one_is(name, path) -> None:
     x, y, exact = exact_gradient(name)
-    model = lived_in(ModelSpec(name=name).build(3, 10, 0)).eval().requires_grad_(False)
-    faces = Faces(model, x, override(run_config("at"), path).compute.on(CPU))
-    _, found = PGD()._gradient(faces.attacked, x, y, None)
+    model = lived_in(ModelSpec(name=name).build_model(3, 10, 0)).eval().requires_grad_(False)
+    faces = ModelVariants(
+        model, x, apply_overrides(build_training_config("at"), path).compute.resolve(CPU)
+    )
+    _, found = PGD()._compute_gradient(faces.attack_module, x, y, None)
     error = (found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
     assert error.median() < 1e-5, "in a row or two a ReLU may switch"
 
 
 @pytest.fixture(scope="module")
-def learned(digits: Data) -> dict[str, Tensor]:
-    return some_learned(ModelSpec(name="digits_cnn").build(1, 10, 0), digits)
+def learned(digits: Dataset) -> dict[str, Tensor]:
+    return some_learned(ModelSpec(name="digits_cnn").build_model(1, 10, 0), digits)
 
 
-def some_learned(model: nn.Module, digits: Data) -> dict[str, Tensor]:
+def some_learned(model: nn.Module, digits: Dataset) -> dict[str, Tensor]:
     """Weights that have some of the digits right, so that kappa is of several sizes."""
     optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1, momentum=0.9)
     for _ in range(12):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(digits.train.images(slice(None))), digits.train.y).backward()
+        nn.functional.cross_entropy(
+            model(digits.train.get_float_images(slice(None))), digits.train.y
+        ).backward()
         optimizer.step()
     return model.state_dict()
 
@@ -112,42 +128,60 @@ class Stepped:
     def __init__(
         self,
         method: str,
-        data: Data,
+        data: Dataset,
         weights: dict[str, Tensor],
         changes: dict[str, object],
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        config = override(run_config(method, TINY), {"*.attacks.*.steps": 5, "*.burn_in": 0}, missing="ignore")
-        config = override(config, changes)
-        model = config.model.build(data.channels, data.classes, 0).to(dtype)
+        config = apply_overrides(
+            build_training_config(method, TINY),
+            {"*.attacks.*.steps": 5, "*.burn_in": 0},
+            on_missing="ignore",
+        )
+        config = apply_overrides(config, changes)
+        model = config.model.build_model(data.channels, data.classes, 0).to(dtype)
         model.load_state_dict(weights)
-        self.faces = Faces(model, data.train.images(slice(0, 1)).to(dtype), config.compute.on(CPU))
+        self.faces = ModelVariants(
+            model, data.train.get_float_images(slice(0, 1)).to(dtype), config.compute.resolve(CPU)
+        )
         self.faces.model.train()
         self.met = 0
-        self.faces.attacked.register_forward_hook(lambda *_: setattr(self, "met", self.met + 1))
-        batch = next(iter(data.batches(48, 0, 0)))
+        self.faces.attack_module.register_forward_hook(
+            lambda *_: setattr(self, "met", self.met + 1)
+        )
+        batch = next(iter(data.iter_train_batches(48, 0, 0)))
         batch = replace(batch, x=batch.x.to(dtype))
-        rng = Rng.for_examples(batch.index, 0, "train", 0)
-        self.step = train_step(config.at(0).method, self.faces, batch, rng)
-        self.kappa = torch.cat([a.kappa for a in self.step.adversarial.values() if a.kappa is not None])
-        self.grad = torch.cat([p.grad.flatten() for p in self.faces.model.parameters() if p.grad is not None])
+        rng = ExampleRng.for_examples(batch.index, 0, "train", 0)
+        self.step = compute_step_gradients(config.resolve_at(0).method, self.faces, batch, rng)
+        self.kappa = torch.cat(
+            [a.kappa for a in self.step.attack_results.values() if a.kappa is not None]
+        )
+        self.grad = torch.cat(
+            [p.grad.flatten() for p in self.faces.model.parameters() if p.grad is not None]
+        )
         self.statistics = torch.cat([b.flatten().float() for b in self.faces.model.buffers()])
 
     def apart(self, other: "Stepped") -> dict[str, float]:
-        """Share of rows with another kappa; relative differences of the loss, the gradient and the statistics."""
+        """Share of rows with another kappa; relative differences of the loss, the gradient and the
+        statistics.
+        """
         return {
             "kappa": (self.kappa != other.kappa).float().mean().item(),
             "loss": abs(self.step.loss.item() / other.step.loss.item() - 1),
             "grad": float((self.grad - other.grad).norm() / other.grad.norm()),
-            "statistics": float((self.statistics - other.statistics).norm() / other.statistics.norm()),
+            "statistics": float(
+                (self.statistics - other.statistics).norm() / other.statistics.norm()
+            ),
         }
 
 
 @pytest.fixture(scope="module")
-def plain_step(digits: Data, learned: dict[str, Tensor]) -> Callable[[str, str], Stepped]:
+def plain_step(digits: Dataset, learned: dict[str, Tensor]) -> Callable[[str, str], Stepped]:
     """The step in float64 with all fast paths off, computed once for each method and norm."""
     return cache(
-        lambda method, norm: Stepped(method, digits, learned, OFF | {"method.attacks.*.norm": norm}, torch.float64)
+        lambda method, norm: Stepped(
+            method, digits, learned, OFF | {"method.attacks.*.norm": norm}, torch.float64
+        )
     )
 
 
@@ -162,7 +196,9 @@ PATHS: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_is_the_plain_step(method, path, digits, learned, plain_step) -> None:
-    """In float64: in float32 a pixel whose gradient is near 0 may move the other way, by the machine."""
+    """In float64: in float32 a pixel whose gradient is near 0 may move the other way, by the
+    machine.
+    """
     for norm in ("Linf", "L2"):
         changes = {"method.attacks.*.norm": norm}
         plain = plain_step(method, norm)
@@ -173,14 +209,16 @@ def test_a_step_is_the_plain_step(method, path, digits, learned, plain_step) -> 
 
 @pytest.mark.parametrize("method", ["gairat", "lrat"])
 def test_bf16_changes_a_step_by_no_more_than_it_says(method, digits, learned) -> None:
-    """Kappa of one row in twenty, the loss by 5%, the gradient by half: another random start does more."""
+    """Kappa of one row in twenty, the loss by 5%, the gradient by half: another random start does
+    more.
+    """
     plain = Stepped(method, digits, learned, OFF)
     attack = Stepped(method, digits, learned, {"compute.attack": "bf16"})
     both = Stepped(method, digits, learned, BF16)
     for fast in (attack, both):
         found = fast.apart(plain)
         assert 0 < found["grad"] < 0.5 and found["loss"] < 0.05 and found["kappa"] <= 0.05
-        assert all(a.x.dtype == torch.float32 for a in fast.step.adversarial.values())
+        assert all(a.x_adv.dtype == torch.float32 for a in fast.step.attack_results.values())
         assert fast.step.loss.dtype == fast.grad.dtype == torch.float32
 
 
@@ -189,13 +227,16 @@ def test_an_attack_in_train_mode_meets_the_model_itself(digits, learned) -> None
     plain, fast = (Stepped("gairat", digits, learned, train_mode | path) for path in (OFF, {}))
     assert fast.met == 0 and fast.apart(plain)["statistics"] < 1e-4
     assert Stepped("gairat", digits, learned, {}).met == 5
-    assert Stepped("gairat", digits, learned, {}).apart(plain)["statistics"] > 1e-3, "such an attack moves them"
+    assert Stepped("gairat", digits, learned, {}).apart(plain)["statistics"] > 1e-3, (
+        "such an attack moves them"
+    )
 
 
 @pytest.mark.slow
 def test_a_compiled_attack_is_the_plain_attack(digits, monkeypatch) -> None:
     """On a network with one layer of each kind, because compiling takes seconds for each layer."""
-    # Otherwise Inductor compiles a program of its own for each instruction set that /proc/cpuinfo names, to try it.
+    # Otherwise Inductor compiles a program of its own for each instruction set that /proc/cpuinfo
+    # names, to try it.
     monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", True)
 
     def network() -> nn.Module:
@@ -204,37 +245,51 @@ def test_a_compiled_attack_is_the_plain_attack(digits, monkeypatch) -> None:
         return nn.Sequential(*layers)
 
     learned = some_learned(network(), digits)
-    method = override(run_config("gairat", TINY).at(0).method, {"attacks.pgd.steps": 3})
+    method = apply_overrides(
+        build_training_config("gairat", TINY).resolve_at(0).method, {"attacks.pgd.steps": 3}
+    )
     found = []
     for changes in (OFF, {"compute.compile": True}):
-        compute = run_config("gairat", TINY, changes).compute.on(CPU)
-        faces = Faces(network(), digits.train.images(slice(0, 1)), compute)
+        compute = build_training_config("gairat", TINY, changes).compute.resolve(CPU)
+        faces = ModelVariants(network(), digits.train.get_float_images(slice(0, 1)), compute)
         faces.model.load_state_dict(learned)
-        faces.refresh()
+        faces.sync_folded_weights()
         rows = slice(0, 32)
-        rng = Rng.for_examples(digits.train.index[rows], 0)
-        found.append(method.attacks["pgd"](faces.attacked, digits.train.images(rows), digits.train.y[rows], rng))
+        rng = ExampleRng.for_examples(digits.train.index[rows], 0)
+        found.append(
+            method.attacks["pgd"](
+                faces.attack_module, digits.train.get_float_images(rows), digits.train.y[rows], rng
+            )
+        )
     assert torch.equal(found[0].kappa, found[1].kappa) and len(found[0].kappa.unique()) > 1
-    assert ((found[0].x - found[1].x).abs() > 1e-5).float().mean() < 0.01
+    assert ((found[0].x_adv - found[1].x_adv).abs() > 1e-5).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("changes", [OFF, {}, BF16], ids=["plain", "default", "bf16"])
 def test_verdicts_are_those_of_the_weights_alone(changes, tmp_path) -> None:
-    config = run_config("lrat", TINY, {"epochs": 1, **changes})
-    saved = fit(config, tmp_path).last
-    model = saved.load_model(config.model.build(1, 10, 0))
-    again = config.validation(model.eval(), load(config.data).val)
-    assert {name: saved.metrics[name] for name in again} == again
+    config = build_training_config("lrat", TINY, {"epochs": 1, **changes})
+    saved = train_model(config, tmp_path).last_checkpoint
+    model = saved.load_weights(config.model.build_model(1, 10, 0))
+    again = config.validation(model.eval(), load_data(config.data).val)
+    assert {name: saved.last_metrics[name] for name in again} == again
 
 
 def test_training_with_fast_paths_learns_what_plain_training_learns(tmp_path) -> None:
     """Not bit for bit: training makes much of a difference in a last bit, whoever brings it in."""
     losses = {}
     for name, changes in {"plain": OFF, "default": {}, "bf16": BF16}.items():
-        config = run_config(
-            "gairat", TINY, {"epochs": 3, "data.train_size": 256, "*.burn_in": 1, "*.attacks.*.steps": 1, **changes}
+        config = build_training_config(
+            "gairat",
+            TINY,
+            {
+                "epochs": 3,
+                "data.train_size": 256,
+                "*.burn_in": 1,
+                "*.attacks.*.steps": 1,
+                **changes,
+            },
         )
-        rows = fit(config, tmp_path / name).last.history
+        rows = train_model(config, tmp_path / name).last_checkpoint.history
         losses[name] = rows[0]["train/loss"]
         assert rows[-1]["clean"] > 0.3
     assert abs(losses["default"] / losses["plain"] - 1) < 0.01
@@ -243,24 +298,24 @@ def test_training_with_fast_paths_learns_what_plain_training_learns(tmp_path) ->
 
 def test_momentum_is_laid_out_as_the_parameters_again(tmp_path) -> None:
     config = tiny("at", model__name="resnet18", data__train_size=8, data__val_size=10, epochs=1)
-    saved = fit(config, tmp_path).last
-    faces = build(config, load(config.data), CPU)
+    saved = train_model(config, tmp_path).last_checkpoint
+    faces = build_model_variants(config, load_data(config.data), CPU)
     optimizer = torch.optim.SGD(faces.model.parameters(), lr=0.1, momentum=0.9)
-    saved.load_state(faces.model, optimizer)
+    saved.load_training_state(faces.model, optimizer)
     for parameter in faces.model.parameters():
         assert optimizer.state[parameter]["momentum_buffer"].stride() == parameter.stride()
 
 
 def test_a_kl_attack_in_bf16_is_warned_of() -> None:
-    assert run_config("lrat", TINY, BF16).warnings() == []
-    (line,) = run_config("trades", TINY, BF16).warnings()
+    assert build_training_config("lrat", TINY, BF16).list_warnings() == []
+    (line,) = build_training_config("trades", TINY, BF16).list_warnings()
     assert line.startswith("compute.attack = bf16: method.attacks.kl starts 0.001 from the image")
 
 
 def test_compiling_an_attack_whose_batch_shrinks_is_warned_of() -> None:
     compiled = {"compute.compile": True, "*.burn_in": 0}
-    assert run_config("gairat", TINY, compiled).warnings() == []
-    (line,) = run_config("gair-fat", TINY, compiled).warnings()
+    assert build_training_config("gairat", TINY, compiled).list_warnings() == []
+    (line,) = build_training_config("gair-fat", TINY, compiled).list_warnings()
     assert line.startswith("compute.compile = true: method.attacks.pgd lets rows go early")
 
 
@@ -280,33 +335,57 @@ class Replayed(nn.Module):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_attack_reads_no_output_after_the_next_forward(method, digits, learned) -> None:
-    config = override(run_config(method, TINY), {"*.attacks.*.steps": 5})
-    faces, rows = build(config, digits, CPU), slice(0, 32)
+    config = apply_overrides(build_training_config(method, TINY), {"*.attacks.*.steps": 5})
+    faces, rows = build_model_variants(config, digits, CPU), slice(0, 32)
     faces.model.load_state_dict(learned)
-    faces.refresh()
-    x, y, rng = digits.train.images(rows), digits.train.y[rows], Rng.for_examples(digits.train.index[rows], 0)
-    for attack in config.at(0).method.attacks.values():
-        plain, replayed = (attack(net, x, y, rng) for net in (faces.attacked, Replayed(faces.attacked)))
-        assert torch.equal(plain.x, replayed.x) and torch.equal(plain.kappa, replayed.kappa)
+    faces.sync_folded_weights()
+    x, y, rng = (
+        digits.train.get_float_images(rows),
+        digits.train.y[rows],
+        ExampleRng.for_examples(digits.train.index[rows], 0),
+    )
+    for attack in config.resolve_at(0).method.attacks.values():
+        plain, replayed = (
+            attack(net, x, y, rng) for net in (faces.attack_module, Replayed(faces.attack_module))
+        )
+        assert torch.equal(plain.x_adv, replayed.x_adv) and torch.equal(plain.kappa, replayed.kappa)
 
 
 def test_the_chain_of_prefixes_names_what_was_computed_not_how_it_was_said() -> None:
-    base = chain(tiny("at"), "data")
-    assert base == chain(run_config("at", TINY, {"compute.fold": True, "compute.tf32": False}), "data")
+    base = prefix_keys(tiny("at"), "data")
+    assert base == prefix_keys(
+        build_training_config("at", TINY, {"compute.fold": True, "compute.tf32": False}), "data"
+    )
     others = [{"compute.fold": False}, {"compute.channels_last": False}, {"compute.compile": True}]
     others += [{"compute.attack": "bf16"}, {"compute.train": "bf16"}]
-    keys = {chain(run_config("at", TINY, changes), "data")[1] for changes in others}
+    keys = {
+        prefix_keys(build_training_config("at", TINY, changes), "data")[1] for changes in others
+    }
     assert len(keys) == 5 and base[1] not in keys
 
 
 def test_what_a_device_has_not_is_refused(tmp_path) -> None:
-    assert Compute().on(torch.device("cpu")).tf32 is False
-    with pytest.raises(SpecError, match=r"compute.tf32 = true: there is no TF32 on cpu; leave it to auto"):
-        fit(run_config("at", TINY, {"compute.tf32": True}), tmp_path, device=CPU)
-    with pytest.raises(SpecError, match=r"validation.tf32 = true: there is no TF32 on cpu; leave it false"):
-        fit(run_config("at", TINY, {"validation.tf32": True}), tmp_path, device=CPU)
-    attack = WorstCase(attacks={"pgd": PGD(eps=0.1, step_size=0.05, steps=1)}, tf32=True).json_dict()
-    with pytest.raises(SpecError, match=r"validation.finish.worst.tf32 = true: there is no TF32 on cpu"):
-        fit(run_config("at", TINY, {"validation.finish": {"worst": attack}}), tmp_path, device=CPU)
+    assert ComputeSpec().resolve(torch.device("cpu")).tf32 is False
+    with pytest.raises(
+        SpecError, match=r"compute.tf32 = true: there is no TF32 on cpu; leave it to auto"
+    ):
+        train_model(build_training_config("at", TINY, {"compute.tf32": True}), tmp_path, device=CPU)
+    with pytest.raises(
+        SpecError, match=r"validation.tf32 = true: there is no TF32 on cpu; leave it false"
+    ):
+        train_model(
+            build_training_config("at", TINY, {"validation.tf32": True}), tmp_path, device=CPU
+        )
+    attack = AttackCascade(
+        attacks={"pgd": PGD(eps=0.1, step_size=0.05, steps=1)}, tf32=True
+    ).to_json_dict()
+    with pytest.raises(
+        SpecError, match=r"validation.finish.worst.tf32 = true: there is no TF32 on cpu"
+    ):
+        train_model(
+            build_training_config("at", TINY, {"validation.finish": {"worst": attack}}),
+            tmp_path,
+            device=CPU,
+        )
     with pytest.raises(SpecError, match=r"compute.attack = 'fp16': must be 'float32' or 'bf16'"):
-        run_config("at", TINY, {"compute.attack": "fp16"})
+        build_training_config("at", TINY, {"compute.attack": "fp16"})

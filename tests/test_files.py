@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from raysweep import storage
-from raysweep.files import whole, whole_folder, write_whole
+from raysweep.atomic_files import atomic_folder, atomic_open, atomic_write_text
 from raysweep.spec import SpecError
 
 
@@ -16,35 +16,47 @@ class PowerCut(Exception):
 
 def content(folder: Path) -> dict[str, str]:
     """Every file below a folder, hidden ones too."""
-    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_a_file_is_replaced_at_the_end_and_not_before(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "x.json"
-    write_whole(path, "old ü\n")
+    atomic_write_text(path, "old ü\n")
     assert path.read_bytes() == b"old \xc3\xbc\n"
-    with whole(path) as stream:
+    with atomic_open(path) as stream:
         stream.write(b"new")
         stream.flush()
-        assert path.read_text() == "old ü\n", "readers see the old file while the new one is written"
+        assert path.read_text() == "old ü\n", (
+            "readers see the old file while the new one is written"
+        )
     assert content(tmp_path) == {"a/b/x.json": "new"}
 
 
 def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    write_whole(path, "old")
-    with pytest.raises(PowerCut), whole(path) as stream:
+    atomic_write_text(path, "old")
+    with pytest.raises(PowerCut), atomic_open(path) as stream:
         stream.write(b"half")
         raise PowerCut
     assert content(tmp_path) == {"x.json": "old"}
-    with pytest.raises(PowerCut), whole(tmp_path / "new.json") as stream:
+    with pytest.raises(PowerCut), atomic_open(tmp_path / "new.json") as stream:
         stream.write(b"half")
         raise PowerCut
-    assert content(tmp_path) == {"x.json": "old"}, "where there was no file, there is none afterwards"
+    assert content(tmp_path) == {"x.json": "old"}, (
+        "where there was no file, there is none afterwards"
+    )
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flush and sync come before the rename: if that reached the disk before the data, the file would be empty."""
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flush and sync come before the rename: if that reached the disk before the data, the file
+    would be empty.
+    """
     steps: list[str] = []
     sync, rename = os.fsync, Path.replace
 
@@ -58,37 +70,41 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "replace", replace)
-    write_whole(tmp_path / "x.json", "12345")
-    with whole_folder(tmp_path / "folder") as partial:
+    atomic_write_text(tmp_path / "x.json", "12345")
+    with atomic_folder(tmp_path / "folder") as partial:
         (partial / "y.json").write_text("123")
     assert steps == ["synced 5 bytes", "named x.json", "synced 3 bytes", "named folder"]
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "a" / "epoch"
-    with whole_folder(path) as partial:
+    with atomic_folder(path) as partial:
         (partial / "one").write_text("1")
         (partial / "in").mkdir()
         (partial / "in" / "two").write_text("2")
         assert not path.exists() and partial.parent == path.parent and partial.name.startswith(".")
     assert content(tmp_path) == {"a/epoch/one": "1", "a/epoch/in/two": "2"}
-    with whole_folder(path) as partial:
+    with atomic_folder(path) as partial:
         (partial / "three").write_text("3")
         assert (path / "one").exists()
-    assert content(tmp_path) == {"a/epoch/three": "3"}, "nothing of the old folder is left in the new one"
+    assert content(tmp_path) == {"a/epoch/three": "3"}, (
+        "nothing of the old folder is left in the new one"
+    )
 
 
 def test_a_folder_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "epoch"
-    with whole_folder(path) as partial:
+    with atomic_folder(path) as partial:
         (partial / "one").write_text("1")
-    with pytest.raises(PowerCut), whole_folder(path) as partial:
+    with pytest.raises(PowerCut), atomic_folder(path) as partial:
         (partial / "half").write_text("2")
         raise PowerCut
     assert content(path) == {"one": "1"}
-    with whole_folder(path) as partial:
+    with atomic_folder(path) as partial:
         (partial / "two").write_text("2")
-    assert content(tmp_path) == {"epoch/two": "2"}, "the half-written folder is no part of the next one"
+    assert content(tmp_path) == {"epoch/two": "2"}, (
+        "the half-written folder is no part of the next one"
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,53 +119,85 @@ def test_a_folder_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None
     ],
 )
 def test_a_place_in_a_bucket_keeps_its_name(where: str) -> None:
-    path = storage.at(where)
-    assert storage.is_copy(path) and storage.name(path) == where and storage.at(storage.name(path)) == path
-    below, query = storage.name(path / "trials" / "0003").partition("?")[::2]
+    path = storage.local_path(where)
+    assert (
+        storage.is_bucket_copy(path)
+        and storage.uri_of(path) == where
+        and storage.local_path(storage.uri_of(path)) == path
+    )
+    below, query = storage.uri_of(path / "trials" / "0003").partition("?")[::2]
     assert below == where.partition("?")[0] + "/trials/0003" and query == where.partition("?")[2]
-    assert storage.at(storage.name(path / "trials")) == path / "trials"
+    assert storage.local_path(storage.uri_of(path / "trials")) == path / "trials"
 
 
 def test_different_places_have_different_folders() -> None:
-    places = ["s3://b/x", "gs://b/x", "s3://b/x/y", "s3://c/x", "s3://b/x?region=a", "s3://b/x?region=b"]
-    paths = [storage.at(place) for place in places]
+    places = [
+        "s3://b/x",
+        "gs://b/x",
+        "s3://b/x/y",
+        "s3://c/x",
+        "s3://b/x?region=a",
+        "s3://b/x?region=b",
+    ]
+    paths = [storage.local_path(place) for place in places]
     assert len(set(paths)) == len(places)
-    assert storage.at("s3://b//x/") == storage.at("s3://b/x")
+    assert storage.local_path("s3://b//x/") == storage.local_path("s3://b/x")
 
 
-def test_a_folder_may_be_written_in_several_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_may_be_written_in_several_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert storage.at("a/../b") == tmp_path / "b" and storage.at("~/b") == tmp_path / "home" / "b"
+    assert (
+        storage.local_path("a/../b") == tmp_path / "b"
+        and storage.local_path("~/b") == tmp_path / "home" / "b"
+    )
     assert storage.is_uri("s3://b") and not storage.is_uri("a:b") and not storage.is_uri("/a//b")
 
 
-def test_the_environment_decides_where_copies_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_decides_where_copies_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "own"))
-    assert storage.at("s3://b/x").is_relative_to(tmp_path / "own")
+    assert storage.local_path("s3://b/x").is_relative_to(tmp_path / "own")
     monkeypatch.delenv("RAYSWEEP_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert storage.at("s3://b/x").is_relative_to(tmp_path / "xdg" / "raysweep")
+    assert storage.local_path("s3://b/x").is_relative_to(tmp_path / "xdg" / "raysweep")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert storage.at("s3://b/x").is_relative_to(tmp_path / ".cache" / "raysweep")
+    assert storage.local_path("s3://b/x").is_relative_to(tmp_path / ".cache" / "raysweep")
 
 
 def test_the_content_of_a_local_folder(tmp_path: Path) -> None:
-    for file in ("b/meta.json", "a/meta.json", ".hidden/meta.json", "c/other.json", "a/deep/meta.json", "meta.json"):
-        write_whole(tmp_path / file, "{}")
-    assert storage.folders(tmp_path) == ["a", "b"], "only folders that hold the file themselves, and no hidden ones"
-    assert storage.folders(tmp_path, "other.json") == ["c"]
-    assert storage.children(tmp_path) == [".hidden", "a", "b", "c"] and storage.children(tmp_path / "none") == []
-    assert {str(path.relative_to(tmp_path)) for path in storage.files(tmp_path / "a")} == {
+    for file in (
+        "b/meta.json",
+        "a/meta.json",
+        ".hidden/meta.json",
+        "c/other.json",
+        "a/deep/meta.json",
+        "meta.json",
+    ):
+        atomic_write_text(tmp_path / file, "{}")
+    assert storage.list_folders_containing(tmp_path) == ["a", "b"], (
+        "only folders that hold the file themselves, and no hidden ones"
+    )
+    assert storage.list_folders_containing(tmp_path, "other.json") == ["c"]
+    assert (
+        storage.list_subfolders(tmp_path) == [".hidden", "a", "b", "c"]
+        and storage.list_subfolders(tmp_path / "none") == []
+    )
+    assert {str(path.relative_to(tmp_path)) for path in storage.iter_files(tmp_path / "a")} == {
         "a/meta.json",
         "a/deep/meta.json",
     }
-    assert storage.pull(tmp_path / "a") and not storage.pull(tmp_path / "c")
-    assert storage.pull_file(tmp_path / "c" / "other.json") and not storage.pull_file(tmp_path / "c")
-    storage.discard(tmp_path / "a")
-    storage.discard(tmp_path / "none")
-    assert storage.children(tmp_path) == [".hidden", "b", "c"]
+    assert storage.pull_checkpoint(tmp_path / "a") and not storage.pull_checkpoint(tmp_path / "c")
+    assert storage.pull_file(tmp_path / "c" / "other.json") and not storage.pull_file(
+        tmp_path / "c"
+    )
+    storage.delete_everywhere(tmp_path / "a")
+    storage.delete_everywhere(tmp_path / "none")
+    assert storage.list_subfolders(tmp_path) == [".hidden", "b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -161,12 +209,17 @@ def test_the_content_of_a_local_folder(tmp_path: Path) -> None:
         ('{"b": 2}', "it lacks a, c"),
     ],
 )
-def test_a_damaged_file_is_one_line_that_says_what_to_do(text: str, fault: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_one_line_that_says_what_to_do(
+    text: str, fault: str, tmp_path: Path
+) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(SpecError) as error:
         storage.read_json(tmp_path / "x.json", ("c", "b", "a"))
     place = tmp_path / "x.json"
-    assert str(error.value) == f"{place} is damaged: {fault}; restore it, or start anew under another --name"
+    assert (
+        str(error.value)
+        == f"{place} is damaged: {fault}; restore it, or start anew under another --name"
+    )
 
 
 def test_a_sound_file_may_have_more_keys_and_a_missing_one_is_missing(tmp_path: Path) -> None:

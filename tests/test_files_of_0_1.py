@@ -1,8 +1,8 @@
 """Files that the first version wrote can be read, and its numbers come out again.
 
-`data/written_by_0_1` says what there is. Digests, verdicts and names are compared exactly. Weights are compared bit for
-bit on the kind of machine that made them (see `machine`), and elsewhere up to `TOLERANCE`: other CPUs add in another
-order, and the sign of a gradient near zero turns with it.
+`data/written_by_0_1` says what there is. Digests, verdicts and names are compared exactly. Weights
+are compared bit for bit on the kind of machine that made them (see `machine`), and elsewhere up to
+`TOLERANCE`: other CPUs add in another order, and the sign of a gradient near zero turns with it.
 """
 
 import hashlib
@@ -21,29 +21,29 @@ from pydantic import TypeAdapter
 from torch import nn
 
 import raysweep
-from raysweep.attacks import ATTACKS, AnyAttack
+from raysweep.attacks import ATTACK_DESCRIPTIONS, AnyAttack
 from raysweep.catalog import METHODS
-from raysweep.data import DataSpec, load
-from raysweep.data.unlabeled import read as read_unlabeled
-from raysweep.evaluation.shards import AttackShards
+from raysweep.checkpoint_evaluation import choose_evaluation_folder, evaluate_checkpoint
+from raysweep.data import DataSpec, load_data
+from raysweep.data.unlabeled import read_unlabeled_file as read_unlabeled
+from raysweep.evaluation.shards import ShardRunner
 from raysweep.models import MODELS
 from raysweep.pipeline.artifact import Artifact
-from raysweep.pipeline.bundle import verify_bundle
-from raysweep.pipeline.compare import paired
-from raysweep.pipeline.judge import folder_of, judge
-from raysweep.pipeline.paper import paper_table
-from raysweep.pipeline.pipeline import load_pipeline, steps
-from raysweep.pipeline.shipped import pipelines
+from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
+from raysweep.pipeline.paired_comparison import compare_shared_examples
+from raysweep.pipeline.paper_tables import load_paper_table
+from raysweep.pipeline.pipeline import load_pipeline, plan_stages
 from raysweep.results import load_report, load_sweep
-from raysweep.rng import Rng
+from raysweep.rng import ExampleRng
+from raysweep.robustness_bundle import verify_bundle
 from raysweep.sweep.ledger import Ledger
-from raysweep.sweep.space import SearchSpace, load_space, spaces
-from raysweep.training.checkpoint import Run, read
-from raysweep.training.config import RunConfig, run_config
+from raysweep.sweep.search_space import SearchSpace, list_builtin_spaces, load_space
+from raysweep.training.checkpoint import RunDirectory, read_checkpoint
+from raysweep.training.config import TrainingConfig, build_training_config
 from raysweep.training.diagnostics import read_histograms
-from raysweep.training.load import load_checkpoint
-from raysweep.training.presets import preset, presets, resolve
-from raysweep.training.trainer import check_goes_on, fit
+from raysweep.training.model_loading import load_checkpoint_target
+from raysweep.training.presets import list_presets, load_preset, resolve_training_config
+from raysweep.training.trainer import check_resumable, train_model
 
 DATA = Path(__file__).parent / "data" / "written_by_0_1"
 EXPECTED: dict[str, Any] = json.loads((DATA / "expected.json").read_text())
@@ -73,7 +73,11 @@ SMALL: dict[str, Any] = {
 def tiny(channels: int, classes: int) -> nn.Module:
     """The network of the files."""
     return nn.Sequential(
-        nn.Conv2d(channels, 4, 3, 2, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, classes)
+        nn.Conv2d(channels, 4, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64, classes),
     )
 
 
@@ -112,7 +116,12 @@ def machine() -> str:
     first = file.read_text().split("\n\n")[0] if file.is_file() else ""
     lines = (line.partition(":") for line in first.splitlines())
     cpu = {key.strip(): value.strip() for key, _, value in lines if key.strip() in wanted}
-    known = [torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), sorted(cpu.items())]
+    known = [
+        torch.__version__,
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability(),
+        sorted(cpu.items()),
+    ]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 
@@ -127,16 +136,26 @@ def sha_of_state(model: nn.Module) -> str:
     return sha.hexdigest()
 
 
-def check_trained(model: nn.Module, history: list[dict[str, float]], expected: dict[str, Any]) -> None:
+def check_trained(
+    model: nn.Module, history: list[dict[str, float]], expected: dict[str, Any]
+) -> None:
     """Weights and metrics: to the last bit where that can be asked for."""
     state = {name: value.detach().double().flatten() for name, value in model.state_dict().items()}
     assert sorted(state) == sorted(expected["weights"])
     for name, (shape, total, norm, first) in expected["weights"].items():
         assert list(model.state_dict()[name].shape) == shape
-        found = [float(state[name].sum()) / len(state[name]), float(state[name].norm()), *state[name][:8].tolist()]
-        assert found == pytest.approx([total / len(state[name]), norm, *first], rel=TOLERANCE, abs=TOLERANCE), name
+        found = [
+            float(state[name].sum()) / len(state[name]),
+            float(state[name].norm()),
+            *state[name][:8].tolist(),
+        ]
+        assert found == pytest.approx(
+            [total / len(state[name]), norm, *first], rel=TOLERANCE, abs=TOLERANCE
+        ), name
     rows = [{key: value for key, value in row.items() if "seconds" not in key} for row in history]
-    assert [list(row) for row in map(sorted, rows)] == [list(row) for row in map(sorted, expected["history"])]
+    assert [list(row) for row in map(sorted, rows)] == [
+        list(row) for row in map(sorted, expected["history"])
+    ]
     for mine, theirs in zip(rows, expected["history"], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4)
     if same_machine():
@@ -145,8 +164,8 @@ def check_trained(model: nn.Module, history: list[dict[str, float]], expected: d
 
 
 def sixteen() -> tuple[torch.Tensor, torch.Tensor]:
-    split = load(DataSpec(name="digits", val_size=50)).test
-    return split.images(slice(0, 16)), split.y[:16]
+    split = load_data(DataSpec(name="digits", val_size=50)).test
+    return split.get_float_images(slice(0, 16)), split.y[:16]
 
 
 def refuse(*args: object, **kwargs: object) -> None:
@@ -161,93 +180,126 @@ def test_a_sweep(out: Path) -> None:
     ledger = Ledger.open(out / "runs" / "sweep")
     assert ledger.key == wanted["key"] and isinstance(ledger.space, SearchSpace)
     assert ledger.space.digest() == wanted["space"]
-    found = {str(t.number): [t.settings, t.state, t.epoch, t.best, t.curve] for t in ledger.trials()}
+    found = {
+        str(t.number): [t.params, t.state, t.epoch, t.best, t.curve] for t in ledger.load_trials()
+    }
     assert found == wanted["trials"]
-    assert [trial.number for trial in ledger.ranked()] == wanted["ranked"]
-    for trial in ledger.trials():
-        assert read(ledger.checkpoint(trial)).config == ledger.space.config(trial.settings)
-        assert read_histograms(ledger.run_path(trial.number)).keys() <= set(range(1, trial.epoch + 1))
+    assert [trial.number for trial in ledger.rank_trials()] == wanted["ranked"]
+    for trial in ledger.load_trials():
+        assert read_checkpoint(
+            ledger.best_checkpoint_path(trial)
+        ).config == ledger.space.trial_config(trial.params)
+        assert read_histograms(ledger.trial_path(trial.number)).keys() <= set(
+            range(1, trial.epoch + 1)
+        )
     sweep = load_sweep(out / "runs" / "sweep")
-    assert list(sweep.trials.columns) == wanted["columns"] and list(sweep.epochs.columns) == wanted["epochs"]
+    assert (
+        list(sweep.trials.columns) == wanted["columns"]
+        and list(sweep.epochs.columns) == wanted["epochs"]
+    )
     assert sweep.best == out / wanted["best"] and sweep.advice(0) == wanted["advice"]
-    assert len(sweep.epochs) == sum(trial.epoch for trial in ledger.trials())
+    assert len(sweep.epochs) == sum(trial.epoch for trial in ledger.load_trials())
     assert raysweep.load(sweep.best)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
 def test_a_sweep_can_grow(out: Path) -> None:
     ledger = Ledger.open(out / "runs" / "sweep")
-    ledger.extend(ledger.space.model_copy(update={"trials": 5}).fixed({"epochs": 7}))
+    ledger.extend_space(ledger.space.model_copy(update={"trials": 5}).with_overrides({"epochs": 7}))
     again = Ledger.open(out / "runs" / "sweep")
-    assert again.space.total == 5 and again.key == READ["sweep"]["key"]
-    done = [trial for trial in again.trials() if READ["sweep"]["trials"][str(trial.number)][1] == "finished"]
+    assert again.space.n_trials == 5 and again.key == READ["sweep"]["key"]
+    done = [
+        trial
+        for trial in again.load_trials()
+        if READ["sweep"]["trials"][str(trial.number)][1] == "finished"
+    ]
     assert done and all(trial.state == "running" for trial in done)
 
 
 def test_a_sweep_as_a_study_of_optuna(out: Path) -> None:
     pytest.importorskip("optuna")
-    from raysweep.sweep.study import study
+    from raysweep.sweep.optuna_study import build_study
 
     ledger = Ledger.open(out / "runs" / "sweep")
-    found = study(ledger).trials
-    assert [trial.values[0] for trial in found] == [t.score("robust_worst") for t in ledger.trials()]
+    found = build_study(ledger).trials
+    assert [trial.values[0] for trial in found] == [
+        t.score("robust_worst") for t in ledger.load_trials()
+    ]
 
 
 @pytest.mark.parametrize("place", sorted(READ["checkpoints"]))
 def test_a_checkpoint(out: Path, place: str) -> None:
     wanted = READ["checkpoints"][place]
-    saved = read(out / place)
-    assert (saved.config.digest(), saved.epoch, saved.metrics) == (
+    saved = read_checkpoint(out / place)
+    assert (saved.config.digest(), saved.epoch, saved.last_metrics) == (
         wanted["digest"],
         wanted["epoch"],
         wanted["metrics"],
     )
     assert saved.meta["digest"] == saved.config.digest() and len(saved.history) == saved.epoch
-    assert sha_of_state(load_checkpoint(out / place, {}).model) == wanted["weights"]
-    model = saved.config.model.build(1, 10, 1)
+    assert sha_of_state(load_checkpoint_target(out / place, {}).model) == wanted["weights"]
+    model = saved.config.model.build_model(1, 10, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    saved.load_state(model, optimizer)
-    assert sha_of_state(model) == wanted["weights"] and len(optimizer.state) == len(list(model.parameters()))
+    saved.load_training_state(model, optimizer)
+    assert sha_of_state(model) == wanted["weights"] and len(optimizer.state) == len(
+        list(model.parameters())
+    )
 
 
 def test_a_training_run_is_gone_on_with(out: Path) -> None:
     """The same command goes on, with more epochs too, and trains nothing again."""
-    run = Run(out / "runs" / "train")
-    last = run.last()
+    run = RunDirectory(out / "runs" / "train")
+    last = run.read_last_checkpoint()
     assert last is not None and last.epoch == 3
-    check_goes_on(last, resolve("lrat", SMALL), last.meta["data_fingerprint"])
+    check_resumable(last, resolve_training_config("lrat", SMALL), last.meta["data_fingerprint"])
     told: list[float] = []
-    fitted = fit(resolve("lrat", SMALL | {"epochs": 4}), run.path, lambda row, saved: told.append(row["epoch"]))
-    assert told == [1, 2, 3, 4] and fitted.last.history[:3] == last.history
+    fitted = train_model(
+        resolve_training_config("lrat", SMALL | {"epochs": 4}),
+        run.path,
+        lambda row, saved: told.append(row["epoch"]),
+    )
+    assert told == [1, 2, 3, 4] and fitted.last_checkpoint.history[:3] == last.history
 
 
 def test_a_run_that_was_left_in_the_middle_of_an_epoch(out: Path) -> None:
     """It goes on after the steps that were done."""
     expected, stepped = EXPECTED["trainings"]["half"], []
-    config = run_config("gairat", SMALL, {"*.burn_in": 1})
-    fitted = fit(config, out / "runs" / "half", stepped=lambda epoch, steps: stepped.append((epoch, steps)))
+    config = build_training_config("gairat", SMALL, {"*.burn_in": 1})
+    fitted = train_model(
+        config,
+        out / "runs" / "half",
+        on_step_end=lambda epoch, steps: stepped.append((epoch, steps)),
+    )
     assert stepped[0] == (2, 4)
-    check_trained(fitted.last.load_model(config.model.build(1, 10, 0)), fitted.last.history, expected)
+    check_trained(
+        fitted.last_checkpoint.load_weights(config.model.build_model(1, 10, 0)),
+        fitted.last_checkpoint.history,
+        expected,
+    )
 
 
 @pytest.mark.parametrize("place", sorted(READ["artifacts"]))
 def test_an_artifact_of_a_stage(out: Path, place: str) -> None:
-    artifact = Artifact.read(out / place)
-    assert artifact is not None and artifact.json_dict() == READ["artifacts"][place]
+    artifact = Artifact.read_if_finished(out / place)
+    assert artifact is not None and artifact.to_json_dict() == READ["artifacts"][place]
     assert place.endswith(f"-{artifact.kind}-{artifact.key}")
     for candidate in artifact.candidates:
-        assert read(out / candidate.checkpoint).config.method.name == candidate.method
-    for judgement in artifact.judged:
+        assert read_checkpoint(out / candidate.checkpoint).config.method.name == candidate.method
+    for judgement in artifact.evaluations:
         assert load_report(out / judgement.folder).attrs["robust_accuracy"] == judgement.robust
     for reported in artifact.facts.get("sweeps", []):
-        assert Ledger.open(out / reported["path"]).trials()
+        assert Ledger.open(out / reported["path"]).load_trials()
 
 
 def test_a_pipeline_that_was_run_has_nothing_to_do(out: Path) -> None:
     small = {"model.name": "tiny", "data.train_size": 600, "epochs": 3}
     stages = {"stages.tune.trials": 2, "stages.promote.top": 1, "stages.autoattack.n": 10}
     name, pipeline, settings = load_pipeline("digits", SHRUNK | small | stages)
-    planned = steps(pipeline, settings, out / "runs" / "pipelines" / name, pipeline.salt())
-    assert [step.folder.relative_to(out).as_posix() for step in planned] == sorted(READ["artifacts"])
+    planned = plan_stages(
+        pipeline, settings, out / "runs" / "pipelines" / name, pipeline.compute_digest_salt()
+    )
+    assert [step.folder.relative_to(out).as_posix() for step in planned] == sorted(
+        READ["artifacts"]
+    )
 
 
 @pytest.mark.parametrize("place", sorted(READ["reports"]))
@@ -255,7 +307,9 @@ def test_the_examples_of_an_evaluation(out: Path, place: str) -> None:
     wanted = READ["reports"][place]
     frame = load_report(out / place)
     assert frame.attrs == wanted["attrs"]
-    found = {key: frame[key].astype(object).where(frame[key].notna(), None).tolist() for key in frame}
+    found = {
+        key: frame[key].astype(object).where(frame[key].notna(), None).tolist() for key in frame
+    }
     assert found == wanted["columns"]
     card = json.loads((out / place).with_name("card.json").read_text()) if "eval-" in place else {}
     assert not card or card["clean_acc"] == f"{100 * frame.attrs['clean_accuracy']:.2f}"
@@ -263,22 +317,24 @@ def test_the_examples_of_an_evaluation(out: Path, place: str) -> None:
 
 def test_two_files_of_examples_are_compared(out: Path) -> None:
     files = sorted((out / "runs" / "pipelines").rglob("examples.parquet"))
-    test = paired(files[0], files[1])
+    test = compare_shared_examples(files[0], files[1])
     assert test is not None and (test.examples, test.gained, test.lost) == (10, 0, 0)
 
 
 @pytest.mark.parametrize("count", [10, 12])
-def test_an_evaluation_is_resumed_from_its_shards(out: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_is_resumed_from_its_shards(
+    out: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the folder that it was in, without an attack."""
-    from raysweep.attacks import preset as attack_preset
+    from raysweep.attacks import attack_by_name as attack_preset
 
-    subject = load_checkpoint(out / "runs" / "train" / "epoch-0003", {})
+    subject = load_checkpoint_target(out / "runs" / "train" / "epoch-0003", {})
     assert subject.config is not None and subject.data is not None
     attack = attack_preset("pgd20", 0.15)
-    folder = folder_of(out, subject, attack, subject.config.data, count)
+    folder = choose_evaluation_folder(out, subject, attack, subject.config.data, count)
     assert folder.is_dir()
-    monkeypatch.setattr(AttackShards, "_attack", refuse)
-    report = judge(subject, subject.data, attack, count, folder, None)
+    monkeypatch.setattr(ShardRunner, "_generate_adversarial", refuse)
+    report = evaluate_checkpoint(subject, subject.data, attack, count, folder, None)
     wanted = READ["reports"][(folder / "examples.parquet").relative_to(out).as_posix()]["columns"]
     assert [str(by) or None for by in report.broken_by] == wanted["broken_by"]
 
@@ -290,18 +346,18 @@ def test_a_bundle(out: Path) -> None:
 
 def test_labelled_images(out: Path) -> None:
     x, y = read_unlabeled(out / "images-labelled.npz")
-    assert y is not None and np.array_equal(x, load(DataSpec()).test.x[:6].numpy())
-    data = load(DataSpec(val_size=50, unlabeled=out / "images-labelled.npz"))
+    assert y is not None and np.array_equal(x, load_data(DataSpec()).test.x[:6].numpy())
+    data = load_data(DataSpec(val_size=50, unlabeled=out / "images-labelled.npz"))
     assert data.unlabeled is not None and len(data.unlabeled) == 6
 
 
 def test_runs_in_mlflow_are_found(out: Path) -> None:
     pytest.importorskip("mlflow")
-    from raysweep.tracking import run_tags, train_tags
+    from raysweep.tracking import checkpoint_run_tags, training_run_tags
 
     tags = READ["tags in MLflow"]
-    assert train_tags(Run(out / "runs" / "train")) == tags["train"]
-    assert run_tags(read(out / READ["sweep"]["best"])) == tags["trial"]
+    assert training_run_tags(RunDirectory(out / "runs" / "train")) == tags["train"]
+    assert checkpoint_run_tags(read_checkpoint(out / READ["sweep"]["best"])) == tags["trial"]
 
 
 # What people wrote.
@@ -312,8 +368,11 @@ def test_runs_in_mlflow_are_found(out: Path) -> None:
 def test_a_file_of_a_search_space(name: str) -> None:
     wanted = READ["yaml"][name]
     space = load_space("", {}, Path(f"{name}.yaml"))
-    assert space.json_dict() == wanted["space"] and space.digest() == wanted["digest"]
-    assert json.loads(json.dumps(space.queue)) == wanted["queue"] and space.total == wanted["total"]
+    assert space.to_json_dict() == wanted["space"] and space.digest() == wanted["digest"]
+    assert (
+        json.loads(json.dumps(space.initial_points)) == wanted["queue"]
+        and space.n_trials == wanted["total"]
+    )
 
 
 @pytest.mark.usefixtures("in_yaml")
@@ -325,17 +384,23 @@ def test_the_section_for_a_data_set() -> None:
 @pytest.mark.usefixtures("in_yaml")
 @pytest.mark.parametrize("name", ["method", "extends"])
 def test_a_file_of_a_method(name: str) -> None:
-    config = resolve(f"{name}.yaml", {})
-    assert config.json_dict() == READ["yaml"][name]["config"] and config.digest() == READ["yaml"][name]["digest"]
+    config = resolve_training_config(f"{name}.yaml", {})
+    assert (
+        config.to_json_dict() == READ["yaml"][name]["config"]
+        and config.digest() == READ["yaml"][name]["digest"]
+    )
 
 
 @pytest.mark.usefixtures("in_yaml")
 def test_a_file_of_a_pipeline() -> None:
     wanted = READ["yaml"]["pipeline"]
     _, pipeline, settings = load_pipeline("pipeline.yaml", {})
-    assert pipeline.json_dict() == wanted["pipeline"] and pipeline.digest() == wanted["digest"]
-    planned = pipeline.planned(settings)
-    assert [[c.digest() for c in stage.configs(settings, before)] for stage, before in planned] == wanted["configs"]
+    assert pipeline.to_json_dict() == wanted["pipeline"] and pipeline.digest() == wanted["digest"]
+    planned = pipeline.iter_upstream_configs(settings)
+    assert [
+        [c.digest() for c in stage.list_training_configs(settings, before)]
+        for stage, before in planned
+    ] == wanted["configs"]
 
 
 # Names of values: what differs here is trained, attacked or reported again.
@@ -344,29 +409,40 @@ def test_a_file_of_a_pipeline() -> None:
 def named(what: str) -> dict[str, Any]:
     """The things of a kind that there were, all of which there must still be."""
     found: dict[str, Any] = EXPECTED["digests"][what]
-    known: dict[str, Any] = {"methods": METHODS, "presets": presets(), "spaces": spaces(), "pipelines": pipelines()}
+    known: dict[str, Any] = {
+        "methods": METHODS,
+        "presets": list_presets(),
+        "spaces": list_builtin_spaces(),
+        "pipelines": list_builtin_pipelines(),
+    }
     assert set(found) <= set(known.get(what, found))
     return found
 
 
 @pytest.mark.usefixtures("in_root")
 def test_digests_of_methods_and_presets() -> None:
-    assert {name: run_config(name).digest() for name in named("methods")} == named("methods")
-    assert {name: run_config(*preset(name)).digest() for name in named("presets")} == named("presets")
+    assert {name: build_training_config(name).digest() for name in named("methods")} == named(
+        "methods"
+    )
+    assert {
+        name: build_training_config(*load_preset(name)).digest() for name in named("presets")
+    } == named("presets")
 
 
 @pytest.mark.usefixtures("in_root")
 def test_digests_of_spaces_pipelines_and_papers() -> None:
     assert {name: load_space(name, {}).digest() for name in named("spaces")} == named("spaces")
-    assert {name: load_pipeline(name, {})[1].digest() for name in named("pipelines")} == named("pipelines")
-    assert {name: paper_table(name).digest() for name in named("papers")} == named("papers")
+    assert {name: load_pipeline(name, {})[1].digest() for name in named("pipelines")} == named(
+        "pipelines"
+    )
+    assert {name: load_paper_table(name).digest() for name in named("papers")} == named("papers")
 
 
 @pytest.mark.usefixtures("in_root")
 @pytest.mark.parametrize("name", sorted(EXPECTED["digests"]["steps of shrunk pipelines"]))
 def test_digests_of_stages(name: str, tmp_path: Path) -> None:
     _, pipeline, settings = load_pipeline(name, SHRUNK)
-    found = [step.digest for step in steps(pipeline, settings, tmp_path, "")]
+    found = [step.stage_digest for step in plan_stages(pipeline, settings, tmp_path, "")]
     assert found == EXPECTED["digests"]["steps of shrunk pipelines"][name]
 
 
@@ -376,9 +452,14 @@ def test_names_of_weights(name: str) -> None:
     with torch.device("meta"):
         model = MODELS[name](3, 10)
     listed = [[key, list(value.shape)] for key, value in model.state_dict().items()]
-    assert hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16] == EXPECTED["architectures"][name]["weights"]
+    assert (
+        hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+        == EXPECTED["architectures"][name]["weights"]
+    )
     printed = hashlib.sha256(repr(model).encode()).hexdigest()[:16]
-    assert printed == EXPECTED["architectures"][name]["printed"], "an evaluation that was interrupted starts again"
+    assert printed == EXPECTED["architectures"][name]["printed"], (
+        "an evaluation that was interrupted starts again"
+    )
 
 
 # Numbers.
@@ -387,25 +468,39 @@ def test_names_of_weights(name: str) -> None:
 @pytest.mark.parametrize("name", ["gairat", "lrat", "mart"])
 def test_training(name: str, tmp_path: Path) -> None:
     expected = EXPECTED["trainings"][name]
-    config = run_config(name, expected["settings"])
-    assert isinstance(config, RunConfig) and config.digest() == expected["digest"]
-    fitted = fit(config, tmp_path)
-    check_trained(fitted.last.load_model(config.model.build(1, 10, 0)), fitted.last.history, expected)
+    config = build_training_config(name, expected["settings"])
+    assert isinstance(config, TrainingConfig) and config.digest() == expected["digest"]
+    fitted = train_model(config, tmp_path)
+    check_trained(
+        fitted.last_checkpoint.load_weights(config.model.build_model(1, 10, 0)),
+        fitted.last_checkpoint.history,
+        expected,
+    )
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED["first steps"]))
 def test_a_step_of_each_method(name: str) -> None:
-    data = load(DataSpec(name="digits", val_size=50, train_size=64))
-    x, y, index = data.train.images(slice(0, 32)), data.train.y[:32], data.train.index[:32]
-    config = run_config(name, {"*.attacks.*.steps": 3}).at(7)
-    step = config.method(config.model.build(1, 10, 0), x, y, Rng.for_examples(index, 0))
+    data = load_data(DataSpec(name="digits", val_size=50, train_size=64))
+    x, y, index = (
+        data.train.get_float_images(slice(0, 32)),
+        data.train.y[:32],
+        data.train.index[:32],
+    )
+    config = build_training_config(name, {"*.attacks.*.steps": 3}).resolve_at(7)
+    step = config.method(
+        config.model.build_model(1, 10, 0), x, y, ExampleRng.for_examples(index, 0)
+    )
     found = {
         "loss": float(step.loss.detach()),
         **{f"weight {key}": float(value.double().sum()) for key, value in step.weights.items()},
     }
     expected = EXPECTED["first steps"][name]
-    wanted = {"loss": expected["loss"], **{f"weight {key}": value for key, value in expected["weights"].items()}}
-    # Attacks that start next to the image see gradients of nearly zero, whose signs are those of rounding.
+    wanted = {
+        "loss": expected["loss"],
+        **{f"weight {key}": value for key, value in expected["weights"].items()},
+    }
+    # Attacks that start next to the image see gradients of nearly zero, whose signs are those of
+    # rounding.
     assert found == pytest.approx(wanted, rel=1e-3)
     assert found == wanted or not same_machine()
 
@@ -415,12 +510,12 @@ def test_attacks(name: str, out: Path) -> None:
     expected = EXPECTED["attacks"][name]
     model, (x, y) = raysweep.load(out / "runs" / "robust"), sixteen()
     attack: Any = TypeAdapter(AnyAttack).validate_python(expected["settings"])
-    found = attack(model, x, y, Rng.for_examples(torch.arange(16), 0).stream(name))
-    assert (model(found.x).argmax(1) != y).int().tolist() == expected["broken"]
+    found = attack(model, x, y, ExampleRng.for_examples(torch.arange(16), 0).derive_stream(name))
+    assert (model(found.x_adv).argmax(1) != y).int().tolist() == expected["broken"]
     assert found.queries.tolist() == expected["queries"]
     assert (None if found.kappa is None else found.kappa.tolist()) == expected["kappa"]
-    assert float(found.x.double().sum()) == pytest.approx(expected["sum"], rel=1e-3)
-    assert float(found.x.double().sum()) == expected["sum"] or not same_machine()
+    assert float(found.x_adv.double().sum()) == pytest.approx(expected["sum"], rel=1e-3)
+    assert float(found.x_adv.double().sum()) == expected["sum"] or not same_machine()
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED["evaluations"]))
@@ -431,9 +526,13 @@ def test_autoattack(name: str, out: Path) -> None:
     assert report.robust.tolist() == expected["robust"]
     assert [str(by) for by in report.broken_by] == expected["broken_by"]
     assert report.is_autoattack == expected["is_autoattack"]
-    assert report.margin_before.tolist() == pytest.approx(expected["margin_before"], rel=1e-4, abs=1e-4)
+    assert report.margin_before.tolist() == pytest.approx(
+        expected["margin_before"], rel=1e-4, abs=1e-4
+    )
     # The worst point found is one of several about as bad, on another CPU another.
-    assert report.margin_after.tolist() == pytest.approx(expected["margin_after"], rel=0.05, abs=0.05)
+    assert report.margin_after.tolist() == pytest.approx(
+        expected["margin_after"], rel=0.05, abs=0.05
+    )
     if same_machine():
         assert report.margin_before.tolist() == expected["margin_before"]
         assert report.margin_after.tolist() == expected["margin_after"]
@@ -443,4 +542,4 @@ def test_autoattack(name: str, out: Path) -> None:
 
 
 def test_attacks_that_have_a_name() -> None:
-    assert set(EXPECTED["presets of attacks"]) <= set(ATTACKS)
+    assert set(EXPECTED["presets of attacks"]) <= set(ATTACK_DESCRIPTIONS)

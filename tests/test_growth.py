@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from raysweep.spec import SpecError
-from raysweep.sweep.growth import check_growth
-from raysweep.sweep.space import SearchSpace
+from raysweep.sweep.extension_checks import check_extension
+from raysweep.sweep.search_space import SearchSpace
 
 LR, DECAY, MOMENTUM = "optim.lr", "optim.weight_decay", "optim.momentum"
 DATA: dict[str, Any] = {
@@ -29,13 +29,19 @@ TRIED = {
 
 
 def problems(changes: dict[str, Any], tried: dict[int, dict[str, Any]] | None = None) -> list[str]:
-    """Why a sweep of `DATA` cannot resume with these changes; `space` and `base` are changed entry by entry."""
+    """Why a sweep of `DATA` cannot resume with these changes; `space` and `base` are changed entry
+    by entry.
+    """
     data = {**DATA, **changes}
     for part in ("space", "base"):
         merged = {**DATA[part], **changes.get(part, {})}
         data[part] = {key: value for key, value in merged.items() if value is not ...}
     try:
-        check_growth(SearchSpace.load(DATA), SearchSpace.load(data), TRIED if tried is None else tried)
+        check_extension(
+            SearchSpace.from_data(DATA),
+            SearchSpace.from_data(data),
+            TRIED if tried is None else tried,
+        )
     except SpecError as error:
         return error.problems
     return []
@@ -68,7 +74,10 @@ def test_changes_that_are_allowed(changes: dict[str, Any]) -> None:
     ("changes", "line"),
     [
         ({"metric": "clean"}, "metric = 'clean': the sweep has 'robust_worst'"),
-        ({"metric": ["robust_worst", "clean"]}, "metric = ['robust_worst', 'clean']: the sweep has 'robust_worst'"),
+        (
+            {"metric": ["robust_worst", "clean"]},
+            "metric = ['robust_worst', 'clean']: the sweep has 'robust_worst'",
+        ),
         ({"max_masking_gap": None}, "max_masking_gap = None: the sweep has 0.1"),
         ({"method": "trades"}, "method = 'trades': the sweep has 'at'"),
         ({"sampler": {"kind": "random"}}, "sampler = "),
@@ -77,21 +86,39 @@ def test_changes_that_are_allowed(changes: dict[str, Any]) -> None:
         ({"base": {"epochs": 7}}, "epochs = 7: the sweep has 8 and can only have more"),
         ({"base": {"batch_size": 65}}, "batch_size = 65: the sweep has 64"),
         ({"base": {MOMENTUM: 0.5}}, "optim.momentum = 0.5: the sweep has 0.9"),
-        ({"space": {MOMENTUM: {"float": [0.0, 0.9]}}}, "optim.momentum is now searched: only its range can change"),
+        (
+            {"space": {MOMENTUM: {"float": [0.0, 0.9]}}},
+            "optim.momentum is now searched: only its range can change",
+        ),
         ({"space": {"seed": ...}}, "seed is no longer searched: only its range can change"),
-        ({"space": {"seed": {"categorical": [0, 3]}}}, "space.seed: its kind and its `when` cannot change"),
-        ({"space": {DECAY: {"float": [0.0, 0.01]}}}, f"space.{DECAY}: its kind and its `when` cannot change"),
+        (
+            {"space": {"seed": {"categorical": [0, 3]}}},
+            "space.seed: its kind and its `when` cannot change",
+        ),
+        (
+            {"space": {DECAY: {"float": [0.0, 0.01]}}},
+            f"space.{DECAY}: its kind and its `when` cannot change",
+        ),
         (
             {"space": {DECAY: {"float": [0.0, 0.01], "when": {"optim.nesterov": False}}}},
             f"space.{DECAY}: its kind and its `when` cannot change",
         ),
-        ({"space": {LR: {"float": [0.11, 0.5]}}}, f"space.{LR}: 0.1 of trial 0000 is outside [0.11, 0.5]"),
-        ({"space": {LR: {"float": [0.01, 0.2]}}}, f"space.{LR}: 0.25 of trial 0007 is outside [0.01, 0.2]"),
+        (
+            {"space": {LR: {"float": [0.11, 0.5]}}},
+            f"space.{LR}: 0.1 of trial 0000 is outside [0.11, 0.5]",
+        ),
+        (
+            {"space": {LR: {"float": [0.01, 0.2]}}},
+            f"space.{LR}: 0.25 of trial 0007 is outside [0.01, 0.2]",
+        ),
         (
             {"space": {LR: {"float": [0.01, 0.5], "step": 0.02}}},
             f"space.{LR}: 0.1 of trial 0000 is outside [0.01, 0.5]",
         ),
-        ({"space": {"seed": {"int": [0, 4], "step": 2}}}, "space.seed: 3 of trial 0007 is outside [0, 4]"),
+        (
+            {"space": {"seed": {"int": [0, 4], "step": 2}}},
+            "space.seed: 3 of trial 0007 is outside [0, 4]",
+        ),
         (
             {"space": {"optim.nesterov": {"categorical": [False]}}},
             "space.optim.nesterov: True of trial 0000 is outside [False]",
@@ -111,10 +138,16 @@ def test_without_trials_any_range_is_allowed_and_other_changes_are_not() -> None
 
 def test_all_reasons_come_at_once_and_each_once() -> None:
     lines = problems(
-        {"metric": "clean", "scheduler": {"grace": 4}, "space": {"seed": ..., MOMENTUM: {"float": [0, 0.5]}}}
+        {
+            "metric": "clean",
+            "scheduler": {"grace": 4},
+            "space": {"seed": ..., MOMENTUM: {"float": [0, 0.5]}},
+        }
     )
     assert [line.split()[0] for line in lines] == ["metric", "scheduler", "optim.momentum", "seed"]
-    lines = problems({"base": {"epochs": 7, "batch_size": 65}, "space": {LR: {"float": [0.11, 0.2]}}})
+    lines = problems(
+        {"base": {"epochs": 7, "batch_size": 65}, "space": {LR: {"float": [0.11, 0.2]}}}
+    )
     assert [line.split(":")[0] for line in lines] == [
         "epochs = 7",
         "batch_size = 65",
@@ -133,5 +166,10 @@ def test_a_number_cannot_become_a_schedule() -> None:
     """This removes one setting and adds others, though none changes its value."""
     schedule = {"kind": "piecewise", "boundaries": [4], "values": [0.002, 0.001]}
     lines = problems({"base": {"method.attacks.pgd.step_size": schedule}})
-    assert any(line.startswith("method.attacks.pgd.step_size = None: the sweep has ") for line in lines)
-    assert any(line.startswith("method.attacks.pgd.step_size.kind = 'piecewise': the sweep has None") for line in lines)
+    assert any(
+        line.startswith("method.attacks.pgd.step_size = None: the sweep has ") for line in lines
+    )
+    assert any(
+        line.startswith("method.attacks.pgd.step_size.kind = 'piecewise': the sweep has None")
+        for line in lines
+    )

@@ -1,4 +1,6 @@
-"""kill -9 in every stage of a pipeline, while it works and while it writes: finished work stays, the rest resumes."""
+"""kill -9 in every stage of a pipeline, while it works and while it writes: finished work stays,
+the rest resumes.
+"""
 
 import itertools
 import os
@@ -12,7 +14,7 @@ import pytest
 import ray
 from forked import Forked
 
-from raysweep.pipeline.artifact import FILE, Artifact
+from raysweep.pipeline.artifact import ARTIFACT_FILE, Artifact
 from raysweep.sweep.ledger import Ledger
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -42,7 +44,8 @@ def _after_an_epoch(_: object, trial: object, metrics: object) -> None:
 
 def _arm(stage: str, when: str) -> None:
     """Let this process die in `stage`: amid its work, or when half of its artifact is written."""
-    from raysweep.pipeline import autoattack, pipeline, promote, register, report, tune
+    from raysweep.pipeline import autoattack, pipeline, promote, register, tune
+    from raysweep.pipeline.report import stage
     from raysweep.tracking import Tracker
 
     write = Artifact.write
@@ -51,7 +54,7 @@ def _arm(stage: str, when: str) -> None:
         def then_die(partial: Path) -> None:
             if files is not None:
                 files(partial)
-            (partial / FILE).write_text('{"kind": "')
+            (partial / ARTIFACT_FILE).write_text('{"kind": "')
             _die()
 
         write(self, folder, then_die if self.kind == stage else files)
@@ -61,12 +64,12 @@ def _arm(stage: str, when: str) -> None:
         return
     sweeps = (tune, "Progress.trial_changed", _after_an_epoch)
     owners = {
-        "tune": (tune.Tune, sweeps),
-        "train": (tune.Train, sweeps),
-        "promote": (promote.Promote, sweeps),
-        "autoattack": (autoattack.AutoAttack, (autoattack, "save", _die)),
-        "register": (register.Register, (Tracker, "alias", _die)),
-        "report": (report.Report, (report, "drawn", _die)),
+        "tune": (tune.TuneStage, sweeps),
+        "train": (tune.TrainStage, sweeps),
+        "promote": (promote.PromoteStage, sweeps),
+        "autoattack": (autoattack.AutoAttackStage, (autoattack, "save", _die)),
+        "register": (register.RegisterStage, (Tracker, "alias", _die)),
+        "report": (stage.ReportStage, (stage, "drawn", _die)),
     }
     kind, (owner, name, deadly) = owners[stage]
     run = kind.run
@@ -106,13 +109,19 @@ def folder(ray_cluster, empty_store, tmp_path: Path) -> Path:
 
 
 def run(folder: Path, stage: str | None = None, when: str = "") -> Forked:
-    """Run the pipeline to its end, or kill it at `stage` and `when`; check that no process it started is left."""
+    """Run the pipeline to its end, or kill it at `stage` and `when`; check that no process it
+    started is left.
+    """
     environment = {_MARK: str(folder)}
     if stage in ("tune", "train", "promote"):
         environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    process = forked.start(_drive, stage, when, folder=folder, environment=environment, imports=forked.COMMANDS)
+    process = forked.start(
+        _drive, stage, when, folder=folder, environment=environment, imports=forked.COMMANDS
+    )
     process.wait()
-    assert not psutil.wait_procs(_started_by(folder), timeout=120)[1], "workers outlive their driver"
+    assert not psutil.wait_procs(_started_by(folder), timeout=120)[1], (
+        "workers outlive their driver"
+    )
     return process
 
 
@@ -130,7 +139,7 @@ def _started_by(folder: Path) -> list[psutil.Process]:
 def artifacts(folder: Path) -> dict[str, Artifact]:
     """Every artifact under its proper name is whole."""
     found = sorted((folder / "runs" / "pipelines" / "killed").glob("[0-9]*"))
-    return {path.name[3:-17]: Artifact.read(path) for path in found}
+    return {path.name[3:-17]: Artifact.read_if_finished(path) for path in found}
 
 
 def done(folder: Path) -> dict[Path, int]:
@@ -144,13 +153,18 @@ def done(folder: Path) -> dict[Path, int]:
 
 def kill(folder: Path, stage: str, when: str) -> None:
     """Kill a run in `stage`, and check what it leaves."""
-    before, shards = done(folder), {path: path.stat().st_mtime_ns for path in folder.glob("runs/**/shards/*/*.npz")}
-    assert bool(shards) == (STAGES.index(stage) > 3 or (stage, when) == ("autoattack", "writing")), (
-        "attacks are stage 3"
+    before, shards = (
+        done(folder),
+        {path: path.stat().st_mtime_ns for path in folder.glob("runs/**/shards/*/*.npz")},
     )
+    assert bool(shards) == (
+        STAGES.index(stage) > 3 or (stage, when) == ("autoattack", "writing")
+    ), "attacks are stage 3"
     process = run(folder, stage, when)
     assert process.poll() == -signal.SIGKILL, f"{stage}, {when}: {process.err}"
-    assert list(artifacts(folder)) == STAGES[: STAGES.index(stage)], "all before it, whole; of itself nothing"
+    assert list(artifacts(folder)) == STAGES[: STAGES.index(stage)], (
+        "all before it, whole; of itself nothing"
+    )
     after = done(folder)
     assert {path: after[path] for path in before} == before, "what was finished was left alone"
     assert all(path.stat().st_mtime_ns == then for path, then in shards.items()), "no attack again"
@@ -164,17 +178,21 @@ def test_a_run_that_is_killed_at_every_point_has_everything_once_in_the_end(fold
     assert last.poll() == 0, last.err
     found = artifacts(folder)
     assert list(found) == STAGES
-    assert not list((folder / "runs" / "pipelines" / "killed").glob(".[0-9]*")), "halves are swept up"
+    assert not list((folder / "runs" / "pipelines" / "killed").glob(".[0-9]*")), (
+        "halves are swept up"
+    )
     sweeps = [sweep for artifact in found.values() for sweep in artifact.facts.get("sweeps", [])]
     ledgers = [Ledger.open(folder / sweep["path"]) for sweep in sweeps]
     for ledger in ledgers:
-        assert all([epoch for epoch, _ in trial.curve] == [1, 2] for trial in ledger.trials())
+        assert all([epoch for epoch, _ in trial.curve] == [1, 2] for trial in ledger.load_trials())
 
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
-    trials = [f"{trial.number:04d} {ledger.name}" for ledger in ledgers for trial in ledger.trials()]
+    trials = [
+        f"{trial.number:04d} {ledger.name}" for ledger in ledgers for trial in ledger.load_trials()
+    ]
     names = [*(ledger.name for ledger in ledgers), *trials, "killed report"]
     assert sorted(one.info.run_name for one in runs) == sorted(names)
     assert {one.info.status for one in runs} == {"FINISHED"}
@@ -182,6 +200,8 @@ def test_a_run_that_is_killed_at_every_point_has_everything_once_in_the_end(fold
         if one.info.run_name in trials:
             history = client.get_metric_history(one.info.run_id, "robust_worst")
             assert sorted({point.step for point in history}) == [1, 2]
-            assert len({(point.step, point.value) for point in history}) == 2, "an epoch has one value"
+            assert len({(point.step, point.value) for point in history}) == 2, (
+                "an epoch has one value"
+            )
     (version,) = client.search_model_versions("name='killed'")
     assert client.get_registered_model("killed").aliases == {"candidate": version.version}

@@ -9,16 +9,17 @@ from import_graph import imports
 ROOT = Path(__file__).parent.parent / "raysweep"
 # Each layer may import itself and those before it.
 LAYERS = [
-    ("files", "spec", "schedules", "rng", "storage", "wording"),
+    ("atomic_files", "spec", "schedules", "rng", "storage", "leases", "formatting"),
     ("losses", "attacks", "weights"),
+    ("worker_group",),
     ("method",),
     ("catalog", "models", "data"),
     ("evaluation",),
     ("training",),
     ("sweep",),
-    ("tracking", "display", "plots", "results"),
+    ("tracking", "terminal", "plots", "results", "checkpoint_evaluation", "robustness_bundle"),
     ("pipeline",),
-    ("commands", "completion", "manual"),
+    ("commands", "shell_completion", "command_help"),
     ("cli",),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -7,18 +7,18 @@ import torch
 from robust_digits import digits, robust_digits
 from torch import Tensor
 
-from raysweep.attacks import APGD, FAB, PGD, AnyAttack, Minimal, Square
-from raysweep.data import Data
-from raysweep.rng import Rng
-from raysweep.training.config import run_config
-from raysweep.training.trainer import build, train_step
+from raysweep.attacks import APGD, FAB, PGD, AnyAttack, MinimalPerturbation, Square
+from raysweep.data import Dataset
+from raysweep.rng import ExampleRng
+from raysweep.training.config import build_training_config
+from raysweep.training.trainer import build_model_variants, compute_step_gradients
 
 ATTACKS: list[AnyAttack] = [
     PGD(eps=0.2, steps=4),
     PGD(eps=0.2, steps=4, loss="cw", norm="L2"),
     PGD(eps=0.2, steps=4, loss="kl", start="gaussian"),
     PGD(eps=0.2, steps=4, tau=1),
-    Minimal(d_max=0.3, steps=4),
+    MinimalPerturbation(d_max=0.3, steps=4),
     APGD(eps=0.2, steps=6),
     APGD(eps=0.2, steps=6, loss="dlr-targeted", targets=2),
     FAB(eps=0.2, steps=3),
@@ -52,26 +52,30 @@ class Graphs:
         return torch.autograd.graph.saved_tensors_hooks(self.pack, lambda held: held.tensor)
 
 
-@pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: f"{a.kind}-{getattr(a, 'loss', '')}-{a.digest()[:4]}")
+@pytest.mark.parametrize(
+    "attack", ATTACKS, ids=lambda a: f"{a.kind}-{getattr(a, 'loss', '')}-{a.digest()[:4]}"
+)
 def test_an_attack_holds_no_graph_from_step_to_step(attack) -> None:
     model, (x, y) = robust_digits(), digits(6)
     graphs = Graphs(model)
     with graphs.hooks():
-        found = attack(model, x, y, Rng.for_examples(torch.arange(6), 0))
+        found = attack(model, x, y, ExampleRng.for_examples(torch.arange(6), 0))
     assert len(graphs.counts) > 3
     assert max(graphs.counts) == 0 and not graphs.alive
-    assert found.x.grad_fn is None and (attack.kind == "square" or graphs.most > 0)
+    assert found.x_adv.grad_fn is None and (attack.kind == "square" or graphs.most > 0)
 
 
 @pytest.mark.parametrize("method", ["gairat", "lrat"])
-def test_a_training_step_holds_the_graphs_of_its_own_forwards_only(method, digits: Data) -> None:
-    faces = build(run_config(method), digits, torch.device("cpu"))
+def test_a_training_step_holds_the_graphs_of_its_own_forwards_only(method, digits: Dataset) -> None:
+    faces = build_model_variants(build_training_config(method), digits, torch.device("cpu"))
     faces.model.train()
-    batch = next(iter(digits.batches(16, 0, 0)))
-    attacked, trained = Graphs(faces.attacked), Graphs(faces.model)
+    batch = next(iter(digits.iter_train_batches(16, 0, 0)))
+    attacked, trained = Graphs(faces.attack_module), Graphs(faces.model)
     with attacked.hooks():
-        settings = run_config(method, {"*.attacks.*.steps": 3}).at(9).method
-        step = train_step(settings, faces, batch, Rng.for_examples(batch.index, 0))
+        settings = build_training_config(method, {"*.attacks.*.steps": 3}).resolve_at(9).method
+        step = compute_step_gradients(
+            settings, faces, batch, ExampleRng.for_examples(batch.index, 0)
+        )
     assert max(attacked.counts) == 0 and len(attacked.counts) == 3 * len(settings.attacks)
     assert len(trained.counts) == len(step.logits)
     del step

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from raysweep.attacks import PGD, frozen, margin, vulnerability
+from raysweep.attacks import PGD, freeze_model, true_class_confidence, true_class_margin
 from raysweep.catalog import METHODS
 from raysweep.method import Method, Term
-from raysweep.rng import Rng
-from raysweep.spec import override
-from raysweep.weights import Geometry, Look, Remainder, Vulnerability
+from raysweep.rng import ExampleRng
+from raysweep.spec import apply_overrides
+from raysweep.weights import GeometryWeight, RemainderWeight, VulnerabilityWeight, WeightInputs
 
 
 def gradients(method: Method, net, x, y, rng, **kwargs) -> list[torch.Tensor]:
@@ -24,44 +24,62 @@ def gradients(method: Method, net, x, y, rng, **kwargs) -> list[torch.Tensor]:
 @pytest.mark.parametrize("shape", ["tanh", "sigmoid"])
 def test_gairat_with_infinite_lambda_is_at_bit_for_bit(shape, net, batch) -> None:
     at = METHODS["at"]()
-    gairat = override(
+    gairat = apply_overrides(
         METHODS["gairat"](),
         {
-            "attacks.pgd": at.attacks["pgd"].json_dict(),
+            "attacks.pgd": at.attacks["pgd"].to_json_dict(),
             "terms.pgd.weight.lam": math.inf,
             "terms.pgd.weight.shape": shape,
             "terms.pgd.weight.burn_in": 0,
         },
     )
     assert all(
-        torch.equal(a, b) for a, b in zip(gradients(at, net, *batch), gradients(gairat, net, *batch), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(gradients(at, net, *batch), gradients(gairat, net, *batch), strict=True)
     )
 
 
 def test_geometry_weights_are_the_papers_equations() -> None:
     kappa, steps = torch.arange(11), 10
-    look = Look(torch.zeros(11, 3, dtype=torch.float64), torch.zeros(11, dtype=torch.int64), kappa, steps)
+    look = WeightInputs(
+        torch.zeros(11, 3, dtype=torch.float64), torch.zeros(11, dtype=torch.int64), kappa, steps
+    )
     k = kappa.double()
     argument = 1.5 + 5 * (1 - 2 * k / steps)
-    assert torch.allclose(Geometry(lam=1.5)(look), (1 + torch.tanh(argument)) / 2, rtol=0, atol=1e-12)
-    assert torch.allclose(Geometry(shape="linear")(look), 1 - k / (steps + 1), rtol=0, atol=1e-12)
-    assert torch.allclose(Geometry(shape="sigmoid", lam=1.5)(look), 1 / (1 + torch.exp(-argument)), rtol=0, atol=1e-12)
-    table = Geometry(shape="piecewise", table=(1.0, 1.0, 0.5, 0.1))(look)
+    assert torch.allclose(
+        GeometryWeight(lam=1.5)(look), (1 + torch.tanh(argument)) / 2, rtol=0, atol=1e-12
+    )
+    assert torch.allclose(
+        GeometryWeight(shape="linear")(look), 1 - k / (steps + 1), rtol=0, atol=1e-12
+    )
+    assert torch.allclose(
+        GeometryWeight(shape="sigmoid", lam=1.5)(look),
+        1 / (1 + torch.exp(-argument)),
+        rtol=0,
+        atol=1e-12,
+    )
+    table = GeometryWeight(shape="piecewise", table=(1.0, 1.0, 0.5, 0.1))(look)
     assert table.tolist() == [1.0, 1.0, 0.5] + [0.1] * 8
 
 
 def test_a_very_negative_lambda_still_weighs_a_batch_of_guarded_points(net, batch) -> None:
     """All kappa = K at lambda = -5 is 0/0 in float32 when written with tanh."""
-    look = Look(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64), torch.full((4,), 10), 10)
-    assert (Geometry(lam=-5.0)(look) > 0).all()
+    look = WeightInputs(
+        torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64), torch.full((4,), 10), 10
+    )
+    assert (GeometryWeight(lam=-5.0)(look) > 0).all()
 
 
 def test_lrat_is_equation_5_divided_by_equation_17(net, batch) -> None:
     x, y, rng = batch
     net = net.double().train()
     x = x.double()
-    settings = {"terms.bound.weight.total": 4.5, "terms.pgd.weight.alpha": 1.5, "terms.cw.weight.beta": 2.0}
-    method = override(METHODS["lrat"](), settings)
+    settings = {
+        "terms.bound.weight.total": 4.5,
+        "terms.pgd.weight.alpha": 1.5,
+        "terms.cw.weight.beta": 2.0,
+    }
+    method = apply_overrides(METHODS["lrat"](), settings)
     step = method(net, x, y, rng)
 
     p = {name: F.softmax(step.logits[name].detach(), 1) for name in ("pgd", "cw")}
@@ -71,19 +89,29 @@ def test_lrat_is_equation_5_divided_by_equation_17(net, batch) -> None:
     w_cw = 2.0 * (1 - (true["cw"] - other)) ** 2.0
     w_nat = (4.5 - w_pgd - w_cw).clamp_min(0)
     assert (w_nat > 0).any()
-    ce = {name: F.cross_entropy(logits, y, reduction="none") for name, logits in step.logits.items()}
-    expected = (w_nat * ce["natural"] + w_pgd * ce["pgd"] + w_cw * ce["cw"]).mean() / (w_nat + w_pgd + w_cw).mean()
+    ce = {
+        name: F.cross_entropy(logits, y, reduction="none") for name, logits in step.logits.items()
+    }
+    expected = (w_nat * ce["natural"] + w_pgd * ce["pgd"] + w_cw * ce["cw"]).mean() / (
+        w_nat + w_pgd + w_cw
+    ).mean()
     assert torch.allclose(step.loss, expected, rtol=1e-12)
 
 
 def test_the_bound_may_look_at_several_views_and_still_weighs_once(net, batch) -> None:
     x, y, rng = batch
-    method = override(METHODS["lrat"](), {"terms.bound.weight.total": 4.0, "terms.bound.on": "natural+pgd"})
+    method = apply_overrides(
+        METHODS["lrat"](), {"terms.bound.weight.total": 4.0, "terms.bound.on": "natural+pgd"}
+    )
     step = method(net, x, y, rng)
-    ce = {name: F.cross_entropy(logits, y, reduction="none") for name, logits in step.logits.items()}
+    ce = {
+        name: F.cross_entropy(logits, y, reduction="none") for name, logits in step.logits.items()
+    }
     w = step.weights
     total = w["pgd"] * ce["pgd"] + w["cw"] * ce["cw"] + w["bound"] * (ce["natural"] + ce["pgd"])
-    assert torch.allclose(step.loss, total.mean() / (w["pgd"] + w["cw"] + w["bound"]).mean(), rtol=1e-5)
+    assert torch.allclose(
+        step.loss, total.mean() / (w["pgd"] + w["cw"] + w["bound"]).mean(), rtol=1e-5
+    )
 
 
 def test_weights_carry_no_gradient(net, batch) -> None:
@@ -94,9 +122,12 @@ def test_weights_carry_no_gradient(net, batch) -> None:
 def test_vulnerability_is_equations_8_and_9() -> None:
     logits, y = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]]), torch.tensor([0, 0])
     p = F.softmax(logits, 1)
-    assert torch.allclose(vulnerability(logits, y, "probability"), p[:, 0])
-    assert torch.allclose(vulnerability(logits, y, "margin"), torch.stack([p[0, 0] - p[0, 2], p[1, 0] - p[1, 1]]))
-    assert torch.allclose(margin(logits, y), torch.tensor([1.0, -3.0]))
+    assert torch.allclose(true_class_confidence(logits, y, "probability"), p[:, 0])
+    assert torch.allclose(
+        true_class_confidence(logits, y, "margin"),
+        torch.stack([p[0, 0] - p[0, 2], p[1, 0] - p[1, 1]]),
+    )
+    assert torch.allclose(true_class_margin(logits, y), torch.tensor([1.0, -3.0]))
 
 
 class ThreadWorkers:
@@ -108,7 +139,7 @@ class ThreadWorkers:
         self._barrier = threading.Barrier(2)
         self._values: dict[str, torch.Tensor] = {}
 
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
         self._values[threading.current_thread().name] = value
         self._barrier.wait()
         total = sum(self._values[name] for name in sorted(self._values))
@@ -119,26 +150,32 @@ class ThreadWorkers:
 @pytest.mark.parametrize("name", ["at", "gairat", "lrat"])
 @pytest.mark.parametrize("cut", [16, 11])
 def test_two_workers_give_the_gradient_of_one(name, cut, net, batch) -> None:
-    """Also with unequal shares; the network is in eval mode, for batch norm's own statistics are per worker."""
+    """Also with unequal shares; the network is in eval mode, for batch norm's own statistics are
+    per worker.
+    """
     x, y, _ = batch
     x, net = x.double(), net.double()
     method = METHODS[name]()
     if name == "gairat":
-        method = override(method, {"terms.pgd.weight.burn_in": 0})
+        method = apply_overrides(method, {"terms.pgd.weight.burn_in": 0})
     if name == "lrat":
-        method = override(method, {"terms.bound.weight.total": 4.5})
+        method = apply_overrides(method, {"terms.bound.weight.total": 4.5})
     index = torch.arange(len(x))
-    whole = gradients(method, net, x, y, Rng.for_examples(index, 0))
+    whole = gradients(method, net, x, y, ExampleRng.for_examples(index, 0))
 
     workers, found = ThreadWorkers(), {}
-    networks = [torch.nn.Sequential(*__import__("copy").deepcopy(list(net))).eval() for _ in range(2)]
+    networks = [
+        torch.nn.Sequential(*__import__("copy").deepcopy(list(net))).eval() for _ in range(2)
+    ]
 
     def work(rank: int) -> None:
         part = slice(0, cut) if rank == 0 else slice(cut, None)
-        rng = Rng.for_examples(index[part], 0)
+        rng = ExampleRng.for_examples(index[part], 0)
         found[rank] = gradients(method, networks[rank], x[part], y[part], rng, workers=workers)
 
-    threads = [threading.Thread(target=work, args=(rank,), name=f"worker{rank}") for rank in range(2)]
+    threads = [
+        threading.Thread(target=work, args=(rank,), name=f"worker{rank}") for rank in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -159,7 +196,11 @@ def test_pgd_counts_the_iterates_that_are_right_and_stays_in_the_ball(net, batch
     assert len(seen) == 6, "one forward a step"
     kappa = sum((net(iterate).argmax(1) == y).long() for iterate in seen)
     assert torch.equal(result.kappa, kappa)
-    assert (result.x - x).abs().max() <= 0.1 + 1e-6 and result.x.min() >= 0 and result.x.max() <= 1
+    assert (
+        (result.x_adv - x).abs().max() <= 0.1 + 1e-6
+        and result.x_adv.min() >= 0
+        and result.x_adv.max() <= 1
+    )
     assert result.queries.tolist() == [6] * len(x)
 
 
@@ -177,11 +218,15 @@ def test_kappa_can_go_on_counting_after_a_wrong_iterate() -> None:
             return torch.stack([x.sum((1, 2, 3)) * 0 + right, x.sum((1, 2, 3)) * 0], 1)
 
     x = torch.rand(3, 1, 2, 2)
-    result = PGD(steps=7)(Seesaw(), x, torch.zeros(3, dtype=torch.int64), Rng.for_examples(torch.arange(3), 0))
+    result = PGD(steps=7)(
+        Seesaw(), x, torch.zeros(3, dtype=torch.int64), ExampleRng.for_examples(torch.arange(3), 0)
+    )
     assert result.kappa.tolist() == [4, 4, 4]
 
 
-def test_early_stopped_pgd_keeps_rows_in_order_and_stops_tau_steps_after_the_first_error(net, batch) -> None:
+def test_early_stopped_pgd_keeps_rows_in_order_and_stops_tau_steps_after_the_first_error(
+    net, batch
+) -> None:
     x, _, rng = batch
     y = net(x).argmax(1)
     attack = PGD(eps=0.3, step_size=0.02, steps=10, start="natural")
@@ -204,14 +249,14 @@ def test_early_stopped_pgd_keeps_rows_in_order_and_stops_tau_steps_after_the_fir
                 low, high = x[row : row + 1] - 0.3, x[row : row + 1] + 0.3
                 current = (current + 0.02 * grad.sign()).clamp(low, high).clamp(0, 1)
             assert result.kappa[row] == right and result.queries[row] == taken
-            assert torch.allclose(result.x[row], current[0], atol=1e-6)
+            assert torch.allclose(result.x_adv[row], current[0], atol=1e-6)
 
 
 def test_frozen_puts_the_model_back(net) -> None:
     net.train()
     net[2].eval()
     net[1].weight.requires_grad_(False)
-    with frozen(net):
+    with freeze_model(net):
         assert not net.training and not any(p.requires_grad for p in net.parameters())
     assert net.training and not net[2].training
     assert [p.requires_grad for p in net[1].parameters()] == [False, True]
@@ -221,8 +266,8 @@ def test_remainder_completes_to_its_total(net, batch) -> None:
     method = Method(
         attacks={"pgd": PGD()},
         terms={
-            "a": Term(on="pgd", weight=Vulnerability(alpha=0.2)),
-            "b": Term(on="natural", weight=Remainder(total=1.0, of=("a",))),
+            "a": Term(on="pgd", weight=VulnerabilityWeight(alpha=0.2)),
+            "b": Term(on="natural", weight=RemainderWeight(total=1.0, of=("a",))),
         },
     )
     weights = method(net, *batch).weights
@@ -231,10 +276,15 @@ def test_remainder_completes_to_its_total(net, batch) -> None:
 
 def test_natural_data_may_decide_the_weight_of_an_attacks_term() -> None:
     """Its logits are needed then, though no loss looks at them."""
-    method = Method.load(
+    method = Method.from_data(
         {
             "attacks": {"pgd": {"kind": "pgd", "steps": 2}},
-            "terms": {"robust": {"on": "pgd", "weight": {"kind": "margin", "by": "natural", "normalise": False}}},
+            "terms": {
+                "robust": {
+                    "on": "pgd",
+                    "weight": {"kind": "margin", "by": "natural", "normalise": False},
+                }
+            },
         }
     )
     torch.manual_seed(0)
@@ -243,7 +293,7 @@ def test_natural_data_may_decide_the_weight_of_an_attacks_term() -> None:
         torch.rand(5, 3, 2, 2),
         torch.arange(5) % 3,
     )
-    step = method(net, x, y, Rng.for_examples(torch.arange(5), 0))
+    step = method(net, x, y, ExampleRng.for_examples(torch.arange(5), 0))
     p = net(x).softmax(1)
     others = p.masked_fill(torch.nn.functional.one_hot(y, 3).bool(), 0).amax(1)
     expected = torch.sigmoid(10 * (others - p.gather(1, y[:, None])[:, 0] - 0.5))

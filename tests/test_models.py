@@ -6,11 +6,19 @@ import torch
 from raysweep.models import MODELS, ModelSpec
 from raysweep.spec import SpecError
 
-# CIFAR form, 3 channels and 10 classes. SmallCNN and digits_cnn are sums of their layers by hand; the others are the
-# figures published with the architectures.
+# CIFAR form, 3 channels and 10 classes. SmallCNN and digits_cnn are sums of their layers by hand;
+# the others are the figures published with the architectures.
 PARAMETERS = {
     "digits_cnn": 864 + 18_432 + 36_864 + 2 * (32 + 64 + 64) + 32_896 + 1_290,
-    "small_cnn": 1_792 + 36_928 + 73_856 + 147_584 + 225_988 + 345_940 + 2 * 2 * (64 + 128 + 196) + 803_072 + 2_570,
+    "small_cnn": 1_792
+    + 36_928
+    + 73_856
+    + 147_584
+    + 225_988
+    + 345_940
+    + 2 * 2 * (64 + 128 + 196)
+    + 803_072
+    + 2_570,
     "vgg13": 9_416_010,
     "resnet18": 11_173_962,
     "resnet34": 21_282_122,
@@ -33,7 +41,7 @@ def test_parameter_counts(name):
 @pytest.mark.parametrize("name", [n for n in MODELS if not n.startswith("wrn")])
 @pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 32)])
 def test_logits_for_small_and_full_images(name, channels, size):
-    model = ModelSpec(name=name).build(channels, 10, seed=0).eval()
+    model = ModelSpec(name=name).build_model(channels, 10, seed=0).eval()
     with torch.no_grad():
         assert model(torch.rand(2, channels, size, size)).shape == (2, 10)
 
@@ -45,7 +53,7 @@ def test_a_narrow_wide_resnet_runs():
 
 
 def test_weights_depend_on_the_seed_alone():
-    first, again, other = (ModelSpec().build(1, 10, seed).state_dict() for seed in (1, 1, 2))
+    first, again, other = (ModelSpec().build_model(1, 10, seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert any(not torch.equal(first[k], other[k]) for k in first)
 
@@ -53,12 +61,12 @@ def test_weights_depend_on_the_seed_alone():
 def test_normalisation_is_a_layer_and_is_checked():
     spec = ModelSpec(mean=(0.5,), std=(0.25,))
     x = torch.rand(2, 1, 8, 8)
-    plain, normalised = ModelSpec().build(1, 10, 0).eval(), spec.build(1, 10, 0).eval()
+    plain, normalised = ModelSpec().build_model(1, 10, 0).eval(), spec.build_model(1, 10, 0).eval()
     torch.testing.assert_close(normalised(x), plain((x - 0.5) / 0.25))
     with pytest.raises(SpecError, match=r"model\.mean"):
-        spec.build(3, 10, 0)
+        spec.build_model(3, 10, 0)
 
 
 def test_unknown_names_get_a_suggestion():
     with pytest.raises(SpecError, match="resnet18"):
-        ModelSpec.load({"name": "resnet8"})
+        ModelSpec.from_data({"name": "resnet8"})

@@ -1,4 +1,6 @@
-"""The mutation run draws changes that compile, from files that exist; the list of equivalent ones fits the code."""
+"""The mutation run draws changes that compile, from files that exist; the list of equivalent ones
+fits the code.
+"""
 
 import json
 import subprocess
@@ -28,8 +30,16 @@ def first(values: list[int] = [1 + 1], limit=3) -> int:
 
 def changes(source: str) -> list[tuple[str, int, str]]:
     """(operator, line, changed line) of all mutants that could be drawn."""
-    made = [_make_mutant("f.py", source, site, edit) for site in find_sites(source) for edit in site.edits]
-    return [(mutant.operator, mutant.line, " ".join(mutant.after)) for mutant in made if isinstance(mutant, Mutant)]
+    made = [
+        _make_mutant("f.py", source, site, edit)
+        for site in find_sites(source)
+        for edit in site.edits
+    ]
+    return [
+        (mutant.operator, mutant.line, " ".join(mutant.after))
+        for mutant in made
+        if isinstance(mutant, Mutant)
+    ]
 
 
 def test_all_changes_of_a_small_source() -> None:
@@ -80,8 +90,14 @@ def test_a_draw_repeats_and_takes_from_each_file_by_its_size() -> None:
 def test_equivalent_mutants_are_of_lines_that_exist() -> None:
     known = read_equivalent(EQUIVALENT.read_text())
     for (file, before, after), why in known.items():
-        lines = [stripped for line in (ROOT / file).read_text().splitlines() if (stripped := line.strip())]
-        assert any(tuple(lines[at : at + len(before)]) == before for at in range(len(lines))), f"{file}: {before}"
+        lines = [
+            stripped
+            for line in (ROOT / file).read_text().splitlines()
+            if (stripped := line.strip())
+        ]
+        assert any(tuple(lines[at : at + len(before)]) == before for at in range(len(lines))), (
+            f"{file}: {before}"
+        )
         assert before != after and len(why) > 20
 
 
@@ -95,22 +111,38 @@ def test_a_pattern_without_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "raysweep" / "one.py").touch()
     assert find_core_files(tmp_path, ["raysweep/one.py", "raysweep/*.py"]) == ["raysweep/one.py"]
     for wrong in ("raysweep/two.py", "raysweep/two/*.py"):
-        with pytest.raises(ValueError, match=f"CORE lists {wrong.replace('*', '.')}, which matches no file"):
+        with pytest.raises(
+            ValueError, match=f"CORE lists {wrong.replace('*', '.')}, which matches no file"
+        ):
             find_core_files(tmp_path, ["raysweep/one.py", wrong])
 
 
 def test_only_names_modules_or_packages_that_exist() -> None:
-    files = ["raysweep/attacks/pgd.py", "raysweep/sweep/plan.py", "raysweep/sweep/planner.py", "raysweep/weights.py"]
+    files = [
+        "raysweep/attacks/pgd.py",
+        "raysweep/sweep/plan.py",
+        "raysweep/sweep/planner.py",
+        "raysweep/weights.py",
+    ]
     assert select_files(files, []) == files
-    assert select_files(files, ["weights", "sweep/plan"]) == ["raysweep/sweep/plan.py", "raysweep/weights.py"]
+    assert select_files(files, ["weights", "sweep/plan"]) == [
+        "raysweep/sweep/plan.py",
+        "raysweep/weights.py",
+    ]
     assert select_files(files, ["sweep"]) == files[1:3]
     with pytest.raises(ValueError, match="--only sweep/trial: no module of the core has this name"):
         select_files(files, ["weights", "sweep/trial"])
 
 
 def test_lines_that_a_fork_server_runs_are_of_the_test_that_asked_for_them(tmp_path: Path) -> None:
-    """Its forks import the main module of their parent again: the script must not be it, for it is not in the copy."""
-    for name, text in {"raysweep/work.py": PACKAGE, "tests/test_work.py": TESTS, "../script.py": SCRIPT}.items():
+    """Its forks import the main module of their parent again: the script must not be it, for it is
+    not in the copy.
+    """
+    for name, text in {
+        "raysweep/work.py": PACKAGE,
+        "tests/test_work.py": TESTS,
+        "../script.py": SCRIPT,
+    }.items():
         (tmp_path / "project" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "project" / name).write_text(text)
     arguments = [sys.executable, tmp_path / "script.py", ROOT / "benchmarks", tmp_path]
@@ -118,8 +150,14 @@ def test_lines_that_a_fork_server_runs_are_of_the_test_that_asked_for_them(tmp_p
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
     assert all(test["passed"] for test in found["tests"].values()), found["log"]
-    lines = {name.partition("::")[2]: set(files["raysweep/work.py"]) for name, files in found["lines"].items()}
-    assert {name: run & {2, 5} for name, run in lines.items()} == {"test_first": {2}, "test_second": {5}}
+    lines = {
+        name.partition("::")[2]: set(files["raysweep/work.py"])
+        for name, files in found["lines"].items()
+    }
+    assert {name: run & {2, 5} for name, run in lines.items()} == {
+        "test_first": {2},
+        "test_second": {5},
+    }
 
 
 PACKAGE = """def first():

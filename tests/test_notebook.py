@@ -18,6 +18,8 @@ def test_the_notebook_runs(workdir, monkeypatch) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(workdir)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert not [output for output in outputs if output.get("name") == "stderr" and "Error" in output["text"]]
+    assert not [
+        output for output in outputs if output.get("name") == "stderr" and "Error" in output["text"]
+    ]
     text = "".join(output.get("text", "") for output in outputs)
     assert "robust" in text and any("image/png" in output.get("data", {}) for output in outputs)

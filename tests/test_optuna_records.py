@@ -1,4 +1,6 @@
-"""A sweep's trials as Optuna keeps them: states, values, epochs and distributions, in memory and in a database."""
+"""A sweep's trials as Optuna keeps them: states, values, epochs and distributions, in memory and in
+a database.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,10 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from raysweep.sweep.export import StudyExport, masked
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.space import SearchSpace
-from raysweep.sweep.study import constraints, frozen
+from raysweep.sweep.optuna_export import OptunaExporter, redact_secrets
+from raysweep.sweep.optuna_study import constraint_values, to_frozen_trial
+from raysweep.sweep.search_space import SearchSpace
 
 SHAPE = "method.terms.pgd.weight.shape"
 LAM = "method.terms.pgd.weight.lam"
@@ -27,12 +29,19 @@ def space(**changes: Any) -> SearchSpace:
         LAM: {"float": [0.25, 4.0], "log": True, "when": {SHAPE: "tanh"}},
         BURN_IN: {"int": [0, 6], "step": 2},
     }
-    return SearchSpace.load({"method": "gairat", "trials": 8, "space": searched, **changes})
+    return SearchSpace.from_data({"method": "gairat", "trials": 8, "space": searched, **changes})
 
 
 def ended(number: int = 3, state: str = "finished", **more: Any) -> Trial:
     settings = {SHAPE: "tanh", LAM: 0.5, BURN_IN: 2}
-    given = {"settings": settings, "epoch": 3, "latest": LAST, "best": BEST, "curve": CURVE, "trained": 3}
+    given = {
+        "settings": settings,
+        "epoch": 3,
+        "latest": LAST,
+        "best": BEST,
+        "curve": CURVE,
+        "trained": 3,
+    }
     return Trial(number, state=state, **{**given, **more})  # type: ignore[arg-type]
 
 
@@ -46,8 +55,13 @@ def ended(number: int = 3, state: str = "finished", **more: Any) -> Trial:
         ("stopped", {}, TrialState.FAIL),
     ],
 )
-def test_states_and_the_values_of_the_best_epoch(state: str, best: dict[str, float], kept: TrialState) -> None:
-    trial = frozen(space(max_masking_gap=0.25), ended(state=state, best=best, reason="r" if state == "failed" else ""))
+def test_states_and_the_values_of_the_best_epoch(
+    state: str, best: dict[str, float], kept: TrialState
+) -> None:
+    trial = to_frozen_trial(
+        space(max_masking_gap=0.25),
+        ended(state=state, best=best, reason="r" if state == "failed" else ""),
+    )
     complete = kept == TrialState.COMPLETE
     assert (trial.state, trial.values) == (kept, [0.5] if complete else None)
     assert trial.intermediate_values == {1: 0.25, 2: 0.5, 3: 0.25}
@@ -57,33 +71,44 @@ def test_states_and_the_values_of_the_best_epoch(state: str, best: dict[str, flo
 
 
 def test_settings_and_the_distributions_that_they_come_from() -> None:
-    both, linear = frozen(space(), ended()), frozen(space(), ended(settings={SHAPE: "linear", BURN_IN: 6}))
+    both, linear = (
+        to_frozen_trial(space(), ended()),
+        to_frozen_trial(space(), ended(settings={SHAPE: "linear", BURN_IN: 6})),
+    )
     distributions = {
         SHAPE: CategoricalDistribution(["tanh", "linear"]),
         LAM: FloatDistribution(0.25, 4.0, log=True),
         BURN_IN: IntDistribution(0, 6, step=2),
     }
-    assert both.params == {SHAPE: "tanh", LAM: 0.5, BURN_IN: 2} and both.distributions == distributions
+    assert (
+        both.params == {SHAPE: "tanh", LAM: 0.5, BURN_IN: 2} and both.distributions == distributions
+    )
     del distributions[LAM]
     assert linear.params == {SHAPE: "linear", BURN_IN: 6} and linear.distributions == distributions
-    lists = space(method="at", space={"optim.lr.values": {"categorical": [[0.1, 0.01, 0.001], [0.2, 0.02, 0.002]]}})
-    trial = frozen(lists, ended(settings={"optim.lr.values": [0.2, 0.02, 0.002]}))
-    assert trial.params == {"optim.lr.values": "[0.2, 0.02, 0.002]"}
-    assert frozen(space(), ended(settings={BURN_IN: 2, "epochs": 9})).params == {BURN_IN: 2}, (
-        "only settings that are searched"
+    lists = space(
+        method="at",
+        space={"optim.lr.values": {"categorical": [[0.1, 0.01, 0.001], [0.2, 0.02, 0.002]]}},
     )
+    trial = to_frozen_trial(lists, ended(settings={"optim.lr.values": [0.2, 0.02, 0.002]}))
+    assert trial.params == {"optim.lr.values": "[0.2, 0.02, 0.002]"}
+    assert to_frozen_trial(space(), ended(settings={BURN_IN: 2, "epochs": 9})).params == {
+        BURN_IN: 2
+    }, "only settings that are searched"
 
 
 def test_several_objectives_have_values_and_no_epochs() -> None:
     """Optuna stores values of epochs for a single objective only."""
-    trial = frozen(space(metric=["clean", "robust_worst"]), ended())
+    trial = to_frozen_trial(space(metric=["clean", "robust_worst"]), ended())
     assert trial.values == [0.75, 0.5] and trial.intermediate_values == {} and not trial.constraints
-    assert frozen(space(metric="clean"), ended()).values == [0.75]
+    assert to_frozen_trial(space(metric="clean"), ended()).values == [0.75]
 
 
 def test_a_constraint_is_the_gap_less_its_limit() -> None:
-    assert constraints(space(), BEST) == {}
-    assert [constraints(space(max_masking_gap=limit), BEST)["masking_gap"] for limit in (0.0, 0.125, 0.5)] == [
+    assert constraint_values(space(), BEST) == {}
+    assert [
+        constraint_values(space(max_masking_gap=limit), BEST)["masking_gap"]
+        for limit in (0.0, 0.125, 0.5)
+    ] == [
         0.125,
         0.0,
         -0.375,
@@ -91,20 +116,24 @@ def test_a_constraint_is_the_gap_less_its_limit() -> None:
 
 
 def test_a_database_has_the_ended_trials_of_one_sweep(tmp_path: Path) -> None:
-    export = StudyExport("sqlite:///:memory:")
+    export = OptunaExporter("sqlite:///:memory:")
     storage, both = export._storage, ["robust_worst", "clean"]
     ledgers = [
-        Ledger.create(tmp_path / name, space(metric=both, scheduler={"kind": "none"}, max_masking_gap=0.25))
+        Ledger.create(
+            tmp_path / name, space(metric=both, scheduler={"kind": "none"}, max_masking_gap=0.25)
+        )
         for name in ("one", "two")
     ]
     one = ledgers[0]
     for number, state in enumerate(("stopped", "running", "failed", "finished")):
         best = BEST | {"robust_worst": 0.5 + number / 8, "masking_gap": 0.125 * number}
-        one.write(ended(number, state, best=best))
+        one.save_trial(ended(number, state, best=best))
     for ledger in ledgers:
-        export.started(ledger, 2)
-        export.ended(ledger)
-    assert set(optuna.get_all_study_names(storage)) == {f"{ledger.name}-{ledger.key[:8]}" for ledger in ledgers}
+        export.on_sweep_start(ledger, 2)
+        export.on_sweep_end(ledger)
+    assert set(optuna.get_all_study_names(storage)) == {
+        f"{ledger.name}-{ledger.key[:8]}" for ledger in ledgers
+    }
     study = optuna.load_study(study_name=f"one-{one.key[:8]}", storage=storage)
     assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MAXIMIZE"]
     trials = study.get_trials()
@@ -114,18 +143,20 @@ def test_a_database_has_the_ended_trials_of_one_sweep(tmp_path: Path) -> None:
         (3, "COMPLETE", [0.875, 0.75]),
     ]
     assert trials[2].constraints == {"masking_gap": 0.125}
-    assert [t.user_attrs["raysweep.number"] for t in study.best_trials] == [0], "the other breaks the limit"
+    assert [t.user_attrs["raysweep.number"] for t in study.best_trials] == [0], (
+        "the other breaks the limit"
+    )
     # If somebody changes the study, the next driver restores it.
-    study.add_trial(frozen(one.space, ended(7)))
-    export.started(one, 2)
+    study.add_trial(to_frozen_trial(one.space, ended(7)))
+    export.on_sweep_start(one, 2)
     again = optuna.load_study(study_name=study.study_name, storage=storage).get_trials()
     assert [t.user_attrs["raysweep.number"] for t in again] == [0, 2, 3]
-    export.trial_changed(ended(1, "running"), {"epoch": 3.0})
-    export.trial_changed(ended(1, "stopped"), None)
+    export.on_trial_update(ended(1, "running"), {"epoch": 3.0})
+    export.on_trial_update(ended(1, "stopped"), None)
     again = optuna.load_study(study_name=study.study_name, storage=storage).get_trials()
     assert [t.user_attrs["raysweep.number"] for t in again] == [0, 2, 3, 1]
 
 
 def test_a_password_is_not_shown() -> None:
-    assert masked("postgresql://me:secret@host:5432/x") == "postgresql://me:***@host:5432/x"
-    assert masked("sqlite:///optuna.db") == "sqlite:///optuna.db"
+    assert redact_secrets("postgresql://me:secret@host:5432/x") == "postgresql://me:***@host:5432/x"
+    assert redact_secrets("sqlite:///optuna.db") == "sqlite:///optuna.db"

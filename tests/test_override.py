@@ -1,4 +1,6 @@
-"""Settings by dotted path: what `override` sets and refuses, and how a spec becomes plain data, text and a digest."""
+"""Settings by dotted path: what `override` sets and refuses, and how a spec becomes plain data,
+text and a digest.
+"""
 
 import hashlib
 import math
@@ -12,26 +14,36 @@ from pydantic import Field, ValidationError
 from raysweep.attacks import PGD
 from raysweep.catalog import METHODS
 from raysweep.method import Term
-from raysweep.schedules import Cosine, Interpolated, Linear, Piecewise
+from raysweep.schedules import (
+    CosineSchedule,
+    InterpolatedSchedule,
+    LinearSchedule,
+    PiecewiseSchedule,
+)
 from raysweep.spec import (
     Spec,
     SpecError,
-    digest,
-    flatten,
-    is_plain,
-    override,
+    apply_overrides,
+    describe_unknown_name,
+    describe_unknown_path,
+    flatten_spec,
+    is_safe_name,
+    json_digest,
     parse_yaml,
     read_yaml,
-    unknown_name,
-    unknown_setting,
 )
-from raysweep.training.config import run_config
-from raysweep.weights import Geometry, Margin, Uniform, Vulnerability
+from raysweep.training.config import build_training_config
+from raysweep.weights import (
+    GeometryWeight,
+    ProbabilisticMarginWeight,
+    UniformWeight,
+    VulnerabilityWeight,
+)
 
 
 def problems(spec: Spec, changes: dict[str, Any], **more: Any) -> list[str]:
     with pytest.raises(SpecError) as error:
-        override(spec, changes, **more)
+        apply_overrides(spec, changes, **more)
     return error.value.problems
 
 
@@ -40,42 +52,54 @@ DETAILS = {"kind": "geometry", "burn_in": 7, "lam": 1.5, "shape": "sigmoid"}
 
 @pytest.mark.parametrize("order", permutations(DETAILS), ids=" ".join)
 def test_a_kind_and_its_details_in_any_order(order: tuple[str, ...]) -> None:
-    """LRAT's weight has neither burn_in nor lam; `burn_in` comes before `kind` in the alphabet, `lam` after it."""
+    """LRAT's weight has neither burn_in nor lam; `burn_in` comes before `kind` in the alphabet,
+    `lam` after it.
+    """
     changes = {f"terms.pgd.weight.{key}": DETAILS[key] for key in order}
-    changed = override(METHODS["lrat"](), changes)
-    assert changed.terms["pgd"].weight == Geometry(shape="sigmoid", lam=1.5, burn_in=7)
+    changed = apply_overrides(METHODS["lrat"](), changes)
+    assert changed.terms["pgd"].weight == GeometryWeight(shape="sigmoid", lam=1.5, burn_in=7)
     assert changed.terms["cw"] == METHODS["lrat"]().terms["cw"]
 
 
 def test_a_whole_part_and_its_details_in_any_order() -> None:
-    changes = {"attacks.pgd.steps": 3, "attacks.pgd": {"kind": "pgd", "loss": "cw"}, "attacks.pgd.eps": 0.1}
+    changes = {
+        "attacks.pgd.steps": 3,
+        "attacks.pgd": {"kind": "pgd", "loss": "cw"},
+        "attacks.pgd.eps": 0.1,
+    }
     for order in permutations(changes.items()):
-        assert override(METHODS["at"](), dict(order)).attacks["pgd"] == PGD(loss="cw", steps=3, eps=0.1)
+        assert apply_overrides(METHODS["at"](), dict(order)).attacks["pgd"] == PGD(
+            loss="cw", steps=3, eps=0.1
+        )
 
 
 def test_the_same_kind_keeps_the_other_settings_and_another_kind_resets_them() -> None:
     gairat = METHODS["gairat"]()
-    assert override(gairat, {"terms.pgd.weight.kind": "geometry"}) == gairat
-    weight = override(gairat, {"terms.pgd.weight.kind": "margin"}).terms["pgd"].weight
-    assert weight == Margin(slope=10.0, bias=-0.5, scale=1.0, burn_in=0), "not GAIRAT's burn-in of 30"
+    assert apply_overrides(gairat, {"terms.pgd.weight.kind": "geometry"}) == gairat
+    weight = apply_overrides(gairat, {"terms.pgd.weight.kind": "margin"}).terms["pgd"].weight
+    assert weight == ProbabilisticMarginWeight(slope=10.0, bias=-0.5, scale=1.0, burn_in=0), (
+        "not GAIRAT's burn-in of 30"
+    )
 
 
 def test_a_part_set_in_several_places_is_a_copy_in_each() -> None:
     part = {"kind": "vulnerability"}
     changes = {"terms.*.weight": part, "terms.pgd.weight.alpha": 3.0}
-    changed = override(METHODS["mart"](), changes)
-    assert changed.terms["pgd"].weight == Vulnerability(alpha=3.0)
-    assert changed.terms["kl"].weight == Vulnerability(alpha=2.0)
-    assert part == {"kind": "vulnerability"} and changes["terms.*.weight"] is part, "the caller's mapping"
+    changed = apply_overrides(METHODS["mart"](), changes)
+    assert changed.terms["pgd"].weight == VulnerabilityWeight(alpha=3.0)
+    assert changed.terms["kl"].weight == VulnerabilityWeight(alpha=2.0)
+    assert part == {"kind": "vulnerability"} and changes["terms.*.weight"] is part, (
+        "the caller's mapping"
+    )
 
 
 def test_a_star_stands_for_any_run_of_characters_dots_included() -> None:
-    config = run_config("lrat", {"*.steps": 3})
+    config = build_training_config("lrat", {"*.steps": 3})
     assert {attack.steps for attack in config.method.attacks.values()} == {3}
     assert config.validation.attacks["pgd"].steps == config.validation.finish["apgd_t"].steps == 3
-    only = override(METHODS["lrat"](), {"attacks.c*.steps": 4})
+    only = apply_overrides(METHODS["lrat"](), {"attacks.c*.steps": 4})
     assert (only.attacks["pgd"].steps, only.attacks["cw"].steps) == (10, 4)
-    terms = override(METHODS["lrat"](), {"*.alpha": 1.0}).terms
+    terms = apply_overrides(METHODS["lrat"](), {"*.alpha": 1.0}).terms
     assert terms["pgd"].weight.alpha == terms["cw"].weight.alpha == 1.0
     assert terms["bound"] == METHODS["lrat"]().terms["bound"]
 
@@ -89,7 +113,9 @@ def test_a_star_stands_for_any_run_of_characters_dots_included() -> None:
     ],
     ids=["everything", "every kind", "every term"],
 )
-def test_a_star_that_matches_a_part_and_its_settings_ends_in_error_lines(changes: dict, lines: list[str]) -> None:
+def test_a_star_that_matches_a_part_and_its_settings_ends_in_error_lines(
+    changes: dict, lines: list[str]
+) -> None:
     found = problems(METHODS["fat"](), changes)
     assert all(any(line in one for one in found) for line in lines), found
 
@@ -98,9 +124,14 @@ def test_missing_settings_are_an_error_or_are_skipped() -> None:
     at = METHODS["at"]()
     changes = {"*.d_max": 0.1, "attacks.cw.steps": 3, "attacks.pgd.steps": 4}
     found = problems(at, changes)
-    assert [line.partition(";")[0] for line in found] == ["no setting '*.d_max'", "no setting 'attacks.cw.steps'"]
-    changed = override(at, changes, missing="ignore")
-    assert changed == override(at, {"attacks.pgd.steps": 4}), "what matches is set nevertheless"
+    assert [line.partition(";")[0] for line in found] == [
+        "no setting '*.d_max'",
+        "no setting 'attacks.cw.steps'",
+    ]
+    changed = apply_overrides(at, changes, on_missing="ignore")
+    assert changed == apply_overrides(at, {"attacks.pgd.steps": 4}), (
+        "what matches is set nevertheless"
+    )
     assert problems(at, {"*.d_max": 0.1, "attacks.pgd.steps": 0}, missing="ignore") == [
         "attacks.pgd.steps = 0: must be greater than or equal to 1"
     ]
@@ -108,9 +139,9 @@ def test_missing_settings_are_an_error_or_are_skipped() -> None:
 
 def test_the_spec_that_is_changed_stays_as_it_was() -> None:
     base = METHODS["gairat"]()
-    before = base.json_dict()
-    override(base, {"attacks.pgd.steps": 3, "terms.pgd.weight.kind": "uniform"})
-    assert base.json_dict() == before
+    before = base.to_json_dict()
+    apply_overrides(base, {"attacks.pgd.steps": 3, "terms.pgd.weight.kind": "uniform"})
+    assert base.to_json_dict() == before
     with pytest.raises(ValidationError, match="frozen"):
         base.name = "other"
 
@@ -126,39 +157,57 @@ def test_the_spec_that_is_changed_stays_as_it_was() -> None:
     ],
 )
 def test_unknown_settings_name_the_nearest_that_exist(path: str, nearest: str) -> None:
-    assert unknown_setting(path, METHODS["lrat"]().json_dict()) == f"no setting {path!r}; nearest: {nearest}"
+    assert (
+        describe_unknown_path(path, METHODS["lrat"]().to_json_dict())
+        == f"no setting {path!r}; nearest: {nearest}"
+    )
 
 
 def test_unknown_names_get_three_near_ones_or_all_or_a_hint() -> None:
     near = ["pgd10", "pgd20", "pgd30", "pgd40", "fab"]
-    assert unknown_name("attack", "pgd", near) == "no attack 'pgd'; nearest: pgd40, pgd30, pgd20"
-    assert unknown_name("x", "zzzz", ["ab", "cd"]) == "no x 'zzzz'; known: ab, cd"
+    assert (
+        describe_unknown_name("attack", "pgd", near)
+        == "no attack 'pgd'; nearest: pgd40, pgd30, pgd20"
+    )
+    assert describe_unknown_name("x", "zzzz", ["ab", "cd"]) == "no x 'zzzz'; known: ab, cd"
     names = [f"n{number}" for number in range(31)]
-    assert unknown_name("x", "zzzz", names[:30]) == f"no x 'zzzz'; known: {', '.join(names[:30])}"
-    assert unknown_name("x", "zzzz", names) == "no x 'zzzz'; `raysweep list` names all"
+    assert (
+        describe_unknown_name("x", "zzzz", names[:30])
+        == f"no x 'zzzz'; known: {', '.join(names[:30])}"
+    )
+    assert describe_unknown_name("x", "zzzz", names) == "no x 'zzzz'; `raysweep list` names all"
 
 
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"optim.lr": {"boundaries": [3, 5], "values": [1, "x", 2]}}, "optim.lr.values.1 = 'x': must be a valid num"),
+        (
+            {"optim.lr": {"boundaries": [3, 5], "values": [1, "x", 2]}},
+            "optim.lr.values.1 = 'x': must be a valid num",
+        ),
         ({"method.terms.pgd": {"loss": "ce"}}, "method.terms.pgd.on is missing"),
         ({"method.terms": {}}, "method.terms = {}: must have at least 1 item"),
-        ({"optim.lr.boundries": [3]}, "no setting 'optim.lr.boundries'; nearest: optim.lr.boundaries"),
-        ({"optim.lr": {"kind": "spiral"}}, "optim.lr: no kind 'spiral'; known: number, piecewise, linear, cosine"),
+        (
+            {"optim.lr.boundries": [3]},
+            "no setting 'optim.lr.boundries'; nearest: optim.lr.boundaries",
+        ),
+        (
+            {"optim.lr": {"kind": "spiral"}},
+            "optim.lr: no kind 'spiral'; known: number, piecewise, linear, cosine",
+        ),
         ({"optim.momentum": 1.0}, "optim.momentum = 1.0: must be less than 1"),
         ({"optim.nesterov": True, "optim.momentum": 0}, "optim.nesterov needs optim.momentum > 0"),
     ],
     ids=lambda case: next(iter(case)) if isinstance(case, dict) else "",
 )
 def test_one_line_names_the_place_and_the_value(changes: dict, line: str) -> None:
-    (found,) = problems(run_config("at"), changes)
+    (found,) = problems(build_training_config("at"), changes)
     assert line in found
 
 
 def test_error_lines_begin_with_the_source_of_the_values() -> None:
     with pytest.raises(SpecError) as error:
-        PGD.load({"steps": 0, "stepz": 1, "eps": -1}, "my.yaml")
+        PGD.from_data({"steps": 0, "stepz": 1, "eps": -1}, "my.yaml")
     assert sorted(error.value.problems) == [
         "my.yaml: eps = -1: must be at least 0",
         "my.yaml: no setting 'stepz'; nearest: steps, step_size, eps",
@@ -168,7 +217,7 @@ def test_error_lines_begin_with_the_source_of_the_values() -> None:
 
 
 class Inner(Spec):
-    knob: Piecewise | Linear | Cosine | Interpolated | float
+    knob: PiecewiseSchedule | LinearSchedule | CosineSchedule | InterpolatedSchedule | float
 
 
 class Outer(Spec):
@@ -178,14 +227,22 @@ class Outer(Spec):
 
 
 def test_at_resolves_schedules_at_every_depth_and_leaves_the_rest_alone() -> None:
-    named = {"a": Inner(knob=Interpolated(epochs=(0, 4), values=(0, 8))), "b": Inner(knob=5.0)}
-    outer = Outer(inner=Inner(knob=Piecewise(boundaries=(2,), values=(1, 9))), named=named)
-    assert [outer.at(e).inner.knob for e in (0, 1, 2, 3)] == [1, 1, 9, 9]
-    assert [outer.at(e).named["a"].knob for e in (0, 1, 2, 4)] == [0, 2, 4, 8]
-    assert outer.at(1).named["b"] is named["b"] and list(outer.at(1).named) == ["a", "b"]
-    assert outer.inner.knob == Piecewise(boundaries=(2,), values=(1, 9)), "the spec itself keeps its schedule"
-    resolved = outer.at(2)
-    assert resolved.at(0) is resolved and resolved.plain == 3
+    named = {
+        "a": Inner(knob=InterpolatedSchedule(epochs=(0, 4), values=(0, 8))),
+        "b": Inner(knob=5.0),
+    }
+    outer = Outer(inner=Inner(knob=PiecewiseSchedule(boundaries=(2,), values=(1, 9))), named=named)
+    assert [outer.resolve_at(e).inner.knob for e in (0, 1, 2, 3)] == [1, 1, 9, 9]
+    assert [outer.resolve_at(e).named["a"].knob for e in (0, 1, 2, 4)] == [0, 2, 4, 8]
+    assert outer.resolve_at(1).named["b"] is named["b"] and list(outer.resolve_at(1).named) == [
+        "a",
+        "b",
+    ]
+    assert outer.inner.knob == PiecewiseSchedule(boundaries=(2,), values=(1, 9)), (
+        "the spec itself keeps its schedule"
+    )
+    resolved = outer.resolve_at(2)
+    assert resolved.resolve_at(0) is resolved and resolved.plain == 3
 
 
 def sha(text: str) -> str:
@@ -193,9 +250,13 @@ def sha(text: str) -> str:
 
 
 def test_a_digest_is_the_sha256_of_sorted_json_without_spaces() -> None:
-    assert digest({"b": [1, 2.5, None], "a": "ü"}) == sha('{"a":"\\u00fc","b":[1,2.5,null]}') == "703dceec79c30480"
-    assert Uniform().digest() == sha('{"kind":"uniform"}')
-    assert Piecewise(boundaries=(2,), values=(1, math.inf)).digest() == sha(
+    assert (
+        json_digest({"b": [1, 2.5, None], "a": "ü"})
+        == sha('{"a":"\\u00fc","b":[1,2.5,null]}')
+        == "703dceec79c30480"
+    )
+    assert UniformWeight().digest() == sha('{"kind":"uniform"}')
+    assert PiecewiseSchedule(boundaries=(2,), values=(1, math.inf)).digest() == sha(
         '{"boundaries":[2],"kind":"piecewise","values":[1.0,"Infinity"]}'
     )
 
@@ -212,21 +273,36 @@ def test_a_digest_is_the_sha256_of_sorted_json_without_spaces() -> None:
 def test_digests_stay_what_they_were(name: str, method: str, digits: str, cifar: str) -> None:
     """They name folders on users' disks: with other digests, everything would be trained again."""
     assert METHODS[name]().digest() == method
-    assert run_config(name).digest() == digits
-    assert run_config(name, {"data.name": "cifar10"}).digest() == cifar
+    assert build_training_config(name).digest() == digits
+    assert build_training_config(name, {"data.name": "cifar10"}).digest() == cifar
 
 
 def test_infinity_and_nan_are_words_in_json() -> None:
-    weight = Geometry(lam=math.inf)
-    assert weight.json_dict()["lam"] == "Infinity" and Margin(bias=-math.inf).json_dict()["bias"] == "-Infinity"
-    assert Margin(bias=math.nan).json_dict()["bias"] == "NaN"
-    assert math.isnan(Margin.load(Margin(bias=math.nan).json_dict()).bias)
-    assert Geometry.load(weight.json_dict()) == weight == Geometry.load({"lam": "inf"})
+    weight = GeometryWeight(lam=math.inf)
+    assert (
+        weight.to_json_dict()["lam"] == "Infinity"
+        and ProbabilisticMarginWeight(bias=-math.inf).to_json_dict()["bias"] == "-Infinity"
+    )
+    assert ProbabilisticMarginWeight(bias=math.nan).to_json_dict()["bias"] == "NaN"
+    assert math.isnan(
+        ProbabilisticMarginWeight.from_data(
+            ProbabilisticMarginWeight(bias=math.nan).to_json_dict()
+        ).bias
+    )
+    assert (
+        GeometryWeight.from_data(weight.to_json_dict())
+        == weight
+        == GeometryWeight.from_data({"lam": "inf"})
+    )
 
 
 def test_flatten_names_every_leaf_and_writes_lists_as_json() -> None:
-    term = Term(on="pgd", coef=Piecewise(boundaries=(2, 4), values=(1, 2, 3)), weight=Margin(bias=math.inf))
-    assert flatten(term) == {
+    term = Term(
+        on="pgd",
+        coef=PiecewiseSchedule(boundaries=(2, 4), values=(1, 2, 3)),
+        weight=ProbabilisticMarginWeight(bias=math.inf),
+    )
+    assert flatten_spec(term) == {
         "loss": "ce",
         "on": "pgd",
         "coef.kind": "piecewise",
@@ -246,10 +322,19 @@ def test_flatten_names_every_leaf_and_writes_lists_as_json() -> None:
     ("text", "value"),
     [
         ("[on, off, yes, no, y, n, On, NO]", ["on", "off", "yes", "no", "y", "n", "On", "NO"]),
-        ("[true, True, TRUE, false, False, FALSE, tRUE]", [True, True, True, False, False, False, "tRUE"]),
-        ("[1e5, 1E5, +1e-5, -2.5e+3, .5, -.5, 5., 1.e2]", [1e5, 1e5, 1e-5, -2500.0, 0.5, -0.5, 5.0, 100.0]),
+        (
+            "[true, True, TRUE, false, False, FALSE, tRUE]",
+            [True, True, True, False, False, False, "tRUE"],
+        ),
+        (
+            "[1e5, 1E5, +1e-5, -2.5e+3, .5, -.5, 5., 1.e2]",
+            [1e5, 1e5, 1e-5, -2500.0, 0.5, -0.5, 5.0, 100.0],
+        ),
         ("[.inf, +.inf, -.inf, .INF]", [math.inf, math.inf, -math.inf, math.inf]),
-        ("[e5, 1e, 1e5x, inf, ., +, -]".replace("-]", "'-']"), ["e5", "1e", "1e5x", "inf", ".", "+", "-"]),
+        (
+            "[e5, 1e, 1e5x, inf, ., +, -]".replace("-]", "'-']"),
+            ["e5", "1e", "1e5x", "inf", ".", "+", "-"],
+        ),
         ("[null, ~, '']", [None, None, ""]),
         ("[1, -1, +1, 0]", [1, -1, 1, 0]),
     ],
@@ -260,7 +345,11 @@ def test_plain_scalars_are_those_of_yaml_1_2(text: str, value: list) -> None:
 
 
 def test_not_a_number_is_a_float() -> None:
-    assert math.isnan(parse_yaml(".nan")) and math.isnan(parse_yaml(".NaN")) and parse_yaml("nan") == "nan"
+    assert (
+        math.isnan(parse_yaml(".nan"))
+        and math.isnan(parse_yaml(".NaN"))
+        and parse_yaml("nan") == "nan"
+    )
 
 
 @pytest.mark.parametrize(
@@ -275,13 +364,19 @@ def test_not_a_number_is_a_float() -> None:
         (b"a: 1\n2: 3\n", ": 2: expected the name of a setting, got int"),
     ],
 )
-def test_a_file_that_holds_no_settings_is_one_line(content: bytes | None, line: str, tmp_path: Path) -> None:
+def test_a_file_that_holds_no_settings_is_one_line(
+    content: bytes | None, line: str, tmp_path: Path
+) -> None:
     file = tmp_path / "x.yaml"
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(SpecError) as error:
         read_yaml(file)
-    assert str(error.value).startswith(str(file)) and line in str(error.value) and "\n" not in str(error.value)
+    assert (
+        str(error.value).startswith(str(file))
+        and line in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_a_file_of_settings_is_read(tmp_path: Path) -> None:
@@ -314,4 +409,4 @@ def test_a_file_of_settings_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_plain_names_are_names_of_folders_everywhere(name: str, plain: bool) -> None:
-    assert is_plain(name) == plain
+    assert is_safe_name(name) == plain

@@ -1,16 +1,23 @@
-"""Our numbers beside a paper's: which are compared, the sign of the difference, and when they are not comparable."""
+"""Our numbers beside a paper's: which are compared, the sign of the difference, and when they are
+not comparable.
+"""
 
 from typing import Any
 
 import pytest
 from made import made_candidate, made_judgement
 
-from raysweep.pipeline.artifact import Judgement
-from raysweep.pipeline.paper import Comparison, PaperTable, compare, paper_table
-from raysweep.pipeline.sections import paper as paper_section
+from raysweep.pipeline.artifact import EvaluationResult
+from raysweep.pipeline.paper_tables import (
+    PaperComparison,
+    PaperTable,
+    compare_with_paper,
+    load_paper_table,
+)
+from raysweep.pipeline.report.sections import build_paper_sections as paper_section
 from raysweep.spec import SpecError
 
-TABLE = PaperTable.load(
+TABLE = PaperTable.from_data(
     {
         "source": "A paper, table 7",
         "tolerance": 1.5,
@@ -29,12 +36,12 @@ TABLE = PaperTable.load(
 )
 
 
-def judged(label: str, robust: float, **more: Any) -> Judgement:
+def judged(label: str, robust: float, **more: Any) -> EvaluationResult:
     own = {name: more.pop(name) for name in ("seed", "which") if name in more}
     return made_judgement(made_candidate(label, 0.5, **own), robust, **more)
 
 
-def only(lines: list[Comparison]) -> Comparison:
+def only(lines: list[PaperComparison]) -> PaperComparison:
     (line,) = lines
     return line
 
@@ -47,18 +54,32 @@ def test_every_number_of_the_table_that_we_have_gets_a_line() -> None:
         judged("AT", 0.50, clean=0.83, attack="PGD"),
         judged("GAIRAT", 0.3),
     ]
-    lines = compare(TABLE, have)
-    assert [(c.row, c.which, c.metric) for c in lines] == [
+    lines = compare_with_paper(TABLE, have)
+    assert [(c.row, c.checkpoint_kind, c.metric) for c in lines] == [
         ("AT", "best", "Natural"),
         ("AT", "best", "AA"),
         ("AT", "last", "AA"),
         ("LRAT", "best", "AA"),
     ]
-    assert [round(c.difference, 9) for c in lines] == [0.5, -0.5, 2.0, -8.6], "ours less the paper's, in points"
-    assert [c.tolerance for c in lines] == [1.5, 1.5, 3, 1.5], "the tolerance of the number or else of the table"
-    assert [c.verdict for c in lines] == ["reproduced", "reproduced", "reproduced", "not reproduced"]
-    assert [(c.paper, c.sd) for c in lines] == [(82.5, None), (48.5, 0.1), (45.0, None), (48.6, None)]
-    assert compare(TABLE, have[-1:]) == [] == compare(TABLE, [])
+    assert [round(c.difference, 9) for c in lines] == [0.5, -0.5, 2.0, -8.6], (
+        "ours less the paper's, in points"
+    )
+    assert [c.tolerance for c in lines] == [1.5, 1.5, 3, 1.5], (
+        "the tolerance of the number or else of the table"
+    )
+    assert [c.verdict for c in lines] == [
+        "reproduced",
+        "reproduced",
+        "reproduced",
+        "not reproduced",
+    ]
+    assert [(c.paper, c.paper_sd) for c in lines] == [
+        (82.5, None),
+        (48.5, 0.1),
+        (45.0, None),
+        (48.6, None),
+    ]
+    assert compare_with_paper(TABLE, have[-1:]) == [] == compare_with_paper(TABLE, [])
 
 
 def test_seeds_count_once_each_and_the_median_is_compared() -> None:
@@ -69,8 +90,8 @@ def test_seeds_count_once_each_and_the_median_is_compared() -> None:
         for attack in ("PGD", "AA")
         for seed, share in shares.items()
     ]
-    natural, aa = compare(TABLE, have)
-    assert (natural.ours.seeds, aa.ours.seeds) == (3, 3)
+    natural, aa = compare_with_paper(TABLE, have)
+    assert (natural.ours.n_seeds, aa.ours.n_seeds) == (3, 3)
     assert natural.ours.median == 0.81 and natural.difference == pytest.approx(-1.5)
     assert natural.ours.sd == pytest.approx(0.01)
     assert aa.ours.median == 0.48 and aa.difference == pytest.approx(-0.5)
@@ -79,9 +100,14 @@ def test_seeds_count_once_each_and_the_median_is_compared() -> None:
 
 
 def test_the_smallest_test_set_decides_how_exact_we_are() -> None:
-    few = [judged("AT", 0.48, seed=seed, examples=examples) for seed, examples in ((0, 10_000), (1, 100))]
-    line = next(c for c in compare(TABLE, few) if c.metric == "AA")
-    assert line.ours.high - line.ours.low > 0.19, "the interval of 100 examples: 9.6 points each way"
+    few = [
+        judged("AT", 0.48, seed=seed, examples=examples)
+        for seed, examples in ((0, 10_000), (1, 100))
+    ]
+    line = next(c for c in compare_with_paper(TABLE, few) if c.metric == "AA")
+    assert line.ours.high - line.ours.low > 0.19, (
+        "the interval of 100 examples: 9.6 points each way"
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,21 +127,33 @@ def test_the_smallest_test_set_decides_how_exact_we_are() -> None:
     ids=lambda case: next(iter(case)) if isinstance(case, dict) else "",
 )
 def test_what_differs_from_the_papers_protocol_is_not_comparable(more: dict, reason: str) -> None:
-    line = only(compare(TABLE, [judged("AT", 0.485, which="last", **more)]))
+    line = only(compare_with_paper(TABLE, [judged("AT", 0.485, which="last", **more)]))
     assert line.verdict == "not comparable" and line.reasons == (reason,)
     assert line.difference == pytest.approx(3.5), "the difference is shown nevertheless"
 
 
 def test_eps_may_be_rounded_and_a_row_may_have_epochs_of_its_own() -> None:
     for eps in (0.0313725, 0.03140, 8 / 255 * 1.0009, 8 / 255 * 0.9991):
-        assert only(compare(TABLE, [judged("AT", 0.48, which="last", eps=eps)])).reasons == (), eps
-    assert only(compare(TABLE, [judged("LRAT", 0.48, model="wrn_32_10", epochs=60)])).reasons == ()
-    line = only(compare(TABLE, [judged("LRAT", 0.48, model="wrn_32_10", epochs=100)]))
+        assert (
+            only(compare_with_paper(TABLE, [judged("AT", 0.48, which="last", eps=eps)])).reasons
+            == ()
+        ), eps
+    assert (
+        only(
+            compare_with_paper(TABLE, [judged("LRAT", 0.48, model="wrn_32_10", epochs=60)])
+        ).reasons
+        == ()
+    )
+    line = only(compare_with_paper(TABLE, [judged("LRAT", 0.48, model="wrn_32_10", epochs=100)]))
     assert line.reasons == ("more epochs (100, not 60)",)
 
 
 def test_all_reasons_are_given() -> None:
-    line = only(compare(TABLE, [judged("LRAT", 0.48, data="svhn", epochs=2, examples=20, train_size=64)]))
+    line = only(
+        compare_with_paper(
+            TABLE, [judged("LRAT", 0.48, data="svhn", epochs=2, examples=20, train_size=64)]
+        )
+    )
     assert line.reasons == (
         "other data (svhn, not cifar10)",
         "other model (resnet18, not wrn_32_10)",
@@ -127,10 +165,13 @@ def test_all_reasons_are_given() -> None:
 
 def test_the_report_shows_them_in_points_with_signs() -> None:
     have = [
-        *(judged("AT", share, seed=n, which="last") for n, share in enumerate((0.4612, 0.4634, 0.4617))),
+        *(
+            judged("AT", share, seed=n, which="last")
+            for n, share in enumerate((0.4612, 0.4634, 0.4617))
+        ),
         judged("AT", 0.4811, clean=0.8123, epochs=99),
     ]
-    (section,) = paper_section(TABLE, compare(TABLE, have))
+    (section,) = paper_section(TABLE, compare_with_paper(TABLE, have))
     assert section.title == "Beside the paper"
     natural, aa, last = section.parts[1].rows
     assert natural[:4] == ["AT", "best", "Natural", "81.23"] and natural[5:] == [
@@ -142,7 +183,7 @@ def test_the_report_shows_them_in_points_with_signs() -> None:
     assert natural[4] == "80.45 to 81.98", "Wilson's interval of 8123 of 10000"
     assert aa[5:] == ["48.50 ± 0.10", "-0.39", "1.5", "not comparable"]
     assert last[3] == "46.17 ± 0.12" and last[5:] == ["45.00", "+1.17", "3.0", "reproduced"]
-    assert [part.text for part in section.parts[2:4]] == [
+    assert [part.text_columns for part in section.parts[2:4]] == [
         "AT is not comparable: fewer epochs (99, not 100).",
         "A note.",
     ], "once for the row, then the table's own notes"
@@ -150,7 +191,7 @@ def test_the_report_shows_them_in_points_with_signs() -> None:
 
 
 def test_tables_are_known_by_name() -> None:
-    table = paper_table("lrat-table5")
+    table = load_paper_table("lrat-table5")
     assert table.rows["LRAT"]["best"]["AA"].value == 47.65 and table.protocol.examples == 26032
     with pytest.raises(SpecError, match="no paper table 'lrat-tabel5'; nearest: lrat-table5"):
-        paper_table("lrat-tabel5")
+        load_paper_table("lrat-tabel5")

@@ -1,4 +1,6 @@
-"""Pipelines: the shipped ones are sound, stages run once, a killed run goes on, a regression is noticed."""
+"""Pipelines: the shipped ones are sound, stages run once, a killed run goes on, a regression is
+noticed.
+"""
 
 import datetime
 import json
@@ -22,18 +24,18 @@ from conftest import tiny
 from forked import Forked
 
 from raysweep.cli import build_parser, main
-from raysweep.data import load
+from raysweep.data import load_data
+from raysweep.leases import hold_pipeline_lease
 from raysweep.pipeline.artifact import Artifact
-from raysweep.pipeline.lock import locked
-from raysweep.pipeline.nights import forget, today
-from raysweep.pipeline.paper import paper_table
-from raysweep.pipeline.pipeline import load_pipeline, steps
-from raysweep.pipeline.shipped import pipelines
+from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
+from raysweep.pipeline.night_cleanup import delete_old_nights, get_today_date
+from raysweep.pipeline.paper_tables import load_paper_table
+from raysweep.pipeline.pipeline import load_pipeline, plan_stages
 from raysweep.spec import SpecError
-from raysweep.sweep.plan import quick_epoch_seconds
+from raysweep.sweep.plan import maybe_estimate_epoch_seconds
 from raysweep.sweep.resources import Resources
-from raysweep.training.config import RunConfig
-from raysweep.training.trainer import fit
+from raysweep.training.config import TrainingConfig
+from raysweep.training.trainer import train_model
 
 SHRUNK = {
     "data.name": "digits",
@@ -60,18 +62,26 @@ stages:
 """
 
 
-@pytest.mark.parametrize("name", pipelines())
+@pytest.mark.parametrize("name", list_builtin_pipelines())
 def test_shipped_pipelines_are_sound(name, workdir: Path) -> None:
-    """Spaces, presets, both ends of every range and the paper's table, as shipped; then shrunk and planned."""
+    """Spaces, presets, both ends of every range and the paper's table, as shipped; then shrunk and
+    planned.
+    """
     _, pipeline, settings = load_pipeline(name, {})
-    assert pipeline.about and all(stage.describe(settings) for stage in pipeline.stages)
+    assert pipeline.about and all(stage.describe_stage(settings) for stage in pipeline.stages)
     for stage in pipeline.stages:
-        assert [line for config in stage.configs(settings) for line in config.warnings()] == []
+        assert [
+            line
+            for config in stage.list_training_configs(settings)
+            for line in config.list_warnings()
+        ] == []
     _, small, around = load_pipeline(name, SHRUNK)
-    planned = steps(small, around, workdir, small.salt())
-    assert len({step.digest for step in planned}) == len(small.stages)
-    configs = [config for stage in small.stages for config in stage.configs(around)]
-    assert configs and all(config.epochs == 2 and config.data.name == "digits" for config in configs)
+    planned = plan_stages(small, around, workdir, small.compute_digest_salt())
+    assert len({step.stage_digest for step in planned}) == len(small.stages)
+    configs = [config for stage in small.stages for config in stage.list_training_configs(around)]
+    assert configs and all(
+        config.epochs == 2 and config.data.name == "digits" for config in configs
+    )
 
 
 SPACE = "method: at\ntrials: {trials}\nspace: {{optim.weight_decay: {{float: [1.0e-5, {high}]}}}}\n"
@@ -84,11 +94,19 @@ stages:
 """
 
 
-def test_a_digest_holds_what_the_named_files_say_and_not_where_the_data_lie(workdir: Path, monkeypatch) -> None:
-    """An edited search space, preset or table of a paper is another stage; data that moved are the same data."""
+def test_a_digest_holds_what_the_named_files_say_and_not_where_the_data_lie(
+    workdir: Path, monkeypatch
+) -> None:
+    """An edited search space, preset or table of a paper is another stage; data that moved are the
+    same data.
+    """
     shutil.copytree(_root() / "pipelines", workdir / "pipelines")
-    monkeypatch.setattr("raysweep.training.presets.shipped", lambda folder: workdir / folder)
-    monkeypatch.setattr("raysweep.pipeline.paper.shipped", lambda folder: workdir / folder)
+    monkeypatch.setattr(
+        "raysweep.training.presets.find_builtin_folder", lambda folder: workdir / folder
+    )
+    monkeypatch.setattr(
+        "raysweep.pipeline.paper_tables.find_builtin_folder", lambda folder: workdir / folder
+    )
     Path("naming.yaml").write_text(NAMING)
     for place in ("here", "there"):
         Path(place).mkdir()
@@ -97,9 +115,13 @@ def test_a_digest_holds_what_the_named_files_say_and_not_where_the_data_lie(work
             np.savez(Path(place) / f"{split}.npz", x=x, y=y)
 
     def digests(place: str = "here") -> list[str]:
-        changes = {"data.name": "arrays", "data.data_dir": str(workdir / place), "data.val_size": 10}
+        changes = {
+            "data.name": "arrays",
+            "data.data_dir": str(workdir / place),
+            "data.val_size": 10,
+        }
         _, pipeline, settings = load_pipeline("naming.yaml", changes)
-        return [step.digest for step in steps(pipeline, settings, workdir, "")]
+        return [step.stage_digest for step in plan_stages(pipeline, settings, workdir, "")]
 
     def changed(edit: Callable[[], object]) -> list[bool]:
         before = digests()
@@ -116,29 +138,47 @@ def test_a_digest_holds_what_the_named_files_say_and_not_where_the_data_lie(work
     assert changed(lambda: sub("sp.yaml", "trials: 4", "trials: 9")) == [True, False, True, True]
     assert changed(lambda: sub("sp.yaml", "e-2", "e-3")) == [True, False, True, True]
     preset = "pipelines/presets/lrat-table5.yaml"
-    assert changed(lambda: sub(preset, "data.name", "epochs: 90\ndata.name")) == [False, True, True, True]
-    assert changed(lambda: sub("pipelines/paper/lrat-table5.yaml", "92.30", "92.40")) == [False, False, False, True]
+    assert changed(lambda: sub(preset, "data.name", "epochs: 90\ndata.name")) == [
+        False,
+        True,
+        True,
+        True,
+    ]
+    assert changed(lambda: sub("pipelines/paper/lrat-table5.yaml", "92.30", "92.40")) == [
+        False,
+        False,
+        False,
+        True,
+    ]
 
 
-TABLES = sorted(p.stem for p in (Path(__file__).parent.parent / "pipelines" / "paper").glob("*.yaml"))
+TABLES = sorted(
+    p.stem for p in (Path(__file__).parent.parent / "pipelines" / "paper").glob("*.yaml")
+)
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_papers_table_is_asked_for_as_it_stands(name) -> None:
-    """Each row and metric of the table has its run, its epoch and its attack, under the table's protocol."""
-    table = paper_table(name)
+    """Each row and metric of the table has its run, its epoch and its attack, under the table's
+    protocol.
+    """
+    table = load_paper_table(name)
     _, pipeline, settings = load_pipeline(name, {})
     train, attack, report = pipeline.stages
     assert report.paper == name and train.seeds == (0, 1, 2, 3, 4)
     assert set(train.runs) == set(table.rows) == set(table.models)
     assert {which for row in table.rows.values() for which in row} == set(train.checkpoints)
-    metrics = {metric for row in table.rows.values() for values in row.values() for metric in values}
+    metrics = {
+        metric for row in table.rows.values() for values in row.values() for metric in values
+    }
     assert metrics <= {"Natural", *attack.attacks} and "AA" in attack.attacks
-    for label, config in zip(train.runs, train.configs(settings), strict=True):
+    for label, config in zip(train.runs, train.list_training_configs(settings), strict=True):
         assert config.model.name == table.models[label]
         assert config.data.name == table.protocol.data
         assert config.epochs == table.epochs.get(label, table.protocol.epochs)
-        assert next(iter(config.validation.attacks.values())).eps == pytest.approx(table.protocol.eps)
+        assert next(iter(config.validation.attacks.values())).eps == pytest.approx(
+            table.protocol.eps
+        )
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +191,7 @@ def digits_run(ray_cluster, one_core, tmp_path_factory) -> Path:
 
 def artifacts(out: Path, name: str = "digits") -> dict[str, tuple[Path, Artifact]]:
     folders = sorted((out / "runs" / "pipelines" / name).glob("[0-9]*"))
-    return {folder.name[3:-17]: (folder, Artifact.read(folder)) for folder in folders}
+    return {folder.name[3:-17]: (folder, Artifact.read_if_finished(folder)) for folder in folders}
 
 
 @pytest.mark.ray
@@ -161,24 +201,35 @@ def test_from_nothing_to_a_report(digits_run: Path) -> None:
     promoted = found["promote"][1].candidates
     scores = [c.score("robust_worst") for c in found["tune"][1].candidates]
     assert [c.score("robust_worst") for c in promoted] == sorted(scores, reverse=True)[:2]
-    judged = found["autoattack"][1].judged
+    judged = found["autoattack"][1].evaluations
     assert [j.candidate.checkpoint for j in judged] == [c.checkpoint for c in promoted]
-    assert all(j.standard and j.examples == 10 and list(j.after)[-1] == "square" for j in judged)
+    assert all(
+        j.is_autoattack and j.examples == 10 and list(j.accuracy_after)[-1] == "square"
+        for j in judged
+    )
 
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{digits_run}/mlflow.db")
     for judgement in judged:
-        run = client.get_run(judgement.run)
-        assert run.data.metrics["eval/autoattack-Linf-0.15-n10/robust_accuracy"] == pytest.approx(judgement.robust)
+        run = client.get_run(judgement.run_id)
+        assert run.data.metrics["eval/autoattack-Linf-0.15-n10/robust_accuracy"] == pytest.approx(
+            judgement.robust
+        )
         assert run.data.tags["raysweep.kind"] == "trial"
     model = client.get_registered_model("lrat-digits")
     assert set(model.aliases) == {"candidate", "aa-verified", "champion"}
     version = client.get_model_version_by_alias("lrat-digits", "champion")
-    assert version.run_id == judged[0].run
+    assert version.run_id == judged[0].run_id
     card = json.loads((found["register"][0] / "card.json").read_text())
-    assert {"eps", "threat_model", "autoattack_acc", "clean_acc", "architecture", "dataset"} <= set(card)
-    assert card["environment"]["torch"] and card["aliases"] == ["candidate", "aa-verified", "champion"]
+    assert {"eps", "threat_model", "autoattack_acc", "clean_acc", "architecture", "dataset"} <= set(
+        card
+    )
+    assert card["environment"]["torch"] and card["aliases"] == [
+        "candidate",
+        "aa-verified",
+        "champion",
+    ]
 
 
 class Sources(HTMLParser):
@@ -191,7 +242,9 @@ class Sources(HTMLParser):
 
     def handle_starttag(self, tag, attrs) -> None:
         self.tags.add(tag)
-        self.found += [value for key, value in attrs if key in ("src", "href", "srcset", "data", "action")]
+        self.found += [
+            value for key, value in attrs if key in ("src", "href", "srcset", "data", "action")
+        ]
 
 
 @pytest.mark.ray
@@ -200,8 +253,14 @@ def test_the_report_is_one_file_with_the_numbers(digits_run: Path) -> None:
     html = (folder / "report.html").read_text()
     sources = Sources()
     sources.feed(html)
-    assert sources.found and all(source.startswith("data:image/svg+xml;base64,") for source in sources.found)
-    assert not {"script", "link", "iframe"} & sources.tags and "url(" not in html and "@import" not in html
+    assert sources.found and all(
+        source.startswith("data:image/svg+xml;base64,") for source in sources.found
+    )
+    assert (
+        not {"script", "link", "iframe"} & sources.tags
+        and "url(" not in html
+        and "@import" not in html
+    )
     best = artifact.facts["best"]
     for text in (unescape(html), (folder / "report.md").read_text()):
         assert f"{100 * best['robust']:.2f}" in text and "No regression" in text
@@ -219,7 +278,9 @@ def test_the_second_run_does_nothing(digits_run: Path, monkeypatch, capsys) -> N
         monkeypatch.setattr(f"raysweep.{what}", refuse)
     assert main(["run", "digits", *TINY, "--out", str(digits_run), "--json"]) == 0
     assert all(stage["done_before"] for stage in json.loads(capsys.readouterr().out)["stages"])
-    changed = {p for p in digits_run.rglob("*") if p.is_file() and p.stat().st_mtime_ns != before.get(p)}
+    changed = {
+        p for p in digits_run.rglob("*") if p.is_file() and p.stat().st_mtime_ns != before.get(p)
+    }
     assert {path.name for path in changed} <= {"lock"}
     assert main(["run", "digits", *TINY, "--out", str(digits_run), "--plan", "--json"]) == 0
     assert all(stage["done"] for stage in json.loads(capsys.readouterr().out)["stages"])
@@ -237,7 +298,8 @@ def test_the_second_run_does_nothing(digits_run: Path, monkeypatch, capsys) -> N
 
 @pytest.fixture
 def copied_run(digits_run: Path, tmp_path: Path) -> Iterator[Path]:
-    """A copy of `digits_run` in its place, for what it holds names that place; afterwards the original is back.
+    """A copy of `digits_run` in its place, for what it holds names that place; afterwards the
+    original is back.
 
     Only for new processes: this one may have the original's database open.
     """
@@ -262,30 +324,38 @@ def run_without_attacks(arguments: list[str]) -> int:
 
 @pytest.mark.ray
 def test_from_makes_the_rest_again_and_repeats_no_attack(copied_run: Path) -> None:
-    before = {kind: artifact.finished for kind, (_, artifact) in artifacts(copied_run).items()}
+    before = {kind: artifact.finish_time for kind, (_, artifact) in artifacts(copied_run).items()}
     command = ["run", "digits", *TINY, "--out", str(copied_run), "--from", "autoattack"]
     again = forked.start(run_without_attacks, command, imports=forked.COMMANDS)
     assert again.wait() == 0, again.err
-    after = {kind: artifact.finished for kind, (_, artifact) in artifacts(copied_run).items()}
-    assert [kind for kind in after if after[kind] != before[kind]] == ["autoattack", "register", "report"]
-    assert artifacts(copied_run)["register"][1].facts["verdict"] == "tie", "it is the champion itself"
+    after = {kind: artifact.finish_time for kind, (_, artifact) in artifacts(copied_run).items()}
+    assert [kind for kind in after if after[kind] != before[kind]] == [
+        "autoattack",
+        "register",
+        "report",
+    ]
+    assert artifacts(copied_run)["register"][1].facts["verdict"] == "tie", (
+        "it is the champion itself"
+    )
 
 
-def _configs(name: str) -> list[RunConfig]:
+def _configs(name: str) -> list[TrainingConfig]:
     _, pipeline, around = load_pipeline(name, {**SHRUNK, "epochs": 1})
-    return [config for stage in pipeline.stages for config in stage.configs(around)]
+    return [config for stage in pipeline.stages for config in stage.list_training_configs(around)]
 
 
 @pytest.mark.slow
 def test_every_row_of_every_pipeline_trains(tmp_path: Path) -> None:
     """One small epoch of each run, in this process; what several pipelines share is trained once."""
-    found = {name: _configs(name) for name in pipelines()}
+    found = {name: _configs(name) for name in list_builtin_pipelines()}
     assert all(found.values())
-    rows = {config.digest(): (name, config) for name, configs in found.items() for config in configs}
+    rows = {
+        config.digest(): (name, config) for name, configs in found.items() for config in configs
+    }
     for digest, (name, config) in rows.items():
-        last = fit(config, tmp_path / digest).last
-        assert last.epoch == 1 and math.isfinite(last.metrics["train/loss"]), name
-        assert 0 <= last.metrics["robust_worst"] <= last.metrics["clean"] <= 1, name
+        last = train_model(config, tmp_path / digest).last_checkpoint
+        assert last.epoch == 1 and math.isfinite(last.last_metrics["train/loss"]), name
+        assert 0 <= last.last_metrics["robust_worst"] <= last.last_metrics["clean"] <= 1, name
 
 
 def _flags(**changes: object) -> list[str]:
@@ -303,7 +373,9 @@ WEAK = {"kind": "pgd", "steps": 2, "step_size": 0.1, "eps": 0.15}
 @pytest.mark.slow
 def test_nightly_runs_through(ray_cluster, one_core, workdir: Path) -> None:
     """Three sweeps, the best of each method, a report with a section for each."""
-    small = _flags(tune__trials=1, promote__seeds=[], autoattack__n=20, autoattack__attacks={"AA": WEAK})
+    small = _flags(
+        tune__trials=1, promote__seeds=[], autoattack__n=20, autoattack__attacks={"AA": WEAK}
+    )
     assert main(["run", "nightly", *SET, *small]) == 0
     found = artifacts(workdir, "nightly")
     assert {c.method for c in found["promote"][1].candidates} == {"at", "gairat", "lrat"}
@@ -314,26 +386,38 @@ def test_nightly_runs_through(ray_cluster, one_core, workdir: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_figure_runs_through_and_draws_what_it_varies(ray_cluster, one_core, workdir: Path) -> None:
+def test_a_figure_runs_through_and_draws_what_it_varies(
+    ray_cluster, one_core, workdir: Path
+) -> None:
     rows = {f"lambda {lam}": {"preset": "gairat-fig13", "set": {LAM: lam}} for lam in (-2, 0, 2)}
     small = _flags(train__runs=rows, autoattack__n=20, autoattack__attacks={"PGD-20": WEAK})
     assert main(["run", "gairat-fig13", *SET, *small]) == 0
     found = artifacts(workdir, "gairat-fig13")
-    assert len(found["autoattack"][1].judged) == 6, "best and last epoch of each"
+    assert len(found["autoattack"][1].evaluations) == 6, "best and last epoch of each"
     text = (found["report"][0] / "report.md").read_text()
     assert f"Test accuracy against {LAM}" in text
     assert "Mean κ under pgd over epochs" in text and "(GAIRAT fig. 7)" in text
 
 
 @pytest.mark.ray
-def test_a_papers_table_on_other_data_is_not_comparable(ray_cluster, one_core, workdir: Path) -> None:
+def test_a_papers_table_on_other_data_is_not_comparable(
+    ray_cluster, one_core, workdir: Path
+) -> None:
     one = "stages.train.runs={LRAT: {preset: lrat-table5}}"
-    few = [one, "stages.train.seeds=[0, 1]", "stages.autoattack.n=20", "stages.autoattack.attacks={PGD: pgd20}"]
+    few = [
+        one,
+        "stages.train.seeds=[0, 1]",
+        "stages.autoattack.n=20",
+        "stages.autoattack.attacks={PGD: pgd20}",
+    ]
     flags = [*SET, *(part for setting in few for part in ("--set", setting))]
     assert main(["run", "lrat-table5", *flags]) == 0
     folder, report = artifacts(workdir, "lrat-table5")["report"]
     lines = report.facts["paper"]
-    assert [(line["row"], line["metric"]) for line in lines] == [("LRAT", "Natural"), ("LRAT", "PGD")]
+    assert [(line["row"], line["metric"]) for line in lines] == [
+        ("LRAT", "Natural"),
+        ("LRAT", "PGD"),
+    ]
     assert {line["verdict"] for line in lines} == {"not comparable"}
     assert lines[0]["ours"][4] == 2 and lines[0]["paper"] == 92.30
     text = (folder / "report.md").read_text()
@@ -349,7 +433,7 @@ def test_nights_are_compared_and_a_planted_regression_is_exit_code_1(
 
     def sleep() -> None:
         night = next(nights)
-        monkeypatch.setattr("raysweep.pipeline.pipeline.today", lambda: night)
+        monkeypatch.setattr("raysweep.pipeline.pipeline.get_today_date", lambda: night)
 
     Path("cheap.yaml").write_text("again: daily\n" + CHEAP)
     sleep()
@@ -360,10 +444,14 @@ def test_nights_are_compared_and_a_planted_regression_is_exit_code_1(
     out, err = capsys.readouterr()
     result = json.loads(out)
     assert "raysweep: regression: APGD of the chosen checkpoint fell from" in err
-    assert not any(stage["done_before"] for stage in result["stages"]), "another night is another run"
+    assert not any(stage["done_before"] for stage in result["stages"]), (
+        "another night is another run"
+    )
     html = Path(result["reports"][0]).read_text()
     assert "Regression:" in html and "worse" in html
-    assert main(["run", "cheap.yaml", "--set", "optim.lr=1.0e-9", "--json"]) == 1, "until it is mended"
+    assert main(["run", "cheap.yaml", "--set", "optim.lr=1.0e-9", "--json"]) == 1, (
+        "until it is mended"
+    )
     assert main(["run", "cheap.yaml", "--set", "stages.report.floor=0.999", "--json"]) == 1
     err = capsys.readouterr().err
     assert "below the floor 99.90%" in err
@@ -372,7 +460,15 @@ def test_nights_are_compared_and_a_planted_regression_is_exit_code_1(
 
 def test_a_plan_says_on_what_and_for_how_long(workdir: Path, capsys) -> None:
     Path("promoted.yaml").write_text(PROMOTED)
-    small = [*SET, "--set", "stages.tune.trials=3", "--set", "stages.1.cpus=0.5", "--set", "stages.0.max_hours=1.0e-9"]
+    small = [
+        *SET,
+        "--set",
+        "stages.tune.trials=3",
+        "--set",
+        "stages.1.cpus=0.5",
+        "--set",
+        "stages.0.max_hours=1.0e-9",
+    ]
     assert main(["run", "promoted.yaml", *small, "--plan", "--json"]) == 0
     gairat, at, promote, attack = json.loads(capsys.readouterr().out)["stages"]
     cores = os.cpu_count()
@@ -381,9 +477,13 @@ def test_a_plan_says_on_what_and_for_how_long(workdir: Path, capsys) -> None:
     assert at["expected_seconds"] > 0 and promote["expected_seconds"] > 0
     assert gairat["expected_seconds"] == 0, "max_hours"
     assert promote["trials_at_once"] == min(2, cores) and "expected_seconds" not in attack
-    assert main(["run", "promoted.yaml", *small, "--set", "stages.promote.pareto=true", "--plan"]) == 0
+    assert (
+        main(["run", "promoted.yaml", *small, "--set", "stages.promote.pareto=true", "--plan"]) == 0
+    )
     lines = capsys.readouterr().out.splitlines()
-    assert re.search(r"; a trial holds 0.5 CPU\(s\) and 0 GPU\(s\), \d run at once, about \d", lines[1])
+    assert re.search(
+        r"; a trial holds 0.5 CPU\(s\) and 0 GPU\(s\), \d run at once, about \d", lines[1]
+    )
     assert lines[2].endswith("run at once"), "how many are on the front nobody knows"
     assert lines[-1].endswith("how long cannot be told here; attacks come on top")
     assert list(workdir.iterdir()) == [workdir / "promoted.yaml"]
@@ -392,11 +492,18 @@ def test_a_plan_says_on_what_and_for_how_long(workdir: Path, capsys) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is through with it soon")
 def test_a_plan_does_not_time_a_network_that_takes_this_cpu_minutes(tmp_path: Path) -> None:
     for split in ("train", "test"):
-        np.savez(tmp_path / f"{split}.npz", x=np.zeros((64, 3, 32, 32), np.uint8), y=np.arange(64) % 10)
+        np.savez(
+            tmp_path / f"{split}.npz", x=np.zeros((64, 3, 32, 32), np.uint8), y=np.arange(64) % 10
+        )
     for model, known in (("digits_cnn", True), ("wrn_34_10", False)):
-        own = {"data__name": "arrays", "data__data_dir": str(tmp_path), "data__train_size": 32, "data__val_size": 10}
+        own = {
+            "data__name": "arrays",
+            "data__data_dir": str(tmp_path),
+            "data__train_size": 32,
+            "data__val_size": 10,
+        }
         config = tiny("at", model__name=model, **own)
-        seconds = quick_epoch_seconds(config, load(config.data), Resources(cpus=1))
+        seconds = maybe_estimate_epoch_seconds(config, load_data(config.data), Resources(cpus=1))
         assert (seconds is not None and seconds > 0) == known
 
 
@@ -405,7 +512,7 @@ def _root() -> Path:
 
 
 def hold(folder: Path, held: Path, seconds: float) -> None:
-    with locked(folder, False):
+    with hold_pipeline_lease(folder, False):
         held.touch()
         time.sleep(seconds)
 
@@ -422,13 +529,15 @@ def test_two_at_once_one_refuses_or_waits(tmp_path: Path) -> None:
         return process
 
     first = holder(60)
-    with pytest.raises(SpecError, match=rf"'digits' is running already \(process {first.pid} on .*--wait"):
-        locked(folder, wait=False).__enter__()
+    with pytest.raises(
+        SpecError, match=rf"'digits' is running already \(process {first.pid} on .*--wait"
+    ):
+        hold_pipeline_lease(folder, wait=False).__enter__()
     first.kill()
-    with locked(folder, wait=False):
+    with hold_pipeline_lease(folder, wait=False):
         pass
     second = holder(0.5)
-    with locked(folder, wait=True):
+    with hold_pipeline_lease(folder, wait=True):
         assert second.wait() == 0
 
 
@@ -505,7 +614,10 @@ def test_a_file_of_the_wrong_shape_is_looked_through_all_the_same(workdir: Path,
         (["none.yaml"], "none.yaml: cannot be read: No such file"),
         (["digitz"], "no pipeline 'digitz'; nearest: digits"),
         (["digits", "--from", "tunes"], "--from 'tunes': this pipeline has 0 tune, 1 promote"),
-        (["digits", "--plan", "--from", "tunes"], "--from 'tunes': this pipeline has 0 tune, 1 promote"),
+        (
+            ["digits", "--plan", "--from", "tunes"],
+            "--from 'tunes': this pipeline has 0 tune, 1 promote",
+        ),
         pytest.param(
             ["digits", "--plan", "--address", "127.0.0.1:1"],
             "no Ray cluster at --address 127.0.0.1:1",
@@ -513,9 +625,15 @@ def test_a_file_of_the_wrong_shape_is_looked_through_all_the_same(workdir: Path,
         ),
         (["digits", "--plan", "--wait"], "--wait: --plan runs nothing"),
         (["digits", "--plan", "--set", "stages.tune.cpus=999"], "a trial wants 999 CPUs"),
-        (["digits", "--set", "stages.tunes.trials=3"], "--set stages.tunes.trials: expected stages.STAGE.SETTING"),
+        (
+            ["digits", "--set", "stages.tunes.trials=3"],
+            "--set stages.tunes.trials: expected stages.STAGE.SETTING",
+        ),
         (["digits", "--set", "stages.tune.trails=3"], "no setting 'trails'; nearest: trials"),
-        (["digits", "--set", "stages.tune.trials=0"], "trials = 0: must be greater than or equal to 1"),
+        (
+            ["digits", "--set", "stages.tune.trials=0"],
+            "trials = 0: must be greater than or equal to 1",
+        ),
         (["digits", "--set", "keep=3"], "keep: counts nights; it needs `again: daily`"),
         (["digits", "--set", "epochs=0"], "epochs = 0: must be greater than or equal to 1"),
         (["gairat-table1"], "data.data_dir is missing"),
@@ -530,12 +648,14 @@ def test_a_mistake_is_one_line(arguments, words, workdir: Path, capsys) -> None:
 
 def test_promote_never_sees_the_test_set_and_respects_the_gap() -> None:
     from raysweep.pipeline.artifact import Candidate
-    from raysweep.pipeline.promote import Promote
+    from raysweep.pipeline.promote import PromoteStage
     from raysweep.pipeline.stage import StageFailed
 
     def made(name: str, score: float, gap: float, **more) -> Candidate:
         metrics = {"robust_worst": score, "masking_gap": gap}
-        return Candidate(label=name, method=name[0], checkpoint=name, epoch=1, epochs=1, metrics=metrics, **more)
+        return Candidate(
+            label=name, method=name[0], checkpoint=name, epoch=1, epochs=1, metrics=metrics, **more
+        )
 
     pool = (
         made("a1", 0.5, 0.2),
@@ -545,7 +665,7 @@ def test_promote_never_sees_the_test_set_and_respects_the_gap() -> None:
     )
 
     def names(**settings) -> list[str]:
-        return [c.label for c in Promote(**settings).choose(pool)]
+        return [c.label for c in PromoteStage(**settings).select_candidates(pool)]
 
     assert names(top=2) == ["a1", "a2"]
     assert names(top=2, max_masking_gap=0.05) == ["a2", "b1"]
@@ -553,38 +673,64 @@ def test_promote_never_sees_the_test_set_and_respects_the_gap() -> None:
     assert names(pareto=True) == ["a1"], "b2 is masked"
     assert names(pareto=True, each=True) == ["a1", "b1"]
     with pytest.raises(StageFailed, match="each of 4 candidates has a masking gap over"):
-        Promote(max_masking_gap=0.0).choose(tuple(c.model_copy(update={"metrics": {"masking_gap": 1}}) for c in pool))
-    with pytest.raises(StageFailed, match="each of 1 candidates has a masking gap over its space's"):
-        Promote(pareto=True).choose(pool[3:])
+        PromoteStage(max_masking_gap=0.0).select_candidates(
+            tuple(c.model_copy(update={"metrics": {"masking_gap": 1}}) for c in pool)
+        )
+    with pytest.raises(
+        StageFailed, match="each of 1 candidates has a masking gap over its space's"
+    ):
+        PromoteStage(pareto=True).select_candidates(pool[3:])
     code = (_root() / "raysweep/pipeline/promote.py").read_text()
     assert ".test" not in code and "evaluate" not in code
 
 
 def test_promotion_goes_by_what_the_sweep_went_by() -> None:
-    """Its metric, or all its metrics for the front of those that are fit; different sweeps meet in the default."""
-    from raysweep.pipeline.artifact import Candidate, chosen
-    from raysweep.pipeline.promote import Promote
+    """Its metric, or all its metrics for the front of those that are fit; different sweeps meet in
+    the default.
+    """
+    from raysweep.pipeline.artifact import Candidate, select_best_candidate
+    from raysweep.pipeline.promote import PromoteStage
 
     def made(name: str, clean: float, pgd: float, gap: float, *metrics: str) -> Candidate:
         scores = {"clean": clean, "pgd": pgd, "robust_worst": pgd - gap, "masking_gap": gap}
         return Candidate(
-            label=name, method="at", checkpoint=name, epoch=1, epochs=1, metrics=scores, objectives=metrics
+            label=name,
+            method="at",
+            checkpoint=name,
+            epoch=1,
+            epochs=1,
+            metrics=scores,
+            objectives=metrics,
         )
 
-    by_clean = [made(name, *scores, "clean") for name, *scores in (("a", 0.9, 0.2, 0.0), ("b", 0.8, 0.5, 0.0))]
-    assert [c.label for c in Promote(top=1).choose(tuple(by_clean))] == ["a"] == [chosen(tuple(by_clean)).label]
+    by_clean = [
+        made(name, *scores, "clean")
+        for name, *scores in (("a", 0.9, 0.2, 0.0), ("b", 0.8, 0.5, 0.0))
+    ]
+    assert (
+        [c.label for c in PromoteStage(top=1).select_candidates(tuple(by_clean))]
+        == ["a"]
+        == [select_best_candidate(tuple(by_clean)).label]
+    )
     mixed = (*by_clean, made("c", 0.1, 0.4, 0.0, "pgd"))
-    assert [c.label for c in Promote(top=3).choose(mixed)] == ["b", "c", "a"]
-    points = {"a": (0.9, 0.5, 0.3), "b": (0.8, 0.4, 0.0), "c": (0.7, 0.45, 0.0), "d": (0.7, 0.3, 0.0)}
+    assert [c.label for c in PromoteStage(top=3).select_candidates(mixed)] == ["b", "c", "a"]
+    points = {
+        "a": (0.9, 0.5, 0.3),
+        "b": (0.8, 0.4, 0.0),
+        "c": (0.7, 0.45, 0.0),
+        "d": (0.7, 0.3, 0.0),
+    }
     front = tuple(made(name, *scores, "pgd", "clean") for name, scores in points.items())
-    assert [c.label for c in Promote(pareto=True).choose(front)] == ["a"]
-    assert [c.label for c in Promote(pareto=True, max_masking_gap=0.1).choose(front)] == ["c", "b"]
+    assert [c.label for c in PromoteStage(pareto=True).select_candidates(front)] == ["a"]
+    assert [
+        c.label for c in PromoteStage(pareto=True, max_masking_gap=0.1).select_candidates(front)
+    ] == ["c", "b"]
 
 
 def test_training_over_seeds_keeps_the_metric_of_its_run() -> None:
-    from raysweep.pipeline.tune import over_seeds
+    from raysweep.pipeline.train import build_seed_grid
 
-    assert over_seeds("at", {"validation.objective": "clean"}, (0, 1)).objectives == ("clean",)
+    assert build_seed_grid("at", {"validation.objective": "clean"}, (0, 1)).objectives == ("clean",)
 
 
 PROMOTED = """\
@@ -598,23 +744,30 @@ stages:
 
 
 def test_retraining_is_known_beforehand_and_obeys_the_command_line(workdir: Path) -> None:
-    """The same runs but for what the stage sets, whatever their data set's profile says; `--set` wins over both."""
+    """The same runs but for what the stage sets, whatever their data set's profile says; `--set`
+    wins over both.
+    """
     Path("promoted.yaml").write_text(PROMOTED)
 
-    def configs(changes: dict[str, object]) -> list[list[RunConfig]]:
+    def configs(changes: dict[str, object]) -> list[list[TrainingConfig]]:
         _, pipeline, settings = load_pipeline("promoted.yaml", changes)
-        return [stage.configs(settings, before) for stage, before in pipeline.planned(settings)]
+        return [
+            stage.list_training_configs(settings, before)
+            for stage, before in pipeline.iter_upstream_configs(settings)
+        ]
 
     gairat, at, promoted, _ = configs({})
     changes = {"epochs": 30, "optim": gairat[0].optim.model_copy(update={"lr": 0.02})}
     assert promoted == [config.model_copy(update=changes) for config in (*gairat, *at)]
     gairat, at, promoted, _ = configs({"epochs": 2, "method.*.steps": 3})
-    assert promoted == [config.model_copy(update=changes | {"epochs": 2}) for config in (*gairat, *at)]
+    assert promoted == [
+        config.model_copy(update=changes | {"epochs": 2}) for config in (*gairat, *at)
+    ]
     assert all(config.method.attacks["pgd"].steps == 3 for config in promoted)
 
 
 def test_today_is_a_date() -> None:
-    assert datetime.date.fromisoformat(today())
+    assert datetime.date.fromisoformat(get_today_date())
 
 
 def test_nights_before_the_last_are_forgotten(tmp_path: Path) -> None:
@@ -627,11 +780,11 @@ def test_nights_before_the_last_are_forgotten(tmp_path: Path) -> None:
         return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*"))
 
     sweeps = [f"{night}/nightly-00-12345678" for night in nights]
-    forget(tmp_path, "2026-03-01", None)
+    delete_old_nights(tmp_path, "2026-03-01", None)
     assert left() == sorted([*sweeps, "2026-03-01/.prefixes"]), "this night's prefixes are in use"
-    forget(tmp_path, "2026-03-02", 2)
+    delete_old_nights(tmp_path, "2026-03-02", 2)
     assert left() == sweeps[2:], "tonight, which has nothing yet, and the night before"
-    forget(tmp_path / "none", "2026-03-02", 2)
+    delete_old_nights(tmp_path / "none", "2026-03-02", 2)
 
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
@@ -646,12 +799,16 @@ def test_what_schedulers_are_given_runs_commands_that_parse(path) -> None:
     commands = re.findall(r"raysweep (run [^\n>|]+)", text)
     assert commands or path.suffix == ".timer"
     for command in commands:
-        assert build_parser().parse_args(shlex.split(command)).what in pipelines()
+        assert build_parser().parse_args(shlex.split(command)).what in list_builtin_pipelines()
 
 
 def test_the_page_on_schedules_has_commands_that_parse_and_links_that_lead() -> None:
     page = (DEPLOY.parent / "docs" / "scheduling.md").read_text()
     for command in re.findall(r"raysweep (run [^\n>|`]+)", page):
         assert build_parser().parse_args(shlex.split(command.replace("run NAME", "run nightly")))
-    assert all((DEPLOY.parent / "docs" / link).exists() for link in re.findall(r"\]\(([^)#:]+)\)", page))
-    assert {path.name for path in DEPLOY.iterdir()} == set(re.findall(r"\]\(\.\./deploy/([^)]+)\)", page))
+    assert all(
+        (DEPLOY.parent / "docs" / link).exists() for link in re.findall(r"\]\(([^)#:]+)\)", page)
+    )
+    assert {path.name for path in DEPLOY.iterdir()} == set(
+        re.findall(r"\]\(\.\./deploy/([^)]+)\)", page)
+    )

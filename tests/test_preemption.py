@@ -1,4 +1,6 @@
-"""SIGTERM in mid-epoch: everything is kept at once, and the run that goes on ends with the same bits."""
+"""SIGTERM in mid-epoch: everything is kept at once, and the run that goes on ends with the same
+bits.
+"""
 
 import signal
 import threading
@@ -12,22 +14,25 @@ from conftest import TINY, tiny
 
 from raysweep.cli import main
 from raysweep.sweep.ledger import Ledger
-from raysweep.sweep.space import SearchSpace
+from raysweep.sweep.search_space import SearchSpace
 from raysweep.training import trainer
-from raysweep.training.checkpoint import STATE, WEIGHTS, Run
-from raysweep.training.config import run_config
+from raysweep.training.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE, RunDirectory
+from raysweep.training.config import build_training_config
 from raysweep.training.diagnostics import read_histograms
-from raysweep.training.pause import Interrupted, told_to_end
-from raysweep.training.trainer import fit, train_step
+from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted, catch_termination_signals
+from raysweep.training.trainer import compute_step_gradients, train_model
 
 
 def same_run(one: Path, other: Path) -> None:
     """Weights, momentum, metrics and histograms, bit for bit; times aside."""
-    a, b = Run(one).last(), Run(other).last()
+    a, b = RunDirectory(one).read_last_checkpoint(), RunDirectory(other).read_last_checkpoint()
     assert a is not None and b is not None and a.epoch == b.epoch
-    for name in (WEIGHTS, STATE):
+    for name in (WEIGHTS_FILE, OPTIMIZER_FILE):
         assert a.meta["sha256"][name] == b.meta["sha256"][name]
-    rows = [[{k: v for k, v in row.items() if "seconds" not in k} for row in saved.history] for saved in (a, b)]
+    rows = [
+        [{k: v for k, v in row.items() if "seconds" not in k} for row in saved.history]
+        for saved in (a, b)
+    ]
     assert rows[0] == rows[1]
     assert read_histograms(one) == read_histograms(other)
 
@@ -35,7 +40,7 @@ def same_run(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("method", ["gairat", "lrat", "fat"])
 def test_left_at_any_step_it_ends_with_the_same_bits(method: str, tmp_path: Path, digits) -> None:
     config = tiny(method, epochs=3, batch_size=10)
-    fit(config, tmp_path / "whole", data=digits)
+    train_model(config, tmp_path / "whole", data=digits)
     countdown = 0
 
     def interrupted() -> bool:
@@ -45,11 +50,13 @@ def test_left_at_any_step_it_ends_with_the_same_bits(method: str, tmp_path: Path
 
     for steps in (3, 4, 7):
         countdown = steps
-        with pytest.raises(Interrupted, match="all of it is kept"):
-            fit(config, tmp_path / "left", data=digits, interrupted=interrupted)
+        with pytest.raises(TrainingInterrupted, match="all of it is kept"):
+            train_model(config, tmp_path / "left", data=digits, should_interrupt=interrupted)
         assert (tmp_path / "left" / "half").is_dir()
     seen = []
-    fit(config, tmp_path / "left", lambda row, saved: seen.append(row["epoch"]), data=digits)
+    train_model(
+        config, tmp_path / "left", lambda row, saved: seen.append(row["epoch"]), data=digits
+    )
     assert seen == [1, 2, 3] or seen == [2, 3], "14 of 21 steps were done before"
     same_run(tmp_path / "whole", tmp_path / "left")
     assert not (tmp_path / "left" / "half").exists()
@@ -57,17 +64,17 @@ def test_left_at_any_step_it_ends_with_the_same_bits(method: str, tmp_path: Path
 
 def test_a_half_of_something_else_is_left_alone(tmp_path: Path, digits) -> None:
     config = tiny("at", batch_size=10)
-    with pytest.raises(Interrupted):
-        fit(config, tmp_path / "run", data=digits, interrupted=lambda: True)
+    with pytest.raises(TrainingInterrupted):
+        train_model(config, tmp_path / "run", data=digits, should_interrupt=lambda: True)
     other = tiny("at", batch_size=10, optim__lr=0.05)
-    fit(other, tmp_path / "run", data=digits)
-    fit(other, tmp_path / "whole", data=digits)
+    train_model(other, tmp_path / "run", data=digits)
+    train_model(other, tmp_path / "whole", data=digits)
     same_run(tmp_path / "whole", tmp_path / "run")
-    with pytest.raises(Interrupted):
-        fit(config, tmp_path / "damaged", data=digits, interrupted=lambda: True)
-    (tmp_path / "damaged" / "half" / WEIGHTS).write_bytes(b"half")
-    fit(config, tmp_path / "damaged", data=digits)
-    fit(config, tmp_path / "fresh", data=digits)
+    with pytest.raises(TrainingInterrupted):
+        train_model(config, tmp_path / "damaged", data=digits, should_interrupt=lambda: True)
+    (tmp_path / "damaged" / "half" / WEIGHTS_FILE).write_bytes(b"half")
+    train_model(config, tmp_path / "damaged", data=digits)
+    train_model(config, tmp_path / "fresh", data=digits)
     same_run(tmp_path / "fresh", tmp_path / "damaged")
 
 
@@ -75,7 +82,13 @@ def test_a_half_of_something_else_is_left_alone(tmp_path: Path, digits) -> None:
 @pytest.mark.mlflow
 def test_a_signal_to_a_training_run(number: signal.Signals, workdir: Path, capsys) -> None:
     """The signal comes at the tenth of the 25 steps of an epoch."""
-    settings = {"epochs": 1, "data.train_size": 200, "data.val_size": 50, "batch_size": 8, "*.attacks.*.steps": 3}
+    settings = {
+        "epochs": 1,
+        "data.train_size": 200,
+        "data.val_size": 50,
+        "batch_size": 8,
+        "*.attacks.*.steps": 3,
+    }
     flags = [part for path, value in settings.items() for part in ("--set", f"{path}={value}")]
     command = ["train", "gairat", *flags, "--name", "r", "--json"]
 
@@ -85,17 +98,17 @@ def test_a_signal_to_a_training_run(number: signal.Signals, workdir: Path, capsy
         steps.append(len(steps))
         if len(steps) == 10:
             signal.raise_signal(number)
-        return train_step(*arguments, **options)
+        return compute_step_gradients(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "train_step", step_and_signal)
+        patch.setattr(trainer, "compute_step_gradients", step_and_signal)
         assert main(command) == 130
     assert "raysweep: told to end in epoch 1, after 10 steps" in capsys.readouterr().err
     assert statuses(workdir) == ["KILLED"]
     assert (workdir / "runs/r/half").is_dir() and not list(workdir.glob("runs/r/epoch-*"))
     assert main(command) == 0
     assert statuses(workdir) == ["FINISHED"]
-    fit(run_config("gairat", settings), workdir / "whole")
+    train_model(build_training_config("gairat", settings), workdir / "whole")
     same_run(workdir / "whole", workdir / "runs/r")
 
 
@@ -104,13 +117,16 @@ def statuses(folder: Path) -> list[str]:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    return [run.info.status for run in client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])]
+    return [
+        run.info.status
+        for run in client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
+    ]
 
 
 def test_who_cannot_wait_says_ctrl_c_twice() -> None:
     # Shells start what runs in the background with Ctrl-C ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with told_to_end() as told:
+    with catch_termination_signals() as told:
         assert not told()
         # To this very thread: to the process, another thread may take it, and later.
         signal.raise_signal(signal.SIGINT)
@@ -125,12 +141,23 @@ def test_who_cannot_wait_says_ctrl_c_twice() -> None:
 def test_a_training_run_that_fails_is_closed_and_says_where_to_look(workdir: Path, capsys) -> None:
     (workdir / "runs" / "r").mkdir(parents=True)
     (workdir / "runs" / "r" / "histograms").touch()
-    command = ["train", "at", "--set", "epochs=1", "--set", "data.train_size=64", "--set", "data.val_size=50"]
+    command = [
+        "train",
+        "at",
+        "--set",
+        "epochs=1",
+        "--set",
+        "data.train_size=64",
+        "--set",
+        "data.val_size=50",
+    ]
     assert main([*command, "--name", "r"]) == 1
     first, last = capsys.readouterr().err.strip().splitlines()
     assert first == f"at on digits: 1 epoch of 1 step, in {workdir}/runs/r"
     file = workdir / "runs" / "r" / "error.txt"
-    assert last.startswith("raysweep: training failed: ") and last.endswith(f"; its traceback is in {file}")
+    assert last.startswith("raysweep: training failed: ") and last.endswith(
+        f"; its traceback is in {file}"
+    )
     assert "histograms" in last and "in fit" in file.read_text()
     assert statuses(workdir) == ["FAILED"]
 
@@ -142,7 +169,7 @@ def test_sigterm_to_a_trial_costs_it_nothing(ray_cluster, tmp_path: Path) -> Non
 
     alpha = "method.terms.pgd.weight.alpha"
     base = {**TINY, "epochs": 2, "data.train_size": None, "batch_size": 8, "*.attacks.*.steps": 3}
-    settings = SearchSpace.load(
+    settings = SearchSpace.from_data(
         {
             "method": "lrat",
             "trials": 1,
@@ -160,7 +187,8 @@ def test_sigterm_to_a_trial_costs_it_nothing(ray_cluster, tmp_path: Path) -> Non
     def take_the_machine_away() -> None:
         while not (tmp_path / "sweep/trials/0000/epoch-0001").exists():
             time.sleep(0.05)
-        # Amid the second epoch, or between its end and the next report: either way the trial ends as if left alone.
+        # Amid the second epoch, or between its end and the next report: either way the trial ends
+        # as if left alone.
         time.sleep(0.5)
         for process in psutil.Process().children(recursive=True):
             if process.name().startswith("ray::ImplicitFu"):
@@ -173,10 +201,10 @@ def test_sigterm_to_a_trial_costs_it_nothing(ray_cluster, tmp_path: Path) -> Non
 
     threading.Thread(target=take_the_machine_away, daemon=True).start()
     run_sweep(ledger, [])
-    (trial,) = ledger.trials()
+    (trial,) = ledger.load_trials()
     assert ended and kept, "its epoch was kept at once"
     assert trial.state == "finished" and trial.reason == ""
     assert [epoch for epoch, _ in trial.curve] == [1, 2]
-    config = ledger.space.config(trial.settings)
-    fit(config, tmp_path / "whole")
-    same_run(tmp_path / "whole", ledger.run_path(0))
+    config = ledger.space.trial_config(trial.params)
+    train_model(config, tmp_path / "whole")
+    same_run(tmp_path / "whole", ledger.trial_path(0))

@@ -1,4 +1,6 @@
-"""Shared prefixes: named by what decides them, bit-identical to training from scratch, never trained twice."""
+"""Shared prefixes: named by what decides them, bit-identical to training from scratch, never
+trained twice.
+"""
 
 import json
 import os
@@ -13,18 +15,18 @@ import torch
 from conftest import tiny
 from safetensors.torch import load_file
 
-from raysweep.data import load
+from raysweep.data import load_data
+from raysweep.leases import FileLease
 from raysweep.training import checkpoint
-from raysweep.training.claim import FileClaim
-from raysweep.training.config import RunConfig
-from raysweep.training.prefix import Prefixes, chain
-from raysweep.training.trainer import fit
+from raysweep.training.config import TrainingConfig
+from raysweep.training.prefix_cache import PrefixCache, prefix_keys
+from raysweep.training.trainer import train_model
 
 LAM, BURN_IN = "method__terms__pgd__weight__lam", "method__terms__pgd__weight__burn_in"
 
 
 def keys(method: str, **changes) -> list[str]:
-    return chain(tiny(method, **changes), "data")
+    return prefix_keys(tiny(method, **changes), "data")
 
 
 def shared(one: list[str], two: list[str]) -> int:
@@ -35,8 +37,13 @@ def shared(one: list[str], two: list[str]) -> int:
 def test_the_chain_parts_where_the_effective_settings_part() -> None:
     base = {"epochs": 6, BURN_IN: 4}
     assert shared(keys("gairat", **base, **{LAM: -1.0}), keys("gairat", **base, **{LAM: 2.0})) == 4
-    assert shared(keys("gairat", epochs=6, **{BURN_IN: 4}), keys("gairat", epochs=6, **{BURN_IN: 2})) == 2
-    assert shared(keys("at", epochs=6), keys("gairat", **base)) == 4, "a burn-in is adversarial training"
+    assert (
+        shared(keys("gairat", epochs=6, **{BURN_IN: 4}), keys("gairat", epochs=6, **{BURN_IN: 2}))
+        == 2
+    )
+    assert shared(keys("at", epochs=6), keys("gairat", **base)) == 4, (
+        "a burn-in is adversarial training"
+    )
     assert shared(keys("at", epochs=6), keys("at", epochs=3)) == 3
     assert shared(keys("at", seed=0), keys("at", seed=1)) == 0
     taus = [{"kind": "piecewise", "boundaries": [2, 4], "values": [0, t, 6]} for t in (3, 4)]
@@ -47,12 +54,16 @@ def test_the_chain_parts_where_the_effective_settings_part() -> None:
     assert shared(keys("at", epochs=6, optim__lr=lr[0]), keys("at", epochs=6, optim__lr=lr[1])) == 3
 
 
-def test_what_does_not_decide_the_weights_does_not_part_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_decide_the_weights_does_not_part_the_chain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert keys("at") == keys("at", data__data_dir="/elsewhere")
-    assert chain(tiny("at"), "data") != chain(tiny("at"), "other data")
-    assert chain(tiny("at"), "data") != chain(tiny("at"), "data", workers=2)
+    assert prefix_keys(tiny("at"), "data") != prefix_keys(tiny("at"), "other data")
+    assert prefix_keys(tiny("at"), "data") != prefix_keys(tiny("at"), "data", n_workers=2)
     before = keys("at")
-    monkeypatch.setattr(checkpoint, "environment", lambda: {"raysweep": "0", "torch": "2", "device": "cpu"})
+    monkeypatch.setattr(
+        checkpoint, "describe_environment", lambda: {"raysweep": "0", "torch": "2", "device": "cpu"}
+    )
     assert not set(before) & set(keys("at")), "another version may train otherwise"
 
 
@@ -60,7 +71,17 @@ CASES = {
     "gairat burn-in": [("gairat", {"epochs": 4, BURN_IN: 2, LAM: lam}) for lam in (-1.0, 1.0)],
     "at then gairat": [("at", {"epochs": 3}), ("gairat", {"epochs": 4, BURN_IN: 2, LAM: 0.0})],
     "fat tau": [
-        ("fat", {"epochs": 4, "method__attacks__pgd__tau": {"kind": "piecewise", "boundaries": [2], "values": [0, t]}})
+        (
+            "fat",
+            {
+                "epochs": 4,
+                "method__attacks__pgd__tau": {
+                    "kind": "piecewise",
+                    "boundaries": [2],
+                    "values": [0, t],
+                },
+            },
+        )
         for t in (1, 2)
     ],
     "more epochs": [("at", {"epochs": 2}), ("at", {"epochs": 4})],
@@ -69,53 +90,68 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_shared_prefix_gives_the_same_weights_bit_for_bit(case, tmp_path) -> None:
-    prefixes = Prefixes(tmp_path / "prefixes")
+    prefixes = PrefixCache(tmp_path / "prefixes")
     for number, (method, changes) in enumerate(CASES[case]):
         config = tiny(method, **changes)
         rows = []
-        with_store = fit(
-            config, tmp_path / f"shared{number}", lambda m, c, rows=rows: rows.append(m), prefixes=prefixes
+        with_store = train_model(
+            config,
+            tmp_path / f"shared{number}",
+            lambda m, c, rows=rows: rows.append(m),
+            prefix_cache=prefixes,
         )
-        alone = fit(config, tmp_path / f"alone{number}")
-        one, two = (load_file(f.last.path / "weights.safetensors") for f in (with_store, alone))
+        alone = train_model(config, tmp_path / f"alone{number}")
+        one, two = (
+            load_file(f.last_checkpoint.path / "weights.safetensors") for f in (with_store, alone)
+        )
         assert all(torch.equal(one[name], two[name]) for name in one)
         assert [row["epoch"] for row in rows] == list(range(1, config.epochs + 1))
-        assert [row["robust_worst"] for row in rows] == [row["robust_worst"] for row in alone.last.history]
-        assert with_store.best.epoch == alone.best.epoch
+        assert [row["robust_worst"] for row in rows] == [
+            row["robust_worst"] for row in alone.last_checkpoint.history
+        ]
+        assert with_store.best_checkpoint.epoch == alone.best_checkpoint.epoch
         trained = [row for row in rows if not row.get("shared")]
         assert len(trained) == config.epochs if number == 0 else len(trained) == config.epochs - 2
 
 
 def test_the_second_run_of_the_same_settings_trains_nothing(tmp_path) -> None:
-    prefixes = Prefixes(tmp_path / "prefixes")
-    fit(tiny("at"), tmp_path / "one", prefixes=prefixes)
+    prefixes = PrefixCache(tmp_path / "prefixes")
+    train_model(tiny("at"), tmp_path / "one", prefix_cache=prefixes)
     rows = []
-    fit(tiny("at"), tmp_path / "two", lambda m, c: rows.append(m), prefixes=prefixes)
+    train_model(tiny("at"), tmp_path / "two", lambda m, c: rows.append(m), prefix_cache=prefixes)
     assert [row["shared"] for row in rows] == [1.0, 1.0]
 
 
-def train_beside_another(config: RunConfig, root: Path, name: str) -> None:
+def train_beside_another(config: TrainingConfig, root: Path, name: str) -> None:
     """What each of two processes does: train, and write the reported rows to NAME.json."""
     torch.set_num_threads(1)
     rows: list[dict[str, float]] = []
-    fit(config, root / name, lambda metrics, saved: rows.append(metrics), prefixes=Prefixes(root / "prefixes"))
+    train_model(
+        config,
+        root / name,
+        lambda metrics, saved: rows.append(metrics),
+        prefix_cache=PrefixCache(root / "prefixes"),
+    )
     (root / f"{name}.json").write_text(json.dumps(rows))
 
 
 def test_two_runs_at_once_train_a_common_prefix_once(tmp_path) -> None:
     configs = [tiny("gairat", epochs=8, **{BURN_IN: 6, LAM: lam}) for lam in (-1.0, 1.0)]
     processes = [
-        forked.start(train_beside_another, config, tmp_path, str(number)) for number, config in enumerate(configs)
+        forked.start(train_beside_another, config, tmp_path, str(number))
+        for number, config in enumerate(configs)
     ]
     assert [process.wait() for process in processes] == [0, 0]
     rows = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)]
     trained = sum(not row.get("shared") for part in rows for row in part)
     assert trained == 6 + 2 + 2
-    assert [row["robust_worst"] for row in rows[0][:6]] == [row["robust_worst"] for row in rows[1][:6]]
+    assert [row["robust_worst"] for row in rows[0][:6]] == [
+        row["robust_worst"] for row in rows[1][:6]
+    ]
 
 
 def die_with_a_claim(folder: Path) -> None:
-    with Prefixes(folder).training("key") as ours:
+    with PrefixCache(folder).acquire_training_lease("key") as ours:
         assert ours
         os._exit(0)
 
@@ -123,7 +159,7 @@ def die_with_a_claim(folder: Path) -> None:
 def test_a_dead_owners_claim_is_taken_over(tmp_path) -> None:
     assert forked.start(die_with_a_claim, tmp_path).wait() == 0
     assert (tmp_path / "key.claim").exists()
-    with Prefixes(tmp_path).training("key") as ours:
+    with PrefixCache(tmp_path).acquire_training_lease("key") as ours:
         assert ours
     assert not (tmp_path / "key.claim").exists()
 
@@ -148,72 +184,74 @@ def wait_for_refusals(answers: list[bool], count: int, thread: threading.Thread)
 
 
 def test_a_living_owners_claim_is_waited_for(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prefixes, got = Prefixes(tmp_path / "prefixes"), []
-    answers = record_answers(monkeypatch, FileClaim)
-    state = fit(tiny("at", epochs=1), tmp_path / "run").last.path
+    prefixes, got = PrefixCache(tmp_path / "prefixes"), []
+    answers = record_answers(monkeypatch, FileLease)
+    state = train_model(tiny("at", epochs=1), tmp_path / "run").last_checkpoint.path
 
     def second() -> None:
-        with prefixes.training("key") as ours:
+        with prefixes.acquire_training_lease("key") as ours:
             got.append(ours)
 
-    with prefixes.training("key") as ours:
+    with prefixes.acquire_training_lease("key") as ours:
         assert ours
         thread = threading.Thread(target=second)
         thread.start()
         wait_for_refusals(answers, 3, thread)
         assert not got and thread.is_alive()
-        prefixes.put("key", state)
+        prefixes.store_state("key", state)
     thread.join()
     assert got == [False]
 
 
 def test_the_store_forgets_the_least_recently_used_when_it_is_full(tmp_path) -> None:
-    state = fit(tiny("at", epochs=1), tmp_path / "run").last.path
+    state = train_model(tiny("at", epochs=1), tmp_path / "run").last_checkpoint.path
     size = sum(file.stat().st_size for file in state.iterdir())
-    prefixes = Prefixes(tmp_path / "prefixes", limit=int(2.5 * size))
+    prefixes = PrefixCache(tmp_path / "prefixes", max_bytes=int(2.5 * size))
     for key in ("a", "b"):
-        prefixes.put(key, state)
+        prefixes.store_state(key, state)
         time.sleep(0.02)
-    prefixes.get("a")
-    prefixes.put("c", state)
+    prefixes.find_state("a")
+    prefixes.store_state("c", state)
     assert sorted(p.name for p in (tmp_path / "prefixes").iterdir()) == ["a", "c"]
 
 
 def test_what_a_crash_left_half_stored_goes_first(tmp_path) -> None:
-    state = fit(tiny("at", epochs=1), tmp_path / "run").last.path
+    state = train_model(tiny("at", epochs=1), tmp_path / "run").last_checkpoint.path
     half = tmp_path / "prefixes" / ".a.123"
     half.mkdir(parents=True)
     (half / "weights.safetensors").write_bytes(b"half")
     size = sum(file.stat().st_size for file in state.iterdir())
     time.sleep(0.02)
-    Prefixes(tmp_path / "prefixes", limit=size).put("b", state)
+    PrefixCache(tmp_path / "prefixes", max_bytes=size).store_state("b", state)
     assert [p.name for p in (tmp_path / "prefixes").iterdir()] == ["b"]
 
 
-def test_a_state_that_goes_while_it_is_taken_over_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_that_goes_while_it_is_taken_over_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another run's store has just outgrown its limit."""
-    prefixes, link = Prefixes(tmp_path / "prefixes"), checkpoint.link
-    fit(tiny("at"), tmp_path / "one", prefixes=prefixes)
+    prefixes, link = PrefixCache(tmp_path / "prefixes"), checkpoint.link_or_copy
+    train_model(tiny("at"), tmp_path / "one", prefix_cache=prefixes)
 
     def gone(source: Path, target: Path) -> None:
         if source.is_relative_to(prefixes.path):
             shutil.rmtree(source.parent)
         link(source, target)
 
-    monkeypatch.setattr(checkpoint, "link", gone)
+    monkeypatch.setattr(checkpoint, "link_or_copy", gone)
     rows: list[dict[str, float]] = []
-    fit(tiny("at"), tmp_path / "two", lambda m, c: rows.append(m), prefixes=prefixes)
+    train_model(tiny("at"), tmp_path / "two", lambda m, c: rows.append(m), prefix_cache=prefixes)
     assert [row["epoch"] for row in rows] == [1, 2] and not any("shared" in row for row in rows)
 
 
 def test_a_damaged_state_is_not_used_silently(tmp_path: Path) -> None:
-    prefixes = Prefixes(tmp_path / "prefixes")
+    prefixes = PrefixCache(tmp_path / "prefixes")
     config = tiny("at", epochs=1)
-    fit(config, tmp_path / "one", prefixes=prefixes)
+    train_model(config, tmp_path / "one", prefix_cache=prefixes)
     (state,) = [p for p in (tmp_path / "prefixes").iterdir() if p.is_dir()]
-    assert state.name == chain(config, load(config.data).fingerprint)[1]
+    assert state.name == prefix_keys(config, load_data(config.data).fingerprint)[1]
     (state / "weights.safetensors").unlink()
     (state / "weights.safetensors").write_bytes(b"half")
     rows = []
-    fit(config, tmp_path / "two", lambda m, c: rows.append(m), prefixes=prefixes)
+    train_model(config, tmp_path / "two", lambda m, c: rows.append(m), prefix_cache=prefixes)
     assert not rows[0].get("shared")

@@ -1,4 +1,6 @@
-"""The keys of shared states: every setting either changes the weights and the keys, or is known not to."""
+"""The keys of shared states: every setting either changes the weights and the keys, or is known not
+to.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -6,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from raysweep.data import Data
-from raysweep.spec import flatten, override
+from raysweep.data import Dataset
+from raysweep.spec import apply_overrides, flatten_spec
 from raysweep.training import checkpoint
-from raysweep.training.checkpoint import Run
-from raysweep.training.config import RunConfig, run_config
-from raysweep.training.prefix import Prefixes, chain
-from raysweep.training.trainer import fit
+from raysweep.training.checkpoint import RunDirectory
+from raysweep.training.config import TrainingConfig, build_training_config
+from raysweep.training.prefix_cache import PrefixCache, prefix_keys
+from raysweep.training.trainer import train_model
 
 PGD = ("eps", "step_size", "steps", "confidence")
-ATTACKS = [f"method.attacks.{name}" for name in ("pgd", "cw")] + [f"validation.attacks.{n}" for n in ("pgd", "cw")]
+ATTACKS = [f"method.attacks.{name}" for name in ("pgd", "cw")] + [
+    f"validation.attacks.{n}" for n in ("pgd", "cw")
+]
 # Settings that do not change the state after an epoch, with another value for each.
 FREE: dict[str, Any] = {
     "method.name": "other",
@@ -28,7 +32,9 @@ FREE: dict[str, Any] = {
 # Another value for each setting that is neither a number nor a switch, or that allows few values.
 OTHER: dict[str, Any] = {
     **{
-        f"{attack}.{key}": value for attack in ATTACKS for key, value in (("norm", "L2"), ("tau", 1), ("mode", "train"))
+        f"{attack}.{key}": value
+        for attack in ATTACKS
+        for key, value in (("norm", "L2"), ("tau", 1), ("mode", "train"))
     },
     **{f"{attack}.start": "gaussian" for attack in ATTACKS},
     **{f"{attack}.loss": "kl" for attack in ATTACKS},
@@ -57,12 +63,15 @@ OTHER: dict[str, Any] = {
     **{f"method.terms.{term}.loss": "bce" for term in ("pgd", "cw", "bound")},
     **{f"method.terms.{term}.weight.by": "natural" for term in ("pgd", "cw")},
 }
-# Not changed here: `kind` decides which other settings a part has; TF32 and some others are refused on a CPU.
+# Not changed here: `kind` decides which other settings a part has; TF32 and some others are refused
+# on a CPU.
 ELSEWHERE = (".kind", "optim.lr.", "compute.tf32")
 
 
-def base() -> RunConfig:
-    return run_config("lrat", {"epochs": 3, "optim.lr": 0.05, "optim.weight_decay": 0.001})
+def base() -> TrainingConfig:
+    return build_training_config(
+        "lrat", {"epochs": 3, "optim.lr": 0.05, "optim.weight_decay": 0.001}
+    )
 
 
 def changed(path: str, value: Any) -> Any:
@@ -77,63 +86,84 @@ def changed(path: str, value: Any) -> Any:
 
 
 def settings() -> list[str]:
-    return [path for path in flatten(base()) if path not in FREE and not any(part in path for part in ELSEWHERE)]
+    return [
+        path
+        for path in flatten_spec(base())
+        if path not in FREE and not any(part in path for part in ELSEWHERE)
+    ]
 
 
 @pytest.mark.parametrize("path", settings())
 def test_a_setting_that_decides_the_weights_changes_the_keys(path: str) -> None:
     config = base()
-    changes = {path: changed(path, flatten(config)[path])}
+    changes = {path: changed(path, flatten_spec(config)[path])}
     if path in ("model.mean", "model.std"):
         changes = {"model.mean": [0.5], "model.std": [0.5]}
-    other = chain(override(config, changes), "data")
-    assert not set(other[1:]) & set(chain(config, "data")[1:])
+    other = prefix_keys(apply_overrides(config, changes), "data")
+    assert not set(other[1:]) & set(prefix_keys(config, "data")[1:])
 
 
 def test_a_setting_that_decides_no_weight_leaves_the_keys() -> None:
     config = base()
-    assert set(FREE) <= set(flatten(config))
-    keys = chain(config, "data")
+    assert set(FREE) <= set(flatten_spec(config))
+    keys = prefix_keys(config, "data")
     for path, value in FREE.items():
-        assert chain(override(config, {path: value}), "data")[:4] == keys, path
+        assert prefix_keys(apply_overrides(config, {path: value}), "data")[:4] == keys, path
 
 
 def test_one_key_for_each_epoch_and_one_before() -> None:
-    keys = chain(base(), "data")
+    keys = prefix_keys(base(), "data")
     assert len(keys) == 4 == len(set(keys))
-    assert chain(override(base(), {"epochs": 1}), "data") == keys[:2]
+    assert prefix_keys(apply_overrides(base(), {"epochs": 1}), "data") == keys[:2]
 
 
-def test_data_workers_device_threads_and_versions_change_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = override(base(), {"compute.channels_last": True, "compute.fold": True})
-    found = [chain(config, "data"), chain(config, "other data"), chain(config, "data", workers=2)]
-    found.append(chain(config, "data", device=torch.device("meta")))
-    assert chain(config, "data", 1, torch.device("cpu")) == found[0]
+def test_data_workers_device_threads_and_versions_change_every_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = apply_overrides(base(), {"compute.channels_last": True, "compute.fold": True})
+    found = [
+        prefix_keys(config, "data"),
+        prefix_keys(config, "other data"),
+        prefix_keys(config, "data", n_workers=2),
+    ]
+    found.append(prefix_keys(config, "data", device=torch.device("meta")))
+    assert prefix_keys(config, "data", 1, torch.device("cpu")) == found[0]
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 64)
-        found.append(chain(config, "data"))
-    known = checkpoint.environment()
+        found.append(prefix_keys(config, "data"))
+    known = checkpoint.describe_environment()
     for name in ("raysweep", "torch", "device"):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "environment", lambda name=name: known | {name: "another"})
-            found.append(chain(config, "data"))
+            patch.setattr(
+                checkpoint, "describe_environment", lambda name=name: known | {name: "another"}
+            )
+            found.append(prefix_keys(config, "data"))
     assert len({key for keys in found for key in keys}) == 4 * len(found)
 
 
 def test_the_key_of_a_state_depends_on_the_settings_of_all_epochs_before_it() -> None:
     """Epochs 2 and 3 have the same settings, but start from different weights."""
     lr = [{"kind": "piecewise", "boundaries": [1], "values": [first, 0.01]} for first in (0.1, 0.2)]
-    one, two = (chain(override(base(), {"optim.lr": value}), "data") for value in lr)
+    one, two = (prefix_keys(apply_overrides(base(), {"optim.lr": value}), "data") for value in lr)
     assert one[0] == two[0] and not set(one[1:]) & set(two[1:])
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_a_schedule_changes_the_keys_from_its_own_epoch_on(epoch: int) -> None:
-    for path in ("optim.lr", "optim.weight_decay", "method.attacks.pgd.eps", "method.terms.cw.weight.beta"):
-        steady = override(base(), {path: 0.2, "method.attacks.pgd.eps": 0.2})
-        late = override(steady, {path: {"kind": "piecewise", "boundaries": [epoch], "values": [0.2, 0.1]}})
-        keys, other = chain(steady, "data"), chain(late, "data")
-        assert keys[: epoch + 1] == other[: epoch + 1] and not set(keys[epoch + 1 :]) & set(other[epoch + 1 :]), path
+    for path in (
+        "optim.lr",
+        "optim.weight_decay",
+        "method.attacks.pgd.eps",
+        "method.terms.cw.weight.beta",
+    ):
+        steady = apply_overrides(base(), {path: 0.2, "method.attacks.pgd.eps": 0.2})
+        late = apply_overrides(
+            steady, {path: {"kind": "piecewise", "boundaries": [epoch], "values": [0.2, 0.1]}}
+        )
+        keys, other = prefix_keys(steady, "data"), prefix_keys(late, "data")
+        assert keys[: epoch + 1] == other[: epoch + 1] and not set(keys[epoch + 1 :]) & set(
+            other[epoch + 1 :]
+        ), path
 
 
 QUICK: dict[str, Any] = {
@@ -142,49 +172,66 @@ QUICK: dict[str, Any] = {
 }  # fmt: skip
 
 
-def stored(path: Path, config: RunConfig, data: Data, clean: tuple[float, ...], epochs: set[int]) -> Prefixes:
+def stored(
+    path: Path, config: TrainingConfig, data: Dataset, clean: tuple[float, ...], epochs: set[int]
+) -> PrefixCache:
     """Store states of an untrained network with the given accuracies."""
-    prefixes, keys = Prefixes(path / "prefixes"), chain(config, data.fingerprint)
-    model = config.model.build(1, 10, 0)
+    prefixes, keys = PrefixCache(path / "prefixes"), prefix_keys(config, data.fingerprint)
+    model = config.model.build_model(1, 10, 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    rows = [{"epoch": float(epoch), "clean": share, "train/seconds": 9.0} for epoch, share in enumerate(clean, 1)]
+    rows = [
+        {"epoch": float(epoch), "clean": share, "train/seconds": 9.0}
+        for epoch, share in enumerate(clean, 1)
+    ]
     for epoch in epochs:
-        saved = checkpoint.save(path / "first" / str(epoch), config, model, optimizer, rows[:epoch], data.fingerprint)
-        prefixes.put(keys[epoch], saved.path)
+        saved = checkpoint.save_checkpoint(
+            path / "first" / str(epoch), config, model, optimizer, rows[:epoch], data.fingerprint
+        )
+        prefixes.store_state(keys[epoch], saved.path)
     return prefixes
 
 
-def test_the_longest_prefix_comes_with_its_best_epoch(tmp_path: Path, digits: Data) -> None:
-    config = run_config("standard", QUICK)
+def test_the_longest_prefix_comes_with_its_best_epoch(tmp_path: Path, digits: Dataset) -> None:
+    config = build_training_config("standard", QUICK)
     prefixes = stored(tmp_path, config, digits, (0.3, 0.9, 0.5), {1, 2, 3})
     told: list[tuple[float, float, float]] = []
-    fitted = fit(
+    fitted = train_model(
         config,
         tmp_path / "run",
         lambda row, saved: told.append((row["clean"], row["shared"], row["train/seconds"])),
         data=digits,
-        prefixes=prefixes,
+        prefix_cache=prefixes,
     )
     assert told == [(0.3, 1.0, 0.0), (0.9, 1.0, 0.0), (0.5, 1.0, 0.0)]
-    assert Run(tmp_path / "run").epochs() == [2, 3]
-    assert (fitted.best.epoch, len(fitted.best.history), fitted.last.epoch) == (2, 2, 3)
+    assert RunDirectory(tmp_path / "run").list_saved_epochs() == [2, 3]
+    assert (
+        fitted.best_checkpoint.epoch,
+        len(fitted.best_checkpoint.history),
+        fitted.last_checkpoint.epoch,
+    ) == (2, 2, 3)
 
 
-def test_a_prefix_without_its_best_epoch_is_not_used(tmp_path: Path, digits: Data) -> None:
-    """Epoch 2 was evicted at the size limit: the run reuses epoch 1, trains epoch 2, and reuses epoch 3 afterwards."""
-    config = run_config("standard", QUICK)
+def test_a_prefix_without_its_best_epoch_is_not_used(tmp_path: Path, digits: Dataset) -> None:
+    """Epoch 2 was evicted at the size limit: the run reuses epoch 1, trains epoch 2, and reuses
+    epoch 3 afterwards.
+    """
+    config = build_training_config("standard", QUICK)
     prefixes = stored(tmp_path, config, digits, (0.3, 0.9, 0.5), {1, 3})
-    fitted = fit(config, tmp_path / "run", data=digits, prefixes=prefixes)
-    history = fitted.last.history
+    fitted = train_model(config, tmp_path / "run", data=digits, prefix_cache=prefixes)
+    history = fitted.last_checkpoint.history
     assert [row.get("shared") for row in history] == [1.0, None, 1.0]
     assert history[1]["train/seconds"] > 0 and history[1]["clean"] < 0.5 == history[2]["clean"]
-    assert fitted.best.epoch == 3 and fitted.best.history == history
+    assert fitted.best_checkpoint.epoch == 3 and fitted.best_checkpoint.history == history
 
 
-def test_a_run_that_has_begun_reuses_later_states(tmp_path: Path, digits: Data) -> None:
-    config = run_config("standard", QUICK)
-    fit(run_config("standard", QUICK, {"epochs": 1}), tmp_path / "run", data=digits)
+def test_a_run_that_has_begun_reuses_later_states(tmp_path: Path, digits: Dataset) -> None:
+    config = build_training_config("standard", QUICK)
+    train_model(
+        build_training_config("standard", QUICK, {"epochs": 1}), tmp_path / "run", data=digits
+    )
     prefixes = stored(tmp_path, config, digits, (0.3, 0.9, 0.5), {2, 3})
-    history = fit(config, tmp_path / "run", data=digits, prefixes=prefixes).last.history
+    history = train_model(
+        config, tmp_path / "run", data=digits, prefix_cache=prefixes
+    ).last_checkpoint.history
     assert [row.get("shared") for row in history] == [None, 1.0, 1.0]
     assert [row["clean"] for row in history[1:]] == [0.9, 0.5]

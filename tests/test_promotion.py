@@ -1,22 +1,32 @@
-"""Which candidates are promoted, and whose verdict counts: limits, ties, masking, several methods and metrics."""
+"""Which candidates are promoted, and whose verdict counts: limits, ties, masking, several methods
+and metrics.
+"""
 
 import pytest
 from made import made_candidate, made_judgement
 
-from raysweep.pipeline.artifact import Artifact, Candidate, chosen, ranked_by
-from raysweep.pipeline.promote import Promote
-from raysweep.pipeline.register import verdict_on_chosen
-from raysweep.pipeline.stage import Past, Settings, StageFailed
+from raysweep.pipeline.artifact import (
+    Artifact,
+    Candidate,
+    select_best_candidate,
+    select_ranking_metrics,
+)
+from raysweep.pipeline.promote import PromoteStage
+from raysweep.pipeline.register import find_chosen_evaluation
+from raysweep.pipeline.stage import StageFailed, TrainingOverrides, UpstreamResults
 from raysweep.spec import SpecError
-from raysweep.training.config import run_config
+from raysweep.training.config import build_training_config
 
 
 def promoted(pool: list[Candidate], **settings) -> list[str]:
-    return [c.label for c in Promote(**settings).choose(tuple(pool))]
+    return [c.label for c in PromoteStage(**settings).select_candidates(tuple(pool))]
 
 
 def test_the_best_are_promoted_best_first() -> None:
-    pool = [made_candidate(name, score) for name, score in (("a", 0.3), ("b", 0.5), ("c", 0.4), ("d", 0.2))]
+    pool = [
+        made_candidate(name, score)
+        for name, score in (("a", 0.3), ("b", 0.5), ("c", 0.4), ("d", 0.2))
+    ]
     assert promoted(pool) == ["b", "c"], "two by default"
     assert promoted(pool, top=1) == ["b"] and promoted(pool, top=3) == ["b", "c", "a"]
     assert promoted(pool, top=9) == ["b", "c", "a", "d"]
@@ -24,7 +34,10 @@ def test_the_best_are_promoted_best_first() -> None:
 
 
 def test_candidates_with_equal_scores_keep_the_order_of_the_pool() -> None:
-    pool = [made_candidate(name, score) for name, score in (("a", 0.4), ("b", 0.5), ("c", 0.5), ("d", 0.4))]
+    pool = [
+        made_candidate(name, score)
+        for name, score in (("a", 0.4), ("b", 0.5), ("c", 0.5), ("d", 0.4))
+    ]
     assert promoted(pool, top=3) == ["b", "c", "a"]
     assert promoted(pool[::-1], top=3) == ["c", "b", "d"]
 
@@ -35,7 +48,9 @@ def test_a_candidate_without_the_metric_comes_last() -> None:
 
 
 def test_the_gap_may_be_as_large_as_the_limit() -> None:
-    """0.05 is what `max_masking_gap: 0.05` allows; a candidate whose gap is not known counts as within it."""
+    """0.05 is what `max_masking_gap: 0.05` allows; a candidate whose gap is not known counts as
+    within it.
+    """
     pool = [
         made_candidate("at", 0.3, gap=0.05),
         made_candidate("over", 0.9, gap=0.0500001),
@@ -49,19 +64,31 @@ def test_the_gap_may_be_as_large_as_the_limit() -> None:
     assert promoted([none, *pool], top=9, max_masking_gap=0.0) == ["none", "unknown"], (
         "0 is a limit too, and a gap of 0 is within it"
     )
-    with pytest.raises(StageFailed, match=r"each of 1 candidates has a masking gap over 0.05: nothing is promoted"):
+    with pytest.raises(
+        StageFailed, match=r"each of 1 candidates has a masking gap over 0.05: nothing is promoted"
+    ):
         promoted(pool[1:2], max_masking_gap=0.05)
 
 
 def test_a_candidate_that_its_sweep_calls_masked_comes_last() -> None:
-    pool = [made_candidate("masked", 0.9, masked=True), made_candidate("a", 0.2), made_candidate("b", 0.3)]
+    pool = [
+        made_candidate("masked", 0.9, masked=True),
+        made_candidate("a", 0.2),
+        made_candidate("b", 0.3),
+    ]
     assert promoted(pool, top=3) == ["b", "a", "masked"]
     assert promoted(pool, top=2) == ["b", "a"]
     assert promoted(pool[:1], top=2) == ["masked"], "it is promoted where there is no other"
 
 
 def test_the_best_of_each_method_are_promoted() -> None:
-    scores = {"a": ("at", 0.5), "b": ("at", 0.6), "c": ("lrat", 0.1), "d": ("lrat", 0.2), "e": ("at", 0.7)}
+    scores = {
+        "a": ("at", 0.5),
+        "b": ("at", 0.6),
+        "c": ("lrat", 0.1),
+        "d": ("lrat", 0.2),
+        "e": ("at", 0.7),
+    }
     pool = [made_candidate(name, score, method=method) for name, (method, score) in scores.items()]
     assert promoted(pool, top=1, each=True) == ["e", "d"]
     assert promoted(pool, top=2, each=True) == ["e", "b", "d", "c"]
@@ -70,7 +97,9 @@ def test_the_best_of_each_method_are_promoted() -> None:
 
 
 def two(name: str, pgd: float, clean: float, **more) -> Candidate:
-    return made_candidate(name, pgd=pgd, clean=clean, objectives=("pgd", "clean"), method="at", **more)
+    return made_candidate(
+        name, pgd=pgd, clean=clean, objectives=("pgd", "clean"), method="at", **more
+    )
 
 
 def test_the_pareto_set_is_the_candidates_that_no_other_beats() -> None:
@@ -82,15 +111,23 @@ def test_the_pareto_set_is_the_candidates_that_no_other_beats() -> None:
         two("robust", 0.5, 0.2),
         two("as robust, less clean", 0.5, 0.1),
     ]
-    assert promoted(pool, pareto=True) == ["robust", "middle", "clean"], "first objective first, `top` does not count"
+    assert promoted(pool, pareto=True) == ["robust", "middle", "clean"], (
+        "first objective first, `top` does not count"
+    )
     twins = [two("one", 0.4, 0.4), two("other", 0.4, 0.4), two("beaten", 0.4, 0.3)]
-    assert promoted(twins, pareto=True) == ["one", "other"], "equal candidates do not beat each other"
+    assert promoted(twins, pareto=True) == ["one", "other"], (
+        "equal candidates do not beat each other"
+    )
     masked = [two("masked", 0.9, 0.9, masked=True), two("fit", 0.1, 0.1)]
     assert promoted(masked, pareto=True) == ["fit"]
 
 
 def test_the_pareto_set_of_each_method() -> None:
-    pool = [two("a", 0.5, 0.5), two("b", 0.1, 0.1), two("c", 0.2, 0.2).model_copy(update={"method": "lrat"})]
+    pool = [
+        two("a", 0.5, 0.5),
+        two("b", 0.1, 0.1),
+        two("c", 0.2, 0.2).model_copy(update={"method": "lrat"}),
+    ]
     assert promoted(pool, pareto=True) == ["a"]
     assert promoted(pool, pareto=True, each=True) == ["a", "c"]
 
@@ -98,43 +135,69 @@ def test_the_pareto_set_of_each_method() -> None:
 def test_one_space_is_ranked_by_its_metric_and_several_by_the_default() -> None:
     by_clean = [made_candidate("a", 0.1, clean=0.9, objectives=("clean",)) for _ in range(2)]
     by_both = made_candidate("b", 0.5, clean=0.1, objectives=("pgd", "clean"))
-    assert ranked_by(by_clean) == ("clean",) and ranked_by([by_both]) == ("pgd", "clean")
-    assert ranked_by([*by_clean, by_both]) == ("robust_worst",) == ranked_by([])
+    assert select_ranking_metrics(by_clean) == ("clean",) and select_ranking_metrics([by_both]) == (
+        "pgd",
+        "clean",
+    )
+    assert (
+        select_ranking_metrics([*by_clean, by_both])
+        == ("robust_worst",)
+        == select_ranking_metrics([])
+    )
 
 
 def test_the_candidate_that_validation_prefers() -> None:
     best, last = made_candidate("a", 0.4), made_candidate("a", 0.6, which="last")
-    assert chosen((best, last)) == best, "the best epoch was chosen on validation, the last was not"
-    assert chosen((last,)) == last
+    assert select_best_candidate((best, last)) == best, (
+        "the best epoch was chosen on validation, the last was not"
+    )
+    assert select_best_candidate((last,)) == last
     seeds = [made_candidate("a", 0.4, seed=seed) for seed in (2, 0, 1)]
-    assert chosen(tuple(seeds)).seed == 0
+    assert select_best_candidate(tuple(seeds)).seed == 0
     better = made_candidate("b", 0.41, seed=9)
-    assert chosen((*seeds, better)) == better
+    assert select_best_candidate((*seeds, better)) == better
     masked = made_candidate("c", 0.9, masked=True)
-    assert chosen((masked, *seeds)) == seeds[1] and chosen((masked,)) == masked
+    assert (
+        select_best_candidate((masked, *seeds)) == seeds[1]
+        and select_best_candidate((masked,)) == masked
+    )
 
 
 def left(kind: str, *candidates: Candidate, judged=()) -> Artifact:
-    return Artifact(kind=kind, key="k", stage={}, inputs=(), candidates=candidates, judged=tuple(judged))
+    return Artifact(
+        kind=kind, key="k", stage={}, inputs=(), candidates=candidates, evaluations=tuple(judged)
+    )
 
 
 def test_tune_and_train_add_to_the_pool_and_promote_replaces_it() -> None:
     a, b, c, d = (made_candidate(name, 0.1) for name in "abcd")
-    past = Past((left("tune", a, b), left("train", c), left("promote", b), left("autoattack"), left("train", d)))
-    assert [x.label for x in past.pool] == ["b", "d"]
-    assert [x.label for x in Past(past.artifacts[:2]).pool] == ["a", "b", "c"]
-    assert Past().pool == () and Past().judged == ()
+    past = UpstreamResults(
+        (
+            left("tune", a, b),
+            left("train", c),
+            left("promote", b),
+            left("autoattack"),
+            left("train", d),
+        )
+    )
+    assert [x.label for x in past.candidates] == ["b", "d"]
+    assert [x.label for x in UpstreamResults(past.artifacts[:2]).candidates] == ["a", "b", "c"]
+    assert UpstreamResults().candidates == () and UpstreamResults().evaluations == ()
 
 
 def test_only_verdicts_on_promoted_candidates_count() -> None:
     a, b = made_candidate("a", 0.1), made_candidate("b", 0.2)
     judged = [made_judgement(a, 0.5), made_judgement(b, 0.4)]
-    past = Past((left("tune", a, b), left("autoattack", judged=judged), left("promote", b)))
-    assert [j.candidate.label for j in past.judged] == ["b"]
+    past = UpstreamResults(
+        (left("tune", a, b), left("autoattack", judged=judged), left("promote", b))
+    )
+    assert [j.candidate.label for j in past.evaluations] == ["b"]
 
 
 def test_the_verdict_is_on_the_chosen_candidate_and_autoattack_comes_first() -> None:
-    """The chosen candidate is the one with the better validation, though the other is better on the test set."""
+    """The chosen candidate is the one with the better validation, though the other is better on the
+    test set.
+    """
     a, b = made_candidate("a", 0.3), made_candidate("b", 0.2)
     judged = [
         made_judgement(b, 0.9),
@@ -142,42 +205,66 @@ def test_the_verdict_is_on_the_chosen_candidate_and_autoattack_comes_first() -> 
         made_judgement(a, 0.4, attack="AA"),
         made_judgement(a, 0.6, attack="CW", standard=False),
     ]
-    past = Past((left("tune", a, b), left("autoattack", judged=judged)))
-    assert (verdict_on_chosen(past).candidate, verdict_on_chosen(past).robust) == (a, 0.4)
-    assert verdict_on_chosen(past, "PGD").robust == 0.5
-    without = Past((left("tune", a, b), left("autoattack", judged=[judged[1], judged[3]])))
-    assert verdict_on_chosen(without).attack == "CW", "without AutoAttack, the last attack counts"
+    past = UpstreamResults((left("tune", a, b), left("autoattack", judged=judged)))
+    assert (find_chosen_evaluation(past).candidate, find_chosen_evaluation(past).robust) == (a, 0.4)
+    assert find_chosen_evaluation(past, "PGD").robust == 0.5
+    without = UpstreamResults(
+        (left("tune", a, b), left("autoattack", judged=[judged[1], judged[3]]))
+    )
+    assert find_chosen_evaluation(without).attack == "CW", (
+        "without AutoAttack, the last attack counts"
+    )
     with pytest.raises(StageFailed, match="a, seed 0, best epoch was not judged"):
-        verdict_on_chosen(Past((left("tune", a, b), left("autoattack", judged=judged[:1]))))
+        find_chosen_evaluation(
+            UpstreamResults((left("tune", a, b), left("autoattack", judged=judged[:1])))
+        )
 
 
-NOTHING = Settings({}, {})
+NOTHING = TrainingOverrides({}, {})
 
 
 def test_the_trainings_of_a_promotion_are_known_beforehand() -> None:
-    """2 seeds of the best 2, 30 epochs each: the epochs in total are shared among the methods that may be promoted."""
-    before = [run_config("at"), run_config("lrat"), run_config("at", {"seed": 3})]
-    trainings = Promote(top=2, seeds=(0, 1), set={"epochs": 30}).trainings(NOTHING, before)
-    assert [t.config.method.name for t in trainings] == ["at", "lrat"], "runs that differ only in the seed count as one"
-    assert [(t.at_once, t.epochs) for t in trainings] == [(2, 30 * 4 / 2)] * 2
-    each = Promote(top=1, each=True, set={"epochs": 30}).trainings(NOTHING, before)
-    assert [(t.at_once, t.epochs) for t in each] == [(1, 30.0)] * len(each)
-    assert [t.epochs for t in Promote(pareto=True, seeds=(1,)).trainings(NOTHING, before)] == [None, None]
-    assert Promote().trainings(NOTHING, before) == [], "without seeds or settings nothing is trained again"
+    """2 seeds of the best 2, 30 epochs each: the epochs in total are shared among the methods that
+    may be promoted.
+    """
+    before = [
+        build_training_config("at"),
+        build_training_config("lrat"),
+        build_training_config("at", {"seed": 3}),
+    ]
+    trainings = PromoteStage(top=2, seeds=(0, 1), set={"epochs": 30}).plan_trainings(
+        NOTHING, before
+    )
+    assert [t.config.method.name for t in trainings] == ["at", "lrat"], (
+        "runs that differ only in the seed count as one"
+    )
+    assert [(t.concurrency, t.total_epochs) for t in trainings] == [(2, 30 * 4 / 2)] * 2
+    each = PromoteStage(top=1, per_method=True, set={"epochs": 30}).plan_trainings(NOTHING, before)
+    assert [(t.concurrency, t.total_epochs) for t in each] == [(1, 30.0)] * len(each)
+    assert [
+        t.total_epochs
+        for t in PromoteStage(pareto=True, seeds=(1,)).plan_trainings(NOTHING, before)
+    ] == [None, None]
+    assert PromoteStage().plan_trainings(NOTHING, before) == [], (
+        "without seeds or settings nothing is trained again"
+    )
     with pytest.raises(SpecError) as error:
-        Promote(set={"epochz": 3}).trainings(NOTHING, before)
+        PromoteStage(set={"epochz": 3}).plan_trainings(NOTHING, before)
     assert error.value.problems == ["set: no setting 'epochz'; nearest: epochs"], (
         "the line appears once, not for each run"
     )
 
 
 def test_what_promotion_says_of_itself() -> None:
-    assert Promote().describe(NOTHING) == "the best 2 on validation"
-    assert Promote(top=1, each=True).describe(NOTHING) == "the best 1 of each method on validation"
-    assert Promote(pareto=True, seeds=(0, 1)).describe(NOTHING) == (
+    assert PromoteStage().describe_stage(NOTHING) == "the best 2 on validation"
+    assert (
+        PromoteStage(top=1, per_method=True).describe_stage(NOTHING)
+        == "the best 1 of each method on validation"
+    )
+    assert PromoteStage(pareto=True, seeds=(0, 1)).describe_stage(NOTHING) == (
         "the Pareto set on validation, trained again with the same settings and seeds [0, 1]"
     )
-    again = Promote(set={"epochs": 30, "optim.lr": 0.1})
-    assert again.describe(Settings({}, {"epochs": 5})) == (
+    again = PromoteStage(set={"epochs": 30, "optim.lr": 0.1})
+    assert again.describe_stage(TrainingOverrides({}, {"epochs": 5})) == (
         "the best 2 on validation, trained again with {'epochs': 5, 'optim.lr': 0.1}"
     )

@@ -1,4 +1,6 @@
-"""Random numbers bit by bit against a slow splitmix64, and statistical tests of their distributions, fixed seeds."""
+"""Random numbers bit by bit against a slow splitmix64, and statistical tests of their
+distributions, fixed seeds.
+"""
 
 import hashlib
 import math
@@ -8,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from raysweep.rng import Rng, seed_of
+from raysweep.rng import ExampleRng, derive_seed
 
 WORD = 1 << 64
 GOLDEN = 0x9E3779B97F4A7C15
@@ -32,7 +34,9 @@ def key_of(*names: object) -> int:
 
 
 def words_of(key: int, example: int, count: int) -> list[int]:
-    """Each example has its own generator; its state is the output of the key's generator at the example's position."""
+    """Each example has its own generator; its state is the output of the key's generator at the
+    example's position.
+    """
     (state,) = splitmix64((key + (example - 1) * GOLDEN) % WORD, 1)
     return splitmix64(state, count)
 
@@ -47,9 +51,12 @@ def test_the_slow_generator_is_splitmix64():
 def test_uniform_bit_by_bit(dtype, bits):
     """The top bits of each word, in the order of the shape; ids may be large or negative."""
     ids = [0, 1, 2, 49_999, 2**40 + 7, -3]
-    ours = Rng.for_examples(torch.tensor(ids), 7, "start", 3).uniform((2, 3), dtype)
+    ours = ExampleRng.for_examples(torch.tensor(ids), 7, "start", 3).uniform((2, 3), dtype)
     assert ours.dtype == dtype and ours.shape == (6, 2, 3)
-    slow = [[(word >> (64 - bits)) / 2**bits for word in words_of(key_of(7, "start", 3), i, 6)] for i in ids]
+    slow = [
+        [(word >> (64 - bits)) / 2**bits for word in words_of(key_of(7, "start", 3), i, 6)]
+        for i in ids
+    ]
     assert ours.reshape(6, 6).double().tolist() == slow
 
 
@@ -61,34 +68,40 @@ def test_uniform_has_all_bits_of_its_type(dtype, bits):
         assert abs(((scaled / 2**bit).floor() % 2).mean() - 0.5) < 0.02
 
 
-def rng(count: int, seed: int = 3) -> Rng:
-    return Rng.for_examples(torch.arange(count), seed)
+def rng(count: int, seed: int = 3) -> ExampleRng:
+    return ExampleRng.for_examples(torch.arange(count), seed)
 
 
 def test_numbers_never_change():
     """Published results depend on these: they never change."""
-    few = Rng.for_examples(torch.tensor([0, 5]), 0, "a")
+    few = ExampleRng.for_examples(torch.tensor([0, 5]), 0, "a")
     assert few.key == key_of("0", "a") == 0xD3216B8DC7C46489
     assert (few.uniform((2,), torch.float64) * 2**53).long().tolist()[1] == [
         1379180272421508274 >> 11,
         3532078002800876099 >> 11,
     ]
-    assert few.stream("b", 1).key == key_of(few.key, "b", 1)
-    assert seed_of(0, "a") == key_of(0, "a") >> 1
-    assert 0 <= seed_of(5, "x") < 2**63
+    assert few.derive_stream("b", 1).key == key_of(few.key, "b", 1)
+    assert derive_seed(0, "a") == key_of(0, "a") >> 1
+    assert 0 <= derive_seed(5, "x") < 2**63
 
 
 def test_normal_and_symmetric_number_by_number():
     """Box and Muller from two streams, sqrt(-2 log(1 - u)) cos(2 pi v), and 2 u - 1."""
     ids, key = [0, 4], key_of(7, "a")
-    ours = Rng.for_examples(torch.tensor(ids), 7, "a")
-    normal, symmetric = ours.normal((3,), torch.float64), ours.symmetric((3,), torch.float64)
+    ours = ExampleRng.for_examples(torch.tensor(ids), 7, "a")
+    normal, symmetric = (
+        ours.normal((3,), torch.float64),
+        ours.symmetric_uniform((3,), torch.float64),
+    )
     for row, i in enumerate(ids):
         u, v, w = (
             [(word >> 11) / 2**53 for word in words_of(k, i, 3)]
             for k in (key_of(key, "radius"), key_of(key, "angle"), key)
         )
-        slow = [math.sqrt(-2 * math.log(1 - a)) * math.cos(2 * math.pi * b) for a, b in zip(u, v, strict=True)]
+        slow = [
+            math.sqrt(-2 * math.log(1 - a)) * math.cos(2 * math.pi * b)
+            for a, b in zip(u, v, strict=True)
+        ]
         assert normal[row].tolist() == pytest.approx(slow, rel=1e-12, abs=1e-14)
         assert symmetric[row].tolist() == [2 * a - 1 for a in w]
 
@@ -96,18 +109,23 @@ def test_normal_and_symmetric_number_by_number():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_uniform_and_symmetric(dtype):
     """[0, 1) and [-1, 1), flat by the Kolmogorov-Smirnov test."""
-    u, s = (draw((20,), dtype).flatten().double().numpy() for draw in (rng(5000).uniform, rng(5000).symmetric))
+    u, s = (
+        draw((20,), dtype).flatten().double().numpy()
+        for draw in (rng(5000).uniform, rng(5000).symmetric_uniform)
+    )
     assert 0 <= u.min() < 1e-4 and 1 - 1e-4 < u.max() < 1
     assert -1 <= s.min() < -1 + 2e-4 and 1 - 2e-4 < s.max() < 1
     assert abs(s.mean()) < 0.006 and abs(s.var() - 1 / 3) < 0.005
     assert stats.kstest(u, "uniform").pvalue > 0.01
     assert stats.kstest(s, "uniform", (-1, 2)).pvalue > 0.01
-    assert rng(2).symmetric((3,), dtype).dtype == dtype
+    assert rng(2).symmetric_uniform((3,), dtype).dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_normal(dtype):
-    """Mean, variance, kurtosis, both tails, and the whole distribution by the Kolmogorov-Smirnov test."""
+    """Mean, variance, kurtosis, both tails, and the whole distribution by the Kolmogorov-Smirnov
+    test.
+    """
     draws = rng(5000).normal((40,), dtype)
     assert draws.dtype == dtype and draws.shape == (5000, 40) and draws.isfinite().all()
     n = draws.flatten().double().numpy()
@@ -120,7 +138,10 @@ def test_normal(dtype):
     assert n.max() > 4 and n.min() < -4
     assert stats.kstest(n, "norm").pvalue > 0.01
     # Neighbours in a row, and the same place in neighbouring rows.
-    assert abs((draws[:, 1:] * draws[:, :-1]).mean()) < 0.01 and abs((draws[1:] * draws[:-1]).mean()) < 0.01
+    assert (
+        abs((draws[:, 1:] * draws[:, :-1]).mean()) < 0.01
+        and abs((draws[1:] * draws[:-1]).mean()) < 0.01
+    )
 
 
 @pytest.mark.parametrize("high", [1, 2, 7, 1000])
@@ -141,32 +162,44 @@ def test_integers_of_a_wide_range():
 
 
 def test_streams_are_independent():
-    """Of each other, of their parents, of the order and the grouping of their names, of seed and example."""
+    """Of each other, of their parents, of the order and the grouping of their names, of seed and
+    example.
+    """
     parent = rng(3000)
     streams = [
-        parent, parent.stream("a"), parent.stream("b"), parent.stream("a", "b"), parent.stream("b", "a"),
-        parent.stream("a").stream("b"), parent.stream("a", 0), parent.stream("a", 1), parent.stream("a", 10),
-        rng(3000, seed=4), rng(3000, seed=-3), Rng.for_examples(torch.arange(3000), 3, "a"),
-        Rng.for_examples(torch.arange(3000) + 1, 3), Rng.for_examples(torch.arange(3000), 4, "a"),
+        parent, parent.derive_stream("a"), parent.derive_stream("b"), parent.derive_stream("a", "b"), parent.derive_stream("b", "a"),
+        parent.derive_stream("a").derive_stream("b"), parent.derive_stream("a", 0), parent.derive_stream("a", 1), parent.derive_stream("a", 10),
+        rng(3000, seed=4), rng(3000, seed=-3), ExampleRng.for_examples(torch.arange(3000), 3, "a"),
+        ExampleRng.for_examples(torch.arange(3000) + 1, 3), ExampleRng.for_examples(torch.arange(3000), 4, "a"),
     ]  # fmt: skip
     draws = np.array([stream.uniform((4,), torch.float64).flatten().numpy() for stream in streams])
     off_diagonal = np.corrcoef(draws)[~np.eye(len(draws), dtype=bool)]
     assert np.abs(off_diagonal).max() < 0.045
     columns = np.corrcoef(parent.uniform((30,), torch.float64).numpy().T)[~np.eye(30, dtype=bool)]
     assert np.abs(columns).max() < 0.09
-    assert torch.equal(parent.stream("a", 1).uniform((4,)), parent.stream("a", "1").uniform((4,)))
+    assert torch.equal(
+        parent.derive_stream("a", 1).uniform((4,)), parent.derive_stream("a", "1").uniform((4,))
+    )
     assert torch.equal(parent.uniform((4,)), parent.uniform((4,)))
 
 
 def test_rows_are_the_same_examples():
     """By a mask, by positions in any order, twice over; streams of rows are rows of streams."""
-    whole = Rng.for_examples(torch.tensor([9, 4, 7, 1]), 0)
+    whole = ExampleRng.for_examples(torch.tensor([9, 4, 7, 1]), 0)
     draws = whole.normal((3,))
-    assert torch.equal(whole.rows(torch.tensor([True, False, True, False])).normal((3,)), draws[[0, 2]])
-    assert torch.equal(whole.rows(torch.tensor([3, 0])).normal((3,)), draws[[3, 0]])
-    assert torch.equal(whole.rows(torch.tensor([3, 0, 1])).rows(torch.tensor([2, 0])).normal((3,)), draws[[1, 3]])
-    assert torch.equal(whole.rows(torch.tensor([2])).stream("x").uniform((3,)), whole.stream("x").uniform((3,))[[2]])
-    assert whole.rows(torch.zeros(4, dtype=torch.bool)).uniform((3,)).shape == (0, 3)
+    assert torch.equal(
+        whole.select_rows(torch.tensor([True, False, True, False])).normal((3,)), draws[[0, 2]]
+    )
+    assert torch.equal(whole.select_rows(torch.tensor([3, 0])).normal((3,)), draws[[3, 0]])
+    assert torch.equal(
+        whole.select_rows(torch.tensor([3, 0, 1])).select_rows(torch.tensor([2, 0])).normal((3,)),
+        draws[[1, 3]],
+    )
+    assert torch.equal(
+        whole.select_rows(torch.tensor([2])).derive_stream("x").uniform((3,)),
+        whole.derive_stream("x").uniform((3,))[[2]],
+    )
+    assert whole.select_rows(torch.zeros(4, dtype=torch.bool)).uniform((3,)).shape == (0, 3)
 
 
 def test_a_longer_draw_begins_like_a_shorter_one():

@@ -8,8 +8,8 @@ import torch
 from scipy import stats
 from slow_attacks import recorded_inputs
 
-from raysweep.attacks import APGD, FAB, PGD, Minimal
-from raysweep.rng import Rng
+from raysweep.attacks import APGD, FAB, PGD, MinimalPerturbation
+from raysweep.rng import ExampleRng
 
 SHAPE = (2, 2, 3)
 PIXELS = 12
@@ -17,20 +17,29 @@ ROWS = 3000
 
 
 def starts(attack, pixel, which, dtype=torch.float64, rows=ROWS, seed=0):
-    """The batch number `which` that the attack gives to the model, as differences from grey images, (rows, 12)."""
+    """The batch number `which` that the attack gives to the model, as differences from grey images,
+    (rows, 12).
+    """
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(PIXELS, 4)).to(dtype)
     with torch.no_grad():
         model[1].weight.zero_()
         model[1].bias.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
     x = torch.full((rows, *SHAPE), pixel, dtype=dtype)
     with recorded_inputs(model) as seen:
-        attack(model, x, torch.zeros(rows, dtype=torch.long), Rng.for_examples(torch.arange(rows), seed))
+        attack(
+            model,
+            x,
+            torch.zeros(rows, dtype=torch.long),
+            ExampleRng.for_examples(torch.arange(rows), seed),
+        )
     assert seen[which].dtype == x.numpy().dtype
     return seen[which].reshape(rows, PIXELS) - x.numpy().reshape(rows, PIXELS)
 
 
 def check_directions(moves):
-    """Check for even directions: zero mean, no correlation, and each coordinate's square is beta distributed."""
+    """Check for even directions: zero mean, no correlation, and each coordinate's square is beta
+    distributed.
+    """
     unit = moves / np.linalg.norm(moves, axis=1, keepdims=True)
     assert np.abs(unit.mean(0)).max() < 4 / math.sqrt(ROWS * PIXELS)
     second = unit.T @ unit / ROWS * PIXELS
@@ -39,7 +48,11 @@ def check_directions(moves):
         assert stats.kstest(column**2, "beta", (0.5, (PIXELS - 1) / 2)).pvalue > 1e-3
 
 
-@pytest.mark.parametrize(("attack", "which"), [(PGD(eps=0.3, steps=1), 0), (Minimal(d_max=0.3, steps=1), 1)], ids=repr)
+@pytest.mark.parametrize(
+    ("attack", "which"),
+    [(PGD(eps=0.3, steps=1), 0), (MinimalPerturbation(d_max=0.3, steps=1), 1)],
+    ids=repr,
+)
 def test_uniform_in_the_cube(attack, which):
     """Each pixel is uniform in (-eps, eps), independent of the others."""
     moves = starts(attack, 0.5, which) / 0.3
@@ -50,7 +63,12 @@ def test_uniform_in_the_cube(attack, which):
 
 
 @pytest.mark.parametrize(
-    ("attack", "which"), [(PGD(eps=0.4, steps=1, norm="L2"), 0), (Minimal(d_max=0.4, steps=1, norm="L2"), 1)], ids=repr
+    ("attack", "which"),
+    [
+        (PGD(eps=0.4, steps=1, norm="L2"), 0),
+        (MinimalPerturbation(d_max=0.4, steps=1, norm="L2"), 1),
+    ],
+    ids=repr,
 )
 def test_uniform_in_the_ball(attack, which):
     """The share of volume inside a row's radius, (r / eps)^12, is uniform."""
@@ -75,12 +93,20 @@ def test_on_the_sphere(attack, which, radius):
     (APGD(eps=0.3, steps=1), 1, 0.3), (FAB(eps=0.3, steps=1, targets=1, restarts=2), 3, 0.15),
 ], ids=repr)  # fmt: skip
 def test_on_the_cube(attack, which, radius):
-    """t / max |t| with t uniform in (-1, 1): one pixel of each row is at the radius, the others are uniform."""
+    """t / max |t| with t uniform in (-1, 1): one pixel of each row is at the radius, the others are
+    uniform.
+    """
     moves = starts(attack, 0.5, which) / radius
     np.testing.assert_allclose(np.abs(moves).max(1), 1, rtol=1e-9)
     others = np.sort(np.abs(moves), axis=1)[:, :-1]
-    assert stats.kstest(np.random.default_rng(0).permuted(others, axis=1)[:, 0], "uniform").pvalue > 1e-3
-    assert np.abs(moves.mean(0)).max() < 0.05 and np.abs(np.corrcoef(moves.T)[~np.eye(PIXELS, dtype=bool)]).max() < 0.08
+    assert (
+        stats.kstest(np.random.default_rng(0).permuted(others, axis=1)[:, 0], "uniform").pvalue
+        > 1e-3
+    )
+    assert (
+        np.abs(moves.mean(0)).max() < 0.05
+        and np.abs(np.corrcoef(moves.T)[~np.eye(PIXELS, dtype=bool)]).max() < 0.08
+    )
     largest = np.abs(moves).argmax(1)
     assert stats.chisquare(np.bincount(largest, minlength=PIXELS)).pvalue > 1e-3
 
@@ -104,7 +130,10 @@ def test_starts_are_clipped_to_the_box(attack, which, pixel):
 
 
 def test_no_random_start():
-    for attack, which in ((PGD(start="natural", steps=1), 0), (Minimal(start="natural", steps=1), 1)):
+    for attack, which in (
+        (PGD(start="natural", steps=1), 0),
+        (MinimalPerturbation(start="natural", steps=1), 1),
+    ):
         assert (starts(attack, 0.25, which, rows=3) == 0).all()
 
 

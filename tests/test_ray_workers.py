@@ -5,18 +5,18 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import TINY, Follower
+from conftest import TINY, TrialUpdateListener
 from ray.util.placement_group import PlacementGroup
 from test_workers import difference
 
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.multi_worker_trial import load_placement_group
 from raysweep.sweep.resources import Resources
-from raysweep.sweep.space import SearchSpace
+from raysweep.sweep.search_space import SearchSpace
 from raysweep.sweep.tuner import run_sweep
-from raysweep.sweep.workers import held
-from raysweep.training.checkpoint import Run
-from raysweep.training.trainer import best_epoch, fit
+from raysweep.training.checkpoint import RunDirectory
+from raysweep.training.trainer import find_best_epoch, train_model
 
 LR = "optim.lr"
 
@@ -32,13 +32,17 @@ def sweep(path: Path, lrs: list[float], **more: Any) -> Ledger:
         "space": {LR: {"categorical": sorted(set(lrs))}},
         "start": [{LR: lr} for lr in lrs],
     }
-    return Ledger.create(path, SearchSpace.load({**data, **more}))
+    return Ledger.create(path, SearchSpace.from_data({**data, **more}))
 
 
 def groups_held() -> list[str]:
     import ray.util
 
-    return [name for name, entry in ray.util.placement_group_table().items() if entry["state"] != "REMOVED"]
+    return [
+        name
+        for name, entry in ray.util.placement_group_table().items()
+        if entry["state"] != "REMOVED"
+    ]
 
 
 def kill_a_worker() -> None:
@@ -48,44 +52,59 @@ def kill_a_worker() -> None:
 
 
 def test_workers_share_what_a_trial_holds() -> None:
-    assert Resources(cpus=2, gpus=1, workers=2).worker == {"CPU": 0.99, "GPU": 0.5}
+    assert Resources(cpus=2, gpus=1, workers=2).worker_resources == {"CPU": 0.99, "GPU": 0.5}
     one_each, four = {"CPU": 1.0}, {"CPU": 4.0}
-    assert Resources(cpus=2, workers=2).concurrent(four, [four]) == 2
-    assert Resources(cpus=2, workers=2).concurrent({"CPU": 2.0}, [one_each, one_each]) == 1
-    assert Resources(cpus=3, workers=2).concurrent({"CPU": 6.0}, [{"CPU": 2.0}] * 3) == 1
-    with pytest.raises(SpecError, match=r"2 workers of 1\.5 CPUs and 0 GPUs each, the cluster's nodes hold 0"):
-        Resources(cpus=3, workers=2).concurrent({"CPU": 3.0}, [one_each] * 3)
+    assert Resources(cpus=2, workers=2).max_concurrent_trials(four, [four]) == 2
+    assert (
+        Resources(cpus=2, workers=2).max_concurrent_trials({"CPU": 2.0}, [one_each, one_each]) == 1
+    )
+    assert Resources(cpus=3, workers=2).max_concurrent_trials({"CPU": 6.0}, [{"CPU": 2.0}] * 3) == 1
+    with pytest.raises(
+        SpecError, match=r"2 workers of 1\.5 CPUs and 0 GPUs each, the cluster's nodes hold 0"
+    ):
+        Resources(cpus=3, workers=2).max_concurrent_trials({"CPU": 3.0}, [one_each] * 3)
     with pytest.raises(SpecError, match=r"3 GPUs for 2 workers is 1\.5 each"):
         Resources(gpus=3, workers=2)
 
 
 @pytest.mark.ray
 def test_a_sweep_on_two_workers_with_all_that_can_happen(ray_cluster: None, tmp_path: Path) -> None:
-    """Its first trial loses a worker, the second fails by its settings, the third is stopped; no worker stays held."""
+    """Its first trial loses a worker, the second fails by its settings, the third is stopped; no
+    worker stays held.
+    """
     groups: list[PlacementGroup | None] = []
 
     def kill_once(trial: Trial) -> None:
         if trial.epoch == 2 and not groups:
-            groups.append(held(ledger.run_path(0)))
+            groups.append(load_placement_group(ledger.trial_path(0)))
             kill_a_worker()
 
     base = {**TINY, "epochs": 6, "method.attacks.pgd.norm": "L2"}
     asha = {"kind": "asha", "grace": 1, "factor": 2}
     ledger = sweep(tmp_path / "sweep", [0.05, 1e20, 1e-7], base=base, scheduler=asha, trials=2)
-    # The third comes once the first has been everywhere: where a group is slow to start, ASHA would meet them in
-    # another order.
+    # The third comes once the first has been everywhere: where a group is slow to start, ASHA would
+    # meet them in another order.
     for trials in (2, 3):
         grown = ledger.space.model_copy(update={"trials": trials})
-        run_sweep(ledger, [Follower(kill_once)], Resources(cpus=2, workers=2), grown=grown)
-    first, second, third = ledger.trials()
+        run_sweep(
+            ledger,
+            [TrialUpdateListener(kill_once)],
+            Resources(cpus=2, workers=2),
+            extended_space=grown,
+        )
+    first, second, third = ledger.load_trials()
     assert first.state == "finished", first.reason
     assert first.epoch == 6
     assert second.state == "failed" and "the loss became" in second.reason
     assert third.state == "stopped"
-    assert groups and groups[0] != held(ledger.run_path(0)), "the group was started again"
-    saved = Run(ledger.run_path(0)).last()
-    assert saved is not None and saved.metrics == first.latest
-    assert first.best == saved.history[best_epoch(saved.config, saved.history) - 1], "no report was lost on the way"
-    alone = fit(ledger.space.config(first.settings), tmp_path / "alone").last
+    assert groups and groups[0] != load_placement_group(ledger.trial_path(0)), (
+        "the group was started again"
+    )
+    saved = RunDirectory(ledger.trial_path(0)).read_last_checkpoint()
+    assert saved is not None and saved.last_metrics == first.latest
+    assert first.best == saved.history[find_best_epoch(saved.config, saved.history) - 1], (
+        "no report was lost on the way"
+    )
+    alone = train_model(ledger.space.trial_config(first.params), tmp_path / "alone").last_checkpoint
     assert difference(saved.path, alone.path) < 1e-3
     assert not groups_held()

@@ -1,4 +1,6 @@
-"""What a sweep's ledger holds after each of Tune's events, and when a sweep ends. No Ray is started."""
+"""What a sweep's ledger holds after each of Tune's events, and when a sweep ends. No Ray is
+started.
+"""
 
 import json
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.space import SearchSpace
+from raysweep.sweep.search_space import SearchSpace
 
 pytestmark = pytest.mark.needs_ray
 
@@ -18,32 +20,44 @@ Told = list[tuple[str, int, float | None]]
 
 
 class Sweep:
-    """A relay on a new ledger with the trials `past`, a clock that tests set, and what its listener was told."""
+    """A relay on a new ledger with the trials `past`, a clock that tests set, and what its listener
+    was told.
+    """
 
     def __init__(self, path: Path, patch: pytest.MonkeyPatch, *past: Trial, **how: Any) -> None:
-        from raysweep.sweep.relay import Budget, Relay
+        from raysweep.sweep.tune_callbacks import Budget, LedgerCallback
 
         self.now = 1000.0
-        patch.setattr("raysweep.sweep.relay.time", SimpleNamespace(monotonic=lambda: self.now))
+        patch.setattr(
+            "raysweep.sweep.tune_callbacks.time", SimpleNamespace(monotonic=lambda: self.now)
+        )
         space: dict[str, Any] = {LR: {"float": [0.01, 0.5]}, **how.pop("space", {})}
         data = {"method": "at", "trials": 4, "scheduler": {"kind": "none"}, "space": space}
-        self.ledger = Ledger.create(path / "sweep", SearchSpace.load(data))
+        self.ledger = Ledger.create(path / "sweep", SearchSpace.from_data(data))
         for trial in past:
-            self.ledger.write(trial)
+            self.ledger.save_trial(trial)
         self.told: Told = []
         gpus = how.pop("gpus", 0.0)
-        self.relay = Relay(self.ledger, 3, [self], gpus=gpus, budget=Budget(**how))
+        self.relay = LedgerCallback(
+            self.ledger, 3, [self], gpus_per_trial=gpus, budget=Budget(**how)
+        )
         self.tune: dict[int, Any] = {}
 
-    def trial_changed(self, trial: Trial, metrics: dict[str, float] | None) -> None:
-        assert trial in self.ledger.trials(), "the ledger has the change before listeners are told"
-        self.told.append((trial.state, trial.epoch, None if metrics is None else metrics["epoch"]))
+    def on_trial_update(self, trial: Trial, epoch_metrics: dict[str, float] | None) -> None:
+        assert trial in self.ledger.load_trials(), (
+            "the ledger has the change before listeners are told"
+        )
+        self.told.append(
+            (trial.state, trial.epoch, None if epoch_metrics is None else epoch_metrics["epoch"])
+        )
 
-    def started(self, ledger: Ledger, concurrent: int) -> None: ...
+    def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None: ...
 
-    def ended(self, ledger: Ledger) -> None: ...
+    def on_sweep_end(self, ledger: Ledger) -> None: ...
 
-    def event(self, name: str, number: int = 0, after: float = 0.0, failures: int = 1, **info: Any) -> None:
+    def event(
+        self, name: str, number: int = 0, after: float = 0.0, failures: int = 1, **info: Any
+    ) -> None:
         """Send Tune's event `name` of a trial, `after` seconds after the last event."""
         self.now += after
         fresh = SimpleNamespace(
@@ -57,11 +71,13 @@ class Sweep:
         trial.error_file = info.pop("error_file", None)
         getattr(self.relay, f"on_trial_{name}")(0, [], trial, **info)
 
-    def report(self, epoch: int, worst: float, number: int = 0, after: float = 0.0, **more: Any) -> None:
+    def report(
+        self, epoch: int, worst: float, number: int = 0, after: float = 0.0, **more: Any
+    ) -> None:
         self.event("result", number, after, result={"epoch": epoch, "robust_worst": worst, **more})
 
     def written(self, number: int = 0) -> Trial:
-        return next(trial for trial in self.ledger.trials() if trial.number == number)
+        return next(trial for trial in self.ledger.load_trials() if trial.number == number)
 
 
 @pytest.fixture
@@ -78,8 +94,11 @@ def test_a_trial_from_its_start_to_its_end(begin: Callable[..., Sweep]) -> None:
     assert sweep.written().state == "running"
     sweep.event("complete")
     trial = sweep.written()
-    assert (trial.state, trial.epoch, trial.trained, trial.retries) == ("finished", 3, 3, 0)
-    assert trial.best == {"epoch": 2.0, "robust_worst": 0.5} and trial.latest == {"epoch": 3.0, "robust_worst": 0.375}
+    assert (trial.state, trial.epoch, trial.trained_epochs, trial.retries) == ("finished", 3, 3, 0)
+    assert trial.best == {"epoch": 2.0, "robust_worst": 0.5} and trial.latest == {
+        "epoch": 3.0,
+        "robust_worst": 0.375,
+    }
     assert trial.curve == [[1, 0.25], [2, 0.5], [3, 0.375]]
     assert sweep.told == [
         ("running", 0, None),
@@ -93,16 +112,32 @@ def test_a_trial_from_its_start_to_its_end(begin: Callable[..., Sweep]) -> None:
 def test_what_tune_adds_to_a_report_is_no_metric(begin: Callable[..., Sweep]) -> None:
     sweep = begin()
     sweep.event("start")
-    tune = {"timestamp": 1, "time_this_iter_s": 1.0, "time_total_s": 1.0, "time_since_restore": 1.0, "pid": 1}
-    tune |= {"iterations_since_restore": 1, "training_iteration": 7, "done": False, "hostname": "h", "trial_id": "x"}
-    sweep.report(1, 0.25, **tune, flag=True, config={"number": 0}, **{"train/seconds": 2, "val/gap": 0.5})
+    tune = {
+        "timestamp": 1,
+        "time_this_iter_s": 1.0,
+        "time_total_s": 1.0,
+        "time_since_restore": 1.0,
+        "pid": 1,
+    }
+    tune |= {
+        "iterations_since_restore": 1,
+        "training_iteration": 7,
+        "done": False,
+        "hostname": "h",
+        "trial_id": "x",
+    }
+    sweep.report(
+        1, 0.25, **tune, flag=True, config={"number": 0}, **{"train/seconds": 2, "val/gap": 0.5}
+    )
     row = sweep.written().latest
     assert row == {"epoch": 1.0, "robust_worst": 0.25, "train/seconds": 2.0, "val/gap": 0.5}
     assert all(type(value) is float for value in row.values())
 
 
 def test_epochs_that_were_reported_before_are_ignored(begin: Callable[..., Sweep]) -> None:
-    """After a restart a trial repeats its reports. Epochs shared from other trials do not count as trained."""
+    """After a restart a trial repeats its reports. Epochs shared from other trials do not count as
+    trained.
+    """
     sweep = begin()
     sweep.event("start")
     sweep.report(1, 0.25, shared=1.0)
@@ -112,7 +147,7 @@ def test_epochs_that_were_reported_before_are_ignored(begin: Callable[..., Sweep
         sweep.report(epoch, 0.875, after=5.0)
     assert sweep.written() == before and len(sweep.told) == heard
     sweep.report(3, 0.375)
-    assert (sweep.written().epoch, sweep.written().trained) == (3, 2)
+    assert (sweep.written().epoch, sweep.written().trained_epochs) == (3, 2)
 
 
 @pytest.mark.parametrize(("epochs", "state"), [(2, "stopped"), (3, "finished"), (4, "finished")])
@@ -127,7 +162,9 @@ def test_a_trial_that_ends_before_its_last_epoch_was_stopped(
     assert sweep.written().state == state and sweep.told[-1] == (state, epochs, None)
 
 
-@pytest.mark.parametrize(("epochs", "state"), [(1, "stopped"), (2, "finished"), (4, "stopped"), (5, "finished")])
+@pytest.mark.parametrize(
+    ("epochs", "state"), [(1, "stopped"), (2, "finished"), (4, "stopped"), (5, "finished")]
+)
 def test_where_epochs_are_searched_each_trial_has_its_own_last_one(
     begin: Callable[..., Sweep], epochs: int, state: str
 ) -> None:
@@ -141,7 +178,9 @@ def test_where_epochs_are_searched_each_trial_has_its_own_last_one(
 
 
 @pytest.mark.parametrize(("epochs", "state"), [(2, "running"), (3, "finished")])
-def test_a_trial_that_a_budget_ends_can_be_resumed(begin: Callable[..., Sweep], epochs: int, state: str) -> None:
+def test_a_trial_that_a_budget_ends_can_be_resumed(
+    begin: Callable[..., Sweep], epochs: int, state: str
+) -> None:
     sweep = begin(seconds=60.0)
     sweep.event("start")
     for epoch in range(1, epochs + 1):
@@ -155,42 +194,59 @@ def test_a_trial_that_never_started_leaves_nothing(begin: Callable[..., Sweep]) 
     sweep = begin(seconds=0.0)
     sweep.event("complete")
     sweep.event("recover")
-    assert sweep.ledger.trials() == [] and sweep.told == []
+    assert sweep.ledger.load_trials() == [] and sweep.told == []
 
 
 def test_a_reported_failure_ends_the_trial(begin: Callable[..., Sweep]) -> None:
     sweep = begin()
     sweep.event("start")
     sweep.report(1, 0.5)
-    sweep.event("result", result={"failed": "the loss became nan in epoch 2", "training_iteration": 2})
+    sweep.event(
+        "result", result={"failed": "the loss became nan in epoch 2", "training_iteration": 2}
+    )
     failed = sweep.written()
-    assert (failed.state, failed.epoch, failed.reason) == ("failed", 1, "the loss became nan in epoch 2")
+    assert (failed.state, failed.epoch, failed.reason) == (
+        "failed",
+        1,
+        "the loss became nan in epoch 2",
+    )
     assert failed.best["robust_worst"] == 0.5 and sweep.told[-1] == ("failed", 1, None)
     sweep.event("complete")
     assert sweep.written() == failed, "neither stopped nor finished"
-    assert sweep.relay.bugs == [] and not sweep.relay.over, "the settings explain the failure: it is no bug"
+    assert sweep.relay.bug_tracebacks == [] and not sweep.relay.has_reached_limit, (
+        "the settings explain the failure: it is no bug"
+    )
 
 
 def test_three_errors_of_the_code_end_the_sweep(begin: Callable[..., Sweep]) -> None:
-    from raysweep.sweep.relay import SweepFailed
+    from raysweep.sweep.tune_callbacks import SweepFailed
 
     sweep = begin()
-    assert sweep.relay.another_round()
+    assert sweep.relay.start_round()
     for number in range(3):
-        assert not sweep.relay.over
-        sweep.relay.check()
+        assert not sweep.relay.has_reached_limit
+        sweep.relay.check_round()
         sweep.event("start", number)
-        sweep.event("result", number, result={"failed": "KeyError: 'no'", "bug": f"Traceback {number}"})
+        sweep.event(
+            "result", number, result={"failed": "KeyError: 'no'", "bug": f"Traceback {number}"}
+        )
         sweep.event("complete", number)
-    assert sweep.relay.over and [trial.state for trial in sweep.ledger.trials()] == ["failed"] * 3
-    with pytest.raises(SweepFailed, match="3 trials met errors of the code, the first:\nTraceback 0"):
-        sweep.relay.check()
+    assert (
+        sweep.relay.has_reached_limit
+        and [trial.state for trial in sweep.ledger.load_trials()] == ["failed"] * 3
+    )
+    with pytest.raises(
+        SweepFailed, match="3 trials met errors of the code, the first:\nTraceback 0"
+    ):
+        sweep.relay.check_round()
 
 
 def write_error_file(path: Path, *failures: str) -> str:
     """Write an error file as Tune does: every failure of a trial, the last one at the end."""
     file = path / "error.txt"
-    file.write_text("".join(f"Failure # {n} (occurred at noon)\n{text}\n" for n, text in enumerate(failures, 1)))
+    file.write_text(
+        "".join(f"Failure # {n} (occurred at noon)\n{text}\n" for n, text in enumerate(failures, 1))
+    )
     return str(file)
 
 
@@ -219,12 +275,16 @@ def test_a_lost_process_is_a_retry_with_the_last_reason(
     lost = sweep.written()
     assert (lost.state, lost.epoch, lost.retries, lost.reason) == ("running", 1, 3, reason)
     sweep.event("start")
-    assert sweep.written() == lost and len(sweep.told) == 2, "listeners are not told of a second start"
+    assert sweep.written() == lost and len(sweep.told) == 2, (
+        "listeners are not told of a second start"
+    )
     sweep.report(2, 0.5)
     assert (sweep.written().retries, sweep.written().reason) == (3, "")
 
 
-def test_a_missing_error_file_means_a_lost_process(begin: Callable[..., Sweep], tmp_path: Path) -> None:
+def test_a_missing_error_file_means_a_lost_process(
+    begin: Callable[..., Sweep], tmp_path: Path
+) -> None:
     sweep = begin()
     sweep.event("start")
     sweep.event("recover", error_file=str(tmp_path / "nowhere.txt"))
@@ -236,54 +296,54 @@ def test_a_trial_that_loses_its_process_too_often_has_failed(
     begin: Callable[..., Sweep], failures: int, state: str
 ) -> None:
     sweep = begin()
-    assert sweep.relay.another_round()
+    assert sweep.relay.start_round()
     sweep.event("start")
     sweep.report(1, 0.5)
     sweep.event("error", failures=failures)
     trial = sweep.written()
     assert trial.state == state
     assert trial.reason == ("its process or its node died, 21 times" if state == "failed" else "")
-    sweep.relay.check()
-    assert sweep.relay.another_round() == (state == "running"), (
+    sweep.relay.check_round()
+    assert sweep.relay.start_round() == (state == "running"), (
         "a trial that has not failed needs another round of Tune"
     )
-    assert not sweep.relay.another_round(), "a round is asked for once"
+    assert not sweep.relay.start_round(), "a round is asked for once"
 
 
 def test_a_sweep_whose_trials_cannot_start_says_so(begin: Callable[..., Sweep]) -> None:
-    from raysweep.sweep.relay import SweepFailed
+    from raysweep.sweep.tune_callbacks import SweepFailed
 
     sweep = begin()
-    assert sweep.relay.another_round(), "the first time"
+    assert sweep.relay.start_round(), "the first time"
     sweep.event("error", 0)
     sweep.event("error", 1)
     with pytest.raises(SweepFailed, match="no trial could start: its process or its node died"):
-        sweep.relay.check()
-    assert sweep.relay.another_round()
+        sweep.relay.check_round()
+    assert sweep.relay.start_round()
     sweep.event("start", 2)
     sweep.event("error", 0)
     with pytest.raises(SweepFailed, match="no trial could start"):
-        sweep.relay.check()
-    assert sweep.relay.another_round()
+        sweep.relay.check_round()
+    assert sweep.relay.start_round()
     sweep.report(1, 0.5, number=2)
     sweep.event("error", 0)
-    sweep.relay.check()
-    assert sweep.relay.another_round(), "some trial makes progress: the others may start later"
+    sweep.relay.check_round()
+    assert sweep.relay.start_round(), "some trial makes progress: the others may start later"
     sweep.event("error", 0)
     with pytest.raises(SweepFailed, match="no trial could start"):
-        sweep.relay.check()
-    assert sweep.relay.another_round()
+        sweep.relay.check_round()
+    assert sweep.relay.start_round()
     sweep.event("result", 2, result={"failed": "the loss became nan"})
     sweep.event("error", 0)
-    sweep.relay.check()
+    sweep.relay.check_round()
 
 
 def test_a_spent_budget_ends_the_rounds_too(begin: Callable[..., Sweep]) -> None:
     sweep = begin(seconds=60.0)
-    assert sweep.relay.another_round()
+    assert sweep.relay.start_round()
     sweep.event("error", 0)
     sweep.now += 60.0
-    assert not sweep.relay.another_round() and sweep.relay.ended
+    assert not sweep.relay.start_round() and sweep.relay.limit_reached
 
 
 def test_seconds_count_while_a_process_holds_resources(begin: Callable[..., Sweep]) -> None:
@@ -294,18 +354,18 @@ def test_seconds_count_while_a_process_holds_resources(begin: Callable[..., Swee
     sweep.event("recover", after=15.0)
     assert sweep.written().seconds == 125.0
     sweep.now += 75.0
-    assert not sweep.relay.over, "a waiting trial holds nothing"
+    assert not sweep.relay.has_reached_limit, "a waiting trial holds nothing"
     sweep.event("start")
     sweep.report(2, 0.25, after=30.0)
     sweep.report(2, 0.25, after=4.0)
     sweep.event("complete", after=5.0)
     assert sweep.written().seconds == 164.0 and sweep.written().state == "stopped"
-    assert not sweep.relay.over, "64 s of two GPUs are 128"
+    assert not sweep.relay.has_reached_limit, "64 s of two GPUs are 128"
     sweep.event("start", 1)
     sweep.now += 0.9
-    assert not sweep.relay.over
+    assert not sweep.relay.has_reached_limit
     sweep.now += 0.1
-    assert sweep.relay.over and sweep.relay.end()
+    assert sweep.relay.has_reached_limit and sweep.relay.update_limit_reached()
 
 
 def test_gpus_of_trials_that_run_at_once_add_up(begin: Callable[..., Sweep]) -> None:
@@ -314,18 +374,24 @@ def test_gpus_of_trials_that_run_at_once_add_up(begin: Callable[..., Sweep]) -> 
     sweep.event("start", 1, after=20.0)
     sweep.event("error", 0, after=20.0)
     sweep.now += 19.0
-    assert not sweep.relay.over, "40 s and 39 s of half a GPU"
+    assert not sweep.relay.has_reached_limit, "40 s and 39 s of half a GPU"
     sweep.now += 1.0
-    assert sweep.relay.over
+    assert sweep.relay.has_reached_limit
 
 
 def test_a_budget_of_wall_seconds_counts_this_call_only(begin: Callable[..., Sweep]) -> None:
     sweep = begin(Trial(0, {LR: 0.1}, seconds=1e6), seconds=60.0)
     sweep.event("start")
     sweep.now += 59.9
-    assert not sweep.relay.over and not sweep.relay.end() and not sweep.relay.ended
+    assert (
+        not sweep.relay.has_reached_limit
+        and not sweep.relay.update_limit_reached()
+        and not sweep.relay.limit_reached
+    )
     sweep.now += 0.1
-    assert sweep.relay.over and not sweep.relay.ended, "reading `over` does not end the sweep"
+    assert sweep.relay.has_reached_limit and not sweep.relay.limit_reached, (
+        "reading `over` does not end the sweep"
+    )
     assert sweep.relay.end() and sweep.relay.ended
 
 
@@ -342,27 +408,41 @@ def test_a_budget_of_wall_seconds_counts_this_call_only(begin: Callable[..., Swe
         ({}, (1e12, 1e12), False),
     ],
 )
-def test_a_budget_is_spent_when_it_is_reached(budget: dict, spent: tuple[float, float], over: bool) -> None:
-    from raysweep.sweep.relay import Budget
+def test_a_budget_is_spent_when_it_is_reached(
+    budget: dict, spent: tuple[float, float], over: bool
+) -> None:
+    from raysweep.sweep.tune_callbacks import Budget
 
-    assert Budget(**budget).spent(*spent) is over
+    assert Budget(**budget).is_exhausted(*spent) is over
 
 
 def test_tune_is_told_to_stop_all_trials_and_never_one(begin: Callable[..., Sweep]) -> None:
-    from raysweep.sweep.relay import Stop
+    from raysweep.sweep.tune_callbacks import BudgetStopper
 
     sweep = begin(seconds=60.0)
-    stop = Stop(sweep.relay)
+    stop = BudgetStopper(sweep.relay)
     assert not stop.stop_all()
     sweep.now += 60.0
-    assert stop.stop_all() and sweep.relay.ended
+    assert stop.stop_all() and sweep.relay.limit_reached
     assert not stop("t0", {"robust_worst": 0.0})
 
 
 def test_a_resumed_trial_keeps_its_past_and_its_number(begin: Callable[..., Sweep]) -> None:
     """Trials that had ended run again when a sweep has grown."""
     row = {"epoch": 2.0, "robust_worst": 0.75}
-    past = Trial(7, {LR: 0.25}, "running", 2, row, row, [[1, 0.5], [2, 0.75]], 1, 30.0, 1, "its node was preempted")
+    past = Trial(
+        7,
+        {LR: 0.25},
+        "running",
+        2,
+        row,
+        row,
+        [[1, 0.5], [2, 0.75]],
+        1,
+        30.0,
+        1,
+        "its node was preempted",
+    )
     sweep = begin(Trial(3, {LR: 0.5}, "finished", 3), past)
     sweep.event("start", 7, settings={LR: 0.25})
     assert sweep.written(7) == past
@@ -372,19 +452,26 @@ def test_a_resumed_trial_keeps_its_past_and_its_number(begin: Callable[..., Swee
     sweep.event("complete", 7, after=1.0)
     trial = sweep.written(7)
     assert trial.best == row and trial.curve == [[1, 0.5], [2, 0.75], [3, 0.5]]
-    assert (trial.state, trial.trained, trial.seconds, trial.retries) == ("finished", 2, 33.0, 1)
-    assert [trial.number for trial in sweep.ledger.trials()] == [3, 7]
+    assert (trial.state, trial.trained_epochs, trial.seconds, trial.retries) == (
+        "finished",
+        2,
+        33.0,
+        1,
+    )
+    assert [trial.number for trial in sweep.ledger.load_trials()] == [3, 7]
     assert json.loads((sweep.ledger.path / "trials/0007/trial.json").read_text())["epoch"] == 3
 
 
-def test_another_round_of_tune_continues_the_records_of_the_last(begin: Callable[..., Sweep]) -> None:
+def test_another_round_of_tune_continues_the_records_of_the_last(
+    begin: Callable[..., Sweep],
+) -> None:
     """Tune has other names for the trials of its next round, and the same numbers."""
     sweep = begin()
     sweep.event("start")
     sweep.report(1, 0.75, after=10.0)
     sweep.event("recover", after=2.0)
     sweep.event("error")
-    assert sweep.relay.another_round()
+    assert sweep.relay.start_round()
     before = sweep.written()
     assert (before.epoch, before.seconds, before.retries) == (1, 12.0, 1)
     sweep.tune.clear()
@@ -403,7 +490,7 @@ def test_trials_do_not_mix(begin: Callable[..., Sweep]) -> None:
     sweep.report(1, 0.75, number=1)
     sweep.report(2, 0.5, number=0)
     sweep.event("recover", 1)
-    first, second = sweep.ledger.trials()
+    first, second = sweep.ledger.load_trials()
     assert (first.epoch, first.best["robust_worst"], first.retries) == (2, 0.5, 0)
     assert (second.epoch, second.best["robust_worst"], second.retries) == (1, 0.75, 1)
-    assert [first.settings, second.settings] == [{LR: 0.1}, {LR: 0.2}]
+    assert [first.params, second.params] == [{LR: 0.1}, {LR: 0.2}]

@@ -1,4 +1,6 @@
-"""What the report says of given judgements, sweeps and versions: every number by hand, rounded as printed."""
+"""What the report says of given judgements, sweeps and versions: every number by hand, rounded as
+printed.
+"""
 
 import re
 from typing import Any
@@ -7,11 +9,31 @@ import pytest
 from made import made_candidate, made_judgement
 from matplotlib.figure import Figure
 
-from raysweep.pipeline.artifact import Artifact, Judgement
-from raysweep.pipeline.document import Banner, Document, Picture, Section, Table, Text
-from raysweep.pipeline.report import Report, _banner, _medians, _since_lines, _under
-from raysweep.pipeline.sections import cost, curves, evaluation, objective, provenance, registry
-from raysweep.pipeline.varied import varied
+from raysweep.pipeline.artifact import Artifact, EvaluationResult
+from raysweep.pipeline.report.ablations import build_ablation_sections
+from raysweep.pipeline.report.document import (
+    Banner,
+    CaptionedFigure,
+    Paragraph,
+    ReportDocument,
+    Section,
+    Table,
+)
+from raysweep.pipeline.report.sections import (
+    build_cost_sections,
+    build_curve_sections,
+    build_evaluation_sections,
+    build_objective_sections,
+    build_provenance_section,
+    build_registry_sections,
+)
+from raysweep.pipeline.report.stage import (
+    ReportStage,
+    _build_changes_parts,
+    _build_verdict_banner,
+    _compute_median_accuracies,
+    _format_subtitle,
+)
 
 
 def tables(section: Section) -> list[Table]:
@@ -19,19 +41,21 @@ def tables(section: Section) -> list[Table]:
 
 
 def texts(section: Section) -> list[str]:
-    return [part.text for part in section.parts if isinstance(part, Text)]
+    return [part.text for part in section.parts if isinstance(part, Paragraph)]
 
 
 def captions(section: Section) -> list[str]:
-    return [part.caption for part in section.parts if isinstance(part, Picture)]
+    return [part.caption for part in section.parts if isinstance(part, CaptionedFigure)]
 
 
 def rows_by(table: Table) -> list[dict[str, str]]:
     return [dict(zip(table.headers, row, strict=True)) for row in table.rows]
 
 
-def judged(label: str, robust: float, clean: float = 0.9, **more: Any) -> Judgement:
-    own = {name: more.pop(name) for name in ("seed", "which", "epoch", "gap", "method") if name in more}
+def judged(label: str, robust: float, clean: float = 0.9, **more: Any) -> EvaluationResult:
+    own = {
+        name: more.pop(name) for name in ("seed", "which", "epoch", "gap", "method") if name in more
+    }
     score = more.pop("score", 0.5)
     return made_judgement(made_candidate(label, score, **own), robust, clean=clean, **more)
 
@@ -43,8 +67,11 @@ def test_a_row_for_each_checkpoint_and_attack_with_medians_over_seeds() -> None:
         judged("LRAT", robust, clean, seed=seed, gap=gap, epoch=epoch, score=robust + 0.01)
         for seed, (robust, clean, gap, epoch) in shares.items()
     ]
-    have += [judged("LRAT", 0.6, seed=0, attack="PGD", standard=False, gap=0.02), judged("LRAT", 0.3, which="last")]
-    (section,) = evaluation(have, have[0])
+    have += [
+        judged("LRAT", 0.6, seed=0, attack="PGD", standard=False, gap=0.02),
+        judged("LRAT", 0.3, which="last"),
+    ]
+    (section,) = build_evaluation_sections(have, have[0])
     rows = rows_by(tables(section)[0])
     assert [(row["checkpoint"], row["epoch"], row["attack"], row["seeds"]) for row in rows] == [
         ("LRAT (chosen)", "best (9 to 30)", "AA", "3"),
@@ -52,12 +79,20 @@ def test_a_row_for_each_checkpoint_and_attack_with_medians_over_seeds() -> None:
         ("LRAT", "last (90)", "AA", "1"),
     ]
     first, second, third = rows
-    assert (first["validation"], first["clean"], first["robust"]) == ("45.00", "75.00 ± 10.41", "44.00 ± 15.87")
+    assert (first["validation"], first["clean"], first["robust"]) == (
+        "45.00",
+        "75.00 ± 10.41",
+        "44.00 ± 15.87",
+    )
     # t(2) 4.303 x 15.875 / sqrt 3 = 39.44 points, with the 0.97 of 10,000 examples.
     assert first["95%"] == "4.55 to 83.45"
-    assert (first["masking gap"], first["masking"]) == ("2.10", "stands out"), "the largest gap of all seeds"
+    assert (first["masking gap"], first["masking"]) == ("2.10", "stands out"), (
+        "the largest gap of all seeds"
+    )
     assert (second["robust"], second["95%"]) == ("60.00", "59.04 to 60.96")
-    assert (second["masking gap"], second["masking"]) == ("2.00", "none"), "over two points stands out, two do not"
+    assert (second["masking gap"], second["masking"]) == ("2.00", "none"), (
+        "over two points stands out, two do not"
+    )
     assert (third["masking gap"], third["masking"]) == ("", "")
 
 
@@ -68,21 +103,34 @@ def test_accuracy_after_each_attack_and_in_each_class() -> None:
         judged("a", 0.1, 0.95, after={"apgd-ce": 0.3, "square": 0.1}, per_class=per_class),
         judged("b", 0.15, after={"apgd-ce": 0.15}, per_class={"2": {"robust_accuracy": 1.0}}),
     ]
-    (section,) = evaluation(have, have[0])
+    (section,) = build_evaluation_sections(have, have[0])
     _, left, by_class = tables(section)
-    assert left.headers == ["left after", "clean", "apgd-ce", "square"], "the attacks of AutoAttack, where it was run"
-    assert left.rows == [["a, best, AA", "95.00", "30.00", "10.00"], ["b, best, AA", "90.00", "15.00", ""]]
+    assert left.headers == ["left after", "clean", "apgd-ce", "square"], (
+        "the attacks of AutoAttack, where it was run"
+    )
+    assert left.rows == [
+        ["a, best, AA", "95.00", "30.00", "10.00"],
+        ["b, best, AA", "90.00", "15.00", ""],
+    ]
     assert by_class.headers == ["robust, by class", "0", "1", "2"]
-    assert by_class.rows == [["a, best, AA", "25.00", "12.35", ""], ["b, best, AA", "", "", "100.00"]]
+    assert by_class.rows == [
+        ["a, best, AA", "25.00", "12.35", ""],
+        ["b, best, AA", "", "", "100.00"],
+    ]
     many = [judged(f"m{number}", 0.1) for number in range(9)]
-    (section,) = evaluation(many, many[0])
-    assert len(tables(section)[0].rows) == 9 and len(tables(section)[1].rows) == 6, "the first six in detail"
+    (section,) = build_evaluation_sections(many, many[0])
+    assert len(tables(section)[0].rows) == 9 and len(tables(section)[1].rows) == 6, (
+        "the first six in detail"
+    )
 
 
 def test_warnings_of_the_attacks_are_repeated() -> None:
     have = [judged("a", 0.1, seed=3, warnings=("it is randomised", "zero gradient"))]
-    (section,) = evaluation(have, have[0])
-    assert texts(section)[1:] == ["a, seed 3, best epoch: it is randomised", "a, seed 3, best epoch: zero gradient"]
+    (section,) = build_evaluation_sections(have, have[0])
+    assert texts(section)[1:] == [
+        "a, seed 3, best epoch: it is randomised",
+        "a, seed 3, best epoch: zero gradient",
+    ]
 
 
 def test_the_objective_against_autoattack() -> None:
@@ -90,15 +138,23 @@ def test_the_objective_against_autoattack() -> None:
     pairs = ((0.1, 0.01), (0.2, 0.03), (0.3, 0.02), (0.4, 0.04))
     have = [judged(f"c{n}", robust, score=score) for n, (score, robust) in enumerate(pairs)]
     have.append(judged("pgd alone", 0.0, score=0.9, standard=False, attack="PGD"))
-    (section,) = objective(have)
+    (section,) = build_objective_sections(have)
     tau = "Kendall's tau between the objective and AutoAttack over 4 judged checkpoints: +0.67."
-    assert texts(section) == [tau, "So few checkpoints say little: 1 and -1 are both likely by chance."]
+    assert texts(section) == [
+        tau,
+        "So few checkpoints say little: 1 and -1 are both likely by chance.",
+    ]
     five = [*have, judged("c4", 0.05, score=0.5)]
-    assert texts(objective(five)[0]) == [tau.replace("over 4", "over 5").replace("0.67", "0.80")], "9 of 10 agree"
+    assert texts(build_objective_sections(five)[0]) == [
+        tau.replace("over 4", "over 5").replace("0.67", "0.80")
+    ], "9 of 10 agree"
     falling = [judged(f"c{n}", -score, score=score) for n, score in enumerate((0.1, 0.2, 0.3))]
-    assert "checkpoints: -1.00." in texts(objective(falling)[0])[0]
-    assert "cannot be told: one of them is constant." in texts(objective([have[0], have[0]])[0])[0]
-    assert objective(have[:1]) == [] == objective([])
+    assert "checkpoints: -1.00." in texts(build_objective_sections(falling)[0])[0]
+    assert (
+        "cannot be told: one of them is constant."
+        in texts(build_objective_sections([have[0], have[0]])[0])[0]
+    )
+    assert build_objective_sections(have[:1]) == [] == build_objective_sections([])
 
 
 def sweep(path: str, asked: int, trained: int, seconds: float, *states: str) -> dict[str, Any]:
@@ -106,9 +162,17 @@ def sweep(path: str, asked: int, trained: int, seconds: float, *states: str) -> 
     return {"path": path, "asked": asked, "trained": trained, "seconds": seconds, "trials": trials}
 
 
-def stage(kind: str, seconds: float = 1.0, facts: dict | None = None, judged: tuple = ()) -> Artifact:
+def stage(
+    kind: str, seconds: float = 1.0, facts: dict | None = None, judged: tuple = ()
+) -> Artifact:
     return Artifact(
-        kind=kind, key=f"key of {kind}", stage={}, inputs=(), seconds=seconds, facts=facts or {}, judged=judged
+        kind=kind,
+        key=f"key of {kind}",
+        stage={},
+        inputs=(),
+        seconds=seconds,
+        facts=facts or {},
+        evaluations=judged,
     )
 
 
@@ -119,9 +183,13 @@ def test_the_costs() -> None:
     ]
     artifacts = [
         stage("tune", 65.0, {"sweeps": sweeps}),
-        stage("autoattack", 4.25, judged=(judged("a", 0.1, queries=1_234_567), judged("b", 0.1, queries=3))),
+        stage(
+            "autoattack",
+            4.25,
+            judged=(judged("a", 0.1, queries=1_234_567), judged("b", 0.1, queries=3)),
+        ),
     ]
-    (section,) = cost(artifacts)
+    (section,) = build_cost_sections(artifacts)
     trials, stages = tables(section)
     assert trials.headers[1:] == [
         "trials", "stopped", "failed", "epochs asked", "trained", "saved by sharing", "trial time"
@@ -135,32 +203,68 @@ def test_the_costs() -> None:
 
 
 def test_what_was_registered_and_who_is_champion() -> None:
-    facts = {"name": "m", "version": "3", "candidate": "a", "verdict": "tie", "reason": "why", "champion": "2"}
+    facts = {
+        "name": "m",
+        "version": "3",
+        "candidate": "a",
+        "verdict": "tie",
+        "reason": "why",
+        "champion": "2",
+    }
     without = {key: value for key, value in facts.items() if key != "champion"}
-    (section,) = registry([stage("tune"), stage("register", facts=facts), stage("register", facts=without)])
+    (section,) = build_registry_sections(
+        [stage("tune"), stage("register", facts=facts), stage("register", facts=without)]
+    )
     assert tables(section)[0].rows == [
         ["m version 3", "a", "tie", "why", "version 2"],
         ["m version 3", "a", "tie", "why", "none"],
     ]
-    assert registry([stage("tune")]) == []
+    assert build_registry_sections([stage("tune")]) == []
 
 
 def test_what_is_needed_to_reproduce_a_run() -> None:
-    section = provenance([stage("tune"), stage("report")], {"torch": "2.15", "git": None, "python": "3.11"})
+    section = build_provenance_section(
+        [stage("tune"), stage("report")], {"torch": "2.15", "git": None, "python": "3.11"}
+    )
     stages, versions = tables(section)
-    assert [row[:2] for row in stages.rows] == [["tune", "key of tune"], ["report", "key of report"]]
+    assert [row[:2] for row in stages.rows] == [
+        ["tune", "key of tune"],
+        ["report", "key of report"],
+    ]
     assert versions.rows == [["torch", "2.15"], ["python", "3.11"]], "unknown versions are left out"
 
 
 def test_curves_of_what_changes_from_epoch_to_epoch() -> None:
     histories = {
         "a": [
-            {"epoch": 1, "robust_worst": 0.1, "clean": 0.5, "masking_gap": 0.0, "train/ess_pgd": 1.0, "train/loss": 2},
-            {"epoch": 2, "robust_worst": 0.1, "clean": 0.5, "masking_gap": 0.0, "train/ess_pgd": 1.0, "train/loss": 1},
+            {
+                "epoch": 1,
+                "robust_worst": 0.1,
+                "clean": 0.5,
+                "masking_gap": 0.0,
+                "train/ess_pgd": 1.0,
+                "train/loss": 2,
+            },
+            {
+                "epoch": 2,
+                "robust_worst": 0.1,
+                "clean": 0.5,
+                "masking_gap": 0.0,
+                "train/ess_pgd": 1.0,
+                "train/loss": 1,
+            },
         ],
-        "b": [{"epoch": 1, "robust_worst": 0.1, "clean": 0.5, "train/ess_pgd": 1.00004, "train/kappa_pgd": 3.0}],
+        "b": [
+            {
+                "epoch": 1,
+                "robust_worst": 0.1,
+                "clean": 0.5,
+                "train/ess_pgd": 1.00004,
+                "train/kappa_pgd": 3.0,
+            }
+        ],
     }
-    (section,) = curves(histories, {"a": ["one thing", "another"]})
+    (section,) = build_curve_sections(histories, {"a": ["one thing", "another"]})
     assert captions(section) == [
         "Worst case on validation over epochs",
         "Clean accuracy on validation over epochs",
@@ -169,18 +273,24 @@ def test_curves_of_what_changes_from_epoch_to_epoch() -> None:
     assert texts(section) == ["a: one thing.", "a: another."]
     histories["b"][0] |= {"train/ess_pgd": 0.9, "masking_gap": 0.1, "train/kappa_median_pgd": 5.0}
     histories["a"][0] |= {"train/kappa_pgd": 4.0}
-    (section,) = curves(histories, {})
+    (section,) = build_curve_sections(histories, {})
     assert captions(section)[2:] == [
         "Masking gap on validation over epochs",
         "Training loss over epochs",
         "Mean κ under pgd over epochs",
         "Effective share of the sample, pgd over epochs",
     ]
-    assert curves({}, {}) == []
+    assert build_curve_sections({}, {}) == []
 
 
 def since(**more: Any) -> dict[str, Any]:
-    facts = {"when": "then", "best": ["a", "b"], "robust": [0.5, 0.4321], "clean": [0.9, 0.89], "different": []}
+    facts = {
+        "when": "then",
+        "best": ["a", "b"],
+        "robust": [0.5, 0.4321],
+        "clean": [0.9, 0.89],
+        "different": [],
+    }
     return facts | {"medians": {"at under AA": [0.5, 0.4]}} | more
 
 
@@ -188,51 +298,67 @@ def test_a_regression_is_a_verdict_of_worse_or_a_number_below_the_floor() -> Non
     """A number equal to the floor is not below it."""
     best = judged("b", 0.4321)
     test = {"lost": 30, "gained": 10, "p": 0.00222, "verdict": "worse", "examples": 100}
-    assert Report()._regressions(best, since(test=test)) == [
+    assert ReportStage()._find_regressions(best, since(test=test)) == [
         "AA of the chosen checkpoint fell from 50.00% to 43.21% (30 examples lost, 10 gained, p = 0.0022)"
     ]
     for verdict in ("better", "tie", "cannot tell"):
-        assert Report()._regressions(best, since(test=test | {"verdict": verdict})) == []
-    assert Report()._regressions(best, {}) == [] == Report()._regressions(best, since())
-    assert Report(floor=0.4321)._regressions(best, {}) == []
+        assert ReportStage()._find_regressions(best, since(test=test | {"verdict": verdict})) == []
+    assert (
+        ReportStage()._find_regressions(best, {})
+        == []
+        == ReportStage()._find_regressions(best, since())
+    )
+    assert ReportStage(floor=0.4321)._find_regressions(best, {}) == []
     below = "AA of the chosen checkpoint is 43.21%, below the floor 43.22%"
-    assert Report(floor=0.4322)._regressions(best, {}) == [below]
-    assert Report(floor=0.4322)._regressions(best, since(test=test))[1] == below
-    assert Report(floor=0.0)._regressions(judged("b", 0.0), {}) == []
+    assert ReportStage(floor=0.4322)._find_regressions(best, {}) == [below]
+    assert ReportStage(floor=0.4322)._find_regressions(best, since(test=test))[1] == below
+    assert ReportStage(floor=0.0)._find_regressions(judged("b", 0.0), {}) == []
 
 
 def test_the_line_to_read() -> None:
     best = judged("b", 0.4321, 0.8765, seed=2)
-    assert _banner(best, []) == Banner(
+    assert _build_verdict_banner(best, []) == Banner(
         "No regression. b, seed 2, best epoch, chosen on validation: 43.21% under AA (95% 42.21% to 44.21%), "
         "87.65% clean.",
-        good=True,
+        is_good=True,
     )
-    assert _banner(best, ["x", "y"]) == Banner("Regression: x; y.", good=False)
-    assert _under(best).endswith("; cifar10, resnet18, Linf eps 0.03137; 10000 of 10000 test examples")
+    assert _build_verdict_banner(best, ["x", "y"]) == Banner("Regression: x; y.", is_good=False)
+    assert _format_subtitle(best).endswith(
+        "; cifar10, resnet18, Linf eps 0.03137; 10000 of 10000 test examples"
+    )
 
 
 def test_what_changed_since_the_last_report() -> None:
-    (table,) = _since_lines(since())
+    (table,) = _build_changes_parts(since())
     assert table.headers == ["since then", "before", "now"]
     assert table.rows == [
         ["chosen checkpoint", "a", "b"],
         ["robust accuracy", "50.00%", "43.21%"],
         ["clean accuracy", "90.00%", "89.00%"],
     ], "with one method its median is the same number"
-    _, line = _since_lines(since(different=["eps 1 then, 2 now", "norm a then, b now"], test={}))
-    assert line.text == "Not comparable with the previous report: eps 1 then, 2 now; norm a then, b now."
+    _, line = _build_changes_parts(
+        since(different=["eps 1 then, 2 now", "norm a then, b now"], test={})
+    )
+    assert (
+        line.text
+        == "Not comparable with the previous report: eps 1 then, 2 now; norm a then, b now."
+    )
     test = {"examples": 200, "gained": 3, "lost": 13, "p": 0.021270751953125, "verdict": "worse"}
-    _, line = _since_lines(since(test=test))
-    assert line.text == "McNemar's test on 200 shared examples: 3 gained, 13 lost, p = 0.0213: worse."
-    (first,) = _since_lines({})
-    assert first == Text("This is the first report of this pipeline.", quiet=True)
+    _, line = _build_changes_parts(since(test=test))
+    assert (
+        line.text == "McNemar's test on 200 shared examples: 3 gained, 13 lost, p = 0.0213: worse."
+    )
+    (first,) = _build_changes_parts({})
+    assert first == Paragraph("This is the first report of this pipeline.", is_muted=True)
 
 
 def test_methods_are_compared_by_their_medians() -> None:
     have = [judged("x", share, method="at", seed=n) for n, share in enumerate((0.1, 0.6, 0.2, 0.3))]
     have += [judged("y", 0.4, method="lrat", attack="PGD")]
-    assert _medians(tuple(have)) == {"at under AA": 0.25, "lrat under PGD": 0.4}, "of an even count the middle of two"
+    assert _compute_median_accuracies(tuple(have)) == {
+        "at under AA": 0.25,
+        "lrat under PGD": 0.4,
+    }, "of an even count the middle of two"
 
 
 def test_a_single_varied_setting_is_plotted_in_medians_over_seeds() -> None:
@@ -247,33 +373,58 @@ def test_a_single_varied_setting_is_plotted_in_medians_over_seeds() -> None:
         for seed, share in enumerate(several):
             have.append(judged(f"alpha {value}", share, seed=seed))
             configs[have[-1].candidate.checkpoint] = config.model_copy(update={"seed": seed})
-    (section,) = varied(have, configs, ())
+    (section,) = build_ablation_sections(have, configs, ())
     assert captions(section) == [f"Test accuracy against {path} (medians over seeds)"]
-    lines = {line.get_label(): line.get_xydata().tolist() for line in section.parts[0].figure.axes[0].lines}
+    lines = {
+        line.get_label(): line.get_xydata().tolist()
+        for line in section.parts[0].figure.axes[0].lines
+    }
     assert lines["AA, best"] == [[1.0, 0.2], [2.0, 0.3], [4.0, 0.25]]
 
 
-def document(*parts: Any) -> Document:
-    return Document("A <title>", "under & over", [Section("S", parts)])
+def document(*parts: Any) -> ReportDocument:
+    return ReportDocument("A <title>", "under & over", [Section("S", parts)])
 
 
 def test_html_escapes_its_texts_and_colours_verdicts() -> None:
-    table = Table(["row", "verdict"], [["<b>", "worse"], ["a|b", "better"], ["c", "tie"], ["d", "other"]], ("verdict",))
+    table = Table(
+        ["row", "verdict"],
+        [["<b>", "worse"], ["a|b", "better"], ["c", "tie"], ["d", "other"]],
+        ("verdict",),
+    )
     text = document(
-        Banner("all & well", True), Banner("bad", False), Banner("?"), Text("x < y", quiet=True), table
-    ).html()
+        Banner("all & well", True),
+        Banner("bad", False),
+        Banner("?"),
+        Paragraph("x < y", is_muted=True),
+        table,
+    ).render_html()
     assert "<h1>A &lt;title&gt;</h1>" in text and "under &amp; over" in text and "<b>" not in text
-    assert '<p class="banner good">all &amp; well</p>' in text and '<p class="banner bad">bad</p>' in text
+    assert (
+        '<p class="banner good">all &amp; well</p>' in text
+        and '<p class="banner bad">bad</p>' in text
+    )
     assert '<p class="banner">?</p>' in text and "<p class=quiet>x &lt; y</p>" in text
     cells = re.findall(r"<td[^>]*>.*?</td>", text)
     assert cells[:2] == ["<td>&lt;b&gt;</td>", '<td class=text><span class="bad">worse</span></td>']
-    assert [re.findall(r'span class="(\w+)"', cell) for cell in cells[1::2]] == [["bad"], ["good"], ["open"], []]
+    assert [re.findall(r'span class="(\w+)"', cell) for cell in cells[1::2]] == [
+        ["bad"],
+        ["good"],
+        ["open"],
+        [],
+    ]
 
 
 def test_markdown_has_the_same_text_and_names_the_figures() -> None:
     table = Table(["row", "n", "verdict"], [["a|b", "1", "tie"]], ("verdict",))
-    picture = Picture("A curve", Figure())
-    text = document(Banner("well", True), picture, Text("x < y"), table, Picture("Another", Figure())).markdown()
+    picture = CaptionedFigure("A curve", Figure())
+    text = document(
+        Banner("well", True),
+        picture,
+        Paragraph("x < y"),
+        table,
+        CaptionedFigure("Another", Figure()),
+    ).render_markdown()
     assert text.splitlines() == [
         "# A <title>", "", "under & over", "", "## S", "", "**well**", "", "x < y", "",
         "| row | n | verdict |", "| --- | ---: | --- |", "| a\\|b | 1 | tie |", "",
@@ -285,10 +436,13 @@ def test_the_same_picture_is_the_same_bytes() -> None:
     def drawn() -> str:
         figure = Figure(figsize=(2, 2))
         figure.subplots().plot([1, 2], [3, 4])
-        return document(Picture("c", figure, wide=True)).html()
+        return document(CaptionedFigure("c", figure, is_full_width=True)).render_html()
 
     first = drawn()
-    assert first == drawn() and '<figure class=wide><img alt="c" src="data:image/svg+xml;base64,' in first
+    assert (
+        first == drawn()
+        and '<figure class=wide><img alt="c" src="data:image/svg+xml;base64,' in first
+    )
 
 
 @pytest.mark.parametrize("floor", [-0.1, 1.1])
@@ -296,4 +450,4 @@ def test_a_floor_is_a_share(floor: float) -> None:
     from raysweep.spec import SpecError
 
     with pytest.raises(SpecError, match="floor"):
-        Report.load({"floor": floor})
+        ReportStage.from_data({"floor": floor})

@@ -1,4 +1,6 @@
-"""A sweep survives its driver's death: nothing lost, nothing run twice, MLflow with one run a trial and none open."""
+"""A sweep survives its driver's death: nothing lost, nothing run twice, MLflow with one run a trial
+and none open.
+"""
 
 import json
 import os
@@ -42,7 +44,10 @@ def epochs_of(sweep: Path) -> int:
 
 
 def has_ended_trial(sweep: Path) -> bool:
-    return any(json.loads(file.read_text())["state"] != "running" for file in sweep.glob("trials/*/trial.json"))
+    return any(
+        json.loads(file.read_text())["state"] != "running"
+        for file in sweep.glob("trials/*/trial.json")
+    )
 
 
 def wait_until(condition: Callable[[], bool], process: Forked) -> None:
@@ -56,15 +61,19 @@ def wait_for_epochs(sweep: Path, count: int, process: Forked) -> None:
     wait_until(lambda: epochs_of(sweep) >= count, process)
 
 
-def test_kill_9_ctrl_c_a_sigterm_and_a_budget_in_the_life_of_one_sweep(tune, workdir: Path, capsys) -> None:
+def test_kill_9_ctrl_c_a_sigterm_and_a_budget_in_the_life_of_one_sweep(
+    tune, workdir: Path, capsys
+) -> None:
     sweep = workdir / "runs" / "s"
     first = tune(*SMALL, "--trials", "5", "--name", "s")
     wait_for_epochs(sweep, 5, first)
     wait_until(lambda: has_ended_trial(sweep), first)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    killed = {trial.number: trial for trial in Ledger.open(sweep).trials()}
-    assert {trial.state for trial in killed.values()} > {"running"}, "some have ended, some have not"
+    killed = {trial.number: trial for trial in Ledger.open(sweep).load_trials()}
+    assert {trial.state for trial in killed.values()} > {"running"}, (
+        "some have ended, some have not"
+    )
 
     for end in (signal.SIGINT, signal.SIGTERM):
         before = epochs_of(sweep)
@@ -77,15 +86,15 @@ def test_kill_9_ctrl_c_a_sigterm_and_a_budget_in_the_life_of_one_sweep(tune, wor
 
     assert main(["tune", "gairat", "--resume", "s", "--max-time", "0.1s"]) == 0
     assert "go on with" in capsys.readouterr().err
-    stopped = Ledger.open(sweep).trials()
+    stopped = Ledger.open(sweep).load_trials()
     assert sum(trial.state != "running" for trial in stopped) < 5
 
     assert main(["tune", "gairat", "--resume", "s", "--json"]) == 0
-    trials = Ledger.open(sweep).trials()
+    trials = Ledger.open(sweep).load_trials()
     assert [trial.number for trial in trials] == [0, 1, 2, 3, 4]
     assert all(trial.state in ("finished", "stopped") for trial in trials)
     for trial in [*killed.values(), *stopped]:
-        assert trials[trial.number].settings == trial.settings, "its own settings, under its own number"
+        assert trials[trial.number].params == trial.params, "its own settings, under its own number"
         if trial.state != "running":
             assert trials[trial.number] == trial, "what had ended is left alone"
     for trial in trials:
@@ -99,9 +108,15 @@ def check_mlflow(workdir: Path, trials: int) -> None:
 
     client = MlflowClient(f"sqlite:///{workdir}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
-    assert sorted(run.info.run_name for run in runs) == [*(f"{number:04d} s" for number in range(trials)), "s"]
+    assert sorted(run.info.run_name for run in runs) == [
+        *(f"{number:04d} s" for number in range(trials)),
+        "s",
+    ]
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert {run.data.tags.get("state") for run in runs if " " in run.info.run_name} <= {"finished", "stopped"}
+    assert {run.data.tags.get("state") for run in runs if " " in run.info.run_name} <= {
+        "finished",
+        "stopped",
+    }
 
 
 def test_ctrl_c_in_a_pipeline_is_no_budgets_end(
@@ -118,4 +133,6 @@ def test_ctrl_c_in_a_pipeline_is_no_budgets_end(
     threading.Thread(target=ctrl_c, daemon=True).start()
     assert main(["run", "p.yaml", *SMALL]) == 130
     assert capsys.readouterr().err.endswith("raysweep: interrupted; the same command goes on\n")
-    assert not list(workdir.glob("runs/pipelines/p/*-tune-*")), "it goes on where it was, not to the next stage"
+    assert not list(workdir.glob("runs/pipelines/p/*-tune-*")), (
+        "it goes on where it was, not to the next stage"
+    )

@@ -7,7 +7,7 @@ import pytest
 
 from raysweep.catalog import METHODS
 from raysweep.spec import SpecError
-from raysweep.sweep.space import load_space, spaces
+from raysweep.sweep.search_space import list_builtin_spaces, load_space
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -18,26 +18,35 @@ def shipped(name):
 
 
 def test_every_method_has_one_and_lrat_its_papers_grid():
-    assert set(spaces()) == {*METHODS, "lrat-grid"}
+    assert set(list_builtin_spaces()) == {*METHODS, "lrat-grid"}
     grid = shipped("lrat-grid")
-    points = {grid.config(point).digest() for point in grid.queue}
-    assert len(points) == grid.total == 5 * 5 * 4
+    points = {grid.trial_config(point).digest() for point in grid.initial_points}
+    assert len(points) == grid.n_trials == 5 * 5 * 4
     for attack in ("pgd", "cw"):
-        weights = [grid.config(point).method.terms[attack].weight for point in grid.queue]
+        weights = [
+            grid.trial_config(point).method.terms[attack].weight for point in grid.initial_points
+        ]
         assert {w.alpha for w in weights} == {w.beta for w in weights} == {0.25, 0.5, 1.5, 2.0, 4.0}
-    assert {grid.config(point).method.terms["bound"].weight.total for point in grid.queue} == {0.1, 0.2, 0.4, 0.6}
-    with pytest.raises(SpecError, match=r"pgd\.weight\.alpha: searched as method\.terms\.\*\.weight\.alpha; set that"):
-        grid.fixed({"method.terms.pgd.weight.alpha": 2.0})
-    assert grid.fixed({"method.terms.*.weight.alpha": 2.0}).total == 20
+    assert {
+        grid.trial_config(point).method.terms["bound"].weight.total for point in grid.initial_points
+    } == {0.1, 0.2, 0.4, 0.6}
+    with pytest.raises(
+        SpecError,
+        match=r"pgd\.weight\.alpha: searched as method\.terms\.\*\.weight\.alpha; set that",
+    ):
+        grid.with_overrides({"method.terms.pgd.weight.alpha": 2.0})
+    assert grid.with_overrides({"method.terms.*.weight.alpha": 2.0}).n_trials == 20
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_space(name):
-    """Both ends of every range validate (`load_space`); what is searched belongs to the method or the optimiser."""
+    """Both ends of every range validate (`load_space`); what is searched belongs to the method or
+    the optimiser.
+    """
     space = shipped(name)
     assert space.method == name
-    assert space.start, "a sweep starts from the paper's setting"
-    assert all(set(point) == set(space.space) for point in space.start)
+    assert space.points_to_evaluate, "a sweep starts from the paper's setting"
+    assert all(set(point) == set(space.space) for point in space.points_to_evaluate)
     assert all(path.startswith(("method.", "optim.")) for path in space.space)
 
 
@@ -45,8 +54,8 @@ def test_space(name):
 def test_suggestions_are_valid_and_differ(name):
     space = shipped(name)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    digests = {space.config(space.suggest(study.ask())).digest() for _ in range(4)}
-    digests |= {space.config(point).digest() for point in space.start}
+    digests = {space.trial_config(space.suggest_params(study.ask())).digest() for _ in range(4)}
+    digests |= {space.trial_config(point).digest() for point in space.points_to_evaluate}
     assert len(digests) >= 3
 
 
@@ -54,16 +63,22 @@ def test_suggestions_are_valid_and_differ(name):
 def test_weights_act_within_the_epochs(name):
     """No starting point and no end of a range leaves the weights unused."""
     space = shipped(name)
-    ends = [{path: value} for path, d in space.space.items() for value in d.ends()]
-    for settings in (*space.start, *ends):
-        assert not [line for line in space.config(settings).warnings() if "never act" in line]
+    ends = [{path: value} for path, d in space.space.items() for value in d.bounds_or_choices()]
+    for settings in (*space.points_to_evaluate, *ends):
+        assert not [
+            line for line in space.trial_config(settings).list_warnings() if "never act" in line
+        ]
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_spaces_fit_other_data_sets(name):
-    """A space is for digits as it stands, and keeps its meaning with another network and more epochs."""
-    space = shipped(name).fixed({"data.name": "cifar10", "model.name": "resnet18", "epochs": 100})
-    config = space.config({})
+    """A space is for digits as it stands, and keeps its meaning with another network and more
+    epochs.
+    """
+    space = shipped(name).with_overrides(
+        {"data.name": "cifar10", "model.name": "resnet18", "epochs": 100}
+    )
+    config = space.trial_config({})
     assert (config.data.name, config.model.name, config.epochs) == ("cifar10", "resnet18", 100)
     assert set(space.space) == set(shipped(name).space)
 

@@ -16,17 +16,19 @@ from rich.console import Console
 
 from raysweep import storage
 from raysweep.cli import main
-from raysweep.commands import doctor, plain_name, ui_command
-from raysweep.pipeline.stage import Settings, Work
-from raysweep.spec import SpecError, override
-from raysweep.tracking import store_version
+from raysweep.commands import check_plain_name, doctor, format_ui_command
+from raysweep.pipeline.stage import StageContext, TrainingOverrides
+from raysweep.spec import SpecError, apply_overrides
+from raysweep.tracking import get_mlflow_version
 
 ROOT = Path(__file__).parent.parent
 # Names that try to get out, and everything else.
 NAMES = st.one_of(
     st.text(max_size=12),
     st.text(alphabet="./\\~ab\0\n:%", max_size=12),
-    st.lists(st.sampled_from(["..", ".", "/", "a", "~", "\\", "%2e%2e", "…", "\0"]), max_size=6).map("".join),
+    st.lists(
+        st.sampled_from(["..", ".", "/", "a", "~", "\\", "%2e%2e", "…", "\0"]), max_size=6
+    ).map("".join),
 )
 
 
@@ -54,7 +56,9 @@ def test_a_local_sweep_listens_on_loopback_alone(ray_cluster) -> None:
             if one.status == psutil.CONN_LISTEN:
                 listening[f"{process.name()} {one.laddr.ip}:{one.laddr.port}"] = one.laddr.ip
     assert any(name.startswith("gcs_server") for name in listening), "this is Ray's cluster"
-    open_to_all = [name for name, ip in listening.items() if not re.match(r"(::ffff:)?127\.|::1$", ip)]
+    open_to_all = [
+        name for name, ip in listening.items() if not re.match(r"(::ffff:)?127\.|::1$", ip)
+    ]
     assert not open_to_all
 
 
@@ -67,7 +71,7 @@ def test_a_local_sweep_listens_on_loopback_alone(ray_cluster) -> None:
 def test_names_of_sweeps_and_runs_stay_in_their_folder(name: str) -> None:
     folder = Path("/runs")
     try:
-        plain = plain_name(name, "--name")
+        plain = check_plain_name(name, "--name")
     except SpecError:
         return
     assert plain == name and len(name) <= 100 and stays(folder / name, folder)
@@ -79,7 +83,7 @@ def test_a_methods_name_stays_in_its_folder(name: str) -> None:
     """`raysweep train FILE` calls the run's folder by the name that the file gives its method."""
     folder = Path("/runs")
     try:
-        config = override(tiny("at"), {"method.name": name})
+        config = apply_overrides(tiny("at"), {"method.name": name})
     except SpecError:
         return
     assert stays(folder / f"{config.method.name}-{config.digest()[:8]}", folder)
@@ -89,8 +93,19 @@ def test_a_methods_name_stays_in_its_folder(name: str) -> None:
 @example("../../up")
 def test_labels_of_a_pipeline_stay_in_its_folder(label: str) -> None:
     sweeps = Path("/runs/pipelines/p/sweeps")
-    work = Work("p", Path("/"), Path("/p"), sweeps, Settings({}, {}), Console(), None, ExitStack(), 1, "0123456789")
-    assert stays(work.sweep(label), sweeps)
+    work = StageContext(
+        "p",
+        Path("/"),
+        Path("/p"),
+        sweeps,
+        TrainingOverrides({}, {}),
+        Console(),
+        None,
+        ExitStack(),
+        1,
+        "0123456789",
+    )
+    assert stays(work.choose_sweep_folder(label), sweeps)
 
 
 @given(NAMES)
@@ -98,12 +113,12 @@ def test_labels_of_a_pipeline_stay_in_its_folder(label: str) -> None:
 @settings(deadline=None)
 def test_a_bucket_stays_in_its_working_copy(name: str) -> None:
     try:
-        path = storage.at(f"s3://bucket/{name}")
+        path = storage.local_path(f"s3://bucket/{name}")
     except (SpecError, ValueError):
         return
-    assert storage.is_copy(path)
+    assert storage.is_bucket_copy(path)
     if "?" not in name:  # what follows it says how the store is reached, and has a copy of its own
-        copy = storage.at("s3://bucket")
+        copy = storage.local_path("s3://bucket")
         assert path == copy or path.is_relative_to(copy)
     assert ".." not in path.parts
 
@@ -121,22 +136,32 @@ def test_show_looks_at_runs_and_nowhere_else(what: str, workdir: Path, capsys) -
 @pytest.mark.parametrize(
     ("uri", "command"),
     [
-        ("postgresql://lab:se/cret@db/mlflow", 'mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"'),
+        (
+            "postgresql://lab:se/cret@db/mlflow",
+            'mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"',
+        ),
         ("https://lab:secret@mlflow.lab/x", "open https://mlflow.lab/x"),
         ("http://mlflow.lab:5000/a@b", "open http://mlflow.lab:5000/a@b"),
-        ("sqlite:////home/a@b/mlflow.db", "mlflow ui --backend-store-uri sqlite:////home/a@b/mlflow.db"),
+        (
+            "sqlite:////home/a@b/mlflow.db",
+            "mlflow ui --backend-store-uri sqlite:////home/a@b/mlflow.db",
+        ),
     ],
 )
 def test_what_to_type_next_holds_no_password(uri: str, command: str) -> None:
-    assert ui_command(uri) == command
+    assert format_ui_command(uri) == command
 
 
-@pytest.mark.parametrize("uri", ["http://lab:hush@127.0.0.1:1", "nosuch://lab:hu/sh@127.0.0.1/db?password=hush"])
+@pytest.mark.parametrize(
+    "uri", ["http://lab:hush@127.0.0.1:1", "nosuch://lab:hu/sh@127.0.0.1/db?password=hush"]
+)
 @pytest.mark.mlflow
 def test_a_store_that_does_not_answer_gives_no_password_away(uri: str) -> None:
     with pytest.raises(SpecError) as refused:
-        store_version(uri)
-    assert "://lab:***@127.0.0.1" in str(refused.value) and not re.search("hush|hu/sh", str(refused.value))
+        get_mlflow_version(uri)
+    assert "://lab:***@127.0.0.1" in str(refused.value) and not re.search(
+        "hush|hu/sh", str(refused.value)
+    )
 
 
 def calls(tree: ast.AST) -> set[str]:
@@ -144,13 +169,17 @@ def calls(tree: ast.AST) -> set[str]:
     return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "raysweep").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "raysweep").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_nothing_is_unpickled_or_evaluated(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert not calls(tree) & NEVER - OWN.get(path.name, set())
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("np.load", "numpy.load"):
-            assert any(k.arg == "allow_pickle" and ast.unparse(k.value) == "False" for k in node.keywords)
+            assert any(
+                k.arg == "allow_pickle" and ast.unparse(k.value) == "False" for k in node.keywords
+            )
         if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("subprocess."):
             assert not any(k.arg == "shell" for k in node.keywords)
 
@@ -159,7 +188,11 @@ def test_yaml_is_read_by_a_loader_that_makes_plain_data() -> None:
     for path in sorted((ROOT / "raysweep").rglob("*.py")):
         tree = ast.parse(path.read_text())
         safe = {
-            c.name for c in ast.walk(tree) if isinstance(c, ast.ClassDef) for b in c.bases if "Safe" in ast.unparse(b)
+            c.name
+            for c in ast.walk(tree)
+            if isinstance(c, ast.ClassDef)
+            for b in c.bases
+            if "Safe" in ast.unparse(b)
         }
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "yaml.load":
@@ -169,7 +202,7 @@ def test_yaml_is_read_by_a_loader_that_makes_plain_data() -> None:
 def test_versions_with_known_holes_cannot_be_installed() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         wanted = tomllib.load(file)["project"]["dependencies"]
-    for package, safe in doctor._SAFE.items():
+    for package, safe in doctor._MIN_SAFE_VERSIONS.items():
         (line,) = [line for line in wanted if re.match(rf"{package}[\[>]", line)]
         least = tuple(int(part) for part in re.findall(r">=([\d.]+)", line)[0].split("."))
         assert least >= safe, f"{line} allows versions with known holes"

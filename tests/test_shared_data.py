@@ -10,20 +10,21 @@ import psutil
 import pytest
 import torch
 
-from raysweep.data import Data, DataSpec, load
-from raysweep.data.shared import Source, cache_folder
+from raysweep.data import Dataset, DataSpec, load_data
+from raysweep.data.dataset_cache import CachedDataset, get_dataset_cache_dir
 from raysweep.spec import SpecError
 
 
 def touch_all(folder: Path, how: str) -> None:
-    """Map the same data in a process of its own, touch all of it, and print how much memory only this process uses.
+    """Map the same data in a process of its own, touch all of it, and print how much memory only
+    this process uses.
 
     how: the fingerprint of the data, or "copy" to read the files instead.
     """
     spec = DataSpec(name="arrays", data_dir=folder)
     gc.collect()
     before = psutil.Process().memory_full_info().uss
-    data = Source(spec, how).load(spec) if how != "copy" else load(spec)
+    data = CachedDataset(spec, how).load_shared(spec) if how != "copy" else load_data(spec)
     sum(int(part.x.sum()) for part in (data.train, data.val, data.test))
     print(psutil.Process().memory_full_info().uss - before)
 
@@ -41,19 +42,21 @@ def write_arrays(folder: Path, seed: int, count: int = 60) -> DataSpec:
     return DataSpec(name="arrays", data_dir=folder, val_size=15)
 
 
-def same(one: Data, other: Data) -> bool:
+def same(one: Dataset, other: Dataset) -> bool:
     parts = [(getattr(one, name), getattr(other, name)) for name in ("train", "val", "test")]
-    equal = all(torch.equal(getattr(a, f), getattr(b, f)) for a, b in parts for f in ("x", "y", "index"))
+    equal = all(
+        torch.equal(getattr(a, f), getattr(b, f)) for a, b in parts for f in ("x", "y", "index")
+    )
     facts = ("channels", "classes", "augment", "fingerprint", "unlabeled_fraction")
     return equal and all(getattr(one, fact) == getattr(other, fact) for fact in facts)
 
 
 def test_it_is_the_data_set_and_files_are_read_once(tmp_path: Path) -> None:
     spec = write_arrays(tmp_path, 0)
-    plain = load(spec)
-    source = Source(spec, plain.fingerprint)
-    assert same(source.load(spec), plain)
-    (copy,) = cache_folder().iterdir()
+    plain = load_data(spec)
+    source = CachedDataset(spec, plain.fingerprint)
+    assert same(source.load_shared(spec), plain)
+    (copy,) = get_dataset_cache_dir().iterdir()
     assert copy.parent.stat().st_mode & 0o077 == 0, "this user's alone"
     (tmp_path / "train.npz").unlink()
     other_process = forked.start(touch_all, tmp_path, plain.fingerprint)
@@ -65,36 +68,38 @@ def test_it_is_the_data_set_and_files_are_read_once(tmp_path: Path) -> None:
 
 def test_other_images_in_the_same_place_are_refused(tmp_path: Path) -> None:
     spec = write_arrays(tmp_path, 0)
-    fingerprint = load(spec).fingerprint
+    fingerprint = load_data(spec).fingerprint
     write_arrays(tmp_path, 1)
-    with pytest.raises(SpecError, match=rf"holds other 'arrays' data .* than the driver's \({fingerprint}\)"):
-        Source(spec, fingerprint).load(spec)
+    with pytest.raises(
+        SpecError, match=rf"holds other 'arrays' data .* than the driver's \({fingerprint}\)"
+    ):
+        CachedDataset(spec, fingerprint).load_shared(spec)
 
 
 def test_a_damaged_copy_is_made_again(tmp_path: Path) -> None:
     spec = write_arrays(tmp_path, 2)
-    plain = load(spec)
-    folder = cache_folder()
-    Source(spec, plain.fingerprint).load(spec)
+    plain = load_data(spec)
+    folder = get_dataset_cache_dir()
+    CachedDataset(spec, plain.fingerprint).load_shared(spec)
     (copy,) = folder.iterdir()
     size = copy.stat().st_size
     copy.write_bytes(copy.read_bytes()[: size // 2])
     twin = spec.model_copy(update={"download": True})
-    assert same(Source(twin, plain.fingerprint).load(twin), plain)
+    assert same(CachedDataset(twin, plain.fingerprint).load_shared(twin), plain)
     assert copy.stat().st_size == size
 
 
 def test_a_searched_data_set_is_loaded_as_it_is(tmp_path: Path) -> None:
     spec = write_arrays(tmp_path, 3)
     digits = DataSpec(name="digits", val_size=50)
-    assert same(Source(spec, "0" * 16).load(digits), load(digits))
+    assert same(CachedDataset(spec, "0" * 16).load_shared(digits), load_data(digits))
 
 
 def test_processes_share_its_memory(tmp_path: Path) -> None:
     spec = write_arrays(tmp_path, 4, count=12_000)
     spec = DataSpec(name="arrays", data_dir=tmp_path)
-    fingerprint = load(spec).fingerprint
-    mine = Source(spec, fingerprint).load(spec)
+    fingerprint = load_data(spec).fingerprint
+    mine = CachedDataset(spec, fingerprint).load_shared(spec)
     assert sum(int(part.x.sum()) for part in (mine.train, mine.val, mine.test)) > 0
 
     def private(how: str) -> float:
@@ -111,8 +116,10 @@ def test_other_users_cannot_read_the_copies(tmp_path: Path) -> None:
     """Even if the folders of the cache do not exist yet."""
     (tmp_path / "data").mkdir()
     spec = write_arrays(tmp_path / "data", 0)
-    assert not cache_folder().exists()
+    assert not get_dataset_cache_dir().exists()
     for number, other in enumerate((spec, spec.model_copy(update={"val_size": 18})), start=1):
-        Source(other, load(other).fingerprint).load(other)
-        assert len(list(cache_folder().iterdir())) == number, "whether the folder existed before or not"
-    assert cache_folder().stat().st_mode & 0o777 == 0o700
+        CachedDataset(other, load_data(other).fingerprint).load_shared(other)
+        assert len(list(get_dataset_cache_dir().iterdir())) == number, (
+            "whether the folder existed before or not"
+        )
+    assert get_dataset_cache_dir().stat().st_mode & 0o777 == 0o700

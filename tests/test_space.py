@@ -5,7 +5,12 @@ import pytest
 import yaml
 
 from raysweep.spec import SpecError
-from raysweep.sweep.space import SearchSpace, labels, load_space, spaces
+from raysweep.sweep.search_space import (
+    SearchSpace,
+    list_builtin_spaces,
+    load_space,
+    param_labels,
+)
 
 ALPHA = "method.terms.pgd.weight.alpha"
 BETA = "method.terms.pgd.weight.beta"
@@ -17,15 +22,15 @@ def write(path: Path, data: dict) -> Path:
     return file
 
 
-@pytest.mark.parametrize("name", spaces())
+@pytest.mark.parametrize("name", list_builtin_spaces())
 def test_shipped_spaces_are_valid_at_both_ends_of_every_range(name) -> None:
     space = load_space(name, {})
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    for point in space.queue:
-        study.enqueue_trial(space.params(point))
-    for _ in range(len(space.start) + 5):
-        settings = space.suggest(study.ask())
-        config = space.config(settings)
+    for point in space.initial_points:
+        study.enqueue_trial(space.optuna_params(point))
+    for _ in range(len(space.points_to_evaluate) + 5):
+        settings = space.suggest_params(study.ask())
+        config = space.trial_config(settings)
         assert config.method.name == space.method
 
 
@@ -92,8 +97,8 @@ def test_the_rest_of_a_space_is_checked_too(more, words, tmp_path) -> None:
 
 def test_what_is_set_is_searched_no_more(tmp_path) -> None:
     space = load_space("lrat", {ALPHA: 1.0, "epochs": 3})
-    assert ALPHA not in space.space and ALPHA not in space.start[0]
-    config = space.config({BETA: 2.0})
+    assert ALPHA not in space.space and ALPHA not in space.points_to_evaluate[0]
+    config = space.trial_config({BETA: 2.0})
     assert config.epochs == 3 and config.method.terms["pgd"].weight.alpha == 1.0
     only = write(tmp_path, {"method": "lrat", "space": {ALPHA: {"float": [0.5, 4.0]}}})
     with pytest.raises(SpecError, match="nothing is left to search"):
@@ -110,12 +115,12 @@ def test_a_space_has_sections_for_data_sets() -> None:
     burn_in = "method.terms.pgd.weight.burn_in"
     assert load_space("gairat", {}).space[burn_in].int == (1, 6)
     images = load_space("gairat", {"data.name": "cifar10"})
-    assert images.space[burn_in].int == (20, 75) and images.scheduler.grace == 30
-    assert images.config(images.start[0]).epochs == 100
+    assert images.space[burn_in].int == (20, 75) and images.scheduler.grace_period == 30
+    assert images.trial_config(images.points_to_evaluate[0]).epochs == 100
 
 
 def test_conditions_decide_what_is_asked() -> None:
-    space = SearchSpace.load(
+    space = SearchSpace.from_data(
         {
             "method": "gairat",
             "space": {
@@ -127,21 +132,21 @@ def test_conditions_decide_what_is_asked() -> None:
             },
         }
     )
-    assert not space.problems()
+    assert not space.find_problems()
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(12):
-        settings = space.suggest(study.ask())
+        settings = space.suggest_params(study.ask())
         has_lambda = "method.terms.pgd.weight.lam" in settings
         assert has_lambda == (settings["method.terms.pgd.weight.shape"] == "tanh")
 
 
 def test_labels_are_short_and_unique() -> None:
     bound = ("method.terms.bound.weight.total", "method.terms.bound.on")
-    assert labels(["optim.lr.values", "optim.weight_decay"]) == {
+    assert param_labels(["optim.lr.values", "optim.weight_decay"]) == {
         "optim.lr.values": "lr.values",
         "optim.weight_decay": "weight_decay",
     }
-    assert labels([ALPHA, BETA, "method.terms.cw.weight.alpha", "optim.lr", *bound]) == {
+    assert param_labels([ALPHA, BETA, "method.terms.cw.weight.alpha", "optim.lr", *bound]) == {
         ALPHA: "pgd.alpha",
         BETA: "beta",
         "method.terms.cw.weight.alpha": "cw.alpha",
@@ -149,22 +154,38 @@ def test_labels_are_short_and_unique() -> None:
         "method.terms.bound.weight.total": "bound.total",
         "method.terms.bound.on": "bound.on",
     }
-    vague = ["optim.lr.values", "method.attacks.pgd.tau.values", "method.attacks.cw.steps", "epochs"]
-    assert list(labels(vague).values()) == ["lr.values", "tau.values", "cw.steps", "epochs"]
+    vague = [
+        "optim.lr.values",
+        "method.attacks.pgd.tau.values",
+        "method.attacks.cw.steps",
+        "epochs",
+    ]
+    assert list(param_labels(vague).values()) == ["lr.values", "tau.values", "cw.steps", "epochs"]
     both = ["method.attacks.pgd.coef", "method.terms.pgd.coef"]
-    assert list(labels(both).values()) == both
+    assert list(param_labels(both).values()) == both
 
 
 def test_another_objective_than_the_metric_is_refused() -> None:
-    data = {"method": "at", "base": {"validation.objective": "clean"}, "space": {"optim.lr": {"float": [0.01, 0.1]}}}
-    (line,) = SearchSpace.load(data).problems()
+    data = {
+        "method": "at",
+        "base": {"validation.objective": "clean"},
+        "space": {"optim.lr": {"float": [0.01, 0.1]}},
+    }
+    (line,) = SearchSpace.from_data(data).find_problems()
     assert "validation.objective = 'clean': the space goes by metric = 'robust_worst'" in line
-    assert SearchSpace.load({**data, "metric": "clean"}).problems() == []
+    assert SearchSpace.from_data({**data, "metric": "clean"}).find_problems() == []
 
 
 def test_a_rung_that_validation_leaves_out_is_refused() -> None:
-    data = {"method": "at", "base": {"validation.every": 2}, "space": {"optim.lr": {"float": [0.01, 0.1]}}}
-    assert SearchSpace.load({**data, "scheduler": {"grace": 4}}).problems() == []
-    (line,) = SearchSpace.load({**data, "scheduler": {"grace": 3}}).problems()
+    data = {
+        "method": "at",
+        "base": {"validation.every": 2},
+        "space": {"optim.lr": {"float": [0.01, 0.1]}},
+    }
+    assert SearchSpace.from_data({**data, "scheduler": {"grace": 4}}).find_problems() == []
+    (line,) = SearchSpace.from_data({**data, "scheduler": {"grace": 3}}).find_problems()
     assert "cannot be compared at epoch 3" in line and "multiple of 2" in line
-    assert SearchSpace.load({**data, "scheduler": {"grace": 3, "kind": "none"}}).problems() == []
+    assert (
+        SearchSpace.from_data({**data, "scheduler": {"grace": 3, "kind": "none"}}).find_problems()
+        == []
+    )

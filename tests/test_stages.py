@@ -1,4 +1,6 @@
-"""Parts of a pipeline: artifacts, digests of stages, precedence of settings, and which nights are kept."""
+"""Parts of a pipeline: artifacts, digests of stages, precedence of settings, and which nights are
+kept.
+"""
 
 import json
 from contextlib import ExitStack
@@ -11,25 +13,29 @@ from made import made_candidate, made_judgement
 from rich.console import Console
 
 from raysweep import storage
-from raysweep.data import DataSpec, load
-from raysweep.pipeline import nights, stage
-from raysweep.pipeline.artifact import FILE, Artifact
-from raysweep.pipeline.pipeline import Pipeline, load_pipeline, position, steps
-from raysweep.pipeline.stage import Settings, Work
+from raysweep.data import DataSpec, load_data
+from raysweep.pipeline import night_cleanup, stage
+from raysweep.pipeline.artifact import ARTIFACT_FILE, Artifact
+from raysweep.pipeline.pipeline import Pipeline, find_stage_index, load_pipeline, plan_stages
+from raysweep.pipeline.stage import StageContext, TrainingOverrides
 from raysweep.spec import SpecError
-from raysweep.training.checkpoint import environment
+from raysweep.training.checkpoint import describe_environment
 
 
 def artifact(**more: Any) -> Artifact:
-    candidate = made_candidate("a", 0.5, gap=float("inf"), settings={"optim.lr": 0.1, "x": None, "y": [1, 2]})
-    judged = made_judgement(candidate, 0.4, warnings=("w",), per_class={"0": {"robust_accuracy": 0.1}})
+    candidate = made_candidate(
+        "a", 0.5, gap=float("inf"), settings={"optim.lr": 0.1, "x": None, "y": [1, 2]}
+    )
+    judged = made_judgement(
+        candidate, 0.4, warnings=("w",), per_class={"0": {"robust_accuracy": 0.1}}
+    )
     return Artifact(
         kind="tune",
         key="k",
         stage={"kind": "tune"},
         inputs=("1", "2"),
         candidates=(candidate,),
-        judged=(judged,),
+        evaluations=(judged,),
         **more,
     )
 
@@ -37,11 +43,13 @@ def artifact(**more: Any) -> Artifact:
 def test_an_artifact_is_read_as_it_was_written(tmp_path: Path) -> None:
     made = artifact(finished=12.5, seconds=3.25, facts={"of": 3, "left_out": ["x"]})
     made.write(tmp_path / "00-tune-k", lambda partial: (partial / "beside.txt").write_text("b"))
-    assert Artifact.read(tmp_path / "00-tune-k") == made
+    assert Artifact.read_if_finished(tmp_path / "00-tune-k") == made
     assert (tmp_path / "00-tune-k" / "beside.txt").read_text() == "b"
     assert [path.name for path in tmp_path.iterdir()] == ["00-tune-k"]
     artifact().write(tmp_path / "00-tune-k")
-    assert [path.name for path in (tmp_path / "00-tune-k").iterdir()] == [FILE], "a new one is a new folder"
+    assert [path.name for path in (tmp_path / "00-tune-k").iterdir()] == [ARTIFACT_FILE], (
+        "a new one is a new folder"
+    )
 
 
 def test_a_stage_whose_files_failed_has_no_artifact(tmp_path: Path) -> None:
@@ -51,7 +59,10 @@ def test_a_stage_whose_files_failed_has_no_artifact(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError):
         artifact().write(tmp_path / "00-tune-k", fail)
-    assert Artifact.read(tmp_path / "00-tune-k") is None and not (tmp_path / "00-tune-k").exists()
+    assert (
+        Artifact.read_if_finished(tmp_path / "00-tune-k") is None
+        and not (tmp_path / "00-tune-k").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,14 +70,16 @@ def test_a_stage_whose_files_failed_has_no_artifact(tmp_path: Path) -> None:
     [
         ("{", "cannot be read: Expecting property name"),
         ('{"kind": "tune"}', "key is missing"),
-        (json.dumps(artifact().json_dict() | {"keyy": 1}), "no setting 'keyy'; nearest: key"),
+        (json.dumps(artifact().to_json_dict() | {"keyy": 1}), "no setting 'keyy'; nearest: key"),
     ],
 )
 def test_a_damaged_artifact_is_named(text: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text(text)
+    (tmp_path / ARTIFACT_FILE).write_text(text)
     with pytest.raises(SpecError) as error:
-        Artifact.read(tmp_path)
-    assert error.value.problems[0].startswith(str(tmp_path / FILE)) and words in str(error.value)
+        Artifact.read_if_finished(tmp_path)
+    assert error.value.problems[0].startswith(str(tmp_path / ARTIFACT_FILE)) and words in str(
+        error.value
+    )
 
 
 PIPELINE = """\
@@ -90,23 +103,30 @@ def file(workdir: Path) -> Path:
 @pytest.fixture
 def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep data sets in memory once they have been read."""
-    monkeypatch.setattr("raysweep.pipeline.pipeline.load", _read)
+    monkeypatch.setattr("raysweep.pipeline.pipeline.load_data", _read)
 
 
-_read = cache(load)
+_read = cache(load_data)
 
 
 def digests(file: Path, salt: str = "", **changes: Any) -> list[str]:
-    _, pipeline, settings = load_pipeline(str(file), {k.replace("__", "."): v for k, v in changes.items()})
-    return [step.digest for step in steps(pipeline, settings, file.parent, salt)]
+    _, pipeline, settings = load_pipeline(
+        str(file), {k.replace("__", "."): v for k, v in changes.items()}
+    )
+    return [step.stage_digest for step in plan_stages(pipeline, settings, file.parent, salt)]
 
 
-def test_a_digest_changes_with_what_goes_into_the_stage_and_with_nothing_else(file: Path, read_once) -> None:
+def test_a_digest_changes_with_what_goes_into_the_stage_and_with_nothing_else(
+    file: Path, read_once
+) -> None:
     base = digests(file)
     assert len(set(base)) == 5 and all(len(one) == 16 for one in base)
 
     def changed(**more: Any) -> str:
-        return "".join("x" if one != other else "." for one, other in zip(base, digests(file, **more), strict=True))
+        return "".join(
+            "x" if one != other else "."
+            for one, other in zip(base, digests(file, **more), strict=True)
+        )
 
     assert changed(stages__0__seeds=[0, 1]) == "x.xxx"
     assert changed(stages__1__checkpoints=["last"]) == ".xxxx"
@@ -119,21 +139,30 @@ def test_a_digest_changes_with_what_goes_into_the_stage_and_with_nothing_else(fi
     assert changed() == ".....", "`about` changes nothing"
 
 
-def test_stages_that_train_have_no_inputs_and_all_others_have_every_stage_before_them(file: Path, read_once) -> None:
+def test_stages_that_train_have_no_inputs_and_all_others_have_every_stage_before_them(
+    file: Path, read_once
+) -> None:
     _, pipeline, settings = load_pipeline(str(file), {})
-    found = steps(pipeline, settings, file.parent / "f", "")
+    found = plan_stages(pipeline, settings, file.parent / "f", "")
     at, lrat, promote, attack, report = found
     assert at.inputs == lrat.inputs == ()
-    assert promote.inputs == (at.digest, lrat.digest) and attack.inputs == (*promote.inputs, promote.digest)
-    assert report.inputs == (*attack.inputs, attack.digest)
+    assert promote.inputs == (at.stage_digest, lrat.stage_digest) and attack.inputs == (
+        *promote.inputs,
+        promote.stage_digest,
+    )
+    assert report.inputs == (*attack.inputs, attack.stage_digest)
     assert [step.folder for step in found] == [
-        file.parent / "f" / f"{step.number:02d}-{step.kind}-{step.digest}" for step in found
+        file.parent / "f" / f"{step.number:02d}-{step.kind}-{step.stage_digest}" for step in found
     ]
     assert [step.kind for step in found] == ["train", "train", "promote", "autoattack", "report"]
 
 
-def test_the_stages_settings_win_over_the_pipelines_and_the_command_line_over_both(file: Path) -> None:
-    around = Settings({"a": 1, "b": 1, "c": 1}, {"c": 3, "d": 3}).around({"b": 2, "c": 2, "e": 2})
+def test_the_stages_settings_win_over_the_pipelines_and_the_command_line_over_both(
+    file: Path,
+) -> None:
+    around = TrainingOverrides({"a": 1, "b": 1, "c": 1}, {"c": 3, "d": 3}).merge(
+        {"b": 2, "c": 2, "e": 2}
+    )
     assert around == {"a": 1, "b": 2, "c": 3, "d": 3, "e": 2}
 
     def epochs(**changes: Any) -> list[tuple[int, int, int]]:
@@ -149,14 +178,20 @@ def test_the_stages_settings_win_over_the_pipelines_and_the_command_line_over_bo
 
 def test_the_command_line_reaches_one_stage_or_all_of_a_kind(file: Path) -> None:
     def stages(**changes: Any) -> tuple[Any, ...]:
-        return load_pipeline(str(file), {k.replace("__", "."): v for k, v in changes.items()})[1].stages
+        return load_pipeline(str(file), {k.replace("__", "."): v for k, v in changes.items()})[
+            1
+        ].stages
 
     assert [one.seeds for one in stages(stages__train__seeds=[7])[:2]] == [(7,), (7,)]
     assert [one.seeds for one in stages(stages__1__seeds=[7])[:2]] == [(0,), (7,)]
-    assert stages(stages__promote__each=True)[2].each and not stages()[2].each
+    assert stages(stages__promote__each=True)[2].per_method and not stages()[2].per_method
     _, pipeline, settings = load_pipeline(str(file), {"again": "daily", "keep": 2, "epochs": 3})
-    assert (pipeline.again, pipeline.keep, settings.command) == ("daily", 2, {"epochs": 3})
-    assert settings.pipeline == {"data.val_size": 50, "data.train_size": 64}
+    assert (pipeline.rerun, pipeline.keep_nights, settings.from_command_line) == (
+        "daily",
+        2,
+        {"epochs": 3},
+    )
+    assert settings.from_pipeline == {"data.val_size": 50, "data.train_size": 64}
     for path, words in {
         "stages": "expected stages.STAGE.SETTING=..., where STAGE is a number or one of train, promote, autoattack",
         "stages.train": "expected stages.STAGE.SETTING",
@@ -170,7 +205,7 @@ def test_the_command_line_reaches_one_stage_or_all_of_a_kind(file: Path) -> None
 
 
 def pipeline(*stages: dict[str, Any], **more: Any) -> Pipeline:
-    return Pipeline.load({"stages": list(stages), **more})
+    return Pipeline.from_data({"stages": list(stages), **more})
 
 
 TRAIN = {"kind": "train", "runs": {"AT": {"method": "at"}}, "seeds": [0]}
@@ -181,7 +216,13 @@ TRAIN = {"kind": "train", "runs": {"AT": {"method": "at"}}, "seeds": [0]}
     [
         ([TRAIN, {"kind": "promote"}, {"kind": "autoattack"}, {"kind": "report"}], []),
         (
-            [{"kind": "promote"}, TRAIN, {"kind": "report"}, {"kind": "register", "name": "m"}, {"kind": "autoattack"}],
+            [
+                {"kind": "promote"},
+                TRAIN,
+                {"kind": "report"},
+                {"kind": "register", "name": "m"},
+                {"kind": "autoattack"},
+            ],
             [
                 "stages.0 (promote): no stage before it trains anything; put tune or train first",
                 "stages.2 (report): no stage before it judges anything; put autoattack first",
@@ -193,70 +234,109 @@ TRAIN = {"kind": "train", "runs": {"AT": {"method": "at"}}, "seeds": [0]}
     ],
 )
 def test_an_impossible_order_of_stages_is_refused(stages: list, lines: list[str] | None) -> None:
-    found = pipeline(*stages).problems(Settings({}, {}))
+    found = pipeline(*stages).find_problems(TrainingOverrides({}, {}))
     assert found == (
-        ["stages.1 (train): its label 'at' is that of stages.0; give it another"] if lines is None else lines
+        ["stages.1 (train): its label 'at' is that of stages.0; give it another"]
+        if lines is None
+        else lines
     )
 
 
 def test_keep_needs_a_daily_pipeline() -> None:
     for again in ("never", "revision"):
-        (line,) = pipeline(TRAIN, again=again, keep=1).problems(Settings({}, {}))
+        (line,) = pipeline(TRAIN, again=again, keep=1).find_problems(TrainingOverrides({}, {}))
         assert line == "keep: counts nights; it needs `again: daily`"
-    assert pipeline(TRAIN, again="daily", keep=1).problems(Settings({}, {})) == []
+    assert pipeline(TRAIN, again="daily", keep=1).find_problems(TrainingOverrides({}, {})) == []
     with pytest.raises(SpecError, match="keep = 0"):
         pipeline(TRAIN, again="daily", keep=0)
 
 
 def test_the_salt_makes_a_pipeline_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raysweep.pipeline.pipeline.today", lambda: "2026-03-01")
-    assert pipeline(TRAIN).salt() == "" and pipeline(TRAIN, again="daily").salt() == "2026-03-01"
-    revision = environment()["git_revision"] or environment()["raysweep"]
-    assert pipeline(TRAIN, again="revision").salt() == str(revision) != ""
+    monkeypatch.setattr("raysweep.pipeline.pipeline.get_today_date", lambda: "2026-03-01")
+    assert (
+        pipeline(TRAIN).compute_digest_salt() == ""
+        and pipeline(TRAIN, again="daily").compute_digest_salt() == "2026-03-01"
+    )
+    revision = describe_environment()["git_revision"] or describe_environment()["raysweep"]
+    assert pipeline(TRAIN, again="revision").compute_digest_salt() == str(revision) != ""
 
 
 def test_a_stage_is_named_by_kind_or_number() -> None:
     two = pipeline(TRAIN, TRAIN | {"runs": {"B": {"method": "at"}}}, {"kind": "autoattack"})
-    assert position(None, two) == 3, "beyond the last stage: nothing runs again"
-    assert [position(name, two) for name in ("train", "autoattack", "0", "1", "2")] == [0, 2, 0, 1, 2]
+    assert find_stage_index(None, two) == 3, "beyond the last stage: nothing runs again"
+    assert [find_stage_index(name, two) for name in ("train", "autoattack", "0", "1", "2")] == [
+        0,
+        2,
+        0,
+        1,
+        2,
+    ]
     for name in ("3", "-1", "promote", "", "1.0"):
         with pytest.raises(SpecError) as error:
-            position(name, two)
-        assert str(error.value) == f"--from {name!r}: this pipeline has 0 train, 1 train, 2 autoattack"
+            find_stage_index(name, two)
+        assert (
+            str(error.value) == f"--from {name!r}: this pipeline has 0 train, 1 train, 2 autoattack"
+        )
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Work:
+def work(tmp_path: Path) -> StageContext:
     folder = tmp_path / "runs" / "pipelines" / "p"
-    return Work("p", tmp_path, folder, tmp_path / "runs", Settings({}, {}), Console(), None, ExitStack())
+    return StageContext(
+        "p",
+        tmp_path,
+        folder,
+        tmp_path / "runs",
+        TrainingOverrides({}, {}),
+        Console(),
+        None,
+        ExitStack(),
+    )
 
 
 def test_files_are_named_by_relative_paths_inside_the_folder_and_absolute_ones_outside(
-    work: Work, tmp_path: Path
+    work: StageContext, tmp_path: Path
 ) -> None:
     inside, outside = tmp_path / "runs" / "s" / "epoch-0001", tmp_path.parent / "elsewhere"
-    assert work.reference(inside) == "runs/s/epoch-0001" and work.path("runs/s/epoch-0001") == inside
-    assert work.reference(outside) == str(outside) and work.path(str(outside)) == outside
-    copy = storage.at("s3://b/x?region=r")
-    assert work.reference(copy / "y") == "s3://b/x/y?region=r" and work.path("s3://b/x/y?region=r") == copy / "y"
+    assert (
+        work.make_reference(inside) == "runs/s/epoch-0001"
+        and work.resolve_reference("runs/s/epoch-0001") == inside
+    )
+    assert (
+        work.make_reference(outside) == str(outside)
+        and work.resolve_reference(str(outside)) == outside
+    )
+    copy = storage.local_path("s3://b/x?region=r")
+    assert (
+        work.make_reference(copy / "y") == "s3://b/x/y?region=r"
+        and work.resolve_reference("s3://b/x/y?region=r") == copy / "y"
+    )
 
 
-def test_a_stages_sweep_is_named_by_pipeline_stage_part_and_digest(work: Work, tmp_path: Path) -> None:
-    work.number, work.digest = 3, "0123456789abcdef"
-    assert work.sweep("at") == tmp_path / "runs" / "p-03-at-01234567"
-    assert work.sweep("lambda = -1/2 (ä).x_y").name == "p-03-lambda----1-2--ä-.x_y-01234567"
+def test_a_stages_sweep_is_named_by_pipeline_stage_part_and_digest(
+    work: StageContext, tmp_path: Path
+) -> None:
+    work.stage_number, work.stage_digest = 3, "0123456789abcdef"
+    assert work.choose_sweep_folder("at") == tmp_path / "runs" / "p-03-at-01234567"
+    assert (
+        work.choose_sweep_folder("lambda = -1/2 (ä).x_y").name
+        == "p-03-lambda----1-2--ä-.x_y-01234567"
+    )
 
 
-def test_data_are_read_once(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_are_read_once(work: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
     def counting(spec: DataSpec) -> Any:
         asked.append(spec.val_size)
-        return load(spec)
+        return load_data(spec)
 
-    monkeypatch.setattr(stage, "load", counting)
+    monkeypatch.setattr(stage, "load_data", counting)
     one, other = DataSpec(val_size=50, train_size=64), DataSpec(val_size=51, train_size=64)
-    assert work.data(one) is work.data(one.model_copy()) and len(work.data(other).val) == 51
+    assert (
+        work.get_dataset(one) is work.get_dataset(one.model_copy())
+        and len(work.get_dataset(other).val) == 51
+    )
     assert asked == [50, 51]
 
 
@@ -268,12 +348,16 @@ def test_which_nights_are_kept(tmp_path: Path) -> None:
         for name in names:
             (folder / name / ".prefixes").mkdir(parents=True)
             (folder / name / "sweep").mkdir()
-        nights.forget(folder, tonight, keep)
+        night_cleanup.delete_old_nights(folder, tonight, keep)
         return sorted(str(path.relative_to(folder)) for path in folder.glob("*/*"))
 
     days = ("2026-02-28", "2026-03-01", "2026-03-02")
     assert after("2026-03-02", 1, *days) == ["2026-03-02/.prefixes", "2026-03-02/sweep"]
-    assert after("2026-03-02", 2, *days) == ["2026-03-01/sweep", "2026-03-02/.prefixes", "2026-03-02/sweep"]
+    assert after("2026-03-02", 2, *days) == [
+        "2026-03-01/sweep",
+        "2026-03-02/.prefixes",
+        "2026-03-02/sweep",
+    ]
     assert after("2026-03-02", 9, *days) == [
         "2026-02-28/sweep",
         "2026-03-01/sweep",

@@ -7,9 +7,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from raysweep.evaluation.report import wilson
-from raysweep.pipeline.paper import agreement
-from raysweep.pipeline.statistics import Summary, binomial_p, kendall_tau, mcnemar, student_t, summary
+from raysweep.evaluation.report import compute_wilson_interval
+from raysweep.pipeline.paper_tables import decide_paper_verdict
+from raysweep.pipeline.statistics import (
+    AccuracySummary,
+    binomial_p_value,
+    kendall_tau,
+    mcnemar_test,
+    student_t_quantile,
+    summarize_accuracies,
+)
 
 
 def flags(both: int, gained: int, lost: int, neither: int) -> tuple[list[bool], list[bool]]:
@@ -30,7 +37,7 @@ def flags(both: int, gained: int, lost: int, neither: int) -> tuple[list[bool], 
     ],
 )
 def test_exact_binomial(hits, count, p) -> None:
-    assert binomial_p(hits, count) == pytest.approx(p)
+    assert binomial_p_value(hits, count) == pytest.approx(p)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +54,7 @@ def test_exact_binomial(hits, count, p) -> None:
     ],
 )
 def test_mcnemar(counts, verdict) -> None:
-    test = mcnemar(*flags(*counts))
+    test = mcnemar_test(*flags(*counts))
     assert test.verdict == verdict
     assert (test.gained, test.lost, test.examples) == (counts[1], counts[2], sum(counts))
     assert test.difference == pytest.approx((counts[1] - counts[2]) / sum(counts))
@@ -55,7 +62,7 @@ def test_mcnemar(counts, verdict) -> None:
 
 def test_mcnemar_interval() -> None:
     """(8 - 2) / 100, and 1.96 sqrt(10 - 36 / 100) / 100."""
-    test = mcnemar(*flags(40, 8, 2, 50))
+    test = mcnemar_test(*flags(40, 8, 2, 50))
     assert test.interval == pytest.approx((0.06 - 0.060854, 0.06 + 0.060854), abs=1e-5)
     assert test.p == pytest.approx(2 * (1 + 10 + 45) / 1024)
 
@@ -69,10 +76,10 @@ def test_kendall() -> None:
 
 
 def test_summary_has_both_sources_of_doubt() -> None:
-    one = summary([0.5], 10_000)
-    assert (one.median, one.sd, one.seeds) == (0.5, None, 1)
+    one = summarize_accuracies([0.5], 10_000)
+    assert (one.median, one.sd, one.n_seeds) == (0.5, None, 1)
     assert (one.low, one.high) == pytest.approx((0.4902, 0.5098), abs=1e-4)
-    five = summary([0.49, 0.50, 0.51, 0.50, 0.50], 10_000)
+    five = summarize_accuracies([0.49, 0.50, 0.51, 0.50, 0.50], 10_000)
     assert five.sd == pytest.approx(0.0070711, abs=1e-6)
     # t(4) 2.776 x 0.0070711 / sqrt 5 = 0.008778, with 0.0098 of the test set
     assert five.high - 0.5 == pytest.approx((0.008778**2 + 0.0098**2) ** 0.5, abs=1e-4)
@@ -93,8 +100,8 @@ def test_summary_has_both_sources_of_doubt() -> None:
 )
 def test_verdict_on_a_papers_number(middle, half, verdict) -> None:
     """The paper says 50, tolerance 1.5."""
-    ours = Summary(middle / 100, None, (middle - half) / 100, (middle + half) / 100, 1)
-    assert agreement(ours, 50.0, 1.5) == verdict
+    ours = AccuracySummary(middle / 100, None, (middle - half) / 100, (middle + half) / 100, 1)
+    assert decide_paper_verdict(ours, 50.0, 1.5) == verdict
 
 
 def test_exact_binomial_is_scipys() -> None:
@@ -102,19 +109,23 @@ def test_exact_binomial_is_scipys() -> None:
     splits = [(hits, count) for count in range(17) for hits in range(count // 2 + 1)]
     for hits, count in [*splits, (300, 700), (480, 1000), (990, 2000)]:
         expected = stats.binomtest(hits, count).pvalue if count else 1.0
-        assert binomial_p(hits, count) == pytest.approx(expected, rel=1e-9), (hits, count)
+        assert binomial_p_value(hits, count) == pytest.approx(expected, rel=1e-9), (hits, count)
 
 
-@pytest.mark.parametrize(("both", "gained", "lost", "neither"), [(30, 9, 2, 19), (500, 30, 61, 409), (3, 0, 7, 2)])
-def test_mcnemar_is_scipys_and_its_interval_that_of_paired_differences(both, gained, lost, neither) -> None:
+@pytest.mark.parametrize(
+    ("both", "gained", "lost", "neither"), [(30, 9, 2, 19), (500, 30, 61, 409), (3, 0, 7, 2)]
+)
+def test_mcnemar_is_scipys_and_its_interval_that_of_paired_differences(
+    both, gained, lost, neither
+) -> None:
     new, old = flags(both, gained, lost, neither)
-    test = mcnemar(new, old)
+    test = mcnemar_test(new, old)
     assert test.p == pytest.approx(stats.binomtest(gained, gained + lost).pvalue)
     differences = np.array(new, float) - np.array(old, float)
     half = stats.norm.ppf(0.975) * differences.std() / math.sqrt(len(new))
     assert test.difference == pytest.approx(differences.mean())
     assert test.interval == pytest.approx((differences.mean() - half, differences.mean() + half))
-    turned = mcnemar(old, new)
+    turned = mcnemar_test(old, new)
     assert (turned.gained, turned.lost, turned.p) == (lost, gained, test.p)
     assert turned.difference == -test.difference
 
@@ -122,36 +133,49 @@ def test_mcnemar_is_scipys_and_its_interval_that_of_paired_differences(both, gai
 def test_a_p_at_the_level_is_not_significant() -> None:
     """p = 2 / 32 for five gained and none lost."""
     new, old = flags(50, 5, 0, 45)
-    assert mcnemar(new, old, alpha=2 / 32).verdict == "cannot tell"
-    assert mcnemar(new, old, alpha=0.0626).verdict == "better"
-    assert mcnemar(old, new, alpha=0.0626).verdict == "worse"
-    assert mcnemar(*flags(50, 5, 0, 45)) == mcnemar(new, old, alpha=0.05, margin=0.01), "the defaults"
+    assert mcnemar_test(new, old, alpha=2 / 32).verdict == "cannot tell"
+    assert mcnemar_test(new, old, alpha=0.0626).verdict == "better"
+    assert mcnemar_test(old, new, alpha=0.0626).verdict == "worse"
+    assert mcnemar_test(*flags(50, 5, 0, 45)) == mcnemar_test(new, old, alpha=0.05, margin=0.01), (
+        "the defaults"
+    )
 
 
 def test_a_tie_needs_the_whole_interval_within_the_margin() -> None:
-    """Ten gained, four lost: the interval reaches further up than down; with the models swapped, further down."""
+    """Ten gained, four lost: the interval reaches further up than down; with the models swapped,
+    further down.
+    """
     for new, old in (flags(400, 10, 4, 586), flags(400, 4, 10, 586)):
-        low, high = mcnemar(new, old, alpha=0).interval
+        low, high = mcnemar_test(new, old, alpha=0).interval
         near, far = sorted((abs(low), abs(high)))
         assert low < 0 < high and near < far
-        assert mcnemar(new, old, alpha=0, margin=far).verdict == "tie", "an end equal to the margin is within it"
-        assert mcnemar(new, old, alpha=0, margin=(near + far) / 2).verdict == "cannot tell"
-        assert mcnemar(new, old, alpha=0, margin=near / 2).verdict == "cannot tell"
+        assert mcnemar_test(new, old, alpha=0, margin=far).verdict == "tie", (
+            "an end equal to the margin is within it"
+        )
+        assert mcnemar_test(new, old, alpha=0, margin=(near + far) / 2).verdict == "cannot tell"
+        assert mcnemar_test(new, old, alpha=0, margin=near / 2).verdict == "cannot tell"
 
 
 def test_wilson_is_scipys() -> None:
     for count in (1, 7, 100, 10_000):
         for hits in {0, 1, count // 3, count // 2, count - 1, count}:
             expected = stats.binomtest(hits, count).proportion_ci(0.95, method="wilson")
-            assert wilson(hits, count) == pytest.approx((expected.low, expected.high), abs=1e-7), (hits, count)
-    assert wilson(0, 0) == (0.0, 1.0)
-    assert all(0 <= low <= high <= 1 for low, high in (wilson(0, 3), wilson(3, 3)))
+            assert compute_wilson_interval(hits, count) == pytest.approx(
+                (expected.low, expected.high), abs=1e-7
+            ), (hits, count)
+    assert compute_wilson_interval(0, 0) == (0.0, 1.0)
+    assert all(
+        0 <= low <= high <= 1
+        for low, high in (compute_wilson_interval(0, 3), compute_wilson_interval(3, 3))
+    )
 
 
 def test_students_t_is_scipys_however_many_seeds() -> None:
     for freedom in (*range(1, 60), 100, 1000):
-        assert student_t(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=5e-4), freedom
-    points = [student_t(freedom) for freedom in range(1, 60)]
+        assert student_t_quantile(freedom) == pytest.approx(
+            stats.t.ppf(0.975, freedom), abs=5e-4
+        ), freedom
+    points = [student_t_quantile(freedom) for freedom in range(1, 60)]
     assert points == sorted(points, reverse=True)
 
 
@@ -164,7 +188,9 @@ def test_kendall_is_scipys_with_and_without_ties() -> None:
             found = kendall_tau(a.tolist(), b.tolist())
             assert found is None if math.isnan(expected) else found == pytest.approx(expected)
         a, b = draws.normal(size=size), draws.normal(size=size)
-        assert kendall_tau(a.tolist(), b.tolist()) == pytest.approx(stats.kendalltau(a, b).statistic)
+        assert kendall_tau(a.tolist(), b.tolist()) == pytest.approx(
+            stats.kendalltau(a, b).statistic
+        )
 
 
 @pytest.mark.parametrize(
@@ -180,42 +206,47 @@ def test_kendall_is_scipys_with_and_without_ties() -> None:
 )
 def test_median_and_spread_over_seeds(shares, median, sd) -> None:
     """The spread divides by n - 1: (0.6 - 0.4) / sqrt 2 for two."""
-    found = summary(shares, 1000)
+    found = summarize_accuracies(shares, 1000)
     assert found.median == pytest.approx(median)
     assert found.sd == (None if sd is None else pytest.approx(sd, abs=1e-12))
-    assert found.seeds == len(shares)
+    assert found.n_seeds == len(shares)
 
 
 @pytest.mark.parametrize("seeds", [2, 5, 11, 12, 25])
 def test_the_interval_adds_the_uncertainty_of_seeds_to_that_of_the_test_set(seeds) -> None:
     shares = [0.5 + 0.04 * math.sin(seed) for seed in range(seeds)]
-    found = summary(shares, 1000)
+    found = summarize_accuracies(shares, 1000)
     median = statistics.median(shares)
     over_seeds = stats.t.ppf(0.975, seeds - 1) * np.std(shares, ddof=1) / math.sqrt(seeds)
     of_test = stats.binomtest(round(median * 1000), 1000).proportion_ci(0.95, method="wilson")
-    assert found.low == pytest.approx(median - math.hypot(over_seeds, median - of_test.low), abs=5e-5)
-    assert found.high == pytest.approx(median + math.hypot(over_seeds, of_test.high - median), abs=5e-5)
+    assert found.low == pytest.approx(
+        median - math.hypot(over_seeds, median - of_test.low), abs=5e-5
+    )
+    assert found.high == pytest.approx(
+        median + math.hypot(over_seeds, of_test.high - median), abs=5e-5
+    )
 
 
 def test_the_interval_of_one_seed_is_that_of_the_test_set() -> None:
     for hits in (0, 3, 50, 100):
         expected = stats.binomtest(hits, 100).proportion_ci(0.95, method="wilson")
-        found = summary([hits / 100], 100)
+        found = summarize_accuracies([hits / 100], 100)
         assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-7)
 
 
 def test_the_interval_stays_between_0_and_1() -> None:
     """Two seeds far apart: t is 12.7."""
     for shares in ([0.01, 0.6], [0.4, 0.99], [0.0, 1.0]):
-        found = summary(shares, 100)
+        found = summarize_accuracies(shares, 100)
         assert 0 <= found.low <= found.median <= found.high <= 1
-    assert summary([0.0, 1.0], 100)[2:4] == (0.0, 1.0)
+    assert summarize_accuracies([0.0, 1.0], 100)[2:4] == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
     ("low", "middle", "high", "verdict"),
     [
-        # Sums of powers of 2, so that equal numbers are exactly equal: the paper says 50, with tolerance 12.5.
+        # Sums of powers of 2, so that equal numbers are exactly equal: the paper says 50, with
+        # tolerance 12.5.
         (0.5, 0.625, 0.75, "reproduced"),
         (0.25, 0.375, 0.5, "reproduced"),
         (0.5, 0.626, 0.75, "cannot tell"),
@@ -228,4 +259,4 @@ def test_the_interval_stays_between_0_and_1() -> None:
     ],
 )
 def test_verdict_where_a_number_lies_on_the_tolerance(low, middle, high, verdict) -> None:
-    assert agreement(Summary(middle, None, low, high, 1), 50.0, 12.5) == verdict
+    assert decide_paper_verdict(AccuracySummary(middle, None, low, high, 1), 50.0, 12.5) == verdict

@@ -1,4 +1,6 @@
-"""One training step and what is recorded of it, in numbers worked out by hand, with one worker and with two."""
+"""One training step and what is recorded of it, in numbers worked out by hand, with one worker and
+with two.
+"""
 
 import math
 import threading
@@ -11,16 +13,32 @@ import torch
 from conftest import tiny
 from torch import Tensor, nn
 
-from raysweep.attacks import PGD, Adversarial
+from raysweep.attacks import PGD, AttackResult
 from raysweep.catalog import METHODS
-from raysweep.data import Data
-from raysweep.method import NATURAL, ONE_WORKER, Method, Step, Term, Workers
-from raysweep.rng import Rng
-from raysweep.spec import SpecError, override
-from raysweep.training.diagnostics import Diagnostics, natural_accuracy, read_histograms, write_histograms
-from raysweep.training.distributed import average_gradients, check, first_says, mean_metrics
-from raysweep.training.trainer import fit
-from raysweep.weights import Geometry, Margin, Remainder, Vulnerability
+from raysweep.data import Dataset
+from raysweep.method import NATURAL_INPUT, Method, MethodOutput, Term
+from raysweep.rng import ExampleRng
+from raysweep.spec import SpecError, apply_overrides
+from raysweep.training.diagnostics import (
+    EpochDiagnostics,
+    measure_natural_accuracy,
+    read_histograms,
+    write_histograms,
+)
+from raysweep.training.distributed import (
+    average_gradients,
+    average_metrics,
+    broadcast_int,
+    check_method_distributable,
+)
+from raysweep.training.trainer import train_model
+from raysweep.weights import (
+    GeometryWeight,
+    ProbabilisticMarginWeight,
+    RemainderWeight,
+    VulnerabilityWeight,
+)
+from raysweep.worker_group import SINGLE_WORKER, WorkerGroup
 
 
 class Rank:
@@ -31,7 +49,7 @@ class Rank:
     def __init__(self, rank: int, barrier: threading.Barrier, values: dict[int, Tensor]) -> None:
         self.rank, self._barrier, self._values = rank, barrier, values
 
-    def sum(self, value: Tensor) -> Tensor:
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
         self._values[self.rank] = value.detach().clone()
         self._barrier.wait()
         total = self._values[0] + self._values[1]
@@ -39,7 +57,7 @@ class Rank:
         return total
 
 
-def on_two_workers(work: Callable[[Workers], Any]) -> list[Any]:
+def on_two_workers(work: Callable[[WorkerGroup], Any]) -> list[Any]:
     """Run `work` on both workers and return both results."""
     barrier, values, found = threading.Barrier(2, timeout=60), {}, {}
     ranks = [Rank(rank, barrier, values) for rank in range(2)]
@@ -71,9 +89,17 @@ def ce(logits: list[float], label: int) -> float:
 CE = [ce(z, y) for z, y in zip(LOGITS, LABELS, strict=True)]
 
 
-def step_of(method: Method, workers: Workers = ONE_WORKER, rows: slice = slice(None)) -> Step:
+def step_of(
+    method: Method, workers: WorkerGroup = SINGLE_WORKER, rows: slice = slice(None)
+) -> MethodOutput:
     x = torch.tensor(LOGITS, dtype=torch.float64)[rows].view(-1, 1, 1, 3)
-    return method(Row(), x, torch.tensor(LABELS)[rows], Rng.for_examples(torch.arange(len(x)), 0), workers)
+    return method(
+        Row(),
+        x,
+        torch.tensor(LABELS)[rows],
+        ExampleRng.for_examples(torch.arange(len(x)), 0),
+        workers,
+    )
 
 
 def by_hand_method(normalise: bool = False, divided: bool = True) -> Method:
@@ -81,8 +107,14 @@ def by_hand_method(normalise: bool = False, divided: bool = True) -> Method:
         attacks={"pgd": STILL},
         terms={
             "clean": Term(on="natural", coef=0.5),
-            "both": Term(on="natural+pgd", coef=2.0, weight=Geometry(lam=-1.0, by="pgd", normalise=divided)),
-            "rest": Term(on="pgd", coef=3.0, weight=Remainder(total=1.5, of=("clean", "both"))),
+            "both": Term(
+                on="natural+pgd",
+                coef=2.0,
+                weight=GeometryWeight(lam=-1.0, by="pgd", normalise=divided),
+            ),
+            "rest": Term(
+                on="pgd", coef=3.0, weight=RemainderWeight(total=1.5, of=("clean", "both"))
+            ),
         },
         normalise=normalise,
     )
@@ -94,7 +126,9 @@ def expected_loss(normalise: bool, divided: bool) -> float:
     rest = [max(1.5 - 1 - w, 0) for w in both]
     if divided:
         both = [w / (sum(both) / 3) for w in both]
-    total = sum(0.5 * c + 2 * w * (c + c) + 3 * r * c for c, w, r in zip(CE, both, rest, strict=True))
+    total = sum(
+        0.5 * c + 2 * w * (c + c) + 3 * r * c for c, w, r in zip(CE, both, rest, strict=True)
+    )
     return total / (sum(1 + w + r for w, r in zip(both, rest, strict=True)) if normalise else 3)
 
 
@@ -104,44 +138,62 @@ def test_the_loss_by_hand(normalise: bool, divided: bool) -> None:
     """A term sees the weights of earlier terms before they are divided by their mean."""
     method = by_hand_method(normalise, divided)
     step = step_of(method)
-    assert step.adversarial["pgd"].kappa is not None and step.adversarial["pgd"].kappa.tolist() == [4, 4, 0]
+    assert step.attack_results["pgd"].kappa is not None and step.attack_results[
+        "pgd"
+    ].kappa.tolist() == [4, 4, 0]
     assert step.loss.item() == pytest.approx(expected_loss(normalise, divided), rel=1e-9)
-    assert step.rows == 3
-    parts = on_two_workers(lambda w: step_of(method, w, slice(0, 1) if w.rank == 0 else slice(1, 3)))
-    assert [len(part.weights["both"]) for part in parts] == [1, 2] and all(part.rows == 3 for part in parts)
+    assert step.global_batch_size == 3
+    parts = on_two_workers(
+        lambda w: step_of(method, w, slice(0, 1) if w.rank == 0 else slice(1, 3))
+    )
+    assert [len(part.weights["both"]) for part in parts] == [1, 2] and all(
+        part.global_batch_size == 3 for part in parts
+    )
     assert sum(part.loss.item() for part in parts) / 2 == pytest.approx(step.loss.item(), rel=1e-9)
 
 
 def test_a_worker_without_rows_has_no_part_in_the_loss() -> None:
-    parts = on_two_workers(lambda w: step_of(by_hand_method(), w, slice(0, 3) if w.rank == 0 else slice(3, 3)))
-    assert parts[1].loss == 0 and parts[0].loss.item() / 2 == pytest.approx(expected_loss(False, True), rel=1e-9)
+    parts = on_two_workers(
+        lambda w: step_of(by_hand_method(), w, slice(0, 3) if w.rank == 0 else slice(3, 3))
+    )
+    assert parts[1].loss == 0 and parts[0].loss.item() / 2 == pytest.approx(
+        expected_loss(False, True), rel=1e-9
+    )
 
 
 def test_weights_that_are_all_zero_give_a_loss_of_zero() -> None:
-    nothing = Term(on="pgd", weight=Geometry(shape="piecewise", table=(0.0,)))
-    faint = Term(on="pgd", weight=Vulnerability(alpha=0.0))
+    nothing = Term(on="pgd", weight=GeometryWeight(shape="piecewise", table=(0.0,)))
+    faint = Term(on="pgd", weight=VulnerabilityWeight(alpha=0.0))
     for term, normalise in ((nothing, False), (nothing, True), (faint, True)):
-        assert step_of(Method(attacks={"pgd": STILL}, terms={"a": term}, normalise=normalise)).loss == 0
+        assert (
+            step_of(Method(attacks={"pgd": STILL}, terms={"a": term}, normalise=normalise)).loss
+            == 0
+        )
 
 
 def test_the_model_sees_the_views_in_order_and_natural_data_only_if_a_term_needs_them() -> None:
     """The running statistics of a batch norm show the order and number of forwards in training."""
 
-    def norm_after(terms: dict[str, Term]) -> tuple[nn.BatchNorm2d, Step, Tensor]:
+    def norm_after(terms: dict[str, Term]) -> tuple[nn.BatchNorm2d, MethodOutput, Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 3)).train()
         x = torch.rand(6, 1, 2, 2)
-        used = {view for term in terms.values() for view in term.views} - {NATURAL}
+        used = {view for term in terms.values() for view in term.input_names} - {NATURAL_INPUT}
         attacks = {
-            name: PGD(eps=0.3, step_size=0.2, steps=2, loss=loss) for name, loss in (("pgd", "ce"), ("cw", "cw"))
+            name: PGD(eps=0.3, step_size=0.2, steps=2, loss=loss)
+            for name, loss in (("pgd", "ce"), ("cw", "cw"))
         }
-        method = Method(attacks={name: attacks[name] for name in attacks if name in used}, terms=terms)
-        rng = Rng.for_examples(torch.arange(6), 0)
+        method = Method(
+            attacks={name: attacks[name] for name in attacks if name in used}, terms=terms
+        )
+        rng = ExampleRng.for_examples(torch.arange(6), 0)
         return model[0], method(model, x, torch.arange(6) % 3, rng), x
 
-    norm, step, x = norm_after({"cw": Term(on="cw"), "pgd": Term(on="pgd"), "natural": Term(on="natural")})
+    norm, step, x = norm_after(
+        {"cw": Term(on="cw"), "pgd": Term(on="pgd"), "natural": Term(on="natural")}
+    )
     mean = 0.0
-    for view in (x, step.adversarial["pgd"].x, step.adversarial["cw"].x):
+    for view in (x, step.attack_results["pgd"].x_adv, step.attack_results["cw"].x_adv):
         mean = 0.9 * mean + 0.1 * view.mean().item()
     assert norm.num_batches_tracked == 3 and norm.running_mean is not None
     assert norm.running_mean.item() == pytest.approx(mean, rel=1e-5)
@@ -149,7 +201,7 @@ def test_the_model_sees_the_views_in_order_and_natural_data_only_if_a_term_needs
         (Term(on="pgd"), 1),
         (Term(on="pgd", loss="kl"), 2),
         (Term(on="pgd", loss="kl_misclassified"), 2),
-        (Term(on="pgd", weight=Margin(by="natural")), 2),
+        (Term(on="pgd", weight=ProbabilisticMarginWeight(by="natural")), 2),
         (Term(on="pgd+natural"), 2),
     ):
         assert norm_after({"a": term})[0].num_batches_tracked == forwards, term
@@ -158,26 +210,48 @@ def test_the_model_sees_the_views_in_order_and_natural_data_only_if_a_term_needs
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"attacks": {"natural": {"kind": "pgd"}}, "terms": {"a": {"on": "natural"}}}, "is the name of the clean view"),
-        ({"attacks": {"my-pgd": {"kind": "pgd"}}, "terms": {"a": {"on": "my-pgd"}}}, "'my-pgd' is not a plain name"),
+        (
+            {"attacks": {"natural": {"kind": "pgd"}}, "terms": {"a": {"on": "natural"}}},
+            "is the name of the clean view",
+        ),
+        (
+            {"attacks": {"my-pgd": {"kind": "pgd"}}, "terms": {"a": {"on": "my-pgd"}}},
+            "'my-pgd' is not a plain name",
+        ),
         ({"terms": {"a b": {"on": "natural"}}}, "'a b' is not a plain name"),
         ({"name": "../up", "terms": {"a": {"on": "natural"}}}, "use letters, digits"),
         ({"terms": {"a": {"on": "natural + pgd"}}}, r"terms\.a\.on: no view 'pgd'"),
-        ({"terms": {"a": {"on": "natural", "weight": {"kind": "margin", "by": "cw"}}}}, r"weight\.by: no view 'cw'"),
+        (
+            {"terms": {"a": {"on": "natural", "weight": {"kind": "margin", "by": "cw"}}}},
+            r"weight\.by: no view 'cw'",
+        ),
         ({"terms": {}}, "at least 1 item"),
-        ({"terms": {"a": {"on": "natural", "weight": {"kind": "remainder", "total": 1, "of": ["a"]}}}}, "before it"),
+        (
+            {
+                "terms": {
+                    "a": {"on": "natural", "weight": {"kind": "remainder", "total": 1, "of": ["a"]}}
+                }
+            },
+            "before it",
+        ),
     ],
 )
 def test_a_method_that_makes_no_sense_is_refused(data: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        Method.load(data)
+        Method.from_data(data)
 
 
 def test_a_term_may_have_the_name_of_the_clean_view() -> None:
-    assert list(Method.load({"terms": {"natural": {"on": "natural"}}}).terms) == ["natural"]
+    assert list(Method.from_data({"terms": {"natural": {"on": "natural"}}}).terms) == ["natural"]
 
 
-P = [[0.51, 0.30, 0.19], [0.60, 0.31, 0.09], [0.10, 0.09, 0.81], [0.21, 0.20, 0.59], [0.25, 0.51, 0.24]]
+P = [
+    [0.51, 0.30, 0.19],
+    [0.60, 0.31, 0.09],
+    [0.10, 0.09, 0.81],
+    [0.21, 0.20, 0.59],
+    [0.25, 0.51, 0.24],
+]
 Y, KAPPA, WEIGHT = [0, 1, 2, 0, 1], [0, 1, 3, 4, 3], [0.1, 1.0, 2.9, 0.0, 0.5]
 RECORDED = Method(
     attacks={"pgd": PGD(steps=4), "cw": PGD(steps=4, loss="cw")},
@@ -185,20 +259,23 @@ RECORDED = Method(
 )
 
 
-def recorded(rows: slice, loss: float, of: int) -> tuple[Step, Tensor]:
+def recorded(rows: slice, loss: float, of: int) -> tuple[MethodOutput, Tensor]:
     logits = torch.tensor(P)[rows].log()
     kappa = torch.tensor(KAPPA)[rows]
     # On natural data all rows but the first are right.
     natural = torch.nn.functional.one_hot(torch.tensor([1, 1, 2, 0, 1])[rows], 3).float()
     spent = torch.full_like(kappa, 4)
     return (
-        Step(
+        MethodOutput(
             loss=torch.tensor(loss),
             natural_logits=natural,
-            logits={NATURAL: natural, "pgd": logits, "cw": logits},
-            adversarial={"pgd": Adversarial(logits, spent, kappa), "cw": Adversarial(logits, spent)},
+            logits={NATURAL_INPUT: natural, "pgd": logits, "cw": logits},
+            attack_results={
+                "pgd": AttackResult(logits, spent, kappa),
+                "cw": AttackResult(logits, spent),
+            },
             weights={"pgd": torch.tensor(WEIGHT)[rows], "clean": torch.zeros(len(kappa))},
-            rows=torch.tensor(float(of)),
+            global_batch_size=torch.tensor(float(of)),
         ),
         torch.tensor(Y)[rows],
     )
@@ -222,7 +299,8 @@ EXPECTED = {
     "train/active_clean": 0.0,
     "train/low_weight_clean": 1.0,
 }
-# {bin: examples}, of bins 0.025 and 0.05 wide for V, 0.1 for weights as multiples of their batch's mean.
+# {bin: examples}, of bins 0.025 and 0.05 wide for V, 0.1 for weights as multiples of their batch's
+# mean.
 BINS = {
     "kappa_pgd": {0: 1, 1: 1, 3: 2, 4: 1},
     "V_pgd": {8: 1, 12: 1, 20: 2, 32: 1},
@@ -233,16 +311,24 @@ BINS = {
 
 
 def test_the_record_of_an_epoch_by_hand() -> None:
-    seen = Diagnostics(RECORDED, ONE_WORKER)
-    seen.add(*recorded(slice(0, 4), 2.0, 4))
-    assert seen.metrics()["train/kappa_median_pgd"] == 1.0, "the lower of the two medians of 0, 1, 3, 4"
-    seen.add(*recorded(slice(4, 5), 5.0, 1))
-    assert seen.metrics() == pytest.approx(EXPECTED)
-    histograms = seen.histograms()
-    assert {k: {i: n for i, n in enumerate(h["counts"]) if n} for k, h in histograms.items()} == BINS
+    seen = EpochDiagnostics(RECORDED, SINGLE_WORKER)
+    seen.add_batch(*recorded(slice(0, 4), 2.0, 4))
+    assert seen.compute_metrics()["train/kappa_median_pgd"] == 1.0, (
+        "the lower of the two medians of 0, 1, 3, 4"
+    )
+    seen.add_batch(*recorded(slice(4, 5), 5.0, 1))
+    assert seen.compute_metrics() == pytest.approx(EXPECTED)
+    histograms = seen.compute_histograms()
+    assert {
+        k: {i: n for i, n in enumerate(h["counts"]) if n} for k, h in histograms.items()
+    } == BINS
     edges = {name: histogram["edges"] for name, histogram in histograms.items()}
     assert edges["kappa_pgd"] == [0, 1, 2, 3, 4, 5]
-    for name, low, high, count in (("V_pgd", 0, 1, 40), ("V_cw", -1, 1, 40), ("weight_pgd", 0, 5, 50)):
+    for name, low, high, count in (
+        ("V_pgd", 0, 1, 40),
+        ("V_cw", -1, 1, 40),
+        ("weight_pgd", 0, 5, 50),
+    ):
         assert len(edges[name]) == count + 1 and edges[name][0] == low and edges[name][-1] == high
         assert edges[name][1] - edges[name][0] == pytest.approx((high - low) / count)
 
@@ -250,67 +336,103 @@ def test_the_record_of_an_epoch_by_hand() -> None:
 def test_two_workers_record_what_one_does() -> None:
     """A worker's loss is its part of the global mean, times the number of workers."""
 
-    def work(workers: Workers) -> tuple[dict[str, float], dict[str, Any]]:
-        seen = Diagnostics(RECORDED, workers)
-        seen.add(*(recorded(slice(0, 4), 8 / 5 * 2, 5) if workers.rank == 0 else recorded(slice(4, 5), 5 / 5 * 2, 5)))
-        return seen.metrics(), seen.histograms()
+    def work(workers: WorkerGroup) -> tuple[dict[str, float], dict[str, Any]]:
+        seen = EpochDiagnostics(RECORDED, workers)
+        seen.add_batch(
+            *(
+                recorded(slice(0, 4), 8 / 5 * 2, 5)
+                if workers.rank == 0
+                else recorded(slice(4, 5), 5 / 5 * 2, 5)
+            )
+        )
+        return seen.compute_metrics(), seen.compute_histograms()
 
     for metrics, histograms in on_two_workers(work):
         assert metrics == pytest.approx(EXPECTED)
-        assert {k: {i: n for i, n in enumerate(h["counts"]) if n} for k, h in histograms.items()} == BINS
+        assert {
+            k: {i: n for i, n in enumerate(h["counts"]) if n} for k, h in histograms.items()
+        } == BINS
 
 
 def test_a_weight_beyond_the_last_edge_is_in_the_last_bin() -> None:
-    """One of eight rows has all the weight, eight times the mean; the histogram ends at five times the mean."""
+    """One of eight rows has all the weight, eight times the mean; the histogram ends at five times
+    the mean.
+    """
     logits, y = torch.zeros(8, 3), torch.zeros(8, dtype=torch.int64)
     method = Method(terms={"clean": Term(on="natural")})
     weight = torch.tensor([0.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0])
-    seen = Diagnostics(method, ONE_WORKER)
-    seen.add(Step(torch.tensor(1.0), logits, {NATURAL: logits}, {}, {"clean": weight}, torch.tensor(8.0)), y)
-    assert seen.histograms()["weight_clean"]["counts"] == [7, *[0] * 48, 1]
-    assert seen.metrics()["train/ess_clean"] == pytest.approx(1 / 8)
+    seen = EpochDiagnostics(method, SINGLE_WORKER)
+    seen.add_batch(
+        MethodOutput(
+            torch.tensor(1.0),
+            logits,
+            {NATURAL_INPUT: logits},
+            {},
+            {"clean": weight},
+            torch.tensor(8.0),
+        ),
+        y,
+    )
+    assert seen.compute_histograms()["weight_clean"]["counts"] == [7, *[0] * 48, 1]
+    assert seen.compute_metrics()["train/ess_clean"] == pytest.approx(1 / 8)
 
 
-def test_natural_accuracy_is_at_the_first_images_in_eval_mode(digits: Data) -> None:
+def test_natural_accuracy_is_at_the_first_images_in_eval_mode(digits: Dataset) -> None:
     class Seen(nn.Module):
         rows = 0
 
         def forward(self, x: Tensor) -> Tensor:
             assert not self.training
             self.rows += len(x)
-            return nn.functional.one_hot(digits.train.y[: len(x)], 10).float() * torch.arange(len(x)).lt(5)[:, None]
+            return (
+                nn.functional.one_hot(digits.train.y[: len(x)], 10).float()
+                * torch.arange(len(x)).lt(5)[:, None]
+            )
 
     model = Seen().train()
     right = 5 + int((digits.train.y[5:20] == 0).sum())
-    assert natural_accuracy(model, digits.train, 20) == pytest.approx(right / 20)
+    assert measure_natural_accuracy(model, digits.train, 20) == pytest.approx(right / 20)
     assert model.rows == 20 and model.training
-    natural_accuracy(model, digits.train)
+    measure_natural_accuracy(model, digits.train)
     assert model.rows == 20 + 64
 
 
 def test_histograms_are_kept_by_epoch(tmp_path: Path) -> None:
     for epoch in (1, 12):
         write_histograms(tmp_path, epoch, {"V": {"edges": [0.0, 1.0], "counts": [epoch]}})
-    assert sorted(path.name for path in (tmp_path / "histograms").iterdir()) == ["epoch-0001.json", "epoch-0012.json"]
-    assert {epoch: found["V"]["counts"] for epoch, found in read_histograms(tmp_path).items()} == {1: [1], 12: [12]}
+    assert sorted(path.name for path in (tmp_path / "histograms").iterdir()) == [
+        "epoch-0001.json",
+        "epoch-0012.json",
+    ]
+    assert {epoch: found["V"]["counts"] for epoch, found in read_histograms(tmp_path).items()} == {
+        1: [1],
+        12: [12],
+    }
 
 
 def test_metrics_of_workers_are_weighted_by_their_rows() -> None:
     parts = [({"clean": 0.5, "pgd": 1 / 3}, 3), ({"clean": 0.1, "pgd": 1 / 3}, 1)]
-    for found in on_two_workers(lambda w: mean_metrics(*parts[w.rank], w, torch.device("cpu"))):
-        assert found == {"clean": 0.4, "pgd": 0.333333}, "values are rounded, so that ties stay ties"
-    assert mean_metrics({"pgd": 1 / 3}, 3, ONE_WORKER, torch.device("cpu")) == {"pgd": 1 / 3}
+    for found in on_two_workers(lambda w: average_metrics(*parts[w.rank], w, torch.device("cpu"))):
+        assert found == {"clean": 0.4, "pgd": 0.333333}, (
+            "values are rounded, so that ties stay ties"
+        )
+    assert average_metrics({"pgd": 1 / 3}, 3, SINGLE_WORKER, torch.device("cpu")) == {"pgd": 1 / 3}
 
 
 def test_the_first_workers_number_is_everybodys() -> None:
-    assert on_two_workers(lambda w: first_says(7 - 4 * w.rank, w, torch.device("cpu"))) == [7, 7]
-    assert first_says(3, ONE_WORKER, torch.device("cpu")) == 3
+    assert on_two_workers(lambda w: broadcast_int(7 - 4 * w.rank, w, torch.device("cpu"))) == [7, 7]
+    assert broadcast_int(3, SINGLE_WORKER, torch.device("cpu")) == 3
 
 
 def test_gradients_are_averaged_in_their_own_place_and_type() -> None:
-    def work(workers: Workers) -> list[Tensor | None]:
+    def work(workers: WorkerGroup) -> list[Tensor | None]:
         model = nn.ParameterList(
-            [torch.zeros(2), torch.zeros(1, 3, dtype=torch.float64), torch.zeros(4), torch.zeros(2, 2)]
+            [
+                torch.zeros(2),
+                torch.zeros(1, 3, dtype=torch.float64),
+                torch.zeros(4),
+                torch.zeros(2, 2),
+            ]
         )
         for number, parameter in enumerate(model):
             if number != 2:
@@ -330,29 +452,38 @@ def test_gradients_are_averaged_in_their_own_place_and_type() -> None:
     [
         ({"mode": "train", "tau": 1}, True),
         ({"mode": "train", "tau": 0}, True),
-        ({"mode": "train", "tau": {"kind": "piecewise", "boundaries": [5], "values": [0, 3]}}, True),
+        (
+            {"mode": "train", "tau": {"kind": "piecewise", "boundaries": [5], "values": [0, 3]}},
+            True,
+        ),
         ({"mode": "train"}, False),
         ({"tau": 1}, False),
         ({}, False),
     ],
 )
 @pytest.mark.parametrize("attack", ["pgd", "cw"])
-def test_which_attacks_several_workers_refuse(changes: dict[str, Any], refused: bool, attack: str) -> None:
+def test_which_attacks_several_workers_refuse(
+    changes: dict[str, Any], refused: bool, attack: str
+) -> None:
     """Batch norms over the rows of all workers need the same number of forwards on each worker."""
-    method = override(METHODS["lrat"](), {f"attacks.{attack}.{key}": value for key, value in changes.items()})
-    check(method, ONE_WORKER)
+    method = apply_overrides(
+        METHODS["lrat"](), {f"attacks.{attack}.{key}": value for key, value in changes.items()}
+    )
+    check_method_distributable(method, SINGLE_WORKER)
     two = Rank(0, threading.Barrier(2), {})
     if refused:
         with pytest.raises(SpecError, match=rf"method\.attacks\.{attack}: mode train with tau"):
-            check(method, two)
+            check_method_distributable(method, two)
     else:
-        check(method, two)
-    check(METHODS["mma"](), two)
+        check_method_distributable(method, two)
+    check_method_distributable(METHODS["mma"](), two)
 
 
 def test_one_worker_trains_with_batch_norms_in_train_mode_under_an_attack_that_stops_early(
-    tmp_path: Path, digits: Data
+    tmp_path: Path, digits: Dataset
 ) -> None:
     settings = {"method__attacks__pgd__mode": "train", "method__attacks__pgd__tau": 1}
-    fitted = fit(tiny("at", epochs=1, **settings), tmp_path, data=digits)
-    assert fitted.last.epoch == 1 and math.isfinite(fitted.last.metrics["train/loss"])
+    fitted = train_model(tiny("at", epochs=1, **settings), tmp_path, data=digits)
+    assert fitted.last_checkpoint.epoch == 1 and math.isfinite(
+        fitted.last_checkpoint.last_metrics["train/loss"]
+    )

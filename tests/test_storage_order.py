@@ -1,4 +1,6 @@
-"""A checkpoint in a bucket is whole or absent at every moment: a push or a drop is cut off at each of its requests."""
+"""A checkpoint in a bucket is whole or absent at every moment: a push or a drop is cut off at each
+of its requests.
+"""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -12,25 +14,38 @@ from pyarrow import fs
 from werkzeug.serving import make_server
 
 from raysweep import storage
-from raysweep.files import write_whole
+from raysweep.atomic_files import atomic_write_text
 from raysweep.spec import SpecError
-from raysweep.sweep.failures import ERROR, explain, forget, keep, kept
+from raysweep.training.failure_reports import (
+    TRACEBACK_FILE,
+    clear_failure_report,
+    failure_report,
+    load_failure_report,
+    save_failure_report,
+)
 
 BUCKET = "order"
-# `meta.json` is neither the first nor the last in the alphabet, nor in the order in which a folder is listed.
+# `meta.json` is neither the first nor the last in the alphabet, nor in the order in which a folder
+# is listed.
 FILES = ("config.json", "a.bin", "meta.json", "weights.bin", "state.bin")
 
 
 class Gate:
-    """The S3 test server. Records each request for a change, and refuses all after the first `allowed`."""
+    """The S3 test server. Records each request for a change, and refuses all after the first
+    `allowed`.
+    """
 
     def __init__(self, application: Callable[..., Iterable[bytes]]) -> None:
         self._application = application
         self.changes: list[str] = []
         self.allowed = 1000
 
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        method, path, query = (environ[key] for key in ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING"))
+    def __call__(
+        self, environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
+        method, path, query = (
+            environ[key] for key in ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING")
+        )
         if method in ("PUT", "DELETE") or (method == "POST" and "delete" in query):
             self.changes.append(f"{method} {path.rpartition('/')[2]}")
             if len(self.changes) > self.allowed:
@@ -52,7 +67,9 @@ def served() -> Iterator[tuple[Gate, str]]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     query = f"endpoint_override=127.0.0.1:{server.port}&scheme=http"
-    fs.FileSystem.from_uri(f"s3://{BUCKET}?allow_bucket_creation=true&{query}")[0].create_dir(BUCKET)
+    fs.FileSystem.from_uri(f"s3://{BUCKET}?allow_bucket_creation=true&{query}")[0].create_dir(
+        BUCKET
+    )
     yield gate, f"s3://{BUCKET}/run?{query}"
     server.shutdown()
     thread.join()
@@ -60,29 +77,33 @@ def served() -> Iterator[tuple[Gate, str]]:
 
 def written(path: Path, text: str) -> Path:
     for name in FILES:
-        write_whole(path / name, f"{name} {text}")
+        atomic_write_text(path / name, f"{name} {text}")
     return path
 
 
 @pytest.fixture
 def machines(served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Function that switches to the named machine (its own local copy) and returns the run's folder there."""
+    """Function that switches to the named machine (its own local copy) and returns the run's folder
+    there.
+    """
 
     def act_as(machine: str) -> Path:
         monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / machine))
-        return storage.at(served[1])
+        return storage.local_path(served[1])
 
     return act_as
 
 
 def assert_seen(path: Path, text: str | None) -> None:
     """Check what a machine finds: no checkpoint (None), or all of its files."""
-    assert storage.folders(path.parent) == ([] if text is None else [path.name])
-    assert storage.pull(path) == (text is not None)
+    assert storage.list_folders_containing(path.parent) == ([] if text is None else [path.name])
+    assert storage.pull_checkpoint(path) == (text is not None)
     if text is None:
         assert not path.exists(), "the local copy has no incomplete checkpoint either"
     else:
-        assert {file.name: file.read_text() for file in path.iterdir()} == {name: f"{name} {text}" for name in FILES}
+        assert {file.name: file.read_text() for file in path.iterdir()} == {
+            name: f"{name} {text}" for name in FILES
+        }
 
 
 def test_a_push_that_is_cut_off_is_no_checkpoint_until_its_last_file(served, machines) -> None:
@@ -91,94 +112,116 @@ def test_a_push_that_is_cut_off_is_no_checkpoint_until_its_last_file(served, mac
         path = written(machines("one") / f"epoch-{allowed}", "new")
         gate.allow(allowed)
         with pytest.raises(SpecError, match="ACCESS_DENIED"):
-            storage.push(path)
+            storage.push_to_bucket(path)
         assert "PUT meta.json" not in gate.changes[:allowed]
         gate.allow(1000)
         other = machines("other") / f"epoch-{allowed}"
-        assert not storage.pull(other) and not other.exists()
-        assert f"epoch-{allowed}" not in storage.folders(other.parent)
+        assert not storage.pull_checkpoint(other) and not other.exists()
+        assert f"epoch-{allowed}" not in storage.list_folders_containing(other.parent)
         path = machines("one") / f"epoch-{allowed}"
         gate.allow(1000)
-        storage.push(path)
+        storage.push_to_bucket(path)
         assert gate.changes[-1] == "PUT meta.json" and len(gate.changes) == len(FILES)
-        assert storage.pull(machines("other") / f"epoch-{allowed}")
-    storage.discard(machines("one"))
+        assert storage.pull_checkpoint(machines("other") / f"epoch-{allowed}")
+    storage.delete_everywhere(machines("one"))
 
 
 def test_a_copy_within_the_bucket_is_no_checkpoint_until_its_last_file(served, machines) -> None:
-    """`like` avoids sending files that the bucket has already; `meta.json` is sent nevertheless, and last."""
+    """`like` avoids sending files that the bucket has already; `meta.json` is sent nevertheless,
+    and last.
+    """
     gate, _ = served
     root = machines("one")
     first = written(root / "first", "old")
-    storage.push(first)
+    storage.push_to_bucket(first)
     second = written(root / "second", "old")
-    write_whole(second / "meta.json", "meta.json new")
+    atomic_write_text(second / "meta.json", "meta.json new")
     gate.allow(len(FILES) - 1)
     with pytest.raises(SpecError, match="ACCESS_DENIED"):
-        storage.push(second, like=first)
+        storage.push_to_bucket(second, copy_from=first)
     gate.allow(1000)
-    assert not storage.pull(machines("other") / "second")
-    storage.push(machines("one") / "second", like=machines("one") / "first")
+    assert not storage.pull_checkpoint(machines("other") / "second")
+    storage.push_to_bucket(machines("one") / "second", copy_from=machines("one") / "first")
     other = machines("other")
-    assert storage.pull(other / "second") and storage.folders(other) == ["first", "second"]
+    assert storage.pull_checkpoint(other / "second") and storage.list_folders_containing(other) == [
+        "first",
+        "second",
+    ]
     assert (other / "second" / "meta.json").read_text() == "meta.json new"
     assert (other / "second" / "a.bin").read_text() == "a.bin old"
-    storage.discard(other)
+    storage.delete_everywhere(other)
 
 
 def test_a_drop_that_is_cut_off_leaves_no_checkpoint(served, machines) -> None:
     gate, _ = served
-    storage.push(written(machines("one") / "run", "new"))
+    storage.push_to_bucket(written(machines("one") / "run", "new"))
     gate.allow(1)
     with pytest.raises(SpecError, match="ACCESS_DENIED"):
-        storage.drop(machines("one") / "run")
+        storage.delete_remote(machines("one") / "run")
     assert gate.changes[0] == "DELETE meta.json" and len(gate.changes) > 1
     gate.allow(1000)
     assert_seen(machines("other") / "run", None)
-    left = {entry.path.name for entry in storage.listing(machines("one") / "run")}
+    left = {entry.path.name for entry in storage.list_remote_files(machines("one") / "run")}
     assert left == {*FILES} - {"meta.json"}, "the next try deletes the rest"
-    storage.drop(machines("one") / "run")
-    assert not storage.listing(machines("one") / "run")
+    storage.delete_remote(machines("one") / "run")
+    assert not storage.list_remote_files(machines("one") / "run")
     assert (machines("one") / "run" / "meta.json").exists(), "the caller keeps its local copy"
 
 
 def test_a_machine_sees_a_new_checkpoint_only_when_all_of_it_is_there(served, machines) -> None:
     """The old local copy is kept as long as `meta.json` is the same, and then replaced as a whole."""
     gate, _ = served
-    storage.push(written(machines("one") / "run", "old"))
+    storage.push_to_bucket(written(machines("one") / "run", "old"))
     assert_seen(machines("other") / "run", "old")
     path = written(machines("one") / "run", "new")
     gate.allow(2)
     with pytest.raises(SpecError, match="ACCESS_DENIED"):
-        storage.push(path)
+        storage.push_to_bucket(path)
     gate.allow(1000)
     assert_seen(machines("other") / "run", "old")
-    storage.push(machines("one") / "run")
+    storage.push_to_bucket(machines("one") / "run")
     assert_seen(machines("other") / "run", "new")
-    storage.discard(machines("one"))
+    storage.delete_everywhere(machines("one"))
     assert not machines("one").exists()
     assert_seen(machines("other") / "run", None)
 
 
 def test_other_machines_learn_why_a_trial_failed(machines) -> None:
     path = machines("one")
-    report = explain(KeyError("no"), tiny("at"), path)
-    keep(path, report)
+    report = failure_report(KeyError("no"), tiny("at"), path)
+    save_failure_report(path, report)
     there = machines("other")
-    assert kept(there) == report and report["failed"] == "KeyError: 'no'"
-    assert storage.pull_file(there / ERROR) and (there / ERROR).read_text() == report["bug"]
-    forget(there)
-    assert kept(machines("one")) == {}
-    storage.discard(machines("one"))
+    assert load_failure_report(there) == report and report["failed"] == "KeyError: 'no'"
+    assert (
+        storage.pull_file(there / TRACEBACK_FILE)
+        and (there / TRACEBACK_FILE).read_text() == report["bug"]
+    )
+    clear_failure_report(there)
+    assert load_failure_report(machines("one")) == {}
+    storage.delete_everywhere(machines("one"))
 
 
-def test_the_checkpoints_of_a_bucket_are_the_folders_that_hold_the_file_themselves(served, machines) -> None:
+def test_the_checkpoints_of_a_bucket_are_the_folders_that_hold_the_file_themselves(
+    served, machines
+) -> None:
     root = machines("one")
-    for file in ("b/meta.json", "a/deep/meta.json", ".hidden/meta.json", "c/other.json", "meta.json"):
-        write_whole(root / file, "{}")
-        storage.push(root / file)
+    for file in (
+        "b/meta.json",
+        "a/deep/meta.json",
+        ".hidden/meta.json",
+        "c/other.json",
+        "meta.json",
+    ):
+        atomic_write_text(root / file, "{}")
+        storage.push_to_bucket(root / file)
     other = machines("other")
-    assert storage.folders(other) == ["b"] and storage.folders(other / "a") == ["deep"]
-    assert storage.folders(other, "other.json") == ["c"] and storage.children(other) == [".hidden", "a", "b", "c"]
-    assert {str(path.relative_to(other)) for path in storage.files(other / "a")} == {"a/deep/meta.json"}
-    storage.discard(other)
+    assert storage.list_folders_containing(other) == ["b"] and storage.list_folders_containing(
+        other / "a"
+    ) == ["deep"]
+    assert storage.list_folders_containing(other, "other.json") == [
+        "c"
+    ] and storage.list_subfolders(other) == [".hidden", "a", "b", "c"]
+    assert {str(path.relative_to(other)) for path in storage.iter_files(other / "a")} == {
+        "a/deep/meta.json"
+    }
+    storage.delete_everywhere(other)

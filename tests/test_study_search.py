@@ -1,4 +1,6 @@
-"""What Optuna is asked and told by a sweep: real studies in memory, trials whose reports are written out here."""
+"""What Optuna is asked and told by a sweep: real studies in memory, trials whose reports are
+written out here.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,25 +12,25 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import FrozenTrial
 
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.space import Sampler, SearchSpace
+from raysweep.sweep.search_space import Sampler, SearchSpace
 
 pytestmark = pytest.mark.needs_ray
 
 if TYPE_CHECKING:
-    from raysweep.sweep.search import StudySearch
+    from raysweep.sweep.optuna_search import LedgerSearcher
 
 ALPHA = "method.terms.pgd.weight.alpha"
 BETA = "method.terms.pgd.weight.beta"
 ON = "method.terms.bound.on"
-Begin = Callable[..., "StudySearch"]
+Begin = Callable[..., "LedgerSearcher"]
 
 
 @pytest.fixture
 def begin(tmp_path: Path) -> Begin:
     """Function that starts a search on the ledger of a new sweep, which holds the trials `past`."""
-    from raysweep.sweep.search import StudySearch
+    from raysweep.sweep.optuna_search import LedgerSearcher
 
-    def begin(*past: Trial, **changes: Any) -> StudySearch:
+    def begin(*past: Trial, **changes: Any) -> LedgerSearcher:
         data = {
             "method": "lrat",
             "trials": 4,
@@ -36,10 +38,10 @@ def begin(tmp_path: Path) -> Begin:
             "scheduler": {"kind": "none"},
             "space": {ALPHA: {"float": [0.5, 4.0]}},
         }
-        ledger = Ledger.create(tmp_path / "sweep", SearchSpace.load({**data, **changes}))
+        ledger = Ledger.create(tmp_path / "sweep", SearchSpace.from_data({**data, **changes}))
         for trial in past:
-            ledger.write(trial)
-        return StudySearch(ledger)
+            ledger.save_trial(trial)
+        return LedgerSearcher(ledger)
 
     return begin
 
@@ -51,14 +53,21 @@ def row(epoch: int, worst: float, clean: float = 0.75, gap: float = 0.0) -> dict
 
 
 def past(number: int, value: float | None = 0.5, alpha: float | None = None, **more: Any) -> Trial:
-    """A trial of an earlier driver. value: of its best epoch; None for a trial that failed before it had one."""
+    """A trial of an earlier driver. value: of its best epoch; None for a trial that failed before
+    it had one.
+    """
     best = {} if value is None else {"epoch": 1.0, "robust_worst": value, "masking_gap": 0.0}
     state = "failed" if value is None else "finished"
-    return Trial(number, **{"settings": {ALPHA: alpha or 1.0 + number / 4}, "state": state, "best": best, **more})
+    return Trial(
+        number,
+        **{"settings": {ALPHA: alpha or 1.0 + number / 4}, "state": state, "best": best, **more},
+    )
 
 
-def run(search: "StudySearch", name: str, *rows: dict[str, Any], **how: Any) -> FrozenTrial:
-    """Let a trial report these epochs and end with the last, as Tune does; return Optuna's record of the trial."""
+def run(search: "LedgerSearcher", name: str, *rows: dict[str, Any], **how: Any) -> FrozenTrial:
+    """Let a trial report these epochs and end with the last, as Tune does; return Optuna's record
+    of the trial.
+    """
     search.suggest(name)
     for metrics in rows:
         search.on_trial_result(name, metrics)
@@ -66,7 +75,7 @@ def run(search: "StudySearch", name: str, *rows: dict[str, Any], **how: Any) -> 
     return search._study.get_trials()[-1]
 
 
-def told(search: "StudySearch") -> list[tuple[str, list[float] | None]]:
+def told(search: "LedgerSearcher") -> list[tuple[str, list[float] | None]]:
     return [(trial.state.name, trial.values) for trial in search._study.get_trials()]
 
 
@@ -100,7 +109,9 @@ def test_no_limit_is_no_constraint(begin: Begin) -> None:
     ],
 )
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_trial_that_fails_after_a_good_epoch_is_told_as_failed(begin: Begin, end: dict, resumed: bool) -> None:
+def test_a_trial_that_fails_after_a_good_epoch_is_told_as_failed(
+    begin: Begin, end: dict, resumed: bool
+) -> None:
     earlier = [past(0, 0.75, state="running", epoch=1)] if resumed else []
     trial = run(begin(*earlier, max_masking_gap=0.125), "a", row(1, 0.25), row(2, 0.625), **end)
     assert (trial.state.name, trial.values) == ("FAIL", None)
@@ -109,17 +120,23 @@ def test_a_trial_that_fails_after_a_good_epoch_is_told_as_failed(begin: Begin, e
 def test_a_trial_without_a_report_is_told_as_failed(begin: Begin) -> None:
     search = begin()
     assert run(search, "a").state.name == "FAIL"
-    assert run(search, "b", {"epoch": 1.0, "clean": 0.5}).state.name == "FAIL", "the objective was never measured"
+    assert run(search, "b", {"epoch": 1.0, "clean": 0.5}).state.name == "FAIL", (
+        "the objective was never measured"
+    )
 
 
 @pytest.mark.parametrize(("after", "best"), [(0.25, 0.75), (0.75, 0.75), (0.875, 0.875)])
-def test_a_resumed_trial_is_told_with_the_best_of_all_its_epochs(begin: Begin, after: float, best: float) -> None:
+def test_a_resumed_trial_is_told_with_the_best_of_all_its_epochs(
+    begin: Begin, after: float, best: float
+) -> None:
     before = {"epoch": 1.0, "robust_worst": 0.75, "masking_gap": 0.0625}
     going = Trial(0, {ALPHA: 2.0}, epoch=2, best=before, latest=before, curve=[[1, 0.75], [2, 0.5]])
     search = begin(going, max_masking_gap=0.125)
     trial = run(search, "a", row(3, after, gap=0.25))
     assert (trial.state.name, trial.value, trial.params) == ("COMPLETE", best, {ALPHA: 2.0})
-    assert trial.constraints == {"masking_gap": 0.125 if after > 0.75 else -0.0625}, "the gap is that of the same epoch"
+    assert trial.constraints == {"masking_gap": 0.125 if after > 0.75 else -0.0625}, (
+        "the gap is that of the same epoch"
+    )
     assert len(search._study.get_trials()) == 1
 
 
@@ -136,11 +153,13 @@ def test_several_objectives_are_those_of_one_epoch_and_the_first_chooses_it(
     assert [direction.name for direction in search._study.directions] == ["MAXIMIZE", "MAXIMIZE"]
     trial = Trial(0, {})
     for metrics in rows:
-        trial = trial.reported(metrics, metric[0])
+        trial = trial.with_epoch(metrics, metric[0])
     assert trial.best["epoch"] == epoch, "the ledger keeps the same epoch"
 
 
-def test_a_gap_exactly_at_the_limit_is_feasible_for_optuna_and_for_the_ranking(begin: Begin) -> None:
+def test_a_gap_exactly_at_the_limit_is_feasible_for_optuna_and_for_the_ranking(
+    begin: Begin,
+) -> None:
     gaps = {0: (0.875, 0.1250001), 1: (0.5, 0.125), 2: (0.375, 0.0)}
     trials = [
         past(number, best={"epoch": 1.0, "robust_worst": value, "masking_gap": gap})
@@ -148,7 +167,7 @@ def test_a_gap_exactly_at_the_limit_is_feasible_for_optuna_and_for_the_ranking(b
     ]
     search = begin(*trials, max_masking_gap=0.125)
     assert search._study.best_trial.value == 0.5, "for Optuna a constraint of 0 is met"
-    assert [trial.number for trial in search._ledger.ranked()] == [1, 2, 0]
+    assert [trial.number for trial in search._ledger.rank_trials()] == [1, 2, 0]
     constraints = [trial.constraints["masking_gap"] for trial in search._study.get_trials()]
     assert constraints[0] > 0 and constraints[1:] == [0.0, -0.125]
 
@@ -175,7 +194,9 @@ def test_unfinished_trials_come_first_in_their_order_and_once(begin: Begin) -> N
     trials = [past(0), past(2, state="running"), past(3, state="running"), past(5, state="failed")]
     search = begin(*trials, trials=8)
     asked = [search.suggest(name) for name in "abcdefg"]
-    assert [found["number"] for found in asked[:-1]] == [2, 3, 1, 4, 6, 7], "then numbers that no trial has"
+    assert [found["number"] for found in asked[:-1]] == [2, 3, 1, 4, 6, 7], (
+        "then numbers that no trial has"
+    )
     assert [found["settings"] for found in asked[:2]] == [{ALPHA: 1.5}, {ALPHA: 1.75}]
     assert asked[-1] == "FINISHED"
 
@@ -186,18 +207,27 @@ def test_a_sweep_that_has_all_its_trials_is_at_its_end(begin: Begin) -> None:
 
 def test_each_starting_point_is_tried_unless_some_trial_has_it(begin: Begin) -> None:
     two = {ALPHA: {"float": [0.5, 4.0]}, BETA: {"float": [0.5, 4.0]}}
-    start = [{ALPHA: 1.0, BETA: 2.0}, {ALPHA: 2.0}, {ALPHA: 3.0, BETA: 3.0}, {ALPHA: 1.0, BETA: 3.0}]
+    start = [
+        {ALPHA: 1.0, BETA: 2.0},
+        {ALPHA: 2.0},
+        {ALPHA: 3.0, BETA: 3.0},
+        {ALPHA: 1.0, BETA: 3.0},
+    ]
     trials = [past(0, settings={ALPHA: 1.0, BETA: 2.0}), past(1, settings={ALPHA: 2.0, BETA: 1.0})]
     search = begin(*trials, space=two, start=start, trials=6)
     third, fourth, fifth = (search.suggest(name)["settings"] for name in "abc")
-    assert [third, fourth] == [{ALPHA: 3.0, BETA: 3.0}, {ALPHA: 1.0, BETA: 3.0}], "in the order of the file"
+    assert [third, fourth] == [{ALPHA: 3.0, BETA: 3.0}, {ALPHA: 1.0, BETA: 3.0}], (
+        "in the order of the file"
+    )
     assert fifth[ALPHA] not in (1.0, 2.0, 3.0)
 
 
 def test_the_sampler_draws_the_settings_that_a_starting_point_lacks(begin: Begin) -> None:
     two = {ALPHA: {"float": [0.5, 4.0]}, BETA: {"float": [0.5, 4.0]}}
     settings = begin(space=two, start=[{BETA: 2.0}]).suggest("a")["settings"]
-    assert list(settings) == [ALPHA, BETA] and settings[BETA] == 2.0 and 0.5 <= settings[ALPHA] <= 4.0
+    assert (
+        list(settings) == [ALPHA, BETA] and settings[BETA] == 2.0 and 0.5 <= settings[ALPHA] <= 4.0
+    )
 
 
 def test_choices_that_are_not_scalars_come_back_from_optuna_unchanged(begin: Begin) -> None:
@@ -208,7 +238,9 @@ def test_choices_that_are_not_scalars_come_back_from_optuna_unchanged(begin: Beg
     search = begin(done, method="at", space=values, start=start, trials=6)
     found = [search.suggest(name)["settings"]["optim.lr.values"] for name in "abcde"]
     assert found[:2] == [[0.05], {"kind": "x"}]
-    assert sorted(map(repr, found)) == sorted(map(repr, choices[1:])), "the other choices, each as it was written"
+    assert sorted(map(repr, found)) == sorted(map(repr, choices[1:])), (
+        "the other choices, each as it was written"
+    )
     assert search._study.get_trials()[0].params == {"optim.lr.values": "[0.1, 0.01]"}
 
 
@@ -229,7 +261,14 @@ def test_optuna_is_asked_with_the_distributions_of_the_file(begin: Begin) -> Non
         "seed": IntDistribution(0, 3),
         "optim.nesterov": CategoricalDistribution([True, False]),
     }
-    names = ("optim.lr", "optim.weight_decay", "method.terms.*.weight.burn_in", "batch_size", "seed", "optim.nesterov")
+    names = (
+        "optim.lr",
+        "optim.weight_decay",
+        "method.terms.*.weight.burn_in",
+        "batch_size",
+        "seed",
+        "optim.nesterov",
+    )
     settings = dict(zip(names, (0.01, 0.75, 3, 64, 3, False), strict=True))
     search = begin(past(0, settings=settings), method="gairat", space=space)
     search.suggest("a")
@@ -239,13 +278,18 @@ def test_optuna_is_asked_with_the_distributions_of_the_file(begin: Begin) -> Non
 
 
 @pytest.mark.parametrize(("trials", "points"), [(3, 3), (4, 4), (9, 4)])
-def test_a_grid_ends_with_its_points_or_is_cut_short_by_trials(begin: Begin, trials: int, points: int) -> None:
+def test_a_grid_ends_with_its_points_or_is_cut_short_by_trials(
+    begin: Begin, trials: int, points: int
+) -> None:
     grid = {ALPHA: {"categorical": [4.0, 0.5]}, ON: {"categorical": ["natural", "pgd"]}}
     search = begin(sampler={"kind": "grid"}, space=grid, trials=trials)
-    assert search._ledger.space.total == points
+    assert search._ledger.space.n_trials == points
     *found, end = [search.suggest(str(number)) for number in range(points + 1)]
     ordered = [{ALPHA: alpha, ON: on} for alpha in (4.0, 0.5) for on in ("natural", "pgd")]
-    assert found == [{"number": n, "settings": ordered[n]} for n in range(points)] and end == "FINISHED"
+    assert (
+        found == [{"number": n, "settings": ordered[n]} for n in range(points)]
+        and end == "FINISHED"
+    )
 
 
 def test_a_restarted_sampler_does_not_repeat_its_draws(begin: Begin) -> None:
@@ -260,10 +304,14 @@ def test_a_restarted_sampler_does_not_repeat_its_draws(begin: Begin) -> None:
 @pytest.mark.parametrize("kind", ["random", "grid", "tpe", "nsga2"])
 def test_the_seed_of_a_sampler_counts_the_trials_before(kind: str) -> None:
     def draw(sampler: Sampler, past: int) -> float:
-        study = optuna.create_study(direction="maximize", sampler=sampler.build(past))
+        study = optuna.create_study(direction="maximize", sampler=sampler.build_sampler(past))
         return study.ask().suggest_float("x", 0.0, 1.0)
 
-    expected = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=5)).ask().suggest_float("x", 0.0, 1.0)
+    expected = (
+        optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=5))
+        .ask()
+        .suggest_float("x", 0.0, 1.0)
+    )
     assert draw(Sampler(kind=kind, seed=5), 0) == draw(Sampler(kind=kind, seed=2), 3)  # type: ignore[arg-type]
     assert draw(Sampler(kind=kind, seed=2), 0) != draw(Sampler(kind=kind, seed=2), 3)  # type: ignore[arg-type]
     assert draw(Sampler(kind=kind, seed=5), 0) == expected  # type: ignore[arg-type]
@@ -283,7 +331,15 @@ def test_tpe_draws_at_random_until_startup_trials_have_results(begin: Begin) -> 
 
 
 def test_failed_trials_do_not_count_for_a_generation(begin: Begin) -> None:
-    trials = [past(0, 0.5), past(1, None), past(2, 0.25), past(3, 0.75), past(4, None), past(5, 0.125), past(6, 0.25)]
+    trials = [
+        past(0, 0.5),
+        past(1, None),
+        past(2, 0.25),
+        past(3, 0.75),
+        past(4, None),
+        past(5, 0.125),
+        past(6, 0.25),
+    ]
     study = begin(*trials, trials=8, sampler={"kind": "nsga2", "startup": 2})._study
     sampler = study.sampler
     assert isinstance(sampler, optuna.samplers.NSGAIISampler) and sampler.population_size == 2
@@ -297,12 +353,18 @@ def test_a_genetic_sampler_chooses_the_best_of_the_past_as_parents(begin: Begin)
     study = begin(*trials, sampler={"kind": "nsga2", "startup": 4}, trials=8)._study
     generation = study.sampler.select_parent(study, 1)  # type: ignore[attr-defined]
     assert sorted(parent.value for parent in generation) == sorted(values)
-    fresh = Sampler(kind="nsga2", startup=2)
-    assert fresh.build().population_size == 2 and Sampler(kind="nsga2").build().population_size == 8  # type: ignore[attr-defined]
+    fresh = Sampler(kind="nsga2", n_startup_trials=2)
+    assert (
+        fresh.build_sampler().population_size == 2
+        and Sampler(kind="nsga2").build_sampler().population_size == 8
+    )  # type: ignore[attr-defined]
 
 
 def test_settings_are_not_tried_again_even_if_their_trial_failed(begin: Begin) -> None:
     choices = {ALPHA: {"categorical": [0.5, 1.0, 2.0]}, ON: {"categorical": ["natural"]}}
-    trials = [past(0, None, settings={ON: "natural", ALPHA: 2.0}), past(1, settings={ALPHA: 0.5, ON: "natural"})]
+    trials = [
+        past(0, None, settings={ON: "natural", ALPHA: 2.0}),
+        past(1, settings={ALPHA: 0.5, ON: "natural"}),
+    ]
     found = begin(*trials, space=choices).suggest("a")["settings"]
     assert found == {ALPHA: 1.0, ON: "natural"}, "the order of the settings does not matter"

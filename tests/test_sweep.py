@@ -10,23 +10,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FORKED, TINY, Follower, tiny
+from conftest import FORKED, TINY, TrialUpdateListener, tiny
 
 from raysweep import storage
 from raysweep.cli import main
-from raysweep.results import trial_advice
+from raysweep.results import advise_on_trial
 from raysweep.spec import SpecError
-from raysweep.sweep.failures import explain
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.relay import Budget, Relay, SweepFailed
+from raysweep.sweep.optuna_search import LedgerSearcher
 from raysweep.sweep.resources import Resources
-from raysweep.sweep.search import StudySearch
-from raysweep.sweep.space import SearchSpace
+from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.tune_callbacks import Budget, LedgerCallback, SweepFailed
 from raysweep.sweep.tuner import run_sweep
 from raysweep.tracking import SweepTracker, Tracker
 from raysweep.training import checkpoint
-from raysweep.training.checkpoint import Run
-from raysweep.training.trainer import fit
+from raysweep.training.checkpoint import RunDirectory
+from raysweep.training.failure_reports import failure_report
+from raysweep.training.trainer import train_model
 
 pytestmark = pytest.mark.ray
 ALPHA = "method.terms.pgd.weight.alpha"
@@ -42,25 +42,25 @@ def space(**more) -> SearchSpace:
         "space": {ALPHA: {"float": [0.5, 4.0]}},
         "start": [{ALPHA: 2.0}],
     }
-    return SearchSpace.load({**data, **more})
+    return SearchSpace.from_data({**data, **more})
 
 
 def weights(path: Path) -> str:
     """Hash of the weights in a checkpoint."""
-    return str(checkpoint.read(path).meta["sha256"]["weights.safetensors"])
+    return str(checkpoint.read_checkpoint(path).meta["sha256"]["weights.safetensors"])
 
 
 class Recorder:
     def __init__(self) -> None:
         self.events: list[tuple] = []
 
-    def started(self, ledger, concurrent) -> None:
-        self.events.append(("started", concurrent))
+    def on_sweep_start(self, ledger, concurrency) -> None:
+        self.events.append(("started", concurrency))
 
-    def trial_changed(self, trial, metrics) -> None:
+    def on_trial_update(self, trial, epoch_metrics) -> None:
         self.events.append((trial.number, trial.state, trial.epoch))
 
-    def ended(self, ledger) -> None:
+    def on_sweep_end(self, ledger) -> None:
         self.events.append(("ended",))
 
 
@@ -75,14 +75,14 @@ def finished(ray_cluster, tmp_path_factory) -> tuple[Ledger, Recorder, Tracker]:
 
 def test_every_trial_trains_and_leaves_its_best_checkpoint(finished) -> None:
     ledger, recorder, _ = finished
-    trials = ledger.trials()
+    trials = ledger.load_trials()
     assert [trial.number for trial in trials] == [0, 1, 2, 3]
     assert all(trial.state == "finished" and trial.epoch == 2 for trial in trials)
-    assert trials[0].settings == {ALPHA: 2.0}, "the starting point comes first"
-    for trial in ledger.ranked():
-        saved = checkpoint.read(ledger.checkpoint(trial))
-        assert saved.metrics["robust_worst"] == trial.best["robust_worst"]
-        assert saved.config.method.terms["pgd"].weight.alpha == trial.settings[ALPHA]
+    assert trials[0].params == {ALPHA: 2.0}, "the starting point comes first"
+    for trial in ledger.rank_trials():
+        saved = checkpoint.read_checkpoint(ledger.best_checkpoint_path(trial))
+        assert saved.last_metrics["robust_worst"] == trial.best["robust_worst"]
+        assert saved.config.method.terms["pgd"].weight.alpha == trial.params[ALPHA]
     assert recorder.events[0] == ("started", 2) and recorder.events[-1] == ("ended",)
     assert [event for event in recorder.events if event[0] == 1][-1] == (1, "finished", 2)
 
@@ -100,39 +100,52 @@ def test_mlflow_has_one_parent_and_one_run_for_each_trial(finished) -> None:
     assert len(children) == 4
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     for run in children:
-        trial = ledger.trials()[int(run.data.tags["raysweep.trial"])]
+        trial = ledger.load_trials()[int(run.data.tags["raysweep.trial"])]
         assert run.data.params["method.attacks.cw.eps"] == "0.15"
-        assert float(run.data.params[ALPHA]) == pytest.approx(trial.settings[ALPHA], rel=1e-5)
+        assert float(run.data.params[ALPHA]) == pytest.approx(trial.params[ALPHA], rel=1e-5)
         assert run.info.run_name == f"{trial.number:04d} {ledger.name}"
         (result,) = client.get_metric_history(run.info.run_id, "best/robust_worst")
-        assert (result.value, result.step) == (pytest.approx(trial.best["robust_worst"]), 0), "a bar in the UI"
+        assert (result.value, result.step) == (pytest.approx(trial.best["robust_worst"]), 0), (
+            "a bar in the UI"
+        )
         history = client.get_metric_history(run.info.run_id, "robust_worst")
         assert [point.step for point in history] == [1, 2]
         artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
         assert artifacts - {"plots"} == {"checkpoint", "config.json", "environment.json"}
         plots = [item.path for item in client.list_artifacts(run.info.run_id, "plots")]
-        assert bool(plots) == (trial.number in {t.number for t in ledger.ranked()[:3]})
+        assert bool(plots) == (trial.number in {t.number for t in ledger.rank_trials()[:3]})
         assert run.data.tags["mlflow.note.content"].splitlines() == [
-            f"- {line}" for line in trial_advice(ledger, trial.number)
+            f"- {line}" for line in advise_on_trial(ledger, trial.number)
         ]
     assert any(run.data.tags["mlflow.note.content"] for run in children)
-    best = ledger.ranked()[0]
+    best = ledger.rank_trials()[0]
     assert parent.data.metrics["best/robust_worst"] == pytest.approx(best.best["robust_worst"])
     described = parent.data.tags["mlflow.note.content"]
     assert "- 4 of 4 trials ended\n- epochs: 8 asked, 8 trained, 0 taken over" in described
-    assert f"- best: trial {best.number:04d}, robust worst {best.score('robust_worst'):.3f} in epoch" in described
-    assert f"alpha={best.settings[ALPHA]:.6g}\n- next: `raysweep eval {ledger.checkpoint(best)}`" in described
+    assert (
+        f"- best: trial {best.number:04d}, robust worst {best.score('robust_worst'):.3f} in epoch"
+        in described
+    )
+    assert (
+        f"alpha={best.params[ALPHA]:.6g}\n- next: `raysweep eval {ledger.best_checkpoint_path(best)}`"
+        in described
+    )
 
 
 def test_mlflow_tells_of_a_trial_that_failed(tmp_path) -> None:
     from mlflow import MlflowClient
 
-    ledger, tracker = Ledger.create(tmp_path / "one", space()), Tracker(f"sqlite:///{tmp_path}/m.db", tmp_path / "a")
-    ledger.write(Trial(0, {ALPHA: 2.0}, state="failed", epoch=1, trained=1, reason="KeyError: 'no'"))
-    (ledger.run_path(0) / "error.txt").write_text("Traceback")
+    ledger, tracker = (
+        Ledger.create(tmp_path / "one", space()),
+        Tracker(f"sqlite:///{tmp_path}/m.db", tmp_path / "a"),
+    )
+    ledger.save_trial(
+        Trial(0, {ALPHA: 2.0}, state="failed", epoch=1, trained_epochs=1, reason="KeyError: 'no'")
+    )
+    (ledger.trial_path(0) / "error.txt").write_text("Traceback")
     listener = SweepTracker(tracker)
-    listener.started(ledger, 1)
-    listener.ended(ledger)
+    listener.on_sweep_start(ledger, 1)
+    listener.on_sweep_end(ledger)
     client, runs = MlflowClient(tracker.uri), {}
     for run in client.search_runs([client.get_experiment_by_name("raysweep").experiment_id]):
         runs[run.data.tags["raysweep.kind"]] = run
@@ -143,28 +156,35 @@ def test_mlflow_tells_of_a_trial_that_failed(tmp_path) -> None:
 
 
 def test_mlflow_lacks_nothing_when_a_driver_was_killed_between_two_writes(tmp_path) -> None:
-    """The ledger had epoch 2 already, MLflow had not; the next driver's budget ends before it is trial 1's turn."""
+    """The ledger had epoch 2 already, MLflow had not; the next driver's budget ends before it is
+    trial 1's turn.
+    """
     from mlflow import MlflowClient
 
-    ledger, tracker = Ledger.create(tmp_path / "one", space()), Tracker(f"sqlite:///{tmp_path}/m.db", tmp_path / "a")
+    ledger, tracker = (
+        Ledger.create(tmp_path / "one", space()),
+        Tracker(f"sqlite:///{tmp_path}/m.db", tmp_path / "a"),
+    )
     killed = SweepTracker(tracker)
-    killed.started(ledger, 2)
+    killed.on_sweep_start(ledger, 2)
     for number in (0, 1):
         trial = Trial(number, {ALPHA: 2.0})
-        rows = fit(ledger.space.config(trial.settings), ledger.run_path(number)).last.history
-        killed.trial_changed(trial, None)
+        rows = train_model(
+            ledger.space.trial_config(trial.params), ledger.trial_path(number)
+        ).last_checkpoint.history
+        killed.on_trial_update(trial, None)
         for row in rows:
-            trial = trial.reported(row, "robust_worst")
-            ledger.write(trial)
+            trial = trial.with_epoch(row, "robust_worst")
+            ledger.save_trial(trial)
             if row["epoch"] == 1:
-                killed.trial_changed(trial, row)
+                killed.on_trial_update(trial, row)
     client = MlflowClient(tracker.uri)
     experiment = client.get_experiment_by_name("raysweep").experiment_id
     assert {run.info.status for run in client.search_runs([experiment])} == {"RUNNING"}
     second = SweepTracker(tracker)
-    second.started(ledger, 2)
-    second.trial_changed(ledger.trials()[0], None)
-    second.ended(ledger)
+    second.on_sweep_start(ledger, 2)
+    second.on_trial_update(ledger.load_trials()[0], None)
+    second.on_sweep_end(ledger)
     runs = {run.data.tags.get("raysweep.trial"): run for run in client.search_runs([experiment])}
     assert {run.info.status for run in runs.values()} == {"KILLED"} and len(runs) == 3
     history = client.get_metric_history(runs["0000"].info.run_id, "robust_worst")
@@ -176,7 +196,9 @@ def test_what_pgd_would_have_chosen_and_its_cost_are_told(tmp_path, capsys, monk
     ledger = Ledger.create(tmp_path / "runs" / "one", space(max_masking_gap=0.1))
     for number, (pgd, worst) in enumerate([(0.6, 0.41), (0.5, 0.45), (0.59, 0.47)]):
         best = {"epoch": 1.0, "pgd": pgd, "robust_worst": worst, "masking_gap": pgd - worst}
-        ledger.write(Trial(number, {ALPHA: 1.0 + number}, state="finished", epoch=1, best=best))
+        ledger.save_trial(
+            Trial(number, {ALPHA: 1.0 + number}, state="finished", epoch=1, best=best)
+        )
     monkeypatch.chdir(tmp_path)
     assert main(["show", "one"]) == 0
     out = capsys.readouterr().out
@@ -190,31 +212,37 @@ def grown(finished, tmp_path: Path) -> tuple[Ledger, Tracker]:
     ledger, _, tracker = finished
     shutil.copytree(ledger.path.parent.parent, tmp_path, dirs_exist_ok=True)
     copy = Ledger.open(tmp_path / ledger.path.relative_to(ledger.path.parent.parent))
-    return copy, Tracker(tracker.uri.replace(str(ledger.path.parent.parent), str(tmp_path)), tmp_path / "mlruns")
+    return copy, Tracker(
+        tracker.uri.replace(str(ledger.path.parent.parent), str(tmp_path)), tmp_path / "mlruns"
+    )
 
 
 def test_a_finished_sweep_grows_by_trials_epochs_and_a_wider_range(grown) -> None:
     ledger, tracker = grown
-    before = ledger.trials()
+    before = ledger.load_trials()
     again = Ledger.open(ledger.path)
     wider = {ALPHA: {"float": [0.25, 8.0]}}
-    again.extend(space(trials=5, base={**TINY, "epochs": 3}, space=wider))
-    assert {trial.state for trial in again.trials()} == {"running"}
+    again.extend_space(space(trials=5, base={**TINY, "epochs": 3}, space=wider))
+    assert {trial.state for trial in again.load_trials()} == {"running"}
     recorder = Recorder()
     run_sweep(again, [recorder, SweepTracker(tracker, "f" * 16)])
-    trials = again.trials()
+    trials = again.load_trials()
     assert [trial.number for trial in trials] == [0, 1, 2, 3, 4]
     assert all(trial.state == "finished" and trial.epoch == 3 for trial in trials)
-    assert len({trial.settings[ALPHA] for trial in trials}) == 5, "no draw of the sampler comes twice"
+    assert len({trial.params[ALPHA] for trial in trials}) == 5, "no draw of the sampler comes twice"
     for old, new in zip(before, trials, strict=False):
-        assert (new.settings, new.curve[:2], new.trained) == (old.settings, old.curve, 3), "no epoch was trained again"
-    alone = fit(again.space.config(trials[1].settings), ledger.path / "alone").last
-    assert weights(alone.path) == weights(again.run_path(1) / "epoch-0003"), (
+        assert (new.params, new.curve[:2], new.trained_epochs) == (old.params, old.curve, 3), (
+            "no epoch was trained again"
+        )
+    alone = train_model(
+        again.space.trial_config(trials[1].params), ledger.path / "alone"
+    ).last_checkpoint
+    assert weights(alone.path) == weights(again.trial_path(1) / "epoch-0003"), (
         "as if it had had the epochs from the start"
     )
-    again.extend(again.space)
+    again.extend_space(again.space)
     run_sweep(again, [recorder])
-    assert again.trials() == trials, "what is done stays done"
+    assert again.load_trials() == trials, "what is done stays done"
     check_that_mlflow_follows(ledger, tracker)
 
 
@@ -223,9 +251,15 @@ def check_that_mlflow_follows(ledger: Ledger, tracker: Tracker) -> None:
 
     client = MlflowClient(tracker.uri)
     runs = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
-    assert len(runs) == len(ledger.trials()) + 1 == 6 and {run.info.status for run in runs} == {"FINISHED"}
+    assert len(runs) == len(ledger.load_trials()) + 1 == 6 and {
+        run.info.status for run in runs
+    } == {"FINISHED"}
     (first,) = [run for run in runs if run.data.tags.get("raysweep.trial") == "0000"]
-    assert [p.step for p in client.get_metric_history(first.info.run_id, "robust_worst")][:3] == [1, 2, 3]
+    assert [p.step for p in client.get_metric_history(first.info.run_id, "robust_worst")][:3] == [
+        1,
+        2,
+        3,
+    ]
     assert (first.data.params["epochs"], first.data.tags["now.epochs"]) == ("2", "3")
 
 
@@ -235,30 +269,37 @@ def check_that_mlflow_follows(ledger: Ledger, tracker: Tracker) -> None:
         ({"metric": "clean"}, "metric = 'clean': the sweep has 'robust_worst'"),
         ({"base": {**TINY, "epochs": 1}}, "epochs = 1: the sweep has 2 and can only have more"),
         ({"base": {**TINY, "batch_size": 16}}, "batch_size = 16: the sweep has 32"),
-        ({"space": {ALPHA: {"float": [3.0, 9.0]}}, "start": []}, f"{ALPHA}: 2.0 of trial 0000 is outside"),
+        (
+            {"space": {ALPHA: {"float": [3.0, 9.0]}}, "start": []},
+            f"{ALPHA}: 2.0 of trial 0000 is outside",
+        ),
         ({"space": {ALPHA: {"categorical": [2.0]}}}, "its kind and its `when` cannot change"),
         ({"space": {ALPHA: {"float": [1, 4]}, "seed": {"int": [0, 3]}}}, "seed is now searched"),
     ],
 )
 def test_what_would_make_it_another_sweep_is_refused(change, line, tmp_path) -> None:
     ledger = Ledger.create(tmp_path / "sweep", space())
-    ledger.write(Trial(0, {ALPHA: 2.0}, state="finished", epoch=2))
+    ledger.save_trial(Trial(0, {ALPHA: 2.0}, state="finished", epoch=2))
     written = (ledger.path / "sweep.json").read_text()
     with pytest.raises(SpecError) as error:
-        ledger.extend(space(**change))
+        ledger.extend_space(space(**change))
     assert len(error.value.problems) == 1 and line in error.value.problems[0]
-    assert (ledger.path / "sweep.json").read_text() == written and ledger.trials()[0].state == "finished"
+    assert (ledger.path / "sweep.json").read_text() == written and ledger.load_trials()[
+        0
+    ].state == "finished"
 
 
 def test_the_sampler_remembers_what_an_earlier_driver_learned(finished, tmp_path) -> None:
     ledger = Ledger.create(tmp_path / "sweep", space())
     for number, state in enumerate(("finished", "failed", "running")):
         best = {"robust_worst": 0.5, "epoch": 2.0} if state == "finished" else {}
-        ledger.write(Trial(number, {ALPHA: 1.0 + number}, state=state, best=best))  # type: ignore[arg-type]
-    search = StudySearch(Ledger.open(ledger.path))
+        ledger.save_trial(Trial(number, {ALPHA: 1.0 + number}, state=state, best=best))  # type: ignore[arg-type]
+    search = LedgerSearcher(Ledger.open(ledger.path))
     states = [trial.state.name for trial in search._study.get_trials()]
     assert states == ["COMPLETE", "FAIL"]
-    assert search.suggest("a") == {"number": 2, "settings": {ALPHA: 3.0}}, "the unfinished trial goes first"
+    assert search.suggest("a") == {"number": 2, "settings": {ALPHA: 3.0}}, (
+        "the unfinished trial goes first"
+    )
     assert search.suggest("b")["number"] == 3
     assert search.suggest("c") == "FINISHED"
 
@@ -266,10 +307,12 @@ def test_the_sampler_remembers_what_an_earlier_driver_learned(finished, tmp_path
 def test_a_number_that_an_earlier_driver_left_out_is_given_now(tmp_path) -> None:
     """It was killed before trial 0 had a process, when trial 1 had one already."""
     ledger = Ledger.create(tmp_path / "sweep", space())
-    ledger.write(Trial(1, {ALPHA: 1.0}, state="finished", best={"robust_worst": 0.5}))
-    search = StudySearch(ledger)
+    ledger.save_trial(Trial(1, {ALPHA: 1.0}, state="finished", best={"robust_worst": 0.5}))
+    search = LedgerSearcher(ledger)
     asked = [search.suggest(name) for name in "abc"]
-    assert [found["number"] for found in asked] == [0, 2, 3] and asked[0]["settings"] == {ALPHA: 2.0}
+    assert [found["number"] for found in asked] == [0, 2, 3] and asked[0]["settings"] == {
+        ALPHA: 2.0
+    }
     assert search.suggest("d") == "FINISHED"
 
 
@@ -277,31 +320,44 @@ def test_a_genetic_sampler_has_its_parents_after_a_restart(tmp_path) -> None:
     sampler = {"kind": "nsga2", "startup": 2}
     ledger = Ledger.create(tmp_path / "sweep", space(trials=5, sampler=sampler, start=[]))
     for number in range(4):
-        ledger.write(Trial(number, {ALPHA: 1.0 + number}, state="finished", best={"robust_worst": 0.1 * number}))
-    study = StudySearch(ledger)._study
+        ledger.save_trial(
+            Trial(
+                number, {ALPHA: 1.0 + number}, state="finished", best={"robust_worst": 0.1 * number}
+            )
+        )
+    study = LedgerSearcher(ledger)._study
     sampler = study.sampler
-    assert [sampler.get_trial_generation(study, trial) for trial in study.get_trials()] == [0, 0, 1, 1]
+    assert [sampler.get_trial_generation(study, trial) for trial in study.get_trials()] == [
+        0,
+        0,
+        1,
+        1,
+    ]
 
 
 def test_a_starting_point_of_some_settings_is_not_tried_again(tmp_path) -> None:
     two = {ALPHA: {"float": [0.5, 4.0]}, "method.terms.cw.weight.alpha": {"float": [0.5, 4.0]}}
     ledger = Ledger.create(tmp_path / "sweep", space(trials=2, space=two))
-    ledger.write(Trial(0, {ALPHA: 2.0, "method.terms.cw.weight.alpha": 1.0}, state="failed"))
-    assert StudySearch(ledger).suggest("a")["settings"][ALPHA] != 2.0
+    ledger.save_trial(Trial(0, {ALPHA: 2.0, "method.terms.cw.weight.alpha": 1.0}, state="failed"))
+    assert LedgerSearcher(ledger).suggest("a")["settings"][ALPHA] != 2.0
 
 
 @pytest.mark.parametrize("kind", ["random", "tpe"])
 def test_settings_are_not_tried_twice_while_there_are_others(kind, tmp_path) -> None:
     values = [0.5, 1.0, 2.0, 4.0]
     points = {ALPHA: {"categorical": values}}
-    ledger = Ledger.create(tmp_path / "sweep", space(sampler={"kind": kind}, space=points, trials=6))
-    ledger.write(Trial(0, {ALPHA: 0.5}, state="finished", best={"robust_worst": 0.5}))
-    search = StudySearch(ledger)
+    ledger = Ledger.create(
+        tmp_path / "sweep", space(sampler={"kind": kind}, space=points, trials=6)
+    )
+    ledger.save_trial(Trial(0, {ALPHA: 0.5}, state="finished", best={"robust_worst": 0.5}))
+    search = LedgerSearcher(ledger)
     *found, end = [search.suggest(name) for name in "abcdef"]
     tried = [0.5, *(trial["settings"][ALPHA] for trial in found)]
     assert tried[:2] == [0.5, 2.0], "the starting point first"
     assert sorted(tried[:4]) == values
-    assert [trial["number"] for trial in found] == [1, 2, 3, 4, 5], "when all was tried, a sweep still has its trials"
+    assert [trial["number"] for trial in found] == [1, 2, 3, 4, 5], (
+        "when all was tried, a sweep still has its trials"
+    )
     assert end == "FINISHED"
 
 
@@ -317,36 +373,40 @@ def test_asha_stops_weak_trials_and_a_failing_trial_fails_alone(ray_cluster, tmp
     )
     ledger = Ledger.create(tmp_path / "sweep", settings)
     run_sweep(ledger, [])
-    trials = ledger.trials()
+    trials = ledger.load_trials()
     assert trials[1].state == "failed" and "the loss became" in trials[1].reason
     assert trials[0].state == "finished", "the best at each rung"
     stopped = [trial for trial in trials if trial.state == "stopped"]
-    assert trials[2] in stopped and all(trial.settings == {"optim.lr": 1.0e-7} for trial in stopped)
+    assert trials[2] in stopped and all(trial.params == {"optim.lr": 1.0e-7} for trial in stopped)
     assert all(trial.epoch in (1, 2) for trial in stopped), "at a rung"
-    assert ledger.ranked()[0].settings == {"optim.lr": 0.05}
-    kept = sum(file.stat().st_size for file in (tmp_path / ".prefixes").rglob("*") if file.is_file())
+    assert ledger.rank_trials()[0].params == {"optim.lr": 0.05}
+    kept = sum(
+        file.stat().st_size for file in (tmp_path / ".prefixes").rglob("*") if file.is_file()
+    )
     assert kept <= 1e-4 * 2**30, "the store of prefixes keeps to the space's limit"
 
 
 def test_a_store_that_fails_under_the_sweep_is_its_own_error_and_loses_nothing(
     ray_cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tune wraps whatever its callbacks raise: the command would take the store's failure for a bug."""
+    """Tune wraps whatever its callbacks raise: the command would take the store's failure for a
+    bug.
+    """
 
     def refused(path: Path) -> None:
-        raise storage.StoreFailed(f"{path.name} cannot be written: no answer")
+        raise storage.BucketUnavailable(f"{path.name} cannot be written: no answer")
 
     ledger = Ledger.create(tmp_path / "sweep", space(trials=2))
     with monkeypatch.context() as during:
 
         def break_the_store(trial: Trial) -> None:
-            during.setattr(storage, "push", refused)
+            during.setattr(storage, "push_to_bucket", refused)
 
-        with pytest.raises(storage.StoreFailed, match=r"trial\.json cannot be written"):
-            run_sweep(ledger, [Follower(break_the_store)])
-    assert any(trial.state == "running" for trial in ledger.trials())
+        with pytest.raises(storage.BucketUnavailable, match=r"trial\.json cannot be written"):
+            run_sweep(ledger, [TrialUpdateListener(break_the_store)])
+    assert any(trial.state == "running" for trial in ledger.load_trials())
     run_sweep(ledger, [])
-    assert [(trial.state, trial.epoch) for trial in ledger.trials()] == [("finished", 2)] * 2
+    assert [(trial.state, trial.epoch) for trial in ledger.load_trials()] == [("finished", 2)] * 2
 
 
 def test_a_sweep_says_why_it_ended(ray_cluster, tmp_path: Path) -> None:
@@ -358,68 +418,91 @@ def test_a_sweep_says_why_it_ended(ray_cluster, tmp_path: Path) -> None:
             told.append(trial.epoch)
             os.kill(os.getpid(), signal.SIGINT)
 
-    assert run_sweep(ledger, [Follower(ctrl_c)], budget=Budget(3600)) == "interrupted"
-    assert any(trial.state == "running" for trial in ledger.trials())
+    assert run_sweep(ledger, [TrialUpdateListener(ctrl_c)], budget=Budget(3600)) == "interrupted"
+    assert any(trial.state == "running" for trial in ledger.load_trials())
     assert run_sweep(ledger, [], budget=Budget(0)) == "budget"
     before = signal.getsignal(signal.SIGINT)
     assert run_sweep(ledger, [], budget=Budget(3600)) == "done"
-    assert signal.getsignal(signal.SIGINT) is before, "what comes after a sweep can be ended by Ctrl-C, too"
+    assert signal.getsignal(signal.SIGINT) is before, (
+        "what comes after a sweep can be ended by Ctrl-C, too"
+    )
 
 
-def test_a_budget_counts_what_is_held_now_and_no_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_counts_what_is_held_now_and_no_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two GPUs for two hours, of which it waited one for a new process: no report has come yet."""
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     ledger = Ledger.create(tmp_path / "sweep", space())
-    relay = Relay(ledger, 2, [], gpus=2.0, budget=Budget(gpu_seconds=7200.0))
+    relay = LedgerCallback(ledger, 2, [], gpus_per_trial=2.0, budget=Budget(gpu_seconds=7200.0))
     trial = SimpleNamespace(
-        trial_id="a", config={"number": 0, "settings": {ALPHA: 2.0}}, error_file=None, num_failures=1
+        trial_id="a",
+        config={"number": 0, "settings": {ALPHA: 2.0}},
+        error_file=None,
+        num_failures=1,
     )
-    for hours, event in ((0.0, relay.on_trial_start), (0.5, relay.on_trial_recover), (1.5, relay.on_trial_start)):
+    for hours, event in (
+        (0.0, relay.on_trial_start),
+        (0.5, relay.on_trial_recover),
+        (1.5, relay.on_trial_start),
+    ):
         clock[0] = 3600 * hours
         event(0, [], trial)  # type: ignore[arg-type, operator]
     clock[0] = 3600 * 1.9
-    assert not relay.over
+    assert not relay.has_reached_limit
     clock[0] = 3600 * 2.0
-    assert relay.over
+    assert relay.has_reached_limit
     relay.on_trial_complete(0, [], trial)  # type: ignore[arg-type]
-    assert relay.over and ledger.trials()[0].state == "running", "it goes on with --resume"
+    assert relay.has_reached_limit and ledger.load_trials()[0].state == "running", (
+        "it goes on with --resume"
+    )
 
 
 def test_a_bug_ends_the_sweep_after_a_few_trials_with_its_traceback(ray_cluster, tmp_path) -> None:
     """Files stand where trials want to make folders."""
     ledger = Ledger.create(tmp_path / "sweep", space(trials=8, base={**TINY, "epochs": 1}))
     for number in range(8):
-        ledger.run_path(number).mkdir()
-        (ledger.run_path(number) / "histograms").touch()
-    with pytest.raises(SweepFailed, match="trials met errors of the code, the first:\nTraceback") as error:
+        ledger.trial_path(number).mkdir()
+        (ledger.trial_path(number) / "histograms").touch()
+    with pytest.raises(
+        SweepFailed, match="trials met errors of the code, the first:\nTraceback"
+    ) as error:
         run_sweep(ledger, [])
-    failed = [trial for trial in ledger.trials() if trial.state == "failed"]
+    failed = [trial for trial in ledger.load_trials() if trial.state == "failed"]
     assert 3 <= len(failed) < 8 and all("histograms" in trial.reason for trial in failed)
-    assert any((ledger.run_path(t.number) / "error.txt").read_text() in str(error.value) for t in failed)
+    assert any(
+        (ledger.trial_path(t.number) / "error.txt").read_text() in str(error.value) for t in failed
+    )
 
 
 def test_failures_are_told_apart(tmp_path) -> None:
     def met(work: Callable[[], object]) -> dict[str, str]:
         with pytest.raises(Exception) as error:
             work()
-        return explain(error.value, tiny("at"), tmp_path)
+        return failure_report(error.value, tiny("at"), tmp_path)
 
     hint = "out of memory: lower batch_size (now 32) or raise --cpus-per-trial, so that fewer run at once"
     assert met(lambda: torch.empty(2**60)) == {"failed": hint}
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60)
-    alone = explain(error.value, tiny("at"), tmp_path, trial=False)
-    assert alone == {"failed": "out of memory: lower batch_size (now 32)"}, "no flag of another command"
-    assert met(lambda: fit(tiny("at", optim__lr=1e20), tmp_path / "nan"))["failed"].startswith("the loss became")
-    bug = met(lambda: fit(tiny("at"), tmp_path / "bug", lambda metrics, saved: {}["no"]))
+    alone = failure_report(error.value, tiny("at"), tmp_path, is_sweep_trial=False)
+    assert alone == {"failed": "out of memory: lower batch_size (now 32)"}, (
+        "no flag of another command"
+    )
+    assert met(lambda: train_model(tiny("at", optim__lr=1e20), tmp_path / "nan"))[
+        "failed"
+    ].startswith("the loss became")
+    bug = met(lambda: train_model(tiny("at"), tmp_path / "bug", lambda metrics, saved: {}["no"]))
     assert bug == {"failed": "KeyError: 'no'", "bug": (tmp_path / "error.txt").read_text()}
     assert "in fit" in bug["bug"]
 
 
 def test_a_node_that_dies_costs_its_trials_the_epoch_they_were_in(ray_cluster, tmp_path) -> None:
     """Three trials on three CPUs, one of them on the node that is killed."""
-    ledger = Ledger.create(tmp_path / "sweep", space(trials=3, base={**TINY, "epochs": 15, "data.train_size": 96}))
+    ledger = Ledger.create(
+        tmp_path / "sweep", space(trials=3, base={**TINY, "epochs": 15, "data.train_size": 96})
+    )
     nodes = [ray_cluster.add_node(num_cpus=1, **FORKED)]
     epochs: dict[int, int] = {}
 
@@ -429,14 +512,20 @@ def test_a_node_that_dies_costs_its_trials_the_epoch_they_were_in(ray_cluster, t
         if nodes and len(epochs) == 3 and min(epochs.values()) >= 1 and max(epochs.values()) < 15:
             ray_cluster.remove_node(nodes.pop(), allow_graceful=False)
 
-    run_sweep(ledger, [Follower(kill_once)])
+    run_sweep(ledger, [TrialUpdateListener(kill_once)])
     assert not nodes
     ray_cluster.wait_for_nodes()
-    assert sorted(trial.retries for trial in ledger.trials()) == [0, 0, 1], "the one that was there started again"
-    for trial in ledger.trials():
-        assert trial.state == "finished" and [epoch for epoch, _ in trial.curve] == list(range(1, 16))
-        alone = fit(ledger.space.config(trial.settings), tmp_path / f"alone-{trial.number}").last
-        assert weights(alone.path) == weights(ledger.run_path(trial.number) / "epoch-0015")
+    assert sorted(trial.retries for trial in ledger.load_trials()) == [0, 0, 1], (
+        "the one that was there started again"
+    )
+    for trial in ledger.load_trials():
+        assert trial.state == "finished" and [epoch for epoch, _ in trial.curve] == list(
+            range(1, 16)
+        )
+        alone = train_model(
+            ledger.space.trial_config(trial.params), tmp_path / f"alone-{trial.number}"
+        ).last_checkpoint
+        assert weights(alone.path) == weights(ledger.trial_path(trial.number) / "epoch-0015")
 
 
 def test_a_grid_asks_for_each_point_once(tmp_path) -> None:
@@ -444,9 +533,18 @@ def test_a_grid_asks_for_each_point_once(tmp_path) -> None:
         ALPHA: {"categorical": [0.5, 2.0]},
         "method.terms.bound.on": {"categorical": ["natural", "pgd"]},
     }
-    ledger = Ledger.create(tmp_path / "sweep", space(sampler={"kind": "grid"}, space=grid, start=[], trials=10))
-    ledger.write(Trial(0, {ALPHA: 2.0, "method.terms.bound.on": "pgd"}, state="finished", best={"robust_worst": 0.5}))
-    search, points = StudySearch(ledger), [ledger.trials()[0].settings]
+    ledger = Ledger.create(
+        tmp_path / "sweep", space(sampler={"kind": "grid"}, space=grid, start=[], trials=10)
+    )
+    ledger.save_trial(
+        Trial(
+            0,
+            {ALPHA: 2.0, "method.terms.bound.on": "pgd"},
+            state="finished",
+            best={"robust_worst": 0.5},
+        )
+    )
+    search, points = LedgerSearcher(ledger), [ledger.load_trials()[0].params]
     while (found := search.suggest(str(len(points)))) != "FINISHED":
         points.append(found["settings"])
     assert len(points) == len({json.dumps(point) for point in points}) == 4
@@ -459,12 +557,14 @@ def test_a_grid_has_no_points_that_differ_in_what_a_trial_lacks(tmp_path) -> Non
         ALPHA: {"categorical": [0.5, 2.0], "when": {on: "pgd"}},
         "method.terms.pgd.weight.beta": {"categorical": [0.5, 1.0], "when": {ALPHA: 2.0}},
     }
-    ledger = Ledger.create(tmp_path / "sweep", space(sampler={"kind": "grid"}, space=grid, start=[], trials=10))
-    assert ledger.space.total == 4
-    found = [StudySearch(ledger).suggest("a")["settings"]]
+    ledger = Ledger.create(
+        tmp_path / "sweep", space(sampler={"kind": "grid"}, space=grid, start=[], trials=10)
+    )
+    assert ledger.space.n_trials == 4
+    found = [LedgerSearcher(ledger).suggest("a")["settings"]]
     assert found == [{on: "natural"}]
-    ledger.write(Trial(0, found[0], state="finished", best={"robust_worst": 0.5}))
-    search = StudySearch(ledger)
+    ledger.save_trial(Trial(0, found[0], state="finished", best={"robust_worst": 0.5}))
+    search = LedgerSearcher(ledger)
     while (more := search.suggest(str(len(found)))) != "FINISHED":
         found.append(more["settings"])
     assert [len(point) for point in found] == [1, 2, 3, 3]
@@ -473,24 +573,27 @@ def test_a_grid_has_no_points_that_differ_in_what_a_trial_lacks(tmp_path) -> Non
 
 def test_trials_that_cannot_fit_are_refused_before_anything_runs(ray_cluster, tmp_path) -> None:
     ledger = Ledger.create(tmp_path / "sweep", space())
-    with pytest.raises(SpecError, match="a trial wants 9 CPUs and 0 GPUs, the cluster has 2 CPUs and 0 GPUs"):
+    with pytest.raises(
+        SpecError, match="a trial wants 9 CPUs and 0 GPUs, the cluster has 2 CPUs and 0 GPUs"
+    ):
         run_sweep(ledger, [], Resources(cpus=9))
-    assert not ledger.trials()
+    assert not ledger.load_trials()
 
 
 @pytest.mark.parametrize(
-    ("text", "why"), [("", "no JSON object"), ("[]", "no JSON object"), ('{"number": 0}', "lacks best, curve")]
+    ("text", "why"),
+    [("", "no JSON object"), ("[]", "no JSON object"), ('{"number": 0}', "lacks best, curve")],
 )
 def test_damaged_records_are_one_line(text: str, why: str, tmp_path: Path) -> None:
-    ledger, run = Ledger.create(tmp_path / "sweep", space()), Run(tmp_path / "run")
-    ledger.run_path(0).mkdir()
-    (ledger.run_path(0) / "trial.json").write_text(text)
+    ledger, run = Ledger.create(tmp_path / "sweep", space()), RunDirectory(tmp_path / "run")
+    ledger.trial_path(0).mkdir()
+    (ledger.trial_path(0) / "trial.json").write_text(text)
     with pytest.raises(SpecError, match=rf"trials/0000/trial\.json is damaged: it (is )?{why}"):
-        ledger.trials()
-    assert run.key == run.key
+        ledger.load_trials()
+    assert run.run_key == run.run_key
     (run.path / "run.json").write_text(text)
     with pytest.raises(SpecError, match=r"run\.json is damaged"):
-        _ = run.key
+        _ = run.run_key
 
 
 def test_a_ledger_is_not_overwritten_and_not_mixed_up(tmp_path: Path) -> None:
@@ -498,6 +601,6 @@ def test_a_ledger_is_not_overwritten_and_not_mixed_up(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="there is a sweep in"):
         Ledger.create(tmp_path / "a", space())
     with pytest.raises(SpecError, match="another --name"):
-        ledger.extend(space(method="lrat", metric="clean"))
+        ledger.extend_space(space(method="lrat", metric="clean"))
     with pytest.raises(SpecError, match=r"no sweep in .*; there is a"):
         Ledger.open(tmp_path / "b")

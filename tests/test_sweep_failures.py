@@ -1,4 +1,6 @@
-"""How failures of trials are reported, how lost processes are described, and how SIGTERM is handled."""
+"""How failures of trials are reported, how lost processes are described, and how SIGTERM is
+handled.
+"""
 
 import json
 import signal
@@ -11,7 +13,13 @@ import torch
 from conftest import tiny
 
 from raysweep.spec import SpecError
-from raysweep.sweep.failures import explain, forget, keep, kept, lost
+from raysweep.training.failure_reports import (
+    clear_failure_report,
+    describe_process_loss,
+    failure_report,
+    load_failure_report,
+    save_failure_report,
+)
 from raysweep.training.trainer import TrainingFailed
 
 
@@ -30,8 +38,10 @@ from raysweep.training.trainer import TrainingFailed
         ),
     ],
 )  # fmt: skip
-def test_a_failure_that_settings_or_memory_explain_is_no_bug(error: Exception, reason: str, tmp_path: Path) -> None:
-    assert explain(error, tiny("at", batch_size=16), tmp_path) == {"failed": reason}
+def test_a_failure_that_settings_or_memory_explain_is_no_bug(
+    error: Exception, reason: str, tmp_path: Path
+) -> None:
+    assert failure_report(error, tiny("at", batch_size=16), tmp_path) == {"failed": reason}
     assert not list(tmp_path.iterdir()), "no traceback is kept"
 
 
@@ -40,7 +50,9 @@ def test_a_gpu_that_ran_out_of_memory_is_named(
     trial: bool, more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
-    found = explain(torch.OutOfMemoryError("CUDA out of memory"), tiny("at"), tmp_path, trial)
+    found = failure_report(
+        torch.OutOfMemoryError("CUDA out of memory"), tiny("at"), tmp_path, trial
+    )
     assert found == {"failed": f"out of memory on NVIDIA H200: lower batch_size (now 32){more}"}
 
 
@@ -48,23 +60,30 @@ def test_anything_else_is_a_bug_with_its_traceback(tmp_path: Path) -> None:
     try:
         raise RuntimeError("shapes differ\n  in the second line") from KeyError("cause")
     except RuntimeError as error:
-        found = explain(error, tiny("at"), tmp_path)
+        found = failure_report(error, tiny("at"), tmp_path)
     assert found["failed"] == "RuntimeError: shapes differ"
     assert found["bug"] == (tmp_path / "error.txt").read_text()
     lines = found["bug"].splitlines()
-    assert lines[0] == "KeyError: 'cause'" and lines[-2:] == ["RuntimeError: shapes differ", "  in the second line"]
+    assert lines[0] == "KeyError: 'cause'" and lines[-2:] == [
+        "RuntimeError: shapes differ",
+        "  in the second line",
+    ]
 
 
 def test_a_report_is_kept_for_the_next_workers_until_it_is_forgotten(tmp_path: Path) -> None:
-    assert kept(tmp_path) == {}
+    assert load_failure_report(tmp_path) == {}
     report = {"failed": "KeyError: 'no'", "bug": "Traceback"}
-    keep(tmp_path, report)
-    assert kept(tmp_path) == report == json.loads((tmp_path / "failed.json").read_text())
-    keep(tmp_path, {"failed": "again"})
-    assert kept(tmp_path) == {"failed": "again"}
+    save_failure_report(tmp_path, report)
+    assert (
+        load_failure_report(tmp_path)
+        == report
+        == json.loads((tmp_path / "failed.json").read_text())
+    )
+    save_failure_report(tmp_path, {"failed": "again"})
+    assert load_failure_report(tmp_path) == {"failed": "again"}
     for _ in range(2):
-        forget(tmp_path)
-        assert kept(tmp_path) == {} and not list(tmp_path.iterdir())
+        clear_failure_report(tmp_path)
+        assert load_failure_report(tmp_path) == {} and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -77,7 +96,7 @@ def test_a_report_is_kept_for_the_next_workers_until_it_is_forgotten(tmp_path: P
     ],
 )  # fmt: skip
 def test_descriptions_of_lost_processes(account: str, reason: str) -> None:
-    assert lost(account).startswith(reason)
+    assert describe_process_loss(account).startswith(reason)
 
 
 class Trainable:
@@ -94,23 +113,23 @@ def ended_at_once(code: int) -> None:
 def test_sigterm_waits_while_a_trial_is_working(monkeypatch: pytest.MonkeyPatch) -> None:
     from raysweep.sweep import preemption
 
-    monkeypatch.setattr(preemption, "_Notice", SimpleNamespace(told=False, busy=False))
+    monkeypatch.setattr(preemption, "_SigtermState", SimpleNamespace(told=False, busy=False))
     monkeypatch.setattr("os._exit", ended_at_once)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        made: Any = type("Made", (preemption.Preemptible, Trainable), {})()
+        made: Any = type("Made", (preemption.PreemptibleMixin, Trainable), {})()
         made.setup({"number": 3})
         assert made.config == {"number": 3}, "`setup` of Tune's class is called as well"
-        assert not preemption.told()
-        with preemption.busy():
+        assert not preemption.termination_requested()
+        with preemption.defer_sigterm():
             signal.raise_signal(signal.SIGTERM)
-            assert preemption.told(), "the working trial can see the request"
+            assert preemption.termination_requested(), "the working trial can see the request"
         with pytest.raises(SystemExit) as end:
             signal.raise_signal(signal.SIGTERM)
         assert end.value.code == 143
         with pytest.raises(SystemExit, match="at once: 143"):
-            preemption.leave()
-        with pytest.raises(KeyError), preemption.busy():
+            preemption.exit_preempted()
+        with pytest.raises(KeyError), preemption.defer_sigterm():
             raise KeyError
         with pytest.raises(SystemExit):
             signal.raise_signal(signal.SIGTERM)

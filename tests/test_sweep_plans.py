@@ -1,4 +1,6 @@
-"""What a trial holds, how many trials fit a cluster, and the plan of a sweep: shares, epochs and hours by hand."""
+"""What a trial holds, how many trials fit a cluster, and the plan of a sweep: shares, epochs and
+hours by hand.
+"""
 
 import json
 import math
@@ -13,12 +15,19 @@ import pytest
 import torch
 from conftest import TINY
 
-from raysweep.data import Data
+from raysweep.data import Dataset
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Trial
-from raysweep.sweep.plan import epoch_seconds, expected_epochs, left, plan, quick_epoch_seconds, trial_epochs
+from raysweep.sweep.plan import (
+    estimate_epoch_seconds,
+    expected_sweep_epochs,
+    expected_trial_epochs,
+    maybe_estimate_epoch_seconds,
+    plan_sweep,
+    starting_epochs,
+)
 from raysweep.sweep.resources import Resources
-from raysweep.sweep.space import SearchSpace
+from raysweep.sweep.search_space import SearchSpace
 
 pytestmark = pytest.mark.needs_ray
 
@@ -28,7 +37,7 @@ SMALL = {**TINY, "validation.finish.apgd_t.steps": 2, "validation.scales": []}
 
 def space(**changes: Any) -> SearchSpace:
     data = {"method": "at", "trials": 16, "base": SMALL, "scheduler": {"grace": 2, "factor": 2}}
-    return SearchSpace.load({**data, "space": {LR: {"float": [0.01, 0.5]}}, **changes})
+    return SearchSpace.from_data({**data, "space": {LR: {"float": [0.01, 0.5]}}, **changes})
 
 
 @pytest.mark.parametrize(
@@ -48,9 +57,11 @@ def test_workers_have_equal_shares_rounded_down_and_the_waiting_process_0_01(
     cpus: float, gpus: float | None, workers: int, share: dict[str, float], threads: int
 ) -> None:
     resources = Resources(cpus, gpus, workers)
-    assert resources.worker == pytest.approx(share, abs=1e-9)
-    assert resources.threads == threads
-    assert resources.trial == {"CPU": 0.01}, "the share of the process that waits for the workers"
+    assert resources.worker_resources == pytest.approx(share, abs=1e-9)
+    assert resources.threads_per_worker == threads
+    assert resources.trial_resources == {"CPU": 0.01}, (
+        "the share of the process that waits for the workers"
+    )
 
 
 def test_the_shares_fit_into_the_resources_of_a_trial_and_waste_almost_nothing() -> None:
@@ -61,30 +72,50 @@ def test_the_shares_fit_into_the_resources_of_a_trial_and_waste_almost_nothing()
                 if gpus > workers and gpus % workers:
                     continue
                 resources = Resources(cpus, gpus, workers)
-                share = {kind: Fraction(str(value)) for kind, value in resources.worker.items()}
-                held = {"CPU": share["CPU"] * workers + Fraction("0.01"), "GPU": share["GPU"] * workers}
-                assert all(f"{float(value):.4f}".rstrip("0").rstrip(".") for value in share.values())
+                share = {
+                    kind: Fraction(str(value)) for kind, value in resources.worker_resources.items()
+                }
+                held = {
+                    "CPU": share["CPU"] * workers + Fraction("0.01"),
+                    "GPU": share["GPU"] * workers,
+                }
+                assert all(
+                    f"{float(value):.4f}".rstrip("0").rstrip(".") for value in share.values()
+                )
                 for kind, given in (("CPU", cpus), ("GPU", gpus)):
                     assert (share[kind] * 10_000).denominator == 1
                     slack = Fraction(str(given)) - held[kind]
-                    most = Fraction(workers * 2, 10_000) + (Fraction("0.01") * (workers - 1) if kind == "CPU" else 0)
+                    most = Fraction(workers * 2, 10_000) + (
+                        Fraction("0.01") * (workers - 1) if kind == "CPU" else 0
+                    )
                     assert 0 <= slack <= most, (cpus, gpus, workers, kind)
 
 
-@pytest.mark.parametrize(("cpus", "threads"), [(0.5, 1), (1, 1), (1.9, 1), (2, 2), (3.99, 3), (8, 8)])
+@pytest.mark.parametrize(
+    ("cpus", "threads"), [(0.5, 1), (1, 1), (1.9, 1), (2, 2), (3.99, 3), (8, 8)]
+)
 def test_one_worker_is_the_trials_own_process(cpus: float, threads: int) -> None:
     resources = Resources(cpus=cpus, gpus=0.25)
-    assert resources.trial == {"CPU": cpus, "GPU": 0.25} and resources.threads == threads
-    assert Resources().trial == {"CPU": 1, "GPU": 0.0} and Resources().held_gpus == 0.0
+    assert (
+        resources.trial_resources == {"CPU": cpus, "GPU": 0.25}
+        and resources.threads_per_worker == threads
+    )
+    assert Resources().trial_resources == {"CPU": 1, "GPU": 0.0} and Resources().n_gpus == 0.0
 
 
 def test_by_default_each_worker_has_a_gpu_if_the_cluster_has_any() -> None:
     gpus, none = {"CPU": 8.0, "GPU": 4.0}, {"CPU": 8.0}
     for workers in (1, 2):
-        assert Resources(workers=workers).on(gpus).gpus == workers
-        assert Resources(workers=workers).on(none).gpus == Resources(workers=workers).on(none | {"GPU": 0}).gpus == 0
-        assert Resources(cpus=2, gpus=0.5, workers=workers).on(gpus) == Resources(cpus=2, gpus=0.5, workers=workers)
-    assert Resources(gpus=0.0).on(gpus).gpus == 0.0, "0 GPUs is a choice, not the default"
+        assert Resources(workers=workers).resolve(gpus).gpus == workers
+        assert (
+            Resources(workers=workers).resolve(none).gpus
+            == Resources(workers=workers).resolve(none | {"GPU": 0}).gpus
+            == 0
+        )
+        assert Resources(cpus=2, gpus=0.5, workers=workers).resolve(gpus) == Resources(
+            cpus=2, gpus=0.5, workers=workers
+        )
+    assert Resources(gpus=0.0).resolve(gpus).gpus == 0.0, "0 GPUs is a choice, not the default"
 
 
 @pytest.mark.parametrize(
@@ -103,9 +134,9 @@ def test_impossible_shares_are_refused(how: dict[str, float], words: str) -> Non
 
 
 def test_shares_at_the_limit_are_accepted() -> None:
-    assert 0 < Resources(cpus=0.0204, workers=2).worker["CPU"] <= 0.0002
-    assert Resources(gpus=1, workers=4, cpus=4).worker["GPU"] == 0.25
-    assert [Resources(gpus=gpus).held_gpus for gpus in (0.5, 1, 2)] == [0.5, 1, 2]
+    assert 0 < Resources(cpus=0.0204, workers=2).worker_resources["CPU"] <= 0.0002
+    assert Resources(gpus=1, workers=4, cpus=4).worker_resources["GPU"] == 0.25
+    assert [Resources(gpus=gpus).n_gpus for gpus in (0.5, 1, 2)] == [0.5, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -131,10 +162,12 @@ def test_shares_at_the_limit_are_accepted() -> None:
 )  # fmt: skip
 def test_how_many_trials_fit(resources: Resources, cluster: dict, nodes: list, trials: int) -> None:
     if trials:
-        assert resources.concurrent(cluster, nodes) == trials
+        assert resources.max_concurrent_trials(cluster, nodes) == trials
     else:
-        with pytest.raises(SpecError, match=r"a trial wants 2 workers of 1 CPUs and 1 GPUs each, .* nodes hold 1"):
-            resources.concurrent(cluster, nodes)
+        with pytest.raises(
+            SpecError, match=r"a trial wants 2 workers of 1 CPUs and 1 GPUs each, .* nodes hold 1"
+        ):
+            resources.max_concurrent_trials(cluster, nodes)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +181,7 @@ def test_how_many_trials_fit(resources: Resources, cluster: dict, nodes: list, t
 )
 def test_a_trial_that_does_not_fit_is_refused(resources: Resources, cluster: dict) -> None:
     with pytest.raises(SpecError, match=r"a trial wants .* the cluster has "):
-        resources.concurrent(cluster)
+        resources.max_concurrent_trials(cluster)
 
 
 def test_fractions_of_a_cluster_are_counted_exactly() -> None:
@@ -158,13 +191,19 @@ def test_fractions_of_a_cluster_are_counted_exactly() -> None:
             fit = whole * 100 // hundredths
             cluster = {"CPU": float(whole), "GPU": float(whole)}
             if fit:
-                assert Resources(cpus=hundredths / 100).concurrent(cluster) == fit
+                assert Resources(cpus=hundredths / 100).max_concurrent_trials(cluster) == fit
                 if hundredths <= 100:
-                    assert Resources(cpus=0.001, gpus=hundredths / 100).concurrent(cluster) == fit
+                    assert (
+                        Resources(cpus=0.001, gpus=hundredths / 100).max_concurrent_trials(cluster)
+                        == fit
+                    )
     # 24.999999999999996 times what each of two workers holds.
     half = Resources(cpus=1, gpus=0.56, workers=2)
-    assert half.concurrent({"CPU": 99.0, "GPU": 7.0}, [{"CPU": 99.0, "GPU": 7.0}]) == 12
-    assert half.concurrent({"CPU": 99.0, "GPU": 14.0}, [{"CPU": 49.5, "GPU": 7.0}] * 2) == 25
+    assert half.max_concurrent_trials({"CPU": 99.0, "GPU": 7.0}, [{"CPU": 99.0, "GPU": 7.0}]) == 12
+    assert (
+        half.max_concurrent_trials({"CPU": 99.0, "GPU": 14.0}, [{"CPU": 49.5, "GPU": 7.0}] * 2)
+        == 25
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,35 +224,58 @@ def test_fractions_of_a_cluster_are_counted_exactly() -> None:
     ],
 )
 def test_epochs_that_a_trial_can_expect(epochs: int, begun: int, expected: float) -> None:
-    assert trial_epochs(space(), epochs, begun) == expected
+    assert expected_trial_epochs(space(), epochs, begun) == expected
 
 
 def test_epochs_of_a_whole_sweep() -> None:
-    assert expected_epochs(space(), 8) == 64 and expected_epochs(space(trials=3), 8) == 12
-    assert expected_epochs(space(scheduler={"kind": "none"}), 8) == 128
-    assert expected_epochs(space(scheduler={"grace": 1, "factor": 3}), 9) == round(16 * (1 + 2 / 3 + 6 / 9))
+    assert (
+        expected_sweep_epochs(space(), 8) == 64 and expected_sweep_epochs(space(trials=3), 8) == 12
+    )
+    assert expected_sweep_epochs(space(scheduler={"kind": "none"}), 8) == 128
+    assert expected_sweep_epochs(space(scheduler={"grace": 1, "factor": 3}), 9) == round(
+        16 * (1 + 2 / 3 + 6 / 9)
+    )
     grid = space(sampler={"kind": "grid"}, space={LR: {"categorical": [0.1, 0.2, 0.3]}})
-    assert expected_epochs(grid, 8) == 12, "the epochs of the grid's points"
+    assert expected_sweep_epochs(grid, 8) == 12, "the epochs of the grid's points"
 
 
 def test_a_plan_counts_the_trials_that_are_left() -> None:
-    states = [("running", 1), ("finished", 3), ("finished", 5), ("stopped", 2), ("failed", 0), ("running", 0)]
-    trials = [Trial(number, {LR: 0.1}, state, epoch) for number, (state, epoch) in enumerate(states)]  # type: ignore[arg-type]
-    assert left(space(trials=8), 3, trials) == [1, 0, 0, 0]
-    assert left(space(trials=8), 5, trials) == [1, 3, 0, 0, 0], "the trial that had finished 3 epochs gets two more"
-    assert left(space(trials=6), 6, trials) == [1, 3, 5, 0]
-    assert left(space(trials=3), 8, []) == [0, 0, 0]
+    states = [
+        ("running", 1),
+        ("finished", 3),
+        ("finished", 5),
+        ("stopped", 2),
+        ("failed", 0),
+        ("running", 0),
+    ]
+    trials = [
+        Trial(number, {LR: 0.1}, state, epoch) for number, (state, epoch) in enumerate(states)
+    ]  # type: ignore[arg-type]
+    assert starting_epochs(space(trials=8), 3, trials) == [1, 0, 0, 0]
+    assert starting_epochs(space(trials=8), 5, trials) == [1, 3, 0, 0, 0], (
+        "the trial that had finished 3 epochs gets two more"
+    )
+    assert starting_epochs(space(trials=6), 6, trials) == [1, 3, 5, 0]
+    assert starting_epochs(space(trials=3), 8, []) == [0, 0, 0]
     own = [Trial(0, {"epochs": 2}, "finished", 2), Trial(1, {"epochs": 9}, "running", 4)]
-    assert left(space(trials=2), 5, own) == [4], "a trial's own number of epochs is not changed"
+    assert starting_epochs(space(trials=2), 5, own) == [4], (
+        "a trial's own number of epochs is not changed"
+    )
 
 
 @pytest.mark.parametrize(
     ("present", "brought"),
-    [(1, ["gpu", "gpu", "cpu", "cpu"]), (2, ["gpu", "cpu", "cpu"]), (3, ["cpu", "cpu"]), (5, []), (9, [])],
+    [
+        (1, ["gpu", "gpu", "cpu", "cpu"]),
+        (2, ["gpu", "cpu", "cpu"]),
+        (3, ["cpu", "cpu"]),
+        (5, []),
+        (9, []),
+    ],
 )
 def test_nodes_that_an_autoscaler_can_still_start(present: int, brought: list[str]) -> None:
     """At most four, those with GPUs first; the head is among the nodes that are present."""
-    from raysweep.sweep.cluster import _launchable
+    from raysweep.sweep.cluster import _unlaunched_node_capacities
 
     kinds: dict[str, dict[str, float]] = {"cpu": {"CPU": 4}, "gpu": {"CPU": 8, "GPU": 1}}
     types: dict[str, Any] = {
@@ -224,31 +286,35 @@ def test_nodes_that_an_autoscaler_can_still_start(present: int, brought: list[st
         "none": {"resources": {"CPU": 64}},
     }
     config = {"head_node_type": "head", "max_workers": 4, "available_node_types": types}
-    assert list(_launchable(config, present)) == [kinds[name] for name in brought]
+    assert list(_unlaunched_node_capacities(config, present)) == [kinds[name] for name in brought]
 
 
-def test_the_size_of_a_cluster_may_be_given_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_cluster_may_be_given_in_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from raysweep.sweep import cluster
 
     monkeypatch.setenv("RAYSWEEP_CLUSTER_MAX", '{"CPU": 32, "GPU": "8"}')
-    assert cluster.nodes() == [{"CPU": 32.0, "GPU": 8.0}] and cluster.capacity() == {"CPU": 32.0, "GPU": 8.0}
+    assert cluster.node_capacities() == [
+        {"CPU": 32.0, "GPU": 8.0}
+    ] and cluster.cluster_capacity() == {"CPU": 32.0, "GPU": 8.0}
     for wrong in ("[1]", "32", '{"CPU": "many"}', ""):
         monkeypatch.setenv("RAYSWEEP_CLUSTER_MAX", wrong)
         with pytest.raises(SpecError, match=r"RAYSWEEP_CLUSTER_MAX=.*expected JSON like"):
-            cluster.nodes()
+            cluster.node_capacities()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU to time")
-def test_trials_on_gpus_are_not_timed_where_there_is_none(digits: Data) -> None:
-    assert quick_epoch_seconds(space().config({}), digits, Resources(gpus=1)) is None
+def test_trials_on_gpus_are_not_timed_where_there_is_none(digits: Dataset) -> None:
+    assert maybe_estimate_epoch_seconds(space().trial_config({}), digits, Resources(gpus=1)) is None
 
 
 def test_a_sweep_restores_the_signal_handlers_that_tune_replaces() -> None:
-    from raysweep.sweep.tuner import _handlers_put_back
+    from raysweep.sweep.tuner import _restore_signal_handlers
 
     numbers = (signal.SIGINT, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
-    with pytest.raises(KeyError), _handlers_put_back():
+    with pytest.raises(KeyError), _restore_signal_handlers():
         for number in numbers:
             signal.signal(number, signal.SIG_IGN)
         raise KeyError
@@ -257,7 +323,9 @@ def test_a_sweep_restores_the_signal_handlers_that_tune_replaces() -> None:
 
 @pytest.fixture
 def ticking(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """A clock on which each reading takes as many seconds as the first number of the list; the second is its time."""
+    """A clock on which each reading takes as many seconds as the first number of the list; the
+    second is its time.
+    """
     tick = [1.0, 0.0]
 
     def look() -> float:
@@ -269,55 +337,82 @@ def ticking(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     torch.set_num_threads(1)  # as it was
 
 
-def test_seconds_of_an_epoch(digits: Data, ticking: list[float]) -> None:
-    """A step takes one second of this clock, and so does the validation of a sample of 32 of 50 images."""
-    config = space(base={**SMALL, "epochs": 4}).config({})
-    assert epoch_seconds(config, digits, Resources()) == pytest.approx(2 * 1 + 50 / 32)
-    every = space(base={**SMALL, "validation.every": 2, "batch_size": 24}, scheduler={"kind": "none"}).config({})
-    assert epoch_seconds(every, digits, Resources()) == pytest.approx(3 * 1 + 50 / 24 / 2), (
-        "64 images are three batches of 24"
-    )
+def test_seconds_of_an_epoch(digits: Dataset, ticking: list[float]) -> None:
+    """A step takes one second of this clock, and so does the validation of a sample of 32 of 50
+    images.
+    """
+    config = space(base={**SMALL, "epochs": 4}).trial_config({})
+    assert estimate_epoch_seconds(config, digits, Resources()) == pytest.approx(2 * 1 + 50 / 32)
+    every = space(
+        base={**SMALL, "validation.every": 2, "batch_size": 24}, scheduler={"kind": "none"}
+    ).trial_config({})
+    assert estimate_epoch_seconds(every, digits, Resources()) == pytest.approx(
+        3 * 1 + 50 / 24 / 2
+    ), "64 images are three batches of 24"
     # A sample of 16 from 40 images, of which each of two workers has 20.
-    some = space(base={**SMALL, "validation.size": 40, "batch_size": 16}).config({})
-    assert epoch_seconds(some, digits, Resources()) == pytest.approx(4 * 1 + 40 / 16)
-    assert epoch_seconds(some, digits, Resources(cpus=2, workers=2)) == pytest.approx(4 * 1 + 20 / 16)
-    few = space(base={**SMALL, "validation.size": 10, "batch_size": 16}).config({})
-    assert epoch_seconds(few, digits, Resources()) == pytest.approx(4 * 1 + 1), "the sample is all ten images"
+    some = space(base={**SMALL, "validation.size": 40, "batch_size": 16}).trial_config({})
+    assert estimate_epoch_seconds(some, digits, Resources()) == pytest.approx(4 * 1 + 40 / 16)
+    assert estimate_epoch_seconds(some, digits, Resources(cpus=2, workers=2)) == pytest.approx(
+        4 * 1 + 20 / 16
+    )
+    few = space(base={**SMALL, "validation.size": 10, "batch_size": 16}).trial_config({})
+    assert estimate_epoch_seconds(few, digits, Resources()) == pytest.approx(4 * 1 + 1), (
+        "the sample is all ten images"
+    )
 
 
-def test_steps_that_take_long_are_timed_once(digits: Data, ticking: list[float]) -> None:
+def test_steps_that_take_long_are_timed_once(digits: Dataset, ticking: list[float]) -> None:
     ticking[0] = 6.0
-    assert epoch_seconds(space().config({}), digits, Resources(), steps=2) == pytest.approx(2 * 6 + 6 * 50 / 32)
-    assert ticking[1] / 6 == 4, "readings: before and after one step, and before and after the validation"
+    assert estimate_epoch_seconds(
+        space().trial_config({}), digits, Resources(), n_steps=2
+    ) == pytest.approx(2 * 6 + 6 * 50 / 32)
+    assert ticking[1] / 6 == 4, (
+        "readings: before and after one step, and before and after the validation"
+    )
 
 
-def test_a_step_is_timed_with_the_threads_that_a_trial_will_have(digits: Data, ticking: list[float]) -> None:
+def test_a_step_is_timed_with_the_threads_that_a_trial_will_have(
+    digits: Dataset, ticking: list[float]
+) -> None:
     torch.set_num_threads(2)
-    epoch_seconds(space().config({}), digits, Resources(cpus=2, workers=2), steps=0)
+    estimate_epoch_seconds(
+        space().trial_config({}), digits, Resources(cpus=2, workers=2), n_steps=0
+    )
     assert torch.get_num_threads() == 1
 
 
 def test_the_hours_of_a_plan(
-    digits: Data, ticking: list[float], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    digits: Dataset,
+    ticking: list[float],
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     ticking[0] = 16.004  # an epoch: 2 x 16.004 s, and 16.004 s for 32 of 50 images
-    past = [Trial(0, {LR: 0.1}, "running", 3), Trial(1, {LR: 0.2}, "stopped", 2), Trial(2, {LR: 0.3}, "failed")]
+    past = [
+        Trial(0, {LR: 0.1}, "running", 3),
+        Trial(1, {LR: 0.2}, "stopped", 2),
+        Trial(2, {LR: 0.3}, "failed"),
+    ]
     most = [*past, Trial(3, {LR: 0.4}, "stopped", 2), Trial(4, {LR: 0.5}, "stopped", 2)]
     sweep = space(trials=5, base={**SMALL, "epochs": 8})
     facts = []
     for cpus, trials in ((0.25, ()), (0.5, past), (0.75, past), (0.5, most)):
         resources = Resources(cpus=cpus)
-        assert plan(sweep, digits, resources, None, as_json=True, trials=trials) == 0
+        assert plan_sweep(sweep, digits, resources, None, as_json=True, existing_trials=trials) == 0
         facts.append(json.loads(capsys.readouterr().out))
     whole, rest, half, one = facts
     assert (whole["trials"], whole["trials_left"], whole["epochs_per_trial"]) == (5, 5, 8)
     assert (rest["trials"], rest["trials_left"]) == (5, 3)
     assert whole["epochs_expected"] == 20 and rest["epochs_expected"] == 3 + 4 + 4
-    assert (one["trials_left"], one["epochs_expected"]) == (1, 3), "the trial that has 3 of 8 epochs behind it"
-    assert [plan["trials_at_once"] for plan in facts] == [5, 3, 2, 1], "at most as many as are left, and as fit"
+    assert (one["trials_left"], one["epochs_expected"]) == (1, 3), (
+        "the trial that has 3 of 8 epochs behind it"
+    )
+    assert [plan["trials_at_once"] for plan in facts] == [5, 3, 2, 1], (
+        "at most as many as are left, and as fit"
+    )
     seconds = 2 * 16.004 + 16.004 * 50 / 32
     assert all(plan["seconds_per_epoch"] == 57.01 for plan in facts), "57.01425, rounded"
     assert whole["trial_hours"] == round(seconds * 20 / 3600, 3)
@@ -327,15 +422,21 @@ def test_the_hours_of_a_plan(
     assert whole["objective_95_half_width"] == round(0.98 / math.sqrt(50), 4)
     assert (whole["train_examples"], whole["validation_examples"]) == (64, 50)
     assert whole["searched"] == {LR: {"float": [0.01, 0.5]}}
-    assert (half["cpus_per_trial"], half["gpus_per_trial"], half["workers_per_trial"]) == (0.75, 0.0, 1)
+    assert (half["cpus_per_trial"], half["gpus_per_trial"], half["workers_per_trial"]) == (
+        0.75,
+        0.0,
+        1,
+    )
 
 
-def test_a_plan_in_words(digits: Data, ticking: list[float], capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_in_words(
+    digits: Dataset, ticking: list[float], capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     sweep = space(trials=3, base={**SMALL, "epochs": 4, "validation.size": 26})
-    assert plan(sweep, digits, Resources(cpus=2, workers=2), None, as_json=False) == 0
+    assert plan_sweep(sweep, digits, Resources(cpus=2, workers=2), None, as_json=False) == 0
     assert capsys.readouterr().out.splitlines() == [
         "3 trials of at on digits, 4 epochs each, digits_cnn",
         "  optim.lr: {'float': (0.01, 0.5)}",
@@ -368,14 +469,18 @@ def test_each_workers_computation_has_the_threads_of_its_share(
     import ray.train
     from conftest import tiny
 
-    from raysweep.sweep import workers
+    from raysweep.sweep import multi_worker_trial
 
     # Tune's own callback must be created inside one of its trials.
-    monkeypatch.setattr(workers, "TuneReportCallback", ray.train.UserCallback)
+    monkeypatch.setattr(multi_worker_trial, "TuneReportCallback", ray.train.UserCallback)
     folder = tmp_path / "trials" / "0003"
-    trainer = workers._trainer(tiny("at"), folder, resources.workers, resources.worker, None, None)
-    assert trainer.train_loop_config["threads"] == threads == resources.threads
+    trainer = multi_worker_trial._build_torch_trainer(
+        tiny("at"), folder, resources.workers, resources.worker_resources, None, None
+    )
+    assert trainer.train_loop_config["threads"] == threads == resources.threads_per_worker
     scaling = trainer.scaling_config
     assert scaling.num_workers == resources.workers and scaling.use_gpu == bool(resources.gpus)
-    assert scaling.resources_per_worker == {k: v for k, v in resources.worker.items() if v}
+    assert scaling.resources_per_worker == {
+        k: v for k, v in resources.worker_resources.items() if v
+    }
     assert trainer.backend_config.backend == ("nccl" if resources.gpus else "gloo")

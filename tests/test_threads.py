@@ -12,25 +12,29 @@ import torch
 from conftest import tiny
 from test_workers import in_processes
 
-from raysweep.data import load
-from raysweep.data.shared import Source
-from raysweep.sweep import tuner, workers
-from raysweep.training.config import RunConfig
+from raysweep.data import load_data
+from raysweep.data.dataset_cache import CachedDataset
+from raysweep.sweep import multi_worker_trial, tuner
+from raysweep.training.config import TrainingConfig
 
 pytestmark = pytest.mark.needs_ray
 
 
-def source_of(config: RunConfig) -> Source:
-    return Source(config.data, load(config.data).fingerprint)
+def source_of(config: TrainingConfig) -> CachedDataset:
+    return CachedDataset(config.data, load_data(config.data).fingerprint)
 
 
 def train_with_cpus(amounts: list[float], sweep: Path) -> None:
-    """Run trials as Tune does, one for each amount; the threads at each report go to the file `threads.json`."""
+    """Run trials as Tune does, one for each amount; the threads at each report go to the file
+    `threads.json`.
+    """
     config, threads = tiny("at", epochs=1), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuner.tune, "report", lambda metrics: threads.append(torch.get_num_threads()))
         for number, cpus in enumerate(amounts):
-            tuner._train(config, sweep / "trials" / f"{number:04d}", cpus, None, source_of(config))
+            tuner._train_trial(
+                config, sweep / "trials" / f"{number:04d}", cpus, None, source_of(config)
+            )
     (sweep / "threads.json").write_text(json.dumps(threads))
 
 
@@ -42,14 +46,18 @@ def test_a_trial_has_a_thread_for_each_whole_cpu(tmp_path: Path) -> None:
 
 
 def share_with_threads(threads: int, path: Path) -> None:
-    """Run the part of the only worker as Ray Train does; the threads at each report go to the file `threads.json`."""
+    """Run the part of the only worker as Ray Train does; the threads at each report go to the file
+    `threads.json`.
+    """
     config, found = tiny("at", epochs=1), []
     loop = {"threads": threads, "source": source_of(config), "prefixes": None}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray.train, "report", lambda metrics: found.append(torch.get_num_threads()))
         patch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
-        patch.setattr(workers, "get_current_placement_group", lambda: SimpleNamespace(id=b"group"))
-        workers._share(config, path, loop)
+        patch.setattr(
+            multi_worker_trial, "get_current_placement_group", lambda: SimpleNamespace(id=b"group")
+        )
+        multi_worker_trial._train_worker(config, path, loop)
     (path / "threads.json").write_text(json.dumps(found))
 
 
@@ -65,7 +73,11 @@ def test_a_trial_gives_each_worker_a_thread_for_each_whole_cpu(
     """The trial's own process holds a hundredth of a CPU, which is taken from the workers'."""
     given: dict[str, Any] = {}
     # Ray's own works within a trial only.
-    monkeypatch.setattr(workers, "TuneReportCallback", ray.train.UserCallback)
-    monkeypatch.setattr(ray.train.torch, "TorchTrainer", lambda work, **options: given.update(options))
-    workers._trainer(tiny("at"), tmp_path / "trials" / "0000", 2, {"CPU": cpus, "GPU": 0}, None, None)
+    monkeypatch.setattr(multi_worker_trial, "TuneReportCallback", ray.train.UserCallback)
+    monkeypatch.setattr(
+        ray.train.torch, "TorchTrainer", lambda work, **options: given.update(options)
+    )
+    multi_worker_trial._build_torch_trainer(
+        tiny("at"), tmp_path / "trials" / "0000", 2, {"CPU": cpus, "GPU": 0}, None, None
+    )
     assert given["train_loop_config"]["threads"] == threads

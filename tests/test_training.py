@@ -15,14 +15,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from raysweep.catalog import METHODS
-from raysweep.data import Data, load
-from raysweep.display import step_bar
+from raysweep.data import Dataset, load_data
 from raysweep.spec import SpecError
-from raysweep.sweep.space import load_space
+from raysweep.sweep.search_space import load_space
+from raysweep.terminal import training_progress_bar
 from raysweep.training import checkpoint
-from raysweep.training.checkpoint import Run
-from raysweep.training.config import RunConfig, run_config
-from raysweep.training.trainer import TrainingFailed, best_epoch, fit
+from raysweep.training.checkpoint import RunDirectory
+from raysweep.training.config import TrainingConfig, build_training_config
+from raysweep.training.trainer import TrainingFailed, find_best_epoch, train_model
 
 
 def same_weights(one: Path, two: Path) -> bool:
@@ -31,61 +31,70 @@ def same_weights(one: Path, two: Path) -> bool:
 
 
 def test_training_is_deterministic_and_depends_on_its_seed(tmp_path) -> None:
-    a, b, c = (fit(tiny("lrat", seed=s), tmp_path / name).last.path for name, s in (("a", 0), ("b", 0), ("c", 1)))
+    a, b, c = (
+        train_model(tiny("lrat", seed=s), tmp_path / name).last_checkpoint.path
+        for name, s in (("a", 0), ("b", 0), ("c", 1))
+    )
     assert same_weights(a, b)
     assert not same_weights(a, c)
 
 
 def test_gairat_with_infinite_lambda_trains_at_bit_for_bit(tmp_path) -> None:
-    at = fit(tiny("at"), tmp_path / "at").last
-    gairat = fit(
-        tiny("gairat", method__terms__pgd__weight__lam="inf", method__terms__pgd__weight__burn_in=0),
+    at = train_model(tiny("at"), tmp_path / "at").last_checkpoint
+    gairat = train_model(
+        tiny(
+            "gairat", method__terms__pgd__weight__lam="inf", method__terms__pgd__weight__burn_in=0
+        ),
         tmp_path / "gairat",
-    ).last
+    ).last_checkpoint
     assert same_weights(at.path, gairat.path)
-    assert at.metrics["robust_worst"] == gairat.metrics["robust_worst"]
+    assert at.last_metrics["robust_worst"] == gairat.last_metrics["robust_worst"]
 
 
 def test_burn_in_is_adversarial_training_until_it_ends(tmp_path) -> None:
-    at = fit(tiny("at", epochs=1), tmp_path / "at").last.path
+    at = train_model(tiny("at", epochs=1), tmp_path / "at").last_checkpoint.path
     changes = {"method__terms__pgd__weight__burn_in": 1, "method__terms__pgd__weight__lam": -1.0}
-    fit(tiny("gairat", **changes, epochs=1), tmp_path / "one")
+    train_model(tiny("gairat", **changes, epochs=1), tmp_path / "one")
     assert same_weights(at, tmp_path / "one" / "epoch-0001")
-    longer_at = fit(tiny("at"), tmp_path / "at2").last.path
-    assert not same_weights(longer_at, fit(tiny("gairat", **changes), tmp_path / "two").last.path)
+    longer_at = train_model(tiny("at"), tmp_path / "at2").last_checkpoint.path
+    assert not same_weights(
+        longer_at, train_model(tiny("gairat", **changes), tmp_path / "two").last_checkpoint.path
+    )
 
 
 def test_metrics_are_what_they_say(tmp_path) -> None:
     rows = []
     config = tiny("lrat")
-    fitted = fit(config, tmp_path / "run", lambda metrics, saved: rows.append(metrics))
+    fitted = train_model(config, tmp_path / "run", lambda metrics, saved: rows.append(metrics))
     assert [row["epoch"] for row in rows] == [1, 2]
     for row in rows:
         assert row["robust_worst"] <= min(row["pgd"], row["cw"]) <= row["clean"]
         assert row["masking_gap"] == pytest.approx(row["pgd"] - row["robust_worst"])
-    assert rows == fitted.last.history
-    assert fitted.best.epoch == best_epoch(config, rows)
+    assert rows == fitted.last_checkpoint.history
+    assert fitted.best_checkpoint.epoch == find_best_epoch(config, rows)
 
 
 def test_the_attacks_of_the_objective_start_the_same_for_every_checkpoint(tmp_path) -> None:
     config = tiny("at")
-    data = load(config.data)
-    saved = fit(config, tmp_path / "run").last
-    model = saved.load_model(config.model.build(1, 10, 0))
+    data = load_data(config.data)
+    saved = train_model(config, tmp_path / "run").last_checkpoint
+    model = saved.load_weights(config.model.build_model(1, 10, 0))
     scores = [config.validation(model, data.val) for _ in range(2)]
     assert scores[0] == scores[1]
-    assert scores[0]["robust_worst"] == saved.metrics["robust_worst"]
+    assert scores[0]["robust_worst"] == saved.last_metrics["robust_worst"]
 
 
-def train_until_killed(config: RunConfig, path: Path) -> None:
-    """Training that kills its process after epoch 3: somewhere in an epoch, or while its checkpoint is written."""
+def train_until_killed(config: TrainingConfig, path: Path) -> None:
+    """Training that kills its process after epoch 3: somewhere in an epoch, or while its checkpoint
+    is written.
+    """
     torch.set_num_threads(1)
 
-    def kill_soon(metrics: dict[str, float], saved: checkpoint.Checkpoint) -> None:
+    def kill_soon(metrics: dict[str, float], saved: checkpoint.TrainingCheckpoint) -> None:
         if saved.epoch == 3:
             threading.Timer(0.07, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-    fit(config, path, kill_soon)
+    train_model(config, path, kill_soon)
 
 
 @pytest.mark.slow
@@ -93,145 +102,196 @@ def test_killed_with_sigkill_it_resumes_to_the_weights_of_a_run_never_stopped(tm
     config = tiny("lrat", epochs=8)
     process = forked.start(train_until_killed, config, tmp_path / "killed")
     assert process.wait() == -signal.SIGKILL, process.err
-    before = Run(tmp_path / "killed").epochs()
+    before = RunDirectory(tmp_path / "killed").list_saved_epochs()
     assert before and 3 <= before[-1] < 8
     epochs = []
-    fit(config, tmp_path / "killed", lambda metrics, saved: epochs.append(saved.epoch), reported=before[-1])
+    train_model(
+        config,
+        tmp_path / "killed",
+        lambda metrics, saved: epochs.append(saved.epoch),
+        n_reported_epochs=before[-1],
+    )
     assert epochs[0] == before[-1] + 1, "only the epoch it was in is done again"
-    assert same_weights(tmp_path / "killed" / "epoch-0008", fit(config, tmp_path / "whole").last.path)
+    assert same_weights(
+        tmp_path / "killed" / "epoch-0008",
+        train_model(config, tmp_path / "whole").last_checkpoint.path,
+    )
     assert not list((tmp_path / "killed").glob(".epoch-*")), "what the crash left is cleaned up"
 
 
 def test_a_finished_run_trains_no_more_and_reports_what_was_not_reported(tmp_path) -> None:
-    first = fit(tiny("at"), tmp_path / "run").last
+    first = train_model(tiny("at"), tmp_path / "run").last_checkpoint
     told = []
-    again = fit(tiny("at"), tmp_path / "run", lambda metrics, saved: told.append(metrics))
+    again = train_model(tiny("at"), tmp_path / "run", lambda metrics, saved: told.append(metrics))
     assert told == first.history, "whoever was told may have died with what it knew"
-    fit(tiny("at"), tmp_path / "run", lambda metrics, saved: told.append(metrics), reported=1)
+    train_model(
+        tiny("at"),
+        tmp_path / "run",
+        lambda metrics, saved: told.append(metrics),
+        n_reported_epochs=1,
+    )
     assert told == [*first.history, first.history[1]]
-    assert again.last.path == first.path
+    assert again.last_checkpoint.path == first.path
 
 
 def test_only_the_last_and_the_best_checkpoint_are_kept(tmp_path) -> None:
-    fitted = fit(tiny("at", epochs=4), tmp_path / "run")
-    assert set(Run(tmp_path / "run").epochs()) == {4, fitted.best.epoch}
+    fitted = train_model(tiny("at", epochs=4), tmp_path / "run")
+    assert set(RunDirectory(tmp_path / "run").list_saved_epochs()) == {
+        4,
+        fitted.best_checkpoint.epoch,
+    }
 
 
 def test_a_checkpoint_says_all_that_decided_it(tmp_path) -> None:
-    saved = fit(tiny("at"), tmp_path / "run").last
+    saved = train_model(tiny("at"), tmp_path / "run").last_checkpoint
     meta = json.loads((saved.path / "meta.json").read_text())
-    assert meta["config"] == tiny("at").json_dict()
+    assert meta["config"] == tiny("at").to_json_dict()
     assert torch.__version__.startswith(meta["environment"]["torch"])
     assert len(meta["data_fingerprint"]) == 16
-    assert checkpoint.read(saved.path) == saved
+    assert checkpoint.read_checkpoint(saved.path) == saved
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "state.safetensors", "meta.json"])
 def test_a_truncated_checkpoint_is_refused_in_one_line(file, tmp_path) -> None:
-    path = fit(tiny("at"), tmp_path / "run").last.path
+    path = train_model(tiny("at"), tmp_path / "run").last_checkpoint.path
     content = (path / file).read_bytes()
     (path / file).write_bytes(content[: len(content) // 2])
     with pytest.raises(SpecError) as error:
-        fit(tiny("at"), tmp_path / "run")
+        train_model(tiny("at"), tmp_path / "run")
     assert len(error.value.problems) == 1 and str(path) in str(error.value)
 
 
 def test_a_folder_with_another_configs_run_is_refused(tmp_path) -> None:
-    fit(tiny("at"), tmp_path / "run")
+    train_model(tiny("at"), tmp_path / "run")
     with pytest.raises(SpecError, match="a run with other settings"):
-        fit(tiny("at", seed=1), tmp_path / "run")
+        train_model(tiny("at", seed=1), tmp_path / "run")
 
 
 def test_a_loss_of_nan_fails_with_its_reason(tmp_path) -> None:
-    with pytest.raises(TrainingFailed, match=r"the loss became (nan|inf) in epoch \d; a smaller optim.lr may help"):
-        fit(tiny("at", optim__lr=1e20, epochs=4), tmp_path / "run")
+    with pytest.raises(
+        TrainingFailed, match=r"the loss became (nan|inf) in epoch \d; a smaller optim.lr may help"
+    ):
+        train_model(tiny("at", optim__lr=1e20, epochs=4), tmp_path / "run")
 
 
 def test_a_model_that_stays_at_chance_fails_after_its_warm_up_and_keeps_its_log(tmp_path) -> None:
     config = tiny("at", epochs=6, collapse_after=2, optim__lr=1e-7)
     rows = []
     for _ in range(2):  # the second time it is known from the checkpoint
-        with pytest.raises(TrainingFailed, match=r"collapsed: 0\.\d+ of .* right in epoch 4, no more than by chance"):
-            fit(config, tmp_path, lambda m, c: rows.append(m))
+        with pytest.raises(
+            TrainingFailed,
+            match=r"collapsed: 0\.\d+ of .* right in epoch 4, no more than by chance",
+        ):
+            train_model(config, tmp_path, lambda m, c: rows.append(m))
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4] * 2
-    last = Run(tmp_path).last()
+    last = RunDirectory(tmp_path).read_last_checkpoint()
     assert last is not None and last.epoch == 4
 
 
 def test_more_epochs_go_on_with_the_run_and_fewer_are_refused(tmp_path) -> None:
-    fit(tiny("at"), tmp_path / "grown")
-    grown = fit(tiny("at", epochs=3), tmp_path / "grown").last
-    assert same_weights(grown.path, fit(tiny("at", epochs=3), tmp_path / "at once").last.path)
+    train_model(tiny("at"), tmp_path / "grown")
+    grown = train_model(tiny("at", epochs=3), tmp_path / "grown").last_checkpoint
+    assert same_weights(
+        grown.path, train_model(tiny("at", epochs=3), tmp_path / "at once").last_checkpoint.path
+    )
     with pytest.raises(SpecError, match="holds a run with other settings"):
-        fit(tiny("at"), tmp_path / "grown")
+        train_model(tiny("at"), tmp_path / "grown")
 
 
 def test_settings_without_effect_are_pointed_out() -> None:
-    config = run_config("gairat", {**TINY, "method.terms.pgd.weight.burn_in": 9})
-    assert config.warnings() == ["method.terms.pgd.weight.burn_in = 9: the weights never act in 2 epochs"]
+    config = build_training_config("gairat", {**TINY, "method.terms.pgd.weight.burn_in": 9})
+    assert config.list_warnings() == [
+        "method.terms.pgd.weight.burn_in = 9: the weights never act in 2 epochs"
+    ]
 
 
 def test_a_method_written_out_in_yaml_trains(tmp_path) -> None:
     method = {
         "attacks": {"weak": {"kind": "pgd", "steps": 1}},
-        "terms": {"clean": {"on": "natural", "coef": 0.5}, "robust": {"on": "weak", "weight": {"kind": "geometry"}}},
+        "terms": {
+            "clean": {"on": "natural", "coef": 0.5},
+            "robust": {"on": "weak", "weight": {"kind": "geometry"}},
+        },
     }
-    saved = fit(run_config(method, TINY), tmp_path / "run").last
+    saved = train_model(build_training_config(method, TINY), tmp_path / "run").last_checkpoint
     assert saved.config.method.name == "inline" and saved.epoch == 2
 
 
 def test_the_objective_decides_which_epoch_is_kept(tmp_path) -> None:
     config = tiny("at", epochs=5, validation__objective="clean", data__train_size=200)
-    fitted = fit(config, tmp_path / "run")
-    clean = [row["clean"] for row in fitted.last.history]
-    assert fitted.best.epoch == clean.index(max(clean)) + 1
-    assert fitted.best.path.is_dir()
+    fitted = train_model(config, tmp_path / "run")
+    clean = [row["clean"] for row in fitted.last_checkpoint.history]
+    assert fitted.best_checkpoint.epoch == clean.index(max(clean)) + 1
+    assert fitted.best_checkpoint.path.is_dir()
 
 
 def test_other_data_are_not_trained_on_in_the_same_run(tmp_path) -> None:
     import dataclasses
 
     config = tiny("at")
-    fit(config, tmp_path / "run")
-    other = dataclasses.replace(load(config.data), fingerprint="other")
+    train_model(config, tmp_path / "run")
+    other = dataclasses.replace(load_data(config.data), fingerprint="other")
     with pytest.raises(SpecError, match="holds a run on other 'digits' data"):
-        fit(config, tmp_path / "run", data=other)
+        train_model(config, tmp_path / "run", data=other)
 
 
 def test_a_foreign_meta_is_refused_in_one_line(tmp_path) -> None:
     for meta in (
         {"format": 1},
-        {"format": 1, "config": {}, "epoch": 1, "history": [], "data_fingerprint": "", "sha256": {}},
+        {
+            "format": 1,
+            "config": {},
+            "epoch": 1,
+            "history": [],
+            "data_fingerprint": "",
+            "sha256": {},
+        },
     ):
         (tmp_path / "meta.json").write_text(json.dumps(meta))
         with pytest.raises(SpecError, match="not a raysweep checkpoint"):
-            checkpoint.read(tmp_path)
+            checkpoint.read_checkpoint(tmp_path)
 
 
 def test_validation_is_at_the_epsilon_of_the_training() -> None:
-    config = run_config("gairat", {"data.name": "cifar10"})
+    config = build_training_config("gairat", {"data.name": "cifar10"})
     assert config.method.attacks["pgd"].eps == config.validation.attacks["cw"].eps == 0.031
-    assert run_config("lrat", {"data.name": "cifar10"}).validation.finish["apgd_t"].eps == 8 / 255
-    apart = run_config("gairat", {"data.name": "cifar10", "validation.attacks.pgd.eps": 0.05})
+    assert (
+        build_training_config("lrat", {"data.name": "cifar10"}).validation.finish["apgd_t"].eps
+        == 8 / 255
+    )
+    apart = build_training_config(
+        "gairat", {"data.name": "cifar10", "validation.attacks.pgd.eps": 0.05}
+    )
     assert apart.validation.attacks["pgd"].eps == 0.05
-    with pytest.raises(SpecError, match=r"eps = 8: epsilon means pixels in \[0, 1\]; did you mean 8/255"):
-        run_config("gairat", {"*.eps": 8})
+    with pytest.raises(
+        SpecError, match=r"eps = 8: epsilon means pixels in \[0, 1\]; did you mean 8/255"
+    ):
+        build_training_config("gairat", {"*.eps": 8})
 
 
 def test_the_objective_is_measured_at_every_rung_of_the_spaces_for_cifar10() -> None:
     for name in METHODS:
         space = load_space(name, {"data.name": "cifar10"})
-        assert space.config({}).validation.every == 2
-        assert space.scheduler.grace % 2 == 0
+        assert space.trial_config({}).validation.every == 2
+        assert space.scheduler.grace_period % 2 == 0
 
 
-def test_steps_are_told_and_a_terminal_has_a_bar_of_them(tmp_path: Path, digits: Data) -> None:
+def test_steps_are_told_and_a_terminal_has_a_bar_of_them(tmp_path: Path, digits: Dataset) -> None:
     told: list[tuple[int, int]] = []
-    fit(tiny("at"), tmp_path, data=digits, stepped=lambda epoch, steps: told.append((epoch, steps)))
+    train_model(
+        tiny("at"),
+        tmp_path,
+        data=digits,
+        on_step_end=lambda epoch, steps: told.append((epoch, steps)),
+    )
     assert told == [(1, 1), (1, 2), (2, 1), (2, 2)]
     for terminal in (True, False):
         file = io.StringIO()
-        with step_bar(Console(file=file, force_terminal=terminal, width=80), 2, 2) as bar:
+        with training_progress_bar(
+            Console(file=file, force_terminal=terminal, width=80), 2, 2
+        ) as bar:
             for step in told[:3]:
                 bar(*step)
-        assert ("epoch 2/2" in file.getvalue() and "3/4" in file.getvalue()) is terminal, "no bar in a pipe"
+        assert ("epoch 2/2" in file.getvalue() and "3/4" in file.getvalue()) is terminal, (
+            "no bar in a pipe"
+        )

@@ -1,4 +1,6 @@
-"""Whole training runs against a loop written out by hand: order, starts, attack, weights, loss and SGD."""
+"""Whole training runs against a loop written out by hand: order, starts, attack, weights, loss and
+SGD.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,31 +13,38 @@ from by_hand import crop_and_flip, hashed, shuffled, uniform
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from raysweep.data import Data, Split, load
+from raysweep.data import Dataset, Split, load_data
 from raysweep.models.cnn import digits_cnn
-from raysweep.training.config import RunConfig, run_config
-from raysweep.training.trainer import fit
+from raysweep.training.config import TrainingConfig, build_training_config
+from raysweep.training.trainer import train_model
 
 ROWS, BATCH, SEED, STEPS, STEP_SIZE, LAM = 36, 16, 3, 2, 0.05, -1.0
-# Learning rate, weight decay and epsilon of each epoch. Large, so that a term that is left out shows.
+# Learning rate, weight decay and epsilon of each epoch. Large, so that a term that is left out
+# shows.
 PLAN = [(0.05, 0.05, 0.1), (0.02, 0.05, 0.2), (0.02, 0.2, 0.2)]
 PLAIN = {"compute.channels_last": False, "compute.fold": False}
 # Settings that do not matter here are cheap.
-QUICK = {"validation.attacks": {"pgd": {"kind": "pgd", "steps": 1}}, "validation.finish": {}, "validation.scales": []}
+QUICK = {
+    "validation.attacks": {"pgd": {"kind": "pgd", "steps": 1}},
+    "validation.finish": {},
+    "validation.scales": [],
+}
 
 
 def piecewise(values: list[float]) -> dict[str, Any]:
     return {"kind": "piecewise", "boundaries": [1, 2], "values": values}
 
 
-def config(method: str, **changes: Any) -> RunConfig:
+def config(method: str, **changes: Any) -> TrainingConfig:
     lr, weight_decay, eps = (piecewise(list(values)) for values in zip(*PLAN, strict=True))
     settings = {
         "epochs": 3, "batch_size": BATCH, "seed": SEED, "data.val_size": 20, "data.train_size": ROWS,
         "optim.lr": lr, "optim.weight_decay": weight_decay, "method.attacks.pgd.steps": STEPS,
         "method.attacks.pgd.eps": eps, "method.attacks.pgd.step_size": STEP_SIZE, **QUICK, **PLAIN,
     }  # fmt: skip
-    return run_config(method, settings, {key.replace("__", "."): value for key, value in changes.items()})
+    return build_training_config(
+        method, settings, {key.replace("__", "."): value for key, value in changes.items()}
+    )
 
 
 class ByHand:
@@ -62,7 +71,9 @@ class ByHand:
                 x, y = split.x[rows].float() / 16, split.y[rows]
                 examples = split.index[rows].tolist()
                 if augment:
-                    x = torch.stack([crop_and_flip(x[i], SEED, epoch, n) for i, n in enumerate(examples)])
+                    x = torch.stack(
+                        [crop_and_flip(x[i], SEED, epoch, n) for i, n in enumerate(examples)]
+                    )
                 x_adv, kappa = self.attacked(x, y, examples, epoch, eps, l2)
                 weight = torch.ones(len(y))
                 if epoch >= burn_in:
@@ -80,7 +91,9 @@ class ByHand:
     def attacked(
         self, x: Tensor, y: Tensor, examples: list[int], epoch: int, eps: float, l2: bool
     ) -> tuple[Tensor, Tensor]:
-        """PGD's point and the number of its right iterates; it starts at random, in L2 at the image itself."""
+        """PGD's point and the number of its right iterates; it starts at random, in L2 at the image
+        itself.
+        """
         self.model.eval()
         x_adv, kappa = x, torch.zeros(len(y))
         if not l2:
@@ -101,7 +114,9 @@ class ByHand:
                 x_adv = torch.minimum(torch.maximum(moved, x - eps), x + eps).clamp(0, 1)
         return x_adv, kappa
 
-    def update(self, loss: Tensor, lr: float, weight_decay: float, momentum: float, nesterov: bool) -> None:
+    def update(
+        self, loss: Tensor, lr: float, weight_decay: float, momentum: float, nesterov: bool
+    ) -> None:
         """The momentum accumulates g + weight decay x w; Nesterov looks one step ahead."""
         grads = torch.autograd.grad(loss, list(self.model.parameters()))
         with torch.no_grad():
@@ -110,13 +125,20 @@ class ByHand:
                 if momentum:
                     before = self.buffers.get(name)
                     self.buffers[name] = grad if before is None else (before * momentum).add(grad)
-                    grad = grad.add(self.buffers[name], alpha=momentum) if nesterov else self.buffers[name]
+                    grad = (
+                        grad.add(self.buffers[name], alpha=momentum)
+                        if nesterov
+                        else self.buffers[name]
+                    )
                 parameter.add_(grad, alpha=-lr)
 
 
 def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     assert found.keys() == expected.keys()
-    return max((found[name].double() - value.double()).abs().max().item() for name, value in expected.items())
+    return max(
+        (found[name].double() - value.double()).abs().max().item()
+        for name, value in expected.items()
+    )
 
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -129,17 +151,19 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def part() -> Data:
-    return load(config("at").data)
+def part() -> Dataset:
+    return load_data(config("at").data)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_equals_the_loop_by_hand(case: str, tmp_path: Path, part: Data) -> None:
+def test_a_run_equals_the_loop_by_hand(case: str, tmp_path: Path, part: Dataset) -> None:
     method, changes, by_hand = CASES[case]
     data = replace(part, augment=bool(by_hand.get("augment")))
-    saved = fit(config(method, **changes), tmp_path, data=data).last
+    saved = train_model(config(method, **changes), tmp_path, data=data).last_checkpoint
     expected = ByHand(data.train, **by_hand)
-    assert furthest(load_file(saved.path / "weights.safetensors"), expected.model.state_dict()) < 1e-6
+    assert (
+        furthest(load_file(saved.path / "weights.safetensors"), expected.model.state_dict()) < 1e-6
+    )
     if expected.buffers:
         assert furthest(load_file(saved.path / "state.safetensors"), expected.buffers) < 1e-5
     rows = saved.history
@@ -148,10 +172,16 @@ def test_a_run_equals_the_loop_by_hand(case: str, tmp_path: Path, part: Data) ->
     assert [row["train/pgd"] for row in rows] == pytest.approx(expected.right)
 
 
-def test_attacks_use_the_weights_of_their_own_step_also_on_the_fast_paths(tmp_path: Path, part: Data) -> None:
-    """Folded batch norms and channels last change only rounding. In L2, where a last bit flips no sign."""
+def test_attacks_use_the_weights_of_their_own_step_also_on_the_fast_paths(
+    tmp_path: Path, part: Dataset
+) -> None:
+    """Folded batch norms and channels last change only rounding. In L2, where a last bit flips no
+    sign.
+    """
     changes = {"method__attacks__pgd__norm": "L2", "method__attacks__pgd__start": "natural"}
     fast = {"compute__fold": True, "compute__channels_last": True}
-    saved = fit(config("at", **changes, **fast), tmp_path, data=part).last
+    saved = train_model(config("at", **changes, **fast), tmp_path, data=part).last_checkpoint
     expected = ByHand(part.train, l2=True)
-    assert furthest(load_file(saved.path / "weights.safetensors"), expected.model.state_dict()) < 1e-4
+    assert (
+        furthest(load_file(saved.path / "weights.safetensors"), expected.model.state_dict()) < 1e-4
+    )

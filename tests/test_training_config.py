@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from raysweep.spec import SpecError
-from raysweep.training.compute import Compute
-from raysweep.training.config import Optim, RunConfig, run_config
+from raysweep.training.compute import ComputeSpec
+from raysweep.training.config import OptimizerSpec, TrainingConfig, build_training_config
 
 WRITTEN_OUT: dict[str, Any] = {
     "attacks": {"pgd": {"kind": "pgd"}},
@@ -20,59 +20,100 @@ WRITTEN_OUT: dict[str, Any] = {
 
 
 def test_later_layers_win_over_earlier_ones_and_all_over_the_defaults_of_the_data_set() -> None:
-    assert run_config("at").epochs == 8
-    assert run_config("at", {"epochs": 3}).epochs == 3
-    assert run_config("at", {"epochs": 3, "seed": 1}, {"epochs": 4}) == run_config("at", {"epochs": 4, "seed": 1})
-    assert run_config("at", {"data.name": "cifar10"}, {"data.name": "digits"}) == run_config("at")
+    assert build_training_config("at").epochs == 8
+    assert build_training_config("at", {"epochs": 3}).epochs == 3
+    assert build_training_config(
+        "at", {"epochs": 3, "seed": 1}, {"epochs": 4}
+    ) == build_training_config("at", {"epochs": 4, "seed": 1})
+    assert build_training_config(
+        "at", {"data.name": "cifar10"}, {"data.name": "digits"}
+    ) == build_training_config("at")
 
 
 @pytest.mark.parametrize(
     ("name", "facts"),
     [
         # Madry et al. 2018 attack MNIST with 0.3, CIFAR-10 with 8/255.
-        ("mnist", {"eps": 0.3, "lr": [0.05, 0.005, 0.0005], "at": [19, 20, 27], "every": 1, "val_size": 5000}),
+        (
+            "mnist",
+            {
+                "eps": 0.3,
+                "lr": [0.05, 0.005, 0.0005],
+                "at": [19, 20, 27],
+                "every": 1,
+                "val_size": 5000,
+            },
+        ),
         # Rice et al. 2020 carve 1,000 examples for validation.
-        ("cifar10", {"eps": 8 / 255, "lr": [0.1, 0.01, 0.001], "at": [59, 60, 90], "every": 2, "val_size": 1000}),
+        (
+            "cifar10",
+            {
+                "eps": 8 / 255,
+                "lr": [0.1, 0.01, 0.001],
+                "at": [59, 60, 90],
+                "every": 2,
+                "val_size": 1000,
+            },
+        ),
         # G appendix C.3: a tenth of the rate, which falls at 30 and 60.
-        ("svhn", {"eps": 8 / 255, "lr": [0.01, 0.001, 0.0001], "at": [29, 30, 60], "every": 1, "val_size": 1000}),
+        (
+            "svhn",
+            {
+                "eps": 8 / 255,
+                "lr": [0.01, 0.001, 0.0001],
+                "at": [29, 30, 60],
+                "every": 1,
+                "val_size": 1000,
+            },
+        ),
     ],
 )
 def test_defaults_of_data_sets(name: str, facts: dict[str, Any]) -> None:
-    config = run_config("at", {"data.name": name})
+    config = build_training_config("at", {"data.name": name})
     assert config.method.attacks["pgd"].eps == config.validation.attacks["cw"].eps == facts["eps"]
-    assert [config.at(epoch).optim.lr for epoch in facts["at"]] == facts["lr"]
+    assert [config.resolve_at(epoch).optim.lr for epoch in facts["at"]] == facts["lr"]
     assert (config.validation.every, config.data.val_size) == (facts["every"], facts["val_size"])
     assert (config.optim.momentum, config.optim.weight_decay, config.batch_size) == (0.9, 5e-4, 128)
 
 
 def test_validation_has_the_epsilon_of_the_last_epoch_unless_it_is_set() -> None:
     growing = {"method.attacks.pgd.eps": {"kind": "linear", "first": 0.0, "last": 0.1, "end": 10}}
-    config = run_config("at", {"epochs": 5, **growing})
-    assert [attack.eps for attack in config.validation.attacks.values()] == pytest.approx([0.04, 0.04])
+    config = build_training_config("at", {"epochs": 5, **growing})
+    assert [attack.eps for attack in config.validation.attacks.values()] == pytest.approx(
+        [0.04, 0.04]
+    )
     assert config.validation.finish["apgd_t"].eps == pytest.approx(0.04)
-    assert run_config("at", {"epochs": 30, **growing}).validation.attacks["pgd"].eps == pytest.approx(0.1)
-    chosen = run_config("at", {"epochs": 5, **growing, "validation.attacks.pgd.eps": 0.2}).validation
+    assert build_training_config("at", {"epochs": 30, **growing}).validation.attacks[
+        "pgd"
+    ].eps == pytest.approx(0.1)
+    chosen = build_training_config(
+        "at", {"epochs": 5, **growing, "validation.attacks.pgd.eps": 0.2}
+    ).validation
     assert (chosen.attacks["pgd"].eps, chosen.attacks["cw"].eps) == (0.2, 0.15)
-    everywhere = run_config("at", {"*.eps": 0.07})
+    everywhere = build_training_config("at", {"*.eps": 0.07})
     assert everywhere.method.attacks["pgd"].eps == everywhere.validation.attacks["cw"].eps == 0.07
-    assert run_config("standard").validation.attacks["pgd"].eps == 0.15, (
+    assert build_training_config("standard").validation.attacks["pgd"].eps == 0.15, (
         "without an attack in training, the epsilon of the data set"
     )
 
 
 def test_nesterov_needs_momentum() -> None:
     with pytest.raises(SpecError, match=r"optim\.nesterov needs optim\.momentum > 0"):
-        run_config("at", {"optim.nesterov": True, "optim.momentum": 0.0})
-    assert run_config("at", {"optim.momentum": 0.0}).optim.nesterov is False
-    assert run_config("at", {"optim.nesterov": True}).optim.nesterov is True
+        build_training_config("at", {"optim.nesterov": True, "optim.momentum": 0.0})
+    assert build_training_config("at", {"optim.momentum": 0.0}).optim.nesterov is False
+    assert build_training_config("at", {"optim.nesterov": True}).optim.nesterov is True
     for wrong in ({"momentum": 1.0}, {"momentum": -0.1}, {"weight_decay": -1e-4}, {"lr": -0.1}):
         with pytest.raises(SpecError):
-            Optim.load(wrong)
+            OptimizerSpec.from_data(wrong)
 
 
 def test_the_burn_in_of_a_run_is_its_longest() -> None:
-    assert RunConfig.load({"method": WRITTEN_OUT}).burn_in == 5
-    assert run_config(WRITTEN_OUT, {"*.burn_in": 0}).burn_in == run_config("at").burn_in == 0
+    assert TrainingConfig.from_data({"method": WRITTEN_OUT}).burn_in == 5
+    assert (
+        build_training_config(WRITTEN_OUT, {"*.burn_in": 0}).burn_in
+        == build_training_config("at").burn_in
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,37 +132,78 @@ def test_the_burn_in_of_a_run_is_its_longest() -> None:
         ("trades", {"compute.train": "bf16"}, []),
     ],
 )  # fmt: skip
-def test_settings_that_do_nothing_are_named(method: str, changes: dict[str, Any], starts: list[str]) -> None:
-    lines = run_config(method, changes).warnings()
+def test_settings_that_do_nothing_are_named(
+    method: str, changes: dict[str, Any], starts: list[str]
+) -> None:
+    lines = build_training_config(method, changes).list_warnings()
     assert len(lines) == len(starts) and all(map(str.startswith, lines, starts)), lines
 
 
 def test_auto_is_resolved_for_a_device_and_explicit_choices_stay() -> None:
     cpu = torch.device("cpu")
-    assert Compute().on(cpu) == Compute(channels_last=True, fold=True, tf32=False)
-    chosen = Compute(channels_last=False, fold=False, tf32=False, attack="bf16", compile=True)
-    assert chosen.on(cpu) == chosen
-    assert Compute(fold=False).on(cpu) == Compute(channels_last=True, fold=False, tf32=False)
+    assert ComputeSpec().resolve(cpu) == ComputeSpec(channels_last=True, fold=True, tf32=False)
+    chosen = ComputeSpec(channels_last=False, fold=False, tf32=False, attack="bf16", compile=True)
+    assert chosen.resolve(cpu) == chosen
+    assert ComputeSpec(fold=False).resolve(cpu) == ComputeSpec(
+        channels_last=True, fold=False, tf32=False
+    )
 
 
 def test_a_config_without_settings_has_the_documented_defaults() -> None:
     """Those of the papers for CIFAR-10: 100 epochs, batches of 128, the rate falling at 60 and 90."""
-    config = RunConfig.load({"method": "at"})
-    assert (config.epochs, config.batch_size, config.seed, config.collapse_after) == (100, 128, 0, 20)
-    assert [config.at(epoch).optim.lr for epoch in (0, 59, 60, 89, 90)] == [0.1, 0.1, 0.01, 0.01, 0.001]
+    config = TrainingConfig.from_data({"method": "at"})
+    assert (config.epochs, config.batch_size, config.seed, config.collapse_after) == (
+        100,
+        128,
+        0,
+        20,
+    )
+    assert [config.resolve_at(epoch).optim.lr for epoch in (0, 59, 60, 89, 90)] == [
+        0.1,
+        0.1,
+        0.01,
+        0.01,
+        0.001,
+    ]
     assert config.optim.nesterov is False and config.validation.objective == "robust_worst"
 
 
 def test_defaults_of_mnist_and_svhn() -> None:
     """Madry et al.'s threat model for MNIST; for SVHN the learning rates of G appendix C.3."""
-    mnist = run_config("gairat", {"data.name": "mnist"})
+    mnist = build_training_config("gairat", {"data.name": "mnist"})
     attack = mnist.method.attacks["pgd"]
-    assert (attack.eps, attack.step_size, mnist.method.terms["pgd"].weight.burn_in) == (0.3, 0.04, 10)
-    assert (mnist.data.val_size, mnist.model.name, mnist.epochs, mnist.batch_size) == (5000, "digits_cnn", 30, 128)
-    assert [mnist.at(epoch).optim.lr for epoch in (19, 20, 26, 27)] == [0.05, 0.005, 0.005, 0.0005]
-    assert run_config("mma", {"data.name": "mnist"}).method.attacks["minimal"].d_max == 0.45
-    fat = run_config("fat", {"data.name": "mnist"})
-    assert [fat.at(epoch).method.attacks["pgd"].tau for epoch in (9, 10, 19, 20)] == [0, 3, 3, 6]
-    svhn = run_config("gairat", {"data.name": "svhn"})
-    assert [svhn.at(epoch).optim.lr for epoch in (29, 30, 59, 60)] == [0.01, 0.001, 0.001, 0.0001]
+    assert (attack.eps, attack.step_size, mnist.method.terms["pgd"].weight.burn_in) == (
+        0.3,
+        0.04,
+        10,
+    )
+    assert (mnist.data.val_size, mnist.model.name, mnist.epochs, mnist.batch_size) == (
+        5000,
+        "digits_cnn",
+        30,
+        128,
+    )
+    assert [mnist.resolve_at(epoch).optim.lr for epoch in (19, 20, 26, 27)] == [
+        0.05,
+        0.005,
+        0.005,
+        0.0005,
+    ]
+    assert (
+        build_training_config("mma", {"data.name": "mnist"}).method.attacks["minimal"].d_max == 0.45
+    )
+    fat = build_training_config("fat", {"data.name": "mnist"})
+    assert [fat.resolve_at(epoch).method.attacks["pgd"].tau for epoch in (9, 10, 19, 20)] == [
+        0,
+        3,
+        3,
+        6,
+    ]
+    svhn = build_training_config("gairat", {"data.name": "svhn"})
+    assert [svhn.resolve_at(epoch).optim.lr for epoch in (29, 30, 59, 60)] == [
+        0.01,
+        0.001,
+        0.001,
+        0.0001,
+    ]
     assert (svhn.model.name, svhn.data.val_size, svhn.epochs) == ("resnet18", 1000, 100)

@@ -1,4 +1,6 @@
-"""Semi-supervised data: reading without executing, mixing into batches, pseudo-labels, and training on them."""
+"""Semi-supervised data: reading without executing, mixing into batches, pseudo-labels, and training
+on them.
+"""
 
 import os
 import pickle
@@ -9,12 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from raysweep.data import DataSpec, Split, epoch_batches, load
-from raysweep.data.unlabeled import pseudo_label, read, write
+from raysweep.data import DataSpec, Split, epoch_batches, load_data
+from raysweep.data.unlabeled import (
+    predict_pseudo_labels,
+    read_unlabeled_file,
+    write_pseudo_labeled_npz,
+)
 from raysweep.models import ModelSpec
 from raysweep.spec import SpecError
-from raysweep.training.config import run_config
-from raysweep.training.trainer import fit
+from raysweep.training.config import build_training_config
+from raysweep.training.trainer import train_model
 
 
 @pytest.fixture
@@ -36,7 +42,7 @@ def test_carmons_pickle(tmp_path, images, protocol, contiguous):
     nhwc = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
     content = {"data": nhwc if contiguous else x.transpose(0, 2, 3, 1), "extrapolated_targets": y}
     path.write_bytes(pickle.dumps(content | {"prediction_model_epoch": 200}, protocol=protocol))
-    read_x, read_y = read(path)
+    read_x, read_y = read_unlabeled_file(path)
     assert np.array_equal(read_x, x)
     assert np.array_equal(read_y, y)
     assert read_y.dtype == np.int64
@@ -59,7 +65,10 @@ def hostile(marker):
         "getattr": Attack(getattr, "", "upper"),
         "numpy.load": Attack(np.load, str(marker)),
         "object array": np.array([Attack(os.system, command)], dtype=object),
-        "in the dict": {"data": np.zeros((1, 8, 8, 1), np.uint8), "more": Attack(os.system, command)},
+        "in the dict": {
+            "data": np.zeros((1, 8, 8, 1), np.uint8),
+            "more": Attack(os.system, command),
+        },
     }
 
 
@@ -69,7 +78,7 @@ def test_hostile_pickles_are_refused_without_running(tmp_path, name, protocol):
     marker, path = tmp_path / "executed", tmp_path / "data.pickle"
     path.write_bytes(pickle.dumps(hostile(marker)[name], protocol=protocol))
     with pytest.raises(SpecError, match=r"data\.pickle"):
-        read(path)
+        read_unlabeled_file(path)
     assert not marker.exists()
 
 
@@ -87,31 +96,33 @@ def test_hostile_opcodes_are_refused(tmp_path):
     ):
         path.write_bytes(raw)
         with pytest.raises(SpecError, match=r"data\.pickle: cannot be read"):
-            read(path)
+            read_unlabeled_file(path)
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"x": 1}, {"data": [1]}, {"data": np.zeros(3, np.uint8)}])
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"x": 1}, {"data": [1]}, {"data": np.zeros(3, np.uint8)}]
+)
 def test_other_pickles_are_refused(tmp_path, content):
     path = tmp_path / "data.pkl"
     path.write_bytes(pickle.dumps(content))
     with pytest.raises(SpecError, match=r"data\.pkl"):
-        read(path)
+        read_unlabeled_file(path)
 
 
 def test_npz_and_parquet(tmp_path, images):
     x, y = images
-    write(tmp_path / "a.npz", x, y)
+    write_pseudo_labeled_npz(tmp_path / "a.npz", x, y)
     flat = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(x))
     pq.write_table(pa.table({"x": flat, "y": y}), tmp_path / "a.parquet")
     for name in ("a.npz", "a.parquet"):
-        read_x, read_y = read(tmp_path / name)
+        read_x, read_y = read_unlabeled_file(tmp_path / name)
         assert np.array_equal(read_x, x)
         assert np.array_equal(read_y, y)
     np.savez(tmp_path / "bare.npz", x=x)
-    assert read(tmp_path / "bare.npz")[1] is None
+    assert read_unlabeled_file(tmp_path / "bare.npz")[1] is None
     np.savez(tmp_path / "objects.npz", x=np.array([Attack(os.system, "true")], dtype=object), y=y)
     with pytest.raises(SpecError, match="allow_pickle"):
-        read(tmp_path / "objects.npz")
+        read_unlabeled_file(tmp_path / "objects.npz")
 
 
 @pytest.mark.parametrize(
@@ -129,21 +140,27 @@ def test_what_does_not_fit_the_data_set_is_refused(tmp_path, images, change, mes
         arrays["y"] = arrays["y"][: len(arrays["x"])]
     np.savez(tmp_path / "u.npz", **{k: v for k, v in arrays.items() if v is not None})
     with pytest.raises(SpecError, match=message):
-        load(DataSpec(val_size=100, unlabeled=tmp_path / "u.npz"))
+        load_data(DataSpec(val_size=100, unlabeled=tmp_path / "u.npz"))
 
 
 def test_a_relative_path_is_looked_for_beside_the_data_set(tmp_path, images):
     """Workers do not run in the user's folder; data_dir is absolute by then."""
-    write(tmp_path / "more.npz", *images)
+    write_pseudo_labeled_npz(tmp_path / "more.npz", *images)
     spec = DataSpec(val_size=100, data_dir=tmp_path, unlabeled="more.npz")
-    assert len(load(spec).unlabeled) == 60
+    assert len(load_data(spec).unlabeled) == 60
 
 
 @pytest.mark.parametrize(("fraction", "batch_size"), [(0.5, 20), (0.25, 16), (0.9, 10), (0.01, 10)])
 def test_batches_are_mixed(fraction, batch_size):
-    """As many batches as without unlabelled data, each with its share; no example twice before all had their turn."""
+    """As many batches as without unlabelled data, each with its share; no example twice before all
+    had their turn.
+    """
     labelled, others = split(0, 100), split(1000, 30)
-    batches = list(epoch_batches(labelled, batch_size, 0, 0, False, unlabeled=others, unlabeled_fraction=fraction))
+    batches = list(
+        epoch_batches(
+            labelled, batch_size, 0, 0, False, unlabeled=others, unlabeled_fraction=fraction
+        )
+    )
     assert len(batches) == -(-100 // batch_size)
     wanted = min(max(round(fraction * batch_size), 1), batch_size - 1)
     counts = [int((b.index >= 1000).sum()) for b in batches]
@@ -180,9 +197,9 @@ def test_without_unlabelled_data_nothing_changes():
 
 
 def test_pseudo_labels():
-    model = ModelSpec().build(1, 10, seed=0).train()
+    model = ModelSpec().build_model(1, 10, seed=0).train()
     x = torch.randint(0, 17, (33, 1, 8, 8), dtype=torch.uint8)
-    labels = pseudo_label(model, x, white=16, batch_size=8)
+    labels = predict_pseudo_labels(model, x, pixel_max=16, batch_size=8)
     assert model.training
     with torch.no_grad():
         assert torch.equal(labels, model.eval()(x.float() / 16).argmax(1))
@@ -192,30 +209,37 @@ def test_pseudo_labels():
 def pseudo_labeled(tmp_path_factory):
     """Few labelled digits, and a file of the others with the labels of a model trained on the few."""
     folder = tmp_path_factory.mktemp("pseudo_labeled")
-    few = load(DataSpec(val_size=100, train_size=400))
+    few = load_data(DataSpec(val_size=100, train_size=400))
     with np.load(_rest(folder, few)) as rest:
         x = rest["x"]
-    teacher = fit(run_config("standard", DIGITS | {"epochs": 3}), folder / "teacher", data=few)
-    model = teacher.last.load_model(ModelSpec().build(1, 10, 0))
-    labels = pseudo_label(model, torch.from_numpy(x), white=16)
-    write(folder / "rest.npz", x, labels.numpy())
+    teacher = train_model(
+        build_training_config("standard", DIGITS | {"epochs": 3}), folder / "teacher", data=few
+    )
+    model = teacher.last_checkpoint.load_weights(ModelSpec().build_model(1, 10, 0))
+    labels = predict_pseudo_labels(model, torch.from_numpy(x), pixel_max=16)
+    write_pseudo_labeled_npz(folder / "rest.npz", x, labels.numpy())
     return few, folder / "rest.npz"
 
 
 @pytest.mark.parametrize("method", ["rst", "gair-rst"])
 def test_robust_self_training_on_digits(pseudo_labeled, tmp_path, method):
-    """Part of the training set loses its labels, gets a model's, and helps: RST trains, and the fingerprint knows."""
+    """Part of the training set loses its labels, gets a model's, and helps: RST trains, and the
+    fingerprint knows.
+    """
     few, file = pseudo_labeled
     settings = DIGITS | {"epochs": 2, "data.unlabeled": str(file), "method.attacks.*.steps": 2}
     settings |= {"method.terms.kl.weight.burn_in": 1} if method == "gair-rst" else {}
-    config = run_config(method, settings)
-    data = load(config.data)
+    config = build_training_config(method, settings)
+    data = load_data(config.data)
     assert data.unlabeled is not None
     assert data.fingerprint != few.fingerprint
-    fitted = fit(config, tmp_path / method)
-    assert fitted.last.metrics["clean"] > 0.6
-    again = fit(config, tmp_path / "again")
-    assert again.last.metrics["train/loss"] == fitted.last.metrics["train/loss"]
+    fitted = train_model(config, tmp_path / method)
+    assert fitted.last_checkpoint.last_metrics["clean"] > 0.6
+    again = train_model(config, tmp_path / "again")
+    assert (
+        again.last_checkpoint.last_metrics["train/loss"]
+        == fitted.last_checkpoint.last_metrics["train/loss"]
+    )
 
 
 DIGITS = {"data.val_size": 100, "data.train_size": 400, "validation.attacks.*.steps": 2}
@@ -223,10 +247,12 @@ DIGITS = {"data.val_size": 100, "data.train_size": 400, "validation.attacks.*.st
 
 def _rest(folder, few):
     """Training images that neither `few`'s training nor its validation part holds."""
-    whole = load(DataSpec(val_size=1))
+    whole = load_data(DataSpec(val_size=1))
     used = set(few.train.index.tolist()) | set(few.val.index.tolist())
     rows = torch.tensor([i not in used for i in whole.train.index.tolist()])
-    write(folder / "bare.npz", whole.train.x[rows].numpy(), whole.train.y[rows].numpy())
+    write_pseudo_labeled_npz(
+        folder / "bare.npz", whole.train.x[rows].numpy(), whole.train.y[rows].numpy()
+    )
     return folder / "bare.npz"
 
 
@@ -249,5 +275,5 @@ def test_a_pickle_of_python_2(tmp_path, images):
     content = {"data": np.ascontiguousarray(x.transpose(0, 2, 3, 1)), "extrapolated_targets": y}
     with path.open("wb") as file:
         Python2(file, protocol=2).dump(content)
-    read_x, read_y = read(path)
+    read_x, read_y = read_unlabeled_file(path)
     assert np.array_equal(read_x, x) and np.array_equal(read_y, y)

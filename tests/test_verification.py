@@ -1,4 +1,6 @@
-"""What counts as an adversarial example: in the ball, in [0, 1], a wrong class; in evaluations and in bundles."""
+"""What counts as an adversarial example: in the ball, in [0, 1], a wrong class; in evaluations and
+in bundles.
+"""
 
 import json
 import math
@@ -16,14 +18,18 @@ from conftest import tiny
 from ladder import SIGNS, Ladder, ladder
 from torch import Tensor, nn
 
-from raysweep.attacks import PGD, Adversarial
-from raysweep.data import load
-from raysweep.evaluation import AttackShards, Outcome, RobustnessReport, Shard, evaluate
-from raysweep.evaluation.shards import allowed, in_unit_range, sizes
-from raysweep.pipeline.bundle import verify_bundle, write_bundle
+from raysweep.attacks import PGD, AttackResult
+from raysweep.data import load_data
+from raysweep.evaluation import RobustnessReport, Shard, ShardResult, ShardRunner, evaluate
+from raysweep.evaluation.shards import (
+    compute_norm_limit,
+    compute_perturbation_norms,
+    is_in_unit_range,
+)
+from raysweep.robustness_bundle import verify_bundle, write_bundle
 from raysweep.spec import SpecError
-from raysweep.training.checkpoint import Checkpoint, save
-from raysweep.training.load import load_checkpoint
+from raysweep.training.checkpoint import TrainingCheckpoint, save_checkpoint
+from raysweep.training.model_loading import load_checkpoint_target
 
 
 @dataclass(frozen=True)
@@ -34,15 +40,15 @@ class Points:
     eps: float
     norm: str = "Linf"
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, rng: Any) -> Adversarial:
-        return Adversarial(self.x.clone(), torch.ones_like(y))
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, rng: Any) -> AttackResult:
+        return AttackResult(self.x.clone(), torch.ones_like(y))
 
     def digest(self) -> str:
         return "points"
 
 
-def claimed(x: Tensor, y: Tensor, points: Tensor, eps: float, norm: str = "Linf") -> Outcome:
-    work = AttackShards(Ladder(), x.numpy(), y.numpy(), np.arange(len(y)))
+def claimed(x: Tensor, y: Tensor, points: Tensor, eps: float, norm: str = "Linf") -> ShardResult:
+    work = ShardRunner(Ladder(), x.numpy(), y.numpy(), np.arange(len(y)))
     return work(Shard("points", Points(points, eps, norm), np.arange(len(y))))  # type: ignore[arg-type]
 
 
@@ -75,17 +81,22 @@ def test_points_outside_the_box_do_not_count_however_near_they_are(norm: str) ->
     x, y = torch.zeros(5, 1, 2, 2), torch.ones(5, dtype=torch.int64)
     x[:, 0, 0, 0] = x[:, 0, 1, 1] = 1.0
     x[:, 0, 0, 1] = 0.999
-    # A height of 0.5 - 0.999 / 4, and a model that calls it class 1; its middle is moved so that all points are wrong.
+    # A height of 0.5 - 0.999 / 4, and a model that calls it class 1; its middle is moved so that
+    # all points are wrong.
     model = Ladder()
     model.scale.data.neg_()
     points = x.clone()
-    for row, (place, value) in enumerate([((0, 1), 0.99), ((1, 0), -1e-3), ((0, 0), 1.001), ((1, 0), -1e-7)]):
+    for row, (place, value) in enumerate(
+        [((0, 1), 0.99), ((1, 0), -1e-3), ((0, 0), 1.001), ((1, 0), -1e-7)]
+    ):
         points[row, 0, *place] = value
-    work = AttackShards(model, x.numpy(), y.numpy(), np.arange(5))
+    work = ShardRunner(model, x.numpy(), y.numpy(), np.arange(5))
     found = work(Shard("points", Points(points, 0.05, norm), np.arange(5)))  # type: ignore[arg-type]
     assert found.predicted.tolist() == [0] * 5 and found.norm.max() < 0.05
-    assert found.broken.tolist() == [True, False, False, False, True], "the values 0 and 1 are inside"
-    assert in_unit_range(points).tolist() == [True, False, False, False, True]
+    assert found.broken.tolist() == [True, False, False, False, True], (
+        "the values 0 and 1 are inside"
+    )
+    assert is_in_unit_range(points).tolist() == [True, False, False, False, True]
 
 
 def test_points_that_are_not_finite_do_not_count() -> None:
@@ -107,45 +118,49 @@ def test_a_point_that_the_model_gets_right_does_not_count() -> None:
 def test_the_rounding_that_is_allowed() -> None:
     """The rounding of x + eps to float32 in [0.5, 1], and little more."""
     for eps in (1 / 255, 8 / 255, 0.3):
-        assert eps + 2**-26 < allowed(eps, "Linf") < eps * (1 + 1e-5) + 2**-24
-        assert eps < allowed(eps, "L2") < eps * (1 + 1e-5)
+        assert eps + 2**-26 < compute_norm_limit(eps, "Linf") < eps * (1 + 1e-5) + 2**-24
+        assert eps < compute_norm_limit(eps, "L2") < eps * (1 + 1e-5)
     x = torch.rand(1000, 1, 2, 2, generator=torch.Generator().manual_seed(0)) * 0.9
-    assert (sizes(x + 8 / 255, x, "Linf") <= allowed(8 / 255, "Linf")).all()
+    assert (
+        compute_perturbation_norms(x + 8 / 255, x, "Linf") <= compute_norm_limit(8 / 255, "Linf")
+    ).all()
 
 
 def test_lengths_by_hand() -> None:
     x, moved = torch.zeros(2, 3, 1, 2), torch.zeros(2, 3, 1, 2)
     moved[0, 0, 0, 0], moved[0, 2, 0, 1], moved[1, 1, 0, 0] = 0.3, -0.4, -0.1
-    assert sizes(moved, x, "Linf").tolist() == pytest.approx([0.4, 0.1])
-    assert sizes(moved, x, "L2").tolist() == pytest.approx([0.5, 0.1])
-    assert sizes(moved, x, "L2").dtype == torch.float64
+    assert compute_perturbation_norms(moved, x, "Linf").tolist() == pytest.approx([0.4, 0.1])
+    assert compute_perturbation_norms(moved, x, "L2").tolist() == pytest.approx([0.5, 0.1])
+    assert compute_perturbation_norms(moved, x, "L2").dtype == torch.float64
 
 
 COUNT = 40
 
 
-def saved_model(folder: Path, steps: int) -> Checkpoint:
+def saved_model(folder: Path, steps: int) -> TrainingCheckpoint:
     """A checkpoint of a network that saw a few batches."""
     config = tiny("at", seed=3)
-    data = load(config.data)
-    model = config.model.build(1, 10, 0).train()
+    data = load_data(config.data)
+    model = config.model.build_model(1, 10, 0).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    x, y = data.train.images(slice(None)), data.train.y
+    x, y = data.train.get_float_images(slice(None)), data.train.y
     for _ in range(steps):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-    return save(folder, config, model, optimizer, [{"epoch": 1.0}], data.fingerprint)
+    return save_checkpoint(folder, config, model, optimizer, [{"epoch": 1.0}], data.fingerprint)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RobustnessReport, Checkpoint]:
+def made(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, RobustnessReport, TrainingCheckpoint]:
     """A bundle of a small model under PGD, and what it was made of."""
     out = tmp_path_factory.mktemp("bundle")
     saved = saved_model(out / "checkpoint", 15)
-    subject = load_checkpoint(saved.path, {})
+    subject = load_checkpoint_target(saved.path, {})
     test, attack = subject.data.test, PGD(eps=0.05, step_size=0.02, steps=5)
-    images = test.images(slice(0, COUNT)), test.y[:COUNT], attack
+    images = test.get_float_images(slice(0, COUNT)), test.y[:COUNT], attack
     report = evaluate(subject.model, *images, index=test.index[:COUNT], keep_adversarial=True)
     assert 5 < report.robust.sum() < report.clean.sum() - 2 < COUNT - 4
     write_bundle(out / "claim", report, saved, saved.config.data, "mine")
@@ -155,10 +170,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RobustnessRepo
 Arrays, Card = dict[str, np.ndarray], dict[str, Any]
 
 
-def problems_of(made: tuple[Path, RobustnessReport, Checkpoint], folder: Path, lie: Callable[[Arrays, Card], None]):
+def problems_of(
+    made: tuple[Path, RobustnessReport, TrainingCheckpoint],
+    folder: Path,
+    lie: Callable[[Arrays, Card], None],
+):
     """What `verify_bundle` says of a copy with other arrays and another card."""
     copy = shutil.copytree(made[0], folder / "copy")
-    arrays, card = dict(np.load(copy / "adversarial.npz")), json.loads((copy / "card.json").read_text())
+    arrays, card = (
+        dict(np.load(copy / "adversarial.npz")),
+        json.loads((copy / "card.json").read_text()),
+    )
     lie(arrays, card)
     np.savez(copy / "adversarial.npz", **arrays)
     (copy / "card.json").write_text(json.dumps(card))
@@ -174,10 +196,18 @@ def test_a_bundle_says_what_it_holds(made) -> None:
     assert card["clean_accuracy"] == report.clean.sum() / COUNT
     assert card["robust_accuracy"] == report.robust.sum() / COUNT
     assert card["name"] == "mine" and card["dataset"] == "digits" == card["data"]["name"]
-    assert card["architecture"] == saved.config.model.name and card["config"] == saved.config.json_dict()
-    assert card["data"]["data_dir"] is None and card["environment"]["python"] == platform.python_version()
+    assert (
+        card["architecture"] == saved.config.model.name
+        and card["config"] == saved.config.to_json_dict()
+    )
+    assert (
+        card["data"]["data_dir"] is None
+        and card["environment"]["python"] == platform.python_version()
+    )
     with np.load(folder / "adversarial.npz") as arrays:
-        assert np.array_equal(arrays["x_adv"], report.x_adv) and np.array_equal(arrays["robust"], report.robust)
+        assert np.array_equal(arrays["x_adv"], report.x_adv) and np.array_equal(
+            arrays["robust"], report.robust
+        )
     assert (folder / "checkpoint" / "weights.safetensors").read_bytes() == (
         saved.path / "weights.safetensors"
     ).read_bytes()
@@ -186,15 +216,19 @@ def test_a_bundle_says_what_it_holds(made) -> None:
 def test_a_bundle_needs_the_examples(made, tmp_path: Path) -> None:
     _, report, saved = made
     with pytest.raises(ValueError, match="keep_adversarial"):
-        write_bundle(tmp_path / "claim", replace(report, x_adv=None), saved, saved.config.data, "mine")
+        write_bundle(
+            tmp_path / "claim", replace(report, x_adv=None), saved, saved.config.data, "mine"
+        )
     assert not (tmp_path / "claim").exists()
 
 
 def moves(made) -> np.ndarray:
     """How far each saved example lies from its image, (N, 64)."""
     _, report, saved = made
-    test = load(saved.config.data).test
-    return (report.x_adv.astype(np.float64) - test.images(slice(0, COUNT)).numpy()).reshape(COUNT, -1)
+    test = load_data(saved.config.data).test
+    return (
+        report.x_adv.astype(np.float64) - test.get_float_images(slice(0, COUNT)).numpy()
+    ).reshape(COUNT, -1)
 
 
 def test_a_bundle_of_a_smaller_radius_than_its_examples_is_refused(made, tmp_path: Path) -> None:
@@ -202,7 +236,11 @@ def test_a_bundle_of_a_smaller_radius_than_its_examples_is_refused(made, tmp_pat
     lengths = {"Linf": np.abs(moves(made)).max(1), "L2": np.sqrt((moves(made) ** 2).sum(1))}
     for number, (norm, length) in enumerate(lengths.items()):
         longest = float(length.max())
-        for times, beyond in ((1.0, 0), (1.01, int((length > longest / 1.01).sum())), (1.001, None)):
+        for times, beyond in (
+            (1.0, 0),
+            (1.01, int((length > longest / 1.01).sum())),
+            (1.001, None),
+        ):
             eps = longest / times
 
             def claim(arrays: Arrays, card: Card, eps: float = eps, norm: str = norm) -> None:
@@ -214,16 +252,21 @@ def test_a_bundle_of_a_smaller_radius_than_its_examples_is_refused(made, tmp_pat
             elif beyond is None:
                 assert len(found) == 1, norm
             else:
-                assert found == [f"{beyond} examples are farther than eps {eps:.6g} from their images"], norm
+                assert found == [
+                    f"{beyond} examples are farther than eps {eps:.6g} from their images"
+                ], norm
 
 
 @pytest.mark.parametrize(
-    ("value", "inside"), [(-1e-3, False), (-1e-7, False), (0.0, True), (1.0, True), (1.0 + 2e-7, False), (1.01, False)]
+    ("value", "inside"),
+    [(-1e-3, False), (-1e-7, False), (0.0, True), (1.0, True), (1.0 + 2e-7, False), (1.01, False)],
 )
-def test_a_bundle_with_a_pixel_outside_the_box_is_refused_however_near(made, tmp_path: Path, value, inside) -> None:
+def test_a_bundle_with_a_pixel_outside_the_box_is_refused_however_near(
+    made, tmp_path: Path, value, inside
+) -> None:
     """In a row that is wrong from the start, whose verdict one pixel within eps does not change."""
     _, report, saved = made
-    x = load(saved.config.data).test.images(slice(0, COUNT)).numpy()
+    x = load_data(saved.config.data).test.get_float_images(slice(0, COUNT)).numpy()
     near = (np.abs(x - value) <= 0.05) & ~report.clean[:, None, None, None]
     row, *place = (int(i) for i in np.argwhere(near)[0])
 
@@ -335,7 +378,8 @@ def test_an_archive_with_a_changed_byte_is_refused(made, tmp_path: Path) -> None
     archive = copy / "adversarial.npz"
     whole = archive.read_bytes()
     table = whole.index(b"PK\x01\x02")
-    # Signature, required version, flags, method and checksum of the first file, and the end of the archive.
+    # Signature, required version, flags, method and checksum of the first file, and the end of the
+    # archive.
     for place in (table, table + 6, table + 8, table + 10, table + 16, len(whole) - 10):
         archive.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         with pytest.raises(SpecError, match="not a bundle"):

@@ -1,7 +1,9 @@
-"""The host does not wait for the device: shown without a device, by whose reads a GPU would be made to catch up.
+"""The host does not wait for the device: shown without a device, by whose reads a GPU would be made
+to catch up.
 
-On torch's `meta` device tensors have shapes but no numbers, so that reading one raises; numbers that come from the host
-are seen by what brings them. On a GPU either makes the host wait for all that it has asked for.
+On torch's `meta` device tensors have shapes but no numbers, so that reading one raises; numbers
+that come from the host are seen by what brings them. On a GPU either makes the host wait for all
+that it has asked for.
 """
 
 from typing import Any
@@ -15,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from raysweep.attacks import APGD, FAB, AnyAttack, Square
-from raysweep.data import Data
-from raysweep.method import ONE_WORKER, Workers
+from raysweep.data import Dataset
 from raysweep.models.layers import Logits
-from raysweep.rng import Rng
-from raysweep.training.config import run_config
-from raysweep.training.diagnostics import Diagnostics
-from raysweep.training.trainer import build, train_step
+from raysweep.rng import ExampleRng
+from raysweep.training.config import build_training_config
+from raysweep.training.diagnostics import EpochDiagnostics
+from raysweep.training.trainer import build_model_variants, compute_step_gradients
+from raysweep.worker_group import SINGLE_WORKER, WorkerGroup
 
 META = torch.device("meta")
 
@@ -60,32 +62,40 @@ class TwoWorkers:
 
     size, rank = 2, 0
 
-    def sum(self, value: Tensor) -> Tensor:
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
         return value.detach().clone()
 
 
-@pytest.mark.parametrize("workers", [ONE_WORKER, TwoWorkers()], ids=["one", "two"])
+@pytest.mark.parametrize("workers", [SINGLE_WORKER, TwoWorkers()], ids=["one", "two"])
 @pytest.mark.parametrize("method", ["gairat", "lrat", "trades", "mart", "mail-at", "piecewise"])
-def test_a_training_step_waits_for_nothing(method, workers: Workers, digits: Data, monkeypatch) -> None:
+def test_a_training_step_waits_for_nothing(
+    method, workers: WorkerGroup, digits: Dataset, monkeypatch
+) -> None:
     # There is no autocast for meta to leave.
     monkeypatch.setattr(Logits, "forward", nn.Linear.forward)
     changes = {"data.augment": True, "batch_size": 32}
     if method == "piecewise":
         method, weight = "gairat", "method.terms.pgd.weight"
-        changes |= {f"{weight}.shape": "piecewise", f"{weight}.table": [2.0, 1.0], f"{weight}.burn_in": 0}
-    config = run_config(method, changes)
-    settings, data = config.at(config.epochs - 1), digits.to(META)
-    faces = build(config, digits, META, workers)
+        changes |= {
+            f"{weight}.shape": "piecewise",
+            f"{weight}.table": [2.0, 1.0],
+            f"{weight}.burn_in": 0,
+        }
+    config = build_training_config(method, changes)
+    settings, data = config.resolve_at(config.epochs - 1), digits.to(META)
+    faces = build_model_variants(config, digits, META, workers)
     optimizer = torch.optim.SGD(faces.model.parameters(), lr=0.1, momentum=0.9)
-    seen, brought = Diagnostics(settings.method, workers), []
-    batches = data.batches(32, 0, 0, workers.rank, workers.size)
+    seen, brought = EpochDiagnostics(settings.method, workers), []
+    batches = data.iter_train_batches(32, 0, 0, workers.rank, workers.size)
     faces.model.train()
     for _ in range(2):
         with Brought() as counted:
             batch = next(batches)
-            step = train_step(settings.method, faces, batch, Rng.for_examples(batch.index, 0), workers)
+            step = compute_step_gradients(
+                settings.method, faces, batch, ExampleRng.for_examples(batch.index, 0), workers
+            )
             optimizer.step()
-            seen.add(step, batch.y)
+            seen.add_batch(step, batch.y)
         brought.append(counted.by)
     first, second = brought
     assert first, "the order of the epoch, and what histograms and tables need"
@@ -105,11 +115,13 @@ def test_a_training_step_waits_for_nothing(method, workers: Workers, digits: Dat
 )
 def test_an_evaluations_attack_looks_now_and_then(attack: AnyAttack, monkeypatch) -> None:
     model, (x, y) = robust_digits(), robust_images(8)
-    rng = Rng.for_examples(torch.arange(8), 0)
+    rng = ExampleRng.for_examples(torch.arange(8), 0)
     counts = []
     for cheap in (True, False):
         for module in ("base", "apgd", "fab", "square"):
-            monkeypatch.setattr(f"raysweep.attacks.{module}.cheap_to_look", lambda x, cheap=cheap: cheap)
+            monkeypatch.setattr(
+                f"raysweep.attacks.{module}.cheap_to_look", lambda x, cheap=cheap: cheap
+            )
         with Read() as read:
             attack(model, x, y, rng)
         counts.append(read.count)

@@ -1,4 +1,6 @@
-"""Weight functions against the authors' code and the printed equations, and what all of them promise."""
+"""Weight functions against the authors' code and the printed equations, and what all of them
+promise.
+"""
 
 import math
 
@@ -9,29 +11,40 @@ from hypothesis import strategies as st
 from oracle import stored
 from pydantic import TypeAdapter
 
-from raysweep.attacks import vulnerability
-from raysweep.schedules import Linear, Piecewise
+from raysweep.attacks import true_class_confidence
+from raysweep.schedules import LinearSchedule, PiecewiseSchedule
 from raysweep.spec import SpecError
-from raysweep.weights import Geometry, Look, Margin, Remainder, Uniform, Vulnerability, Weight, WithinMargin
+from raysweep.weights import (
+    AnyWeight,
+    GeometryWeight,
+    ProbabilisticMarginWeight,
+    RemainderWeight,
+    UniformWeight,
+    VulnerabilityWeight,
+    WeightInputs,
+    WithinMarginWeight,
+)
 
 SHAPES = {"Tanh": "tanh", "Sigmoid": "sigmoid", "Discrete": "linear"}
 EVERY = [
-    Uniform(),
-    Geometry(),
-    Geometry(shape="linear"),
-    Geometry(shape="sigmoid", lam=-1.0),
-    Geometry(shape="piecewise", table=(1.0, 1.0, 0.5, 0.2)),
-    Geometry(official=True),
-    Vulnerability(),
-    Margin(),
-    WithinMargin(),
-    Remainder(total=1.0, of=("first",)),
+    UniformWeight(),
+    GeometryWeight(),
+    GeometryWeight(shape="linear"),
+    GeometryWeight(shape="sigmoid", lam=-1.0),
+    GeometryWeight(shape="piecewise", table=(1.0, 1.0, 0.5, 0.2)),
+    GeometryWeight(official=True),
+    VulnerabilityWeight(),
+    ProbabilisticMarginWeight(),
+    WithinMarginWeight(),
+    RemainderWeight(total=1.0, of=("first",)),
 ]
 
 
 def look(kappa, steps):
     kappa = torch.as_tensor(kappa)
-    return Look(torch.zeros(len(kappa), 10, dtype=torch.float64), torch.zeros_like(kappa), kappa, steps)
+    return WeightInputs(
+        torch.zeros(len(kappa), 10, dtype=torch.float64), torch.zeros_like(kappa), kappa, steps
+    )
 
 
 @pytest.mark.parametrize("steps", [5, 7, 10])
@@ -43,16 +56,20 @@ def test_official_geometry_weights(steps, function, lam):
     kappa = data[f"gair.K{steps}.kappa"].long()
     settings = {} if function == "Discrete" else {"lam": float(lam)}
     for official in (True, False) if steps % 2 == 0 else (True,):
-        weight = Geometry(shape=SHAPES[function], official=official, **settings)(look(kappa, steps))
+        weight = GeometryWeight(shape=SHAPES[function], official=official, **settings)(
+            look(kappa, steps)
+        )
         expected = data[f"gair.K{steps}.lam{lam}.{function}.f64"]
         torch.testing.assert_close(weight / weight.mean(), expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("lam", ["-1.0", "0.0", "3.0"])
 def test_gair_rst_weights(lam):
-    """GAIR-RST's own formula, (tanh(lambda + K/2 - kappa) + 1) / 2, is G eq. 6 for K = 10, which it trains with."""
+    """GAIR-RST's own formula, (tanh(lambda + K/2 - kappa) + 1) / 2, is G eq. 6 for K = 10, which it
+    trains with.
+    """
     data = stored("weights")
-    weight = Geometry(lam=float(lam))(look(data["gair.K10.kappa"].long(), 10))
+    weight = GeometryWeight(lam=float(lam))(look(data["gair.K10.kappa"].long(), 10))
     expected = data[f"gair.K10.lam{lam}.RST_unnormalised"].double()
     torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-7)
 
@@ -69,57 +86,76 @@ def test_geometry_equations(steps):
             "linear": [1 - k / (steps + 1) for k in kappa],
         }
         for shape, expected in equations.items():
-            weight = Geometry(shape=shape, lam=lam)(look(kappa, steps))
-            torch.testing.assert_close(weight, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-14)
+            weight = GeometryWeight(shape=shape, lam=lam)(look(kappa, steps))
+            torch.testing.assert_close(
+                weight, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-14
+            )
 
 
 def test_piecewise_table():
-    weight = Geometry(shape="piecewise", table=(1.0, 0.8, 0.1))(look([0, 1, 2, 9], 10))
+    weight = GeometryWeight(shape="piecewise", table=(1.0, 0.8, 0.1))(look([0, 1, 2, 9], 10))
     assert weight.tolist() == [1.0, 0.8, 0.1, 0.1]
-    for bad in ({"table": (0.1, 0.2), "shape": "piecewise"}, {"table": (1.0,)}, {"shape": "piecewise"}):
+    for bad in (
+        {"table": (0.1, 0.2), "shape": "piecewise"},
+        {"table": (1.0,)},
+        {"shape": "piecewise"},
+    ):
         with pytest.raises(SpecError):
-            Geometry.load(bad)
+            GeometryWeight.from_data(bad)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.floats(-30, 30), st.integers(1, 20), st.sampled_from(["tanh", "sigmoid", "linear"]), st.booleans())
+@given(
+    st.floats(-30, 30),
+    st.integers(1, 20),
+    st.sampled_from(["tanh", "sigmoid", "linear"]),
+    st.booleans(),
+)
 def test_geometry_never_increases_and_never_vanishes(lam, steps, shape, official):
     """Non-increasing in kappa (G section 3.2); positive even where float32's tanh saturates."""
     if official and steps == 1:
         return
     kappa = torch.arange(steps + 1)
-    seen = Look(torch.zeros(steps + 1, 2), torch.zeros_like(kappa), kappa, steps)
-    weight = Geometry(shape=shape, lam=lam, official=official)(seen)
+    seen = WeightInputs(torch.zeros(steps + 1, 2), torch.zeros_like(kappa), kappa, steps)
+    weight = GeometryWeight(shape=shape, lam=lam, official=official)(seen)
     assert bool((weight[1:] <= weight[:-1]).all())
     assert bool((weight > 0).all()) or official
 
 
 def test_official_weights_need_two_steps():
     with pytest.raises(TypeError, match="2 steps"):
-        Geometry(official=True)(look([0, 1], 1))
+        GeometryWeight(official=True)(look([0, 1], 1))
 
 
 def test_infinite_lambda_is_one():
-    assert torch.equal(Geometry(lam=math.inf)(look(range(11), 10)), torch.ones(11, dtype=torch.float64))
+    assert torch.equal(
+        GeometryWeight(lam=math.inf)(look(range(11), 10)), torch.ones(11, dtype=torch.float64)
+    )
 
 
 def test_lambda_schedules_and_burn_in():
-    """fixed, piecewise and linear lambda; before the burn-in ends the settings are those of no weights at all."""
-    assert Geometry(lam=0.5, burn_in=3).at(2) == Uniform()
-    assert Geometry(lam=0.5, burn_in=3).at(3) == Geometry(lam=0.5)
-    stepped = Geometry(lam=Piecewise(boundaries=(60, 90), values=(0, -1, -2)))
-    assert [stepped.at(e).lam for e in (59, 60, 89, 90)] == [0, -1, -1, -2]
-    sloped = Geometry(lam=Linear(first=1, last=-1, start=0, end=4))
-    assert [sloped.at(e).lam for e in (0, 2, 4, 9)] == [1, 0, -1, -1]
+    """fixed, piecewise and linear lambda; before the burn-in ends the settings are those of no
+    weights at all.
+    """
+    assert GeometryWeight(lam=0.5, burn_in=3).resolve_at(2) == UniformWeight()
+    assert GeometryWeight(lam=0.5, burn_in=3).resolve_at(3) == GeometryWeight(lam=0.5)
+    stepped = GeometryWeight(lam=PiecewiseSchedule(boundaries=(60, 90), values=(0, -1, -2)))
+    assert [stepped.resolve_at(e).lam for e in (59, 60, 89, 90)] == [0, -1, -1, -2]
+    sloped = GeometryWeight(lam=LinearSchedule(first=1, last=-1, start=0, end=4))
+    assert [sloped.resolve_at(e).lam for e in (0, 2, 4, 9)] == [1, 0, -1, -1]
 
 
 def test_mail_weights():
     """PM and weight as MAIL's code computes them from the logits, for the three methods' settings."""
     data = stored("weights")
     logits, y = data["mail.logits"].double(), data["mail.y"]
-    torch.testing.assert_close(-vulnerability(logits, y, "margin"), data["mail.PM"].double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        -true_class_confidence(logits, y, "margin"), data["mail.PM"].double(), rtol=1e-5, atol=1e-6
+    )
     for bias, slope in ((-0.5, 10.0), (-1.5, 1.0), (0.0, 2.0)):
-        weight = Margin(slope=slope, bias=bias, scale=3.0)(Look(logits, y))
+        weight = ProbabilisticMarginWeight(slope=slope, bias=bias, scale=3.0)(
+            WeightInputs(logits, y)
+        )
         expected = data[f"mail.weight.bias{bias}.slope{slope}"].double()
         torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
         p = logits.softmax(1)
@@ -135,22 +171,36 @@ def test_vulnerability_equations():
     for name, view in (("pgd", "probability"), ("cw", "margin")):
         logits, y = data[f"2.logits_{name}"], data["2.y"]
         p = logits.exp() / logits.exp().sum(1, keepdim=True)
-        torch.testing.assert_close(vulnerability(logits, y, view), data[f"2.V_{name}"], rtol=1e-10, atol=1e-12)
-        weight = Vulnerability(alpha=1.5, beta=2.0)(Look(logits, y, view=view))
+        torch.testing.assert_close(
+            true_class_confidence(logits, y, view), data[f"2.V_{name}"], rtol=1e-10, atol=1e-12
+        )
+        weight = VulnerabilityWeight(alpha=1.5, beta=2.0)(
+            WeightInputs(logits, y, vulnerability_kind=view)
+        )
         for row in range(8):
-            v = p[row, y[row]] - (max(p[row, k] for k in range(10) if k != y[row]) if view == "margin" else 0)
+            v = p[row, y[row]] - (
+                max(p[row, k] for k in range(10) if k != y[row]) if view == "margin" else 0
+            )
             assert weight[row].item() == pytest.approx((1.5 * (1 - v) ** 2).item(), rel=1e-10)
 
 
 def test_remainder():
     first = torch.tensor([0.2, 1.5])
-    seen = Look(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), weights={"first": first, "second": first})
-    torch.testing.assert_close(Remainder(total=1.0, of=("first",))(seen), torch.tensor([0.8, 0.0]))
-    torch.testing.assert_close(Remainder(total=1.0, of=("first", "second"))(seen), torch.tensor([0.6, 0.0]))
+    seen = WeightInputs(
+        torch.zeros(2, 3),
+        torch.zeros(2, dtype=torch.long),
+        earlier_weights={"first": first, "second": first},
+    )
+    torch.testing.assert_close(
+        RemainderWeight(total=1.0, of=("first",))(seen), torch.tensor([0.8, 0.0])
+    )
+    torch.testing.assert_close(
+        RemainderWeight(total=1.0, of=("first", "second"))(seen), torch.tensor([0.6, 0.0])
+    )
 
 
 def test_within_margin():
-    assert WithinMargin()(look([0, 3, 9, 10], 10)).tolist() == [1, 1, 1, 0]
+    assert WithinMarginWeight()(look([0, 3, 9, 10], 10)).tolist() == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("weight", EVERY, ids=repr)
@@ -160,11 +210,13 @@ def test_contract(weight):
     logits = torch.randn(12, 10, generator=generator)
     y = torch.randint(10, (12,), generator=generator)
     kappa = torch.randint(11, (12,), generator=generator)
-    seen = Look(logits, y, kappa, 10, weights={"first": torch.rand(12, generator=generator)})
+    seen = WeightInputs(
+        logits, y, kappa, 10, earlier_weights={"first": torch.rand(12, generator=generator)}
+    )
     result = weight(seen)
     assert result.shape == (12,)
     assert not result.requires_grad
     assert bool(result.isfinite().all() & (result >= 0).all())
-    again = TypeAdapter(Weight).validate_python(weight.json_dict())
+    again = TypeAdapter(AnyWeight).validate_python(weight.to_json_dict())
     assert again == weight
     assert torch.equal(again(seen), result)

@@ -6,9 +6,17 @@ import pytest
 import torch
 
 from raysweep.losses import LOSSES
-from raysweep.schedules import Linear
+from raysweep.schedules import LinearSchedule
 from raysweep.spec import SpecError
-from raysweep.weights import Geometry, Look, Margin, Remainder, Uniform, Vulnerability, WithinMargin
+from raysweep.weights import (
+    GeometryWeight,
+    ProbabilisticMarginWeight,
+    RemainderWeight,
+    UniformWeight,
+    VulnerabilityWeight,
+    WeightInputs,
+    WithinMarginWeight,
+)
 
 
 def log_of(*rows):
@@ -16,12 +24,18 @@ def log_of(*rows):
 
 
 def look(p, y, **settings):
-    return Look(log_of(*p) + 3, torch.tensor(y), **settings)
+    return WeightInputs(log_of(*p) + 3, torch.tensor(y), **settings)
 
 
 def test_losses_by_name():
-    """p = (.5, .3, .2) of the view, q = (.7, .2, .1) of the natural data; y is the first class, then the last."""
-    view, natural, y = log_of([0.5, 0.3, 0.2], [0.5, 0.3, 0.2]), log_of([0.7, 0.2, 0.1], [0.7, 0.2, 0.1]), [0, 2]
+    """p = (.5, .3, .2) of the view, q = (.7, .2, .1) of the natural data; y is the first class,
+    then the last.
+    """
+    view, natural, y = (
+        log_of([0.5, 0.3, 0.2], [0.5, 0.3, 0.2]),
+        log_of([0.7, 0.2, 0.1], [0.7, 0.2, 0.1]),
+        [0, 2],
+    )
     kl = 0.7 * math.log(0.7 / 0.5) + 0.2 * math.log(0.2 / 0.3) + 0.1 * math.log(0.1 / 0.2)
     ce = [-math.log(0.5), -math.log(0.2)]
     margin = [-math.log(1.0001 - 0.3), -math.log(1.0001 - 0.5)]
@@ -34,12 +48,16 @@ def test_losses_by_name():
     }
     assert set(LOSSES) == set(expected)
     for name, values in expected.items():
-        assert LOSSES[name](view + 2, natural - 1, torch.tensor(y)).tolist() == pytest.approx(values, rel=1e-6)
+        assert LOSSES[name](view + 2, natural - 1, torch.tensor(y)).tolist() == pytest.approx(
+            values, rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_of_two_classes_and_of_a_hundred(name):
-    """For two classes margin and cross-entropy agree: 1 - p_other = p_y. For a hundred equal ones all are known."""
+    """For two classes margin and cross-entropy agree: 1 - p_other = p_y. For a hundred equal ones
+    all are known.
+    """
     view, natural, y = log_of([0.8, 0.2]), log_of([0.6, 0.4]), torch.tensor([1])
     kl = 0.6 * math.log(0.6 / 0.8) + 0.4 * math.log(0.4 / 0.2)
     two = {"ce": -math.log(0.2), "margin": -math.log(0.2), "kl": kl, "kl_misclassified": 0.6 * kl}
@@ -48,15 +66,22 @@ def test_losses_of_two_classes_and_of_a_hundred(name):
     equal = torch.zeros(1, 100, dtype=torch.float64)
     hundred = {"ce": math.log(100), "margin": -math.log(0.9901), "kl": 0.0, "kl_misclassified": 0.0}
     hundred["bce"] = math.log(100) - math.log(0.9901)
-    assert LOSSES[name](equal, equal, torch.tensor([99])).item() == pytest.approx(hundred[name], abs=1e-9)
+    assert LOSSES[name](equal, equal, torch.tensor([99])).item() == pytest.approx(
+        hundred[name], abs=1e-9
+    )
 
 
 def test_gradients_flow_into_both_sides_of_the_divergence():
     """MART's factor 1 - p_y(x) is part of the loss: it is differentiated too."""
-    view, natural = log_of([0.5, 0.3, 0.2]).requires_grad_(), log_of([0.7, 0.2, 0.1]).requires_grad_()
+    view, natural = (
+        log_of([0.5, 0.3, 0.2]).requires_grad_(),
+        log_of([0.7, 0.2, 0.1]).requires_grad_(),
+    )
     for name in ("kl", "kl_misclassified"):
         for tensor in (view, natural):
-            (slope,) = torch.autograd.grad(LOSSES[name](view, natural, torch.tensor([0])).sum(), tensor)
+            (slope,) = torch.autograd.grad(
+                LOSSES[name](view, natural, torch.tensor([0])).sum(), tensor
+            )
             for k in range(3):
                 step = torch.zeros(1, 3, dtype=torch.float64)
                 step[0, k] = 1e-6
@@ -72,8 +97,13 @@ def test_gradients_flow_into_both_sides_of_the_divergence():
 
 
 def geometry(steps, kappas, **settings):
-    seen = Look(torch.zeros(len(kappas), 3, dtype=torch.float64), torch.zeros(len(kappas)), torch.tensor(kappas), steps)
-    return Geometry(**settings)(seen).tolist()
+    seen = WeightInputs(
+        torch.zeros(len(kappas), 3, dtype=torch.float64),
+        torch.zeros(len(kappas)),
+        torch.tensor(kappas),
+        steps,
+    )
+    return GeometryWeight(**settings)(seen).tolist()
 
 
 @pytest.mark.parametrize(
@@ -96,19 +126,25 @@ def test_geometry_weights_of_few_steps(steps, official, arguments):
         tanh = [(1 + math.tanh(lam + a)) / 2 for a in arguments]
         sigmoid = [1 / (1 + math.exp(-lam - a)) for a in arguments]
         assert geometry(steps, kappas, lam=lam, official=official) == pytest.approx(tanh, rel=1e-9)
-        assert geometry(steps, kappas, lam=lam, official=official, shape="sigmoid") == pytest.approx(sigmoid, rel=1e-9)
+        assert geometry(
+            steps, kappas, lam=lam, official=official, shape="sigmoid"
+        ) == pytest.approx(sigmoid, rel=1e-9)
     linear = [1 - k / (steps + 1) for k in kappas]
-    assert geometry(steps, kappas, official=official, shape="linear") == pytest.approx(linear, rel=1e-12)
+    assert geometry(steps, kappas, official=official, shape="linear") == pytest.approx(
+        linear, rel=1e-12
+    )
 
 
 def test_tables_of_weights():
-    """An entry for each kappa, the last one for all larger; entries may be equal but must not increase."""
+    """An entry for each kappa, the last one for all larger; entries may be equal but must not
+    increase.
+    """
     table = (2.0, 2.0, 0.5, 0.0)
     assert geometry(10, [0, 1, 2, 3, 4, 10], shape="piecewise", table=table) == [2, 2, 0.5, 0, 0, 0]
     with pytest.raises(SpecError, match="must not increase"):
-        Geometry.load({"shape": "piecewise", "table": [1.0, 0.5, 0.6]})
+        GeometryWeight.from_data({"shape": "piecewise", "table": [1.0, 0.5, 0.6]})
     with pytest.raises(SpecError):
-        Geometry.load({"shape": "piecewise", "table": [1.0, -0.1]})
+        GeometryWeight.from_data({"shape": "piecewise", "table": [1.0, -0.1]})
 
 
 P = [[0.5, 0.3, 0.2]] * 3
@@ -118,9 +154,9 @@ def test_vulnerability_weights():
     """alpha (1 - V)^beta with V = p_y, or p_y - max p_other: .5 .3 .2, or .2 -.2 -.3."""
     for view, v in (("probability", (0.5, 0.3, 0.2)), ("margin", (0.2, -0.2, -0.3))):
         for alpha, beta in ((2.0, 0.5), (1.5, 3.0), (0.0, 1.0), (2.0, 0.0)):
-            weight = Vulnerability(alpha=alpha, beta=beta)(look(P, [0, 1, 2], view=view))
+            weight = VulnerabilityWeight(alpha=alpha, beta=beta)(look(P, [0, 1, 2], view=view))
             assert weight.tolist() == pytest.approx([alpha * (1 - a) ** beta for a in v], rel=1e-9)
-    assert Vulnerability().alpha == 2.0 and Vulnerability().beta == 0.5
+    assert VulnerabilityWeight().alpha == 2.0 and VulnerabilityWeight().beta == 0.5
 
 
 def test_vulnerability_weight_of_a_certain_row_is_near_zero():
@@ -130,59 +166,85 @@ def test_vulnerability_weight_of_a_certain_row_is_near_zero():
             logits = torch.zeros(1000, 7, dtype=dtype)
             logits[:, 3] = gap + torch.linspace(0, 1, 1000, dtype=dtype)
             for view in ("probability", "margin"):
-                weight = Vulnerability()(Look(logits, torch.full((1000,), 3), view=view))
+                weight = VulnerabilityWeight()(
+                    WeightInputs(logits, torch.full((1000,), 3), vulnerability_kind=view)
+                )
                 assert weight.isfinite().all() and weight.min() >= 0 and weight.max() < 0.1
 
 
 def test_margin_weights():
-    """MAIL: sigma(slope (PM + bias)), PM = max p_other - p_y: -.2 .2 .3; larger where another class is likelier."""
+    """MAIL: sigma(slope (PM + bias)), PM = max p_other - p_y: -.2 .2 .3; larger where another class
+    is likelier.
+    """
     pm = (-0.2, 0.2, 0.3)
     for slope, bias, scale in ((10.0, -0.5, 1.0), (2.0, 0.1, 3.0)):
-        weight = Margin(slope=slope, bias=bias, scale=scale)(look(P, [0, 1, 2])).tolist()
-        assert weight == pytest.approx([scale / (1 + math.exp(-slope * (m + bias))) for m in pm], rel=1e-9)
+        weight = ProbabilisticMarginWeight(slope=slope, bias=bias, scale=scale)(
+            look(P, [0, 1, 2])
+        ).tolist()
+        assert weight == pytest.approx(
+            [scale / (1 + math.exp(-slope * (m + bias))) for m in pm], rel=1e-9
+        )
         assert weight[0] < weight[1] < weight[2]
-    assert Margin().json_dict() == {
+    assert ProbabilisticMarginWeight().to_json_dict() == {
         "kind": "margin", "by": None, "normalise": True, "burn_in": 0, "slope": 10.0, "bias": -0.5, "scale": 1.0,
     }  # fmt: skip
 
 
 def test_remainder():
     """[total - w_1 - w_2]_+, of the named terms only."""
-    weights = {name: torch.tensor([value, 0.1]) for name, value in (("a", 0.5), ("b", 0.4), ("c", 9.0))}
+    weights = {
+        name: torch.tensor([value, 0.1]) for name, value in (("a", 0.5), ("b", 0.4), ("c", 9.0))
+    }
     seen = look(P[:2], [0, 1], weights=weights)
-    assert Remainder(total=1.0, of=("a", "b"))(seen).tolist() == pytest.approx([0.1, 0.8])
-    assert Remainder(total=1.0, of=("a", "c"))(seen).tolist() == pytest.approx([0.0, 0.8])
-    assert Remainder(total=0.0, of=("a",))(seen).tolist() == [0.0, 0.0]
+    assert RemainderWeight(total=1.0, of=("a", "b"))(seen).tolist() == pytest.approx([0.1, 0.8])
+    assert RemainderWeight(total=1.0, of=("a", "c"))(seen).tolist() == pytest.approx([0.0, 0.8])
+    assert RemainderWeight(total=0.0, of=("a",))(seen).tolist() == [0.0, 0.0]
 
 
 def test_uniform_and_within_margin():
-    assert Uniform()(look(P, [0, 1, 2])).tolist() == [1, 1, 1]
-    assert Uniform()(look(P, [0, 1, 2])).dtype == torch.float64
+    assert UniformWeight()(look(P, [0, 1, 2])).tolist() == [1, 1, 1]
+    assert UniformWeight()(look(P, [0, 1, 2])).dtype == torch.float64
     seen = look([[0.5, 0.5]] * 4, [0, 0, 0, 0], kappa=torch.tensor([0, 4, 5, 6]), steps=5)
-    assert WithinMargin()(seen).tolist() == [1, 1, 0, 0]
+    assert WithinMarginWeight()(seen).tolist() == [1, 1, 0, 0]
 
 
 def test_weights_that_need_kappa_say_so():
-    for weight in (Geometry(), WithinMargin()):
+    for weight in (GeometryWeight(), WithinMarginWeight()):
         with pytest.raises(TypeError, match="need a view that is an attack's output"):
             weight(look(P, [0, 1, 2]))
 
 
 def test_settings_follow_the_epoch():
-    """Every setting of a weight may be a schedule; a burn-in ends at the epoch that it names (counted from 0)."""
-    ramp = Linear(first=0.0, last=4.0, end=4)
-    late = Geometry(lam=ramp, burn_in=3)
-    assert [late.at(epoch) for epoch in (0, 2)] == [Uniform(), Uniform()]
-    assert late.at(3) == Geometry(lam=3.0) and late.at(9) == Geometry(lam=4.0)
-    assert Margin(slope=ramp, bias=ramp, burn_in=1).at(1) == Margin(slope=1.0, bias=1.0)
-    assert Margin(burn_in=1).at(0) == Uniform()
-    assert Vulnerability(alpha=ramp, beta=ramp).at(2) == Vulnerability(alpha=2.0, beta=2.0)
-    assert Remainder(total=ramp, of=("a",)).at(1) == Remainder(total=1.0, of=("a",))
+    """Every setting of a weight may be a schedule; a burn-in ends at the epoch that it names
+    (counted from 0).
+    """
+    ramp = LinearSchedule(first=0.0, last=4.0, end=4)
+    late = GeometryWeight(lam=ramp, burn_in=3)
+    assert [late.resolve_at(epoch) for epoch in (0, 2)] == [UniformWeight(), UniformWeight()]
+    assert late.resolve_at(3) == GeometryWeight(lam=3.0) and late.resolve_at(9) == GeometryWeight(
+        lam=4.0
+    )
+    assert ProbabilisticMarginWeight(slope=ramp, bias=ramp, burn_in=1).resolve_at(
+        1
+    ) == ProbabilisticMarginWeight(slope=1.0, bias=1.0)
+    assert ProbabilisticMarginWeight(burn_in=1).resolve_at(0) == UniformWeight()
+    assert VulnerabilityWeight(alpha=ramp, beta=ramp).resolve_at(2) == VulnerabilityWeight(
+        alpha=2.0, beta=2.0
+    )
+    assert RemainderWeight(total=ramp, of=("a",)).resolve_at(1) == RemainderWeight(
+        total=1.0, of=("a",)
+    )
     with pytest.raises(TypeError, match="changes with the epoch"):
-        Vulnerability(alpha=ramp)(look(P, [0, 1, 2]))
+        VulnerabilityWeight(alpha=ramp)(look(P, [0, 1, 2]))
 
 
 def test_which_weights_are_normalised():
     """GAIRAT's and MAIL's are, LRAT's is not: it divides by the mean of the pair."""
-    assert (Geometry().normalise, Margin().normalise, Vulnerability().normalise) == (True, True, False)
-    assert not hasattr(Uniform(), "normalise") and not hasattr(Remainder(total=1, of=("a",)), "normalise")
+    assert (
+        GeometryWeight().normalise,
+        ProbabilisticMarginWeight().normalise,
+        VulnerabilityWeight().normalise,
+    ) == (True, True, False)
+    assert not hasattr(UniformWeight(), "normalise") and not hasattr(
+        RemainderWeight(total=1, of=("a",)), "normalise"
+    )

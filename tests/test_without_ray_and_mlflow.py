@@ -1,4 +1,6 @@
-"""Without Ray and MLflow, commands that need neither work, and commands that need one say so in one line."""
+"""Without Ray and MLflow, commands that need neither work, and commands that need one say so in one
+line.
+"""
 
 import importlib.util
 import json
@@ -12,8 +14,8 @@ from conftest import tiny
 from core_environment import LEFT_OUT, make_core_environment
 
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.space import SearchSpace
-from raysweep.training.trainer import fit
+from raysweep.sweep.search_space import SearchSpace
+from raysweep.training.trainer import train_model
 
 SMALL = "--set epochs=1 --set data.train_size=64 --set data.val_size=50 --set *.attacks.*.steps=2"
 MODEL = """\
@@ -47,7 +49,8 @@ SAYS = {
     "show one/0000 --storage sweeps": "one/0000 finished after 1 epoch, 1 trained here",
     "show one --storage sweeps --json": '"number": 0',
 }
-# Test files that cannot be imported without Ray or MLflow: the quick run without them leaves these out, and no others.
+# Test files that cannot be imported without Ray or MLflow: the quick run without them leaves these
+# out, and no others.
 IMPORT_RAY_OR_MLFLOW = {
     "test_clusters.py",
     "test_doctor.py",
@@ -93,12 +96,18 @@ print(json.dumps([file.name for file in tests.glob("test_*.py") if conftest.pyte
 def core_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An interpreter that has neither Ray nor MLflow: this one, if it is so."""
     here = all(importlib.util.find_spec(name) is None for name in LEFT_OUT)
-    return Path(sys.executable) if here else make_core_environment(tmp_path_factory.mktemp("core") / "environment")
+    return (
+        Path(sys.executable)
+        if here
+        else make_core_environment(tmp_path_factory.mktemp("core") / "environment")
+    )
 
 
 def run_in(python: Path, folder: Path, script: str, *arguments: str) -> list:
     """What a script prints, as JSON."""
-    done = subprocess.run([python, "-c", script, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [python, "-c", script, *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -106,18 +115,30 @@ def run_in(python: Path, folder: Path, script: str, *arguments: str) -> list:
 def make_sweep(path: Path) -> None:
     """A sweep with one trial that has ended."""
     config = tiny("at", epochs=1)
-    space = {"method": "at", "trials": 1, "base": {"data.val_size": 50}, "space": {"optim.lr": {"float": [0.1, 0.3]}}}
-    ledger = Ledger.create(path, SearchSpace.load(space))
-    (row,) = fit(config, ledger.run_path(0)).last.history
-    ledger.write(Trial(0, {"optim.lr": 0.2}, state="finished").reported(row, "robust_worst"))
+    space = {
+        "method": "at",
+        "trials": 1,
+        "base": {"data.val_size": 50},
+        "space": {"optim.lr": {"float": [0.1, 0.3]}},
+    }
+    ledger = Ledger.create(path, SearchSpace.from_data(space))
+    (row,) = train_model(config, ledger.trial_path(0)).last_checkpoint.history
+    ledger.save_trial(Trial(0, {"optim.lr": 0.2}, state="finished").with_epoch(row, "robust_worst"))
 
 
 @pytest.fixture(scope="module")
-def results(core_python: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list], list]:
-    """Exit code, output and errors of each command; then what the functions of a notebook gave, and imports."""
+def results(
+    core_python: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, list], list]:
+    """Exit code, output and errors of each command; then what the functions of a notebook gave, and
+    imports.
+    """
     folder = tmp_path_factory.mktemp("commands")
     (folder / "mine.py").write_text(MODEL)
-    np.savez(folder / "more.npz", x=np.random.default_rng(0).integers(0, 17, (40, 1, 8, 8), dtype=np.uint8))
+    np.savez(
+        folder / "more.npz",
+        x=np.random.default_rng(0).integers(0, 17, (40, 1, 8, 8), dtype=np.uint8),
+    )
     make_sweep(folder / "sweeps" / "one")
     found, *more = run_in(core_python, folder, SCRIPT, json.dumps([*WORK, *NEED]))
     return dict(zip([*WORK, *NEED], found, strict=True)), more
@@ -128,7 +149,11 @@ def test_commands_that_need_neither_work(results, command: str) -> None:
     code, out, err = results[0][command]
     assert code == 0 and out, err
     assert SAYS.get(command, "") in out
-    tracks = command.startswith(("train", "eval")) and "--verify" not in command and "--pseudo-label" not in command
+    tracks = (
+        command.startswith(("train", "eval"))
+        and "--verify" not in command
+        and "--pseudo-label" not in command
+    )
     assert ("MLflow is not installed, nothing is tracked" in err) == tracks
 
 
@@ -139,13 +164,21 @@ def test_what_a_notebook_calls_works_and_neither_was_imported(results) -> None:
     assert shapes == [[8, 10]] * 3, "the run's, the stored run's and the sweep's best network"
 
 
-def test_only_test_files_that_import_ray_or_mlflow_are_left_out(core_python: Path, tmp_path: Path) -> None:
-    """A library that a file of tests imports by mistake would take it out of the quick run without Ray and MLflow."""
-    assert set(run_in(core_python, tmp_path, TESTS, str(Path(__file__).parent))) == IMPORT_RAY_OR_MLFLOW
+def test_only_test_files_that_import_ray_or_mlflow_are_left_out(
+    core_python: Path, tmp_path: Path
+) -> None:
+    """A library that a file of tests imports by mistake would take it out of the quick run without
+    Ray and MLflow.
+    """
+    assert (
+        set(run_in(core_python, tmp_path, TESTS, str(Path(__file__).parent)))
+        == IMPORT_RAY_OR_MLFLOW
+    )
 
 
 @pytest.mark.parametrize(
-    ("command", "line"), zip(NEED, ["needs Ray", "needs Ray", "MLflow is not installed"], strict=True)
+    ("command", "line"),
+    zip(NEED, ["needs Ray", "needs Ray", "MLflow is not installed"], strict=True),
 )
 def test_commands_that_need_one_say_so_in_one_line(results, command: str, line: str) -> None:
     code, out, err = results[0][command]

@@ -1,14 +1,16 @@
-"""Words and numbers as people read them: seconds, counts, settings in tables, lines of a sweep, tags in MLflow."""
+"""Words and numbers as people read them: seconds, counts, settings in tables, lines of a sweep,
+tags in MLflow.
+"""
 
 from pathlib import Path
 
 import pytest
 
-from raysweep.display import figures, short
-from raysweep.tracking import embedded_store, masked, train_tags
-from raysweep.tracking.store import text_of
-from raysweep.training.checkpoint import Run
-from raysweep.wording import clock, counted, duration
+from raysweep.formatting import format_clock, format_count, format_duration
+from raysweep.terminal import format_accuracies, format_param
+from raysweep.tracking import redact_secrets, tracking_uri, training_run_tags
+from raysweep.tracking.mlflow_tracker import format_mlflow_param
+from raysweep.training.checkpoint import RunDirectory
 
 
 @pytest.mark.parametrize(
@@ -28,11 +30,16 @@ from raysweep.wording import clock, counted, duration
     ],
 )
 def test_seconds_are_worded(seconds: float, running: str, told: str) -> None:
-    assert (clock(seconds), duration(seconds)) == (running, told)
+    assert (format_clock(seconds), format_duration(seconds)) == (running, told)
 
 
 def test_counts_are_worded() -> None:
-    assert [counted(n, "trial") for n in (0, 1, 2, 21)] == ["0 trials", "1 trial", "2 trials", "21 trials"]
+    assert [format_count(n, "trial") for n in (0, 1, 2, 21)] == [
+        "0 trials",
+        "1 trial",
+        "2 trials",
+        "21 trials",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -52,37 +59,50 @@ def test_counts_are_worded() -> None:
 )
 def test_parameters_as_mlflow_shows_them(value: object, text: str) -> None:
     """Numbers of six digits; whole numbers, words and lists as they are."""
-    assert text_of(value) == text
+    assert format_mlflow_param(value) == text
 
 
 @pytest.mark.parametrize(
     ("uri", "shown"),
     [
         ("postgresql://me:se@cret@host:5432/db", "postgresql://me:***@host:5432/db"),
-        ("mysql+pymysql://me:secret@host/db?charset=utf8", "mysql+pymysql://me:***@host/db?charset=utf8"),
+        (
+            "mysql+pymysql://me:secret@host/db?charset=utf8",
+            "mysql+pymysql://me:***@host/db?charset=utf8",
+        ),
         ("postgresql://:secret@host/db", "postgresql://:***@host/db"),
-        ("postgresql://host/db?user=me&password=secret&x=1", "postgresql://host/db?user=me&password=***&x=1"),
-        ("cannot open postgresql://me:secret@host/db: refused", "cannot open postgresql://me:***@host/db: refused"),
+        (
+            "postgresql://host/db?user=me&password=secret&x=1",
+            "postgresql://host/db?user=me&password=***&x=1",
+        ),
+        (
+            "cannot open postgresql://me:secret@host/db: refused",
+            "cannot open postgresql://me:***@host/db: refused",
+        ),
         ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
         ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
     ],
 )
 def test_the_password_of_a_store_is_never_shown(uri: str, shown: str) -> None:
-    assert masked(uri) == shown
+    assert redact_secrets(uri) == shown
 
 
-def test_the_store_is_in_the_folder_unless_the_environment_names_one(workdir: Path, monkeypatch) -> None:
-    assert embedded_store(workdir / "x") == f"sqlite:///{workdir}/x/mlflow.db" == embedded_store(Path("x"))
+def test_the_store_is_in_the_folder_unless_the_environment_names_one(
+    workdir: Path, monkeypatch
+) -> None:
+    assert (
+        tracking_uri(workdir / "x") == f"sqlite:///{workdir}/x/mlflow.db" == tracking_uri(Path("x"))
+    )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
-    assert embedded_store(workdir / "x") == "http://host:5000"
+    assert tracking_uri(workdir / "x") == "http://host:5000"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    assert embedded_store(workdir / "x") == f"sqlite:///{workdir}/x/mlflow.db"
+    assert tracking_uri(workdir / "x") == f"sqlite:///{workdir}/x/mlflow.db"
 
 
 def test_runs_of_two_folders_have_different_tags(tmp_path: Path) -> None:
-    one, other = (train_tags(Run(tmp_path / name)) for name in ("a", "b"))
+    one, other = (training_run_tags(RunDirectory(tmp_path / name)) for name in ("a", "b"))
     assert one["raysweep.kind"] == other["raysweep.kind"] == "train" and one != other
-    assert one == train_tags(Run(tmp_path / "a"))
+    assert one == training_run_tags(RunDirectory(tmp_path / "a"))
 
 
 def test_an_epoch_is_one_line_of_its_accuracies() -> None:
@@ -94,8 +114,10 @@ def test_an_epoch_is_one_line_of_its_accuracies() -> None:
         "robust_worst": 1 / 3,
         "epoch": 3,
     }
-    assert figures(metrics) == "clean 0.988 pgd 0.500 robust_worst 0.333 masking_gap 0.001"
-    assert figures({}) == ""
+    assert (
+        format_accuracies(metrics) == "clean 0.988 pgd 0.500 robust_worst 0.333 masking_gap 0.001"
+    )
+    assert format_accuracies({}) == ""
 
 
 @pytest.mark.parametrize(
@@ -112,4 +134,4 @@ def test_an_epoch_is_one_line_of_its_accuracies() -> None:
     ],
 )
 def test_a_setting_in_a_table(value: object, text: str) -> None:
-    assert short(value) == text
+    assert format_param(value) == text

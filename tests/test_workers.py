@@ -1,4 +1,6 @@
-"""Several worker processes train what one does: gradients, batch norm, weights, checkpoints. No Ray here."""
+"""Several worker processes train what one does: gradients, batch norm, weights, checkpoints. No Ray
+here.
+"""
 
 import copy
 import json
@@ -18,17 +20,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 from raysweep.catalog import METHODS
-from raysweep.data import DataSpec, load
-from raysweep.method import ONE_WORKER, Method, Workers
+from raysweep.data import DataSpec, load_data
+from raysweep.method import Method
 from raysweep.models import ModelSpec
-from raysweep.rng import Rng
-from raysweep.spec import SpecError, override
+from raysweep.rng import ExampleRng
+from raysweep.spec import SpecError, apply_overrides
 from raysweep.training import checkpoint
-from raysweep.training.batchnorm import _statistics, synchronised
-from raysweep.training.checkpoint import Run
-from raysweep.training.config import RunConfig
-from raysweep.training.distributed import GroupWorkers, PeerLost, average_gradients
-from raysweep.training.trainer import Fitted, fit
+from raysweep.training.checkpoint import RunDirectory
+from raysweep.training.config import TrainingConfig
+from raysweep.training.distributed import DistributedWorkerGroup, WorkerLost, average_gradients
+from raysweep.training.sync_batchnorm import _compute_global_statistics, convert_sync_batchnorm
+from raysweep.training.trainer import TrainingResult, train_model
+from raysweep.worker_group import SINGLE_WORKER, WorkerGroup
 
 CHANGES: dict[str, dict[str, Any]] = {
     "at": {},
@@ -36,12 +39,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lrat": {"terms.bound.weight.total": 4.5},
     "at, attacked in train mode": {"attacks.pgd.mode": "train"},
 }
-# Shares of 15 + 15 or 10 + 10 + 10 rows, of 12 + 11 or 8 + 8 + 7, and a last batch of one row: some have none at all.
+# Shares of 15 + 15 or 10 + 10 + 10 rows, of 12 + 11 or 8 + 8 + 7, and a last batch of one row: some
+# have none at all.
 ROWS, BATCH = 54, (30, 23, 1)
 
 
 def method(name: str) -> Method:
-    return override(METHODS[name.split(",")[0]](), {**CHANGES[name], "attacks.*.steps": 2})
+    return apply_overrides(METHODS[name.split(",")[0]](), {**CHANGES[name], "attacks.*.steps": 2})
 
 
 def in_processes(size: int, work: Callable[..., None], *arguments: Any) -> None:
@@ -50,45 +54,55 @@ def in_processes(size: int, work: Callable[..., None], *arguments: Any) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     forked.FORKS.set_forkserver_preload(forked.TRAINING)
-    mp.start_processes(_joined, (size, port, work, arguments), nprocs=size, start_method="forkserver")
+    mp.start_processes(
+        _joined, (size, port, work, arguments), nprocs=size, start_method="forkserver"
+    )
 
 
-def _joined(rank: int, size: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _joined(
+    rank: int, size: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     work(*arguments)
     dist.destroy_process_group()
 
 
-def steps(workers: Workers) -> dict[str, torch.Tensor]:
-    """Float64 gradients and batch norm statistics after each batch of an epoch, for each method, on CNN and digits."""
-    split = load(DataSpec(name="digits", val_size=50, train_size=ROWS)).train
+def steps(workers: WorkerGroup) -> dict[str, torch.Tensor]:
+    """Float64 gradients and batch norm statistics after each batch of an epoch, for each method, on
+    CNN and digits.
+    """
+    split = load_data(DataSpec(name="digits", val_size=50, train_size=ROWS)).train
     found = {}
     for name in CHANGES:
-        model = ModelSpec(name="digits_cnn").build(1, 10, 0).double().train()
+        model = ModelSpec(name="digits_cnn").build_model(1, 10, 0).double().train()
         if workers.size > 1:
-            model = synchronised(model, workers)
+            model = convert_sync_batchnorm(model, workers)
         for number, rows in enumerate(torch.arange(ROWS).split(BATCH)):
             mine = rows[workers.rank :: workers.size]
             model.zero_grad()
-            rng = Rng.for_examples(split.index[mine], 0, "train", number)
-            step = method(name)(model, split.images(mine).double(), split.y[mine], rng, workers)
+            rng = ExampleRng.for_examples(split.index[mine], 0, "train", number)
+            step = method(name)(
+                model, split.get_float_images(mine).double(), split.y[mine], rng, workers
+            )
             step.loss.backward()
             average_gradients(model, workers)
-            found |= {f"{name} {number} loss": workers.sum(step.loss) / workers.size}
+            found |= {f"{name} {number} loss": workers.all_reduce_sum(step.loss) / workers.size}
             found |= {f"{name} {number} {k}": p.grad.clone() for k, p in model.named_parameters()}
             found |= {f"{name} {number} {k}": b.clone() for k, b in model.named_buffers()}
     return found
 
 
-def config(name: str = "gairat", **changes: Any) -> RunConfig:
+def config(name: str = "gairat", **changes: Any) -> TrainingConfig:
     """Batches of 32, 32 and 1 rows.
 
-    In L2, where attacks take steps that change smoothly: a sign may flip with the last bit of a gradient near 0, and
-    then a run drifts away from its own copy of one worker just as far.
+    In L2, where attacks take steps that change smoothly: a sign may flip with the last bit of a
+    gradient near 0, and then a run drifts away from its own copy of one worker just as far.
     """
     burn_in = {"method__terms__pgd__weight__burn_in": 1} if name == "gairat" else {}
-    changes = {f"method__attacks__{attack}__norm": "L2" for attack in METHODS[name]().attacks} | changes
+    changes = {
+        f"method__attacks__{attack}__norm": "L2" for attack in METHODS[name]().attacks
+    } | changes
     return tiny(name, data__train_size=65, **burn_in, **changes)
 
 
@@ -96,26 +110,28 @@ class Enough(Exception):
     """Raised by a report to end training early."""
 
 
-def one_epoch(path: Path, workers: Workers) -> None:
-    def stop(metrics: dict[str, float], saved: checkpoint.Checkpoint) -> None:
+def one_epoch(path: Path, workers: WorkerGroup) -> None:
+    def stop(metrics: dict[str, float], saved: checkpoint.TrainingCheckpoint) -> None:
         raise Enough
 
     with pytest.raises(Enough):
-        fit(config(), path, stop, workers=workers)
+        train_model(config(), path, stop, workers=workers)
 
 
 def train_and_resume(path: Path) -> None:
-    workers = GroupWorkers()
+    workers = DistributedWorkerGroup()
     reported: list[dict[str, float]] = []
-    fit(config(), path / "several", lambda metrics, saved: reported.append(metrics), workers=workers)
-    fit(config("lrat"), path / "lrat", workers=workers)
+    train_model(
+        config(), path / "several", lambda metrics, saved: reported.append(metrics), workers=workers
+    )
+    train_model(config("lrat"), path / "lrat", workers=workers)
     one_epoch(path / "handed over", workers)
-    fit(config(), path / "taken over", workers=workers)
+    train_model(config(), path / "taken over", workers=workers)
     (path / f"{workers.rank}.json").write_text(json.dumps(reported))
 
 
 def save_steps(path: Path) -> None:
-    torch.save(steps(GroupWorkers()), path / f"{dist.get_rank()}.pt")
+    torch.save(steps(DistributedWorkerGroup()), path / f"{dist.get_rank()}.pt")
 
 
 def everything(path: Path) -> None:
@@ -134,7 +150,7 @@ def difference(one: Path, two: Path) -> float:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two workers wrote."""
     path = tmp_path_factory.mktemp("two")
-    one_epoch(path / "taken over", ONE_WORKER)
+    one_epoch(path / "taken over", SINGLE_WORKER)
     in_processes(2, everything, path)
     return path
 
@@ -148,12 +164,12 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, torch.Tensor]:
-    return steps(ONE_WORKER)
+    return steps(SINGLE_WORKER)
 
 
 @pytest.fixture(scope="module")
-def trained_alone(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
-    return fit(config(), tmp_path_factory.mktemp("one"))
+def trained_alone(tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
+    return train_model(config(), tmp_path_factory.mktemp("one"))
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -163,21 +179,25 @@ def test_worker_processes_give_the_gradient_of_one(size: int, alone, request) ->
     for rank in range(size):
         several = torch.load(path / f"{rank}.pt")
         assert several.keys() == alone.keys()
-        worst = max(worst, *((several[key] - value).abs().max().item() for key, value in alone.items()))
+        worst = max(
+            worst, *((several[key] - value).abs().max().item() for key, value in alone.items())
+        )
     print(f"{size} workers: greatest difference {worst:.1e}")
     assert worst < 1e-10
 
 
-def test_two_workers_train_the_weights_of_one(two: Path, trained_alone: Fitted, tmp_path: Path) -> None:
-    assert difference(two / "several" / "epoch-0002", trained_alone.last.path) < 1e-5
-    lrat = fit(config("lrat"), tmp_path / "lrat").last
+def test_two_workers_train_the_weights_of_one(
+    two: Path, trained_alone: TrainingResult, tmp_path: Path
+) -> None:
+    assert difference(two / "several" / "epoch-0002", trained_alone.last_checkpoint.path) < 1e-5
+    lrat = train_model(config("lrat"), tmp_path / "lrat").last_checkpoint
     assert difference(two / "lrat" / "epoch-0002", lrat.path) < 1e-5
 
 
-def test_every_worker_reports_the_metrics_of_one(two: Path, trained_alone: Fitted) -> None:
+def test_every_worker_reports_the_metrics_of_one(two: Path, trained_alone: TrainingResult) -> None:
     first, second = (json.loads((two / f"{rank}.json").read_text()) for rank in range(2))
-    assert first == second == checkpoint.read(two / "several" / "epoch-0002").history
-    for several, one in zip(first, trained_alone.last.history, strict=True):
+    assert first == second == checkpoint.read_checkpoint(two / "several" / "epoch-0002").history
+    for several, one in zip(first, trained_alone.last_checkpoint.history, strict=True):
         assert several.keys() == one.keys()
         timed = {key for key in one if "seconds" in key}
         assert {k: v for k, v in several.items() if k not in timed} == pytest.approx(
@@ -185,18 +205,22 @@ def test_every_worker_reports_the_metrics_of_one(two: Path, trained_alone: Fitte
         )
 
 
-def test_a_checkpoint_goes_from_two_workers_to_one_and_back(two: Path, trained_alone: Fitted, tmp_path: Path) -> None:
+def test_a_checkpoint_goes_from_two_workers_to_one_and_back(
+    two: Path, trained_alone: TrainingResult, tmp_path: Path
+) -> None:
     epochs: list[int] = []
     run = shutil.copytree(two / "handed over", tmp_path / "run")
-    handed = fit(config(), run, lambda metrics, saved: epochs.append(saved.epoch), reported=1).last
+    handed = train_model(
+        config(), run, lambda metrics, saved: epochs.append(saved.epoch), n_reported_epochs=1
+    ).last_checkpoint
     assert epochs == [2]
-    assert difference(handed.path, trained_alone.last.path) < 1e-5
-    assert difference(two / "taken over" / "epoch-0002", trained_alone.last.path) < 1e-5
+    assert difference(handed.path, trained_alone.last_checkpoint.path) < 1e-5
+    assert difference(two / "taken over" / "epoch-0002", trained_alone.last_checkpoint.path) < 1e-5
 
 
 def test_the_first_writes_and_the_others_do_not(two: Path) -> None:
     assert not list(two.glob("*/.epoch-*"))
-    assert Run(two / "several").epochs()[-1] == 2
+    assert RunDirectory(two / "several").list_saved_epochs()[-1] == 2
 
 
 class Second:
@@ -204,15 +228,19 @@ class Second:
 
     size, rank = 2, 1
 
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
         return value
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3, affine=False)])
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3, affine=False)]
+)
 @pytest.mark.parametrize("training", [True, False])
-def test_synchronised_batch_norm_is_batch_norm_by_another_sum(norm: nn.BatchNorm2d, training: bool) -> None:
+def test_synchronised_batch_norm_is_batch_norm_by_another_sum(
+    norm: nn.BatchNorm2d, training: bool
+) -> None:
     x = torch.rand(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    theirs, ours = copy.deepcopy(norm), synchronised(copy.deepcopy(norm), Second())
+    theirs, ours = copy.deepcopy(norm), convert_sync_batchnorm(copy.deepcopy(norm), Second())
     for module in (theirs, ours):
         module.train()
         module(x + 1)
@@ -224,17 +252,17 @@ def test_synchronised_batch_norm_is_batch_norm_by_another_sum(norm: nn.BatchNorm
 
 def test_a_group_that_ends_under_a_worker_is_a_lost_peer(tmp_path: Path) -> None:
     dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    workers = GroupWorkers()
+    workers = DistributedWorkerGroup()
     dist.destroy_process_group()  # as Ray Train does in the others when one has died
-    with pytest.raises(PeerLost):
-        workers.sum(torch.zeros(1))
-    with pytest.raises(PeerLost):
-        GroupWorkers()
+    with pytest.raises(WorkerLost):
+        workers.all_reduce_sum(torch.zeros(1))
+    with pytest.raises(WorkerLost):
+        DistributedWorkerGroup()
 
 
 def test_an_attack_that_would_leave_workers_waiting_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"attacks\.pgd: mode train with tau"):
-        fit(
+        train_model(
             tiny("at", method__attacks__pgd__mode="train", method__attacks__pgd__tau=1),
             tmp_path,
             workers=Second(),
@@ -246,14 +274,17 @@ class Alone:
 
     size, rank = 1, 0
 
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
         return value
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_statistics_of_half_precision_are_computed_in_float32(dtype: torch.dtype) -> None:
-    x = (100 + torch.rand(64, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).to(dtype)
-    found = _statistics(x, Alone())
+    x = (
+        100
+        + torch.rand(64, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ).to(dtype)
+    found = _compute_global_statistics(x, Alone())
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     exact = x.double().transpose(0, 1).flatten(1)
     expected = torch.cat([torch.tensor([1024.0]), exact.mean(1), exact.var(1, correction=0)])

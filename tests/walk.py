@@ -1,7 +1,8 @@
-"""Every command of README and docs, typed one after another in empty folders: python tests/walk.py FOLDER [PAGE ...]
+"""Every command of README and docs, typed one after another in empty folders: python tests/walk.py
+FOLDER [PAGE ...]
 
-Prints what each said, as Markdown. Where a command wants more than a laptop has, what was added to it or why it was
-left out stands beside it. On two cores it takes most of an hour.
+Prints what each said, as Markdown. Where a command wants more than a laptop has, what was added to
+it or why it was left out stands beside it. On two cores it takes most of an hour.
 """
 
 import os
@@ -45,7 +46,10 @@ LEFT_OUT = {
     r"run nightly --storage": "`run digits` with --storage instead, below",
 }
 MORE = {
-    "README.md": ['eval "$(raysweep --print-completion bash)" && complete -p raysweep', "raysweep show g1/0003"],
+    "README.md": [
+        'eval "$(raysweep --print-completion bash)" && complete -p raysweep',
+        "raysweep show g1/0003",
+    ],
     "docs/tutorial.md": ["raysweep run digits", "raysweep tune --resume g1 --trials 12"],
     "docs/cluster.md": ["raysweep doctor"],
     "docs/storage.md": ["raysweep run digits --storage s3://lab/sweeps"],
@@ -114,9 +118,15 @@ def said(command: str, place: Path, env: dict[str, str], data: Path, folder: Pat
     seconds, ok = time.monotonic() - began, process.returncode == 0 or limit is not None
     lines = [line.split("\r")[-1].rstrip() for line in out.replace(f"{folder}/", "~/").splitlines()]
     if len(lines) > LINES:
-        lines = [*lines[: LINES // 3], f"... ({len(lines) - LINES} lines)", *lines[-2 * LINES // 3 :]]
+        lines = [
+            *lines[: LINES // 3],
+            f"... ({len(lines) - LINES} lines)",
+            *lines[-2 * LINES // 3 :],
+        ]
     end = "" if ok else f", exit code {process.returncode}"
-    print("```text", f"$ {command}", *lines, f"({seconds:.0f} s{end})", "```\n", sep="\n", flush=True)
+    print(
+        "```text", f"$ {command}", *lines, f"({seconds:.0f} s{end})", "```\n", sep="\n", flush=True
+    )
     return ok
 
 

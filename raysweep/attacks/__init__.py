@@ -1,50 +1,73 @@
-"""Attacks. A new one is a file here and a line in `AnyAttack`, and in `SingleAttack` if cascades may have it."""
+"""Attacks. A new one is a file here and a line in `AnyAttack`, and in `SingleAttack` if cascades
+may have it.
+"""
 
 from typing import Annotated
 
 from pydantic import Discriminator, Tag
 
 from raysweep.attacks.apgd import APGD
-from raysweep.attacks.autoattack import ATTACKS, Version, autoattack, custom, preset
-from raysweep.attacks.base import Adversarial, Attack, Norm, float32_as, frozen, margin, tf32_if, vulnerability
+from raysweep.attacks.autoattack import (
+    ATTACK_DESCRIPTIONS,
+    AutoAttackVersion,
+    attack_by_name,
+    autoattack,
+    build_custom_cascade,
+)
+from raysweep.attacks.base import (
+    Attack,
+    AttackResult,
+    Norm,
+    fp32_precision,
+    freeze_model,
+    maybe_tf32,
+    true_class_confidence,
+    true_class_margin,
+)
+from raysweep.attacks.cascade import (
+    AttackCascade,
+    CascadeResult,
+    SingleAttack,
+    attack_kind,
+    build_restart_cascade,
+)
 from raysweep.attacks.fab import FAB
-from raysweep.attacks.minimal import Minimal
+from raysweep.attacks.minimal_perturbation import MinimalPerturbation
 from raysweep.attacks.pgd import PGD
 from raysweep.attacks.square import Square
-from raysweep.attacks.worst_case import Cascade, SingleAttack, WorstCase, kind_of, restarts
 
 AnyAttack = Annotated[
     Annotated[PGD, Tag("pgd")]
-    | Annotated[Minimal, Tag("minimal")]
+    | Annotated[MinimalPerturbation, Tag("minimal")]
     | Annotated[APGD, Tag("apgd")]
     | Annotated[FAB, Tag("fab")]
     | Annotated[Square, Tag("square")]
-    | Annotated[WorstCase, Tag("worst_case")],
-    Discriminator(kind_of),
+    | Annotated[AttackCascade, Tag("worst_case")],
+    Discriminator(attack_kind),
 ]
 
 __all__ = [
     "APGD",
-    "ATTACKS",
+    "ATTACK_DESCRIPTIONS",
     "FAB",
     "PGD",
-    "Adversarial",
     "AnyAttack",
     "Attack",
-    "Cascade",
-    "Minimal",
+    "AttackCascade",
+    "AttackResult",
+    "AutoAttackVersion",
+    "CascadeResult",
+    "MinimalPerturbation",
     "Norm",
     "SingleAttack",
     "Square",
-    "Version",
-    "WorstCase",
+    "attack_by_name",
     "autoattack",
-    "custom",
-    "float32_as",
-    "frozen",
-    "margin",
-    "preset",
-    "restarts",
-    "tf32_if",
-    "vulnerability",
+    "build_custom_cascade",
+    "build_restart_cascade",
+    "fp32_precision",
+    "freeze_model",
+    "maybe_tf32",
+    "true_class_confidence",
+    "true_class_margin",
 ]

@@ -4,21 +4,25 @@ from typing import Literal, get_args
 
 from raysweep.attacks.apgd import APGD
 from raysweep.attacks.base import Norm
+from raysweep.attacks.cascade import AttackCascade, SingleAttack, build_restart_cascade
 from raysweep.attacks.fab import FAB
 from raysweep.attacks.pgd import PGD
 from raysweep.attacks.square import Square
-from raysweep.attacks.worst_case import SingleAttack, WorstCase, restarts
-from raysweep.schedules import now
-from raysweep.spec import SpecError, unknown_name
+from raysweep.schedules import resolved_value
+from raysweep.spec import SpecError, describe_unknown_name
 
-Version = Literal["standard", "plus", "rand", "tf32"]
+AutoAttackVersion = Literal["standard", "plus", "rand", "tf32"]
 
 
-def autoattack(eps: float = 8 / 255, norm: Norm = "Linf", version: Version = "standard") -> WorstCase:
-    """The attacks of an official version, in its order and with its settings; `tf32`: the standard's, in TF32."""
+def autoattack(
+    eps: float = 8 / 255, norm: Norm = "Linf", version: AutoAttackVersion = "standard"
+) -> AttackCascade:
+    """The attacks of an official version, in its order and with its settings; `tf32`: the
+    standard's, in TF32.
+    """
     if version == "tf32":
-        return autoattack(eps, norm).model_copy(update={"tf32": True})
-    single = _single(eps, norm)
+        return autoattack(eps, norm).replace(tf32=True)
+    single = _named_single_attacks(eps, norm)
     attacks: dict[str, dict[str, SingleAttack]] = {
         "standard": {name: single[name] for name in ("apgd-ce", "apgd-t", "fab-t", "square")},
         "plus": {
@@ -33,28 +37,46 @@ def autoattack(eps: float = 8 / 255, norm: Norm = "Linf", version: Version = "st
         },
     }
     if version not in attacks:
-        raise SpecError(unknown_name("AutoAttack version", version, get_args(Version)))
-    return WorstCase(attacks=attacks[version])
+        raise SpecError(
+            describe_unknown_name("AutoAttack version", version, get_args(AutoAttackVersion))
+        )
+    return AttackCascade(attacks=attacks[version])
 
 
-def custom(names: list[str], eps: float = 8 / 255, norm: Norm = "Linf") -> WorstCase:
-    """A cascade of one's own from names in `ATTACKS`; `autoattack` stands for the attacks of its standard version.
+def build_custom_cascade(
+    attack_names: list[str], eps: float = 8 / 255, norm: Norm = "Linf"
+) -> AttackCascade:
+    """A cascade of one's own from names in `ATTACKS`; `autoattack` stands for the attacks of its
+    standard version.
 
     A name again is a restart: `square` and then `square-2`, each with random numbers of its own.
     """
-    single, several = _single(eps, norm), _several(eps, norm)
-    known = single | {name: attack for cascade in several.values() for name, attack in cascade.attacks.items()}
-    problems = [unknown_name("attack", name, list(ATTACKS)) for name in names if name not in ATTACKS]
-    if problems or not names:
+    single, several = _named_single_attacks(eps, norm), _named_cascades(eps, norm)
+    known = single | {
+        name: attack for cascade in several.values() for name, attack in cascade.attacks.items()
+    }
+    problems = [
+        describe_unknown_name("attack", name, list(ATTACK_DESCRIPTIONS))
+        for name in attack_names
+        if name not in ATTACK_DESCRIPTIONS
+    ]
+    if problems or not attack_names:
         raise SpecError(problems or "a cascade needs at least one attack")
-    names = [part for name in names for part in (several[name].attacks if name in several else [name])]
-    times = [names[: i + 1].count(name) for i, name in enumerate(names)]
-    return WorstCase(
-        attacks={name if n == 1 else f"{name}-{n}": known[name] for name, n in zip(names, times, strict=True)}
+    attack_names = [
+        part
+        for name in attack_names
+        for part in (several[name].attacks if name in several else [name])
+    ]
+    times = [attack_names[: i + 1].count(name) for i, name in enumerate(attack_names)]
+    return AttackCascade(
+        attacks={
+            name if n == 1 else f"{name}-{n}": known[name]
+            for name, n in zip(attack_names, times, strict=True)
+        }
     )
 
 
-def _single(eps: float, norm: Norm) -> dict[str, SingleAttack]:
+def _named_single_attacks(eps: float, norm: Norm) -> dict[str, SingleAttack]:
     """Official attacks, and those of the papers' tables."""
     return {
         "apgd-ce": APGD(eps=eps, norm=norm, loss="ce"),
@@ -69,16 +91,18 @@ def _single(eps: float, norm: Norm) -> dict[str, SingleAttack]:
     }
 
 
-def _several(eps: float, norm: Norm) -> dict[str, WorstCase]:
+def _named_cascades(eps: float, norm: Norm) -> dict[str, AttackCascade]:
     return {
         "autoattack": autoattack(eps, norm),
         # tau 0: right after every one of the 5 x 40 steps (G app. C).
-        "pgd+": restarts(PGD(eps=eps, norm=norm, steps=40, step_size=0.01, tau=0), 5, "pgd+"),
+        "pgd+": build_restart_cascade(
+            PGD(eps=eps, norm=norm, steps=40, step_size=0.01, tau=0), 5, "pgd+"
+        ),
     }
 
 
 # What `--attack` and pipelines know by name.
-ATTACKS = {
+ATTACK_DESCRIPTIONS = {
     "autoattack": "AutoAttack's standard version: apgd-ce, apgd-t, fab-t and square; --version names others.",
     "apgd-ce": "APGD on the cross-entropy, 100 steps.",
     "apgd-t": "APGD on the targeted DLR loss, 9 targets of 100 steps.",
@@ -93,15 +117,18 @@ ATTACKS = {
 }
 
 
-def preset(name: str, eps: float = 8 / 255, norm: Norm = "Linf", version: Version = "standard") -> WorstCase:
-    """The evaluation of a name in `ATTACKS`; names joined by commas make a cascade of one's own (see `custom`).
+def attack_by_name(
+    name: str, eps: float = 8 / 255, norm: Norm = "Linf", version: AutoAttackVersion = "standard"
+) -> AttackCascade:
+    """The evaluation of a name in `ATTACKS`; names joined by commas make a cascade of one's own
+    (see `custom`).
 
     version: of AutoAttack alone.
     """
     # Refuses a wrong radius or norm in one line, and reads "8/255".
-    eps = now(APGD.load({"eps": eps, "norm": norm}).eps)
+    eps = resolved_value(APGD.from_data({"eps": eps, "norm": norm}).eps)
     if name == "autoattack":
         return autoattack(eps, norm, version)
     if version != "standard":
         raise SpecError(f"version {version!r} is of autoattack alone: leave it out for {name!r}")
-    return custom([part.strip() for part in name.split(",")], eps, norm)
+    return build_custom_cascade([part.strip() for part in name.split(",")], eps, norm)

@@ -9,23 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysweep.rng import Rng
-from raysweep.schedules import extremes
+from raysweep.rng import ExampleRng
+from raysweep.schedules import bounds
 from raysweep.spec import Spec, SpecError
 
 Norm = Literal["Linf", "L2"]
-View = Literal["probability", "margin"]
+VulnerabilityKind = Literal["probability", "margin"]
 
 
 @dataclass(frozen=True)
-class Adversarial:
+class AttackResult:
     """An attack's result; rows stand in the order of the input.
 
-    x: (N, C, H, W) in [0, 1]; queries: forward passes spent on each row, (N,) int64; kappa: (N,) int64, iterates still
-    classified correctly (G alg. 1), in 0..K, from attacks that count it.
+    x: (N, C, H, W) in [0, 1]; queries: forward passes spent on each row, (N,) int64; kappa: (N,)
+    int64, iterates still classified correctly (G alg. 1), in 0..K, from attacks that count it.
     """
 
-    x: Tensor
+    x_adv: Tensor
     queries: Tensor
     kappa: Tensor | None = None
 
@@ -34,15 +34,15 @@ class Attack(Protocol):
     """(model, x, y, rng) -> Adversarial. Stateless; the model comes out as it went in."""
 
     @property
-    def view(self) -> View:
+    def vulnerability_kind(self) -> VulnerabilityKind:
         """How vulnerability to this attack is measured (see `vulnerability`)."""
         ...
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, rng: Rng) -> Adversarial: ...
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, rng: ExampleRng) -> AttackResult: ...
 
 
 @contextmanager
-def frozen(model: nn.Module, mode: Literal["eval", "train"] = "eval") -> Iterator[nn.Module]:
+def freeze_model(model: nn.Module, mode: Literal["eval", "train"] = "eval") -> Iterator[nn.Module]:
     """The model in `mode` with parameters that need no gradient; both restored at the end."""
     modes = [(module, module.training) for module in model.modules()]
     needed = [p for p in model.parameters() if p.requires_grad]
@@ -59,7 +59,7 @@ def frozen(model: nn.Module, mode: Literal["eval", "train"] = "eval") -> Iterato
 
 
 @contextmanager
-def float32_as(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+def fp32_precision(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
     """What convolutions and matrix products on NVIDIA's GPUs make of float32."""
     settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
@@ -72,66 +72,68 @@ def float32_as(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
             setting.fp32_precision = value
 
 
-def tf32_if(wanted: bool) -> AbstractContextManager[None]:
+def maybe_tf32(enabled: bool) -> AbstractContextManager[None]:
     """`float32_as("tf32")` if it is wanted, else whatever holds around it."""
-    return float32_as("tf32") if wanted else nullcontext()
+    return fp32_precision("tf32") if enabled else nullcontext()
 
 
-def cheap_to_look(x: Tensor) -> bool:
+def is_on_cpu(tensor: Tensor) -> bool:
     """Whether reading a value of x does not make the host wait for a device."""
-    return x.device.type == "cpu"
+    return tensor.device.type == "cpu"
 
 
-def put(into: Tensor, rows: Tensor, values: Tensor) -> None:
+def masked_assign_(target: Tensor, mask: Tensor, values: Tensor) -> None:
     """Write those rows (a bool mask (N,)) of `values` into `into`, in place."""
-    if cheap_to_look(into):
-        which = rows.nonzero()[:, 0]
+    if is_on_cpu(target):
+        which = mask.nonzero()[:, 0]
         if len(which):
-            into.index_copy_(0, which, values.index_select(0, which))
+            target.index_copy_(0, which, values.index_select(0, which))
     else:
-        torch.where(rows.view(-1, *(1,) * (into.dim() - 1)), values, into, out=into)
+        torch.where(mask.view(-1, *(1,) * (target.dim() - 1)), values, target, out=target)
 
 
-def margin(logits: Tensor, y: Tensor) -> Tensor:
+def true_class_margin(scores: Tensor, y: Tensor) -> Tensor:
     """z_y - max_{i != y} z_i, (N,): positive where the row is classified correctly."""
-    true = logits.gather(1, y[:, None])[:, 0]
-    return true - logits.scatter(1, y[:, None], -torch.inf).amax(1)
+    true = scores.gather(1, y[:, None])[:, 0]
+    return true - scores.scatter(1, y[:, None], -torch.inf).amax(1)
 
 
-def vulnerability(logits: Tensor, y: Tensor, view: View) -> Tensor:
+def true_class_confidence(logits: Tensor, y: Tensor, kind: VulnerabilityKind) -> Tensor:
     """V of LRAT, (N,), small where the row is vulnerable.
 
     probability: p_y, in [0, 1] (L eq. 8); margin: p_y - max_{i != y} p_i, in [-1, 1] (L eq. 9).
     """
     p = F.softmax(logits, 1)
-    return margin(p, y) if view == "margin" else p.gather(1, y[:, None])[:, 0]
+    return true_class_margin(p, y) if kind == "margin" else p.gather(1, y[:, None])[:, 0]
 
 
-A = TypeVar("A", bound=Spec)
+AttackT = TypeVar("AttackT", bound=Spec)
 
 
-def in_pixels(attack: A) -> A:
+def check_eps_range(attack: AttackT) -> AttackT:
     """A validator for specs with `eps` and `norm`: 8 for 8/255 is this field's mistake."""
-    largest = max(extremes(attack.eps))  # type: ignore[attr-defined]
+    largest = max(bounds(attack.eps))  # type: ignore[attr-defined]
     if attack.norm == "Linf" and largest > 1:  # type: ignore[attr-defined]
-        raise SpecError(f"eps = {largest:g}: epsilon means pixels in [0, 1]; did you mean {largest:g}/255?")
+        raise SpecError(
+            f"eps = {largest:g}: epsilon means pixels in [0, 1]; did you mean {largest:g}/255?"
+        )
     return attack
 
 
-def norms(v: Tensor) -> Tensor:
+def l2_norms(delta: Tensor) -> Tensor:
     """Euclidean norm of each row as (N, 1, 1, 1)."""
-    lengths: Tensor = torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True)
+    lengths: Tensor = torch.linalg.vector_norm(delta, dim=(1, 2, 3), keepdim=True)
     return lengths
 
 
-def project(x_adv: Tensor, x: Tensor, eps: float, norm: Norm) -> Tensor:
+def project_to_ball(x_adv: Tensor, x: Tensor, eps: float, norm: Norm) -> Tensor:
     """x_adv moved into the eps-ball round x and then into [0, 1]."""
     if norm == "Linf":
         return x_adv.clamp(x - eps, x + eps).clamp(0, 1)
     delta = x_adv - x
-    return (x + delta * (eps / norms(delta).clamp_min(1e-12)).clamp_max(1.0)).clamp(0, 1)
+    return (x + delta * (eps / l2_norms(delta).clamp_min(1e-12)).clamp_max(1.0)).clamp(0, 1)
 
 
-def step_direction(grad: Tensor, norm: Norm) -> Tensor:
+def steepest_ascent_direction(grad: Tensor, norm: Norm) -> Tensor:
     """Steepest ascent of unit length in `norm`."""
-    return grad.sign() if norm == "Linf" else grad / norms(grad).clamp_min(1e-12)
+    return grad.sign() if norm == "Linf" else grad / l2_norms(grad).clamp_min(1e-12)

@@ -13,7 +13,7 @@ from raysweep.models.resnet import resnet18, resnet34, resnet50
 from raysweep.models.small_cnn import small_cnn
 from raysweep.models.vgg import vgg13
 from raysweep.models.wide_resnet import wrn_28_10, wrn_32_10, wrn_34_10
-from raysweep.spec import Spec, SpecError, unknown_name
+from raysweep.spec import Spec, SpecError, describe_unknown_name
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "digits_cnn": digits_cnn,
@@ -33,7 +33,8 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
 class ModelSpec(Spec):
     """Which network; it takes (N, C, H, W) in [0, 1] and gives logits (N, classes).
 
-    mean, std: per-channel normalisation inside the model; empty for none (the papers of this field train on [0, 1]).
+    mean, std: per-channel normalisation inside the model; empty for none (the papers of this field
+    train on [0, 1]).
     """
 
     name: str = "digits_cnn"
@@ -42,16 +43,22 @@ class ModelSpec(Spec):
 
     @field_validator("name")
     @classmethod
-    def _known(cls, name: str) -> str:
+    def _check_model_name(cls, name: str) -> str:
         if name not in MODELS:
-            raise SpecError(unknown_name("model", name, list(MODELS)))
+            raise SpecError(describe_unknown_name("model", name, list(MODELS)))
         return name
 
-    def build(self, channels: int, classes: int, seed: int) -> nn.Module:
-        """The network with initial weights that depend on `seed` alone. Raises SpecError if mean and std do not fit."""
+    def build_model(self, channels: int, classes: int, seed: int) -> nn.Module:
+        """The network with initial weights that depend on `seed` alone. Raises SpecError if mean
+        and std do not fit.
+        """
         if {len(self.mean), len(self.std)} not in ({0}, {channels}):
             raise SpecError(f"model.mean and model.std need {channels} values each, or none")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = MODELS[self.name](channels, classes)
-        return nn.Sequential(Normalize(self.mean, self.std), network) if self.mean else nn.Sequential(network)
+        return (
+            nn.Sequential(Normalize(self.mean, self.std), network)
+            if self.mean
+            else nn.Sequential(network)
+        )

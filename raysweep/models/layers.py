@@ -21,7 +21,9 @@ class Normalize(nn.Module):
 
 
 class Logits(nn.Linear):
-    """The last layer, exempt from autocast: rounded to 8 bits, logits of two classes would often be equal."""
+    """The last layer, exempt from autocast: rounded to 8 bits, logits of two classes would often be
+    equal.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -29,7 +31,9 @@ class Logits(nn.Linear):
 
 
 class AveragePool(nn.AdaptiveAvgPool2d):
-    """Averages to a square of `output_size`. What has that size already passes through: torch's own is slow at that."""
+    """Averages to a square of `output_size`. What has that size already passes through: torch's own
+    is slow at that.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return x if x.shape[-2:] == (self.output_size, self.output_size) else super().forward(x)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from raysweep.models.layers import Logits, conv1x1, conv3x3
 
 
-class Block(Protocol):
+class ResidualBlock(Protocol):
     expansion: int
 
     def __call__(self, channels_in: int, width: int, stride: int) -> nn.Module: ...
@@ -21,7 +21,7 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv3x3(channels_in, width, stride), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = conv3x3(width, width), nn.BatchNorm2d(width)
-        self.shortcut = _shortcut(channels_in, width, stride)
+        self.shortcut = _build_shortcut(channels_in, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -36,7 +36,7 @@ class Bottleneck(nn.Module):
         self.conv1, self.bn1 = conv1x1(channels_in, width), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = conv3x3(width, width, stride), nn.BatchNorm2d(width)
         self.conv3, self.bn3 = conv1x1(width, 4 * width), nn.BatchNorm2d(4 * width)
-        self.shortcut = _shortcut(channels_in, 4 * width, stride)
+        self.shortcut = _build_shortcut(channels_in, 4 * width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -45,12 +45,14 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    def __init__(self, block: Block, depths: tuple[int, ...], channels: int, classes: int) -> None:
+    def __init__(
+        self, block: ResidualBlock, blocks_per_stage: tuple[int, ...], channels: int, classes: int
+    ) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv3x3(channels, 64), nn.BatchNorm2d(64)
         stages: list[nn.Module] = []
         channels_in = 64
-        for stage, depth in enumerate(depths):
+        for stage, depth in enumerate(blocks_per_stage):
             width = 64 * 2**stage
             blocks: list[nn.Module] = []
             for position in range(depth):
@@ -67,12 +69,16 @@ class ResNet(nn.Module):
 
 
 def resnet18(channels: int, classes: int) -> nn.Module:
-    """CIFAR's form, without max pooling: two blocks of two 3x3 convolutions in each stage, 11,173,962 parameters."""
+    """CIFAR's form, without max pooling: two blocks of two 3x3 convolutions in each stage,
+    11,173,962 parameters.
+    """
     return ResNet(BasicBlock, (2, 2, 2, 2), channels, classes)
 
 
 def resnet34(channels: int, classes: int) -> nn.Module:
-    """CIFAR's form, without max pooling: 3, 4, 6 and 3 blocks of two 3x3 convolutions, 21,282,122 parameters."""
+    """CIFAR's form, without max pooling: 3, 4, 6 and 3 blocks of two 3x3 convolutions, 21,282,122
+    parameters.
+    """
     return ResNet(BasicBlock, (3, 4, 6, 3), channels, classes)
 
 
@@ -81,7 +87,7 @@ def resnet50(channels: int, classes: int) -> nn.Module:
     return ResNet(Bottleneck, (3, 4, 6, 3), channels, classes)
 
 
-def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Module:
+def _build_shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Module:
     if stride == 1 and channels_in == channels_out:
         return nn.Identity()
     return nn.Sequential(conv1x1(channels_in, channels_out, stride), nn.BatchNorm2d(channels_out))

@@ -1,4 +1,6 @@
-"""Wide residual networks (Zagoruyko & Komodakis 2016): pre-activation blocks, widths 160, 320, 640 for factor 10."""
+"""Wide residual networks (Zagoruyko & Komodakis 2016): pre-activation blocks, widths 160, 320, 640
+for factor 10.
+"""
 
 import math
 
@@ -12,14 +14,16 @@ from raysweep.models.preact_resnet import PreActBlock
 class WideResNet(nn.Module):
     """A 16-channel stem, three stages of `blocks` blocks each, a last batch norm, global average."""
 
-    def __init__(self, blocks: int, factor: int, channels: int, classes: int) -> None:
+    def __init__(
+        self, blocks_per_stage: int, width_factor: int, channels: int, classes: int
+    ) -> None:
         super().__init__()
         self.conv1 = conv3x3(channels, 16)
         stages: list[nn.Module] = []
         channels_in = 16
         for stage in range(3):
-            width = 16 * factor * 2**stage
-            for position in range(blocks):
+            width = 16 * width_factor * 2**stage
+            for position in range(blocks_per_stage):
                 stages.append(PreActBlock(channels_in, width, 2 if stage and not position else 1))
                 channels_in = width
         self.stages = nn.Sequential(*stages)
@@ -43,7 +47,9 @@ def wrn_28_10(channels: int, classes: int) -> nn.Module:
 
 
 def wrn_32_10(channels: int, classes: int) -> nn.Module:
-    """Madry et al.'s count, 32 = 2 + 6 x 5 layers (shortcuts not counted): the network that others call WRN-34-10."""
+    """Madry et al.'s count, 32 = 2 + 6 x 5 layers (shortcuts not counted): the network that others
+    call WRN-34-10.
+    """
     return WideResNet(5, 10, channels, classes)
 
 

@@ -1,33 +1,57 @@
-"""The proof: promoted checkpoints under full AutoAttack, or other attacks, on the test set, once each."""
+"""The proof: promoted checkpoints under full AutoAttack, or other attacks, on the test set, once
+each.
+"""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from raysweep.attacks import AnyAttack, Minimal, SingleAttack, WorstCase, preset
+from raysweep.attacks import (
+    AnyAttack,
+    AttackCascade,
+    MinimalPerturbation,
+    SingleAttack,
+    attack_by_name,
+)
+from raysweep.checkpoint_evaluation import (
+    choose_evaluation_folder,
+    evaluate_checkpoint,
+    log_evaluation,
+    resolve_threat_model,
+    save_evaluation_files,
+)
 from raysweep.evaluation import RobustnessReport
-from raysweep.pipeline.artifact import Candidate, Judgement
-from raysweep.pipeline.judge import folder_of, judge, save, threat_of, track, workers
-from raysweep.pipeline.stage import Outcome, Past, Settings, Stage, Work
+from raysweep.pipeline.artifact import Candidate, EvaluationResult
+from raysweep.pipeline.stage import (
+    Stage,
+    StageContext,
+    StageResult,
+    TrainingOverrides,
+    UpstreamResults,
+)
 from raysweep.schedules import Number
 from raysweep.spec import SpecError
-from raysweep.tracking import run_tags
-from raysweep.training.config import RunConfig
-from raysweep.training.load import load_checkpoint
+from raysweep.sweep.executors import open_executor
+from raysweep.tracking import checkpoint_run_tags
+from raysweep.training.config import TrainingConfig
+from raysweep.training.model_loading import load_checkpoint_target
 
 
-def _autoattack() -> dict[str, str | AnyAttack]:
+def _make_default_attacks() -> dict[str, str | AnyAttack]:
     return {"AA": "autoattack"}
 
 
-class AutoAttack(Stage):
-    """Attacks on the test set. attacks: column of the report -> name (`autoattack`, `pgd20`, ...) or settings.
+class AutoAttackStage(Stage):
+    """Attacks on the test set. attacks: column of the report -> name (`autoattack`, `pgd20`, ...)
+    or settings.
 
     n: only the first so many test examples; eps: null for what the checkpoint was validated at.
     """
 
     kind: Literal["autoattack"] = "autoattack"
-    attacks: Annotated[dict[str, str | AnyAttack], Field(min_length=1)] = Field(default_factory=_autoattack)
+    attacks: Annotated[dict[str, str | AnyAttack], Field(min_length=1)] = Field(
+        default_factory=_make_default_attacks
+    )
     n: Annotated[int, Field(ge=1)] | None = None
     eps: Annotated[Number, Field(gt=0)] | None = None
     norm: Literal["Linf", "L2"] = "Linf"
@@ -35,69 +59,88 @@ class AutoAttack(Stage):
     batch_size: Annotated[int, Field(ge=1)] = 500
     gpus: Annotated[Number, Field(ge=0)] = 1.0
 
-    def problems(self) -> list[str]:
+    def find_problems(self) -> list[str]:
         lines = []
         for label, attack in self.attacks.items():
-            if isinstance(attack, Minimal):
+            if isinstance(attack, MinimalPerturbation):
                 lines.append(
                     f"attacks.{label}.kind = 'minimal': looks for the smallest perturbation, not for a verdict"
                 )
             elif isinstance(attack, str):
                 try:
-                    self.attack(label, 8 / 255 if self.eps is None else self.eps)
+                    self.build_attack(label, 8 / 255 if self.eps is None else self.eps)
                 except SpecError as error:
                     lines += [f"attacks.{label}: {line}" for line in error.problems]
         return lines
 
-    def describe(self, settings: Settings) -> str:
-        names = ", ".join(f"{k} ({v})" if isinstance(v, str) and v != k else k for k, v in self.attacks.items())
+    def describe_stage(self, training_overrides: TrainingOverrides) -> str:
+        names = ", ".join(
+            f"{k} ({v})" if isinstance(v, str) and v != k else k for k, v in self.attacks.items()
+        )
         return f"{names} on {'the whole test set' if self.n is None else f'{self.n} test examples'}, once each"
 
-    def run(self, work: Work, past: Past) -> Outcome:
+    def run_stage(self, context: StageContext, upstream: UpstreamResults) -> StageResult:
         judged = []
-        with workers(work.address, self.gpus) as shards:
-            for candidate in past.pool:
+        with open_executor(context.address, self.gpus) as shards:
+            for candidate in upstream.candidates:
                 for label in self.attacks:
-                    judged.append(self._judge(work, candidate, label, shards))
-        return Outcome(judged=tuple(judged))
+                    judged.append(self._evaluate_candidate(context, candidate, label, shards))
+        return StageResult(evaluations=tuple(judged))
 
-    def attack(self, label: str, eps: float) -> WorstCase | SingleAttack:
+    def build_attack(self, label: str, eps: float) -> AttackCascade | SingleAttack:
         attack = self.attacks[label]
         if isinstance(attack, str):
-            return preset(attack, eps, self.norm)
-        assert not isinstance(attack, Minimal)
+            return attack_by_name(attack, eps, self.norm)
+        assert not isinstance(attack, MinimalPerturbation)
         return attack
 
-    def _judge(self, work: Work, candidate: Candidate, label: str, shards: Any) -> Judgement:
-        subject = load_checkpoint(work.path(candidate.checkpoint), {})
+    def _evaluate_candidate(
+        self, context: StageContext, candidate: Candidate, label: str, executor: Any
+    ) -> EvaluationResult:
+        subject = load_checkpoint_target(context.resolve_reference(candidate.checkpoint), {})
         assert subject.checkpoint is not None
         config = subject.checkpoint.config
         assert subject.data is not None
         data = subject.data
-        eps = self.eps if self.eps is not None else threat_of(subject, config.data.name)[0]
-        attack = self.attack(label, eps)
+        eps = (
+            self.eps if self.eps is not None else resolve_threat_model(subject, config.data.name)[0]
+        )
+        attack = self.build_attack(label, eps)
         count = min(self.n or len(data.test), len(data.test))
-        folder = folder_of(work.out, subject, attack, config.data, count, self.seed)
-        work.say(f"{label} on {candidate.title}: {count} test examples")
-        report = judge(subject, data, attack, count, folder, shards, batch_size=self.batch_size, seed=self.seed)
-        save(report, folder, subject, config.data)
+        folder = choose_evaluation_folder(
+            context.out, subject, attack, config.data, count, self.seed
+        )
+        context.print_line(f"{label} on {candidate.title}: {count} test examples")
+        report = evaluate_checkpoint(
+            subject,
+            data,
+            attack,
+            count,
+            folder,
+            executor,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+        save_evaluation_files(report, folder, subject, config.data)
         name = self.attacks[label]
-        run = work.tracker.find(run_tags(subject.checkpoint))
+        run = context.tracker.find_run(checkpoint_run_tags(subject.checkpoint))
         label_of = name if isinstance(name, str) else label
-        run = track(work.tracker, run, subject, report, folder, label_of, count == len(data.test))
-        return Judgement(
+        run = log_evaluation(
+            context.tracker, run, subject, report, folder, label_of, count == len(data.test)
+        )
+        return EvaluationResult(
             candidate=candidate,
             attack=label,
-            standard=report.is_autoattack,
+            is_autoattack=report.is_autoattack,
             test_examples=len(data.test),
-            run=run,
-            folder=work.reference(folder),
-            protocol=_protocol(config, report, data.fingerprint),
-            **_numbers(report),
+            run_id=run,
+            folder=context.make_reference(folder),
+            protocol=_extract_protocol(config, report, data.fingerprint),
+            **_extract_numbers(report),
         )
 
 
-def _numbers(report: RobustnessReport) -> dict[str, Any]:
+def _extract_numbers(report: RobustnessReport) -> dict[str, Any]:
     return {
         "examples": len(report.labels),
         "eps": report.eps,
@@ -114,7 +157,9 @@ def _numbers(report: RobustnessReport) -> dict[str, Any]:
     }
 
 
-def _protocol(config: RunConfig, report: RobustnessReport, fingerprint: str) -> dict[str, Any]:
+def _extract_protocol(
+    config: TrainingConfig, report: RobustnessReport, fingerprint: str
+) -> dict[str, Any]:
     return {
         "data": config.data.name,
         "model": config.model.name,

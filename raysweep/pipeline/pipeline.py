@@ -6,87 +6,110 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from rich.console import Console
 
-from raysweep.data import load
+from raysweep.data import load_data
+from raysweep.leases import hold_pipeline_lease
 from raysweep.pipeline.artifact import Artifact
-from raysweep.pipeline.autoattack import AutoAttack
-from raysweep.pipeline.lock import locked
-from raysweep.pipeline.nights import forget, today
-from raysweep.pipeline.promote import Promote
-from raysweep.pipeline.register import Register
-from raysweep.pipeline.report import Report
-from raysweep.pipeline.shipped import source
-from raysweep.pipeline.stage import Past, Settings, Stage, Work
-from raysweep.pipeline.tune import Train, Tune
-from raysweep.spec import Json, Spec, SpecError, digest, override, read_yaml
-from raysweep.training.checkpoint import environment
-from raysweep.training.config import RunConfig
+from raysweep.pipeline.autoattack import AutoAttackStage
+from raysweep.pipeline.builtin_pipelines import find_pipeline_file
+from raysweep.pipeline.night_cleanup import delete_old_nights, get_today_date
+from raysweep.pipeline.promote import PromoteStage
+from raysweep.pipeline.register import RegisterStage
+from raysweep.pipeline.report.stage import ReportStage
+from raysweep.pipeline.stage import Stage, StageContext, TrainingOverrides, UpstreamResults
+from raysweep.pipeline.train import TrainStage
+from raysweep.pipeline.tune import TuneStage
+from raysweep.spec import JsonDict, Spec, SpecError, apply_overrides, json_digest, read_yaml
+from raysweep.training.checkpoint import describe_environment
+from raysweep.training.config import TrainingConfig
 
-AnyStage = Annotated[Tune | Train | Promote | AutoAttack | Register | Report, Field(discriminator="kind")]
-_TRAINS = (Tune, Train)
+AnyStage = Annotated[
+    TuneStage | TrainStage | PromoteStage | AutoAttackStage | RegisterStage | ReportStage,
+    Field(discriminator="kind"),
+]
+_TRAINING_STAGES = (TuneStage, TrainStage)
+# What `--set` changes of a pipeline itself; the last two are the names of 0.1.
+_PIPELINE_KEYS = {"stages", "rerun", "keep_nights", "again", "keep"}
 
 
 class Pipeline(Spec):
     """about: one line; set: training settings for all stages, which a stage's own win over.
 
-    again: what else than its inputs makes a stage run again: nothing, a new revision of the code, a new day.
-    keep: nights whose sweeps and checkpoints stay, with `again: daily` (null: all). Artifacts and reports stay always.
+    again: what else than its inputs makes a stage run again: nothing, a new revision of the code, a
+    new day. keep: nights whose sweeps and checkpoints stay, with `again: daily` (null: all).
+    Artifacts and reports stay always.
     """
+
+    stored_keys: ClassVar[Mapping[str, str]] = {"rerun": "again", "keep_nights": "keep"}
 
     about: str = ""
     set: dict[str, Any] = Field(default_factory=dict)
-    again: Literal["never", "revision", "daily"] = "never"
-    keep: Annotated[int, Field(ge=1)] | None = None
+    rerun: Literal["never", "revision", "daily"] = "never"
+    keep_nights: Annotated[int, Field(ge=1)] | None = None
     stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
 
-    def problems(self, settings: Settings) -> list[str]:
+    def find_problems(self, training_overrides: TrainingOverrides) -> list[str]:
         """Everything that can be said before anything runs, one line each."""
-        lines = ["keep: counts nights; it needs `again: daily`"] if self.keep and self.again != "daily" else []
-        runs: list[RunConfig] = []
+        lines = (
+            ["keep: counts nights; it needs `again: daily`"]
+            if self.keep_nights and self.rerun != "daily"
+            else []
+        )
+        runs: list[TrainingConfig] = []
         candidates = judged = False
         taken: dict[str, int] = {}
         for number, stage in enumerate(self.stages):
             where = f"stages.{number} ({stage.kind})"
-            if not candidates and isinstance(stage, Promote | AutoAttack):
-                lines.append(f"{where}: no stage before it trains anything; put tune or train first")
-            if not judged and isinstance(stage, Register | Report):
+            if not candidates and isinstance(stage, PromoteStage | AutoAttackStage):
+                lines.append(
+                    f"{where}: no stage before it trains anything; put tune or train first"
+                )
+            if not judged and isinstance(stage, RegisterStage | ReportStage):
                 lines.append(f"{where}: no stage before it judges anything; put autoattack first")
-            candidates |= isinstance(stage, _TRAINS)
-            judged |= isinstance(stage, AutoAttack)
-            own = _own_problems(stage, settings, runs)
+            candidates |= isinstance(stage, _TRAINING_STAGES)
+            judged |= isinstance(stage, AutoAttackStage)
+            own = _find_stage_problems(stage, training_overrides, runs)
             if not own:
-                runs = _in_the_running(stage, settings, runs)
-            for label in [] if own else stage.labels(settings):
+                runs = _active_configs(stage, training_overrides, runs)
+            for label in [] if own else stage.list_candidate_labels(training_overrides):
                 if taken.setdefault(label, number) != number:
-                    own.append(f"its label {label!r} is that of stages.{taken[label]}; give it another")
+                    own.append(
+                        f"its label {label!r} is that of stages.{taken[label]}; give it another"
+                    )
             lines += [f"{where}: {line}" for line in own]
         return lines
 
-    def planned(self, settings: Settings) -> Iterator[tuple[AnyStage, list[RunConfig]]]:
+    def iter_upstream_configs(
+        self, training_overrides: TrainingOverrides
+    ) -> Iterator[tuple[AnyStage, list[TrainingConfig]]]:
         """Each stage with the runs whose checkpoints it finds, as far as they are known beforehand."""
-        runs: list[RunConfig] = []
+        runs: list[TrainingConfig] = []
         for stage in self.stages:
             yield stage, runs
-            runs = _in_the_running(stage, settings, runs)
+            runs = _active_configs(stage, training_overrides, runs)
 
-    def salt(self) -> str:
+    def compute_digest_salt(self) -> str:
         """What `again` adds to the inputs of every stage."""
-        if self.again == "daily":
-            return today()
-        return str(environment()["git_revision"] or environment()["raysweep"]) if self.again == "revision" else ""
+        if self.rerun == "daily":
+            return get_today_date()
+        return (
+            str(describe_environment()["git_revision"] or describe_environment()["raysweep"])
+            if self.rerun == "revision"
+            else ""
+        )
 
 
 @dataclass(frozen=True)
-class Step:
+class PlannedStage:
     """A stage in its place: `digest` names it and all that goes into it."""
 
     number: int
     stage: Stage
-    digest: str
+    stage_digest: str
     inputs: tuple[str, ...]
     folder: Path
 
@@ -95,141 +118,188 @@ class Step:
         return self.stage.kind
 
 
-def load_pipeline(what: str, changes: Mapping[str, Any]) -> tuple[str, Pipeline, Settings]:
+def load_pipeline(
+    name_or_file: str, overrides: Mapping[str, Any]
+) -> tuple[str, Pipeline, TrainingOverrides]:
     """By name or from a file: its name, itself, and the settings around its stages.
 
-    changes: `stages.KIND.field` (or `stages.NUMBER.field`), `again` and `keep` change the pipeline, every other path
-    the training runs of all its stages. Raises SpecError with all problems at once.
+    changes: `stages.KIND.field` (or `stages.NUMBER.field`), `again` and `keep` change the pipeline,
+    every other path the training runs of all its stages. Raises SpecError with all problems at
+    once.
     """
-    path = source(what)
-    pipeline = _checked(read_yaml(path), path)
-    own = {key: value for key, value in changes.items() if key.split(".")[0] in ("stages", "again", "keep")}
-    pipeline = _changed(pipeline, own)
-    settings = Settings(pipeline.set, {key: value for key, value in changes.items() if key not in own})
-    if problems := pipeline.problems(settings):
+    path = find_pipeline_file(name_or_file)
+    pipeline = _validate_pipeline(read_yaml(path), path)
+    own = {key: value for key, value in overrides.items() if key.split(".")[0] in _PIPELINE_KEYS}
+    pipeline = _override_pipeline(pipeline, own)
+    settings = TrainingOverrides(
+        pipeline.set, {key: value for key, value in overrides.items() if key not in own}
+    )
+    if problems := pipeline.find_problems(settings):
         raise SpecError([f"{path}: {line}" for line in problems])
     return path.stem, pipeline, settings
 
 
-def _checked(data: Json, path: Path) -> Pipeline:
-    """The file as a pipeline. Where it is none, its stages that are sound in themselves are looked at all the same."""
+def _validate_pipeline(data: JsonDict, path: Path) -> Pipeline:
+    """The file as a pipeline. Where it is none, its stages that are sound in themselves are looked
+    at all the same.
+    """
     try:
-        return Pipeline.load(data, str(path))
+        return Pipeline.from_data(data, str(path))
     except SpecError as error:
         lines = list(error.problems)
     stages, around = data.get("stages"), data.get("set")
-    settings = Settings(around if isinstance(around, dict) else {}, {})
+    settings = TrainingOverrides(around if isinstance(around, dict) else {}, {})
     for number, stage in enumerate(stages if isinstance(stages, list) else []):
         with suppress(SpecError):
-            (sound,) = Pipeline.load({"stages": [stage]}).stages
-            lines += [f"{path}: stages.{number} ({sound.kind}): {line}" for line in _own_problems(sound, settings, [])]
+            (sound,) = Pipeline.from_data({"stages": [stage]}).stages
+            lines += [
+                f"{path}: stages.{number} ({sound.kind}): {line}"
+                for line in _find_stage_problems(sound, settings, [])
+            ]
     raise SpecError(lines)
 
 
-def _own_problems(stage: Stage, settings: Settings, before: Sequence[RunConfig]) -> list[str]:
+def _find_stage_problems(
+    stage: Stage, training_overrides: TrainingOverrides, upstream_configs: Sequence[TrainingConfig]
+) -> list[str]:
     try:
-        stage.configs(settings, before)
+        stage.list_training_configs(training_overrides, upstream_configs)
     except SpecError as error:
         return error.problems
-    return stage.problems()
+    return stage.find_problems()
 
 
-def _in_the_running(stage: Stage, settings: Settings, before: list[RunConfig]) -> list[RunConfig]:
+def _active_configs(
+    stage: Stage, training_overrides: TrainingOverrides, upstream_configs: list[TrainingConfig]
+) -> list[TrainingConfig]:
     """After a stage: tune and train add, promote replaces what it trains again."""
-    configs = stage.configs(settings, before)
-    return [*before, *configs] if isinstance(stage, _TRAINS) else configs or before
+    configs = stage.list_training_configs(training_overrides, upstream_configs)
+    return (
+        [*upstream_configs, *configs]
+        if isinstance(stage, _TRAINING_STAGES)
+        else configs or upstream_configs
+    )
 
 
-def steps(pipeline: Pipeline, settings: Settings, folder: Path, salt: str) -> list[Step]:
-    """The stages with their digests. Reads the data sets, whose fingerprints are inputs. salt: the pipeline's, now."""
-    found: list[Step] = []
-    for number, (stage, before) in enumerate(pipeline.planned(settings)):
-        inputs = () if isinstance(stage, _TRAINS) else tuple(step.digest for step in found)
-        data = {config.data.digest(): config.data for config in stage.configs(settings, before)}
-        fingerprints = sorted({load(spec).fingerprint for spec in data.values()})
-        key = digest([stage.json_dict(), stage.content(settings), fingerprints, list(inputs), salt])
-        found.append(Step(number, stage, key, inputs, folder / f"{number:02d}-{stage.kind}-{key}"))
+def plan_stages(
+    pipeline: Pipeline, training_overrides: TrainingOverrides, folder: Path, salt: str
+) -> list[PlannedStage]:
+    """The stages with their digests. Reads the data sets, whose fingerprints are inputs. salt: the
+    pipeline's, now.
+    """
+    found: list[PlannedStage] = []
+    for number, (stage, before) in enumerate(pipeline.iter_upstream_configs(training_overrides)):
+        inputs = (
+            ()
+            if isinstance(stage, _TRAINING_STAGES)
+            else tuple(step.stage_digest for step in found)
+        )
+        data = {
+            config.data.digest(): config.data
+            for config in stage.list_training_configs(training_overrides, before)
+        }
+        fingerprints = sorted({load_data(spec).fingerprint for spec in data.values()})
+        key = json_digest(
+            [
+                stage.to_stored_dict(),
+                stage.collect_digest_content(training_overrides),
+                fingerprints,
+                list(inputs),
+                salt,
+            ]
+        )
+        found.append(
+            PlannedStage(number, stage, key, inputs, folder / f"{number:02d}-{stage.kind}-{key}")
+        )
     return found
 
 
 def run_pipeline(
     name: str,
     pipeline: Pipeline,
-    settings: Settings,
+    training_overrides: TrainingOverrides,
     out: Path,
     console: Console,
     *,
-    runs: Path | None = None,
+    runs_folder: Path | None = None,
     address: str | None = None,
-    first: str | None = None,
+    first_stage: str | None = None,
     wait: bool = False,
-) -> Iterator[tuple[Step, Artifact, bool]]:
+) -> Iterator[tuple[PlannedStage, Artifact, bool]]:
     """Run what has not run yet: step, artifact, and whether it was there already, one by one.
 
-    runs: where sweeps live (default: `out`/runs); first: make the artifacts from this stage on again. Raises
-    SpecError if another process runs this pipeline.
+    runs: where sweeps live (default: `out`/runs); first: make the artifacts from this stage on
+    again. Raises SpecError if another process runs this pipeline.
     """
     folder = out / "runs" / "pipelines" / name
-    again = position(first, pipeline)
-    salt = pipeline.salt()
-    runs = runs or out / "runs"
-    nights = runs / "pipelines" / name / "sweeps"
-    sweeps = nights / salt if salt else runs
-    with locked(folder, wait), ExitStack() as stack:
+    again = find_stage_index(first_stage, pipeline)
+    salt = pipeline.compute_digest_salt()
+    runs_folder = runs_folder or out / "runs"
+    nights = runs_folder / "pipelines" / name / "sweeps"
+    sweeps = nights / salt if salt else runs_folder
+    with hold_pipeline_lease(folder, wait), ExitStack() as stack:
         for half in folder.glob(".[0-9]*"):
             # Left by a run that was killed while it wrote.
             shutil.rmtree(half, ignore_errors=True)
         if salt:
             # At the start, so that the disk is bounded however many nights fail.
-            forget(nights, salt, pipeline.keep)
-        work = Work(name, out, folder, sweeps, settings, console, address, stack)
+            delete_old_nights(nights, salt, pipeline.keep_nights)
+        work = StageContext(name, out, folder, sweeps, training_overrides, console, address, stack)
         done: tuple[Artifact, ...] = ()
-        for step in steps(pipeline, settings, folder, salt):
-            artifact = Artifact.read(step.folder) if step.number < again else None
+        for step in plan_stages(pipeline, training_overrides, folder, salt):
+            artifact = Artifact.read_if_finished(step.folder) if step.number < again else None
             ready = artifact is not None
             if artifact is None:
-                artifact = _run(step, work, done)
+                artifact = _run_planned_stage(step, work, done)
             done = (*done, artifact)
             yield step, artifact, ready
 
 
-def _run(step: Step, work: Work, done: tuple[Artifact, ...]) -> Artifact:
-    work.number, work.digest = step.number, step.digest
+def _run_planned_stage(
+    planned_stage: PlannedStage, context: StageContext, finished_artifacts: tuple[Artifact, ...]
+) -> Artifact:
+    context.stage_number, context.stage_digest = planned_stage.number, planned_stage.stage_digest
     began = time.monotonic()
-    work.say(f"[{time.strftime('%H:%M:%S')}] {step.number:02d} {step.kind}: {step.stage.describe(work.settings)}")
-    outcome = step.stage.run(work, Past(done))
+    context.print_line(
+        f"[{time.strftime('%H:%M:%S')}] {planned_stage.number:02d} {planned_stage.kind}: {planned_stage.stage.describe_stage(context.training_overrides)}"
+    )
+    outcome = planned_stage.stage.run_stage(context, UpstreamResults(finished_artifacts))
     artifact = Artifact(
-        kind=step.kind,
-        key=step.digest,
-        stage=step.stage.json_dict(),
-        inputs=step.inputs,
-        finished=time.time(),
+        kind=planned_stage.kind,
+        key=planned_stage.stage_digest,
+        stage=planned_stage.stage.to_stored_dict(),
+        inputs=planned_stage.inputs,
+        finish_time=time.time(),
         seconds=time.monotonic() - began,
         candidates=outcome.candidates,
-        judged=outcome.judged,
+        evaluations=outcome.evaluations,
         facts=outcome.facts,
     )
-    artifact.write(step.folder, outcome.files)
+    artifact.write(planned_stage.folder, outcome.write_files)
     return artifact
 
 
-def position(first: str | None, pipeline: Pipeline) -> int:
-    """Number of the stage named by kind or number, beyond the last if none is. Raises SpecError for an unknown one."""
-    if first is None:
+def find_stage_index(stage_name: str | None, pipeline: Pipeline) -> int:
+    """Number of the stage named by kind or number, beyond the last if none is. Raises SpecError for
+    an unknown one.
+    """
+    if stage_name is None:
         return len(pipeline.stages)
     kinds: Sequence[str] = [stage.kind for stage in pipeline.stages]
-    if first in kinds:
-        return kinds.index(first)
-    if first.isdecimal() and int(first) < len(kinds):
-        return int(first)
-    raise SpecError(f"--from {first!r}: this pipeline has {', '.join(f'{n} {kind}' for n, kind in enumerate(kinds))}")
+    if stage_name in kinds:
+        return kinds.index(stage_name)
+    if stage_name.isdecimal() and int(stage_name) < len(kinds):
+        return int(stage_name)
+    raise SpecError(
+        f"--from {stage_name!r}: this pipeline has {', '.join(f'{n} {kind}' for n, kind in enumerate(kinds))}"
+    )
 
 
-def _changed(pipeline: Pipeline, changes: Mapping[str, Any]) -> Pipeline:
+def _override_pipeline(pipeline: Pipeline, overrides: Mapping[str, Any]) -> Pipeline:
     stages, problems = list(pipeline.stages), []
-    for path, value in changes.items():
-        if path in ("again", "keep"):
-            pipeline = override(pipeline, {path: value})
+    for path, value in overrides.items():
+        if path in _PIPELINE_KEYS - {"stages"}:
+            pipeline = apply_overrides(pipeline, {path: value})
             continue
         _, _, rest = path.partition(".")
         which, _, field = rest.partition(".")
@@ -241,9 +311,9 @@ def _changed(pipeline: Pipeline, changes: Mapping[str, Any]) -> Pipeline:
             )
         for number in hit if field else ():
             try:
-                stages[number] = override(stages[number], {field: value})
+                stages[number] = apply_overrides(stages[number], {field: value})
             except SpecError as error:
                 problems += [f"--set {path}: {line}" for line in error.problems]
     if problems:
         raise SpecError(problems)
-    return pipeline.model_copy(update={"stages": tuple(stages)})
+    return pipeline.replace(stages=tuple(stages))

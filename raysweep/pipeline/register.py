@@ -2,138 +2,191 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from raysweep.pipeline.artifact import Judgement, chosen
-from raysweep.pipeline.compare import EXAMPLES, differences, facts_of, paired
-from raysweep.pipeline.stage import Outcome, Past, Settings, Stage, StageFailed, Work
-from raysweep.spec import Json, is_plain
+from raysweep.pipeline.artifact import EvaluationResult, select_best_candidate
+from raysweep.pipeline.paired_comparison import (
+    EXAMPLES_FILE,
+    compare_shared_examples,
+    extract_comparison_protocol,
+    find_protocol_differences,
+)
+from raysweep.pipeline.stage import (
+    Stage,
+    StageContext,
+    StageFailed,
+    StageResult,
+    TrainingOverrides,
+    UpstreamResults,
+)
+from raysweep.spec import JsonDict, is_safe_name
 from raysweep.training import checkpoint
 
-_CARD = "card.json"
-_PREFIX = "raysweep."
-_ABOUT = (
+_CARD_FILE = "card.json"
+_TAG_PREFIX = "raysweep."
+_REGISTRY_DESCRIPTION = (
     "Checkpoints that pipelines of raysweep promoted. candidate: registered last; aa-verified: judged by AutoAttack "
     "standard; champion: better than the one before it on the same examples (McNemar's test). Card and outcome of each "
     "example are among the artifacts of a version's source run, under `registered`."
 )
 
 
-class Register(Stage):
-    """Put the promoted checkpoint that validation prefers into MLflow's model registry under `name`.
+class RegisterStage(Stage):
+    """Put the promoted checkpoint that validation prefers into MLflow's model registry under
+    `name`.
 
-    Aliases: `candidate`; `aa-verified` once AutoAttack standard has judged it; `champion` if there was none, or if
-    McNemar's test over the same examples finds it better than the one before. about: authors, link, venue of the card.
+    Aliases: `candidate`; `aa-verified` once AutoAttack standard has judged it; `champion` if there
+    was none, or if McNemar's test over the same examples finds it better than the one before.
+    about: authors, link, venue of the card.
     """
+
+    stored_keys: ClassVar[Mapping[str, str]] = {"card_fields": "about"}
 
     kind: Literal["register"] = "register"
     name: str
-    about: dict[str, Any] = Field(default_factory=dict)
+    card_fields: dict[str, Any] = Field(default_factory=dict)
 
-    def problems(self) -> list[str]:
+    def find_problems(self) -> list[str]:
         # It becomes part of a URI.
-        wrong = f"name = {self.name!r}: use letters, digits, '-', '_' and '.', not starting with '.'"
-        return [] if is_plain(self.name) else [wrong]
+        wrong = (
+            f"name = {self.name!r}: use letters, digits, '-', '_' and '.', not starting with '.'"
+        )
+        return [] if is_safe_name(self.name) else [wrong]
 
-    def describe(self, settings: Settings) -> str:
+    def describe_stage(self, training_overrides: TrainingOverrides) -> str:
         return f"as {self.name}: candidate, aa-verified, and champion if AutoAttack says better"
 
-    def run(self, work: Work, past: Past) -> Outcome:
-        judgement = verdict_on_chosen(past)
-        saved = checkpoint.read(work.path(judgement.candidate.checkpoint))
-        card = self._card(work, judgement, saved)
-        facts = facts_of(judgement)
-        tags = {f"{_PREFIX}{key}": str(value) for key, value in facts.items()}
+    def run_stage(self, context: StageContext, upstream: UpstreamResults) -> StageResult:
+        judgement = find_chosen_evaluation(upstream)
+        saved = checkpoint.read_checkpoint(
+            context.resolve_reference(judgement.candidate.checkpoint)
+        )
+        card = self._build_model_card(context, judgement, saved)
+        facts = extract_comparison_protocol(judgement)
+        tags = {f"{_TAG_PREFIX}{key}": str(value) for key, value in facts.items()}
         tags |= {
             "autoattack.robust_accuracy": f"{judgement.robust:.6f}",
             "autoattack.examples": str(judgement.examples),
         }
-        run = judgement.run
-        work.tracker.artifact(run, card, f"registered/{_CARD}")
-        work.tracker.file(run, work.out / judgement.folder / EXAMPLES, "registered")
-        version = work.tracker.register(self.name, run, tags, _ABOUT)
-        work.tracker.alias(self.name, "candidate", version)
-        found: Json = {"name": self.name, "version": version, "candidate": judgement.candidate.title}
-        if judgement.standard:
-            work.tracker.alias(self.name, "aa-verified", version)
-            found |= self._against_champion(work, judgement, version)
+        run = judgement.run_id
+        context.tracker.log_json(run, card, f"registered/{_CARD_FILE}")
+        context.tracker.log_file(run, context.out / judgement.folder / EXAMPLES_FILE, "registered")
+        version = context.tracker.register_model(self.name, run, tags, _REGISTRY_DESCRIPTION)
+        context.tracker.set_model_alias(self.name, "candidate", version)
+        found: JsonDict = {
+            "name": self.name,
+            "version": version,
+            "candidate": judgement.candidate.title,
+        }
+        if judgement.is_autoattack:
+            context.tracker.set_model_alias(self.name, "aa-verified", version)
+            found |= self._compare_with_champion(context, judgement, version)
         else:
             found |= {"verdict": "cannot tell", "reason": "not judged by AutoAttack standard"}
         if found.get("champion") == version:
-            work.tracker.alias(self.name, "champion", version)
+            context.tracker.set_model_alias(self.name, "champion", version)
         card["aliases"] = [
-            "candidate", *(["aa-verified"] if judgement.standard else []),
+            "candidate", *(["aa-verified"] if judgement.is_autoattack else []),
             *(["champion"] if found.get("champion") == version else []),
         ]  # fmt: skip
         verdict = f"{found['verdict']}, {found['reason']}"
-        work.say(f"{self.name} version {version}: {verdict}")
-        work.tracker.describe_version(self.name, version, f"{_summary(judgement)} As a champion: {verdict}.")
+        context.print_line(f"{self.name} version {version}: {verdict}")
+        context.tracker.set_version_description(
+            self.name, version, f"{_summarize_evaluation(judgement)} As a champion: {verdict}."
+        )
 
         def files(folder: Path) -> None:
-            (folder / _CARD).write_text(json.dumps(card, indent=2) + "\n")
-            shutil.copy2(work.out / judgement.folder / EXAMPLES, folder / EXAMPLES)
+            (folder / _CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
+            shutil.copy2(context.out / judgement.folder / EXAMPLES_FILE, folder / EXAMPLES_FILE)
 
-        return Outcome(facts=found, files=files)
+        return StageResult(facts=found, write_files=files)
 
-    def _against_champion(self, work: Work, judgement: Judgement, version: str) -> Json:
+    def _compare_with_champion(
+        self, context: StageContext, evaluation: EvaluationResult, version: str
+    ) -> JsonDict:
         """Who is champion, and why."""
-        champion = work.tracker.model_at(self.name, "champion")
+        champion = context.tracker.find_model_by_alias(self.name, "champion")
         if champion is None:
             return {"champion": version, "verdict": "better", "reason": "there was no champion"}
         before, run, tags = champion
         if before == version:
             return {"champion": version, "verdict": "tie", "reason": "it is the champion"}
-        old = {key.removeprefix(_PREFIX): value for key, value in tags.items()}
+        old = {key.removeprefix(_TAG_PREFIX): value for key, value in tags.items()}
         stays = {"champion": before, "before": before}
-        if reasons := differences(facts_of(judgement), old):
-            return {**stays, "verdict": "cannot tell", "reason": "other protocol: " + "; ".join(reasons)}
-        examples = work.tracker.download(run, f"registered/{EXAMPLES}", work.folder / ".champion" / run)
-        test = paired(work.out / judgement.folder / EXAMPLES, examples)
+        if reasons := find_protocol_differences(extract_comparison_protocol(evaluation), old):
+            return {
+                **stays,
+                "verdict": "cannot tell",
+                "reason": "other protocol: " + "; ".join(reasons),
+            }
+        examples = context.tracker.download_artifact(
+            run, f"registered/{EXAMPLES_FILE}", context.artifacts_folder / ".champion" / run
+        )
+        test = compare_shared_examples(context.out / evaluation.folder / EXAMPLES_FILE, examples)
         if test is None:
             return {**stays, "verdict": "cannot tell", "reason": "judged on other examples"}
         reason = (
             f"{100 * test.difference:+.2f} points against version {before} on {test.examples} shared examples "
             f"({test.gained} gained, {test.lost} lost, p = {test.p:.3g})"
         )
-        facts = {"verdict": test.verdict, "reason": reason, "test": test._asdict(), "before": before}
+        facts = {
+            "verdict": test.verdict,
+            "reason": reason,
+            "test": test._asdict(),
+            "before": before,
+        }
         return {**facts, "champion": version if test.verdict == "better" else before}
 
-    def _card(self, work: Work, judgement: Judgement, saved: checkpoint.Checkpoint) -> Json:
+    def _build_model_card(
+        self,
+        context: StageContext,
+        evaluation: EvaluationResult,
+        checkpoint: checkpoint.TrainingCheckpoint,
+    ) -> JsonDict:
         """RobustBench's fields, and what else a number needs to be believed."""
-        card: Json = json.loads((work.out / judgement.folder / _CARD).read_text())
+        card: JsonDict = json.loads((context.out / evaluation.folder / _CARD_FILE).read_text())
         return {
             **card,
             "name": self.name,
-            **self.about,
-            "norm": judgement.norm,
-            "eps_value": judgement.eps,
-            "examples": judgement.examples,
-            "attacks": list(judgement.after),
-            "autoattack_interval": judgement.intervals["robust"],
+            **self.card_fields,
+            "norm": evaluation.norm,
+            "eps_value": evaluation.eps,
+            "examples": evaluation.examples,
+            "attacks": list(evaluation.accuracy_after),
+            "autoattack_interval": evaluation.intervals["robust"],
             "protocol": "checkpoint and settings chosen on a validation split of the training set; test set seen once",
-            "seed": saved.config.seed,
-            "config": saved.config.json_dict(),
-            "environment": saved.meta["environment"],
+            "seed": checkpoint.config.seed,
+            "config": checkpoint.config.to_json_dict(),
+            "environment": checkpoint.meta["environment"],
         }
 
 
-def _summary(judgement: Judgement) -> str:
+def _summarize_evaluation(evaluation: EvaluationResult) -> str:
     """The number and what it holds for, in a line."""
-    low, high = judgement.intervals["robust"]
+    low, high = evaluation.intervals["robust"]
     return (
-        f"{judgement.candidate.title}: {judgement.robust:.2%} under {judgement.attack} (95% {low:.2%} to {high:.2%}), "
-        f"{judgement.clean:.2%} clean, {judgement.norm} eps {judgement.eps:.4g}, "
-        f"{judgement.examples} of {judgement.test_examples} test examples."
+        f"{evaluation.candidate.title}: {evaluation.robust:.2%} under {evaluation.attack} (95% {low:.2%} to {high:.2%}), "
+        f"{evaluation.clean:.2%} clean, {evaluation.norm} eps {evaluation.eps:.4g}, "
+        f"{evaluation.examples} of {evaluation.test_examples} test examples."
     )
 
 
-def verdict_on_chosen(past: Past, attack: str | None = None) -> Judgement:
-    """The judgement of the candidate that validation prefers: AutoAttack's if there is one, or a given attack's."""
-    best = chosen(past.pool)
-    own = [j for j in past.judged if j.candidate.checkpoint == best.checkpoint and attack in (None, j.attack)]
+def find_chosen_evaluation(
+    upstream: UpstreamResults, attack: str | None = None
+) -> EvaluationResult:
+    """The judgement of the candidate that validation prefers: AutoAttack's if there is one, or a
+    given attack's.
+    """
+    best = select_best_candidate(upstream.candidates)
+    own = [
+        j
+        for j in upstream.evaluations
+        if j.candidate.checkpoint == best.checkpoint and attack in (None, j.attack)
+    ]
     if not own:
         raise StageFailed(f"{best.title} was not judged")
-    return next((j for j in own if j.standard), own[-1])
+    return next((j for j in own if j.is_autoattack), own[-1])

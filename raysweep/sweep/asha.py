@@ -9,42 +9,55 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from raysweep.sweep.ledger import Ledger
 
 
-class Asha(FIFOScheduler):
-    """Stops a trial at a rung unless it is in the best 1/factor of the trials that reached the rung before it.
+class AshaScheduler(FIFOScheduler):
+    """Stops a trial at a rung unless it is in the best 1/factor of the trials that reached the rung
+    before it.
 
-    Rungs are the epochs grace, grace x factor, ... A trial is not compared, nor others with it, at rungs within its own
-    burn-in: its weights have not acted there.
+    Rungs are the epochs grace, grace x factor, ... A trial is not compared, nor others with it, at
+    rungs within its own burn-in: its weights have not acted there.
     """
 
-    def __init__(self, ledger: Ledger, epochs: int) -> None:
+    def __init__(self, ledger: Ledger, max_epochs: int) -> None:
         super().__init__()
         self._space = ledger.space
-        self._rungs: dict[int, list[float]] = {rung: [] for rung in self._space.scheduler.rungs(epochs)}
-        self._reached: set[tuple[int, int]] = set()
-        for trial in ledger.trials():
-            burn_in = self._space.config(trial.settings).burn_in
+        self._rung_values: dict[int, list[float]] = {
+            rung: [] for rung in self._space.scheduler.rungs(max_epochs)
+        }
+        self._recorded_rungs: set[tuple[int, int]] = set()
+        for trial in ledger.load_trials():
+            burn_in = self._space.trial_config(trial.params).burn_in
             for epoch, value in trial.curve:
-                self._record(int(epoch), trial.number, burn_in, value)
+                self._record_rung(int(epoch), trial.number, burn_in, value)
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
-        value, epoch, number = result.get(self._space.objectives[0]), result.get("epoch"), trial.config["number"]
+        value, epoch, number = (
+            result.get(self._space.objectives[0]),
+            result.get("epoch"),
+            trial.config["number"],
+        )
         # Most epochs are no rung: the settings need not be validated again for those.
-        if value is None or epoch not in self._rungs:
+        if value is None or epoch not in self._rung_values:
             return str(TrialScheduler.CONTINUE)
-        burn_in = self._space.config(trial.config["settings"]).burn_in
-        if not self._record(epoch, number, burn_in, value):
+        burn_in = self._space.trial_config(trial.config["settings"]).burn_in
+        if not self._record_rung(epoch, number, burn_in, value):
             return str(TrialScheduler.CONTINUE)
-        return str(TrialScheduler.CONTINUE if self._good(epoch, value) else TrialScheduler.STOP)
+        return str(
+            TrialScheduler.CONTINUE if self._is_promotable(epoch, value) else TrialScheduler.STOP
+        )
 
-    def _record(self, epoch: int, number: int, burn_in: int, value: float) -> bool:
+    def _record_rung(self, epoch: int, trial_number: int, burn_in: int, value: float) -> bool:
         """Whether this is a rung that the trial reaches now for the first time."""
-        if epoch <= burn_in or epoch not in self._rungs or (epoch, number) in self._reached:
+        if (
+            epoch <= burn_in
+            or epoch not in self._rung_values
+            or (epoch, trial_number) in self._recorded_rungs
+        ):
             return False
-        self._reached.add((epoch, number))
-        insort(self._rungs[epoch], value)
+        self._recorded_rungs.add((epoch, trial_number))
+        insort(self._rung_values[epoch], value)
         return True
 
-    def _good(self, epoch: int, value: float) -> bool:
-        reached = self._rungs[epoch]
-        passing = max(1, len(reached) // self._space.scheduler.factor)
+    def _is_promotable(self, epoch: int, value: float) -> bool:
+        reached = self._rung_values[epoch]
+        passing = max(1, len(reached) // self._space.scheduler.reduction_factor)
         return value >= reached[-passing]

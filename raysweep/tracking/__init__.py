@@ -1,16 +1,21 @@
 """MLflow: the only package that imports it."""
 
-from raysweep.tracking.null import NullTracker
-from raysweep.tracking.store import Tracker, embedded_store, masked, store_version
-from raysweep.tracking.sweeps import SweepTracker, run_tags, train_tags
+from raysweep.tracking.mlflow_tracker import (
+    Tracker,
+    get_mlflow_version,
+    redact_secrets,
+    tracking_uri,
+)
+from raysweep.tracking.null_tracker import NullTracker
+from raysweep.tracking.sweep_tracker import SweepTracker, checkpoint_run_tags, training_run_tags
 
 __all__ = [
     "NullTracker",
     "SweepTracker",
     "Tracker",
-    "embedded_store",
-    "masked",
-    "run_tags",
-    "store_version",
-    "train_tags",
+    "checkpoint_run_tags",
+    "get_mlflow_version",
+    "redact_secrets",
+    "tracking_uri",
+    "training_run_tags",
 ]

@@ -1,10 +1,11 @@
 # ruff: noqa: E402
-"""Writes `runs/` and `expected.json` beside this file. Only for the code of commit d5c5dbc, whose names it uses.
+"""Writes `runs/` and `expected.json` beside this file. Only for the code of commit d5c5dbc, whose
+names it uses.
 
     cd EMPTY_FOLDER && PYTHONPATH=CHECKOUT_OF_d5c5dbc python THIS_FILE
 
-It works in the current folder and copies what is kept; with --numbers it only computes an `expected.json` there. The
-files of `yaml/` are written by hand.
+It works in the current folder and copies what is kept; with --numbers it only computes an
+`expected.json` there. The files of `yaml/` are written by hand.
 """
 
 import hashlib
@@ -44,13 +45,21 @@ shim = OUT / "shim"
 shim.mkdir()
 (shim / "sitecustomize.py").write_text(SHIM)
 os.environ["PYTHONPATH"] = f"{shim}:{os.environ['PYTHONPATH']}"
-os.environ |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "RAYSWEEP_CACHE": str(OUT / "cache")}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "RAY_worker_niceness": "0",
+    "RAYSWEEP_CACHE": str(OUT / "cache"),
+}
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 exec(SHIM)
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter
+from raysweep.pipeline.paper import paper_table
+from raysweep.pipeline.shipped import pipelines
+from raysweep.sweep.space import SearchSpace, load_space, spaces
+from raysweep.training.pause import Interrupted
 
 import raysweep
 from raysweep.attacks import ATTACKS, AnyAttack
@@ -59,17 +68,13 @@ from raysweep.cli import main
 from raysweep.data import DataSpec, load
 from raysweep.models import MODELS
 from raysweep.pipeline.artifact import Artifact
-from raysweep.pipeline.paper import paper_table
 from raysweep.pipeline.pipeline import Pipeline, load_pipeline, steps
-from raysweep.pipeline.shipped import pipelines
 from raysweep.results import load_report, load_sweep
 from raysweep.rng import Rng
 from raysweep.spec import Spec, read_yaml, shipped
-from raysweep.sweep.space import SearchSpace, load_space, spaces
 from raysweep.tracking import run_tags, train_tags
 from raysweep.training.checkpoint import Run, environment, read
 from raysweep.training.config import RunConfig, run_config
-from raysweep.training.pause import Interrupted
 from raysweep.training.presets import preset, presets, resolve
 from raysweep.training.trainer import fit
 
@@ -98,7 +103,14 @@ SHRUNK = {
 # Attacks on 16 images, as plain data.
 SINGLE = {
     "pgd": {"kind": "pgd", "eps": 0.1, "step_size": 0.03, "steps": 5},
-    "pgd-cw-tau": {"kind": "pgd", "eps": 0.1, "step_size": 0.03, "steps": 5, "loss": "cw", "tau": 1},
+    "pgd-cw-tau": {
+        "kind": "pgd",
+        "eps": 0.1,
+        "step_size": 0.03,
+        "steps": 5,
+        "loss": "cw",
+        "tau": 1,
+    },
     "pgd-kl-l2": {
         "kind": "pgd",
         "eps": 0.5,
@@ -116,7 +128,10 @@ SINGLE = {
     "square-l2": {"kind": "square", "eps": 0.5, "queries": 50, "norm": "L2"},
     "worst": {
         "kind": "worst_case",
-        "attacks": {"a": {"eps": 0.1, "steps": 3}, "b": {"kind": "square", "eps": 0.1, "queries": 20}},
+        "attacks": {
+            "a": {"eps": 0.1, "steps": 3},
+            "b": {"kind": "square", "eps": 0.1, "queries": 20},
+        },
     },
 }
 
@@ -129,7 +144,9 @@ def sha_of_state(model):
 
 
 def sketch(model):
-    """Of each tensor: shape, sum, Euclidean norm and the first values, which is enough to compare by."""
+    """Of each tensor: shape, sum, Euclidean norm and the first values, which is enough to compare
+    by.
+    """
     found = {}
     for name, value in sorted(model.state_dict().items()):
         flat = value.detach().double().flatten()
@@ -140,9 +157,17 @@ def sketch(model):
 def machine():
     """What decides which kernels compute, and so the last bits."""
     wanted = ("vendor_id", "cpu family", "model", "flags")
-    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
+    lines = (
+        line.partition(":")
+        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    )
     cpu = {key.strip(): value.strip() for key, _, value in lines if key.strip() in wanted}
-    known = [torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), sorted(cpu.items())]
+    known = [
+        torch.__version__,
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability(),
+        sorted(cpu.items()),
+    ]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 
@@ -151,7 +176,11 @@ def untimed(history):
 
 
 def command(line, settings=None):
-    more = [part for key, value in (settings or {}).items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    more = [
+        part
+        for key, value in (settings or {}).items()
+        for part in ("--set", f"{key}={json.dumps(value)}")
+    ]
     assert main([*line.split(), *more]) == 0
 
 
@@ -167,13 +196,23 @@ def write_runs():
     np.savez("images.npz", x=load(DataSpec()).test.x[:6].numpy())
     command(f"eval {last} --pseudo-label images.npz")
     # A network that holds out against some attacks.
-    longer = {"epochs": 12, "data.train_size": 600, "data.val_size": 50, "batch_size": 32, "model.name": "tiny"}
+    longer = {
+        "epochs": 12,
+        "data.train_size": 600,
+        "data.val_size": 50,
+        "batch_size": 32,
+        "model.name": "tiny",
+    }
     robust = longer | {"method.attacks.pgd.eps": 0.1, "validation.*.steps": 2}
     fit(run_config("at", robust), OUT / "runs" / "robust")
     # A run that was told to end in the middle of its second epoch.
     asked = iter([*[False] * 21, True])  # of 19 steps an epoch
     with suppress(Interrupted):
-        fit(run_config("gairat", SMALL, {"*.burn_in": 1}), OUT / "runs" / "half", interrupted=lambda: next(asked))
+        fit(
+            run_config("gairat", SMALL, {"*.burn_in": 1}),
+            OUT / "runs" / "half",
+            interrupted=lambda: next(asked),
+        )
     assert (OUT / "runs" / "half" / "half").is_dir()
 
 
@@ -210,7 +249,11 @@ def trainings():
     config = run_config("gairat", SMALL, {"*.burn_in": 1})
     fitted = fit(config, OUT / "numbers" / "half")
     model = fitted.last.load_model(config.model.build(1, 10, 0))
-    found["half"] = {"sha256": sha_of_state(model), "weights": sketch(model), "history": untimed(fitted.last.history)}
+    found["half"] = {
+        "sha256": sha_of_state(model),
+        "weights": sketch(model),
+        "history": untimed(fitted.last.history),
+    }
     return found
 
 
@@ -291,7 +334,9 @@ def digests():
 
 
 def architectures():
-    """Of every network: names and shapes of its weights, and what is printed of it, which names shards."""
+    """Of every network: names and shapes of its weights, and what is printed of it, which names
+    shards.
+    """
     found = {}
     for name in MODELS:
         if name == "tiny":
@@ -324,14 +369,24 @@ def read_back():
         frame = load_report(file)
         reports[file.relative_to(HERE).as_posix()] = {
             "attrs": frame.attrs,
-            "columns": {key: frame[key].astype(object).where(frame[key].notna(), None).tolist() for key in frame},
+            "columns": {
+                key: frame[key].astype(object).where(frame[key].notna(), None).tolist()
+                for key in frame
+            },
         }
     os.chdir(HERE / "yaml")
     yaml = {}
     for name in ("space", "front", "grid"):
         space = load_space("", {}, Path(f"{name}.yaml"))
-        yaml[name] = {"digest": space.digest(), "space": space.json_dict(), "queue": space.queue, "total": space.total}
-    yaml["space for svhn"] = {"digest": load_space("", {"data.name": "svhn"}, Path("space.yaml")).digest()}
+        yaml[name] = {
+            "digest": space.digest(),
+            "space": space.json_dict(),
+            "queue": space.queue,
+            "total": space.total,
+        }
+    yaml["space for svhn"] = {
+        "digest": load_space("", {"data.name": "svhn"}, Path("space.yaml")).digest()
+    }
     for name in ("method", "extends"):
         config = resolve(f"{name}.yaml", {})
         yaml[name] = {"digest": config.digest(), "config": config.json_dict()}
@@ -350,7 +405,10 @@ def read_back():
             "space": sweep.ledger.space.digest(),
             "key": sweep.ledger.key,
             "ranked": [trial.number for trial in sweep.ledger.ranked()],
-            "trials": {str(t.number): [t.settings, t.state, t.epoch, t.best, t.curve] for t in sweep.ledger.trials()},
+            "trials": {
+                str(t.number): [t.settings, t.state, t.epoch, t.best, t.curve]
+                for t in sweep.ledger.trials()
+            },
             "columns": list(table.columns),
             "epochs": list(epochs.columns),
             "best": sweep.best.relative_to(HERE).as_posix(),
@@ -412,10 +470,22 @@ def covered():
             yield one
             yield from classes(one)
 
-    inside = ("Candidate", "Judgement", "Artifact", "Value", "Protocol", "PaperTable", "Stage", "Varying")
+    inside = (
+        "Candidate",
+        "Judgement",
+        "Artifact",
+        "Value",
+        "Protocol",
+        "PaperTable",
+        "Stage",
+        "Varying",
+    )
     for one in set(classes(Spec)):
         if one.__name__ not in inside and not one.__name__.startswith("_"):
-            assert (lack := set(one.model_fields) - used.get(one, set())) == set(), (one.__name__, lack)
+            assert (lack := set(one.model_fields) - used.get(one, set())) == set(), (
+                one.__name__,
+                lack,
+            )
 
 
 if __name__ == "__main__":
@@ -439,4 +509,6 @@ if __name__ == "__main__":
         "presets of attacks": list(ATTACKS),
     }
     target = OUT / "expected.json" if "--numbers" in sys.argv else HERE / "expected.json"
-    target.write_text(json.dumps(expected, indent=None, separators=(",", ":"), sort_keys=True, default=str) + "\n")
+    target.write_text(
+        json.dumps(expected, indent=None, separators=(",", ":"), sort_keys=True, default=str) + "\n"
+    )

@@ -1,0 +1,1 @@
+"""The report stage: sections, figures, and the document that holds them."""

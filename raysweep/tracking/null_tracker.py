@@ -1,0 +1,58 @@
+"""Tracker for `raysweep train` and `raysweep eval` where MLflow is not installed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raysweep.spec import SpecError
+from raysweep.tracking.mlflow_tracker import RunStatus, Tracker
+from raysweep.training.config import TrainingConfig
+
+
+class NullTracker(Tracker):
+    """Accepts what a training run or an evaluation logs and keeps nothing. uri: empty."""
+
+    def __init__(self) -> None:
+        self.uri = ""
+
+    def find_run(self, tags: Mapping[str, str]) -> str | None:
+        return None
+
+    def get_last_epoch(self, run_id: str) -> int:
+        return 0
+
+    def get_or_create_run(
+        self, name: str, tags: Mapping[str, str], parent_run_id: str | None = None
+    ) -> str:
+        return ""
+
+    def download_checkpoint(self, reference: str, target_folder: Path) -> tuple[str, Path]:
+        raise SpecError(
+            f"{reference}: MLflow is not installed: pip install mlflow, or give the folder of the checkpoint"
+        )
+
+    def log_config(self, run_id: str, config: TrainingConfig, fingerprint: str = "") -> None:
+        pass
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
+        pass
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        pass
+
+    def log_folder(self, run_id: str, folder: Path, artifact_folder: str) -> None:
+        pass
+
+    def log_figures(self, run_id: str, figures: Mapping[str, Any]) -> None:
+        pass
+
+    def log_training_plots(
+        self, run_id: str, run_path: Path, history: Sequence[Mapping[str, float]]
+    ) -> None:
+        pass
+
+    def log_file(self, run_id: str, path: Path, artifact_folder: str | None = None) -> None:
+        pass
+
+    def end_run(self, run_id: str, status: RunStatus) -> None:
+        pass

@@ -1,0 +1,46 @@
+"""What each data set brings unless a space or `--set` says otherwise: threat model, network, length
+of training.
+
+`*` stands for any run of characters; a path that a method does not have is skipped. The catalog's
+own numbers are the papers' for CIFAR-10, so `cifar10` and `svhn` need little here.
+"""
+
+from typing import Any
+
+DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "*.eps": 0.15,
+        "*.step_size": 0.03,
+        "*.d_max": 0.225,
+        "*.burn_in": 3,
+        "*.tau.boundaries": [3, 6],
+        "data.val_size": 300,
+        "model.name": "digits_cnn",
+        "epochs": 8,
+        "collapse_after": 4,
+        "batch_size": 64,
+        "optim.lr": {"kind": "piecewise", "boundaries": [5, 7], "values": [0.05, 0.01, 0.002]},
+    },
+    "mnist": {
+        "*.eps": 0.3,
+        "*.step_size": 0.04,
+        "*.d_max": 0.45,
+        "*.burn_in": 10,
+        "*.tau.boundaries": [10, 20],
+        "data.val_size": 5000,
+        "model.name": "digits_cnn",
+        "epochs": 30,
+        "optim.lr": {"kind": "piecewise", "boundaries": [20, 27], "values": [0.05, 0.005, 0.0005]},
+    },
+    # Rice et al. 2020 carve 1,000 validation examples. Judged every second epoch, they take 6% of
+    # AT's training time.
+    "cifar10": {"model.name": "resnet18", "data.val_size": 1000, "validation.every": 2},
+    # G appendix A and C.3: the same as CIFAR-10 with a tenth of the learning rate, which falls at
+    # 30 and 60.
+    "svhn": {
+        "model.name": "resnet18",
+        "data.val_size": 1000,
+        "optim.lr": {"kind": "piecewise", "boundaries": [30, 60], "values": [0.01, 0.001, 0.0001]},
+    },
+    "arrays": {"model.name": "resnet18", "data.val_size": 1000},
+}
