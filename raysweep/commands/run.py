@@ -48,9 +48,9 @@ def run_command(args: Namespace) -> int:
     console = Console(stderr=True)
     done: list[tuple[PlannedStage, Artifact, bool]] = []
     options: dict[str, Any] = {
-        "runs": runs,
+        "runs_folder": runs,
         "address": args.address,
-        "first": args.first,
+        "first_stage": args.first,
         "wait": args.wait,
     }
     try:

@@ -82,7 +82,7 @@ def _read_carmon_pickle(path: Path) -> ImagesAndLabels:
         content = _ArrayUnpickler(file, encoding="latin1").load()
     if not isinstance(content, dict) or not isinstance(content.get("data"), _NdarrayStub):
         raise ValueError("expected a dict with an array `data`")
-    x, labels = content["data"].numpy(), content.get("extrapolated_targets")
+    x, labels = content["data"].to_ndarray(), content.get("extrapolated_targets")
     if x.ndim != 4:
         raise ValueError(f"data must be of shape (N, H, W, C), got {x.shape}")
     y = (

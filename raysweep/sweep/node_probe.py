@@ -140,7 +140,7 @@ def _collect_report(node: dict[str, Any], task_reference: Any, request_time: flo
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         missing = next((line.strip() for line in lines if "ModuleNotFoundError" in line), None)
         return _unreachable_node_report(name, head, missing or lines[-1].strip())
-    skew = max(request_time - said["time"], said["time"] - time.time(), 0.0)
+    skew = max(request_time - said["clock_time"], said["clock_time"] - time.time(), 0.0)
     return NodeReport(node_name=name, is_head=head, clock_skew=skew, **said)
 
 
@@ -156,14 +156,14 @@ def _probe_this_node(request_fields: dict[str, Any], declared_gpus: float) -> di
     return {
         "versions": package_versions(),
         "gpus": len(list(Path("/proc/driver/nvidia/gpus").glob("*"))),
-        "gpus_declared": declared_gpus,
+        "declared_gpus": declared_gpus,
         "disk_free": shutil.disk_usage(tempfile.gettempdir()).free,
         "memory_free": psutil.virtual_memory().available,
-        "listening": list_exposed_ports(ray._private.worker._global_node.session_name),
-        "token": is_token_auth_enabled(),
+        "exposed_ports": list_exposed_ports(ray._private.worker._global_node.session_name),
+        "requires_token": is_token_auth_enabled(),
         "fingerprint": _probe_data(asked, problems),
         "problems": problems,
-        "time": time.time(),
+        "clock_time": time.time(),
     }
 
 

@@ -97,7 +97,7 @@ class _SyncNormalizeFunction(torch.autograd.Function):
         sums = torch.stack(
             [grad.sum(dims, dtype=count.dtype), (grad * out).sum(dims, dtype=count.dtype)]
         )
-        means = ctx.workers.sum(sums) / count
+        means = ctx.workers.all_reduce_sum(sums) / count
         centred = (
             grad - _broadcast_channels(means[0], grad) - out * _broadcast_channels(means[1], grad)
         )
