@@ -33,7 +33,7 @@ def ledger(tmp_path: Path) -> Ledger:
 def judged(number: int, worst: float, clean: float = 0.5, gap: float = 0.0, **more: Any) -> Trial:
     best = {"epoch": 3.0, "robust_worst": worst, "clean": clean, "masking_gap": gap}
     return Trial(
-        number, **{"settings": {LR: 0.1}, "state": "finished", "epoch": 4, "best": best, **more}
+        number, **{"params": {LR: 0.1}, "state": "finished", "epoch": 4, "best": best, **more}
     )
 
 
@@ -294,8 +294,8 @@ def test_a_trials_own_number_of_epochs_decides_whether_it_resumes(tmp_path: Path
     ledger = Ledger.create(tmp_path / "sweep", space(space=searched))
     write(
         ledger,
-        judged(0, 0.5, settings={"epochs": 2}, epoch=2),
-        judged(1, 0.5, settings={"epochs": 4}, epoch=4),
+        judged(0, 0.5, params={"epochs": 2}, epoch=2),
+        judged(1, 0.5, params={"epochs": 4}, epoch=4),
     )
     ledger.extend_space(space(space=searched, base={"epochs": 6}))
     assert [trial.state for trial in ledger.load_trials()] == ["finished", "finished"]
@@ -311,13 +311,13 @@ def test_importance_is_of_the_first_objective_and_needs_ten_results(tmp_path: Pa
         settings = {LR: number / 9, "optim.momentum": (number * 5 % 9) / 10}
         write(
             ledger,
-            judged(number, settings["optim.momentum"], clean=settings[LR], settings=settings),
+            judged(number, settings["optim.momentum"], clean=settings[LR], params=settings),
         )
     write(
-        ledger, judged(9, 0.5, clean=0.5, settings={LR: 0.5, "optim.momentum": 0.5}, state="failed")
+        ledger, judged(9, 0.5, clean=0.5, params={LR: 0.5, "optim.momentum": 0.5}, state="failed")
     )
     assert param_importances(ledger) is None, "one of ten failed"
-    write(ledger, judged(10, 0.0, clean=1.0, settings={LR: 1.0, "optim.momentum": 0.0}))
+    write(ledger, judged(10, 0.0, clean=1.0, params={LR: 1.0, "optim.momentum": 0.0}))
     found = param_importances(ledger)
     assert found is not None and list(found) == [LR, "optim.momentum"] and found[LR] > 0.9
     assert sum(found.values()) == pytest.approx(1.0)

@@ -10,6 +10,7 @@ from uuid import uuid4
 
 from raysweep import storage
 from raysweep.atomic_files import atomic_write_text
+from raysweep.pareto import pareto_front_indices
 from raysweep.spec import JsonDict, SpecError
 from raysweep.sweep.extension_checks import check_extension
 from raysweep.sweep.search_space import Params, SearchSpace
@@ -192,9 +193,9 @@ class Ledger:
         objectives: metrics of the trials' best epochs, by default the space's.
         """
         metrics = objectives or self.space.objectives
-        fit = [trial for trial in self.rank_trials() if not self.exceeds_masking_gap(trial)]
-        points = {trial.number: [trial.score(metric) for metric in metrics] for trial in fit}
-        return [trial for trial in fit if not _is_dominated(points, trial.number)]
+        feasible = [trial for trial in self.rank_trials() if not self.exceeds_masking_gap(trial)]
+        points = [[trial.score(metric) for metric in metrics] for trial in feasible]
+        return [feasible[index] for index in pareto_front_indices(points)]
 
     def best_checkpoint_path(self, trial: Trial) -> Path:
         """The trial's best checkpoint."""
@@ -206,11 +207,3 @@ class Ledger:
             json.dumps({"key": self.key, "space": self.space.to_stored_dict()}, indent=1),
         )
         storage.push_to_bucket(self.path / "sweep.json")
-
-
-def _is_dominated(objective_values: dict[int, list[float]], trial_number: int) -> bool:
-    mine = objective_values[trial_number]
-    return any(
-        other != mine and all(a >= b for a, b in zip(other, mine, strict=True))
-        for other in objective_values.values()
-    )
