@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from raysweep.formatting import format_clock, format_count, format_duration
+from raysweep.formatting import format_clock, format_count, format_duration, redact_secrets
 from raysweep.terminal import format_accuracies, format_param
-from raysweep.tracking import redact_secrets, tracking_uri, training_run_tags
+from raysweep.tracking import tracking_uri, training_run_tags
 from raysweep.tracking.mlflow_tracker import format_mlflow_param
 from raysweep.training.checkpoint import RunDirectory
 
@@ -79,6 +79,14 @@ def test_parameters_as_mlflow_shows_them(value: object, text: str) -> None:
             "cannot open postgresql://me:secret@host/db: refused",
             "cannot open postgresql://me:***@host/db: refused",
         ),
+        ("postgresql://me@work:secret@host/db", "postgresql://me@work:***@host/db"),
+        ("postgresql://me:a se@cret@host/db", "postgresql://me:***@host/db"),
+        ("postgresql:/me:secret@host/db", "postgresql:/me:***@host/db"),
+        ("me:secret@host:5432/db", "me:***@host:5432/db"),
+        ("models:/NAME@champion: no model", "models:/NAME@champion: no model"),
+        ("http://me@host:5000", "http://me@host:5000"),
+        ("nonsense", "nonsense"),
+        ("sqlite:///optuna.db", "sqlite:///optuna.db"),
         ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
         ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
     ],

@@ -13,9 +13,9 @@ from uuid import uuid4
 from raysweep import storage
 from raysweep.commands import make_writable_folder, parse_data_overrides, resolve_runs_folder
 from raysweep.data import DataSpec, load_data
-from raysweep.formatting import format_count
+from raysweep.formatting import format_count, redact_secrets
 from raysweep.spec import SpecError
-from raysweep.tracking import get_mlflow_version, redact_secrets, tracking_uri
+from raysweep.tracking import get_mlflow_version, tracking_uri
 
 if TYPE_CHECKING:
     from raysweep.sweep.node_probe import NodeReport

@@ -21,6 +21,7 @@ from raysweep.commands import (
     resolve_runs_folder,
 )
 from raysweep.data import Dataset, load_data
+from raysweep.formatting import redact_secrets
 from raysweep.leases import hold_folder_lease
 from raysweep.results import advise_on_trial, describe_masking, sweep_to_json
 from raysweep.spec import SpecError, read_yaml
@@ -219,7 +220,5 @@ def _format_resume_flags(args: Namespace) -> str:
         [f"--gpus-per-trial {args.gpus_per_trial:g}"] if args.gpus_per_trial is not None else []
     )
     if args.optuna:
-        from raysweep.sweep.optuna_export import redact_secrets
-
         flags.append(f"--optuna {shlex.quote(redact_secrets(args.optuna))}")
     return "".join(f" {flag}" for flag in flags)

@@ -2,9 +2,9 @@
 
 import optuna
 from optuna.trial import FrozenTrial
-from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
+from raysweep.formatting import redact_secrets
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_study import TRIAL_NUMBER_ATTRIBUTE, to_frozen_trial
@@ -66,11 +66,6 @@ class OptunaExporter:
         optuna.delete_study(study_name=self._study_name, storage=self._storage)
         self._open_study()
         self._study.add_trials(trials)
-
-
-def redact_secrets(text: str) -> str:
-    """A database's URL without its password."""
-    return str(make_url(text).render_as_string(hide_password=True))
 
 
 def _trial_identity(frozen_trial: FrozenTrial) -> tuple[int, str, str]:

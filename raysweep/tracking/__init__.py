@@ -3,7 +3,6 @@
 from raysweep.tracking.mlflow_tracker import (
     Tracker,
     get_mlflow_version,
-    redact_secrets,
     tracking_uri,
 )
 from raysweep.tracking.null_tracker import NullTracker
@@ -15,7 +14,6 @@ __all__ = [
     "Tracker",
     "checkpoint_run_tags",
     "get_mlflow_version",
-    "redact_secrets",
     "tracking_uri",
     "training_run_tags",
 ]

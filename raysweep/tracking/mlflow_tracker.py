@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from raysweep.formatting import redact_secrets
 from raysweep.spec import SpecError, flatten_spec
 from raysweep.training.checkpoint import describe_environment
 from raysweep.training.config import TrainingConfig
@@ -28,18 +29,12 @@ _EXPERIMENT_DESCRIPTION = (
 )
 _INVALID_METRIC_CHARACTERS = re.compile(r"[^\w./ -]")
 _COST_METRICS = ("shared", "validation_seconds")
-_PASSWORD_PATTERN = re.compile(r"(://[^\s:/@]*:)\S*(?=@)|(password=)[^\s&]*")
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 def tracking_uri(folder: Path) -> str:
     """The default store: SQLite in `folder`, where a bare `mlflow ui` started there finds it."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / 'mlflow.db').resolve()}"
-
-
-def redact_secrets(text: str) -> str:
-    """A store's URI, or a line that has one in it, without its password."""
-    return _PASSWORD_PATTERN.sub(r"\1\2***", text)
 
 
 class Tracker:
