@@ -24,6 +24,7 @@ from raysweep.evaluation import evaluate
 from raysweep.evaluation.device_precision import disable_tf32_and_autocast
 from raysweep.rng import ExampleRng
 from raysweep.spec import parse_yaml
+from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.compute import ComputeSpec
 from raysweep.training.config import TrainingConfig, build_training_config
 from raysweep.training.model_variants import ModelVariants
@@ -57,7 +58,11 @@ def main() -> None:
         data = load_data(config.data)
         with TemporaryDirectory() as folder:
             found = train_model(
-                config, (args.out or Path(folder)) / method, told, data=data, device=DEVICE
+                config,
+                (args.out or Path(folder)) / method,
+                FunctionCallback(told),
+                data=data,
+                device=DEVICE,
             )
             model = (
                 found.best_checkpoint.load_weights(

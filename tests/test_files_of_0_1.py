@@ -38,6 +38,7 @@ from raysweep.rng import ExampleRng
 from raysweep.robustness_bundle import verify_bundle
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace, list_builtin_spaces, load_space
+from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import RunDirectory, read_checkpoint
 from raysweep.training.config import TrainingConfig, build_training_config
 from raysweep.training.diagnostics import read_histograms
@@ -255,7 +256,7 @@ def test_a_training_run_is_gone_on_with(out: Path) -> None:
     fitted = train_model(
         resolve_training_config("lrat", SMALL | {"epochs": 4}),
         run.path,
-        lambda row, saved: told.append(row["epoch"]),
+        FunctionCallback(lambda row, saved: told.append(row["epoch"])),
     )
     assert told == [1, 2, 3, 4] and fitted.last_checkpoint.history[:3] == last.history
 
@@ -267,7 +268,7 @@ def test_a_run_that_was_left_in_the_middle_of_an_epoch(out: Path) -> None:
     fitted = train_model(
         config,
         out / "runs" / "half",
-        on_step_end=lambda epoch, steps: stepped.append((epoch, steps)),
+        FunctionCallback(on_step_end=lambda epoch, steps: stepped.append((epoch, steps))),
     )
     assert stepped[0] == (2, 4)
     check_trained(

@@ -16,6 +16,7 @@ from raysweep.cli import main
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.training import trainer
+from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE, RunDirectory
 from raysweep.training.config import build_training_config
 from raysweep.training.diagnostics import read_histograms
@@ -51,11 +52,19 @@ def test_left_at_any_step_it_ends_with_the_same_bits(method: str, tmp_path: Path
     for steps in (3, 4, 7):
         countdown = steps
         with pytest.raises(TrainingInterrupted, match="all of it is kept"):
-            train_model(config, tmp_path / "left", data=digits, should_interrupt=interrupted)
+            train_model(
+                config,
+                tmp_path / "left",
+                FunctionCallback(should_interrupt=interrupted),
+                data=digits,
+            )
         assert (tmp_path / "left" / "half").is_dir()
     seen = []
     train_model(
-        config, tmp_path / "left", lambda row, saved: seen.append(row["epoch"]), data=digits
+        config,
+        tmp_path / "left",
+        FunctionCallback(lambda row, saved: seen.append(row["epoch"])),
+        data=digits,
     )
     assert seen == [1, 2, 3] or seen == [2, 3], "14 of 21 steps were done before"
     same_run(tmp_path / "whole", tmp_path / "left")
@@ -65,13 +74,20 @@ def test_left_at_any_step_it_ends_with_the_same_bits(method: str, tmp_path: Path
 def test_a_half_of_something_else_is_left_alone(tmp_path: Path, digits) -> None:
     config = tiny("at", batch_size=10)
     with pytest.raises(TrainingInterrupted):
-        train_model(config, tmp_path / "run", data=digits, should_interrupt=lambda: True)
+        train_model(
+            config, tmp_path / "run", FunctionCallback(should_interrupt=lambda: True), data=digits
+        )
     other = tiny("at", batch_size=10, optim__lr=0.05)
     train_model(other, tmp_path / "run", data=digits)
     train_model(other, tmp_path / "whole", data=digits)
     same_run(tmp_path / "whole", tmp_path / "run")
     with pytest.raises(TrainingInterrupted):
-        train_model(config, tmp_path / "damaged", data=digits, should_interrupt=lambda: True)
+        train_model(
+            config,
+            tmp_path / "damaged",
+            FunctionCallback(should_interrupt=lambda: True),
+            data=digits,
+        )
     (tmp_path / "damaged" / "half" / WEIGHTS_FILE).write_bytes(b"half")
     train_model(config, tmp_path / "damaged", data=digits)
     train_model(config, tmp_path / "fresh", data=digits)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from raysweep.data import load_data
 from raysweep.leases import FileLease
 from raysweep.training import checkpoint
+from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.config import TrainingConfig
 from raysweep.training.prefix_cache import PrefixCache, prefix_keys
 from raysweep.training.trainer import train_model
@@ -97,7 +98,7 @@ def test_a_shared_prefix_gives_the_same_weights_bit_for_bit(case, tmp_path) -> N
         with_store = train_model(
             config,
             tmp_path / f"shared{number}",
-            lambda m, c, rows=rows: rows.append(m),
+            FunctionCallback(lambda m, c, rows=rows: rows.append(m)),
             prefix_cache=prefixes,
         )
         alone = train_model(config, tmp_path / f"alone{number}")
@@ -118,7 +119,12 @@ def test_the_second_run_of_the_same_settings_trains_nothing(tmp_path) -> None:
     prefixes = PrefixCache(tmp_path / "prefixes")
     train_model(tiny("at"), tmp_path / "one", prefix_cache=prefixes)
     rows = []
-    train_model(tiny("at"), tmp_path / "two", lambda m, c: rows.append(m), prefix_cache=prefixes)
+    train_model(
+        tiny("at"),
+        tmp_path / "two",
+        FunctionCallback(lambda m, c: rows.append(m)),
+        prefix_cache=prefixes,
+    )
     assert [row["shared"] for row in rows] == [1.0, 1.0]
 
 
@@ -129,7 +135,7 @@ def train_beside_another(config: TrainingConfig, root: Path, name: str) -> None:
     train_model(
         config,
         root / name,
-        lambda metrics, saved: rows.append(metrics),
+        FunctionCallback(lambda metrics, saved: rows.append(metrics)),
         prefix_cache=PrefixCache(root / "prefixes"),
     )
     (root / f"{name}.json").write_text(json.dumps(rows))
@@ -240,7 +246,12 @@ def test_a_state_that_goes_while_it_is_taken_over_is_trained(
 
     monkeypatch.setattr(checkpoint, "link_or_copy", gone)
     rows: list[dict[str, float]] = []
-    train_model(tiny("at"), tmp_path / "two", lambda m, c: rows.append(m), prefix_cache=prefixes)
+    train_model(
+        tiny("at"),
+        tmp_path / "two",
+        FunctionCallback(lambda m, c: rows.append(m)),
+        prefix_cache=prefixes,
+    )
     assert [row["epoch"] for row in rows] == [1, 2] and not any("shared" in row for row in rows)
 
 
@@ -253,5 +264,10 @@ def test_a_damaged_state_is_not_used_silently(tmp_path: Path) -> None:
     (state / "weights.safetensors").unlink()
     (state / "weights.safetensors").write_bytes(b"half")
     rows = []
-    train_model(config, tmp_path / "two", lambda m, c: rows.append(m), prefix_cache=prefixes)
+    train_model(
+        config,
+        tmp_path / "two",
+        FunctionCallback(lambda m, c: rows.append(m)),
+        prefix_cache=prefixes,
+    )
     assert not rows[0].get("shared")

@@ -11,6 +11,7 @@ import torch
 from raysweep.data import Dataset
 from raysweep.spec import apply_overrides, flatten_spec
 from raysweep.training import checkpoint
+from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.config import TrainingConfig, build_training_config
 from raysweep.training.prefix_cache import PrefixCache, prefix_keys
@@ -198,7 +199,9 @@ def test_the_longest_prefix_comes_with_its_best_epoch(tmp_path: Path, digits: Da
     fitted = train_model(
         config,
         tmp_path / "run",
-        lambda row, saved: told.append((row["clean"], row["shared"], row["train/seconds"])),
+        FunctionCallback(
+            lambda row, saved: told.append((row["clean"], row["shared"], row["train/seconds"]))
+        ),
         data=digits,
         prefix_cache=prefixes,
     )

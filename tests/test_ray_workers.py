@@ -16,7 +16,8 @@ from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.sweep.tuner import run_sweep
 from raysweep.training.checkpoint import RunDirectory
-from raysweep.training.trainer import find_best_epoch, train_model
+from raysweep.training.epoch_metrics import find_best_epoch
+from raysweep.training.trainer import train_model
 
 LR = "optim.lr"
 

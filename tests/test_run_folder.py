@@ -18,6 +18,7 @@ from raysweep.data import Dataset
 from raysweep.method import Method
 from raysweep.spec import SpecError, apply_overrides
 from raysweep.training import checkpoint
+from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import (
     OPTIMIZER_FILE,
     WEIGHTS_FILE,
@@ -25,12 +26,12 @@ from raysweep.training.checkpoint import (
     TrainingCheckpoint,
 )
 from raysweep.training.config import TrainingConfig, build_training_config
+from raysweep.training.epoch_metrics import find_best_epoch
 from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
 from raysweep.training.prefix_cache import prefix_keys
 from raysweep.training.trainer import (
     TrainingFailed,
     check_resumable,
-    find_best_epoch,
     train_model,
 )
 
@@ -193,7 +194,7 @@ def test_when_an_epoch_is_reported_it_and_the_best_so_far_are_saved(
     def look(metrics: Row, saved: TrainingCheckpoint) -> None:
         found.append((set(RunDirectory(tmp_path).list_saved_epochs()), saved.epoch))
 
-    train_model(config, tmp_path, look, data=digits)
+    train_model(config, tmp_path, FunctionCallback(look), data=digits)
     history = RunDirectory(tmp_path).read_history()
     for number, (epochs, told) in enumerate(found, 1):
         clean = [row["clean"] for row in history[:number]]
@@ -222,7 +223,13 @@ def test_a_run_that_stops_after_each_epoch_has_the_same_bits_as_one_that_does_no
 
     for epoch in range(1, 5):
         with pytest.raises(Enough):
-            train_model(config, tmp_path / "parts", stop, data=data, n_reported_epochs=epoch - 1)
+            train_model(
+                config,
+                tmp_path / "parts",
+                FunctionCallback(stop),
+                data=data,
+                n_reported_epochs=epoch - 1,
+            )
         assert RunDirectory(tmp_path / "parts").list_saved_epochs()[-1] == epoch
     parts = train_model(config, tmp_path / "parts", data=data)
     assert parts.last_checkpoint.meta["sha256"] == whole.last_checkpoint.meta["sha256"]
@@ -297,13 +304,16 @@ def interrupt_after(steps: int, config: TrainingConfig, path: Path, data: Datase
         return left[0] == 0
 
     with pytest.raises(TrainingInterrupted):
-        train_model(config, path, data=data, should_interrupt=interrupted)
+        train_model(config, path, FunctionCallback(should_interrupt=interrupted), data=data)
 
 
 def steps_told(config: TrainingConfig, path: Path, data: Dataset) -> list[tuple[int, int]]:
     told: list[tuple[int, int]] = []
     train_model(
-        config, path, data=data, on_step_end=lambda epoch, steps: told.append((epoch, steps))
+        config,
+        path,
+        FunctionCallback(on_step_end=lambda epoch, steps: told.append((epoch, steps))),
+        data=data,
     )
     return told
 

@@ -35,6 +35,7 @@ from raysweep.leases import BucketLease, hold_folder_lease
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.training import checkpoint
+from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import META_FILE, WEIGHTS_FILE, RunDirectory
 from raysweep.training.config import TrainingConfig
 from raysweep.training.distributed import DistributedWorkerGroup
@@ -175,13 +176,15 @@ def test_a_checkpoint_comes_back_on_another_machine(any_uri: str, tmp_path: Path
     assert all(torch.equal(one[name], two[name]) for name in one)
     forget(tmp_path)
     rows = []
-    train_model(tiny("at", epochs=4), path, lambda metrics, saved: rows.append(metrics))
+    train_model(
+        tiny("at", epochs=4), path, FunctionCallback(lambda metrics, saved: rows.append(metrics))
+    )
     assert rows == last.history, "nothing is trained again"
 
 
 def test_half_a_push_is_no_checkpoint(any_uri: str, tmp_path: Path) -> None:
     config, path = tiny("at", epochs=3), storage.local_path(any_uri) / "run"
-    train_model(tiny("at", epochs=3), path, lambda metrics, saved: None)
+    train_model(tiny("at", epochs=3), path, FunctionCallback(lambda metrics, saved: None))
     whole = checkpoint.read_checkpoint(path / "epoch-0003")
     # The process dies between two files: of a push, and of a drop.
     for file in (path / "epoch-0003" / META_FILE, path / "epoch-0003" / "state.safetensors"):
@@ -235,7 +238,7 @@ def train_beside_another(config: TrainingConfig, uri: str, name: str, told: Path
     train_model(
         config,
         root / name,
-        lambda metrics, saved: rows.append(metrics),
+        FunctionCallback(lambda metrics, saved: rows.append(metrics)),
         prefix_cache=PrefixCache(root / ".prefixes"),
     )
     told.write_text(json.dumps(rows))

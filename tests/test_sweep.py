@@ -24,6 +24,7 @@ from raysweep.sweep.tune_callbacks import Budget, LedgerCallback, SweepFailed
 from raysweep.sweep.tuner import run_sweep
 from raysweep.tracking import SweepTracker, Tracker
 from raysweep.training import checkpoint
+from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.failure_reports import failure_report
 from raysweep.training.trainer import train_model
@@ -493,7 +494,11 @@ def test_failures_are_told_apart(tmp_path) -> None:
     assert met(lambda: train_model(tiny("at", optim__lr=1e20), tmp_path / "nan"))[
         "failed"
     ].startswith("the loss became")
-    bug = met(lambda: train_model(tiny("at"), tmp_path / "bug", lambda metrics, saved: {}["no"]))
+    bug = met(
+        lambda: train_model(
+            tiny("at"), tmp_path / "bug", FunctionCallback(lambda metrics, saved: {}["no"])
+        )
+    )
     assert bug == {"failed": "KeyError: 'no'", "bug": (tmp_path / "error.txt").read_text()}
     assert "in fit" in bug["bug"]
 

@@ -20,9 +20,11 @@ from raysweep.spec import SpecError
 from raysweep.sweep.search_space import load_space
 from raysweep.terminal import training_progress_bar
 from raysweep.training import checkpoint
+from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.config import TrainingConfig, build_training_config
-from raysweep.training.trainer import TrainingFailed, find_best_epoch, train_model
+from raysweep.training.epoch_metrics import find_best_epoch
+from raysweep.training.trainer import TrainingFailed, train_model
 
 
 def same_weights(one: Path, two: Path) -> bool:
@@ -65,7 +67,9 @@ def test_burn_in_is_adversarial_training_until_it_ends(tmp_path) -> None:
 def test_metrics_are_what_they_say(tmp_path) -> None:
     rows = []
     config = tiny("lrat")
-    fitted = train_model(config, tmp_path / "run", lambda metrics, saved: rows.append(metrics))
+    fitted = train_model(
+        config, tmp_path / "run", FunctionCallback(lambda metrics, saved: rows.append(metrics))
+    )
     assert [row["epoch"] for row in rows] == [1, 2]
     for row in rows:
         assert row["robust_worst"] <= min(row["pgd"], row["cw"]) <= row["clean"]
@@ -94,7 +98,7 @@ def train_until_killed(config: TrainingConfig, path: Path) -> None:
         if saved.epoch == 3:
             threading.Timer(0.07, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-    train_model(config, path, kill_soon)
+    train_model(config, path, FunctionCallback(kill_soon))
 
 
 @pytest.mark.slow
@@ -108,7 +112,7 @@ def test_killed_with_sigkill_it_resumes_to_the_weights_of_a_run_never_stopped(tm
     train_model(
         config,
         tmp_path / "killed",
-        lambda metrics, saved: epochs.append(saved.epoch),
+        FunctionCallback(lambda metrics, saved: epochs.append(saved.epoch)),
         n_reported_epochs=before[-1],
     )
     assert epochs[0] == before[-1] + 1, "only the epoch it was in is done again"
@@ -122,12 +126,14 @@ def test_killed_with_sigkill_it_resumes_to_the_weights_of_a_run_never_stopped(tm
 def test_a_finished_run_trains_no_more_and_reports_what_was_not_reported(tmp_path) -> None:
     first = train_model(tiny("at"), tmp_path / "run").last_checkpoint
     told = []
-    again = train_model(tiny("at"), tmp_path / "run", lambda metrics, saved: told.append(metrics))
+    again = train_model(
+        tiny("at"), tmp_path / "run", FunctionCallback(lambda metrics, saved: told.append(metrics))
+    )
     assert told == first.history, "whoever was told may have died with what it knew"
     train_model(
         tiny("at"),
         tmp_path / "run",
-        lambda metrics, saved: told.append(metrics),
+        FunctionCallback(lambda metrics, saved: told.append(metrics)),
         n_reported_epochs=1,
     )
     assert told == [*first.history, first.history[1]]
@@ -182,7 +188,7 @@ def test_a_model_that_stays_at_chance_fails_after_its_warm_up_and_keeps_its_log(
             TrainingFailed,
             match=r"collapsed: 0\.\d+ of .* right in epoch 4, no more than by chance",
         ):
-            train_model(config, tmp_path, lambda m, c: rows.append(m))
+            train_model(config, tmp_path, FunctionCallback(lambda m, c: rows.append(m)))
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4] * 2
     last = RunDirectory(tmp_path).read_last_checkpoint()
     assert last is not None and last.epoch == 4
@@ -281,8 +287,8 @@ def test_steps_are_told_and_a_terminal_has_a_bar_of_them(tmp_path: Path, digits:
     train_model(
         tiny("at"),
         tmp_path,
+        FunctionCallback(on_step_end=lambda epoch, steps: told.append((epoch, steps))),
         data=digits,
-        on_step_end=lambda epoch, steps: told.append((epoch, steps)),
     )
     assert told == [(1, 1), (1, 2), (2, 1), (2, 2)]
     for terminal in (True, False):

@@ -26,6 +26,7 @@ from raysweep.models import ModelSpec
 from raysweep.rng import ExampleRng
 from raysweep.spec import SpecError, apply_overrides
 from raysweep.training import checkpoint
+from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.config import TrainingConfig
 from raysweep.training.distributed import DistributedWorkerGroup, WorkerLost, average_gradients
@@ -115,14 +116,17 @@ def one_epoch(path: Path, workers: WorkerGroup) -> None:
         raise Enough
 
     with pytest.raises(Enough):
-        train_model(config(), path, stop, workers=workers)
+        train_model(config(), path, FunctionCallback(stop), workers=workers)
 
 
 def train_and_resume(path: Path) -> None:
     workers = DistributedWorkerGroup()
     reported: list[dict[str, float]] = []
     train_model(
-        config(), path / "several", lambda metrics, saved: reported.append(metrics), workers=workers
+        config(),
+        path / "several",
+        FunctionCallback(lambda metrics, saved: reported.append(metrics)),
+        workers=workers,
     )
     train_model(config("lrat"), path / "lrat", workers=workers)
     one_epoch(path / "handed over", workers)
@@ -211,7 +215,10 @@ def test_a_checkpoint_goes_from_two_workers_to_one_and_back(
     epochs: list[int] = []
     run = shutil.copytree(two / "handed over", tmp_path / "run")
     handed = train_model(
-        config(), run, lambda metrics, saved: epochs.append(saved.epoch), n_reported_epochs=1
+        config(),
+        run,
+        FunctionCallback(lambda metrics, saved: epochs.append(saved.epoch)),
+        n_reported_epochs=1,
     ).last_checkpoint
     assert epochs == [2]
     assert difference(handed.path, trained_alone.last_checkpoint.path) < 1e-5

@@ -24,6 +24,7 @@ from raysweep.spec import SpecError
 from raysweep.terminal import format_accuracies, training_progress_bar
 from raysweep.tracking import Tracker, training_run_tags
 from raysweep.training.advice import advise_on_training
+from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
 from raysweep.training.failure_reports import BUG_TRACEBACK_KEY, FAILURE_KEY, failure_report
@@ -120,12 +121,10 @@ def _fit_model(
         return train_model(
             config,
             run_folder,
-            report,
+            FunctionCallback(report, on_step_end=bar, should_interrupt=told),
             data=dataset,
             prefix_cache=store,
             n_reported_epochs=n_reported_epochs,
-            should_interrupt=told,
-            on_step_end=bar,
         )
 
 

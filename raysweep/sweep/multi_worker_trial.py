@@ -22,6 +22,7 @@ from raysweep import storage
 from raysweep.data.dataset_cache import CachedDataset
 from raysweep.spec import SpecError
 from raysweep.sweep.resources import DRIVER_CPUS
+from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
 from raysweep.training.failure_reports import (
@@ -148,7 +149,7 @@ def _train_worker(config: TrainingConfig, run_path: Path, loop_config: dict[str,
     train_model(
         config,
         run_path,
-        _report_metrics,
+        FunctionCallback(_report_metrics),
         data=data,
         device=device,
         workers=workers,

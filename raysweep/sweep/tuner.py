@@ -41,6 +41,7 @@ from raysweep.sweep.tune_callbacks import (
     SweepEndReason,
     SweepListener,
 )
+from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
 from raysweep.training.failure_reports import failure_report
@@ -133,7 +134,7 @@ def _build_tuner(
     where, space = storage.uri_of(ledger.path.resolve()), ledger.space
 
     def trainable(proposal: dict[str, Any]) -> None:
-        settings = space.trial_config(proposal["settings"])
+        settings = space.trial_config(proposal["params"])
         # Each machine has its own copy of a bucket.
         root = storage.local_path(where)
         path = root / "trials" / f"{proposal['number']:04d}"
@@ -210,10 +211,9 @@ def _train_trial(
             train_model(
                 config,
                 run_path,
-                report,
+                FunctionCallback(report, should_interrupt=termination_requested),
                 data=cached_dataset.load_shared(config.data),
                 prefix_cache=prefix_cache,
-                should_interrupt=termination_requested,
             )
     except TrainingInterrupted:
         exit_preempted()

@@ -1,9 +1,8 @@
-"""The training loop, written once. It knows neither Ray nor MLflow."""
+"""The training loop of all methods. It depends neither on Ray nor on MLflow."""
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,8 +19,9 @@ from raysweep.rng import ExampleRng, derive_seed
 from raysweep.schedules import resolved_value
 from raysweep.spec import SpecError, flatten_spec
 from raysweep.training import checkpoint
+from raysweep.training.callbacks import TrainingCallback
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
-from raysweep.training.config import TrainingConfig
+from raysweep.training.config import OptimizerSpec, TrainingConfig
 from raysweep.training.diagnostics import (
     EpochDiagnostics,
     Histogram,
@@ -34,22 +34,27 @@ from raysweep.training.distributed import (
     broadcast_int,
     check_method_distributable,
 )
+from raysweep.training.epoch_metrics import EpochMetrics, find_best_epoch
 from raysweep.training.mid_epoch_checkpoint import MidEpochCheckpointer
 from raysweep.training.model_variants import ModelVariants
 from raysweep.training.prefix_cache import PrefixCache, prefix_keys
 from raysweep.training.sync_batchnorm import convert_sync_batchnorm
 from raysweep.worker_group import SINGLE_WORKER, WorkerGroup
 
-EpochCallback = Callable[[dict[str, float], TrainingCheckpoint], None]
-
 
 class TrainingFailed(RuntimeError):
-    """Training went wrong in a way that its settings explain: a loss of nan, for one."""
+    """Training failed because of its settings, for example with a loss of nan."""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """last: after all epochs; best: of the highest `validation.objective`, the earliest of equals."""
+    """Checkpoints of a finished run.
+
+    Attributes:
+        last_checkpoint: Checkpoint after all epochs.
+        best_checkpoint: Checkpoint of the epoch with the highest `validation.objective`, the
+            earliest of several with the same value.
+    """
 
     last_checkpoint: TrainingCheckpoint
     best_checkpoint: TrainingCheckpoint
@@ -58,124 +63,83 @@ class TrainingResult:
 def train_model(
     config: TrainingConfig,
     run_path: Path,
-    on_epoch_end: EpochCallback = lambda metrics, checkpoint: None,
+    callback: TrainingCallback | None = None,
     *,
     data: Dataset | None = None,
     device: torch.device | None = None,
     workers: WorkerGroup = SINGLE_WORKER,
     prefix_cache: PrefixCache | None = None,
     n_reported_epochs: int = 0,
-    should_interrupt: Callable[[], bool] = lambda: False,
-    on_step_end: Callable[[int, int], None] = lambda epoch, steps: None,
 ) -> TrainingResult:
-    """Train `config` in the folder `run_path`, going on from the last checkpoint there, if any.
+    """Train `config` in a folder, or resume from the last checkpoint in that folder.
 
-    `report(metrics, checkpoint)` is called after each epoch, also for those in the folder but the
-    first `reported`, for whoever was told of them last may have died before the next. prefixes:
-    states that other runs trained and this one need not (see `training.prefix`). interrupted: asked
-    after each step of a single worker; if it says yes, Interrupted is raised, and the next call
-    goes on after that step. stepped: told of each step: its epoch, and how many of this epoch are
-    done.
+    Resuming with more epochs is allowed: schedules use absolute epochs, so the weights equal those
+    of a run that had all epochs from the start.
 
-    A run with fewer epochs is gone on with: schedules count epochs from the first, so its weights
-    are those of the longer run there. Raises SpecError if the folder holds a run with another
-    config or other data, TrainingFailed if the loss becomes nan or inf or the model collapses
-    (`collapse_after`).
+    With several workers, each worker calls this function with the same arguments and processes its
+    share of each batch. The first worker writes the checkpoints. The weights equal those of a
+    single worker up to rounding.
 
-    Each of several `workers` calls this with the same arguments and takes its share of each batch;
-    the first writes the checkpoints, in a folder that all can read. Their weights are those of one
-    worker, up to rounding.
+    Args:
+        config: What to train.
+        run_path: Folder of the run. All workers must be able to read it.
+        callback: Follows the run and may interrupt it.
+        data: Training and validation data; by default `config.data` is loaded.
+        device: Where to train; by default the GPU if there is one, else the CPU.
+        workers: The processes that train this model together.
+        prefix_cache: States of other runs, used instead of training the same epochs again.
+        n_reported_epochs: On resume, `callback.on_epoch_end` is repeated for saved epochs, except
+            for the first `n_reported_epochs`. The process that ran before may have died before it
+            reported them.
+
+    Returns:
+        The last and the best checkpoint.
+
+    Raises:
+        SpecError: The folder holds a run with another config or other data, or the config does not
+            work on this device or with several workers.
+        TrainingFailed: The loss became nan or inf, or the model collapsed (see `collapse_after`).
+        TrainingInterrupted: `callback.should_interrupt` returned True. The next call resumes after
+            the step that was just finished.
     """
     check_method_distributable(config.method, workers)
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = data or load_data(config.data)
-    faces = build_model_variants(config, data, device, workers)
-    model, optimizer = faces.model, _make_sgd_optimizer(config, faces.model)
-    run = RunDirectory(run_path)
-    keys = prefix_keys(config, data.fingerprint, workers.size, device) if prefix_cache else []
-    if prefix_cache is not None and workers.rank == 0 and not run.list_saved_epochs():
-        _reuse_longest_prefix(config, run, prefix_cache, keys)
-    last = broadcast_int(max(run.list_saved_epochs(), default=0), workers, device)
-    saved = checkpoint.read_checkpoint(run.epoch_path(last)) if last else None
-    history: list[dict[str, float]] = []
-    if saved is not None:
-        check_resumable(saved, config, data.fingerprint)
-        saved.load_training_state(model, optimizer)
-        history = saved.history
-        for row in history[n_reported_epochs:]:
-            on_epoch_end(row, saved)
-        _check_not_collapsed(config, history, data)
-    splits = data.to(device)
-    pause = (
-        MidEpochCheckpointer(should_interrupt, run, config, model, optimizer, data.fingerprint)
-        if workers.size == 1
-        else None
+    run = _TrainingRun(
+        config=config,
+        directory=RunDirectory(run_path),
+        callback=callback or TrainingCallback(),
+        data=data or load_data(config.data),
+        device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        workers=workers,
+        prefix_cache=prefix_cache,
     )
-    for epoch in range(last, config.epochs):
-        # Several workers share prefixes at their start only: waiting for others would hold all of
-        # them.
-        store = prefix_cache if workers.size == 1 else None
-        with store.acquire_training_lease(keys[epoch + 1]) if store else nullcontext(True) as ours:
-            theirs = (
-                store.reuse_state(keys[epoch + 1], run.epoch_path(epoch + 1), config, history)
-                if store and not ours
-                else None
-            )
-            if theirs is not None:
-                saved = theirs
-                saved.load_training_state(model, optimizer)
-            else:
-                row, histograms = _train_epoch(
-                    config, epoch, faces, optimizer, splits, workers, history, pause, on_step_end
-                )
-                if workers.rank == 0:
-                    history = [*history, row]
-                    saved = checkpoint.save_checkpoint(
-                        run.epoch_path(epoch + 1),
-                        config,
-                        model,
-                        optimizer,
-                        history,
-                        data.fingerprint,
-                    )
-                    write_histograms(run_path, epoch + 1, histograms)
-                    if prefix_cache is not None:
-                        prefix_cache.store_state(keys[epoch + 1], saved.path)
-                broadcast_int(epoch, workers, device)
-                saved = (
-                    checkpoint.read_checkpoint(run.epoch_path(epoch + 1))
-                    if workers.rank or saved is None
-                    else saved
-                )
-        history = saved.history
-        if workers.rank == 0:
-            run.prune_checkpoints({epoch + 1, find_best_epoch(config, history)})
-        on_epoch_end(history[-1], saved)
-        _check_not_collapsed(config, history, data)
-    assert saved is not None
-    broadcast_int(0, workers, device)
-    return TrainingResult(
-        saved, checkpoint.read_checkpoint(run.epoch_path(find_best_epoch(config, history)))
-    )
+    run.resume(n_reported_epochs)
+    for epoch in range(len(run.history), config.epochs):
+        run.advance(epoch)
+    return run.finish()
 
 
 def check_resumable(
     checkpoint: TrainingCheckpoint, config: TrainingConfig, data_fingerprint: str
 ) -> None:
-    """Raises SpecError unless a run of `config` on data of this fingerprint can go on from a
-    checkpoint.
+    """Check that a run can resume from a checkpoint.
+
+    Args:
+        checkpoint: The last checkpoint in the run's folder.
+        config: Config of the run that resumes. It may have more epochs than the checkpoint's.
+        data_fingerprint: Fingerprint of the data of the run that resumes.
+
+    Raises:
+        SpecError: The checkpoint has other settings, more epochs or other data.
     """
-    folder, do = (
-        storage.uri_of(checkpoint.path.parent),
-        "choose another --name, or delete the folder",
-    )
+    folder = storage.uri_of(checkpoint.path.parent)
+    remedy = "choose another --name, or delete the folder"
     if (
         checkpoint.config.replace(epochs=config.epochs) != config
         or checkpoint.epoch > config.epochs
     ):
-        raise SpecError(f"{folder} holds a run with other settings: {do}")
+        raise SpecError(f"{folder} holds a run with other settings: {remedy}")
     if checkpoint.meta["data_fingerprint"] != data_fingerprint:
-        raise SpecError(f"{folder} holds a run on other {config.data.name!r} data: {do}")
+        raise SpecError(f"{folder} holds a run on other {config.data.name!r} data: {remedy}")
 
 
 def build_model_variants(
@@ -184,14 +148,23 @@ def build_model_variants(
     device: torch.device,
     workers: WorkerGroup = SINGLE_WORKER,
 ) -> ModelVariants:
-    """The config's network on a device, with the weights that its seed gives, ready to be trained
-    and attacked.
+    """Build the config's network with initial weights from its seed.
+
+    Args:
+        config: Names the network, its seed and how to compute it.
+        data: Gives the number of channels and classes.
+        device: Where the network is placed.
+        workers: With several workers, batch norms are synchronised over them.
+
+    Returns:
+        The network as it is trained and as attacks use it.
+
+    Raises:
+        SpecError: The config asks for TF32 on a device that has none.
     """
     compute = config.compute.resolve(device)
     if not has_tf32(device):
-        for key, value in flatten_spec(config).items():
-            if key.endswith(".tf32") and value is True:
-                raise SpecError(f"{key} = true: there is no TF32 on {device.type}; leave it false")
+        _reject_tf32_settings(config, device)
     model = config.model.build_model(
         data.channels, data.classes, derive_seed(config.seed, "weights")
     ).to(device)
@@ -207,133 +180,268 @@ def compute_step_gradients(
     rng: ExampleRng,
     workers: WorkerGroup = SINGLE_WORKER,
 ) -> MethodOutput:
-    """Attacks, losses and their gradient, in `.grad` of the model's parameters: all of a step but
-    the update.
+    """Run attacks, losses and the backward pass of one step; all of it but the optimizer's update.
+
+    Args:
+        method: The method with its schedules resolved for the current epoch.
+        variants: The network. Its parameters receive the gradients, averaged over all workers.
+        batch: This worker's rows of the global batch.
+        rng: Random numbers of the batch's examples.
+        workers: The processes that share the global batch.
+
+    Returns:
+        The loss, and the logits, attack results and weights that it was computed from.
     """
     variants.sync_folded_weights()
     x = batch.x.contiguous(memory_format=variants.memory_format)
-    step = method(variants.train_module, x, batch.y, rng, workers, variants.attack_module)
+    output = method(variants.train_module, x, batch.y, rng, workers, variants.attack_module)
     variants.model.zero_grad(set_to_none=True)
-    step.loss.backward()  # type: ignore[no-untyped-call]
+    output.loss.backward()  # type: ignore[no-untyped-call]
     average_gradients(variants.model, workers)
-    return step
+    return output
+
+
+@dataclass
+class _TrainingRun:
+    """State of one call of `train_model`. Epoch arguments of its methods are 0-based."""
+
+    config: TrainingConfig
+    directory: RunDirectory
+    callback: TrainingCallback
+    data: Dataset
+    device: torch.device
+    workers: WorkerGroup
+    prefix_cache: PrefixCache | None
+
+    def __post_init__(self) -> None:
+        self.variants = build_model_variants(self.config, self.data, self.device, self.workers)
+        self.model = self.variants.model
+        self.optimizer = _make_sgd_optimizer(self.config, self.model)
+        self.prefix_keys: list[str] = []
+        if self.prefix_cache is not None:
+            self.prefix_keys = prefix_keys(
+                self.config, self.data.fingerprint, self.workers.size, self.device
+            )
+        self.device_data = self.data.to(self.device)
+        self.checkpointer: MidEpochCheckpointer | None = None
+        if self.workers.size == 1:
+            self.checkpointer = MidEpochCheckpointer(
+                self.callback.should_interrupt,
+                self.directory,
+                self.config,
+                self.model,
+                self.optimizer,
+                self.data.fingerprint,
+            )
+        self.last_checkpoint: TrainingCheckpoint | None = None
+
+    @property
+    def history(self) -> list[EpochMetrics]:
+        """Metrics of all finished epochs."""
+        return self.last_checkpoint.history if self.last_checkpoint is not None else []
+
+    def resume(self, n_reported_epochs: int) -> None:
+        """Load the last checkpoint or the longest cached prefix, and repeat its reports."""
+        is_writer = self.workers.rank == 0
+        if self.prefix_cache is not None and is_writer and not self.directory.list_saved_epochs():
+            _reuse_longest_prefix(self.config, self.directory, self.prefix_cache, self.prefix_keys)
+        n_saved = max(self.directory.list_saved_epochs(), default=0)
+        n_saved = broadcast_int(n_saved, self.workers, self.device)
+        if not n_saved:
+            return
+        saved = checkpoint.read_checkpoint(self.directory.epoch_path(n_saved))
+        check_resumable(saved, self.config, self.data.fingerprint)
+        saved.load_training_state(self.model, self.optimizer)
+        self.last_checkpoint = saved
+        for metrics in saved.history[n_reported_epochs:]:
+            self.callback.on_epoch_end(metrics, saved)
+        _check_not_collapsed(self.config, self.history, self.data)
+
+    def advance(self, epoch: int) -> None:
+        """Train or reuse one epoch, delete checkpoints that are no longer needed, and report it."""
+        saved = self._reuse_or_train_epoch(epoch)
+        self.last_checkpoint = saved
+        if self.workers.rank == 0:
+            best_epoch = find_best_epoch(self.config, saved.history)
+            self.directory.prune_checkpoints({epoch + 1, best_epoch})
+        self.callback.on_epoch_end(saved.last_metrics, saved)
+        _check_not_collapsed(self.config, saved.history, self.data)
+
+    def finish(self) -> TrainingResult:
+        """Wait for the first worker, then return the last and the best checkpoint."""
+        assert self.last_checkpoint is not None
+        broadcast_int(0, self.workers, self.device)
+        best_epoch = find_best_epoch(self.config, self.history)
+        best = checkpoint.read_checkpoint(self.directory.epoch_path(best_epoch))
+        return TrainingResult(self.last_checkpoint, best)
+
+    def _reuse_or_train_epoch(self, epoch: int) -> TrainingCheckpoint:
+        """Return the checkpoint after this epoch, from the prefix cache if another run trains it.
+
+        Several workers use the cache at the start only: waiting for another run would hold all of
+        them.
+        """
+        if self.prefix_cache is None or self.workers.size > 1:
+            return self._train_and_save_epoch(epoch)
+        key, path = self.prefix_keys[epoch + 1], self.directory.epoch_path(epoch + 1)
+        with self.prefix_cache.acquire_training_lease(key) as must_train:
+            if not must_train:
+                reused = self.prefix_cache.reuse_state(key, path, self.config, self.history)
+                if reused is not None:
+                    reused.load_training_state(self.model, self.optimizer)
+                    return reused
+            return self._train_and_save_epoch(epoch)
+
+    def _train_and_save_epoch(self, epoch: int) -> TrainingCheckpoint:
+        """Train this epoch; the first worker writes its checkpoint, which the others then read."""
+        metrics, histograms = self._train_epoch(epoch)
+        path = self.directory.epoch_path(epoch + 1)
+        saved = None
+        if self.workers.rank == 0:
+            saved = checkpoint.save_checkpoint(
+                path,
+                self.config,
+                self.model,
+                self.optimizer,
+                [*self.history, metrics],
+                self.data.fingerprint,
+            )
+            write_histograms(self.directory.path, epoch + 1, histograms)
+            if self.prefix_cache is not None:
+                self.prefix_cache.store_state(self.prefix_keys[epoch + 1], saved.path)
+        broadcast_int(epoch, self.workers, self.device)
+        return saved if saved is not None else checkpoint.read_checkpoint(path)
+
+    def _train_epoch(self, epoch: int) -> tuple[EpochMetrics, dict[str, Histogram]]:
+        """Train and validate one epoch; return its metrics and the diagnostics' histograms."""
+        epoch_config = self.config.resolve_at(epoch)
+        self._apply_optimizer_settings(epoch_config.optim)
+        started_at = time.perf_counter()
+        diagnostics = EpochDiagnostics(epoch_config.method, self.workers)
+        self._run_steps(epoch_config.method, epoch, diagnostics)
+        metrics: EpochMetrics = {
+            "epoch": epoch + 1,
+            "train/lr": resolved_value(epoch_config.optim.lr),
+            **diagnostics.compute_metrics(),
+        }
+        loss = metrics["train/loss"]
+        if not math.isfinite(loss):
+            raise TrainingFailed(
+                f"the loss became {loss} in epoch {epoch + 1}; a smaller optim.lr may help"
+            )
+        # The checkpointer also counts the time that earlier processes spent on this epoch.
+        metrics["train/seconds"] = (
+            self.checkpointer.elapsed_seconds
+            if self.checkpointer is not None
+            else time.perf_counter() - started_at
+        )
+        is_last = epoch + 1 == self.config.epochs
+        if is_last or (epoch + 1) % self.config.validation.every == 0:
+            metrics |= self._validate()
+        return metrics, diagnostics.compute_histograms()
+
+    def _apply_optimizer_settings(self, optim: OptimizerSpec) -> None:
+        """Set the epoch's learning rate and weight decay."""
+        for group in self.optimizer.param_groups:
+            group.update(
+                lr=resolved_value(optim.lr), weight_decay=resolved_value(optim.weight_decay)
+            )
+
+    def _run_steps(self, method: Method, epoch: int, diagnostics: EpochDiagnostics) -> None:
+        """Run the epoch's steps, without those that an interrupted process has finished."""
+        n_done = 0
+        if self.checkpointer is not None:
+            n_done = self.checkpointer.resume_epoch(self.history, diagnostics)
+        self.model.train()
+        with self.variants.training_precision():
+            batches = self.device_data.iter_train_batches(
+                self.config.batch_size,
+                self.config.seed,
+                epoch,
+                self.workers.rank,
+                self.workers.size,
+            )
+            for steps, batch in enumerate(islice(batches, n_done, None), n_done + 1):
+                rng = ExampleRng.for_examples(batch.index, self.config.seed, "train", epoch)
+                output = compute_step_gradients(method, self.variants, batch, rng, self.workers)
+                self.optimizer.step()
+                diagnostics.add_batch(output, batch.y)
+                self.callback.on_step_end(epoch + 1, steps)
+                if self.checkpointer is not None:
+                    self.checkpointer.save_if_interrupted(steps, diagnostics)
+
+    def _validate(self) -> EpochMetrics:
+        """Measure the model on validation data, and on some training images."""
+        started_at = time.perf_counter()
+        val = self.device_data.val
+        with disable_tf32_and_autocast(val.y.device):
+            # In the form in which AutoAttack attacks it, whatever `compute` says.
+            model = make_attack_model(self.model, val.get_float_images(slice(0, MIN_BATCH_ROWS)))
+            metrics = _compute_validation_metrics(self.config, model, val, self.workers)
+            metrics["train/natural"] = measure_natural_accuracy(model, self.device_data.train)
+        metrics["validation_seconds"] = time.perf_counter() - started_at
+        return metrics
+
+
+def _reject_tf32_settings(config: TrainingConfig, device: torch.device) -> None:
+    """Raise SpecError if any `tf32` setting is on, for a device without TF32."""
+    for key, value in flatten_spec(config).items():
+        if key.endswith(".tf32") and value is True:
+            raise SpecError(f"{key} = true: there is no TF32 on {device.type}; leave it false")
 
 
 def _reuse_longest_prefix(
-    config: TrainingConfig, run_directory: RunDirectory, prefix_cache: PrefixCache, keys: list[str]
+    config: TrainingConfig, directory: RunDirectory, prefix_cache: PrefixCache, keys: list[str]
 ) -> None:
-    """Take over the longest stored prefix, if there is one, and the best epoch in it if that is an
-    earlier one.
-    """
+    """Copy the longest cached prefix into the run's folder, together with its best epoch."""
     for epoch in prefix_cache.find_stored_positions(keys):
-        if epoch == 0 or (state := prefix_cache.find_state(keys[epoch])) is None:
+        state = prefix_cache.find_state(keys[epoch]) if epoch > 0 else None
+        if state is None:
             continue
-        with suppress(SpecError):  # it has just outgrown another run's limit
+        # Another run may evict the state at any moment; then a shorter prefix must do.
+        with suppress(SpecError):
             best = find_best_epoch(config, checkpoint.read_checkpoint(state).history)
             if prefix_cache.reuse_state(
-                keys[best], run_directory.epoch_path(best), config
-            ) and prefix_cache.reuse_state(keys[epoch], run_directory.epoch_path(epoch), config):
+                keys[best], directory.epoch_path(best), config
+            ) and prefix_cache.reuse_state(keys[epoch], directory.epoch_path(epoch), config):
                 return
 
 
 def _check_not_collapsed(
-    config: TrainingConfig, history: list[dict[str, float]], data: Dataset
+    config: TrainingConfig, history: list[EpochMetrics], data: Dataset
 ) -> None:
-    """Raises TrainingFailed if the last two measured epochs show a model that has collapsed."""
-    seen = [row for row in history if "clean" in row][-2:]
-    if config.collapse_after is None or len(seen) < 2 or seen[0]["epoch"] <= config.collapse_after:
+    """Raise TrainingFailed if the model was no better than chance in two validations in a row."""
+    validated = [metrics for metrics in history if "clean" in metrics][-2:]
+    if config.collapse_after is None or len(validated) < 2:
         return
-    chance, count = 1 / data.classes, min(config.validation.size or len(data.val), len(data.val))
-    # What guessing reaches in 49 of 50 cases.
-    limit = chance + 2 * math.sqrt(chance * (1 - chance) / count)
-    if all(row["clean"] <= limit for row in seen):
+    if validated[0]["epoch"] <= config.collapse_after:
+        return
+    chance = 1 / data.classes
+    n_examples = min(config.validation.size or len(data.val), len(data.val))
+    # Two standard deviations above chance: guessing stays below this in 49 of 50 cases.
+    limit = chance + 2 * math.sqrt(chance * (1 - chance) / n_examples)
+    if all(metrics["clean"] <= limit for metrics in validated):
+        last = validated[-1]
         raise TrainingFailed(
-            f"the model collapsed: {seen[-1]['clean']:.3f} of natural validation images are right in epoch "
-            f"{seen[-1]['epoch']:.0f}, no more than by chance"
+            f"the model collapsed: {last['clean']:.3f} of natural validation images are right "
+            f"in epoch {last['epoch']:.0f}, no more than by chance"
         )
 
 
-def find_best_epoch(config: TrainingConfig, history: list[dict[str, float]]) -> int:
-    """1-based epoch of the highest `validation.objective`; the earliest of equals."""
-    scores = [row.get(config.validation.objective, -math.inf) for row in history]
-    return scores.index(max(scores)) + 1
-
-
 def _make_sgd_optimizer(config: TrainingConfig, model: nn.Module) -> torch.optim.SGD:
-    # lr and weight decay are set each epoch from their schedules.
+    """Build the optimizer; each epoch sets its learning rate and weight decay."""
     return torch.optim.SGD(
         model.parameters(), lr=0.0, momentum=config.optim.momentum, nesterov=config.optim.nesterov
     )
 
 
-def _train_epoch(
-    config: TrainingConfig,
-    epoch: int,
-    variants: ModelVariants,
-    optimizer: torch.optim.Optimizer,
-    data: Dataset,
-    workers: WorkerGroup,
-    history: list[dict[str, float]],
-    checkpointer: MidEpochCheckpointer | None,
-    on_step_end: Callable[[int, int], None],
-) -> tuple[dict[str, float], dict[str, Histogram]]:
-    """Train one epoch, then look at the model on validation: a row of metrics, and what was seen on
-    the way.
-    """
-    settings = config.resolve_at(epoch)
-    for group in optimizer.param_groups:
-        group.update(
-            lr=resolved_value(settings.optim.lr),
-            weight_decay=resolved_value(settings.optim.weight_decay),
-        )
-    started = time.perf_counter()
-    seen = EpochDiagnostics(settings.method, workers)
-    done = checkpointer.resume_epoch(history, seen) if checkpointer else 0
-    variants.model.train()
-    with variants.training_precision():
-        batches = data.iter_train_batches(
-            config.batch_size, config.seed, epoch, workers.rank, workers.size
-        )
-        for steps, batch in enumerate(islice(batches, done, None), done + 1):
-            rng = ExampleRng.for_examples(batch.index, config.seed, "train", epoch)
-            step = compute_step_gradients(settings.method, variants, batch, rng, workers)
-            optimizer.step()
-            seen.add_batch(step, batch.y)
-            on_step_end(epoch + 1, steps)
-            if checkpointer:
-                checkpointer.save_if_interrupted(steps, seen)
-    row = {
-        "epoch": epoch + 1,
-        "train/lr": resolved_value(settings.optim.lr),
-        **seen.compute_metrics(),
-    }
-    if not math.isfinite(row["train/loss"]):
-        raise TrainingFailed(
-            f"the loss became {row['train/loss']} in epoch {epoch + 1}; a smaller optim.lr may help"
-        )
-    row["train/seconds"] = (
-        checkpointer.elapsed_seconds if checkpointer else time.perf_counter() - started
-    )
-    if (epoch + 1) % config.validation.every == 0 or epoch + 1 == config.epochs:
-        started = time.perf_counter()
-        with disable_tf32_and_autocast(data.val.y.device):
-            # The form in which AutoAttack will meet it, whatever `compute` says.
-            judged = make_attack_model(
-                variants.model, data.val.get_float_images(slice(0, MIN_BATCH_ROWS))
-            )
-            row |= _compute_validation_metrics(config, judged, data.val, workers)
-            row["train/natural"] = measure_natural_accuracy(judged, data.train)
-        row["validation_seconds"] = time.perf_counter() - started
-    return row, seen.compute_histograms()
-
-
 def _compute_validation_metrics(
     config: TrainingConfig, model: nn.Module, val: Split, workers: WorkerGroup
-) -> dict[str, float]:
-    """The validation metrics; several workers share out the examples."""
-    count = min(config.validation.size or len(val), len(val))
-    if count < workers.size or workers.size == 1:
+) -> EpochMetrics:
+    """Run the validation attacks; several workers divide the examples among them."""
+    n_examples = min(config.validation.size or len(val), len(val))
+    if n_examples < workers.size or workers.size == 1:
         return config.validation(model, val)
-    mine = slice(workers.rank, count, workers.size)
-    share = Split(val.x[mine], val.y[mine], val.index[mine], val.pixel_max)
+    rows = slice(workers.rank, n_examples, workers.size)
+    share = Split(val.x[rows], val.y[rows], val.index[rows], val.pixel_max)
     return average_metrics(config.validation(model, share), len(share), workers, val.y.device)

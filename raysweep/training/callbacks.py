@@ -1,0 +1,71 @@
+"""Callbacks through which a caller of `train_model` follows a run and interrupts it."""
+
+from collections.abc import Callable
+
+from raysweep.training.checkpoint import TrainingCheckpoint
+from raysweep.training.epoch_metrics import EpochMetrics
+
+
+class TrainingCallback:
+    """Follows a training run. Subclasses override the methods that they need; the rest do nothing.
+
+    With several workers, each worker calls its own callback.
+    """
+
+    def on_epoch_end(self, metrics: EpochMetrics, checkpoint: TrainingCheckpoint) -> None:
+        """Receive the metrics of an epoch after its checkpoint was written.
+
+        On resume it is called again for saved epochs from `n_reported_epochs` on.
+
+        Args:
+            metrics: The epoch's row of metrics; `metrics["epoch"]` is its 1-based number.
+            checkpoint: The newest checkpoint of the run. On resume that is the last saved one, for
+                all epochs that are repeated.
+        """
+
+    def on_step_end(self, epoch: int, steps: int) -> None:
+        """Receive progress after each optimizer step.
+
+        Args:
+            epoch: 1-based number of the current epoch.
+            steps: Number of finished steps in this epoch, from 1.
+        """
+
+    def should_interrupt(self) -> bool:
+        """Decide after each step whether training stops here; only a single worker asks.
+
+        Returns:
+            True to save the unfinished epoch and raise `TrainingInterrupted`.
+        """
+        return False
+
+
+class FunctionCallback(TrainingCallback):
+    """A callback made of plain functions, for callers that need no class.
+
+    Args:
+        on_epoch_end: Called with (metrics, checkpoint) after each epoch.
+        on_step_end: Called with (epoch, steps) after each step.
+        should_interrupt: Called after each step; True interrupts training.
+    """
+
+    def __init__(
+        self,
+        on_epoch_end: Callable[[EpochMetrics, TrainingCheckpoint], object] | None = None,
+        on_step_end: Callable[[int, int], object] | None = None,
+        should_interrupt: Callable[[], bool] | None = None,
+    ) -> None:
+        self._on_epoch_end = on_epoch_end
+        self._on_step_end = on_step_end
+        self._should_interrupt = should_interrupt
+
+    def on_epoch_end(self, metrics: EpochMetrics, checkpoint: TrainingCheckpoint) -> None:
+        if self._on_epoch_end is not None:
+            self._on_epoch_end(metrics, checkpoint)
+
+    def on_step_end(self, epoch: int, steps: int) -> None:
+        if self._on_step_end is not None:
+            self._on_step_end(epoch, steps)
+
+    def should_interrupt(self) -> bool:
+        return self._should_interrupt is not None and self._should_interrupt()

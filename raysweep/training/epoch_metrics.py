@@ -1,0 +1,55 @@
+"""The row of metrics that each epoch leaves, and which epoch of a run is the best."""
+
+import math
+from collections.abc import Sequence
+
+from raysweep.training.config import TrainingConfig
+
+EpochMetrics = dict[str, float]
+"""Metrics of one epoch by name: a row of a run's history, as checkpoints store it in JSON.
+
+Shares and accuracies are in [0, 1]. NAME is the name of an attack or of a term of the method.
+
+Every epoch has:
+    epoch: Number of the epoch, from 1.
+    train/lr: Learning rate.
+    train/loss: Mean training loss.
+    train/clean: Accuracy on natural training images, if the method looks at them.
+    train/NAME: Accuracy on training images under an attack.
+    train/kappa_NAME, train/kappa_median_NAME: Mean and median number of steps that an attack needs.
+    train/V_NAME: Mean true-class confidence under an attack (LRAT, equations 8 and 9).
+    train/weight_NAME: Mean instance weight of a term before normalisation.
+    train/ess_NAME: Effective sample size of a term's weights, as a share of the examples.
+    train/active_NAME: Share of examples with a positive weight.
+    train/low_weight_NAME: Share of examples whose weight is below 0.2 of the batch's mean.
+    train/seconds: Training time in seconds, without validation.
+
+A validated epoch (see `validation.every`) also has:
+    clean: Accuracy on natural validation images.
+    NAME: Accuracy under an attack of `validation.attacks`.
+    robust_worst: Accuracy under the worst of all validation attacks.
+    masking_gap: Accuracy under the first attack minus `robust_worst`.
+    zero_gradient: Share of correct examples whose cross-entropy has no gradient.
+    val/ce_cw_gap, val/scaling_gap: Symptoms of masked gradients (see `Validation`).
+    flatness_friendly, flatness_adversarial: Norms of the input gradient, if `validation.flatness`.
+    train/natural: Accuracy on the first 1,000 natural training images, in eval mode.
+    validation_seconds: Validation time in seconds.
+
+An epoch that was reused from another run also has:
+    shared: 1.0.
+"""
+
+
+def find_best_epoch(config: TrainingConfig, history: Sequence[EpochMetrics]) -> int:
+    """Find the epoch with the highest `validation.objective`.
+
+    Args:
+        config: The run's config; its `validation.objective` names the metric.
+        history: Metrics of all finished epochs, at least one, in order.
+
+    Returns:
+        The 1-based epoch; the earliest of several with the same value. Epochs without validation
+        count as minus infinity.
+    """
+    scores = [metrics.get(config.validation.objective, -math.inf) for metrics in history]
+    return scores.index(max(scores)) + 1
