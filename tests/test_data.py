@@ -35,7 +35,7 @@ def test_the_split_does_not_move_with_the_training_seed_but_with_its_own() -> No
 
 def test_too_large_a_validation_set_is_refused() -> None:
     with pytest.raises(
-        SpecError, match=r"data.val_size 1347: data 'digits' has 1347 training examples"
+        SpecError, match=r"data.val_size 1347: data 'digits' has only 1347 training examples"
     ):
         load_data(DataSpec(name="digits", val_size=1347))
 
@@ -154,9 +154,7 @@ def test_digits_are_scikit_learns() -> None:
     from sklearn.datasets import load_digits
 
     ours, theirs = DATASET_LOADERS["digits"](None, False), load_digits()
-    assert np.array_equal(
-        np.concatenate([ours.x_train, ours.x_test])[:, 0], theirs.get_float_images
-    )
+    assert np.array_equal(np.concatenate([ours.x_train, ours.x_test])[:, 0], theirs.images)
     assert np.array_equal(np.concatenate([ours.y_train, ours.y_test]), theirs.target)
 
 

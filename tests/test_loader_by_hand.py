@@ -129,7 +129,7 @@ def test_a_smaller_training_set_is_balanced_and_does_not_change_validation(tmp_p
     assert set(small.train.index.tolist()) < set(whole.train.index.tolist())
     assert len(load_data(spec.model_copy(update={"train_size": 81})).train) == 81
     for sizes in ({"train_size": 82}, {"val_size": 90}, {"val_size": 91}):
-        with pytest.raises(SpecError, match="data 'arrays' has 90 training examples to share"):
+        with pytest.raises(SpecError, match="data 'arrays' has only 90 training examples"):
             load_data(spec.model_copy(update=sizes))
 
 

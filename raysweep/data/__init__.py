@@ -1,8 +1,9 @@
-"""Data on the device: the splits of a data set, batches, and augmentation of a whole batch."""
+"""Image data sets: loading, splitting, batching and augmentation, as tensors on a device."""
 
 from raysweep.data.batches import Batch, augment_images, epoch_batches
-from raysweep.data.dataset import Dataset, DataSpec, Split, load_data
+from raysweep.data.dataset import Dataset, DataSpec, load_data
 from raysweep.data.datasets import DATASET_LOADERS
+from raysweep.data.split import Split
 
 __all__ = [
     "DATASET_LOADERS",

@@ -1,22 +1,25 @@
-"""Batches of one epoch, and augmentation of a whole batch at once."""
+"""Batches of one training epoch, and augmentation of a whole batch at once."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from raysweep.data.split import Split
 from raysweep.rng import ExampleRng, derive_seed
-
-if TYPE_CHECKING:
-    from raysweep.data.dataset import Split
 
 
 @dataclass(frozen=True)
 class Batch:
-    """x (B, C, H, W) float32 in [0, 1], y (B,), index (B,)."""
+    """One batch of B training examples.
+
+    Attributes:
+        x: Images, (B, C, H, W) float32 in [0, 1].
+        y: Labels, (B,) int64.
+        index: Ids of the examples, (B,) int64.
+    """
 
     x: Tensor
     y: Tensor
@@ -24,47 +27,69 @@ class Batch:
 
 
 def epoch_batches(
-    split: "Split",
+    split: Split,
     batch_size: int,
     seed: int,
     epoch: int,
     augment: bool,
     rank: int = 0,
     n_workers: int = 1,
-    unlabeled: "Split | None" = None,
+    unlabeled: Split | None = None,
     unlabeled_fraction: float = 0.5,
 ) -> Iterator[Batch]:
-    """The shuffled batches of one epoch, a last short one included; of each, every `workers`-th row
-    from `rank` on.
+    """Iterate over the shuffled batches of one epoch. The last batch may be smaller.
 
-    With `unlabeled`, an epoch has as many batches as without; each gives up its share of rows to
-    fresh unlabelled ones.
+    The number of batches does not depend on `unlabeled`. With it, a part of each batch is
+    pseudo-labelled images, and the epoch uses fewer rows of `split`.
+
+    Args:
+        split: Labelled training images.
+        batch_size: Rows per batch, summed over all workers.
+        seed: Seed of the order and of the augmentation.
+        epoch: Epoch number; each epoch has another order.
+        augment: Whether to crop and flip the images at random (see `augment_images`).
+        rank: Number of this worker, in 0..n_workers-1. It gets rows `rank`, `rank + n_workers`,
+            ... of each batch.
+        n_workers: Number of workers that share each batch.
+        unlabeled: Pseudo-labelled images, or None.
+        unlabeled_fraction: Fraction of each batch that comes from `unlabeled`, in (0, 1).
+
+    Yields:
+        The rows of this worker, on the device of `split`.
     """
     order = _sample_indices(len(split), len(split), derive_seed(seed, "order", epoch))
-    count = math.ceil(len(split) / batch_size)
-    others = 0
-    extra = order[:0]
+    n_batches = math.ceil(len(split) / batch_size)
+    n_unlabeled = 0
+    unlabeled_order = order[:0]
     if unlabeled is not None:
-        others = min(max(round(unlabeled_fraction * batch_size), 1), batch_size - 1)
-        extra = len(split) + _sample_indices(
-            len(unlabeled), count * others, derive_seed(seed, "unlabeled", epoch)
+        n_unlabeled = min(max(round(unlabeled_fraction * batch_size), 1), batch_size - 1)
+        unlabeled_order = len(split) + _sample_indices(
+            len(unlabeled), n_batches * n_unlabeled, derive_seed(seed, "unlabeled", epoch)
         )
-    own = batch_size - others
-    order, extra = order.to(split.y.device), extra.to(split.y.device)
-    for number in range(count):
-        labeled = order[number * own : (number + 1) * own]
-        rows = torch.cat([labeled, extra[number * others : (number + 1) * others]])
-        x, y, index = _gather_rows(
-            split, unlabeled, rows[rank::n_workers], len(range(rank, len(labeled), n_workers))
-        )
+    n_labeled = batch_size - n_unlabeled
+    device = split.y.device
+    order, unlabeled_order = order.to(device), unlabeled_order.to(device)
+    for i in range(n_batches):
+        labeled_rows = order[i * n_labeled : (i + 1) * n_labeled]
+        unlabeled_rows = unlabeled_order[i * n_unlabeled : (i + 1) * n_unlabeled]
+        worker_rows = torch.cat([labeled_rows, unlabeled_rows])[rank::n_workers]
+        n_worker_labeled = len(range(rank, len(labeled_rows), n_workers))
+        x, y, index = _gather_rows(split, unlabeled, worker_rows, n_worker_labeled)
         if augment:
             x = augment_images(x, ExampleRng.for_examples(index, seed, "augment", epoch))
         yield Batch(x, y, index)
 
 
 def augment_images(x: Tensor, rng: ExampleRng, pad: int = 4) -> Tensor:
-    """A random crop after `pad` zero pixels on each side, and a horizontal flip of every second
-    image or so.
+    """Crop each image at a random place and flip it horizontally with probability 0.5.
+
+    Args:
+        x: Images, (N, C, H, W).
+        rng: Random numbers of these N examples.
+        pad: Zero pixels added on each side before the crop.
+
+    Returns:
+        New images, (N, C, H, W).
     """
     n, _, height, width = x.shape
     padded = torch.nn.functional.pad(x, (pad,) * 4)
@@ -79,25 +104,30 @@ def augment_images(x: Tensor, rng: ExampleRng, pad: int = 4) -> Tensor:
 
 
 def _sample_indices(population_size: int, n_samples: int, seed: int) -> Tensor:
-    """`count` of 0..population-1, each as often as any other, give or take one."""
+    """Draw `n_samples` of 0..population_size-1; their frequencies differ by at most 1."""
     generator = torch.Generator().manual_seed(seed)
-    turns = math.ceil(n_samples / population_size)
-    return torch.cat([torch.randperm(population_size, generator=generator) for _ in range(turns)])[
-        :n_samples
+    n_permutations = math.ceil(n_samples / population_size)
+    permutations = [
+        torch.randperm(population_size, generator=generator) for _ in range(n_permutations)
     ]
+    return torch.cat(permutations)[:n_samples]
 
 
 def _gather_rows(
-    split: "Split", unlabeled: "Split | None", rows: Tensor, n_labeled: int
+    split: Split, unlabeled: Split | None, rows: Tensor, n_labeled: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, labels and index; rows after the first `labeled`, past the end of `split`, are those
-    of `unlabeled`.
+    """Return images, labels and ids of `rows`.
+
+    The first `n_labeled` rows are row numbers of `split`, the others row numbers of `unlabeled`
+    plus `len(split)`.
     """
     if unlabeled is None:
         return split.get_float_images(rows), split.y[rows], split.index[rows]
-    own, others = rows[:n_labeled], rows[n_labeled:] - len(split)
+    labeled_rows, unlabeled_rows = rows[:n_labeled], rows[n_labeled:] - len(split)
     return (
-        torch.cat([split.get_float_images(own), unlabeled.get_float_images(others)]),
-        torch.cat([split.y[own], unlabeled.y[others]]),
-        torch.cat([split.index[own], unlabeled.index[others]]),
+        torch.cat(
+            [split.get_float_images(labeled_rows), unlabeled.get_float_images(unlabeled_rows)]
+        ),
+        torch.cat([split.y[labeled_rows], unlabeled.y[unlabeled_rows]]),
+        torch.cat([split.index[labeled_rows], unlabeled.index[unlabeled_rows]]),
     )

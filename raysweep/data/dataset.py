@@ -1,4 +1,4 @@
-"""The three splits of a data set, as tensors on a device."""
+"""A data set, and how its settings turn files into training, validation and test splits."""
 
 import hashlib
 from collections.abc import Iterator
@@ -10,81 +10,77 @@ from typing import Annotated
 import numpy as np
 import torch
 from pydantic import Field, ValidationInfo, field_validator
-from torch import Tensor
 
 from raysweep.data.batches import Batch, epoch_batches
-from raysweep.data.datasets import DATASET_LOADERS, TrainTestArrays
+from raysweep.data.datasets import DATASET_LOADERS, LabelArray, PixelArray, TrainTestArrays
+from raysweep.data.split import Split
 from raysweep.data.unlabeled import read_unlabeled_file
 from raysweep.rng import derive_seed
 from raysweep.spec import Spec, SpecError, describe_unknown_name
 
+_PositionArray = np.ndarray[tuple[int], np.dtype[np.int64]]
+
 
 class DataSpec(Spec):
-    """Which images.
-
-    val_size: examples carved, class-balanced, from the *training* set for every choice that is made
-    while sweeping. train_size: use only so many of the rest (class-balanced); null for all.
-    augment: 4-pixel random crop and horizontal flip; null for colour images only. unlabeled: .npz,
-    .parquet or .pickle of pseudo-labelled images of the same shape, looked for in `data_dir`, for
-    `rst` and `gair-rst`; they are the share `unlabeled_fraction` of each batch. Paths become
-    absolute, `unlabeled` as part of `data_dir`: a trial trains in another working directory.
-    """
+    """Settings of a data set: which images, and how they are split and augmented."""
 
     name: str = "digits"
+    """Name of the data set, as in `raysweep list`."""
     data_dir: Path | None = None
+    """Folder of the data set's files. Becomes an absolute path, because trials run in other
+    working directories. Not needed for `digits`."""
     download: bool = False
+    """Whether torchvision may download missing files into `data_dir`."""
     val_size: Annotated[int, Field(ge=1)] = 1000
+    """Number of training examples set aside for validation, in equal shares of each class."""
     train_size: Annotated[int, Field(ge=1)] | None = None
+    """Number of the remaining examples to train on, in equal shares of each class; null for all."""
     augment: bool | None = None
+    """Whether to train on random crops (4 pixels of padding) and horizontal flips; null means
+    only for colour images."""
     split_seed: int = 0
+    """Seed that chooses the training and validation examples."""
     unlabeled: Path | None = None
+    """File of pseudo-labelled images (.npz, .parquet, .pickle or .pkl) in the shape of the data
+    set, for `rst` and `gair-rst`. A relative path starts at `data_dir`."""
     unlabeled_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Fraction of each training batch that comes from `unlabeled`, between 0 and 1."""
 
     @field_validator("data_dir", "unlabeled")
     @classmethod
     def _make_path_absolute(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        """Expand `~`, and make the path absolute unless it starts at `data_dir`."""
         if path is None:
             return None
-        with suppress(RuntimeError):  # no such user
+        # expanduser raises for the home of an unknown user.
+        with suppress(RuntimeError):
             path = path.expanduser()
         return path if info.data.get("data_dir") else path.resolve()
 
     @field_validator("name")
     @classmethod
     def _check_dataset_name(cls, name: str) -> str:
+        """Reject the name of an unknown data set."""
         if name not in DATASET_LOADERS:
             raise SpecError(describe_unknown_name("data set", name, list(DATASET_LOADERS)))
         return name
 
 
 @dataclass(frozen=True)
-class Split:
-    """x (N, C, H, W) uint8 in 0..white, y (N,) int64, index (N,) int64: the examples' numbers in
-    their source.
-    """
-
-    x: Tensor
-    y: Tensor
-    index: Tensor
-    pixel_max: int
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def get_float_images(self, rows: Tensor | slice) -> Tensor:
-        """float32 in [0, 1]."""
-        return self.x[rows].float() / self.pixel_max
-
-    def to(self, device: torch.device) -> "Split":
-        return Split(self.x.to(device), self.y.to(device), self.index.to(device), self.pixel_max)
-
-
-@dataclass(frozen=True)
 class Dataset:
-    """train and val are parts of the source's training set, every prefix of val class-balanced;
-    test is apart.
+    """The splits of a data set.
 
-    unlabeled: pseudo-labelled images, the share `unlabeled_fraction` of each training batch.
+    Attributes:
+        train: Training examples.
+        val: Validation examples, from the same source files as `train`. Every prefix has about
+            equally many examples of each class.
+        test: Test examples.
+        channels: Number of image channels.
+        classes: Number of classes.
+        augment: Whether training batches are augmented.
+        fingerprint: 16 hexadecimal digits that identify all pixels and labels.
+        unlabeled: Pseudo-labelled images, or None.
+        unlabeled_fraction: Fraction of each training batch that comes from `unlabeled`.
     """
 
     train: Split
@@ -98,105 +94,135 @@ class Dataset:
     unlabeled_fraction: float = 0.5
 
     def to(self, device: torch.device) -> "Dataset":
-        more = None if self.unlabeled is None else self.unlabeled.to(device)
-        return replace(self, train=self.train.to(device), val=self.val.to(device), unlabeled=more)
+        """Return a copy whose training data are on `device`. The test split stays where it is."""
+        unlabeled = None if self.unlabeled is None else self.unlabeled.to(device)
+        return replace(
+            self, train=self.train.to(device), val=self.val.to(device), unlabeled=unlabeled
+        )
 
     def iter_train_batches(
         self, batch_size: int, seed: int, epoch: int, rank: int = 0, n_workers: int = 1
-    ) -> Iterator["Batch"]:
-        """One epoch of training batches; of each, the rows of one worker."""
-        mixed = (self.unlabeled, self.unlabeled_fraction)
+    ) -> Iterator[Batch]:
+        """Iterate over the training batches of one epoch.
+
+        Args:
+            batch_size: Rows per batch, summed over all workers.
+            seed: Seed of the order and of the augmentation.
+            epoch: Epoch number; each epoch has another order.
+            rank: Number of this worker, in 0..n_workers-1.
+            n_workers: Number of workers that share each batch.
+
+        Returns:
+            An iterator over the rows of this worker, batch by batch.
+        """
         return epoch_batches(
-            self.train, batch_size, seed, epoch, self.augment, rank, n_workers, *mixed
+            self.train,
+            batch_size,
+            seed,
+            epoch,
+            self.augment,
+            rank,
+            n_workers,
+            self.unlabeled,
+            self.unlabeled_fraction,
         )
 
 
 def load_data(spec: DataSpec) -> Dataset:
-    """Read and split on the CPU. Raises SpecError with one line if the files are missing or not
-    what they should be.
+    """Read a data set and split it, on the CPU.
+
+    Args:
+        spec: Settings of the data set.
+
+    Returns:
+        All splits, as CPU tensors.
+
+    Raises:
+        SpecError: If files are missing or invalid, or have too few examples.
     """
     arrays = DATASET_LOADERS[spec.name](spec.data_dir, spec.download)
     classes = int(arrays.y_train.max()) + 1
-    if int(arrays.y_test.max()) >= classes:
+    test_label = int(arrays.y_test.max())
+    if test_label >= classes:
         raise SpecError(
-            f"data {spec.name!r}: test has label {int(arrays.y_test.max())}, train has 0..{classes - 1}"
+            f"data {spec.name!r}: test has label {test_label}, train has 0..{classes - 1}"
         )
-    chosen = _shuffle_class_balanced(arrays.y_train, spec)
-    val, train = chosen[: spec.val_size], chosen[spec.val_size :]
+    positions = _shuffle_class_balanced(arrays.y_train, spec)
+    val_rows, train_rows = positions[: spec.val_size], np.sort(positions[spec.val_size :])
+    test_rows = np.arange(len(arrays.y_test))
     channels = arrays.x_train.shape[1]
-    folder = spec.data_dir or Path()
-    more = (
-        None
-        if spec.unlabeled is None
-        else _load_unlabeled_split(folder / spec.unlabeled, arrays, classes)
-    )
+    unlabeled = None
+    if spec.unlabeled is not None:
+        path = (spec.data_dir or Path()) / spec.unlabeled
+        unlabeled = _load_unlabeled_split(path, arrays, classes)
     return Dataset(
-        train=_make_split(arrays.x_train, arrays.y_train, np.sort(train), arrays.pixel_max),
-        val=_make_split(arrays.x_train, arrays.y_train, val, arrays.pixel_max),
-        test=_make_split(
-            arrays.x_test, arrays.y_test, np.arange(len(arrays.y_test)), arrays.pixel_max
-        ),
+        train=_make_split(arrays.x_train, arrays.y_train, train_rows, arrays.pixel_max),
+        val=_make_split(arrays.x_train, arrays.y_train, val_rows, arrays.pixel_max),
+        test=_make_split(arrays.x_test, arrays.y_test, test_rows, arrays.pixel_max),
         channels=channels,
         classes=classes,
         augment=channels == 3 if spec.augment is None else spec.augment,
-        fingerprint=_hash_dataset(arrays, more),
-        unlabeled=more,
+        fingerprint=_hash_dataset(arrays, unlabeled),
+        unlabeled=unlabeled,
         unlabeled_fraction=spec.unlabeled_fraction,
     )
 
 
 def _load_unlabeled_split(path: Path, arrays: TrainTestArrays, classes: int) -> Split:
-    """Pseudo-labelled images as a split; their index goes on where the training set's ends."""
+    """Load pseudo-labelled images; their ids start after those of the training file."""
     x, y = read_unlabeled_file(path)
     if y is None:
         raise SpecError(
-            f"data.unlabeled {str(path)!r} has no labels `y`: `raysweep eval CHECKPOINT --pseudo-label FILE` makes them"
+            f"data.unlabeled {str(path)!r} has no labels `y`: "
+            "`raysweep eval CHECKPOINT --pseudo-label FILE` makes them"
         )
     problem = None
     if x.shape[1:] != arrays.x_train.shape[1:]:
         problem = f"images are {x.shape[1:]}, those of the data set {arrays.x_train.shape[1:]}"
     elif int(y.max()) >= classes:
-        problem = f"label {int(y.max())}, where the data set has 0..{classes - 1}"
+        problem = f"label {int(y.max())}, but the data set has 0..{classes - 1}"
     elif int(x.max()) > arrays.pixel_max:
-        problem = f"pixels up to {int(x.max())}, where the data set has 0..{arrays.pixel_max}"
+        problem = f"pixels up to {int(x.max())}, but the data set has 0..{arrays.pixel_max}"
     if problem:
         raise SpecError(f"data.unlabeled {str(path)!r}: {problem}")
     index = len(arrays.y_train) + torch.arange(len(y))
     return Split(torch.from_numpy(x), torch.from_numpy(y), index, arrays.pixel_max)
 
 
-def _shuffle_class_balanced(
-    y: np.ndarray[tuple[int], np.dtype[np.int64]], spec: DataSpec
-) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Positions, shuffled so that every prefix has the classes in equal shares as long as each
-    lasts.
+def _shuffle_class_balanced(y: LabelArray, spec: DataSpec) -> _PositionArray:
+    """Return shuffled positions: validation first, then training.
+
+    Every prefix has equally many examples of each class, until a class has no more examples.
     """
     generator = np.random.default_rng(derive_seed(spec.split_seed, "split"))
-    turn = np.empty(len(y), dtype=np.int64)
+    rank_in_class = np.empty(len(y), dtype=np.int64)
     for label in np.unique(y):
         (members,) = np.nonzero(y == label)
-        turn[generator.permutation(members)] = np.arange(len(members))
-    order = np.lexsort((generator.random(len(y)), turn))
-    wanted = len(y) if spec.train_size is None else spec.val_size + spec.train_size
-    if spec.val_size >= len(y) or wanted > len(y):
-        parts = f"data.val_size {spec.val_size}" + (
-            f" and data.train_size {spec.train_size}" if spec.train_size else ""
-        )
-        raise SpecError(f"{parts}: data {spec.name!r} has {len(y)} training examples to share")
-    return order[:wanted]
+        rank_in_class[generator.permutation(members)] = np.arange(len(members))
+    order = np.lexsort((generator.random(len(y)), rank_in_class))
+    n_selected = len(y) if spec.train_size is None else spec.val_size + spec.train_size
+    if spec.val_size >= len(y) or n_selected > len(y):
+        sizes = f"data.val_size {spec.val_size}"
+        if spec.train_size:
+            sizes += f" and data.train_size {spec.train_size}"
+        raise SpecError(f"{sizes}: data {spec.name!r} has only {len(y)} training examples")
+    return order[:n_selected]
 
 
-def _make_split(x: np.ndarray, y: np.ndarray, rows: np.ndarray, pixel_max: int) -> Split:
+def _make_split(x: PixelArray, y: LabelArray, rows: _PositionArray, pixel_max: int) -> Split:
+    """Copy `rows` of the arrays into a split; the row numbers become the ids."""
     return Split(
         torch.from_numpy(x[rows]), torch.from_numpy(y[rows]), torch.from_numpy(rows), pixel_max
     )
 
 
 def _hash_dataset(arrays: TrainTestArrays, unlabeled: Split | None) -> str:
-    """16 hex digits that change when any pixel or label does."""
+    """Return 16 hexadecimal digits of the SHA-256 of all pixels and labels."""
     sha = hashlib.sha256()
-    extra = () if unlabeled is None else (unlabeled.x.numpy(), unlabeled.y.numpy())
-    for part in (arrays.x_train, arrays.y_train, arrays.x_test, arrays.y_test, *extra):
+    parts = [arrays.x_train, arrays.y_train, arrays.x_test, arrays.y_test]
+    if unlabeled is not None:
+        parts += [unlabeled.x.numpy(), unlabeled.y.numpy()]
+    for part in parts:
         sha.update(str(part.shape).encode())
         sha.update(np.ascontiguousarray(part).data)
     return sha.hexdigest()[:16]

@@ -1,5 +1,7 @@
-"""One copy of a data set on each machine: decoded and split once, then mapped by every process that
-trains on it.
+"""Cache of decoded data sets on each machine.
+
+A data set is read and split once per machine and written to a file. All processes of that machine
+map the file, so that they share one copy in memory.
 """
 
 import os
@@ -14,68 +16,80 @@ from safetensors.torch import save
 from torch import Tensor
 
 from raysweep.atomic_files import atomic_open
-from raysweep.data.dataset import Dataset, DataSpec, Split, load_data
+from raysweep.data.dataset import Dataset, DataSpec, load_data
+from raysweep.data.split import Split
 from raysweep.spec import SpecError, json_digest
 
-# The copies that were used last stay on disk.
+# The most recently used files stay in the cache.
 _MAX_CACHE_FILES = 8
 _SPLIT_NAMES = ("train", "val", "test", "unlabeled")
 
 
 @dataclass(frozen=True)
 class CachedDataset:
-    """A data set that somebody has read, as the processes that train on it are told of it."""
+    """Picklable handle of a data set. Workers load it from the cache of their machine.
+
+    Attributes:
+        spec: Settings with which the driver read the data set.
+        fingerprint: `Dataset.fingerprint` of what the driver read.
+    """
 
     spec: DataSpec
     fingerprint: str
 
     def load_shared(self, spec: DataSpec) -> Dataset:
-        """Data of `spec`, in memory that all processes of this machine share if its images are
-        those of this source.
+        """Load a data set, in memory shared with the other processes of this machine if possible.
 
-        Raises SpecError in one line that names the machine if the files are missing or hold other
-        images.
+        Args:
+            spec: Settings of the data set to load. The memory is shared if these name the same
+                files as `self.spec`; other files are read without the cache.
+
+        Returns:
+            The data set, on the CPU.
+
+        Raises:
+            SpecError: If files are missing on this machine, or if the files of `self.spec` do not
+                have the driver's fingerprint. The message names the machine.
         """
-        places = ("name", "data_dir", "unlabeled")
-        same = all(getattr(spec, place) == getattr(self.spec, place) for place in places)
-        return _load_memoized(spec.model_dump_json(), self.fingerprint if same else None)
+        source_fields = ("name", "data_dir", "unlabeled")
+        has_same_files = all(
+            getattr(spec, field) == getattr(self.spec, field) for field in source_fields
+        )
+        return _load_memoized(spec.model_dump_json(), self.fingerprint if has_same_files else None)
 
 
 @cache
 def _load_memoized(spec_json: str, fingerprint: str | None) -> Dataset:
-    """Trials that follow each other in one process need not even map it again."""
-    checked = DataSpec.model_validate_json(spec_json)
+    """Load a data set once per process, so that later trials of the process reuse it."""
+    spec = DataSpec.model_validate_json(spec_json)
     try:
-        return (
-            load_data(checked)
-            if fingerprint is None
-            else _load_or_create_cache(checked, fingerprint)
-        )
+        if fingerprint is None:
+            return load_data(spec)
+        return _load_or_create_cache(spec, fingerprint)
     except SpecError as error:
         raise SpecError([f"{socket.gethostname()}: {line}" for line in error.problems]) from None
 
 
 def get_dataset_cache_dir() -> Path:
-    """Where copies are kept: this user's alone."""
+    """Return the cache folder of the current user: `$XDG_CACHE_HOME/raysweep-data`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raysweep-data"
 
 
 def _load_or_create_cache(spec: DataSpec, fingerprint: str) -> Dataset:
-    deciding = {
-        name: value
-        for name, value in spec.to_json_dict().items()
-        if name not in ("data_dir", "download")
-    }
-    path = get_dataset_cache_dir() / f"{fingerprint}-{json_digest(deciding)}.safetensors"
+    """Map the cache file of a data set; create it first if it is missing or damaged."""
+    key_fields = spec.to_json_dict()
+    for field in ("data_dir", "download"):
+        del key_fields[field]
+    path = get_dataset_cache_dir() / f"{fingerprint}-{json_digest(key_fields)}.safetensors"
     with suppress(OSError, SafetensorError):
         return _map_cache_file(path, spec, fingerprint)
     data = load_data(spec)
     if data.fingerprint != fingerprint:
         raise SpecError(
-            f"{spec.data_dir} holds other {spec.name!r} data (fingerprint {data.fingerprint}) than the driver's "
-            f"({fingerprint})"
+            f"{spec.data_dir} holds other {spec.name!r} data (fingerprint {data.fingerprint}) "
+            f"than the driver's ({fingerprint})"
         )
-    # A full disk costs memory, not the trial.
+    # With a full disk the trial still runs; it only needs more memory.
     with suppress(OSError, SafetensorError):
         _write_cache_file(path, data)
         return _map_cache_file(path, spec, fingerprint)
@@ -83,49 +97,49 @@ def _load_or_create_cache(spec: DataSpec, fingerprint: str) -> Dataset:
 
 
 def _write_cache_file(path: Path, data: Dataset) -> None:
+    """Write all splits into a safetensors file, and delete the least recently used files."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    parts = {name: split for name in _SPLIT_NAMES if (split := getattr(data, name)) is not None}
-    tensors = {
-        f"{name}.{field}": tensor
-        for name, split in parts.items()
-        for field, tensor in (("x", split.x), ("y", split.y), ("index", split.index))
-    }
-    facts = {
+    tensors: dict[str, Tensor] = {}
+    for name in _SPLIT_NAMES:
+        split: Split | None = getattr(data, name)
+        if split is not None:
+            tensors |= {f"{name}.x": split.x, f"{name}.y": split.y, f"{name}.index": split.index}
+    # "white" is how raysweep 0.1 called pixel_max; its cache files stay valid.
+    metadata = {
         "white": data.train.pixel_max,
         "channels": data.channels,
         "classes": data.classes,
         "augment": data.augment,
     }
     with atomic_open(path) as stream:
-        stream.write(save(tensors, {name: str(int(value)) for name, value in facts.items()}))
-    for old in sorted(path.parent.glob("*.safetensors"), key=lambda file: -file.stat().st_mtime)[
-        _MAX_CACHE_FILES:
-    ]:
-        old.unlink(missing_ok=True)
+        stream.write(save(tensors, {name: str(int(value)) for name, value in metadata.items()}))
+    newest_first = sorted(path.parent.glob("*.safetensors"), key=lambda file: -file.stat().st_mtime)
+    for file in newest_first[_MAX_CACHE_FILES:]:
+        file.unlink(missing_ok=True)
 
 
 def _map_cache_file(path: Path, spec: DataSpec, fingerprint: str) -> Dataset:
-    """Tensors on the file's own pages, which the system reads when they are touched and shares
-    between processes.
+    """Map a cache file into memory.
+
+    The system reads its pages when they are used, and shares them between processes.
     """
     with safe_open(path, "pt") as file:
-        facts = {name: int(value) for name, value in file.metadata().items()}
+        metadata = {name: int(value) for name, value in file.metadata().items()}
         tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    # The time of last use decides which files are deleted.
     os.utime(path)
-    splits = {
-        name: Split(
-            tensors[f"{name}.x"], tensors[f"{name}.y"], tensors[f"{name}.index"], facts["white"]
-        )
-        for name in _SPLIT_NAMES
-        if f"{name}.x" in tensors
-    }
+    splits: dict[str, Split] = {}
+    for name in _SPLIT_NAMES:
+        if f"{name}.x" in tensors:
+            x, y, index = (tensors[f"{name}.{field}"] for field in ("x", "y", "index"))
+            splits[name] = Split(x, y, index, metadata["white"])
     return Dataset(
         train=splits["train"],
         val=splits["val"],
         test=splits["test"],
-        channels=facts["channels"],
-        classes=facts["classes"],
-        augment=bool(facts["augment"]),
+        channels=metadata["channels"],
+        classes=metadata["classes"],
+        augment=bool(metadata["augment"]),
         fingerprint=fingerprint,
         unlabeled=splits.get("unlabeled"),
         unlabeled_fraction=spec.unlabeled_fraction,

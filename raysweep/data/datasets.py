@@ -1,4 +1,7 @@
-"""Where images come from. A new data set is a function here and a line in `DATASETS`."""
+"""Readers of image data sets.
+
+To add a data set, write a function like `load_digits` and enter it in `DATASET_LOADERS`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +21,15 @@ LabelArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TrainTestArrays:
-    """x (N, C, H, W) uint8 in 0..white, y (N,) int64 in 0..classes-1, for training and for test."""
+    """Training and test examples as they are in the files.
+
+    Attributes:
+        x_train: Training images, (N, C, H, W) uint8 in 0..`pixel_max`.
+        y_train: Training labels, (N,) int64 in 0..classes-1.
+        x_test: Test images, as `x_train`.
+        y_test: Test labels, as `y_train`.
+        pixel_max: Pixel value that becomes 1.0.
+    """
 
     x_train: PixelArray
     y_train: LabelArray
@@ -28,9 +39,16 @@ class TrainTestArrays:
 
 
 def load_digits(data_dir: Path | None, download: bool) -> TrainTestArrays:
-    """scikit-learn's bundled handwritten digits, 8x8 grey, 0..16: the last 450 are the test set."""
-    # The file alone: importing scikit-learn would take each process longer than reading and
-    # splitting the data.
+    """Handwritten digits of scikit-learn, 8x8 grey, pixels 0..16; the last 450 are the test set.
+
+    Args:
+        data_dir: Not used; the file is part of scikit-learn.
+        download: Not used.
+
+    Returns:
+        1,347 training and 450 test images, (N, 1, 8, 8).
+    """
+    # Importing scikit-learn would take longer than reading and splitting the data.
     package = find_spec("sklearn")
     assert package is not None and package.submodule_search_locations is not None
     file = Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
@@ -40,7 +58,18 @@ def load_digits(data_dir: Path | None, download: bool) -> TrainTestArrays:
 
 
 def load_mnist(data_dir: Path | None, download: bool) -> TrainTestArrays:
-    """MNIST's handwritten digits, 28x28 grey, in torchvision's files."""
+    """Handwritten digits of MNIST, 28x28 grey, in torchvision's files.
+
+    Args:
+        data_dir: Folder of torchvision's files; required.
+        download: Whether to download missing files into `data_dir`.
+
+    Returns:
+        60,000 training and 10,000 test images, (N, 1, 28, 28).
+
+    Raises:
+        SpecError: If `data_dir` is None, or the files are missing or damaged.
+    """
     from torchvision.datasets import MNIST
 
     train, test = _load_torchvision_splits(
@@ -53,7 +82,18 @@ def load_mnist(data_dir: Path | None, download: bool) -> TrainTestArrays:
 
 
 def load_cifar10(data_dir: Path | None, download: bool) -> TrainTestArrays:
-    """CIFAR-10, 32x32 colour, in torchvision's files."""
+    """CIFAR-10, 32x32 colour, in torchvision's files.
+
+    Args:
+        data_dir: Folder of torchvision's files; required.
+        download: Whether to download missing files into `data_dir`.
+
+    Returns:
+        50,000 training and 10,000 test images, (N, 3, 32, 32).
+
+    Raises:
+        SpecError: If `data_dir` is None, or the files are missing or damaged.
+    """
     from torchvision.datasets import CIFAR10
 
     train, test = _load_torchvision_splits(
@@ -68,25 +108,48 @@ def load_cifar10(data_dir: Path | None, download: bool) -> TrainTestArrays:
 
 
 def load_svhn(data_dir: Path | None, download: bool) -> TrainTestArrays:
-    """Street View House Numbers, 32x32 colour, in torchvision's files."""
+    """Street View House Numbers, 32x32 colour, in torchvision's files.
+
+    Args:
+        data_dir: Folder of torchvision's files; required.
+        download: Whether to download missing files into `data_dir`.
+
+    Returns:
+        73,257 training and 26,032 test images, (N, 3, 32, 32).
+
+    Raises:
+        SpecError: If `data_dir` is None, or the files are missing or damaged.
+    """
     from torchvision.datasets import SVHN
 
-    def split(root: str, train: bool) -> Any:
+    def make_svhn(root: str, train: bool) -> Any:
         return SVHN(root, "train" if train else "test", download=download)
 
-    train, test = _load_torchvision_splits("svhn", data_dir, split)
+    train, test = _load_torchvision_splits("svhn", data_dir, make_svhn)
     return TrainTestArrays(
         train.data, _to_label_array(train.labels), test.data, _to_label_array(test.labels)
     )
 
 
 def load_user_arrays(data_dir: Path | None, download: bool) -> TrainTestArrays:
-    """A user's own images: `train` and `test`, each .npz or .parquet with `x` uint8 NCHW and `y`,
-    in `data_dir`.
+    """Your own images: train and test files in data_dir, .npz or .parquet, with x (uint8) and y.
+
+    Args:
+        data_dir: Folder of `train` and `test`, each .npz or .parquet with the arrays or columns `x`
+            (N, C, H, W) uint8 in 0..255 and `y` (N,) integers from 0; required.
+        download: Not used.
+
+    Returns:
+        The arrays of both files.
+
+    Raises:
+        SpecError: If `data_dir` is None, or a file is missing, cannot be read or does not hold
+            images with labels.
     """
     if data_dir is None:
         raise SpecError(
-            "data.data_dir is missing: data.name 'arrays' reads train.npz and test.npz (or .parquet) there"
+            "data.data_dir is missing: data.name 'arrays' reads train.npz and test.npz "
+            "(or .parquet) there"
         )
     (x_train, y_train), (x_test, y_test) = (
         _read_split_file(data_dir, split) for split in ("train", "test")
@@ -98,6 +161,7 @@ def load_user_arrays(data_dir: Path | None, download: bool) -> TrainTestArrays:
     return TrainTestArrays(x_train, y_train, x_test, y_test)
 
 
+# Data set name -> reader. `raysweep list` prints the first line of each reader's docstring.
 DATASET_LOADERS: dict[str, Callable[[Path | None, bool], TrainTestArrays]] = {
     "digits": load_digits,
     "mnist": load_mnist,
@@ -110,10 +174,11 @@ DATASET_LOADERS: dict[str, Callable[[Path | None, bool], TrainTestArrays]] = {
 def _load_torchvision_splits(
     dataset_name: str, data_dir: Path | None, make_dataset: Callable[[str, bool], Any]
 ) -> tuple[Any, Any]:
-    """Training and test part by torchvision's own loader."""
+    """Load the training and the test part with `make_dataset(root, is_train)`."""
     if data_dir is None:
         raise SpecError(
-            f"data.data_dir is missing: data.name {dataset_name!r} needs the folder that has it or is to get it"
+            f"data.data_dir is missing: data.name {dataset_name!r} needs the folder of its files "
+            "(with data.download=true: a folder for them)"
         )
     try:
         return make_dataset(str(data_dir), True), make_dataset(str(data_dir), False)
@@ -126,10 +191,12 @@ def _load_torchvision_splits(
 
 
 def _to_label_array(labels: object) -> LabelArray:
+    """Convert labels to int64."""
     return np.asarray(labels, dtype=np.int64)
 
 
 def _read_split_file(folder: Path, split_name: str) -> tuple[PixelArray, LabelArray]:
+    """Read and check `split_name`.npz or `split_name`.parquet."""
     for suffix, reader in ((".npz", read_npz), (".parquet", read_parquet)):
         path = folder / f"{split_name}{suffix}"
         if path.exists():
@@ -145,13 +212,36 @@ def _read_split_file(folder: Path, split_name: str) -> tuple[PixelArray, LabelAr
 
 
 def read_npz(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
-    """`x` and `y`; arrays of objects are refused, for reading them would execute what they say."""
+    """Read an .npz file.
+
+    Args:
+        path: A file with the arrays `x` and `y`.
+
+    Returns:
+        `x` and `y`, unchecked.
+
+    Raises:
+        ValueError: If an array holds Python objects: loading them can execute code.
+        KeyError: If `x` or `y` is missing.
+        OSError: If the file cannot be read.
+    """
     with np.load(path, allow_pickle=False) as file:
         return file["x"], file["y"]
 
 
 def read_parquet(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
-    """Columns `x`, a fixed-shape tensor, and `y`."""
+    """Read a .parquet file.
+
+    Args:
+        path: A file with the columns `x` (arrow.fixed_shape_tensor, C x H x W) and `y`.
+
+    Returns:
+        `x` and `y`, unchecked.
+
+    Raises:
+        ValueError: If `x` is not a column of tensors of one shape.
+        OSError: If the file cannot be read.
+    """
     table = pq.read_table(path, columns=["x", "y"])
     column = table["x"].combine_chunks()
     if hasattr(column, "to_numpy_ndarray"):
@@ -164,15 +254,28 @@ def read_parquet(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
 def check_image_arrays(
     path: Path, x: NDArray[np.generic], y: NDArray[np.generic]
 ) -> tuple[PixelArray, LabelArray]:
-    """x and y in their types, if they are images with one label each; SpecError if not."""
+    """Check that two arrays are images with one label each.
+
+    Args:
+        path: The file they come from, for the message.
+        x: Images; must be (N, C, H, W) uint8.
+        y: Labels; must be (N,) integers, 0 or larger, with N at least 1.
+
+    Returns:
+        `x` as uint8 and `y` as int64.
+
+    Raises:
+        SpecError: If a condition above does not hold.
+    """
     if x.ndim != 4 or x.dtype != np.uint8:
         raise SpecError(
             f"{path}: x must be uint8 of shape (N, C, H, W), got {x.dtype} of shape {x.shape}"
         )
     if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
         raise SpecError(
-            f"{path}: y must be {len(x)} integers, one for each image, got {y.dtype} of shape {y.shape}"
+            f"{path}: y must be {len(x)} integers, one for each image, "
+            f"got {y.dtype} of shape {y.shape}"
         )
     if len(y) == 0 or y.min() < 0:
-        raise SpecError(f"{path}: labels must be 0 or larger, and there must be some")
+        raise SpecError(f"{path}: labels must be 0 or larger, and there must be at least one")
     return x.astype(np.uint8, copy=False), y.astype(np.int64)

@@ -1,13 +1,11 @@
-"""Images without labels of their own, for robust self-training: reading them, and labelling them
-with a model.
-"""
+"""Unlabelled images for robust self-training (Carmon et al. 2019): reading and pseudo-labelling."""
 
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -22,11 +20,17 @@ ImagesAndLabels = tuple[NDArray[np.generic], NDArray[np.generic] | None]
 
 
 def read_unlabeled_file(path: Path) -> tuple[PixelArray, LabelArray | None]:
-    """x (N, C, H, W) uint8 and, if the file has them, y (N,) int64, from .npz, .parquet or Carmon
-    et al.'s .pickle.
+    """Read images, with labels if the file has them. No code in the file is executed.
 
-    Nothing in the file is executed. Raises SpecError in one line for a file that is not what its
-    name says.
+    Args:
+        path: A .npz or .parquet file with `x` and `y`, or a .pickle or .pkl file in the format of
+            Carmon et al. (2019). Only .npz and pickle files may lack labels.
+
+    Returns:
+        Images, (N, C, H, W) uint8, and labels, (N,) int64 or None.
+
+    Raises:
+        SpecError: If the suffix is unknown, or the file cannot be read or does not hold images.
     """
     reader = UNLABELED_FILE_READERS.get(path.suffix)
     if reader is None:
@@ -44,7 +48,16 @@ def read_unlabeled_file(path: Path) -> tuple[PixelArray, LabelArray | None]:
 
 
 def write_pseudo_labeled_npz(path: Path, x: PixelArray, y: LabelArray) -> None:
-    """An .npz that `read` and `data.unlabeled` take; whole or not at all."""
+    """Write an .npz file for the setting `data.unlabeled`, atomically.
+
+    Args:
+        path: The file to write.
+        x: Images, (N, C, H, W) uint8.
+        y: Labels, (N,) int64.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
     with atomic_open(path) as stream:
         np.savez_compressed(stream, x=x, y=y)
 
@@ -52,10 +65,18 @@ def write_pseudo_labeled_npz(path: Path, x: PixelArray, y: LabelArray) -> None:
 def predict_pseudo_labels(
     model: nn.Module, x: Tensor, pixel_max: int = 255, batch_size: int = 1000
 ) -> Tensor:
-    """The class that the model gives each of x (N, C, H, W) uint8 in 0..white: (N,) int64 (Carmon
-    et al. 2019).
+    """Predict the class of each image (Carmon et al. 2019).
 
-    Batch norms are in eval mode while it works; the model comes out as it went in.
+    The model runs in eval mode; its former mode is restored at the end.
+
+    Args:
+        model: Maps (B, C, H, W) float32 in [0, 1] to logits (B, classes).
+        x: Images, (N, C, H, W) uint8 in 0..`pixel_max`.
+        pixel_max: Pixel value that becomes 1.0.
+        batch_size: Images per forward pass.
+
+    Returns:
+        Labels, (N,) int64, on the device of `x`.
     """
     training = model.training
     model.eval()
@@ -70,13 +91,15 @@ def predict_pseudo_labels(
 
 
 def _read_npz_optional_labels(path: Path) -> ImagesAndLabels:
+    """Read `x`, and `y` if it is there, from an .npz file."""
     with np.load(path, allow_pickle=False) as file:
         return (file["x"], file["y"]) if "y" in file.files else (file["x"], None)
 
 
 def _read_carmon_pickle(path: Path) -> ImagesAndLabels:
-    """Carmon et al.'s 500K images: a dict of `data`, uint8 (N, H, W, C), and
-    `extrapolated_targets`, (N,) integers.
+    """Read the file of 500,000 images of Carmon et al. (2019).
+
+    It is a dict of `data`, (N, H, W, C) uint8, and `extrapolated_targets`, (N,) integers.
     """
     with path.open("rb") as file:
         content = _ArrayUnpickler(file, encoding="latin1").load()
@@ -85,16 +108,13 @@ def _read_carmon_pickle(path: Path) -> ImagesAndLabels:
     x, labels = content["data"].to_ndarray(), content.get("extrapolated_targets")
     if x.ndim != 4:
         raise ValueError(f"data must be of shape (N, H, W, C), got {x.shape}")
-    y = (
-        labels.to_ndarray()
-        if isinstance(labels, _NdarrayStub)
-        else None
-        if labels is None
-        else np.asarray(labels)
-    )
+    if isinstance(labels, _NdarrayStub):
+        labels = labels.to_ndarray()
+    y = None if labels is None else np.asarray(labels)
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2)), y
 
 
+# File suffix -> reader.
 UNLABELED_FILE_READERS: dict[str, Callable[[Path], ImagesAndLabels]] = {
     ".npz": _read_npz_optional_labels,
     ".parquet": read_parquet,
@@ -104,23 +124,24 @@ UNLABELED_FILE_READERS: dict[str, Callable[[Path], ImagesAndLabels]] = {
 
 
 class _DtypeStub:
-    """Stands for numpy.dtype: numbers of fixed size alone."""
+    """Replaces numpy.dtype in a pickle. Accepts only numbers of fixed size."""
 
     def __init__(self, code: str, *_: object) -> None:
         if not isinstance(code, str) or not re.fullmatch(r"[iuf][1248]|b1", code):
-            raise pickle.UnpicklingError(f"an array of {code!r}, where only numbers are allowed")
+            raise pickle.UnpicklingError(f"an array of {code!r}: only numbers are allowed")
         self.type_code, self.byte_order = code, "<"
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.byte_order = state[1] if state[1] in ("<", ">") else "<"
 
     def to_dtype(self) -> np.dtype[Any]:
+        """Return the NumPy type."""
         return np.dtype(self.byte_order + self.type_code)
 
 
 @dataclass
 class _NdarrayStub:
-    """Stands for numpy.ndarray: keeps what the pickle says and makes an array of it when asked."""
+    """Replaces numpy.ndarray in a pickle. Stores the raw bytes until `to_ndarray` is called."""
 
     data_bytes: bytes = b""
     dtype: _DtypeStub | None = None
@@ -132,58 +153,59 @@ class _NdarrayStub:
         self.data_bytes = raw.encode("latin1") if isinstance(raw, str) else raw
 
     def to_ndarray(self) -> NDArray[np.generic]:
-        if not isinstance(self.dtype, _DtypeStub) or not isinstance(
-            self.data_bytes, bytes | bytearray
-        ):
+        """Return the array; UnpicklingError if the pickle gave no type or no bytes."""
+        has_type = isinstance(self.dtype, _DtypeStub)
+        if not has_type or not isinstance(self.data_bytes, bytes | bytearray):
             raise pickle.UnpicklingError("an array without plain numbers")
-        return np.frombuffer(self.data_bytes, self.dtype.to_dtype()).reshape(
-            self.shape, order="F" if self.is_fortran_order else "C"
-        )
+        order: Literal["C", "F"] = "F" if self.is_fortran_order else "C"
+        values = np.frombuffer(self.data_bytes, self.dtype.to_dtype())
+        return values.reshape(self.shape, order=order)
 
 
 def _make_ndarray_stub(*_: object) -> _NdarrayStub:
+    """Replace numpy's `_reconstruct`, which makes an empty array."""
     return _NdarrayStub()
 
 
 def _make_stub_from_buffer(
     data_bytes: bytes, dtype: _DtypeStub, shape: tuple[int, ...], order: str
 ) -> _NdarrayStub:
+    """Replace numpy's `_frombuffer`, which makes an array from bytes."""
     return _NdarrayStub(data_bytes, dtype, shape, order == "F")
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
-    """How protocols 0 to 2 write bytes."""
+    """Replace `_codecs.encode`, with which pickle protocols 0 to 2 store bytes."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}")
     return text.encode("latin1")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads plain data and arrays of numbers. Names in the pickle are never imported: each stands
-    for a part above.
+    """Reads plain data and arrays of numbers. Never imports a name that is in the pickle.
+
+    Each allowed name is replaced by a stub of this module; every other name is an error.
     """
 
-    _ALLOWED_GLOBALS = {  # noqa: RUF012
+    _ALLOWED_GLOBALS: ClassVar[Mapping[tuple[str, str], Any]] = {
         ("_codecs", "encode"): _encode_latin1,
         ("numpy", "dtype"): _DtypeStub,
         ("numpy", "ndarray"): _NdarrayStub,
-        **{
-            (f"numpy.{core}.multiarray", "_reconstruct"): _make_ndarray_stub
-            for core in ("core", "_core")
-        },
-        **{
-            (f"numpy.{core}.numeric", "_frombuffer"): _make_stub_from_buffer
-            for core in ("core", "_core")
-        },
+        ("numpy.core.multiarray", "_reconstruct"): _make_ndarray_stub,
+        ("numpy._core.multiarray", "_reconstruct"): _make_ndarray_stub,
+        ("numpy.core.numeric", "_frombuffer"): _make_stub_from_buffer,
+        ("numpy._core.numeric", "_frombuffer"): _make_stub_from_buffer,
     }
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return the stub of an allowed name. The unpickler calls this for every global name."""
         try:
             return self._ALLOWED_GLOBALS[module, name]
         except KeyError:
             raise pickle.UnpicklingError(
-                f"it names {module}.{name}, and only arrays of numbers are read"
+                f"it refers to {module}.{name}; only arrays of numbers are allowed"
             ) from None
 
     def persistent_load(self, pid: object) -> NoReturn:
-        raise pickle.UnpicklingError("it refers to things outside of the file")
+        """Reject references to objects outside of the file."""
+        raise pickle.UnpicklingError("it refers to objects outside of the file")
