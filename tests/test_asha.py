@@ -28,7 +28,7 @@ class Rungs:
         data = {
             "method": "gairat",
             "base": {BURN_IN: 0},
-            "scheduler": {"grace": 2, "factor": 2},
+            "scheduler": {"grace_period": 2, "reduction_factor": 2},
             "space": {BURN_IN: {"int": [0, 6]}},
         }
         ledger = Ledger.create(path / "sweep", SearchSpace.from_data({**data, **changes}))
@@ -39,7 +39,7 @@ class Rungs:
     def stops(
         self, number: int, epoch: int, value: float | None, burn_in: int = 0, **more: float
     ) -> bool:
-        trial: Any = SimpleNamespace(config={"number": number, "settings": {BURN_IN: burn_in}})
+        trial: Any = SimpleNamespace(config={"number": number, "params": {BURN_IN: burn_in}})
         result = {"epoch": float(epoch), "training_iteration": 99, **more}
         decision = self.asha.on_trial_result(
             None, trial, result if value is None else result | {"robust_worst": value}
@@ -51,13 +51,13 @@ class Rungs:
 @pytest.mark.parametrize(
     ("scheduler", "epochs", "rungs"),
     [
-        ({"grace": 2, "factor": 2}, 8, [2, 4]),
-        ({"grace": 2, "factor": 2}, 9, [2, 4, 8]),
-        ({"grace": 1, "factor": 3}, 28, [1, 3, 9, 27]),
-        ({"grace": 3, "factor": 4}, 12, [3]),
-        ({"grace": 5, "factor": 2}, 5, []),
-        ({"grace": 5, "factor": 2}, 6, [5]),
-        ({"kind": "none", "grace": 1}, 8, []),
+        ({"grace_period": 2, "reduction_factor": 2}, 8, [2, 4]),
+        ({"grace_period": 2, "reduction_factor": 2}, 9, [2, 4, 8]),
+        ({"grace_period": 1, "reduction_factor": 3}, 28, [1, 3, 9, 27]),
+        ({"grace_period": 3, "reduction_factor": 4}, 12, [3]),
+        ({"grace_period": 5, "reduction_factor": 2}, 5, []),
+        ({"grace_period": 5, "reduction_factor": 2}, 6, [5]),
+        ({"kind": "none", "grace_period": 1}, 8, []),
         ({}, 20, [2, 4, 8, 16]),
     ],
 )
@@ -86,7 +86,7 @@ def test_rungs_are_below_the_last_epoch(scheduler: dict, epochs: int, rungs: lis
 def test_the_best_of_those_that_have_arrived_go_on(
     factor: int, values: list[float], stopped: list[bool], tmp_path: Path
 ) -> None:
-    rungs = Rungs(tmp_path, scheduler={"grace": 2, "factor": factor})
+    rungs = Rungs(tmp_path, scheduler={"grace_period": 2, "reduction_factor": factor})
     assert [rungs.stops(number, 2, value) for number, value in enumerate(values)] == stopped
 
 
@@ -147,7 +147,7 @@ def test_a_fixed_burn_in_counts_too_and_of_several_terms_the_longest(tmp_path: P
     said = []
     for epoch in (2, 4):
         for number, value in enumerate((0.9, 0.1)):
-            trial: Any = SimpleNamespace(config={"number": number, "settings": {"optim.lr": 0.05}})
+            trial: Any = SimpleNamespace(config={"number": number, "params": {"optim.lr": 0.05}})
             said.append(
                 rungs.asha.on_trial_result(
                     None, trial, {"epoch": float(epoch), "robust_worst": value}
@@ -245,7 +245,7 @@ def test_a_busy_sweep_is_stopped_as_by_a_count_of_better_trials(tmp_path: Path) 
     and 9.
     """
     draw = random.Random(0)
-    rungs = Rungs(tmp_path, epochs=12, scheduler={"grace": 1, "factor": 3})
+    rungs = Rungs(tmp_path, epochs=12, scheduler={"grace_period": 1, "reduction_factor": 3})
     seen: dict[int, dict[int, float]] = {1: {}, 3: {}, 9: {}}
     reached, burn_in = (
         dict.fromkeys(range(24), 0),

@@ -153,11 +153,11 @@ def test_a_starting_point_off_its_distribution_is_refused(
     entry: dict, value: float, refused: bool
 ) -> None:
     space = SearchSpace.from_data(
-        {"method": "at", "space": {LR: entry}, "start": [{}, {LR: value}]}
+        {"method": "at", "space": {LR: entry}, "points_to_evaluate": [{}, {LR: value}]}
     )
     if refused:
         (line,) = space.find_problems()
-        assert line.startswith(f"start.1.{LR} = {value!r}: outside the searched ")
+        assert line.startswith(f"points_to_evaluate.1.{LR} = {value!r}: outside the searched ")
     else:
         assert space.find_problems() == []
 
@@ -168,12 +168,19 @@ def test_a_starting_point_must_be_valid_settings_of_a_run() -> None:
         "space": {"batch_size": {"categorical": [16, 32]}, LR: {"float": [0.01, 0.1]}},
     }
     assert (
-        SearchSpace.from_data({**data, "start": [{"batch_size": 16, LR: 0.05}]}).find_problems()
+        SearchSpace.from_data(
+            {**data, "points_to_evaluate": [{"batch_size": 16, LR: 0.05}]}
+        ).find_problems()
         == []
     )
     wrong = {**data, "space": {"batch_size": {"categorical": [1, 16]}, LR: {"float": [0.01, 0.1]}}}
-    lines = SearchSpace.from_data({**wrong, "start": [{"batch_size": 1}]}).find_problems()
-    assert [line.partition(":")[0] for line in lines] == ["space.batch_size", "start.0.batch_size"]
+    lines = SearchSpace.from_data(
+        {**wrong, "points_to_evaluate": [{"batch_size": 1}]}
+    ).find_problems()
+    assert [line.partition(":")[0] for line in lines] == [
+        "space.batch_size",
+        "points_to_evaluate.0.batch_size",
+    ]
 
 
 def test_a_condition_names_a_searched_setting_before_it() -> None:
@@ -334,13 +341,13 @@ def test_sections_for_data_sets_add_entries_and_replace_the_rest(tmp_path: Path)
         "trials": 3,
         "base": {"epochs": 4, "batch_size": 64},
         "space": {LR: {"float": [0.01, 0.1]}, DECAY: {"float": [0.0, 0.1]}},
-        "start": [{LR: 0.05}],
+        "points_to_evaluate": [{LR: 0.05}],
         "for": {
             "cifar10": {
                 "trials": 9,
                 "base": {"epochs": 40},
                 "space": {LR: {"float": [0.1, 1.0]}},
-                "start": [],
+                "points_to_evaluate": [],
             }
         },
     }
@@ -389,9 +396,7 @@ def test_the_folder_of_a_sweeps_data_is_absolute(
 def test_the_digest_of_a_space_names_its_values() -> None:
     plain = {"method": "at", "space": {LR: {"float": [0.01, 0.1]}, DECAY: {"float": [0.0, 0.1]}}}
     space = SearchSpace.from_data(plain)
-    canonical = json.dumps(
-        json.loads(space.model_dump_json()), sort_keys=True, separators=(",", ":")
-    )
+    canonical = json.dumps(space.to_stored_dict(), sort_keys=True, separators=(",", ":"))
     assert space.digest() == hashlib.sha256(canonical.encode()).hexdigest()[:16]
     same = [
         space.to_json_dict(),

@@ -62,7 +62,7 @@ class Sweep:
         self.now += after
         fresh = SimpleNamespace(
             trial_id=f"t{number}",
-            config={"number": number, "settings": info.pop("settings", {LR: 0.1})},
+            config={"number": number, "params": info.pop("params", {LR: 0.1})},
             error_file=None,
             num_failures=0,
         )
@@ -170,7 +170,7 @@ def test_where_epochs_are_searched_each_trial_has_its_own_last_one(
 ) -> None:
     """A trial of two and one of five epochs, in a sweep whose base has three."""
     sweep = begin(space={"epochs": {"int": [2, 5]}})
-    sweep.event("start", settings={LR: 0.1, "epochs": 2 if epochs <= 2 else 5})
+    sweep.event("start", params={LR: 0.1, "epochs": 2 if epochs <= 2 else 5})
     for epoch in range(1, epochs + 1):
         sweep.report(epoch, 0.5)
     sweep.event("complete")
@@ -181,7 +181,7 @@ def test_where_epochs_are_searched_each_trial_has_its_own_last_one(
 def test_a_trial_that_a_budget_ends_can_be_resumed(
     begin: Callable[..., Sweep], epochs: int, state: str
 ) -> None:
-    sweep = begin(seconds=60.0)
+    sweep = begin(wall_seconds=60.0)
     sweep.event("start")
     for epoch in range(1, epochs + 1):
         sweep.report(epoch, 0.5)
@@ -191,7 +191,7 @@ def test_a_trial_that_a_budget_ends_can_be_resumed(
 
 
 def test_a_trial_that_never_started_leaves_nothing(begin: Callable[..., Sweep]) -> None:
-    sweep = begin(seconds=0.0)
+    sweep = begin(wall_seconds=0.0)
     sweep.event("complete")
     sweep.event("recover")
     assert sweep.ledger.load_trials() == [] and sweep.told == []
@@ -339,7 +339,7 @@ def test_a_sweep_whose_trials_cannot_start_says_so(begin: Callable[..., Sweep]) 
 
 
 def test_a_spent_budget_ends_the_rounds_too(begin: Callable[..., Sweep]) -> None:
-    sweep = begin(seconds=60.0)
+    sweep = begin(wall_seconds=60.0)
     assert sweep.relay.start_round()
     sweep.event("error", 0)
     sweep.now += 60.0
@@ -380,7 +380,7 @@ def test_gpus_of_trials_that_run_at_once_add_up(begin: Callable[..., Sweep]) -> 
 
 
 def test_a_budget_of_wall_seconds_counts_this_call_only(begin: Callable[..., Sweep]) -> None:
-    sweep = begin(Trial(0, {LR: 0.1}, seconds=1e6), seconds=60.0)
+    sweep = begin(Trial(0, {LR: 0.1}, seconds=1e6), wall_seconds=60.0)
     sweep.event("start")
     sweep.now += 59.9
     assert (
@@ -390,21 +390,21 @@ def test_a_budget_of_wall_seconds_counts_this_call_only(begin: Callable[..., Swe
     )
     sweep.now += 0.1
     assert sweep.relay.has_reached_limit and not sweep.relay.limit_reached, (
-        "reading `over` does not end the sweep"
+        "reading the property does not end the sweep"
     )
-    assert sweep.relay.end() and sweep.relay.ended
+    assert sweep.relay.update_limit_reached() and sweep.relay.limit_reached
 
 
 @pytest.mark.parametrize(
     ("budget", "spent", "over"),
     [
-        ({"seconds": 10.0}, (10.0, 0.0), True),
-        ({"seconds": 10.0}, (9.999, 1e9), False),
+        ({"wall_seconds": 10.0}, (10.0, 0.0), True),
+        ({"wall_seconds": 10.0}, (9.999, 1e9), False),
         ({"gpu_seconds": 10.0}, (0.0, 10.0), True),
         ({"gpu_seconds": 10.0}, (1e9, 9.999), False),
-        ({"seconds": 10.0, "gpu_seconds": 20.0}, (9.0, 20.0), True),
-        ({"seconds": 10.0, "gpu_seconds": 20.0}, (10.0, 19.0), True),
-        ({"seconds": 0.0}, (0.0, 0.0), True),
+        ({"wall_seconds": 10.0, "gpu_seconds": 20.0}, (9.0, 20.0), True),
+        ({"wall_seconds": 10.0, "gpu_seconds": 20.0}, (10.0, 19.0), True),
+        ({"wall_seconds": 0.0}, (0.0, 0.0), True),
         ({}, (1e12, 1e12), False),
     ],
 )
@@ -419,7 +419,7 @@ def test_a_budget_is_spent_when_it_is_reached(
 def test_tune_is_told_to_stop_all_trials_and_never_one(begin: Callable[..., Sweep]) -> None:
     from raysweep.sweep.tune_callbacks import BudgetStopper
 
-    sweep = begin(seconds=60.0)
+    sweep = begin(wall_seconds=60.0)
     stop = BudgetStopper(sweep.relay)
     assert not stop.stop_all()
     sweep.now += 60.0
@@ -444,9 +444,9 @@ def test_a_resumed_trial_keeps_its_past_and_its_number(begin: Callable[..., Swee
         "its node was preempted",
     )
     sweep = begin(Trial(3, {LR: 0.5}, "finished", 3), past)
-    sweep.event("start", 7, settings={LR: 0.25})
+    sweep.event("start", 7, params={LR: 0.25})
     assert sweep.written(7) == past
-    sweep.event("start", 3, settings={LR: 0.5})
+    sweep.event("start", 3, params={LR: 0.5})
     assert (sweep.written(3).state, sweep.written(3).epoch) == ("running", 3)
     sweep.report(3, 0.5, number=7, after=2.0)
     sweep.event("complete", 7, after=1.0)
@@ -475,7 +475,7 @@ def test_another_round_of_tune_continues_the_records_of_the_last(
     before = sweep.written()
     assert (before.epoch, before.seconds, before.retries) == (1, 12.0, 1)
     sweep.tune.clear()
-    sweep.tune[0] = SimpleNamespace(trial_id="other", config={"number": 0, "settings": {LR: 0.1}})
+    sweep.tune[0] = SimpleNamespace(trial_id="other", config={"number": 0, "params": {LR: 0.1}})
     sweep.event("start", after=50.0)
     assert sweep.written() == before
     sweep.report(2, 0.5, after=3.0)
@@ -485,7 +485,7 @@ def test_another_round_of_tune_continues_the_records_of_the_last(
 def test_trials_do_not_mix(begin: Callable[..., Sweep]) -> None:
     sweep = begin()
     for number in (0, 1):
-        sweep.event("start", number, settings={LR: 0.1 + number / 10})
+        sweep.event("start", number, params={LR: 0.1 + number / 10})
     sweep.report(1, 0.25, number=0)
     sweep.report(1, 0.75, number=1)
     sweep.report(2, 0.5, number=0)

@@ -60,7 +60,7 @@ def past(number: int, value: float | None = 0.5, alpha: float | None = None, **m
     state = "failed" if value is None else "finished"
     return Trial(
         number,
-        **{"settings": {ALPHA: alpha or 1.0 + number / 4}, "state": state, "best": best, **more},
+        **{"params": {ALPHA: alpha or 1.0 + number / 4}, "state": state, "best": best, **more},
     )
 
 
@@ -197,7 +197,7 @@ def test_unfinished_trials_come_first_in_their_order_and_once(begin: Begin) -> N
     assert [found["number"] for found in asked[:-1]] == [2, 3, 1, 4, 6, 7], (
         "then numbers that no trial has"
     )
-    assert [found["settings"] for found in asked[:2]] == [{ALPHA: 1.5}, {ALPHA: 1.75}]
+    assert [found["params"] for found in asked[:2]] == [{ALPHA: 1.5}, {ALPHA: 1.75}]
     assert asked[-1] == "FINISHED"
 
 
@@ -213,9 +213,9 @@ def test_each_starting_point_is_tried_unless_some_trial_has_it(begin: Begin) -> 
         {ALPHA: 3.0, BETA: 3.0},
         {ALPHA: 1.0, BETA: 3.0},
     ]
-    trials = [past(0, settings={ALPHA: 1.0, BETA: 2.0}), past(1, settings={ALPHA: 2.0, BETA: 1.0})]
+    trials = [past(0, params={ALPHA: 1.0, BETA: 2.0}), past(1, params={ALPHA: 2.0, BETA: 1.0})]
     search = begin(*trials, space=two, start=start, trials=6)
-    third, fourth, fifth = (search.suggest(name)["settings"] for name in "abc")
+    third, fourth, fifth = (search.suggest(name)["params"] for name in "abc")
     assert [third, fourth] == [{ALPHA: 3.0, BETA: 3.0}, {ALPHA: 1.0, BETA: 3.0}], (
         "in the order of the file"
     )
@@ -224,7 +224,7 @@ def test_each_starting_point_is_tried_unless_some_trial_has_it(begin: Begin) -> 
 
 def test_the_sampler_draws_the_settings_that_a_starting_point_lacks(begin: Begin) -> None:
     two = {ALPHA: {"float": [0.5, 4.0]}, BETA: {"float": [0.5, 4.0]}}
-    settings = begin(space=two, start=[{BETA: 2.0}]).suggest("a")["settings"]
+    settings = begin(space=two, start=[{BETA: 2.0}]).suggest("a")["params"]
     assert (
         list(settings) == [ALPHA, BETA] and settings[BETA] == 2.0 and 0.5 <= settings[ALPHA] <= 4.0
     )
@@ -234,9 +234,9 @@ def test_choices_that_are_not_scalars_come_back_from_optuna_unchanged(begin: Beg
     choices = [[0.1, 0.01], [0.05], None, 2, "2", {"kind": "x"}]
     values = {"optim.lr.values": {"categorical": choices}}
     start = [{"optim.lr.values": choice} for choice in ([0.05], {"kind": "x"})]
-    done = past(0, settings={"optim.lr.values": [0.1, 0.01]})
+    done = past(0, params={"optim.lr.values": [0.1, 0.01]})
     search = begin(done, method="at", space=values, start=start, trials=6)
-    found = [search.suggest(name)["settings"]["optim.lr.values"] for name in "abcde"]
+    found = [search.suggest(name)["params"]["optim.lr.values"] for name in "abcde"]
     assert found[:2] == [[0.05], {"kind": "x"}]
     assert sorted(map(repr, found)) == sorted(map(repr, choices[1:])), (
         "the other choices, each as it was written"
@@ -270,7 +270,7 @@ def test_optuna_is_asked_with_the_distributions_of_the_file(begin: Begin) -> Non
         "optim.nesterov",
     )
     settings = dict(zip(names, (0.01, 0.75, 3, 64, 3, False), strict=True))
-    search = begin(past(0, settings=settings), method="gairat", space=space)
+    search = begin(past(0, params=settings), method="gairat", space=space)
     search.suggest("a")
     remembered, live = search._study.get_trials()
     assert remembered.distributions == asked and live.distributions == asked
@@ -287,7 +287,7 @@ def test_a_grid_ends_with_its_points_or_is_cut_short_by_trials(
     *found, end = [search.suggest(str(number)) for number in range(points + 1)]
     ordered = [{ALPHA: alpha, ON: on} for alpha in (4.0, 0.5) for on in ("natural", "pgd")]
     assert (
-        found == [{"number": n, "settings": ordered[n]} for n in range(points)]
+        found == [{"number": n, "params": ordered[n]} for n in range(points)]
         and end == "FINISHED"
     )
 
@@ -297,7 +297,7 @@ def test_a_restarted_sampler_does_not_repeat_its_draws(begin: Begin) -> None:
     earlier = [draws.ask().suggest_float(ALPHA, 0.5, 4.0) for _ in range(12)]
     trials = [past(number, alpha=alpha) for number, alpha in enumerate(earlier)]
     search = begin(*trials, trials=14, sampler={"kind": "random", "seed": 7})
-    found = [search.suggest(name)["settings"][ALPHA] for name in "ab"]
+    found = [search.suggest(name)["params"][ALPHA] for name in "ab"]
     assert not set(found) & set(earlier)
 
 
@@ -318,11 +318,11 @@ def test_the_seed_of_a_sampler_counts_the_trials_before(kind: str) -> None:
 
 
 def test_tpe_draws_at_random_until_startup_trials_have_results(begin: Begin) -> None:
-    search = begin(trials=16, sampler={"kind": "tpe", "seed": 3, "startup": 3})
+    search = begin(trials=16, sampler={"kind": "tpe", "seed": 3, "n_startup_trials": 3})
     random = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3))
     same = []
     for number in range(6):
-        drawn = search.suggest(str(number))["settings"][ALPHA]
+        drawn = search.suggest(str(number))["params"][ALPHA]
         same.append(drawn == random.ask().suggest_float(ALPHA, 0.5, 4.0))
         search.on_trial_result(str(number), row(1, drawn / 4))
         # The third has no result.
@@ -340,7 +340,7 @@ def test_failed_trials_do_not_count_for_a_generation(begin: Begin) -> None:
         past(5, 0.125),
         past(6, 0.25),
     ]
-    study = begin(*trials, trials=8, sampler={"kind": "nsga2", "startup": 2})._study
+    study = begin(*trials, trials=8, sampler={"kind": "nsga2", "n_startup_trials": 2})._study
     sampler = study.sampler
     assert isinstance(sampler, optuna.samplers.NSGAIISampler) and sampler.population_size == 2
     complete = [trial for trial in study.get_trials() if trial.state.name == "COMPLETE"]
@@ -350,7 +350,7 @@ def test_failed_trials_do_not_count_for_a_generation(begin: Begin) -> None:
 def test_a_genetic_sampler_chooses_the_best_of_the_past_as_parents(begin: Begin) -> None:
     values = [0.125, 0.875, 0.75, 0.25]
     trials = [past(number, value, alpha=1.0 + number / 4) for number, value in enumerate(values)]
-    study = begin(*trials, sampler={"kind": "nsga2", "startup": 4}, trials=8)._study
+    study = begin(*trials, sampler={"kind": "nsga2", "n_startup_trials": 4}, trials=8)._study
     generation = study.sampler.select_parent(study, 1)  # type: ignore[attr-defined]
     assert sorted(parent.value for parent in generation) == sorted(values)
     fresh = Sampler(kind="nsga2", n_startup_trials=2)
@@ -363,8 +363,8 @@ def test_a_genetic_sampler_chooses_the_best_of_the_past_as_parents(begin: Begin)
 def test_settings_are_not_tried_again_even_if_their_trial_failed(begin: Begin) -> None:
     choices = {ALPHA: {"categorical": [0.5, 1.0, 2.0]}, ON: {"categorical": ["natural"]}}
     trials = [
-        past(0, None, settings={ON: "natural", ALPHA: 2.0}),
-        past(1, settings={ALPHA: 0.5, ON: "natural"}),
+        past(0, None, params={ON: "natural", ALPHA: 2.0}),
+        past(1, params={ALPHA: 0.5, ON: "natural"}),
     ]
-    found = begin(*trials, space=choices).suggest("a")["settings"]
+    found = begin(*trials, space=choices).suggest("a")["params"]
     assert found == {ALPHA: 1.0, ON: "natural"}, "the order of the settings does not matter"

@@ -37,15 +37,15 @@ def trial(number: int, worst: float | None, pgd: float | None = None, **more: ob
         best |= {"pgd": pgd, "masking_gap": pgd - worst}
     settings = {LR: 0.1 * (number + 1), LAM: -1.0}
     return Trial(
-        number, settings, **{"state": "finished", "best": best, "epoch": 3, "trained": 3} | more
+        number, settings, **{"state": "finished", "best": best, "epoch": 3, "trained_epochs": 3} | more
     )
 
 
 def test_trials_best_first_and_then_those_without_a_result(tmp_path: Path) -> None:
     trials = [
         trial(0, 0.4, seconds=1.5),
-        trial(1, None, state="failed", reason="the loss became nan", epoch=0, trained=0),
-        trial(2, 0.6, state="stopped", trained=1),
+        trial(1, None, state="failed", reason="the loss became nan", epoch=0, trained_epochs=0),
+        trial(2, 0.6, state="stopped", trained_epochs=1),
         trial(3, 0.5),
     ]
     made = ledger(tmp_path, trials)
@@ -112,16 +112,16 @@ def test_what_pgd_would_have_chosen_in_words(tmp_path: Path) -> None:
 
 def test_a_sweep_as_plain_data(tmp_path: Path) -> None:
     trials = [
-        trial(0, 0.4, 0.4, trained=2),
+        trial(0, 0.4, 0.4, trained_epochs=2),
         trial(1, 0.5, 0.9),
-        trial(2, None, state="running", epoch=1, trained=1),
-        trial(3, 0.6, 0.65, trained=1),
+        trial(2, None, state="running", epoch=1, trained_epochs=1),
+        trial(3, 0.6, 0.65, trained_epochs=1),
     ]
     made = ledger(tmp_path, trials, max_masking_gap=0.1)
     facts = json.loads(json.dumps(sweep_to_json(made)))
     assert facts["sweep"] == "s" and facts["path"] == str(made.path) and facts["advice"] == []
     assert facts["epochs"] == {"asked": 10, "trained": 7, "saved": 3}
-    assert facts["front"] == [3] and facts["space"] == made.space.to_json_dict()
+    assert facts["front"] == [3] and facts["space"] == made.space.to_stored_dict()
     assert [t["number"] for t in facts["trials"]] == [3, 0, 1, 2], (
         "a trial over the limit comes last of those with a result"
     )

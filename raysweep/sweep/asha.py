@@ -38,7 +38,7 @@ class AshaScheduler(FIFOScheduler):
         # Most epochs are no rung: the settings need not be validated again for those.
         if value is None or epoch not in self._rung_values:
             return str(TrialScheduler.CONTINUE)
-        burn_in = self._space.trial_config(trial.config["settings"]).burn_in
+        burn_in = self._space.trial_config(trial.config["params"]).burn_in
         if not self._record_rung(epoch, number, burn_in, value):
             return str(TrialScheduler.CONTINUE)
         return str(

@@ -48,11 +48,11 @@ class LedgerSearcher(Searcher):
             trial = self._unfinished_trials.pop(0)
             self._pending_trials[trial_id] = trial
             self.on_trial_result(trial_id, trial.best)
-            return {"number": trial.number, "settings": trial.params}
+            return {"number": trial.number, "params": trial.params}
         if not self._free_numbers:
             return Searcher.FINISHED  # type: ignore[no-any-return]
         self._pending_trials[trial_id], settings = self._ask_new_params()
-        return {"number": self._free_numbers.pop(0), "settings": settings}
+        return {"number": self._free_numbers.pop(0), "params": settings}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         metric = self._ledger.space.objectives[0]

@@ -136,7 +136,7 @@ class LedgerCallback(tune.Callback):
         proposal = trial.config
         self._interval_starts[trial.trial_id] = time.monotonic()
         if trial.trial_id not in self._trials_by_id:
-            fresh = Trial(proposal["number"], proposal["settings"])
+            fresh = Trial(proposal["number"], proposal["params"])
             self._save_and_notify(
                 trial, replace(self._trials_by_number.get(fresh.number, fresh), state="running")
             )
