@@ -61,19 +61,23 @@ EQUIVALENT = Path(__file__).parent / "mutants_equivalent.txt"
 CORE = [
     *(
         f"raysweep/{n}.py"
-        for n in ("spec", "schedules", "rng", "weights", "losses", "method", "storage", "results")
+        for n in ("spec", "schedules", "rng", "weights", "losses", "method", "storage", "leases")
     ),
+    *(f"raysweep/{n}.py" for n in ("results", "checkpoint_evaluation", "robustness_bundle")),
     *(f"raysweep/{package}/*.py" for package in ("attacks", "training", "evaluation", "data")),
     *(
         f"raysweep/sweep/{n}.py"
-        for n in ("space", "search", "asha", "ledger", "relay", "growth", "study", "plan")
+        for n in ("search_space", "optuna_search", "optuna_study", "asha", "ledger", "plan")
     ),
-    *(f"raysweep/sweep/{n}.py" for n in ("resources", "workers", "tuner", "failures")),
+    *(
+        f"raysweep/sweep/{n}.py"
+        for n in ("tune_callbacks", "extension_checks", "resources", "multi_worker_trial", "tuner")
+    ),
     *(
         f"raysweep/pipeline/{n}.py"
-        for n in ("statistics", "promote", "paper", "artifact", "stage", "bundle", "judge")
+        for n in ("statistics", "promote", "paper_tables", "artifact", "stage", "register")
     ),
-    *(f"raysweep/pipeline/{n}.py" for n in ("register", "compare")),
+    "raysweep/pipeline/paired_comparison.py",
 ]
 # Not copied with the project.
 LEFT_OUT = (".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "mlruns", "mlflow.db", "build",

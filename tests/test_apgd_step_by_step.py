@@ -167,7 +167,7 @@ def test_rows_of_a_batch_do_not_affect_each_other(loss, norm):
     rows = [0, 2, 3, 6, 8, 11]
     result, _ = run(attack, rows)
     alone = [run(attack, [row])[0] for row in rows]
-    np.testing.assert_allclose(result.x_adv, torch.cat([one.x for one in alone]), atol=1e-8)
+    np.testing.assert_allclose(result.x_adv, torch.cat([one.x_adv for one in alone]), atol=1e-8)
     assert result.queries.tolist() == [int(one.queries) for one in alone]
     assert len(set(result.queries.tolist())) > 3
 

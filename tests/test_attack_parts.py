@@ -55,8 +55,8 @@ def test_each_attack_says_how_vulnerability_to_it_is_measured():
         FAB(),
         Square(),
     ]
-    assert {attack.view for attack in probability} == {"probability"}
-    assert {attack.view for attack in by_margin} == {"margin"}
+    assert {attack.vulnerability_kind for attack in probability} == {"probability"}
+    assert {attack.vulnerability_kind for attack in by_margin} == {"margin"}
 
 
 def test_projection():

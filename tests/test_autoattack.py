@@ -220,7 +220,7 @@ def test_each_attack_of_a_cascade_sees_only_survivors():
         not (second & ~first).any() and second.sum() < first.sum() < (model(x).argmax(1) == y).sum()
     )
     assert seen[-2] <= first.sum()
-    assert torch.equal(model(result.x).argmax(1) == y, second)
+    assert torch.equal(model(result.x_adv).argmax(1) == y, second)
 
 
 def short_cascade() -> AttackCascade:
@@ -248,7 +248,7 @@ def test_leaving_the_batch_late_changes_no_verdict(attack, monkeypatch):
     model, (x, y) = robust_digits(), digits(40)
     early = model(attack(model, x, y, rng(40)).x_adv).argmax(1) == y
     for module in ("base", "apgd", "fab", "square"):
-        monkeypatch.setattr(f"raysweep.attacks.{module}.cheap_to_look", lambda x: False)
+        monkeypatch.setattr(f"raysweep.attacks.{module}.is_on_cpu", lambda x: False)
     late = model(attack(model, x, y, rng(40)).x_adv).argmax(1) == y
     assert early.sum() < 38 and torch.equal(early, late)
 

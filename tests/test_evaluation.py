@@ -205,7 +205,7 @@ def evaluate_ten_shards(folder: Path) -> None:
         nonlocal done
         for shard in shards:
             yield run(shard)
-            print(shard.name, flush=True)
+            print(shard.attack_name, flush=True)
             done += 1
             if done == 10:
                 signal.pause()

@@ -281,7 +281,7 @@ def test_a_run_that_was_left_in_the_middle_of_an_epoch(out: Path) -> None:
 @pytest.mark.parametrize("place", sorted(READ["artifacts"]))
 def test_an_artifact_of_a_stage(out: Path, place: str) -> None:
     artifact = Artifact.read_if_finished(out / place)
-    assert artifact is not None and artifact.to_json_dict() == READ["artifacts"][place]
+    assert artifact is not None and artifact.to_stored_dict() == READ["artifacts"][place]
     assert place.endswith(f"-{artifact.kind}-{artifact.key}")
     for candidate in artifact.candidates:
         assert read_checkpoint(out / candidate.checkpoint).config.method.name == candidate.method
@@ -369,7 +369,7 @@ def test_runs_in_mlflow_are_found(out: Path) -> None:
 def test_a_file_of_a_search_space(name: str) -> None:
     wanted = READ["yaml"][name]
     space = load_space("", {}, Path(f"{name}.yaml"))
-    assert space.to_json_dict() == wanted["space"] and space.digest() == wanted["digest"]
+    assert space.to_stored_dict() == wanted["space"] and space.digest() == wanted["digest"]
     assert (
         json.loads(json.dumps(space.initial_points)) == wanted["queue"]
         and space.n_trials == wanted["total"]
@@ -396,7 +396,7 @@ def test_a_file_of_a_method(name: str) -> None:
 def test_a_file_of_a_pipeline() -> None:
     wanted = READ["yaml"]["pipeline"]
     _, pipeline, settings = load_pipeline("pipeline.yaml", {})
-    assert pipeline.to_json_dict() == wanted["pipeline"] and pipeline.digest() == wanted["digest"]
+    assert pipeline.to_stored_dict() == wanted["pipeline"] and pipeline.digest() == wanted["digest"]
     planned = pipeline.iter_upstream_configs(settings)
     assert [
         [c.digest() for c in stage.list_training_configs(settings, before)]

@@ -20,7 +20,7 @@ DATA: dict[str, Any] = {
         DECAY: {"float": [0.0, 0.01], "when": {"optim.nesterov": True}},
         "seed": {"int": [0, 4]},
     },
-    "start": [{LR: 0.1}],
+    "points_to_evaluate": [{LR: 0.1}],
 }
 TRIED = {
     0: {LR: 0.1, "optim.nesterov": True, DECAY: 0.005, "seed": 0},
@@ -54,8 +54,8 @@ def problems(changes: dict[str, Any], tried: dict[int, dict[str, Any]] | None = 
         {"trials": 9},
         {"trials": 1},
         {"share_prefixes": False, "prefix_gib": 1.0},
-        {"start": []},
-        {"start": [{LR: 0.2}, {"seed": 4}]},
+        {"points_to_evaluate": []},
+        {"points_to_evaluate": [{LR: 0.2}, {"seed": 4}]},
         {"base": {"epochs": 9}},
         {"space": {LR: {"float": [0.001, 1.0]}}},
         {"space": {LR: {"float": [0.1, 0.25]}}},
@@ -82,7 +82,7 @@ def test_changes_that_are_allowed(changes: dict[str, Any]) -> None:
         ({"method": "trades"}, "method = 'trades': the sweep has 'at'"),
         ({"sampler": {"kind": "random"}}, "sampler = "),
         ({"sampler": {"seed": 1}}, "sampler = "),
-        ({"scheduler": {"grace": 4}}, "scheduler = "),
+        ({"scheduler": {"grace_period": 4}}, "scheduler = "),
         ({"base": {"epochs": 7}}, "epochs = 7: the sweep has 8 and can only have more"),
         ({"base": {"batch_size": 65}}, "batch_size = 65: the sweep has 64"),
         ({"base": {MOMENTUM: 0.5}}, "optim.momentum = 0.5: the sweep has 0.9"),
@@ -140,7 +140,7 @@ def test_all_reasons_come_at_once_and_each_once() -> None:
     lines = problems(
         {
             "metric": "clean",
-            "scheduler": {"grace": 4},
+            "scheduler": {"grace_period": 4},
             "space": {"seed": ..., MOMENTUM: {"float": [0, 0.5]}},
         }
     )

@@ -90,7 +90,7 @@ def test_finished_shards_are_in_the_folder_and_are_reused(data: Dataset, tmp_pat
     names: list[str] = []
 
     def recorded(run, shards):
-        names.extend(shard.name for shard in shards)
+        names.extend(shard.attack_name for shard in shards)
         return [run(shard) for shard in shards]
 
     for _ in range(2):

@@ -132,7 +132,7 @@ def test_missing_settings_are_an_error_or_are_skipped() -> None:
     assert changed == apply_overrides(at, {"attacks.pgd.steps": 4}), (
         "what matches is set nevertheless"
     )
-    assert problems(at, {"*.d_max": 0.1, "attacks.pgd.steps": 0}, missing="ignore") == [
+    assert problems(at, {"*.d_max": 0.1, "attacks.pgd.steps": 0}, on_missing="ignore") == [
         "attacks.pgd.steps = 0: must be greater than or equal to 1"
     ]
 

@@ -183,7 +183,7 @@ def test_the_report_shows_them_in_points_with_signs() -> None:
     assert natural[4] == "80.45 to 81.98", "Wilson's interval of 8123 of 10000"
     assert aa[5:] == ["48.50 ± 0.10", "-0.39", "1.5", "not comparable"]
     assert last[3] == "46.17 ± 0.12" and last[5:] == ["45.00", "+1.17", "3.0", "reproduced"]
-    assert [part.text_columns for part in section.parts[2:4]] == [
+    assert [part.text for part in section.parts[2:4]] == [
         "AT is not comparable: fewer epochs (99, not 100).",
         "A note.",
     ], "once for the row, then the table's own notes"

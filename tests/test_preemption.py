@@ -174,7 +174,7 @@ def test_a_training_run_that_fails_is_closed_and_says_where_to_look(workdir: Pat
     assert last.startswith("raysweep: training failed: ") and last.endswith(
         f"; its traceback is in {file}"
     )
-    assert "histograms" in last and "in fit" in file.read_text()
+    assert "histograms" in last and "in train_model" in file.read_text()
     assert statuses(workdir) == ["FAILED"]
 
 

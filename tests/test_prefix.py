@@ -171,14 +171,14 @@ def test_a_dead_owners_claim_is_taken_over(tmp_path) -> None:
 
 
 def record_answers(patch: pytest.MonkeyPatch, claim: type) -> list[bool]:
-    """A list of what `taken` of this class of claims has answered from now on, in order."""
-    taken, answers = claim.taken, []
+    """A list of what `try_acquire` of this class of claims has answered from now on, in order."""
+    try_acquire, answers = claim.try_acquire, []
 
     def answer(self) -> bool:
-        answers.append(taken(self))
+        answers.append(try_acquire(self))
         return answers[-1]
 
-    patch.setattr(claim, "taken", answer)
+    patch.setattr(claim, "try_acquire", answer)
     return answers
 
 

@@ -106,4 +106,4 @@ def test_a_type_checker_sees_what_a_notebook_gets() -> None:
         if isinstance(node, ast.If)
     ]
     seen = {alias.name: line.module for line in block.body for alias in line.names}
-    assert seen == raysweep._LAZY and set(seen) == set(raysweep.__all__)
+    assert seen == raysweep._LAZY_EXPORTS and set(seen) == set(raysweep.__all__)

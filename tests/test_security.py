@@ -39,7 +39,7 @@ NEVER = {
 
 
 # What a process wrote into a folder that nobody else can write, for the processes that it starts.
-OWN = {"processes.py": {"pickle.loads"}}
+OWN = {"process_pool.py": {"pickle.loads"}}
 
 
 def stays(path: Path, folder: Path) -> bool:

@@ -81,8 +81,14 @@ def test_a_distribution_is_checked_by_itself(entry, words, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"start": [{ALPHA: 9.0}]}, r"start.0.*alpha = 9.0: outside the searched \[0.5, 4.0\]"),
-        ({"start": [{"epochs": 3}]}, "start.0.epochs: no searched setting 'epochs'"),
+        (
+            {"points_to_evaluate": [{ALPHA: 9.0}]},
+            r"points_to_evaluate.0.*alpha = 9.0: outside the searched \[0.5, 4.0\]",
+        ),
+        (
+            {"points_to_evaluate": [{"epochs": 3}]},
+            "points_to_evaluate.0.epochs: no searched setting 'epochs'",
+        ),
         ({"sampler": {"kind": "grid"}}, r"a grid needs `categorical"),
         ({"sampler": {"kind": "tpee"}}, "'tpe', 'random', 'grid' or 'nsga2'"),
         ({"method": "gairat"}, "space for method 'gairat', not for 'lrat'"),
@@ -182,10 +188,12 @@ def test_a_rung_that_validation_leaves_out_is_refused() -> None:
         "base": {"validation.every": 2},
         "space": {"optim.lr": {"float": [0.01, 0.1]}},
     }
-    assert SearchSpace.from_data({**data, "scheduler": {"grace": 4}}).find_problems() == []
-    (line,) = SearchSpace.from_data({**data, "scheduler": {"grace": 3}}).find_problems()
+    assert SearchSpace.from_data({**data, "scheduler": {"grace_period": 4}}).find_problems() == []
+    (line,) = SearchSpace.from_data({**data, "scheduler": {"grace_period": 3}}).find_problems()
     assert "cannot be compared at epoch 3" in line and "multiple of 2" in line
     assert (
-        SearchSpace.from_data({**data, "scheduler": {"grace": 3, "kind": "none"}}).find_problems()
+        SearchSpace.from_data(
+            {**data, "scheduler": {"grace_period": 3, "kind": "none"}}
+        ).find_problems()
         == []
     )

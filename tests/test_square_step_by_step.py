@@ -86,7 +86,7 @@ def expected(attack, row):
         if least > 0:
             outcomes.append(slow(attack, row, restart))
             if -outcomes[-1].loss < least:
-                best, least = outcomes[-1].x_adv, -outcomes[-1].loss
+                best, least = outcomes[-1].x, -outcomes[-1].loss
     return best, least <= 0, outcomes
 
 

@@ -167,7 +167,11 @@ def test_the_stages_settings_win_over_the_pipelines_and_the_command_line_over_bo
 
     def epochs(**changes: Any) -> list[tuple[int, int, int]]:
         _, pipeline, settings = load_pipeline(str(file), changes)
-        runs = [config for stage in pipeline.stages[:2] for config in stage.configs(settings)]
+        runs = [
+            config
+            for stage in pipeline.stages[:2]
+            for config in stage.list_training_configs(settings)
+        ]
         return [(run.epochs, run.batch_size, run.data.train_size) for run in runs]
 
     assert epochs() == [(8, 64, 64), (3, 64, 64)], (
@@ -244,11 +248,15 @@ def test_an_impossible_order_of_stages_is_refused(stages: list, lines: list[str]
 
 def test_keep_needs_a_daily_pipeline() -> None:
     for again in ("never", "revision"):
-        (line,) = pipeline(TRAIN, again=again, keep=1).find_problems(TrainingOverrides({}, {}))
-        assert line == "keep: counts nights; it needs `again: daily`"
-    assert pipeline(TRAIN, again="daily", keep=1).find_problems(TrainingOverrides({}, {})) == []
-    with pytest.raises(SpecError, match="keep = 0"):
-        pipeline(TRAIN, again="daily", keep=0)
+        (line,) = pipeline(TRAIN, rerun=again, keep_nights=1).find_problems(
+            TrainingOverrides({}, {})
+        )
+        assert line == "keep_nights: counts nights; it needs `rerun: daily`"
+    assert (
+        pipeline(TRAIN, rerun="daily", keep_nights=1).find_problems(TrainingOverrides({}, {})) == []
+    )
+    with pytest.raises(SpecError, match="keep_nights = 0"):
+        pipeline(TRAIN, rerun="daily", keep_nights=0)
 
 
 def test_the_salt_makes_a_pipeline_run_again(monkeypatch: pytest.MonkeyPatch) -> None:

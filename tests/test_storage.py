@@ -320,7 +320,7 @@ def test_a_run_that_waits_for_a_state_leaves_alone_what_is_being_stored(
 
         return step
 
-    for name in ("_copy", "_upload"):
+    for name in ("_copy_remote_file", "_upload_file"):
         monkeypatch.setattr(storage, name, ask_before(getattr(storage, name)))
     prefixes.store_state("key", state.path)
     assert asked == [None] * 3, "before each of its files, meta.json last"

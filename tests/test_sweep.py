@@ -41,7 +41,7 @@ def space(**more) -> SearchSpace:
         "scheduler": {"kind": "none"},
         "sampler": {"kind": "random"},
         "space": {ALPHA: {"float": [0.5, 4.0]}},
-        "start": [{ALPHA: 2.0}],
+        "points_to_evaluate": [{ALPHA: 2.0}],
     }
     return SearchSpace.from_data({**data, **more})
 
@@ -271,7 +271,7 @@ def check_that_mlflow_follows(ledger: Ledger, tracker: Tracker) -> None:
         ({"base": {**TINY, "epochs": 1}}, "epochs = 1: the sweep has 2 and can only have more"),
         ({"base": {**TINY, "batch_size": 16}}, "batch_size = 16: the sweep has 32"),
         (
-            {"space": {ALPHA: {"float": [3.0, 9.0]}}, "start": []},
+            {"space": {ALPHA: {"float": [3.0, 9.0]}}, "points_to_evaluate": []},
             f"{ALPHA}: 2.0 of trial 0000 is outside",
         ),
         ({"space": {ALPHA: {"categorical": [2.0]}}}, "its kind and its `when` cannot change"),
@@ -318,7 +318,7 @@ def test_a_number_that_an_earlier_driver_left_out_is_given_now(tmp_path) -> None
 
 
 def test_a_genetic_sampler_has_its_parents_after_a_restart(tmp_path) -> None:
-    sampler = {"kind": "nsga2", "startup": 2}
+    sampler = {"kind": "nsga2", "n_startup_trials": 2}
     ledger = Ledger.create(tmp_path / "sweep", space(trials=5, sampler=sampler, start=[]))
     for number in range(4):
         ledger.save_trial(
@@ -368,7 +368,7 @@ def test_asha_stops_weak_trials_and_a_failing_trial_fails_alone(ray_cluster, tmp
         base=base,
         trials=5,
         prefix_gib=1e-4,
-        scheduler={"kind": "asha", "grace": 1, "factor": 2},
+        scheduler={"kind": "asha", "grace_period": 1, "reduction_factor": 2},
         space={"optim.lr": {"categorical": [0.05, 1.0e-7, 1.0e20]}},
         start=[{"optim.lr": lr} for lr in (0.05, 1.0e20, 1.0e-7)],
     )

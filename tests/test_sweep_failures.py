@@ -113,7 +113,9 @@ def ended_at_once(code: int) -> None:
 def test_sigterm_waits_while_a_trial_is_working(monkeypatch: pytest.MonkeyPatch) -> None:
     from raysweep.sweep import preemption
 
-    monkeypatch.setattr(preemption, "_SigtermState", SimpleNamespace(told=False, busy=False))
+    monkeypatch.setattr(
+        preemption, "_SigtermState", SimpleNamespace(requested=False, deferred=False)
+    )
     monkeypatch.setattr("os._exit", ended_at_once)
     before = signal.getsignal(signal.SIGTERM)
     try:

@@ -36,7 +36,12 @@ SMALL = {**TINY, "validation.finish.apgd_t.steps": 2, "validation.scales": []}
 
 
 def space(**changes: Any) -> SearchSpace:
-    data = {"method": "at", "trials": 16, "base": SMALL, "scheduler": {"grace": 2, "factor": 2}}
+    data = {
+        "method": "at",
+        "trials": 16,
+        "base": SMALL,
+        "scheduler": {"grace_period": 2, "reduction_factor": 2},
+    }
     return SearchSpace.from_data({**data, "space": {LR: {"float": [0.01, 0.5]}}, **changes})
 
 
@@ -232,9 +237,9 @@ def test_epochs_of_a_whole_sweep() -> None:
         expected_sweep_epochs(space(), 8) == 64 and expected_sweep_epochs(space(trials=3), 8) == 12
     )
     assert expected_sweep_epochs(space(scheduler={"kind": "none"}), 8) == 128
-    assert expected_sweep_epochs(space(scheduler={"grace": 1, "factor": 3}), 9) == round(
-        16 * (1 + 2 / 3 + 6 / 9)
-    )
+    assert expected_sweep_epochs(
+        space(scheduler={"grace_period": 1, "reduction_factor": 3}), 9
+    ) == round(16 * (1 + 2 / 3 + 6 / 9))
     grid = space(sampler={"kind": "grid"}, space={LR: {"categorical": [0.1, 0.2, 0.3]}})
     assert expected_sweep_epochs(grid, 8) == 12, "the epochs of the grid's points"
 

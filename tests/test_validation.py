@@ -234,7 +234,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """
     model.train()
     model.ladder.eval()
-    model.with_overrides.requires_grad_(False)
+    model.fixed.requires_grad_(False)
     before = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
     values = {name: value.clone() for name, value in model.state_dict().items()}
     yield

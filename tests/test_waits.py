@@ -120,7 +120,7 @@ def test_an_evaluations_attack_looks_now_and_then(attack: AnyAttack, monkeypatch
     for cheap in (True, False):
         for module in ("base", "apgd", "fab", "square"):
             monkeypatch.setattr(
-                f"raysweep.attacks.{module}.cheap_to_look", lambda x, cheap=cheap: cheap
+                f"raysweep.attacks.{module}.is_on_cpu", lambda x, cheap=cheap: cheap
             )
         with Read() as read:
             attack(model, x, y, rng)

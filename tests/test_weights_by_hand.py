@@ -154,7 +154,9 @@ def test_vulnerability_weights():
     """alpha (1 - V)^beta with V = p_y, or p_y - max p_other: .5 .3 .2, or .2 -.2 -.3."""
     for view, v in (("probability", (0.5, 0.3, 0.2)), ("margin", (0.2, -0.2, -0.3))):
         for alpha, beta in ((2.0, 0.5), (1.5, 3.0), (0.0, 1.0), (2.0, 0.0)):
-            weight = VulnerabilityWeight(alpha=alpha, beta=beta)(look(P, [0, 1, 2], view=view))
+            weight = VulnerabilityWeight(alpha=alpha, beta=beta)(
+                look(P, [0, 1, 2], vulnerability_kind=view)
+            )
             assert weight.tolist() == pytest.approx([alpha * (1 - a) ** beta for a in v], rel=1e-9)
     assert VulnerabilityWeight().alpha == 2.0 and VulnerabilityWeight().beta == 0.5
 
@@ -195,7 +197,7 @@ def test_remainder():
     weights = {
         name: torch.tensor([value, 0.1]) for name, value in (("a", 0.5), ("b", 0.4), ("c", 9.0))
     }
-    seen = look(P[:2], [0, 1], weights=weights)
+    seen = look(P[:2], [0, 1], earlier_weights=weights)
     assert RemainderWeight(total=1.0, of=("a", "b"))(seen).tolist() == pytest.approx([0.1, 0.8])
     assert RemainderWeight(total=1.0, of=("a", "c"))(seen).tolist() == pytest.approx([0.0, 0.8])
     assert RemainderWeight(total=0.0, of=("a",))(seen).tolist() == [0.0, 0.0]
@@ -204,7 +206,7 @@ def test_remainder():
 def test_uniform_and_within_margin():
     assert UniformWeight()(look(P, [0, 1, 2])).tolist() == [1, 1, 1]
     assert UniformWeight()(look(P, [0, 1, 2])).dtype == torch.float64
-    seen = look([[0.5, 0.5]] * 4, [0, 0, 0, 0], kappa=torch.tensor([0, 4, 5, 6]), steps=5)
+    seen = look([[0.5, 0.5]] * 4, [0, 0, 0, 0], kappa=torch.tensor([0, 4, 5, 6]), attack_steps=5)
     assert WithinMarginWeight()(seen).tolist() == [1, 1, 0, 0]
 
 
