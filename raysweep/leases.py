@@ -1,7 +1,12 @@
 """Leases: exclusive rights of one process to train a shared prefix or to work in a folder.
 
-A lease ends with its process. Another process of the same machine sees that the process is gone,
-one of another machine that its heartbeat has stopped.
+There are three forms. `FileLease` and `BucketLease` guard one key in a folder or bucket that
+machines share; their holder renews them with a heartbeat. `hold_pipeline_lease` and
+`hold_folder_lease` guard a whole folder with a lock of the operating system, or in a bucket with a
+`BucketLease`.
+
+A lease ends with its process. Other processes of the same machine see that the process is gone;
+those of other machines see that its heartbeat has stopped, or that its lock is free.
 """
 
 import fcntl
@@ -18,40 +23,63 @@ from typing import Protocol
 from raysweep import storage
 from raysweep.spec import SpecError
 
+# Seconds between two attempts to acquire the lease of a folder.
 _POLL_SECONDS = 0.5
+# Seconds between heartbeats, and seconds without one after which a lease has expired.
 _RENEWAL_INTERVAL, _EXPIRES_AFTER = 5.0, 30.0
-# How often, and how many seconds apart, a claimant looks whether another that came at once
-# withdraws.
+# When several processes ask for a bucket's lease at once: how often, and how many seconds apart,
+# one of them checks whether the others have withdrawn.
 _N_CONTEST_CHECKS, _CONTEST_INTERVAL = 10, 0.1
 
 
 class Lease(Protocol):
-    """Taken by one process; dead if its process is gone (seen from the same machine) or its
-    heartbeat stopped.
+    """Exclusive right of one process.
+
+    A lease expires when its process is gone (visible on the same machine only) or when its
+    heartbeat has stopped for 30 seconds.
     """
 
     def try_acquire(self) -> bool:
-        """Try to take it: whether this process holds it now."""
+        """Try once to acquire the lease.
+
+        Returns:
+            Whether this process holds the lease now.
+        """
         ...
 
-    def renew(self) -> None: ...
+    def renew(self) -> None:
+        """Record a heartbeat. Only the holder may call this."""
+        ...
 
-    def release(self) -> None: ...
+    def release(self) -> None:
+        """Give the lease back. Do nothing if it is not there."""
+        ...
 
 
 def make_lease(folder: Path, key: str) -> Lease:
-    """The claim on `key` among those who share a folder or bucket."""
-    return (
-        BucketLease(folder / ".claims" / key)
-        if storage.is_bucket_copy(folder)
-        else FileLease(folder / f"{key}.claim")
-    )
+    """Create a lease; the caller still has to acquire it.
+
+    Args:
+        folder: Folder that the competing processes share, or a bucket's working copy.
+        key: What the lease guards; a file name.
+
+    Returns:
+        A `BucketLease` below `.claims/` for a bucket, otherwise a `FileLease`.
+    """
+    if storage.is_bucket_copy(folder):
+        return BucketLease(folder / ".claims" / key)
+    return FileLease(folder / f"{key}.claim")
 
 
 class LeaseHeartbeat:
-    """`with Heart(claim): ...` keeps a claim that was taken, and gives it back at the end."""
+    """Context manager that renews an acquired lease every 5 seconds and releases it on exit."""
 
     def __init__(self, lease: Lease) -> None:
+        """Prepare the heartbeat.
+
+        Args:
+            lease: A lease that this process has acquired.
+        """
         self._lease = lease
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew_until_stopped, daemon=True)
@@ -61,23 +89,38 @@ class LeaseHeartbeat:
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
-        # A beat after the end would be a claim again.
+        # A renewal after the release would create the lease again.
         self._thread.join()
         self._lease.release()
 
     def _renew_until_stopped(self) -> None:
+        """Renew the lease at each interval; a failed renewal is tried again at the next one."""
         while not self._stop.wait(_RENEWAL_INTERVAL):
             with suppress(OSError):
                 self._lease.renew()
 
 
 class FileLease:
-    """A file that only one process can create."""
+    """Lease in a folder: a file that only one process can create.
+
+    The file holds the host name and process number of its owner; its time of modification is the
+    last heartbeat.
+    """
 
     def __init__(self, path: Path) -> None:
+        """Describe the lease without acquiring it.
+
+        Args:
+            path: The lease's file; its folder must exist when the lease is acquired.
+        """
         self._path = path
 
     def try_acquire(self) -> bool:
+        """Delete the file if its lease has expired, then try to create it.
+
+        Returns:
+            Whether this call created the file; False also if this process holds the lease already.
+        """
         if self._is_expired():
             self._path.unlink(missing_ok=True)
         try:
@@ -89,12 +132,15 @@ class FileLease:
         return True
 
     def renew(self) -> None:
+        """Set the file's time of modification to now."""
         os.utime(self._path)
 
     def release(self) -> None:
+        """Delete the file."""
         self._path.unlink(missing_ok=True)
 
     def _is_expired(self) -> bool:
+        """Return whether there is a file whose owner has died or stopped its heartbeat."""
         try:
             owner = self._path.read_text().split()
             age = time.time() - self._path.stat().st_mtime
@@ -104,84 +150,99 @@ class FileLease:
 
 
 class BucketLease:
-    """Buckets cannot create exclusively: each claimant leaves a file of its own, and holds the
-    claim if it is alone.
+    """Lease in a bucket, which has no exclusive creation.
 
-    Of several that come at once the one with the earliest clock stays, the others withdraw.
+    Each claimant uploads a file named `TIME HOST PROCESS`, and holds the lease if no other live
+    claimant has one. Of several claimants that come at once, the one with the earliest time keeps
+    its file and the others withdraw. Their clocks need not agree: any order does.
     """
 
     def __init__(self, folder: Path) -> None:
+        """Describe the lease without acquiring it.
+
+        Args:
+            folder: Folder of the claimants' files, in the working copy of a bucket.
+        """
         self._own_file = folder / f"{time.time():.6f} {socket.gethostname()} {os.getpid()}"
-        # When this process first saw a beat of another: clocks need not agree.
+        # (file, time of its heartbeat in the bucket) -> when this process first saw it, by its own
+        # monotonic clock: the clocks of machine and bucket may differ.
         self._first_seen: dict[tuple[Path, float], float] = {}
 
     def try_acquire(self) -> bool:
+        """Upload this process's file if there is no live competitor, and wait for a contest's end.
+
+        Returns:
+            Whether this process holds the lease; True again if it held it before.
+
+        Raises:
+            SpecError: The bucket refuses access.
+            storage.BucketUnavailable: The bucket does not answer.
+        """
         if self._list_live_competitors():
             return False
         self.renew()
-        # Of two that came at once the later withdraws; one that is here to stay did not see this
-        # one when it came.
+        # Competitors with a later time that came at once withdraw. A later one that does not
+        # withdraw held the lease before this process's file was there to be seen.
         for _ in range(_N_CONTEST_CHECKS):
-            others = self._list_live_competitors()
-            if not others:
+            competitors = self._list_live_competitors()
+            if not competitors:
                 return True
-            if any(other.name < self._own_file.name for other in others):
+            if any(path.name < self._own_file.name for path in competitors):
                 break
             time.sleep(_CONTEST_INTERVAL)
         self.release()
         return False
 
     def live_holder(self) -> str:
-        """Another whose heart was seen to beat since this process first asked; empty if none was
-        yet.
+        """Return a competitor whose heartbeat this process has seen to advance.
+
+        Returns:
+            `process PID on HOST`, or "" if no competitor has shown two heartbeats yet.
         """
-        beats = Counter(path for path, _ in self._first_seen)
-        return next(
-            ("process {2} on {1}".format(*path.name.split()) for path in beats if beats[path] > 1),
-            "",
-        )
+        n_heartbeats = Counter(path for path, _ in self._first_seen)
+        for path, count in n_heartbeats.items():
+            if count > 1:
+                _, host, pid = path.name.split()
+                return f"process {pid} on {host}"
+        return ""
 
     def renew(self) -> None:
+        """Upload this process's file again, which gives it a new time of modification."""
         self._own_file.parent.mkdir(parents=True, exist_ok=True)
         self._own_file.touch()
         storage.push_to_bucket(self._own_file)
 
     def release(self) -> None:
+        """Delete this process's file from the bucket and the working copy."""
         storage.delete_remote_file(self._own_file)
         self._own_file.unlink(missing_ok=True)
 
     def _list_live_competitors(self) -> list[Path]:
-        living = []
+        """List the other claimants' files; delete those of dead processes."""
+        live = []
         for entry in storage.list_remote_files(self._own_file.parent):
             if entry.path == self._own_file:
                 continue
-            since = self._first_seen.setdefault((entry.path, entry.modified), time.monotonic())
-            if time.monotonic() - since > _EXPIRES_AFTER or _is_process_gone(
-                *entry.path.name.split()[1:]
-            ):
+            first_seen = self._first_seen.setdefault((entry.path, entry.modified), time.monotonic())
+            is_silent = time.monotonic() - first_seen > _EXPIRES_AFTER
+            if is_silent or _is_process_gone(*entry.path.name.split()[1:]):
                 storage.delete_remote_file(entry.path)
             else:
-                living.append(entry.path)
-        return living
-
-
-def _is_process_gone(host: str, pid: str) -> bool:
-    """Whether a process of this machine is no more; others cannot be told from here."""
-    if host != socket.gethostname():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+                live.append(entry.path)
+        return live
 
 
 @contextmanager
 def hold_pipeline_lease(folder: Path, wait: bool) -> Iterator[None]:
-    """Hold a pipeline's `folder`. Raises SpecError naming the holder if it is taken, unless told to
-    wait.
+    """Hold the folder of a pipeline while the block runs.
+
+    Args:
+        folder: The pipeline's folder on this machine; created if it is missing.
+        wait: Whether to wait until another process releases the folder.
+
+    Raises:
+        SpecError: The folder cannot be written, or another process holds it and `wait` is False.
+            The message names the holder.
     """
     with _hold_file_lock(folder, f"pipeline {folder.name!r}", "; --wait waits for its end", wait):
         yield
@@ -189,18 +250,26 @@ def hold_pipeline_lease(folder: Path, wait: bool) -> Iterator[None]:
 
 @contextmanager
 def hold_folder_lease(folder: Path) -> Iterator[None]:
-    """Hold the folder of a sweep or run, here or in a bucket. Raises SpecError naming the holder if
-    it is taken.
+    """Hold the folder of a sweep or training run while the block runs.
+
+    A folder that is empty at the end is deleted again.
+
+    Args:
+        folder: Folder on this machine or in the working copy of a bucket; created if it is
+            missing.
+
+    Raises:
+        SpecError: The folder cannot be written, or another process holds it. The message names the
+            holder.
     """
-    with (
-        _hold_bucket_lease(folder)
-        if storage.is_bucket_copy(folder)
-        else _hold_file_lock(folder, repr(folder.name))
-    ):
+    if storage.is_bucket_copy(folder):
+        lease = _hold_bucket_lease(folder)
+    else:
+        lease = _hold_file_lock(folder, repr(folder.name))
+    with lease:
         try:
             yield
         finally:
-            # Where nothing came to be, nothing stays.
             if list(folder.glob("*")) == [folder / "lock"]:
                 (folder / "lock").unlink()
                 folder.rmdir()
@@ -210,6 +279,7 @@ def hold_folder_lease(folder: Path) -> Iterator[None]:
 def _hold_file_lock(
     folder: Path, description: str, hint: str = "", wait: bool = False
 ) -> Iterator[None]:
+    """Lock `folder/lock` with flock, and write into it who holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("a+")
@@ -219,37 +289,49 @@ def _hold_file_lock(
         while not _try_lock_descriptor(file.fileno()):
             if not wait:
                 file.seek(0)
-                raise SpecError(
-                    f"{description} is running already ({file.read().strip() or 'just started'}){hint}"
-                )
+                holder = file.read().strip() or "just started"
+                raise SpecError(f"{description} is running already ({holder}){hint}")
             time.sleep(_POLL_SECONDS)
         file.seek(0)
         file.truncate()
-        file.write(
-            f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        )
+        start = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {start}")
         file.flush()
         yield
 
 
+@contextmanager
+def _hold_bucket_lease(folder: Path) -> Iterator[None]:
+    """Hold the bucket lease of a folder; wait until an earlier one has expired or proves live."""
+    lease = BucketLease(folder / ".claims" / "alone")
+    while not lease.try_acquire():
+        if holder := lease.live_holder():
+            raise SpecError(f"{folder.name!r} is running already ({holder})")
+        time.sleep(_POLL_SECONDS)
+    with LeaseHeartbeat(lease):
+        yield
+
+
 def _try_lock_descriptor(descriptor: int) -> bool:
+    """Lock an open file; return False if another process has locked it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        # A file system without locks: nobody holds one.
+        # The file system has no locks, so no other process can hold one either.
         return True
     return True
 
 
-@contextmanager
-def _hold_bucket_lease(folder: Path) -> Iterator[None]:
-    """In a bucket: who is there lives if its heart beats, and is taken over if it does not."""
-    claim = BucketLease(folder / ".claims" / "alone")
-    while not claim.try_acquire():
-        if holder := claim.live_holder():
-            raise SpecError(f"{folder.name!r} is running already ({holder})")
-        time.sleep(_POLL_SECONDS)
-    with LeaseHeartbeat(claim):
-        yield
+def _is_process_gone(host: str, pid: str) -> bool:
+    """Return whether a process of this machine has ended; False for those of other machines."""
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
