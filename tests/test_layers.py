@@ -9,7 +9,17 @@ from import_graph import imports
 ROOT = Path(__file__).parent.parent / "raysweep"
 # Each layer may import itself and those before it.
 LAYERS = [
-    ("atomic_files", "spec", "schedules", "rng", "storage", "leases", "formatting", "pareto"),
+    (
+        "atomic_files",
+        "spec",
+        "settings_reference",
+        "schedules",
+        "rng",
+        "storage",
+        "leases",
+        "formatting",
+        "pareto",
+    ),
     ("losses", "attacks", "weights"),
     ("worker_group",),
     ("method",),
