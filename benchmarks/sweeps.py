@@ -25,6 +25,7 @@ from measure import table as markdown
 
 from raysweep.data import load_data
 from raysweep.sweep.cluster import connect_to_cluster
+from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import SearchSpace, load_space
@@ -78,12 +79,8 @@ def sweep(space: SearchSpace, **resources: Any) -> tuple[Ledger, float, Clock]:
     began = time.perf_counter()
     run_sweep(ledger, [SweepTracker(tracker, fingerprint), clock], Resources(**resources))
     seconds, trials = time.perf_counter() - began, ledger.load_trials()
-    asked, trained = (
-        sum(trial.epoch for trial in trials),
-        sum(trial.trained_epochs for trial in trials),
-    )
     print(
-        f"{len(trials)} trials, {asked} epochs asked, {trained} trained, {seconds:.1f} s",
+        f"{len(trials)} trials, {count_epochs(trials)}, {seconds:.1f} s",
         file=sys.stderr,
         flush=True,
     )

@@ -8,6 +8,7 @@ from torch import nn
 
 from raysweep import storage
 from raysweep.spec import JsonDict, SpecError
+from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import param_labels
 from raysweep.training.advice import advise_on_training
@@ -160,15 +161,16 @@ def sweep_to_json(ledger: Ledger) -> JsonDict:
     checkpoints are.
     """
     ranked, trials = ledger.rank_trials(), ledger.load_trials()
-    asked, trained = (
-        sum(trial.epoch for trial in trials),
-        sum(trial.trained_epochs for trial in trials),
-    )
+    epochs = count_epochs(trials)
     return {
         "sweep": ledger.name,
         "path": storage.uri_of(ledger.path),
         "space": ledger.space.to_stored_dict(),
-        "epochs": {"asked": asked, "trained": trained, "saved": asked - trained},
+        "epochs": {
+            "asked": epochs.completed,
+            "trained": epochs.trained,
+            "saved": epochs.reused,
+        },
         "front": [trial.number for trial in ledger.pareto_front()],
         "advice": advise_on_trial(ledger, ranked[0].number) if ranked else [],
         "trials": [

@@ -122,7 +122,7 @@ def test_mlflow_has_one_parent_and_one_run_for_each_trial(finished) -> None:
     best = ledger.rank_trials()[0]
     assert parent.data.metrics["best/robust_worst"] == pytest.approx(best.best["robust_worst"])
     described = parent.data.tags["mlflow.note.content"]
-    assert "- 4 of 4 trials ended\n- epochs: 8 asked, 8 trained, 0 taken over" in described
+    assert "- 4 of 4 trials ended\n- epochs: 8 completed, 8 trained, 0 reused" in described
     assert (
         f"- best: trial {best.number:04d}, robust worst {best.score('robust_worst'):.3f} in epoch"
         in described
@@ -500,7 +500,7 @@ def test_failures_are_told_apart(tmp_path) -> None:
         )
     )
     assert bug == {"failed": "KeyError: 'no'", "bug": (tmp_path / "error.txt").read_text()}
-    assert "in fit" in bug["bug"]
+    assert "in train_model" in bug["bug"]
 
 
 def test_a_node_that_dies_costs_its_trials_the_epoch_they_were_in(ray_cluster, tmp_path) -> None:

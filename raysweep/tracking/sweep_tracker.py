@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from raysweep import storage
 from raysweep.results import advise_on_trial
+from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import param_labels
 from raysweep.tracking.mlflow_tracker import RunStatus, Tracker, format_mlflow_param
@@ -78,8 +79,7 @@ class SweepTracker:
         ended = [trial for trial in trials if trial.state != "running"]
         failed = sum(trial.state == "failed" for trial in ended)
         yield f"{len(ended)} of {ledger.space.n_trials} trials ended{f', {failed} of them failed' if failed else ''}"
-        asked, trained = sum(t.epoch for t in trials), sum(t.trained_epochs for t in trials)
-        yield f"epochs: {asked} asked, {trained} trained, {asked - trained} taken over from other trials"
+        yield str(count_epochs(trials))
         if not ranked:
             return
         best, (metric, *others) = ranked[0], ledger.space.objectives
