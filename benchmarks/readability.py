@@ -1,7 +1,7 @@
 """Measure how a package reads: names, docstrings and dense expressions.
 
     python benchmarks/readability.py                      # the package as it is here
-    python benchmarks/readability.py d5c5dbc HEAD         # revisions of this repository, side by side
+    python benchmarks/readability.py d5c5dbc HEAD     # revisions of this repository
     python benchmarks/readability.py --package FOLDER     # any other Python package
 
 Counts are of all functions and methods, dunder methods left out. A name of one word has no
