@@ -1,6 +1,4 @@
-"""raysweep: distributed sweeps for instance-reweighted adversarial training, proven with
-AutoAttack.
-"""
+"""Distributed sweeps of instance-reweighted adversarial training, verified with AutoAttack."""
 
 import os
 from importlib import import_module
@@ -14,8 +12,8 @@ __all__ = ["evaluate", "load", "load_report", "load_sweep"]
 
 __version__ = "0.1.0"
 
-# Ray and MLflow report usage unless told not to, before they are imported. A user's own setting
-# wins.
+# Ray and MLflow report usage to their makers unless these variables are set before the import. The
+# user's own values have precedence.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
@@ -29,11 +27,12 @@ _LAZY_EXPORTS = {
 
 
 def __getattr__(name: str) -> Any:
-    """What a notebook uses, `evaluate` and `load...`, without importing torch before it is used."""
+    """Import `evaluate` and `load...` at first use, so that `import raysweep` needs no torch."""
     if name in _LAZY_EXPORTS:
         return getattr(import_module(_LAZY_EXPORTS[name]), name)
     raise AttributeError(f"module 'raysweep' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
+    """List the lazy names too, for tab completion."""
     return sorted([*globals(), *_LAZY_EXPORTS])

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Atomic writes: after a crash, a file or folder is complete or unchanged."""
 
 import os
 import shutil
@@ -10,8 +10,15 @@ from typing import IO
 
 @contextmanager
 def atomic_open(path: Path) -> Iterator[IO[bytes]]:
-    """A stream that becomes `path` when the block ends well; a crash at any moment leaves what was
-    there before.
+    """Open a binary stream that replaces `path` when the block ends without an error.
+
+    A crash or an exception at any moment leaves the earlier file, if there was one.
+
+    Args:
+        path: File to write. Missing parent folders are created.
+
+    Yields:
+        The stream, on a hidden file beside `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -26,13 +33,29 @@ def atomic_open(path: Path) -> Iterator[IO[bytes]]:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file with `atomic_open`.
+
+    Args:
+        path: File to write. Missing parent folders are created.
+        text: The whole content.
+    """
     with atomic_open(path) as stream:
         stream.write(text.encode())
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `path` at the end, or nothing at all."""
+    """Create a folder that replaces `path` when the block ends without an error.
+
+    An exception leaves the earlier `path`, and the hidden folder too; the next call of the same
+    process deletes the latter. A crash between deletion and rename leaves no `path`.
+
+    Args:
+        path: Folder to write. Missing parent folders are created.
+
+    Yields:
+        A new empty folder beside `path` to write into.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -1,9 +1,9 @@
-"""Randomness that belongs to the example, not to the batch.
+"""Random numbers that depend on the example, not on the batch.
 
-Every draw is a hash of (seed, names of the stream, example id, position), so an example gets the
-same random start, crop or query whatever the batch size, the shard, the number of workers or the
-epoch it was resumed at, and there is no generator state to save. The mixing function is
-splitmix64's finaliser (Steele et al. 2014).
+Every number is a hash of (seed, names of the stream, example id, position). An example therefore
+gets the same random start, crop or query for any batch size, shard, number of workers or epoch at
+which training resumes, and there is no generator state to save. The hash is the finaliser of
+splitmix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators").
 """
 
 import hashlib
@@ -20,25 +20,64 @@ _MIX_MULTIPLIER_2 = 0x94D049BB133111EB - (1 << 64)
 
 @dataclass(frozen=True)
 class ExampleRng:
-    """A stream of random numbers for the examples in `index` (N,) int64, on its device."""
+    """A stream of random numbers for each of N examples, on the device of their ids.
+
+    Calling a method twice returns the same numbers: derive a stream for each purpose.
+
+    Attributes:
+        key: Hash of the seed and of the stream's names, 64 bits unsigned.
+        example_ids: (N,) int64 positions of the examples in the data set.
+    """
 
     key: int
     example_ids: Tensor
 
     @classmethod
     def for_examples(cls, example_ids: Tensor, seed: int, *names: object) -> "ExampleRng":
+        """Create the stream of a seed and purpose.
+
+        Args:
+            example_ids: (N,) int64 positions of the examples in the data set.
+            seed: Seed of the run.
+            *names: Purpose of the stream, for example a word and an epoch.
+
+        Returns:
+            The stream.
+        """
         return cls(_hash_names(seed, names), example_ids)
 
     def derive_stream(self, *names: object) -> "ExampleRng":
-        """An independent stream for the same examples: a restart, a query, an attack."""
+        """Create an independent stream for the same examples.
+
+        Args:
+            *names: Purpose of the stream, such as an attack, a restart or a query.
+
+        Returns:
+            The stream.
+        """
         return replace(self, key=_hash_names(self.key, names))
 
     def select_rows(self, rows: Tensor) -> "ExampleRng":
-        """The same stream for some of the examples (bool mask or int64 positions)."""
+        """Restrict the stream to some of its examples; their numbers stay the same.
+
+        Args:
+            rows: (N,) bool mask, or int64 positions in `example_ids`.
+
+        Returns:
+            The stream of the selected examples.
+        """
         return replace(self, example_ids=self.example_ids[rows])
 
     def uniform(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        """(N, *shape) numbers in [0, 1)."""
+        """Draw uniform numbers.
+
+        Args:
+            shape: Shape of one example's numbers.
+            dtype: float32 (24 random bits) or float64 (53 random bits).
+
+        Returns:
+            (N, *shape) numbers in [0, 1).
+        """
         bits = 24 if dtype == torch.float32 else 53
         words = self._random_words(math.prod(shape))
         numbers = _logical_right_shift(words, 64 - bits).to(dtype) * 2.0**-bits
@@ -47,19 +86,44 @@ class ExampleRng:
     def symmetric_uniform(
         self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """(N, *shape) numbers in [-1, 1)."""
+        """Draw uniform numbers in [-1, 1).
+
+        Args:
+            shape: Shape of one example's numbers.
+            dtype: float32 or float64.
+
+        Returns:
+            (N, *shape) numbers: `uniform` times 2, minus 1.
+        """
         return self.uniform(shape, dtype) * 2 - 1
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        """(N, *shape) standard normal numbers (Box-Muller)."""
+        """Draw standard normal numbers by the Box-Muller transform.
+
+        Args:
+            shape: Shape of one example's numbers.
+            dtype: float32 or float64.
+
+        Returns:
+            (N, *shape) numbers.
+        """
         radius = (-2 * torch.log1p(-self.derive_stream("radius").uniform(shape, dtype))).sqrt()
         return radius * (2 * math.pi * self.derive_stream("angle").uniform(shape, dtype)).cos()
 
     def integers(self, high: int, shape: tuple[int, ...] = ()) -> Tensor:
-        """(N, *shape) int64 in [0, high)."""
+        """Draw uniform whole numbers.
+
+        Args:
+            high: Exclusive upper bound, at least 1.
+            shape: Shape of one example's numbers.
+
+        Returns:
+            (N, *shape) int64 numbers in [0, high).
+        """
         return (self.uniform(shape, torch.float64) * high).long()
 
     def _random_words(self, count: int) -> Tensor:
+        """Return (N, count) int64 words of 64 random bits."""
         device = self.example_ids.device
         rows = _finalize_splitmix64(self.example_ids * _GOLDEN_GAMMA + _to_signed_int64(self.key))
         columns = torch.arange(1, count + 1, device=device) * _GOLDEN_GAMMA
@@ -67,27 +131,36 @@ class ExampleRng:
 
 
 def derive_seed(seed: int, *names: object) -> int:
-    """A 63-bit seed for a named purpose, for generators that want one (permutations, initial
-    weights).
+    """Derive a seed for a generator of torch or numpy (permutations, initial weights).
+
+    Args:
+        seed: Seed of the run.
+        *names: Purpose of the generator.
+
+    Returns:
+        A seed of 63 bits.
     """
     return _hash_names(seed, names) >> 1
 
 
 def _hash_names(seed: int, names: tuple[object, ...]) -> int:
+    """Return the first 64 bits of the sha256 of `seed/name/name...`."""
     text = "/".join([str(seed), *map(str, names)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _to_signed_int64(word: int) -> int:
+    """Return the signed number with the same 64 bits: torch has no unsigned int64 arithmetic."""
     return word - (1 << 64) if word >= 1 << 63 else word
 
 
 def _logical_right_shift(words: Tensor, bits: int) -> Tensor:
-    """Logical right shift: torch's is arithmetic on int64."""
+    """Shift int64 words right and fill with zeros; torch's own shift copies the sign bit."""
     return (words >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _finalize_splitmix64(words: Tensor) -> Tensor:
+    """Mix the bits of each int64 word."""
     words = (words ^ _logical_right_shift(words, 30)) * _MIX_MULTIPLIER_1
     words = (words ^ _logical_right_shift(words, 27)) * _MIX_MULTIPLIER_2
     return words ^ _logical_right_shift(words, 31)

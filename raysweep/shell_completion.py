@@ -1,4 +1,4 @@
-"""Shell completion: a script for bash or zsh, with the names that exist when it is printed."""
+"""Completion scripts for bash and zsh, with the names that exist when the script is printed."""
 
 import argparse
 from typing import Any
@@ -7,7 +7,7 @@ SUPPORTED_SHELLS = ("bash", "zsh")
 
 
 class PrintCompletion(argparse.Action):
-    """`--print-completion SHELL`: print the script, then end."""
+    """Action of `--print-completion SHELL`: print the script and exit."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None
@@ -17,43 +17,47 @@ class PrintCompletion(argparse.Action):
 
 
 def build_completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
-    """What `shell`, one of `SHELLS`, sources to complete commands, flags, names and files."""
+    """Build a script that completes commands, flags, names and files.
+
+    Args:
+        parser: The parser of `raysweep`; its actions get shtab's `complete` attribute.
+        shell: One of `SUPPORTED_SHELLS`.
+
+    Returns:
+        The script, for the shell to source.
+    """
     import shtab
 
-    functions = {}
     commands = next(
         action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
     ).choices
-    for command, (dest, names) in _list_completions().items():
-        function = f"_raysweep_{command}"
-        functions[function] = " ".join(names)
-        action = next(action for action in commands[command]._actions if action.dest == dest)
+    file_completions = {"DIR": shtab.DIRECTORY, "FILE": shtab.FILE}
+    for command in commands.values():
+        for action in command._actions:
+            if action.metavar in file_completions:
+                action.complete = file_completions[action.metavar]
+    bash, zsh = [], []
+    for name, (dest, words) in _list_completions().items():
+        function = f"_raysweep_{name}"
+        choices = " ".join(words)
+        bash.append(f'{function}() {{ compgen -W "{choices}" -- "$1"; compgen -f -- "$1"; }}')
+        zsh.append(f"{function}() {{ compadd -- {choices}; _files }}")
+        action = next(action for action in commands[name]._actions if action.dest == dest)
         action.complete = dict.fromkeys(SUPPORTED_SHELLS, function)
-    for action in (action for command in commands.values() for action in command._actions):
-        if action.metavar in ("DIR", "FILE"):
-            action.complete = shtab.DIRECTORY if action.metavar == "DIR" else shtab.FILE
-    bash = (
-        f'{name}() {{ compgen -W "{words}" -- "$1"; compgen -f -- "$1"; }}'
-        for name, words in functions.items()
-    )
-    zsh = (f"{name}() {{ compadd -- {words}; _files }}" for name, words in functions.items())
-    return str(
-        shtab.complete(parser, shell, preamble={"bash": "\n".join(bash), "zsh": "\n".join(zsh)})
-    )
+    preamble = {"bash": "\n".join(bash), "zsh": "\n".join(zsh)}
+    return str(shtab.complete(parser, shell, preamble=preamble))
 
 
 def _list_completions() -> dict[str, tuple[str, list[str]]]:
-    """For each command the argument that takes a name, and the names; files are offered beside
-    them.
-    """
+    """Return command -> (argument that takes a name, the names); the shell adds file names."""
     from raysweep.catalog import METHODS
     from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
     from raysweep.training.presets import list_presets
 
-    methods, runs = list(METHODS), list(list_builtin_pipelines())
+    methods, pipelines = list(METHODS), list(list_builtin_pipelines())
     return {
-        "show": ("what", [*methods, *list_presets(), *runs]),
+        "show": ("what", [*methods, *list_presets(), *pipelines]),
         "train": ("method", [*methods, *list_presets()]),
         "tune": ("method", methods),
-        "run": ("what", runs),
+        "run": ("what", pipelines),
     }
