@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import TINY
 
+from raysweep.commands._plan_output import print_sweep_plan
 from raysweep.data import Dataset
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Trial
@@ -406,7 +407,7 @@ def test_the_hours_of_a_plan(
     facts = []
     for cpus, trials in ((0.25, ()), (0.5, past), (0.75, past), (0.5, most)):
         resources = Resources(cpus=cpus)
-        assert plan_sweep(sweep, digits, resources, None, as_json=True, existing_trials=trials) == 0
+        print_sweep_plan(plan_sweep(sweep, digits, resources, None, trials), as_json=True)
         facts.append(json.loads(capsys.readouterr().out))
     whole, rest, half, one = facts
     assert (whole["trials"], whole["trials_left"], whole["epochs_per_trial"]) == (5, 5, 8)
@@ -441,7 +442,7 @@ def test_a_plan_in_words(
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     sweep = space(trials=3, base={**SMALL, "epochs": 4, "validation.size": 26})
-    assert plan_sweep(sweep, digits, Resources(cpus=2, workers=2), None, as_json=False) == 0
+    print_sweep_plan(plan_sweep(sweep, digits, Resources(cpus=2, workers=2), None))
     assert capsys.readouterr().out.splitlines() == [
         "3 trials of at on digits, 4 epochs each, digits_cnn",
         "  optim.lr: {'float': (0.01, 0.5)}",

@@ -1,28 +1,81 @@
-"""`--plan`: what a sweep would run, on what and for about how long, from a few real steps."""
+"""Plan of a sweep: which trials are left, what they cost and how long they take."""
 
-import json
 import math
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from raysweep.data import Dataset
 from raysweep.evaluation.attack_model import MIN_BATCH_ROWS, make_attack_model
-from raysweep.formatting import format_count, format_duration
 from raysweep.rng import ExampleRng
+from raysweep.spec import JsonDict
 from raysweep.sweep.ledger import Trial
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.training.config import TrainingConfig
+from raysweep.training.model_variants import ModelVariants
 from raysweep.training.trainer import build_model_variants, compute_step_gradients
 
-# Seconds for four images of 32 x 32: a small network needs a third to two thirds, a ResNet-18 up to
-# twice as much.
+# Seconds for a forward pass of four 32 x 32 images. A small network needs a third to two thirds of
+# it, a ResNet-18 up to twice as much.
 _FAST_FORWARD_SECONDS = 0.03
-# Seconds of a step beside which warming up is nothing.
+# For steps longer than this, warming up is negligible: one step is enough to estimate from.
 _LONG_STEP_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep will run and about how long it takes.
+
+    Attributes:
+        method_name: Name of the training method.
+        dataset_name: Name of the data set.
+        model_name: Name of the model.
+        n_trials: Trials of the whole sweep.
+        n_trials_left: Trials that still have epochs to run.
+        has_existing_trials: Whether some trials were started before.
+        epochs_per_trial: Epochs of a trial that is not stopped early.
+        expected_epochs: Epochs left in all trials together, if early stopping works as expected.
+        max_epochs: Epochs left in all trials together, without early stopping.
+        distributions: For each searched parameter (dotted path) its distribution, without defaults.
+        n_train_examples: Size of the training split.
+        n_validation_examples: Size of the validation split.
+        resources: Resources of one trial, with the number of GPUs resolved.
+        concurrency: Number of trials that run at the same time.
+        seconds_per_epoch: Estimated seconds of one epoch with its share of validation.
+        objective_half_width: Half the width of the objective's 95% confidence interval, for an
+            accuracy (in [0, 1]) of 0.5, where the interval is widest.
+    """
+
+    method_name: str
+    dataset_name: str
+    model_name: str
+    n_trials: int
+    n_trials_left: int
+    has_existing_trials: bool
+    epochs_per_trial: int
+    expected_epochs: int
+    max_epochs: int
+    distributions: dict[str, JsonDict]
+    n_train_examples: int
+    n_validation_examples: int
+    resources: Resources
+    concurrency: int
+    seconds_per_epoch: float
+    objective_half_width: float
+
+    @property
+    def trial_seconds(self) -> float:
+        """Estimated seconds of all trials that are left, one after the other."""
+        return self.seconds_per_epoch * self.expected_epochs
+
+    @property
+    def wall_seconds(self) -> float:
+        """Estimated seconds from start to end, with `concurrency` trials at the same time."""
+        return self.trial_seconds / self.concurrency
 
 
 def plan_sweep(
@@ -30,143 +83,216 @@ def plan_sweep(
     data: Dataset,
     resources: Resources,
     address: str | None,
-    as_json: bool,
     existing_trials: Sequence[Trial] = (),
-) -> int:
-    """Print the plan; nothing is written and no cluster is started (one that is named is asked what
-    it has).
+) -> SweepPlan:
+    """Plan a sweep, or the rest of it. Writes nothing and starts no cluster.
 
-    trials: what there is of the sweep already; the plan is for the rest.
+    Args:
+        space: The sweep's search space.
+        data: Its data; a few training steps on it are timed.
+        resources: What one trial holds.
+        address: Ray cluster to ask for its resources; None for `RAY_ADDRESS` or, if that is not
+            set, this machine.
+        existing_trials: Trials that were started before.
+
+    Returns:
+        The plan.
+
+    Raises:
+        SpecError: If not even one trial fits the cluster, or no cluster answers at `address`.
     """
     config = space.trial_config({})
     cluster, nodes = available_capacity(address)
     resources = resources.resolve(cluster)
-    begun = starting_epochs(space, config.epochs, existing_trials)
-    concurrent = min(resources.max_concurrent_trials(cluster, nodes), max(len(begun), 1))
-    seconds = estimate_epoch_seconds(config, data, resources)
-    epochs = round(sum(expected_trial_epochs(space, config.epochs, epoch) for epoch in begun))
-    half_width = 1.96 * math.sqrt(
-        0.25 / min(len(data.val), config.validation.size or len(data.val))
+    start_epochs = starting_epochs(space, config.epochs, existing_trials)
+    concurrency = min(
+        resources.max_concurrent_trials(cluster, nodes),
+        max(len(start_epochs), 1),
     )
-    searched = {path: d.model_dump(exclude_defaults=True) for path, d in space.space.items()}
-    wall = seconds * epochs / concurrent
-    if as_json:
-        facts = {
-            "method": config.method.name,
-            "trials": space.n_trials,
-            "trials_left": len(begun),
-            "epochs_per_trial": config.epochs,
-            "epochs_expected": epochs,
-            "searched": searched,
-            "train_examples": len(data.train),
-            "validation_examples": len(data.val),
-            "workers_per_trial": resources.workers,
-            "cpus_per_trial": resources.cpus,
-            "gpus_per_trial": resources.gpus,
-            "trials_at_once": concurrent,
-            "seconds_per_epoch": round(seconds, 2),
-            "trial_hours": round(seconds * epochs / 3600, 3),
-            "wall_hours": round(wall / 3600, 3),
-            "objective_95_half_width": round(half_width, 4),
-        }
-        print(json.dumps(facts, indent=1))
-        return 0
-    name, most = config.method.name, sum(config.epochs - epoch for epoch in begun)
-    count = (
-        f"{len(begun)} of {space.n_trials} trials are left:"
-        if existing_trials
-        else f"{format_count(space.n_trials, 'trial')} of"
+    seconds_per_epoch = estimate_epoch_seconds(config, data, resources)
+    expected_epochs = sum(
+        expected_trial_epochs(space, config.epochs, epoch) for epoch in start_epochs
     )
-    print(
-        f"{count} {name} on {config.data.name}, {format_count(config.epochs, 'epoch')} each, {config.model.name}"
+    return SweepPlan(
+        method_name=config.method.name,
+        dataset_name=config.data.name,
+        model_name=config.model.name,
+        n_trials=space.n_trials,
+        n_trials_left=len(start_epochs),
+        has_existing_trials=bool(existing_trials),
+        epochs_per_trial=config.epochs,
+        expected_epochs=round(expected_epochs),
+        max_epochs=sum(config.epochs - epoch for epoch in start_epochs),
+        distributions={
+            path: distribution.model_dump(exclude_defaults=True)
+            for path, distribution in space.space.items()
+        },
+        n_train_examples=len(data.train),
+        n_validation_examples=len(data.val),
+        resources=resources,
+        concurrency=concurrency,
+        seconds_per_epoch=seconds_per_epoch,
+        objective_half_width=1.96 * math.sqrt(0.25 / _n_validated_examples(config, data)),
     )
-    for path, distribution in searched.items():
-        print(f"  {path}: {distribution}")
-    print(f"{len(data.train)} training and {len(data.val)} validation examples")
-    print(f"95% interval of the objective: +-{half_width:.3f}")
-    each = f", shared by {resources.workers} workers" if resources.workers > 1 else ""
-    print(
-        f"a trial holds {resources.cpus:g} CPU(s) and {resources.gpus:g} GPU(s){each}; {concurrent} run at once"
-    )
-    print(
-        f"one epoch with validation takes about {seconds:.1f} s, estimated from a few steps of one worker here"
-    )
-    print(
-        f"about {format_count(epochs, 'epoch')} in all{f' ({most} without early stopping)' if epochs < most else ''}:"
-    )
-    print(
-        f"{format_duration(seconds * epochs)} of trials, {format_duration(wall)} from start to end"
-    )
-    return 0
 
 
 def available_capacity(address: str | None) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """What the cluster has, in all and by node; without one, what a cluster on this machine would
-    have.
+    """Look up the resources on which a sweep would run.
+
+    Args:
+        address: Ray cluster to ask; None for `RAY_ADDRESS` or, if that is not set, this machine.
+
+    Returns:
+        Resources of all nodes together, and of each node, by Ray's names (`CPU`, `GPU`).
+
+    Raises:
+        SpecError: If no cluster answers at `address`.
     """
     if address or os.environ.get("RAY_ADDRESS"):
         from raysweep.sweep.cluster import connect_to_cluster, node_capacities
 
         with connect_to_cluster(address) as cluster:
             return cluster, node_capacities()
-    here = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
-    return here, [here]
+    machine = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    return machine, [machine]
 
 
 def estimate_epoch_seconds(
     config: TrainingConfig, data: Dataset, resources: Resources, n_steps: int = 2
 ) -> float:
-    """Seconds of an epoch with its validation, from `steps` real steps after the burn-in, or one
-    that takes long.
+    """Estimate the seconds of an epoch, with its share of validation, from a few real steps.
 
-    Each of several workers takes its share of a batch and of the validation; what they say to each
-    other comes on top.
+    Each of several workers processes its share of a batch and of the validation split. The time
+    that workers spend on communication is not included.
+
+    Args:
+        config: Training config; its last epoch is timed, after every burn-in.
+        data: Data to take the steps on.
+        resources: What a trial holds; sets the number of threads of this process.
+        n_steps: Number of steps to time after one that warms up. A long step is timed alone.
+
+    Returns:
+        Seconds of one epoch of one worker.
     """
     torch.set_num_threads(resources.threads_per_worker)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    faces, data = build_model_variants(config, data, device), data.to(device)
-    faces.model.train()
-    settings = config.resolve_at(config.epochs - 1)
-    batches = data.iter_train_batches(config.batch_size, config.seed, 0, 0, resources.workers)
-    timings = []
-    for _, batch in zip(range(n_steps + 1), batches, strict=False):
-        started = time.perf_counter()
-        compute_step_gradients(
-            settings.method, faces, batch, ExampleRng.for_examples(batch.index, 0, "plan")
-        )
-        timings.append(time.perf_counter() - started)
-        if timings[-1] > _LONG_STEP_SECONDS:
-            break
-    judged = min(len(data.val), config.validation.size or len(data.val)) / resources.workers
-    sample = math.ceil(min(judged, config.batch_size))
-    started = time.perf_counter()
-    net = make_attack_model(faces.model, data.val.get_float_images(slice(0, MIN_BATCH_ROWS)))
-    config.validation.replace(size=sample)(net, data.val)
-    validation = (time.perf_counter() - started) / sample * judged
-    # The first step pays for warming up.
+    variants, data = build_model_variants(config, data, device), data.to(device)
+    variants.model.train()
+    step_timings = _time_training_steps(config, data, variants, resources.workers, n_steps)
+    n_examples = _n_validated_examples(config, data) / resources.workers
+    validation_seconds = _estimate_validation_seconds(config, data, variants, n_examples)
+    # The first step includes warming up.
     return (
-        min(timings) * math.ceil(len(data.train) / config.batch_size)
-        + validation / config.validation.every
+        min(step_timings) * math.ceil(len(data.train) / config.batch_size)
+        + validation_seconds / config.validation.every
     )
 
 
 def maybe_estimate_epoch_seconds(
     config: TrainingConfig, data: Dataset, resources: Resources
 ) -> float | None:
-    """`epoch_seconds`, or None where a few steps would take minutes here or say nothing of where
-    the trials run.
+    """Return `estimate_epoch_seconds` where the estimate is quick and meaningful.
+
+    Args:
+        config: Training config.
+        data: Data to take the steps on.
+        resources: What a trial holds.
+
+    Returns:
+        Seconds of one epoch. None if the steps would take minutes on this machine, or if trials
+        run on GPUs and this machine has none, or the other way round.
     """
-    nvidia = torch.cuda.is_available()
+    has_gpu = torch.cuda.is_available()
     torch.set_num_threads(resources.threads_per_worker)
-    if bool(resources.n_gpus) != nvidia or not (nvidia or _is_forward_fast(config, data)):
+    if bool(resources.n_gpus) != has_gpu:
+        return None
+    if not has_gpu and not _is_forward_fast(config, data):
         return None
     return estimate_epoch_seconds(config, data, resources)
 
 
-def _is_forward_fast(config: TrainingConfig, data: Dataset) -> bool:
-    """Whether this CPU is through with four images so soon that a step of training takes it
-    seconds.
+def starting_epochs(
+    space: SearchSpace, max_epochs: int, existing_trials: Sequence[Trial]
+) -> list[int]:
+    """List the trials that are still to run, each as the epochs that it already has.
+
+    Args:
+        space: The sweep's search space.
+        max_epochs: Epochs of a trial whose params do not set `epochs`.
+        existing_trials: Trials that were started before.
+
+    Returns:
+        Existing trials that will resume, then a 0 for each new trial.
     """
+    resumed_epochs = []
+    for trial in existing_trials:
+        trial_epochs = trial.params.get("epochs", max_epochs)
+        is_extended = trial.state == "finished" and trial.epoch < trial_epochs
+        if trial.state == "running" or is_extended:
+            resumed_epochs.append(trial.epoch)
+    return resumed_epochs + [0] * (space.n_trials - len(existing_trials))
+
+
+def expected_sweep_epochs(space: SearchSpace, max_epochs: int) -> int:
+    """Return the epochs that all trials of a new sweep are expected to train together."""
+    return round(space.n_trials * expected_trial_epochs(space, max_epochs))
+
+
+def expected_trial_epochs(space: SearchSpace, max_epochs: int, starting_epoch: int = 0) -> float:
+    """Return the epochs that a trial is expected to train.
+
+    Assumes that a share of 1 / reduction_factor of the trials passes each rung of ASHA.
+
+    Args:
+        space: The sweep's search space.
+        max_epochs: Epochs of a trial that is not stopped early.
+        starting_epoch: Epochs that the trial already has.
+    """
+    expected, share = 0.0, 1.0
+    for rung in space.scheduler.rungs(max_epochs):
+        if rung > starting_epoch:
+            expected += share * (rung - starting_epoch)
+            share, starting_epoch = share / space.scheduler.reduction_factor, rung
+    return expected + share * (max_epochs - starting_epoch)
+
+
+def _n_validated_examples(config: TrainingConfig, data: Dataset) -> int:
+    """Return the number of validation examples that the objective is computed on."""
+    return min(len(data.val), config.validation.size or len(data.val))
+
+
+def _time_training_steps(
+    config: TrainingConfig, data: Dataset, variants: ModelVariants, n_workers: int, n_steps: int
+) -> list[float]:
+    """Time up to `n_steps + 1` steps of one worker, in seconds; stop after a long one."""
+    method = config.resolve_at(config.epochs - 1).method
+    batches = data.iter_train_batches(config.batch_size, config.seed, 0, 0, n_workers)
+    timings: list[float] = []
+    for _, batch in zip(range(n_steps + 1), batches, strict=False):
+        started = time.perf_counter()
+        compute_step_gradients(
+            method, variants, batch, ExampleRng.for_examples(batch.index, 0, "plan")
+        )
+        timings.append(time.perf_counter() - started)
+        if timings[-1] > _LONG_STEP_SECONDS:
+            break
+    return timings
+
+
+def _estimate_validation_seconds(
+    config: TrainingConfig, data: Dataset, variants: ModelVariants, n_examples: float
+) -> float:
+    """Time the validation of one batch and scale it to `n_examples`."""
+    sample_size = math.ceil(min(n_examples, config.batch_size))
+    started = time.perf_counter()
+    sample_images = data.val.get_float_images(slice(0, MIN_BATCH_ROWS))
+    attack_model = make_attack_model(variants.model, sample_images)
+    config.validation.replace(size=sample_size)(attack_model, data.val)
+    return (time.perf_counter() - started) / sample_size * n_examples
+
+
+def _is_forward_fast(config: TrainingConfig, data: Dataset) -> bool:
+    """Check whether a CPU forward pass is so fast that a training step takes seconds at most."""
     model = build_model_variants(config, data, torch.device("cpu")).model.eval()
     timings = []
     for _ in range(2):
@@ -175,35 +301,3 @@ def _is_forward_fast(config: TrainingConfig, data: Dataset) -> bool:
             model(data.val.get_float_images(slice(0, 4)))
         timings.append(time.perf_counter() - started)
     return min(timings) < _FAST_FORWARD_SECONDS
-
-
-def starting_epochs(
-    space: SearchSpace, max_epochs: int, existing_trials: Sequence[Trial]
-) -> list[int]:
-    """For each trial that is still to run the epochs that it has behind it. epochs: what the sweep
-    is to have now.
-    """
-    wanted = [(trial, trial.params.get("epochs", max_epochs)) for trial in existing_trials]
-    going = [
-        t.epoch
-        for t, most in wanted
-        if t.state == "running" or (t.state == "finished" and t.epoch < most)
-    ]
-    return going + [0] * (space.n_trials - len(existing_trials))
-
-
-def expected_sweep_epochs(space: SearchSpace, max_epochs: int) -> int:
-    """Epochs that all trials train together."""
-    return round(space.n_trials * expected_trial_epochs(space, max_epochs))
-
-
-def expected_trial_epochs(space: SearchSpace, max_epochs: int, starting_epoch: int = 0) -> float:
-    """Epochs that a trial with so many behind it can expect to train if ASHA lets 1/factor pass at
-    each rung.
-    """
-    expected, share = 0.0, 1.0
-    for rung in space.scheduler.rungs(max_epochs):
-        if rung > starting_epoch:
-            expected += share * (rung - starting_epoch)
-            share, starting_epoch = share / space.scheduler.reduction_factor, rung
-    return expected + share * (max_epochs - starting_epoch)
