@@ -1,0 +1,76 @@
+"""Print the plan of a sweep for `raysweep tune --plan`."""
+
+import json
+from typing import TYPE_CHECKING
+
+from raysweep.formatting import format_count, format_duration
+
+if TYPE_CHECKING:
+    from raysweep.spec import JsonDict
+    from raysweep.sweep.plan import SweepPlan
+
+
+def print_sweep_plan(plan: "SweepPlan", as_json: bool = False) -> None:
+    """Print a plan to stdout.
+
+    Args:
+        plan: What `raysweep.sweep.plan.plan_sweep` computed.
+        as_json: Whether to print one JSON object instead of sentences.
+    """
+    if as_json:
+        print(json.dumps(_plan_to_json(plan), indent=1))
+    else:
+        print("\n".join(_describe_plan(plan)))
+
+
+def _plan_to_json(plan: "SweepPlan") -> "JsonDict":
+    """Return the keys of `raysweep tune --plan --json`, rounded for reading."""
+    return {
+        "method": plan.method_name,
+        "trials": plan.n_trials,
+        "trials_left": plan.n_trials_left,
+        "epochs_per_trial": plan.epochs_per_trial,
+        "epochs_expected": plan.expected_epochs,
+        "searched": plan.distributions,
+        "train_examples": plan.n_train_examples,
+        "validation_examples": plan.n_validation_examples,
+        "workers_per_trial": plan.resources.workers,
+        "cpus_per_trial": plan.resources.cpus,
+        "gpus_per_trial": plan.resources.gpus,
+        "trials_at_once": plan.concurrency,
+        "seconds_per_epoch": round(plan.seconds_per_epoch, 2),
+        "trial_hours": round(plan.trial_seconds / 3600, 3),
+        "wall_hours": round(plan.wall_seconds / 3600, 3),
+        "objective_95_half_width": round(plan.objective_half_width, 4),
+    }
+
+
+def _describe_plan(plan: "SweepPlan") -> list[str]:
+    """Describe the plan in sentences, one a line."""
+    resources = plan.resources
+    trials = f"{format_count(plan.n_trials, 'trial')} of"
+    if plan.has_existing_trials:
+        trials = f"{plan.n_trials_left} of {plan.n_trials} trials are left:"
+    epochs = format_count(plan.epochs_per_trial, "epoch")
+    lines = [
+        f"{trials} {plan.method_name} on {plan.dataset_name}, {epochs} each, {plan.model_name}"
+    ]
+    lines += [f"  {path}: {distribution}" for path, distribution in plan.distributions.items()]
+    lines += [
+        f"{plan.n_train_examples} training and {plan.n_validation_examples} validation examples",
+        f"95% interval of the objective: +-{plan.objective_half_width:.3f}",
+    ]
+    sharing = f", shared by {resources.workers} workers" if resources.workers > 1 else ""
+    early_stopping = ""
+    if plan.expected_epochs < plan.max_epochs:
+        early_stopping = f" ({plan.max_epochs} without early stopping)"
+    return [
+        *lines,
+        f"a trial holds {resources.cpus:g} CPU(s) and {resources.gpus:g} GPU(s){sharing}; "
+        f"{plan.concurrency} run at once",
+        f"one epoch with validation takes about {plan.seconds_per_epoch:.1f} s, "
+        "estimated from a few steps of one worker here",
+        f"about {format_count(plan.expected_epochs, 'epoch')} in all{early_stopping}:",
+        f"{format_duration(plan.trial_seconds)} of trials, "
+        f"{format_duration(plan.wall_seconds)} from start to end",
+    ]
