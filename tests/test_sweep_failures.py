@@ -13,9 +13,9 @@ import torch
 from conftest import tiny
 
 from raysweep.spec import SpecError
+from raysweep.sweep.process_loss import describe_process_loss
 from raysweep.training.failure_reports import (
     clear_failure_report,
-    describe_process_loss,
     failure_report,
     load_failure_report,
     save_failure_report,

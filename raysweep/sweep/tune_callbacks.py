@@ -13,11 +13,8 @@ from ray import tune
 from ray.tune.experiment import Trial as RayTrial
 
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.training.failure_reports import (
-    BUG_TRACEBACK_KEY,
-    FAILURE_KEY,
-    describe_process_loss,
-)
+from raysweep.sweep.process_loss import describe_process_loss
+from raysweep.training.failure_reports import BUG_TRACEBACK_KEY, FAILURE_KEY
 
 # So many trials with an error of the code end the sweep.
 MAX_BUGGY_TRIALS = 3

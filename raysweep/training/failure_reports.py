@@ -1,4 +1,8 @@
-"""Why a trial failed, told apart: its settings, the memory of the machine, or the code."""
+"""Reports about failed training runs: bad settings, too little memory, or a bug in the code.
+
+A report is a dict of strings: one line under `FAILURE_KEY`, and for a bug its traceback under
+`BUG_TRACEBACK_KEY`.
+"""
 
 import json
 import traceback
@@ -12,69 +16,72 @@ from raysweep.spec import SpecError
 from raysweep.training.config import TrainingConfig
 from raysweep.training.trainer import TrainingFailed
 
-# What a trial reports to Tune when it has failed: why, and for what looks like a bug its traceback.
-FAILURE_KEY, BUG_TRACEBACK_KEY = "failed", "bug"
-# In a failed trial's folder: the traceback of what looks like a bug; and the report, for other
-# workers.
-TRACEBACK_FILE, _REPORT_FILE = "error.txt", "failed.json"
+FAILURE_KEY = "failed"
+"""Key of the reason, one line for users."""
+
+BUG_TRACEBACK_KEY = "bug"
+"""Key of the traceback; only reports of what looks like a bug have it."""
+
+TRACEBACK_FILE = "error.txt"
+"""File in the run's folder that keeps the traceback of a bug."""
+
+_REPORT_FILE = "failed.json"
 
 
 def failure_report(
     error: Exception, config: TrainingConfig, run_path: Path, is_sweep_trial: bool = True
 ) -> dict[str, str]:
-    """What a trial that met `error` reports: one line, and of a bug its traceback, which
-    `path`/error.txt keeps.
+    """Describe why a training run failed, and keep the traceback if it looks like a bug.
 
-    trial: of a sweep, whose command says what it holds.
+    Args:
+        error: What the run raised.
+        config: The run's config.
+        run_path: The run's folder, which receives `error.txt` for a bug.
+        is_sweep_trial: Whether hints may name options of `raysweep tune`.
+
+    Returns:
+        The report.
     """
-    smaller = f"lower batch_size (now {config.batch_size})"
     if isinstance(error, TrainingFailed | SpecError):
         return {FAILURE_KEY: str(error)}
+    hint = f"lower batch_size (now {config.batch_size})"
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
-        hint = f"{smaller} or raise --gpus-per-trial" if is_sweep_trial else smaller
+        if is_sweep_trial:
+            hint += " or raise --gpus-per-trial"
         return {FAILURE_KEY: f"out of memory on {torch.cuda.get_device_name()}: {hint}"}
-    # torch has no class of its own for this.
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
-        hint = (
-            f"{smaller} or raise --cpus-per-trial, so that fewer run at once"
-            if is_sweep_trial
-            else smaller
-        )
+    if _is_cpu_out_of_memory(error):
+        if is_sweep_trial:
+            hint += " or raise --cpus-per-trial, so that fewer run at once"
         return {FAILURE_KEY: f"out of memory: {hint}"}
-    account = "".join(traceback.format_exception(error))
-    atomic_write_text(run_path / TRACEBACK_FILE, account)
+    traceback_text = "".join(traceback.format_exception(error))
+    atomic_write_text(run_path / TRACEBACK_FILE, traceback_text)
     storage.push_to_bucket(run_path / TRACEBACK_FILE)
     return {
         FAILURE_KEY: traceback.format_exception_only(error)[0].splitlines()[0],
-        BUG_TRACEBACK_KEY: account,
+        BUG_TRACEBACK_KEY: traceback_text,
     }
 
 
 def save_failure_report(run_path: Path, report: dict[str, str]) -> None:
-    """Leave a report for the workers that are started after this one's end."""
+    """Write a report into the run's folder, for the workers that are started next."""
     atomic_write_text(run_path / _REPORT_FILE, json.dumps(report))
     storage.push_to_bucket(run_path / _REPORT_FILE)
 
 
 def load_failure_report(run_path: Path) -> dict[str, str]:
-    """What `keep` left; empty if nothing."""
-    return (
-        dict(json.loads((run_path / _REPORT_FILE).read_text()))
-        if storage.pull_file(run_path / _REPORT_FILE)
-        else {}
-    )
+    """Return the report that `save_failure_report` wrote; an empty dict if there is none."""
+    if not storage.pull_file(run_path / _REPORT_FILE):
+        return {}
+    return dict(json.loads((run_path / _REPORT_FILE).read_text()))
 
 
 def clear_failure_report(run_path: Path) -> None:
+    """Delete the run's report, also from the bucket."""
     storage.delete_remote_file(run_path / _REPORT_FILE)
     (run_path / _REPORT_FILE).unlink(missing_ok=True)
 
 
-def describe_process_loss(ray_error: str) -> str:
-    """What became of a trial's process, in a few words, by Ray's account of it."""
-    if "running low on memory" in ray_error:
-        return "its process was killed because the node ran out of memory"
-    if "preempted" in ray_error:
-        return "its node was preempted"
-    return "its process or its node died"
+def _is_cpu_out_of_memory(error: Exception) -> bool:
+    """Return whether the machine's memory ran out; torch raises a plain RuntimeError for it."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
