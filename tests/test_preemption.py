@@ -51,7 +51,7 @@ def test_left_at_any_step_it_ends_with_the_same_bits(method: str, tmp_path: Path
 
     for steps in (3, 4, 7):
         countdown = steps
-        with pytest.raises(TrainingInterrupted, match="all of it is kept"):
+        with pytest.raises(TrainingInterrupted, match="all progress is saved"):
             train_model(
                 config,
                 tmp_path / "left",
@@ -119,7 +119,7 @@ def test_a_signal_to_a_training_run(number: signal.Signals, workdir: Path, capsy
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "compute_step_gradients", step_and_signal)
         assert main(command) == 130
-    assert "raysweep: told to end in epoch 1, after 10 steps" in capsys.readouterr().err
+    assert "raysweep: interrupted in epoch 1 after 10 steps" in capsys.readouterr().err
     assert statuses(workdir) == ["KILLED"]
     assert (workdir / "runs/r/half").is_dir() and not list(workdir.glob("runs/r/epoch-*"))
     assert main(command) == 0

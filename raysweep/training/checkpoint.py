@@ -1,6 +1,4 @@
-"""Checkpoints: a folder of safetensors and JSON, written whole or not at all, read without
-unpickling.
-"""
+"""Checkpoints: folders of safetensors and JSON, written atomically and read without unpickling."""
 
 import hashlib
 import importlib.metadata
@@ -25,50 +23,56 @@ from raysweep import storage
 from raysweep.atomic_files import atomic_folder, atomic_write_text
 from raysweep.spec import JsonDict, SpecError
 from raysweep.training.config import TrainingConfig
+from raysweep.training.epoch_metrics import EpochMetrics
 
-WEIGHTS_FILE, OPTIMIZER_FILE, META_FILE = (
-    "weights.safetensors",
-    "state.safetensors",
-    storage.META_FILE,
-)
+WEIGHTS_FILE = "weights.safetensors"
+OPTIMIZER_FILE = "state.safetensors"
+META_FILE = storage.META_FILE
 _FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:
-    """A checked checkpoint on disk. epoch counts finished epochs; history has one row of metrics
-    for each.
+    """A checkpoint on disk whose hashes have been verified.
+
+    Attributes:
+        path: Folder of the checkpoint.
+        config: Config of the run that it belongs to.
+        epoch: Number of finished epochs.
+        history: One row of metrics for each finished epoch.
+        meta: Content of its JSON file, with the keys `config`, `epoch`, `history`,
+            `data_fingerprint`, `environment`, `sha256` and more.
     """
 
     path: Path
     config: TrainingConfig
     epoch: int
-    history: list[dict[str, float]]
+    history: list[EpochMetrics]
     meta: JsonDict
 
     @property
-    def last_metrics(self) -> dict[str, float]:
+    def last_metrics(self) -> EpochMetrics:
+        """Metrics of the last finished epoch."""
         return self.history[-1]
 
     def load_weights(self, model: nn.Module) -> nn.Module:
+        """Load weights and buffers into `model`, and return it."""
         model.load_state_dict(load_file(self.path / WEIGHTS_FILE))
         return model
 
     def load_training_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Weights and momentum: training goes on as if it had never stopped."""
+        """Load weights and momentum, so that training resumes with identical results."""
         self.load_weights(model)
         self.load_momentum(model, optimizer)
 
     def load_momentum(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Momentum buffers by parameter name."""
-        state = load_file(self.path / OPTIMIZER_FILE)
+        """Load the momentum buffers, which are stored by parameter name."""
+        momentum = load_file(self.path / OPTIMIZER_FILE)
         for name, parameter in model.named_parameters():
-            if name in state:
-                # Laid out as the parameter, as it was when it was saved: other layouts round
-                # otherwise.
-                optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(
-                    state[name]
-                )
+            if name in momentum:
+                # In the parameter's memory format, as when it was saved: others round differently.
+                buffer = torch.empty_like(parameter).copy_(momentum[name])
+                optimizer.state[parameter]["momentum_buffer"] = buffer
 
 
 def save_checkpoint(
@@ -76,13 +80,23 @@ def save_checkpoint(
     config: TrainingConfig,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    history: list[dict[str, float]],
+    history: list[EpochMetrics],
     data_fingerprint: str,
     extra_files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> TrainingCheckpoint:
-    """Write a checkpoint at `path`; a crash at any moment leaves either none or all of it.
+    """Write a checkpoint atomically: a crash leaves either all of it or nothing.
 
-    also: more files, by name.
+    Args:
+        path: Folder to write; it is pushed to the bucket if the run is stored in one.
+        config: Config of the run.
+        model: Its weights and buffers are saved.
+        optimizer: SGD, whose momentum buffers are saved.
+        history: Metrics of all finished epochs.
+        data_fingerprint: Fingerprint of the training data.
+        extra_files: Contents of more files by name.
+
+    Returns:
+        The checkpoint that was written.
     """
     momentum = {
         name: optimizer.state[parameter]["momentum_buffer"]
@@ -103,18 +117,33 @@ def save_checkpoint(
 
 
 def reuse_checkpoint(
-    path: Path, source: Path, config: TrainingConfig, history: list[dict[str, float]] | None = None
+    path: Path, source: Path, config: TrainingConfig, history: list[EpochMetrics] | None = None
 ) -> TrainingCheckpoint:
-    """Another run's state as this run's checkpoint at `path`: the same files, linked where that can
-    be, its own meta.
+    """Use another run's checkpoint as a checkpoint of this run.
 
-    Rows of `history` (by default the other run's) that were not trained here are marked `shared`,
-    and cost nothing.
+    Weights and momentum are hard links if the file system has them, else copies. The metadata are
+    those of this run. Metrics of epochs that this run did not train get `shared` = 1 and
+    `train/seconds` = 0.
+
+    Args:
+        path: Folder to write.
+        source: The other run's checkpoint.
+        config: Config of this run.
+        history: Metrics of this run's epochs before the one that is reused. By default all epochs
+            of the other run are reused.
+
+    Returns:
+        The checkpoint that was written.
+
+    Raises:
+        SpecError: `source` is damaged or was deleted.
     """
     other = read_checkpoint(source)
-    rows = other.history if history is None else [*history, other.last_metrics]
-    known = 0 if history is None else len(history)
-    rows = [*rows[:known], *({**row, "train/seconds": 0.0, "shared": 1.0} for row in rows[known:])]
+    if history is None:
+        own_rows, reused_rows = [], other.history
+    else:
+        own_rows, reused_rows = history, [other.last_metrics]
+    rows = [*own_rows, *({**row, "train/seconds": 0.0, "shared": 1.0} for row in reused_rows)]
     with atomic_folder(path) as partial:
         for name in (WEIGHTS_FILE, OPTIMIZER_FILE):
             link_or_copy(source / name, partial / name)
@@ -126,7 +155,7 @@ def reuse_checkpoint(
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system has none."""
+    """Create a hard link, or a copy if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -134,15 +163,32 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> TrainingCheckpoint:
-    """Check a checkpoint and read what it says of itself. Raises SpecError in one line for a
-    foreign or damaged one.
+    """Read a checkpoint's metadata and verify its files; a bucket's is downloaded first.
+
+    Raises:
+        SpecError: The folder is not a checkpoint, or a file is damaged; one line.
     """
     storage.pull_checkpoint(path)
     return read_local_checkpoint(path)
 
 
 def read_local_checkpoint(path: Path) -> TrainingCheckpoint:
-    """`read`, of what is on this machine."""
+    """Read and verify a checkpoint like `read_checkpoint`, without looking at the bucket.
+
+    Raises:
+        SpecError: The folder is not a checkpoint, or a file is damaged; one line.
+    """
+    meta = _read_meta(path)
+    for name, expected in meta["sha256"].items():
+        if not (path / name).is_file() or _compute_file_sha256(path / name) != expected:
+            problem = f"{name} is truncated or altered (its sha256 is not the one in {META_FILE})"
+            raise SpecError(f"{storage.uri_of(path)}: {problem}; delete the folder")
+    config = TrainingConfig.from_data(meta["config"], f"{path / META_FILE}", stored=True)
+    return TrainingCheckpoint(path, config, meta["epoch"], meta["history"], meta)
+
+
+def _read_meta(path: Path) -> JsonDict:
+    """Read a checkpoint's metadata. Raises SpecError if they are missing or incomplete."""
     try:
         meta = json.loads((path / META_FILE).read_text())
     except (OSError, ValueError):
@@ -157,34 +203,33 @@ def read_local_checkpoint(path: Path) -> TrainingCheckpoint:
         or not isinstance(meta["sha256"], dict)
         or meta["sha256"].keys() != {WEIGHTS_FILE, OPTIMIZER_FILE}
     ):
-        raise SpecError(
-            f"{path}: not a raysweep checkpoint: {META_FILE} lacks {', '.join(sorted(missing)) or 'hashes'}"
-        )
-    for name, expected in meta["sha256"].items():
-        if not (path / name).is_file() or _compute_file_sha256(path / name) != expected:
-            what = f"{name} is truncated or altered (its sha256 is not the one in {META_FILE})"
-            raise SpecError(f"{storage.uri_of(path)}: {what}; delete the folder")
-    config = TrainingConfig.from_data(meta["config"], f"{path / META_FILE}", stored=True)
-    return TrainingCheckpoint(path, config, meta["epoch"], meta["history"], meta)
+        names = ", ".join(sorted(missing)) or "hashes"
+        raise SpecError(f"{path}: not a raysweep checkpoint: {META_FILE} lacks {names}")
+    return meta
 
 
 class RunDirectory:
-    """The folder of one training run: its checkpoints, of which the last and the best are kept."""
+    """The folder of one training run, with its last and its best checkpoint.
+
+    Attributes:
+        path: The folder.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def epoch_path(self, epoch: int) -> Path:
+        """Return the checkpoint folder of an epoch, 1-based."""
         return self.path / f"epoch-{epoch:04d}"
 
     @property
     def mid_epoch_path(self) -> Path:
-        """An epoch that was left in its middle, if one was (see `training.pause`)."""
+        """Checkpoint folder of an interrupted epoch (see `MidEpochCheckpointer`)."""
         return self.path / "half"
 
     @property
     def run_key(self) -> str:
-        """Names this run among all, whatever its folder is called; made when first asked for."""
+        """Unique id of this run, independent of the folder's name; created on first use."""
         file = self.path / "run.json"
         if not storage.pull_file(file):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -193,7 +238,7 @@ class RunDirectory:
         return str(storage.read_json(file, ["key"])["key"])
 
     def list_saved_epochs(self) -> list[int]:
-        """Finished epochs that have a checkpoint, ascending."""
+        """Return the 1-based numbers of all epochs that have a checkpoint, ascending."""
         names = (
             name.removeprefix("epoch-")
             for name in storage.list_folders_containing(self.path)
@@ -202,17 +247,24 @@ class RunDirectory:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def read_last_checkpoint(self) -> TrainingCheckpoint | None:
+        """Read the checkpoint of the last finished epoch; None before the first.
+
+        Raises:
+            SpecError: The checkpoint is damaged.
+        """
         epochs = self.list_saved_epochs()
         return read_checkpoint(self.epoch_path(epochs[-1])) if epochs else None
 
-    def read_history(self) -> list[dict[str, float]]:
-        """Rows of metrics of the finished epochs, those taken over included."""
+    def read_history(self) -> list[EpochMetrics]:
+        """Read the metrics of all finished epochs, including epochs reused from other runs."""
         last = self.read_last_checkpoint()
         return last.history if last else []
 
     def prune_checkpoints(self, epochs_to_keep: set[int]) -> None:
-        """Delete all checkpoints but those of the epochs in `keep`, and what interruptions and
-        crashes left.
+        """Delete checkpoints of other epochs, and what interruptions and crashes left behind.
+
+        Args:
+            epochs_to_keep: 1-based numbers of the epochs whose checkpoints stay.
         """
         for epoch in self.list_saved_epochs():
             if epoch not in epochs_to_keep:
@@ -231,10 +283,11 @@ class RunDirectory:
 def _write_meta(
     folder: Path,
     config: TrainingConfig,
-    history: list[dict[str, float]],
+    history: list[EpochMetrics],
     data_fingerprint: str,
     sha256: dict[str, str],
 ) -> JsonDict:
+    """Write the checkpoint's JSON file into `folder`, and return its content."""
     meta = {
         "format": _FORMAT_VERSION,
         "config": config.to_stored_dict(),
@@ -251,7 +304,7 @@ def _write_meta(
 
 @cache
 def describe_environment() -> JsonDict:
-    """Versions and source revision: what else decides a number."""
+    """Return versions, device and source revision, on which results also depend."""
     packages = ("raysweep", "torch", "torchvision", "ray", "optuna", "mlflow", "numpy", "pyarrow")
     return {
         "python": platform.python_version(),
@@ -263,6 +316,7 @@ def describe_environment() -> JsonDict:
 
 
 def _get_package_version(package: str) -> str | None:
+    """Return the installed version of a package; None if it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -270,29 +324,23 @@ def _get_package_version(package: str) -> str | None:
 
 
 def _get_git_revision() -> str | None:
-    """Revision of the checkout that this package runs from, with `-dirty` if it was changed."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    """Return the git revision of this package's checkout, with `-dirty` if it has changes."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
+            [*git, *describe], capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def _detach_contiguous(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    """Return contiguous tensors without gradients, as safetensors needs them."""
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 def _compute_file_sha256(path: Path) -> str:
+    """Compute the sha256 of a file, as hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

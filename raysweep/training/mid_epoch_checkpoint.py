@@ -1,8 +1,7 @@
-"""Leaving an epoch halfway and going on at that step later, on this machine or another, to the last
-bit.
+"""Checkpoints in the middle of an epoch, from which training resumes with identical results.
 
-The order of an epoch's batches and all that is random in it belong to its examples: weights,
-momentum and the sums of the diagnostics are all that must be kept.
+The order of batches and all random numbers depend only on (seed, epoch, example). So the state
+consists of the weights, the momentum, the sums of the diagnostics and the number of finished steps.
 """
 
 import json
@@ -21,23 +20,31 @@ from raysweep import storage
 from raysweep.formatting import format_count
 from raysweep.spec import SpecError
 from raysweep.training import checkpoint
-from raysweep.training.checkpoint import RunDirectory
+from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
 from raysweep.training.diagnostics import EpochDiagnostics
+from raysweep.training.epoch_metrics import EpochMetrics
 
 _DIAGNOSTICS_FILE = "seen.safetensors"
 
 
 class TrainingInterrupted(Exception):
-    """Training was told to end. What it had is in its folder, and the same call goes on from there."""
+    """Training was interrupted after a step. The same call of `train_model` resumes there."""
 
 
 class MidEpochCheckpointer:
-    """What an epoch must know to be left when `interrupted()` says so, and to begin where an
-    earlier process left it.
+    """Saves an unfinished epoch when training is interrupted, and resumes it later.
 
-    The state is in `half` in the run's folder: a checkpoint of the epochs before, with weights and
-    momentum of now.
+    The checkpoint is the folder `half` of the run. It has the current weights and momentum, and the
+    history of the epochs before.
+
+    Args:
+        should_interrupt: Asked after each step; True interrupts training.
+        run_directory: Folder of the run.
+        config: Config of the run.
+        model: The model that is trained.
+        optimizer: Its optimizer.
+        data_fingerprint: Fingerprint of the training data.
     """
 
     def __init__(
@@ -55,21 +62,22 @@ class MidEpochCheckpointer:
         self._model = model
         self._optimizer = optimizer
         self._data_fingerprint = data_fingerprint
-        self._history: list[dict[str, float]] = []
+        self._history: list[EpochMetrics] = []
         self._started_at = 0.0
 
-    def resume_epoch(self, history: list[dict[str, float]], diagnostics: EpochDiagnostics) -> int:
-        """Load what is there of the epoch after `history`: how many of its steps are done."""
+    def resume_epoch(self, history: list[EpochMetrics], diagnostics: EpochDiagnostics) -> int:
+        """Start an epoch, from its checkpoint if a process was interrupted in it.
+
+        Args:
+            history: Metrics of the epochs before.
+            diagnostics: Receives the sums of the steps that are finished.
+
+        Returns:
+            The number of steps of this epoch that are finished.
+        """
         self._history, self._started_at = history, time.perf_counter()
-        if not storage.pull_checkpoint(self._run_directory.mid_epoch_path):
-            return 0
-        try:
-            saved = checkpoint.read_local_checkpoint(self._run_directory.mid_epoch_path)
-        except SpecError:
-            return 0
-        alike = saved.config.replace(epochs=self._config.epochs) == self._config
-        same = alike and saved.meta["data_fingerprint"] == self._data_fingerprint
-        if not same or saved.history != history:
+        saved = self._read_checkpoint()
+        if saved is None or not self._is_same_epoch(saved):
             return 0
         saved.load_training_state(self._model, self._optimizer)
         device = next(self._model.parameters()).device
@@ -81,49 +89,80 @@ class MidEpochCheckpointer:
         return int(facts["steps"])
 
     def save_if_interrupted(self, steps_done: int, diagnostics: EpochDiagnostics) -> None:
-        """To be called after each step. Raises Interrupted, with everything kept, if it was the
-        last for now.
+        """Save the unfinished epoch and stop, if `should_interrupt` says so. Called after each step.
+
+        Args:
+            steps_done: Number of finished steps of this epoch.
+            diagnostics: Sums over these steps.
+
+        Raises:
+            TrainingInterrupted: The state was saved and training stops here.
         """
         if not self._should_interrupt():
             return
         sums, edges = diagnostics.export_state()
         seconds = time.perf_counter() - self._started_at
         facts = {"steps": str(steps_done), "seconds": str(seconds), "edges": json.dumps(edges)}
-        state = (self._config, self._model, self._optimizer, self._history, self._data_fingerprint)
         checkpoint.save_checkpoint(
             self._run_directory.mid_epoch_path,
-            *state,
+            self._config,
+            self._model,
+            self._optimizer,
+            self._history,
+            self._data_fingerprint,
             extra_files={_DIAGNOSTICS_FILE: save(sums, facts)},
         )
         raise TrainingInterrupted(
-            f"told to end in epoch {len(self._history) + 1}, after {format_count(steps_done, 'step')}; all of it is kept"
+            f"interrupted in epoch {len(self._history) + 1} after "
+            f"{format_count(steps_done, 'step')}; all progress is saved"
         )
 
     @property
     def elapsed_seconds(self) -> float:
-        """Spent on this epoch so far, by all who worked on it."""
+        """Training time of this epoch so far, including that of earlier processes."""
         return time.perf_counter() - self._started_at
+
+    def _read_checkpoint(self) -> TrainingCheckpoint | None:
+        """Read the run's mid-epoch checkpoint; None if it is missing or damaged."""
+        if not storage.pull_checkpoint(self._run_directory.mid_epoch_path):
+            return None
+        try:
+            return checkpoint.read_local_checkpoint(self._run_directory.mid_epoch_path)
+        except SpecError:
+            return None
+
+    def _is_same_epoch(self, saved: TrainingCheckpoint) -> bool:
+        """Return whether a checkpoint has this run's settings, data and earlier epochs."""
+        return (
+            saved.config.replace(epochs=self._config.epochs) == self._config
+            and saved.meta["data_fingerprint"] == self._data_fingerprint
+            and saved.history == self._history
+        )
 
 
 @contextmanager
 def catch_termination_signals() -> Iterator[Callable[[], bool]]:
-    """In this block SIGTERM and a first Ctrl-C end nothing: the function that it gives says whether
-    there was one.
+    """Context manager that records SIGTERM and the first Ctrl-C instead of ending the process.
 
-    Main thread only.
+    A second Ctrl-C uses the original handler. Only the main thread may use it.
+
+    Yields:
+        A function that returns whether one of these signals has arrived.
     """
-    told: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    received: list[int] = []
+    original_handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)
+    }
 
-    def note(number: int, frame: FrameType | None) -> None:
-        told.append(number)
-        # Who cannot wait for the end of a step says it again.
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
+    def record_signal(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        # A step may take long: a second Ctrl-C must be able to end it.
+        signal.signal(signal.SIGINT, original_handlers[signal.SIGINT])
 
-    for number in before:
-        signal.signal(number, note)
+    for number in original_handlers:
+        signal.signal(number, record_signal)
     try:
-        yield lambda: bool(told)
+        yield lambda: bool(received)
     finally:
-        for number, handler in before.items():
+        for number, handler in original_handlers.items():
             signal.signal(number, handler)
