@@ -1,8 +1,9 @@
-"""Numbers that may change with the epoch: lr, eps, lambda, tau, beta, ..."""
+"""Schedules: settings such as lr, eps, lambda or beta that may change with the epoch."""
 
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -11,7 +12,7 @@ from raysweep.spec import EpochSchedule
 
 
 def _parse_number(value: Any) -> Any:
-    """'8/255' is a number in this field; 'inf' is one in YAML's spelling ('.inf') and in ours."""
+    """Convert a fraction such as '8/255' to a float; leave all else to pydantic."""
     if isinstance(value, str) and "/" in value:
         try:
             return float(Fraction("/".join(part.strip() for part in value.split("/"))))
@@ -25,11 +26,14 @@ Epoch = Annotated[int, Field(ge=0)]
 
 
 class PiecewiseSchedule(EpochSchedule):
-    """`values[i]` from epoch `boundaries[i-1]` on (0-based): one value more than boundaries."""
+    """A constant value in each interval between boundaries."""
 
     kind: Literal["piecewise"] = "piecewise"
+    """Selects this schedule; may be left out."""
     boundaries: tuple[Epoch, ...]
+    """Epochs (0-based, increasing) at which the next value begins."""
     values: tuple[Number, ...]
+    """One value more than boundaries: `values[i]` holds from epoch `boundaries[i - 1]`."""
 
     @model_validator(mode="after")
     def _check_boundaries(self) -> Self:
@@ -42,14 +46,20 @@ class PiecewiseSchedule(EpochSchedule):
         return self
 
     def value_at(self, epoch: int) -> float:
-        return self.values[sum(epoch >= b for b in self.boundaries)]
+        return self.values[sum(epoch >= boundary for boundary in self.boundaries)]
 
 
 class _RampSchedule(EpochSchedule):
+    """A change from `first` at epoch `start` to `last` at epoch `end`, constant outside."""
+
     first: Number
+    """Value up to epoch `start`."""
     last: Number
+    """Value from epoch `end`."""
     start: Epoch = 0
+    """Epoch (0-based) at which the change begins."""
     end: Epoch
+    """Epoch (0-based) at which the change ends; must come after `start`."""
 
     @model_validator(mode="after")
     def _check_epoch_order(self) -> Self:
@@ -58,13 +68,15 @@ class _RampSchedule(EpochSchedule):
         return self
 
     def _elapsed_fraction_at(self, epoch: int) -> float:
+        """Return the fraction of the change that lies before `epoch`, in [0, 1]."""
         return _elapsed_fraction(epoch, self.start, self.end)
 
 
 class LinearSchedule(_RampSchedule):
-    """Straight line from `first` at epoch `start` to `last` at epoch `end`, constant outside."""
+    """A straight line from `first` at epoch `start` to `last` at epoch `end`, constant outside."""
 
     kind: Literal["linear"] = "linear"
+    """Selects this schedule."""
 
     def value_at(self, epoch: int) -> float:
         return self.first + (self.last - self.first) * self._elapsed_fraction_at(epoch)
@@ -74,25 +86,27 @@ class CosineSchedule(_RampSchedule):
     """Half a cosine from `first` at epoch `start` to `last` at epoch `end`, constant outside."""
 
     kind: Literal["cosine"] = "cosine"
+    """Selects this schedule."""
     last: Number = 0.0
+    """Value from epoch `end`."""
 
     def value_at(self, epoch: int) -> float:
-        return (
-            self.last
-            + (self.first - self.last)
-            * (1 + math.cos(math.pi * self._elapsed_fraction_at(epoch)))
-            / 2
-        )
+        cosine = math.cos(math.pi * self._elapsed_fraction_at(epoch))
+        return self.last + (self.first - self.last) * (1 + cosine) / 2
 
 
 class InterpolatedSchedule(EpochSchedule):
-    """Straight lines through (`epochs[i]`, `values[i]`), constant outside: the cyclic schedules of
-    G fig. 11.
+    """Straight lines through the points (`epochs[i]`, `values[i]`), constant outside.
+
+    The cyclic schedules of G fig. 11 have this form.
     """
 
     kind: Literal["interpolated"] = "interpolated"
+    """Selects this schedule."""
     epochs: Annotated[tuple[Epoch, ...], Field(min_length=2)]
+    """Epochs of the points (0-based, increasing), at least two."""
     values: tuple[Number, ...]
+    """Values at the points, one for each epoch."""
 
     @model_validator(mode="after")
     def _check_points(self) -> Self:
@@ -105,6 +119,7 @@ class InterpolatedSchedule(EpochSchedule):
 
 
 def _schedule_kind(value: Any) -> str:
+    """Return the tag of the union member that reads `value`."""
     if isinstance(value, dict):
         return str(value.get("kind", "piecewise"))
     return getattr(value, "kind", "number")
@@ -121,36 +136,69 @@ Schedule = Annotated[
 
 
 def schedule_value_at(schedule: float | EpochSchedule, epoch: int) -> float:
-    """The schedule's value at `epoch`; a number is its own schedule."""
+    """Return the value of a schedule or constant at an epoch.
+
+    Args:
+        schedule: A schedule, or a number that is the same at every epoch.
+        epoch: Epoch, 0-based.
+
+    Returns:
+        The value.
+    """
     return schedule.value_at(epoch) if isinstance(schedule, EpochSchedule) else schedule
 
 
 def resolved_value(value: float | EpochSchedule) -> float:
-    """The number of a setting whose spec has been resolved with `.at(epoch)`."""
+    """Return the number of a setting whose spec `Spec.resolve_at` has resolved.
+
+    Args:
+        value: A setting of a resolved spec.
+
+    Returns:
+        The same number, typed as float.
+
+    Raises:
+        TypeError: The setting is still a schedule.
+    """
     if isinstance(value, EpochSchedule):
         raise TypeError(
-            f"{value!r} changes with the epoch: resolve the spec with .at(epoch) before it is called"
+            f"{value!r} changes with the epoch: call .resolve_at(epoch) before you call the spec"
         )
     return value
 
 
 def bounded(low: float = -math.inf, high: float = math.inf) -> AfterValidator:
-    """A bound on every value that a schedule takes."""
+    """Create a pydantic validator that bounds every value of a number or schedule.
 
-    def check(schedule: float | EpochSchedule) -> float | EpochSchedule:
+    Args:
+        low: Smallest value allowed.
+        high: Largest value allowed.
+
+    Returns:
+        The validator, for `Annotated[Schedule, bounded(0, 1)]`.
+    """
+
+    def check_bounds(schedule: float | EpochSchedule) -> float | EpochSchedule:
         for value in bounds(schedule):
-            if not low <= value <= high:
-                allowed = (
-                    f"between {low:g} and {high:g}" if high < math.inf else f"at least {low:g}"
-                )
-                raise ValueError(f"must be {allowed}")
+            if low <= value <= high:
+                continue
+            if high < math.inf:
+                raise ValueError(f"must be between {low:g} and {high:g}")
+            raise ValueError(f"must be at least {low:g}")
         return schedule
 
-    return AfterValidator(check)
+    return AfterValidator(check_bounds)
 
 
 def bounds(schedule: float | EpochSchedule) -> tuple[float, ...]:
-    """Values that bound everything the schedule says."""
+    """Return values whose minimum and maximum bound the schedule at every epoch.
+
+    Args:
+        schedule: A number or schedule.
+
+    Returns:
+        At least one value.
+    """
     if isinstance(schedule, PiecewiseSchedule | InterpolatedSchedule):
         return schedule.values
     if isinstance(schedule, _RampSchedule):
@@ -159,13 +207,14 @@ def bounds(schedule: float | EpochSchedule) -> tuple[float, ...]:
 
 
 def _elapsed_fraction(epoch: int, start: int, end: int) -> float:
+    """Return the position of `epoch` between `start` and `end`, clipped to [0, 1]."""
     return min(max((epoch - start) / (end - start), 0.0), 1.0)
 
 
 def _interpolate_values(epoch: int, epochs: Sequence[int], values: Sequence[float]) -> float:
-    for (e0, v0), (e1, v1) in zip(
-        zip(epochs, values, strict=True), zip(epochs[1:], values[1:], strict=True), strict=False
-    ):
+    """Return the value at `epoch` of the line through the points, constant outside."""
+    points = list(zip(epochs, values, strict=True))
+    for (e0, v0), (e1, v1) in pairwise(points):
         if epoch <= e1:
             return v0 + (v1 - v0) * _elapsed_fraction(epoch, e0, e1)
     return values[-1]

@@ -1,5 +1,6 @@
-"""Spec: a frozen, validated value that is also the thing it describes, and the four operations
-every spec has.
+"""Specs: frozen pydantic settings; reading them from YAML, overriding them, and error lines.
+
+Dotted paths such as `attacks.pgd.eps` name the settings of a nested spec.
 """
 
 import copy
@@ -29,26 +30,39 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 _BOOL_TAG, _FLOAT_TAG = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 SpecT = TypeVar("SpecT", bound="Spec")
+# pydantic's message for a list that is too short.
 _MIN_ITEMS_MESSAGE = re.compile(r"^\w+ should have at least (\d+ items?).*$")
 JsonDict = dict[str, Any]
+# A message with more names than this would be too long to read.
+_MAX_LISTED_NAMES = 30
 
 
 class SpecError(ValueError):
-    """A user's mistake. Each problem is one line that names the key, the value and what is allowed."""
+    """A user's mistake, in one line for each problem.
+
+    Attributes:
+        problems: Lines that name the setting, its value and what is allowed.
+    """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
+        """Store the problems; the message is all lines together.
+
+        Args:
+            problems: One line or several.
+        """
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
 
 
 class FormerNameWarning(FutureWarning):
-    """A setting was given by the name that it had in raysweep 0.1."""
+    """Warning: a file or option uses the name that a setting had in raysweep 0.1."""
 
 
 class Spec(BaseModel):
     """Frozen pydantic base class of all settings. Method, attack and weight specs are callable.
 
-    A spec can be written in YAML, searched, logged and stored in a checkpoint.
+    A spec can be written in YAML, searched, logged and stored in a checkpoint. Unknown keys are
+    errors. Infinity and nan are strings in JSON.
     """
 
     model_config = ConfigDict(
@@ -59,16 +73,19 @@ class Spec(BaseModel):
         use_attribute_docstrings=True,
     )
 
-    # Field name -> its key in files of raysweep 0.1. These keys are read everywhere; files and
-    # digests keep them, so that earlier results stay valid.
     stored_keys: ClassVar[Mapping[str, str]] = {}
+    """Field name -> key in files of raysweep 0.1.
+
+    These keys are accepted as input everywhere. Files and digests still use them, so that earlier
+    results stay valid.
+    """
 
     @model_validator(mode="wrap")
     @classmethod
     def _suggest_known_keys(
         cls, data: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo
     ) -> Self:
-        """Accept former keys, and give each unknown key the nearest settings of this class."""
+        """Accept former keys; replace the error of an unknown key by the nearest settings."""
         if cls.stored_keys and isinstance(data, dict):
             data = cls.rename_stored_keys(data, (info.context or {}).get("source"))
         try:
@@ -82,7 +99,15 @@ class Spec(BaseModel):
 
     @classmethod
     def rename_stored_keys(cls, data: JsonDict, source: str | None) -> JsonDict:
-        """Return `data` with the present names as keys; warn about each if `source` names a file."""
+        """Replace the keys of raysweep 0.1 by the present field names.
+
+        Args:
+            data: Mapping that a user or raysweep has written.
+            source: Where a user has written it, for the warnings; None for no warnings.
+
+        Returns:
+            A mapping with present names; other keys are unchanged.
+        """
         names = {key: name for name, key in cls.stored_keys.items()}
         if source is not None:
             for key in names.keys() & data.keys():
@@ -93,18 +118,36 @@ class Spec(BaseModel):
     def _write_stored_keys(
         self, handler: SerializerFunctionWrapHandler, info: SerializationInfo
     ) -> JsonDict:
+        """Write field names as keys, or stored keys if the context asks for them."""
         data: JsonDict = handler(self)
         if self.stored_keys and info.context and info.context.get("stored"):
             return {self.stored_keys.get(name, name): value for name, value in data.items()}
         return data
 
     def replace(self, **changes: Any) -> Self:
-        """Return a validated copy with some fields changed. Raises ValidationError."""
+        """Create a validated copy.
+
+        Args:
+            **changes: Field name -> new value.
+
+        Returns:
+            The copy.
+
+        Raises:
+            pydantic.ValidationError: A name or value is not allowed.
+        """
         fields = {name: getattr(self, name) for name in type(self).model_fields}
         return type(self).model_validate(fields | changes)
 
     def resolve_at(self, epoch: int) -> Self:
-        """This spec with every schedule replaced by its value at `epoch` (0-based)."""
+        """Replace every schedule, also in nested specs, by its value at an epoch.
+
+        Args:
+            epoch: Epoch, 0-based.
+
+        Returns:
+            A copy with plain numbers, or this spec if it has no schedule.
+        """
         changed = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
@@ -114,15 +157,28 @@ class Spec(BaseModel):
         return self.model_copy(update=changed) if changed else self
 
     def to_json_dict(self) -> JsonDict:
-        """Return plain data that `from_data` reads; inf and nan are written as strings."""
+        """Convert to plain data for JSON or YAML.
+
+        Returns:
+            What `from_data` reads; infinity and nan are strings.
+        """
         return json.loads(self.model_dump_json())  # type: ignore[no-any-return]
 
     def to_stored_dict(self) -> JsonDict:
-        """Return `to_json_dict` with the keys that files and digests have had since 0.1."""
-        return json.loads(self.model_dump_json(context={"stored": True}))  # type: ignore[no-any-return]
+        """Convert to plain data for files and digests.
+
+        Returns:
+            `to_json_dict` with the keys of `stored_keys`.
+        """
+        text = self.model_dump_json(context={"stored": True})
+        return json.loads(text)  # type: ignore[no-any-return]
 
     def digest(self) -> str:
-        """Return 16 hex digits that name this value: sha256 of its canonical stored JSON."""
+        """Compute a short identifier of this value.
+
+        Returns:
+            `json_digest` of `to_stored_dict()`: 16 hex digits.
+        """
         return json_digest(self.to_stored_dict())
 
     @classmethod
@@ -130,9 +186,12 @@ class Spec(BaseModel):
         """Validate plain data.
 
         Args:
-            data: What YAML or JSON holds, usually a mapping.
-            source: File or option that messages name.
-            stored: Whether raysweep wrote the data: then former keys are no reason to warn.
+            data: Content of YAML or JSON, usually a mapping.
+            source: File or option that messages name; "" for none.
+            stored: Whether raysweep wrote the data. If so, former keys cause no warning.
+
+        Returns:
+            The spec.
 
         Raises:
             SpecError: One line for each problem.
@@ -144,27 +203,53 @@ class Spec(BaseModel):
 
 
 class EpochSchedule(Spec):
-    """A spec that stands for one number at each epoch."""
+    """Base class of specs that are one number at each epoch."""
 
     def value_at(self, epoch: int) -> float:
-        """The number at `epoch` (0-based)."""
+        """Return the value at an epoch.
+
+        Args:
+            epoch: Epoch, 0-based.
+
+        Returns:
+            The value.
+        """
         raise NotImplementedError
 
 
 def json_digest(data: Any) -> str:
-    """16 hex digits of the sha256 of canonical JSON."""
-    return hashlib.sha256(
-        json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()[:16]
+    """Compute a short identifier of plain data.
+
+    Args:
+        data: What `json.dumps` accepts.
+
+    Returns:
+        The first 16 hex digits of the sha256 of its JSON with sorted keys and without spaces.
+    """
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def flatten_spec(spec: Spec) -> dict[str, Any]:
-    """Dotted path -> scalar, for every leaf of the spec."""
+    """List the scalar settings of a nested spec.
+
+    Args:
+        spec: Any spec.
+
+    Returns:
+        Dotted path -> scalar; a list is its JSON text.
+    """
     return dict(_iter_leaves(spec.to_json_dict(), ""))
 
 
 def warn_former_name(former: str, name: str, source: str = "") -> None:
-    """Warn in one line that a setting has another name now."""
+    """Issue a `FormerNameWarning` of one line.
+
+    Args:
+        former: Name in raysweep 0.1, as the user wrote it.
+        name: Present name.
+        source: File or option where it was written; "" for none.
+    """
     prefix = f"{source}: " if source else ""
     warnings.warn(f"{prefix}{former!r} is now called {name!r}", FormerNameWarning, stacklevel=2)
 
@@ -172,17 +257,27 @@ def warn_former_name(former: str, name: str, source: str = "") -> None:
 def apply_overrides(
     spec: SpecT, overrides: Mapping[str, Any], *, on_missing: Literal["error", "ignore"] = "error"
 ) -> SpecT:
-    """A copy of `spec` with the values at dotted paths replaced, validated as a whole.
+    """Replace values at dotted paths and validate the result.
 
-    A path may contain `*`, which stands for any run of characters: `*.eps` is every eps there is.
-    Setting a `kind` puts the other settings of that part back to their defaults. Raises SpecError
-    for all problems at once; with `missing="ignore"`, paths that match nothing are skipped (the
-    defaults that a data set brings).
+    Setting a `kind` resets the other settings of the same part to their defaults.
+
+    Args:
+        spec: Spec to copy.
+        overrides: Dotted path -> value. `*` in a path stands for any characters, so `*.eps` is
+            every eps. Names of raysweep 0.1 are accepted with a warning.
+        on_missing: What to do with a path that matches no setting. "ignore" skips it, as for the
+            defaults of a data set.
+
+    Returns:
+        The changed copy.
+
+    Raises:
+        SpecError: One line for each unknown path and each value that is not allowed.
     """
     data = spec.to_json_dict()
     problems: list[str] = []
-    # Shallow paths first and a `kind` before its siblings, so that a part exists before its details
-    # are set.
+    # Shallow paths first and a `kind` before its siblings: a part must exist before its details are
+    # set.
     for path, value in sorted(
         overrides.items(), key=lambda item: (item[0].count("."), not item[0].endswith("kind"))
     ):
@@ -196,58 +291,74 @@ def apply_overrides(
     try:
         result = type(spec).from_data(data)
     except SpecError as error:
-        raise SpecError(
-            [*problems, *(line for line in error.problems if line not in problems)]
-        ) from None
+        new_problems = [line for line in error.problems if line not in problems]
+        raise SpecError([*problems, *new_problems]) from None
     if problems:
         raise SpecError(problems)
     return result
 
 
 def _match_former_paths(pattern: str, spec: Spec, data: JsonDict) -> list[str]:
-    """Match a path that uses the key names of 0.1, and return the present paths."""
+    """Match a path that uses key names of 0.1; warn, and return the present paths."""
     stored = spec.to_stored_dict()
-    present = [path for path, _ in _iter_nodes(spec.to_json_dict(), "")]
-    names = dict(zip((path for path, _ in _iter_nodes(stored, "")), present, strict=True))
-    found = [names[path] for path in _match_paths(pattern, stored) if path in names]
-    for path in found[:1]:
-        warn_former_name(pattern, path)
-    return [path for path in found if _match_paths(path, data)]
+    stored_paths = [path for path, _ in _iter_nodes(stored, "")]
+    present_paths = [path for path, _ in _iter_nodes(spec.to_json_dict(), "")]
+    present_path_by_stored = dict(zip(stored_paths, present_paths, strict=True))
+    matches = []
+    for path in _match_paths(pattern, stored):
+        if path in present_path_by_stored:
+            matches.append(present_path_by_stored[path])
+    if matches:
+        warn_former_name(pattern, matches[0])
+    return [path for path in matches if _match_paths(path, data)]
 
 
 def describe_unknown_path(path: str, data: JsonDict) -> str:
-    """One line that names the nearest settings that do exist."""
-    known = [path for path, _ in _iter_nodes(data, "")]
+    """Describe a dotted path that matches no setting, with the three nearest paths.
+
+    Args:
+        path: Path that a user wrote.
+        data: The settings as nested mappings.
+
+    Returns:
+        One line. Paths with the same or a similar last part come first.
+    """
+    paths_by_leaf: dict[str, list[str]] = {}
+    for known_path, _ in _iter_nodes(data, ""):
+        paths_by_leaf.setdefault(known_path.rsplit(".", 1)[-1], []).append(known_path)
     leaf = path.rsplit(".", 1)[-1]
-    same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
-    near_leaf = difflib.get_close_matches(leaf, {k.rsplit(".", 1)[-1] for k in known}, n=1)
-    candidates = (
-        same_leaf
-        or [k for k in known if near_leaf and k.rsplit(".", 1)[-1] == near_leaf[0]]
-        or known
-    )
+    candidates = [known_path for known_path, _ in _iter_nodes(data, "")]
+    if leaf in paths_by_leaf:
+        candidates = paths_by_leaf[leaf]
+    elif near_leaf := difflib.get_close_matches(leaf, set(paths_by_leaf), n=1):
+        candidates = paths_by_leaf[near_leaf[0]]
     nearest = difflib.get_close_matches(path, candidates, n=3, cutoff=0.0)
     return f"no setting {path!r}; nearest: {', '.join(nearest)}"
 
 
-# More names than this are no line to read.
-_MAX_LISTED_NAMES = 30
-
-
 def describe_unknown_name(noun: str, name: object, known: Sequence[str]) -> str:
-    """One line for a name that no table has."""
+    """Describe a name that is not registered, with similar names or all names.
+
+    Args:
+        noun: What is named, such as "method".
+        name: Name that a user wrote.
+        known: All registered names.
+
+    Returns:
+        One line.
+    """
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
-    others = (
-        f"known: {', '.join(known)}"
-        if len(known) <= _MAX_LISTED_NAMES
-        else "`raysweep list` names all"
-    )
-    hint = f"nearest: {', '.join(near)}" if near else others
+    if near:
+        hint = f"nearest: {', '.join(near)}"
+    elif len(known) <= _MAX_LISTED_NAMES:
+        hint = f"known: {', '.join(known)}"
+    else:
+        hint = "`raysweep list` names all"
     return f"no {noun} {name!r}; {hint}"
 
 
 class _Yaml12Loader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars: `on` and `no` are words, `1e-3` is a number."""
+    """YAML loader with the scalars of YAML 1.2: `on` and `no` are text, `1e-3` is a number."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL_TAG, _FLOAT_TAG)]
@@ -261,7 +372,8 @@ _Yaml12Loader.add_implicit_resolver(
 _Yaml12Loader.add_implicit_resolver(
     _FLOAT_TAG,
     re.compile(
-        r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$",
+        r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
+        r"|^[-+]?\.inf$|^\.nan$",
         re.I,
     ),
     list("-+0123456789."),
@@ -269,56 +381,96 @@ _Yaml12Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """A YAML document or value. Raises yaml.YAMLError."""
-    return yaml.load(text, _Yaml12Loader)  # a safe loader
+    """Read a YAML document or value with a safe loader.
+
+    Args:
+        text: YAML 1.2.
+
+    Returns:
+        Plain data.
+
+    Raises:
+        yaml.YAMLError: The text is not valid YAML.
+    """
+    return yaml.load(text, _Yaml12Loader)
 
 
 def read_yaml(path: Path) -> JsonDict:
-    """A mapping from a YAML file; SpecError in one line for anything else."""
+    """Read a mapping of settings from a YAML file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Setting -> value.
+
+    Raises:
+        SpecError: The file cannot be read, is not valid YAML or is no mapping of names. One line.
+    """
     try:
         data = parse_yaml(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(
-            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise SpecError(f"{path}: cannot be read: {reason}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise SpecError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        position = f"{path}:{mark.line + 1}" if mark else str(path)
+        reason = getattr(error, "problem", error)
+        raise SpecError(f"{position}: not valid YAML: {reason}") from None
     if not isinstance(data, dict):
         raise SpecError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
-    if odd := [key for key in data if not isinstance(key, str)]:
-        raise SpecError(
-            f"{path}: {odd[0]!r}: expected the name of a setting, got {type(odd[0]).__name__}"
-        )
+    for key in data:
+        if not isinstance(key, str):
+            kind = type(key).__name__
+            raise SpecError(f"{path}: {key!r}: expected the name of a setting, got {kind}")
     return data
 
 
 def is_safe_name(name: str) -> bool:
-    """Whether a name is a folder's name on every system, and nothing more."""
-    return 0 < len(name) <= 100 and name[0] != "." and all(c.isalnum() or c in "._-" for c in name)
+    """Check that a name can be one folder name on every file system.
+
+    Args:
+        name: Name that a user wrote.
+
+    Returns:
+        Whether it has 1 to 100 letters, digits, `.`, `_` or `-`, and no dot at the start.
+    """
+    return (
+        0 < len(name) <= 100
+        and name[0] != "."
+        and all(character.isalnum() or character in "._-" for character in name)
+    )
 
 
 def find_builtin_folder(folder_name: str) -> Path:
-    """A folder of YAML that ships with raysweep: beside the package in a checkout, inside it in a
-    wheel.
+    """Find a folder of YAML files that ships with raysweep.
+
+    Args:
+        folder_name: Such as "search_spaces".
+
+    Returns:
+        The folder inside the installed package, or beside the package in a checkout.
     """
-    inside = Path(__file__).parent / folder_name
-    return inside if inside.is_dir() else Path(__file__).parent.parent / folder_name
+    package = Path(__file__).parent
+    installed = package / folder_name
+    return installed if installed.is_dir() else package.parent / folder_name
 
 
 def _resolve_value_at(value: Any, epoch: int) -> Any:
+    """Resolve one field's value; return the same object if it has no schedule."""
     if isinstance(value, EpochSchedule):
         return value.value_at(epoch)
     if isinstance(value, Spec):
         return value.resolve_at(epoch)
     if isinstance(value, dict):
-        resolved = {k: _resolve_value_at(v, epoch) for k, v in value.items()}
-        return resolved if any(resolved[k] is not value[k] for k in value) else value
+        resolved = {key: _resolve_value_at(item, epoch) for key, item in value.items()}
+        has_changed = any(resolved[key] is not value[key] for key in value)
+        return resolved if has_changed else value
     return value
 
 
 def _iter_nodes(data: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) of every part and setting, each part before its settings."""
     if isinstance(data, dict):
         for key, value in data.items():
             path = f"{prefix}.{key}" if prefix else str(key)
@@ -327,30 +479,29 @@ def _iter_nodes(data: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _iter_leaves(data: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, scalar) of every setting; a list becomes its JSON text."""
     for path, value in _iter_nodes(data, prefix):
         if not isinstance(value, dict):
             yield path, value if not isinstance(value, list) else json.dumps(value)
 
 
 def _match_paths(pattern: str, data: JsonDict) -> list[str]:
+    """List the settings that a path with or without `*` may set."""
     if "*" in pattern:
-        return [p for p, _ in _iter_nodes(data, "") if fnmatch.fnmatchcase(p, pattern)]
+        return [path for path, _ in _iter_nodes(data, "") if fnmatch.fnmatchcase(path, pattern)]
     node: Any = data
     *parents, key = pattern.split(".")
     for part in parents:
         if not isinstance(node, dict) or part not in node:
             return []
         node = node[part]
-    # A key that the part lacks now may be one that it has under another `kind`: pydantic is the
-    # judge of that.
-    addable = isinstance(node, dict) and (key in node or (parents and "kind" in node))
-    return [pattern] if addable else []
+    # The part may have a missing key under another `kind`: pydantic decides that later.
+    is_settable = isinstance(node, dict) and (key in node or (parents and "kind" in node))
+    return [pattern] if is_settable else []
 
 
 def _set_nested_value(data: JsonDict, path_parts: list[str], value: Any) -> None:
-    """Set the value at a path. Do nothing if a wider match of the same `*` has replaced the part
-    that held it.
-    """
+    """Set the value at a path; do nothing if another match of the same `*` replaced its parent."""
     node: Any = data
     for part in path_parts[:-1]:
         node = node.get(part) if isinstance(node, dict) else None
@@ -358,43 +509,43 @@ def _set_nested_value(data: JsonDict, path_parts: list[str], value: Any) -> None
         return
     if path_parts[-1] == "kind" and node.get("kind") != value:
         node.clear()
-    # Each place gets its own copy: a deeper path may change it later, and the caller's value must
-    # not change.
+    # A deeper path may change this value later, but neither the other matches nor the caller's.
     node[path_parts[-1]] = copy.deepcopy(value)
 
 
 def _describe_validation_error(error: ValidationError, data: Any, source: str) -> list[str]:
+    """Return one line for each problem that pydantic found in `data`, without repetitions."""
     prefix = f"{source}: " if source else ""
-    lines = []
-    for item in error.errors(include_url=False):
-        key_is_wrong = item["type"] in ("unknown_setting", "missing")
-        path, value = _locate_error(item["loc"], data, key_is_wrong)
-        if item["type"] == "unknown_setting":
-            head = path.rpartition(".")[0]
-            near = ", ".join(f"{head}.{name}" if head else name for name in item["msg"].split())
-            lines.append(f"{prefix}no setting {path!r}; nearest: {near}")
-        elif item["type"] == "union_tag_invalid":
-            tags = [tag.strip(" '") for tag in item["ctx"]["expected_tags"].split(",")]
-            lines.append(
-                f"{prefix}{path}: {describe_unknown_name('kind', item['ctx']['tag'], tags)}"
-            )
-        elif item["type"] == "missing":
-            lines.append(f"{prefix}{path} is missing")
-        elif item["type"] == "value_error" and isinstance(
-            item.get("ctx", {}).get("error"), SpecError
-        ):
-            for line in item["ctx"]["error"].problems:
-                lines.append(f"{prefix}{f'{path}: ' if path else ''}{line}")
-        else:
-            message = (
-                item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-            )
-            message = _MIN_ITEMS_MESSAGE.sub(r"must have at least \1", message)
-            lines.append(f"{prefix}{path} = {value!r}: {message}")
+    lines: list[str] = []
+    for details in error.errors(include_url=False):
+        lines.extend(f"{prefix}{line}" for line in _describe_problem(details, data))
     return list(dict.fromkeys(lines))
 
 
+def _describe_problem(details: ErrorDetails, data: Any) -> list[str]:
+    """Return the lines of one pydantic error, which are several if a validator raised SpecError."""
+    kind, context = details["type"], details.get("ctx", {})
+    path, value = _locate_error(details["loc"], data, kind in ("unknown_setting", "missing"))
+    if kind == "unknown_setting":
+        parent = path.rpartition(".")[0]
+        prefix = f"{parent}." if parent else ""
+        near = ", ".join(f"{prefix}{name}" for name in details["msg"].split())
+        return [f"no setting {path!r}; nearest: {near}"]
+    if kind == "union_tag_invalid":
+        tags = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
+        return [f"{path}: {describe_unknown_name('kind', context['tag'], tags)}"]
+    if kind == "missing":
+        return [f"{path} is missing"]
+    cause = context.get("error")
+    if kind == "value_error" and isinstance(cause, SpecError):
+        return [f"{path}: {line}" if path else line for line in cause.problems]
+    message = details["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = _MIN_ITEMS_MESSAGE.sub(r"must have at least \1", message)
+    return [f"{path} = {value!r}: {message}"]
+
+
 def _add_suggestion(error: ErrorDetails, field_names: list[str]) -> InitErrorDetails:
+    """Convert an error for `from_exception_data`; the message of an unknown key is field names."""
     detail = InitErrorDetails(
         type=error["type"], loc=error["loc"], input=error["input"], ctx=error.get("ctx", {})
     )
@@ -410,18 +561,16 @@ def _add_suggestion(error: ErrorDetails, field_names: list[str]) -> InitErrorDet
 
 
 def _locate_error(loc: tuple[int | str, ...], data: Any, is_key_error: bool) -> tuple[str, Any]:
-    """Dotted path and value of a pydantic location, without the tags of unions that pydantic puts
-    between.
-    """
+    """Return dotted path and value of a pydantic location, without the union tags in it."""
     parts: list[str] = []
     node: Any = data
     for position, part in enumerate(loc):
-        last = position == len(loc) - 1
+        is_last = position == len(loc) - 1
         if isinstance(node, dict) and part in node:
             node = node[part]
         elif isinstance(node, list) and isinstance(part, int):
             node = node[int(part)]
-        elif not (last and is_key_error):
+        elif not (is_last and is_key_error):
             continue
         parts.append(str(part))
     return ".".join(parts), node
