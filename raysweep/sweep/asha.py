@@ -1,4 +1,9 @@
-"""ASHA (Li et al. 2020) that knows of burn-ins and of trials from before a restart."""
+"""ASHA (Li et al. 2020) that respects burn-ins and knows the trials from before a restart."""
+
+# ruff: noqa: E402
+from raysweep.sweep.ray_environment import set_ray_environment
+
+set_ray_environment()
 
 from bisect import insort
 from typing import Any
@@ -10,11 +15,15 @@ from raysweep.sweep.ledger import Ledger
 
 
 class AshaScheduler(FIFOScheduler):
-    """Stops a trial at a rung unless it is in the best 1/factor of the trials that reached the rung
-    before it.
+    """Stop a trial at a rung unless it is among the best of those that reached the rung before.
 
-    Rungs are the epochs grace, grace x factor, ... A trial is not compared, nor others with it, at
-    rungs within its own burn-in: its weights have not acted there.
+    Rungs are the epochs grace_period, grace_period * reduction_factor, ... The best
+    1 / reduction_factor of the trials continue. A trial's rungs within its own burn-in are ignored,
+    because its weights have no effect there.
+
+    Args:
+        ledger: The sweep; its reported epochs are recorded first.
+        max_epochs: Epochs of a trial that is not stopped.
     """
 
     def __init__(self, ledger: Ledger, max_epochs: int) -> None:
@@ -30,34 +39,33 @@ class AshaScheduler(FIFOScheduler):
                 self._record_rung(int(epoch), trial.number, burn_in, value)
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
-        value, epoch, number = (
-            result.get(self._space.objectives[0]),
-            result.get("epoch"),
-            trial.config["number"],
-        )
-        # Most epochs are no rung: the settings need not be validated again for those.
+        """Return Tune's decision (`CONTINUE` or `STOP`) after an epoch."""
+        value = result.get(self._space.objectives[0])
+        epoch = result.get("epoch")
+        # Most epochs are no rung: the params need not be validated again for those.
         if value is None or epoch not in self._rung_values:
             return str(TrialScheduler.CONTINUE)
         burn_in = self._space.trial_config(trial.config["params"]).burn_in
-        if not self._record_rung(epoch, number, burn_in, value):
-            return str(TrialScheduler.CONTINUE)
-        return str(
-            TrialScheduler.CONTINUE if self._is_promotable(epoch, value) else TrialScheduler.STOP
-        )
+        is_new = self._record_rung(epoch, trial.config["number"], burn_in, value)
+        if is_new and not self._is_promotable(epoch, value):
+            return str(TrialScheduler.STOP)
+        return str(TrialScheduler.CONTINUE)
 
     def _record_rung(self, epoch: int, trial_number: int, burn_in: int, value: float) -> bool:
-        """Whether this is a rung that the trial reaches now for the first time."""
-        if (
-            epoch <= burn_in
-            or epoch not in self._rung_values
-            or (epoch, trial_number) in self._recorded_rungs
-        ):
+        """Record the value if `epoch` is a rung that the trial reaches for the first time.
+
+        Returns whether it was recorded.
+        """
+        if epoch <= burn_in or epoch not in self._rung_values:
+            return False
+        if (epoch, trial_number) in self._recorded_rungs:
             return False
         self._recorded_rungs.add((epoch, trial_number))
         insort(self._rung_values[epoch], value)
         return True
 
     def _is_promotable(self, epoch: int, value: float) -> bool:
-        reached = self._rung_values[epoch]
-        passing = max(1, len(reached) // self._space.scheduler.reduction_factor)
-        return value >= reached[-passing]
+        """Check whether `value` is among the best 1 / reduction_factor of the rung's values."""
+        values = self._rung_values[epoch]
+        n_promoted = max(1, len(values) // self._space.scheduler.reduction_factor)
+        return value >= values[-n_promoted]

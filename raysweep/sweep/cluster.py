@@ -1,4 +1,9 @@
-"""Ray: how to reach a cluster, quietly and without phoning home."""
+"""Connect to a Ray cluster, and look up its resources."""
+
+# ruff: noqa: E402
+from raysweep.sweep.ray_environment import set_ray_environment
+
+set_ray_environment()
 
 import json
 import logging
@@ -18,9 +23,10 @@ from ray._private import ray_constants
 
 from raysweep.spec import SpecError
 
-# JSON: what the cluster has at most, where an autoscaler scales it and does not tell (KubeRay).
+# JSON: the resources that the cluster can have at most, where the autoscaler does not publish them
+# (KubeRay).
 _CLUSTER_MAX_VARIABLE = "RAYSWEEP_CLUSTER_MAX"
-# `ray up` leaves the cluster's configuration here, in the home of the head.
+# `ray up` writes the cluster's configuration to this file in the home folder of the head node.
 _BOOTSTRAP_CONFIG_FILE = "ray_bootstrap_config.yaml"
 
 
@@ -28,10 +34,18 @@ _BOOTSTRAP_CONFIG_FILE = "ray_bootstrap_config.yaml"
 def connect_to_cluster(
     address: str | None = None, n_cpus: int | None = None
 ) -> Iterator[dict[str, float]]:
-    """Resources of the cluster at `address` ('auto', 'host:port'), or of a new one on this machine.
+    """Connect to a Ray cluster in this block, or start one on this machine.
 
-    What an autoscaler may add counts. Raises SpecError in one line if there is no cluster at that
-    address.
+    Args:
+        address: `auto` or `host:port`; None for `RAY_ADDRESS` or, if that is not set, a new cluster
+            on this machine. A connection that is already open is used as it is.
+        n_cpus: Number of CPUs of a new cluster; by default all of this machine.
+
+    Yields:
+        Resources of all nodes together, see `cluster_capacity`.
+
+    Raises:
+        SpecError: If there is no cluster at the address, in one line.
     """
     if address is not None and address != "auto":
         _require_reachable(address)
@@ -39,8 +53,7 @@ def connect_to_cluster(
         yield cluster_capacity()
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    # Ray says at each start that it guards a local cluster with a token. It should; once in its
-    # manual is enough.
+    # At each start Ray logs that it protects a local cluster with a token.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     options = {"address": "local", "num_cpus": n_cpus} if address is None else {"address": address}
     try:
@@ -57,36 +70,29 @@ def connect_to_cluster(
 
 
 @contextmanager
-def _treat_sigterm_as_interrupt() -> Iterator[None]:
-    """In this block SIGTERM ends the driver as Ctrl-C does; Ray's own handler prints a stack and
-    leaves at once.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
 def listen_on_loopback() -> Iterator[None]:
-    """A Ray cluster that is started here listens on loopback alone, as Ray's own do on Windows and
-    macOS.
+    """Make a Ray cluster that is started in this block listen on loopback only.
+
+    That is Ray's default on Windows and macOS.
     """
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
-    enabled, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    was_enabled, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = enabled
+        ray_constants.ENABLE_RAY_CLUSTER = was_enabled
         del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
 
 
 def cluster_capacity() -> dict[str, float]:
-    """Resources of all nodes together."""
+    """Add up the resources of all nodes, also of those that an autoscaler may still add.
+
+    Returns:
+        Amounts by Ray's names, such as `CPU` and `GPU`.
+
+    Raises:
+        SpecError: If `RAYSWEEP_CLUSTER_MAX` is malformed.
+    """
     total: Counter[str] = Counter()
     for node in node_capacities():
         total.update(node)
@@ -94,36 +100,57 @@ def cluster_capacity() -> dict[str, float]:
 
 
 def node_capacities() -> list[dict[str, float]]:
-    """Resources of each node that the cluster has, or can have once its autoscaler has brought what
-    is wanted.
+    """List the resources of each node, also of those that an autoscaler may still add.
+
+    Returns:
+        For each node amounts by Ray's names. A cluster that states its maximum in
+        `RAYSWEEP_CLUSTER_MAX` counts as one node.
+
+    Raises:
+        SpecError: If `RAYSWEEP_CLUSTER_MAX` is malformed.
     """
     if _CLUSTER_MAX_VARIABLE in os.environ:
-        try:
-            return [
-                {
-                    kind: float(amount)
-                    for kind, amount in json.loads(os.environ[_CLUSTER_MAX_VARIABLE]).items()
-                }
-            ]
-        except (ValueError, TypeError, AttributeError):
-            raise SpecError(
-                f'{_CLUSTER_MAX_VARIABLE}={os.environ[_CLUSTER_MAX_VARIABLE]!r}: expected JSON like {{"CPU": 32, "GPU": 8}}'
-            ) from None
-    present = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    file = Path.home() / _BOOTSTRAP_CONFIG_FILE
-    return (
-        [*present, *_unlaunched_node_capacities(json.loads(file.read_text()), len(present))]
-        if file.is_file()
-        else present
+        return [_parse_cluster_max(os.environ[_CLUSTER_MAX_VARIABLE])]
+    live_nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    bootstrap_config = Path.home() / _BOOTSTRAP_CONFIG_FILE
+    if not bootstrap_config.is_file():
+        return live_nodes
+    config = json.loads(bootstrap_config.read_text())
+    return [*live_nodes, *_unlaunched_node_capacities(config, len(live_nodes))]
+
+
+@contextmanager
+def _treat_sigterm_as_interrupt() -> Iterator[None]:
+    """Make SIGTERM end the driver as Ctrl-C does in this block.
+
+    Ray's own handler prints a stack and exits at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous_handler = signal.signal(
+        signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT)
     )
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous_handler)
+
+
+def _parse_cluster_max(text: str) -> dict[str, float]:
+    """Parse the value of `RAYSWEEP_CLUSTER_MAX`; SpecError if it is malformed."""
+    try:
+        return {kind: float(amount) for kind, amount in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise SpecError(
+            f'{_CLUSTER_MAX_VARIABLE}={text!r}: expected JSON like {{"CPU": 32, "GPU": 8}}'
+        ) from None
 
 
 def _unlaunched_node_capacities(
     cluster_config: dict[str, Any], n_live_nodes: int
 ) -> Iterator[dict[str, float]]:
-    """The nodes that a `ray up` cluster of `present` nodes has not launched yet, of the types that
-    have GPUs first.
-    """
+    """Yield the workers that a `ray up` cluster can still launch, those with most GPUs first."""
     types = [
         kind
         for name, kind in cluster_config["available_node_types"].items()
@@ -136,11 +163,12 @@ def _unlaunched_node_capacities(
         for _ in range(kind.get("max_workers", 0))
         if kind["resources"]
     ]
+    # One of the live nodes is the head.
     yield from islice(all_workers, n_live_nodes - 1, cluster_config["max_workers"])
 
 
 def _require_reachable(address: str) -> None:
-    """Fail at once where Ray would retry for a long time."""
+    """Raise SpecError at once for an address where Ray would retry for a long time."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()

@@ -6,16 +6,24 @@ from contextlib import contextmanager
 
 import torch
 
-from raysweep.evaluation import (
-    ProcessPoolMap,
-)
-from raysweep.evaluation.evaluator import ShardMapper
+from raysweep.evaluation import ProcessPoolMap, ShardMapper
 
 
 @contextmanager
 def open_executor(address: str | None, gpus_per_task: float = 1.0) -> Iterator[ShardMapper | None]:
-    """Ray's workers if a cluster was named, else this machine's cores, else (on a GPU) this
-    process.
+    """Open an executor for the shards of an evaluation in this block.
+
+    Args:
+        address: Ray cluster, `auto` or `host:port`; None for `RAY_ADDRESS` if that is set.
+        gpus_per_task: GPUs that a task holds on a Ray cluster that has any; a fraction lets several
+            tasks share one.
+
+    Yields:
+        A mapper over the workers of the Ray cluster, if there is one; None (run in this process) on
+        a machine with a GPU or a single core; otherwise a mapper over one process for each core.
+
+    Raises:
+        SpecError: If no cluster answers at the address.
     """
     if address or os.environ.get("RAY_ADDRESS"):
         from raysweep.sweep.cluster import connect_to_cluster
@@ -24,9 +32,9 @@ def open_executor(address: str | None, gpus_per_task: float = 1.0) -> Iterator[S
         with connect_to_cluster(address) as cluster:
             yield RayMap(gpus=gpus_per_task if cluster.get("GPU") else 0)
         return
-    cores = len(os.sched_getaffinity(0))
-    if torch.cuda.is_available() or cores == 1:
+    n_cores = len(os.sched_getaffinity(0))
+    if torch.cuda.is_available() or n_cores == 1:
         yield None
         return
-    with ProcessPoolMap(cores) as processes:
-        yield processes
+    with ProcessPoolMap(n_cores) as process_map:
+        yield process_map

@@ -1,13 +1,14 @@
-"""What a sweep may take over when it goes on: more trials, more epochs, other ranges that hold what
-was tried.
+"""Check what a sweep may change when it is extended.
+
+It may have more trials, more epochs, and other ranges that still contain the tried params.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 
 from raysweep.spec import SpecError, flatten_spec
 from raysweep.sweep.search_space import Params, SearchSpace
 
-# Nothing of these changes what a trial is, or they are looked at one by one.
+# Keys that do not change what a trial is, or that are checked one by one.
 _EXTENDABLE_KEYS = {"trials", "points_to_evaluate", "base", "space", "share_prefixes", "prefix_gib"}
 _NEW_NAME_HINT = "choose another --name for that"
 
@@ -15,62 +16,75 @@ _NEW_NAME_HINT = "choose another --name for that"
 def check_extension(
     old_space: SearchSpace, new_space: SearchSpace, trial_params: Mapping[int, Params]
 ) -> None:
-    """Raises SpecError, one line for each reason, unless a sweep of `old` can go on as `new`.
+    """Check that a sweep can continue with another search space.
 
-    tried: settings of its trials by number. Each must remain the run that it is, but for more
-    epochs, and lie within the new ranges: else the sampler would learn from points that its
-    distributions do not have.
+    Apart from more epochs, each trial must keep its training config. Its params must lie within the
+    new ranges, because the sampler cannot learn from points outside its distributions.
+
+    Args:
+        old_space: The search space that the sweep has.
+        new_space: The search space that it is to have.
+        trial_params: Params of its trials, by number.
+
+    Raises:
+        SpecError: One line for each reason against the extension.
     """
     lines = [
         *_find_changed_options(old_space, new_space),
         *_find_changed_distributions(old_space, new_space),
     ]
     if not lines:
-        for settings in ({}, *trial_params.values()):
-            lines += _find_changed_config(old_space, new_space, settings)
-        lines += [
-            line
-            for number, settings in trial_params.items()
-            for line in _find_excluded_params(new_space, number, settings)
-        ]
+        for params in ({}, *trial_params.values()):
+            lines += _find_changed_config(old_space, new_space, params)
+        for number, params in trial_params.items():
+            lines += _find_excluded_params(new_space, number, params)
     if lines:
         raise SpecError(list(dict.fromkeys(lines)))
 
 
-def _find_changed_options(old_space: SearchSpace, new_space: SearchSpace) -> Iterable[str]:
-    before, after = old_space.to_json_dict(), new_space.to_json_dict()
-    for key in sorted(before.keys() - _EXTENDABLE_KEYS):
-        if before[key] != after[key]:
-            yield f"{key} = {after[key]!r}: the sweep has {before[key]!r}; {_NEW_NAME_HINT}"
+def _find_changed_options(old_space: SearchSpace, new_space: SearchSpace) -> Iterator[str]:
+    """Yield a line for each option that differs and cannot be changed."""
+    old, new = old_space.to_json_dict(), new_space.to_json_dict()
+    for key in sorted(old.keys() - _EXTENDABLE_KEYS):
+        if old[key] != new[key]:
+            yield f"{key} = {new[key]!r}: the sweep has {old[key]!r}; {_NEW_NAME_HINT}"
 
 
-def _find_changed_distributions(old_space: SearchSpace, new_space: SearchSpace) -> Iterable[str]:
+def _find_changed_distributions(old_space: SearchSpace, new_space: SearchSpace) -> Iterator[str]:
+    """Yield a line for each parameter that is searched in another way than before."""
     for path in sorted(old_space.space.keys() ^ new_space.space.keys()):
-        yield f"{path} is {'no longer' if path in old_space.space else 'now'} searched: only its range can change; {_NEW_NAME_HINT}"
+        change = "no longer" if path in old_space.space else "now"
+        yield f"{path} is {change} searched: only its range can change; {_NEW_NAME_HINT}"
     for path in sorted(old_space.space.keys() & new_space.space.keys()):
-        one, two = old_space.space[path], new_space.space[path]
-        if (one.kind, one.when) != (two.kind, two.when):
+        old, new = old_space.space[path], new_space.space[path]
+        if (old.kind, old.when) != (new.kind, new.when):
             yield f"space.{path}: its kind and its `when` cannot change; {_NEW_NAME_HINT}"
 
 
 def _find_changed_config(
     old_space: SearchSpace, new_space: SearchSpace, params: Params
-) -> Iterable[str]:
-    """What would make the run with these settings another one."""
-    before, after = (
-        flatten_spec(old_space.trial_config(params)),
-        flatten_spec(new_space.trial_config(params)),
-    )
-    if after["epochs"] < before["epochs"]:
-        yield f"epochs = {after['epochs']}: the sweep has {before['epochs']} and can only have more; {_NEW_NAME_HINT}"
-    for path in sorted((before.keys() | after.keys()) - {"epochs"}):
-        if before.get(path) != after.get(path):
-            yield f"{path} = {after.get(path)!r}: the sweep has {before.get(path)!r}; {_NEW_NAME_HINT}"
+) -> Iterator[str]:
+    """Yield a line for each setting that would differ in the trial with these params."""
+    old = flatten_spec(old_space.trial_config(params))
+    new = flatten_spec(new_space.trial_config(params))
+    if new["epochs"] < old["epochs"]:
+        yield (
+            f"epochs = {new['epochs']}: the sweep has {old['epochs']} and can only have more; "
+            f"{_NEW_NAME_HINT}"
+        )
+    for path in sorted((old.keys() | new.keys()) - {"epochs"}):
+        if old.get(path) != new.get(path):
+            yield f"{path} = {new.get(path)!r}: the sweep has {old.get(path)!r}; {_NEW_NAME_HINT}"
 
 
 def _find_excluded_params(
     new_space: SearchSpace, trial_number: int, params: Params
-) -> Iterable[str]:
+) -> Iterator[str]:
+    """Yield a line for each param of the trial that the new space could not propose."""
     for path, value in params.items():
-        if not new_space.space[path].can_propose(value):
-            yield f"space.{path}: {value!r} of trial {trial_number:04d} is outside {new_space.space[path].bounds_or_choices()}; keep it inside"
+        distribution = new_space.space[path]
+        if not distribution.can_propose(value):
+            yield (
+                f"space.{path}: {value!r} of trial {trial_number:04d} is outside "
+                f"{distribution.bounds_or_choices()}; keep it inside"
+            )
