@@ -316,7 +316,7 @@ def test_compiling_an_attack_whose_batch_shrinks_is_warned_of() -> None:
     compiled = {"compute.compile": True, "*.burn_in": 0}
     assert build_training_config("gairat", TINY, compiled).list_warnings() == []
     (line,) = build_training_config("gair-fat", TINY, compiled).list_warnings()
-    assert line.startswith("compute.compile = true: method.attacks.pgd lets rows go early")
+    assert line.startswith("compute.compile = true: method.attacks.pgd shrinks its batch")
 
 
 class Replayed(nn.Module):

@@ -1,6 +1,4 @@
-"""How the numbers of a training run are computed: settings of speed, each held to the plain
-computation by a test.
-"""
+"""Settings of training speed; tests compare the results of each with the plain computation."""
 
 from typing import Literal
 
@@ -14,34 +12,51 @@ AutoOrBool = Literal["auto"] | bool
 
 
 class ComputeSpec(Spec):
-    """Fast paths of training; with all of them off it is the plain computation. Evaluation never
-    uses them.
+    """Fast paths of training. Evaluation never uses them.
 
-    channels_last: the layout of images and weights in memory. fold: attacks in eval mode face a
-    network whose batch norms are folded into its convolutions. Both change float32 results by
-    rounding only, and `auto` is on. tf32: float32 convolutions and matrix products in TF32; `auto`
-    is on where there are units for it (NVIDIA's GPUs). attack, train: the precision of forwards and
-    backwards of attacks, and of those that update the weights. bf16 is autocast; the last layer,
-    losses, instance weights and the update stay in float32. Processors without AVX-512 BF16 or AMX
-    emulate it, more slowly than float32. compile: by torch.compile, which takes minutes at the
-    start; on NVIDIA's GPUs as CUDA graphs, one for each size of batch.
+    bf16 means autocast; the last layer, losses, instance weights and the update stay in float32.
+    Processors without AVX-512 BF16 or AMX emulate bf16 and are slower with it than with float32.
     """
 
     channels_last: AutoOrBool = "auto"
+    """Store images and weights in the channels-last memory format. `auto` means true. Results
+    change by rounding only."""
+
     fold: AutoOrBool = "auto"
+    """Fold batch norms into convolutions for attacks in eval mode. `auto` means true. Results
+    change by rounding only."""
+
     tf32: AutoOrBool = "auto"
+    """Compute float32 convolutions and matrix products in TF32. `auto` means true on GPUs that
+    have TF32, that is NVIDIA's."""
+
     attack: Precision = "float32"
+    """Precision of the forward and backward passes of attacks."""
+
     train: Precision = "float32"
+    """Precision of the forward and backward passes that update the weights."""
+
     compile: bool = False
+    """Use torch.compile, which takes minutes at the start. On NVIDIA's GPUs it makes one CUDA graph
+    for each batch size."""
 
     def resolve(self, device: torch.device) -> "ComputeSpec":
-        """With `auto` decided for a device. Raises SpecError for what the device has not."""
-        nvidia = has_tf32(device)
-        if self.tf32 is True and not nvidia:
+        """Replace each `auto` by its value for a device.
+
+        Args:
+            device: Where the model is trained.
+
+        Returns:
+            The settings without `auto`.
+
+        Raises:
+            SpecError: TF32 is on, and the device has none.
+        """
+        supports_tf32 = has_tf32(device)
+        if self.tf32 is True and not supports_tf32:
             raise SpecError(
                 f"compute.tf32 = true: there is no TF32 on {device.type}; leave it to auto"
             )
-        decided = {"channels_last": True, "fold": True, "tf32": nvidia}
-        return self.replace(
-            **{name: on for name, on in decided.items() if getattr(self, name) == "auto"}
-        )
+        auto_values = {"channels_last": True, "fold": True, "tf32": supports_tf32}
+        changes = {name: on for name, on in auto_values.items() if getattr(self, name) == "auto"}
+        return self.replace(**changes)

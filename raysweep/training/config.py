@@ -1,8 +1,6 @@
-"""Everything that decides a training run, in one value: the only thing that crosses a process
-boundary.
-"""
+"""The config of a training run: one value that decides the run and is sent to its processes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -20,86 +18,130 @@ from raysweep.training.validation import Validation
 
 
 class OptimizerSpec(Spec):
-    """SGD. lr and weight_decay may change with the epoch."""
+    """Stochastic gradient descent with momentum."""
 
     lr: Annotated[Schedule, bounded(0)] = Field(
         default_factory=lambda: PiecewiseSchedule(boundaries=(60, 90), values=(0.1, 0.01, 0.001))
     )
+    """Learning rate: a number or a schedule over epochs, at least 0."""
+
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    """Momentum, in [0, 1)."""
+
     weight_decay: Annotated[Schedule, bounded(0)] = 5e-4
+    """Weight decay: a number or a schedule over epochs, at least 0."""
+
     nesterov: bool = False
+    """Use Nesterov momentum; needs `momentum` > 0."""
 
 
 class TrainingConfig(Spec):
-    """One training run. `method` may be given by its name in the catalog or written out.
-
-    collapse_after: a run that is no better than chance at natural validation images, twice in a row
-    and after so many epochs, has failed (null: goes on all the same).
-    """
+    """Everything that decides the result of one training run."""
 
     method: Method
+    """The training method: a name of the catalog, or a method written out."""
+
     data: DataSpec = Field(default_factory=DataSpec)
+    """The data set and how it is split."""
+
     model: ModelSpec = Field(default_factory=ModelSpec)
+    """The network."""
+
     optim: OptimizerSpec = Field(default_factory=OptimizerSpec)
+    """The optimizer."""
+
     validation: Validation = Field(default_factory=Validation)
+    """How checkpoints are evaluated during training."""
+
     compute: ComputeSpec = Field(default_factory=ComputeSpec)
+    """Fast paths that change results by rounding or precision only."""
+
     epochs: Annotated[int, Field(ge=1)] = 100
+    """Number of epochs."""
+
     batch_size: Annotated[int, Field(ge=2)] = 128
+    """Training examples in a batch, over all workers together."""
+
     collapse_after: Annotated[int, Field(ge=0)] | None = 20
+    """The run fails if, in epochs after this one, two validations in a row are no better than
+    chance on natural images. null: never."""
+
     seed: int = 0
+    """Seed of initial weights, batch order and attacks."""
 
     @field_validator("method", mode="before")
     @classmethod
     def _resolve_method_name(cls, method: Any) -> Any:
+        """Look a method's name up in the catalog."""
         if isinstance(method, str):
             return method_by_name(method)
         return method
 
     @model_validator(mode="after")
     def _check_nesterov(self) -> Self:
+        """Reject Nesterov momentum without momentum."""
         if self.optim.nesterov and not self.optim.momentum:
             raise ValueError("optim.nesterov needs optim.momentum > 0")
         return self
 
     @property
     def burn_in(self) -> int:
-        """Epochs before all the weights act."""
+        """Number of epochs before all instance weights act."""
         return max(getattr(term.weight, "burn_in", 0) for term in self.method.terms.values())
 
     def list_warnings(self) -> list[str]:
-        """Settings that are legal and yet do nothing, or not what they say."""
-        lines = []
+        """Return one line for each valid setting that has no effect, or not the expected one."""
+        return [
+            *self._warn_about_weights(),
+            *self._warn_about_attacks(),
+            *self._warn_about_data(),
+        ]
+
+    def _warn_about_weights(self) -> Iterator[str]:
+        """Warn about instance weights whose burn-in is as long as the run."""
+        epochs = format_count(self.epochs, "epoch")
         for name, term in self.method.terms.items():
             burn_in = getattr(term.weight, "burn_in", 0)
             if burn_in >= self.epochs:
                 path = f"method.terms.{name}.weight.burn_in"
-                lines.append(
-                    f"{path} = {burn_in}: the weights never act in {format_count(self.epochs, 'epoch')}"
-                )
+                yield f"{path} = {burn_in}: the weights never act in {epochs}"
+
+    def _warn_about_attacks(self) -> Iterator[str]:
+        """Warn about attacks that do not go well with bf16 or torch.compile."""
         for name, attack in self.method.attacks.items():
+            path = f"method.attacks.{name}"
             if self.compute.attack == "bf16" and getattr(attack, "start", None) == "gaussian":
-                path = f"method.attacks.{name}"
-                lines.append(
-                    f"compute.attack = bf16: {path} starts 0.001 from the image, which bf16 rounds away"
+                yield (
+                    f"compute.attack = bf16: {path} starts 0.001 from the image, "
+                    "which bf16 rounds away"
                 )
             if self.compute.compile and (attack.kind != "pgd" or attack.tau is not None):
-                path = f"method.attacks.{name}"
-                lines.append(
-                    f"compute.compile = true: {path} lets rows go early, and each size of batch costs minutes"
+                yield (
+                    f"compute.compile = true: {path} shrinks its batch during the attack, "
+                    "and compiling each batch size takes minutes"
                 )
-        if self.data.name == DataSpec().name and self.data.data_dir and not self.data.unlabeled:
-            lines.append(
-                f"data.data_dir = {self.data.data_dir}: not read: {self.data.name} come with scikit-learn"
-            )
-        if self.method.name.endswith("rst") and self.data.unlabeled is None:
-            lines.append(
-                f"data.unlabeled is not set: {self.method.name} trains on labelled data alone"
-            )
-        return lines
+
+    def _warn_about_data(self) -> Iterator[str]:
+        """Warn about a folder that is not read, and about unlabeled data that are missing."""
+        data = self.data
+        if data.name == DataSpec().name and data.data_dir and not data.unlabeled:
+            yield f"data.data_dir = {data.data_dir}: not read: {data.name} come with scikit-learn"
+        if self.method.name.endswith("rst") and data.unlabeled is None:
+            yield f"data.unlabeled is not set: {self.method.name} trains on labelled data alone"
 
 
 def method_by_name(name: str) -> Method:
-    """A method of the catalog. Raises SpecError with the nearest names."""
+    """Build a method of the catalog.
+
+    Args:
+        name: Its name, as `raysweep list` prints it.
+
+    Returns:
+        The method with the settings of its paper.
+
+    Raises:
+        SpecError: There is no such method; the message suggests similar names.
+    """
     if name not in METHODS:
         raise SpecError(describe_unknown_name("method", name, list(METHODS)))
     return METHODS[name]()
@@ -108,10 +150,21 @@ def method_by_name(name: str) -> Method:
 def build_training_config(
     method: str | Mapping[str, Any], *override_layers: Mapping[str, Any]
 ) -> TrainingConfig:
-    """A config from layers of {dotted path: value}, later ones winning over what the data set's
-    profile brings.
+    """Build a config from a method and layers of settings.
 
-    Raises SpecError for all problems at once.
+    Precedence: defaults of the data set (`DATASET_DEFAULTS`) < first layer < ... < last layer.
+    Unless a layer sets an eps of all attacks or of validation, validation uses the eps that the
+    method has in the last epoch.
+
+    Args:
+        method: A name of the catalog, or a method written out.
+        override_layers: Mappings from dotted path to value, such as {"optim.lr": 0.1}.
+
+    Returns:
+        The config.
+
+    Raises:
+        SpecError: One line for each problem.
     """
     changes: dict[str, Any] = {}
     for layer in override_layers:
@@ -119,23 +172,22 @@ def build_training_config(
     data_name = changes.get("data.name", DataSpec().name)
     if data_name not in DATASET_DEFAULTS:
         DataSpec.from_data({"name": data_name}, "data")
-    base = TrainingConfig.from_data(
-        {"method": dict(method) if isinstance(method, Mapping) else method}
-    )
-    config = apply_overrides(
-        apply_overrides(base, DATASET_DEFAULTS[data_name], on_missing="ignore"), changes
-    )
-    return (
-        config
-        if any("eps" in path.split(".") for path in changes if path[0] in "*v")
-        else _match_validation_eps(config)
-    )
+    method_data = dict(method) if isinstance(method, Mapping) else method
+    config = TrainingConfig.from_data({"method": method_data})
+    config = apply_overrides(config, DATASET_DEFAULTS[data_name], on_missing="ignore")
+    config = apply_overrides(config, changes)
+    if any(_sets_validation_eps(path) for path in changes):
+        return config
+    return _match_validation_eps(config)
+
+
+def _sets_validation_eps(path: str) -> bool:
+    """Return whether a dotted path sets the eps of validation attacks, perhaps among others."""
+    return path[0] in "*v" and "eps" in path.split(".")
 
 
 def _match_validation_eps(config: TrainingConfig) -> TrainingConfig:
-    """Validation at the epsilon that the method ends with, where nobody said otherwise: 0.031 is
-    not 8/255.
-    """
-    last = config.resolve_at(config.epochs - 1).method.attacks.values()
-    radii = [resolved_value(attack.eps) for attack in last if hasattr(attack, "eps")]
+    """Give validation attacks the method's eps of the last epoch: 0.031 is not 8/255."""
+    attacks = config.resolve_at(config.epochs - 1).method.attacks.values()
+    radii = [resolved_value(attack.eps) for attack in attacks if hasattr(attack, "eps")]
     return apply_overrides(config, {"validation.*.eps": radii[0]}) if radii else config

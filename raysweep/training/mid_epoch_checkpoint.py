@@ -89,7 +89,9 @@ class MidEpochCheckpointer:
         return int(facts["steps"])
 
     def save_if_interrupted(self, steps_done: int, diagnostics: EpochDiagnostics) -> None:
-        """Save the unfinished epoch and stop, if `should_interrupt` says so. Called after each step.
+        """Save the unfinished epoch and stop, if `should_interrupt` returns True.
+
+        The training loop calls this after each step.
 
         Args:
             steps_done: Number of finished steps of this epoch.

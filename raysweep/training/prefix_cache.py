@@ -1,10 +1,11 @@
-"""Shared prefixes: the settings of each epoch form a hash chain that names the state after it.
+"""Cache of training states that runs with the same first epochs share.
 
-Two runs whose settings agree in every epoch up to e have the same weights after e, however they
-differ later: all GAIRAT runs during their burn-in, FAT runs until their tau differ, the same
-settings with more epochs. Random numbers belong to (seed, epoch, example), so a run that starts
-from a stored state is bit-identical to one that trained it (on one kind of machine, with one
-version of raysweep, which the chain names too).
+The settings of each epoch form a hash chain; its elements are the keys of the states after 0, 1,
+2, ... epochs. Two runs whose settings agree up to some epoch have the same key, and the same
+weights, after it. Examples are all GAIRAT runs during their burn-in, FAT runs until their tau
+differ, and a run with more epochs. Random numbers depend only on (seed, epoch, example), so a run
+that starts from a cached state is bit-identical to one that trained all epochs. That holds for one
+kind of machine and one version of raysweep, which are part of the keys.
 """
 
 import os
@@ -23,6 +24,7 @@ from raysweep.spec import JsonDict, SpecError, json_digest
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
+from raysweep.training.epoch_metrics import EpochMetrics
 
 PREFIX_CACHE_FOLDER = ".prefixes"
 _POLL_SECONDS, _BUCKET_POLL_SECONDS = 0.2, 1.0
@@ -34,36 +36,49 @@ def prefix_keys(
     n_workers: int = 1,
     device: torch.device | None = None,
 ) -> list[str]:
-    """Keys of the states after 0, 1, ..., epochs epochs on a kind of device, by default the CPU."""
+    """Compute the keys of a run's states.
+
+    Args:
+        config: Config of the run.
+        data_fingerprint: Fingerprint of its training data.
+        n_workers: Number of workers that train it together.
+        device: Where it is trained; by default the CPU.
+
+    Returns:
+        `config.epochs` + 1 keys, of the states after 0, 1, ..., `config.epochs` epochs.
+    """
     device = device or torch.device("cpu")
+    data = config.data.to_json_dict()
+    environment = checkpoint.describe_environment()
+    versions = [str(environment[name]) for name in ("raysweep", "torch", "device")]
     start = {
         "data": data_fingerprint,
-        "split": _without_keys(config.data.to_json_dict(), dropped_keys=("data_dir", "download", "name")),
+        "split": _without_keys(data, dropped_keys=("data_dir", "download", "name")),
         "model": config.model.to_json_dict(),
         "validation": config.validation.to_json_dict(),
         "compute": config.compute.resolve(device).to_json_dict(),
-        "machine": [
-            str(checkpoint.describe_environment()[name]) for name in ("raysweep", "torch", "device")
-        ] + [device.type, torch.get_num_threads(), n_workers],
-    }  # fmt: skip
+        "machine": [*versions, device.type, torch.get_num_threads(), n_workers],
+    }
     keys = [json_digest(start)]
     for epoch in range(config.epochs):
-        settings = config.resolve_at(epoch).to_json_dict()
-        now = _without_keys(
-            settings,
+        epoch_settings = _without_keys(
+            config.resolve_at(epoch).to_json_dict(),
             dropped_keys=("data", "model", "validation", "compute", "epochs", "collapse_after"),
         )
-        now["method"] = _without_keys(now["method"], dropped_keys=("name",))
-        keys.append(json_digest([keys[-1], now]))
+        method = _without_keys(epoch_settings["method"], dropped_keys=("name",))
+        keys.append(json_digest([keys[-1], epoch_settings | {"method": method}]))
     return keys
 
 
 class PrefixCache:
-    """A folder of states by key, which runs and sweeps share; the least recently used go when it
-    outgrows `limit`.
+    """A folder of states by key, shared by runs and sweeps.
 
-    limit: bytes. States are links to the checkpoints of the run that trained them where the file
-    system has links, copies in a bucket, where the oldest go first.
+    A state is a copy of a checkpoint, made of hard links if the file system has them. When the
+    folder exceeds its limit, the least recently used states are evicted; in a bucket, the oldest.
+
+    Attributes:
+        path: The folder.
+        max_bytes: Size limit of all states together.
     """
 
     def __init__(self, path: Path, max_bytes: int = 20 * 2**30) -> None:
@@ -75,7 +90,14 @@ class PrefixCache:
         return _open_prefix_cache, (storage.uri_of(self.path), self.max_bytes)
 
     def find_state(self, key: str) -> Path | None:
-        """The state's folder; None if there is none, or if it is damaged, and then it goes."""
+        """Find a state and mark it as used; delete it if it is damaged.
+
+        Args:
+            key: Key of the state (see `prefix_keys`).
+
+        Returns:
+            The state's folder; None if it is missing or was damaged.
+        """
         state = self.path / key
         if not storage.pull_checkpoint(state):
             return None
@@ -93,104 +115,130 @@ class PrefixCache:
         key: str,
         path: Path,
         config: TrainingConfig,
-        history: list[dict[str, float]] | None = None,
+        history: list[EpochMetrics] | None = None,
     ) -> TrainingCheckpoint | None:
-        """The state as a run's checkpoint at `path` (see `checkpoint.adopt`); None if there is none
-        (any more).
+        """Use a state as a checkpoint of a run (see `checkpoint.reuse_checkpoint`).
+
+        Args:
+            key: Key of the state.
+            path: Checkpoint folder to write.
+            config: Config of the run that reuses the state.
+            history: Metrics of this run's epochs before; by default all rows of the state.
+
+        Returns:
+            The checkpoint; None if the state is missing or was just evicted.
         """
-        if (state := self.find_state(key)) is not None:
-            with suppress(SpecError, FileNotFoundError):  # it has just outgrown another run's limit
-                return checkpoint.reuse_checkpoint(path, state, config, history)
+        state = self.find_state(key)
+        if state is None:
+            return None
+        # Another process may evict the state between the check and the copy.
+        with suppress(SpecError, FileNotFoundError):
+            return checkpoint.reuse_checkpoint(path, state, config, history)
         return None
 
     def find_stored_positions(self, keys: list[str]) -> list[int]:
-        """Positions of the keys that are there, descending."""
-        known = set(storage.list_folders_containing(self.path))
-        return [number for number in range(len(keys) - 1, -1, -1) if keys[number] in known]
+        """Return the indices of all `keys` that have a state, in descending order."""
+        stored_keys = set(storage.list_folders_containing(self.path))
+        return [index for index in reversed(range(len(keys))) if keys[index] in stored_keys]
 
     def store_state(self, key: str, checkpoint_path: Path) -> None:
-        """Keep the state in the checkpoint folder `saved` under `key`."""
+        """Store a checkpoint as a state, unless it exists, and evict others if necessary.
+
+        Args:
+            key: Key of the state.
+            checkpoint_path: Folder of the checkpoint.
+        """
         if self.find_stored_positions([key]) and self.find_state(key) is not None:
             return
         if storage.is_bucket_copy(self.path):
-            # Not through a folder here: a run of this machine that waits for the state and does not
-            # find it in the bucket yet would delete the folder before it is pushed.
+            # A local folder must not exist before the bucket has the state: a run on this machine
+            # that waits for the state would delete the folder.
             storage.copy_folder(checkpoint_path, self.path / key)
         else:
-            self._link(key, checkpoint_path)
+            self._link_state(key, checkpoint_path)
         self._evict_oldest_states()
 
-    def _link(self, key: str, saved: Path) -> None:
+    def _link_state(self, key: str, checkpoint_path: Path) -> None:
+        """Link the files of a checkpoint into a new state, atomically."""
         partial = self.path / f".{key}.{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for file in saved.iterdir():
+        for file in checkpoint_path.iterdir():
             checkpoint.link_or_copy(file, partial / file.name)
-        with suppress(OSError):  # another run was faster
+        # Another process may have stored the same state first.
+        with suppress(OSError):
             partial.replace(self.path / key)
         shutil.rmtree(partial, ignore_errors=True)
 
     @contextmanager
     def acquire_training_lease(self, key: str) -> Iterator[bool]:
-        """Claim the right to train the state `key`; False if it came to exist while another run had
-        the claim.
+        """Context manager that holds the lease for training one state; waits for other holders.
 
-        A claim whose owner died (its process is gone, or its heartbeat stopped) is taken over.
+        A lease expires when its holder's process is gone or its heartbeat stops.
+
+        Args:
+            key: Key of the state.
+
+        Yields:
+            True if the caller must train the state; False if it exists, because another run has
+            trained it meanwhile.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        claim = make_lease(self.path, key)
-        while not claim.try_acquire():
+        lease = make_lease(self.path, key)
+        while not lease.try_acquire():
             if self.find_state(key) is not None:
                 yield False
                 return
             time.sleep(_BUCKET_POLL_SECONDS if storage.is_bucket_copy(self.path) else _POLL_SECONDS)
-        with LeaseHeartbeat(claim):
+        with LeaseHeartbeat(lease):
             yield self.find_state(key) is None
 
     def _evict_oldest_states(self) -> None:
-        states = (
-            _list_bucket_states(self.path)
-            if storage.is_bucket_copy(self.path)
-            else _list_folder_states(self.path)
-        )
-        size = sum(bytes_ for _, bytes_, _ in states)
-        for _, bytes_, state in sorted(states):
-            if size <= self.max_bytes:
+        """Delete states, the oldest first, until the cache is within its limit."""
+        if storage.is_bucket_copy(self.path):
+            states = _list_bucket_states(self.path)
+        else:
+            states = _list_folder_states(self.path)
+        total_bytes = sum(n_bytes for _, n_bytes, _ in states)
+        for _, n_bytes, state in sorted(states):
+            if total_bytes <= self.max_bytes:
                 return
             storage.delete_remote(state)
-            # First out of sight, so that nobody finds half a state.
-            gone = state.with_name(f".{state.name}.{os.getpid()}")
+            # Renamed first, so that no process finds a partly deleted state.
+            hidden = state.with_name(f".{state.name}.{os.getpid()}")
             with suppress(OSError):
-                state.replace(gone)
-            shutil.rmtree(gone, ignore_errors=True)
-            size -= bytes_
+                state.replace(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
+            total_bytes -= n_bytes
 
 
 def _open_prefix_cache(uri: str, max_bytes: int) -> PrefixCache:
+    """Unpickle a cache: find the machine's own folder for `uri`."""
     return PrefixCache(storage.local_path(uri), max_bytes)
 
 
 def _list_folder_states(path: Path) -> list[tuple[float, int, Path]]:
-    """(last use, bytes, folder) of each state, and of what a crash left half stored."""
+    """Return (last use in seconds, bytes, folder) of all states, also of partly stored ones."""
     states = []
     for state in path.iterdir():
         with suppress(OSError):
             if state.is_dir():
-                states.append(
-                    (state.stat().st_mtime, sum(f.stat().st_size for f in state.iterdir()), state)
-                )
+                n_bytes = sum(file.stat().st_size for file in state.iterdir())
+                states.append((state.stat().st_mtime, n_bytes, state))
     return states
 
 
 def _list_bucket_states(path: Path) -> list[tuple[float, int, Path]]:
-    """The same, with the time when the state was stored."""
+    """Return (upload time in seconds, bytes, folder) of all states of a bucket."""
     states: dict[Path, tuple[float, int]] = {}
-    for entry in storage.list_remote_files(path):
-        if entry.path.parent.parent == path:
-            stored, size = states.get(entry.path.parent, (0.0, 0))
-            states[entry.path.parent] = max(stored, entry.modified), size + entry.size
-    return [(stored, size, state) for state, (stored, size) in states.items()]
+    for file in storage.list_remote_files(path):
+        state = file.path.parent
+        if state.parent == path:
+            stored_at, n_bytes = states.get(state, (0.0, 0))
+            states[state] = max(stored_at, file.modified), n_bytes + file.size
+    return [(stored_at, n_bytes, state) for state, (stored_at, n_bytes) in states.items()]
 
 
 def _without_keys(values: JsonDict, dropped_keys: tuple[str, ...]) -> JsonDict:
+    """Return a copy of `values` without some keys."""
     return {key: value for key, value in values.items() if key not in dropped_keys}
