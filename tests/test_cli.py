@@ -1,10 +1,12 @@
 """The command line as its users meet it."""
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import get_args
 
@@ -13,7 +15,6 @@ import pytest
 import yaml
 
 from raysweep.cli import build_parser, main
-from raysweep.command_help import COMMAND_HELP
 from raysweep.leases import hold_folder_lease
 from raysweep.spec import apply_overrides, flatten_spec, parse_yaml
 from raysweep.sweep.ledger import Ledger, Trial
@@ -88,13 +89,44 @@ def test_every_command_has_a_manual_page_with_examples_that_parse() -> None:
     parser = build_parser()
     commands = parser._subparsers._group_actions[0].choices
     for name, command in commands.items():
-        text, examples = command.format_help(), COMMAND_HELP[name][1]
+        text = command.format_help()
+        examples = importlib.import_module(f"raysweep.commands.{name}").EXAMPLES
         assert len(examples) >= 2 and all(example in text for example in examples)
         assert max(map(len, text.split("options:")[1].splitlines())) <= 120
         for action in command._actions:
             assert action.help, f"{name} {action.option_strings}"
         for example in examples:
             assert parser.parse_args(example.split()[1:]).command == name
+
+
+def test_former_names_are_warned_of_in_one_line(workdir: Path, capsys) -> None:
+    (workdir / "space.yaml").write_text(
+        "method: at\nstart: [{optim.lr: 0.1}]\nspace: {optim.lr: {float: [0.1, 0.2]}}\n"
+    )
+    original_showwarning = warnings.showwarning
+    assert main(["show", "space.yaml"]) == 0
+    out, err = capsys.readouterr()
+    assert "points_to_evaluate:\n  - " in out
+    assert err == "raysweep: warning: space.yaml: 'start' is now called 'points_to_evaluate'\n"
+    settings = []
+    for setting in ("rerun=daily", "again=daily"):
+        assert main(["show", "digits", "--set", setting, "--json"]) == 0
+        out, err = capsys.readouterr()
+        settings.append(json.loads(out))
+        former = setting.startswith("again")
+        assert err == former * "raysweep: warning: 'again' is now called 'rerun'\n"
+    assert settings[0] == settings[1] and settings[0]["rerun"] == "daily"
+    assert warnings.showwarning is original_showwarning
+
+
+def test_other_warnings_are_shown_as_python_shows_them(monkeypatch, capsys) -> None:
+    """With their place, so that a bug can be found."""
+    monkeypatch.setattr(
+        "raysweep.sweep.search_space.list_builtin_spaces", lambda: warnings.warn("odd") or []
+    )
+    with pytest.warns(UserWarning, match="odd"):
+        assert main(["list", "--json"]) == 0
+    assert "raysweep: warning" not in capsys.readouterr().err
 
 
 def test_help_answers_at_once_and_imports_nothing_heavy() -> None:
@@ -378,11 +410,11 @@ def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) 
         (["tune", "lrat", "--name", "../up"], "--name '../up': use letters, digits"),
         (
             ["tune", "lrat", "--name", "pipelines"],
-            "--name 'pipelines': in that folder raysweep keeps other things",
+            "--name 'pipelines': raysweep uses this folder itself",
         ),
         (
             ["train", "lrat", "--name", "eval"],
-            "--name 'eval': in that folder raysweep keeps other things",
+            "--name 'eval': raysweep uses this folder itself",
         ),
         (["tune", "lrat", "--resume", "nothing"], "no sweep in"),
         (["tune", "lrat", "--out", "file/below"], "--out file/below: cannot be made"),
@@ -453,7 +485,7 @@ def test_a_refused_sweep_takes_back_what_it_made_and_nothing_else(workdir: Path,
     run.mkdir(parents=True)
     (run / "meta.json").write_text("precious")
     assert main(["tune", "lrat", "--name", "first", "--address", "127.0.0.1:1"]) == 2
-    assert "holds something else than a sweep: choose another --name" in capsys.readouterr().err
+    assert "holds other files than a sweep: choose another --name" in capsys.readouterr().err
     assert (run / "meta.json").read_text() == "precious"
     assert {path.name for path in (workdir / "runs").rglob("*")} == {
         "first",

@@ -242,7 +242,7 @@ def test_a_folder_with_anything_else_in_it_is_refused(tmp_path: Path) -> None:
     Ledger.create(tmp_path / "a", space())
     (tmp_path / "b" / "trials" / "0000").mkdir(parents=True)
     (tmp_path / "b" / "trials" / "0000" / "trial.json").touch()
-    with pytest.raises(SpecError, match="holds something else than a sweep"):
+    with pytest.raises(SpecError, match="holds other files than a sweep"):
         Ledger.create(tmp_path / "b", space())
     assert not (tmp_path / "b" / "sweep.json").exists()
 

@@ -607,5 +607,5 @@ def test_a_ledger_is_not_overwritten_and_not_mixed_up(tmp_path: Path) -> None:
         Ledger.create(tmp_path / "a", space())
     with pytest.raises(SpecError, match="another --name"):
         ledger.extend_space(space(method="lrat", metric="clean"))
-    with pytest.raises(SpecError, match=r"no sweep in .*; there is a"):
+    with pytest.raises(SpecError, match=r"no sweep in .*; sweeps beside it: a"):
         Ledger.open(tmp_path / "b")

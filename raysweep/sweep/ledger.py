@@ -1,4 +1,7 @@
-"""What a sweep knows, in JSON beside its checkpoints: a killed driver starts again from this alone."""
+"""Record of a sweep as JSON files beside its checkpoints.
+
+A driver that was killed resumes the sweep from these files alone.
+"""
 
 import json
 from collections.abc import Sequence
@@ -22,12 +25,21 @@ _STORED_KEYS = {"params": "settings", "trained_epochs": "trained"}
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial. epoch: last reported; best: the metrics of its best epoch; curve: [epoch,
-    objective] for each epoch.
+    """State of one trial.
 
-    trained: epochs that were not taken over from another trial; seconds: held by the trial, retries
-    included; retries: how often it lost its process and went on; reason: why it failed or, until
-    its next epoch, started again.
+    Attributes:
+        number: Number in the sweep, from 0.
+        params: Values of the searched parameters by dotted path.
+        state: `running` also means that the trial has not ended and can be resumed; `stopped` means
+            stopped early by the scheduler.
+        epoch: Last reported epoch, from 1; 0 before the first.
+        latest: Metrics of the last reported epoch.
+        best: Metrics of the epoch with the highest (first) objective; empty before the first value.
+        curve: Pairs [epoch, objective], one for each epoch that measured the objective.
+        trained_epochs: Epochs that this trial trained itself; the others were reused.
+        seconds: Wall seconds that the trial held its resources, retries included.
+        retries: How often the trial lost its process and was started again.
+        reason: Why the trial failed or, until its next epoch, why it was started again.
     """
 
     number: int
@@ -47,33 +59,51 @@ class Trial:
         return {_STORED_KEYS.get(name, name): value for name, value in asdict(self).items()}
 
     def score(self, metric: str) -> float:
-        """The objective of the best epoch; -inf before the first."""
+        """Return a metric of the best epoch; -inf if it has not been measured."""
         return self.best.get(metric, float("-inf"))
 
     def with_epoch(self, epoch_metrics: dict[str, float], objective: str) -> "Trial":
-        """This trial after one more epoch."""
+        """Return this trial after one more epoch.
+
+        Args:
+            epoch_metrics: Metrics of the epoch; `epoch` is its number, `shared` is present if the
+                epoch was reused from another trial.
+            objective: Name of the metric that decides which epoch is best.
+
+        Returns:
+            The updated trial; this same object if the epoch was reported before.
+        """
         epoch = int(epoch_metrics["epoch"])
         if epoch <= self.epoch:
             return self
+        best, curve = self.best, self.curve
         value = epoch_metrics.get(objective)
+        if value is not None:
+            curve = [*curve, [epoch, value]]
+            if value > self.score(objective):
+                best = epoch_metrics
         return replace(
             self,
             epoch=epoch,
             latest=epoch_metrics,
-            best=epoch_metrics
-            if value is not None and value > self.score(objective)
-            else self.best,
-            curve=self.curve if value is None else [*self.curve, [epoch, value]],
+            best=best,
+            curve=curve,
             trained_epochs=self.trained_epochs + ("shared" not in epoch_metrics),
             reason="",
         )
 
 
 class Ledger:
-    """The folder of one sweep: `sweep.json`, and for each trial `trials/NNNN/` with `trial.json`
-    and its checkpoints.
+    """Folder of a sweep.
 
-    key: names this sweep among all, whatever its folder is called.
+    It holds `sweep.json`, and for each trial `trials/NNNN/` with `trial.json` and the trial's
+    checkpoints.
+
+    Attributes:
+        path: The folder.
+        name: Name of the folder, which users give to commands.
+        space: The sweep's search space.
+        key: Random id of the sweep (32 hex digits), which stays when the folder is renamed.
     """
 
     def __init__(self, path: Path, space: SearchSpace, key: str) -> None:
@@ -84,17 +114,27 @@ class Ledger:
 
     @classmethod
     def create(cls, path: Path, space: SearchSpace) -> "Ledger":
-        """A new sweep's folder. Raises SpecError if there is anything in it already, or if it
-        cannot be written.
+        """Create the folder of a new sweep.
+
+        Args:
+            path: The folder; it may exist if it is empty or holds only a lock.
+            space: The sweep's search space.
+
+        Returns:
+            The new ledger.
+
+        Raises:
+            SpecError: If the folder holds other files, or cannot be written.
         """
         if storage.pull_file(path / "sweep.json"):
             raise SpecError(
-                f"there is a sweep in {storage.uri_of(path)}: go on with `--resume {path.name}`, or choose another --name"
+                f"there is a sweep in {storage.uri_of(path)}: continue it with "
+                f"`--resume {path.name}`, or choose another --name"
             )
-        inside = (file.relative_to(path).parts[0] for file in storage.iter_files(path))
-        if any(name != "lock" and not name.startswith(".") for name in inside):
+        entries = (file.relative_to(path).parts[0] for file in storage.iter_files(path))
+        if any(name != "lock" and not name.startswith(".") for name in entries):
             raise SpecError(
-                f"{storage.uri_of(path)} holds something else than a sweep: choose another --name"
+                f"{storage.uri_of(path)} holds other files than a sweep: choose another --name"
             )
         ledger = cls(path, space.with_absolute_paths(), uuid4().hex)
         try:
@@ -108,26 +148,26 @@ class Ledger:
 
     @classmethod
     def open(cls, path: Path) -> "Ledger":
-        """An existing sweep. Raises SpecError if there is none, or if it is damaged."""
+        """Open the folder of an existing sweep.
+
+        Raises:
+            SpecError: If there is no sweep, or if its files are damaged.
+        """
         storage.pull_file(path / "sweep.json")
         storage.pull_files(path, "trial.json")
         try:
             data = storage.read_json(path / "sweep.json", ("key", "space"))
         except OSError:
-            known = storage.list_folders_containing(path.parent, "sweep.json")
+            sweeps = storage.list_folders_containing(path.parent, "sweep.json")
             raise SpecError(
-                f"no sweep in {storage.uri_of(path)}; there {'is ' + ', '.join(known) if known else 'is none'}"
+                f"no sweep in {storage.uri_of(path)}; sweeps beside it: "
+                f"{', '.join(sweeps) or 'none'}"
             ) from None
-        return cls(
-            path,
-            SearchSpace.from_data(data["space"], str(path / "sweep.json"), stored=True),
-            data["key"],
-        )
+        source = str(path / "sweep.json")
+        return cls(path, SearchSpace.from_data(data["space"], source, stored=True), data["key"])
 
     def delete_if_empty(self) -> None:
-        """Take back a sweep that was refused before its first trial: what `create` made, and
-        nothing else.
-        """
+        """Delete what `create` made, unless the sweep has trials or other files."""
         if not self.load_trials():
             storage.delete_remote_file(self.path / "sweep.json")
             (self.path / "sweep.json").unlink(missing_ok=True)
@@ -136,10 +176,13 @@ class Ledger:
                 self.path.rmdir()
 
     def extend_space(self, new_space: SearchSpace) -> None:
-        """Go on as `space`: finished trials that it gives more epochs are running again, from their
-        last checkpoints.
+        """Continue the sweep with another search space.
 
-        Raises SpecError for what would make it another sweep (see `sweep.growth`).
+        Finished trials that get more epochs are set to running again, to resume from their last
+        checkpoints.
+
+        Raises:
+            SpecError: For changes that `extension_checks.check_extension` does not allow.
         """
         trials = self.load_trials()
         check_extension(self.space, new_space, {trial.number: trial.params for trial in trials})
@@ -153,16 +196,22 @@ class Ledger:
                 self.save_trial(replace(trial, state="running"))
 
     def trial_path(self, trial_number: int) -> Path:
+        """Return the folder of a trial."""
         return self.path / "trials" / f"{trial_number:04d}"
 
     def save_trial(self, trial: Trial) -> None:
+        """Write trial.json, also to the bucket if the sweep is in one."""
         folder = self.trial_path(trial.number)
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(folder / "trial.json", json.dumps(trial.to_stored_dict(), indent=1))
         storage.push_to_bucket(folder / "trial.json")
 
     def load_trials(self) -> list[Trial]:
-        """All trials that were ever started, by number. Raises SpecError for a damaged one."""
+        """Load all trials that were ever started, by number.
+
+        Raises:
+            SpecError: If a trial.json is damaged.
+        """
         keys = {field.name: _STORED_KEYS.get(field.name, field.name) for field in fields(Trial)}
         trials = []
         for file in sorted(self.path.glob("trials/*/trial.json")):
@@ -171,8 +220,9 @@ class Ledger:
         return trials
 
     def rank_trials(self) -> list[Trial]:
-        """Trials that reported the (first) objective, best first; those whose masking gap is too
-        large come last.
+        """Return the trials that reported the (first) objective, best first.
+
+        Trials whose masking gap exceeds the limit come last.
         """
         metric = self.space.objectives[0]
         scored = [trial for trial in self.load_trials() if metric in trial.best]
@@ -182,15 +232,15 @@ class Ledger:
         )
 
     def exceeds_masking_gap(self, trial: Trial) -> bool:
-        """Whether the trial breaks the space's `max_masking_gap`."""
+        """Return whether the trial's masking gap is above the space's `max_masking_gap`."""
         limit = self.space.max_masking_gap
         return limit is not None and trial.best.get("masking_gap", 0.0) > limit
 
     def pareto_front(self, objectives: Sequence[str] = ()) -> list[Trial]:
-        """The Pareto front: trials within the masking gap that no other beats in one metric without
-        losing in another.
+        """Return the Pareto front of the trials within the masking gap, best first objective first.
 
-        objectives: metrics of the trials' best epochs, by default the space's.
+        Args:
+            objectives: Metrics of the trials' best epochs; by default the space's objectives.
         """
         metrics = objectives or self.space.objectives
         feasible = [trial for trial in self.rank_trials() if not self.exceeds_masking_gap(trial)]
@@ -198,10 +248,11 @@ class Ledger:
         return [feasible[index] for index in pareto_front_indices(points)]
 
     def best_checkpoint_path(self, trial: Trial) -> Path:
-        """The trial's best checkpoint."""
+        """Return the path of the checkpoint of the trial's best epoch."""
         return self.trial_path(trial.number) / f"epoch-{int(trial.best['epoch']):04d}"
 
     def _save_space(self) -> None:
+        """Write sweep.json, also to the bucket if the sweep is in one."""
         atomic_write_text(
             self.path / "sweep.json",
             json.dumps({"key": self.key, "space": self.space.to_stored_dict()}, indent=1),
