@@ -1,12 +1,13 @@
-"""What each data set brings unless a space or `--set` says otherwise: threat model, network, length
-of training.
+"""Default settings of each data set: threat model, network and length of training.
 
-`*` stands for any run of characters; a path that a method does not have is skipped. The catalog's
-own numbers are the papers' for CIFAR-10, so `cifar10` and `svhn` need little here.
+A search space or `--set` overrides them. `*` in a path matches any characters; a path that a method
+does not have is skipped. The methods' own defaults are those of the papers for CIFAR-10, so
+`cifar10` and `svhn` need few settings here.
 """
 
 from typing import Any
 
+# Name of a data set -> {dotted path: value}.
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {
         "*.eps": 0.15,
@@ -32,11 +33,11 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
         "epochs": 30,
         "optim.lr": {"kind": "piecewise", "boundaries": [20, 27], "values": [0.05, 0.005, 0.0005]},
     },
-    # Rice et al. 2020 carve 1,000 validation examples. Judged every second epoch, they take 6% of
-    # AT's training time.
+    # Rice et al. 2020 split off 1,000 validation examples. Evaluating them every second epoch takes
+    # 6% of AT's training time.
     "cifar10": {"model.name": "resnet18", "data.val_size": 1000, "validation.every": 2},
-    # G appendix A and C.3: the same as CIFAR-10 with a tenth of the learning rate, which falls at
-    # 30 and 60.
+    # GAIRAT paper, appendices A and C.3: as CIFAR-10, with a tenth of the learning rate, which
+    # drops at epochs 30 and 60.
     "svhn": {
         "model.name": "resnet18",
         "data.val_size": 1000,

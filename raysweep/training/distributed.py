@@ -1,6 +1,4 @@
-"""Several processes that train one model: sums over a torch.distributed group, and the mean of
-their gradients.
-"""
+"""Data-parallel training: sums over a torch.distributed group, and averaged gradients."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +14,18 @@ from raysweep.worker_group import WorkerGroup
 
 
 class WorkerLost(RuntimeError):
-    """Another worker is gone: not this one's fault."""
+    """A collective operation failed because another worker died."""
 
 
 @contextmanager
 def collective_errors() -> Iterator[None]:
-    """For what all workers do at once: whatever goes wrong in it raises PeerLost.
+    """Context manager for collective operations: any error in it becomes WorkerLost.
 
-    By the moment at which the group ends, torch raises RuntimeError (a broken connection) or
-    ValueError (a group that Ray Train has already destroyed), and Ray its own.
+    When the group ends, torch raises RuntimeError (a broken connection) or ValueError (a group that
+    was already destroyed), and Ray raises its own errors.
+
+    Raises:
+        WorkerLost: The operation failed.
     """
     try:
         yield
@@ -33,7 +34,12 @@ def collective_errors() -> Iterator[None]:
 
 
 class DistributedWorkerGroup:
-    """The processes of torch.distributed's default group."""
+    """The processes of torch.distributed's default group (see `WorkerGroup`).
+
+    Attributes:
+        size: Number of processes.
+        rank: Number of this process, from 0.
+    """
 
     def __init__(self) -> None:
         with collective_errors():
@@ -41,6 +47,11 @@ class DistributedWorkerGroup:
             self.rank = dist.get_rank()
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of `tensor` over all processes, without gradient.
+
+        Raises:
+            WorkerLost: Another process died.
+        """
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
         with collective_errors():
             dist.all_reduce(total)
@@ -48,60 +59,83 @@ class DistributedWorkerGroup:
 
 
 def average_gradients(model: nn.Module, workers: WorkerGroup) -> None:
-    """Replace each gradient by its mean over workers, in one sum for each dtype.
+    """Replace each gradient by its mean over workers, with one sum for each dtype.
 
-    Not DistributedDataParallel: a step does several forwards before its one backward, and attacks
-    differentiate the model in between; DDP hooks one forward to one backward and broadcasts
-    buffers, batch norm's own, at each forward.
+    DistributedDataParallel does not fit: it expects one forward for each backward and broadcasts
+    batch norm's buffers at each forward. A step here has several forwards before its one backward,
+    and attacks differentiate the model in between.
+
+    Args:
+        model: Its gradients are changed in place.
+        workers: The processes that train the model.
     """
     if workers.size == 1:
         return
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    for _, group in groupby(sorted(grads, key=lambda g: str(g.dtype)), key=lambda g: g.dtype):
-        alike = list(group)
-        mean = (
-            workers.all_reduce_sum(torch.cat([grad.reshape(-1) for grad in alike])) / workers.size
-        )
-        for grad, part in zip(
-            alike, torch.split(mean, [grad.numel() for grad in alike]), strict=True
-        ):
+    grads.sort(key=lambda grad: str(grad.dtype))
+    for _, group in groupby(grads, key=lambda grad: grad.dtype):
+        same_dtype = list(group)
+        flat = torch.cat([grad.reshape(-1) for grad in same_dtype])
+        mean = workers.all_reduce_sum(flat) / workers.size
+        parts = torch.split(mean, [grad.numel() for grad in same_dtype])
+        for grad, part in zip(same_dtype, parts, strict=True):
             grad.copy_(part.view_as(grad))
 
 
 def check_method_distributable(method: Method, workers: WorkerGroup) -> None:
-    """Raises SpecError for a method whose workers would do unequal numbers of synchronised
-    forwards.
+    """Check that several workers can train a method.
+
+    An attack in train mode with tau stops at a different step on each worker. Their numbers of
+    synchronised forwards would differ, and the workers would wait for each other forever.
+
+    Raises:
+        SpecError: The method has such an attack, and there are several workers.
     """
+    if workers.size == 1:
+        return
     for name, attack in method.attacks.items():
-        if (
-            workers.size > 1
-            and getattr(attack, "mode", "eval") == "train"
-            and getattr(attack, "tau", None) is not None
-        ):
+        is_train_mode = getattr(attack, "mode", "eval") == "train"
+        if is_train_mode and getattr(attack, "tau", None) is not None:
             raise SpecError(
-                f"method.attacks.{name}: mode train with tau stops at different steps on different workers: "
-                "take one worker, mode eval, or tau null"
+                f"method.attacks.{name}: mode train with tau stops at different steps on different "
+                "workers: take one worker, mode eval, or tau null"
             )
 
 
 def broadcast_int(value: int, workers: WorkerGroup, device: torch.device) -> int:
-    """The first worker's number, on all of them; nobody goes on before the first has got here."""
+    """Return the first worker's `value` on all workers; also serves as a barrier.
+
+    Raises:
+        WorkerLost: Another worker died.
+    """
     if workers.size == 1:
         return value
-    return int(
-        workers.all_reduce_sum(torch.tensor(value if workers.rank == 0 else 0, device=device))
-    )
+    summand = torch.tensor(value if workers.rank == 0 else 0, device=device)
+    return int(workers.all_reduce_sum(summand))
 
 
 def average_metrics(
     metrics: dict[str, float], n_rows: int, workers: WorkerGroup, device: torch.device
 ) -> dict[str, float]:
-    """Means over all workers' rows from means over each worker's own."""
+    """Combine the workers' mean metrics into means over the rows of all workers.
+
+    Args:
+        metrics: Means over this worker's rows; all workers have the same keys.
+        n_rows: Number of this worker's rows.
+        workers: The processes.
+        device: Where the sums are computed.
+
+    Returns:
+        The means; with several workers rounded to 6 decimals.
+
+    Raises:
+        WorkerLost: Another worker died.
+    """
     if workers.size == 1:
         return metrics
-    shares = [float(n_rows), *(n_rows * value for value in metrics.values())]
-    sums = workers.all_reduce_sum(torch.tensor(shares, device=device, dtype=torch.float64))
-    # Rounded, so that epochs that tie with one worker tie with several.
+    row_sums = [float(n_rows), *(n_rows * value for value in metrics.values())]
+    sums = workers.all_reduce_sum(torch.tensor(row_sums, device=device, dtype=torch.float64))
+    # Rounded, so that epochs that are equal with one worker are equal with several.
     return {
         name: round((total / sums[0]).item(), 6)
         for name, total in zip(metrics, sums[1:], strict=True)

@@ -1,7 +1,6 @@
-"""Batch norm over the global batch: exact statistics and gradients for any number of workers, on
-any device.
+"""Batch norm over the global batch, with exact statistics and gradients on any device.
 
-torch's own SyncBatchNorm refuses the CPU.
+torch.nn.SyncBatchNorm does not support the CPU.
 """
 
 from typing import Any
@@ -15,8 +14,14 @@ from raysweep.worker_group import WorkerGroup
 
 
 def convert_sync_batchnorm(model: nn.Module, workers: WorkerGroup) -> nn.Module:
-    """`model` with its batch norms replaced by synchronised ones that own the same tensors under
-    the same names.
+    """Replace all batch norms of a model by synchronised ones.
+
+    Args:
+        model: Changed in place. The new modules have the same tensors under the same names.
+        workers: The processes that share the global batch.
+
+    Returns:
+        `model`, or its replacement if `model` itself is a batch norm.
     """
     if isinstance(model, _BatchNorm):
         return SyncBatchNorm(model, workers)
@@ -26,10 +31,13 @@ def convert_sync_batchnorm(model: nn.Module, workers: WorkerGroup) -> nn.Module:
 
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch norm whose training statistics are those of the rows of all workers; in eval mode plain
-    batch norm.
+    """Batch norm with the statistics of all workers' rows; in eval mode plain batch norm.
 
-    Every worker must do the same forwards, with 0 rows if it has none.
+    All workers must do the same forwards in training, with 0 rows if they have none.
+
+    Args:
+        batch_norm: The module whose parameters and buffers are used.
+        workers: The processes that share the global batch.
     """
 
     def __init__(self, batch_norm: _BatchNorm, workers: WorkerGroup) -> None:
@@ -46,6 +54,7 @@ class SyncBatchNorm(_BatchNorm):
         self._workers = workers
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize `x`, (N, C, ...), and in training update the running statistics."""
         if not self.training and self.running_mean is not None:
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
@@ -56,11 +65,11 @@ class SyncBatchNorm(_BatchNorm):
         out: Tensor = _SyncNormalizeFunction.apply(x, statistics, self.eps, self._workers)
         if self.weight is None:
             return out
-        return (out * _broadcast_channels(self.weight, x) + _broadcast_channels(self.bias, x)).to(
-            x.dtype
-        )
+        weight, bias = _broadcast_channels(self.weight, x), _broadcast_channels(self.bias, x)
+        return (out * weight + bias).to(x.dtype)
 
     def _update_running_stats(self, statistics: Tensor) -> None:
+        """Move the running mean and the unbiased running variance towards the batch's."""
         assert (
             self.running_mean is not None
             and self.running_var is not None
@@ -75,7 +84,7 @@ class SyncBatchNorm(_BatchNorm):
 
 
 class _SyncNormalizeFunction(torch.autograd.Function):
-    """(x - mean) / sqrt(variance + eps), where mean and variance depend on the rows of all workers."""
+    """(x - mean) / sqrt(variance + eps) with the mean and variance of all workers' rows."""
 
     @staticmethod
     def forward(
@@ -93,7 +102,7 @@ class _SyncNormalizeFunction(torch.autograd.Function):
         (grad,) = grads
         out, scale, count = ctx.saved_tensors
         dims = [d for d in range(grad.dim()) if d != 1]
-        # Sums in the statistics' type: count is in it.
+        # Summed in the dtype of the statistics, which is float32 also for 16-bit inputs.
         sums = torch.stack(
             [grad.sum(dims, dtype=count.dtype), (grad * out).sum(dims, dtype=count.dtype)]
         )
@@ -105,10 +114,13 @@ class _SyncNormalizeFunction(torch.autograd.Function):
 
 
 def _compute_global_statistics(x: Tensor, workers: WorkerGroup) -> Tensor:
-    """(1 + 2 C,): rows x positions of the global batch, mean and biased variance of each channel.
+    """Compute element count, means and biased variances of the global batch's channels.
 
-    Each worker puts its own moments into its own row of zeros, so that one sum brings them all to
-    everyone; squares are of differences from a mean, never of raw values.
+    Each worker writes its moments into its own row of a zero matrix, so that one sum collects all
+    rows. Only differences from a mean are squared, for accuracy.
+
+    Returns:
+        (1 + 2 C,): elements per channel, C means, C variances (see `_unpack_statistics`).
     """
     dims = [d for d in range(x.dim()) if d != 1]
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -127,9 +139,11 @@ def _compute_global_statistics(x: Tensor, workers: WorkerGroup) -> Tensor:
 
 
 def _unpack_statistics(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Split (..., 1 + 2 C) into count (..., 1), means (..., C) and variances (..., C)."""
     channels = statistics.shape[-1] // 2
     return statistics[..., :1], statistics[..., 1 : 1 + channels], statistics[..., 1 + channels :]
 
 
 def _broadcast_channels(values: Tensor, target: Tensor) -> Tensor:
+    """Reshape (C,) so that it broadcasts against `target`, (N, C, ...)."""
     return values.view(1, -1, *[1] * (target.dim() - 2))
