@@ -25,8 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from robust_digits import digits, robust_digits
 
-from raysweep.evaluation import ProcessPoolMap, RobustnessReport, evaluate
-from raysweep.evaluation.evaluator import ShardMapper
+from raysweep.evaluation import ProcessPoolMap, RobustnessReport, ShardMapper, evaluate
 
 EPS = 0.2
 

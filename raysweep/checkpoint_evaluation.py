@@ -1,5 +1,6 @@
-"""One model under one attack on the test set: attacks, files, and the numbers into the run that
-trained it.
+"""Evaluate one model under one attack on the test set, and store the results.
+
+Results go into files, and into the MLflow run that trained the model.
 """
 
 import json
@@ -13,25 +14,37 @@ from raysweep.attacks import AttackCascade, SingleAttack
 from raysweep.data import Dataset, DataSpec
 from raysweep.evaluation import (
     RobustnessReport,
+    ShardMapper,
     evaluate,
     show_evaluation_progress,
 )
-from raysweep.evaluation.evaluator import ShardMapper
 from raysweep.schedules import resolved_value
 from raysweep.spec import json_digest
 from raysweep.tracking import Tracker
 from raysweep.training.dataset_defaults import DATASET_DEFAULTS
 from raysweep.training.model_loading import EvaluationTarget
 
+# Files of an evaluation: the results of each example, and the card with RobustBench's fields.
+EXAMPLES_FILE = "examples.parquet"
+CARD_FILE = "card.json"
+
 
 def resolve_threat_model(target: EvaluationTarget, dataset_name: str) -> tuple[float, str]:
-    """Epsilon and norm that the checkpoint was validated at, else those of the data set's profile."""
+    """Return the epsilon and norm to evaluate a model at by default.
+
+    Args:
+        target: The model.
+        dataset_name: Name of the data set, for models without a training configuration.
+
+    Returns:
+        Epsilon (in pixels of [0, 1]) and norm of the first validation attack of the training; else
+        epsilon of the data set's defaults, or 8/255, and "Linf".
+    """
     if target.config is not None:
-        first = next(
-            iter(target.config.resolve_at(target.config.epochs).validation.attacks.values())
-        )
-        if hasattr(first, "eps") and hasattr(first, "norm"):
-            return float(resolved_value(first.eps)), str(first.norm)
+        validation = target.config.resolve_at(target.config.epochs).validation
+        first_attack = next(iter(validation.attacks.values()))
+        if hasattr(first_attack, "eps") and hasattr(first_attack, "norm"):
+            return float(resolved_value(first_attack.eps)), str(first_attack.norm)
     return float(DATASET_DEFAULTS.get(dataset_name, {}).get("*.eps", 8 / 255)), "Linf"
 
 
@@ -43,20 +56,26 @@ def choose_evaluation_folder(
     n_examples: int,
     seed: int = 0,
 ) -> Path:
-    """Beside the checkpoint that is judged, or under `runs/eval` where that is a bucket's or none
-    of ours.
+    """Choose the folder for the files of an evaluation. Equal settings give the same folder.
+
+    Args:
+        out: Output folder of the command, for models without a local checkpoint.
+        target: The model.
+        attack: The attack.
+        data_spec: Settings of the data set.
+        n_examples: Number of test examples.
+        seed: Seed of the attack.
+
+    Returns:
+        A folder beside the checkpoint, if that is in a local folder; else in `out`/runs/eval.
     """
     key = json_digest([attack.to_json_dict(), data_spec.to_json_dict(), n_examples, seed])
     if target.checkpoint is None:
         return out / "runs" / "eval" / f"{target.name.replace(':', '.')}-{key}"
     path = target.checkpoint.path
     if storage.is_bucket_copy(path):
-        return (
-            out
-            / "runs"
-            / "eval"
-            / f"{target.name.replace('/', '-')}-{json_digest([key, storage.uri_of(path)])}"
-        )
+        bucket_key = json_digest([key, storage.uri_of(path)])
+        return out / "runs" / "eval" / f"{target.name.replace('/', '-')}-{bucket_key}"
     return path.parent / f"eval-{path.name.removeprefix('epoch-')}-{key}"
 
 
@@ -72,8 +91,24 @@ def evaluate_checkpoint(
     seed: int = 0,
     keep_adversarial: bool = False,
 ) -> RobustnessReport:
-    """The first `count` test examples under `attack`; shards that an earlier run finished in
-    `folder` are kept.
+    """Evaluate a model on the first test examples, with a progress bar.
+
+    Args:
+        target: The model. It is moved to the GPU if there is one.
+        dataset: The data set.
+        attack: The attack.
+        n_examples: Number of test examples.
+        folder: Folder of the evaluation; shards that an earlier run stored there are reused.
+        executor: Runs the shards; None for this process.
+        batch_size: Examples per attack call.
+        seed: Seed of the attack.
+        keep_adversarial: Whether the report has the adversarial examples.
+
+    Returns:
+        The report.
+
+    Raises:
+        SpecError: If no attack can run on the model (see `evaluate`).
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     split, rows = dataset.test, slice(0, n_examples)
@@ -96,10 +131,24 @@ def evaluate_checkpoint(
 def save_evaluation_files(
     report: RobustnessReport, folder: Path, target: EvaluationTarget, data_spec: DataSpec
 ) -> None:
-    report.save_parquet(folder / "examples.parquet")
+    """Write the files of an evaluation.
+
+    These are the results of each example, the card, the summary (`report.json`), and the
+    adversarial examples if the report has them.
+
+    Args:
+        report: The report.
+        folder: Folder of the evaluation.
+        target: The model.
+        data_spec: Settings of the data set.
+
+    Raises:
+        OSError: If a file cannot be written.
+    """
+    report.save_parquet(folder / EXAMPLES_FILE)
     architecture = target.config.model.name if target.config else None
     report.save_card(
-        folder / "card.json", name=target.name, dataset=data_spec.name, architecture=architecture
+        folder / CARD_FILE, name=target.name, dataset=data_spec.name, architecture=architecture
     )
     if report.x_adv is not None:
         report.save_adversarial(folder / "adversarial.npz")
@@ -115,38 +164,57 @@ def log_evaluation(
     attack_name: str,
     is_full_test_set: bool,
 ) -> str:
-    """Numbers and files into the run that trained the model, or into one of their own; its id.
+    """Log the numbers and files of an evaluation.
 
-    `aa/...` is for AutoAttack's standard version at the training's epsilon on the whole test set,
-    and for nothing else. A seed but the usual one is named too.
+    Metrics of AutoAttack's standard version on the whole test set, at the epsilon of the training,
+    are named `aa/...`. All others are named after attack, norm, epsilon and number of examples.
+    A seed other than 0 is part of the name.
+
+    Args:
+        tracker: Where to log.
+        run_id: Run that trained the model; None to log into a run of the evaluation.
+        target: The model.
+        report: The report.
+        folder: Folder of the evaluation; its files are logged.
+        attack_name: Name of the attack as the user gave it.
+        is_full_test_set: Whether the report covers the whole test set.
+
+    Returns:
+        Id of the run that has the numbers.
     """
-    own = run_id is None
+    has_own_run = run_id is None
     if run_id is None:
-        # A path may hold what no filter of MLflow can quote.
+        # MLflow cannot quote every path in a filter, so the tag to search for is a digest.
         run_id = tracker.get_or_create_run(
             target.name, {"raysweep.kind": "eval", "raysweep.evaluation": json_digest(str(folder))}
         )
         tracker.set_tags(run_id, {"raysweep.folder": str(folder)})
-    trained_for = target.config is None or resolve_threat_model(target, "") == (
-        report.eps,
-        report.norm,
-    )
-    full = is_full_test_set and trained_for and report.is_autoattack
-    prefix = (
-        "aa" if full else f"eval/{attack_name}-{report.norm}-{report.eps:.4g}-n{len(report.labels)}"
-    )
-    prefix += f"-seed{report.seed}" if report.seed else ""
+    prefix = _format_metric_prefix(target, report, attack_name, is_full_test_set)
     low, high = report.intervals["robust"]
     metrics = {
         "robust_accuracy": report.robust_accuracy,
         "robust_low": low,
         "robust_high": high,
         "clean_accuracy": report.clean_accuracy,
-        **{f"after_{key}": float(rows.mean()) for key, rows in report.robust_after.items()},
+        **{f"after_{name}": float(mask.mean()) for name, mask in report.robust_after.items()},
     }
-    tracker.log_final(run_id, {f"{prefix}/{key}": value for key, value in metrics.items()})
+    tracker.log_final(run_id, {f"{prefix}/{name}": value for name, value in metrics.items()})
     for file in sorted(folder.glob("*.*")):
         tracker.log_file(run_id, file, f"eval/{folder.name.rpartition('-')[2]}")
-    if own:
+    if has_own_run:
         tracker.end_run(run_id, "FINISHED")
     return run_id
+
+
+def _format_metric_prefix(
+    target: EvaluationTarget, report: RobustnessReport, attack_name: str, is_full_test_set: bool
+) -> str:
+    """Return the group of an evaluation's metrics (see `log_evaluation`)."""
+    has_trained_threat = target.config is None or (
+        resolve_threat_model(target, "") == (report.eps, report.norm)
+    )
+    if is_full_test_set and has_trained_threat and report.is_autoattack:
+        prefix = "aa"
+    else:
+        prefix = f"eval/{attack_name}-{report.norm}-{report.eps:.4g}-n{len(report.labels)}"
+    return f"{prefix}-seed{report.seed}" if report.seed else prefix

@@ -1,4 +1,8 @@
-"""A claim that others can check: card, weights, and the adversarial examples behind every verdict."""
+"""Bundle of a robustness result that others can verify.
+
+A bundle is a folder with the card (claimed numbers and settings), the checkpoint, and the
+adversarial example of each broken test example.
+"""
 
 import json
 import shutil
@@ -13,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from raysweep.atomic_files import atomic_folder
+from raysweep.checkpoint_evaluation import CARD_FILE
 from raysweep.data import Dataset, DataSpec, load_data
 from raysweep.evaluation import RobustnessReport
 from raysweep.evaluation.shards import (
@@ -29,8 +34,12 @@ from raysweep.training.checkpoint import (
 )
 from raysweep.training.model_loading import load_trained_model
 
-CARD_FILE, ADVERSARIAL_FILE, CHECKPOINT_FOLDER = "card.json", "adversarial.npz", "checkpoint"
+ADVERSARIAL_FILE, CHECKPOINT_FOLDER = "adversarial.npz", "checkpoint"
 _BATCH_SIZE = 500
+# Rounding of a mean of float32 numbers.
+_ACCURACY_TOLERANCE = 1e-6
+# Array name -> allowed kinds of its type, and its number of dimensions.
+_ARRAY_KINDS = {"x_adv": ("f", 4), "labels": ("iu", 1), "index": ("iu", 1), "robust": ("b", 1)}
 Array = NDArray[Any]
 
 
@@ -41,12 +50,24 @@ def write_bundle(
     data_spec: DataSpec,
     model_name: str,
 ) -> None:
-    """Make `folder`, whole or not at all."""
+    """Write a bundle, atomically.
+
+    Args:
+        folder: The folder to create.
+        report: Result of `evaluate(..., keep_adversarial=True)`.
+        checkpoint: Checkpoint of the evaluated model; it is copied.
+        data_spec: Settings of the data set. `data_dir` is left out of the card.
+        model_name: Name of the model, for the card.
+
+    Raises:
+        ValueError: If the report has no adversarial examples.
+        OSError: If a file cannot be written.
+    """
     if report.x_adv is None:
         raise ValueError(
             "a bundle needs the adversarial examples: evaluate(..., keep_adversarial=True)"
         )
-    about = {
+    claims = {
         "norm": report.norm,
         "eps_value": report.eps,
         "examples": len(report.labels),
@@ -64,19 +85,43 @@ def write_bundle(
     with atomic_folder(folder) as partial:
         report.save_adversarial(partial / ADVERSARIAL_FILE)
         shutil.copytree(checkpoint.path, partial / CHECKPOINT_FOLDER)
-        (partial / CARD_FILE).write_text(json.dumps({**card, **about}, indent=2) + "\n")
+        (partial / CARD_FILE).write_text(json.dumps({**card, **claims}, indent=2) + "\n")
 
 
 def verify_bundle(folder: Path, data_dir: Path | None = None) -> tuple[JsonDict, list[str]]:
-    """The bundle's card, and what in it is not so: one line each, none for a sound bundle.
+    """Check the claims of a bundle against its own files and the test set.
 
-    Nothing is unpickled, and no attack is run: each saved example is looked at and shown to the
-    model. Raises SpecError for what is no bundle.
+    No attack runs: each stored example is compared with its test image and classified by the
+    model. Nothing is unpickled.
+
+    Args:
+        folder: The bundle.
+        data_dir: Folder of the data set's files on this machine; None if it needs none.
+
+    Returns:
+        The card, and one line for each claim that is false; no lines for a sound bundle.
+
+    Raises:
+        SpecError: If `folder` is not a bundle, or the data set cannot be read.
     """
+    card, arrays, spec = _load_bundle(folder, data_dir)
+    for name in (META_FILE, WEIGHTS_FILE):
+        if not (folder / CHECKPOINT_FOLDER / name).is_file():
+            raise SpecError(f"{folder}: not a bundle: {CHECKPOINT_FOLDER}/{name} is missing")
+    checkpoint = read_checkpoint(folder / CHECKPOINT_FOLDER)
+    dataset = load_data(spec)
+    model = load_trained_model(checkpoint, dataset)
+    return card, _find_bundle_problems(card, arrays, dataset, model)
+
+
+def _load_bundle(
+    folder: Path, data_dir: Path | None
+) -> tuple[JsonDict, dict[str, Array], DataSpec]:
+    """Load card, arrays and data settings of a bundle; SpecError if one of them is invalid."""
     try:
         card: JsonDict = json.loads((folder / CARD_FILE).read_text())
         if card["norm"] not in ("Linf", "L2"):
-            raise ValueError(f"{CARD_FILE} says norm = {card['norm']!r}")
+            raise ValueError(f"{CARD_FILE} has norm = {card['norm']!r}")
         for key in ("eps_value", "examples", "clean_accuracy", "robust_accuracy"):
             float(card[key])
         arrays = _load_adversarial_arrays(folder / ADVERSARIAL_FILE)
@@ -94,75 +139,69 @@ def verify_bundle(folder: Path, data_dir: Path | None = None) -> tuple[JsonDict,
         zipfile.BadZipFile,
     ) as error:
         raise SpecError(f"{folder}: not a bundle: {error}") from None
-    for name in (META_FILE, WEIGHTS_FILE):
-        if not (folder / CHECKPOINT_FOLDER / name).is_file():
-            raise SpecError(f"{folder}: not a bundle: {CHECKPOINT_FOLDER}/{name} is missing")
-    saved = read_checkpoint(folder / CHECKPOINT_FOLDER)
-    data = load_data(spec)
-    return card, _find_bundle_problems(card, arrays, data, load_trained_model(saved, data))
+    return card, arrays, spec
 
 
 def _load_adversarial_arrays(path: Path) -> dict[str, Array]:
-    """x_adv (N, C, H, W), labels, index and robust (N,). Raises ValueError for anything else."""
+    """Load x_adv (N, C, H, W) and labels, index, robust (N,); ValueError if they are not that."""
     with np.load(path, allow_pickle=False) as archive:
-        arrays = {key: archive[key] for key in ("x_adv", "labels", "index", "robust")}
-    for key, (kinds, dims) in {
-        "x_adv": ("f", 4),
-        "labels": ("iu", 1),
-        "index": ("iu", 1),
-        "robust": ("b", 1),
-    }.items():
-        array = arrays[key]
-        if (
-            array.dtype.kind not in kinds
-            or array.ndim != dims
-            or len(array) != len(arrays["x_adv"])
-        ):
-            raise ValueError(f"{key} in {ADVERSARIAL_FILE} is {array.dtype} {array.shape}")
+        arrays = {name: archive[name] for name in _ARRAY_KINDS}
+    for name, (kinds, n_dims) in _ARRAY_KINDS.items():
+        array = arrays[name]
+        has_length = array.ndim == n_dims and len(array) == len(arrays["x_adv"])
+        if array.dtype.kind not in kinds or not has_length:
+            raise ValueError(f"{name} in {ADVERSARIAL_FILE} is {array.dtype} {array.shape}")
     return arrays
 
 
 def _find_bundle_problems(
     card: Mapping[str, Any], arrays: Mapping[str, Array], dataset: Dataset, model: nn.Module
 ) -> list[str]:
-    index = dataset.test.index.numpy()
-    place = {int(number): row for row, number in enumerate(index)}
-    if unknown := [number for number in arrays["index"].tolist() if number not in place]:
-        return [f"{len(unknown)} examples are not in the test set, the first: {unknown[0]}"]
-    if len(set(arrays["index"].tolist())) != len(arrays["index"]):
+    """Return one line for each claim that is false."""
+    test, ids = dataset.test, arrays["index"].tolist()
+    row_of_id = {int(example_id): row for row, example_id in enumerate(test.index.numpy())}
+    unknown_ids = [example_id for example_id in ids if example_id not in row_of_id]
+    if unknown_ids:
+        return [f"{len(unknown_ids)} examples are not in the test set, the first: {unknown_ids[0]}"]
+    if len(set(ids)) != len(ids):
         return ["an example is there twice"]
-    rows = torch.tensor([place[number] for number in arrays["index"].tolist()])
-    x, y = dataset.test.get_float_images(rows), dataset.test.y[rows]
-    x_adv, robust = torch.from_numpy(arrays["x_adv"]), torch.from_numpy(arrays["robust"])
+    rows = torch.tensor([row_of_id[example_id] for example_id in ids])
+    x, y = test.get_float_images(rows), test.y[rows]
+    x_adv, is_robust = torch.from_numpy(arrays["x_adv"]), torch.from_numpy(arrays["robust"])
     if x_adv.shape != x.shape:
         return [f"its examples are {tuple(x_adv.shape[1:])}, the test set's {tuple(x.shape[1:])}"]
-    lines = []
+    problems = []
     if not np.array_equal(arrays["labels"], y.numpy()):
-        lines.append("the labels are not the test set's")
-    size, limit = (
-        compute_perturbation_norms(x_adv, x, card["norm"]),
-        compute_norm_limit(card["eps_value"], card["norm"]),
-    )
-    right, right_adv = _predict_labels(model, x) == y, _predict_labels(model, x_adv) == y
-    checks = {
-        f"farther than eps {card['eps_value']:.6g} from their images": ~(size <= limit),
+        problems.append("the labels are not the test set's")
+    is_correct = _predict_labels(model, x) == y
+    is_correct_adv = _predict_labels(model, x_adv) == y
+    distances = compute_perturbation_norms(x_adv, x, card["norm"])
+    is_within_eps = distances <= compute_norm_limit(card["eps_value"], card["norm"])
+    masks_of_false_claims = {
+        f"farther than eps {card['eps_value']:.6g} from their images": ~is_within_eps,
         "outside [0, 1]": ~is_in_unit_range(x_adv),
-        "called broken, and yet classified correctly": ~robust & right_adv,
-        "called robust, and yet misclassified as they are": robust & ~right,
-        "called robust, and yet broken by what is saved with them": robust & right & ~right_adv,
+        "called broken, and yet classified correctly": ~is_robust & is_correct_adv,
+        "called robust, and yet misclassified as they are": is_robust & ~is_correct,
+        "called robust, and yet broken by what is saved with them": (
+            is_robust & is_correct & ~is_correct_adv
+        ),
     }
-    lines += [
-        f"{int(wrong.sum())} examples are {what}" for what, wrong in checks.items() if wrong.any()
-    ]
-    found = {"robust_accuracy": robust.float().mean(), "clean_accuracy": right.float().mean()}
-    for name, share in found.items():
-        if abs(float(share) - card[name]) > 1e-6:
-            lines.append(f"{name} is {float(share):.4f}, the card says {card[name]:.4f}")
+    for description, mask in masks_of_false_claims.items():
+        if mask.any():
+            problems.append(f"{int(mask.sum())} examples are {description}")
+    accuracies = {
+        "robust_accuracy": is_robust.float().mean(),
+        "clean_accuracy": is_correct.float().mean(),
+    }
+    for name, accuracy in accuracies.items():
+        if abs(float(accuracy) - card[name]) > _ACCURACY_TOLERANCE:
+            problems.append(f"{name} is {float(accuracy):.4f}, the card says {card[name]:.4f}")
     if len(rows) != card["examples"]:
-        lines.append(f"there are {len(rows)} examples, the card says {card['examples']}")
-    return lines
+        problems.append(f"there are {len(rows)} examples, the card says {card['examples']}")
+    return problems
 
 
 def _predict_labels(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return the predicted classes, (N,)."""
     with torch.no_grad():
         return torch.cat([model(part).argmax(1) for part in torch.split(x, _BATCH_SIZE)])

@@ -102,7 +102,7 @@ def test_a_lie_is_caught(lie, words, bundle: Path, tmp_path: Path, capsys) -> No
 @pytest.mark.parametrize(
     ("card", "arrays", "words"),
     [
-        ({"norm": "L3"}, {}, "card.json says norm = 'L3'"),
+        ({"norm": "L3"}, {}, "card.json has norm = 'L3'"),
         ({"eps_value": None}, {}, "not a bundle"),
         ({}, {"robust": np.ones(40)}, "robust in adversarial.npz is float64 (40,)"),
         ({}, {"index": np.arange(39)}, "index in adversarial.npz is int64 (39,)"),

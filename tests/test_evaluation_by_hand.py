@@ -318,7 +318,7 @@ def test_every_warning_of_an_evaluation_is_on_its_card() -> None:
 
     for kind, words in (
         (Two, "the dlr loss needs 3 logits, the model has 2: run with the cw loss"),
-        (Adaptive, "takes gradients of its own"),
+        (Adaptive, "computes gradients in its forward pass"),
         (Constant, "it is constant"),
         (Constant, "it has collapsed"),
         (Silent, "no gradient with respect to its input"),
@@ -692,7 +692,7 @@ def test_an_evaluation_of_a_changed_model_is_not_resumed(folder: Path) -> None:
         if sound:
             evaluate(model, x, y, **call)
         else:
-            with pytest.raises(SpecError, match="same weights that answers differently"):
+            with pytest.raises(SpecError, match="same weights but other outputs"):
                 evaluate(model, x, y, **call)
 
 

@@ -219,7 +219,7 @@ def _make_split(x: PixelArray, y: LabelArray, rows: _PositionArray, pixel_max: i
 def _hash_dataset(arrays: TrainTestArrays, unlabeled: Split | None) -> str:
     """Return 16 hexadecimal digits of the SHA-256 of all pixels and labels."""
     sha = hashlib.sha256()
-    parts = [arrays.x_train, arrays.y_train, arrays.x_test, arrays.y_test]
+    parts: list[np.ndarray] = [arrays.x_train, arrays.y_train, arrays.x_test, arrays.y_test]
     if unlabeled is not None:
         parts += [unlabeled.x.numpy(), unlabeled.y.numpy()]
     for part in parts:

@@ -154,11 +154,11 @@ class _NdarrayStub:
 
     def to_ndarray(self) -> NDArray[np.generic]:
         """Return the array; UnpicklingError if the pickle gave no type or no bytes."""
-        has_type = isinstance(self.dtype, _DtypeStub)
-        if not has_type or not isinstance(self.data_bytes, bytes | bytearray):
+        dtype, data_bytes = self.dtype, self.data_bytes
+        if not isinstance(dtype, _DtypeStub) or not isinstance(data_bytes, bytes | bytearray):
             raise pickle.UnpicklingError("an array without plain numbers")
         order: Literal["C", "F"] = "F" if self.is_fortran_order else "C"
-        values = np.frombuffer(self.data_bytes, self.dtype.to_dtype())
+        values = np.frombuffer(data_bytes, dtype.to_dtype())
         return values.reshape(self.shape, order=order)
 
 

@@ -1,5 +1,7 @@
-"""The copy of a model that attacks run on: frozen, batch norms folded, and computing each row the
-same in any batch.
+"""The copy of a model that attacks run on.
+
+It is frozen and in eval mode, has fast convolutions and folded batch norms, and gives each row the
+same result whatever the other rows of the batch are.
 """
 
 import copy
@@ -10,17 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from raysweep.evaluation.batchnorm_folding import _has_same_logits, fold_batch_norms
+from raysweep.evaluation.batchnorm_folding import fold_if_exact
 from raysweep.evaluation.fast_convolution import replace_image_convolutions
 
-# Kernels for fewer rows add in another order; from 7 rows on, rows were bit for bit the same in
-# every batch (CPU, forward and backward, five networks).
+# For small batches PyTorch uses kernels that add in another order. Measured on five networks on
+# CPUs, forward and backward: from 7 rows on, a row's result does not depend on the batch.
 MIN_BATCH_ROWS = 16
 
 
 class FixedSizeBatches(nn.Module):
-    """A model whose batches are padded to at least LEAST_ROWS, or cut and padded to exactly `tile`
-    rows.
+    """Wraps a model so that it only computes on batches of certain sizes.
+
+    Attributes:
+        model: The model.
+        tile: Rows of each batch: larger batches are split, smaller ones padded with zeros. None
+            means only to pad batches to at least MIN_BATCH_ROWS rows.
     """
 
     def __init__(self, model: nn.Module, tile: int | None = None) -> None:
@@ -28,26 +34,32 @@ class FixedSizeBatches(nn.Module):
         self.model, self.tile = model, tile
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = len(x)
+        """Return the model's output for images (N, C, H, W), in the type of `x`."""
         if self.tile is None:
             return self._forward_padded(x, MIN_BATCH_ROWS)
-        return (
-            torch.cat([self._forward_padded(part, self.tile) for part in torch.split(x, self.tile)])
-            if rows
-            else self.model(x)
+        if not len(x):
+            logits: Tensor = self.model(x)
+            return logits
+        return torch.cat(
+            [self._forward_padded(part, self.tile) for part in torch.split(x, self.tile)]
         )
 
     def _forward_padded(self, x: Tensor, min_rows: int) -> Tensor:
-        missing = min_rows - len(x)
-        if missing > 0:
-            x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing))
+        """Pad `x` to at least `min_rows` rows and return the outputs of the original rows."""
+        n_padding = min_rows - len(x)
+        if n_padding > 0:
+            x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, n_padding))
         logits: Tensor = self.model(x).to(x.dtype)
-        return logits[: len(logits) - missing] if missing > 0 else logits
+        return logits[: len(logits) - n_padding] if n_padding > 0 else logits
 
 
 class InferenceModeGuard(nn.Module):
-    """A model that differentiates by itself, for attacks that run it in inference mode, where
-    nothing can be.
+    """Wraps a model whose forward pass uses autograd, for attacks that run in inference mode.
+
+    Autograd does not work in inference mode, so the guard leaves that mode for the forward pass.
+
+    Attributes:
+        model: The model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -55,6 +67,7 @@ class InferenceModeGuard(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the model's output for images (N, C, H, W)."""
         logits: Tensor
         if not torch.is_inference_mode_enabled():
             logits = self.model(x)
@@ -67,33 +80,46 @@ class InferenceModeGuard(nn.Module):
 def make_attack_model(
     model: nn.Module, x: Tensor, fold: bool = True, tile: int | None = None
 ) -> nn.Module:
-    """A frozen copy in eval mode.
+    """Copy a model for attacks: frozen, in eval mode, and independent of the batch composition.
 
-    `fold` makes it fast: channels last, batch norms folded where that is exact enough, gradients to
-    images cheap.
+    Args:
+        model: The model; it is not changed.
+        x: Example images, (N, C, H, W), on the device of the model.
+        fold: Whether to make the copy faster: channels-last memory format, batch norms folded
+            where the logits stay the same, and cheap gradients of image convolutions on CPUs.
+        tile: Compute on batches of exactly this many rows (see `FixedSizeBatches`).
+
+    Returns:
+        The copy, on the same device. It returns logits in the type of its input.
     """
-    plain = copy.deepcopy(model).eval().requires_grad_(False)
+    attack_model = copy.deepcopy(model).eval().requires_grad_(False)
     if fold:
-        plain = plain.to(memory_format=torch.channels_last)
-        folded = copy.deepcopy(plain)
-        if fold_batch_norms(folded, x) and _has_same_logits(plain, folded, x):
-            plain = folded
-        replace_image_convolutions(plain)
-    return FixedSizeBatches(
-        InferenceModeGuard(plain) if forward_uses_autograd(plain, x) else plain, tile
-    ).eval()
+        attack_model = attack_model.to(memory_format=torch.channels_last)
+        attack_model = fold_if_exact(attack_model, x)
+        replace_image_convolutions(attack_model)
+    if forward_uses_autograd(attack_model, x):
+        attack_model = InferenceModeGuard(attack_model)
+    return FixedSizeBatches(attack_model, tile).eval()
 
 
 def forward_uses_autograd(model: nn.Module, x: Tensor) -> bool:
-    """Whether a forward of x takes gradients of its own: a defence that adapts to its input."""
-    gradients = _AutogradCallDetector()
-    with torch.no_grad(), gradients:
+    """Return whether the forward pass computes gradients, as defences that adapt to inputs do.
+
+    Args:
+        model: The model.
+        x: Example images, (N, C, H, W), on the device of the model.
+
+    Returns:
+        True if the forward pass calls `torch.autograd.grad` or a `backward`.
+    """
+    detector = _AutogradCallDetector()
+    with torch.no_grad(), detector:
         model(x)
-    return gradients.has_autograd_call
+    return detector.has_autograd_call
 
 
 class _AutogradCallDetector(TorchFunctionMode):
-    """Whether a gradient was taken."""
+    """Records whether a gradient is computed while it is active."""
 
     has_autograd_call = False
 

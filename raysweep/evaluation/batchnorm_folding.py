@@ -1,5 +1,10 @@
-"""Fold batch norms into the convolutions before them."""
+"""Folding of batch norms into the convolutions before them.
 
+In eval mode a batch norm is an affine map per channel. It can be merged into the weights of the
+convolution whose output it takes, which saves one pass over the activations.
+"""
+
+import copy
 from typing import Any
 
 import torch
@@ -8,82 +13,121 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
-# Relative to the largest logit: what folding may change before it is left out.
+# Largest change of a logit that is accepted, relative to the largest logit.
 FOLDING_TOLERANCE = 1e-4
 
 
-def fold_batch_norms(model: nn.Module, x: Tensor) -> int:
-    """Fold, in place, each batch norm that takes a convolution's output in a forward of x; how many
-    were folded.
+def fold_if_exact(model: nn.Module, x: Tensor) -> nn.Module:
+    """Return a copy with folded batch norms, if it gives the same logits.
+
+    Args:
+        model: A model in eval mode. It is not changed.
+        x: Example images, (N, C, H, W), on the device of the model.
+
+    Returns:
+        The folded copy. Or `model` itself, if no batch norm can be folded or if a logit of `x`
+        changes by more than FOLDING_TOLERANCE times the largest logit.
     """
-    pairs = find_foldable_batch_norms(model, x)
-    for norm, conv in pairs.items():
+    folded = copy.deepcopy(model)
+    if fold_batch_norms(folded, x) and _has_same_logits(model, folded, x):
+        return folded
+    return model
+
+
+def fold_batch_norms(model: nn.Module, x: Tensor) -> int:
+    """Fold, in place, the batch norms that `find_foldable_batch_norms` finds.
+
+    Args:
+        model: A model in eval mode.
+        x: Example images, (N, C, H, W), on the device of the model.
+
+    Returns:
+        The number of batch norms folded.
+    """
+    conv_of_norm = find_foldable_batch_norms(model, x)
+    for norm, conv in conv_of_norm.items():
         fused = fuse_conv_bn_eval(model.get_submodule(conv), model.get_submodule(norm))  # type: ignore[arg-type,type-var]
         model.set_submodule(conv, fused)
         model.set_submodule(norm, nn.Identity())
-    return len(pairs)
+    return len(conv_of_norm)
 
 
 def find_foldable_batch_norms(model: nn.Module, x: Tensor) -> dict[str, str]:
-    """Names {batch norm: convolution} where, in a forward of x, the one alone takes the other's
-    output, each once.
+    """Find the batch norms that can be folded, by observing one forward pass.
+
+    A batch norm can be folded if it is the only consumer of a convolution's output, both run
+    exactly once, and it has running statistics.
+
+    Args:
+        model: The model. It is not changed.
+        x: Example images, (N, C, H, W), on the device of the model.
+
+    Returns:
+        Module name of each such batch norm -> module name of its convolution.
     """
     names = {module: name for name, module in model.named_modules()}
-    outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}
-    pairs: dict[_BatchNorm, nn.Conv2d] = {}
-    calls: dict[nn.Module, int] = {}
-    uses = _TensorUseCounter()
+    # The tensors stay alive here, so that their ids stay unique.
+    conv_outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}
+    conv_of_norm: dict[_BatchNorm, nn.Conv2d] = {}
+    n_calls: dict[nn.Module, int] = {}
+    counter = _TensorUseCounter()
 
-    def seen(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        calls[module] = calls.get(module, 0) + 1
+    def record_call(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        n_calls[module] = n_calls.get(module, 0) + 1
         if isinstance(module, nn.Conv2d):
-            outputs[id(output)] = (module, output)
-            uses.use_counts[id(output)] = 0
-        elif isinstance(module, _BatchNorm) and id(inputs[0]) in outputs:
-            pairs[module] = outputs[id(inputs[0])][0]
+            conv_outputs[id(output)] = (module, output)
+            counter.use_counts[id(output)] = 0
+        elif isinstance(module, _BatchNorm) and id(inputs[0]) in conv_outputs:
+            conv_of_norm[module] = conv_outputs[id(inputs[0])][0]
 
     hooks = [
-        module.register_forward_hook(seen)
+        module.register_forward_hook(record_call)
         for module in names
         if isinstance(module, (nn.Conv2d, _BatchNorm))
     ]
     try:
-        with torch.no_grad(), uses:
+        with torch.no_grad(), counter:
             model(x)
     finally:
         for hook in hooks:
             hook.remove()
-    shared = {conv for number, (conv, _) in outputs.items() if uses.use_counts[number] > 1}
-    return {
-        names[norm]: names[conv]
-        for norm, conv in pairs.items()
-        if calls[norm] == calls[conv] == 1 and conv not in shared
-        if norm.track_running_stats and names[norm] and names[conv]
+    shared_convs = {
+        conv for tensor_id, (conv, _) in conv_outputs.items() if counter.use_counts[tensor_id] > 1
     }
+    foldable = {}
+    for norm, conv in conv_of_norm.items():
+        runs_once = n_calls[norm] == n_calls[conv] == 1
+        # The model itself has an empty name and cannot be replaced.
+        can_replace = bool(names[norm] and names[conv])
+        if runs_once and conv not in shared_convs and norm.track_running_stats and can_replace:
+            foldable[names[norm]] = names[conv]
+    return foldable
 
 
 class _TensorUseCounter(TorchFunctionMode):
-    """How often each tensor, by its id, goes into a function that gives a tensor."""
+    """Counts, by tensor id, the functions that take a tensor and return a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
         self.use_counts: dict[int, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor):
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor):
             for value in (*args, *(kwargs or {}).values()):
                 for item in value if isinstance(value, (list, tuple)) else (value,):
                     self.use_counts[id(item)] = self.use_counts.get(id(item), 0) + 1
-        return out
+        return output
 
 
 def _has_same_logits(model: nn.Module, folded_model: nn.Module, x: Tensor) -> bool:
-    """Whether the folded model `other` gives the same outputs as `one`, up to FOLDING_TOLERANCE."""
+    """Return whether both models give the same logits, up to FOLDING_TOLERANCE."""
     with torch.no_grad():
-        a = model(x)
+        logits = model(x)
         try:
-            b = folded_model(x)
-        except AttributeError:  # The model itself reads a part that was folded away.
+            folded_logits = folded_model(x)
+        except AttributeError:
+            # The forward pass reads an attribute of a batch norm that is folded now.
             return False
-    return bool((a - b).abs().max() <= FOLDING_TOLERANCE * a.abs().max())
+    largest_change = (logits - folded_logits).abs().max()
+    return bool(largest_change <= FOLDING_TOLERANCE * logits.abs().max())

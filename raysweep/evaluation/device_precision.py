@@ -1,4 +1,4 @@
-"""Devices of models, and the precision of their float32 arithmetic."""
+"""Device of a model, and the precision of float32 arithmetic on it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,17 +11,25 @@ from raysweep.attacks import fp32_precision
 
 @contextmanager
 def disable_tf32_and_autocast(device: torch.device) -> Iterator[None]:
-    """float32 that is float32: no TF32, no autocast."""
+    """Context manager in which float32 operations compute in full float32.
+
+    Args:
+        device: The device whose autocast is disabled.
+
+    Yields:
+        Nothing.
+    """
     with fp32_precision("ieee"), torch.autocast(device.type, enabled=False):
         yield
 
 
 def has_tf32(device: torch.device) -> bool:
+    """Return whether `device` may compute in TF32: an NVIDIA GPU, with PyTorch built for CUDA."""
     return device.type == "cuda" and torch.version.cuda is not None
 
 
 def get_model_device(model: nn.Module) -> torch.device:
-    """Where the model's parameters (or buffers) are."""
+    """Return the device of the first parameter, else of the first buffer, else the CPU."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")

@@ -1,4 +1,7 @@
-"""Reasons to doubt a robustness evaluation, told before and after the attacks run."""
+"""Checks of a model before the attacks, and warnings that a robustness result may be unreliable.
+
+"Official" refers to the AutoAttack package of Croce & Hein (2020a), whose checks these extend.
+"""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -23,19 +26,29 @@ from raysweep.rng import ExampleRng
 from raysweep.spec import SpecError
 
 IntArray = npt.NDArray[np.int64]
-# Forwards of the same batch that must agree, and by how much relative to the largest logit (as the
-# official package).
+# Forward passes of one batch that must agree, and by how much, relative to the largest logit
+# (official).
 N_REPEATED_FORWARDS, REPEATED_FORWARD_TOLERANCE = 5, 1e-5
-# Share of examples that Square may break after the white-box attacks before they are doubted
+# Fraction of examples that Square may break after the white-box attacks without a warning
 # (official).
 MAX_SQUARE_DROP = 0.002
-# By how much a probability, or the sum of a row of them, may miss (official).
+# Largest deviation of a probability from [0, 1], and of their sum from 1 (official).
 PROBABILITY_TOLERANCE = 1e-5
+# Logits of different examples that differ by less, relative to the largest logit, are constant.
+_CONSTANT_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class ModelProperties:
-    """What a few passes say of a model: warnings, and what decides which attacks make sense."""
+    """Properties of a model that decide which attacks can run.
+
+    Attributes:
+        n_classes: Number of logits.
+        is_random: Whether repeated forward passes give different logits.
+        is_differentiable: Whether the logits have a gradient with respect to the images. True if
+            it was not checked, because all attacks are Square.
+        warnings: Reasons why a robustness result may be unreliable, one line each.
+    """
 
     n_classes: int
     is_random: bool
@@ -51,105 +64,108 @@ def inspect_model(
     eps: float,
     attacks: Collection[SingleAttack],
 ) -> ModelProperties:
-    """Look at a model on some examples, before any attack. Raises SpecError where no attack can be
-    run at all.
+    """Inspect a model on a few examples before any attack.
+
+    Args:
+        model: The model.
+        x: Images, (N, C, H, W) float32 in [0, 1], on the device of the model.
+        y: Labels, (N,) int64.
+        rng: Random numbers of these examples.
+        eps: Radius of the attacks, in pixels of [0, 1]. Gradients are taken at random points that
+            far from `x`.
+        attacks: The attacks that are planned.
+
+    Returns:
+        The properties of the model.
+
+    Raises:
+        SpecError: If no attack can run: the forward pass fails, or the output is not a tensor of
+            finite logits (N, 2 or more), or a label has no logit.
     """
     with freeze_model(model):
-        with torch.no_grad():
-            try:
-                runs = [model(x) for _ in range(N_REPEATED_FORWARDS)]
-                dynamic = forward_uses_autograd(model, x)
-            except Exception as error:
-                line = str(error).partition("\n")[0]
-                raise SpecError(
-                    f"the model cannot take float32 images of shape {tuple(x.shape[1:])}: {line}"
-                ) from error
-        logits = runs[0]
-        if not isinstance(logits, Tensor):
-            raise SpecError(
-                f"the model must return a tensor of logits, it returned {type(logits).__name__}"
-            )
-        if logits.dim() != 2 or logits.shape[1] < 2:
-            raise SpecError(
-                f"the model must return (N, 2 or more) logits, it returned {tuple(logits.shape)}"
-            )
-        check_labels(y, logits.shape[1])
-        if not torch.isfinite(logits).all():
-            raise SpecError(
-                "the model returns logits that are not finite: no attack can be run on it"
-            )
+        outputs, uses_autograd = _run_forwards(model, x)
+        logits = outputs[0]
+        _check_logits(logits, y)
         scale = logits.abs().max().clamp_min(1e-12)
-        random = any(
-            bool((run - logits).abs().max() > REPEATED_FORWARD_TOLERANCE * scale)
-            for run in runs[1:]
+        is_random = any(
+            bool((output - logits).abs().max() > REPEATED_FORWARD_TOLERANCE * scale)
+            for output in outputs[1:]
         )
         warnings = []
-        if random and not all(
+        averages_outputs = all(
             isinstance(attack, APGD) and attack.samples > 1 for attack in attacks
-        ):
+        )
+        if is_random and not averages_outputs:
             warnings.append(
-                "the model answers differently each time: use version 'rand' for a randomised defence"
+                "the model answers differently each time: "
+                "use version 'rand' for a randomised defence"
             )
-        if dynamic:
+        if uses_autograd:
             warnings.append(
-                "the model takes gradients of its own: AutoAttack says little of defences that adapt to their input; "
-                "run an adaptive attack"
+                "the model computes gradients in its forward pass: AutoAttack is not reliable for "
+                "defences that adapt to their input; run an adaptive attack"
             )
-        if (
-            logits.min() >= -PROBABILITY_TOLERANCE
-            and ((logits.sum(1) - 1).abs() <= PROBABILITY_TOLERANCE).all()
-        ):
-            warnings.append(
-                "the outputs are probabilities: give the logits, or losses lose their gradient"
-            )
-        if len(x) > 1 and bool((logits - logits[:1]).abs().max() <= 1e-6 * scale):
-            warnings.append("the model returns the same logits for every example: it is constant")
-        differentiable = True
+        warnings += _find_output_warnings(logits)
+        is_differentiable = True
         if not all(isinstance(attack, Square) for attack in attacks):
-            differentiable, silent = _count_zero_gradients(model, x, y, rng, eps)
-            if not differentiable:
-                warnings.append(
-                    "the model has no gradient with respect to its input: only Square can be run"
-                )
-            for loss, count in silent.items():
-                if count:
-                    reason = (
-                        "its gradient is masked" if silent["margin"] else "its softmax saturates"
-                    )
-                    warnings.append(
-                        f"{count} of {len(x)} examples looked at have zero {loss} gradient ({reason}): "
-                        f"attacks on the {loss} loss are unreliable"
-                    )
-    return ModelProperties(logits.shape[1], random, differentiable, tuple(warnings))
+            is_differentiable, zero_counts = _count_zero_gradients(model, x, y, rng, eps)
+            warnings += _find_gradient_warnings(is_differentiable, zero_counts, len(x))
+    return ModelProperties(logits.shape[1], is_random, is_differentiable, tuple(warnings))
 
 
 def adapt_attack(
     attack: SingleAttack, properties: ModelProperties
 ) -> tuple[SingleAttack | None, str | None]:
-    """The attack that this model allows in place of `attack` (None: leave it out), and what to tell
-    the user.
+    """Replace an attack that cannot run on a model.
+
+    Args:
+        attack: The planned attack.
+        properties: Properties of the model.
+
+    Returns:
+        The attack to run, or None to leave it out; and a warning if it is not `attack`, else None.
     """
     if not properties.is_differentiable and isinstance(attack, PGD | APGD | FAB):
         return None, "left out: it needs a gradient"
     if isinstance(attack, APGD):
-        needed = {"dlr": 3, "dlr-targeted": 4}.get(attack.loss, 2)
-        if properties.n_classes < needed:
-            told = f"the {attack.loss} loss needs {needed} logits, the model has {properties.n_classes}: run with the cw loss"
-            return attack.replace(loss="cw"), told
+        min_classes = {"dlr": 3, "dlr-targeted": 4}.get(attack.loss, 2)
+        if properties.n_classes < min_classes:
+            warning = (
+                f"the {attack.loss} loss needs {min_classes} logits, "
+                f"the model has {properties.n_classes}: run with the cw loss"
+            )
+            return attack.replace(loss="cw"), warning
     return attack, None
 
 
 def check_labels(labels: IntArray | Tensor, n_classes: int) -> None:
-    """Raises SpecError for labels that the model has no logit for."""
+    """Check that the model has a logit for each label.
+
+    Args:
+        labels: Labels, (N,) integers, N at least 1.
+        n_classes: Number of logits.
+
+    Raises:
+        SpecError: If a label is not in 0..n_classes-1.
+    """
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= n_classes:
         raise SpecError(
-            f"y must lie in 0..{n_classes - 1}, as the model has {n_classes} logits; got {low} to {high}"
+            f"y must lie in 0..{n_classes - 1}, as the model has {n_classes} logits; "
+            f"got {low} to {high}"
         )
 
 
 def find_collapse_warning(predicted: IntArray, labels: IntArray) -> str | None:
-    """One line if every example gets the same class."""
+    """Return a warning if a model predicts one class for examples of several classes.
+
+    Args:
+        predicted: Predicted classes, (N,).
+        labels: Labels, (N,).
+
+    Returns:
+        One line, or None.
+    """
     classes = set(predicted.tolist())
     if len(predicted) > 1 and len(classes) == 1 and len(set(labels.tolist())) > 1:
         return f"the model predicts class {classes.pop()} for every example: it has collapsed"
@@ -157,34 +173,104 @@ def find_collapse_warning(predicted: IntArray, labels: IntArray) -> str | None:
 
 
 def find_square_masking_warning(accuracy_before: float, accuracy_after: float) -> str | None:
-    """One line if a black-box attack broke what the white-box attacks before it left."""
-    if accuracy_before - accuracy_after > MAX_SQUARE_DROP:
+    """Return a warning if Square broke many examples that white-box attacks did not break.
+
+    Args:
+        accuracy_before: Robust accuracy before Square, in [0, 1].
+        accuracy_after: Robust accuracy after Square, in [0, 1].
+
+    Returns:
+        One line, or None if the difference is at most MAX_SQUARE_DROP.
+    """
+    drop = accuracy_before - accuracy_after
+    if drop > MAX_SQUARE_DROP:
         return (
-            f"Square lowered robust accuracy by {100 * (accuracy_before - accuracy_after):.2f} points after the white-box attacks: "
-            "gradients are masked, and the true robust accuracy may be lower; run an adaptive attack"
+            f"Square lowered robust accuracy by {100 * drop:.2f} points after the white-box "
+            "attacks: gradients are masked, and the true robust accuracy may be lower; "
+            "run an adaptive attack"
         )
     return None
+
+
+def _run_forwards(model: nn.Module, x: Tensor) -> tuple[list[Tensor], bool]:
+    """Return the outputs of repeated forward passes, and whether a pass computes gradients."""
+    with torch.no_grad():
+        try:
+            outputs = [model(x) for _ in range(N_REPEATED_FORWARDS)]
+            return outputs, forward_uses_autograd(model, x)
+        except Exception as error:
+            line = str(error).partition("\n")[0]
+            raise SpecError(
+                f"the model cannot take float32 images of shape {tuple(x.shape[1:])}: {line}"
+            ) from error
+
+
+def _check_logits(logits: object, y: Tensor) -> None:
+    """Raise SpecError unless `logits` is a finite tensor (N, 2 or more) that covers all labels."""
+    if not isinstance(logits, Tensor):
+        raise SpecError(
+            f"the model must return a tensor of logits, it returned {type(logits).__name__}"
+        )
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise SpecError(
+            f"the model must return (N, 2 or more) logits, it returned {tuple(logits.shape)}"
+        )
+    check_labels(y, logits.shape[1])
+    if not torch.isfinite(logits).all():
+        raise SpecError("the model returns logits that are not finite: no attack can be run on it")
+
+
+def _find_output_warnings(logits: Tensor) -> list[str]:
+    """Return warnings for outputs that are probabilities or the same for every example."""
+    warnings = []
+    sum_errors = (logits.sum(1) - 1).abs()
+    if logits.min() >= -PROBABILITY_TOLERANCE and (sum_errors <= PROBABILITY_TOLERANCE).all():
+        warnings.append(
+            "the outputs are probabilities: give the logits, or losses lose their gradient"
+        )
+    scale = logits.abs().max().clamp_min(1e-12)
+    largest_change = (logits - logits[:1]).abs().max()
+    if len(logits) > 1 and bool(largest_change <= _CONSTANT_TOLERANCE * scale):
+        warnings.append("the model returns the same logits for every example: it is constant")
+    return warnings
+
+
+def _find_gradient_warnings(
+    is_differentiable: bool, zero_counts: dict[str, int], n_examples: int
+) -> list[str]:
+    """Return warnings for a missing gradient, and for each loss with examples of zero gradient."""
+    if not is_differentiable:
+        return ["the model has no gradient with respect to its input: only Square can be run"]
+    # The margin has no softmax that can saturate.
+    reason = "its gradient is masked" if zero_counts["margin"] else "its softmax saturates"
+    return [
+        f"{count} of {n_examples} examples looked at have zero {loss} gradient ({reason}): "
+        f"attacks on the {loss} loss are unreliable"
+        for loss, count in zero_counts.items()
+        if count
+    ]
 
 
 def _count_zero_gradients(
     model: nn.Module, x: Tensor, y: Tensor, rng: ExampleRng, eps: float
 ) -> tuple[bool, dict[str, int]]:
-    """Whether there is a gradient, and for each loss how many correctly classified rows have none
-    near x.
+    """Return whether logits have a gradient, and how many rows have a zero gradient by loss.
+
+    Only rows that are classified correctly count. Gradients are taken at a random point within eps
+    of x.
     """
-    point = (
-        (x + eps * rng.symmetric_uniform(tuple(x.shape[1:]), x.dtype)).clamp(0, 1).requires_grad_()
-    )
+    noise = rng.symmetric_uniform(tuple(x.shape[1:]), x.dtype)
+    point = (x + eps * noise).clamp(0, 1).requires_grad_()
     with torch.enable_grad():
         logits = model(point).to(point.dtype)
         if not logits.requires_grad:
             return False, {}
-        right = logits.detach().argmax(1) == y
-        (ce,) = torch.autograd.grad(
-            F.cross_entropy(logits, y, reduction="sum"), point, retain_graph=True
-        )
-        (cw,) = torch.autograd.grad(true_class_margin(logits, y).sum(), point)
-    zero = {
-        name: (grad.flatten(1) == 0).all(1) & right for name, grad in (("CE", ce), ("margin", cw))
-    }
-    return True, {name: int(rows.sum()) for name, rows in zero.items()}
+        is_correct = logits.detach().argmax(1) == y
+        cross_entropy = F.cross_entropy(logits, y, reduction="sum")
+        (ce_grad,) = torch.autograd.grad(cross_entropy, point, retain_graph=True)
+        (margin_grad,) = torch.autograd.grad(true_class_margin(logits, y).sum(), point)
+    zero_counts = {}
+    for loss, grad in (("CE", ce_grad), ("margin", margin_grad)):
+        is_zero = (grad.flatten(1) == 0).all(1) & is_correct
+        zero_counts[loss] = int(is_zero.sum())
+    return True, zero_counts

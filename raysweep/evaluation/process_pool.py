@@ -1,4 +1,7 @@
-"""Shards over processes of one machine: single-thread processes beat threads on CPUs."""
+"""Run the shards of an evaluation in processes of this machine.
+
+On CPUs, several processes with one thread each are faster than one process with many threads.
+"""
 
 import multiprocessing
 import os
@@ -17,13 +20,19 @@ from raysweep.evaluation.shards import Shard, ShardResult
 from raysweep.spec import SpecError
 
 RunShard = Callable[[Shard], ShardResult]
-# In a process of the pool: the file that it read last, and what was in it.
+# In a process of the pool: path and content of the file that it read last.
 _loaded_runner: tuple[Path, RunShard] | None = None
 
 
 class ProcessPoolMap:
-    """`evaluate(..., map=Processes(8))`: the model goes to each process once; the processes serve
-    later calls too.
+    """A `ShardMapper` with a pool of processes: `evaluate(..., map=ProcessPoolMap(8))`.
+
+    The processes start at the first call and serve later calls too. The model is sent to each
+    process once per evaluation. A pool is also a context manager that closes itself.
+
+    Attributes:
+        n_processes: Number of processes.
+        threads_per_process: PyTorch threads of each process.
     """
 
     def __init__(self, n_processes: int, threads_per_process: int = 1) -> None:
@@ -35,13 +44,25 @@ class ProcessPoolMap:
 
     @property
     def width(self) -> int:
-        """Shards that run at once."""
+        """Number of shards that run at once (see `ShardMapper`)."""
         return self.n_processes
 
     def __call__(self, run_shard: RunShard, shards: Sequence[Shard]) -> Iterator[ShardResult]:
-        file = self._publish_runner(run_shard)
+        """Run each shard in a process of the pool.
+
+        Args:
+            run_shard: Computes one shard; picklable.
+            shards: The shards to run.
+
+        Yields:
+            One result for each shard, in the order in which they finish.
+
+        Raises:
+            SpecError: If `run_shard` cannot be pickled, because its model cannot.
+        """
+        path = self._publish_runner(run_shard)
         if self._pool is None:
-            # Not fork: torch's threads do not survive one.
+            # PyTorch's threads do not survive a fork.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(
                 self.n_processes,
@@ -49,12 +70,12 @@ class ProcessPoolMap:
                 initializer=_initialize_process,
                 initargs=(self.threads_per_process,),
             )
-        for future in as_completed(
-            [self._pool.submit(_run_pickled_shard, file, shard) for shard in shards]
-        ):
+        futures = [self._pool.submit(_run_pickled_shard, path, shard) for shard in shards]
+        for future in as_completed(futures):
             yield future.result()
 
     def close(self) -> None:
+        """End the processes and delete the temporary files. A later call starts a new pool."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         if self._temp_dir is not None:
@@ -73,7 +94,10 @@ class ProcessPoolMap:
         self.close()
 
     def _publish_runner(self, run_shard: RunShard) -> Path:
-        """The file, which nobody else can write, where the processes find `run`."""
+        """Pickle `run_shard` into a file for the processes, and return the path.
+
+        The file is written once per runner, into a folder that only this user can write to.
+        """
         if self._temp_dir is None:
             self._temp_dir = tempfile.TemporaryDirectory(prefix="raysweep-")
         if self._published_runner is not run_shard:
@@ -85,27 +109,30 @@ class ProcessPoolMap:
         return self._get_runner_path()
 
     def _get_runner_path(self) -> Path:
+        """Return the path of the latest runner. Each runner has another file name."""
         assert self._temp_dir is not None
         return Path(self._temp_dir.name) / f"{self._n_published}.pickle"
 
 
 def _pickle_runner(run_shard: RunShard) -> bytes:
+    """Pickle a runner; SpecError if its model cannot be pickled."""
     try:
         return pickle.dumps(run_shard)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise SpecError(
-            f"the model cannot be sent to other processes ({error}): define its classes and functions at the top of a "
-            "module"
+            f"the model cannot be sent to other processes ({error}): "
+            "define its classes and functions at the top level of a module"
         ) from error
 
 
 def _initialize_process(n_threads: int) -> None:
+    """Set up a process of the pool."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(n_threads)
 
 
 def _exit_with_parent() -> None:
-    """A parent that was killed tells nobody, and a pool's processes would wait for work for ever."""
+    """Exit when the parent ends. Without this, processes of a killed parent would wait forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -113,6 +140,7 @@ def _exit_with_parent() -> None:
 
 
 def _run_pickled_shard(runner_path: Path, shard: Shard) -> ShardResult:
+    """Run a shard with the runner in `runner_path`; read that file only if it is a new one."""
     global _loaded_runner
     if _loaded_runner is None or _loaded_runner[0] != runner_path:
         _loaded_runner = runner_path, pickle.loads(runner_path.read_bytes())

@@ -1,17 +1,31 @@
-"""Where an evaluation stands, and a bar that shows it."""
+"""Progress of an evaluation, and a progress bar that shows it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 
 @dataclass(frozen=True)
 class EvaluationProgress:
-    """Rows of this attack done, and examples still robust."""
+    """Progress of the current attack.
+
+    Attributes:
+        attack: Name of the attack; "clean" for the predictions on the clean images.
+        done: Examples that this attack has finished.
+        total: Examples that this attack runs on.
+        robust: Examples that no attack has broken so far.
+        examples: Examples of the evaluation.
+    """
 
     attack: str
     done: int
@@ -21,6 +35,7 @@ class EvaluationProgress:
 
     @property
     def robust_accuracy(self) -> float:
+        """Fraction of all examples that no attack has broken so far, in [0, 1]."""
         return self.robust / self.examples
 
 
@@ -28,8 +43,17 @@ class EvaluationProgress:
 def show_evaluation_progress(
     console: Console | None = None,
 ) -> Iterator[Callable[[EvaluationProgress], None]]:
-    """`with bar() as progress: evaluate(..., progress=progress)`: bars on a terminal, a line an
-    attack in a pipe.
+    """Show a progress bar per attack on a terminal; elsewhere print a line per finished attack.
+
+    Example:
+        with show_evaluation_progress() as progress:
+            evaluate(..., progress=progress)
+
+    Args:
+        console: Where to print; standard error by default.
+
+    Yields:
+        The function for `evaluate(..., progress=...)`.
     """
     console = console or Console(stderr=True)
     columns = (
@@ -38,27 +62,24 @@ def show_evaluation_progress(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    tasks: dict[str, int] = {}
-    with Bars(
+    tasks: dict[str, TaskID] = {}
+    with Progress(
         *columns,
         TextColumn("{task.fields[robust]:.2%} robust"),
         console=console,
         disable=not console.is_terminal,
     ) as bars:
 
-        def show(now: EvaluationProgress) -> None:
-            if now.attack == "clean":
+        def show(progress: EvaluationProgress) -> None:
+            name, accuracy = progress.attack, progress.robust_accuracy
+            if name == "clean":
                 return
             if not console.is_terminal:
-                if now.done == now.total:
-                    console.print(
-                        f"{now.attack}: {now.robust_accuracy:.2%} robust", highlight=False
-                    )
+                if progress.done == progress.total:
+                    console.print(f"{name}: {accuracy:.2%} robust", highlight=False)
                 return
-            if now.attack not in tasks:
-                tasks[now.attack] = bars.add_task(
-                    now.attack, total=now.total, robust=now.robust_accuracy
-                )
-            bars.update(tasks[now.attack], completed=now.done, robust=now.robust_accuracy)  # type: ignore[arg-type]
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=progress.total, robust=accuracy)
+            bars.update(tasks[name], completed=progress.done, robust=accuracy)
 
         yield show

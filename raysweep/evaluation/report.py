@@ -1,4 +1,4 @@
-"""What an evaluation found: accuracies with intervals, per attack, per class and per example."""
+"""Result of an evaluation: accuracies with intervals, per attack, per class and per example."""
 
 import json
 import math
@@ -18,8 +18,12 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class AttackCost:
-    """What one attack took: rows it saw, forward passes over them, seconds of wall time (0 where it
-    was resumed).
+    """Cost of one attack.
+
+    Attributes:
+        rows: Examples it ran on.
+        queries: Forward passes, summed over these examples.
+        seconds: Wall time of this run in seconds. Results from an earlier run cost almost nothing.
     """
 
     rows: int
@@ -29,14 +33,33 @@ class AttackCost:
 
 @dataclass(frozen=True, repr=False)
 class RobustnessReport:
-    """Arrays have a row for each example in the order given; `robust_after` maps each attack to the
-    rows still right.
+    """Result of an evaluation on N examples. Arrays have one row per example, in input order.
 
-    attack: settings of what was run; not what was asked for where the model did not allow that.
-    broken_by: the attack that broke the row, `clean` if none was needed, "" if it held out.
-    margin_before: of logits at x; margin_after, perturbation: at the adversarial example or else
-    the worst point found, in logits and in `norm`. x_adv: adversarial examples, x where there is
-    none.
+    Attributes:
+        attack: Settings of the attacks that ran. They differ from the planned ones if the model
+            does not allow those; `warnings` says so.
+        eps: Radius of the attacks, in pixels of [0, 1].
+        norm: Norm of the attacks, "Linf" or "L2".
+        seed: Seed of the attacks.
+        index: Ids of the examples, (N,).
+        labels: Labels, (N,).
+        predicted: Predicted classes of the clean images, (N,).
+        robust_after: Attack name -> (N,) bool, whether the example is correct after this and all
+            earlier attacks.
+        broken_by: Name of the attack that broke the example, "clean" if the clean image is
+            misclassified, "" if the example is robust, (N,).
+        margin_before: z_y - max_{i != y} z_i of the logits at the clean image, (N,).
+        margin_after: The same at the adversarial example, or else at the worst point that an
+            attack returned, (N,).
+        perturbation: Distance of that point from the image, in `norm`, (N,).
+        queries: Forward passes on the example, (N,).
+        cost: Attack name -> cost, for attacks that ran.
+        warnings: Reasons why the result may be unreliable, one line each.
+        masking_gap: Accuracy under the first attack minus accuracy after all attacks, if the first
+            is PGD or APGD on the cross-entropy and others follow; else None. A large gap suggests
+            that gradients are masked.
+        x_adv: Adversarial examples, (N, C, H, W) float32; the image itself where there is none.
+            None unless `evaluate(..., keep_adversarial=True)`.
     """
 
     attack: Mapping[str, Any]
@@ -58,61 +81,77 @@ class RobustnessReport:
     x_adv: npt.NDArray[np.float32] | None = None
 
     def __repr__(self) -> str:
-        """A line for notebooks; `summary()` has the numbers, the attributes the rows."""
+        """Return one line for notebooks."""
         low, high = self.intervals["robust"]
         return (
             f"RobustnessReport({len(self.labels)} examples, {self.norm} eps {self.eps:.6g}: "
-            f"clean {self.clean_accuracy:.2%}, robust {self.robust_accuracy:.2%} (95%: {low:.2%} to {high:.2%}), "
+            f"clean {self.clean_accuracy:.2%}, robust {self.robust_accuracy:.2%} "
+            f"(95%: {low:.2%} to {high:.2%}), "
             f"after {', '.join(self.robust_after)}; {len(self.warnings)} warnings)"
         )
 
     @property
     def clean(self) -> BoolArray:
+        """Whether the clean image is classified correctly, (N,)."""
         clean: BoolArray = self.broken_by != "clean"
         return clean
 
     @property
     def robust(self) -> BoolArray:
+        """Whether no attack broke the example, (N,)."""
         robust: BoolArray = self.broken_by == ""
         return robust
 
     @property
     def clean_accuracy(self) -> float:
+        """Fraction of clean images that are classified correctly, in [0, 1]."""
         return float(self.clean.mean())
 
     @property
     def robust_accuracy(self) -> float:
+        """Fraction of examples that no attack broke, in [0, 1]."""
         return float(self.robust.mean())
 
     @property
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95% intervals of clean and robust accuracy and of the accuracy after each attack."""
+        """95% intervals (low, high) of the accuracies "clean", after each attack, and "robust"."""
         flags = {"clean": self.clean, **self.robust_after, "robust": self.robust}
         return {
-            name: compute_wilson_interval(int(rows.sum()), len(rows))
-            for name, rows in flags.items()
+            name: compute_wilson_interval(int(is_correct.sum()), len(is_correct))
+            for name, is_correct in flags.items()
         }
 
     @property
     def is_autoattack(self) -> bool:
-        """Whether this was AutoAttack's standard version, no more and no less."""
+        """Whether exactly AutoAttack's standard version ran, with its settings."""
         norm: Any = self.norm
         return bool(dict(self.attack) == autoattack(self.eps, norm).to_json_dict())
 
     def per_class(self) -> dict[int, dict[str, float]]:
-        """Class -> number of examples, clean and robust accuracy."""
-        return {
-            int(label): {
-                "count": int((rows := self.labels == label).sum()),
-                "clean_accuracy": float(self.clean[rows].mean()),
-                "robust_accuracy": float(self.robust[rows].mean()),
+        """Compute accuracies by class.
+
+        Returns:
+            Label -> {"count": number of examples, "clean_accuracy", "robust_accuracy"}.
+        """
+        metrics = {}
+        for label in np.unique(self.labels):
+            is_member = self.labels == label
+            metrics[int(label)] = {
+                "count": int(is_member.sum()),
+                "clean_accuracy": float(self.clean[is_member].mean()),
+                "robust_accuracy": float(self.robust[is_member].mean()),
             }
-            for label in np.unique(self.labels)
-        }
+        return metrics
 
     def card(self, **card_fields: object) -> dict[str, object]:
-        """The model's entry in RobustBench's field names; `about` fills in name, authors, link,
-        dataset, ...
+        """Build a model entry with the field names of RobustBench.
+
+        Args:
+            **card_fields: Fields that the report does not know (name, authors, link, dataset,
+                ...), or that replace its own.
+
+        Returns:
+            The entry, plain data for JSON. Accuracies are percentages with two decimals.
         """
         return {
             "link": None,
@@ -133,12 +172,18 @@ class RobustnessReport:
         }
 
     def summary(self) -> dict[str, object]:
-        """Plain data for logs and `--json`: everything but the rows."""
+        """Summarize the report without the arrays.
+
+        Returns:
+            Plain data for logs and `raysweep eval --json`.
+        """
         return {
             "examples": len(self.labels),
             "clean_accuracy": self.clean_accuracy,
             "robust_accuracy": self.robust_accuracy,
-            "robust_after": {name: float(rows.mean()) for name, rows in self.robust_after.items()},
+            "robust_after": {
+                name: float(is_correct.mean()) for name, is_correct in self.robust_after.items()
+            },
             "intervals": self.intervals,
             "masking_gap": self.masking_gap,
             "eps": self.eps,
@@ -152,11 +197,22 @@ class RobustnessReport:
         }
 
     def save_card(self, path: Path, **card_fields: object) -> None:
+        """Write `card(**card_fields)` into a JSON file, atomically.
+
+        Args:
+            path: The file to write.
+            **card_fields: As for `card`.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
         atomic_write_text(path, json.dumps(self.card(**card_fields), indent=2) + "\n")
 
     def columns(self) -> dict[str, Any]:
-        """One row an example, by column: what the Parquet file holds, and
-        `pandas.DataFrame(report.columns())`.
+        """Return the per-example results by column, as for `pandas.DataFrame`.
+
+        Returns:
+            Column name -> N values. `broken_by` is None where the example is robust.
         """
         return {
             "index": self.index,
@@ -170,7 +226,14 @@ class RobustnessReport:
         }
 
     def save_parquet(self, path: Path) -> None:
-        """One row an example."""
+        """Write `columns()` into a Parquet file, atomically, with `summary()` as metadata.
+
+        Args:
+            path: The file to write.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -181,7 +244,15 @@ class RobustnessReport:
             pq.write_table(table, stream)
 
     def save_adversarial(self, path: Path) -> None:
-        """x_adv, labels and index as a NumPy archive."""
+        """Write `x_adv`, `labels`, `index` and `robust` into an .npz file, atomically.
+
+        Args:
+            path: The file to write.
+
+        Raises:
+            ValueError: If the report has no adversarial examples.
+            OSError: If the file cannot be written.
+        """
         if self.x_adv is None:
             raise ValueError(
                 "adversarial examples were not kept: evaluate(..., keep_adversarial=True)"
@@ -199,22 +270,29 @@ class RobustnessReport:
 def compute_wilson_interval(
     n_successes: int, n_samples: int, z: float = 1.959964
 ) -> tuple[float, float]:
-    """95% interval of a proportion (Wilson 1927)."""
+    """Compute the score interval of a proportion (Wilson 1927).
+
+    Args:
+        n_successes: Number of successes, in 0..n_samples.
+        n_samples: Number of samples. With 0 samples the interval is (0, 1).
+        z: Quantile of the normal distribution; the default gives a 95% interval.
+
+    Returns:
+        Lower and upper end, in [0, 1].
+    """
     if n_samples == 0:
         return 0.0, 1.0
     share = n_successes / n_samples
-    middle = (share + z * z / (2 * n_samples)) / (1 + z * z / n_samples)
-    half = (
-        z
-        / (1 + z * z / n_samples)
-        * math.sqrt(share * (1 - share) / n_samples + z * z / (4 * n_samples * n_samples))
-    )
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    scale = 1 + z * z / n_samples
+    middle = (share + z * z / (2 * n_samples)) / scale
+    deviation = math.sqrt(share * (1 - share) / n_samples + z * z / (4 * n_samples * n_samples))
+    half_width = z / scale * deviation
+    return max(middle - half_width, 0.0), min(middle + half_width, 1.0)
 
 
 def _format_eps_fraction(eps: float) -> str:
-    """8/255 as RobustBench writes it, if that is what it is."""
+    """Format eps as k/255, as RobustBench does, if it is a whole number of pixel values."""
     pixels = eps * 255
-    return (
-        f"{round(pixels)}/255" if pixels >= 1 and abs(pixels - round(pixels)) < 1e-6 else f"{eps:g}"
-    )
+    if pixels >= 1 and abs(pixels - round(pixels)) < 1e-6:
+        return f"{round(pixels)}/255"
+    return f"{eps:g}"

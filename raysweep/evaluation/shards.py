@@ -1,11 +1,15 @@
-"""One attack on one shard of examples: plain data in and out, so that shards may run anywhere, and
-are kept on disk.
+"""One attack on one shard of examples.
+
+A shard and its result are plain data, so that a shard can run in any process and its result can be
+stored in a file.
 """
 
 import hashlib
 import zipfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +24,18 @@ from raysweep.rng import ExampleRng
 from raysweep.schedules import resolved_value
 
 AnyArray = npt.NDArray[np.generic]
+# Examples on which the attack model is checked when it is made.
+_N_PROBE_EXAMPLES = 32
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What to run: an attack (None: the clean pass) by its name in the cascade, on the rows at
-    `positions`.
+    """What to compute: one attack on some examples.
+
+    Attributes:
+        attack_name: Name of the attack in the cascade; it names the attack's random numbers too.
+        attack: The attack; None for the predictions on the clean images.
+        positions: Row numbers of the examples, (B,) int64.
     """
 
     attack_name: str
@@ -34,20 +44,30 @@ class Shard:
 
     @property
     def file_name(self) -> str:
+        """Name of the file of the result."""
         return f"{self.file_prefix}{hashlib.sha256(self.positions.tobytes()).hexdigest()[:16]}.npz"
 
     @property
     def file_prefix(self) -> str:
-        """Begins the file of every shard of this attack, however the rows were packed."""
+        """Start of the file name, the same for all shards of this attack."""
         return f"{self.attack_name}-{self.attack.digest() if self.attack else 'clean'}-"
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """A row for each position. margin: z_y - max z_i of the original model at the point found;
-    norm: of the move.
+    """Result of one shard of B examples. All outputs are those of the original model, in float32.
 
-    x_adv: the verified adversarial examples only, in the order of the broken rows.
+    Attributes:
+        positions: Row numbers of the examples, (B,).
+        broken: Whether a verified adversarial example was found, or for the clean pass: whether
+            the prediction is wrong, (B,).
+        predicted: Predicted class at the final point, (B,).
+        margin: z_y - max_{i != y} z_i at the final point, (B,).
+        norm: Distance of the final point from the image, in the norm of the attack, (B,).
+        queries: Forward passes, the verification included, (B,).
+        x_adv: Adversarial examples of the broken rows only, in their order, (n_broken, C, H, W).
+            Empty for the clean pass.
+        classes: Number of logits.
     """
 
     positions: npt.NDArray[np.int64]
@@ -60,13 +80,27 @@ class ShardResult:
     classes: int
 
     def save_npz(self, path: Path) -> None:
-        """Write the file whole or not at all."""
+        """Write the result into a .npz file, atomically.
+
+        Args:
+            path: The file to write.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
         with atomic_open(path) as stream:
             np.savez(stream, **{f.name: getattr(self, f.name) for f in fields(self)})
 
     @classmethod
     def load_npz(cls, path: Path) -> "ShardResult | None":
-        """None if the file is not one of ours."""
+        """Read a file that `save_npz` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The result, or None if the file is missing, damaged or of another kind.
+        """
         try:
             with np.load(path, allow_pickle=False) as data:
                 values = {f.name: data[f.name] for f in fields(cls)}
@@ -75,14 +109,51 @@ class ShardResult:
         return cls(**(values | {"classes": int(values["classes"])}))
 
 
+class ShardMapper(Protocol):
+    """What `evaluate(..., map=...)` takes: runs shards, in this process or elsewhere.
+
+    A plain function is enough. A mapper that runs several shards at once should have an attribute
+    `width`, the number of shards that it runs at once (an integer, 1 or more; 1 if the attribute
+    is missing). `evaluate` cuts each attack's rows into a multiple of `width` shards, unless the
+    user sets their number.
+    """
+
+    def __call__(
+        self, run_shard: Callable[[Shard], ShardResult], shards: Sequence[Shard], /
+    ) -> Iterable[ShardResult]:
+        """Run each shard once.
+
+        Args:
+            run_shard: Computes one shard. Picklable if the model is. Its attribute `model` is the
+                model, which may be moved to another device.
+            shards: The shards to run.
+
+        Returns:
+            One result for each shard, in any order. `evaluate` reports progress and stores the
+            result as soon as it is yielded.
+        """
+        ...
+
+
 @dataclass
 class ShardRunner:
-    """Shard -> Outcome, for one model and data set. Picklable; results do not depend on shard or
-    batch size.
+    """Function from a shard to its result, for one model and data set. Picklable if the model is.
 
-    Each claimed adversarial example is verified in float32 on the model as given: wrong class, in
-    the ball, in [0, 1]. tf32: attacks compute in TF32, and rows that are broken in it alone are
-    attacked again in float32.
+    Results do not depend on the shards or on the batch size. Each adversarial example of an attack
+    is verified in float32 on the original model: wrong class, within eps, and in [0, 1].
+
+    Attributes:
+        model: The original model.
+        x: Images, (N, C, H, W) float32 in [0, 1] or uint8.
+        y: Labels, (N,).
+        index: Ids of the examples, (N,). They name the random numbers of each example.
+        seed: Seed of the attacks.
+        batch_size: Examples per attack call.
+        fold: Whether attacks run on a faster copy of the model (see `make_attack_model`).
+        tile: Compute on batches of exactly this many rows (see `FixedSizeBatches`).
+        tf32: Whether attacks compute in TF32. Rows that are broken in TF32 only are attacked a
+            second time in float32.
+        result_dir: Folder in which results of attacks are stored; None to store nothing.
     """
 
     model: nn.Module
@@ -98,6 +169,14 @@ class ShardRunner:
     _attack_model: nn.Module | None = field(default=None, repr=False)
 
     def __call__(self, shard: Shard) -> ShardResult:
+        """Run one shard, and store the result of an attack in `result_dir`.
+
+        Args:
+            shard: The shard; it must have at least one row.
+
+        Returns:
+            The result, with the rows in the order of the shard.
+        """
         with disable_tf32_and_autocast(get_model_device(self.model)):
             parts = [
                 self._evaluate_batch(shard, shard.positions[start : start + self.batch_size])
@@ -108,40 +187,55 @@ class ShardRunner:
             for f in fields(ShardResult)
             if f.name != "classes"
         }
-        outcome = ShardResult(**joined, classes=parts[0].classes)
+        result = ShardResult(**joined, classes=parts[0].classes)
         if self.result_dir is not None and shard.attack is not None:
-            outcome.save_npz(self.result_dir / shard.file_name)
-        return outcome
+            result.save_npz(self.result_dir / shard.file_name)
+        return result
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_copy": None}
+        """Leave the attack model out of a pickle; each process makes it again."""
+        return self.__dict__ | {"_attack_model": None}
 
     def load_finished_results(self, shard: Shard) -> list[ShardResult]:
-        """What earlier calls left of this attack on some of these rows, each row once."""
+        """Load what earlier runs stored of this attack.
+
+        Args:
+            shard: The attack and the rows that are needed.
+
+        Returns:
+            Results with rows of `shard` only, each row at most once.
+        """
         if self.result_dir is None or not self.result_dir.is_dir():
             return []
-        wanted = set(shard.positions.tolist())
-        found = []
+        missing = set(shard.positions.tolist())
+        results = []
         for path in sorted(self.result_dir.glob(f"{escape_glob(shard.file_prefix)}*.npz")):
-            outcome = ShardResult.load_npz(path)
-            if (
-                outcome is not None
-                and (new := [p in wanted for p in outcome.positions.tolist()])
-                and any(new)
-            ):
-                outcome = _select_result_rows(outcome, np.array(new))
-                wanted -= set(outcome.positions.tolist())
-                found.append(outcome)
-        return found
+            result = ShardResult.load_npz(path)
+            if result is None:
+                continue
+            row_mask = np.array([p in missing for p in result.positions.tolist()], dtype=np.bool_)
+            if row_mask.any():
+                result = _select_result_rows(result, row_mask)
+                missing -= set(result.positions.tolist())
+                results.append(result)
+        return results
 
     def get_device_tensors(self, positions: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """x (N, C, H, W) float32 in [0, 1] and y (N,), on the model's device."""
+        """Return examples as tensors on the device of the model.
+
+        Args:
+            positions: Row numbers, (B,).
+
+        Returns:
+            Images, (B, C, H, W) float32 in [0, 1], and labels, (B,) int64.
+        """
         device = get_model_device(self.model)
         x = torch.from_numpy(self.x[positions]).to(device)
         x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
         return x, torch.from_numpy(self.y[positions]).to(device)
 
     def _evaluate_batch(self, shard: Shard, positions: npt.NDArray[np.int64]) -> ShardResult:
+        """Attack and verify one batch of a shard."""
         x, y = self.get_device_tensors(positions)
         x_adv, queries = x, torch.zeros_like(y)
         if shard.attack is not None:
@@ -150,20 +244,19 @@ class ShardRunner:
             x_adv, queries = self._generate_adversarial(shard.attack, x, y, rng)
         logits = _compute_logits(self.model, x_adv, self.tile)
         norm = shard.attack.norm if shard.attack else "Linf"
-        size = compute_perturbation_norms(x_adv, x, norm)
+        distance = compute_perturbation_norms(x_adv, x, norm)
         predicted = logits.argmax(1)
-        # What is not a number is not the right class.
+        # Logits that are not finite count as a wrong answer.
         broken = (predicted != y) | ~torch.isfinite(logits).all(1)
         if shard.attack is not None:
-            broken &= (
-                size <= compute_norm_limit(resolved_value(shard.attack.eps), norm)
-            ) & is_in_unit_range(x_adv)
+            limit = compute_norm_limit(resolved_value(shard.attack.eps), norm)
+            broken &= (distance <= limit) & is_in_unit_range(x_adv)
         return ShardResult(
             positions=positions,
             broken=broken.cpu().numpy(),
             predicted=predicted.cpu().numpy(),
             margin=true_class_margin(logits, y).float().cpu().numpy(),
-            norm=size.float().cpu().numpy(),
+            norm=distance.float().cpu().numpy(),
             queries=(queries + 1).cpu().numpy(),
             x_adv=x_adv[broken].cpu().numpy() if shard.attack else x_adv[:0].cpu().numpy(),
             classes=logits.shape[1],
@@ -172,34 +265,43 @@ class ShardRunner:
     def _generate_adversarial(
         self, attack: SingleAttack, x: Tensor, y: Tensor, rng: ExampleRng
     ) -> tuple[Tensor, Tensor]:
-        """x~ in float32 and the queries spent."""
+        """Return adversarial examples in float32, not yet verified, and the queries per row."""
         model = self._get_attack_model()
         with maybe_tf32(self.tf32):
-            found = attack(model, x, y, rng)
-        x_adv, queries = found.x_adv.float(), found.queries
+            result = attack(model, x, y, rng)
+        x_adv, queries = result.x_adv.float(), result.queries
         if self.tf32:
-            with torch.no_grad():
-                right = model(x_adv).argmax(1) == y
-                with fp32_precision("tf32"):
-                    rows = (right & (model(x_adv).argmax(1) != y)).nonzero()[:, 0]
+            rows = _find_tf32_only_rows(model, x_adv, y)
             if len(rows):
-                again = attack(model, x[rows], y[rows], rng.select_rows(rows))
-                x_adv[rows], queries[rows] = again.x_adv.float(), queries[rows] + again.queries
+                retry = attack(model, x[rows], y[rows], rng.select_rows(rows))
+                x_adv[rows], queries[rows] = retry.x_adv.float(), queries[rows] + retry.queries
         return x_adv, queries
 
     def _get_attack_model(self) -> nn.Module:
+        """Return the copy of the model that attacks run on; make it on the first call."""
         if self._attack_model is None:
-            probe, _ = self.get_device_tensors(np.arange(min(len(self.y), 32)))
+            probe, _ = self.get_device_tensors(np.arange(min(len(self.y), _N_PROBE_EXAMPLES)))
             self._attack_model = make_attack_model(self.model, probe, self.fold, self.tile)
         return self._attack_model
 
 
 def escape_glob(text: str) -> str:
-    """Names are the user's: no character of theirs is a pattern."""
+    """Escape `*`, `?` and `[`, so that a glob pattern matches `text` literally."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in text)
 
 
+def _find_tf32_only_rows(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
+    """Return the numbers of rows that are correct in float32 and wrong in TF32."""
+    with torch.no_grad():
+        is_correct = model(x_adv).argmax(1) == y
+        with fp32_precision("tf32"):
+            is_wrong_in_tf32 = model(x_adv).argmax(1) != y
+    rows: Tensor = (is_correct & is_wrong_in_tf32).nonzero()[:, 0]
+    return rows
+
+
 def _compute_logits(model: nn.Module, x: Tensor, tile: int | None) -> Tensor:
+    """Return float32 logits of the original model in eval mode; restore its mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -212,25 +314,52 @@ def _compute_logits(model: nn.Module, x: Tensor, tile: int | None) -> Tensor:
 
 
 def compute_perturbation_norms(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
-    """Length of the move of each row, in float64."""
-    move = (x_adv.double() - x.double()).flatten(1)
-    return move.abs().amax(1) if norm == "Linf" else move.norm(dim=1)
+    """Compute the distance of each adversarial example from its image.
+
+    Args:
+        x_adv: Adversarial examples, (N, C, H, W).
+        x: Images, (N, C, H, W).
+        norm: "Linf" or "L2".
+
+    Returns:
+        Distances, (N,) float64.
+    """
+    delta = (x_adv.double() - x.double()).flatten(1)
+    return delta.abs().amax(1) if norm == "Linf" else delta.norm(dim=1)
 
 
 def compute_norm_limit(eps: float, norm: str) -> float:
-    """The longest move that counts as one of eps: a coordinate of x ± eps is rounded to float32, by
-    up to 2^-25.
+    """Return the largest distance that counts as within eps.
+
+    It is a little more than eps, because each coordinate of x ± eps is rounded to float32, by up to
+    2^-25.
+
+    Args:
+        eps: Radius of the attack, in pixels of [0, 1].
+        norm: "Linf" or "L2".
+
+    Returns:
+        The limit, for distances from `compute_perturbation_norms`.
     """
     return eps * (1 + 1e-6) + (2**-25 if norm == "Linf" else 0)
 
 
 def is_in_unit_range(x_adv: Tensor) -> Tensor:
-    """Rows (N,) whose every pixel lies in [0, 1]."""
+    """Return whether all pixels of a row lie in [0, 1].
+
+    Args:
+        x_adv: Images, (N, C, H, W).
+
+    Returns:
+        (N,) bool; False for rows with NaN.
+    """
     return ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
 
 
 def _select_result_rows(result: ShardResult, row_mask: npt.NDArray[np.bool_]) -> ShardResult:
-    kept = {f.name: getattr(result, f.name) for f in fields(result)}
+    """Return the rows of a result where `row_mask`, (B,), is True."""
+    values = {f.name: getattr(result, f.name) for f in fields(result)}
     for name in ("positions", "broken", "predicted", "margin", "norm", "queries"):
-        kept[name] = kept[name][row_mask]
-    return ShardResult(**(kept | {"x_adv": result.x_adv[row_mask[result.broken]]}))
+        values[name] = values[name][row_mask]
+    values["x_adv"] = result.x_adv[row_mask[result.broken]]
+    return ShardResult(**values)
