@@ -44,42 +44,45 @@ def _after_an_epoch(_: object, trial: object, metrics: object) -> None:
 
 def _arm(stage: str, when: str) -> None:
     """Let this process die in `stage`: amid its work, or when half of its artifact is written."""
-    from raysweep.pipeline import autoattack, pipeline, promote, register, tune
-    from raysweep.pipeline.report import stage
+    from raysweep.pipeline import autoattack, pipeline, promote, register, train, tune
+    from raysweep.pipeline.report import stage as report
+    from raysweep.terminal import SweepDisplay
     from raysweep.tracking import Tracker
 
     write = Artifact.write
 
-    def half(self: Artifact, folder: Path, files: Callable[[Path], None] | None = None) -> None:
+    def half(
+        self: Artifact, folder: Path, write_files: Callable[[Path], None] | None = None
+    ) -> None:
         def then_die(partial: Path) -> None:
-            if files is not None:
-                files(partial)
+            if write_files is not None:
+                write_files(partial)
             (partial / ARTIFACT_FILE).write_text('{"kind": "')
             _die()
 
-        write(self, folder, then_die if self.kind == stage else files)
+        write(self, folder, then_die if self.kind == stage else write_files)
 
     if when == "writing":
         pipeline.Artifact.write = half
         return
-    sweeps = (tune, "Progress.trial_changed", _after_an_epoch)
+    sweeps = (SweepDisplay, "on_trial_update", _after_an_epoch)
     owners = {
         "tune": (tune.TuneStage, sweeps),
-        "train": (tune.TrainStage, sweeps),
+        "train": (train.TrainStage, sweeps),
         "promote": (promote.PromoteStage, sweeps),
-        "autoattack": (autoattack.AutoAttackStage, (autoattack, "save", _die)),
-        "register": (register.RegisterStage, (Tracker, "alias", _die)),
-        "report": (stage.ReportStage, (stage, "drawn", _die)),
+        "autoattack": (autoattack.AutoAttackStage, (autoattack, "save_evaluation_files", _die)),
+        "register": (register.RegisterStage, (Tracker, "set_model_alias", _die)),
+        "report": (report.ReportStage, (report, "draw_training_figures", _die)),
     }
     kind, (owner, name, deadly) = owners[stage]
-    run = kind.run
+    run_stage = kind.run_stage
 
-    def armed(self, work, past):
+    def armed(self, context, upstream):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(*_attribute(owner, name), deadly)
-            return run(self, work, past)
+            return run_stage(self, context, upstream)
 
-    kind.run = armed
+    kind.run_stage = armed
 
 
 def _attribute(owner: object, dotted: str) -> tuple[object, str]:

@@ -539,6 +539,7 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
     assert {trial.state for trial in before.values()} > {"running"}, (
         "some have ended, some have not"
     )
+    deadline = time.monotonic() + 60
     while [
         child
         for child in psutil.Process().children(recursive=True)

@@ -311,9 +311,7 @@ def test_a_number_that_an_earlier_driver_left_out_is_given_now(tmp_path) -> None
     ledger.save_trial(Trial(1, {ALPHA: 1.0}, state="finished", best={"robust_worst": 0.5}))
     search = LedgerSearcher(ledger)
     asked = [search.suggest(name) for name in "abc"]
-    assert [found["number"] for found in asked] == [0, 2, 3] and asked[0]["settings"] == {
-        ALPHA: 2.0
-    }
+    assert [found["number"] for found in asked] == [0, 2, 3] and asked[0]["params"] == {ALPHA: 2.0}
     assert search.suggest("d") == "FINISHED"
 
 
@@ -340,7 +338,7 @@ def test_a_starting_point_of_some_settings_is_not_tried_again(tmp_path) -> None:
     two = {ALPHA: {"float": [0.5, 4.0]}, "method.terms.cw.weight.alpha": {"float": [0.5, 4.0]}}
     ledger = Ledger.create(tmp_path / "sweep", space(trials=2, space=two))
     ledger.save_trial(Trial(0, {ALPHA: 2.0, "method.terms.cw.weight.alpha": 1.0}, state="failed"))
-    assert LedgerSearcher(ledger).suggest("a")["settings"][ALPHA] != 2.0
+    assert LedgerSearcher(ledger).suggest("a")["params"][ALPHA] != 2.0
 
 
 @pytest.mark.parametrize("kind", ["random", "tpe"])
@@ -353,7 +351,7 @@ def test_settings_are_not_tried_twice_while_there_are_others(kind, tmp_path) -> 
     ledger.save_trial(Trial(0, {ALPHA: 0.5}, state="finished", best={"robust_worst": 0.5}))
     search = LedgerSearcher(ledger)
     *found, end = [search.suggest(name) for name in "abcdef"]
-    tried = [0.5, *(trial["settings"][ALPHA] for trial in found)]
+    tried = [0.5, *(trial["params"][ALPHA] for trial in found)]
     assert tried[:2] == [0.5, 2.0], "the starting point first"
     assert sorted(tried[:4]) == values
     assert [trial["number"] for trial in found] == [1, 2, 3, 4, 5], (
@@ -439,7 +437,7 @@ def test_a_budget_counts_what_is_held_now_and_no_waiting(
     relay = LedgerCallback(ledger, 2, [], gpus_per_trial=2.0, budget=Budget(gpu_seconds=7200.0))
     trial = SimpleNamespace(
         trial_id="a",
-        config={"number": 0, "settings": {ALPHA: 2.0}},
+        config={"number": 0, "params": {ALPHA: 2.0}},
         error_file=None,
         num_failures=1,
     )
@@ -551,7 +549,7 @@ def test_a_grid_asks_for_each_point_once(tmp_path) -> None:
     )
     search, points = LedgerSearcher(ledger), [ledger.load_trials()[0].params]
     while (found := search.suggest(str(len(points)))) != "FINISHED":
-        points.append(found["settings"])
+        points.append(found["params"])
     assert len(points) == len({json.dumps(point) for point in points}) == 4
 
 
@@ -566,12 +564,12 @@ def test_a_grid_has_no_points_that_differ_in_what_a_trial_lacks(tmp_path) -> Non
         tmp_path / "sweep", space(sampler={"kind": "grid"}, space=grid, start=[], trials=10)
     )
     assert ledger.space.n_trials == 4
-    found = [LedgerSearcher(ledger).suggest("a")["settings"]]
+    found = [LedgerSearcher(ledger).suggest("a")["params"]]
     assert found == [{on: "natural"}]
     ledger.save_trial(Trial(0, found[0], state="finished", best={"robust_worst": 0.5}))
     search = LedgerSearcher(ledger)
     while (more := search.suggest(str(len(found)))) != "FINISHED":
-        found.append(more["settings"])
+        found.append(more["params"])
     assert [len(point) for point in found] == [1, 2, 3, 3]
     assert len({json.dumps(point) for point in found}) == 4, "none is run twice"
 
