@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate", "load", "load_report", "load_sweep"]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Ray and MLflow report usage to their makers unless these variables are set before the import. The
 # user's own values have precedence.
