@@ -28,7 +28,7 @@ GOOD = {
         (
             "lrat",
             {"train/ess_cw": 0.995},
-            "effective sample size 99.5% (cw): the weights are all but equal",
+            "effective sample size 99.5% (cw): the weights are nearly equal",
         ),
         (
             "gairat",
@@ -36,7 +36,7 @@ GOOD = {
             "PGD overstates the worst case by 9.0 points",
         ),
         ("gairat", {"cw": 0.6}, "PGD-CW gap 10.0 points"),
-        ("gairat", {"zero_gradient": 0.2}, "20.0% of right answers have no gradient"),
+        ("gairat", {"zero_gradient": 0.2}, "20.0% of correct examples have no gradient"),
         (
             "gairat",
             {"train/kappa_pgd": 9.9},
@@ -45,7 +45,7 @@ GOOD = {
         (
             "gairat",
             {"train/kappa_pgd": 0.2},
-            "kappa of pgd is 0.2 of 10: nearly all examples fall at once",
+            "kappa of pgd is 0.2 of 10: the attack succeeds at once on nearly all examples",
         ),
         ("gairat", {"epoch": 2.0}, "have not acted: epoch 2 is within the burn-in"),
     ],

@@ -1,17 +1,14 @@
-"""What a run's numbers say, in words: each line names what was seen and what it means for the
-sweep.
-"""
+"""Advice on a training run: sentences that say what its metrics mean for the sweep."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from raysweep.attacks import PGD
 from raysweep.schedules import resolved_value
 from raysweep.training.config import TrainingConfig
+from raysweep.training.epoch_metrics import EpochMetrics, find_best_epoch
 from raysweep.weights import RemainderWeight, UniformWeight
 
-EpochMetrics = Mapping[str, float]
-
-# Shares and differences of shares from which on a line is worth reading.
+# Thresholds from which a share, or a difference of shares, is worth a line.
 _MIN_MASKING_GAP = 0.05
 _LOW_SAMPLE_SIZE = 0.3
 _HIGH_SAMPLE_SIZE = 0.98
@@ -22,73 +19,117 @@ _KAPPA_EDGE_SHARE = 0.05
 
 
 def advise_on_training(config: TrainingConfig, history: Sequence[EpochMetrics]) -> list[str]:
-    """Advice on a training run from its rows of metrics, one an epoch; no line where nothing stands
-    out.
+    """Give advice on a training run.
 
-    The weights are judged by the last epoch, masking by the best one (see `validation.objective`).
+    Symptoms of masked gradients are those of the best epoch (see `validation.objective`). Instance
+    weights and kappa are those of the last epoch.
+
+    Args:
+        config: Config of the run.
+        history: Metrics of all finished epochs, in order.
+
+    Returns:
+        One line for each finding; empty if nothing stands out.
     """
     if not history:
         return []
     objective = config.validation.objective
-    judged = [row for row in history if objective in row]
-    best = max(judged, key=lambda row: row[objective]) if judged else history[-1]
-    return [
+    last = history[-1]
+    validated = [metrics for metrics in history if objective in metrics]
+    best = history[find_best_epoch(config, history) - 1] if validated else last
+    lines = [
         *_advise_on_masking(best),
-        *_advise_on_weights(config, history[-1]),
-        *_advise_on_kappa(config, history[-1]),
-        *(_advise_on_overfitting(objective, best, judged[-1]) if judged else ()),
+        *_advise_on_weights(config, last),
+        *_advise_on_kappa(config, last),
     ]
+    if validated:
+        lines += _advise_on_overfitting(objective, best, validated[-1])
+    return lines
 
 
 def _advise_on_masking(metrics: EpochMetrics) -> Iterator[str]:
+    """Report symptoms of masked gradients."""
     gap = metrics.get("masking_gap", 0.0)
     if gap >= _MIN_MASKING_GAP:
-        yield f"PGD overstates the worst case by {100 * gap:.1f} points: likely masking; do not select by PGD"
+        yield (
+            f"PGD overstates the worst case by {100 * gap:.1f} points: likely masking; "
+            "do not select by PGD"
+        )
     difference = metrics.get("pgd", 0.0) - metrics.get("cw", 1.0)
     if difference >= _MIN_MASKING_GAP:
-        yield f"PGD-CW gap {100 * difference:.1f} points: the margin is attacked where cross-entropy is not"
+        yield (
+            f"PGD-CW gap {100 * difference:.1f} points: the margin loss finds adversarial examples "
+            "that cross-entropy misses"
+        )
     share = metrics.get("zero_gradient", 0.0)
     if share >= _MIN_ZERO_GRADIENTS:
-        yield f"{100 * share:.1f}% of right answers have no gradient: cross-entropy attacks cannot see them"
+        yield (
+            f"{100 * share:.1f}% of correct examples have no gradient: "
+            "attacks on the cross-entropy cannot break them"
+        )
 
 
 def _advise_on_weights(config: TrainingConfig, metrics: EpochMetrics) -> Iterator[str]:
-    """The observatory of the weights: whether they act, and on how many examples."""
+    """Report terms whose instance weights do nothing, or depend on few examples."""
     epoch = int(metrics["epoch"])
     for name, term in config.resolve_at(epoch - 1).method.terms.items():
         if isinstance(term.weight, UniformWeight):
+            # A weight is uniform during its burn-in.
             if epoch <= getattr(config.method.terms[name].weight, "burn_in", 0):
                 yield f"weights of {name} have not acted: epoch {epoch} is within the burn-in"
-            continue
-        active, effective = metrics.get(f"train/active_{name}"), metrics.get(f"train/ess_{name}")
-        if isinstance(term.weight, RemainderWeight):
-            if active is not None and active < _MIN_ACTIVE_SHARE:
-                total = f"total {resolved_value(term.weight.total):g}"
-                yield f"{name} is inert: active on {100 * active:.1f}% of samples with {total}; a larger one would act"
-        elif effective is not None and effective < _LOW_SAMPLE_SIZE:
-            yield f"effective sample size {100 * effective:.0f}% ({name}): the weights fit few points"
-        elif effective is not None and effective > _HIGH_SAMPLE_SIZE:
-            equal = "the weights are all but equal and change little"
-            yield f"effective sample size {100 * effective:.1f}% ({name}): {equal}"
+        elif isinstance(term.weight, RemainderWeight):
+            yield from _advise_on_remainder(name, term.weight, metrics)
+        else:
+            yield from _advise_on_sample_size(name, metrics)
+
+
+def _advise_on_remainder(
+    name: str, weight: RemainderWeight, metrics: EpochMetrics
+) -> Iterator[str]:
+    """Report a remainder weight that is almost always zero."""
+    active_share = metrics.get(f"train/active_{name}")
+    if active_share is not None and active_share < _MIN_ACTIVE_SHARE:
+        yield (
+            f"{name} is inert: active on {100 * active_share:.1f}% of samples with "
+            f"total {resolved_value(weight.total):g}; a larger total would act"
+        )
+
+
+def _advise_on_sample_size(name: str, metrics: EpochMetrics) -> Iterator[str]:
+    """Report weights that are concentrated on few examples, or nearly equal."""
+    ess = metrics.get(f"train/ess_{name}")
+    if ess is None:
+        return
+    if ess < _LOW_SAMPLE_SIZE:
+        yield f"effective sample size {100 * ess:.0f}% ({name}): the weights fit few points"
+    elif ess > _HIGH_SAMPLE_SIZE:
+        yield (
+            f"effective sample size {100 * ess:.1f}% ({name}): "
+            "the weights are nearly equal and change little"
+        )
 
 
 def _advise_on_kappa(config: TrainingConfig, metrics: EpochMetrics) -> Iterator[str]:
+    """Report attacks that succeed almost never, or on almost all examples in the first steps."""
     for name, attack in config.method.attacks.items():
         mean = metrics.get(f"train/kappa_{name}")
         if mean is None or not isinstance(attack, PGD) or attack.steps < 2:
             continue
+        kappa = f"kappa of {name} is {mean:.1f} of {attack.steps}"
         if mean >= (1 - _KAPPA_EDGE_SHARE) * attack.steps:
-            yield f"kappa of {name} is {mean:.1f} of {attack.steps}: the attack hardly ever succeeds"
+            yield f"{kappa}: the attack hardly ever succeeds"
         elif mean <= _KAPPA_EDGE_SHARE * attack.steps:
-            yield f"kappa of {name} is {mean:.1f} of {attack.steps}: nearly all examples fall at once"
+            yield f"{kappa}: the attack succeeds at once on nearly all examples"
 
 
 def _advise_on_overfitting(
     objective: str, best_metrics: EpochMetrics, last_metrics: EpochMetrics
 ) -> Iterator[str]:
-    fall = best_metrics[objective] - last_metrics[objective]
-    if fall >= _MIN_OVERFITTING_DROP:
+    """Report an objective that fell after the best epoch."""
+    drop = best_metrics[objective] - last_metrics[objective]
+    if drop >= _MIN_OVERFITTING_DROP:
         yield (
-            f"{objective.replace('_', ' ')} fell by {100 * fall:.1f} points after epoch {int(best_metrics['epoch'])}: "
-            "robust overfitting or too large steps; take the best epoch, end earlier or lower optim.lr"
+            f"{objective.replace('_', ' ')} fell by {100 * drop:.1f} points after epoch "
+            f"{int(best_metrics['epoch'])}: robust overfitting or too large steps; "
+            "take the best epoch, end earlier or lower optim.lr"
         )

@@ -1,5 +1,6 @@
-"""What an epoch of training looked like: accuracies, kappa, weights and vulnerability, as numbers
-and histograms.
+"""Diagnostics of a training epoch: accuracies, kappa, instance weights and vulnerability.
+
+They become metrics of the epoch and histograms.
 """
 
 import json
@@ -11,32 +12,50 @@ from torch import Tensor, nn
 
 from raysweep import storage
 from raysweep.atomic_files import atomic_write_text
-from raysweep.attacks import freeze_model, true_class_confidence
+from raysweep.attacks import AttackResult, freeze_model, true_class_confidence
 from raysweep.data import Split
 from raysweep.method import NATURAL_INPUT, Method, MethodOutput
+from raysweep.training.epoch_metrics import EpochMetrics
 from raysweep.worker_group import WorkerGroup
 
 LOW_WEIGHT_THRESHOLD = 0.2
+"""Weights below this share of the batch's mean weight count as low (LRAT, figure 1a)."""
+
 _HISTOGRAM_FOLDER = "histograms"
 
 
 class Histogram(TypedDict):
-    """counts[i] examples in edges[i] <= value < edges[i + 1]; the last bin holds everything larger
-    too.
+    """A histogram: counts[i] values are in edges[i] <= value < edges[i + 1].
+
+    Smaller values are in the first bin, larger ones in the last.
     """
 
     edges: list[float]
+    """Edges of the bins, one more than bins."""
+
     counts: list[int]
+    """Number of values in each bin."""
 
 
 class EpochDiagnostics:
-    """Sums over an epoch, on the device: nothing waits for it until the end.
+    """Sums over the batches of an epoch, on the device, so that no step waits for them.
 
-    Scalars, all `train/...`: `loss`; accuracy `clean` and under each attack, by name; for each
-    attack that counts it `kappa_NAME` and `kappa_median_NAME`; `V_NAME`, mean vulnerability (L eq.
-    8-9); for each term `weight_NAME`, the mean weight before normalisation, `ess_NAME`, the
-    effective share of the sample (sum w)^2 / (n sum w^2), `active_NAME`, the share with a weight at
-    all, and `low_weight_NAME`, the share with weight under 0.2 of the batch's mean (L fig. 1a).
+    The metrics are, with the name of an attack or of a term for NAME:
+
+    * `train/loss`: mean loss.
+    * `train/clean`, `train/NAME`: accuracy on natural images and under an attack.
+    * `train/kappa_NAME`, `train/kappa_median_NAME`: steps until an attack succeeds, if it counts
+      them.
+    * `train/V_NAME`: mean V under an attack, small where the model is vulnerable (LRAT, equations 8
+      and 9).
+    * `train/weight_NAME`: mean weight of a term before normalisation.
+    * `train/ess_NAME`: effective sample size as a share, (sum w)^2 / (n sum w^2).
+    * `train/active_NAME`: share of examples with a positive weight.
+    * `train/low_weight_NAME`: share of examples below `LOW_WEIGHT_THRESHOLD` of the batch's mean.
+
+    Args:
+        method: The method with its schedules resolved for the epoch.
+        workers: The processes that train together.
     """
 
     def __init__(self, method: Method, workers: WorkerGroup) -> None:
@@ -48,62 +67,71 @@ class EpochDiagnostics:
         self._inner_edges: dict[str, Tensor] = {}
 
     def add_batch(self, output: MethodOutput, y: Tensor) -> None:
-        """One batch of a worker's rows."""
+        """Add one step.
+
+        Args:
+            output: What the method returned for this worker's rows.
+            y: Labels of these rows, (N,).
+        """
         self._accumulate_sum("rows", y.new_full((), len(y)))
-        # Each worker's loss is its part of the sum, times the number of workers.
+        # Each worker's loss is its part of the global batch's mean, times the number of workers.
         self._accumulate_sum(
             "loss", output.loss.detach() * output.global_batch_size / self._workers.size
         )
         for name, logits in output.logits.items():
-            self._accumulate_sum(
-                "clean" if name == NATURAL_INPUT else name, (logits.detach().argmax(1) == y).sum()
-            )
-        for name, adversarial in output.attack_results.items():
-            attack = self._method.attacks[name]
-            if adversarial.kappa is not None:
-                self._accumulate_sum(f"kappa_{name}", adversarial.kappa.sum())
-                self._accumulate_histogram(
-                    f"kappa_{name}", adversarial.kappa, [float(k) for k in range(attack.steps + 2)]
-                )
-            value = true_class_confidence(
-                output.logits[name].detach(), y, attack.vulnerability_kind
-            )
-            self._accumulate_sum(f"V_{name}", value.sum())
-            self._accumulate_histogram(
-                f"V_{name}",
-                value,
-                _make_bin_edges(-1.0 if attack.vulnerability_kind == "margin" else 0.0, 1.0, 40),
-            )
-        for name, weight in output.weights.items():
-            self._accumulate_sum(f"weight_{name}", weight.sum())
-            self._accumulate_sum(f"squares_{name}", (weight**2).sum())
-            self._accumulate_sum(f"active_{name}", (weight > 0).sum())
-            relative = weight / weight.mean().clamp_min(torch.finfo(weight.dtype).tiny)
-            self._accumulate_sum(f"low_weight_{name}", (relative < LOW_WEIGHT_THRESHOLD).sum())
-            self._accumulate_histogram(f"weight_{name}", relative, _make_bin_edges(0.0, 5.0, 50))
+            key = "clean" if name == NATURAL_INPUT else name
+            self._accumulate_sum(key, (logits.detach().argmax(1) == y).sum())
+        for name, attack_result in output.attack_results.items():
+            self._add_attack_result(name, attack_result, output.logits[name].detach(), y)
+        for name, weights in output.weights.items():
+            self._add_weights(name, weights)
 
-    def compute_metrics(self) -> dict[str, float]:
-        """Means over the epoch and over all workers."""
+    def _add_attack_result(
+        self, name: str, attack_result: AttackResult, logits: Tensor, y: Tensor
+    ) -> None:
+        """Add kappa and vulnerability under one attack."""
+        attack = self._method.attacks[name]
+        if attack_result.kappa is not None:
+            self._accumulate_sum(f"kappa_{name}", attack_result.kappa.sum())
+            edges = [float(k) for k in range(attack.steps + 2)]
+            self._accumulate_histogram(f"kappa_{name}", attack_result.kappa, edges)
+        vulnerability = true_class_confidence(logits, y, attack.vulnerability_kind)
+        self._accumulate_sum(f"V_{name}", vulnerability.sum())
+        low = -1.0 if attack.vulnerability_kind == "margin" else 0.0
+        self._accumulate_histogram(f"V_{name}", vulnerability, _make_bin_edges(low, 1.0, 40))
+
+    def _add_weights(self, name: str, weights: Tensor) -> None:
+        """Add the instance weights of one term."""
+        self._accumulate_sum(f"weight_{name}", weights.sum())
+        self._accumulate_sum(f"squares_{name}", (weights**2).sum())
+        self._accumulate_sum(f"active_{name}", (weights > 0).sum())
+        relative = weights / weights.mean().clamp_min(torch.finfo(weights.dtype).tiny)
+        self._accumulate_sum(f"low_weight_{name}", (relative < LOW_WEIGHT_THRESHOLD).sum())
+        self._accumulate_histogram(f"weight_{name}", relative, _make_bin_edges(0.0, 5.0, 50))
+
+    def compute_metrics(self) -> EpochMetrics:
+        """Compute the means over the epoch and over all workers."""
         totals = {
             name: self._workers.all_reduce_sum(total).item() for name, total in self._sums.items()
         }
-        rows = totals.pop("rows")
+        n_rows = totals.pop("rows")
         squares = {name: totals.pop(f"squares_{name}") for name in self._method.terms}
-        result = {f"train/{name}": total / rows for name, total in totals.items()}
+        metrics = {f"train/{name}": total / n_rows for name, total in totals.items()}
         for name, square in squares.items():
-            result[f"train/ess_{name}"] = (
-                totals[f"weight_{name}"] ** 2 / (rows * square) if square else 0.0
-            )
+            ess = totals[f"weight_{name}"] ** 2 / (n_rows * square) if square else 0.0
+            metrics[f"train/ess_{name}"] = ess
         for name in self._method.attacks:
             if f"kappa_{name}" in self._counts:
-                result[f"train/kappa_median_{name}"] = _compute_lower_median(
-                    self._workers.all_reduce_sum(self._counts[f"kappa_{name}"]).tolist()
-                )
-        return result
+                counts = self._workers.all_reduce_sum(self._counts[f"kappa_{name}"]).tolist()
+                metrics[f"train/kappa_median_{name}"] = _compute_lower_median(counts)
+        return metrics
 
     def compute_histograms(self) -> dict[str, Histogram]:
-        """`kappa_NAME` and `V_NAME` of each attack, `weight_NAME` of each term as a multiple of the
-        batch's mean.
+        """Compute the histograms over the epoch and over all workers.
+
+        Returns:
+            `kappa_NAME` and `V_NAME` of each attack, and `weight_NAME` of each term. Weights are
+            multiples of their batch's mean.
         """
         return {
             name: {
@@ -114,21 +142,23 @@ class EpochDiagnostics:
         }
 
     def export_state(self) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
-        """Everything seen so far; `restore` takes it."""
+        """Return the state for `restore_state`: tensors by key, and bin edges by histogram."""
         sums = {f"sum {name}": value for name, value in self._sums.items()}
         return sums | {f"count {name}": value for name, value in self._counts.items()}, self._edges
 
     def restore_state(self, tensors: dict[str, Tensor], edges: dict[str, list[float]]) -> None:
-        """Go on from another's `state`."""
+        """Continue from the state that `export_state` returned in another process."""
         for key, value in tensors.items():
             kind, _, name = key.partition(" ")
             (self._sums if kind == "sum" else self._counts)[name] = value
         self._edges = edges
 
     def _accumulate_sum(self, name: str, value: Tensor) -> None:
+        """Add a scalar tensor to a named sum."""
         self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
 
     def _accumulate_histogram(self, name: str, values: Tensor, edges: list[float]) -> None:
+        """Add values, (N,), to a named histogram."""
         if name not in self._inner_edges:
             self._edges[name] = edges
             self._inner_edges[name] = torch.tensor(
@@ -141,36 +171,56 @@ class EpochDiagnostics:
 
 
 def measure_natural_accuracy(model: nn.Module, split: Split, n_examples: int = 1000) -> float:
-    """Accuracy at the first `count` training images as they are, by the model in eval mode."""
+    """Measure the accuracy on the first natural images of a split, in eval mode.
+
+    Args:
+        model: Maps images in [0, 1], (N, C, H, W), to logits.
+        split: Usually the training split.
+        n_examples: Number of images, if the split has as many.
+
+    Returns:
+        The accuracy, in [0, 1].
+    """
     rows = slice(0, min(n_examples, len(split)))
     with freeze_model(model), torch.no_grad():
-        right: Tensor = model(split.get_float_images(rows)).argmax(1) == split.y[rows]
-    return right.float().mean().item()
+        correct: Tensor = model(split.get_float_images(rows)).argmax(1) == split.y[rows]
+    return correct.float().mean().item()
 
 
 def write_histograms(run_path: Path, epoch: int, histograms: dict[str, Histogram]) -> None:
-    """RUN/histograms/epoch-NNNN.json, whole or not at all."""
+    """Write an epoch's histograms to RUN/histograms/epoch-NNNN.json, atomically.
+
+    Args:
+        run_path: Folder of the run.
+        epoch: 1-based number of the epoch.
+        histograms: Histograms by name.
+    """
     file = run_path / _HISTOGRAM_FOLDER / f"epoch-{epoch:04d}.json"
     atomic_write_text(file, json.dumps(histograms))
     storage.push_to_bucket(file)
 
 
 def read_histograms(run_path: Path) -> dict[int, dict[str, Histogram]]:
-    """Histograms of a run's epochs, 1-based, as far as they were trained in this folder."""
+    """Read the histograms of the epochs that were trained in this run, not reused from others.
+
+    Returns:
+        1-based epoch -> name -> histogram.
+    """
     storage.pull_files(run_path / _HISTOGRAM_FOLDER, "epoch-*.json")
     files = sorted((run_path / _HISTOGRAM_FOLDER).glob("epoch-*.json"))
     return {int(file.stem.removeprefix("epoch-")): json.loads(file.read_text()) for file in files}
 
 
 def _make_bin_edges(low: float, high: float, n_bins: int) -> list[float]:
+    """Return the edges of equally wide bins."""
     return [low + (high - low) * i / n_bins for i in range(n_bins + 1)]
 
 
 def _compute_lower_median(counts: list[int]) -> float:
-    """Lower median of whole numbers 0, 1, ... that occur so often."""
-    seen, half = 0, (sum(counts) + 1) // 2
+    """Return the lower median of integers, of which `counts[i]` are equal to i."""
+    cumulative, half = 0, (sum(counts) + 1) // 2
     for value, count in enumerate(counts):
-        seen += count
-        if seen >= half:
+        cumulative += count
+        if cumulative >= half:
             return float(value)
     return 0.0

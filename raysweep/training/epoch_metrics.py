@@ -17,7 +17,7 @@ Every epoch has:
     train/clean: Accuracy on natural training images, if the method looks at them.
     train/NAME: Accuracy on training images under an attack.
     train/kappa_NAME, train/kappa_median_NAME: Mean and median number of steps that an attack needs.
-    train/V_NAME: Mean true-class confidence under an attack (LRAT, equations 8 and 9).
+    train/V_NAME: Mean V under an attack, small if the model is vulnerable (LRAT, equations 8, 9).
     train/weight_NAME: Mean instance weight of a term before normalisation.
     train/ess_NAME: Effective sample size of a term's weights, as a share of the examples.
     train/active_NAME: Share of examples with a positive weight.

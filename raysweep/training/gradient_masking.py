@@ -1,6 +1,4 @@
-"""A cheap symptom of masked gradients: an attack that gets stronger when the logits it sees are
-scaled.
-"""
+"""A cheap test for masked gradients: does an attack get stronger on scaled logits?"""
 
 from collections.abc import Sequence
 
@@ -13,7 +11,12 @@ from raysweep.rng import ExampleRng
 
 
 class ScaledLogits(nn.Module):
-    """The same decisions from logits times `factor`."""
+    """A model whose logits are multiplied by a positive factor; its decisions are unchanged.
+
+    Args:
+        model: The model.
+        factor: The factor.
+    """
 
     def __init__(self, model: nn.Module, factor: float) -> None:
         super().__init__()
@@ -21,6 +24,7 @@ class ScaledLogits(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the scaled logits of `x`."""
         logits: Tensor = self.model(x)
         return self.factor * logits
 
@@ -34,28 +38,38 @@ def estimate_scaling_gap(
     sample_fraction: float = 1.0,
     batch_size: int = 512,
 ) -> float:
-    """About which share of the split's first examples survive `attack`, but not on logits times one
-    of `scales`.
+    """Estimate the share of examples that survive `attack`, but not `attack` on scaled logits.
 
-    survived: (N,) bool, for the first N examples; of these only a `share` is looked at, drawn by
-    example, so that workers who divide a split among them look at the same. A cross-entropy that is
-    flat where it saturates, as reweighted models have it, hides its gradient from PGD; a scaled one
-    shows it (Hitaj et al. 2021).
+    A saturated cross-entropy is flat and hides its gradient from PGD, as in reweighted models. The
+    cross-entropy of scaled logits reveals the gradient (Hitaj et al. 2021).
+
+    Args:
+        model: Maps images in [0, 1], (N, C, H, W), to logits.
+        split: The examples, of which the first N are used.
+        attack: PGD on the cross-entropy.
+        survivor_mask: (N,) bool: which examples are correct under `attack`.
+        logit_scales: Positive factors for the logits, tried one after another.
+        sample_fraction: Share of the examples to test, in (0, 1]. The choice depends on the
+            example only, so it is the same if workers divide the split.
+        batch_size: Examples in a batch.
+
+    Returns:
+        The share of the N examples, in [0, 1], extrapolated from the tested ones.
     """
-    draw = ExampleRng.for_examples(
-        split.index[: len(survivor_mask)], 0, "validation", "share"
-    ).uniform((1, 1, 1))[:, 0, 0, 0]
-    broken = 0
-    for rows in torch.split((survivor_mask & (draw < sample_fraction)).nonzero()[:, 0], batch_size):
-        left = rows
-        for factor in logit_scales if len(rows) else ():
-            rng = ExampleRng.for_examples(split.index[left], 0, "validation", "scaled")
-            found = attack(
-                ScaledLogits(model, factor), split.get_float_images(left), split.y[left], rng
-            )
-            with torch.no_grad():
-                left = left[model(found.x_adv).argmax(1) == split.y[left]]
-            if not len(left):
+    n_examples = len(survivor_mask)
+    sample_rng = ExampleRng.for_examples(split.index[:n_examples], 0, "validation", "share")
+    draws = sample_rng.uniform((1, 1, 1))[:, 0, 0, 0]
+    tested = (survivor_mask & (draws < sample_fraction)).nonzero()[:, 0]
+    n_broken = 0
+    for rows in torch.split(tested, batch_size):
+        survivors = rows
+        for factor in logit_scales:
+            if not len(survivors):
                 break
-        broken += len(rows) - len(left)
-    return broken / (sample_fraction * len(survivor_mask))
+            x, y = split.get_float_images(survivors), split.y[survivors]
+            rng = ExampleRng.for_examples(split.index[survivors], 0, "validation", "scaled")
+            x_adv = attack(ScaledLogits(model, factor), x, y, rng).x_adv
+            with torch.no_grad():
+                survivors = survivors[model(x_adv).argmax(1) == y]
+        n_broken += len(rows) - len(survivors)
+    return n_broken / (sample_fraction * n_examples)

@@ -1,4 +1,4 @@
-"""How steep the loss is where the model is weak (G appendix C.1, fig. 4 and 10)."""
+"""Steepness of the loss around adversarial examples (GAIRAT, appendix C.1, figures 4 and 10)."""
 
 import torch
 import torch.nn.functional as F
@@ -13,32 +13,38 @@ from raysweep.rng import ExampleRng
 def input_gradient_norm(
     model: nn.Module, split: Split, attack: PGD, n_examples: int, batch_size: int = 512
 ) -> dict[str, float]:
-    """Mean Euclidean norm of the CE's gradient at friendly (PGD-20-0) and most adversarial data
-    (PGD-20).
+    """Measure the mean L2 norm of the cross-entropy's input gradient at adversarial examples.
 
-    Over the first `count` examples of the split, with `attack`'s eps, step size and start; larger
-    is more curved.
+    Args:
+        model: Maps images in [0, 1], (N, C, H, W), to logits.
+        split: The examples.
+        attack: Gives eps, step size and start; 20 steps on the cross-entropy are used.
+        n_examples: The first so many examples of the split are measured.
+        batch_size: Examples in a batch.
+
+    Returns:
+        `flatness_friendly`, at friendly adversarial examples (PGD-20-0, which stops at the first
+        wrong prediction), and `flatness_adversarial`, at those of PGD-20. Larger is steeper.
     """
-    most = attack.replace(loss="ce", steps=20, tau=None)
-    kinds = {
-        "flatness_friendly": most.replace(tau=0.0),
-        "flatness_adversarial": most,
+    pgd20 = attack.replace(loss="ce", steps=20, tau=None)
+    attacks = {
+        "flatness_friendly": pgd20.replace(tau=0.0),
+        "flatness_adversarial": pgd20,
     }
-    totals = dict.fromkeys(kinds, 0.0)
+    totals = dict.fromkeys(attacks, 0.0)
     with freeze_model(model):
         for start in range(0, n_examples, batch_size):
             rows = slice(start, min(start + batch_size, n_examples))
             x, y = split.get_float_images(rows), split.y[rows]
-            for name, kind in kinds.items():
+            for name, variant in attacks.items():
                 rng = ExampleRng.for_examples(split.index[rows], 0, "flatness")
-                totals[name] += (
-                    _per_example_gradient_norms(model, kind(model, x, y, rng).x_adv, y).sum().item()
-                )
+                x_adv = variant(model, x, y, rng).x_adv
+                totals[name] += _per_example_gradient_norms(model, x_adv, y).sum().item()
     return {name: total / n_examples for name, total in totals.items()}
 
 
 def _per_example_gradient_norms(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Norm of the gradient of each row's CE at x, (N,)."""
+    """Compute the L2 norm of each row's input gradient of the cross-entropy at `x`, (N,)."""
     x = x.detach().requires_grad_()
     (grad,) = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), x)
     return l2_norms(grad).flatten()

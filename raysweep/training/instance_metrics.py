@@ -1,6 +1,4 @@
-"""Single examples as a model sees them: logits, geometry value and vulnerability, for the papers'
-maps.
-"""
+"""Metrics of single examples for the papers' maps: logits, kappa and vulnerability."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +13,13 @@ from raysweep.rng import ExampleRng
 
 @dataclass(frozen=True)
 class InstanceMetrics:
-    """Row by row: logits (N, classes) of natural data, y (N,), and under each attack kappa and V,
-    (N,).
+    """Metrics of N examples, on the CPU.
+
+    Attributes:
+        logits: Logits of the natural images, (N, classes).
+        y: Labels, (N,).
+        kappa: Attack name -> number of steps until the attack succeeds, (N,).
+        v: Attack name -> V at the adversarial example, (N,); small where the model is vulnerable.
     """
 
     logits: Tensor
@@ -25,21 +28,28 @@ class InstanceMetrics:
     v: dict[str, Tensor]
 
     def find_most_confused_classes(self) -> tuple[int, int]:
-        """The two classes that are most often each other's runner-up."""
-        classes = self.logits.shape[1]
+        """Return the two classes, ascending, that are most often each other's strongest rival."""
+        n_classes = self.logits.shape[1]
         rivals = self.logits.scatter(1, self.y[:, None], -torch.inf).argmax(1)
-        counts = torch.zeros(classes, classes).index_put_(
-            (self.y, rivals), torch.ones(len(self.y)), accumulate=True
-        )  # fmt: skip
-        first, second = divmod(int((counts + counts.T).argmax()), classes)
+        counts = torch.zeros(n_classes, n_classes)
+        counts.index_put_((self.y, rivals), torch.ones(len(self.y)), accumulate=True)
+        first, second = divmod(int((counts + counts.T).argmax()), n_classes)
         return min(first, second), max(first, second)
 
 
 def compute_instance_metrics(
     model: nn.Module, split: Split, attacks: Mapping[str, PGD], n_examples: int
 ) -> InstanceMetrics:
-    """The first `count` examples of `split` under each attack, with the same random starts each
-    time; on the CPU.
+    """Measure the first examples of a split; the random starts are the same in each call.
+
+    Args:
+        model: Maps images in [0, 1], (N, C, H, W), to logits.
+        split: The examples.
+        attacks: Attacks by name; they must count kappa.
+        n_examples: Number of examples.
+
+    Returns:
+        The metrics, on the CPU.
     """
     rows = slice(0, n_examples)
     x, y = split.get_float_images(rows), split.y[rows]
@@ -48,13 +58,11 @@ def compute_instance_metrics(
         with torch.no_grad():
             logits = model(x)
         for name, attack in attacks.items():
-            found = attack(
-                model, x, y, ExampleRng.for_examples(split.index[rows], 0, "instances", name)
-            )
-            assert found.kappa is not None
-            kappa[name] = found.kappa.cpu()
+            rng = ExampleRng.for_examples(split.index[rows], 0, "instances", name)
+            result = attack(model, x, y, rng)
+            assert result.kappa is not None
+            kappa[name] = result.kappa.cpu()
             with torch.no_grad():
-                v[name] = true_class_confidence(
-                    model(found.x_adv), y, attack.vulnerability_kind
-                ).cpu()
+                adv_logits = model(result.x_adv)
+            v[name] = true_class_confidence(adv_logits, y, attack.vulnerability_kind).cpu()
     return InstanceMetrics(logits.cpu(), y.cpu(), kappa, v)

@@ -1,4 +1,4 @@
-"""Models to evaluate: from a checkpoint of ours, or from a user's own code."""
+"""Loads models for evaluation: from a raysweep checkpoint, or from a user's own code."""
 
 import importlib
 import sys
@@ -21,8 +21,13 @@ from raysweep.training.epoch_metrics import find_best_epoch
 
 @dataclass(frozen=True)
 class EvaluationTarget:
-    """What is evaluated: a model in eval mode, what it is called, and its checkpoint and data if it
-    is one of ours.
+    """A model to evaluate.
+
+    Attributes:
+        model: Maps images in [0, 1], (N, C, H, W), to logits; in eval mode.
+        name: Name for reports, such as `RUN/epoch-0004` or `module:factory`.
+        checkpoint: Where the model comes from; None for a user's own code.
+        data: Data of the checkpoint's config; None for a user's own code.
     """
 
     model: nn.Module
@@ -32,79 +37,108 @@ class EvaluationTarget:
 
     @property
     def config(self) -> TrainingConfig | None:
+        """Config of the checkpoint, if there is one."""
         return self.checkpoint.config if self.checkpoint else None
 
 
 def load_checkpoint_target(path: Path, overrides: Mapping[str, Any]) -> EvaluationTarget:
-    """From a checkpoint's folder, or from a run's (its best epoch), its data changed by {setting of
-    `data`: value}.
+    """Load a checkpoint, or the best checkpoint of a run, with its data.
 
-    Raises SpecError in one line.
+    Args:
+        path: Folder of a checkpoint or of a run.
+        overrides: Field of the data spec -> value, to evaluate on other data.
+
+    Returns:
+        The model with its checkpoint and data.
+
+    Raises:
+        SpecError: There is no checkpoint, it is damaged, or the data differ; one line.
     """
-    where = storage.uri_of(path)
+    uri = storage.uri_of(path)
     if path.is_file():
         raise SpecError(
-            f"{where}: is a file; give the folder of a checkpoint, or module:factory of your own code to load it"
+            f"{uri}: is a file; give the folder of a checkpoint, or module:factory of your own "
+            "code to load it"
         )
     if not path.is_dir() and not storage.is_bucket_copy(path):
         raise SpecError(
-            f"{where}: no such folder; give a sweep, a trial, a checkpoint, an MLflow run or module:factory"
+            f"{uri}: no such folder; give a sweep, a trial, a checkpoint, an MLflow run or "
+            "module:factory"
         )
     if not storage.pull_checkpoint(path):
         last = RunDirectory(path).read_last_checkpoint()
         if last is None:
             raise SpecError(
-                f"{where}: neither a checkpoint (no {META_FILE}) nor a run (no epoch-* folders)"
+                f"{uri}: neither a checkpoint (no {META_FILE}) nor a run (no epoch-* folders)"
             )
         path = RunDirectory(path).epoch_path(find_best_epoch(last.config, last.history))
     saved = checkpoint.read_checkpoint(path)
     spec = apply_overrides(saved.config.data, overrides)
-    data = load_data(spec.replace(unlabeled=None) if spec.unlabeled else spec)
+    if spec.unlabeled:
+        spec = spec.replace(unlabeled=None)
+    data = load_data(spec)
     return EvaluationTarget(
         load_trained_model(saved, data), _format_checkpoint_name(path), saved, data
     )
 
 
 def _format_checkpoint_name(path: Path) -> str:
-    """RUN/epoch-0004, with its sweep's name before it if the run is a trial, which is a mere
-    number.
-    """
+    """Return RUN/epoch-NNNN, or SWEEP/TRIAL/epoch-NNNN for a trial, whose folder is a number."""
     run = path.parent
     sweep = [run.parent.parent.name] if run.parent.name == "trials" else []
     return "/".join([*sweep, run.name, path.name])
 
 
 def load_trained_model(checkpoint: TrainingCheckpoint, data: Dataset) -> nn.Module:
-    """The checkpoint's network with its weights, in eval mode. Raises SpecError if the data are not
-    what they were.
+    """Build a checkpoint's network with its weights, in eval mode.
+
+    Args:
+        checkpoint: The checkpoint.
+        data: Gives the number of channels and classes. Unless the run used unlabeled data, its
+            fingerprint must be that of the training data.
+
+    Returns:
+        The model; it maps images in [0, 1], (N, C, H, W), to logits.
+
+    Raises:
+        SpecError: The data are not those of the training.
     """
-    if (
-        checkpoint.config.data.unlabeled is None
-        and data.fingerprint != checkpoint.meta["data_fingerprint"]
-    ):
-        name = checkpoint.config.data.name
+    config, fingerprint = checkpoint.config, checkpoint.meta["data_fingerprint"]
+    if config.data.unlabeled is None and data.fingerprint != fingerprint:
         raise SpecError(
-            f"{checkpoint.path}: was trained on other {name!r} data (fingerprint {checkpoint.meta['data_fingerprint']})"
+            f"{checkpoint.path}: was trained on other {config.data.name!r} data "
+            f"(fingerprint {fingerprint})"
         )
-    return checkpoint.load_weights(
-        checkpoint.config.model.build_model(data.channels, data.classes, 0)
-    ).eval()
+    model = config.model.build_model(data.channels, data.classes, 0)
+    return checkpoint.load_weights(model).eval()
 
 
 def load_factory_target(import_path: str) -> EvaluationTarget:
-    """`module:factory`: call a user's own function for an nn.Module from [0, 1] images to logits."""
+    """Load a model from a user's own code.
+
+    Args:
+        import_path: `module:factory`. The factory takes no arguments and returns a torch.nn.Module
+            that maps images in [0, 1], (N, C, H, W), to logits. The module may be in the current
+            folder.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        SpecError: The factory cannot be imported or fails, or returns something else; one line.
+    """
     module, _, factory = import_path.partition(":")
-    # For good: processes that are to unpickle the model look for its class there too.
+    # Stays there: processes that unpickle the model look for its class in this path, too.
     sys.path.insert(0, str(Path.cwd()))
     try:
         model = getattr(importlib.import_module(module), factory)()
     except (ImportError, AttributeError) as error:
         raise SpecError(f"{import_path}: cannot be imported: {error}") from None
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        line = " ".join(str(error).split())
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        message = " ".join(str(error).split())
         raise SpecError(
-            f"{import_path}: {type(error).__name__}: {line} ({where.filename}:{where.lineno})"
+            f"{import_path}: {type(error).__name__}: {message} ({frame.filename}:{frame.lineno})"
         ) from None
     if not isinstance(model, nn.Module):
         raise SpecError(f"{import_path}: gave {type(model).__name__}, not a torch.nn.Module")

@@ -1,6 +1,4 @@
-"""The faces of one network: as it is trained, as attacks meet it, and the model itself, as it is
-saved and judged.
-"""
+"""Variants of one network: the model, a module that trains it, and a module for attacks."""
 
 import copy
 from contextlib import AbstractContextManager
@@ -16,12 +14,20 @@ from raysweep.training.compute import ComputeSpec, Precision
 
 
 class ModelVariants:
-    """model: what is saved and judged, here only laid out anew. trained: runs `model` for its
-    weights' gradient.
+    """A model with the modules through which training and attacks run it.
 
-    attacked: what attacks in eval mode meet: `model` in eval mode, up to the rounding that
-    `compute` allows. compute: decided for the device. images: a few, (N, C, H, W), to find out
-    which batch norms follow a convolution.
+    Args:
+        model: The network. Its memory format may be changed.
+        images: A few images, (N, C, H, W), with which convolutions that a batch norm follows are
+            found.
+        compute: Fast paths, resolved for the device.
+
+    Attributes:
+        model: The network that is saved and evaluated.
+        train_module: Runs `model` in the precision of training, for gradients of its weights.
+        attack_module: Equals `model` in eval mode up to rounding, and is faster. For attacks in
+            eval mode; call `sync_folded_weights` after each change of `model`.
+        memory_format: Memory format of the weights, which images should have, too.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, compute: ComputeSpec) -> None:
@@ -32,11 +38,11 @@ class ModelVariants:
         self.model = model.to(memory_format=self.memory_format)
         self.train_module = _apply_compute_options(model, compute.train, compute.compile)
         self._folded_layers: list[tuple[nn.Conv2d, _BatchNorm, nn.Conv2d]] = []
-        met = self._build_folded_module(images, compute.attack) if compute.fold else model
-        self.attack_module = _apply_compute_options(met, compute.attack, compute.compile)
+        attacked = self._build_folded_module(images, compute.attack) if compute.fold else model
+        self.attack_module = _apply_compute_options(attacked, compute.attack, compute.compile)
 
     def sync_folded_weights(self) -> None:
-        """Bring `attacked` up to the model's weights and running statistics: before each step."""
+        """Update `attack_module` with the model's weights and running statistics."""
         with torch.no_grad():
             for conv, norm, folded in self._folded_layers:
                 mean, variance = norm.running_mean, norm.running_var
@@ -48,34 +54,35 @@ class ModelVariants:
                 folded.bias.copy_(bias)
 
     def training_precision(self) -> AbstractContextManager[None]:
-        """What training makes of float32 on NVIDIA's GPUs."""
+        """Context manager that sets the float32 precision of training on NVIDIA's GPUs."""
         return fp32_precision("tf32" if self._uses_tf32 else "ieee")
 
     def _build_folded_module(self, images: Tensor, precision: Precision) -> nn.Module:
-        """A mirror of the model in which convolutions that a batch norm follows have tensors of
-        their own.
+        """Build a copy of the model with batch norms folded into the convolutions before them.
+
+        Folded convolutions have their own tensors; all others are shared with the model.
         """
         with freeze_model(self.model):
-            pairs = find_foldable_batch_norms(self.model, images)
-        net = _copy_sharing_tensors(self.model).eval()
-        for norm, conv in pairs.items():
-            folded = copy.deepcopy(net.get_submodule(conv))
+            conv_by_norm = find_foldable_batch_norms(self.model, images)
+        folded_model = _copy_sharing_tensors(self.model).eval()
+        for norm_name, conv_name in conv_by_norm.items():
+            folded = copy.deepcopy(folded_model.get_submodule(conv_name))
             assert isinstance(folded, nn.Conv2d)
             folded.bias = nn.Parameter(
                 folded.weight.new_zeros(folded.out_channels), requires_grad=False
             )
             if precision == "bf16":
                 folded.bfloat16()
-            net.set_submodule(conv, folded)
-            net.set_submodule(norm, nn.Identity())
-            trained_conv, trained_norm = (self.model.get_submodule(name) for name in (conv, norm))
-            self._folded_layers.append((trained_conv, trained_norm, folded))  # type: ignore[arg-type]
+            folded_model.set_submodule(conv_name, folded)
+            folded_model.set_submodule(norm_name, nn.Identity())
+            conv, norm = self.model.get_submodule(conv_name), self.model.get_submodule(norm_name)
+            self._folded_layers.append((conv, norm, folded))  # type: ignore[arg-type]
         self.sync_folded_weights()
-        return net
+        return folded_model
 
 
 class _Bf16Autocast(nn.Module):
-    """A network under autocast to bf16, whose output has its input's type."""
+    """Runs a module under autocast to bf16; the output has the dtype of the input."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -88,17 +95,17 @@ class _Bf16Autocast(nn.Module):
 
 
 def _apply_compute_options(module: nn.Module, precision: Precision, use_compile: bool) -> nn.Module:
+    """Wrap a module in torch.compile and autocast, if they are on."""
     if use_compile:
-        # On a GPU as CUDA graphs; weights and folded weights are changed in place, so that replays
-        # see them.
+        # Makes CUDA graphs on a GPU. Weights are only changed in place, so that replays see them.
         module = torch.compile(module, mode="reduce-overhead")  # type: ignore[assignment]
     return _Bf16Autocast(module) if precision == "bf16" else module
 
 
 def _copy_sharing_tensors(model: nn.Module) -> nn.Module:
-    """Modules of its own around the model's very tensors, which need no gradient here."""
-    shared: dict[int, object] = {
-        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
-    }
-    shared |= {id(buffer): buffer for buffer in model.buffers()}
-    return copy.deepcopy(model, shared)
+    """Copy the modules of a model, but share its tensors; the copy needs no gradients."""
+    # deepcopy takes these objects instead of copies of the tensors with the same id.
+    memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    return copy.deepcopy(model, memo)

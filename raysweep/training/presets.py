@@ -1,7 +1,7 @@
-"""Named settings: one training run of the papers each, as YAML of a method and {dotted path:
-value}.
+"""Presets: named settings of training runs of the papers, as YAML files.
 
-`extends: NAME` starts from another preset: the rest of the file is what differs.
+A file has a `method` and settings by dotted path. With `extends: NAME` it starts from another
+preset and overrides its settings.
 """
 
 from collections.abc import Mapping
@@ -19,15 +19,24 @@ from raysweep.spec import (
 from raysweep.training.config import TrainingConfig, build_training_config
 
 PresetContent = tuple[str | dict[str, Any], dict[str, Any]]
+"""Method (a name, or written out) and settings by dotted path."""
 
 
 def load_preset(name: str) -> PresetContent:
-    """Method (a name, or one written out) and settings, as `run_config` takes them. SpecError for
-    an unknown name.
+    """Read a preset.
+
+    Args:
+        name: Name of the preset, as `raysweep list` prints it.
+
+    Returns:
+        Method and settings, the arguments of `build_training_config`.
+
+    Raises:
+        SpecError: There is no such preset; the message suggests similar names.
     """
-    path = find_builtin_folder("pipelines") / "presets" / f"{name}.yaml"
     if name not in list_presets():
         raise SpecError(describe_unknown_name("preset", name, list_presets()))
+    path = _presets_folder() / f"{name}.yaml"
     settings = _apply_extends(read_yaml(path))
     if "method" not in settings:
         raise SpecError(f"{path}: method is missing")
@@ -35,8 +44,18 @@ def load_preset(name: str) -> PresetContent:
 
 
 def resolve_training_config(source: str, overrides: Mapping[str, Any]) -> TrainingConfig:
-    """The run that a method, a preset or a YAML file ({method or extends: ..., dotted path: value})
-    stands for.
+    """Build the config that a method, a preset or a YAML file names.
+
+    Args:
+        source: Name of a method or preset, or path of a YAML file with `method` or `extends` and
+            settings by dotted path.
+        overrides: Settings by dotted path that win over those of `source`.
+
+    Returns:
+        The config.
+
+    Raises:
+        SpecError: The name is unknown, or settings are wrong; one line for each problem.
     """
     if source.endswith((".yaml", ".yml")):
         settings = _apply_extends(read_yaml(Path(source)))
@@ -50,7 +69,7 @@ def resolve_training_config(source: str, overrides: Mapping[str, Any]) -> Traini
 
 
 def _apply_extends(content: JsonDict) -> JsonDict:
-    """The settings over those of the preset that they extend, if they do."""
+    """Merge a file's settings into those of the preset that it extends, if any."""
     if "extends" not in content:
         return content
     method, base = load_preset(str(content.pop("extends")))
@@ -58,7 +77,10 @@ def _apply_extends(content: JsonDict) -> JsonDict:
 
 
 def list_presets() -> list[str]:
-    """Names of all presets, sorted."""
-    return sorted(
-        path.stem for path in (find_builtin_folder("pipelines") / "presets").glob("*.yaml")
-    )
+    """Return the names of all presets, sorted."""
+    return sorted(path.stem for path in _presets_folder().glob("*.yaml"))
+
+
+def _presets_folder() -> Path:
+    """Return the folder of the presets that come with raysweep."""
+    return find_builtin_folder("pipelines") / "presets"

@@ -1,4 +1,4 @@
-"""The sweep's objective: a short, diverse set of attacks on the validation split."""
+"""Validation during training: a short, diverse set of attacks, whose results rank the trials."""
 
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
@@ -18,53 +18,72 @@ from raysweep.training.input_gradients import input_gradient_norm
 
 ObjectiveName = Literal["robust_worst", "clean", "pgd", "cw"]
 OBJECTIVE_DESCRIPTIONS: dict[str, str] = {
-    "robust_worst": "Right under PGD-20, CW-PGD-20 and a short targeted APGD: what a sweep maximises by default.",
-    "clean": "Right on natural images.",
-    "pgd": "Right under PGD-20, which reweighting fools.",
-    "cw": "Right under CW-PGD-20.",
+    "robust_worst": "Accuracy under the worst of PGD-20, CW-PGD-20 and a short targeted APGD; "
+    "the default of sweeps.",
+    "clean": "Accuracy on natural images.",
+    "pgd": "Accuracy under PGD-20, which overestimates reweighted models.",
+    "cw": "Accuracy under CW-PGD-20.",
 }
 DEFAULT_OBJECTIVE: ObjectiveName = "robust_worst"
 _MIN_DLR_CLASSES = 4
 
 
 def _default_attacks() -> dict[str, AnyAttack]:
+    """Return PGD-20 on the cross-entropy and on the margin loss."""
     pgd = PGD(steps=20)
     return {"pgd": pgd, "cw": pgd.replace(loss="cw")}
 
 
 def _default_finish_attacks() -> dict[str, AnyAttack]:
+    """Return a short targeted APGD."""
     return {"apgd_t": APGD(steps=20, loss="dlr-targeted", targets=3)}
 
 
 class Validation(Spec):
-    """Which attacks judge a checkpoint while training, on the first `size` validation examples
-    (null: all).
+    """How checkpoints are evaluated during training, on validation examples.
 
-    attacks: face every example that is classified correctly, so that each has an accuracy of its
-    own. finish: face what those left. Together the default ranks models nearly as AutoAttack does,
-    which plain PGD does not: it overstates reweighted models most. objective: decides which epoch
-    is the best. flatness: also how steep the loss is at friendly and at most adversarial data.
-    scales: the first cross-entropy PGD of `attacks` is repeated, on a `scaled_share` of the images,
-    against the logits times each of these (none: not at all). tf32: `attacks` and `finish` compute
-    in TF32 (NVIDIA's GPUs), several times faster there; whether an example is still right is
-    decided in float32 all the same.
+    The default attacks together rank models nearly as AutoAttack does. Plain PGD does not: it
+    overestimates reweighted models most.
     """
 
     attacks: Annotated[dict[str, AnyAttack], Field(min_length=1)] = Field(
         default_factory=_default_attacks
     )
+    """Attacks by name. Each one attacks all correctly classified examples, so each has its own
+    accuracy."""
+
     finish: dict[str, AnyAttack] = Field(default_factory=_default_finish_attacks)
+    """More attacks by name. They attack only examples that survive all attacks before them."""
+
     size: Annotated[int, Field(ge=1)] | None = None
+    """Number of examples: the first ones of the validation split. null: all."""
+
     every: Annotated[int, Field(ge=1)] = 1
+    """Evaluate every so many epochs, and after the last epoch."""
+
     batch_size: Annotated[int, Field(ge=1)] = 512
+    """Examples in a batch."""
+
     objective: ObjectiveName = DEFAULT_OBJECTIVE
+    """Metric that decides which epoch is the best; larger is better."""
+
     flatness: bool = False
+    """Also measure how steep the loss is at friendly and at most adversarial examples."""
+
     scales: tuple[Annotated[Number, Field(gt=0)], ...] = (0.1, 10.0)
+    """Test for masked gradients: the first cross-entropy PGD of `attacks` also attacks the logits
+    times each of these factors. Empty: no test."""
+
     scaled_share: Annotated[Number, Field(gt=0, le=1)] = 0.25
+    """Share of the examples that the test with `scales` uses."""
+
     tf32: bool = False
+    """Compute the attacks in TF32, which is several times faster on NVIDIA's GPUs. Whether an
+    example survives is still decided in float32."""
 
     @model_validator(mode="after")
     def _check_objective(self) -> Self:
+        """Reject an objective that none of the attacks measures."""
         if self.objective not in ("robust_worst", "clean", *self.attacks):
             raise ValueError(
                 f"objective = {self.objective!r}: none of `attacks`: {', '.join(self.attacks)}"
@@ -72,86 +91,99 @@ class Validation(Spec):
         return self
 
     def __call__(self, model: nn.Module, split: Split) -> dict[str, float]:
-        """Shares of the examples, in [0, 1]. Every checkpoint faces the same random starts.
+        """Evaluate a model. The attacks' random starts are the same for all checkpoints.
 
-        `clean`; accuracy under each of `attacks`, by name; `robust_worst`, right whatever the
-        attack; `masking_gap`, what the first attack alone overstates that by; `zero_gradient`,
-        right ones whose cross-entropy has no gradient. More symptoms of masked gradients:
-        `val/ce_cw_gap`, accuracy under PGD on the cross-entropy less that under PGD on the margin;
-        `val/scaling_gap`, what PGD breaks more when the logits it sees are scaled (Hitaj et al.
-        2021), which moves no decision.
+        Args:
+            model: Maps images in [0, 1], (N, C, H, W), to logits.
+            split: The validation split, of which the first `size` examples are used.
+
+        Returns:
+            Shares of the examples, in [0, 1] except for gaps:
+
+            * `clean`: accuracy on natural images.
+            * The name of each of `attacks`: accuracy under it.
+            * `robust_worst`: share that survives all attacks.
+            * `masking_gap`: accuracy under the first attack minus `robust_worst`.
+            * `zero_gradient`: correct examples whose cross-entropy has no gradient.
+            * `val/ce_cw_gap`: accuracy under PGD on the cross-entropy minus that under PGD on the
+              margin loss.
+            * `val/scaling_gap`: share that PGD breaks only on scaled logits (Hitaj et al. 2021).
+            * `flatness_friendly`, `flatness_adversarial`: see `input_gradient_norm`.
         """
-        count = len(split) if self.size is None else min(self.size, len(split))
-        parts: dict[str, list[Tensor]] = {}
+        n_examples = len(split) if self.size is None else min(self.size, len(split))
+        batches: dict[str, list[Tensor]] = {}
         with freeze_model(model):
-            for start in range(0, count, self.batch_size):
-                rows = slice(start, min(start + self.batch_size, count))
-                for name, part in self._validate_batch(model, split, rows).items():
-                    parts.setdefault(name, []).append(part)
-            flags = {name: torch.cat(several) for name, several in parts.items()}
-            symptoms = self._compute_masking_gaps(model, split, flags)
-        shares = {name: flag.float().mean().item() for name, flag in flags.items()}
-        shares["masking_gap"] = shares[next(iter(self.attacks))] - shares["robust_worst"]
-        shares |= symptoms
+            for start in range(0, n_examples, self.batch_size):
+                rows = slice(start, min(start + self.batch_size, n_examples))
+                for name, mask in self._validate_batch(model, split, rows).items():
+                    batches.setdefault(name, []).append(mask)
+            masks = {name: torch.cat(parts) for name, parts in batches.items()}
+            masking_gaps = self._compute_masking_gaps(model, split, masks)
+        metrics = {name: mask.float().mean().item() for name, mask in masks.items()}
+        metrics["masking_gap"] = metrics[next(iter(self.attacks))] - metrics["robust_worst"]
+        metrics |= masking_gaps
         if self.flatness:
-            first = next(
-                (attack for attack in self.attacks.values() if isinstance(attack, PGD)), PGD()
-            )
-            shares |= input_gradient_norm(model, split, first, count, self.batch_size)
-        return shares
+            pgd = next(iter(self._pgd_attacks().values()), PGD())
+            metrics |= input_gradient_norm(model, split, pgd, n_examples, self.batch_size)
+        return metrics
+
+    def _pgd_attacks(self) -> dict[str, PGD]:
+        """Return those of `attacks` that are PGD."""
+        return {name: attack for name, attack in self.attacks.items() if isinstance(attack, PGD)}
 
     def _compute_masking_gaps(
         self, model: nn.Module, split: Split, correct_masks: Mapping[str, Tensor]
     ) -> dict[str, float]:
-        """The gaps of `val/`, as far as there are such attacks."""
-        pgds = {name: attack for name, attack in self.attacks.items() if isinstance(attack, PGD)}
-        ce_name, cw_name = (
-            next((n for n, a in pgds.items() if a.loss == loss), None) for loss in ("ce", "cw")
-        )
-        if ce_name is None:
+        """Compute `val/ce_cw_gap` and `val/scaling_gap`, if there are attacks for them."""
+        pgd_attacks = self._pgd_attacks()
+        name_by_loss: dict[str, str] = {}
+        for name, attack in pgd_attacks.items():
+            name_by_loss.setdefault(attack.loss, name)
+        if "ce" not in name_by_loss:
             return {}
-        found = {}
-        if cw_name is not None:
-            found["val/ce_cw_gap"] = (
-                (correct_masks[ce_name].float() - correct_masks[cw_name].float()).mean().item()
-            )
+        ce_name = name_by_loss["ce"]
+        ce_mask = correct_masks[ce_name]
+        gaps = {}
+        if "cw" in name_by_loss:
+            cw_mask = correct_masks[name_by_loss["cw"]]
+            gaps["val/ce_cw_gap"] = (ce_mask.float() - cw_mask.float()).mean().item()
         if self.scales:
-            found["val/scaling_gap"] = estimate_scaling_gap(
+            gaps["val/scaling_gap"] = estimate_scaling_gap(
                 model,
                 split,
-                pgds[ce_name],
-                correct_masks[ce_name],
+                pgd_attacks[ce_name],
+                ce_mask,
                 self.scales,
                 self.scaled_share,
                 self.batch_size,
             )
-        return found
+        return gaps
 
     def _validate_batch(self, model: nn.Module, split: Split, rows: slice) -> dict[str, Tensor]:
+        """Return boolean masks of a batch by metric, (N,): `clean`, attack names and so on."""
         x, y, index = split.get_float_images(rows), split.y[rows], split.index[rows]
-        correct, classes, zero = _find_zero_gradients(model, x, y)
-        flags = {"clean": correct, "zero_gradient": zero}
-        worst = correct.clone()
+        correct, n_classes, zero_gradient = _find_zero_gradients(model, x, y)
+        masks = {"clean": correct, "zero_gradient": zero_gradient}
+        survives_all = correct.clone()
         for name, attack in {**self.attacks, **self.finish}.items():
-            alone = name in self.attacks
-            where = (correct if alone else worst).nonzero()[:, 0]
-            survived = torch.zeros_like(correct)
-            if len(where):
-                rng = ExampleRng.for_examples(index[where], 0, "validation", name)
+            has_own_metric = name in self.attacks
+            targets = (correct if has_own_metric else survives_all).nonzero()[:, 0]
+            survives = torch.zeros_like(correct)
+            if len(targets):
+                rng = ExampleRng.for_examples(index[targets], 0, "validation", name)
+                supported_attack = _replace_unsupported_dlr(attack, n_classes)
                 with maybe_tf32(self.tf32):
-                    found = _replace_unsupported_dlr(attack, classes)(
-                        model, x[where], y[where], rng
-                    )
+                    result = supported_attack(model, x[targets], y[targets], rng)
                 with torch.no_grad():
-                    survived[where] = model(found.x_adv).argmax(1) == y[where]
-            worst &= survived
-            if alone:
-                flags[name] = survived
-        return {**flags, "robust_worst": worst}
+                    survives[targets] = model(result.x_adv).argmax(1) == y[targets]
+            survives_all &= survives
+            if has_own_metric:
+                masks[name] = survives
+        return {**masks, "robust_worst": survives_all}
 
 
 def _find_zero_gradients(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int, Tensor]:
-    """Rows that are right, the number of classes, and right rows without a gradient."""
+    """Return correct rows, the number of classes, and correct rows with zero gradient."""
     x = x.detach().requires_grad_()
     logits = model(x)
     (grad,) = torch.autograd.grad(cross_entropy(logits, logits, y).sum(), x)
@@ -160,7 +192,7 @@ def _find_zero_gradients(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor
 
 
 def _replace_unsupported_dlr(attack: AnyAttack, n_classes: int) -> AnyAttack:
-    """The targeted DLR loss compares four logits; with fewer classes the margin loss stands in."""
+    """Use the margin loss instead of DLR with few classes: targeted DLR compares four logits."""
     if isinstance(attack, APGD) and attack.loss.startswith("dlr") and n_classes < _MIN_DLR_CLASSES:
         return attack.replace(loss="cw")
     return attack
