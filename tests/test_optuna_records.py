@@ -35,12 +35,12 @@ def space(**changes: Any) -> SearchSpace:
 def ended(number: int = 3, state: str = "finished", **more: Any) -> Trial:
     settings = {SHAPE: "tanh", LAM: 0.5, BURN_IN: 2}
     given = {
-        "settings": settings,
+        "params": settings,
         "epoch": 3,
         "latest": LAST,
         "best": BEST,
         "curve": CURVE,
-        "trained": 3,
+        "trained_epochs": 3,
     }
     return Trial(number, state=state, **{**given, **more})  # type: ignore[arg-type]
 
@@ -73,7 +73,7 @@ def test_states_and_the_values_of_the_best_epoch(
 def test_settings_and_the_distributions_that_they_come_from() -> None:
     both, linear = (
         to_frozen_trial(space(), ended()),
-        to_frozen_trial(space(), ended(settings={SHAPE: "linear", BURN_IN: 6})),
+        to_frozen_trial(space(), ended(params={SHAPE: "linear", BURN_IN: 6})),
     )
     distributions = {
         SHAPE: CategoricalDistribution(["tanh", "linear"]),
@@ -89,9 +89,9 @@ def test_settings_and_the_distributions_that_they_come_from() -> None:
         method="at",
         space={"optim.lr.values": {"categorical": [[0.1, 0.01, 0.001], [0.2, 0.02, 0.002]]}},
     )
-    trial = to_frozen_trial(lists, ended(settings={"optim.lr.values": [0.2, 0.02, 0.002]}))
+    trial = to_frozen_trial(lists, ended(params={"optim.lr.values": [0.2, 0.02, 0.002]}))
     assert trial.params == {"optim.lr.values": "[0.2, 0.02, 0.002]"}
-    assert to_frozen_trial(space(), ended(settings={BURN_IN: 2, "epochs": 9})).params == {
+    assert to_frozen_trial(space(), ended(params={BURN_IN: 2, "epochs": 9})).params == {
         BURN_IN: 2
     }, "only settings that are searched"
 

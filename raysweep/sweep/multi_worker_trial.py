@@ -1,6 +1,12 @@
-"""A trial on several workers: Ray Train's group within the trial, which itself only waits and
-passes reports on.
+"""Train a trial on several workers, with a worker group of Ray Train inside the trial.
+
+The trial's own process only waits for the group and passes its reports to Tune.
 """
+
+# ruff: noqa: E402
+from raysweep.sweep.ray_environment import set_ray_environment
+
+set_ray_environment()
 
 import time
 from collections.abc import Mapping
@@ -47,16 +53,24 @@ def train_on_workers(
     prefix_cache: PrefixCache | None = None,
     cached_dataset: CachedDataset | None = None,
 ) -> None:
-    """One trial in the folder `path` on `workers` processes that hold `each` of Ray's resources.
+    """Train a trial on a group of workers, and report its epochs to Tune.
 
-    A worker that dies costs the epoch that it was in: Ray Train starts the group again, and `fit`
-    goes on from the folder's last checkpoint.
+    When a worker dies, Ray Train starts the group again and training resumes from the last
+    checkpoint in the folder: only the current epoch is lost.
+
+    Args:
+        config: The trial's training config.
+        run_path: The trial's folder.
+        n_workers: Number of processes.
+        worker_resources: What each worker holds, in Ray's logical units.
+        prefix_cache: States that runs share; None to train all epochs.
+        cached_dataset: The data; None to let each worker load them itself.
     """
     remove_placement_group(load_placement_group(run_path))
     clear_failure_report(run_path)
     try:
-        # Reports that an earlier driver or group did not get through; those that did change
-        # nothing.
+        # An earlier driver or group may have died before it passed on its last reports. Tune's
+        # callbacks ignore those that they have received before.
         for metrics in RunDirectory(run_path).read_history():
             tune.report(metrics)
         _build_torch_trainer(
@@ -64,6 +78,73 @@ def train_on_workers(
         ).fit()
     except SpecError as error:
         tune.report({FAILURE_KEY: str(error), "epoch": 0})
+
+
+def load_placement_group(run_path: Path) -> PlacementGroup | None:
+    """Return the placement group of the last workers that trained in a folder.
+
+    Args:
+        run_path: The trial's folder.
+
+    Returns:
+        The group, which may have been removed; None if no worker wrote one down.
+    """
+    storage.pull_file(run_path / _PLACEMENT_GROUP_FILE)
+    try:
+        group_id = (run_path / _PLACEMENT_GROUP_FILE).read_text()
+        return PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
+    except (OSError, ValueError):
+        return None
+
+
+def remove_placement_group(group: PlacementGroup | None) -> None:
+    """Free the placement group of a trial that has ended, unless that was done before."""
+    if is_placement_group_active(group):
+        ray.util.remove_placement_group(group)
+
+
+def is_placement_group_active(group: PlacementGroup | None) -> bool:
+    """Return whether a placement group still holds resources, or waits for them."""
+    return group is not None and placement_group_table(group).get("state") not in (None, "REMOVED")
+
+
+class ReleaseWorkersCallback(tune.Callback):
+    """Free the workers of trials that were stopped (ray-project/ray #54305).
+
+    Where Ray's dashboard runs, Ray does so itself within a second or two. The callback waits before
+    it frees them, because a Train controller that is still alive would take the end of its workers
+    for a failure and start new ones.
+
+    Args:
+        trials_path: Folder of the sweep's trials.
+        grace_seconds: Seconds to wait after the end of a trial.
+    """
+
+    def __init__(self, trials_path: Path, grace_seconds: float = 5.0) -> None:
+        self._trials_path = trials_path
+        self._grace_seconds = grace_seconds
+        self._pending_removals: list[tuple[float, PlacementGroup]] = []
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any
+    ) -> None:
+        """Schedule the removal of the trial's placement group."""
+        group = load_placement_group(self._trials_path / f"{trial.config['number']:04d}")
+        if group is not None:
+            self._pending_removals.append((time.monotonic() + self._grace_seconds, group))
+
+    on_trial_error = on_trial_complete
+
+    def on_step_end(self, iteration: int, trials: list[RayTrial], **info: Any) -> None:
+        """Remove the placement groups whose time has come."""
+        while self._pending_removals and self._pending_removals[0][0] <= time.monotonic():
+            remove_placement_group(self._pending_removals.pop(0)[1])
+
+    def on_experiment_end(self, trials: list[RayTrial], **info: Any) -> None:
+        """Wait until all scheduled placement groups are removed."""
+        while any(is_placement_group_active(group) for _, group in self._pending_removals):
+            time.sleep(0.1)
+            self.on_step_end(0, trials)
 
 
 def _build_torch_trainer(
@@ -74,25 +155,25 @@ def _build_torch_trainer(
     prefix_cache: PrefixCache | None,
     cached_dataset: CachedDataset | None,
 ) -> "ray.train.torch.TorchTrainer":
-    gpus, threads = (
-        worker_resources.get("GPU", 0),
-        max(1, int(round(worker_resources["CPU"] + DRIVER_CPUS, 3))),
-    )
+    """Build Ray Train's trainer; the arguments are those of `train_on_workers`."""
+    gpus = worker_resources.get("GPU", 0)
+    # The workers' share of the trial's CPUs, before the trial's own process took its part.
+    cpus = round(worker_resources["CPU"] + DRIVER_CPUS, 3)
     return ray.train.torch.TorchTrainer(
         _run_worker,
         train_loop_config={
             "config": config.model_dump_json(),
             "path": storage.uri_of(run_path),
-            "threads": threads,
+            "threads": max(1, int(cpus)),
             "prefixes": prefix_cache,
             "source": cached_dataset,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=n_workers,
             use_gpu=gpus > 0,
-            resources_per_worker={k: v for k, v in worker_resources.items() if v},
+            resources_per_worker={kind: n for kind, n in worker_resources.items() if n},
         ),
-        # NCCL wants a device for each rank.
+        # NCCL needs a GPU for each rank.
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpus >= 1 else "gloo"),
         run_config=ray.train.RunConfig(
             name=f"workers-{run_path.name}",
@@ -105,29 +186,27 @@ def _build_torch_trainer(
 
 
 def _run_worker(loop_config: dict[str, Any]) -> None:
-    """What each worker runs."""
+    """Train as one worker of the group, and report failures (Ray Train's loop function)."""
     from raysweep.training.distributed import WorkerLost
 
-    config, path = (
-        TrainingConfig.model_validate_json(loop_config["config"]),
-        storage.local_path(loop_config["path"]),
-    )
+    config = TrainingConfig.model_validate_json(loop_config["config"])
+    run_path = storage.local_path(loop_config["path"])
     try:
-        _train_worker(config, path, loop_config)
+        _train_worker(config, run_path, loop_config)
     except TrainingFailed as error:
-        # All workers at once.
+        # All workers fail together.
         _report_metrics({FAILURE_KEY: str(error), "epoch": 0})
     except (WorkerLost, storage.BucketUnavailable):
         raise
     except Exception as error:
-        # Perhaps this one's alone: the others wait for it, and only the end of the group frees
-        # them.
-        save_failure_report(path, failure_report(error, config, path))
+        # Perhaps only this worker failed. The others wait for it until the group ends, so it cannot
+        # report with them: the next group reports what it saves here.
+        save_failure_report(run_path, failure_report(error, config, run_path))
         raise
 
 
 def _train_worker(config: TrainingConfig, run_path: Path, loop_config: dict[str, Any]) -> None:
-    """One worker's part of the training."""
+    """Train as one worker of the group; let errors pass."""
     import torch
 
     from raysweep.training.distributed import DistributedWorkerGroup, broadcast_int
@@ -137,20 +216,21 @@ def _train_worker(config: TrainingConfig, run_path: Path, loop_config: dict[str,
     if workers.rank == 0:
         _save_placement_group(run_path)
     if broadcast_int(len(load_failure_report(run_path)), workers, device):
-        # The last group ended by an error of this trial, and so would each after it.
+        # An error of this trial ended the last group, and would end each later group too.
         _report_metrics({**load_failure_report(run_path), "epoch": 0})
         return
-    # A report waits for the next poll: when a group dies, its last two may not have got through.
-    known = RunDirectory(run_path).read_history() if workers.rank == 0 else []
-    missed = known[-2:]
-    for number in range(broadcast_int(len(missed), workers, device)):
-        _report_metrics(missed[number] if missed else {})
-    data = loop_config["source"].load_shared(config.data) if loop_config["source"] else None
+    # Ray Train fetches a report with its next poll: of a group that died, the last two reports may
+    # be lost.
+    history = RunDirectory(run_path).read_history() if workers.rank == 0 else []
+    last_rows = history[-2:]
+    for index in range(broadcast_int(len(last_rows), workers, device)):
+        _report_metrics(last_rows[index] if last_rows else {})
+    cached_dataset = loop_config["source"]
     train_model(
         config,
         run_path,
         FunctionCallback(_report_metrics),
-        data=data,
+        data=cached_dataset.load_shared(config.data) if cached_dataset else None,
         device=device,
         workers=workers,
         prefix_cache=loop_config["prefixes"],
@@ -160,7 +240,7 @@ def _train_worker(config: TrainingConfig, run_path: Path, loop_config: dict[str,
 def _report_metrics(
     metrics: Mapping[str, float | str], checkpoint: TrainingCheckpoint | None = None
 ) -> None:
-    """Ray Train's report, which waits for all workers."""
+    """Report to Ray Train, which waits until all workers have reported."""
     from raysweep.training.distributed import collective_errors
 
     with collective_errors():
@@ -168,61 +248,9 @@ def _report_metrics(
 
 
 def _save_placement_group(run_path: Path) -> None:
-    """Write down which placement group this worker lives in."""
+    """Write the id of this worker's placement group into the trial's folder."""
     group = get_current_placement_group()
     assert group is not None
     run_path.mkdir(parents=True, exist_ok=True)
     (run_path / _PLACEMENT_GROUP_FILE).write_text(group.id.hex())
     storage.push_to_bucket(run_path / _PLACEMENT_GROUP_FILE)
-
-
-def load_placement_group(run_path: Path) -> PlacementGroup | None:
-    """The placement group of the workers that train, or trained last, in the folder `path`."""
-    storage.pull_file(run_path / _PLACEMENT_GROUP_FILE)
-    try:
-        name = (run_path / _PLACEMENT_GROUP_FILE).read_text()
-        return PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name)))
-    except (OSError, ValueError):
-        return None
-
-
-def remove_placement_group(group: PlacementGroup | None) -> None:
-    """Free a placement group whose trial is over, if nobody has."""
-    if is_placement_group_active(group):
-        ray.util.remove_placement_group(group)
-
-
-def is_placement_group_active(group: PlacementGroup | None) -> bool:
-    return group is not None and placement_group_table(group).get("state") not in (None, "REMOVED")
-
-
-class ReleaseWorkersCallback(tune.Callback):
-    """Frees the workers of trials that were stopped (ray-project/ray #54305).
-
-    Ray does so itself within a second or two where its dashboard runs. Not at once: a Train
-    controller that is still alive would take the end of its workers for a failure and start new
-    ones.
-    """
-
-    def __init__(self, trials_path: Path, grace_seconds: float = 5.0) -> None:
-        self._trials_path = trials_path
-        self._grace_seconds = grace_seconds
-        self._pending_removals: list[tuple[float, PlacementGroup]] = []
-
-    def on_trial_complete(
-        self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any
-    ) -> None:
-        group = load_placement_group(self._trials_path / f"{trial.config['number']:04d}")
-        if group is not None:
-            self._pending_removals.append((time.monotonic() + self._grace_seconds, group))
-
-    on_trial_error = on_trial_complete
-
-    def on_step_end(self, iteration: int, trials: list[RayTrial], **info: Any) -> None:
-        while self._pending_removals and self._pending_removals[0][0] <= time.monotonic():
-            remove_placement_group(self._pending_removals.pop(0)[1])
-
-    def on_experiment_end(self, trials: list[RayTrial], **info: Any) -> None:
-        while any(is_placement_group_active(group) for _, group in self._pending_removals):
-            time.sleep(0.1)
-            self.on_step_end(0, trials)

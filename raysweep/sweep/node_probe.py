@@ -1,4 +1,9 @@
-"""What each node of a cluster says of itself: the same few questions, asked by a task on each."""
+"""Probe the nodes of a Ray cluster with a task on each: versions, storage, data, clock, ports."""
+
+# ruff: noqa: E402
+from raysweep.sweep.ray_environment import set_ray_environment
+
+set_ray_environment()
 
 import hashlib
 import os
@@ -33,10 +38,14 @@ _LOOPBACK_PATTERN = re.compile(r"^(127\.|::1$|::ffff:127\.)")
 
 @dataclass(frozen=True)
 class ProbeRequest:
-    """What to look for on every node. marker: a file that the asker wrote to `storage`; data: a
-    spec, as JSON.
+    """What a probe looks for on every node.
 
-    fingerprint: of the asker's data, if a copy that the node made earlier will do.
+    Attributes:
+        storage_uri: Folder that the node must be able to read and write.
+        marker_file: Name of a file in that folder, which the driver wrote.
+        data_spec: The data set, a `DataSpec` as JSON.
+        fingerprint: Fingerprint of the driver's data. If it is set, a copy that the node cached
+            earlier will do; if it is empty, the node reads the data set itself.
     """
 
     storage_uri: str
@@ -47,8 +56,24 @@ class ProbeRequest:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """One node's. time: its clock; listening: Ray's ports beyond loopback, `name address:port`;
-    token: whether its Ray wants one; problems by topic."""
+    """What a probe found on one node.
+
+    Attributes:
+        node_name: Host name.
+        is_head: Whether this is the head node of the cluster.
+        versions: Versions of Python, raysweep and `REPORTED_PACKAGES`.
+        clock_time: The node's clock, in seconds since the epoch.
+        gpus: NVIDIA GPUs that the machine has.
+        declared_gpus: GPUs that Ray was started with.
+        disk_free: Free bytes where temporary files are written.
+        memory_free: Available bytes of memory.
+        exposed_ports: Ray's ports beyond loopback, as `NAME ADDRESS:PORT`.
+        requires_token: Whether the node's Ray asks for a token.
+        fingerprint: Fingerprint of the node's data; empty if it cannot be read.
+        problems: Messages by topic, `node`, `storage` or `data`.
+        clock_skew: Lower bound of the difference between the node's clock and the driver's, in
+            seconds, however long the answer took.
+    """
 
     node_name: str
     is_head: bool
@@ -62,97 +87,169 @@ class NodeReport:
     requires_token: bool = False
     fingerprint: str = ""
     problems: dict[str, str] = field(default_factory=dict)
-    # The clock can be off by no less, whatever the answer's way took.
     clock_skew: float = 0.0
 
 
 def probe_nodes(request: ProbeRequest) -> list[NodeReport]:
-    """Every node's answer. A node that cannot say anything has its reason in `problems["node"]`."""
+    """Run a probe on every live node of the connected cluster.
+
+    Args:
+        request: What to look for.
+
+    Returns:
+        A report of each node. A node that could not answer has the reason in `problems["node"]`,
+        unless it left the cluster meanwhile: then it has no report.
+    """
     nodes = _live_nodes()
-    asked = time.time()
-    waiting = [
-        _pinned_probe_task(node).remote(asdict(request), node["Resources"].get("GPU", 0.0))
-        for node in nodes.values()
-    ]
-    answers = {
-        name: _collect_report(nodes[name], one, asked)
-        for name, one in zip(nodes, waiting, strict=True)
+    request_time = time.time()
+    tasks = {
+        node_id: _pinned_probe_task(node).remote(asdict(request), node["Resources"].get("GPU", 0.0))
+        for node_id, node in nodes.items()
     }
-    # One that died meanwhile is no longer the cluster's.
-    still = _live_nodes()
+    reports = {
+        node_id: _collect_report(nodes[node_id], task, request_time)
+        for node_id, task in tasks.items()
+    }
+    live_ids = _live_nodes().keys()
     return [
-        answer for name, answer in answers.items() if "node" not in answer.problems or name in still
+        report
+        for node_id, report in reports.items()
+        if "node" not in report.problems or node_id in live_ids
     ]
 
 
 def find_node_problems(sweep_path: Path, cached_dataset: CachedDataset) -> list[str]:
-    """What the nodes of a cluster lack for a sweep in `folder`, one line each."""
+    """Check whether all nodes of the connected cluster can run trials of a sweep.
+
+    Args:
+        sweep_path: Folder of the sweep.
+        cached_dataset: The sweep's data.
+
+    Returns:
+        One line for each problem. A cluster of a single node is not probed.
+    """
     if len(_live_nodes()) == 1:
         return []
-    question = ProbeRequest(
+    request = ProbeRequest(
         portable_path(sweep_path),
         "sweep.json",
         cached_dataset.spec.model_dump_json(),
         cached_dataset.fingerprint,
     )
     return [
-        f"node {answer.node_name}: {answer.problems[topic]}; see `raysweep doctor`"
-        for answer in probe_nodes(question)
+        f"node {report.node_name}: {report.problems[topic]}; see `raysweep doctor`"
+        for report in probe_nodes(request)
         for topic in ("node", "storage", "data")
-        if topic in answer.problems
+        if topic in report.problems
     ]
 
 
 def portable_path(folder: Path) -> str:
-    """A folder as another machine finds it."""
+    """Return the URI or absolute path by which other machines find a folder."""
     return storage.uri_of(folder.resolve())
 
 
 def require_visible(sweep_path: Path) -> None:
-    """Raises SpecError in one line if the sweep's folder is not to be seen from this machine."""
+    """Raise SpecError in one line if this machine does not see the sweep's folder."""
     if not storage.pull_file(sweep_path / "sweep.json"):
-        hint = "--out or --storage must be what all nodes share"
         raise SpecError(
-            f"{socket.gethostname()}: does not see {storage.uri_of(sweep_path)}: {hint}"
+            f"{socket.gethostname()}: does not see {storage.uri_of(sweep_path)}: "
+            "--out or --storage must be what all nodes share"
         )
 
 
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python, raysweep and `REPORTED_PACKAGES`.
+
+    The version of raysweep includes a digest of its code, because checkouts of the same version may
+    differ.
+    """
+    return {
+        "python": sys.version.split()[0],
+        "raysweep": f"{raysweep.__version__} ({code_digest()})",
+        **{name: version(name) for name in REPORTED_PACKAGES},
+    }
+
+
+@cache
+def code_digest() -> str:
+    """Return 8 hex digits that name the source files of raysweep."""
+    folder, sha = Path(raysweep.__file__).parent, hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        sha.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
+    return sha.hexdigest()[:8]
+
+
+def list_exposed_ports(session_name: str) -> list[str]:
+    """List the ports beyond loopback on which processes of a Ray session listen on this machine.
+
+    Args:
+        session_name: Name of the Ray session.
+
+    Returns:
+        Sorted `NAME ADDRESS:PORT`, for processes that this user may inspect.
+    """
+    ports = set()
+    for process in psutil.process_iter(["name", "cmdline"]):
+        try:
+            if not _belongs_to_session(process, session_name):
+                continue
+            connections = process.net_connections(kind="tcp")
+        except psutil.Error:
+            continue
+        for connection in connections:
+            address = connection.laddr
+            if connection.status == psutil.CONN_LISTEN and not _LOOPBACK_PATTERN.match(address.ip):
+                ports.add(f"{_port_owner(process, address.port)} {address.ip}:{address.port}")
+    return sorted(ports)
+
+
 def _live_nodes() -> dict[str, dict[str, Any]]:
+    """Return Ray's descriptions of the live nodes by node id."""
     return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
 
 
 def _pinned_probe_task(node: dict[str, Any]) -> Any:
-    place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    """Return the remote function that probes `node`."""
+    strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     return ray.remote(_probe_this_node).options(
-        num_cpus=0, max_retries=0, scheduling_strategy=place
+        num_cpus=0, max_retries=0, scheduling_strategy=strategy
     )
 
 
 def _collect_report(node: dict[str, Any], task_reference: Any, request_time: float) -> NodeReport:
-    name, head = node["NodeManagerHostname"], "node:__internal_head__" in node["Resources"]
+    """Wait for a node's answer and make its report."""
+    name, is_head = node["NodeManagerHostname"], "node:__internal_head__" in node["Resources"]
     try:
-        said = ray.get(task_reference, timeout=_PROBE_TIMEOUT_SECONDS)
+        answer = ray.get(task_reference, timeout=_PROBE_TIMEOUT_SECONDS)
     except GetTimeoutError:
-        return _unreachable_node_report(
-            name, head, f"does not answer within {_PROBE_TIMEOUT_SECONDS:.0f} s"
-        )
+        reason = f"does not answer within {_PROBE_TIMEOUT_SECONDS:.0f} s"
+        return _unreachable_node_report(name, is_head, reason)
     except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        missing = next((line.strip() for line in lines if "ModuleNotFoundError" in line), None)
-        return _unreachable_node_report(name, head, missing or lines[-1].strip())
-    skew = max(request_time - said["clock_time"], said["clock_time"] - time.time(), 0.0)
-    return NodeReport(node_name=name, is_head=head, clock_skew=skew, **said)
+        return _unreachable_node_report(name, is_head, _summarize_ray_error(error))
+    node_time = answer["clock_time"]
+    skew = max(request_time - node_time, node_time - time.time(), 0.0)
+    return NodeReport(node_name=name, is_head=is_head, clock_skew=skew, **answer)
+
+
+def _summarize_ray_error(error: Exception) -> str:
+    """Return the line of Ray's message that names a missing module, or else its last line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return next((line for line in lines if "ModuleNotFoundError" in line), lines[-1])
 
 
 def _unreachable_node_report(node_name: str, is_head: bool, reason: str) -> NodeReport:
+    """Return the report of a node that could not answer."""
     return NodeReport(node_name, is_head, {}, 0.0, 0, 0.0, 0, 0, [], problems={"node": reason})
 
 
 def _probe_this_node(request_fields: dict[str, Any], declared_gpus: float) -> dict[str, Any]:
-    """Runs on the node."""
+    """Probe the node on which this task runs; return fields of its `NodeReport`."""
     problems: dict[str, str] = {}
-    asked = ProbeRequest(**request_fields)
-    _probe_storage(asked, problems)
+    request = ProbeRequest(**request_fields)
+    _probe_storage(request, problems)
     return {
         "versions": package_versions(),
         "gpus": len(list(Path("/proc/driver/nvidia/gpus").glob("*"))),
@@ -161,90 +258,56 @@ def _probe_this_node(request_fields: dict[str, Any], declared_gpus: float) -> di
         "memory_free": psutil.virtual_memory().available,
         "exposed_ports": list_exposed_ports(ray._private.worker._global_node.session_name),
         "requires_token": is_token_auth_enabled(),
-        "fingerprint": _probe_data(asked, problems),
+        "fingerprint": _probe_data(request, problems),
         "problems": problems,
         "clock_time": time.time(),
     }
 
 
 def _probe_storage(request: ProbeRequest, problems: dict[str, str]) -> None:
-    """Read what the asker wrote, and write something beside it."""
+    """Read the marker that the driver wrote, and write a copy beside it."""
     marker = storage.local_path(request.storage_uri) / request.marker_file
-    mine = marker.with_name(f"{request.marker_file}-{socket.gethostname()}-{os.getpid()}")
+    copy = marker.with_name(f"{request.marker_file}-{socket.gethostname()}-{os.getpid()}")
     try:
         if not storage.pull_file(marker):
             problems["storage"] = f"does not see {request.storage_uri} as the driver does"
             return
-        mine.write_bytes(marker.read_bytes())
-        storage.push_to_bucket(mine)
-        storage.delete_remote_file(mine)
-        mine.unlink()
+        copy.write_bytes(marker.read_bytes())
+        storage.push_to_bucket(copy)
+        storage.delete_remote_file(copy)
+        copy.unlink()
     except (OSError, SpecError) as error:
-        problems["storage"] = (
-            f"cannot write {request.storage_uri}: {getattr(error, 'strerror', None) or error}"
-        )
+        reason = getattr(error, "strerror", None) or error
+        problems["storage"] = f"cannot write {request.storage_uri}: {reason}"
 
 
 def _probe_data(request: ProbeRequest, problems: dict[str, str]) -> str:
+    """Load the data set and return its fingerprint; empty if that fails."""
     spec = DataSpec.model_validate_json(request.data_spec)
     try:
-        found = (
-            CachedDataset(spec, request.fingerprint).load_shared(spec)
-            if request.fingerprint
-            else load_data(spec)
-        )
-        return found.fingerprint
+        if request.fingerprint:
+            return CachedDataset(spec, request.fingerprint).load_shared(spec).fingerprint
+        return load_data(spec).fingerprint
     except SpecError as error:
         problems["data"] = error.problems[0]
         return ""
 
 
-def package_versions() -> dict[str, str]:
-    """Of Python, of what trains, and of this package with a digest of its code: checkouts may
-    differ at one version.
-    """
-    found = {name: version(name) for name in REPORTED_PACKAGES}
-    return {
-        "python": sys.version.split()[0],
-        "raysweep": f"{raysweep.__version__} ({code_digest()})",
-        **found,
-    }
-
-
-@cache
-def code_digest() -> str:
-    """8 hex digits of the package's source files."""
-    folder, sha = Path(raysweep.__file__).parent, hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
-        sha.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
-    return sha.hexdigest()[:8]
-
-
-def list_exposed_ports(session_name: str) -> list[str]:
-    """Ports beyond loopback on which this cluster's processes here listen, as far as this user may
-    see them.
-    """
-    found = set()
-    for process in psutil.process_iter(["name", "cmdline"]):
-        try:
-            parent = process.parent()
-            lines = [process.info["cmdline"] or [], parent.cmdline() if parent else []]
-            # What Ray starts names its session; workers and agents rename themselves, their parent
-            # has not.
-            if not any(session_name in " ".join(line) for line in lines):
-                continue
-            sockets = process.net_connections(kind="tcp")
-        except psutil.Error:
-            continue
-        for one in sockets:
-            if one.status == psutil.CONN_LISTEN and not _LOOPBACK_PATTERN.match(one.laddr.ip):
-                found.add(f"{_port_owner(process, one.laddr.port)} {one.laddr.ip}:{one.laddr.port}")
-    return sorted(found)
+def _belongs_to_session(process: psutil.Process, session_name: str) -> bool:
+    """Return whether a process belongs to a Ray session."""
+    parent = process.parent()
+    # Processes that Ray starts have the session in their command line. Workers and agents rename
+    # themselves, but their parent does not.
+    command_lines = [process.info["cmdline"] or [], parent.cmdline() if parent else []]
+    return any(session_name in " ".join(line) for line in command_lines)
 
 
 def _port_owner(process: psutil.Process, port: int) -> str:
-    """The dashboard's own port, where jobs are taken, is told from that of its metrics."""
-    line = " ".join(process.info["cmdline"] or [])
-    if "dashboard/dashboard.py" in line:
-        return "dashboard" if f"--port={port} " in f"{line} " else "dashboard's metrics"
+    """Return a name for who listens on a port of the process.
+
+    The dashboard listens on two ports: its own, where jobs are submitted, and that of its metrics.
+    """
+    command_line = " ".join(process.info["cmdline"] or [])
+    if "dashboard/dashboard.py" in command_line:
+        return "dashboard" if f"--port={port} " in f"{command_line} " else "dashboard's metrics"
     return str(process.info["name"]).strip()

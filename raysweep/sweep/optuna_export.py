@@ -1,4 +1,4 @@
-"""A sweep's ended trials in an Optuna storage, for optuna-dashboard and Optuna's own analyses."""
+"""Copy a sweep's ended trials to an Optuna storage, for optuna-dashboard and Optuna's analyses."""
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -11,38 +11,46 @@ from raysweep.sweep.optuna_study import TRIAL_NUMBER_ATTRIBUTE, to_frozen_trial
 
 
 class OptunaExporter:
-    """A listener that keeps a study equal to the ledger. It is only written: no sweep depends on
-    it.
+    """Sweep listener that keeps an Optuna study equal to the ledger.
 
-    Raises SpecError in one line if there is no such database.
+    raysweep only writes the study: no sweep reads it.
+
+    Args:
+        storage_url: SQLAlchemy URL of the database, for example `sqlite:///optuna.db`.
+
+    Raises:
+        SpecError: If the database cannot be opened, in one line.
     """
 
     def __init__(self, storage_url: str) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        shown = "--optuna"
         try:
-            shown = f"--optuna {redact_secrets(storage_url)}"
             self._storage = optuna.storages.RDBStorage(storage_url)
         except (SQLAlchemyError, ImportError, ValueError) as error:
             reason = str(getattr(error, "orig", None) or error).splitlines()[0]
             raise SpecError(
-                f"{shown}: {reason}; expected for example sqlite:///optuna.db"
+                f"--optuna {redact_secrets(storage_url)}: {redact_secrets(reason)}; "
+                "expected for example sqlite:///optuna.db"
             ) from None
 
     def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:
+        """Open the sweep's study, and bring it up to date."""
         self._space = ledger.space
         self._study_name = f"{ledger.name}-{ledger.key[:8]}"
         self._open_study()
         self._rebuild_outdated_study(ledger)
 
     def on_trial_update(self, trial: Trial, epoch_metrics: dict[str, float] | None) -> None:
+        """Add a trial that has ended."""
         if trial.state != "running":
             self._study.add_trial(to_frozen_trial(self._space, trial))
 
     def on_sweep_end(self, ledger: Ledger) -> None:
+        """Bring the study up to date."""
         self._rebuild_outdated_study(ledger)
 
     def _open_study(self) -> None:
+        """Load the study, or create it."""
         self._study = optuna.create_study(
             study_name=self._study_name,
             storage=self._storage,
@@ -51,17 +59,18 @@ class OptunaExporter:
         )
 
     def _rebuild_outdated_study(self, ledger: Ledger) -> None:
-        """After a crash, or where a trial that had ended went on: what a study has is never changed
-        in Optuna.
+        """Replace the study if its trials differ from the ledger's ended trials.
+
+        They do after a crash, or when an ended trial was resumed: Optuna cannot change trials of a
+        study.
         """
         trials = [
             to_frozen_trial(self._space, trial)
             for trial in ledger.load_trials()
             if trial.state != "running"
         ]
-        if sorted(map(_trial_identity, trials)) == sorted(
-            map(_trial_identity, self._study.get_trials(deepcopy=False))
-        ):
+        exported = self._study.get_trials(deepcopy=False)
+        if sorted(map(_trial_identity, trials)) == sorted(map(_trial_identity, exported)):
             return
         optuna.delete_study(study_name=self._study_name, storage=self._storage)
         self._open_study()
@@ -69,6 +78,7 @@ class OptunaExporter:
 
 
 def _trial_identity(frozen_trial: FrozenTrial) -> tuple[int, str, str]:
+    """Return what makes two exported trials equal: number, values and params."""
     return (
         frozen_trial.user_attrs[TRIAL_NUMBER_ATTRIBUTE],
         str(frozen_trial.values),
