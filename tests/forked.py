@@ -22,8 +22,15 @@ import pytest
 FORKS = multiprocessing.get_context("forkserver")
 # torch._dynamo: what the first optimiser in a process imports.
 TRAINING = ["raysweep.training.trainer", "raysweep.training.distributed", "torch._dynamo"]
-COMMANDS = [*TRAINING, "raysweep.commands.run", "raysweep.commands.tune", "raysweep.sweep.tuner"]
-COMMANDS += [
+# Command modules import these inside functions.
+COMMANDS = [
+    *TRAINING,
+    "raysweep.commands.common",
+    "raysweep.pipeline.plan",
+    "raysweep.pipeline.pipeline",
+    "raysweep.results",
+    "raysweep.sweep.tuner",
+    "raysweep.terminal",
     "mlflow.tracking",
     "mlflow.store.tracking.sqlalchemy_store",
     "raysweep.plots",

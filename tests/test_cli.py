@@ -30,19 +30,23 @@ FLAGS = {
     "show": {*COMMON, "--out", "--storage"},
     "train": {*COMMON, "--out", "--storage", "--name"},
     "tune": {
-        *COMMON, "--out", "--storage", "--name", "--space", "--trials", "--resume", "--plan", "--address",
-        "--cpus-per-trial", "--gpus-per-trial", "--workers", "--optuna", "--max-trials", "--max-time",
-        "--max-gpu-hours",
+        *COMMON, "--out", "--storage", "--name", "--space", "--trials", "--resume", "--plan",
+        "--address", "--cpus-per-trial", "--gpus-per-trial", "--workers", "--optuna",
+        "--max-trials", "--max-time", "--max-gpu-hours",
     },
     "run": {*COMMON, "--out", "--storage", "--plan", "--from", "--wait", "--address"},
     "doctor": {*COMMON, "--out", "--storage", "--address"},
     "eval": {
-        *COMMON, "--out", "--storage", "--attack", "--version", "--eps", "--norm", "--n", "--batch-size",
-        "--keep-adversarial", "--pseudo-label", "--address", "--gpus-per-task", "--bundle", "--verify",
+        *COMMON, "--out", "--storage", "--attack", "--version", "--eps", "--norm", "--n",
+        "--batch-size", "--keep-adversarial", "--pseudo-label", "--address", "--gpus-per-task",
+        "--bundle", "--verify",
     },
 }  # fmt: skip
 BOTH = """\
-method: {name: both, attacks: {pgd: {kind: pgd}}, terms: {natural: {on: natural}, robust: {on: pgd}}}
+method:
+  name: both
+  attacks: {pgd: {kind: pgd}}
+  terms: {natural: {on: natural}, robust: {on: pgd}}
 base: {epochs: 1, data.train_size: 64, data.val_size: 50, "*.attacks.*.steps": 2}
 space: {method.terms.natural.coef: {float: [0.1, 1.0]}}
 """
@@ -119,21 +123,24 @@ def test_former_names_are_warned_of_in_one_line(workdir: Path, capsys) -> None:
     assert warnings.showwarning is original_showwarning
 
 
-def test_other_warnings_are_shown_as_python_shows_them(monkeypatch, capsys) -> None:
-    """With their place, so that a bug can be found."""
-    monkeypatch.setattr(
-        "raysweep.sweep.search_space.list_builtin_spaces", lambda: warnings.warn("odd") or []
-    )
-    with pytest.warns(UserWarning, match="odd"):
+def test_other_warnings_keep_their_place_in_the_source(monkeypatch, capsys) -> None:
+    def warn() -> list[str]:
+        warnings.warn("odd", stacklevel=1)
+        return []
+
+    monkeypatch.setattr("raysweep.training.presets.list_presets", warn)
+    with pytest.warns(UserWarning, match="odd") as caught:
         assert main(["list", "--json"]) == 0
-    assert "raysweep: warning" not in capsys.readouterr().err
+    assert [Path(warning.filename) for warning in caught] == [Path(__file__)]
+    assert capsys.readouterr().err == ""
 
 
 def test_help_answers_at_once_and_imports_nothing_heavy() -> None:
     code = (
         "import sys, raysweep.cli\n"
         "try: raysweep.cli.main(['--help'])\nexcept SystemExit: pass\n"
-        "print(sorted({'torch', 'ray', 'mlflow', 'optuna', 'pydantic', 'yaml'} & set(sys.modules)), file=sys.stderr)"
+        "heavy = {'torch', 'ray', 'mlflow', 'optuna', 'pydantic', 'yaml', 'rich', 'numpy'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
     seconds, heavy = zip(*(_run([sys.executable, "-c", code]) for _ in range(3)), strict=True)
     assert set(heavy) == {"[]"}
@@ -459,7 +466,8 @@ def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) 
         ),
         (
             ["show", "#"],
-            "no method, preset, space file, pipeline, sweep or trial '#'; `raysweep list` names all",
+            "no method, preset, space file, pipeline, sweep or trial '#'; "
+            "`raysweep list` names all",
         ),
     ],
     ids=lambda case: " ".join(case) if isinstance(case, list) else "",
@@ -614,7 +622,8 @@ def test_a_corrupt_checkpoint_is_one_line(workdir: Path, capsys) -> None:
 
 
 def test_commands_do_not_phone_home() -> None:
-    code = "import raysweep, os; print(os.environ['RAY_USAGE_STATS_ENABLED'], os.environ['MLFLOW_DISABLE_TELEMETRY'])"
+    names = ("RAY_USAGE_STATS_ENABLED", "MLFLOW_DISABLE_TELEMETRY")
+    code = f"import raysweep, os; print(*(os.environ[name] for name in {names}))"
     clean = {
         k: v
         for k, v in os.environ.items()

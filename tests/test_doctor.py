@@ -96,7 +96,7 @@ def test_a_broken_cluster_is_told_what_to_do(ray_cluster, tmp_path: Path) -> Non
         for finding in report["findings"]
         if finding["do"]
     }
-    assert ("gpus", "has 0 GPUs, Ray was told 2") in broken
+    assert ("gpus", "has 0 GPUs, 2 are declared to Ray") in broken
     assert ("doors", "Ray listens beyond loopback and wants no token") in broken
     assert any(
         finding["check"] == "mlflow" and "127.0.0.1:9" in finding["text"]

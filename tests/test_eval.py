@@ -299,7 +299,7 @@ def test_the_command_with_a_class_of_ones_own_and_several_processes(workdir: Pat
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--norm", "L2"], "say --eps too"),
+        (["--norm", "L2"], "give --eps too"),
         (
             ["--version", "rand"],
             "version 'rand' is of autoattack alone: leave it out for 'apgd-ce'",

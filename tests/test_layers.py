@@ -29,7 +29,7 @@ LAYERS = [
     ("sweep",),
     ("tracking", "terminal", "plots", "results", "checkpoint_evaluation", "robustness_bundle"),
     ("pipeline",),
-    ("commands", "shell_completion", "command_help"),
+    ("commands", "shell_completion"),
     ("cli",),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -274,7 +274,7 @@ def test_the_second_run_does_nothing(digits_run: Path, monkeypatch, capsys) -> N
     def refuse(*args, **kwargs):
         raise AssertionError("work was done again")
 
-    for what in ("sweep.tuner.run_sweep", "pipeline.autoattack.judge", "tracking.Tracker.__init__"):
+    for what in ("sweep.tuner.run_sweep", "pipeline.autoattack.evaluate_checkpoint", "tracking.Tracker.__init__"):
         monkeypatch.setattr(f"raysweep.{what}", refuse)
     assert main(["run", "digits", *TINY, "--out", str(digits_run), "--json"]) == 0
     assert all(stage["done_before"] for stage in json.loads(capsys.readouterr().out)["stages"])
@@ -485,7 +485,9 @@ def test_a_plan_says_on_what_and_for_how_long(workdir: Path, capsys) -> None:
         r"; a trial holds 0.5 CPU\(s\) and 0 GPU\(s\), \d run at once, about \d", lines[1]
     )
     assert lines[2].endswith("run at once"), "how many are on the front nobody knows"
-    assert lines[-1].endswith("how long cannot be told here; attacks come on top")
+    assert lines[-1].endswith(
+        "the training time cannot be estimated on this machine; attacks take extra time"
+    )
     assert list(workdir.iterdir()) == [workdir / "promoted.yaml"]
 
 
@@ -731,7 +733,7 @@ def test_promotion_goes_by_what_the_sweep_went_by() -> None:
 
 
 def test_training_over_seeds_keeps_the_metric_of_its_run() -> None:
-    from raysweep.pipeline.train import build_seed_grid
+    from raysweep.pipeline.stage_sweep import build_seed_grid
 
     assert build_seed_grid("at", {"validation.objective": "clean"}, (0, 1)).objectives == ("clean",)
 

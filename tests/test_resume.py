@@ -85,7 +85,7 @@ def test_kill_9_ctrl_c_a_sigterm_and_a_budget_in_the_life_of_one_sweep(
         assert "Traceback" not in again.err and "SIGTERM received" not in again.err
 
     assert main(["tune", "gairat", "--resume", "s", "--max-time", "0.1s"]) == 0
-    assert "go on with" in capsys.readouterr().err
+    assert "resume with" in capsys.readouterr().err
     stopped = Ledger.open(sweep).load_trials()
     assert sum(trial.state != "running" for trial in stopped) < 5
 
@@ -132,7 +132,7 @@ def test_ctrl_c_in_a_pipeline_is_no_budgets_end(
 
     threading.Thread(target=ctrl_c, daemon=True).start()
     assert main(["run", "p.yaml", *SMALL]) == 130
-    assert capsys.readouterr().err.endswith("raysweep: interrupted; the same command goes on\n")
+    assert capsys.readouterr().err.endswith("raysweep: interrupted; run the same command to resume\n")
     assert not list(workdir.glob("runs/pipelines/p/*-tune-*")), (
         "it goes on where it was, not to the next stage"
     )

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from raysweep import storage
 from raysweep.cli import main
-from raysweep.commands import check_plain_name, doctor, format_ui_command
+from raysweep.commands import doctor
+from raysweep.commands.common import check_plain_name, format_ui_command
 from raysweep.pipeline.stage import StageContext, TrainingOverrides
 from raysweep.spec import SpecError, apply_overrides
 from raysweep.tracking import get_mlflow_version

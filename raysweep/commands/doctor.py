@@ -1,34 +1,90 @@
-"""raysweep doctor"""
+"""`raysweep doctor`: check a cluster before a sweep."""
 
+from __future__ import annotations
+
+import argparse
 import json
 import os
 import sys
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from raysweep import storage
-from raysweep.commands import make_writable_folder, parse_data_overrides, resolve_runs_folder
-from raysweep.data import DataSpec, load_data
-from raysweep.formatting import format_count, redact_secrets
-from raysweep.spec import SpecError
-from raysweep.tracking import get_mlflow_version, tracking_uri
+from raysweep.commands.options import (
+    CommandParsers,
+    add_address_option,
+    add_command,
+    add_json_option,
+    add_location_options,
+    add_override_options,
+)
 
 if TYPE_CHECKING:
+    from raysweep.data import DataSpec
     from raysweep.sweep.node_probe import NodeReport
 
-# Versions without the holes that are known: Ray's and torch's on every node, MLflow's behind the
-# store.
+SUMMARY = "check a cluster before a sweep: nodes, storage, data, MLflow, open ports"
+DESCRIPTION = (
+    "Checks MLflow and, from every node, versions, storage, data, GPUs, clocks, free disk and "
+    "memory, and open ports. Below each failed check it prints what to do; then the exit code is 1."
+)
+EXAMPLES = (
+    "raysweep doctor --address auto",
+    "raysweep doctor --address auto --storage s3://lab/sweeps --data-dir DIR",
+)
+
+# First versions without known vulnerabilities: Ray and torch on every node, MLflow on its server.
 _MIN_SAFE_VERSIONS = {"ray": (2, 59, 1), "torch": (2, 10), "mlflow": (3, 8)}
-_MIN_DISK, _MIN_MEMORY, _MAX_CLOCK_SKEW = 5 * 2**30, 2 * 2**30, 2.0
+_MIN_DISK_BYTES = 5 * 2**30
+_MIN_MEMORY_BYTES = 2 * 2**30
+_MAX_CLOCK_SKEW_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class DoctorRequest:
+    """What the user asked `raysweep doctor` to do.
+
+    Attributes:
+        address: Ray cluster, `auto` or `host:port`; None for $RAY_ADDRESS or this machine.
+        data_overrides: {path below `data`: value} of `--set data.*` and `--data-dir`.
+        out: Folder of `runs` and `mlflow.db`.
+        storage: Folder or URI of sweeps; None for `runs` in `out`.
+        as_json: Whether to print JSON on stdout.
+    """
+
+    address: str | None
+    data_overrides: dict[str, Any]
+    out: Path
+    storage: str | None
+    as_json: bool
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> DoctorRequest:
+        """Convert parsed arguments. Raises SpecError if `--set` is malformed."""
+        from raysweep.commands.common import parse_data_overrides
+
+        return cls(
+            address=args.address,
+            data_overrides=parse_data_overrides(args.set, args.data_dir, "the doctor"),
+            out=args.out,
+            storage=args.storage,
+            as_json=args.json,
+        )
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check's outcome. text: what was seen; do: what mends it."""
+    """The result of one check.
+
+    Attributes:
+        check: Name of the check.
+        ok: Whether it passed.
+        text: What was found.
+        remedy: What to do if it failed; "" otherwise.
+    """
 
     check: str
     ok: bool
@@ -36,261 +92,372 @@ class Finding:
     remedy: str = ""
 
     def to_json_dict(self) -> dict[str, str | bool]:
-        """Return what `--json` prints, with the keys that it has had since 0.1."""
+        """Return what `--json` prints, with the keys of raysweep 0.1."""
         return {"check": self.check, "ok": self.ok, "text": self.text, "do": self.remedy}
 
 
-def run_command(args: Namespace) -> int:
-    # Nodes on one machine have one name and much in common.
-    findings = list(dict.fromkeys(_iter_findings(args)))
-    broken = [finding for finding in findings if not finding.ok]
-    if args.json:
-        print(
-            json.dumps(
-                {"sound": not broken, "findings": [finding.to_json_dict() for finding in findings]},
-                indent=1,
-            )
-        )
-        return 1 if broken else 0
+def add_parser(parsers: CommandParsers) -> None:
+    """Add the arguments of `raysweep doctor` to the command line."""
+    parser = add_command(
+        parsers, "doctor", run_command, summary=SUMMARY, description=DESCRIPTION, examples=EXAMPLES
+    )
+    add_address_option(parser)
+    add_override_options(parser)
+    add_location_options(parser)
+    add_json_option(parser)
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Run `raysweep doctor`; return its exit code, 1 if a check failed."""
+    request = DoctorRequest.from_args(args)
+    # Nodes on one machine have the same name and the same findings.
+    findings = list(dict.fromkeys(_iter_findings(request)))
+    n_failed = sum(not finding.ok for finding in findings)
+    if request.as_json:
+        rows = [finding.to_json_dict() for finding in findings]
+        print(json.dumps({"sound": not n_failed, "findings": rows}, indent=1))
+    else:
+        _print_findings(findings, n_failed)
+    return 1 if n_failed else 0
+
+
+def _print_findings(findings: list[Finding], n_failed: int) -> None:
+    """Print a line per check, and what to do below each failed one."""
     for finding in findings:
         print(f"{'ok    ' if finding.ok else 'BROKEN'} {finding.check:<9} {finding.text}")
         if finding.remedy:
             print(f"       {'do':<9} {finding.remedy}")
-    if broken:
-        print(f"raysweep: {len(broken)} of {len(findings)} checks failed", file=sys.stderr)
-    return 1 if broken else 0
+    if n_failed:
+        print(f"raysweep: {n_failed} of {len(findings)} checks failed", file=sys.stderr)
 
 
-def _iter_findings(args: Namespace) -> Iterator[Finding]:
+def _iter_findings(request: DoctorRequest) -> Iterator[Finding]:
+    """Run all checks; stop early if the storage or the cluster cannot be reached."""
+    from raysweep import storage
+    from raysweep.commands.common import make_writable_folder, resolve_runs_folder
+    from raysweep.data import DataSpec
+    from raysweep.formatting import format_count
+    from raysweep.spec import SpecError
+    from raysweep.sweep import node_probe
+    from raysweep.tracking import tracking_uri
+
+    spec = DataSpec.from_data(request.data_overrides, "data")
+    yield from _diagnose_mlflow(tracking_uri(request.out))
+    try:
+        runs_folder = make_writable_folder(resolve_runs_folder(request.out, request.storage))
+    except SpecError as error:
+        remedy = "name a place that can be written, with --storage or --out"
+        yield Finding("storage", False, str(error), remedy)
+        return
+    fingerprint, data_findings = _fingerprint_local_data(spec)
+    yield from data_findings
+    try:
+        node_reports = _probe_nodes(request.address, runs_folder, spec)
+    except SpecError as error:
+        remedy = "is `ray start` or `ray up` done, the port open, and RAY_AUTH_MODE the cluster's?"
+        yield Finding("address", False, str(error), remedy)
+        return
+    cluster = request.address or os.environ.get("RAY_ADDRESS") or "a new cluster on this machine"
+    yield Finding("address", True, f"{cluster}: {format_count(len(node_reports), 'node')}")
+    yield from _diagnose_nodes(
+        node_reports,
+        node_probe.package_versions(),
+        storage.uri_of(runs_folder),
+        spec.name,
+        fingerprint,
+    )
+
+
+def _fingerprint_local_data(spec: DataSpec) -> tuple[str, list[Finding]]:
+    """Return the fingerprint of the data set on this machine, "" and a finding if it is missing."""
+    from raysweep.data import load_data
+    from raysweep.spec import SpecError
+
+    try:
+        return load_data(spec).fingerprint, []
+    except SpecError as error:
+        remedy = "see `raysweep doctor --help` for --data-dir"
+        return "", [Finding("data", False, f"here: {error}", remedy)]
+
+
+def _probe_nodes(address: str | None, runs_folder: Path, spec: DataSpec) -> list[NodeReport]:
+    """Ask every node for a report; each looks for a file that is written for the time of this.
+
+    Raises:
+        SpecError: The cluster does not answer.
+    """
+    from raysweep import storage
     from raysweep.sweep import node_probe
     from raysweep.sweep.cluster import connect_to_cluster
 
-    spec = DataSpec.from_data(parse_data_overrides(args, "the doctor"), "data")
-    yield from _diagnose_mlflow(tracking_uri(args.out))
-    try:
-        runs = make_writable_folder(resolve_runs_folder(args), "--out")
-    except SpecError as error:
-        yield Finding(
-            "storage",
-            False,
-            str(error),
-            "name a place that can be written, with --storage or --out",
-        )
-        return
-    try:
-        fingerprint = load_data(spec).fingerprint
-    except SpecError as error:
-        yield Finding(
-            "data", False, f"here: {error}", "see `raysweep doctor --help` for --data-dir"
-        )
-        fingerprint = ""
-    marker = runs / f".doctor-{uuid4().hex}"
+    marker = runs_folder / f".doctor-{uuid4().hex}"
     marker.write_text("read me")
     storage.push_to_bucket(marker)
     try:
-        with connect_to_cluster(args.address):
-            answers = node_probe.probe_nodes(
+        with connect_to_cluster(address):
+            return node_probe.probe_nodes(
                 node_probe.ProbeRequest(
-                    node_probe.portable_path(runs), marker.name, spec.model_dump_json()
+                    node_probe.portable_path(runs_folder), marker.name, spec.model_dump_json()
                 )
             )
-            mine = node_probe.package_versions()
-    except SpecError as error:
-        do = "is `ray start` or `ray up` done, the port open, and RAY_AUTH_MODE the cluster's?"
-        yield Finding("address", False, str(error), do)
-        return
     finally:
         storage.delete_remote_file(marker)
         marker.unlink()
-    where = args.address or os.environ.get("RAY_ADDRESS") or "a cluster of its own on this machine"
-    yield Finding("address", True, f"{where}: {format_count(len(answers), 'node')}")
-    yield from _diagnose_nodes(answers, mine, storage.uri_of(runs), spec.name, fingerprint)
 
 
 def _diagnose_mlflow(tracking_uri: str) -> Iterator[Finding]:
+    """Check that the MLflow store answers and that its version is safe."""
+    from raysweep.formatting import redact_secrets
+    from raysweep.spec import SpecError
+    from raysweep.tracking import get_mlflow_version
+
     try:
-        found = get_mlflow_version(tracking_uri)
+        version = get_mlflow_version(tracking_uri)
     except SpecError as error:
         yield Finding("mlflow", False, str(error), "start the server, or set MLFLOW_TRACKING_URI")
         return
-    do = (
-        f"upgrade: versions before {_format_version(_MIN_SAFE_VERSIONS['mlflow'])} have known holes"
-    )
-    ok = _parse_version(found) >= _MIN_SAFE_VERSIONS["mlflow"]
-    yield Finding("mlflow", ok, f"{found} at {redact_secrets(tracking_uri)}", "" if ok else do)
+    is_safe = _is_safe_version("mlflow", version)
+    remedy = "" if is_safe else _upgrade_remedy("mlflow")
+    yield Finding("mlflow", is_safe, f"{version} at {redact_secrets(tracking_uri)}", remedy)
 
 
 def _diagnose_nodes(
-    node_reports: "list[NodeReport]",
+    node_reports: list[NodeReport],
     local_versions: dict[str, str],
     storage_uri: str,
     dataset_name: str,
     fingerprint: str,
 ) -> Iterator[Finding]:
-    silent = [answer for answer in node_reports if "node" in answer.problems]
-    for answer in silent:
-        missing = "ModuleNotFoundError" in answer.problems["node"]
-        install = "install this package there: `pip install -c constraints.txt .` in the checkout"
-        do = install if missing else "see its logs in /tmp/ray/session_latest/logs"
-        yield Finding("node", False, f"{answer.node_name}: {answer.problems['node']}", do)
-    heard = [answer for answer in node_reports if "node" not in answer.problems]
-    if not heard:
+    """Check what the nodes reported.
+
+    Args:
+        node_reports: A report of each node.
+        local_versions: {package: version} on this machine.
+        storage_uri: Folder or URI of all sweeps.
+        dataset_name: Name of the data set.
+        fingerprint: Fingerprint of the data set on this machine, or "" if it is missing here.
+    """
+    reports = []
+    for report in node_reports:
+        if "node" in report.problems:
+            yield _silent_node_finding(report)
+        else:
+            reports.append(report)
+    if not reports:
         return
-    yield from _diagnose_versions(heard, local_versions)
-    folder = f"make {storage_uri} one folder for all nodes (NFS), or name another with --storage"
-    yield from _diagnose_each_node(
-        "storage", heard, _describe_storage_problem, f"read and written at {storage_uri}", folder
-    )
+    yield from _diagnose_versions(reports, local_versions)
+    yield from _diagnose_storage(reports, storage_uri)
     if fingerprint:
-        fetch = f"put data set {dataset_name!r} where every node finds it: on the shared storage, with --data-dir"
-        yield from _diagnose_each_node(
-            "data",
-            heard,
-            partial(_describe_data_problem, fingerprint),
-            f"{dataset_name}, fingerprint {fingerprint}",
-            fetch,
-        )
-    total = f"{sum(a.gpus for a in heard)} seen, as many as declared"
-    yield from _diagnose_each_node(
-        "gpus",
-        heard,
-        _describe_gpu_mismatch,
-        total,
-        "`ray start --num-gpus` there with what `nvidia-smi -L` shows",
-    )
-    yield from _diagnose_each_node(
-        "clock",
-        heard,
-        _describe_clock_skew,
-        "no clock is provably off",
-        "start chrony or systemd-timesyncd there",
-    )
-    least = f"at least {_format_gib(min(a.disk_free for a in heard))} of disk and {_format_gib(min(a.memory_free for a in heard))}"
-    crowded = "make room: Ray spills to /tmp, and kills tasks when memory ends"
-    yield from _diagnose_each_node(
-        "room", heard, _describe_low_space, f"{least} of memory are free", crowded
-    )
-    yield from _network_exposure(heard)
+        yield from _diagnose_data(reports, dataset_name, fingerprint)
+    yield from _diagnose_gpus(reports)
+    yield from _diagnose_clocks(reports)
+    yield from _diagnose_free_space(reports)
+    yield from _diagnose_network(reports)
 
 
-def _describe_storage_problem(node_report: "NodeReport") -> str:
-    return node_report.problems.get("storage", "")
-
-
-def _describe_data_problem(fingerprint: str, node_report: "NodeReport") -> str:
-    other = (
-        ""
-        if node_report.fingerprint == fingerprint
-        else f"has other data than here ({fingerprint})"
-    )
-    return node_report.problems.get("data", other)
-
-
-def _describe_gpu_mismatch(node_report: "NodeReport") -> str:
-    same = node_report.gpus == node_report.declared_gpus
-    return (
-        "" if same else f"has {node_report.gpus} GPUs, Ray was told {node_report.declared_gpus:g}"
-    )
-
-
-def _describe_clock_skew(node_report: "NodeReport") -> str:
-    return (
-        f"its clock is off by {node_report.clock_skew:.1f} s"
-        if node_report.clock_skew > _MAX_CLOCK_SKEW
-        else ""
-    )
-
-
-def _describe_low_space(node_report: "NodeReport") -> str:
-    enough = node_report.disk_free >= _MIN_DISK and node_report.memory_free >= _MIN_MEMORY
-    return (
-        ""
-        if enough
-        else f"{_format_gib(node_report.disk_free)} free in /tmp, {_format_gib(node_report.memory_free)} of memory"
-    )
-
-
-def _format_gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.1f} GiB"
+def _silent_node_finding(report: NodeReport) -> Finding:
+    """Return the finding for a node that could not run the checks."""
+    problem = report.problems["node"]
+    if "ModuleNotFoundError" in problem:
+        remedy = "install this package there: `pip install -c constraints.txt .` in the checkout"
+    else:
+        remedy = "see its logs in /tmp/ray/session_latest/logs"
+    return Finding("node", False, f"{report.node_name}: {problem}", remedy)
 
 
 def _diagnose_each_node(
     check: str,
-    node_reports: "list[NodeReport]",
-    describe_problem: "Callable[[NodeReport], str]",
+    reports: list[NodeReport],
+    describe_problem: Callable[[NodeReport], str],
     ok_text: str,
     remedy: str,
 ) -> Iterator[Finding]:
-    """A finding for each node where something is wrong, or one that all is well."""
-    bad = [
-        (answer.node_name, text) for answer in node_reports if (text := describe_problem(answer))
-    ]
-    for node, text in bad:
-        yield Finding(check, False, f"{node}: {text}", remedy)
-    if not bad:
+    """Yield a finding for each node with a problem, or one finding that all nodes passed.
+
+    Args:
+        check: Name of the check.
+        reports: A report of each node.
+        describe_problem: Returns the problem of a node, or "".
+        ok_text: Text of the finding if all nodes passed.
+        remedy: What to do about a problem.
+    """
+    all_ok = True
+    for report in reports:
+        problem = describe_problem(report)
+        if problem:
+            all_ok = False
+            yield Finding(check, False, f"{report.node_name}: {problem}", remedy)
+    if all_ok:
         yield Finding(check, True, ok_text)
 
 
 def _diagnose_versions(
-    node_reports: "list[NodeReport]", local_versions: dict[str, str]
+    reports: list[NodeReport], local_versions: dict[str, str]
 ) -> Iterator[Finding]:
-    differ = [
-        (answer.node_name, f"{name} {found}, here {local_versions[name]}")
-        for answer in node_reports
-        for name, found in answer.versions.items()
-        if found != local_versions[name]
-    ]
-    for node, text in differ:
-        yield Finding(
-            "versions",
-            False,
-            f"{node}: {text}",
-            "install the same checkout with constraints.txt everywhere",
-        )
+    """Check that all nodes have the package versions of this machine, and that those are safe."""
+    all_equal = True
+    for report in reports:
+        for name, version in report.versions.items():
+            if version != local_versions[name]:
+                all_equal = False
+                text = f"{report.node_name}: {name} {version}, here {local_versions[name]}"
+                remedy = "install the same checkout with constraints.txt everywhere"
+                yield Finding("versions", False, text, remedy)
     for name in ("ray", "torch"):
-        if _parse_version(local_versions[name]) < _MIN_SAFE_VERSIONS[name]:
-            do = f"upgrade: versions before {_format_version(_MIN_SAFE_VERSIONS[name])} have known holes"
-            yield Finding("versions", False, f"{name} {local_versions[name]}", do)
-    if not differ:
+        if not _is_safe_version(name, local_versions[name]):
+            text = f"{name} {local_versions[name]}"
+            yield Finding("versions", False, text, _upgrade_remedy(name))
+    if all_equal:
+        versions = ", ".join(f"{name} {version}" for name, version in local_versions.items())
+        yield Finding("versions", True, versions)
+
+
+def _diagnose_storage(reports: list[NodeReport], storage_uri: str) -> Iterator[Finding]:
+    """Check that all nodes read and write the storage."""
+    remedy = f"make {storage_uri} one folder for all nodes (NFS), or name another with --storage"
+    return _diagnose_each_node(
+        "storage",
+        reports,
+        lambda report: report.problems.get("storage", ""),
+        f"read and written at {storage_uri}",
+        remedy,
+    )
+
+
+def _diagnose_data(
+    reports: list[NodeReport], dataset_name: str, fingerprint: str
+) -> Iterator[Finding]:
+    """Check that all nodes have the data set of this machine."""
+    remedy = (
+        f"put data set {dataset_name!r} where every node finds it: on the shared storage, "
+        "with --data-dir"
+    )
+    return _diagnose_each_node(
+        "data",
+        reports,
+        partial(_describe_data_problem, fingerprint),
+        f"{dataset_name}, fingerprint {fingerprint}",
+        remedy,
+    )
+
+
+def _describe_data_problem(fingerprint: str, report: NodeReport) -> str:
+    """Return why a node lacks the data set, or ""."""
+    if "data" in report.problems:
+        return report.problems["data"]
+    if report.fingerprint != fingerprint:
+        return f"has other data than here ({fingerprint})"
+    return ""
+
+
+def _diagnose_gpus(reports: list[NodeReport]) -> Iterator[Finding]:
+    """Check that each node has as many GPUs as Ray counts there."""
+    n_gpus = sum(report.gpus for report in reports)
+    return _diagnose_each_node(
+        "gpus",
+        reports,
+        _describe_gpu_mismatch,
+        f"{n_gpus} seen, as many as declared",
+        "`ray start --num-gpus` there with what `nvidia-smi -L` shows",
+    )
+
+
+def _describe_gpu_mismatch(report: NodeReport) -> str:
+    """Return how a node's GPUs differ from those declared to Ray, or ""."""
+    if report.gpus == report.declared_gpus:
+        return ""
+    return f"has {report.gpus} GPUs, {report.declared_gpus:g} are declared to Ray"
+
+
+def _diagnose_clocks(reports: list[NodeReport]) -> Iterator[Finding]:
+    """Check the clocks; messages take time, so that only large errors can be proven."""
+    return _diagnose_each_node(
+        "clock",
+        reports,
+        _describe_clock_skew,
+        "no clock is provably off",
+        "start chrony or systemd-timesyncd there",
+    )
+
+
+def _describe_clock_skew(report: NodeReport) -> str:
+    """Return by how much a node's clock is off, or ""."""
+    if report.clock_skew <= _MAX_CLOCK_SKEW_SECONDS:
+        return ""
+    return f"its clock is off by {report.clock_skew:.1f} s"
+
+
+def _diagnose_free_space(reports: list[NodeReport]) -> Iterator[Finding]:
+    """Check the free disk and memory of all nodes."""
+    min_disk = _format_gib(min(report.disk_free for report in reports))
+    min_memory = _format_gib(min(report.memory_free for report in reports))
+    return _diagnose_each_node(
+        "room",
+        reports,
+        _describe_low_space,
+        f"at least {min_disk} of disk and {min_memory} of memory are free",
+        "make room: Ray spills to /tmp, and kills tasks when memory ends",
+    )
+
+
+def _describe_low_space(report: NodeReport) -> str:
+    """Return the free space of a node if it is low, or ""."""
+    if report.disk_free >= _MIN_DISK_BYTES and report.memory_free >= _MIN_MEMORY_BYTES:
+        return ""
+    disk, memory = _format_gib(report.disk_free), _format_gib(report.memory_free)
+    return f"{disk} free in /tmp, {memory} of memory"
+
+
+def _format_gib(n_bytes: int) -> str:
+    """Return a size in GiB."""
+    return f"{n_bytes / 2**30:.1f} GiB"
+
+
+def _diagnose_network(reports: list[NodeReport]) -> Iterator[Finding]:
+    """Check that strangers cannot reach Ray, which runs any code that it is sent."""
+    unprotected = [
+        report.node_name for report in reports if report.exposed_ports and not report.requires_token
+    ]
+    for node in unprotected:
         yield Finding(
-            "versions", True, ", ".join(f"{name} {found}" for name, found in local_versions.items())
+            "doors",
+            False,
+            f"{node}: Ray listens beyond loopback and wants no token",
+            "set RAY_AUTH_MODE=token for `ray start` on every node and for who connects "
+            "(docs/cluster.md)",
         )
-
-
-def _network_exposure(node_reports: "list[NodeReport]") -> Iterator[Finding]:
-    """Who could talk to Ray: it runs whatever it is told."""
-    open_to_all = [a.node_name for a in node_reports if not a.requires_token and a.exposed_ports]
-    for node in open_to_all:
-        do = "set RAY_AUTH_MODE=token for `ray start` on every node and for who connects (docs/cluster.md)"
-        yield Finding("doors", False, f"{node}: Ray listens beyond loopback and wants no token", do)
     dashboards = [
-        (a.node_name, port)
-        for a in node_reports
-        for port in a.exposed_ports
+        (report.node_name, port)
+        for report in reports
+        for port in report.exposed_ports
         if port.startswith("dashboard ")
     ]
     for node, port in dashboards:
-        wanted = "behind a token" if node not in open_to_all else "for everybody"
+        is_protected = node not in unprotected
+        token = "with a token" if is_protected else "without a token"
         yield Finding(
             "doors",
-            node not in open_to_all,
-            f"{node}: {port} is reachable from other machines, {wanted}",
-            "start the head with --dashboard-host=127.0.0.1 and use `ray dashboard` or ssh -L, if you can",
+            is_protected,
+            f"{node}: {port} is reachable from other machines, {token}",
+            "start the head with --dashboard-host=127.0.0.1 and use `ray dashboard` or ssh -L, "
+            "if you can",
         )
-    if not open_to_all and not dashboards:
-        beyond = sum(bool(a.exposed_ports) for a in node_reports)
-        closed = (
-            "Ray listens on loopback alone"
-            if not beyond
-            else "Ray wants a token; the dashboard is on loopback"
-        )
-        yield Finding("doors", True, closed)
+    if not unprotected and not dashboards:
+        is_exposed = any(report.exposed_ports for report in reports)
+        protected = "Ray wants a token; the dashboard is on loopback"
+        yield Finding("doors", True, protected if is_exposed else "Ray listens on loopback alone")
 
 
-def _parse_version(version: str) -> tuple[int, ...]:
-    parts = version.split("+")[0].split(".")
-    return tuple(int(part) for part in parts if part.isdecimal())
+def _is_safe_version(package: str, version: str) -> bool:
+    """Return whether a version has no known vulnerabilities."""
+    numbers = version.split("+")[0].split(".")
+    return (
+        tuple(int(number) for number in numbers if number.isdecimal())
+        >= _MIN_SAFE_VERSIONS[package]
+    )
 
 
-def _format_version(version_numbers: tuple[int, ...]) -> str:
-    return ".".join(map(str, version_numbers))
+def _upgrade_remedy(package: str) -> str:
+    """Return what to do about an unsafe version."""
+    version = ".".join(map(str, _MIN_SAFE_VERSIONS[package]))
+    return f"upgrade: versions before {version} have known holes"

@@ -1,54 +1,49 @@
-"""raysweep eval"""
+"""`raysweep eval`: attack a model on the test set."""
 
+from __future__ import annotations
+
+import argparse
 import json
 import re
 import sys
-from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from raysweep import storage
-from raysweep.attacks import attack_by_name
-from raysweep.checkpoint_evaluation import (
-    choose_evaluation_folder,
-    evaluate_checkpoint,
-    log_evaluation,
-    resolve_threat_model,
-    save_evaluation_files,
-)
-from raysweep.commands import (
-    find_sweep_or_trial,
-    format_ui_command,
-    make_writable_folder,
-    open_tracker,
-    parse_data_overrides,
-    resolve_runs_folder,
-)
-from raysweep.data import DataSpec, load_data
-from raysweep.data.unlabeled import (
-    predict_pseudo_labels,
-    read_unlabeled_file,
-    write_pseudo_labeled_npz,
-)
-from raysweep.evaluation import RobustnessReport
-from raysweep.results import load_sweep
-from raysweep.robustness_bundle import verify_bundle, write_bundle
-from raysweep.spec import SpecError, apply_overrides, describe_unknown_name
-from raysweep.sweep.executors import open_executor
-from raysweep.tracking import Tracker, checkpoint_run_tags
-from raysweep.training.model_loading import (
-    EvaluationTarget,
-    load_checkpoint_target,
-    load_factory_target,
+from raysweep.commands.options import (
+    CommandParsers,
+    add_command,
+    add_json_option,
+    add_location_options,
+    add_override_options,
+    parse_fraction,
+    parse_non_negative,
+    parse_positive_int,
 )
 
-_FACTORY_PATTERN = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-_RUN_ID_PATTERN = re.compile(r"^[0-9a-f]{32}$")
+if TYPE_CHECKING:
+    from raysweep.attacks import AttackCascade
+    from raysweep.attacks.autoattack import AutoAttackVersion
+    from raysweep.attacks.base import Norm
+    from raysweep.data import DataSpec
+    from raysweep.evaluation import RobustnessReport
+    from raysweep.tracking import Tracker
+    from raysweep.training.model_loading import EvaluationTarget
 
+SUMMARY = "attack a checkpoint, an MLflow run or your own model on the test set"
+DESCRIPTION = (
+    "Attacks a model on the test set, by default with AutoAttack. Finished shards are kept: after "
+    "a kill, run the same command to resume. The model card and the result of each example go to "
+    "the folder of the checkpoint (for your own code to runs/eval), accuracies to the MLflow run "
+    "that trained the model."
+)
+EXAMPLES = (
+    "raysweep eval g1",
+    "raysweep eval g1/0003 --bundle claim",
+    "raysweep eval my_models:make --eps 8/255 --n 1000",
+)
 
-# Options that are of attacks alone, as they are where they were not given.
+# Options that only attacks use, with their defaults.
 _ATTACK_OPTION_DEFAULTS: dict[str, Any] = {
     "attack": "autoattack",
     "version": "standard",
@@ -61,197 +56,455 @@ _ATTACK_OPTION_DEFAULTS: dict[str, Any] = {
     "address": None,
     "gpus_per_task": 1.0,
 }
+# Options that --verify ignores, with their defaults.
+_VERIFY_UNUSED_DEFAULTS: dict[str, Any] = {
+    **_ATTACK_OPTION_DEFAULTS,
+    "pseudo_label": None,
+    "set": [],
+    "storage": None,
+    "out": Path(),
+}
+
+_FACTORY_PATTERN = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+_RUN_ID_PATTERN = re.compile(r"^[0-9a-f]{32}$")
 
 
-def run_command(args: Namespace) -> int:
-    if args.verify:
-        _reject_unused_options(
-            args,
-            "--verify",
-            {
-                **_ATTACK_OPTION_DEFAULTS,
-                "pseudo_label": None,
-                "set": [],
-                "storage": None,
-                "out": Path(),
-            },
+@dataclass(frozen=True)
+class EvalRequest:
+    """What the user asked `raysweep eval` to do.
+
+    Attributes:
+        model: A sweep, a trial, a folder or URI of a run or checkpoint, an MLflow run id or model,
+            `module:factory`, or with `verify` the folder of a bundle.
+        attack: Names of attacks, separated by commas.
+        version: Version of AutoAttack.
+        eps: Radius of the attack, in pixels of [0, 1]; None for the radius of the training.
+        norm: Norm of the radius, "Linf" or "L2".
+        max_examples: Number of test examples to attack, the first ones; None for all.
+        batch_size: Number of examples that are attacked at a time.
+        pseudo_label_file: Images to label with the model, instead of an attack; or None.
+        keep_adversarial: Whether to save the adversarial examples.
+        bundle: New folder for a bundle (card, weights, adversarial examples); or None.
+        verify: Whether to check the claims of a bundle, instead of an attack.
+        address: Ray cluster to use; None for $RAY_ADDRESS or the cores of this machine.
+        gpus_per_task: GPUs of each task on a cluster.
+        data_overrides: {path below `data`: value} of `--set data.*` and `--data-dir`.
+        data_dir: Folder of the data set; None for the default of the data set.
+        out: Folder of `runs` and `mlflow.db`.
+        storage: Folder or URI of sweeps; None for `runs` in `out`.
+        as_json: Whether to print JSON on stdout.
+    """
+
+    model: str
+    attack: str
+    version: AutoAttackVersion
+    eps: float | None
+    norm: Norm
+    max_examples: int | None
+    batch_size: int
+    pseudo_label_file: Path | None
+    keep_adversarial: bool
+    bundle: Path | None
+    verify: bool
+    address: str | None
+    gpus_per_task: float
+    data_overrides: dict[str, Any]
+    data_dir: Path | None
+    out: Path
+    storage: str | None
+    as_json: bool
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> EvalRequest:
+        """Convert parsed arguments.
+
+        Raises:
+            SpecError: `--set` is malformed, or an option has no effect on what was asked for.
+        """
+        from raysweep.commands.common import parse_data_overrides
+
+        if args.verify:
+            _reject_unused_options(args, "--verify", _VERIFY_UNUSED_DEFAULTS)
+        elif args.pseudo_label is not None:
+            _reject_unused_options(args, "--pseudo-label", _ATTACK_OPTION_DEFAULTS)
+        return cls(
+            model=args.what,
+            attack=args.attack,
+            version=args.version,
+            eps=args.eps,
+            norm=args.norm,
+            max_examples=args.n,
+            batch_size=args.batch_size,
+            pseudo_label_file=args.pseudo_label,
+            keep_adversarial=args.keep_adversarial,
+            bundle=args.bundle,
+            verify=args.verify,
+            address=args.address,
+            gpus_per_task=args.gpus_per_task,
+            data_overrides=parse_data_overrides(args.set, args.data_dir, "an evaluation"),
+            data_dir=args.data_dir,
+            out=args.out,
+            storage=args.storage,
+            as_json=args.json,
         )
-        return _verify_bundle_claims(args)
-    if args.pseudo_label is not None:
-        _reject_unused_options(args, "--pseudo-label", _ATTACK_OPTION_DEFAULTS)
-    out = make_writable_folder(args.out)
-    subject, run_id = _load_target(args, out)
-    if args.pseudo_label is not None:
-        return _write_pseudo_labels(args, subject, out)
-    # For a model that we did not train, the training set is not used: however small, it will do.
-    spec = (
-        subject.config.data
-        if subject.config
-        else apply_overrides(DataSpec(val_size=1), _parse_eval_data(args))
-    )
-    attack = attack_by_name(args.attack, _resolve_eps(args, subject, spec), args.norm, args.version)
-    bundle = _check_bundle_folder(args, subject)
-    data = subject.data or load_data(spec)
-    tracker = open_tracker(out)
-    if run_id is None and subject.checkpoint is not None:
-        run_id = tracker.find_run(checkpoint_run_tags(subject.checkpoint))
-    count = min(args.n or len(data.test), len(data.test))
-    folder = choose_evaluation_folder(out, subject, attack, spec, count)
-    options = {
-        "batch_size": args.batch_size,
-        "keep_adversarial": args.keep_adversarial or bundle is not None,
-    }
-    with open_executor(args.address, args.gpus_per_task) as shards:
-        report = evaluate_checkpoint(subject, data, attack, count, folder, shards, **options)
-    save_evaluation_files(report, folder, subject, spec)
-    if bundle is not None and subject.checkpoint is not None:
-        write_bundle(bundle, report, subject.checkpoint, spec, subject.name)
-    _print_report(args, report, subject, folder, tracker)
-    name = args.attack if args.version == "standard" else f"{args.attack}-{args.version}"
-    log_evaluation(tracker, run_id, subject, report, folder, name, count == len(data.test))
-    return 0
 
 
-def _reject_unused_options(args: Namespace, mode: str, unused_defaults: dict[str, Any]) -> None:
-    """Raises SpecError for options that mean nothing to a mode that attacks nothing."""
-    given = [
+def _reject_unused_options(
+    args: argparse.Namespace, mode: str, unused_defaults: dict[str, Any]
+) -> None:
+    """Raise SpecError for options that have no effect in a mode without attacks."""
+    from raysweep.spec import SpecError
+
+    unused_flags = [
         f"--{name.replace('_', '-')}"
         for name, default in unused_defaults.items()
         if getattr(args, name) != default
     ]
-    if given:
-        raise SpecError(f"{mode} attacks nothing: leave out {', '.join(given)}")
+    if unused_flags:
+        raise SpecError(f"{mode} attacks nothing: leave out {', '.join(unused_flags)}")
 
 
-def _check_bundle_folder(args: Namespace, target: EvaluationTarget) -> Path | None:
-    """Where a bundle is to go. SpecError, before the attacks, for what would make it impossible."""
-    if args.bundle is None:
-        return None
-    if target.checkpoint is None:
-        raise SpecError(
-            f"--bundle: {target.name} is code of your own: only checkpoints of ours can be bundled"
-        )
-    folder: Path = args.bundle.expanduser().resolve()
-    if folder.exists():
-        raise SpecError(f"--bundle {args.bundle}: is there already")
-    return folder
+def add_parser(parsers: CommandParsers) -> None:
+    """Add the arguments of `raysweep eval` to the command line."""
+    parser = add_command(
+        parsers, "eval", run_command, summary=SUMMARY, description=DESCRIPTION, examples=EXAMPLES
+    )
+    parser.add_argument(
+        "what",
+        metavar="WHAT",
+        help="a sweep (its best trial), a trial (SWEEP/0003), the folder of a run or checkpoint, "
+        "an MLflow run id, models:/NAME@ALIAS, or module:factory",
+    )
+    _add_attack_options(parser)
+    _add_output_options(parser)
+    _add_cluster_options(parser)
+    parser.set_defaults(**_ATTACK_OPTION_DEFAULTS)
+    add_override_options(parser)
+    add_location_options(parser)
+    add_json_option(parser)
 
 
-def _verify_bundle_claims(args: Namespace) -> int:
-    """Exit code 1 if a claim of the bundle does not hold."""
-    data_dir = args.data_dir.expanduser().resolve() if args.data_dir else None
-    card, problems = verify_bundle(Path(args.what).expanduser().resolve(), data_dir)
-    if args.json:
-        print(
-            json.dumps(
-                {"bundle": args.what, "sound": not problems, "problems": problems, "card": card},
-                indent=1,
-            )
-        )
-    elif not problems:
-        print(
-            f"{card['name']}: sound; {card['examples']} examples, {card['robust_accuracy']:.2%} robust"
-        )
-    for line in problems:
-        print(f"raysweep: {args.what}: {line}", file=sys.stderr)
-    return 1 if problems else 0
+def _add_attack_options(parser: argparse.ArgumentParser) -> None:
+    """Add what is attacked and how."""
+    parser.add_argument(
+        "--attack",
+        help="an attack of `raysweep list`, or several separated by commas; a repeated name is a "
+        "restart: apgd-ce,square (default: autoattack)",
+    )
+    parser.add_argument(
+        "--version",
+        choices=("standard", "plus", "rand", "tf32"),
+        help="version of AutoAttack; tf32 runs the standard attacks in TF32 on NVIDIA GPUs and "
+        "verifies each adversarial example in float32 (default: standard)",
+    )
+    parser.add_argument(
+        "--eps",
+        type=parse_fraction,
+        help="0.031 or 8/255, in pixels of [0, 1] (default: that of the training)",
+    )
+    parser.add_argument("--norm", choices=("Linf", "L2"), help="norm of --eps (default: Linf)")
+    parser.add_argument(
+        "--n", type=parse_positive_int, help="attack the first N test examples (default: all)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=parse_positive_int,
+        metavar="N",
+        help="examples at a time (default: 500)",
+    )
 
 
-def _load_target(args: Namespace, out: Path) -> tuple[EvaluationTarget, str | None]:
-    """The model, and its MLflow run if it was named by one: for anything else no store is opened."""
-    if _FACTORY_PATTERN.match(args.what):
-        return load_factory_target(args.what), None
-    if _RUN_ID_PATTERN.match(args.what) or args.what.startswith(("runs:/", "models:/")):
-        run_id, folder = open_tracker(out).download_checkpoint(
-            args.what, out / "runs" / "from-mlflow"
-        )
-        return load_checkpoint_target(folder, _parse_eval_data(args)), run_id
-    return load_checkpoint_target(_resolve_checkpoint_folder(args), _parse_eval_data(args)), None
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Add what is written besides the result, and the modes that attack nothing."""
+    parser.add_argument(
+        "--pseudo-label",
+        type=Path,
+        metavar="FILE",
+        help="attack nothing: label the images x of FILE, for data.unlabeled",
+    )
+    parser.add_argument(
+        "--keep-adversarial", action="store_true", help="save the adversarial examples too"
+    )
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="DIR",
+        help="write model card, weights and adversarial examples to a new folder, to publish them",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="WHAT is a bundle: check each of its claims, attack nothing",
+    )
 
 
-def _resolve_checkpoint_folder(args: Namespace) -> Path:
-    """A checkpoint's or run's folder, by path or URI or by the name of a sweep, which stands for
-    its best trial.
-    """
-    here = storage.is_uri(args.what) or Path(args.what).expanduser().exists()
-    runs = resolve_runs_folder(args, for_writing=False)
-    found = None if here else find_sweep_or_trial(args.what, runs)
-    if not here and not found and (sweeps := storage.list_folders_containing(runs, "sweep.json")):
-        raise SpecError(describe_unknown_name("sweep, trial or folder", args.what, sweeps))
-    if found and found[1] is not None:
-        return found[0].trial_path(found[1])
-    path = found[0].path if found else storage.require_reachable(args.what)
-    return load_sweep(path).best if storage.pull_file(path / "sweep.json") else path
+def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
+    """Add the cluster and what a task holds of it."""
+    parser.add_argument(
+        "--address",
+        metavar="ADDR",
+        help="run on this Ray cluster (default: $RAY_ADDRESS, else the cores of this machine)",
+    )
+    parser.add_argument(
+        "--gpus-per-task",
+        type=parse_non_negative,
+        metavar="N",
+        help="GPUs of a task on a cluster, may be a fraction (default: 1)",
+    )
 
 
-def _parse_eval_data(args: Namespace) -> dict[str, Any]:
-    return parse_data_overrides(args, "an evaluation")
+def run_command(args: argparse.Namespace) -> int:
+    """Run `raysweep eval`; return its exit code."""
+    request = EvalRequest.from_args(args)
+    if request.verify:
+        return _verify_bundle_claims(request)
+    from raysweep.commands.common import make_writable_folder
 
-
-def _resolve_eps(args: Namespace, target: EvaluationTarget, data_spec: DataSpec) -> float:
-    """What was asked for, else what the model was trained for."""
-    if args.eps is not None:
-        if args.norm == "Linf" and args.eps > 1:
-            raise SpecError(
-                f"--eps {args.eps:g}: epsilon means pixels in [0, 1]; did you mean {args.eps:g}/255?"
-            )
-        return float(args.eps)
-    radius, norm = resolve_threat_model(target, data_spec.name)
-    if norm != args.norm:
-        raise SpecError(
-            f"--norm {args.norm}: the model's own epsilon {radius:.6g} is {norm}; say --eps too"
-        )
-    return radius
-
-
-def _write_pseudo_labels(args: Namespace, target: EvaluationTarget, out: Path) -> int:
-    """Write FILE's images with the model's labels, as `data.unlabeled` takes them (Carmon et al.
-    2019).
-    """
-    source = args.pseudo_label.expanduser()
-    x, _ = read_unlabeled_file(source)
-    white = target.data.test.pixel_max if target.data else 255
-    y = predict_pseudo_labels(target.model, torch.from_numpy(x), white).numpy()
-    labelled_file = out / f"{source.stem}-labelled.npz"
-    write_pseudo_labeled_npz(labelled_file, x, y)
-    if args.json:
-        print(
-            json.dumps(
-                {"model": target.name, "images": len(y), "file": str(labelled_file)}, indent=1
-            )
-        )
+    out = make_writable_folder(request.out)
+    target, run_id = _load_target(request, out)
+    if request.pseudo_label_file is not None:
+        _write_pseudo_labels(request, target, request.pseudo_label_file, out)
     else:
-        print(
-            f"{len(y)} images labelled by {target.name}; use them with\n  --set data.unlabeled={labelled_file}"
-        )
+        _evaluate(request, target, run_id, out)
     return 0
 
 
+def _verify_bundle_claims(request: EvalRequest) -> int:
+    """Check a bundle and print its problems; the exit code is 1 if there are any."""
+    from raysweep.robustness_bundle import verify_bundle
+
+    data_dir = request.data_dir.resolve() if request.data_dir else None
+    card, problems = verify_bundle(Path(request.model).expanduser().resolve(), data_dir)
+    if request.as_json:
+        summary = {
+            "bundle": request.model,
+            "sound": not problems,
+            "problems": problems,
+            "card": card,
+        }
+        print(json.dumps(summary, indent=1))
+    elif not problems:
+        print(
+            f"{card['name']}: sound; {card['examples']} examples, "
+            f"{card['robust_accuracy']:.2%} robust"
+        )
+    for line in problems:
+        print(f"raysweep: {request.model}: {line}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _load_target(request: EvalRequest, out: Path) -> tuple[EvaluationTarget, str | None]:
+    """Load the model.
+
+    Returns:
+        The model, and its MLflow run id if MLflow named it; otherwise None, and MLflow is not
+        opened.
+    """
+    from raysweep.commands.common import open_tracker
+    from raysweep.training.model_loading import load_checkpoint_target, load_factory_target
+
+    name = request.model
+    if _FACTORY_PATTERN.match(name):
+        return load_factory_target(name), None
+    if _RUN_ID_PATTERN.match(name) or name.startswith(("runs:/", "models:/")):
+        tracker = open_tracker(out)
+        run_id, folder = tracker.download_checkpoint(name, out / "runs" / "from-mlflow")
+        return load_checkpoint_target(folder, request.data_overrides), run_id
+    folder = _resolve_checkpoint_folder(request)
+    return load_checkpoint_target(folder, request.data_overrides), None
+
+
+def _resolve_checkpoint_folder(request: EvalRequest) -> Path:
+    """Return the folder of a checkpoint or run.
+
+    The name is a path, a URI, a trial, or a sweep, of which the best trial is meant.
+
+    Raises:
+        SpecError: There is no such sweep, trial or folder.
+    """
+    from raysweep import storage
+    from raysweep.commands.common import find_sweep_or_trial, resolve_runs_folder
+    from raysweep.results import load_sweep
+    from raysweep.spec import SpecError, describe_unknown_name
+
+    name = request.model
+    runs_folder = resolve_runs_folder(request.out, request.storage, for_writing=False)
+    path = None
+    if not storage.is_uri(name) and not Path(name).expanduser().exists():
+        match = find_sweep_or_trial(name, runs_folder)
+        if match is None:
+            sweeps = storage.list_folders_containing(runs_folder, "sweep.json")
+            if sweeps:
+                raise SpecError(describe_unknown_name("sweep, trial or folder", name, sweeps))
+        else:
+            ledger, trial_number = match
+            if trial_number is not None:
+                return ledger.trial_path(trial_number)
+            path = ledger.path
+    path = path or storage.require_reachable(name)
+    return load_sweep(path).best if storage.pull_file(path / "sweep.json") else path
+
+
+def _write_pseudo_labels(
+    request: EvalRequest, target: EvaluationTarget, source: Path, out: Path
+) -> None:
+    """Label the images of a file with the model, for `data.unlabeled` (Carmon et al. 2019)."""
+    import torch
+
+    from raysweep.data.unlabeled import (
+        predict_pseudo_labels,
+        read_unlabeled_file,
+        write_pseudo_labeled_npz,
+    )
+
+    source = source.expanduser()
+    x, _ = read_unlabeled_file(source)
+    pixel_max = target.data.test.pixel_max if target.data else 255
+    y = predict_pseudo_labels(target.model, torch.from_numpy(x), pixel_max).numpy()
+    labelled_file = out / f"{source.stem}-labelled.npz"
+    write_pseudo_labeled_npz(labelled_file, x, y)
+    if request.as_json:
+        summary = {"model": target.name, "images": len(y), "file": str(labelled_file)}
+        print(json.dumps(summary, indent=1))
+    else:
+        print(
+            f"{len(y)} images labelled by {target.name}; use them with\n"
+            f"  --set data.unlabeled={labelled_file}"
+        )
+
+
+def _evaluate(
+    request: EvalRequest, target: EvaluationTarget, run_id: str | None, out: Path
+) -> None:
+    """Attack the model; write, print and log the report."""
+    from raysweep.checkpoint_evaluation import (
+        choose_evaluation_folder,
+        evaluate_checkpoint,
+        log_evaluation,
+        save_evaluation_files,
+    )
+    from raysweep.commands.common import open_tracker
+    from raysweep.data import load_data
+    from raysweep.robustness_bundle import write_bundle
+    from raysweep.sweep.executors import open_executor
+    from raysweep.tracking import checkpoint_run_tags
+
+    data_spec = _resolve_data_spec(request, target)
+    attack = _make_attack(request, target, data_spec)
+    bundle = _check_bundle_folder(request, target)
+    dataset = target.data or load_data(data_spec)
+    tracker = open_tracker(out)
+    if run_id is None and target.checkpoint is not None:
+        run_id = tracker.find_run(checkpoint_run_tags(target.checkpoint))
+    n_examples = min(request.max_examples or len(dataset.test), len(dataset.test))
+    folder = choose_evaluation_folder(out, target, attack, data_spec, n_examples)
+    with open_executor(request.address, request.gpus_per_task) as executor:
+        report = evaluate_checkpoint(
+            target,
+            dataset,
+            attack,
+            n_examples,
+            folder,
+            executor,
+            batch_size=request.batch_size,
+            keep_adversarial=request.keep_adversarial or bundle is not None,
+        )
+    save_evaluation_files(report, folder, target, data_spec)
+    if bundle is not None and target.checkpoint is not None:
+        write_bundle(bundle, report, target.checkpoint, data_spec, target.name)
+    _print_report(request, report, target, folder, tracker)
+    attack_name = request.attack
+    if request.version != "standard":
+        attack_name = f"{request.attack}-{request.version}"
+    is_whole_test_set = n_examples == len(dataset.test)
+    log_evaluation(tracker, run_id, target, report, folder, attack_name, is_whole_test_set)
+
+
+def _resolve_data_spec(request: EvalRequest, target: EvaluationTarget) -> DataSpec:
+    """Return the data set of the training; for the user's own code, the one of `--set`."""
+    from raysweep.data import DataSpec
+    from raysweep.spec import apply_overrides
+
+    if target.config:
+        return target.config.data
+    # Only the test set is used: any validation split will do, also of a small training set.
+    return apply_overrides(DataSpec(val_size=1), request.data_overrides)
+
+
+def _make_attack(
+    request: EvalRequest, target: EvaluationTarget, data_spec: DataSpec
+) -> AttackCascade:
+    """Return the attack. Raises SpecError if its name, version or radius is wrong."""
+    from raysweep.attacks import attack_by_name
+
+    eps = _resolve_eps(request, target, data_spec)
+    return attack_by_name(request.attack, eps, request.norm, request.version)
+
+
+def _resolve_eps(request: EvalRequest, target: EvaluationTarget, data_spec: DataSpec) -> float:
+    """Return the requested radius, or the one that the model was trained for."""
+    from raysweep.checkpoint_evaluation import resolve_threat_model
+    from raysweep.spec import SpecError
+
+    eps = request.eps
+    if eps is not None:
+        if request.norm == "Linf" and eps > 1:
+            raise SpecError(
+                f"--eps {eps:g}: epsilon means pixels in [0, 1]; did you mean {eps:g}/255?"
+            )
+        return eps
+    trained_eps, trained_norm = resolve_threat_model(target, data_spec.name)
+    if trained_norm != request.norm:
+        raise SpecError(
+            f"--norm {request.norm}: the model's own epsilon {trained_eps:.6g} is {trained_norm}; "
+            "give --eps too"
+        )
+    return trained_eps
+
+
+def _check_bundle_folder(request: EvalRequest, target: EvaluationTarget) -> Path | None:
+    """Return the folder of the bundle, or None if none was asked for.
+
+    Raises:
+        SpecError: The model is no checkpoint, or the folder exists.
+    """
+    from raysweep.spec import SpecError
+
+    if request.bundle is None:
+        return None
+    if target.checkpoint is None:
+        raise SpecError(
+            f"--bundle: {target.name} is your own code: only checkpoints of raysweep can be bundled"
+        )
+    folder = request.bundle.expanduser().resolve()
+    if folder.exists():
+        raise SpecError(f"--bundle {request.bundle}: exists already")
+    return folder
+
+
 def _print_report(
-    args: Namespace,
+    request: EvalRequest,
     report: RobustnessReport,
     target: EvaluationTarget,
     folder: Path,
     tracker: Tracker,
 ) -> None:
-    for warning in report.warnings:
-        print(f"raysweep: warning: {warning}", file=sys.stderr)
-    if args.json:
-        print(
-            json.dumps(
-                {**report.summary(), "model": target.name, "folder": str(folder)},
-                indent=1,
-                default=str,
-            )
-        )
+    """Print accuracies with their 95% intervals, the files, and how to open MLflow."""
+    from raysweep.commands.common import format_ui_command, print_warnings
+
+    print_warnings(report.warnings)
+    if request.as_json:
+        summary = {**report.summary(), "model": target.name, "folder": str(folder)}
+        print(json.dumps(summary, indent=1, default=str))
         return
     print(f"{target.name}: {len(report.labels)} test examples, {report.norm} eps {report.eps:.6g}")
-    rows = {
-        "clean": report.clean,
-        **{f"after {name}": rows for name, rows in report.robust_after.items()},
-    }
-    for (name, flags), interval in zip(rows.items(), report.intervals.values(), strict=False):
-        print(f"  {name:<16} {flags.mean():7.2%}   95% {interval[0]:.2%} .. {interval[1]:.2%}")
+    rows = {"clean": report.clean}
+    for name, is_robust in report.robust_after.items():
+        rows[f"after {name}"] = is_robust
+    for (name, is_correct), (low, high) in zip(
+        rows.items(), report.intervals.values(), strict=False
+    ):
+        print(f"  {name:<16} {is_correct.mean():7.2%}   95% {low:.2%} .. {high:.2%}")
     if report.masking_gap is not None:
         print(f"  {'masking gap':<16} {report.masking_gap:7.2%}")
     print(f"files\n  {folder}")

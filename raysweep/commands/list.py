@@ -1,72 +1,114 @@
-"""raysweep list"""
+"""`raysweep list`: print the names that other commands take."""
 
+from __future__ import annotations
+
+import argparse
 import inspect
 import json
 import textwrap
-from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from raysweep.attacks import ATTACK_DESCRIPTIONS
-from raysweep.catalog import METHODS
-from raysweep.data.datasets import DATASET_LOADERS
-from raysweep.models import MODELS
-from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
-from raysweep.sweep.search_space import list_builtin_spaces
-from raysweep.training.presets import list_presets
-from raysweep.training.validation import OBJECTIVE_DESCRIPTIONS
+from raysweep.commands.options import CommandParsers, add_command, add_json_option
+
+SUMMARY = "list methods, models, data sets, attacks, metrics, search spaces, presets, pipelines"
+DESCRIPTION = (
+    "Lists the names that other commands take, with a line about each: methods, models, data sets, "
+    "attacks, metrics, search spaces, presets (single runs of the papers) and pipelines."
+)
+EXAMPLES = ("raysweep list", "raysweep list --json")
+
+_LINE_WIDTH = 118
+_FOOTER = """
+`raysweep show NAME` prints every setting of a method, preset or pipeline. If several of these have
+one name, type preset:NAME or space:NAME. `raysweep tune METHOD` runs a sweep of a method, `raysweep
+train METHOD|PRESET` one training run, and `raysweep run PIPELINE` a pipeline."""
 
 
-def run_command(args: Namespace) -> int:
-    tables: dict[str, Mapping[str, str]] = {
+@dataclass(frozen=True)
+class ListRequest:
+    """What the user asked `raysweep list` to do.
+
+    Attributes:
+        as_json: Whether to print JSON on stdout.
+    """
+
+    as_json: bool
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> ListRequest:
+        """Convert parsed arguments."""
+        return cls(as_json=args.json)
+
+
+def add_parser(parsers: CommandParsers) -> None:
+    """Add the arguments of `raysweep list` to the command line."""
+    parser = add_command(
+        parsers, "list", run_command, summary=SUMMARY, description=DESCRIPTION, examples=EXAMPLES
+    )
+    add_json_option(parser)
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Run `raysweep list`; return its exit code."""
+    request = ListRequest.from_args(args)
+    from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
+    from raysweep.sweep.search_space import list_builtin_spaces
+    from raysweep.training.presets import list_presets
+
+    tables = _list_described_names()
+    spaces, presets, pipelines = list_builtin_spaces(), list_presets(), list_builtin_pipelines()
+    if request.as_json:
+        names = {"spaces": spaces, "presets": presets, "pipelines": pipelines}
+        print(json.dumps({**tables, **names}, indent=1))
+        return 0
+    for title, rows in tables.items():
+        _print_table(title, rows)
+    _print_names("search spaces", spaces)
+    _print_names("presets: runs of the papers", presets)
+    _print_table("pipelines", pipelines)
+    print(_FOOTER)
+    return 0
+
+
+def _list_described_names() -> dict[str, Mapping[str, str]]:
+    """Return {kind: {name: line about it}} for what is defined in Python."""
+    from raysweep.attacks import ATTACK_DESCRIPTIONS
+    from raysweep.catalog import METHODS
+    from raysweep.data.datasets import DATASET_LOADERS
+    from raysweep.models import MODELS
+    from raysweep.training.validation import OBJECTIVE_DESCRIPTIONS
+
+    return {
         "methods": _summarize_docstrings(METHODS),
         "models": _summarize_docstrings(MODELS),
         "data": _summarize_docstrings(DATASET_LOADERS),
         "attacks": ATTACK_DESCRIPTIONS,
         "metrics": OBJECTIVE_DESCRIPTIONS,
     }
-    if args.json:
-        more: dict[str, object] = {
-            "spaces": list_builtin_spaces(),
-            "presets": list_presets(),
-            "pipelines": list_builtin_pipelines(),
-        }
-        print(json.dumps({**tables, **more}, indent=1))
-        return 0
-    for title, rows in tables.items():
-        _print_table(title, rows)
-    for title, names in (
-        ("search spaces", list_builtin_spaces()),
-        ("presets: runs of the papers", list_presets()),
-    ):
-        print(title)
-        print(
-            textwrap.fill(
-                "  ".join(names),
-                118,
-                initial_indent="  ",
-                subsequent_indent="  ",
-                break_on_hyphens=False,
-            )
-        )
-    _print_table("pipelines", list_builtin_pipelines())
-    print(
-        "\nraysweep show NAME prints every setting of a method, preset or pipeline; where one name is several of these,"
-    )
-    print(
-        "preset:NAME and space:NAME say which. raysweep tune METHOD sweeps a method; raysweep train METHOD|PRESET is"
-    )
-    print("one run; raysweep run PIPELINE runs a pipeline.")
-    return 0
-
-
-def _print_table(title: str, rows: Mapping[str, str]) -> None:
-    width = max(map(len, rows))
-    print(title)
-    for name, about in rows.items():
-        print(f"  {name:<{width}}  {about}")
 
 
 def _summarize_docstrings(entries: Mapping[str, Callable[..., Any]]) -> dict[str, str]:
-    """First line of each docstring; a class's own only (no inherited prose)."""
+    """Return the first line of each docstring."""
     return {name: (inspect.getdoc(entry) or "").split("\n")[0] for name, entry in entries.items()}
+
+
+def _print_table(title: str, rows: Mapping[str, str]) -> None:
+    """Print a name and its description per line."""
+    width = max(map(len, rows))
+    print(title)
+    for name, description in rows.items():
+        print(f"  {name:<{width}}  {description}")
+
+
+def _print_names(title: str, names: Iterable[str]) -> None:
+    """Print names without descriptions, several per line."""
+    text = textwrap.fill(
+        "  ".join(names),
+        _LINE_WIDTH,
+        initial_indent="  ",
+        subsequent_indent="  ",
+        break_on_hyphens=False,
+    )
+    print(f"{title}\n{text}")

@@ -1,150 +1,313 @@
-"""raysweep run"""
+"""`raysweep run`: run a pipeline."""
 
+from __future__ import annotations
+
+import argparse
 import json
 import shutil
 import sys
 import textwrap
 import time
-from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from rich.console import Console
-
-from raysweep.commands import (
-    format_ui_command,
-    make_writable_folder,
-    parse_overrides,
-    resolve_runs_folder,
+from raysweep.commands.options import (
+    CommandParsers,
+    add_address_option,
+    add_command,
+    add_json_option,
+    add_location_options,
+    add_override_options,
 )
-from raysweep.formatting import format_duration
-from raysweep.pipeline.artifact import Artifact
-from raysweep.pipeline.pipeline import PlannedStage, load_pipeline, run_pipeline
-from raysweep.pipeline.plan import plan_pipeline
-from raysweep.pipeline.report.stage import HTML_FILE, MARKDOWN_FILE
-from raysweep.pipeline.stage import StageFailed
-from raysweep.spec import JsonDict, SpecError
-from raysweep.tracking import tracking_uri
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from raysweep.pipeline.artifact import Artifact
+    from raysweep.pipeline.pipeline import Pipeline, PlannedStage
+    from raysweep.pipeline.stage import TrainingOverrides
+    from raysweep.spec import JsonDict
+
+    # A stage, its artifact, and whether an earlier run had made the artifact.
+    FinishedStage: TypeAlias = tuple[PlannedStage, Artifact, bool]
+
+SUMMARY = "run a pipeline: tune, promote, AutoAttack, register, report; finished stages are kept"
+DESCRIPTION = (
+    "Runs the stages of a pipeline after checking all of them. Each stage writes an artifact to "
+    "runs/pipelines/NAME that is named after a digest of its inputs: a second run does nothing, a "
+    "killed run resumes, and after a change only the stages that depend on it run again. "
+    "--set stages.STAGE.SETTING= changes a stage, any other path the training runs of all stages. "
+    "If a report finds a regression, the exit code is 1."
+)
+EXAMPLES = (
+    "raysweep run digits",
+    "raysweep run nightly --set stages.tune.trials=20 --plan",
+)
+
+_PLAN_INDENT = " " * 30
 
 
-def run_command(args: Namespace) -> int:
-    if args.plan and args.wait:
-        raise SpecError("--wait: --plan runs nothing and waits for nothing")
-    name, pipeline, around = load_pipeline(args.what, parse_overrides(args))
-    for stage, before in pipeline.iter_upstream_configs(around):
-        for line in dict.fromkeys(
-            line
-            for config in stage.list_training_configs(around, before)
-            for line in config.list_warnings()
-        ):
-            print(f"raysweep: warning: {stage.kind}: {line}", file=sys.stderr)
-    if args.plan:
-        resolve_runs_folder(args, for_writing=False)
-        folder = args.out.expanduser().resolve() / "runs" / "pipelines" / name
-        return _print_plan(
-            args, name, *plan_pipeline(pipeline, around, folder, args.address, args.first)
+@dataclass(frozen=True)
+class RunRequest:
+    """What the user asked `raysweep run` to do.
+
+    Attributes:
+        pipeline: Name or YAML file of the pipeline.
+        plan_only: Whether to print what would run and to run nothing.
+        first_stage: Kind or number of the first stage whose artifact is made again; None for none.
+        wait: Whether to wait if another process runs this pipeline.
+        address: Ray cluster, `auto` or `host:port`; None for $RAY_ADDRESS or this machine.
+        overrides: {dotted path: value} of `--set` and `--data-dir`.
+        out: Folder of `runs` and `mlflow.db`.
+        storage: Folder or URI of sweeps; None for `runs` in `out`.
+        as_json: Whether to print JSON on stdout.
+    """
+
+    pipeline: str
+    plan_only: bool
+    first_stage: str | None
+    wait: bool
+    address: str | None
+    overrides: dict[str, Any]
+    out: Path
+    storage: str | None
+    as_json: bool
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> RunRequest:
+        """Convert parsed arguments. Raises SpecError if they contradict each other."""
+        from raysweep.commands.common import parse_overrides
+        from raysweep.spec import SpecError
+
+        if args.plan and args.wait:
+            raise SpecError("--wait: --plan runs nothing and waits for nothing")
+        return cls(
+            pipeline=args.what,
+            plan_only=args.plan,
+            first_stage=args.first,
+            wait=args.wait,
+            address=args.address,
+            overrides=parse_overrides(args.set, args.data_dir),
+            out=args.out,
+            storage=args.storage,
+            as_json=args.json,
         )
-    out, runs = make_writable_folder(args.out), resolve_runs_folder(args)
-    console = Console(stderr=True)
-    done: list[tuple[PlannedStage, Artifact, bool]] = []
-    options: dict[str, Any] = {
-        "runs_folder": runs,
-        "address": args.address,
-        "first_stage": args.first,
-        "wait": args.wait,
-    }
-    try:
-        for step, artifact, ready in run_pipeline(name, pipeline, around, out, console, **options):
-            done.append((step, artifact, ready))
-            how = "done before" if ready else f"done in {artifact.seconds:.1f} s"
-            console.print(f"[{time.strftime('%H:%M:%S')}] {step.number:02d} {step.kind}: {how}", markup=False,
-                          highlight=False, soft_wrap=True)  # fmt: skip
-    except StageFailed as error:
-        print(f"raysweep: {pipeline.stages[len(done)].kind} failed: {error}", file=sys.stderr)
-        return 1
-    return _print_outcome(args, name, out, done)
 
 
-def _print_plan(
-    args: Namespace,
-    pipeline_name: str,
-    stage_rows: list[JsonDict],
-    cluster_resources: dict[str, float],
-) -> int:
-    """What would run, on what and for about how long."""
-    if args.json:
-        print(json.dumps({"pipeline": pipeline_name, "stages": stage_rows}, indent=1))
+def add_parser(parsers: CommandParsers) -> None:
+    """Add the arguments of `raysweep run` to the command line."""
+    parser = add_command(
+        parsers, "run", run_command, summary=SUMMARY, description=DESCRIPTION, examples=EXAMPLES
+    )
+    parser.add_argument(
+        "what", metavar="WHAT", help="a pipeline of `raysweep list`, or a YAML file"
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="check everything and print what would run; run nothing"
+    )
+    parser.add_argument(
+        "--from",
+        dest="first",
+        metavar="STAGE",
+        help="make the artifacts of STAGE (a kind or number) and of later stages again, from the "
+        "existing training runs and evaluations (docs/scheduling.md explains how to repeat those)",
+    )
+    parser.add_argument(
+        "--wait", action="store_true", help="if another process runs this pipeline, wait for it"
+    )
+    add_address_option(parser)
+    add_override_options(parser)
+    add_location_options(parser)
+    add_json_option(parser)
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Run `raysweep run`; return its exit code."""
+    request = RunRequest.from_args(args)
+    from raysweep.pipeline.pipeline import load_pipeline
+
+    name, pipeline, training_overrides = load_pipeline(request.pipeline, request.overrides)
+    _print_config_warnings(pipeline, training_overrides)
+    if request.plan_only:
+        _plan_stages(request, name, pipeline, training_overrides)
         return 0
+    return _run_stages(request, name, pipeline, training_overrides)
+
+
+def _print_config_warnings(pipeline: Pipeline, training_overrides: TrainingOverrides) -> None:
+    """Print the warnings about the training settings of each stage, every text once per stage."""
+    from raysweep.commands.common import print_warnings
+
+    for stage, upstream in pipeline.iter_upstream_configs(training_overrides):
+        warnings: list[str] = []
+        for config in stage.list_training_configs(training_overrides, upstream):
+            warnings += config.list_warnings()
+        print_warnings(f"{stage.kind}: {line}" for line in dict.fromkeys(warnings))
+
+
+def _plan_stages(
+    request: RunRequest, name: str, pipeline: Pipeline, training_overrides: TrainingOverrides
+) -> None:
+    """Print what would run, on which resources and for about how long."""
+    from raysweep.commands.common import resolve_runs_folder
+    from raysweep.pipeline.plan import plan_pipeline
+
+    # Check that the storage answers.
+    resolve_runs_folder(request.out, request.storage, for_writing=False)
+    folder = request.out.resolve() / "runs" / "pipelines" / name
+    stage_rows, cluster_resources = plan_pipeline(
+        pipeline, training_overrides, folder, request.address, request.first_stage
+    )
+    if request.as_json:
+        print(json.dumps({"pipeline": name, "stages": stage_rows}, indent=1))
+        return
     for row in stage_rows:
-        done = (
-            f"done in {row['seconds']:.0f} s"
-            if row["done"]
-            else "to make again"
-            if row["again"]
-            else "to run"
-        )
-        line = f"{row['number']:02d} {row['kind']:<11} {done:<14} {row['what']}{_format_stage_effort(row)}"
-        print(textwrap.fill(line, _get_line_width(), subsequent_indent=" " * 30))
+        print(textwrap.fill(_format_plan_row(row), _line_width(), subsequent_indent=_PLAN_INDENT))
     times = [row["expected_seconds"] for row in stage_rows if "expected_seconds" in row]
     if times:
-        known = None not in times
-        how_long = (
-            f"about {format_duration(sum(times))} of training"
-            if known
-            else "how long cannot be told here"
-        )
-        print(
-            f"on {cluster_resources.get('CPU', 0):g} CPUs and {cluster_resources.get('GPU', 0):g} GPUs: {how_long}; attacks come on top"
-        )
-    return 0
+        cpus, gpus = cluster_resources.get("CPU", 0), cluster_resources.get("GPU", 0)
+        print(f"on {cpus:g} CPUs and {gpus:g} GPUs: {_format_training_time(times)}")
 
 
-def _format_stage_effort(stage_row: JsonDict) -> str:
-    if "trials_at_once" not in stage_row:
+def _format_plan_row(row: JsonDict) -> str:
+    """Return the line about a stage of a plan."""
+    if row["done"]:
+        state = f"done in {row['seconds']:.0f} s"
+    else:
+        state = "to make again" if row["again"] else "to run"
+    return f"{row['number']:02d} {row['kind']:<11} {state:<14} {row['what']}{_format_effort(row)}"
+
+
+def _format_effort(row: JsonDict) -> str:
+    """Return what the trials of a stage hold and how long they take; "" for other stages."""
+    from raysweep.formatting import format_duration
+
+    if "trials_at_once" not in row:
         return ""
-    seconds = stage_row["expected_seconds"]
-    held = f"{stage_row['cpus_per_trial']:g} CPU(s) and {stage_row['gpus_per_trial']:g} GPU(s)"
-    time = "" if seconds is None else f", about {format_duration(seconds)}"
-    return f"; a trial holds {held}, {stage_row['trials_at_once']} run at once{time}"
+    seconds = row["expected_seconds"]
+    duration = "" if seconds is None else f", about {format_duration(seconds)}"
+    resources = f"{row['cpus_per_trial']:g} CPU(s) and {row['gpus_per_trial']:g} GPU(s)"
+    return f"; a trial holds {resources}, {row['trials_at_once']} run at once{duration}"
 
 
-def _get_line_width() -> int:
-    """Lines are broken for people, not for programs."""
+def _format_training_time(times: list[float | None]) -> str:
+    """Return the training time of all stages; `times` are seconds, None if not estimated."""
+    from raysweep.formatting import format_duration
+
+    seconds = [time for time in times if time is not None]
+    if len(seconds) < len(times):
+        return "the training time cannot be estimated on this machine; attacks take extra time"
+    return f"about {format_duration(sum(seconds))} of training; attacks take extra time"
+
+
+def _line_width() -> int:
+    """Return the width of the terminal; lines in pipes and files are not broken."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
 
 
-def _print_outcome(
-    args: Namespace,
-    pipeline_name: str,
-    out: Path,
-    finished_stages: list[tuple[PlannedStage, Artifact, bool]],
+def _run_stages(
+    request: RunRequest, name: str, pipeline: Pipeline, training_overrides: TrainingOverrides
 ) -> int:
-    """Where everything is; exit code 1 if a report saw a regression."""
-    reports = [(step, artifact) for step, artifact, _ in finished_stages if step.kind == "report"]
-    regressions = [line for _, artifact in reports for line in artifact.facts["regressions"]]
-    if args.json:
-        stages = [
-            {
-                "kind": step.kind,
-                "folder": str(step.folder),
-                "seconds": artifact.seconds,
-                "done_before": ready,
-            }
-            for step, artifact, ready in finished_stages
-        ]
-        reported = {
-            "reports": [str(step.folder / HTML_FILE) for step, _ in reports],
-            "regressions": regressions,
-        }
-        print(json.dumps({"pipeline": pipeline_name, "stages": stages, **reported}, indent=1))
+    """Run all stages and print their reports; return the exit code."""
+    from rich.console import Console
+
+    from raysweep.commands.common import make_writable_folder, resolve_runs_folder
+    from raysweep.pipeline.pipeline import run_pipeline
+    from raysweep.pipeline.stage import StageFailed
+
+    out = make_writable_folder(request.out)
+    runs_folder = resolve_runs_folder(request.out, request.storage)
+    console = Console(stderr=True)
+    finished: list[FinishedStage] = []
+    try:
+        for finished_stage in run_pipeline(
+            name,
+            pipeline,
+            training_overrides,
+            out,
+            console,
+            runs_folder=runs_folder,
+            address=request.address,
+            first_stage=request.first_stage,
+            wait=request.wait,
+        ):
+            finished.append(finished_stage)
+            _print_finished_stage(console, finished_stage)
+    except StageFailed as error:
+        kind = pipeline.stages[len(finished)].kind
+        print(f"raysweep: {kind} failed: {error}", file=sys.stderr)
+        return 1
+    regressions = _list_regressions(finished)
+    if request.as_json:
+        _print_stages_as_json(name, finished, regressions)
     else:
-        for step, artifact in reports:
-            best = artifact.facts["best"]
-            print(
-                f"{best['candidate']['label']}: {best['robust']:.2%} under {best['attack']}, {best['clean']:.2%} clean"
-            )
-            print(f"report\n  {step.folder / HTML_FILE}\n  {step.folder / MARKDOWN_FILE}")
-        print(f"compare with\n  {format_ui_command(tracking_uri(out))}")
+        _print_reports(out, finished)
     for line in regressions:
         print(f"raysweep: regression: {line}", file=sys.stderr)
     return 1 if regressions else 0
+
+
+def _print_finished_stage(console: Console, finished_stage: FinishedStage) -> None:
+    """Print the time at which a stage ended and how long it took."""
+    stage, artifact, done_before = finished_stage
+    state = "done before" if done_before else f"done in {artifact.seconds:.1f} s"
+    console.print(
+        f"[{time.strftime('%H:%M:%S')}] {stage.number:02d} {stage.kind}: {state}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _list_regressions(finished: list[FinishedStage]) -> list[str]:
+    """Return the regressions that reports found, a line each."""
+    regressions: list[str] = []
+    for stage, artifact, _ in finished:
+        if stage.kind == "report":
+            regressions += artifact.facts["regressions"]
+    return regressions
+
+
+def _print_stages_as_json(
+    pipeline_name: str, finished: list[FinishedStage], regressions: list[str]
+) -> None:
+    """Print each stage's folder and time, the reports, and the regressions."""
+    from raysweep.pipeline.report.stage import HTML_FILE
+
+    stages, reports = [], []
+    for stage, artifact, done_before in finished:
+        stages.append(
+            {
+                "kind": stage.kind,
+                "folder": str(stage.folder),
+                "seconds": artifact.seconds,
+                "done_before": done_before,
+            }
+        )
+        if stage.kind == "report":
+            reports.append(str(stage.folder / HTML_FILE))
+    summary = {
+        "pipeline": pipeline_name,
+        "stages": stages,
+        "reports": reports,
+        "regressions": regressions,
+    }
+    print(json.dumps(summary, indent=1))
+
+
+def _print_reports(out: Path, finished: list[FinishedStage]) -> None:
+    """Print the result of each report, where its files are, and how to open MLflow."""
+    from raysweep.commands.common import format_ui_command
+    from raysweep.pipeline.report.stage import HTML_FILE, MARKDOWN_FILE
+    from raysweep.tracking import tracking_uri
+
+    for stage, artifact, _ in finished:
+        if stage.kind == "report":
+            best = artifact.facts["best"]
+            print(
+                f"{best['candidate']['label']}: {best['robust']:.2%} under {best['attack']}, "
+                f"{best['clean']:.2%} clean"
+            )
+            print(f"report\n  {stage.folder / HTML_FILE}\n  {stage.folder / MARKDOWN_FILE}")
+    print(f"compare with\n  {format_ui_command(tracking_uri(out))}")

@@ -1,76 +1,115 @@
-"""raysweep show"""
+"""`raysweep show`: print settings, or the state of a sweep or trial."""
 
+from __future__ import annotations
+
+import argparse
 import json
-from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
+from raysweep.commands.options import (
+    CommandParsers,
+    add_command,
+    add_json_option,
+    add_location_options,
+    add_override_options,
+)
 
-from raysweep import storage
-from raysweep.catalog import METHODS
-from raysweep.commands import find_sweep_or_trial, parse_overrides, resolve_runs_folder
-from raysweep.formatting import format_count
-from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
-from raysweep.results import advise_on_trial, describe_masking, sweep_to_json, trial_to_json
-from raysweep.spec import JsonDict, SpecError, describe_unknown_name, flatten_spec, read_yaml
-from raysweep.sweep.ledger import Ledger
-from raysweep.sweep.search_space import SearchSpace, list_builtin_spaces, load_space
-from raysweep.terminal import build_trial_table, create_table_console
-from raysweep.training.presets import list_presets, resolve_training_config
+if TYPE_CHECKING:
+    from raysweep.spec import JsonDict
+    from raysweep.sweep.ledger import Ledger, Trial
+    from raysweep.sweep.search_space import SearchSpace
+
+SUMMARY = (
+    "print all settings of a method, preset, space or pipeline; or the state of a sweep or trial"
+)
+DESCRIPTION = (
+    "Prints every setting of a method or preset as `path = value`, the form that --set takes. For "
+    "a search space it also prints the searched ranges, for a pipeline its stages, for a sweep its "
+    "trials (best first), and for a trial its settings, its best epoch and notes on its training. "
+    "--set shows the settings with a change."
+)
+EXAMPLES = (
+    "raysweep show lrat",
+    "raysweep show preset:lrat-table1 --set epochs=50",
+    "raysweep show g1/0003",
+)
 
 
-def run_command(args: Namespace) -> int:
-    kind, what = _classify_name(args.what)
+@dataclass(frozen=True)
+class ShowRequest:
+    """What the user asked `raysweep show` to do.
+
+    Attributes:
+        name: Name or YAML file of what to show; `preset:NAME` and `space:NAME` say which kind.
+        overrides: {dotted path: value} of `--set` and `--data-dir`.
+        out: Folder of `runs` and `mlflow.db`.
+        storage: Folder or URI of sweeps; None for `runs` in `out`.
+        as_json: Whether to print JSON on stdout.
+    """
+
+    name: str
+    overrides: dict[str, Any]
+    out: Path
+    storage: str | None
+    as_json: bool
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> ShowRequest:
+        """Convert parsed arguments. Raises SpecError if `--set` is malformed."""
+        from raysweep.commands.common import parse_overrides
+
+        return cls(
+            name=args.what,
+            overrides=parse_overrides(args.set, args.data_dir),
+            out=args.out,
+            storage=args.storage,
+            as_json=args.json,
+        )
+
+
+def add_parser(parsers: CommandParsers) -> None:
+    """Add the arguments of `raysweep show` to the command line."""
+    parser = add_command(
+        parsers, "show", run_command, summary=SUMMARY, description=DESCRIPTION, examples=EXAMPLES
+    )
+    parser.add_argument(
+        "what",
+        metavar="WHAT",
+        help="a method, preset or pipeline of `raysweep list` (preset:NAME or space:NAME if "
+        "several of these have one name), a YAML file, a sweep, or a trial: SWEEP/0003",
+    )
+    add_override_options(parser)
+    add_location_options(parser)
+    add_json_option(parser)
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Run `raysweep show`; return its exit code."""
+    request = ShowRequest.from_args(args)
+    kind, name = _classify_name(request.name)
     if kind == "pipeline":
-        from raysweep.pipeline.pipeline import load_pipeline
-
-        pipeline = load_pipeline(what, parse_overrides(args))[1].to_json_dict()
-        print(
-            json.dumps(pipeline, indent=1)
-            if args.json
-            else yaml.safe_dump(pipeline, sort_keys=False).rstrip()
-        )
-        return 0
-    if kind == "space":
-        shipped = what in list_builtin_spaces()
-        return _print_space(
-            args,
-            load_space(
-                what if shipped else "", parse_overrides(args), None if shipped else Path(what)
-            ),
-        )
-    if kind:
-        config = resolve_training_config(what, parse_overrides(args))
-        return (
-            _print_json(config.to_json_dict())
-            if args.json
-            else _print_config_paths(flatten_spec(config))
-        )
-    runs = resolve_runs_folder(args, for_writing=False)
-    if found := find_sweep_or_trial(what, runs):
-        ledger, number = found
-        return _print_sweep(args, ledger) if number is None else _print_trial(args, ledger, number)
-    known = dict.fromkeys(
-        [
-            *METHODS,
-            *list_presets(),
-            *list_builtin_pipelines(),
-            *storage.list_folders_containing(runs, "sweep.json"),
-        ]
-    )
-    raise SpecError(
-        describe_unknown_name(
-            "method, preset, space file, pipeline, sweep or trial", what, list(known)
-        )
-    )
+        _show_pipeline(request, name)
+    elif kind == "space":
+        _show_space(request, name)
+    elif kind:
+        _show_config(request, name)
+    else:
+        _show_sweep_or_trial(request)
+    return 0
 
 
 def _classify_name(name_or_file: str) -> tuple[str, str]:
-    """What a name or file is, and its name without that; "" if no table has it. `preset:NAME` says
-    it beforehand.
-    """
+    """Return (kind, name without `KIND:`); the kind is "" if no table has the name."""
+    from raysweep.catalog import METHODS
+    from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
+    from raysweep.spec import SpecError, describe_unknown_name
+    from raysweep.sweep.search_space import list_builtin_spaces
+    from raysweep.training.presets import list_presets
+
+    # A space has the name of its method: the method comes first.
     tables = {
         "pipeline": list(list_builtin_pipelines()),
         "method": list(METHODS),
@@ -83,97 +122,179 @@ def _classify_name(name_or_file: str) -> tuple[str, str]:
             raise SpecError(describe_unknown_name(kind, name, tables[kind]))
         return kind, name
     if name_or_file.endswith((".yaml", ".yml")):
-        parts = read_yaml(Path(name_or_file))
-        return (
-            "pipeline" if "stages" in parts else "space" if "space" in parts else "preset"
-        ), name_or_file
-    # A space has the name of its method: as a bare name that is the method.
-    return next((kind for kind, names in tables.items() if name_or_file in names), ""), name_or_file
+        return _classify_yaml_file(Path(name_or_file)), name_or_file
+    for kind, names in tables.items():
+        if name_or_file in names:
+            return kind, name_or_file
+    return "", name_or_file
 
 
-def _print_json(data: JsonDict) -> int:
-    print(json.dumps(data, indent=1))
-    return 0
+def _classify_yaml_file(path: Path) -> str:
+    """Return the kind of a YAML file by its keys."""
+    from raysweep.spec import read_yaml
+
+    keys = read_yaml(path)
+    if "stages" in keys:
+        return "pipeline"
+    return "space" if "space" in keys else "preset"
 
 
-def _print_config_paths(values: Mapping[str, Any]) -> int:
-    """Settings as `--set` takes them."""
-    for path, value in values.items():
-        print(f"{path} = {value if isinstance(value, str) else json.dumps(value)}")
-    return 0
+def _show_pipeline(request: ShowRequest, name_or_file: str) -> None:
+    """Print a pipeline with its stages, as YAML or JSON."""
+    import yaml
+
+    from raysweep.pipeline.pipeline import load_pipeline
+
+    _, pipeline, _ = load_pipeline(name_or_file, request.overrides)
+    data = pipeline.to_json_dict()
+    if request.as_json:
+        _print_json(data)
+    else:
+        print(yaml.safe_dump(data, sort_keys=False).rstrip())
 
 
-def _print_space(args: Namespace, space: SearchSpace) -> int:
-    """What is searched, as a space's file says it, and every setting besides."""
+def _show_space(request: ShowRequest, name_or_file: str) -> None:
+    """Print the searched ranges of a search space, then every other setting."""
+    from raysweep.spec import flatten_spec
+    from raysweep.sweep.search_space import list_builtin_spaces, load_space
+
+    if name_or_file in list_builtin_spaces():
+        space = load_space(name_or_file, request.overrides)
+    else:
+        space = load_space("", request.overrides, Path(name_or_file))
     config = space.trial_config({})
-    if args.json:
-        return _print_json({"space": space.to_json_dict(), "config": config.to_json_dict()})
-    about = {
-        key: value
-        for key, value in space.to_json_dict().items()
-        if key not in ("base", "space", "points_to_evaluate")
-    }
-    print(f"{yaml.safe_dump(about, sort_keys=False)}space:")
-    for path, distribution in space.space.items():
-        print(
-            f"  {path}: {json.dumps(distribution.model_dump(mode='json', exclude_defaults=True))}"
-        )
-    if space.points_to_evaluate:
-        print("start:")
-    for point in space.points_to_evaluate:
-        print(f"  - {json.dumps(point)}")
+    if request.as_json:
+        _print_json({"space": space.to_json_dict(), "config": config.to_json_dict()})
+        return
+    _print_search_settings(space)
     print()
-    return _print_config_paths(
+    _print_config_paths(
         {path: value for path, value in flatten_spec(config).items() if path not in space.space}
     )
 
 
-def _print_sweep(args: Namespace, ledger: Ledger) -> int:
+def _print_search_settings(space: SearchSpace) -> None:
+    """Print a search space in the form of its YAML file, without its base settings."""
+    import yaml
+
+    settings = space.to_json_dict()
+    for key in ("base", "space", "points_to_evaluate"):
+        settings.pop(key, None)
+    print(f"{yaml.safe_dump(settings, sort_keys=False)}space:")
+    for path, distribution in space.space.items():
+        data = distribution.model_dump(mode="json", exclude_defaults=True)
+        print(f"  {path}: {json.dumps(data)}")
+    if space.points_to_evaluate:
+        print("points_to_evaluate:")
+    for point in space.points_to_evaluate:
+        print(f"  - {json.dumps(point)}")
+
+
+def _show_config(request: ShowRequest, name_or_file: str) -> None:
+    """Print every setting of a training run."""
+    from raysweep.spec import flatten_spec
+    from raysweep.training.presets import resolve_training_config
+
+    config = resolve_training_config(name_or_file, request.overrides)
+    if request.as_json:
+        _print_json(config.to_json_dict())
+    else:
+        _print_config_paths(flatten_spec(config))
+
+
+def _print_json(data: JsonDict) -> None:
+    """Print indented JSON."""
+    print(json.dumps(data, indent=1))
+
+
+def _print_config_paths(values: Mapping[str, Any]) -> None:
+    """Print settings in the form that `--set` takes."""
+    for path, value in values.items():
+        print(f"{path} = {value if isinstance(value, str) else json.dumps(value)}")
+
+
+def _show_sweep_or_trial(request: ShowRequest) -> None:
+    """Print a sweep's trials, or one trial. Raises SpecError if there is neither."""
+    from raysweep.commands.common import find_sweep_or_trial, resolve_runs_folder
+
+    runs_folder = resolve_runs_folder(request.out, request.storage, for_writing=False)
+    match = find_sweep_or_trial(request.name, runs_folder)
+    if match is None:
+        raise _unknown_name_error(request.name, runs_folder)
+    ledger, trial_number = match
+    if trial_number is None:
+        _show_sweep(request, ledger)
+    else:
+        _show_trial(request, ledger, trial_number)
+
+
+def _unknown_name_error(name: str, runs_folder: Path) -> ValueError:
+    """Return the SpecError for a name that nothing has."""
+    from raysweep import storage
+    from raysweep.catalog import METHODS
+    from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
+    from raysweep.spec import SpecError, describe_unknown_name
+    from raysweep.training.presets import list_presets
+
+    sweeps = storage.list_folders_containing(runs_folder, "sweep.json")
+    names = dict.fromkeys([*METHODS, *list_presets(), *list_builtin_pipelines(), *sweeps])
+    noun = "method, preset, space file, pipeline, sweep or trial"
+    return SpecError(describe_unknown_name(noun, name, list(names)))
+
+
+def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
+    """Print the trials of a sweep, best first, and notes on the best one."""
+    from raysweep.results import advise_on_trial, describe_masking, sweep_to_json
+    from raysweep.terminal import build_trial_table, create_table_console
+
+    if request.as_json:
+        _print_json(sweep_to_json(ledger))
+        return
     trials = ledger.load_trials()
-    if args.json:
-        return _print_json(sweep_to_json(ledger))
-    running = [trial for trial in trials if trial.state == "running"]
-    unfinished = f", {len(running)} not yet" if running else ""
-    print(
-        f"{ledger.name}: {len(trials) - len(running)} of {ledger.space.n_trials} trials ended{unfinished}"
-    )
+    n_running = sum(trial.state == "running" for trial in trials)
+    running = f", {n_running} not yet" if n_running else ""
+    n_ended = len(trials) - n_running
+    print(f"{ledger.name}: {n_ended} of {ledger.space.n_trials} trials ended{running}")
     ranked = ledger.rank_trials()
-    rest = [trial for trial in trials if trial.number not in {t.number for t in ranked}]
-    create_table_console().print(build_trial_table(ledger, [*ranked, *rest]))
+    ranked_numbers = {trial.number for trial in ranked}
+    unranked = [trial for trial in trials if trial.number not in ranked_numbers]
+    create_table_console().print(build_trial_table(ledger, [*ranked, *unranked]))
     for line in describe_masking(ledger):
         print(line)
     if ranked:
         for line in advise_on_trial(ledger, ranked[0].number):
             print(f"trial {ranked[0].number:04d}: {line}")
-    return 0
 
 
-def _print_trial(args: Namespace, ledger: Ledger, trial_number: int) -> int:
-    """One trial: what was searched, its best epoch, what stands out, where it is."""
+def _show_trial(request: ShowRequest, ledger: Ledger, trial_number: int) -> None:
+    """Print a trial's searched settings, its best epoch, notes on it, and its folder."""
+    from raysweep import storage
+    from raysweep.results import advise_on_trial, trial_to_json
+
     (trial,) = (trial for trial in ledger.load_trials() if trial.number == trial_number)
     advice = advise_on_trial(ledger, trial_number)
-    folder = ledger.trial_path(trial_number)
-    if args.json:
-        return _print_json(
-            {**trial_to_json(ledger, trial), "folder": storage.uri_of(folder), "advice": advice}
-        )
-    reason = f": {trial.reason}" if trial.reason else ""
-    epochs = f"{format_count(trial.epoch, 'epoch')}, {trial.trained_epochs} trained here"
-    print(f"{ledger.name}/{trial_number:04d} {trial.state}{reason} after {epochs}")
-    settings = {path: value for path, value in trial.params.items() if value is not None}
-    metrics = {
-        name: f"{value:.4f}"
-        for name, value in trial.best.items()
-        if "/" not in name and name != "epoch"
-    }
-    for title, rows in (
-        ("searched", settings),
-        (f"epoch {trial.best.get('epoch', 0):.0f}, its best", metrics),
-    ):
-        print(title)
-        for name, value in rows.items():
-            print(f"  {name} = {value}")
+    folder = storage.uri_of(ledger.trial_path(trial_number))
+    if request.as_json:
+        _print_json({**trial_to_json(ledger, trial), "folder": folder, "advice": advice})
+        return
+    _print_trial_numbers(ledger.name, trial)
     for line in advice:
         print(f"note: {line}")
-    print(f"folder\n  {storage.uri_of(folder)}")
-    return 0
+    print(f"folder\n  {folder}")
+
+
+def _print_trial_numbers(sweep_name: str, trial: Trial) -> None:
+    """Print the state of a trial, its searched settings and the metrics of its best epoch."""
+    from raysweep.formatting import format_count
+
+    reason = f": {trial.reason}" if trial.reason else ""
+    epochs = f"{format_count(trial.epoch, 'epoch')}, {trial.trained_epochs} trained here"
+    print(f"{sweep_name}/{trial.number:04d} {trial.state}{reason} after {epochs}")
+    print("searched")
+    for path, value in trial.params.items():
+        if value is not None:
+            print(f"  {path} = {value}")
+    print(f"epoch {trial.best.get('epoch', 0):.0f}, its best")
+    for name, metric in trial.best.items():
+        if "/" not in name and name != "epoch":
+            print(f"  {name} = {metric:.4f}")

@@ -1,74 +1,159 @@
-"""raysweep train"""
+"""`raysweep train`: run one training run in this process."""
 
+from __future__ import annotations
+
+import argparse
 import json
 import math
 import sys
-from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from raysweep import storage
-from raysweep.commands import (
-    check_plain_name,
-    format_ui_command,
-    make_writable_folder,
-    open_tracker,
-    parse_overrides,
-    resolve_runs_folder,
+from raysweep.commands.options import (
+    CommandParsers,
+    add_command,
+    add_json_option,
+    add_location_options,
+    add_override_options,
 )
-from raysweep.data import Dataset, load_data
-from raysweep.formatting import format_count
-from raysweep.leases import hold_folder_lease
-from raysweep.spec import SpecError
-from raysweep.terminal import format_accuracies, training_progress_bar
-from raysweep.tracking import Tracker, training_run_tags
-from raysweep.training.advice import advise_on_training
-from raysweep.training.callbacks import FunctionCallback
-from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
-from raysweep.training.config import TrainingConfig
-from raysweep.training.failure_reports import BUG_TRACEBACK_KEY, FAILURE_KEY, failure_report
-from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted, catch_termination_signals
-from raysweep.training.prefix_cache import PREFIX_CACHE_FOLDER, PrefixCache
-from raysweep.training.presets import resolve_training_config
-from raysweep.training.trainer import TrainingResult, check_resumable, train_model
+
+if TYPE_CHECKING:
+    from raysweep.data import Dataset
+    from raysweep.tracking import Tracker
+    from raysweep.training.checkpoint import TrainingCheckpoint
+    from raysweep.training.config import TrainingConfig
+    from raysweep.training.epoch_metrics import EpochMetrics
+    from raysweep.training.trainer import TrainingResult
+
+SUMMARY = "train one model, in this process"
+DESCRIPTION = (
+    "Trains one model and validates it after each epoch. The last and the best checkpoint go to "
+    "runs/NAME, metrics and plots to MLflow. After Ctrl-C or a kill, run the same command "
+    "to resume."
+)
+EXAMPLES = (
+    "raysweep train gairat --set epochs=10",
+    "raysweep train lrat-table1 --data-dir DIR --name row",
+)
 
 
-def run_command(args: Namespace) -> int:
-    config = resolve_training_config(args.method, parse_overrides(args))
-    name = (
-        check_plain_name(args.name, "--name")
-        if args.name
-        else f"{config.method.name}-{config.digest()[:8]}"
+@dataclass(frozen=True)
+class TrainRequest:
+    """What the user asked `raysweep train` to do.
+
+    Attributes:
+        method: Name of a method or preset, or a YAML file of settings.
+        name: Name of the run's folder; None for the method and the digest of the settings.
+        overrides: {dotted path: value} of `--set` and `--data-dir`.
+        out: Folder of `runs` and `mlflow.db`.
+        storage: Folder or URI of checkpoints; None for `runs` in `out`.
+        as_json: Whether to print JSON on stdout.
+    """
+
+    method: str
+    name: str | None
+    overrides: dict[str, Any]
+    out: Path
+    storage: str | None
+    as_json: bool
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> TrainRequest:
+        """Convert parsed arguments. Raises SpecError if `--set` is malformed."""
+        from raysweep.commands.common import parse_overrides
+
+        return cls(
+            method=args.method,
+            name=args.name,
+            overrides=parse_overrides(args.set, args.data_dir),
+            out=args.out,
+            storage=args.storage,
+            as_json=args.json,
+        )
+
+
+def add_parser(parsers: CommandParsers) -> None:
+    """Add the arguments of `raysweep train` to the command line."""
+    parser = add_command(
+        parsers, "train", run_command, summary=SUMMARY, description=DESCRIPTION, examples=EXAMPLES
     )
-    data = load_data(config.data)
-    for line in config.list_warnings():
-        print(f"raysweep: warning: {line}", file=sys.stderr)
-    out, path = make_writable_folder(args.out), resolve_runs_folder(args) / name
-    with hold_folder_lease(path):
-        if storage.pull_file(path / "sweep.json"):
-            raise SpecError(f"{storage.uri_of(path)} holds a sweep: choose another --name")
-        if (last := RunDirectory(path).read_last_checkpoint()) is not None:
-            # Before the tracker reopens what may be another run.
-            check_resumable(last, config, data.fingerprint)
-        return _train_tracked(args, config, data, open_tracker(out), path)
+    parser.add_argument(
+        "method",
+        metavar="METHOD",
+        help="a method or preset of `raysweep list`, or a YAML file of settings",
+    )
+    parser.add_argument(
+        "--name",
+        help="name of the run's folder (default: the method and the digest of the settings)",
+    )
+    add_override_options(parser)
+    add_location_options(parser)
+    add_json_option(parser)
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Run `raysweep train`; return its exit code."""
+    request = TrainRequest.from_args(args)
+    from raysweep import storage
+    from raysweep.commands.common import (
+        check_plain_name,
+        make_writable_folder,
+        open_tracker,
+        print_warnings,
+        resolve_runs_folder,
+    )
+    from raysweep.data import load_data
+    from raysweep.leases import hold_folder_lease
+    from raysweep.spec import SpecError
+    from raysweep.training.checkpoint import RunDirectory
+    from raysweep.training.presets import resolve_training_config
+    from raysweep.training.trainer import check_resumable
+
+    config = resolve_training_config(request.method, request.overrides)
+    name = request.name or f"{config.method.name}-{config.digest()[:8]}"
+    if request.name:
+        check_plain_name(request.name, "--name")
+    dataset = load_data(config.data)
+    print_warnings(config.list_warnings())
+    out = make_writable_folder(request.out)
+    run_folder = resolve_runs_folder(request.out, request.storage) / name
+    with hold_folder_lease(run_folder):
+        if storage.pull_file(run_folder / "sweep.json"):
+            raise SpecError(f"{storage.uri_of(run_folder)} holds a sweep: choose another --name")
+        checkpoint = RunDirectory(run_folder).read_last_checkpoint()
+        if checkpoint is not None:
+            # Before the tracker reopens an MLflow run that may be one with other settings.
+            check_resumable(checkpoint, config, dataset.fingerprint)
+        return _train_tracked(request, config, dataset, open_tracker(out), run_folder)
 
 
 def _train_tracked(
-    args: Namespace, config: TrainingConfig, dataset: Dataset, tracker: Tracker, run_folder: Path
+    request: TrainRequest,
+    config: TrainingConfig,
+    dataset: Dataset,
+    tracker: Tracker,
+    run_folder: Path,
 ) -> int:
-    """Train and tell; however that ends, the run in MLflow is closed."""
+    """Train, print the result, and close the MLflow run however training ends."""
+    from raysweep import storage
+    from raysweep.spec import SpecError
+    from raysweep.tracking import training_run_tags
+    from raysweep.training.checkpoint import RunDirectory
+    from raysweep.training.failure_reports import failure_report
+    from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
+
     tags = training_run_tags(RunDirectory(run_folder))
-    known = tracker.find_run(tags)
-    reported = tracker.get_last_epoch(known) if known else 0
+    earlier_run_id = tracker.find_run(tags)
+    n_reported_epochs = tracker.get_last_epoch(earlier_run_id) if earlier_run_id else 0
     run_id = tracker.get_or_create_run(run_folder.name, tags)
     try:
         tracker.log_config(run_id, config, dataset.fingerprint)
-        fitted = _fit_model(config, dataset, tracker, run_id, run_folder, reported)
-        advice = _log_training_result(config, tracker, run_id, fitted)
+        result = _fit_model(config, dataset, tracker, run_id, run_folder, n_reported_epochs)
+        advice = _log_training_result(config, tracker, run_id, result)
     except TrainingInterrupted as reason:
         tracker.end_run(run_id, "KILLED")
-        print(f"raysweep: {reason}; the same command goes on from there", file=sys.stderr)
+        print(f"raysweep: {reason}; run the same command to resume", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
         tracker.end_run(run_id, "KILLED")
@@ -77,16 +162,22 @@ def _train_tracked(
         tracker.end_run(run_id, "FAILED")
         raise
     except Exception as error:
-        why = failure_report(error, config, run_folder, is_sweep_trial=False)
-        more = (
-            f"; its traceback is in {storage.uri_of(run_folder / 'error.txt')}"
-            if BUG_TRACEBACK_KEY in why
-            else ""
-        )
-        print(f"raysweep: training failed: {why[FAILURE_KEY]}{more}", file=sys.stderr)
+        _print_failure(failure_report(error, config, run_folder, is_sweep_trial=False), run_folder)
         tracker.end_run(run_id, "FAILED")
         return 1
-    return _print_training_result(args, config, tracker, fitted, advice)
+    _print_training_result(request, config, tracker, result, advice)
+    return 0
+
+
+def _print_failure(report: dict[str, str], run_folder: Path) -> None:
+    """Print why training failed, and where the traceback is if raysweep is at fault."""
+    from raysweep import storage
+    from raysweep.training.failure_reports import BUG_TRACEBACK_KEY, FAILURE_KEY
+
+    traceback_hint = ""
+    if BUG_TRACEBACK_KEY in report:
+        traceback_hint = f"; its traceback is in {storage.uri_of(run_folder / 'error.txt')}"
+    print(f"raysweep: training failed: {report[FAILURE_KEY]}{traceback_hint}", file=sys.stderr)
 
 
 def _fit_model(
@@ -97,76 +188,96 @@ def _fit_model(
     run_folder: Path,
     n_reported_epochs: int,
 ) -> TrainingResult:
-    def report(metrics: dict[str, float], checkpoint: TrainingCheckpoint) -> None:
+    """Train; print each epoch and log it to MLflow, apart from those reported before."""
+    from rich.console import Console
+
+    from raysweep.terminal import format_accuracies, training_progress_bar
+    from raysweep.training.callbacks import FunctionCallback
+    from raysweep.training.mid_epoch_checkpoint import catch_termination_signals
+    from raysweep.training.prefix_cache import PREFIX_CACHE_FOLDER, PrefixCache
+    from raysweep.training.trainer import train_model
+
+    def report_epoch(metrics: EpochMetrics, checkpoint: TrainingCheckpoint) -> None:
         epoch, loss = int(metrics["epoch"]), metrics["train/loss"]
-        print(
-            f"epoch {epoch}/{config.epochs} loss {loss:.3f} {format_accuracies(metrics)}",
-            file=sys.stderr,
-        )
+        accuracies = format_accuracies(metrics)
+        print(f"epoch {epoch}/{config.epochs} loss {loss:.3f} {accuracies}", file=sys.stderr)
         tracker.log_metrics(run_id, metrics, epoch)
 
-    what, steps = (
-        f"{config.method.name} on {config.data.name}",
-        math.ceil(len(dataset.train) / config.batch_size),
-    )
-    print(
-        f"{what}: {format_count(config.epochs, 'epoch')} of {format_count(steps, 'step')}, in {storage.uri_of(run_folder)}",
-        file=sys.stderr,
-    )
-    store = PrefixCache(run_folder.parent / PREFIX_CACHE_FOLDER)
+    steps_per_epoch = math.ceil(len(dataset.train) / config.batch_size)
+    _print_training_size(config, steps_per_epoch, run_folder)
     with (
-        catch_termination_signals() as told,
-        training_progress_bar(Console(stderr=True), config.epochs, steps) as bar,
+        catch_termination_signals() as should_interrupt,
+        training_progress_bar(
+            Console(stderr=True), config.epochs, steps_per_epoch
+        ) as update_progress_bar,
     ):
         return train_model(
             config,
             run_folder,
-            FunctionCallback(report, on_step_end=bar, should_interrupt=told),
+            FunctionCallback(
+                report_epoch, on_step_end=update_progress_bar, should_interrupt=should_interrupt
+            ),
             data=dataset,
-            prefix_cache=store,
+            prefix_cache=PrefixCache(run_folder.parent / PREFIX_CACHE_FOLDER),
             n_reported_epochs=n_reported_epochs,
         )
 
 
-def _log_training_result(
-    config: TrainingConfig, tracker: Tracker, run_id: str, training_result: TrainingResult
-) -> list[str]:
-    """What MLflow keeps of a run that has ended; the advice in it."""
-    tracker.log_best(run_id, training_result.best_checkpoint.last_metrics)
-    tracker.log_folder(run_id, training_result.best_checkpoint.path, "checkpoint")
-    tracker.log_training_plots(
-        run_id, training_result.last_checkpoint.path.parent, training_result.last_checkpoint.history
+def _print_training_size(config: TrainingConfig, steps_per_epoch: int, run_folder: Path) -> None:
+    """Print what is trained, for how long and in which folder."""
+    from raysweep import storage
+    from raysweep.formatting import format_count
+
+    epochs, steps = format_count(config.epochs, "epoch"), format_count(steps_per_epoch, "step")
+    print(
+        f"{config.method.name} on {config.data.name}: {epochs} of {steps}, "
+        f"in {storage.uri_of(run_folder)}",
+        file=sys.stderr,
     )
-    advice = advise_on_training(config, training_result.last_checkpoint.history)
+
+
+def _log_training_result(
+    config: TrainingConfig, tracker: Tracker, run_id: str, result: TrainingResult
+) -> list[str]:
+    """Log a finished run to MLflow; return the notes on it, which its description holds too."""
+    from raysweep.training.advice import advise_on_training
+
+    best, last = result.best_checkpoint, result.last_checkpoint
+    tracker.log_best(run_id, best.last_metrics)
+    tracker.log_folder(run_id, best.path, "checkpoint")
+    tracker.log_training_plots(run_id, last.path.parent, last.history)
+    advice = advise_on_training(config, last.history)
     tracker.set_description(run_id, advice)
     tracker.end_run(run_id, "FINISHED")
     return advice
 
 
 def _print_training_result(
-    args: Namespace,
+    request: TrainRequest,
     config: TrainingConfig,
     tracker: Tracker,
-    training_result: TrainingResult,
+    result: TrainingResult,
     advice: list[str],
-) -> int:
-    best = {k: v for k, v in training_result.best_checkpoint.last_metrics.items() if "/" not in k}
-    where = storage.uri_of(training_result.best_checkpoint.path)
-    if args.json:
-        facts = {
-            "checkpoint": where,
-            "epoch": training_result.best_checkpoint.epoch,
-            "metrics": best,
+) -> None:
+    """Print the best epoch with its checkpoint, the notes, and how to see the run in MLflow."""
+    from raysweep import storage
+    from raysweep.commands.common import format_ui_command
+
+    best = result.best_checkpoint
+    metrics = {name: value for name, value in best.last_metrics.items() if "/" not in name}
+    checkpoint = storage.uri_of(best.path)
+    if request.as_json:
+        summary = {
+            "checkpoint": checkpoint,
+            "epoch": best.epoch,
+            "metrics": metrics,
             "advice": advice,
         }
-        print(json.dumps(facts, indent=1))
-        return 0
+        print(json.dumps(summary, indent=1))
+        return
     objective = config.validation.objective
-    print(
-        f"best epoch {training_result.best_checkpoint.epoch} by {objective}: {best[objective]:.3f}\n  {where}"
-    )
+    print(f"best epoch {best.epoch} by {objective}: {metrics[objective]:.3f}\n  {checkpoint}")
     for line in advice:
         print(f"note: {line}")
     if tracker.uri:
         print(f"compare with\n  {format_ui_command(tracker.uri)}")
-    return 0

@@ -1,204 +1,486 @@
-"""raysweep tune"""
+"""`raysweep tune`: run a sweep."""
 
+from __future__ import annotations
+
+import argparse
 import json
 import math
 import shlex
 import sys
 import time
-from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from raysweep import storage
-from raysweep.commands import (
-    check_plain_name,
-    format_location_flags,
-    format_ui_command,
-    make_writable_folder,
-    parse_overrides,
-    resolve_runs_folder,
+from raysweep.commands.options import (
+    CommandParsers,
+    add_address_option,
+    add_command,
+    add_json_option,
+    add_location_options,
+    add_override_options,
+    parse_duration,
+    parse_non_negative,
+    parse_path,
+    parse_positive_int,
 )
-from raysweep.data import Dataset, load_data
-from raysweep.formatting import redact_secrets
-from raysweep.leases import hold_folder_lease
-from raysweep.results import advise_on_trial, describe_masking, sweep_to_json
-from raysweep.spec import SpecError, read_yaml
-from raysweep.sweep.extension_checks import check_extension
-from raysweep.sweep.ledger import Ledger
-from raysweep.sweep.search_space import SearchSpace, load_space, resolve_space_path
-from raysweep.terminal import SweepDisplay, build_trial_table, create_table_console
-from raysweep.tracking import SweepTracker, Tracker, tracking_uri
-from raysweep.training.config import method_by_name
 
 if TYPE_CHECKING:
+    from raysweep.data import Dataset
+    from raysweep.sweep.ledger import Ledger, Trial
     from raysweep.sweep.resources import Resources
+    from raysweep.sweep.search_space import SearchSpace
     from raysweep.sweep.tune_callbacks import Budget, SweepEndReason, SweepListener
+    from raysweep.tracking import Tracker
+
+SUMMARY = "run a sweep: Ray Tune runs trials, Optuna proposes settings, MLflow records them"
+DESCRIPTION = (
+    "Searches the search space of a method. Optuna proposes settings, Ray runs the trials in "
+    "parallel (on this machine, unless --address names a cluster), ASHA stops the poor ones, and "
+    "MLflow records all of them. --resume resumes a sweep after Ctrl-C, kill -9 or a reboot; "
+    "with more --trials or --set epochs= it extends a finished sweep."
+)
+EXAMPLES = (
+    "raysweep tune lrat --plan",
+    "raysweep tune gairat --trials 30 --name g1",
+    "raysweep tune gairat --resume g1 --trials 60",
+)
 
 _MAX_TRIALS_PRINTED = 5
 
 
-def run_command(args: Namespace) -> int:
-    args.space = args.space and resolve_space_path(args.space)
-    runs = resolve_runs_folder(args, for_writing=not args.plan)
-    old = Ledger.open(runs / check_plain_name(args.resume, "--resume")) if args.resume else None
-    space, data = _load_checked_space(args, old)
-    resources = _make_resources(args)
-    if args.plan:
-        from raysweep.sweep.plan import plan_sweep
+@dataclass(frozen=True)
+class TuneRequest:
+    """What the user asked `raysweep tune` to do.
 
-        return plan_sweep(
-            space, data, resources, args.address, args.json, old.load_trials() if old else []
+    Attributes:
+        method: Name of the method; None if the space or the resumed sweep says it.
+        space_file: YAML file of the search space; None for the built-in one of the method.
+        trials: Number of trials; None for the number in the space.
+        max_seconds: Wall time after which the sweep ends; None for no limit.
+        max_gpu_hours: GPU hours that trials may hold before the sweep ends; None for no limit.
+        name: Name of a new sweep; None for the method and the time.
+        resume: Name of the sweep to resume or extend; None to start one.
+        plan_only: Whether to print what would run and to run nothing.
+        address: Ray cluster, `auto` or `host:port`; None for $RAY_ADDRESS or this machine.
+        cpus_per_trial: Logical CPUs that each trial holds.
+        gpus_per_trial: GPUs that each trial holds; None for one per worker, if there are any.
+        workers: Number of processes that share a trial.
+        optuna_url: Optuna storage to which trials are also written; None for none.
+        overrides: {dotted path: value} of `--set` and `--data-dir`.
+        out: Folder of `runs` and `mlflow.db`.
+        storage: Folder or URI of sweeps; None for `runs` in `out`.
+        as_json: Whether to print JSON on stdout.
+    """
+
+    method: str | None
+    space_file: Path | None
+    trials: int | None
+    max_seconds: float | None
+    max_gpu_hours: float | None
+    name: str | None
+    resume: str | None
+    plan_only: bool
+    address: str | None
+    cpus_per_trial: float
+    gpus_per_trial: float | None
+    workers: int
+    optuna_url: str | None
+    overrides: dict[str, Any]
+    out: Path
+    storage: str | None
+    as_json: bool
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> TuneRequest:
+        """Convert parsed arguments. Raises SpecError if `--set` is malformed."""
+        from raysweep.commands.common import parse_overrides
+        from raysweep.sweep.search_space import resolve_space_path
+
+        return cls(
+            method=args.method,
+            space_file=None if args.space is None else resolve_space_path(args.space),
+            trials=args.trials,
+            max_seconds=args.max_time,
+            max_gpu_hours=args.max_gpu_hours,
+            name=args.name,
+            resume=args.resume,
+            plan_only=args.plan,
+            address=args.address,
+            cpus_per_trial=args.cpus_per_trial,
+            gpus_per_trial=args.gpus_per_trial,
+            workers=args.workers,
+            optuna_url=args.optuna,
+            overrides=parse_overrides(args.set, args.data_dir),
+            out=args.out,
+            storage=args.storage,
+            as_json=args.json,
         )
-    out = make_writable_folder(args.out)
-    exports = _make_export_listeners(args)
-    name = args.name or f"{space.trial_config({}).method.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path = runs / (args.resume or check_plain_name(name, "--name"))
+
+
+def add_parser(parsers: CommandParsers) -> None:
+    """Add the arguments of `raysweep tune` to the command line."""
+    parser = add_command(
+        parsers, "tune", run_command, summary=SUMMARY, description=DESCRIPTION, examples=EXAMPLES
+    )
+    _add_search_options(parser)
+    _add_resource_options(parser)
+    add_override_options(parser)
+    add_location_options(parser)
+    add_json_option(parser)
+
+
+def _add_search_options(parser: argparse.ArgumentParser) -> None:
+    """Add what is searched, for how long and under which name."""
+    parser.add_argument(
+        "method",
+        nargs="?",
+        metavar="METHOD",
+        help="a method of `raysweep list`; not needed with --space or --resume",
+    )
+    parser.add_argument(
+        "--space",
+        type=parse_path,
+        metavar="FILE",
+        help="search space: a YAML file or a name of `raysweep list` (default: the method's own)",
+    )
+    parser.add_argument(
+        "--trials",
+        type=parse_positive_int,
+        metavar="N",
+        help="number of trials (default: that of the space)",
+    )
+    parser.add_argument(
+        "--max-trials",
+        type=parse_positive_int,
+        dest="trials",
+        metavar="N",
+        help="the same as --trials",
+    )
+    parser.add_argument(
+        "--max-time",
+        type=parse_duration,
+        metavar="T",
+        help="end after a time such as 90s, 30m or 2h; --resume runs the rest",
+    )
+    parser.add_argument(
+        "--max-gpu-hours",
+        type=parse_non_negative,
+        metavar="H",
+        help="end when the trials have held GPUs for H hours",
+    )
+    names = parser.add_mutually_exclusive_group()
+    names.add_argument("--name", help="name of the sweep (default: the method and the time)")
+    names.add_argument(
+        "--resume",
+        metavar="NAME",
+        help="resume a sweep; --trials, --set epochs= and --space extend it",
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print what would run, on which resources and for how long; run nothing",
+    )
+
+
+def _add_resource_options(parser: argparse.ArgumentParser) -> None:
+    """Add the cluster, what a trial holds of it, and the Optuna storage."""
+    add_address_option(parser)
+    parser.add_argument(
+        "--cpus-per-trial",
+        type=parse_non_negative,
+        default=1.0,
+        metavar="N",
+        help="logical CPUs that each trial holds (default: 1)",
+    )
+    parser.add_argument(
+        "--gpus-per-trial",
+        type=parse_non_negative,
+        metavar="N",
+        help="GPUs that each trial holds, may be a fraction (default: one per worker, if there are "
+        "any)",
+    )
+    parser.add_argument(
+        "--optuna",
+        metavar="URL",
+        help="also write the trials to this Optuna storage: sqlite:///optuna.db",
+    )
+    parser.add_argument(
+        "--workers",
+        type=parse_positive_int,
+        default=1,
+        metavar="N",
+        help="processes that share a trial (default: 1)",
+    )
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Run `raysweep tune`; return its exit code."""
+    request = TuneRequest.from_args(args)
+    from raysweep.commands.common import check_plain_name, resolve_runs_folder
+    from raysweep.sweep.ledger import Ledger
+
+    runs_folder = resolve_runs_folder(
+        request.out, request.storage, for_writing=not request.plan_only
+    )
+    resumed_ledger = None
+    if request.resume:
+        resumed_ledger = Ledger.open(runs_folder / check_plain_name(request.resume, "--resume"))
+    space, dataset = _load_checked_space(request, resumed_ledger)
+    resources = _make_resources(request)
+    if request.plan_only:
+        return _print_plan(request, space, dataset, resources, resumed_ledger)
+    return _run_sweep(request, runs_folder, space, dataset, resources)
+
+
+def _print_plan(
+    request: TuneRequest,
+    space: SearchSpace,
+    dataset: Dataset,
+    resources: Resources,
+    resumed_ledger: Ledger | None,
+) -> int:
+    """Print what the sweep would run."""
+    from raysweep.commands._plan_output import print_sweep_plan
+    from raysweep.sweep.plan import plan_sweep
+
+    trials = resumed_ledger.load_trials() if resumed_ledger else []
+    plan = plan_sweep(space, dataset, resources, request.address, trials)
+    print_sweep_plan(plan, as_json=request.as_json)
+    return 0
+
+
+def _run_sweep(
+    request: TuneRequest,
+    runs_folder: Path,
+    space: SearchSpace,
+    dataset: Dataset,
+    resources: Resources,
+) -> int:
+    """Run or resume the sweep and print its result; return the exit code."""
+    from rich.console import Console
+
+    from raysweep.commands.common import make_writable_folder
+    from raysweep.leases import hold_folder_lease
+    from raysweep.spec import SpecError
+    from raysweep.sweep.ledger import Ledger
+    from raysweep.terminal import SweepDisplay
+    from raysweep.tracking import SweepTracker, Tracker, tracking_uri
+
+    out = make_writable_folder(request.out)
+    export_listeners = _make_export_listeners(request)
+    sweep_folder = runs_folder / _choose_sweep_name(request, space)
     tracker = Tracker(tracking_uri(out), out / "mlruns")
     listeners: list[SweepListener] = [
-        SweepTracker(tracker, data.fingerprint),
+        SweepTracker(tracker, dataset.fingerprint),
         SweepDisplay(Console(stderr=True)),
-        *exports,
+        *export_listeners,
     ]
 
+    # These import Ray.
     from raysweep.sweep.tune_callbacks import SweepFailed
     from raysweep.sweep.tuner import run_sweep
 
-    with hold_folder_lease(path):
-        ledger = Ledger.open(path) if args.resume else Ledger.create(path, space)
-        grown = space if args.resume else None
-        if grown not in (None, ledger.space):
-            # What grows is written once nothing can refuse it any more.
+    with hold_folder_lease(sweep_folder):
+        is_new = not request.resume
+        ledger = Ledger.create(sweep_folder, space) if is_new else Ledger.open(sweep_folder)
+        extended_space = None if is_new else space
+        if extended_space not in (None, ledger.space):
+            # `run_sweep` writes the extended space; nothing may fail after that.
             tracker.wait_until_ready()
         try:
-            end = run_sweep(
+            end_reason = run_sweep(
                 ledger,
                 listeners,
                 resources,
-                args.address,
-                _make_budget(args),
-                data.fingerprint,
-                grown,
+                request.address,
+                _make_budget(request),
+                dataset.fingerprint,
+                extended_space,
             )
         except SpecError:
-            if not args.resume:
+            if is_new:
                 ledger.delete_if_empty()
             raise
         except SweepFailed as error:
             print(f"raysweep: the sweep failed: {error}", file=sys.stderr)
             return 1
-    return _print_sweep_result(args, ledger, tracker, end)
+    _print_sweep_result(request, ledger, tracker)
+    return _report_sweep_end(request, ledger, end_reason)
 
 
-def _make_export_listeners(args: Namespace) -> "list[SweepListener]":
-    if not args.optuna:
+def _choose_sweep_name(request: TuneRequest, space: SearchSpace) -> str:
+    """Return the name of the sweep's folder. Raises SpecError if it is not allowed."""
+    from raysweep.commands.common import check_plain_name
+
+    if request.resume:
+        return request.resume
+    method = space.trial_config({}).method.name
+    name = request.name or f"{method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return check_plain_name(name, "--name")
+
+
+def _make_export_listeners(request: TuneRequest) -> list[SweepListener]:
+    """Return the listener that writes trials to an Optuna storage, if one was asked for."""
+    if not request.optuna_url:
         return []
     from raysweep.sweep.optuna_export import OptunaExporter
 
-    return [OptunaExporter(args.optuna)]
+    return [OptunaExporter(request.optuna_url)]
 
 
-def _make_resources(args: Namespace) -> "Resources":
+def _make_resources(request: TuneRequest) -> Resources:
+    """Return what a trial holds. Raises SpecError if workers cannot share it."""
     from raysweep.sweep.resources import Resources
 
-    return Resources(args.cpus_per_trial, args.gpus_per_trial, args.workers)
+    return Resources(request.cpus_per_trial, request.gpus_per_trial, request.workers)
 
 
-def _make_budget(args: Namespace) -> "Budget":
+def _make_budget(request: TuneRequest) -> Budget:
+    """Return the limits of this run of the sweep, in seconds."""
     from raysweep.sweep.tune_callbacks import Budget
 
-    return Budget(
-        args.max_time or math.inf,
-        math.inf if args.max_gpu_hours is None else 3600 * args.max_gpu_hours,
-    )
+    wall_seconds = request.max_seconds or math.inf
+    if request.max_gpu_hours is None:
+        return Budget(wall_seconds)
+    return Budget(wall_seconds, 3600 * request.max_gpu_hours)
 
 
 def _load_checked_space(
-    args: Namespace, resumed_ledger: Ledger | None
+    request: TuneRequest, resumed_ledger: Ledger | None
 ) -> tuple[SearchSpace, Dataset]:
-    """Everything that can be refused before anything starts. old: the sweep to go on with."""
+    """Load and check the search space and the data set, before anything starts.
+
+    Args:
+        request: What the user asked for.
+        resumed_ledger: The sweep to resume, or None.
+
+    Raises:
+        SpecError: The method, a setting or the data set is wrong or missing.
+    """
+    from raysweep.commands.common import print_warnings
+    from raysweep.data import load_data
+    from raysweep.spec import SpecError
+    from raysweep.sweep.search_space import load_space
+    from raysweep.training.config import method_by_name
+
     if resumed_ledger is not None:
-        space = _extend_resumed_space(args, resumed_ledger)
-    elif args.method is None and args.space is None:
+        space = _extend_resumed_space(request, resumed_ledger)
+    elif request.method is None and request.space_file is None:
         raise SpecError(
             "METHOD is missing: name one of `raysweep list`, or give --space FILE or --resume NAME"
         )
     else:
-        if args.method is not None and args.space is None:
-            method_by_name(args.method)
-        space = load_space(args.method or "", parse_overrides(args), args.space)
-    if args.trials:
-        space = space.replace(trials=args.trials)
+        if request.method is not None and request.space_file is None:
+            method_by_name(request.method)
+        space = load_space(request.method or "", request.overrides, request.space_file)
+    if request.trials:
+        space = space.replace(trials=request.trials)
     config = space.trial_config({})
-    for line in config.list_warnings():
-        print(f"raysweep: warning: {line}", file=sys.stderr)
+    print_warnings(config.list_warnings())
     return space, load_data(config.data)
 
 
-def _extend_resumed_space(args: Namespace, ledger: Ledger) -> SearchSpace:
-    """The sweep's own space with what the command line changes: epochs by --set, ranges by --space."""
-    old = ledger.space
-    method = old.trial_config({}).method.name
-    if args.method not in (None, method):
-        raise SpecError(f"--resume {args.resume}: is a sweep of {method!r}, not of {args.method!r}")
-    space, changes = old, parse_overrides(args)
-    if args.space:
-        for key, value in (read_yaml(args.space).get("base") or {}).items():
-            # The sweep's paths are absolute.
-            same = (value, str(Path(str(value)).expanduser().resolve()))
-            if key not in changes and old.base.get(key, value) not in same:
-                raise SpecError(
-                    f"{args.space}: base.{key} = {value!r}: the sweep has {old.base[key]!r}; use --set"
-                )
-        space = load_space(method, {**old.base, **changes}, args.space)
-        space = space.replace(trials=max(old.trials, space.trials))
-    elif changes:
-        space = old.with_overrides(changes)
-    check_extension(old, space, {trial.number: trial.params for trial in ledger.load_trials()})
+def _extend_resumed_space(request: TuneRequest, ledger: Ledger) -> SearchSpace:
+    """Return the space of a sweep, extended by `--set` (epochs) and `--space` (ranges, trials).
+
+    Raises:
+        SpecError: The request changes what trials of this sweep have in common.
+    """
+    from raysweep.spec import SpecError
+    from raysweep.sweep.extension_checks import check_extension
+    from raysweep.sweep.search_space import load_space
+
+    space = ledger.space
+    method = space.trial_config({}).method.name
+    if request.method not in (None, method):
+        raise SpecError(
+            f"--resume {request.resume}: is a sweep of {method!r}, not of {request.method!r}"
+        )
+    if request.space_file:
+        _check_same_base(request.space_file, request.overrides, ledger.space)
+        overrides = {**ledger.space.base, **request.overrides}
+        space = load_space(method, overrides, request.space_file)
+        space = space.replace(trials=max(ledger.space.n_trials, space.n_trials))
+    elif request.overrides:
+        space = ledger.space.with_overrides(request.overrides)
+    params = {trial.number: trial.params for trial in ledger.load_trials()}
+    check_extension(ledger.space, space, params)
     return space
 
 
-def _print_sweep_result(
-    args: Namespace, ledger: Ledger, tracker: Tracker, end_reason: "SweepEndReason"
-) -> int:
-    """The best trials, where they are, what sharing saved, and what to type next."""
-    ranked, trials = ledger.rank_trials(), ledger.load_trials()
-    ended = [trial for trial in trials if trial.state != "running"]
-    out = format_location_flags(args)
-    asked, trained = sum(t.epoch for t in trials), sum(t.trained_epochs for t in trials)
-    if args.json:
+def _check_same_base(
+    space_file: Path, overrides: dict[str, Any], resumed_space: SearchSpace
+) -> None:
+    """Raise SpecError if the base settings of a file differ from those of the resumed sweep."""
+    from raysweep.spec import SpecError, read_yaml
+
+    base = resumed_space.base
+    for path, value in (read_yaml(space_file).get("base") or {}).items():
+        # A sweep stores paths as absolute ones.
+        equal_values = (value, str(Path(str(value)).expanduser().resolve()))
+        if path not in overrides and base.get(path, value) not in equal_values:
+            raise SpecError(
+                f"{space_file}: base.{path} = {value!r}: the sweep has {base[path]!r}; use --set"
+            )
+
+
+def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) -> None:
+    """Print the best trials, the epochs that sharing saved, and what to type next."""
+    from raysweep import storage
+    from raysweep.commands.common import format_location_flags, format_ui_command
+    from raysweep.results import advise_on_trial, describe_masking, sweep_to_json
+    from raysweep.sweep.epoch_counts import count_epochs
+
+    if request.as_json:
         print(json.dumps(sweep_to_json(ledger), indent=1))
-    elif ranked:
-        console = create_table_console()
-        names = [name.replace("_", " ") for name in ledger.space.objectives]
-        if len(names) > 1:
-            best = sorted(
-                ledger.pareto_front(), key=lambda trial: -trial.score(ledger.space.objectives[0])
-            )
-            print(
-                f"\n{len(best)} of {len(trials)} trials on the Pareto front of {' and '.join(names)}"
-            )
-            console.print(build_trial_table(ledger, best))
-        else:
-            print(
-                f"\nbest {min(_MAX_TRIALS_PRINTED, len(ranked))} of {len(trials)} trials by {names[0]} on the validation split"
-            )
-            console.print(build_trial_table(ledger, ranked[:_MAX_TRIALS_PRINTED]))
-        for line in describe_masking(ledger):
-            print(line)
-        for line in advise_on_trial(ledger, ranked[0].number):
-            print(f"trial {ranked[0].number:04d}: {line}")
+        return
+    ranked, trials = ledger.rank_trials(), ledger.load_trials()
+    if not ranked:
+        return
+    best = ranked[0]
+    _print_best_trials(ledger, ranked, len(trials))
+    for line in describe_masking(ledger):
+        print(line)
+    for line in advise_on_trial(ledger, best.number):
+        print(f"trial {best.number:04d}: {line}")
+    print(count_epochs(trials))
+    flags = format_location_flags(request.out, request.storage)
+    print(f"\nbest checkpoint\n  {storage.uri_of(ledger.best_checkpoint_path(best))}")
+    print(f"next\n  raysweep eval {ledger.name}/{best.number:04d}{flags}")
+    print(f"  raysweep show {ledger.name}{flags}\n  {format_ui_command(tracker.uri)}")
+
+
+def _print_best_trials(ledger: Ledger, ranked: list[Trial], n_trials: int) -> None:
+    """Print a table of the best trials: the Pareto front if there are several objectives."""
+    from raysweep.terminal import build_trial_table, create_table_console
+
+    objectives = ledger.space.objectives
+    names = [name.replace("_", " ") for name in objectives]
+    if len(objectives) > 1:
+        best = sorted(ledger.pareto_front(), key=lambda trial: -trial.score(objectives[0]))
+        front = f"the Pareto front of {' and '.join(names)}"
+        print(f"\n{len(best)} of {n_trials} trials on {front}")
+    else:
+        best = ranked[:_MAX_TRIALS_PRINTED]
         print(
-            f"epochs: {asked} asked, {trained} trained, {asked - trained} taken over from other trials"
+            f"\nbest {len(best)} of {n_trials} trials by {names[0]} on the validation split",
         )
-        print(f"\nbest checkpoint\n  {storage.uri_of(ledger.best_checkpoint_path(ranked[0]))}")
-        print(f"next\n  raysweep eval {ledger.name}/{ranked[0].number:04d}{out}")
-        print(f"  raysweep show {ledger.name}{out}\n  {format_ui_command(tracker.uri)}")
+    create_table_console().print(build_trial_table(ledger, best))
+
+
+def _report_sweep_end(request: TuneRequest, ledger: Ledger, end_reason: SweepEndReason) -> int:
+    """Print how to resume an unfinished sweep, or why all trials failed; return the exit code."""
+    from raysweep.commands.common import format_location_flags
+
+    trials = ledger.load_trials()
     if end_reason != "done":
-        command = f"raysweep tune --resume {ledger.name}{out}{_format_resume_flags(args)}"
+        n_ended = sum(trial.state != "running" for trial in trials)
+        location = format_location_flags(request.out, request.storage)
+        resources = _format_resume_flags(request)
         print(
-            f"raysweep: {len(ended)} of {ledger.space.n_trials} trials done; go on with\n  {command}",
+            f"raysweep: {n_ended} of {ledger.space.n_trials} trials done; resume with\n"
+            f"  raysweep tune --resume {ledger.name}{location}{resources}",
             file=sys.stderr,
         )
         return 0 if end_reason == "budget" else 130
@@ -209,16 +491,19 @@ def _print_sweep_result(
     return 0
 
 
-def _format_resume_flags(args: Namespace) -> str:
-    """What the sweep does not know of itself, for a command that goes on: the cluster, what a trial
-    holds, Optuna.
-    """
-    flags = [f"--address {shlex.quote(args.address)}"] if args.address else []
-    flags += [f"--workers {args.workers}"] if args.workers > 1 else []
-    flags += [f"--cpus-per-trial {args.cpus_per_trial:g}"] if args.cpus_per_trial != 1 else []
-    flags += (
-        [f"--gpus-per-trial {args.gpus_per_trial:g}"] if args.gpus_per_trial is not None else []
-    )
-    if args.optuna:
-        flags.append(f"--optuna {shlex.quote(redact_secrets(args.optuna))}")
+def _format_resume_flags(request: TuneRequest) -> str:
+    """Return the flags that a sweep's folder does not store, with a space before each."""
+    from raysweep.formatting import redact_secrets
+
+    flags = []
+    if request.address:
+        flags.append(f"--address {shlex.quote(request.address)}")
+    if request.workers > 1:
+        flags.append(f"--workers {request.workers}")
+    if request.cpus_per_trial != 1:
+        flags.append(f"--cpus-per-trial {request.cpus_per_trial:g}")
+    if request.gpus_per_trial is not None:
+        flags.append(f"--gpus-per-trial {request.gpus_per_trial:g}")
+    if request.optuna_url:
+        flags.append(f"--optuna {shlex.quote(redact_secrets(request.optuna_url))}")
     return "".join(f" {flag}" for flag in flags)

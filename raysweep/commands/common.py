@@ -1,0 +1,218 @@
+"""What several commands do: read overrides, find and name folders, open MLflow.
+
+Command modules import this inside functions, because it imports pydantic and YAML.
+"""
+
+import importlib.util
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raysweep import storage
+from raysweep.spec import SpecError, is_safe_name, parse_yaml
+from raysweep.sweep.ledger import Ledger
+from raysweep.tracking import NullTracker, Tracker, tracking_uri
+
+# Folders in `runs` that hold neither a sweep nor a training run.
+_RESERVED_NAMES = ("pipelines", "eval", "from-mlflow")
+
+
+def parse_overrides(assignments: Sequence[str], data_dir: Path | None) -> dict[str, Any]:
+    """Read `--set` and `--data-dir`.
+
+    Args:
+        assignments: The values of `--set`, each `PATH=VALUE` with a value in YAML.
+        data_dir: The value of `--data-dir`; it overrides `--set data.data_dir=`.
+
+    Returns:
+        {dotted path: value}.
+
+    Raises:
+        SpecError: An assignment has no path or no `=`, or its value is not YAML.
+    """
+    overrides: dict[str, Any] = {}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise SpecError(
+                f"--set {assignment!r}: expected PATH=VALUE, for example --set epochs=20"
+            )
+        try:
+            overrides[path] = parse_yaml(text)
+        except yaml.YAMLError:
+            raise SpecError(f"--set {assignment!r}: {text!r} is not a YAML value") from None
+    if data_dir is not None:
+        overrides["data.data_dir"] = str(data_dir.resolve())
+    return overrides
+
+
+def parse_data_overrides(
+    assignments: Sequence[str], data_dir: Path | None, command_label: str
+) -> dict[str, Any]:
+    """Read `--set data.*` and `--data-dir` for a command that uses no other settings.
+
+    Args:
+        assignments: The values of `--set`.
+        data_dir: The value of `--data-dir`.
+        command_label: What error messages call the command, such as "an evaluation".
+
+    Returns:
+        {path below `data`: value}.
+
+    Raises:
+        SpecError: An assignment is malformed or changes a setting outside `data`.
+    """
+    overrides = parse_overrides(assignments, data_dir)
+    unused_paths = [path for path in overrides if not path.startswith("data.")]
+    if unused_paths:
+        raise SpecError(
+            [
+                f"--set {path}: only data.* settings matter to {command_label}"
+                for path in unused_paths
+            ]
+        )
+    return {path.removeprefix("data."): value for path, value in overrides.items()}
+
+
+def make_writable_folder(folder: Path, option: str = "--out") -> Path:
+    """Create a folder if it does not exist, and check that files can be written there.
+
+    Args:
+        folder: The folder.
+        option: The option that names it, for error messages.
+
+    Returns:
+        Its absolute path.
+
+    Raises:
+        SpecError: The folder cannot be created or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpecError(f"{option} {folder}: cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise SpecError(f"{option} {folder}: cannot be written")
+    return folder.resolve()
+
+
+def resolve_runs_folder(out: Path, storage_location: str | None, for_writing: bool = True) -> Path:
+    """Return the folder of all sweeps and training runs.
+
+    Args:
+        out: The value of `--out`; its folder `runs` is used if there is no `--storage`.
+        storage_location: The value of `--storage`: a folder or the URI of a bucket.
+        for_writing: Whether to create the folder of `--storage`.
+
+    Raises:
+        SpecError: The storage does not answer, or cannot be written.
+    """
+    if storage_location is None:
+        return out.resolve() / "runs"
+    folder = storage.require_reachable(storage_location)
+    return make_writable_folder(folder, "--storage") if for_writing else folder
+
+
+def find_sweep_or_trial(name: str, runs_folder: Path) -> tuple[Ledger, int | None] | None:
+    """Find the sweep or trial that SWEEP or SWEEP/0003 names.
+
+    Args:
+        name: The name, as the user typed it.
+        runs_folder: The folder of all sweeps.
+
+    Returns:
+        The sweep, and the trial's number or None; None if there is no such sweep.
+
+    Raises:
+        SpecError: The sweep has no such trial.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return None
+    sweep, _, number = name.rpartition("/")
+    if storage.pull_file(runs_folder / name / "sweep.json"):
+        return Ledger.open(runs_folder / name), None
+    if number.isdecimal() and storage.pull_file(runs_folder / sweep / "sweep.json"):
+        ledger = Ledger.open(runs_folder / sweep)
+        numbers = [trial.number for trial in ledger.load_trials()]
+        if int(number) not in numbers:
+            raise SpecError(
+                f"{sweep} has no trial {int(number):04d}: it has {len(numbers)}, counted from 0000"
+            )
+        return ledger, int(number)
+    return None
+
+
+def format_location_flags(out: Path, storage_location: str | None) -> str:
+    """Return `--out` and `--storage` for the next command to type, with a space before each word.
+
+    Args:
+        out: The value of `--out`; the default is left out.
+        storage_location: The value of `--storage`.
+    """
+    words: list[str] = []
+    if out != Path():
+        words += ["--out", str(out)]
+    if storage_location:
+        words += ["--storage", storage_location]
+    return "".join(f" {shlex.quote(word)}" for word in words)
+
+
+def check_plain_name(name: str, option: str) -> str:
+    """Return the name of a sweep or run if it is a valid folder name.
+
+    Args:
+        name: The name, as the user typed it.
+        option: The option that gave it, for error messages.
+
+    Raises:
+        SpecError: The name is reserved, or could leave the folder of all runs.
+    """
+    if name in _RESERVED_NAMES:
+        raise SpecError(f"{option} {name!r}: raysweep uses this folder itself; choose another name")
+    if not is_safe_name(name):
+        raise SpecError(
+            f"{option} {name!r}: use letters, digits, '-', '_' and '.', not starting with '.'"
+        )
+    return name
+
+
+def print_warnings(lines: Iterable[str]) -> None:
+    """Print each warning as one line on stderr."""
+    for line in lines:
+        print(f"raysweep: warning: {line}", file=sys.stderr)
+
+
+def open_tracker(out: Path) -> Tracker:
+    """Open the MLflow store of `out`.
+
+    Returns:
+        The tracker; if MLflow is not installed, a warning is printed and the tracker does nothing.
+
+    Raises:
+        SpecError: The store does not answer.
+    """
+    if importlib.util.find_spec("mlflow") is None:
+        print_warnings(["MLflow is not installed, nothing is tracked: pip install mlflow"])
+        return NullTracker()
+    return Tracker(tracking_uri(out), out / "mlruns").wait_until_ready()
+
+
+def format_ui_command(tracking_uri: str) -> str:
+    """Return the shell command that shows an MLflow store, without any password.
+
+    Args:
+        tracking_uri: URI of a database or server.
+    """
+    if tracking_uri == f"sqlite:///{(Path() / 'mlflow.db').resolve()}":
+        return "mlflow ui"
+    if tracking_uri.startswith("http"):
+        return f"open {re.sub('//[^/]*@', '//', tracking_uri)}"
+    # The URI of a database server has a password and comes from this variable only.
+    store = tracking_uri if tracking_uri.startswith("sqlite") else '"$MLFLOW_TRACKING_URI"'
+    return f"mlflow ui --backend-store-uri {store}"

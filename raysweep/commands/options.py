@@ -1,0 +1,148 @@
+"""Options and argument types of the command line that several commands share.
+
+This module and the top level of every command module import the standard library only, so that
+`raysweep --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import textwrap
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TypeAlias
+
+# A string, because the class of argparse takes no type arguments while the program runs.
+CommandParsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+_DESCRIPTION_WIDTH = 110
+_SECONDS_PER_UNIT = {"s": 1, "m": 60, "h": 3600}
+
+
+def add_command(
+    parsers: CommandParsers,
+    name: str,
+    run_command: Callable[[argparse.Namespace], int],
+    *,
+    summary: str,
+    description: str,
+    examples: Sequence[str],
+) -> argparse.ArgumentParser:
+    """Add the parser of one command.
+
+    Args:
+        parsers: The parsers of all commands, which the new one joins.
+        name: What the user types after `raysweep`.
+        run_command: Runs the command and returns its exit code; parsed arguments carry it as
+            `run_command`.
+        summary: Line about the command in `raysweep --help`.
+        description: Text above the options in `raysweep NAME --help`; it is wrapped.
+        examples: Complete command lines, printed below the options.
+
+    Returns:
+        The parser, still without arguments.
+    """
+    parser = parsers.add_parser(
+        name,
+        help=summary,
+        description=textwrap.fill(description, _DESCRIPTION_WIDTH),
+        epilog="\n".join(["examples:", *(f"  {example}" for example in examples)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run_command=run_command)
+    return parser
+
+
+def add_override_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--set` and `--data-dir`, which change settings."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="change a setting (repeatable)",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=parse_path,
+        metavar="DIR",
+        help="folder of the data set: short for --set data.data_dir=",
+    )
+
+
+def add_address_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--address`, the Ray cluster to use."""
+    parser.add_argument(
+        "--address",
+        metavar="ADDR",
+        help="Ray cluster: auto or host:port (default: $RAY_ADDRESS, else local)",
+    )
+
+
+def add_location_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--out` and `--storage`, where results are written."""
+    parser.add_argument(
+        "--out",
+        type=parse_path,
+        default=Path(),
+        metavar="DIR",
+        help="folder for runs/ and mlflow.db (default: .)",
+    )
+    parser.add_argument(
+        "--storage",
+        metavar="WHERE",
+        help="where sweeps and checkpoints go instead of runs/: a folder, s3://BUCKET/PATH or "
+        "gs://BUCKET/PATH",
+    )
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout")
+
+
+def parse_path(text: str) -> Path:
+    """Read a path; `~` is the home folder."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - Path.expanduser raises for unknown users
+
+
+def parse_positive_int(text: str) -> int:
+    """Read a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def parse_duration(text: str) -> float:
+    """Read a time such as 90s, 30m or 2h; return it in seconds."""
+    try:
+        seconds = float(text[:-1]) * _SECONDS_PER_UNIT[text[-1:]]
+    except (ValueError, KeyError):
+        seconds = -1.0
+    if seconds <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90s, 30m or 2h")
+    return seconds
+
+
+def parse_fraction(text: str) -> float:
+    """Read a number of at least 0, written as 0.031 or 8/255."""
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        value = -1.0
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 0.031 or 8/255")
+    return value
+
+
+def parse_non_negative(text: str) -> float:
+    """Read a finite number of at least 0."""
+    try:
+        amount = float(text)
+    except ValueError:
+        amount = -1.0
+    if not 0 <= amount < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return amount
