@@ -126,7 +126,7 @@ def test_the_burn_in_of_a_run_is_its_longest() -> None:
         ("rst", {"data.data_dir": "/there", "data.unlabeled": "more.npz"}, []),
         ("rst", {}, ["data.unlabeled is not set: rst trains on labelled data alone"]),
         ("gair-rst", {"*.burn_in": 1}, ["data.unlabeled is not set: gair-rst trains on labelled data alone"]),
-        ("mma", {"compute.compile": True}, ["compute.compile = true: method.attacks.minimal lets rows go early"]),
+        ("mma", {"compute.compile": True}, ["compute.compile = true: method.attacks.minimal shrinks its batch"]),
         ("at", {"compute.compile": True}, []),
         ("at", {"compute.compile": True, "method.attacks.pgd.tau": 0}, ["compute.compile = true: method.attacks.pgd"]),
         ("trades", {"compute.train": "bf16"}, []),
