@@ -17,9 +17,10 @@ from rich.console import Console
 from scipy import stats
 from torch import nn
 
+from raysweep.checkpoint_evaluation import EXAMPLES_FILE
 from raysweep.pipeline.artifact import Artifact, EvaluationResult
+from raysweep.pipeline.facts import ChampionComparison
 from raysweep.pipeline.paired_comparison import (
-    EXAMPLES_FILE,
     compare_shared_examples,
     extract_comparison_protocol,
     find_protocol_differences,
@@ -190,7 +191,7 @@ def work(tmp_path: Path) -> StageContext:
 
 def contest(
     work: StageContext, gained: int, lost: int, same: int = 50, **more: Any
-) -> dict[str, Any]:
+) -> ChampionComparison:
     """Compare a new version with the champion, version 4: it gains and loses this many examples."""
     new = [True] * gained + [False] * lost + [True] * same
     old = [False] * gained + [True] * lost + [True] * same
@@ -211,7 +212,11 @@ def test_without_a_champion_the_first_version_becomes_it(work: StageContext) -> 
     found = RegisterStage(name="model")._compare_with_champion(
         work, judgement("new", ours, work.out), "1"
     )
-    assert found == {"champion": "1", "verdict": "better", "reason": "there was no champion"}
+    assert found.to_stored_dict() == {
+        "champion": "1",
+        "verdict": "better",
+        "reason": "there was no champion",
+    }
 
 
 @pytest.mark.parametrize(
@@ -223,11 +228,11 @@ def test_only_a_better_version_becomes_champion(
 ) -> None:
     """p = 2 / 64 if all of six differences are gains, 2 / 32 for five of five."""
     found = contest(work, gained, lost)
-    assert (found["champion"], found["verdict"], found["before"]) == (champion, verdict, "4")
+    assert (found.champion, found.verdict, found.previous_champion) == (champion, verdict, "4")
     p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    assert found["test"]["p"] == pytest.approx(p)
+    assert found.test.p == pytest.approx(p)
     points = 100 * (gained - lost) / (50 + gained + lost)
-    assert found["reason"] == (
+    assert found.reason == (
         f"{points:+.2f} points against version 4 on {50 + gained + lost} shared examples "
         f"({gained} gained, {lost} lost, p = {p:.3g})"
     )
@@ -235,7 +240,7 @@ def test_only_a_better_version_becomes_champion(
 
 def test_under_another_protocol_the_champion_stays(work: StageContext) -> None:
     found = contest(work, 30, 0, norm="L2")
-    assert found == {
+    assert found.to_stored_dict() == {
         "champion": "4",
         "before": "4",
         "verdict": "cannot tell",
@@ -249,10 +254,10 @@ def test_on_other_examples_the_champion_stays(work: StageContext) -> None:
     found = RegisterStage(name="model")._compare_with_champion(
         work, judgement("new", ours, work.out), "5"
     )
-    assert (found["champion"], found["verdict"], found["reason"]) == (
+    assert (found.champion, found.verdict, found.reason) == (
         "4",
         "cannot tell",
-        "judged on other examples",
+        "evaluated on other examples",
     )
 
 
@@ -262,7 +267,11 @@ def test_the_champion_ties_with_itself(work: StageContext) -> None:
     found = RegisterStage(name="model")._compare_with_champion(
         work, judgement("new", ours, work.out), "4"
     )
-    assert found == {"champion": "4", "verdict": "tie", "reason": "it is the champion"}
+    assert found.to_stored_dict() == {
+        "champion": "4",
+        "verdict": "tie",
+        "reason": "it is the champion",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -330,13 +339,11 @@ def test_a_version_gets_the_aliases_that_it_earned(
         "new, seed 0, best epoch: 40.00% under AA (95% 39.00% to 41.00%), 90.00% clean, Linf eps 0.03137, "
         "56 of 10000 test examples. As a champion: "
     )
-    verdict = f"{outcome.facts['verdict']}, {outcome.facts['reason']}"
+    verdict = f"{outcome.facts.verdict}, {outcome.facts.reason}"
     assert work.tracker.described.endswith(f" As a champion: {verdict}.")
     assert capsys.readouterr().out == f"model version 5: {verdict}\n"
-    assert (outcome.facts["version"], outcome.facts["name"]) == ("5", "model")
-    assert outcome.facts.get("champion") == (
-        "5" if "champion" in aliases else "4" if standard else None
-    )
+    assert (outcome.facts.version, outcome.facts.name) == ("5", "model")
+    assert outcome.facts.champion == ("5" if "champion" in aliases else "4" if standard else None)
     beside = work.out / "beside"
     beside.mkdir()
     outcome.write_files(beside)
@@ -412,13 +419,14 @@ def test_changes_since_an_earlier_night(work: StageContext) -> None:
             ),
         )
     )
-    since = ReportStage()._compare_with_previous(work, past, best)
-    assert since["best"] == ["then, seed 0, best epoch", "new, seed 0, best epoch"]
-    assert since["robust"] == [0.6, 0.4] and since["clean"] == [0.9, 0.8], "before, then now"
-    assert since["medians"] == {"at under AA": [0.6, 0.4]}, "of what both reports have"
-    test = since["test"]
-    assert (test["gained"], test["lost"], test["examples"], test["verdict"]) == (0, 7, 60, "worse")
-    assert test["p"] == pytest.approx(stats.binomtest(0, 7).pvalue) and since["different"] == []
-    json.dumps(since)
+    changes = ReportStage()._compare_with_previous(work, past, best)
+    assert changes.best == ("then, seed 0, best epoch", "new, seed 0, best epoch")
+    assert changes.robust == (0.6, 0.4) and changes.clean == (0.9, 0.8), "before, then now"
+    assert changes.medians == {"at under AA": (0.6, 0.4)}, "of what both reports have"
+    test = changes.test
+    assert (test.gained, test.lost, test.examples, test.verdict) == (0, 7, 60, "worse")
+    assert test.p == pytest.approx(stats.binomtest(0, 7).pvalue)
+    assert changes.protocol_differences == ()
     other = ReportStage()._compare_with_previous(work, past, best.model_copy(update={"norm": "L2"}))
-    assert "test" not in other and other["different"] == ["norm 'Linf' then, 'L2' now"]
+    assert other.test is None
+    assert other.protocol_differences == ("norm 'Linf' then, 'L2' now",)

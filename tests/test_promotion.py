@@ -214,7 +214,7 @@ def test_the_verdict_is_on_the_chosen_candidate_and_autoattack_comes_first() -> 
     assert find_chosen_evaluation(without).attack == "CW", (
         "without AutoAttack, the last attack counts"
     )
-    with pytest.raises(StageFailed, match="a, seed 0, best epoch was not judged"):
+    with pytest.raises(StageFailed, match="a, seed 0, best epoch was not evaluated"):
         find_chosen_evaluation(
             UpstreamResults((left("tune", a, b), left("autoattack", judged=judged[:1])))
         )

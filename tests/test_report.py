@@ -12,6 +12,7 @@ from raysweep.attacks import PGD
 from raysweep.formatting import format_clock, format_duration
 from raysweep.pipeline.artifact import Artifact, Candidate, EvaluationResult
 from raysweep.pipeline.autoattack import AutoAttackStage
+from raysweep.pipeline.facts import ReportChanges
 from raysweep.pipeline.report.ablations import build_ablation_sections
 from raysweep.pipeline.report.document import CaptionedFigure, Paragraph, ReportDocument, Section
 from raysweep.pipeline.report.search_results import build_search_sections
@@ -90,7 +91,7 @@ def test_importances_need_trials_that_differ(tmp_path: Path) -> None:
     assert param_importances(few) is None
     (section,) = build_search_sections([tuned(tmp_path / "few", few)], (tmp_path / "few").joinpath)
     assert (
-        f"there are {MIN_IMPORTANCE_TRIALS - 1}, of at least {MIN_IMPORTANCE_TRIALS} that this needs"
+        f"this needs at least {MIN_IMPORTANCE_TRIALS} results, not {MIN_IMPORTANCE_TRIALS - 1}"
         in said(section)
     )
     same = ledger(tmp_path / "same", MIN_IMPORTANCE_TRIALS)
@@ -230,16 +231,11 @@ def test_every_method_is_compared_with_the_night_before() -> None:
     ]
     then, now = (_compute_median_accuracies(judged) for judged in nights)
     assert then == {"a under AA": 0.3, "b under AA": 0.2}
-    medians = {name: [then[name], now[name]] for name in now}
-    since = {
-        "when": "w",
-        "best": ["a", "a"],
-        "robust": [0.5, 0.6],
-        "clean": [1, 1],
-        "different": [],
-        "medians": medians,
-    }
-    (table,) = _build_changes_parts(since)
+    medians = {name: (then[name], now[name]) for name in now}
+    changes = ReportChanges(
+        previous_time="w", best=("a", "a"), robust=(0.5, 0.6), clean=(1, 1), medians=medians
+    )
+    (table,) = _build_changes_parts(changes)
     assert ["a under AA (median)", "30.00%", "40.00%"] in table.rows
     assert ["b under AA (median)", "20.00%", "10.00%"] in table.rows
 

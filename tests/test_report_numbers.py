@@ -3,6 +3,7 @@ printed.
 """
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from made import made_candidate, made_judgement
 from matplotlib.figure import Figure
 
 from raysweep.pipeline.artifact import Artifact, EvaluationResult
+from raysweep.pipeline.facts import ReportChanges
 from raysweep.pipeline.report.ablations import build_ablation_sections
 from raysweep.pipeline.report.document import (
     Banner,
@@ -34,6 +36,7 @@ from raysweep.pipeline.report.stage import (
     _compute_median_accuracies,
     _format_subtitle,
 )
+from raysweep.pipeline.statistics import McNemarResult
 
 
 def tables(section: Section) -> list[Table]:
@@ -139,10 +142,10 @@ def test_the_objective_against_autoattack() -> None:
     have = [judged(f"c{n}", robust, score=score) for n, (score, robust) in enumerate(pairs)]
     have.append(judged("pgd alone", 0.0, score=0.9, standard=False, attack="PGD"))
     (section,) = build_objective_sections(have)
-    tau = "Kendall's tau between the objective and AutoAttack over 4 judged checkpoints: +0.67."
+    tau = "Kendall's tau between the objective and AutoAttack over 4 evaluated checkpoints: +0.67."
     assert texts(section) == [
         tau,
-        "So few checkpoints say little: 1 and -1 are both likely by chance.",
+        "These are too few checkpoints: 1 and -1 are both likely by chance.",
     ]
     five = [*have, judged("c4", 0.05, score=0.5)]
     assert texts(build_objective_sections(five)[0]) == [
@@ -151,7 +154,7 @@ def test_the_objective_against_autoattack() -> None:
     falling = [judged(f"c{n}", -score, score=score) for n, score in enumerate((0.1, 0.2, 0.3))]
     assert "checkpoints: -1.00." in texts(build_objective_sections(falling)[0])[0]
     assert (
-        "cannot be told: one of them is constant."
+        "unknown, because one of them is constant."
         in texts(build_objective_sections([have[0], have[0]])[0])[0]
     )
     assert build_objective_sections(have[:1]) == [] == build_objective_sections([])
@@ -283,36 +286,40 @@ def test_curves_of_what_changes_from_epoch_to_epoch() -> None:
     assert build_curve_sections({}, {}) == []
 
 
-def since(**more: Any) -> dict[str, Any]:
-    facts = {
-        "when": "then",
-        "best": ["a", "b"],
-        "robust": [0.5, 0.4321],
-        "clean": [0.9, 0.89],
-        "different": [],
+TEST = McNemarResult(10, 30, 100, 0.00222, -0.2, (-0.32, -0.08), "worse")
+
+
+def changes(**more: Any) -> ReportChanges:
+    values = {
+        "previous_time": "then",
+        "best": ("a", "b"),
+        "robust": (0.5, 0.4321),
+        "clean": (0.9, 0.89),
+        "medians": {"at under AA": (0.5, 0.4)},
     }
-    return facts | {"medians": {"at under AA": [0.5, 0.4]}} | more
+    return ReportChanges(**values | more)
 
 
 def test_a_regression_is_a_verdict_of_worse_or_a_number_below_the_floor() -> None:
     """A number equal to the floor is not below it."""
     best = judged("b", 0.4321)
-    test = {"lost": 30, "gained": 10, "p": 0.00222, "verdict": "worse", "examples": 100}
-    assert ReportStage()._find_regressions(best, since(test=test)) == [
+    worse = changes(test=TEST)
+    assert ReportStage()._find_regressions(best, worse) == [
         "AA of the chosen checkpoint fell from 50.00% to 43.21% (30 examples lost, 10 gained, p = 0.0022)"
     ]
     for verdict in ("better", "tie", "cannot tell"):
-        assert ReportStage()._find_regressions(best, since(test=test | {"verdict": verdict})) == []
+        other = changes(test=replace(TEST, verdict=verdict))
+        assert ReportStage()._find_regressions(best, other) == []
     assert (
-        ReportStage()._find_regressions(best, {})
+        ReportStage()._find_regressions(best, None)
         == []
-        == ReportStage()._find_regressions(best, since())
+        == ReportStage()._find_regressions(best, changes())
     )
-    assert ReportStage(floor=0.4321)._find_regressions(best, {}) == []
+    assert ReportStage(floor=0.4321)._find_regressions(best, None) == []
     below = "AA of the chosen checkpoint is 43.21%, below the floor 43.22%"
-    assert ReportStage(floor=0.4322)._find_regressions(best, {}) == [below]
-    assert ReportStage(floor=0.4322)._find_regressions(best, since(test=test))[1] == below
-    assert ReportStage(floor=0.0)._find_regressions(judged("b", 0.0), {}) == []
+    assert ReportStage(floor=0.4322)._find_regressions(best, None) == [below]
+    assert ReportStage(floor=0.4322)._find_regressions(best, worse)[1] == below
+    assert ReportStage(floor=0.0)._find_regressions(judged("b", 0.0), None) == []
 
 
 def test_the_line_to_read() -> None:
@@ -329,7 +336,7 @@ def test_the_line_to_read() -> None:
 
 
 def test_what_changed_since_the_last_report() -> None:
-    (table,) = _build_changes_parts(since())
+    (table,) = _build_changes_parts(changes())
     assert table.headers == ["since then", "before", "now"]
     assert table.rows == [
         ["chosen checkpoint", "a", "b"],
@@ -337,18 +344,18 @@ def test_what_changed_since_the_last_report() -> None:
         ["clean accuracy", "90.00%", "89.00%"],
     ], "with one method its median is the same number"
     _, line = _build_changes_parts(
-        since(different=["eps 1 then, 2 now", "norm a then, b now"], test={})
+        changes(protocol_differences=("eps 1 then, 2 now", "norm a then, b now"))
     )
     assert (
         line.text
         == "Not comparable with the previous report: eps 1 then, 2 now; norm a then, b now."
     )
-    test = {"examples": 200, "gained": 3, "lost": 13, "p": 0.021270751953125, "verdict": "worse"}
-    _, line = _build_changes_parts(since(test=test))
+    test = McNemarResult(3, 13, 200, 0.021270751953125, -0.05, (-0.1, 0.0), "worse")
+    _, line = _build_changes_parts(changes(test=test))
     assert (
         line.text == "McNemar's test on 200 shared examples: 3 gained, 13 lost, p = 0.0213: worse."
     )
-    (first,) = _build_changes_parts({})
+    (first,) = _build_changes_parts(None)
     assert first == Paragraph("This is the first report of this pipeline.", is_muted=True)
 
 

@@ -229,8 +229,8 @@ TRAIN = {"kind": "train", "runs": {"AT": {"method": "at"}}, "seeds": [0]}
             ],
             [
                 "stages.0 (promote): no stage before it trains anything; put tune or train first",
-                "stages.2 (report): no stage before it judges anything; put autoattack first",
-                "stages.3 (register): no stage before it judges anything; put autoattack first",
+                "stages.2 (report): no stage before it evaluates anything; put autoattack first",
+                "stages.3 (register): no stage before it evaluates anything; put autoattack first",
             ],
         ),
         ([TRAIN, TRAIN], ["stages.1 (train): its label 'AT' is that of stages.0; give it another"]),

@@ -1,3 +1,4 @@
-"""Pipelines: YAML of stages, each run once for what goes into it. A new stage is a file and a line
-in `AnyStage`.
+"""Pipelines: stages in YAML, each of which runs once for equal inputs.
+
+A new kind of stage is a subclass of `Stage` and an entry in `AnyStage`.
 """

@@ -1,13 +1,20 @@
-"""What a stage leaves: `artifact.json` and files beside it, in a folder that is there whole or not
-at all.
+"""The artifact of a stage: `artifact.json`, and the files beside it in the same folder.
+
+The folder is written atomically: it exists completely or not at all.
 """
 
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from raysweep.atomic_files import atomic_folder
 from raysweep.spec import JsonDict, Spec, SpecError
@@ -15,15 +22,11 @@ from raysweep.training.validation import DEFAULT_OBJECTIVE
 
 ARTIFACT_FILE = "artifact.json"
 
+CheckpointKind = Literal["best", "last"]
+
 
 class Candidate(Spec):
-    """A checkpoint that a stage offers to the next. Its path is relative to `--out`, or elsewhere a
-    whole path or URI.
-
-    label: its row in a report, the same for all seeds; which: `best` or `last` epoch; metrics: its
-    validation; settings: what was searched; masked: PGD overstates it by more than its space
-    allows; objectives: the metrics of its space.
-    """
+    """A checkpoint that a stage passes to the next stages."""
 
     stored_keys: ClassVar[Mapping[str, str]] = {
         "checkpoint_kind": "which",
@@ -32,32 +35,40 @@ class Candidate(Spec):
     }
 
     label: str
+    """Row in the report; all seeds of a run share it."""
     method: str
+    """Name of the training method."""
     checkpoint: str
+    """Path relative to `--out`; an absolute path or a URI for a checkpoint outside of it."""
     checkpoint_kind: str = "best"
+    """`best` for the epoch with the best validation result, `last` for the last epoch."""
     seed: int = 0
+    """Seed of the training run."""
     epoch: int
+    """Epoch of the checkpoint, from 1."""
     epochs: int
+    """Number of epochs of the training run."""
     metrics: dict[str, float]
+    """Validation metrics of the checkpoint."""
     params: dict[str, Any] = Field(default_factory=dict)
+    """Searched parameters of the trial, by dotted path."""
     exceeds_masking_gap: bool = False
+    """Whether the masking gap exceeds the limit of the search space."""
     objectives: tuple[str, ...] = (DEFAULT_OBJECTIVE,)
+    """Validation metrics that the sweep maximized."""
 
     def score(self, metric: str) -> float:
+        """Return a validation metric; -inf if the checkpoint does not have it."""
         return self.metrics.get(metric, float("-inf"))
 
     @property
     def title(self) -> str:
+        """Label, seed and kind of checkpoint, for messages."""
         return f"{self.label}, seed {self.seed}, {self.checkpoint_kind} epoch"
 
 
 class EvaluationResult(Spec):
-    """A candidate under one attack, on test examples.
-
-    attack: its label; standard: it is AutoAttack standard; test_examples: how many there are;
-    folder: where the examples' own outcomes are, relative to `--out`; protocol: settings that
-    numbers of a paper must share.
-    """
+    """Result of one attack on one candidate, on test examples."""
 
     stored_keys: ClassVar[Mapping[str, str]] = {
         "is_autoattack": "standard",
@@ -66,45 +77,111 @@ class EvaluationResult(Spec):
     }
 
     candidate: Candidate
+    """The evaluated checkpoint."""
     attack: str
+    """Label of the attack in the stage that ran it."""
     is_autoattack: bool
+    """Whether the attack is AutoAttack's standard version."""
     examples: int
+    """Number of attacked test examples."""
     test_examples: int
+    """Size of the test set."""
     eps: float
+    """Radius of the perturbations, in units of pixel values in [0, 1]."""
     norm: str
+    """Norm of the perturbations, `Linf` or `L2`."""
     clean: float
+    """Accuracy without an attack, in [0, 1]."""
     robust: float
+    """Accuracy under the whole attack, in [0, 1]."""
     intervals: dict[str, tuple[float, float]]
+    """95% confidence intervals of `clean`, `robust` and the accuracy after each attack."""
     accuracy_after: dict[str, float]
+    """Accuracy that remains after each attack of the cascade, in order."""
     per_class: dict[str, dict[str, float]]
+    """Number of examples, clean and robust accuracy of each class."""
     masking_gap: float | None
+    """Robust accuracy under white-box attacks minus that under all attacks, if known."""
     seconds: float
+    """Run time of the attacks in seconds."""
     queries: int
+    """Number of forward passes of single examples."""
     warnings: tuple[str, ...]
+    """Warnings of the evaluation, for example about gradient masking."""
     run_id: str
+    """MLflow run that holds the numbers."""
     folder: str
+    """Folder with the results of each example, relative to `--out` or a URI."""
     protocol: dict[str, Any]
+    """Settings that must agree with a paper's to compare the numbers."""
+
+
+class StageFacts(Spec):
+    """Base class of the facts that a stage reports besides candidates and evaluations.
+
+    Facts of other versions stay readable: unknown keys are ignored and most fields have defaults.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    # Fields that are left out of the JSON if they are None.
+    omitted_if_none: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _write_stored_keys(
+        self, handler: SerializerFunctionWrapHandler, info: SerializationInfo
+    ) -> JsonDict:
+        """Write the stored keys, without the fields that may be missing."""
+        data = super()._write_stored_keys(handler, info)
+        for name in self.omitted_if_none:
+            if getattr(self, name) is None:
+                data.pop(name, None)
+                data.pop(self.stored_keys.get(name, name), None)
+        return data
+
+
+FactsT = TypeVar("FactsT", bound=StageFacts)
 
 
 class Artifact(Spec):
-    """A finished stage: what it was, from what, and what it found. key: the digest of it and its
-    inputs.
-    """
+    """A finished stage: its settings, its inputs and its results."""
 
     stored_keys: ClassVar[Mapping[str, str]] = {"finish_time": "finished", "evaluations": "judged"}
 
     kind: str
+    """Kind of the stage."""
     key: str
+    """Digest of the stage and of everything that goes into it."""
     stage: JsonDict
+    """Settings of the stage, with the keys of 0.1."""
     inputs: tuple[str, ...]
+    """Digests of the stages before it that it depends on."""
     finish_time: float = 0.0
+    """Time of the end in seconds since 1970."""
     seconds: float = 0.0
+    """Wall-clock time of the last run of the stage."""
     candidates: tuple[Candidate, ...] = ()
+    """Checkpoints for the next stages."""
     evaluations: tuple[EvaluationResult, ...] = ()
+    """Results of attacks on the test set."""
     facts: JsonDict = Field(default_factory=dict)
+    """Further results as plain data; `read_facts` gives them types."""
+
+    def read_facts(self, facts_type: type[FactsT]) -> FactsT:
+        """Return the further results as `facts_type`.
+
+        Raises:
+            SpecError: If a fact is missing that has no default, or has another type.
+        """
+        return facts_type.from_data(self.facts, f"facts of {self.kind}", stored=True)
 
     def write(self, folder: Path, write_files: Callable[[Path], None] | None = None) -> None:
-        """Make `folder` with artifact.json and whatever `files` puts beside it."""
+        """Write `folder` atomically.
+
+        Args:
+            folder: Folder to create or to replace.
+            write_files: Called with a temporary folder; its files end up beside `artifact.json`.
+        """
         with atomic_folder(folder) as partial:
             if write_files is not None:
                 write_files(partial)
@@ -112,33 +189,40 @@ class Artifact(Spec):
 
     @classmethod
     def read_if_finished(cls, folder: Path) -> "Artifact | None":
-        """None where the stage has not finished. Raises SpecError in one line for what is no
-        artifact.
+        """Read the artifact of a stage.
+
+        Returns:
+            The artifact, or None if the stage has not finished.
+
+        Raises:
+            SpecError: If `artifact.json` cannot be read or is not an artifact.
         """
+        file = folder / ARTIFACT_FILE
         try:
-            data = json.loads((folder / ARTIFACT_FILE).read_text())
+            data = json.loads(file.read_text())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise SpecError(
-                f"{folder / ARTIFACT_FILE}: cannot be read: {error}; delete the folder"
-            ) from None
-        return cls.from_data(data, str(folder / ARTIFACT_FILE), stored=True)
+            raise SpecError(f"{file}: cannot be read: {error}; delete the folder") from None
+        return cls.from_data(data, str(file), stored=True)
 
 
 def select_ranking_metrics(candidates: Iterable[Candidate]) -> tuple[str, ...]:
-    """The metrics of the space of all; where spaces differ, the default, which all were measured
-    by.
+    """Return the objectives that rank the candidates, the main one first.
+
+    Candidates of different objectives are ranked by the default objective, which every validation
+    measures.
     """
-    asked = {c.objectives for c in candidates}
-    return asked.pop() if len(asked) == 1 else (DEFAULT_OBJECTIVE,)
+    objectives = {c.objectives for c in candidates}
+    return objectives.pop() if len(objectives) == 1 else (DEFAULT_OBJECTIVE,)
 
 
 def select_best_candidate(candidates: tuple[Candidate, ...]) -> Candidate:
-    """The one that validation prefers: never the test set's choice."""
+    """Return the candidate with the best validation result; the test set plays no part.
+
+    Checkpoints of best epochs are preferred to those of last epochs, and candidates within the
+    masking gap to those beyond it. The lower seed breaks ties.
+    """
     best = [c for c in candidates if c.checkpoint_kind == "best"] or list(candidates)
     metric = select_ranking_metrics(best)[0]
     return max(best, key=lambda c: (not c.exceeds_masking_gap, c.score(metric), -c.seed))
-
-
-CheckpointKind = Literal["best", "last"]

@@ -1,6 +1,4 @@
-"""The proof: promoted checkpoints under full AutoAttack, or other attacks, on the test set, once
-each.
-"""
+"""The autoattack stage: runs AutoAttack, or other attacks, on the test set."""
 
 from typing import Annotated, Any, Literal
 
@@ -34,37 +32,42 @@ from raysweep.spec import SpecError
 from raysweep.sweep.executors import open_executor
 from raysweep.tracking import checkpoint_run_tags
 from raysweep.training.config import TrainingConfig
-from raysweep.training.model_loading import load_checkpoint_target
+from raysweep.training.model_loading import EvaluationTarget, load_checkpoint_target
 
 
 def _make_default_attacks() -> dict[str, str | AnyAttack]:
+    """Return the attacks of a stage that names none."""
     return {"AA": "autoattack"}
 
 
 class AutoAttackStage(Stage):
-    """Attacks on the test set. attacks: column of the report -> name (`autoattack`, `pgd20`, ...)
-    or settings.
-
-    n: only the first so many test examples; eps: null for what the checkpoint was validated at.
-    """
+    """Runs attacks on the test set, once for each candidate and attack."""
 
     kind: Literal["autoattack"] = "autoattack"
     attacks: Annotated[dict[str, str | AnyAttack], Field(min_length=1)] = Field(
         default_factory=_make_default_attacks
     )
+    """Attack of each column in the report: a name such as `autoattack` or `pgd20`, or settings."""
     n: Annotated[int, Field(ge=1)] | None = None
+    """Number of test examples, from the first (null: all)."""
     eps: Annotated[Number, Field(gt=0)] | None = None
+    """Radius of named attacks, in units of pixel values in [0, 1] (null: as in the validation)."""
     norm: Literal["Linf", "L2"] = "Linf"
+    """Norm of named attacks."""
     seed: int = 0
+    """Seed of the attacks."""
     batch_size: Annotated[int, Field(ge=1)] = 500
+    """Number of examples that are attacked at once."""
     gpus: Annotated[Number, Field(ge=0)] = 1.0
+    """GPUs of an attack process."""
 
     def find_problems(self) -> list[str]:
         lines = []
         for label, attack in self.attacks.items():
             if isinstance(attack, MinimalPerturbation):
                 lines.append(
-                    f"attacks.{label}.kind = 'minimal': looks for the smallest perturbation, not for a verdict"
+                    f"attacks.{label}.kind = 'minimal': finds the smallest perturbation; "
+                    "this stage needs an attack with a fixed eps"
                 )
             elif isinstance(attack, str):
                 try:
@@ -74,20 +77,33 @@ class AutoAttackStage(Stage):
         return lines
 
     def describe_stage(self, training_overrides: TrainingOverrides) -> str:
-        names = ", ".join(
-            f"{k} ({v})" if isinstance(v, str) and v != k else k for k, v in self.attacks.items()
-        )
-        return f"{names} on {'the whole test set' if self.n is None else f'{self.n} test examples'}, once each"
+        names = []
+        for label, attack in self.attacks.items():
+            is_named = isinstance(attack, str) and attack != label
+            names.append(f"{label} ({attack})" if is_named else label)
+        examples = "the whole test set" if self.n is None else f"{self.n} test examples"
+        return f"{', '.join(names)} on {examples}, once each"
 
     def run_stage(self, context: StageContext, upstream: UpstreamResults) -> StageResult:
-        judged = []
-        with open_executor(context.address, self.gpus) as shards:
+        evaluations = []
+        with open_executor(context.address, self.gpus) as executor:
             for candidate in upstream.candidates:
                 for label in self.attacks:
-                    judged.append(self._evaluate_candidate(context, candidate, label, shards))
-        return StageResult(evaluations=tuple(judged))
+                    evaluations.append(
+                        self._evaluate_candidate(context, candidate, label, executor)
+                    )
+        return StageResult(evaluations=tuple(evaluations))
 
     def build_attack(self, label: str, eps: float) -> AttackCascade | SingleAttack:
+        """Build an attack of the stage.
+
+        Args:
+            label: Key in `attacks`.
+            eps: Radius for an attack that is given by its name.
+
+        Raises:
+            SpecError: If there is no attack of this name.
+        """
         attack = self.attacks[label]
         if isinstance(attack, str):
             return attack_by_name(attack, eps, self.norm)
@@ -97,22 +113,18 @@ class AutoAttackStage(Stage):
     def _evaluate_candidate(
         self, context: StageContext, candidate: Candidate, label: str, executor: Any
     ) -> EvaluationResult:
-        subject = load_checkpoint_target(context.resolve_reference(candidate.checkpoint), {})
-        assert subject.checkpoint is not None
-        config = subject.checkpoint.config
-        assert subject.data is not None
-        data = subject.data
-        eps = (
-            self.eps if self.eps is not None else resolve_threat_model(subject, config.data.name)[0]
-        )
-        attack = self.build_attack(label, eps)
+        """Run one attack on one candidate; save and log the results."""
+        target = load_checkpoint_target(context.resolve_reference(candidate.checkpoint), {})
+        assert target.checkpoint is not None and target.data is not None
+        config, data = target.checkpoint.config, target.data
+        attack = self._build_attack_for(target, label)
         count = min(self.n or len(data.test), len(data.test))
         folder = choose_evaluation_folder(
-            context.out, subject, attack, config.data, count, self.seed
+            context.out, target, attack, config.data, count, self.seed
         )
         context.print_line(f"{label} on {candidate.title}: {count} test examples")
         report = evaluate_checkpoint(
-            subject,
+            target,
             data,
             attack,
             count,
@@ -121,26 +133,41 @@ class AutoAttackStage(Stage):
             batch_size=self.batch_size,
             seed=self.seed,
         )
-        save_evaluation_files(report, folder, subject, config.data)
-        name = self.attacks[label]
-        run = context.tracker.find_run(checkpoint_run_tags(subject.checkpoint))
-        label_of = name if isinstance(name, str) else label
-        run = log_evaluation(
-            context.tracker, run, subject, report, folder, label_of, count == len(data.test)
+        save_evaluation_files(report, folder, target, config.data)
+        attack_or_name = self.attacks[label]
+        run_id = log_evaluation(
+            context.tracker,
+            context.tracker.find_run(checkpoint_run_tags(target.checkpoint)),
+            target,
+            report,
+            folder,
+            attack_or_name if isinstance(attack_or_name, str) else label,
+            count == len(data.test),
         )
         return EvaluationResult(
             candidate=candidate,
             attack=label,
             is_autoattack=report.is_autoattack,
             test_examples=len(data.test),
-            run_id=run,
+            run_id=run_id,
             folder=context.make_reference(folder),
             protocol=_extract_protocol(config, report, data.fingerprint),
             **_extract_numbers(report),
         )
 
+    def _build_attack_for(
+        self, target: EvaluationTarget, label: str
+    ) -> AttackCascade | SingleAttack:
+        """Build an attack with the radius of the stage, or else of the candidate's validation."""
+        if self.eps is not None:
+            return self.build_attack(label, self.eps)
+        assert target.checkpoint is not None
+        eps, _ = resolve_threat_model(target, target.checkpoint.config.data.name)
+        return self.build_attack(label, eps)
+
 
 def _extract_numbers(report: RobustnessReport) -> dict[str, Any]:
+    """Return the fields of an `EvaluationResult` that a report has."""
     return {
         "examples": len(report.labels),
         "eps": report.eps,
@@ -148,7 +175,7 @@ def _extract_numbers(report: RobustnessReport) -> dict[str, Any]:
         "clean": report.clean_accuracy,
         "robust": report.robust_accuracy,
         "intervals": report.intervals,
-        "after": {name: float(rows.mean()) for name, rows in report.robust_after.items()},
+        "accuracy_after": {name: float(rows.mean()) for name, rows in report.robust_after.items()},
         "per_class": {str(label): row for label, row in report.per_class().items()},
         "masking_gap": report.masking_gap,
         "seconds": sum(cost.seconds for cost in report.cost.values()),
@@ -160,6 +187,7 @@ def _extract_numbers(report: RobustnessReport) -> dict[str, Any]:
 def _extract_protocol(
     config: TrainingConfig, report: RobustnessReport, fingerprint: str
 ) -> dict[str, Any]:
+    """Return the settings that must agree with a paper's to compare the numbers."""
     return {
         "data": config.data.name,
         "model": config.model.name,

@@ -1,4 +1,4 @@
-"""The pipelines that ship with raysweep, by name."""
+"""The built-in pipelines, by name."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from raysweep.spec import SpecError, describe_unknown_name, find_builtin_folder,
 
 
 def list_builtin_pipelines() -> dict[str, str]:
-    """Names, and what each is about."""
+    """Return the description of each built-in pipeline, by name."""
     return {
         path.stem: str(read_yaml(path).get("about", ""))
         for path in sorted(find_builtin_folder("pipelines").glob("*.yaml"))
@@ -14,13 +14,18 @@ def list_builtin_pipelines() -> dict[str, str]:
 
 
 def find_pipeline_file(name_or_file: str) -> Path:
-    """The file of a pipeline given by name or as a file. Raises SpecError for an unknown name."""
+    """Find the file of a pipeline.
+
+    Args:
+        name_or_file: Name of a built-in pipeline, or path of a YAML file, which may not exist.
+
+    Raises:
+        SpecError: If there is no built-in pipeline of this name.
+    """
     if name_or_file.endswith((".yaml", ".yml")):
-        # Whether it is there, and can be read, is for who reads it.
         return Path(name_or_file)
     path = find_builtin_folder("pipelines") / f"{name_or_file}.yaml"
     if not path.is_file():
-        raise SpecError(
-            describe_unknown_name("pipeline", name_or_file, list(list_builtin_pipelines()))
-        )
+        names = list(list_builtin_pipelines())
+        raise SpecError(describe_unknown_name("pipeline", name_or_file, names))
     return path

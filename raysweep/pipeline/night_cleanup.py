@@ -1,6 +1,4 @@
-"""What a pipeline that runs anew leaves on the disk: the last nights, and prefixes of this one
-only.
-"""
+"""Disk space of pipelines that run each night or for each revision: deletion of old sweeps."""
 
 import datetime
 from pathlib import Path
@@ -10,26 +8,30 @@ from raysweep.training.prefix_cache import PREFIX_CACHE_FOLDER
 
 
 def delete_old_nights(sweeps_folder: Path, current_night: str, keep_nights: int | None) -> None:
-    """Delete the prefixes of the other nights, which none starts from, and all sweeps before the
-    last `keep` nights.
+    """Delete the sweeps of old nights, and the cached prefixes of all other nights.
 
-    sweeps: a folder of each night's sweeps, or of each revision's; tonight: one of them; keep:
-    nights, this one included, or None for all.
+    No later night starts from cached prefixes.
+
+    Args:
+        sweeps_folder: Folder with one subfolder for each night (or revision).
+        current_night: Name of the current subfolder.
+        keep_nights: Number of nights to keep, the current one included; None to keep all.
     """
     others = [name for name in storage.list_subfolders(sweeps_folder) if name != current_night]
     nights = sorted([current_night, *filter(_is_iso_date, others)])
-    gone = set(nights[:-keep_nights] if keep_nights else ())
+    outdated = set(nights[:-keep_nights] if keep_nights else ())
     for name in others:
-        storage.delete_everywhere(
-            sweeps_folder / name if name in gone else sweeps_folder / name / PREFIX_CACHE_FOLDER
-        )
+        folder = sweeps_folder / name
+        storage.delete_everywhere(folder if name in outdated else folder / PREFIX_CACHE_FOLDER)
 
 
 def get_today_date() -> str:
+    """Return the local date, such as `2026-03-01`."""
     return datetime.date.today().isoformat()
 
 
 def _is_iso_date(name: str) -> bool:
+    """Check whether a name is a date such as `2026-03-01`."""
     try:
         return datetime.date.fromisoformat(name).isoformat() == name
     except ValueError:

@@ -1,4 +1,4 @@
-"""Two models on the same test examples, from what their evaluations left per example."""
+"""Comparison of two models on the same test examples, from the files of their evaluations."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 from raysweep.pipeline.artifact import EvaluationResult
 from raysweep.pipeline.statistics import McNemarResult, mcnemar_test
 
-EXAMPLES_FILE = "examples.parquet"
-# Verdicts under another threat model, attack or data set are about something else.
+# Results under another threat model, attack or data set cannot be compared.
 _PROTOCOL_FIELDS = ("attack", "standard", "eps", "norm", "data", "fingerprint")
 
 
 def extract_comparison_protocol(evaluation: EvaluationResult) -> dict[str, Any]:
-    """What two judgements must share to be compared."""
+    """Return the settings that two evaluations must share to be compared.
+
+    The keys are part of reports and of tags in MLflow; 0.1 wrote the same ones.
+    """
     protocol = evaluation.protocol
     return {
         "attack": evaluation.attack,
@@ -32,7 +34,15 @@ def extract_comparison_protocol(evaluation: EvaluationResult) -> dict[str, Any]:
 def find_protocol_differences(
     new_protocol: Mapping[str, Any], old_protocol: Mapping[str, Any]
 ) -> list[str]:
-    """Why two judgements cannot be compared; empty if they can."""
+    """Find the reasons why two evaluations cannot be compared.
+
+    Args:
+        new_protocol: Result of `extract_comparison_protocol`.
+        old_protocol: The same of an earlier evaluation; its values may be strings, as in MLflow.
+
+    Returns:
+        One line for each difference; empty if the evaluations can be compared.
+    """
     return [
         f"{key} {old_protocol.get(key)!r} then, {new_protocol[key]!r} now"
         for key in _PROTOCOL_FIELDS
@@ -41,14 +51,24 @@ def find_protocol_differences(
 
 
 def compare_shared_examples(new_file: Path, old_file: Path) -> McNemarResult | None:
-    """McNemar's test over the examples that both parquet files have; None if they share none."""
-    ours, theirs = _read_robust_flags(new_file), _read_robust_flags(old_file)
-    shared = sorted(ours.keys() & theirs.keys())
-    return mcnemar_test([ours[i] for i in shared], [theirs[i] for i in shared]) if shared else None
+    """Run McNemar's test on the examples that two evaluations share.
+
+    Args:
+        new_file: Parquet file with the results of each example for the new model.
+        old_file: The same for the old model.
+
+    Returns:
+        The result of the test, or None if the files have no example in common.
+    """
+    new, old = _read_robust_flags(new_file), _read_robust_flags(old_file)
+    shared = sorted(new.keys() & old.keys())
+    if not shared:
+        return None
+    return mcnemar_test([new[i] for i in shared], [old[i] for i in shared])
 
 
 def _read_robust_flags(path: Path) -> dict[int, bool]:
-    """Example's number -> whether it held out."""
+    """Read for each example, by its number in the test set, whether no attack broke it."""
     table = pq.read_table(path, columns=["index", "broken_by"])
     index: NDArray[np.int64] = table["index"].to_numpy()
     return dict(zip(index.tolist(), table["broken_by"].is_null().to_pylist(), strict=True))

@@ -1,4 +1,4 @@
-"""A pipeline: stages in order, each run once for what goes into it."""
+"""A pipeline: stages in order, each of which runs once for equal inputs."""
 
 import shutil
 import time
@@ -32,80 +32,95 @@ AnyStage = Annotated[
     Field(discriminator="kind"),
 ]
 _TRAINING_STAGES = (TuneStage, TrainStage)
-# What `--set` changes of a pipeline itself; the last two are the names of 0.1.
+# Paths of `--set` that start with one of these change the pipeline itself; the last two are the
+# names of 0.1.
 _PIPELINE_KEYS = {"stages", "rerun", "keep_nights", "again", "keep"}
 
 
 class Pipeline(Spec):
-    """about: one line; set: training settings for all stages, which a stage's own win over.
-
-    again: what else than its inputs makes a stage run again: nothing, a new revision of the code, a
-    new day. keep: nights whose sweeps and checkpoints stay, with `again: daily` (null: all).
-    Artifacts and reports stay always.
-    """
+    """Stages that run one after the other."""
 
     stored_keys: ClassVar[Mapping[str, str]] = {"rerun": "again", "keep_nights": "keep"}
 
     about: str = ""
+    """Description in one line."""
     set: dict[str, Any] = Field(default_factory=dict)
+    """Training settings of all stages, by dotted path; the settings of a stage take precedence."""
     rerun: Literal["never", "revision", "daily"] = "never"
+    """When to run all stages again although their inputs are equal: for each revision of the code,
+    or each day."""
     keep_nights: Annotated[int, Field(ge=1)] | None = None
+    """With `rerun: daily`, number of days to keep sweeps and checkpoints (null: all). Artifacts and
+    reports are always kept."""
     stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
+    """The stages in order."""
 
     def find_problems(self, training_overrides: TrainingOverrides) -> list[str]:
-        """Everything that can be said before anything runs, one line each."""
-        lines = (
-            ["keep: counts nights; it needs `again: daily`"]
-            if self.keep_nights and self.rerun != "daily"
-            else []
-        )
-        runs: list[TrainingConfig] = []
-        candidates = judged = False
-        taken: dict[str, int] = {}
+        """Check the whole pipeline without running it; return one line for each problem."""
+        lines = []
+        if self.keep_nights and self.rerun != "daily":
+            lines.append("keep_nights: counts nights; it needs `rerun: daily`")
+        upstream_configs: list[TrainingConfig] = []
+        stage_of_label: dict[str, int] = {}
         for number, stage in enumerate(self.stages):
             where = f"stages.{number} ({stage.kind})"
-            if not candidates and isinstance(stage, PromoteStage | AutoAttackStage):
-                lines.append(
-                    f"{where}: no stage before it trains anything; put tune or train first"
-                )
-            if not judged and isinstance(stage, RegisterStage | ReportStage):
-                lines.append(f"{where}: no stage before it judges anything; put autoattack first")
-            candidates |= isinstance(stage, _TRAINING_STAGES)
-            judged |= isinstance(stage, AutoAttackStage)
-            own = _find_stage_problems(stage, training_overrides, runs)
-            if not own:
-                runs = _active_configs(stage, training_overrides, runs)
-            for label in [] if own else stage.list_candidate_labels(training_overrides):
-                if taken.setdefault(label, number) != number:
-                    own.append(
-                        f"its label {label!r} is that of stages.{taken[label]}; give it another"
-                    )
-            lines += [f"{where}: {line}" for line in own]
+            lines += [f"{where}: {line}" for line in self._find_order_problems(number)]
+            problems = _find_stage_problems(stage, training_overrides, upstream_configs)
+            if not problems:
+                upstream_configs = _active_configs(stage, training_overrides, upstream_configs)
+                for label in stage.list_candidate_labels(training_overrides):
+                    first = stage_of_label.setdefault(label, number)
+                    if first != number:
+                        problems.append(
+                            f"its label {label!r} is that of stages.{first}; give it another"
+                        )
+            lines += [f"{where}: {line}" for line in problems]
         return lines
+
+    def _find_order_problems(self, number: int) -> list[str]:
+        """Check that the stages before a stage produce what it needs."""
+        stage, earlier = self.stages[number], self.stages[:number]
+        has_candidates = any(isinstance(s, _TRAINING_STAGES) for s in earlier)
+        has_evaluations = any(isinstance(s, AutoAttackStage) for s in earlier)
+        if isinstance(stage, PromoteStage | AutoAttackStage) and not has_candidates:
+            return ["no stage before it trains anything; put tune or train first"]
+        if isinstance(stage, RegisterStage | ReportStage) and not has_evaluations:
+            return ["no stage before it evaluates anything; put autoattack first"]
+        return []
 
     def iter_upstream_configs(
         self, training_overrides: TrainingOverrides
     ) -> Iterator[tuple[AnyStage, list[TrainingConfig]]]:
-        """Each stage with the runs whose checkpoints it finds, as far as they are known beforehand."""
-        runs: list[TrainingConfig] = []
+        """Yield each stage with the training configs of the candidates that it receives.
+
+        The configs are those that are known before the pipeline runs.
+        """
+        upstream_configs: list[TrainingConfig] = []
         for stage in self.stages:
-            yield stage, runs
-            runs = _active_configs(stage, training_overrides, runs)
+            yield stage, upstream_configs
+            upstream_configs = _active_configs(stage, training_overrides, upstream_configs)
 
     def compute_digest_salt(self) -> str:
-        """What `again` adds to the inputs of every stage."""
+        """Return what `rerun` adds to the digest of every stage: a date, a revision, or ""."""
         if self.rerun == "daily":
             return get_today_date()
-        return (
-            str(describe_environment()["git_revision"] or describe_environment()["raysweep"])
-            if self.rerun == "revision"
-            else ""
-        )
+        if self.rerun == "revision":
+            environment = describe_environment()
+            return str(environment["git_revision"] or environment["raysweep"])
+        return ""
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage in its place: `digest` names it and all that goes into it."""
+    """A stage at its place in a pipeline.
+
+    Attributes:
+        number: Position in the pipeline, from 0.
+        stage: The stage.
+        stage_digest: Digest of the stage and of everything that goes into it.
+        inputs: Digests of the earlier stages that it depends on.
+        folder: Folder of its artifact.
+    """
 
     number: int
     stage: Stage
@@ -115,53 +130,66 @@ class PlannedStage:
 
     @property
     def kind(self) -> str:
+        """Kind of the stage."""
         return self.stage.kind
 
 
 def load_pipeline(
     name_or_file: str, overrides: Mapping[str, Any]
 ) -> tuple[str, Pipeline, TrainingOverrides]:
-    """By name or from a file: its name, itself, and the settings around its stages.
+    """Load and check a pipeline.
 
-    changes: `stages.KIND.field` (or `stages.NUMBER.field`), `again` and `keep` change the pipeline,
-    every other path the training runs of all its stages. Raises SpecError with all problems at
-    once.
+    Args:
+        name_or_file: Name of a built-in pipeline, or path of a YAML file.
+        overrides: Settings of the command line by dotted path. `stages.KIND.field`,
+            `stages.NUMBER.field`, `rerun` and `keep_nights` change the pipeline. All other paths
+            are training settings of all stages.
+
+    Returns:
+        Name of the pipeline, the pipeline, and the training settings outside of its stages.
+
+    Raises:
+        SpecError: With all problems at once.
     """
     path = find_pipeline_file(name_or_file)
     pipeline = _validate_pipeline(read_yaml(path), path)
-    own = {key: value for key, value in overrides.items() if key.split(".")[0] in _PIPELINE_KEYS}
-    pipeline = _override_pipeline(pipeline, own)
-    settings = TrainingOverrides(
-        pipeline.set, {key: value for key, value in overrides.items() if key not in own}
-    )
-    if problems := pipeline.find_problems(settings):
+    pipeline_overrides: dict[str, Any] = {}
+    command_line: dict[str, Any] = {}
+    for key, value in overrides.items():
+        if key.split(".")[0] in _PIPELINE_KEYS:
+            pipeline_overrides[key] = value
+        else:
+            command_line[key] = value
+    pipeline = _override_pipeline(pipeline, pipeline_overrides)
+    training_overrides = TrainingOverrides(pipeline.set, command_line)
+    if problems := pipeline.find_problems(training_overrides):
         raise SpecError([f"{path}: {line}" for line in problems])
-    return path.stem, pipeline, settings
+    return path.stem, pipeline, training_overrides
 
 
 def _validate_pipeline(data: JsonDict, path: Path) -> Pipeline:
-    """The file as a pipeline. Where it is none, its stages that are sound in themselves are looked
-    at all the same.
+    """Validate the content of a file.
+
+    If it is not a pipeline, its valid stages are checked too, to report all problems at once.
     """
     try:
         return Pipeline.from_data(data, str(path))
     except SpecError as error:
         lines = list(error.problems)
-    stages, around = data.get("stages"), data.get("set")
-    settings = TrainingOverrides(around if isinstance(around, dict) else {}, {})
-    for number, stage in enumerate(stages if isinstance(stages, list) else []):
+    stages, settings = data.get("stages"), data.get("set")
+    overrides = TrainingOverrides(settings if isinstance(settings, dict) else {}, {})
+    for number, stage_data in enumerate(stages if isinstance(stages, list) else []):
         with suppress(SpecError):
-            (sound,) = Pipeline.from_data({"stages": [stage]}).stages
-            lines += [
-                f"{path}: stages.{number} ({sound.kind}): {line}"
-                for line in _find_stage_problems(sound, settings, [])
-            ]
+            (stage,) = Pipeline.from_data({"stages": [stage_data]}).stages
+            where = f"{path}: stages.{number} ({stage.kind})"
+            lines += [f"{where}: {line}" for line in _find_stage_problems(stage, overrides, [])]
     raise SpecError(lines)
 
 
 def _find_stage_problems(
     stage: Stage, training_overrides: TrainingOverrides, upstream_configs: Sequence[TrainingConfig]
 ) -> list[str]:
+    """Check the training configs and the settings of a stage."""
     try:
         stage.list_training_configs(training_overrides, upstream_configs)
     except SpecError as error:
@@ -172,34 +200,40 @@ def _find_stage_problems(
 def _active_configs(
     stage: Stage, training_overrides: TrainingOverrides, upstream_configs: list[TrainingConfig]
 ) -> list[TrainingConfig]:
-    """After a stage: tune and train add, promote replaces what it trains again."""
+    """Return the configs of the candidates after a stage.
+
+    The stages tune and train add candidates. Promote replaces them if it trains them again.
+    """
     configs = stage.list_training_configs(training_overrides, upstream_configs)
-    return (
-        [*upstream_configs, *configs]
-        if isinstance(stage, _TRAINING_STAGES)
-        else configs or upstream_configs
-    )
+    if isinstance(stage, _TRAINING_STAGES):
+        return [*upstream_configs, *configs]
+    return configs or upstream_configs
 
 
 def plan_stages(
     pipeline: Pipeline, training_overrides: TrainingOverrides, folder: Path, salt: str
 ) -> list[PlannedStage]:
-    """The stages with their digests. Reads the data sets, whose fingerprints are inputs. salt: the
-    pipeline's, now.
+    """Compute the digests and folders of all stages.
+
+    This loads the data sets, because their fingerprints are part of the digests.
+
+    Args:
+        pipeline: The pipeline.
+        training_overrides: Training settings outside of the stages.
+        folder: Folder of the artifacts.
+        salt: Result of `Pipeline.compute_digest_salt`.
     """
-    found: list[PlannedStage] = []
-    for number, (stage, before) in enumerate(pipeline.iter_upstream_configs(training_overrides)):
-        inputs = (
-            ()
-            if isinstance(stage, _TRAINING_STAGES)
-            else tuple(step.stage_digest for step in found)
-        )
-        data = {
-            config.data.digest(): config.data
-            for config in stage.list_training_configs(training_overrides, before)
-        }
-        fingerprints = sorted({load_data(spec).fingerprint for spec in data.values()})
-        key = json_digest(
+    planned: list[PlannedStage] = []
+    for number, (stage, upstream_configs) in enumerate(
+        pipeline.iter_upstream_configs(training_overrides)
+    ):
+        inputs: tuple[str, ...] = ()
+        if not isinstance(stage, _TRAINING_STAGES):
+            inputs = tuple(earlier.stage_digest for earlier in planned)
+        configs = stage.list_training_configs(training_overrides, upstream_configs)
+        data_specs = {config.data.digest(): config.data for config in configs}
+        fingerprints = sorted({load_data(spec).fingerprint for spec in data_specs.values()})
+        digest = json_digest(
             [
                 stage.to_stored_dict(),
                 stage.collect_digest_content(training_overrides),
@@ -208,10 +242,9 @@ def plan_stages(
                 salt,
             ]
         )
-        found.append(
-            PlannedStage(number, stage, key, inputs, folder / f"{number:02d}-{stage.kind}-{key}")
-        )
-    return found
+        stage_folder = folder / f"{number:02d}-{stage.kind}-{digest}"
+        planned.append(PlannedStage(number, stage, digest, inputs, stage_folder))
+    return planned
 
 
 def run_pipeline(
@@ -226,62 +259,94 @@ def run_pipeline(
     first_stage: str | None = None,
     wait: bool = False,
 ) -> Iterator[tuple[PlannedStage, Artifact, bool]]:
-    """Run what has not run yet: step, artifact, and whether it was there already, one by one.
+    """Run the stages that have not finished yet, one after the other.
 
-    runs: where sweeps live (default: `out`/runs); first: make the artifacts from this stage on
-    again. Raises SpecError if another process runs this pipeline.
+    Args:
+        name: Name of the pipeline.
+        pipeline: The pipeline.
+        training_overrides: Training settings outside of the stages.
+        out: Output folder.
+        console: Console for progress messages.
+        runs_folder: Folder of the sweeps; None for `runs` in `out`.
+        address: Address of the Ray cluster; None to start Ray locally.
+        first_stage: Kind or number of a stage: make the artifacts of this stage and of all later
+            ones again.
+        wait: Whether to wait while another process runs this pipeline.
+
+    Yields:
+        Each stage, its artifact, and whether it had finished before.
+
+    Raises:
+        SpecError: If another process runs this pipeline, or there is no such first stage.
+        StageFailed: If a stage has no result.
     """
     folder = out / "runs" / "pipelines" / name
-    again = find_stage_index(first_stage, pipeline)
+    first_index = find_stage_index(first_stage, pipeline)
     salt = pipeline.compute_digest_salt()
     runs_folder = runs_folder or out / "runs"
-    nights = runs_folder / "pipelines" / name / "sweeps"
-    sweeps = nights / salt if salt else runs_folder
-    with hold_pipeline_lease(folder, wait), ExitStack() as stack:
-        for half in folder.glob(".[0-9]*"):
-            # Left by a run that was killed while it wrote.
-            shutil.rmtree(half, ignore_errors=True)
+    nights_folder = runs_folder / "pipelines" / name / "sweeps"
+    sweeps_folder = nights_folder / salt if salt else runs_folder
+    with hold_pipeline_lease(folder, wait), ExitStack() as exit_stack:
+        for partial in folder.glob(".[0-9]*"):
+            # A run was killed while it wrote an artifact.
+            shutil.rmtree(partial, ignore_errors=True)
         if salt:
-            # At the start, so that the disk is bounded however many nights fail.
-            delete_old_nights(nights, salt, pipeline.keep_nights)
-        work = StageContext(name, out, folder, sweeps, training_overrides, console, address, stack)
-        done: tuple[Artifact, ...] = ()
-        for step in plan_stages(pipeline, training_overrides, folder, salt):
-            artifact = Artifact.read_if_finished(step.folder) if step.number < again else None
-            ready = artifact is not None
+            # At the start, so that nights that fail do not fill the disk.
+            delete_old_nights(nights_folder, salt, pipeline.keep_nights)
+        context = StageContext(
+            name, out, folder, sweeps_folder, training_overrides, console, address, exit_stack
+        )
+        finished: tuple[Artifact, ...] = ()
+        for planned_stage in plan_stages(pipeline, training_overrides, folder, salt):
+            artifact = None
+            if planned_stage.number < first_index:
+                artifact = Artifact.read_if_finished(planned_stage.folder)
+            was_finished = artifact is not None
             if artifact is None:
-                artifact = _run_planned_stage(step, work, done)
-            done = (*done, artifact)
-            yield step, artifact, ready
+                artifact = _run_planned_stage(planned_stage, context, finished)
+            finished = (*finished, artifact)
+            yield planned_stage, artifact, was_finished
 
 
 def _run_planned_stage(
     planned_stage: PlannedStage, context: StageContext, finished_artifacts: tuple[Artifact, ...]
 ) -> Artifact:
+    """Run a stage and write its artifact."""
+    stage = planned_stage.stage
     context.stage_number, context.stage_digest = planned_stage.number, planned_stage.stage_digest
-    began = time.monotonic()
+    start = time.monotonic()
+    description = stage.describe_stage(context.training_overrides)
     context.print_line(
-        f"[{time.strftime('%H:%M:%S')}] {planned_stage.number:02d} {planned_stage.kind}: {planned_stage.stage.describe_stage(context.training_overrides)}"
+        f"[{time.strftime('%H:%M:%S')}] {planned_stage.number:02d} {stage.kind}: {description}"
     )
-    outcome = planned_stage.stage.run_stage(context, UpstreamResults(finished_artifacts))
+    result = stage.run_stage(context, UpstreamResults(finished_artifacts))
     artifact = Artifact(
-        kind=planned_stage.kind,
+        kind=stage.kind,
         key=planned_stage.stage_digest,
-        stage=planned_stage.stage.to_stored_dict(),
+        stage=stage.to_stored_dict(),
         inputs=planned_stage.inputs,
         finish_time=time.time(),
-        seconds=time.monotonic() - began,
-        candidates=outcome.candidates,
-        evaluations=outcome.evaluations,
-        facts=outcome.facts,
+        seconds=time.monotonic() - start,
+        candidates=result.candidates,
+        evaluations=result.evaluations,
+        facts=result.facts.to_stored_dict(),
     )
-    artifact.write(planned_stage.folder, outcome.write_files)
+    artifact.write(planned_stage.folder, result.write_files)
     return artifact
 
 
 def find_stage_index(stage_name: str | None, pipeline: Pipeline) -> int:
-    """Number of the stage named by kind or number, beyond the last if none is. Raises SpecError for
-    an unknown one.
+    """Find the position of a stage.
+
+    Args:
+        stage_name: Kind or number of the stage, or None.
+        pipeline: The pipeline.
+
+    Returns:
+        Position from 0; the number of stages for None.
+
+    Raises:
+        SpecError: If there is no such stage.
     """
     if stage_name is None:
         return len(pipeline.stages)
@@ -290,26 +355,27 @@ def find_stage_index(stage_name: str | None, pipeline: Pipeline) -> int:
         return kinds.index(stage_name)
     if stage_name.isdecimal() and int(stage_name) < len(kinds):
         return int(stage_name)
-    raise SpecError(
-        f"--from {stage_name!r}: this pipeline has {', '.join(f'{n} {kind}' for n, kind in enumerate(kinds))}"
-    )
+    names = ", ".join(f"{number} {kind}" for number, kind in enumerate(kinds))
+    raise SpecError(f"--from {stage_name!r}: this pipeline has {names}")
 
 
 def _override_pipeline(pipeline: Pipeline, overrides: Mapping[str, Any]) -> Pipeline:
+    """Apply the settings of the command line that change the pipeline itself."""
     stages, problems = list(pipeline.stages), []
     for path, value in overrides.items():
         if path in _PIPELINE_KEYS - {"stages"}:
             pipeline = apply_overrides(pipeline, {path: value})
             continue
-        _, _, rest = path.partition(".")
-        which, _, field = rest.partition(".")
-        hit = [n for n, stage in enumerate(stages) if which in (stage.kind, str(n), "*")]
-        if not hit or not field:
-            known = ", ".join(dict.fromkeys(stage.kind for stage in stages))
+        stage_name, _, field = path.partition(".")[2].partition(".")
+        numbers = [n for n, s in enumerate(stages) if stage_name in (s.kind, str(n), "*")]
+        if not numbers or not field:
+            kinds = ", ".join(dict.fromkeys(stage.kind for stage in stages))
             problems.append(
-                f"--set {path}: expected stages.STAGE.SETTING=..., where STAGE is a number or one of {known}"
+                f"--set {path}: expected stages.STAGE.SETTING=..., "
+                f"where STAGE is a number or one of {kinds}"
             )
-        for number in hit if field else ():
+            continue
+        for number in numbers:
             try:
                 stages[number] = apply_overrides(stages[number], {field: value})
             except SpecError as error:

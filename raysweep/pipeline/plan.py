@@ -1,6 +1,4 @@
-"""`raysweep run --plan`: which stages would run, what their trials hold and for about how long they
-train.
-"""
+"""Plan of `raysweep run --plan`: stages to run, their resources and expected training time."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from raysweep.spec import JsonDict
 from raysweep.sweep.plan import available_capacity, maybe_estimate_epoch_seconds
 from raysweep.sweep.resources import Resources
 
+# Resources of each node of a cluster, by name.
 NodeResources = Sequence[dict[str, float]]
 
 
@@ -26,32 +25,46 @@ def plan_pipeline(
     address: str | None,
     first_stage: str | None,
 ) -> tuple[list[JsonDict], dict[str, float]]:
-    """A row for each stage, and what the machine or the cluster has; nothing is written.
+    """Plan a pipeline without writing anything.
 
-    first: as for `run_pipeline`. Raises SpecError if it is no stage, or if a trial fits nowhere.
+    Args:
+        pipeline: The pipeline.
+        training_overrides: Training settings outside of the stages.
+        folder: Folder of the artifacts.
+        address: Address of the Ray cluster; None for this machine.
+        first_stage: Kind or number of the first stage to make again, as for `run_pipeline`.
+
+    Returns:
+        A row for each stage, and the resources of the cluster by name. Rows of stages that train
+        have `cpus_per_trial`, `gpus_per_trial`, `trials_at_once` and `expected_seconds` (None if
+        unknown).
+
+    Raises:
+        SpecError: If there is no such first stage, or a trial fits on no node.
     """
-    again = find_stage_index(first_stage, pipeline)
+    first_index = find_stage_index(first_stage, pipeline)
     cluster, nodes = available_capacity(address)
+    salt = pipeline.compute_digest_salt()
     rows = []
-    for step, (stage, before) in zip(
-        plan_stages(pipeline, training_overrides, folder, pipeline.compute_digest_salt()),
+    for planned_stage, (stage, upstream_configs) in zip(
+        plan_stages(pipeline, training_overrides, folder, salt),
         pipeline.iter_upstream_configs(training_overrides),
         strict=True,
     ):
-        artifact = Artifact.read_if_finished(step.folder)
+        artifact = Artifact.read_if_finished(planned_stage.folder)
+        is_before_first = planned_stage.number < first_index
         row: JsonDict = {
-            "number": step.number,
-            "kind": step.kind,
-            "digest": step.stage_digest,
-            "done": artifact is not None and step.number < again,
-            "again": artifact is not None and step.number >= again,
+            "number": planned_stage.number,
+            "kind": planned_stage.kind,
+            "digest": planned_stage.stage_digest,
+            "done": artifact is not None and is_before_first,
+            "again": artifact is not None and not is_before_first,
             "seconds": artifact.seconds if artifact else None,
             "what": stage.describe_stage(training_overrides),
         }
         if artifact is None:
-            row |= _estimate_stage_effort(
-                stage, stage.plan_trainings(training_overrides, before), cluster, nodes
-            )
+            trainings = stage.plan_trainings(training_overrides, upstream_configs)
+            row |= _estimate_stage_effort(stage, trainings, cluster, nodes)
         rows.append(row)
     return rows, cluster
 
@@ -62,20 +75,18 @@ def _estimate_stage_effort(
     cluster_resources: Mapping[str, float],
     node_resources: NodeResources,
 ) -> JsonDict:
-    """What a stage's trials hold and how long they train together; nothing for a stage that trains
-    nothing.
-    """
+    """Estimate the resources and the training time of a stage; empty if it trains nothing."""
     if not isinstance(stage, TuneStage | TrainStage | PromoteStage) or not trainings:
         return {}
     resources = Resources(stage.cpus, stage.gpus).resolve(dict(cluster_resources))
-    concurrent = resources.max_concurrent_trials(dict(cluster_resources), node_resources)
-    seconds = _estimate_training_seconds(trainings, resources, concurrent)
+    concurrency = resources.max_concurrent_trials(dict(cluster_resources), node_resources)
+    seconds = _estimate_training_seconds(trainings, resources, concurrency)
     if isinstance(stage, TuneStage) and stage.max_hours and seconds is not None:
         seconds = min(seconds, 3600 * stage.max_hours)
     return {
         "cpus_per_trial": resources.cpus,
         "gpus_per_trial": resources.n_gpus,
-        "trials_at_once": min(concurrent, max(one.concurrency for one in trainings)),
+        "trials_at_once": min(concurrency, max(t.concurrency for t in trainings)),
         "expected_seconds": None if seconds is None else round(seconds, 1),
     }
 
@@ -83,16 +94,21 @@ def _estimate_stage_effort(
 def _estimate_training_seconds(
     trainings: Sequence[PlannedTraining], resources: Resources, concurrency: int
 ) -> float | None:
-    """One after the other, without what shared prefixes save; None where it cannot be told."""
+    """Estimate the wall-clock time of trainings one after the other; None if it is unknown.
+
+    Savings by shared prefixes are not counted.
+    """
     total = 0.0
-    data: dict[str, Dataset] = {}
-    for config, at_once, epochs in trainings:
+    datasets: dict[str, Dataset] = {}
+    for training in trainings:
+        config, epochs = training.config, training.total_epochs
         key = config.data.digest()
-        data[key] = data.get(key) or load_data(config.data)
-        if (
-            epochs is None
-            or (each := maybe_estimate_epoch_seconds(config, data[key], resources)) is None
-        ):
+        if key not in datasets:
+            datasets[key] = load_data(config.data)
+        if epochs is None:
             return None
-        total += each * epochs / min(concurrency, at_once)
+        epoch_seconds = maybe_estimate_epoch_seconds(config, datasets[key], resources)
+        if epoch_seconds is None:
+            return None
+        total += epoch_seconds * epochs / min(concurrency, training.concurrency)
     return total

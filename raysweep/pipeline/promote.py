@@ -1,12 +1,13 @@
-"""Promotion: which candidates go on, chosen on validation alone, trained again where asked."""
+"""The promote stage: selects candidates by validation results, and can train them again."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from operator import ge
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from raysweep.pareto import pareto_front_indices
 from raysweep.pipeline.artifact import Candidate, select_ranking_metrics
+from raysweep.pipeline.facts import PromoteFacts, SweepSummary
 from raysweep.pipeline.stage import (
     PlannedTraining,
     Stage,
@@ -16,151 +17,183 @@ from raysweep.pipeline.stage import (
     TrainingOverrides,
     UpstreamResults,
 )
-from raysweep.pipeline.train import build_seed_grid, iter_seed_candidates
-from raysweep.pipeline.tune import run_stage_sweep, summarize_sweep
+from raysweep.pipeline.stage_sweep import (
+    build_seed_grid,
+    iter_seed_candidates,
+    run_stage_sweep,
+    summarize_sweep,
+)
 from raysweep.schedules import Number
-from raysweep.spec import JsonDict, SpecError
+from raysweep.spec import SpecError
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.training import checkpoint
 from raysweep.training.config import TrainingConfig
 
 
 class PromoteStage(Stage):
-    """The best by the validation objective, or the Pareto set. It never looks at the test set.
-
-    top: how many, or the Pareto set instead with `pareto`; each: so many, or the set, of each
-    method; max_masking_gap: leave out what PGD overstates by more; set, seeds: train what was
-    chosen again, with other settings (epochs, model.name) and with several seeds.
-    """
+    """Selects the best candidates by their validation results; the test set plays no part."""
 
     stored_keys: ClassVar[Mapping[str, str]] = {"per_method": "each"}
 
     kind: Literal["promote"] = "promote"
     top: Annotated[int, Field(ge=1)] = 2
+    """Number of candidates to select."""
     per_method: bool = False
+    """Whether to select `top` candidates, or the Pareto set, of each training method."""
     pareto: bool = False
+    """Whether to select the Pareto set of the objectives instead of the `top` candidates."""
     max_masking_gap: Annotated[Number, Field(ge=0, le=1)] | None = None
+    """Candidates with a larger masking gap are left out (null: no limit)."""
     set: dict[str, Any] = Field(default_factory=dict)
+    """Settings to train the selected candidates again with, such as `epochs`, by dotted path."""
     seeds: tuple[int, ...] = ()
+    """Seeds to train the selected candidates again with (empty: the candidate's own seed)."""
     cpus: Annotated[Number, Field(gt=0)] = 1.0
+    """CPU cores of a run."""
     gpus: Annotated[Number, Field(ge=0)] | None = None
+    """GPUs of a run (null: one if the cluster has any)."""
 
     def plan_trainings(
         self, training_overrides: TrainingOverrides, upstream_configs: Sequence[TrainingConfig]
     ) -> list[PlannedTraining]:
-        if not (self.set or self.seeds):
+        if not self._trains_again():
             return []
-        found, problems = [], []
-        for config in upstream_configs:
+        configs: dict[str, TrainingConfig] = {}
+        problems: list[str] = []
+        for upstream_config in upstream_configs:
             try:
-                found.append(
-                    self.build_retraining_space(config, training_overrides).trial_config({})
-                )
+                space = self.build_retraining_space(upstream_config, training_overrides)
+                config = space.trial_config({})
+                configs[config.digest()] = config
             except SpecError as error:
                 problems += error.problems
         if problems:
             raise SpecError(list(dict.fromkeys(problems)))
-        different = list({config.digest(): config for config in found}.values())
-        seeds = len(self.seeds) or 1
-        runs = (
-            seeds
-            * self.top
-            * (len({config.method.name for config in upstream_configs}) if self.per_method else 1)
-        )
-        # Which of them is promoted nobody knows yet: each as often.
-        return [
-            PlannedTraining(
-                config, seeds, None if self.pareto else config.epochs * runs / len(different)
-            )
-            for config in different
-        ]
+        n_seeds = len(self.seeds) or 1
+        n_runs = n_seeds * self.top
+        if self.per_method:
+            n_runs *= len({config.method.name for config in upstream_configs})
+        trainings = []
+        for config in configs.values():
+            # The selection is unknown yet: assume that each config is selected equally often. The
+            # size of a Pareto set is unknown too.
+            epochs = None if self.pareto else config.epochs * n_runs / len(configs)
+            trainings.append(PlannedTraining(config, n_seeds, epochs))
+        return trainings
+
+    def _trains_again(self) -> bool:
+        """Whether the selected candidates are trained again."""
+        return bool(self.set or self.seeds)
 
     def describe_stage(self, training_overrides: TrainingOverrides) -> str:
-        what = "the Pareto set" if self.pareto else f"the best {self.top}"
-        what += " of each method" if self.per_method else ""
-        changes = {
-            key: training_overrides.from_command_line.get(key, value)
-            for key, value in self.set.items()
-        }
-        again = (
-            f", trained again with {changes or 'the same settings'}"
-            if self.set or self.seeds
-            else ""
-        )
-        return (
-            f"{what} on validation{again}{f' and seeds {list(self.seeds)}' if self.seeds else ''}"
-        )
+        line = "the Pareto set" if self.pareto else f"the best {self.top}"
+        if self.per_method:
+            line += " of each method"
+        line += " on validation"
+        if self._trains_again():
+            changes = {
+                key: training_overrides.from_command_line.get(key, value)
+                for key, value in self.set.items()
+            }
+            line += f", trained again with {changes or 'the same settings'}"
+        if self.seeds:
+            line += f" and seeds {list(self.seeds)}"
+        return line
 
     def select_candidates(self, candidates: tuple[Candidate, ...]) -> list[Candidate]:
-        """Best first. Raises StageFailed if nothing is fit to go on."""
-        limit = self.max_masking_gap
-        fit = [c for c in candidates if limit is None or c.metrics.get("masking_gap", 0.0) <= limit]
-        if not fit:
+        """Select candidates, best first.
+
+        Raises:
+            StageFailed: If the masking gap excludes all of them.
+        """
+        eligible = self._find_eligible_candidates(candidates)
+        if not self.per_method:
+            return _rank_candidates(self._select_top_or_pareto(eligible))
+        selected = []
+        for method in dict.fromkeys(c.method for c in eligible):
+            selected += self._select_top_or_pareto([c for c in eligible if c.method == method])
+        return _rank_candidates(selected)
+
+    def _find_eligible_candidates(self, candidates: tuple[Candidate, ...]) -> list[Candidate]:
+        """Leave out the candidates that the masking gap excludes; fail if none is left."""
+        limit, n_candidates = self.max_masking_gap, len(candidates)
+        eligible = list(candidates)
+        if limit is not None:
+            eligible = [c for c in eligible if c.metrics.get("masking_gap", 0.0) <= limit]
+        if not eligible:
             raise StageFailed(
-                f"each of {len(candidates)} candidates has a masking gap over {limit}: nothing is promoted"
+                f"each of {n_candidates} candidates has a masking gap over {limit}: "
+                "nothing is promoted"
             )
-        if self.pareto and not (fit := [c for c in fit if not c.exceeds_masking_gap]):
+        if self.pareto:
+            eligible = [c for c in eligible if not c.exceeds_masking_gap]
+        if not eligible:
             raise StageFailed(
-                f"each of {len(candidates)} candidates has a masking gap over its space's: nothing is promoted"
+                f"each of {n_candidates} candidates has a masking gap over its space's: "
+                "nothing is promoted"
             )
-        methods = dict.fromkeys(c.method for c in fit) if self.per_method else (None,)
-        picked = [
-            c
-            for name in methods
-            for c in self._select_top_or_pareto([c for c in fit if name in (None, c.method)])
-        ]
-        return _rank_candidates(picked)
+        return eligible
 
     def _select_top_or_pareto(self, eligible: list[Candidate]) -> list[Candidate]:
+        """Select the best candidates, or the Pareto set, of one group."""
         if not self.pareto:
             return _rank_candidates(eligible)[: self.top]
         metrics = select_ranking_metrics(eligible)
         points = [[c.score(metric) for metric in metrics] for c in eligible]
-        return [
-            c
-            for c, mine in zip(eligible, points, strict=True)
-            if not any(other != mine and all(map(ge, other, mine)) for other in points)
-        ]
+        return [eligible[index] for index in pareto_front_indices(points)]
 
     def run_stage(self, context: StageContext, upstream: UpstreamResults) -> StageResult:
-        picked = self.select_candidates(upstream.candidates)
-        (metric, *_) = select_ranking_metrics(picked)
-        for one in picked:
-            context.print_line(
-                f"promoted {one.title}: {metric} {one.score(metric):.3f} on validation"
-            )
-        left_out = [c.label for c in upstream.candidates if c not in picked]
-        found: list[JsonDict] = []
-        candidates = list(picked)
-        if self.set or self.seeds:
-            candidates = list(self._retrain_selected(context, picked, found))
-        return StageResult(
-            tuple(candidates),
-            facts={"sweeps": found, "of": len(upstream.candidates), "left_out": left_out},
+        selected = self.select_candidates(upstream.candidates)
+        metric = select_ranking_metrics(selected)[0]
+        for candidate in selected:
+            score = f"{metric} {candidate.score(metric):.3f} on validation"
+            context.print_line(f"promoted {candidate.title}: {score}")
+        left_out = tuple(c.label for c in upstream.candidates if c not in selected)
+        candidates: list[Candidate] = []
+        sweeps: list[SweepSummary] = []
+        if self._trains_again():
+            for candidate in selected:
+                retrained, sweep = self._retrain_candidate(context, candidate)
+                candidates += retrained
+                sweeps.append(sweep)
+        else:
+            candidates = selected
+        facts = PromoteFacts(
+            sweeps=tuple(sweeps), n_candidates=len(upstream.candidates), left_out=left_out
         )
+        return StageResult(tuple(candidates), facts=facts)
 
-    def _retrain_selected(
-        self, context: StageContext, selected: list[Candidate], sweep_summaries: list[JsonDict]
-    ) -> Iterator[Candidate]:
-        for one in selected:
-            config = checkpoint.read_checkpoint(context.resolve_reference(one.checkpoint)).config
-            try:
-                space = self.build_retraining_space(config, context.training_overrides)
-            except SpecError as error:
-                # A searched setting decides what other settings there are.
-                raise StageFailed(f"{one.title} cannot be trained again: {error}") from None
-            ledger = run_stage_sweep(
-                context, context.choose_sweep_folder(one.label), space, self.cpus, self.gpus
-            )
-            sweep_summaries.append(summarize_sweep(context, ledger))
-            for trained in iter_seed_candidates(context, ledger, one.label, ("best",)):
-                yield trained.replace(settings=one.params, objectives=one.objectives)
+    def _retrain_candidate(
+        self, context: StageContext, candidate: Candidate
+    ) -> tuple[list[Candidate], SweepSummary]:
+        """Train a candidate again, over the seeds; return the new candidates and their sweep."""
+        config = checkpoint.read_checkpoint(context.resolve_reference(candidate.checkpoint)).config
+        try:
+            space = self.build_retraining_space(config, context.training_overrides)
+        except SpecError as error:
+            # A searched parameter can decide which other settings exist, so this is found out late.
+            raise StageFailed(f"{candidate.title} cannot be trained again: {error}") from None
+        folder = context.choose_sweep_folder(candidate.label)
+        ledger = run_stage_sweep(context, folder, space, self.cpus, self.gpus)
+        retrained = [
+            one.replace(params=candidate.params, objectives=candidate.objectives)
+            for one in iter_seed_candidates(context, ledger, candidate.label, ("best",))
+        ]
+        return retrained, summarize_sweep(context, ledger)
 
     def build_retraining_space(
         self, config: TrainingConfig, training_overrides: TrainingOverrides
     ) -> SearchSpace:
-        """A run with other settings, the command line's last, over the seeds. Raises SpecError."""
-        # Whole parts of the config, so that no profile of a data set comes between.
+        """Build the sweep that trains a config again, over the seeds.
+
+        Args:
+            config: Config of the candidate.
+            training_overrides: The command line's settings take precedence over the stage's.
+
+        Raises:
+            SpecError: If the config does not allow the settings.
+        """
+        # The base holds whole parts of the config, so that defaults of the data set do not apply.
         base = {key: value for key, value in config.to_json_dict().items() if key != "seed"}
         changes = {
             "data.name": config.data.name,
@@ -176,5 +209,6 @@ class PromoteStage(Stage):
 
 
 def _rank_candidates(candidates: list[Candidate]) -> list[Candidate]:
+    """Sort by validation score, best first; candidates beyond the masking gap come last."""
     metric = select_ranking_metrics(candidates)[0]
     return sorted(candidates, key=lambda c: (c.exceeds_masking_gap, -c.score(metric)))

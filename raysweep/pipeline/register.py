@@ -1,4 +1,4 @@
-"""The model registry: candidate, AutoAttack-verified, champion."""
+"""The register stage: adds the best checkpoint to the model registry of MLflow."""
 
 import json
 import shutil
@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from raysweep.checkpoint_evaluation import CARD_FILE, EXAMPLES_FILE
 from raysweep.pipeline.artifact import EvaluationResult, select_best_candidate
+from raysweep.pipeline.facts import ChampionComparison, RegisterFacts
 from raysweep.pipeline.paired_comparison import (
-    EXAMPLES_FILE,
     compare_shared_examples,
     extract_comparison_protocol,
     find_protocol_differences,
@@ -26,129 +27,154 @@ from raysweep.pipeline.stage import (
 from raysweep.spec import JsonDict, is_safe_name
 from raysweep.training import checkpoint
 
-_CARD_FILE = "card.json"
 _TAG_PREFIX = "raysweep."
 _REGISTRY_DESCRIPTION = (
-    "Checkpoints that pipelines of raysweep promoted. candidate: registered last; aa-verified: judged by AutoAttack "
-    "standard; champion: better than the one before it on the same examples (McNemar's test). Card and outcome of each "
-    "example are among the artifacts of a version's source run, under `registered`."
+    "Checkpoints that pipelines of raysweep promoted. candidate: the latest version. aa-verified: "
+    "the latest version that AutoAttack standard evaluated. champion: the latest version that was "
+    "better than the champion before it on the same examples (McNemar's test). The card and the "
+    "results of each example are artifacts of the version's source run, in `registered`."
 )
 
 
 class RegisterStage(Stage):
-    """Put the promoted checkpoint that validation prefers into MLflow's model registry under
-    `name`.
+    """Registers the candidate with the best validation result in MLflow's model registry.
 
-    Aliases: `candidate`; `aa-verified` once AutoAttack standard has judged it; `champion` if there
-    was none, or if McNemar's test over the same examples finds it better than the one before.
-    about: authors, link, venue of the card.
+    The new version gets the alias `candidate`, and `aa-verified` if AutoAttack standard evaluated
+    it. It becomes `champion` if there is none, or if McNemar's test on the same examples finds it
+    better than the champion.
     """
 
     stored_keys: ClassVar[Mapping[str, str]] = {"card_fields": "about"}
 
     kind: Literal["register"] = "register"
     name: str
+    """Name of the model in the registry: letters, digits, `-`, `_` and `.`."""
     card_fields: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of the model card, such as authors, link and venue."""
 
     def find_problems(self) -> list[str]:
-        # It becomes part of a URI.
-        wrong = (
+        # The name becomes part of a URI.
+        if is_safe_name(self.name):
+            return []
+        return [
             f"name = {self.name!r}: use letters, digits, '-', '_' and '.', not starting with '.'"
-        )
-        return [] if is_safe_name(self.name) else [wrong]
+        ]
 
     def describe_stage(self, training_overrides: TrainingOverrides) -> str:
         return f"as {self.name}: candidate, aa-verified, and champion if AutoAttack says better"
 
     def run_stage(self, context: StageContext, upstream: UpstreamResults) -> StageResult:
-        judgement = find_chosen_evaluation(upstream)
-        saved = checkpoint.read_checkpoint(
-            context.resolve_reference(judgement.candidate.checkpoint)
-        )
-        card = self._build_model_card(context, judgement, saved)
-        facts = extract_comparison_protocol(judgement)
-        tags = {f"{_TAG_PREFIX}{key}": str(value) for key, value in facts.items()}
-        tags |= {
-            "autoattack.robust_accuracy": f"{judgement.robust:.6f}",
-            "autoattack.examples": str(judgement.examples),
-        }
-        run = judgement.run_id
-        context.tracker.log_json(run, card, f"registered/{_CARD_FILE}")
-        context.tracker.log_file(run, context.out / judgement.folder / EXAMPLES_FILE, "registered")
-        version = context.tracker.register_model(self.name, run, tags, _REGISTRY_DESCRIPTION)
-        context.tracker.set_model_alias(self.name, "candidate", version)
-        found: JsonDict = {
-            "name": self.name,
-            "version": version,
-            "candidate": judgement.candidate.title,
-        }
-        if judgement.is_autoattack:
-            context.tracker.set_model_alias(self.name, "aa-verified", version)
-            found |= self._compare_with_champion(context, judgement, version)
-        else:
-            found |= {"verdict": "cannot tell", "reason": "not judged by AutoAttack standard"}
-        if found.get("champion") == version:
-            context.tracker.set_model_alias(self.name, "champion", version)
-        card["aliases"] = [
-            "candidate", *(["aa-verified"] if judgement.is_autoattack else []),
-            *(["champion"] if found.get("champion") == version else []),
-        ]  # fmt: skip
-        verdict = f"{found['verdict']}, {found['reason']}"
+        evaluation = find_chosen_evaluation(upstream)
+        card = self._build_model_card(context, evaluation)
+        version = self._register_version(context, evaluation, card)
+        comparison = self._compare_and_set_aliases(context, evaluation, version)
+        aliases = ["candidate"]
+        if evaluation.is_autoattack:
+            aliases.append("aa-verified")
+        if comparison.champion == version:
+            aliases.append("champion")
+        card["aliases"] = aliases
+        verdict = f"{comparison.verdict}, {comparison.reason}"
         context.print_line(f"{self.name} version {version}: {verdict}")
-        context.tracker.set_version_description(
-            self.name, version, f"{_summarize_evaluation(judgement)} As a champion: {verdict}."
+        description = f"{_summarize_evaluation(evaluation)} As a champion: {verdict}."
+        context.tracker.set_version_description(self.name, version, description)
+
+        def write_files(folder: Path) -> None:
+            (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
+            shutil.copy2(context.out / evaluation.folder / EXAMPLES_FILE, folder / EXAMPLES_FILE)
+
+        facts = RegisterFacts(
+            name=self.name,
+            version=version,
+            candidate=evaluation.candidate.title,
+            **dict(comparison),
         )
+        return StageResult(facts=facts, write_files=write_files)
 
-        def files(folder: Path) -> None:
-            (folder / _CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
-            shutil.copy2(context.out / judgement.folder / EXAMPLES_FILE, folder / EXAMPLES_FILE)
+    def _register_version(
+        self, context: StageContext, evaluation: EvaluationResult, card: JsonDict
+    ) -> str:
+        """Log the files of the version and register it; return its number."""
+        protocol = extract_comparison_protocol(evaluation)
+        tags = {f"{_TAG_PREFIX}{key}": str(value) for key, value in protocol.items()}
+        tags |= {
+            "autoattack.robust_accuracy": f"{evaluation.robust:.6f}",
+            "autoattack.examples": str(evaluation.examples),
+        }
+        tracker, run_id = context.tracker, evaluation.run_id
+        tracker.log_json(run_id, card, f"registered/{CARD_FILE}")
+        tracker.log_file(run_id, context.out / evaluation.folder / EXAMPLES_FILE, "registered")
+        return tracker.register_model(self.name, run_id, tags, _REGISTRY_DESCRIPTION)
 
-        return StageResult(facts=found, write_files=files)
+    def _compare_and_set_aliases(
+        self, context: StageContext, evaluation: EvaluationResult, version: str
+    ) -> ChampionComparison:
+        """Give the version its aliases; return its comparison with the champion."""
+        tracker = context.tracker
+        tracker.set_model_alias(self.name, "candidate", version)
+        if not evaluation.is_autoattack:
+            return ChampionComparison(
+                verdict="cannot tell", reason="not evaluated by AutoAttack standard"
+            )
+        tracker.set_model_alias(self.name, "aa-verified", version)
+        comparison = self._compare_with_champion(context, evaluation, version)
+        if comparison.champion == version:
+            tracker.set_model_alias(self.name, "champion", version)
+        return comparison
 
     def _compare_with_champion(
         self, context: StageContext, evaluation: EvaluationResult, version: str
-    ) -> JsonDict:
-        """Who is champion, and why."""
+    ) -> ChampionComparison:
+        """Compare a version with the champion, on the examples that both were attacked on."""
         champion = context.tracker.find_model_by_alias(self.name, "champion")
         if champion is None:
-            return {"champion": version, "verdict": "better", "reason": "there was no champion"}
-        before, run, tags = champion
-        if before == version:
-            return {"champion": version, "verdict": "tie", "reason": "it is the champion"}
-        old = {key.removeprefix(_TAG_PREFIX): value for key, value in tags.items()}
-        stays = {"champion": before, "before": before}
-        if reasons := find_protocol_differences(extract_comparison_protocol(evaluation), old):
-            return {
-                **stays,
-                "verdict": "cannot tell",
-                "reason": "other protocol: " + "; ".join(reasons),
-            }
-        examples = context.tracker.download_artifact(
-            run, f"registered/{EXAMPLES_FILE}", context.artifacts_folder / ".champion" / run
+            return ChampionComparison(
+                champion=version, verdict="better", reason="there was no champion"
+            )
+        old_version, old_run, old_tags = champion
+        if old_version == version:
+            return ChampionComparison(champion=version, verdict="tie", reason="it is the champion")
+        old_protocol = {key.removeprefix(_TAG_PREFIX): value for key, value in old_tags.items()}
+        differences = find_protocol_differences(
+            extract_comparison_protocol(evaluation), old_protocol
         )
-        test = compare_shared_examples(context.out / evaluation.folder / EXAMPLES_FILE, examples)
+        if differences:
+            return ChampionComparison(
+                champion=old_version,
+                previous_champion=old_version,
+                verdict="cannot tell",
+                reason="other protocol: " + "; ".join(differences),
+            )
+        old_examples = context.tracker.download_artifact(
+            old_run, f"registered/{EXAMPLES_FILE}", context.artifacts_folder / ".champion" / old_run
+        )
+        new_examples = context.out / evaluation.folder / EXAMPLES_FILE
+        test = compare_shared_examples(new_examples, old_examples)
         if test is None:
-            return {**stays, "verdict": "cannot tell", "reason": "judged on other examples"}
-        reason = (
-            f"{100 * test.difference:+.2f} points against version {before} on {test.examples} shared examples "
-            f"({test.gained} gained, {test.lost} lost, p = {test.p:.3g})"
+            return ChampionComparison(
+                champion=old_version,
+                previous_champion=old_version,
+                verdict="cannot tell",
+                reason="evaluated on other examples",
+            )
+        return ChampionComparison(
+            champion=version if test.verdict == "better" else old_version,
+            previous_champion=old_version,
+            verdict=test.verdict,
+            reason=(
+                f"{100 * test.difference:+.2f} points against version {old_version} "
+                f"on {test.examples} shared examples "
+                f"({test.gained} gained, {test.lost} lost, p = {test.p:.3g})"
+            ),
+            test=test,
         )
-        facts = {
-            "verdict": test.verdict,
-            "reason": reason,
-            "test": test._asdict(),
-            "before": before,
-        }
-        return {**facts, "champion": version if test.verdict == "better" else before}
 
-    def _build_model_card(
-        self,
-        context: StageContext,
-        evaluation: EvaluationResult,
-        checkpoint: checkpoint.TrainingCheckpoint,
-    ) -> JsonDict:
-        """RobustBench's fields, and what else a number needs to be believed."""
-        card: JsonDict = json.loads((context.out / evaluation.folder / _CARD_FILE).read_text())
+    def _build_model_card(self, context: StageContext, evaluation: EvaluationResult) -> JsonDict:
+        """Build the model card: RobustBench's fields, and the settings behind the numbers."""
+        saved = checkpoint.read_checkpoint(
+            context.resolve_reference(evaluation.candidate.checkpoint)
+        )
+        card: JsonDict = json.loads((context.out / evaluation.folder / CARD_FILE).read_text())
         return {
             **card,
             "name": self.name,
@@ -158,19 +184,23 @@ class RegisterStage(Stage):
             "examples": evaluation.examples,
             "attacks": list(evaluation.accuracy_after),
             "autoattack_interval": evaluation.intervals["robust"],
-            "protocol": "checkpoint and settings chosen on a validation split of the training set; test set seen once",
-            "seed": checkpoint.config.seed,
-            "config": checkpoint.config.to_json_dict(),
-            "environment": checkpoint.meta["environment"],
+            "protocol": (
+                "checkpoint and settings chosen on a validation split of the training set; "
+                "test set seen once"
+            ),
+            "seed": saved.config.seed,
+            "config": saved.config.to_json_dict(),
+            "environment": saved.meta["environment"],
         }
 
 
 def _summarize_evaluation(evaluation: EvaluationResult) -> str:
-    """The number and what it holds for, in a line."""
+    """Describe a result in one line: its accuracies and the protocol behind them."""
     low, high = evaluation.intervals["robust"]
     return (
-        f"{evaluation.candidate.title}: {evaluation.robust:.2%} under {evaluation.attack} (95% {low:.2%} to {high:.2%}), "
-        f"{evaluation.clean:.2%} clean, {evaluation.norm} eps {evaluation.eps:.4g}, "
+        f"{evaluation.candidate.title}: {evaluation.robust:.2%} under {evaluation.attack} "
+        f"(95% {low:.2%} to {high:.2%}), {evaluation.clean:.2%} clean, "
+        f"{evaluation.norm} eps {evaluation.eps:.4g}, "
         f"{evaluation.examples} of {evaluation.test_examples} test examples."
     )
 
@@ -178,15 +208,26 @@ def _summarize_evaluation(evaluation: EvaluationResult) -> str:
 def find_chosen_evaluation(
     upstream: UpstreamResults, attack: str | None = None
 ) -> EvaluationResult:
-    """The judgement of the candidate that validation prefers: AutoAttack's if there is one, or a
-    given attack's.
+    """Find the evaluation of the candidate with the best validation result.
+
+    Args:
+        upstream: Results of the earlier stages.
+        attack: Label of the attack; None for any.
+
+    Returns:
+        AutoAttack's evaluation if there is one, else the last one.
+
+    Raises:
+        StageFailed: If no such attack was run on the candidate.
     """
     best = select_best_candidate(upstream.candidates)
-    own = [
-        j
-        for j in upstream.evaluations
-        if j.candidate.checkpoint == best.checkpoint and attack in (None, j.attack)
+    of_best = [
+        evaluation
+        for evaluation in upstream.evaluations
+        if evaluation.candidate.checkpoint == best.checkpoint
+        and attack in (None, evaluation.attack)
     ]
-    if not own:
-        raise StageFailed(f"{best.title} was not judged")
-    return next((j for j in own if j.is_autoattack), own[-1])
+    if not of_best:
+        raise StageFailed(f"{best.title} was not evaluated")
+    by_autoattack = [evaluation for evaluation in of_best if evaluation.is_autoattack]
+    return by_autoattack[0] if by_autoattack else of_best[-1]

@@ -1,4 +1,4 @@
-"""What every stage has, what it is given, and what it may use."""
+"""Base class of stages, and the values that a stage receives and returns."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -11,68 +11,100 @@ from rich.console import Console
 
 from raysweep import storage
 from raysweep.data import Dataset, DataSpec, load_data
-from raysweep.pipeline.artifact import Artifact, Candidate, EvaluationResult
+from raysweep.pipeline.artifact import Artifact, Candidate, EvaluationResult, StageFacts
 from raysweep.spec import JsonDict, Spec
 from raysweep.tracking import Tracker, tracking_uri
 from raysweep.training.config import TrainingConfig
 
 
 class StageFailed(RuntimeError):
-    """A stage could not do its work: every trial failed, for one."""
+    """A stage has no result, for example because every trial failed."""
 
 
 @dataclass(frozen=True)
 class TrainingOverrides:
-    """Training settings from around a stage: the pipeline's give way to the stage's own, the
-    command line's do not.
+    """Training settings from outside of a stage, by dotted path.
+
+    Precedence, from low to high: pipeline, stage, command line.
+
+    Attributes:
+        from_pipeline: `set` of the pipeline.
+        from_command_line: `--set` of the command line.
     """
 
     from_pipeline: Mapping[str, Any]
     from_command_line: Mapping[str, Any]
 
     def merge(self, stage_overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Combine the settings of a stage with these."""
         return {**self.from_pipeline, **stage_overrides, **self.from_command_line}
 
 
 @dataclass(frozen=True)
 class UpstreamResults:
-    """What the earlier stages left, in order."""
+    """Results of the earlier stages.
+
+    Attributes:
+        artifacts: Artifacts of all earlier stages, in the order of the pipeline.
+    """
 
     artifacts: tuple[Artifact, ...] = ()
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
-        """Candidates that are still in the running: tune and train add, promote replaces."""
-        pool: tuple[Candidate, ...] = ()
+        """Current candidates: tune and train add theirs, promote replaces all of them."""
+        current: tuple[Candidate, ...] = ()
         for artifact in self.artifacts:
-            pool = (
-                artifact.candidates if artifact.kind == "promote" else (*pool, *artifact.candidates)
-            )
-        return pool
+            if artifact.kind == "promote":
+                current = artifact.candidates
+            else:
+                current = (*current, *artifact.candidates)
+        return current
 
     @property
     def evaluations(self) -> tuple[EvaluationResult, ...]:
-        """Verdicts on the candidates that are still in the running."""
-        pool = {candidate.checkpoint for candidate in self.candidates}
+        """Evaluations of the current candidates."""
+        checkpoints = {candidate.checkpoint for candidate in self.candidates}
         return tuple(
-            j for a in self.artifacts for j in a.evaluations if j.candidate.checkpoint in pool
+            evaluation
+            for artifact in self.artifacts
+            for evaluation in artifact.evaluations
+            if evaluation.candidate.checkpoint in checkpoints
         )
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage found; `files` writes what belongs beside it."""
+    """Result of a stage.
+
+    Attributes:
+        candidates: Checkpoints for the next stages.
+        evaluations: Results of attacks on the test set.
+        facts: Further results; each kind of stage has its own class.
+        write_files: Writes further files into the folder of the artifact.
+    """
 
     candidates: tuple[Candidate, ...] = ()
     evaluations: tuple[EvaluationResult, ...] = ()
-    facts: JsonDict = field(default_factory=dict)
+    facts: StageFacts = field(default_factory=StageFacts)
     write_files: Callable[[Path], None] | None = None
 
 
 @dataclass
 class StageContext:
-    """Where a pipeline works. sweeps: the folder of its sweeps; folder: of its artifacts; address:
-    Ray's.
+    """Folders and services that the stages of one pipeline run share.
+
+    Attributes:
+        pipeline_name: Name of the pipeline.
+        out: Output folder (`--out`).
+        artifacts_folder: Folder with one subfolder for each finished stage.
+        sweeps_folder: Folder of the sweeps.
+        training_overrides: Training settings of the pipeline and of the command line.
+        console: Console for progress messages.
+        address: Address of the Ray cluster; None to start Ray locally.
+        exit_stack: Closed at the end of the pipeline run.
+        stage_number: Position of the current stage, from 0.
+        stage_digest: Digest of the current stage.
     """
 
     pipeline_name: str
@@ -89,49 +121,64 @@ class StageContext:
 
     @cached_property
     def tracker(self) -> Tracker:
-        """Connected when a stage first needs it: a pipeline with nothing to do needs no store."""
+        """MLflow, connected at first use, so that a finished pipeline needs no store."""
         return Tracker(tracking_uri(self.out), self.out / "mlruns")
 
     def get_dataset(self, data_spec: DataSpec) -> Dataset:
-        """Read once, whichever stage asks."""
+        """Return a data set; every stage shares one copy in memory."""
         key = data_spec.digest()
         if key not in self._datasets:
             self._datasets[key] = load_data(data_spec)
         return self._datasets[key]
 
     def connect_cluster(self) -> dict[str, float]:
-        """Resources of the cluster, which stays connected until the pipeline ends."""
+        """Connect to the Ray cluster until the pipeline ends.
+
+        Returns:
+            Total resources of the cluster by name, such as `CPU` and `GPU`.
+        """
         from raysweep.sweep.cluster import connect_to_cluster
 
         return self.exit_stack.enter_context(connect_to_cluster(self.address))
 
     def choose_sweep_folder(self, label: str) -> Path:
-        """The folder of this stage's sweep of `part`; its name is that of the sweep in MLflow."""
+        """Return the folder of a sweep of the current stage.
+
+        Args:
+            label: Distinguishes the sweeps of the stage. The name of the folder is also the name
+                of the sweep in MLflow.
+        """
         plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in label)
-        return (
-            self.sweeps_folder
-            / f"{self.pipeline_name}-{self.stage_number:02d}-{plain}-{self.stage_digest[:8]}"
-        )
+        digest = self.stage_digest[:8]
+        return self.sweeps_folder / f"{self.pipeline_name}-{self.stage_number:02d}-{plain}-{digest}"
 
     def make_reference(self, path: Path) -> str:
-        """What an artifact calls a file: relative to `--out`, or elsewhere by its whole path or
-        URI.
+        """Return what artifacts store for a path.
+
+        Returns:
+            The path relative to `--out` if it lies inside, else an absolute path or a URI.
         """
         path = path.resolve()
-        inside = path.is_relative_to(self.out) and not storage.is_bucket_copy(path)
-        return str(path.relative_to(self.out)) if inside else storage.uri_of(path)
+        if path.is_relative_to(self.out) and not storage.is_bucket_copy(path):
+            return str(path.relative_to(self.out))
+        return storage.uri_of(path)
 
     def resolve_reference(self, reference: str) -> Path:
-        """The file that an artifact calls so."""
+        """Return the local path for a result of `make_reference`."""
         return storage.local_path(reference) if storage.is_uri(reference) else self.out / reference
 
     def print_line(self, line: str) -> None:
+        """Print a progress message."""
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class PlannedTraining(NamedTuple):
-    """Runs of one config, at most so many at once, and the epochs of all together (None: not known
-    beforehand).
+    """Training runs of one config.
+
+    Attributes:
+        config: Training config of the runs.
+        concurrency: Largest number of runs that can train at the same time.
+        total_epochs: Expected epochs of all runs together; None if unknown.
     """
 
     config: TrainingConfig
@@ -140,43 +187,63 @@ class PlannedTraining(NamedTuple):
 
 
 class Stage(Spec):
-    """One step of a pipeline. Its class says what it needs, whether it is sound, and what it does."""
+    """Base class of the stages of a pipeline.
+
+    A subclass declares its settings as fields, and a `kind` that names it in YAML. It implements
+    `describe_stage` and `run_stage`, and what else differs from the defaults below.
+    """
 
     kind: str
 
     def plan_trainings(
         self, training_overrides: TrainingOverrides, upstream_configs: Sequence[TrainingConfig]
     ) -> list[PlannedTraining]:
-        """What this stage trains, as far as it is known beforehand. Raises SpecError.
+        """List what this stage trains, as far as that is known before it runs.
 
-        before: the runs whose checkpoints it finds.
+        Args:
+            training_overrides: Settings of the pipeline and of the command line.
+            upstream_configs: Configs of the candidates that the earlier stages pass on.
+
+        Raises:
+            SpecError: If a config is not valid.
         """
         return []
 
     def list_training_configs(
         self, training_overrides: TrainingOverrides, upstream_configs: Sequence[TrainingConfig] = ()
     ) -> list[TrainingConfig]:
-        """The runs of `trainings`."""
-        return [one.config for one in self.plan_trainings(training_overrides, upstream_configs)]
+        """List the configs of `plan_trainings`."""
+        trainings = self.plan_trainings(training_overrides, upstream_configs)
+        return [training.config for training in trainings]
 
     def collect_digest_content(self, training_overrides: TrainingOverrides) -> JsonDict:
-        """What the files that it names, and the settings around it, make of this stage: part of its
-        digest.
+        """Return data that is part of the stage's digest besides its settings.
+
+        Examples are the content of files that the settings name, and the training settings that
+        result from `training_overrides`.
         """
         return {}
 
     def list_candidate_labels(self, training_overrides: TrainingOverrides) -> list[str]:
-        """What the candidates of this stage are called."""
+        """List the labels of the candidates that this stage adds."""
         return []
 
     def find_problems(self) -> list[str]:
-        """What is wrong with the stage itself, one line each."""
+        """Check the settings of this stage alone; return one line for each problem."""
         return []
 
     def describe_stage(self, training_overrides: TrainingOverrides) -> str:
-        """One line for `--plan`."""
+        """Describe the work of this stage in one line, for `--plan`."""
         raise NotImplementedError
 
     def run_stage(self, context: StageContext, upstream: UpstreamResults) -> StageResult:
-        """Do the work, going on where a killed run of it stopped."""
+        """Run the stage; resume the work of an earlier run that was killed.
+
+        Args:
+            context: Folders and services.
+            upstream: Results of the earlier stages.
+
+        Raises:
+            StageFailed: If there is no result.
+        """
         raise NotImplementedError

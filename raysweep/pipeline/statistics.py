@@ -1,24 +1,34 @@
-"""The few statistics that verdicts rest on, exact where they can be."""
+"""Statistical tests and intervals for comparing accuracies of models."""
 
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from raysweep.evaluation.report import compute_wilson_interval
 
 PairedVerdict = Literal["better", "worse", "tie", "cannot tell"]
 ALPHA = 0.05
-# Half of the differences (in accuracy) that nobody would care about.
+# Differences in accuracy up to this size do not matter in practice.
 TIE_MARGIN = 0.01
-# Student's t, two-sided 95%, by degrees of freedom.
+# Two-sided 95% points of Student's t distribution for 1, 2, ... degrees of freedom.
 _STUDENT_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _NORMAL_95 = 1.959964
 
 
-class McNemarResult(NamedTuple):
-    """Two models on the same examples: gained are right only under the new one, lost only under the
-    old one.
+@dataclass(frozen=True)
+class McNemarResult:
+    """McNemar's test of two models on the same examples.
+
+    Attributes:
+        gained: Number of examples that only the new model classifies correctly.
+        lost: Number of examples that only the old model classifies correctly.
+        examples: Number of examples in the comparison.
+        p: Two-sided p-value, in [0, 1].
+        difference: Accuracy of the new model minus that of the old one, in [-1, 1].
+        interval: 95% confidence interval of `difference`.
+        verdict: What the test allows to conclude about the new model.
     """
 
     gained: int
@@ -36,18 +46,29 @@ def mcnemar_test(
     alpha: float = ALPHA,
     margin: float = TIE_MARGIN,
 ) -> McNemarResult:
-    """McNemar's exact test (binomial on the discordant pairs), and what it allows to say.
+    """Compare two models by McNemar's exact test (binomial on the discordant pairs).
 
-    tie: the 95% interval of the difference lies within +-margin; cannot tell: neither that nor
-    significant.
+    Args:
+        new_correct: For each example, whether the new model is correct.
+        old_correct: The same for the old model, with the examples in the same order.
+        alpha: Significance level of the test.
+        margin: Largest difference in accuracy that counts as a tie.
+
+    Returns:
+        The counts, the p-value and the verdict. A significant difference is "better" or "worse".
+        Otherwise the verdict is "tie" if the 95% interval lies within +-margin, else "cannot tell".
+
+    Raises:
+        ValueError: If the two sequences have different lengths.
     """
-    gained = sum(a and not b for a, b in zip(new_correct, old_correct, strict=True))
-    lost = sum(b and not a for a, b in zip(new_correct, old_correct, strict=True))
-    count = len(new_correct)
+    pairs = list(zip(new_correct, old_correct, strict=True))
+    gained = sum(new and not old for new, old in pairs)
+    lost = sum(old and not new for new, old in pairs)
+    count = len(pairs)
     p = binomial_p_value(min(gained, lost), gained + lost)
     difference = (gained - lost) / count
-    half = _NORMAL_95 * math.sqrt(gained + lost - (gained - lost) ** 2 / count) / count
-    interval = (difference - half, difference + half)
+    half_width = _NORMAL_95 * math.sqrt(gained + lost - (gained - lost) ** 2 / count) / count
+    interval = (difference - half_width, difference + half_width)
     verdict: PairedVerdict = "cannot tell"
     if p < alpha:
         verdict = "better" if gained > lost else "worse"
@@ -57,32 +78,45 @@ def mcnemar_test(
 
 
 def binomial_p_value(n_heads: int, n_throws: int) -> float:
-    """Two-sided p of at most `hits` heads (or tails) in `count` throws of a fair coin."""
-    return float(
-        min(1.0, 2 * sum(math.comb(n_throws, k) for k in range(n_heads + 1)) / 2**n_throws)
-    )
+    """Compute the exact p-value of a fair coin.
+
+    Args:
+        n_heads: Number of heads or of tails, whichever is smaller.
+        n_throws: Number of throws, 0 or more.
+
+    Returns:
+        Two-sided p-value: the probability of at most `n_heads` heads or at most as many tails.
+    """
+    tail = sum(math.comb(n_throws, k) for k in range(n_heads + 1)) / 2**n_throws
+    return float(min(1.0, 2 * tail))
 
 
 def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Kendall's tau-b; None where one side is constant or there are fewer than two points."""
-    concordant = ties_a = ties_b = pairs = 0
+    """Compute Kendall's rank correlation tau-b of two sequences of equal length.
+
+    Returns:
+        tau-b in [-1, 1], or None if a sequence is constant or has fewer than two values.
+    """
+    score = ties_a = ties_b = pairs = 0
     for i in range(len(a)):
         for j in range(i):
             x, y = a[i] - a[j], b[i] - b[j]
             pairs += 1
             ties_a += x == 0
             ties_b += y == 0
-            concordant += (x * y > 0) - (x * y < 0)
+            score += (x * y > 0) - (x * y < 0)
     scale = math.sqrt((pairs - ties_a) * (pairs - ties_b))
-    return concordant / scale if scale else None
+    return score / scale if scale else None
 
 
 def student_t_quantile(degrees_of_freedom: int) -> float:
-    """Return the two-sided 95% point of Student's t with `freedom` (1 or more) degrees of freedom,
-    to within 0.0005.
+    """Return the two-sided 95% point of Student's t distribution, to within 0.0005.
 
-    Beyond the table it comes from an expansion about the normal distribution's (Abramowitz and
-    Stegun 26.7.5).
+    A table holds the first values. The others come from an expansion about the normal
+    distribution (Abramowitz and Stegun, 26.7.5).
+
+    Args:
+        degrees_of_freedom: 1 or more.
     """
     if degrees_of_freedom <= len(_STUDENT_T_95):
         return _STUDENT_T_95[degrees_of_freedom - 1]
@@ -99,8 +133,14 @@ def student_t_quantile(degrees_of_freedom: int) -> float:
 
 
 class AccuracySummary(NamedTuple):
-    """One number measured on several models (seeds): median, spread, and a 95% interval of what is
-    behind it.
+    """Accuracy of the same training over several seeds.
+
+    Attributes:
+        median: Median over the seeds, in [0, 1].
+        sd: Sample standard deviation over the seeds; None for one seed.
+        low: Lower end of the 95% interval, in [0, 1].
+        high: Upper end of the 95% interval, in [0, 1].
+        n_seeds: Number of seeds.
     """
 
     median: float
@@ -111,17 +151,22 @@ class AccuracySummary(NamedTuple):
 
 
 def summarize_accuracies(accuracies: Sequence[float], n_examples: int) -> AccuracySummary:
-    """Of accuracies in [0, 1], each measured on `examples`.
+    """Summarize accuracies of several seeds.
 
-    The interval has both sources of doubt: seeds (t) and the finite test set (Wilson).
+    The 95% interval combines two sources of error: the seeds (Student's t) and the finite test set
+    (Wilson).
+
+    Args:
+        accuracies: One accuracy in [0, 1] for each seed.
+        n_examples: Number of test examples behind each accuracy.
     """
     median = statistics.median(accuracies)
-    sd = statistics.stdev(accuracies) if len(accuracies) > 1 else None
-    seeds = (
-        0.0
-        if sd is None
-        else student_t_quantile(len(accuracies) - 1) * sd / math.sqrt(len(accuracies))
-    )
+    n_seeds = len(accuracies)
+    sd, seed_error = None, 0.0
+    if n_seeds > 1:
+        sd = statistics.stdev(accuracies)
+        seed_error = student_t_quantile(n_seeds - 1) * sd / math.sqrt(n_seeds)
     low, high = compute_wilson_interval(round(median * n_examples), n_examples)
-    low, high = median - math.hypot(seeds, median - low), median + math.hypot(seeds, high - median)
-    return AccuracySummary(median, sd, max(0.0, low), min(1.0, high), len(accuracies))
+    low = median - math.hypot(seed_error, median - low)
+    high = median + math.hypot(seed_error, high - median)
+    return AccuracySummary(median, sd, max(0.0, low), min(1.0, high), n_seeds)

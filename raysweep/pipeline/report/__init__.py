@@ -1,1 +1,1 @@
-"""The report stage: sections, figures, and the document that holds them."""
+"""The report stage: its sections, figures and document."""

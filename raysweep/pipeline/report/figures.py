@@ -1,6 +1,4 @@
-"""The report's pictures: curves of what was promoted, the searched settings, attacks, the paper's
-numbers.
-"""
+"""Figures of the report."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,46 +15,47 @@ from raysweep.sweep.search_space import Distribution, param_labels
 
 History = Sequence[Mapping[str, float]]
 
+_MAX_SLICE_COLUMNS = 3
+
+
+def format_metric_name(metric: str) -> str:
+    """Return the name of a metric for people, such as `robust worst`."""
+    return metric.replace("_", " ")
+
 
 def plot_metric_curves(histories: Mapping[str, History], metric: str, y_label: str) -> Figure:
-    """A metric of several runs over their epochs."""
+    """Plot a metric of several runs over their epochs.
+
+    Args:
+        histories: Metrics of all epochs of each run; epochs without the metric are skipped.
+        metric: Name of the metric.
+        y_label: Label of the vertical axis.
+    """
     figure, axes = create_axes("epoch", y_label)
     for name, history in histories.items():
         rows = [row for row in history if metric in row]
-        axes.plot(
-            [row["epoch"] for row in rows],
-            [row[metric] for row in rows],
-            "o-",
-            markersize=3,
-            label=name,
-        )
+        epochs, values = [row["epoch"] for row in rows], [row[metric] for row in rows]
+        axes.plot(epochs, values, "o-", markersize=3, label=name)
     axes.legend(fontsize=8)
     return figure
 
 
 def plot_param_slices(ledger: Ledger) -> Figure:
-    """The objective of every trial against each searched setting, on its distribution's own scale;
-    darker: later.
+    """Plot the objective of every trial against each parameter; later trials are darker.
+
+    Each parameter has the scale of its distribution.
     """
     metric, space = ledger.space.objectives[0], ledger.space.space
     scored = [trial for trial in ledger.load_trials() if metric in trial.best]
-    short = param_labels(list(space))
-    across = min(len(space), 3)
-    down = -(-len(space) // across)
-    figure = Figure(figsize=(0.6 + 3 * across, 2.6 * down), layout="constrained")
-    grid = figure.subplots(down, across, squeeze=False, sharey=True)
+    labels = param_labels(list(space))
+    n_columns = min(len(space), _MAX_SLICE_COLUMNS)
+    n_rows = -(-len(space) // n_columns)
+    figure = Figure(figsize=(0.6 + 3 * n_columns, 2.6 * n_rows), layout="constrained")
+    grid = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True)
     for axes, (path, distribution) in zip(grid.flat, space.items(), strict=False):
-        own = [trial for trial in scored if path in trial.params]
         _set_param_scale(axes, distribution)
-        values = [trial.params[path] for trial in own]
-        dots = axes.scatter(
-            [str(v) for v in values] if distribution.categorical else values,
-            [trial.score(metric) for trial in own],
-            c=[trial.number for trial in own],
-            cmap="Blues", vmin=-len(scored) / 2, vmax=len(scored), s=22, edgecolors="#33475b", linewidths=0.5,
-        )  # fmt: skip
-        dots.set_clip_on(False)
-        axes.set_xlabel(short[path], fontsize=9)
+        _scatter_param(axes, scored, path, distribution, metric)
+        axes.set_xlabel(labels[path], fontsize=9)
         axes.tick_params(labelsize=8)
     for axes in list(grid.flat)[len(space) :]:
         axes.set_axis_off()
@@ -65,13 +64,31 @@ def plot_param_slices(ledger: Ledger) -> Figure:
     return figure
 
 
+def _scatter_param(
+    axes: Axes, trials: Sequence[Trial], path: str, distribution: Distribution, metric: str
+) -> None:
+    """Plot the metric of the trials that have a parameter against its value."""
+    with_param = [trial for trial in trials if path in trial.params]
+    values = [trial.params[path] for trial in with_param]
+    dots = axes.scatter(
+        [str(value) for value in values] if distribution.categorical else values,
+        [trial.score(metric) for trial in with_param],
+        c=[trial.number for trial in with_param],
+        cmap="Blues",
+        vmin=-len(trials) / 2,
+        vmax=len(trials),
+        s=22,
+        edgecolors="#33475b",
+        linewidths=0.5,
+    )
+    dots.set_clip_on(False)
+
+
 def _set_param_scale(axes: Axes, distribution: Distribution) -> None:
-    """The range that was searched, or every choice in the order of the file."""
+    """Show the whole range of a parameter, or all choices in the order of the search space."""
     if distribution.categorical:
-        axes.plot(
-            [str(choice) for choice in distribution.categorical],
-            [math.nan] * len(distribution.categorical),
-        )
+        choices = [str(choice) for choice in distribution.categorical]
+        axes.plot(choices, [math.nan] * len(choices))
         axes.margins(x=0.2)
         return
     low, high = distribution.bounds_or_choices()
@@ -84,11 +101,16 @@ def _set_param_scale(axes: Axes, distribution: Distribution) -> None:
 
 
 def plot_param_importances(importances: Mapping[str, float], metric: str) -> Figure:
-    """What share of the objective's variance each searched setting explains."""
+    """Plot the importances of parameters.
+
+    Args:
+        importances: Share of the variance of the metric that each parameter explains, in [0, 1].
+        metric: Name of the metric.
+    """
     figure = Figure(figsize=(4.4, max(1.6, 0.9 + 0.34 * len(importances))), layout="constrained")
     axes = figure.subplots()
-    short = param_labels(list(importances))
-    bars = axes.barh([short[path] for path in importances], list(importances.values()), 0.6)
+    labels = param_labels(list(importances))
+    bars = axes.barh([labels[path] for path in importances], list(importances.values()), 0.6)
     axes.bar_label(bars, [f"{share:.0%}" for share in importances.values()], padding=3, fontsize=8)
     axes.set_xlim(0, 1.08)
     axes.invert_yaxis()
@@ -99,29 +121,34 @@ def plot_param_importances(importances: Mapping[str, float], metric: str) -> Fig
 def plot_pareto_front(
     trials: Sequence[Trial], front: Sequence[Trial], x_metric: str, y_metric: str
 ) -> Figure:
-    """Every trial in two objectives, each at its best epoch; those that no other beats are joined
-    and numbered.
+    """Plot the trials in two metrics of their best epochs, and join those of the Pareto front.
+
+    Args:
+        trials: All trials.
+        front: Trials of the Pareto front; they are numbered.
+        x_metric: Metric of the horizontal axis.
+        y_metric: Metric of the vertical axis.
     """
     figure, axes = create_axes(format_metric_name(x_metric), format_metric_name(y_metric))
-    rest = [trial for trial in trials if trial not in front]
+    dominated = [trial for trial in trials if trial not in front]
     axes.scatter(
-        [t.score(x_metric) for t in rest],
-        [t.score(y_metric) for t in rest],
+        [trial.score(x_metric) for trial in dominated],
+        [trial.score(y_metric) for trial in dominated],
         s=20,
         color="#9fb0c3",
         label="beaten",
     )
-    best = sorted(front, key=lambda trial: trial.score(x_metric))
+    ordered = sorted(front, key=lambda trial: trial.score(x_metric))
     axes.plot(
-        [t.score(x_metric) for t in best],
-        [t.score(y_metric) for t in best],
+        [trial.score(x_metric) for trial in ordered],
+        [trial.score(y_metric) for trial in ordered],
         "o--",
         color="#b3261e",
         label="Pareto front",
     )
-    for trial in best:
-        axes.annotate(f"{trial.number:04d}", (trial.score(x_metric), trial.score(y_metric)), fontsize=7, xytext=(4, 4),
-                      textcoords="offset points")  # fmt: skip
+    for trial in ordered:
+        point = (trial.score(x_metric), trial.score(y_metric))
+        _annotate_point(axes, f"{trial.number:04d}", point, offset=(4, 4))
     axes.margins(0.12)
     axes.legend(fontsize=8)
     return figure
@@ -130,30 +157,27 @@ def plot_pareto_front(
 def plot_accuracy_curves(
     accuracy_curves: Mapping[str, Mapping[float, float]], x_label: str
 ) -> Figure:
-    """Test accuracy against one setting: {curve: {value: accuracy}}."""
+    """Plot test accuracy against one setting.
+
+    Args:
+        accuracy_curves: For each curve, the accuracy by value of the setting.
+        x_label: Label of the horizontal axis.
+    """
     figure, axes = create_axes(x_label, "test accuracy")
     for name, points in accuracy_curves.items():
-        axes.plot(
-            sorted(points),
-            [points[value] for value in sorted(points)],
-            "o-",
-            markersize=4,
-            label=name,
-        )
+        values = sorted(points)
+        accuracies = [points[value] for value in values]
+        axes.plot(values, accuracies, "o-", markersize=4, label=name)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
     return figure
 
 
-def format_metric_name(metric: str) -> str:
-    return metric.replace("_", " ")
-
-
 def plot_accuracy_after_attacks(evaluations: Mapping[str, EvaluationResult]) -> Figure:
-    """Accuracy that is left after each attack of the cascade."""
+    """Plot the accuracy that remains after each attack of a cascade."""
     figure, axes = create_axes("", "test accuracy")
-    for name, judgement in evaluations.items():
-        steps = {"clean": judgement.clean, **judgement.accuracy_after}
+    for name, evaluation in evaluations.items():
+        steps = {"clean": evaluation.clean, **evaluation.accuracy_after}
         axes.plot(list(steps), list(steps.values()), "o-", label=name)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
@@ -161,14 +185,15 @@ def plot_accuracy_after_attacks(evaluations: Mapping[str, EvaluationResult]) -> 
 
 
 def plot_accuracy_per_class(evaluations: Mapping[str, EvaluationResult]) -> Figure:
-    """Robust accuracy of each class."""
+    """Plot the robust accuracy of each class as bars."""
     figure, axes = create_axes("class", "robust test accuracy")
     width = 0.8 / max(len(evaluations), 1)
-    for number, (name, judgement) in enumerate(evaluations.items()):
-        names = list(judgement.per_class)
-        shares = [judgement.per_class[c]["robust_accuracy"] for c in names]
-        axes.bar([x + number * width for x in range(len(names))], shares, width, label=name)
-        axes.set_xticks([x + 0.4 - width / 2 for x in range(len(names))], names)
+    for number, (name, evaluation) in enumerate(evaluations.items()):
+        classes = list(evaluation.per_class)
+        shares = [evaluation.per_class[c]["robust_accuracy"] for c in classes]
+        positions = range(len(classes))
+        axes.bar([x + number * width for x in positions], shares, width, label=name)
+        axes.set_xticks([x + 0.4 - width / 2 for x in positions], classes)
     axes.legend(fontsize=8)
     return figure
 
@@ -176,38 +201,57 @@ def plot_accuracy_per_class(evaluations: Mapping[str, EvaluationResult]) -> Figu
 def plot_objective_vs_autoattack(
     evaluations: Sequence[EvaluationResult], scores: Sequence[float]
 ) -> Figure:
-    """What the sweep went by, `scores`, against what AutoAttack says."""
+    """Plot AutoAttack's accuracy on the test set against the objective on validation.
+
+    Args:
+        evaluations: Results of AutoAttack.
+        scores: Objective of each evaluated checkpoint.
+    """
     figure, axes = create_axes("objective on validation", "AutoAttack on test")
-    axes.scatter(scores, [j.robust for j in evaluations], s=20)
-    for j, score in zip(evaluations, scores, strict=True):
-        axes.annotate(j.candidate.label, (score, j.robust), fontsize=7, xytext=(4, 3),
-                      textcoords="offset points")  # fmt: skip
+    axes.scatter(scores, [evaluation.robust for evaluation in evaluations], s=20)
+    for evaluation, score in zip(evaluations, scores, strict=True):
+        point = (score, evaluation.robust)
+        _annotate_point(axes, evaluation.candidate.label, point, offset=(4, 3))
     axes.margins(x=0.15)
     _draw_diagonal(axes)
     return figure
 
 
 def plot_paper_comparison(comparisons: Sequence[PaperComparison]) -> Figure:
-    """Our medians with 95% intervals, and the paper's numbers with their tolerance."""
+    """Plot our medians with 95% intervals, and the paper's numbers with their tolerance."""
     figure = Figure(figsize=(6.4, 0.9 + 0.3 * len(comparisons)), layout="constrained")
     axes = figure.subplots()
-    places = list(range(len(comparisons)))
-    axes.barh(places, [2 * c.tolerance for c in comparisons], 0.7, [c.paper - c.tolerance for c in comparisons],
-              color="#dfe6ef", label="paper, with tolerance")  # fmt: skip
-    for place, c in zip(places, comparisons, strict=True):
-        low, middle, high = (100 * v for v in (c.ours.low, c.ours.median, c.ours.high))
-        axes.errorbar(middle, place, xerr=[[max(middle - low, 0)], [max(high - middle, 0)]], fmt="o", color="#1f5fa8",
-                      capsize=3)  # fmt: skip
-        axes.plot([c.paper] * 2, [place - 0.35, place + 0.35], color="black")
-    axes.set_yticks(
-        places, [f"{c.row} {c.metric} ({c.checkpoint_kind})" for c in comparisons], fontsize=8
+    positions = list(range(len(comparisons)))
+    axes.barh(
+        positions,
+        [2 * c.tolerance for c in comparisons],
+        0.7,
+        [c.paper - c.tolerance for c in comparisons],
+        color="#dfe6ef",
+        label="paper, with tolerance",
     )
+    for position, c in zip(positions, comparisons, strict=True):
+        low, middle, high = (100 * share for share in (c.ours.low, c.ours.median, c.ours.high))
+        # Rounding can put the median a little outside of the interval.
+        errors = [[max(middle - low, 0)], [max(high - middle, 0)]]
+        axes.errorbar(middle, position, xerr=errors, fmt="o", color="#1f5fa8", capsize=3)
+        axes.plot([c.paper] * 2, [position - 0.35, position + 0.35], color="black")
+    labels = [f"{c.row} {c.metric} ({c.checkpoint_kind})" for c in comparisons]
+    axes.set_yticks(positions, labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("test accuracy, % (dots: ours with 95% interval; bars: paper)")
     return figure
 
 
+def _annotate_point(
+    axes: Axes, text: str, point: tuple[float, float], offset: tuple[float, float]
+) -> None:
+    """Write small text beside a point; `offset` is in points of typography."""
+    axes.annotate(text, point, fontsize=7, xytext=offset, textcoords="offset points")
+
+
 def _draw_diagonal(axes: Axes) -> None:
+    """Draw the line of equal values over the visible range."""
     low = min(*axes.get_xlim(), *axes.get_ylim())
     high = max(*axes.get_xlim(), *axes.get_ylim())
     axes.plot([low, high], [low, high], ":", color="grey", linewidth=1)

@@ -1,21 +1,44 @@
-"""The parts of a report, each from what the stages left. A part with nothing to say is left out."""
+"""Sections of the report, built from the artifacts of the stages.
+
+A section without content is left out.
+"""
 
 import time
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any
 
 from raysweep.formatting import format_duration
 from raysweep.pipeline.artifact import Artifact, EvaluationResult, select_ranking_metrics
+from raysweep.pipeline.facts import RegisterFacts, SweepFacts
 from raysweep.pipeline.paper_tables import PaperComparison, PaperTable
 from raysweep.pipeline.report import figures
-from raysweep.pipeline.report.document import CaptionedFigure, Paragraph, Section, Table
+from raysweep.pipeline.report.document import (
+    CaptionedFigure,
+    Paragraph,
+    Section,
+    SectionPart,
+    Table,
+)
 from raysweep.pipeline.statistics import AccuracySummary, kendall_tau, summarize_accuracies
 from raysweep.spec import JsonDict
 
+History = Sequence[Mapping[str, float]]
+# Label, kind of checkpoint and attack.
+_GroupKey = tuple[str, str, str]
+
 _MAX_EVALUATIONS_SHOWN = 6
-# A masking gap that deserves a word: four times what methods without masking have on digits.
+# Four times the gap of methods without gradient masking on digits.
 _NOTABLE_MASKING_GAP = 0.02
+# Fewer checkpoints are noted as too few for a rank correlation.
+_MIN_RANKED_CHECKPOINTS = 5
+# More comparisons with a paper than this need the full width of the page.
+_MAX_NARROW_COMPARISONS = 8
+_CURVE_LABELS = {
+    "robust_worst": "worst case on validation",
+    "clean": "clean accuracy on validation",
+    "masking_gap": "masking gap on validation",
+    "train/loss": "training loss",
+}
 _ALWAYS_SHOWN_METRICS = ("robust_worst", "clean")
 _METRIC_PREFIX_LABELS = {
     "train/kappa_": "mean κ under",
@@ -26,14 +49,9 @@ _METRIC_PREFIX_LABELS = {
 def build_paper_sections(
     table: PaperTable | None, comparisons: Sequence[PaperComparison]
 ) -> list[Section]:
-    """Ours beside the paper's."""
+    """Build the comparison with a paper; empty without a table."""
     if table is None:
         return []
-    rows = [
-        [c.row, c.checkpoint_kind, c.metric, _format_measured_accuracy(c.ours), _format_interval(c.ours), _format_paper_accuracy(c), f"{c.difference:+.2f}",
-         f"{c.tolerance:.1f}", c.verdict]
-        for c in comparisons
-    ]  # fmt: skip
     headers = [
         "row",
         "epoch",
@@ -45,22 +63,38 @@ def build_paper_sections(
         "tolerance",
         "verdict",
     ]
-    parts: list[Any] = [
+    rows = [
+        [
+            c.row,
+            c.checkpoint_kind,
+            c.metric,
+            _format_measured_accuracy(c.ours),
+            _format_interval(c.ours),
+            _format_paper_accuracy(c),
+            f"{c.difference:+.2f}",
+            f"{c.tolerance:.1f}",
+            c.verdict,
+        ]
+        for c in comparisons
+    ]
+    parts: list[SectionPart] = [
         Paragraph(
-            f"{table.source}. Test accuracy in percent: median ± standard deviation over seeds; the interval has the "
-            "seeds and the finite test set in it. Reproduced: within the tolerance, and known as exactly as that."
+            f"{table.source}. Test accuracy in percent: median ± standard deviation over seeds. "
+            "The interval accounts for the seeds and for the finite test set. Reproduced: the "
+            "difference is within the tolerance, and so is half the width of the interval."
         ),
         Table(headers, rows, text_columns=("epoch", "metric", "verdict")),
     ]
     reasons = dict.fromkeys((c.row, "; ".join(c.reasons)) for c in comparisons if c.reasons)
-    parts += [Paragraph(f"{row} is not comparable: {why}.", is_muted=True) for row, why in reasons]
+    for row, reason in reasons:
+        parts.append(Paragraph(f"{row} is not comparable: {reason}.", is_muted=True))
     parts += [Paragraph(note, is_muted=True) for note in table.notes]
     if comparisons:
         parts.append(
             CaptionedFigure(
                 "Ours and the paper's",
                 figures.plot_paper_comparison(comparisons),
-                is_full_width=len(comparisons) > 8,
+                is_full_width=len(comparisons) > _MAX_NARROW_COMPARISONS,
             )
         )
     return [Section("Beside the paper", parts)]
@@ -69,38 +103,49 @@ def build_paper_sections(
 def build_evaluation_sections(
     evaluations: Sequence[EvaluationResult], best_evaluation: EvaluationResult
 ) -> list[Section]:
-    """Accuracies of everything that was judged; per attack and per class for the first few."""
-    groups = _group_evaluations(evaluations)
-    metric = select_ranking_metrics(j.candidate for j in evaluations)[0]
-    rows = []
-    for (label, which, attack), members in groups.items():
-        clean, robust = (
-            summarize_accuracies([getattr(j, name) for j in members], members[0].examples)
-            for name in _ACCURACY_FIELDS
-        )
-        validation = [j.candidate for j in members]
-        gaps = [c.metrics.get("masking_gap") for c in validation]
-        gap = max((g for g in gaps if g is not None), default=None)
-        rows.append(
+    """Build the section of accuracies on the test set.
+
+    Args:
+        evaluations: All results; the first few are shown by attack and by class too.
+        best_evaluation: Result of the candidate that validation prefers.
+    """
+    shown = _select_shown_evaluations(evaluations)
+    gap = f"{100 * _NOTABLE_MASKING_GAP:.0f}"
+    return [
+        Section(
+            "Under attack",
             [
-                label
-                + (
-                    " (chosen)"
-                    if best_evaluation.candidate.label == label
-                    and best_evaluation.candidate.checkpoint_kind == which
-                    else ""
+                Paragraph(
+                    "On the test set, in percent. Masking gap: by how much PGD alone overstates "
+                    f"the robust accuracy on validation; a gap over {gap} points stands out. "
+                    "Each checkpoint was run on the test set once."
                 ),
-                f"{which} ({_format_range([c.epoch for c in validation])})",
-                attack,
-                str(robust.n_seeds),
-                f"{100 * median(c.score(metric) for c in validation):.2f}",
-                _format_measured_accuracy(clean),
-                _format_measured_accuracy(robust),
-                _format_interval(robust),
-                "" if gap is None else f"{100 * gap:.2f}",
-                "" if gap is None else "stands out" if gap > _NOTABLE_MASKING_GAP else "none",
-            ]
+                _build_accuracy_table(evaluations, best_evaluation),
+                *_build_warning_paragraphs(evaluations),
+                _build_attack_table(shown),
+                _build_class_table(shown),
+                CaptionedFigure(
+                    "Accuracy left after each attack", figures.plot_accuracy_after_attacks(shown)
+                ),
+                CaptionedFigure(
+                    "Robust accuracy of each class", figures.plot_accuracy_per_class(shown)
+                ),
+            ],
         )
+    ]
+
+
+def _build_accuracy_table(
+    evaluations: Sequence[EvaluationResult], best_evaluation: EvaluationResult
+) -> Table:
+    """Build a table with a row for each label, kind of checkpoint and attack."""
+    metric = select_ranking_metrics(e.candidate for e in evaluations)[0]
+    best = best_evaluation.candidate
+    rows = []
+    for key, members in _group_evaluations(evaluations).items():
+        label, checkpoint_kind, _ = key
+        is_best = (label, checkpoint_kind) == (best.label, best.checkpoint_kind)
+        rows.append(_format_accuracy_row(key, members, metric, is_best))
     headers = [
         "checkpoint",
         "epoch",
@@ -113,149 +158,140 @@ def build_evaluation_sections(
         "masking gap",
         "masking",
     ]
-    parts: list[Any] = [
-        Paragraph(
-            "On the test set, in percent. Masking gap: what PGD alone overstates on validation; over "
-            f"{100 * _NOTABLE_MASKING_GAP:.0f} points it stands out. Each checkpoint saw the test set once."
-        ),
-        Table(headers, rows, text_columns=("epoch", "attack", "masking")),
+    return Table(headers, rows, text_columns=("epoch", "attack", "masking"))
+
+
+def _format_accuracy_row(
+    key: _GroupKey, members: Sequence[EvaluationResult], metric: str, is_best: bool
+) -> list[str]:
+    """Format one row of the accuracy table; `members` are the seeds of one group."""
+    label, checkpoint_kind, attack = key
+    n_examples = members[0].examples
+    clean = summarize_accuracies([e.clean for e in members], n_examples)
+    robust = summarize_accuracies([e.robust for e in members], n_examples)
+    candidates = [e.candidate for e in members]
+    gaps = [c.metrics["masking_gap"] for c in candidates if "masking_gap" in c.metrics]
+    gap, masking = "", ""
+    if gaps:
+        gap = f"{100 * max(gaps):.2f}"
+        masking = "stands out" if max(gaps) > _NOTABLE_MASKING_GAP else "none"
+    return [
+        f"{label} (chosen)" if is_best else label,
+        f"{checkpoint_kind} ({_format_range([c.epoch for c in candidates])})",
+        attack,
+        str(robust.n_seeds),
+        f"{100 * median(c.score(metric) for c in candidates):.2f}",
+        _format_measured_accuracy(clean),
+        _format_measured_accuracy(robust),
+        _format_interval(robust),
+        gap,
+        masking,
     ]
-    parts += [
-        Paragraph(f"{j.candidate.title}: {warning}") for j in evaluations for warning in j.warnings
+
+
+def _build_warning_paragraphs(evaluations: Sequence[EvaluationResult]) -> list[Paragraph]:
+    """Build a paragraph for each warning of the evaluations."""
+    return [
+        Paragraph(f"{e.candidate.title}: {warning}") for e in evaluations for warning in e.warnings
     ]
-    shown = _select_shown_evaluations(evaluations)
-    steps = list(dict.fromkeys(name for j in shown.values() for name in j.accuracy_after))
-    parts.append(
-        Table(
-            ["left after", "clean", *steps],
-            [
-                [
-                    n,
-                    _format_percent(j.clean),
-                    *(_format_percent(j.accuracy_after.get(s)) for s in steps),
-                ]
-                for n, j in shown.items()
-            ],
-        )
-    )
-    classes = list(dict.fromkeys(c for j in shown.values() for c in j.per_class))
-    by_class = [
-        [n, *(_format_percent(j.per_class.get(c, {}).get("robust_accuracy")) for c in classes)]
-        for n, j in shown.items()
-    ]
-    parts.append(Table(["robust, by class", *classes], by_class))
-    parts.append(
-        CaptionedFigure(
-            "Accuracy left after each attack", figures.plot_accuracy_after_attacks(shown)
-        )
-    )
-    parts.append(
-        CaptionedFigure("Robust accuracy of each class", figures.plot_accuracy_per_class(shown))
-    )
-    return [Section("Under attack", parts)]
+
+
+def _build_attack_table(evaluations: Mapping[str, EvaluationResult]) -> Table:
+    """Build a table of the accuracy that remains after each attack of the cascades."""
+    attacks = list(dict.fromkeys(name for e in evaluations.values() for name in e.accuracy_after))
+    rows = []
+    for name, evaluation in evaluations.items():
+        after = [_format_percent(evaluation.accuracy_after.get(attack)) for attack in attacks]
+        rows.append([name, _format_percent(evaluation.clean), *after])
+    return Table(["left after", "clean", *attacks], rows)
+
+
+def _build_class_table(evaluations: Mapping[str, EvaluationResult]) -> Table:
+    """Build a table of the robust accuracy of each class."""
+    classes = list(dict.fromkeys(c for e in evaluations.values() for c in e.per_class))
+    rows = []
+    for name, evaluation in evaluations.items():
+        shares = [evaluation.per_class.get(c, {}).get("robust_accuracy") for c in classes]
+        rows.append([name, *map(_format_percent, shares)])
+    return Table(["robust, by class", *classes], rows)
 
 
 def build_objective_sections(evaluations: Sequence[EvaluationResult]) -> list[Section]:
-    """Whether what the sweep went by ranks as AutoAttack does."""
-    metric = select_ranking_metrics(j.candidate for j in evaluations)[0]
-    standard = [j for j in evaluations if j.is_autoattack and metric in j.candidate.metrics]
+    """Build the rank correlation of the sweep's objective with AutoAttack.
+
+    Returns:
+        One section; empty for fewer than two evaluations by AutoAttack.
+    """
+    metric = select_ranking_metrics(e.candidate for e in evaluations)[0]
+    standard = [e for e in evaluations if e.is_autoattack and metric in e.candidate.metrics]
     if len(standard) < 2:
         return []
-    scores = [j.candidate.score(metric) for j in standard]
-    tau = kendall_tau(scores, [j.robust for j in standard])
-    said = "cannot be told: one of them is constant" if tau is None else f"{tau:+.2f}"
-    line = f"Kendall's tau between the objective and AutoAttack over {len(standard)} judged checkpoints: {said}."
-    few = [
+    scores = [e.candidate.score(metric) for e in standard]
+    tau = kendall_tau(scores, [e.robust for e in standard])
+    result = "unknown, because one of them is constant" if tau is None else f"{tau:+.2f}"
+    parts: list[SectionPart] = [
         Paragraph(
-            "So few checkpoints say little: 1 and -1 are both likely by chance.", is_muted=True
+            "Kendall's tau between the objective and AutoAttack over "
+            f"{len(standard)} evaluated checkpoints: {result}."
         )
     ]
-    return [
-        Section(
-            "Does the objective rank as AutoAttack does?",
-            [
-                Paragraph(line),
-                *(few if len(standard) < 5 else []),
-                CaptionedFigure(
-                    "Objective and AutoAttack",
-                    figures.plot_objective_vs_autoattack(standard, scores),
-                ),
-            ],
+    if len(standard) < _MIN_RANKED_CHECKPOINTS:
+        parts.append(
+            Paragraph(
+                "These are too few checkpoints: 1 and -1 are both likely by chance.", is_muted=True
+            )
         )
-    ]
+    figure = figures.plot_objective_vs_autoattack(standard, scores)
+    parts.append(CaptionedFigure("Objective and AutoAttack", figure))
+    return [Section("Does the objective rank as AutoAttack does?", parts)]
 
 
 def build_curve_sections(
-    histories: Mapping[str, Sequence[Mapping[str, float]]], advice: Mapping[str, Sequence[str]]
+    histories: Mapping[str, History], advice: Mapping[str, Sequence[str]]
 ) -> list[Section]:
-    """Training of what was judged, epoch by epoch: {run: all its epochs}, and what stands out of
-    each, in words.
+    """Build the training curves of the evaluated checkpoints.
+
+    Args:
+        histories: Metrics of all epochs of each run.
+        advice: Notes about each run.
     """
-    wanted = {
-        "robust_worst": "worst case on validation",
-        "clean": "clean accuracy on validation",
-        "masking_gap": "masking gap on validation",
-        "train/loss": "training loss",
-    }
-    there = {key for history in histories.values() for row in history for key in row}
-    for prefix, label in _METRIC_PREFIX_LABELS.items():
-        names = [
-            key.removeprefix(prefix)
-            for key in sorted(there)
-            if key.startswith(prefix) and "median" not in key
-        ]
-        wanted |= {f"{prefix}{name}": f"{label} {name}" for name in names}
+    reported = {key for history in histories.values() for row in history for key in row}
+    labels = _CURVE_LABELS | _find_prefix_labels(reported)
     pictures = [
         CaptionedFigure(
             f"{label[0].upper()}{label[1:]} over epochs",
             figures.plot_metric_curves(histories, key, label.replace(" of the sample", "")),
         )
-        for key, label in wanted.items()
-        if key in there and (key in _ALWAYS_SHOWN_METRICS or _has_varying_metric(histories, key))
+        for key, label in labels.items()
+        if key in reported and (key in _ALWAYS_SHOWN_METRICS or _has_varying_metric(histories, key))
     ]
-    words = [Paragraph(f"{name}: {line}.") for name, lines in advice.items() for line in lines]
-    return [Section("Training", [*words, *pictures])] if pictures else []
+    notes = [Paragraph(f"{name}: {line}.") for name, lines in advice.items() for line in lines]
+    return [Section("Training", [*notes, *pictures])] if pictures else []
 
 
-def _has_varying_metric(
-    histories: Mapping[str, Sequence[Mapping[str, float]]], metric: str
-) -> bool:
-    """Without reweighting, the effective sample is the whole sample in each epoch."""
-    return (
-        len(
-            {
-                round(row[metric], 4)
-                for history in histories.values()
-                for row in history
-                if metric in row
-            }
-        )
-        > 1
-    )
+def _find_prefix_labels(metrics: set[str]) -> dict[str, str]:
+    """Label the metrics that exist for each attack; leave out medians."""
+    labels = {}
+    for prefix, label in _METRIC_PREFIX_LABELS.items():
+        for key in sorted(metrics):
+            if key.startswith(prefix) and "median" not in key:
+                labels[key] = f"{label} {key.removeprefix(prefix)}"
+    return labels
+
+
+def _has_varying_metric(histories: Mapping[str, History], metric: str) -> bool:
+    """Check whether a metric has more than one value, to four digits.
+
+    Without reweighting, for example, the effective sample is the whole sample in each epoch.
+    """
+    values = {
+        round(row[metric], 4) for history in histories.values() for row in history if metric in row
+    }
+    return len(values) > 1
 
 
 def build_cost_sections(artifacts: Sequence[Artifact]) -> list[Section]:
-    """Epochs and seconds, and what was taken over instead of trained."""
-    rows = []
-    for sweep in _collect_sweep_summaries(artifacts):
-        saved = sweep["asked"] - sweep["trained"]
-        share = f"{saved / sweep['asked']:.0%}" if sweep["asked"] else ""
-        states = [t["state"] for t in sweep["trials"]]
-        numbers = [
-            len(states),
-            states.count("stopped"),
-            states.count("failed"),
-            sweep["asked"],
-            sweep["trained"],
-        ]
-        rows.append(
-            [
-                sweep["path"].rpartition("/")[2],
-                *map(str, numbers),
-                f"{saved} ({share})",
-                format_duration(sweep["seconds"]),
-            ]
-        )
+    """Build the section of epochs, run times and forward passes."""
     headers = [
         "sweep",
         "trials",
@@ -266,31 +302,59 @@ def build_cost_sections(artifacts: Sequence[Artifact]) -> list[Section]:
         "saved by sharing",
         "trial time",
     ]
+    rows = []
+    for sweep in [s for a in artifacts for s in a.read_facts(SweepFacts).sweeps]:
+        requested, trained = sweep.epochs_requested, sweep.epochs_trained
+        saved = requested - trained
+        share = f"{saved / requested:.0%}" if requested else ""
+        states = [trial.state for trial in sweep.trials]
+        rows.append(
+            [
+                sweep.path.rpartition("/")[2],
+                str(len(states)),
+                str(states.count("stopped")),
+                str(states.count("failed")),
+                str(requested),
+                str(trained),
+                f"{saved} ({share})",
+                format_duration(sweep.seconds),
+            ]
+        )
     stages = [[a.kind, format_duration(a.seconds)] for a in artifacts]
-    queries = sum(j.queries for a in artifacts for j in a.evaluations)
-    parts: list[Any] = [Table(headers, rows), Table(["stage", "wall time of its last run"], stages)]
-    parts.append(Paragraph(f"The attacks on the test set took {queries:,} forward passes."))
-    return [Section("Cost", parts)]
+    queries = sum(e.queries for a in artifacts for e in a.evaluations)
+    return [
+        Section(
+            "Cost",
+            [
+                Table(headers, rows),
+                Table(["stage", "wall time of its last run"], stages),
+                Paragraph(f"The attacks on the test set took {queries:,} forward passes."),
+            ],
+        )
+    ]
 
 
 def build_registry_sections(artifacts: Sequence[Artifact]) -> list[Section]:
-    rows = [
-        [
-            f"{a.facts['name']} version {a.facts['version']}",
-            a.facts["candidate"],
-            a.facts["verdict"],
-            a.facts["reason"],
-            f"version {a.facts['champion']}" if "champion" in a.facts else "none",
-        ]
-        for a in artifacts
-        if a.kind == "register"
-    ]
+    """Build the table of registered versions; empty without a register stage."""
+    rows = []
+    for artifact in artifacts:
+        if artifact.kind == "register":
+            facts = artifact.read_facts(RegisterFacts)
+            rows.append(
+                [
+                    f"{facts.name} version {facts.version}",
+                    facts.candidate,
+                    facts.verdict,
+                    facts.reason,
+                    f"version {facts.champion}" if facts.champion else "none",
+                ]
+            )
     headers = ["registered", "checkpoint", "against the champion", "why", "champion now"]
     return [Section("Registry", [Table(headers, rows, text_columns=headers)])] if rows else []
 
 
 def build_provenance_section(artifacts: Sequence[Artifact], environment: JsonDict) -> Section:
-    """Enough to do it again."""
+    """Build the digests and software versions that are needed to reproduce the report."""
     stages = [
         [a.kind, a.key, time.strftime("%Y-%m-%d %H:%M", time.localtime(a.finish_time))]
         for a in artifacts
@@ -305,57 +369,50 @@ def build_provenance_section(artifacts: Sequence[Artifact], environment: JsonDic
     )
 
 
-_ACCURACY_FIELDS = ("clean", "robust")
-
-
 def _group_evaluations(
     evaluations: Sequence[EvaluationResult],
-) -> dict[tuple[str, str, str], list[EvaluationResult]]:
-    groups: dict[tuple[str, str, str], list[EvaluationResult]] = {}
-    for j in evaluations:
-        groups.setdefault((j.candidate.label, j.candidate.checkpoint_kind, j.attack), []).append(j)
+) -> dict[_GroupKey, list[EvaluationResult]]:
+    """Group the evaluations of different seeds."""
+    groups: dict[_GroupKey, list[EvaluationResult]] = {}
+    for evaluation in evaluations:
+        candidate = evaluation.candidate
+        key = (candidate.label, candidate.checkpoint_kind, evaluation.attack)
+        groups.setdefault(key, []).append(evaluation)
     return groups
 
 
 def _select_shown_evaluations(
     evaluations: Sequence[EvaluationResult],
 ) -> dict[str, EvaluationResult]:
-    """One of each group, AutoAttack's where there is any."""
-    standard = [j for j in evaluations if j.is_autoattack] or list(evaluations)
-    names = {
-        f"{label}, {which}, {attack}": members[0]
-        for (label, which, attack), members in _group_evaluations(standard).items()
-    }
-    return dict(list(names.items())[:_MAX_EVALUATIONS_SHOWN])
-
-
-def _collect_sweep_summaries(
-    artifacts: Sequence[Artifact], kind: str | None = None
-) -> list[JsonDict]:
-    return [
-        sweep for a in artifacts if kind in (None, a.kind) for sweep in a.facts.get("sweeps", [])
-    ]
+    """Select the first evaluation of the first groups; only AutoAttack's where there are any."""
+    standard = [e for e in evaluations if e.is_autoattack] or list(evaluations)
+    groups = list(_group_evaluations(standard).items())[:_MAX_EVALUATIONS_SHOWN]
+    return {", ".join(key): members[0] for key, members in groups}
 
 
 def _format_measured_accuracy(accuracy_summary: AccuracySummary) -> str:
+    """Format median and standard deviation in percent."""
     spread = "" if accuracy_summary.sd is None else f" ± {100 * accuracy_summary.sd:.2f}"
     return f"{100 * accuracy_summary.median:.2f}{spread}"
 
 
 def _format_paper_accuracy(comparison: PaperComparison) -> str:
-    return f"{comparison.paper:.2f}" + (
-        "" if comparison.paper_sd is None else f" ± {comparison.paper_sd:.2f}"
-    )
+    """Format the paper's number and its standard deviation."""
+    spread = "" if comparison.paper_sd is None else f" ± {comparison.paper_sd:.2f}"
+    return f"{comparison.paper:.2f}{spread}"
 
 
 def _format_interval(accuracy_summary: AccuracySummary) -> str:
+    """Format the 95% interval in percent."""
     return f"{100 * accuracy_summary.low:.2f} to {100 * accuracy_summary.high:.2f}"
 
 
 def _format_range(numbers: Sequence[int]) -> str:
+    """Format the smallest and the largest number, or the only one."""
     low, high = min(numbers), max(numbers)
     return str(low) if low == high else f"{low} to {high}"
 
 
 def _format_percent(share: float | None) -> str:
+    """Format a share in percent; "" if there is none."""
     return "" if share is None else f"{100 * share:.2f}"

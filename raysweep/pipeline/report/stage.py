@@ -1,24 +1,37 @@
-"""The report: HTML and Markdown, and whether this is worse than last time."""
+"""The report stage: writes HTML and Markdown, and detects regressions."""
 
 import shutil
 import time
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
+from matplotlib.figure import Figure
 from pydantic import Field
 
+from raysweep.checkpoint_evaluation import EXAMPLES_FILE
 from raysweep.pipeline.artifact import Artifact, EvaluationResult
+from raysweep.pipeline.facts import ReportChanges, ReportFacts
 from raysweep.pipeline.paired_comparison import (
-    EXAMPLES_FILE,
     compare_shared_examples,
     extract_comparison_protocol,
     find_protocol_differences,
 )
-from raysweep.pipeline.paper_tables import PaperTable, compare_with_paper, load_paper_table
+from raysweep.pipeline.paper_tables import (
+    PaperTable,
+    compare_with_paper,
+    load_paper_table,
+)
 from raysweep.pipeline.register import find_chosen_evaluation
 from raysweep.pipeline.report.ablations import build_ablation_sections
-from raysweep.pipeline.report.document import Banner, Paragraph, ReportDocument, Section, Table
+from raysweep.pipeline.report.document import (
+    Banner,
+    Paragraph,
+    ReportDocument,
+    Section,
+    SectionPart,
+    Table,
+)
 from raysweep.pipeline.report.search_results import build_search_sections
 from raysweep.pipeline.report.sections import (
     build_cost_sections,
@@ -51,15 +64,13 @@ HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
 
 
 class ReportStage(Stage):
-    """What all stages before it found, beside the paper's numbers and the previous report's.
-
-    paper: a table of `pipelines/paper`; floor: robust accuracy below which the chosen checkpoint is
-    a regression.
-    """
+    """Reports all results, beside a paper's numbers and the previous report."""
 
     kind: Literal["report"] = "report"
     paper: str | None = None
+    """Name of a table in `pipelines/paper` to compare with (null: none)."""
     floor: Annotated[Number, Field(ge=0, le=1)] | None = None
+    """Robust accuracy below which the best checkpoint is a regression (null: no limit)."""
 
     def find_problems(self) -> list[str]:
         try:
@@ -77,15 +88,16 @@ class ReportStage(Stage):
         return {} if table is None else {"paper": table.to_stored_dict()}
 
     def _load_configured_table(self) -> PaperTable | None:
+        """Load the table to compare with, if there is one."""
         return load_paper_table(self.paper) if self.paper else None
 
     def run_stage(self, context: StageContext, upstream: UpstreamResults) -> StageResult:
         best = find_chosen_evaluation(upstream)
-        since = self._compare_with_previous(context, upstream, best)
-        regressions = self._find_regressions(best, since)
+        changes = self._compare_with_previous(context, upstream, best)
+        regressions = self._find_regressions(best, changes)
         table = self._load_configured_table()
-        lines = compare_with_paper(table, upstream.evaluations) if table else []
-        pictures = draw_training_figures(
+        comparisons = compare_with_paper(table, upstream.evaluations) if table else []
+        figures = draw_training_figures(
             load_checkpoint_target(context.resolve_reference(best.candidate.checkpoint), {})
         )
         banner = _build_verdict_banner(best, regressions)
@@ -93,191 +105,216 @@ class ReportStage(Stage):
             title=f"raysweep {context.pipeline_name}",
             subtitle=_format_subtitle(best),
             sections=[
-                Section("Verdict", [banner, *_build_changes_parts(since)]),
-                *build_paper_sections(table, lines),
-                *build_evaluation_sections(upstream.evaluations, best),
-                *build_objective_sections(upstream.evaluations),
-                *_build_training_sections(context, upstream),
-                build_training_dynamics_section(best.candidate.title, pictures),
-                *build_search_sections(upstream.artifacts, context.resolve_reference),
-                *build_cost_sections(upstream.artifacts),
-                *build_registry_sections(upstream.artifacts),
-                build_provenance_section(upstream.artifacts, checkpoint.describe_environment()),
+                Section("Verdict", [banner, *_build_changes_parts(changes)]),
+                *build_paper_sections(table, comparisons),
+                *_build_result_sections(context, upstream, best, figures),
             ],
         )
 
-        def files(folder: Path) -> None:
+        def write_files(folder: Path) -> None:
             (folder / HTML_FILE).write_text(document.render_html())
             (folder / MARKDOWN_FILE).write_text(document.render_markdown())
             shutil.copy2(context.out / best.folder / EXAMPLES_FILE, folder / EXAMPLES_FILE)
             self._log_report(context, folder, banner.text)
-            context.tracker.log_figures(
-                best.run_id,
-                {name: figure for name, figure in pictures.items() if name.endswith("_map")},
-            )
+            maps = {name: figure for name, figure in figures.items() if name.endswith("_map")}
+            context.tracker.log_figures(best.run_id, maps)
 
-        facts: JsonDict = {
-            "best": best.to_stored_dict(),
-            "protocol": extract_comparison_protocol(best),
-            "since": since,
-            "regressions": regressions,
-            "paper": [line.to_stored_dict() for line in lines],
-            "medians": _compute_median_accuracies(upstream.evaluations),
-        }
-        return StageResult(facts=facts, write_files=files)
+        facts = ReportFacts(
+            best=best,
+            protocol=extract_comparison_protocol(best),
+            changes=changes,
+            regressions=tuple(regressions),
+            paper=tuple(comparisons),
+            medians=_compute_median_accuracies(upstream.evaluations),
+        )
+        return StageResult(facts=facts, write_files=write_files)
 
     def _compare_with_previous(
         self, context: StageContext, upstream: UpstreamResults, best_evaluation: EvaluationResult
-    ) -> JsonDict:
-        """What changed since the previous report of this pipeline."""
+    ) -> ReportChanges | None:
+        """Compare with the previous report of this pipeline; None if there is none."""
         previous = _find_previous_report(context)
         if previous is None:
-            return {}
+            return None
         folder, artifact = previous
-        before = EvaluationResult.from_data(artifact.facts["best"], stored=True)
-        facts: JsonDict = {
-            "when": time.strftime("%Y-%m-%d %H:%M", time.localtime(artifact.finish_time)),
-            "best": [before.candidate.title, best_evaluation.candidate.title],
-            "robust": [before.robust, best_evaluation.robust],
-            "clean": [before.clean, best_evaluation.clean],
-            "different": find_protocol_differences(
-                extract_comparison_protocol(best_evaluation), artifact.facts["protocol"]
-            ),
-        }
-        now, then = _compute_median_accuracies(upstream.evaluations), artifact.facts["medians"]
-        facts["medians"] = {name: [then[name], now[name]] for name in now if name in then}
-        test = (
-            None
-            if facts["different"]
-            else compare_shared_examples(
+        old = artifact.read_facts(ReportFacts)
+        differences = find_protocol_differences(
+            extract_comparison_protocol(best_evaluation), old.protocol
+        )
+        test = None
+        if not differences:
+            test = compare_shared_examples(
                 context.out / best_evaluation.folder / EXAMPLES_FILE, folder / EXAMPLES_FILE
             )
+        medians = _compute_median_accuracies(upstream.evaluations)
+        return ReportChanges(
+            previous_time=_format_time(artifact.finish_time),
+            best=(old.best.candidate.title, best_evaluation.candidate.title),
+            robust=(old.best.robust, best_evaluation.robust),
+            clean=(old.best.clean, best_evaluation.clean),
+            protocol_differences=tuple(differences),
+            medians={
+                name: (old.medians[name], value)
+                for name, value in medians.items()
+                if name in old.medians
+            },
+            test=test,
         )
-        return facts | ({"test": test._asdict()} if test else {})
 
-    def _find_regressions(self, best_evaluation: EvaluationResult, changes: JsonDict) -> list[str]:
+    def _find_regressions(
+        self, best_evaluation: EvaluationResult, changes: ReportChanges | None
+    ) -> list[str]:
+        """Describe each regression in one line."""
+        subject = f"{best_evaluation.attack} of the chosen checkpoint"
+        robust = best_evaluation.robust
         lines = []
-        if changes.get("test", {}).get("verdict") == "worse":
-            test = changes["test"]
+        test = changes.test if changes else None
+        if changes and test and test.verdict == "worse":
             lines.append(
-                f"{best_evaluation.attack} of the chosen checkpoint fell from {changes['robust'][0]:.2%} to {best_evaluation.robust:.2%} "
-                f"({test['lost']} examples lost, {test['gained']} gained, p = {test['p']:.2g})"
+                f"{subject} fell from {changes.robust[0]:.2%} to {robust:.2%} "
+                f"({test.lost} examples lost, {test.gained} gained, p = {test.p:.2g})"
             )
-        if self.floor is not None and best_evaluation.robust < self.floor:
-            lines.append(
-                f"{best_evaluation.attack} of the chosen checkpoint is {best_evaluation.robust:.2%}, below the floor {self.floor:.2%}"
-            )
+        if self.floor is not None and robust < self.floor:
+            lines.append(f"{subject} is {robust:.2%}, below the floor {self.floor:.2%}")
         return lines
 
     def _log_report(self, context: StageContext, folder: Path, verdict: str) -> None:
-        """The report as a run of its own, beside those of the sweeps."""
+        """Log the report as an MLflow run of its own, beside those of the sweeps."""
         tags = {
             "raysweep.kind": "pipeline",
             "raysweep.pipeline": context.pipeline_name,
             "raysweep.report": context.stage_digest,
         }
-        run = context.tracker.get_or_create_run(f"{context.pipeline_name} report", tags)
+        run_id = context.tracker.get_or_create_run(f"{context.pipeline_name} report", tags)
         for name in (HTML_FILE, MARKDOWN_FILE):
-            context.tracker.log_file(run, folder / name, "report")
-        context.tracker.set_description(run, [verdict])
-        context.tracker.end_run(run, "FINISHED")
+            context.tracker.log_file(run_id, folder / name, "report")
+        context.tracker.set_description(run_id, [verdict])
+        context.tracker.end_run(run_id, "FINISHED")
 
 
 def _find_previous_report(context: StageContext) -> tuple[Path, Artifact] | None:
-    """The newest report of this pipeline that is not this one.
+    """Find the newest other report of this pipeline, and its folder.
 
-    One that saw no regression if there is any: else a fault that stays would be silent from the
-    second night on.
+    Reports without a regression are preferred. Otherwise a fault that stays would be reported in
+    the first night only.
     """
-    found = []
+    reports = []
     for folder in context.artifacts_folder.glob("[0-9]*-report-*"):
         artifact = Artifact.read_if_finished(folder)
         if artifact is not None and artifact.key != context.stage_digest:
-            found.append(
-                (not artifact.facts["regressions"], artifact.finish_time, folder, artifact)
-            )
-    return max(found, key=lambda item: item[:2])[2:] if found else None
+            is_good = not artifact.read_facts(ReportFacts).regressions
+            reports.append((is_good, artifact.finish_time, folder, artifact))
+    if not reports:
+        return None
+    _, _, folder, artifact = max(reports, key=lambda report: report[:2])
+    return folder, artifact
+
+
+def _build_result_sections(
+    context: StageContext,
+    upstream: UpstreamResults,
+    best_evaluation: EvaluationResult,
+    figures: dict[str, Figure],
+) -> list[Section]:
+    """Build the sections about the results of all stages; `figures` are of the best checkpoint."""
+    environment = checkpoint.describe_environment()
+    return [
+        *build_evaluation_sections(upstream.evaluations, best_evaluation),
+        *build_objective_sections(upstream.evaluations),
+        *_build_training_sections(context, upstream),
+        build_training_dynamics_section(best_evaluation.candidate.title, figures),
+        *build_search_sections(upstream.artifacts, context.resolve_reference),
+        *build_cost_sections(upstream.artifacts),
+        *build_registry_sections(upstream.artifacts),
+        build_provenance_section(upstream.artifacts, environment),
+    ]
 
 
 def _build_training_sections(context: StageContext, upstream: UpstreamResults) -> list[Section]:
-    """What the judged checkpoints' settings vary in, and all epochs of the first seed of each row."""
-    judged = {j.candidate.checkpoint: j.candidate for j in upstream.evaluations}
-    saved = {
-        place: checkpoint.read_checkpoint(context.resolve_reference(place)) for place in judged
+    """Build the sections about the training of the evaluated checkpoints.
+
+    Curves show all epochs of the first seed of each row.
+    """
+    candidates = {e.candidate.checkpoint: e.candidate for e in upstream.evaluations}
+    checkpoints = {
+        reference: checkpoint.read_checkpoint(context.resolve_reference(reference))
+        for reference in candidates
     }
     histories: dict[str, list[dict[str, float]]] = {}
-    notes: dict[str, list[str]] = {}
-    for place, candidate in judged.items():
-        last = RunDirectory(saved[place].path.parent).read_last_checkpoint()
+    advice: dict[str, list[str]] = {}
+    for reference, candidate in candidates.items():
+        # The last checkpoint has the epochs after the best one too.
+        last = RunDirectory(checkpoints[reference].path.parent).read_last_checkpoint()
         if last is not None:
-            # The epochs after the best are in the last checkpoint.
             histories.setdefault(candidate.label, last.history)
-            notes.setdefault(candidate.label, advise_on_training(last.config, last.history))
-    configs = {place: one.config for place, one in saved.items()}
+            advice.setdefault(candidate.label, advise_on_training(last.config, last.history))
+    configs = {reference: saved.config for reference, saved in checkpoints.items()}
     return [
         *build_ablation_sections(upstream.evaluations, configs, upstream.artifacts),
-        *build_curve_sections(histories, notes),
+        *build_curve_sections(histories, advice),
     ]
 
 
 def _compute_median_accuracies(evaluations: tuple[EvaluationResult, ...]) -> dict[str, float]:
-    """Robust accuracy of each method under each attack: what the next report compares with."""
-    found: dict[str, list[float]] = {}
-    for j in evaluations:
-        found.setdefault(f"{j.candidate.method} under {j.attack}", []).append(j.robust)
-    return {name: median(shares) for name, shares in found.items()}
+    """Compute the median robust accuracy of each method under each attack."""
+    accuracies: dict[str, list[float]] = {}
+    for evaluation in evaluations:
+        name = f"{evaluation.candidate.method} under {evaluation.attack}"
+        accuracies.setdefault(name, []).append(evaluation.robust)
+    return {name: median(values) for name, values in accuracies.items()}
+
+
+def _format_time(seconds: float) -> str:
+    """Format seconds since 1970 as local date and time."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _format_subtitle(best_evaluation: EvaluationResult) -> str:
-    data, model = best_evaluation.protocol["data"], best_evaluation.protocol["model"]
-    when = time.strftime("%Y-%m-%d %H:%M")
-    examples = f"{best_evaluation.examples} of {best_evaluation.test_examples} test examples"
+    """Describe time, data, network, threat model and number of examples."""
+    protocol = best_evaluation.protocol
     return (
-        f"{when}; {data}, {model}, {best_evaluation.norm} eps {best_evaluation.eps:.4g}; {examples}"
+        f"{_format_time(time.time())}; {protocol['data']}, {protocol['model']}, "
+        f"{best_evaluation.norm} eps {best_evaluation.eps:.4g}; "
+        f"{best_evaluation.examples} of {best_evaluation.test_examples} test examples"
     )
 
 
 def _build_verdict_banner(best_evaluation: EvaluationResult, regressions: list[str]) -> Banner:
+    """Build the line that states the regressions, or that there is none."""
     if regressions:
         return Banner("Regression: " + "; ".join(regressions) + ".", is_good=False)
     low, high = best_evaluation.intervals["robust"]
     return Banner(
-        f"No regression. {best_evaluation.candidate.title}, chosen on validation: {best_evaluation.robust:.2%} under {best_evaluation.attack} "
+        f"No regression. {best_evaluation.candidate.title}, chosen on validation: "
+        f"{best_evaluation.robust:.2%} under {best_evaluation.attack} "
         f"(95% {low:.2%} to {high:.2%}), {best_evaluation.clean:.2%} clean.",
         is_good=True,
     )
 
 
-def _build_changes_parts(changes: JsonDict) -> list[Any]:
-    if not changes:
+def _build_changes_parts(changes: ReportChanges | None) -> list[SectionPart]:
+    """Build the comparison with the previous report."""
+    if changes is None:
         return [Paragraph("This is the first report of this pipeline.", is_muted=True)]
-    parts: list[Any] = [
-        Table(
-            [f"since {changes['when']}", "before", "now"],
-            [
-                ["chosen checkpoint", *changes["best"]],
-                ["robust accuracy", *(f"{v:.2%}" for v in changes["robust"])],
-                ["clean accuracy", *(f"{v:.2%}" for v in changes["clean"])],
-                *(
-                    [f"{name} (median)", *(f"{v:.2%}" for v in values)]
-                    for name, values in changes["medians"].items()
-                    if len(changes["medians"]) > 1
-                ),
-            ],
-        )
+    rows = [
+        ["chosen checkpoint", *changes.best],
+        ["robust accuracy", *(f"{v:.2%}" for v in changes.robust)],
+        ["clean accuracy", *(f"{v:.2%}" for v in changes.clean)],
     ]
-    if changes["different"]:
+    # The median of a single method would repeat the robust accuracy.
+    if len(changes.medians) > 1:
+        for name, values in changes.medians.items():
+            rows.append([f"{name} (median)", *(f"{v:.2%}" for v in values)])
+    parts: list[SectionPart] = [Table([f"since {changes.previous_time}", "before", "now"], rows)]
+    if changes.protocol_differences:
+        differences = "; ".join(changes.protocol_differences)
+        parts.append(Paragraph(f"Not comparable with the previous report: {differences}."))
+    elif changes.test:
+        test = changes.test
         parts.append(
             Paragraph(
-                "Not comparable with the previous report: " + "; ".join(changes["different"]) + "."
-            )
-        )
-    elif "test" in changes:
-        test = changes["test"]
-        parts.append(
-            Paragraph(
-                f"McNemar's test on {test['examples']} shared examples: {test['gained']} gained, {test['lost']} lost, "
-                f"p = {test['p']:.3g}: {test['verdict']}."
+                f"McNemar's test on {test.examples} shared examples: {test.gained} gained, "
+                f"{test.lost} lost, p = {test.p:.3g}: {test.verdict}."
             )
         )
     return parts

@@ -1,5 +1,6 @@
-"""The chosen checkpoint's run from inside: the papers' figures of its training, and maps of its
-examples.
+"""Report section about the training of the chosen checkpoint.
+
+It has the papers' figures of a training run, and maps of training examples.
 """
 
 import torch
@@ -13,7 +14,7 @@ from raysweep.training.diagnostics import read_histograms
 from raysweep.training.instance_metrics import compute_instance_metrics
 from raysweep.training.model_loading import EvaluationTarget
 
-# Enough for a map; a large network without a GPU takes minutes for as many.
+# Number of training examples in a map. Without a GPU, a large network takes minutes for 2000.
 _MAP_EXAMPLES, _MAP_EXAMPLES_ON_CPU = 2000, 300
 _CAPTIONS = {
     "errors": "Errors over epochs (GAIRAT fig. 4, above)",
@@ -22,31 +23,47 @@ _CAPTIONS = {
     "kappa_histogram": "Geometry values of the training data",
     "weight_histogram": "Weights, as multiples of their mean (LRAT fig. 1a)",
     "V_histogram": "Vulnerability (LRAT fig. 4)",
-    "logits_map": "Logits of the two classes that are confused most; lighter: more attackable (GAIRAT fig. 7)",
-    "vulnerable_map": "The most vulnerable fifth under one attack; red: under the other too (LRAT fig. 2)",
+    "logits_map": (
+        "Logits of the two classes that are confused most; lighter: more attackable (GAIRAT fig. 7)"
+    ),
+    "vulnerable_map": (
+        "The most vulnerable fifth under one attack; red: under the other too (LRAT fig. 2)"
+    ),
 }
 
 
 def draw_training_figures(target: EvaluationTarget) -> dict[str, Figure]:
-    """Every figure that a checkpoint's run allows, by name."""
+    """Draw all figures for which the run of a checkpoint has data.
+
+    Args:
+        target: A checkpoint of a training run, with its data.
+
+    Returns:
+        Figures by name, such as `errors`, `kappa_pgd_histogram` or `logits_map`.
+    """
     assert target.checkpoint is not None and target.data is not None
-    path = target.checkpoint.path.parent
-    last = RunDirectory(path).read_last_checkpoint()
-    figures = plot_run_figures(last.history, read_histograms(path)) if last else {}
+    run_folder = target.checkpoint.path.parent
+    last = RunDirectory(run_folder).read_last_checkpoint()
+    figures = plot_run_figures(last.history, read_histograms(run_folder)) if last else {}
     validation = target.checkpoint.config.resolve_at(target.checkpoint.epoch - 1).validation
     attacks = {
         name: attack for name, attack in validation.attacks.items() if isinstance(attack, PGD)
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    count = _MAP_EXAMPLES if device.type == "cuda" else _MAP_EXAMPLES_ON_CPU
-    return figures | plot_instance_maps(
-        compute_instance_metrics(
-            target.model.to(device), target.data.train.to(device), attacks, count
-        )
+    n_examples = _MAP_EXAMPLES if device.type == "cuda" else _MAP_EXAMPLES_ON_CPU
+    metrics = compute_instance_metrics(
+        target.model.to(device), target.data.train.to(device), attacks, n_examples
     )
+    return figures | plot_instance_maps(metrics)
 
 
 def build_training_dynamics_section(title: str, figures: dict[str, Figure]) -> Section:
+    """Build the section.
+
+    Args:
+        title: Title of the checkpoint.
+        figures: Result of `draw_training_figures`.
+    """
     pictures = [CaptionedFigure(_find_caption(name), figure) for name, figure in figures.items()]
     return Section(
         "Inside the chosen run",
@@ -55,9 +72,9 @@ def build_training_dynamics_section(title: str, figures: dict[str, Figure]) -> S
 
 
 def _find_caption(figure_name: str) -> str:
-    """kappa_pgd_histogram is a kappa_histogram, of pgd."""
+    """Return the caption of a figure; `kappa_pgd_histogram` is the `kappa_histogram` of `pgd`."""
     if figure_name in _CAPTIONS:
         return _CAPTIONS[figure_name]
-    kind, _, rest = figure_name.partition("_")
-    of, histogram, _ = rest.partition("_histogram")
-    return f"{_CAPTIONS[kind + histogram]}: {of}"
+    quantity, _, rest = figure_name.partition("_")
+    attack, histogram, _ = rest.partition("_histogram")
+    return f"{_CAPTIONS[quantity + histogram]}: {attack}"

@@ -1,0 +1,194 @@
+"""Sweeps that stages run: shared by tune, train and promote."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from raysweep import storage
+from raysweep.formatting import format_count
+from raysweep.leases import hold_folder_lease
+from raysweep.pipeline.artifact import Candidate, CheckpointKind
+from raysweep.pipeline.facts import SweepSummary, TrialSummary
+from raysweep.pipeline.stage import StageContext, StageFailed
+from raysweep.spec import JsonDict, SpecError
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.search_space import SearchSpace
+from raysweep.terminal import SweepDisplay
+from raysweep.tracking import SweepTracker
+from raysweep.training import checkpoint
+from raysweep.training.config import TrainingConfig, build_training_config
+
+
+def build_seed_grid(method: Any, overrides: dict[str, Any], seeds: tuple[int, ...]) -> SearchSpace:
+    """Build a search space with one training run for each seed.
+
+    As a sweep, the runs are distributed, resumed and tracked, and share equal prefixes.
+
+    Args:
+        method: Name or settings of the training method.
+        overrides: Training settings by dotted path.
+        seeds: Seeds of the runs.
+
+    Raises:
+        SpecError: If the settings are not valid.
+    """
+    space = SearchSpace.from_data(
+        {
+            "method": method,
+            "metric": build_training_config(method, overrides).validation.objective,
+            "base": overrides,
+            "trials": len(seeds),
+            "sampler": {"kind": "grid"},
+            "scheduler": {"kind": "none"},
+            "space": {"seed": {"categorical": list(seeds)}},
+        }
+    )
+    if problems := space.find_problems():
+        raise SpecError(problems)
+    return space
+
+
+def drop_data_location(space: SearchSpace) -> JsonDict:
+    """Return a search space for a digest: without the location of its data.
+
+    The fingerprint of the data is part of the digest instead.
+    """
+    location_keys = ("data.data_dir", "data.download")
+    base = {key: value for key, value in space.base.items() if key not in location_keys}
+    return space.replace(base=base).to_stored_dict()
+
+
+def describe_training(config: TrainingConfig) -> str:
+    """Describe a training run in a few words: method, network, data set and epochs."""
+    epochs = format_count(config.epochs, "epoch")
+    return f"{config.method.name}, {config.model.name} on {config.data.name}, {epochs}"
+
+
+def run_stage_sweep(
+    context: StageContext,
+    sweep_folder: Path,
+    space: SearchSpace,
+    cpus: float,
+    gpus: float | None,
+    max_hours: float | None = None,
+) -> Ledger:
+    """Run a sweep to its end or its time limit; resume it if it exists.
+
+    Args:
+        context: Folders and services.
+        sweep_folder: Folder of the sweep.
+        space: Search space of a new sweep.
+        cpus: CPU cores of a trial.
+        gpus: GPUs of a trial; None for one if the cluster has any.
+        max_hours: Time limit in hours; None for no limit.
+
+    Returns:
+        The ledger of the sweep.
+
+    Raises:
+        StageFailed: If no trial has a result.
+        KeyboardInterrupt: If the sweep was interrupted.
+    """
+    from raysweep.sweep.resources import Resources
+    from raysweep.sweep.tune_callbacks import Budget, SweepEndReason, SweepFailed, SweepListener
+    from raysweep.sweep.tuner import run_sweep
+
+    with hold_folder_lease(sweep_folder):
+        if storage.pull_file(sweep_folder / "sweep.json"):
+            ledger = Ledger.open(sweep_folder)
+        else:
+            ledger = Ledger.create(sweep_folder, space)
+        end_reason: SweepEndReason = "done"
+        if sum(trial.state != "running" for trial in ledger.load_trials()) < space.n_trials:
+            context.connect_cluster()
+            resources = Resources(cpus, gpus)
+            fingerprint = context.get_dataset(space.trial_config({}).data).fingerprint
+            listeners: list[SweepListener] = [
+                SweepTracker(context.tracker, fingerprint),
+                SweepDisplay(context.console),
+            ]
+            budget = Budget(math.inf if max_hours is None else 3600 * max_hours)
+            try:
+                end_reason = run_sweep(
+                    ledger, listeners, resources, context.address, budget, fingerprint
+                )
+            except SweepFailed as error:
+                raise StageFailed(str(error)) from None
+    if end_reason == "interrupted":
+        raise KeyboardInterrupt
+    if not ledger.rank_trials():
+        reasons = [trial.reason for trial in ledger.load_trials() if trial.reason]
+        reason = reasons[0] if reasons else "none reported the objective"
+        raise StageFailed(f"no trial of {sweep_folder.name} has a result: {reason}")
+    return ledger
+
+
+def make_candidate(
+    context: StageContext,
+    ledger: Ledger,
+    trial: Trial,
+    label: str,
+    checkpoint_kind: CheckpointKind = "best",
+) -> Candidate:
+    """Make a candidate from a checkpoint of a trial.
+
+    Args:
+        context: Folders and services.
+        ledger: Ledger of the trial's sweep.
+        trial: A trial with a result.
+        label: Label of the candidate.
+        checkpoint_kind: Whether to take the best or the last epoch.
+    """
+    if checkpoint_kind == "best":
+        path = ledger.best_checkpoint_path(trial)
+    else:
+        path = ledger.trial_path(trial.number) / f"epoch-{trial.epoch:04d}"
+    saved = checkpoint.read_checkpoint(path)
+    return Candidate(
+        label=label,
+        method=saved.config.method.name,
+        checkpoint=context.make_reference(path),
+        checkpoint_kind=checkpoint_kind,
+        seed=saved.config.seed,
+        epoch=saved.epoch,
+        epochs=saved.config.epochs,
+        metrics={key: value for key, value in saved.last_metrics.items() if "/" not in key},
+        params={key: value for key, value in trial.params.items() if key != "seed"},
+        exceeds_masking_gap=ledger.exceeds_masking_gap(trial),
+        objectives=ledger.space.objectives,
+    )
+
+
+def iter_seed_candidates(
+    context: StageContext, ledger: Ledger, label: str, checkpoint_kinds: tuple[CheckpointKind, ...]
+) -> Iterator[Candidate]:
+    """Yield the candidates of a sweep over seeds, in the order of its trials."""
+    for trial in sorted(ledger.rank_trials(), key=lambda trial: trial.number):
+        for checkpoint_kind in checkpoint_kinds:
+            yield make_candidate(context, ledger, trial, label, checkpoint_kind)
+
+
+def summarize_sweep(context: StageContext, ledger: Ledger) -> SweepSummary:
+    """Summarize the cost and the trials of a sweep, for the report."""
+    trials = ledger.load_trials()
+    metric = ledger.space.objectives[0]
+    return SweepSummary(
+        path=context.make_reference(ledger.path),
+        method=ledger.space.trial_config({}).method.name,
+        metric=metric,
+        epochs_requested=sum(t.epoch for t in trials),
+        epochs_trained=sum(t.trained_epochs for t in trials),
+        seconds=sum(t.seconds for t in trials),
+        trials=tuple(
+            TrialSummary(
+                number=t.number,
+                state=t.state,
+                params=t.params,
+                score=t.best.get(metric),
+                masking_gap=t.best.get("masking_gap"),
+                reason=t.reason,
+            )
+            for t in trials
+        ),
+    )
