@@ -262,10 +262,12 @@ def _print_finished_stage(console: Console, finished_stage: FinishedStage) -> No
 
 def _list_regressions(finished: list[FinishedStage]) -> list[str]:
     """Return the regressions that reports found, a line each."""
+    from raysweep.pipeline.facts import ReportFacts
+
     regressions: list[str] = []
     for stage, artifact, _ in finished:
         if stage.kind == "report":
-            regressions += artifact.facts["regressions"]
+            regressions += artifact.read_facts(ReportFacts).regressions
     return regressions
 
 
@@ -299,15 +301,16 @@ def _print_stages_as_json(
 def _print_reports(out: Path, finished: list[FinishedStage]) -> None:
     """Print the result of each report, where its files are, and how to open MLflow."""
     from raysweep.commands.common import format_ui_command
+    from raysweep.pipeline.facts import ReportFacts
     from raysweep.pipeline.report.stage import HTML_FILE, MARKDOWN_FILE
     from raysweep.tracking import tracking_uri
 
     for stage, artifact, _ in finished:
         if stage.kind == "report":
-            best = artifact.facts["best"]
+            best = artifact.read_facts(ReportFacts).best
             print(
-                f"{best['candidate']['label']}: {best['robust']:.2%} under {best['attack']}, "
-                f"{best['clean']:.2%} clean"
+                f"{best.candidate.label}: {best.robust:.2%} under {best.attack}, "
+                f"{best.clean:.2%} clean"
             )
             print(f"report\n  {stage.folder / HTML_FILE}\n  {stage.folder / MARKDOWN_FILE}")
     print(f"compare with\n  {format_ui_command(tracking_uri(out))}")
