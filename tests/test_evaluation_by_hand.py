@@ -786,6 +786,17 @@ def test_progress_counts_what_was_done_before(folder: Path) -> None:
     assert (first[1], second[1:3]) == (5 - missing + 1, (5, 5)) and second[4] == 8
 
 
+def test_a_pickled_runner_has_no_attack_model() -> None:
+    """Each process makes the attack model again, on its own device."""
+    x, y = ladder(DISTANCES, LABELS)
+    runner = ShardRunner(Ladder(), x.numpy(), y.numpy(), np.arange(8))
+    shard = Shard("a", TWO["a"], np.arange(8))
+    result = runner(shard)
+    copied = pickle.loads(pickle.dumps(runner))
+    assert runner._attack_model is not None and copied._attack_model is None
+    assert np.array_equal(copied(shard).margin, result.margin)
+
+
 def _say_one(shard: Shard) -> str:
     return f"one {shard.attack_name}"
 
