@@ -1,4 +1,9 @@
-"""Optuna as a Ray Tune searcher, fed from the ledger instead of from pickled state."""
+"""Optuna as a searcher of Ray Tune, restored from the ledger instead of from pickled state."""
+
+# ruff: noqa: E402
+from raysweep.sweep.ray_environment import set_ray_environment
+
+set_ray_environment()
 
 from dataclasses import replace
 from typing import Any
@@ -9,41 +14,55 @@ from ray.tune.search import Searcher
 from raysweep.spec import json_digest
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_study import constraint_values, to_frozen_trial
+from raysweep.sweep.search_space import Params
 from raysweep.training.failure_reports import FAILURE_KEY
 
 
 class LedgerSearcher(Searcher):
-    """Asks Optuna for settings and tells it each trial's best objective.
+    """Ask Optuna for params, and tell it the best objectives of each trial.
 
-    Trials that the ledger already holds are the study's past; those that never ended are handed out
-    again first, under their own numbers, so that they go on from their checkpoints.
+    Ended trials of the ledger are added to the study first. Trials that have not ended are
+    suggested before any new one, under their own numbers, so that they resume from their
+    checkpoints.
+
+    Args:
+        ledger: The sweep.
     """
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__(metric=ledger.space.objectives[0], mode="max")
         self._ledger = ledger
-        space, past = ledger.space, ledger.load_trials()
+        space, past_trials = ledger.space, ledger.load_trials()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(
             directions=["maximize"] * len(space.objectives),
-            sampler=space.sampler.build_sampler(len(past)),
+            sampler=space.sampler.build_sampler(len(past_trials)),
         )
+        # By Tune's id of the trial: Optuna's trial, or the ledger's if it is a resumed one.
         self._pending_trials: dict[str, optuna.Trial | Trial] = {}
         self._best_metrics: dict[str, dict[str, float]] = {}
         self._n_complete = 0
-        self._tried_digests = {json_digest(trial.params) for trial in past}
-        self._unfinished_trials = [trial for trial in past if trial.state == "running"]
-        # A driver may have been killed before it wrote down a trial, and after it wrote down the
-        # next.
-        self._free_numbers = sorted(set(range(space.n_trials)) - {trial.number for trial in past})
-        for trial in past:
+        self._tried_digests = {json_digest(trial.params) for trial in past_trials}
+        self._unfinished_trials = [trial for trial in past_trials if trial.state == "running"]
+        # Numbers may have gaps: a driver can be killed before it has written a trial and after it
+        # has written the next one.
+        self._free_numbers = sorted(
+            set(range(space.n_trials)) - {trial.number for trial in past_trials}
+        )
+        for trial in past_trials:
             if trial.state != "running":
                 self._add_past_trial(trial)
         for point in space.initial_points:
-            if not any(point.items() <= trial.params.items() for trial in past):
+            if not any(point.items() <= trial.params.items() for trial in past_trials):
                 self._study.enqueue_trial(space.optuna_params(point))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Return the config of Tune's next trial.
+
+        Returns:
+            `number` and `params` of the trial, or `Searcher.FINISHED` when all trials have been
+            suggested.
+        """
         if self._unfinished_trials:
             trial = self._unfinished_trials.pop(0)
             self._pending_trials[trial_id] = trial
@@ -51,10 +70,11 @@ class LedgerSearcher(Searcher):
             return {"number": trial.number, "params": trial.params}
         if not self._free_numbers:
             return Searcher.FINISHED  # type: ignore[no-any-return]
-        self._pending_trials[trial_id], settings = self._ask_new_params()
-        return {"number": self._free_numbers.pop(0), "params": settings}
+        self._pending_trials[trial_id], params = self._ask_new_params()
+        return {"number": self._free_numbers.pop(0), "params": params}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Keep the metrics of the trial's best epoch."""
         metric = self._ledger.space.objectives[0]
         best = self._best_metrics.get(trial_id)
         if metric in result and (best is None or result[metric] > best[metric]):
@@ -65,46 +85,47 @@ class LedgerSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
+        """Tell Optuna how the trial ended."""
         self.on_trial_result(trial_id, result or {})
         best = self._best_metrics.get(trial_id)
-        failed = error or FAILURE_KEY in (result or {}) or best is None
-        asked = self._pending_trials.pop(trial_id)
-        if isinstance(asked, Trial):
-            self._add_past_trial(
-                replace(asked, state="failed" if failed else "finished", best=best or {})
-            )
-        elif failed or best is None:
-            self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
+        has_failed = error or FAILURE_KEY in (result or {}) or best is None
+        trial = self._pending_trials.pop(trial_id)
+        if isinstance(trial, Trial):
+            state = "failed" if has_failed else "finished"
+            self._add_past_trial(replace(trial, state=state, best=best or {}))
+        elif has_failed or best is None:
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
             for name, value in constraint_values(self._ledger.space, best).items():
-                asked.set_constraint(name, value)
-            self._study.tell(asked, [best[name] for name in self._ledger.space.objectives])
-
-    def _ask_new_params(self, max_attempts: int = 10) -> tuple[optuna.Trial, dict[str, Any]]:
-        """Settings that no trial has, if a few attempts find any: the same ones, seed included, end
-        the same.
-        """
-        asked = self._study.ask()
-        settings = self._ledger.space.suggest_params(asked)
-        key = json_digest(settings)
-        if max_attempts and key in self._tried_digests:
-            self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
-            return self._ask_new_params(max_attempts - 1)
-        self._tried_digests.add(key)
-        return asked, settings
+                trial.set_constraint(name, value)
+            self._study.tell(trial, [best[name] for name in self._ledger.space.objectives])
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the ledger is the truth."""
+        """Save nothing: the ledger is the source of truth."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: the ledger is the truth."""
+        """Restore nothing: the ledger is the source of truth."""
+
+    def _ask_new_params(self, max_attempts: int = 10) -> tuple[optuna.Trial, Params]:
+        """Ask Optuna for params that no trial has; accept a repetition after some attempts.
+
+        The seed is one of a trial's params: repeated params would repeat the same training.
+        """
+        trial = self._study.ask()
+        params = self._ledger.space.suggest_params(trial)
+        digest = json_digest(params)
+        if max_attempts and digest in self._tried_digests:
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            return self._ask_new_params(max_attempts - 1)
+        self._tried_digests.add(digest)
+        return trial, params
 
     def _add_past_trial(self, trial: Trial) -> None:
-        # Without a generation NSGA-II would begin again, without parents.
-        generation = {
-            "NSGAIISampler:generation": self._n_complete
-            // self._ledger.space.sampler.n_startup_trials
-        }
-        past = to_frozen_trial(self._ledger.space, trial, system_attrs=generation)
-        self._study.add_trial(past)
-        self._n_complete += past.state == optuna.trial.TrialState.COMPLETE
+        """Add an ended trial of the ledger to the study."""
+        # Without a generation NSGA-II would start over, without parents.
+        generation = self._n_complete // self._ledger.space.sampler.n_startup_trials
+        frozen_trial = to_frozen_trial(
+            self._ledger.space, trial, system_attrs={"NSGAIISampler:generation": generation}
+        )
+        self._study.add_trial(frozen_trial)
+        self._n_complete += frozen_trial.state == optuna.trial.TrialState.COMPLETE

@@ -1,4 +1,4 @@
-"""A sweep's past in Optuna's terms, rebuilt from the ledger with the distributions of its space."""
+"""Optuna studies rebuilt from ledgers, with the distributions of the search space."""
 
 from typing import Any
 
@@ -8,65 +8,91 @@ from optuna.trial import FrozenTrial, TrialState
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import SearchSpace
 
-# A random forest over fewer points finds importance in noise.
 MIN_IMPORTANCE_TRIALS = 10
+"""Trials with a result that fANOVA needs: over fewer, its random forest finds only noise."""
+
 TRIAL_NUMBER_ATTRIBUTE = "raysweep.number"
+"""User attribute of Optuna's trials that holds the number in the ledger."""
 
 
 def to_frozen_trial(
     space: SearchSpace, trial: Trial, system_attrs: dict[str, Any] | None = None
 ) -> FrozenTrial:
-    """An ended trial as Optuna keeps it, with the objectives of its best epoch."""
-    failed = trial.state == "failed" or not trial.best
-    known = {path: space.space[path].to_optuna() for path in trial.params if path in space.space}
+    """Convert an ended trial to Optuna's.
+
+    Args:
+        space: The sweep's search space.
+        trial: The ended trial. Without a result, or if it failed, it becomes a failed one.
+        system_attrs: Optuna's own attributes of the trial.
+
+    Returns:
+        A trial with the objectives of its best epoch and, for a single objective, the value of each
+        epoch. Params that are not searched are left out.
+    """
+    has_failed = trial.state == "failed" or not trial.best
+    intermediate_values = None
+    if len(space.objectives) == 1:
+        intermediate_values = {int(epoch): value for epoch, value in trial.curve}
+    user_attrs: dict[str, Any] = {TRIAL_NUMBER_ATTRIBUTE: trial.number, "state": trial.state}
+    if trial.reason:
+        user_attrs["reason"] = trial.reason
     return optuna.trial.create_trial(
-        state=TrialState.FAIL if failed else TrialState.COMPLETE,
-        values=None if failed else [trial.score(name) for name in space.objectives],
+        state=TrialState.FAIL if has_failed else TrialState.COMPLETE,
+        values=None if has_failed else [trial.score(name) for name in space.objectives],
         params=space.optuna_params(trial.params),
-        distributions=known,
-        constraints=None if failed else constraint_values(space, trial.best),
-        intermediate_values={int(epoch): value for epoch, value in trial.curve}
-        if len(space.objectives) == 1
-        else None,
-        user_attrs={
-            TRIAL_NUMBER_ATTRIBUTE: trial.number,
-            "state": trial.state,
-            **({"reason": trial.reason} if trial.reason else {}),
+        distributions={
+            path: space.space[path].to_optuna() for path in trial.params if path in space.space
         },
+        constraints=None if has_failed else constraint_values(space, trial.best),
+        intermediate_values=intermediate_values,
+        user_attrs=user_attrs,
         system_attrs=system_attrs,
     )
 
 
 def constraint_values(space: SearchSpace, best_metrics: dict[str, float]) -> dict[str, float]:
-    """Optuna's convention: feasible when no value is above 0."""
+    """Return the constraints of a trial in Optuna's convention: feasible if none is above 0.
+
+    Args:
+        space: The sweep's search space.
+        best_metrics: Metrics of the trial's best epoch.
+
+    Returns:
+        By how much the masking gap exceeds its limit; empty if the space sets no limit.
+    """
     limit = space.max_masking_gap
     return {} if limit is None else {"masking_gap": best_metrics["masking_gap"] - limit}
 
 
 def build_study(ledger: Ledger) -> optuna.Study:
-    """A study of all ended trials, in their order."""
+    """Build an in-memory study of all ended trials, ordered by number."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    made = optuna.create_study(directions=["maximize"] * len(ledger.space.objectives))
+    study = optuna.create_study(directions=["maximize"] * len(ledger.space.objectives))
     for trial in ledger.load_trials():
         if trial.state != "running":
-            made.add_trial(to_frozen_trial(ledger.space, trial))
-    return made
+            study.add_trial(to_frozen_trial(ledger.space, trial))
+    return study
 
 
 def param_importances(ledger: Ledger) -> dict[str, float] | None:
-    """Share of the (first) objective's variance that each searched setting explains, by fANOVA,
-    largest first.
+    """Compute by fANOVA (Hutter et al. 2014) how much each searched parameter matters.
 
-    Settings that only some trials have (those with a condition) are left out. None where that says
-    nothing: fewer than `ENOUGH` trials with a result, or results that are all the same.
+    Args:
+        ledger: The sweep.
+
+    Returns:
+        For each dotted path its share of the variance of the (first) objective, in [0, 1], largest
+        first. Parameters that only some trials have, because they are conditional, are left out.
+        None if fewer than `MIN_IMPORTANCE_TRIALS` trials have a result, or if all results are
+        equal.
     """
-    past = build_study(ledger)
-    trials = [trial for trial in past.trials if trial.state == TrialState.COMPLETE]
+    study = build_study(ledger)
+    trials = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
     if len(trials) < MIN_IMPORTANCE_TRIALS or len({trial.values[0] for trial in trials}) < 2:
         return None
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     return dict(
         optuna.importance.get_param_importances(
-            past, evaluator=evaluator, target=lambda trial: float(trial.values[0])
+            study, evaluator=evaluator, target=lambda trial: float(trial.values[0])
         )
     )

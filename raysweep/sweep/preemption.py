@@ -1,5 +1,6 @@
-"""A trial's process that is told to end, because its machine is taken away: it writes down how far
-it is, and ends.
+"""React to SIGTERM in a trial's process, whose machine is about to be taken away.
+
+The trial saves its unfinished epoch, then its process exits.
 """
 
 import os
@@ -10,23 +11,28 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# What a shell calls the end by SIGTERM.
+# Exit status by which shells report an end by SIGTERM.
 _SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 
 
 class _SigtermState:
+    """State of this process. `deferred`: SIGTERM only sets `requested`."""
+
     requested = False
     deferred = False
 
 
 def termination_requested() -> bool:
-    """Whether this process was told to end."""
+    """Return whether this process has received SIGTERM."""
     return _SigtermState.requested
 
 
 @contextmanager
 def defer_sigterm() -> Iterator[None]:
-    """In this block SIGTERM waits for somebody to ask `told`, and then to `leave`."""
+    """Keep SIGTERM from ending the process in this block.
+
+    The code in the block polls `termination_requested`, saves its work, and calls `exit_preempted`.
+    """
     _SigtermState.deferred = True
     try:
         yield
@@ -35,23 +41,28 @@ def defer_sigterm() -> Iterator[None]:
 
 
 def exit_preempted() -> None:
-    """End this process now, as it was told to: Tune sees a process that died, and starts the trial
-    elsewhere.
+    """Exit this process at once after SIGTERM.
+
+    Tune finds a dead process and starts the trial again on another machine.
     """
     os._exit(_SIGTERM_EXIT_CODE)
 
 
 class PreemptibleMixin:
-    """Mixed into the class that Tune makes of a function, whose trials run in a thread: signals
-    want the main one.
+    """Mixin for the class that Tune makes of a function: installs the SIGTERM handler.
+
+    Tune runs the function in a thread, but signal handlers can only be installed in the main
+    thread, where `setup` runs.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
+        """Install the handler, then set up Tune's class."""
         signal.signal(signal.SIGTERM, _handle_sigterm)
         super().setup(config)  # type: ignore[misc]
 
 
 def _handle_sigterm(signal_number: int, frame: FrameType | None) -> None:
+    """Remember the request; exit unless SIGTERM is deferred."""
     _SigtermState.requested = True
     if not _SigtermState.deferred:
         sys.exit(_SIGTERM_EXIT_CODE)

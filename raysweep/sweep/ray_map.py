@@ -1,4 +1,9 @@
-"""Work items over the workers of a Ray cluster."""
+"""Map a function over items with tasks on a Ray cluster."""
+
+# ruff: noqa: E402
+from raysweep.sweep.ray_environment import set_ray_environment
+
+set_ray_environment()
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -12,10 +17,12 @@ Result = TypeVar("Result")
 
 
 class RayMap:
-    """`evaluate(..., map=RayMap())`: a task for each item, results as they come; a lost worker's
-    task is done again.
+    """A parallel map, one task for each item, for `evaluate(..., map=RayMap())`.
 
-    cpus, gpus: what a task holds; a fraction of a GPU lets several share one.
+    Args:
+        cpus: CPUs that a task holds; also sets its number of threads.
+        gpus: GPUs that a task holds; a fraction lets several tasks share one.
+        retries: How often a task is run again when it loses its worker.
     """
 
     def __init__(self, cpus: float = 1, gpus: float = 0, retries: int = 5) -> None:
@@ -24,25 +31,35 @@ class RayMap:
 
     @property
     def width(self) -> int:
-        """Tasks that the cluster runs at once."""
-        held = {"CPU": self._task_options["num_cpus"], "GPU": self._task_options["num_gpus"]}
+        """Number of tasks that the cluster runs at the same time, at least 1."""
+        amounts = {"CPU": self._task_options["num_cpus"], "GPU": self._task_options["num_gpus"]}
         cluster = cluster_capacity()
-        return max(
-            1, int(min(cluster.get(kind, 0) / amount for kind, amount in held.items() if amount))
-        )
+        ratios = [cluster.get(kind, 0) / amount for kind, amount in amounts.items() if amount]
+        return max(1, int(min(ratios)))
 
     def __call__(
         self, function: Callable[[Item], Result], items: Sequence[Item]
     ) -> Iterator[Result]:
+        """Apply the function to each item.
+
+        Args:
+            function: Function that can be pickled. If it has an attribute `model`, the model is
+                moved to the GPU where a task holds one.
+            items: Its arguments.
+
+        Yields:
+            The results, in the order in which tasks finish.
+        """
         task = ray.remote(_run_item).options(**self._task_options)
-        shared = ray.put(function)
-        waiting = [task.remote(shared, item, self._n_threads) for item in items]
-        while waiting:
-            (done,), waiting = ray.wait(waiting, num_returns=1)
-            yield ray.get(done)
+        function_reference = ray.put(function)
+        pending = [task.remote(function_reference, item, self._n_threads) for item in items]
+        while pending:
+            (finished,), pending = ray.wait(pending, num_returns=1)
+            yield ray.get(finished)
 
 
 def _run_item(function: Callable[[Item], Result], item: Item, n_threads: int) -> Result:
+    """Apply the function to one item, in a task on a worker."""
     import torch
 
     torch.set_num_threads(n_threads)

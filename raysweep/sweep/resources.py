@@ -1,4 +1,4 @@
-"""What one trial holds, and how many fit a cluster."""
+"""Resources of a trial, and how many trials fit into a cluster."""
 
 import math
 from collections.abc import Sequence
@@ -6,15 +6,22 @@ from dataclasses import dataclass, replace
 
 from raysweep.spec import SpecError
 
-# What the waiting trial itself holds: Ray wants more than nothing.
 DRIVER_CPUS = 0.01
+"""CPUs of a trial's own process while its workers train: Ray requires more than nothing."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one trial holds, in Ray's logical units; several workers share it equally.
+    """What one trial holds, in Ray's logical units.
 
-    gpus: None for one for each worker, if the cluster has any.
+    Attributes:
+        cpus: CPUs of the trial, above 0; several workers share them equally.
+        gpus: GPUs of the trial, shared equally too: per worker a whole number, or at most 1. None
+            for one per worker if the cluster has any, see `resolve`.
+        workers: Number of processes that train the trial together.
+
+    Raises:
+        SpecError: If the values do not fit together.
     """
 
     cpus: float = 1
@@ -22,11 +29,11 @@ class Resources:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        each = self.n_gpus / self.workers
-        if each > 1 and each != int(each):
-            wants = f"{self.n_gpus:g} GPUs for {self.workers} workers"
+        gpus_per_worker = self.n_gpus / self.workers
+        if gpus_per_worker > 1 and gpus_per_worker != int(gpus_per_worker):
             raise SpecError(
-                f"--gpus-per-trial: {wants} is {each:g} each: give each a whole number, or one or less"
+                f"--gpus-per-trial: {self.n_gpus:g} GPUs for {self.workers} workers is "
+                f"{gpus_per_worker:g} each: give each a whole number, or one or less"
             )
         if self.cpus <= 0:
             raise SpecError(f"--cpus-per-trial {self.cpus:g}: must be more than 0, for example 0.5")
@@ -36,33 +43,39 @@ class Resources:
             )
 
     def resolve(self, cluster: dict[str, float]) -> "Resources":
-        """These resources with the GPUs decided."""
-        return (
-            self
-            if self.gpus is not None
-            else replace(self, gpus=float(self.workers) if cluster.get("GPU") else 0.0)
-        )
+        """Return these resources with the number of GPUs set.
+
+        Args:
+            cluster: Resources of the cluster, by Ray's names.
+        """
+        if self.gpus is not None:
+            return self
+        return replace(self, gpus=float(self.workers) if cluster.get("GPU") else 0.0)
 
     @property
     def n_gpus(self) -> float:
+        """GPUs of the trial; 0 while they are not resolved."""
         return self.gpus or 0.0
 
     @property
     def threads_per_worker(self) -> int:
-        """Of each worker's computation."""
+        """Threads of each worker's computation, at least 1."""
         return max(1, int(self.cpus / self.workers))
 
     @property
     def trial_resources(self) -> dict[str, float]:
-        """Held by the trial's own process, which trains if it is the only worker and waits if not."""
+        """What the trial's own process holds, by Ray's names.
+
+        A single worker is that process. Several workers hold `worker_resources` beside it.
+        """
         return {"CPU": self.cpus, "GPU": self.n_gpus} if self.workers == 1 else {"CPU": DRIVER_CPUS}
 
     @property
     def worker_resources(self) -> dict[str, float]:
-        """Held by each of several workers: its share, less what lets the trial's own process stand
-        beside it.
+        """What each of several workers holds, by Ray's names.
 
-        Ray counts in ten thousandths; what is rounded up might not fit.
+        That is its share, minus `DRIVER_CPUS` for the trial's own process. Ray counts in units of
+        1 / 10000, so shares are rounded down: all workers together must fit.
         """
         shares = {"CPU": self.cpus / self.workers - DRIVER_CPUS, "GPU": self.n_gpus / self.workers}
         return {name: math.floor(share * 10_000) / 10_000 for name, share in shares.items()}
@@ -70,34 +83,48 @@ class Resources:
     def max_concurrent_trials(
         self, cluster: dict[str, float], nodes: Sequence[dict[str, float]] = ()
     ) -> int:
-        """How many trials run at once. Raises SpecError if not even one fits.
+        """Compute how many trials run at the same time.
 
-        nodes: what each node has; several workers may sit on different ones, each of them on one.
+        Args:
+            cluster: Resources of all nodes together, by Ray's names.
+            nodes: Resources of each node. Workers of a trial may run on different nodes, but each
+                worker must fit on one.
+
+        Returns:
+            The number of trials, at least 1.
+
+        Raises:
+            SpecError: If not even one trial fits.
         """
-        fits = [cluster.get("CPU", 0) / self.cpus]
+        ratios = [cluster.get("CPU", 0) / self.cpus]
         if self.n_gpus:
-            fits.append(cluster.get("GPU", 0) / self.n_gpus)
-        if not _floor_ratio(min(fits)):
-            have = f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
+            ratios.append(cluster.get("GPU", 0) / self.n_gpus)
+        n_fitting_trials = _floor_ratio(min(ratios))
+        if not n_fitting_trials:
             raise SpecError(
-                f"a trial wants {self.cpus:g} CPUs and {self.n_gpus:g} GPUs, the cluster has {have}"
+                f"a trial wants {self.cpus:g} CPUs and {self.n_gpus:g} GPUs, the cluster has "
+                f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
             )
         if self.workers == 1:
-            return _floor_ratio(min(fits))
-        places = sum(
-            min(_floor_ratio(node.get(k, 0) / v) for k, v in self.worker_resources.items() if v)
-            for node in nodes
-        )
-        if places < self.workers:
-            each = f"{self.cpus / self.workers:g} CPUs and {self.n_gpus / self.workers:g} GPUs"
+            return n_fitting_trials
+        n_fitting_workers = sum(map(self._count_fitting_workers, nodes))
+        if n_fitting_workers < self.workers:
             raise SpecError(
-                f"a trial wants {self.workers} workers of {each} each, the cluster's nodes hold {places}"
+                f"a trial wants {self.workers} workers of {self.cpus / self.workers:g} CPUs and "
+                f"{self.n_gpus / self.workers:g} GPUs each, the cluster's nodes hold "
+                f"{n_fitting_workers}"
             )
-        return min(_floor_ratio(min(fits)), places // self.workers)
+        return min(n_fitting_trials, n_fitting_workers // self.workers)
+
+    def _count_fitting_workers(self, node: dict[str, float]) -> int:
+        """Return how many workers fit on a node."""
+        amounts = self.worker_resources
+        return min(_floor_ratio(node.get(kind, 0) / n) for kind, n in amounts.items() if n)
 
 
 def _floor_ratio(ratio: float) -> int:
-    """Round a ratio down to a whole number, with room for rounding errors: 33 / 1.1 is
-    29.999999999999996 in floats.
+    """Round a ratio down to an integer, with tolerance for rounding errors of floats.
+
+    For example 33 / 1.1 is 29.999999999999996.
     """
     return int(ratio + 1e-9)
