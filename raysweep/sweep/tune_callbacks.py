@@ -1,6 +1,9 @@
-"""Tune's events, written to the ledger and told to those who follow; and what ends a sweep before
-its last trial.
-"""
+"""Callback and stopper for Ray Tune: write the ledger, notify listeners, and end a sweep early."""
+
+# ruff: noqa: E402
+from raysweep.sweep.ray_environment import set_ray_environment
+
+set_ray_environment()
 
 import math
 import time
@@ -16,48 +19,93 @@ from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.process_loss import describe_process_loss
 from raysweep.training.failure_reports import BUG_TRACEBACK_KEY, FAILURE_KEY
 
-# So many trials with an error of the code end the sweep.
+SweepEndReason = Literal["done", "budget", "interrupted"]
+"""Why a call of `run_sweep` ended; `interrupted` is by Ctrl-C."""
+
 MAX_BUGGY_TRIALS = 3
-# What kills a trial's process (a preempted node, a killed worker) costs nothing but the epoch it
-# was in.
+"""Number of trials with errors of the code that ends a sweep."""
+
 MAX_TRIAL_RETRIES = 20
+"""How often a trial is started again after it lost its process (killed, or its node preempted).
+
+A retry is cheap: it resumes from the last checkpoint.
+"""
+
+_TUNE_RESULT_KEYS = frozenset(
+    {
+        "done",
+        "iterations_since_restore",
+        "pid",
+        "time_since_restore",
+        "time_this_iter_s",
+        "time_total_s",
+        "timestamp",
+        "training_iteration",
+    }
+)
 
 
 class SweepListener(Protocol):
-    """Somebody who follows a sweep: a display, a tracker."""
+    """Follows a sweep, for example to display or track it."""
 
-    def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None: ...
+    def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:
+        """Receive the sweep before its first trial starts.
+
+        Args:
+            ledger: The sweep.
+            concurrency: Number of trials that run at the same time.
+        """
 
     def on_trial_update(self, trial: Trial, epoch_metrics: dict[str, float] | None) -> None:
-        """A trial started, reported an epoch (`metrics`), or ended."""
-        ...
+        """Receive a trial that started, reported an epoch, was started again, or ended.
 
-    def on_sweep_end(self, ledger: Ledger) -> None: ...
+        Args:
+            trial: The trial, as it was just written to the ledger.
+            epoch_metrics: Metrics of the reported epoch; None for other events.
+        """
 
-
-# Why a call of `run_sweep` came to its end; interrupted: by Ctrl-C.
-SweepEndReason = Literal["done", "budget", "interrupted"]
+    def on_sweep_end(self, ledger: Ledger) -> None:
+        """Receive the sweep at its end, also after an error."""
 
 
 class SweepFailed(RuntimeError):
-    """Several trials met an error that their settings do not explain."""
+    """Several trials failed by errors that their params do not explain, or none could start."""
 
 
 @dataclass
 class Budget:
-    """What one call may spend: wall seconds, and GPU seconds that trials hold (evaluation and
-    retries included).
+    """What one call of `run_sweep` may spend.
+
+    Attributes:
+        wall_seconds: Seconds since the start of the call.
+        gpu_seconds: Number of GPUs times the seconds that trials hold them, evaluation and retries
+            included.
     """
 
     wall_seconds: float = math.inf
     gpu_seconds: float = math.inf
 
     def is_exhausted(self, wall_seconds: float, gpu_seconds: float) -> bool:
+        """Return whether one of the amounts has reached its limit."""
         return wall_seconds >= self.wall_seconds or gpu_seconds >= self.gpu_seconds
 
 
 class LedgerCallback(tune.Callback):
-    """Tune's events, written to the ledger and passed on; it also knows when to end."""
+    """Write Tune's events to the ledger, notify listeners, and decide when the sweep must end.
+
+    Tune runs in rounds: trials that got no process in one round are started again in the next.
+
+    Args:
+        ledger: The sweep.
+        max_epochs: Epochs of a trial whose params do not set `epochs`.
+        listeners: Who is notified of each change, after the ledger has it.
+        gpus_per_trial: GPUs that a running trial holds.
+        budget: What this call may spend.
+
+    Attributes:
+        bug_tracebacks: Tracebacks of errors of the code, one for each trial that met one.
+        limit_reached: Whether this callback ended a round of Tune, rather than Ctrl-C.
+    """
 
     def __init__(
         self,
@@ -68,10 +116,9 @@ class LedgerCallback(tune.Callback):
         budget: Budget,
     ) -> None:
         self.bug_tracebacks: list[str] = []
-        # Why trials got no process: they are for another round of Tune.
-        self._start_failures: list[str] = []
-        # Whether it was this that ended a round of Tune, not Ctrl-C.
         self.limit_reached = False
+        # Why trials got no process in this round.
+        self._start_failures: list[str] = []
         self._n_rounds = 0
         self._made_progress = False
         self._ledger = ledger
@@ -79,50 +126,62 @@ class LedgerCallback(tune.Callback):
         self._listeners = listeners
         self._gpus_per_trial = gpus_per_trial
         self._budget = budget
-        # By number, of earlier calls and rounds too; read once, for a sweep's folder may hold
-        # thousands.
+        # Includes trials of earlier calls and rounds. Read once, because a sweep may have thousands
+        # of trials.
         self._trials_by_number = {trial.number: trial for trial in ledger.load_trials()}
         self._trials_by_id: dict[str, Trial] = {}
-        # Since when trials hold what they hold, as far as it is not counted yet; none while they
-        # wait to start again.
+        # By Tune's id: since when a trial has held its resources, apart from the seconds that are
+        # already counted. Trials that wait for a process are missing.
         self._interval_starts: dict[str, float] = {}
         self._start_time = time.monotonic()
         self._counted_seconds = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its callbacks into snapshots that are never read: the ledger is the truth.
+        # Tune pickles its callbacks into snapshots that raysweep never reads.
         return {}
 
     @property
     def has_reached_limit(self) -> bool:
-        """Whether the sweep is to end before its last trial."""
+        """Whether the sweep must end before its last trial: budget exhausted, or too many bugs."""
         now = time.monotonic()
-        held = self._counted_seconds + sum(now - since for since in self._interval_starts.values())
+        uncounted_seconds = sum(now - start for start in self._interval_starts.values())
+        trial_seconds = self._counted_seconds + uncounted_seconds
         return len(self.bug_tracebacks) >= MAX_BUGGY_TRIALS or self._budget.is_exhausted(
-            now - self._start_time, held * self._gpus_per_trial
+            now - self._start_time, trial_seconds * self._gpus_per_trial
         )
 
     def update_limit_reached(self) -> bool:
-        """`over`, asked by who then ends the sweep."""
+        """Set `limit_reached` if the limit has been reached, and return it.
+
+        Called where the answer ends the sweep; `has_reached_limit` only asks.
+        """
         self.limit_reached |= self.has_reached_limit
         return self.limit_reached
 
     def start_round(self) -> bool:
-        """Whether Tune is to run (again): the first time, and while trials lack nothing but a
-        process that lives.
+        """Begin a round of Tune if one is needed.
+
+        Returns:
+            True in the first round, and while trials failed only because they got no process and
+            the sweep has not reached its limit.
         """
-        again = not self._n_rounds or (
+        is_needed = not self._n_rounds or (
             bool(self._start_failures) and not self.update_limit_reached()
         )
         self._n_rounds, self._made_progress = self._n_rounds + 1, False
         self._start_failures.clear()
-        return again
+        return is_needed
 
     def check_round(self) -> None:
-        """Raises SweepFailed if the round that has ended shows that more would bring nothing."""
+        """Check after a round of Tune that another one makes sense.
+
+        Raises:
+            SweepFailed: If too many trials met errors of the code, or no trial made progress.
+        """
         if len(self.bug_tracebacks) >= MAX_BUGGY_TRIALS:
             raise SweepFailed(
-                f"{len(self.bug_tracebacks)} trials met errors of the code, the first:\n{self.bug_tracebacks[0]}"
+                f"{len(self.bug_tracebacks)} trials met errors of the code, the first:\n"
+                f"{self.bug_tracebacks[0]}"
             )
         if self._start_failures and not self._made_progress:
             raise SweepFailed(f"no trial could start: {self._start_failures[-1]}")
@@ -130,13 +189,12 @@ class LedgerCallback(tune.Callback):
     def on_trial_start(
         self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any
     ) -> None:
-        proposal = trial.config
+        """Start the trial's clock; at its first start also write it as running."""
         self._interval_starts[trial.trial_id] = time.monotonic()
         if trial.trial_id not in self._trials_by_id:
-            fresh = Trial(proposal["number"], proposal["params"])
-            self._save_and_notify(
-                trial, replace(self._trials_by_number.get(fresh.number, fresh), state="running")
-            )
+            new_trial = Trial(trial.config["number"], trial.config["params"])
+            saved_trial = self._trials_by_number.get(new_trial.number, new_trial)
+            self._save_and_notify(trial, replace(saved_trial, state="running"))
 
     def on_trial_result(
         self,
@@ -146,118 +204,112 @@ class LedgerCallback(tune.Callback):
         result: dict[str, Any],
         **info: Any,
     ) -> None:
-        before = self._trials_by_id[trial.trial_id]
+        """Write an epoch, or the failure that the trial reported."""
+        saved_trial = self._trials_by_id[trial.trial_id]
         if FAILURE_KEY in result:
-            self.bug_tracebacks += (
-                [result[BUG_TRACEBACK_KEY]] if BUG_TRACEBACK_KEY in result else []
-            )
-            self._save_and_notify(
-                trial, replace(before, state="failed", reason=result[FAILURE_KEY])
-            )
+            if BUG_TRACEBACK_KEY in result:
+                self.bug_tracebacks.append(result[BUG_TRACEBACK_KEY])
+            failed_trial = replace(saved_trial, state="failed", reason=result[FAILURE_KEY])
+            self._save_and_notify(trial, failed_trial)
             return
         metrics = {k: float(v) for k, v in result.items() if k == "epoch" or _is_metric(k, v)}
-        after = before.with_epoch(metrics, self._ledger.space.objectives[0])
-        if after is not before:
-            self._save_and_notify(trial, after, metrics)
+        updated_trial = saved_trial.with_epoch(metrics, self._ledger.space.objectives[0])
+        if updated_trial is not saved_trial:
+            self._save_and_notify(trial, updated_trial, metrics)
 
     def on_trial_complete(
         self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any
     ) -> None:
-        record = self._trials_by_id.get(trial.trial_id)
-        # None: a budget was spent before its first process started.
-        if record is not None and record.state == "running":
-            if record.epoch >= record.params.get("epochs", self._max_epochs):
-                self._save_and_notify(trial, replace(record, state="finished", reason=""))
+        """Write the end of a trial, unless the limit cut it off: then it can be resumed."""
+        saved_trial = self._trials_by_id.get(trial.trial_id)
+        # None: the limit was reached before the trial's first process started.
+        if saved_trial is not None and saved_trial.state == "running":
+            if saved_trial.epoch >= saved_trial.params.get("epochs", self._max_epochs):
+                self._save_and_notify(trial, replace(saved_trial, state="finished", reason=""))
             elif not self.has_reached_limit:
-                self._save_and_notify(trial, replace(record, state="stopped", reason=""))
+                self._save_and_notify(trial, replace(saved_trial, state="stopped", reason=""))
         self._stop_clock(trial)
 
     def on_trial_recover(
         self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any
     ) -> None:
-        before = self._trials_by_id.get(trial.trial_id)
-        if before is not None:
-            self._save_and_notify(
-                trial,
-                replace(
-                    before,
-                    retries=before.retries + 1,
-                    reason=describe_process_loss(_last_ray_error(trial)),
-                ),
-            )
+        """Count a retry of a trial that lost its process."""
+        saved_trial = self._trials_by_id.get(trial.trial_id)
+        if saved_trial is not None:
+            reason = describe_process_loss(_last_ray_error(trial))
+            retried_trial = replace(saved_trial, retries=saved_trial.retries + 1, reason=reason)
+            self._save_and_notify(trial, retried_trial)
         self._stop_clock(trial)
 
     def on_trial_error(
         self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any
     ) -> None:
-        before, why = (
-            self._trials_by_id.get(trial.trial_id),
-            describe_process_loss(_last_ray_error(trial)),
-        )
-        if before is not None and trial.num_failures > MAX_TRIAL_RETRIES:
-            self._save_and_notify(
-                trial, replace(before, state="failed", reason=f"{why}, {trial.num_failures} times")
-            )
+        """Write that a trial lost its process too often, or remember that it could not start."""
+        saved_trial = self._trials_by_id.get(trial.trial_id)
+        reason = describe_process_loss(_last_ray_error(trial))
+        if saved_trial is not None and trial.num_failures > MAX_TRIAL_RETRIES:
+            reason = f"{reason}, {trial.num_failures} times"
+            self._save_and_notify(trial, replace(saved_trial, state="failed", reason=reason))
         else:
-            # Tune does not try again where a process is lost while it starts.
-            self._start_failures.append(why)
+            # Tune does not retry a trial that loses its process while it starts.
+            self._start_failures.append(reason)
         self._stop_clock(trial)
 
     def _stop_clock(self, ray_trial: RayTrial) -> None:
-        """The trial's process has ended: it holds nothing until it starts again."""
+        """Count the seconds of a trial whose process has ended."""
         now = time.monotonic()
         self._counted_seconds += now - self._interval_starts.pop(ray_trial.trial_id, now)
 
     def _save_and_notify(
         self, ray_trial: RayTrial, updated_trial: Trial, metrics: dict[str, float] | None = None
     ) -> None:
+        """Count the trial's seconds, write it to the ledger, and notify the listeners."""
         now = time.monotonic()
-        held = now - self._interval_starts.get(ray_trial.trial_id, now)
+        seconds = now - self._interval_starts.get(ray_trial.trial_id, now)
         self._interval_starts[ray_trial.trial_id] = now
-        self._counted_seconds += held
-        updated_trial = replace(updated_trial, seconds=updated_trial.seconds + held)
+        self._counted_seconds += seconds
+        updated_trial = replace(updated_trial, seconds=updated_trial.seconds + seconds)
         self._made_progress |= metrics is not None or updated_trial.state != "running"
-        self._trials_by_id[ray_trial.trial_id] = self._trials_by_number[updated_trial.number] = (
-            updated_trial
-        )
+        self._trials_by_id[ray_trial.trial_id] = updated_trial
+        self._trials_by_number[updated_trial.number] = updated_trial
         self._ledger.save_trial(updated_trial)
         for listener in self._listeners:
             listener.on_trial_update(updated_trial, metrics)
 
 
 class BudgetStopper(tune.Stopper):
-    """Ends all trials when the relay says so."""
+    """Stop all trials when the ledger callback has reached its limit.
+
+    Args:
+        ledger_callback: The callback of the same sweep.
+    """
 
     def __init__(self, ledger_callback: LedgerCallback) -> None:
         self._ledger_callback = ledger_callback
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Never stop a single trial."""
         return False
 
     def stop_all(self) -> bool:
+        """Return whether all trials must stop."""
         return self._ledger_callback.update_limit_reached()
 
     def __getstate__(self) -> dict[str, Any]:
+        # As for the callback: Tune's snapshots are never read.
         return {}
 
 
-_TUNE_RESULT_KEYS = frozenset({
-    "timestamp", "time_this_iter_s", "time_total_s", "time_since_restore", "pid", "iterations_since_restore",
-    "training_iteration", "done",
-})  # fmt: skip
-
-
 def _last_ray_error(ray_trial: RayTrial) -> str:
-    """What Ray says of the trial's last failure."""
-    file = ray_trial.error_file
-    return (
-        Path(file).read_text().rpartition("Failure # ")[2] if file and Path(file).exists() else ""
-    )
+    """Return Ray's message about the trial's last failure; empty if there is none."""
+    error_file = ray_trial.error_file
+    if not error_file or not Path(error_file).exists():
+        return ""
+    return Path(error_file).read_text().rpartition("Failure # ")[2]
 
 
 def _is_metric(key: str, value: Any) -> bool:
-    return (
-        key not in _TUNE_RESULT_KEYS
-        and isinstance(value, int | float)
-        and not isinstance(value, bool)
-    )
+    """Return whether an entry of Tune's result is a number that the trial reported."""
+    if key in _TUNE_RESULT_KEYS or isinstance(value, bool):
+        return False
+    return isinstance(value, int | float)

@@ -1,13 +1,19 @@
-"""The sweep: Ray Tune runs the trials, Optuna proposes them, ASHA stops the weak ones, the ledger
-remembers.
+"""Run a sweep on Ray Tune.
+
+Optuna proposes the params of each trial, ASHA stops weak trials, and the ledger records them.
 """
+
+# ruff: noqa: E402
+from raysweep.sweep.ray_environment import set_ray_environment
+
+set_ray_environment()
 
 import logging
 import math
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,116 +65,123 @@ def run_sweep(
     fingerprint: str | None = None,
     extended_space: SearchSpace | None = None,
 ) -> SweepEndReason:
-    """Run the trials that the ledger still lacks, or as many as the budget allows: why it ended.
+    """Run the trials of a sweep that have not ended, as far as the budget allows.
 
-    fingerprint: the data's, where the caller knows it; grown: what the sweep is to become (see
-    `Ledger.extend`). Raises SpecError before anything runs or changes if they cannot, SweepFailed
-    when several have failed by what looks like a bug.
+    Args:
+        ledger: The sweep.
+        listeners: Who follows the sweep.
+        resources: What one trial holds; by default one CPU, and one GPU if the cluster has any.
+        address: Ray cluster, `auto` or `host:port`; see `connect_to_cluster`.
+        budget: What this call may spend; unlimited by default.
+        fingerprint: Fingerprint of the data, to avoid computing it again.
+        extended_space: Search space with which the sweep continues, see `Ledger.extend_space`.
+
+    Returns:
+        Why the call ended.
+
+    Raises:
+        SpecError: If the sweep cannot run; nothing has changed then.
+        SweepFailed: If several trials failed by what looks like a bug, or no trial could start.
     """
     resources = resources or Resources()
+    budget = budget or Budget()
     space = extended_space or ledger.space
     config = space.trial_config({})
-    source = CachedDataset(config.data, fingerprint or load_data(config.data).fingerprint)
+    dataset = CachedDataset(config.data, fingerprint or load_data(config.data).fingerprint)
     with connect_to_cluster(address) as cluster:
-        if problems := find_node_problems(ledger.path, source):
+        if problems := find_node_problems(ledger.path, dataset):
             raise SpecError(problems)
         resources = resources.resolve(cluster)
-        budget = budget or Budget()
         if math.isfinite(budget.gpu_seconds) and not resources.n_gpus:
             raise SpecError("--max-gpu-hours: the trials hold no GPU; use --max-time")
-        concurrent = resources.max_concurrent_trials(cluster, node_capacities())
+        concurrency = resources.max_concurrent_trials(cluster, node_capacities())
         if extended_space is not None:
             ledger.extend_space(extended_space)
         for listener in listeners:
-            listener.on_sweep_start(ledger, concurrent)
-        relay = LedgerCallback(ledger, config.epochs, listeners, resources.n_gpus, budget)
+            listener.on_sweep_start(ledger, concurrency)
+        ledger_callback = LedgerCallback(ledger, config.epochs, listeners, resources.n_gpus, budget)
         try:
-            while (
-                wanted := space.n_trials - _count_ended_trials(ledger)
-            ) > 0 and relay.start_round():
-                with _restore_signal_handlers():
-                    _build_tuner(ledger, source, relay, resources, concurrent, wanted).fit()
-                relay.check_round()
-        except tune.TuneError as error:
-            # Tune wraps what the ledger's writes raise.
-            if isinstance(error.__context__, storage.BucketUnavailable | SpecError):
-                raise error.__context__ from None
-            raise
+            _run_rounds(ledger, dataset, ledger_callback, resources, concurrency)
         finally:
             for listener in listeners:
                 listener.on_sweep_end(ledger)
     if _count_ended_trials(ledger) >= space.n_trials:
         return "done"
-    return "budget" if relay.limit_reached else "interrupted"
+    return "budget" if ledger_callback.limit_reached else "interrupted"
+
+
+def _run_rounds(
+    ledger: Ledger,
+    dataset: CachedDataset,
+    ledger_callback: LedgerCallback,
+    resources: Resources,
+    concurrency: int,
+) -> None:
+    """Run Tune, again if trials could not start, until all trials have ended or it must stop."""
+    try:
+        while True:
+            n_trials_left = ledger.space.n_trials - _count_ended_trials(ledger)
+            if n_trials_left <= 0 or not ledger_callback.start_round():
+                return
+            with _restore_signal_handlers():
+                _build_tuner(
+                    ledger, dataset, ledger_callback, resources, concurrency, n_trials_left
+                ).fit()
+            ledger_callback.check_round()
+    except tune.TuneError as error:
+        # Tune wraps the errors of the ledger's writes.
+        if isinstance(error.__context__, storage.BucketUnavailable | SpecError):
+            raise error.__context__ from None
+        raise
 
 
 @contextmanager
 def _restore_signal_handlers() -> Iterator[None]:
-    """Tune leaves its own behind: after a sweep without Ctrl-C, the first one would do nothing."""
+    """Restore the signal handlers after this block.
+
+    Tune does not restore them: after a sweep without Ctrl-C, the next Ctrl-C would do nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def _count_ended_trials(ledger: Ledger) -> int:
+    """Return the number of trials that have ended."""
     return sum(trial.state != "running" for trial in ledger.load_trials())
 
 
 def _build_tuner(
     ledger: Ledger,
-    cached_dataset: CachedDataset,
+    dataset: CachedDataset,
     ledger_callback: LedgerCallback,
     resources: Resources,
     concurrency: int,
     n_trials: int,
 ) -> tune.Tuner:
-    for name in ("ray.tune", "ray.train", "ray"):
-        logging.getLogger(name).setLevel(logging.CRITICAL if name == "ray.tune" else logging.ERROR)
-    warnings.filterwarnings("ignore", module="ray")
-    where, space = storage.uri_of(ledger.path.resolve()), ledger.space
-
-    def trainable(proposal: dict[str, Any]) -> None:
-        settings = space.trial_config(proposal["params"])
-        # Each machine has its own copy of a bucket.
-        root = storage.local_path(where)
-        path = root / "trials" / f"{proposal['number']:04d}"
-        store = PrefixCache(
-            root.parent / PREFIX_CACHE_FOLDER, max_bytes=int(space.prefix_gib * 2**30)
-        )
-        prefixes = store if space.share_prefixes else None
-        if resources.workers == 1:
-            _train_trial(settings, path, resources.cpus, prefixes, cached_dataset)
-        else:
-            train_on_workers(
-                settings,
-                path,
-                resources.workers,
-                resources.worker_resources,
-                prefixes,
-                cached_dataset,
-            )
-
-    trainable.__mixins__ = (PreemptibleMixin,)  # type: ignore[attr-defined]
+    """Build Tune's tuner for `n_trials` trials."""
+    _silence_ray()
+    trainable = _make_trainable(ledger, dataset, resources)
     return tune.Tuner(
         tune.with_resources(trainable, resources.trial_resources),
         tune_config=tune.TuneConfig(
             num_samples=n_trials,
             max_concurrent_trials=concurrency,
             search_alg=LedgerSearcher(ledger),
-            scheduler=_build_scheduler(ledger, space.trial_config({}).epochs),
-            # A trial that waits for its workers cannot be told to stop: its process ends, and the
-            # workers with it.
+            scheduler=_build_scheduler(ledger, ledger.space.trial_config({}).epochs),
+            # A trial that waits for its workers does not notice that it must stop: its process has
+            # to end, and the workers end with it.
             reuse_actors=resources.workers == 1,
         ),
         run_config=tune.RunConfig(
             name="ray",
-            # Nothing but Tune's own scratch: no sweep starts from it.
+            # Temporary files of Tune: no sweep is resumed from them.
             storage_path=str(ledger.path.resolve()),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=MAX_TRIAL_RETRIES),
@@ -178,12 +191,50 @@ def _build_tuner(
     )
 
 
+def _silence_ray() -> None:
+    """Hide Ray's warnings and most of its log messages."""
+    for name in ("ray.tune", "ray.train", "ray"):
+        logging.getLogger(name).setLevel(logging.CRITICAL if name == "ray.tune" else logging.ERROR)
+    warnings.filterwarnings("ignore", module="ray")
+
+
+def _make_trainable(
+    ledger: Ledger, dataset: CachedDataset, resources: Resources
+) -> Callable[[dict[str, Any]], None]:
+    """Return the function that Tune calls with the config of a trial: its number and params."""
+    sweep_uri, space = storage.uri_of(ledger.path.resolve()), ledger.space
+
+    def train_trial(trial_config: dict[str, Any]) -> None:
+        config = space.trial_config(trial_config["params"])
+        # Each machine has its own local copy of a bucket.
+        sweep_path = storage.local_path(sweep_uri)
+        run_path = sweep_path / "trials" / f"{trial_config['number']:04d}"
+        prefix_cache = None
+        if space.share_prefixes:
+            prefix_cache = PrefixCache(
+                sweep_path.parent / PREFIX_CACHE_FOLDER, max_bytes=int(space.prefix_gib * 2**30)
+            )
+        if resources.workers == 1:
+            _train_trial(config, run_path, resources.cpus, prefix_cache, dataset)
+        else:
+            train_on_workers(
+                config,
+                run_path,
+                resources.workers,
+                resources.worker_resources,
+                prefix_cache,
+                dataset,
+            )
+
+    train_trial.__mixins__ = (PreemptibleMixin,)  # type: ignore[attr-defined]
+    return train_trial
+
+
 def _build_scheduler(ledger: Ledger, max_epochs: int) -> TrialScheduler:
-    return (
-        FIFOScheduler()
-        if ledger.space.scheduler.kind == "none"
-        else AshaScheduler(ledger, max_epochs)
-    )
+    """Return the scheduler that the search space names."""
+    if ledger.space.scheduler.kind == "none":
+        return FIFOScheduler()
+    return AshaScheduler(ledger, max_epochs)
 
 
 def _train_trial(
@@ -191,18 +242,18 @@ def _train_trial(
     run_path: Path,
     cpus: float,
     prefix_cache: PrefixCache | None,
-    cached_dataset: CachedDataset,
+    dataset: CachedDataset,
 ) -> None:
-    """One trial, in its own process: what `raysweep train` does, reporting to Tune.
+    """Train a trial in its own process and report to Tune, as `raysweep train` trains a run.
 
-    Only what the trial's settings or code explain is caught here: what kills the process is Tune's
-    to retry.
+    Only errors that the trial's params or the code explain are reported. What kills the process is
+    left to Tune, which retries.
     """
     import torch
 
     torch.set_num_threads(max(1, int(cpus)))
 
-    def report(metrics: dict[str, float], checkpoint: TrainingCheckpoint) -> None:
+    def report_epoch(metrics: dict[str, float], checkpoint: TrainingCheckpoint) -> None:
         tune.report(metrics)
 
     try:
@@ -211,8 +262,8 @@ def _train_trial(
             train_model(
                 config,
                 run_path,
-                FunctionCallback(report, should_interrupt=termination_requested),
-                data=cached_dataset.load_shared(config.data),
+                FunctionCallback(report_epoch, should_interrupt=termination_requested),
+                data=dataset.load_shared(config.data),
                 prefix_cache=prefix_cache,
             )
     except TrainingInterrupted:
