@@ -45,6 +45,7 @@ class _OneLineErrorParser(argparse.ArgumentParser):
     """A parser that prints an error in one line, as commands do."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the error and exit with code 2."""
         self.exit(2, f"raysweep: error: {message}; see `{self.prog} --help`\n")
 
 

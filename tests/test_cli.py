@@ -1,6 +1,7 @@
 """The command line as its users meet it."""
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -103,6 +104,17 @@ def test_every_command_has_a_manual_page_with_examples_that_parse() -> None:
             assert parser.parse_args(example.split()[1:]).command == name
 
 
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_field_of_a_request_is_documented(name: str) -> None:
+    module = importlib.import_module(f"raysweep.commands.{name}")
+    request_class = getattr(module, f"{name.capitalize()}Request")
+    for example in module.EXAMPLES:
+        request = request_class.from_args(build_parser().parse_args(example.split()[1:]))
+        assert isinstance(request, request_class)
+    for field in dataclasses.fields(request_class):
+        assert f"\n        {field.name}: " in request_class.__doc__
+
+
 def test_former_names_are_warned_of_in_one_line(workdir: Path, capsys) -> None:
     (workdir / "space.yaml").write_text(
         "method: at\nstart: [{optim.lr: 0.1}]\nspace: {optim.lr: {float: [0.1, 0.2]}}\n"
@@ -138,7 +150,8 @@ def test_other_warnings_keep_their_place_in_the_source(monkeypatch, capsys) -> N
 def test_help_answers_at_once_and_imports_nothing_heavy() -> None:
     code = (
         "import sys, raysweep.cli\n"
-        "try: raysweep.cli.main(['--help'])\nexcept SystemExit: pass\n"
+        f"for command in [[], *([name] for name in {list(FLAGS)})]:\n"
+        "    try: raysweep.cli.main([*command, '--help'])\n    except SystemExit: pass\n"
         "heavy = {'torch', 'ray', 'mlflow', 'optuna', 'pydantic', 'yaml', 'rich', 'numpy'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )

@@ -258,26 +258,19 @@ def _run_sweep(
     resources: Resources,
 ) -> int:
     """Run or resume the sweep and print its result; return the exit code."""
-    from rich.console import Console
-
     from raysweep.commands.common import make_writable_folder
     from raysweep.leases import hold_folder_lease
     from raysweep.spec import SpecError
     from raysweep.sweep.ledger import Ledger
-    from raysweep.terminal import SweepDisplay
-    from raysweep.tracking import SweepTracker, Tracker, tracking_uri
+    from raysweep.tracking import Tracker, tracking_uri
 
     out = make_writable_folder(request.out)
     export_listeners = _make_export_listeners(request)
     sweep_folder = runs_folder / _choose_sweep_name(request, space)
     tracker = Tracker(tracking_uri(out), out / "mlruns")
-    listeners: list[SweepListener] = [
-        SweepTracker(tracker, dataset.fingerprint),
-        SweepDisplay(Console(stderr=True)),
-        *export_listeners,
-    ]
+    listeners = [*_make_listeners(tracker, dataset.fingerprint), *export_listeners]
 
-    # These import Ray.
+    # Importing Ray takes seconds, in which the tracker connects to MLflow in its thread.
     from raysweep.sweep.tune_callbacks import SweepFailed
     from raysweep.sweep.tuner import run_sweep
 
@@ -318,6 +311,16 @@ def _choose_sweep_name(request: TuneRequest, space: SearchSpace) -> str:
     method = space.trial_config({}).method.name
     name = request.name or f"{method}-{time.strftime('%Y%m%d-%H%M%S')}"
     return check_plain_name(name, "--name")
+
+
+def _make_listeners(tracker: Tracker, fingerprint: str) -> list[SweepListener]:
+    """Return the listeners of every sweep: the MLflow records and the display on stderr."""
+    from rich.console import Console
+
+    from raysweep.terminal import SweepDisplay
+    from raysweep.tracking import SweepTracker
+
+    return [SweepTracker(tracker, fingerprint), SweepDisplay(Console(stderr=True))]
 
 
 def _make_export_listeners(request: TuneRequest) -> list[SweepListener]:
