@@ -1,8 +1,13 @@
-"""Per-example training losses: (logits, natural_logits, y) -> (N,). Reduction and weights are the
-method's business.
+"""Training losses by example: functions (logits, natural_logits, y) -> losses (N,).
 
-`logits` are those of the view that a term looks at, `natural_logits` those of the natural data (N,
-C), y (N,) int64.
+All losses take the same arguments and use those that they need:
+
+- logits (N, classes): logits of the input of the term, natural or adversarial images.
+- natural_logits (N, classes): logits of the natural images.
+- y (N,) int64: true labels.
+
+The method multiplies them by instance weights and takes the mean. p is the softmax of the logits;
+"G eq." and "L eq." cite the papers of GAIRAT and LRAT.
 """
 
 from collections.abc import Callable
@@ -17,30 +22,34 @@ LossName = Literal["ce", "margin", "bce", "kl", "kl_misclassified"]
 
 
 def cross_entropy(logits: Tensor, natural_logits: Tensor, y: Tensor) -> Tensor:
-    """-log p_y: cross-entropy (G eq. 1)."""
+    """Return the cross-entropy -log p_y (L eq. 11)."""
     return F.cross_entropy(logits, y, reduction="none")
 
 
 def mart_margin(logits: Tensor, natural_logits: Tensor, y: Tensor) -> Tensor:
-    """-log(1 - max_{k != y} p_k): MART's margin term (G eq. 9), with MART's 1e-4 against log 0."""
-    wrong = F.softmax(logits, 1).scatter(1, y[:, None], 0.0).amax(1)
-    return -torch.log(1.0001 - wrong + 1e-12)
+    """Return MART's margin term -log(1 - max_{k != y} p_k), the second part of l_margin (G eq. 9).
+
+    The constant 1.0001 in place of 1 is that of MART's code; it keeps the logarithm finite.
+    """
+    max_wrong = F.softmax(logits, 1).scatter(1, y[:, None], 0.0).amax(1)
+    return -torch.log(1.0001 - max_wrong + 1e-12)
 
 
 def boosted_cross_entropy(logits: Tensor, natural_logits: Tensor, y: Tensor) -> Tensor:
-    """Boosted cross-entropy, the sum of `ce` and `margin` (G eq. 9, l_margin)."""
+    """Return MART's boosted cross-entropy l_margin, the sum of `ce` and `margin` (G eq. 9)."""
     return cross_entropy(logits, natural_logits, y) + mart_margin(logits, natural_logits, y)
 
 
 def kl_divergence(logits: Tensor, natural_logits: Tensor, y: Tensor) -> Tensor:
-    """KL(p(x) || p(x~)) (L eq. 16); the gradient flows into both."""
+    """Return KL(p(x) || p(x~)) (L eq. 16); the gradient flows into both logits."""
     natural = F.log_softmax(natural_logits, 1)
     return (natural.exp() * (natural - F.log_softmax(logits, 1))).sum(1)
 
 
 def misclassification_weighted_kl(logits: Tensor, natural_logits: Tensor, y: Tensor) -> Tensor:
-    """KL times 1 - p_y(x) (G eq. 9). The factor is part of the loss, not a weight: MART
-    differentiates it.
+    """Return KL(p(x) || p(x~)) (1 - p_y(x)), the second term of MART (G eq. 9).
+
+    The factor is a part of the loss and not an instance weight, because MART differentiates it.
     """
     natural_true = F.softmax(natural_logits, 1).gather(1, y[:, None])[:, 0]
     return kl_divergence(logits, natural_logits, y) * (1.0000001 - natural_true)

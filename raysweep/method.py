@@ -1,9 +1,11 @@
-"""A method is a sum over terms: coef x mean(weight x loss), a term looking at natural or attacked
-data.
+"""Methods: training losses that are sums of weighted terms over natural and adversarial images.
+
+An input is a batch of images that a term can use: `natural`, or the output of an attack under the
+attack's name. "G eq." and "L eq." cite the papers of GAIRAT and LRAT.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Self
 
 import torch
@@ -19,31 +21,59 @@ from raysweep.weights import AnyWeight, RemainderWeight, UniformWeight, WeightIn
 from raysweep.worker_group import SINGLE_WORKER, WorkerGroup
 
 NATURAL_INPUT = "natural"
-# Kinds of weights that look at kappa, and the attacks whose kappa is what they mean.
+# Kind of a weight that uses kappa -> kinds of attacks whose kappa has the meaning that it expects.
 _KAPPA_ATTACK_KINDS = {"geometry": ("pgd",), "within_margin": ("pgd", "minimal")}
 
 
 class Term(Spec):
-    """coef x mean(weight x loss) over a view: `natural`, an attack's name, or several joined by `+`
-    (losses add).
+    """One term of the loss: coef x mean(weight x loss).
+
+    With several inputs, their losses are added.
     """
 
     loss: LossName = "ce"
+    """Loss of an example: `ce`, cross-entropy; `margin`, MART's margin term; `bce`, the sum of both
+    (boosted cross-entropy); `kl`, KL(p(x) || p(x~)); `kl_misclassified`, the same times 1 - p_y(x)
+    (MART)."""
+
     on: str
+    """Inputs of the loss: `natural`, the name of an attack, or several of them joined by `+`."""
+
     coef: Annotated[Schedule, bounded(0)] = 1.0
+    """Factor of the term, at least 0."""
+
     weight: AnyWeight = Field(default_factory=UniformWeight)
+    """Instance weight of the examples."""
 
     @property
     def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs, in the order of `on`."""
         return tuple(part.strip() for part in self.on.split("+"))
+
+    @property
+    def weight_input_name(self) -> str:
+        """Name of the input that decides the weight: `by` of the weight, else the first input."""
+        return getattr(self.weight, "by", None) or self.input_names[0]
+
+    @property
+    def needs_natural_logits(self) -> bool:
+        """Whether the loss or the weight of the term uses the logits of natural images."""
+        input_names = (*self.input_names, self.weight_input_name)
+        return NATURAL_INPUT in input_names or self.loss.startswith("kl")
 
 
 @dataclass(frozen=True)
 class MethodOutput:
-    """One training step: the loss to differentiate, and what the method saw of the local rows.
+    """Result of a method for one training step; rows are those of the local batch.
 
-    natural_logits, logits: (N, C), still in the graph; weights: (N,) without gradient; rows: of the
-    global batch.
+    Attributes:
+        loss: Scalar to differentiate.
+        natural_logits: Logits of natural images (N, classes) with gradient; None if no term uses
+            them.
+        logits: Input name -> logits (N, classes) with gradient.
+        attack_results: Attack name -> its result.
+        weights: Term name -> instance weights (N,) without gradient, before normalisation.
+        global_batch_size: Number of rows on all workers, a scalar tensor.
     """
 
     loss: Tensor
@@ -55,21 +85,26 @@ class MethodOutput:
 
 
 class Method(Spec):
-    """Attacks and terms. Terms are taken in order: a `remainder` weight names terms before it.
-
-    normalise: divide the loss by the mean, over the global batch, of the summed weights of all
-    terms (L eq. 17).
-    """
+    """A training method: named attacks, and the named terms of its loss."""
 
     name: str = "inline"
+    """Name of the method in folders and tables: letters, digits and `- _ .`, not starting with
+    `.`."""
+
     attacks: dict[str, AnyAttack] = Field(default_factory=dict)
+    """Name -> attack that makes adversarial images in each step. A term must use each of them."""
+
     terms: Annotated[dict[str, Term], Field(min_length=1)]
+    """Name -> term of the loss, in order: a `remainder` weight uses terms before it."""
+
     normalise: bool = False
+    """Divide the loss by the mean, over the global batch, of the summed weights of all terms
+    (L eq. 17)."""
 
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        # It becomes a part of folders' names.
+        """Reject names that folders cannot have, because folders of runs contain the name."""
         if not is_safe_name(name):
             raise ValueError("use letters, digits, '-', '_' and '.', not starting with '.'")
         return name
@@ -77,10 +112,11 @@ class Method(Spec):
     @field_validator("attacks", "terms")
     @classmethod
     def _check_part_names(cls, parts: dict[str, object]) -> dict[str, object]:
+        """Reject names that paths of settings cannot contain, and an attack called `natural`."""
         for name in parts:
             if name == NATURAL_INPUT and not isinstance(parts[name], Term):
                 raise ValueError(
-                    f"{NATURAL_INPUT!r} is the name of the clean view, not of an attack"
+                    f"{NATURAL_INPUT!r} is the name of the natural images, not of an attack"
                 )
             if not name.isidentifier():
                 raise ValueError(f"{name!r} is not a plain name: use letters, digits and _")
@@ -88,56 +124,62 @@ class Method(Spec):
 
     @model_validator(mode="after")
     def _check_terms(self) -> Self:
-        problems = []
-        known = [NATURAL_INPUT, *self.attacks]
-        before: list[str] = []
+        """Reject references to unknown inputs or terms, wrong kappa and unused attacks."""
+        problems: list[str] = []
+        earlier_terms: list[str] = []
+        used_inputs: set[str] = set()
         for name, term in self.terms.items():
-            problems += [
-                f"terms.{name}.on: {describe_unknown_name('view', v, known)}"
-                for v in term.input_names
-                if v not in known
-            ]
-            if isinstance(term.weight, RemainderWeight):
-                missing = [other for other in term.weight.of if other not in before]
-                problems += [
-                    f"terms.{name}.weight.of: {m!r} is not a term before it" for m in missing
-                ]
-            if (
-                _weight_input_name(term) not in known
-                and _weight_input_name(term) not in term.input_names
-            ):
-                problems.append(
-                    f"terms.{name}.weight.by: {describe_unknown_name('view', _weight_input_name(term), known)}"
-                )
-            elif problem := self._find_kappa_problem(term):
-                problems.append(f"terms.{name}.weight: {problem}")
-            before.append(name)
-        used = {
-            view
-            for term in self.terms.values()
-            for view in (*term.input_names, _weight_input_name(term))
-        }
-        problems += [
-            f"attacks.{name}: no term looks at it" for name in self.attacks if name not in used
-        ]
+            problems += self._find_term_problems(name, term, earlier_terms)
+            earlier_terms.append(name)
+            used_inputs.update(term.input_names, [term.weight_input_name])
+        for name in self.attacks:
+            if name not in used_inputs:
+                problems.append(f"attacks.{name}: no term uses it")
         if problems:
             raise SpecError(problems)
         return self
 
+    def _find_term_problems(self, name: str, term: Term, earlier_terms: list[str]) -> list[str]:
+        """Return one line for each problem of a term."""
+        input_names = [NATURAL_INPUT, *self.attacks]
+        problems = [
+            f"terms.{name}.on: {describe_unknown_name('input', input_name, input_names)}"
+            for input_name in term.input_names
+            if input_name not in input_names
+        ]
+        if isinstance(term.weight, RemainderWeight):
+            problems += [
+                f"terms.{name}.weight.of: {other!r} is not a term before it"
+                for other in term.weight.of
+                if other not in earlier_terms
+            ]
+        weight_input = term.weight_input_name
+        if weight_input not in input_names and weight_input not in term.input_names:
+            suggestion = describe_unknown_name("input", weight_input, input_names)
+            problems.append(f"terms.{name}.weight.by: {suggestion}")
+        elif problem := self._find_kappa_problem(term):
+            problems.append(f"terms.{name}.weight: {problem}")
+        return problems
+
     def _find_kappa_problem(self, term: Term) -> str | None:
-        """Why the attack that decides the term's weight does not have the kappa that such weights
-        need.
-        """
-        decides, counting = _weight_input_name(term), _KAPPA_ATTACK_KINDS.get(term.weight.kind)
-        attack = self.attacks.get(decides)
-        if counting and decides == NATURAL_INPUT:
+        """Return why the weight cannot use the kappa of its input, or None if it can."""
+        weight_input = term.weight_input_name
+        attack_kinds = _KAPPA_ATTACK_KINDS.get(term.weight.kind)
+        attack = self.attacks.get(weight_input)
+        if attack_kinds and weight_input == NATURAL_INPUT:
             return f"{term.weight.kind} weights need kappa; set `by` to an attack"
-        if not counting or attack is None:
+        if not attack_kinds or attack is None:
             return None
-        if attack.kind not in counting:
-            return f"{term.weight.kind} weights take kappa from {' or '.join(counting)}; {decides!r} is {attack.kind}"
+        if attack.kind not in attack_kinds:
+            return (
+                f"{term.weight.kind} weights take kappa from {' or '.join(attack_kinds)}; "
+                f"{weight_input!r} is {attack.kind}"
+            )
         if getattr(term.weight, "official", False) and attack.steps < 2:
-            return f"official weights divide by floor(steps / 2): attacks.{decides}.steps must be 2 or more"
+            return (
+                "official weights divide by floor(steps / 2): "
+                f"attacks.{weight_input}.steps must be 2 or more"
+            )
         return None
 
     def __call__(
@@ -149,73 +191,90 @@ class Method(Spec):
         workers: WorkerGroup = SINGLE_WORKER,
         attack_model: nn.Module | None = None,
     ) -> MethodOutput:
-        """Attack, then one forward in the model's own mode for each view, then the weighted sum of
-        losses.
+        """Run the attacks, then one forward pass for each input, and return the weighted loss.
 
-        The loss is scaled so that the mean of its gradient over workers is the gradient of the
-        global batch. attacked: the model in eval mode in a form that is faster, for the attacks
-        that want that mode.
+        The loss is scaled so that the mean of its gradients over workers is the gradient of the
+        global batch.
+
+        Args:
+            model: The model to train. Losses use the mode that it is in.
+            x: Natural images of the local batch, (N, C, H, W) in [0, 1].
+            y: True labels, (N,) int64.
+            rng: Random numbers of the N examples.
+            workers: The workers that share the global batch.
+            attack_model: A faster form of the model in eval mode, for attacks in eval mode.
         """
-        adversarial: dict[str, AttackResult] = {}
+        attack_results: dict[str, AttackResult] = {}
         for name, attack in self.attacks.items():
-            met = (
-                model
-                if attack_model is None or getattr(attack, "mode", "eval") == "train"
-                else attack_model
-            )
-            adversarial[name] = attack(met, x, y, rng.derive_stream("attack", name))
-        needs_natural = any(
-            NATURAL_INPUT in (*term.input_names, _weight_input_name(term))
-            or term.loss.startswith("kl")
-            for term in self.terms.values()
+            target = model
+            if attack_model is not None and getattr(attack, "mode", "eval") == "eval":
+                target = attack_model
+            attack_results[name] = attack(target, x, y, rng.derive_stream("attack", name))
+        logits: dict[str, Tensor] = {}
+        if any(term.needs_natural_logits for term in self.terms.values()):
+            logits[NATURAL_INPUT] = model(x)
+        logits |= {name: model(result.x_adv) for name, result in attack_results.items()}
+        weights = self._compute_weights(logits, y, attack_results)
+        global_batch_size = workers.all_reduce_sum(x.new_full((), len(y)))
+        loss = self._compute_loss(logits, y, weights, global_batch_size, workers)
+        return MethodOutput(
+            loss=loss,
+            natural_logits=logits.get(NATURAL_INPUT),
+            logits=logits,
+            attack_results=attack_results,
+            weights=weights,
+            global_batch_size=global_batch_size,
         )
-        logits: dict[str, Tensor] = {NATURAL_INPUT: model(x)} if needs_natural else {}
-        logits |= {name: model(result.x_adv) for name, result in adversarial.items()}
 
-        natural = logits.get(NATURAL_INPUT)
-        rows = workers.all_reduce_sum(x.new_full((), len(y)))
-        total, tiny = x.new_zeros(()), torch.finfo(x.dtype).tiny
-        pair_weight = x.new_zeros(len(y))
-        weights: dict[str, Tensor] = {}
+    def _compute_loss(
+        self,
+        logits: Mapping[str, Tensor],
+        y: Tensor,
+        weights: Mapping[str, Tensor],
+        global_batch_size: Tensor,
+        workers: WorkerGroup,
+    ) -> Tensor:
+        """Return the scaled sum of the terms."""
+        tiny = torch.finfo(global_batch_size.dtype).tiny
+        total = global_batch_size.new_zeros(())
+        summed_weights = global_batch_size.new_zeros(len(y))
         for name, term in self.terms.items():
-            weight = self._compute_weight(term, logits, y, adversarial, weights)
-            weights[name] = weight
+            weight = weights[name]
             if getattr(term.weight, "normalise", False):
-                weight = weight * rows / workers.all_reduce_sum(weight.sum()).clamp_min(tiny)
-            pair_weight = pair_weight + weight
+                weight_sum = workers.all_reduce_sum(weight.sum()).clamp_min(tiny)
+                weight = weight * global_batch_size / weight_sum
+            summed_weights = summed_weights + weight
+            loss_function = LOSSES[term.loss]
+            # Losses that need natural logits make `needs_natural_logits` true; for the others any
+            # tensor will do.
             loss = sum(
-                LOSSES[term.loss](logits[v], logits[v] if natural is None else natural, y)
+                loss_function(logits[v], logits.get(NATURAL_INPUT, logits[v]), y)
                 for v in term.input_names
             )
             total = total + resolved_value(term.coef) * (weight * loss).sum()
-        scale = (
-            workers.all_reduce_sum(pair_weight.sum()).clamp_min(tiny) if self.normalise else rows
-        )
-        return MethodOutput(
-            total * workers.size / scale, natural, logits, adversarial, weights, rows
-        )
+        scale = global_batch_size
+        if self.normalise:
+            scale = workers.all_reduce_sum(summed_weights.sum()).clamp_min(tiny)
+        return total * workers.size / scale
 
-    def _compute_weight(
+    def _compute_weights(
         self,
-        term: Term,
-        logits: dict[str, Tensor],
+        logits: Mapping[str, Tensor],
         y: Tensor,
-        attack_results: dict[str, AttackResult],
-        earlier_weights: dict[str, Tensor],
-    ) -> Tensor:
-        view = _weight_input_name(term)
-        attack = self.attacks.get(view)
-        look = WeightInputs(
-            logits=logits[view].detach(),
-            y=y,
-            kappa=attack_results[view].kappa if attack else None,
-            attack_steps=attack.steps if attack else 0,
-            vulnerability_kind=attack.vulnerability_kind if attack else "probability",
-            earlier_weights=earlier_weights,
-        )
-        return term.weight(look)
-
-
-def _weight_input_name(term: Term) -> str:
-    """The view that the term's weight looks at."""
-    return getattr(term.weight, "by", None) or term.input_names[0]
+        attack_results: Mapping[str, AttackResult],
+    ) -> dict[str, Tensor]:
+        """Return the instance weights (N,) of each term, before normalisation."""
+        weights: dict[str, Tensor] = {}
+        for name, term in self.terms.items():
+            input_name = term.weight_input_name
+            inputs = WeightInputs(logits[input_name].detach(), y, earlier_weights=weights)
+            if input_name in self.attacks:
+                attack = self.attacks[input_name]
+                inputs = replace(
+                    inputs,
+                    kappa=attack_results[input_name].kappa,
+                    attack_steps=attack.steps,
+                    vulnerability_kind=attack.vulnerability_kind,
+                )
+            weights[name] = term.weight(inputs)
+        return weights

@@ -1,5 +1,7 @@
-"""Instance weights: (Look) -> (N,), without gradient. A new reweighting is a class here and a line
-in `Weight`.
+"""Instance weights: callables (WeightInputs) -> weights (N,), without gradient.
+
+To add a reweighting, write a class here and list it in `AnyWeight`. "G eq." and "L eq." cite the
+papers of GAIRAT and LRAT.
 """
 
 from collections.abc import Mapping
@@ -8,92 +10,102 @@ from functools import cache
 from typing import Annotated, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Discriminator, Field, model_validator
 from torch import Tensor
 
-from raysweep.attacks.base import VulnerabilityKind as VulnerabilityView
-from raysweep.attacks.base import true_class_confidence, true_class_margin
+from raysweep.attacks.base import VulnerabilityKind, true_class_confidence
 from raysweep.schedules import Number, Schedule, bounded, resolved_value
 from raysweep.spec import Spec
 
 
 @dataclass(frozen=True)
 class WeightInputs:
-    """What a weight may look at: one view of the batch and what the terms before it decided.
+    """What a weight may depend on: one input of the term, and the weights of earlier terms.
 
-    logits: (N, C) of the view, detached; y: (N,); kappa, steps: of the view's attack (kappa (N,),
-    None on natural data); view: how vulnerability to that attack is measured; weights: those of the
-    terms before, by name.
+    Attributes:
+        logits: Logits of the input, (N, classes), without gradient.
+        y: True labels, (N,) int64.
+        kappa: Geometry values of the attack that made the input, (N,) int64 in 0..attack_steps
+            (G alg. 1). None for natural images and for attacks that do not count it.
+        attack_steps: Steps K of that attack; 0 for natural images.
+        vulnerability_kind: Formula of the vulnerability V to that attack (L eq. 8-9).
+        earlier_weights: Term name -> weights (N,) of the terms before this one.
     """
 
     logits: Tensor
     y: Tensor
     kappa: Tensor | None = None
     attack_steps: int = 0
-    vulnerability_kind: VulnerabilityView = "probability"
+    vulnerability_kind: VulnerabilityKind = "probability"
     earlier_weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @cache
 def _constant_tensor(device: torch.device, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """Constants that go to a device once: sending them there makes the host wait."""
+    """Return constants on a device. Cached, because each copy makes the host wait."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 class UniformWeight(Spec):
-    """w = 1."""
+    """Weight 1 for every example."""
 
     kind: Literal["uniform"] = "uniform"
+    """Selects this weight; the default of a term."""
 
     def __call__(self, inputs: WeightInputs) -> Tensor:
+        """Return ones, (N,)."""
         return torch.ones_like(inputs.y, dtype=inputs.logits.dtype)
 
 
 class _ModelDependentWeight(Spec):
-    """Settings of a weight that depends on the model.
-
-    by: the attack whose kappa or logits decide; null is the view that the term itself looks at.
-    normalise: divide by the mean over the global batch (G alg. 2), so that the mean weight is 1.
-    """
+    """Base class of weights that depend on the model's output."""
 
     by: str | None = None
+    """Input whose logits or kappa decide the weight: `natural` or the name of an attack. Null
+    stands for the input of the term itself."""
+
     normalise: bool = True
+    """Divide by the mean over the global batch, so that the mean weight is 1 (G alg. 2)."""
 
 
 class _BurnInWeight(_ModelDependentWeight):
-    """A reweighting that starts late.
-
-    burn_in: w = 1 in the first `burn_in` epochs, exactly: the settings of such an epoch are those
-    of `Uniform`.
-    """
+    """Base class of weights that are 1 during the first epochs."""
 
     burn_in: Annotated[int, Field(ge=0)] = 0
+    """Number of first epochs in which every weight is exactly 1."""
 
     def resolve_at(self, epoch: int) -> Self:
+        """Return the spec of an epoch (0-based); `UniformWeight` during the burn-in."""
         if epoch < self.burn_in:
             return UniformWeight()  # type: ignore[return-value]
         return super().resolve_at(epoch).replace(burn_in=0)
 
 
 class GeometryWeight(_BurnInWeight):
-    """GAIRAT's w(kappa), non-increasing in the geometry value kappa in 0..K.
-
-    shape: `tanh`, (1 + tanh(lam + 5 (1 - 2 kappa / K))) / 2 (G eq. 6); `linear`, 1 - kappa / (K +
-    1) (eq. 7); `sigmoid`, sigma(lam + 5 (1 - 2 kappa / K)) (eq. 8); `piecewise`, `table[kappa]`
-    (the yellow line of G fig. 4), its last entry standing for every larger kappa. lam = inf gives w
-    = 1: adversarial training. official: the authors' code instead of the paper, (h - kappa) / h
-    with h = floor(K / 2), which differs for odd K.
-    """
+    """GAIRAT's weight w(kappa), which does not increase with the geometry value kappa in 0..K."""
 
     kind: Literal["geometry"] = "geometry"
+    """Selects this weight."""
+
     shape: Literal["tanh", "linear", "sigmoid", "piecewise"] = "tanh"
+    """Form of w: `tanh`, (1 + tanh(lam + 5 (1 - 2 kappa / K))) / 2 (G eq. 6); `linear`,
+    1 - kappa / (K + 1) (G eq. 7); `sigmoid`, sigma(lam + 5 (1 - 2 kappa / K)) (G eq. 8);
+    `piecewise`, `table[kappa]` (the yellow line of G fig. 4)."""
+
     lam: Annotated[Schedule, bounded(-30)] = 0.0
+    """lambda of `tanh` and `sigmoid`, at least -30; inf gives w = 1, adversarial training."""
+
     table: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """Weights of `piecewise` for kappa = 0, 1, ..., which must not increase. Every larger kappa
+    gets the last one."""
+
     official: bool = False
+    """Replace 1 - 2 kappa / K by (h - kappa) / h with h = floor(K / 2), as in the authors' code.
+    This differs for odd K."""
 
     @model_validator(mode="after")
     def _check_table(self) -> Self:
+        """Reject a table that is missing, unused or increasing."""
         if (self.shape == "piecewise") != bool(self.table):
             raise ValueError("`table` goes with shape `piecewise`, and only with it")
         if any(a < b for a, b in zip(self.table, self.table[1:], strict=False)):
@@ -103,93 +115,125 @@ class GeometryWeight(_BurnInWeight):
         return self
 
     def __call__(self, inputs: WeightInputs) -> Tensor:
+        """Return w(kappa), (N,) in [0, 1] except for `piecewise`.
+
+        Raises:
+            TypeError: If the inputs have no kappa, or `official` meets K < 2.
+        """
         if inputs.kappa is None:
-            raise TypeError("geometry weights need a view that is an attack's output")
+            raise TypeError("geometry weights need the kappa of an attack")
         kappa = inputs.kappa.to(inputs.logits.dtype)
         if self.shape == "linear":
             return 1 - kappa / (inputs.attack_steps + 1)
         if self.shape == "piecewise":
-            return _constant_tensor(kappa.device, self.table, kappa.dtype)[
-                inputs.kappa.clamp(max=len(self.table) - 1)
-            ]
+            table = _constant_tensor(kappa.device, self.table, kappa.dtype)
+            return table[inputs.kappa.clamp(max=len(self.table) - 1)]
         half = inputs.attack_steps // 2 if self.official else inputs.attack_steps / 2
         if not half:
             raise TypeError(
-                "the official geometry weights need an attack of 2 steps or more: they divide by floor(K / 2)"
+                "official geometry weights divide by floor(K / 2): "
+                "the attack needs at least 2 steps"
             )
         argument = resolved_value(self.lam) + 5 * (half - kappa) / half
-        # (1 + tanh(a)) / 2 = sigma(2 a), which does not saturate to an all-zero batch when lam is
-        # very negative.
+        # (1 + tanh(a)) / 2 = sigma(2 a). Unlike the left side, the right side does not round to 0
+        # for a very negative lambda, which would make all weights of a batch 0.
         return torch.sigmoid(2 * argument if self.shape == "tanh" else argument)
 
 
 class VulnerabilityWeight(_ModelDependentWeight):
-    """LRAT's g(V) = alpha (1 - V)^beta (L eq. 7-10); V is p_y or the probability margin, as the
-    attack says.
+    """LRAT's weight g(V) = alpha (1 - V)^beta (L eq. 7, 10).
 
-    Not normalised by itself: LRAT divides by the mean weight of the whole pair (eq. 17), see
-    `Method.normalise`.
+    V is p_y (L eq. 8) or the margin of the probabilities (L eq. 9); the attack decides which.
     """
 
     kind: Literal["vulnerability"] = "vulnerability"
+    """Selects this weight."""
+
     alpha: Annotated[Schedule, bounded(0)] = 2.0
+    """Factor alpha, at least 0 (L eq. 10)."""
+
     beta: Annotated[Schedule, bounded(0)] = 0.5
+    """Exponent beta, at least 0 (L eq. 10)."""
+
     normalise: bool = False
+    """Divide by the mean over the global batch. LRAT does not: it divides by the mean of all terms
+    together (L eq. 17), see `normalise` of the method."""
 
     def __call__(self, inputs: WeightInputs) -> Tensor:
-        return resolved_value(self.alpha) * (
-            1 - true_class_confidence(inputs.logits, inputs.y, inputs.vulnerability_kind)
-        ).clamp_min(0) ** resolved_value(self.beta)
+        """Return g(V), (N,), at least 0."""
+        v = true_class_confidence(inputs.logits, inputs.y, inputs.vulnerability_kind)
+        return resolved_value(self.alpha) * (1 - v).clamp_min(0) ** resolved_value(self.beta)
 
 
 class ProbabilisticMarginWeight(_BurnInWeight):
-    """MAIL's scale x sigma(slope (PM + bias)), PM = max_{j != y} p_j - p_y in [-1, 1] (Wang et al.
-    2021).
+    """MAIL's weight scale x sigma(slope (PM + bias)) (Wang et al. 2021).
 
-    Large where another class is as likely as the true one. Here PM's sign is that of the authors'
-    code; the paper has slope and bias as gamma and -beta. The code has scale 3 and does not
-    normalise, the paper normalises.
+    The probabilistic margin PM = max_{j != y} p_j - p_y in [-1, 1] has the sign of the authors'
+    code; it is large where another class is about as likely as the true one. The paper calls slope
+    and bias gamma and -beta.
     """
 
     kind: Literal["margin"] = "margin"
+    """Selects this weight."""
+
     slope: Annotated[Schedule, bounded(0)] = 10.0
+    """Slope of the sigmoid, at least 0."""
+
     bias: Schedule = -0.5
+    """Number that is added to PM."""
+
     scale: Annotated[Number, Field(gt=0)] = 1.0
+    """Factor of the weight. The authors' code uses 3 and does not normalise, the paper does."""
 
     def __call__(self, inputs: WeightInputs) -> Tensor:
-        return self.scale * torch.sigmoid(
-            resolved_value(self.slope)
-            * (resolved_value(self.bias) - true_class_margin(F.softmax(inputs.logits, 1), inputs.y))
-        )
+        """Return the weights, (N,) in (0, scale)."""
+        margin = true_class_confidence(inputs.logits, inputs.y, "margin")
+        argument = resolved_value(self.slope) * (resolved_value(self.bias) - margin)
+        return self.scale * torch.sigmoid(argument)
 
 
 class WithinMarginWeight(Spec):
-    """1 where the view's attack fooled the model on its way (kappa < K), else 0: MMA's d < d_max
-    (Ding et al. 2020).
+    """Weight 1 where an iterate of the attack was misclassified (kappa < K), else 0.
+
+    This is MMA's condition d < d_max (Ding et al. 2020).
     """
 
     kind: Literal["within_margin"] = "within_margin"
+    """Selects this weight."""
+
     by: str | None = None
+    """Name of the attack whose kappa decides; null stands for the input of the term itself."""
 
     def __call__(self, inputs: WeightInputs) -> Tensor:
+        """Return 0 or 1, (N,).
+
+        Raises:
+            TypeError: If the inputs have no kappa.
+        """
         if inputs.kappa is None:
-            raise TypeError("within_margin weights need a view that is an attack's output")
+            raise TypeError("within_margin weights need the kappa of an attack")
         return (inputs.kappa < inputs.attack_steps).to(inputs.logits.dtype)
 
 
 class RemainderWeight(Spec):
-    """[total - sum of the weights of the terms `of`]_+: LRAT's lower bound C (L eq. 5), GAIR-RST's
-    1 - w (G eq. 13).
+    """Weight [total - sum of the weights of other terms]_+.
+
+    The lower bound C of LRAT (L eq. 5), and 1 - w of GAIR-RST (G eq. 13).
     """
 
     kind: Literal["remainder"] = "remainder"
+    """Selects this weight."""
+
     total: Annotated[Schedule, bounded(0)]
+    """Number from which the other weights are subtracted, at least 0."""
+
     of: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names of terms before this one, whose weights are subtracted."""
 
     def __call__(self, inputs: WeightInputs) -> Tensor:
-        return (
-            resolved_value(self.total) - sum(inputs.earlier_weights[name] for name in self.of)
-        ).clamp_min(0)  # type: ignore[union-attr]
+        """Return the remainders, (N,), at least 0."""
+        weight_sum = sum(inputs.earlier_weights[name] for name in self.of)
+        return (resolved_value(self.total) - weight_sum).clamp_min(0)  # type: ignore[union-attr]
 
 
 AnyWeight = Annotated[

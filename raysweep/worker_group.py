@@ -6,28 +6,40 @@ from torch import Tensor
 
 
 class WorkerGroup(Protocol):
-    """The processes that share one global batch; rank counts them from 0."""
+    """The processes that share one global batch; each trains on its local part of it."""
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Number of processes, at least 1."""
+        ...
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """Number of this process, in 0..size - 1."""
+        ...
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum of a detached tensor over all workers, the same on each. All of them call it
-        equally often.
+        """Sum a tensor over all workers.
+
+        A collective operation: it waits until every worker has called it.
+
+        Args:
+            tensor: Tensor without gradient, of the same shape on each worker.
+
+        Returns:
+            The sum, the same on each worker.
         """
         ...
 
 
 class SingleWorkerGroup:
-    """A process by itself: the local batch is the global batch."""
+    """A group of one process: its local batch is the global batch."""
 
     size = 1
     rank = 0
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Return the tensor itself."""
         return tensor
 
 

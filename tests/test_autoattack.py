@@ -25,6 +25,7 @@ from raysweep.attacks import (
     true_class_margin,
 )
 from raysweep.attacks.apgd import _step_size_checkpoints
+from raysweep.attacks.base import sample_on_sphere
 from raysweep.attacks.fab import project_onto_plane
 from raysweep.rng import ExampleRng
 from raysweep.schedules import PiecewiseSchedule
@@ -78,7 +79,9 @@ def test_apgd_matches_a_slow_transcription():
     result = attack(model, x, y, rng(30))
     held = (model(result.x_adv).argmax(1) == y).nonzero()[:, 0][:4]
     assert len(held) == 4
-    start = attack._sample_start(x, rng(30).derive_stream("target", 0, "restart", 0))
+    start = sample_on_sphere(
+        x, attack.eps, attack.norm, rng(30).derive_stream("target", 0, "restart", 0)
+    )
     for i in held.tolist():
         assert torch.allclose(
             result.x_adv[i],
@@ -276,7 +279,7 @@ def test_official_versions():
     assert {a.norm for a in autoattack(0.5, "L2").attacks.values()} == {"L2"}
     assert list(attack_by_name("square, apgd-dlr").attacks) == ["square", "apgd-dlr"]
     with pytest.raises(
-        SpecError, match="'plus' is of autoattack alone: leave it out for 'autoattack,square'"
+        SpecError, match="'plus' is only for autoattack: leave it out for 'autoattack,square'"
     ):
         attack_by_name("autoattack,square", version="plus")
 

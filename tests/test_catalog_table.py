@@ -169,18 +169,18 @@ PGD = {"kind": "pgd"}
         (
             {"pgd": PGD},
             {"a": {"on": "pdg"}},
-            ["terms.a.on: no view 'pdg'; nearest: pgd", "attacks.pgd: no term looks at it"],
+            ["terms.a.on: no input 'pdg'; nearest: pgd", "attacks.pgd: no term uses it"],
         ),
         (
             {"pgd": PGD},
             {"a": {"on": "pgd + natral"}},
-            ["terms.a.on: no view 'natral'; nearest: natural"],
+            ["terms.a.on: no input 'natral'; nearest: natural"],
         ),
-        ({}, {"a": {"on": "natural+"}}, ["terms.a.on: no view ''; known: natural"]),
+        ({}, {"a": {"on": "natural+"}}, ["terms.a.on: no input ''; known: natural"]),
         (
             {"natural": PGD},
             {"a": {"on": "natural"}},
-            ["'natural' is the name of the clean view, not of an attack"],
+            ["'natural' is the name of the natural images, not of an attack"],
         ),
         (
             {"a b": PGD},
@@ -194,7 +194,7 @@ PGD = {"kind": "pgd"}
                 "a": {"on": "natural", "weight": {"kind": "geometry", "by": "cw"}},
                 "b": {"on": "pgd"},
             },
-            ["terms.a.weight.by: no view 'cw'; known: natural, pgd"],
+            ["terms.a.weight.by: no input 'cw'; known: natural, pgd"],
         ),
         (
             {"pgd": PGD},
@@ -228,7 +228,7 @@ PGD = {"kind": "pgd"}
                 "terms.b.weight: geometry weights take kappa from pgd; 'fgsm' is apgd",
             ],
         ),
-        ({"pgd": PGD, "cw": PGD}, {"a": {"on": "pgd"}}, ["attacks.cw: no term looks at it"]),
+        ({"pgd": PGD, "cw": PGD}, {"a": {"on": "pgd"}}, ["attacks.cw: no term uses it"]),
     ],
 )
 def test_a_method_that_no_step_could_compute_is_refused(

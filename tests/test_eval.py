@@ -302,7 +302,7 @@ def test_the_command_with_a_class_of_ones_own_and_several_processes(workdir: Pat
         (["--norm", "L2"], "give --eps too"),
         (
             ["--version", "rand"],
-            "version 'rand' is of autoattack alone: leave it out for 'apgd-ce'",
+            "version 'rand' is only for autoattack: leave it out for 'apgd-ce'",
         ),
         (["--eps", "8"], "did you mean 8/255"),
         (["--set", "epochs=3"], "only data.* settings matter"),

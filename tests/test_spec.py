@@ -101,7 +101,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_names() -> None:
             ["method.attacks.pgd.loss = 'cee'", "'ce', 'cw' or 'kl'"],
         ),
         ({"method.terms.pgd.weight.kind": "geomety"}, ["no kind 'geomety'", "nearest: geometry"]),
-        ({"method.terms.bound.on": "naturl"}, ["no view 'naturl'", "natural"]),
+        ({"method.terms.bound.on": "naturl"}, ["no input 'naturl'", "natural"]),
         ({"method.terms.pgd.weight.alpha": -1}, ["alpha = -1", "at least 0"]),
         (
             {"optim.lr": {"kind": "piecewise", "boundaries": [3], "values": [1]}},
@@ -151,7 +151,7 @@ def test_terms_must_name_what_exists_and_remainders_what_came_before() -> None:
                 },
             }
         )
-    with pytest.raises(SpecError, match="no term looks at it"):
+    with pytest.raises(SpecError, match="no term uses it"):
         Method.from_data(
             {"attacks": {"pgd": {"kind": "pgd"}}, "terms": {"clean": {"on": "natural"}}}
         )

@@ -212,7 +212,7 @@ def test_the_model_sees_the_views_in_order_and_natural_data_only_if_a_term_needs
     [
         (
             {"attacks": {"natural": {"kind": "pgd"}}, "terms": {"a": {"on": "natural"}}},
-            "is the name of the clean view",
+            "is the name of the natural images",
         ),
         (
             {"attacks": {"my-pgd": {"kind": "pgd"}}, "terms": {"a": {"on": "my-pgd"}}},
@@ -220,10 +220,10 @@ def test_the_model_sees_the_views_in_order_and_natural_data_only_if_a_term_needs
         ),
         ({"terms": {"a b": {"on": "natural"}}}, "'a b' is not a plain name"),
         ({"name": "../up", "terms": {"a": {"on": "natural"}}}, "use letters, digits"),
-        ({"terms": {"a": {"on": "natural + pgd"}}}, r"terms\.a\.on: no view 'pgd'"),
+        ({"terms": {"a": {"on": "natural + pgd"}}}, r"terms\.a\.on: no input 'pgd'"),
         (
             {"terms": {"a": {"on": "natural", "weight": {"kind": "margin", "by": "cw"}}}},
-            r"weight\.by: no view 'cw'",
+            r"weight\.by: no input 'cw'",
         ),
         ({"terms": {}}, "at least 1 item"),
         (

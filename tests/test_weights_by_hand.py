@@ -212,7 +212,7 @@ def test_uniform_and_within_margin():
 
 def test_weights_that_need_kappa_say_so():
     for weight in (GeometryWeight(), WithinMarginWeight()):
-        with pytest.raises(TypeError, match="need a view that is an attack's output"):
+        with pytest.raises(TypeError, match="need the kappa of an attack"):
             weight(look(P, [0, 1, 2]))
 
 

@@ -1,5 +1,7 @@
-"""Attacks. A new one is a file here and a line in `AnyAttack`, and in `SingleAttack` if cascades
-may have it.
+"""Attacks.
+
+To add an attack, write a module here and list its class in `AnyAttack`, and in `SingleAttack` if a
+cascade may contain it.
 """
 
 from typing import Annotated

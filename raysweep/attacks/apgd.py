@@ -1,6 +1,4 @@
-"""Auto-PGD (Croce & Hein 2020a, alg. 1): PGD with momentum whose step size halves itself,
-untargeted and targeted.
-"""
+"""Auto-PGD (Croce & Hein 2020a, alg. 1): PGD with momentum and a step size that adapts itself."""
 
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal
@@ -14,12 +12,13 @@ from raysweep.attacks.base import (
     AttackResult,
     Norm,
     VulnerabilityKind,
+    broadcast_rows,
     check_eps_range,
     freeze_model,
     is_on_cpu,
-    l2_norms,
     masked_assign_,
     project_to_ball,
+    sample_on_sphere,
     steepest_ascent_direction,
     true_class_margin,
 )
@@ -29,192 +28,237 @@ from raysweep.spec import Spec, SpecError
 
 
 class APGD(Spec):
-    """APGD with the settings of AutoAttack; a row is done as soon as one of its iterates is
-    misclassified.
+    """Auto-PGD with the defaults of AutoAttack (Croce & Hein 2020a).
 
-    loss: `ce`; `cw`, -(z_y - max_{i != y} z_i); `dlr`, that over z_pi1 - z_pi3 (eq. 6);
-    `dlr-targeted`, for the `targets` classes ranked after the first by the clean logits (eq. 7).
-    rho: least share of steps that must raise the loss (condition 1). samples: forward passes
-    averaged for one gradient, for models that draw random numbers; if more than one, rows take
-    every step and return their last misclassified iterate.
+    A row stops at its first misclassified iterate. Equation numbers are those of Croce & Hein.
     """
 
     kind: Literal["apgd"] = "apgd"
+    """Selects this attack."""
+
     eps: Annotated[Schedule, bounded(0)] = 8 / 255
+    """Radius of the ball around the image, in pixel values; at most 1 for Linf."""
+
     steps: Annotated[int, Field(ge=1, le=10_000)] = 100
+    """Gradient steps of each start."""
+
     loss: Literal["ce", "cw", "dlr", "dlr-targeted"] = "ce"
+    """Loss to maximise: `ce`, cross-entropy; `cw`, max_{i != y} z_i - z_y; `dlr`, the same divided
+    by z_pi1 - z_pi3, the difference of the largest and third largest logit (eq. 6);
+    `dlr-targeted`, its targeted form (eq. 7)."""
+
     norm: Norm = "Linf"
+    """Norm of the ball."""
+
     restarts: Annotated[int, Field(ge=1)] = 1
+    """Random starts, for each target if targeted. Only rows that still resist start again."""
+
     targets: Annotated[int, Field(ge=1)] = 9
+    """Number of target classes of `dlr-targeted`: the highest clean logits after the first."""
+
     rho: Annotated[float, Field(ge=0, le=1)] = 0.75
+    """Smallest share of steps that must raise the loss; with fewer, the step size halves
+    (condition 1)."""
+
     samples: Annotated[int, Field(ge=1)] = 1
+    """Forward passes whose gradients are averaged, for models that draw random numbers. Above 1,
+    rows take every step and return their last misclassified iterate."""
 
     _check_eps_range = model_validator(mode="after")(check_eps_range)
 
     @property
     def vulnerability_kind(self) -> VulnerabilityKind:
+        """`probability` for the cross-entropy, `margin` for the other losses."""
         return "probability" if self.loss == "ce" else "margin"
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, rng: ExampleRng) -> AttackResult:
-        """x (N, C, H, W) in [0, 1], y (N,). Rows that hold out return their iterate of highest
-        loss.
+        """Attack a batch; see `Attack` for the arguments.
+
+        Returns:
+            The misclassified iterate of each broken row, the iterate of highest loss of the others.
+
+        Raises:
+            SpecError: If the model has too few classes for the loss.
         """
         with freeze_model(model):
             with torch.no_grad():
                 logits = model(x)
             self._check_class_count(logits.shape[1])
-            ranked = logits.argsort(1, descending=True)
-            result, queries, best = x.clone(), torch.ones_like(y), x.new_full(y.shape, -torch.inf)
-            live = (ranked[:, 0] == y).nonzero()[:, 0]
-            ranks = (
-                range(1, 1 + min(self.targets, logits.shape[1] - 1))
-                if self.loss == "dlr-targeted"
-                else [0]
-            )
-            for rank in ranks:
+            ranking = logits.argsort(1, descending=True)
+            x_adv, queries = x.clone(), torch.ones_like(y)
+            best_loss = x.new_full(y.shape, -torch.inf)
+            live_rows = (ranking[:, 0] == y).nonzero()[:, 0]
+            for rank in self._target_ranks(logits.shape[1]):
                 for restart in range(self.restarts):
-                    if not len(live):
+                    if not len(live_rows):
                         break
-                    stream = rng.select_rows(live).derive_stream("target", rank, "restart", restart)
-                    run = self._attack_once(model, x[live], y[live], ranked[live, rank], stream)
-                    better = run.is_broken | (run.best_loss > best[live])
-                    result[live[better]] = run.x_adv[better]
-                    best[live] = torch.maximum(best[live], run.best_loss)
-                    queries[live] += run.queries
-                    live = live[~run.is_broken]
-        return AttackResult(result, queries)
+                    run = self._attack_once(
+                        model,
+                        x[live_rows],
+                        y[live_rows],
+                        ranking[live_rows, rank],
+                        rng.select_rows(live_rows).derive_stream(
+                            "target", rank, "restart", restart
+                        ),
+                    )
+                    improved = run.is_broken | (run.best_loss > best_loss[live_rows])
+                    x_adv[live_rows[improved]] = run.x_adv[improved]
+                    best_loss[live_rows] = torch.maximum(best_loss[live_rows], run.best_loss)
+                    queries[live_rows] += run.queries
+                    live_rows = live_rows[~run.is_broken]
+        return AttackResult(x_adv, queries)
+
+    def _target_ranks(self, n_classes: int) -> range:
+        """Return the ranks, by clean logits, of the target classes; rank 0 if untargeted."""
+        if self.loss == "dlr-targeted":
+            return range(1, 1 + min(self.targets, n_classes - 1))
+        return range(1)
 
     def _attack_once(
         self, model: nn.Module, x: Tensor, y: Tensor, target: Tensor, rng: ExampleRng
     ) -> "_ApgdResult":
-        """One start: rows leave the batch when broken (on a GPU at the checkpoints only, to spare
-        synchronisation).
-        """
+        """Run alg. 1 from one random start."""
         eps = resolved_value(self.eps)
-        start = self._sample_start(x, rng)
-        loss, correct, grad = self._compute_loss_gradient(model, start, y, target)
-        done = _ApgdResult(start.clone(), ~correct, loss.clone(), torch.full_like(y, self.samples))
+        x_start = sample_on_sphere(x, eps, self.norm, rng)
+        loss, is_correct, grad = self._compute_loss_gradient(model, x_start, y, target)
+        result = _ApgdResult(
+            x_start.clone(), ~is_correct, loss.clone(), torch.full_like(y, self.samples)
+        )
         state = _ApgdState(
-            row_index=torch.arange(len(x), device=x.device), x=x, y=y, target=target, x_broken=start.clone(), x_adv=start,
-            x_prev=start, grad=grad, best_x=start.clone(), best_grad=grad.clone(), best_loss=loss,
+            row_index=torch.arange(len(x), device=x.device),
+            x=x,
+            y=y,
+            target=target,
+            x_broken=x_start.clone(),
+            x_adv=x_start,
+            x_prev=x_start,
+            grad=grad,
+            best_x=x_start.clone(),
+            best_grad=grad.clone(),
+            best_loss=loss,
             prev_loss=torch.zeros_like(loss),
-            increase_count=torch.zeros_like(loss), step_size=torch.full_like(loss, 2 * eps), best_loss_at_check=loss,
-            was_halved=torch.ones_like(correct), is_broken=~correct, queries=torch.full_like(y, self.samples),
-        )  # fmt: skip
+            increase_count=torch.zeros_like(loss),
+            step_size=torch.full_like(loss, 2 * eps),
+            best_loss_at_check=loss,
+            was_halved=torch.ones_like(is_correct),
+            is_broken=~is_correct,
+            queries=torch.full_like(y, self.samples),
+        )
         checkpoints = _step_size_checkpoints(self.steps)
-        since = 0
-        for i in range(self.steps):
-            if self.samples == 1 and (is_on_cpu(x) or since == 0):
-                state = _retire_broken_rows(state, done)
+        steps_since_check = 0
+        for step in range(self.steps):
+            # On an accelerator the host would wait at every step for the number of broken rows.
+            if self.samples == 1 and (is_on_cpu(x) or steps_since_check == 0):
+                state = _retire_broken_rows(state, result)
             if not len(state.row_index):
                 break
-            moved = self._propose_iterate(state, eps, momentum=0.75 if i else 1.0)
-            state.x_prev, state.x_adv = state.x_adv, moved
-            loss, correct, state.grad = self._compute_loss_gradient(
-                model, moved, state.y, state.target
-            )
-            state.queries = state.queries + self.samples * (~state.is_broken).long()
-            masked_assign_(state.x_broken, ~correct, moved)
-            state.is_broken = state.is_broken | ~correct
-            state.increase_count = state.increase_count + (loss > state.prev_loss)
-            state.prev_loss = loss
-            better = loss > state.best_loss
-            masked_assign_(state.best_x, better, moved)
-            masked_assign_(state.best_grad, better, state.grad)
-            state.best_loss = torch.fmax(state.best_loss, loss)
-            since += 1
-            if i + 1 in checkpoints:
-                self._halve_stalled_steps(state, since)
-                since = 0
-        state = _retire_broken_rows(state, done)
-        (
-            done.x_adv[state.row_index],
-            done.best_loss[state.row_index],
-            done.queries[state.row_index],
-        ) = state.best_x, state.best_loss, state.queries
-        return done
+            self._take_step(model, state, eps, momentum=0.75 if step else 1.0)
+            steps_since_check += 1
+            if step + 1 in checkpoints:
+                self._halve_stalled_steps(state, steps_since_check)
+                steps_since_check = 0
+        state = _retire_broken_rows(state, result)
+        result.x_adv[state.row_index] = state.best_x
+        result.best_loss[state.row_index] = state.best_loss
+        result.queries[state.row_index] = state.queries
+        return result
+
+    def _take_step(
+        self, model: nn.Module, state: "_ApgdState", eps: float, momentum: float
+    ) -> None:
+        """Move to the next iterate and record its loss, gradient and prediction."""
+        x_next = self._propose_iterate(state, eps, momentum)
+        state.x_prev, state.x_adv = state.x_adv, x_next
+        loss, is_correct, state.grad = self._compute_loss_gradient(
+            model, x_next, state.y, state.target
+        )
+        state.queries = state.queries + self.samples * (~state.is_broken).long()
+        masked_assign_(state.x_broken, ~is_correct, x_next)
+        state.is_broken = state.is_broken | ~is_correct
+        state.increase_count = state.increase_count + (loss > state.prev_loss)
+        state.prev_loss = loss
+        improved = loss > state.best_loss
+        masked_assign_(state.best_x, improved, x_next)
+        masked_assign_(state.best_grad, improved, state.grad)
+        state.best_loss = torch.fmax(state.best_loss, loss)
 
     def _propose_iterate(self, state: "_ApgdState", eps: float, momentum: float) -> Tensor:
-        """A gradient step, then the average with the last move (alg. 1, lines 7-8)."""
+        """Take a gradient step, then average it with the previous move (alg. 1, lines 7-8)."""
         direction = steepest_ascent_direction(state.grad, self.norm)
         z = project_to_ball(
-            torch.addcmul(state.x_adv, direction, _broadcast_rows(state.step_size)),
+            torch.addcmul(state.x_adv, direction, broadcast_rows(state.step_size)),
             state.x,
             eps,
             self.norm,
         )
-        moved = torch.lerp(state.x_adv, z, momentum)
-        moved = moved.add_(state.x_adv - state.x_prev, alpha=1 - momentum)
-        return project_to_ball(moved, state.x, eps, self.norm)
+        x_next = torch.lerp(state.x_adv, z, momentum)
+        x_next = x_next.add_(state.x_adv - state.x_prev, alpha=1 - momentum)
+        return project_to_ball(x_next, state.x, eps, self.norm)
 
     def _halve_stalled_steps(self, state: "_ApgdState", steps_since_check: int) -> None:
-        """Half the step, from the best point, where the loss rose too seldom (condition 1) or its
-        best stalled (2).
+        """Halve the step size, and return to the best iterate, where progress is too slow.
+
+        That is where the loss rose in at most a share rho of the steps (condition 1), or where the
+        best loss has not improved since a check that did not halve (condition 2).
         """
-        stalled = ~state.was_halved & (state.best_loss_at_check >= state.best_loss)
-        state.was_halved = (state.increase_count <= self.rho * steps_since_check) | stalled
+        is_stalled = ~state.was_halved & (state.best_loss_at_check >= state.best_loss)
+        state.was_halved = (state.increase_count <= self.rho * steps_since_check) | is_stalled
         state.best_loss_at_check = state.best_loss
         state.step_size = torch.where(state.was_halved, state.step_size / 2, state.step_size)
-        state.x_adv = torch.where(_broadcast_rows(state.was_halved), state.best_x, state.x_adv)
-        state.grad = torch.where(_broadcast_rows(state.was_halved), state.best_grad, state.grad)
+        state.x_adv = torch.where(broadcast_rows(state.was_halved), state.best_x, state.x_adv)
+        state.grad = torch.where(broadcast_rows(state.was_halved), state.best_grad, state.grad)
         state.increase_count = torch.zeros_like(state.increase_count)
 
     def _compute_loss_gradient(
         self, model: nn.Module, x_adv: Tensor, y: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss (N,), which rows are still right (N,), and the mean gradient over `samples` passes."""
+        """Return loss (N,), whether rows are correct (N,) bool, and gradient (N, C, H, W).
+
+        Loss and prediction are those of the last of `samples` passes, the gradient is their mean.
+        """
         x_adv = x_adv.detach().requires_grad_()
-        total = torch.zeros_like(x_adv)
+        total_grad = torch.zeros_like(x_adv)
         for _ in range(self.samples):
             logits = model(x_adv)
             loss = self._compute_loss(logits, y, target)
             (grad,) = torch.autograd.grad(loss.sum(), x_adv)
-            total = total + grad if self.samples > 1 else grad
-        return (
-            loss.detach(),
-            logits.detach().argmax(1) == y,
-            total / self.samples if self.samples > 1 else total,
-        )
+            total_grad = total_grad + grad if self.samples > 1 else grad
+        mean_grad = total_grad / self.samples if self.samples > 1 else total_grad
+        return loss.detach(), logits.detach().argmax(1) == y, mean_grad
 
     def _compute_loss(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of each row, (N,); `target` counts for `dlr-targeted` only."""
         if self.loss == "ce":
             return F.cross_entropy(logits, y, reduction="none")
         if self.loss == "cw":
             return -true_class_margin(logits, y)
-        ranked = logits.detach().topk(4 if self.loss == "dlr-targeted" else 3, 1).indices
+        ranking = logits.detach().topk(4 if self.loss == "dlr-targeted" else 3, 1).indices
         if self.loss == "dlr":
-            first, third = logits.gather(1, ranked[:, 0:3:2]).unbind(1)
+            first, third = logits.gather(1, ranking[:, 0:3:2]).unbind(1)
             return -true_class_margin(logits, y) / (first - third + 1e-12)
-        picked = torch.cat([y[:, None], target[:, None], ranked[:, :1], ranked[:, 2:]], 1)
-        true, wanted, first, third, fourth = logits.gather(1, picked).unbind(1)
-        return -(true - wanted) / (first - 0.5 * (third + fourth) + 1e-12)
+        columns = torch.cat([y[:, None], target[:, None], ranking[:, :1], ranking[:, 2:]], 1)
+        z_true, z_target, first, third, fourth = logits.gather(1, columns).unbind(1)
+        return -(z_true - z_target) / (first - 0.5 * (third + fourth) + 1e-12)
 
-    def _sample_start(self, x: Tensor, rng: ExampleRng) -> Tensor:
-        """A random point of the sphere: x + eps t / |t| in the attack's norm."""
-        shape = tuple(x.shape[1:])
-        if self.norm == "Linf":
-            t = rng.symmetric_uniform(shape, x.dtype)
-            return (
-                x
-                + resolved_value(self.eps)
-                * t
-                / _broadcast_rows(t.flatten(1).abs().amax(1).clamp_min(1e-12))
-            ).clamp(0, 1)
-        t = rng.normal(shape, x.dtype)
-        return (x + resolved_value(self.eps) * t / l2_norms(t).clamp_min(1e-12)).clamp(0, 1)
-
-    def _check_class_count(self, classes: int) -> None:
-        needed = {"dlr": 3, "dlr-targeted": 4}.get(self.loss, 2)
-        if classes < needed:
+    def _check_class_count(self, n_classes: int) -> None:
+        """Raise SpecError if the loss needs more logits than the model has."""
+        min_classes = {"dlr": 3, "dlr-targeted": 4}.get(self.loss, 2)
+        if n_classes < min_classes:
             raise SpecError(
-                f"the {self.loss} loss needs {needed} logits or more, the model has {classes}; use cw"
+                f"the {self.loss} loss needs {min_classes} logits or more, "
+                f"the model has {n_classes}; use cw"
             )
 
 
 @dataclass
 class _ApgdResult:
-    """What one start came to: the broken or else best iterate, whether broken, best loss, forward
-    passes.
+    """Result of one start, by row.
+
+    Attributes:
+        x_adv: Misclassified iterate, or the iterate of highest loss if there is none.
+        is_broken: Whether an iterate was misclassified, (N,) bool.
+        best_loss: Highest loss, (N,).
+        queries: Forward passes, (N,) int64.
     """
 
     x_adv: Tensor
@@ -225,7 +269,28 @@ class _ApgdResult:
 
 @dataclass
 class _ApgdState:
-    """Rows still under attack; `row` is their place in the batch."""
+    """State of the rows that are still in the batch; the first dimension of every tensor is M rows.
+
+    Attributes:
+        row_index: Position of each row in the whole batch.
+        x: Natural images.
+        y: True labels.
+        target: Target classes.
+        x_broken: Last misclassified iterate; valid where `is_broken`.
+        x_adv: Current iterate.
+        x_prev: Iterate before it.
+        grad: Gradient at `x_adv`.
+        best_x: Iterate of highest loss.
+        best_grad: Gradient at `best_x`.
+        best_loss: Loss at `best_x`.
+        prev_loss: Loss of the last step.
+        increase_count: Steps since the last check that raised the loss.
+        step_size: Step size of each row.
+        best_loss_at_check: `best_loss` at the last check.
+        was_halved: Whether the last check halved the step size.
+        is_broken: Whether any iterate was misclassified.
+        queries: Forward passes so far.
+    """
 
     row_index: Tensor
     x: Tensor
@@ -248,32 +313,29 @@ class _ApgdState:
 
 
 def _retire_broken_rows(state: _ApgdState, result: _ApgdResult) -> _ApgdState:
-    """Write the broken rows to `done`, keep the others."""
-    keep = (~state.is_broken).nonzero()[:, 0]
-    if len(keep) == len(state.row_index):
+    """Write broken rows to `result` and return the state of the other rows."""
+    unbroken = (~state.is_broken).nonzero()[:, 0]
+    if len(unbroken) == len(state.row_index):
         return state
-    out = state.row_index[state.is_broken]
-    result.x_adv[out], result.is_broken[out] = state.x_broken[state.is_broken], True
-    result.best_loss[out], result.queries[out] = (
-        state.best_loss[state.is_broken],
-        state.queries[state.is_broken],
-    )
+    broken_rows = state.row_index[state.is_broken]
+    result.x_adv[broken_rows] = state.x_broken[state.is_broken]
+    result.is_broken[broken_rows] = True
+    result.best_loss[broken_rows] = state.best_loss[state.is_broken]
+    result.queries[broken_rows] = state.queries[state.is_broken]
     return _ApgdState(
-        **{field.name: getattr(state, field.name)[keep] for field in fields(_ApgdState)}
+        **{field.name: getattr(state, field.name)[unbroken] for field in fields(_ApgdState)}
     )
 
 
 def _step_size_checkpoints(steps: int) -> set[int]:
-    """Iterations after which the step size is looked at (sec. 3.1): gaps of .22 K, shorter by .03
-    K, at least .06 K.
+    """Return the iterations after which the step size may halve (sec. 3.1).
+
+    The first gap is 0.22 K of K steps; each next gap is shorter by 0.03 K, down to 0.06 K.
     """
-    gap, at, found = max(int(0.22 * steps), 1), 0, set()
-    while at + gap <= steps:
-        at += gap
-        found.add(at)
+    gap, checkpoint = max(int(0.22 * steps), 1), 0
+    checkpoints = set()
+    while checkpoint + gap <= steps:
+        checkpoint += gap
+        checkpoints.add(checkpoint)
         gap = max(gap - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1))
-    return found
-
-
-def _broadcast_rows(row: Tensor) -> Tensor:
-    return row.view(-1, 1, 1, 1)
+    return checkpoints

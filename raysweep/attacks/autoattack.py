@@ -1,5 +1,6 @@
-"""AutoAttack (Croce & Hein 2020a) and the other evaluations that have a name."""
+"""AutoAttack (Croce & Hein 2020a) and the other attacks that have a name."""
 
+from collections import Counter
 from typing import Literal, get_args
 
 from raysweep.attacks.apgd import APGD
@@ -17,8 +18,16 @@ AutoAttackVersion = Literal["standard", "plus", "rand", "tf32"]
 def autoattack(
     eps: float = 8 / 255, norm: Norm = "Linf", version: AutoAttackVersion = "standard"
 ) -> AttackCascade:
-    """The attacks of an official version, in its order and with its settings; `tf32`: the
-    standard's, in TF32.
+    """Return a version of AutoAttack with the attacks, order and settings of the official code.
+
+    Args:
+        eps: Radius of the ball, in pixel values.
+        norm: Norm of the ball.
+        version: `standard`, `plus` and `rand` as in the official code; `tf32` is `standard` with
+            the attacks computed in TF32.
+
+    Raises:
+        SpecError: If there is no such version.
     """
     if version == "tf32":
         return autoattack(eps, norm).replace(tf32=True)
@@ -46,15 +55,22 @@ def autoattack(
 def build_custom_cascade(
     attack_names: list[str], eps: float = 8 / 255, norm: Norm = "Linf"
 ) -> AttackCascade:
-    """A cascade of one's own from names in `ATTACKS`; `autoattack` stands for the attacks of its
-    standard version.
+    """Return a cascade of named attacks.
 
-    A name again is a restart: `square` and then `square-2`, each with random numbers of its own.
+    Args:
+        attack_names: Keys of `ATTACK_DESCRIPTIONS`, in order. `autoattack` and `pgd+` stand for all
+            their attacks. A repeated name is a restart with other random numbers: the second
+            `square` is called `square-2`.
+        eps: Radius of the ball, in pixel values.
+        norm: Norm of the ball.
+
+    Raises:
+        SpecError: If a name is unknown or there is none.
     """
-    single, several = _named_single_attacks(eps, norm), _named_cascades(eps, norm)
-    known = single | {
-        name: attack for cascade in several.values() for name, attack in cascade.attacks.items()
-    }
+    cascades = _named_cascades(eps, norm)
+    attacks_by_name = _named_single_attacks(eps, norm)
+    for cascade in cascades.values():
+        attacks_by_name |= cascade.attacks
     problems = [
         describe_unknown_name("attack", name, list(ATTACK_DESCRIPTIONS))
         for name in attack_names
@@ -62,22 +78,20 @@ def build_custom_cascade(
     ]
     if problems or not attack_names:
         raise SpecError(problems or "a cascade needs at least one attack")
-    attack_names = [
-        part
-        for name in attack_names
-        for part in (several[name].attacks if name in several else [name])
-    ]
-    times = [attack_names[: i + 1].count(name) for i, name in enumerate(attack_names)]
-    return AttackCascade(
-        attacks={
-            name if n == 1 else f"{name}-{n}": known[name]
-            for name, n in zip(attack_names, times, strict=True)
-        }
-    )
+    single_names: list[str] = []
+    for name in attack_names:
+        single_names += cascades[name].attacks if name in cascades else [name]
+    attacks: dict[str, SingleAttack] = {}
+    counts: Counter[str] = Counter()
+    for name in single_names:
+        counts[name] += 1
+        key = name if counts[name] == 1 else f"{name}-{counts[name]}"
+        attacks[key] = attacks_by_name[name]
+    return AttackCascade(attacks=attacks)
 
 
 def _named_single_attacks(eps: float, norm: Norm) -> dict[str, SingleAttack]:
-    """Official attacks, and those of the papers' tables."""
+    """Return the attacks of AutoAttack and of the papers' tables by name."""
     return {
         "apgd-ce": APGD(eps=eps, norm=norm, loss="ce"),
         "apgd-t": APGD(eps=eps, norm=norm, loss="dlr-targeted"),
@@ -92,43 +106,53 @@ def _named_single_attacks(eps: float, norm: Norm) -> dict[str, SingleAttack]:
 
 
 def _named_cascades(eps: float, norm: Norm) -> dict[str, AttackCascade]:
+    """Return the names that stand for several attacks."""
     return {
         "autoattack": autoattack(eps, norm),
-        # tau 0: right after every one of the 5 x 40 steps (G app. C).
+        # tau = 0 stops a row at its first misclassified iterate: G app. C counts a row as broken if
+        # any of the 5 x 40 iterates is misclassified.
         "pgd+": build_restart_cascade(
             PGD(eps=eps, norm=norm, steps=40, step_size=0.01, tau=0), 5, "pgd+"
         ),
     }
 
 
-# What `--attack` and pipelines know by name.
+# Names that `--attack` and pipelines accept.
 ATTACK_DESCRIPTIONS = {
-    "autoattack": "AutoAttack's standard version: apgd-ce, apgd-t, fab-t and square; --version names others.",
+    "autoattack": (
+        "AutoAttack, standard version: apgd-ce, apgd-t, fab-t, square; --version selects others."
+    ),
     "apgd-ce": "APGD on the cross-entropy, 100 steps.",
     "apgd-t": "APGD on the targeted DLR loss, 9 targets of 100 steps.",
     "apgd-dlr": "APGD on the DLR loss, 100 steps.",
     "apgd-cw": "APGD on the margin of the logits, 100 steps.",
-    "fab": "FAB: the nearest boundary, 100 steps.",
+    "fab": "FAB towards the nearest boundary, 100 steps.",
     "fab-t": "FAB towards 9 targets, 100 steps each.",
     "square": "Square: 5000 queries, no gradients.",
-    "pgd20": "PGD-20 on the cross-entropy: for comparison with tables only, as the next two.",
-    "cw20": "PGD-20 on the margin of the logits.",
-    "pgd+": "PGD+: 5 starts of 40 steps of 0.01, judged after each step (G app. C).",
+    "pgd20": "PGD-20 on the cross-entropy: for comparison with tables only.",
+    "cw20": "PGD-20 on the margin of the logits: for comparison with tables only.",
+    "pgd+": "PGD+: 5 starts of 40 steps of 0.01, evaluated after each step (G app. C).",
 }
 
 
 def attack_by_name(
     name: str, eps: float = 8 / 255, norm: Norm = "Linf", version: AutoAttackVersion = "standard"
 ) -> AttackCascade:
-    """The evaluation of a name in `ATTACKS`; names joined by commas make a cascade of one's own
-    (see `custom`).
+    """Return the cascade of one or several named attacks.
 
-    version: of AutoAttack alone.
+    Args:
+        name: A key of `ATTACK_DESCRIPTIONS`, or several joined by commas.
+        eps: Radius of the ball, in pixel values; text such as "8/255" is accepted.
+        norm: Norm of the ball.
+        version: Version of AutoAttack; only for the name `autoattack`.
+
+    Raises:
+        SpecError: If a name, the radius, the norm or the version is not valid.
     """
-    # Refuses a wrong radius or norm in one line, and reads "8/255".
+    # The spec reads "8/255" and rejects a wrong radius or norm with a one-line message.
     eps = resolved_value(APGD.from_data({"eps": eps, "norm": norm}).eps)
     if name == "autoattack":
         return autoattack(eps, norm, version)
     if version != "standard":
-        raise SpecError(f"version {version!r} is of autoattack alone: leave it out for {name!r}")
+        raise SpecError(f"version {version!r} is only for autoattack: leave it out for {name!r}")
     return build_custom_cascade([part.strip() for part in name.split(",")], eps, norm)

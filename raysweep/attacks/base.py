@@ -1,4 +1,8 @@
-"""What every attack takes, returns and promises."""
+"""Protocol and result of an attack, and the tensor helpers that attacks share.
+
+Shapes: N rows (examples), C channels, H x W pixels. Images are float tensors (N, C, H, W) in
+[0, 1], labels int64 tensors (N,). "L eq." and "G eq." cite the papers of LRAT and GAIRAT.
+"""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,10 +23,13 @@ VulnerabilityKind = Literal["probability", "margin"]
 
 @dataclass(frozen=True)
 class AttackResult:
-    """An attack's result; rows stand in the order of the input.
+    """Result of an attack; rows keep the order of the input.
 
-    x: (N, C, H, W) in [0, 1]; queries: forward passes spent on each row, (N,) int64; kappa: (N,)
-    int64, iterates still classified correctly (G alg. 1), in 0..K, from attacks that count it.
+    Attributes:
+        x_adv: Adversarial images, (N, C, H, W) in [0, 1].
+        queries: Forward passes that each row took, (N,) int64.
+        kappa: Number of iterates that were classified correctly, (N,) int64 in 0..steps (G alg. 1).
+            None for attacks that do not count it.
     """
 
     x_adv: Tensor
@@ -31,103 +38,165 @@ class AttackResult:
 
 
 class Attack(Protocol):
-    """(model, x, y, rng) -> Adversarial. Stateless; the model comes out as it went in."""
+    """Callable that searches adversarial images. It keeps no state between calls."""
 
     @property
     def vulnerability_kind(self) -> VulnerabilityKind:
-        """How vulnerability to this attack is measured (see `vulnerability`)."""
+        """Formula that measures vulnerability to this attack, see `true_class_confidence`."""
         ...
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, rng: ExampleRng) -> AttackResult: ...
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, rng: ExampleRng) -> AttackResult:
+        """Attack a batch.
+
+        Args:
+            model: Maps images to logits (N, classes). Its mode and parameters are unchanged after
+                the call.
+            x: Natural images, (N, C, H, W) in [0, 1].
+            y: True labels, (N,) int64.
+            rng: Random numbers of the N rows.
+
+        Returns:
+            One adversarial image per row, broken or not.
+        """
+        ...
 
 
 @contextmanager
 def freeze_model(model: nn.Module, mode: Literal["eval", "train"] = "eval") -> Iterator[nn.Module]:
-    """The model in `mode` with parameters that need no gradient; both restored at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    needed = [p for p in model.parameters() if p.requires_grad]
+    """Context manager that sets the mode and turns off the gradients of all parameters.
+
+    Both are restored on exit, for each module and parameter separately.
+
+    Args:
+        model: The model to freeze, in place.
+        mode: Mode inside the context.
+
+    Yields:
+        The same model.
+    """
+    training_flags = [(module, module.training) for module in model.modules()]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train(mode == "train")
-    for parameter in needed:
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield model
     finally:
-        for parameter in needed:
+        for parameter in trainable:
             parameter.requires_grad_(True)
-        for module, training in modes:
+        for module, training in training_flags:
             module.training = training
 
 
 @contextmanager
 def fp32_precision(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
-    """What convolutions and matrix products on NVIDIA's GPUs make of float32."""
-    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
-    before = [setting.fp32_precision for setting in settings]
-    for setting in settings:
-        setting.fp32_precision = precision
+    """Context manager that sets the float32 precision of cuBLAS and cuDNN."""
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+    previous = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = precision
     try:
         yield
     finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
+        for backend, value in zip(backends, previous, strict=True):
+            backend.fp32_precision = value
 
 
 def maybe_tf32(enabled: bool) -> AbstractContextManager[None]:
-    """`float32_as("tf32")` if it is wanted, else whatever holds around it."""
+    """Return `fp32_precision("tf32")` if enabled, else a context that changes nothing."""
     return fp32_precision("tf32") if enabled else nullcontext()
 
 
 def is_on_cpu(tensor: Tensor) -> bool:
-    """Whether reading a value of x does not make the host wait for a device."""
+    """Return whether the host can read the tensor without waiting for an accelerator."""
     return tensor.device.type == "cpu"
 
 
+def broadcast_rows(values: Tensor) -> Tensor:
+    """Return values (N,) as (N, 1, 1, 1), which broadcasts over images."""
+    return values.view(-1, 1, 1, 1)
+
+
 def masked_assign_(target: Tensor, mask: Tensor, values: Tensor) -> None:
-    """Write those rows (a bool mask (N,)) of `values` into `into`, in place."""
+    """Copy the masked rows of `values` into `target`, in place.
+
+    Args:
+        target: Tensor (N, ...).
+        mask: Rows to copy, (N,) bool.
+        values: Tensor of the shape of `target`.
+    """
     if is_on_cpu(target):
-        which = mask.nonzero()[:, 0]
-        if len(which):
-            target.index_copy_(0, which, values.index_select(0, which))
+        rows = mask.nonzero()[:, 0]
+        if len(rows):
+            target.index_copy_(0, rows, values.index_select(0, rows))
     else:
+        # Indexing by a mask would make the host wait for the number of rows.
         torch.where(mask.view(-1, *(1,) * (target.dim() - 1)), values, target, out=target)
 
 
 def true_class_margin(scores: Tensor, y: Tensor) -> Tensor:
-    """z_y - max_{i != y} z_i, (N,): positive where the row is classified correctly."""
-    true = scores.gather(1, y[:, None])[:, 0]
-    return true - scores.scatter(1, y[:, None], -torch.inf).amax(1)
+    """Return the score of the true class minus the largest score of another class.
+
+    Args:
+        scores: Logits or probabilities, (N, classes).
+        y: True labels, (N,) int64.
+
+    Returns:
+        s_y - max_{i != y} s_i, (N,): positive where the row is classified correctly.
+    """
+    true_scores = scores.gather(1, y[:, None])[:, 0]
+    return true_scores - scores.scatter(1, y[:, None], -torch.inf).amax(1)
 
 
 def true_class_confidence(logits: Tensor, y: Tensor, kind: VulnerabilityKind) -> Tensor:
-    """V of LRAT, (N,), small where the row is vulnerable.
+    """Return LRAT's V (N,): small where the row is vulnerable.
 
-    probability: p_y, in [0, 1] (L eq. 8); margin: p_y - max_{i != y} p_i, in [-1, 1] (L eq. 9).
+    Args:
+        logits: Logits of adversarial images, (N, classes).
+        y: True labels, (N,) int64.
+        kind: `probability` for p_y in [0, 1] (L eq. 8); `margin` for p_y - max_{i != y} p_i in
+            [-1, 1] (L eq. 9).
     """
-    p = F.softmax(logits, 1)
-    return true_class_margin(p, y) if kind == "margin" else p.gather(1, y[:, None])[:, 0]
+    probabilities = F.softmax(logits, 1)
+    if kind == "margin":
+        return true_class_margin(probabilities, y)
+    return probabilities.gather(1, y[:, None])[:, 0]
 
 
 AttackT = TypeVar("AttackT", bound=Spec)
 
 
 def check_eps_range(attack: AttackT) -> AttackT:
-    """A validator for specs with `eps` and `norm`: 8 for 8/255 is this field's mistake."""
-    largest = max(bounds(attack.eps))  # type: ignore[attr-defined]
-    if attack.norm == "Linf" and largest > 1:  # type: ignore[attr-defined]
+    """Reject a Linf eps above 1: users often type 8 for 8/255.
+
+    A pydantic validator for specs with the fields `eps` and `norm`.
+
+    Raises:
+        SpecError: If any value of eps is above 1 and the norm is Linf.
+    """
+    max_eps = max(bounds(attack.eps))  # type: ignore[attr-defined]
+    if attack.norm == "Linf" and max_eps > 1:  # type: ignore[attr-defined]
         raise SpecError(
-            f"eps = {largest:g}: epsilon means pixels in [0, 1]; did you mean {largest:g}/255?"
+            f"eps = {max_eps:g}: epsilon means pixels in [0, 1]; did you mean {max_eps:g}/255?"
         )
     return attack
 
 
 def l2_norms(delta: Tensor) -> Tensor:
-    """Euclidean norm of each row as (N, 1, 1, 1)."""
-    lengths: Tensor = torch.linalg.vector_norm(delta, dim=(1, 2, 3), keepdim=True)
-    return lengths
+    """Return the Euclidean norm of each image (N, C, H, W) as (N, 1, 1, 1)."""
+    norms: Tensor = torch.linalg.vector_norm(delta, dim=(1, 2, 3), keepdim=True)
+    return norms
 
 
 def project_to_ball(x_adv: Tensor, x: Tensor, eps: float, norm: Norm) -> Tensor:
-    """x_adv moved into the eps-ball round x and then into [0, 1]."""
+    """Project images into the eps-ball around x, then clip them to [0, 1].
+
+    Args:
+        x_adv: Images to project, (N, C, H, W).
+        x: Centers of the balls, (N, C, H, W) in [0, 1].
+        eps: Radius of the balls in pixel values, at least 0.
+        norm: Norm of the balls.
+    """
     if norm == "Linf":
         return x_adv.clamp(x - eps, x + eps).clamp(0, 1)
     delta = x_adv - x
@@ -135,5 +204,29 @@ def project_to_ball(x_adv: Tensor, x: Tensor, eps: float, norm: Norm) -> Tensor:
 
 
 def steepest_ascent_direction(grad: Tensor, norm: Norm) -> Tensor:
-    """Steepest ascent of unit length in `norm`."""
+    """Return the direction of unit length in `norm` along which the loss rises fastest.
+
+    Args:
+        grad: Gradient of the loss at the images, (N, C, H, W).
+        norm: Norm that measures the step.
+    """
     return grad.sign() if norm == "Linf" else grad / l2_norms(grad).clamp_min(1e-12)
+
+
+def sample_on_sphere(x: Tensor, radius: float, norm: Norm, rng: ExampleRng) -> Tensor:
+    """Sample points at distance `radius` from x, then clip them to [0, 1].
+
+    Args:
+        x: Centers of the spheres, (N, C, H, W) in [0, 1].
+        radius: Distance in pixel values.
+        norm: Norm of the distance. Directions are uniform in the cube for Linf, Gaussian for L2.
+        rng: Random numbers of the N rows.
+    """
+    shape = tuple(x.shape[1:])
+    if norm == "Linf":
+        direction = rng.symmetric_uniform(shape, x.dtype)
+        lengths = broadcast_rows(direction.flatten(1).abs().amax(1))
+    else:
+        direction = rng.normal(shape, x.dtype)
+        lengths = l2_norms(direction)
+    return (x + radius * direction / lengths.clamp_min(1e-12)).clamp(0, 1)

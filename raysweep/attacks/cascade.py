@@ -1,4 +1,4 @@
-"""The worst case over several attacks: each next one sees only the rows that the former left."""
+"""Attack cascade: several attacks in a row, each on the rows that all before it left unbroken."""
 
 import re
 from collections.abc import Mapping
@@ -25,12 +25,14 @@ from raysweep.spec import Spec
 
 
 def attack_kind(value: Any) -> str:
-    """Plain data without a `kind` is PGD."""
-    return (
-        str(value.get("kind", "pgd"))
-        if isinstance(value, dict)
-        else str(getattr(value, "kind", ""))
-    )
+    """Return the `kind` of an attack, which tells pydantic its class.
+
+    Args:
+        value: An attack spec, or plain data; a mapping without `kind` is PGD.
+    """
+    if isinstance(value, dict):
+        return str(value.get("kind", "pgd"))
+    return str(getattr(value, "kind", ""))
 
 
 SingleAttack = Annotated[
@@ -44,65 +46,84 @@ SingleAttack = Annotated[
 
 @dataclass(frozen=True)
 class CascadeResult(AttackResult):
-    """robust_after: attack name -> (N,) bool, rows that every attack so far left right."""
+    """Result of a cascade.
+
+    Attributes:
+        robust_after: Attack name -> rows (N,) bool that no attack up to this one broke.
+    """
 
     robust_after: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class AttackCascade(Spec):
-    """A cascade of named attacks. A name is also a stream of random numbers: the same attack twice
-    is a restart.
+    """Named attacks in order; each attacks the rows that all before it left unbroken.
 
-    tf32: attacks compute convolutions and matrix products in TF32 (NVIDIA's GPUs); what counts as
-    broken is decided in float32 all the same.
+    The name of an attack also names its stream of random numbers, so the same attack under another
+    name is a restart.
     """
 
     kind: Literal["worst_case"] = "worst_case"
+    """Selects this attack."""
+
     tf32: bool = False
+    """Compute convolutions and matrix products of the attacks in TF32, on NVIDIA GPUs. Whether a
+    row is broken is still decided in float32."""
+
     attacks: Annotated[dict[str, SingleAttack], Field(min_length=1)]
+    """Name -> attack, in order. A name has at most 64 letters, digits and `_ + . -`."""
 
     @field_validator("attacks")
     @classmethod
     def _check_attack_names(cls, attacks: dict[str, SingleAttack]) -> dict[str, SingleAttack]:
+        """Reject names that metric names and files cannot contain."""
         for name in attacks:
             if not re.fullmatch(r"[\w+.-]{1,64}", name) or name in ("clean", "robust"):
                 raise ValueError(
-                    f"{name!r} cannot name an attack: use letters, digits and _ + . -, but not 'clean' or 'robust'"
+                    f"{name!r} cannot name an attack: use letters, digits and _ + . -, "
+                    "but not 'clean' or 'robust'"
                 )
         return attacks
 
     @property
     def vulnerability_kind(self) -> VulnerabilityKind:
+        """Always `margin`."""
         return "margin"
 
     @property
     def steps(self) -> int:
-        """Of the longest attack."""
+        """Steps of the longest attack."""
         return max(attack.steps for attack in self.attacks.values())
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, rng: ExampleRng) -> CascadeResult:
-        """x (N, C, H, W) in [0, 1], y (N,). Rows that hold out return the point of least margin
-        found.
+        """Run the attacks on a batch; see `Attack` for the arguments.
+
+        Returns:
+            The point of smallest margin of each row, and the rows that resisted after each attack.
         """
         with freeze_model(model), torch.no_grad():
-            least = true_class_margin(model(x), y)
-            result, queries, robust_after = x.clone(), torch.ones_like(y), {}
+            margin = true_class_margin(model(x), y)
+            x_adv, queries, robust_after = x.clone(), torch.ones_like(y), {}
             for name, attack in self.attacks.items():
-                live = (least > 0).nonzero()[:, 0]
-                if len(live):
+                live_rows = (margin > 0).nonzero()[:, 0]
+                if len(live_rows):
+                    stream = rng.select_rows(live_rows).derive_stream(name)
                     with torch.enable_grad(), maybe_tf32(self.tf32):
-                        found = attack(
-                            model, x[live], y[live], rng.select_rows(live).derive_stream(name)
-                        )
-                    reached = true_class_margin(model(found.x_adv), y[live])
-                    better = reached < least[live]
-                    result[live[better]] = found.x_adv[better]
-                    least[live] = torch.minimum(least[live], reached)
-                    queries[live] += found.queries + 1
-                robust_after[name] = least > 0
-        return CascadeResult(result, queries, robust_after=robust_after)
+                        result = attack(model, x[live_rows], y[live_rows], stream)
+                    new_margin = true_class_margin(model(result.x_adv), y[live_rows])
+                    improved = new_margin < margin[live_rows]
+                    x_adv[live_rows[improved]] = result.x_adv[improved]
+                    margin[live_rows] = torch.minimum(margin[live_rows], new_margin)
+                    queries[live_rows] += result.queries + 1
+                robust_after[name] = margin > 0
+        return CascadeResult(x_adv, queries, robust_after=robust_after)
 
 
 def build_restart_cascade(attack: PGD, n_restarts: int, name: str = "pgd") -> AttackCascade:
-    """`count` starts of one attack."""
+    """Return a cascade of `n_restarts` random starts of one attack.
+
+    Args:
+        attack: The attack to restart.
+        n_restarts: Number of starts, at least 1.
+        name: Prefix of the names; start i is called `name-i`, from 1.
+    """
     return AttackCascade(attacks={f"{name}-{i + 1}": attack for i in range(n_restarts)})

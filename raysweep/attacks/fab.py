@@ -1,5 +1,6 @@
-"""Fast adaptive boundary attack (Croce & Hein 2020b), as AutoAttack runs it: success is a distance
-of at most eps.
+"""Fast adaptive boundary attack (Croce & Hein 2020b) as AutoAttack uses it.
+
+FAB searches the nearest misclassified point; it succeeds where that point is within eps.
 """
 
 from typing import Annotated, Literal
@@ -12,116 +13,159 @@ from raysweep.attacks.base import (
     AttackResult,
     Norm,
     VulnerabilityKind,
+    broadcast_rows,
     check_eps_range,
     freeze_model,
     is_on_cpu,
     masked_assign_,
+    sample_on_sphere,
 )
 from raysweep.rng import ExampleRng
 from raysweep.schedules import Schedule, bounded, resolved_value
 from raysweep.spec import Spec
 
-# Rows leave the batch this often where looking for them would make the host wait for the device.
+# On an accelerator, broken rows leave the batch only every so many steps, because the host waits
+# for their number.
 ROW_CHECK_INTERVAL = 10
-# Of the projection: 3072 coordinates took 18 at most, with the wildest gradients.
+# Limit of `project_onto_plane`. Tests with extreme gradients of 3072 pixels needed at most 18.
 MAX_NEWTON_STEPS = 30
 
 
 class FAB(Spec):
-    """FAB with the settings of AutoAttack; a row is done at its first adversarial point within eps.
+    """FAB with the defaults of AutoAttack (Croce & Hein 2020b).
 
-    targets: classes, in the order of the clean logits, whose boundary is sought one after the
-    other; null seeks the nearest of all boundaries (a backward pass for each class). Restarts after
-    the first start from a random point.
+    A row stops at its first misclassified point within eps.
     """
 
     kind: Literal["fab"] = "fab"
+    """Selects this attack."""
+
     eps: Annotated[Schedule, bounded(0)] = 8 / 255
+    """Largest distance that counts as success, in pixel values; at most 1 for Linf."""
+
     steps: Annotated[int, Field(ge=1, le=10_000)] = 100
+    """Steps of each start."""
+
     norm: Norm = "Linf"
+    """Norm of the distance."""
+
     targets: Annotated[int, Field(ge=1)] | None = 9
+    """Number of target classes, those with the highest clean logits after the first; each gets its
+    own search. Null searches the nearest of all boundaries, with a backward pass for each class."""
+
     restarts: Annotated[int, Field(ge=1)] = 1
+    """Starts, for each target if targeted. The first is the image itself, the others are random."""
+
     alpha_max: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Largest weight of the original image in a step; 0 ignores the original image (eq. 9)."""
+
     eta: Annotated[float, Field(ge=1)] = 1.05
+    """Factor by which a step overshoots the linearised boundary."""
+
     beta: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Fraction of the distance that remains when a misclassified point moves back to the image."""
 
     _check_eps_range = model_validator(mode="after")(check_eps_range)
 
     @property
     def vulnerability_kind(self) -> VulnerabilityKind:
+        """Always `margin`."""
         return "margin"
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, rng: ExampleRng) -> AttackResult:
-        """x (N, C, H, W) in [0, 1], y (N,). Rows that hold out return as they came."""
+        """Attack a batch; see `Attack` for the arguments.
+
+        Returns:
+            A misclassified point within eps of each broken row; the other rows unchanged.
+        """
         with freeze_model(model):
             with torch.no_grad():
-                ranked = model(x).argsort(1, descending=True)
-            result, queries = x.clone(), torch.ones_like(y)
-            live = (ranked[:, 0] == y).nonzero()[:, 0]
-            ranks = range(1, 1 + min(self.targets, ranked.shape[1] - 1)) if self.targets else [0]
-            for rank in ranks:
+                ranking = model(x).argsort(1, descending=True)
+            x_adv, queries = x.clone(), torch.ones_like(y)
+            live_rows = (ranking[:, 0] == y).nonzero()[:, 0]
+            for rank in self._target_ranks(ranking.shape[1]):
                 for restart in range(self.restarts):
-                    if not len(live):
+                    if not len(live_rows):
                         break
-                    start = x[live]
+                    x_start = x[live_rows]
                     if restart:
-                        start = self._sample_start(
-                            start,
-                            rng.select_rows(live).derive_stream("target", rank, "restart", restart),
+                        stream = rng.select_rows(live_rows).derive_stream(
+                            "target", rank, "restart", restart
                         )
-                    target = ranked[live, rank] if self.targets else None
-                    found, broken, spent = self._search_boundary(
-                        model, x[live], y[live], target, start
+                        x_start = sample_on_sphere(
+                            x_start, 0.5 * resolved_value(self.eps), self.norm, stream
+                        )
+                    target = ranking[live_rows, rank] if self.targets else None
+                    x_broken, is_broken, n_queries = self._search_boundary(
+                        model, x[live_rows], y[live_rows], target, x_start
                     )
-                    result[live[broken]] = found[broken]
-                    queries[live] += spent
-                    live = live[~broken]
-        return AttackResult(result, queries)
+                    x_adv[live_rows[is_broken]] = x_broken[is_broken]
+                    queries[live_rows] += n_queries
+                    live_rows = live_rows[~is_broken]
+        return AttackResult(x_adv, queries)
+
+    def _target_ranks(self, n_classes: int) -> range:
+        """Return the ranks, by clean logits, of the target classes; rank 0 if untargeted."""
+        return range(1, 1 + min(self.targets, n_classes - 1)) if self.targets else range(1)
 
     def _search_boundary(
         self, model: nn.Module, x: Tensor, y: Tensor, target: Tensor | None, x_start: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One start (alg. 1): point found, whether within eps, forward passes spent, each a row."""
+        """Run alg. 1 from one start.
+
+        Args:
+            model: Model in eval mode, without parameter gradients.
+            x: Natural images, (N, C, H, W).
+            y: True labels, (N,).
+            target: Target classes, (N,); None for the nearest boundary.
+            x_start: First iterates, (N, C, H, W).
+
+        Returns:
+            Misclassified points (N, C, H, W), valid for broken rows; whether each row is broken
+            (N,) bool; forward passes of each row (N,) int64.
+        """
         eps = resolved_value(self.eps)
-        found, broken, queries = (
-            x.clone(),
-            torch.zeros_like(y, dtype=torch.bool),
-            torch.zeros_like(y),
-        )
-        row, point, adv = torch.arange(len(x), device=x.device), x_start, x.clone()
-        hit, spent = broken, queries
+        result_x, result_queries = x.clone(), torch.zeros_like(y)
+        result_broken = torch.zeros_like(y, dtype=torch.bool)
+        # State of the rows that are still in the batch.
+        row_index, x_adv, x_broken = torch.arange(len(x), device=x.device), x_start, x.clone()
+        is_broken, queries = result_broken, result_queries
         for step in range(self.steps):
             if is_on_cpu(x) or step % ROW_CHECK_INTERVAL == 0:
-                keep = (~hit).nonzero()[:, 0]
-                if len(keep) < len(row):
-                    found[row], broken[row], queries[row] = adv, hit, spent
-                    row, x, y, point, adv, hit, spent = (
-                        v[keep] for v in (row, x, y, point, adv, hit, spent)
+                unbroken = (~is_broken).nonzero()[:, 0]
+                if len(unbroken) < len(row_index):
+                    result_x[row_index] = x_broken
+                    result_broken[row_index] = is_broken
+                    result_queries[row_index] = queries
+                    row_index, x, y, x_adv, x_broken, is_broken, queries = (
+                        rows[unbroken]
+                        for rows in (row_index, x, y, x_adv, x_broken, is_broken, queries)
                     )
-                    target = None if target is None else target[keep]
-                if not len(row):
+                    target = None if target is None else target[unbroken]
+                if not len(row_index):
                     break
-            point = self._step_towards_boundary(
-                point, x, *self._linearize_boundary(model, point, y, target)
-            )
+            gap, normal = self._linearize_boundary(model, x_adv, y, target)
+            x_adv = self._step_towards_boundary(x_adv, x, gap, normal)
             with torch.inference_mode():
-                wrong = model(point).argmax(1) != y
-            spent = spent + 2 * (~hit).long()
-            move = point - x
-            new = wrong & (_row_norms(move, self.norm) <= eps) & ~hit
-            masked_assign_(adv, new, point)
-            hit = hit | new
-            point = torch.addcmul(
-                x, move, _broadcast_rows(x.new_ones(len(x)).masked_fill_(wrong, self.beta))
-            )
-        found[row], broken[row], queries[row] = adv, hit, spent
-        return found, broken, queries
+                is_wrong = model(x_adv).argmax(1) != y
+            queries = queries + 2 * (~is_broken).long()
+            delta = x_adv - x
+            newly_broken = is_wrong & (_row_norms(delta, self.norm) <= eps) & ~is_broken
+            masked_assign_(x_broken, newly_broken, x_adv)
+            is_broken = is_broken | newly_broken
+            scale = x.new_ones(len(x)).masked_fill_(is_wrong, self.beta)
+            x_adv = torch.addcmul(x, delta, broadcast_rows(scale))
+        result_x[row_index] = x_broken
+        result_broken[row_index] = is_broken
+        result_queries[row_index] = queries
+        return result_x, result_broken, result_queries
 
     def _linearize_boundary(
         self, model: nn.Module, x_adv: Tensor, y: Tensor, target: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """z_t - z_y (N,) and its gradient (N, D): the linearised boundary, the nearest one if
-        untargeted.
+        """Return z_t - z_y (N,) and its gradient (N, D), which span the linearised boundary.
+
+        t is the target class, or the class of the nearest linearised boundary if untargeted.
         """
         x_adv = x_adv.detach().requires_grad_()
         logits = model(x_adv)
@@ -129,16 +173,15 @@ class FAB(Spec):
             value = (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
             (grad,) = torch.autograd.grad(value.sum(), x_adv)
             return value.detach(), grad.flatten(1)
-        jacobian = torch.stack(
-            [
-                torch.autograd.grad(logits[:, c].sum(), x_adv, retain_graph=True)[0]
-                for c in range(logits.shape[1])
-            ],
-            1,
-        ).flatten(2)
+        class_grads = [
+            torch.autograd.grad(logits[:, c].sum(), x_adv, retain_graph=True)[0]
+            for c in range(logits.shape[1])
+        ]
+        jacobian = torch.stack(class_grads, 1).flatten(2)
         rows = torch.arange(len(y), device=y.device)
         values = logits.detach() - logits.detach()[rows, y, None]
         normals = jacobian - jacobian[rows, y, None]
+        # The dual norm turns a gap of logits into a distance.
         dual = normals.abs().sum(2) if self.norm == "Linf" else normals.norm(dim=2)
         nearest = (values.abs() / (dual + 1e-12)).scatter(1, y[:, None], torch.inf).argmin(1)
         return values[rows, nearest], normals[rows, nearest]
@@ -146,70 +189,65 @@ class FAB(Spec):
     def _step_towards_boundary(
         self, x_adv: Tensor, x: Tensor, gap: Tensor, normal: Tensor
     ) -> Tensor:
-        """Overshoot the projections of the point and of x onto the plane, biased to x by their
-        distances (eq. 9).
-        """
-        p, origin = x_adv.flatten(1), x.flatten(1)
-        gaps = torch.stack([gap, gap + (normal * (origin - p)).sum(1)])
-        here, there = project_onto_plane(torch.stack([p, origin]), normal, gaps, self.norm)
-        far, near = (_row_norms(move, self.norm).clamp_min(1e-8)[:, None] for move in (there, here))
-        alpha = (near / (near + far)).clamp_max(self.alpha_max)
-        moved = torch.lerp(p + self.eta * here, origin + self.eta * there, alpha)
-        return moved.clamp_(0, 1).view_as(x)
+        """Return the next iterate (eq. 9): a mean of two overshot projections onto the plane.
 
-    def _sample_start(self, x: Tensor, rng: ExampleRng) -> Tensor:
-        """A random point at distance eps / 2."""
-        shape = tuple(x.shape[1:])
-        t = (
-            rng.symmetric_uniform(shape, x.dtype)
-            if self.norm == "Linf"
-            else rng.normal(shape, x.dtype)
+        The projections are those of x_adv and of x. The weight of the latter is the share of x_adv
+        in the sum of both distances to the plane, at most alpha_max.
+        """
+        point, origin = x_adv.flatten(1), x.flatten(1)
+        origin_gap = gap + (normal * (origin - point)).sum(1)
+        point_move, origin_move = project_onto_plane(
+            torch.stack([point, origin]), normal, torch.stack([gap, origin_gap]), self.norm
         )
-        return (
-            x
-            + 0.5
-            * resolved_value(self.eps)
-            * t
-            / _broadcast_rows(_row_norms(t, self.norm).clamp_min(1e-12))
-        ).clamp(0, 1)
+        point_distance = _row_norms(point_move, self.norm).clamp_min(1e-8)[:, None]
+        origin_distance = _row_norms(origin_move, self.norm).clamp_min(1e-8)[:, None]
+        alpha = (point_distance / (point_distance + origin_distance)).clamp_max(self.alpha_max)
+        x_next = torch.lerp(point + self.eta * point_move, origin + self.eta * origin_move, alpha)
+        return x_next.clamp_(0, 1).view_as(x)
 
 
 def project_onto_plane(points: Tensor, normal: Tensor, gap: Tensor, norm: Norm) -> Tensor:
-    """Smallest moves d (..., N, D) with normal . d = -gap and points + d in [0, 1]; the corner if
-    none does.
+    """Return the shortest moves of points in [0, 1]^D onto a plane, within that box.
 
-    points (..., N, D), normal (N, D), gap (..., N). Every coordinate moves towards the plane at its
-    own speed (1 in Linf, |normal| in L2) until it meets the box. The gap closed by a time is
-    concave and piecewise linear, so Newton's method climbs to the answer in a few steps, and is
-    there when no further coordinate has stopped. Masks are numbers: on a CPU `torch.where` takes
-    ten times as long as a product.
+    Every coordinate moves towards the plane at its own speed (1 for Linf, |normal| for L2) until it
+    meets the box. The gap closed after a time is concave and piecewise linear in the time, so
+    Newton's method reaches the answer from below in a few steps: it ends when no further coordinate
+    has met the box.
+
+    Args:
+        points: Points to project, (..., N, D) in [0, 1].
+        normal: Normals of the planes, (N, D).
+        gap: Value of the linear function at the points, (..., N); the plane is its zero set.
+        norm: Norm that measures the length of the moves.
+
+    Returns:
+        Moves (..., N, D) with normal . move = -gap. Where the plane does not meet the box, the
+        move to the corner nearest to the plane.
     """
-    towards = normal.sign() * torch.ones_like(gap).masked_fill_(gap >= 0, -1.0)[..., None]
+    # Masks are 0-1 floats: on a CPU, torch.where takes ten times as long as a product.
+    direction = normal.sign() * torch.ones_like(gap).masked_fill_(gap >= 0, -1.0)[..., None]
     gap, weight = gap.abs(), normal.abs()
     rate = weight if norm == "Linf" else weight * weight
-    room = torch.addcmul((towards + 1) / 2, towards, points, value=-1).clamp_min_(0)
-    move, moving, closing = torch.zeros_like(room), torch.empty_like(room), torch.empty_like(room)
-    time, pace = torch.zeros_like(gap), torch.full_like(gap, -1)
+    room = torch.addcmul((direction + 1) / 2, direction, points, value=-1).clamp_min_(0)
+    move, is_moving, buffer = torch.zeros_like(room), torch.empty_like(room), torch.empty_like(room)
+    time, speed = torch.zeros_like(gap), torch.full_like(gap, -1)
     for _ in range(MAX_NEWTON_STEPS):
-        torch.lt(move, room, out=moving)
-        before, pace = pace, torch.mul(rate, moving, out=closing).sum(-1)
-        short = gap - torch.mul(weight, move, out=closing).sum(-1)
-        climbing = (pace != before) & (pace > 0)
-        if is_on_cpu(points) and not climbing.any():
+        torch.lt(move, room, out=is_moving)
+        previous_speed, speed = speed, torch.mul(rate, is_moving, out=buffer).sum(-1)
+        open_gap = gap - torch.mul(weight, move, out=buffer).sum(-1)
+        is_advancing = (speed != previous_speed) & (speed > 0)
+        if is_on_cpu(points) and not is_advancing.any():
             break
-        time = torch.where(climbing, time + short / pace, time)
-        reach = (
-            time[..., None] if norm == "Linf" else torch.mul(time[..., None], weight, out=closing)
-        )
+        time = torch.where(is_advancing, time + open_gap / speed, time)
+        if norm == "Linf":
+            reach = time[..., None]
+        else:
+            reach = torch.mul(time[..., None], weight, out=buffer)
         torch.minimum(reach, room, out=move)
-    return move.mul_(towards)
+    return move.mul_(direction)
 
 
 def _row_norms(delta: Tensor, norm: Norm) -> Tensor:
-    """Length of each row in `norm`, (N,)."""
+    """Return the length of each row in `norm`, (N,)."""
     flat = delta.flatten(1)
     return flat.abs().amax(1) if norm == "Linf" else flat.norm(dim=1)
-
-
-def _broadcast_rows(row: Tensor) -> Tensor:
-    return row.view(-1, 1, 1, 1)

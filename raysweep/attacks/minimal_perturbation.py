@@ -1,6 +1,4 @@
-"""The shortest perturbation that fools the model, found approximately: PGD, then bisection along
-its direction.
-"""
+"""Approximation of the shortest perturbation that changes the prediction: PGD, then bisection."""
 
 from typing import Annotated, Literal
 
@@ -8,7 +6,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from raysweep.attacks.base import AttackResult, Norm, VulnerabilityKind, freeze_model, l2_norms
+from raysweep.attacks.base import (
+    AttackResult,
+    Norm,
+    VulnerabilityKind,
+    broadcast_rows,
+    freeze_model,
+    l2_norms,
+)
 from raysweep.attacks.pgd import PGD
 from raysweep.rng import ExampleRng
 from raysweep.schedules import Number, Schedule, bounded, resolved_value
@@ -16,49 +21,64 @@ from raysweep.spec import Spec
 
 
 class MinimalPerturbation(Spec):
-    """MMA's AN-PGD (Ding et al. 2020, alg. 1) up to the length `d_max`.
+    """AN-PGD of MMA (Ding et al. 2020, alg. 1), for perturbations up to the length `d_max`.
 
-    PGD of radius d_max gives a direction; `bisections` halvings find where the prediction changes
-    on it. A row that is misclassified already stays as it is, one that PGD cannot break keeps PGD's
-    point. The authors remember each example's last length and start PGD there; this starts at d_max
-    each time, so that an epoch depends on nothing but the weights. PGD's step is step_scale x d_max
-    / steps.
+    PGD of radius d_max gives a direction; bisection along it finds where the prediction changes. A
+    row that is misclassified without perturbation stays as it is; a row that PGD does not break
+    gets PGD's last iterate. The authors start PGD at the last length of each example. Here PGD
+    starts at d_max in every epoch, so that an epoch depends on the weights alone.
     """
 
     kind: Literal["minimal"] = "minimal"
+    """Selects this attack."""
+
     d_max: Annotated[Schedule, bounded(0)] = 12 / 255
+    """Radius of PGD and largest length of a perturbation, in pixel values."""
+
     steps: Annotated[int, Field(ge=1, le=10_000)] = 10
+    """Steps of PGD."""
+
     step_scale: Annotated[Number, Field(gt=0)] = 2.5
+    """Step size of PGD in units of d_max / steps."""
+
     bisections: Annotated[int, Field(ge=1, le=60)] = 10
+    """Halvings of the interval that holds the shortest length."""
+
     loss: Literal["ce", "cw"] = "ce"
+    """Loss of PGD: `ce`, cross-entropy; `cw`, margin of the logits."""
+
     norm: Norm = "Linf"
+    """Norm that measures the length."""
+
     start: Literal["natural", "uniform"] = "uniform"
+    """Start of PGD: `natural`, the image; `uniform`, a random point of the ball."""
 
     @property
     def vulnerability_kind(self) -> VulnerabilityKind:
-        """As for PGD with the same loss."""
+        """That of PGD with the same loss."""
         return "margin" if self.loss == "cw" else "probability"
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, rng: ExampleRng) -> AttackResult:
-        """x (N, C, H, W) in [0, 1], y (N,) int64; kappa is the length found in units of d_max /
-        steps, rounded down.
+        """Attack a batch; see `Attack` for the arguments.
 
-        0 where the row is wrong without any perturbation, `steps` where no point within d_max is.
+        Returns:
+            The nearest misclassified points. kappa is the length in units of d_max / steps, rounded
+            down: 0 where the row is wrong without perturbation, `steps` where the attack failed.
         """
         with freeze_model(model):
-            right = _is_correct(model, x, y).nonzero()[:, 0]
+            correct_rows = _is_correct(model, x, y).nonzero()[:, 0]
             x_adv, kappa, queries = x.clone(), torch.zeros_like(y), torch.ones_like(y)
-            if len(right):
-                x_adv[right], kappa[right], spent = self._attack_correct_rows(
-                    model, x[right], y[right], rng.select_rows(right)
+            if len(correct_rows):
+                x_adv[correct_rows], kappa[correct_rows], n_queries = self._attack_correct_rows(
+                    model, x[correct_rows], y[correct_rows], rng.select_rows(correct_rows)
                 )
-                queries[right] += spent
+                queries[correct_rows] += n_queries
         return AttackResult(x_adv, queries, kappa)
 
     def _attack_correct_rows(
         self, model: nn.Module, x: Tensor, y: Tensor, rng: ExampleRng
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Points, kappa and queries for rows that the model has right."""
+        """Return images, kappa and queries of rows that the model classifies correctly."""
         d_max = resolved_value(self.d_max)
         pgd = PGD(
             eps=d_max,
@@ -71,32 +91,36 @@ class MinimalPerturbation(Spec):
         delta = pgd(model, x, y, rng).x_adv - x
         kappa = torch.full_like(y, self.steps)
         queries = torch.full_like(y, self.steps + 1)
-        found = (~_is_correct(model, x + delta, y)).nonzero()[:, 0]
-        if len(found):
-            fraction = self._bisect_delta(model, x[found], y[found], delta[found])
-            delta[found] *= fraction
-            length = (
-                l2_norms(delta[found])
-                if self.norm == "L2"
-                else delta[found].abs().amax((1, 2, 3), keepdim=True)
+        broken_rows = (~_is_correct(model, x + delta, y)).nonzero()[:, 0]
+        if len(broken_rows):
+            delta[broken_rows] *= self._bisect_delta(
+                model, x[broken_rows], y[broken_rows], delta[broken_rows]
             )
-            kappa[found] = (length.flatten() / d_max * self.steps).long().clamp(max=self.steps - 1)
-            queries[found] += self.bisections
+            if self.norm == "L2":
+                lengths = l2_norms(delta[broken_rows])
+            else:
+                lengths = delta[broken_rows].abs().amax((1, 2, 3), keepdim=True)
+            steps_to_boundary = (lengths.flatten() / d_max * self.steps).long()
+            kappa[broken_rows] = steps_to_boundary.clamp(max=self.steps - 1)
+            queries[broken_rows] += self.bisections
         return x + delta, kappa, queries
 
     def _bisect_delta(self, model: nn.Module, x: Tensor, y: Tensor, delta: Tensor) -> Tensor:
-        """Fraction of delta, (N, 1, 1, 1) in (0, 1], at which the row is wrong and a little below
-        which it is right.
+        """Return a fraction of delta, (N, 1, 1, 1) in (0, 1], at which the row is misclassified.
+
+        A slightly smaller fraction is classified correctly.
         """
         low, high = x.new_zeros(len(x), 1, 1, 1), x.new_ones(len(x), 1, 1, 1)
         for _ in range(self.bisections):
             middle = (low + high) / 2
-            correct = _is_correct(model, x + middle * delta, y).view(-1, 1, 1, 1)
-            low, high = torch.where(correct, middle, low), torch.where(correct, high, middle)
+            is_correct = broadcast_rows(_is_correct(model, x + middle * delta, y))
+            low = torch.where(is_correct, middle, low)
+            high = torch.where(is_correct, high, middle)
         return high
 
 
 def _is_correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Return whether the model classifies each row correctly, (N,) bool."""
     with torch.no_grad():
-        right: Tensor = model(x).argmax(1) == y
-    return right
+        is_correct: Tensor = model(x).argmax(1) == y
+    return is_correct

@@ -1,4 +1,4 @@
-"""Projected gradient descent in the forms that training and evaluation use: one loop, its settings."""
+"""Projected gradient descent, in the forms that training and evaluation use."""
 
 import math
 from typing import Annotated, Literal
@@ -25,74 +25,95 @@ from raysweep.spec import Spec
 
 
 class PGD(Spec):
-    """PGD-K (G eq. 4), counting the geometry value kappa on the way (G alg. 1).
-
-    loss: `ce`; `cw`, the margin loss -max(z_y - max_{i != y} z_i + confidence, 0) (L eq. 12); `kl`,
-    KL(p(x) || p(x~)) (G alg. 4). start: `uniform` in the eps-ball; `gaussian`, x + 0.001 N(0, I),
-    not clipped, as TRADES does; `natural`, x itself (L alg. 2-3). tau: a row stops `tau` steps
-    after it is first misclassified (G alg. 3, FAT); null takes all K steps. mode: of the batch
-    norms while attacking; as published, `eval`.
-    """
+    """PGD with K steps (G eq. 4), which counts the geometry value kappa (G alg. 1)."""
 
     kind: Literal["pgd"] = "pgd"
+    """Selects this attack; the default of an attack without `kind`."""
+
     eps: Annotated[Schedule, bounded(0)] = 8 / 255
+    """Radius of the ball around the image, in pixel values; at most 1 for Linf."""
+
     step_size: Annotated[Schedule, bounded(0)] = 2 / 255
+    """Length of a step, in pixel values."""
+
     steps: Annotated[int, Field(ge=1, le=10_000)] = 10
+    """Number of steps K."""
+
     loss: Literal["ce", "cw", "kl"] = "ce"
+    """Loss to maximise: `ce`, cross-entropy (L eq. 11); `cw`, the bounded margin
+    -max(z_y - max_{i != y} z_i + confidence, 0) (L eq. 12); `kl`, KL(p(x) || p(x~)) (G alg. 4)."""
+
     norm: Norm = "Linf"
+    """Norm of the ball and of a step."""
+
     start: Literal["natural", "uniform", "gaussian"] = "uniform"
+    """First iterate: `natural`, the image (L alg. 2-3); `uniform`, a random point of the ball;
+    `gaussian`, x + 0.001 N(0, I) without clipping, as in TRADES."""
+
     tau: Annotated[Schedule, bounded(0)] | None = None
+    """Steps that a row takes after its first misclassification (FAT, G alg. 3). Null takes all
+    steps."""
+
     confidence: Annotated[Number, Field(ge=0)] = 50.0
+    """Margin of logits at which the loss `cw` stops to grow."""
+
     mode: Literal["eval", "train"] = "eval"
+    """Mode of the model during the attack; the papers use `eval`."""
 
     _check_eps_range = model_validator(mode="after")(check_eps_range)
 
     @property
     def vulnerability_kind(self) -> VulnerabilityKind:
-        """L eq. 8 for attacks that lower p_y, eq. 9 for those that raise another class."""
+        """`margin` (L eq. 9) for the loss `cw`, `probability` (L eq. 8) for the others."""
         return "margin" if self.loss == "cw" else "probability"
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, rng: ExampleRng) -> AttackResult:
-        """x (N, C, H, W) in [0, 1], y (N,) int64; one forward a step serves kappa, tau and the
-        gradient.
+        """Attack a batch; see `Attack` for the arguments.
+
+        Returns:
+            The last iterate of each row, and kappa in 0..steps.
         """
         with freeze_model(model, self.mode):
-            reference = _compute_natural_logits(model, x) if self.loss == "kl" else None
-            return self._ascend_loss(model, x, y, self._sample_start(x, rng), reference)
+            natural_logits = _compute_natural_logits(model, x) if self.loss == "kl" else None
+            return self._ascend_loss(model, x, y, self._sample_start(x, rng), natural_logits)
 
     def _ascend_loss(
         self, model: nn.Module, x: Tensor, y: Tensor, x_start: Tensor, natural_logits: Tensor | None
     ) -> AttackResult:
+        """Take the steps: one forward pass gives kappa, the rows to stop and the gradient."""
         eps, step_size = resolved_value(self.eps), resolved_value(self.step_size)
-        kappa = torch.zeros_like(y)
-        queries = torch.zeros_like(y)
-        result = x_start.clone() if self.tau is not None else x_start
+        kappa, queries = torch.zeros_like(y), torch.zeros_like(y)
+        x_adv = x_start
+        # Only with tau: results of all rows, and for the rows that remain their positions and how
+        # many steps they may still take when misclassified.
+        result_x = x_start.clone() if self.tau is not None else x_start
         rows: Tensor | slice = slice(None)
         budget = None if self.tau is None else torch.full_like(y, int(resolved_value(self.tau)))
         for _ in range(self.steps):
-            correct, grad = self._compute_gradient(model, x_start, y, natural_logits)
-            kappa[rows] += correct
+            is_correct, grad = self._compute_gradient(model, x_adv, y, natural_logits)
+            kappa[rows] += is_correct
             queries[rows] += 1
             if budget is not None:
-                going = (correct | (budget > 0)).nonzero()[:, 0]
-                budget = (budget - (~correct).long())[going]
-                rows = going if isinstance(rows, slice) else rows[going]
-                if len(going) < len(x):
-                    x, y, x_start, grad = x[going], y[going], x_start[going], grad[going]
-                    natural_logits = natural_logits[going] if natural_logits is not None else None
-                if not len(going):
+                live_rows = (is_correct | (budget > 0)).nonzero()[:, 0]
+                budget = (budget - (~is_correct).long())[live_rows]
+                rows = live_rows if isinstance(rows, slice) else rows[live_rows]
+                if len(live_rows) < len(x):
+                    x, y = x[live_rows], y[live_rows]
+                    x_adv, grad = x_adv[live_rows], grad[live_rows]
+                    if natural_logits is not None:
+                        natural_logits = natural_logits[live_rows]
+                if not len(live_rows):
                     break
-            x_start = project_to_ball(
-                x_start + step_size * steepest_ascent_direction(grad, self.norm), x, eps, self.norm
-            )
+            direction = steepest_ascent_direction(grad, self.norm)
+            x_adv = project_to_ball(x_adv + step_size * direction, x, eps, self.norm)
             if budget is not None:
-                result[rows] = x_start
-        return AttackResult(result if budget is not None else x_start, queries, kappa)
+                result_x[rows] = x_adv
+        return AttackResult(result_x if budget is not None else x_adv, queries, kappa)
 
     def _compute_gradient(
         self, model: nn.Module, x_adv: Tensor, y: Tensor, natural_logits: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Which rows are still right (N,), and the gradient of the attack's loss at x_adv."""
+        """Return whether rows are correct (N,) bool, and the gradient of the loss (N, C, H, W)."""
         x_adv = x_adv.detach().requires_grad_()
         logits = model(x_adv)
         if self.loss == "cw":
@@ -105,21 +126,22 @@ class PGD(Spec):
         return logits.detach().argmax(1) == y, grad
 
     def _sample_start(self, x: Tensor, rng: ExampleRng) -> Tensor:
+        """Return the first iterates; a uniform start in L2 has a Gaussian direction."""
         if self.start == "natural":
             return x
         shape = tuple(x.shape[1:])
         if self.start == "gaussian":
             return x + 0.001 * rng.normal(shape, x.dtype)
+        eps = resolved_value(self.eps)
         if self.norm == "Linf":
-            return (x + resolved_value(self.eps) * rng.symmetric_uniform(shape, x.dtype)).clamp(
-                0, 1
-            )
+            return (x + eps * rng.symmetric_uniform(shape, x.dtype)).clamp(0, 1)
         direction = rng.normal(shape, x.dtype)
         radius = rng.derive_stream("radius").uniform((1, 1, 1), x.dtype) ** (1 / math.prod(shape))
-        return (x + resolved_value(self.eps) * radius * direction / l2_norms(direction)).clamp(0, 1)
+        return (x + eps * radius * direction / l2_norms(direction)).clamp(0, 1)
 
 
 def _compute_natural_logits(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the logits of natural images without gradient."""
     with torch.no_grad():
         logits: Tensor = model(x)
     # The next replay of a CUDA graph overwrites its output.

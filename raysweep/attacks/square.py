@@ -1,8 +1,8 @@
 """Square attack (Andriushchenko et al. 2020): random search over square windows, no gradient."""
 
 import math
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -23,130 +23,144 @@ from raysweep.rng import ExampleRng
 from raysweep.schedules import Schedule, bounded, resolved_value
 from raysweep.spec import Spec
 
-# Queries after which the share of pixels in a window halves (sec. 4.1, for any budget: AutoAttack
-# does not rescale it).
+# Queries after which the share of pixels in a window halves (sec. 4.1). They do not depend on the
+# budget, because AutoAttack does not rescale them.
 WINDOW_HALVING_QUERIES = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-# Rows leave the batch this often where looking for them would make the host wait for the device.
+# On an accelerator, broken rows leave the batch only every so many queries, because the host waits
+# for their number.
 ROW_CHECK_INTERVAL = 100
 
 
 class Square(Spec):
-    """Square with the margin loss and the settings of AutoAttack.
+    """Square attack on the margin loss, with the defaults of AutoAttack.
 
-    All rows share the windows (and in Linf the signs) of a query number, as officially; starts, and
-    signs in L2, are the row's own. In Linf a proposal that cannot change the outcome spends no
-    forward pass: the row already looks so, or it refused the same window before and has not changed
-    since.
+    As in the official code, all rows share the window of a query and, for Linf, its signs. Starts
+    and, for L2, signs differ by row. On a CPU, a Linf query skips the rows that it cannot improve:
+    rows that already have the proposed pixels, and rows that refused the same window and have not
+    changed since.
     """
 
     kind: Literal["square"] = "square"
+    """Selects this attack."""
+
     eps: Annotated[Schedule, bounded(0)] = 8 / 255
+    """Radius of the ball around the image, in pixel values; at most 1 for Linf."""
+
     queries: Annotated[int, Field(ge=1)] = 5000
+    """Proposals of each start; a proposal costs at most one forward pass."""
+
     norm: Norm = "Linf"
+    """Norm of the ball."""
+
     restarts: Annotated[int, Field(ge=1)] = 1
+    """Random starts. Only rows that still resist start again."""
+
     p_init: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Share of the pixels in the first windows (sec. 4.1)."""
 
     _check_eps_range = model_validator(mode="after")(check_eps_range)
 
     @property
     def vulnerability_kind(self) -> VulnerabilityKind:
+        """Always `margin`."""
         return "margin"
 
     @property
     def steps(self) -> int:
+        """Number of queries, under the name that the other attacks use."""
         return self.queries
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, rng: ExampleRng) -> AttackResult:
-        """x (N, C, H, W) in [0, 1], y (N,). Rows that hold out return their point of least margin."""
-        search = self._search_linf if self.norm == "Linf" else self._search_l2
+        """Attack a batch; see `Attack` for the arguments.
+
+        Returns:
+            The point of smallest margin of each row.
+        """
+        run_search = self._search_linf if self.norm == "Linf" else self._search_l2
         with freeze_model(model), torch.inference_mode():
-            best_x, best, queries = x.clone(), true_class_margin(model(x), y), torch.ones_like(y)
+            x_adv, queries = x.clone(), torch.ones_like(y)
+            margin = true_class_margin(model(x), y)
             for restart in range(self.restarts):
-                rows = (best > 0).nonzero()[:, 0]
-                if not len(rows):
+                live_rows = (margin > 0).nonzero()[:, 0]
+                if not len(live_rows):
                     break
-                found = _SquareSearch(
-                    rows,
-                    x[rows],
-                    y[rows],
-                    rng.select_rows(rows).derive_stream("restart", restart),
-                    best_x,
-                    best,
+                search = _SquareSearch(
+                    live_rows,
+                    x[live_rows],
+                    y[live_rows],
+                    rng.select_rows(live_rows).derive_stream("restart", restart),
+                    x_adv,
+                    margin,
                     queries,
                 )
-                search(model, found)
-                found.retire_rows(all_rows=True)
-        return AttackResult(best_x.clone(), queries.clone())
+                run_search(model, search)
+                search.retire_rows(all_rows=True)
+        return AttackResult(x_adv.clone(), queries.clone())
 
     def _search_linf(self, model: nn.Module, search: "_SquareSearch") -> None:
-        """From vertical stripes of ±eps, set windows to ±eps, one sign a channel (alg. 2)."""
+        """Start from vertical stripes of ±eps, then set windows to ±eps (alg. 2).
+
+        Each channel of a window has one sign.
+        """
         eps, (_, channels, height, width) = resolved_value(self.eps), search.x.shape
         low, high = (search.x - eps).clamp(0, 1), (search.x + eps).clamp(0, 1)
-        stripes = (
-            search.rng.derive_stream("start").uniform((channels, 1, width), search.x.dtype) < 0.5
-        )
-        search.set_start(model, torch.where(stripes, low, high))
-        changed = torch.full_like(search.y, -1)
-        lazy = is_on_cpu(search.x)
-        seen: dict[tuple[int, ...], int] = {}
+        stripes = search.rng.derive_stream("start").uniform((channels, 1, width), search.x.dtype)
+        search.set_start(model, torch.where(stripes < 0.5, low, high))
+        skips_rows = is_on_cpu(search.x)
+        last_change = torch.full_like(search.y, -1)  # query that last changed each row
+        last_proposal: dict[tuple[int, ...], int] = {}  # window -> query that last proposed it
         draws = self._draw_shared_numbers(search.rng, 2 + channels)
         for query in range(self.queries):
-            if lazy or query % ROW_CHECK_INTERVAL == 0:
-                keep = search.retire_rows()
-                if keep is not None:
-                    low, high, changed = low[keep], high[keep], changed[keep]
+            if skips_rows or query % ROW_CHECK_INTERVAL == 0:
+                remaining = search.retire_rows()
+                if remaining is not None:
+                    low, high = low[remaining], high[remaining]
+                    last_change = last_change[remaining]
             if not len(search.x):
                 break
             side = min(self._window_side(query, height * width), height, width)
-            top, left = (
-                _window_offset(draws[query][0], height - side),
-                _window_offset(draws[query][1], width - side),
-            )
-            signs = [draw < 0.5 for draw in draws[query][2:]]
+            top = _window_offset(draws[query][0], height - side)
+            left = _window_offset(draws[query][1], width - side)
+            use_low = [draw < 0.5 for draw in draws[query][2:]]
             area = (..., slice(top, top + side), slice(left, left + side))
-            window = torch.stack(
-                [(low if down else high)[:, c][area] for c, down in enumerate(signs)], 1
-            )
-            if not lazy:
+            window = _linf_window(low, high, use_low, area)
+            if not skips_rows:
                 candidate = search.best_x_adv.clone()
                 candidate[area] = window
                 search.accept_improvements(model, candidate)
                 continue
-            worth = (window != search.best_x_adv[area]).flatten(1).any(1)
-            key = (side, top, left, *signs)
-            if key in seen:
-                worth &= changed > seen[key]
-            seen[key] = query
-            rows = worth.nonzero()[:, 0]
+            may_improve = (window != search.best_x_adv[area]).flatten(1).any(1)
+            key = (side, top, left, *use_low)
+            if key in last_proposal:
+                may_improve &= last_change > last_proposal[key]
+            last_proposal[key] = query
+            rows = may_improve.nonzero()[:, 0]
             if len(rows):
                 candidate = search.best_x_adv[rows]
                 candidate[area] = window[rows]
-                changed[search.accept_improvements(model, candidate, rows)] = query
+                last_change[search.accept_improvements(model, candidate, rows)] = query
 
     def _search_l2(self, model: nn.Module, search: "_SquareSearch") -> None:
-        """From a grid of bumps of norm eps, move the mass of one window to a new bump in another
-        (alg. 3).
-        """
+        """Start from a grid of bumps of norm eps, then move mass between two windows (alg. 3)."""
         eps, (_, channels, height, width) = resolved_value(self.eps), search.x.shape
         x = search.x
         delta = _bump_grid(x, search.rng.derive_stream("start"))
         search.set_start(model, (x + eps * delta / l2_norms(delta).clamp_min(1e-12)).clamp(0, 1))
         draws = self._draw_shared_numbers(search.rng, 5)
-        signs, bumps = torch.empty(0), dict[tuple[int, bool], Tensor]()
+        signs = torch.empty(0)
+        bumps: dict[tuple[int, bool], Tensor] = {}
         for query in range(self.queries):
-            if query % ROW_CHECK_INTERVAL == 0 or is_on_cpu(x):
-                keep = search.retire_rows()
-                signs = signs if keep is None or query % ROW_CHECK_INTERVAL == 0 else signs[keep]
+            # Signs are drawn for ROW_CHECK_INTERVAL queries at a time.
+            draws_signs = query % ROW_CHECK_INTERVAL == 0
+            if draws_signs or is_on_cpu(x):
+                remaining = search.retire_rows()
+                if remaining is not None and not draws_signs:
+                    signs = signs[remaining]
             if not len(search.x):
                 break
-            if query % ROW_CHECK_INTERVAL == 0:
-                signs = (
-                    search.rng.derive_stream("signs", query)
-                    .uniform((ROW_CHECK_INTERVAL, channels, 1, 1), x.dtype)
-                    .lt(0.5)
-                    * 2.0
-                    - 1
-                )
+            if draws_signs:
+                stream = search.rng.derive_stream("signs", query)
+                signs = _random_signs(stream, (ROW_CHECK_INTERVAL, channels, 1, 1), x.dtype)
             x, delta = search.x, search.best_x_adv - search.x
             side = self._window_side(query, height * width, min_side=3)
             side = min(side + 1 - side % 2, height, width)
@@ -154,40 +168,47 @@ class Square(Spec):
                 _window_offset(draw, length - side)
                 for draw, length in zip(draws[query], (height, width) * 2, strict=False)
             )
-            window = delta[..., top : top + side, left : left + side]
-            window2 = delta[..., top2 : top2 + side, left2 : left2 + side]
+            target = delta[..., top : top + side, left : left + side]
+            source = delta[..., top2 : top2 + side, left2 : left2 + side]
             key = side, draws[query][4] < 0.5
             if key not in bumps:
                 bumps[key] = _two_sided_bump(*key, x)
-            new = torch.addcdiv(
-                bumps[key] * signs[:, query % ROW_CHECK_INTERVAL],
-                window,
-                _channel_l2_norms(window) + 1e-12,
-            )
-            before = l2_norms(delta).square_()
-            window.zero_()
-            window2.zero_()
-            freed = (before - l2_norms(delta).square_()).clamp_min_(0)
-            mass = (eps**2 - before).clamp_min_(0).div_(channels).add_(freed).sqrt_()
-            window.copy_(new.mul_(mass / (_channel_l2_norms(new) + 1e-12)))
-            search.accept_improvements(
-                model, torch.addcmul(x, delta, eps / l2_norms(delta).clamp_min_(1e-12)).clamp_(0, 1)
-            )
+            bump = bumps[key] * signs[:, query % ROW_CHECK_INTERVAL]
+            _move_mass_(delta, target, source, bump, eps)
+            scale = eps / l2_norms(delta).clamp_min_(1e-12)
+            search.accept_improvements(model, torch.addcmul(x, delta, scale).clamp_(0, 1))
 
     def _draw_shared_numbers(self, rng: ExampleRng, numbers_per_query: int) -> list[list[float]]:
-        """`count` numbers for each query number, the same for every row, drawn on the host."""
+        """Draw numbers in [0, 1) on the host for each query, the same for every row.
+
+        Returns:
+            `numbers_per_query` numbers for each query.
+        """
         numbers = ExampleRng(rng.derive_stream("windows").key, torch.arange(self.queries))
         return numbers.uniform((numbers_per_query,), torch.float64).tolist()
 
     def _window_side(self, query: int, pixels: int, min_side: int = 1) -> int:
-        """Side of the window (sec. 4.1): round(sqrt(p H W))."""
+        """Return the side of the window, round(sqrt(p H W)) with p halving over time (sec. 4.1)."""
         share = self.p_init / 2 ** sum(query > after for after in WINDOW_HALVING_QUERIES)
         return max(round(math.sqrt(share * pixels)), min_side)
 
 
 @dataclass
 class _SquareSearch:
-    """Rows still searched, and (`result_*`) where the outcome of every row of the batch goes."""
+    """State of one start: the rows that are still in the batch, and the results of all rows.
+
+    Attributes:
+        row_index: Position in the results of each of the M rows in the batch.
+        x: Natural images, (M, C, H, W).
+        y: True labels, (M,).
+        rng: Random numbers of the M rows.
+        result_x_adv: Best images of all rows, over all starts.
+        result_margin: Margins of `result_x_adv`.
+        result_queries: Forward passes of all rows.
+        best_x_adv: Best images of this start, (M, C, H, W).
+        best_margin: Margins of `best_x_adv`, (M,); a row is broken at 0 or less.
+        queries: Forward passes in this start, (M,) int64.
+    """
 
     row_index: Tensor
     x: Tensor
@@ -196,114 +217,158 @@ class _SquareSearch:
     result_x_adv: Tensor
     result_margin: Tensor
     result_queries: Tensor
+    best_x_adv: Tensor = field(init=False)
+    best_margin: Tensor = field(init=False)
+    queries: Tensor = field(init=False)
 
     def set_start(self, model: nn.Module, candidate: Tensor) -> None:
+        """Make `candidate` (M, C, H, W) the best images."""
         self.best_x_adv, self.best_margin = candidate, true_class_margin(model(candidate), self.y)
         self.queries = torch.ones_like(self.y)
 
     def accept_improvements(
         self, model: nn.Module, candidate: Tensor, row_index: Tensor | None = None
     ) -> Tensor:
-        """Take each candidate whose margin is smaller; the rows that took it."""
+        """Replace the best image of each row whose candidate has a smaller margin.
+
+        Args:
+            model: The model under attack.
+            candidate: Proposed images, one for each of the M rows or of `row_index`.
+            row_index: Positions of the proposals in the batch, int64; None for all rows.
+
+        Returns:
+            Rows that changed: bool (M,) without `row_index`, else positions in the batch.
+        """
         if row_index is None:
-            loss = true_class_margin(model(candidate), self.y)
+            margin = true_class_margin(model(candidate), self.y)
             self.queries += self.best_margin > 0
-            better = loss < self.best_margin
-            masked_assign_(self.best_x_adv, better, candidate)
-            self.best_margin = torch.fmin(loss, self.best_margin)
-            return better
-        loss = true_class_margin(model(candidate), self.y[row_index])
+            improved = margin < self.best_margin
+            masked_assign_(self.best_x_adv, improved, candidate)
+            self.best_margin = torch.fmin(margin, self.best_margin)
+            return improved
+        margin = true_class_margin(model(candidate), self.y[row_index])
         self.queries[row_index] += 1
-        better = loss < self.best_margin[row_index]
-        taken = row_index[better]
-        self.best_x_adv[taken], self.best_margin[taken] = candidate[better], loss[better]
-        return taken
+        improved = margin < self.best_margin[row_index]
+        changed_rows = row_index[improved]
+        self.best_x_adv[changed_rows] = candidate[improved]
+        self.best_margin[changed_rows] = margin[improved]
+        return changed_rows
 
     def retire_rows(self, all_rows: bool = False) -> Tensor | None:
-        """Write the broken rows (or all) to the result and drop them; positions of those kept, None
-        if all are.
+        """Write the broken rows, or all rows, to the results and drop them from the batch.
+
+        Returns:
+            Former positions of the rows that remain, int64; None if no row was dropped.
         """
-        out = (
-            torch.ones_like(self.best_margin, dtype=torch.bool)
-            if all_rows
-            else self.best_margin <= 0
-        )
-        if not out.any():
+        if all_rows:
+            leaves = torch.ones_like(self.best_margin, dtype=torch.bool)
+        else:
+            leaves = self.best_margin <= 0
+        if not leaves.any():
             return None
-        to = self.row_index[out]
-        better = self.best_margin[out] < self.result_margin[to]
-        self.result_x_adv[to[better]] = self.best_x_adv[out][better]
-        self.result_margin[to[better]] = self.best_margin[out][better]
-        self.result_queries[to] += self.queries[out]
-        keep = (~out).nonzero()[:, 0]
-        self.row_index, self.x, self.y, self.rng = (
-            self.row_index[keep],
-            self.x[keep],
-            self.y[keep],
-            self.rng.select_rows(keep),
-        )
-        self.best_x_adv, self.best_margin, self.queries = (
-            self.best_x_adv[keep],
-            self.best_margin[keep],
-            self.queries[keep],
-        )
-        return keep
+        result_rows = self.row_index[leaves]
+        improved = self.best_margin[leaves] < self.result_margin[result_rows]
+        self.result_x_adv[result_rows[improved]] = self.best_x_adv[leaves][improved]
+        self.result_margin[result_rows[improved]] = self.best_margin[leaves][improved]
+        self.result_queries[result_rows] += self.queries[leaves]
+        remaining = (~leaves).nonzero()[:, 0]
+        self.row_index = self.row_index[remaining]
+        self.x, self.y = self.x[remaining], self.y[remaining]
+        self.rng = self.rng.select_rows(remaining)
+        self.best_x_adv = self.best_x_adv[remaining]
+        self.best_margin = self.best_margin[remaining]
+        self.queries = self.queries[remaining]
+        return remaining
 
 
 def _window_offset(uniform_draw: float, max_offset: int) -> int:
-    """An integer in [0, high): the last offset is never drawn, as officially."""
+    """Return an integer in [0, max_offset).
+
+    The last possible offset is never drawn, as in the official code.
+    """
     return int(uniform_draw * max_offset)
 
 
+def _linf_window(low: Tensor, high: Tensor, use_low: list[bool], area: tuple[Any, ...]) -> Tensor:
+    """Cut a window out of `low` or `high`, as `use_low` says for each channel."""
+    channels = []
+    for channel, is_low in enumerate(use_low):
+        bound = low if is_low else high
+        channels.append(bound[:, channel][area])
+    return torch.stack(channels, 1)
+
+
+def _move_mass_(delta: Tensor, target: Tensor, source: Tensor, bump: Tensor, eps: float) -> None:
+    """Move the mass of two windows to a new bump in the first one, in place (alg. 3).
+
+    Args:
+        delta: Perturbations, (M, C, H, W).
+        target: View of the window of `delta` that gets the bump.
+        source: View of the window of `delta` that is cleared.
+        bump: Signed bump of the size of a window, (M, C, side, side).
+        eps: Radius of the ball; unused mass goes to the bump as well.
+    """
+    new_window = torch.addcdiv(bump, target, _channel_l2_norms(target) + 1e-12)
+    total = l2_norms(delta).square_()
+    target.zero_()
+    source.zero_()
+    released = (total - l2_norms(delta).square_()).clamp_min_(0)
+    channels = delta.shape[1]
+    mass = (eps**2 - total).clamp_min_(0).div_(channels).add_(released).sqrt_()
+    target.copy_(new_window.mul_(mass / (_channel_l2_norms(new_window) + 1e-12)))
+
+
 def _channel_l2_norms(window: Tensor) -> Tensor:
-    """Euclidean norm of each channel of a window, (N, C, 1, 1)."""
-    length: Tensor = torch.linalg.vector_norm(window, dim=(-2, -1), keepdim=True)
-    return length
+    """Return the Euclidean norm of each channel of a window, (N, C, 1, 1)."""
+    norms: Tensor = torch.linalg.vector_norm(window, dim=(-2, -1), keepdim=True)
+    return norms
+
+
+def _random_signs(rng: ExampleRng, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Draw -1 or 1, (N, *shape)."""
+    return rng.uniform(shape, dtype).lt(0.5) * 2.0 - 1
 
 
 def _bump_grid(x: Tensor, rng: ExampleRng) -> Tensor:
-    """Bumps of side H / 5 laid side by side, each with its sign."""
+    """Return perturbations (N, C, H, W) of bumps of side H / 5 side by side, with random signs."""
     _, channels, height, width = x.shape
     side = max(height // 5, 1)
-    first = (height - side * 5) // 2
-    rows, columns = height // side, width // side
-    signs = (
-        rng.derive_stream("signs").uniform((rows, columns, channels, 1, 1), x.dtype).lt(0.5) * 2.0
-        - 1
-    )
-    turned = (
-        ExampleRng(rng.derive_stream("turned").key, torch.arange(rows * columns))
-        .uniform((1,))
-        .flatten()
-        .lt(0.5)
-        .tolist()
-    )
+    first_offset = (height - side * 5) // 2
+    n_rows, n_columns = height // side, width // side
+    signs = _random_signs(rng.derive_stream("signs"), (n_rows, n_columns, channels, 1, 1), x.dtype)
+    # Whether a bump is transposed does not depend on the example.
+    grid_rng = ExampleRng(rng.derive_stream("turned").key, torch.arange(n_rows * n_columns))
+    is_transposed = grid_rng.uniform((1,)).flatten().lt(0.5).tolist()
     delta = torch.zeros_like(x)
-    for i in range(rows):
-        for j in range(columns):
-            top, left = max(first + i * side, 0), max(first + j * side, 0)
+    for i in range(n_rows):
+        for j in range(n_columns):
+            top, left = max(first_offset + i * side, 0), max(first_offset + j * side, 0)
             area = delta[..., top : top + side, left : left + side]
-            bump = _two_sided_bump(side, turned[i * columns + j], x)
+            bump = _two_sided_bump(side, is_transposed[i * n_columns + j], x)
             area += bump[: area.shape[2], : area.shape[3]] * signs[:, i, j]
     return delta
 
 
 def _two_sided_bump(side: int, transposed: bool, like: Tensor) -> Tensor:
-    """Two halves of opposite sign, each falling off from its middle, of norm 1 (eq. 3), (side,
-    side).
+    """Return a bump (side, side) of norm 1: two halves of opposite sign (eq. 3).
+
+    Args:
+        side: Side of the bump, in pixels.
+        transposed: Whether the halves are left and right instead of top and bottom.
+        like: Tensor whose dtype and device the bump gets.
     """
     half = side // 2
     bump = torch.cat([_one_sided_bump(half, side), -_one_sided_bump(side - half, side)])
     bump = bump / torch.linalg.vector_norm(bump)
-    turned_bump: Tensor = bump.T if transposed else bump
-    return turned_bump.to(like)
+    oriented_bump: Tensor = bump.T if transposed else bump
+    return oriented_bump.to(like)
 
 
 def _one_sided_bump(height: int, width: int) -> Tensor:
-    """Sums of nested rectangles, 1 / k^2 the k-th from the inside, of norm 1."""
-    hill: Tensor = torch.zeros(height, width)
+    """Return a sum of nested rectangles of norm 1; the k-th from the inside has height 1 / k^2."""
+    bump: Tensor = torch.zeros(height, width)
     for k in range(max(height // 2 + 1, width // 2 + 1)):
         top, left = height // 2 - k, width // 2 - k
-        hill[max(top, 0) : top + 2 * k + 1, max(left, 0) : left + 2 * k + 1] += 1 / (k + 1) ** 2
-    unit: Tensor = hill / torch.linalg.vector_norm(hill).clamp_min(1e-12)
-    return unit
+        bump[max(top, 0) : top + 2 * k + 1, max(left, 0) : left + 2 * k + 1] += 1 / (k + 1) ** 2
+    unit_bump: Tensor = bump / torch.linalg.vector_norm(bump).clamp_min(1e-12)
+    return unit_bump
