@@ -12,7 +12,7 @@ import optuna
 from ray.tune.search import Searcher
 
 from raysweep.spec import json_digest
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger, Trial, TrialStatus
 from raysweep.sweep.optuna_study import constraint_values, to_frozen_trial
 from raysweep.sweep.search_space import Params
 from raysweep.training.failure_reports import FAILURE_KEY
@@ -91,7 +91,7 @@ class LedgerSearcher(Searcher):
         has_failed = error or FAILURE_KEY in (result or {}) or best is None
         trial = self._pending_trials.pop(trial_id)
         if isinstance(trial, Trial):
-            state = "failed" if has_failed else "finished"
+            state: TrialStatus = "failed" if has_failed else "finished"
             self._add_past_trial(replace(trial, state=state, best=best or {}))
         elif has_failed or best is None:
             self._study.tell(trial, state=optuna.trial.TrialState.FAIL)

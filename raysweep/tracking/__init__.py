@@ -1,4 +1,4 @@
-"""MLflow: the only package that imports it."""
+"""Track runs and sweeps in MLflow. No other package of raysweep imports mlflow."""
 
 from raysweep.tracking.mlflow_tracker import (
     Tracker,

@@ -1,5 +1,6 @@
-"""Runs, figures and models in one MLflow store. One writer, the driver; runs are found again by
-tag, never doubled.
+"""Write runs, figures and models to an MLflow store.
+
+Only the driver writes. Runs are found again by their tags, so that none is created twice.
 """
 
 import getpass
@@ -29,17 +30,35 @@ _EXPERIMENT_DESCRIPTION = (
 )
 _INVALID_METRIC_CHARACTERS = re.compile(r"[^\w./ -]")
 _COST_METRICS = ("shared", "validation_seconds")
+# MLflow accepts at most this many params in a batch.
+_MAX_PARAMS_PER_BATCH = 100
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 def tracking_uri(folder: Path) -> str:
-    """The default store: SQLite in `folder`, where a bare `mlflow ui` started there finds it."""
+    """Return the URI of the MLflow store.
+
+    Args:
+        folder: Output folder.
+
+    Returns:
+        `MLFLOW_TRACKING_URI` if it is set; otherwise that of an SQLite database in the folder,
+        where `mlflow ui` without arguments finds it.
+    """
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / 'mlflow.db').resolve()}"
 
 
 class Tracker:
-    """Runs in one MLflow store. Connecting takes seconds the first time, so it happens beside other
-    work.
+    """Client of one MLflow store.
+
+    It connects in a thread, because the first connection takes seconds. Methods wait for it.
+
+    Args:
+        uri: URI of the store.
+        artifact_root: Folder for the artifacts of an SQLite store.
+
+    Attributes:
+        uri: URI of the store.
     """
 
     def __init__(self, uri: str, artifact_root: Path) -> None:
@@ -50,63 +69,76 @@ class Tracker:
             pool.shutdown(wait=False)
 
     def wait_until_ready(self) -> "Tracker":
-        """Wait until the store answers. Raises SpecError in one line if it does not."""
+        """Wait until the store answers.
+
+        Returns:
+            This tracker.
+
+        Raises:
+            SpecError: If the store cannot be used, in one line.
+        """
         self._connection.result()
         return self
 
     def get_last_epoch(self, run_id: str) -> int:
-        """The last epoch that the run has numbers of; 0 before the first."""
-        steps = [
-            point.step
-            for point in self._connection.result()[0].get_metric_history(run_id, "train/loss")
-        ]
-        return max(steps, default=0)
+        """Return the last epoch that the run has metrics of; 0 before the first."""
+        client, _ = self._connection.result()
+        history = client.get_metric_history(run_id, "train/loss")
+        return max((point.step for point in history), default=0)
 
     def get_or_create_run(
         self, name: str, tags: Mapping[str, str], parent_run_id: str | None = None
     ) -> str:
-        """Id of the run with these tags, made if there is none."""
-        client, experiment = self._connection.result()
-        if found := self.find_run(tags):
-            client.update_run(found, status="RUNNING")
-            return found
-        version = describe_environment()["git_revision"]
-        more = {
+        """Return the id of the run with these tags; create it if there is none.
+
+        An existing run is set to running again.
+
+        Args:
+            name: Name of a new run.
+            tags: Tags that identify the run.
+            parent_run_id: Run under which MLflow shows a new run.
+        """
+        client, experiment_id = self._connection.result()
+        if run_id := self.find_run(tags):
+            client.update_run(run_id, status="RUNNING")
+            return run_id
+        all_tags = {
+            **tags,
             "mlflow.user": _current_user(),
             "mlflow.source.name": "raysweep",
             "mlflow.source.type": "LOCAL",
-            **({"mlflow.source.git.commit": version} if version else {}),
-            **({"mlflow.parentRunId": parent_run_id} if parent_run_id else {}),
         }
-        return str(client.create_run(experiment, run_name=name, tags={**tags, **more}).info.run_id)
+        if revision := describe_environment()["git_revision"]:
+            all_tags["mlflow.source.git.commit"] = revision
+        if parent_run_id:
+            all_tags["mlflow.parentRunId"] = parent_run_id
+        return str(client.create_run(experiment_id, run_name=name, tags=all_tags).info.run_id)
 
     def log_config(self, run_id: str, config: TrainingConfig, fingerprint: str = "") -> None:
-        """Every setting as a parameter under its dotted path, and the whole as `config.json`;
-        versions beside it.
+        """Log a config as params under dotted paths, and as `config.json`.
 
-        MLflow's parameters are for good: what has changed since (a sweep that got more epochs) is a
-        tag `now.PATH`.
+        Also logs `environment.json`. MLflow's params cannot be changed: a value that differs from
+        the logged one, for example when a sweep gets more epochs, becomes a tag `now.PATH`.
+
+        Args:
+            run_id: The run.
+            config: Its config.
+            fingerprint: Fingerprint of its data; empty to log no data set.
         """
         from mlflow.entities import Dataset, DatasetInput, Param
 
         client, _ = self._connection.result()
-        known = client.get_run(run_id).data.params
+        logged = client.get_run(run_id).data.params
         values = {
             key: format_mlflow_param(value)
             for key, value in flatten_spec(config).items()
             if value is not None
         }
-        params = [Param(key, value) for key, value in values.items() if key not in known]
-        for start in range(0, len(params), 100):
-            client.log_batch(run_id, params=params[start : start + 100])
-        self.set_tags(
-            run_id,
-            {
-                f"now.{key}": value
-                for key, value in values.items()
-                if known.get(key, value) != value
-            },
-        )
+        params = [Param(key, value) for key, value in values.items() if key not in logged]
+        for start in range(0, len(params), _MAX_PARAMS_PER_BATCH):
+            client.log_batch(run_id, params=params[start : start + _MAX_PARAMS_PER_BATCH])
+        changed = {key: value for key, value in values.items() if logged.get(key, value) != value}
+        self.set_tags(run_id, {f"now.{key}": value for key, value in changed.items()})
         client.log_dict(run_id, config.to_json_dict(), "config.json")
         client.log_dict(run_id, describe_environment(), "environment.json")
         if fingerprint:
@@ -117,99 +149,121 @@ class Tracker:
             client.log_inputs(run_id, [DatasetInput(dataset)])
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
+        """Log the finite metrics of one epoch.
+
+        Args:
+            run_id: The run.
+            metrics: Values by name; `epoch` is ignored.
+            step: The epoch, or 0 for metrics without one.
+        """
         from mlflow.entities import Metric
 
         client, _ = self._connection.result()
-        now = int(time.time() * 1000)
-        # The UI proposes the metric that it met first: the objective before the details.
-        order = sorted(metrics, key=lambda name: ("/" in name, name != "robust_worst"))
-        finite = [name for name in order if name != "epoch" and math.isfinite(metrics[name])]
-        # Six digits: a share that was float32 reads 0.495 in the UI, not 0.4950000047683716.
-        logged = [
-            Metric(
-                _INVALID_METRIC_CHARACTERS.sub("-", name), float(f"{metrics[name]:.6g}"), now, step
-            )
-            for name in finite
-        ]
-        client.log_batch(run_id, metrics=logged)
+        timestamp = int(time.time() * 1000)
+        # The UI proposes the metric that it received first: log the objective before the details.
+        names = sorted(metrics, key=lambda name: ("/" in name, name != "robust_worst"))
+        batch = []
+        for name in names:
+            if name != "epoch" and math.isfinite(metrics[name]):
+                # Six digits: a float32 share then reads 0.495 in the UI, not 0.4950000047683716.
+                value = float(f"{metrics[name]:.6g}")
+                key = _INVALID_METRIC_CHARACTERS.sub("-", name)
+                batch.append(Metric(key, value, timestamp, step))
+        client.log_batch(run_id, metrics=batch)
 
     def log_final(self, run_id: str, metrics: Mapping[str, float]) -> None:
-        """Metrics that have no epoch: of those at step 0 alone the UI draws bars, of others a point
-        each on a line.
+        """Log metrics that belong to no epoch.
+
+        They have step 0: only for such metrics the UI draws bars instead of a line with one point.
         """
         self.log_metrics(run_id, metrics, 0)
 
     def log_best(self, run_id: str, metrics: Mapping[str, float]) -> None:
-        """The headline metrics of a run's best epoch, as its results `best/...`; not what the epoch
-        cost.
-        """
-        headline = {
-            name: value
-            for name, value in metrics.items()
-            if "/" not in name and name not in _COST_METRICS
-        }
-        self.log_final(run_id, {f"best/{name}": value for name, value in headline.items()})
+        """Log the main metrics of a run's best epoch as `best/NAME`, without those of its cost."""
+        self.log_final(
+            run_id,
+            {
+                f"best/{name}": value
+                for name, value in metrics.items()
+                if "/" not in name and name not in _COST_METRICS
+            },
+        )
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run."""
         from mlflow.entities import RunTag
 
-        self._connection.result()[0].log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+        client, _ = self._connection.result()
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def set_description(self, run_id: str, lines: Sequence[str]) -> None:
-        """The run's description in the UI, in place of an earlier one: one point a line."""
+        """Replace the run's description in the UI by a list with one item per line."""
         self.set_tags(run_id, {_DESCRIPTION_TAG: "\n".join(f"- {line}" for line in lines)})
 
     def log_folder(self, run_id: str, folder: Path, artifact_folder: str) -> None:
-        self._connection.result()[0].log_artifacts(run_id, str(folder), artifact_folder)
+        """Upload the files of a folder as artifacts of a run."""
+        client, _ = self._connection.result()
+        client.log_artifacts(run_id, str(folder), artifact_folder)
 
     def log_training_plots(
         self, run_id: str, run_path: Path, history: Sequence[Mapping[str, float]]
     ) -> None:
-        """The papers' figures of a training run, as images."""
+        """Upload the figures of a training run.
+
+        Args:
+            run_id: The run.
+            run_path: Its folder, which holds the histograms.
+            history: Metrics of each epoch.
+        """
         from raysweep.plots import plot_run_figures
 
         self.log_figures(run_id, plot_run_figures(history, read_histograms(run_path)))
 
     def log_figures(self, run_id: str, figures: Mapping[str, Any]) -> None:
-        """matplotlib's figures, by name, where MLflow's page of the run shows them."""
+        """Upload matplotlib figures as `plots/NAME.png`, which the UI shows on the run's page."""
         client, _ = self._connection.result()
         for name, figure in figures.items():
             client.log_figure(run_id, figure, f"plots/{name}.png")
 
     def log_json(self, run_id: str, content: Any, file_name: str) -> None:
-        self._connection.result()[0].log_dict(run_id, content, file_name)
+        """Upload a value as a JSON file."""
+        client, _ = self._connection.result()
+        client.log_dict(run_id, content, file_name)
 
     def log_file(self, run_id: str, path: Path, artifact_folder: str | None = None) -> None:
-        self._connection.result()[0].log_artifact(run_id, str(path), artifact_folder)
+        """Upload a file; by default to the root of the run's artifacts."""
+        client, _ = self._connection.result()
+        client.log_artifact(run_id, str(path), artifact_folder)
 
     def find_run(self, tags: Mapping[str, str]) -> str | None:
-        """Id of the run with these tags, if there is one."""
-        client, experiment = self._connection.result()
-        where = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-        found = client.search_runs([experiment], filter_string=where, max_results=1)
-        return str(found[0].info.run_id) if found else None
+        """Return the id of the run with these tags; None if there is none."""
+        client, experiment_id = self._connection.result()
+        conditions = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        runs = client.search_runs([experiment_id], filter_string=conditions, max_results=1)
+        return str(runs[0].info.run_id) if runs else None
 
     def download_checkpoint(self, reference: str, target_folder: Path) -> tuple[str, Path]:
-        """Run id and local copy of the checkpoint of a run (`ID`, `runs:/ID`) or model
-        (`models:/NAME@ALIAS`).
+        """Download the checkpoint of a run or of a registered model.
 
-        Raises SpecError in one line if there is none.
+        Args:
+            reference: `ID` or `runs:/ID` of a run; `models:/NAME@ALIAS` or `models:/NAME/VERSION`
+                of a model. `models:/NAME` is its champion.
+            target_folder: Folder that receives a folder with the run's id as its name.
+
+        Returns:
+            Id of the run, and path of the checkpoint.
+
+        Raises:
+            SpecError: If there is no such checkpoint, in one line.
         """
         from mlflow.exceptions import MlflowException
 
         client, _ = self._connection.result()
         try:
-            run = reference.removeprefix("runs:/").split("/")[0]
-            if reference.startswith("models:/"):
-                name, _, alias = reference.removeprefix("models:/").partition("@")
-                name, _, version = name.partition("/")
-                if version:
-                    run = client.get_model_version(name, version).run_id
-                else:
-                    run = client.get_model_version_by_alias(name, alias or "champion").run_id
-            folder = target_folder / run
+            run_id = self._resolve_run_id(reference)
+            folder = target_folder / run_id
             folder.mkdir(parents=True, exist_ok=True)
-            return run, Path(client.download_artifacts(run, "checkpoint", str(folder)))
+            return run_id, Path(client.download_artifacts(run_id, "checkpoint", str(folder)))
         except (MlflowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise SpecError(
@@ -219,10 +273,16 @@ class Tracker:
     def register_model(
         self, model_name: str, run_id: str, tags: Mapping[str, str], description: str = ""
     ) -> str:
-        """Version of the registered model `name` that is this run's checkpoint, made if there is
-        none.
+        """Register a run's checkpoint as a version of a model, unless that was done before.
 
-        description: of the model, if it is new.
+        Args:
+            model_name: Name of the registered model, which is created if it is new.
+            run_id: Run whose artifact `checkpoint` becomes the version.
+            tags: Tags to set on the version.
+            description: Description of a new model.
+
+        Returns:
+            The version.
         """
         from mlflow.exceptions import MlflowException
 
@@ -231,11 +291,13 @@ class Tracker:
             client.get_registered_model(model_name)
         except MlflowException:
             client.create_registered_model(model_name, description=description)
-        known = [
-            v for v in client.search_model_versions(f"name='{model_name}'") if v.run_id == run_id
+        versions = [
+            str(entry.version)
+            for entry in client.search_model_versions(f"name='{model_name}'")
+            if entry.run_id == run_id
         ]
-        if known:
-            version = str(known[0].version)
+        if versions:
+            version = versions[0]
         else:
             source = f"{client.get_run(run_id).info.artifact_uri}/checkpoint"
             version = str(client.create_model_version(model_name, source, run_id).version)
@@ -244,36 +306,52 @@ class Tracker:
         return version
 
     def set_version_description(self, model_name: str, version: str, description: str) -> None:
-        self._connection.result()[0].update_model_version(
-            model_name, version, description=description
-        )
+        """Replace the description of a model's version."""
+        client, _ = self._connection.result()
+        client.update_model_version(model_name, version, description=description)
 
     def set_model_alias(self, model_name: str, alias: str, version: str) -> None:
-        self._connection.result()[0].set_registered_model_alias(model_name, alias, version)
+        """Give a model's version an alias, and take it from the version that had it."""
+        client, _ = self._connection.result()
+        client.set_registered_model_alias(model_name, alias, version)
 
     def find_model_by_alias(
         self, model_name: str, alias: str
     ) -> tuple[str, str, dict[str, str]] | None:
-        """Version, run and tags of the model that has this alias; None if none has."""
+        """Find the version of a model that has an alias.
+
+        Returns:
+            Version, id of its run, and its tags; None if no version has the alias.
+        """
         from mlflow.exceptions import MlflowException
 
+        client, _ = self._connection.result()
         try:
-            found = self._connection.result()[0].get_model_version_by_alias(model_name, alias)
+            entry = client.get_model_version_by_alias(model_name, alias)
         except MlflowException:
             return None
-        return str(found.version), str(found.run_id), dict(found.tags)
+        return str(entry.version), str(entry.run_id), dict(entry.tags)
 
     def download_artifact(self, run_id: str, artifact_path: str, target_folder: Path) -> Path:
-        """Local copy of a run's artifact. Raises SpecError in one line if it has none."""
+        """Download an artifact of a run.
+
+        Args:
+            run_id: The run.
+            artifact_path: Path of the artifact in the run.
+            target_folder: Folder to download to.
+
+        Returns:
+            Path of the local copy.
+
+        Raises:
+            SpecError: If the run has no such artifact, in one line.
+        """
         from mlflow.exceptions import MlflowException
 
+        client, _ = self._connection.result()
         target_folder.mkdir(parents=True, exist_ok=True)
         try:
-            return Path(
-                self._connection.result()[0].download_artifacts(
-                    run_id, artifact_path, str(target_folder)
-                )
-            )
+            return Path(client.download_artifacts(run_id, artifact_path, str(target_folder)))
         except (MlflowException, OSError) as error:
             raise SpecError(
                 redact_secrets(
@@ -282,35 +360,54 @@ class Tracker:
             ) from None
 
     def has_run_ended(self, run_id: str) -> bool:
-        return str(self._connection.result()[0].get_run(run_id).info.status) != "RUNNING"
+        """Return whether a run has any status but running."""
+        client, _ = self._connection.result()
+        return str(client.get_run(run_id).info.status) != "RUNNING"
 
     def end_run(self, run_id: str, status: RunStatus) -> None:
-        self._connection.result()[0].set_terminated(run_id, status)
+        """Set the final status of a run."""
+        client, _ = self._connection.result()
+        client.set_terminated(run_id, status)
+
+    def _resolve_run_id(self, reference: str) -> str:
+        """Return the id of the run that a reference of `download_checkpoint` names."""
+        if not reference.startswith("models:/"):
+            return reference.removeprefix("runs:/").split("/")[0]
+        client, _ = self._connection.result()
+        name, _, alias = reference.removeprefix("models:/").partition("@")
+        name, _, version = name.partition("/")
+        if version:
+            entry = client.get_model_version(name, version)
+        else:
+            entry = client.get_model_version_by_alias(name, alias or "champion")
+        return entry.run_id  # type: ignore[no-any-return]
 
     def _connect(self) -> tuple[Any, str]:
+        """Return MLflow's client and the id of the experiment, which is created if it is new."""
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        # The variable has no effect if MLflow was imported earlier: set the levels too.
         for name in ("alembic", "mlflow.store.db.utils"):
-            # Also where the caller had imported MLflow before.
             logging.getLogger(name).setLevel(logging.WARNING)
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
         try:
             client = MlflowClient(tracking_uri=self.uri)
-            found = client.get_experiment_by_name(EXPERIMENT_NAME)
-            if found is not None:
-                return client, str(found.experiment_id)
-            local = self.uri.startswith("sqlite")
-            where = (self._artifact_root / EXPERIMENT_NAME).resolve().as_uri() if local else None
-            # Without this tag some versions of the UI open their pages for language models.
+            experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
+            if experiment is not None:
+                return client, str(experiment.experiment_id)
+            location = None
+            if self.uri.startswith("sqlite"):
+                location = (self._artifact_root / EXPERIMENT_NAME).resolve().as_uri()
             tags = {
+                # Without this tag some versions of the UI open their pages for language models.
                 "mlflow.experimentKind": "custom_model_development",
                 _DESCRIPTION_TAG: _EXPERIMENT_DESCRIPTION,
             }
             return client, str(
-                client.create_experiment(EXPERIMENT_NAME, artifact_location=where, tags=tags)
+                client.create_experiment(EXPERIMENT_NAME, artifact_location=location, tags=tags)
             )
         except (MlflowException, OSError, ValueError) as error:
             hint = "set MLFLOW_TRACKING_URI to a server or sqlite:///FILE, or leave it out"
@@ -320,10 +417,18 @@ class Tracker:
 
 
 def get_mlflow_version(uri: str) -> str:
-    """The version of MLflow behind a store that answers: a server's own, or this one's. Raises
-    SpecError if none does.
+    """Return the version of MLflow behind a store, after checking that the store answers.
 
-    One try: who asks wants to know, not to wait.
+    A server is asked once, without retries.
+
+    Args:
+        uri: URI of the store.
+
+    Returns:
+        The version of a server, or the installed one for other stores.
+
+    Raises:
+        SpecError: If the store does not answer, in one line.
     """
     if uri.startswith("sqlite") and not Path(uri.removeprefix("sqlite:///")).exists():
         return importlib.metadata.version("mlflow")
@@ -336,27 +441,28 @@ def get_mlflow_version(uri: str) -> str:
     from mlflow.utils.rest_utils import http_request
 
     try:
-        answer = http_request(
+        response = http_request(
             get_default_host_creds(uri), "/version", "GET", max_retries=0, timeout=5
         )
     except (MlflowException, OSError) as error:
-        known = re.search(r"\[Errno \d+\] ([\w ]+)", str(error))
-        reason = known[1] if known else str(error).splitlines()[0]
+        errno_match = re.search(r"\[Errno \d+\] ([\w ]+)", str(error))
+        reason = errno_match[1] if errno_match else str(error).splitlines()[0]
         raise SpecError(redact_secrets(f"MLflow store {uri}: does not answer: {reason}")) from None
-    if answer.status_code != 200:
+    if response.status_code != 200:
         raise SpecError(
-            redact_secrets(f"MLflow store {uri}: answers {answer.status_code} {answer.reason}")
+            redact_secrets(f"MLflow store {uri}: answers {response.status_code} {response.reason}")
         )
-    return str(answer.text).strip()
+    return str(response.text).strip()
+
+
+def format_mlflow_param(value: Any) -> str:
+    """Format a value as MLflow shows it: floats with six digits."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _current_user() -> str:
-    """Who runs this; in a container that may be a number without a name."""
+    """Return the name of this process's user, or the number of one without a name (containers)."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
         return str(os.getuid())
-
-
-def format_mlflow_param(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Tracker for `raysweep train` and `raysweep eval` where MLflow is not installed."""
+"""Tracker for `raysweep train` and `raysweep eval` when MLflow is not installed."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,49 +10,58 @@ from raysweep.training.config import TrainingConfig
 
 
 class NullTracker(Tracker):
-    """Accepts what a training run or an evaluation logs and keeps nothing. uri: empty."""
+    """Tracker that ignores everything that a training run or an evaluation logs.
+
+    Attributes:
+        uri: Always empty.
+    """
 
     def __init__(self) -> None:
         self.uri = ""
 
     def find_run(self, tags: Mapping[str, str]) -> str | None:
+        """Return None: there are no runs."""
         return None
 
     def get_last_epoch(self, run_id: str) -> int:
+        """Return 0."""
         return 0
 
     def get_or_create_run(
         self, name: str, tags: Mapping[str, str], parent_run_id: str | None = None
     ) -> str:
+        """Return an empty id."""
         return ""
 
     def download_checkpoint(self, reference: str, target_folder: Path) -> tuple[str, Path]:
+        """Raise SpecError: there are no runs."""
         raise SpecError(
-            f"{reference}: MLflow is not installed: pip install mlflow, or give the folder of the checkpoint"
+            f"{reference}: MLflow is not installed: pip install mlflow, "
+            "or give the folder of the checkpoint"
         )
 
     def log_config(self, run_id: str, config: TrainingConfig, fingerprint: str = "") -> None:
-        pass
+        """Do nothing."""
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
-        pass
+        """Do nothing."""
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        pass
+        """Do nothing."""
 
     def log_folder(self, run_id: str, folder: Path, artifact_folder: str) -> None:
-        pass
+        """Do nothing."""
 
     def log_figures(self, run_id: str, figures: Mapping[str, Any]) -> None:
-        pass
+        """Do nothing."""
 
     def log_training_plots(
         self, run_id: str, run_path: Path, history: Sequence[Mapping[str, float]]
     ) -> None:
-        pass
+        """Do nothing."""
 
     def log_file(self, run_id: str, path: Path, artifact_folder: str | None = None) -> None:
-        pass
+        """Do nothing."""
 
     def end_run(self, run_id: str, status: RunStatus) -> None:
-        pass
+        """Do nothing."""

@@ -1,6 +1,7 @@
-"""A sweep in MLflow: a parent run, its trials as children, each found again by its tags."""
+"""Sweep listener that records a sweep in MLflow.
 
-from collections.abc import Iterator
+The sweep is a parent run and its trials are child runs; each is found again by its tags.
+"""
 
 from raysweep import storage
 from raysweep.results import advise_on_trial
@@ -11,7 +12,7 @@ from raysweep.tracking.mlflow_tracker import RunStatus, Tracker, format_mlflow_p
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
 from raysweep.training.failure_reports import TRACEBACK_FILE
 
-# Figures take a second a trial: the best few get them.
+# Figures take a second for each trial.
 _N_PLOTTED_TRIALS = 3
 _RUN_STATUS_BY_STATE: dict[str, RunStatus] = {
     "finished": "FINISHED",
@@ -22,7 +23,12 @@ _RUN_STATUS_BY_STATE: dict[str, RunStatus] = {
 
 
 class SweepTracker:
-    """A sweep as a parent run, its trials as children."""
+    """Sweep listener that writes to MLflow.
+
+    Args:
+        tracker: Client of the store.
+        fingerprint: Fingerprint of the sweep's data; empty to log no data set.
+    """
 
     def __init__(self, tracker: Tracker, fingerprint: str = "") -> None:
         self._tracker = tracker
@@ -30,6 +36,7 @@ class SweepTracker:
         self._trial_run_ids: dict[int, str] = {}
 
     def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:
+        """Open the sweep's run, and close runs of ended trials that are still open."""
         self._ledger = ledger
         tags = {"raysweep.kind": "sweep", "raysweep.sweep": ledger.key}
         self._sweep_run_id = self._tracker.get_or_create_run(ledger.name, tags)
@@ -41,121 +48,142 @@ class SweepTracker:
             self._close_stale_run(trial)
 
     def on_trial_update(self, trial: Trial, epoch_metrics: dict[str, float] | None) -> None:
-        run = self._trial_run_ids.get(trial.number) or self._open_trial_run(trial)
+        """Log an epoch or the end of a trial."""
+        run_id = self._trial_run_ids.get(trial.number) or self._open_trial_run(trial)
         if epoch_metrics is not None:
-            self._tracker.log_metrics(run, epoch_metrics, trial.epoch)
+            self._tracker.log_metrics(run_id, epoch_metrics, trial.epoch)
         if trial.state != "running":
-            self._end_trial_run(run, trial)
+            self._end_trial_run(run_id, trial)
 
     def on_sweep_end(self, ledger: Ledger) -> None:
-        trials = {trial.number: trial for trial in ledger.load_trials()}
-        for trial in trials.values():
-            # Also those that an earlier driver left open and this one had no time for.
-            if trial.state == "running" and (run := self._find_trial_run(trial)):
-                self._tracker.end_run(run, "KILLED")
-        ranked = ledger.rank_trials()
-        for trial in ranked[:_N_PLOTTED_TRIALS]:
-            last = RunDirectory(ledger.trial_path(trial.number)).read_last_checkpoint()
-            known = self._find_trial_run(trial)
-            if known is not None and last is not None:
-                self._tracker.log_training_plots(known, last.path.parent, last.history)
-        if ranked:
-            self._tracker.log_best(self._sweep_run_id, ranked[0].best)
+        """Log the results of the sweep, plot the best trials, and end all runs."""
+        trials = ledger.load_trials()
+        for trial in trials:
+            # Also runs that an earlier driver left open and that this one did not resume.
+            if trial.state == "running" and (run_id := self._find_trial_run(trial)):
+                self._tracker.end_run(run_id, "KILLED")
+        ranked_trials = ledger.rank_trials()
+        for trial in ranked_trials[:_N_PLOTTED_TRIALS]:
+            self._plot_trial(ledger, trial)
+        if ranked_trials:
+            best_trial = ranked_trials[0]
+            self._tracker.log_best(self._sweep_run_id, best_trial.best)
             self._tracker.log_final(self._sweep_run_id, {"trials": float(len(trials))})
-            self._tracker.set_tags(self._sweep_run_id, {"best_trial": f"{ranked[0].number:04d}"})
+            self._tracker.set_tags(self._sweep_run_id, {"best_trial": f"{best_trial.number:04d}"})
         self._tracker.set_description(
-            self._sweep_run_id, list(self._summarize_sweep(ledger, list(trials.values()), ranked))
+            self._sweep_run_id, self._summarize_sweep(ledger, trials, ranked_trials)
         )
-        done = (
-            all(trial.state != "running" for trial in trials.values())
-            and len(trials) >= ledger.space.n_trials
+        is_done = len(trials) >= ledger.space.n_trials and all(
+            trial.state != "running" for trial in trials
         )
-        self._tracker.end_run(self._sweep_run_id, "FINISHED" if done else "KILLED")
+        self._tracker.end_run(self._sweep_run_id, "FINISHED" if is_done else "KILLED")
+
+    def _plot_trial(self, ledger: Ledger, trial: Trial) -> None:
+        """Upload the figures of a trial to its run."""
+        checkpoint = RunDirectory(ledger.trial_path(trial.number)).read_last_checkpoint()
+        run_id = self._find_trial_run(trial)
+        if run_id is not None and checkpoint is not None:
+            self._tracker.log_training_plots(run_id, checkpoint.path.parent, checkpoint.history)
 
     def _summarize_sweep(
-        self, ledger: Ledger, trials: list[Trial], ranked: list[Trial]
-    ) -> Iterator[str]:
-        """The parent's description: how the sweep stands, what is best, and what to type next."""
+        self, ledger: Ledger, trials: list[Trial], ranked_trials: list[Trial]
+    ) -> list[str]:
+        """Describe in lines the progress of the sweep, its best trials, and the next command."""
         ended = [trial for trial in trials if trial.state != "running"]
-        failed = sum(trial.state == "failed" for trial in ended)
-        yield f"{len(ended)} of {ledger.space.n_trials} trials ended{f', {failed} of them failed' if failed else ''}"
-        yield str(count_epochs(trials))
-        if not ranked:
-            return
-        best, (metric, *others) = ranked[0], ledger.space.objectives
-        at = f"in epoch {best.best['epoch']:.0f}"
-        yield f"best: trial {best.number:04d}, {_metric_title(metric)} {best.score(metric):.3f} {at}: {self._summarize_params(best)}"
-        if others:
-            on_front = ", ".join(f"{trial.number:04d}" for trial in ledger.pareto_front())
-            yield f"Pareto front of {' and '.join(map(_metric_title, [metric, *others]))}: {on_front or 'empty'}"
-        if masked := [
-            f"{trial.number:04d}" for trial in ranked if ledger.exceeds_masking_gap(trial)
-        ]:
-            yield f"masking gap over {ledger.space.max_masking_gap}: {', '.join(masked)} are ranked last"
-        yield f"next: `raysweep eval {storage.uri_of(ledger.best_checkpoint_path(best))}`"
+        n_failed = sum(trial.state == "failed" for trial in ended)
+        failures = f", {n_failed} of them failed" if n_failed else ""
+        lines = [
+            f"{len(ended)} of {ledger.space.n_trials} trials ended{failures}",
+            str(count_epochs(trials)),
+        ]
+        if not ranked_trials:
+            return lines
+        best_trial, objectives = ranked_trials[0], ledger.space.objectives
+        lines.append(
+            f"best: trial {best_trial.number:04d}, "
+            f"{_metric_title(objectives[0])} {best_trial.score(objectives[0]):.3f} "
+            f"in epoch {best_trial.best['epoch']:.0f}: {self._summarize_params(best_trial)}"
+        )
+        if len(objectives) > 1:
+            titles = " and ".join(map(_metric_title, objectives))
+            front = _format_trial_numbers(ledger.pareto_front())
+            lines.append(f"Pareto front of {titles}: {front or 'empty'}")
+        masked_trials = [trial for trial in ranked_trials if ledger.exceeds_masking_gap(trial)]
+        if masked_trials:
+            lines.append(
+                f"masking gap over {ledger.space.max_masking_gap}: "
+                f"{_format_trial_numbers(masked_trials)} are ranked last"
+            )
+        checkpoint_uri = storage.uri_of(ledger.best_checkpoint_path(best_trial))
+        return [*lines, f"next: `raysweep eval {checkpoint_uri}`"]
 
     def _close_stale_run(self, trial: Trial) -> None:
-        """A driver that was killed may have left the run of a trial that had ended open."""
-        if trial.state == "running" or (
-            (found := self._find_trial_run(trial)) and self._tracker.has_run_ended(found)
-        ):
+        """End the run of an ended trial if a driver was killed before it could."""
+        if trial.state == "running":
             return
-        self._end_trial_run(self._open_trial_run(trial), trial)
+        run_id = self._find_trial_run(trial)
+        if not run_id or not self._tracker.has_run_ended(run_id):
+            self._end_trial_run(self._open_trial_run(trial), trial)
 
     def _find_trial_run(self, trial: Trial) -> str | None:
-        """Id of the trial's run, if it has one."""
+        """Return the id of the trial's run; None if it has none."""
         tags = _trial_run_tags(self._ledger.key, f"{trial.number:04d}")
         return self._trial_run_ids.get(trial.number) or self._tracker.find_run(tags)
 
     def _open_trial_run(self, trial: Trial) -> str:
+        """Open the trial's run, log its config and the epochs that it lacks, and return its id."""
         tags = _trial_run_tags(self._ledger.key, f"{trial.number:04d}")
-        # The number first: the UI cuts names off, and the sweep's is the parent's.
-        run = self._tracker.get_or_create_run(
-            f"{trial.number:04d} {self._ledger.name}", tags, self._sweep_run_id
-        )
-        self._trial_run_ids[trial.number] = run
-        self._tracker.log_config(
-            run, self._ledger.space.trial_config(trial.params), self._fingerprint
-        )
-        self._tracker.set_tags(run, {"searched": self._summarize_params(trial)})
+        # The number comes first because the UI truncates names.
+        name = f"{trial.number:04d} {self._ledger.name}"
+        run_id = self._tracker.get_or_create_run(name, tags, self._sweep_run_id)
+        self._trial_run_ids[trial.number] = run_id
+        config = self._ledger.space.trial_config(trial.params)
+        self._tracker.log_config(run_id, config, self._fingerprint)
+        self._tracker.set_tags(run_id, {"searched": self._summarize_params(trial)})
         if trial.epoch:
-            self._log_missing_epochs(run, trial)
-        return run
+            self._log_missing_epochs(run_id, trial)
+        return run_id
 
     def _log_missing_epochs(self, run_id: str, trial: Trial) -> None:
-        """Epochs that the ledger knew and MLflow did not when an earlier driver was killed."""
-        last = self._tracker.get_last_epoch(run_id)
+        """Log the epochs that the ledger has and MLflow lacks, because a driver was killed."""
+        last_logged = self._tracker.get_last_epoch(run_id)
         for row in RunDirectory(self._ledger.trial_path(trial.number)).read_history():
-            if last < row["epoch"] <= trial.epoch:
+            if last_logged < row["epoch"] <= trial.epoch:
                 self._tracker.log_metrics(run_id, row, int(row["epoch"]))
 
     def _summarize_params(self, trial: Trial) -> str:
+        """Return the trial's params as `label=value, ...`."""
         return ", ".join(
-            f"{self._param_labels.get(k, k)}={format_mlflow_param(v)}"
-            for k, v in trial.params.items()
+            f"{self._param_labels.get(path, path)}={format_mlflow_param(value)}"
+            for path, value in trial.params.items()
         )
 
     def _end_trial_run(self, run_id: str, trial: Trial) -> None:
+        """Log how a trial ended, with its best checkpoint, and end its run."""
         if trial.best:
             self._tracker.log_best(run_id, trial.best)
-            best = self._ledger.best_checkpoint_path(trial)
-            storage.pull_checkpoint(best)
-            self._tracker.log_folder(run_id, best, "checkpoint")
-        error = self._ledger.trial_path(trial.number) / TRACEBACK_FILE
-        if trial.state == "failed" and storage.pull_file(error):
-            self._tracker.log_file(run_id, error)
-        reason = [f"{trial.state}: {trial.reason}"] if trial.reason else []
-        self._tracker.set_description(
-            run_id, [*reason, *advise_on_trial(self._ledger, trial.number)]
-        )
-        self._tracker.set_tags(
-            run_id, {"state": trial.state, **({"reason": trial.reason} if trial.reason else {})}
-        )
+            checkpoint_path = self._ledger.best_checkpoint_path(trial)
+            storage.pull_checkpoint(checkpoint_path)
+            self._tracker.log_folder(run_id, checkpoint_path, "checkpoint")
+        traceback_path = self._ledger.trial_path(trial.number) / TRACEBACK_FILE
+        if trial.state == "failed" and storage.pull_file(traceback_path):
+            self._tracker.log_file(run_id, traceback_path)
+        description = advise_on_trial(self._ledger, trial.number)
+        tags: dict[str, str] = {"state": trial.state}
+        if trial.reason:
+            description = [f"{trial.state}: {trial.reason}", *description]
+            tags["reason"] = trial.reason
+        self._tracker.set_description(run_id, description)
+        self._tracker.set_tags(run_id, tags)
         self._tracker.end_run(run_id, _RUN_STATUS_BY_STATE[trial.state])
 
 
 def checkpoint_run_tags(checkpoint: TrainingCheckpoint) -> dict[str, str]:
-    """The tags of the run that wrote a checkpoint of `raysweep train` or of a sweep's trial."""
+    """Return the tags that identify the MLflow run in which a checkpoint was trained.
+
+    Args:
+        checkpoint: A checkpoint of `raysweep train` or of a sweep's trial.
+    """
     folder = checkpoint.path.parent
     if storage.pull_file(folder / "trial.json"):
         return _trial_run_tags(Ledger.open(folder.parent.parent).key, folder.name)
@@ -163,12 +191,20 @@ def checkpoint_run_tags(checkpoint: TrainingCheckpoint) -> dict[str, str]:
 
 
 def training_run_tags(run_directory: RunDirectory) -> dict[str, str]:
+    """Return the tags that identify the MLflow run of `raysweep train` in a folder."""
     return {"raysweep.kind": "train", "raysweep.run": run_directory.run_key}
 
 
 def _trial_run_tags(sweep_key: str, trial_number: str) -> dict[str, str]:
+    """Return the tags that identify the MLflow run of a trial; its number has four digits."""
     return {"raysweep.kind": "trial", "raysweep.sweep": sweep_key, "raysweep.trial": trial_number}
 
 
+def _format_trial_numbers(trials: list[Trial]) -> str:
+    """Return the numbers of trials as `0000, 0001`."""
+    return ", ".join(f"{trial.number:04d}" for trial in trials)
+
+
 def _metric_title(metric: str) -> str:
+    """Return a metric's name with spaces."""
     return metric.replace("_", " ")
