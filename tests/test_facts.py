@@ -54,7 +54,7 @@ def test_a_sweep_as_json() -> None:
     trial = TrialSummary(
         number=1, state="failed", params={"x": 1}, score=None, masking_gap=math.nan
     )
-    sweep = SweepSummary(path="p", epochs_requested=5, epochs_trained=3, trials=(trial,))
+    sweep = SweepSummary(path="p", epochs_completed=5, epochs_trained=3, trials=(trial,))
     facts = PromoteFacts(sweeps=(sweep,), n_candidates=4, left_out=("a",))
     expected: JsonDict = {
         "number": 1,

@@ -38,7 +38,7 @@ class SweepSummary(StageFacts):
     """Cost and trials of one sweep."""
 
     stored_keys: ClassVar[Mapping[str, str]] = {
-        "epochs_requested": "asked",
+        "epochs_completed": "asked",
         "epochs_trained": "trained",
     }
 
@@ -48,7 +48,7 @@ class SweepSummary(StageFacts):
     """Name of the training method."""
     metric: str = ""
     """Main objective of the sweep."""
-    epochs_requested: int = 0
+    epochs_completed: int = 0
     """Sum of the epochs that all trials reached."""
     epochs_trained: int = 0
     """Epochs that were trained; the others were reused from trials with the same prefix."""

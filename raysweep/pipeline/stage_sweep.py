@@ -12,6 +12,7 @@ from raysweep.pipeline.artifact import Candidate, CheckpointKind
 from raysweep.pipeline.facts import SweepSummary, TrialSummary
 from raysweep.pipeline.stage import StageContext, StageFailed
 from raysweep.spec import JsonDict, SpecError
+from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.terminal import SweepDisplay
@@ -172,13 +173,14 @@ def iter_seed_candidates(
 def summarize_sweep(context: StageContext, ledger: Ledger) -> SweepSummary:
     """Summarize the cost and the trials of a sweep, for the report."""
     trials = ledger.load_trials()
+    epochs = count_epochs(trials)
     metric = ledger.space.objectives[0]
     return SweepSummary(
         path=context.make_reference(ledger.path),
         method=ledger.space.trial_config({}).method.name,
         metric=metric,
-        epochs_requested=sum(t.epoch for t in trials),
-        epochs_trained=sum(t.trained_epochs for t in trials),
+        epochs_completed=epochs.completed,
+        epochs_trained=epochs.trained,
         seconds=sum(t.seconds for t in trials),
         trials=tuple(
             TrialSummary(

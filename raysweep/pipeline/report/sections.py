@@ -304,9 +304,9 @@ def build_cost_sections(artifacts: Sequence[Artifact]) -> list[Section]:
     ]
     rows = []
     for sweep in [s for a in artifacts for s in a.read_facts(SweepFacts).sweeps]:
-        requested, trained = sweep.epochs_requested, sweep.epochs_trained
-        saved = requested - trained
-        share = f"{saved / requested:.0%}" if requested else ""
+        completed, trained = sweep.epochs_completed, sweep.epochs_trained
+        saved = completed - trained
+        share = f"{saved / completed:.0%}" if requested else ""
         states = [trial.state for trial in sweep.trials]
         rows.append(
             [
@@ -314,7 +314,7 @@ def build_cost_sections(artifacts: Sequence[Artifact]) -> list[Section]:
                 str(len(states)),
                 str(states.count("stopped")),
                 str(states.count("failed")),
-                str(requested),
+                str(completed),
                 str(trained),
                 f"{saved} ({share})",
                 format_duration(sweep.seconds),
