@@ -306,7 +306,7 @@ def build_cost_sections(artifacts: Sequence[Artifact]) -> list[Section]:
     for sweep in [s for a in artifacts for s in a.read_facts(SweepFacts).sweeps]:
         completed, trained = sweep.epochs_completed, sweep.epochs_trained
         saved = completed - trained
-        share = f"{saved / completed:.0%}" if requested else ""
+        share = f"{saved / completed:.0%}" if completed else ""
         states = [trial.state for trial in sweep.trials]
         rows.append(
             [
