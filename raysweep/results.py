@@ -1,5 +1,9 @@
-"""What a notebook asks for: models, sweeps and reports of the past, as nn.Module and pandas."""
+"""Finished work for notebooks and `--json`: models, sweeps and evaluations by their folder or URI.
 
+`load`, `load_sweep` and `load_report` are also names of the package `raysweep`.
+"""
+
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,29 +24,57 @@ if TYPE_CHECKING:
 
 
 def load(path: str | Path, *, data_dir: str | Path | None = None) -> nn.Module:
-    """The network of a checkpoint's folder or URI, or of a run's best epoch, in eval mode: [0, 1]
-    images to logits.
+    """Load the trained network of a checkpoint.
 
-    data_dir: where the data of its training are now, if they have moved. Raises SpecError in one
-    line.
+    Args:
+        path: Folder or URI (s3://, gs://) of a checkpoint, or of a run, whose best epoch is loaded.
+        data_dir: Folder of the training data if they have moved since. They must be readable: the
+            network's shape is read from them, and their fingerprint must be that of the training.
+
+    Returns:
+        The network in eval mode, on the CPU. It maps images in [0, 1], (N, C, H, W), to logits,
+        (N, classes).
+
+    Raises:
+        SpecError: There is no checkpoint, it is damaged, its data differ, or the bucket refuses
+            access. One line.
+        storage.BucketUnavailable: The bucket does not answer.
     """
-    changes = {} if data_dir is None else {"data_dir": str(Path(data_dir).expanduser().resolve())}
-    return load_checkpoint_target(storage.local_path(str(path)), changes).model
+    overrides = {} if data_dir is None else {"data_dir": str(Path(data_dir).expanduser().resolve())}
+    return load_checkpoint_target(storage.local_path(str(path)), overrides).model
 
 
 def load_sweep(path: str | Path) -> "Sweep":
-    """A sweep, finished or not, by its folder (`runs/NAME`) or URI. Raises SpecError in one line if
-    there is none.
+    """Open a sweep, finished or not.
+
+    Args:
+        path: Its folder (`runs/NAME`) or URI (s3://, gs://).
+
+    Returns:
+        The sweep. Its properties read the files of this moment on this machine; for a sweep in a
+        bucket, call `load_sweep` again to get later trials.
+
+    Raises:
+        SpecError: There is no sweep, its files are damaged, or the bucket refuses access. One line.
+        storage.BucketUnavailable: The bucket does not answer.
     """
     return Sweep(Ledger.open(storage.local_path(str(path))))
 
 
 def load_report(path: str | Path) -> "pd.DataFrame":
-    """Examples of an evaluation, one a row, by its folder or Parquet file; its summary is in
-    `attrs`.
-    """
-    import json
+    """Load the examples of an evaluation that `raysweep eval` or `save_parquet` wrote.
 
+    Args:
+        path: Folder of the evaluation on this machine, or its `examples.parquet`.
+
+    Returns:
+        One row for each example with the columns of `RobustnessReport.columns`, such as `label`,
+        `broken_by` (None for a robust example), `perturbation` and `queries`. `frame.attrs` is
+        `RobustnessReport.summary`: accuracies, intervals, settings and warnings.
+
+    Raises:
+        SpecError: There is no such file, or it is not an evaluation of raysweep. One line.
+    """
     import pyarrow.parquet as pq
 
     file = Path(path).expanduser()
@@ -61,61 +93,98 @@ def load_report(path: str | Path) -> "pd.DataFrame":
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's trials and epochs as tables."""
+    """Trials and epochs of a sweep as pandas tables.
+
+    Attributes:
+        ledger: Files of the sweep, for all that has no table.
+    """
 
     ledger: Ledger
 
     @property
     def trials(self) -> "pd.DataFrame":
-        """One row a trial, best first: its state, searched settings by their short names, metrics
-        of its best epoch.
+        """Trials, best first; then those without a value of the objective, by number.
+
+        Returns:
+            One row for each trial, with its number as index `trial`. The columns are:
+
+            * `state`: "running", "finished", "stopped" (early) or "failed".
+            * Each searched setting by its short name; None if the trial does not have it.
+            * Metrics of the trial's best epoch, such as `epoch`, `clean`, `pgd`, `robust_worst`.
+            * `epochs`: last epoch that it reported; `trained`: epochs that it trained itself.
+            * `seconds`: wall seconds for which it held its resources.
+            * `reason`: why it failed or was started again, else "".
+
+        Raises:
+            SpecError: A trial's file is damaged.
         """
         import pandas as pd
 
-        trials = {
-            trial.number: trial
-            for trial in [*self.ledger.rank_trials(), *self.ledger.load_trials()]
-        }
+        trials = _order_best_first(self.ledger.rank_trials(), self.ledger.load_trials())
         return pd.DataFrame(
-            [self._trial_row(trial) for trial in trials.values()],
-            index=pd.Index(list(trials), name="trial"),
+            [self._build_trial_row(trial) for trial in trials],
+            index=pd.Index([trial.number for trial in trials], name="trial"),
         )
 
     @property
     def epochs(self) -> "pd.DataFrame":
-        """One row a trial and epoch, with every metric that was recorded."""
+        """All epochs of all trials.
+
+        Returns:
+            One row for each epoch, with the index (`trial`, `epoch`) and a column for each metric.
+
+        Raises:
+            SpecError: A trial's file or checkpoint is damaged.
+        """
         import pandas as pd
 
-        numbers = [trial.number for trial in self.ledger.load_trials()]
-        rows = [
-            (n, row)
-            for n in numbers
-            for row in RunDirectory(self.ledger.trial_path(n)).read_history()
-        ]
-        index = pd.MultiIndex.from_arrays(
-            [[n for n, _ in rows], [int(r["epoch"]) for _, r in rows]]
-        )
-        return pd.DataFrame([row for _, row in rows], index=index.set_names(["trial", "epoch"]))
+        rows: list[dict[str, float]] = []
+        trial_numbers: list[int] = []
+        for trial in self.ledger.load_trials():
+            history = RunDirectory(self.ledger.trial_path(trial.number)).read_history()
+            rows.extend(history)
+            trial_numbers.extend([trial.number] * len(history))
+        epochs = [int(row["epoch"]) for row in rows]
+        index = pd.MultiIndex.from_arrays([trial_numbers, epochs])
+        return pd.DataFrame(rows, index=index.set_names(["trial", "epoch"]))
 
     @property
     def best(self) -> Path:
-        """The checkpoint that a pipeline would promote. Raises SpecError if no trial has one yet."""
-        ranked = self.ledger.rank_trials()
-        if not ranked:
-            raise SpecError(
-                f"{self.ledger.path}: no trial has reported {self.ledger.space.objectives[0]} yet"
-            )
-        return self.ledger.best_checkpoint_path(ranked[0])
+        """Checkpoint of the best epoch of the best trial, which a pipeline would promote.
+
+        Returns:
+            Its folder, for `load`.
+
+        Raises:
+            SpecError: No trial has a value of the objective yet.
+        """
+        ranked_trials = self.ledger.rank_trials()
+        if not ranked_trials:
+            objective = self.ledger.space.objectives[0]
+            raise SpecError(f"{self.ledger.path}: no trial has reported {objective} yet")
+        return self.ledger.best_checkpoint_path(ranked_trials[0])
 
     def advice(self, trial: int) -> list[str]:
-        """What the numbers of a trial say, in words."""
+        """Explain what the metrics of a trial mean for the sweep.
+
+        Args:
+            trial: Number of the trial.
+
+        Returns:
+            Sentences; none before the first epoch or if nothing stands out.
+
+        Raises:
+            SpecError: The trial's last checkpoint is damaged.
+        """
         return advise_on_trial(self.ledger, trial)
 
-    def _trial_row(self, trial: Trial) -> dict[str, Any]:
-        short = param_labels(list(self.ledger.space.space))
+    def _build_trial_row(self, trial: Trial) -> dict[str, Any]:
+        """Return a row of `trials`."""
+        paths = list(self.ledger.space.space)
+        labels = param_labels(paths)
         return {
             "state": trial.state,
-            **{short[path]: trial.params.get(path) for path in self.ledger.space.space},
+            **{labels[path]: trial.params.get(path) for path in paths},
             **{name: value for name, value in trial.best.items() if "/" not in name},
             "epochs": trial.epoch,
             "trained": trial.trained_epochs,
@@ -125,31 +194,52 @@ class Sweep:
 
 
 def advise_on_trial(ledger: Ledger, trial_number: int) -> list[str]:
-    """Advice on a trial of a sweep; none before its first epoch."""
+    """Explain what the metrics of a trial mean for the sweep.
+
+    Args:
+        ledger: The sweep.
+        trial_number: Number of the trial.
+
+    Returns:
+        Sentences; none before the trial's first epoch or if nothing stands out.
+    """
     last = RunDirectory(ledger.trial_path(trial_number)).read_last_checkpoint()
     return advise_on_training(last.config, last.history) if last else []
 
 
 def describe_masking(ledger: Ledger) -> list[str]:
-    """Which trial PGD alone would have chosen and at what cost, and which trials hide behind it, in
-    words.
+    """Compare the ranking with one by PGD alone, which masked gradients can mislead.
+
+    Only trials that measured both `pgd` and `robust_worst` count.
+
+    Args:
+        ledger: The sweep.
+
+    Returns:
+        Up to two lines: the trial that PGD alone would have chosen and its loss in robust worst;
+        the trials with a masking gap above the space's limit.
     """
-    judged = [
-        trial
-        for trial in ledger.rank_trials()
-        if "pgd" in trial.best and "robust_worst" in trial.best
+    measured_trials = []
+    for trial in ledger.rank_trials():
+        if "pgd" in trial.best and "robust_worst" in trial.best:
+            measured_trials.append(trial)
+    masking_trials = [trial for trial in measured_trials if ledger.exceeds_masking_gap(trial)]
+    scores = [
+        trial.score("robust_worst")
+        for trial in measured_trials
+        if not ledger.exceeds_masking_gap(trial)
     ]
-    masked = [trial for trial in judged if ledger.exceeds_masking_gap(trial)]
-    honest = [trial.score("robust_worst") for trial in judged if trial not in masked]
     lines = []
-    if honest:
-        by_pgd = max(judged, key=lambda trial: trial.score("pgd"))
-        if (cost := max(honest) - by_pgd.score("robust_worst")) > 0:
+    if scores:
+        best_by_pgd = max(measured_trials, key=lambda trial: trial.score("pgd"))
+        cost = max(scores) - best_by_pgd.score("robust_worst")
+        if cost > 0:
             lines.append(
-                f"PGD would have chosen trial {by_pgd.number:04d}, at a cost of {cost:.3f} in robust worst"
+                f"PGD would have chosen trial {best_by_pgd.number:04d}, "
+                f"at a cost of {cost:.3f} in robust worst"
             )
-    if masked:
-        numbers = ", ".join(f"{trial.number:04d}" for trial in masked)
+    if masking_trials:
+        numbers = ", ".join(f"{trial.number:04d}" for trial in masking_trials)
         lines.append(
             f"masking gap over {ledger.space.max_masking_gap}: trials {numbers} are ranked last"
         )
@@ -157,10 +247,17 @@ def describe_masking(ledger: Ledger) -> list[str]:
 
 
 def sweep_to_json(ledger: Ledger) -> JsonDict:
-    """A sweep as plain data, for `--json`: all its trials, best first, and where their best
-    checkpoints are.
+    """Convert a sweep to plain data for `--json`.
+
+    Args:
+        ledger: The sweep.
+
+    Returns:
+        Its name, location and space; epochs that the trials reported (`asked`), trained and reused
+        (`saved`); the numbers of the Pareto front; advice on the best trial; all trials, best
+        first, as from `trial_to_json`.
     """
-    ranked, trials = ledger.rank_trials(), ledger.load_trials()
+    ranked_trials, trials = ledger.rank_trials(), ledger.load_trials()
     epochs = count_epochs(trials)
     return {
         "sweep": ledger.name,
@@ -172,17 +269,32 @@ def sweep_to_json(ledger: Ledger) -> JsonDict:
             "saved": epochs.reused,
         },
         "front": [trial.number for trial in ledger.pareto_front()],
-        "advice": advise_on_trial(ledger, ranked[0].number) if ranked else [],
+        "advice": advise_on_trial(ledger, ranked_trials[0].number) if ranked_trials else [],
         "trials": [
-            trial_to_json(ledger, t) for t in {t.number: t for t in [*ranked, *trials]}.values()
+            trial_to_json(ledger, trial) for trial in _order_best_first(ranked_trials, trials)
         ],
     }
 
 
 def trial_to_json(ledger: Ledger, trial: Trial) -> JsonDict:
-    """A trial as plain data; its checkpoint is null before its first epoch."""
+    """Convert a trial to plain data for `--json`.
+
+    Args:
+        ledger: The sweep.
+        trial: One of its trials.
+
+    Returns:
+        The content of its trial.json; `checkpoint`, the location of its best checkpoint, or None
+        before the first value of the objective; and `masks`, whether it exceeds the masking gap.
+    """
     checkpoint = storage.uri_of(ledger.best_checkpoint_path(trial)) if trial.best else None
     return trial.to_stored_dict() | {
         "checkpoint": checkpoint,
         "masks": ledger.exceeds_masking_gap(trial),
     }
+
+
+def _order_best_first(ranked_trials: list[Trial], trials: list[Trial]) -> list[Trial]:
+    """Order `trials` as ranked; those without a value of the objective come last, by number."""
+    trial_by_number = {trial.number: trial for trial in [*ranked_trials, *trials]}
+    return list(trial_by_number.values())
