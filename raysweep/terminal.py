@@ -19,6 +19,7 @@ from raysweep import storage
 from raysweep.formatting import format_clock, format_count
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import param_labels
+from raysweep.training.epoch_metrics import EpochMetrics
 
 _MAX_ROWS = 20
 _METRIC_COLUMNS = ("clean", "pgd", "cw", "robust_worst", "masking_gap")
@@ -55,7 +56,7 @@ class SweepDisplay:
             )
             self._live.start()
 
-    def on_trial_update(self, trial: Trial, epoch_metrics: dict[str, float] | None) -> None:
+    def on_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:
         self._trials[trial.number] = trial
         if self._live is None and (
             epoch_metrics is not None or trial.state != "running" or trial.reason

@@ -17,6 +17,7 @@ from raysweep.pareto import pareto_front_indices
 from raysweep.spec import JsonDict, SpecError
 from raysweep.sweep.extension_checks import check_extension
 from raysweep.sweep.search_space import Params, SearchSpace
+from raysweep.training.epoch_metrics import EpochMetrics
 
 TrialStatus = Literal["running", "finished", "stopped", "failed"]
 # Field of a trial -> its key in trial.json, where the two differ.
@@ -46,8 +47,8 @@ class Trial:
     params: Params
     state: TrialStatus = "running"
     epoch: int = 0
-    latest: dict[str, float] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
+    latest: EpochMetrics = field(default_factory=dict)
+    best: EpochMetrics = field(default_factory=dict)
     curve: list[list[float]] = field(default_factory=list)
     trained_epochs: int = 0
     seconds: float = 0.0
@@ -62,7 +63,7 @@ class Trial:
         """Return a metric of the best epoch; -inf if it has not been measured."""
         return self.best.get(metric, float("-inf"))
 
-    def with_epoch(self, epoch_metrics: dict[str, float], objective: str) -> "Trial":
+    def with_epoch(self, epoch_metrics: EpochMetrics, objective: str) -> "Trial":
         """Return this trial after one more epoch.
 
         Args:

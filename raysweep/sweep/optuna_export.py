@@ -8,6 +8,7 @@ from raysweep.formatting import redact_secrets
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_study import TRIAL_NUMBER_ATTRIBUTE, to_frozen_trial
+from raysweep.training.epoch_metrics import EpochMetrics
 
 
 class OptunaExporter:
@@ -40,7 +41,7 @@ class OptunaExporter:
         self._open_study()
         self._rebuild_outdated_study(ledger)
 
-    def on_trial_update(self, trial: Trial, epoch_metrics: dict[str, float] | None) -> None:
+    def on_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:
         """Add a trial that has ended."""
         if trial.state != "running":
             self._study.add_trial(to_frozen_trial(self._space, trial))

@@ -15,6 +15,7 @@ from raysweep.spec import json_digest
 from raysweep.sweep.ledger import Ledger, Trial, TrialStatus
 from raysweep.sweep.optuna_study import constraint_values, to_frozen_trial
 from raysweep.sweep.search_space import Params
+from raysweep.training.epoch_metrics import EpochMetrics
 from raysweep.training.failure_reports import FAILURE_KEY
 
 
@@ -40,7 +41,7 @@ class LedgerSearcher(Searcher):
         )
         # By Tune's id of the trial: Optuna's trial, or the ledger's if it is a resumed one.
         self._pending_trials: dict[str, optuna.Trial | Trial] = {}
-        self._best_metrics: dict[str, dict[str, float]] = {}
+        self._best_metrics: dict[str, EpochMetrics] = {}
         self._n_complete = 0
         self._tried_digests = {json_digest(trial.params) for trial in past_trials}
         self._unfinished_trials = [trial for trial in past_trials if trial.state == "running"]

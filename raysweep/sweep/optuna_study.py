@@ -7,6 +7,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.training.epoch_metrics import EpochMetrics
 
 MIN_IMPORTANCE_TRIALS = 10
 """Trials with a result that fANOVA needs: over fewer, its random forest finds only noise."""
@@ -50,7 +51,7 @@ def to_frozen_trial(
     )
 
 
-def constraint_values(space: SearchSpace, best_metrics: dict[str, float]) -> dict[str, float]:
+def constraint_values(space: SearchSpace, best_metrics: EpochMetrics) -> dict[str, float]:
     """Return the constraints of a trial in Optuna's convention: feasible if none is above 0.
 
     Args:

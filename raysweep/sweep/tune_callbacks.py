@@ -17,6 +17,7 @@ from ray.tune.experiment import Trial as RayTrial
 
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.process_loss import describe_process_loss
+from raysweep.training.epoch_metrics import EpochMetrics
 from raysweep.training.failure_reports import BUG_TRACEBACK_KEY, FAILURE_KEY
 
 SweepEndReason = Literal["done", "budget", "interrupted"]
@@ -56,7 +57,7 @@ class SweepListener(Protocol):
             concurrency: Number of trials that run at the same time.
         """
 
-    def on_trial_update(self, trial: Trial, epoch_metrics: dict[str, float] | None) -> None:
+    def on_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:
         """Receive a trial that started, reported an epoch, was started again, or ended.
 
         Args:
@@ -261,7 +262,7 @@ class LedgerCallback(tune.Callback):
         self._counted_seconds += now - self._interval_starts.pop(ray_trial.trial_id, now)
 
     def _save_and_notify(
-        self, ray_trial: RayTrial, updated_trial: Trial, metrics: dict[str, float] | None = None
+        self, ray_trial: RayTrial, updated_trial: Trial, metrics: EpochMetrics | None = None
     ) -> None:
         """Count the trial's seconds, write it to the ledger, and notify the listeners."""
         now = time.monotonic()

@@ -50,6 +50,7 @@ from raysweep.sweep.tune_callbacks import (
 from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
+from raysweep.training.epoch_metrics import EpochMetrics
 from raysweep.training.failure_reports import failure_report
 from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
 from raysweep.training.prefix_cache import PREFIX_CACHE_FOLDER, PrefixCache
@@ -253,7 +254,7 @@ def _train_trial(
 
     torch.set_num_threads(max(1, int(cpus)))
 
-    def report_epoch(metrics: dict[str, float], checkpoint: TrainingCheckpoint) -> None:
+    def report_epoch(metrics: EpochMetrics, checkpoint: TrainingCheckpoint) -> None:
         tune.report(metrics)
 
     try:

@@ -10,6 +10,7 @@ from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import param_labels
 from raysweep.tracking.mlflow_tracker import RunStatus, Tracker, format_mlflow_param
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
+from raysweep.training.epoch_metrics import EpochMetrics
 from raysweep.training.failure_reports import TRACEBACK_FILE
 
 # Figures take a second for each trial.
@@ -47,7 +48,7 @@ class SweepTracker:
         for trial in ledger.load_trials():
             self._close_stale_run(trial)
 
-    def on_trial_update(self, trial: Trial, epoch_metrics: dict[str, float] | None) -> None:
+    def on_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:
         """Log an epoch or the end of a trial."""
         run_id = self._trial_run_ids.get(trial.number) or self._open_trial_run(trial)
         if epoch_metrics is not None:

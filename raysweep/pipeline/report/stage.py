@@ -58,6 +58,7 @@ from raysweep.spec import JsonDict, SpecError
 from raysweep.training import checkpoint
 from raysweep.training.advice import advise_on_training
 from raysweep.training.checkpoint import RunDirectory
+from raysweep.training.epoch_metrics import EpochMetrics
 from raysweep.training.model_loading import load_checkpoint_target
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
@@ -240,7 +241,7 @@ def _build_training_sections(context: StageContext, upstream: UpstreamResults) -
         reference: checkpoint.read_checkpoint(context.resolve_reference(reference))
         for reference in candidates
     }
-    histories: dict[str, list[dict[str, float]]] = {}
+    histories: dict[str, list[EpochMetrics]] = {}
     advice: dict[str, list[str]] = {}
     for reference, candidate in candidates.items():
         # The last checkpoint has the epochs after the best one too.
