@@ -1,10 +1,8 @@
-"""Search spaces: YAML that names the settings to search, their distributions, and everything that
-stays fixed.
-"""
+"""Search spaces: which settings a sweep searches, with what distributions, and what is fixed."""
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from numbers import Real
@@ -31,11 +29,12 @@ if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
 
+_KINDS = ("float", "int", "categorical")
 ParamValue = float | str | bool | None
 Params = dict[str, Any]
 FloatRange = tuple[Number, Number]
 IntRange = tuple[int, int]
-# Last parts of dotted paths that say nothing without the part before them.
+# Last parts of dotted paths that are ambiguous without the part before them.
 _AMBIGUOUS_NAMES = {
     *("kind", "name", "on", "coef", "total", "steps", "size"),
     *("values", "boundaries", "epochs", "first", "last", "start", "end"),
@@ -43,38 +42,42 @@ _AMBIGUOUS_NAMES = {
 
 
 class Distribution(Spec):
-    """One of `float: [low, high]`, `int: [low, high]`, `categorical: [...]`, in Optuna's terms.
-
-    log: equal weight to each order of magnitude; step: only low, low + step, ...; when: searched
-    only if these other searched settings have this value, or one of these (else the base config's
-    value stands).
-    """
+    """Values of one searched setting: exactly one of `float`, `int` and `categorical`."""
 
     float: FloatRange | None = None
+    """Range `[low, high]` of real numbers, both ends included."""
     int: IntRange | None = None
+    """Range `[low, high]` of integers, both ends included."""
     categorical: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    """List of choices."""
     log: bool = False
+    """Whether each order of magnitude is equally likely. The range must be positive."""
     step: Annotated[Number, Field(gt=0)] | None = None
+    """Only propose low, low + step, low + 2 step, ...; null for every number of the range."""
     when: dict[str, Any] = Field(default_factory=dict)
+    """Condition: earlier searched settings and the value (or list of values) that they must have.
+
+    If it does not hold, the setting is not searched and has the value of `base`.
+    """
 
     @model_validator(mode="after")
     def _check_range(self) -> Self:
-        given = [
-            kind for kind in ("float", "int", "categorical") if getattr(self, kind) is not None
-        ]
-        if len(given) != 1:
+        """Check that exactly one kind is set and that its options fit."""
+        kinds = [kind for kind in _KINDS if getattr(self, kind) is not None]
+        if len(kinds) != 1:
             raise ValueError(
                 "needs exactly one of float: [low, high], int: [low, high], categorical: [...]"
             )
         bounds = self.float or self.int
-        if bounds is None and (self.log or self.step):
-            raise ValueError("log and step belong to float and int, not to categorical")
-        if bounds and not bounds[0] < bounds[1]:
-            raise ValueError(
-                f"the range [{bounds[0]:g}, {bounds[1]:g}] is empty: low must be below high"
-            )
-        if bounds and self.log and bounds[0] <= 0:
-            raise ValueError(f"a log range must be positive, got [{bounds[0]:g}, {bounds[1]:g}]")
+        if bounds is None:
+            if self.log or self.step:
+                raise ValueError("log and step belong to float and int, not to categorical")
+            return self
+        low, high = bounds
+        if not low < high:
+            raise ValueError(f"the range [{low:g}, {high:g}] is empty: low must be below high")
+        if self.log and low <= 0:
+            raise ValueError(f"a log range must be positive, got [{low:g}, {high:g}]")
         if self.log and self.step:
             raise ValueError("log and step exclude each other")
         if self.int and self.step and self.step % 1:
@@ -84,25 +87,26 @@ class Distribution(Spec):
     @property
     def kind(self) -> str:
         """`float`, `int` or `categorical`."""
-        return next(
-            kind for kind in ("float", "int", "categorical") if getattr(self, kind) is not None
-        )
+        return next(kind for kind in _KINDS if getattr(self, kind) is not None)
 
     def bounds_or_choices(self) -> list[Any]:
-        """The values that bound the rest: both ends of a range, every choice."""
+        """Return both ends of a range, or all choices."""
         return list(self.categorical or self.float or self.int or ())
 
     def can_propose(self, value: Any) -> bool:
-        """Whether the search could ever propose `value`."""
+        """Return whether the sampler can propose a value."""
         if self.categorical is not None:
             return value in self.categorical
         low, high = self.bounds_or_choices()
         if not isinstance(value, Real) or not low <= value <= high:
             return False
-        steps = (value - low) / (self.step or 1)
-        return abs(steps - round(steps)) < 1e-8 if self.step or self.int else True
+        if not self.step and not self.int:
+            return True
+        n_steps = (value - low) / (self.step or 1)
+        return abs(n_steps - round(n_steps)) < 1e-8
 
     def to_optuna(self) -> "BaseDistribution":
+        """Return Optuna's distribution. Choices that are not scalars become strings."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         if self.categorical is not None:
@@ -113,30 +117,33 @@ class Distribution(Spec):
         return IntDistribution(*self.int, log=self.log, step=int(self.step or 1))
 
     def from_optuna(self, suggested: Any) -> Any:
-        """The setting that Optuna's suggestion stands for: choices that are not scalars travel as
-        text.
-        """
+        """Convert a value that Optuna suggested for `to_optuna` to the setting's value."""
         if self.categorical is None:
             return suggested
         return next(c for c in self.categorical if _to_param_value(c) == suggested)
 
 
 class Sampler(Spec):
-    """How settings are proposed: by Optuna, or every point of a grid once.
-
-    startup: random trials before TPE models the results, or NSGA-II's population.
-    """
+    """How params are proposed."""
 
     stored_keys: ClassVar[Mapping[str, str]] = {"n_startup_trials": "startup"}
 
     kind: Literal["tpe", "random", "grid", "nsga2"] = "tpe"
+    """Optuna's sampler, or `grid` to try each combination of choices once."""
     seed: int = 0
+    """Seed of the sampler."""
     n_startup_trials: Annotated[int, Field(ge=1)] = 8
+    """Number of random trials before TPE models the results; population size of NSGA-II."""
 
     def build_sampler(self, n_past_trials: int = 0) -> "optuna.samplers.BaseSampler":
-        """A grid needs no sampler: its points are queued.
+        """Build Optuna's sampler.
 
-        past: trials before a restart; their draws must not come again.
+        Args:
+            n_past_trials: Trials before a restart; changes the seed, so that the sampler does not
+                repeat their draws.
+
+        Returns:
+            The sampler. For a grid it is unused, because all points are queued.
         """
         from optuna.samplers import NSGAIISampler, RandomSampler, TPESampler
 
@@ -149,9 +156,7 @@ class Sampler(Spec):
 
 
 class Scheduler(Spec):
-    """Early stopping. asha: at epochs grace, grace x factor, ... only the best 1/factor of the
-    trials go on.
-    """
+    """Early stopping of weak trials."""
 
     stored_keys: ClassVar[Mapping[str, str]] = {
         "grace_period": "grace",
@@ -159,216 +164,281 @@ class Scheduler(Spec):
     }
 
     kind: Literal["asha", "none"] = "asha"
+    """`asha` (Li et al. 2020) compares trials at rungs: the epochs grace_period,
+    grace_period * reduction_factor, and so on."""
     grace_period: Annotated[int, Field(ge=1)] = 2
+    """Epoch of the first rung. No trial is stopped before it."""
     reduction_factor: Annotated[int, Field(ge=2)] = 2
+    """At each rung the best 1 / reduction_factor of the trials continue."""
 
     def rungs(self, max_epochs: int) -> list[int]:
-        """Epochs at which trials of so many are compared."""
-        found, rung = [], self.grace_period
+        """Return the epochs below `max_epochs` at which trials are compared."""
+        epochs: list[int] = []
+        rung = self.grace_period
         while self.kind == "asha" and rung < max_epochs:
-            found.append(rung)
+            epochs.append(rung)
             rung *= self.reduction_factor
-        return found
+        return epochs
 
 
 class SearchSpace(Spec):
-    """A sweep, declared: method, what is fixed (`base`), what is searched (`space`), where to
-    start, how to judge.
-
-    metric: what is maximised, or several for a Pareto front (the first decides each trial's best
-    epoch). max_masking_gap: a trial that PGD overstates by more is infeasible: last in the ranking,
-    a place for the sampler to leave. share_prefixes: start from states that other trials have
-    trained (see `training.prefix`); prefix_gib: when their folder outgrows so many GiB, the least
-    recently used go.
-    """
+    """A sweep: which settings are searched, which are fixed, and how trials are compared."""
 
     stored_keys: ClassVar[Mapping[str, str]] = {"points_to_evaluate": "start"}
 
     method: str | dict[str, Any]
+    """Name of a method of the catalog, or a method written out."""
     metric: ObjectiveName | Annotated[tuple[ObjectiveName, ...], Field(min_length=2)] = (
         "robust_worst"
     )
+    """Validation metric to maximise, or a list of several for a Pareto front. The first decides
+    which epoch of a trial is its best."""
     max_masking_gap: Annotated[Number, Field(ge=0, le=1)] | None = None
+    """Largest masking gap of a feasible trial: by how much PGD may overstate its accuracy.
+    Infeasible trials are ranked last, and the sampler avoids them. null: no limit."""
     trials: Annotated[int, Field(ge=1)] = 16
+    """Number of trials. A grid has at most as many as it has points."""
     share_prefixes: bool = True
+    """Whether trials start from epochs that other trials have trained with equal settings."""
     prefix_gib: Annotated[Number, Field(ge=0)] = 20.0
+    """Size in GiB above which the least recently used of these shared states are deleted."""
     sampler: Sampler = Field(default_factory=Sampler)
+    """How params are proposed."""
     scheduler: Scheduler = Field(default_factory=Scheduler)
+    """Early stopping of weak trials."""
     base: dict[str, Any] = Field(default_factory=dict)
+    """Settings of all trials by dotted path."""
     space: Annotated[dict[str, Distribution], Field(min_length=1)]
+    """Searched settings by dotted path, with their distributions. `*` stands for one part of a
+    path, so that several settings get the same value."""
     points_to_evaluate: tuple[dict[str, Any], ...] = ()
+    """Params to try first: each a mapping from searched settings to values."""
 
     @property
     def objectives(self) -> tuple[str, ...]:
+        """Names of the metrics that are maximised."""
         return (self.metric,) if isinstance(self.metric, str) else self.metric
 
     @property
     def n_trials(self) -> int:
-        """Trials that the sweep has when it is done."""
-        return (
-            min(self.trials, len(self.initial_points))
-            if self.sampler.kind == "grid"
-            else self.trials
-        )
+        """Number of trials of the finished sweep."""
+        if self.sampler.kind == "grid":
+            return min(self.trials, len(self.initial_points))
+        return self.trials
 
     @property
     def initial_points(self) -> list[Params]:
-        """Points to try before the sampler has a say: the starting points, or the whole grid."""
+        """Points to try before the sampler proposes any: `points_to_evaluate`, or the whole grid.
+
+        Inactive params are dropped first, and then points that have become equal.
+        """
         points: Iterable[Params] = self.points_to_evaluate
         if self.sampler.kind == "grid":
-            choices = [d.categorical or () for d in self.space.values()]
+            choices = [distribution.categorical or () for distribution in self.space.values()]
             points = (
-                dict(zip(self.space, point, strict=True)) for point in itertools.product(*choices)
+                dict(zip(self.space, values, strict=True)) for values in itertools.product(*choices)
             )
-        # Points that differ in nothing that a trial has are one.
-        return list(
-            {json.dumps(met, default=str): met for met in map(self._drop_inactive, points)}.values()
-        )
-
-    def _drop_inactive(self, point: Params) -> Params:
-        """A point without what it does not have: settings whose conditions are not met."""
-        met: Params = {}
-        for path, distribution in self.space.items():
-            known = {other: wanted for other, wanted in distribution.when.items() if other in point}
-            if path in point and all(
-                other in met and met[other] in _as_list(w) for other, w in known.items()
-            ):
-                met[path] = point[path]
-        return met
+        active_points = map(self._drop_inactive, points)
+        return list({json.dumps(point, default=str): point for point in active_points}.values())
 
     def optuna_params(self, params: Params) -> dict[str, ParamValue]:
-        """Searched settings in the form that Optuna stores."""
+        """Return the searched params in the form that Optuna stores."""
         return {
             path: _to_param_value(value) for path, value in params.items() if path in self.space
         }
 
     def trial_config(self, params: Mapping[str, Any]) -> TrainingConfig:
-        """The run that a trial with these settings is."""
+        """Build the training config of a trial.
+
+        Args:
+            params: Values by dotted path; they replace those of `base`. Empty for the base config.
+
+        Raises:
+            SpecError: If the config is invalid.
+        """
         return build_training_config(
             self.method, {"validation.objective": self.objectives[0]}, self.base, params
         )
 
     def with_absolute_paths(self) -> "SearchSpace":
-        """This space with the paths of its data absolute, as seen from here: trials work elsewhere."""
+        """Return this space with absolute paths of the data, because trials run elsewhere."""
         data = self.trial_config({}).data.to_json_dict()
         paths = {
             f"data.{key}": data[key] for key in ("data_dir", "unlabeled") if data[key] is not None
         }
         return self.replace(base={**self.base, **paths}) if paths else self
 
-    def find_problems(self) -> list[str]:
-        """What is wrong with settings, ranges, conditions and starting points: one line each.
+    def with_overrides(self, overrides: Mapping[str, Any]) -> "SearchSpace":
+        """Return this space with some settings fixed.
 
-        Each end of each range, each choice and each starting point is validated as a run's setting.
+        A searched setting that is fixed is no longer searched. A setting whose condition depends on
+        it is searched if the fixed value satisfies the condition.
+
+        Args:
+            overrides: Values by dotted path.
+
+        Raises:
+            SpecError: If an override fixes only a part of a searched `*` path, or if nothing is
+                left to search.
+        """
+        space: JsonDict = {}
+        for path, distribution in self.space.items():
+            _require_no_partial_override(path, overrides)
+            is_met = all(
+                overrides[other] in _as_list(values)
+                for other, values in distribution.when.items()
+                if other in overrides
+            )
+            if path not in overrides and is_met:
+                when = {
+                    other: values
+                    for other, values in distribution.when.items()
+                    if other not in overrides
+                }
+                space[path] = distribution.to_json_dict() | {"when": when}
+        if not space:
+            raise SpecError(
+                "nothing is left to search: every searched setting is fixed by --set; "
+                "use `raysweep train`"
+            )
+        removed = (set(self.space) - set(space)) | set(overrides)
+        points = [
+            {path: value for path, value in point.items() if path not in removed}
+            for point in self.points_to_evaluate
+        ]
+        changes = {
+            "base": {**self.base, **overrides},
+            "space": space,
+            "points_to_evaluate": [point for point in points if point],
+        }
+        return SearchSpace.from_data(self.to_json_dict() | changes)
+
+    def suggest_params(self, optuna_trial: "optuna.Trial") -> Params:
+        """Let Optuna suggest a value of each active setting, in the order of `space`."""
+        params: Params = {}
+        for path, distribution in self.space.items():
+            if all(
+                params.get(other) in _as_list(values) for other, values in distribution.when.items()
+            ):
+                suggested = _suggest_value(optuna_trial, path, distribution.to_optuna())
+                params[path] = distribution.from_optuna(suggested)
+        return params
+
+    def find_problems(self) -> list[str]:
+        """Check settings, ranges, conditions and points to evaluate.
+
+        Each end of a range, each choice and each point is validated as a setting of a trial.
+
+        Returns:
+            One line for each problem.
         """
         try:
             config = self.trial_config({})
         except SpecError as error:
             return error.problems
-        every, goal = config.validation.every, config.validation.objective
-        lines = []
-        if goal != (metric := self.objectives[0]):
-            lines.append(
-                f"validation.objective = {goal!r}: the space goes by metric = {metric!r}; change that instead"
-            )
-        lines += [
-            f"scheduler: trials cannot be compared at epoch {rung}, validation.every = {every} leaves it out; "
-            f"make grace a multiple of {every}"
-            for rung in self.scheduler.rungs(config.epochs)
-            if rung % every
-        ][:1]
-        if len(self.objectives) > 1 and self.scheduler.kind != "none":
-            lines.append(
-                "scheduler.kind = 'asha': with several metrics nothing says which trial is weak; set it to none"
-            )
-        for position, (path, distribution) in enumerate(self.space.items()):
-            where = f"space.{path}"
-            for other in distribution.when:
-                if other not in list(self.space)[:position]:
-                    lines.append(f"{where}.when: {other!r} is not a searched setting before it")
-            if self.sampler.kind == "grid" and distribution.categorical is None:
-                lines.append(f"{where}: a grid needs `categorical: [...]`")
-            for value in distribution.bounds_or_choices():
-                given = {other: _as_list(wanted)[0] for other, wanted in distribution.when.items()}
-                lines += self._find_invalid_params({**given, path: value}, where)
-        for position, point in enumerate(self.points_to_evaluate):
-            for path, value in point.items():
-                where = f"start.{position}.{path}"
-                if path not in self.space:
-                    lines.append(
-                        f"{where}: {describe_unknown_name('searched setting', path, list(self.space))}"
-                    )
-                elif not self.space[path].can_propose(value):
-                    lines.append(
-                        f"{where} = {value!r}: outside the searched {self.space[path].bounds_or_choices()}"
-                    )
-                else:
-                    lines += self._find_invalid_params({path: value}, where)
+        lines = [
+            *self._find_objective_problems(config),
+            *self._find_scheduler_problems(config),
+            *self._find_distribution_problems(),
+            *self._find_point_problems(),
+        ]
         return list(dict.fromkeys(lines))
 
+    def _find_objective_problems(self, config: TrainingConfig) -> Iterator[str]:
+        """Yield a line if trials would be validated by another objective than the sweep's."""
+        objective, metric = config.validation.objective, self.objectives[0]
+        if objective != metric:
+            yield (
+                f"validation.objective = {objective!r}: the space goes by metric = {metric!r}; "
+                "change that instead"
+            )
+
+    def _find_scheduler_problems(self, config: TrainingConfig) -> Iterator[str]:
+        """Yield a line if ASHA cannot compare the trials."""
+        every = config.validation.every
+        unmeasured = [rung for rung in self.scheduler.rungs(config.epochs) if rung % every]
+        if unmeasured:
+            yield (
+                f"scheduler: trials cannot be compared at epoch {unmeasured[0]}, "
+                f"validation.every = {every} leaves it out; "
+                f"make grace_period a multiple of {every}"
+            )
+        if len(self.objectives) > 1 and self.scheduler.kind != "none":
+            yield (
+                "scheduler.kind = 'asha': with several metrics nothing says which trial is weak; "
+                "set it to none"
+            )
+
+    def _find_distribution_problems(self) -> Iterator[str]:
+        """Yield a line for each invalid condition, range or choice."""
+        earlier_paths: list[str] = []
+        for path, distribution in self.space.items():
+            location = f"space.{path}"
+            for other in distribution.when:
+                if other not in earlier_paths:
+                    yield f"{location}.when: {other!r} is not a searched setting before it"
+            if self.sampler.kind == "grid" and distribution.categorical is None:
+                yield f"{location}: a grid needs `categorical: [...]`"
+            condition = {other: _as_list(values)[0] for other, values in distribution.when.items()}
+            for value in distribution.bounds_or_choices():
+                yield from self._find_invalid_params({**condition, path: value}, location)
+            earlier_paths.append(path)
+
+    def _find_point_problems(self) -> Iterator[str]:
+        """Yield a line for each value of `points_to_evaluate` that cannot be tried."""
+        for position, point in enumerate(self.points_to_evaluate):
+            for path, value in point.items():
+                location = f"points_to_evaluate.{position}.{path}"
+                if path not in self.space:
+                    paths = list(self.space)
+                    yield f"{location}: {describe_unknown_name('searched setting', path, paths)}"
+                elif not self.space[path].can_propose(value):
+                    limits = self.space[path].bounds_or_choices()
+                    yield f"{location} = {value!r}: outside the searched {limits}"
+                else:
+                    yield from self._find_invalid_params({path: value}, location)
+
     def _find_invalid_params(self, params: Params, location: str) -> list[str]:
+        """Return the problems of a trial with these params, each after `location`."""
         try:
             self.trial_config(params)
         except SpecError as error:
             return [f"{location}: {line}" for line in error.problems]
         return []
 
-    def suggest_params(self, optuna_trial: "optuna.Trial") -> Params:
-        """Values for every searched setting whose condition holds, in the order of the file."""
-        chosen: Params = {}
+    def _drop_inactive(self, point: Params) -> Params:
+        """Return a point without the params whose conditions do not hold."""
+        active: Params = {}
         for path, distribution in self.space.items():
-            if all(
-                chosen.get(other) in _as_list(wanted) for other, wanted in distribution.when.items()
+            # A point need not have all params: conditions on those that it lacks are ignored.
+            conditions = {
+                other: values for other, values in distribution.when.items() if other in point
+            }
+            if path in point and all(
+                other in active and active[other] in _as_list(values)
+                for other, values in conditions.items()
             ):
-                chosen[path] = distribution.from_optuna(
-                    _suggest_value(optuna_trial, path, distribution.to_optuna())
-                )
-        return chosen
-
-    def with_overrides(self, overrides: Mapping[str, Any]) -> "SearchSpace":
-        """This space with settings fixed from outside.
-
-        A setting that was searched is searched no more; one that hangs on it is searched if the
-        fixed value allows it.
-        """
-        space: JsonDict = {}
-        for path, distribution in self.space.items():
-            if parts := [
-                key for key in overrides if key != path and "*" in path and fnmatchcase(key, path)
-            ]:
-                raise SpecError(
-                    f"--set {parts[0]}: searched as {path}; set that, or search what is left in a --space"
-                )
-            when = distribution.when
-            met = all(
-                overrides[other] in _as_list(wanted)
-                for other, wanted in when.items()
-                if other in overrides
-            )
-            if path not in overrides and met:
-                rest = {other: wanted for other, wanted in when.items() if other not in overrides}
-                space[path] = distribution.to_json_dict() | {"when": rest}
-        if not space:
-            raise SpecError(
-                "nothing is left to search: every searched setting is fixed by --set; use `raysweep train`"
-            )
-        gone = (set(self.space) - set(space)) | set(overrides)
-        start = [
-            {path: v for path, v in point.items() if path not in gone}
-            for point in self.points_to_evaluate
-        ]
-        data = self.to_json_dict() | {"base": {**self.base, **overrides}, "space": space}
-        return SearchSpace.from_data(data | {"points_to_evaluate": [p for p in start if p]})
+                active[path] = point[path]
+        return active
 
 
 def load_space(
     name: str, overrides: Mapping[str, Any], space_path: Path | None = None
 ) -> SearchSpace:
-    """A shipped space by its name, or a method's from a file, with `--set` applied.
+    """Load a search space and fix some of its settings.
 
-    Raises SpecError with all problems at once.
+    Args:
+        name: Name of a built-in space. With a file: the method that it must search, or empty.
+        overrides: Values to fix, by dotted path (`--set`).
+        space_path: YAML file to read instead of a built-in space.
+
+    Returns:
+        The search space, checked by `SearchSpace.find_problems`.
+
+    Raises:
+        SpecError: All problems at once.
     """
-    given = space_path is not None
+    is_user_file = space_path is not None
     if space_path is None:
         space_path = find_builtin_folder("search_spaces") / f"{name}.yaml"
         if not space_path.is_file():
@@ -377,100 +447,118 @@ def load_space(
     try:
         space = SearchSpace.from_data(data, str(space_path))
     except SpecError as error:
-        raise SpecError(
-            list(dict.fromkeys([*error.problems, *_find_remaining_problems(data, space_path)]))
-        ) from None
-    unnamed = Method.model_fields["name"].default
-    method = space.method if isinstance(space.method, str) else space.method.get("name", unnamed)
-    if given and name and method != name:
-        raise SpecError(f"{space_path} is a space for method {method!r}, not for {name!r}")
+        problems = [*error.problems, *_find_remaining_problems(data, space_path)]
+        raise SpecError(list(dict.fromkeys(problems))) from None
+    method_name = _method_name(space)
+    if is_user_file and name and method_name != name:
+        raise SpecError(f"{space_path} is a space for method {method_name!r}, not for {name!r}")
     space = space.with_overrides(overrides)
     if problems := space.find_problems():
         raise SpecError(problems if overrides else [f"{space_path}: {line}" for line in problems])
     return space
 
 
-def _merge_dataset_section(data: JsonDict, overrides: Mapping[str, Any], source: str) -> JsonDict:
-    """Merge the section for the data set: `for: {cifar10: {space: ..., trials: ..., ...}}`.
+def resolve_space_path(path_or_name: Path) -> Path:
+    """Return the file that `--space` names: a file, or else a built-in space."""
+    if path_or_name.exists() or str(path_or_name) not in list_builtin_spaces():
+        return path_or_name
+    return find_builtin_folder("search_spaces") / f"{path_or_name}.yaml"
 
-    `space` and `base` are changed entry by entry, every other key as a whole.
+
+def list_builtin_spaces() -> list[str]:
+    """Return the names of the search spaces that ship with raysweep."""
+    return sorted(path.stem for path in find_builtin_folder("search_spaces").glob("*.yaml"))
+
+
+def param_labels(paths: list[str]) -> dict[str, str]:
+    """Choose a short label of each dotted path that is unique among them.
+
+    Args:
+        paths: Dotted paths of params.
+
+    Returns:
+        Labels by path, for example `alpha`; `pgd.alpha` where there are two of them; `lr.values`
+        because `values` alone is ambiguous.
+    """
+    omitted_parts = {"method", "terms", "attacks", "weight", "optim"}
+    parts_by_path = {
+        path: [part for part in path.split(".") if part not in omitted_parts] or [path]
+        for path in paths
+    }
+    labels = {}
+    for path, parts in parts_by_path.items():
+        min_length = min(1 + (parts[-1] in _AMBIGUOUS_NAMES), len(parts))
+        labels[path] = path
+        for length in range(min_length, len(parts) + 1):
+            suffixes = [other_parts[-length:] for other_parts in parts_by_path.values()]
+            if suffixes.count(parts[-length:]) == 1:
+                labels[path] = ".".join(parts[-length:])
+                break
+    return labels
+
+
+def _merge_dataset_section(data: JsonDict, overrides: Mapping[str, Any], source: str) -> JsonDict:
+    """Merge the section of the data set from `for: {cifar10: {space: ..., trials: ..., ...}}`.
+
+    `space` and `base` are merged entry by entry; every other key replaces the general one.
     """
     data = SearchSpace.rename_stored_keys(data, source)
     sections = data.pop("for", None) or {}
-    name = (
-        overrides.get("data.name") or (data.get("base") or {}).get("data.name") or DataSpec().name
-    )
-    section = SearchSpace.rename_stored_keys(sections.get(name) or {}, source)
+    base = data.get("base") or {}
+    dataset_name = overrides.get("data.name") or base.get("data.name") or DataSpec().name
+    section = SearchSpace.rename_stored_keys(sections.get(dataset_name) or {}, source)
     for key, value in section.items():
         data[key] = {**data.get(key, {}), **value} if key in ("space", "base") else value
     return data
 
 
 def _find_remaining_problems(data: JsonDict, space_path: Path) -> list[str]:
-    """A file that does not validate may be wrong in more ways: check the distributions that are
-    sound by themselves.
-    """
+    """Find more problems in a file that is invalid: check its valid distributions."""
     entries = data.get("space")
-    sound: JsonDict = {}
-    for path, entry in entries.items() if isinstance(entries, dict) else ():
+    if not isinstance(entries, dict):
+        return []
+    valid_entries: JsonDict = {}
+    for path, entry in entries.items():
         with suppress(SpecError):
-            sound[path] = Distribution.from_data(entry)
-    kept = {key: data[key] for key in ("method", "base") if key in data}
+            valid_entries[path] = Distribution.from_data(entry)
+    reduced = {key: data[key] for key in ("method", "base") if key in data}
     try:
-        return [
-            f"{space_path}: {line}"
-            for line in SearchSpace.from_data({**kept, "space": sound}).find_problems()
-        ]
+        problems = SearchSpace.from_data({**reduced, "space": valid_entries}).find_problems()
     except SpecError:
         return []
+    return [f"{space_path}: {line}" for line in problems]
 
 
-def resolve_space_path(path_or_name: Path) -> Path:
-    """What `--space` names: a file, or a space that ships with raysweep."""
-    return (
-        path_or_name
-        if path_or_name.exists() or str(path_or_name) not in list_builtin_spaces()
-        else find_builtin_folder("search_spaces") / f"{path_or_name}.yaml"
-    )
+def _method_name(space: SearchSpace) -> Any:
+    """Return the name of the space's method; one that is written out may lack a name."""
+    if isinstance(space.method, str):
+        return space.method
+    return space.method.get("name", Method.model_fields["name"].default)
 
 
-def list_builtin_spaces() -> list[str]:
-    """Names of the spaces that ship with raysweep."""
-    return sorted(path.stem for path in find_builtin_folder("search_spaces").glob("*.yaml"))
-
-
-def param_labels(paths: list[str]) -> dict[str, str]:
-    """A short name for each dotted path, unique among them: `alpha`, where there are two
-    `pgd.alpha`; `lr.values`.
-    """
-    noise = {"method", "terms", "attacks", "weight", "optim"}
-    short = {
-        path: [part for part in path.split(".") if part not in noise] or [path] for path in paths
-    }
-    result = {}
-    for path, parts in short.items():
-        least = min(1 + (parts[-1] in _AMBIGUOUS_NAMES), len(parts))
-        alone = (
-            n
-            for n in range(least, len(parts) + 1)
-            if [o[-n:] for o in short.values()].count(parts[-n:]) == 1
-        )
-        length = next(alone, None)
-        result[path] = ".".join(parts[-length:]) if length else path
-    return result
+def _require_no_partial_override(path: str, overrides: Mapping[str, Any]) -> None:
+    """Raise SpecError if an override fixes one of the settings that a `*` path searches."""
+    for key in overrides:
+        if key != path and "*" in path and fnmatchcase(key, path):
+            raise SpecError(
+                f"--set {key}: searched as {path}; set that, or search what is left in a --space"
+            )
 
 
 def _as_list(value: Any) -> list[Any]:
+    """Return a list as it is, and any other value as a list of one."""
     return value if isinstance(value, list) else [value]
 
 
 def _to_param_value(choice: Any) -> ParamValue:
+    """Return a value that Optuna can store: choices that are not scalars become strings."""
     return choice if isinstance(choice, str | int | float | bool) or choice is None else str(choice)
 
 
 def _suggest_value(
     optuna_trial: "optuna.Trial", path: str, distribution: "BaseDistribution"
 ) -> Any:
+    """Let Optuna suggest a value from one of its distributions."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if isinstance(distribution, CategoricalDistribution):
