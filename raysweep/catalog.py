@@ -1,7 +1,12 @@
-"""The published methods as compositions. A new one is a function here, named in `METHODS`.
+"""The published methods, composed of attacks, losses and weights.
 
-Defaults are the papers' (G: GAIRAT, L: LRAT) for CIFAR-10; what another data set needs instead is
-in `training.profiles`, and what a single table of the papers used is in `pipelines/presets`.
+Each function returns a method with the settings of its paper for CIFAR-10; its first line is what
+`raysweep list` prints. To add a method, write a function here and list it in `METHODS`. Settings
+for other data sets are in `training.dataset_defaults`, those of single tables and figures in
+`pipelines/presets`.
+
+Citations: G is GAIRAT (Zhang et al. 2021), L is LRAT (Gao et al. 2021). CE is the cross-entropy, KL
+is KL(p(x) || p(x~)), x are natural images, x~ adversarial images.
 """
 
 from collections.abc import Callable
@@ -17,7 +22,7 @@ from raysweep.weights import (
     WithinMarginWeight,
 )
 
-# 0.031 is not 8/255: G trains with the one, L with the other.
+# G trains with eps = 0.031 and L with eps = 8/255, which is slightly larger.
 GAIRAT_PGD = PGD(eps=0.031, step_size=0.007)
 LRAT_PGD = PGD(eps=8 / 255, step_size=8 / 2550)
 GAUSSIAN_START_PGD = PGD(eps=0.031, step_size=0.007, start="gaussian")
@@ -25,18 +30,19 @@ FAT_TAU_SCHEDULE = PiecewiseSchedule(boundaries=(40, 70), values=(0, 3, 6))
 
 
 def standard() -> Method:
-    """Training without an adversary: CE at natural data."""
+    """Standard training: CE on natural images."""
     return Method(name="standard", terms={"natural": Term(on="natural")})
 
 
 def at() -> Method:
-    """Adversarial training (Madry et al. 2018): CE at PGD-10 data (G eq. 1-2)."""
+    """Adversarial training, AT (Madry et al. 2018): CE on PGD-10 images (G eq. 1-2)."""
     return Method(name="at", attacks={"pgd": PGD()}, terms={"pgd": Term(on="pgd")})
 
 
 def fat() -> Method:
-    """Friendly AT (Zhang et al. 2020): CE at early-stopped PGD-10-tau data, tau 0-3-6 at epochs 0,
-    40, 70 (G C.6).
+    """Friendly AT (Zhang et al. 2020): CE on images of PGD-10 that stops early (G app. C.6).
+
+    tau is 0, 3 and 6 from epochs 0, 40 and 70 (0-based).
     """
     return Method(
         name="fat",
@@ -46,8 +52,9 @@ def fat() -> Method:
 
 
 def gairat() -> Method:
-    """Geometry-aware instance-reweighted AT (Zhang et al. 2021): w(kappa) CE at GA-PGD data (G eq.
-    5, alg. 1-2).
+    """Geometry-aware instance-reweighted AT (Zhang et al. 2021): w(kappa) CE on PGD-10 images.
+
+    G eq. 5-6, alg. 1-2.
     """
     return Method(
         name="gairat",
@@ -57,8 +64,9 @@ def gairat() -> Method:
 
 
 def gair_fat() -> Method:
-    """Geometry-aware FAT: w(kappa) CE at early-stopped data, kappa counted until the row stops (G
-    alg. 3, C.6).
+    """Geometry-aware FAT: w(kappa) CE on images of PGD-10 that stops early (G alg. 3, app. C.6).
+
+    kappa counts the correct iterates until the row stops.
     """
     return Method(
         name="gair-fat",
@@ -68,8 +76,9 @@ def gair_fat() -> Method:
 
 
 def trades() -> Method:
-    """TRADES (Zhang et al. 2019): CE at natural data + beta KL(p(x) || p(x~)), x~ by ascent on the
-    KL (L eq. 13-16).
+    """TRADES (Zhang et al. 2019): CE on natural images + beta KL (L eq. 13-16).
+
+    The attack maximises the KL. beta is 6.
     """
     return Method(
         name="trades",
@@ -79,8 +88,10 @@ def trades() -> Method:
 
 
 def gair_trades() -> Method:
-    """Geometry-aware TRADES: kappa of the KL attack weights the *natural* CE (G alg. 4-5), sums
-    read as means.
+    """Geometry-aware TRADES: w(kappa) CE on natural images + beta KL (G alg. 4-5).
+
+    kappa is that of the attack on the KL. G alg. 5 adds up the terms of a batch; as in TRADES, the
+    terms here are means.
     """
     return Method(
         name="gair-trades",
@@ -93,7 +104,7 @@ def gair_trades() -> Method:
 
 
 def mart() -> Method:
-    """MART (Wang et al. 2020): boosted CE at PGD data + beta (1 - p_y(x)) KL (G eq. 9)."""
+    """MART (Wang et al. 2020): boosted CE on PGD-10 images + beta (1 - p_y(x)) KL (G eq. 9)."""
     return Method(
         name="mart",
         attacks={"pgd": GAUSSIAN_START_PGD},
@@ -105,7 +116,7 @@ def mart() -> Method:
 
 
 def gair_mart() -> Method:
-    """Geometry-aware MART: w(kappa) on the -log p_y part of the boosted CE alone (G eq. 10)."""
+    """Geometry-aware MART: w(kappa) weights the -log p_y part of the boosted CE (G eq. 10)."""
     return Method(
         name="gair-mart",
         attacks={"pgd": GAUSSIAN_START_PGD},
@@ -118,7 +129,7 @@ def gair_mart() -> Method:
 
 
 def mart_gair_kl() -> Method:
-    """MART with w(kappa) in the place of 1 - p_y(x) (G eq. 11)."""
+    """MART with w(kappa) in place of 1 - p_y(x) (G eq. 11)."""
     return Method(
         name="mart-gair-kl",
         attacks={"pgd": GAUSSIAN_START_PGD},
@@ -130,11 +141,10 @@ def mart_gair_kl() -> Method:
 
 
 def mma() -> Method:
-    """Max-margin AT (Ding et al. 2020): 1/3 CE at natural data + 2/3 CE at the nearest wrong point
-    within d_max.
+    """Max-margin AT (Ding et al. 2020): 1/3 natural CE + 2/3 CE on nearest misclassified images.
 
-    A row that is wrong already is its own nearest wrong point; one with none within d_max has
-    weight 0.
+    The nearest misclassified point of a misclassified image is the image itself. An image without
+    such a point within d_max has weight 0.
     """
     return Method(
         name="mma",
@@ -147,8 +157,9 @@ def mma() -> Method:
 
 
 def rst() -> Method:
-    """Robust self-training (Carmon et al. 2019): TRADES' loss at PGD data (G eq. 12), with
-    `data.unlabeled`.
+    """Robust self-training, RST (Carmon et al. 2019): the loss of TRADES on PGD-10 images.
+
+    G eq. 12. Set `data.unlabeled` to train on pseudo-labelled images as well.
     """
     return Method(
         name="rst",
@@ -158,10 +169,10 @@ def rst() -> Method:
 
 
 def gair_rst() -> Method:
-    """Geometry-aware RST: beta (w KL at PGD data + (1 - w) KL at CW data) (G eq. 13), with
-    `data.unlabeled`.
+    """Geometry-aware RST: CE + beta (w KL on PGD images + (1 - w) KL on CW images) (G eq. 13).
 
-    w is not normalised, so that w and 1 - w share each example, as in the authors' code.
+    w is not normalised, so that the two weights of each example add up to 1, as in the authors'
+    code. Set `data.unlabeled` to train on pseudo-labelled images as well.
     """
     return Method(
         name="gair-rst",
@@ -185,11 +196,11 @@ def gair_rst() -> Method:
 
 
 def lrat() -> Method:
-    """Locally reweighted AT (Gao et al. 2021): g(V) CE at PGD and CW data, C - sum g at the bound's
-    view (L eq. 5, 17).
+    """Locally reweighted AT (Gao et al. 2021): g(V) CE on PGD and CW images, and a lower bound C.
 
-    `terms.bound.on` is what L table 4 varies: natural, pgd, natural+pgd (L appendix C);
-    `terms.bound.weight.total` is C, and 0 leaves the bound out.
+    L eq. 5 and 17. The term `bound` has the weight [C - sum of g(V)]_+. L table 4 varies its input
+    `terms.bound.on`: natural, pgd or natural+pgd (L app. C). C is `terms.bound.weight.total`; 0
+    turns the bound off.
     """
     return Method(
         name="lrat",
@@ -204,12 +215,12 @@ def lrat() -> Method:
 
 
 def lrat_trades() -> Method:
-    """LRAT for TRADES: as `lrat`, with KL at PGD and CW data and CE at natural data (L alg. 4).
+    """LRAT for TRADES: g(V) KL on PGD and CW images, and CE on natural images (L alg. 4).
 
-    The CE is this method's only sight of the labels, and with lrat's C = 0.1 its weight is 0: the
-    same probabilities for every image then have no loss, and training ends at chance (it does, on
-    digits). C = 5 is more than two weights with alpha 2 and beta 0.5 can add up to, so that natural
-    data always count.
+    Only the CE uses the labels. With C = 0.1, as in `lrat`, its weight is 0 wherever the other
+    weights add up to 0.1 or more. A model that predicts the same probabilities for every image then
+    has no loss, and accuracy ends at chance (seen on digits). C = 5 is above 2 + 2 sqrt(2), the
+    largest sum of the two weights for alpha = 2 and beta = 0.5, so natural images always count.
     """
     base = lrat()
     robust = {name: base.terms[name].replace(loss="kl") for name in ("pgd", "cw")}
@@ -225,7 +236,7 @@ def lrat_trades() -> Method:
 
 
 def mail_at() -> Method:
-    """MAIL (Wang et al. 2021) on AT: the probabilistic margin at PGD data weights their CE."""
+    """MAIL (Wang et al. 2021) on AT: the probabilistic margin weights the CE on PGD-10 images."""
     return Method(
         name="mail-at",
         attacks={"pgd": GAUSSIAN_START_PGD},

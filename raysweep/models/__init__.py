@@ -1,4 +1,8 @@
-"""Models. A new one is a function (channels, classes) -> nn.Module and a line in `MODELS`."""
+"""Networks that map images (N, channels, H, W) in [0, 1] to logits (N, classes).
+
+To add a network, write a function (channels, classes) -> nn.Module and list it in `MODELS`. The
+first line of its docstring is what `raysweep list` prints.
+"""
 
 from collections.abc import Callable
 
@@ -15,7 +19,10 @@ from raysweep.models.vgg import vgg13
 from raysweep.models.wide_resnet import wrn_28_10, wrn_32_10, wrn_34_10
 from raysweep.spec import Spec, SpecError, describe_unknown_name
 
-MODELS: dict[str, Callable[[int, int], nn.Module]] = {
+# Arguments: channels of the images, number of classes.
+ModelFactory = Callable[[int, int], nn.Module]
+
+MODELS: dict[str, ModelFactory] = {
     "digits_cnn": digits_cnn,
     "small_cnn": small_cnn,
     "vgg13": vgg13,
@@ -31,34 +38,46 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 class ModelSpec(Spec):
-    """Which network; it takes (N, C, H, W) in [0, 1] and gives logits (N, classes).
-
-    mean, std: per-channel normalisation inside the model; empty for none (the papers of this field
-    train on [0, 1]).
-    """
+    """Choice of a network and of the normalisation of its input."""
 
     name: str = "digits_cnn"
+    """Name of the network; `raysweep list` names all."""
+
     mean: tuple[float, ...] = ()
+    """Mean of each channel, which the model subtracts. Empty for no normalisation, as in the papers
+    of GAIRAT and LRAT."""
+
     std: tuple[float, ...] = ()
+    """Standard deviation of each channel, by which the model divides; empty if `mean` is."""
 
     @field_validator("name")
     @classmethod
     def _check_model_name(cls, name: str) -> str:
+        """Reject names that are not in `MODELS`."""
         if name not in MODELS:
             raise SpecError(describe_unknown_name("model", name, list(MODELS)))
         return name
 
     def build_model(self, channels: int, classes: int, seed: int) -> nn.Module:
-        """The network with initial weights that depend on `seed` alone. Raises SpecError if mean
-        and std do not fit.
+        """Build the network with new weights, on the CPU.
+
+        Args:
+            channels: Channels of the images.
+            classes: Number of classes.
+            seed: Seed that alone decides the initial weights; torch's global generator is
+                restored.
+
+        Returns:
+            A model from images (N, channels, H, W) in [0, 1] to logits (N, classes).
+
+        Raises:
+            SpecError: If `mean` or `std` does not have a value for each channel.
         """
         if {len(self.mean), len(self.std)} not in ({0}, {channels}):
             raise SpecError(f"model.mean and model.std need {channels} values each, or none")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = MODELS[self.name](channels, classes)
-        return (
-            nn.Sequential(Normalize(self.mean, self.std), network)
-            if self.mean
-            else nn.Sequential(network)
-        )
+        if not self.mean:
+            return nn.Sequential(network)
+        return nn.Sequential(Normalize(self.mean, self.std), network)

@@ -1,4 +1,4 @@
-"""Pre-activation residual networks in their CIFAR form (He et al. 2016b), as G fig. 11 trains them."""
+"""Pre-activation residual networks for CIFAR (He et al. 2016b), used for G fig. 11."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,31 +7,46 @@ from raysweep.models.layers import Logits, conv1x1, conv3x3
 
 
 class PreActBlock(nn.Module):
-    """bn-relu-conv twice; where the shape changes, a 1x1 convolution of the activated input is the
-    shortcut.
+    """Residual block of two batch norm - ReLU - convolution sequences.
+
+    Where the shape changes, the shortcut is a 1x1 convolution of the activated input.
     """
 
     def __init__(self, channels_in: int, width: int, stride: int) -> None:
+        """Build the block.
+
+        Args:
+            channels_in: Channels of the input.
+            width: Channels of the output.
+            stride: Stride of the first convolution.
+        """
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(channels_in), conv3x3(channels_in, width, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(width), conv3x3(width, width)
-        same = stride == 1 and channels_in == width
-        self.shortcut = None if same else conv1x1(channels_in, width, stride)
+        keeps_shape = stride == 1 and channels_in == width
+        self.shortcut = None if keeps_shape else conv1x1(channels_in, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map feature maps (N, channels_in, H, W) to (N, width, H / stride, W / stride)."""
         active = F.relu(self.bn1(x))
         out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
         return out + (x if self.shortcut is None else self.shortcut(active))
 
 
 class PreActResNet(nn.Module):
-    """Four stages of pre-activation blocks; `final_bn` activates the last one's sum before it is
-    averaged.
-    """
+    """Four stages of pre-activation blocks, a global average and a linear layer."""
 
     def __init__(
         self, blocks_per_stage: tuple[int, ...], channels: int, classes: int, final_bn: bool
     ) -> None:
+        """Build the network.
+
+        Args:
+            blocks_per_stage: Number of blocks of each stage; widths are 64, 128, 256, ...
+            channels: Channels of the images.
+            classes: Number of classes.
+            final_bn: Whether batch norm and ReLU follow the last block.
+        """
         super().__init__()
         self.conv1 = conv3x3(channels, 64)
         blocks: list[nn.Module] = []
@@ -48,18 +63,20 @@ class PreActResNet(nn.Module):
         self.linear = Logits(channels_in, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map images (N, channels, H, W) to logits (N, classes)."""
         out = self.end(self.blocks(self.conv1(x)))
         logits: Tensor = self.linear(out.mean((2, 3)))
         return logits
 
 
 def preact_resnet18(channels: int, classes: int) -> nn.Module:
-    """The form most CIFAR code has, without a last batch norm: 11,171,146 parameters."""
+    """Pre-activation ResNet-18 as in most CIFAR code, no last batch norm: 11,171,146 parameters."""
     return PreActResNet((2, 2, 2, 2), channels, classes, final_bn=False)
 
 
 def preact_resnet18_bn(channels: int, classes: int) -> nn.Module:
-    """With the last batch norm and ReLU of He et al. 2016b, as Rice et al. 2020 train it:
-    11,172,170 parameters.
+    """Pre-activation ResNet-18 with a last batch norm and ReLU: 11,172,170 parameters.
+
+    This is the form of He et al. 2016b and of Rice et al. 2020.
     """
     return PreActResNet((2, 2, 2, 2), channels, classes, final_bn=True)

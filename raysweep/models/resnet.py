@@ -1,4 +1,4 @@
-"""Residual networks in their CIFAR form: a 3x3 stem, no max pooling, four stages (He et al. 2016)."""
+"""Residual networks for CIFAR (He et al. 2016): a 3x3 stem, no max pooling, four stages."""
 
 from typing import Protocol
 
@@ -9,29 +9,50 @@ from raysweep.models.layers import Logits, conv1x1, conv3x3
 
 
 class ResidualBlock(Protocol):
+    """Class of a residual block.
+
+    Attributes:
+        expansion: Channels of the output in units of `width`.
+    """
+
     expansion: int
 
-    def __call__(self, channels_in: int, width: int, stride: int) -> nn.Module: ...
+    def __call__(self, channels_in: int, width: int, stride: int) -> nn.Module:
+        """Build a block.
+
+        Args:
+            channels_in: Channels of the input.
+            width: Channels of the 3x3 convolutions.
+            stride: Stride of the first 3x3 convolution.
+        """
+        ...
 
 
 class BasicBlock(nn.Module):
+    """Two 3x3 convolutions (`ResidualBlock`)."""
+
     expansion = 1
 
     def __init__(self, channels_in: int, width: int, stride: int) -> None:
+        """Build the block; see `ResidualBlock`."""
         super().__init__()
         self.conv1, self.bn1 = conv3x3(channels_in, width, stride), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = conv3x3(width, width), nn.BatchNorm2d(width)
         self.shortcut = _build_shortcut(channels_in, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map feature maps (N, channels_in, H, W) to (N, width, H / stride, W / stride)."""
         out = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
+    """Convolutions 1x1, 3x3 and 1x1 (`ResidualBlock`)."""
+
     expansion = 4
 
     def __init__(self, channels_in: int, width: int, stride: int) -> None:
+        """Build the block; see `ResidualBlock`."""
         super().__init__()
         self.conv1, self.bn1 = conv1x1(channels_in, width), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = conv3x3(width, width, stride), nn.BatchNorm2d(width)
@@ -39,15 +60,26 @@ class Bottleneck(nn.Module):
         self.shortcut = _build_shortcut(channels_in, 4 * width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map feature maps (N, channels_in, H, W) to (N, 4 width, H / stride, W / stride)."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
         return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
 
 
 class ResNet(nn.Module):
+    """Stages of residual blocks, a global average and a linear layer."""
+
     def __init__(
         self, block: ResidualBlock, blocks_per_stage: tuple[int, ...], channels: int, classes: int
     ) -> None:
+        """Build the network.
+
+        Args:
+            block: Class of the blocks.
+            blocks_per_stage: Number of blocks of each stage; widths are 64, 128, 256, ...
+            channels: Channels of the images.
+            classes: Number of classes.
+        """
         super().__init__()
         self.conv1, self.bn1 = conv3x3(channels, 64), nn.BatchNorm2d(64)
         stages: list[nn.Module] = []
@@ -63,31 +95,29 @@ class ResNet(nn.Module):
         self.linear = Logits(channels_in, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map images (N, channels, H, W) to logits (N, classes)."""
         out = self.stages(F.relu(self.bn1(self.conv1(x))))
         logits: Tensor = self.linear(out.mean((2, 3)))
         return logits
 
 
 def resnet18(channels: int, classes: int) -> nn.Module:
-    """CIFAR's form, without max pooling: two blocks of two 3x3 convolutions in each stage,
-    11,173,962 parameters.
-    """
+    """ResNet-18 for CIFAR: 2 basic blocks in each stage, 11,173,962 parameters."""
     return ResNet(BasicBlock, (2, 2, 2, 2), channels, classes)
 
 
 def resnet34(channels: int, classes: int) -> nn.Module:
-    """CIFAR's form, without max pooling: 3, 4, 6 and 3 blocks of two 3x3 convolutions, 21,282,122
-    parameters.
-    """
+    """ResNet-34 for CIFAR: stages of 3, 4, 6 and 3 basic blocks, 21,282,122 parameters."""
     return ResNet(BasicBlock, (3, 4, 6, 3), channels, classes)
 
 
 def resnet50(channels: int, classes: int) -> nn.Module:
-    """CIFAR's form, without max pooling: 3, 4, 6 and 3 bottlenecks, 23,520,842 parameters."""
+    """ResNet-50 for CIFAR: stages of 3, 4, 6 and 3 bottlenecks, 23,520,842 parameters."""
     return ResNet(Bottleneck, (3, 4, 6, 3), channels, classes)
 
 
 def _build_shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Module:
+    """Return the identity, or a 1x1 convolution with batch norm where the shape changes."""
     if stride == 1 and channels_in == channels_out:
         return nn.Identity()
     return nn.Sequential(conv1x1(channels_in, channels_out, stride), nn.BatchNorm2d(channels_out))

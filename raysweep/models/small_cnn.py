@@ -1,4 +1,4 @@
-"""The small network of G appendix C.5: 6 convolutions and 2 linear layers."""
+"""The small CNN of G app. C.5."""
 
 from torch import nn
 
@@ -6,10 +6,11 @@ from raysweep.models.layers import AveragePool, Logits, conv3x3
 
 
 def small_cnn(channels: int, classes: int) -> nn.Module:
-    """Widths 64, 128, 196, two convolutions each, then max pooling; 256 hidden units.
+    """Small CNN with 6 convolutions of widths 64, 128 and 196 and 2 linear layers (G app. C.5).
 
-    The paper gives the number of layers only; the widths are those of FAT's code. Images other than
-    32x32 are pooled to the same 4x4.
+    Max pooling follows each pair of convolutions; the hidden linear layer has 256 units. G gives
+    the number of layers only, so the widths are those of FAT's code. Feature maps of any image size
+    are averaged to 4x4 pixels.
     """
     layers: list[nn.Module] = []
     for channels_in, width in ((channels, 64), (64, 128), (128, 196)):

@@ -1,4 +1,4 @@
-"""VGG-13 in its CIFAR form (Simonyan & Zisserman 2015): batch norms, one linear layer."""
+"""VGG-13 for CIFAR (Simonyan & Zisserman 2015): with batch norms and one linear layer."""
 
 from torch import nn
 
@@ -6,7 +6,7 @@ from raysweep.models.layers import AveragePool, Logits, conv3x3
 
 
 def vgg13(channels: int, classes: int) -> nn.Module:
-    """Widths 64, 128, 256, 512, 512, two convolutions each, then max pooling."""
+    """VGG-13 with batch norm: pairs of convolutions of widths 64, 128, 256, 512 and 512."""
     layers: list[nn.Module] = []
     channels_in = channels
     for width in (64, 128, 256, 512, 512):

@@ -1,6 +1,4 @@
-"""Wide residual networks (Zagoruyko & Komodakis 2016): pre-activation blocks, widths 160, 320, 640
-for factor 10.
-"""
+"""Wide residual networks (Zagoruyko & Komodakis 2016): three stages of pre-activation blocks."""
 
 import math
 
@@ -12,11 +10,22 @@ from raysweep.models.preact_resnet import PreActBlock
 
 
 class WideResNet(nn.Module):
-    """A 16-channel stem, three stages of `blocks` blocks each, a last batch norm, global average."""
+    """A stem of 16 channels, three stages, batch norm, a global average and a linear layer.
+
+    All stages have the same number of blocks.
+    """
 
     def __init__(
         self, blocks_per_stage: int, width_factor: int, channels: int, classes: int
     ) -> None:
+        """Build the network.
+
+        Args:
+            blocks_per_stage: Number of blocks of each stage, (depth - 4) / 6.
+            width_factor: Factor k of the widths 16 k, 32 k and 64 k.
+            channels: Channels of the images.
+            classes: Number of classes.
+        """
         super().__init__()
         self.conv1 = conv3x3(channels, 16)
         stages: list[nn.Module] = []
@@ -36,23 +45,25 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map images (N, channels, H, W) to logits (N, classes)."""
         out = F.relu(self.bn(self.stages(self.conv1(x))))
         logits: Tensor = self.linear(out.mean((2, 3)))
         return logits
 
 
 def wrn_28_10(channels: int, classes: int) -> nn.Module:
-    """28 = 4 + 6 x 4 layers."""
+    """Wide ResNet with 28 = 4 + 6 x 4 layers and width factor 10: 36,479,194 parameters."""
     return WideResNet(4, 10, channels, classes)
 
 
 def wrn_32_10(channels: int, classes: int) -> nn.Module:
-    """Madry et al.'s count, 32 = 2 + 6 x 5 layers (shortcuts not counted): the network that others
-    call WRN-34-10.
+    """The network `wrn_34_10` under the name that LRAT and Madry et al. use.
+
+    They do not count the layers of the shortcuts: 32 = 2 + 6 x 5.
     """
     return WideResNet(5, 10, channels, classes)
 
 
 def wrn_34_10(channels: int, classes: int) -> nn.Module:
-    """34 = 4 + 6 x 5 layers."""
+    """Wide ResNet with 34 = 4 + 6 x 5 layers and width factor 10: 46,160,474 parameters."""
     return WideResNet(5, 10, channels, classes)
