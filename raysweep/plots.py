@@ -1,5 +1,7 @@
-"""The papers' figures of a run, each from what its training recorded: (history, histograms) ->
-matplotlib Figure.
+"""The papers' figures of a training run, drawn from its records with matplotlib.
+
+GAIRAT is Zhang et al. 2021, LRAT is Gao et al. 2021. V is an example's vulnerability, small where
+the model is vulnerable; κ (kappa) is its number of attack steps until a misclassification.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +16,22 @@ from raysweep.training.diagnostics import LOW_WEIGHT_THRESHOLD, Histogram
 from raysweep.training.instance_metrics import InstanceMetrics
 
 MetricHistory = Sequence[Mapping[str, float]]
+"""Metrics of each epoch in order; each has the key `epoch`."""
+
 HistogramsByEpoch = Mapping[int, Mapping[str, Histogram]]
+"""Epoch, from 1 -> name such as `kappa_pgd` -> histogram; see `training.diagnostics`."""
 
 
 def create_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    """A figure of one panel, with the names of its axes."""
+    """Create a figure with one panel.
+
+    Args:
+        x_label: Label of the horizontal axis.
+        y_label: Label of the vertical axis.
+
+    Returns:
+        The figure and its axes.
+    """
     figure = Figure(figsize=(4.4, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(x_label)
@@ -27,42 +40,60 @@ def create_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 
 def plot_errors(history: MetricHistory) -> Figure:
-    """Natural and robust training error (solid) and validation error (dashed) over epochs (G fig.
-    4, upper panels).
+    """Plot natural and robust errors over epochs (GAIRAT, figure 4, upper panels).
+
+    Training errors are solid, validation errors dashed.
+
+    Args:
+        history: Metrics of the run, at least one epoch.
+
+    Returns:
+        The figure; curves without a value are left out.
     """
     figure, axes = create_axes("epoch", "error")
-    attacks = [
-        k.removeprefix("train/kappa_median_")
-        for k in history[-1]
-        if k.startswith("train/kappa_median_")
-    ]
-    solid = {"natural": "train/natural", **{f"under {name}": f"train/{name}" for name in attacks}}
-    dashed = {"natural": "clean", "under pgd": "pgd", "worst case": "robust_worst"}
-    for style, curves, split in (("-", solid, "training"), ("--", dashed, "validation")):
-        for label, key in curves.items():
-            epochs, values = _select_metric(history, key)
+    training = {"natural": "train/natural"}
+    for attack in _list_kappa_attacks(history):
+        training[f"under {attack}"] = f"train/{attack}"
+    validation = {"natural": "clean", "under pgd": "pgd", "worst case": "robust_worst"}
+    for style, curves, split in (("-", training, "training"), ("--", validation, "validation")):
+        for label, metric in curves.items():
+            epochs, accuracies = _select_metric(history, metric)
             if epochs:
-                axes.plot(epochs, [1 - v for v in values], style, label=f"{label}, {split}")
+                errors = [1 - accuracy for accuracy in accuracies]
+                axes.plot(epochs, errors, style, label=f"{label}, {split}")
     axes.set_ylim(0, 1)
     axes.legend()
     return figure
 
 
 def plot_kappa(history: MetricHistory, attack: str) -> Figure:
-    """Mean and median geometry value of the training data over epochs (G fig. 4, bottom left)."""
+    """Plot mean and median kappa of the training data (GAIRAT, figure 4, bottom left).
+
+    Args:
+        history: Metrics of the run, at least one epoch.
+        attack: Name of a training attack that counts kappa.
+
+    Returns:
+        The figure.
+    """
     figure, axes = create_axes("epoch", "geometry value κ")
-    for label, key, style in (
+    for label, metric, style in (
         ("mean", f"train/kappa_{attack}", "x-"),
         ("median", f"train/kappa_median_{attack}", "o-"),
     ):
-        axes.plot(*_select_metric(history, key), style, label=label)
+        axes.plot(*_select_metric(history, metric), style, label=label)
     axes.legend()
     return figure
 
 
 def plot_input_gradient_norms(history: MetricHistory) -> Figure:
-    """Mean norm of the loss's gradient at friendly and most adversarial data (G fig. 4, bottom
-    middle and right).
+    """Plot the norm of the loss's input gradient (GAIRAT, figure 4, bottom middle and right).
+
+    Args:
+        history: Metrics of a run with `validation.flatness`.
+
+    Returns:
+        The figure, with means at friendly and at most adversarial validation data.
     """
     figure, axes = create_axes("epoch", "‖∇ℓ‖")
     for label in ("friendly", "adversarial"):
@@ -74,7 +105,16 @@ def plot_input_gradient_norms(history: MetricHistory) -> Figure:
 def plot_weight_histogram(
     histograms: HistogramsByEpoch, term: str, epoch: int | None = None
 ) -> Figure:
-    """Frequency of weights, as multiples of their mean, in the last or a given epoch (L fig. 1a)."""
+    """Plot the distribution of a term's instance weights (LRAT, figure 1a).
+
+    Args:
+        histograms: Histograms of the run.
+        term: Name of a term of the loss.
+        epoch: Epoch, from 1; by default the last.
+
+    Returns:
+        The figure, with weights as multiples of their batch's mean.
+    """
     figure, axes = create_axes(f"weight of {term} / mean", "training examples")
     _draw_histogram(axes, histograms, f"weight_{term}", epoch)
     axes.axvline(LOW_WEIGHT_THRESHOLD, color="black", linestyle=":")
@@ -84,7 +124,16 @@ def plot_weight_histogram(
 def plot_vulnerability_histogram(
     histograms: HistogramsByEpoch, attack: str, epoch: int | None = None
 ) -> Figure:
-    """Frequency of V in the view of an attack, in the last or a given epoch (L fig. 4)."""
+    """Plot the distribution of V under an attack (LRAT, figure 4).
+
+    Args:
+        histograms: Histograms of the run.
+        attack: Name of a training attack.
+        epoch: Epoch, from 1; by default the last.
+
+    Returns:
+        The figure.
+    """
     figure, axes = create_axes(f"V of {attack}", "training examples")
     _draw_histogram(axes, histograms, f"V_{attack}", epoch)
     return figure
@@ -93,7 +142,16 @@ def plot_vulnerability_histogram(
 def plot_kappa_histogram(
     histograms: HistogramsByEpoch, attack: str, epoch: int | None = None
 ) -> Figure:
-    """Frequency of each geometry value in the last or a given epoch."""
+    """Plot the distribution of kappa.
+
+    Args:
+        histograms: Histograms of the run.
+        attack: Name of a training attack that counts kappa.
+        epoch: Epoch, from 1; by default the last.
+
+    Returns:
+        The figure.
+    """
     figure, axes = create_axes(f"κ of {attack}", "training examples")
     _draw_histogram(axes, histograms, f"kappa_{attack}", epoch)
     return figure
@@ -102,53 +160,71 @@ def plot_kappa_histogram(
 def plot_logits_map(
     logits: Tensor, y: Tensor, kappa: Tensor, class_pair: tuple[int, int]
 ) -> Figure:
-    """Two classes' logits on their two principal axes, lighter where kappa is small (G fig. 7 and
-    8).
+    """Plot two classes' logits on their two principal axes (GAIRAT, figures 7 and 8).
+
+    Args:
+        logits: Logits of natural images, (N, classes).
+        y: Labels, (N,).
+        kappa: Steps until the attack succeeds, (N,); points are lighter where it is small.
+        class_pair: The two labels.
+
+    Returns:
+        The figure.
     """
     figure, axes = create_axes("first principal axis", "second")
     rows = (y == class_pair[0]) | (y == class_pair[1])
     centred = (logits[rows] - logits[rows].mean(0)).double()
-    _, _, axes_of_variance = torch.linalg.svd(centred, full_matrices=False)
-    points = centred @ axes_of_variance[:2].T
-    for label, shades in zip(class_pair, ("Blues", "Reds"), strict=True):
-        own = y[rows] == label
-        axes.scatter(points[own, 0], points[own, 1], c=kappa[rows][own], cmap=shades, s=8, vmin=-2)
-    colours = ("tab:blue", "tab:red")
-    axes.legend(
-        handles=[
-            Patch(color=c, label=f"class {label}")
-            for c, label in zip(colours, class_pair, strict=True)
-        ]
-    )
+    _, _, principal_axes = torch.linalg.svd(centred, full_matrices=False)
+    points = centred @ principal_axes[:2].T
+    legend = []
+    styles = (("Blues", "tab:blue"), ("Reds", "tab:red"))
+    for label, (color_map, legend_color) in zip(class_pair, styles, strict=True):
+        members = y[rows] == label
+        axes.scatter(
+            points[members, 0],
+            points[members, 1],
+            c=kappa[rows][members],
+            cmap=color_map,
+            s=8,
+            vmin=-2,
+        )
+        legend.append(Patch(color=legend_color, label=f"class {label}"))
+    axes.legend(handles=legend)
     return figure
 
 
 def plot_vulnerable_map(
     logits: Tensor, v_first: Tensor, v_second: Tensor, vulnerable_share: float = 0.2, seed: int = 0
 ) -> Figure:
-    """t-SNE of the instances most vulnerable in the view of one attack; red where another attack
-    agrees (L fig. 2).
+    """Plot a t-SNE of the examples most vulnerable to one attack (LRAT, figure 2).
 
-    logits (N, classes) of natural data; first, second: V in the two views, (N,); share: how many
-    count as vulnerable.
+    Points are red where the example is also among the most vulnerable to a second attack.
+
+    Args:
+        logits: Logits of natural images, (N, classes).
+        v_first: V under the first attack, (N,).
+        v_second: V under the second attack, (N,).
+        vulnerable_share: Fraction of the examples that counts as vulnerable; at least 4 are drawn.
+        seed: Seed of t-SNE.
+
+    Returns:
+        The figure.
     """
     from sklearn.manifold import TSNE
 
     figure, axes = create_axes("", "")
     count = max(round(vulnerable_share * len(v_first)), 4)
-    chosen = v_first.argsort()[:count]
-    agreed = torch.isin(chosen, v_second.argsort()[:count])
+    vulnerable = v_first.argsort()[:count]
+    is_consistent = torch.isin(vulnerable, v_second.argsort()[:count])
     perplexity = min(30.0, (count - 1) / 3)
     points = TSNE(perplexity=perplexity, random_state=seed).fit_transform(
-        logits[chosen].double().numpy()
+        logits[vulnerable].double().numpy()
     )
-    for rows, colour, label in (
-        (agreed.numpy(), "red", "consistent"),
-        (~agreed.numpy(), "blue", "inconsistent"),
+    for rows, color, label in (
+        (is_consistent.numpy(), "red", "consistent"),
+        (~is_consistent.numpy(), "blue", "inconsistent"),
     ):
-        axes.scatter(
-            points[rows, 0], points[rows, 1], c=colour, s=6, label=f"{label}: {rows.sum()}"
-        )
+        axes.scatter(points[rows, 0], points[rows, 1], c=color, s=6, label=f"{label}: {rows.sum()}")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.legend()
@@ -156,8 +232,14 @@ def plot_vulnerable_map(
 
 
 def plot_instance_maps(instances: InstanceMetrics) -> dict[str, Figure]:
-    """The papers' pictures of single examples: G fig. 7 for the two classes that are confused most,
-    L fig. 2.
+    """Plot the papers' maps of single examples.
+
+    Args:
+        instances: Metrics of the examples.
+
+    Returns:
+        `logits_map`, the two classes that are confused most (GAIRAT, figure 7), if an attack counts
+        kappa; `vulnerable_map` (LRAT, figure 2), if there are two attacks with V.
     """
     figures = {}
     if instances.kappa:
@@ -174,34 +256,49 @@ def plot_instance_maps(instances: InstanceMetrics) -> dict[str, Figure]:
 
 
 def plot_run_figures(history: MetricHistory, histograms: HistogramsByEpoch) -> dict[str, Figure]:
-    """Every figure that the records of a run allow, by name."""
+    """Plot every figure that the records of a run allow.
+
+    Args:
+        history: Metrics of the run, at least one epoch.
+        histograms: Histograms of the run; may be empty.
+
+    Returns:
+        Name, such as `errors` or `kappa_pgd_histogram` -> figure.
+    """
     figures = {"errors": plot_errors(history)}
-    if any("flatness_friendly" in row for row in history):
+    if any("flatness_friendly" in metrics for metrics in history):
         figures["flatness"] = plot_input_gradient_norms(history)
-    for key in history[-1]:
-        if key.startswith("train/kappa_median_"):
-            attack = key.removeprefix("train/kappa_median_")
-            figures[f"kappa_{attack}"] = plot_kappa(history, attack)
-    makers = {
+    for attack in _list_kappa_attacks(history):
+        figures[f"kappa_{attack}"] = plot_kappa(history, attack)
+    if not histograms:
+        return figures
+    plot_functions = {
         "weight": plot_weight_histogram,
         "V": plot_vulnerability_histogram,
         "kappa": plot_kappa_histogram,
     }
-    for name in histograms[max(histograms)] if histograms else ():
-        kind, _, of = name.partition("_")
-        figures[f"{name}_histogram"] = makers[kind](histograms, of)
+    for name in histograms[max(histograms)]:
+        kind, _, attack_or_term = name.partition("_")
+        figures[f"{name}_histogram"] = plot_functions[kind](histograms, attack_or_term)
     return figures
 
 
+def _list_kappa_attacks(history: MetricHistory) -> list[str]:
+    """List the training attacks whose kappa the last epoch recorded."""
+    prefix = "train/kappa_median_"
+    return [name.removeprefix(prefix) for name in history[-1] if name.startswith(prefix)]
+
+
 def _select_metric(history: MetricHistory, metric: str) -> tuple[list[float], list[float]]:
-    """Epochs that have the metric, and its values."""
-    rows = [row for row in history if metric in row]
-    return [row["epoch"] for row in rows], [row[metric] for row in rows]
+    """Return the epochs that have the metric, and its values."""
+    rows = [metrics for metrics in history if metric in metrics]
+    return [metrics["epoch"] for metrics in rows], [metrics[metric] for metrics in rows]
 
 
 def _draw_histogram(
     axes: Axes, histograms: HistogramsByEpoch, name: str, epoch: int | None
 ) -> None:
+    """Draw one histogram of an epoch, by default the last."""
     epoch = max(histograms) if epoch is None else epoch
     histogram = histograms[epoch][name]
     axes.stairs(histogram["counts"], histogram["edges"], fill=True)

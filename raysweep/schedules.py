@@ -98,7 +98,7 @@ class CosineSchedule(_RampSchedule):
 class InterpolatedSchedule(EpochSchedule):
     """Straight lines through the points (`epochs[i]`, `values[i]`), constant outside.
 
-    The cyclic schedules of G fig. 11 have this form.
+    The cyclic schedules of GAIRAT, figure 11, have this form.
     """
 
     kind: Literal["interpolated"] = "interpolated"

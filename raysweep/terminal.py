@@ -1,5 +1,6 @@
-"""What a person sees while a sweep or run goes on: live on a terminal, plain lines in a pipe; and
-tables.
+"""Progress of sweeps and training runs, and tables of trials, for people.
+
+On a terminal the progress is a live display; in a pipe it is plain lines.
 """
 
 import sys
@@ -10,8 +11,13 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -23,26 +29,34 @@ from raysweep.training.epoch_metrics import EpochMetrics
 
 _MAX_ROWS = 20
 _METRIC_COLUMNS = ("clean", "pgd", "cw", "robust_worst", "masking_gap")
-# Of a table in a pipe: rich would break it at 80 columns.
+# Width of tables in a pipe, in characters; rich's default of 80 would break their lines.
 _PIPE_WIDTH = 1000
 _STATE_STYLES = {"running": "cyan", "finished": "green", "stopped": "dim", "failed": "red"}
 
 
 class SweepDisplay:
-    """A listener that shows each trial as it goes."""
+    """Listener of a sweep (`SweepListener`) that shows its trials while they run."""
 
     def __init__(self, console: Console) -> None:
+        """Prepare the display.
+
+        Args:
+            console: Where to print, usually stderr.
+        """
         self._console = console
         self._live: Live | None = None
         self._trials: dict[int, Trial] = {}
-        self._began = time.monotonic()
+        self._start_time = time.monotonic()
 
     def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:
+        """Print a line about the sweep; on a terminal, start the live table."""
         self._ledger = ledger
-        self._epochs = ledger.space.trial_config({}).epochs
+        self._max_epochs = ledger.space.trial_config({}).epochs
         self._trials = {trial.number: trial for trial in ledger.load_trials()}
+        trials = format_count(ledger.space.n_trials, "trial")
+        epochs = format_count(self._max_epochs, "epoch")
         self._console.print(
-            f"sweep {ledger.name}: {format_count(ledger.space.n_trials, 'trial')} of up to {format_count(self._epochs, 'epoch')}, "
+            f"sweep {ledger.name}: {trials} of up to {epochs}, "
             f"{concurrency} at a time, in {storage.uri_of(ledger.path)}",
             highlight=False,
             soft_wrap=True,
@@ -57,6 +71,7 @@ class SweepDisplay:
             self._live.start()
 
     def on_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:
+        """Update the live table, or print a line unless the trial has only started."""
         self._trials[trial.number] = trial
         if self._live is None and (
             epoch_metrics is not None or trial.state != "running" or trial.reason
@@ -66,37 +81,37 @@ class SweepDisplay:
             )
 
     def on_sweep_end(self, ledger: Ledger) -> None:
+        """Remove the live table."""
         if self._live is not None:
             self._live.stop()
 
     def _format_trial_line(self, trial: Trial) -> str:
-        since = format_clock(time.monotonic() - self._began)
-        numbers = format_accuracies(trial.latest if trial.state == "running" else trial.best)
+        """Return a line about the trial's epoch, restart or end, with the sweep's time."""
+        elapsed = format_clock(time.monotonic() - self._start_time)
+        head = f"[{elapsed}] trial {trial.number:04d}"
         reason = f": {trial.reason}" if trial.reason else ""
-        if trial.state == "running" and reason:
-            return (
-                f"[{since}] trial {trial.number:04d} starts again after epoch {trial.epoch}{reason}"
-            )
-        what = (
-            f"epoch {trial.epoch}/{self._epochs}"
-            if trial.state == "running"
-            else f"{trial.state}{reason}, best"
-        )
-        return f"[{since}] trial {trial.number:04d} {what} {numbers}"
+        if trial.state != "running":
+            return f"{head} {trial.state}{reason}, best {format_accuracies(trial.best)}"
+        if reason:
+            return f"{head} starts again after epoch {trial.epoch}{reason}"
+        accuracies = format_accuracies(trial.latest)
+        return f"{head} epoch {trial.epoch}/{self._max_epochs} {accuracies}"
 
     def _render_table(self) -> RenderableType:
-        ended = [t for t in self._trials.values() if t.state != "running"]
-        running = [t for t in self._trials.values() if t.state == "running"]
+        """Return the running trials and the best ended ones, with an estimate of the time left."""
+        running = [trial for trial in self._trials.values() if trial.state == "running"]
+        ended = [trial for trial in self._trials.values() if trial.state != "running"]
         metric = self._ledger.space.objectives[0]
-        rest = sorted(ended, key=lambda t: -t.score(metric))[: max(0, _MAX_ROWS - len(running))]
-        table = build_trial_table(self._ledger, [*running, *rest])
-        elapsed = time.monotonic() - self._began
-        left = (
-            f", about {format_clock(elapsed / len(ended) * (self._ledger.space.n_trials - len(ended)))} left"
-            if ended
-            else ""
-        )
-        table.caption = f"{len(ended)} of {self._ledger.space.n_trials} trials done in {format_clock(elapsed)}{left}; Ctrl-C stops"
+        ranked = sorted(ended, key=lambda trial: -trial.score(metric))
+        best = ranked[: max(0, _MAX_ROWS - len(running))]
+        table = build_trial_table(self._ledger, [*running, *best])
+        n_trials, n_ended = self._ledger.space.n_trials, len(ended)
+        elapsed = time.monotonic() - self._start_time
+        caption = f"{n_ended} of {n_trials} trials done in {format_clock(elapsed)}"
+        if ended:
+            remaining = elapsed / n_ended * (n_trials - n_ended)
+            caption += f", about {format_clock(remaining)} left"
+        table.caption = f"{caption}; Ctrl-C stops"
         return table
 
 
@@ -104,8 +119,15 @@ class SweepDisplay:
 def training_progress_bar(
     console: Console, epochs: int, steps_per_epoch: int
 ) -> Iterator[Callable[[int, int], None]]:
-    """A bar for a training run of so many steps an epoch, on a terminal only: `fit(...,
-    stepped=bar)`.
+    """Show a progress bar of a training run while the block runs, on a terminal only.
+
+    Args:
+        console: Where to show it.
+        epochs: Epochs of the run.
+        steps_per_epoch: Optimizer steps of an epoch.
+
+    Yields:
+        `update(epoch, step)`, to call after each step; both count from 1.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -113,60 +135,91 @@ def training_progress_bar(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task(f"epoch 1/{epochs}", total=epochs * steps_per_epoch)
+    is_disabled = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=is_disabled) as progress:
+        task = progress.add_task(f"epoch 1/{epochs}", total=epochs * steps_per_epoch)
 
-        def show(epoch: int, done: int) -> None:
-            bars.update(
+        def update(epoch: int, step: int) -> None:
+            progress.update(
                 task,
                 description=f"epoch {epoch}/{epochs}",
-                completed=(epoch - 1) * steps_per_epoch + done,
+                completed=(epoch - 1) * steps_per_epoch + step,
             )
 
-        yield show
+        yield update
 
 
 def build_trial_table(ledger: Ledger, trials: list[Trial]) -> Table:
-    """Trials with the settings that differ and the metrics of their best epoch (running ones: of
-    the latest).
+    """Build a table with one row for each trial.
+
+    Args:
+        ledger: Their sweep.
+        trials: Trials in the order of the rows.
+
+    Returns:
+        A table of the searched settings, state, epoch and accuracies. The latter two are those of
+        the best epoch, or of the latest one while a trial runs.
     """
-    names = param_labels(list(ledger.space.space))
+    labels = param_labels(list(ledger.space.space))
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("trial")
     for path in ledger.space.space:
-        table.add_column(names[path], justify="right")
+        table.add_column(labels[path], justify="right")
     table.add_column("epoch", justify="right")
     for name in _METRIC_COLUMNS:
         table.add_column(name.replace("_", " "), justify="right")
     table.add_column("state")
     for trial in trials:
-        shown = trial.latest if trial.state == "running" else trial.best
-        epoch = trial.epoch if trial.state == "running" else int(shown.get("epoch", trial.epoch))
+        metrics, epoch = trial.latest, trial.epoch
+        if trial.state != "running":
+            metrics = trial.best
+            epoch = int(metrics.get("epoch", trial.epoch))
+        reason = f": {trial.reason}" if trial.reason else ""
         table.add_row(
             f"{trial.number:04d}",
             *(format_param(trial.params.get(path)) for path in ledger.space.space),
             str(epoch),
-            *(f"{shown[name]:.3f}" if name in shown else "" for name in _METRIC_COLUMNS),
-            Text(
-                trial.state + (f": {trial.reason}" if trial.reason else ""),
-                style=_STATE_STYLES[trial.state],
-            ),
+            *(_format_metric(metrics.get(name)) for name in _METRIC_COLUMNS),
+            Text(f"{trial.state}{reason}", style=_STATE_STYLES[trial.state]),
         )
     return table
 
 
 def create_table_console() -> Console:
-    """Where tables go: stdout, as wide as the terminal; in a pipe no cell is cut or broken."""
+    """Create a console for tables on stdout.
+
+    Returns:
+        A console as wide as the terminal; in a pipe so wide that no cell is cut or wrapped.
+    """
     return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 
 
 def format_accuracies(metrics: Mapping[str, float]) -> str:
-    """An epoch's accuracies in a line."""
+    """Format the accuracies of an epoch as one line.
+
+    Args:
+        metrics: Metrics of the epoch; those that are missing are left out.
+
+    Returns:
+        Such as `clean 0.988 pgd 0.500`.
+    """
     return " ".join(f"{name} {metrics[name]:.3f}" for name in _METRIC_COLUMNS if name in metrics)
 
 
 def format_param(value: Any) -> str:
-    """A setting in a table; `-` for one that the trial does not have."""
+    """Format a setting for a table.
+
+    Args:
+        value: Value of the setting; None if the trial does not have it.
+
+    Returns:
+        A float with three digits; `-` for None.
+    """
     if value is None:
         return "-"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _format_metric(value: float | None) -> str:
+    """Format a metric for a table; a missing one is empty."""
+    return "" if value is None else f"{value:.3f}"
