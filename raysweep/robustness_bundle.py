@@ -164,7 +164,7 @@ def _find_bundle_problems(
     if unknown_ids:
         return [f"{len(unknown_ids)} examples are not in the test set, the first: {unknown_ids[0]}"]
     if len(set(ids)) != len(ids):
-        return ["an example is there twice"]
+        return ["an example is listed twice"]
     rows = torch.tensor([row_of_id[example_id] for example_id in ids])
     x, y = test.get_float_images(rows), test.y[rows]
     x_adv, is_robust = torch.from_numpy(arrays["x_adv"]), torch.from_numpy(arrays["robust"])
@@ -180,9 +180,9 @@ def _find_bundle_problems(
     masks_of_false_claims = {
         f"farther than eps {card['eps_value']:.6g} from their images": ~is_within_eps,
         "outside [0, 1]": ~is_in_unit_range(x_adv),
-        "called broken, and yet classified correctly": ~is_robust & is_correct_adv,
-        "called robust, and yet misclassified as they are": is_robust & ~is_correct,
-        "called robust, and yet broken by what is saved with them": (
+        "claimed broken, but classified correctly": ~is_robust & is_correct_adv,
+        "claimed robust, but misclassified without an attack": is_robust & ~is_correct,
+        "claimed robust, but broken by their stored adversarial example": (
             is_robust & is_correct & ~is_correct_adv
         ),
     }

@@ -81,8 +81,8 @@ def _crop(arrays, card) -> None:
     [
         (_far, "farther than eps 0.15"),
         (_outside, "outside [0, 1]"),
-        (_not_adversarial, "called broken, and yet classified correctly"),
-        (_deny, "called robust, and yet broken by what is saved with them"),
+        (_not_adversarial, "claimed broken, but classified correctly"),
+        (_deny, "claimed robust, but broken by their stored adversarial example"),
         (_boast, "the card says"),
         (_mislabel, "the labels are not the test set's"),
         (_crop, "its examples are (1, 7, 8), the test set's (1, 8, 8)"),

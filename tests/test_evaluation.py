@@ -601,7 +601,7 @@ def test_report_on_disk(tmp_path):
         "card.json",
         "rows.parquet",
     ]
-    with pytest.raises(ValueError, match="were not kept"):
+    with pytest.raises(ValueError, match="has no adversarial examples"):
         evaluate(robust_digits(), *digits(5), attack="pgd20", eps=0.2).save_adversarial(
             tmp_path / "none.npz"
         )

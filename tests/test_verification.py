@@ -322,7 +322,7 @@ def _modest(arrays: Arrays, card: Card) -> None:
 @pytest.mark.parametrize(
     ("lie", "words"),
     [
-        (_twice, "an example is there twice"),
+        (_twice, "an example is listed twice"),
         (_unknown, "2 examples are not in the test set, the first: 100000"),
         (_negative, "1 examples are not in the test set, the first: -1"),
         (_swapped, "the labels are not the test set's"),
@@ -348,9 +348,9 @@ def test_false_verdicts_are_counted(made, tmp_path: Path) -> None:
         arrays["robust"][broken[0]] = True
 
     assert problems_of(made, tmp_path, lie) == [
-        "3 examples are called broken, and yet classified correctly",
-        "2 examples are called robust, and yet misclassified as they are",
-        "1 examples are called robust, and yet broken by what is saved with them",
+        "3 examples are claimed broken, but classified correctly",
+        "2 examples are claimed robust, but misclassified without an attack",
+        "1 examples are claimed robust, but broken by their stored adversarial example",
     ]
 
 
@@ -367,7 +367,7 @@ def test_a_claim_fails_with_the_weights_of_another_model(made, tmp_path: Path) -
     shutil.rmtree(copy / "checkpoint")
     saved_model(copy / "checkpoint", 1)
     found = verify_bundle(copy)[1]
-    assert any("called robust, and yet misclassified as they are" in line for line in found)
+    assert any("claimed robust, but misclassified without an attack" in line for line in found)
     assert any(line.startswith("clean_accuracy is") for line in found)
 
 

@@ -94,7 +94,14 @@ class Dataset:
     unlabeled_fraction: float = 0.5
 
     def to(self, device: torch.device) -> "Dataset":
-        """Return a copy whose training data are on `device`. The test split stays where it is."""
+        """Move the data that training needs to a device.
+
+        Args:
+            device: The device.
+
+        Returns:
+            A copy with all splits except `test` on `device`.
+        """
         unlabeled = None if self.unlabeled is None else self.unlabeled.to(device)
         return replace(
             self, train=self.train.to(device), val=self.val.to(device), unlabeled=unlabeled

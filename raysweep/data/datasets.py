@@ -123,6 +123,7 @@ def load_svhn(data_dir: Path | None, download: bool) -> TrainTestArrays:
     from torchvision.datasets import SVHN
 
     def make_svhn(root: str, train: bool) -> Any:
+        """Load one part."""
         return SVHN(root, "train" if train else "test", download=download)
 
     train, test = _load_torchvision_splits("svhn", data_dir, make_svhn)

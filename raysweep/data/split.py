@@ -23,6 +23,7 @@ class Split:
     pixel_max: int
 
     def __len__(self) -> int:
+        """Return the number of examples."""
         return len(self.y)
 
     def get_float_images(self, rows: Tensor | slice) -> Tensor:
@@ -37,5 +38,12 @@ class Split:
         return self.x[rows].float() / self.pixel_max
 
     def to(self, device: torch.device) -> "Split":
-        """Return a copy on `device`."""
+        """Move the split to a device.
+
+        Args:
+            device: The device.
+
+        Returns:
+            A copy on `device`.
+        """
         return Split(self.x.to(device), self.y.to(device), self.index.to(device), self.pixel_max)

@@ -34,7 +34,14 @@ class FixedSizeBatches(nn.Module):
         self.model, self.tile = model, tile
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the model's output for images (N, C, H, W), in the type of `x`."""
+        """Run the model.
+
+        Args:
+            x: Images, (N, C, H, W).
+
+        Returns:
+            Logits, (N, classes), in the type of `x`.
+        """
         if self.tile is None:
             return self._forward_padded(x, MIN_BATCH_ROWS)
         if not len(x):
@@ -67,7 +74,14 @@ class InferenceModeGuard(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the model's output for images (N, C, H, W)."""
+        """Run the model outside of inference mode.
+
+        Args:
+            x: Images, (N, C, H, W).
+
+        Returns:
+            Logits, (N, classes).
+        """
         logits: Tensor
         if not torch.is_inference_mode_enabled():
             logits = self.model(x)

@@ -73,6 +73,7 @@ def find_foldable_batch_norms(model: nn.Module, x: Tensor) -> dict[str, str]:
     counter = _TensorUseCounter()
 
     def record_call(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Record, as a forward hook, outputs of convolutions and inputs of batch norms."""
         n_calls[module] = n_calls.get(module, 0) + 1
         if isinstance(module, nn.Conv2d):
             conv_outputs[id(output)] = (module, output)
@@ -112,10 +113,13 @@ class _TensorUseCounter(TorchFunctionMode):
         self.use_counts: dict[int, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
         if isinstance(output, Tensor):
-            for value in (*args, *(kwargs or {}).values()):
-                for item in value if isinstance(value, (list, tuple)) else (value,):
+            for value in (*args, *kwargs.values()):
+                # torch.cat and similar functions take a list of tensors.
+                items = value if isinstance(value, (list, tuple)) else (value,)
+                for item in items:
                     self.use_counts[id(item)] = self.use_counts.get(id(item), 0) + 1
         return output
 

@@ -24,12 +24,26 @@ def disable_tf32_and_autocast(device: torch.device) -> Iterator[None]:
 
 
 def has_tf32(device: torch.device) -> bool:
-    """Return whether `device` may compute in TF32: an NVIDIA GPU, with PyTorch built for CUDA."""
+    """Return whether a device may compute in TF32.
+
+    Args:
+        device: The device.
+
+    Returns:
+        True for a GPU if PyTorch is built for CUDA. Whether the GPU is new enough is not checked.
+    """
     return device.type == "cuda" and torch.version.cuda is not None
 
 
 def get_model_device(model: nn.Module) -> torch.device:
-    """Return the device of the first parameter, else of the first buffer, else the CPU."""
+    """Return the device of a model.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The device of its first parameter, else of its first buffer, else the CPU.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")

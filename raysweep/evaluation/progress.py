@@ -71,6 +71,7 @@ def show_evaluation_progress(
     ) as bars:
 
         def show(progress: EvaluationProgress) -> None:
+            """Update the bar of the current attack, or print its line when it has finished."""
             name, accuracy = progress.attack, progress.robust_accuracy
             if name == "clean":
                 return

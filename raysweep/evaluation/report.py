@@ -37,7 +37,7 @@ class RobustnessReport:
 
     Attributes:
         attack: Settings of the attacks that ran. They differ from the planned ones if the model
-            does not allow those; `warnings` says so.
+            does not allow those; then there is a warning.
         eps: Radius of the attacks, in pixels of [0, 1].
         norm: Norm of the attacks, "Linf" or "L2".
         seed: Seed of the attacks.
@@ -255,7 +255,7 @@ class RobustnessReport:
         """
         if self.x_adv is None:
             raise ValueError(
-                "adversarial examples were not kept: evaluate(..., keep_adversarial=True)"
+                "the report has no adversarial examples: evaluate(..., keep_adversarial=True)"
             )
         arrays: dict[str, Any] = {
             "x_adv": self.x_adv,

@@ -5,6 +5,7 @@ stored in a file.
 """
 
 import hashlib
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -286,8 +287,15 @@ class ShardRunner:
 
 
 def escape_glob(text: str) -> str:
-    """Escape `*`, `?` and `[`, so that a glob pattern matches `text` literally."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
+    """Escape the special characters of a glob pattern.
+
+    Args:
+        text: A name that may hold `*`, `?` or `[`.
+
+    Returns:
+        A pattern that matches only `text`.
+    """
+    return re.sub(r"[*?[]", r"[\g<0>]", text)
 
 
 def _find_tf32_only_rows(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
