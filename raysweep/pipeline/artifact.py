@@ -101,7 +101,7 @@ class EvaluationResult(Spec):
     per_class: dict[str, dict[str, float]]
     """Number of examples, clean and robust accuracy of each class."""
     masking_gap: float | None
-    """Robust accuracy under white-box attacks minus that under all attacks, if known."""
+    """Accuracy under the first attack minus `robust`, if that is PGD or APGD; else None."""
     seconds: float
     """Run time of the attacks in seconds."""
     queries: int

@@ -137,9 +137,10 @@ def _compare_with_value(
 ) -> PaperComparison:
     """Compare the results of one row, checkpoint kind and metric with the paper's number."""
     candidate = evaluations[0].candidate
-    by_seed = {
-        e.candidate.seed: e.clean if metric == NATURAL_COLUMN else e.robust for e in evaluations
-    }
+    # Several attacks on one seed have the same natural accuracy: it counts once.
+    by_seed: dict[int, float] = {}
+    for e in evaluations:
+        by_seed[e.candidate.seed] = e.clean if metric == NATURAL_COLUMN else e.robust
     ours = summarize_accuracies(list(by_seed.values()), min(e.examples for e in evaluations))
     tolerance = value.tolerance if value.tolerance is not None else table.tolerance
     reasons = _find_incomparable_reasons(table, candidate.label, evaluations[0])

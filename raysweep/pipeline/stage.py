@@ -1,5 +1,6 @@
 """Base class of stages, and the values that a stage receives and returns."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -148,7 +149,7 @@ class StageContext:
             label: Distinguishes the sweeps of the stage. The name of the folder is also the name
                 of the sweep in MLflow.
         """
-        plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in label)
+        plain = re.sub(r"[^\w.-]", "-", label)
         digest = self.stage_digest[:8]
         return self.sweeps_folder / f"{self.pipeline_name}-{self.stage_number:02d}-{plain}-{digest}"
 

@@ -222,9 +222,7 @@ def _render_part_markdown(part: TextPart) -> list[str]:
         return [f"**{part.text}**"]
     if isinstance(part, Paragraph):
         return [part.text]
-    align = [
-        "---" if number == 0 or header in part.text_columns else "---:"
-        for number, header in enumerate(part.headers)
-    ]
+    left_aligned = {part.headers[0], *part.text_columns}
+    align = ["---" if header in left_aligned else "---:" for header in part.headers]
     rows = [part.headers, align, *part.rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]

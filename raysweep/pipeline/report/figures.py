@@ -70,8 +70,10 @@ def _scatter_param(
     """Plot the metric of the trials that have a parameter against its value."""
     with_param = [trial for trial in trials if path in trial.params]
     values = [trial.params[path] for trial in with_param]
+    if distribution.categorical:
+        values = [str(value) for value in values]
     dots = axes.scatter(
-        [str(value) for value in values] if distribution.categorical else values,
+        values,
         [trial.score(metric) for trial in with_param],
         c=[trial.number for trial in with_param],
         cmap="Blues",

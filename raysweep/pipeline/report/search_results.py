@@ -73,12 +73,19 @@ def _build_trial_table(ledger: Ledger, best_trials: Sequence[Trial]) -> Table:
     labels = param_labels(paths)
     rows = []
     for trial in best_trials:
-        scores = [f"{100 * trial.best[m]:.2f}" if m in trial.best else "" for m in metrics]
-        epoch = f"{int(trial.best['epoch'])}{', stopped' if trial.state == 'stopped' else ''}"
+        scores = [_format_score(trial, metric) for metric in metrics]
+        epoch = str(int(trial.best["epoch"]))
+        if trial.state == "stopped":
+            epoch += ", stopped"
         params = [format_param(trial.params.get(path)) for path in paths]
         rows.append([f"{trial.number:04d}", *scores, epoch, *params])
     metric_names = [figures.format_metric_name(metric) for metric in metrics]
     return Table(["trial", *metric_names, "best epoch", *(labels[p] for p in paths)], rows)
+
+
+def _format_score(trial: Trial, metric: str) -> str:
+    """Format a metric of the best epoch in percent; "" if the trial does not have it."""
+    return f"{100 * trial.best[metric]:.2f}" if metric in trial.best else ""
 
 
 def _build_importance_parts(ledger: Ledger, n_results: int) -> list[SectionPart]:
