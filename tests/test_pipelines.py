@@ -264,7 +264,7 @@ def test_the_report_is_one_file_with_the_numbers(digits_run: Path) -> None:
     best = artifact.facts["best"]
     for text in (unescape(html), (folder / "report.md").read_text()):
         assert f"{100 * best['robust']:.2f}" in text and "No regression" in text
-        assert "Kendall's tau" in text and "saved by sharing" in text and "masking gap" in text
+        assert "Kendall's tau" in text and "reused" in text and "masking gap" in text
 
 
 @pytest.mark.ray
@@ -626,7 +626,7 @@ def test_a_file_of_the_wrong_shape_is_looked_through_all_the_same(workdir: Path,
             marks=NEEDS_RAY,
         ),
         (["digits", "--plan", "--wait"], "--wait: --plan runs nothing"),
-        (["digits", "--plan", "--set", "stages.tune.cpus=999"], "a trial wants 999 CPUs"),
+        (["digits", "--plan", "--set", "stages.tune.cpus=999"], "a trial needs 999 CPUs"),
         (
             ["digits", "--set", "stages.tunes.trials=3"],
             "--set stages.tunes.trials: expected stages.STAGE.SETTING",

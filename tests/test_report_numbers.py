@@ -195,7 +195,7 @@ def test_the_costs() -> None:
     (section,) = build_cost_sections(artifacts)
     trials, stages = tables(section)
     assert trials.headers[1:] == [
-        "trials", "stopped", "failed", "epochs asked", "trained", "saved by sharing", "trial time"
+        "trials", "stopped", "failed", "epochs completed", "trained", "reused", "trial time"
     ]  # fmt: skip
     assert trials.rows == [
         ["s1", "4", "2", "1", "200", "150", "50 (25%)", "12.6 min"],

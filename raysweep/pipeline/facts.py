@@ -49,9 +49,9 @@ class SweepSummary(StageFacts):
     metric: str = ""
     """Main objective of the sweep."""
     epochs_completed: int = 0
-    """Sum of the epochs that all trials reached."""
+    """Epochs that all trials finished together, including reused ones."""
     epochs_trained: int = 0
-    """Epochs that were trained; the others were reused from trials with the same prefix."""
+    """Epochs that were trained; the rest came from the prefix cache."""
     seconds: float = 0.0
     """Run time of all trials together, in seconds."""
     trials: tuple[TrialSummary, ...] = ()

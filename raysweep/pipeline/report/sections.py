@@ -297,16 +297,16 @@ def build_cost_sections(artifacts: Sequence[Artifact]) -> list[Section]:
         "trials",
         "stopped",
         "failed",
-        "epochs asked",
+        "epochs completed",
         "trained",
-        "saved by sharing",
+        "reused",
         "trial time",
     ]
     rows = []
     for sweep in [s for a in artifacts for s in a.read_facts(SweepFacts).sweeps]:
         completed, trained = sweep.epochs_completed, sweep.epochs_trained
-        saved = completed - trained
-        share = f"{saved / completed:.0%}" if completed else ""
+        reused = completed - trained
+        share = f"{reused / completed:.0%}" if completed else ""
         states = [trial.state for trial in sweep.trials]
         rows.append(
             [
@@ -316,7 +316,7 @@ def build_cost_sections(artifacts: Sequence[Artifact]) -> list[Section]:
                 str(states.count("failed")),
                 str(completed),
                 str(trained),
-                f"{saved} ({share})",
+                f"{reused} ({share})",
                 format_duration(sweep.seconds),
             ]
         )
