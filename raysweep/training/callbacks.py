@@ -15,12 +15,11 @@ class TrainingCallback:
     def on_epoch_end(self, metrics: EpochMetrics, checkpoint: TrainingCheckpoint) -> None:
         """Receive the metrics of an epoch after its checkpoint was written.
 
-        On resume it is called again for saved epochs from `n_reported_epochs` on.
+        On resume it is called again for saved epochs, except the first `n_reported_epochs`.
 
         Args:
             metrics: The epoch's row of metrics; `metrics["epoch"]` is its 1-based number.
-            checkpoint: The newest checkpoint of the run. On resume that is the last saved one, for
-                all epochs that are repeated.
+            checkpoint: The last checkpoint of the run; also on resume, for all repeated epochs.
         """
 
     def on_step_end(self, epoch: int, steps: int) -> None:
@@ -32,7 +31,7 @@ class TrainingCallback:
         """
 
     def should_interrupt(self) -> bool:
-        """Decide after each step whether training stops here; only a single worker asks.
+        """Decide after each step whether training stops here. Not called with several workers.
 
         Returns:
             True to save the unfinished epoch and raise `TrainingInterrupted`.

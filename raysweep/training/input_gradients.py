@@ -19,7 +19,7 @@ def input_gradient_norm(
         model: Maps images in [0, 1], (N, C, H, W), to logits.
         split: The examples.
         attack: Gives eps, step size and start; 20 steps on the cross-entropy are used.
-        n_examples: The first so many examples of the split are measured.
+        n_examples: Number of examples; the first ones of the split are measured.
         batch_size: Examples in a batch.
 
     Returns:

@@ -174,7 +174,7 @@ class PrefixCache:
     def acquire_training_lease(self, key: str) -> Iterator[bool]:
         """Context manager that holds the lease for training one state; waits for other holders.
 
-        A lease expires when its holder's process is gone or its heartbeat stops.
+        A lease expires when its holder's process has ended or its heartbeat stops.
 
         Args:
             key: Key of the state.

@@ -59,7 +59,7 @@ class Validation(Spec):
     """Number of examples: the first ones of the validation split. null: all."""
 
     every: Annotated[int, Field(ge=1)] = 1
-    """Evaluate every so many epochs, and after the last epoch."""
+    """Number of epochs from one evaluation to the next. The last epoch is always evaluated."""
 
     batch_size: Annotated[int, Field(ge=1)] = 512
     """Examples in a batch."""
