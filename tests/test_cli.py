@@ -399,7 +399,7 @@ def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) 
     assert [plan["trials_at_once"] for plan in plans] == [2, 1]
     assert [plan["workers_per_trial"] for plan in plans] == [1, 2]
     assert main(["tune", "lrat", *small, "--cpus-per-trial", "9"]) == 2
-    assert "a trial wants 9 CPUs and 0 GPUs, the cluster has 2 CPUs" in capsys.readouterr().err
+    assert "a trial needs 9 CPUs and 0 GPUs, the cluster has 2 CPUs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -298,7 +298,7 @@ def test_the_sampler_remembers_what_an_earlier_driver_learned(finished, tmp_path
     search = LedgerSearcher(Ledger.open(ledger.path))
     states = [trial.state.name for trial in search._study.get_trials()]
     assert states == ["COMPLETE", "FAIL"]
-    assert search.suggest("a") == {"number": 2, "settings": {ALPHA: 3.0}}, (
+    assert search.suggest("a") == {"number": 2, "params": {ALPHA: 3.0}}, (
         "the unfinished trial goes first"
     )
     assert search.suggest("b")["number"] == 3
@@ -577,7 +577,7 @@ def test_a_grid_has_no_points_that_differ_in_what_a_trial_lacks(tmp_path) -> Non
 def test_trials_that_cannot_fit_are_refused_before_anything_runs(ray_cluster, tmp_path) -> None:
     ledger = Ledger.create(tmp_path / "sweep", space())
     with pytest.raises(
-        SpecError, match="a trial wants 9 CPUs and 0 GPUs, the cluster has 2 CPUs and 0 GPUs"
+        SpecError, match="a trial needs 9 CPUs and 0 GPUs, the cluster has 2 CPUs and 0 GPUs"
     ):
         run_sweep(ledger, [], Resources(cpus=9))
     assert not ledger.load_trials()

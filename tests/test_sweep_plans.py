@@ -171,7 +171,7 @@ def test_how_many_trials_fit(resources: Resources, cluster: dict, nodes: list, t
         assert resources.max_concurrent_trials(cluster, nodes) == trials
     else:
         with pytest.raises(
-            SpecError, match=r"a trial wants 2 workers of 1 CPUs and 1 GPUs each, .* nodes hold 1"
+            SpecError, match=r"a trial needs 2 workers of 1 CPUs and 1 GPUs each, .* nodes hold 1"
         ):
             resources.max_concurrent_trials(cluster, nodes)
 
@@ -186,7 +186,7 @@ def test_how_many_trials_fit(resources: Resources, cluster: dict, nodes: list, t
     ],
 )
 def test_a_trial_that_does_not_fit_is_refused(resources: Resources, cluster: dict) -> None:
-    with pytest.raises(SpecError, match=r"a trial wants .* the cluster has "):
+    with pytest.raises(SpecError, match=r"a trial needs .* the cluster has "):
         resources.max_concurrent_trials(cluster)
 
 

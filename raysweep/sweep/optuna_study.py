@@ -31,6 +31,10 @@ def to_frozen_trial(
         epoch. Params that are not searched are left out.
     """
     has_failed = trial.state == "failed" or not trial.best
+    values, constraints = None, None
+    if not has_failed:
+        values = [trial.score(name) for name in space.objectives]
+        constraints = constraint_values(space, trial.best)
     intermediate_values = None
     if len(space.objectives) == 1:
         intermediate_values = {int(epoch): value for epoch, value in trial.curve}
@@ -39,12 +43,12 @@ def to_frozen_trial(
         user_attrs["reason"] = trial.reason
     return optuna.trial.create_trial(
         state=TrialState.FAIL if has_failed else TrialState.COMPLETE,
-        values=None if has_failed else [trial.score(name) for name in space.objectives],
+        values=values,
         params=space.optuna_params(trial.params),
         distributions={
             path: space.space[path].to_optuna() for path in trial.params if path in space.space
         },
-        constraints=None if has_failed else constraint_values(space, trial.best),
+        constraints=constraints,
         intermediate_values=intermediate_values,
         user_attrs=user_attrs,
         system_attrs=system_attrs,

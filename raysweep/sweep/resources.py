@@ -102,7 +102,7 @@ class Resources:
         n_fitting_trials = _floor_ratio(min(ratios))
         if not n_fitting_trials:
             raise SpecError(
-                f"a trial wants {self.cpus:g} CPUs and {self.n_gpus:g} GPUs, the cluster has "
+                f"a trial needs {self.cpus:g} CPUs and {self.n_gpus:g} GPUs, the cluster has "
                 f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
             )
         if self.workers == 1:
@@ -110,7 +110,7 @@ class Resources:
         n_fitting_workers = sum(map(self._count_fitting_workers, nodes))
         if n_fitting_workers < self.workers:
             raise SpecError(
-                f"a trial wants {self.workers} workers of {self.cpus / self.workers:g} CPUs and "
+                f"a trial needs {self.workers} workers of {self.cpus / self.workers:g} CPUs and "
                 f"{self.n_gpus / self.workers:g} GPUs each, the cluster's nodes hold "
                 f"{n_fitting_workers}"
             )

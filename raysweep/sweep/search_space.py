@@ -453,8 +453,11 @@ def load_space(
     if is_user_file and name and method_name != name:
         raise SpecError(f"{space_path} is a space for method {method_name!r}, not for {name!r}")
     space = space.with_overrides(overrides)
-    if problems := space.find_problems():
-        raise SpecError(problems if overrides else [f"{space_path}: {line}" for line in problems])
+    problems = space.find_problems()
+    if problems and not overrides:
+        problems = [f"{space_path}: {line}" for line in problems]
+    if problems:
+        raise SpecError(problems)
     return space
 
 
