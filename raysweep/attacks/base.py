@@ -169,7 +169,11 @@ AttackT = TypeVar("AttackT", bound=Spec)
 def check_eps_range(attack: AttackT) -> AttackT:
     """Reject a Linf eps above 1: users often type 8 for 8/255.
 
-    A pydantic validator for specs with the fields `eps` and `norm`.
+    Args:
+        attack: Spec with the fields `eps` and `norm`; this is its pydantic validator.
+
+    Returns:
+        The same spec.
 
     Raises:
         SpecError: If any value of eps is above 1 and the norm is Linf.

@@ -1,4 +1,4 @@
-"""Attack cascade: several attacks in a row, each on the rows that all before it left unbroken."""
+"""Attack cascade: several attacks in a row, each on the rows that no earlier attack broke."""
 
 import re
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ class CascadeResult(AttackResult):
 
 
 class AttackCascade(Spec):
-    """Named attacks in order; each attacks the rows that all before it left unbroken.
+    """Named attacks in order; each attacks the rows that no earlier one broke.
 
     The name of an attack also names its stream of random numbers, so the same attack under another
     name is a restart.

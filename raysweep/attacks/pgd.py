@@ -55,7 +55,7 @@ class PGD(Spec):
     steps."""
 
     confidence: Annotated[Number, Field(ge=0)] = 50.0
-    """Margin of logits at which the loss `cw` stops to grow."""
+    """The loss `cw` stops growing once another logit exceeds z_y by this number, at least 0."""
 
     mode: Literal["eval", "train"] = "eval"
     """Mode of the model during the attack; the papers use `eval`."""

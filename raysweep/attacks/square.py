@@ -26,8 +26,8 @@ from raysweep.spec import Spec
 # Queries after which the share of pixels in a window halves (sec. 4.1). They do not depend on the
 # budget, because AutoAttack does not rescale them.
 WINDOW_HALVING_QUERIES = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-# On an accelerator, broken rows leave the batch only every so many queries, because the host waits
-# for their number.
+# Queries between two removals of broken rows on an accelerator, where the host waits for their
+# number.
 ROW_CHECK_INTERVAL = 100
 
 
