@@ -165,7 +165,7 @@ class Scheduler(Spec):
 
     kind: Literal["asha", "none"] = "asha"
     """`asha` (Li et al. 2020) compares trials at rungs: the epochs grace_period,
-    grace_period * reduction_factor, and so on."""
+    grace_period * reduction_factor, and so on. `none` stops no trial."""
     grace_period: Annotated[int, Field(ge=1)] = 2
     """Epoch of the first rung. No trial is stopped before it."""
     reduction_factor: Annotated[int, Field(ge=2)] = 2
@@ -194,14 +194,14 @@ class SearchSpace(Spec):
     """Validation metric to maximise, or a list of several for a Pareto front. The first decides
     which epoch of a trial is its best."""
     max_masking_gap: Annotated[Number, Field(ge=0, le=1)] | None = None
-    """Largest masking gap of a feasible trial: by how much PGD may overstate its accuracy.
+    """Largest masking gap of a feasible trial: by how much PGD may overstate its robust accuracy.
     Infeasible trials are ranked last, and the sampler avoids them. null: no limit."""
     trials: Annotated[int, Field(ge=1)] = 16
     """Number of trials. A grid has at most as many as it has points."""
     share_prefixes: bool = True
     """Whether trials start from epochs that other trials have trained with equal settings."""
     prefix_gib: Annotated[Number, Field(ge=0)] = 20.0
-    """Size in GiB above which the least recently used of these shared states are deleted."""
+    """Size in GiB of the states that trials share; above it the least recently used are deleted."""
     sampler: Sampler = Field(default_factory=Sampler)
     """How params are proposed."""
     scheduler: Scheduler = Field(default_factory=Scheduler)
