@@ -102,7 +102,7 @@ class Distribution(Spec):
             return False
         if not self.step and not self.int:
             return True
-        n_steps = (value - low) / (self.step or 1)
+        n_steps: float = (value - low) / (self.step or 1)
         return abs(n_steps - round(n_steps)) < 1e-8
 
     def to_optuna(self) -> "BaseDistribution":
