@@ -12,8 +12,12 @@ from raysweep.pipeline.artifact import (
     select_ranking_metrics,
 )
 from raysweep.pipeline.promote import PromoteStage
-from raysweep.pipeline.register import find_chosen_evaluation
-from raysweep.pipeline.stage import StageFailed, TrainingOverrides, UpstreamResults
+from raysweep.pipeline.stage import (
+    StageFailed,
+    TrainingOverrides,
+    UpstreamResults,
+    find_chosen_evaluation,
+)
 from raysweep.spec import SpecError
 from raysweep.training.config import build_training_config
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from raysweep.checkpoint_evaluation import CARD_FILE, EXAMPLES_FILE
-from raysweep.pipeline.artifact import EvaluationResult, select_best_candidate
+from raysweep.pipeline.artifact import EvaluationResult
 from raysweep.pipeline.facts import ChampionComparison, RegisterFacts
 from raysweep.pipeline.paired_comparison import (
     compare_shared_examples,
@@ -19,10 +19,10 @@ from raysweep.pipeline.paired_comparison import (
 from raysweep.pipeline.stage import (
     Stage,
     StageContext,
-    StageFailed,
     StageResult,
     TrainingOverrides,
     UpstreamResults,
+    find_chosen_evaluation,
 )
 from raysweep.spec import JsonDict, is_safe_name
 from raysweep.training import checkpoint
@@ -203,31 +203,3 @@ def _summarize_evaluation(evaluation: EvaluationResult) -> str:
         f"{evaluation.norm} eps {evaluation.eps:.4g}, "
         f"{evaluation.examples} of {evaluation.test_examples} test examples."
     )
-
-
-def find_chosen_evaluation(
-    upstream: UpstreamResults, attack: str | None = None
-) -> EvaluationResult:
-    """Find the evaluation of the candidate with the best validation result.
-
-    Args:
-        upstream: Results of the earlier stages.
-        attack: Label of the attack; None for any.
-
-    Returns:
-        AutoAttack's evaluation if there is one, else the last one.
-
-    Raises:
-        StageFailed: If no such attack was run on the candidate.
-    """
-    best = select_best_candidate(upstream.candidates)
-    of_best = [
-        evaluation
-        for evaluation in upstream.evaluations
-        if evaluation.candidate.checkpoint == best.checkpoint
-        and attack in (None, evaluation.attack)
-    ]
-    if not of_best:
-        raise StageFailed(f"{best.title} was not evaluated")
-    by_autoattack = [evaluation for evaluation in of_best if evaluation.is_autoattack]
-    return by_autoattack[0] if by_autoattack else of_best[-1]

@@ -12,7 +12,13 @@ from rich.console import Console
 
 from raysweep import storage
 from raysweep.data import Dataset, DataSpec, load_data
-from raysweep.pipeline.artifact import Artifact, Candidate, EvaluationResult, StageFacts
+from raysweep.pipeline.artifact import (
+    Artifact,
+    Candidate,
+    EvaluationResult,
+    StageFacts,
+    select_best_candidate,
+)
 from raysweep.spec import JsonDict, Spec
 from raysweep.tracking import Tracker, tracking_uri
 from raysweep.training.config import TrainingConfig
@@ -72,6 +78,34 @@ class UpstreamResults:
             for evaluation in artifact.evaluations
             if evaluation.candidate.checkpoint in checkpoints
         )
+
+
+def find_chosen_evaluation(
+    upstream: UpstreamResults, attack: str | None = None
+) -> EvaluationResult:
+    """Find the evaluation of the candidate with the best validation result.
+
+    Args:
+        upstream: Results of the earlier stages.
+        attack: Label of the attack; None for any.
+
+    Returns:
+        AutoAttack's evaluation if there is one, else the last one.
+
+    Raises:
+        StageFailed: If no such attack was run on the candidate.
+    """
+    best = select_best_candidate(upstream.candidates)
+    of_best = [
+        evaluation
+        for evaluation in upstream.evaluations
+        if evaluation.candidate.checkpoint == best.checkpoint
+        and attack in (None, evaluation.attack)
+    ]
+    if not of_best:
+        raise StageFailed(f"{best.title} was not evaluated")
+    by_autoattack = [evaluation for evaluation in of_best if evaluation.is_autoattack]
+    return by_autoattack[0] if by_autoattack else of_best[-1]
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def build_ablation_sections(
         # GAIRAT, fig. 21.
         figure = figures.plot_accuracy_curves(curves, "PGD steps")
         pictures.append(CaptionedFigure("Test accuracy against the steps of PGD", figure))
-    return [Section("One thing varied", pictures)] if pictures else []
+    return [Section("Ablations", pictures)] if pictures else []
 
 
 def _iter_param_ablations(

@@ -355,10 +355,7 @@ def build_registry_sections(artifacts: Sequence[Artifact]) -> list[Section]:
 
 def build_provenance_section(artifacts: Sequence[Artifact], environment: JsonDict) -> Section:
     """Build the digests and software versions that are needed to reproduce the report."""
-    stages = [
-        [a.kind, a.key, time.strftime("%Y-%m-%d %H:%M", time.localtime(a.finish_time))]
-        for a in artifacts
-    ]
+    stages = [[a.kind, a.key, format_time(a.finish_time)] for a in artifacts]
     versions = [[name, str(version)] for name, version in environment.items() if version]
     return Section(
         "Provenance",
@@ -367,6 +364,11 @@ def build_provenance_section(artifacts: Sequence[Artifact], environment: JsonDic
             Table(["", "version"], versions, text_columns=("version",)),
         ],
     )
+
+
+def format_time(seconds: float) -> str:
+    """Format seconds since 1970 as local date and time."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _group_evaluations(

@@ -22,7 +22,6 @@ from raysweep.pipeline.paper_tables import (
     compare_with_paper,
     load_paper_table,
 )
-from raysweep.pipeline.register import find_chosen_evaluation
 from raysweep.pipeline.report.ablations import build_ablation_sections
 from raysweep.pipeline.report.document import (
     Banner,
@@ -41,6 +40,7 @@ from raysweep.pipeline.report.sections import (
     build_paper_sections,
     build_provenance_section,
     build_registry_sections,
+    format_time,
 )
 from raysweep.pipeline.report.training_dynamics import (
     build_training_dynamics_section,
@@ -52,6 +52,7 @@ from raysweep.pipeline.stage import (
     StageResult,
     TrainingOverrides,
     UpstreamResults,
+    find_chosen_evaluation,
 )
 from raysweep.schedules import Number
 from raysweep.spec import JsonDict, SpecError
@@ -149,7 +150,7 @@ class ReportStage(Stage):
             )
         medians = _compute_median_accuracies(upstream.evaluations)
         return ReportChanges(
-            previous_time=_format_time(artifact.finish_time),
+            previous_time=format_time(artifact.finish_time),
             best=(old.best.candidate.title, best_evaluation.candidate.title),
             robust=(old.best.robust, best_evaluation.robust),
             clean=(old.best.clean, best_evaluation.clean),
@@ -265,16 +266,11 @@ def _compute_median_accuracies(evaluations: tuple[EvaluationResult, ...]) -> dic
     return {name: median(values) for name, values in accuracies.items()}
 
 
-def _format_time(seconds: float) -> str:
-    """Format seconds since 1970 as local date and time."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
-
-
 def _format_subtitle(best_evaluation: EvaluationResult) -> str:
     """Describe time, data, network, threat model and number of examples."""
     protocol = best_evaluation.protocol
     return (
-        f"{_format_time(time.time())}; {protocol['data']}, {protocol['model']}, "
+        f"{format_time(time.time())}; {protocol['data']}, {protocol['model']}, "
         f"{best_evaluation.norm} eps {best_evaluation.eps:.4g}; "
         f"{best_evaluation.examples} of {best_evaluation.test_examples} test examples"
     )

@@ -66,7 +66,7 @@ def build_training_dynamics_section(title: str, figures: dict[str, Figure]) -> S
     """
     pictures = [CaptionedFigure(_find_caption(name), figure) for name, figure in figures.items()]
     return Section(
-        "Inside the chosen run",
+        "Training of the chosen checkpoint",
         [Paragraph(f"{title}; histograms and maps are of training data."), *pictures],
     )
 
