@@ -138,7 +138,8 @@ def _describe_limits(metadata: tuple[Any, ...]) -> str:
         elif type(item) in _LIMITS:
             attribute, sign = _LIMITS[type(item)]
             limits.append(f"{sign} {getattr(item, attribute):g}")
-    return f" {' and '.join(limits)}" if limits else ""
+    texts = [limit for limit in limits if limit]
+    return f" {' and '.join(texts)}" if texts else ""
 
 
 def _describe_schedule_bounds(validator: Callable[..., Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, ClassVar, Literal
 
 import pytest
@@ -76,12 +77,28 @@ def test_types_name_the_classes_of_a_union_once() -> None:
     assert weight.type.count("UniformWeight") == 1 and weight.default == "{kind: uniform}"
 
 
-def test_the_page_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location(
-        "generate_settings", DOCS / "generate_settings.py"
-    )
-    generator = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generator)
-    assert (DOCS / "settings.md").read_text() == generator.render_page(), (
-        "run `python docs/generate_settings.py`"
-    )
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    path = DOCS / "generate_settings.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_up_to_date(generator) -> None:
+    page = (DOCS / "settings.md").read_text()
+    assert page == generator.render_page(), "run `python docs/generate_settings.py`"
+
+
+def test_every_setting_has_a_description(generator) -> None:
+    sections = [section for chapter in generator.CHAPTERS for section in chapter.sections]
+    classes = [spec_class for section in sections for spec_class in section.classes]
+    assert len(classes) == len(set(classes)) > 30
+    missing = [
+        f"{spec_class.__name__}.{field.name}"
+        for spec_class in classes
+        for field in describe_fields(spec_class)
+        if not field.description
+    ]
+    assert missing == []
