@@ -24,7 +24,8 @@ from raysweep.rng import ExampleRng
 from raysweep.schedules import Schedule, bounded, resolved_value
 from raysweep.spec import Spec
 
-# Steps between two removals of broken rows on an accelerator, where the host waits for their number.
+# Steps between two removals of broken rows on an accelerator, where the host waits for their
+# number.
 ROW_CHECK_INTERVAL = 10
 # Limit of `project_onto_plane`. Tests with extreme gradients of 3072 pixels needed at most 18.
 MAX_NEWTON_STEPS = 30
