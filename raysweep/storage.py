@@ -1,13 +1,18 @@
-"""Where runs live: a folder, or a bucket (s3://, gs://) of which this machine has a working copy.
+"""Storage of runs: local folders, or buckets (s3://, gs://) with a working copy on each machine.
 
-All code works on paths. A path in a working copy stands for an object of the bucket: it is pushed
-once it is written, pulled before it is read, dropped when it goes. For every other path these do
-nothing. The bucket is the truth: a copy may be deleted at any time, and no two machines share one.
-Copies are in $RAYSWEEP_CACHE (default: ~/.cache/raysweep).
+All code works on paths. A path in the working copy stands for an object of the bucket: push it
+after writing, pull it before reading, and delete it in both places. For all other paths the
+functions for buckets do nothing, except where their docstring says more.
 
-A folder with a `meta.json` (a checkpoint) is pushed with that file last and dropped with it first:
-whoever reads the bucket sees all of it or none. Credentials are the environment's; a URI that holds
-any is refused.
+The bucket is the source of truth. The working copy is a cache in $RAYSWEEP_CACHE (default:
+~/.cache/raysweep); it may be deleted at any time, and machines must not share it.
+
+A checkpoint is a folder with a `meta.json`. That file is pushed last and deleted first, so that
+readers of the bucket find a complete checkpoint or none. Credentials come from the environment; a
+URI with credentials is an error.
+
+Functions that use the network raise `SpecError` if the bucket refuses access, and
+`BucketUnavailable` if it does not answer for about two minutes.
 """
 
 import json
@@ -28,34 +33,39 @@ from raysweep.atomic_files import atomic_open
 from raysweep.spec import JsonDict, SpecError, describe_unknown_name
 
 META_FILE = "meta.json"
-# Seconds between attempts: a bucket may be out of reach for two minutes. And until one without an
-# answer is given up.
+# Seconds between attempts; a bucket may be out of reach for two minutes.
 _RETRY_DELAYS = (1, 2, 4, 8, 16, 32, 64)
+# Seconds until a request to S3 without an answer fails, and requests in one attempt.
 _REQUEST_TIMEOUT = 20
 _MAX_REQUEST_ATTEMPTS = 3
 _ACCESS_DENIED_PATTERN = re.compile(
     r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE|HTTP status 40[13]"
     r"|PERMISSION_DENIED|UNAUTHENTICATED|authenticate the request"
 )
-# What pyarrow wraps around the one thing to know.
+# Text of pyarrow's messages around the reason.
 _ERROR_NOISE_PATTERN = re.compile(
     r"^.*AWS Error |\s*\(Request ID: [^)]*\)"
     r"|^.*google::cloud::Status\(|Learn more .*? error message was: |\s*error_info=.*$"
 )
 _CACHE_MAX_BYTES = 50 * 2**30
 _CHUNK_BYTES = 16 * 2**20
+# Seconds since its last use before a checkpoint may be evicted from the working copy.
 _EVICTION_MIN_AGE = 3600.0
 OperationResult = TypeVar("OperationResult")
 
 
 class BucketUnavailable(OSError):
-    """The bucket did not answer, several times over."""
+    """The bucket did not answer any of several attempts."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a bucket, by the path that it has in the working copy. size: bytes; changed: Unix
-    time.
+    """A file in a bucket.
+
+    Attributes:
+        path: Its path in the working copy, where the file need not be.
+        size: Bytes.
+        modified: Time of its upload, in Unix seconds.
     """
 
     path: Path
@@ -64,12 +74,29 @@ class RemoteFile:
 
 
 def is_uri(location: str) -> bool:
+    """Return whether a location is a URI, not a local path.
+
+    Args:
+        location: Path or URI.
+
+    Returns:
+        Whether it contains `://`.
+    """
     return "://" in location
 
 
 def local_path(location: str) -> Path:
-    """The folder that stands for `where`: itself, or a place in the working copy. Raises SpecError
-    for a wrong URI.
+    """Convert a path or URI to a local path, without using the network.
+
+    Args:
+        location: Local path (`~` is expanded), `s3://BUCKET/PATH` or `gs://BUCKET/PATH`. Options of
+            the server follow after `?`.
+
+    Returns:
+        The absolute path, or the path in the working copy that stands for the URI.
+
+    Raises:
+        SpecError: The URI contains credentials, `..`, or another scheme.
     """
     if not is_uri(location):
         return Path(location).expanduser().resolve()
@@ -79,63 +106,89 @@ def local_path(location: str) -> Path:
         raise SpecError(
             f"{parts.scheme}://...@{bucket}: credentials belong in the environment, not in a URI"
         )
-    steps = [step for step in parts.path.split("/") if step]
-    if parts.scheme not in ("s3", "gs") or not bucket or {".", ".."} & {*steps, bucket}:
+    folders = [part for part in parts.path.split("/") if part]
+    if parts.scheme not in ("s3", "gs") or not bucket or {".", ".."} & {*folders, bucket}:
         raise SpecError(f"{location}: expected a folder, s3://BUCKET/PATH or gs://BUCKET/PATH")
-    query = "&".join(
-        filter(None, [parts.query, _endpoint_options(parts.query) if parts.scheme == "s3" else ""])
-    )
+    queries = [parts.query]
+    if parts.scheme == "s3":
+        queries.append(_endpoint_options(parts.query))
+    query = "&".join(filter(None, queries))
     store = f"{parts.scheme}?{query}".rstrip("?")
-    return _cache_root().joinpath(_encode_store_name(store), parts.netloc, *steps)
+    return _cache_root().joinpath(_encode_store_name(store), parts.netloc, *folders)
 
 
 def _endpoint_options(query: str) -> str:
-    """The server that Amazon's own tools would ask, as options of a URI: other machines may lack
-    these variables.
+    """Return the S3 server in Amazon's environment variables as options of a URI.
+
+    The URI must name the server because other machines may lack these variables.
     """
-    key = next(
-        (key for key in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if os.environ.get(key)), None
-    )
-    if key is None or "endpoint_override" in query:
+    variables = [
+        name for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if os.environ.get(name)
+    ]
+    if not variables or "endpoint_override" in query:
         return ""
-    server = urlsplit(os.environ[key])
+    server = urlsplit(os.environ[variables[0]])
     if (
         server.scheme not in ("http", "https")
         or not server.hostname
         or "@" in server.netloc
         or server.path.strip("/")
     ):
-        raise SpecError(f"{key}: expected http://HOST:PORT or https://HOST")
+        raise SpecError(f"{variables[0]}: expected http://HOST:PORT or https://HOST")
     return urlencode({"endpoint_override": server.netloc, "scheme": server.scheme}, safe=":")
 
 
 def uri_of(path: Path) -> str:
-    """What `path` is called on every machine: its URI, or the path itself."""
+    """Convert a local path to a location that is the same on every machine.
+
+    Args:
+        path: Absolute path.
+
+    Returns:
+        The URI for a path in the working copy, otherwise the path.
+    """
     if not is_bucket_copy(path):
         return str(path)
-    store, *steps = path.relative_to(_cache_root()).parts
+    store, *bucket_and_folders = path.relative_to(_cache_root()).parts
     scheme, _, query = _decode_store_name(store).partition("?")
-    return f"{scheme}://{'/'.join(steps)}{f'?{query}' if query else ''}"
+    uri = f"{scheme}://{'/'.join(bucket_and_folders)}"
+    return f"{uri}?{query}" if query else uri
 
 
 def is_bucket_copy(path: Path) -> bool:
-    """Whether `path` stands for an object of a bucket."""
+    """Return whether a path stands for an object or folder of a bucket.
+
+    Args:
+        path: Absolute path; nothing need exist there.
+
+    Returns:
+        Whether it is in the working copy.
+    """
     return path.is_relative_to(_cache_root())
 
 
 def require_reachable(location: str) -> Path:
-    """`at(where)`, in a bucket that exists and answers. Raises SpecError in one line if it does
-    not.
+    """Convert a location with `local_path`, and check once that its bucket exists and answers.
+
+    Args:
+        location: Path or URI.
+
+    Returns:
+        The local path.
+
+    Raises:
+        SpecError: The URI is wrong, or the bucket does not exist, answer or grant access.
     """
     path = local_path(location)
     if is_bucket_copy(path):
         try:
             files, key = _resolve_remote(path)
             bucket = key.split("/")[0]
-            found = files.get_file_info(bucket).type
+            bucket_type = files.get_file_info(bucket).type
         except (OSError, _arrow_error_type()) as error:
             raise SpecError(f"{location}: {_describe_error(error)}") from None
-        if not found:
+        # The type of a missing object is 0.
+        if not bucket_type:
             raise SpecError(
                 f"{location}: there is no bucket {bucket!r}, or none that these credentials may see"
             )
@@ -143,36 +196,50 @@ def require_reachable(location: str) -> Path:
 
 
 def push_to_bucket(path: Path, copy_from: Path | None = None) -> None:
-    """Bring a file or a checkpoint's folder to the bucket.
+    """Upload a file or a checkpoint folder. Do nothing for other paths.
 
-    like: a folder whose files, `meta.json` aside, are the same: the bucket copies them, if it has
-    them.
+    Args:
+        path: File or checkpoint folder in the working copy.
+        copy_from: Checkpoint folder with the same files except `meta.json`. The bucket copies
+            those that it has instead of an upload.
     """
     if not is_bucket_copy(path):
         return
-    for file in _meta_last(path) if path.is_dir() else [path]:
-        if (
-            copy_from is None
-            or file.name == META_FILE
-            or not _with_retries(_copy_remote_file, copy_from / file.name, file)
-        ):
+    files = _list_with_meta_last(path) if path.is_dir() else [path]
+    for file in files:
+        is_copied = (
+            copy_from is not None
+            and file.name != META_FILE
+            and _with_retries(_copy_remote_file, copy_from / file.name, file)
+        )
+        if not is_copied:
             _with_retries(_upload_file, file)
     _evict_lru()
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Store a checkpoint's folder in the bucket under another path, without writing that path on
-    this machine.
+    """Store a checkpoint folder in the bucket a second time, without a second local copy.
 
     The bucket copies the files that it has; the others are uploaded from `source`.
+
+    Args:
+        source: Checkpoint folder on this machine, in the working copy.
+        target: Path in the working copy that stands for the new folder.
     """
-    for file in _meta_last(source):
+    for file in _list_with_meta_last(source):
         if not _with_retries(_copy_remote_file, file, target / file.name):
             _with_retries(_upload_file, target / file.name, file)
 
 
 def pull_checkpoint(path: Path) -> bool:
-    """Make the copy of a checkpoint's folder what the bucket has; whether there is a checkpoint."""
+    """Update a checkpoint folder from the bucket; delete it here if the bucket has none.
+
+    Args:
+        path: Checkpoint folder; one outside the working copy is not changed.
+
+    Returns:
+        Whether there is a checkpoint.
+    """
     if is_bucket_copy(path):
         meta = _with_retries(_read_remote_file, path / META_FILE)
         if meta is None:
@@ -186,7 +253,14 @@ def pull_checkpoint(path: Path) -> bool:
 
 
 def pull_file(path: Path) -> bool:
-    """Make the copy of a file what the bucket has; whether there is one."""
+    """Update a file from the bucket; delete it here if the bucket has none.
+
+    Args:
+        path: The file; one outside the working copy is not changed.
+
+    Returns:
+        Whether there is a file.
+    """
     if is_bucket_copy(path):
         content = _with_retries(_read_remote_file, path)
         if content is None:
@@ -198,104 +272,165 @@ def pull_file(path: Path) -> bool:
 
 
 def pull_files(path: Path, pattern: str) -> None:
-    """Make the copies of all files below a folder that are called so what the bucket has."""
+    """Update the matching files below a folder from the bucket; delete those that it lacks.
+
+    Args:
+        path: Folder; one outside the working copy is not changed.
+        pattern: Glob of the last parts of a path, such as `trial.json` or `*/trial.json`.
+    """
     if is_bucket_copy(path):
-        found = [entry.path for entry in list_remote_files(path) if entry.path.match(pattern)]
-        for gone in set(path.rglob(pattern)) - set(found):
-            gone.unlink(missing_ok=True)
+        remote = [entry.path for entry in list_remote_files(path) if entry.path.match(pattern)]
+        for deleted in set(path.rglob(pattern)) - set(remote):
+            deleted.unlink(missing_ok=True)
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(pull_file, found))
+            list(pool.map(pull_file, remote))
 
 
 def read_json(path: Path, required_keys: Iterable[str]) -> JsonDict:
-    """A file that raysweep wrote, as it is here: a JSON object with these keys. SpecError in one
-    line if it is damaged, FileNotFoundError if there is none.
+    """Read a JSON object that raysweep wrote, from this machine.
+
+    Args:
+        path: The file; pull it first if it is in a bucket.
+        required_keys: Keys that the object must have.
+
+    Returns:
+        The object.
+
+    Raises:
+        SpecError: The file is damaged: no JSON object, or without a required key. One line.
+        FileNotFoundError: There is no file.
     """
     try:
         data = json.loads(path.read_text())
     except ValueError:
         data = None
-    if not isinstance(data, dict) or (lacking := sorted(set(required_keys) - data.keys())):
-        what = (
-            f"it lacks {', '.join(lacking)}" if isinstance(data, dict) else "it is no JSON object"
-        )
+    problem = ""
+    if not isinstance(data, dict):
+        problem = "it is no JSON object"
+    elif missing_keys := sorted(set(required_keys) - data.keys()):
+        problem = f"it lacks {', '.join(missing_keys)}"
+    if problem:
         raise SpecError(
-            f"{uri_of(path)} is damaged: {what}; restore it, or start anew under another --name"
+            f"{uri_of(path)} is damaged: {problem}; restore it, or start anew under another --name"
         )
-    return data
+    return data  # type: ignore[no-any-return]
 
 
 def delete_remote(path: Path) -> None:
-    """Take a folder, a checkpoint's or another, out of the bucket. The copy is the caller's."""
+    """Delete a folder from the bucket, but not its local copy. Do nothing for other paths.
+
+    Args:
+        path: Folder in the working copy, of a checkpoint or other files.
+    """
     if is_bucket_copy(path):
         _with_retries(_delete_remote_object, path / META_FILE)
         _with_retries(_delete_remote_folder, path)
 
 
 def delete_everywhere(path: Path) -> None:
-    """Delete a folder, in the bucket and here, if it is there."""
+    """Delete a folder from this machine, and from the bucket if it is in the working copy.
+
+    Args:
+        path: Folder; it need not exist.
+    """
     if is_bucket_copy(path) and list_remote_files(path):
         delete_remote(path)
     shutil.rmtree(path, ignore_errors=True)
 
 
 def delete_remote_file(path: Path) -> None:
-    """Take a file out of the bucket. The copy is the caller's."""
+    """Delete a file from the bucket, but not its local copy. Do nothing for other paths.
+
+    Args:
+        path: File in the working copy.
+    """
     if is_bucket_copy(path):
         _with_retries(_delete_remote_object, path)
 
 
 def list_remote_files(path: Path) -> list[RemoteFile]:
-    """All files below a folder of a working copy that the bucket has."""
+    """List all files of the bucket below a folder.
+
+    Args:
+        path: Folder in the working copy.
+
+    Returns:
+        The files; none if the folder does not exist.
+    """
     return _with_retries(_list_remote_objects, path)
 
 
 def iter_files(path: Path) -> Iterator[Path]:
-    """All files below a folder, as the bucket has them or as they are here."""
-    return (
-        (entry.path for entry in list_remote_files(path))
-        if is_bucket_copy(path)
-        else filter(Path.is_file, path.rglob("*"))
-    )
+    """Iterate over all files below a folder, in the bucket or on this machine.
+
+    Args:
+        path: Folder.
+
+    Returns:
+        Paths, in no particular order. Those of a bucket need not exist on this machine.
+    """
+    if is_bucket_copy(path):
+        return (entry.path for entry in list_remote_files(path))
+    return filter(Path.is_file, path.rglob("*"))
 
 
 def list_folders_containing(path: Path, file_name: str = META_FILE) -> list[str]:
-    """Names of the folders in a folder that hold this file, hidden ones left out."""
-    found = (
-        (entry.path for entry in list_remote_files(path))
-        if is_bucket_copy(path)
-        else path.glob(f"*/{file_name}")
-    )
-    names = {
-        file.parent.name for file in found if file.name == file_name and file.parent.parent == path
-    }
-    return sorted(name for name in names if not name.startswith("."))
+    """List the subfolders that directly contain a file, in the bucket or on this machine.
+
+    Args:
+        path: Folder.
+        file_name: File to look for; by default the one that makes a folder a checkpoint.
+
+    Returns:
+        Sorted names of the subfolders, without hidden ones.
+    """
+    if is_bucket_copy(path):
+        files = [entry.path for entry in list_remote_files(path)]
+    else:
+        files = list(path.glob(f"*/{file_name}"))
+    names = set()
+    for file in files:
+        folder = file.parent
+        if file.name == file_name and folder.parent == path and not folder.name.startswith("."):
+            names.add(folder.name)
+    return sorted(names)
 
 
 def list_subfolders(path: Path) -> list[str]:
-    """Names of the folders in a folder, sorted."""
+    """List the direct subfolders, in the bucket or on this machine.
+
+    Args:
+        path: Folder; it need not exist.
+
+    Returns:
+        Sorted names.
+    """
     if is_bucket_copy(path):
-        below = [entry.path.relative_to(path).parts for entry in list_remote_files(path)]
-        return sorted({name for name, *deeper in below if deeper})
-    return sorted(child.name for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
+        remote_parts = [entry.path.relative_to(path).parts for entry in list_remote_files(path)]
+        return sorted({parts[0] for parts in remote_parts if len(parts) > 1})
+    if not path.is_dir():
+        return []
+    return sorted(child.name for child in path.iterdir() if child.is_dir())
 
 
 def _cache_root() -> Path:
+    """Return the folder of all working copies."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("RAYSWEEP_CACHE") or Path(home) / "raysweep").resolve()
 
 
 def _encode_store_name(store: str) -> str:
-    """Without a character that means something in a URI, for Ray takes paths for URIs."""
+    """Encode scheme and options as a folder name that Ray, which parses paths as URIs, accepts."""
     return quote(store, safe="").replace("~", "%7E").replace("%", "~")
 
 
 def _decode_store_name(folder_name: str) -> str:
+    """Undo `_encode_store_name`."""
     return unquote(folder_name.replace("~", "%"))
 
 
 def _resolve_remote(path: Path) -> tuple[Any, str]:
-    """The file system of a path in a working copy, and what the path is called there."""
+    """Return the pyarrow file system of a path in the working copy, and its key there."""
     parts = path.relative_to(_cache_root()).parts
     files, bucket = _open_file_system(*parts[:2])
     return files, "/".join((bucket, *parts[2:]))
@@ -303,39 +438,42 @@ def _resolve_remote(path: Path) -> tuple[Any, str]:
 
 @cache
 def _open_file_system(store: str, bucket: str) -> tuple[Any, str]:
+    """Connect to a bucket; return its pyarrow file system and the bucket's key."""
     from pyarrow import fs
 
     scheme, _, query = _decode_store_name(store).partition("?")
     options = dict(parse_qsl(query))
     if scheme == "gs":
-        # Google's client would try for a quarter of an hour.
-        files, key = fs.FileSystem.from_uri(
-            f"gs://{bucket}?{urlencode({'retry_limit_seconds': 15, **options})}"
-        )
+        # By default Google's client retries for 15 minutes.
+        query = urlencode({"retry_limit_seconds": 15, **options})
+        files, key = fs.FileSystem.from_uri(f"gs://{bucket}?{query}")
         return files, str(key)
-    if unknown := options.keys() - {"endpoint_override", "region", "scheme"}:
+    known_options = ["endpoint_override", "region", "scheme"]
+    if unknown := options.keys() - set(known_options):
         raise SpecError(
-            describe_unknown_name(
-                "option of an s3:// URI", min(unknown), ["endpoint_override", "region", "scheme"]
-            )
+            describe_unknown_name("option of an s3:// URI", min(unknown), known_options)
         )
     if "endpoint_override" not in options and "region" not in options:
         options["region"] = fs.resolve_s3_region(bucket)
-    # By itself it would wait forever for a server that accepts and does not answer.
-    patience = {"connect_timeout": _REQUEST_TIMEOUT, "request_timeout": _REQUEST_TIMEOUT}
-    retries = fs.AwsStandardS3RetryStrategy(max_attempts=_MAX_REQUEST_ATTEMPTS)
-    return fs.S3FileSystem(
-        **options, **patience, retry_strategy=retries, allow_delayed_open=True
-    ), bucket
+    # By default the client waits forever for a server that accepts but does not answer.
+    files = fs.S3FileSystem(
+        **options,
+        connect_timeout=_REQUEST_TIMEOUT,
+        request_timeout=_REQUEST_TIMEOUT,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_MAX_REQUEST_ATTEMPTS),
+        allow_delayed_open=True,
+    )
+    return files, bucket
 
 
 def _with_retries(
     operation: Callable[..., OperationResult], path: Path, *args: Any
 ) -> OperationResult:
-    """Again and again while the bucket does not answer. Raises SpecError if it refuses, StoreFailed
-    in the end.
+    """Call `operation(path, *args)` until the bucket answers.
+
+    Raises SpecError if access is denied, and BucketUnavailable after the last attempt.
     """
-    for wait in (*_RETRY_DELAYS, None):
+    for delay in (*_RETRY_DELAYS, None):
         try:
             return operation(path, *args)
         except FileNotFoundError:
@@ -343,26 +481,27 @@ def _with_retries(
         except (OSError, _arrow_error_type()) as error:
             if _ACCESS_DENIED_PATTERN.search(str(error)):
                 raise SpecError(f"{uri_of(path)}: {_describe_error(error)}") from None
-            if wait is None:
+            if delay is None:
                 raise BucketUnavailable(f"{uri_of(path)}: {_describe_error(error)}") from None
-            time.sleep(wait)
+            time.sleep(delay)
     raise AssertionError
 
 
-def _meta_last(folder: Path) -> list[Path]:
+def _list_with_meta_last(folder: Path) -> list[Path]:
+    """List the files of a checkpoint folder in the order of upload."""
     return sorted(folder.iterdir(), key=lambda file: file.name == META_FILE)
 
 
 def _upload_file(path: Path, content: Path | None = None) -> None:
     """Upload a file, by default the one at `path` itself, as the object that `path` stands for."""
     files, key = _resolve_remote(path)
-    # Not `fs.copy_files`: it does not tell of an upload that fails at its end.
+    # `fs.copy_files` does not report an upload that fails at its end.
     with (content or path).open("rb") as source, files.open_output_stream(key) as sink:
         shutil.copyfileobj(source, sink, _CHUNK_BYTES)
 
 
 def _copy_remote_file(source: Path, target: Path) -> bool:
-    """Within the bucket; False if the source is not there."""
+    """Copy a file within the bucket; return False if the bucket does not have it."""
     files, key = _resolve_remote(source)
     try:
         files.copy_file(key, _resolve_remote(target)[1])
@@ -376,6 +515,7 @@ def _copy_remote_file(source: Path, target: Path) -> bool:
 
 
 def _read_remote_file(path: Path) -> bytes | None:
+    """Return the content of a file in the bucket; None if there is none."""
     files, key = _resolve_remote(path)
     while True:
         try:
@@ -383,14 +523,14 @@ def _read_remote_file(path: Path) -> bytes | None:
                 content = bytes(stream.read())
         except FileNotFoundError:
             return None
-        # pyarrow asks for the length first: an object that was replaced before it was read is cut
-        # off there.
+        # pyarrow requests the length first, and truncates an object that is replaced by a longer
+        # one before the read.
         if files.get_file_info(key).size in (len(content), None):
             return content
 
 
 def _download_checkpoint(path: Path, meta_content: bytes) -> None:
-    """A checkpoint's folder, whole or, if it goes meanwhile, not at all."""
+    """Download a complete checkpoint folder, or none if the bucket's is deleted meanwhile."""
     from pyarrow import fs
 
     files, key = _resolve_remote(path)
@@ -398,19 +538,18 @@ def _download_checkpoint(path: Path, meta_content: bytes) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        here = fs.LocalFileSystem()
         fs.copy_files(
             key,
             str(partial),
             source_filesystem=files,
-            destination_filesystem=here,
+            destination_filesystem=fs.LocalFileSystem(),
             chunk_size=_CHUNK_BYTES,
         )
         (partial / META_FILE).write_bytes(meta_content)
         if _read_local_file(path / META_FILE) == meta_content:
-            return  # another process of this machine was faster, and may be reading it
+            return  # Another process of this machine was faster, and may be reading the folder.
         shutil.rmtree(path, ignore_errors=True)
-        with suppress(OSError):  # another process of this machine was faster
+        with suppress(OSError):  # Another process of this machine may have been faster.
             partial.replace(path)
     except FileNotFoundError:
         shutil.rmtree(path, ignore_errors=True)
@@ -419,30 +558,34 @@ def _download_checkpoint(path: Path, meta_content: bytes) -> None:
 
 
 def _delete_remote_object(path: Path) -> None:
+    """Delete a file of the bucket, if it is there."""
     files, key = _resolve_remote(path)
     with suppress(FileNotFoundError):
         files.delete_file(key)
 
 
 def _delete_remote_folder(path: Path) -> None:
+    """Delete a folder of the bucket, if it is there."""
     files, key = _resolve_remote(path)
     with suppress(FileNotFoundError):
         files.delete_dir(key)
 
 
 def _list_remote_objects(path: Path) -> list[RemoteFile]:
+    """List all files of the bucket below a folder, in one attempt."""
     from pyarrow import fs
 
     files, key = _resolve_remote(path)
-    found = files.get_file_info(fs.FileSelector(key, allow_not_found=True, recursive=True))
+    infos = files.get_file_info(fs.FileSelector(key, allow_not_found=True, recursive=True))
     return [
         RemoteFile(path / info.path.removeprefix(f"{key}/"), info.size, info.mtime.timestamp())
-        for info in found
+        for info in infos
         if info.type == fs.FileType.File
     ]
 
 
 def _read_local_file(path: Path) -> bytes | None:
+    """Return the content of a file on this machine; None if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError:
@@ -450,34 +593,38 @@ def _read_local_file(path: Path) -> bytes | None:
 
 
 def _evict_lru() -> None:
-    """Keep all copies together small: the least recently used checkpoints go. Whoever reads one
-    pulls it first.
+    """Delete the least recently used checkpoints until all working copies are below 50 GiB.
+
+    Readers pull a checkpoint first, so that a deleted one is downloaded again.
     """
-    found: list[tuple[float, int, Path]] = []
-    with suppress(OSError):  # other processes come and go
+    checkpoints: list[tuple[float, int, Path]] = []
+    with suppress(OSError):  # Other processes may delete files meanwhile.
         for folder in [meta.parent for meta in _cache_root().rglob(META_FILE)]:
-            found.append(
-                (
-                    folder.stat().st_mtime,
-                    sum(file.stat().st_size for file in folder.iterdir()),
-                    folder,
-                )
-            )
-    size = sum(bytes_ for _, bytes_, _ in found)
-    for used, bytes_, folder in sorted(found):
-        if size <= _CACHE_MAX_BYTES or time.time() - used < _EVICTION_MIN_AGE:
+            last_use = folder.stat().st_mtime
+            n_bytes = sum(file.stat().st_size for file in folder.iterdir())
+            checkpoints.append((last_use, n_bytes, folder))
+    total_bytes = sum(n_bytes for _, n_bytes, _ in checkpoints)
+    for last_use, n_bytes, folder in sorted(checkpoints):
+        if total_bytes <= _CACHE_MAX_BYTES or time.time() - last_use < _EVICTION_MIN_AGE:
             return
         shutil.rmtree(folder, ignore_errors=True)
-        size -= bytes_
+        total_bytes -= n_bytes
 
 
 def _arrow_error_type() -> type[Exception]:
+    """Return pyarrow's base exception; the import is slow, so it waits for the first use."""
     from pyarrow.lib import ArrowException
 
     return ArrowException  # type: ignore[no-any-return]
 
 
 def _describe_error(error: Exception) -> str:
-    text = _ERROR_NOISE_PATTERN.sub("", str(error).splitlines()[0])
-    hint = "; credentials come from the environment (for s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role)"
-    return text.rstrip(". ") + (hint if _ACCESS_DENIED_PATTERN.search(text) else "")
+    """Return the reason in one line, with a hint if access was denied."""
+    reason = _ERROR_NOISE_PATTERN.sub("", str(error).splitlines()[0])
+    description = reason.rstrip(". ")
+    if _ACCESS_DENIED_PATTERN.search(reason):
+        description += (
+            "; credentials come from the environment (for s3: AWS_ACCESS_KEY_ID and"
+            " AWS_SECRET_ACCESS_KEY, or a role)"
+        )
+    return description
