@@ -47,6 +47,24 @@ def test_links_lead_somewhere(page, target) -> None:
     assert (ROOT / page).parent.joinpath(target).exists()
 
 
+def heading_anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_to_headings_lead_somewhere() -> None:
+    links = [
+        (page, target, anchor)
+        for page, text in PAGES.items()
+        for target, anchor in re.findall(r"\]\(([^)#:\s]*)#([^)\s]+)\)", text)
+    ]
+    assert len(links) > 10
+    for page, target, anchor in links:
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert anchor in heading_anchors(file.read_text()), f"{page}: {target}#{anchor}"
+
+
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_commands_parse(page, command) -> None:
     build_parser().parse_args(shlex.split(command)[1:])
