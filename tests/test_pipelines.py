@@ -274,7 +274,11 @@ def test_the_second_run_does_nothing(digits_run: Path, monkeypatch, capsys) -> N
     def refuse(*args, **kwargs):
         raise AssertionError("work was done again")
 
-    for what in ("sweep.tuner.run_sweep", "pipeline.autoattack.evaluate_checkpoint", "tracking.Tracker.__init__"):
+    for what in (
+        "sweep.tuner.run_sweep",
+        "pipeline.autoattack.evaluate_checkpoint",
+        "tracking.Tracker.__init__",
+    ):
         monkeypatch.setattr(f"raysweep.{what}", refuse)
     assert main(["run", "digits", *TINY, "--out", str(digits_run), "--json"]) == 0
     assert all(stage["done_before"] for stage in json.loads(capsys.readouterr().out)["stages"])

@@ -132,7 +132,9 @@ def test_ctrl_c_in_a_pipeline_is_no_budgets_end(
 
     threading.Thread(target=ctrl_c, daemon=True).start()
     assert main(["run", "p.yaml", *SMALL]) == 130
-    assert capsys.readouterr().err.endswith("raysweep: interrupted; run the same command to resume\n")
+    assert capsys.readouterr().err.endswith(
+        "raysweep: interrupted; run the same command to resume\n"
+    )
     assert not list(workdir.glob("runs/pipelines/p/*-tune-*")), (
         "it goes on where it was, not to the next stage"
     )

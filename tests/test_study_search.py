@@ -287,8 +287,7 @@ def test_a_grid_ends_with_its_points_or_is_cut_short_by_trials(
     *found, end = [search.suggest(str(number)) for number in range(points + 1)]
     ordered = [{ALPHA: alpha, ON: on} for alpha in (4.0, 0.5) for on in ("natural", "pgd")]
     assert (
-        found == [{"number": n, "params": ordered[n]} for n in range(points)]
-        and end == "FINISHED"
+        found == [{"number": n, "params": ordered[n]} for n in range(points)] and end == "FINISHED"
     )
 
 

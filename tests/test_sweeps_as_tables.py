@@ -37,7 +37,9 @@ def trial(number: int, worst: float | None, pgd: float | None = None, **more: ob
         best |= {"pgd": pgd, "masking_gap": pgd - worst}
     settings = {LR: 0.1 * (number + 1), LAM: -1.0}
     return Trial(
-        number, settings, **{"state": "finished", "best": best, "epoch": 3, "trained_epochs": 3} | more
+        number,
+        settings,
+        **{"state": "finished", "best": best, "epoch": 3, "trained_epochs": 3} | more,
     )
 
 
