@@ -1,7 +1,7 @@
 """Every benchmark of speed in one table.
 
-    python benchmarks               # the smallest sizes, a few minutes: that it runs, not how fast it is
-    python benchmarks --full        # the sizes of RESULTS.md: an hour of a machine that does nothing else
+    python benchmarks               # smallest sizes, a few minutes: checks that all parts run
+    python benchmarks --full        # the sizes of RESULTS.md: an hour on an idle machine
     python benchmarks --full step   # one part of it
 
 Each part also runs alone, with sizes of its own: training_step.py, objective_cost.py,

@@ -1,12 +1,18 @@
 """AutoAttack measured: the verdict, its time, the passes that 'standard' prescribes and those that
 were done.
 
-    python benchmarks/autoattack.py digits --norm Linf              # the robust digits network of the tests
-    python benchmarks/autoattack.py torchattacks                    # in turn with torchattacks 3.5.1, if installed
-    python benchmarks/autoattack.py defences                        # outputs that fool gradients, against the official
-    python benchmarks/autoattack.py mnist --data DATA               # 10,000 MNIST images against an exact bound
-    python benchmarks/autoattack.py square --data DATA              # MNIST images that only Square breaks, step by step
-    python benchmarks/autoattack.py hard --data DATA                # MNIST images on which gradient attacks fail
+    python benchmarks/autoattack.py digits --norm Linf
+        the robust digits network of the tests
+    python benchmarks/autoattack.py torchattacks
+        time beside torchattacks 3.5.1, if it is installed
+    python benchmarks/autoattack.py defences
+        models whose outputs mislead gradients: verdicts beside the official package's
+    python benchmarks/autoattack.py mnist --data DATA
+        10,000 MNIST images; an exact verifier gives the lower bound
+    python benchmarks/autoattack.py square --data DATA
+        MNIST images that only Square breaks, step by step
+    python benchmarks/autoattack.py hard --data DATA
+        MNIST images on which gradient attacks fail
 
 DATA holds `mnist/` (the four idx .gz files) and `models/` (published networks with `archs.py`). One
 thread a process.
@@ -102,7 +108,8 @@ def run(full: bool = False) -> list[Ratio]:
         if full:
             report, _, cpu = timed(model, x, y, eps, norm, 0, 0)
             robust = OFFICIAL[f"{norm}.square"].sum()
-            value = f"{sum(OFFICIAL_CPU_S[norm].values()) / cpu:.2f} ({report.robust.sum()} robust, official {robust})"
+            speedup = sum(OFFICIAL_CPU_S[norm].values()) / cpu
+            value = f"{speedup:.2f} ({report.robust.sum()} robust, official {robust})"
             found.append(
                 Ratio(
                     f"AutoAttack {norm} over the official package, as recorded elsewhere",
@@ -134,15 +141,18 @@ def digits_benchmark(args: argparse.Namespace) -> None:
                     model, x[:count], y[:count], eps, args.norm, seed, processes
                 )
                 print(
-                    f"\n{args.norm} eps {eps} seed {seed}, {count} examples, {processes or 'this'} process(es)"
+                    f"\n{args.norm} eps {eps} seed {seed}, {count} examples, "
+                    f"{processes or 'this'} process(es)"
                 )
                 for name, rows in report.robust_after.items():
                     print(
-                        f"  {name:8} {rows.sum():4} robust, official {OFFICIAL[f'{args.norm}.{name}'][:count].sum():4}"
+                        f"  {name:8} {rows.sum():4} robust, official "
+                        f"{OFFICIAL[f'{args.norm}.{name}'][:count].sum():4}"
                     )
                 official = sum(OFFICIAL_CPU_S[args.norm].values())
                 print(
-                    f"  wall {wall:.1f} s, cpu {cpu:.1f} s; official package cpu {official:.1f} s where it was recorded"
+                    f"  wall {wall:.1f} s, cpu {cpu:.1f} s; official package cpu {official:.1f} s "
+                    "where it was recorded"
                 )
                 for what in ("prescribed", "done"):
                     print(f"  passes {what}:", dict(passes(report, done=what == "done")))
@@ -306,10 +316,12 @@ def mnist_benchmark(args: argparse.Namespace) -> None:
                 )
             errors = {name: int((~rows).sum()) for name, rows in report.robust_after.items()}
             print(
-                f"wk17a_mipverify eps 0.1 seed {seed}: errors {int((~report.clean).sum())} clean, {json.dumps(errors)}"
+                f"wk17a_mipverify eps 0.1 seed {seed}: errors {int((~report.clean).sum())} clean, "
+                f"{json.dumps(errors)}"
             )
             print(
-                f"  {int((~report.robust).sum())} of at most 438; official 433; {time.monotonic() - began:.0f} s",
+                f"  {int((~report.robust).sum())} of at most 438; official 433; "
+                f"{time.monotonic() - began:.0f} s",
                 flush=True,
             )
 
@@ -329,7 +341,8 @@ def square_benchmark(args: argparse.Namespace) -> None:
             for hits in (ours, official)
         ]
         print(
-            f"seed {seed}: the official steps break {fell[1]}, ours {'the same' if fell[0] == fell[1] else fell[0]}"
+            f"seed {seed}: the official steps break {fell[1]}, ours "
+            f"{'the same' if fell[0] == fell[1] else fell[0]}"
         )
 
 
@@ -381,7 +394,8 @@ def hard_benchmark(args: argparse.Namespace) -> None:
                 )
                 fallen = Counter(report.broken_by.tolist())
                 print(
-                    f"{name}: {len(rows) - fallen['']} of {len(rows)} fall: {dict(fallen)} (seed {seed})",
+                    f"{name}: {len(rows) - fallen['']} of {len(rows)} fall: {dict(fallen)} "
+                    f"(seed {seed})",
                     flush=True,
                 )
 

@@ -99,7 +99,8 @@ def measure(
     live = (model(x).argmax(1) == y).nonzero()[:, 0]
     sampled, all_cpu, all_limit = Sampled(make_attack_model(model, x[:32])), 0.0, 0.0
     print(
-        "| attack | robust | passes | rows a pass | us a row, forward | forward+backward | cpu s | limit s | ratio |"
+        "| attack | robust | passes | rows a pass | us a row, forward | forward+backward | "
+        "cpu s | limit s | ratio |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for name, attack in apply_overrides(
@@ -128,7 +129,8 @@ def measure(
         print("|", " | ".join(map(str, cells)), "|", flush=True)
         all_cpu, all_limit = all_cpu + cpu, all_limit + limit
     print(
-        f"| all | {len(live)} | | | | | {all_cpu:.2f} | {all_limit:.2f} | {all_cpu / all_limit:.3f} |"
+        f"| all | {len(live)} | | | | | {all_cpu:.2f} | {all_limit:.2f} | "
+        f"{all_cpu / all_limit:.3f} |"
     )
     return all_cpu / all_limit
 

@@ -1,8 +1,10 @@
 """AutoAttack's wall time against the number of workers and of examples, on the robust digits
 network of the tests.
 
-    python benchmarks/autoattack_scaling.py --examples 50 100 200 --workers 1 2        # writes autoattack_scaling.svg
-    python benchmarks/autoattack_scaling.py --ray ...                                  # workers are Ray's
+    python benchmarks/autoattack_scaling.py --examples 50 100 200 --workers 1 2
+        writes autoattack_scaling.svg
+    python benchmarks/autoattack_scaling.py --ray ...
+        the workers are Ray tasks
 
 One thread a worker; workers are up before the clock starts. Verdicts must agree however many there
 are.

@@ -72,8 +72,8 @@ def main() -> None:
                 .eval()
             )
         rows.append([method, *trained(config, data, found), *judged(config, data, model, args)])
-        head = ["method", "s an epoch", "images / s", "of the matrix rate", "validation", "clean", "PGD-20", "worst",
-                "AutoAttack", "clean, test", "images", "s"]  # fmt: skip
+        head = ["method", "s an epoch", "images / s", "of the matrix rate", "validation", "clean",
+                "PGD-20", "worst", "AutoAttack", "clean, test", "images", "s"]  # fmt: skip
         print(table(head, rows), flush=True)
 
 

@@ -112,7 +112,8 @@ class Round:
             if time.monotonic() - self.began > PATIENCE:
                 self.driver.kill()
         self.written.close()
-        return {"workers": self.workers, "seconds": time.monotonic() - self.began, "kills": self._judged(),
+        return {"workers": self.workers, "seconds": time.monotonic() - self.began,
+                "kills": self._judged(),
                 "code": self.driver.returncode, **self._outcome()}  # fmt: skip
 
     def _start(self, *arguments: str) -> None:
@@ -274,8 +275,8 @@ def tables(done: dict[str, Any]) -> str:
                 ]
             )
     ends: list[list[Any]] = [
-        ["sweep", "workers", "kills", "exit code", "trials", "lost", "epochs counted twice", "MLflow runs a trial",
-         "left RUNNING", "same weights and momentum"]
+        ["sweep", "workers", "kills", "exit code", "trials", "lost", "epochs counted twice",
+         "MLflow runs a trial", "left RUNNING", "same weights and momentum"]
     ]  # fmt: skip
     for name, result in killed.items():
         twice = sum(len(curve) - len(set(curve)) for curve in result["curves"])
@@ -283,7 +284,8 @@ def tables(done: dict[str, Any]) -> str:
             "/".join(map(str, result["runs"])),
             compare(result, done[f"reference-{result['workers']}"]),
         )
-        ends.append([name, result["workers"], len(result["kills"]), result["code"], result["trials"], result["lost"],
+        ends.append([name, result["workers"], len(result["kills"]), result["code"],
+                     result["trials"], result["lost"],
                      twice, runs, result["open"], same])  # fmt: skip
     return "\n\n".join(markdown(table) for table in (rows, ends))
 

@@ -69,7 +69,8 @@ def machine() -> str:
     """Date, processor, threads, load and versions, in a line."""
     load = f"load {os.getloadavg()[0]:.1f}"
     gpu = f"{torch.cuda.get_device_name()}, " if DEVICE.type == "cuda" else ""
-    where = f"{date.today()}, {gpu}{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), {load}"
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"
+    where = f"{date.today()}, {gpu}{_processor()}, {threads}, {load}"
     return f"{where}, Python {platform.python_version()}, torch {torch.__version__}"
 
 

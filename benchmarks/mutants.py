@@ -1,9 +1,9 @@
 """Mutation testing: count how many wrong versions (mutants) of the core the tests notice.
 
-    nice -n 19 python benchmarks/mutants.py                        # 150 mutants, seed 0; the tables of mutants.md
+    nice -n 19 python benchmarks/mutants.py     # 150 mutants, seed 0; the tables of mutants.md
     python benchmarks/mutants.py -n 40 --only losses --only weights
-    python benchmarks/mutants.py --list                            # the mutants that would be drawn; runs nothing
-    python benchmarks/mutants.py --show 3                          # the diff of one of them
+    python benchmarks/mutants.py --list         # the mutants that would be drawn; runs nothing
+    python benchmarks/mutants.py --show 3       # the diff of one of them
     python benchmarks/mutants.py --survivors                       # those of the last run
 
 Takes a copy of the project first, so that the tree may change meanwhile and is never written to. A
@@ -80,8 +80,8 @@ CORE = [
     "raysweep/pipeline/paired_comparison.py",
 ]
 # Not copied with the project.
-LEFT_OUT = (".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "mlruns", "mlflow.db", "build",
-            "dist", "/runs")  # fmt: skip
+LEFT_OUT = (".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "mlruns",
+            "mlflow.db", "build", "dist", "/runs")  # fmt: skip
 QUICK = "not slow and not ray"
 OUTCOMES = ("caught", "timed out", "crashed", "survived", "equivalent")
 MEMORY, PROCESSES, FILE = 12 * 2**30, 300, 4 * 2**30
@@ -157,7 +157,8 @@ def find_core_files(folder: Path, patterns: Iterable[str] = CORE) -> list[str]:
         files = {path.relative_to(folder).as_posix() for path in folder.glob(pattern)}
         if not files:
             raise ValueError(
-                f"CORE lists {pattern}, which matches no file: correct the list in benchmarks/mutants.py"
+                f"CORE lists {pattern}, which matches no file: correct the list in "
+                "benchmarks/mutants.py"
             )
         found |= files
     return sorted(found)
@@ -411,11 +412,15 @@ _GUARD = f"""
 import os, sys
 def _set_guard(home, fonts):
     allowed = (home + "/", fonts, "/dev/", "/proc/", "/tmp/ray")
+    writes = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
     def refuse_others(event, args):
         if event in ("shutil.rmtree", "os.remove", "os.rmdir", "os.rename"):
             # A path below an open folder is one that `rmtree` was asked for.
-            paths = () if args[-1] not in (-1, None) else args[:2] if event == "os.rename" else args[:1]
-        elif event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
+            if args[-1] not in (-1, None):
+                paths = ()
+            else:
+                paths = args[:2] if event == "os.rename" else args[:1]
+        elif event == "open" and isinstance(args[2], int) and args[2] & writes:
             paths = args[:1]
         else:
             return
@@ -547,7 +552,8 @@ def record_coverage(test_file: str, expression: str, folder: Path) -> Json:
     settings = folder / "coveragerc"
     settings.write_text(
         f"[run]\nparallel = true\ndata_file = {data}/sub\ninclude = {project}/raysweep/*\n"
-        "context = ${MUTANTS_CONTEXT-outside}\npatch = _exit\ndisable_warnings = no-data-collected\n"
+        "context = ${MUTANTS_CONTEXT-outside}\npatch = _exit\n"
+        "disable_warnings = no-data-collected\n"
     )
     os.environ[_CONTEXT_FILE] = str(folder / "context")
     recorded = coverage.Coverage(
@@ -715,7 +721,8 @@ def collect_suite(snapshot: Snapshot, pool: Pool, cache: Path, every_test: bool)
     if not suite.tests:
         raise RuntimeError("no test passes")
     print(
-        f"Coverage: {len(suite.tests)} tests that pass, in {suite.seconds(suite.tests):.0f} processor s; {left_out} "
+        f"Coverage: {len(suite.tests)} tests that pass, in {suite.seconds(suite.tests):.0f} "
+        f"processor s; {left_out} "
         f"skipped or failing. Took {total[0]:.0f} processor s, {time.monotonic() - begun:.0f} s.",
         flush=True,
     )
@@ -789,7 +796,8 @@ class Run:
         self._total = len(mutants)
         most = sum(self.suite.seconds(self.suite.covering(mutant)[0]) for mutant in mutants)
         print(
-            f"Running all their tests for all {len(mutants)} mutants would take {most:.0f} processor s",
+            f"Running all their tests for all {len(mutants)} mutants would take {most:.0f} "
+            "processor s",
             flush=True,
         )
         for mutant in mutants:
@@ -864,7 +872,8 @@ class Run:
         self._count += 1
         self.results.add(mutant, result)
         by = result.get("failed") or ("" if result["reached"] else "no test runs this line")
-        print(f"  {self._count}/{self._total} {result['outcome']}  {mutant.file}:{mutant.line} {mutant.operator}, "
+        print(f"  {self._count}/{self._total} {result['outcome']}  "
+              f"{mutant.file}:{mutant.line} {mutant.operator}, "
               f"{result['seconds']:.1f} s, {result['tests']} tests  {by}", flush=True)  # fmt: skip
 
 
@@ -1058,7 +1067,8 @@ def main() -> None:
         text = work(snapshot, mutants, scratch, args)
         last.write_text(text + "\n")
         print(
-            f"\n{date.today()}, Python {platform.python_version()}, n {args.n}, seed {args.seed}\n\n{text}"
+            f"\n{date.today()}, Python {platform.python_version()}, n {args.n}, "
+            f"seed {args.seed}\n\n{text}"
         )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -1109,7 +1119,8 @@ def select_files(files: Iterable[str], only: list[str]) -> list[str]:
     for name, found in selected.items():
         if not found:
             raise ValueError(
-                f"--only {name}: no module of the core has this name; allowed: {', '.join(modules.values())}"
+                f"--only {name}: no module of the core has this name; allowed: "
+                f"{', '.join(modules.values())}"
             )
     return [
         file for file in modules if not only or any(file in found for found in selected.values())

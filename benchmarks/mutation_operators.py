@@ -219,7 +219,7 @@ class _Collector(ast.NodeVisitor):
             self.sites.append(Site(operator, self._statement, self._body, edits))
 
     def _replace(self, node: ast.AST, text: str) -> Edit:
-        """Put `text` in place of a node; line breaks inside parentheses keep the number of lines."""
+        """Replace a node by `text`, adding line breaks in parentheses to keep the line count."""
         breaks = self._text(node).count("\n")
         return Edit(
             self._start(node), self._end(node), f"({text}" + "\n" * breaks + ")" if breaks else text

@@ -1,8 +1,10 @@
 """What the sweep's objective costs beside training: its floating-point operations and seconds over
 those of an epoch.
 
-    python benchmarks/objective_cost.py                 # digits, trained; CIFAR-10's sizes, from the cost of a row
+    python benchmarks/objective_cost.py                 # all methods
     python benchmarks/objective_cost.py --methods at    # fewer
+
+Digits are trained; for CIFAR-10's sizes the times are computed from the cost of a row.
 
 For CIFAR-10 (ResNet-18, 50,000 training images) the cost of a row of training and of each attack of
 the objective is measured on a few rows, and multiplied: by the rows of an epoch, and by the
@@ -130,7 +132,8 @@ def measure(
         lines.append(line)
     lines += [digits(method, epochs, small)[0] for method in methods]
     print(
-        f"\nThe objective over an epoch of training; {rows} rows, {epochs - 1} epochs of digits; {machine()}\n"
+        f"\nThe objective over an epoch of training; {rows} rows, {epochs - 1} epochs of digits; "
+        f"{machine()}\n"
     )
     print(table(["method", "data", "examples", "FLOP", "seconds"], lines), flush=True)
     return [

@@ -306,7 +306,8 @@ def main() -> None:
         size: value / 3 for size, value in costs["ray tune: a trial"].items()
     }
     print(
-        "| setting | hours | GPUs train | driver busy | preempted | epochs lost | most of the rest goes to |"
+        "| setting | hours | GPUs train | driver busy | preempted | epochs lost | "
+        "most of the rest goes to |"
     )
     print("|---|---:|---:|---:|---:|---:|---|")
     for setting in settings():

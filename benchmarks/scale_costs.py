@@ -171,8 +171,10 @@ def _fill(uri: str, tracker: Tracker, first: int, last: int) -> None:
         run = f"{number:032x}"
         rows[SqlRun].append(
             {
-                "run_uuid": run, "name": f"s/{number:04d}", "source_type": "LOCAL", "entry_point_name": "",
-                "user_id": "u", "status": "FINISHED", "start_time": now, "end_time": now, "source_version": "",
+                "run_uuid": run, "name": f"s/{number:04d}", "source_type": "LOCAL",
+                "entry_point_name": "",
+                "user_id": "u", "status": "FINISHED", "start_time": now, "end_time": now,
+                "source_version": "",
                 "lifecycle_stage": "active", "artifact_uri": "a", "experiment_id": int(experiment),
             }
         )  # fmt: skip

@@ -100,7 +100,8 @@ def lines(
             )
         )
     print(
-        f"\nCost of GAIRAT on digits, processor s (trials: wall s of the sweep), least of {n}; {machine()}\n"
+        f"\nCost of GAIRAT on digits, processor s (trials: wall s of the sweep), least of {n}; "
+        f"{machine()}\n"
     )
     print(table(["against", "sizes", "s", "slope", "at 0", "R2"], rows), flush=True)
     if plot:
@@ -190,7 +191,8 @@ def workers(
     first = time_of[next(iter(variants))]
     rows = [[name, f"{value:.3f}", f"{first / value:.2f}"] for name, value in time_of.items()]
     print(
-        f"\nWorkers, GAIRAT, {model} on digits, batch {batch}, wall s of {n} x {repeats} steps; {machine()}\n"
+        f"\nWorkers, GAIRAT, {model} on digits, batch {batch}, wall s of {n} x {repeats} steps; "
+        f"{machine()}\n"
     )
     print(table(["", "s a step, median", "x"], rows), flush=True)
     what = f"1 to 2 workers of training, {model}, batch {batch}"

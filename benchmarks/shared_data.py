@@ -69,7 +69,8 @@ def main() -> None:
         CachedDataset(spec, fingerprint).load_shared(spec)
         print(f"{examples} + {examples // 5} images, {1.2 * examples * 3072 / 2**20:.0f} MiB")
         print(
-            "| how | processes | seconds | private MiB each (USS) | resident MiB each |\n|---|---:|---:|---:|---:|"
+            "| how | processes | seconds | private MiB each (USS) | resident MiB each |\n"
+            "|---|---:|---:|---:|---:|"
         )
         for how in ("copy", "shared"):
             for count in (1, 4):

@@ -1,8 +1,8 @@
 """What a sweep costs, on digits: python benchmarks/sweeps.py sharing|overhead|kinds
 
 sharing: the same sweep with and without shared prefixes, in turn: epochs and wall time.
-overhead: a sweep against bare training of the same runs in as many processes, in turn, with short epochs and with
-    longer ones; how long a trial takes to start.
+overhead: a sweep and bare training of the same runs in the same number of processes, measured in
+    turn, with short and with longer epochs; the seconds a trial takes to start.
 kinds: one small sweep of each kind of search, with its time.
 
 Each prints a Markdown table. MLflow is written to in all sweeps, as `raysweep tune` does.
@@ -158,7 +158,8 @@ def overhead(
         one, two = statistics.median(alone), statistics.median(swept)
         ratios = "/".join(f"{b / a:.2f}" for a, b in zip(alone, swept, strict=True))
         epoch = 2 * one / sum(config.epochs for config in configs)
-        table.append([space.n_trials, epochs, f"{epoch:.1f}", f"{one:.1f}", f"{two:.1f}", f"{two / one:.2f} ({ratios})",
+        table.append([space.n_trials, epochs, f"{epoch:.1f}", f"{one:.1f}", f"{two:.1f}",
+                      f"{two / one:.2f} ({ratios})",
                       f"{statistics.median(waits):.2f}"])  # fmt: skip
     return table
 
@@ -235,9 +236,12 @@ def kinds(rounds: int) -> list[list[Any]]:
         trials = ledger.load_trials()
         states = Counter(trial.state for trial in trials)
         best = max(trial.score("robust_worst") for trial in trials)
-        table.append([name, len(trials), " / ".join(str(states[s]) for s in ("finished", "stopped", "failed")),
-                      sum(t.epoch for t in trials), sum(t.trained_epochs for t in trials), f"{best:.3f}",
-                      len(ledger.pareto_front()) if len(ledger.space.objectives) > 1 else "", f"{seconds:.1f}"])  # fmt: skip
+        counts = " / ".join(str(states[state]) for state in ("finished", "stopped", "failed"))
+        table.append([name, len(trials), counts,
+                      sum(t.epoch for t in trials), sum(t.trained_epochs for t in trials),
+                      f"{best:.3f}",
+                      len(ledger.pareto_front()) if len(ledger.space.objectives) > 1 else "",
+                      f"{seconds:.1f}"])  # fmt: skip
         print(table[-1], file=sys.stderr, flush=True)
     return table
 

@@ -129,7 +129,7 @@ def plain_gairat(model: nn.Module, subject: Subject, own_forward: bool) -> Found
 
 
 def plain_lrat(model: nn.Module, subject: Subject, own_forward: bool) -> Found:
-    """L alg. 1 with eq. 5, 8-10 and 17, example by example; there is no kappa to do a forward for."""
+    """L alg. 1 with eq. 5, 8-10 and 17, example by example; no kappa needs a forward pass."""
     x, y, method = subject.batch.x, subject.batch.y, subject.method
     made = {}
     for name, spec in method.attacks.items():
@@ -235,7 +235,7 @@ def prepared(
 
 
 def learn(model: nn.Module, images: Callable[[int], tuple[Tensor, Tensor]], steps: int) -> None:
-    """A few steps of training, then the statistics of batch norms, which so few steps leave behind."""
+    """Train for a few steps, then update the batch norms' statistics, which lag behind."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     for _ in range(steps):
         x, y = images(32)
@@ -333,16 +333,20 @@ def measure(
         f"kappa of {len(base.kappa.unique())} sizes, mean {base.kappa.float().mean():.1f};", end=" "
     )
     print(
-        f"{(attack + rest) / 1e9:.0f} GFLOP a step, {attack / (attack + rest):.0%} in attacks; matrix products reach"
+        f"{(attack + rest) / 1e9:.0f} GFLOP a step, {attack / (attack + rest):.0%} in attacks; "
+        "matrix products reach"
     )
     print(
-        f"{rates[torch.float32] / 1e9:.0f} GFLOP/s in float32, {rates[torch.bfloat16] / 1e9:.0f} in bf16\n"
+        f"{rates[torch.float32] / 1e9:.0f} GFLOP/s in float32, {rates[torch.bfloat16] / 1e9:.0f} "
+        "in bf16\n"
     )
     print(table(head, rows), flush=True)
     goals = {FLOAT32: "2 (float32)", BF16: "3.5 (bf16)", COMPILED: "5 (GPU)"}
     return [
-        Ratio(f"training step, {name}, batch {batch}: {path.strip('+ ')}", f"{time_of[reference] / time_of[path]:.2f}"
-              f" ({time_of['plain, one forward'] / time_of[path]:.2f} over one forward)", goal, f"{n} rounds")
+        Ratio(f"training step, {name}, batch {batch}: {path.strip('+ ')}",
+              f"{time_of[reference] / time_of[path]:.2f}"
+              f" ({time_of['plain, one forward'] / time_of[path]:.2f} over one forward)", goal,
+              f"{n} rounds")
         for path, goal in goals.items() if path in paths
     ]  # fmt: skip
 

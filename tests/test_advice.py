@@ -7,8 +7,8 @@ from raysweep.training.config import build_training_config
 
 GOOD = {
     "epoch": 8.0, "clean": 0.95, "pgd": 0.7, "cw": 0.69, "robust_worst": 0.68, "masking_gap": 0.02,
-    "zero_gradient": 0.0, "train/kappa_pgd": 5.0, "train/ess_robust": 0.7, "train/ess_pgd": 0.7, "train/ess_cw": 0.7,
-    "train/active_bound": 0.4,
+    "zero_gradient": 0.0, "train/kappa_pgd": 5.0, "train/ess_robust": 0.7, "train/ess_pgd": 0.7,
+    "train/ess_cw": 0.7, "train/active_bound": 0.4,
 }  # fmt: skip
 
 

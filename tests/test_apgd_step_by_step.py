@@ -57,7 +57,8 @@ def follow(attack, row, net=NET, seed=5):
     runs = [] if down[0] != y else [target for target in targets for _ in range(attack.restarts)]
     for target in runs:
         outcome = slow_apgd(
-            net, x, y, target, seen[len(points)][0], eps=attack.eps, steps=attack.steps, loss=attack.loss,
+            net, x, y, target, seen[len(points)][0], eps=attack.eps, steps=attack.steps,
+            loss=attack.loss,
             checkpoints=CHECKPOINTS[attack.steps], norm=attack.norm, rho=attack.rho,
         )  # fmt: skip
         points += outcome.points[: outcome.sure]
@@ -181,8 +182,8 @@ def test_a_radius_of_zero_moves_nothing():
 
 def test_defaults_are_those_of_autoattack():
     assert APGD().to_json_dict() == {
-        "kind": "apgd", "eps": 8 / 255, "steps": 100, "loss": "ce", "norm": "Linf", "restarts": 1, "targets": 9,
-        "rho": 0.75, "samples": 1,
+        "kind": "apgd", "eps": 8 / 255, "steps": 100, "loss": "ce", "norm": "Linf", "restarts": 1,
+        "targets": 9, "rho": 0.75, "samples": 1,
     }  # fmt: skip
 
 

@@ -165,14 +165,15 @@ FAB_T = {
 }
 SQUARE = {"kind": "square", "queries": 5000, "restarts": 1, "p_init": 0.8}
 PGD20 = {
-    "kind": "pgd", "step_size": 0.075, "steps": 20, "loss": "ce", "start": "uniform", "tau": None, "confidence": 50.0,
-    "mode": "eval",
+    "kind": "pgd", "step_size": 0.075, "steps": 20, "loss": "ce", "start": "uniform", "tau": None,
+    "confidence": 50.0, "mode": "eval",
 }  # fmt: skip
 VERSIONS = {
     "standard": {"apgd-ce": CE, "apgd-t": T, "fab-t": FAB_T, "square": SQUARE},
     "plus": {
         "apgd-ce": CE | {"restarts": 5}, "apgd-dlr": CE | {"loss": "dlr", "restarts": 5},
-        "fab": FAB_T | {"targets": None, "restarts": 5}, "square": SQUARE, "apgd-t": T, "fab-t": FAB_T,
+        "fab": FAB_T | {"targets": None, "restarts": 5}, "square": SQUARE, "apgd-t": T,
+        "fab-t": FAB_T,
     },
     "rand": {"apgd-ce": CE | {"samples": 20}, "apgd-dlr": CE | {"loss": "dlr", "samples": 20}},
 }  # fmt: skip
@@ -191,7 +192,7 @@ NAMED = {
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_versions_of_autoattack(version, norm):
-    """Every setting of the official versions, in their order, with the radius and norm asked for."""
+    """All settings of the official versions, in order, with the requested radius and norm."""
     cascade = autoattack(0.3, norm, version)
     assert {name: settings(attack) for name, attack in cascade.attacks.items()} == VERSIONS[version]
     assert list(cascade.attacks) == list(VERSIONS[version]) and not cascade.tf32

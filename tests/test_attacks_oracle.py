@@ -27,7 +27,7 @@ def check_pixels(name, x_adv):
 @pytest.mark.parametrize("loss", ["ce", "cw"])
 @pytest.mark.parametrize(("name", "start"), [("rs", "uniform"), ("nors", "natural")])
 def test_ga_pgd(oracle, loss, name, start):
-    """G alg. 1 with CE and with the margin loss (L eq. 12): iterates, kappa, and logits at the end."""
+    """G alg. 1 with CE and with the margin loss (L eq. 12): iterates, kappa, final logits."""
     result = G.model_copy(update={"loss": loss, "start": start})(
         oracle.model, oracle.x, oracle.y, oracle.noise
     )

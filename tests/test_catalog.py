@@ -1,4 +1,4 @@
-"""Every method of the catalog: identities between them, one step each, JSON and YAML round trips."""
+"""Every method of the catalog: identities between methods, one step each, JSON and YAML."""
 
 import math
 
@@ -239,7 +239,9 @@ method:
   terms:
     adversarial:
       "on": pgd + cw
-      weight: {kind: geometry, shape: sigmoid, lam: {kind: linear, first: 2, last: -1, end: 60}, by: cw, burn_in: 10}
+      weight:
+        {kind: geometry, shape: sigmoid, by: cw, burn_in: 10,
+         lam: {kind: linear, first: 2, last: -1, end: 60}}
     rest: {"on": natural, weight: {kind: remainder, total: 1.0, of: [adversarial]}}
 model: {name: digits_cnn}
 epochs: 60

@@ -14,8 +14,8 @@ from raysweep.training.presets import load_preset, resolve_training_config
 def pgd(eps: float, step: float, **more: Any) -> dict[str, Any]:
     """PGD-10 from a uniform start, on the cross-entropy, with batch norms in eval mode."""
     return {
-        "kind": "pgd", "eps": eps, "step_size": step, "steps": 10, "loss": "ce", "norm": "Linf", "start": "uniform",
-        "tau": None, "confidence": 50.0, "mode": "eval",
+        "kind": "pgd", "eps": eps, "step_size": step, "steps": 10, "loss": "ce", "norm": "Linf",
+        "start": "uniform", "tau": None, "confidence": 50.0, "mode": "eval",
     } | more  # fmt: skip
 
 
@@ -27,14 +27,15 @@ def term(
 
 def geometry(lam: float, burn_in: int, **more: Any) -> dict[str, Any]:
     return {
-        "by": None, "normalise": True, "burn_in": burn_in, "kind": "geometry", "shape": "tanh", "lam": lam,
-        "table": [], "official": False,
+        "by": None, "normalise": True, "burn_in": burn_in, "kind": "geometry", "shape": "tanh",
+        "lam": lam, "table": [], "official": False,
     } | more  # fmt: skip
 
 
 def margin(slope: float, bias: float, burn_in: int) -> dict[str, Any]:
     return {
-        "by": None, "normalise": True, "burn_in": burn_in, "kind": "margin", "slope": slope, "bias": bias, "scale": 1.0
+        "by": None, "normalise": True, "burn_in": burn_in, "kind": "margin", "slope": slope,
+        "bias": bias, "scale": 1.0
     }  # fmt: skip
 
 
@@ -53,8 +54,8 @@ NEAR, NEAR_KL, NEAR_CW = (
     pgd(0.031, 0.007, start="gaussian", loss=loss) for loss in ("ce", "kl", "cw")
 )
 MINIMAL = {
-    "kind": "minimal", "d_max": 12 / 255, "steps": 10, "step_scale": 2.5, "bisections": 10, "loss": "ce",
-    "norm": "Linf", "start": "uniform",
+    "kind": "minimal", "d_max": 12 / 255, "steps": 10, "step_scale": 2.5, "bisections": 10,
+    "loss": "ce", "norm": "Linf", "start": "uniform",
 }  # fmt: skip
 
 # Name -> attacks, terms; LRAT and LRAT-TRADES alone divide by the mean weight (L eq. 17).
@@ -224,7 +225,10 @@ PGD = {"kind": "pgd"}
                 "b": {"on": "fgsm", "weight": {"kind": "geometry"}},
             },
             [
-                "terms.a.weight: official weights divide by floor(steps / 2): attacks.one.steps must be 2 or more",
+                (
+                    "terms.a.weight: official weights divide by floor(steps / 2): "
+                    "attacks.one.steps must be 2 or more"
+                ),
                 "terms.b.weight: geometry weights take kappa from pgd; 'fgsm' is apgd",
             ],
         ),

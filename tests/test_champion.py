@@ -336,7 +336,8 @@ def test_a_version_gets_the_aliases_that_it_earned(
         "autoattack.examples": "56",
     }, "the facts that the next version is compared with"
     assert work.tracker.described.startswith(
-        "new, seed 0, best epoch: 40.00% under AA (95% 39.00% to 41.00%), 90.00% clean, Linf eps 0.03137, "
+        "new, seed 0, best epoch: 40.00% under AA (95% 39.00% to 41.00%), 90.00% clean, Linf eps "
+        "0.03137, "
         "56 of 10000 test examples. As a champion: "
     )
     verdict = f"{outcome.facts.verdict}, {outcome.facts.reason}"

@@ -117,7 +117,8 @@ def test_nothing_listens_to_the_world_but_a_dashboard_that_kuberay_must_reach() 
 def test_no_secret_is_in_the_files(path: Path) -> None:
     text = path.read_text()
     assert not re.search(
-        r"AKIA[0-9A-Z]{16}|BEGIN [A-Z ]*PRIVATE KEY|\b[0-9a-f]{32,}\b|(?=[A-Za-z+]*\d)[A-Za-z0-9+]{40,}",
+        r"AKIA[0-9A-Z]{16}|BEGIN [A-Z ]*PRIVATE "
+        r"KEY|\b[0-9a-f]{32,}\b|(?=[A-Za-z+]*\d)[A-Za-z0-9+]{40,}",
         text,
     )
     assert not re.search(r"://[^/\s:@]+:[^/\s:@]+@", text), "a password in a URL"

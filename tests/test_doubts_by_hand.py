@@ -151,7 +151,8 @@ def warnings_of(
 def test_examples_without_a_gradient_are_counted_among_those_that_are_right() -> None:
     (warning,) = warnings_of(Ladder())
     assert warning == (
-        "3 of 8 examples looked at have zero CE gradient (its softmax saturates): attacks on the CE loss are unreliable"
+        "3 of 8 examples looked at have zero CE gradient (its softmax saturates): attacks on the "
+        "CE loss are unreliable"
     )
     assert warnings_of(Ladder(), (Square(),)) == (), "Square needs no gradient"
     assert warnings_of(Ladder(), (Square(), FAB())) == (warning,)
@@ -206,7 +207,10 @@ def test_which_attacks_a_model_allows() -> None:
     ):
         assert adapt_attack(attack, nature(least)) == (attack, None)
         if least > 2:
-            told = f"the {attack.loss} loss needs {least} logits, the model has {least - 1}: run with the cw loss"
+            told = (
+                f"the {attack.loss} loss needs {least} logits, the model has {least - 1}: "
+                "run with the cw loss"
+            )
             assert adapt_attack(attack, nature(least - 1)) == (
                 attack.model_copy(update={"loss": "cw"}),
                 told,

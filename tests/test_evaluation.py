@@ -459,7 +459,7 @@ def test_logits_of_another_precision(kind):
 
 
 def test_logits_that_are_no_numbers_are_wrong_answers(tmp_path):
-    """In rows that the checks before the attacks do not look at; a second run finds them the same."""
+    """In rows that the checks before the attacks skip; a second run gives the same results."""
     x = torch.rand(300, 1, 8, 8) / 2
     x[-1] = 1
     attack = PGD(eps=0.01, steps=1)

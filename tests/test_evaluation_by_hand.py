@@ -133,7 +133,8 @@ def test_the_report_in_numbers_by_hand() -> None:
         assert found.intervals[name] == pytest.approx((interval.low, interval.high), abs=1e-6)
     low, high = (f"{bound:.2%}" for bound in found.intervals["robust"])
     assert repr(found) == (
-        f"RobustnessReport(8 examples, Linf eps 0.05: clean 75.00%, robust 25.00% (95%: {low} to {high}), "
+        f"RobustnessReport(8 examples, Linf eps 0.05: clean 75.00%, robust 25.00% (95%: {low} to "
+        f"{high}), "
         "after a, b, c; 0 warnings)"
     )
 

@@ -128,7 +128,7 @@ def test_rows_that_are_done_spend_no_more_queries(monkeypatch):
 
 
 def straight(points, eps, norm, steps=100, offset=-2.8, **settings):
-    """FAB where z_1 - z_0 = 3 a + b + offset on images of two pixels a, b, and the true class is 0."""
+    """FAB on images of two pixels a, b of class 0, with z_1 - z_0 = 3 a + b + offset."""
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(2, 2)).double()
     with torch.no_grad():
         net[1].weight.copy_(torch.tensor([[0.0, 0.0], [3.0, 1.0]]))
@@ -163,7 +163,7 @@ def test_two_steps_by_hand_linf():
 
 
 def test_one_step_by_hand_l2():
-    """w = (3, 1), gap 0.8: the move is 0.8 / 10 * w = (.24, .08), of length 0.253, overshot by 5%."""
+    """w = (3, 1), gap 0.8: the move is 1.05 * 0.8 / 10 * w; 0.8 / 10 * w has the length 0.253."""
     result, seen = straight([[0.5, 0.5]], 0.27, "L2")
     np.testing.assert_allclose(seen[2], [[0.5 + 1.05 * 0.24, 0.5 + 1.05 * 0.08]], atol=1e-12)
     np.testing.assert_allclose(result.x_adv.view(1, 2), seen[2], atol=1e-12)
@@ -221,8 +221,8 @@ def test_projection_in_the_box(norm):
 
 def test_defaults_are_those_of_autoattack():
     assert FAB().to_json_dict() == {
-        "kind": "fab", "eps": 8 / 255, "steps": 100, "norm": "Linf", "targets": 9, "restarts": 1, "alpha_max": 0.1,
-        "eta": 1.05, "beta": 0.9,
+        "kind": "fab", "eps": 8 / 255, "steps": 100, "norm": "Linf", "targets": 9, "restarts": 1,
+        "alpha_max": 0.1, "eta": 1.05, "beta": 0.9,
     }  # fmt: skip
 
 

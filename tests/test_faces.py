@@ -123,7 +123,7 @@ def some_learned(model: nn.Module, digits: Dataset) -> dict[str, Tensor]:
 
 
 class Stepped:
-    """One step on digits: what it found, its gradient as one vector, and batch norms' statistics."""
+    """One step on digits: its result, gradient as one vector, and batch norm statistics."""
 
     def __init__(
         self,

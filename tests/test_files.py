@@ -1,4 +1,4 @@
-"""Files are written completely or not at all; a folder on disk or in a bucket has exactly one name."""
+"""Files are written completely or not at all; a folder or bucket has exactly one name."""
 
 import os
 from pathlib import Path

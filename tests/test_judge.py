@@ -1,4 +1,4 @@
-"""One model under one attack on a test set: which examples, which files, and which names in MLflow."""
+"""One model under one attack on a test set: its examples, files, and names in MLflow."""
 
 import json
 from collections.abc import Mapping

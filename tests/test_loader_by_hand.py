@@ -182,7 +182,7 @@ def test_a_test_label_that_training_lacks_is_refused(tmp_path: Path) -> None:
 def test_a_copy_that_processes_share_has_all_of_the_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also the pseudo-labelled images, numbered after those of the training set, and their share."""
+    """Also pseudo-labelled images, numbered after the training set, and their share."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     spec = write_arrays(tmp_path, np.arange(30) % 3)
     write_pseudo_labeled_npz(

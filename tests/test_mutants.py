@@ -69,7 +69,10 @@ def test_all_changes_of_a_small_source() -> None:
 
 
 def test_lines_stay_where_they_are() -> None:
-    source = "def f(a,\n  b):\n  return g(\n    a,\n    key=b,  # one, two\n  ) if (\n    a and\n    b\n  ) else 0\n"
+    source = (
+        "def f(a,\n  b):\n  return g(\n    a,\n    key=b,  # one, two\n"
+        "  ) if (\n    a and\n    b\n  ) else 0\n"
+    )
     for site in find_sites(source):
         for edit in site.edits:
             mutated = source[: edit.start] + edit.text + source[edit.end :]

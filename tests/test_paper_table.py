@@ -83,7 +83,7 @@ def test_every_number_of_the_table_that_we_have_gets_a_line() -> None:
 
 
 def test_seeds_count_once_each_and_the_median_is_compared() -> None:
-    """Skewed: the mean would be 44.0. Natural accuracy is that of any attack, once for each seed."""
+    """Skewed: the mean would be 44.0. Any attack gives the natural accuracy, once a seed."""
     shares = {0: 0.48, 1: 0.36, 2: 0.48}
     have = [
         judged("AT", share, seed=seed, clean=0.8 + seed / 100, attack=attack)

@@ -29,8 +29,10 @@ def run(attack):
 def expected(attack, starts, loss=None):
     return [
         slow_pgd(
-            NET, x, int(y), start, eps=attack.eps, step=attack.step_size, steps=attack.steps, loss=loss or attack.loss,
-            norm=attack.norm, tau=None if attack.tau is None else int(attack.tau), confidence=attack.confidence,
+            NET, x, int(y), start, eps=attack.eps, step=attack.step_size, steps=attack.steps,
+            loss=loss or attack.loss,
+            norm=attack.norm, tau=None if attack.tau is None else int(attack.tau),
+            confidence=attack.confidence,
         )
         for x, y, start in zip(X, Y, starts, strict=True)
     ]  # fmt: skip
@@ -120,8 +122,8 @@ def test_defaults_are_the_papers():
     mode.
     """
     assert PGD().to_json_dict() == {
-        "kind": "pgd", "eps": 8 / 255, "step_size": 2 / 255, "steps": 10, "loss": "ce", "norm": "Linf",
-        "start": "uniform", "tau": None, "confidence": 50.0, "mode": "eval",
+        "kind": "pgd", "eps": 8 / 255, "step_size": 2 / 255, "steps": 10, "loss": "ce",
+        "norm": "Linf", "start": "uniform", "tau": None, "confidence": 50.0, "mode": "eval",
     }  # fmt: skip
 
 
@@ -142,7 +144,7 @@ def test_a_pixel_without_gradient_stays(norm):
 
 
 def test_train_mode_is_only_for_the_attack():
-    """mode `train`: batch statistics while attacking; the model comes back in the mode that it had."""
+    """mode `train` uses batch statistics in the attack, then restores the model's mode."""
     norm = torch.nn.BatchNorm1d(12, affine=False).double()
     modes = []
     norm.register_forward_hook(lambda module, args, output: modes.append(module.training))

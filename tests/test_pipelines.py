@@ -54,7 +54,9 @@ TINY = [*SET, "--set", "stages.tune.trials=2", "--set", "stages.autoattack.n=10"
 NEEDS_RAY = pytest.mark.needs_ray
 LAM = "method.terms.pgd.weight.lam"
 CHEAP = """\
-set: {epochs: 4, data.val_size: 50, data.train_size: 600, batch_size: 32, "*.eps": 0.02, "*.attacks.*.steps": 2}
+set:
+  {epochs: 4, data.val_size: 50, data.train_size: 600, batch_size: 32, "*.eps": 0.02,
+   "*.attacks.*.steps": 2}
 stages:
   - {kind: train, runs: {AT: {method: at}}, seeds: [0]}
   - {kind: autoattack, attacks: {APGD: apgd-ce}, n: 60}
@@ -350,7 +352,7 @@ def _configs(name: str) -> list[TrainingConfig]:
 
 @pytest.mark.slow
 def test_every_row_of_every_pipeline_trains(tmp_path: Path) -> None:
-    """One small epoch of each run, in this process; what several pipelines share is trained once."""
+    """One small epoch of each run, in this process; runs that pipelines share train once."""
     found = {name: _configs(name) for name in list_builtin_pipelines()}
     assert all(found.values())
     rows = {
@@ -579,7 +581,10 @@ def test_everything_wrong_is_said_at_once(workdir: Path, capsys) -> None:
         "stages.7 (tune): its label 'at' is that of stages.6",
         "stages.9 (promote): set: no setting 'epochz'; nearest: epochs",
         "stages.9 (promote): set: model.name: no model 'nosuch'",
-        "stages.10 (autoattack): attacks.AA: eps = 8: epsilon means pixels in [0, 1]; did you mean 8/255?",
+        (
+            "stages.10 (autoattack): attacks.AA: eps = 8: epsilon means pixels in [0, 1]; "
+            "did you mean 8/255?"
+        ),
         "stages.11 (register): name = 'a/b:c': use letters, digits",
     ]
     assert len(lines) == len(expected)

@@ -168,7 +168,8 @@ def test_a_schedule_changes_the_keys_from_its_own_epoch_on(epoch: int) -> None:
 
 
 QUICK: dict[str, Any] = {
-    "epochs": 3, "batch_size": 64, "validation.attacks": {"pgd": {"kind": "pgd", "steps": 1}}, "validation.finish": {},
+    "epochs": 3, "batch_size": 64, "validation.attacks": {"pgd": {"kind": "pgd", "steps": 1}},
+    "validation.finish": {},
     "validation.scales": [], "validation.objective": "clean",
 }  # fmt: skip
 

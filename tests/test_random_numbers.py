@@ -167,10 +167,13 @@ def test_streams_are_independent():
     """
     parent = rng(3000)
     streams = [
-        parent, parent.derive_stream("a"), parent.derive_stream("b"), parent.derive_stream("a", "b"), parent.derive_stream("b", "a"),
-        parent.derive_stream("a").derive_stream("b"), parent.derive_stream("a", 0), parent.derive_stream("a", 1), parent.derive_stream("a", 10),
+        parent, parent.derive_stream("a"), parent.derive_stream("b"),
+        parent.derive_stream("a", "b"), parent.derive_stream("b", "a"),
+        parent.derive_stream("a").derive_stream("b"), parent.derive_stream("a", 0),
+        parent.derive_stream("a", 1), parent.derive_stream("a", 10),
         rng(3000, seed=4), rng(3000, seed=-3), ExampleRng.for_examples(torch.arange(3000), 3, "a"),
-        ExampleRng.for_examples(torch.arange(3000) + 1, 3), ExampleRng.for_examples(torch.arange(3000), 4, "a"),
+        ExampleRng.for_examples(torch.arange(3000) + 1, 3),
+        ExampleRng.for_examples(torch.arange(3000), 4, "a"),
     ]  # fmt: skip
     draws = np.array([stream.uniform((4,), torch.float64).flatten().numpy() for stream in streams])
     off_diagonal = np.corrcoef(draws)[~np.eye(len(draws), dtype=bool)]

@@ -80,7 +80,8 @@ def test_uniform_in_the_ball(attack, which):
 
 
 @pytest.mark.parametrize(("attack", "which", "radius"), [
-    (APGD(eps=0.4, steps=1, norm="L2"), 1, 0.4), (FAB(eps=0.4, steps=1, targets=1, restarts=2, norm="L2"), 3, 0.2),
+    (APGD(eps=0.4, steps=1, norm="L2"), 1, 0.4),
+    (FAB(eps=0.4, steps=1, targets=1, restarts=2, norm="L2"), 3, 0.2),
 ], ids=repr)  # fmt: skip
 def test_on_the_sphere(attack, which, radius):
     """APGD starts at eps, FAB's second start at eps / 2."""

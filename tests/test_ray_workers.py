@@ -1,4 +1,4 @@
-"""Trials on several workers of Ray: they survive, fail, are stopped, and give back what they held."""
+"""Trials on several Ray workers: they survive, fail, are stopped, and release their resources."""
 
 from pathlib import Path
 from typing import Any

@@ -305,7 +305,10 @@ def test_a_regression_is_a_verdict_of_worse_or_a_number_below_the_floor() -> Non
     best = judged("b", 0.4321)
     worse = changes(test=TEST)
     assert ReportStage()._find_regressions(best, worse) == [
-        "AA of the chosen checkpoint fell from 50.00% to 43.21% (30 examples lost, 10 gained, p = 0.0022)"
+        (
+            "AA of the chosen checkpoint fell from 50.00% to 43.21% (30 examples lost, 10 gained, "
+            "p = 0.0022)"
+        )
     ]
     for verdict in ("better", "tie", "cannot tell"):
         other = changes(test=replace(TEST, verdict=verdict))
@@ -325,7 +328,8 @@ def test_a_regression_is_a_verdict_of_worse_or_a_number_below_the_floor() -> Non
 def test_the_line_to_read() -> None:
     best = judged("b", 0.4321, 0.8765, seed=2)
     assert _build_verdict_banner(best, []) == Banner(
-        "No regression. b, seed 2, best epoch, chosen on validation: 43.21% under AA (95% 42.21% to 44.21%), "
+        "No regression. b, seed 2, best epoch, chosen on validation: 43.21% under AA (95% 42.21% "
+        "to 44.21%), "
         "87.65% clean.",
         is_good=True,
     )

@@ -25,7 +25,7 @@ SMALL = [part for setting in SETTINGS for part in ("--set", setting)]
 
 @pytest.fixture
 def tune(ray_cluster, empty_store, workdir: Path, monkeypatch: pytest.MonkeyPatch):
-    """Starts `raysweep tune gairat ...` as a process of its own, on the cluster that is already up."""
+    """Function that starts `raysweep tune gairat ...` in a process, on the running cluster."""
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     empty_store(workdir / "mlflow.db")
     started = []

@@ -279,8 +279,8 @@ def test_a_run_does_not_resume_with_other_settings(
         check_resumable(saved, apply_overrides(config, changes), digits.fingerprint)
     (line,) = error.value.problems
     assert (
-        line
-        == f"{tmp_path / 'run'} holds a run with other settings: choose another --name, or delete the folder"
+        line == f"{tmp_path / 'run'} holds a run with other settings: choose another --name, "
+        "or delete the folder"
     )
 
 

@@ -72,7 +72,8 @@ def slow(attack, row, restart=0):
         for block in range(0, queries, 100)
     ]
     return slow_square_l2(
-        NET, X[row], int(Y[row]), grid_signs, grid_turned, shared(rng.derive_stream("windows"), queries, 5),
+        NET, X[row], int(Y[row]), grid_signs, grid_turned,
+        shared(rng.derive_stream("windows"), queries, 5),
         torch.cat(blocks).numpy(), eps=attack.eps, p_init=attack.p_init,
     )  # fmt: skip
 
@@ -261,8 +262,9 @@ def test_windows_linf():
 
 @pytest.mark.parametrize(
     ("query", "p"),
-    [(0, 0.8), (10, 0.8), (11, 0.4), (50, 0.4), (51, 0.2), (200, 0.2), (201, 0.1), (500, 0.1), (501, 0.05),
-     (1000, 0.05), (1001, 0.025), (2000, 0.025), (2001, 0.0125), (4000, 0.0125), (4001, 0.00625), (6000, 0.00625),
+    [(0, 0.8), (10, 0.8), (11, 0.4), (50, 0.4), (51, 0.2), (200, 0.2), (201, 0.1), (500, 0.1),
+     (501, 0.05), (1000, 0.05), (1001, 0.025), (2000, 0.025), (2001, 0.0125), (4000, 0.0125),
+     (4001, 0.00625), (6000, 0.00625),
      (6001, 0.003125), (8000, 0.003125), (8001, 0.0015625), (99999, 0.0015625)],
 )  # fmt: skip
 def test_schedule_of_the_windows_share(query, p):
@@ -273,7 +275,8 @@ def test_schedule_of_the_windows_share(query, p):
 
 def test_defaults_are_those_of_autoattack():
     assert Square().to_json_dict() == {
-        "kind": "square", "eps": 8 / 255, "queries": 5000, "norm": "Linf", "restarts": 1, "p_init": 0.8,
+        "kind": "square", "eps": 8 / 255, "queries": 5000, "norm": "Linf", "restarts": 1,
+        "p_init": 0.8,
     }  # fmt: skip
 
 

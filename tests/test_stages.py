@@ -87,7 +87,8 @@ about: {about}
 set: {{data.val_size: 50, data.train_size: 64}}
 stages:
   - {{kind: train, runs: {{AT: {{method: at}}}}, seeds: [0]}}
-  - {{kind: train, runs: {{LRAT: {{method: lrat, set: {{epochs: 3}}}}}}, seeds: [0], set: {{epochs: 4, seed: 1}}}}
+  - {{kind: train, runs: {{LRAT: {{method: lrat, set: {{epochs: 3}}}}}}, seeds: [0],
+     set: {{epochs: 4, seed: 1}}}}
   - {{kind: promote}}
   - {{kind: autoattack}}
   - {{kind: report}}
@@ -197,7 +198,10 @@ def test_the_command_line_reaches_one_stage_or_all_of_a_kind(file: Path) -> None
     )
     assert settings.from_pipeline == {"data.val_size": 50, "data.train_size": 64}
     for path, words in {
-        "stages": "expected stages.STAGE.SETTING=..., where STAGE is a number or one of train, promote, autoattack",
+        "stages": (
+            "expected stages.STAGE.SETTING=..., where STAGE is a number or one of train, promote, "
+            "autoattack"
+        ),
         "stages.train": "expected stages.STAGE.SETTING",
         "stages.7.seeds": "expected stages.STAGE.SETTING",
         "stages.promote.topp": "no setting 'topp'; nearest: top",

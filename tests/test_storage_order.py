@@ -169,7 +169,7 @@ def test_a_drop_that_is_cut_off_leaves_no_checkpoint(served, machines) -> None:
 
 
 def test_a_machine_sees_a_new_checkpoint_only_when_all_of_it_is_there(served, machines) -> None:
-    """The old local copy is kept as long as `meta.json` is the same, and then replaced as a whole."""
+    """The old local copy stays while `meta.json` is the same; then all of it is replaced."""
     gate, _ = served
     storage.push_to_bucket(written(machines("one") / "run", "old"))
     assert_seen(machines("other") / "run", "old")

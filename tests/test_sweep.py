@@ -128,8 +128,8 @@ def test_mlflow_has_one_parent_and_one_run_for_each_trial(finished) -> None:
         in described
     )
     assert (
-        f"alpha={best.params[ALPHA]:.6g}\n- next: `raysweep eval {ledger.best_checkpoint_path(best)}`"
-        in described
+        f"alpha={best.params[ALPHA]:.6g}\n"
+        f"- next: `raysweep eval {ledger.best_checkpoint_path(best)}`" in described
     )
 
 
@@ -481,7 +481,10 @@ def test_failures_are_told_apart(tmp_path) -> None:
             work()
         return failure_report(error.value, tiny("at"), tmp_path)
 
-    hint = "out of memory: lower batch_size (now 32) or raise --cpus-per-trial, so that fewer run at once"
+    hint = (
+        "out of memory: lower batch_size (now 32) or raise --cpus-per-trial, "
+        "so that fewer run at once"
+    )
     assert met(lambda: torch.empty(2**60)) == {"failed": hint}
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60)

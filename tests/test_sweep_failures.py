@@ -22,19 +22,23 @@ from raysweep.training.failure_reports import (
 )
 from raysweep.training.trainer import TrainingFailed
 
+OUT_OF_MEMORY = (
+    "out of memory: lower batch_size (now 16) or raise --cpus-per-trial, so that fewer run at once"
+)
+
 
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
         (TrainingFailed("the loss became nan in epoch 3"), "the loss became nan in epoch 3"),
-        (SpecError(["epochs = 0: at least 1", "seed = x: a number"]), "epochs = 0: at least 1\nseed = x: a number"),
+        (SpecError(["epochs = 0: at least 1", "seed = x: a number"]),
+         "epochs = 0: at least 1\nseed = x: a number"),
+        (MemoryError(), OUT_OF_MEMORY),
         (
-            MemoryError(),
-            "out of memory: lower batch_size (now 16) or raise --cpus-per-trial, so that fewer run at once",
-        ),
-        (
-            RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"),
-            "out of memory: lower batch_size (now 16) or raise --cpus-per-trial, so that fewer run at once",
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"
+            ),
+            OUT_OF_MEMORY,
         ),
     ],
 )  # fmt: skip
@@ -91,7 +95,8 @@ def test_a_report_is_kept_for_the_next_workers_until_it_is_forgotten(tmp_path: P
     [
         ("", "its process or its node died"),
         ("The actor died because its node has died.", "its process or its node died"),
-        ("Preempted by another: the node running low on memory.", "its process was killed because the node ran out"),
+        ("Preempted by another: the node running low on memory.",
+         "its process was killed because the node ran out"),
         ("The actor is dead because its node was preempted.", "its node was preempted"),
     ],
 )  # fmt: skip

@@ -159,11 +159,14 @@ def test_shares_at_the_limit_are_accepted() -> None:
         # Two workers may be on different nodes; a single worker needs one node.
         (Resources(cpus=2, workers=2), {"CPU": 4.0}, [{"CPU": 1.0}] * 4, 2),
         (Resources(cpus=4, workers=2), {"CPU": 9.0}, [{"CPU": 3.0}] * 3, 1),
-        (Resources(cpus=2, gpus=2, workers=2), {"CPU": 8.0, "GPU": 3.0}, [{"CPU": 4.0, "GPU": 1.5}] * 2, 1),
-        (Resources(cpus=2, gpus=2, workers=2), {"CPU": 9.0, "GPU": 4.0}, [{"CPU": 1.0, "GPU": 4.0}, {"CPU": 8.0}], 0),
+        (Resources(cpus=2, gpus=2, workers=2), {"CPU": 8.0, "GPU": 3.0},
+         [{"CPU": 4.0, "GPU": 1.5}] * 2, 1),
+        (Resources(cpus=2, gpus=2, workers=2), {"CPU": 9.0, "GPU": 4.0},
+         [{"CPU": 1.0, "GPU": 4.0}, {"CPU": 8.0}], 0),
         # Twenty workers of 0.49 would fit, but not with the process that waits for each pair.
         (Resources(cpus=1, workers=2), {"CPU": 9.9}, [{"CPU": 9.9}], 9),
-        (Resources(cpus=3, gpus=1, workers=3), {"CPU": 6.0, "GPU": 2.0}, [{"CPU": 6.0, "GPU": 2.0}], 2),
+        (Resources(cpus=3, gpus=1, workers=3), {"CPU": 6.0, "GPU": 2.0},
+         [{"CPU": 6.0, "GPU": 2.0}], 2),
     ],
 )  # fmt: skip
 def test_how_many_trials_fit(resources: Resources, cluster: dict, nodes: list, trials: int) -> None:
@@ -449,7 +452,10 @@ def test_a_plan_in_words(
         "64 training and 50 validation examples",
         "95% interval of the objective: +-0.192",
         "a trial holds 2 CPU(s) and 0 GPU(s), shared by 2 workers; 2 run at once",
-        "one epoch with validation takes about 3.0 s, estimated from a few steps of one worker here",
+        (
+            "one epoch with validation takes about 3.0 s, estimated from a few steps "
+            "of one worker here"
+        ),
         "about 9 epochs in all (12 without early stopping):",
         "27.0 s of trials, 13.5 s from start to end",
     ]

@@ -38,7 +38,8 @@ def piecewise(values: list[float]) -> dict[str, Any]:
 def config(method: str, **changes: Any) -> TrainingConfig:
     lr, weight_decay, eps = (piecewise(list(values)) for values in zip(*PLAN, strict=True))
     settings = {
-        "epochs": 3, "batch_size": BATCH, "seed": SEED, "data.val_size": 20, "data.train_size": ROWS,
+        "epochs": 3, "batch_size": BATCH, "seed": SEED, "data.val_size": 20,
+        "data.train_size": ROWS,
         "optim.lr": lr, "optim.weight_decay": weight_decay, "method.attacks.pgd.steps": STEPS,
         "method.attacks.pgd.eps": eps, "method.attacks.pgd.step_size": STEP_SIZE, **QUICK, **PLAIN,
     }  # fmt: skip

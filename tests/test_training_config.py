@@ -1,4 +1,4 @@
-"""The config of a run: layers of settings, the defaults of data sets, and settings without effect."""
+"""The config of a run: layers of settings, defaults of data sets, settings without effect."""
 
 from typing import Any
 
@@ -119,16 +119,23 @@ def test_the_burn_in_of_a_run_is_its_longest() -> None:
 @pytest.mark.parametrize(
     ("method", "changes", "starts"),
     [
-        ("gairat", {"*.burn_in": 8}, ["method.terms.pgd.weight.burn_in = 8: the weights never act in 8 epochs"]),
+        ("gairat", {"*.burn_in": 8},
+         ["method.terms.pgd.weight.burn_in = 8: the weights never act in 8 epochs"]),
         ("gairat", {"*.burn_in": 7}, []),
-        ("gairat", {"*.burn_in": 1, "epochs": 1}, ["method.terms.pgd.weight.burn_in = 1: the weights never act in 1"]),
-        ("at", {"data.data_dir": "/there"}, ["data.data_dir = /there: not read: digits come with scikit-learn"]),
+        ("gairat", {"*.burn_in": 1, "epochs": 1},
+         ["method.terms.pgd.weight.burn_in = 1: the weights never act in 1"]),
+        ("at", {"data.data_dir": "/there"},
+         ["data.data_dir = /there: not read: digits come with scikit-learn"]),
         ("rst", {"data.data_dir": "/there", "data.unlabeled": "more.npz"}, []),
         ("rst", {}, ["data.unlabeled is not set: rst trains on labelled data alone"]),
-        ("gair-rst", {"*.burn_in": 1}, ["data.unlabeled is not set: gair-rst trains on labelled data alone"]),
-        ("mma", {"compute.compile": True}, ["compute.compile = true: method.attacks.minimal shrinks its batch"]),
+        ("gair-rst", {"*.burn_in": 1},
+         ["data.unlabeled is not set: gair-rst trains on labelled data alone"]),
+        ("mma", {"compute.compile": True},
+         ["compute.compile = true: method.attacks.minimal shrinks its batch"]),
         ("at", {"compute.compile": True}, []),
-        ("at", {"compute.compile": True, "method.attacks.pgd.tau": 0}, ["compute.compile = true: method.attacks.pgd"]),
+        ("at", {"compute.compile": True, "method.attacks.pgd.tau": 0},
+
+         ["compute.compile = true: method.attacks.pgd"]),
         ("trades", {"compute.train": "bf16"}, []),
     ],
 )  # fmt: skip
@@ -150,7 +157,7 @@ def test_auto_is_resolved_for_a_device_and_explicit_choices_stay() -> None:
 
 
 def test_a_config_without_settings_has_the_documented_defaults() -> None:
-    """Those of the papers for CIFAR-10: 100 epochs, batches of 128, the rate falling at 60 and 90."""
+    """The papers' for CIFAR-10: 100 epochs, batches of 128, lower rates from epochs 60 and 90."""
     config = TrainingConfig.from_data({"method": "at"})
     assert (config.epochs, config.batch_size, config.seed, config.collapse_after) == (
         100,

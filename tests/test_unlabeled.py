@@ -207,7 +207,7 @@ def test_pseudo_labels():
 
 @pytest.fixture(scope="module")
 def pseudo_labeled(tmp_path_factory):
-    """Few labelled digits, and a file of the others with the labels of a model trained on the few."""
+    """A few labelled digits, and a file of the others labelled by a model trained on the few."""
     folder = tmp_path_factory.mktemp("pseudo_labeled")
     few = load_data(DataSpec(val_size=100, train_size=400))
     with np.load(_rest(folder, few)) as rest:

@@ -232,7 +232,7 @@ def moves(made) -> np.ndarray:
 
 
 def test_a_bundle_of_a_smaller_radius_than_its_examples_is_refused(made, tmp_path: Path) -> None:
-    """Even if eps is smaller by only a hundredth or a thousandth; in L2 too, for the same examples."""
+    """Even if eps is smaller by a hundredth or a thousandth; the same examples in L2, too."""
     lengths = {"Linf": np.abs(moves(made)).max(1), "L2": np.sqrt((moves(made) ** 2).sum(1))}
     for number, (norm, length) in enumerate(lengths.items()):
         longest = float(length.max())

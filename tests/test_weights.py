@@ -51,7 +51,7 @@ def look(kappa, steps):
 @pytest.mark.parametrize("function", SHAPES)
 @pytest.mark.parametrize("lam", ["-3.0", "-1.0", "-0.5", "0.0", "1.0", "3.0", "inf"])
 def test_official_geometry_weights(steps, function, lam):
-    """The authors' GAIR(K, kappa, lambda, function), normalised; for even K they are the paper's."""
+    """The authors' GAIR(K, kappa, lambda, function), normalised; the paper's for even K."""
     data = stored("weights")
     kappa = data[f"gair.K{steps}.kappa"].long()
     settings = {} if function == "Discrete" else {"lam": float(lam)}
@@ -146,7 +146,7 @@ def test_lambda_schedules_and_burn_in():
 
 
 def test_mail_weights():
-    """PM and weight as MAIL's code computes them from the logits, for the three methods' settings."""
+    """PM and weight as MAIL's code computes them from logits, for three methods' settings."""
     data = stored("weights")
     logits, y = data["mail.logits"].double(), data["mail.y"]
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Losses and weights by hand, for few classes, odd numbers of steps and the ends of their ranges."""
+"""Losses and weights by hand: few classes, odd numbers of steps, ends of their ranges."""
 
 import math
 
@@ -188,7 +188,8 @@ def test_margin_weights():
         )
         assert weight[0] < weight[1] < weight[2]
     assert ProbabilisticMarginWeight().to_json_dict() == {
-        "kind": "margin", "by": None, "normalise": True, "burn_in": 0, "slope": 10.0, "bias": -0.5, "scale": 1.0,
+        "kind": "margin", "by": None, "normalise": True, "burn_in": 0, "slope": 10.0, "bias": -0.5,
+        "scale": 1.0,
     }  # fmt: skip
 
 

@@ -77,7 +77,8 @@ x, y = torch.rand(8, 1, 8, 8), torch.arange(8)
 report = raysweep.evaluate(__import__("mine").make(), x, y, attack="pgd20", eps=0.1)
 sweep = raysweep.load_sweep("sweeps/one")
 tables = [list(sweep.trials["state"]), [list(index) for index in sweep.epochs.index]]
-shapes = [list(raysweep.load(path)(x).shape) for path in ("runs/mine", "runs/others/stored", sweep.best)]
+paths = ("runs/mine", "runs/others/stored", sweep.best)
+shapes = [list(raysweep.load(path)(x).shape) for path in paths]
 modules = sorted({"ray", "mlflow"} & set(sys.modules))
 print(json.dumps([results, report.robust_accuracy, modules, tables, shapes]))
 """
@@ -88,7 +89,8 @@ tests = Path(sys.argv[1])
 sys.path.insert(0, str(tests))
 import conftest
 shutil.rmtree(os.environ["RAYSWEEP_CACHE"])
-print(json.dumps([file.name for file in tests.glob("test_*.py") if conftest.pytest_ignore_collect(file)]))
+files = tests.glob("test_*.py")
+print(json.dumps([file.name for file in files if conftest.pytest_ignore_collect(file)]))
 """
 
 

@@ -108,8 +108,9 @@ def said(command: str, place: Path, env: dict[str, str], data: Path, folder: Pat
     limit = next((s for pattern, s in SECONDS.items() if re.search(pattern, command)), None)
     began = time.monotonic()
     typed = re.sub(r"\bDIR\b", shlex.quote(str(data)), command)
-    process = subprocess.Popen(["bash", "-c", typed], cwd=place, env=env, stdin=subprocess.DEVNULL, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(["bash", "-c", typed], cwd=place, env=env, stdin=subprocess.DEVNULL,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True)  # fmt: skip
     try:
         out, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
@@ -149,7 +150,8 @@ def bucket() -> dict[str, str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ThreadedMotoServer("127.0.0.1", port, verbose=False).start()
-    where = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
+    where = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
+             "AWS_DEFAULT_REGION": "us-east-1",
              "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}  # fmt: skip
     os.environ.update(where)
     boto3.client("s3").create_bucket(Bucket="lab")
