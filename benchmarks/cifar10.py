@@ -21,7 +21,7 @@ from measure import DEVICE, Flops, machine, matrix_rate, table
 
 from raysweep.data import Dataset, load_data
 from raysweep.evaluation import evaluate
-from raysweep.evaluation.device_precision import disable_tf32_and_autocast
+from raysweep.evaluation.float32_precision import disable_tf32_and_autocast
 from raysweep.rng import ExampleRng
 from raysweep.spec import parse_yaml
 from raysweep.training.callbacks import FunctionCallback

@@ -111,7 +111,7 @@ class Method(Spec):
 
     @field_validator("attacks", "terms")
     @classmethod
-    def _check_part_names(cls, parts: dict[str, object]) -> dict[str, object]:
+    def _check_attack_and_term_names(cls, parts: dict[str, object]) -> dict[str, object]:
         """Reject names that paths of settings cannot contain, and an attack called `natural`."""
         for name in parts:
             if name == NATURAL_INPUT and not isinstance(parts[name], Term):

@@ -37,7 +37,7 @@ def build_completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
             if action.metavar in file_completions:
                 action.complete = file_completions[action.metavar]
     bash, zsh = [], []
-    for name, (dest, words) in _list_completions().items():
+    for name, (dest, words) in _collect_names_by_command().items():
         function = f"_raysweep_{name}"
         choices = " ".join(words)
         bash.append(f'{function}() {{ compgen -W "{choices}" -- "$1"; compgen -f -- "$1"; }}')
@@ -48,7 +48,7 @@ def build_completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
     return str(shtab.complete(parser, shell, preamble=preamble))
 
 
-def _list_completions() -> dict[str, tuple[str, list[str]]]:
+def _collect_names_by_command() -> dict[str, tuple[str, list[str]]]:
     """Return command -> (argument that takes a name, the names); the shell adds file names."""
     from raysweep.catalog import METHODS
     from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines

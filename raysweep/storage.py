@@ -111,13 +111,13 @@ def local_path(location: str) -> Path:
         raise SpecError(f"{location}: expected a folder, s3://BUCKET/PATH or gs://BUCKET/PATH")
     queries = [parts.query]
     if parts.scheme == "s3":
-        queries.append(_endpoint_options(parts.query))
+        queries.append(_read_endpoint_from_environment(parts.query))
     query = "&".join(filter(None, queries))
     store = f"{parts.scheme}?{query}".rstrip("?")
     return _cache_root().joinpath(_encode_store_name(store), parts.netloc, *folders)
 
 
-def _endpoint_options(query: str) -> str:
+def _read_endpoint_from_environment(query: str) -> str:
     """Return the S3 server in Amazon's environment variables as options of a URI.
 
     The URI must name the server because other machines may lack these variables.

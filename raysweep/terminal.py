@@ -25,7 +25,7 @@ from raysweep import storage
 from raysweep.formatting import format_clock, format_count
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import param_labels
-from raysweep.training.epoch_metrics import EpochMetrics
+from raysweep.training.metric_history import EpochMetrics
 
 _MAX_ROWS = 20
 _METRIC_COLUMNS = ("clean", "pgd", "cw", "robust_worst", "masking_gap")

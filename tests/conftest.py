@@ -25,7 +25,7 @@ if multiprocessing.parent_process() is None:
     os.environ["RAYSWEEP_CACHE"] = tempfile.mkdtemp(prefix="raysweep-copies-")
 
 import fork_worker
-import forked
+import forked_processes
 import pytest
 import torch
 from filelock import FileLock
@@ -93,7 +93,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files that use Ray first, because they take longest."""
     if any(item.get_closest_marker("ray") for item in items):
-        forked.ALWAYS[:] = forked.COMMANDS
+        forked_processes.ALWAYS[:] = forked_processes.COMMANDS
     items.sort(key=lambda item: not any(item.path.name in files for files in CLUSTERS))
 
 

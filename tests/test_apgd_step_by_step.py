@@ -43,7 +43,7 @@ def run(attack, rows, net=NET, seed=5):
     return result, seen
 
 
-def follow(attack, row, net=NET, seed=5):
+def compare_with_slow_apgd(attack, row, net=NET, seed=5):
     """Run our attack and the slow one on one row from the same starts, and compare every point.
 
     Returns the number of points compared, and whether the row held out: None where rounding decides
@@ -84,7 +84,7 @@ def test_every_point_of_a_run(norm, loss):
     and of others.
     """
     attack = APGD(eps=RADIUS[norm], norm=norm, loss=loss)
-    counts, held = zip(*[follow(attack, row) for row in (2, 3, 11)], strict=True)
+    counts, held = zip(*[compare_with_slow_apgd(attack, row) for row in (2, 3, 11)], strict=True)
     # In L2 the margin's iterates come to rest within 22 steps; from there rounding decides.
     assert (
         counts[0] < 60
@@ -101,18 +101,18 @@ def test_targets_are_the_classes_ranked_after_the_first(norm, eps, rows):
     """
     for row, targets, runs in zip(rows, (9, 2), (5, 2), strict=True):
         attack = APGD(eps=eps, norm=norm, loss="dlr-targeted", steps=30, targets=targets)
-        assert follow(attack, row) == (1 + runs * 31, True)
+        assert compare_with_slow_apgd(attack, row) == (1 + runs * 31, True)
 
 
 def test_a_row_that_breaks_at_its_second_target_is_done():
-    count, held = follow(APGD(eps=0.113, loss="dlr-targeted", steps=30), 3)
+    count, held = compare_with_slow_apgd(APGD(eps=0.113, loss="dlr-targeted", steps=30), 3)
     assert 33 < count < 60 and held is False
 
 
 def test_restarts_keep_the_best():
     """Row 3 has its highest loss neither in the first run nor in the last one."""
     attack = APGD(eps=0.05, loss="dlr", steps=3, restarts=4)
-    assert [follow(attack, row) for row in (0, 3)] == [(17, True)] * 2
+    assert [compare_with_slow_apgd(attack, row) for row in (0, 3)] == [(17, True)] * 2
 
 
 class Cliff(nn.Module):
@@ -145,7 +145,7 @@ def test_equal_losses(eps, norm, rho):
     a new best.
     """
     net = SmallNet(NET.first, NET.first_bias, NET.second, NET.second_bias, levels=8)
-    assert follow(APGD(eps=eps, norm=norm, steps=30, rho=rho), 3, net) == (32, True)
+    assert compare_with_slow_apgd(APGD(eps=eps, norm=norm, steps=30, rho=rho), 3, net) == (32, True)
 
 
 def test_the_first_check_does_not_halve_the_step_because_the_best_stalls():
@@ -153,12 +153,12 @@ def test_the_first_check_does_not_halve_the_step_because_the_best_stalls():
     iterate.
     """
     net = SmallNet(NET.first, NET.first_bias, NET.second, NET.second_bias, levels=4)
-    assert follow(APGD(eps=0.25, norm="L2", steps=3), 1, net, seed=3) == (5, True)
+    assert compare_with_slow_apgd(APGD(eps=0.25, norm="L2", steps=3), 1, net, seed=3) == (5, True)
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 1.0])
 def test_share_of_rising_steps(rho):
-    assert follow(APGD(eps=0.2, norm="L2", steps=30, rho=rho), 3) == (32, True)
+    assert compare_with_slow_apgd(APGD(eps=0.2, norm="L2", steps=30, rho=rho), 3) == (32, True)
 
 
 @pytest.mark.parametrize(("loss", "norm"), [("ce", "L2"), ("dlr-targeted", "Linf")])

@@ -91,7 +91,7 @@ def test_apgd_matches_a_slow_transcription():
 
 
 def slow_apgd(model, x, y, start, eps, steps):
-    def look(z):
+    def loss_and_gradient(z):
         z = z.detach().requires_grad_()
         loss = nn.functional.cross_entropy(model(z), y)
         return loss.item(), torch.autograd.grad(loss, z)[0]
@@ -106,13 +106,13 @@ def slow_apgd(model, x, y, start, eps, steps):
     )
     losses = [0.0] * steps
     z = old = best = start
-    best_loss, grad = look(z)
+    best_loss, grad = loss_and_gradient(z)
     best_grad, step, since, reduced, checked = grad, 2 * eps, 0, True, best_loss
     for i in range(steps):
         momentum = 0.75 if i else 1.0
         moved = clip(z + momentum * (clip(z + step * grad.sign()) - z) + (1 - momentum) * (z - old))
         old, z = z, moved
-        losses[i], grad = look(z)
+        losses[i], grad = loss_and_gradient(z)
         if losses[i] > best_loss:
             best, best_grad, best_loss = z, grad, losses[i]
         since += 1

@@ -8,7 +8,7 @@ import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-import forked
+import forked_processes
 import pytest
 import torch
 
@@ -62,7 +62,7 @@ def interpret(arguments: tuple[str, ...]) -> None:
 
 def python_in_a_fork(*arguments: str, cwd: Path = ROOT) -> str:
     """What `footprint.python` is, without the start of an interpreter."""
-    done = forked.start(interpret, arguments, folder=cwd)
+    done = forked_processes.start_function(interpret, arguments, folder=cwd)
     assert done.wait() == 0, done.err
     return done.out
 
@@ -85,7 +85,7 @@ def test_each_part_ends_with_a_table_of_ratios(
     """
     if request.node.get_closest_marker("ray"):
         request.getfixturevalue("ray_cluster")
-    forked.instead_of_spawn(monkeypatch)
+    forked_processes.replace_spawn(monkeypatch)
     monkeypatch.setattr("footprint.python", python_in_a_fork)
     empty_store(tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")

@@ -10,7 +10,7 @@ from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Trial
 from raysweep.training.callbacks import FunctionCallback, TrainingCallback
 from raysweep.training.checkpoint import TrainingCheckpoint
-from raysweep.training.epoch_metrics import EpochMetrics
+from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
 from raysweep.training.trainer import train_model
 

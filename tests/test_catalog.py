@@ -151,12 +151,12 @@ def test_trades_without_beta_is_standard_training(batch):
 def test_rst_is_trades_with_another_attack(batch):
     assert same_step(
         apply_overrides(METHODS["rst"](), {"attacks.pgd.loss": "kl"}),
-        renamed(METHODS["trades"]()),
+        trades_with_rst_attack_name(METHODS["trades"]()),
         batch,
     )
 
 
-def renamed(trades):
+def trades_with_rst_attack_name(trades):
     """TRADES whose attack has RST's name: random starts are keyed by it."""
     data = trades.to_json_dict()
     data["attacks"] = {"pgd": data["attacks"]["kl"]}

@@ -155,7 +155,7 @@ def test_a_method_of_the_catalog_is_made_anew_each_time() -> None:
         assert make() == make() and make().terms is not make().terms, name
 
 
-def lines(data: dict[str, Any]) -> list[str]:
+def problem_lines(data: dict[str, Any]) -> list[str]:
     with pytest.raises(SpecError) as error:
         Method.from_data(data)
     return error.value.problems
@@ -238,7 +238,7 @@ PGD = {"kind": "pgd"}
 def test_a_method_that_no_step_could_compute_is_refused(
     attacks: dict, terms: dict, expected: list[str]
 ) -> None:
-    found = lines({"attacks": attacks, "terms": terms})
+    found = problem_lines({"attacks": attacks, "terms": terms})
     assert len(found) == len(expected) and all(
         e in f for e, f in zip(expected, found, strict=True)
     ), found
@@ -270,7 +270,7 @@ def test_an_unusual_method_that_can_be_computed_is_accepted() -> None:
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "a b", "x" * 101])
 def test_a_methods_name_must_be_fit_for_a_folder(name: str) -> None:
-    (line,) = lines({"name": name, "terms": {"a": {"on": "natural"}}})
+    (line,) = problem_lines({"name": name, "terms": {"a": {"on": "natural"}}})
     assert "use letters, digits, '-', '_' and '.', not starting with '.'" in line
 
 

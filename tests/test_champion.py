@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import tiny
-from made import made_candidate, made_judgement
+from pipeline_builders import build_candidate, build_evaluation_result
 from rich.console import Console
 from scipy import stats
 from torch import nn
@@ -31,7 +31,7 @@ from raysweep.pipeline.stage import StageContext, TrainingOverrides, UpstreamRes
 from raysweep.training import checkpoint
 
 
-def outcomes(folder: Path, held_out: dict[int, bool]) -> Path:
+def write_outcomes(folder: Path, held_out: dict[int, bool]) -> Path:
     """Write the file with an evaluation's result for each example, its rows in the order given."""
     folder.mkdir(parents=True, exist_ok=True)
     broken_by = [None if held else "apgd-ce" for held in held_out.values()]
@@ -50,10 +50,10 @@ def test_examples_are_paired_by_their_number(tmp_path: Path) -> None:
     """Of examples 0 to 9 the even ones hold out now, those below 6 did before; each file has
     further examples too.
     """
-    new = outcomes(
+    new = write_outcomes(
         tmp_path / "new", {n: n % 2 == 0 for n in (9, 7, 5, 3, 1, 8, 6, 4, 2, 0, 100, 102)}
     )
-    old = outcomes(tmp_path / "old", {n: n < 6 for n in (*range(10), 201, 203, 205)})
+    old = write_outcomes(tmp_path / "old", {n: n < 6 for n in (*range(10), 201, 203, 205)})
     found = compare_shared_examples(new, old)
     assert found is not None
     assert (found.gained, found.lost, found.examples) == (2, 3, 10), (
@@ -65,14 +65,16 @@ def test_examples_are_paired_by_their_number(tmp_path: Path) -> None:
     turned = compare_shared_examples(old, new)
     assert turned is not None and (turned.gained, turned.lost) == (3, 2)
     assert (
-        compare_shared_examples(new, outcomes(tmp_path / "other", dict.fromkeys((11, 13), True)))
+        compare_shared_examples(
+            new, write_outcomes(tmp_path / "other", dict.fromkeys((11, 13), True))
+        )
         is None
     )
 
 
-def judgement(name: str, folder: Path, out: Path, **more: Any) -> EvaluationResult:
-    return made_judgement(
-        made_candidate(name, 0.5),
+def build_result(name: str, folder: Path, out: Path, **more: Any) -> EvaluationResult:
+    return build_evaluation_result(
+        build_candidate(name, 0.5),
         0.4,
         folder=str(folder.relative_to(out)),
         run=f"run-{name}",
@@ -81,8 +83,8 @@ def judgement(name: str, folder: Path, out: Path, **more: Any) -> EvaluationResu
 
 
 def test_verdicts_under_another_protocol_are_not_comparable() -> None:
-    candidate = made_candidate("a", 0.5)
-    base = extract_comparison_protocol(made_judgement(candidate, 0.4))
+    candidate = build_candidate("a", 0.5)
+    base = extract_comparison_protocol(build_evaluation_result(candidate, 0.4))
     assert base == {
         "attack": "AA",
         "standard": True,
@@ -104,7 +106,8 @@ def test_verdicts_under_another_protocol_are_not_comparable() -> None:
     }
     for key, value in changes.items():
         (line,) = find_protocol_differences(
-            extract_comparison_protocol(made_judgement(candidate, 0.4, **{key: value})), tags
+            extract_comparison_protocol(build_evaluation_result(candidate, 0.4, **{key: value})),
+            tags,
         )
         assert line.startswith(f"{key} ") and line.endswith(" now"), line
     assert find_protocol_differences(base, {}) == [
@@ -112,7 +115,9 @@ def test_verdicts_under_another_protocol_are_not_comparable() -> None:
     ]
     assert (
         find_protocol_differences(
-            extract_comparison_protocol(made_judgement(candidate, 0.1, model="vgg13", epochs=3)),
+            extract_comparison_protocol(
+                build_evaluation_result(candidate, 0.1, model="vgg13", epochs=3)
+            ),
             tags,
         )
         == []
@@ -120,7 +125,8 @@ def test_verdicts_under_another_protocol_are_not_comparable() -> None:
     # Six digits are compared, so that 8/255 in float32 is the same.
     assert (
         find_protocol_differences(
-            extract_comparison_protocol(made_judgement(candidate, 0.4, eps=0.03137255)), tags
+            extract_comparison_protocol(build_evaluation_result(candidate, 0.4, eps=0.03137255)),
+            tags,
         )
         == []
     )
@@ -189,28 +195,28 @@ def work(tmp_path: Path) -> StageContext:
     return made
 
 
-def contest(
+def compare_with_champion(
     work: StageContext, gained: int, lost: int, same: int = 50, **more: Any
 ) -> ChampionComparison:
     """Compare a new version with the champion, version 4: it gains and loses this many examples."""
     new = [True] * gained + [False] * lost + [True] * same
     old = [False] * gained + [True] * lost + [True] * same
-    ours = outcomes(work.out / "new", dict(enumerate(new))).parent
-    outcomes(work.out / "shelf" / "run-old", dict(enumerate(old)))
+    ours = write_outcomes(work.out / "new", dict(enumerate(new))).parent
+    write_outcomes(work.out / "shelf" / "run-old", dict(enumerate(old)))
     tags = {
         f"raysweep.{key}": str(value)
-        for key, value in extract_comparison_protocol(judgement("old", ours, work.out)).items()
+        for key, value in extract_comparison_protocol(build_result("old", ours, work.out)).items()
     }
     work.tracker.champion = ("4", "run-old", tags | {"autoattack.robust_accuracy": "0.4"})
     return RegisterStage(name="model")._compare_with_champion(
-        work, judgement("new", ours, work.out, **more), "5"
+        work, build_result("new", ours, work.out, **more), "5"
     )
 
 
 def test_without_a_champion_the_first_version_becomes_it(work: StageContext) -> None:
-    ours = outcomes(work.out / "new", {0: True}).parent
+    ours = write_outcomes(work.out / "new", {0: True}).parent
     found = RegisterStage(name="model")._compare_with_champion(
-        work, judgement("new", ours, work.out), "1"
+        work, build_result("new", ours, work.out), "1"
     )
     assert found.to_stored_dict() == {
         "champion": "1",
@@ -227,7 +233,7 @@ def test_only_a_better_version_becomes_champion(
     work: StageContext, gained, lost, champion, verdict
 ) -> None:
     """p = 2 / 64 if all of six differences are gains, 2 / 32 for five of five."""
-    found = contest(work, gained, lost)
+    found = compare_with_champion(work, gained, lost)
     assert (found.champion, found.verdict, found.previous_champion) == (champion, verdict, "4")
     p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     assert found.test.p == pytest.approx(p)
@@ -239,7 +245,7 @@ def test_only_a_better_version_becomes_champion(
 
 
 def test_under_another_protocol_the_champion_stays(work: StageContext) -> None:
-    found = contest(work, 30, 0, norm="L2")
+    found = compare_with_champion(work, 30, 0, norm="L2")
     assert found.to_stored_dict() == {
         "champion": "4",
         "before": "4",
@@ -249,10 +255,10 @@ def test_under_another_protocol_the_champion_stays(work: StageContext) -> None:
 
 
 def test_on_other_examples_the_champion_stays(work: StageContext) -> None:
-    contest(work, 6, 0)
-    ours = outcomes(work.out / "elsewhere", {1000: True, 1001: True}).parent
+    compare_with_champion(work, 6, 0)
+    ours = write_outcomes(work.out / "elsewhere", {1000: True, 1001: True}).parent
     found = RegisterStage(name="model")._compare_with_champion(
-        work, judgement("new", ours, work.out), "5"
+        work, build_result("new", ours, work.out), "5"
     )
     assert (found.champion, found.verdict, found.reason) == (
         "4",
@@ -262,10 +268,10 @@ def test_on_other_examples_the_champion_stays(work: StageContext) -> None:
 
 
 def test_the_champion_ties_with_itself(work: StageContext) -> None:
-    contest(work, 6, 0)
+    compare_with_champion(work, 6, 0)
     ours = work.out / "new"
     found = RegisterStage(name="model")._compare_with_champion(
-        work, judgement("new", ours, work.out), "4"
+        work, build_result("new", ours, work.out), "4"
     )
     assert found.to_stored_dict() == {
         "champion": "4",
@@ -275,7 +281,7 @@ def test_the_champion_ties_with_itself(work: StageContext) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a network that no test runs."""
     path, model = tmp_path_factory.mktemp("trained") / "run" / "epoch-0001", nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -294,15 +300,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_version_gets_the_aliases_that_it_earned(
-    work: StageContext, trained: Path, capsys, standard, gained, lost, aliases
+    work: StageContext, saved_checkpoint: Path, capsys, standard, gained, lost, aliases
 ) -> None:
     """`aa-verified` if standard AutoAttack judged it, `champion` if that found it better,
     `candidate` always.
     """
-    contest(work, gained, lost)
+    compare_with_champion(work, gained, lost)
     (work.out / "new" / "card.json").write_text('{"autoattack_acc": "40.00", "name": null}')
-    candidate = made_candidate("new", 0.5, checkpoint=str(trained))
-    best = made_judgement(
+    candidate = build_candidate("new", 0.5, checkpoint=str(saved_checkpoint))
+    best = build_evaluation_result(
         candidate,
         0.4,
         folder="new",
@@ -357,7 +363,7 @@ def test_a_version_gets_the_aliases_that_it_earned(
     assert (card["seed"], card["norm"], card["examples"]) == (7, "Linf", 56)
 
 
-def reported(
+def write_earlier_report(
     work: StageContext,
     key: str,
     finished: float,
@@ -367,8 +373,8 @@ def reported(
 ) -> None:
     """The report of an earlier night."""
     folder = work.artifacts_folder / f"03-report-{key}"
-    ours = outcomes(work.out / key, held_out).parent
-    best = judgement(key, ours, work.out).model_copy(update={"robust": robust})
+    ours = write_outcomes(work.out / key, held_out).parent
+    best = build_result(key, ours, work.out).model_copy(update={"robust": robust})
     facts = {
         "best": best.to_json_dict(),
         "protocol": extract_comparison_protocol(best),
@@ -389,23 +395,23 @@ def test_a_night_is_compared_with_the_last_good_one(work: StageContext) -> None:
     work.stage_digest = "now"
     assert _find_previous_report(work) is None
     examples = dict.fromkeys(range(60), True)
-    reported(work, "bad", 400.0, 0.1, ["worse"], examples)
+    write_earlier_report(work, "bad", 400.0, 0.1, ["worse"], examples)
     assert _find_previous_report(work)[1].key == "bad", (
         "a night with a regression is better than none"
     )
-    reported(work, "old", 100.0, 0.5, [], examples)
-    reported(work, "good", 200.0, 0.6, [], examples)
-    reported(work, "now", 500.0, 0.7, [], examples)
+    write_earlier_report(work, "old", 100.0, 0.5, [], examples)
+    write_earlier_report(work, "good", 200.0, 0.6, [], examples)
+    write_earlier_report(work, "now", 500.0, 0.7, [], examples)
     folder, artifact = _find_previous_report(work)
     assert (artifact.key, folder.name) == ("good", "03-report-good")
 
 
 def test_changes_since_an_earlier_night(work: StageContext) -> None:
     work.stage_digest = "now"
-    reported(work, "then", 100.0, 0.6, [], dict.fromkeys(range(60), True))
-    ours = outcomes(work.out / "new", {n: n >= 7 for n in range(60)}).parent
-    best = judgement("new", ours, work.out, clean=0.8).model_copy(
-        update={"candidate": made_candidate("new", 0.5, method="at")}
+    write_earlier_report(work, "then", 100.0, 0.6, [], dict.fromkeys(range(60), True))
+    ours = write_outcomes(work.out / "new", {n: n >= 7 for n in range(60)}).parent
+    best = build_result("new", ours, work.out, clean=0.8).model_copy(
+        update={"candidate": build_candidate("new", 0.5, method="at")}
     )
     candidates = (best.candidate,)
     past = UpstreamResults(

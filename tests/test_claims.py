@@ -25,7 +25,7 @@ NOBODY = 2**22 + 1
 ME = os.getpid()
 
 
-def claimed(path: Path, owner: str, age: float) -> Path:
+def write_claim(path: Path, owner: str, age: float) -> Path:
     """Write a claim's file whose owner last gave a sign of life `age` seconds ago."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(owner)
@@ -61,7 +61,7 @@ def test_only_the_claim_of_a_dead_process_is_taken_over(
     """
     words = {"HERE": HERE, "ME": ME, "PARENT": os.getppid(), "NOBODY": NOBODY}
     owner = " ".join(str(words.get(word, word)) for word in owner.split())
-    file = claimed(tmp_path / "key.claim", owner, age)
+    file = write_claim(tmp_path / "key.claim", owner, age)
     assert FileLease(file).try_acquire() is taken
     assert file.read_text() == (f"{HERE} {ME}" if taken else owner)
     assert time.time() - file.stat().st_mtime == pytest.approx(0 if taken else age, abs=15)
@@ -75,7 +75,7 @@ def test_a_process_of_another_user_counts_as_alive(
         raise PermissionError
 
     monkeypatch.setattr(os, "kill", refuse)
-    assert not FileLease(claimed(tmp_path / "key.claim", f"{HERE} {NOBODY}", 0)).try_acquire()
+    assert not FileLease(write_claim(tmp_path / "key.claim", f"{HERE} {NOBODY}", 0)).try_acquire()
 
 
 def test_a_claim_that_cannot_be_read_is_not_taken_over(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_one_holder_keeps_a_claim_until_it_is_released(tmp_path: Path) -> None:
 
 
 def test_a_heartbeat_is_a_sign_of_life(tmp_path: Path) -> None:
-    file = claimed(tmp_path / "key.claim", "elsewhere 123", 3600)
+    file = write_claim(tmp_path / "key.claim", "elsewhere 123", 3600)
     FileLease(file).renew()
     assert file.read_text() == "elsewhere 123"
     assert not FileLease(file).try_acquire()
@@ -109,7 +109,7 @@ def test_heartbeats_end_with_their_block(tmp_path: Path, monkeypatch: pytest.Mon
     give_up = time.monotonic() + 60
     with pytest.raises(ZeroDivisionError), LeaseHeartbeat(held):
         for _ in range(2):
-            claimed(file, f"{HERE} {ME}", 3600)
+            write_claim(file, f"{HERE} {ME}", 3600)
             while time.time() - file.stat().st_mtime > 1800:
                 assert time.monotonic() < give_up
                 os.sched_yield()
@@ -141,7 +141,7 @@ class TestTraining:
     def test_the_claim_of_another_process_is_not_touched_if_the_state_exists(
         self, prefixes: PrefixCache
     ) -> None:
-        file = claimed(prefixes.path / "there.claim", "elsewhere 123", 0)
+        file = write_claim(prefixes.path / "there.claim", "elsewhere 123", 0)
         with prefixes.acquire_training_lease("there") as ours:
             assert not ours
         assert file.read_text() == "elsewhere 123"
@@ -202,13 +202,13 @@ class TestBucket:
         """Measured on this machine's clock, from when it first saw the last heartbeat."""
         clock = [1000.0]
         monkeypatch.setattr(leases.time, "monotonic", lambda: clock[0])
-        other = claimed(bucket / "1.000000 elsewhere 77", "", 10_000)
+        other = write_claim(bucket / "1.000000 elsewhere 77", "", 10_000)
         held = claim_in_bucket()
         assert not held.try_acquire() and held.live_holder() == "", (
             "a single heartbeat may be from a process that has died"
         )
         clock[0] += 25
-        claimed(other, "", 9_000)
+        write_claim(other, "", 9_000)
         assert not held.try_acquire() and held.live_holder() == "process 77 on elsewhere"
         clock[0] += 25
         assert not held.try_acquire(), "25 seconds after its last heartbeat"
@@ -231,7 +231,7 @@ class TestBucket:
         held, slept = claim_in_bucket(), []
         beat = held.renew
 
-        def both() -> None:
+        def beat_and_end() -> None:
             (bucket / other).touch()
             beat()
 
@@ -240,7 +240,7 @@ class TestBucket:
             if withdraws and len(slept) == 3:
                 (bucket / other).unlink()
 
-        held.renew = both  # type: ignore[method-assign]
+        held.renew = beat_and_end  # type: ignore[method-assign]
         monkeypatch.setattr(leases.time, "sleep", sleep)
         assert held.try_acquire() is mine
         names = [file.name for file in bucket.iterdir()]

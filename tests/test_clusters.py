@@ -148,42 +148,45 @@ def test_the_shell_scripts_parse_and_can_be_run(path: Path) -> None:
     assert os.access(path, os.X_OK) or path.name == "env.sh", "env.sh is read, not run"
 
 
-def closed(**properties: Any) -> dict[str, Any]:
+def closed_schema(**properties: Any) -> dict[str, Any]:
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
 TEXT, WHOLE, YES_NO = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
 TEXTS = {"type": "object", "additionalProperties": TEXT}
 RESOURCES = {"type": "object", "additionalProperties": {"type": ["string", "integer"]}}
-CONTAINER = closed(
+CONTAINER = closed_schema(
     name=TEXT,
     image=TEXT,
     command={"type": "array", "items": TEXT},
-    env={"type": "array", "items": closed(name=TEXT, value=TEXT, valueFrom={"type": "object"})},
-    resources=closed(requests=RESOURCES, limits=RESOURCES),
-    volumeMounts={"type": "array", "items": closed(name=TEXT, mountPath=TEXT)},
+    env={
+        "type": "array",
+        "items": closed_schema(name=TEXT, value=TEXT, valueFrom={"type": "object"}),
+    },
+    resources=closed_schema(requests=RESOURCES, limits=RESOURCES),
+    volumeMounts={"type": "array", "items": closed_schema(name=TEXT, mountPath=TEXT)},
 )
-POD = closed(
-    spec=closed(
+POD = closed_schema(
+    spec=closed_schema(
         containers={"type": "array", "items": CONTAINER, "minItems": 1},
         volumes={
             "type": "array",
-            "items": closed(name=TEXT, persistentVolumeClaim=closed(claimName=TEXT)),
+            "items": closed_schema(name=TEXT, persistentVolumeClaim=closed_schema(claimName=TEXT)),
         },
         terminationGracePeriodSeconds=WHOLE,
-        affinity=closed(nodeAffinity={"type": "object"}),
+        affinity=closed_schema(nodeAffinity={"type": "object"}),
     )
 )
 # What KubeRay 1.6's custom resource definitions allow, as far as these manifests go.
-CLUSTER = closed(
+CLUSTER = closed_schema(
     rayVersion=TEXT,
-    authOptions=closed(mode={"enum": ["disabled", "token"]}, secretName=TEXT),
+    authOptions=closed_schema(mode={"enum": ["disabled", "token"]}, secretName=TEXT),
     enableInTreeAutoscaling=YES_NO,
-    autoscalerOptions=closed(version={"enum": ["v1", "v2"]}, idleTimeoutSeconds=WHOLE),
-    headGroupSpec=closed(serviceType=TEXT, rayStartParams=TEXTS, template=POD),
+    autoscalerOptions=closed_schema(version={"enum": ["v1", "v2"]}, idleTimeoutSeconds=WHOLE),
+    headGroupSpec=closed_schema(serviceType=TEXT, rayStartParams=TEXTS, template=POD),
     workerGroupSpecs={
         "type": "array",
-        "items": closed(
+        "items": closed_schema(
             groupName=TEXT,
             replicas=WHOLE,
             minReplicas=WHOLE,
@@ -193,7 +196,7 @@ CLUSTER = closed(
         ),
     },
 )
-JOB = closed(
+JOB = closed_schema(
     entrypoint=TEXT,
     shutdownAfterJobFinishes=YES_NO,
     ttlSecondsAfterFinished=WHOLE,
@@ -202,7 +205,7 @@ JOB = closed(
     submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
     rayClusterSpec=CLUSTER,
 )
-CRON = closed(schedule=TEXT, timeZone=TEXT, suspend=YES_NO, jobTemplate=JOB)
+CRON = closed_schema(schedule=TEXT, timeZone=TEXT, suspend=YES_NO, jobTemplate=JOB)
 KINDS = {"RayCluster": CLUSTER, "RayJob": JOB, "RayCronJob": CRON}
 
 

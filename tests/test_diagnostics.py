@@ -13,7 +13,7 @@ from raysweep.rng import ExampleRng
 from raysweep.spec import apply_overrides
 from raysweep.training.config import build_training_config
 from raysweep.training.diagnostics import EpochDiagnostics, read_histograms
-from raysweep.training.input_gradients import input_gradient_norm
+from raysweep.training.input_gradient_norms import input_gradient_norm
 from raysweep.training.trainer import train_model
 from raysweep.worker_group import SINGLE_WORKER
 

@@ -5,7 +5,7 @@ import json
 import threading
 from pathlib import Path
 
-import forked
+import forked_processes
 import pytest
 from conftest import FORKED
 
@@ -85,8 +85,8 @@ def test_a_broken_cluster_is_told_what_to_do(ray_cluster, tmp_path: Path) -> Non
     """The session's cluster lends its server of forks."""
     open_doors = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "RAY_AUTH_MODE": "disabled"}
     environment = {**open_doors, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
-    arguments, imports = ("--json", "--out", str(tmp_path)), forked.COMMANDS
-    done = forked.start(
+    arguments, imports = ("--json", "--out", str(tmp_path)), forked_processes.COMMANDS
+    done = forked_processes.start_function(
         examine_a_broken_cluster, *arguments, environment=environment, imports=imports
     )
     assert done.wait() == 1, done.err

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from ladder import Ladder, ladder
+from ladder_network import LadderNetwork, ladder_images
 from torch import Tensor, nn
 
 from raysweep.attacks import APGD, FAB, PGD, SingleAttack, Square
@@ -34,7 +34,7 @@ class Scripted(nn.Module):
         return self.f(x, self.calls - 1) * self.weight
 
 
-def sound(x: Tensor) -> Tensor:
+def plain_logits(x: Tensor) -> Tensor:
     """Ten logits of images (N, 1, 2, 2), up to 10 in size."""
     return 10 * x.flatten(1) @ torch.eye(4, 10) - 5 * torch.arange(10) / 9
 
@@ -45,7 +45,7 @@ IMAGES, LABELS = (
 )
 
 
-def look(
+def inspect_function(
     f: Callable[[Tensor, int], Tensor],
     attacks: tuple[SingleAttack, ...] = (PGD(),),
     x: Tensor = IMAGES,
@@ -58,7 +58,7 @@ def look(
 
 
 def test_a_sound_model_is_not_doubted() -> None:
-    assert look(lambda x, call: sound(x)) == ModelProperties(10, False, True, ())
+    assert inspect_function(lambda x, call: plain_logits(x)) == ModelProperties(10, False, True, ())
 
 
 @pytest.mark.parametrize(("share", "random"), [(3e-5, True), (3e-6, False)])
@@ -66,19 +66,19 @@ def test_a_sound_model_is_not_doubted() -> None:
 def test_a_model_is_random_if_one_of_five_answers_differs_by_a_hundred_thousandth(
     share, random, call
 ) -> None:
-    def drifting(x: Tensor, number: int) -> Tensor:
-        logits = sound(x)
+    def drifting_logits(x: Tensor, number: int) -> Tensor:
+        logits = plain_logits(x)
         shift = torch.zeros_like(logits)
-        shift[-1, 0] = share * float(sound(IMAGES).abs().max()) * (number == call)
+        shift[-1, 0] = share * float(plain_logits(IMAGES).abs().max()) * (number == call)
         return logits + shift
 
-    found = look(drifting)
+    found = inspect_function(drifting_logits)
     assert found.is_random is random and len(found.warnings) == random
     assert not random or "answers differently each time" in found.warnings[0]
 
 
 def test_only_five_answers_are_compared() -> None:
-    assert not look(lambda x, call: sound(x) + (call == 5)).is_random
+    assert not inspect_function(lambda x, call: plain_logits(x) + (call == 5)).is_random
 
 
 def test_a_random_model_gives_no_warning_if_every_attack_averages() -> None:
@@ -90,12 +90,12 @@ def test_a_random_model_gives_no_warning_if_every_attack_averages() -> None:
         ((plain,), 1),
         ((Square(),), 1),
     ):
-        found = look(lambda x, call: sound(x) + call, attacks)
+        found = inspect_function(lambda x, call: plain_logits(x) + call, attacks)
         assert found.is_random and len(found.warnings) == doubts, attacks
 
 
 def shares(x: Tensor) -> Tensor:
-    return sound(x).softmax(1)
+    return plain_logits(x).softmax(1)
 
 
 @pytest.mark.parametrize(
@@ -105,15 +105,15 @@ def shares(x: Tensor) -> Tensor:
         (lambda x: shares(x) * (1 + 5e-6), True),
         (lambda x: shares(x) * (1 + 1e-4), False),
         (lambda x: shares(x) * (1 - 1e-4), False),
-        (lambda x: sound(x).sigmoid(), False),
+        (lambda x: plain_logits(x).sigmoid(), False),
         # Rows that sum to 1, and one that does not.
         (lambda x: shares(x) + 0.01 * (torch.arange(12) == 11)[:, None], False),
         # Rows that sum to 1, with numbers below 0.
-        (lambda x: sound(x) - sound(x).mean(1, keepdim=True) + 0.1, False),
+        (lambda x: plain_logits(x) - plain_logits(x).mean(1, keepdim=True) + 0.1, False),
     ],
 )
 def test_probabilities_are_at_least_0_and_sum_to_1(f, probabilities: bool) -> None:
-    warnings = look(lambda x, call: f(x)).warnings
+    warnings = inspect_function(lambda x, call: f(x)).warnings
     assert any("outputs are probabilities" in warning for warning in warnings) is probabilities
 
 
@@ -122,12 +122,12 @@ def test_a_model_is_constant_if_all_examples_have_the_same_logits(
     spread: float, constant: bool
 ) -> None:
     def flat(x: Tensor, call: int) -> Tensor:
-        logits = 0 * sound(x) + torch.arange(10.0)
+        logits = 0 * plain_logits(x) + torch.arange(10.0)
         return logits + spread * (torch.arange(len(x)) == len(x) - 1)[:, None]
 
-    warnings = look(flat).warnings
+    warnings = inspect_function(flat).warnings
     assert any("it is constant" in warning for warning in warnings) is constant
-    alone = look(flat, x=IMAGES[:1], y=LABELS[:1]).warnings
+    alone = inspect_function(flat, x=IMAGES[:1], y=LABELS[:1]).warnings
     assert not any("it is constant" in warning for warning in alone), "one example cannot show it"
 
 
@@ -142,24 +142,24 @@ DISTANCES, WHICH, STEEP = (
 def warnings_of(
     model: nn.Module, attacks: tuple[SingleAttack, ...] = (PGD(),), eps: float = 0.0
 ) -> tuple[str, ...]:
-    x, y = ladder(DISTANCES, WHICH, STEEP)
+    x, y = ladder_images(DISTANCES, WHICH, STEEP)
     return inspect_model(
         model, x, y, ExampleRng.for_examples(torch.arange(8), 0), eps, attacks
     ).warnings
 
 
 def test_examples_without_a_gradient_are_counted_among_those_that_are_right() -> None:
-    (warning,) = warnings_of(Ladder())
+    (warning,) = warnings_of(LadderNetwork())
     assert warning == (
         "3 of 8 examples looked at have zero CE gradient (its softmax saturates): attacks on the "
         "CE loss are unreliable"
     )
-    assert warnings_of(Ladder(), (Square(),)) == (), "Square needs no gradient"
-    assert warnings_of(Ladder(), (Square(), FAB())) == (warning,)
+    assert warnings_of(LadderNetwork(), (Square(),)) == (), "Square needs no gradient"
+    assert warnings_of(LadderNetwork(), (Square(), FAB())) == (warning,)
 
 
 def test_a_masked_gradient_is_told_from_a_saturated_softmax() -> None:
-    class Rounded(Ladder):
+    class Rounded(LadderNetwork):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward((x * 1000).round() / 1000)
 
@@ -173,22 +173,22 @@ def test_a_masked_gradient_is_told_from_a_saturated_softmax() -> None:
 def test_gradients_are_measured_near_the_images_and_not_at_them() -> None:
     """At the images themselves, multiples of 1/16, the gradient is zero; eps away it is not."""
 
-    def trapped(x: Tensor, call: int) -> Tensor:
+    def trapped_logits(x: Tensor, call: int) -> Tensor:
         at_grid = ((x * 16).round() / 16 - x).abs().flatten(1).amax(1, keepdim=True) < 1e-6
-        return torch.where(at_grid, sound(x).detach() + 0 * x.sum(), sound(x))
+        return torch.where(at_grid, plain_logits(x).detach() + 0 * x.sum(), plain_logits(x))
 
     x = (IMAGES * 16).round() / 16
-    assert look(trapped, x=x, eps=0.01).warnings == ()
-    assert len(look(trapped, x=x, eps=0.0).warnings) == 2
+    assert inspect_function(trapped_logits, x=x, eps=0.01).warnings == ()
+    assert len(inspect_function(trapped_logits, x=x, eps=0.0).warnings) == 2
 
 
 def test_only_square_attacks_a_model_without_a_gradient() -> None:
-    found = look(lambda x, call: sound(x.detach()))
+    found = inspect_function(lambda x, call: plain_logits(x.detach()))
     assert not found.is_differentiable
     assert found.warnings == (
         "the model has no gradient with respect to its input: only Square can be run",
     )
-    assert look(lambda x, call: sound(x.detach()), (Square(),)).warnings == ()
+    assert inspect_function(lambda x, call: plain_logits(x.detach()), (Square(),)).warnings == ()
 
 
 def test_which_attacks_a_model_allows() -> None:
@@ -207,13 +207,13 @@ def test_which_attacks_a_model_allows() -> None:
     ):
         assert adapt_attack(attack, nature(least)) == (attack, None)
         if least > 2:
-            told = (
+            message = (
                 f"the {attack.loss} loss needs {least} logits, the model has {least - 1}: "
                 "run with the cw loss"
             )
             assert adapt_attack(attack, nature(least - 1)) == (
                 attack.model_copy(update={"loss": "cw"}),
-                told,
+                message,
             )
     for attack in (dlr, targeted, ce, PGD(), FAB()):
         assert adapt_attack(attack, nature(2, differentiable=False)) == (
@@ -258,31 +258,34 @@ def test_how_many_examples_square_may_break_after_the_others() -> None:
 @pytest.mark.parametrize(
     ("f", "words"),
     [
-        (lambda x: sound(x)[:, :1], "must return (N, 2 or more) logits, it returned (12, 1)"),
-        (lambda x: sound(x)[:, 0], "must return (N, 2 or more) logits, it returned (12,)"),
         (
-            lambda x: sound(x) + torch.tensor([torch.nan] + 9 * [0.0]),
+            lambda x: plain_logits(x)[:, :1],
+            "must return (N, 2 or more) logits, it returned (12, 1)",
+        ),
+        (lambda x: plain_logits(x)[:, 0], "must return (N, 2 or more) logits, it returned (12,)"),
+        (
+            lambda x: plain_logits(x) + torch.tensor([torch.nan] + 9 * [0.0]),
             "returns logits that are not finite",
         ),
         (
-            lambda x: sound(x) - torch.tensor(9 * [0.0] + [torch.inf]),
+            lambda x: plain_logits(x) - torch.tensor(9 * [0.0] + [torch.inf]),
             "returns logits that are not finite",
         ),
     ],
 )
 def test_models_that_cannot_be_attacked_are_refused(f, words: str) -> None:
     with pytest.raises(SpecError) as error:
-        look(lambda x, call: f(x))
+        inspect_function(lambda x, call: f(x))
     assert words in str(error.value)
 
 
 def test_a_model_is_examined_in_eval_mode_and_left_as_it_was() -> None:
-    class Moody(Ladder):
+    class Moody(LadderNetwork):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + (torch.rand(()) * 1e6 if self.training else 0)
 
     model = Moody().train()
-    x, y = ladder([0.1, 0.1], [0, 1])
+    x, y = ladder_images([0.1, 0.1], [0, 1])
     assert (
         inspect_model(
             model, x, y, ExampleRng.for_examples(torch.arange(2), 0), 0.01, (PGD(),)

@@ -49,7 +49,7 @@ def trained_once(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def trained(trained_once: Path, workdir: Path) -> Path:
+def trained_run(trained_once: Path, workdir: Path) -> Path:
     """The run's folder in a copy that is the test's own."""
     shutil.copytree(trained_once, workdir, dirs_exist_ok=True)
     return workdir / "runs" / "mine"
@@ -57,10 +57,10 @@ def trained(trained_once: Path, workdir: Path) -> Path:
 
 @pytest.mark.mlflow
 def test_a_checkpoint_is_attacked_and_the_numbers_go_to_its_run(
-    trained: Path, capsys, monkeypatch
+    trained_run: Path, capsys, monkeypatch
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
-    assert main(["eval", str(trained), *QUICK, "--keep-adversarial"]) == 0
+    assert main(["eval", str(trained_run), *QUICK, "--keep-adversarial"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["examples"] == 40 and report["eps"] == 0.15
     assert report["robust_accuracy"] < report["clean_accuracy"]
@@ -73,7 +73,7 @@ def test_a_checkpoint_is_attacked_and_the_numbers_go_to_its_run(
 
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{trained.parent.parent}/mlflow.db")
+    client = MlflowClient(f"sqlite:///{trained_run.parent.parent}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
     assert (
         run.data.metrics["eval/apgd-ce-Linf-0.15-n40/robust_accuracy"] == report["robust_accuracy"]
@@ -91,27 +91,27 @@ def test_a_checkpoint_is_attacked_and_the_numbers_go_to_its_run(
         assert json.loads(capsys.readouterr().out)["robust_accuracy"] == report["robust_accuracy"]
 
 
-def test_a_finished_evaluation_is_not_run_again(trained: Path, capsys, monkeypatch) -> None:
+def test_a_finished_evaluation_is_not_run_again(trained_run: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
-    assert main(["eval", str(trained), *QUICK]) == 0
+    assert main(["eval", str(trained_run), *QUICK]) == 0
     first = json.loads(capsys.readouterr().out)
 
     def refuse(*args, **kwargs):
         raise AssertionError("an attack ran again")
 
     monkeypatch.setattr("raysweep.attacks.apgd.APGD.__call__", refuse)
-    assert main(["eval", str(trained), *QUICK]) == 0
+    assert main(["eval", str(trained_run), *QUICK]) == 0
     assert json.loads(capsys.readouterr().out)["robust_accuracy"] == first["robust_accuracy"]
 
 
 @pytest.mark.mlflow
 def test_neither_seeds_nor_versions_overwrite_each_other(
-    trained: Path, workdir: Path, monkeypatch
+    trained_run: Path, workdir: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
     tracker, subject = (
         Tracker(tracking_uri(workdir), workdir / "mlruns"),
-        load_checkpoint_target(trained, {}),
+        load_checkpoint_target(trained_run, {}),
     )
     assert subject.checkpoint and subject.data and subject.config
     run, attack, folders = (
@@ -126,7 +126,7 @@ def test_neither_seeds_nor_versions_overwrite_each_other(
         log_evaluation(tracker, run, subject, report, folder, "pgd20", False)
         folders.add(folder)
     assert len(folders) == 2
-    assert main(["eval", str(trained), "--version", "rand", "--n", "1"]) == 0
+    assert main(["eval", str(trained_run), "--version", "rand", "--n", "1"]) == 0
 
     from mlflow import MlflowClient
 
@@ -142,12 +142,12 @@ def test_neither_seeds_nor_versions_overwrite_each_other(
 
 @pytest.mark.ray
 def test_over_a_ray_cluster_the_verdict_is_the_same(
-    trained: Path, ray_cluster, capsys, monkeypatch
+    trained_run: Path, ray_cluster, capsys, monkeypatch
 ) -> None:
     from raysweep.evaluation import evaluate
     from raysweep.sweep.ray_map import RayMap
 
-    subject = load_checkpoint_target(trained, {})
+    subject = load_checkpoint_target(trained_run, {})
     from raysweep.data import load_data
 
     test = load_data(subject.config.data).test
@@ -160,11 +160,11 @@ def test_over_a_ray_cluster_the_verdict_is_the_same(
 
 
 def test_a_sweep_and_a_trial_are_named_as_show_names_them(
-    trained: Path, workdir: Path, capsys, monkeypatch
+    trained_run: Path, workdir: Path, capsys, monkeypatch
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
     ledger = Ledger.create(workdir / "runs" / "g1", load_space("at", {}))
-    shutil.move(trained, ledger.trial_path(3))
+    shutil.move(trained_run, ledger.trial_path(3))
     last = RunDirectory(ledger.trial_path(3)).read_last_checkpoint()
     assert last is not None
     ledger.save_trial(
@@ -239,12 +239,14 @@ def test_a_users_own_model(tmp_path: Path, capsys, monkeypatch) -> None:
     assert "cannot be imported" in capsys.readouterr().err
 
 
-def test_pseudo_labels_for_self_training(trained: Path, workdir: Path, capsys) -> None:
+def test_pseudo_labels_for_self_training(trained_run: Path, workdir: Path, capsys) -> None:
     x = np.random.default_rng(0).integers(0, 17, (40, 1, 8, 8), dtype=np.uint8)
     np.savez(workdir / "more.npz", x=x)
-    assert main(["eval", str(trained), "--pseudo-label", str(workdir / "more.npz")]) == 0
+    assert main(["eval", str(trained_run), "--pseudo-label", str(workdir / "more.npz")]) == 0
     target = capsys.readouterr().out.strip().rpartition("=")[2]
-    assert main(["eval", str(trained), "--pseudo-label", str(workdir / "more.npz"), "--json"]) == 0
+    assert (
+        main(["eval", str(trained_run), "--pseudo-label", str(workdir / "more.npz"), "--json"]) == 0
+    )
     said = json.loads(capsys.readouterr().out)
     assert said["file"] == target and said["images"] == 40
     assert main(["train", "rst", *SMALL, "--set", f"data.unlabeled={target}", "--name", "rst"]) == 0
@@ -308,8 +310,8 @@ def test_the_command_with_a_class_of_ones_own_and_several_processes(workdir: Pat
         (["--set", "epochs=3"], "only data.* settings matter"),
     ],
 )
-def test_a_wrong_radius_is_refused(arguments, words, trained: Path, capsys) -> None:
-    assert main(["eval", str(trained), *QUICK, *arguments]) == 2
+def test_a_wrong_radius_is_refused(arguments, words, trained_run: Path, capsys) -> None:
+    assert main(["eval", str(trained_run), *QUICK, *arguments]) == 2
     assert words in capsys.readouterr().err
 
 
@@ -361,15 +363,15 @@ def test_what_a_mode_does_not_read_is_refused(arguments, words, workdir: Path, c
     assert not list(workdir.iterdir())
 
 
-def test_a_hostile_checkpoint_is_refused_and_not_unpickled(trained: Path, capsys) -> None:
+def test_a_hostile_checkpoint_is_refused_and_not_unpickled(trained_run: Path, capsys) -> None:
     class Bomb:
         def __reduce__(self):
             return (Path("exploded").touch, ())
 
-    torch.save(Bomb(), trained / "epoch-0002" / "weights.safetensors")
-    for meta in trained.glob("epoch-*"):
+    torch.save(Bomb(), trained_run / "epoch-0002" / "weights.safetensors")
+    for meta in trained_run.glob("epoch-*"):
         if meta.name != "epoch-0002":
             torch.save(Bomb(), meta / "weights.safetensors")
-    assert main(["eval", str(trained), *QUICK]) == 2
+    assert main(["eval", str(trained_run), *QUICK]) == 2
     assert "truncated or altered" in capsys.readouterr().err
     assert not Path("exploded").exists()

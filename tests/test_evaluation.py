@@ -9,7 +9,7 @@ import time
 from functools import cache
 from pathlib import Path
 
-import forked
+import forked_processes
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -52,19 +52,19 @@ SHORT = AttackCascade(
 )
 
 
-def short(count: int, model: nn.Module | None = None, **settings):
+def evaluate_briefly(count: int, model: nn.Module | None = None, **settings):
     return evaluate(
         model or robust_digits(), *digits(count), attack=SHORT, keep_adversarial=True, **settings
     )
 
 
 @cache
-def undivided(count: int):
+def undivided_report(count: int):
     """The whole evaluation in one go, to compare with."""
-    return short(count)
+    return evaluate_briefly(count)
 
 
-def same(one, other) -> bool:
+def same_results(one, other) -> bool:
     flags = all(
         np.array_equal(one.robust_after[name], other.robust_after[name])
         for name in one.robust_after
@@ -119,14 +119,14 @@ def test_official_verdict(norm, eps, fab_steps):
 
 
 def test_batch_size_and_shards_change_nothing():
-    whole = undivided(60)
+    whole = undivided_report(60)
     assert 10 < whole.robust.sum() < 50
     for settings in ({"batch_size": 32}, {"shards": 1}, {"shards": 3, "batch_size": 11}):
-        assert same(whole, short(60, **settings)), settings
+        assert same_results(whole, evaluate_briefly(60, **settings)), settings
 
 
 def test_a_fixed_tile_gives_one_verdict_too():
-    assert same(short(60, tile=32), short(60, tile=32, batch_size=7))
+    assert same_results(evaluate_briefly(60, tile=32), evaluate_briefly(60, tile=32, batch_size=7))
 
 
 def test_the_evaluation_is_the_cascade():
@@ -138,7 +138,7 @@ def test_the_evaluation_is_the_cascade():
 
 
 def test_randomness_belongs_to_the_example():
-    whole, (x, y) = undivided(60), digits(60)
+    whole, (x, y) = undivided_report(60), digits(60)
     part = evaluate(
         robust_digits(),
         x[20:45],
@@ -148,7 +148,7 @@ def test_randomness_belongs_to_the_example():
         keep_adversarial=True,
     )
     assert np.array_equal(part.x_adv, whole.x_adv[20:45])
-    assert not np.array_equal(short(60, seed=1).x_adv, whole.x_adv)
+    assert not np.array_equal(evaluate_briefly(60, seed=1).x_adv, whole.x_adv)
 
 
 def test_shards_may_come_back_in_any_order():
@@ -157,7 +157,7 @@ def test_shards_may_come_back_in_any_order():
         random.Random(0).shuffle(shards)
         return [run(shard) for shard in shards]
 
-    assert same(undivided(60), short(60, map=shuffled, shards=4))
+    assert same_results(undivided_report(60), evaluate_briefly(60, map=shuffled, shards=4))
 
 
 def test_uint8_images_and_numpy_arrays():
@@ -168,40 +168,42 @@ def test_uint8_images_and_numpy_arrays():
     reports = [
         evaluate(robust_digits(), *form, attack=SHORT, keep_adversarial=True) for form in forms
     ]
-    assert all(same(reports[0], report) for report in reports[1:])
+    assert all(same_results(reports[0], report) for report in reports[1:])
 
 
 def test_a_finished_evaluation_costs_nothing(tmp_path):
-    def refuse(run, shards):
+    def refusing_map(run, shards):
         assert all(shard.attack is None for shard in shards), "an attack ran again"
         return [run(shard) for shard in shards]
 
-    first = short(60, resume_dir=tmp_path, shards=3)
-    assert same(first, short(60, resume_dir=tmp_path, map=refuse, batch_size=7))
+    first = evaluate_briefly(60, resume_dir=tmp_path, shards=3)
+    assert same_results(
+        first, evaluate_briefly(60, resume_dir=tmp_path, map=refusing_map, batch_size=7)
+    )
     with pytest.raises(AssertionError, match="ran again"):
-        short(60, resume_dir=tmp_path, map=refuse, seed=1)
+        evaluate_briefly(60, resume_dir=tmp_path, map=refusing_map, seed=1)
 
 
 def test_what_is_not_ours_is_computed_again(tmp_path):
-    first = short(60, resume_dir=tmp_path, shards=2)
+    first = evaluate_briefly(60, resume_dir=tmp_path, shards=2)
     kept = sorted(tmp_path.rglob("*.npz"))
     for path, junk in zip(kept, (b"", b"PK\x03\x04 not a zip", b"junk"), strict=False):
         path.write_bytes(junk)
-    assert same(first, short(60, resume_dir=tmp_path))
+    assert same_results(first, evaluate_briefly(60, resume_dir=tmp_path))
 
 
 def test_the_same_weights_that_answer_differently_are_not_mixed_up(tmp_path):
     one, other = Wrapped(lambda model, x: model(x)), Wrapped(lambda model, x: 3 * model(x.flip(2)))
-    short(20, one, resume_dir=tmp_path)
+    evaluate_briefly(20, one, resume_dir=tmp_path)
     with pytest.raises(SpecError, match="same weights but other outputs"):
-        short(20, other, resume_dir=tmp_path)
+        evaluate_briefly(20, other, resume_dir=tmp_path)
 
 
 def evaluate_ten_shards(folder: Path) -> None:
     """Run four shards of clean, four of apgd-ce and two of apgd-t; then wait to be killed."""
     done = 0
 
-    def paused(run, shards):
+    def interrupted_map(run, shards):
         nonlocal done
         for shard in shards:
             yield run(shard)
@@ -211,11 +213,11 @@ def evaluate_ten_shards(folder: Path) -> None:
                 signal.pause()
 
     torch.set_num_threads(1)
-    short(60, resume_dir=folder, shards=4, map=paused)
+    evaluate_briefly(60, resume_dir=folder, shards=4, map=interrupted_map)
 
 
 def test_kill_and_resume_lose_at_most_one_shard(tmp_path):
-    child = forked.start(evaluate_ten_shards, tmp_path)
+    child = forked_processes.start_function(evaluate_ten_shards, tmp_path)
     while child.out.count("\n") < 10:
         assert child.poll() is None, child.err
         time.sleep(0.01)
@@ -225,18 +227,18 @@ def test_kill_and_resume_lose_at_most_one_shard(tmp_path):
     assert not list(tmp_path.rglob("*.part"))
     again: list[Shard] = []
 
-    def counted(run, shards):
+    def counting_map(run, shards):
         again.extend(shards)
         return [run(shard) for shard in shards]
 
-    resumed = short(60, resume_dir=tmp_path, map=counted)
+    resumed = evaluate_briefly(60, resume_dir=tmp_path, map=counting_map)
     rows = {
         name: sum(len(s.positions) for s in again if s.attack_name == name)
         for name in ("apgd-ce", "apgd-t")
     }
     left = int(resumed.robust_after["apgd-ce"].sum())
     assert rows["apgd-ce"] == 0 and rows["apgd-t"] <= left - 2 * (left // 4)
-    assert same(resumed, undivided(60))
+    assert same_results(resumed, undivided_report(60))
 
 
 class Cheat:
@@ -421,11 +423,11 @@ def test_doubts_are_told(defence, words):
     for word in words:
         assert any(word in warning for warning in report.warnings), (word, report.warnings)
     if defence in ("scale1000", "softmax"):
-        assert report.robust.sum() <= undivided(60).robust.sum() + 4
+        assert report.robust.sum() <= undivided_report(60).robust.sum() + 4
 
 
 def test_a_sound_model_raises_no_doubt():
-    assert undivided(60).warnings == ()
+    assert undivided_report(60).warnings == ()
 
 
 def test_where_no_gradient_attack_ran_none_is_spoken_of():
@@ -455,7 +457,7 @@ def test_an_adaptive_defence_can_be_attacked():
 @pytest.mark.parametrize("kind", [torch.float16, torch.float64])
 def test_logits_of_another_precision(kind):
     report = evaluate(Wrapped(lambda model, x: model(x).to(kind)), *digits(40), attack=SHORT)
-    assert (report.robust != undivided(40).robust).sum() <= 2
+    assert (report.robust != undivided_report(40).robust).sum() <= 2
 
 
 def test_logits_that_are_no_numbers_are_wrong_answers(tmp_path):
@@ -482,7 +484,10 @@ def test_a_module_with_extra_state_is_resumed(tmp_path):
             pass
 
     model = Counted(lambda model, x: model(x))
-    assert same(short(20, model, resume_dir=tmp_path), short(20, model, resume_dir=tmp_path))
+    assert same_results(
+        evaluate_briefly(20, model, resume_dir=tmp_path),
+        evaluate_briefly(20, model, resume_dir=tmp_path),
+    )
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -550,7 +555,7 @@ def test_wrong_input_is_refused(change, words):
 
 def test_progress_is_told():
     told = []
-    report = short(60, shards=2, progress=told.append)
+    report = evaluate_briefly(60, shards=2, progress=told.append)
     assert [(p.attack, p.done == p.total) for p in told[:4]] == [
         ("clean", False),
         ("clean", True),
@@ -565,14 +570,14 @@ def test_progress_is_told():
 
 def test_a_line_an_attack_in_a_pipe(capsys):
     with show_evaluation_progress() as progress:
-        report = short(40, shards=2, progress=progress)
+        report = evaluate_briefly(40, shards=2, progress=progress)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in lines] == [*SHORT.attacks]
     assert lines[-1] == f"square: {report.robust_accuracy:.2%} robust"
 
 
 def test_report_on_disk(tmp_path):
-    report = undivided(60)
+    report = undivided_report(60)
     report.save_parquet(tmp_path / "rows.parquet")
     report.save_card(tmp_path / "card.json", name="digits", dataset="digits")
     report.save_adversarial(tmp_path / "adversarial.npz")
@@ -608,7 +613,7 @@ def test_report_on_disk(tmp_path):
 
 
 def test_report_in_numbers():
-    report = undivided(60)
+    report = undivided_report(60)
     assert f"60 examples, Linf eps 0.2: clean {report.clean_accuracy:.2%}, robust" in repr(report)
     classes = report.per_class()
     assert sum(c["count"] for c in classes.values()) == 60
@@ -668,18 +673,18 @@ def test_shards_where_none_are_asked_for(count, settings, expected):
     """A batch each, as many for every worker, none too small to be worth it."""
     seen: list[int] = []
 
-    def counted(run, shards):
+    def counting_map(run, shards):
         seen.extend(len(shard.positions) for shard in shards)
         return [run(shard) for shard in shards]
 
-    counted.width = settings.pop("width", 1)
+    counting_map.width = settings.pop("width", 1)
     x = torch.rand(count, 1, 8, 8)
     evaluate(
         robust_digits(),
         x,
         torch.zeros(count),
         attack=PGD(eps=0.1, steps=1),
-        map=counted,
+        map=counting_map,
         **settings,
     )
     assert seen[: len(expected)] == expected
@@ -687,26 +692,30 @@ def test_shards_where_none_are_asked_for(count, settings, expected):
 
 def test_processes_of_this_machine(tmp_path, monkeypatch):
     """They stay for the next evaluation, of another model."""
-    forked.instead_of_spawn(monkeypatch)
-    mirrored = Wrapped(mirror)
+    forked_processes.replace_spawn(monkeypatch)
+    mirrored = Wrapped(mirrored_logits)
     with ProcessPoolMap(2) as processes:
-        assert same(undivided(60), short(60, map=processes, shards=4, resume_dir=tmp_path))
+        assert same_results(
+            undivided_report(60), evaluate_briefly(60, map=processes, shards=4, resume_dir=tmp_path)
+        )
         pids = set(processes._pool._processes)
-        other = short(20, mirrored, map=processes, shards=2)
+        other = evaluate_briefly(20, mirrored, map=processes, shards=2)
         assert set(processes._pool._processes) == pids and len(pids) == 2
         kept = Path(processes._temp_dir.name)
         assert len(list(kept.iterdir())) == 1
     assert not kept.exists() and len(list(tmp_path.rglob("apgd-ce-*.npz"))) == 4
-    assert same(other, short(20, mirrored)) and not same(other, undivided(20))
+    assert same_results(other, evaluate_briefly(20, mirrored)) and not same_results(
+        other, undivided_report(20)
+    )
 
 
 def test_a_model_that_no_other_process_can_have(tmp_path):
     with ProcessPoolMap(2) as processes:
         for _ in range(2):
             with pytest.raises(SpecError, match=r"cannot be sent to other processes .*lambda"):
-                short(20, Wrapped(lambda model, x: model(x)), map=processes)
+                evaluate_briefly(20, Wrapped(lambda model, x: model(x)), map=processes)
         assert not list(Path(processes._temp_dir.name).iterdir())
 
 
-def mirror(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def mirrored_logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return model(x.flip(3))

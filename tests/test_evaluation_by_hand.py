@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from ladder import SIGNS, Ladder, ladder
+from ladder_network import SIGNS, LadderNetwork, ladder_images
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
@@ -56,9 +56,11 @@ def steps(count: int, **settings: Any) -> PGD:
 ATTACKS = {"a": steps(2), "b": steps(4), "c": steps(3, loss="cw")}
 
 
-def judge(attacks: dict[str, SingleAttack] | None = None, **settings: Any) -> RobustnessReport:
-    x, y = ladder(DISTANCES, LABELS)
-    model = settings.pop("model", None) or Ladder()
+def evaluate_ladder(
+    attacks: dict[str, SingleAttack] | None = None, **settings: Any
+) -> RobustnessReport:
+    x, y = ladder_images(DISTANCES, LABELS)
+    model = settings.pop("model", None) or LadderNetwork()
     return evaluate(
         model, x, y, AttackCascade(attacks=attacks or ATTACKS), keep_adversarial=True, **settings
     )
@@ -66,10 +68,10 @@ def judge(attacks: dict[str, SingleAttack] | None = None, **settings: Any) -> Ro
 
 @cache
 def report() -> RobustnessReport:
-    return judge()
+    return evaluate_ladder()
 
 
-def backwards(run: Callable[[Shard], ShardResult], shards: Sequence[Shard]) -> list[ShardResult]:
+def reversed_map(run: Callable[[Shard], ShardResult], shards: Sequence[Shard]) -> list[ShardResult]:
     return [run(shard) for shard in reversed(shards)]
 
 
@@ -78,12 +80,12 @@ def backwards(run: Callable[[Shard], ShardResult], shards: Sequence[Shard]) -> l
     [
         {},
         {"batch_size": 1},
-        {"shards": 3, "batch_size": 2, "map": backwards},
+        {"shards": 3, "batch_size": 2, "map": reversed_map},
         {"fold": False, "tile": 3},
     ],
 )
 def test_every_row_by_hand(settings: dict[str, Any]) -> None:
-    found = judge(**settings)
+    found = evaluate_ladder(**settings)
     assert found.labels.tolist() == LABELS and found.index.tolist() == list(range(8))
     assert found.predicted.tolist() == PREDICTED
     assert found.broken_by.tolist() == ["a", "clean", "b", "", "b", "b", "clean", ""]
@@ -112,7 +114,7 @@ def test_every_row_by_hand(settings: dict[str, Any]) -> None:
     ends = [0.008, -0.02, -0.01, -0.05, -0.015, 0.005, -0.07, 0.2]
     assert heights == pytest.approx(ends, abs=1e-6)
     assert np.array_equal(
-        found.x_adv[[1, 3, 6, 7]], ladder(DISTANCES, LABELS)[0].numpy()[[1, 3, 6, 7]]
+        found.x_adv[[1, 3, 6, 7]], ladder_images(DISTANCES, LABELS)[0].numpy()[[1, 3, 6, 7]]
     )
     assert found.warnings == () and found.masking_gap == pytest.approx(0.625 - 0.25)
 
@@ -186,7 +188,7 @@ def test_the_summary_comes_back_from_json() -> None:
 
 
 def test_the_parquet_file_by_hand(tmp_path: Path) -> None:
-    numbered = judge(index=np.arange(8) + 100)
+    numbered = evaluate_ladder(index=np.arange(8) + 100)
     numbered.save_parquet(tmp_path / "examples.parquet")
     table = pq.read_table(tmp_path / "examples.parquet")
     assert [(column.name, column.type) for column in table.schema] == [
@@ -226,7 +228,7 @@ def test_the_archive_of_adversarial_examples(tmp_path: Path) -> None:
 def test_lengths_and_margins_in_l2() -> None:
     """A step of 0.01 in L2 lowers the height by half of that, because all four pixels move."""
     norm = {"norm": "L2", "eps": 0.056}
-    found = judge({"a": steps(2, **norm), "b": steps(9, **norm), "c": steps(4, **norm)})
+    found = evaluate_ladder({"a": steps(2, **norm), "b": steps(9, **norm), "c": steps(4, **norm)})
     assert found.perturbation.tolist() == pytest.approx(
         [0.056, 0, *4 * [0.056], 0, 0.056], abs=1e-6
     )
@@ -242,8 +244,8 @@ def test_a_point_that_is_no_worse_than_the_image_is_not_recorded() -> None:
         "a": PGD(eps=0.04, step_size=0.0, steps=1),
         "b": PGD(eps=0.04, step_size=0.0, steps=1),
     }
-    x, y = ladder([0.05] * 64, [1] * 64)
-    found = evaluate(Ladder(), x, y, AttackCascade(attacks=starts), keep_adversarial=True)
+    x, y = ladder_images([0.05] * 64, [1] * 64)
+    found = evaluate(LadderNetwork(), x, y, AttackCascade(attacks=starts), keep_adversarial=True)
     kept = found.perturbation == 0
     assert 8 < kept.sum() < 32, "for a quarter of the rows both starts are higher"
     assert (found.margin_after[kept] == found.margin_before[kept]).all()
@@ -260,15 +262,15 @@ def test_the_masking_gap_needs_a_cross_entropy_first_and_another_attack() -> Non
     # PGD leaves 5 of 8 rows, PGD on the margin 2, and APGD, which reaches 0.05, one or two: one row
     # is just that far.
     assert (
-        judge({"a": ce, "b": cw}).masking_gap
-        == judge({"a": ce, "b": cw, "c": ce}).masking_gap
+        evaluate_ladder({"a": ce, "b": cw}).masking_gap
+        == evaluate_ladder({"a": ce, "b": cw, "c": ce}).masking_gap
         == 0.375
     )
-    assert judge({"a": ce, "b": steps(3), "c": cw}).masking_gap == 0.375
-    assert judge({"a": apgd, "b": ce}).masking_gap == 0.0
+    assert evaluate_ladder({"a": ce, "b": steps(3), "c": cw}).masking_gap == 0.375
+    assert evaluate_ladder({"a": apgd, "b": ce}).masking_gap == 0.0
     apgd_cw = APGD(eps=0.05, steps=2, loss="cw")
     for attacks in ({"a": ce}, {"a": cw, "b": ce}, {"a": square, "b": ce}, {"a": apgd_cw, "b": ce}):
-        assert judge(attacks).masking_gap is None, attacks
+        assert evaluate_ladder(attacks).masking_gap is None, attacks
 
 
 WARNINGS = [
@@ -288,32 +290,32 @@ def test_any_warning_makes_a_card_unreliable_and_nothing_else_does() -> None:
 
 
 def test_every_warning_of_an_evaluation_is_on_its_card() -> None:
-    x, y = ladder(DISTANCES, [min(label, 1) for label in LABELS])
+    x, y = ladder_images(DISTANCES, [min(label, 1) for label in LABELS])
 
-    class Two(Ladder):
+    class Two(LadderNetwork):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x)[:, :2]
 
-    class Adaptive(Ladder):
+    class Adaptive(LadderNetwork):
         def forward(self, x: Tensor) -> Tensor:
             with torch.enable_grad():
                 point = x.detach().clone().requires_grad_()
                 torch.autograd.grad(super().forward(point).sum(), point)
             return super().forward(x)
 
-    class Constant(Ladder):
+    class Constant(LadderNetwork):
         def forward(self, x: Tensor) -> Tensor:
             return 0 * super().forward(x) + torch.arange(4.0)
 
-    class Silent(Ladder):
+    class Silent(LadderNetwork):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.detach())
 
-    class Moody(Ladder):
+    class Moody(LadderNetwork):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x)[:, :3] + 100 * torch.rand(())
 
-    class Chances(Ladder):
+    class Chances(LadderNetwork):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).softmax(1)
 
@@ -331,9 +333,11 @@ def test_every_warning_of_an_evaluation_is_on_its_card() -> None:
         )
         assert any(words in warning for warning in found.warnings), (kind, found.warnings)
         assert found.card()["unreliable"] is True
-    steep = ladder([0.02] * 8, [0, 1] * 4, [1] * 8)
+    steep = ladder_images([0.02] * 8, [0, 1] * 4, [1] * 8)
     found = evaluate(
-        Ladder(), *steep, AttackCascade(attacks={"a": steps(2), "s": Square(eps=0.05, queries=50)})
+        LadderNetwork(),
+        *steep,
+        AttackCascade(attacks={"a": steps(2), "s": Square(eps=0.05, queries=50)}),
     )
     assert any(
         " of 8 examples looked at have zero CE gradient" in warning for warning in found.warnings
@@ -431,10 +435,15 @@ def test_each_example_is_in_exactly_one_shard(
     in order.
     """
     distances = [(0.0005 + 0.001 * row) * (-1 if row % 5 == 4 else 1) for row in range(count)]
-    x, y = ladder(distances, [row % 2 for row in range(count)])
+    x, y = ladder_images(distances, [row % 2 for row in range(count)])
     map = Recorder(width)
     found = evaluate(
-        Ladder(), x, y, AttackCascade(attacks={"a": steps(1), "b": steps(2)}), **settings, map=map
+        LadderNetwork(),
+        x,
+        y,
+        AttackCascade(attacks={"a": steps(1), "b": steps(2)}),
+        **settings,
+        map=map,
     )
     right = [row for row in range(count) if row % 5 != 4]
     faced = {"clean": list(range(count)), "a": right, "b": [row for row in right if row >= 10]}
@@ -463,9 +472,9 @@ def evaluate_resumed(
     """Run an evaluation that may reuse rows of `folder`, check it against a fresh one, and return
     what it computed.
     """
-    x, y = ladder(DISTANCES, LABELS)
+    x, y = ladder_images(DISTANCES, LABELS)
     call = {
-        "model": Ladder(),
+        "model": LadderNetwork(),
         "x": x[:rows],
         "y": y[:rows],
         "attack": AttackCascade(attacks=attacks or TWO),
@@ -497,29 +506,29 @@ def test_a_resumed_evaluation_reuses_finished_rows(settings: dict[str, Any], fol
     assert list(evaluate_resumed(folder, **settings).rows) == ["clean"]
 
 
-def steeper() -> Ladder:
-    model = Ladder()
+def steeper_network() -> LadderNetwork:
+    model = LadderNetwork()
     with torch.no_grad():
         model.scale.copy_(torch.nextafter(model.scale, torch.tensor(99.0)))
     return model
 
 
-def shifted() -> Ladder:
-    model = Ladder()
+def shifted_network() -> LadderNetwork:
+    model = LadderNetwork()
     model.middle.copy_(torch.nextafter(model.middle, torch.tensor(0.0)))
     return model
 
 
-class Renamed(Ladder):
+class Renamed(LadderNetwork):
     """The same weights in another architecture."""
 
 
-def relabelled() -> Tensor:
+def changed_labels() -> Tensor:
     return torch.tensor([*LABELS[:6], 1, 1])
 
 
-def brighter() -> Tensor:
-    x, _ = ladder(DISTANCES, LABELS)
+def brighter_images() -> Tensor:
+    x, _ = ladder_images(DISTANCES, LABELS)
     x[7, 0, 0, 0] = torch.nextafter(x[7, 0, 0, 0], torch.tensor(1.0))
     return x
 
@@ -527,11 +536,11 @@ def brighter() -> Tensor:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"y": relabelled()},
-        {"model": steeper()},
-        {"model": shifted()},
+        {"y": changed_labels()},
+        {"model": steeper_network()},
+        {"model": shifted_network()},
         {"model": Renamed()},
-        {"x": brighter()},
+        {"x": brighter_images()},
         {"index": np.arange(8) + 1},
         {"index": np.array([1, 0, *range(2, 8)])},
         {"seed": 1},
@@ -607,9 +616,9 @@ def shards_folder(folder: Path) -> Path:
 
 def test_rows_in_several_files_count_once_and_wrong_rows_do_not_count(folder: Path) -> None:
     """A file with all rows, also the wrong ones, beside the others; then that file alone."""
-    x, y = ladder(DISTANCES, LABELS)
+    x, y = ladder_images(DISTANCES, LABELS)
     work = ShardRunner(
-        Ladder(), x.numpy(), y.numpy(), np.arange(8), result_dir=shards_folder(folder)
+        LadderNetwork(), x.numpy(), y.numpy(), np.arange(8), result_dir=shards_folder(folder)
     )
     for positions in (np.arange(8), np.array([7, 2, 0])):
         for name, attack in TWO.items():
@@ -659,11 +668,11 @@ def test_a_file_that_lacks_an_array_or_holds_objects_is_refused(folder: Path) ->
 
 
 def test_a_random_model_may_answer_differently_when_it_is_resumed(tmp_path: Path) -> None:
-    class Noisy(Ladder):
+    class Noisy(LadderNetwork):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x)[:, :2] + 0.02 * torch.randn(len(x), 2)
 
-    x, y = ladder([0.05, 0.1, 0.2], [0, 1, 1])
+    x, y = ladder_images([0.05, 0.1, 0.2], [0, 1, 1])
     maps = [Recorder(), Recorder()]
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -678,13 +687,13 @@ def test_a_random_model_may_answer_differently_when_it_is_resumed(tmp_path: Path
 def test_an_evaluation_of_a_changed_model_is_not_resumed(folder: Path) -> None:
     """Its weights are the same, but its logits differ by a hundredth."""
 
-    class Off(Ladder):
+    class Off(LadderNetwork):
         factor = 1.0
 
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * x.new_tensor([self.factor, self.factor, 1.0, 1.0])
 
-    x, y = ladder([0.01, 0.02, 0.03], [0, 1, 1])
+    x, y = ladder_images([0.01, 0.02, 0.03], [0, 1, 1])
     call = {"attack": AttackCascade(attacks={"a": steps(1)}), "resume_dir": folder}
     evaluate(Off(), x, y, **call)
     for factor, sound in ((1.00001, True), (1.01, False), (0.99, False)):
@@ -705,7 +714,7 @@ class Fragile(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.ladder, self.fixed, self.norm = (
-            Ladder(),
+            LadderNetwork(),
             nn.Parameter(torch.ones(())),
             nn.BatchNorm2d(1),
         )
@@ -722,7 +731,7 @@ def test_a_model_is_attacked_in_eval_mode_and_left_as_it_was() -> None:
     model = Fragile()
     values = {name: value.clone() for name, value in model.state_dict().items()}
     precision = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-    found = judge(model=model, seed=3)
+    found = evaluate_ladder(model=model, seed=3)
     assert found.broken_by.tolist() == report().broken_by.tolist() and found.seed == 3
     assert [m.training for m in model.modules()] == [True, False, True]
     assert {name: p.requires_grad for name, p in model.named_parameters()} == {
@@ -740,11 +749,11 @@ def test_a_model_is_attacked_in_eval_mode_and_left_as_it_was() -> None:
 
 
 def test_inputs_are_not_changed_and_bytes_are_divided_by_255() -> None:
-    x, y = ladder([0.1, 0.2, -0.1], [0, 1, 1])
+    x, y = ladder_images([0.1, 0.2, -0.1], [0, 1, 1])
     bytes_ = (255 * x).round().to(torch.uint8)
     before = bytes_.clone()
     found = evaluate(
-        Ladder(),
+        LadderNetwork(),
         bytes_,
         y,
         AttackCascade(attacks={"a": steps(11, eps=0.11)}),
@@ -759,7 +768,11 @@ def test_inputs_are_not_changed_and_bytes_are_divided_by_255() -> None:
     )
     kept = x.clone()
     evaluate(
-        Ladder(), x, y, AttackCascade(attacks={"a": steps(11, eps=0.11)}), keep_adversarial=True
+        LadderNetwork(),
+        x,
+        y,
+        AttackCascade(attacks={"a": steps(11, eps=0.11)}),
+        keep_adversarial=True,
     )
     assert torch.equal(x, kept)
 
@@ -769,9 +782,9 @@ def test_progress_counts_what_was_done_before(folder: Path) -> None:
     missing = len(ShardResult.load_npz(gone).positions)
     gone.unlink()
     told = []
-    x, y = ladder(DISTANCES, LABELS)
+    x, y = ladder_images(DISTANCES, LABELS)
     evaluate(
-        Ladder(),
+        LadderNetwork(),
         x,
         y,
         AttackCascade(attacks=TWO),
@@ -789,8 +802,8 @@ def test_progress_counts_what_was_done_before(folder: Path) -> None:
 
 def test_a_pickled_runner_has_no_attack_model() -> None:
     """Each process makes the attack model again, on its own device."""
-    x, y = ladder(DISTANCES, LABELS)
-    runner = ShardRunner(Ladder(), x.numpy(), y.numpy(), np.arange(8))
+    x, y = ladder_images(DISTANCES, LABELS)
+    runner = ShardRunner(LadderNetwork(), x.numpy(), y.numpy(), np.arange(8))
     shard = Shard("a", TWO["a"], np.arange(8))
     result = runner(shard)
     copied = pickle.loads(pickle.dumps(runner))

@@ -25,14 +25,14 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger.create(tmp_path / "s", SearchSpace.from_data(data))
 
 
-def ended(number: int, value: float) -> Trial:
+def build_finished_trial(number: int, value: float) -> Trial:
     best = {"epoch": 2.0, "robust_worst": value, "masking_gap": 0.2}
     return Trial(
         number, {ALPHA: 1.0 + number}, "finished", 2, best, best, [[1, value / 2], [2, value]]
     )
 
 
-def known(url: str) -> list[tuple]:
+def list_study_trials(url: str) -> list[tuple]:
     (name,) = optuna.get_all_study_names(url)
     trials = optuna.load_study(study_name=name, storage=url).get_trials()
     return sorted(
@@ -45,26 +45,32 @@ def test_the_study_is_the_ledger_whatever_happens(ledger: Ledger, tmp_path: Path
     export = OptunaExporter(url)
     export.on_sweep_start(ledger, 1)
     running = Trial(0, {ALPHA: 1.0})
-    for trial in (running, ended(0, 0.25), Trial(1, {ALPHA: 2.0}, "failed", reason="nan")):
+    for trial in (
+        running,
+        build_finished_trial(0, 0.25),
+        Trial(1, {ALPHA: 2.0}, "failed", reason="nan"),
+    ):
         ledger.save_trial(trial)
         export.on_trial_update(trial, None)
-    assert known(url) == [(0, "COMPLETE", 0.25, 1.0), (1, "FAIL", None, 2.0)]
+    assert list_study_trials(url) == [(0, "COMPLETE", 0.25, 1.0), (1, "FAIL", None, 2.0)]
     (first, _) = optuna.load_study(study_name=f"s-{ledger.key[:8]}", storage=url).get_trials()
     assert first.intermediate_values == {1: 0.125, 2: 0.25} and first.constraints == {
         "masking_gap": 0.1
     }
 
     # The driver dies between ledger and study; the next one makes good for it, once.
-    ledger.save_trial(ended(2, 0.5))
+    ledger.save_trial(build_finished_trial(2, 0.5))
     for _ in range(2):
         export = OptunaExporter(url)
         export.on_sweep_start(Ledger.open(ledger.path), 1)
-        assert [number for number, *_ in known(url)] == [0, 1, 2]
+        assert [number for number, *_ in list_study_trials(url)] == [0, 1, 2]
     # A trial that had ended goes on.
-    export.on_trial_update(replace(ended(0, 0.75), epoch=3), None)
-    ledger.save_trial(replace(ended(0, 0.75), epoch=3))
+    export.on_trial_update(replace(build_finished_trial(0, 0.75), epoch=3), None)
+    ledger.save_trial(replace(build_finished_trial(0, 0.75), epoch=3))
     export.on_sweep_end(ledger)
-    assert known(url)[0] == (0, "COMPLETE", 0.75, 1.0) and len(known(url)) == 3
+    assert (
+        list_study_trials(url)[0] == (0, "COMPLETE", 0.75, 1.0) and len(list_study_trials(url)) == 3
+    )
 
 
 @pytest.mark.parametrize(

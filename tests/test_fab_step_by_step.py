@@ -37,7 +37,7 @@ def run(attack, rows):
     return result, seen
 
 
-def follow(attack, row):
+def compare_with_slow_fab(attack, row):
     """Compare every point of our attack and the slow one on one row. Returns whether it broke, and
     in which run.
     """
@@ -79,9 +79,12 @@ def test_every_point_of_a_run(norm, eps, targets):
     out and others.
     """
     outcomes = [
-        follow(FAB(eps=eps, norm=norm, steps=10, targets=targets), row) for row in (3, 4, 7, 11)
+        compare_with_slow_fab(FAB(eps=eps, norm=norm, steps=10, targets=targets), row)
+        for row in (3, 4, 7, 11)
     ]
-    outcomes.append(follow(FAB(eps=eps / 3, norm=norm, steps=10, targets=targets), 1))
+    outcomes.append(
+        compare_with_slow_fab(FAB(eps=eps / 3, norm=norm, steps=10, targets=targets), 1)
+    )
     # Row 3 is broken by its second target in L2; row 1 holds out against all five.
     second = (False, 4) if norm == "Linf" else (True, 1)
     if targets:
@@ -98,7 +101,7 @@ def test_every_point_of_a_run(norm, eps, targets):
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.05), ("L2", 0.15)])
 def test_settings_and_restarts(norm, eps, change):
     attack = FAB(eps=eps, norm=norm, steps=8, targets=1, restarts=2).model_copy(update=change)
-    assert follow(attack, 3) == (False, 1)
+    assert compare_with_slow_fab(attack, 3) == (False, 1)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -127,7 +130,7 @@ def test_rows_that_are_done_spend_no_more_queries(monkeypatch):
     assert late.queries.tolist() == early.queries.tolist()
 
 
-def straight(points, eps, norm, steps=100, offset=-2.8, **settings):
+def run_fab_on_plane(points, eps, norm, steps=100, offset=-2.8, **settings):
     """FAB on images of two pixels a, b of class 0, with z_1 - z_0 = 3 a + b + offset."""
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(2, 2)).double()
     with torch.no_grad():
@@ -152,7 +155,7 @@ def test_two_steps_by_hand_linf():
     before the boundary. From there alpha = 0.011 / (0.011 + 0.2), a mixture of .689 + 1.05 * 0.011
     and .71: near enough.
     """
-    result, seen = straight([[0.5, 0.5], [0.9, 0.9]], 0.205, "Linf")
+    result, seen = run_fab_on_plane([[0.5, 0.5], [0.9, 0.9]], 0.205, "Linf")
     alpha = 0.011 / 0.211
     last = (1 - alpha) * (0.689 + 1.05 * 0.011) + alpha * 0.71
     for points, expected in zip(seen[1:], (0.5, 0.71, 0.689, last), strict=True):
@@ -164,7 +167,7 @@ def test_two_steps_by_hand_linf():
 
 def test_one_step_by_hand_l2():
     """w = (3, 1), gap 0.8: the move is 1.05 * 0.8 / 10 * w; 0.8 / 10 * w has the length 0.253."""
-    result, seen = straight([[0.5, 0.5]], 0.27, "L2")
+    result, seen = run_fab_on_plane([[0.5, 0.5]], 0.27, "L2")
     np.testing.assert_allclose(seen[2], [[0.5 + 1.05 * 0.24, 0.5 + 1.05 * 0.08]], atol=1e-12)
     np.testing.assert_allclose(result.x_adv.view(1, 2), seen[2], atol=1e-12)
     assert result.queries.tolist() == [3]
@@ -175,7 +178,7 @@ def test_one_step_by_hand_where_the_box_is_in_the_way(norm):
     """3 a + b - 3.5 is -0.25 at (.95, .4). a has room for .05, which gives .15; the other .1 is
     b's. Then 5% more.
     """
-    result, seen = straight([[0.95, 0.4]], 0.2, norm, offset=-3.5)
+    result, seen = run_fab_on_plane([[0.95, 0.4]], 0.2, norm, offset=-3.5)
     np.testing.assert_allclose(seen[2], [[1.0, 0.4 + 1.05 * 0.1]], atol=1e-12)
     np.testing.assert_allclose(result.x_adv.view(1, 2), seen[2], atol=1e-12)
 
@@ -184,7 +187,7 @@ def test_no_success_beyond_eps():
     """The boundary is 0.2 away: with eps 0.19 the row is returned unchanged, after 100 steps of two
     passes.
     """
-    result, seen = straight([[0.5, 0.5]], 0.19, "Linf")
+    result, seen = run_fab_on_plane([[0.5, 0.5]], 0.19, "Linf")
     assert result.x_adv.flatten().tolist() == [0.5, 0.5]
     assert result.queries.tolist() == [201] == [len(seen)]
 
@@ -193,9 +196,9 @@ def test_a_distance_of_just_eps_is_a_success():
     """At (.5, .5) + 1.05 * 0.2: these steps are not exact in floats, so eps is the distance or one
     ulp less.
     """
-    distance = float(np.abs(straight([[0.5, 0.5]], 1.0, "Linf", steps=1)[1][2] - 0.5).max())
+    distance = float(np.abs(run_fab_on_plane([[0.5, 0.5]], 1.0, "Linf", steps=1)[1][2] - 0.5).max())
     for eps, queries in ((distance, 3), (np.nextafter(distance, 0), 5)):
-        assert straight([[0.5, 0.5]], float(eps), "Linf")[0].queries.tolist() == [queries]
+        assert run_fab_on_plane([[0.5, 0.5]], float(eps), "Linf")[0].queries.tolist() == [queries]
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])

@@ -41,7 +41,7 @@ def lived_in(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def apart(faces: ModelVariants, x: Tensor) -> float:
+def largest_difference(faces: ModelVariants, x: Tensor) -> float:
     """Greatest difference between what attacks meet and the model in eval mode, relative to the
     largest logit.
     """
@@ -62,12 +62,12 @@ def test_every_network_is_attacked_as_it_is(name) -> None:
     norms = [m for m in faces.model.modules() if isinstance(m, nn.BatchNorm2d)]
     left = [m for m in faces.attack_module.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(left) < len(norms)
-    assert apart(faces, x) < 1e-5
+    assert largest_difference(faces, x) < 1e-5
     lived_in(faces.model, seed=1)
     faces.model.get_parameter(next(k for k, _ in faces.model.named_parameters())).data.mul_(1.5)
-    assert apart(faces, x) > 1e-3
+    assert largest_difference(faces, x) > 1e-3
     faces.sync_folded_weights()
-    assert apart(faces, x) < 1e-5
+    assert largest_difference(faces, x) < 1e-5
 
 
 def test_a_norm_that_shares_its_convolutions_output_is_not_folded() -> None:
@@ -106,7 +106,7 @@ def test_the_attacks_gradient_is_as_near_to_float64s_as_the_plain_one_is(name, p
 
 
 @pytest.fixture(scope="module")
-def learned(digits: Dataset) -> dict[str, Tensor]:
+def trained_network(digits: Dataset) -> dict[str, Tensor]:
     return some_learned(ModelSpec(name="digits_cnn").build_model(1, 10, 0), digits)
 
 
@@ -161,7 +161,7 @@ class Stepped:
         )
         self.statistics = torch.cat([b.flatten().float() for b in self.faces.model.buffers()])
 
-    def apart(self, other: "Stepped") -> dict[str, float]:
+    def largest_differences(self, other: "Stepped") -> dict[str, float]:
         """Share of rows with another kappa; relative differences of the loss, the gradient and the
         statistics.
         """
@@ -176,11 +176,13 @@ class Stepped:
 
 
 @pytest.fixture(scope="module")
-def plain_step(digits: Dataset, learned: dict[str, Tensor]) -> Callable[[str, str], Stepped]:
+def plain_step(
+    digits: Dataset, trained_network: dict[str, Tensor]
+) -> Callable[[str, str], Stepped]:
     """The step in float64 with all fast paths off, computed once for each method and norm."""
     return cache(
         lambda method, norm: Stepped(
-            method, digits, learned, OFF | {"method.attacks.*.norm": norm}, torch.float64
+            method, digits, trained_network, OFF | {"method.attacks.*.norm": norm}, torch.float64
         )
     )
 
@@ -195,7 +197,7 @@ PATHS: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_is_the_plain_step(method, path, digits, learned, plain_step) -> None:
+def test_a_step_is_the_plain_step(method, path, digits, trained_network, plain_step) -> None:
     """In float64: in float32 a pixel whose gradient is near 0 may move the other way, by the
     machine.
     """
@@ -203,33 +205,38 @@ def test_a_step_is_the_plain_step(method, path, digits, learned, plain_step) -> 
         changes = {"method.attacks.*.norm": norm}
         plain = plain_step(method, norm)
         assert len(plain.kappa.unique()) > 2, "a comparison of something"
-        found = Stepped(method, digits, learned, PATHS[path] | changes, torch.float64).apart(plain)
+        found = Stepped(
+            method, digits, trained_network, PATHS[path] | changes, torch.float64
+        ).largest_differences(plain)
         assert found["kappa"] == 0 and max(found.values()) < 1e-8, found
 
 
 @pytest.mark.parametrize("method", ["gairat", "lrat"])
-def test_bf16_changes_a_step_by_no_more_than_it_says(method, digits, learned) -> None:
+def test_bf16_changes_a_step_by_no_more_than_it_says(method, digits, trained_network) -> None:
     """Kappa of one row in twenty, the loss by 5%, the gradient by half: another random start does
     more.
     """
-    plain = Stepped(method, digits, learned, OFF)
-    attack = Stepped(method, digits, learned, {"compute.attack": "bf16"})
-    both = Stepped(method, digits, learned, BF16)
+    plain = Stepped(method, digits, trained_network, OFF)
+    attack = Stepped(method, digits, trained_network, {"compute.attack": "bf16"})
+    both = Stepped(method, digits, trained_network, BF16)
     for fast in (attack, both):
-        found = fast.apart(plain)
+        found = fast.largest_differences(plain)
         assert 0 < found["grad"] < 0.5 and found["loss"] < 0.05 and found["kappa"] <= 0.05
         assert all(a.x_adv.dtype == torch.float32 for a in fast.step.attack_results.values())
         assert fast.step.loss.dtype == fast.grad.dtype == torch.float32
 
 
-def test_an_attack_in_train_mode_meets_the_model_itself(digits, learned) -> None:
+def test_an_attack_in_train_mode_meets_the_model_itself(digits, trained_network) -> None:
     train_mode = {"method.attacks.pgd.mode": "train"}
-    plain, fast = (Stepped("gairat", digits, learned, train_mode | path) for path in (OFF, {}))
-    assert fast.met == 0 and fast.apart(plain)["statistics"] < 1e-4
-    assert Stepped("gairat", digits, learned, {}).met == 5
-    assert Stepped("gairat", digits, learned, {}).apart(plain)["statistics"] > 1e-3, (
-        "such an attack moves them"
+    plain, fast = (
+        Stepped("gairat", digits, trained_network, train_mode | path) for path in (OFF, {})
     )
+    assert fast.met == 0 and fast.largest_differences(plain)["statistics"] < 1e-4
+    assert Stepped("gairat", digits, trained_network, {}).met == 5
+    assert (
+        Stepped("gairat", digits, trained_network, {}).largest_differences(plain)["statistics"]
+        > 1e-3
+    ), "such an attack moves them"
 
 
 @pytest.mark.slow
@@ -244,7 +251,7 @@ def test_a_compiled_attack_is_the_plain_attack(digits, monkeypatch) -> None:
         layers = conv3x3(1, 16, 2), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), Logits(256, 10)
         return nn.Sequential(*layers)
 
-    learned = some_learned(network(), digits)
+    state = some_learned(network(), digits)
     method = apply_overrides(
         build_training_config("gairat", TINY).resolve_at(0).method, {"attacks.pgd.steps": 3}
     )
@@ -252,7 +259,7 @@ def test_a_compiled_attack_is_the_plain_attack(digits, monkeypatch) -> None:
     for changes in (OFF, {"compute.compile": True}):
         compute = build_training_config("gairat", TINY, changes).compute.resolve(CPU)
         faces = ModelVariants(network(), digits.train.get_float_images(slice(0, 1)), compute)
-        faces.model.load_state_dict(learned)
+        faces.model.load_state_dict(trained_network)
         faces.sync_folded_weights()
         rows = slice(0, 32)
         rng = ExampleRng.for_examples(digits.train.index[rows], 0)
@@ -334,10 +341,10 @@ class Replayed(nn.Module):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_attack_reads_no_output_after_the_next_forward(method, digits, learned) -> None:
+def test_an_attack_reads_no_output_after_the_next_forward(method, digits, trained_network) -> None:
     config = apply_overrides(build_training_config(method, TINY), {"*.attacks.*.steps": 5})
     faces, rows = build_model_variants(config, digits, CPU), slice(0, 32)
-    faces.model.load_state_dict(learned)
+    faces.model.load_state_dict(trained_network)
     faces.sync_folded_weights()
     x, y, rng = (
         digits.train.get_float_images(rows),

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from made import made_candidate, made_judgement
+from pipeline_builders import build_candidate, build_evaluation_result
 
 from raysweep.pipeline.artifact import Artifact, StageFacts
 from raysweep.pipeline.facts import (
@@ -26,7 +26,7 @@ ARTIFACTS = Path(__file__).parent / "data" / "written_by_0_1" / "runs" / "pipeli
 TEST = McNemarResult(6, 0, 56, 0.03125, 0.1, (0.05, 0.15), "better")
 
 
-def stored(facts: StageFacts) -> Artifact:
+def store_facts(facts: StageFacts) -> Artifact:
     """An artifact with these facts, as it is read from a file."""
     return Artifact(kind="k", key="k", stage={}, inputs=(), facts=facts.to_stored_dict())
 
@@ -79,7 +79,7 @@ def test_a_sweep_as_json() -> None:
         "of": 4,
         "left_out": ["a"],
     }
-    (again,) = stored(facts).read_facts(SweepFacts).sweeps
+    (again,) = store_facts(facts).read_facts(SweepFacts).sweeps
     assert again.trials[0].masking_gap is not None and math.isnan(again.trials[0].masking_gap)
 
 
@@ -102,13 +102,13 @@ def test_a_comparison_that_did_not_take_place_is_left_out() -> None:
         },
         "before": "2",
     }
-    assert stored(complete).read_facts(RegisterFacts) == complete
+    assert store_facts(complete).read_facts(RegisterFacts) == complete
     assert complete.to_json_dict()["previous_champion"] == "2"
     assert "previous_champion" not in facts.to_json_dict()
 
 
 def test_a_report_as_json() -> None:
-    best = made_judgement(made_candidate("a", 0.5), 0.4)
+    best = build_evaluation_result(build_candidate("a", 0.5), 0.4)
     line = PaperComparison(
         row="AT",
         checkpoint_kind="best",
@@ -150,7 +150,7 @@ def test_a_report_as_json() -> None:
     }
     assert json.dumps(second.to_stored_dict())
     for facts in (first, second, first.replace(changes=changes.replace(test=TEST))):
-        assert stored(facts).read_facts(ReportFacts) == facts
+        assert store_facts(facts).read_facts(ReportFacts) == facts
 
 
 def test_facts_of_other_versions_are_read() -> None:
@@ -164,6 +164,6 @@ def test_facts_of_other_versions_are_read() -> None:
     assert artifact.read_facts(SweepFacts).sweeps == (SweepSummary(path="p"),)
     assert artifact.read_facts(StageFacts) == StageFacts()
     assert artifact.facts["later"] == 2
-    assert stored(StageFacts()).read_facts(SweepFacts).sweeps == ()
+    assert store_facts(StageFacts()).read_facts(SweepFacts).sweeps == ()
     with pytest.raises(SpecError, match="facts of tune: best is missing"):
         artifact.read_facts(ReportFacts)

@@ -14,7 +14,7 @@ class PowerCut(Exception):
     pass
 
 
-def content(folder: Path) -> dict[str, str]:
+def read_all_files(folder: Path) -> dict[str, str]:
     """Every file below a folder, hidden ones too."""
     return {
         str(path.relative_to(folder)): path.read_text()
@@ -33,7 +33,7 @@ def test_a_file_is_replaced_at_the_end_and_not_before(tmp_path: Path) -> None:
         assert path.read_text() == "old ü\n", (
             "readers see the old file while the new one is written"
         )
-    assert content(tmp_path) == {"a/b/x.json": "new"}
+    assert read_all_files(tmp_path) == {"a/b/x.json": "new"}
 
 
 def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
@@ -42,11 +42,11 @@ def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
     with pytest.raises(PowerCut), atomic_open(path) as stream:
         stream.write(b"half")
         raise PowerCut
-    assert content(tmp_path) == {"x.json": "old"}
+    assert read_all_files(tmp_path) == {"x.json": "old"}
     with pytest.raises(PowerCut), atomic_open(tmp_path / "new.json") as stream:
         stream.write(b"half")
         raise PowerCut
-    assert content(tmp_path) == {"x.json": "old"}, (
+    assert read_all_files(tmp_path) == {"x.json": "old"}, (
         "where there was no file, there is none afterwards"
     )
 
@@ -83,11 +83,11 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
         (partial / "in").mkdir()
         (partial / "in" / "two").write_text("2")
         assert not path.exists() and partial.parent == path.parent and partial.name.startswith(".")
-    assert content(tmp_path) == {"a/epoch/one": "1", "a/epoch/in/two": "2"}
+    assert read_all_files(tmp_path) == {"a/epoch/one": "1", "a/epoch/in/two": "2"}
     with atomic_folder(path) as partial:
         (partial / "three").write_text("3")
         assert (path / "one").exists()
-    assert content(tmp_path) == {"a/epoch/three": "3"}, (
+    assert read_all_files(tmp_path) == {"a/epoch/three": "3"}, (
         "nothing of the old folder is left in the new one"
     )
 
@@ -99,10 +99,10 @@ def test_a_folder_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None
     with pytest.raises(PowerCut), atomic_folder(path) as partial:
         (partial / "half").write_text("2")
         raise PowerCut
-    assert content(path) == {"one": "1"}
+    assert read_all_files(path) == {"one": "1"}
     with atomic_folder(path) as partial:
         (partial / "two").write_text("2")
-    assert content(tmp_path) == {"epoch/two": "2"}, (
+    assert read_all_files(tmp_path) == {"epoch/two": "2"}, (
         "the half-written folder is no part of the next one"
     )
 

@@ -110,7 +110,7 @@ def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
 
 
-def machine() -> str:
+def machine_digest() -> str:
     """What decides which kernels compute, and so the last bits."""
     wanted = ("vendor_id", "cpu family", "model", "flags")
     file = Path("/proc/cpuinfo")
@@ -127,7 +127,7 @@ def machine() -> str:
 
 
 def same_machine() -> bool:
-    return machine() == EXPECTED["machine"] and os.environ.get("OMP_NUM_THREADS") == "1"
+    return machine_digest() == EXPECTED["machine"] and os.environ.get("OMP_NUM_THREADS") == "1"
 
 
 def sha_of_state(model: nn.Module) -> str:
@@ -164,7 +164,7 @@ def check_trained(
         assert rows == expected["history"]
 
 
-def sixteen() -> tuple[torch.Tensor, torch.Tensor]:
+def first_sixteen_rows() -> tuple[torch.Tensor, torch.Tensor]:
     split = load_data(DataSpec(name="digits", val_size=50)).test
     return split.get_float_images(slice(0, 16)), split.y[:16]
 
@@ -407,7 +407,7 @@ def test_a_file_of_a_pipeline() -> None:
 # Names of values: what differs here is trained, attacked or reported again.
 
 
-def named(what: str) -> dict[str, Any]:
+def list_old_names(what: str) -> dict[str, Any]:
     """The things of a kind that there were, all of which there must still be."""
     found: dict[str, Any] = EXPECTED["digests"][what]
     known: dict[str, Any] = {
@@ -422,21 +422,26 @@ def named(what: str) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("in_root")
 def test_digests_of_methods_and_presets() -> None:
-    assert {name: build_training_config(name).digest() for name in named("methods")} == named(
-        "methods"
-    )
     assert {
-        name: build_training_config(*load_preset(name)).digest() for name in named("presets")
-    } == named("presets")
+        name: build_training_config(name).digest() for name in list_old_names("methods")
+    } == list_old_names("methods")
+    assert {
+        name: build_training_config(*load_preset(name)).digest()
+        for name in list_old_names("presets")
+    } == list_old_names("presets")
 
 
 @pytest.mark.usefixtures("in_root")
 def test_digests_of_spaces_pipelines_and_papers() -> None:
-    assert {name: load_space(name, {}).digest() for name in named("spaces")} == named("spaces")
-    assert {name: load_pipeline(name, {})[1].digest() for name in named("pipelines")} == named(
-        "pipelines"
-    )
-    assert {name: load_paper_table(name).digest() for name in named("papers")} == named("papers")
+    assert {
+        name: load_space(name, {}).digest() for name in list_old_names("spaces")
+    } == list_old_names("spaces")
+    assert {
+        name: load_pipeline(name, {})[1].digest() for name in list_old_names("pipelines")
+    } == list_old_names("pipelines")
+    assert {
+        name: load_paper_table(name).digest() for name in list_old_names("papers")
+    } == list_old_names("papers")
 
 
 @pytest.mark.usefixtures("in_root")
@@ -509,7 +514,7 @@ def test_a_step_of_each_method(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(EXPECTED["attacks"]))
 def test_attacks(name: str, out: Path) -> None:
     expected = EXPECTED["attacks"][name]
-    model, (x, y) = raysweep.load(out / "runs" / "robust"), sixteen()
+    model, (x, y) = raysweep.load(out / "runs" / "robust"), first_sixteen_rows()
     attack: Any = TypeAdapter(AnyAttack).validate_python(expected["settings"])
     found = attack(model, x, y, ExampleRng.for_examples(torch.arange(16), 0).derive_stream(name))
     assert (model(found.x_adv).argmax(1) != y).int().tolist() == expected["broken"]
@@ -522,7 +527,7 @@ def test_attacks(name: str, out: Path) -> None:
 @pytest.mark.parametrize("name", sorted(EXPECTED["evaluations"]))
 def test_autoattack(name: str, out: Path) -> None:
     expected = EXPECTED["evaluations"][name]
-    model, (x, y) = raysweep.load(out / "runs" / "robust"), sixteen()
+    model, (x, y) = raysweep.load(out / "runs" / "robust"), first_sixteen_rows()
     report = raysweep.evaluate(model, x, y, attack="autoattack", **expected["options"])
     assert report.robust.tolist() == expected["robust"]
     assert [str(by) for by in report.broken_by] == expected["broken_by"]

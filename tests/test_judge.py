@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import tiny
-from ladder import Ladder, ladder
+from ladder_network import LadderNetwork, ladder_images
 
 from raysweep.attacks import PGD, AttackCascade, attack_by_name, autoattack
 from raysweep.checkpoint_evaluation import (
@@ -29,7 +29,7 @@ from raysweep.training.model_loading import EvaluationTarget
 
 DISTANCES, LABELS = [0.01, -0.02, 0.03, 0.05, 0.07, 0.03], [0, 1, 1, 0, 1, 0]
 ATTACK = PGD(eps=0.04, step_size=0.02, steps=2, start="natural")
-SUBJECT = EvaluationTarget(Ladder(), "mine:make")
+SUBJECT = EvaluationTarget(LadderNetwork(), "mine:make")
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def data() -> Dataset:
     """A test set of six by hand, numbered from 100, whose pixels have the maximum 2; the other
     splits are not used.
     """
-    x, y = ladder(DISTANCES, LABELS)
+    x, y = ladder_images(DISTANCES, LABELS)
     test = Split(2 * x, y, torch.arange(100, 106), 2)
     none = Split(x[:0], y[:0], torch.arange(0), 2)
     return Dataset(none, none, test, 1, 4, False, "f" * 16)
@@ -67,7 +67,7 @@ def test_the_first_examples_of_the_test_set_are_judged(
 def test_seed_numbers_and_settings_reach_the_evaluation(data: Dataset, tmp_path: Path) -> None:
     attack = AttackCascade(attacks={"pgd": PGD(eps=0.04, step_size=0.001, steps=2)})
     alone = evaluate(
-        Ladder(),
+        LadderNetwork(),
         data.test.get_float_images(slice(0, 6)),
         data.test.y,
         attack,
@@ -89,12 +89,12 @@ def test_seed_numbers_and_settings_reach_the_evaluation(data: Dataset, tmp_path:
 def test_finished_shards_are_in_the_folder_and_are_reused(data: Dataset, tmp_path: Path) -> None:
     names: list[str] = []
 
-    def recorded(run, shards):
+    def recording_map(run, shards):
         names.extend(shard.attack_name for shard in shards)
         return [run(shard) for shard in shards]
 
     for _ in range(2):
-        evaluate_checkpoint(SUBJECT, data, ATTACK, 6, tmp_path / "eval", recorded)
+        evaluate_checkpoint(SUBJECT, data, ATTACK, 6, tmp_path / "eval", recording_map)
     assert names == ["clean", "pgd", "clean"]
     (shard,) = (tmp_path / "eval" / "shards").glob("*/pgd-*.npz")
     assert shard.is_file() and [path.name for path in (tmp_path / "eval").iterdir()] == ["shards"]
@@ -108,7 +108,7 @@ def test_the_threat_model_is_that_of_validation_or_else_of_the_data_set() -> Non
     def threat(**changes: Any) -> tuple[float, str]:
         return resolve_threat_model(
             EvaluationTarget(
-                Ladder(), "m", checkpoint(tiny("at", **changes), Path("run/epoch-0001"))
+                LadderNetwork(), "m", checkpoint(tiny("at", **changes), Path("run/epoch-0001"))
             ),
             "cifar10",
         )
@@ -152,7 +152,9 @@ def test_every_evaluation_has_a_folder_of_its_own(tmp_path: Path) -> None:
     ]
     assert len({folder(), *(folder(**variant) for variant in variants)}) == 1 + len(variants)
     saved = [
-        EvaluationTarget(Ladder(), "mine/epoch", checkpoint(tiny("at"), tmp_path / "run" / name))
+        EvaluationTarget(
+            LadderNetwork(), "mine/epoch", checkpoint(tiny("at"), tmp_path / "run" / name)
+        )
         for name in ("epoch-0001", "epoch-0002")
     ]
     ours = [folder(subject) for subject in saved]
@@ -163,7 +165,7 @@ def test_every_evaluation_has_a_folder_of_its_own(tmp_path: Path) -> None:
 
 def test_the_files_of_an_evaluation(report: RobustnessReport, tmp_path: Path) -> None:
     saved = EvaluationTarget(
-        Ladder(), "run/epoch-0001", checkpoint(tiny("at"), tmp_path / "run" / "epoch-0001")
+        LadderNetwork(), "run/epoch-0001", checkpoint(tiny("at"), tmp_path / "run" / "epoch-0001")
     )
     save_evaluation_files(report, tmp_path / "a", saved, DataSpec())
     names = ["adversarial.npz", "card.json", "examples.parquet", "report.json"]
@@ -217,7 +219,7 @@ class RecordingTracker:
         self.runs.append((run_id, status))
 
 
-def tracked(
+def log_and_get_prefix(
     report: RobustnessReport, subject: EvaluationTarget, folder: Path, whole: bool = True
 ) -> str:
     """The prefix of an evaluation's numbers in the run of its training."""
@@ -233,26 +235,31 @@ def test_the_prefix_aa_is_for_autoattack_on_the_whole_test_set_at_the_radius_of_
     report, tmp_path: Path
 ) -> None:
     trained = EvaluationTarget(
-        Ladder(), "m", checkpoint(tiny("at"), tmp_path / "run" / "epoch-0001")
+        LadderNetwork(), "m", checkpoint(tiny("at"), tmp_path / "run" / "epoch-0001")
     )
 
     def standard(eps: float = 0.15, norm: str = "Linf", **changes: Any) -> RobustnessReport:
         attack = changes.pop("attack", None) or autoattack(eps, norm)
         return replace(report, attack=attack.to_json_dict(), eps=eps, norm=norm, **changes)
 
-    assert tracked(standard(), trained, tmp_path) == "aa"
-    assert tracked(standard(0.3), SUBJECT, tmp_path) == "aa", (
+    assert log_and_get_prefix(standard(), trained, tmp_path) == "aa"
+    assert log_and_get_prefix(standard(0.3), SUBJECT, tmp_path) == "aa", (
         "a model that was not trained here has no radius of training"
     )
-    assert tracked(standard(seed=1), trained, tmp_path) == "aa-seed1"
-    assert tracked(standard(), trained, tmp_path, whole=False) == "eval/name-Linf-0.15-n6"
-    assert tracked(standard(0.1), trained, tmp_path) == "eval/name-Linf-0.1-n6"
-    assert tracked(standard(0.15, "L2"), trained, tmp_path) == "eval/name-L2-0.15-n6"
+    assert log_and_get_prefix(standard(seed=1), trained, tmp_path) == "aa-seed1"
+    assert (
+        log_and_get_prefix(standard(), trained, tmp_path, whole=False) == "eval/name-Linf-0.15-n6"
+    )
+    assert log_and_get_prefix(standard(0.1), trained, tmp_path) == "eval/name-Linf-0.1-n6"
+    assert log_and_get_prefix(standard(0.15, "L2"), trained, tmp_path) == "eval/name-L2-0.15-n6"
     others = [autoattack(0.15, version="plus"), attack_by_name("apgd-ce", 0.15)]
     for attack in others:
-        assert tracked(standard(attack=attack), trained, tmp_path) == "eval/name-Linf-0.15-n6"
+        assert (
+            log_and_get_prefix(standard(attack=attack), trained, tmp_path)
+            == "eval/name-Linf-0.15-n6"
+        )
     third = standard(8 / 255, seed=3)
-    assert tracked(third, trained, tmp_path) == "eval/name-Linf-0.03137-n6-seed3"
+    assert log_and_get_prefix(third, trained, tmp_path) == "eval/name-Linf-0.03137-n6-seed3"
 
 
 def test_the_numbers_and_files_that_go_into_a_run(report: RobustnessReport, tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import forked
+import forked_processes
 import psutil
 import pytest
 import ray
-from forked import Forked
+from forked_processes import ForkedProcess
 
 from raysweep.pipeline.artifact import ARTIFACT_FILE, Artifact
 from raysweep.sweep.ledger import Ledger
@@ -51,7 +51,7 @@ def _arm(stage: str, when: str) -> None:
 
     write = Artifact.write
 
-    def half(
+    def die_halfway(
         self: Artifact, folder: Path, write_files: Callable[[Path], None] | None = None
     ) -> None:
         def then_die(partial: Path) -> None:
@@ -63,7 +63,7 @@ def _arm(stage: str, when: str) -> None:
         write(self, folder, then_die if self.kind == stage else write_files)
 
     if when == "writing":
-        pipeline.Artifact.write = half
+        pipeline.Artifact.write = die_halfway
         return
     sweeps = (SweepDisplay, "on_trial_update", _after_an_epoch)
     owners = {
@@ -111,15 +111,20 @@ def folder(ray_cluster, empty_store, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, stage: str | None = None, when: str = "") -> Forked:
+def run(folder: Path, stage: str | None = None, when: str = "") -> ForkedProcess:
     """Run the pipeline to its end, or kill it at `stage` and `when`; check that no process it
     started is left.
     """
     environment = {_MARK: str(folder)}
     if stage in ("tune", "train", "promote"):
         environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    process = forked.start(
-        _drive, stage, when, folder=folder, environment=environment, imports=forked.COMMANDS
+    process = forked_processes.start_function(
+        _drive,
+        stage,
+        when,
+        folder=folder,
+        environment=environment,
+        imports=forked_processes.COMMANDS,
     )
     process.wait()
     assert not psutil.wait_procs(_started_by(folder), timeout=120)[1], (

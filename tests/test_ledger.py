@@ -30,7 +30,9 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger.create(tmp_path / "sweep", space(max_masking_gap=0.25))
 
 
-def judged(number: int, worst: float, clean: float = 0.5, gap: float = 0.0, **more: Any) -> Trial:
+def build_trial(
+    number: int, worst: float, clean: float = 0.5, gap: float = 0.0, **more: Any
+) -> Trial:
     best = {"epoch": 3.0, "robust_worst": worst, "clean": clean, "masking_gap": gap}
     return Trial(
         number, **{"params": {LR: 0.1}, "state": "finished", "epoch": 4, "best": best, **more}
@@ -104,12 +106,12 @@ def test_the_ranking(ledger: Ledger) -> None:
     """
     write(
         ledger,
-        judged(6, 0.25),
-        judged(5, 0.875, gap=0.5),
-        judged(4, 0.75, gap=0.2500001),
-        judged(3, 0.5, gap=0.25, state="failed"),
-        judged(2, 0.5, clean=1.0, state="stopped"),
-        judged(1, 0.5, state="running"),
+        build_trial(6, 0.25),
+        build_trial(5, 0.875, gap=0.5),
+        build_trial(4, 0.75, gap=0.2500001),
+        build_trial(3, 0.5, gap=0.25, state="failed"),
+        build_trial(2, 0.5, clean=1.0, state="stopped"),
+        build_trial(1, 0.5, state="running"),
         Trial(0, {LR: 0.1}, best={"epoch": 1.0, "clean": 1.0}),
         Trial(7, {LR: 0.1}),
     )
@@ -134,16 +136,17 @@ def test_a_gap_at_the_limit_is_within_it(
     limit: float | None, gap: float, masks: bool, tmp_path: Path
 ) -> None:
     ledger = Ledger.create(tmp_path / "sweep", space(max_masking_gap=limit))
-    assert ledger.exceeds_masking_gap(judged(0, 0.5, gap=gap)) == masks
+    assert ledger.exceeds_masking_gap(build_trial(0, 0.5, gap=gap)) == masks
     assert (
-        ledger.exceeds_masking_gap(judged(0, 0.5, gap=0.0, latest={"masking_gap": 1.0})) is False
+        ledger.exceeds_masking_gap(build_trial(0, 0.5, gap=0.0, latest={"masking_gap": 1.0}))
+        is False
     ), "the gap of the best epoch counts, not that of the last"
     assert not ledger.exceeds_masking_gap(Trial(0, {})), "a trial without an epoch has no gap"
 
 
 def test_several_metrics_are_ranked_by_the_first(tmp_path: Path) -> None:
     ledger = Ledger.create(tmp_path / "sweep", space(metric=["clean", "robust_worst"]))
-    write(ledger, judged(0, 0.75, 0.5), judged(1, 0.25, 0.625), judged(2, 0.5, 0.5))
+    write(ledger, build_trial(0, 0.75, 0.5), build_trial(1, 0.25, 0.625), build_trial(2, 0.5, 0.5))
     assert [trial.number for trial in ledger.rank_trials()] == [1, 0, 2]
 
 
@@ -153,13 +156,13 @@ def test_the_front_of_two_metrics(tmp_path: Path) -> None:
     )
     write(
         ledger,
-        judged(0, 0.5, 0.75),
-        judged(1, 0.5, 0.625),  # as robust as 0, and less clean
-        judged(2, 0.375, 0.75),  # as clean as 0, and less robust
-        judged(3, 0.5, 0.75),  # the same as 0
-        judged(4, 0.25, 0.875, gap=0.25),
-        judged(5, 0.25, 0.8125),  # beaten by 4
-        judged(6, 1.0, 1.0, gap=0.5),  # breaks the limit
+        build_trial(0, 0.5, 0.75),
+        build_trial(1, 0.5, 0.625),  # as robust as 0, and less clean
+        build_trial(2, 0.375, 0.75),  # as clean as 0, and less robust
+        build_trial(3, 0.5, 0.75),  # the same as 0
+        build_trial(4, 0.25, 0.875, gap=0.25),
+        build_trial(5, 0.25, 0.8125),  # beaten by 4
+        build_trial(6, 1.0, 1.0, gap=0.5),  # breaks the limit
     )
     assert [trial.number for trial in ledger.pareto_front()] == [0, 3, 4], (
         "in the order of the ranking"
@@ -191,7 +194,7 @@ def test_the_front_of_three_metrics_is_what_nothing_dominates(tmp_path: Path) ->
 
 
 def test_a_trials_checkpoint_is_that_of_its_best_epoch(ledger: Ledger) -> None:
-    path = ledger.best_checkpoint_path(judged(12, 0.5))
+    path = ledger.best_checkpoint_path(build_trial(12, 0.5))
     assert path == ledger.path / "trials" / "0012" / "epoch-0003", "its fourth epoch was worse"
 
 
@@ -248,9 +251,9 @@ def test_a_folder_with_anything_else_in_it_is_refused(tmp_path: Path) -> None:
 
 
 def test_discard_removes_a_sweep_unless_it_has_trials_or_other_files(ledger: Ledger) -> None:
-    ledger.save_trial(judged(0, 0.5))
+    ledger.save_trial(build_trial(0, 0.5))
     ledger.delete_if_empty()
-    assert Ledger.open(ledger.path).load_trials() == [judged(0, 0.5)]
+    assert Ledger.open(ledger.path).load_trials() == [build_trial(0, 0.5)]
     other = Ledger.create(ledger.path.parent / "other", space())
     other.delete_if_empty()
     assert not other.path.exists()
@@ -269,7 +272,8 @@ def test_only_finished_trials_that_get_more_epochs_resume(ledger: Ledger) -> Non
         4: ("finished", 6),
     }
     trials = [
-        judged(n, 0.5, state=state, epoch=epoch, reason="r") for n, (state, epoch) in states.items()
+        build_trial(n, 0.5, state=state, epoch=epoch, reason="r")
+        for n, (state, epoch) in states.items()
     ]
     write(ledger, *trials)
     ledger.extend_space(space(max_masking_gap=0.25, base={"epochs": 4}))
@@ -294,8 +298,8 @@ def test_a_trials_own_number_of_epochs_decides_whether_it_resumes(tmp_path: Path
     ledger = Ledger.create(tmp_path / "sweep", space(space=searched))
     write(
         ledger,
-        judged(0, 0.5, params={"epochs": 2}, epoch=2),
-        judged(1, 0.5, params={"epochs": 4}, epoch=4),
+        build_trial(0, 0.5, params={"epochs": 2}, epoch=2),
+        build_trial(1, 0.5, params={"epochs": 4}, epoch=4),
     )
     ledger.extend_space(space(space=searched, base={"epochs": 6}))
     assert [trial.state for trial in ledger.load_trials()] == ["finished", "finished"]
@@ -311,13 +315,14 @@ def test_importance_is_of_the_first_objective_and_needs_ten_results(tmp_path: Pa
         settings = {LR: number / 9, "optim.momentum": (number * 5 % 9) / 10}
         write(
             ledger,
-            judged(number, settings["optim.momentum"], clean=settings[LR], params=settings),
+            build_trial(number, settings["optim.momentum"], clean=settings[LR], params=settings),
         )
     write(
-        ledger, judged(9, 0.5, clean=0.5, params={LR: 0.5, "optim.momentum": 0.5}, state="failed")
+        ledger,
+        build_trial(9, 0.5, clean=0.5, params={LR: 0.5, "optim.momentum": 0.5}, state="failed"),
     )
     assert param_importances(ledger) is None, "one of ten failed"
-    write(ledger, judged(10, 0.0, clean=1.0, params={LR: 1.0, "optim.momentum": 0.0}))
+    write(ledger, build_trial(10, 0.0, clean=1.0, params={LR: 1.0, "optim.momentum": 0.0}))
     found = param_importances(ledger)
     assert found is not None and list(found) == [LR, "optim.momentum"] and found[LR] > 0.9
     assert sum(found.values()) == pytest.approx(1.0)
@@ -329,7 +334,10 @@ def test_importance_is_of_the_first_objective_and_needs_ten_results(tmp_path: Pa
 
 def test_a_study_of_a_sweep_has_its_ended_trials_in_their_order(ledger: Ledger) -> None:
     states = ("finished", "running", "failed", "stopped")
-    write(ledger, *(judged(number, number / 4, state=state) for number, state in enumerate(states)))
+    write(
+        ledger,
+        *(build_trial(number, number / 4, state=state) for number, state in enumerate(states)),
+    )
     trials = build_study(ledger).get_trials()
     assert [trial.user_attrs["raysweep.number"] for trial in trials] == [0, 2, 3]
     assert [trial.state for trial in trials] == [

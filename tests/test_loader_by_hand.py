@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from by_hand import crop_and_flip, hashed, shuffled
+from reference_rng import crop_and_flip, hash_stream_name, shuffle_rows
 
 from raysweep.data import DataSpec, Split, augment_images, epoch_batches, load_data
 from raysweep.data.dataset_cache import CachedDataset, get_dataset_cache_dir
@@ -29,11 +29,11 @@ def rows_by_hand(
     labelled: Split, batch_size: int, epoch: int, others: Split | None, share: int
 ) -> list[list[int]]:
     """Numbers of the examples of each batch; `share` of its rows are of `others`."""
-    order = shuffled(len(labelled), SEED, "order", epoch)
+    order = shuffle_rows(len(labelled), SEED, "order", epoch)
     count = -(-len(labelled) // batch_size)
     extra: list[int] = []
     if others is not None:
-        generator = torch.Generator().manual_seed(hashed(SEED, "unlabeled", epoch) >> 1)
+        generator = torch.Generator().manual_seed(hash_stream_name(SEED, "unlabeled", epoch) >> 1)
         while len(extra) < count * share:
             extra += torch.randperm(len(others), generator=generator).tolist()
     batches = []

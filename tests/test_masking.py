@@ -6,7 +6,7 @@ from robust_digits import OFFICIAL, Wrapped, robust_digits
 
 from raysweep.attacks import PGD
 from raysweep.data import Split
-from raysweep.evaluation.device_precision import disable_tf32_and_autocast
+from raysweep.evaluation.float32_precision import disable_tf32_and_autocast
 from raysweep.training.gradient_masking import estimate_scaling_gap
 from raysweep.training.validation import Validation
 
@@ -39,7 +39,7 @@ def test_tf32_is_for_attacks_and_has_no_say_in_verdicts() -> None:
     it is.
     """
 
-    def turned(model, x):
+    def flipped_in_tf32(model, x):
         return model(x) * (-1 if torch.backends.cudnn.conv.fp32_precision == "tf32" else 1)
 
     x, y = (torch.tensor(OFFICIAL[name][:60]) for name in ("x_test", "y_test"))
@@ -48,8 +48,8 @@ def test_tf32_is_for_attacks_and_has_no_say_in_verdicts() -> None:
         attacks={"pgd": PGD(eps=0.2, step_size=0.04, steps=10)}, finish={}, scales=()
     )
     with disable_tf32_and_autocast(torch.device("cpu")):
-        float32 = judge(Wrapped(turned), images)
-        tf32 = judge.model_copy(update={"tf32": True})(Wrapped(turned), images)
+        float32 = judge(Wrapped(flipped_in_tf32), images)
+        tf32 = judge.model_copy(update={"tf32": True})(Wrapped(flipped_in_tf32), images)
     assert tf32["clean"] == float32["clean"] and tf32["pgd"] > 0.9 > 0.7 > float32["pgd"]
 
 

@@ -32,7 +32,7 @@ def space(**changes: Any) -> SearchSpace:
     return SearchSpace.from_data({"method": "gairat", "trials": 8, "space": searched, **changes})
 
 
-def ended(number: int = 3, state: str = "finished", **more: Any) -> Trial:
+def build_trial(number: int = 3, state: str = "finished", **more: Any) -> Trial:
     settings = {SHAPE: "tanh", LAM: 0.5, BURN_IN: 2}
     given = {
         "params": settings,
@@ -60,7 +60,7 @@ def test_states_and_the_values_of_the_best_epoch(
 ) -> None:
     trial = to_frozen_trial(
         space(max_masking_gap=0.25),
-        ended(state=state, best=best, reason="r" if state == "failed" else ""),
+        build_trial(state=state, best=best, reason="r" if state == "failed" else ""),
     )
     complete = kept == TrialState.COMPLETE
     assert (trial.state, trial.values) == (kept, [0.5] if complete else None)
@@ -72,8 +72,8 @@ def test_states_and_the_values_of_the_best_epoch(
 
 def test_settings_and_the_distributions_that_they_come_from() -> None:
     both, linear = (
-        to_frozen_trial(space(), ended()),
-        to_frozen_trial(space(), ended(params={SHAPE: "linear", BURN_IN: 6})),
+        to_frozen_trial(space(), build_trial()),
+        to_frozen_trial(space(), build_trial(params={SHAPE: "linear", BURN_IN: 6})),
     )
     distributions = {
         SHAPE: CategoricalDistribution(["tanh", "linear"]),
@@ -89,18 +89,18 @@ def test_settings_and_the_distributions_that_they_come_from() -> None:
         method="at",
         space={"optim.lr.values": {"categorical": [[0.1, 0.01, 0.001], [0.2, 0.02, 0.002]]}},
     )
-    trial = to_frozen_trial(lists, ended(params={"optim.lr.values": [0.2, 0.02, 0.002]}))
+    trial = to_frozen_trial(lists, build_trial(params={"optim.lr.values": [0.2, 0.02, 0.002]}))
     assert trial.params == {"optim.lr.values": "[0.2, 0.02, 0.002]"}
-    assert to_frozen_trial(space(), ended(params={BURN_IN: 2, "epochs": 9})).params == {
+    assert to_frozen_trial(space(), build_trial(params={BURN_IN: 2, "epochs": 9})).params == {
         BURN_IN: 2
     }, "only settings that are searched"
 
 
 def test_several_objectives_have_values_and_no_epochs() -> None:
     """Optuna stores values of epochs for a single objective only."""
-    trial = to_frozen_trial(space(metric=["clean", "robust_worst"]), ended())
+    trial = to_frozen_trial(space(metric=["clean", "robust_worst"]), build_trial())
     assert trial.values == [0.75, 0.5] and trial.intermediate_values == {} and not trial.constraints
-    assert to_frozen_trial(space(metric="clean"), ended()).values == [0.75]
+    assert to_frozen_trial(space(metric="clean"), build_trial()).values == [0.75]
 
 
 def test_a_constraint_is_the_gap_less_its_limit() -> None:
@@ -127,7 +127,7 @@ def test_a_database_has_the_ended_trials_of_one_sweep(tmp_path: Path) -> None:
     one = ledgers[0]
     for number, state in enumerate(("stopped", "running", "failed", "finished")):
         best = BEST | {"robust_worst": 0.5 + number / 8, "masking_gap": 0.125 * number}
-        one.save_trial(ended(number, state, best=best))
+        one.save_trial(build_trial(number, state, best=best))
     for ledger in ledgers:
         export.on_sweep_start(ledger, 2)
         export.on_sweep_end(ledger)
@@ -147,11 +147,11 @@ def test_a_database_has_the_ended_trials_of_one_sweep(tmp_path: Path) -> None:
         "the other breaks the limit"
     )
     # If somebody changes the study, the next driver restores it.
-    study.add_trial(to_frozen_trial(one.space, ended(7)))
+    study.add_trial(to_frozen_trial(one.space, build_trial(7)))
     export.on_sweep_start(one, 2)
     again = optuna.load_study(study_name=study.study_name, storage=storage).get_trials()
     assert [t.user_attrs["raysweep.number"] for t in again] == [0, 2, 3]
-    export.on_trial_update(ended(1, "running"), {"epoch": 3.0})
-    export.on_trial_update(ended(1, "stopped"), None)
+    export.on_trial_update(build_trial(1, "running"), {"epoch": 3.0})
+    export.on_trial_update(build_trial(1, "stopped"), None)
     again = optuna.load_study(study_name=study.study_name, storage=storage).get_trials()
     assert [t.user_attrs["raysweep.number"] for t in again] == [0, 2, 3, 1]

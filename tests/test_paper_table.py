@@ -5,7 +5,7 @@ not comparable.
 from typing import Any
 
 import pytest
-from made import made_candidate, made_judgement
+from pipeline_builders import build_candidate, build_evaluation_result
 
 from raysweep.pipeline.artifact import EvaluationResult
 from raysweep.pipeline.paper_tables import (
@@ -36,23 +36,23 @@ TABLE = PaperTable.from_data(
 )
 
 
-def judged(label: str, robust: float, **more: Any) -> EvaluationResult:
+def build_result(label: str, robust: float, **more: Any) -> EvaluationResult:
     own = {name: more.pop(name) for name in ("seed", "which") if name in more}
-    return made_judgement(made_candidate(label, 0.5, **own), robust, **more)
+    return build_evaluation_result(build_candidate(label, 0.5, **own), robust, **more)
 
 
-def only(lines: list[PaperComparison]) -> PaperComparison:
+def only_line(lines: list[PaperComparison]) -> PaperComparison:
     (line,) = lines
     return line
 
 
 def test_every_number_of_the_table_that_we_have_gets_a_line() -> None:
     have = [
-        judged("LRAT", 0.4, model="wrn_32_10", epochs=60),
-        judged("AT", 0.47, which="last"),
-        judged("AT", 0.48, clean=0.83),
-        judged("AT", 0.50, clean=0.83, attack="PGD"),
-        judged("GAIRAT", 0.3),
+        build_result("LRAT", 0.4, model="wrn_32_10", epochs=60),
+        build_result("AT", 0.47, which="last"),
+        build_result("AT", 0.48, clean=0.83),
+        build_result("AT", 0.50, clean=0.83, attack="PGD"),
+        build_result("GAIRAT", 0.3),
     ]
     lines = compare_with_paper(TABLE, have)
     assert [(c.row, c.checkpoint_kind, c.metric) for c in lines] == [
@@ -86,7 +86,7 @@ def test_seeds_count_once_each_and_the_median_is_compared() -> None:
     """Skewed: the mean would be 44.0. Any attack gives the natural accuracy, once a seed."""
     shares = {0: 0.48, 1: 0.36, 2: 0.48}
     have = [
-        judged("AT", share, seed=seed, clean=0.8 + seed / 100, attack=attack)
+        build_result("AT", share, seed=seed, clean=0.8 + seed / 100, attack=attack)
         for attack in ("PGD", "AA")
         for seed, share in shares.items()
     ]
@@ -101,7 +101,7 @@ def test_seeds_count_once_each_and_the_median_is_compared() -> None:
 
 def test_the_smallest_test_set_decides_how_exact_we_are() -> None:
     few = [
-        judged("AT", 0.48, seed=seed, examples=examples)
+        build_result("AT", 0.48, seed=seed, examples=examples)
         for seed, examples in ((0, 10_000), (1, 100))
     ]
     line = next(c for c in compare_with_paper(TABLE, few) if c.metric == "AA")
@@ -127,7 +127,7 @@ def test_the_smallest_test_set_decides_how_exact_we_are() -> None:
     ids=lambda case: next(iter(case)) if isinstance(case, dict) else "",
 )
 def test_what_differs_from_the_papers_protocol_is_not_comparable(more: dict, reason: str) -> None:
-    line = only(compare_with_paper(TABLE, [judged("AT", 0.485, which="last", **more)]))
+    line = only_line(compare_with_paper(TABLE, [build_result("AT", 0.485, which="last", **more)]))
     assert line.verdict == "not comparable" and line.reasons == (reason,)
     assert line.difference == pytest.approx(3.5), "the difference is shown nevertheless"
 
@@ -135,23 +135,27 @@ def test_what_differs_from_the_papers_protocol_is_not_comparable(more: dict, rea
 def test_eps_may_be_rounded_and_a_row_may_have_epochs_of_its_own() -> None:
     for eps in (0.0313725, 0.03140, 8 / 255 * 1.0009, 8 / 255 * 0.9991):
         assert (
-            only(compare_with_paper(TABLE, [judged("AT", 0.48, which="last", eps=eps)])).reasons
+            only_line(
+                compare_with_paper(TABLE, [build_result("AT", 0.48, which="last", eps=eps)])
+            ).reasons
             == ()
         ), eps
     assert (
-        only(
-            compare_with_paper(TABLE, [judged("LRAT", 0.48, model="wrn_32_10", epochs=60)])
+        only_line(
+            compare_with_paper(TABLE, [build_result("LRAT", 0.48, model="wrn_32_10", epochs=60)])
         ).reasons
         == ()
     )
-    line = only(compare_with_paper(TABLE, [judged("LRAT", 0.48, model="wrn_32_10", epochs=100)]))
+    line = only_line(
+        compare_with_paper(TABLE, [build_result("LRAT", 0.48, model="wrn_32_10", epochs=100)])
+    )
     assert line.reasons == ("more epochs (100, not 60)",)
 
 
 def test_all_reasons_are_given() -> None:
-    line = only(
+    line = only_line(
         compare_with_paper(
-            TABLE, [judged("LRAT", 0.48, data="svhn", epochs=2, examples=20, train_size=64)]
+            TABLE, [build_result("LRAT", 0.48, data="svhn", epochs=2, examples=20, train_size=64)]
         )
     )
     assert line.reasons == (
@@ -166,10 +170,10 @@ def test_all_reasons_are_given() -> None:
 def test_the_report_shows_them_in_points_with_signs() -> None:
     have = [
         *(
-            judged("AT", share, seed=n, which="last")
+            build_result("AT", share, seed=n, which="last")
             for n, share in enumerate((0.4612, 0.4634, 0.4617))
         ),
-        judged("AT", 0.4811, clean=0.8123, epochs=99),
+        build_result("AT", 0.4811, clean=0.8123, epochs=99),
     ]
     (section,) = paper_section(TABLE, compare_with_paper(TABLE, have))
     assert section.title == "Beside the paper"

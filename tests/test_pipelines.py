@@ -15,22 +15,22 @@ from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
-import forked
+import forked_processes
 import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import tiny
-from forked import Forked
+from forked_processes import ForkedProcess
 
 from raysweep.cli import build_parser, main
 from raysweep.data import load_data
 from raysweep.leases import hold_pipeline_lease
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
-from raysweep.pipeline.night_cleanup import delete_old_nights, get_today_date
 from raysweep.pipeline.paper_tables import load_paper_table
 from raysweep.pipeline.pipeline import load_pipeline, plan_stages
+from raysweep.pipeline.sweep_retention import delete_old_nights, get_today_date
 from raysweep.spec import SpecError
 from raysweep.sweep.plan import maybe_estimate_epoch_seconds
 from raysweep.sweep.resources import Resources
@@ -332,7 +332,9 @@ def run_without_attacks(arguments: list[str]) -> int:
 def test_from_makes_the_rest_again_and_repeats_no_attack(copied_run: Path) -> None:
     before = {kind: artifact.finish_time for kind, (_, artifact) in artifacts(copied_run).items()}
     command = ["run", "digits", *TINY, "--out", str(copied_run), "--from", "autoattack"]
-    again = forked.start(run_without_attacks, command, imports=forked.COMMANDS)
+    again = forked_processes.start_function(
+        run_without_attacks, command, imports=forked_processes.COMMANDS
+    )
     assert again.wait() == 0, again.err
     after = {kind: artifact.finish_time for kind, (_, artifact) in artifacts(copied_run).items()}
     assert [kind for kind in after if after[kind] != before[kind]] == [
@@ -519,7 +521,7 @@ def _root() -> Path:
     return Path(__file__).parent.parent
 
 
-def hold(folder: Path, held: Path, seconds: float) -> None:
+def hold_lease(folder: Path, held: Path, seconds: float) -> None:
     with hold_pipeline_lease(folder, False):
         held.touch()
         time.sleep(seconds)
@@ -528,15 +530,15 @@ def hold(folder: Path, held: Path, seconds: float) -> None:
 def test_two_at_once_one_refuses_or_waits(tmp_path: Path) -> None:
     folder = tmp_path / "digits"
 
-    def holder(seconds: float) -> Forked:
+    def start_holder(seconds: float) -> ForkedProcess:
         held = tmp_path / f"held-{seconds}"
-        process = forked.start(hold, folder, held, seconds)
+        process = forked_processes.start_function(hold_lease, folder, held, seconds)
         while not held.exists():
             assert process.poll() is None, process.err
             time.sleep(0.01)
         return process
 
-    first = holder(60)
+    first = start_holder(60)
     with pytest.raises(
         SpecError, match=rf"'digits' is running already \(process {first.pid} on .*--wait"
     ):
@@ -544,7 +546,7 @@ def test_two_at_once_one_refuses_or_waits(tmp_path: Path) -> None:
     first.kill()
     with hold_pipeline_lease(folder, wait=False):
         pass
-    second = holder(0.5)
+    second = start_holder(0.5)
     with hold_pipeline_lease(folder, wait=True):
         assert second.wait() == 0
 
@@ -665,17 +667,17 @@ def test_promote_never_sees_the_test_set_and_respects_the_gap() -> None:
     from raysweep.pipeline.promote import PromoteStage
     from raysweep.pipeline.stage import StageFailed
 
-    def made(name: str, score: float, gap: float, **more) -> Candidate:
+    def build_candidate(name: str, score: float, gap: float, **more) -> Candidate:
         metrics = {"robust_worst": score, "masking_gap": gap}
         return Candidate(
             label=name, method=name[0], checkpoint=name, epoch=1, epochs=1, metrics=metrics, **more
         )
 
     pool = (
-        made("a1", 0.5, 0.2),
-        made("a2", 0.4, 0.0),
-        made("b1", 0.3, 0.0),
-        made("b2", 0.6, 0.1, masked=True),
+        build_candidate("a1", 0.5, 0.2),
+        build_candidate("a2", 0.4, 0.0),
+        build_candidate("b1", 0.3, 0.0),
+        build_candidate("b2", 0.6, 0.1, masked=True),
     )
 
     def names(**settings) -> list[str]:
@@ -705,7 +707,9 @@ def test_promotion_goes_by_what_the_sweep_went_by() -> None:
     from raysweep.pipeline.artifact import Candidate, select_best_candidate
     from raysweep.pipeline.promote import PromoteStage
 
-    def made(name: str, clean: float, pgd: float, gap: float, *metrics: str) -> Candidate:
+    def build_candidate(
+        name: str, clean: float, pgd: float, gap: float, *metrics: str
+    ) -> Candidate:
         scores = {"clean": clean, "pgd": pgd, "robust_worst": pgd - gap, "masking_gap": gap}
         return Candidate(
             label=name,
@@ -718,7 +722,7 @@ def test_promotion_goes_by_what_the_sweep_went_by() -> None:
         )
 
     by_clean = [
-        made(name, *scores, "clean")
+        build_candidate(name, *scores, "clean")
         for name, *scores in (("a", 0.9, 0.2, 0.0), ("b", 0.8, 0.5, 0.0))
     ]
     assert (
@@ -726,7 +730,7 @@ def test_promotion_goes_by_what_the_sweep_went_by() -> None:
         == ["a"]
         == [select_best_candidate(tuple(by_clean)).label]
     )
-    mixed = (*by_clean, made("c", 0.1, 0.4, 0.0, "pgd"))
+    mixed = (*by_clean, build_candidate("c", 0.1, 0.4, 0.0, "pgd"))
     assert [c.label for c in PromoteStage(top=3).select_candidates(mixed)] == ["b", "c", "a"]
     points = {
         "a": (0.9, 0.5, 0.3),
@@ -734,7 +738,7 @@ def test_promotion_goes_by_what_the_sweep_went_by() -> None:
         "c": (0.7, 0.45, 0.0),
         "d": (0.7, 0.3, 0.0),
     }
-    front = tuple(made(name, *scores, "pgd", "clean") for name, scores in points.items())
+    front = tuple(build_candidate(name, *scores, "pgd", "clean") for name, scores in points.items())
     assert [c.label for c in PromoteStage(pareto=True).select_candidates(front)] == ["a"]
     assert [
         c.label for c in PromoteStage(pareto=True, max_masking_gap=0.1).select_candidates(front)
@@ -790,14 +794,16 @@ def test_nights_before_the_last_are_forgotten(tmp_path: Path) -> None:
         for folder in ("nightly-00-12345678/trials", ".prefixes/key"):
             (tmp_path / night / folder).mkdir(parents=True)
 
-    def left() -> list[str]:
+    def list_files() -> list[str]:
         return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*"))
 
     sweeps = [f"{night}/nightly-00-12345678" for night in nights]
     delete_old_nights(tmp_path, "2026-03-01", None)
-    assert left() == sorted([*sweeps, "2026-03-01/.prefixes"]), "this night's prefixes are in use"
+    assert list_files() == sorted([*sweeps, "2026-03-01/.prefixes"]), (
+        "this night's prefixes are in use"
+    )
     delete_old_nights(tmp_path, "2026-03-02", 2)
-    assert left() == sweeps[2:], "tonight, which has nothing yet, and the night before"
+    assert list_files() == sweeps[2:], "tonight, which has nothing yet, and the night before"
     delete_old_nights(tmp_path / "none", "2026-03-02", 2)
 
 

@@ -44,7 +44,7 @@ def test_left_at_any_step_it_ends_with_the_same_bits(method: str, tmp_path: Path
     train_model(config, tmp_path / "whole", data=digits)
     countdown = 0
 
-    def interrupted() -> bool:
+    def is_interrupted() -> bool:
         nonlocal countdown
         countdown -= 1
         return countdown == 0
@@ -55,7 +55,7 @@ def test_left_at_any_step_it_ends_with_the_same_bits(method: str, tmp_path: Path
             train_model(
                 config,
                 tmp_path / "left",
-                FunctionCallback(should_interrupt=interrupted),
+                FunctionCallback(should_interrupt=is_interrupted),
                 data=digits,
             )
         assert (tmp_path / "left" / "half").is_dir()

@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-import forked
+import forked_processes
 import pytest
 import torch
 from conftest import tiny
@@ -30,29 +30,41 @@ def keys(method: str, **changes) -> list[str]:
     return prefix_keys(tiny(method, **changes), "data")
 
 
-def shared(one: list[str], two: list[str]) -> int:
+def count_shared_epochs(one: list[str], two: list[str]) -> int:
     """Epochs after which both have the same state."""
     return sum(a == b for a, b in zip(one, two, strict=False)) - 1
 
 
 def test_the_chain_parts_where_the_effective_settings_part() -> None:
     base = {"epochs": 6, BURN_IN: 4}
-    assert shared(keys("gairat", **base, **{LAM: -1.0}), keys("gairat", **base, **{LAM: 2.0})) == 4
     assert (
-        shared(keys("gairat", epochs=6, **{BURN_IN: 4}), keys("gairat", epochs=6, **{BURN_IN: 2}))
+        count_shared_epochs(
+            keys("gairat", **base, **{LAM: -1.0}), keys("gairat", **base, **{LAM: 2.0})
+        )
+        == 4
+    )
+    assert (
+        count_shared_epochs(
+            keys("gairat", epochs=6, **{BURN_IN: 4}), keys("gairat", epochs=6, **{BURN_IN: 2})
+        )
         == 2
     )
-    assert shared(keys("at", epochs=6), keys("gairat", **base)) == 4, (
+    assert count_shared_epochs(keys("at", epochs=6), keys("gairat", **base)) == 4, (
         "a burn-in is adversarial training"
     )
-    assert shared(keys("at", epochs=6), keys("at", epochs=3)) == 3
-    assert shared(keys("at", seed=0), keys("at", seed=1)) == 0
+    assert count_shared_epochs(keys("at", epochs=6), keys("at", epochs=3)) == 3
+    assert count_shared_epochs(keys("at", seed=0), keys("at", seed=1)) == 0
     taus = [{"kind": "piecewise", "boundaries": [2, 4], "values": [0, t, 6]} for t in (3, 4)]
     fat = [keys("fat", epochs=6, method__attacks__pgd__tau=tau) for tau in taus]
-    assert shared(*fat) == 2
-    assert shared(keys("at", batch_size=32), keys("at", batch_size=16)) == 0
+    assert count_shared_epochs(*fat) == 2
+    assert count_shared_epochs(keys("at", batch_size=32), keys("at", batch_size=16)) == 0
     lr = [{"kind": "piecewise", "boundaries": [3], "values": [0.1, v]} for v in (0.01, 0.02)]
-    assert shared(keys("at", epochs=6, optim__lr=lr[0]), keys("at", epochs=6, optim__lr=lr[1])) == 3
+    assert (
+        count_shared_epochs(
+            keys("at", epochs=6, optim__lr=lr[0]), keys("at", epochs=6, optim__lr=lr[1])
+        )
+        == 3
+    )
 
 
 def test_what_does_not_decide_the_weights_does_not_part_the_chain(
@@ -144,7 +156,7 @@ def train_beside_another(config: TrainingConfig, root: Path, name: str) -> None:
 def test_two_runs_at_once_train_a_common_prefix_once(tmp_path) -> None:
     configs = [tiny("gairat", epochs=8, **{BURN_IN: 6, LAM: lam}) for lam in (-1.0, 1.0)]
     processes = [
-        forked.start(train_beside_another, config, tmp_path, str(number))
+        forked_processes.start_function(train_beside_another, config, tmp_path, str(number))
         for number, config in enumerate(configs)
     ]
     assert [process.wait() for process in processes] == [0, 0]
@@ -163,7 +175,7 @@ def die_with_a_claim(folder: Path) -> None:
 
 
 def test_a_dead_owners_claim_is_taken_over(tmp_path) -> None:
-    assert forked.start(die_with_a_claim, tmp_path).wait() == 0
+    assert forked_processes.start_function(die_with_a_claim, tmp_path).wait() == 0
     assert (tmp_path / "key.claim").exists()
     with PrefixCache(tmp_path).acquire_training_lease("key") as ours:
         assert ours
@@ -194,13 +206,13 @@ def test_a_living_owners_claim_is_waited_for(tmp_path, monkeypatch: pytest.Monke
     answers = record_answers(monkeypatch, FileLease)
     state = train_model(tiny("at", epochs=1), tmp_path / "run").last_checkpoint.path
 
-    def second() -> None:
+    def acquire_in_thread() -> None:
         with prefixes.acquire_training_lease("key") as ours:
             got.append(ours)
 
     with prefixes.acquire_training_lease("key") as ours:
         assert ours
-        thread = threading.Thread(target=second)
+        thread = threading.Thread(target=acquire_in_thread)
         thread.start()
         wait_for_refusals(answers, 3, thread)
         assert not got and thread.is_alive()
@@ -239,12 +251,12 @@ def test_a_state_that_goes_while_it_is_taken_over_is_trained(
     prefixes, link = PrefixCache(tmp_path / "prefixes"), checkpoint.link_or_copy
     train_model(tiny("at"), tmp_path / "one", prefix_cache=prefixes)
 
-    def gone(source: Path, target: Path) -> None:
+    def failing_link(source: Path, target: Path) -> None:
         if source.is_relative_to(prefixes.path):
             shutil.rmtree(source.parent)
         link(source, target)
 
-    monkeypatch.setattr(checkpoint, "link_or_copy", gone)
+    monkeypatch.setattr(checkpoint, "link_or_copy", failing_link)
     rows: list[dict[str, float]] = []
     train_model(
         tiny("at"),

@@ -75,7 +75,7 @@ def base() -> TrainingConfig:
     )
 
 
-def changed(path: str, value: Any) -> Any:
+def changed_value(path: str, value: Any) -> Any:
     if path in OTHER:
         return OTHER[path]
     if isinstance(value, bool):
@@ -97,7 +97,7 @@ def settings() -> list[str]:
 @pytest.mark.parametrize("path", settings())
 def test_a_setting_that_decides_the_weights_changes_the_keys(path: str) -> None:
     config = base()
-    changes = {path: changed(path, flatten_spec(config)[path])}
+    changes = {path: changed_value(path, flatten_spec(config)[path])}
     if path in ("model.mean", "model.std"):
         changes = {"model.mean": [0.5], "model.std": [0.5]}
     other = prefix_keys(apply_overrides(config, changes), "data")
@@ -174,7 +174,7 @@ QUICK: dict[str, Any] = {
 }  # fmt: skip
 
 
-def stored(
+def store_untrained_states(
     path: Path, config: TrainingConfig, data: Dataset, clean: tuple[float, ...], epochs: set[int]
 ) -> PrefixCache:
     """Store states of an untrained network with the given accuracies."""
@@ -195,7 +195,7 @@ def stored(
 
 def test_the_longest_prefix_comes_with_its_best_epoch(tmp_path: Path, digits: Dataset) -> None:
     config = build_training_config("standard", QUICK)
-    prefixes = stored(tmp_path, config, digits, (0.3, 0.9, 0.5), {1, 2, 3})
+    prefixes = store_untrained_states(tmp_path, config, digits, (0.3, 0.9, 0.5), {1, 2, 3})
     told: list[tuple[float, float, float]] = []
     fitted = train_model(
         config,
@@ -220,7 +220,7 @@ def test_a_prefix_without_its_best_epoch_is_not_used(tmp_path: Path, digits: Dat
     epoch 3 afterwards.
     """
     config = build_training_config("standard", QUICK)
-    prefixes = stored(tmp_path, config, digits, (0.3, 0.9, 0.5), {1, 3})
+    prefixes = store_untrained_states(tmp_path, config, digits, (0.3, 0.9, 0.5), {1, 3})
     fitted = train_model(config, tmp_path / "run", data=digits, prefix_cache=prefixes)
     history = fitted.last_checkpoint.history
     assert [row.get("shared") for row in history] == [1.0, None, 1.0]
@@ -233,7 +233,7 @@ def test_a_run_that_has_begun_reuses_later_states(tmp_path: Path, digits: Datase
     train_model(
         build_training_config("standard", QUICK, {"epochs": 1}), tmp_path / "run", data=digits
     )
-    prefixes = stored(tmp_path, config, digits, (0.3, 0.9, 0.5), {2, 3})
+    prefixes = store_untrained_states(tmp_path, config, digits, (0.3, 0.9, 0.5), {2, 3})
     history = train_model(
         config, tmp_path / "run", data=digits, prefix_cache=prefixes
     ).last_checkpoint.history

@@ -3,7 +3,7 @@ and metrics.
 """
 
 import pytest
-from made import made_candidate, made_judgement
+from pipeline_builders import build_candidate, build_evaluation_result
 
 from raysweep.pipeline.artifact import (
     Artifact,
@@ -16,39 +16,39 @@ from raysweep.pipeline.stage import (
     StageFailed,
     TrainingOverrides,
     UpstreamResults,
-    find_chosen_evaluation,
+    find_best_candidate_evaluation,
 )
 from raysweep.spec import SpecError
 from raysweep.training.config import build_training_config
 
 
-def promoted(pool: list[Candidate], **settings) -> list[str]:
+def promote(pool: list[Candidate], **settings) -> list[str]:
     return [c.label for c in PromoteStage(**settings).select_candidates(tuple(pool))]
 
 
 def test_the_best_are_promoted_best_first() -> None:
     pool = [
-        made_candidate(name, score)
+        build_candidate(name, score)
         for name, score in (("a", 0.3), ("b", 0.5), ("c", 0.4), ("d", 0.2))
     ]
-    assert promoted(pool) == ["b", "c"], "two by default"
-    assert promoted(pool, top=1) == ["b"] and promoted(pool, top=3) == ["b", "c", "a"]
-    assert promoted(pool, top=9) == ["b", "c", "a", "d"]
-    assert promoted(pool[::-1], top=3) == ["b", "c", "a"]
+    assert promote(pool) == ["b", "c"], "two by default"
+    assert promote(pool, top=1) == ["b"] and promote(pool, top=3) == ["b", "c", "a"]
+    assert promote(pool, top=9) == ["b", "c", "a", "d"]
+    assert promote(pool[::-1], top=3) == ["b", "c", "a"]
 
 
 def test_candidates_with_equal_scores_keep_the_order_of_the_pool() -> None:
     pool = [
-        made_candidate(name, score)
+        build_candidate(name, score)
         for name, score in (("a", 0.4), ("b", 0.5), ("c", 0.5), ("d", 0.4))
     ]
-    assert promoted(pool, top=3) == ["b", "c", "a"]
-    assert promoted(pool[::-1], top=3) == ["c", "b", "d"]
+    assert promote(pool, top=3) == ["b", "c", "a"]
+    assert promote(pool[::-1], top=3) == ["c", "b", "d"]
 
 
 def test_a_candidate_without_the_metric_comes_last() -> None:
-    pool = [made_candidate("none"), made_candidate("low", 0.0), made_candidate("high", 0.1)]
-    assert promoted(pool, top=3) == ["high", "low", "none"]
+    pool = [build_candidate("none"), build_candidate("low", 0.0), build_candidate("high", 0.1)]
+    assert promote(pool, top=3) == ["high", "low", "none"]
 
 
 def test_the_gap_may_be_as_large_as_the_limit() -> None:
@@ -56,33 +56,33 @@ def test_the_gap_may_be_as_large_as_the_limit() -> None:
     within it.
     """
     pool = [
-        made_candidate("at", 0.3, gap=0.05),
-        made_candidate("over", 0.9, gap=0.0500001),
-        made_candidate("below", 0.2, gap=0.049),
-        made_candidate("unknown", 0.1),
+        build_candidate("at", 0.3, gap=0.05),
+        build_candidate("over", 0.9, gap=0.0500001),
+        build_candidate("below", 0.2, gap=0.049),
+        build_candidate("unknown", 0.1),
     ]
-    assert promoted(pool, top=9, max_masking_gap=0.05) == ["at", "below", "unknown"]
-    assert promoted(pool, top=9) == ["over", "at", "below", "unknown"]
-    assert promoted(pool[3:], max_masking_gap=0.0) == ["unknown"]
-    none = made_candidate("none", 0.5, gap=0.0)
-    assert promoted([none, *pool], top=9, max_masking_gap=0.0) == ["none", "unknown"], (
+    assert promote(pool, top=9, max_masking_gap=0.05) == ["at", "below", "unknown"]
+    assert promote(pool, top=9) == ["over", "at", "below", "unknown"]
+    assert promote(pool[3:], max_masking_gap=0.0) == ["unknown"]
+    none = build_candidate("none", 0.5, gap=0.0)
+    assert promote([none, *pool], top=9, max_masking_gap=0.0) == ["none", "unknown"], (
         "0 is a limit too, and a gap of 0 is within it"
     )
     with pytest.raises(
         StageFailed, match=r"each of 1 candidates has a masking gap over 0.05: nothing is promoted"
     ):
-        promoted(pool[1:2], max_masking_gap=0.05)
+        promote(pool[1:2], max_masking_gap=0.05)
 
 
 def test_a_candidate_that_its_sweep_calls_masked_comes_last() -> None:
     pool = [
-        made_candidate("masked", 0.9, masked=True),
-        made_candidate("a", 0.2),
-        made_candidate("b", 0.3),
+        build_candidate("masked", 0.9, masked=True),
+        build_candidate("a", 0.2),
+        build_candidate("b", 0.3),
     ]
-    assert promoted(pool, top=3) == ["b", "a", "masked"]
-    assert promoted(pool, top=2) == ["b", "a"]
-    assert promoted(pool[:1], top=2) == ["masked"], "it is promoted where there is no other"
+    assert promote(pool, top=3) == ["b", "a", "masked"]
+    assert promote(pool, top=2) == ["b", "a"]
+    assert promote(pool[:1], top=2) == ["masked"], "it is promoted where there is no other"
 
 
 def test_the_best_of_each_method_are_promoted() -> None:
@@ -93,52 +93,59 @@ def test_the_best_of_each_method_are_promoted() -> None:
         "d": ("lrat", 0.2),
         "e": ("at", 0.7),
     }
-    pool = [made_candidate(name, score, method=method) for name, (method, score) in scores.items()]
-    assert promoted(pool, top=1, each=True) == ["e", "d"]
-    assert promoted(pool, top=2, each=True) == ["e", "b", "d", "c"]
-    assert promoted(pool, top=3, each=True) == ["e", "b", "a", "d", "c"]
-    assert promoted(pool, top=2) == ["e", "b"], "without `each` the methods compete"
+    pool = [build_candidate(name, score, method=method) for name, (method, score) in scores.items()]
+    assert promote(pool, top=1, each=True) == ["e", "d"]
+    assert promote(pool, top=2, each=True) == ["e", "b", "d", "c"]
+    assert promote(pool, top=3, each=True) == ["e", "b", "a", "d", "c"]
+    assert promote(pool, top=2) == ["e", "b"], "without `each` the methods compete"
 
 
-def two(name: str, pgd: float, clean: float, **more) -> Candidate:
-    return made_candidate(
+def build_two_objective_candidate(name: str, pgd: float, clean: float, **more) -> Candidate:
+    return build_candidate(
         name, pgd=pgd, clean=clean, objectives=("pgd", "clean"), method="at", **more
     )
 
 
 def test_the_pareto_set_is_the_candidates_that_no_other_beats() -> None:
     pool = [
-        two("clean", 0.1, 0.9),
-        two("middle", 0.3, 0.8),
-        two("worse in one", 0.3, 0.7),
-        two("worse in both", 0.2, 0.6),
-        two("robust", 0.5, 0.2),
-        two("as robust, less clean", 0.5, 0.1),
+        build_two_objective_candidate("clean", 0.1, 0.9),
+        build_two_objective_candidate("middle", 0.3, 0.8),
+        build_two_objective_candidate("worse in one", 0.3, 0.7),
+        build_two_objective_candidate("worse in both", 0.2, 0.6),
+        build_two_objective_candidate("robust", 0.5, 0.2),
+        build_two_objective_candidate("as robust, less clean", 0.5, 0.1),
     ]
-    assert promoted(pool, pareto=True) == ["robust", "middle", "clean"], (
+    assert promote(pool, pareto=True) == ["robust", "middle", "clean"], (
         "first objective first, `top` does not count"
     )
-    twins = [two("one", 0.4, 0.4), two("other", 0.4, 0.4), two("beaten", 0.4, 0.3)]
-    assert promoted(twins, pareto=True) == ["one", "other"], (
+    twins = [
+        build_two_objective_candidate("one", 0.4, 0.4),
+        build_two_objective_candidate("other", 0.4, 0.4),
+        build_two_objective_candidate("beaten", 0.4, 0.3),
+    ]
+    assert promote(twins, pareto=True) == ["one", "other"], (
         "equal candidates do not beat each other"
     )
-    masked = [two("masked", 0.9, 0.9, masked=True), two("fit", 0.1, 0.1)]
-    assert promoted(masked, pareto=True) == ["fit"]
+    masked = [
+        build_two_objective_candidate("masked", 0.9, 0.9, masked=True),
+        build_two_objective_candidate("fit", 0.1, 0.1),
+    ]
+    assert promote(masked, pareto=True) == ["fit"]
 
 
 def test_the_pareto_set_of_each_method() -> None:
     pool = [
-        two("a", 0.5, 0.5),
-        two("b", 0.1, 0.1),
-        two("c", 0.2, 0.2).model_copy(update={"method": "lrat"}),
+        build_two_objective_candidate("a", 0.5, 0.5),
+        build_two_objective_candidate("b", 0.1, 0.1),
+        build_two_objective_candidate("c", 0.2, 0.2).model_copy(update={"method": "lrat"}),
     ]
-    assert promoted(pool, pareto=True) == ["a"]
-    assert promoted(pool, pareto=True, each=True) == ["a", "c"]
+    assert promote(pool, pareto=True) == ["a"]
+    assert promote(pool, pareto=True, each=True) == ["a", "c"]
 
 
 def test_one_space_is_ranked_by_its_metric_and_several_by_the_default() -> None:
-    by_clean = [made_candidate("a", 0.1, clean=0.9, objectives=("clean",)) for _ in range(2)]
-    by_both = made_candidate("b", 0.5, clean=0.1, objectives=("pgd", "clean"))
+    by_clean = [build_candidate("a", 0.1, clean=0.9, objectives=("clean",)) for _ in range(2)]
+    by_both = build_candidate("b", 0.5, clean=0.1, objectives=("pgd", "clean"))
     assert select_ranking_metrics(by_clean) == ("clean",) and select_ranking_metrics([by_both]) == (
         "pgd",
         "clean",
@@ -151,37 +158,37 @@ def test_one_space_is_ranked_by_its_metric_and_several_by_the_default() -> None:
 
 
 def test_the_candidate_that_validation_prefers() -> None:
-    best, last = made_candidate("a", 0.4), made_candidate("a", 0.6, which="last")
+    best, last = build_candidate("a", 0.4), build_candidate("a", 0.6, which="last")
     assert select_best_candidate((best, last)) == best, (
         "the best epoch was chosen on validation, the last was not"
     )
     assert select_best_candidate((last,)) == last
-    seeds = [made_candidate("a", 0.4, seed=seed) for seed in (2, 0, 1)]
+    seeds = [build_candidate("a", 0.4, seed=seed) for seed in (2, 0, 1)]
     assert select_best_candidate(tuple(seeds)).seed == 0
-    better = made_candidate("b", 0.41, seed=9)
+    better = build_candidate("b", 0.41, seed=9)
     assert select_best_candidate((*seeds, better)) == better
-    masked = made_candidate("c", 0.9, masked=True)
+    masked = build_candidate("c", 0.9, masked=True)
     assert (
         select_best_candidate((masked, *seeds)) == seeds[1]
         and select_best_candidate((masked,)) == masked
     )
 
 
-def left(kind: str, *candidates: Candidate, judged=()) -> Artifact:
+def build_artifact(kind: str, *candidates: Candidate, judged=()) -> Artifact:
     return Artifact(
         kind=kind, key="k", stage={}, inputs=(), candidates=candidates, evaluations=tuple(judged)
     )
 
 
 def test_tune_and_train_add_to_the_pool_and_promote_replaces_it() -> None:
-    a, b, c, d = (made_candidate(name, 0.1) for name in "abcd")
+    a, b, c, d = (build_candidate(name, 0.1) for name in "abcd")
     past = UpstreamResults(
         (
-            left("tune", a, b),
-            left("train", c),
-            left("promote", b),
-            left("autoattack"),
-            left("train", d),
+            build_artifact("tune", a, b),
+            build_artifact("train", c),
+            build_artifact("promote", b),
+            build_artifact("autoattack"),
+            build_artifact("train", d),
         )
     )
     assert [x.label for x in past.candidates] == ["b", "d"]
@@ -190,10 +197,14 @@ def test_tune_and_train_add_to_the_pool_and_promote_replaces_it() -> None:
 
 
 def test_only_verdicts_on_promoted_candidates_count() -> None:
-    a, b = made_candidate("a", 0.1), made_candidate("b", 0.2)
-    judged = [made_judgement(a, 0.5), made_judgement(b, 0.4)]
+    a, b = build_candidate("a", 0.1), build_candidate("b", 0.2)
+    judged = [build_evaluation_result(a, 0.5), build_evaluation_result(b, 0.4)]
     past = UpstreamResults(
-        (left("tune", a, b), left("autoattack", judged=judged), left("promote", b))
+        (
+            build_artifact("tune", a, b),
+            build_artifact("autoattack", judged=judged),
+            build_artifact("promote", b),
+        )
     )
     assert [j.candidate.label for j in past.evaluations] == ["b"]
 
@@ -202,25 +213,32 @@ def test_the_verdict_is_on_the_chosen_candidate_and_autoattack_comes_first() -> 
     """The chosen candidate is the one with the better validation, though the other is better on the
     test set.
     """
-    a, b = made_candidate("a", 0.3), made_candidate("b", 0.2)
+    a, b = build_candidate("a", 0.3), build_candidate("b", 0.2)
     judged = [
-        made_judgement(b, 0.9),
-        made_judgement(a, 0.5, attack="PGD", standard=False),
-        made_judgement(a, 0.4, attack="AA"),
-        made_judgement(a, 0.6, attack="CW", standard=False),
+        build_evaluation_result(b, 0.9),
+        build_evaluation_result(a, 0.5, attack="PGD", standard=False),
+        build_evaluation_result(a, 0.4, attack="AA"),
+        build_evaluation_result(a, 0.6, attack="CW", standard=False),
     ]
-    past = UpstreamResults((left("tune", a, b), left("autoattack", judged=judged)))
-    assert (find_chosen_evaluation(past).candidate, find_chosen_evaluation(past).robust) == (a, 0.4)
-    assert find_chosen_evaluation(past, "PGD").robust == 0.5
-    without = UpstreamResults(
-        (left("tune", a, b), left("autoattack", judged=[judged[1], judged[3]]))
+    past = UpstreamResults(
+        (build_artifact("tune", a, b), build_artifact("autoattack", judged=judged))
     )
-    assert find_chosen_evaluation(without).attack == "CW", (
+    assert (
+        find_best_candidate_evaluation(past).candidate,
+        find_best_candidate_evaluation(past).robust,
+    ) == (a, 0.4)
+    assert find_best_candidate_evaluation(past, "PGD").robust == 0.5
+    without = UpstreamResults(
+        (build_artifact("tune", a, b), build_artifact("autoattack", judged=[judged[1], judged[3]]))
+    )
+    assert find_best_candidate_evaluation(without).attack == "CW", (
         "without AutoAttack, the last attack counts"
     )
     with pytest.raises(StageFailed, match="a, seed 0, best epoch was not evaluated"):
-        find_chosen_evaluation(
-            UpstreamResults((left("tune", a, b), left("autoattack", judged=judged[:1])))
+        find_best_candidate_evaluation(
+            UpstreamResults(
+                (build_artifact("tune", a, b), build_artifact("autoattack", judged=judged[:1]))
+            )
         )
 
 

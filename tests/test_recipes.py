@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import forked
+import forked_processes
 import pytest
 
 from raysweep.cli import main
@@ -33,7 +33,7 @@ stages:
 
 
 @pytest.fixture(scope="module")
-def extended(tmp_path_factory) -> Path:
+def extended_package(tmp_path_factory) -> Path:
     """A folder with the files of the page and the package with all of its changes."""
     folder = tmp_path_factory.mktemp("extended")
     for name in ("raysweep", "search_spaces", "pipelines"):
@@ -50,8 +50,8 @@ def test_the_page_has_them_all() -> None:
     assert list(FILES) == ["both.yaml", "both-space.yaml"] and len(DIFFS) == 4
 
 
-def test_a_method_without_python(extended, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(extended)
+def test_a_method_without_python(extended_package, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(extended_package)
     assert main(["train", "both.yaml", *SMALL]) == 0
     assert "best epoch 1" in capsys.readouterr().out
 
@@ -68,8 +68,10 @@ def run_commands(folder: Path, commands: list[list[str]]) -> int:
     return max(raysweep.cli.main(command) for command in commands)
 
 
-def test_a_weight_a_loss_an_attack_and_a_stage(extended) -> None:
+def test_a_weight_a_loss_an_attack_and_a_stage(extended_package) -> None:
     commands = [["train", "own.yaml", *SMALL], ["run", "pipeline.yaml", "--plan"]]
-    done = forked.start(run_commands, extended, commands, folder=extended)
+    done = forked_processes.start_function(
+        run_commands, extended_package, commands, folder=extended_package
+    )
     assert done.wait() == 0, done.err
     assert "best epoch 1" in done.out and "robust accuracies into verdict.txt" in done.out

@@ -76,24 +76,24 @@ class Sweep:
     ) -> None:
         self.event("result", number, after, result={"epoch": epoch, "robust_worst": worst, **more})
 
-    def written(self, number: int = 0) -> Trial:
+    def load_trial(self, number: int = 0) -> Trial:
         return next(trial for trial in self.ledger.load_trials() if trial.number == number)
 
 
 @pytest.fixture
-def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sweep]:
+def begin_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sweep]:
     return lambda *past, **how: Sweep(tmp_path, monkeypatch, *past, **how)
 
 
-def test_a_trial_from_its_start_to_its_end(begin: Callable[..., Sweep]) -> None:
-    sweep = begin()
+def test_a_trial_from_its_start_to_its_end(begin_sweep: Callable[..., Sweep]) -> None:
+    sweep = begin_sweep()
     sweep.event("start")
-    assert sweep.written() == Trial(0, {LR: 0.1})
+    assert sweep.load_trial() == Trial(0, {LR: 0.1})
     for epoch, worst in ((1, 0.25), (2, 0.5), (3, 0.375)):
         sweep.report(epoch, worst)
-    assert sweep.written().state == "running"
+    assert sweep.load_trial().state == "running"
     sweep.event("complete")
-    trial = sweep.written()
+    trial = sweep.load_trial()
     assert (trial.state, trial.epoch, trial.trained_epochs, trial.retries) == ("finished", 3, 3, 0)
     assert trial.best == {"epoch": 2.0, "robust_worst": 0.5} and trial.latest == {
         "epoch": 3.0,
@@ -109,8 +109,8 @@ def test_a_trial_from_its_start_to_its_end(begin: Callable[..., Sweep]) -> None:
     ]
 
 
-def test_what_tune_adds_to_a_report_is_no_metric(begin: Callable[..., Sweep]) -> None:
-    sweep = begin()
+def test_what_tune_adds_to_a_report_is_no_metric(begin_sweep: Callable[..., Sweep]) -> None:
+    sweep = begin_sweep()
     sweep.event("start")
     tune = {
         "timestamp": 1,
@@ -129,82 +129,82 @@ def test_what_tune_adds_to_a_report_is_no_metric(begin: Callable[..., Sweep]) ->
     sweep.report(
         1, 0.25, **tune, flag=True, config={"number": 0}, **{"train/seconds": 2, "val/gap": 0.5}
     )
-    row = sweep.written().latest
+    row = sweep.load_trial().latest
     assert row == {"epoch": 1.0, "robust_worst": 0.25, "train/seconds": 2.0, "val/gap": 0.5}
     assert all(type(value) is float for value in row.values())
 
 
-def test_epochs_that_were_reported_before_are_ignored(begin: Callable[..., Sweep]) -> None:
+def test_epochs_that_were_reported_before_are_ignored(begin_sweep: Callable[..., Sweep]) -> None:
     """After a restart a trial repeats its reports. Epochs shared from other trials do not count as
     trained.
     """
-    sweep = begin()
+    sweep = begin_sweep()
     sweep.event("start")
     sweep.report(1, 0.25, shared=1.0)
     sweep.report(2, 0.5)
-    before, heard = sweep.written(), len(sweep.told)
+    before, heard = sweep.load_trial(), len(sweep.told)
     for epoch in (1, 2):
         sweep.report(epoch, 0.875, after=5.0)
-    assert sweep.written() == before and len(sweep.told) == heard
+    assert sweep.load_trial() == before and len(sweep.told) == heard
     sweep.report(3, 0.375)
-    assert (sweep.written().epoch, sweep.written().trained_epochs) == (3, 2)
+    assert (sweep.load_trial().epoch, sweep.load_trial().trained_epochs) == (3, 2)
 
 
 @pytest.mark.parametrize(("epochs", "state"), [(2, "stopped"), (3, "finished"), (4, "finished")])
 def test_a_trial_that_ends_before_its_last_epoch_was_stopped(
-    begin: Callable[..., Sweep], epochs: int, state: str
+    begin_sweep: Callable[..., Sweep], epochs: int, state: str
 ) -> None:
-    sweep = begin()
+    sweep = begin_sweep()
     sweep.event("start")
     for epoch in range(1, epochs + 1):
         sweep.report(epoch, 0.5)
     sweep.event("complete")
-    assert sweep.written().state == state and sweep.told[-1] == (state, epochs, None)
+    assert sweep.load_trial().state == state and sweep.told[-1] == (state, epochs, None)
 
 
 @pytest.mark.parametrize(
     ("epochs", "state"), [(1, "stopped"), (2, "finished"), (4, "stopped"), (5, "finished")]
 )
 def test_where_epochs_are_searched_each_trial_has_its_own_last_one(
-    begin: Callable[..., Sweep], epochs: int, state: str
+    begin_sweep: Callable[..., Sweep], epochs: int, state: str
 ) -> None:
     """A trial of two and one of five epochs, in a sweep whose base has three."""
-    sweep = begin(space={"epochs": {"int": [2, 5]}})
+    sweep = begin_sweep(space={"epochs": {"int": [2, 5]}})
     sweep.event("start", params={LR: 0.1, "epochs": 2 if epochs <= 2 else 5})
     for epoch in range(1, epochs + 1):
         sweep.report(epoch, 0.5)
     sweep.event("complete")
-    assert sweep.written().state == state
+    assert sweep.load_trial().state == state
 
 
 @pytest.mark.parametrize(("epochs", "state"), [(2, "running"), (3, "finished")])
 def test_a_trial_that_a_budget_ends_can_be_resumed(
-    begin: Callable[..., Sweep], epochs: int, state: str
+    begin_sweep: Callable[..., Sweep], epochs: int, state: str
 ) -> None:
-    sweep = begin(wall_seconds=60.0)
+    sweep = begin_sweep(wall_seconds=60.0)
     sweep.event("start")
     for epoch in range(1, epochs + 1):
         sweep.report(epoch, 0.5)
     sweep.now += 60.0
     sweep.event("complete")
-    assert sweep.written().state == state
+    assert sweep.load_trial().state == state
 
 
-def test_a_trial_that_never_started_leaves_nothing(begin: Callable[..., Sweep]) -> None:
-    sweep = begin(wall_seconds=0.0)
+def test_a_trial_that_never_started_leaves_nothing(begin_sweep: Callable[..., Sweep]) -> None:
+    sweep = begin_sweep(wall_seconds=0.0)
     sweep.event("complete")
     sweep.event("recover")
     assert sweep.ledger.load_trials() == [] and sweep.told == []
 
 
-def test_a_reported_failure_ends_the_trial(begin: Callable[..., Sweep]) -> None:
-    sweep = begin()
+def test_a_reported_failure_ends_the_trial(begin_sweep: Callable[..., Sweep]) -> None:
+    sweep = begin_sweep()
     sweep.event("start")
     sweep.report(1, 0.5)
     sweep.event(
         "result", result={"failed": "the loss became nan in epoch 2", "training_iteration": 2}
     )
-    failed = sweep.written()
+    failed = sweep.load_trial()
     assert (failed.state, failed.epoch, failed.reason) == (
         "failed",
         1,
@@ -212,20 +212,20 @@ def test_a_reported_failure_ends_the_trial(begin: Callable[..., Sweep]) -> None:
     )
     assert failed.best["robust_worst"] == 0.5 and sweep.told[-1] == ("failed", 1, None)
     sweep.event("complete")
-    assert sweep.written() == failed, "neither stopped nor finished"
+    assert sweep.load_trial() == failed, "neither stopped nor finished"
     assert sweep.relay.bug_tracebacks == [] and not sweep.relay.has_reached_limit, (
         "the settings explain the failure: it is no bug"
     )
 
 
-def test_three_errors_of_the_code_end_the_sweep(begin: Callable[..., Sweep]) -> None:
+def test_three_errors_of_the_code_end_the_sweep(begin_sweep: Callable[..., Sweep]) -> None:
     from raysweep.sweep.tune_callbacks import SweepFailed
 
-    sweep = begin()
+    sweep = begin_sweep()
     assert sweep.relay.start_round()
     for number in range(3):
         assert not sweep.relay.has_reached_limit
-        sweep.relay.check_round()
+        sweep.relay.require_round_progress()
         sweep.event("start", number)
         sweep.event(
             "result", number, result={"failed": "KeyError: 'no'", "bug": f"Traceback {number}"}
@@ -238,7 +238,7 @@ def test_three_errors_of_the_code_end_the_sweep(begin: Callable[..., Sweep]) -> 
     with pytest.raises(
         SweepFailed, match="3 trials met errors of the code, the first:\nTraceback 0"
     ):
-        sweep.relay.check_round()
+        sweep.relay.require_round_progress()
 
 
 def write_error_file(path: Path, *failures: str) -> str:
@@ -267,99 +267,99 @@ def write_error_file(path: Path, *failures: str) -> str:
     ],
 )
 def test_a_lost_process_is_a_retry_with_the_last_reason(
-    begin: Callable[..., Sweep], failures: tuple[str, ...], reason: str, tmp_path: Path
+    begin_sweep: Callable[..., Sweep], failures: tuple[str, ...], reason: str, tmp_path: Path
 ) -> None:
-    sweep = begin(Trial(0, {LR: 0.1}, epoch=1, retries=2))
+    sweep = begin_sweep(Trial(0, {LR: 0.1}, epoch=1, retries=2))
     sweep.event("start")
     sweep.event("recover", error_file=write_error_file(tmp_path, *failures) if failures else None)
-    lost = sweep.written()
+    lost = sweep.load_trial()
     assert (lost.state, lost.epoch, lost.retries, lost.reason) == ("running", 1, 3, reason)
     sweep.event("start")
-    assert sweep.written() == lost and len(sweep.told) == 2, (
+    assert sweep.load_trial() == lost and len(sweep.told) == 2, (
         "listeners are not told of a second start"
     )
     sweep.report(2, 0.5)
-    assert (sweep.written().retries, sweep.written().reason) == (3, "")
+    assert (sweep.load_trial().retries, sweep.load_trial().reason) == (3, "")
 
 
 def test_a_missing_error_file_means_a_lost_process(
-    begin: Callable[..., Sweep], tmp_path: Path
+    begin_sweep: Callable[..., Sweep], tmp_path: Path
 ) -> None:
-    sweep = begin()
+    sweep = begin_sweep()
     sweep.event("start")
     sweep.event("recover", error_file=str(tmp_path / "nowhere.txt"))
-    assert sweep.written().reason == "its process or its node died"
+    assert sweep.load_trial().reason == "its process or its node died"
 
 
 @pytest.mark.parametrize(("failures", "state"), [(20, "running"), (21, "failed")])
 def test_a_trial_that_loses_its_process_too_often_has_failed(
-    begin: Callable[..., Sweep], failures: int, state: str
+    begin_sweep: Callable[..., Sweep], failures: int, state: str
 ) -> None:
-    sweep = begin()
+    sweep = begin_sweep()
     assert sweep.relay.start_round()
     sweep.event("start")
     sweep.report(1, 0.5)
     sweep.event("error", failures=failures)
-    trial = sweep.written()
+    trial = sweep.load_trial()
     assert trial.state == state
     assert trial.reason == ("its process or its node died, 21 times" if state == "failed" else "")
-    sweep.relay.check_round()
+    sweep.relay.require_round_progress()
     assert sweep.relay.start_round() == (state == "running"), (
         "a trial that has not failed needs another round of Tune"
     )
     assert not sweep.relay.start_round(), "a round is asked for once"
 
 
-def test_a_sweep_whose_trials_cannot_start_says_so(begin: Callable[..., Sweep]) -> None:
+def test_a_sweep_whose_trials_cannot_start_says_so(begin_sweep: Callable[..., Sweep]) -> None:
     from raysweep.sweep.tune_callbacks import SweepFailed
 
-    sweep = begin()
+    sweep = begin_sweep()
     assert sweep.relay.start_round(), "the first time"
     sweep.event("error", 0)
     sweep.event("error", 1)
     with pytest.raises(SweepFailed, match="no trial could start: its process or its node died"):
-        sweep.relay.check_round()
+        sweep.relay.require_round_progress()
     assert sweep.relay.start_round()
     sweep.event("start", 2)
     sweep.event("error", 0)
     with pytest.raises(SweepFailed, match="no trial could start"):
-        sweep.relay.check_round()
+        sweep.relay.require_round_progress()
     assert sweep.relay.start_round()
     sweep.report(1, 0.5, number=2)
     sweep.event("error", 0)
-    sweep.relay.check_round()
+    sweep.relay.require_round_progress()
     assert sweep.relay.start_round(), "some trial makes progress: the others may start later"
     sweep.event("error", 0)
     with pytest.raises(SweepFailed, match="no trial could start"):
-        sweep.relay.check_round()
+        sweep.relay.require_round_progress()
     assert sweep.relay.start_round()
     sweep.event("result", 2, result={"failed": "the loss became nan"})
     sweep.event("error", 0)
-    sweep.relay.check_round()
+    sweep.relay.require_round_progress()
 
 
-def test_a_spent_budget_ends_the_rounds_too(begin: Callable[..., Sweep]) -> None:
-    sweep = begin(wall_seconds=60.0)
+def test_a_spent_budget_ends_the_rounds_too(begin_sweep: Callable[..., Sweep]) -> None:
+    sweep = begin_sweep(wall_seconds=60.0)
     assert sweep.relay.start_round()
     sweep.event("error", 0)
     sweep.now += 60.0
     assert not sweep.relay.start_round() and sweep.relay.limit_reached
 
 
-def test_seconds_count_while_a_process_holds_resources(begin: Callable[..., Sweep]) -> None:
+def test_seconds_count_while_a_process_holds_resources(begin_sweep: Callable[..., Sweep]) -> None:
     """The 15 s of a lost epoch count; the 75 s until a new process starts do not."""
-    sweep = begin(Trial(0, {LR: 0.1}, epoch=0, seconds=100.0), gpus=2.0, gpu_seconds=130.0)
+    sweep = begin_sweep(Trial(0, {LR: 0.1}, epoch=0, seconds=100.0), gpus=2.0, gpu_seconds=130.0)
     sweep.event("start")
     sweep.report(1, 0.25, after=10.0)
     sweep.event("recover", after=15.0)
-    assert sweep.written().seconds == 125.0
+    assert sweep.load_trial().seconds == 125.0
     sweep.now += 75.0
     assert not sweep.relay.has_reached_limit, "a waiting trial holds nothing"
     sweep.event("start")
     sweep.report(2, 0.25, after=30.0)
     sweep.report(2, 0.25, after=4.0)
     sweep.event("complete", after=5.0)
-    assert sweep.written().seconds == 164.0 and sweep.written().state == "stopped"
+    assert sweep.load_trial().seconds == 164.0 and sweep.load_trial().state == "stopped"
     assert not sweep.relay.has_reached_limit, "64 s of two GPUs are 128"
     sweep.event("start", 1)
     sweep.now += 0.9
@@ -368,8 +368,8 @@ def test_seconds_count_while_a_process_holds_resources(begin: Callable[..., Swee
     assert sweep.relay.has_reached_limit and sweep.relay.update_limit_reached()
 
 
-def test_gpus_of_trials_that_run_at_once_add_up(begin: Callable[..., Sweep]) -> None:
-    sweep = begin(gpus=0.5, gpu_seconds=40.0)
+def test_gpus_of_trials_that_run_at_once_add_up(begin_sweep: Callable[..., Sweep]) -> None:
+    sweep = begin_sweep(gpus=0.5, gpu_seconds=40.0)
     sweep.event("start", 0)
     sweep.event("start", 1, after=20.0)
     sweep.event("error", 0, after=20.0)
@@ -379,8 +379,8 @@ def test_gpus_of_trials_that_run_at_once_add_up(begin: Callable[..., Sweep]) -> 
     assert sweep.relay.has_reached_limit
 
 
-def test_a_budget_of_wall_seconds_counts_this_call_only(begin: Callable[..., Sweep]) -> None:
-    sweep = begin(Trial(0, {LR: 0.1}, seconds=1e6), wall_seconds=60.0)
+def test_a_budget_of_wall_seconds_counts_this_call_only(begin_sweep: Callable[..., Sweep]) -> None:
+    sweep = begin_sweep(Trial(0, {LR: 0.1}, seconds=1e6), wall_seconds=60.0)
     sweep.event("start")
     sweep.now += 59.9
     assert (
@@ -416,10 +416,10 @@ def test_a_budget_is_spent_when_it_is_reached(
     assert Budget(**budget).is_exhausted(*spent) is over
 
 
-def test_tune_is_told_to_stop_all_trials_and_never_one(begin: Callable[..., Sweep]) -> None:
+def test_tune_is_told_to_stop_all_trials_and_never_one(begin_sweep: Callable[..., Sweep]) -> None:
     from raysweep.sweep.tune_callbacks import BudgetStopper
 
-    sweep = begin(wall_seconds=60.0)
+    sweep = begin_sweep(wall_seconds=60.0)
     stop = BudgetStopper(sweep.relay)
     assert not stop.stop_all()
     sweep.now += 60.0
@@ -427,7 +427,7 @@ def test_tune_is_told_to_stop_all_trials_and_never_one(begin: Callable[..., Swee
     assert not stop("t0", {"robust_worst": 0.0})
 
 
-def test_a_resumed_trial_keeps_its_past_and_its_number(begin: Callable[..., Sweep]) -> None:
+def test_a_resumed_trial_keeps_its_past_and_its_number(begin_sweep: Callable[..., Sweep]) -> None:
     """Trials that had ended run again when a sweep has grown."""
     row = {"epoch": 2.0, "robust_worst": 0.75}
     past = Trial(
@@ -443,14 +443,14 @@ def test_a_resumed_trial_keeps_its_past_and_its_number(begin: Callable[..., Swee
         1,
         "its node was preempted",
     )
-    sweep = begin(Trial(3, {LR: 0.5}, "finished", 3), past)
+    sweep = begin_sweep(Trial(3, {LR: 0.5}, "finished", 3), past)
     sweep.event("start", 7, params={LR: 0.25})
-    assert sweep.written(7) == past
+    assert sweep.load_trial(7) == past
     sweep.event("start", 3, params={LR: 0.5})
-    assert (sweep.written(3).state, sweep.written(3).epoch) == ("running", 3)
+    assert (sweep.load_trial(3).state, sweep.load_trial(3).epoch) == ("running", 3)
     sweep.report(3, 0.5, number=7, after=2.0)
     sweep.event("complete", 7, after=1.0)
-    trial = sweep.written(7)
+    trial = sweep.load_trial(7)
     assert trial.best == row and trial.curve == [[1, 0.5], [2, 0.75], [3, 0.5]]
     assert (trial.state, trial.trained_epochs, trial.seconds, trial.retries) == (
         "finished",
@@ -463,27 +463,27 @@ def test_a_resumed_trial_keeps_its_past_and_its_number(begin: Callable[..., Swee
 
 
 def test_another_round_of_tune_continues_the_records_of_the_last(
-    begin: Callable[..., Sweep],
+    begin_sweep: Callable[..., Sweep],
 ) -> None:
     """Tune has other names for the trials of its next round, and the same numbers."""
-    sweep = begin()
+    sweep = begin_sweep()
     sweep.event("start")
     sweep.report(1, 0.75, after=10.0)
     sweep.event("recover", after=2.0)
     sweep.event("error")
     assert sweep.relay.start_round()
-    before = sweep.written()
+    before = sweep.load_trial()
     assert (before.epoch, before.seconds, before.retries) == (1, 12.0, 1)
     sweep.tune.clear()
     sweep.tune[0] = SimpleNamespace(trial_id="other", config={"number": 0, "params": {LR: 0.1}})
     sweep.event("start", after=50.0)
-    assert sweep.written() == before
+    assert sweep.load_trial() == before
     sweep.report(2, 0.5, after=3.0)
-    assert sweep.written().curve == [[1, 0.75], [2, 0.5]] and sweep.written().seconds == 15.0
+    assert sweep.load_trial().curve == [[1, 0.75], [2, 0.5]] and sweep.load_trial().seconds == 15.0
 
 
-def test_trials_do_not_mix(begin: Callable[..., Sweep]) -> None:
-    sweep = begin()
+def test_trials_do_not_mix(begin_sweep: Callable[..., Sweep]) -> None:
+    sweep = begin_sweep()
     for number in (0, 1):
         sweep.event("start", number, params={LR: 0.1 + number / 10})
     sweep.report(1, 0.25, number=0)

@@ -64,7 +64,7 @@ def ledger(folder: Path, count: int, **more) -> Ledger:
     return made
 
 
-def tuned(folder: Path, made: Ledger) -> Artifact:
+def write_tune_artifact(folder: Path, made: Ledger) -> Artifact:
     sweep = {"path": str(made.path.relative_to(folder)), "method": "gairat"}
     return Artifact(
         kind="tune", key="k", stage={"label": None}, inputs=(), facts={"sweeps": [sweep]}
@@ -75,7 +75,7 @@ def captions(section: Section) -> list[str]:
     return [part.caption for part in section.parts if isinstance(part, CaptionedFigure)]
 
 
-def said(section: Section) -> str:
+def section_text(section: Section) -> str:
     return " ".join(part.text for part in section.parts if isinstance(part, Paragraph))
 
 
@@ -89,10 +89,12 @@ def test_the_setting_that_decides_is_the_most_important(tmp_path: Path) -> None:
 def test_importances_need_trials_that_differ(tmp_path: Path) -> None:
     few = ledger(tmp_path / "few", MIN_IMPORTANCE_TRIALS - 1)
     assert param_importances(few) is None
-    (section,) = build_search_sections([tuned(tmp_path / "few", few)], (tmp_path / "few").joinpath)
+    (section,) = build_search_sections(
+        [write_tune_artifact(tmp_path / "few", few)], (tmp_path / "few").joinpath
+    )
     assert (
         f"this needs at least {MIN_IMPORTANCE_TRIALS} results, not {MIN_IMPORTANCE_TRIALS - 1}"
-        in said(section)
+        in section_text(section)
     )
     same = ledger(tmp_path / "same", MIN_IMPORTANCE_TRIALS)
     for trial in same.load_trials()[:MIN_IMPORTANCE_TRIALS]:
@@ -103,14 +105,14 @@ def test_importances_need_trials_that_differ(tmp_path: Path) -> None:
 
 def test_what_was_searched_is_drawn(tmp_path: Path) -> None:
     made = ledger(tmp_path, 12)
-    (section,) = build_search_sections([tuned(tmp_path, made)], tmp_path.joinpath)
+    (section,) = build_search_sections([write_tune_artifact(tmp_path, made)], tmp_path.joinpath)
     assert section.title == "What was searched: gairat"
     assert captions(section) == [
         "Objective against each searched setting (darker: later)",
         "Importance of the settings (fANOVA)",
         "Pareto front: clean and robust worst",
     ]
-    assert "Not every trial has lam" in said(section)
+    assert "Not every trial has lam" in section_text(section)
     slices = next(
         part.figure
         for part in section.parts
@@ -152,11 +154,11 @@ def test_the_front_is_optunas_and_feasible(tmp_path: Path) -> None:
 
 def test_several_objectives_are_drawn_against_each_other(tmp_path: Path) -> None:
     made = ledger(tmp_path, 3, metric=["robust_worst", "clean"], scheduler={"kind": "none"})
-    (section,) = build_search_sections([tuned(tmp_path, made)], tmp_path.joinpath)
+    (section,) = build_search_sections([write_tune_artifact(tmp_path, made)], tmp_path.joinpath)
     assert captions(section)[-1] == "Pareto front: clean and robust worst"
 
 
-def judgement(
+def build_result(
     label: str, attack: str, robust: float, method: str = "gairat", **more
 ) -> EvaluationResult:
     candidate = Candidate(
@@ -190,7 +192,7 @@ def test_accuracy_against_the_one_setting_that_differs() -> None:
         "at": tiny("at"),
         "other": tiny("gairat", method__terms__pgd__weight__lam=1.0, batch_size=16),
     }
-    judged = [judgement(name, "AA", 0.1 * place) for place, name in enumerate(configs)]
+    judged = [build_result(name, "AA", 0.1 * place) for place, name in enumerate(configs)]
     (section,) = build_ablation_sections(judged, configs, ())
     assert captions(section) == [f"Test accuracy against {LAM} (medians over seeds)"]
     (picture,) = section.parts
@@ -209,7 +211,9 @@ def test_accuracy_against_the_steps_of_pgd() -> None:
         attacks={**attacks, "other": PGD(eps=0.1, step_size=0.02, steps=80), "AA": "autoattack"}
     )
     artifact = Artifact(kind="autoattack", key="k", stage=stage.to_json_dict(), inputs=())
-    judged = [judgement("a", name, 0.5 - 0.1 * place) for place, name in enumerate(stage.attacks)]
+    judged = [
+        build_result("a", name, 0.5 - 0.1 * place) for place, name in enumerate(stage.attacks)
+    ]
     (section,) = build_ablation_sections(judged, {"a": tiny("at")}, [artifact])
     (line,) = section.parts[0].figure.axes[0].lines
     assert line.get_xydata().tolist() == [[10, 0.5], [20, 0.4], [40, pytest.approx(0.3)]]
@@ -218,16 +222,16 @@ def test_accuracy_against_the_steps_of_pgd() -> None:
 def test_every_method_is_compared_with_the_night_before() -> None:
     from raysweep.pipeline.report.stage import _build_changes_parts, _compute_median_accuracies
 
-    def night(shares: dict[str, tuple[float, ...]]) -> tuple[EvaluationResult, ...]:
+    def night_evaluations(shares: dict[str, tuple[float, ...]]) -> tuple[EvaluationResult, ...]:
         return tuple(
-            judgement(m, "AA", share, m, seed=n)
+            build_result(m, "AA", share, m, seed=n)
             for m in shares
             for n, share in enumerate(shares[m])
         )
 
     nights = [
-        night({"a": (0.5, 0.1, 0.3), "b": (0.2,)}),
-        night({"a": (0.6, 0.2, 0.4), "b": (0.1,)}),
+        night_evaluations({"a": (0.5, 0.1, 0.3), "b": (0.2,)}),
+        night_evaluations({"a": (0.6, 0.2, 0.4), "b": (0.1,)}),
     ]
     then, now = (_compute_median_accuracies(judged) for judged in nights)
     assert then == {"a under AA": 0.3, "b under AA": 0.2}

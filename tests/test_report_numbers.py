@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from made import made_candidate, made_judgement
 from matplotlib.figure import Figure
+from pipeline_builders import build_candidate, build_evaluation_result
 
 from raysweep.pipeline.artifact import Artifact, EvaluationResult
 from raysweep.pipeline.facts import ReportChanges
@@ -55,24 +55,26 @@ def rows_by(table: Table) -> list[dict[str, str]]:
     return [dict(zip(table.headers, row, strict=True)) for row in table.rows]
 
 
-def judged(label: str, robust: float, clean: float = 0.9, **more: Any) -> EvaluationResult:
+def build_result(label: str, robust: float, clean: float = 0.9, **more: Any) -> EvaluationResult:
     own = {
         name: more.pop(name) for name in ("seed", "which", "epoch", "gap", "method") if name in more
     }
     score = more.pop("score", 0.5)
-    return made_judgement(made_candidate(label, score, **own), robust, clean=clean, **more)
+    return build_evaluation_result(
+        build_candidate(label, score, **own), robust, clean=clean, **more
+    )
 
 
 def test_a_row_for_each_checkpoint_and_attack_with_medians_over_seeds() -> None:
     """Of three seeds 0.50, 0.20, 0.44: the median is 0.44, the mean 0.38, the deviation 0.15875."""
     shares = {0: (0.50, 0.90, 0.01, 12), 1: (0.20, 0.70, 0.021, 9), 2: (0.44, 0.75, None, 30)}
     have = [
-        judged("LRAT", robust, clean, seed=seed, gap=gap, epoch=epoch, score=robust + 0.01)
+        build_result("LRAT", robust, clean, seed=seed, gap=gap, epoch=epoch, score=robust + 0.01)
         for seed, (robust, clean, gap, epoch) in shares.items()
     ]
     have += [
-        judged("LRAT", 0.6, seed=0, attack="PGD", standard=False, gap=0.02),
-        judged("LRAT", 0.3, which="last"),
+        build_result("LRAT", 0.6, seed=0, attack="PGD", standard=False, gap=0.02),
+        build_result("LRAT", 0.3, which="last"),
     ]
     (section,) = build_evaluation_sections(have, have[0])
     rows = rows_by(tables(section)[0])
@@ -102,9 +104,9 @@ def test_a_row_for_each_checkpoint_and_attack_with_medians_over_seeds() -> None:
 def test_accuracy_after_each_attack_and_in_each_class() -> None:
     per_class = {"0": {"robust_accuracy": 0.25}, "1": {"robust_accuracy": 0.12345}}
     have = [
-        judged("a", 0.2, attack="PGD", standard=False, after={"pgd": 0.2}),
-        judged("a", 0.1, 0.95, after={"apgd-ce": 0.3, "square": 0.1}, per_class=per_class),
-        judged("b", 0.15, after={"apgd-ce": 0.15}, per_class={"2": {"robust_accuracy": 1.0}}),
+        build_result("a", 0.2, attack="PGD", standard=False, after={"pgd": 0.2}),
+        build_result("a", 0.1, 0.95, after={"apgd-ce": 0.3, "square": 0.1}, per_class=per_class),
+        build_result("b", 0.15, after={"apgd-ce": 0.15}, per_class={"2": {"robust_accuracy": 1.0}}),
     ]
     (section,) = build_evaluation_sections(have, have[0])
     _, left, by_class = tables(section)
@@ -120,7 +122,7 @@ def test_accuracy_after_each_attack_and_in_each_class() -> None:
         ["a, best, AA", "25.00", "12.35", ""],
         ["b, best, AA", "", "", "100.00"],
     ]
-    many = [judged(f"m{number}", 0.1) for number in range(9)]
+    many = [build_result(f"m{number}", 0.1) for number in range(9)]
     (section,) = build_evaluation_sections(many, many[0])
     assert len(tables(section)[0].rows) == 9 and len(tables(section)[1].rows) == 6, (
         "the first six in detail"
@@ -128,7 +130,7 @@ def test_accuracy_after_each_attack_and_in_each_class() -> None:
 
 
 def test_warnings_of_the_attacks_are_repeated() -> None:
-    have = [judged("a", 0.1, seed=3, warnings=("it is randomised", "zero gradient"))]
+    have = [build_result("a", 0.1, seed=3, warnings=("it is randomised", "zero gradient"))]
     (section,) = build_evaluation_sections(have, have[0])
     assert texts(section)[1:] == [
         "a, seed 3, best epoch: it is randomised",
@@ -139,19 +141,21 @@ def test_warnings_of_the_attacks_are_repeated() -> None:
 def test_the_objective_against_autoattack() -> None:
     """Scores 1 2 3 4 against 1 3 2 4: five of six pairs agree, tau (5 - 1) / 6."""
     pairs = ((0.1, 0.01), (0.2, 0.03), (0.3, 0.02), (0.4, 0.04))
-    have = [judged(f"c{n}", robust, score=score) for n, (score, robust) in enumerate(pairs)]
-    have.append(judged("pgd alone", 0.0, score=0.9, standard=False, attack="PGD"))
+    have = [build_result(f"c{n}", robust, score=score) for n, (score, robust) in enumerate(pairs)]
+    have.append(build_result("pgd alone", 0.0, score=0.9, standard=False, attack="PGD"))
     (section,) = build_objective_sections(have)
     tau = "Kendall's tau between the objective and AutoAttack over 4 evaluated checkpoints: +0.67."
     assert texts(section) == [
         tau,
         "These are too few checkpoints: 1 and -1 are both likely by chance.",
     ]
-    five = [*have, judged("c4", 0.05, score=0.5)]
+    five = [*have, build_result("c4", 0.05, score=0.5)]
     assert texts(build_objective_sections(five)[0]) == [
         tau.replace("over 4", "over 5").replace("0.67", "0.80")
     ], "9 of 10 agree"
-    falling = [judged(f"c{n}", -score, score=score) for n, score in enumerate((0.1, 0.2, 0.3))]
+    falling = [
+        build_result(f"c{n}", -score, score=score) for n, score in enumerate((0.1, 0.2, 0.3))
+    ]
     assert "checkpoints: -1.00." in texts(build_objective_sections(falling)[0])[0]
     assert (
         "unknown, because one of them is constant."
@@ -166,7 +170,7 @@ def sweep(path: str, asked: int, trained: int, seconds: float, *states: str) -> 
 
 
 def stage(
-    kind: str, seconds: float = 1.0, facts: dict | None = None, judged: tuple = ()
+    kind: str, seconds: float = 1.0, facts: dict | None = None, build_result: tuple = ()
 ) -> Artifact:
     return Artifact(
         kind=kind,
@@ -175,7 +179,7 @@ def stage(
         inputs=(),
         seconds=seconds,
         facts=facts or {},
-        evaluations=judged,
+        evaluations=build_result,
     )
 
 
@@ -189,7 +193,7 @@ def test_the_costs() -> None:
         stage(
             "autoattack",
             4.25,
-            judged=(judged("a", 0.1, queries=1_234_567), judged("b", 0.1, queries=3)),
+            judged=(build_result("a", 0.1, queries=1_234_567), build_result("b", 0.1, queries=3)),
         ),
     ]
     (section,) = build_cost_sections(artifacts)
@@ -289,7 +293,7 @@ def test_curves_of_what_changes_from_epoch_to_epoch() -> None:
 TEST = McNemarResult(10, 30, 100, 0.00222, -0.2, (-0.32, -0.08), "worse")
 
 
-def changes(**more: Any) -> ReportChanges:
+def build_changes(**more: Any) -> ReportChanges:
     values = {
         "previous_time": "then",
         "best": ("a", "b"),
@@ -302,8 +306,8 @@ def changes(**more: Any) -> ReportChanges:
 
 def test_a_regression_is_a_verdict_of_worse_or_a_number_below_the_floor() -> None:
     """A number equal to the floor is not below it."""
-    best = judged("b", 0.4321)
-    worse = changes(test=TEST)
+    best = build_result("b", 0.4321)
+    worse = build_changes(test=TEST)
     assert ReportStage()._find_regressions(best, worse) == [
         (
             "AA of the chosen checkpoint fell from 50.00% to 43.21% (30 examples lost, 10 gained, "
@@ -311,22 +315,22 @@ def test_a_regression_is_a_verdict_of_worse_or_a_number_below_the_floor() -> Non
         )
     ]
     for verdict in ("better", "tie", "cannot tell"):
-        other = changes(test=replace(TEST, verdict=verdict))
+        other = build_changes(test=replace(TEST, verdict=verdict))
         assert ReportStage()._find_regressions(best, other) == []
     assert (
         ReportStage()._find_regressions(best, None)
         == []
-        == ReportStage()._find_regressions(best, changes())
+        == ReportStage()._find_regressions(best, build_changes())
     )
     assert ReportStage(floor=0.4321)._find_regressions(best, None) == []
     below = "AA of the chosen checkpoint is 43.21%, below the floor 43.22%"
     assert ReportStage(floor=0.4322)._find_regressions(best, None) == [below]
     assert ReportStage(floor=0.4322)._find_regressions(best, worse)[1] == below
-    assert ReportStage(floor=0.0)._find_regressions(judged("b", 0.0), None) == []
+    assert ReportStage(floor=0.0)._find_regressions(build_result("b", 0.0), None) == []
 
 
 def test_the_line_to_read() -> None:
-    best = judged("b", 0.4321, 0.8765, seed=2)
+    best = build_result("b", 0.4321, 0.8765, seed=2)
     assert _build_verdict_banner(best, []) == Banner(
         "No regression. b, seed 2, best epoch, chosen on validation: 43.21% under AA (95% 42.21% "
         "to 44.21%), "
@@ -340,7 +344,7 @@ def test_the_line_to_read() -> None:
 
 
 def test_what_changed_since_the_last_report() -> None:
-    (table,) = _build_changes_parts(changes())
+    (table,) = _build_changes_parts(build_changes())
     assert table.headers == ["since then", "before", "now"]
     assert table.rows == [
         ["chosen checkpoint", "a", "b"],
@@ -348,14 +352,14 @@ def test_what_changed_since_the_last_report() -> None:
         ["clean accuracy", "90.00%", "89.00%"],
     ], "with one method its median is the same number"
     _, line = _build_changes_parts(
-        changes(protocol_differences=("eps 1 then, 2 now", "norm a then, b now"))
+        build_changes(protocol_differences=("eps 1 then, 2 now", "norm a then, b now"))
     )
     assert (
         line.text
         == "Not comparable with the previous report: eps 1 then, 2 now; norm a then, b now."
     )
     test = McNemarResult(3, 13, 200, 0.021270751953125, -0.05, (-0.1, 0.0), "worse")
-    _, line = _build_changes_parts(changes(test=test))
+    _, line = _build_changes_parts(build_changes(test=test))
     assert (
         line.text == "McNemar's test on 200 shared examples: 3 gained, 13 lost, p = 0.0213: worse."
     )
@@ -364,8 +368,11 @@ def test_what_changed_since_the_last_report() -> None:
 
 
 def test_methods_are_compared_by_their_medians() -> None:
-    have = [judged("x", share, method="at", seed=n) for n, share in enumerate((0.1, 0.6, 0.2, 0.3))]
-    have += [judged("y", 0.4, method="lrat", attack="PGD")]
+    have = [
+        build_result("x", share, method="at", seed=n)
+        for n, share in enumerate((0.1, 0.6, 0.2, 0.3))
+    ]
+    have += [build_result("y", 0.4, method="lrat", attack="PGD")]
     assert _compute_median_accuracies(tuple(have)) == {
         "at under AA": 0.25,
         "lrat under PGD": 0.4,
@@ -382,7 +389,7 @@ def test_a_single_varied_setting_is_plotted_in_medians_over_seeds() -> None:
     for value, several in shares.items():
         config = tiny("lrat", method__terms__pgd__weight__alpha=value)
         for seed, share in enumerate(several):
-            have.append(judged(f"alpha {value}", share, seed=seed))
+            have.append(build_result(f"alpha {value}", share, seed=seed))
             configs[have[-1].candidate.checkpoint] = config.model_copy(update={"seed": seed})
     (section,) = build_ablation_sections(have, configs, ())
     assert captions(section) == [f"Test accuracy against {path} (medians over seeds)"]
@@ -444,14 +451,14 @@ def test_markdown_has_the_same_text_and_names_the_figures() -> None:
 
 
 def test_the_same_picture_is_the_same_bytes() -> None:
-    def drawn() -> str:
+    def render_figure() -> str:
         figure = Figure(figsize=(2, 2))
         figure.subplots().plot([1, 2], [3, 4])
         return document(CaptionedFigure("c", figure, is_full_width=True)).render_html()
 
-    first = drawn()
+    first = render_figure()
     assert (
-        first == drawn()
+        first == render_figure()
         and '<figure class=wide><img alt="c" src="data:image/svg+xml;base64,' in first
     )
 

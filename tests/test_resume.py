@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import forked
+import forked_processes
 import pytest
 import ray
-from forked import Forked
+from forked_processes import ForkedProcess
 
 from raysweep.cli import main
 from raysweep.sweep.ledger import Ledger
@@ -30,8 +30,8 @@ def tune(ray_cluster, empty_store, workdir: Path, monkeypatch: pytest.MonkeyPatc
     empty_store(workdir / "mlflow.db")
     started = []
 
-    def start(*arguments: str) -> Forked:
-        started.append(forked.command(["tune", "gairat", *arguments], workdir))
+    def start(*arguments: str) -> ForkedProcess:
+        started.append(forked_processes.start_command(["tune", "gairat", *arguments], workdir))
         return started[-1]
 
     yield start
@@ -50,14 +50,14 @@ def has_ended_trial(sweep: Path) -> bool:
     )
 
 
-def wait_until(condition: Callable[[], bool], process: Forked) -> None:
+def wait_until(condition: Callable[[], bool], process: ForkedProcess) -> None:
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def wait_for_epochs(sweep: Path, count: int, process: Forked) -> None:
+def wait_for_epochs(sweep: Path, count: int, process: ForkedProcess) -> None:
     wait_until(lambda: epochs_of(sweep) >= count, process)
 
 

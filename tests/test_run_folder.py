@@ -26,7 +26,7 @@ from raysweep.training.checkpoint import (
     TrainingCheckpoint,
 )
 from raysweep.training.config import TrainingConfig, build_training_config
-from raysweep.training.epoch_metrics import find_best_epoch
+from raysweep.training.metric_history import find_best_epoch
 from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
 from raysweep.training.prefix_cache import prefix_keys
 from raysweep.training.trainer import (
@@ -47,7 +47,7 @@ QUICK: dict[str, Any] = {
 }
 
 
-def quick(**changes: Any) -> TrainingConfig:
+def quick_config(**changes: Any) -> TrainingConfig:
     """Training without an attack; `__` in a name stands for a dot."""
     return build_training_config(
         "standard", QUICK, {key.replace("__", "."): value for key, value in changes.items()}
@@ -78,7 +78,9 @@ def rows_of(*clean: float | None, first: int = 1) -> list[Row]:
 def test_every_nth_epoch_and_the_last_are_measured(
     every: int, epochs: int, measured: list[int], tmp_path: Path, digits: Dataset
 ) -> None:
-    fitted = train_model(quick(epochs=epochs, validation__every=every), tmp_path, data=digits)
+    fitted = train_model(
+        quick_config(epochs=epochs, validation__every=every), tmp_path, data=digits
+    )
     history = fitted.last_checkpoint.history
     for metric in ("clean", "pgd", "robust_worst", "train/natural", "validation_seconds"):
         assert [row["epoch"] for row in history if metric in row] == measured, metric
@@ -89,9 +91,9 @@ def test_every_nth_epoch_and_the_last_are_measured(
 def test_a_run_that_grows_keeps_what_was_measured_at_its_former_end(
     tmp_path: Path, digits: Dataset
 ) -> None:
-    train_model(quick(epochs=3, validation__every=2), tmp_path, data=digits)
+    train_model(quick_config(epochs=3, validation__every=2), tmp_path, data=digits)
     grown = train_model(
-        quick(epochs=5, validation__every=2), tmp_path, data=digits
+        quick_config(epochs=5, validation__every=2), tmp_path, data=digits
     ).last_checkpoint.history
     assert [row["epoch"] for row in grown if "clean" in row] == [2, 3, 4, 5]
 
@@ -111,13 +113,13 @@ def test_a_run_that_grows_keeps_what_was_measured_at_its_former_end(
 def test_the_best_epoch_is_the_first_of_the_highest(
     clean: tuple[float | None, ...], best: int
 ) -> None:
-    assert find_best_epoch(quick(), rows_of(*clean)) == best
+    assert find_best_epoch(quick_config(), rows_of(*clean)) == best
 
 
 def test_the_best_epoch_is_by_the_objective_alone() -> None:
     rows = [{"clean": 0.9, "pgd": 0.1}, {"clean": 0.8, "pgd": 0.3}, {"clean": 0.7, "pgd": 0.2}]
-    assert find_best_epoch(quick(), rows) == 1
-    assert find_best_epoch(quick(validation__objective="pgd"), rows) == 2
+    assert find_best_epoch(quick_config(), rows) == 1
+    assert find_best_epoch(quick_config(validation__objective="pgd"), rows) == 2
 
 
 # Chance is 0.1. Two standard deviations above it are 0.1849 for 50 images and 0.2342 for 20.
@@ -149,7 +151,7 @@ def test_a_collapse_is_two_measured_epochs_no_better_than_chance(
     tmp_path: Path,
     digits: Dataset,
 ) -> None:
-    config = apply_overrides(quick(epochs=len(clean), collapse_after=3), changes)
+    config = apply_overrides(quick_config(epochs=len(clean), collapse_after=3), changes)
     rows = rows_of(*clean)
     for epoch in {find_best_epoch(config, rows), len(rows)}:
         write(RunDirectory(tmp_path).epoch_path(epoch), config, rows[:epoch], digits)
@@ -167,7 +169,7 @@ def test_a_collapse_is_two_measured_epochs_no_better_than_chance(
 def test_pruning_keeps_the_best_and_the_last_and_removes_leftovers_of_crashes(
     clean: tuple[float, ...], kept: set[int], tmp_path: Path, digits: Dataset
 ) -> None:
-    config, rows = quick(epochs=4, optim__lr=1e-9), rows_of(*clean)
+    config, rows = quick_config(epochs=4, optim__lr=1e-9), rows_of(*clean)
     run = RunDirectory(tmp_path)
     for epoch in (1, 2, 3):
         write(run.epoch_path(epoch), config, rows[:epoch], digits)
@@ -188,13 +190,13 @@ def test_pruning_keeps_the_best_and_the_last_and_removes_leftovers_of_crashes(
 def test_when_an_epoch_is_reported_it_and_the_best_so_far_are_saved(
     tmp_path: Path, digits: Dataset
 ) -> None:
-    config = quick(epochs=5, optim__lr=0.3, data__train_size=32)
+    config = quick_config(epochs=5, optim__lr=0.3, data__train_size=32)
     found: list[tuple[set[int], int]] = []
 
-    def look(metrics: Row, saved: TrainingCheckpoint) -> None:
+    def record_saved_epochs(metrics: Row, saved: TrainingCheckpoint) -> None:
         found.append((set(RunDirectory(tmp_path).list_saved_epochs()), saved.epoch))
 
-    train_model(config, tmp_path, FunctionCallback(look), data=digits)
+    train_model(config, tmp_path, FunctionCallback(record_saved_epochs), data=digits)
     history = RunDirectory(tmp_path).read_history()
     for number, (epochs, told) in enumerate(found, 1):
         clean = [row["clean"] for row in history[:number]]
@@ -247,7 +249,7 @@ def test_a_run_that_stops_after_each_epoch_has_the_same_bits_as_one_that_does_no
 def test_an_epoch_that_failed_leaves_no_checkpoint(tmp_path: Path, digits: Dataset) -> None:
     lr = {"kind": "piecewise", "boundaries": [1], "values": [0.01, 1e30]}
     with pytest.raises(TrainingFailed, match="in epoch 2"):
-        train_model(quick(epochs=3, optim__lr=lr), tmp_path, data=digits)
+        train_model(quick_config(epochs=3, optim__lr=lr), tmp_path, data=digits)
     assert RunDirectory(tmp_path).list_saved_epochs() == [1]
 
 
@@ -273,7 +275,7 @@ def test_an_epoch_that_failed_leaves_no_checkpoint(tmp_path: Path, digits: Datas
 def test_a_run_does_not_resume_with_other_settings(
     changes: dict[str, Any], tmp_path: Path, digits: Dataset
 ) -> None:
-    config = quick(epochs=6)
+    config = quick_config(epochs=6)
     saved = write(tmp_path / "run" / "epoch-0003", config, rows_of(0.5, 0.5, 0.5), digits)
     with pytest.raises(SpecError) as error:
         check_resumable(saved, apply_overrides(config, changes), digits.fingerprint)
@@ -287,7 +289,7 @@ def test_a_run_does_not_resume_with_other_settings(
 def test_a_run_resumes_with_as_many_or_more_epochs_and_on_its_own_data_only(
     tmp_path: Path, digits: Dataset
 ) -> None:
-    config = quick(epochs=6)
+    config = quick_config(epochs=6)
     saved = write(tmp_path / "epoch-0003", config, rows_of(0.5, 0.5, 0.5), digits)
     for epochs in (3, 5, 6, 60):
         check_resumable(saved, apply_overrides(config, {"epochs": epochs}), digits.fingerprint)
@@ -319,15 +321,15 @@ def steps_told(config: TrainingConfig, path: Path, data: Dataset) -> list[tuple[
 
 
 def test_half_an_epoch_is_resumed_also_with_more_epochs(tmp_path: Path, digits: Dataset) -> None:
-    interrupt_after(6, quick(epochs=2, batch_size=16), tmp_path, digits)
-    assert steps_told(quick(epochs=3, batch_size=16), tmp_path, digits) == [
+    interrupt_after(6, quick_config(epochs=2, batch_size=16), tmp_path, digits)
+    assert steps_told(quick_config(epochs=3, batch_size=16), tmp_path, digits) == [
         *((2, step) for step in (3, 4)),
         *((3, step) for step in (1, 2, 3, 4)),
     ]
 
 
 def test_half_an_epoch_on_other_data_starts_again(tmp_path: Path, digits: Dataset) -> None:
-    config = quick(epochs=1, batch_size=16)
+    config = quick_config(epochs=1, batch_size=16)
     interrupt_after(2, config, tmp_path, digits)
     other = replace(digits, fingerprint="0" * 16)
     assert steps_told(config, tmp_path, other) == [(1, 1), (1, 2), (1, 3), (1, 4)]
@@ -335,11 +337,11 @@ def test_half_an_epoch_on_other_data_starts_again(tmp_path: Path, digits: Datase
 
 def test_half_of_an_epoch_that_was_saved_is_ignored(tmp_path: Path, digits: Dataset) -> None:
     """A process died after it had saved the epoch, before it deleted the half."""
-    config = quick(epochs=2, batch_size=16)
+    config = quick_config(epochs=2, batch_size=16)
     interrupt_after(2, config, tmp_path, digits)
     whole = train_model(config, tmp_path / "whole", data=digits)
     first = train_model(
-        quick(epochs=1, batch_size=16), tmp_path / "first", data=digits
+        quick_config(epochs=1, batch_size=16), tmp_path / "first", data=digits
     ).last_checkpoint
     first.path.rename(tmp_path / "epoch-0001")
     assert steps_told(config, tmp_path, digits) == [(2, 1), (2, 2), (2, 3), (2, 4)]
@@ -350,7 +352,7 @@ def test_half_of_an_epoch_that_was_saved_is_ignored(tmp_path: Path, digits: Data
 def test_the_time_of_an_epoch_is_the_sum_over_all_processes_that_trained_it(
     tmp_path: Path, digits: Dataset
 ) -> None:
-    config = quick(epochs=1, batch_size=16)
+    config = quick_config(epochs=1, batch_size=16)
     interrupt_after(2, config, tmp_path, digits)
     seen = tmp_path / "half" / "seen.safetensors"
     with safe_open(seen, "pt") as file:
@@ -363,7 +365,7 @@ def test_the_time_of_an_epoch_is_the_sum_over_all_processes_that_trained_it(
 class TestCheckpoint:
     @pytest.fixture
     def saved(self, tmp_path: Path, digits: Dataset) -> TrainingCheckpoint:
-        return write(tmp_path / "run" / "epoch-0002", quick(), rows_of(0.2, 0.3), digits)
+        return write(tmp_path / "run" / "epoch-0002", quick_config(), rows_of(0.2, 0.3), digits)
 
     def test_it_is_read_as_it_was_written(self, saved: TrainingCheckpoint, digits: Dataset) -> None:
         again = checkpoint.read_checkpoint(saved.path)
@@ -449,7 +451,13 @@ class TestCheckpoint:
                 expected[name] = torch.rand(parameter.shape, generator=generator)
                 optimizer.state[parameter]["momentum_buffer"] = expected[name]
         saved = checkpoint.save_checkpoint(
-            tmp_path / "c", quick(), model, optimizer, rows_of(0.1), "f", {"more.txt": b"more"}
+            tmp_path / "c",
+            quick_config(),
+            model,
+            optimizer,
+            rows_of(0.1),
+            "f",
+            {"more.txt": b"more"},
         )
         other = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
         into = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
@@ -467,7 +475,7 @@ class TestCheckpoint:
     def test_a_reused_state_costs_nothing_and_is_marked(
         self, saved: TrainingCheckpoint, tmp_path: Path
     ) -> None:
-        config = quick(seed=7)
+        config = quick_config(seed=7)
         timed = [{**row, "train/seconds": 5.0} for row in saved.history]
         self.change(saved, history=timed)
         all_of_it = checkpoint.reuse_checkpoint(tmp_path / "all", saved.path, config)
@@ -519,7 +527,7 @@ def test_a_run_keeps_its_key_and_has_another_than_any_other(tmp_path: Path) -> N
 
 def test_a_renamed_method_is_another_run_but_the_same_training() -> None:
     """The name is a setting that a folder checks, but it does not decide the weights."""
-    config = quick(epochs=2)
+    config = quick_config(epochs=2)
     renamed = config.model_copy(
         update={"method": Method.from_data(config.method.to_json_dict() | {"name": "other"})}
     )

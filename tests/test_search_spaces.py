@@ -13,13 +13,13 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 @cache
-def shipped(name):
+def load_builtin_space(name):
     return load_space(name, {})
 
 
 def test_every_method_has_one_and_lrat_its_papers_grid():
     assert set(list_builtin_spaces()) == {*METHODS, "lrat-grid"}
-    grid = shipped("lrat-grid")
+    grid = load_builtin_space("lrat-grid")
     points = {grid.trial_config(point).digest() for point in grid.initial_points}
     assert len(points) == grid.n_trials == 5 * 5 * 4
     for attack in ("pgd", "cw"):
@@ -43,7 +43,7 @@ def test_space(name):
     """Both ends of every range validate (`load_space`); what is searched belongs to the method or
     the optimiser.
     """
-    space = shipped(name)
+    space = load_builtin_space(name)
     assert space.method == name
     assert space.points_to_evaluate, "a sweep starts from the paper's setting"
     assert all(set(point) == set(space.space) for point in space.points_to_evaluate)
@@ -52,7 +52,7 @@ def test_space(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_suggestions_are_valid_and_differ(name):
-    space = shipped(name)
+    space = load_builtin_space(name)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     digests = {space.trial_config(space.suggest_params(study.ask())).digest() for _ in range(4)}
     digests |= {space.trial_config(point).digest() for point in space.points_to_evaluate}
@@ -62,7 +62,7 @@ def test_suggestions_are_valid_and_differ(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_weights_act_within_the_epochs(name):
     """No starting point and no end of a range leaves the weights unused."""
-    space = shipped(name)
+    space = load_builtin_space(name)
     ends = [{path: value} for path, d in space.space.items() for value in d.bounds_or_choices()]
     for settings in (*space.points_to_evaluate, *ends):
         assert not [
@@ -75,12 +75,12 @@ def test_spaces_fit_other_data_sets(name):
     """A space is for digits as it stands, and keeps its meaning with another network and more
     epochs.
     """
-    space = shipped(name).with_overrides(
+    space = load_builtin_space(name).with_overrides(
         {"data.name": "cifar10", "model.name": "resnet18", "epochs": 100}
     )
     config = space.trial_config({})
     assert (config.data.name, config.model.name, config.epochs) == ("cifar10", "resnet18", 100)
-    assert set(space.space) == set(shipped(name).space)
+    assert set(space.space) == set(load_builtin_space(name).space)
 
 
 def test_a_typo_costs_nothing(tmp_path):

@@ -43,7 +43,7 @@ NEVER = {
 OWN = {"process_pool.py": {"pickle.loads"}}
 
 
-def stays(path: Path, folder: Path) -> bool:
+def is_inside(path: Path, folder: Path) -> bool:
     """Whether the path is right in the folder, whatever the file system makes of it."""
     return path.resolve().parent == folder.resolve() and "\0" not in str(path)
 
@@ -75,7 +75,7 @@ def test_names_of_sweeps_and_runs_stay_in_their_folder(name: str) -> None:
         plain = check_plain_name(name, "--name")
     except SpecError:
         return
-    assert plain == name and len(name) <= 100 and stays(folder / name, folder)
+    assert plain == name and len(name) <= 100 and is_inside(folder / name, folder)
 
 
 @given(NAMES)
@@ -87,7 +87,7 @@ def test_a_methods_name_stays_in_its_folder(name: str) -> None:
         config = apply_overrides(tiny("at"), {"method.name": name})
     except SpecError:
         return
-    assert stays(folder / f"{config.method.name}-{config.digest()[:8]}", folder)
+    assert is_inside(folder / f"{config.method.name}-{config.digest()[:8]}", folder)
 
 
 @given(NAMES)
@@ -106,7 +106,7 @@ def test_labels_of_a_pipeline_stay_in_its_folder(label: str) -> None:
         1,
         "0123456789",
     )
-    assert stays(work.choose_sweep_folder(label), sweeps)
+    assert is_inside(work.choose_sweep_folder(label), sweeps)
 
 
 @given(NAMES)

@@ -4,7 +4,7 @@ import gc
 import re
 from pathlib import Path
 
-import forked
+import forked_processes
 import numpy as np
 import psutil
 import pytest
@@ -42,7 +42,7 @@ def write_arrays(folder: Path, seed: int, count: int = 60) -> DataSpec:
     return DataSpec(name="arrays", data_dir=folder, val_size=15)
 
 
-def same(one: Dataset, other: Dataset) -> bool:
+def same_split(one: Dataset, other: Dataset) -> bool:
     parts = [(getattr(one, name), getattr(other, name)) for name in ("train", "val", "test")]
     equal = all(
         torch.equal(getattr(a, f), getattr(b, f)) for a, b in parts for f in ("x", "y", "index")
@@ -55,11 +55,11 @@ def test_it_is_the_data_set_and_files_are_read_once(tmp_path: Path) -> None:
     spec = write_arrays(tmp_path, 0)
     plain = load_data(spec)
     source = CachedDataset(spec, plain.fingerprint)
-    assert same(source.load_shared(spec), plain)
+    assert same_split(source.load_shared(spec), plain)
     (copy,) = get_dataset_cache_dir().iterdir()
     assert copy.parent.stat().st_mode & 0o077 == 0, "this user's alone"
     (tmp_path / "train.npz").unlink()
-    other_process = forked.start(touch_all, tmp_path, plain.fingerprint)
+    other_process = forked_processes.start_function(touch_all, tmp_path, plain.fingerprint)
     # Its val_size is another, so the copy is not its data.
     assert other_process.wait() == 1
     refused = other_process.err.splitlines()[-1]
@@ -85,14 +85,14 @@ def test_a_damaged_copy_is_made_again(tmp_path: Path) -> None:
     size = copy.stat().st_size
     copy.write_bytes(copy.read_bytes()[: size // 2])
     twin = spec.model_copy(update={"download": True})
-    assert same(CachedDataset(twin, plain.fingerprint).load_shared(twin), plain)
+    assert same_split(CachedDataset(twin, plain.fingerprint).load_shared(twin), plain)
     assert copy.stat().st_size == size
 
 
 def test_a_searched_data_set_is_loaded_as_it_is(tmp_path: Path) -> None:
     spec = write_arrays(tmp_path, 3)
     digits = DataSpec(name="digits", val_size=50)
-    assert same(CachedDataset(spec, "0" * 16).load_shared(digits), load_data(digits))
+    assert same_split(CachedDataset(spec, "0" * 16).load_shared(digits), load_data(digits))
 
 
 def test_processes_share_its_memory(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_processes_share_its_memory(tmp_path: Path) -> None:
     assert sum(int(part.x.sum()) for part in (mine.train, mine.val, mine.test)) > 0
 
     def private(how: str) -> float:
-        process = forked.start(touch_all, tmp_path, how)
+        process = forked_processes.start_function(touch_all, tmp_path, how)
         assert process.wait() == 0, process.err
         return int(process.out) / 2**20
 

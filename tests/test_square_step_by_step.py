@@ -78,7 +78,7 @@ def slow(attack, row, restart=0):
     )  # fmt: skip
 
 
-def expected(attack, row):
+def run_slow_square(attack, row):
     """The best point of all starts, whether it is misclassified, and the slow attack's outcome for
     each start.
     """
@@ -96,7 +96,7 @@ def test_every_proposal_l2(eps, row):
     """Windows, signs, bumps, the mass that moves and the norm, query by query."""
     attack = Square(eps=eps, queries=130, norm="L2")
     result, seen = run(attack, [row])
-    best, broken, outcomes = expected(attack, row)
+    best, broken, outcomes = run_slow_square(attack, row)
     points = [X[row], *[point for outcome in outcomes for point in outcome.points]]
     assert broken == (row != 0)
     assert len(seen) == len(points)
@@ -113,7 +113,7 @@ def test_every_proposal_linf(eps, row):
     """
     attack = Square(eps=eps, queries=130)
     result, (_, *seen) = run(attack, [row])
-    best, broken, outcomes = expected(attack, row)
+    best, broken, outcomes = run_slow_square(attack, row)
     assert broken == (row != 0)
     np.testing.assert_allclose(result.x_adv[0], best, atol=1e-12)
     points = iter(outcomes[0].points if outcomes else [])
@@ -131,7 +131,7 @@ def test_rows_of_a_batch_do_not_affect_each_other(norm, eps):
     attack = Square(eps=eps, queries=25, norm=norm, restarts=2)
     result, _ = run(attack, list(range(8)))
     for row in range(8):
-        best, _, outcomes = expected(attack, row)
+        best, _, outcomes = run_slow_square(attack, row)
         np.testing.assert_allclose(result.x_adv[row], best, atol=1e-7)
         spent = 1 + sum(outcome.queries for outcome in outcomes)
         assert (

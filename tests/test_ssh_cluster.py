@@ -14,7 +14,7 @@ import pytest
 CLUSTER = Path(__file__).parent / "cluster"
 
 
-def lacking() -> str:
+def missing_requirement() -> str:
     """What this machine lacks to be several."""
     if not os.environ.get("RAYSWEEP_LAB"):
         return "takes minutes: set RAYSWEEP_LAB=1"
@@ -38,7 +38,7 @@ _PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.skipif(bool(lacking()), reason=lacking())
+@pytest.mark.skipif(bool(missing_requirement()), reason=missing_requirement())
 def test_up_doctor_sweep_down(tmp_path: Path) -> None:
     command = [CLUSTER / "lab.sh", tmp_path / "lab", "1", CLUSTER / "prove.sh", "small"]
     environment = {

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made import made_candidate, made_judgement
+from pipeline_builders import build_candidate, build_evaluation_result
 from rich.console import Console
 
 from raysweep import storage
 from raysweep.data import DataSpec, load_data
-from raysweep.pipeline import night_cleanup, stage
+from raysweep.pipeline import stage
 from raysweep.pipeline.artifact import ARTIFACT_FILE, Artifact
 from raysweep.pipeline.pipeline import Pipeline, find_stage_index, load_pipeline, plan_stages
 from raysweep.pipeline.stage import StageContext, TrainingOverrides
@@ -23,10 +23,10 @@ from raysweep.training.checkpoint import describe_environment
 
 
 def artifact(**more: Any) -> Artifact:
-    candidate = made_candidate(
+    candidate = build_candidate(
         "a", 0.5, gap=float("inf"), settings={"optim.lr": 0.1, "x": None, "y": [1, 2]}
     )
-    judged = made_judgement(
+    judged = build_evaluation_result(
         candidate, 0.4, warnings=("w",), per_class={"0": {"robust_accuracy": 0.1}}
     )
     return Artifact(
@@ -123,21 +123,21 @@ def test_a_digest_changes_with_what_goes_into_the_stage_and_with_nothing_else(
     base = digests(file)
     assert len(set(base)) == 5 and all(len(one) == 16 for one in base)
 
-    def changed(**more: Any) -> str:
+    def changed_digests(**more: Any) -> str:
         return "".join(
             "x" if one != other else "."
             for one, other in zip(base, digests(file, **more), strict=True)
         )
 
-    assert changed(stages__0__seeds=[0, 1]) == "x.xxx"
-    assert changed(stages__1__checkpoints=["last"]) == ".xxxx"
-    assert changed(stages__promote__top=1) == "..xxx"
-    assert changed(stages__autoattack__n=9) == "...xx"
-    assert changed(stages__report__floor=0.1) == "....x"
-    assert changed(data__train_size=65) == "xxxxx" == changed(salt="2026-01-01")
-    assert changed(keep=3, again="daily") == ".....", "`again` acts through the salt only"
+    assert changed_digests(stages__0__seeds=[0, 1]) == "x.xxx"
+    assert changed_digests(stages__1__checkpoints=["last"]) == ".xxxx"
+    assert changed_digests(stages__promote__top=1) == "..xxx"
+    assert changed_digests(stages__autoattack__n=9) == "...xx"
+    assert changed_digests(stages__report__floor=0.1) == "....x"
+    assert changed_digests(data__train_size=65) == "xxxxx" == changed_digests(salt="2026-01-01")
+    assert changed_digests(keep=3, again="daily") == ".....", "`again` acts through the salt only"
     file.write_text(PIPELINE.format(about="two"))
-    assert changed() == ".....", "`about` changes nothing"
+    assert changed_digests() == ".....", "`about` changes nothing"
 
 
 def test_stages_that_train_have_no_inputs_and_all_others_have_every_stage_before_them(
@@ -339,11 +339,11 @@ def test_a_stages_sweep_is_named_by_pipeline_stage_part_and_digest(
 def test_data_are_read_once(work: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def counting(spec: DataSpec) -> Any:
+    def counting_load(spec: DataSpec) -> Any:
         asked.append(spec.val_size)
         return load_data(spec)
 
-    monkeypatch.setattr(stage, "load_data", counting)
+    monkeypatch.setattr(stage, "load_data", counting_load)
     one, other = DataSpec(val_size=50, train_size=64), DataSpec(val_size=51, train_size=64)
     assert (
         work.get_dataset(one) is work.get_dataset(one.model_copy())
@@ -355,31 +355,36 @@ def test_data_are_read_once(work: StageContext, monkeypatch: pytest.MonkeyPatch)
 def test_which_nights_are_kept(tmp_path: Path) -> None:
     """The last `keep`, including tonight. Folders that are no nights lose only their prefixes."""
 
-    def after(tonight: str, keep: int | None, *names: str) -> list[str]:
+    def folders_after_night(tonight: str, keep: int | None, *names: str) -> list[str]:
         folder = tmp_path / f"{tonight} {keep} {len(names)}"
         for name in names:
             (folder / name / ".prefixes").mkdir(parents=True)
             (folder / name / "sweep").mkdir()
-        night_cleanup.delete_old_nights(folder, tonight, keep)
+        sweep_retention.delete_old_nights(folder, tonight, keep)
         return sorted(str(path.relative_to(folder)) for path in folder.glob("*/*"))
 
     days = ("2026-02-28", "2026-03-01", "2026-03-02")
-    assert after("2026-03-02", 1, *days) == ["2026-03-02/.prefixes", "2026-03-02/sweep"]
-    assert after("2026-03-02", 2, *days) == [
+    assert folders_after_night("2026-03-02", 1, *days) == [
+        "2026-03-02/.prefixes",
+        "2026-03-02/sweep",
+    ]
+    assert folders_after_night("2026-03-02", 2, *days) == [
         "2026-03-01/sweep",
         "2026-03-02/.prefixes",
         "2026-03-02/sweep",
     ]
-    assert after("2026-03-02", 9, *days) == [
+    assert folders_after_night("2026-03-02", 9, *days) == [
         "2026-02-28/sweep",
         "2026-03-01/sweep",
         "2026-03-02/.prefixes",
         "2026-03-02/sweep",
     ]
     others = ("20260101", "2026-1-1", "abcdef", "2026-02-30")
-    assert after("2026-03-02", 1, *others) == sorted(f"{name}/sweep" for name in others)
+    assert folders_after_night("2026-03-02", 1, *others) == sorted(
+        f"{name}/sweep" for name in others
+    )
     # If the clock was wrong once: tonight is kept even if there is a later date.
-    assert after("2026-03-01", 1, "2026-03-01", "2026-12-31") == [
+    assert folders_after_night("2026-03-01", 1, "2026-03-01", "2026-12-31") == [
         "2026-03-01/.prefixes",
         "2026-03-01/sweep",
         "2026-12-31/sweep",

@@ -259,7 +259,7 @@ RECORDED = Method(
 )
 
 
-def recorded(rows: slice, loss: float, of: int) -> tuple[MethodOutput, Tensor]:
+def method_output(rows: slice, loss: float, of: int) -> tuple[MethodOutput, Tensor]:
     logits = torch.tensor(P)[rows].log()
     kappa = torch.tensor(KAPPA)[rows]
     # On natural data all rows but the first are right.
@@ -312,11 +312,11 @@ BINS = {
 
 def test_the_record_of_an_epoch_by_hand() -> None:
     seen = EpochDiagnostics(RECORDED, SINGLE_WORKER)
-    seen.add_batch(*recorded(slice(0, 4), 2.0, 4))
+    seen.add_batch(*method_output(slice(0, 4), 2.0, 4))
     assert seen.compute_metrics()["train/kappa_median_pgd"] == 1.0, (
         "the lower of the two medians of 0, 1, 3, 4"
     )
-    seen.add_batch(*recorded(slice(4, 5), 5.0, 1))
+    seen.add_batch(*method_output(slice(4, 5), 5.0, 1))
     assert seen.compute_metrics() == pytest.approx(EXPECTED)
     histograms = seen.compute_histograms()
     assert {
@@ -340,9 +340,9 @@ def test_two_workers_record_what_one_does() -> None:
         seen = EpochDiagnostics(RECORDED, workers)
         seen.add_batch(
             *(
-                recorded(slice(0, 4), 8 / 5 * 2, 5)
+                method_output(slice(0, 4), 8 / 5 * 2, 5)
                 if workers.rank == 0
-                else recorded(slice(4, 5), 5 / 5 * 2, 5)
+                else method_output(slice(4, 5), 5 / 5 * 2, 5)
             )
         )
         return seen.compute_metrics(), seen.compute_histograms()

@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.request import Request, urlopen
 
-import forked
+import forked_processes
 import optuna
 import psutil
 import pytest
 import torch
 from conftest import tiny
-from forked import Forked
+from forked_processes import ForkedProcess
 from gcp_storage_emulator.server import create_server
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
@@ -96,12 +96,12 @@ def any_uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     return bucket_on(request.getfixturevalue(request.param), request.param, tmp_path)
 
 
-def below(uri: str, *steps: str) -> str:
+def join_uri(uri: str, *steps: str) -> str:
     path, _, query = uri.partition("?")
     return "/".join((path, *steps)) + (f"?{query}" if query else "")
 
 
-def forget(tmp_path: Path) -> None:
+def delete_local_copy(tmp_path: Path) -> None:
     """As on another machine."""
     shutil.rmtree(tmp_path / "copy")
 
@@ -123,7 +123,7 @@ def in_bucket(path: Path) -> list[str]:
 def test_a_place_has_one_name_on_every_machine(where: str) -> None:
     path = storage.local_path(where)
     assert storage.is_bucket_copy(path) and storage.uri_of(path) == where
-    assert storage.uri_of(path / "s" / "trials") == below(where, "s", "trials")
+    assert storage.uri_of(path / "s" / "trials") == join_uri(where, "s", "trials")
     assert not set("?&=%") & set(str(path)), "Ray takes paths for URIs"
 
 
@@ -169,12 +169,12 @@ def test_a_checkpoint_comes_back_on_another_machine(any_uri: str, tmp_path: Path
     alone = train_model(config, tmp_path / "alone")
     kept = {f"epoch-{epoch:04d}" for epoch in (4, there.best_checkpoint.epoch)}
     assert {Path(name).parts[0] for name in in_bucket(path)} == {*kept, "histograms"}
-    forget(tmp_path)
+    delete_local_copy(tmp_path)
     last = RunDirectory(path).read_last_checkpoint()
     assert last is not None and last.epoch == 4 and last.config == config
     one, two = (load_file(saved.path / WEIGHTS_FILE) for saved in (last, alone.last_checkpoint))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    forget(tmp_path)
+    delete_local_copy(tmp_path)
     rows = []
     train_model(
         tiny("at", epochs=4), path, FunctionCallback(lambda metrics, saved: rows.append(metrics))
@@ -222,11 +222,11 @@ def test_a_damaged_object_is_one_line_with_its_uri(any_uri: str, tmp_path: Path)
     (path / "epoch-0001" / WEIGHTS_FILE).unlink()
     (path / "epoch-0001" / WEIGHTS_FILE).write_bytes(b"half")
     storage.push_to_bucket(path / "epoch-0001" / WEIGHTS_FILE)
-    forget(tmp_path)
+    delete_local_copy(tmp_path)
     with pytest.raises(SpecError) as error:
         checkpoint.read_checkpoint(path / "epoch-0001")
     assert str(error.value).startswith(
-        below(any_uri, "run", "epoch-0001")
+        join_uri(any_uri, "run", "epoch-0001")
     ) and "truncated or altered" in str(error.value)
 
 
@@ -248,7 +248,7 @@ def test_two_machines_train_a_common_prefix_once(any_uri: str, tmp_path: Path) -
     configs = [tiny("gairat", epochs=8, **{BURN_IN: 6, LAM: lam}) for lam in (-1.0, 1.0)]
     told = [tmp_path / f"{number}.json" for number in range(2)]
     processes = [
-        forked.start(
+        forked_processes.start_function(
             train_beside_another,
             config,
             any_uri,
@@ -374,7 +374,7 @@ def test_a_bucket_of_prefixes_that_is_full_forgets_the_oldest(any_uri: str, tmp_
         time.sleep(1.1 if prefixes.find_stored_positions(["a", "b"]) else 0)
         prefixes.store_state(key, state)
     assert storage.list_folders_containing(prefixes.path) == ["b", "c"]
-    forget(tmp_path)
+    delete_local_copy(tmp_path)
     assert prefixes.find_stored_positions(["b", "a", "c"]) == [2, 0]
     assert prefixes.find_state("a") is None and prefixes.find_state("b") is not None
 
@@ -487,10 +487,10 @@ def test_credentials_that_are_refused_are_one_line(uri: str, workdir: Path, caps
     )
 
 
-def tune(folder: Path, *arguments: str) -> Forked:
+def tune(folder: Path, *arguments: str) -> ForkedProcess:
     """A driver on a machine of its own: its folder, its copy of the bucket."""
     folder.mkdir()
-    return forked.command(
+    return forked_processes.start_command(
         ["tune", "gairat", *arguments], folder, {"RAYSWEEP_CACHE": str(folder / "copy")}
     )
 
@@ -587,15 +587,15 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
         trial.score("robust_worst") for trial in trials
     )
 
-    forget(tmp_path)
+    delete_local_copy(tmp_path)
     best = json.loads(again.out)["trials"][0]
-    assert best["checkpoint"].startswith(below(uri, "s", "trials").partition("?")[0])
+    assert best["checkpoint"].startswith(join_uri(uri, "s", "trials").partition("?")[0])
     monkeypatch.chdir(tmp_path / "two")
     assert main(["show", "s", "--storage", uri]) == 0
     assert "4 of 4 trials ended" in capsys.readouterr().out
     monkeypatch.delenv("RAY_ADDRESS")
     command = ["--attack", "pgd20", "--n", "20", "--json"]
-    assert main(["eval", below(uri, "s", "trials", f"{best['number']:04d}"), *command]) == 0
+    assert main(["eval", join_uri(uri, "s", "trials", f"{best['number']:04d}"), *command]) == 0
     judged = json.loads(capsys.readouterr().out)
     assert judged["examples"] == 20
     assert Path(judged["folder"]).is_relative_to(tmp_path / "two"), (
@@ -618,9 +618,12 @@ def serve(address: Path) -> None:
 
 
 @pytest.fixture
-def stoppable(tmp_path: Path) -> Iterator[tuple[Forked, str]]:
+def stoppable_server(tmp_path: Path) -> Iterator[tuple[ForkedProcess, str]]:
     """An S3 server in a process of its own, and its host and port."""
-    process, address = forked.start(serve, tmp_path / "address"), tmp_path / "address"
+    process, address = (
+        forked_processes.start_function(serve, tmp_path / "address"),
+        tmp_path / "address",
+    )
     while not address.exists():
         assert process.poll() is None, process.err
         time.sleep(0.02)
@@ -629,10 +632,10 @@ def stoppable(tmp_path: Path) -> Iterator[tuple[Forked, str]]:
 
 
 def test_a_server_that_does_not_answer_is_given_up(
-    stoppable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stoppable_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not a byte comes back: neither forever nor taken for done."""
-    server, host = stoppable
+    server, host = stoppable_server
     monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "copy"))
     monkeypatch.setattr(storage, "_RETRY_DELAYS", ())
     monkeypatch.setattr(storage, "_REQUEST_TIMEOUT", 0.3)
@@ -676,7 +679,7 @@ def test_a_pipelines_sweeps_live_in_the_bucket(
     assert main(command) == 0
     first = json.loads(capsys.readouterr().out)
     assert len(storage.list_folders_containing(storage.local_path(uri), "sweep.json")) == 2
-    forget(tmp_path)
+    delete_local_copy(tmp_path)
     assert main([*command, "--from", "promote"]) == 0
     second = json.loads(capsys.readouterr().out)
     assert [stage["done_before"] for stage in second["stages"]] == [True, False, False, False]

@@ -60,7 +60,7 @@ class Gate:
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[tuple[Gate, str]]:
+def bucket_server() -> Iterator[tuple[Gate, str]]:
     """The server, and the URI of a folder in a bucket on it."""
     gate = Gate(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, gate, threaded=True)
@@ -75,21 +75,23 @@ def served() -> Iterator[tuple[Gate, str]]:
     thread.join()
 
 
-def written(path: Path, text: str) -> Path:
+def write_file(path: Path, text: str) -> Path:
     for name in FILES:
         atomic_write_text(path / name, f"{name} {text}")
     return path
 
 
 @pytest.fixture
-def machines(served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+def machines(
+    bucket_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], Path]:
     """Function that switches to the named machine (its own local copy) and returns the run's folder
     there.
     """
 
     def act_as(machine: str) -> Path:
         monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / machine))
-        return storage.local_path(served[1])
+        return storage.local_path(bucket_server[1])
 
     return act_as
 
@@ -106,10 +108,12 @@ def assert_seen(path: Path, text: str | None) -> None:
         }
 
 
-def test_a_push_that_is_cut_off_is_no_checkpoint_until_its_last_file(served, machines) -> None:
-    gate, _ = served
+def test_a_push_that_is_cut_off_is_no_checkpoint_until_its_last_file(
+    bucket_server, machines
+) -> None:
+    gate, _ = bucket_server
     for allowed in (1, len(FILES) - 1):
-        path = written(machines("one") / f"epoch-{allowed}", "new")
+        path = write_file(machines("one") / f"epoch-{allowed}", "new")
         gate.allow(allowed)
         with pytest.raises(SpecError, match="ACCESS_DENIED"):
             storage.push_to_bucket(path)
@@ -126,15 +130,17 @@ def test_a_push_that_is_cut_off_is_no_checkpoint_until_its_last_file(served, mac
     storage.delete_everywhere(machines("one"))
 
 
-def test_a_copy_within_the_bucket_is_no_checkpoint_until_its_last_file(served, machines) -> None:
+def test_a_copy_within_the_bucket_is_no_checkpoint_until_its_last_file(
+    bucket_server, machines
+) -> None:
     """`like` avoids sending files that the bucket has already; `meta.json` is sent nevertheless,
     and last.
     """
-    gate, _ = served
+    gate, _ = bucket_server
     root = machines("one")
-    first = written(root / "first", "old")
+    first = write_file(root / "first", "old")
     storage.push_to_bucket(first)
-    second = written(root / "second", "old")
+    second = write_file(root / "second", "old")
     atomic_write_text(second / "meta.json", "meta.json new")
     gate.allow(len(FILES) - 1)
     with pytest.raises(SpecError, match="ACCESS_DENIED"):
@@ -152,9 +158,9 @@ def test_a_copy_within_the_bucket_is_no_checkpoint_until_its_last_file(served, m
     storage.delete_everywhere(other)
 
 
-def test_a_drop_that_is_cut_off_leaves_no_checkpoint(served, machines) -> None:
-    gate, _ = served
-    storage.push_to_bucket(written(machines("one") / "run", "new"))
+def test_a_drop_that_is_cut_off_leaves_no_checkpoint(bucket_server, machines) -> None:
+    gate, _ = bucket_server
+    storage.push_to_bucket(write_file(machines("one") / "run", "new"))
     gate.allow(1)
     with pytest.raises(SpecError, match="ACCESS_DENIED"):
         storage.delete_remote(machines("one") / "run")
@@ -168,12 +174,14 @@ def test_a_drop_that_is_cut_off_leaves_no_checkpoint(served, machines) -> None:
     assert (machines("one") / "run" / "meta.json").exists(), "the caller keeps its local copy"
 
 
-def test_a_machine_sees_a_new_checkpoint_only_when_all_of_it_is_there(served, machines) -> None:
+def test_a_machine_sees_a_new_checkpoint_only_when_all_of_it_is_there(
+    bucket_server, machines
+) -> None:
     """The old local copy stays while `meta.json` is the same; then all of it is replaced."""
-    gate, _ = served
-    storage.push_to_bucket(written(machines("one") / "run", "old"))
+    gate, _ = bucket_server
+    storage.push_to_bucket(write_file(machines("one") / "run", "old"))
     assert_seen(machines("other") / "run", "old")
-    path = written(machines("one") / "run", "new")
+    path = write_file(machines("one") / "run", "new")
     gate.allow(2)
     with pytest.raises(SpecError, match="ACCESS_DENIED"):
         storage.push_to_bucket(path)
@@ -202,7 +210,7 @@ def test_other_machines_learn_why_a_trial_failed(machines) -> None:
 
 
 def test_the_checkpoints_of_a_bucket_are_the_folders_that_hold_the_file_themselves(
-    served, machines
+    bucket_server, machines
 ) -> None:
     root = machines("one")
     for file in (

@@ -26,11 +26,11 @@ Begin = Callable[..., "LedgerSearcher"]
 
 
 @pytest.fixture
-def begin(tmp_path: Path) -> Begin:
+def begin_search(tmp_path: Path) -> Begin:
     """Function that starts a search on the ledger of a new sweep, which holds the trials `past`."""
     from raysweep.sweep.optuna_search import LedgerSearcher
 
-    def begin(*past: Trial, **changes: Any) -> LedgerSearcher:
+    def begin_search(*past_trial: Trial, **changes: Any) -> LedgerSearcher:
         data = {
             "method": "lrat",
             "trials": 4,
@@ -39,11 +39,11 @@ def begin(tmp_path: Path) -> Begin:
             "space": {ALPHA: {"float": [0.5, 4.0]}},
         }
         ledger = Ledger.create(tmp_path / "sweep", SearchSpace.from_data({**data, **changes}))
-        for trial in past:
+        for trial in past_trial:
             ledger.save_trial(trial)
         return LedgerSearcher(ledger)
 
-    return begin
+    return begin_search
 
 
 def row(epoch: int, worst: float, clean: float = 0.75, gap: float = 0.0) -> dict[str, Any]:
@@ -52,7 +52,9 @@ def row(epoch: int, worst: float, clean: float = 0.75, gap: float = 0.0) -> dict
     return {**ours, "training_iteration": epoch, "trial_id": "a", "done": False}
 
 
-def past(number: int, value: float | None = 0.5, alpha: float | None = None, **more: Any) -> Trial:
+def past_trial(
+    number: int, value: float | None = 0.5, alpha: float | None = None, **more: Any
+) -> Trial:
     """A trial of an earlier driver. value: of its best epoch; None for a trial that failed before
     it had one.
     """
@@ -75,27 +77,27 @@ def run(search: "LedgerSearcher", name: str, *rows: dict[str, Any], **how: Any) 
     return search._study.get_trials()[-1]
 
 
-def told(search: "LedgerSearcher") -> list[tuple[str, list[float] | None]]:
+def recorded_trials(search: "LedgerSearcher") -> list[tuple[str, list[float] | None]]:
     return [(trial.state.name, trial.values) for trial in search._study.get_trials()]
 
 
-def test_optuna_is_told_the_value_and_the_gap_of_the_best_epoch(begin: Begin) -> None:
-    search = begin(max_masking_gap=0.125)
+def test_optuna_is_told_the_value_and_the_gap_of_the_best_epoch(begin_search: Begin) -> None:
+    search = begin_search(max_masking_gap=0.125)
     rows = [row(1, 0.25, gap=0.5), row(2, 0.625, gap=0.0625), row(3, 0.375, gap=0.25)]
     trial = run(search, "a", *rows)
     assert (trial.state.name, trial.value) == ("COMPLETE", 0.625)
     assert trial.constraints == {"masking_gap": -0.0625}, "0.0625 of the best epoch, less 0.125"
 
 
-def test_a_last_report_that_comes_with_the_end_may_be_the_best(begin: Begin) -> None:
+def test_a_last_report_that_comes_with_the_end_may_be_the_best(begin_search: Begin) -> None:
     """Tune passes the last report of a trial to `on_trial_complete` only."""
-    search = begin(max_masking_gap=0.125)
+    search = begin_search(max_masking_gap=0.125)
     trial = run(search, "a", row(1, 0.25), result=row(2, 0.5, gap=0.25))
     assert (trial.value, trial.constraints) == (0.5, {"masking_gap": 0.125})
 
 
-def test_no_limit_is_no_constraint(begin: Begin) -> None:
-    trial = run(begin(past(0)), "a", row(1, 0.25, gap=0.5))
+def test_no_limit_is_no_constraint(begin_search: Begin) -> None:
+    trial = run(begin_search(past_trial(0)), "a", row(1, 0.25, gap=0.5))
     assert trial.constraints == {} and trial.value == 0.25
 
 
@@ -110,15 +112,17 @@ def test_no_limit_is_no_constraint(begin: Begin) -> None:
 )
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_trial_that_fails_after_a_good_epoch_is_told_as_failed(
-    begin: Begin, end: dict, resumed: bool
+    begin_search: Begin, end: dict, resumed: bool
 ) -> None:
-    earlier = [past(0, 0.75, state="running", epoch=1)] if resumed else []
-    trial = run(begin(*earlier, max_masking_gap=0.125), "a", row(1, 0.25), row(2, 0.625), **end)
+    earlier = [past_trial(0, 0.75, state="running", epoch=1)] if resumed else []
+    trial = run(
+        begin_search(*earlier, max_masking_gap=0.125), "a", row(1, 0.25), row(2, 0.625), **end
+    )
     assert (trial.state.name, trial.values) == ("FAIL", None)
 
 
-def test_a_trial_without_a_report_is_told_as_failed(begin: Begin) -> None:
-    search = begin()
+def test_a_trial_without_a_report_is_told_as_failed(begin_search: Begin) -> None:
+    search = begin_search()
     assert run(search, "a").state.name == "FAIL"
     assert run(search, "b", {"epoch": 1.0, "clean": 0.5}).state.name == "FAIL", (
         "the objective was never measured"
@@ -127,11 +131,11 @@ def test_a_trial_without_a_report_is_told_as_failed(begin: Begin) -> None:
 
 @pytest.mark.parametrize(("after", "best"), [(0.25, 0.75), (0.75, 0.75), (0.875, 0.875)])
 def test_a_resumed_trial_is_told_with_the_best_of_all_its_epochs(
-    begin: Begin, after: float, best: float
+    begin_search: Begin, after: float, best: float
 ) -> None:
     before = {"epoch": 1.0, "robust_worst": 0.75, "masking_gap": 0.0625}
     going = Trial(0, {ALPHA: 2.0}, epoch=2, best=before, latest=before, curve=[[1, 0.75], [2, 0.5]])
-    search = begin(going, max_masking_gap=0.125)
+    search = begin_search(going, max_masking_gap=0.125)
     trial = run(search, "a", row(3, after, gap=0.25))
     assert (trial.state.name, trial.value, trial.params) == ("COMPLETE", best, {ALPHA: 2.0})
     assert trial.constraints == {"masking_gap": 0.125 if after > 0.75 else -0.0625}, (
@@ -145,10 +149,10 @@ def test_a_resumed_trial_is_told_with_the_best_of_all_its_epochs(
     [(["robust_worst", "clean"], 2, [0.5, 0.625]), (["clean", "robust_worst"], 4, [1.0, 0.375])],
 )
 def test_several_objectives_are_those_of_one_epoch_and_the_first_chooses_it(
-    begin: Begin, metric: list[str], epoch: int, values: list[float]
+    begin_search: Begin, metric: list[str], epoch: int, values: list[float]
 ) -> None:
     rows = [row(1, 0.25, 0.875), row(2, 0.5, 0.625), row(3, 0.5, 0.75), row(4, 0.375, 1.0)]
-    search = begin(metric=metric)
+    search = begin_search(metric=metric)
     assert run(search, "a", *rows).values == values, "the first of epochs that tie"
     assert [direction.name for direction in search._study.directions] == ["MAXIMIZE", "MAXIMIZE"]
     trial = Trial(0, {})
@@ -158,30 +162,30 @@ def test_several_objectives_are_those_of_one_epoch_and_the_first_chooses_it(
 
 
 def test_a_gap_exactly_at_the_limit_is_feasible_for_optuna_and_for_the_ranking(
-    begin: Begin,
+    begin_search: Begin,
 ) -> None:
     gaps = {0: (0.875, 0.1250001), 1: (0.5, 0.125), 2: (0.375, 0.0)}
     trials = [
-        past(number, best={"epoch": 1.0, "robust_worst": value, "masking_gap": gap})
+        past_trial(number, best={"epoch": 1.0, "robust_worst": value, "masking_gap": gap})
         for number, (value, gap) in gaps.items()
     ]
-    search = begin(*trials, max_masking_gap=0.125)
+    search = begin_search(*trials, max_masking_gap=0.125)
     assert search._study.best_trial.value == 0.5, "for Optuna a constraint of 0 is met"
     assert [trial.number for trial in search._ledger.rank_trials()] == [1, 2, 0]
     constraints = [trial.constraints["masking_gap"] for trial in search._study.get_trials()]
     assert constraints[0] > 0 and constraints[1:] == [0.0, -0.125]
 
 
-def test_the_past_is_told_by_its_states_and_its_best_epochs(begin: Begin) -> None:
+def test_the_past_is_told_by_its_states_and_its_best_epochs(begin_search: Begin) -> None:
     curve = [[1, 0.25], [2, 0.625], [3, 0.375]]
     trials = [
-        past(0, 0.625, state="stopped", curve=curve, latest={"robust_worst": 0.375}),
-        past(1, 0.75, state="failed", reason="the loss became nan"),
-        past(2, None, state="finished"),
-        past(3, 0.5, state="running"),
+        past_trial(0, 0.625, state="stopped", curve=curve, latest={"robust_worst": 0.375}),
+        past_trial(1, 0.75, state="failed", reason="the loss became nan"),
+        past_trial(2, None, state="finished"),
+        past_trial(3, 0.5, state="running"),
     ]
-    search = begin(*trials)
-    assert told(search) == [("COMPLETE", [0.625]), ("FAIL", None), ("FAIL", None)], (
+    search = begin_search(*trials)
+    assert recorded_trials(search) == [("COMPLETE", [0.625]), ("FAIL", None), ("FAIL", None)], (
         "the running trial is told when it ends"
     )
     first, second, _ = search._study.get_trials()
@@ -190,9 +194,14 @@ def test_the_past_is_told_by_its_states_and_its_best_epochs(begin: Begin) -> Non
     assert second.user_attrs["reason"] == "the loss became nan" and "reason" not in first.user_attrs
 
 
-def test_unfinished_trials_come_first_in_their_order_and_once(begin: Begin) -> None:
-    trials = [past(0), past(2, state="running"), past(3, state="running"), past(5, state="failed")]
-    search = begin(*trials, trials=8)
+def test_unfinished_trials_come_first_in_their_order_and_once(begin_search: Begin) -> None:
+    trials = [
+        past_trial(0),
+        past_trial(2, state="running"),
+        past_trial(3, state="running"),
+        past_trial(5, state="failed"),
+    ]
+    search = begin_search(*trials, trials=8)
     asked = [search.suggest(name) for name in "abcdefg"]
     assert [found["number"] for found in asked[:-1]] == [2, 3, 1, 4, 6, 7], (
         "then numbers that no trial has"
@@ -201,11 +210,11 @@ def test_unfinished_trials_come_first_in_their_order_and_once(begin: Begin) -> N
     assert asked[-1] == "FINISHED"
 
 
-def test_a_sweep_that_has_all_its_trials_is_at_its_end(begin: Begin) -> None:
-    assert begin(past(0), past(1), trials=2).suggest("a") == "FINISHED"
+def test_a_sweep_that_has_all_its_trials_is_at_its_end(begin_search: Begin) -> None:
+    assert begin_search(past_trial(0), past_trial(1), trials=2).suggest("a") == "FINISHED"
 
 
-def test_each_starting_point_is_tried_unless_some_trial_has_it(begin: Begin) -> None:
+def test_each_starting_point_is_tried_unless_some_trial_has_it(begin_search: Begin) -> None:
     two = {ALPHA: {"float": [0.5, 4.0]}, BETA: {"float": [0.5, 4.0]}}
     start = [
         {ALPHA: 1.0, BETA: 2.0},
@@ -213,8 +222,11 @@ def test_each_starting_point_is_tried_unless_some_trial_has_it(begin: Begin) -> 
         {ALPHA: 3.0, BETA: 3.0},
         {ALPHA: 1.0, BETA: 3.0},
     ]
-    trials = [past(0, params={ALPHA: 1.0, BETA: 2.0}), past(1, params={ALPHA: 2.0, BETA: 1.0})]
-    search = begin(*trials, space=two, start=start, trials=6)
+    trials = [
+        past_trial(0, params={ALPHA: 1.0, BETA: 2.0}),
+        past_trial(1, params={ALPHA: 2.0, BETA: 1.0}),
+    ]
+    search = begin_search(*trials, space=two, start=start, trials=6)
     third, fourth, fifth = (search.suggest(name)["params"] for name in "abc")
     assert [third, fourth] == [{ALPHA: 3.0, BETA: 3.0}, {ALPHA: 1.0, BETA: 3.0}], (
         "in the order of the file"
@@ -222,20 +234,20 @@ def test_each_starting_point_is_tried_unless_some_trial_has_it(begin: Begin) -> 
     assert fifth[ALPHA] not in (1.0, 2.0, 3.0)
 
 
-def test_the_sampler_draws_the_settings_that_a_starting_point_lacks(begin: Begin) -> None:
+def test_the_sampler_draws_the_settings_that_a_starting_point_lacks(begin_search: Begin) -> None:
     two = {ALPHA: {"float": [0.5, 4.0]}, BETA: {"float": [0.5, 4.0]}}
-    settings = begin(space=two, start=[{BETA: 2.0}]).suggest("a")["params"]
+    settings = begin_search(space=two, start=[{BETA: 2.0}]).suggest("a")["params"]
     assert (
         list(settings) == [ALPHA, BETA] and settings[BETA] == 2.0 and 0.5 <= settings[ALPHA] <= 4.0
     )
 
 
-def test_choices_that_are_not_scalars_come_back_from_optuna_unchanged(begin: Begin) -> None:
+def test_choices_that_are_not_scalars_come_back_from_optuna_unchanged(begin_search: Begin) -> None:
     choices = [[0.1, 0.01], [0.05], None, 2, "2", {"kind": "x"}]
     values = {"optim.lr.values": {"categorical": choices}}
     start = [{"optim.lr.values": choice} for choice in ([0.05], {"kind": "x"})]
-    done = past(0, params={"optim.lr.values": [0.1, 0.01]})
-    search = begin(done, method="at", space=values, start=start, trials=6)
+    done = past_trial(0, params={"optim.lr.values": [0.1, 0.01]})
+    search = begin_search(done, method="at", space=values, start=start, trials=6)
     found = [search.suggest(name)["params"]["optim.lr.values"] for name in "abcde"]
     assert found[:2] == [[0.05], {"kind": "x"}]
     assert sorted(map(repr, found)) == sorted(map(repr, choices[1:])), (
@@ -244,7 +256,7 @@ def test_choices_that_are_not_scalars_come_back_from_optuna_unchanged(begin: Beg
     assert search._study.get_trials()[0].params == {"optim.lr.values": "[0.1, 0.01]"}
 
 
-def test_optuna_is_asked_with_the_distributions_of_the_file(begin: Begin) -> None:
+def test_optuna_is_asked_with_the_distributions_of_the_file(begin_search: Begin) -> None:
     space = {
         "optim.lr": {"float": [0.001, 0.5], "log": True},
         "optim.weight_decay": {"float": [0.0, 1.0], "step": 0.25},
@@ -270,7 +282,7 @@ def test_optuna_is_asked_with_the_distributions_of_the_file(begin: Begin) -> Non
         "optim.nesterov",
     )
     settings = dict(zip(names, (0.01, 0.75, 3, 64, 3, False), strict=True))
-    search = begin(past(0, params=settings), method="gairat", space=space)
+    search = begin_search(past_trial(0, params=settings), method="gairat", space=space)
     search.suggest("a")
     remembered, live = search._study.get_trials()
     assert remembered.distributions == asked and live.distributions == asked
@@ -279,10 +291,10 @@ def test_optuna_is_asked_with_the_distributions_of_the_file(begin: Begin) -> Non
 
 @pytest.mark.parametrize(("trials", "points"), [(3, 3), (4, 4), (9, 4)])
 def test_a_grid_ends_with_its_points_or_is_cut_short_by_trials(
-    begin: Begin, trials: int, points: int
+    begin_search: Begin, trials: int, points: int
 ) -> None:
     grid = {ALPHA: {"categorical": [4.0, 0.5]}, ON: {"categorical": ["natural", "pgd"]}}
-    search = begin(sampler={"kind": "grid"}, space=grid, trials=trials)
+    search = begin_search(sampler={"kind": "grid"}, space=grid, trials=trials)
     assert search._ledger.space.n_trials == points
     *found, end = [search.suggest(str(number)) for number in range(points + 1)]
     ordered = [{ALPHA: alpha, ON: on} for alpha in (4.0, 0.5) for on in ("natural", "pgd")]
@@ -291,19 +303,19 @@ def test_a_grid_ends_with_its_points_or_is_cut_short_by_trials(
     )
 
 
-def test_a_restarted_sampler_does_not_repeat_its_draws(begin: Begin) -> None:
+def test_a_restarted_sampler_does_not_repeat_its_draws(begin_search: Begin) -> None:
     draws = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=7))
     earlier = [draws.ask().suggest_float(ALPHA, 0.5, 4.0) for _ in range(12)]
-    trials = [past(number, alpha=alpha) for number, alpha in enumerate(earlier)]
-    search = begin(*trials, trials=14, sampler={"kind": "random", "seed": 7})
+    trials = [past_trial(number, alpha=alpha) for number, alpha in enumerate(earlier)]
+    search = begin_search(*trials, trials=14, sampler={"kind": "random", "seed": 7})
     found = [search.suggest(name)["params"][ALPHA] for name in "ab"]
     assert not set(found) & set(earlier)
 
 
 @pytest.mark.parametrize("kind", ["random", "grid", "tpe", "nsga2"])
 def test_the_seed_of_a_sampler_counts_the_trials_before(kind: str) -> None:
-    def draw(sampler: Sampler, past: int) -> float:
-        study = optuna.create_study(direction="maximize", sampler=sampler.build_sampler(past))
+    def draw(sampler: Sampler, past_trial: int) -> float:
+        study = optuna.create_study(direction="maximize", sampler=sampler.build_sampler(past_trial))
         return study.ask().suggest_float("x", 0.0, 1.0)
 
     expected = (
@@ -316,8 +328,8 @@ def test_the_seed_of_a_sampler_counts_the_trials_before(kind: str) -> None:
     assert draw(Sampler(kind=kind, seed=5), 0) == expected  # type: ignore[arg-type]
 
 
-def test_tpe_draws_at_random_until_startup_trials_have_results(begin: Begin) -> None:
-    search = begin(trials=16, sampler={"kind": "tpe", "seed": 3, "n_startup_trials": 3})
+def test_tpe_draws_at_random_until_startup_trials_have_results(begin_search: Begin) -> None:
+    search = begin_search(trials=16, sampler={"kind": "tpe", "seed": 3, "n_startup_trials": 3})
     random = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3))
     same = []
     for number in range(6):
@@ -329,27 +341,29 @@ def test_tpe_draws_at_random_until_startup_trials_have_results(begin: Begin) -> 
     assert same == [True, True, True, True, False, False]
 
 
-def test_failed_trials_do_not_count_for_a_generation(begin: Begin) -> None:
+def test_failed_trials_do_not_count_for_a_generation(begin_search: Begin) -> None:
     trials = [
-        past(0, 0.5),
-        past(1, None),
-        past(2, 0.25),
-        past(3, 0.75),
-        past(4, None),
-        past(5, 0.125),
-        past(6, 0.25),
+        past_trial(0, 0.5),
+        past_trial(1, None),
+        past_trial(2, 0.25),
+        past_trial(3, 0.75),
+        past_trial(4, None),
+        past_trial(5, 0.125),
+        past_trial(6, 0.25),
     ]
-    study = begin(*trials, trials=8, sampler={"kind": "nsga2", "n_startup_trials": 2})._study
+    study = begin_search(*trials, trials=8, sampler={"kind": "nsga2", "n_startup_trials": 2})._study
     sampler = study.sampler
     assert isinstance(sampler, optuna.samplers.NSGAIISampler) and sampler.population_size == 2
     complete = [trial for trial in study.get_trials() if trial.state.name == "COMPLETE"]
     assert [sampler.get_trial_generation(study, trial) for trial in complete] == [0, 0, 1, 1, 2]
 
 
-def test_a_genetic_sampler_chooses_the_best_of_the_past_as_parents(begin: Begin) -> None:
+def test_a_genetic_sampler_chooses_the_best_of_the_past_as_parents(begin_search: Begin) -> None:
     values = [0.125, 0.875, 0.75, 0.25]
-    trials = [past(number, value, alpha=1.0 + number / 4) for number, value in enumerate(values)]
-    study = begin(*trials, sampler={"kind": "nsga2", "n_startup_trials": 4}, trials=8)._study
+    trials = [
+        past_trial(number, value, alpha=1.0 + number / 4) for number, value in enumerate(values)
+    ]
+    study = begin_search(*trials, sampler={"kind": "nsga2", "n_startup_trials": 4}, trials=8)._study
     generation = study.sampler.select_parent(study, 1)  # type: ignore[attr-defined]
     assert sorted(parent.value for parent in generation) == sorted(values)
     fresh = Sampler(kind="nsga2", n_startup_trials=2)
@@ -359,11 +373,11 @@ def test_a_genetic_sampler_chooses_the_best_of_the_past_as_parents(begin: Begin)
     )  # type: ignore[attr-defined]
 
 
-def test_settings_are_not_tried_again_even_if_their_trial_failed(begin: Begin) -> None:
+def test_settings_are_not_tried_again_even_if_their_trial_failed(begin_search: Begin) -> None:
     choices = {ALPHA: {"categorical": [0.5, 1.0, 2.0]}, ON: {"categorical": ["natural"]}}
     trials = [
-        past(0, None, params={ON: "natural", ALPHA: 2.0}),
-        past(1, params={ALPHA: 0.5, ON: "natural"}),
+        past_trial(0, None, params={ON: "natural", ALPHA: 2.0}),
+        past_trial(1, params={ALPHA: 0.5, ON: "natural"}),
     ]
-    found = begin(*trials, space=choices).suggest("a")["params"]
+    found = begin_search(*trials, space=choices).suggest("a")["params"]
     assert found == {ALPHA: 1.0, ON: "natural"}, "the order of the settings does not matter"

@@ -66,7 +66,7 @@ class Recorder:
 
 
 @pytest.fixture(scope="module")
-def finished(ray_cluster, tmp_path_factory) -> tuple[Ledger, Recorder, Tracker]:
+def finished_sweep(ray_cluster, tmp_path_factory) -> tuple[Ledger, Recorder, Tracker]:
     path = tmp_path_factory.mktemp("sweep")
     ledger = Ledger.create(path / "runs" / "one", space())
     recorder, tracker = Recorder(), Tracker(f"sqlite:///{path}/mlflow.db", path / "mlruns")
@@ -74,8 +74,8 @@ def finished(ray_cluster, tmp_path_factory) -> tuple[Ledger, Recorder, Tracker]:
     return ledger, recorder, tracker
 
 
-def test_every_trial_trains_and_leaves_its_best_checkpoint(finished) -> None:
-    ledger, recorder, _ = finished
+def test_every_trial_trains_and_leaves_its_best_checkpoint(finished_sweep) -> None:
+    ledger, recorder, _ = finished_sweep
     trials = ledger.load_trials()
     assert [trial.number for trial in trials] == [0, 1, 2, 3]
     assert all(trial.state == "finished" and trial.epoch == 2 for trial in trials)
@@ -88,10 +88,10 @@ def test_every_trial_trains_and_leaves_its_best_checkpoint(finished) -> None:
     assert [event for event in recorder.events if event[0] == 1][-1] == (1, "finished", 2)
 
 
-def test_mlflow_has_one_parent_and_one_run_for_each_trial(finished) -> None:
+def test_mlflow_has_one_parent_and_one_run_for_each_trial(finished_sweep) -> None:
     from mlflow import MlflowClient
 
-    ledger, _, tracker = finished
+    ledger, _, tracker = finished_sweep
     client = MlflowClient(tracker.uri)
     experiment = client.get_experiment_by_name("raysweep")
     runs = client.search_runs([experiment.experiment_id])
@@ -208,9 +208,9 @@ def test_what_pgd_would_have_chosen_and_its_cost_are_told(tmp_path, capsys, monk
 
 
 @pytest.fixture
-def grown(finished, tmp_path: Path) -> tuple[Ledger, Tracker]:
+def sweep_copy(finished_sweep, tmp_path: Path) -> tuple[Ledger, Tracker]:
     """A copy of the finished sweep, with its MLflow store, that a test may change."""
-    ledger, _, tracker = finished
+    ledger, _, tracker = finished_sweep
     shutil.copytree(ledger.path.parent.parent, tmp_path, dirs_exist_ok=True)
     copy = Ledger.open(tmp_path / ledger.path.relative_to(ledger.path.parent.parent))
     return copy, Tracker(
@@ -218,8 +218,8 @@ def grown(finished, tmp_path: Path) -> tuple[Ledger, Tracker]:
     )
 
 
-def test_a_finished_sweep_grows_by_trials_epochs_and_a_wider_range(grown) -> None:
-    ledger, tracker = grown
+def test_a_finished_sweep_grows_by_trials_epochs_and_a_wider_range(sweep_copy) -> None:
+    ledger, tracker = sweep_copy
     before = ledger.load_trials()
     again = Ledger.open(ledger.path)
     wider = {ALPHA: {"float": [0.25, 8.0]}}
@@ -290,7 +290,7 @@ def test_what_would_make_it_another_sweep_is_refused(change, line, tmp_path) -> 
     ].state == "finished"
 
 
-def test_the_sampler_remembers_what_an_earlier_driver_learned(finished, tmp_path) -> None:
+def test_the_sampler_remembers_what_an_earlier_driver_learned(finished_sweep, tmp_path) -> None:
     ledger = Ledger.create(tmp_path / "sweep", space())
     for number, state in enumerate(("finished", "failed", "running")):
         best = {"robust_worst": 0.5, "epoch": 2.0} if state == "finished" else {}
@@ -392,14 +392,14 @@ def test_a_store_that_fails_under_the_sweep_is_its_own_error_and_loses_nothing(
     bug.
     """
 
-    def refused(path: Path) -> None:
+    def refuse_write(path: Path) -> None:
         raise storage.BucketUnavailable(f"{path.name} cannot be written: no answer")
 
     ledger = Ledger.create(tmp_path / "sweep", space(trials=2))
     with monkeypatch.context() as during:
 
         def break_the_store(trial: Trial) -> None:
-            during.setattr(storage, "push_to_bucket", refused)
+            during.setattr(storage, "push_to_bucket", refuse_write)
 
         with pytest.raises(storage.BucketUnavailable, match=r"trial\.json cannot be written"):
             run_sweep(ledger, [TrialUpdateListener(break_the_store)])
@@ -476,7 +476,7 @@ def test_a_bug_ends_the_sweep_after_a_few_trials_with_its_traceback(ray_cluster,
 
 
 def test_failures_are_told_apart(tmp_path) -> None:
-    def met(work: Callable[[], object]) -> dict[str, str]:
+    def report_of_failure(work: Callable[[], object]) -> dict[str, str]:
         with pytest.raises(Exception) as error:
             work()
         return failure_report(error.value, tiny("at"), tmp_path)
@@ -485,17 +485,17 @@ def test_failures_are_told_apart(tmp_path) -> None:
         "out of memory: lower batch_size (now 32) or raise --cpus-per-trial, "
         "so that fewer run at once"
     )
-    assert met(lambda: torch.empty(2**60)) == {"failed": hint}
+    assert report_of_failure(lambda: torch.empty(2**60)) == {"failed": hint}
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60)
     alone = failure_report(error.value, tiny("at"), tmp_path, is_sweep_trial=False)
     assert alone == {"failed": "out of memory: lower batch_size (now 32)"}, (
         "no flag of another command"
     )
-    assert met(lambda: train_model(tiny("at", optim__lr=1e20), tmp_path / "nan"))[
+    assert report_of_failure(lambda: train_model(tiny("at", optim__lr=1e20), tmp_path / "nan"))[
         "failed"
     ].startswith("the loss became")
-    bug = met(
+    bug = report_of_failure(
         lambda: train_model(
             tiny("at"), tmp_path / "bug", FunctionCallback(lambda metrics, saved: {}["no"])
         )

@@ -331,22 +331,22 @@ def test_a_sweep_restores_the_signal_handlers_that_tune_replaces() -> None:
 
 
 @pytest.fixture
-def ticking(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def set_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """A clock on which each reading takes as many seconds as the first number of the list; the
     second is its time.
     """
     tick = [1.0, 0.0]
 
-    def look() -> float:
+    def read_clock() -> float:
         tick[1] += tick[0]
         return tick[1]
 
-    monkeypatch.setattr("raysweep.sweep.plan.time", SimpleNamespace(perf_counter=look))
+    monkeypatch.setattr("raysweep.sweep.plan.time", SimpleNamespace(perf_counter=read_clock))
     yield tick
     torch.set_num_threads(1)  # as it was
 
 
-def test_seconds_of_an_epoch(digits: Dataset, ticking: list[float]) -> None:
+def test_seconds_of_an_epoch(digits: Dataset, set_clock: list[float]) -> None:
     """A step takes one second of this clock, and so does the validation of a sample of 32 of 50
     images.
     """
@@ -370,18 +370,18 @@ def test_seconds_of_an_epoch(digits: Dataset, ticking: list[float]) -> None:
     )
 
 
-def test_steps_that_take_long_are_timed_once(digits: Dataset, ticking: list[float]) -> None:
-    ticking[0] = 6.0
+def test_steps_that_take_long_are_timed_once(digits: Dataset, set_clock: list[float]) -> None:
+    set_clock[0] = 6.0
     assert estimate_epoch_seconds(
         space().trial_config({}), digits, Resources(), n_steps=2
     ) == pytest.approx(2 * 6 + 6 * 50 / 32)
-    assert ticking[1] / 6 == 4, (
+    assert set_clock[1] / 6 == 4, (
         "readings: before and after one step, and before and after the validation"
     )
 
 
 def test_a_step_is_timed_with_the_threads_that_a_trial_will_have(
-    digits: Dataset, ticking: list[float]
+    digits: Dataset, set_clock: list[float]
 ) -> None:
     torch.set_num_threads(2)
     estimate_epoch_seconds(
@@ -392,14 +392,14 @@ def test_a_step_is_timed_with_the_threads_that_a_trial_will_have(
 
 def test_the_hours_of_a_plan(
     digits: Dataset,
-    ticking: list[float],
+    set_clock: list[float],
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    ticking[0] = 16.004  # an epoch: 2 x 16.004 s, and 16.004 s for 32 of 50 images
+    set_clock[0] = 16.004  # an epoch: 2 x 16.004 s, and 16.004 s for 32 of 50 images
     past = [
         Trial(0, {LR: 0.1}, "running", 3),
         Trial(1, {LR: 0.2}, "stopped", 2),
@@ -439,7 +439,7 @@ def test_the_hours_of_a_plan(
 
 
 def test_a_plan_in_words(
-    digits: Dataset, ticking: list[float], capsys, monkeypatch: pytest.MonkeyPatch
+    digits: Dataset, set_clock: list[float], capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 4)

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import forked
+import forked_processes
 import pytest
 import ray.train
 import torch
@@ -40,7 +40,9 @@ def train_with_cpus(amounts: list[float], sweep: Path) -> None:
 
 def test_a_trial_has_a_thread_for_each_whole_cpu(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text("{}")
-    trials = forked.start(train_with_cpus, [3, 0.5, 2, 1], tmp_path, imports=forked.COMMANDS)
+    trials = forked_processes.start_function(
+        train_with_cpus, [3, 0.5, 2, 1], tmp_path, imports=forked_processes.COMMANDS
+    )
     assert trials.wait() == 0, trials.err
     assert json.loads((tmp_path / "threads.json").read_text()) == [3, 1, 2, 1]
 

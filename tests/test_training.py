@@ -7,7 +7,7 @@ import signal
 import threading
 from pathlib import Path
 
-import forked
+import forked_processes
 import pytest
 import torch
 from conftest import TINY, tiny
@@ -23,7 +23,7 @@ from raysweep.training import checkpoint
 from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.config import TrainingConfig, build_training_config
-from raysweep.training.epoch_metrics import find_best_epoch
+from raysweep.training.metric_history import find_best_epoch
 from raysweep.training.trainer import TrainingFailed, train_model
 
 
@@ -104,7 +104,7 @@ def train_until_killed(config: TrainingConfig, path: Path) -> None:
 @pytest.mark.slow
 def test_killed_with_sigkill_it_resumes_to_the_weights_of_a_run_never_stopped(tmp_path) -> None:
     config = tiny("lrat", epochs=8)
-    process = forked.start(train_until_killed, config, tmp_path / "killed")
+    process = forked_processes.start_function(train_until_killed, config, tmp_path / "killed")
     assert process.wait() == -signal.SIGKILL, process.err
     before = RunDirectory(tmp_path / "killed").list_saved_epochs()
     assert before and 3 <= before[-1] < 8

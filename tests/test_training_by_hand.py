@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from by_hand import crop_and_flip, hashed, shuffled, uniform
+from reference_rng import crop_and_flip, hash_stream_name, shuffle_rows, uniform
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raysweep.data import Dataset, Split, load_data
-from raysweep.models.cnn import digits_cnn
+from raysweep.models.digits_cnn import digits_cnn
 from raysweep.training.config import TrainingConfig, build_training_config
 from raysweep.training.trainer import train_model
 
@@ -60,13 +60,13 @@ class ByHand:
         burn_in: int = 3,
         l2: bool = False,
     ) -> None:
-        torch.manual_seed(hashed(SEED, "weights") >> 1)
+        torch.manual_seed(hash_stream_name(SEED, "weights") >> 1)
         self.model = nn.Sequential(digits_cnn(1, 10))
         self.buffers: dict[str, Tensor] = {}
         self.losses, self.right = [], []
         for epoch, (lr, weight_decay, eps) in enumerate(PLAN):
             loss_sum, right = 0.0, 0
-            order = shuffled(ROWS, SEED, "order", epoch)
+            order = shuffle_rows(ROWS, SEED, "order", epoch)
             for first in range(0, ROWS, BATCH):
                 rows = order[first : first + BATCH]
                 x, y = split.x[rows].float() / 16, split.y[rows]
@@ -75,7 +75,7 @@ class ByHand:
                     x = torch.stack(
                         [crop_and_flip(x[i], SEED, epoch, n) for i, n in enumerate(examples)]
                     )
-                x_adv, kappa = self.attacked(x, y, examples, epoch, eps, l2)
+                x_adv, kappa = self.attack_by_hand(x, y, examples, epoch, eps, l2)
                 weight = torch.ones(len(y))
                 if epoch >= burn_in:
                     weight = (1 + torch.tanh(LAM + 5 * (1 - 2 * kappa / STEPS))) / 2
@@ -89,7 +89,7 @@ class ByHand:
             self.losses.append(loss_sum / ROWS)
             self.right.append(right / ROWS)
 
-    def attacked(
+    def attack_by_hand(
         self, x: Tensor, y: Tensor, examples: list[int], epoch: int, eps: float, l2: bool
     ) -> tuple[Tensor, Tensor]:
         """PGD's point and the number of its right iterates; it starts at random, in L2 at the image
@@ -98,7 +98,7 @@ class ByHand:
         self.model.eval()
         x_adv, kappa = x, torch.zeros(len(y))
         if not l2:
-            key = hashed(hashed(SEED, "train", epoch), "attack", "pgd")
+            key = hash_stream_name(hash_stream_name(SEED, "train", epoch), "attack", "pgd")
             noise = torch.tensor([uniform(key, example, 64) for example in examples]).view_as(x)
             x_adv = (x + eps * (noise * 2 - 1)).clamp(0, 1)
         for _ in range(STEPS):
@@ -134,7 +134,7 @@ class ByHand:
                 parameter.add_(grad, alpha=-lr)
 
 
-def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     assert found.keys() == expected.keys()
     return max(
         (found[name].double() - value.double()).abs().max().item()
@@ -158,15 +158,20 @@ def part() -> Dataset:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_equals_the_loop_by_hand(case: str, tmp_path: Path, part: Dataset) -> None:
-    method, changes, by_hand = CASES[case]
-    data = replace(part, augment=bool(by_hand.get("augment")))
+    method, changes, reference_rng = CASES[case]
+    data = replace(part, augment=bool(reference_rng.get("augment")))
     saved = train_model(config(method, **changes), tmp_path, data=data).last_checkpoint
-    expected = ByHand(data.train, **by_hand)
+    expected = ByHand(data.train, **reference_rng)
     assert (
-        furthest(load_file(saved.path / "weights.safetensors"), expected.model.state_dict()) < 1e-6
+        largest_difference(
+            load_file(saved.path / "weights.safetensors"), expected.model.state_dict()
+        )
+        < 1e-6
     )
     if expected.buffers:
-        assert furthest(load_file(saved.path / "state.safetensors"), expected.buffers) < 1e-5
+        assert (
+            largest_difference(load_file(saved.path / "state.safetensors"), expected.buffers) < 1e-5
+        )
     rows = saved.history
     assert [row["train/lr"] for row in rows] == [0.05, 0.02, 0.02]
     assert [row["train/loss"] for row in rows] == pytest.approx(expected.losses, rel=1e-5)
@@ -184,5 +189,8 @@ def test_attacks_use_the_weights_of_their_own_step_also_on_the_fast_paths(
     saved = train_model(config("at", **changes, **fast), tmp_path, data=part).last_checkpoint
     expected = ByHand(part.train, l2=True)
     assert (
-        furthest(load_file(saved.path / "weights.safetensors"), expected.model.state_dict()) < 1e-4
+        largest_difference(
+            load_file(saved.path / "weights.safetensors"), expected.model.state_dict()
+        )
+        < 1e-4
     )

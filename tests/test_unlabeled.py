@@ -56,7 +56,7 @@ class Attack:
         return self.call
 
 
-def hostile(marker):
+def hostile_pickles(marker):
     """Pickles that run something when an ordinary reader loads them."""
     command = f"touch {marker}"
     return {
@@ -72,11 +72,11 @@ def hostile(marker):
     }
 
 
-@pytest.mark.parametrize("name", hostile("x"))
+@pytest.mark.parametrize("name", hostile_pickles("x"))
 @pytest.mark.parametrize("protocol", [0, 2, 5])
 def test_hostile_pickles_are_refused_without_running(tmp_path, name, protocol):
     marker, path = tmp_path / "executed", tmp_path / "data.pickle"
-    path.write_bytes(pickle.dumps(hostile(marker)[name], protocol=protocol))
+    path.write_bytes(pickle.dumps(hostile_pickles(marker)[name], protocol=protocol))
     with pytest.raises(SpecError, match=r"data\.pickle"):
         read_unlabeled_file(path)
     assert not marker.exists()

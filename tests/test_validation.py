@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
-from ladder import Ladder, ladder
+from ladder_network import LadderNetwork, ladder_images
 from torch import Tensor, nn
 
 from raysweep.attacks import APGD, PGD
@@ -15,7 +15,7 @@ from raysweep.data import Split
 from raysweep.rng import ExampleRng
 from raysweep.training import validation
 from raysweep.training.gradient_masking import estimate_scaling_gap
-from raysweep.training.input_gradients import input_gradient_norm
+from raysweep.training.input_gradient_norms import input_gradient_norm
 from raysweep.training.instance_metrics import compute_instance_metrics
 from raysweep.training.trainer import train_model
 from raysweep.training.validation import DEFAULT_OBJECTIVE, OBJECTIVE_DESCRIPTIONS, Validation
@@ -34,7 +34,7 @@ def step(reach: float, **settings) -> PGD:
 
 
 def split(count: int | None = None, white: int = 1) -> Split:
-    x, y = ladder(DISTANCES, LABELS, STEEP)
+    x, y = ladder_images(DISTANCES, LABELS, STEEP)
     return Split(white * x[:count], y[:count], torch.arange(len(y))[:count], white)
 
 
@@ -57,7 +57,7 @@ SHARES = {
 
 
 def test_every_share_by_hand() -> None:
-    found = JUDGE(Ladder(), split())
+    found = JUDGE(LadderNetwork(), split())
     assert found.pop("val/ce_cw_gap") == pytest.approx(0.6 - 0.7)
     assert list(found) == list(SHARES) and found == pytest.approx(SHARES)
     assert (
@@ -67,7 +67,7 @@ def test_every_share_by_hand() -> None:
 
 
 def test_without_finish_the_worst_case_is_over_the_attacks() -> None:
-    found = JUDGE.model_copy(update={"finish": {}})(Ladder(), split())
+    found = JUDGE.model_copy(update={"finish": {}})(LadderNetwork(), split())
     assert found["robust_worst"] == pytest.approx(0.5) and found["masking_gap"] == pytest.approx(
         0.1
     )
@@ -75,7 +75,7 @@ def test_without_finish_the_worst_case_is_over_the_attacks() -> None:
 
 
 def test_only_right_rows_count_as_rows_without_a_gradient() -> None:
-    class Rounded(Ladder):
+    class Rounded(LadderNetwork):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward((x * 1000).round() / 1000)
 
@@ -85,7 +85,7 @@ def test_only_right_rows_count_as_rows_without_a_gradient() -> None:
 
 def test_with_several_finishing_attacks_each_breaks_what_it_can() -> None:
     finish = {"weak": step(0.03), "strong": step(0.08, loss="cw"), "weaker": step(0.01)}
-    found = JUDGE.model_copy(update={"finish": finish})(Ladder(), split())
+    found = JUDGE.model_copy(update={"finish": finish})(LadderNetwork(), split())
     assert found["robust_worst"] == pytest.approx(0.2) and found["masking_gap"] == pytest.approx(
         0.4
     )
@@ -93,7 +93,7 @@ def test_with_several_finishing_attacks_each_breaks_what_it_can() -> None:
 
 def test_the_gap_is_that_of_the_first_attack() -> None:
     turned = JUDGE.model_copy(update={"attacks": dict(reversed(JUDGE.attacks.items()))})
-    assert turned(Ladder(), split())["masking_gap"] == pytest.approx(0.7 - 0.4)
+    assert turned(LadderNetwork(), split())["masking_gap"] == pytest.approx(0.7 - 0.4)
 
 
 def test_which_rows_each_attack_faces() -> None:
@@ -101,7 +101,7 @@ def test_which_rows_each_attack_faces() -> None:
     gets wrong rows.
     """
     sizes: list[int] = []
-    model = Ladder()
+    model = LadderNetwork()
     model.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
     finish = {
         "a": step(0.06, loss="cw"),
@@ -126,7 +126,7 @@ def test_only_the_first_examples_are_used() -> None:
         "masking_gap": 0.5,
     }
     for size, rows in ((4, None), (None, 4), (99, 4)):
-        found = JUDGE.model_copy(update={"size": size})(Ladder(), split(rows))
+        found = JUDGE.model_copy(update={"size": size})(LadderNetwork(), split(rows))
         assert {name: found[name] for name in expected} == pytest.approx(expected), (size, rows)
 
 
@@ -135,13 +135,13 @@ def test_the_batch_size_changes_nothing(batch_size: int) -> None:
     judge = JUDGE.model_copy(
         update={"batch_size": batch_size, "scales": (1e-4,), "scaled_share": 1.0}
     )
-    assert judge(Ladder(), split()) == pytest.approx(
+    assert judge(LadderNetwork(), split()) == pytest.approx(
         SHARES | {"val/ce_cw_gap": -0.1, "val/scaling_gap": 0.1}
     )
 
 
 def test_pixels_are_divided_by_their_maximum() -> None:
-    assert JUDGE(Ladder(), split(white=4)) == JUDGE(Ladder(), split())
+    assert JUDGE(LadderNetwork(), split(white=4)) == JUDGE(LadderNetwork(), split())
 
 
 def test_the_gap_that_scaled_logits_reveal() -> None:
@@ -149,7 +149,7 @@ def test_the_gap_that_scaled_logits_reveal() -> None:
     not at 0.05.
     """
     judge = JUDGE.model_copy(update={"scales": (1.0, 1e-4), "scaled_share": 1.0})
-    assert judge(Ladder(), split())["val/scaling_gap"] == pytest.approx(0.1)
+    assert judge(LadderNetwork(), split())["val/scaling_gap"] == pytest.approx(0.1)
     survived = torch.tensor([1, 0, 0, 1, 1, 1, 0, 1, 0, 1]) > 0
     for scales, expected in (
         ((1e-4,), 0.1),
@@ -159,13 +159,13 @@ def test_the_gap_that_scaled_logits_reveal() -> None:
         ((), 0.0),
     ):
         assert estimate_scaling_gap(
-            Ladder(), split(), step(0.04), survived, scales, batch_size=4
+            LadderNetwork(), split(), step(0.04), survived, scales, batch_size=4
         ) == pytest.approx(expected)
-    assert estimate_scaling_gap(Ladder(), split(), step(0.06), survived, (1e-4,)) == pytest.approx(
-        0.2
-    )
     assert estimate_scaling_gap(
-        Ladder(), split(), step(0.06), survived[:3], (1e-4,)
+        LadderNetwork(), split(), step(0.06), survived, (1e-4,)
+    ) == pytest.approx(0.2)
+    assert estimate_scaling_gap(
+        LadderNetwork(), split(), step(0.06), survived[:3], (1e-4,)
     ) == pytest.approx(1 / 3), "the share of these three rows"
 
 
@@ -174,7 +174,7 @@ def test_the_gaps_need_a_cross_entropy_pgd_and_take_the_first() -> None:
         judge = Validation(attacks=attacks, finish={}, scales=(1e-4,), scaled_share=1.0)
         return {
             name: round(value, 6)
-            for name, value in judge(Ladder(), split()).items()
+            for name, value in judge(LadderNetwork(), split()).items()
             if name.startswith("val/")
         }
 
@@ -195,7 +195,7 @@ def test_the_gaps_need_a_cross_entropy_pgd_and_take_the_first() -> None:
 def test_starts_are_drawn_by_the_examples_number_and_the_attacks_name() -> None:
     """The result of an attack without steps depends only on its start."""
     attacks = {name: PGD(eps=0.3, step_size=0.0, steps=1) for name in ("pgd", "other")}
-    x, y = ladder([0.05] * 200, [1] * 200)
+    x, y = ladder_images([0.05] * 200, [1] * 200)
     index = torch.arange(200) * 7 + 3
 
     def by_hand(name: str, index: Tensor) -> float:
@@ -205,20 +205,20 @@ def test_starts_are_drawn_by_the_examples_number_and_the_attacks_name() -> None:
         return float((sums > 0).double().mean())
 
     found = Validation(attacks=attacks, finish={}, scales=(), batch_size=64)(
-        Ladder(), Split(x, y, index, 1)
+        LadderNetwork(), Split(x, y, index, 1)
     )
     assert found["pgd"] == pytest.approx(by_hand("pgd", index)) != found["other"]
     assert found["other"] == pytest.approx(by_hand("other", index))
     assert by_hand("pgd", index) != by_hand("pgd", torch.arange(200))
     turned = index.flip(0)
     again = Validation(attacks=attacks, finish={}, scales=())(
-        Ladder(), Split(x.flip(0), y.flip(0), turned, 1)
+        LadderNetwork(), Split(x.flip(0), y.flip(0), turned, 1)
     )
     assert again == pytest.approx(found)
 
 
 def test_with_three_classes_the_margin_stands_in_for_the_targeted_loss() -> None:
-    class Three(Ladder):
+    class Three(LadderNetwork):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x)[:, :3]
 
@@ -252,7 +252,7 @@ class Moody(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.ladder, self.fixed, self.norm = (
-            Ladder(),
+            LadderNetwork(),
             nn.Parameter(torch.ones(())),
             nn.BatchNorm2d(2),
         )
@@ -269,7 +269,7 @@ def test_a_model_is_evaluated_in_eval_mode_and_left_as_it_was() -> None:
         compute_instance_metrics(model, split(), {"pgd": step(0.04)}, 10)
         flat = input_gradient_norm(model, split(), step(0.02), 10)
     assert found["robust_worst"] == pytest.approx(0.4)
-    assert flat == pytest.approx(input_gradient_norm(Ladder(), split(), step(0.02), 10))
+    assert flat == pytest.approx(input_gradient_norm(LadderNetwork(), split(), step(0.02), 10))
 
 
 def slope(distance: float) -> float:
@@ -281,7 +281,7 @@ def slope(distance: float) -> float:
 
 def test_flatness_where_the_attack_first_succeeds_and_where_it_ends() -> None:
     """20 steps of 0.01 in a ball of 0.055, whatever loss, steps and tau the attack has."""
-    x, y = ladder([0.025, 0.2, -0.01], [1, 0, 1])
+    x, y = ladder_images([0.025, 0.2, -0.01], [1, 0, 1])
     images = Split(x, y, torch.arange(3), 1)
     # From 0.025 in steps of 0.01 the first wrong point is -0.005; from 0.2 the ball ends first;
     # wrong rows stay.
@@ -292,13 +292,13 @@ def test_flatness_where_the_attack_first_succeeds_and_where_it_ends() -> None:
         PGD(eps=0.055, step_size=0.01, steps=50, start="natural", tau=3),
     ):
         for batch_size in (1, 2, 512):
-            found = input_gradient_norm(Ladder(), images, attack, 3, batch_size)
+            found = input_gradient_norm(LadderNetwork(), images, attack, 3, batch_size)
             expected = {
                 "flatness_friendly": sum(friendly) / 3,
                 "flatness_adversarial": sum(adversarial) / 3,
             }
             assert found == pytest.approx(expected, rel=1e-4)
-    found = input_gradient_norm(Ladder(), images, attack, 2)
+    found = input_gradient_norm(LadderNetwork(), images, attack, 2)
     assert found["flatness_adversarial"] == pytest.approx(sum(adversarial[:2]) / 2, rel=1e-4), (
         "only the first two examples"
     )
@@ -306,19 +306,19 @@ def test_flatness_where_the_attack_first_succeeds_and_where_it_ends() -> None:
 
 def test_flatness_is_of_attacks_on_the_cross_entropy() -> None:
     """It cannot move a steep row, where an attack on the margin would reach a slope of 100,000."""
-    x, y = ladder([0.03], [1], [1])
+    x, y = ladder_images([0.03], [1], [1])
     attack = PGD(eps=0.055, step_size=0.01, steps=1, start="natural", loss="cw")
-    found = input_gradient_norm(Ladder(), Split(x, y, torch.arange(1), 1), attack, 1)
+    found = input_gradient_norm(LadderNetwork(), Split(x, y, torch.arange(1), 1), attack, 1)
     assert found == {"flatness_friendly": 0.0, "flatness_adversarial": 0.0}
 
 
 def test_flatness_uses_the_first_pgd_and_as_many_examples_as_validation() -> None:
-    x, y = ladder([0.05, 0.2], [1, 1])
+    x, y = ladder_images([0.05, 0.2], [1, 1])
     attacks = {"apgd": APGD(eps=0.01, steps=1), "cw": step(0.02, loss="cw"), "pgd": step(0.1)}
     judge = Validation(attacks=attacks, finish={}, scales=(), flatness=True)
-    found = judge(Ladder(), Split(x, y, torch.arange(2), 1))
+    found = judge(LadderNetwork(), Split(x, y, torch.arange(2), 1))
     assert found["flatness_adversarial"] == pytest.approx((slope(0.03) + slope(0.18)) / 2, rel=1e-4)
-    found = judge.model_copy(update={"size": 1})(Ladder(), Split(x, y, torch.arange(2), 1))
+    found = judge.model_copy(update={"size": 1})(LadderNetwork(), Split(x, y, torch.arange(2), 1))
     assert found["flatness_adversarial"] == pytest.approx(slope(0.03), rel=1e-4)
 
 
@@ -326,10 +326,10 @@ def test_examples_as_a_model_sees_them_by_hand() -> None:
     """Steps of 0.01 from the image itself: kappa counts the points before each step that are still
     right.
     """
-    x, y = ladder([0.025, 0.2, -0.01, 0.3], [1, 0, 1, 1])
+    x, y = ladder_images([0.025, 0.2, -0.01, 0.3], [1, 0, 1, 1])
     settings = {"eps": 0.055, "step_size": 0.01, "start": "natural"}
     attacks = {"pgd": PGD(**settings, steps=10), "cw": PGD(**settings, steps=4, loss="cw")}
-    seen = compute_instance_metrics(Ladder(), Split(x, y, torch.arange(4), 1), attacks, 3)
+    seen = compute_instance_metrics(LadderNetwork(), Split(x, y, torch.arange(4), 1), attacks, 3)
     assert seen.y.tolist() == [1, 0, 1]
     assert seen.logits[:, :2].flatten().tolist() == pytest.approx(
         [-0.25, 0.25, 2, -2, 0.1, -0.1], abs=1e-5

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny
-from ladder import SIGNS, Ladder, ladder
+from ladder_network import SIGNS, LadderNetwork, ladder_images
 from torch import Tensor, nn
 
 from raysweep.attacks import PGD, AttackResult
@@ -47,8 +47,10 @@ class Points:
         return "points"
 
 
-def claimed(x: Tensor, y: Tensor, points: Tensor, eps: float, norm: str = "Linf") -> ShardResult:
-    work = ShardRunner(Ladder(), x.numpy(), y.numpy(), np.arange(len(y)))
+def check_points(
+    x: Tensor, y: Tensor, points: Tensor, eps: float, norm: str = "Linf"
+) -> ShardResult:
+    work = ShardRunner(LadderNetwork(), x.numpy(), y.numpy(), np.arange(len(y)))
     return work(Shard("points", Points(points, eps, norm), np.arange(len(y))))  # type: ignore[arg-type]
 
 
@@ -57,9 +59,9 @@ def test_points_within_eps_count_and_those_beyond_do_not(norm: str, share: float
     """Six misclassified points at several multiples of eps."""
     times = [0.9, 1.0, 1.0001, 1.01, 1.5, 1.0]
     eps = 0.04
-    x, y = ladder([0.001] * 6, [1] * 6)
+    x, y = ladder_images([0.001] * 6, [1] * 6)
     points = x - torch.tensor([share * eps * t for t in times])[:, None, None, None] * SIGNS
-    found = claimed(x, y, points, eps, norm)
+    found = check_points(x, y, points, eps, norm)
     assert found.predicted.tolist() == [0] * 6, "all points are misclassified"
     assert found.broken.tolist() == [True, True, False, False, False, True]
     assert found.norm.tolist() == pytest.approx([eps * t for t in times], rel=1e-4)
@@ -67,13 +69,13 @@ def test_points_within_eps_count_and_those_beyond_do_not(norm: str, share: float
 
 
 def test_a_point_with_a_single_pixel_too_far_does_not_count() -> None:
-    x, y = ladder([0.001] * 2, [1] * 2)
+    x, y = ladder_images([0.001] * 2, [1] * 2)
     points = x - 0.01 * SIGNS
     points[1, 0, 1, 0] = x[1, 0, 1, 0] + 0.0505
-    assert claimed(x, y, points, 0.05).broken.tolist() == [True, False]
+    assert check_points(x, y, points, 0.05).broken.tolist() == [True, False]
     # 0.01 three times and 0.0505 make 0.0534.
-    assert claimed(x, y, points, 0.0530, "L2").broken.tolist() == [True, False]
-    assert claimed(x, y, points, 0.0535, "L2").broken.tolist() == [True, True]
+    assert check_points(x, y, points, 0.0530, "L2").broken.tolist() == [True, False]
+    assert check_points(x, y, points, 0.0535, "L2").broken.tolist() == [True, True]
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -83,7 +85,7 @@ def test_points_outside_the_box_do_not_count_however_near_they_are(norm: str) ->
     x[:, 0, 0, 1] = 0.999
     # A height of 0.5 - 0.999 / 4, and a model that calls it class 1; its middle is moved so that
     # all points are wrong.
-    model = Ladder()
+    model = LadderNetwork()
     model.scale.data.neg_()
     points = x.clone()
     for row, (place, value) in enumerate(
@@ -100,17 +102,17 @@ def test_points_outside_the_box_do_not_count_however_near_they_are(norm: str) ->
 
 
 def test_points_that_are_not_finite_do_not_count() -> None:
-    x, y = ladder([0.001] * 4, [1] * 4)
+    x, y = ladder_images([0.001] * 4, [1] * 4)
     points = x - 0.01 * SIGNS
     for row, value in enumerate((math.nan, math.inf, -math.inf)):
         points[row, 0, 0, 0] = value
     for norm in ("Linf", "L2"):
-        assert claimed(x, y, points, 0.05, norm).broken.tolist() == [False, False, False, True]
+        assert check_points(x, y, points, 0.05, norm).broken.tolist() == [False, False, False, True]
 
 
 def test_a_point_that_the_model_gets_right_does_not_count() -> None:
-    x, y = ladder([0.05, 0.05], [0, 1])
-    found = claimed(x, y, torch.stack([x[0], x[1] - 0.06 * SIGNS]), 0.06)
+    x, y = ladder_images([0.05, 0.05], [0, 1])
+    found = check_points(x, y, torch.stack([x[0], x[1] - 0.06 * SIGNS]), 0.06)
     assert found.broken.tolist() == [False, True] and found.queries.tolist() == [2, 2]
     assert found.margin.tolist() == pytest.approx([1.0, -0.2], abs=1e-5) and found.classes == 4
 
@@ -152,7 +154,7 @@ def saved_model(folder: Path, steps: int) -> TrainingCheckpoint:
 
 
 @pytest.fixture(scope="module")
-def made(
+def saved_bundle(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, RobustnessReport, TrainingCheckpoint]:
     """A bundle of a small model under PGD, and what it was made of."""
@@ -171,24 +173,24 @@ Arrays, Card = dict[str, np.ndarray], dict[str, Any]
 
 
 def problems_of(
-    made: tuple[Path, RobustnessReport, TrainingCheckpoint],
+    saved_bundle: tuple[Path, RobustnessReport, TrainingCheckpoint],
     folder: Path,
-    lie: Callable[[Arrays, Card], None],
+    falsify: Callable[[Arrays, Card], None],
 ):
     """What `verify_bundle` says of a copy with other arrays and another card."""
-    copy = shutil.copytree(made[0], folder / "copy")
+    copy = shutil.copytree(saved_bundle[0], folder / "copy")
     arrays, card = (
         dict(np.load(copy / "adversarial.npz")),
         json.loads((copy / "card.json").read_text()),
     )
-    lie(arrays, card)
+    falsify(arrays, card)
     np.savez(copy / "adversarial.npz", **arrays)
     (copy / "card.json").write_text(json.dumps(card))
     return verify_bundle(copy)[1]
 
 
-def test_a_bundle_says_what_it_holds(made) -> None:
-    folder, report, saved = made
+def test_a_bundle_says_what_it_holds(saved_bundle) -> None:
+    folder, report, saved = saved_bundle
     card, problems = verify_bundle(folder)
     assert problems == []
     assert card["norm"] == "Linf" and card["eps_value"] == 0.05 and card["examples"] == COUNT
@@ -213,8 +215,8 @@ def test_a_bundle_says_what_it_holds(made) -> None:
     ).read_bytes()
 
 
-def test_a_bundle_needs_the_examples(made, tmp_path: Path) -> None:
-    _, report, saved = made
+def test_a_bundle_needs_the_examples(saved_bundle, tmp_path: Path) -> None:
+    _, report, saved = saved_bundle
     with pytest.raises(ValueError, match="keep_adversarial"):
         write_bundle(
             tmp_path / "claim", replace(report, x_adv=None), saved, saved.config.data, "mine"
@@ -222,18 +224,23 @@ def test_a_bundle_needs_the_examples(made, tmp_path: Path) -> None:
     assert not (tmp_path / "claim").exists()
 
 
-def moves(made) -> np.ndarray:
+def moves(saved_bundle) -> np.ndarray:
     """How far each saved example lies from its image, (N, 64)."""
-    _, report, saved = made
+    _, report, saved = saved_bundle
     test = load_data(saved.config.data).test
     return (
         report.x_adv.astype(np.float64) - test.get_float_images(slice(0, COUNT)).numpy()
     ).reshape(COUNT, -1)
 
 
-def test_a_bundle_of_a_smaller_radius_than_its_examples_is_refused(made, tmp_path: Path) -> None:
+def test_a_bundle_of_a_smaller_radius_than_its_examples_is_refused(
+    saved_bundle, tmp_path: Path
+) -> None:
     """Even if eps is smaller by a hundredth or a thousandth; the same examples in L2, too."""
-    lengths = {"Linf": np.abs(moves(made)).max(1), "L2": np.sqrt((moves(made) ** 2).sum(1))}
+    lengths = {
+        "Linf": np.abs(moves(saved_bundle)).max(1),
+        "L2": np.sqrt((moves(saved_bundle) ** 2).sum(1)),
+    }
     for number, (norm, length) in enumerate(lengths.items()):
         longest = float(length.max())
         for times, beyond in (
@@ -246,7 +253,7 @@ def test_a_bundle_of_a_smaller_radius_than_its_examples_is_refused(made, tmp_pat
             def claim(arrays: Arrays, card: Card, eps: float = eps, norm: str = norm) -> None:
                 card.update(eps_value=eps, norm=norm)
 
-            found = problems_of(made, tmp_path / f"{number}-{times}", claim)
+            found = problems_of(saved_bundle, tmp_path / f"{number}-{times}", claim)
             if times == 1:
                 assert found == [], norm
             elif beyond is None:
@@ -262,26 +269,28 @@ def test_a_bundle_of_a_smaller_radius_than_its_examples_is_refused(made, tmp_pat
     [(-1e-3, False), (-1e-7, False), (0.0, True), (1.0, True), (1.0 + 2e-7, False), (1.01, False)],
 )
 def test_a_bundle_with_a_pixel_outside_the_box_is_refused_however_near(
-    made, tmp_path: Path, value, inside
+    saved_bundle, tmp_path: Path, value, inside
 ) -> None:
     """In a row that is wrong from the start, whose verdict one pixel within eps does not change."""
-    _, report, saved = made
+    _, report, saved = saved_bundle
     x = load_data(saved.config.data).test.get_float_images(slice(0, COUNT)).numpy()
     near = (np.abs(x - value) <= 0.05) & ~report.clean[:, None, None, None]
     row, *place = (int(i) for i in np.argwhere(near)[0])
 
-    def lie(arrays: Arrays, card: Card) -> None:
+    def falsify(arrays: Arrays, card: Card) -> None:
         arrays["x_adv"][row, *place] = value
 
-    found = [line for line in problems_of(made, tmp_path, lie) if "classified" not in line]
+    found = [
+        line for line in problems_of(saved_bundle, tmp_path, falsify) if "classified" not in line
+    ]
     assert found == ([] if inside else ["1 examples are outside [0, 1]"])
 
 
-def test_points_of_a_bundle_that_are_not_numbers_are_refused(made, tmp_path: Path) -> None:
-    def lie(arrays: Arrays, card: Card) -> None:
+def test_points_of_a_bundle_that_are_not_numbers_are_refused(saved_bundle, tmp_path: Path) -> None:
+    def falsify(arrays: Arrays, card: Card) -> None:
         arrays["x_adv"][0] = np.nan
 
-    found = problems_of(made, tmp_path, lie)
+    found = problems_of(saved_bundle, tmp_path, falsify)
     assert "1 examples are farther than eps 0.05 from their images" in found
     assert "1 examples are outside [0, 1]" in found
 
@@ -332,38 +341,38 @@ def _modest(arrays: Arrays, card: Card) -> None:
         (_count, f"there are {COUNT} examples, the card says {COUNT + 1}"),
     ],
 )
-def test_other_false_claims(made, tmp_path: Path, lie, words: str) -> None:
-    (line,) = problems_of(made, tmp_path, lie)
+def test_other_false_claims(saved_bundle, tmp_path: Path, falsify, words: str) -> None:
+    (line,) = problems_of(saved_bundle, tmp_path, falsify)
     assert line.startswith(words)
 
 
-def test_false_verdicts_are_counted(made, tmp_path: Path) -> None:
-    _, report, _ = made
+def test_false_verdicts_are_counted(saved_bundle, tmp_path: Path) -> None:
+    _, report, _ = saved_bundle
     robust, wrong = np.flatnonzero(report.robust), np.flatnonzero(~report.clean)
     broken = np.flatnonzero(report.clean & ~report.robust)
 
-    def lie(arrays: Arrays, card: Card) -> None:
+    def falsify(arrays: Arrays, card: Card) -> None:
         arrays["robust"][robust[:3]] = False
         arrays["robust"][wrong[:2]] = True
         arrays["robust"][broken[0]] = True
 
-    assert problems_of(made, tmp_path, lie) == [
+    assert problems_of(saved_bundle, tmp_path, falsify) == [
         "3 examples are claimed broken, but classified correctly",
         "2 examples are claimed robust, but misclassified without an attack",
         "1 examples are claimed robust, but broken by their stored adversarial example",
     ]
 
 
-def test_the_order_of_a_bundles_examples_does_not_matter(made, tmp_path: Path) -> None:
+def test_the_order_of_a_bundles_examples_does_not_matter(saved_bundle, tmp_path: Path) -> None:
     def turn(arrays: Arrays, card: Card) -> None:
         for name, array in arrays.items():
             arrays[name] = array[::-1]
 
-    assert problems_of(made, tmp_path, turn) == []
+    assert problems_of(saved_bundle, tmp_path, turn) == []
 
 
-def test_a_claim_fails_with_the_weights_of_another_model(made, tmp_path: Path) -> None:
-    copy = shutil.copytree(made[0], tmp_path / "copy")
+def test_a_claim_fails_with_the_weights_of_another_model(saved_bundle, tmp_path: Path) -> None:
+    copy = shutil.copytree(saved_bundle[0], tmp_path / "copy")
     shutil.rmtree(copy / "checkpoint")
     saved_model(copy / "checkpoint", 1)
     found = verify_bundle(copy)[1]
@@ -371,9 +380,9 @@ def test_a_claim_fails_with_the_weights_of_another_model(made, tmp_path: Path) -
     assert any(line.startswith("clean_accuracy is") for line in found)
 
 
-def test_an_archive_with_a_changed_byte_is_refused(made, tmp_path: Path) -> None:
+def test_an_archive_with_a_changed_byte_is_refused(saved_bundle, tmp_path: Path) -> None:
     """In its table of contents, where changes cause many kinds of errors in readers."""
-    folder, _, _ = made
+    folder, _, _ = saved_bundle
     copy = shutil.copytree(folder, tmp_path / "copy")
     archive = copy / "adversarial.npz"
     whole = archive.read_bytes()

@@ -40,7 +40,7 @@ EVERY = [
 ]
 
 
-def look(kappa, steps):
+def weight_inputs(kappa, steps):
     kappa = torch.as_tensor(kappa)
     return WeightInputs(
         torch.zeros(len(kappa), 10, dtype=torch.float64), torch.zeros_like(kappa), kappa, steps
@@ -57,7 +57,7 @@ def test_official_geometry_weights(steps, function, lam):
     settings = {} if function == "Discrete" else {"lam": float(lam)}
     for official in (True, False) if steps % 2 == 0 else (True,):
         weight = GeometryWeight(shape=SHAPES[function], official=official, **settings)(
-            look(kappa, steps)
+            weight_inputs(kappa, steps)
         )
         expected = data[f"gair.K{steps}.lam{lam}.{function}.f64"]
         torch.testing.assert_close(weight / weight.mean(), expected, rtol=1e-9, atol=1e-12)
@@ -69,7 +69,7 @@ def test_gair_rst_weights(lam):
     trains with.
     """
     data = stored("weights")
-    weight = GeometryWeight(lam=float(lam))(look(data["gair.K10.kappa"].long(), 10))
+    weight = GeometryWeight(lam=float(lam))(weight_inputs(data["gair.K10.kappa"].long(), 10))
     expected = data[f"gair.K10.lam{lam}.RST_unnormalised"].double()
     torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-7)
 
@@ -86,14 +86,16 @@ def test_geometry_equations(steps):
             "linear": [1 - k / (steps + 1) for k in kappa],
         }
         for shape, expected in equations.items():
-            weight = GeometryWeight(shape=shape, lam=lam)(look(kappa, steps))
+            weight = GeometryWeight(shape=shape, lam=lam)(weight_inputs(kappa, steps))
             torch.testing.assert_close(
                 weight, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-14
             )
 
 
 def test_piecewise_table():
-    weight = GeometryWeight(shape="piecewise", table=(1.0, 0.8, 0.1))(look([0, 1, 2, 9], 10))
+    weight = GeometryWeight(shape="piecewise", table=(1.0, 0.8, 0.1))(
+        weight_inputs([0, 1, 2, 9], 10)
+    )
     assert weight.tolist() == [1.0, 0.8, 0.1, 0.1]
     for bad in (
         {"table": (0.1, 0.2), "shape": "piecewise"},
@@ -124,12 +126,13 @@ def test_geometry_never_increases_and_never_vanishes(lam, steps, shape, official
 
 def test_official_weights_need_two_steps():
     with pytest.raises(TypeError, match="2 steps"):
-        GeometryWeight(official=True)(look([0, 1], 1))
+        GeometryWeight(official=True)(weight_inputs([0, 1], 1))
 
 
 def test_infinite_lambda_is_one():
     assert torch.equal(
-        GeometryWeight(lam=math.inf)(look(range(11), 10)), torch.ones(11, dtype=torch.float64)
+        GeometryWeight(lam=math.inf)(weight_inputs(range(11), 10)),
+        torch.ones(11, dtype=torch.float64),
     )
 
 
@@ -200,7 +203,7 @@ def test_remainder():
 
 
 def test_within_margin():
-    assert WithinMarginWeight()(look([0, 3, 9, 10], 10)).tolist() == [1, 1, 1, 0]
+    assert WithinMarginWeight()(weight_inputs([0, 3, 9, 10], 10)).tolist() == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("weight", EVERY, ids=repr)

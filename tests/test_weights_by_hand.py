@@ -23,7 +23,7 @@ def log_of(*rows):
     return torch.tensor(rows, dtype=torch.float64).log()
 
 
-def look(p, y, **settings):
+def weight_inputs(p, y, **settings):
     return WeightInputs(log_of(*p) + 3, torch.tensor(y), **settings)
 
 
@@ -155,7 +155,7 @@ def test_vulnerability_weights():
     for view, v in (("probability", (0.5, 0.3, 0.2)), ("margin", (0.2, -0.2, -0.3))):
         for alpha, beta in ((2.0, 0.5), (1.5, 3.0), (0.0, 1.0), (2.0, 0.0)):
             weight = VulnerabilityWeight(alpha=alpha, beta=beta)(
-                look(P, [0, 1, 2], vulnerability_kind=view)
+                weight_inputs(P, [0, 1, 2], vulnerability_kind=view)
             )
             assert weight.tolist() == pytest.approx([alpha * (1 - a) ** beta for a in v], rel=1e-9)
     assert VulnerabilityWeight().alpha == 2.0 and VulnerabilityWeight().beta == 0.5
@@ -181,7 +181,7 @@ def test_margin_weights():
     pm = (-0.2, 0.2, 0.3)
     for slope, bias, scale in ((10.0, -0.5, 1.0), (2.0, 0.1, 3.0)):
         weight = ProbabilisticMarginWeight(slope=slope, bias=bias, scale=scale)(
-            look(P, [0, 1, 2])
+            weight_inputs(P, [0, 1, 2])
         ).tolist()
         assert weight == pytest.approx(
             [scale / (1 + math.exp(-slope * (m + bias))) for m in pm], rel=1e-9
@@ -198,23 +198,25 @@ def test_remainder():
     weights = {
         name: torch.tensor([value, 0.1]) for name, value in (("a", 0.5), ("b", 0.4), ("c", 9.0))
     }
-    seen = look(P[:2], [0, 1], earlier_weights=weights)
+    seen = weight_inputs(P[:2], [0, 1], earlier_weights=weights)
     assert RemainderWeight(total=1.0, of=("a", "b"))(seen).tolist() == pytest.approx([0.1, 0.8])
     assert RemainderWeight(total=1.0, of=("a", "c"))(seen).tolist() == pytest.approx([0.0, 0.8])
     assert RemainderWeight(total=0.0, of=("a",))(seen).tolist() == [0.0, 0.0]
 
 
 def test_uniform_and_within_margin():
-    assert UniformWeight()(look(P, [0, 1, 2])).tolist() == [1, 1, 1]
-    assert UniformWeight()(look(P, [0, 1, 2])).dtype == torch.float64
-    seen = look([[0.5, 0.5]] * 4, [0, 0, 0, 0], kappa=torch.tensor([0, 4, 5, 6]), attack_steps=5)
+    assert UniformWeight()(weight_inputs(P, [0, 1, 2])).tolist() == [1, 1, 1]
+    assert UniformWeight()(weight_inputs(P, [0, 1, 2])).dtype == torch.float64
+    seen = weight_inputs(
+        [[0.5, 0.5]] * 4, [0, 0, 0, 0], kappa=torch.tensor([0, 4, 5, 6]), attack_steps=5
+    )
     assert WithinMarginWeight()(seen).tolist() == [1, 1, 0, 0]
 
 
 def test_weights_that_need_kappa_say_so():
     for weight in (GeometryWeight(), WithinMarginWeight()):
         with pytest.raises(TypeError, match="need the kappa of an attack"):
-            weight(look(P, [0, 1, 2]))
+            weight(weight_inputs(P, [0, 1, 2]))
 
 
 def test_settings_follow_the_epoch():
@@ -238,7 +240,7 @@ def test_settings_follow_the_epoch():
         total=1.0, of=("a",)
     )
     with pytest.raises(TypeError, match="changes with the epoch"):
-        VulnerabilityWeight(alpha=ramp)(look(P, [0, 1, 2]))
+        VulnerabilityWeight(alpha=ramp)(weight_inputs(P, [0, 1, 2]))
 
 
 def test_which_weights_are_normalised():

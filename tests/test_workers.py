@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import forked
+import forked_processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -54,7 +54,7 @@ def in_processes(size: int, work: Callable[..., None], *arguments: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    forked.FORKS.set_forkserver_preload(forked.TRAINING)
+    forked_processes.FORKS.set_forkserver_preload(forked_processes.TRAINING)
     mp.start_processes(
         _joined, (size, port, work, arguments), nprocs=size, start_method="forkserver"
     )
@@ -138,36 +138,36 @@ def save_steps(path: Path) -> None:
     torch.save(steps(DistributedWorkerGroup()), path / f"{dist.get_rank()}.pt")
 
 
-def everything(path: Path) -> None:
+def train_and_compare(path: Path) -> None:
     save_steps(path)
     train_and_resume(path)
 
 
-def difference(one: Path, two: Path) -> float:
+def difference(one: Path, two_workers: Path) -> float:
     """The greatest between the weights of two checkpoints with the same names of tensors."""
-    a, b = load_file(one / "weights.safetensors"), load_file(two / "weights.safetensors")
+    a, b = load_file(one / "weights.safetensors"), load_file(two_workers / "weights.safetensors")
     assert a.keys() == b.keys()
     return max((a[key].double() - b[key].double()).abs().max().item() for key in a)
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two workers wrote."""
     path = tmp_path_factory.mktemp("two")
     one_epoch(path / "taken over", SINGLE_WORKER)
-    in_processes(2, everything, path)
+    in_processes(2, train_and_compare, path)
     return path
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def three_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("three")
     in_processes(3, save_steps, path)
     return path
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, torch.Tensor]:
+def single_worker_steps() -> dict[str, torch.Tensor]:
     return steps(SINGLE_WORKER)
 
 
@@ -177,30 +177,43 @@ def trained_alone(tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_worker_processes_give_the_gradient_of_one(size: int, alone, request) -> None:
-    path = request.getfixturevalue({2: "two", 3: "three"}[size])
+def test_worker_processes_give_the_gradient_of_one(size: int, single_worker_steps, request) -> None:
+    path = request.getfixturevalue({2: "two_workers", 3: "three_workers"}[size])
     worst = 0.0
     for rank in range(size):
         several = torch.load(path / f"{rank}.pt")
-        assert several.keys() == alone.keys()
+        assert several.keys() == single_worker_steps.keys()
         worst = max(
-            worst, *((several[key] - value).abs().max().item() for key, value in alone.items())
+            worst,
+            *(
+                (several[key] - value).abs().max().item()
+                for key, value in single_worker_steps.items()
+            ),
         )
     print(f"{size} workers: greatest difference {worst:.1e}")
     assert worst < 1e-10
 
 
 def test_two_workers_train_the_weights_of_one(
-    two: Path, trained_alone: TrainingResult, tmp_path: Path
+    two_workers: Path, trained_alone: TrainingResult, tmp_path: Path
 ) -> None:
-    assert difference(two / "several" / "epoch-0002", trained_alone.last_checkpoint.path) < 1e-5
+    assert (
+        difference(two_workers / "several" / "epoch-0002", trained_alone.last_checkpoint.path)
+        < 1e-5
+    )
     lrat = train_model(config("lrat"), tmp_path / "lrat").last_checkpoint
-    assert difference(two / "lrat" / "epoch-0002", lrat.path) < 1e-5
+    assert difference(two_workers / "lrat" / "epoch-0002", lrat.path) < 1e-5
 
 
-def test_every_worker_reports_the_metrics_of_one(two: Path, trained_alone: TrainingResult) -> None:
-    first, second = (json.loads((two / f"{rank}.json").read_text()) for rank in range(2))
-    assert first == second == checkpoint.read_checkpoint(two / "several" / "epoch-0002").history
+def test_every_worker_reports_the_metrics_of_one(
+    two_workers: Path, trained_alone: TrainingResult
+) -> None:
+    first, second = (json.loads((two_workers / f"{rank}.json").read_text()) for rank in range(2))
+    assert (
+        first
+        == second
+        == checkpoint.read_checkpoint(two_workers / "several" / "epoch-0002").history
+    )
     for several, one in zip(first, trained_alone.last_checkpoint.history, strict=True):
         assert several.keys() == one.keys()
         timed = {key for key in one if "seconds" in key}
@@ -210,10 +223,10 @@ def test_every_worker_reports_the_metrics_of_one(two: Path, trained_alone: Train
 
 
 def test_a_checkpoint_goes_from_two_workers_to_one_and_back(
-    two: Path, trained_alone: TrainingResult, tmp_path: Path
+    two_workers: Path, trained_alone: TrainingResult, tmp_path: Path
 ) -> None:
     epochs: list[int] = []
-    run = shutil.copytree(two / "handed over", tmp_path / "run")
+    run = shutil.copytree(two_workers / "handed over", tmp_path / "run")
     handed = train_model(
         config(),
         run,
@@ -222,12 +235,15 @@ def test_a_checkpoint_goes_from_two_workers_to_one_and_back(
     ).last_checkpoint
     assert epochs == [2]
     assert difference(handed.path, trained_alone.last_checkpoint.path) < 1e-5
-    assert difference(two / "taken over" / "epoch-0002", trained_alone.last_checkpoint.path) < 1e-5
+    assert (
+        difference(two_workers / "taken over" / "epoch-0002", trained_alone.last_checkpoint.path)
+        < 1e-5
+    )
 
 
-def test_the_first_writes_and_the_others_do_not(two: Path) -> None:
-    assert not list(two.glob("*/.epoch-*"))
-    assert RunDirectory(two / "several").list_saved_epochs()[-1] == 2
+def test_the_first_writes_and_the_others_do_not(two_workers: Path) -> None:
+    assert not list(two_workers.glob("*/.epoch-*"))
+    assert RunDirectory(two_workers / "several").list_saved_epochs()[-1] == 2
 
 
 class Second:

@@ -39,7 +39,7 @@ def _plan_to_json(plan: "SweepPlan") -> "JsonDict":
         "gpus_per_trial": plan.resources.gpus,
         "trials_at_once": plan.concurrency,
         "seconds_per_epoch": round(plan.seconds_per_epoch, 2),
-        "trial_hours": round(plan.trial_seconds / 3600, 3),
+        "trial_hours": round(plan.remaining_trial_seconds / 3600, 3),
         "wall_hours": round(plan.wall_seconds / 3600, 3),
         "objective_95_half_width": round(plan.objective_half_width, 4),
     }
@@ -71,6 +71,6 @@ def _describe_plan(plan: "SweepPlan") -> list[str]:
         f"one epoch with validation takes about {plan.seconds_per_epoch:.1f} s, "
         "estimated from a few steps of one worker here",
         f"about {format_count(plan.expected_epochs, 'epoch')} in all{early_stopping}:",
-        f"{format_duration(plan.trial_seconds)} of trials, "
+        f"{format_duration(plan.remaining_trial_seconds)} of trials, "
         f"{format_duration(plan.wall_seconds)} from start to end",
     ]

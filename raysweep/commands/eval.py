@@ -386,7 +386,7 @@ def _evaluate(
     from raysweep.commands.common import open_tracker
     from raysweep.data import load_data
     from raysweep.robustness_bundle import write_bundle
-    from raysweep.sweep.executors import open_executor
+    from raysweep.sweep.shard_mappers import open_executor
     from raysweep.tracking import checkpoint_run_tags
 
     data_spec = _resolve_data_spec(request, target)

@@ -76,7 +76,7 @@ def _list_described_names() -> dict[str, Mapping[str, str]]:
     """Return {kind: {name: line about it}} for what is defined in Python."""
     from raysweep.attacks import ATTACK_DESCRIPTIONS
     from raysweep.catalog import METHODS
-    from raysweep.data.datasets import DATASET_LOADERS
+    from raysweep.data.dataset_loaders import DATASET_LOADERS
     from raysweep.models import MODELS
     from raysweep.training.validation import OBJECTIVE_DESCRIPTIONS
 

@@ -166,14 +166,14 @@ def _show_space(request: ShowRequest, name_or_file: str) -> None:
     if request.as_json:
         _print_json({"space": space.to_json_dict(), "config": config.to_json_dict()})
         return
-    _print_search_settings(space)
+    _print_space_yaml(space)
     print()
     _print_config_paths(
         {path: value for path, value in flatten_spec(config).items() if path not in space.space}
     )
 
 
-def _print_search_settings(space: SearchSpace) -> None:
+def _print_space_yaml(space: SearchSpace) -> None:
     """Print a search space in the form of its YAML file, without its base settings."""
     import yaml
 

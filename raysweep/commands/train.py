@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from raysweep.tracking import Tracker
     from raysweep.training.checkpoint import TrainingCheckpoint
     from raysweep.training.config import TrainingConfig
-    from raysweep.training.epoch_metrics import EpochMetrics
+    from raysweep.training.metric_history import EpochMetrics
     from raysweep.training.trainer import TrainingResult
 
 SUMMARY = "train one model, in this process"

@@ -2,7 +2,7 @@
 
 from raysweep.data.batches import Batch, augment_images, epoch_batches
 from raysweep.data.dataset import Dataset, DataSpec, load_data
-from raysweep.data.datasets import DATASET_LOADERS
+from raysweep.data.dataset_loaders import DATASET_LOADERS
 from raysweep.data.split import Split
 
 __all__ = [

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 
 from raysweep.data.batches import Batch, epoch_batches
-from raysweep.data.datasets import DATASET_LOADERS, LabelArray, PixelArray, TrainTestArrays
+from raysweep.data.dataset_loaders import DATASET_LOADERS, LabelArray, PixelArray, TrainTestArrays
 from raysweep.data.split import Split
 from raysweep.data.unlabeled import read_unlabeled_file
 from raysweep.rng import derive_seed

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raysweep.atomic_files import atomic_open
-from raysweep.data.datasets import LabelArray, PixelArray, check_image_arrays, read_parquet
+from raysweep.data.dataset_loaders import LabelArray, PixelArray, check_image_arrays, read_parquet
 from raysweep.spec import SpecError
 
 ImagesAndLabels = tuple[NDArray[np.generic], NDArray[np.generic] | None]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from raysweep.attacks import SingleAttack, Square
-from raysweep.evaluation.device_precision import disable_tf32_and_autocast
+from raysweep.evaluation.float32_precision import disable_tf32_and_autocast
 from raysweep.evaluation.model_inspection import (
     ModelProperties,
     adapt_attack,

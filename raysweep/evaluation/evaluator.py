@@ -20,12 +20,12 @@ from raysweep.attacks import (
     Square,
     attack_by_name,
 )
-from raysweep.evaluation.device_precision import get_model_device, has_tf32
 from raysweep.evaluation.evaluation_runner import (
     EvaluationOptions,
     EvaluationRunner,
     run_shards_in_process,
 )
+from raysweep.evaluation.float32_precision import get_model_device, has_tf32
 from raysweep.evaluation.progress import EvaluationProgress
 from raysweep.evaluation.report import RobustnessReport
 from raysweep.evaluation.shards import AnyArray, ShardMapper, ShardRunner

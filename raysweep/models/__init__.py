@@ -10,7 +10,7 @@ import torch
 from pydantic import field_validator
 from torch import nn
 
-from raysweep.models.cnn import digits_cnn
+from raysweep.models.digits_cnn import digits_cnn
 from raysweep.models.layers import Normalize
 from raysweep.models.preact_resnet import preact_resnet18, preact_resnet18_bn
 from raysweep.models.resnet import resnet18, resnet34, resnet50

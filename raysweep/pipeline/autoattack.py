@@ -29,7 +29,7 @@ from raysweep.pipeline.stage import (
 )
 from raysweep.schedules import Number
 from raysweep.spec import SpecError
-from raysweep.sweep.executors import open_executor
+from raysweep.sweep.shard_mappers import open_executor
 from raysweep.tracking import checkpoint_run_tags
 from raysweep.training.config import TrainingConfig
 from raysweep.training.model_loading import EvaluationTarget, load_checkpoint_target

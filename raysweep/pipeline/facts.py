@@ -155,7 +155,7 @@ class ReportFacts(StageFacts):
         return value or None
 
     @field_serializer("changes", mode="wrap")
-    def _write_changes(
+    def _write_none_as_empty(
         self, value: ReportChanges | None, handler: SerializerFunctionWrapHandler
     ) -> JsonDict:
         """Write None as an empty mapping."""

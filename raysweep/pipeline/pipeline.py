@@ -16,11 +16,11 @@ from raysweep.leases import hold_pipeline_lease
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.autoattack import AutoAttackStage
 from raysweep.pipeline.builtin_pipelines import find_pipeline_file
-from raysweep.pipeline.night_cleanup import delete_old_nights, get_today_date
 from raysweep.pipeline.promote import PromoteStage
 from raysweep.pipeline.register import RegisterStage
 from raysweep.pipeline.report.stage import ReportStage
 from raysweep.pipeline.stage import Stage, StageContext, TrainingOverrides, UpstreamResults
+from raysweep.pipeline.sweep_retention import delete_old_nights, get_today_date
 from raysweep.pipeline.train import TrainStage
 from raysweep.pipeline.tune import TuneStage
 from raysweep.spec import JsonDict, Spec, SpecError, apply_overrides, json_digest, read_yaml

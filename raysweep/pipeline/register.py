@@ -22,7 +22,7 @@ from raysweep.pipeline.stage import (
     StageResult,
     TrainingOverrides,
     UpstreamResults,
-    find_chosen_evaluation,
+    find_best_candidate_evaluation,
 )
 from raysweep.spec import JsonDict, is_safe_name
 from raysweep.training import checkpoint
@@ -64,7 +64,7 @@ class RegisterStage(Stage):
         return f"as {self.name}: candidate, aa-verified, and champion if AutoAttack says better"
 
     def run_stage(self, context: StageContext, upstream: UpstreamResults) -> StageResult:
-        evaluation = find_chosen_evaluation(upstream)
+        evaluation = find_best_candidate_evaluation(upstream)
         card = self._build_model_card(context, evaluation)
         version = self._register_version(context, evaluation, card)
         comparison = self._compare_and_set_aliases(context, evaluation, version)

@@ -80,7 +80,7 @@ class UpstreamResults:
         )
 
 
-def find_chosen_evaluation(
+def find_best_candidate_evaluation(
     upstream: UpstreamResults, attack: str | None = None
 ) -> EvaluationResult:
     """Find the evaluation of the candidate with the best validation result.

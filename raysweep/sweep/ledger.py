@@ -17,7 +17,7 @@ from raysweep.pareto import pareto_front_indices
 from raysweep.spec import JsonDict, SpecError
 from raysweep.sweep.extension_checks import check_extension
 from raysweep.sweep.search_space import Params, SearchSpace
-from raysweep.training.epoch_metrics import EpochMetrics
+from raysweep.training.metric_history import EpochMetrics
 
 TrialStatus = Literal["running", "finished", "stopped", "failed"]
 # Field of a trial -> its key in trial.json, where the two differ.

@@ -8,7 +8,7 @@ from raysweep.formatting import redact_secrets
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_study import TRIAL_NUMBER_ATTRIBUTE, to_frozen_trial
-from raysweep.training.epoch_metrics import EpochMetrics
+from raysweep.training.metric_history import EpochMetrics
 
 
 class OptunaExporter:

@@ -15,8 +15,8 @@ from raysweep.spec import json_digest
 from raysweep.sweep.ledger import Ledger, Trial, TrialStatus
 from raysweep.sweep.optuna_study import constraint_values, to_frozen_trial
 from raysweep.sweep.search_space import Params
-from raysweep.training.epoch_metrics import EpochMetrics
 from raysweep.training.failure_reports import FAILURE_KEY
+from raysweep.training.metric_history import EpochMetrics
 
 
 class LedgerSearcher(Searcher):

@@ -7,7 +7,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import SearchSpace
-from raysweep.training.epoch_metrics import EpochMetrics
+from raysweep.training.metric_history import EpochMetrics
 
 MIN_IMPORTANCE_TRIALS = 10
 """Trials with a result that fANOVA needs: over fewer, its random forest finds only noise."""

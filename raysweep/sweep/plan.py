@@ -68,14 +68,14 @@ class SweepPlan:
     objective_half_width: float
 
     @property
-    def trial_seconds(self) -> float:
+    def remaining_trial_seconds(self) -> float:
         """Estimated seconds of all trials that are left, one after the other."""
         return self.seconds_per_epoch * self.expected_epochs
 
     @property
     def wall_seconds(self) -> float:
         """Estimated seconds from start to end, with `concurrency` trials at the same time."""
-        return self.trial_seconds / self.concurrency
+        return self.remaining_trial_seconds / self.concurrency
 
 
 def plan_sweep(

@@ -16,9 +16,9 @@ from ray import tune
 from ray.tune.experiment import Trial as RayTrial
 
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.process_loss import describe_process_loss
-from raysweep.training.epoch_metrics import EpochMetrics
+from raysweep.sweep.lost_processes import describe_process_loss
 from raysweep.training.failure_reports import BUG_TRACEBACK_KEY, FAILURE_KEY
+from raysweep.training.metric_history import EpochMetrics
 
 SweepEndReason = Literal["done", "budget", "interrupted"]
 """Why a call of `run_sweep` ended; `interrupted` is by Ctrl-C."""
@@ -173,7 +173,7 @@ class LedgerCallback(tune.Callback):
         self._start_failures.clear()
         return is_needed
 
-    def check_round(self) -> None:
+    def require_round_progress(self) -> None:
         """Check after a round of Tune that another one makes sense.
 
         Raises:

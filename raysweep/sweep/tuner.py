@@ -50,8 +50,8 @@ from raysweep.sweep.tune_callbacks import (
 from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
-from raysweep.training.epoch_metrics import EpochMetrics
 from raysweep.training.failure_reports import failure_report
+from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
 from raysweep.training.prefix_cache import PREFIX_CACHE_FOLDER, PrefixCache
 from raysweep.training.trainer import train_model
@@ -128,7 +128,7 @@ def _run_rounds(
                 _build_tuner(
                     ledger, dataset, ledger_callback, resources, concurrency, n_trials_left
                 ).fit()
-            ledger_callback.check_round()
+            ledger_callback.require_round_progress()
     except tune.TuneError as error:
         # Tune wraps the errors of the ledger's writes.
         if isinstance(error.__context__, storage.BucketUnavailable | SpecError):

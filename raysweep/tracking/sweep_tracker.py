@@ -10,8 +10,8 @@ from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import param_labels
 from raysweep.tracking.mlflow_tracker import RunStatus, Tracker, format_mlflow_param
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
-from raysweep.training.epoch_metrics import EpochMetrics
 from raysweep.training.failure_reports import TRACEBACK_FILE
+from raysweep.training.metric_history import EpochMetrics
 
 # Figures take a second for each trial.
 _N_PLOTTED_TRIALS = 3

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from raysweep.attacks import PGD
 from raysweep.schedules import resolved_value
 from raysweep.training.config import TrainingConfig
-from raysweep.training.epoch_metrics import EpochMetrics, find_best_epoch
+from raysweep.training.metric_history import EpochMetrics, find_best_epoch
 from raysweep.weights import RemainderWeight, UniformWeight
 
 # Thresholds from which a share, or a difference of shares, is worth a line.
@@ -78,12 +78,12 @@ def _advise_on_weights(config: TrainingConfig, metrics: EpochMetrics) -> Iterato
             if epoch <= getattr(config.method.terms[name].weight, "burn_in", 0):
                 yield f"weights of {name} have not acted: epoch {epoch} is within the burn-in"
         elif isinstance(term.weight, RemainderWeight):
-            yield from _advise_on_remainder(name, term.weight, metrics)
+            yield from _advise_on_remainder_weight(name, term.weight, metrics)
         else:
             yield from _advise_on_sample_size(name, metrics)
 
 
-def _advise_on_remainder(
+def _advise_on_remainder_weight(
     name: str, weight: RemainderWeight, metrics: EpochMetrics
 ) -> Iterator[str]:
     """Report a remainder weight that is almost always zero."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from raysweep.training.checkpoint import TrainingCheckpoint
-from raysweep.training.epoch_metrics import EpochMetrics
+from raysweep.training.metric_history import EpochMetrics
 
 
 class TrainingCallback:

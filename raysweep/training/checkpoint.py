@@ -23,7 +23,7 @@ from raysweep import storage
 from raysweep.atomic_files import atomic_folder, atomic_write_text
 from raysweep.spec import JsonDict, SpecError
 from raysweep.training.config import TrainingConfig
-from raysweep.training.epoch_metrics import EpochMetrics
+from raysweep.training.metric_history import EpochMetrics
 
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "state.safetensors"

@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-from raysweep.evaluation.device_precision import has_tf32
+from raysweep.evaluation.float32_precision import has_tf32
 from raysweep.spec import Spec, SpecError
 
 Precision = Literal["float32", "bf16"]

@@ -92,12 +92,12 @@ class TrainingConfig(Spec):
     def list_warnings(self) -> list[str]:
         """Return one line for each valid setting that has no effect, or not the expected one."""
         return [
-            *self._warn_about_weights(),
+            *self._warn_about_long_burn_ins(),
             *self._warn_about_attacks(),
             *self._warn_about_data(),
         ]
 
-    def _warn_about_weights(self) -> Iterator[str]:
+    def _warn_about_long_burn_ins(self) -> Iterator[str]:
         """Warn about instance weights whose burn-in is as long as the run."""
         epochs = format_count(self.epochs, "epoch")
         for name, term in self.method.terms.items():

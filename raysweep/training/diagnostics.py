@@ -15,7 +15,7 @@ from raysweep.atomic_files import atomic_write_text
 from raysweep.attacks import AttackResult, freeze_model, true_class_confidence
 from raysweep.data import Split
 from raysweep.method import NATURAL_INPUT, Method, MethodOutput
-from raysweep.training.epoch_metrics import EpochMetrics
+from raysweep.training.metric_history import EpochMetrics
 from raysweep.worker_group import WorkerGroup
 
 LOW_WEIGHT_THRESHOLD = 0.2

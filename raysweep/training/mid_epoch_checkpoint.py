@@ -23,7 +23,7 @@ from raysweep.training import checkpoint
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
 from raysweep.training.diagnostics import EpochDiagnostics
-from raysweep.training.epoch_metrics import EpochMetrics
+from raysweep.training.metric_history import EpochMetrics
 
 _DIAGNOSTICS_FILE = "seen.safetensors"
 

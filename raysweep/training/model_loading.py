@@ -16,7 +16,7 @@ from raysweep.spec import SpecError, apply_overrides
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import META_FILE, RunDirectory, TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
-from raysweep.training.epoch_metrics import find_best_epoch
+from raysweep.training.metric_history import find_best_epoch
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from raysweep.spec import JsonDict, SpecError, json_digest
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
-from raysweep.training.epoch_metrics import EpochMetrics
+from raysweep.training.metric_history import EpochMetrics
 
 PREFIX_CACHE_FOLDER = ".prefixes"
 _POLL_SECONDS, _BUCKET_POLL_SECONDS = 0.2, 1.0
@@ -155,10 +155,10 @@ class PrefixCache:
             # that waits for the state would delete the folder.
             storage.copy_folder(checkpoint_path, self.path / key)
         else:
-            self._link_state(key, checkpoint_path)
+            self._link_checkpoint_as_state(key, checkpoint_path)
         self._evict_oldest_states()
 
-    def _link_state(self, key: str, checkpoint_path: Path) -> None:
+    def _link_checkpoint_as_state(self, key: str, checkpoint_path: Path) -> None:
         """Link the files of a checkpoint into a new state, atomically."""
         partial = self.path / f".{key}.{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)

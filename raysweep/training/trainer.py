@@ -13,7 +13,7 @@ from torch import nn
 from raysweep import storage
 from raysweep.data import Batch, Dataset, Split, load_data
 from raysweep.evaluation.attack_model import MIN_BATCH_ROWS, make_attack_model
-from raysweep.evaluation.device_precision import disable_tf32_and_autocast, has_tf32
+from raysweep.evaluation.float32_precision import disable_tf32_and_autocast, has_tf32
 from raysweep.method import Method, MethodOutput
 from raysweep.rng import ExampleRng, derive_seed
 from raysweep.schedules import resolved_value
@@ -34,7 +34,7 @@ from raysweep.training.distributed import (
     broadcast_int,
     check_method_distributable,
 )
-from raysweep.training.epoch_metrics import EpochMetrics, find_best_epoch
+from raysweep.training.metric_history import EpochMetrics, find_best_epoch
 from raysweep.training.mid_epoch_checkpoint import MidEpochCheckpointer
 from raysweep.training.model_variants import ModelVariants
 from raysweep.training.prefix_cache import PrefixCache, prefix_keys

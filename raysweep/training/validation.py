@@ -14,7 +14,7 @@ from raysweep.rng import ExampleRng
 from raysweep.schedules import Number
 from raysweep.spec import Spec
 from raysweep.training.gradient_masking import estimate_scaling_gap
-from raysweep.training.input_gradients import input_gradient_norm
+from raysweep.training.input_gradient_norms import input_gradient_norm
 
 ObjectiveName = Literal["robust_worst", "clean", "pgd", "cw"]
 OBJECTIVE_DESCRIPTIONS: dict[str, str] = {

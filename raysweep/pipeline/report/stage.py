@@ -52,14 +52,14 @@ from raysweep.pipeline.stage import (
     StageResult,
     TrainingOverrides,
     UpstreamResults,
-    find_chosen_evaluation,
+    find_best_candidate_evaluation,
 )
 from raysweep.schedules import Number
 from raysweep.spec import JsonDict, SpecError
 from raysweep.training import checkpoint
 from raysweep.training.advice import advise_on_training
 from raysweep.training.checkpoint import RunDirectory
-from raysweep.training.epoch_metrics import EpochMetrics
+from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.model_loading import load_checkpoint_target
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
@@ -94,7 +94,7 @@ class ReportStage(Stage):
         return load_paper_table(self.paper) if self.paper else None
 
     def run_stage(self, context: StageContext, upstream: UpstreamResults) -> StageResult:
-        best = find_chosen_evaluation(upstream)
+        best = find_best_candidate_evaluation(upstream)
         changes = self._compare_with_previous(context, upstream, best)
         regressions = self._find_regressions(best, changes)
         table = self._load_configured_table()

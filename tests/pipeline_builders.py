@@ -19,7 +19,7 @@ PROTOCOL: dict[str, Any] = {
 }
 
 
-def made_candidate(label: str, robust: float | None = None, **more: Any) -> Candidate:
+def build_candidate(label: str, robust: float | None = None, **more: Any) -> Candidate:
     """A candidate. Scores may be given by name: `robust` is `robust_worst`; `gap`, `clean` and
     `pgd` are scores too.
     """
@@ -33,7 +33,7 @@ def made_candidate(label: str, robust: float | None = None, **more: Any) -> Cand
     return Candidate(label=label, metrics=metrics, **{"epoch": 90, "epochs": 100, **more})
 
 
-def made_judgement(candidate: Candidate, robust: float, **more: Any) -> EvaluationResult:
+def build_evaluation_result(candidate: Candidate, robust: float, **more: Any) -> EvaluationResult:
     """A judgement by AutoAttack on the whole test set of CIFAR-10; settings of `protocol` may be
     given by name.
     """

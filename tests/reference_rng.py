@@ -11,7 +11,7 @@ _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-def hashed(seed: int, *names: object) -> int:
+def hash_stream_name(seed: int, *names: object) -> int:
     """The 64-bit number of a named stream: the first eight bytes of a sha256."""
     text = "/".join(str(part) for part in (seed, *names))
     return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16)
@@ -33,9 +33,9 @@ def uniform(key: int, example: int, count: int, bits: int = 24) -> list[float]:
     ]
 
 
-def shuffled(count: int, *names: object) -> list[int]:
+def shuffle_rows(count: int, *names: object) -> list[int]:
     """The numbers 0 to count - 1, shuffled by the stream of these names (the first is the seed)."""
-    generator = torch.Generator().manual_seed(hashed(*names) >> 1)
+    generator = torch.Generator().manual_seed(hash_stream_name(*names) >> 1)
     return torch.randperm(count, generator=generator).tolist()
 
 
@@ -43,9 +43,11 @@ def crop_and_flip(image: Tensor, seed: int, epoch: int, example: int) -> Tensor:
     """Pad an image (C, H, W) with four black pixels on each side, crop it to its own size, and
     perhaps mirror it.
     """
-    key = hashed(seed, "augment", epoch)
-    top, left = (int(number * 9) for number in uniform(hashed(key, "crop"), example, 2, bits=53))
-    flipped = uniform(hashed(key, "flip"), example, 1)[0] < 0.5
+    key = hash_stream_name(seed, "augment", epoch)
+    top, left = (
+        int(number * 9) for number in uniform(hash_stream_name(key, "crop"), example, 2, bits=53)
+    )
+    flipped = uniform(hash_stream_name(key, "flip"), example, 1)[0] < 0.5
     _, height, width = image.shape
     out = torch.zeros_like(image)
     for row in range(height):

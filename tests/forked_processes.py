@@ -42,7 +42,7 @@ COMMANDS = [
 ALWAYS: list[str] = []
 
 
-class Forked:
+class ForkedProcess:
     """A running function or command. out, err: what it has printed so far."""
 
     def __init__(self, process: BaseProcess, output: Path) -> None:
@@ -80,13 +80,13 @@ class Forked:
         self._process.join()
 
 
-def start(
+def start_function(
     function: Callable[..., object],
     *arguments: Any,
     folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
     imports: list[str] = TRAINING,
-) -> Forked:
+) -> ForkedProcess:
     """Call `function(*arguments)` in a new process, in `folder`; what it returns is the exit code
     (None: 0).
 
@@ -99,21 +99,25 @@ def start(
     for name in ("out", "err"):
         (output / name).touch()
     FORKS.set_forkserver_preload([*imports, *ALWAYS])
-    process = FORKS.Process(target=_work, args=(output, where, variables, function, arguments))
+    process = FORKS.Process(
+        target=_run_in_fork, args=(output, where, variables, function, arguments)
+    )
     process.start()
-    return Forked(process, output)
+    return ForkedProcess(process, output)
 
 
-def command(
+def start_command(
     arguments: Sequence[str],
     folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
-) -> Forked:
+) -> ForkedProcess:
     """Run `raysweep ARGUMENTS` in a new process."""
-    return start(_main, list(arguments), folder=folder, environment=environment, imports=COMMANDS)
+    return start_function(
+        _run_command_line, list(arguments), folder=folder, environment=environment, imports=COMMANDS
+    )
 
 
-def instead_of_spawn(patch: pytest.MonkeyPatch) -> None:
+def replace_spawn(patch: pytest.MonkeyPatch) -> None:
     """Replace multiprocessing's "spawn" context, which starts fresh interpreters, by the fork
     server.
     """
@@ -126,13 +130,13 @@ def instead_of_spawn(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-def _main(arguments: list[str]) -> int:
+def _run_command_line(arguments: list[str]) -> int:
     from raysweep.cli import main
 
     return main(arguments)
 
 
-def _work(
+def _run_in_fork(
     output: Path,
     folder: Path,
     variables: dict[str, str],

@@ -14,7 +14,7 @@ STEEPNESS = 10.0
 NEVER = (-1e6, -1.1e6)
 
 
-class Ladder(nn.Module):
+class LadderNetwork(nn.Module):
     """Logits (N, 4) of images (N, C, 2, 2): -10 h, 10 h and two far smaller ones, for an image of
     height h.
 
@@ -37,7 +37,7 @@ class Ladder(nn.Module):
         return torch.stack([-value, value, *(0 * value + low for low in NEVER)], 1)
 
 
-def ladder(
+def ladder_images(
     distances: Sequence[float], labels: Sequence[int], steep: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
     """Images (N, 1, 2, 2), or (N, 2, 2, 2) if some are `steep`, and labels. Rows with a negative
