@@ -149,7 +149,9 @@ def test_lines_that_a_fork_server_runs_are_of_the_test_that_asked_for_them(tmp_p
         (tmp_path / "project" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "project" / name).write_text(text)
     arguments = [sys.executable, tmp_path / "script.py", ROOT / "benchmarks", tmp_path]
-    ended = subprocess.run(arguments, capture_output=True, text=True)
+    # A path of the caller would hide the package of the small project.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ended = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
     assert all(test["passed"] for test in found["tests"].values()), found["log"]
