@@ -3,6 +3,7 @@ fits the code.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
