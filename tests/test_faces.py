@@ -259,7 +259,7 @@ def test_a_compiled_attack_is_the_plain_attack(digits, monkeypatch) -> None:
     for changes in (OFF, {"compute.compile": True}):
         compute = build_training_config("gairat", TINY, changes).compute.resolve(CPU)
         faces = ModelVariants(network(), digits.train.get_float_images(slice(0, 1)), compute)
-        faces.model.load_state_dict(trained_network)
+        faces.model.load_state_dict(state)
         faces.sync_folded_weights()
         rows = slice(0, 32)
         rng = ExampleRng.for_examples(digits.train.index[rows], 0)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from raysweep import storage
 from raysweep.data import DataSpec, load_data
-from raysweep.pipeline import stage
+from raysweep.pipeline import stage, sweep_retention
 from raysweep.pipeline.artifact import ARTIFACT_FILE, Artifact
 from raysweep.pipeline.pipeline import Pipeline, find_stage_index, load_pipeline, plan_stages
 from raysweep.pipeline.stage import StageContext, TrainingOverrides

@@ -329,7 +329,7 @@ def _modest(arrays: Arrays, card: Card) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lie", "words"),
+    ("falsify", "words"),
     [
         (_twice, "an example is listed twice"),
         (_unknown, "2 examples are not in the test set, the first: 100000"),
