@@ -204,8 +204,11 @@ def test_list_and_show_in_json(capsys) -> None:
 )
 def test_what_show_prints_is_what_set_takes(what, capsys) -> None:
     assert main(["show", what]) == 0
-    shown = dict(line.split(" = ", 1) for line in capsys.readouterr().out.splitlines())
+    out = capsys.readouterr().out
+    # In YAML, which --set reads, the description behind a value is a comment.
+    shown = dict(line.split(" = ", 1) for line in out.splitlines())
     config = resolve_training_config(what.removeprefix("preset:"), {})
+    assert "\nepochs = " in out and "  # Number of epochs.\n" in out
     assert set(shown) == set(flatten_spec(config))
     assert (
         apply_overrides(config, {path: parse_yaml(value) for path, value in shown.items()})
@@ -215,6 +218,44 @@ def test_what_show_prints_is_what_set_takes(what, capsys) -> None:
         "epochs": config.epochs,
         "seed": 0,
     }
+
+
+@pytest.mark.parametrize("width", [79, 80, 120])
+def test_show_describes_settings_where_the_terminal_is_wide_enough(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["show", "at"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    if width < 80:
+        assert not any("#" in line for line in lines)
+        return
+    assert all(len(line) <= width for line in lines)
+    behind = "compute.train = float32  # Precision of the forward and backward passes"
+    (position,) = (i for i, line in enumerate(lines) if line.startswith("compute.train = "))
+    if width == 80:
+        assert lines[position] == "compute.train = float32"
+        assert lines[position + 1].startswith("    # Precision of the forward and backward passes")
+    else:
+        assert lines[position].startswith(behind)
+    settings = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+    assert {line.split(" = ")[0] for line in settings.splitlines()} == set(
+        flatten_spec(resolve_training_config("at", {}))
+    )
+
+
+def test_a_space_is_shown_as_yaml_with_descriptions(workdir: Path, capsys) -> None:
+    assert main(["show", "space:lrat"]) == 0
+    out = capsys.readouterr().out
+    text = out[: out.index("\n\n")]
+    space = yaml.safe_load(text)
+    assert space["sampler"]["kind"] == "tpe" and ALPHA in space["space"]
+    for description in ("Seed of the sampler.", "Factor alpha, at least 0 (L eq. 10)."):
+        assert f"  # {description}\n" in text
+    (workdir / "shown.yaml").write_text(text)
+    assert main(["show", "shown.yaml"]) == 0
+    assert f"{ALPHA}: " in capsys.readouterr().out
 
 
 def test_show_tells_names_of_several_things_apart(capsys) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import sys
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +30,19 @@ SUMMARY = (
     "print all settings of a method, preset, space or pipeline; or the state of a sweep or trial"
 )
 DESCRIPTION = (
-    "Prints every setting of a method or preset as `path = value`, the form that --set takes. For "
-    "a search space it also prints the searched ranges, for a pipeline its stages, for a sweep its "
-    "trials (best first), and for a trial its settings, its best epoch and notes on its training. "
-    "--set shows the settings with a change."
+    "Prints every setting of a method or preset as `path = value  # description`; --set takes the "
+    "part before the #. For a search space it also prints the searched ranges, for a pipeline its "
+    "stages, for a sweep its trials (best first), and for a trial its settings, its best epoch and "
+    "notes on its training. --set shows the settings with a change."
 )
 EXAMPLES = (
     "raysweep show lrat",
     "raysweep show preset:lrat-table1 --set epochs=50",
     "raysweep show g1/0003",
 )
+
+# Narrower terminals show no descriptions: they would take several lines each.
+_MIN_DESCRIPTION_WIDTH = 80
 
 
 @dataclass(frozen=True)
@@ -155,6 +162,7 @@ def _show_pipeline(request: ShowRequest, name_or_file: str) -> None:
 
 def _show_space(request: ShowRequest, name_or_file: str) -> None:
     """Print the searched ranges of a search space, then every other setting."""
+    from raysweep.settings_reference import describe_settings
     from raysweep.spec import flatten_spec
     from raysweep.sweep.search_space import list_builtin_spaces, load_space
 
@@ -166,32 +174,70 @@ def _show_space(request: ShowRequest, name_or_file: str) -> None:
     if request.as_json:
         _print_json({"space": space.to_json_dict(), "config": config.to_json_dict()})
         return
-    _print_space_yaml(space)
+    descriptions = describe_settings(config)
+    _print_space_yaml(space, descriptions)
     print()
     _print_config_paths(
-        {path: value for path, value in flatten_spec(config).items() if path not in space.space}
+        {path: value for path, value in flatten_spec(config).items() if path not in space.space},
+        descriptions,
     )
 
 
-def _print_space_yaml(space: SearchSpace) -> None:
-    """Print a search space in the form of its YAML file, without its base settings."""
-    import yaml
+def _print_space_yaml(space: SearchSpace, config_descriptions: Mapping[str, str]) -> None:
+    """Print a search space in the form of its YAML file, without its base settings.
+
+    Args:
+        space: The search space.
+        config_descriptions: Descriptions of the training settings by dotted path.
+    """
+    from raysweep.settings_reference import describe_settings
 
     settings = space.to_json_dict()
     for key in ("base", "space", "points_to_evaluate"):
         settings.pop(key, None)
-    print(f"{yaml.safe_dump(settings, sort_keys=False)}space:")
-    for path, distribution in space.space.items():
+    _print_yaml_settings(settings, describe_settings(space))
+    print("space:")
+    for pattern, distribution in space.space.items():
         data = distribution.model_dump(mode="json", exclude_defaults=True)
-        print(f"  {path}: {json.dumps(data)}")
+        matches = (text for path, text in config_descriptions.items() if fnmatchcase(path, pattern))
+        _print_described(f"  {pattern}: {json.dumps(data)}", next(matches, ""))
     if space.points_to_evaluate:
         print("points_to_evaluate:")
     for point in space.points_to_evaluate:
         print(f"  - {json.dumps(point)}")
 
 
+def _print_yaml_settings(
+    settings: JsonDict, descriptions: Mapping[str, str], parent_path: str = ""
+) -> None:
+    """Print settings as YAML, with the description of each as a comment.
+
+    Args:
+        settings: Settings by name.
+        descriptions: Descriptions by dotted path.
+        parent_path: Dotted path of the mapping that holds the settings; "" at the top.
+    """
+    import yaml
+
+    indent = "  " * (parent_path.count(".") + 1) if parent_path else ""
+    for name, value in settings.items():
+        path = f"{parent_path}.{name}" if parent_path else name
+        is_described_part = isinstance(value, dict) and any(
+            other.startswith(f"{path}.") for other in descriptions
+        )
+        if is_described_part:
+            _print_described(f"{indent}{name}:", descriptions.get(path, ""))
+            _print_yaml_settings(value, descriptions, path)
+            continue
+        first, *others = yaml.safe_dump({name: value}, sort_keys=False).splitlines()
+        _print_described(indent + first, descriptions.get(path, ""))
+        for line in others:
+            print(indent + line)
+
+
 def _show_config(request: ShowRequest, name_or_file: str) -> None:
     """Print every setting of a training run."""
+    from raysweep.settings_reference import describe_settings
     from raysweep.spec import flatten_spec
     from raysweep.training.presets import resolve_training_config
 
@@ -199,7 +245,7 @@ def _show_config(request: ShowRequest, name_or_file: str) -> None:
     if request.as_json:
         _print_json(config.to_json_dict())
     else:
-        _print_config_paths(flatten_spec(config))
+        _print_config_paths(flatten_spec(config), describe_settings(config))
 
 
 def _print_json(data: JsonDict) -> None:
@@ -207,10 +253,36 @@ def _print_json(data: JsonDict) -> None:
     print(json.dumps(data, indent=1))
 
 
-def _print_config_paths(values: Mapping[str, Any]) -> None:
-    """Print settings in the form that `--set` takes."""
+def _print_config_paths(values: Mapping[str, Any], descriptions: Mapping[str, str]) -> None:
+    """Print settings in the form that `--set` takes, with their descriptions as comments."""
     for path, value in values.items():
-        print(f"{path} = {value if isinstance(value, str) else json.dumps(value)}")
+        text = value if isinstance(value, str) else json.dumps(value)
+        _print_described(f"{path} = {text}", descriptions.get(path, ""))
+
+
+def _print_described(line: str, description: str) -> None:
+    """Print a setting and its description as a YAML comment.
+
+    The comment stands behind the setting if both fit in one line, otherwise in lines below it.
+    Lines in pipes and files have no limit. Narrow terminals show no descriptions.
+    """
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    if not description or width < _MIN_DESCRIPTION_WIDTH:
+        print(line)
+    elif len(f"{line}  # {description}") <= width:
+        print(f"{line}  # {description}")
+    else:
+        prefix = " " * (len(line) - len(line.lstrip()) + 4) + "# "
+        print(line)
+        print(
+            textwrap.fill(
+                description,
+                width,
+                initial_indent=prefix,
+                subsequent_indent=prefix,
+                break_on_hyphens=False,
+            )
+        )
 
 
 def _show_sweep_or_trial(request: ShowRequest) -> None:
