@@ -1,7 +1,7 @@
-"""Attacks.
+"""Attacks that search adversarial images.
 
-To add an attack, write a module here and list its class in `AnyAttack`, and in `SingleAttack` if a
-cascade may contain it.
+To add an attack, write a module with a class that follows the protocol `Attack`. List the class in
+`AnyAttack`, and in `SingleAttack` if a cascade may contain it.
 """
 
 from typing import Annotated

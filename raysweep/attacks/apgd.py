@@ -51,18 +51,19 @@ class APGD(Spec):
     """Norm of the ball."""
 
     restarts: Annotated[int, Field(ge=1)] = 1
-    """Random starts, for each target if targeted. Only rows that still resist start again."""
+    """Number of random starts, per target class if targeted. Only rows that no start has broken yet
+    start again."""
 
     targets: Annotated[int, Field(ge=1)] = 9
     """Number of target classes of `dlr-targeted`: the highest clean logits after the first."""
 
     rho: Annotated[float, Field(ge=0, le=1)] = 0.75
-    """Smallest share of steps that must raise the loss; with fewer, the step size halves
+    """The step size halves if at most this share of the steps since the last check raised the loss
     (condition 1)."""
 
     samples: Annotated[int, Field(ge=1)] = 1
     """Forward passes whose gradients are averaged, for models that draw random numbers. Above 1,
-    rows take every step and return their last misclassified iterate."""
+    each row takes all steps, and a broken row returns its last misclassified iterate."""
 
     _check_eps_range = model_validator(mode="after")(check_eps_range)
 
@@ -147,7 +148,8 @@ class APGD(Spec):
         checkpoints = _step_size_checkpoints(self.steps)
         steps_since_check = 0
         for step in range(self.steps):
-            # On an accelerator the host would wait at every step for the number of broken rows.
+            # On an accelerator, counting the broken rows makes the host wait, so they are removed
+            # only after a check of the step size.
             if self.samples == 1 and (is_on_cpu(x) or steps_since_check == 0):
                 state = _retire_broken_rows(state, result)
             if not len(state.row_index):
@@ -196,10 +198,11 @@ class APGD(Spec):
         return project_to_ball(x_next, state.x, eps, self.norm)
 
     def _halve_stalled_steps(self, state: "_ApgdState", steps_since_check: int) -> None:
-        """Halve the step size, and return to the best iterate, where progress is too slow.
+        """Halve the step size of slow rows, and move these rows back to their best iterate.
 
-        That is where the loss rose in at most a share rho of the steps (condition 1), or where the
-        best loss has not improved since a check that did not halve (condition 2).
+        A row is slow if the loss rose in at most a share rho of its steps since the last check
+        (condition 1), or if the last check did not halve its step size and its best loss has not
+        improved since (condition 2).
         """
         is_stalled = ~state.was_halved & (state.best_loss_at_check >= state.best_loss)
         state.was_halved = (state.increase_count <= self.rho * steps_since_check) | is_stalled
@@ -214,7 +217,7 @@ class APGD(Spec):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss (N,), whether rows are correct (N,) bool, and gradient (N, C, H, W).
 
-        Loss and prediction are those of the last of `samples` passes, the gradient is their mean.
+        The gradient is the mean over `samples` passes; loss and prediction are of the last pass.
         """
         x_adv = x_adv.detach().requires_grad_()
         total_grad = torch.zeros_like(x_adv)
@@ -227,7 +230,7 @@ class APGD(Spec):
         return loss.detach(), logits.detach().argmax(1) == y, mean_grad
 
     def _compute_loss(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of each row, (N,); `target` counts for `dlr-targeted` only."""
+        """Return the loss of each row, (N,). Only `dlr-targeted` uses `target`, (N,) int64."""
         if self.loss == "ce":
             return F.cross_entropy(logits, y, reduction="none")
         if self.loss == "cw":
@@ -269,10 +272,10 @@ class _ApgdResult:
 
 @dataclass
 class _ApgdState:
-    """State of the rows that are still in the batch; the first dimension of every tensor is M rows.
+    """State of the M rows that are still in the batch; every tensor has M rows.
 
     Attributes:
-        row_index: Position of each row in the whole batch.
+        row_index: Position of each row in the original batch.
         x: Natural images.
         y: True labels.
         target: Target classes.

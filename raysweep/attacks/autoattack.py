@@ -1,4 +1,4 @@
-"""AutoAttack (Croce & Hein 2020a) and the other attacks that have a name."""
+"""AutoAttack (Croce & Hein 2020a), and the other attacks that users can choose by name."""
 
 from collections import Counter
 from typing import Literal, get_args
@@ -26,8 +26,11 @@ def autoattack(
         version: `standard`, `plus` and `rand` as in the official code; `tf32` is `standard` with
             the attacks computed in TF32.
 
+    Returns:
+        The cascade of the version's attacks, in their official order.
+
     Raises:
-        SpecError: If there is no such version.
+        SpecError: If `version` is unknown, or `eps` or `norm` is invalid.
     """
     if version == "tf32":
         return autoattack(eps, norm).replace(tf32=True)
@@ -58,14 +61,17 @@ def build_custom_cascade(
     """Return a cascade of named attacks.
 
     Args:
-        attack_names: Keys of `ATTACK_DESCRIPTIONS`, in order. `autoattack` and `pgd+` stand for all
-            their attacks. A repeated name is a restart with other random numbers: the second
-            `square` is called `square-2`.
+        attack_names: Keys of `ATTACK_DESCRIPTIONS`, in order. `autoattack` and `pgd+` are replaced
+            by the attacks that they consist of. A repeated name is a restart with other random
+            numbers: the second `square` is called `square-2`.
         eps: Radius of the ball, in pixel values.
         norm: Norm of the ball.
 
+    Returns:
+        The cascade of these attacks, in order.
+
     Raises:
-        SpecError: If a name is unknown or there is none.
+        SpecError: If a name is unknown, or `attack_names` is empty.
     """
     cascades = _named_cascades(eps, norm)
     attacks_by_name = _named_single_attacks(eps, norm)
@@ -106,18 +112,18 @@ def _named_single_attacks(eps: float, norm: Norm) -> dict[str, SingleAttack]:
 
 
 def _named_cascades(eps: float, norm: Norm) -> dict[str, AttackCascade]:
-    """Return the names that stand for several attacks."""
+    """Return the cascades that have a name."""
     return {
         "autoattack": autoattack(eps, norm),
-        # tau = 0 stops a row at its first misclassified iterate: G app. C counts a row as broken if
-        # any of the 5 x 40 iterates is misclassified.
+        # G app. C counts a row as broken if any of the 5 x 40 iterates is misclassified. Therefore
+        # tau = 0, which stops a row at its first misclassified iterate.
         "pgd+": build_restart_cascade(
             PGD(eps=eps, norm=norm, steps=40, step_size=0.01, tau=0), 5, "pgd+"
         ),
     }
 
 
-# Names that `--attack` and pipelines accept.
+# Attack name that `--attack` and pipelines accept -> description for `raysweep list`.
 ATTACK_DESCRIPTIONS = {
     "autoattack": (
         "AutoAttack, standard version: apgd-ce, apgd-t, fab-t, square; --version selects others."
@@ -146,10 +152,13 @@ def attack_by_name(
         norm: Norm of the ball.
         version: Version of AutoAttack; only for the name `autoattack`.
 
+    Returns:
+        The cascade, also for a single attack.
+
     Raises:
         SpecError: If a name, the radius, the norm or the version is not valid.
     """
-    # The spec reads "8/255" and rejects a wrong radius or norm with a one-line message.
+    # `from_data` parses "8/255", and rejects a wrong radius or norm with a one-line message.
     eps = resolved_value(APGD.from_data({"eps": eps, "norm": norm}).eps)
     if name == "autoattack":
         return autoattack(eps, norm, version)

@@ -1,7 +1,8 @@
 """Protocol and result of an attack, and the tensor helpers that attacks share.
 
 Shapes: N rows (examples), C channels, H x W pixels. Images are float tensors (N, C, H, W) in
-[0, 1], labels int64 tensors (N,). "L eq." and "G eq." cite the papers of LRAT and GAIRAT.
+[0, 1], labels int64 tensors (N,). A row is broken once an attack has found an image in its ball
+that the model misclassifies. "L eq." and "G eq." cite the papers of LRAT and GAIRAT.
 """
 
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ class AttackResult:
 
     Attributes:
         x_adv: Adversarial images, (N, C, H, W) in [0, 1].
-        queries: Forward passes that each row took, (N,) int64.
+        queries: Number of forward passes spent on each row, (N,) int64.
         kappa: Number of iterates that were classified correctly, (N,) int64 in 0..steps (G alg. 1).
             None for attacks that do not count it.
     """
@@ -38,11 +39,16 @@ class AttackResult:
 
 
 class Attack(Protocol):
-    """Callable that searches adversarial images. It keeps no state between calls."""
+    """Callable that searches adversarial images. It keeps no state between calls.
+
+    Attacks of a method are specs, and need two more fields: `kind`, which selects the class, and
+    `steps`, the largest possible kappa, which weights read. Attacks of an evaluation also need
+    `eps` (radius in pixel values) and `norm`.
+    """
 
     @property
     def vulnerability_kind(self) -> VulnerabilityKind:
-        """Formula that measures vulnerability to this attack, see `true_class_confidence`."""
+        """Formula of the vulnerability V to this attack; see `true_class_confidence`."""
         ...
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, rng: ExampleRng) -> AttackResult:
@@ -56,7 +62,8 @@ class Attack(Protocol):
             rng: Random numbers of the N rows.
 
         Returns:
-            One adversarial image per row, broken or not.
+            One image per row, also for rows that are not broken. Images must lie in the ball and
+            in [0, 1]; an evaluation checks both.
         """
         ...
 
@@ -90,7 +97,14 @@ def freeze_model(model: nn.Module, mode: Literal["eval", "train"] = "eval") -> I
 
 @contextmanager
 def fp32_precision(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
-    """Context manager that sets the float32 precision of cuBLAS and cuDNN."""
+    """Context manager that sets the float32 precision of cuBLAS and cuDNN, and restores it on exit.
+
+    Args:
+        precision: `ieee` for full float32; `tf32` for TF32, which is faster and less exact.
+
+    Yields:
+        Nothing.
+    """
     backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
     previous = [backend.fp32_precision for backend in backends]
     for backend in backends:
@@ -108,7 +122,7 @@ def maybe_tf32(enabled: bool) -> AbstractContextManager[None]:
 
 
 def is_on_cpu(tensor: Tensor) -> bool:
-    """Return whether the host can read the tensor without waiting for an accelerator."""
+    """Return whether the tensor is on the CPU, where reading a value never waits for a device."""
     return tensor.device.type == "cpu"
 
 
@@ -149,13 +163,16 @@ def true_class_margin(scores: Tensor, y: Tensor) -> Tensor:
 
 
 def true_class_confidence(logits: Tensor, y: Tensor, kind: VulnerabilityKind) -> Tensor:
-    """Return LRAT's V (N,): small where the row is vulnerable.
+    """Compute LRAT's V, which is small where the model is vulnerable to the attack.
 
     Args:
         logits: Logits of adversarial images, (N, classes).
         y: True labels, (N,) int64.
         kind: `probability` for p_y in [0, 1] (L eq. 8); `margin` for p_y - max_{i != y} p_i in
             [-1, 1] (L eq. 9).
+
+    Returns:
+        V of each row, (N,).
     """
     probabilities = F.softmax(logits, 1)
     if kind == "margin":
@@ -170,7 +187,7 @@ def check_eps_range(attack: AttackT) -> AttackT:
     """Reject a Linf eps above 1: users often type 8 for 8/255.
 
     Args:
-        attack: Spec with the fields `eps` and `norm`; this is its pydantic validator.
+        attack: Spec with the fields `eps` and `norm`, which uses this function as a validator.
 
     Returns:
         The same spec.
@@ -200,6 +217,9 @@ def project_to_ball(x_adv: Tensor, x: Tensor, eps: float, norm: Norm) -> Tensor:
         x: Centers of the balls, (N, C, H, W) in [0, 1].
         eps: Radius of the balls in pixel values, at least 0.
         norm: Norm of the balls.
+
+    Returns:
+        New images, (N, C, H, W) in [0, 1].
     """
     if norm == "Linf":
         return x_adv.clamp(x - eps, x + eps).clamp(0, 1)
@@ -208,11 +228,14 @@ def project_to_ball(x_adv: Tensor, x: Tensor, eps: float, norm: Norm) -> Tensor:
 
 
 def steepest_ascent_direction(grad: Tensor, norm: Norm) -> Tensor:
-    """Return the direction of unit length in `norm` along which the loss rises fastest.
+    """Return the step of length 1 in `norm` that raises the linearised loss most.
 
     Args:
         grad: Gradient of the loss at the images, (N, C, H, W).
         norm: Norm that measures the step.
+
+    Returns:
+        sign(grad) for Linf, grad / ||grad|| for L2, (N, C, H, W); 0 where the gradient is 0.
     """
     return grad.sign() if norm == "Linf" else grad / l2_norms(grad).clamp_min(1e-12)
 
@@ -225,6 +248,9 @@ def sample_on_sphere(x: Tensor, radius: float, norm: Norm, rng: ExampleRng) -> T
         radius: Distance in pixel values.
         norm: Norm of the distance. Directions are uniform in the cube for Linf, Gaussian for L2.
         rng: Random numbers of the N rows.
+
+    Returns:
+        The points, (N, C, H, W) in [0, 1]. Clipping may bring them closer than `radius`.
     """
     shape = tuple(x.shape[1:])
     if norm == "Linf":

@@ -25,10 +25,13 @@ from raysweep.spec import Spec
 
 
 def attack_kind(value: Any) -> str:
-    """Return the `kind` of an attack, which tells pydantic its class.
+    """Return the `kind` of an attack, by which pydantic chooses the class.
 
     Args:
         value: An attack spec, or plain data; a mapping without `kind` is PGD.
+
+    Returns:
+        The kind; "" if `value` is neither.
     """
     if isinstance(value, dict):
         return str(value.get("kind", "pgd"))
@@ -56,10 +59,10 @@ class CascadeResult(AttackResult):
 
 
 class AttackCascade(Spec):
-    """Named attacks in order; each attacks the rows that no earlier one broke.
+    """Named attacks in order; each attacks only the rows that no earlier attack broke.
 
-    The name of an attack also names its stream of random numbers, so the same attack under another
-    name is a restart.
+    The random numbers of an attack depend on its name. The same attack under another name is
+    therefore a restart.
     """
 
     kind: Literal["worst_case"] = "worst_case"
@@ -98,7 +101,8 @@ class AttackCascade(Spec):
         """Run the attacks on a batch; see `Attack` for the arguments.
 
         Returns:
-            The point of smallest margin of each row, and the rows that resisted after each attack.
+            For each row the image of smallest margin that any attack returned, and after each
+            attack the rows that are not broken yet.
         """
         with freeze_model(model), torch.no_grad():
             margin = true_class_margin(model(x), y)
@@ -124,6 +128,9 @@ def build_restart_cascade(attack: PGD, n_restarts: int, name: str = "pgd") -> At
     Args:
         attack: The attack to restart.
         n_restarts: Number of starts, at least 1.
-        name: Prefix of the names; start i is called `name-i`, from 1.
+        name: Prefix of the attack names: the starts are called `name-1`, `name-2`, ...
+
+    Returns:
+        The cascade.
     """
     return AttackCascade(attacks={f"{name}-{i + 1}": attack for i in range(n_restarts)})

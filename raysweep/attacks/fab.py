@@ -1,6 +1,7 @@
 """Fast adaptive boundary attack (Croce & Hein 2020b) as AutoAttack uses it.
 
-FAB searches the nearest misclassified point; it succeeds where that point is within eps.
+FAB searches the misclassified image nearest to the original; a row is broken if that image is
+within eps.
 """
 
 from typing import Annotated, Literal
@@ -24,10 +25,11 @@ from raysweep.rng import ExampleRng
 from raysweep.schedules import Schedule, bounded, resolved_value
 from raysweep.spec import Spec
 
-# Steps between two removals of broken rows on an accelerator, where the host waits for their
-# number.
+# On an accelerator, broken rows are removed from the batch only after this number of steps, because
+# the host waits for the device when it counts them.
 ROW_CHECK_INTERVAL = 10
-# Limit of `project_onto_plane`. Tests with extreme gradients of 3072 pixels needed at most 18.
+# Largest number of Newton steps in `project_onto_plane`. Tests with extreme gradients and 3072
+# pixels needed at most 18.
 MAX_NEWTON_STEPS = 30
 
 
@@ -50,11 +52,13 @@ class FAB(Spec):
     """Norm of the distance."""
 
     targets: Annotated[int, Field(ge=1)] | None = 9
-    """Number of target classes, those with the highest clean logits after the first; each gets its
-    own search. Null searches the nearest of all boundaries, with a backward pass for each class."""
+    """Number of target classes: the highest clean logits after the first. Each target class is
+    searched separately. Null searches the nearest of all boundaries, with a backward pass for each
+    class."""
 
     restarts: Annotated[int, Field(ge=1)] = 1
-    """Starts, for each target if targeted. The first is the image itself, the others are random."""
+    """Number of starts, per target class if targeted. The first start is the image itself, the
+    others are random."""
 
     alpha_max: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Largest weight of the original image in a step; 0 ignores the original image (eq. 9)."""
@@ -63,7 +67,8 @@ class FAB(Spec):
     """Factor by which a step overshoots the linearised boundary."""
 
     beta: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Fraction of the distance that remains when a misclassified point moves back to the image."""
+    """After a misclassified iterate, the search continues at this fraction of its distance from the
+    original image."""
 
     _check_eps_range = model_validator(mode="after")(check_eps_range)
 
@@ -121,8 +126,8 @@ class FAB(Spec):
             x_start: First iterates, (N, C, H, W).
 
         Returns:
-            Misclassified points (N, C, H, W), valid for broken rows; whether each row is broken
-            (N,) bool; forward passes of each row (N,) int64.
+            Misclassified images (N, C, H, W), valid for broken rows only; whether each row is
+            broken (N,) bool; forward passes of each row (N,) int64.
         """
         eps = resolved_value(self.eps)
         result_x, result_queries = x.clone(), torch.zeros_like(y)
@@ -163,7 +168,7 @@ class FAB(Spec):
     def _linearize_boundary(
         self, model: nn.Module, x_adv: Tensor, y: Tensor, target: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return z_t - z_y (N,) and its gradient (N, D), which span the linearised boundary.
+        """Return z_t - z_y (N,) and its gradient (N, D), which define the linearised boundary.
 
         t is the target class, or the class of the nearest linearised boundary if untargeted.
         """
@@ -189,10 +194,11 @@ class FAB(Spec):
     def _step_towards_boundary(
         self, x_adv: Tensor, x: Tensor, gap: Tensor, normal: Tensor
     ) -> Tensor:
-        """Return the next iterate (eq. 9): a mean of two overshot projections onto the plane.
+        """Return the next iterate (eq. 9): a weighted mean of the projections of x_adv and x.
 
-        The projections are those of x_adv and of x. The weight of the latter is the share of x_adv
-        in the sum of both distances to the plane, at most alpha_max.
+        Both projections overshoot the plane by the factor eta. With d_adv and d_x, the distances
+        of x_adv and x to the plane, the projection of x has weight
+        min(d_adv / (d_adv + d_x), alpha_max).
         """
         point, origin = x_adv.flatten(1), x.flatten(1)
         origin_gap = gap + (normal * (origin - point)).sum(1)
@@ -207,21 +213,21 @@ class FAB(Spec):
 
 
 def project_onto_plane(points: Tensor, normal: Tensor, gap: Tensor, norm: Norm) -> Tensor:
-    """Return the shortest moves of points in [0, 1]^D onto a plane, within that box.
+    """Return the shortest moves that bring points of the box [0, 1]^D onto a plane in the box.
 
-    Every coordinate moves towards the plane at its own speed (1 for Linf, |normal| for L2) until it
-    meets the box. The gap closed after a time is concave and piecewise linear in the time, so
-    Newton's method reaches the answer from below in a few steps: it ends when no further coordinate
-    has met the box.
+    Each coordinate moves towards the plane at its own speed (1 for Linf, |normal| for L2) and stops
+    at the border of the box. The function from time to closed gap is concave and piecewise linear.
+    Newton's method therefore approaches the time at which the gap is closed from below; it ends
+    when a step stops no further coordinate.
 
     Args:
         points: Points to project, (..., N, D) in [0, 1].
         normal: Normals of the planes, (N, D).
-        gap: Value of the linear function at the points, (..., N); the plane is its zero set.
+        gap: Values of the linear function at the points, (..., N); the plane is where it is 0.
         norm: Norm that measures the length of the moves.
 
     Returns:
-        Moves (..., N, D) with normal . move = -gap. Where the plane does not meet the box, the
+        Moves (..., N, D) with normal . move = -gap. If the plane does not intersect the box, the
         move to the corner nearest to the plane.
     """
     # Masks are 0-1 floats: on a CPU, torch.where takes ten times as long as a product.

@@ -24,9 +24,10 @@ class MinimalPerturbation(Spec):
     """AN-PGD of MMA (Ding et al. 2020, alg. 1), for perturbations up to the length `d_max`.
 
     PGD of radius d_max gives a direction; bisection along it finds where the prediction changes. A
-    row that is misclassified without perturbation stays as it is; a row that PGD does not break
-    gets PGD's last iterate. The authors start PGD at the last length of each example. Here PGD
-    starts at d_max in every epoch, so that an epoch depends on the weights alone.
+    row that is misclassified without perturbation is unchanged; a row that PGD does not break
+    gets PGD's last iterate. The authors start PGD with the radius that they found for the example
+    in the previous epoch. Here the radius is always d_max, so that the result of an epoch depends
+    only on the model's weights.
     """
 
     kind: Literal["minimal"] = "minimal"
@@ -42,7 +43,7 @@ class MinimalPerturbation(Spec):
     """Step size of PGD in units of d_max / steps."""
 
     bisections: Annotated[int, Field(ge=1, le=60)] = 10
-    """Halvings of the interval that holds the shortest length."""
+    """Number of bisection steps; each halves the interval that contains the shortest length."""
 
     loss: Literal["ce", "cw"] = "ce"
     """Loss of PGD: `ce`, cross-entropy; `cw`, margin of the logits."""
@@ -55,15 +56,16 @@ class MinimalPerturbation(Spec):
 
     @property
     def vulnerability_kind(self) -> VulnerabilityKind:
-        """That of PGD with the same loss."""
+        """`margin` for the loss `cw`, `probability` for `ce`, as for PGD."""
         return "margin" if self.loss == "cw" else "probability"
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, rng: ExampleRng) -> AttackResult:
         """Attack a batch; see `Attack` for the arguments.
 
         Returns:
-            The nearest misclassified points. kappa is the length in units of d_max / steps, rounded
-            down: 0 where the row is wrong without perturbation, `steps` where the attack failed.
+            The nearest misclassified images found. kappa is the length of the perturbation in units
+            of d_max / steps, rounded down: 0 for a row that is misclassified without perturbation,
+            `steps` for a row that the attack did not break.
         """
         with freeze_model(model):
             correct_rows = _is_correct(model, x, y).nonzero()[:, 0]

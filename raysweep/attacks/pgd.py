@@ -25,7 +25,11 @@ from raysweep.spec import Spec
 
 
 class PGD(Spec):
-    """PGD with K steps (G eq. 4), which counts the geometry value kappa (G alg. 1)."""
+    """PGD with K steps (G eq. 4).
+
+    It counts the geometry value kappa (G alg. 1): the number of iterates that the model classifies
+    correctly.
+    """
 
     kind: Literal["pgd"] = "pgd"
     """Selects this attack; the default of an attack without `kind`."""
@@ -51,11 +55,11 @@ class PGD(Spec):
     `gaussian`, x + 0.001 N(0, I) without clipping, as in TRADES."""
 
     tau: Annotated[Schedule, bounded(0)] | None = None
-    """Steps that a row takes after its first misclassification (FAT, G alg. 3). Null takes all
-    steps."""
+    """Number of steps that a row takes from misclassified iterates before it stops (FAT, G alg. 3).
+    Null: rows do not stop early."""
 
     confidence: Annotated[Number, Field(ge=0)] = 50.0
-    """The loss `cw` stops growing once another logit exceeds z_y by this number, at least 0."""
+    """The loss `cw` is constant where another logit exceeds z_y by at least this number."""
 
     mode: Literal["eval", "train"] = "eval"
     """Mode of the model during the attack; the papers use `eval`."""
@@ -80,12 +84,13 @@ class PGD(Spec):
     def _ascend_loss(
         self, model: nn.Module, x: Tensor, y: Tensor, x_start: Tensor, natural_logits: Tensor | None
     ) -> AttackResult:
-        """Take the steps: one forward pass gives kappa, the rows to stop and the gradient."""
+        """Take all steps. One forward pass per step gives kappa, the rows to stop, the gradient."""
         eps, step_size = resolved_value(self.eps), resolved_value(self.step_size)
         kappa, queries = torch.zeros_like(y), torch.zeros_like(y)
         x_adv = x_start
-        # Only with tau: results of all rows, and for the rows that remain their positions and how
-        # many steps they may still take when misclassified.
+        # Without tau, x_adv has all rows until the end. With tau, `result_x` has the images of all
+        # rows; `rows` and `budget` belong to the rows that have not stopped: their positions, and
+        # the number of steps that they may still take from misclassified iterates.
         result_x = x_start.clone() if self.tau is not None else x_start
         rows: Tensor | slice = slice(None)
         budget = None if self.tau is None else torch.full_like(y, int(resolved_value(self.tau)))
@@ -144,5 +149,5 @@ def _compute_natural_logits(model: nn.Module, x: Tensor) -> Tensor:
     """Return the logits of natural images without gradient."""
     with torch.no_grad():
         logits: Tensor = model(x)
-    # The next replay of a CUDA graph overwrites its output.
+    # Copied, because the next replay of a CUDA graph overwrites its output.
     return logits.clone()

@@ -23,21 +23,21 @@ from raysweep.rng import ExampleRng
 from raysweep.schedules import Schedule, bounded, resolved_value
 from raysweep.spec import Spec
 
-# Queries after which the share of pixels in a window halves (sec. 4.1). They do not depend on the
-# budget, because AutoAttack does not rescale them.
+# Queries after which the share of pixels in a window halves (sec. 4.1). As in AutoAttack, they do
+# not depend on the total number of queries.
 WINDOW_HALVING_QUERIES = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-# Queries between two removals of broken rows on an accelerator, where the host waits for their
-# number.
+# On an accelerator, broken rows are removed from the batch only after this number of queries,
+# because the host waits for the device when it counts them.
 ROW_CHECK_INTERVAL = 100
 
 
 class Square(Spec):
     """Square attack on the margin loss, with the defaults of AutoAttack.
 
-    As in the official code, all rows share the window of a query and, for Linf, its signs. Starts
-    and, for L2, signs differ by row. On a CPU, a Linf query skips the rows that it cannot improve:
-    rows that already have the proposed pixels, and rows that refused the same window and have not
-    changed since.
+    As in the official code, each query proposes the same window to all rows, for Linf also with the
+    same signs. Each row has its own random start, and for L2 its own signs. On a CPU, a Linf query
+    skips the rows that it cannot improve: rows that already have the proposed pixels, and rows that
+    have not changed since the same window was proposed to them before.
     """
 
     kind: Literal["square"] = "square"
@@ -47,13 +47,13 @@ class Square(Spec):
     """Radius of the ball around the image, in pixel values; at most 1 for Linf."""
 
     queries: Annotated[int, Field(ge=1)] = 5000
-    """Proposals of each start; a proposal costs at most one forward pass."""
+    """Number of proposals per start; each costs a row at most one forward pass."""
 
     norm: Norm = "Linf"
     """Norm of the ball."""
 
     restarts: Annotated[int, Field(ge=1)] = 1
-    """Random starts. Only rows that still resist start again."""
+    """Number of random starts. Only rows that no start has broken yet start again."""
 
     p_init: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Share of the pixels in the first windows (sec. 4.1)."""
@@ -74,7 +74,7 @@ class Square(Spec):
         """Attack a batch; see `Attack` for the arguments.
 
         Returns:
-            The point of smallest margin of each row.
+            For each row the image of smallest margin that was tried.
         """
         run_search = self._search_linf if self.norm == "Linf" else self._search_l2
         with freeze_model(model), torch.inference_mode():
@@ -141,7 +141,10 @@ class Square(Spec):
                 last_change[search.accept_improvements(model, candidate, rows)] = query
 
     def _search_l2(self, model: nn.Module, search: "_SquareSearch") -> None:
-        """Start from a grid of bumps of norm eps, then move mass between two windows (alg. 3)."""
+        """Start from a grid of bumps with norm eps, then move mass between two windows (alg. 3).
+
+        Mass is squared norm of the perturbation.
+        """
         eps, (_, channels, height, width) = resolved_value(self.eps), search.x.shape
         x = search.x
         delta = _bump_grid(x, search.rng.derive_stream("start"))
@@ -290,7 +293,7 @@ def _window_offset(uniform_draw: float, max_offset: int) -> int:
 
 
 def _linf_window(low: Tensor, high: Tensor, use_low: list[bool], area: tuple[Any, ...]) -> Tensor:
-    """Cut a window out of `low` or `high`, as `use_low` says for each channel."""
+    """Cut a window out of the images, each channel from `low` or `high` as given by `use_low`."""
     channels = []
     for channel, is_low in enumerate(use_low):
         bound = low if is_low else high
@@ -306,7 +309,8 @@ def _move_mass_(delta: Tensor, target: Tensor, source: Tensor, bump: Tensor, eps
         target: View of the window of `delta` that gets the bump.
         source: View of the window of `delta` that is cleared.
         bump: Signed bump of the size of a window, (M, C, side, side).
-        eps: Radius of the ball; unused mass goes to the bump as well.
+        eps: Radius of the ball. If the perturbation is shorter, the bump also gets the mass that is
+            missing to eps.
     """
     new_window = torch.addcdiv(bump, target, _channel_l2_norms(target) + 1e-12)
     total = l2_norms(delta).square_()
