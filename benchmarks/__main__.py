@@ -1,20 +1,20 @@
-"""Every benchmark of speed in one table.
+"""Run every benchmark of speed and print one table: what was measured, the ratio, its goal.
 
     python benchmarks               # smallest sizes, a few minutes: checks that all parts run
     python benchmarks --full        # the sizes of RESULTS.md: an hour on an idle machine
     python benchmarks --full step   # one part of it
 
-Each part also runs alone, with sizes of its own: training_step.py, objective_cost.py,
+Each part is also a script with its own sizes: training_step.py, objective_cost.py,
 autoattack.py, sweeps.py, scaling.py, footprint.py. Not in the table: the choice of the objective
-(objectives.py), the methods (methods_on_digits.py), kills (kills.py), very large sweeps (scale.py),
-what the tests notice (mutants.py).
+(objectives.py), accuracies of the methods (methods_on_digits.py), killed sweeps (kills.py),
+simulated large sweeps (scale.py), and mutation tests (mutants.py).
 """
 
 import argparse
 from importlib import import_module
 
 import torch
-from measure import machine, table
+from measure import describe_machine, format_table
 
 # The module of each part, imported only if the part is measured.
 PARTS = {
@@ -39,9 +39,14 @@ def main() -> None:
     ratios = [
         ratio for name in args.parts or PARTS for ratio in import_module(PARTS[name]).run(args.full)
     ]
-    print(f"\n{machine()}{'' if args.full else '; smallest sizes, which say little of speed'}\n")
     print(
-        table(["what", "measured", "goal", "n"], [[r.what, r.value, r.goal, r.n] for r in ratios])
+        f"\n{describe_machine()}"
+        f"{'' if args.full else '; smallest sizes, which say little of speed'}\n"
+    )
+    print(
+        format_table(
+            ["what", "measured", "goal", "n"], [[r.what, r.value, r.goal, r.n] for r in ratios]
+        )
     )
 
 

@@ -1,5 +1,5 @@
-"""AutoAttack measured: the verdict, its time, the passes that 'standard' prescribes and those that
-were done.
+"""Measure AutoAttack: its verdicts, its time, and the passes through the model that it does and
+that the settings of 'standard' prescribe.
 
     python benchmarks/autoattack.py digits --norm Linf
         the robust digits network of the tests
@@ -14,8 +14,8 @@ were done.
     python benchmarks/autoattack.py hard --data DATA
         MNIST images on which gradient attacks fail
 
-DATA holds `mnist/` (the four idx .gz files) and `models/` (published networks with `archs.py`). One
-thread a process.
+DATA contains `mnist/` (the four idx .gz files) and `models/` (published networks with `archs.py`).
+Every process has one thread.
 """
 
 import argparse
@@ -96,8 +96,8 @@ def main() -> None:
 
 
 def run(full: bool = False) -> list[Ratio]:
-    """What `python benchmarks` shows of it: the robust digits network of the tests, one thread,
-    then two processes.
+    """Run the part of `python benchmarks`: the robust digits network of the tests, with one thread
+    and with two processes.
     """
     from robust_digits import OFFICIAL, digits, robust_digits
 
@@ -106,7 +106,7 @@ def run(full: bool = False) -> list[Ratio]:
     model, (x, y), n = robust_digits(), digits(count), f"{count} images"
     for norm, eps in (("Linf", 0.2), ("L2", 0.7)) if full else (("Linf", 0.2),):
         if full:
-            report, _, cpu = timed(model, x, y, eps, norm, 0, 0)
+            report, _, cpu = time_evaluation(model, x, y, eps, norm, 0, 0)
             robust = OFFICIAL[f"{norm}.square"].sum()
             speedup = sum(OFFICIAL_CPU_S[norm].values()) / cpu
             value = f"{speedup:.2f} ({report.robust.sum()} robust, official {robust})"
@@ -118,12 +118,14 @@ def run(full: bool = False) -> list[Ratio]:
                     n,
                 )
             )
-        if (ratio := interleaved(model, x, y, eps, norm, 0, None)) is not None:
+        if (ratio := compare_with_torchattacks(model, x, y, eps, norm, 0, None)) is not None:
             found.append(Ratio(f"AutoAttack {norm} over torchattacks", ratio, "2", n))
         over = autoattack_limit.measure(norm, 0, count, None if full else SHORT)
         found.append(Ratio(f"AutoAttack {norm}, time over its passes'", f"{over:.2f}", "1.15", n))
     attack = "autoattack" if full else "apgd-ce"
-    one, two = (timed(model, x, y, 0.2, "Linf", 0, processes, attack) for processes in (1, 2))
+    one, two = (
+        time_evaluation(model, x, y, 0.2, "Linf", 0, processes, attack) for processes in (1, 2)
+    )
     assert np.array_equal(one[0].robust, two[0].robust), "the verdict depends on the workers"
     cores = f"2 on idle cores (load {os.getloadavg()[0]:.0f})"
     found.append(Ratio(f"1 to 2 workers of {attack}", f"{one[1] / two[1]:.2f}", cores, n))
@@ -137,7 +139,7 @@ def digits_benchmark(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         for count in (c or len(x) for c in args.examples):
             for processes in args.processes:
-                report, wall, cpu = timed(
+                report, wall, cpu = time_evaluation(
                     model, x[:count], y[:count], eps, args.norm, seed, processes
                 )
                 print(
@@ -155,12 +157,12 @@ def digits_benchmark(args: argparse.Namespace) -> None:
                     "where it was recorded"
                 )
                 for what in ("prescribed", "done"):
-                    print(f"  passes {what}:", dict(passes(report, done=what == "done")))
+                    print(f"  passes {what}:", dict(count_passes(report, done=what == "done")))
 
 
 def defences_benchmark(args: argparse.Namespace) -> None:
-    """Masked, saturated, softmax and randomised outputs: ours beside the official verdict on the
-    first 150 images.
+    """Compare our verdicts with the official ones on the first 150 images, for models with masked,
+    saturated, softmax and randomised outputs.
     """
     from robust_digits import DEFENCES, OFFICIAL, Wrapped, digits
 
@@ -179,7 +181,7 @@ def defences_benchmark(args: argparse.Namespace) -> None:
             )
 
 
-def timed(
+def time_evaluation(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -189,7 +191,7 @@ def timed(
     processes: int,
     attack: str = "autoattack",
 ) -> tuple[RobustnessReport, float, float]:
-    """The report, and wall and cpu seconds of it (cpu of this process only)."""
+    """Evaluate; return the report, wall seconds, and cpu seconds of this process only."""
     if not processes:
         wall, cpu = time.monotonic(), time.process_time()
         report = evaluate(model, x, y, attack, eps, norm=norm, seed=seed)
@@ -201,9 +203,9 @@ def timed(
         return report, time.monotonic() - wall, time.process_time() - cpu
 
 
-def passes(report: RobustnessReport, done: bool) -> Counter[str]:
-    """How often a row went through the model, from the report's counts (done) or from the settings
-    (prescribed).
+def count_passes(report: RobustnessReport, done: bool) -> Counter[str]:
+    """Count passes of one row through the model, by kind: from the report's counts if `done`, else
+    those that the settings prescribe.
     """
     total: Counter[str] = Counter()
     live = int(report.clean.sum())
@@ -222,10 +224,10 @@ def passes(report: RobustnessReport, done: bool) -> Counter[str]:
 
 
 def torchattacks_benchmark(args: argparse.Namespace) -> None:
-    """Ours and torchattacks' with the official 100 steps, attack by attack in turn.
+    """Compare our time with torchattacks', for each attack in turn, with the official 100 steps.
 
-    In this process by cpu time; with --processes N by wall time, ours on N processes, theirs on N
-    threads.
+    Without --processes, both run in this process and cpu time counts. With --processes N, ours runs
+    in N processes and torchattacks with N threads, and wall time counts.
     """
     from robust_digits import digits, robust_digits
 
@@ -237,10 +239,10 @@ def torchattacks_benchmark(args: argparse.Namespace) -> None:
                 model, x[:8], y[:8], attack="pgd20", eps=eps, norm=args.norm, map=pool
             )  # start them
             for seed in args.seeds:
-                interleaved(model, x, y, eps, args.norm, seed, pool)
+                compare_with_torchattacks(model, x, y, eps, args.norm, seed, pool)
 
 
-def interleaved(
+def compare_with_torchattacks(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -250,7 +252,10 @@ def interleaved(
     pool: ProcessPoolMap | None,
     version: AutoAttackVersion = "standard",
 ) -> str | None:
-    """Theirs over ours and both verdicts; None without torchattacks, which is no dependency."""
+    """Return the ratio of torchattacks' time to ours, and both verdicts.
+
+    None if torchattacks, which is not a dependency, cannot be imported.
+    """
     try:
         from torchattacks.attacks.apgd import APGD as TheirAPGD
         from torchattacks.attacks.apgdt import APGDT as TheirAPGDT
@@ -302,10 +307,10 @@ def interleaved(
 
 
 def mnist_benchmark(args: argparse.Namespace) -> None:
-    """WK17a at eps 0.1: mixed-integer programming proves 438 errors on 10,000 images; no attack can
-    find more.
+    """Attack WK17a at eps 0.1, where mixed-integer programming proves 438 errors on 10,000 images;
+    no attack can find more.
     """
-    archs, (x, y) = published(args.data), mnist(args.data)
+    archs, (x, y) = import_published_models(args.data), load_mnist(args.data)
     with ProcessPoolMap(max(args.processes)) if max(args.processes) else InThisProcess() as pool:
         for seed in args.seeds:
             began = time.monotonic()
@@ -327,10 +332,14 @@ def mnist_benchmark(args: argparse.Namespace) -> None:
 
 
 def square_benchmark(args: argparse.Namespace) -> None:
-    """Square and the official steps, written down plainly, with the same random numbers: which
-    images fall to each.
+    """Compare which images Square and a plain copy of the official steps break with the same random
+    numbers.
     """
-    archs, (x, y), rows = published(args.data), mnist(args.data), torch.tensor(OF_SQUARE)
+    archs, (x, y), rows = (
+        import_published_models(args.data),
+        load_mnist(args.data),
+        torch.tensor(OF_SQUARE),
+    )
     model, x, y = FixedSizeBatches(archs.load("wk17a_mipverify")), x[rows].float() / 255, y[rows]
     for seed in args.seeds:
         attack, rng = Square(eps=0.1), ExampleRng.for_examples(rows, seed).derive_stream("square")
@@ -350,8 +359,8 @@ def square_benchmark(args: argparse.Namespace) -> None:
 def official_square(
     attack: Square, model: nn.Module, x: Tensor, y: Tensor, rng: ExampleRng
 ) -> Tensor:
-    """Margins (N,) where x_best + 2 eps s in a window is clamped to the ball, then to [0, 1], for
-    every query.
+    """Return the margins (N,) after all queries. Each query sets x_best + 2 eps s in a window,
+    clamped to the ball and then to [0, 1].
     """
     eps, size = attack.eps, x.shape[-1]
     stripes = torch.where(rng.derive_stream("start").uniform((1, 1, size)) < 0.5, -eps, eps)
@@ -373,8 +382,8 @@ def official_square(
 
 
 def hard_benchmark(args: argparse.Namespace) -> None:
-    """Proven adversarial examples exist for every image of the lists; plain PGD finds none."""
-    archs, (x, y) = published(args.data), mnist(args.data)
+    """Attack images that have proven adversarial examples, of which plain PGD finds none."""
+    archs, (x, y) = import_published_models(args.data), load_mnist(args.data)
     for name, file in (
         ("sdp_mnist_cnn_a_adv", "mnist_cnn_a_adv"),
         ("babattack_mnist_madry_tiny", "mnist_MadryCNN_no_maxpool_tiny"),
@@ -408,8 +417,8 @@ class InThisProcess:
         return None
 
 
-def mnist(data: Path) -> tuple[Tensor, Tensor]:
-    """The 10,000 test images, uint8 (N, 1, 28, 28), and labels."""
+def load_mnist(data: Path) -> tuple[Tensor, Tensor]:
+    """Load the 10,000 test images, uint8 (N, 1, 28, 28), and their labels."""
     read = [
         np.frombuffer(
             gzip.decompress((data / "mnist" / name).read_bytes()), np.uint8, offset=offset
@@ -419,7 +428,7 @@ def mnist(data: Path) -> tuple[Tensor, Tensor]:
     return torch.tensor(read[0]).view(-1, 1, 28, 28), torch.tensor(read[1]).long()
 
 
-def published(data: Path):
+def import_published_models(data: Path):
     sys.path.insert(0, str(data / "models"))
     import archs
 

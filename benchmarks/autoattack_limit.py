@@ -1,12 +1,12 @@
-"""AutoAttack's time over the cost of its passes alone, attack by attack, on the robust digits
-network of the tests.
+"""Measure the ratio of each attack's time in AutoAttack to the time of its passes through the
+model alone, on the robust digits network of the tests.
 
     python benchmarks/autoattack_limit.py --norm L2
 
-A pass costs what it costs at the size it is done, on a machine that others share: so every EVERY-th
-pass of the run is done a second time, bare (a forward, or a forward and the gradient of the summed
-logits), right before the first. Its cpu seconds, times EVERY, are the limit; they are not counted
-as the attack's. One thread.
+The cost of a pass depends on its batch size and on the load of the machine. So right before every
+EVERY-th pass of the run, the same pass is done alone (a forward, or a forward and the gradient of
+the summed logits). Its cpu seconds times EVERY are the limit; they do not count as the attack's
+time. There is one thread.
 """
 
 import argparse
@@ -34,7 +34,7 @@ FORWARD, BOTH = "forward", "forward+backward"
 
 
 class Sampled(nn.Module):
-    """A model that does every EVERY-th pass twice."""
+    """A model that does every EVERY-th pass twice, to sample the cost of a pass alone."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

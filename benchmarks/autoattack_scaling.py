@@ -1,4 +1,4 @@
-"""AutoAttack's wall time against the number of workers and of examples, on the robust digits
+"""Measure AutoAttack's wall time for several numbers of workers and examples, on the robust digits
 network of the tests.
 
     python benchmarks/autoattack_scaling.py --examples 50 100 200 --workers 1 2
@@ -6,8 +6,8 @@ network of the tests.
     python benchmarks/autoattack_scaling.py --ray ...
         the workers are Ray tasks
 
-One thread a worker; workers are up before the clock starts. Verdicts must agree however many there
-are.
+Each worker has one thread and has started before the time is taken. Verdicts must be the same for
+every number of workers.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def pool(workers: int, ray: bool) -> Iterator[ShardMapper]:
 
 
 def draw(examples: list[int], seconds: dict[int, list[float]], path: Path) -> None:
-    """Wall time against examples and against workers."""
+    """Plot wall time against examples and against workers."""
     matplotlib.use("svg")
     matplotlib.rcParams.update({"svg.hashsalt": "raysweep", "svg.fonttype": "none"})
     from matplotlib import pyplot as plt

@@ -1,11 +1,11 @@
-"""The whole on real images: ResNet-18 on CIFAR-10, what an epoch and its validation take,
-AutoAttack on the result.
+"""Train ResNet-18 on CIFAR-10 and evaluate it with AutoAttack: time of an epoch and of its
+validation, throughput, and accuracies.
 
     python benchmarks/cifar10.py --data-dir DIR --epochs 20 --methods at gairat lrat --examples 1000
 
-DIR holds `train.npz` and `test.npz` (see `raysweep list`, arrays). Meant for a GPU, and runs
-without one. The learning rate falls at 2/3 and 5/6 of the epochs, GAIRAT's burn-in ends at half.
-Given torchattacks, its attacks run in turn with ours on the first `--against` images.
+DIR contains `train.npz` and `test.npz` (see `raysweep list`, arrays). A GPU is recommended, not
+required. The learning rate falls at 2/3 and 5/6 of the epochs; GAIRAT's burn-in ends at half. If
+torchattacks is installed, its attacks and ours alternate on the first `--against` images.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 import autoattack
 import numpy as np
 import torch
-from measure import DEVICE, Flops, machine, matrix_rate, table
+from measure import DEVICE, Flops, describe_machine, format_table, measure_matrix_rate
 
 from raysweep.data import Dataset, load_data
 from raysweep.evaluation import evaluate
@@ -51,16 +51,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keep the checkpoints here")
     args = parser.parse_args()
     changes = dict(part.split("=", 1) for part in args.set)
-    print(machine(), flush=True)
+    print(describe_machine(), flush=True)
     rows: list[list[str]] = []
     for method in args.methods:
-        config = configured(method, args.data_dir, args.epochs, {} if args.plain else FAST, changes)
+        config = build_config(
+            method, args.data_dir, args.epochs, {} if args.plain else FAST, changes
+        )
         data = load_data(config.data)
         with TemporaryDirectory() as folder:
             found = train_model(
                 config,
                 (args.out or Path(folder)) / method,
-                FunctionCallback(told),
+                FunctionCallback(print_epoch),
                 data=data,
                 device=DEVICE,
             )
@@ -71,13 +73,21 @@ def main() -> None:
                 .to(DEVICE)
                 .eval()
             )
-        rows.append([method, *trained(config, data, found), *judged(config, data, model, args)])
-        head = ["method", "s an epoch", "images / s", "of the matrix rate", "validation", "clean",
-                "PGD-20", "worst", "AutoAttack", "clean, test", "images", "s"]  # fmt: skip
-        print(table(head, rows), flush=True)
+        rows.append(
+            [
+                method,
+                *training_cells(config, data, found),
+                *evaluation_cells(config, data, model, args),
+            ]
+        )
+        head = ["method", "s per epoch", "images / s", "share of matrix rate",
+                "validation / training time", "clean, validation", "PGD-20, validation",
+                "worst, validation", "AutoAttack, test", "clean, test", "test images",
+                "s of AutoAttack"]  # fmt: skip
+        print(format_table(head, rows), flush=True)
 
 
-def configured(
+def build_config(
     method: str, folder: Path, epochs: int, fast: dict[str, Any], changes: dict[str, str]
 ) -> TrainingConfig:
     base: dict[str, Any] = {
@@ -97,7 +107,7 @@ def configured(
     )
 
 
-def told(row: dict[str, float], checkpoint: object) -> None:
+def print_epoch(row: dict[str, float], checkpoint: object) -> None:
     said = {
         key: round(row[key], 4)
         for key in ("train/loss", "train/seconds", "clean", "robust_worst")
@@ -106,16 +116,16 @@ def told(row: dict[str, float], checkpoint: object) -> None:
     print(int(row["epoch"]), said, flush=True)
 
 
-def trained(config: TrainingConfig, data: Dataset, found: TrainingResult) -> list[str]:
-    """Of the median epoch but the first: seconds, images a second, share of the rate of matrix
-    products; validation.
+def training_cells(config: TrainingConfig, data: Dataset, found: TrainingResult) -> list[str]:
+    """Return the cells about training: seconds, images per second and share of the matrix rate of
+    the median epoch (without the first), share of validation in the time, and best accuracies.
     """
     history = found.last_checkpoint.history
     seconds = float(np.median([row["train/seconds"] for row in history[1:] or history]))
     count = len(data.train.y) // config.batch_size * config.batch_size
     checked = [row["validation_seconds"] for row in history[2:] if "validation_seconds" in row]
     share = np.median(checked) / config.validation.every / seconds if checked else float("nan")
-    rate = count * step_flops(config, data) / seconds / matrix_rate(torch.bfloat16)
+    rate = count * step_flops(config, data) / seconds / measure_matrix_rate(torch.bfloat16)
     best = found.best_checkpoint.history[found.best_checkpoint.epoch - 1]
     return [
         f"{seconds:.1f}",
@@ -127,7 +137,7 @@ def trained(config: TrainingConfig, data: Dataset, found: TrainingResult) -> lis
 
 
 def step_flops(config: TrainingConfig, data: Dataset) -> float:
-    """Floating-point operations of a training step for one image, counted on four."""
+    """Count the floating-point operations of a training step for one image, averaged over four."""
     model = config.model.build_model(data.channels, data.classes, 0).to(DEVICE).train()
     batch = next(iter(data.to(DEVICE).iter_train_batches(4, 0, 0)))
     faces = ModelVariants(model, batch.x[:1], ComputeSpec().resolve(DEVICE))
@@ -141,7 +151,7 @@ def step_flops(config: TrainingConfig, data: Dataset) -> float:
     return counted.total / 4
 
 
-def judged(
+def evaluation_cells(
     config: TrainingConfig, data: Dataset, model: torch.nn.Module, args: argparse.Namespace
 ) -> list[str]:
     x, y = data.test.x[: args.examples], data.test.y[: args.examples]
@@ -159,7 +169,9 @@ def judged(
     if args.against:
         copied = x[: args.against].float() / 255 if x.dtype == torch.uint8 else x[: args.against]
         with disable_tf32_and_autocast(DEVICE):
-            autoattack.interleaved(model, copied, y[: args.against], eps, "Linf", 0, None)
+            autoattack.compare_with_torchattacks(
+                model, copied, y[: args.against], eps, "Linf", 0, None
+            )
     return [
         f"{report.robust_accuracy:.3f}",
         f"{report.clean_accuracy:.3f}",

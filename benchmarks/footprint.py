@@ -1,11 +1,11 @@
-"""How long the command line takes to answer, and how much memory a trial's step needs.
+"""Measure how long the command line takes to start, and the memory of a step and of a trial.
 
     python benchmarks/footprint.py
 
-A step's memory is the peak of a process of its own that does one step of GAIRAT (ResNet-18), beside
-what it holds before the step: ours with attacks of few and of many steps, whose graphs must not add
-up, and a plain step. A trial's is the peak of a process that trains an epoch, validates it and
-writes the checkpoint, all libraries included.
+A step's memory is the growth of the peak memory of a new process in one step of GAIRAT (ResNet-18).
+It is measured for a plain step, and for ours with few and with many attack steps, whose graphs must
+not accumulate. A trial's memory is the peak of a process that trains an epoch, validates it and
+writes the checkpoint, including all libraries.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from measure import Ratio, machine, table
-from training_step import ours, plain, prepared
+from measure import Ratio, describe_machine, format_table
+from training_step import build_our_step, build_plain_step, prepare_subject
 
 from raysweep.spec import apply_overrides
 
@@ -76,14 +76,15 @@ def python(*arguments: str, cwd: Path = HERE) -> str:
     return done.stdout
 
 
-def answers(n: int, commands: list[str]) -> list[Ratio]:
-    """Wall and processor seconds of each command, medians of n after one that fills the disk's
-    cache.
+def time_commands(n: int, commands: list[str]) -> list[Ratio]:
+    """Measure wall and processor seconds of each command.
+
+    These are medians of n runs after one run that fills the disk cache.
     """
     rows, found = [], []
     for name in commands:
         arguments, goal = COMMANDS[name]
-        walls, cpus = zip(*(timed(arguments) for _ in range(n + 1)), strict=True)
+        walls, cpus = zip(*(time_command(arguments) for _ in range(n + 1)), strict=True)
         wall, cpu = median(walls[1:]), median(cpus[1:])
         limit = f"{goal:g} s" if goal else ""
         rows.append([name, f"{wall:.2f}", f"{cpu:.2f}", limit])
@@ -91,13 +92,15 @@ def answers(n: int, commands: list[str]) -> list[Ratio]:
             found.append(
                 Ratio(name, f"{wall:.2f} s ({cpu:.2f} of a processor)", limit, f"{n} runs")
             )
-    print(f"\nStart-up, {n} runs; {machine()}\n")
-    print(table(["command", "s, median", "processor s", "goal"], rows), flush=True)
+    print(f"\nStart-up, {n} runs; {describe_machine()}\n")
+    print(
+        format_table(["command", "wall s, median", "processor s, median", "goal"], rows), flush=True
+    )
     return found
 
 
-def timed(arguments: list[str]) -> tuple[float, float]:
-    """Wall and processor seconds of a command in an empty folder."""
+def time_command(arguments: list[str]) -> tuple[float, float]:
+    """Run a command in an empty folder; return its wall and processor seconds."""
     with TemporaryDirectory() as folder:
         started, before = time.perf_counter(), os.times()
         python("-m", "raysweep.cli", *arguments, cwd=Path(folder))
@@ -108,8 +111,8 @@ def timed(arguments: list[str]) -> tuple[float, float]:
     return time.perf_counter() - started, spent
 
 
-def memory(batch: int, steps: tuple[int, int], small: bool = False) -> list[Ratio]:
-    """MiB that a step adds to its process."""
+def measure_step_memory(batch: int, steps: tuple[int, int], small: bool = False) -> list[Ratio]:
+    """Measure the MiB that a step adds to the peak memory of its process."""
     network = "small" if small else "resnet18"
     asked = [("ours", steps[0]), ("ours", steps[1]), ("plain", steps[0])]
     with get_context("forkserver").Pool(1, maxtasksperchild=1) as pool:
@@ -117,8 +120,8 @@ def memory(batch: int, steps: tuple[int, int], small: bool = False) -> list[Rati
             step_memory, [(batch, k, who == "ours", small) for who, k in asked], chunksize=1
         )
     rows = [[who, str(k), f"{size:.0f}"] for (who, k), size in zip(asked, mib, strict=True)]
-    print(f"\nPeak memory of a GAIRAT step, {network}, batch {batch}; {machine()}\n")
-    print(table(["step", "attack steps", "MiB over rest"], rows), flush=True)
+    print(f"\nPeak memory of a GAIRAT step, {network}, batch {batch}; {describe_machine()}\n")
+    print(format_table(["step", "attack steps", "MiB added to the process"], rows), flush=True)
     what = f"memory of a step, {steps[1]} over {steps[0]} attack steps"
     ratio = (
         f"{mib[1] / mib[0]:.2f} ({mib[0]:.0f} MiB; plain {mib[2]:.0f})"
@@ -133,16 +136,24 @@ def step_memory(batch: int, steps: int, mine: bool, small: bool) -> float:
     or a plain one.
     """
     torch.set_num_threads(1)
-    subject = prepared("gairat", batch, small, warm_up=0)
+    subject = prepare_subject("gairat", batch, small, warm_up=0)
     subject = replace(subject, method=apply_overrides(subject.method, {"attacks.pgd.steps": steps}))
-    run = ours(subject, {"channels_last": True, "fold": True}) if mine else plain(subject, False)
+    run = (
+        build_our_step(subject, {"channels_last": True, "fold": True})
+        if mine
+        else build_plain_step(subject, False)
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def trials(sizes: list[tuple[str, str, str, list[str]]]) -> list[Ratio]:
-    """Peak resident MiB of `raysweep train`, an epoch of it, for (what, n, method, settings)."""
+def measure_trial_memory(sizes: list[tuple[str, str, str, list[str]]]) -> list[Ratio]:
+    """Measure the peak resident MiB of one epoch of `raysweep train`.
+
+    Args:
+        sizes: rows of (name, what was counted, method, settings).
+    """
     found = []
     for what, n, method, settings in sizes:
         with TemporaryDirectory() as folder:
@@ -160,20 +171,29 @@ def trials(sizes: list[tuple[str, str, str, list[str]]]) -> list[Ratio]:
                     n,
                 )
             )
-    print(f"\nPeak memory of a trial's process; {machine()}\n")
-    print(table(["trial", "peak", "n"], [[r.what, r.value, r.n] for r in found]), flush=True)
+    print(f"\nPeak memory of a trial's process; {describe_machine()}\n")
+    print(
+        format_table(
+            ["trial", "peak memory", "measured over"], [[r.what, r.value, r.n] for r in found]
+        ),
+        flush=True,
+    )
     return found
 
 
 def run(full: bool = False) -> list[Ratio]:
-    """What `python benchmarks` shows of it."""
+    """Run the part of `python benchmarks`; small sizes unless `full`."""
     if not full:
         return [
-            *answers(1, ["raysweep --help"]),
-            *memory(64, (1, 2), small=True),
-            *trials([(*TRIALS[0][:3], TINY)]),
+            *time_commands(1, ["raysweep --help"]),
+            *measure_step_memory(64, (1, 2), small=True),
+            *measure_trial_memory([(*TRIALS[0][:3], TINY)]),
         ]
-    return [*answers(5, list(COMMANDS)), *memory(32, (2, 8)), *trials(TRIALS)]
+    return [
+        *time_commands(5, list(COMMANDS)),
+        *measure_step_memory(32, (2, 8)),
+        *measure_trial_memory(TRIALS),
+    ]
 
 
 def main() -> None:
@@ -183,9 +203,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batch", type=int, default=32)
     args = parser.parse_args()
-    answers(args.runs, list(COMMANDS))
-    memory(args.batch, (2, 8))
-    trials(TRIALS)
+    time_commands(args.runs, list(COMMANDS))
+    measure_step_memory(args.batch, (2, 8))
+    measure_trial_memory(TRIALS)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What a sweep loses when its driver, its trials' processes or whole nodes are killed with SIGKILL
-at random moments.
+"""Kill the driver, trial processes and nodes of sweeps with SIGKILL at random moments, and count
+the lost epochs and trials.
 
     python benchmarks/kills.py --kills 30 --out kills.json
 
 Starts a Ray cluster of three nodes on this machine: a head for the driver and two nodes of one CPU
 for the trials. For each number of workers a sweep of GAIRAT on digits (a grid, so that two sweeps
-have the same trials) runs undisturbed first; then sweeps are killed at random, go on with
-`--resume` where it was the driver, and are compared with it. Finished sweeps are kept in --out and
-not redone. Prints the tables of kills.md.
+have the same trials) runs undisturbed first. Then sweeps are killed at random, resumed with
+`--resume` if the driver was killed, and compared with the undisturbed one. Finished sweeps are
+stored in --out and not repeated. Prints the tables of kills.md.
 """
 
 import argparse
@@ -53,27 +53,29 @@ TRAINERS = (
 PATIENCE = 600.0
 
 
-class Written:
-    """Follows which epochs a sweep's trials write: (seconds, trial, epoch, whether taken over) in
-    order.
+class EpochWatcher:
+    """Thread that records the epochs that a sweep's trials write.
+
+    Attributes:
+        events: (seconds since the start, trial, epoch, whether reused from a shared prefix).
     """
 
     def __init__(self, sweep: Path, began: float) -> None:
         self.events: list[tuple[float, int, int, bool]] = []
         self._sweep, self._began, self._known = sweep, began, set[tuple[str, int]]()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
-    def last(self) -> dict[int, int]:
-        """Last written epoch of each trial."""
+    def last_epochs(self) -> dict[int, int]:
+        """Return the last written epoch of each trial."""
         return {trial: epoch for _, trial, epoch, _ in self.events}
 
     def close(self) -> None:
         self._over.set()
         self._thread.join()
 
-    def _follow(self) -> None:
+    def _watch(self) -> None:
         while not self._over.wait(0.01):
             for meta in sorted(self._sweep.glob("trials/*/epoch-*/meta.json")):
                 try:
@@ -89,7 +91,7 @@ class Written:
 
 
 class Round:
-    """One sweep that is killed until it has survived `kills` of them."""
+    """Runs one sweep and kills parts of it `kills` times."""
 
     def __init__(self, cluster: Cluster, folder: Path, name: str, workers: int) -> None:
         self.cluster, self.folder, self.name, self.workers = cluster, folder, name, workers
@@ -102,10 +104,10 @@ class Round:
         kinds = ["driver", "process", "node"] * -(-kills // 3)
         chance.shuffle(kinds)
         self.began = time.monotonic()
-        self.written = Written(self.sweep, self.began)
+        self.written = EpochWatcher(self.sweep, self.began)
         self._start("--name", self.name)
         while self.driver.poll() is None:
-            if len(self.rows) < kills and self._progress():
+            if len(self.rows) < kills and self._has_progressed():
                 time.sleep(chance.uniform(0.0, 2.5))
                 self._kill(chance, kinds[len(self.rows)])
             time.sleep(0.05)
@@ -113,8 +115,8 @@ class Round:
                 self.driver.kill()
         self.written.close()
         return {"workers": self.workers, "seconds": time.monotonic() - self.began,
-                "kills": self._judged(),
-                "code": self.driver.returncode, **self._outcome()}  # fmt: skip
+                "kills": self._count_repeated_epochs(),
+                "code": self.driver.returncode, **self._read_outcome()}  # fmt: skip
 
     def _start(self, *arguments: str) -> None:
         command = [
@@ -141,19 +143,19 @@ class Round:
         log = (self.folder / f"{self.name}.log").open("ab")
         self.driver = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
-    def _progress(self) -> bool:
-        """Whether an epoch was trained since the last kill; the next may come."""
+    def _has_progressed(self) -> bool:
+        """Whether an epoch was trained since the last kill, so that the next kill may follow."""
         since = self.rows[-1]["at"] if self.rows else 0.0
         return any(at > since and not shared for at, _, _, shared in self.written.events)
 
     def _kill(self, chance: random.Random, kind: str) -> None:
-        trainers = {node: training_on(node) for node in self.cluster.worker_nodes}
+        trainers = {node: trial_processes(node) for node in self.cluster.worker_nodes}
         if self.driver.poll() is not None or (kind != "driver" and not any(trainers.values())):
             return
         row = {
             "at": time.monotonic() - self.began,
             "kind": kind,
-            "before": self.written.last(),
+            "before": self.written.last_epochs(),
             "what": "driver",
         }
         if kind == "driver":
@@ -172,9 +174,10 @@ class Round:
             os.kill(pid, signal.SIGKILL)
         self.rows.append(row)
 
-    def _judged(self) -> list[dict[str, Any]]:
-        """Each kill with `again`: epochs that any trial trained again at most, the one in work
-        counted as lost.
+    def _count_repeated_epochs(self) -> list[dict[str, Any]]:
+        """Add `again` to each kill: the largest number of epochs that one trial repeated after it.
+
+        The epoch that was being trained at the kill counts.
         """
         ends = [*(row["at"] for row in self.rows), float("inf")][1:]
         for row, until in zip(self.rows, ends, strict=bool(self.rows)):
@@ -189,7 +192,7 @@ class Round:
             row["again"] = again
         return self.rows
 
-    def _outcome(self) -> dict[str, Any]:
+    def _read_outcome(self) -> dict[str, Any]:
         ledger = Ledger.open(self.sweep)
         trials = ledger.load_trials()
         client = MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
@@ -206,23 +209,23 @@ class Round:
             "runs": sorted(children.values()),
             "open": sum(run.info.status == "RUNNING" for run in runs),
             "weights": {
-                json.dumps(t.params): digests(ledger.trial_path(t.number) / "epoch-0010")
+                json.dumps(t.params): read_digests(ledger.trial_path(t.number) / "epoch-0010")
                 for t in trials
             },
             "best": {json.dumps(t.params): t.best.get("robust_worst") for t in trials},
         }
 
 
-def digests(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 of weights and momentum, as the checkpoint states them (and `read` checks them)."""
+def read_digests(checkpoint: Path) -> dict[str, str]:
+    """Read the SHA-256 of weights and momentum from a checkpoint; {} if there is none."""
     try:
         return dict(json.loads((checkpoint / "meta.json").read_text())["sha256"])
     except OSError:
         return {}
 
 
-def training_on(node: Any) -> list[tuple[int, str]]:
-    """(pid, title) of the node's processes that belong to trials."""
+def trial_processes(node: Any) -> list[tuple[int, str]]:
+    """List (pid, title) of the node's processes that belong to trials."""
     found = []
     try:
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
@@ -256,8 +259,8 @@ def tables(done: dict[str, Any]) -> str:
             "workers",
             "killed",
             "at s",
-            "epochs written by then, each trial",
-            "epochs again, at most",
+            "last epoch of each trial before",
+            "epochs repeated, at most",
         ]
     ]
     for name, result in killed.items():
@@ -275,8 +278,8 @@ def tables(done: dict[str, Any]) -> str:
                 ]
             )
     ends: list[list[Any]] = [
-        ["sweep", "workers", "kills", "exit code", "trials", "lost", "epochs counted twice",
-         "MLflow runs a trial", "left RUNNING", "same weights and momentum"]
+        ["sweep", "workers", "kills", "exit code", "trials", "trials lost", "epochs counted twice",
+         "MLflow runs per trial", "MLflow runs left RUNNING", "trials with the same weights"]
     ]  # fmt: skip
     for name, result in killed.items():
         twice = sum(len(curve) - len(set(curve)) for curve in result["curves"])

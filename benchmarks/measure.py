@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved rounds, the machine they ran on, and tables."""
+"""Shared by the benchmarks: timing in interleaved rounds, a line about the machine, and tables."""
 
 import os
 import platform
@@ -22,8 +22,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @dataclass(frozen=True)
 class Ratio:
-    """One line of the table that `python benchmarks` ends with. n: rounds, or what else it rests
-    on.
+    """One line of the table that `python benchmarks` prints at its end.
+
+    Attributes:
+        what: what is measured.
+        value: the measured ratio or amount.
+        goal: the value to reach, or "".
+        n: the number of rounds or runs behind the value.
     """
 
     what: str
@@ -32,13 +37,13 @@ class Ratio:
     n: str
 
 
-def rounds(
+def time_rounds(
     variants: Mapping[str, Callable[[], object]], n: int, warm_up: bool = True
 ) -> dict[str, list[float]]:
-    """Seconds of each variant in n interleaved rounds, after one that is not counted.
+    """Time each variant in n interleaved rounds, after a warm-up round that does not count.
 
-    Processor seconds with one thread, which neighbours on the machine hardly change; wall seconds
-    with more, or a GPU.
+    With one thread these are processor seconds, which other load on the machine hardly changes.
+    With more threads or a GPU these are wall seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(n + warm_up):
@@ -53,10 +58,10 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def matrix_rate(
+def measure_matrix_rate(
     dtype: torch.dtype, tries: int = 10, size: int = 8192 if DEVICE.type == "cuda" else 1024
 ) -> float:
-    """The most FLOP/s that a product of square matrices reaches here; float32 is TF32 on NVIDIA's
+    """Measure the highest FLOP/s of a product of square matrices; float32 means TF32 on NVIDIA
     GPUs.
     """
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
@@ -65,8 +70,8 @@ def matrix_rate(
     return float(2 * size**3 / best)
 
 
-def machine() -> str:
-    """Date, processor, threads, load and versions, in a line."""
+def describe_machine() -> str:
+    """Return one line: date, GPU, processor, threads, load and versions."""
     load = f"load {os.getloadavg()[0]:.1f}"
     gpu = f"{torch.cuda.get_device_name()}, " if DEVICE.type == "cuda" else ""
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"
@@ -75,8 +80,8 @@ def machine() -> str:
 
 
 class Flops(TorchDispatchMode):
-    """Counts the floating-point operations of matrix products and convolutions inside it, backwards
-    too.
+    """Context that counts the floating-point operations of matrix products and convolutions, in
+    forward and backward passes.
     """
 
     total = 0
@@ -88,8 +93,8 @@ class Flops(TorchDispatchMode):
         return out
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -1,11 +1,13 @@
-"""All methods on scikit-learn's digits with equal budgets, as a Markdown table: python
-benchmarks/methods_on_digits.py
+"""Train all methods on scikit-learn's digits with equal budgets and print a Markdown table.
 
-Each is trained with the data set's profile (8 epochs, burn-in 3) and its own defaults, and judged
-by its last checkpoint on the 450 test images: PGD-20 and CW-PGD-20 at Linf 0.15. `worst` is what
-survives both, `gap` what PGD alone overstates it by; `low weights` the largest share, over a
-method's terms, of training examples with a weight under 0.2 of the mean in the last epoch (the
-bound of `lrat` is meant to be 0 for most). `rst` and `gair-rst` see labelled data alone.
+    python benchmarks/methods_on_digits.py
+
+Each method is trained with the preset of the data set (8 epochs, burn-in 3) and its own defaults.
+Its last checkpoint is evaluated on the 450 test images with PGD-20 and CW-PGD-20 at Linf 0.15.
+Columns: `worst` is the accuracy under both attacks together, `gap` is the PGD accuracy minus
+`worst`. `low weights` is the largest share, over a method's terms, of training examples whose
+weight is below 0.2 of the mean in the last epoch (`lrat` gives most examples the bound 0 by
+design). `rst` and `gair-rst` use labelled data only.
 """
 
 import argparse
@@ -50,9 +52,7 @@ def main() -> None:
 
 
 def row(method: str, seed: int, epochs: int) -> dict[str, float]:
-    """Test accuracies of one run, the largest share of low weights that a term has, and its wall
-    time.
-    """
+    """Train one run; return its test accuracies, largest share of low weights, and wall time."""
     config = build_training_config(method, {"seed": seed, "epochs": epochs})
     data, started = load_data(config.data), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,15 +1,14 @@
-"""What the sweep's objective costs beside training: its floating-point operations and seconds over
-those of an epoch.
+"""Measure the cost of the sweep's objective relative to training: floating-point operations and
+seconds of a validation, divided by those of an epoch.
 
     python benchmarks/objective_cost.py                 # all methods
     python benchmarks/objective_cost.py --methods at    # fewer
 
-Digits are trained; for CIFAR-10's sizes the times are computed from the cost of a row.
-
-For CIFAR-10 (ResNet-18, 50,000 training images) the cost of a row of training and of each attack of
-the objective is measured on a few rows, and multiplied: by the rows of an epoch, and by the
-validation examples that face the attack when 85% are right and 50% survive, which is about where
-adversarial training ends. Earlier epochs cost less.
+Digits are trained, and the times of the run count. For CIFAR-10 (ResNet-18, 50,000 training
+images), the cost of one row of training and of each attack is measured on a few rows. It is then
+multiplied by the rows of an epoch, and by the validation examples that each attack gets if 85% are
+classified correctly and 50% are robust. That is about the end of adversarial training; earlier
+epochs cost less.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from measure import Flops, Ratio, machine, medians, table
+from measure import Flops, Ratio, describe_machine, format_table, medians
 from torch import Tensor, nn
 
 from raysweep.attacks import AnyAttack
@@ -37,8 +36,8 @@ TRAIN, CLEAN, ROBUST = 50_000, 0.85, 0.5
 METHODS = ("at", "gairat", "trades", "lrat")
 
 
-def row_cost(run: Callable[[], object], rows: int) -> tuple[float, float]:
-    """FLOP and least processor seconds a row."""
+def measure_row_cost(run: Callable[[], object], rows: int) -> tuple[float, float]:
+    """Return FLOP and processor seconds per row of a second run."""
     with Flops() as counted:
         run()
     started = time.process_time()
@@ -46,8 +45,8 @@ def row_cost(run: Callable[[], object], rows: int) -> tuple[float, float]:
     return counted.total / rows, (time.process_time() - started) / rows
 
 
-def cifar10(method: str, rows: int, network: str) -> tuple[list[str], float]:
-    """A line of the table, and the share of an epoch in FLOP."""
+def measure_cifar10(method: str, rows: int, network: str) -> tuple[list[str], float]:
+    """Return a line of the table, and the objective's share of an epoch's FLOP."""
     config = build_training_config(
         method, {"data.name": "cifar10", "model.name": network}
     ).resolve_at(99)
@@ -58,17 +57,21 @@ def cifar10(method: str, rows: int, network: str) -> tuple[list[str], float]:
         y = model.eval()(x).argmax(1)
     rng = ExampleRng.for_examples(torch.arange(rows), 0)
     faces = ModelVariants(model.train(), x[:1], ComputeSpec().resolve(torch.device("cpu")))
-    step = row_cost(
+    step = measure_row_cost(
         lambda: compute_step_gradients(config.method, faces, Batch(x, y, rng.example_ids), rng),
         rows,
     )
     examples = min(config.validation.size or config.data.val_size, config.data.val_size)
     # Without the padding to the least number of rows, which a few rows would pay for.
     judged = make_attack_model(model, x).model
-    cost = [examples * part for part in row_cost(lambda: looked(judged, x, y), rows)]
+    cost = [
+        examples * part for part in measure_row_cost(lambda: run_clean_pass(judged, x, y), rows)
+    ]
     for attacks, share in ((config.validation.attacks, CLEAN), (config.validation.finish, ROBUST)):
         for attack in attacks.values():
-            each = row_cost(lambda attack=attack: lasting(attack)(judged, x, y, rng), rows)
+            each = measure_row_cost(
+                lambda attack=attack: shrink_ball(attack)(judged, x, y, rng), rows
+            )
             cost = [total + examples * share * part for total, part in zip(cost, each, strict=True)]
     epoch = [(TRAIN - config.data.val_size) * part for part in step]
     shares = [
@@ -85,18 +88,18 @@ def cifar10(method: str, rows: int, network: str) -> tuple[list[str], float]:
     return row, shares[0]
 
 
-def lasting(attack: AnyAttack) -> AnyAttack:
-    """The attack in a ball so small that no row falls and leaves."""
+def shrink_ball(attack: AnyAttack) -> AnyAttack:
+    """Shrink the attack's ball so that no row is broken and dropped from the batch."""
     return apply_overrides(attack, {"eps": 1e-9})
 
 
-def looked(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """The pass over clean images, and its gradient."""
+def run_clean_pass(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Do the forward pass over clean images and compute its gradient."""
     point = x.detach().requires_grad_()
     torch.autograd.grad(model(point).gather(1, y[:, None]).sum(), point)
 
 
-def digits(method: str, epochs: int, small: bool = False) -> tuple[list[str], float]:
+def measure_digits(method: str, epochs: int, small: bool = False) -> tuple[list[str], float]:
     few = {
         "*.attacks.*.steps": 2,
         "validation.finish.*.steps": 2,
@@ -127,15 +130,21 @@ def measure(
 ) -> list[Ratio]:
     lines, worst = [], 0.0
     for method in methods:
-        line, share = cifar10(method, rows, network)
+        line, share = measure_cifar10(method, rows, network)
         worst = max(worst, share)
         lines.append(line)
-    lines += [digits(method, epochs, small)[0] for method in methods]
+    lines += [measure_digits(method, epochs, small)[0] for method in methods]
     print(
         f"\nThe objective over an epoch of training; {rows} rows, {epochs - 1} epochs of digits; "
-        f"{machine()}\n"
+        f"{describe_machine()}\n"
     )
-    print(table(["method", "data", "examples", "FLOP", "seconds"], lines), flush=True)
+    print(
+        format_table(
+            ["method", "data", "examples every n epochs", "share of FLOP", "share of seconds"],
+            lines,
+        ),
+        flush=True,
+    )
     return [
         Ratio(
             "objective over an epoch, cifar10, at most", f"{worst:.1%}", "10%", f"{rows} rows, FLOP"
@@ -144,7 +153,7 @@ def measure(
 
 
 def run(full: bool = False) -> list[Ratio]:
-    """What `python benchmarks` shows of it."""
+    """Run the part of `python benchmarks`; small sizes unless `full`."""
     return measure(METHODS, 8, 4) if full else measure(("at",), 2, 2, "digits_cnn", small=True)
 
 

@@ -1,12 +1,12 @@
-"""Which cheap validation metric ranks models as AutoAttack does? Kendall's tau over many small
-models on digits.
+"""Measure how well cheap validation metrics rank models in the order of AutoAttack: Kendall's tau
+over many small models on digits.
 
     python benchmarks/objectives.py --models 48 --examples 200 --out objectives.json
 
 Trains each model (methods x seeds x epochs, in parallel processes), measures the candidates on the
 validation split and full AutoAttack on test examples, and prints two Markdown tables: each
 candidate's Kendall tau with a 95% interval (models drawn with replacement), and each method's
-symptoms of masking. Finished models are kept in --out.
+symptoms of gradient masking. Finished models are stored in --out and not repeated.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SYMPTOMS = ("masking_gap", "val/ce_cw_gap", "val/scaling_gap", "zero_gradient")
 
 
 def jobs(count: int, lengths: list[int]) -> list[tuple[str, int, int]]:
-    """(method, seed, epochs), the methods in turn."""
+    """List (method, seed, epochs) of the models to train, cycling through the methods."""
     grid = [
         (m, seed, epochs) for seed, epochs in itertools.product(range(20), lengths) for m in METHODS
     ]
@@ -108,8 +108,9 @@ def table(rows: list[dict[str, float]]) -> str:
 
 
 def symptoms(done: dict[str, dict[str, float]]) -> str:
-    """Means over each method's models; `overstated` is PGD-20 on validation less AutoAttack on
-    test.
+    """Return a table of means over each method's models, in percent.
+
+    `overstated` is the accuracy under PGD-20 on validation minus that under AutoAttack on test.
     """
     lines = [
         f"| method | overstated | {' | '.join(SYMPTOMS)} |",

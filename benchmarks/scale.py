@@ -1,12 +1,11 @@
-"""A thousand GPUs and ten thousand trials, simulated event by event from measured costs: what
-becomes the limit?
+"""Simulate sweeps of 10,000 trials on 1,000 GPUs from measured costs, and find their bottlenecks.
 
-python benchmarks/scale.py benchmarks/scale_costs.json       the table of scale.md
+    python benchmarks/scale.py benchmarks/scale_costs.json       # the table of scale.md
 
-One driver handles proposals, reports and ends one after the other, and a trial goes on when its
-report has been handled (that is how Ray Tune works); all checkpoints go through one store of a
-given bandwidth; machines are taken away at random and come back after a while. Costs that grow with
-the number of trials are interpolated between the measured.
+The simulation handles one event after another. As in Ray Tune, one driver handles proposals,
+reports and ends of trials in sequence, and a trial continues when its report has been handled. All
+checkpoints go through one store of a given bandwidth. Machines are preempted at random and replaced
+after a while. Costs that grow with the number of trials are interpolated between measured sizes.
 """
 
 import argparse
@@ -26,8 +25,10 @@ Costs = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Setting:
-    """A sweep on a cluster. Seconds and MB; driver: what of it is shared out over so many sweeps of
-    equal size.
+    """A sweep on a cluster; times in seconds and sizes in MB.
+
+    Attributes:
+        sweeps: number of sweeps of equal size that share GPUs and trials, with a driver each.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Setting:
 
 @dataclass
 class Server:
-    """Does one thing after the other."""
+    """A queue that handles one request at a time."""
 
     free_at: float = 0.0
     busy: float = 0.0
@@ -58,7 +59,7 @@ class Server:
     served: int = 0
 
     def serve(self, now: float, seconds: float) -> float:
-        """When a request of now is done."""
+        """Return the time at which a request that arrives `now` is done."""
         start = max(now, self.free_at)
         self.free_at = start + seconds
         self.busy += seconds
@@ -69,8 +70,12 @@ class Server:
 
 @dataclass
 class Outcome:
-    """hours: to the last report; shares: of the GPUs' time until then; driver_busy: of the busiest
-    driver's.
+    """Result of a simulation.
+
+    Attributes:
+        hours: time until the last report.
+        shares: parts of the GPUs' time until then, by what they do or wait for.
+        driver_busy: share of that time in which the busiest driver works.
     """
 
     hours: float
@@ -83,8 +88,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happens on a GPU at a time. quality: of its trial; left: seconds of training
-    in this epoch.
+    """Something that happens on a GPU at a time.
+
+    Attributes:
+        quality: that of its trial.
+        left: seconds of training that remain in this epoch.
     """
 
     at: float
@@ -96,7 +104,7 @@ class Event:
 
 
 class Sweep:
-    """One sweep on its share of the GPUs, from its first trial to its last."""
+    """Simulates one sweep on its share of the GPUs, from its first trial to its last."""
 
     def __init__(self, setting: Setting, costs: Costs, store: Server, seed: int) -> None:
         self._s, self._costs, self._store = setting, costs, store
@@ -112,7 +120,7 @@ class Sweep:
         self.by_part: Counter[str] = Counter()
 
     def events(self) -> list[Event]:
-        """Each GPU asks for a trial at the start."""
+        """Return the first events: each GPU asks for a trial."""
         return [Event(0.0, self._ask, gpu) for gpu in range(self._s.gpus)]
 
     def _ask(self, event: Event) -> Event | None:
@@ -123,7 +131,7 @@ class Sweep:
         return Event(begin, self._train, event.gpu, self._random.random(), 0, self._epoch())
 
     def _train(self, event: Event) -> Event:
-        """To the end of the epoch, or until the machine is taken away."""
+        """Train to the end of the epoch, or until the machine is preempted."""
         taken = self._random.expovariate(1 / (3600 * self._s.hours_between_preemptions))
         if taken >= event.left:
             self._trained += event.left
@@ -136,7 +144,7 @@ class Sweep:
     def _lose(self, event: Event) -> Event:
         self._preemptions += 1
         told = self._driver.serve(
-            event.at, at(self._costs["ray tune: a trial"], self._started) / 1000
+            event.at, interpolate_cost(self._costs["ray tune: a trial"], self._started) / 1000
         )
         return replace(
             event, at=told + self._s.replacement_seconds + self._s.start_seconds, then=self._train
@@ -172,7 +180,7 @@ class Sweep:
         return value >= reached[-max(1, len(reached) // self._s.factor)]
 
     def _cost(self, event: str) -> float:
-        """Seconds of the driver; the study and the store hold more and more."""
+        """Return seconds of the driver, which grow with the trials in study and store."""
         names = {
             "start": [
                 f"optuna {self._s.optuna}",
@@ -194,16 +202,14 @@ class Sweep:
         for name in names:
             # All sweeps share MLflow's store.
             held = self._started * (self._s.sweeps if name.startswith("mlflow") else 1)
-            seconds = at(self._costs[name], held) / 1000
+            seconds = interpolate_cost(self._costs[name], held) / 1000
             self.by_part[name.split(":")[0]] += seconds  # type: ignore[assignment]
             total += seconds
         return total
 
 
-def at(cost: dict[str, float], held: int) -> float:
-    """A cost at a number of trials: straight lines between the measured ones, the last slope
-    beyond.
-    """
+def interpolate_cost(cost: dict[str, float], held: int) -> float:
+    """Interpolate a cost linearly between the measured numbers of trials; extrapolate beyond."""
     points = sorted((int(size), value) for size, value in cost.items())
     if len(points) == 1 or held <= points[0][0]:
         return points[0][1]
@@ -213,7 +219,7 @@ def at(cost: dict[str, float], held: int) -> float:
 
 
 def simulate(setting: Setting, costs: Costs) -> Outcome:
-    """All sweeps side by side, on one store."""
+    """Simulate all sweeps at the same time, on one store."""
     store = Server()
     part = replace(
         setting, gpus=setting.gpus // setting.sweeps, trials=setting.trials // setting.sweeps
@@ -278,8 +284,8 @@ def settings() -> list[Setting]:
     ]
 
 
-def limit(outcome: Outcome) -> str:
-    """Where most of the time goes that nobody trains in."""
+def largest_loss(outcome: Outcome) -> str:
+    """Return the largest cause of GPU time without training."""
     name, share = max(
         (item for item in outcome.shares.items() if item[0] != "training"), key=lambda item: item[1]
     )
@@ -306,8 +312,8 @@ def main() -> None:
         size: value / 3 for size, value in costs["ray tune: a trial"].items()
     }
     print(
-        "| setting | hours | GPUs train | driver busy | preempted | epochs lost | "
-        "most of the rest goes to |"
+        "| setting | hours | GPU time in training | driver busy | preemptions | epochs lost | "
+        "largest other use of GPU time |"
     )
     print("|---|---:|---:|---:|---:|---:|---|")
     for setting in settings():
@@ -319,7 +325,8 @@ def main() -> None:
             f"{o.hours:.1f} | {o.shares['training']:.0%} | {o.driver_busy:.0%} | {o.preemptions}"
         )
         print(
-            f"| {setting.name} | {numbers} | {math.ceil(o.lost_epochs)} | {limit(o)} |", flush=True
+            f"| {setting.name} | {numbers} | {math.ceil(o.lost_epochs)} | {largest_loss(o)} |",
+            flush=True,
         )
 
 

@@ -1,8 +1,8 @@
-"""What one event of a sweep costs its driver, by the number of trials that there are already.
-Milliseconds.
+"""Measure the milliseconds that one event of a sweep costs its driver, for several numbers of
+trials that exist already. Prints JSON.
 
-python benchmarks/scale_costs.py [--postgres /usr/lib/postgresql/15/bin] [--sizes 100 1000 10000] >
-costs.json
+    python benchmarks/scale_costs.py [--postgres /usr/lib/postgresql/15/bin] \\
+        [--sizes 100 1000 10000] > costs.json
 """
 
 import argparse
@@ -45,7 +45,7 @@ def _random(space: SearchSpace, rng: random.Random) -> dict[str, Any]:
 
 
 def trial_of(space: SearchSpace, number: int) -> Trial:
-    """An ended trial as a sweep leaves it, its metrics in the numbers that a real one has."""
+    """Build an ended trial with as many metrics as a real one has."""
     rng = random.Random(number)
     row = {f"train/metric_{i}": rng.random() for i in range(METRICS - 3)}
     row |= {
@@ -60,8 +60,8 @@ def trial_of(space: SearchSpace, number: int) -> Trial:
     )
 
 
-def milliseconds(call: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """The fastest of some calls: what others do on the machine is no cost of ours."""
+def fastest_milliseconds(call: Callable[[], Any], repeats: int = REPEATS) -> float:
+    """Time some calls and return the fastest, which other load on the machine affects least."""
     found = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -71,14 +71,14 @@ def milliseconds(call: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 
 def optuna_costs(space: SearchSpace, storage: Any, sizes: list[int]) -> dict[int, float]:
-    """One proposal and its result told, by trials that the study holds."""
+    """Measure a proposal and the report of its result, by the number of trials in the study."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(
         storage=storage, direction="maximize", sampler=space.sampler.build_sampler()
     )
     costs, held = {}, 0
 
-    def once() -> None:
+    def run_once() -> None:
         nonlocal held
         trial = study.ask()
         space.suggest_params(trial)
@@ -99,7 +99,7 @@ def optuna_costs(space: SearchSpace, storage: Any, sizes: list[int]) -> dict[int
             for t in missing
         )
         held = max(held, size)
-        costs[size] = milliseconds(once)
+        costs[size] = fastest_milliseconds(run_once)
     return costs
 
 
@@ -112,16 +112,18 @@ def ledger_costs(space: SearchSpace, folder: Path, sizes: list[int]) -> dict[str
             ledger.save_trial(trial_of(space, number))
         held = size
         again = trial_of(space, 0)
-        costs["write a trial"][size] = milliseconds(lambda trial=again: ledger.save_trial(trial))
-        costs["read all trials"][size] = milliseconds(ledger.load_trials, 2)
+        costs["write a trial"][size] = fastest_milliseconds(
+            lambda trial=again: ledger.save_trial(trial)
+        )
+        costs["read all trials"][size] = fastest_milliseconds(ledger.load_trials, 2)
     return costs
 
 
 def mlflow_costs(
     space: SearchSpace, uri: str, folder: Path, sizes: list[int]
 ) -> dict[str, dict[int, float]]:
-    """A trial's run opened with its settings, one epoch's metrics, the run closed: by runs that the
-    store holds.
+    """Measure opening a trial's run with its settings, logging one epoch, and closing the run, by
+    the number of runs in the store.
     """
     tracker = Tracker(uri, folder / "artifacts").wait_until_ready()
     follower = SweepTracker(tracker, "0123456789abcdef")
@@ -137,22 +139,24 @@ def mlflow_costs(
             trial = trial_of(space, number)
             running = Trial(number, trial.params)
             ended = Trial(number, trial.params, "stopped", EPOCHS)
-            opened.append(milliseconds(lambda t=running: follower.on_trial_update(t, None), 1))
+            opened.append(
+                fastest_milliseconds(lambda t=running: follower.on_trial_update(t, None), 1)
+            )
             logged.append(
-                milliseconds(
+                fastest_milliseconds(
                     lambda t=running, row=trial.latest: follower.on_trial_update(t, row), 1
                 )
             )
-            closed.append(milliseconds(lambda t=ended: follower.on_trial_update(t, None), 1))
+            closed.append(
+                fastest_milliseconds(lambda t=ended: follower.on_trial_update(t, None), 1)
+            )
         for name, found in zip(costs, (opened, logged, closed), strict=True):
             costs[name][size] = min(found)
     return costs
 
 
 def _fill(uri: str, tracker: Tracker, first: int, last: int) -> None:
-    """Runs as sweeps leave them, brought straight into the tables: through MLflow it would take an
-    hour.
-    """
+    """Insert runs as sweeps leave them into the tables; through MLflow it would take an hour."""
     import sqlalchemy as sa
     from mlflow.store.tracking.dbmodels.models import (
         SqlLatestMetric,
@@ -218,8 +222,8 @@ def _fill(uri: str, tracker: Tracker, first: int, last: int) -> None:
 
 
 def tune_costs(count: int) -> dict[int, float]:
-    """Ray Tune's own work for a trial of one report, with nothing of ours: early in a sweep and
-    late.
+    """Measure Ray Tune's own work, without ours, for a trial of one report, early and late in a
+    sweep.
     """
     from ray import tune
 
@@ -249,7 +253,7 @@ def tune_costs(count: int) -> dict[int, float]:
 
 @contextlib.contextmanager
 def postgres(binaries: Path, folder: Path) -> Iterator[str]:
-    """A PostgreSQL server of its own on loopback, which trusts who reaches it."""
+    """Run a new PostgreSQL server on loopback, without a password."""
     user = pwd.getpwnam("postgres")
     folder.chmod(0o755)
     data = folder / "pg"

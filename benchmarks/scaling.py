@@ -1,12 +1,11 @@
-"""Training against the number of workers, epochs and examples, and what is not work: a plot and a
-table.
+"""Measure the cost of training for several numbers of epochs, examples, trials and workers; print
+tables and draw a plot.
 
     python benchmarks/scaling.py --plot benchmarks/scaling.svg
 
-Cost should be a straight line in epochs and in examples; the table has the line's coefficient of
-determination and what one more epoch costs over the first. Workers share each batch over gloo on
-this machine, one thread each, and are compared with one worker that has one thread, and as many
-threads as they are.
+Cost should grow linearly with epochs and examples: the table has slope, intercept and R2 of the
+least-squares line. Workers share each batch over gloo on this machine, with one thread each. They
+are compared with one worker of one thread, and with one worker of as many threads.
 """
 
 import argparse
@@ -20,8 +19,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from measure import Ratio, machine, medians, table
-from sweeps import trials_seconds
+from measure import Ratio, describe_machine, format_table, medians
+from sweeps import time_sweeps
 
 from raysweep.data import load_data
 from raysweep.rng import ExampleRng
@@ -35,8 +34,8 @@ CPU = torch.device("cpu")
 SIZES = [1, 2, 4, 8], [128, 256, 512, 1024], [2, 4, 8, 12]
 
 
-def seconds(changes: dict[str, object]) -> float:
-    """Processor seconds of a whole run of GAIRAT on digits, checkpoints and validation included."""
+def time_training(changes: dict[str, object]) -> float:
+    """Train GAIRAT on digits, with checkpoints and validation; return processor seconds."""
     config = build_training_config("gairat", {"*.burn_in": 0, "data.val_size": 64, **changes})
     data = load_data(config.data)
     with TemporaryDirectory() as folder:
@@ -45,8 +44,8 @@ def seconds(changes: dict[str, object]) -> float:
         return time.process_time() - started
 
 
-def line(sizes: list[int], costs: list[float]) -> tuple[float, float, float]:
-    """Slope, intercept and coefficient of determination of the least-squares line."""
+def fit_line(sizes: list[int], costs: list[float]) -> tuple[float, float, float]:
+    """Return slope, intercept and R2 of the least-squares line."""
     slope, intercept = np.polyfit(sizes, costs, 1)
     residual = np.array(costs) - (slope * np.array(sizes) + intercept)
     return (
@@ -56,7 +55,7 @@ def line(sizes: list[int], costs: list[float]) -> tuple[float, float, float]:
     )
 
 
-def lines(
+def measure_cost_lines(
     epochs: list[int],
     examples: list[int],
     trials: list[int],
@@ -64,22 +63,23 @@ def lines(
     plot: Path | None,
     small: bool = False,
 ) -> list[Ratio]:
-    """Cost against epochs, examples and trials, each the least of n interleaved runs; of trials in
-    wall seconds.
+    """Measure the cost for numbers of epochs, examples and trials: the least of n interleaved runs.
+
+    Trials are measured in wall seconds, the others in processor seconds.
     """
-    seconds({"epochs": 1, "data.train_size": 64})
+    time_training({"epochs": 1, "data.train_size": 64})
     measured: dict[str, tuple[list[int], list[float]]] = {}
     for name, sizes, of in (
         ("epochs", epochs, lambda size: {"epochs": size, "data.train_size": 32 if small else 256}),
         ("training examples", examples, lambda size: {"epochs": 1, "data.train_size": size}),
     ):
-        runs = [[seconds(of(size)) for size in sizes] for _ in range(n)]
+        runs = [[time_training(of(size)) for size in sizes] for _ in range(n)]
         measured[name] = (sizes, [min(column) for column in zip(*runs, strict=True)])
-    walls = [trials_seconds(trials, small) for _ in range(n)]
+    walls = [time_sweeps(trials, small) for _ in range(n)]
     measured["trials"] = (trials, [min(column) for column in zip(*walls, strict=True)])
     rows, found = [], []
     for name, (sizes, costs) in measured.items():
-        slope, intercept, fit_ = line(sizes, costs)
+        slope, intercept, fit_ = fit_line(sizes, costs)
         costs_text = ", ".join(f"{cost:.2f}" for cost in costs)
         rows.append(
             [
@@ -101,9 +101,12 @@ def lines(
         )
     print(
         f"\nCost of GAIRAT on digits, processor s (trials: wall s of the sweep), least of {n}; "
-        f"{machine()}\n"
+        f"{describe_machine()}\n"
     )
-    print(table(["against", "sizes", "s", "slope", "at 0", "R2"], rows), flush=True)
+    print(
+        format_table(["cost against", "sizes", "seconds", "slope", "intercept", "R2"], rows),
+        flush=True,
+    )
     if plot:
         draw(measured, plot)
     return found
@@ -119,7 +122,7 @@ def draw(measured: dict[str, tuple[list[int], list[float]]], path: Path) -> None
         1, len(measured), figsize=(4.2 * len(measured), 3.2), layout="constrained"
     )
     for axis, (name, (sizes, costs)) in zip(axes, measured.items(), strict=True):
-        slope, intercept, fit_ = line(sizes, costs)
+        slope, intercept, fit_ = fit_line(sizes, costs)
         axis.plot(
             [0, max(sizes)], [intercept, slope * max(sizes) + intercept], color="0.6", linewidth=1
         )
@@ -130,7 +133,7 @@ def draw(measured: dict[str, tuple[list[int], list[float]]], path: Path) -> None
 
 
 def worker_steps(workers: WorkerGroup, model: str, batch: int, n: int) -> list[float]:
-    """Wall seconds of n steps of GAIRAT, PGD-10, after one that is not counted."""
+    """Return wall seconds of n steps of GAIRAT with PGD-10, after one that does not count."""
     config = build_training_config(
         "gairat", {"*.burn_in": 0, "model.name": model, "data.val_size": 64}
     )
@@ -179,10 +182,10 @@ VARIANTS = {
 }
 
 
-def workers(
+def measure_workers(
     model: str, batch: int, n: int, repeats: int, variants: dict[str, tuple[int, int]]
 ) -> list[Ratio]:
-    """One and two workers in turn."""
+    """Measure variants of (workers, threads) in turn."""
     timings: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, (size, threads) in variants.items():
@@ -192,9 +195,9 @@ def workers(
     rows = [[name, f"{value:.3f}", f"{first / value:.2f}"] for name, value in time_of.items()]
     print(
         f"\nWorkers, GAIRAT, {model} on digits, batch {batch}, wall s of {n} x {repeats} steps; "
-        f"{machine()}\n"
+        f"{describe_machine()}\n"
     )
-    print(table(["", "s a step, median", "x"], rows), flush=True)
+    print(format_table(["workers", "s per step, median", "speedup"], rows), flush=True)
     what = f"1 to 2 workers of training, {model}, batch {batch}"
     cores = f"2 on idle cores ({os.cpu_count()}, load {os.getloadavg()[0]:.0f})"
     return [
@@ -208,15 +211,15 @@ def workers(
 
 
 def run(full: bool = False) -> list[Ratio]:
-    """What `python benchmarks` shows of it."""
+    """Run the part of `python benchmarks`; small sizes unless `full`."""
     if not full:
         few = {name: VARIANTS[name] for name in ("1 worker, 1 thread", "2 workers, 1 thread each")}
         return [
-            *lines([1, 2], [32, 64], [1, 2], 1, None, small=True),
-            *workers("digits_cnn", 16, 1, 1, few),
+            *measure_cost_lines([1, 2], [32, 64], [1, 2], 1, None, small=True),
+            *measure_workers("digits_cnn", 16, 1, 1, few),
         ]
     plot = Path(__file__).parent / "scaling.svg"
-    return [*lines(*SIZES, 2, plot), *workers("resnet18", 64, 2, 2, VARIANTS)]
+    return [*measure_cost_lines(*SIZES, 2, plot), *measure_workers("resnet18", 64, 2, 2, VARIANTS)]
 
 
 def main() -> None:
@@ -232,9 +235,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if "lines" in args.what:
-        lines(*SIZES, 2, args.plot)
+        measure_cost_lines(*SIZES, 2, args.plot)
     if "workers" in args.what:
-        workers(args.model, args.batch, 2, 2, VARIANTS)
+        measure_workers(args.model, args.batch, 2, 2, VARIANTS)
 
 
 if __name__ == "__main__":

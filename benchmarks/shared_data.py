@@ -1,7 +1,6 @@
-"""Memory that each further trial on a machine needs for its data: a copy of its own, or the
-machine's.
+"""Measure the memory that the data of a trial needs: its own copy, or the cache of the machine.
 
-python benchmarks/shared_data.py        CIFAR-10's size (random pixels), 1 and 4 processes
+python benchmarks/shared_data.py        # CIFAR-10's size (random pixels), 1 and 4 processes
 """
 
 import argparse
@@ -20,10 +19,8 @@ from raysweep.data import DataSpec, load_data
 from raysweep.data.dataset_cache import CachedDataset
 
 
-def trial(how: str, spec: DataSpec, fingerprint: str, ready: Any, results: Any) -> None:
-    """Load, touch every pixel, and say how much memory that took: private to this process, and
-    resident.
-    """
+def load_and_report(how: str, spec: DataSpec, fingerprint: str, ready: Any, results: Any) -> None:
+    """Load the data, read every pixel, and report private and resident memory of this process."""
     gc.collect()
     before = psutil.Process().memory_full_info()
     began = time.perf_counter()
@@ -41,7 +38,7 @@ def measure(how: str, count: int, spec: DataSpec, fingerprint: str) -> tuple[flo
     context = multiprocessing.get_context("spawn")
     ready, results = context.Barrier(count), context.Queue()
     trials = [
-        context.Process(target=trial, args=(how, spec, fingerprint, ready, results))
+        context.Process(target=load_and_report, args=(how, spec, fingerprint, ready, results))
         for _ in range(count)
     ]
     for process in trials:

@@ -1,10 +1,9 @@
-"""What a bucket costs per checkpoint: against an S3 server on this machine, so without a network.
+"""Measure the time of a checkpoint in a bucket, with an S3 server on this machine (no network).
 
     python benchmarks/storage_overhead.py
 
-Prints a Markdown table: median seconds to save a checkpoint in a folder and in a bucket, to bring
-it to a machine that has none, to look whether a copy is up to date, and to store it as a shared
-prefix.
+Prints a Markdown table of median seconds: to save a checkpoint in a folder and in a bucket, to
+download it, to check whether a local copy is current, and to store it as a shared prefix.
 """
 
 import argparse
@@ -43,10 +42,12 @@ def main() -> None:
     fs.FileSystem.from_uri(f"s3://bench?allow_bucket_creation=true&{query}")[0].create_dir("bench")
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["RAYSWEEP_CACHE"] = f"{scratch}/copy"
-        print("| network | MB | save, folder | save, bucket | pull | up to date? | prefix |")
+        print(
+            "| network | MB | save, folder | save, bucket | download | check copy | store prefix |"
+        )
         print("|---|--:|--:|--:|--:|--:|--:|")
         for name, channels in (("digits_cnn", 1), ("resnet18", 3)):
-            row = measured(
+            row = measure_checkpoint(
                 name,
                 channels,
                 Path(scratch) / "folder",
@@ -60,7 +61,9 @@ def main() -> None:
     server.stop()
 
 
-def measured(name: str, channels: int, folder: Path, bucket: Path, repeats: int) -> list[float]:
+def measure_checkpoint(
+    name: str, channels: int, folder: Path, bucket: Path, repeats: int
+) -> list[float]:
     model = ModelSpec(name=name).build_model(channels, 10, 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     sum(p.sum() for p in model.parameters()).backward()
@@ -83,10 +86,10 @@ def measured(name: str, channels: int, folder: Path, bucket: Path, repeats: int)
         lambda: storage.pull_checkpoint(bucket / name),
         lambda: prefixes.store_state(f"{name}{next(keys)}", bucket / name),
     ]
-    return [size, *(median(step, repeats) for step in steps)]
+    return [size, *(median_seconds(step, repeats) for step in steps)]
 
 
-def median(step: Callable[[], object], repeats: int) -> float:
+def median_seconds(step: Callable[[], object], repeats: int) -> float:
     times = []
     for _ in range(repeats):
         began = time.perf_counter()

@@ -1,11 +1,11 @@
-"""What a sweep costs, on digits: python benchmarks/sweeps.py sharing|overhead|kinds
+"""Measure the time of sweeps on digits: python benchmarks/sweeps.py sharing|overhead|kinds
 
-sharing: the same sweep with and without shared prefixes, in turn: epochs and wall time.
+sharing: the same sweep with and without shared prefixes, in turn; its epochs and wall time.
 overhead: a sweep and bare training of the same runs in the same number of processes, measured in
     turn, with short and with longer epochs; the seconds a trial takes to start.
 kinds: one small sweep of each kind of search, with its time.
 
-Each prints a Markdown table. MLflow is written to in all sweeps, as `raysweep tune` does.
+Each prints a Markdown table. All sweeps log to MLflow, as `raysweep tune` does.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Ratio, machine
-from measure import table as markdown
+from measure import Ratio, describe_machine
+from measure import format_table as markdown
 
 from raysweep.data import load_data
 from raysweep.sweep.cluster import connect_to_cluster
@@ -49,7 +49,7 @@ GRID = {
 
 
 class Clock:
-    """A listener: when each trial started and reported."""
+    """Listener that records when each trial started and reported."""
 
     def __init__(self) -> None:
         self.started_at: dict[int, float] = {}
@@ -70,8 +70,8 @@ class Clock:
         pass
 
 
-def sweep(space: SearchSpace, **resources: Any) -> tuple[Ledger, float, Clock]:
-    """A sweep in a folder of its own, its wall seconds, and when things happened."""
+def run_timed_sweep(space: SearchSpace, **resources: Any) -> tuple[Ledger, float, Clock]:
+    """Run a sweep in a new folder; return its ledger, wall seconds and clock."""
     folder, clock = Path(tempfile.mkdtemp(prefix="sweeps-")), Clock()
     tracker = Tracker(f"sqlite:///{folder}/mlflow.db", folder / "mlruns").wait_until_ready()
     fingerprint = load_data(space.trial_config({}).data).fingerprint
@@ -87,7 +87,7 @@ def sweep(space: SearchSpace, **resources: Any) -> tuple[Ledger, float, Clock]:
     return ledger, seconds, clock
 
 
-def sharing(rounds: int) -> list[list[Any]]:
+def measure_sharing(rounds: int) -> list[list[Any]]:
     shipped = load_space("gairat", SMALL)
     cases = {
         "lambda x burn-in (grid of 12)": SearchSpace.from_data(GRID),
@@ -97,19 +97,19 @@ def sharing(rounds: int) -> list[list[Any]]:
         [
             "sweep",
             "trials",
-            "epochs asked",
-            "trained, shared",
-            "ratio",
-            "s alone",
-            "s shared",
-            "ratio",
+            "epochs of all trials",
+            "epochs trained, shared",
+            "ratio of epochs",
+            "s, not shared",
+            "s, shared",
+            "ratio of s",
         ]
     ]
     for name, space in cases.items():
         alone, shared = [], []
         for _ in range(rounds):
-            alone.append(sweep(space.model_copy(update={"share_prefixes": False}))[:2])
-            shared.append(sweep(space)[:2])
+            alone.append(run_timed_sweep(space.model_copy(update={"share_prefixes": False}))[:2])
+            shared.append(run_timed_sweep(space)[:2])
         asked = [sum(trial.epoch for trial in ledger.load_trials()) for ledger, _ in shared]
         trained = [
             sum(trial.trained_epochs for trial in ledger.load_trials()) for ledger, _ in shared
@@ -121,7 +121,7 @@ def sharing(rounds: int) -> list[list[Any]]:
     return table
 
 
-def bare(config: TrainingConfig) -> None:
+def train_bare(config: TrainingConfig) -> None:
     torch.set_num_threads(1)
     train_model(config, Path(tempfile.mkdtemp(prefix="sweeps-")))
 
@@ -129,15 +129,15 @@ def bare(config: TrainingConfig) -> None:
 OVERHEAD = [
     "trials",
     "epochs each",
-    "s an epoch",
-    "s bare, 2 processes",
-    "s sweep",
-    "ratio",
+    "s per epoch",
+    "s of bare training, 2 processes",
+    "s of the sweep",
+    "sweep / bare (each round)",
     "s to start, warm actor",
 ]
 
 
-def overhead(
+def measure_overhead(
     rounds: int, trials: int = 8, epochs: int = 8, bases: Sequence[dict[str, Any]] = (SMALL, {})
 ) -> list[list[Any]]:
     table: list[list[Any]] = [OVERHEAD]
@@ -150,9 +150,9 @@ def overhead(
         for _ in range(rounds):
             began = time.perf_counter()
             with ProcessPoolExecutor(2) as pool:
-                list(pool.map(bare, configs))
+                list(pool.map(train_bare, configs))
             alone.append(time.perf_counter() - began)
-            _, seconds, clock = sweep(space)
+            _, seconds, clock = run_timed_sweep(space)
             swept.append(seconds)
             waits += sorted(clock.waits)[: -clock.concurrent]
         one, two = statistics.median(alone), statistics.median(swept)
@@ -164,9 +164,10 @@ def overhead(
     return table
 
 
-def trials_seconds(sizes: Sequence[int], small: bool = False) -> list[float]:
-    """Wall seconds of sweeps of so many trials, two at a time, on a cluster that is up; nothing is
-    shared.
+def time_sweeps(sizes: Sequence[int], small: bool = False) -> list[float]:
+    """Return wall seconds of sweeps with these numbers of trials, without shared prefixes.
+
+    Two trials run at a time, on a cluster that has started before.
     """
     base = {**TINY, "epochs": 1} if small else {**SMALL, "epochs": 2}
     spaces = [
@@ -174,14 +175,14 @@ def trials_seconds(sizes: Sequence[int], small: bool = False) -> list[float]:
         for size in sizes
     ]
     with connect_to_cluster(n_cpus=2):
-        return [sweep(space)[1] for space in spaces]
+        return [run_timed_sweep(space)[1] for space in spaces]
 
 
 def run(full: bool = False) -> list[Ratio]:
-    """What `python benchmarks` shows of it."""
+    """Run the part of `python benchmarks`; small sizes unless `full`."""
     with connect_to_cluster(n_cpus=2):
-        head, *rows = overhead(2) if full else overhead(1, 3, 1, (TINY,))
-    print(f"\nA sweep and bare training of the same runs; {machine()}\n")
+        head, *rows = measure_overhead(2) if full else measure_overhead(1, 3, 1, (TINY,))
+    print(f"\nA sweep and bare training of the same runs; {describe_machine()}\n")
     print(markdown(head, [[str(cell) for cell in row] for row in rows]), flush=True)
     found = []
     for trials, epochs, epoch, alone, swept, ratio, start in rows:
@@ -195,7 +196,7 @@ def run(full: bool = False) -> list[Ratio]:
     return found
 
 
-def kinds(rounds: int) -> list[list[Any]]:
+def measure_kinds(rounds: int) -> list[list[Any]]:
     ranges = {LAM: {"float": [-3.0, 3.0]}, BURN_IN: {"int": [1, 3]}}
     plain = {
         "method": "gairat",
@@ -230,7 +231,7 @@ def kinds(rounds: int) -> list[list[Any]]:
         ]
     ]
     for name, (changes, workers) in cases.items():
-        ledger, seconds, _ = sweep(
+        ledger, seconds, _ = run_timed_sweep(
             SearchSpace.from_data(plain | changes), cpus=workers, workers=workers
         )
         trials = ledger.load_trials()
@@ -250,7 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what = {"sharing": sharing, "overhead": overhead, "kinds": kinds}
+    what = {"sharing": measure_sharing, "overhead": measure_overhead, "kinds": measure_kinds}
     parser.add_argument("what", choices=what)
     parser.add_argument(
         "--rounds", type=int, default=2, help="of each, in turn; the table has medians (default: 2)"

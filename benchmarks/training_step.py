@@ -1,15 +1,16 @@
-"""One training step of GAIRAT and of LRAT, fast path after fast path, against a plain step written
-as public code is.
+"""Time one training step of GAIRAT and LRAT, adding one optimization after another, against a plain
+step in the style of public code.
 
     python benchmarks/training_step.py --method gairat lrat --batch 32 --rounds 3 --threads 1
     python benchmarks/training_step.py --digits
 
-The plain steps here follow the papers' algorithms in the common style: the attack calls backward(),
-which computes the gradients of all parameters too, kappa and weights are filled example by example,
-tensors are contiguous. GAIRAT's published code takes kappa from the forward that it differentiates,
-other code of the field does a forward for it: both are measured. All variants share weights, batch
-and random start, so that kappa, loss and gradient must agree. On a GPU if there is one; then with
-compilation and CUDA graphs, and TF32 in float32 as training has it.
+The plain steps follow the papers' algorithms in the common style: the attack calls backward(),
+which also computes the gradients of all parameters; kappa and weights are computed example by
+example; tensors are contiguous. GAIRAT's published code takes kappa from the forward pass that it
+differentiates, other public code does another forward pass: both are measured. All variants share
+weights, batch and random start, so kappa, loss and gradient must agree. The benchmark uses a GPU
+if there is one, then also with compilation and CUDA graphs, and with TF32 in float32 as in
+training.
 """
 
 import argparse
@@ -20,7 +21,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import DEVICE, Flops, Ratio, machine, matrix_rate, medians, rounds, table
+from measure import (
+    DEVICE,
+    Flops,
+    Ratio,
+    describe_machine,
+    format_table,
+    measure_matrix_rate,
+    medians,
+    time_rounds,
+)
 from torch import Tensor, nn
 
 from raysweep.attacks import PGD
@@ -48,8 +58,8 @@ FLOAT32, BF16, COMPILED = "+ folded batch norms (default)", "+ bf16 training", "
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a step computed: the loss, all gradients in one vector, and kappa of the PGD attack."""
+class StepOutcome:
+    """Result of a step: the loss, all gradients in one vector, and kappa of the PGD attack."""
 
     loss: float
     grad: Tensor
@@ -58,7 +68,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Subject:
-    """What all variants start from."""
+    """Method, model, batch and random numbers that all variants start from."""
 
     method: Method
     model: nn.Module
@@ -83,7 +93,7 @@ class Subject:
 def plain_attack(
     model: nn.Module, spec: PGD, start: Tensor, x: Tensor, y: Tensor, own_forward: bool
 ) -> tuple[Tensor, Tensor]:
-    """PGD or CW (G alg. 1, L alg. 2-3): x~, and kappa counted in a loop over examples."""
+    """Run PGD or CW (G alg. 1, L alg. 2-3); return x~, and kappa from a loop over examples."""
     model.eval()
     x_adv, kappa = start.detach(), torch.zeros(len(x), device=DEVICE)
     for _ in range(spec.steps):
@@ -113,8 +123,8 @@ def plain_attack(
     return x_adv, kappa
 
 
-def plain_gairat(model: nn.Module, subject: Subject, own_forward: bool) -> Found:
-    """G alg. 1-2 with eq. 6, example by example."""
+def plain_gairat(model: nn.Module, subject: Subject, own_forward: bool) -> StepOutcome:
+    """Do a GAIRAT step (G alg. 1-2 with eq. 6), example by example."""
     x, y, spec = subject.batch.x, subject.batch.y, subject.method.attacks["pgd"]
     x_adv, kappa = plain_attack(model, spec, subject.start("pgd"), x, y, own_forward)
     lam = resolved_value(subject.method.terms["pgd"].weight.lam)
@@ -125,11 +135,11 @@ def plain_gairat(model: nn.Module, subject: Subject, own_forward: bool) -> Found
     loss = (weight * F.cross_entropy(model(x_adv), y, reduction="none")).mean()
     model.zero_grad()
     loss.backward()
-    return Found(loss.item(), gradient(model), kappa)
+    return StepOutcome(loss.item(), gradient(model), kappa)
 
 
-def plain_lrat(model: nn.Module, subject: Subject, own_forward: bool) -> Found:
-    """L alg. 1 with eq. 5, 8-10 and 17, example by example; no kappa needs a forward pass."""
+def plain_lrat(model: nn.Module, subject: Subject, own_forward: bool) -> StepOutcome:
+    """Do an LRAT step (L alg. 1, eq. 5, 8-10, 17) by example; kappa needs no forward pass."""
     x, y, method = subject.batch.x, subject.batch.y, subject.method
     made = {}
     for name, spec in method.attacks.items():
@@ -156,34 +166,36 @@ def plain_lrat(model: nn.Module, subject: Subject, own_forward: bool) -> Found:
     loss = total / sum(w.sum() for w in weights.values())
     model.zero_grad()
     loss.backward()
-    return Found(loss.item(), gradient(model), made["pgd"][1])
+    return StepOutcome(loss.item(), gradient(model), made["pgd"][1])
 
 
 def gradient(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.reshape(-1).float() for p in model.parameters()])
 
 
-def ours(subject: Subject, changes: dict[str, Any]) -> Callable[[], Found]:
-    """Our step under `changes` of the plain settings, with its update."""
+def build_our_step(subject: Subject, changes: dict[str, Any]) -> Callable[[], StepOutcome]:
+    """Build our step with `changes` to the plain settings; it includes the update."""
     compute = ComputeSpec.from_data({**PLAIN, **changes})
     faces = ModelVariants(subject.copy(), subject.batch.x[:1], compute.resolve(DEVICE))
     optimizer = sgd(faces.model)
 
-    def run() -> Found:
+    def run() -> StepOutcome:
         with faces.training_precision():
             step = compute_step_gradients(subject.method, faces, subject.batch, subject.rng)
         optimizer.step()
-        return Found(step.loss.item(), gradient(faces.model), step.attack_results["pgd"].kappa)
+        return StepOutcome(
+            step.loss.item(), gradient(faces.model), step.attack_results["pgd"].kappa
+        )
 
     return run
 
 
-def plain(subject: Subject, own_forward: bool) -> Callable[[], Found]:
+def build_plain_step(subject: Subject, own_forward: bool) -> Callable[[], StepOutcome]:
     model = subject.copy()
     optimizer = sgd(model)
     step = {"gairat": plain_gairat, "lrat": plain_lrat}[subject.method.name]
 
-    def run() -> Found:
+    def run() -> StepOutcome:
         found = step(model, subject, own_forward)
         optimizer.step()
         return found
@@ -192,17 +204,17 @@ def plain(subject: Subject, own_forward: bool) -> Callable[[], Found]:
 
 
 def sgd(model: nn.Module) -> torch.optim.SGD:
-    """Of rate 0: it does its work, and all variants stay where they are."""
+    """Build an optimizer of rate 0: it does its work, but the weights stay the same."""
     return torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
 
 
-def prepared(
+def prepare_subject(
     name: str, batch: int, small: bool, network: Path | None = None, warm_up: int = 15
 ) -> Subject:
-    """Method, batch and a network that has learned some of it; kept in the file `network` if one is
-    given.
+    """Build a method, a batch, and a network trained for `warm_up` steps.
 
-    Images of ten random patterns under noise; their arithmetic costs what that of photographs does.
+    If the file `network` is given, the network is loaded from it, if it exists, and stored in it.
+    The images are ten random patterns with noise; their arithmetic costs the same as photographs'.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (1, 8, 8) if small else (3, 32, 32)
@@ -221,7 +233,7 @@ def prepared(
     if network is not None and network.exists():
         model.load_state_dict(torch.load(network, weights_only=True))
     else:
-        learn(model, images, warm_up)
+        train_briefly(model, images, warm_up)
     if network is not None:
         torch.save(model.state_dict(), network)
     config = build_training_config(
@@ -234,7 +246,9 @@ def prepared(
     )
 
 
-def learn(model: nn.Module, images: Callable[[int], tuple[Tensor, Tensor]], steps: int) -> None:
+def train_briefly(
+    model: nn.Module, images: Callable[[int], tuple[Tensor, Tensor]], steps: int
+) -> None:
     """Train for a few steps, then update the batch norms' statistics, which lag behind."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     for _ in range(steps):
@@ -242,11 +256,11 @@ def learn(model: nn.Module, images: Callable[[int], tuple[Tensor, Tensor]], step
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-    settle(model, images(64)[0])
+    reset_batch_norm_statistics(model, images(64)[0])
 
 
-def settle(model: nn.Module, x: Tensor) -> None:
-    """Give batch norms the statistics of x."""
+def reset_batch_norm_statistics(model: nn.Module, x: Tensor) -> None:
+    """Replace the statistics of batch norms by those of x."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
@@ -256,8 +270,8 @@ def settle(model: nn.Module, x: Tensor) -> None:
         norm.momentum = 0.1
 
 
-def flops(subject: Subject) -> tuple[float, float]:
-    """Of our step's attacks, and of the rest of it, counted."""
+def count_step_flops(subject: Subject) -> tuple[float, float]:
+    """Count the FLOP of our step's attacks and of the rest of the step."""
     faces = ModelVariants(subject.copy(), subject.batch.x[:1], ComputeSpec().resolve(DEVICE))
     few = Subject(
         subject.method,
@@ -284,25 +298,27 @@ def measure(
     warm_up: bool = True,
     network: Path | None = None,
 ) -> list[Ratio]:
-    """Print the table of one method and batch size; the ratios that have goals."""
-    subject = prepared(name, batch, small, network)
-    variants = {"plain, a forward for kappa": plain(subject, True)} if name == "gairat" else {}
-    variants["plain, one forward"] = plain(subject, False)
+    """Print the table of one method and batch size; return the ratios that have goals."""
+    subject = prepare_subject(name, batch, small, network)
+    variants = (
+        {"plain, a forward for kappa": build_plain_step(subject, True)} if name == "gairat" else {}
+    )
+    variants["plain, one forward"] = build_plain_step(subject, False)
     changes: dict[str, Any] = {}
     for path, change in PATHS.items():
         changes |= change
         if path in paths:
-            variants[path] = ours(subject, dict(changes))
-    found: dict[str, Found] = {}
-    seconds = rounds(
+            variants[path] = build_our_step(subject, dict(changes))
+    found: dict[str, StepOutcome] = {}
+    seconds = time_rounds(
         {k: lambda k=k, run=run: found.update({k: run()}) for k, run in variants.items()},
         n,
         warm_up,
     )
     time_of = medians(seconds)
-    attack, rest = flops(subject)
+    attack, rest = count_step_flops(subject)
     size = {"tries": 2, "size": 256} if small else {}
-    rates = {dtype: matrix_rate(dtype, **size) for dtype in (torch.float32, torch.bfloat16)}
+    rates = {dtype: measure_matrix_rate(dtype, **size) for dtype in (torch.float32, torch.bfloat16)}
     reference = next(iter(variants))
     base = found.get("ours, all off", found[reference])
     rows = []
@@ -321,14 +337,17 @@ def measure(
         "step",
         "s, median",
         "images / s",
-        "x",
-        "x one forward",
-        "of the limit",
-        "kappa differs",
-        "loss",
-        "gradient",
+        "speedup over plain",
+        "speedup over plain, one forward",
+        "share of the limit",
+        "rows with another kappa",
+        "relative error of the loss",
+        "of the gradient",
     ]
-    print(f"\n{name}, PGD-10, {subject.name}, batch {batch}; {n} interleaved rounds; {machine()}")
+    print(
+        f"\n{name}, PGD-10, {subject.name}, batch {batch}; {n} interleaved rounds; "
+        f"{describe_machine()}"
+    )
     print(
         f"kappa of {len(base.kappa.unique())} sizes, mean {base.kappa.float().mean():.1f};", end=" "
     )
@@ -340,7 +359,7 @@ def measure(
         f"{rates[torch.float32] / 1e9:.0f} GFLOP/s in float32, {rates[torch.bfloat16] / 1e9:.0f} "
         "in bf16\n"
     )
-    print(table(head, rows), flush=True)
+    print(format_table(head, rows), flush=True)
     goals = {FLOAT32: "2 (float32)", BF16: "3.5 (bf16)", COMPILED: "5 (GPU)"}
     return [
         Ratio(f"training step, {name}, batch {batch}: {path.strip('+ ')}",
@@ -352,7 +371,7 @@ def measure(
 
 
 def _limit(variant: str, attack: float, rest: float, rates: dict[torch.dtype, float]) -> float:
-    """Seconds that the step's matrix products alone take at the machine's rate."""
+    """Return the seconds that the step's matrix products take at the machine's best rate."""
     order = list(PATHS)
     in_bf16 = [
         order.index(variant) >= order.index(f"+ bf16 {part}") for part in ("attack", "training")
@@ -363,17 +382,17 @@ def _limit(variant: str, attack: float, rest: float, rates: dict[torch.dtype, fl
     )
 
 
-def _agreement(one: Found, other: Found) -> list[str]:
-    """Rows whose kappa differs, and the relative difference of loss and gradient."""
+def _agreement(one: StepOutcome, other: StepOutcome) -> list[str]:
+    """Return cells: share of rows with another kappa, relative errors of loss and gradient."""
     differs = f"{(one.kappa != other.kappa).float().mean():.1%}"
     apart = (one.grad - other.grad).norm() / other.grad.norm()
     return [differs, f"{abs(one.loss / other.loss - 1):.0e}", f"{apart:.0e}"]
 
 
 def run(full: bool = False) -> list[Ratio]:
-    """What `python benchmarks` shows of it."""
+    """Run the part of `python benchmarks`; small sizes unless `full`."""
     batch, n = (128, 2) if full else (16, 1)
-    paths = suited(full)
+    paths = faster_paths(full)
     return [
         r
         for name in ("gairat", "lrat")
@@ -381,14 +400,16 @@ def run(full: bool = False) -> list[Ratio]:
     ]
 
 
-def suited(full: bool) -> list[str]:
-    """The paths that are faster here, if only those are asked for: a processor without units for
-    bf16 takes minutes.
+def faster_paths(full: bool) -> list[str]:
+    """List the code paths to measure.
+
+    With `full`, bf16 is left out where it is slower than float32: a processor without bf16 units
+    would take minutes.
     """
     if DEVICE.type == "cuda":
         return list(PATHS)
     paths = [path for path in PATHS if path != COMPILED]
-    if full and matrix_rate(torch.bfloat16) < matrix_rate(torch.float32):
+    if full and measure_matrix_rate(torch.bfloat16) < measure_matrix_rate(torch.float32):
         print("bf16 is left out: this processor computes it more slowly than float32")
         return [path for path in paths if "bf16" not in path]
     return paths
@@ -420,7 +441,7 @@ def main() -> None:
             args.batch,
             args.rounds,
             args.digits,
-            args.paths or suited(True),
+            args.paths or faster_paths(True),
             not args.cold,
             args.network,
         )

@@ -20,12 +20,12 @@ import training_step  # noqa: E402
 
 @pytest.mark.parametrize("method", ["gairat", "lrat"])
 def test_the_plain_step_is_written_from_the_papers_and_ours_computes_the_same(method) -> None:
-    subject = training_step.prepared(method, 24, small=True)
+    subject = training_step.prepare_subject(method, 24, small=True)
     plain, ours = (
-        training_step.plain(subject, method == "gairat")(),
-        training_step.ours(subject, {})(),
+        training_step.build_plain_step(subject, method == "gairat")(),
+        training_step.build_our_step(subject, {})(),
     )
-    fast = training_step.ours(subject, {"channels_last": True, "fold": True})()
+    fast = training_step.build_our_step(subject, {"channels_last": True, "fold": True})()
     assert len(plain.kappa.unique()) > 2
     for found in (ours, fast):
         assert torch.equal(plain.kappa.long(), found.kappa)
