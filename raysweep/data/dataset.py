@@ -1,4 +1,4 @@
-"""A data set, and how its settings turn files into training, validation and test splits."""
+"""Data sets: their settings, and loading them as training, validation and test splits."""
 
 import hashlib
 from collections.abc import Iterator
@@ -22,13 +22,13 @@ _PositionArray = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 class DataSpec(Spec):
-    """Settings of a data set: which images, and how they are split and augmented."""
+    """Settings of a data set: its files, splits and augmentation."""
 
     name: str = "digits"
     """Name of the data set, as in `raysweep list`."""
     data_dir: Path | None = None
-    """Folder of the data set's files. Becomes an absolute path, because trials run in other
-    working directories. Not needed for `digits`."""
+    """Folder of the data set's files. It is made absolute, because trials run in other working
+    directories. Not needed for `digits`."""
     download: bool = False
     """Whether torchvision may download missing files into `data_dir`."""
     val_size: Annotated[int, Field(ge=1)] = 1000
@@ -41,8 +41,8 @@ class DataSpec(Spec):
     split_seed: int = 0
     """Seed that chooses the training and validation examples."""
     unlabeled: Path | None = None
-    """File of pseudo-labelled images (.npz, .parquet, .pickle or .pkl) in the shape of the data
-    set, for `rst` and `gair-rst`. A relative path starts at `data_dir`."""
+    """File of pseudo-labelled images (.npz, .parquet, .pickle or .pkl) of the same shape as the
+    data set's, for `rst` and `gair-rst`. A relative path starts at `data_dir`."""
     unlabeled_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Fraction of each training batch that comes from `unlabeled`, between 0 and 1."""
 
@@ -72,8 +72,8 @@ class Dataset:
 
     Attributes:
         train: Training examples.
-        val: Validation examples, from the same source files as `train`. Every prefix has about
-            equally many examples of each class.
+        val: Validation examples, from the same files as `train`. The first n of them have about
+            equally many examples of each class, for any n.
         test: Test examples.
         channels: Number of image channels.
         classes: Number of classes.
@@ -197,9 +197,10 @@ def _load_unlabeled_split(path: Path, arrays: TrainTestArrays, classes: int) -> 
 
 
 def _shuffle_class_balanced(y: LabelArray, spec: DataSpec) -> _PositionArray:
-    """Return shuffled positions: validation first, then training.
+    """Return shuffled positions in the training file: validation first, then training.
 
-    Every prefix has equally many examples of each class, until a class has no more examples.
+    The first n positions have equally many examples of each class (plus or minus one), for any n
+    up to which every class has enough examples.
     """
     generator = np.random.default_rng(derive_seed(spec.split_seed, "split"))
     rank_in_class = np.empty(len(y), dtype=np.int64)

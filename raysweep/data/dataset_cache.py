@@ -20,7 +20,7 @@ from raysweep.data.dataset import Dataset, DataSpec, load_data
 from raysweep.data.split import Split
 from raysweep.spec import SpecError, json_digest
 
-# The most recently used files stay in the cache.
+# Number of files in the cache; the least recently used ones are deleted.
 _MAX_CACHE_FILES = 8
 _SPLIT_NAMES = ("train", "val", "test", "unlabeled")
 
@@ -38,11 +38,11 @@ class CachedDataset:
     fingerprint: str
 
     def load_shared(self, spec: DataSpec) -> Dataset:
-        """Load a data set, in memory shared with the other processes of this machine if possible.
+        """Load a data set, if possible in memory that all processes of this machine share.
 
         Args:
-            spec: Settings of the data set to load. The memory is shared if these name the same
-                files as `self.spec`; other files are read without the cache.
+            spec: Settings of the data set to load. They may differ from `self.spec`. If `name`,
+                `data_dir` or `unlabeled` differ, the files are read without the cache.
 
         Returns:
             The data set, on the CPU.
@@ -71,7 +71,7 @@ def _load_memoized(spec_json: str, fingerprint: str | None) -> Dataset:
 
 
 def get_dataset_cache_dir() -> Path:
-    """Return the cache folder of the current user: `$XDG_CACHE_HOME/raysweep-data`."""
+    """Return the user's cache folder: `$XDG_CACHE_HOME/raysweep-data`, by default in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raysweep-data"
 
 
@@ -89,7 +89,7 @@ def _load_or_create_cache(spec: DataSpec, fingerprint: str) -> Dataset:
             f"{spec.data_dir} holds other {spec.name!r} data (fingerprint {data.fingerprint}) "
             f"than the driver's ({fingerprint})"
         )
-    # With a full disk the trial still runs; it only needs more memory.
+    # If the disk is full, the trial still runs, but does not share its memory.
     with suppress(OSError, SafetensorError):
         _write_cache_file(path, data)
         return _map_cache_file(path, spec, fingerprint)
@@ -104,7 +104,8 @@ def _write_cache_file(path: Path, data: Dataset) -> None:
         split: Split | None = getattr(data, name)
         if split is not None:
             tensors |= {f"{name}.x": split.x, f"{name}.y": split.y, f"{name}.index": split.index}
-    # "white" is how raysweep 0.1 called pixel_max; its cache files stay valid.
+    # The key "white" is raysweep 0.1's name of pixel_max. It is kept, so that old cache files stay
+    # valid.
     metadata = {
         "white": data.train.pixel_max,
         "channels": data.channels,
@@ -126,7 +127,7 @@ def _map_cache_file(path: Path, spec: DataSpec, fingerprint: str) -> Dataset:
     with safe_open(path, "pt") as file:
         metadata = {name: int(value) for name, value in file.metadata().items()}
         tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    # The time of last use decides which files are deleted.
+    # Mark the file as used: the least recently used files are deleted.
     os.utime(path)
     splits: dict[str, Split] = {}
     for name in _SPLIT_NAMES:

@@ -1,6 +1,7 @@
 """Readers of image data sets.
 
-To add a data set, write a function like `load_digits` and enter it in `DATASET_LOADERS`.
+To add a data set, write a function (data_dir, download) -> TrainTestArrays like `load_mnist`, and
+list it in `DATASET_LOADERS`. It should raise `SpecError` if files are missing or damaged.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ LabelArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TrainTestArrays:
-    """Training and test examples as they are in the files.
+    """Training and test examples, in the order and with the pixel values of the files.
 
     Attributes:
         x_train: Training images, (N, C, H, W) uint8 in 0..`pixel_max`.
@@ -48,7 +49,7 @@ def load_digits(data_dir: Path | None, download: bool) -> TrainTestArrays:
     Returns:
         1,347 training and 450 test images, (N, 1, 8, 8).
     """
-    # Importing scikit-learn would take longer than reading and splitting the data.
+    # The file is read directly, because importing scikit-learn takes longer than the rest.
     package = find_spec("sklearn")
     assert package is not None and package.submodule_search_locations is not None
     file = Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"

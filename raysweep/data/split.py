@@ -13,7 +13,7 @@ class Split:
     Attributes:
         x: Pixels, (N, C, H, W) uint8 in 0..`pixel_max`.
         y: Labels, (N,) int64.
-        index: Ids of the examples, (N,) int64. They name the random numbers of each example.
+        index: Ids of the examples, (N,) int64. The random numbers of an example depend on its id.
         pixel_max: Pixel value that becomes 1.0: 255 for most data sets, 16 for digits.
     """
 

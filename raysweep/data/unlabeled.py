@@ -20,7 +20,7 @@ ImagesAndLabels = tuple[NDArray[np.generic], NDArray[np.generic] | None]
 
 
 def read_unlabeled_file(path: Path) -> tuple[PixelArray, LabelArray | None]:
-    """Read images, with labels if the file has them. No code in the file is executed.
+    """Read images, and labels if the file has them. Code inside the file is never executed.
 
     Args:
         path: A .npz or .parquet file with `x` and `y`, or a .pickle or .pkl file in the format of
@@ -48,7 +48,7 @@ def read_unlabeled_file(path: Path) -> tuple[PixelArray, LabelArray | None]:
 
 
 def write_pseudo_labeled_npz(path: Path, x: PixelArray, y: LabelArray) -> None:
-    """Write an .npz file for the setting `data.unlabeled`, atomically.
+    """Write an .npz file, atomically, which the setting `data.unlabeled` accepts.
 
     Args:
         path: The file to write.
@@ -153,7 +153,7 @@ class _NdarrayStub:
         self.data_bytes = raw.encode("latin1") if isinstance(raw, str) else raw
 
     def to_ndarray(self) -> NDArray[np.generic]:
-        """Return the array; UnpicklingError if the pickle gave no type or no bytes."""
+        """Return the array; UnpicklingError if the pickle has no type or no bytes for it."""
         dtype, data_bytes = self.dtype, self.data_bytes
         if not isinstance(dtype, _DtypeStub) or not isinstance(data_bytes, bytes | bytearray):
             raise pickle.UnpicklingError("an array without plain numbers")

@@ -1,7 +1,7 @@
 """The copy of a model that attacks run on.
 
-It is frozen and in eval mode, has fast convolutions and folded batch norms, and gives each row the
-same result whatever the other rows of the batch are.
+It is frozen and in eval mode, has fast convolutions and folded batch norms, and computes a row's
+result independently of the other rows of the batch.
 """
 
 import copy
@@ -15,18 +15,19 @@ from torch.overrides import TorchFunctionMode
 from raysweep.evaluation.batchnorm_folding import fold_if_exact
 from raysweep.evaluation.fast_convolution import replace_image_convolutions
 
-# For small batches PyTorch uses kernels that add in another order. Measured on five networks on
-# CPUs, forward and backward: from 7 rows on, a row's result does not depend on the batch.
+# For small batches PyTorch uses kernels that add numbers in another order. Measured for forward and
+# backward passes of five networks on CPUs: a row's result does not depend on the batch if that has
+# 7 rows or more.
 MIN_BATCH_ROWS = 16
 
 
 class FixedSizeBatches(nn.Module):
-    """Wraps a model so that it only computes on batches of certain sizes.
+    """Wraps a model so that it only computes on batches of a fixed or minimal size.
 
     Attributes:
         model: The model.
-        tile: Rows of each batch: larger batches are split, smaller ones padded with zeros. None
-            means only to pad batches to at least MIN_BATCH_ROWS rows.
+        tile: Rows of each batch that the model computes: larger inputs are split, smaller ones
+            padded with zeros. If None, inputs are only padded to at least MIN_BATCH_ROWS rows.
     """
 
     def __init__(self, model: nn.Module, tile: int | None = None) -> None:
@@ -63,7 +64,7 @@ class FixedSizeBatches(nn.Module):
 class InferenceModeGuard(nn.Module):
     """Wraps a model whose forward pass uses autograd, for attacks that run in inference mode.
 
-    Autograd does not work in inference mode, so the guard leaves that mode for the forward pass.
+    Autograd does not work in inference mode. The guard turns the mode off for the forward pass.
 
     Attributes:
         model: The model.
@@ -117,7 +118,7 @@ def make_attack_model(
 
 
 def forward_uses_autograd(model: nn.Module, x: Tensor) -> bool:
-    """Return whether the forward pass computes gradients, as defences that adapt to inputs do.
+    """Return whether the forward pass computes gradients, as test-time defences do.
 
     Args:
         model: The model.
@@ -133,7 +134,7 @@ def forward_uses_autograd(model: nn.Module, x: Tensor) -> bool:
 
 
 class _AutogradCallDetector(TorchFunctionMode):
-    """Records whether a gradient is computed while it is active."""
+    """Records whether code that runs while it is active computes a gradient."""
 
     has_autograd_call = False
 

@@ -1,7 +1,7 @@
 """Folding of batch norms into the convolutions before them.
 
 In eval mode a batch norm is an affine map per channel. It can be merged into the weights of the
-convolution whose output it takes, which saves one pass over the activations.
+convolution before it, which saves one pass over the activations.
 """
 
 import copy
@@ -13,12 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
-# Largest change of a logit that is accepted, relative to the largest logit.
+# Folding may change a logit by at most this number times the largest logit.
 FOLDING_TOLERANCE = 1e-4
 
 
 def fold_if_exact(model: nn.Module, x: Tensor) -> nn.Module:
-    """Return a copy with folded batch norms, if it gives the same logits.
+    """Return a copy with folded batch norms if its logits are the same up to rounding.
 
     Args:
         model: A model in eval mode. It is not changed.
@@ -66,7 +66,7 @@ def find_foldable_batch_norms(model: nn.Module, x: Tensor) -> dict[str, str]:
         Module name of each such batch norm -> module name of its convolution.
     """
     names = {module: name for name, module in model.named_modules()}
-    # The tensors stay alive here, so that their ids stay unique.
+    # Keeping the tensors alive keeps their ids unique.
     conv_outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}
     conv_of_norm: dict[_BatchNorm, nn.Conv2d] = {}
     n_calls: dict[nn.Module, int] = {}
@@ -98,7 +98,7 @@ def find_foldable_batch_norms(model: nn.Module, x: Tensor) -> dict[str, str]:
     foldable = {}
     for norm, conv in conv_of_norm.items():
         runs_once = n_calls[norm] == n_calls[conv] == 1
-        # The model itself has an empty name and cannot be replaced.
+        # The name is empty if the layer is the model itself, which `set_submodule` cannot replace.
         can_replace = bool(names[norm] and names[conv])
         if runs_once and conv not in shared_convs and norm.track_running_stats and can_replace:
             foldable[names[norm]] = names[conv]

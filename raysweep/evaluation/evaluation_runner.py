@@ -28,9 +28,9 @@ from raysweep.spec import SpecError
 
 # Examples on which the model is inspected before the attacks.
 N_INSPECTED_EXAMPLES = 256
-# If the user does not set the number of shards, each worker gets several, so that one slow shard
-# does not delay the others. But a shard has at least so many rows: each attack step has a fixed
-# cost that small shards would pay too often.
+# By default each worker gets several shards, so that one slow shard does not delay the end. A shard
+# has at least MIN_SHARD_ROWS rows if there are enough, because each attack step also has a cost
+# that does not depend on the number of rows.
 SHARDS_PER_WORKER, MIN_SHARD_ROWS = 4, 256
 _MAX_ATTACK_NAME_LENGTH = 64
 
@@ -71,13 +71,14 @@ class EvaluationRunner:
         clean: Predictions on the clean images; set by `run`.
         broken_by: Name of the attack that broke the example, "clean" if the clean image is
             misclassified, "" if it is robust so far, (N,).
-        margin: z_y - max_{i != y} z_i at the adversarial example, or else at the worst point that
-            an attack returned, (N,).
-        perturbation_norm: Distance of that point from the image, (N,).
-        queries: Forward passes on the example, (N,).
-        x_adv_by_position: Row number -> adversarial example (C, H, W).
+        margin: z_y - max_{i != y} z_i at the adversarial example; for a robust example at the
+            image of smallest margin that an attack returned, (N,).
+        perturbation_norm: Distance of that image from the original, (N,).
+        queries: Number of forward passes on the example, (N,).
+        x_adv_by_position: Row number -> adversarial example (C, H, W), for broken rows.
         robust_after: Attack name -> (N,) bool, whether the example is robust after this attack.
-        executed_attacks: Attack name -> attack as it ran.
+        executed_attacks: Attack name -> attack that ran; it may differ from the planned one (see
+            `adapt_attack`).
         costs: Attack name -> cost, for attacks that ran.
         warnings: Reasons why the result may be unreliable, one line each.
     """
@@ -103,11 +104,11 @@ class EvaluationRunner:
         return robust
 
     def run(self, attacks: Mapping[str, SingleAttack], eps: float) -> None:
-        """Inspect the model, predict the clean images, and run one attack after the other.
+        """Inspect the model, predict the clean images, and run the attacks in order.
 
         Args:
             attacks: Attack name -> attack, in the order in which they run.
-            eps: Radius of the attacks.
+            eps: Radius of the attacks, in pixels of [0, 1].
 
         Raises:
             SpecError: If no attack can run on the model, a label has no logit, or the stored
@@ -129,7 +130,7 @@ class EvaluationRunner:
                 self._add_warning(find_square_masking_warning(accuracy_before, accuracy_after))
 
     def assemble_adversarial_images(self) -> npt.NDArray[np.float32]:
-        """Return the adversarial examples, and the clean image of each example without one.
+        """Build one array of the adversarial examples of broken rows and the images of the others.
 
         Returns:
             (N, C, H, W) float32 in [0, 1].
@@ -176,7 +177,7 @@ class EvaluationRunner:
     def _run_adapted_attack(
         self, name: str, planned_attack: SingleAttack, properties: ModelProperties
     ) -> None:
-        """Run an attack on the robust examples, in a form that suits the model, or leave it out."""
+        """Run an attack on the robust examples; replace or skip it if the model requires that."""
         attack, warning = adapt_attack(planned_attack, properties)
         if warning is not None:
             self.warnings.append(f"{name}: {warning}")
@@ -193,7 +194,7 @@ class EvaluationRunner:
     def _iter_shard_results(
         self, attack_name: str, attack: SingleAttack | None, positions: npt.NDArray[np.int64]
     ) -> Iterable[ShardResult]:
-        """Yield the stored results of an attack, then compute the missing rows."""
+        """Yield the stored results of an attack, then compute and yield those of missing rows."""
         n_total = len(positions)
         if attack is not None:
             shard = Shard(attack_name, attack, positions)
@@ -219,7 +220,8 @@ class EvaluationRunner:
     def _choose_shard_count(self, n_rows: int) -> int:
         """Return the number of shards for `n_rows` rows.
 
-        By default it is a multiple of the mapper's width, with no shard above the batch size.
+        By default it is a multiple of the mapper's width, large enough that no shard exceeds the
+        batch size.
         """
         if self.options.n_shards is not None:
             return min(self.options.n_shards, n_rows)
@@ -246,7 +248,7 @@ class EvaluationRunner:
 def run_shards_in_process(
     run_shard: Callable[[Shard], ShardResult], shards: Sequence[Shard]
 ) -> Iterable[ShardResult]:
-    """Run shards one after the other in this process: the default `ShardMapper`.
+    """Run shards in order in this process: the default `ShardMapper`.
 
     Args:
         run_shard: Computes one shard.
@@ -267,7 +269,7 @@ def _has_same_margins(
 
 
 def _concatenate_results(results: list[ShardResult]) -> ShardResult:
-    """Join the results of the clean pass, in the order of the rows."""
+    """Join the results of all shards of the clean pass, sorted by row number."""
     order = np.argsort(np.concatenate([result.positions for result in results]))
     rows = {
         name: np.concatenate([getattr(result, name) for result in results])[order]

@@ -55,13 +55,13 @@ def evaluate(
 ) -> RobustnessReport:
     """Measure the robust accuracy of a model.
 
-    The attacks run one after the other, each on the examples that are still robust. Every
-    adversarial example is verified in float32 on the model as given. Results do not depend on
-    batch size, shards or number of workers (on GPUs: with `tile`).
+    The attacks run in order, each on the examples that no earlier attack broke. Every adversarial
+    example is verified in float32 on the original model. Results do not depend on the batch size,
+    the shards or the number of workers (on GPUs only if `tile` is set).
 
     Args:
         model: Maps images (N, C, H, W) float32 in [0, 1] to logits (N, classes). Its mode and
-            parameters are left as they are.
+            parameters are not changed.
         x: Images, (N, C, H, W), floats in [0, 1] or uint8 in 0..255.
         y: Labels, (N,), whole numbers from 0.
         attack: A name of `raysweep list` (`autoattack`, `pgd20`, `pgd+`, `cw20`, ...), names of
@@ -70,11 +70,12 @@ def evaluate(
         norm: Norm of a named attack, "Linf" or "L2". Not used with an attack object.
         version: Version of `autoattack`: "standard", "plus", "rand" or "tf32".
         batch_size: Examples per attack call, 1 or more.
-        shards: Number of parts into which each attack's rows are cut, 1 or more. By default it
+        shards: Number of parts into which each attack's rows are divided, 1 or more. By default it
             depends on `batch_size` and `map.width`.
         seed: Seed of the attacks.
-        index: Ids of the examples, (N,) integers, which name their random numbers; 0..N-1 by
-            default. Set it to evaluate a part of a data set with the numbers of the whole.
+        index: Ids of the examples, (N,) integers, 0..N-1 by default. The random numbers of an
+            example depend on its id. Set it if `x` is a part of a data set, to get the results that
+            these examples have in an evaluation of the whole data set.
         resume_dir: Folder in which results are stored, so that an interrupted evaluation resumes.
             Results are only reused for the same model, data, seed and settings.
         map: Runs the shards, for example `ProcessPoolMap(8)`; in this process by default.
@@ -118,7 +119,7 @@ def evaluate(
     runner.run(attacks, eps)
     executed = spec
     if runner.executed_attacks != attacks:
-        # Not validated, because it may have no attacks.
+        # Built without validation, which rejects a cascade without attacks.
         executed = AttackCascade.model_construct(
             attacks=runner.executed_attacks, tf32=shard_runner.tf32
         )
@@ -164,7 +165,7 @@ def _make_shard_runner(
     tf32: bool,
     options: EvaluationOptions,
 ) -> ShardRunner:
-    """Make the runner; its result folder lies in `resume_dir` and is named by the resume key."""
+    """Make the runner; its result folder is `resume_dir`/KEY (see `_compute_resume_key`)."""
     shard_runner = ShardRunner(
         model,
         images,
@@ -258,7 +259,7 @@ def _require_single_threat(attacks: dict[str, SingleAttack]) -> tuple[float, Nor
 
 
 def _compute_resume_key(shard_runner: ShardRunner) -> str:
-    """Return a digest of everything that results depend on except the attack.
+    """Return a digest of everything on which results depend, except the attack.
 
     Weights are hashed tensor by tensor, with their names, types and shapes.
     """

@@ -1,8 +1,9 @@
 """Convolutions whose gradient with respect to the image is cheap on a CPU.
 
-Attacks need this gradient in every pass. For one or three input channels PyTorch's own gradient
-takes two to seven times as long as the method here: one matrix product gives what each output pixel
-contributes to each of the k x k input pixels of its window, and k x k shifted sums add that up.
+Attacks need this gradient in every step. One matrix product computes the contribution of each
+output pixel to each of the k x k input pixels in its window; k x k shifted additions sum the
+contributions. For one or three input channels, PyTorch's own gradient takes two to seven times as
+long.
 """
 
 from typing import Any
@@ -11,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Up to these sizes the method was measured to be faster: input channels, and pixels of a window.
+# Largest sizes at which this method was measured to be faster than PyTorch's.
 MAX_INPUT_CHANNELS, MAX_KERNEL_AREA = 4, 25
 
 
 class FastInputGradConv2d(nn.Conv2d):
     """A Conv2d with constant weights and a fast gradient with respect to its input.
 
-    The forward pass gives exactly the numbers of nn.Conv2d. The weights get no gradient.
+    The output is identical to that of nn.Conv2d. The weights get no gradient.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -32,7 +33,7 @@ class FastInputGradConv2d(nn.Conv2d):
 
 
 def replace_image_convolutions(model: nn.Module) -> None:
-    """Turn each suitable convolution into a FastInputGradConv2d, in place.
+    """Turn each small convolution on a CPU into a FastInputGradConv2d, in place.
 
     Args:
         model: A model whose parameters need no gradient.
@@ -43,7 +44,7 @@ def replace_image_convolutions(model: nn.Module) -> None:
 
 
 def _is_replaceable(conv: nn.Conv2d) -> bool:
-    """Return whether `conv` is small, on a CPU, and has only stride and zero padding."""
+    """Return whether `conv` is small, on a CPU, and uses no groups, dilation or special padding."""
     is_plain = (
         conv.groups == 1
         and conv.dilation == (1, 1)

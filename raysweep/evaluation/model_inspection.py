@@ -26,15 +26,16 @@ from raysweep.rng import ExampleRng
 from raysweep.spec import SpecError
 
 IntArray = npt.NDArray[np.int64]
-# Forward passes of one batch that must agree, and by how much, relative to the largest logit
-# (official).
+# A model is random if the logits of repeated forward passes of one batch differ by more than the
+# tolerance times the largest logit (official).
 N_REPEATED_FORWARDS, REPEATED_FORWARD_TOLERANCE = 5, 1e-5
 # Fraction of examples that Square may break after the white-box attacks without a warning
 # (official).
 MAX_SQUARE_DROP = 0.002
 # Largest deviation of a probability from [0, 1], and of their sum from 1 (official).
 PROBABILITY_TOLERANCE = 1e-5
-# Logits of different examples that differ by less, relative to the largest logit, are constant.
+# A model is constant if the logits of all examples differ by at most this number times the largest
+# logit.
 _CONSTANT_TOLERANCE = 1e-6
 
 
@@ -45,8 +46,8 @@ class ModelProperties:
     Attributes:
         n_classes: Number of logits.
         is_random: Whether repeated forward passes give different logits.
-        is_differentiable: Whether the logits have a gradient with respect to the images. True if
-            it was not checked, because all attacks are Square.
+        is_differentiable: Whether the logits have a gradient with respect to the images. Not
+            checked, and True, if all attacks are Square.
         warnings: Reasons why a robustness result may be unreliable, one line each.
     """
 
@@ -71,8 +72,8 @@ def inspect_model(
         x: Images, (N, C, H, W) float32 in [0, 1], on the device of the model.
         y: Labels, (N,) int64.
         rng: Random numbers of these examples.
-        eps: Radius of the attacks, in pixels of [0, 1]. Gradients are taken at random points that
-            far from `x`.
+        eps: Radius of the attacks, in pixels of [0, 1]. Gradients are computed at random points
+            within eps of `x`.
         attacks: The attacks that are planned.
 
     Returns:
@@ -116,14 +117,14 @@ def inspect_model(
 def adapt_attack(
     attack: SingleAttack, properties: ModelProperties
 ) -> tuple[SingleAttack | None, str | None]:
-    """Replace an attack that cannot run on a model.
+    """Replace or skip an attack that cannot run on a model.
 
     Args:
         attack: The planned attack.
         properties: Properties of the model.
 
     Returns:
-        The attack to run, or None to leave it out; and a warning if it is not `attack`, else None.
+        The attack to run (None to skip it), and a warning (None if `attack` runs unchanged).
     """
     if not properties.is_differentiable and isinstance(attack, PGD | APGD | FAB):
         return None, "left out: it needs a gradient"
@@ -238,7 +239,7 @@ def _find_output_warnings(logits: Tensor) -> list[str]:
 def _find_gradient_warnings(
     is_differentiable: bool, zero_counts: dict[str, int], n_examples: int
 ) -> list[str]:
-    """Return warnings for a missing gradient, and for each loss with examples of zero gradient."""
+    """Return warnings for a missing gradient, or for losses whose gradient is zero on some rows."""
     if not is_differentiable:
         return ["the model has no gradient with respect to its input: only Square can be run"]
     # The margin has no softmax that can saturate.
@@ -254,10 +255,10 @@ def _find_gradient_warnings(
 def _count_zero_gradients(
     model: nn.Module, x: Tensor, y: Tensor, rng: ExampleRng, eps: float
 ) -> tuple[bool, dict[str, int]]:
-    """Return whether logits have a gradient, and how many rows have a zero gradient by loss.
+    """Return whether logits have a gradient, and {loss name: number of rows with zero gradient}.
 
-    Only rows that are classified correctly count. Gradients are taken at a random point within eps
-    of x.
+    Only rows that are classified correctly are counted. Gradients are computed at random points
+    within eps of x.
     """
     noise = rng.symmetric_uniform(tuple(x.shape[1:]), x.dtype)
     point = (x + eps * noise).clamp(0, 1).requires_grad_()

@@ -20,15 +20,15 @@ from raysweep.evaluation.shards import Shard, ShardResult
 from raysweep.spec import SpecError
 
 RunShard = Callable[[Shard], ShardResult]
-# In a process of the pool: path and content of the file that it read last.
+# In a process of the pool: path of the runner file that it read last, and the runner in it.
 _loaded_runner: tuple[Path, RunShard] | None = None
 
 
 class ProcessPoolMap:
     """A `ShardMapper` with a pool of processes: `evaluate(..., map=ProcessPoolMap(8))`.
 
-    The processes start at the first call and serve later calls too. The model is sent to each
-    process once per evaluation. A pool is also a context manager that closes itself.
+    The processes start at the first call and are reused by later calls. Each process loads the
+    model once per evaluation. As a context manager, the pool closes itself at the end.
 
     Attributes:
         n_processes: Number of processes.
@@ -94,9 +94,9 @@ class ProcessPoolMap:
         self.close()
 
     def _publish_runner(self, run_shard: RunShard) -> Path:
-        """Pickle `run_shard` into a file for the processes, and return the path.
+        """Pickle `run_shard` into a file for the processes, and return the file's path.
 
-        The file is written once per runner, into a folder that only this user can write to.
+        A runner is written once. The folder is private, because unpickling executes code.
         """
         if self._temp_dir is None:
             self._temp_dir = tempfile.TemporaryDirectory(prefix="raysweep-")
@@ -126,7 +126,7 @@ def _pickle_runner(run_shard: RunShard) -> bytes:
 
 
 def _initialize_process(n_threads: int) -> None:
-    """Set up a process of the pool."""
+    """Set the number of threads of a pool process, and make it exit when its parent ends."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(n_threads)
 
@@ -140,7 +140,7 @@ def _exit_with_parent() -> None:
 
 
 def _run_pickled_shard(runner_path: Path, shard: Shard) -> ShardResult:
-    """Run a shard with the runner in `runner_path`; read that file only if it is a new one."""
+    """Run a shard with the runner in the file; read the file only if its path is a new one."""
     global _loaded_runner
     if _loaded_runner is None or _loaded_runner[0] != runner_path:
         _loaded_runner = runner_path, pickle.loads(runner_path.read_bytes())

@@ -21,10 +21,10 @@ class EvaluationProgress:
 
     Attributes:
         attack: Name of the attack; "clean" for the predictions on the clean images.
-        done: Examples that this attack has finished.
-        total: Examples that this attack runs on.
-        robust: Examples that no attack has broken so far.
-        examples: Examples of the evaluation.
+        done: Number of examples that this attack has finished.
+        total: Number of examples that this attack runs on.
+        robust: Number of examples that no attack has broken so far.
+        examples: Number of all examples of the evaluation.
     """
 
     attack: str

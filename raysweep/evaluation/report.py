@@ -23,7 +23,7 @@ class AttackCost:
     Attributes:
         rows: Examples it ran on.
         queries: Forward passes, summed over these examples.
-        seconds: Wall time of this run in seconds. Results from an earlier run cost almost nothing.
+        seconds: Wall time in seconds, without the time that an earlier, interrupted run spent.
     """
 
     rows: int
@@ -36,8 +36,8 @@ class RobustnessReport:
     """Result of an evaluation on N examples. Arrays have one row per example, in input order.
 
     Attributes:
-        attack: Settings of the attacks that ran. They differ from the planned ones if the model
-            does not allow those; then there is a warning.
+        attack: Settings of the attacks that ran, as plain data. If an attack was replaced or
+            skipped because of the model, `warnings` has the reason.
         eps: Radius of the attacks, in pixels of [0, 1].
         norm: Norm of the attacks, "Linf" or "L2".
         seed: Seed of the attacks.
@@ -49,17 +49,17 @@ class RobustnessReport:
         broken_by: Name of the attack that broke the example, "clean" if the clean image is
             misclassified, "" if the example is robust, (N,).
         margin_before: z_y - max_{i != y} z_i of the logits at the clean image, (N,).
-        margin_after: The same at the adversarial example, or else at the worst point that an
-            attack returned, (N,).
-        perturbation: Distance of that point from the image, in `norm`, (N,).
-        queries: Forward passes on the example, (N,).
+        margin_after: The same margin at the adversarial example; for a robust example at the image
+            of smallest margin that an attack returned, (N,).
+        perturbation: Distance of that image from the original, in `norm`, (N,).
+        queries: Number of forward passes on the example, (N,).
         cost: Attack name -> cost, for attacks that ran.
         warnings: Reasons why the result may be unreliable, one line each.
         masking_gap: Accuracy under the first attack minus accuracy after all attacks, if the first
             is PGD or APGD on the cross-entropy and others follow; else None. A large gap suggests
             that gradients are masked.
-        x_adv: Adversarial examples, (N, C, H, W) float32; the image itself where there is none.
-            None unless `evaluate(..., keep_adversarial=True)`.
+        x_adv: Adversarial examples, (N, C, H, W) float32; the original image of an example that no
+            attack broke. None unless `evaluate(..., keep_adversarial=True)`.
     """
 
     attack: Mapping[str, Any]
@@ -123,7 +123,7 @@ class RobustnessReport:
 
     @property
     def is_autoattack(self) -> bool:
-        """Whether exactly AutoAttack's standard version ran, with its settings."""
+        """Whether the attacks were those of AutoAttack's standard version, with its settings."""
         norm: Any = self.norm
         return bool(dict(self.attack) == autoattack(self.eps, norm).to_json_dict())
 
@@ -147,8 +147,8 @@ class RobustnessReport:
         """Build a model entry with the field names of RobustBench.
 
         Args:
-            **card_fields: Fields that the report does not know (name, authors, link, dataset,
-                ...), or that replace its own.
+            **card_fields: Fields that the report cannot fill (name, authors, link, dataset, ...),
+                or that replace the report's values.
 
         Returns:
             The entry, plain data for JSON. Accuracies are percentages with two decimals.

@@ -25,16 +25,16 @@ from raysweep.rng import ExampleRng
 from raysweep.schedules import resolved_value
 
 AnyArray = npt.NDArray[np.generic]
-# Examples on which the attack model is checked when it is made.
+# Number of examples on which the attack model is compared with the original when it is built.
 _N_PROBE_EXAMPLES = 32
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What to compute: one attack on some examples.
+    """A unit of work: one attack on some examples.
 
     Attributes:
-        attack_name: Name of the attack in the cascade; it names the attack's random numbers too.
+        attack_name: Name of the attack in the cascade. The attack's random numbers depend on it.
         attack: The attack; None for the predictions on the clean images.
         positions: Row numbers of the examples, (B,) int64.
     """
@@ -50,22 +50,24 @@ class Shard:
 
     @property
     def file_prefix(self) -> str:
-        """Start of the file name, the same for all shards of this attack."""
+        """Start of the file name, which all shards of this attack share."""
         return f"{self.attack_name}-{self.attack.digest() if self.attack else 'clean'}-"
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """Result of one shard of B examples. All outputs are those of the original model, in float32.
+    """Result of one shard of B examples. Predictions are of the original model, in float32.
+
+    The final image of a row is the image that the attack returned; in the clean pass the original.
 
     Attributes:
         positions: Row numbers of the examples, (B,).
-        broken: Whether a verified adversarial example was found, or for the clean pass: whether
+        broken: Whether the final image is a verified adversarial example; in the clean pass whether
             the prediction is wrong, (B,).
-        predicted: Predicted class at the final point, (B,).
-        margin: z_y - max_{i != y} z_i at the final point, (B,).
-        norm: Distance of the final point from the image, in the norm of the attack, (B,).
-        queries: Forward passes, the verification included, (B,).
+        predicted: Predicted class of the final image, (B,).
+        margin: z_y - max_{i != y} z_i at the final image, (B,).
+        norm: Distance of the final image from the original, in the norm of the attack, (B,).
+        queries: Number of forward passes, including the verification, (B,).
         x_adv: Adversarial examples of the broken rows only, in their order, (n_broken, C, H, W).
             Empty for the clean pass.
         classes: Number of logits.
@@ -111,12 +113,12 @@ class ShardResult:
 
 
 class ShardMapper(Protocol):
-    """What `evaluate(..., map=...)` takes: runs shards, in this process or elsewhere.
+    """Runs shards for `evaluate(..., map=...)`, in this process or in others.
 
-    A plain function is enough. A mapper that runs several shards at once should have an attribute
-    `width`, the number of shards that it runs at once (an integer, 1 or more; 1 if the attribute
-    is missing). `evaluate` cuts each attack's rows into a multiple of `width` shards, unless the
-    user sets their number.
+    A plain function is enough. A mapper that runs several shards at the same time should have an
+    attribute `width`: their number, an integer of 1 or more (1 if the attribute is missing).
+    `evaluate` divides each attack's rows into a multiple of `width` shards, unless the user sets
+    the number of shards.
     """
 
     def __call__(
@@ -125,20 +127,21 @@ class ShardMapper(Protocol):
         """Run each shard once.
 
         Args:
-            run_shard: Computes one shard. Picklable if the model is. Its attribute `model` is the
-                model, which may be moved to another device.
-            shards: The shards to run.
+            run_shard: Computes one shard, and stores the result of an attack in `resume_dir`, if
+                that is set. Picklable if the model is. Its attribute `model` is the model, which
+                may be moved to another device.
+            shards: The shards to run, at least one.
 
         Returns:
-            One result for each shard, in any order. `evaluate` reports progress and stores the
-            result as soon as it is yielded.
+            One result for each shard, in any order. `evaluate` reports progress after each result,
+            so yield results as they finish. An exception ends the evaluation.
         """
         ...
 
 
 @dataclass
 class ShardRunner:
-    """Function from a shard to its result, for one model and data set. Picklable if the model is.
+    """Callable that computes shards of one model and data set. Picklable if the model is.
 
     Results do not depend on the shards or on the batch size. Each adversarial example of an attack
     is verified in float32 on the original model: wrong class, within eps, and in [0, 1].
@@ -147,7 +150,7 @@ class ShardRunner:
         model: The original model.
         x: Images, (N, C, H, W) float32 in [0, 1] or uint8.
         y: Labels, (N,).
-        index: Ids of the examples, (N,). They name the random numbers of each example.
+        index: Ids of the examples, (N,). The random numbers of an example depend on its id.
         seed: Seed of the attacks.
         batch_size: Examples per attack call.
         fold: Whether attacks run on a faster copy of the model (see `make_attack_model`).
@@ -194,17 +197,17 @@ class ShardRunner:
         return result
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the attack model out of a pickle; each process makes it again."""
+        """Leave the attack model out of a pickle; each process builds its own."""
         return self.__dict__ | {"_attack_model": None}
 
     def load_finished_results(self, shard: Shard) -> list[ShardResult]:
-        """Load what earlier runs stored of this attack.
+        """Load results of an attack that earlier runs stored.
 
         Args:
             shard: The attack and the rows that are needed.
 
         Returns:
-            Results with rows of `shard` only, each row at most once.
+            Results for rows of `shard`, each row at most once; rows without a result are missing.
         """
         if self.result_dir is None or not self.result_dir.is_dir():
             return []
@@ -247,7 +250,7 @@ class ShardRunner:
         norm = shard.attack.norm if shard.attack else "Linf"
         distance = compute_perturbation_norms(x_adv, x, norm)
         predicted = logits.argmax(1)
-        # Logits that are not finite count as a wrong answer.
+        # A row with infinite or nan logits counts as misclassified.
         broken = (predicted != y) | ~torch.isfinite(logits).all(1)
         if shard.attack is not None:
             limit = compute_norm_limit(resolved_value(shard.attack.eps), norm)
@@ -279,7 +282,7 @@ class ShardRunner:
         return x_adv, queries
 
     def _get_attack_model(self) -> nn.Module:
-        """Return the copy of the model that attacks run on; make it on the first call."""
+        """Return the copy of the model that attacks run on; build it at the first call."""
         if self._attack_model is None:
             probe, _ = self.get_device_tensors(np.arange(min(len(self.y), _N_PROBE_EXAMPLES)))
             self._attack_model = make_attack_model(self.model, probe, self.fold, self.tile)
@@ -339,8 +342,8 @@ def compute_perturbation_norms(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
 def compute_norm_limit(eps: float, norm: str) -> float:
     """Return the largest distance that counts as within eps.
 
-    It is a little more than eps, because each coordinate of x ± eps is rounded to float32, by up to
-    2^-25.
+    It is slightly more than eps, because each coordinate of x ± eps is rounded to float32, with an
+    error of up to 2^-25.
 
     Args:
         eps: Radius of the attack, in pixels of [0, 1].
