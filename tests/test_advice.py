@@ -36,7 +36,7 @@ GOOD = {
             "PGD overstates the worst case by 9.0 points",
         ),
         ("gairat", {"cw": 0.6}, "PGD-CW gap 10.0 points"),
-        ("gairat", {"zero_gradient": 0.2}, "20.0% of correct examples have no gradient"),
+        ("gairat", {"zero_gradient": 0.2}, "20.0% of examples are correct and have no gradient"),
         (
             "gairat",
             {"train/kappa_pgd": 9.9},

@@ -1,7 +1,8 @@
 """Networks that map images (N, channels, H, W) in [0, 1] to logits (N, classes).
 
-To add a network, write a function (channels, classes) -> nn.Module and list it in `MODELS`. The
-first line of its docstring is what `raysweep list` prints.
+To add a network, write a function (channels, classes) -> nn.Module and list it in `MODELS`.
+`raysweep list` prints the first line of its docstring. The numbers of parameters in docstrings are
+for 3 channels and 10 classes.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from raysweep.models.vgg import vgg13
 from raysweep.models.wide_resnet import wrn_28_10, wrn_32_10, wrn_34_10
 from raysweep.spec import Spec, SpecError, describe_unknown_name
 
-# Arguments: channels of the images, number of classes.
+# Function (number of image channels, number of classes) -> network with random weights.
 ModelFactory = Callable[[int, int], nn.Module]
 
 MODELS: dict[str, ModelFactory] = {
@@ -41,14 +42,14 @@ class ModelSpec(Spec):
     """Choice of a network and of the normalisation of its input."""
 
     name: str = "digits_cnn"
-    """Name of the network; `raysweep list` names all."""
+    """Name of the network; `raysweep list` prints all names."""
 
     mean: tuple[float, ...] = ()
-    """Mean of each channel, which the model subtracts. Empty for no normalisation, as in the papers
-    of GAIRAT and LRAT."""
+    """Mean of each channel, which the model subtracts from the images. Empty for no normalisation,
+    as in the papers of GAIRAT and LRAT."""
 
     std: tuple[float, ...] = ()
-    """Standard deviation of each channel, by which the model divides; empty if `mean` is."""
+    """Standard deviation of each channel, by which the model divides; empty if `mean` is empty."""
 
     @field_validator("name")
     @classmethod
@@ -64,8 +65,8 @@ class ModelSpec(Spec):
         Args:
             channels: Channels of the images.
             classes: Number of classes.
-            seed: Seed that alone decides the initial weights; torch's global generator is
-                restored.
+            seed: Seed of the initial weights. They do not depend on the state of torch's global
+                generator, which is not changed.
 
         Returns:
             A model from images (N, channels, H, W) in [0, 1] to logits (N, classes).

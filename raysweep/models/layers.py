@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Normalize(nn.Module):
-    """First layer (x - mean) / std of a model, so that attacks work on images in [0, 1].
+    """First layer of a model: (x - mean) / std. Attacks therefore work on images in [0, 1].
 
     Attributes:
         mean: Mean of each channel, (C, 1, 1).
@@ -17,7 +17,12 @@ class Normalize(nn.Module):
     std: Tensor
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Set the mean and standard deviation of each channel."""
+        """Build the layer.
+
+        Args:
+            mean: Mean of each channel.
+            std: Standard deviation of each channel.
+        """
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
@@ -28,9 +33,9 @@ class Normalize(nn.Module):
 
 
 class Logits(nn.Linear):
-    """Last layer, which autocast leaves in float32.
+    """Last layer of a model. It computes in float32 also under autocast.
 
-    bfloat16 has 8 bits of precision, so the logits of two classes would often be equal.
+    bfloat16 has 8 bits of precision: the logits of two classes would often be equal.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,7 +47,7 @@ class Logits(nn.Linear):
 class AveragePool(nn.AdaptiveAvgPool2d):
     """Average pooling to a square of `output_size` pixels.
 
-    Input of that size is returned as it is, because torch's layer is slow even then.
+    Input of that size is returned unchanged, because torch's layer is slow even then.
     """
 
     def forward(self, x: Tensor) -> Tensor:

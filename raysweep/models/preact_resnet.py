@@ -7,9 +7,10 @@ from raysweep.models.layers import Logits, conv1x1, conv3x3
 
 
 class PreActBlock(nn.Module):
-    """Residual block of two batch norm - ReLU - convolution sequences.
+    """Residual block: batch norm, ReLU and 3x3 convolution, twice.
 
-    Where the shape changes, the shortcut is a 1x1 convolution of the activated input.
+    If the block changes the shape, the shortcut is a 1x1 convolution of the input after the first
+    batch norm and ReLU; otherwise the input itself.
     """
 
     def __init__(self, channels_in: int, width: int, stride: int) -> None:
@@ -34,7 +35,7 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """Four stages of pre-activation blocks, a global average and a linear layer."""
+    """A 3x3 convolution, stages of pre-activation blocks, a global average and a linear layer."""
 
     def __init__(
         self, blocks_per_stage: tuple[int, ...], channels: int, classes: int, final_bn: bool

@@ -9,10 +9,10 @@ from raysweep.models.layers import Logits, conv1x1, conv3x3
 
 
 class ResidualBlock(Protocol):
-    """Class of a residual block.
+    """Interface of the classes of residual blocks: `BasicBlock` and `Bottleneck`.
 
     Attributes:
-        expansion: Channels of the output in units of `width`.
+        expansion: Number of output channels divided by `width`.
     """
 
     expansion: int
@@ -24,6 +24,10 @@ class ResidualBlock(Protocol):
             channels_in: Channels of the input.
             width: Channels of the 3x3 convolutions.
             stride: Stride of the first 3x3 convolution.
+
+        Returns:
+            A module that maps feature maps (N, channels_in, H, W) to
+            (N, expansion x width, H / stride, W / stride).
         """
         ...
 
@@ -67,7 +71,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stages of residual blocks, a global average and a linear layer."""
+    """A 3x3 convolution, stages of residual blocks, a global average and a linear layer."""
 
     def __init__(
         self, block: ResidualBlock, blocks_per_stage: tuple[int, ...], channels: int, classes: int

@@ -8,9 +8,9 @@ from raysweep.models.layers import AveragePool, Logits, conv3x3
 def small_cnn(channels: int, classes: int) -> nn.Module:
     """Small CNN with 6 convolutions of widths 64, 128 and 196 and 2 linear layers (G app. C.5).
 
-    Max pooling follows each pair of convolutions; the hidden linear layer has 256 units. G gives
-    the number of layers only, so the widths are those of FAT's code. Feature maps of any image size
-    are averaged to 4x4 pixels.
+    Max pooling follows each pair of convolutions; the hidden linear layer has 256 units. The GAIRAT
+    paper (G) only gives the number of layers; the widths are from FAT's code. For any image size,
+    the last feature maps are averaged to 4x4 pixels.
     """
     layers: list[nn.Module] = []
     for channels_in, width in ((channels, 64), (64, 128), (128, 196)):

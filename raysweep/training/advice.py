@@ -1,4 +1,4 @@
-"""Advice on a training run: sentences that say what its metrics mean for the sweep."""
+"""Advice on a training run: sentences that explain conspicuous metrics."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +8,7 @@ from raysweep.training.config import TrainingConfig
 from raysweep.training.metric_history import EpochMetrics, find_best_epoch
 from raysweep.weights import RemainderWeight, UniformWeight
 
-# Thresholds from which a share, or a difference of shares, is worth a line.
+# Thresholds of shares, or of differences of shares, beyond which advice is given.
 _MIN_MASKING_GAP = 0.05
 _LOW_SAMPLE_SIZE = 0.3
 _HIGH_SAMPLE_SIZE = 0.98
@@ -21,8 +21,8 @@ _KAPPA_EDGE_SHARE = 0.05
 def advise_on_training(config: TrainingConfig, history: Sequence[EpochMetrics]) -> list[str]:
     """Give advice on a training run.
 
-    Symptoms of masked gradients are those of the best epoch (see `validation.objective`). Instance
-    weights and kappa are those of the last epoch.
+    Advice on masked gradients uses the metrics of the best epoch (see `validation.objective`),
+    advice on instance weights and kappa those of the last epoch.
 
     Args:
         config: Config of the run.
@@ -64,13 +64,13 @@ def _advise_on_masking(metrics: EpochMetrics) -> Iterator[str]:
     share = metrics.get("zero_gradient", 0.0)
     if share >= _MIN_ZERO_GRADIENTS:
         yield (
-            f"{100 * share:.1f}% of correct examples have no gradient: "
+            f"{100 * share:.1f}% of examples are correct and have no gradient: "
             "attacks on the cross-entropy cannot break them"
         )
 
 
 def _advise_on_weights(config: TrainingConfig, metrics: EpochMetrics) -> Iterator[str]:
-    """Report terms whose instance weights do nothing, or depend on few examples."""
+    """Report terms whose instance weights have no effect, or are concentrated on few examples."""
     epoch = int(metrics["epoch"])
     for name, term in config.resolve_at(epoch - 1).method.terms.items():
         if isinstance(term.weight, UniformWeight):

@@ -1,4 +1,4 @@
-"""Callbacks through which a caller of `train_model` follows a run and interrupts it."""
+"""Callbacks with which a caller of `train_model` observes a run and can interrupt it."""
 
 from collections.abc import Callable
 
@@ -7,23 +7,26 @@ from raysweep.training.metric_history import EpochMetrics
 
 
 class TrainingCallback:
-    """Follows a training run. Subclasses override the methods that they need; the rest do nothing.
+    """Observes a training run. Subclasses override the methods that they need.
 
-    With several workers, each worker calls its own callback.
+    The methods of this class do nothing. With several workers, each worker calls its own callback.
+    An exception in a callback ends the training.
     """
 
     def on_epoch_end(self, metrics: EpochMetrics, checkpoint: TrainingCheckpoint) -> None:
         """Receive the metrics of an epoch after its checkpoint was written.
 
-        On resume it is called again for saved epochs, except the first `n_reported_epochs`.
+        On resume it is called again for saved epochs, except the first `n_reported_epochs` (see
+        `train_model`).
 
         Args:
             metrics: The epoch's row of metrics; `metrics["epoch"]` is its 1-based number.
-            checkpoint: The last checkpoint of the run; also on resume, for all repeated epochs.
+            checkpoint: The run's last checkpoint; when saved epochs are repeated on resume, the
+                same one for all of them.
         """
 
     def on_step_end(self, epoch: int, steps: int) -> None:
-        """Receive progress after each optimizer step.
+        """Receive the progress after each optimizer step.
 
         Args:
             epoch: 1-based number of the current epoch.
@@ -31,7 +34,7 @@ class TrainingCallback:
         """
 
     def should_interrupt(self) -> bool:
-        """Decide after each step whether training stops here. Not called with several workers.
+        """Decide after each step whether to interrupt training. Not called with several workers.
 
         Returns:
             True to save the unfinished epoch and raise `TrainingInterrupted`.
@@ -43,8 +46,8 @@ class FunctionCallback(TrainingCallback):
     """A callback made of plain functions, for callers that need no class.
 
     Args:
-        on_epoch_end: Called with (metrics, checkpoint) after each epoch.
-        on_step_end: Called with (epoch, steps) after each step.
+        on_epoch_end: Called with (metrics, checkpoint); see `TrainingCallback.on_epoch_end`.
+        on_step_end: Called with (epoch, steps); see `TrainingCallback.on_step_end`.
         should_interrupt: Called after each step; True interrupts training.
     """
 

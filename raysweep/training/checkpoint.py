@@ -1,4 +1,4 @@
-"""Checkpoints: folders of safetensors and JSON, written atomically and read without unpickling."""
+"""Checkpoints: folders of safetensors and JSON files, written atomically and free of pickle."""
 
 import hashlib
 import importlib.metadata
@@ -37,7 +37,7 @@ class TrainingCheckpoint:
 
     Attributes:
         path: Folder of the checkpoint.
-        config: Config of the run that it belongs to.
+        config: Config of the run.
         epoch: Number of finished epochs.
         history: One row of metrics for each finished epoch.
         meta: Content of its JSON file, with the keys `config`, `epoch`, `history`,
@@ -56,21 +56,39 @@ class TrainingCheckpoint:
         return self.history[-1]
 
     def load_weights(self, model: nn.Module) -> nn.Module:
-        """Load weights and buffers into `model`, and return it."""
+        """Load weights and buffers.
+
+        Args:
+            model: The config's network; changed in place.
+
+        Returns:
+            `model`.
+        """
         model.load_state_dict(load_file(self.path / WEIGHTS_FILE))
         return model
 
     def load_training_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Load weights and momentum, so that training resumes with identical results."""
+        """Load weights and momentum, so that training resumes with identical results.
+
+        Args:
+            model: The config's network; changed in place.
+            optimizer: Its SGD optimizer; changed in place.
+        """
         self.load_weights(model)
         self.load_momentum(model, optimizer)
 
     def load_momentum(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Load the momentum buffers, which are stored by parameter name."""
+        """Load the momentum buffers, which are stored by parameter name.
+
+        Args:
+            model: The network whose parameters the optimizer updates.
+            optimizer: Its SGD optimizer; changed in place.
+        """
         momentum = load_file(self.path / OPTIMIZER_FILE)
         for name, parameter in model.named_parameters():
             if name in momentum:
-                # In the parameter's memory format, as when it was saved: others round differently.
+                # The buffer gets the parameter's memory format, which it had when it was saved:
+                # another format rounds differently.
                 buffer = torch.empty_like(parameter).copy_(momentum[name])
                 optimizer.state[parameter]["momentum_buffer"] = buffer
 
@@ -87,13 +105,13 @@ def save_checkpoint(
     """Write a checkpoint atomically: a crash leaves either all of it or nothing.
 
     Args:
-        path: Folder to write; it is pushed to the bucket if the run is stored in one.
+        path: Folder to write; it is also uploaded if it is in the working copy of a bucket.
         config: Config of the run.
         model: Its weights and buffers are saved.
         optimizer: SGD, whose momentum buffers are saved.
         history: Metrics of all finished epochs.
         data_fingerprint: Fingerprint of the training data.
-        extra_files: Contents of more files by name.
+        extra_files: Name -> content of more files.
 
     Returns:
         The checkpoint that was written.
@@ -121,16 +139,16 @@ def reuse_checkpoint(
 ) -> TrainingCheckpoint:
     """Use another run's checkpoint as a checkpoint of this run.
 
-    Weights and momentum are hard links if the file system has them, else copies. The metadata are
-    those of this run. Metrics of epochs that this run did not train get `shared` = 1 and
+    Weights and momentum are hard links if the file system supports them, else copies. The metadata
+    file is new. Metrics of epochs that this run did not train get `shared` = 1 and
     `train/seconds` = 0.
 
     Args:
         path: Folder to write.
         source: The other run's checkpoint.
         config: Config of this run.
-        history: Metrics of this run's epochs before the one that is reused. By default all epochs
-            of the other run are reused.
+        history: Metrics of this run's earlier epochs, if only the last epoch of the other run is
+            reused. By default all epochs of the other run are reused.
 
     Returns:
         The checkpoint that was written.
@@ -155,7 +173,12 @@ def reuse_checkpoint(
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Create a hard link, or a copy if the file system has no hard links."""
+    """Create a hard link, or a copy if the file system does not support hard links.
+
+    Args:
+        source: The file.
+        target: Path of the link or copy.
+    """
     try:
         os.link(source, target)
     except OSError:
@@ -163,7 +186,13 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> TrainingCheckpoint:
-    """Read a checkpoint's metadata and verify its files; a bucket's is downloaded first.
+    """Read a checkpoint's metadata and verify its files. Download it first if it is in a bucket.
+
+    Args:
+        path: Folder of the checkpoint.
+
+    Returns:
+        The checkpoint. Its weights are not loaded yet.
 
     Raises:
         SpecError: The folder is not a checkpoint, or a file is damaged; one line.
@@ -173,7 +202,13 @@ def read_checkpoint(path: Path) -> TrainingCheckpoint:
 
 
 def read_local_checkpoint(path: Path) -> TrainingCheckpoint:
-    """Read and verify a checkpoint like `read_checkpoint`, without looking at the bucket.
+    """Read and verify a checkpoint of this machine, without a download.
+
+    Args:
+        path: Folder of the checkpoint.
+
+    Returns:
+        The checkpoint. Its weights are not loaded yet.
 
     Raises:
         SpecError: The folder is not a checkpoint, or a file is damaged; one line.
@@ -256,12 +291,19 @@ class RunDirectory:
         return read_checkpoint(self.epoch_path(epochs[-1])) if epochs else None
 
     def read_history(self) -> list[EpochMetrics]:
-        """Read the metrics of all finished epochs, including epochs reused from other runs."""
+        """Read the metrics of all finished epochs, including epochs reused from other runs.
+
+        Returns:
+            One row for each epoch; empty before the first.
+
+        Raises:
+            SpecError: The last checkpoint is damaged.
+        """
         last = self.read_last_checkpoint()
         return last.history if last else []
 
     def prune_checkpoints(self, epochs_to_keep: set[int]) -> None:
-        """Delete checkpoints of other epochs, and what interruptions and crashes left behind.
+        """Delete the checkpoints of all other epochs, and files of interrupted or crashed writes.
 
         Args:
             epochs_to_keep: 1-based numbers of the epochs whose checkpoints stay.
@@ -304,7 +346,11 @@ def _write_meta(
 
 @cache
 def describe_environment() -> JsonDict:
-    """Return versions, device and source revision, on which results also depend."""
+    """Return versions, device and source revision, because results depend on them.
+
+    Returns:
+        Name -> value; None for a package that is not installed. Computed once per process.
+    """
     packages = ("raysweep", "torch", "torchvision", "ray", "optuna", "mlflow", "numpy", "pyarrow")
     return {
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""Settings of training speed; tests compare the results of each with the plain computation."""
+"""Settings of training speed. Tests compare the results with those of the plain computation."""
 
 from typing import Literal
 
@@ -12,10 +12,10 @@ AutoOrBool = Literal["auto"] | bool
 
 
 class ComputeSpec(Spec):
-    """Fast paths of training. Evaluation never uses them.
+    """Faster ways to compute training steps. Evaluation never uses them.
 
-    bf16 means autocast; the last layer, losses, instance weights and the update stay in float32.
-    Processors without AVX-512 BF16 or AMX emulate bf16 and are slower with it than with float32.
+    bf16 means autocast to bfloat16; the last layer, losses, instance weights and the update stay in
+    float32. CPUs without AVX-512 BF16 or AMX emulate bf16 and are slower with it than with float32.
     """
 
     channels_last: AutoOrBool = "auto"
@@ -27,8 +27,8 @@ class ComputeSpec(Spec):
     change by rounding only."""
 
     tf32: AutoOrBool = "auto"
-    """Compute float32 convolutions and matrix products in TF32. `auto` means true on GPUs that
-    have TF32, that is NVIDIA's."""
+    """Compute float32 convolutions and matrix products in TF32. `auto` means true on NVIDIA GPUs
+    and false on other devices."""
 
     attack: Precision = "float32"
     """Precision of the forward and backward passes of attacks."""
@@ -37,20 +37,20 @@ class ComputeSpec(Spec):
     """Precision of the forward and backward passes that update the weights."""
 
     compile: bool = False
-    """Use torch.compile, which takes minutes at the start. On NVIDIA's GPUs it makes one CUDA graph
+    """Use torch.compile, which takes minutes at the start. On NVIDIA GPUs it records a CUDA graph
     for each batch size."""
 
     def resolve(self, device: torch.device) -> "ComputeSpec":
         """Replace each `auto` by its value for a device.
 
         Args:
-            device: Where the model is trained.
+            device: Device on which the model is trained.
 
         Returns:
             The settings without `auto`.
 
         Raises:
-            SpecError: TF32 is on, and the device has none.
+            SpecError: `tf32` is true, but the device has no TF32.
         """
         supports_tf32 = has_tf32(device)
         if self.tf32 is True and not supports_tf32:

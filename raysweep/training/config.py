@@ -1,4 +1,4 @@
-"""The config of a training run: one value that decides the run and is sent to its processes."""
+"""Config of a training run: all settings that decide its result, as one spec."""
 
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Self
@@ -39,7 +39,7 @@ class TrainingConfig(Spec):
     """Everything that decides the result of one training run."""
 
     method: Method
-    """The training method: a name of the catalog, or a method written out."""
+    """The training method: a name that `raysweep list` prints, or the settings of a method."""
 
     data: DataSpec = Field(default_factory=DataSpec)
     """The data set and how it is split."""
@@ -54,17 +54,17 @@ class TrainingConfig(Spec):
     """How checkpoints are evaluated during training."""
 
     compute: ComputeSpec = Field(default_factory=ComputeSpec)
-    """Fast paths that change results by rounding or precision only."""
+    """Faster ways to compute training steps, which change results by rounding or precision only."""
 
     epochs: Annotated[int, Field(ge=1)] = 100
     """Number of epochs."""
 
     batch_size: Annotated[int, Field(ge=2)] = 128
-    """Training examples in a batch, over all workers together."""
+    """Training examples in a batch, summed over all workers."""
 
     collapse_after: Annotated[int, Field(ge=0)] | None = 20
-    """The run fails if, in epochs after this one, two validations in a row are no better than
-    chance on natural images. null: never."""
+    """The run fails if two validations in a row, both after this epoch, are no better than chance
+    on natural images. null: never."""
 
     seed: int = 0
     """Seed of initial weights, batch order and attacks."""
@@ -72,7 +72,7 @@ class TrainingConfig(Spec):
     @field_validator("method", mode="before")
     @classmethod
     def _resolve_method_name(cls, method: Any) -> Any:
-        """Look a method's name up in the catalog."""
+        """Replace the name of a method by the method."""
         if isinstance(method, str):
             return method_by_name(method)
         return method
@@ -86,11 +86,15 @@ class TrainingConfig(Spec):
 
     @property
     def burn_in(self) -> int:
-        """Number of epochs before all instance weights act."""
+        """Number of first epochs in which at least one instance weight is still 1."""
         return max(getattr(term.weight, "burn_in", 0) for term in self.method.terms.values())
 
     def list_warnings(self) -> list[str]:
-        """Return one line for each valid setting that has no effect, or not the expected one."""
+        """List valid settings that have no effect, or another effect than users may expect.
+
+        Returns:
+            One line for each; empty if there are none.
+        """
         return [
             *self._warn_about_long_burn_ins(),
             *self._warn_about_attacks(),
@@ -107,7 +111,7 @@ class TrainingConfig(Spec):
                 yield f"{path} = {burn_in}: the weights never act in {epochs}"
 
     def _warn_about_attacks(self) -> Iterator[str]:
-        """Warn about attacks that do not go well with bf16 or torch.compile."""
+        """Warn about attacks that bf16 makes useless or torch.compile makes slow."""
         for name, attack in self.method.attacks.items():
             path = f"method.attacks.{name}"
             if self.compute.attack == "bf16" and getattr(attack, "start", None) == "gaussian":
@@ -122,7 +126,7 @@ class TrainingConfig(Spec):
                 )
 
     def _warn_about_data(self) -> Iterator[str]:
-        """Warn about a folder that is not read, and about unlabeled data that are missing."""
+        """Warn about a data folder that is not read, and about missing unlabeled data."""
         data = self.data
         if data.name == DataSpec().name and data.data_dir and not data.unlabeled:
             yield f"data.data_dir = {data.data_dir}: not read: {data.name} come with scikit-learn"
@@ -131,10 +135,10 @@ class TrainingConfig(Spec):
 
 
 def method_by_name(name: str) -> Method:
-    """Build a method of the catalog.
+    """Build a published method.
 
     Args:
-        name: Its name, as `raysweep list` prints it.
+        name: A key of `METHODS`, as `raysweep list` prints it.
 
     Returns:
         The method with the settings of its paper.
@@ -153,18 +157,18 @@ def build_training_config(
     """Build a config from a method and layers of settings.
 
     Precedence: defaults of the data set (`DATASET_DEFAULTS`) < first layer < ... < last layer.
-    Unless a layer sets an eps of all attacks or of validation, validation uses the eps that the
-    method has in the last epoch.
+    Validation attacks get the eps that the method has in the last epoch, unless a layer sets an eps
+    with a path that starts with `*` or `validation`.
 
     Args:
-        method: A name of the catalog, or a method written out.
+        method: A key of `METHODS`, or the settings of a method as a mapping.
         override_layers: Mappings from dotted path to value, such as {"optim.lr": 0.1}.
 
     Returns:
-        The config.
+        The validated config.
 
     Raises:
-        SpecError: One line for each problem.
+        SpecError: A setting is unknown or its value is not allowed; one line for each problem.
     """
     changes: dict[str, Any] = {}
     for layer in override_layers:
@@ -182,12 +186,15 @@ def build_training_config(
 
 
 def _sets_validation_eps(path: str) -> bool:
-    """Return whether a dotted path sets the eps of validation attacks, perhaps among others."""
+    """Return whether a dotted path, such as `*.eps`, sets an eps of validation attacks."""
     return path[0] in "*v" and "eps" in path.split(".")
 
 
 def _match_validation_eps(config: TrainingConfig) -> TrainingConfig:
-    """Give validation attacks the method's eps of the last epoch: 0.031 is not 8/255."""
+    """Set the eps of validation attacks to the method's eps in the last epoch.
+
+    Their default is 8/255, but GAIRAT's methods use 0.031.
+    """
     attacks = config.resolve_at(config.epochs - 1).method.attacks.values()
     radii = [resolved_value(attack.eps) for attack in attacks if hasattr(attack, "eps")]
     return apply_overrides(config, {"validation.*.eps": radii[0]}) if radii else config

@@ -1,7 +1,7 @@
-"""Default settings of each data set: threat model, network and length of training.
+"""Default settings of each data set: threat model, network and number of epochs.
 
-A search space or `--set` overrides them. `*` in a path matches any characters; a path that a method
-does not have is skipped. The methods' own defaults are those of the papers for CIFAR-10, so
+A search space or `--set` overrides them. `*` in a path matches any characters. A path is skipped if
+the method has no such setting. The methods' own defaults are the papers' settings for CIFAR-10, so
 `cifar10` and `svhn` need few settings here.
 """
 
