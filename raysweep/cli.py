@@ -50,7 +50,11 @@ class _OneLineErrorParser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of the command line; its result has the command's `run_command`."""
+    """Build the parser of the command line.
+
+    Returns:
+        A parser; the arguments that it parses have the function of the command as `run_command`.
+    """
     parser: argparse.ArgumentParser = _OneLineErrorParser(
         "raysweep",
         description=_DESCRIPTION,

@@ -1,4 +1,4 @@
-"""What several commands do: read overrides, find and name folders, open MLflow.
+"""Functions that several commands share: read overrides, find folders, open MLflow.
 
 Command modules import this inside functions, because it imports pydantic and YAML.
 """
@@ -149,7 +149,7 @@ def find_sweep_or_trial(name: str, runs_folder: Path) -> tuple[Ledger, int | Non
 
 
 def format_location_flags(out: Path, storage_location: str | None) -> str:
-    """Return `--out` and `--storage` for the next command to type, with a space before each word.
+    """Return the flags `--out` and `--storage` of a suggested command, a space before each word.
 
     Args:
         out: The value of `--out`; the default is left out.

@@ -154,7 +154,10 @@ def _iter_findings(request: DoctorRequest) -> Iterator[Finding]:
     try:
         node_reports = _probe_nodes(request.address, runs_folder, spec)
     except SpecError as error:
-        remedy = "is `ray start` or `ray up` done, the port open, and RAY_AUTH_MODE the cluster's?"
+        remedy = (
+            "check that `ray start` or `ray up` has run, that the port is open, and that "
+            "RAY_AUTH_MODE is set as on the cluster"
+        )
         yield Finding("address", False, str(error), remedy)
         return
     cluster = request.address or os.environ.get("RAY_ADDRESS") or "a new cluster on this machine"
@@ -169,7 +172,11 @@ def _iter_findings(request: DoctorRequest) -> Iterator[Finding]:
 
 
 def _fingerprint_local_data(spec: DataSpec) -> tuple[str, list[Finding]]:
-    """Return the fingerprint of the data set on this machine, "" and a finding if it is missing."""
+    """Fingerprint the data set on this machine.
+
+    Returns:
+        The fingerprint and no findings; if the data set is missing, "" and a finding about it.
+    """
     from raysweep.data import load_data
     from raysweep.spec import SpecError
 
@@ -181,7 +188,7 @@ def _fingerprint_local_data(spec: DataSpec) -> tuple[str, list[Finding]]:
 
 
 def _probe_nodes(address: str | None, runs_folder: Path, spec: DataSpec) -> list[NodeReport]:
-    """Ask every node for a report; each looks for a file that is written for the time of this.
+    """Ask every node for a report; the nodes look for a marker file that exists meanwhile.
 
     Raises:
         SpecError: The cluster does not answer.
@@ -370,12 +377,12 @@ def _describe_gpu_mismatch(report: NodeReport) -> str:
 
 
 def _diagnose_clocks(reports: list[NodeReport]) -> Iterator[Finding]:
-    """Check the clocks; messages take time, so that only large errors can be proven."""
+    """Check the clocks. Only errors that are larger than the delay of messages can be found."""
     return _diagnose_each_node(
         "clock",
         reports,
         _describe_clock_skew,
-        "no clock is provably off",
+        "no clock is measurably wrong",
         "start chrony or systemd-timesyncd there",
     )
 
@@ -396,7 +403,7 @@ def _diagnose_free_space(reports: list[NodeReport]) -> Iterator[Finding]:
         reports,
         _describe_low_space,
         f"at least {min_disk} of disk and {min_memory} of memory are free",
-        "make room: Ray spills to /tmp, and kills tasks when memory ends",
+        "free disk or memory: Ray writes objects to /tmp, and kills tasks if memory runs out",
     )
 
 
@@ -414,7 +421,7 @@ def _format_gib(n_bytes: int) -> str:
 
 
 def _diagnose_network(reports: list[NodeReport]) -> Iterator[Finding]:
-    """Check that strangers cannot reach Ray, which runs any code that it is sent."""
+    """Check that only users with the token can reach Ray, which runs any code it receives."""
     unprotected = [
         report.node_name for report in reports if report.exposed_ports and not report.requires_token
     ]
@@ -422,8 +429,8 @@ def _diagnose_network(reports: list[NodeReport]) -> Iterator[Finding]:
         yield Finding(
             "doors",
             False,
-            f"{node}: Ray listens beyond loopback and wants no token",
-            "set RAY_AUTH_MODE=token for `ray start` on every node and for who connects "
+            f"{node}: other machines can reach Ray, and it requires no token",
+            "set RAY_AUTH_MODE=token for `ray start` on every node and for every driver "
             "(docs/cluster.md)",
         )
     dashboards = [
@@ -444,8 +451,8 @@ def _diagnose_network(reports: list[NodeReport]) -> Iterator[Finding]:
         )
     if not unprotected and not dashboards:
         is_exposed = any(report.exposed_ports for report in reports)
-        protected = "Ray wants a token; the dashboard is on loopback"
-        yield Finding("doors", True, protected if is_exposed else "Ray listens on loopback alone")
+        protected = "Ray requires a token; the dashboard is on loopback"
+        yield Finding("doors", True, protected if is_exposed else "Ray listens on loopback only")
 
 
 def _is_safe_version(package: str, version: str) -> bool:
@@ -460,4 +467,4 @@ def _is_safe_version(package: str, version: str) -> bool:
 def _upgrade_remedy(package: str) -> str:
     """Return what to do about an unsafe version."""
     version = ".".join(map(str, _MIN_SAFE_VERSIONS[package]))
-    return f"upgrade: versions before {version} have known holes"
+    return f"upgrade: versions before {version} have known vulnerabilities"

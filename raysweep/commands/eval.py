@@ -427,7 +427,7 @@ def _resolve_data_spec(request: EvalRequest, target: EvaluationTarget) -> DataSp
 
     if target.config:
         return target.config.data
-    # Only the test set is used: any validation split will do, also of a small training set.
+    # Only the test set is used. A validation split of 1 fits every training set.
     return apply_overrides(DataSpec(val_size=1), request.data_overrides)
 
 

@@ -104,19 +104,19 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_path(text: str) -> Path:
-    """Read a path; `~` is the home folder."""
+    """Convert text to a path; `~` at the start is the home folder."""
     return Path(os.path.expanduser(text))  # noqa: PTH111 - Path.expanduser raises for unknown users
 
 
 def parse_positive_int(text: str) -> int:
-    """Read a whole number of at least 1."""
+    """Convert text to a whole number of at least 1, or raise ArgumentTypeError."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
 def parse_duration(text: str) -> float:
-    """Read a time such as 90s, 30m or 2h; return it in seconds."""
+    """Convert a time such as 90s, 30m or 2h to seconds, or raise ArgumentTypeError."""
     try:
         seconds = float(text[:-1]) * _SECONDS_PER_UNIT[text[-1:]]
     except (ValueError, KeyError):
@@ -127,7 +127,7 @@ def parse_duration(text: str) -> float:
 
 
 def parse_fraction(text: str) -> float:
-    """Read a number of at least 0, written as 0.031 or 8/255."""
+    """Convert 0.031 or 8/255 to a number of at least 0, or raise ArgumentTypeError."""
     try:
         value = float(Fraction(text))
     except (ValueError, ZeroDivisionError):
@@ -138,7 +138,7 @@ def parse_fraction(text: str) -> float:
 
 
 def parse_non_negative(text: str) -> float:
-    """Read a finite number of at least 0."""
+    """Convert text to a finite number of at least 0, or raise ArgumentTypeError."""
     try:
         amount = float(text)
     except ValueError:

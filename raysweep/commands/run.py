@@ -55,7 +55,7 @@ class RunRequest:
     Attributes:
         pipeline: Name or YAML file of the pipeline.
         plan_only: Whether to print what would run and to run nothing.
-        first_stage: Kind or number of the first stage whose artifact is made again; None for none.
+        first_stage: Kind or number of the first stage to make again; None to keep all artifacts.
         wait: Whether to wait if another process runs this pipeline.
         address: Ray cluster, `auto` or `host:port`; None for $RAY_ADDRESS or this machine.
         overrides: {dotted path: value} of `--set` and `--data-dir`.

@@ -123,7 +123,7 @@ def run_command(args: argparse.Namespace) -> int:
             raise SpecError(f"{storage.uri_of(run_folder)} holds a sweep: choose another --name")
         checkpoint = RunDirectory(run_folder).read_last_checkpoint()
         if checkpoint is not None:
-            # Before the tracker reopens an MLflow run that may be one with other settings.
+            # Check this before the tracker reopens an MLflow run that may have other settings.
             check_resumable(checkpoint, config, dataset.fingerprint)
         return _train_tracked(request, config, dataset, open_tracker(out), run_folder)
 
@@ -239,7 +239,7 @@ def _print_training_size(config: TrainingConfig, steps_per_epoch: int, run_folde
 def _log_training_result(
     config: TrainingConfig, tracker: Tracker, run_id: str, result: TrainingResult
 ) -> list[str]:
-    """Log a finished run to MLflow; return the notes on it, which its description holds too."""
+    """Log a finished run to MLflow; return the notes on it, which are also its description."""
     from raysweep.training.advice import advise_on_training
 
     best, last = result.best_checkpoint, result.last_checkpoint

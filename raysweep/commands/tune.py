@@ -54,7 +54,7 @@ class TuneRequest:
     """What the user asked `raysweep tune` to do.
 
     Attributes:
-        method: Name of the method; None if the space or the resumed sweep says it.
+        method: Name of the method; None if the space or the resumed sweep names it.
         space_file: YAML file of the search space; None for the built-in one of the method.
         trials: Number of trials; None for the number in the space.
         max_seconds: Wall time after which the sweep ends; None for no limit.
@@ -66,7 +66,7 @@ class TuneRequest:
         cpus_per_trial: Logical CPUs that each trial holds.
         gpus_per_trial: GPUs that each trial holds; None for one per worker, if there are any.
         workers: Number of processes that share a trial.
-        optuna_url: Optuna storage to which trials are also written; None for none.
+        optuna_url: Optuna storage to which trials are also written; None to write to none.
         overrides: {dotted path: value} of `--set` and `--data-dir`.
         out: Folder of `runs` and `mlflow.db`.
         storage: Folder or URI of sweeps; None for `runs` in `out`.
@@ -279,7 +279,7 @@ def _run_sweep(
         ledger = Ledger.create(sweep_folder, space) if is_new else Ledger.open(sweep_folder)
         extended_space = None if is_new else space
         if extended_space not in (None, ledger.space):
-            # `run_sweep` writes the extended space; nothing may fail after that.
+            # `run_sweep` writes the extended space, so MLflow must answer before that.
             tracker.wait_until_ready()
         try:
             end_reason = run_sweep(
@@ -388,7 +388,7 @@ def _extend_resumed_space(request: TuneRequest, ledger: Ledger) -> SearchSpace:
     """Return the space of a sweep, extended by `--set` (epochs) and `--space` (ranges, trials).
 
     Raises:
-        SpecError: The request changes what trials of this sweep have in common.
+        SpecError: The request changes a setting that all trials of the sweep share.
     """
     from raysweep.spec import SpecError
     from raysweep.sweep.extension_checks import check_extension
@@ -429,7 +429,7 @@ def _check_same_base(
 
 
 def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) -> None:
-    """Print the best trials, the epochs that sharing saved, and what to type next."""
+    """Print the best trials, the epochs that sharing saved, and the next commands."""
     from raysweep import storage
     from raysweep.commands.common import format_location_flags, format_ui_command
     from raysweep.results import advise_on_trial, describe_masking, sweep_to_json

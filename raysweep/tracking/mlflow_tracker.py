@@ -97,6 +97,9 @@ class Tracker:
             name: Name of a new run.
             tags: Tags that identify the run.
             parent_run_id: Run under which MLflow shows a new run.
+
+        Returns:
+            Id of the run.
         """
         client, experiment_id = self._connection.result()
         if run_id := self.find_run(tags):
@@ -174,7 +177,12 @@ class Tracker:
     def log_final(self, run_id: str, metrics: Mapping[str, float]) -> None:
         """Log metrics that belong to no epoch.
 
-        They have step 0: only for such metrics the UI draws bars instead of a line with one point.
+        They get step 0, because the UI draws bars for metrics with this step only, and otherwise a
+        line with one point.
+
+        Args:
+            run_id: The run.
+            metrics: Values by name.
         """
         self.log_metrics(run_id, metrics, 0)
 
@@ -201,7 +209,13 @@ class Tracker:
         self.set_tags(run_id, {_DESCRIPTION_TAG: "\n".join(f"- {line}" for line in lines)})
 
     def log_folder(self, run_id: str, folder: Path, artifact_folder: str) -> None:
-        """Upload the files of a folder as artifacts of a run."""
+        """Upload the files of a folder as artifacts of a run.
+
+        Args:
+            run_id: The run.
+            folder: Local folder.
+            artifact_folder: Folder in the run's artifacts that receives the files.
+        """
         client, _ = self._connection.result()
         client.log_artifacts(run_id, str(folder), artifact_folder)
 
@@ -220,23 +234,47 @@ class Tracker:
         self.log_figures(run_id, plot_run_figures(history, read_histograms(run_path)))
 
     def log_figures(self, run_id: str, figures: Mapping[str, Any]) -> None:
-        """Upload matplotlib figures as `plots/NAME.png`, which the UI shows on the run's page."""
+        """Upload figures as `plots/NAME.png`, which the UI shows on the run's page.
+
+        Args:
+            run_id: The run.
+            figures: Matplotlib figures by name.
+        """
         client, _ = self._connection.result()
         for name, figure in figures.items():
             client.log_figure(run_id, figure, f"plots/{name}.png")
 
     def log_json(self, run_id: str, content: Any, file_name: str) -> None:
-        """Upload a value as a JSON file."""
+        """Upload a value as a JSON file.
+
+        Args:
+            run_id: The run.
+            content: The value; anything that can be written as JSON.
+            file_name: Path of the file in the run's artifacts.
+        """
         client, _ = self._connection.result()
         client.log_dict(run_id, content, file_name)
 
     def log_file(self, run_id: str, path: Path, artifact_folder: str | None = None) -> None:
-        """Upload a file; by default to the root of the run's artifacts."""
+        """Upload a file as an artifact of a run.
+
+        Args:
+            run_id: The run.
+            path: Local file.
+            artifact_folder: Folder in the run's artifacts; None for their root.
+        """
         client, _ = self._connection.result()
         client.log_artifact(run_id, str(path), artifact_folder)
 
     def find_run(self, tags: Mapping[str, str]) -> str | None:
-        """Return the id of the run with these tags; None if there is none."""
+        """Find a run by its tags.
+
+        Args:
+            tags: Tags that the run must have; it may have more.
+
+        Returns:
+            Id of the newest such run; None if there is none.
+        """
         client, experiment_id = self._connection.result()
         conditions = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         runs = client.search_runs([experiment_id], filter_string=conditions, max_results=1)
@@ -311,7 +349,7 @@ class Tracker:
         client.update_model_version(model_name, version, description=description)
 
     def set_model_alias(self, model_name: str, alias: str, version: str) -> None:
-        """Give a model's version an alias, and take it from the version that had it."""
+        """Give a version of a model an alias; the version that had it before loses it."""
         client, _ = self._connection.result()
         client.set_registered_model_alias(model_name, alias, version)
 
@@ -319,6 +357,10 @@ class Tracker:
         self, model_name: str, alias: str
     ) -> tuple[str, str, dict[str, str]] | None:
         """Find the version of a model that has an alias.
+
+        Args:
+            model_name: Name of the registered model.
+            alias: Such as `champion`.
 
         Returns:
             Version, id of its run, and its tags; None if no version has the alias.
@@ -360,7 +402,7 @@ class Tracker:
             ) from None
 
     def has_run_ended(self, run_id: str) -> bool:
-        """Return whether a run has any status but running."""
+        """Return whether the status of a run is not "running"."""
         client, _ = self._connection.result()
         return str(client.get_run(run_id).info.status) != "RUNNING"
 

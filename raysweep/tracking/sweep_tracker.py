@@ -60,7 +60,7 @@ class SweepTracker:
         """Log the results of the sweep, plot the best trials, and end all runs."""
         trials = ledger.load_trials()
         for trial in trials:
-            # Also runs that an earlier driver left open and that this one did not resume.
+            # This includes runs that an earlier driver left open and this one did not resume.
             if trial.state == "running" and (run_id := self._find_trial_run(trial)):
                 self._tracker.end_run(run_id, "KILLED")
         ranked_trials = ledger.rank_trials()
