@@ -35,7 +35,7 @@ INTRODUCTION = """\
 Every setting with its type, its default and what it does. The name of a setting on the command
 line and in files is a dotted path: `--set optim.lr=0.05` sets `lr` of the part `optim`. `NAME`
 stands for a name that you choose. [The tutorial](tutorial.md) shows settings in use, and
-`raysweep show lrat` prints those of one method with their values.
+`raysweep show lrat` prints those of one method with their values and descriptions.
 
 Some defaults depend on the data set (network, epsilon, epochs): see
 [`training/dataset_defaults.py`](../raysweep/training/dataset_defaults.py). A number may be written
@@ -88,18 +88,18 @@ CHAPTERS = (
             Section("Term", "`method.terms.NAME`", (Term,)),
             Section(
                 "Weight",
-                "`method.terms.NAME.weight`; `kind` says which",
+                "`method.terms.NAME.weight`; `kind` selects one",
                 find_spec_classes(AnyWeight),
             ),
             Section(
                 "Attack",
                 "`method.attacks.NAME`, `validation.attacks.NAME` and `validation.finish.NAME`; "
-                "`kind` says which",
+                "`kind` selects one",
                 find_spec_classes(AnyAttack),
             ),
             Section(
                 "Schedule",
-                "any setting that may change with the epoch; `kind` says which",
+                "any setting that may change with the epoch; `kind` selects one",
                 find_spec_classes(Schedule),
             ),
         ),
@@ -119,7 +119,7 @@ CHAPTERS = (
         "For `raysweep run FILE`; examples are in [`pipelines/`](../pipelines).",
         (
             Section("Pipeline", "at the top of the file", (Pipeline,)),
-            Section("Stage", "`stages`; `kind` says which", find_spec_classes(AnyStage)),
+            Section("Stage", "`stages`; `kind` selects one", find_spec_classes(AnyStage)),
             Section("Row", "`runs.NAME` of a stage `train`", (TrainingRow,)),
         ),
     ),
