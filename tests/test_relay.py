@@ -236,7 +236,7 @@ def test_three_errors_of_the_code_end_the_sweep(begin_sweep: Callable[..., Sweep
         and [trial.state for trial in sweep.ledger.load_trials()] == ["failed"] * 3
     )
     with pytest.raises(
-        SweepFailed, match="3 trials met errors of the code, the first:\nTraceback 0"
+        SweepFailed, match="3 trials failed with errors in the code, the first:\nTraceback 0"
     ):
         sweep.relay.require_round_progress()
 

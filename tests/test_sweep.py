@@ -465,7 +465,7 @@ def test_a_bug_ends_the_sweep_after_a_few_trials_with_its_traceback(ray_cluster,
         ledger.trial_path(number).mkdir()
         (ledger.trial_path(number) / "histograms").touch()
     with pytest.raises(
-        SweepFailed, match="trials met errors of the code, the first:\nTraceback"
+        SweepFailed, match="trials failed with errors in the code, the first:\nTraceback"
     ) as error:
         run_sweep(ledger, [])
     failed = [trial for trial in ledger.load_trials() if trial.state == "failed"]

@@ -15,14 +15,14 @@ from raysweep.sweep.ledger import Ledger
 
 
 class AshaScheduler(FIFOScheduler):
-    """Stop a trial at a rung unless it is among the best of those that reached the rung before.
+    """Stop a trial at a rung unless it is among the best trials that have reached the rung.
 
     Rungs are the epochs grace_period, grace_period * reduction_factor, ... The best
     1 / reduction_factor of the trials continue. A trial's rungs within its own burn-in are ignored,
     because its weights have no effect there.
 
     Args:
-        ledger: The sweep; its reported epochs are recorded first.
+        ledger: The sweep. Epochs that its trials reported before are recorded first.
         max_epochs: Epochs of a trial that is not stopped.
     """
 
@@ -42,7 +42,7 @@ class AshaScheduler(FIFOScheduler):
         """Return Tune's decision (`CONTINUE` or `STOP`) after an epoch."""
         value = result.get(self._space.objectives[0])
         epoch = result.get("epoch")
-        # Most epochs are no rung: the params need not be validated again for those.
+        # Building the config is slow, and only needed at rungs.
         if value is None or epoch not in self._rung_values:
             return str(TrialScheduler.CONTINUE)
         burn_in = self._space.trial_config(trial.config["params"]).burn_in

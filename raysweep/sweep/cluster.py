@@ -85,7 +85,7 @@ def listen_on_loopback() -> Iterator[None]:
 
 
 def cluster_capacity() -> dict[str, float]:
-    """Add up the resources of all nodes, also of those that an autoscaler may still add.
+    """Add up the resources of all nodes, including nodes that an autoscaler may still add.
 
     Returns:
         Amounts by Ray's names, such as `CPU` and `GPU`.
@@ -100,10 +100,10 @@ def cluster_capacity() -> dict[str, float]:
 
 
 def node_capacities() -> list[dict[str, float]]:
-    """List the resources of each node, also of those that an autoscaler may still add.
+    """List the resources of each node, including nodes that an autoscaler may still add.
 
     Returns:
-        For each node amounts by Ray's names. A cluster that states its maximum in
+        Amounts by Ray's names for each node. A cluster that states its maximum in
         `RAYSWEEP_CLUSTER_MAX` counts as one node.
 
     Raises:

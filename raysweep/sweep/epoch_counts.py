@@ -20,7 +20,7 @@ class EpochCounts:
 
     @property
     def reused(self) -> int:
-        """Epochs whose state came from another trial."""
+        """Number of epochs whose state came from another trial."""
         return self.completed - self.trained
 
     def __str__(self) -> str:
@@ -31,7 +31,14 @@ class EpochCounts:
 
 
 def count_epochs(trials: Iterable[Trial]) -> EpochCounts:
-    """Add up the epochs of `trials`."""
+    """Add up the epochs of trials.
+
+    Args:
+        trials: All trials of a sweep.
+
+    Returns:
+        Completed and trained epochs of all trials together.
+    """
     completed = trained = 0
     for trial in trials:
         completed += trial.epoch

@@ -22,9 +22,9 @@ def check_extension(
     new ranges, because the sampler cannot learn from points outside its distributions.
 
     Args:
-        old_space: The search space that the sweep has.
-        new_space: The search space that it is to have.
-        trial_params: Params of its trials, by number.
+        old_space: The search space of the sweep.
+        new_space: The search space to continue with.
+        trial_params: Params of the sweep's trials, by number.
 
     Raises:
         SpecError: One line for each reason against the extension.

@@ -37,7 +37,7 @@ class Trial:
         latest: Metrics of the last reported epoch.
         best: Metrics of the epoch with the highest (first) objective; empty before the first value.
         curve: Pairs [epoch, objective], one for each epoch that measured the objective.
-        trained_epochs: Epochs that this trial trained itself; the others were reused.
+        trained_epochs: Number of epochs that this trial trained itself. It reused the others.
         seconds: Wall seconds that the trial held its resources, retries included.
         retries: How often the trial lost its process and was started again.
         reason: Why the trial failed or, until its next epoch, why it was started again.
@@ -102,7 +102,7 @@ class Ledger:
 
     Attributes:
         path: The folder.
-        name: Name of the folder, which users give to commands.
+        name: Name of the folder, which is the name of the sweep on the command line.
         space: The sweep's search space.
         key: Random id of the sweep (32 hex digits), which stays when the folder is renamed.
     """
@@ -151,6 +151,12 @@ class Ledger:
     def open(cls, path: Path) -> "Ledger":
         """Open the folder of an existing sweep.
 
+        Args:
+            path: The folder; files of a bucket are downloaded first.
+
+        Returns:
+            The ledger.
+
         Raises:
             SpecError: If there is no sweep, or if its files are damaged.
         """
@@ -182,6 +188,9 @@ class Ledger:
         Finished trials that get more epochs are set to running again, to resume from their last
         checkpoints.
 
+        Args:
+            new_space: The search space to continue with.
+
         Raises:
             SpecError: For changes that `extension_checks.check_extension` does not allow.
         """
@@ -208,7 +217,10 @@ class Ledger:
         storage.push_to_bucket(folder / "trial.json")
 
     def load_trials(self) -> list[Trial]:
-        """Load all trials that were ever started, by number.
+        """Load all trials that were ever started.
+
+        Returns:
+            The trials, ordered by number.
 
         Raises:
             SpecError: If a trial.json is damaged.

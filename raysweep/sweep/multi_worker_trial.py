@@ -87,7 +87,7 @@ def load_placement_group(run_path: Path) -> PlacementGroup | None:
         run_path: The trial's folder.
 
     Returns:
-        The group, which may have been removed; None if no worker wrote one down.
+        The group, which may have been removed since; None if no worker saved one.
     """
     storage.pull_file(run_path / _PLACEMENT_GROUP_FILE)
     try:
@@ -111,9 +111,9 @@ def is_placement_group_active(group: PlacementGroup | None) -> bool:
 class ReleaseWorkersCallback(tune.Callback):
     """Free the workers of trials that were stopped (ray-project/ray #54305).
 
-    Where Ray's dashboard runs, Ray does so itself within a second or two. The callback waits before
-    it frees them, because a Train controller that is still alive would take the end of its workers
-    for a failure and start new ones.
+    Where Ray's dashboard runs, Ray frees them itself within a second or two. The callback waits
+    first: a Train controller that is still alive would treat the end of its workers as a failure
+    and start new ones.
 
     Args:
         trials_path: Folder of the sweep's trials.
@@ -136,7 +136,7 @@ class ReleaseWorkersCallback(tune.Callback):
     on_trial_error = on_trial_complete
 
     def on_step_end(self, iteration: int, trials: list[RayTrial], **info: Any) -> None:
-        """Remove the placement groups whose time has come."""
+        """Remove the placement groups whose grace period is over."""
         while self._pending_removals and self._pending_removals[0][0] <= time.monotonic():
             remove_placement_group(self._pending_removals.pop(0)[1])
 

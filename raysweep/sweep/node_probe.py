@@ -44,8 +44,8 @@ class ProbeRequest:
         storage_uri: Folder that the node must be able to read and write.
         marker_file: Name of a file in that folder, which the driver wrote.
         data_spec: The data set, a `DataSpec` as JSON.
-        fingerprint: Fingerprint of the driver's data. If it is set, a copy that the node cached
-            earlier will do; if it is empty, the node reads the data set itself.
+        fingerprint: Fingerprint of the driver's data. If it is set, a copy in the node's cache
+            is enough. If it is empty, the node reads the data set itself.
     """
 
     storage_uri: str
@@ -72,7 +72,7 @@ class NodeReport:
         fingerprint: Fingerprint of the node's data; empty if it cannot be read.
         problems: Messages by topic, `node`, `storage` or `data`.
         clock_skew: Lower bound of the difference between the node's clock and the driver's, in
-            seconds, however long the answer took.
+            seconds. It holds for any delay of the answer.
     """
 
     node_name: str
@@ -150,11 +150,18 @@ def portable_path(folder: Path) -> str:
 
 
 def require_visible(sweep_path: Path) -> None:
-    """Raise SpecError in one line if this machine does not see the sweep's folder."""
+    """Check that this machine can read the folder of a sweep.
+
+    Args:
+        sweep_path: The folder.
+
+    Raises:
+        SpecError: If `sweep.json` is not there.
+    """
     if not storage.pull_file(sweep_path / "sweep.json"):
         raise SpecError(
             f"{socket.gethostname()}: does not see {storage.uri_of(sweep_path)}: "
-            "--out or --storage must be what all nodes share"
+            "--out or --storage must name a folder that all nodes share"
         )
 
 
@@ -303,7 +310,7 @@ def _belongs_to_session(process: psutil.Process, session_name: str) -> bool:
 
 
 def _port_owner(process: psutil.Process, port: int) -> str:
-    """Return a name for who listens on a port of the process.
+    """Return a name for the service that listens on a port of the process.
 
     The dashboard listens on two ports: its own, where jobs are submitted, and that of its metrics.
     """

@@ -35,7 +35,7 @@ class OptunaExporter:
             ) from None
 
     def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:
-        """Open the sweep's study, and bring it up to date."""
+        """Open the sweep's study, and rebuild it if it differs from the ledger."""
         self._space = ledger.space
         self._study_name = f"{ledger.name}-{ledger.key[:8]}"
         self._open_study()
@@ -47,7 +47,7 @@ class OptunaExporter:
             self._study.add_trial(to_frozen_trial(self._space, trial))
 
     def on_sweep_end(self, ledger: Ledger) -> None:
-        """Bring the study up to date."""
+        """Rebuild the study if it differs from the ledger."""
         self._rebuild_outdated_study(ledger)
 
     def _open_study(self) -> None:

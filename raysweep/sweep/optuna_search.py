@@ -123,7 +123,7 @@ class LedgerSearcher(Searcher):
 
     def _add_past_trial(self, trial: Trial) -> None:
         """Add an ended trial of the ledger to the study."""
-        # Without a generation NSGA-II would start over, without parents.
+        # Without this attribute NSGA-II would ignore the trial as a parent and start over.
         generation = self._n_complete // self._ledger.space.sampler.n_startup_trials
         frozen_trial = to_frozen_trial(
             self._ledger.space, trial, system_attrs={"NSGAIISampler:generation": generation}

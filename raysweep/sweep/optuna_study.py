@@ -70,7 +70,14 @@ def constraint_values(space: SearchSpace, best_metrics: EpochMetrics) -> dict[st
 
 
 def build_study(ledger: Ledger) -> optuna.Study:
-    """Build an in-memory study of all ended trials, ordered by number."""
+    """Build an in-memory study of all ended trials.
+
+    Args:
+        ledger: The sweep.
+
+    Returns:
+        The study; its trials are ordered by their number in the ledger.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(directions=["maximize"] * len(ledger.space.objectives))
     for trial in ledger.load_trials():

@@ -22,7 +22,7 @@ from raysweep.training.trainer import build_model_variants, compute_step_gradien
 # Seconds for a forward pass of four 32 x 32 images. A small network needs a third to two thirds of
 # it, a ResNet-18 up to twice as much.
 _FAST_FORWARD_SECONDS = 0.03
-# For steps longer than this, warming up is negligible: one step is enough to estimate from.
+# Steps that take longer are hardly slowed by warming up: a single one gives the estimate.
 _LONG_STEP_SECONDS = 5.0
 
 
@@ -199,8 +199,8 @@ def maybe_estimate_epoch_seconds(
         resources: What a trial holds.
 
     Returns:
-        Seconds of one epoch. None if the steps would take minutes on this machine, or if trials
-        run on GPUs and this machine has none, or the other way round.
+        Seconds of one epoch. None if the steps would take minutes on this machine, or if only one
+        of the two, the trials and this machine, uses a GPU.
     """
     has_gpu = torch.cuda.is_available()
     torch.set_num_threads(resources.threads_per_worker)
@@ -214,7 +214,7 @@ def maybe_estimate_epoch_seconds(
 def starting_epochs(
     space: SearchSpace, max_epochs: int, existing_trials: Sequence[Trial]
 ) -> list[int]:
-    """List the trials that are still to run, each as the epochs that it already has.
+    """List how many epochs each trial that is still to run already has.
 
     Args:
         space: The sweep's search space.
@@ -222,7 +222,7 @@ def starting_epochs(
         existing_trials: Trials that were started before.
 
     Returns:
-        Existing trials that will resume, then a 0 for each new trial.
+        Numbers of epochs: first of the trials that will resume, then a 0 for each new trial.
     """
     resumed_epochs = []
     for trial in existing_trials:

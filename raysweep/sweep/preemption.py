@@ -16,7 +16,12 @@ _SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 
 
 class _SigtermState:
-    """State of this process. `deferred`: SIGTERM only sets `requested`."""
+    """State of this process.
+
+    Attributes:
+        requested: Whether the process has received SIGTERM.
+        deferred: Whether SIGTERM only sets `requested`, instead of ending the process.
+    """
 
     requested = False
     deferred = False

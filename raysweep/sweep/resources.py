@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from raysweep.spec import SpecError
 
 DRIVER_CPUS = 0.01
-"""CPUs of a trial's own process while its workers train: Ray requires more than nothing."""
+"""CPUs of a trial's own process while its workers train; Ray does not allow 0."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Resources:
 
     Attributes:
         cpus: CPUs of the trial, above 0; several workers share them equally.
-        gpus: GPUs of the trial, shared equally too: per worker a whole number, or at most 1. None
-            for one per worker if the cluster has any, see `resolve`.
+        gpus: GPUs of the trial, which workers share equally too: each gets a whole number, or at
+            most 1. None means one per worker if the cluster has any, see `resolve`.
         workers: Number of processes that train the trial together.
 
     Raises:

@@ -24,7 +24,7 @@ SweepEndReason = Literal["done", "budget", "interrupted"]
 """Why a call of `run_sweep` ended; `interrupted` is by Ctrl-C."""
 
 MAX_BUGGY_TRIALS = 3
-"""Number of trials with errors of the code that ends a sweep."""
+"""Number of trials with errors in the code after which a sweep ends."""
 
 MAX_TRIAL_RETRIES = 20
 """How often a trial is started again after it lost its process (killed, or its node preempted).
@@ -47,7 +47,10 @@ _TUNE_RESULT_KEYS = frozenset(
 
 
 class SweepListener(Protocol):
-    """Follows a sweep, for example to display or track it."""
+    """Follows a sweep, for example to display or track it.
+
+    All methods are called in the driver, one at a time. An exception ends the sweep.
+    """
 
     def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:
         """Receive the sweep before its first trial starts.
@@ -58,7 +61,7 @@ class SweepListener(Protocol):
         """
 
     def on_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:
-        """Receive a trial that started, reported an epoch, was started again, or ended.
+        """Receive a trial after it started, reported an epoch, was started again, or ended.
 
         Args:
             trial: The trial, as it was just written to the ledger.
@@ -66,11 +69,15 @@ class SweepListener(Protocol):
         """
 
     def on_sweep_end(self, ledger: Ledger) -> None:
-        """Receive the sweep at its end, also after an error."""
+        """Receive the sweep at its end, also after an error.
+
+        Args:
+            ledger: The sweep, with the final state of its trials.
+        """
 
 
 class SweepFailed(RuntimeError):
-    """Several trials failed by errors that their params do not explain, or none could start."""
+    """Several trials failed with errors in the code, or no trial could start."""
 
 
 @dataclass
@@ -99,12 +106,12 @@ class LedgerCallback(tune.Callback):
     Args:
         ledger: The sweep.
         max_epochs: Epochs of a trial whose params do not set `epochs`.
-        listeners: Who is notified of each change, after the ledger has it.
+        listeners: Objects that are notified of each change, after it is in the ledger.
         gpus_per_trial: GPUs that a running trial holds.
         budget: What this call may spend.
 
     Attributes:
-        bug_tracebacks: Tracebacks of errors of the code, one for each trial that met one.
+        bug_tracebacks: Tracebacks of errors in the code, one for each trial that had one.
         limit_reached: Whether this callback ended a round of Tune, rather than Ctrl-C.
     """
 
@@ -154,7 +161,7 @@ class LedgerCallback(tune.Callback):
     def update_limit_reached(self) -> bool:
         """Set `limit_reached` if the limit has been reached, and return it.
 
-        Called where the answer ends the sweep; `has_reached_limit` only asks.
+        Called where a result of True ends the sweep. `has_reached_limit` changes nothing.
         """
         self.limit_reached |= self.has_reached_limit
         return self.limit_reached
@@ -177,11 +184,11 @@ class LedgerCallback(tune.Callback):
         """Check after a round of Tune that another one makes sense.
 
         Raises:
-            SweepFailed: If too many trials met errors of the code, or no trial made progress.
+            SweepFailed: If too many trials had errors in the code, or no trial made progress.
         """
         if len(self.bug_tracebacks) >= MAX_BUGGY_TRIALS:
             raise SweepFailed(
-                f"{len(self.bug_tracebacks)} trials met errors of the code, the first:\n"
+                f"{len(self.bug_tracebacks)} trials failed with errors in the code, the first:\n"
                 f"{self.bug_tracebacks[0]}"
             )
         if self._start_failures and not self._made_progress:
@@ -221,9 +228,9 @@ class LedgerCallback(tune.Callback):
     def on_trial_complete(
         self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any
     ) -> None:
-        """Write the end of a trial, unless the limit cut it off: then it can be resumed."""
+        """Write the end of a trial; one that the limit cut off stays `running` to be resumed."""
         saved_trial = self._trials_by_id.get(trial.trial_id)
-        # None: the limit was reached before the trial's first process started.
+        # It is None if the limit was reached before the trial's first process started.
         if saved_trial is not None and saved_trial.state == "running":
             if saved_trial.epoch >= saved_trial.params.get("epochs", self._max_epochs):
                 self._save_and_notify(trial, replace(saved_trial, state="finished", reason=""))

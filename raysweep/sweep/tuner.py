@@ -70,7 +70,7 @@ def run_sweep(
 
     Args:
         ledger: The sweep.
-        listeners: Who follows the sweep.
+        listeners: Objects that are notified of the sweep's events.
         resources: What one trial holds; by default one CPU, and one GPU if the cluster has any.
         address: Ray cluster, `auto` or `host:port`; see `connect_to_cluster`.
         budget: What this call may spend; unlimited by default.
@@ -81,8 +81,8 @@ def run_sweep(
         Why the call ended.
 
     Raises:
-        SpecError: If the sweep cannot run; nothing has changed then.
-        SweepFailed: If several trials failed by what looks like a bug, or no trial could start.
+        SpecError: If the sweep cannot run. In that case nothing was written.
+        SweepFailed: If several trials failed with errors in the code, or no trial could start.
     """
     resources = resources or Resources()
     budget = budget or Budget()
@@ -176,8 +176,8 @@ def _build_tuner(
             max_concurrent_trials=concurrency,
             search_alg=LedgerSearcher(ledger),
             scheduler=_build_scheduler(ledger, ledger.space.trial_config({}).epochs),
-            # A trial that waits for its workers does not notice that it must stop: its process has
-            # to end, and the workers end with it.
+            # A trial that waits for its workers does not notice that it must stop. Its process must
+            # end, and the workers end with it.
             reuse_actors=resources.workers == 1,
         ),
         run_config=tune.RunConfig(
@@ -247,8 +247,8 @@ def _train_trial(
 ) -> None:
     """Train a trial in its own process and report to Tune, as `raysweep train` trains a run.
 
-    Only errors that the trial's params or the code explain are reported. What kills the process is
-    left to Tune, which retries.
+    An error of the params or of the code is reported as a result, so that Tune does not retry the
+    trial. If the process dies, Tune starts the trial again.
     """
     import torch
 
