@@ -580,7 +580,7 @@ def test_everything_wrong_is_said_at_once(workdir: Path, capsys) -> None:
         "stages.3 (train): runs.B: needs exactly one of preset, method",
         "stages.4 (autoattack): attacks.X: no attack 'pgd21'; nearest: pgd20",
         "stages.5 (report): no paper table 'lrat-table9'; nearest: lrat-table",
-        "stages.7 (tune): its label 'at' is that of stages.6",
+        "stages.7 (tune): its label 'at' is already used by stages.6",
         "stages.9 (promote): set: no setting 'epochz'; nearest: epochs",
         "stages.9 (promote): set: model.name: no model 'nosuch'",
         (

@@ -237,14 +237,17 @@ TRAIN = {"kind": "train", "runs": {"AT": {"method": "at"}}, "seeds": [0]}
                 "stages.3 (register): no stage before it evaluates anything; put autoattack first",
             ],
         ),
-        ([TRAIN, TRAIN], ["stages.1 (train): its label 'AT' is that of stages.0; give it another"]),
+        (
+            [TRAIN, TRAIN],
+            ["stages.1 (train): its label 'AT' is already used by stages.0; choose another"],
+        ),
         ([{"kind": "tune", "space": "at"}, TRAIN | {"runs": {"at": {"method": "at"}}}], None),
     ],
 )
 def test_an_impossible_order_of_stages_is_refused(stages: list, lines: list[str] | None) -> None:
     found = pipeline(*stages).find_problems(TrainingOverrides({}, {}))
     assert found == (
-        ["stages.1 (train): its label 'at' is that of stages.0; give it another"]
+        ["stages.1 (train): its label 'at' is already used by stages.0; choose another"]
         if lines is None
         else lines
     )

@@ -168,7 +168,10 @@ class Artifact(Spec):
     """Further results as plain data; `read_facts` gives them types."""
 
     def read_facts(self, facts_type: type[FactsT]) -> FactsT:
-        """Return the further results as `facts_type`.
+        """Return the further results as typed facts.
+
+        Args:
+            facts_type: Class of the facts, which depends on the kind of the stage.
 
         Raises:
             SpecError: If a fact is missing that has no default, or has another type.
@@ -190,6 +193,9 @@ class Artifact(Spec):
     @classmethod
     def read_if_finished(cls, folder: Path) -> "Artifact | None":
         """Read the artifact of a stage.
+
+        Args:
+            folder: Folder of the artifact, which may not exist.
 
         Returns:
             The artifact, or None if the stage has not finished.

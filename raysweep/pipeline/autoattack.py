@@ -101,6 +101,9 @@ class AutoAttackStage(Stage):
             label: Key in `attacks`.
             eps: Radius for an attack that is given by its name.
 
+        Returns:
+            A cascade for a name, or the attack that the settings describe.
+
         Raises:
             SpecError: If there is no attack of this name.
         """

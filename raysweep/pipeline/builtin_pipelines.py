@@ -19,6 +19,9 @@ def find_pipeline_file(name_or_file: str) -> Path:
     Args:
         name_or_file: Name of a built-in pipeline, or path of a YAML file, which may not exist.
 
+    Returns:
+        Path of the YAML file.
+
     Raises:
         SpecError: If there is no built-in pipeline of this name.
     """

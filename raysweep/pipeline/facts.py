@@ -85,7 +85,7 @@ class ChampionComparison(StageFacts):
     champion: str | None = None
     """Version that is champion afterwards; None if the new version could not be compared."""
     verdict: PairedVerdict
-    """What the comparison says about the new version."""
+    """Result of the comparison for the new version."""
     reason: str
     """Reason for the verdict, for people."""
     test: McNemarResult | None = None

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from raysweep.pipeline.artifact import EvaluationResult
 from raysweep.pipeline.statistics import McNemarResult, mcnemar_test
 
-# Results under another threat model, attack or data set cannot be compared.
+# Results can be compared only if the threat model, the attack and the data set are the same.
 _PROTOCOL_FIELDS = ("attack", "standard", "eps", "norm", "data", "fingerprint")
 
 

@@ -93,7 +93,13 @@ class PaperComparison(StageFacts):
 
 
 def load_paper_table(name: str) -> PaperTable:
-    """Load a table from `pipelines/paper` by its name.
+    """Load a table of a paper.
+
+    Args:
+        name: Name of a file in `pipelines/paper`, without its ending.
+
+    Returns:
+        The table.
 
     Raises:
         SpecError: If there is no such table, or its file is not valid.

@@ -56,7 +56,14 @@ class Pipeline(Spec):
     """The stages in order."""
 
     def find_problems(self, training_overrides: TrainingOverrides) -> list[str]:
-        """Check the whole pipeline without running it; return one line for each problem."""
+        """Check the whole pipeline without running it.
+
+        Args:
+            training_overrides: Training settings of the pipeline and of the command line.
+
+        Returns:
+            One line for each problem; empty if there is none.
+        """
         lines = []
         if self.keep_nights and self.rerun != "daily":
             lines.append("keep_nights: counts nights; it needs `rerun: daily`")
@@ -72,7 +79,7 @@ class Pipeline(Spec):
                     first = stage_of_label.setdefault(label, number)
                     if first != number:
                         problems.append(
-                            f"its label {label!r} is that of stages.{first}; give it another"
+                            f"its label {label!r} is already used by stages.{first}; choose another"
                         )
             lines += [f"{where}: {line}" for line in problems]
         return lines
@@ -94,6 +101,9 @@ class Pipeline(Spec):
         """Yield each stage with the training configs of the candidates that it receives.
 
         The configs are those that are known before the pipeline runs.
+
+        Args:
+            training_overrides: Training settings of the pipeline and of the command line.
         """
         upstream_configs: list[TrainingConfig] = []
         for stage in self.stages:
@@ -222,6 +232,9 @@ def plan_stages(
         training_overrides: Training settings outside of the stages.
         folder: Folder of the artifacts.
         salt: Result of `Pipeline.compute_digest_salt`.
+
+    Returns:
+        The stages in order, each with its digest and folder.
     """
     planned: list[PlannedStage] = []
     for number, (stage, upstream_configs) in enumerate(

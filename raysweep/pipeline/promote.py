@@ -101,7 +101,13 @@ class PromoteStage(Stage):
         return line
 
     def select_candidates(self, candidates: tuple[Candidate, ...]) -> list[Candidate]:
-        """Select candidates, best first.
+        """Select candidates by their validation results.
+
+        Args:
+            candidates: All candidates of the earlier stages.
+
+        Returns:
+            The selected candidates, best first.
 
         Raises:
             StageFailed: If the masking gap excludes all of them.
@@ -171,7 +177,8 @@ class PromoteStage(Stage):
         try:
             space = self.build_retraining_space(config, context.training_overrides)
         except SpecError as error:
-            # A searched parameter can decide which other settings exist, so this is found out late.
+            # A searched parameter can decide which other settings exist: checks before the run of
+            # the pipeline cannot find this error.
             raise StageFailed(f"{candidate.title} cannot be trained again: {error}") from None
         folder = context.choose_sweep_folder(candidate.label)
         ledger = run_stage_sweep(context, folder, space, self.cpus, self.gpus)
@@ -189,6 +196,9 @@ class PromoteStage(Stage):
         Args:
             config: Config of the candidate.
             training_overrides: The command line's settings take precedence over the stage's.
+
+        Returns:
+            A grid over the seeds.
 
         Raises:
             SpecError: If the config does not allow the settings.

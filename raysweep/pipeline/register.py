@@ -61,7 +61,9 @@ class RegisterStage(Stage):
         ]
 
     def describe_stage(self, training_overrides: TrainingOverrides) -> str:
-        return f"as {self.name}: candidate, aa-verified, and champion if AutoAttack says better"
+        return (
+            f"as {self.name}: candidate, aa-verified, and champion if it is better under AutoAttack"
+        )
 
     def run_stage(self, context: StageContext, upstream: UpstreamResults) -> StageResult:
         evaluation = find_best_candidate_evaluation(upstream)

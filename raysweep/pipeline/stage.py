@@ -43,7 +43,14 @@ class TrainingOverrides:
     from_command_line: Mapping[str, Any]
 
     def merge(self, stage_overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """Combine the settings of a stage with these."""
+        """Combine the settings of a stage with these.
+
+        Args:
+            stage_overrides: `set` of the stage, by dotted path.
+
+        Returns:
+            All settings by dotted path, with the precedence above.
+        """
         return {**self.from_pipeline, **stage_overrides, **self.from_command_line}
 
 
@@ -160,7 +167,17 @@ class StageContext:
         return Tracker(tracking_uri(self.out), self.out / "mlruns")
 
     def get_dataset(self, data_spec: DataSpec) -> Dataset:
-        """Return a data set; every stage shares one copy in memory."""
+        """Load a data set at its first use; all stages share one copy in memory.
+
+        Args:
+            data_spec: Settings of the data set.
+
+        Returns:
+            The data set.
+
+        Raises:
+            SpecError: If its files are missing or damaged.
+        """
         key = data_spec.digest()
         if key not in self._datasets:
             self._datasets[key] = load_data(data_spec)
@@ -189,6 +206,9 @@ class StageContext:
 
     def make_reference(self, path: Path) -> str:
         """Return what artifacts store for a path.
+
+        Args:
+            path: Local path of a file or folder.
 
         Returns:
             The path relative to `--out` if it lies inside, else an absolute path or a URI.
@@ -239,6 +259,9 @@ class Stage(Spec):
             training_overrides: Settings of the pipeline and of the command line.
             upstream_configs: Configs of the candidates that the earlier stages pass on.
 
+        Returns:
+            One item for each config; empty for a stage that trains nothing.
+
         Raises:
             SpecError: If a config is not valid.
         """
@@ -247,28 +270,52 @@ class Stage(Spec):
     def list_training_configs(
         self, training_overrides: TrainingOverrides, upstream_configs: Sequence[TrainingConfig] = ()
     ) -> list[TrainingConfig]:
-        """List the configs of `plan_trainings`."""
+        """List the training configs of this stage; the arguments are those of `plan_trainings`."""
         trainings = self.plan_trainings(training_overrides, upstream_configs)
         return [training.config for training in trainings]
 
     def collect_digest_content(self, training_overrides: TrainingOverrides) -> JsonDict:
         """Return data that is part of the stage's digest besides its settings.
 
-        Examples are the content of files that the settings name, and the training settings that
-        result from `training_overrides`.
+        The stage runs again when this data changes. Examples are the content of files that the
+        settings name, and the training settings that result from `training_overrides`.
+
+        Args:
+            training_overrides: Settings of the pipeline and of the command line.
+
+        Returns:
+            Data that can be written as JSON.
         """
         return {}
 
     def list_candidate_labels(self, training_overrides: TrainingOverrides) -> list[str]:
-        """List the labels of the candidates that this stage adds."""
+        """List the labels of the candidates that this stage adds.
+
+        Args:
+            training_overrides: Settings of the pipeline and of the command line.
+
+        Returns:
+            Labels that no other stage of the pipeline may have; empty if it adds no candidates.
+        """
         return []
 
     def find_problems(self) -> list[str]:
-        """Check the settings of this stage alone; return one line for each problem."""
+        """Check the settings of this stage alone, beyond the types of its fields.
+
+        Returns:
+            One line for each problem; empty if there is none.
+        """
         return []
 
     def describe_stage(self, training_overrides: TrainingOverrides) -> str:
-        """Describe the work of this stage in one line, for `--plan`."""
+        """Describe the work of this stage, for `--plan` and progress messages.
+
+        Args:
+            training_overrides: Settings of the pipeline and of the command line.
+
+        Returns:
+            One line, without the kind of the stage.
+        """
         raise NotImplementedError
 
     def run_stage(self, context: StageContext, upstream: UpstreamResults) -> StageResult:
@@ -277,6 +324,9 @@ class Stage(Spec):
         Args:
             context: Folders and services.
             upstream: Results of the earlier stages.
+
+        Returns:
+            The result, which is written to the artifact of the stage.
 
         Raises:
             StageFailed: If there is no result.

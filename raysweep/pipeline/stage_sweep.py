@@ -24,12 +24,15 @@ from raysweep.training.config import TrainingConfig, build_training_config
 def build_seed_grid(method: Any, overrides: dict[str, Any], seeds: tuple[int, ...]) -> SearchSpace:
     """Build a search space with one training run for each seed.
 
-    As a sweep, the runs are distributed, resumed and tracked, and share equal prefixes.
+    A sweep distributes, resumes and tracks the runs, and trains equal prefixes only once.
 
     Args:
         method: Name or settings of the training method.
         overrides: Training settings by dotted path.
         seeds: Seeds of the runs.
+
+    Returns:
+        A grid whose only searched setting is `seed`.
 
     Raises:
         SpecError: If the settings are not valid.
@@ -51,9 +54,12 @@ def build_seed_grid(method: Any, overrides: dict[str, Any], seeds: tuple[int, ..
 
 
 def drop_data_location(space: SearchSpace) -> JsonDict:
-    """Return a search space for a digest: without the location of its data.
+    """Return the content of a search space that is part of a stage's digest.
 
-    The fingerprint of the data is part of the digest instead.
+    The location of the data is left out: the digest has the fingerprint of the data instead.
+
+    Args:
+        space: The search space.
     """
     location_keys = ("data.data_dir", "data.download")
     base = {key: value for key, value in space.base.items() if key not in location_keys}
@@ -140,6 +146,9 @@ def make_candidate(
         trial: A trial with a result.
         label: Label of the candidate.
         checkpoint_kind: Whether to take the best or the last epoch.
+
+    Returns:
+        The candidate, with the validation metrics of its epoch.
     """
     if checkpoint_kind == "best":
         path = ledger.best_checkpoint_path(trial)
@@ -164,7 +173,14 @@ def make_candidate(
 def iter_seed_candidates(
     context: StageContext, ledger: Ledger, label: str, checkpoint_kinds: tuple[CheckpointKind, ...]
 ) -> Iterator[Candidate]:
-    """Yield the candidates of a sweep over seeds, in the order of its trials."""
+    """Yield the candidates of a sweep over seeds, in the order of its trials.
+
+    Args:
+        context: Folders and services.
+        ledger: Ledger of the sweep.
+        label: Label of all candidates.
+        checkpoint_kinds: Checkpoints of each trial that become candidates.
+    """
     for trial in sorted(ledger.rank_trials(), key=lambda trial: trial.number):
         for checkpoint_kind in checkpoint_kinds:
             yield make_candidate(context, ledger, trial, label, checkpoint_kind)

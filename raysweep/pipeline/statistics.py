@@ -92,7 +92,11 @@ def binomial_p_value(n_heads: int, n_throws: int) -> float:
 
 
 def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Compute Kendall's rank correlation tau-b of two sequences of equal length.
+    """Compute Kendall's rank correlation tau-b of two sequences.
+
+    Args:
+        a: Numbers.
+        b: Numbers in the same order, as many as in `a`.
 
     Returns:
         tau-b in [-1, 1], or None if a sequence is constant or has fewer than two values.
@@ -159,6 +163,9 @@ def summarize_accuracies(accuracies: Sequence[float], n_examples: int) -> Accura
     Args:
         accuracies: One accuracy in [0, 1] for each seed.
         n_examples: Number of test examples behind each accuracy.
+
+    Returns:
+        Median, standard deviation and interval.
     """
     median = statistics.median(accuracies)
     n_seeds = len(accuracies)

@@ -63,7 +63,13 @@ class TrainStage(Stage):
         return list(self.runs)
 
     def build_seed_spaces(self, training_overrides: TrainingOverrides) -> dict[str, SearchSpace]:
-        """Build the sweep over the seeds of each row, by label.
+        """Build the sweep over the seeds of each row.
+
+        Args:
+            training_overrides: Settings of the pipeline and of the command line.
+
+        Returns:
+            A search space for each row, by its label.
 
         Raises:
             SpecError: With the problems of all rows.

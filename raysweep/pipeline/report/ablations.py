@@ -16,7 +16,7 @@ from raysweep.spec import flatten_spec, json_digest
 from raysweep.sweep.search_space import param_labels
 from raysweep.training.config import TrainingConfig
 
-# Fewer values make no curve.
+# A setting with fewer values is not plotted.
 _MIN_VALUES = 3
 # Curve -> value of the setting -> accuracy.
 AccuracyCurves = dict[str, dict[float, float]]
@@ -84,7 +84,7 @@ def _find_largest_ablation(
 ) -> dict[str, float]:
     """Find the checkpoints that differ in one parameter only.
 
-    Of several groups of such checkpoints, the one with most values counts.
+    If there are several groups of such checkpoints, the group with most values is used.
 
     Returns:
         Value of the parameter for each checkpoint of the group.

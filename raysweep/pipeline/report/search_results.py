@@ -102,7 +102,7 @@ def _build_importance_parts(ledger: Ledger, n_results: int) -> list[SectionPart]
     if left_out := [path for path in ledger.space.space if path not in importances]:
         labels = param_labels(list(ledger.space.space))
         names = ", ".join(labels[path] for path in left_out)
-        text = f"Not every trial has {names}: left out of the importances."
+        text = f"Not every trial has {names}, so the importances leave them out."
         parts.append(Paragraph(text, is_muted=True))
     return parts
 

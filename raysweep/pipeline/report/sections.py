@@ -217,7 +217,7 @@ def _build_class_table(evaluations: Mapping[str, EvaluationResult]) -> Table:
 
 
 def build_objective_sections(evaluations: Sequence[EvaluationResult]) -> list[Section]:
-    """Build the rank correlation of the sweep's objective with AutoAttack.
+    """Build the section about the rank correlation of the objective with AutoAttack.
 
     Returns:
         One section; empty for fewer than two evaluations by AutoAttack.
@@ -354,7 +354,7 @@ def build_registry_sections(artifacts: Sequence[Artifact]) -> list[Section]:
 
 
 def build_provenance_section(artifacts: Sequence[Artifact], environment: JsonDict) -> Section:
-    """Build the digests and software versions that are needed to reproduce the report."""
+    """Build the section of digests and software versions, which identify the inputs."""
     stages = [[a.kind, a.key, format_time(a.finish_time)] for a in artifacts]
     versions = [[name, str(version)] for name, version in environment.items() if version]
     return Section(
@@ -386,7 +386,7 @@ def _group_evaluations(
 def _select_shown_evaluations(
     evaluations: Sequence[EvaluationResult],
 ) -> dict[str, EvaluationResult]:
-    """Select the first evaluation of the first groups; only AutoAttack's where there are any."""
+    """Select the first evaluation of the first groups; only those of AutoAttack if it ran."""
     standard = [e for e in evaluations if e.is_autoattack] or list(evaluations)
     groups = list(_group_evaluations(standard).items())[:_MAX_EVALUATIONS_SHOWN]
     return {", ".join(key): members[0] for key, members in groups}

@@ -197,7 +197,7 @@ class ReportStage(Stage):
 def _find_previous_report(context: StageContext) -> tuple[Path, Artifact] | None:
     """Find the newest other report of this pipeline, and its folder.
 
-    Reports without a regression are preferred. Otherwise a fault that stays would be reported in
+    Reports without a regression are preferred. Otherwise a lasting regression would be reported in
     the first night only.
     """
     reports = []

@@ -58,7 +58,7 @@ def draw_training_figures(target: EvaluationTarget) -> dict[str, Figure]:
 
 
 def build_training_dynamics_section(title: str, figures: dict[str, Figure]) -> Section:
-    """Build the section.
+    """Build the section with the figures of a checkpoint's training.
 
     Args:
         title: Title of the checkpoint.
