@@ -1,4 +1,4 @@
-"""What every attack promises. A test class inherits the contract and gives an `attack` fixture."""
+"""Tests that every attack must pass: subclass `AttackContract` and define an `attack` fixture."""
 
 import pytest
 import torch

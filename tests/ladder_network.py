@@ -1,6 +1,4 @@
-"""A network whose robustness is known by hand: each image lies at a chosen distance from the one
-decision boundary.
-"""
+"""A network with known robustness: each image has a chosen distance to the decision boundary."""
 
 from collections.abc import Sequence
 

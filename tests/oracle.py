@@ -1,6 +1,4 @@
-"""The stored numbers of the authors' code (data/losses), with the network, images and noise they
-belong to.
-"""
+"""Stored results of the authors' code (data/losses), with their network, images and noise."""
 
 from dataclasses import dataclass
 from functools import cache

@@ -1,6 +1,4 @@
-"""Build candidates and judgements of a pipeline for tests; what is not given gets an ordinary
-value.
-"""
+"""Build candidates and evaluation results of a pipeline for tests, with ordinary defaults."""
 
 from typing import Any
 
@@ -20,8 +18,8 @@ PROTOCOL: dict[str, Any] = {
 
 
 def build_candidate(label: str, robust: float | None = None, **more: Any) -> Candidate:
-    """A candidate. Scores may be given by name: `robust` is `robust_worst`; `gap`, `clean` and
-    `pgd` are scores too.
+    """Build a candidate. The scores `robust` (robust_worst), `gap`, `clean`, `pgd` and `cw` may be
+    passed by name.
     """
     scores = {"robust_worst": robust, "masking_gap": more.pop("gap", None)}
     scores |= {name: more.pop(name) for name in ("clean", "pgd", "cw") if name in more}
@@ -34,8 +32,8 @@ def build_candidate(label: str, robust: float | None = None, **more: Any) -> Can
 
 
 def build_evaluation_result(candidate: Candidate, robust: float, **more: Any) -> EvaluationResult:
-    """A judgement by AutoAttack on the whole test set of CIFAR-10; settings of `protocol` may be
-    given by name.
+    """Build the result of AutoAttack on the whole test set of CIFAR-10; settings of `protocol` may
+    be passed by name.
     """
     protocol = PROTOCOL | {
         name: more.pop(name) for name in ("data", "model", "epochs", "train_size") if name in more

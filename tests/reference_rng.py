@@ -1,5 +1,5 @@
-"""Random numbers, batch order and augmentation, worked out one example at a time from what
-`raysweep.rng` documents.
+"""Reference code for random numbers, batch order and augmentation of one example at a time, written
+from the documentation of `raysweep.rng`.
 """
 
 import hashlib

@@ -1,8 +1,9 @@
-"""Every command of README and docs, typed one after another in empty folders: python tests/walk.py
-FOLDER [PAGE ...]
+"""Run every command of README and docs in empty folders, and print the outputs as Markdown.
 
-Prints what each said, as Markdown. Where a command wants more than a laptop has, what was added to
-it or why it was left out stands beside it. On two cores it takes most of an hour.
+    python tests/run_docs_commands.py FOLDER [PAGE ...]
+
+If a command needs more than a laptop, smaller settings are added to it, or it is skipped and the
+output names the reason. It takes about an hour on two cores.
 """
 
 import os

@@ -1,5 +1,5 @@
-"""The published attacks as plain loops over one example in numpy and float64: what tests compare
-ours with.
+"""Reference implementations of the published attacks: plain loops over one example in numpy and
+float64.
 """
 
 import math
