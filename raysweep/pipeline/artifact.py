@@ -218,6 +218,9 @@ def select_ranking_metrics(candidates: Iterable[Candidate]) -> tuple[str, ...]:
 
     Candidates of different objectives are ranked by the default objective, which every validation
     measures.
+
+    Args:
+        candidates: Candidates of any stages.
     """
     objectives = {c.objectives for c in candidates}
     return objectives.pop() if len(objectives) == 1 else (DEFAULT_OBJECTIVE,)
@@ -228,6 +231,9 @@ def select_best_candidate(candidates: tuple[Candidate, ...]) -> Candidate:
 
     Checkpoints of best epochs are preferred to those of last epochs, and candidates within the
     masking gap to those beyond it. The lower seed breaks ties.
+
+    Args:
+        candidates: One candidate or more.
     """
     best = [c for c in candidates if c.checkpoint_kind == "best"] or list(candidates)
     metric = select_ranking_metrics(best)[0]

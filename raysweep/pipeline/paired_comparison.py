@@ -18,7 +18,10 @@ _PROTOCOL_FIELDS = ("attack", "standard", "eps", "norm", "data", "fingerprint")
 def extract_comparison_protocol(evaluation: EvaluationResult) -> dict[str, Any]:
     """Return the settings that two evaluations must share to be compared.
 
-    The keys are part of reports and of tags in MLflow; 0.1 wrote the same ones.
+    The keys are part of reports and of tags in MLflow; version 0.1 wrote the same keys.
+
+    Args:
+        evaluation: Result of one attack on one candidate.
     """
     protocol = evaluation.protocol
     return {

@@ -187,7 +187,12 @@ def iter_seed_candidates(
 
 
 def summarize_sweep(context: StageContext, ledger: Ledger) -> SweepSummary:
-    """Summarize the cost and the trials of a sweep, for the report."""
+    """Summarize the cost and the trials of a sweep, for the report.
+
+    Args:
+        context: Folders and services.
+        ledger: Ledger of the sweep.
+    """
     trials = ledger.load_trials()
     epochs = count_epochs(trials)
     metric = ledger.space.objectives[0]

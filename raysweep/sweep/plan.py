@@ -234,7 +234,12 @@ def starting_epochs(
 
 
 def expected_sweep_epochs(space: SearchSpace, max_epochs: int) -> int:
-    """Return the epochs that all trials of a new sweep are expected to train together."""
+    """Return the epochs that all trials of a new sweep are expected to train together.
+
+    Args:
+        space: The sweep's search space.
+        max_epochs: Epochs of a trial that is not stopped early.
+    """
     return round(space.n_trials * expected_trial_epochs(space, max_epochs))
 
 

@@ -187,7 +187,12 @@ class Tracker:
         self.log_metrics(run_id, metrics, 0)
 
     def log_best(self, run_id: str, metrics: Mapping[str, float]) -> None:
-        """Log the main metrics of a run's best epoch as `best/NAME`, without those of its cost."""
+        """Log the main metrics of a run's best epoch as `best/NAME`.
+
+        Args:
+            run_id: The run.
+            metrics: All metrics of the epoch; details (`GROUP/NAME`) and costs are left out.
+        """
         self.log_final(
             run_id,
             {
@@ -407,7 +412,12 @@ class Tracker:
         return str(client.get_run(run_id).info.status) != "RUNNING"
 
     def end_run(self, run_id: str, status: RunStatus) -> None:
-        """Set the final status of a run."""
+        """End a run.
+
+        Args:
+            run_id: The run.
+            status: Its final status.
+        """
         client, _ = self._connection.result()
         client.set_terminated(run_id, status)
 
@@ -498,7 +508,14 @@ def get_mlflow_version(uri: str) -> str:
 
 
 def format_mlflow_param(value: Any) -> str:
-    """Format a value as MLflow shows it: floats with six digits."""
+    """Format a value for MLflow's parameters, floats with six digits.
+
+    Args:
+        value: Value of a setting.
+
+    Returns:
+        Text such as `0.0313725`.
+    """
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

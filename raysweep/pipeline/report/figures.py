@@ -44,6 +44,9 @@ def plot_param_slices(ledger: Ledger) -> Figure:
     """Plot the objective of every trial against each parameter; later trials are darker.
 
     Each parameter has the scale of its distribution.
+
+    Args:
+        ledger: The sweep.
     """
     metric, space = ledger.space.objectives[0], ledger.space.space
     scored = [trial for trial in ledger.load_trials() if metric in trial.best]
@@ -176,7 +179,11 @@ def plot_accuracy_curves(
 
 
 def plot_accuracy_after_attacks(evaluations: Mapping[str, EvaluationResult]) -> Figure:
-    """Plot the accuracy that remains after each attack of a cascade."""
+    """Plot the accuracy that remains after each attack of a cascade.
+
+    Args:
+        evaluations: Evaluations by the name of their curve.
+    """
     figure, axes = create_axes("", "test accuracy")
     for name, evaluation in evaluations.items():
         steps = {"clean": evaluation.clean, **evaluation.accuracy_after}
@@ -187,7 +194,11 @@ def plot_accuracy_after_attacks(evaluations: Mapping[str, EvaluationResult]) -> 
 
 
 def plot_accuracy_per_class(evaluations: Mapping[str, EvaluationResult]) -> Figure:
-    """Plot the robust accuracy of each class as bars."""
+    """Plot the robust accuracy of each class as bars.
+
+    Args:
+        evaluations: Evaluations by the name of their bars.
+    """
     figure, axes = create_axes("class", "robust test accuracy")
     width = 0.8 / max(len(evaluations), 1)
     for number, (name, evaluation) in enumerate(evaluations.items()):
@@ -220,7 +231,11 @@ def plot_objective_vs_autoattack(
 
 
 def plot_paper_comparison(comparisons: Sequence[PaperComparison]) -> Figure:
-    """Plot our medians with 95% intervals, and the paper's numbers with their tolerance."""
+    """Plot our medians with 95% intervals, and the paper's numbers with their tolerance.
+
+    Args:
+        comparisons: Our results beside the paper's, one for each row of the figure.
+    """
     figure = Figure(figsize=(6.4, 0.9 + 0.3 * len(comparisons)), layout="constrained")
     axes = figure.subplots()
     positions = list(range(len(comparisons)))

@@ -49,7 +49,15 @@ _METRIC_PREFIX_LABELS = {
 def build_paper_sections(
     table: PaperTable | None, comparisons: Sequence[PaperComparison]
 ) -> list[Section]:
-    """Build the comparison with a paper; empty without a table."""
+    """Build the section that compares our results with a paper.
+
+    Args:
+        table: The paper's table; None if the pipeline compares with none.
+        comparisons: Our results beside the paper's.
+
+    Returns:
+        One section; empty without a table.
+    """
     if table is None:
         return []
     headers = [
@@ -107,7 +115,10 @@ def build_evaluation_sections(
 
     Args:
         evaluations: All results; the first few are shown by attack and by class too.
-        best_evaluation: Result of the candidate that validation prefers.
+        best_evaluation: Result of the candidate with the best validation result.
+
+    Returns:
+        One section.
     """
     shown = _select_shown_evaluations(evaluations)
     gap = f"{100 * _NOTABLE_MASKING_GAP:.0f}"
@@ -219,6 +230,9 @@ def _build_class_table(evaluations: Mapping[str, EvaluationResult]) -> Table:
 def build_objective_sections(evaluations: Sequence[EvaluationResult]) -> list[Section]:
     """Build the section about the rank correlation of the objective with AutoAttack.
 
+    Args:
+        evaluations: Results on the test set.
+
     Returns:
         One section; empty for fewer than two evaluations by AutoAttack.
     """
@@ -254,6 +268,9 @@ def build_curve_sections(
     Args:
         histories: Metrics of all epochs of each run.
         advice: Notes about each run.
+
+    Returns:
+        One section; empty if the runs have no metrics to plot.
     """
     reported = {key for history in histories.values() for row in history for key in row}
     labels = _CURVE_LABELS | _find_prefix_labels(reported)
@@ -291,7 +308,11 @@ def _has_varying_metric(histories: Mapping[str, History], metric: str) -> bool:
 
 
 def build_cost_sections(artifacts: Sequence[Artifact]) -> list[Section]:
-    """Build the section of epochs, run times and forward passes."""
+    """Build the section of epochs, run times and forward passes.
+
+    Args:
+        artifacts: Artifacts of all stages.
+    """
     headers = [
         "sweep",
         "trials",
@@ -335,7 +356,14 @@ def build_cost_sections(artifacts: Sequence[Artifact]) -> list[Section]:
 
 
 def build_registry_sections(artifacts: Sequence[Artifact]) -> list[Section]:
-    """Build the table of registered versions; empty without a register stage."""
+    """Build the section of registered versions.
+
+    Args:
+        artifacts: Artifacts of all stages.
+
+    Returns:
+        One section; empty without a stage `register`.
+    """
     rows = []
     for artifact in artifacts:
         if artifact.kind == "register":
@@ -354,7 +382,12 @@ def build_registry_sections(artifacts: Sequence[Artifact]) -> list[Section]:
 
 
 def build_provenance_section(artifacts: Sequence[Artifact], environment: JsonDict) -> Section:
-    """Build the section of digests and software versions, which identify the inputs."""
+    """Build the section of digests and software versions, which identify the inputs.
+
+    Args:
+        artifacts: Artifacts of all stages.
+        environment: Result of `describe_environment`: versions by name.
+    """
     stages = [[a.kind, a.key, format_time(a.finish_time)] for a in artifacts]
     versions = [[name, str(version)] for name, version in environment.items() if version]
     return Section(
