@@ -1,6 +1,6 @@
 """Diagnostics of a training epoch: accuracies, kappa, instance weights and vulnerability.
 
-They become metrics of the epoch and histograms.
+They are stored as metrics of the epoch and as histograms.
 """
 
 import json
@@ -38,14 +38,14 @@ class Histogram(TypedDict):
 
 
 class EpochDiagnostics:
-    """Sums over the batches of an epoch, on the device, so that no step waits for them.
+    """Sums over the batches of an epoch. They stay on the device, so that no step waits for them.
 
-    The metrics are, with the name of an attack or of a term for NAME:
+    The metrics are as follows, where NAME is the name of an attack or of a term:
 
     * `train/loss`: mean loss.
     * `train/clean`, `train/NAME`: accuracy on natural images and under an attack.
-    * `train/kappa_NAME`, `train/kappa_median_NAME`: steps until an attack succeeds, if it counts
-      them.
+    * `train/kappa_NAME`, `train/kappa_median_NAME`: mean and median kappa of an attack that counts
+      kappa.
     * `train/V_NAME`: mean V under an attack, small where the model is vulnerable (LRAT, equations 8
       and 9).
     * `train/weight_NAME`: mean weight of a term before normalisation.
@@ -70,11 +70,11 @@ class EpochDiagnostics:
         """Add one step.
 
         Args:
-            output: What the method returned for this worker's rows.
+            output: Output of the method for this worker's rows.
             y: Labels of these rows, (N,).
         """
         self._accumulate_sum("rows", y.new_full((), len(y)))
-        # Each worker's loss is its part of the global batch's mean, times the number of workers.
+        # A worker's loss is its part of the global batch's mean, times the number of workers.
         self._accumulate_sum(
             "loss", output.loss.detach() * output.global_batch_size / self._workers.size
         )
@@ -110,7 +110,11 @@ class EpochDiagnostics:
         self._accumulate_histogram(f"weight_{name}", relative, _make_bin_edges(0.0, 5.0, 50))
 
     def compute_metrics(self) -> EpochMetrics:
-        """Compute the means over the epoch and over all workers."""
+        """Compute the means over the epoch and over all workers. All workers must call this.
+
+        Returns:
+            The metrics listed at the class.
+        """
         totals = {
             name: self._workers.all_reduce_sum(total).item() for name, total in self._sums.items()
         }
@@ -127,7 +131,7 @@ class EpochDiagnostics:
         return metrics
 
     def compute_histograms(self) -> dict[str, Histogram]:
-        """Compute the histograms over the epoch and over all workers.
+        """Compute the histograms over the epoch and over all workers. All workers must call this.
 
         Returns:
             `kappa_NAME` and `V_NAME` of each attack, and `weight_NAME` of each term. Weights are
@@ -142,12 +146,21 @@ class EpochDiagnostics:
         }
 
     def export_state(self) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
-        """Return the state for `restore_state`: tensors by key, and bin edges by histogram."""
+        """Export the state for `restore_state`.
+
+        Returns:
+            Key -> tensor, and histogram name -> bin edges.
+        """
         sums = {f"sum {name}": value for name, value in self._sums.items()}
         return sums | {f"count {name}": value for name, value in self._counts.items()}, self._edges
 
     def restore_state(self, tensors: dict[str, Tensor], edges: dict[str, list[float]]) -> None:
-        """Continue from the state that `export_state` returned in another process."""
+        """Continue from the state that `export_state` returned in another process.
+
+        Args:
+            tensors: Key -> tensor, on the device of the model.
+            edges: Histogram name -> bin edges.
+        """
         for key, value in tensors.items():
             kind, _, name = key.partition(" ")
             (self._sums if kind == "sum" else self._counts)[name] = value
@@ -176,7 +189,7 @@ def measure_natural_accuracy(model: nn.Module, split: Split, n_examples: int = 1
     Args:
         model: Maps images in [0, 1], (N, C, H, W), to logits.
         split: Usually the training split.
-        n_examples: Number of images, if the split has as many.
+        n_examples: Number of images; all images of a smaller split.
 
     Returns:
         The accuracy, in [0, 1].
@@ -201,7 +214,10 @@ def write_histograms(run_path: Path, epoch: int, histograms: dict[str, Histogram
 
 
 def read_histograms(run_path: Path) -> dict[int, dict[str, Histogram]]:
-    """Read the histograms of the epochs that were trained in this run, not reused from others.
+    """Read a run's histograms. Epochs that were reused from other runs have none.
+
+    Args:
+        run_path: Folder of the run.
 
     Returns:
         1-based epoch -> name -> histogram.
@@ -217,7 +233,7 @@ def _make_bin_edges(low: float, high: float, n_bins: int) -> list[float]:
 
 
 def _compute_lower_median(counts: list[int]) -> float:
-    """Return the lower median of integers, of which `counts[i]` are equal to i."""
+    """Return the lower median of integers from a histogram: `counts[i]` of them are equal to i."""
     cumulative, half = 0, (sum(counts) + 1) // 2
     for value, count in enumerate(counts):
         cumulative += count

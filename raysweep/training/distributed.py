@@ -1,4 +1,4 @@
-"""Data-parallel training: sums over a torch.distributed group, and averaged gradients."""
+"""Data-parallel training with torch.distributed: sums over workers, and averaged gradients."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +19,13 @@ class WorkerLost(RuntimeError):
 
 @contextmanager
 def collective_errors() -> Iterator[None]:
-    """Context manager for collective operations: any error in it becomes WorkerLost.
+    """Context manager for collective operations, which turns every error into WorkerLost.
 
-    When the group ends, torch raises RuntimeError (a broken connection) or ValueError (a group that
-    was already destroyed), and Ray raises its own errors.
+    If a worker dies, torch raises RuntimeError (broken connection) or ValueError (the group is
+    destroyed already), and Ray raises its own errors.
+
+    Yields:
+        Nothing.
 
     Raises:
         WorkerLost: The operation failed.
@@ -47,7 +50,13 @@ class DistributedWorkerGroup:
             self.rank = dist.get_rank()
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum of `tensor` over all processes, without gradient.
+        """Sum a tensor over all processes (see `WorkerGroup`).
+
+        Args:
+            tensor: Tensor of the same shape on each process; it is not changed.
+
+        Returns:
+            The sum, without gradient.
 
         Raises:
             WorkerLost: Another process died.
@@ -61,9 +70,9 @@ class DistributedWorkerGroup:
 def average_gradients(model: nn.Module, workers: WorkerGroup) -> None:
     """Replace each gradient by its mean over workers, with one sum for each dtype.
 
-    DistributedDataParallel does not fit: it expects one forward for each backward and broadcasts
-    batch norm's buffers at each forward. A step here has several forwards before its one backward,
-    and attacks differentiate the model in between.
+    torch's DistributedDataParallel cannot be used: it expects one forward pass per backward pass,
+    and broadcasts batch norm's buffers at each forward pass. A step here has several forward passes
+    before its only backward pass, and attacks differentiate the model in between.
 
     Args:
         model: Its gradients are changed in place.
@@ -85,8 +94,12 @@ def average_gradients(model: nn.Module, workers: WorkerGroup) -> None:
 def check_method_distributable(method: Method, workers: WorkerGroup) -> None:
     """Check that several workers can train a method.
 
-    An attack in train mode with tau stops at a different step on each worker. Their numbers of
-    synchronised forwards would differ, and the workers would wait for each other forever.
+    An attack in train mode with tau stops at a different step on each worker. The workers would run
+    different numbers of synchronised forward passes, and wait for each other forever.
+
+    Args:
+        method: The method.
+        workers: The processes that train it together.
 
     Raises:
         SpecError: The method has such an attack, and there are several workers.
@@ -103,7 +116,15 @@ def check_method_distributable(method: Method, workers: WorkerGroup) -> None:
 
 
 def broadcast_int(value: int, workers: WorkerGroup, device: torch.device) -> int:
-    """Return the first worker's `value` on all workers; also serves as a barrier.
+    """Send an integer from the first worker to all. It is also a barrier: all workers must call it.
+
+    Args:
+        value: The integer; ignored on all workers but the first.
+        workers: The processes.
+        device: Device on which the sum is computed.
+
+    Returns:
+        The first worker's `value`.
 
     Raises:
         WorkerLost: Another worker died.
@@ -135,7 +156,8 @@ def average_metrics(
         return metrics
     row_sums = [float(n_rows), *(n_rows * value for value in metrics.values())]
     sums = workers.all_reduce_sum(torch.tensor(row_sums, device=device, dtype=torch.float64))
-    # Rounded, so that epochs that are equal with one worker are equal with several.
+    # Sums in another order differ in the last digits. Rounding makes equal epochs compare as equal,
+    # as they do with one worker.
     return {
         name: round((total / sums[0]).item(), 6)
         for name, total in zip(metrics, sums[1:], strict=True)

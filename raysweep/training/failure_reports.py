@@ -23,7 +23,7 @@ BUG_TRACEBACK_KEY = "bug"
 """Key of the traceback; only reports of what looks like a bug have it."""
 
 TRACEBACK_FILE = "error.txt"
-"""File in the run's folder that keeps the traceback of a bug."""
+"""File in the run's folder with the traceback of a bug."""
 
 _REPORT_FILE = "failed.json"
 
@@ -31,12 +31,12 @@ _REPORT_FILE = "failed.json"
 def failure_report(
     error: Exception, config: TrainingConfig, run_path: Path, is_sweep_trial: bool = True
 ) -> dict[str, str]:
-    """Describe why a training run failed, and keep the traceback if it looks like a bug.
+    """Describe why a training run failed. Write the traceback to a file if it looks like a bug.
 
     Args:
-        error: What the run raised.
+        error: Exception that the run raised.
         config: The run's config.
-        run_path: The run's folder, which receives `error.txt` for a bug.
+        run_path: The run's folder, in which `error.txt` is written for a bug.
         is_sweep_trial: Whether hints may name options of `raysweep tune`.
 
     Returns:
@@ -64,20 +64,36 @@ def failure_report(
 
 
 def save_failure_report(run_path: Path, report: dict[str, str]) -> None:
-    """Write a report into the run's folder, for the workers that are started next."""
+    """Write a report into the run's folder, where other workers of the run read it.
+
+    Args:
+        run_path: The run's folder.
+        report: What `failure_report` returned.
+    """
     atomic_write_text(run_path / _REPORT_FILE, json.dumps(report))
     storage.push_to_bucket(run_path / _REPORT_FILE)
 
 
 def load_failure_report(run_path: Path) -> dict[str, str]:
-    """Return the report that `save_failure_report` wrote; an empty dict if there is none."""
+    """Read the report that `save_failure_report` wrote.
+
+    Args:
+        run_path: The run's folder.
+
+    Returns:
+        The report; an empty dict if there is none.
+    """
     if not storage.pull_file(run_path / _REPORT_FILE):
         return {}
     return dict(json.loads((run_path / _REPORT_FILE).read_text()))
 
 
 def clear_failure_report(run_path: Path) -> None:
-    """Delete the run's report, also from the bucket."""
+    """Delete the run's report from this machine and from the bucket.
+
+    Args:
+        run_path: The run's folder.
+    """
     storage.delete_remote_file(run_path / _REPORT_FILE)
     (run_path / _REPORT_FILE).unlink(missing_ok=True)
 

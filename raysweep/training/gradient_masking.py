@@ -1,4 +1,4 @@
-"""A cheap test for masked gradients: does an attack get stronger on scaled logits?"""
+"""A cheap test for masked gradients: an attack that is stronger on scaled logits indicates them."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ class ScaledLogits(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the scaled logits of `x`."""
+        """Map images (N, C, H, W) to scaled logits (N, classes)."""
         logits: Tensor = self.model(x)
         return self.factor * logits
 
@@ -38,19 +38,19 @@ def estimate_scaling_gap(
     sample_fraction: float = 1.0,
     batch_size: int = 512,
 ) -> float:
-    """Estimate the share of examples that survive `attack`, but not `attack` on scaled logits.
+    """Estimate the share of examples that `attack` breaks only if the logits are scaled.
 
-    A saturated cross-entropy is flat and hides its gradient from PGD, as in reweighted models. The
-    cross-entropy of scaled logits reveals the gradient (Hitaj et al. 2021).
+    Where the cross-entropy is saturated, as in reweighted models, its gradient is nearly 0, and PGD
+    fails. The cross-entropy of scaled logits is not saturated there (Hitaj et al. 2021).
 
     Args:
         model: Maps images in [0, 1], (N, C, H, W), to logits.
         split: The examples, of which the first N are used.
         attack: PGD on the cross-entropy.
         survivor_mask: (N,) bool: which examples are correct under `attack`.
-        logit_scales: Positive factors for the logits, tried one after another.
-        sample_fraction: Share of the examples to test, in (0, 1]. The choice depends on the
-            example only, so it is the same if workers divide the split.
+        logit_scales: Positive factors for the logits, tried in order.
+        sample_fraction: Share of the examples to test, in (0, 1]. Whether an example is tested
+            depends on its id only, and not on how workers divide the split.
         batch_size: Examples in a batch.
 
     Returns:

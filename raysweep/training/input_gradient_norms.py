@@ -18,8 +18,8 @@ def input_gradient_norm(
     Args:
         model: Maps images in [0, 1], (N, C, H, W), to logits.
         split: The examples.
-        attack: Gives eps, step size and start; 20 steps on the cross-entropy are used.
-        n_examples: Number of examples; the first ones of the split are measured.
+        attack: PGD whose eps, step size and start are used, with 20 steps on the cross-entropy.
+        n_examples: Number of examples, the first ones of the split.
         batch_size: Examples in a batch.
 
     Returns:

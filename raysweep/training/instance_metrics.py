@@ -1,4 +1,4 @@
-"""Metrics of single examples for the papers' maps: logits, kappa and vulnerability."""
+"""Metrics of single examples, for scatter plots as in the papers: logits, kappa, vulnerability."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +28,14 @@ class InstanceMetrics:
     v: dict[str, Tensor]
 
     def find_most_confused_classes(self) -> tuple[int, int]:
-        """Return the two classes, ascending, that are most often each other's strongest rival."""
+        """Find the pair of classes that the model confuses most.
+
+        The rival of an example is the wrong class with the largest logit.
+
+        Returns:
+            The two classes, ascending, for which most examples of either class have the other class
+            as rival.
+        """
         n_classes = self.logits.shape[1]
         rivals = self.logits.scatter(1, self.y[:, None], -torch.inf).argmax(1)
         counts = torch.zeros(n_classes, n_classes)
@@ -45,7 +52,7 @@ def compute_instance_metrics(
     Args:
         model: Maps images in [0, 1], (N, C, H, W), to logits.
         split: The examples.
-        attacks: Attacks by name; they must count kappa.
+        attacks: Attack name -> attack that counts kappa.
         n_examples: Number of examples.
 
     Returns:

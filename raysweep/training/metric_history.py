@@ -1,4 +1,4 @@
-"""The row of metrics that each epoch leaves, and which epoch of a run is the best."""
+"""Metrics of each epoch of a run, and the choice of the best epoch."""
 
 import math
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ Every epoch has:
     epoch: Number of the epoch, from 1.
     train/lr: Learning rate.
     train/loss: Mean training loss.
-    train/clean: Accuracy on natural training images, if the method looks at them.
+    train/clean: Accuracy on natural training images, if the method uses them.
     train/NAME: Accuracy on training images under an attack.
-    train/kappa_NAME, train/kappa_median_NAME: Mean and median number of steps that an attack needs.
+    train/kappa_NAME, train/kappa_median_NAME: Mean and median kappa of an attack that counts it.
     train/V_NAME: Mean V under an attack, small if the model is vulnerable (LRAT, equations 8, 9).
     train/weight_NAME: Mean instance weight of a term before normalisation.
     train/ess_NAME: Effective sample size of a term's weights, as a share of the examples.
@@ -27,9 +27,9 @@ Every epoch has:
 A validated epoch (see `validation.every`) also has:
     clean: Accuracy on natural validation images.
     NAME: Accuracy under an attack of `validation.attacks`.
-    robust_worst: Accuracy under the worst of all validation attacks.
+    robust_worst: Share of examples that survive all validation attacks.
     masking_gap: Accuracy under the first attack minus `robust_worst`.
-    zero_gradient: Share of correct examples whose cross-entropy has no gradient.
+    zero_gradient: Share of examples that are correct and whose cross-entropy has zero gradient.
     val/ce_cw_gap, val/scaling_gap: Symptoms of masked gradients (see `Validation`).
     flatness_friendly, flatness_adversarial: Norms of the input gradient, if `validation.flatness`.
     train/natural: Accuracy on the first 1,000 natural training images, in eval mode.

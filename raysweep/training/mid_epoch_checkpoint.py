@@ -36,10 +36,10 @@ class MidEpochCheckpointer:
     """Saves an unfinished epoch when training is interrupted, and resumes it later.
 
     The checkpoint is the folder `half` of the run. It has the current weights and momentum, and the
-    history of the epochs before.
+    metrics of the finished epochs.
 
     Args:
-        should_interrupt: Asked after each step; True interrupts training.
+        should_interrupt: Called after each step; True interrupts training.
         run_directory: Folder of the run.
         config: Config of the run.
         model: The model that is trained.
@@ -66,14 +66,14 @@ class MidEpochCheckpointer:
         self._started_at = 0.0
 
     def resume_epoch(self, history: list[EpochMetrics], diagnostics: EpochDiagnostics) -> int:
-        """Start an epoch, from its checkpoint if a process was interrupted in it.
+        """Start an epoch. Load the epoch's checkpoint if an earlier process was interrupted in it.
 
         Args:
-            history: Metrics of the epochs before.
-            diagnostics: Receives the sums of the steps that are finished.
+            history: Metrics of the finished epochs.
+            diagnostics: Empty; receives the sums over the steps that are done already.
 
         Returns:
-            The number of steps of this epoch that are finished.
+            The number of steps of this epoch that are done already; 0 without a checkpoint.
         """
         self._history, self._started_at = history, time.perf_counter()
         saved = self._read_checkpoint()
@@ -146,7 +146,7 @@ class MidEpochCheckpointer:
 def catch_termination_signals() -> Iterator[Callable[[], bool]]:
     """Context manager that records SIGTERM and the first Ctrl-C instead of ending the process.
 
-    A second Ctrl-C uses the original handler. Only the main thread may use it.
+    A second Ctrl-C uses the original handler. Only the main thread may enter this context.
 
     Yields:
         A function that returns whether one of these signals has arrived.

@@ -26,7 +26,7 @@ class EvaluationTarget:
     Attributes:
         model: Maps images in [0, 1], (N, C, H, W), to logits; in eval mode.
         name: Name for reports, such as `RUN/epoch-0004` or `module:factory`.
-        checkpoint: Where the model comes from; None for a user's own code.
+        checkpoint: Checkpoint of the model; None for a user's own code.
         data: Data of the checkpoint's config; None for a user's own code.
     """
 
@@ -94,8 +94,8 @@ def load_trained_model(checkpoint: TrainingCheckpoint, data: Dataset) -> nn.Modu
 
     Args:
         checkpoint: The checkpoint.
-        data: Gives the number of channels and classes. Unless the run used unlabeled data, its
-            fingerprint must be that of the training data.
+        data: Data set of the training; it has the number of channels and classes. Its fingerprint
+            is compared with the checkpoint's, unless the run used unlabeled data.
 
     Returns:
         The model; it maps images in [0, 1], (N, C, H, W), to logits.
@@ -128,7 +128,7 @@ def load_factory_target(import_path: str) -> EvaluationTarget:
         SpecError: The factory cannot be imported or fails, or returns something else; one line.
     """
     module, _, factory = import_path.partition(":")
-    # Stays there: processes that unpickle the model look for its class in this path, too.
+    # The entry is not removed afterwards, because unpickling the model imports the model's class.
     sys.path.insert(0, str(Path.cwd()))
     try:
         model = getattr(importlib.import_module(module), factory)()

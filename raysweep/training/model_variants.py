@@ -1,4 +1,4 @@
-"""Variants of one network: the model, a module that trains it, and a module for attacks."""
+"""Variants of one network: the model itself, a module for training, and a module for attacks."""
 
 import copy
 from contextlib import AbstractContextManager
@@ -14,20 +14,20 @@ from raysweep.training.compute import ComputeSpec, Precision
 
 
 class ModelVariants:
-    """A model with the modules through which training and attacks run it.
+    """A model, and the modules that training and attacks call instead of it.
 
     Args:
         model: The network. Its memory format may be changed.
-        images: A few images, (N, C, H, W), with which convolutions that a batch norm follows are
-            found.
-        compute: Fast paths, resolved for the device.
+        images: A few images, (N, C, H, W), for a forward pass that finds batch norms to fold.
+        compute: Speed settings without `auto` (see `ComputeSpec.resolve`).
 
     Attributes:
         model: The network that is saved and evaluated.
-        train_module: Runs `model` in the precision of training, for gradients of its weights.
-        attack_module: Equals `model` in eval mode up to rounding, and is faster. For attacks in
-            eval mode; call `sync_folded_weights` after each change of `model`.
-        memory_format: Memory format of the weights, which images should have, too.
+        train_module: Runs `model` with the settings of `compute` for training. Its backward pass
+            computes the gradients of the weights of `model`.
+        attack_module: A faster module for attacks in eval mode, with the outputs of `model` up to
+            rounding. Call `sync_folded_weights` after each change of the weights of `model`.
+        memory_format: Memory format of the weights; images should have the same.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, compute: ComputeSpec) -> None:
@@ -42,7 +42,7 @@ class ModelVariants:
         self.attack_module = _apply_compute_options(attacked, compute.attack, compute.compile)
 
     def sync_folded_weights(self) -> None:
-        """Update `attack_module` with the model's weights and running statistics."""
+        """Copy the current weights and running statistics of `model` into `attack_module`."""
         with torch.no_grad():
             for conv, norm, folded in self._folded_layers:
                 mean, variance = norm.running_mean, norm.running_var
@@ -54,7 +54,7 @@ class ModelVariants:
                 folded.bias.copy_(bias)
 
     def training_precision(self) -> AbstractContextManager[None]:
-        """Context manager that sets the float32 precision of training on NVIDIA's GPUs."""
+        """Return a context manager that sets the float32 precision of training on NVIDIA GPUs."""
         return fp32_precision("tf32" if self._uses_tf32 else "ieee")
 
     def _build_folded_module(self, images: Tensor, precision: Precision) -> nn.Module:
@@ -97,14 +97,15 @@ class _Bf16Autocast(nn.Module):
 def _apply_compute_options(module: nn.Module, precision: Precision, use_compile: bool) -> nn.Module:
     """Wrap a module in torch.compile and autocast, if they are on."""
     if use_compile:
-        # Makes CUDA graphs on a GPU. Weights are only changed in place, so that replays see them.
+        # On a GPU this mode records CUDA graphs. Replays see new weights because all updates of
+        # weights are in place.
         module = torch.compile(module, mode="reduce-overhead")  # type: ignore[assignment]
     return _Bf16Autocast(module) if precision == "bf16" else module
 
 
 def _copy_sharing_tensors(model: nn.Module) -> nn.Module:
     """Copy the modules of a model, but share its tensors; the copy needs no gradients."""
-    # deepcopy takes these objects instead of copies of the tensors with the same id.
+    # deepcopy uses the values of `memo` instead of copies of the objects with these ids.
     memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)

@@ -1,11 +1,13 @@
-"""Cache of training states that runs with the same first epochs share.
+"""Cache of training states, shared by runs whose first epochs are the same.
 
-The settings of each epoch form a hash chain; its elements are the keys of the states after 0, 1,
-2, ... epochs. Two runs whose settings agree up to some epoch have the same key, and the same
-weights, after it. Examples are all GAIRAT runs during their burn-in, FAT runs until their tau
-differ, and a run with more epochs. Random numbers depend only on (seed, epoch, example), so a run
-that starts from a cached state is bit-identical to one that trained all epochs. That holds for one
-kind of machine and one version of raysweep, which are part of the keys.
+Each state has a key. The key after an epoch is a hash of the key before it and of the epoch's
+settings. If the settings of two runs agree up to some epoch, the runs therefore have the same key
+and the same weights after that epoch. Examples: all GAIRAT runs during their burn-in, FAT runs
+until their tau differ, and a run that is repeated with more epochs.
+
+Random numbers depend only on (seed, epoch, example), so a run that starts from a cached state is
+bit-identical to one that trained all epochs. This holds for one kind of machine and one version of
+raysweep; both are part of the keys.
 """
 
 import os
@@ -42,7 +44,7 @@ def prefix_keys(
         config: Config of the run.
         data_fingerprint: Fingerprint of its training data.
         n_workers: Number of workers that train it together.
-        device: Where it is trained; by default the CPU.
+        device: Device on which it is trained; by default the CPU.
 
     Returns:
         `config.epochs` + 1 keys, of the states after 0, 1, ..., `config.epochs` epochs.
@@ -86,11 +88,11 @@ class PrefixCache:
         self.max_bytes = max_bytes
 
     def __reduce__(self) -> Any:
-        # Each machine has its own copy of a bucket.
+        # The path of a bucket's working copy may be another one on another machine.
         return _open_prefix_cache, (storage.uri_of(self.path), self.max_bytes)
 
     def find_state(self, key: str) -> Path | None:
-        """Find a state and mark it as used; delete it if it is damaged.
+        """Find a state and set its time of last use; delete it if it is damaged.
 
         Args:
             key: Key of the state (see `prefix_keys`).
@@ -123,10 +125,10 @@ class PrefixCache:
             key: Key of the state.
             path: Checkpoint folder to write.
             config: Config of the run that reuses the state.
-            history: Metrics of this run's epochs before; by default all rows of the state.
+            history: Metrics of this run's earlier epochs; by default those in the state.
 
         Returns:
-            The checkpoint; None if the state is missing or was just evicted.
+            The checkpoint; None if the state is missing, or another process evicted it meanwhile.
         """
         state = self.find_state(key)
         if state is None:
@@ -137,12 +139,19 @@ class PrefixCache:
         return None
 
     def find_stored_positions(self, keys: list[str]) -> list[int]:
-        """Return the indices of all `keys` that have a state, in descending order."""
+        """Find the keys that have a state.
+
+        Args:
+            keys: Keys of a run's states (see `prefix_keys`).
+
+        Returns:
+            Indices in `keys`, descending.
+        """
         stored_keys = set(storage.list_folders_containing(self.path))
         return [index for index in reversed(range(len(keys))) if keys[index] in stored_keys]
 
     def store_state(self, key: str, checkpoint_path: Path) -> None:
-        """Store a checkpoint as a state, unless it exists, and evict others if necessary.
+        """Store a checkpoint as a state, unless the state exists, and evict others if necessary.
 
         Args:
             key: Key of the state.
@@ -172,16 +181,14 @@ class PrefixCache:
 
     @contextmanager
     def acquire_training_lease(self, key: str) -> Iterator[bool]:
-        """Context manager that holds the lease for training one state; waits for other holders.
-
-        A lease expires when its holder's process has ended or its heartbeat stops.
+        """Context manager that holds the lease for training one state; waits while others hold it.
 
         Args:
             key: Key of the state.
 
         Yields:
-            True if the caller must train the state; False if it exists, because another run has
-            trained it meanwhile.
+            True if the caller must train the state; False if the state exists, because another run
+            has trained it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lease = make_lease(self.path, key)
@@ -213,7 +220,7 @@ class PrefixCache:
 
 
 def _open_prefix_cache(uri: str, max_bytes: int) -> PrefixCache:
-    """Unpickle a cache: find the machine's own folder for `uri`."""
+    """Unpickle a cache: `uri` is converted to this machine's path."""
     return PrefixCache(storage.local_path(uri), max_bytes)
 
 

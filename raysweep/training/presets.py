@@ -1,7 +1,7 @@
-"""Presets: named settings of training runs of the papers, as YAML files.
+"""Presets: YAML files with the settings of the papers' training runs.
 
-A file has a `method` and settings by dotted path. With `extends: NAME` it starts from another
-preset and overrides its settings.
+A file has a `method`, and settings as `dotted.path: value`. With `extends: NAME` it inherits the
+method and settings of another preset, and may override them.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from raysweep.spec import (
 from raysweep.training.config import TrainingConfig, build_training_config
 
 PresetContent = tuple[str | dict[str, Any], dict[str, Any]]
-"""Method (a name, or written out) and settings by dotted path."""
+"""Method (its name, or its settings as a mapping), and dotted path -> value of other settings."""
 
 
 def load_preset(name: str) -> PresetContent:
@@ -44,12 +44,11 @@ def load_preset(name: str) -> PresetContent:
 
 
 def resolve_training_config(source: str, overrides: Mapping[str, Any]) -> TrainingConfig:
-    """Build the config that a method, a preset or a YAML file names.
+    """Build a config from a method, a preset or a YAML file.
 
     Args:
-        source: Name of a method or preset, or path of a YAML file with `method` or `extends` and
-            settings by dotted path.
-        overrides: Settings by dotted path that win over those of `source`.
+        source: Name of a method or preset, or path of a YAML file with the content of a preset.
+        overrides: Dotted path -> value; they override the settings of `source`.
 
     Returns:
         The config.

@@ -17,7 +17,8 @@ def convert_sync_batchnorm(model: nn.Module, workers: WorkerGroup) -> nn.Module:
     """Replace all batch norms of a model by synchronised ones.
 
     Args:
-        model: Changed in place. The new modules have the same tensors under the same names.
+        model: Changed in place. The new modules use the same parameters and buffers, with the same
+            names.
         workers: The processes that share the global batch.
 
     Returns:
@@ -33,7 +34,7 @@ def convert_sync_batchnorm(model: nn.Module, workers: WorkerGroup) -> nn.Module:
 class SyncBatchNorm(_BatchNorm):
     """Batch norm with the statistics of all workers' rows; in eval mode plain batch norm.
 
-    All workers must do the same forwards in training, with 0 rows if they have none.
+    In training all workers must run the same forward passes, with 0 rows if they have none.
 
     Args:
         batch_norm: The module whose parameters and buffers are used.
@@ -116,8 +117,8 @@ class _SyncNormalizeFunction(torch.autograd.Function):
 def _compute_global_statistics(x: Tensor, workers: WorkerGroup) -> Tensor:
     """Compute element count, means and biased variances of the global batch's channels.
 
-    Each worker writes its moments into its own row of a zero matrix, so that one sum collects all
-    rows. Only differences from a mean are squared, for accuracy.
+    Each worker writes its statistics into its own row of a zero matrix; the sum over workers has
+    all rows. For accuracy, only differences from a mean are squared.
 
     Returns:
         (1 + 2 C,): elements per channel, C means, C variances (see `_unpack_statistics`).

@@ -71,7 +71,7 @@ def train_model(
     prefix_cache: PrefixCache | None = None,
     n_reported_epochs: int = 0,
 ) -> TrainingResult:
-    """Train `config` in a folder, or resume from the last checkpoint in that folder.
+    """Train a model in a folder, or resume from the last checkpoint in that folder.
 
     Resuming with more epochs is allowed: schedules use absolute epochs, so the weights equal those
     of a run that had all epochs from the start.
@@ -81,15 +81,15 @@ def train_model(
     single worker up to rounding.
 
     Args:
-        config: What to train.
+        config: All settings of the run.
         run_path: Folder of the run. All workers must be able to read it.
-        callback: Follows the run and may interrupt it.
+        callback: Observes the run and may interrupt it.
         data: Training and validation data; by default `config.data` is loaded.
-        device: Where to train; by default the GPU if there is one, else the CPU.
+        device: Device to train on; by default the GPU if there is one, else the CPU.
         workers: The processes that train this model together.
-        prefix_cache: States of other runs, used instead of training the same epochs again.
-        n_reported_epochs: On resume, `callback.on_epoch_end` is repeated for saved epochs, except
-            for the first `n_reported_epochs`. The process that ran before may have died before it
+        prefix_cache: States of other runs; epochs with a state are reused instead of trained.
+        n_reported_epochs: On resume, `callback.on_epoch_end` is called again for all saved epochs
+            but the first `n_reported_epochs`, because the earlier process may have died before it
             reported them.
 
     Returns:
@@ -100,7 +100,7 @@ def train_model(
             work on this device or with several workers.
         TrainingFailed: The loss became nan or inf, or the model collapsed (see `collapse_after`).
         TrainingInterrupted: `callback.should_interrupt` returned True. The next call resumes after
-            the step that was just finished.
+            the last finished step.
     """
     check_method_distributable(config.method, workers)
     run = _TrainingRun(
@@ -151,13 +151,13 @@ def build_model_variants(
     """Build the config's network with initial weights from its seed.
 
     Args:
-        config: Names the network, its seed and how to compute it.
-        data: Gives the number of channels and classes.
-        device: Where the network is placed.
+        config: Config with the network, the seed and the settings of `compute`.
+        data: Data set with the number of channels and classes.
+        device: Device of the network.
         workers: With several workers, batch norms are synchronised over them.
 
     Returns:
-        The network as it is trained and as attacks use it.
+        The network, with its modules for training and for attacks.
 
     Raises:
         SpecError: The config asks for TF32 on a device that has none.
@@ -180,7 +180,7 @@ def compute_step_gradients(
     rng: ExampleRng,
     workers: WorkerGroup = SINGLE_WORKER,
 ) -> MethodOutput:
-    """Run attacks, losses and the backward pass of one step; all of it but the optimizer's update.
+    """Run the attacks, losses and backward pass of one step: everything but the optimizer's update.
 
     Args:
         method: The method with its schedules resolved for the current epoch.
@@ -190,7 +190,7 @@ def compute_step_gradients(
         workers: The processes that share the global batch.
 
     Returns:
-        The loss, and the logits, attack results and weights that it was computed from.
+        The loss, and the logits, attack results and weights from which it was computed.
     """
     variants.sync_folded_weights()
     x = batch.x.contiguous(memory_format=variants.memory_format)
@@ -241,7 +241,7 @@ class _TrainingRun:
         return self.last_checkpoint.history if self.last_checkpoint is not None else []
 
     def resume(self, n_reported_epochs: int) -> None:
-        """Load the last checkpoint or the longest cached prefix, and repeat its reports."""
+        """Load the last checkpoint or the longest cached prefix, and report its epochs again."""
         is_writer = self.workers.rank == 0
         if self.prefix_cache is not None and is_writer and not self.directory.list_saved_epochs():
             _reuse_longest_prefix(self.config, self.directory, self.prefix_cache, self.prefix_keys)
@@ -276,10 +276,10 @@ class _TrainingRun:
         return TrainingResult(self.last_checkpoint, best)
 
     def _reuse_or_train_epoch(self, epoch: int) -> TrainingCheckpoint:
-        """Return the checkpoint after this epoch, from the prefix cache if another run trains it.
+        """Return the checkpoint after this epoch; wait and reuse it if another run is training it.
 
-        Several workers use the cache at the start only: waiting for another run would hold all of
-        them.
+        A run with several workers uses the cache only in `resume`: here all workers would be idle
+        while they wait for the other run.
         """
         if self.prefix_cache is None or self.workers.size > 1:
             return self._train_and_save_epoch(epoch)
@@ -293,7 +293,7 @@ class _TrainingRun:
             return self._train_and_save_epoch(epoch)
 
     def _train_and_save_epoch(self, epoch: int) -> TrainingCheckpoint:
-        """Train this epoch; the first worker writes its checkpoint, which the others then read."""
+        """Train this epoch. The first worker writes its checkpoint; the other workers read it."""
         metrics, histograms = self._train_epoch(epoch)
         path = self.directory.epoch_path(epoch + 1)
         saved = None
@@ -348,7 +348,7 @@ class _TrainingRun:
             )
 
     def _run_steps(self, method: Method, epoch: int, diagnostics: EpochDiagnostics) -> None:
-        """Run the epoch's steps, without those that an interrupted process has finished."""
+        """Run the epoch's steps, except those that an interrupted process has already done."""
         n_done = 0
         if self.checkpointer is not None:
             n_done = self.checkpointer.resume_epoch(self.history, diagnostics)
@@ -375,7 +375,7 @@ class _TrainingRun:
         started_at = time.perf_counter()
         val = self.device_data.val
         with disable_tf32_and_autocast(val.y.device):
-            # In the form in which AutoAttack attacks it, whatever `compute` says.
+            # The same copy and precision as for AutoAttack, independent of `config.compute`.
             model = make_attack_model(self.model, val.get_float_images(slice(0, MIN_BATCH_ROWS)))
             metrics = _compute_validation_metrics(self.config, model, val, self.workers)
             metrics["train/natural"] = measure_natural_accuracy(model, self.device_data.train)
@@ -393,12 +393,12 @@ def _reject_tf32_settings(config: TrainingConfig, device: torch.device) -> None:
 def _reuse_longest_prefix(
     config: TrainingConfig, directory: RunDirectory, prefix_cache: PrefixCache, keys: list[str]
 ) -> None:
-    """Copy the longest cached prefix into the run's folder, together with its best epoch."""
+    """Reuse the longest cached prefix: its last and best epochs become checkpoints of the run."""
     for epoch in prefix_cache.find_stored_positions(keys):
         state = prefix_cache.find_state(keys[epoch]) if epoch > 0 else None
         if state is None:
             continue
-        # Another run may evict the state at any moment; then a shorter prefix must do.
+        # Another run may evict the state at any moment; then try a shorter prefix.
         with suppress(SpecError):
             best = find_best_epoch(config, checkpoint.read_checkpoint(state).history)
             if prefix_cache.reuse_state(
@@ -418,7 +418,7 @@ def _check_not_collapsed(
         return
     chance = 1 / data.classes
     n_examples = min(config.validation.size or len(data.val), len(data.val))
-    # Two standard deviations above chance: guessing stays below this in 49 of 50 cases.
+    # Two standard deviations above chance: random guessing stays below this in 98% of cases.
     limit = chance + 2 * math.sqrt(chance * (1 - chance) / n_examples)
     if all(metrics["clean"] <= limit for metrics in validated):
         last = validated[-1]

@@ -1,4 +1,4 @@
-"""Validation during training: a short, diverse set of attacks, whose results rank the trials."""
+"""Validation during training: a few fast, different attacks. Sweeps rank trials by the results."""
 
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
@@ -42,24 +42,24 @@ def _default_finish_attacks() -> dict[str, AnyAttack]:
 class Validation(Spec):
     """How checkpoints are evaluated during training, on validation examples.
 
-    The default attacks together rank models nearly as AutoAttack does. Plain PGD does not: it
-    overestimates reweighted models most.
+    The default attacks together rank models nearly as AutoAttack does. PGD alone does not: it
+    overestimates the robustness of reweighted models more than that of others.
     """
 
     attacks: Annotated[dict[str, AnyAttack], Field(min_length=1)] = Field(
         default_factory=_default_attacks
     )
-    """Attacks by name. Each one attacks all correctly classified examples, so each has its own
-    accuracy."""
+    """Name -> attack. Each attack runs on all correctly classified examples, so that its accuracy
+    is a metric."""
 
     finish: dict[str, AnyAttack] = Field(default_factory=_default_finish_attacks)
-    """More attacks by name. They attack only examples that survive all attacks before them."""
+    """Name -> further attack, which runs only on examples that survive all attacks before it."""
 
     size: Annotated[int, Field(ge=1)] | None = None
     """Number of examples: the first ones of the validation split. null: all."""
 
     every: Annotated[int, Field(ge=1)] = 1
-    """Number of epochs from one evaluation to the next. The last epoch is always evaluated."""
+    """Evaluate after every n-th epoch. The last epoch is always evaluated."""
 
     batch_size: Annotated[int, Field(ge=1)] = 512
     """Examples in a batch."""
@@ -68,11 +68,12 @@ class Validation(Spec):
     """Metric that decides which epoch is the best; larger is better."""
 
     flatness: bool = False
-    """Also measure how steep the loss is at friendly and at most adversarial examples."""
+    """Also measure the norm of the loss's input gradient at friendly adversarial examples (PGD-20
+    that stops at the first misclassification) and at those of PGD-20."""
 
     scales: tuple[Annotated[Number, Field(gt=0)], ...] = (0.1, 10.0)
-    """Test for masked gradients: the first cross-entropy PGD of `attacks` also attacks the logits
-    times each of these factors. Empty: no test."""
+    """Factors for a test of masked gradients: the first cross-entropy PGD of `attacks` also attacks
+    the model with its logits multiplied by each factor. Empty: no test."""
 
     scaled_share: Annotated[Number, Field(gt=0, le=1)] = 0.25
     """Share of the examples that the test with `scales` uses."""
@@ -104,7 +105,8 @@ class Validation(Spec):
             * The name of each of `attacks`: accuracy under it.
             * `robust_worst`: share that survives all attacks.
             * `masking_gap`: accuracy under the first attack minus `robust_worst`.
-            * `zero_gradient`: correct examples whose cross-entropy has no gradient.
+            * `zero_gradient`: share of examples that are correct and whose cross-entropy has zero
+              gradient.
             * `val/ce_cw_gap`: accuracy under PGD on the cross-entropy minus that under PGD on the
               margin loss.
             * `val/scaling_gap`: share that PGD breaks only on scaled logits (Hitaj et al. 2021).
@@ -128,7 +130,7 @@ class Validation(Spec):
         return metrics
 
     def _pgd_attacks(self) -> dict[str, PGD]:
-        """Return those of `attacks` that are PGD."""
+        """Return the attacks of `attacks` that are PGD."""
         return {name: attack for name, attack in self.attacks.items() if isinstance(attack, PGD)}
 
     def _compute_masking_gaps(
@@ -160,7 +162,7 @@ class Validation(Spec):
         return gaps
 
     def _validate_batch(self, model: nn.Module, split: Split, rows: slice) -> dict[str, Tensor]:
-        """Return boolean masks of a batch by metric, (N,): `clean`, attack names and so on."""
+        """Return metric name -> mask (N,) bool of one batch; metrics are the means of masks."""
         x, y, index = split.get_float_images(rows), split.y[rows], split.index[rows]
         correct, n_classes, zero_gradient = _find_zero_gradients(model, x, y)
         masks = {"clean": correct, "zero_gradient": zero_gradient}
@@ -192,7 +194,7 @@ def _find_zero_gradients(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor
 
 
 def _replace_unsupported_dlr(attack: AnyAttack, n_classes: int) -> AnyAttack:
-    """Use the margin loss instead of DLR with few classes: targeted DLR compares four logits."""
+    """Replace a DLR loss by the margin loss if there are too few classes: DLR compares 4 logits."""
     if isinstance(attack, APGD) and attack.loss.startswith("dlr") and n_classes < _MIN_DLR_CLASSES:
         return attack.replace(loss="cw")
     return attack
