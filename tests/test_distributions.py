@@ -304,7 +304,7 @@ def test_a_setting_of_the_trial_wins_over_the_base_and_that_over_the_metric() ->
     assert config.validation.objective == "clean" and space.trial_config({"epochs": 3}).epochs == 3
     (line,) = gairat(base={"validation.objective": "pgd"}).find_problems()
     assert line.startswith(
-        "validation.objective = 'pgd': the space goes by metric = 'robust_worst'"
+        "validation.objective = 'pgd': the space maximises metric = 'robust_worst'"
     )
     assert gairat(metric=["clean", "pgd"]).objectives == (
         "clean",

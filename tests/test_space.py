@@ -178,7 +178,7 @@ def test_another_objective_than_the_metric_is_refused() -> None:
         "space": {"optim.lr": {"float": [0.01, 0.1]}},
     }
     (line,) = SearchSpace.from_data(data).find_problems()
-    assert "validation.objective = 'clean': the space goes by metric = 'robust_worst'" in line
+    assert "validation.objective = 'clean': the space maximises metric = 'robust_worst'" in line
     assert SearchSpace.from_data({**data, "metric": "clean"}).find_problems() == []
 
 

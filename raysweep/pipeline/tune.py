@@ -52,6 +52,9 @@ class TuneStage(Stage):
     def resolve_search_space(self, training_overrides: TrainingOverrides) -> SearchSpace:
         """Return the search space with all settings applied.
 
+        Args:
+            training_overrides: Settings of the pipeline and of the command line.
+
         Raises:
             SpecError: With all problems of the space at once.
         """

@@ -94,7 +94,7 @@ class Distribution(Spec):
         return list(self.categorical or self.float or self.int or ())
 
     def can_propose(self, value: Any) -> bool:
-        """Return whether the sampler can propose a value."""
+        """Return whether a value lies in the range (and on its steps) or among the choices."""
         if self.categorical is not None:
             return value in self.categorical
         low, high = self.bounds_or_choices()
@@ -117,14 +117,21 @@ class Distribution(Spec):
         return IntDistribution(*self.int, log=self.log, step=int(self.step or 1))
 
     def from_optuna(self, suggested: Any) -> Any:
-        """Convert a value that Optuna suggested for `to_optuna` to the setting's value."""
+        """Convert a value from Optuna to the value of the setting.
+
+        Args:
+            suggested: Value that Optuna suggested for the distribution of `to_optuna`.
+
+        Returns:
+            The value; for choices that are not scalars, the choice that the string stands for.
+        """
         if self.categorical is None:
             return suggested
         return next(c for c in self.categorical if _to_param_value(c) == suggested)
 
 
 class Sampler(Spec):
-    """How params are proposed."""
+    """How the params of new trials are proposed."""
 
     stored_keys: ClassVar[Mapping[str, str]] = {"n_startup_trials": "startup"}
 
@@ -203,14 +210,14 @@ class SearchSpace(Spec):
     prefix_gib: Annotated[Number, Field(ge=0)] = 20.0
     """Size in GiB of the states that trials share; above it the least recently used are deleted."""
     sampler: Sampler = Field(default_factory=Sampler)
-    """How params are proposed."""
+    """How the params of new trials are proposed."""
     scheduler: Scheduler = Field(default_factory=Scheduler)
     """Early stopping of weak trials."""
     base: dict[str, Any] = Field(default_factory=dict)
     """Settings of all trials by dotted path."""
     space: Annotated[dict[str, Distribution], Field(min_length=1)]
-    """Searched settings by dotted path, with their distributions. `*` stands for one part of a
-    path, so that several settings get the same value."""
+    """Searched settings by dotted path, with their distributions. `*` in a path matches any
+    characters, so that several settings get the same value."""
     points_to_evaluate: tuple[dict[str, Any], ...] = ()
     """Params to try first: each a mapping from searched settings to values."""
 
@@ -221,7 +228,7 @@ class SearchSpace(Spec):
 
     @property
     def n_trials(self) -> int:
-        """Number of trials of the finished sweep."""
+        """Number of trials of the whole sweep; for a grid at most the number of its points."""
         if self.sampler.kind == "grid":
             return min(self.trials, len(self.initial_points))
         return self.trials
@@ -253,6 +260,9 @@ class SearchSpace(Spec):
         Args:
             params: Values by dotted path; they replace those of `base`. Empty for the base config.
 
+        Returns:
+            The config, with all defaults filled in.
+
         Raises:
             SpecError: If the config is invalid.
         """
@@ -276,6 +286,9 @@ class SearchSpace(Spec):
 
         Args:
             overrides: Values by dotted path.
+
+        Returns:
+            The new space; `points_to_evaluate` loses the fixed settings.
 
         Raises:
             SpecError: If an override fixes only a part of a searched `*` path, or if nothing is
@@ -314,7 +327,14 @@ class SearchSpace(Spec):
         return SearchSpace.from_data(self.to_json_dict() | changes)
 
     def suggest_params(self, optuna_trial: "optuna.Trial") -> Params:
-        """Let Optuna suggest a value of each active setting, in the order of `space`."""
+        """Let Optuna suggest a value of each active setting, in the order of `space`.
+
+        Args:
+            optuna_trial: Trial that Optuna's study has just created.
+
+        Returns:
+            Values by dotted path, without the settings whose condition does not hold.
+        """
         params: Params = {}
         for path, distribution in self.space.items():
             if all(
@@ -345,11 +365,11 @@ class SearchSpace(Spec):
         return list(dict.fromkeys(lines))
 
     def _find_objective_problems(self, config: TrainingConfig) -> Iterator[str]:
-        """Yield a line if trials would be validated by another objective than the sweep's."""
+        """Yield a line if trials would select their best epoch by another metric than the sweep."""
         objective, metric = config.validation.objective, self.objectives[0]
         if objective != metric:
             yield (
-                f"validation.objective = {objective!r}: the space goes by metric = {metric!r}; "
+                f"validation.objective = {objective!r}: the space maximises metric = {metric!r}; "
                 "change that instead"
             )
 
@@ -360,14 +380,11 @@ class SearchSpace(Spec):
         if unmeasured:
             yield (
                 f"scheduler: trials cannot be compared at epoch {unmeasured[0]}, "
-                f"validation.every = {every} leaves it out; "
+                f"because validation.every = {every} skips it; "
                 f"make grace_period a multiple of {every}"
             )
         if len(self.objectives) > 1 and self.scheduler.kind != "none":
-            yield (
-                "scheduler.kind = 'asha': with several metrics nothing says which trial is weak; "
-                "set it to none"
-            )
+            yield ("scheduler.kind = 'asha': cannot rank trials by several metrics; set it to none")
 
     def _find_distribution_problems(self) -> Iterator[str]:
         """Yield a line for each invalid condition, range or choice."""
@@ -462,7 +479,14 @@ def load_space(
 
 
 def resolve_space_path(path_or_name: Path) -> Path:
-    """Return the file that `--space` names: a file, or else a built-in space."""
+    """Find the file of a search space.
+
+    Args:
+        path_or_name: Value of `--space`: a path, or the name of a built-in space.
+
+    Returns:
+        The path; a file that exists takes precedence over a built-in space of the same name.
+    """
     if path_or_name.exists() or str(path_or_name) not in list_builtin_spaces():
         return path_or_name
     return find_builtin_folder("search_spaces") / f"{path_or_name}.yaml"
@@ -501,8 +525,9 @@ def param_labels(paths: list[str]) -> dict[str, str]:
 
 
 def _merge_dataset_section(data: JsonDict, overrides: Mapping[str, Any], source: str) -> JsonDict:
-    """Merge the section of the data set from `for: {cifar10: {space: ..., trials: ..., ...}}`.
+    """Merge the section `for.DATASET` of a file into its general settings.
 
+    An example is `for: {cifar10: {space: ..., trials: ...}}`, which applies to CIFAR-10 only.
     `space` and `base` are merged entry by entry; every other key replaces the general one.
     """
     data = SearchSpace.rename_stored_keys(data, source)
@@ -544,7 +569,8 @@ def _require_no_partial_override(path: str, overrides: Mapping[str, Any]) -> Non
     for key in overrides:
         if key != path and "*" in path and fnmatchcase(key, path):
             raise SpecError(
-                f"--set {key}: searched as {path}; set that, or search what is left in a --space"
+                f"--set {key}: a part of the searched {path}; set {path}, or write a --space "
+                "that does not search it"
             )
 
 
