@@ -12,8 +12,8 @@ __all__ = ["evaluate", "load", "load_report", "load_sweep"]
 
 __version__ = "0.2.0"
 
-# Ray and MLflow report usage to their makers unless these variables are set before the import. The
-# user's own values have precedence.
+# Unless these variables are set before the import, Ray and MLflow send usage statistics to their
+# makers. Values that the user has set are not changed.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
@@ -34,5 +34,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """List the lazy names too, for tab completion."""
+    """List all names, also those that are imported at first use, for tab completion."""
     return sorted([*globals(), *_LAZY_EXPORTS])

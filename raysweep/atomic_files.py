@@ -1,4 +1,4 @@
-"""Atomic writes: after a crash, a file or folder is complete or unchanged."""
+"""Atomic writes: after a crash, no file or folder is partly written."""
 
 import os
 import shutil
@@ -12,13 +12,16 @@ from typing import IO
 def atomic_open(path: Path) -> Iterator[IO[bytes]]:
     """Open a binary stream that replaces `path` when the block ends without an error.
 
-    A crash or an exception at any moment leaves the earlier file, if there was one.
+    After a crash or an exception, the earlier content of `path` is unchanged.
 
     Args:
         path: File to write. Missing parent folders are created.
 
     Yields:
-        The stream, on a hidden file beside `path`.
+        The stream, which writes into a hidden file beside `path`.
+
+    Raises:
+        OSError: If the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -38,6 +41,9 @@ def atomic_write_text(path: Path, text: str) -> None:
     Args:
         path: File to write. Missing parent folders are created.
         text: The whole content.
+
+    Raises:
+        OSError: If the file cannot be written.
     """
     with atomic_open(path) as stream:
         stream.write(text.encode())
@@ -47,14 +53,18 @@ def atomic_write_text(path: Path, text: str) -> None:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Create a folder that replaces `path` when the block ends without an error.
 
-    An exception leaves the earlier `path`, and the hidden folder too; the next call of the same
-    process deletes the latter. A crash between deletion and rename leaves no `path`.
+    After an exception, the earlier `path` is unchanged, and the new hidden folder remains until the
+    next call of the same process for the same path. A crash between the deletion of the earlier
+    folder and the renaming of the new one leaves no `path`.
 
     Args:
         path: Folder to write. Missing parent folders are created.
 
     Yields:
-        A new empty folder beside `path` to write into.
+        A new, empty, hidden folder beside `path`.
+
+    Raises:
+        OSError: If the folder cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)

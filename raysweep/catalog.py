@@ -1,9 +1,9 @@
 """The published methods, composed of attacks, losses and weights.
 
-Each function returns a method with the settings of its paper for CIFAR-10; its first line is what
-`raysweep list` prints. To add a method, write a function here and list it in `METHODS`. Settings
-for other data sets are in `training.dataset_defaults`, those of single tables and figures in
-`pipelines/presets`.
+Each function returns a method with its paper's settings for CIFAR-10. `raysweep list` prints the
+first line of its docstring. To add a method, write a function here and list it in `METHODS`.
+Settings for other data sets are in `training.dataset_defaults`, settings of single tables and
+figures in `pipelines/presets`.
 
 Citations: G is GAIRAT (Zhang et al. 2021), L is LRAT (Gao et al. 2021). CE is the cross-entropy, KL
 is KL(p(x) || p(x~)), x are natural images, x~ adversarial images.
@@ -90,8 +90,8 @@ def trades() -> Method:
 def gair_trades() -> Method:
     """Geometry-aware TRADES: w(kappa) CE on natural images + beta KL (G alg. 4-5).
 
-    kappa is that of the attack on the KL. G alg. 5 adds up the terms of a batch; as in TRADES, the
-    terms here are means.
+    kappa is counted by the attack on the KL. G alg. 5 sums the terms over a batch; here, as in
+    TRADES, they are means.
     """
     return Method(
         name="gair-trades",
@@ -198,9 +198,9 @@ def gair_rst() -> Method:
 def lrat() -> Method:
     """Locally reweighted AT (Gao et al. 2021): g(V) CE on PGD and CW images, and a lower bound C.
 
-    L eq. 5 and 17. The term `bound` has the weight [C - sum of g(V)]_+. L table 4 varies its input
-    `terms.bound.on`: natural, pgd or natural+pgd (L app. C). C is `terms.bound.weight.total`; 0
-    turns the bound off.
+    L eq. 5 and 17. The term `bound` has the weight [C - sum of g(V)]_+. C is
+    `terms.bound.weight.total`; 0 turns the bound off. L table 4 compares inputs of this term,
+    `terms.bound.on`: natural, pgd and natural+pgd (L app. C).
     """
     return Method(
         name="lrat",
@@ -217,10 +217,11 @@ def lrat() -> Method:
 def lrat_trades() -> Method:
     """LRAT for TRADES: g(V) KL on PGD and CW images, and CE on natural images (L alg. 4).
 
-    Only the CE uses the labels. With C = 0.1, as in `lrat`, its weight is 0 wherever the other
-    weights add up to 0.1 or more. A model that predicts the same probabilities for every image then
-    has no loss, and accuracy ends at chance (seen on digits). C = 5 is above 2 + 2 sqrt(2), the
-    largest sum of the two weights for alpha = 2 and beta = 0.5, so natural images always count.
+    Only the CE uses the labels. With C = 0.1, as in `lrat`, the weight of the CE is 0 for every
+    example whose other weights sum to 0.1 or more. A model that predicts the same probabilities for
+    every image then has loss 0, and accuracy falls to chance (observed on digits). Here C is 5. The
+    largest sum of the two weights for alpha = 2 and beta = 0.5 is 2 + 2 sqrt(2) < 5, so the weight
+    of the CE is always positive.
     """
     base = lrat()
     robust = {name: base.terms[name].replace(loss="kl") for name in ("pgd", "cw")}

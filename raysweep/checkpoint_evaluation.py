@@ -1,6 +1,6 @@
 """Evaluate one model under one attack on the test set, and store the results.
 
-Results go into files, and into the MLflow run that trained the model.
+Results are written to files, and to the MLflow run that trained the model.
 """
 
 import json
@@ -24,7 +24,7 @@ from raysweep.tracking import Tracker
 from raysweep.training.dataset_defaults import DATASET_DEFAULTS
 from raysweep.training.model_loading import EvaluationTarget
 
-# Files of an evaluation: the results of each example, and the card with RobustBench's fields.
+# Files of an evaluation: the results per example, and a model entry with RobustBench's field names.
 EXAMPLES_FILE = "examples.parquet"
 CARD_FILE = "card.json"
 
@@ -37,8 +37,8 @@ def resolve_threat_model(target: EvaluationTarget, dataset_name: str) -> tuple[f
         dataset_name: Name of the data set, for models without a training configuration.
 
     Returns:
-        Epsilon (in pixels of [0, 1]) and norm of the first validation attack of the training; else
-        epsilon of the data set's defaults, or 8/255, and "Linf".
+        Epsilon (in pixels of [0, 1]) and norm. If the model has a training configuration, those of
+        its first validation attack; else the data set's default epsilon, or 8/255, and "Linf".
     """
     if target.config is not None:
         validation = target.config.resolve_at(target.config.epochs).validation
@@ -56,7 +56,7 @@ def choose_evaluation_folder(
     n_examples: int,
     seed: int = 0,
 ) -> Path:
-    """Choose the folder for the files of an evaluation. Equal settings give the same folder.
+    """Choose the folder for the files of an evaluation. The same settings give the same folder.
 
     Args:
         out: Output folder of the command, for models without a local checkpoint.
@@ -67,7 +67,8 @@ def choose_evaluation_folder(
         seed: Seed of the attack.
 
     Returns:
-        A folder beside the checkpoint, if that is in a local folder; else in `out`/runs/eval.
+        A folder beside the checkpoint if the checkpoint is in a local folder; else a folder in
+        `out`/runs/eval.
     """
     key = json_digest([attack.to_json_dict(), data_spec.to_json_dict(), n_examples, seed])
     if target.checkpoint is None:
@@ -133,8 +134,8 @@ def save_evaluation_files(
 ) -> None:
     """Write the files of an evaluation.
 
-    These are the results of each example, the card, the summary (`report.json`), and the
-    adversarial examples if the report has them.
+    These are the results per example, the card, the summary (`report.json`), and the adversarial
+    examples if the report has them.
 
     Args:
         report: The report.
@@ -164,14 +165,14 @@ def log_evaluation(
     attack_name: str,
     is_full_test_set: bool,
 ) -> str:
-    """Log the numbers and files of an evaluation.
+    """Log the metrics and files of an evaluation.
 
-    Metrics of AutoAttack's standard version on the whole test set, at the epsilon of the training,
-    are named `aa/...`. All others are named after attack, norm, epsilon and number of examples.
-    A seed other than 0 is part of the name.
+    If AutoAttack's standard version ran on the whole test set, at the norm and epsilon of the
+    training, the metrics are named `aa/...`. All others are named after attack, norm, epsilon and
+    number of examples. A seed other than 0 is part of the name.
 
     Args:
-        tracker: Where to log.
+        tracker: Tracker that logs them.
         run_id: Run that trained the model; None to log into a run of the evaluation.
         target: The model.
         report: The report.
@@ -180,11 +181,11 @@ def log_evaluation(
         is_full_test_set: Whether the report covers the whole test set.
 
     Returns:
-        Id of the run that has the numbers.
+        Id of the run in which they were logged.
     """
     has_own_run = run_id is None
     if run_id is None:
-        # MLflow cannot quote every path in a filter, so the tag to search for is a digest.
+        # MLflow cannot quote every path in a search filter, so runs are searched by a digest.
         run_id = tracker.get_or_create_run(
             target.name, {"raysweep.kind": "eval", "raysweep.evaluation": json_digest(str(folder))}
         )

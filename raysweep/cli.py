@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; print errors of the user in one line each.
+    """Run a command; print each mistake of the user as one line.
 
     Args:
         arguments: The command line without `raysweep`; None for that of this process.
@@ -109,7 +109,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    """Print each FormerNameWarning as one line on stderr, without its place in the source."""
+    """Print each FormerNameWarning as one line on stderr, without file name and line number."""
     from raysweep.spec import FormerNameWarning
 
     original_showwarning = warnings.showwarning
@@ -158,8 +158,8 @@ def _run_command(args: argparse.Namespace) -> int:
         )
         return 2
     except BrokenPipeError:
-        # The reader of our output has closed it (`raysweep list | head`). Python would print an
-        # error when it flushes stdout at exit.
+        # The reader of the output has closed the pipe (`raysweep list | head`). Redirect stdout,
+        # because Python would print an error when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

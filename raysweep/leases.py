@@ -1,11 +1,10 @@
 """Leases: exclusive rights of one process to train a shared prefix or to work in a folder.
 
-There are three forms. `FileLease` and `BucketLease` guard one key in a folder or bucket that
-machines share; their holder renews them with a heartbeat. `hold_pipeline_lease` and
-`hold_folder_lease` guard a whole folder with a lock of the operating system, or in a bucket with a
-`BucketLease`.
+`FileLease` and `BucketLease` guard one key in a folder or bucket that machines share; the holder
+renews them with a heartbeat. `hold_pipeline_lease` and `hold_folder_lease` guard a whole folder: a
+local one with a lock of the operating system, one in a bucket with a `BucketLease`.
 
-A lease ends with its process. Other processes of the same machine see that the process is gone;
+A lease ends when its process ends. Processes of the same machine see that the process is gone;
 those of other machines see that its heartbeat has stopped, or that its lock is free.
 """
 
@@ -27,8 +26,8 @@ from raysweep.spec import SpecError
 _POLL_SECONDS = 0.5
 # Seconds between heartbeats, and seconds without one after which a lease has expired.
 _RENEWAL_INTERVAL, _EXPIRES_AFTER = 5.0, 30.0
-# When several processes ask for a bucket's lease at once: how often, and how many seconds apart,
-# one of them checks whether the others have withdrawn.
+# If several processes try to acquire a bucket's lease at the same time, each checks this number of
+# times, at this interval in seconds, whether the others have withdrawn.
 _N_CONTEST_CHECKS, _CONTEST_INTERVAL = 10, 0.1
 
 
@@ -40,19 +39,27 @@ class Lease(Protocol):
     """
 
     def try_acquire(self) -> bool:
-        """Try once to acquire the lease.
+        """Try once to acquire the lease, without waiting for its holder.
 
         Returns:
-            Whether this process holds the lease now.
+            Whether this process has acquired the lease.
+
+        Raises:
+            OSError: The lease cannot be written, or the bucket does not answer.
+            SpecError: The bucket refuses access.
         """
         ...
 
     def renew(self) -> None:
-        """Record a heartbeat. Only the holder may call this."""
+        """Record a heartbeat. Only the holder may call this, at least every 30 seconds.
+
+        Raises:
+            OSError: The heartbeat cannot be written. `LeaseHeartbeat` then tries again later.
+        """
         ...
 
     def release(self) -> None:
-        """Give the lease back. Do nothing if it is not there."""
+        """Give the lease back. Do nothing if the lease does not exist."""
         ...
 
 
@@ -140,7 +147,7 @@ class FileLease:
         self._path.unlink(missing_ok=True)
 
     def _is_expired(self) -> bool:
-        """Return whether there is a file whose owner has died or stopped its heartbeat."""
+        """Return whether the file exists and its owner has died or stopped its heartbeat."""
         try:
             owner = self._path.read_text().split()
             age = time.time() - self._path.stat().st_mtime
@@ -153,8 +160,9 @@ class BucketLease:
     """Lease in a bucket, which has no exclusive creation.
 
     Each claimant uploads a file named `TIME HOST PROCESS`, and holds the lease if no other live
-    claimant has one. Of several claimants that come at once, the one with the earliest time keeps
-    its file and the others withdraw. Their clocks need not agree: any order does.
+    claimant has a file. If several claimants upload at the same time, the first file name in
+    alphabetical order wins, and the other claimants delete their files. The clocks of machines may
+    differ: the claimants only have to agree on one order.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -169,7 +177,9 @@ class BucketLease:
         self._first_seen: dict[tuple[Path, float], float] = {}
 
     def try_acquire(self) -> bool:
-        """Upload this process's file if there is no live competitor, and wait for a contest's end.
+        """Upload this process's file if there is no live competitor.
+
+        If other processes try at the same time, wait for up to about 1 second until they withdraw.
 
         Returns:
             Whether this process holds the lease; True again if it held it before.
@@ -181,8 +191,8 @@ class BucketLease:
         if self._list_live_competitors():
             return False
         self.renew()
-        # Competitors with a later time that came at once withdraw. A later one that does not
-        # withdraw held the lease before this process's file was there to be seen.
+        # Competitors that uploaded at the same time and have a later name withdraw. If one with a
+        # later name stays, it had acquired the lease before this process's file was visible.
         for _ in range(_N_CONTEST_CHECKS):
             competitors = self._list_live_competitors()
             if not competitors:
@@ -194,10 +204,10 @@ class BucketLease:
         return False
 
     def live_holder(self) -> str:
-        """Return a competitor whose heartbeat this process has seen to advance.
+        """Return a live holder: a competitor of which this process has seen two heartbeats.
 
         Returns:
-            `process PID on HOST`, or "" if no competitor has shown two heartbeats yet.
+            `process PID on HOST`, or "" if there is none yet.
         """
         n_heartbeats = Counter(path for path, _ in self._first_seen)
         for path, count in n_heartbeats.items():
@@ -234,11 +244,14 @@ class BucketLease:
 
 @contextmanager
 def hold_pipeline_lease(folder: Path, wait: bool) -> Iterator[None]:
-    """Hold the folder of a pipeline while the block runs.
+    """Context manager that holds the lease of a pipeline's folder.
 
     Args:
         folder: The pipeline's folder on this machine; created if it is missing.
         wait: Whether to wait until another process releases the folder.
+
+    Yields:
+        Nothing.
 
     Raises:
         SpecError: The folder cannot be written, or another process holds it and `wait` is False.
@@ -250,13 +263,16 @@ def hold_pipeline_lease(folder: Path, wait: bool) -> Iterator[None]:
 
 @contextmanager
 def hold_folder_lease(folder: Path) -> Iterator[None]:
-    """Hold the folder of a sweep or training run while the block runs.
+    """Context manager that holds the lease of a folder of a sweep or training run.
 
-    A folder that is empty at the end is deleted again.
+    If the folder has no other files at the end, it is deleted.
 
     Args:
         folder: Folder on this machine or in the working copy of a bucket; created if it is
             missing.
+
+    Yields:
+        Nothing.
 
     Raises:
         SpecError: The folder cannot be written, or another process holds it. The message names the
@@ -279,7 +295,7 @@ def hold_folder_lease(folder: Path) -> Iterator[None]:
 def _hold_file_lock(
     folder: Path, description: str, hint: str = "", wait: bool = False
 ) -> Iterator[None]:
-    """Lock `folder/lock` with flock, and write into it who holds it."""
+    """Lock the file `folder/lock` with flock, and write the holder's process into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("a+")
@@ -302,7 +318,11 @@ def _hold_file_lock(
 
 @contextmanager
 def _hold_bucket_lease(folder: Path) -> Iterator[None]:
-    """Hold the bucket lease of a folder; wait until an earlier one has expired or proves live."""
+    """Hold the bucket lease of a folder.
+
+    If another process holds it, wait until that lease expires, or raise SpecError as soon as two
+    heartbeats show that its holder is alive.
+    """
     lease = BucketLease(folder / ".claims" / "alone")
     while not lease.try_acquire():
         if holder := lease.live_holder():

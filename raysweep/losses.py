@@ -1,13 +1,13 @@
-"""Training losses by example: functions (logits, natural_logits, y) -> losses (N,).
+"""Training losses per example: functions (logits, natural_logits, y) -> losses (N,).
 
-All losses take the same arguments and use those that they need:
+All losses have the same arguments, but some ignore a part of them:
 
 - logits (N, classes): logits of the input of the term, natural or adversarial images.
 - natural_logits (N, classes): logits of the natural images.
 - y (N,) int64: true labels.
 
-The method multiplies them by instance weights and takes the mean. p is the softmax of the logits;
-"G eq." and "L eq." cite the papers of GAIRAT and LRAT.
+The method multiplies the losses by instance weights and averages them. p is the softmax of the
+logits. "G eq." and "L eq." cite the papers of GAIRAT and LRAT.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def cross_entropy(logits: Tensor, natural_logits: Tensor, y: Tensor) -> Tensor:
 def mart_margin(logits: Tensor, natural_logits: Tensor, y: Tensor) -> Tensor:
     """Return MART's margin term -log(1 - max_{k != y} p_k), the second part of l_margin (G eq. 9).
 
-    The constant 1.0001 in place of 1 is that of MART's code; it keeps the logarithm finite.
+    As in MART's code, the constant is 1.0001 instead of 1, which keeps the logarithm finite.
     """
     max_wrong = F.softmax(logits, 1).scatter(1, y[:, None], 0.0).amax(1)
     return -torch.log(1.0001 - max_wrong + 1e-12)
@@ -49,7 +49,8 @@ def kl_divergence(logits: Tensor, natural_logits: Tensor, y: Tensor) -> Tensor:
 def misclassification_weighted_kl(logits: Tensor, natural_logits: Tensor, y: Tensor) -> Tensor:
     """Return KL(p(x) || p(x~)) (1 - p_y(x)), the second term of MART (G eq. 9).
 
-    The factor is a part of the loss and not an instance weight, because MART differentiates it.
+    The factor 1 - p_y(x) is a part of the loss and not an instance weight, because MART's gradient
+    includes it.
     """
     natural_true = F.softmax(natural_logits, 1).gather(1, y[:, None])[:, 0]
     return kl_divergence(logits, natural_logits, y) * (1.0000001 - natural_true)

@@ -1,7 +1,7 @@
 """Methods: training losses that are sums of weighted terms over natural and adversarial images.
 
-An input is a batch of images that a term can use: `natural`, or the output of an attack under the
-attack's name. "G eq." and "L eq." cite the papers of GAIRAT and LRAT.
+The inputs of a term are batches of images: `natural`, or the adversarial images of an attack, which
+have the attack's name. "G eq." and "L eq." cite the papers of GAIRAT and LRAT.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ _KAPPA_ATTACK_KINDS = {"geometry": ("pgd",), "within_margin": ("pgd", "minimal")
 class Term(Spec):
     """One term of the loss: coef x mean(weight x loss).
 
-    With several inputs, their losses are added.
+    If the term has several inputs, the losses of an example at all inputs are added.
     """
 
     loss: LossName = "ce"
@@ -52,7 +52,7 @@ class Term(Spec):
 
     @property
     def weight_input_name(self) -> str:
-        """Name of the input that decides the weight: `by` of the weight, else the first input."""
+        """Name of the input that decides the weight: `weight.by` if set, else the first input."""
         return getattr(self.weight, "by", None) or self.input_names[0]
 
     @property
@@ -92,10 +92,11 @@ class Method(Spec):
     `.`."""
 
     attacks: dict[str, AnyAttack] = Field(default_factory=dict)
-    """Name -> attack that makes adversarial images in each step. A term must use each of them."""
+    """Name -> attack that makes adversarial images in each step. Each must be used by a term."""
 
     terms: Annotated[dict[str, Term], Field(min_length=1)]
-    """Name -> term of the loss, in order: a `remainder` weight uses terms before it."""
+    """Name -> term of the loss. The order matters for `remainder` weights, which use the weights of
+    earlier terms."""
 
     normalise: bool = False
     """Divide the loss by the mean, over the global batch, of the summed weights of all terms
@@ -202,7 +203,11 @@ class Method(Spec):
             y: True labels, (N,) int64.
             rng: Random numbers of the N examples.
             workers: The workers that share the global batch.
-            attack_model: A faster form of the model in eval mode, for attacks in eval mode.
+            attack_model: A module that equals the model in eval mode and is faster. Attacks in eval
+                mode use it; None for the model itself.
+
+        Returns:
+            The loss, and the logits, attack results and weights from which it was computed.
         """
         attack_results: dict[str, AttackResult] = {}
         for name, attack in self.attacks.items():
@@ -245,8 +250,7 @@ class Method(Spec):
                 weight = weight * global_batch_size / weight_sum
             summed_weights = summed_weights + weight
             loss_function = LOSSES[term.loss]
-            # Losses that need natural logits make `needs_natural_logits` true; for the others any
-            # tensor will do.
+            # Without natural logits, no loss uses this argument (see `needs_natural_logits`).
             loss = sum(
                 loss_function(logits[v], logits.get(NATURAL_INPUT, logits[v]), y)
                 for v in term.input_names

@@ -10,8 +10,8 @@ def pareto_front_indices(points: Sequence[Sequence[float]]) -> list[int]:
     least one. Equal points do not dominate each other: all of them are on the front.
 
     Args:
-        points: Objective values of each point, in the same order for all. Larger is better; -inf
-            stands for a missing value.
+        points: Objective values of each point, in the same order for all. Larger is better; a
+            missing value is -inf.
 
     Returns:
         Positions in `points` of the points on the front, ascending.
@@ -27,6 +27,6 @@ def pareto_front_indices(points: Sequence[Sequence[float]]) -> list[int]:
 
 
 def _dominates(point: Sequence[float], other: Sequence[float]) -> bool:
-    """Check whether `point` is better in some objective and worse in none."""
+    """Return whether `point` is better in at least one objective and worse in none."""
     pairs = list(zip(point, other, strict=True))
     return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
