@@ -1,7 +1,8 @@
-"""The papers' figures of a training run, drawn from its records with matplotlib.
+"""The papers' figures of a training run, drawn with matplotlib from its metrics and histograms.
 
-GAIRAT is Zhang et al. 2021, LRAT is Gao et al. 2021. V is an example's vulnerability, small where
-the model is vulnerable; κ (kappa) is its number of attack steps until a misclassification.
+GAIRAT is Zhang et al. 2021, LRAT is Gao et al. 2021. V is a confidence that is small where the
+model is vulnerable (see `true_class_confidence`). κ (kappa) is the number of an attack's iterates
+that are classified correctly.
 """
 
 from collections.abc import Mapping, Sequence
@@ -93,7 +94,8 @@ def plot_input_gradient_norms(history: MetricHistory) -> Figure:
         history: Metrics of a run with `validation.flatness`.
 
     Returns:
-        The figure, with means at friendly and at most adversarial validation data.
+        The figure, with means at friendly and at PGD-20 adversarial examples of the validation
+        split.
     """
     figure, axes = create_axes("epoch", "‖∇ℓ‖")
     for label in ("friendly", "adversarial"):
@@ -160,12 +162,12 @@ def plot_kappa_histogram(
 def plot_logits_map(
     logits: Tensor, y: Tensor, kappa: Tensor, class_pair: tuple[int, int]
 ) -> Figure:
-    """Plot two classes' logits on their two principal axes (GAIRAT, figures 7 and 8).
+    """Plot the logits of two classes on their first two principal axes (GAIRAT, figures 7 and 8).
 
     Args:
         logits: Logits of natural images, (N, classes).
         y: Labels, (N,).
-        kappa: Steps until the attack succeeds, (N,); points are lighter where it is small.
+        kappa: kappa of each example, (N,); points of small kappa are lighter.
         class_pair: The two labels.
 
     Returns:
@@ -196,15 +198,15 @@ def plot_logits_map(
 def plot_vulnerable_map(
     logits: Tensor, v_first: Tensor, v_second: Tensor, vulnerable_share: float = 0.2, seed: int = 0
 ) -> Figure:
-    """Plot a t-SNE of the examples most vulnerable to one attack (LRAT, figure 2).
+    """Plot a t-SNE of the examples that are most vulnerable to one attack (LRAT, figure 2).
 
-    Points are red where the example is also among the most vulnerable to a second attack.
+    A point is red if the example is also among the most vulnerable to a second attack, else blue.
 
     Args:
         logits: Logits of natural images, (N, classes).
         v_first: V under the first attack, (N,).
         v_second: V under the second attack, (N,).
-        vulnerable_share: Fraction of the examples that counts as vulnerable; at least 4 are drawn.
+        vulnerable_share: Fraction of the examples that is drawn, in (0, 1]; at least 4 examples.
         seed: Seed of t-SNE.
 
     Returns:
@@ -238,8 +240,8 @@ def plot_instance_maps(instances: InstanceMetrics) -> dict[str, Figure]:
         instances: Metrics of the examples.
 
     Returns:
-        `logits_map`, the two classes that are confused most (GAIRAT, figure 7), if an attack counts
-        kappa; `vulnerable_map` (LRAT, figure 2), if there are two attacks with V.
+        `logits_map`, the two classes that the model confuses most (GAIRAT, figure 7), if an attack
+        counts kappa; `vulnerable_map` (LRAT, figure 2), if there are two attacks.
     """
     figures = {}
     if instances.kappa:
@@ -256,7 +258,7 @@ def plot_instance_maps(instances: InstanceMetrics) -> dict[str, Figure]:
 
 
 def plot_run_figures(history: MetricHistory, histograms: HistogramsByEpoch) -> dict[str, Figure]:
-    """Plot every figure that the records of a run allow.
+    """Plot every figure for which the run has metrics or histograms.
 
     Args:
         history: Metrics of the run, at least one epoch.
@@ -284,7 +286,7 @@ def plot_run_figures(history: MetricHistory, histograms: HistogramsByEpoch) -> d
 
 
 def _list_kappa_attacks(history: MetricHistory) -> list[str]:
-    """List the training attacks whose kappa the last epoch recorded."""
+    """List the training attacks whose kappa is among the metrics of the last epoch."""
     prefix = "train/kappa_median_"
     return [name.removeprefix(prefix) for name in history[-1] if name.startswith(prefix)]
 

@@ -1,6 +1,6 @@
-"""Finished work for notebooks and `--json`: models, sweeps and evaluations by their folder or URI.
+"""Load models, sweeps and evaluations from a folder or URI, for notebooks and `--json`.
 
-`load`, `load_sweep` and `load_report` are also names of the package `raysweep`.
+`load`, `load_sweep` and `load_report` can also be imported from `raysweep`.
 """
 
 import json
@@ -28,8 +28,9 @@ def load(path: str | Path, *, data_dir: str | Path | None = None) -> nn.Module:
 
     Args:
         path: Folder or URI (s3://, gs://) of a checkpoint, or of a run, whose best epoch is loaded.
-        data_dir: Folder of the training data if they have moved since. They must be readable: the
-            network's shape is read from them, and their fingerprint must be that of the training.
+        data_dir: Folder of the training data, if it has changed since the training. The data must
+            be readable: they decide the network's shape, and their fingerprint is compared with
+            that of the training.
 
     Returns:
         The network in eval mode, on the CPU. It maps images in [0, 1], (N, C, H, W), to logits,
@@ -51,8 +52,8 @@ def load_sweep(path: str | Path) -> "Sweep":
         path: Its folder (`runs/NAME`) or URI (s3://, gs://).
 
     Returns:
-        The sweep. Its properties read the files of this moment on this machine; for a sweep in a
-        bucket, call `load_sweep` again to get later trials.
+        The sweep. Each access to its properties reads the files on this machine again. For a sweep
+        in a bucket, call `load_sweep` again to download later trials.
 
     Raises:
         SpecError: There is no sweep, its files are damaged, or the bucket refuses access. One line.
@@ -96,14 +97,14 @@ class Sweep:
     """Trials and epochs of a sweep as pandas tables.
 
     Attributes:
-        ledger: Files of the sweep, for all that has no table.
+        ledger: Files of the sweep, for everything that is not in the tables.
     """
 
     ledger: Ledger
 
     @property
     def trials(self) -> "pd.DataFrame":
-        """Trials, best first; then those without a value of the objective, by number.
+        """All trials, the best first. Trials without a value of the objective are last, by number.
 
         Returns:
             One row for each trial, with its number as index `trial`. The columns are:
@@ -111,8 +112,9 @@ class Sweep:
             * `state`: "running", "finished", "stopped" (early) or "failed".
             * Each searched setting by its short name; None if the trial does not have it.
             * Metrics of the trial's best epoch, such as `epoch`, `clean`, `pgd`, `robust_worst`.
-            * `epochs`: last epoch that it reported; `trained`: epochs that it trained itself.
-            * `seconds`: wall seconds for which it held its resources.
+            * `epochs`: number of epochs that it has finished; `trained`: number of those that it
+              trained itself and did not reuse.
+            * `seconds`: wall time in seconds during which it occupied its resources.
             * `reason`: why it failed or was started again, else "".
 
         Raises:
@@ -150,10 +152,10 @@ class Sweep:
 
     @property
     def best(self) -> Path:
-        """Checkpoint of the best epoch of the best trial, which a pipeline would promote.
+        """Checkpoint of the best epoch of the best trial.
 
         Returns:
-            Its folder, for `load`.
+            Its folder, which `load` accepts.
 
         Raises:
             SpecError: No trial has a value of the objective yet.
@@ -165,13 +167,13 @@ class Sweep:
         return self.ledger.best_checkpoint_path(ranked_trials[0])
 
     def advice(self, trial: int) -> list[str]:
-        """Explain what the metrics of a trial mean for the sweep.
+        """Explain conspicuous metrics of a trial, such as symptoms of masked gradients.
 
         Args:
             trial: Number of the trial.
 
         Returns:
-            Sentences; none before the first epoch or if nothing stands out.
+            Sentences; empty before the first epoch, or if no metric is conspicuous.
 
         Raises:
             SpecError: The trial's last checkpoint is damaged.
@@ -194,30 +196,33 @@ class Sweep:
 
 
 def advise_on_trial(ledger: Ledger, trial_number: int) -> list[str]:
-    """Explain what the metrics of a trial mean for the sweep.
+    """Explain conspicuous metrics of a trial, such as symptoms of masked gradients.
 
     Args:
         ledger: The sweep.
         trial_number: Number of the trial.
 
     Returns:
-        Sentences; none before the trial's first epoch or if nothing stands out.
+        Sentences; empty before the trial's first epoch, or if no metric is conspicuous.
+
+    Raises:
+        SpecError: The trial's last checkpoint is damaged.
     """
     last = RunDirectory(ledger.trial_path(trial_number)).read_last_checkpoint()
     return advise_on_training(last.config, last.history) if last else []
 
 
 def describe_masking(ledger: Ledger) -> list[str]:
-    """Compare the ranking with one by PGD alone, which masked gradients can mislead.
+    """Describe how a ranking by PGD alone would differ, because masked gradients mislead it.
 
-    Only trials that measured both `pgd` and `robust_worst` count.
+    Only trials with values of both `pgd` and `robust_worst` are compared.
 
     Args:
         ledger: The sweep.
 
     Returns:
-        Up to two lines: the trial that PGD alone would have chosen and its loss in robust worst;
-        the trials with a masking gap above the space's limit.
+        Up to two lines: the trial that PGD alone would have chosen, and how much lower its
+        `robust_worst` is than the best; the trials with a masking gap above the space's limit.
     """
     measured_trials = []
     for trial in ledger.rank_trials():

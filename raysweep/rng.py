@@ -1,9 +1,9 @@
 """Random numbers that depend on the example, not on the batch.
 
 Every number is a hash of (seed, names of the stream, example id, position). An example therefore
-gets the same random start, crop or query for any batch size, shard, number of workers or epoch at
-which training resumes, and there is no generator state to save. The hash is the finaliser of
-splitmix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators").
+gets the same random start, crop or query for any batch size, shards or number of workers, and after
+a resume. There is no generator state to save. The hash is the finaliser of splitmix64 (Steele et
+al. 2014, "Fast splittable pseudorandom number generators").
 """
 
 import hashlib
@@ -22,11 +22,11 @@ _MIX_MULTIPLIER_2 = 0x94D049BB133111EB - (1 << 64)
 class ExampleRng:
     """A stream of random numbers for each of N examples, on the device of their ids.
 
-    Calling a method twice returns the same numbers: derive a stream for each purpose.
+    Calling a method twice returns the same numbers. Call `derive_stream` for each purpose.
 
     Attributes:
         key: Hash of the seed and of the stream's names, 64 bits unsigned.
-        example_ids: (N,) int64 positions of the examples in the data set.
+        example_ids: Ids of the examples (`Split.index`), (N,) int64.
     """
 
     key: int
@@ -34,10 +34,10 @@ class ExampleRng:
 
     @classmethod
     def for_examples(cls, example_ids: Tensor, seed: int, *names: object) -> "ExampleRng":
-        """Create the stream of a seed and purpose.
+        """Create the stream for a seed and a purpose.
 
         Args:
-            example_ids: (N,) int64 positions of the examples in the data set.
+            example_ids: Ids of the examples (`Split.index`), (N,) int64.
             seed: Seed of the run.
             *names: Purpose of the stream, for example a word and an epoch.
 

@@ -36,9 +36,9 @@ from raysweep.training.model_loading import load_trained_model
 
 ADVERSARIAL_FILE, CHECKPOINT_FOLDER = "adversarial.npz", "checkpoint"
 _BATCH_SIZE = 500
-# Rounding of a mean of float32 numbers.
+# Tolerance for the rounding of a mean of float32 numbers.
 _ACCURACY_TOLERANCE = 1e-6
-# Array name -> allowed kinds of its type, and its number of dimensions.
+# Array name -> allowed values of `dtype.kind`, and number of dimensions.
 _ARRAY_KINDS = {"x_adv": ("f", 4), "labels": ("iu", 1), "index": ("iu", 1), "robust": ("b", 1)}
 Array = NDArray[Any]
 
@@ -56,7 +56,7 @@ def write_bundle(
         folder: The folder to create.
         report: Result of `evaluate(..., keep_adversarial=True)`.
         checkpoint: Checkpoint of the evaluated model; it is copied.
-        data_spec: Settings of the data set. `data_dir` is left out of the card.
+        data_spec: Settings of the data set. The card does not contain `data_dir`.
         model_name: Name of the model, for the card.
 
     Raises:
@@ -96,10 +96,10 @@ def verify_bundle(folder: Path, data_dir: Path | None = None) -> tuple[JsonDict,
 
     Args:
         folder: The bundle.
-        data_dir: Folder of the data set's files on this machine; None if it needs none.
+        data_dir: Folder of the data set's files on this machine; None for `digits`.
 
     Returns:
-        The card, and one line for each claim that is false; no lines for a sound bundle.
+        The card, and one line for each false claim; no lines if all claims are true.
 
     Raises:
         SpecError: If `folder` is not a bundle, or the data set cannot be read.

@@ -119,7 +119,7 @@ class InterpolatedSchedule(EpochSchedule):
 
 
 def _schedule_kind(value: Any) -> str:
-    """Return the tag of the union member that reads `value`."""
+    """Return the tag of the class with which pydantic validates `value`."""
     if isinstance(value, dict):
         return str(value.get("kind", "piecewise"))
     return getattr(value, "kind", "number")
@@ -149,13 +149,13 @@ def schedule_value_at(schedule: float | EpochSchedule, epoch: int) -> float:
 
 
 def resolved_value(value: float | EpochSchedule) -> float:
-    """Return the number of a setting whose spec `Spec.resolve_at` has resolved.
+    """Return a setting as a float; TypeError if it is still a schedule.
 
     Args:
-        value: A setting of a resolved spec.
+        value: A setting of a spec that `Spec.resolve_at` returned.
 
     Returns:
-        The same number, typed as float.
+        `value` itself.
 
     Raises:
         TypeError: The setting is still a schedule.
@@ -168,14 +168,14 @@ def resolved_value(value: float | EpochSchedule) -> float:
 
 
 def bounded(low: float = -math.inf, high: float = math.inf) -> AfterValidator:
-    """Create a pydantic validator that bounds every value of a number or schedule.
+    """Create a pydantic validator for the range of a number, or of all values of a schedule.
 
     Args:
         low: Smallest value allowed.
         high: Largest value allowed.
 
     Returns:
-        The validator, for `Annotated[Schedule, bounded(0, 1)]`.
+        The validator, for `Annotated[Schedule, bounded(0, 1)]`. It raises ValueError.
     """
 
     def check_bounds(schedule: float | EpochSchedule) -> float | EpochSchedule:
@@ -191,13 +191,13 @@ def bounded(low: float = -math.inf, high: float = math.inf) -> AfterValidator:
 
 
 def bounds(schedule: float | EpochSchedule) -> tuple[float, ...]:
-    """Return values whose minimum and maximum bound the schedule at every epoch.
+    """Return values whose minimum and maximum are bounds of the schedule at every epoch.
 
     Args:
         schedule: A number or schedule.
 
     Returns:
-        At least one value.
+        One or more values.
     """
     if isinstance(schedule, PiecewiseSchedule | InterpolatedSchedule):
         return schedule.values

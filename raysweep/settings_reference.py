@@ -58,8 +58,11 @@ def describe_fields(
     """Describe the fields of a spec class, in their order.
 
     Args:
-        spec_class: The class. Its `kind`, where that has only one value, is left out.
-        spec_names: What to call nested spec classes in types. By default the name of the class.
+        spec_class: The class. Its field `kind` is left out if it has only one allowed value.
+        spec_names: Spec class -> its name in descriptions of types; by default the class name.
+
+    Returns:
+        One description per field.
     """
     names = spec_names or {}
     former_names = spec_class.stored_keys
@@ -77,20 +80,27 @@ def describe_fields(
 
 
 def describe_settings(spec: Spec) -> dict[str, str]:
-    """Map each dotted path in a spec to the description of its field.
+    """Describe all settings of a spec, also of nested specs.
 
-    The keys of a mapping, such as the names of attacks, have no description: only the fields of
-    their values do. Paths whose fields have no docstring are left out.
+    Args:
+        spec: Any spec.
+
+    Returns:
+        Dotted path -> description of the field. Fields without a docstring and the keys of
+        mappings, such as the names of attacks, are left out.
     """
     return dict(_iter_descriptions(spec, ""))
 
 
 def describe_type(annotation: Any, spec_names: Mapping[type, str] | None = None) -> str:
-    """Describe in words what an annotation allows.
+    """Describe in words which values a type annotation allows.
 
     Args:
         annotation: Type annotation of a spec's field.
-        spec_names: What to call spec classes. By default the name of the class.
+        spec_names: Spec class -> its name in the description; by default the class name.
+
+    Returns:
+        Such as "number >= 0 or null".
     """
     names = spec_names or {}
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -143,7 +153,7 @@ def _describe_limits(metadata: tuple[Any, ...]) -> str:
 
 
 def _describe_schedule_bounds(validator: Callable[..., Any]) -> list[str]:
-    """Read the arguments `low` and `high` of `schedules.bounded` from the validator it made."""
+    """Read the arguments `low` and `high` of `schedules.bounded` from the validator's closure."""
     arguments = inspect.getclosurevars(validator).nonlocals
     low, high = arguments.get("low", -math.inf), arguments.get("high", math.inf)
     limits = [f">= {low:g}"] if low > -math.inf else []
@@ -157,7 +167,7 @@ def _show_default(field: FieldInfo) -> str:
 
 
 def _show_value(value: Any) -> str:
-    """Show a default as in YAML; multiples of 1/255 as such, and text without quotes."""
+    """Format a default as in YAML, but multiples of 1/255 as fractions and text without quotes."""
     if isinstance(value, float):
         is_fraction = len(repr(value)) > 8 and math.isclose(value * 255, round(value * 255))
         return f"{round(value * 255)}/255" if is_fraction else f"{value:g}"
@@ -169,7 +179,7 @@ def _show_value(value: Any) -> str:
 
 
 def _show_item(item: Any) -> str:
-    """Show a part of a default. Specs keep their kind, which their defaults would leave out."""
+    """Format a part of a default. Specs without their default values, but with their `kind`."""
     if not isinstance(item, Spec):
         return _show_value(item)
     kind = {"kind": item.kind} if hasattr(item, "kind") else {}

@@ -1,4 +1,7 @@
-"""Completion scripts for bash and zsh, with the names that exist when the script is printed."""
+"""Completion scripts for bash and zsh.
+
+A script contains the names of the methods, presets and pipelines that exist when it is printed.
+"""
 
 import argparse
 from typing import Any
@@ -49,7 +52,7 @@ def build_completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
 
 
 def _collect_names_by_command() -> dict[str, tuple[str, list[str]]]:
-    """Return command -> (argument that takes a name, the names); the shell adds file names."""
+    """Return command -> (argument that takes a name, the names to complete it with)."""
     from raysweep.catalog import METHODS
     from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
     from raysweep.training.presets import list_presets

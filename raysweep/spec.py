@@ -33,19 +33,19 @@ SpecT = TypeVar("SpecT", bound="Spec")
 # pydantic's message for a list that is too short.
 _MIN_ITEMS_MESSAGE = re.compile(r"^\w+ should have at least (\d+ items?).*$")
 JsonDict = dict[str, Any]
-# A message with more names than this would be too long to read.
+# Messages list all known names if there are not more than this number.
 _MAX_LISTED_NAMES = 30
 
 
 class SpecError(ValueError):
-    """A user's mistake, in one line for each problem.
+    """A user's mistake, such as a wrong setting or file. Commands print it without a traceback.
 
     Attributes:
-        problems: Lines that name the setting, its value and what is allowed.
+        problems: One line per problem, with the setting, its value and what is allowed.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
-        """Store the problems; the message is all lines together.
+        """Store the problems; the exception's message is all lines.
 
         Args:
             problems: One line or several.
@@ -55,7 +55,7 @@ class SpecError(ValueError):
 
 
 class FormerNameWarning(FutureWarning):
-    """Warning: a file or option uses the name that a setting had in raysweep 0.1."""
+    """A file or option uses a setting's name of raysweep 0.1, which is still accepted."""
 
 
 class Spec(BaseModel):
@@ -102,15 +102,26 @@ class Spec(BaseModel):
         """Replace the keys of raysweep 0.1 by the present field names.
 
         Args:
-            data: Mapping that a user or raysweep has written.
-            source: Where a user has written it, for the warnings; None for no warnings.
+            data: Mapping from a file or option.
+            source: File or option that warnings name; None for no warnings.
 
         Returns:
             A mapping with present names; other keys are unchanged.
+
+        Raises:
+            SpecError: A setting is there under both names.
         """
         names = {key: name for name, key in cls.stored_keys.items()}
+        former_keys = [key for key in data if key in names]
+        problems = [
+            f"{key!r} and {names[key]!r} are the same setting; keep {names[key]!r} only"
+            for key in former_keys
+            if names[key] in data
+        ]
+        if problems:
+            raise SpecError(problems)
         if source is not None:
-            for key in names.keys() & data.keys():
+            for key in former_keys:
                 warn_former_name(key, names[key], source)
         return {names.get(key, key): value for key, value in data.items()}
 
@@ -203,16 +214,16 @@ class Spec(BaseModel):
 
 
 class EpochSchedule(Spec):
-    """Base class of specs that are one number at each epoch."""
+    """Base class of schedules: settings whose value is a number that depends on the epoch."""
 
     def value_at(self, epoch: int) -> float:
-        """Return the value at an epoch.
+        """Compute the value at an epoch. Subclasses must override this.
 
         Args:
-            epoch: Epoch, 0-based.
+            epoch: Epoch, 0-based. It may be larger than the number of epochs of the run.
 
         Returns:
-            The value.
+            The value of the setting.
         """
         raise NotImplementedError
 
@@ -263,10 +274,10 @@ def apply_overrides(
 
     Args:
         spec: Spec to copy.
-        overrides: Dotted path -> value. `*` in a path stands for any characters, so `*.eps` is
-            every eps. Names of raysweep 0.1 are accepted with a warning.
-        on_missing: What to do with a path that matches no setting. "ignore" skips it, as for the
-            defaults of a data set.
+        overrides: Dotted path -> value. `*` in a path matches any characters, so `*.eps` is every
+            eps. Names of raysweep 0.1 are accepted with a warning.
+        on_missing: "error" raises SpecError for a path that matches no setting; "ignore" skips it,
+            which the defaults of data sets need.
 
     Returns:
         The changed copy.
@@ -276,8 +287,8 @@ def apply_overrides(
     """
     data = spec.to_json_dict()
     problems: list[str] = []
-    # Shallow paths first and a `kind` before its siblings: a part must exist before its details are
-    # set.
+    # Shallow paths first, and a `kind` before its siblings: setting a part or its `kind` replaces
+    # the settings inside.
     for path, value in sorted(
         overrides.items(), key=lambda item: (item[0].count("."), not item[0].endswith("kind"))
     ):
@@ -299,7 +310,7 @@ def apply_overrides(
 
 
 def _match_former_paths(pattern: str, spec: Spec, data: JsonDict) -> list[str]:
-    """Match a path that uses key names of 0.1; warn, and return the present paths."""
+    """Match a path with names of raysweep 0.1; warn, and return the paths with present names."""
     stored = spec.to_stored_dict()
     stored_paths = [path for path, _ in _iter_nodes(stored, "")]
     present_paths = [path for path, _ in _iter_nodes(spec.to_json_dict(), "")]
@@ -337,12 +348,12 @@ def describe_unknown_path(path: str, data: JsonDict) -> str:
 
 
 def describe_unknown_name(noun: str, name: object, known: Sequence[str]) -> str:
-    """Describe a name that is not registered, with similar names or all names.
+    """Describe an unknown name, with similar names or all names.
 
     Args:
         noun: What is named, such as "method".
         name: Name that a user wrote.
-        known: All registered names.
+        known: All known names.
 
     Returns:
         One line.
@@ -495,7 +506,8 @@ def _match_paths(pattern: str, data: JsonDict) -> list[str]:
         if not isinstance(node, dict) or part not in node:
             return []
         node = node[part]
-    # The part may have a missing key under another `kind`: pydantic decides that later.
+    # In a part with a `kind`, accept unknown keys too: another override may change the `kind`, and
+    # pydantic rejects wrong keys later.
     is_settable = isinstance(node, dict) and (key in node or (parents and "kind" in node))
     return [pattern] if is_settable else []
 
@@ -509,7 +521,8 @@ def _set_nested_value(data: JsonDict, path_parts: list[str], value: Any) -> None
         return
     if path_parts[-1] == "kind" and node.get("kind") != value:
         node.clear()
-    # A deeper path may change this value later, but neither the other matches nor the caller's.
+    # Copied, because a deeper path may change this value later, but must not change the caller's
+    # object or the value at the other matches.
     node[path_parts[-1]] = copy.deepcopy(value)
 
 
@@ -523,7 +536,7 @@ def _describe_validation_error(error: ValidationError, data: Any, source: str) -
 
 
 def _describe_problem(details: ErrorDetails, data: Any) -> list[str]:
-    """Return the lines of one pydantic error, which are several if a validator raised SpecError."""
+    """Return the lines of one pydantic error: several if a validator raised SpecError."""
     kind, context = details["type"], details.get("ctx", {})
     path, value = _locate_error(details["loc"], data, kind in ("unknown_setting", "missing"))
     if kind == "unknown_setting":
@@ -545,7 +558,11 @@ def _describe_problem(details: ErrorDetails, data: Any) -> list[str]:
 
 
 def _add_suggestion(error: ErrorDetails, field_names: list[str]) -> InitErrorDetails:
-    """Convert an error for `from_exception_data`; the message of an unknown key is field names."""
+    """Convert an error for `from_exception_data`.
+
+    The error of an unknown key gets the type `unknown_setting`; its message is the list of the
+    nearest field names.
+    """
     detail = InitErrorDetails(
         type=error["type"], loc=error["loc"], input=error["input"], ctx=error.get("ctx", {})
     )
@@ -561,7 +578,10 @@ def _add_suggestion(error: ErrorDetails, field_names: list[str]) -> InitErrorDet
 
 
 def _locate_error(loc: tuple[int | str, ...], data: Any, is_key_error: bool) -> tuple[str, Any]:
-    """Return dotted path and value of a pydantic location, without the union tags in it."""
+    """Return dotted path and value of a pydantic error location, without its union tags.
+
+    If `is_key_error`, the last part is kept although `data` does not contain it.
+    """
     parts: list[str] = []
     node: Any = data
     for position, part in enumerate(loc):

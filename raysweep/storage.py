@@ -1,15 +1,15 @@
 """Storage of runs: local folders, or buckets (s3://, gs://) with a working copy on each machine.
 
-All code works on paths. A path in the working copy stands for an object of the bucket: push it
-after writing, pull it before reading, and delete it in both places. For all other paths the
-functions for buckets do nothing, except where their docstring says more.
+All code works on paths. Each path in the working copy corresponds to an object of the bucket: push
+the file after writing, pull it before reading, and delete it in both places. For all other paths
+the functions for buckets do nothing, unless their docstring describes it.
 
 The bucket is the source of truth. The working copy is a cache in $RAYSWEEP_CACHE (default:
 ~/.cache/raysweep); it may be deleted at any time, and machines must not share it.
 
-A checkpoint is a folder with a `meta.json`. That file is pushed last and deleted first, so that
-readers of the bucket find a complete checkpoint or none. Credentials come from the environment; a
-URI with credentials is an error.
+A checkpoint is a folder with a `meta.json`. That file is uploaded last and deleted first, so that
+readers of the bucket find a complete checkpoint or none. Credentials are read from the environment;
+a URI with credentials is an error.
 
 Functions that use the network raise `SpecError` if the bucket refuses access, and
 `BucketUnavailable` if it does not answer for about two minutes.
@@ -33,23 +33,23 @@ from raysweep.atomic_files import atomic_open
 from raysweep.spec import JsonDict, SpecError, describe_unknown_name
 
 META_FILE = "meta.json"
-# Seconds between attempts; a bucket may be out of reach for two minutes.
+# Seconds between attempts. The sum is the time for which a bucket may be unavailable: two minutes.
 _RETRY_DELAYS = (1, 2, 4, 8, 16, 32, 64)
-# Seconds until a request to S3 without an answer fails, and requests in one attempt.
+# Timeout of a request to S3 in seconds, and number of requests that pyarrow sends in one attempt.
 _REQUEST_TIMEOUT = 20
 _MAX_REQUEST_ATTEMPTS = 3
 _ACCESS_DENIED_PATTERN = re.compile(
     r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE|HTTP status 40[13]"
     r"|PERMISSION_DENIED|UNAUTHENTICATED|authenticate the request"
 )
-# Text of pyarrow's messages around the reason.
+# Parts of pyarrow's error messages that are not the reason, and are removed.
 _ERROR_NOISE_PATTERN = re.compile(
     r"^.*AWS Error |\s*\(Request ID: [^)]*\)"
     r"|^.*google::cloud::Status\(|Learn more .*? error message was: |\s*error_info=.*$"
 )
 _CACHE_MAX_BYTES = 50 * 2**30
 _CHUNK_BYTES = 16 * 2**20
-# Seconds since its last use before a checkpoint may be evicted from the working copy.
+# A checkpoint may be evicted from the working copy this number of seconds after its last use.
 _EVICTION_MIN_AGE = 3600.0
 OperationResult = TypeVar("OperationResult")
 
@@ -63,7 +63,7 @@ class RemoteFile:
     """A file in a bucket.
 
     Attributes:
-        path: Its path in the working copy, where the file need not be.
+        path: Its path in the working copy; the file need not exist there.
         size: Bytes.
         modified: Time of its upload, in Unix seconds.
     """
@@ -89,11 +89,11 @@ def local_path(location: str) -> Path:
     """Convert a path or URI to a local path, without using the network.
 
     Args:
-        location: Local path (`~` is expanded), `s3://BUCKET/PATH` or `gs://BUCKET/PATH`. Options of
-            the server follow after `?`.
+        location: Local path (`~` is expanded), `s3://BUCKET/PATH` or `gs://BUCKET/PATH`. A URI may
+            end with options, such as `?region=eu-west-1` or `?endpoint_override=HOST:PORT`.
 
     Returns:
-        The absolute path, or the path in the working copy that stands for the URI.
+        The absolute path; for a URI the corresponding path in the working copy.
 
     Raises:
         SpecError: The URI contains credentials, `..`, or another scheme.
@@ -120,7 +120,7 @@ def local_path(location: str) -> Path:
 def _read_endpoint_from_environment(query: str) -> str:
     """Return the S3 server in Amazon's environment variables as options of a URI.
 
-    The URI must name the server because other machines may lack these variables.
+    The URI must contain the server, because these variables may not be set on other machines.
     """
     variables = [
         name for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if os.environ.get(name)
@@ -145,7 +145,7 @@ def uri_of(path: Path) -> str:
         path: Absolute path.
 
     Returns:
-        The URI for a path in the working copy, otherwise the path.
+        The URI for a path in the working copy, otherwise the path as text.
     """
     if not is_bucket_copy(path):
         return str(path)
@@ -156,10 +156,10 @@ def uri_of(path: Path) -> str:
 
 
 def is_bucket_copy(path: Path) -> bool:
-    """Return whether a path stands for an object or folder of a bucket.
+    """Return whether a path corresponds to an object or folder of a bucket.
 
     Args:
-        path: Absolute path; nothing need exist there.
+        path: Absolute path; it need not exist.
 
     Returns:
         Whether it is in the working copy.
@@ -200,8 +200,8 @@ def push_to_bucket(path: Path, copy_from: Path | None = None) -> None:
 
     Args:
         path: File or checkpoint folder in the working copy.
-        copy_from: Checkpoint folder with the same files except `meta.json`. The bucket copies
-            those that it has instead of an upload.
+        copy_from: Checkpoint folder with the same files except `meta.json`. Files that the bucket
+            has there are copied inside the bucket instead of uploaded.
     """
     if not is_bucket_copy(path):
         return
@@ -218,13 +218,13 @@ def push_to_bucket(path: Path, copy_from: Path | None = None) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Store a checkpoint folder in the bucket a second time, without a second local copy.
+    """Copy a checkpoint folder in the bucket, without creating the copy on this machine.
 
-    The bucket copies the files that it has; the others are uploaded from `source`.
+    Files that the bucket has are copied inside the bucket; the others are uploaded from `source`.
 
     Args:
         source: Checkpoint folder on this machine, in the working copy.
-        target: Path in the working copy that stands for the new folder.
+        target: Path in the working copy that corresponds to the new folder.
     """
     for file in _list_with_meta_last(source):
         if not _with_retries(_copy_remote_file, file, target / file.name):
@@ -232,13 +232,13 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def pull_checkpoint(path: Path) -> bool:
-    """Update a checkpoint folder from the bucket; delete it here if the bucket has none.
+    """Download a checkpoint if the bucket's differs; delete it here if the bucket has none.
 
     Args:
-        path: Checkpoint folder; one outside the working copy is not changed.
+        path: Checkpoint folder; a folder outside the working copy is not changed.
 
     Returns:
-        Whether there is a checkpoint.
+        Whether the checkpoint exists.
     """
     if is_bucket_copy(path):
         meta = _with_retries(_read_remote_file, path / META_FILE)
@@ -253,13 +253,13 @@ def pull_checkpoint(path: Path) -> bool:
 
 
 def pull_file(path: Path) -> bool:
-    """Update a file from the bucket; delete it here if the bucket has none.
+    """Download a file if its content in the bucket differs; delete it here if the bucket has none.
 
     Args:
-        path: The file; one outside the working copy is not changed.
+        path: The file; a file outside the working copy is not changed.
 
     Returns:
-        Whether there is a file.
+        Whether the file exists.
     """
     if is_bucket_copy(path):
         content = _with_retries(_read_remote_file, path)
@@ -272,10 +272,10 @@ def pull_file(path: Path) -> bool:
 
 
 def pull_files(path: Path, pattern: str) -> None:
-    """Update the matching files below a folder from the bucket; delete those that it lacks.
+    """Sync the matching files below a folder from the bucket; delete files that are gone there.
 
     Args:
-        path: Folder; one outside the working copy is not changed.
+        path: Folder; a folder outside the working copy is not changed.
         pattern: Glob of the last parts of a path, such as `trial.json` or `*/trial.json`.
     """
     if is_bucket_copy(path):
@@ -287,17 +287,17 @@ def pull_files(path: Path, pattern: str) -> None:
 
 
 def read_json(path: Path, required_keys: Iterable[str]) -> JsonDict:
-    """Read a JSON object that raysweep wrote, from this machine.
+    """Read a JSON object that raysweep wrote, without a download.
 
     Args:
-        path: The file; pull it first if it is in a bucket.
+        path: The file; if it is in a bucket, call `pull_file` first.
         required_keys: Keys that the object must have.
 
     Returns:
         The object.
 
     Raises:
-        SpecError: The file is damaged: no JSON object, or without a required key. One line.
+        SpecError: The file is damaged: it is not a JSON object, or lacks a required key. One line.
         FileNotFoundError: There is no file.
     """
     try:
@@ -493,7 +493,7 @@ def _list_with_meta_last(folder: Path) -> list[Path]:
 
 
 def _upload_file(path: Path, content: Path | None = None) -> None:
-    """Upload a file, by default the one at `path` itself, as the object that `path` stands for."""
+    """Upload a file as the object that corresponds to `path`; by default the file at `path`."""
     files, key = _resolve_remote(path)
     # `fs.copy_files` does not report an upload that fails at its end.
     with (content or path).open("rb") as source, files.open_output_stream(key) as sink:
@@ -501,7 +501,7 @@ def _upload_file(path: Path, content: Path | None = None) -> None:
 
 
 def _copy_remote_file(source: Path, target: Path) -> bool:
-    """Copy a file within the bucket; return False if the bucket does not have it."""
+    """Copy a file inside the bucket; return False if the bucket does not have it."""
     files, key = _resolve_remote(source)
     try:
         files.copy_file(key, _resolve_remote(target)[1])
@@ -523,8 +523,8 @@ def _read_remote_file(path: Path) -> bytes | None:
                 content = bytes(stream.read())
         except FileNotFoundError:
             return None
-        # pyarrow requests the length first, and truncates an object that is replaced by a longer
-        # one before the read.
+        # pyarrow requests the length before the content. If a longer object replaces this one in
+        # between, the content is truncated: read again until the size matches.
         if files.get_file_info(key).size in (len(content), None):
             return content
 
@@ -595,7 +595,7 @@ def _read_local_file(path: Path) -> bytes | None:
 def _evict_lru() -> None:
     """Delete the least recently used checkpoints until all working copies are below 50 GiB.
 
-    Readers pull a checkpoint first, so that a deleted one is downloaded again.
+    Readers call `pull_checkpoint` first, which downloads a deleted checkpoint again.
     """
     checkpoints: list[tuple[float, int, Path]] = []
     with suppress(OSError):  # Other processes may delete files meanwhile.
@@ -612,7 +612,7 @@ def _evict_lru() -> None:
 
 
 def _arrow_error_type() -> type[Exception]:
-    """Return pyarrow's base exception; the import is slow, so it waits for the first use."""
+    """Return pyarrow's base exception. Imported at first use, because the import is slow."""
     from pyarrow.lib import ArrowException
 
     return ArrowException  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Progress of sweeps and training runs, and tables of trials, for people.
+"""Progress of sweeps and training runs, and tables of trials, as text for people.
 
 On a terminal the progress is a live display; in a pipe it is plain lines.
 """
@@ -49,7 +49,7 @@ class SweepDisplay:
         self._start_time = time.monotonic()
 
     def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:
-        """Print a line about the sweep; on a terminal, start the live table."""
+        """Print a line about the sweep; on a terminal, also start the live table."""
         self._ledger = ledger
         self._max_epochs = ledger.space.trial_config({}).epochs
         self._trials = {trial.number: trial for trial in ledger.load_trials()}
@@ -71,7 +71,7 @@ class SweepDisplay:
             self._live.start()
 
     def on_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:
-        """Update the live table, or print a line unless the trial has only started."""
+        """Update the live table; in a pipe, print a line, except for a trial's first start."""
         self._trials[trial.number] = trial
         if self._live is None and (
             epoch_metrics is not None or trial.state != "running" or trial.reason
@@ -86,7 +86,7 @@ class SweepDisplay:
             self._live.stop()
 
     def _format_trial_line(self, trial: Trial) -> str:
-        """Return a line about the trial's epoch, restart or end, with the sweep's time."""
+        """Return a line about the trial's epoch, restart or end, with the time since the start."""
         elapsed = format_clock(time.monotonic() - self._start_time)
         head = f"[{elapsed}] trial {trial.number:04d}"
         reason = f": {trial.reason}" if trial.reason else ""
@@ -98,7 +98,7 @@ class SweepDisplay:
         return f"{head} epoch {trial.epoch}/{self._max_epochs} {accuracies}"
 
     def _render_table(self) -> RenderableType:
-        """Return the running trials and the best ended ones, with an estimate of the time left."""
+        """Return a table of the running and the best ended trials, with an estimate of the end."""
         running = [trial for trial in self._trials.values() if trial.state == "running"]
         ended = [trial for trial in self._trials.values() if trial.state != "running"]
         metric = self._ledger.space.objectives[0]
@@ -119,15 +119,15 @@ class SweepDisplay:
 def training_progress_bar(
     console: Console, epochs: int, steps_per_epoch: int
 ) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar of a training run while the block runs, on a terminal only.
+    """Context manager that shows a progress bar of a training run, on a terminal only.
 
     Args:
-        console: Where to show it.
-        epochs: Epochs of the run.
-        steps_per_epoch: Optimizer steps of an epoch.
+        console: Console of the bar.
+        epochs: Number of epochs of the run.
+        steps_per_epoch: Number of optimizer steps per epoch.
 
     Yields:
-        `update(epoch, step)`, to call after each step; both count from 1.
+        A function `update(epoch, step)`, to call after each step; both numbers start at 1.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -157,8 +157,8 @@ def build_trial_table(ledger: Ledger, trials: list[Trial]) -> Table:
         trials: Trials in the order of the rows.
 
     Returns:
-        A table of the searched settings, state, epoch and accuracies. The latter two are those of
-        the best epoch, or of the latest one while a trial runs.
+        A table of the searched settings, state, epoch and accuracies. Epoch and accuracies are
+        those of the best epoch; for a running trial those of the latest epoch.
     """
     labels = param_labels(list(ledger.space.space))
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -189,7 +189,7 @@ def create_table_console() -> Console:
     """Create a console for tables on stdout.
 
     Returns:
-        A console as wide as the terminal; in a pipe so wide that no cell is cut or wrapped.
+        A console as wide as the terminal; in a pipe so wide that cells are not cut or wrapped.
     """
     return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 

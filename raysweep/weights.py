@@ -1,7 +1,9 @@
-"""Instance weights: callables (WeightInputs) -> weights (N,), without gradient.
+"""Instance weights: callables (WeightInputs) -> weights (N,), at least 0 and without gradient.
 
-To add a reweighting, write a class here and list it in `AnyWeight`. "G eq." and "L eq." cite the
-papers of GAIRAT and LRAT.
+To add a reweighting, write a spec class with a field `kind` and a method `__call__`, and list it in
+`AnyWeight`. A base class below adds the fields that the training loop reads: `by` (input of the
+weight), `normalise` (divide by the mean), `burn_in` (first epochs with weight 1). "G eq." and
+"L eq." cite the papers of GAIRAT and LRAT.
 """
 
 from collections.abc import Mapping
@@ -20,14 +22,14 @@ from raysweep.spec import Spec
 
 @dataclass(frozen=True)
 class WeightInputs:
-    """What a weight may depend on: one input of the term, and the weights of earlier terms.
+    """Arguments of a weight: model outputs for one input of a term, and weights of earlier terms.
 
     Attributes:
         logits: Logits of the input, (N, classes), without gradient.
         y: True labels, (N,) int64.
         kappa: Geometry values of the attack that made the input, (N,) int64 in 0..attack_steps
             (G alg. 1). None for natural images and for attacks that do not count it.
-        attack_steps: Steps K of that attack; 0 for natural images.
+        attack_steps: Number of steps K of that attack; 0 for natural images.
         vulnerability_kind: Formula of the vulnerability V to that attack (L eq. 8-9).
         earlier_weights: Term name -> weights (N,) of the terms before this one.
     """
@@ -42,7 +44,7 @@ class WeightInputs:
 
 @cache
 def _constant_tensor(device: torch.device, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """Return constants on a device. Cached, because each copy makes the host wait."""
+    """Return constants on a device. Cached, because each copy to a GPU makes the host wait."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
@@ -61,8 +63,8 @@ class _ModelDependentWeight(Spec):
     """Base class of weights that depend on the model's output."""
 
     by: str | None = None
-    """Input whose logits or kappa decide the weight: `natural` or the name of an attack. Null
-    stands for the input of the term itself."""
+    """Input whose logits or kappa decide the weight: `natural` or the name of an attack. Null means
+    the first input of the term itself."""
 
     normalise: bool = True
     """Divide by the mean over the global batch, so that the mean weight is 1 (G alg. 2)."""
@@ -75,7 +77,7 @@ class _BurnInWeight(_ModelDependentWeight):
     """Number of first epochs in which every weight is exactly 1."""
 
     def resolve_at(self, epoch: int) -> Self:
-        """Return the spec of an epoch (0-based); `UniformWeight` during the burn-in."""
+        """Return the spec at an epoch (0-based): `UniformWeight` during the burn-in."""
         if epoch < self.burn_in:
             return UniformWeight()  # type: ignore[return-value]
         return super().resolve_at(epoch).replace(burn_in=0)
@@ -96,8 +98,8 @@ class GeometryWeight(_BurnInWeight):
     """lambda of `tanh` and `sigmoid`, at least -30; inf gives w = 1, adversarial training."""
 
     table: tuple[Annotated[float, Field(ge=0)], ...] = ()
-    """Weights of `piecewise` for kappa = 0, 1, ..., which must not increase. Every larger kappa
-    gets the last one."""
+    """Weights of `piecewise` for kappa = 0, 1, 2, ...; they must not increase. If kappa is larger
+    than the table, the last weight is used."""
 
     official: bool = False
     """Replace 1 - 2 kappa / K by (h - kappa) / h with h = floor(K / 2), as in the authors' code.
@@ -118,7 +120,7 @@ class GeometryWeight(_BurnInWeight):
         """Return w(kappa), (N,) in [0, 1] except for `piecewise`.
 
         Raises:
-            TypeError: If the inputs have no kappa, or `official` meets K < 2.
+            TypeError: If the inputs have no kappa, or `official` is true and K < 2.
         """
         if inputs.kappa is None:
             raise TypeError("geometry weights need the kappa of an attack")
@@ -135,15 +137,16 @@ class GeometryWeight(_BurnInWeight):
                 "the attack needs at least 2 steps"
             )
         argument = resolved_value(self.lam) + 5 * (half - kappa) / half
-        # (1 + tanh(a)) / 2 = sigma(2 a). Unlike the left side, the right side does not round to 0
-        # for a very negative lambda, which would make all weights of a batch 0.
+        # (1 + tanh(a)) / 2 = sigma(2 a). For a very negative lambda the left side would round to 0
+        # for all rows of a batch; the right side does not.
         return torch.sigmoid(2 * argument if self.shape == "tanh" else argument)
 
 
 class VulnerabilityWeight(_ModelDependentWeight):
     """LRAT's weight g(V) = alpha (1 - V)^beta (L eq. 7, 10).
 
-    V is p_y (L eq. 8) or the margin of the probabilities (L eq. 9); the attack decides which.
+    V is p_y (L eq. 8) or the margin of the probabilities (L eq. 9), depending on the attack's
+    `vulnerability_kind`.
     """
 
     kind: Literal["vulnerability"] = "vulnerability"
@@ -156,8 +159,8 @@ class VulnerabilityWeight(_ModelDependentWeight):
     """Exponent beta, at least 0 (L eq. 10)."""
 
     normalise: bool = False
-    """Divide by the mean over the global batch. LRAT does not: it divides by the mean of all terms
-    together (L eq. 17), see `normalise` of the method."""
+    """Divide by the mean over the global batch. LRAT does not normalise a single term, but divides
+    by the mean of the summed weights of all terms (L eq. 17): see `normalise` of the method."""
 
     def __call__(self, inputs: WeightInputs) -> Tensor:
         """Return g(V), (N,), at least 0."""
@@ -169,8 +172,8 @@ class ProbabilisticMarginWeight(_BurnInWeight):
     """MAIL's weight scale x sigma(slope (PM + bias)) (Wang et al. 2021).
 
     The probabilistic margin PM = max_{j != y} p_j - p_y in [-1, 1] has the sign of the authors'
-    code; it is large where another class is about as likely as the true one. The paper calls slope
-    and bias gamma and -beta.
+    code: it is large where the model favours a wrong class. The paper writes gamma for the slope
+    and -beta for the bias.
     """
 
     kind: Literal["margin"] = "margin"
@@ -180,10 +183,11 @@ class ProbabilisticMarginWeight(_BurnInWeight):
     """Slope of the sigmoid, at least 0."""
 
     bias: Schedule = -0.5
-    """Number that is added to PM."""
+    """Number that is added to PM, of any sign."""
 
     scale: Annotated[Number, Field(gt=0)] = 1.0
-    """Factor of the weight. The authors' code uses 3 and does not normalise, the paper does."""
+    """Factor of the weight, greater than 0. It has no effect if `normalise` is true, as in the
+    paper. The authors' code uses 3 and does not normalise."""
 
     def __call__(self, inputs: WeightInputs) -> Tensor:
         """Return the weights, (N,) in (0, scale)."""
@@ -193,7 +197,7 @@ class ProbabilisticMarginWeight(_BurnInWeight):
 
 
 class WithinMarginWeight(Spec):
-    """Weight 1 where an iterate of the attack was misclassified (kappa < K), else 0.
+    """Weight 1 if the attack found a misclassified image (kappa < K), else 0.
 
     This is MMA's condition d < d_max (Ding et al. 2020).
     """
@@ -202,7 +206,8 @@ class WithinMarginWeight(Spec):
     """Selects this weight."""
 
     by: str | None = None
-    """Name of the attack whose kappa decides; null stands for the input of the term itself."""
+    """Name of the attack whose kappa decides the weight; null means the first input of the term
+    itself."""
 
     def __call__(self, inputs: WeightInputs) -> Tensor:
         """Return 0 or 1, (N,).
@@ -218,7 +223,7 @@ class WithinMarginWeight(Spec):
 class RemainderWeight(Spec):
     """Weight [total - sum of the weights of other terms]_+.
 
-    The lower bound C of LRAT (L eq. 5), and 1 - w of GAIR-RST (G eq. 13).
+    Used for LRAT's lower bound C (L eq. 5) and GAIR-RST's weight 1 - w (G eq. 13).
     """
 
     kind: Literal["remainder"] = "remainder"
