@@ -27,7 +27,7 @@ def cross_entropy(logits: Tensor, natural_logits: Tensor, y: Tensor) -> Tensor:
 
 
 def mart_margin(logits: Tensor, natural_logits: Tensor, y: Tensor) -> Tensor:
-    """Return MART's margin term -log(1 - max_{k != y} p_k), the second part of l_margin (G eq. 9).
+    """Return MART's margin term -log(1 - max_{k != y} p_k), the second summand in G eq. 9.
 
     As in MART's code, the constant is 1.0001 instead of 1, which keeps the logarithm finite.
     """

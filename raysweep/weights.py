@@ -109,7 +109,7 @@ class GeometryWeight(_BurnInWeight):
     def _check_table(self) -> Self:
         """Reject a table that is missing, unused or increasing."""
         if (self.shape == "piecewise") != bool(self.table):
-            raise ValueError("`table` goes with shape `piecewise`, and only with it")
+            raise ValueError("set `table` if and only if `shape` is `piecewise`")
         if any(a < b for a, b in zip(self.table, self.table[1:], strict=False)):
             raise ValueError(
                 "`table` must not increase: a larger kappa never weighs more (G section 3.2)"

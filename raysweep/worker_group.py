@@ -24,10 +24,14 @@ class WorkerGroup(Protocol):
         A collective operation: it waits until every worker has called it.
 
         Args:
-            tensor: Tensor without gradient, of the same shape on each worker.
+            tensor: Tensor that needs no gradient, of the same shape and dtype on each worker. It is
+                not changed.
 
         Returns:
             The sum, the same on each worker.
+
+        Raises:
+            RuntimeError: Another worker died (`training.distributed.WorkerLost`).
         """
         ...
 

@@ -117,7 +117,7 @@ def fp32_precision(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
 
 
 def maybe_tf32(enabled: bool) -> AbstractContextManager[None]:
-    """Return `fp32_precision("tf32")` if enabled, else a context that changes nothing."""
+    """Return `fp32_precision("tf32")` if enabled, else a context manager that does nothing."""
     return fp32_precision("tf32") if enabled else nullcontext()
 
 
@@ -127,7 +127,7 @@ def is_on_cpu(tensor: Tensor) -> bool:
 
 
 def broadcast_rows(values: Tensor) -> Tensor:
-    """Return values (N,) as (N, 1, 1, 1), which broadcasts over images."""
+    """Reshape values (N,) to (N, 1, 1, 1), which broadcasts over images (N, C, H, W)."""
     return values.view(-1, 1, 1, 1)
 
 

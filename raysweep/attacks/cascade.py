@@ -94,7 +94,7 @@ class AttackCascade(Spec):
 
     @property
     def steps(self) -> int:
-        """Steps of the longest attack."""
+        """Largest number of steps of an attack in the cascade."""
         return max(attack.steps for attack in self.attacks.values())
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, rng: ExampleRng) -> CascadeResult:

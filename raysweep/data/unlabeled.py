@@ -207,5 +207,5 @@ class _ArrayUnpickler(pickle.Unpickler):
             ) from None
 
     def persistent_load(self, pid: object) -> NoReturn:
-        """Reject references to objects outside of the file."""
+        """Raise UnpicklingError for a reference to an object outside of the file."""
         raise pickle.UnpicklingError("it refers to objects outside of the file")

@@ -56,10 +56,10 @@ class AveragePool(nn.AdaptiveAvgPool2d):
 
 
 def conv3x3(channels_in: int, channels_out: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
-    """Return a 3x3 convolution that pads by one pixel, so that stride 1 keeps the image size."""
+    """Build a 3x3 convolution with one pixel of padding, so that stride 1 keeps the image size."""
     return nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=bias)
 
 
 def conv1x1(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
-    """Return a 1x1 convolution without bias."""
+    """Build a 1x1 convolution without bias and padding."""
     return nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)

@@ -254,7 +254,7 @@ class RunDirectory:
         self.path = path
 
     def epoch_path(self, epoch: int) -> Path:
-        """Return the checkpoint folder of an epoch, 1-based."""
+        """Return the folder of the checkpoint after an epoch; `epoch` is 1-based."""
         return self.path / f"epoch-{epoch:04d}"
 
     @property

@@ -37,7 +37,7 @@ class EvaluationTarget:
 
     @property
     def config(self) -> TrainingConfig | None:
-        """Config of the checkpoint, if there is one."""
+        """Config of the checkpoint; None for a user's own code."""
         return self.checkpoint.config if self.checkpoint else None
 
 
