@@ -4,7 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import (
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 from raysweep.formatting import format_count
 from raysweep.pipeline.facts import SweepFacts
@@ -26,7 +33,13 @@ from raysweep.pipeline.stage_sweep import (
 from raysweep.schedules import Number
 from raysweep.spec import JsonDict, SpecError
 from raysweep.sweep.plan import expected_sweep_epochs
-from raysweep.sweep.search_space import SearchSpace, load_space, param_labels
+from raysweep.sweep.search_space import (
+    SearchSpace,
+    load_space,
+    param_labels,
+    rename_space_keys,
+    restore_space_keys,
+)
 from raysweep.training.config import TrainingConfig
 
 
@@ -48,6 +61,26 @@ class TuneStage(Stage):
     """GPUs of a trial (null: one if the cluster has any)."""
     max_hours: Annotated[Number, Field(gt=0)] | None = None
     """Time limit in hours; the sweep then ends with the results that it has (null: no limit)."""
+
+    @field_validator("space")
+    @classmethod
+    def _rename_space_keys(
+        cls, space: str | dict[str, Any], info: ValidationInfo
+    ) -> str | dict[str, Any]:
+        """Give a space that is written out the present names of its settings."""
+        if isinstance(space, str):
+            return space
+        return rename_space_keys(space, (info.context or {}).get("source"))
+
+    @model_serializer(mode="wrap")
+    def _write_stored_keys(
+        self, handler: SerializerFunctionWrapHandler, info: SerializationInfo
+    ) -> JsonDict:
+        """Write the stored keys, also of a space that is written out."""
+        data = super()._write_stored_keys(handler, info)
+        if isinstance(self.space, dict) and info.context and info.context.get("stored"):
+            data["space"] = restore_space_keys(data["space"])
+        return data
 
     def resolve_search_space(self, training_overrides: TrainingOverrides) -> SearchSpace:
         """Return the search space with all settings applied.

@@ -524,20 +524,72 @@ def param_labels(paths: list[str]) -> dict[str, str]:
     return labels
 
 
+_SPACE_PARTS: Mapping[str, type[Spec]] = {"sampler": Sampler, "scheduler": Scheduler}
+
+
+def rename_space_keys(data: JsonDict, source: str | None) -> JsonDict:
+    """Replace the keys of raysweep 0.1 in a search space that is not validated yet.
+
+    Args:
+        data: The search space as plain data.
+        source: Where a user has written it, for the warnings; None for no warnings.
+
+    Returns:
+        The search space with present names.
+
+    Raises:
+        SpecError: A setting is there under both names.
+    """
+    data = SearchSpace.rename_stored_keys(data, source)
+    for key, part in _SPACE_PARTS.items():
+        if isinstance(data.get(key), dict):
+            data[key] = part.rename_stored_keys(data[key], source)
+    return data
+
+
+def restore_space_keys(data: JsonDict) -> JsonDict:
+    """Undo `rename_space_keys`, for files and digests.
+
+    Args:
+        data: A search space as plain data with present names.
+
+    Returns:
+        The search space with the keys of raysweep 0.1.
+    """
+    data = _restore_keys(SearchSpace, data)
+    for key, part in _SPACE_PARTS.items():
+        if isinstance(data.get(key), dict):
+            data[key] = _restore_keys(part, data[key])
+    return data
+
+
+def _restore_keys(spec_type: type[Spec], data: JsonDict) -> JsonDict:
+    """Replace the field names of a spec by its stored keys."""
+    return {spec_type.stored_keys.get(name, name): value for name, value in data.items()}
+
+
 def _merge_dataset_section(data: JsonDict, overrides: Mapping[str, Any], source: str) -> JsonDict:
     """Merge the section `for.DATASET` of a file into its general settings.
 
     An example is `for: {cifar10: {space: ..., trials: ...}}`, which applies to CIFAR-10 only.
     `space` and `base` are merged entry by entry; every other key replaces the general one.
     """
-    data = SearchSpace.rename_stored_keys(data, source)
+    data = _rename_stored_keys_of_file(data, source)
     sections = data.pop("for", None) or {}
     base = data.get("base") or {}
     dataset_name = overrides.get("data.name") or base.get("data.name") or DataSpec().name
-    section = SearchSpace.rename_stored_keys(sections.get(dataset_name) or {}, source)
+    section = _rename_stored_keys_of_file(sections.get(dataset_name) or {}, source)
     for key, value in section.items():
         data[key] = {**data.get(key, {}), **value} if key in ("space", "base") else value
     return data
+
+
+def _rename_stored_keys_of_file(data: JsonDict, source: str) -> JsonDict:
+    """Replace the keys of raysweep 0.1; errors name the file."""
+    try:
+        return SearchSpace.rename_stored_keys(data, source)
+    except SpecError as error:
+        raise SpecError([f"{source}: {line}" for line in error.problems]) from None
 
 
 def _find_remaining_problems(data: JsonDict, space_path: Path) -> list[str]:
