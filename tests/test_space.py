@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import optuna
@@ -197,3 +198,21 @@ def test_a_rung_that_validation_leaves_out_is_refused() -> None:
         ).find_problems()
         == []
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"for": 3}, "for = 3: must be a mapping of settings"),
+        ({"for": {"digits": [1]}}, "for.digits = [1]: must be a mapping of settings"),
+        ({"for": {"digits": {"space": 2}}}, "for.digits.space = 2: must be a mapping of settings"),
+        ({"base": "x"}, "base = 'x': must be a mapping of settings"),
+        ({"space": [1], "for": {"digits": {"space": {}}}}, "space = [1]: must be a mapping"),
+    ],
+)
+def test_parts_of_a_file_that_must_be_mappings(changes: dict, problem: str, tmp_path: Path) -> None:
+    content = {"method": "at", "space": {"optim.lr": {"float": [0.1, 0.2]}}} | changes
+    file = tmp_path / "space.yaml"
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(SpecError, match=re.escape(f"{file}: {problem}")):
+        load_space("", {}, file)

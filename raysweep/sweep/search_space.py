@@ -575,13 +575,27 @@ def _merge_dataset_section(data: JsonDict, overrides: Mapping[str, Any], source:
     `space` and `base` are merged entry by entry; every other key replaces the general one.
     """
     data = _rename_stored_keys_of_file(data, source)
-    sections = data.pop("for", None) or {}
-    base = data.get("base") or {}
+    sections = _require_mapping(data.pop("for", None), f"{source}: for")
+    base = _require_mapping(data.get("base"), f"{source}: base")
     dataset_name = overrides.get("data.name") or base.get("data.name") or DataSpec().name
-    section = _rename_stored_keys_of_file(sections.get(dataset_name) or {}, source)
-    for key, value in section.items():
-        data[key] = {**data.get(key, {}), **value} if key in ("space", "base") else value
+    location = f"{source}: for.{dataset_name}"
+    section = _require_mapping(sections.get(dataset_name), location)
+    for key, value in _rename_stored_keys_of_file(section, source).items():
+        if key in ("space", "base"):
+            general = _require_mapping(data.get(key), f"{source}: {key}")
+            data[key] = general | _require_mapping(value, f"{location}.{key}")
+        else:
+            data[key] = value
     return data
+
+
+def _require_mapping(value: Any, location: str) -> JsonDict:
+    """Return `value`, or an empty mapping for null. Raises SpecError for other types."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise SpecError(f"{location} = {value!r}: must be a mapping of settings")
+    return value
 
 
 def _rename_stored_keys_of_file(data: JsonDict, source: str) -> JsonDict:
