@@ -150,6 +150,14 @@ def _run_in_fork(
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ.clear()
     os.environ.update(variables)
+    if "ray" in sys.modules:
+        # Ray reads this variable when it is imported: in the fork server, perhaps before a test
+        # cluster on loopback was started.
+        from ray._private import ray_constants
+
+        ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool(
+            ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, sys.platform == "linux"
+        )
     os.chdir(folder)
     # The fork server ignores SIGINT, and so would its forks; a fresh interpreter does not.
     signal.signal(signal.SIGINT, signal.default_int_handler)

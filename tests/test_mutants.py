@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -138,7 +140,16 @@ def test_only_names_modules_or_packages_that_exist() -> None:
         select_files(files, ["weights", "sweep/trial"])
 
 
-def test_lines_that_a_fork_server_runs_are_of_the_test_that_asked_for_them(tmp_path: Path) -> None:
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder with a short path: that of a fork server's socket has at most 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="m") as folder:
+        yield Path(folder)
+
+
+def test_lines_that_a_fork_server_runs_are_of_the_test_that_asked_for_them(
+    short_folder: Path,
+) -> None:
     """Its forks import the main module of their parent again: the script must not be it, for it is
     not in the copy.
     """
@@ -147,15 +158,15 @@ def test_lines_that_a_fork_server_runs_are_of_the_test_that_asked_for_them(tmp_p
         "tests/test_work.py": TESTS,
         "../script.py": SCRIPT,
     }.items():
-        (tmp_path / "project" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "project" / name).write_text(text)
-    arguments = [sys.executable, tmp_path / "script.py", ROOT / "benchmarks", tmp_path]
+        (short_folder / "project" / name).parent.mkdir(parents=True, exist_ok=True)
+        (short_folder / "project" / name).write_text(text)
+    arguments = [sys.executable, short_folder / "script.py", ROOT / "benchmarks", short_folder]
     # A path of the caller would hide the package of the small project.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     ended = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
-    assert all(test["passed"] for test in found["tests"].values()), found["log"]
+    assert all(test["passed"] for test in found["tests"].values()), "\n".join(found["log"])
     lines = {
         name.partition("::")[2]: set(files["raysweep/work.py"])
         for name, files in found["lines"].items()

@@ -170,7 +170,7 @@ def sweep(path: str, asked: int, trained: int, seconds: float, *states: str) -> 
 
 
 def stage(
-    kind: str, seconds: float = 1.0, facts: dict | None = None, build_result: tuple = ()
+    kind: str, seconds: float = 1.0, facts: dict | None = None, evaluations: tuple = ()
 ) -> Artifact:
     return Artifact(
         kind=kind,
@@ -179,7 +179,7 @@ def stage(
         inputs=(),
         seconds=seconds,
         facts=facts or {},
-        evaluations=build_result,
+        evaluations=evaluations,
     )
 
 
@@ -193,7 +193,10 @@ def test_the_costs() -> None:
         stage(
             "autoattack",
             4.25,
-            judged=(build_result("a", 0.1, queries=1_234_567), build_result("b", 0.1, queries=3)),
+            evaluations=(
+                build_result("a", 0.1, queries=1_234_567),
+                build_result("b", 0.1, queries=3),
+            ),
         ),
     ]
     (section,) = build_cost_sections(artifacts)

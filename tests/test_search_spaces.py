@@ -32,7 +32,7 @@ def test_every_method_has_one_and_lrat_its_papers_grid():
     } == {0.1, 0.2, 0.4, 0.6}
     with pytest.raises(
         SpecError,
-        match=r"pgd\.weight\.alpha: searched as method\.terms\.\*\.weight\.alpha; set that",
+        match=r"pgd\.weight\.alpha: a part of the searched method\.terms\.\*\.weight\.alpha; set ",
     ):
         grid.with_overrides({"method.terms.pgd.weight.alpha": 2.0})
     assert grid.with_overrides({"method.terms.*.weight.alpha": 2.0}).n_trials == 20

@@ -317,7 +317,9 @@ def test_a_number_that_an_earlier_driver_left_out_is_given_now(tmp_path) -> None
 
 def test_a_genetic_sampler_has_its_parents_after_a_restart(tmp_path) -> None:
     sampler = {"kind": "nsga2", "n_startup_trials": 2}
-    ledger = Ledger.create(tmp_path / "sweep", space(trials=5, sampler=sampler, start=[]))
+    ledger = Ledger.create(
+        tmp_path / "sweep", space(trials=5, sampler=sampler, points_to_evaluate=[])
+    )
     for number in range(4):
         ledger.save_trial(
             Trial(
@@ -368,7 +370,7 @@ def test_asha_stops_weak_trials_and_a_failing_trial_fails_alone(ray_cluster, tmp
         prefix_gib=1e-4,
         scheduler={"kind": "asha", "grace_period": 1, "reduction_factor": 2},
         space={"optim.lr": {"categorical": [0.05, 1.0e-7, 1.0e20]}},
-        start=[{"optim.lr": lr} for lr in (0.05, 1.0e20, 1.0e-7)],
+        points_to_evaluate=[{"optim.lr": lr} for lr in (0.05, 1.0e20, 1.0e-7)],
     )
     ledger = Ledger.create(tmp_path / "sweep", settings)
     run_sweep(ledger, [])
@@ -540,7 +542,8 @@ def test_a_grid_asks_for_each_point_once(tmp_path) -> None:
         "method.terms.bound.on": {"categorical": ["natural", "pgd"]},
     }
     ledger = Ledger.create(
-        tmp_path / "sweep", space(sampler={"kind": "grid"}, space=grid, start=[], trials=10)
+        tmp_path / "sweep",
+        space(sampler={"kind": "grid"}, space=grid, points_to_evaluate=[], trials=10),
     )
     ledger.save_trial(
         Trial(
@@ -564,7 +567,8 @@ def test_a_grid_has_no_points_that_differ_in_what_a_trial_lacks(tmp_path) -> Non
         "method.terms.pgd.weight.beta": {"categorical": [0.5, 1.0], "when": {ALPHA: 2.0}},
     }
     ledger = Ledger.create(
-        tmp_path / "sweep", space(sampler={"kind": "grid"}, space=grid, start=[], trials=10)
+        tmp_path / "sweep",
+        space(sampler={"kind": "grid"}, space=grid, points_to_evaluate=[], trials=10),
     )
     assert ledger.space.n_trials == 4
     found = [LedgerSearcher(ledger).suggest("a")["params"]]
