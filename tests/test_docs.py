@@ -82,6 +82,7 @@ def test_yaml_is_sound(page, text) -> None:
         assert SearchSpace.from_data(data).find_problems() == []
 
 
+@pytest.mark.needs_ray
 def test_the_steps_of_the_architecture_are_functions_and_classes_of_the_code() -> None:
     steps = re.findall(r"^\| \d \| (.*?) \|", PAGES["docs/architecture.md"], re.M)
     names = [name for step in steps for name in re.findall(r"`([\w.]+)`", step)]
