@@ -292,11 +292,12 @@ def apply_overrides(
     for path, value in sorted(
         overrides.items(), key=lambda item: (item[0].count("."), not item[0].endswith("kind"))
     ):
-        targets = _match_paths(path, data) or _match_former_paths(path, spec, data)
-        if not targets:
-            if on_missing == "error":
+        targets = _match_paths(path, data)
+        if not targets and on_missing == "error":
+            # Only what users wrote can have former names; the lookup writes the spec out twice.
+            targets = _match_former_paths(path, spec, data)
+            if not targets:
                 problems.append(describe_unknown_path(path, data))
-            continue
         for target in targets:
             _set_nested_value(data, target.split("."), value)
     try:
