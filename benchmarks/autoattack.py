@@ -54,7 +54,7 @@ from raysweep.evaluation import (
     show_evaluation_progress,
 )
 from raysweep.evaluation.attack_model import FixedSizeBatches
-from raysweep.evaluation.float32_precision import get_model_device
+from raysweep.models.device import get_model_device
 from raysweep.rng import ExampleRng
 
 # Of the 10,000 images: a minute each at most.

@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from measure import DEVICE, Flops, describe_machine, format_table, measure_matrix_rate
 
-from raysweep.data import Dataset, load_data
+from raysweep.data import DatasetSplits, load_data
 from raysweep.evaluation import evaluate
 from raysweep.evaluation.float32_precision import disable_tf32_and_autocast
 from raysweep.rng import ExampleRng
 from raysweep.spec import parse_yaml
 from raysweep.training.callbacks import FunctionCallback
-from raysweep.training.compute import ComputeSpec
 from raysweep.training.config import TrainingConfig, build_training_config
 from raysweep.training.model_variants import ModelVariants
+from raysweep.training.speed_settings import ComputeSpec
 from raysweep.training.trainer import TrainingResult, compute_step_gradients, train_model
 
 FAST = {"compute.attack": "bf16", "compute.train": "bf16", "compute.compile": True}
@@ -116,7 +116,7 @@ def print_epoch(row: dict[str, float], checkpoint: object) -> None:
     print(int(row["epoch"]), said, flush=True)
 
 
-def training_cells(config: TrainingConfig, data: Dataset, found: TrainingResult) -> list[str]:
+def training_cells(config: TrainingConfig, data: DatasetSplits, found: TrainingResult) -> list[str]:
     """Return the cells about training: seconds, images per second and share of the matrix rate of
     the median epoch (without the first), share of validation in the time, and best accuracies.
     """
@@ -136,7 +136,7 @@ def training_cells(config: TrainingConfig, data: Dataset, found: TrainingResult)
     ]
 
 
-def step_flops(config: TrainingConfig, data: Dataset) -> float:
+def step_flops(config: TrainingConfig, data: DatasetSplits) -> float:
     """Count the floating-point operations of a training step for one image, averaged over four."""
     model = config.model.build_model(data.channels, data.classes, 0).to(DEVICE).train()
     batch = next(iter(data.to(DEVICE).iter_train_batches(4, 0, 0)))
@@ -152,7 +152,7 @@ def step_flops(config: TrainingConfig, data: Dataset) -> float:
 
 
 def evaluation_cells(
-    config: TrainingConfig, data: Dataset, model: torch.nn.Module, args: argparse.Namespace
+    config: TrainingConfig, data: DatasetSplits, model: torch.nn.Module, args: argparse.Namespace
 ) -> list[str]:
     x, y = data.test.x[: args.examples], data.test.y[: args.examples]
     eps = config.validation.attacks["pgd"].eps

@@ -1,7 +1,7 @@
 """Mutation testing: count how many wrong versions (mutants) of the core the tests notice.
 
     nice -n 19 python benchmarks/mutants.py     # 150 mutants, seed 0; the tables of mutants.md
-    python benchmarks/mutants.py -n 40 --only losses --only weights
+    python benchmarks/mutants.py -n 40 --only losses --only instance_weights
     python benchmarks/mutants.py --list         # the mutants that would be drawn; runs nothing
     python benchmarks/mutants.py --show 3       # the diff of one of them
     python benchmarks/mutants.py --survivors                       # those of the last run
@@ -61,9 +61,18 @@ EQUIVALENT = Path(__file__).parent / "mutants_equivalent.txt"
 CORE = [
     *(
         f"raysweep/{n}.py"
-        for n in ("spec", "schedules", "rng", "weights", "losses", "method", "storage", "leases")
+        for n in (
+            "spec",
+            "schedules",
+            "rng",
+            "instance_weights",
+            "losses",
+            "method",
+            "storage",
+            "leases",
+        )
     ),
-    *(f"raysweep/{n}.py" for n in ("results", "checkpoint_evaluation", "robustness_bundle")),
+    *(f"raysweep/{n}.py" for n in ("result_loading", "checkpoint_evaluation", "robustness_bundle")),
     *(f"raysweep/{package}/*.py" for package in ("attacks", "training", "evaluation", "data")),
     *(
         f"raysweep/sweep/{n}.py"
@@ -75,7 +84,7 @@ CORE = [
     ),
     *(
         f"raysweep/pipeline/{n}.py"
-        for n in ("statistics", "promote", "paper_tables", "artifact", "stage", "register")
+        for n in ("statistics", "promote", "published_results", "artifact", "stage", "register")
     ),
     "raysweep/pipeline/paired_comparison.py",
 ]
@@ -1015,7 +1024,11 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=150, help="mutants (150)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--only", action="append", default=[], metavar="MODULE", help="weights, attacks/pgd, sweep"
+        "--only",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="instance_weights, attacks/pgd, sweep",
     )
     parser.add_argument(
         "--tests", action="append", default=[], metavar="NAME", help="only these files of tests"
@@ -1109,7 +1122,7 @@ def select_files(files: Iterable[str], only: list[str]) -> list[str]:
     """The files of the modules and packages named in `only`; all if none are. Raises ValueError if
     a name has no file.
 
-    only: without "raysweep/" and ".py", as in weights, attacks/pgd, sweep.
+    only: without "raysweep/" and ".py", as in instance_weights, attacks/pgd, sweep.
     """
     modules = {file: file.removeprefix("raysweep/").removesuffix(".py") for file in files}
     selected = {

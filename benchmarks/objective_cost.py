@@ -27,9 +27,9 @@ from raysweep.evaluation.attack_model import make_attack_model
 from raysweep.models import ModelSpec
 from raysweep.rng import ExampleRng
 from raysweep.spec import apply_overrides
-from raysweep.training.compute import ComputeSpec
 from raysweep.training.config import TrainingConfig, build_training_config
 from raysweep.training.model_variants import ModelVariants
+from raysweep.training.speed_settings import ComputeSpec
 from raysweep.training.trainer import compute_step_gradients, train_model
 
 TRAIN, CLEAN, ROBUST = 50_000, 0.85, 0.5

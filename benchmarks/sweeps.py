@@ -238,11 +238,12 @@ def measure_kinds(rounds: int) -> list[list[Any]]:
         states = Counter(trial.state for trial in trials)
         best = max(trial.score("robust_worst") for trial in trials)
         counts = " / ".join(str(states[state]) for state in ("finished", "stopped", "failed"))
+        n_on_front = ""
+        if len(ledger.space.objectives) > 1:
+            n_on_front = str(len(ledger.unmasked_pareto_front()))
         table.append([name, len(trials), counts,
                       sum(t.epoch for t in trials), sum(t.trained_epochs for t in trials),
-                      f"{best:.3f}",
-                      len(ledger.pareto_front()) if len(ledger.space.objectives) > 1 else "",
-                      f"{seconds:.1f}"])  # fmt: skip
+                      f"{best:.3f}", n_on_front, f"{seconds:.1f}"])  # fmt: skip
         print(table[-1], file=sys.stderr, flush=True)
     return table
 

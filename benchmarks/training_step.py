@@ -39,9 +39,9 @@ from raysweep.method import Method
 from raysweep.models import ModelSpec
 from raysweep.rng import ExampleRng
 from raysweep.schedules import resolved_value
-from raysweep.training.compute import ComputeSpec
 from raysweep.training.config import build_training_config
 from raysweep.training.model_variants import ModelVariants
+from raysweep.training.speed_settings import ComputeSpec
 from raysweep.training.trainer import compute_step_gradients
 
 PLAIN = {"channels_last": False, "fold": False, "tf32": False}

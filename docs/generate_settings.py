@@ -11,19 +11,19 @@ from typing import Any, NamedTuple, get_args
 
 from raysweep.attacks import AnyAttack
 from raysweep.data import DataSpec
+from raysweep.instance_weights import AnyWeight
 from raysweep.method import Method, Term
 from raysweep.models import ModelSpec
-from raysweep.pipeline.paper_tables import PaperProtocol, PaperTable, PaperValue
 from raysweep.pipeline.pipeline import AnyStage, Pipeline
+from raysweep.pipeline.published_results import PaperProtocol, PaperTable, PaperValue
 from raysweep.pipeline.train import TrainingRow
 from raysweep.schedules import Schedule
 from raysweep.settings_reference import FieldDescription, describe_fields
 from raysweep.spec import EpochSchedule, Spec
 from raysweep.sweep.search_space import Distribution, Sampler, Scheduler, SearchSpace
-from raysweep.training.compute import ComputeSpec
 from raysweep.training.config import OptimizerSpec, TrainingConfig
+from raysweep.training.speed_settings import ComputeSpec
 from raysweep.training.validation import Validation
-from raysweep.weights import AnyWeight
 
 PIPE = "\\|"
 PAGE = Path(__file__).parent / "settings.md"

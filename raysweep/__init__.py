@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raysweep.evaluation import evaluate
-    from raysweep.results import load, load_report, load_sweep
+    from raysweep.result_loading import load, load_report, load_sweep
 
 __all__ = ["evaluate", "load", "load_report", "load_sweep"]
 
@@ -20,9 +20,9 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 _LAZY_EXPORTS = {
     "evaluate": "raysweep.evaluation",
-    "load": "raysweep.results",
-    "load_report": "raysweep.results",
-    "load_sweep": "raysweep.results",
+    "load": "raysweep.result_loading",
+    "load_report": "raysweep.result_loading",
+    "load_sweep": "raysweep.result_loading",
 }
 
 

@@ -12,15 +12,15 @@ is KL(p(x) || p(x~)), x are natural images, x~ adversarial images.
 from collections.abc import Callable
 
 from raysweep.attacks import PGD, MinimalPerturbation
-from raysweep.method import Method, Term
-from raysweep.schedules import PiecewiseSchedule
-from raysweep.weights import (
+from raysweep.instance_weights import (
     GeometryWeight,
     ProbabilisticMarginWeight,
     RemainderWeight,
     VulnerabilityWeight,
     WithinMarginWeight,
 )
+from raysweep.method import Method, Term
+from raysweep.schedules import PiecewiseSchedule
 
 # G trains with eps = 0.031 and L with eps = 8/255, which is slightly larger.
 GAIRAT_PGD = PGD(eps=0.031, step_size=0.007)

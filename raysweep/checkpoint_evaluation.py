@@ -11,7 +11,7 @@ import torch
 from raysweep import storage
 from raysweep.atomic_files import atomic_write_text
 from raysweep.attacks import AttackCascade, SingleAttack
-from raysweep.data import Dataset, DataSpec
+from raysweep.data import DatasetSplits, DataSpec
 from raysweep.evaluation import (
     RobustnessReport,
     ShardMapper,
@@ -82,7 +82,7 @@ def choose_evaluation_folder(
 
 def evaluate_checkpoint(
     target: EvaluationTarget,
-    dataset: Dataset,
+    dataset: DatasetSplits,
     attack: AttackCascade | SingleAttack,
     n_examples: int,
     folder: Path,

@@ -13,11 +13,11 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from raysweep.attacks import AnyAttack, AttackResult
+from raysweep.instance_weights import AnyWeight, RemainderWeight, UniformWeight, WeightInputs
 from raysweep.losses import LOSSES, LossName
 from raysweep.rng import ExampleRng
 from raysweep.schedules import Schedule, bounded, resolved_value
 from raysweep.spec import Spec, SpecError, describe_unknown_name, is_safe_name
-from raysweep.weights import AnyWeight, RemainderWeight, UniformWeight, WeightInputs
 from raysweep.worker_group import SINGLE_WORKER, WorkerGroup
 
 NATURAL_INPUT = "natural"
@@ -51,14 +51,14 @@ class Term(Spec):
         return tuple(part.strip() for part in self.on.split("+"))
 
     @property
-    def weight_input_name(self) -> str:
+    def deciding_input_name(self) -> str:
         """Name of the input that decides the weight: `weight.by` if set, else the first input."""
         return getattr(self.weight, "by", None) or self.input_names[0]
 
     @property
     def needs_natural_logits(self) -> bool:
         """Whether the loss or the weight of the term uses the logits of natural images."""
-        input_names = (*self.input_names, self.weight_input_name)
+        input_names = (*self.input_names, self.deciding_input_name)
         return NATURAL_INPUT in input_names or self.loss.startswith("kl")
 
 
@@ -132,7 +132,7 @@ class Method(Spec):
         for name, term in self.terms.items():
             problems += self._find_term_problems(name, term, earlier_terms)
             earlier_terms.append(name)
-            used_inputs.update(term.input_names, [term.weight_input_name])
+            used_inputs.update(term.input_names, [term.deciding_input_name])
         for name in self.attacks:
             if name not in used_inputs:
                 problems.append(f"attacks.{name}: no term uses it")
@@ -154,7 +154,7 @@ class Method(Spec):
                 for other in term.weight.of
                 if other not in earlier_terms
             ]
-        weight_input = term.weight_input_name
+        weight_input = term.deciding_input_name
         if weight_input not in input_names and weight_input not in term.input_names:
             suggestion = describe_unknown_name("input", weight_input, input_names)
             problems.append(f"terms.{name}.weight.by: {suggestion}")
@@ -164,7 +164,7 @@ class Method(Spec):
 
     def _find_kappa_problem(self, term: Term) -> str | None:
         """Return why the weight cannot use the kappa of its input, or None if it can."""
-        weight_input = term.weight_input_name
+        weight_input = term.deciding_input_name
         attack_kinds = _KAPPA_ATTACK_KINDS.get(term.weight.kind)
         attack = self.attacks.get(weight_input)
         if attack_kinds and weight_input == NATURAL_INPUT:
@@ -270,7 +270,7 @@ class Method(Spec):
         """Return the instance weights (N,) of each term, before normalisation."""
         weights: dict[str, Tensor] = {}
         for name, term in self.terms.items():
-            input_name = term.weight_input_name
+            input_name = term.deciding_input_name
             inputs = WeightInputs(logits[input_name].detach(), y, earlier_weights=weights)
             if input_name in self.attacks:
                 attack = self.attacks[input_name]

@@ -18,7 +18,7 @@ from torch import nn
 
 from raysweep.atomic_files import atomic_folder
 from raysweep.checkpoint_evaluation import CARD_FILE
-from raysweep.data import Dataset, DataSpec, load_data
+from raysweep.data import DatasetSplits, DataSpec, load_data
 from raysweep.evaluation import RobustnessReport
 from raysweep.evaluation.shards import (
     compute_norm_limit,
@@ -155,7 +155,7 @@ def _load_adversarial_arrays(path: Path) -> dict[str, Array]:
 
 
 def _find_bundle_problems(
-    card: Mapping[str, Any], arrays: Mapping[str, Array], dataset: Dataset, model: nn.Module
+    card: Mapping[str, Any], arrays: Mapping[str, Array], dataset: DatasetSplits, model: nn.Module
 ) -> list[str]:
     """Return one line for each claim that is false."""
     test, ids = dataset.test, arrays["index"].tolist()

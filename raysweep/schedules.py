@@ -179,7 +179,7 @@ def bounded(low: float = -math.inf, high: float = math.inf) -> AfterValidator:
     """
 
     def check_bounds(schedule: float | EpochSchedule) -> float | EpochSchedule:
-        for value in bounds(schedule):
+        for value in bounding_values(schedule):
             if low <= value <= high:
                 continue
             if high < math.inf:
@@ -190,7 +190,7 @@ def bounded(low: float = -math.inf, high: float = math.inf) -> AfterValidator:
     return AfterValidator(check_bounds)
 
 
-def bounds(schedule: float | EpochSchedule) -> tuple[float, ...]:
+def bounding_values(schedule: float | EpochSchedule) -> tuple[float, ...]:
     """Return values whose minimum and maximum are bounds of the schedule at every epoch.
 
     Args:

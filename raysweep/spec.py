@@ -82,7 +82,7 @@ class Spec(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _suggest_known_keys(
+    def _check_keys(
         cls, data: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo
     ) -> Self:
         """Accept former keys; replace the error of an unknown key by the nearest settings."""

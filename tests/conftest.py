@@ -33,7 +33,7 @@ from import_graph import is_importable
 from oracle import Oracle
 from torch import nn
 
-from raysweep.data import Dataset, DataSpec, load_data
+from raysweep.data import DatasetSplits, DataSpec, load_data
 from raysweep.rng import ExampleRng
 from raysweep.training.config import TrainingConfig, build_training_config
 
@@ -175,7 +175,7 @@ def _new_stores_are_copies(empty_store: Callable[[Path], None]) -> Iterator[None
 
 
 @pytest.fixture(scope="session")
-def digits() -> Dataset:
+def digits() -> DatasetSplits:
     return load_data(DataSpec(name="digits", val_size=50, train_size=64))
 
 
@@ -188,7 +188,7 @@ def net() -> nn.Module:
 
 
 @pytest.fixture
-def batch(digits: Dataset) -> tuple[torch.Tensor, torch.Tensor, ExampleRng]:
+def batch(digits: DatasetSplits) -> tuple[torch.Tensor, torch.Tensor, ExampleRng]:
     rows = slice(0, 32)
     return (
         digits.train.get_float_images(rows),

@@ -28,7 +28,7 @@ COMMANDS = [
     "raysweep.commands.common",
     "raysweep.pipeline.plan",
     "raysweep.pipeline.pipeline",
-    "raysweep.results",
+    "raysweep.result_loading",
     "raysweep.sweep.tuner",
     "raysweep.terminal",
     "mlflow.tracking",

@@ -2,8 +2,8 @@
 
 import pytest
 
-from raysweep.training.advice import advise_on_training
 from raysweep.training.config import build_training_config
+from raysweep.training.metric_advice import advise_on_training
 
 GOOD = {
     "epoch": 8.0, "clean": 0.95, "pgd": 0.7, "cw": 0.69, "robust_worst": 0.68, "masking_gap": 0.02,

@@ -15,7 +15,8 @@ from raysweep.evaluation.attack_model import (
     make_attack_model,
 )
 from raysweep.evaluation.batchnorm_folding import find_foldable_batch_norms, fold_batch_norms
-from raysweep.evaluation.float32_precision import disable_tf32_and_autocast, get_model_device
+from raysweep.evaluation.float32_precision import disable_tf32_and_autocast
+from raysweep.models.device import get_model_device
 
 
 class Net(nn.Module):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import tiny
 
-from raysweep.data import Dataset
+from raysweep.data import DatasetSplits
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Trial
 from raysweep.training.callbacks import FunctionCallback, TrainingCallback
@@ -27,12 +27,16 @@ class SecondStepCallback(TrainingCallback):
         return self.steps == 2
 
 
-def test_a_subclass_overrides_the_methods_that_it_needs(tmp_path: Path, digits: Dataset) -> None:
+def test_a_subclass_overrides_the_methods_that_it_needs(
+    tmp_path: Path, digits: DatasetSplits
+) -> None:
     with pytest.raises(TrainingInterrupted, match="in epoch 1 after 2 steps"):
         train_model(tiny("at", batch_size=10), tmp_path, SecondStepCallback(), data=digits)
 
 
-def test_functions_are_called_in_the_order_of_training(tmp_path: Path, digits: Dataset) -> None:
+def test_functions_are_called_in_the_order_of_training(
+    tmp_path: Path, digits: DatasetSplits
+) -> None:
     calls: list[str] = []
 
     def on_epoch_end(metrics: EpochMetrics, checkpoint: TrainingCheckpoint) -> None:
@@ -50,7 +54,7 @@ def test_functions_are_called_in_the_order_of_training(tmp_path: Path, digits: D
     assert calls == ["step 1 1", "asked", "step 1 2", "asked", "epoch 1"]
 
 
-def test_a_callback_without_functions_does_nothing(tmp_path: Path, digits: Dataset) -> None:
+def test_a_callback_without_functions_does_nothing(tmp_path: Path, digits: DatasetSplits) -> None:
     (metrics,) = train_model(
         tiny("at", epochs=1), tmp_path, FunctionCallback(), data=digits
     ).last_checkpoint.history

@@ -12,15 +12,15 @@ from conftest import TINY, tiny
 from torch import Tensor, nn
 
 from raysweep.attacks import PGD, AttackCascade
-from raysweep.data import Dataset, load_data
+from raysweep.data import DatasetSplits, load_data
 from raysweep.models import MODELS, ModelSpec
 from raysweep.models.layers import Logits, conv3x3
 from raysweep.rng import ExampleRng
 from raysweep.spec import SpecError, apply_overrides
-from raysweep.training.compute import ComputeSpec
 from raysweep.training.config import build_training_config
 from raysweep.training.model_variants import ModelVariants
 from raysweep.training.prefix_cache import prefix_keys
+from raysweep.training.speed_settings import ComputeSpec
 from raysweep.training.trainer import build_model_variants, compute_step_gradients, train_model
 
 CPU = torch.device("cpu")
@@ -106,11 +106,11 @@ def test_the_attacks_gradient_is_as_near_to_float64s_as_the_plain_one_is(name, p
 
 
 @pytest.fixture(scope="module")
-def trained_network(digits: Dataset) -> dict[str, Tensor]:
+def trained_network(digits: DatasetSplits) -> dict[str, Tensor]:
     return some_learned(ModelSpec(name="digits_cnn").build_model(1, 10, 0), digits)
 
 
-def some_learned(model: nn.Module, digits: Dataset) -> dict[str, Tensor]:
+def some_learned(model: nn.Module, digits: DatasetSplits) -> dict[str, Tensor]:
     """Weights that have some of the digits right, so that kappa is of several sizes."""
     optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1, momentum=0.9)
     for _ in range(12):
@@ -128,7 +128,7 @@ class Stepped:
     def __init__(
         self,
         method: str,
-        data: Dataset,
+        data: DatasetSplits,
         weights: dict[str, Tensor],
         changes: dict[str, object],
         dtype: torch.dtype = torch.float32,
@@ -177,7 +177,7 @@ class Stepped:
 
 @pytest.fixture(scope="module")
 def plain_step(
-    digits: Dataset, trained_network: dict[str, Tensor]
+    digits: DatasetSplits, trained_network: dict[str, Tensor]
 ) -> Callable[[str, str], Stepped]:
     """The step in float64 with all fast paths off, computed once for each method and norm."""
     return cache(

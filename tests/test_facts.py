@@ -18,7 +18,7 @@ from raysweep.pipeline.facts import (
     SweepSummary,
     TrialSummary,
 )
-from raysweep.pipeline.paper_tables import PaperComparison
+from raysweep.pipeline.published_results import PaperComparison
 from raysweep.pipeline.statistics import AccuracySummary, McNemarResult
 from raysweep.spec import JsonDict, SpecError
 

@@ -31,9 +31,9 @@ from raysweep.models import MODELS
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
 from raysweep.pipeline.paired_comparison import compare_shared_examples
-from raysweep.pipeline.paper_tables import load_paper_table
 from raysweep.pipeline.pipeline import load_pipeline, plan_stages
-from raysweep.results import load_report, load_sweep
+from raysweep.pipeline.published_results import load_paper_table
+from raysweep.result_loading import load_report, load_sweep
 from raysweep.rng import ExampleRng
 from raysweep.robustness_bundle import verify_bundle
 from raysweep.sweep.ledger import Ledger
@@ -397,7 +397,7 @@ def test_a_file_of_a_pipeline() -> None:
     wanted = READ["yaml"]["pipeline"]
     _, pipeline, settings = load_pipeline("pipeline.yaml", {})
     assert pipeline.to_stored_dict() == wanted["pipeline"] and pipeline.digest() == wanted["digest"]
-    planned = pipeline.iter_upstream_configs(settings)
+    planned = pipeline.iter_stages_with_received_configs(settings)
     assert [
         [c.digest() for c in stage.list_training_configs(settings, before)]
         for stage, before in planned

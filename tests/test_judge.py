@@ -21,7 +21,7 @@ from raysweep.checkpoint_evaluation import (
     resolve_threat_model,
     save_evaluation_files,
 )
-from raysweep.data import Dataset, DataSpec, Split
+from raysweep.data import DatasetSplits, DataSpec, Split
 from raysweep.evaluation import RobustnessReport, evaluate
 from raysweep.training.checkpoint import TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
@@ -33,18 +33,18 @@ SUBJECT = EvaluationTarget(LadderNetwork(), "mine:make")
 
 
 @pytest.fixture
-def data() -> Dataset:
+def data() -> DatasetSplits:
     """A test set of six by hand, numbered from 100, whose pixels have the maximum 2; the other
     splits are not used.
     """
     x, y = ladder_images(DISTANCES, LABELS)
     test = Split(2 * x, y, torch.arange(100, 106), 2)
     none = Split(x[:0], y[:0], torch.arange(0), 2)
-    return Dataset(none, none, test, 1, 4, False, "f" * 16)
+    return DatasetSplits(none, none, test, 1, 4, False, "f" * 16)
 
 
 @pytest.fixture
-def report(data: Dataset, tmp_path: Path) -> RobustnessReport:
+def report(data: DatasetSplits, tmp_path: Path) -> RobustnessReport:
     return evaluate_checkpoint(
         SUBJECT, data, ATTACK, 6, tmp_path / "eval", None, keep_adversarial=True
     )
@@ -52,7 +52,7 @@ def report(data: Dataset, tmp_path: Path) -> RobustnessReport:
 
 @pytest.mark.parametrize("count", [1, 4, 6])
 def test_the_first_examples_of_the_test_set_are_judged(
-    count: int, data: Dataset, tmp_path: Path
+    count: int, data: DatasetSplits, tmp_path: Path
 ) -> None:
     found = evaluate_checkpoint(SUBJECT, data, ATTACK, count, tmp_path, None, batch_size=3)
     assert found.labels.tolist() == LABELS[:count]
@@ -64,7 +64,9 @@ def test_the_first_examples_of_the_test_set_are_judged(
     assert found.x_adv is None and found.seed == 0
 
 
-def test_seed_numbers_and_settings_reach_the_evaluation(data: Dataset, tmp_path: Path) -> None:
+def test_seed_numbers_and_settings_reach_the_evaluation(
+    data: DatasetSplits, tmp_path: Path
+) -> None:
     attack = AttackCascade(attacks={"pgd": PGD(eps=0.04, step_size=0.001, steps=2)})
     alone = evaluate(
         LadderNetwork(),
@@ -86,7 +88,9 @@ def test_seed_numbers_and_settings_reach_the_evaluation(data: Dataset, tmp_path:
     assert not np.array_equal(found.margin_after, again.margin_after)
 
 
-def test_finished_shards_are_in_the_folder_and_are_reused(data: Dataset, tmp_path: Path) -> None:
+def test_finished_shards_are_in_the_folder_and_are_reused(
+    data: DatasetSplits, tmp_path: Path
+) -> None:
     names: list[str] = []
 
     def recording_map(run, shards):

@@ -164,15 +164,15 @@ def test_the_front_of_two_metrics(tmp_path: Path) -> None:
         build_trial(5, 0.25, 0.8125),  # beaten by 4
         build_trial(6, 1.0, 1.0, gap=0.5),  # breaks the limit
     )
-    assert [trial.number for trial in ledger.pareto_front()] == [0, 3, 4], (
+    assert [trial.number for trial in ledger.unmasked_pareto_front()] == [0, 3, 4], (
         "in the order of the ranking"
     )
     assert {trial.number for trial in build_study(ledger).best_trials} == {0, 3, 4}, (
         "Optuna's front"
     )
-    assert [trial.number for trial in ledger.pareto_front(["robust_worst"])] == [0, 1, 3]
-    assert [trial.number for trial in ledger.pareto_front(["clean"])] == [4]
-    assert [trial.number for trial in ledger.pareto_front(["clean", "pgd"])] == [4], (
+    assert [trial.number for trial in ledger.unmasked_pareto_front(["robust_worst"])] == [0, 1, 3]
+    assert [trial.number for trial in ledger.unmasked_pareto_front(["clean"])] == [4]
+    assert [trial.number for trial in ledger.unmasked_pareto_front(["clean", "pgd"])] == [4], (
         "no trial has the other metric"
     )
 
@@ -189,7 +189,9 @@ def test_the_front_of_three_metrics_is_what_nothing_dominates(tmp_path: Path) ->
     cloud = np.array(points)
     at_least, above = (cloud[:, None] >= cloud[None]).all(2), (cloud[:, None] > cloud[None]).any(2)
     expected = np.flatnonzero(~(at_least & above).any(0)).tolist()
-    found = sorted(trial.number for trial in ledger.pareto_front(("robust_worst", "clean", "cw")))
+    found = sorted(
+        trial.number for trial in ledger.unmasked_pareto_front(("robust_worst", "clean", "cw"))
+    )
     assert found == expected and 1 < len(expected) < 40
 
 

@@ -11,9 +11,14 @@ from torch.nn.functional import cross_entropy
 
 from raysweep import losses
 from raysweep.catalog import METHODS
+from raysweep.instance_weights import (
+    GeometryWeight,
+    RemainderWeight,
+    VulnerabilityWeight,
+    WeightInputs,
+)
 from raysweep.method import Method, Term
 from raysweep.spec import SpecError, apply_overrides
-from raysweep.weights import GeometryWeight, RemainderWeight, VulnerabilityWeight, WeightInputs
 
 G_ATTACK = {"*.eps": 0.031, "*.step_size": 0.007}
 SHAPES = {"Tanh": "tanh", "Sigmoid": "sigmoid", "Discrete": "linear"}

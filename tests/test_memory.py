@@ -8,7 +8,7 @@ from robust_digits import digits, robust_digits
 from torch import Tensor
 
 from raysweep.attacks import APGD, FAB, PGD, AnyAttack, MinimalPerturbation, Square
-from raysweep.data import Dataset
+from raysweep.data import DatasetSplits
 from raysweep.rng import ExampleRng
 from raysweep.training.config import build_training_config
 from raysweep.training.trainer import build_model_variants, compute_step_gradients
@@ -66,7 +66,9 @@ def test_an_attack_holds_no_graph_from_step_to_step(attack) -> None:
 
 
 @pytest.mark.parametrize("method", ["gairat", "lrat"])
-def test_a_training_step_holds_the_graphs_of_its_own_forwards_only(method, digits: Dataset) -> None:
+def test_a_training_step_holds_the_graphs_of_its_own_forwards_only(
+    method, digits: DatasetSplits
+) -> None:
     faces = build_model_variants(build_training_config(method), digits, torch.device("cpu"))
     faces.model.train()
     batch = next(iter(digits.iter_train_batches(16, 0, 0)))

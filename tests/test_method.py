@@ -9,10 +9,15 @@ import torch.nn.functional as F
 
 from raysweep.attacks import PGD, freeze_model, true_class_confidence, true_class_margin
 from raysweep.catalog import METHODS
+from raysweep.instance_weights import (
+    GeometryWeight,
+    RemainderWeight,
+    VulnerabilityWeight,
+    WeightInputs,
+)
 from raysweep.method import Method, Term
 from raysweep.rng import ExampleRng
 from raysweep.spec import apply_overrides
-from raysweep.weights import GeometryWeight, RemainderWeight, VulnerabilityWeight, WeightInputs
 
 
 def gradients(method: Method, net, x, y, rng, **kwargs) -> list[torch.Tensor]:

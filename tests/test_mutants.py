@@ -128,16 +128,16 @@ def test_only_names_modules_or_packages_that_exist() -> None:
         "raysweep/attacks/pgd.py",
         "raysweep/sweep/plan.py",
         "raysweep/sweep/planner.py",
-        "raysweep/weights.py",
+        "raysweep/instance_weights.py",
     ]
     assert select_files(files, []) == files
-    assert select_files(files, ["weights", "sweep/plan"]) == [
+    assert select_files(files, ["instance_weights", "sweep/plan"]) == [
         "raysweep/sweep/plan.py",
-        "raysweep/weights.py",
+        "raysweep/instance_weights.py",
     ]
     assert select_files(files, ["sweep"]) == files[1:3]
     with pytest.raises(ValueError, match="--only sweep/trial: no module of the core has this name"):
-        select_files(files, ["weights", "sweep/trial"])
+        select_files(files, ["instance_weights", "sweep/trial"])
 
 
 @pytest.fixture

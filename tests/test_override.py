@@ -13,6 +13,12 @@ from pydantic import Field, ValidationError
 
 from raysweep.attacks import PGD
 from raysweep.catalog import METHODS
+from raysweep.instance_weights import (
+    GeometryWeight,
+    ProbabilisticMarginWeight,
+    UniformWeight,
+    VulnerabilityWeight,
+)
 from raysweep.method import Term
 from raysweep.schedules import (
     CosineSchedule,
@@ -33,12 +39,6 @@ from raysweep.spec import (
     read_yaml,
 )
 from raysweep.training.config import build_training_config
-from raysweep.weights import (
-    GeometryWeight,
-    ProbabilisticMarginWeight,
-    UniformWeight,
-    VulnerabilityWeight,
-)
 
 
 def problems(spec: Spec, changes: dict[str, Any], **more: Any) -> list[str]:

@@ -8,13 +8,13 @@ import pytest
 from pipeline_builders import build_candidate, build_evaluation_result
 
 from raysweep.pipeline.artifact import EvaluationResult
-from raysweep.pipeline.paper_tables import (
+from raysweep.pipeline.published_results import (
     PaperComparison,
     PaperTable,
     compare_with_paper,
     load_paper_table,
 )
-from raysweep.pipeline.report.sections import build_paper_sections as paper_section
+from raysweep.pipeline.report.sections import build_paper_comparison_sections as paper_section
 from raysweep.spec import SpecError
 
 TABLE = PaperTable.from_data(

@@ -28,8 +28,8 @@ from raysweep.data import load_data
 from raysweep.leases import hold_pipeline_lease
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
-from raysweep.pipeline.paper_tables import load_paper_table
 from raysweep.pipeline.pipeline import load_pipeline, plan_stages
+from raysweep.pipeline.published_results import load_paper_table
 from raysweep.pipeline.sweep_retention import delete_old_nights, get_today_date
 from raysweep.spec import SpecError
 from raysweep.sweep.plan import maybe_estimate_epoch_seconds
@@ -107,7 +107,7 @@ def test_a_digest_holds_what_the_named_files_say_and_not_where_the_data_lie(
         "raysweep.training.presets.find_builtin_folder", lambda folder: workdir / folder
     )
     monkeypatch.setattr(
-        "raysweep.pipeline.paper_tables.find_builtin_folder", lambda folder: workdir / folder
+        "raysweep.pipeline.published_results.find_builtin_folder", lambda folder: workdir / folder
     )
     Path("naming.yaml").write_text(NAMING)
     for place in ("here", "there"):
@@ -771,7 +771,7 @@ def test_retraining_is_known_beforehand_and_obeys_the_command_line(workdir: Path
         _, pipeline, settings = load_pipeline("promoted.yaml", changes)
         return [
             stage.list_training_configs(settings, before)
-            for stage, before in pipeline.iter_upstream_configs(settings)
+            for stage, before in pipeline.iter_stages_with_received_configs(settings)
         ]
 
     gairat, at, promoted, _ = configs({})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from raysweep.data import Dataset
+from raysweep.data import DatasetSplits
 from raysweep.spec import apply_overrides, flatten_spec
 from raysweep.training import checkpoint
 from raysweep.training.callbacks import FunctionCallback
@@ -175,7 +175,11 @@ QUICK: dict[str, Any] = {
 
 
 def store_untrained_states(
-    path: Path, config: TrainingConfig, data: Dataset, clean: tuple[float, ...], epochs: set[int]
+    path: Path,
+    config: TrainingConfig,
+    data: DatasetSplits,
+    clean: tuple[float, ...],
+    epochs: set[int],
 ) -> PrefixCache:
     """Store states of an untrained network with the given accuracies."""
     prefixes, keys = PrefixCache(path / "prefixes"), prefix_keys(config, data.fingerprint)
@@ -193,7 +197,9 @@ def store_untrained_states(
     return prefixes
 
 
-def test_the_longest_prefix_comes_with_its_best_epoch(tmp_path: Path, digits: Dataset) -> None:
+def test_the_longest_prefix_comes_with_its_best_epoch(
+    tmp_path: Path, digits: DatasetSplits
+) -> None:
     config = build_training_config("standard", QUICK)
     prefixes = store_untrained_states(tmp_path, config, digits, (0.3, 0.9, 0.5), {1, 2, 3})
     told: list[tuple[float, float, float]] = []
@@ -215,7 +221,7 @@ def test_the_longest_prefix_comes_with_its_best_epoch(tmp_path: Path, digits: Da
     ) == (2, 2, 3)
 
 
-def test_a_prefix_without_its_best_epoch_is_not_used(tmp_path: Path, digits: Dataset) -> None:
+def test_a_prefix_without_its_best_epoch_is_not_used(tmp_path: Path, digits: DatasetSplits) -> None:
     """Epoch 2 was evicted at the size limit: the run reuses epoch 1, trains epoch 2, and reuses
     epoch 3 afterwards.
     """
@@ -228,7 +234,7 @@ def test_a_prefix_without_its_best_epoch_is_not_used(tmp_path: Path, digits: Dat
     assert fitted.best_checkpoint.epoch == 3 and fitted.best_checkpoint.history == history
 
 
-def test_a_run_that_has_begun_reuses_later_states(tmp_path: Path, digits: Dataset) -> None:
+def test_a_run_that_has_begun_reuses_later_states(tmp_path: Path, digits: DatasetSplits) -> None:
     config = build_training_config("standard", QUICK)
     train_model(
         build_training_config("standard", QUICK, {"epochs": 1}), tmp_path / "run", data=digits

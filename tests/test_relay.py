@@ -222,7 +222,7 @@ def test_three_errors_of_the_code_end_the_sweep(begin_sweep: Callable[..., Sweep
     from raysweep.sweep.tune_callbacks import SweepFailed
 
     sweep = begin_sweep()
-    assert sweep.relay.start_round()
+    assert sweep.relay.start_round_if_needed()
     for number in range(3):
         assert not sweep.relay.has_reached_limit
         sweep.relay.require_round_progress()
@@ -296,7 +296,7 @@ def test_a_trial_that_loses_its_process_too_often_has_failed(
     begin_sweep: Callable[..., Sweep], failures: int, state: str
 ) -> None:
     sweep = begin_sweep()
-    assert sweep.relay.start_round()
+    assert sweep.relay.start_round_if_needed()
     sweep.event("start")
     sweep.report(1, 0.5)
     sweep.event("error", failures=failures)
@@ -304,35 +304,37 @@ def test_a_trial_that_loses_its_process_too_often_has_failed(
     assert trial.state == state
     assert trial.reason == ("its process or its node died, 21 times" if state == "failed" else "")
     sweep.relay.require_round_progress()
-    assert sweep.relay.start_round() == (state == "running"), (
+    assert sweep.relay.start_round_if_needed() == (state == "running"), (
         "a trial that has not failed needs another round of Tune"
     )
-    assert not sweep.relay.start_round(), "a round is asked for once"
+    assert not sweep.relay.start_round_if_needed(), "a round is asked for once"
 
 
 def test_a_sweep_whose_trials_cannot_start_says_so(begin_sweep: Callable[..., Sweep]) -> None:
     from raysweep.sweep.tune_callbacks import SweepFailed
 
     sweep = begin_sweep()
-    assert sweep.relay.start_round(), "the first time"
+    assert sweep.relay.start_round_if_needed(), "the first time"
     sweep.event("error", 0)
     sweep.event("error", 1)
     with pytest.raises(SweepFailed, match="no trial could start: its process or its node died"):
         sweep.relay.require_round_progress()
-    assert sweep.relay.start_round()
+    assert sweep.relay.start_round_if_needed()
     sweep.event("start", 2)
     sweep.event("error", 0)
     with pytest.raises(SweepFailed, match="no trial could start"):
         sweep.relay.require_round_progress()
-    assert sweep.relay.start_round()
+    assert sweep.relay.start_round_if_needed()
     sweep.report(1, 0.5, number=2)
     sweep.event("error", 0)
     sweep.relay.require_round_progress()
-    assert sweep.relay.start_round(), "some trial makes progress: the others may start later"
+    assert sweep.relay.start_round_if_needed(), (
+        "some trial makes progress: the others may start later"
+    )
     sweep.event("error", 0)
     with pytest.raises(SweepFailed, match="no trial could start"):
         sweep.relay.require_round_progress()
-    assert sweep.relay.start_round()
+    assert sweep.relay.start_round_if_needed()
     sweep.event("result", 2, result={"failed": "the loss became nan"})
     sweep.event("error", 0)
     sweep.relay.require_round_progress()
@@ -340,10 +342,10 @@ def test_a_sweep_whose_trials_cannot_start_says_so(begin_sweep: Callable[..., Sw
 
 def test_a_spent_budget_ends_the_rounds_too(begin_sweep: Callable[..., Sweep]) -> None:
     sweep = begin_sweep(wall_seconds=60.0)
-    assert sweep.relay.start_round()
+    assert sweep.relay.start_round_if_needed()
     sweep.event("error", 0)
     sweep.now += 60.0
-    assert not sweep.relay.start_round() and sweep.relay.limit_reached
+    assert not sweep.relay.start_round_if_needed() and sweep.relay.limit_reached
 
 
 def test_seconds_count_while_a_process_holds_resources(begin_sweep: Callable[..., Sweep]) -> None:
@@ -471,7 +473,7 @@ def test_another_round_of_tune_continues_the_records_of_the_last(
     sweep.report(1, 0.75, after=10.0)
     sweep.event("recover", after=2.0)
     sweep.event("error")
-    assert sweep.relay.start_round()
+    assert sweep.relay.start_round_if_needed()
     before = sweep.load_trial()
     assert (before.epoch, before.seconds, before.retries) == (1, 12.0, 1)
     sweep.tune.clear()

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from raysweep.data import Dataset
+from raysweep.data import DatasetSplits
 from raysweep.method import Method
 from raysweep.spec import SpecError, apply_overrides
 from raysweep.training import checkpoint
@@ -55,7 +55,7 @@ def quick_config(**changes: Any) -> TrainingConfig:
 
 
 def write(
-    path: Path, config: TrainingConfig, rows: Sequence[Row], data: Dataset
+    path: Path, config: TrainingConfig, rows: Sequence[Row], data: DatasetSplits
 ) -> TrainingCheckpoint:
     """Save a checkpoint of an untrained network with the given history."""
     model = config.model.build_model(1, 10, 0)
@@ -76,7 +76,7 @@ def rows_of(*clean: float | None, first: int = 1) -> list[Row]:
     [(1, 2, [1, 2]), (2, 5, [2, 4, 5]), (2, 4, [2, 4]), (3, 2, [2]), (4, 5, [4, 5])],
 )
 def test_every_nth_epoch_and_the_last_are_measured(
-    every: int, epochs: int, measured: list[int], tmp_path: Path, digits: Dataset
+    every: int, epochs: int, measured: list[int], tmp_path: Path, digits: DatasetSplits
 ) -> None:
     fitted = train_model(
         quick_config(epochs=epochs, validation__every=every), tmp_path, data=digits
@@ -89,7 +89,7 @@ def test_every_nth_epoch_and_the_last_are_measured(
 
 
 def test_a_run_that_grows_keeps_what_was_measured_at_its_former_end(
-    tmp_path: Path, digits: Dataset
+    tmp_path: Path, digits: DatasetSplits
 ) -> None:
     train_model(quick_config(epochs=3, validation__every=2), tmp_path, data=digits)
     grown = train_model(
@@ -149,7 +149,7 @@ def test_a_collapse_is_two_measured_epochs_no_better_than_chance(
     changes: dict[str, Any],
     collapsed: bool,
     tmp_path: Path,
-    digits: Dataset,
+    digits: DatasetSplits,
 ) -> None:
     config = apply_overrides(quick_config(epochs=len(clean), collapse_after=3), changes)
     rows = rows_of(*clean)
@@ -167,7 +167,7 @@ def test_a_collapse_is_two_measured_epochs_no_better_than_chance(
 
 @pytest.mark.parametrize(("clean", "kept"), [((0.3, 0.9, 0.5), {2, 4}), ((0.9, 0.9, 0.5), {1, 4})])
 def test_pruning_keeps_the_best_and_the_last_and_removes_leftovers_of_crashes(
-    clean: tuple[float, ...], kept: set[int], tmp_path: Path, digits: Dataset
+    clean: tuple[float, ...], kept: set[int], tmp_path: Path, digits: DatasetSplits
 ) -> None:
     config, rows = quick_config(epochs=4, optim__lr=1e-9), rows_of(*clean)
     run = RunDirectory(tmp_path)
@@ -188,7 +188,7 @@ def test_pruning_keeps_the_best_and_the_last_and_removes_leftovers_of_crashes(
 
 
 def test_when_an_epoch_is_reported_it_and_the_best_so_far_are_saved(
-    tmp_path: Path, digits: Dataset
+    tmp_path: Path, digits: DatasetSplits
 ) -> None:
     config = quick_config(epochs=5, optim__lr=0.3, data__train_size=32)
     found: list[tuple[set[int], int]] = []
@@ -208,7 +208,7 @@ class Enough(Exception):
 
 
 def test_a_run_that_stops_after_each_epoch_has_the_same_bits_as_one_that_does_not(
-    tmp_path: Path, digits: Dataset
+    tmp_path: Path, digits: DatasetSplits
 ) -> None:
     changes = {
         "optim.lr": {"kind": "piecewise", "boundaries": [1, 2], "values": [0.1, 0.05, 0.01]},
@@ -246,7 +246,7 @@ def test_a_run_that_stops_after_each_epoch_has_the_same_bits_as_one_that_does_no
     assert untimed[0] == untimed[1]
 
 
-def test_an_epoch_that_failed_leaves_no_checkpoint(tmp_path: Path, digits: Dataset) -> None:
+def test_an_epoch_that_failed_leaves_no_checkpoint(tmp_path: Path, digits: DatasetSplits) -> None:
     lr = {"kind": "piecewise", "boundaries": [1], "values": [0.01, 1e30]}
     with pytest.raises(TrainingFailed, match="in epoch 2"):
         train_model(quick_config(epochs=3, optim__lr=lr), tmp_path, data=digits)
@@ -273,7 +273,7 @@ def test_an_epoch_that_failed_leaves_no_checkpoint(tmp_path: Path, digits: Datas
     ids=lambda changes: next(iter(changes)),
 )
 def test_a_run_does_not_resume_with_other_settings(
-    changes: dict[str, Any], tmp_path: Path, digits: Dataset
+    changes: dict[str, Any], tmp_path: Path, digits: DatasetSplits
 ) -> None:
     config = quick_config(epochs=6)
     saved = write(tmp_path / "run" / "epoch-0003", config, rows_of(0.5, 0.5, 0.5), digits)
@@ -287,7 +287,7 @@ def test_a_run_does_not_resume_with_other_settings(
 
 
 def test_a_run_resumes_with_as_many_or_more_epochs_and_on_its_own_data_only(
-    tmp_path: Path, digits: Dataset
+    tmp_path: Path, digits: DatasetSplits
 ) -> None:
     config = quick_config(epochs=6)
     saved = write(tmp_path / "epoch-0003", config, rows_of(0.5, 0.5, 0.5), digits)
@@ -297,7 +297,7 @@ def test_a_run_resumes_with_as_many_or_more_epochs_and_on_its_own_data_only(
         check_resumable(saved, config, "0" * 16)
 
 
-def interrupt_after(steps: int, config: TrainingConfig, path: Path, data: Dataset) -> None:
+def interrupt_after(steps: int, config: TrainingConfig, path: Path, data: DatasetSplits) -> None:
     """Train this many steps, then leave the run in the middle of an epoch."""
     left = [steps]
 
@@ -309,7 +309,7 @@ def interrupt_after(steps: int, config: TrainingConfig, path: Path, data: Datase
         train_model(config, path, FunctionCallback(should_interrupt=interrupted), data=data)
 
 
-def steps_told(config: TrainingConfig, path: Path, data: Dataset) -> list[tuple[int, int]]:
+def steps_told(config: TrainingConfig, path: Path, data: DatasetSplits) -> list[tuple[int, int]]:
     told: list[tuple[int, int]] = []
     train_model(
         config,
@@ -320,7 +320,9 @@ def steps_told(config: TrainingConfig, path: Path, data: Dataset) -> list[tuple[
     return told
 
 
-def test_half_an_epoch_is_resumed_also_with_more_epochs(tmp_path: Path, digits: Dataset) -> None:
+def test_half_an_epoch_is_resumed_also_with_more_epochs(
+    tmp_path: Path, digits: DatasetSplits
+) -> None:
     interrupt_after(6, quick_config(epochs=2, batch_size=16), tmp_path, digits)
     assert steps_told(quick_config(epochs=3, batch_size=16), tmp_path, digits) == [
         *((2, step) for step in (3, 4)),
@@ -328,14 +330,14 @@ def test_half_an_epoch_is_resumed_also_with_more_epochs(tmp_path: Path, digits: 
     ]
 
 
-def test_half_an_epoch_on_other_data_starts_again(tmp_path: Path, digits: Dataset) -> None:
+def test_half_an_epoch_on_other_data_starts_again(tmp_path: Path, digits: DatasetSplits) -> None:
     config = quick_config(epochs=1, batch_size=16)
     interrupt_after(2, config, tmp_path, digits)
     other = replace(digits, fingerprint="0" * 16)
     assert steps_told(config, tmp_path, other) == [(1, 1), (1, 2), (1, 3), (1, 4)]
 
 
-def test_half_of_an_epoch_that_was_saved_is_ignored(tmp_path: Path, digits: Dataset) -> None:
+def test_half_of_an_epoch_that_was_saved_is_ignored(tmp_path: Path, digits: DatasetSplits) -> None:
     """A process died after it had saved the epoch, before it deleted the half."""
     config = quick_config(epochs=2, batch_size=16)
     interrupt_after(2, config, tmp_path, digits)
@@ -350,7 +352,7 @@ def test_half_of_an_epoch_that_was_saved_is_ignored(tmp_path: Path, digits: Data
 
 
 def test_the_time_of_an_epoch_is_the_sum_over_all_processes_that_trained_it(
-    tmp_path: Path, digits: Dataset
+    tmp_path: Path, digits: DatasetSplits
 ) -> None:
     config = quick_config(epochs=1, batch_size=16)
     interrupt_after(2, config, tmp_path, digits)
@@ -364,10 +366,12 @@ def test_the_time_of_an_epoch_is_the_sum_over_all_processes_that_trained_it(
 
 class TestCheckpoint:
     @pytest.fixture
-    def saved(self, tmp_path: Path, digits: Dataset) -> TrainingCheckpoint:
+    def saved(self, tmp_path: Path, digits: DatasetSplits) -> TrainingCheckpoint:
         return write(tmp_path / "run" / "epoch-0002", quick_config(), rows_of(0.2, 0.3), digits)
 
-    def test_it_is_read_as_it_was_written(self, saved: TrainingCheckpoint, digits: Dataset) -> None:
+    def test_it_is_read_as_it_was_written(
+        self, saved: TrainingCheckpoint, digits: DatasetSplits
+    ) -> None:
         again = checkpoint.read_checkpoint(saved.path)
         assert (
             again == saved

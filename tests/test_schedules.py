@@ -14,7 +14,7 @@ from raysweep.schedules import (
     PiecewiseSchedule,
     Schedule,
     bounded,
-    bounds,
+    bounding_values,
     resolved_value,
     schedule_value_at,
 )
@@ -84,7 +84,7 @@ def test_cyclic_and_many_decays():
     InterpolatedSchedule(epochs=(0, 3, 9), values=(0, 2, 1)),
 ])  # fmt: skip
 def test_values_stay_within_the_extremes_and_survive_yaml(schedule):
-    low, high = min(bounds(schedule)), max(bounds(schedule))
+    low, high = min(bounding_values(schedule)), max(bounding_values(schedule))
     assert all(low - 1e-12 <= schedule_value_at(schedule, e) <= high + 1e-12 for e in range(20))
     again = OptimizerSpec.from_data(
         yaml.safe_load(yaml.safe_dump({"lr": schedule.to_json_dict()}))
@@ -267,11 +267,11 @@ def test_a_bound_without_an_upper_end_says_at_least():
 
 
 def test_extremes_are_the_values_that_bound_it():
-    assert bounds(PiecewiseSchedule(boundaries=(1, 2), values=(3, 9, 1))) == (3, 9, 1)
-    assert bounds(InterpolatedSchedule(epochs=(0, 4, 9), values=(0, 2, 1))) == (0, 2, 1)
+    assert bounding_values(PiecewiseSchedule(boundaries=(1, 2), values=(3, 9, 1))) == (3, 9, 1)
+    assert bounding_values(InterpolatedSchedule(epochs=(0, 4, 9), values=(0, 2, 1))) == (0, 2, 1)
     assert (
-        bounds(LinearSchedule(first=5, last=1, end=7))
+        bounding_values(LinearSchedule(first=5, last=1, end=7))
         == (5, 1)
-        == bounds(CosineSchedule(first=5, last=1, end=7))
+        == bounding_values(CosineSchedule(first=5, last=1, end=7))
     )
-    assert bounds(0.25) == (0.25,)
+    assert bounding_values(0.25) == (0.25,)

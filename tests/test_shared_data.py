@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from raysweep.data import Dataset, DataSpec, load_data
+from raysweep.data import DatasetSplits, DataSpec, load_data
 from raysweep.data.dataset_cache import CachedDataset, get_dataset_cache_dir
 from raysweep.spec import SpecError
 
@@ -42,7 +42,7 @@ def write_arrays(folder: Path, seed: int, count: int = 60) -> DataSpec:
     return DataSpec(name="arrays", data_dir=folder, val_size=15)
 
 
-def same_split(one: Dataset, other: Dataset) -> bool:
+def same_split(one: DatasetSplits, other: DatasetSplits) -> bool:
     parts = [(getattr(one, name), getattr(other, name)) for name in ("train", "val", "test")]
     equal = all(
         torch.equal(getattr(a, f), getattr(b, f)) for a, b in parts for f in ("x", "y", "index")

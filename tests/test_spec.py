@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raysweep.catalog import METHODS
+from raysweep.instance_weights import GeometryWeight, UniformWeight
 from raysweep.method import Method, Term
 from raysweep.schedules import (
     CosineSchedule,
@@ -14,7 +15,6 @@ from raysweep.schedules import (
 )
 from raysweep.spec import SpecError, apply_overrides, flatten_spec, parse_yaml
 from raysweep.training.config import TrainingConfig, build_training_config
-from raysweep.weights import GeometryWeight, UniformWeight
 
 
 def problems(method: str, changes: dict) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from raysweep.evaluation.report import compute_wilson_interval
-from raysweep.pipeline.paper_tables import decide_paper_verdict
+from raysweep.pipeline.published_results import decide_paper_verdict
 from raysweep.pipeline.statistics import (
     AccuracySummary,
     binomial_p_value,

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from raysweep.attacks import PGD, AttackResult
 from raysweep.catalog import METHODS
-from raysweep.data import Dataset
+from raysweep.data import DatasetSplits
+from raysweep.instance_weights import (
+    GeometryWeight,
+    ProbabilisticMarginWeight,
+    RemainderWeight,
+    VulnerabilityWeight,
+)
 from raysweep.method import NATURAL_INPUT, Method, MethodOutput, Term
 from raysweep.rng import ExampleRng
 from raysweep.spec import SpecError, apply_overrides
@@ -32,12 +38,6 @@ from raysweep.training.distributed import (
     check_method_distributable,
 )
 from raysweep.training.trainer import train_model
-from raysweep.weights import (
-    GeometryWeight,
-    ProbabilisticMarginWeight,
-    RemainderWeight,
-    VulnerabilityWeight,
-)
 from raysweep.worker_group import SINGLE_WORKER, WorkerGroup
 
 
@@ -377,7 +377,7 @@ def test_a_weight_beyond_the_last_edge_is_in_the_last_bin() -> None:
     assert seen.compute_metrics()["train/ess_clean"] == pytest.approx(1 / 8)
 
 
-def test_natural_accuracy_is_at_the_first_images_in_eval_mode(digits: Dataset) -> None:
+def test_natural_accuracy_is_at_the_first_images_in_eval_mode(digits: DatasetSplits) -> None:
     class Seen(nn.Module):
         rows = 0
 
@@ -480,7 +480,7 @@ def test_which_attacks_several_workers_refuse(
 
 
 def test_one_worker_trains_with_batch_norms_in_train_mode_under_an_attack_that_stops_early(
-    tmp_path: Path, digits: Dataset
+    tmp_path: Path, digits: DatasetSplits
 ) -> None:
     settings = {"method__attacks__pgd__mode": "train", "method__attacks__pgd__tau": 1}
     fitted = train_model(tiny("at", epochs=1, **settings), tmp_path, data=digits)

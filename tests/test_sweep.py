@@ -14,7 +14,7 @@ from conftest import FORKED, TINY, TrialUpdateListener, tiny
 
 from raysweep import storage
 from raysweep.cli import main
-from raysweep.results import advise_on_trial
+from raysweep.result_loading import advise_on_trial
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_search import LedgerSearcher

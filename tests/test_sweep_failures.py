@@ -13,7 +13,7 @@ import torch
 from conftest import tiny
 
 from raysweep.spec import SpecError
-from raysweep.sweep.lost_processes import describe_process_loss
+from raysweep.sweep.process_death_causes import describe_process_loss
 from raysweep.training.failure_reports import (
     clear_failure_report,
     failure_report,

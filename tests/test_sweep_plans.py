@@ -15,8 +15,8 @@ import pytest
 import torch
 from conftest import TINY
 
-from raysweep.commands._plan_output import print_sweep_plan
-from raysweep.data import Dataset
+from raysweep.commands._sweep_plan_output import print_sweep_plan
+from raysweep.data import DatasetSplits
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Trial
 from raysweep.sweep.plan import (
@@ -314,7 +314,7 @@ def test_the_size_of_a_cluster_may_be_given_in_the_environment(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU to time")
-def test_trials_on_gpus_are_not_timed_where_there_is_none(digits: Dataset) -> None:
+def test_trials_on_gpus_are_not_timed_where_there_is_none(digits: DatasetSplits) -> None:
     assert maybe_estimate_epoch_seconds(space().trial_config({}), digits, Resources(gpus=1)) is None
 
 
@@ -346,7 +346,7 @@ def set_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     torch.set_num_threads(1)  # as it was
 
 
-def test_seconds_of_an_epoch(digits: Dataset, set_clock: list[float]) -> None:
+def test_seconds_of_an_epoch(digits: DatasetSplits, set_clock: list[float]) -> None:
     """A step takes one second of this clock, and so does the validation of a sample of 32 of 50
     images.
     """
@@ -370,7 +370,7 @@ def test_seconds_of_an_epoch(digits: Dataset, set_clock: list[float]) -> None:
     )
 
 
-def test_steps_that_take_long_are_timed_once(digits: Dataset, set_clock: list[float]) -> None:
+def test_steps_that_take_long_are_timed_once(digits: DatasetSplits, set_clock: list[float]) -> None:
     set_clock[0] = 6.0
     assert estimate_epoch_seconds(
         space().trial_config({}), digits, Resources(), n_steps=2
@@ -381,7 +381,7 @@ def test_steps_that_take_long_are_timed_once(digits: Dataset, set_clock: list[fl
 
 
 def test_a_step_is_timed_with_the_threads_that_a_trial_will_have(
-    digits: Dataset, set_clock: list[float]
+    digits: DatasetSplits, set_clock: list[float]
 ) -> None:
     torch.set_num_threads(2)
     estimate_epoch_seconds(
@@ -391,7 +391,7 @@ def test_a_step_is_timed_with_the_threads_that_a_trial_will_have(
 
 
 def test_the_hours_of_a_plan(
-    digits: Dataset,
+    digits: DatasetSplits,
     set_clock: list[float],
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -439,7 +439,7 @@ def test_the_hours_of_a_plan(
 
 
 def test_a_plan_in_words(
-    digits: Dataset, set_clock: list[float], capsys, monkeypatch: pytest.MonkeyPatch
+    digits: DatasetSplits, set_clock: list[float], capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 4)

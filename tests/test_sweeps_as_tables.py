@@ -7,7 +7,11 @@ import pandas as pd
 import pytest
 
 import raysweep
-from raysweep.results import advise_on_trial, describe_masking, sweep_to_json
+from raysweep.result_loading import (
+    advise_on_trial,
+    describe_masking_effect_on_ranking,
+    sweep_to_json,
+)
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import SearchSpace
@@ -88,27 +92,33 @@ def test_the_best_checkpoint_is_that_of_the_best_epoch_of_the_best_trial(tmp_pat
 def test_what_pgd_would_have_chosen_in_words(tmp_path: Path) -> None:
     """By hand: PGD prefers 0, at 0.40; of those within the limit the best is 2 with 0.55."""
     trials = [trial(0, 0.40, 0.62), trial(1, 0.50, 0.61), trial(2, 0.55, 0.60), trial(3, None)]
-    lines = describe_masking(ledger(tmp_path / "a", trials, max_masking_gap=0.2))
+    lines = describe_masking_effect_on_ranking(ledger(tmp_path / "a", trials, max_masking_gap=0.2))
     assert lines == [
         "PGD would have chosen trial 0000, at a cost of 0.150 in robust worst",
         "masking gap over 0.2: trials 0000 are ranked last",
     ]
-    assert describe_masking(ledger(tmp_path / "b", trials)) == lines[:1], (
+    assert describe_masking_effect_on_ranking(ledger(tmp_path / "b", trials)) == lines[:1], (
         "without a limit no trial is over it"
     )
     same = [trial(0, 0.55, 0.60), trial(1, 0.50, 0.58)]
-    assert describe_masking(ledger(tmp_path / "c", same)) == [], "PGD chooses the same trial"
+    assert describe_masking_effect_on_ranking(ledger(tmp_path / "c", same)) == [], (
+        "PGD chooses the same trial"
+    )
     unmeasured = [trial(0, 0.40, 0.62), trial(1, 0.55)]
-    assert describe_masking(ledger(tmp_path / "d", unmeasured)) == [], (
+    assert describe_masking_effect_on_ranking(ledger(tmp_path / "d", unmeasured)) == [], (
         "a trial without a PGD accuracy is not compared"
     )
     better_but_masked = [trial(0, 0.45, 0.65), trial(1, 0.50, 0.64), trial(2, 0.48, 0.50)]
-    line, _ = describe_masking(ledger(tmp_path / "f", better_but_masked, max_masking_gap=0.1))
+    line, _ = describe_masking_effect_on_ranking(
+        ledger(tmp_path / "f", better_but_masked, max_masking_gap=0.1)
+    )
     assert line.endswith("trial 0000, at a cost of 0.030 in robust worst"), (
         "the cost is not measured by trial 0001, which is over the limit"
     )
     all_masked = [trial(0, 0.1, 0.6), trial(1, 0.2, 0.6)]
-    (line,) = describe_masking(ledger(tmp_path / "e", all_masked, max_masking_gap=0.1))
+    (line,) = describe_masking_effect_on_ranking(
+        ledger(tmp_path / "e", all_masked, max_masking_gap=0.1)
+    )
     assert line == "masking gap over 0.1: trials 0001, 0000 are ranked last"
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from raysweep.catalog import METHODS
-from raysweep.data import Dataset, load_data
+from raysweep.data import DatasetSplits, load_data
 from raysweep.spec import SpecError
 from raysweep.sweep.search_space import load_space
 from raysweep.terminal import training_progress_bar
@@ -282,7 +282,9 @@ def test_the_objective_is_measured_at_every_rung_of_the_spaces_for_cifar10() -> 
         assert space.scheduler.grace_period % 2 == 0
 
 
-def test_steps_are_told_and_a_terminal_has_a_bar_of_them(tmp_path: Path, digits: Dataset) -> None:
+def test_steps_are_told_and_a_terminal_has_a_bar_of_them(
+    tmp_path: Path, digits: DatasetSplits
+) -> None:
     told: list[tuple[int, int]] = []
     train_model(
         tiny("at"),

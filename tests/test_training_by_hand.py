@@ -13,7 +13,7 @@ from reference_rng import crop_and_flip, hash_stream_name, shuffle_rows, uniform
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from raysweep.data import Dataset, Split, load_data
+from raysweep.data import DatasetSplits, Split, load_data
 from raysweep.models.digits_cnn import digits_cnn
 from raysweep.training.config import TrainingConfig, build_training_config
 from raysweep.training.trainer import train_model
@@ -152,12 +152,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def part() -> Dataset:
+def part() -> DatasetSplits:
     return load_data(config("at").data)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_equals_the_loop_by_hand(case: str, tmp_path: Path, part: Dataset) -> None:
+def test_a_run_equals_the_loop_by_hand(case: str, tmp_path: Path, part: DatasetSplits) -> None:
     method, changes, reference_rng = CASES[case]
     data = replace(part, augment=bool(reference_rng.get("augment")))
     saved = train_model(config(method, **changes), tmp_path, data=data).last_checkpoint
@@ -179,7 +179,7 @@ def test_a_run_equals_the_loop_by_hand(case: str, tmp_path: Path, part: Dataset)
 
 
 def test_attacks_use_the_weights_of_their_own_step_also_on_the_fast_paths(
-    tmp_path: Path, part: Dataset
+    tmp_path: Path, part: DatasetSplits
 ) -> None:
     """Folded batch norms and channels last change only rounding. In L2, where a last bit flips no
     sign.

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from raysweep.spec import SpecError
-from raysweep.training.compute import ComputeSpec
 from raysweep.training.config import OptimizerSpec, TrainingConfig, build_training_config
+from raysweep.training.speed_settings import ComputeSpec
 
 WRITTEN_OUT: dict[str, Any] = {
     "attacks": {"pgd": {"kind": "pgd"}},

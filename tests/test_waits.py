@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from raysweep.attacks import APGD, FAB, AnyAttack, Square
-from raysweep.data import Dataset
+from raysweep.data import DatasetSplits
 from raysweep.models.layers import Logits
 from raysweep.rng import ExampleRng
 from raysweep.training.config import build_training_config
@@ -69,7 +69,7 @@ class TwoWorkers:
 @pytest.mark.parametrize("workers", [SINGLE_WORKER, TwoWorkers()], ids=["one", "two"])
 @pytest.mark.parametrize("method", ["gairat", "lrat", "trades", "mart", "mail-at", "piecewise"])
 def test_a_training_step_waits_for_nothing(
-    method, workers: WorkerGroup, digits: Dataset, monkeypatch
+    method, workers: WorkerGroup, digits: DatasetSplits, monkeypatch
 ) -> None:
     # There is no autocast for meta to leave.
     monkeypatch.setattr(Logits, "forward", nn.Linear.forward)

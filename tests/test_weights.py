@@ -12,9 +12,7 @@ from oracle import stored
 from pydantic import TypeAdapter
 
 from raysweep.attacks import true_class_confidence
-from raysweep.schedules import LinearSchedule, PiecewiseSchedule
-from raysweep.spec import SpecError
-from raysweep.weights import (
+from raysweep.instance_weights import (
     AnyWeight,
     GeometryWeight,
     ProbabilisticMarginWeight,
@@ -24,6 +22,8 @@ from raysweep.weights import (
     WeightInputs,
     WithinMarginWeight,
 )
+from raysweep.schedules import LinearSchedule, PiecewiseSchedule
+from raysweep.spec import SpecError
 
 SHAPES = {"Tanh": "tanh", "Sigmoid": "sigmoid", "Discrete": "linear"}
 EVERY = [

@@ -5,10 +5,7 @@ import math
 import pytest
 import torch
 
-from raysweep.losses import LOSSES
-from raysweep.schedules import LinearSchedule
-from raysweep.spec import SpecError
-from raysweep.weights import (
+from raysweep.instance_weights import (
     GeometryWeight,
     ProbabilisticMarginWeight,
     RemainderWeight,
@@ -17,6 +14,9 @@ from raysweep.weights import (
     WeightInputs,
     WithinMarginWeight,
 )
+from raysweep.losses import LOSSES
+from raysweep.schedules import LinearSchedule
+from raysweep.spec import SpecError
 
 
 def log_of(*rows):

@@ -9,13 +9,6 @@ from typing import Annotated
 from pydantic import Discriminator, Tag
 
 from raysweep.attacks.apgd import APGD
-from raysweep.attacks.autoattack import (
-    ATTACK_DESCRIPTIONS,
-    AutoAttackVersion,
-    attack_by_name,
-    autoattack,
-    build_custom_cascade,
-)
 from raysweep.attacks.base import (
     Attack,
     AttackResult,
@@ -35,6 +28,13 @@ from raysweep.attacks.cascade import (
 )
 from raysweep.attacks.fab import FAB
 from raysweep.attacks.minimal_perturbation import MinimalPerturbation
+from raysweep.attacks.named_attacks import (
+    ATTACK_DESCRIPTIONS,
+    AutoAttackVersion,
+    attack_by_name,
+    autoattack,
+    build_custom_cascade,
+)
 from raysweep.attacks.pgd import PGD
 from raysweep.attacks.square import Square
 

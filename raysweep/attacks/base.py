@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysweep.rng import ExampleRng
-from raysweep.schedules import bounds
+from raysweep.schedules import bounding_values
 from raysweep.spec import Spec, SpecError
 
 Norm = Literal["Linf", "L2"]
@@ -195,7 +195,7 @@ def check_eps_range(attack: AttackT) -> AttackT:
     Raises:
         SpecError: If any value of eps is above 1 and the norm is Linf.
     """
-    max_eps = max(bounds(attack.eps))  # type: ignore[attr-defined]
+    max_eps = max(bounding_values(attack.eps))  # type: ignore[attr-defined]
     if attack.norm == "Linf" and max_eps > 1:  # type: ignore[attr-defined]
         raise SpecError(
             f"eps = {max_eps:g}: epsilon means pixels in [0, 1]; did you mean {max_eps:g}/255?"

@@ -23,8 +23,8 @@ from raysweep.commands.options import (
 
 if TYPE_CHECKING:
     from raysweep.attacks import AttackCascade
-    from raysweep.attacks.autoattack import AutoAttackVersion
     from raysweep.attacks.base import Norm
+    from raysweep.attacks.named_attacks import AutoAttackVersion
     from raysweep.data import DataSpec
     from raysweep.evaluation import RobustnessReport
     from raysweep.tracking import Tracker
@@ -324,7 +324,7 @@ def _resolve_checkpoint_folder(request: EvalRequest) -> Path:
     """
     from raysweep import storage
     from raysweep.commands.common import find_sweep_or_trial, resolve_runs_folder
-    from raysweep.results import load_sweep
+    from raysweep.result_loading import load_sweep
     from raysweep.spec import SpecError, describe_unknown_name
 
     name = request.model

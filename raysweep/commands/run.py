@@ -139,7 +139,7 @@ def _print_config_warnings(pipeline: Pipeline, training_overrides: TrainingOverr
     """Print the warnings about the training settings of each stage, every text once per stage."""
     from raysweep.commands.common import print_warnings
 
-    for stage, upstream in pipeline.iter_upstream_configs(training_overrides):
+    for stage, upstream in pipeline.iter_stages_with_received_configs(training_overrides):
         warnings: list[str] = []
         for config in stage.list_training_configs(training_overrides, upstream):
             warnings += config.list_warnings()

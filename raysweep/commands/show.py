@@ -316,7 +316,11 @@ def _unknown_name_error(name: str, runs_folder: Path) -> ValueError:
 
 def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
     """Print the trials of a sweep, best first, and notes on the best one."""
-    from raysweep.results import advise_on_trial, describe_masking, sweep_to_json
+    from raysweep.result_loading import (
+        advise_on_trial,
+        describe_masking_effect_on_ranking,
+        sweep_to_json,
+    )
     from raysweep.terminal import build_trial_table, create_table_console
 
     if request.as_json:
@@ -331,7 +335,7 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
     ranked_numbers = {trial.number for trial in ranked}
     unranked = [trial for trial in trials if trial.number not in ranked_numbers]
     create_table_console().print(build_trial_table(ledger, [*ranked, *unranked]))
-    for line in describe_masking(ledger):
+    for line in describe_masking_effect_on_ranking(ledger):
         print(line)
     if ranked:
         for line in advise_on_trial(ledger, ranked[0].number):
@@ -341,7 +345,7 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
 def _show_trial(request: ShowRequest, ledger: Ledger, trial_number: int) -> None:
     """Print a trial's searched settings, its best epoch, notes on it, and its folder."""
     from raysweep import storage
-    from raysweep.results import advise_on_trial, trial_to_json
+    from raysweep.result_loading import advise_on_trial, trial_to_json
 
     (trial,) = (trial for trial in ledger.load_trials() if trial.number == trial_number)
     advice = advise_on_trial(ledger, trial_number)
@@ -349,13 +353,13 @@ def _show_trial(request: ShowRequest, ledger: Ledger, trial_number: int) -> None
     if request.as_json:
         _print_json({**trial_to_json(ledger, trial), "folder": folder, "advice": advice})
         return
-    _print_trial_numbers(ledger.name, trial)
+    _print_trial_summary(ledger.name, trial)
     for line in advice:
         print(f"note: {line}")
     print(f"folder\n  {folder}")
 
 
-def _print_trial_numbers(sweep_name: str, trial: Trial) -> None:
+def _print_trial_summary(sweep_name: str, trial: Trial) -> None:
     """Print the state of a trial, its searched settings and the metrics of its best epoch."""
     from raysweep.formatting import format_count
 

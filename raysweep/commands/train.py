@@ -19,7 +19,7 @@ from raysweep.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from raysweep.data import Dataset
+    from raysweep.data import DatasetSplits
     from raysweep.tracking import Tracker
     from raysweep.training.checkpoint import TrainingCheckpoint
     from raysweep.training.config import TrainingConfig
@@ -131,7 +131,7 @@ def run_command(args: argparse.Namespace) -> int:
 def _train_tracked(
     request: TrainRequest,
     config: TrainingConfig,
-    dataset: Dataset,
+    dataset: DatasetSplits,
     tracker: Tracker,
     run_folder: Path,
 ) -> int:
@@ -182,7 +182,7 @@ def _print_failure(report: dict[str, str], run_folder: Path) -> None:
 
 def _fit_model(
     config: TrainingConfig,
-    dataset: Dataset,
+    dataset: DatasetSplits,
     tracker: Tracker,
     run_id: str,
     run_folder: Path,
@@ -240,7 +240,7 @@ def _log_training_result(
     config: TrainingConfig, tracker: Tracker, run_id: str, result: TrainingResult
 ) -> list[str]:
     """Log a finished run to MLflow; return the notes on it, which are also its description."""
-    from raysweep.training.advice import advise_on_training
+    from raysweep.training.metric_advice import advise_on_training
 
     best, last = result.best_checkpoint, result.last_checkpoint
     tracker.log_best(run_id, best.last_metrics)

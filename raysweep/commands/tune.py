@@ -26,7 +26,7 @@ from raysweep.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from raysweep.data import Dataset
+    from raysweep.data import DatasetSplits
     from raysweep.sweep.ledger import Ledger, Trial
     from raysweep.sweep.resources import Resources
     from raysweep.sweep.search_space import SearchSpace
@@ -236,12 +236,12 @@ def run_command(args: argparse.Namespace) -> int:
 def _print_plan(
     request: TuneRequest,
     space: SearchSpace,
-    dataset: Dataset,
+    dataset: DatasetSplits,
     resources: Resources,
     resumed_ledger: Ledger | None,
 ) -> int:
     """Print what the sweep would run."""
-    from raysweep.commands._plan_output import print_sweep_plan
+    from raysweep.commands._sweep_plan_output import print_sweep_plan
     from raysweep.sweep.plan import plan_sweep
 
     trials = resumed_ledger.load_trials() if resumed_ledger else []
@@ -254,7 +254,7 @@ def _run_sweep(
     request: TuneRequest,
     runs_folder: Path,
     space: SearchSpace,
-    dataset: Dataset,
+    dataset: DatasetSplits,
     resources: Resources,
 ) -> int:
     """Run or resume the sweep and print its result; return the exit code."""
@@ -351,7 +351,7 @@ def _make_budget(request: TuneRequest) -> Budget:
 
 def _load_checked_space(
     request: TuneRequest, resumed_ledger: Ledger | None
-) -> tuple[SearchSpace, Dataset]:
+) -> tuple[SearchSpace, DatasetSplits]:
     """Load and check the search space and the data set, before anything starts.
 
     Args:
@@ -432,7 +432,11 @@ def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) 
     """Print the best trials, the epochs that sharing saved, and the next commands."""
     from raysweep import storage
     from raysweep.commands.common import format_location_flags, format_ui_command
-    from raysweep.results import advise_on_trial, describe_masking, sweep_to_json
+    from raysweep.result_loading import (
+        advise_on_trial,
+        describe_masking_effect_on_ranking,
+        sweep_to_json,
+    )
     from raysweep.sweep.epoch_counts import count_epochs
 
     if request.as_json:
@@ -443,7 +447,7 @@ def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) 
         return
     best = ranked[0]
     _print_best_trials(ledger, ranked, len(trials))
-    for line in describe_masking(ledger):
+    for line in describe_masking_effect_on_ranking(ledger):
         print(line)
     for line in advise_on_trial(ledger, best.number):
         print(f"trial {best.number:04d}: {line}")
@@ -461,7 +465,7 @@ def _print_best_trials(ledger: Ledger, ranked: list[Trial], n_trials: int) -> No
     objectives = ledger.space.objectives
     names = [name.replace("_", " ") for name in objectives]
     if len(objectives) > 1:
-        best = sorted(ledger.pareto_front(), key=lambda trial: -trial.score(objectives[0]))
+        best = sorted(ledger.unmasked_pareto_front(), key=lambda trial: -trial.score(objectives[0]))
         front = f"the Pareto front of {' and '.join(names)}"
         print(f"\n{len(best)} of {n_trials} trials on {front}")
     else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raysweep.data.split import Split
+from raysweep.data.split_tensors import Split
 from raysweep.rng import ExampleRng, derive_seed
 
 

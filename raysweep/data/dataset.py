@@ -13,7 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from raysweep.data.batches import Batch, epoch_batches
 from raysweep.data.dataset_loaders import DATASET_LOADERS, LabelArray, PixelArray, TrainTestArrays
-from raysweep.data.split import Split
+from raysweep.data.split_tensors import Split
 from raysweep.data.unlabeled import read_unlabeled_file
 from raysweep.rng import derive_seed
 from raysweep.spec import Spec, SpecError, describe_unknown_name
@@ -67,7 +67,7 @@ class DataSpec(Spec):
 
 
 @dataclass(frozen=True)
-class Dataset:
+class DatasetSplits:
     """The splits of a data set.
 
     Attributes:
@@ -93,7 +93,7 @@ class Dataset:
     unlabeled: Split | None = None
     unlabeled_fraction: float = 0.5
 
-    def to(self, device: torch.device) -> "Dataset":
+    def to(self, device: torch.device) -> "DatasetSplits":
         """Move the data that training needs to a device.
 
         Args:
@@ -135,7 +135,7 @@ class Dataset:
         )
 
 
-def load_data(spec: DataSpec) -> Dataset:
+def load_data(spec: DataSpec) -> DatasetSplits:
     """Read a data set and split it, on the CPU.
 
     Args:
@@ -162,7 +162,7 @@ def load_data(spec: DataSpec) -> Dataset:
     if spec.unlabeled is not None:
         path = (spec.data_dir or Path()) / spec.unlabeled
         unlabeled = _load_unlabeled_split(path, arrays, classes)
-    return Dataset(
+    return DatasetSplits(
         train=_make_split(arrays.x_train, arrays.y_train, train_rows, arrays.pixel_max),
         val=_make_split(arrays.x_train, arrays.y_train, val_rows, arrays.pixel_max),
         test=_make_split(arrays.x_test, arrays.y_test, test_rows, arrays.pixel_max),

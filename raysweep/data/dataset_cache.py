@@ -16,8 +16,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from raysweep.atomic_files import atomic_open
-from raysweep.data.dataset import Dataset, DataSpec, load_data
-from raysweep.data.split import Split
+from raysweep.data.dataset import DatasetSplits, DataSpec, load_data
+from raysweep.data.split_tensors import Split
 from raysweep.spec import SpecError, json_digest
 
 # Number of files in the cache; the least recently used ones are deleted.
@@ -31,13 +31,13 @@ class CachedDataset:
 
     Attributes:
         spec: Settings with which the driver read the data set.
-        fingerprint: `Dataset.fingerprint` of what the driver read.
+        fingerprint: `DatasetSplits.fingerprint` of what the driver read.
     """
 
     spec: DataSpec
     fingerprint: str
 
-    def load_shared(self, spec: DataSpec) -> Dataset:
+    def load_shared(self, spec: DataSpec) -> DatasetSplits:
         """Load a data set, if possible in memory that all processes of this machine share.
 
         Args:
@@ -59,7 +59,7 @@ class CachedDataset:
 
 
 @cache
-def _load_memoized(spec_json: str, fingerprint: str | None) -> Dataset:
+def _load_memoized(spec_json: str, fingerprint: str | None) -> DatasetSplits:
     """Load a data set once per process, so that later trials of the process reuse it."""
     spec = DataSpec.model_validate_json(spec_json)
     try:
@@ -75,7 +75,7 @@ def get_dataset_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raysweep-data"
 
 
-def _load_or_create_cache(spec: DataSpec, fingerprint: str) -> Dataset:
+def _load_or_create_cache(spec: DataSpec, fingerprint: str) -> DatasetSplits:
     """Map the cache file of a data set; create it first if it is missing or damaged."""
     key_fields = spec.to_json_dict()
     for field in ("data_dir", "download"):
@@ -96,7 +96,7 @@ def _load_or_create_cache(spec: DataSpec, fingerprint: str) -> Dataset:
     return data
 
 
-def _write_cache_file(path: Path, data: Dataset) -> None:
+def _write_cache_file(path: Path, data: DatasetSplits) -> None:
     """Write all splits into a safetensors file, and delete the least recently used files."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     tensors: dict[str, Tensor] = {}
@@ -119,7 +119,7 @@ def _write_cache_file(path: Path, data: Dataset) -> None:
         file.unlink(missing_ok=True)
 
 
-def _map_cache_file(path: Path, spec: DataSpec, fingerprint: str) -> Dataset:
+def _map_cache_file(path: Path, spec: DataSpec, fingerprint: str) -> DatasetSplits:
     """Map a cache file into memory.
 
     The system reads its pages when they are used, and shares them between processes.
@@ -134,7 +134,7 @@ def _map_cache_file(path: Path, spec: DataSpec, fingerprint: str) -> Dataset:
         if f"{name}.x" in tensors:
             x, y, index = (tensors[f"{name}.{field}"] for field in ("x", "y", "index"))
             splits[name] = Split(x, y, index, metadata["white"])
-    return Dataset(
+    return DatasetSplits(
         train=splits["train"],
         val=splits["val"],
         test=splits["test"],

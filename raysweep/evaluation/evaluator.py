@@ -25,10 +25,11 @@ from raysweep.evaluation.evaluation_runner import (
     EvaluationRunner,
     run_shards_in_process,
 )
-from raysweep.evaluation.float32_precision import get_model_device, has_tf32
+from raysweep.evaluation.float32_precision import has_tf32
 from raysweep.evaluation.progress import EvaluationProgress
 from raysweep.evaluation.report import RobustnessReport
 from raysweep.evaluation.shards import AnyArray, ShardMapper, ShardRunner
+from raysweep.models.device import get_model_device
 from raysweep.schedules import resolved_value
 from raysweep.spec import SpecError, json_digest
 

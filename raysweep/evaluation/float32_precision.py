@@ -1,10 +1,9 @@
-"""Device of a model, and the precision of float32 arithmetic on it."""
+"""Precision of float32 arithmetic on a device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 from raysweep.attacks import fp32_precision
 
@@ -33,17 +32,3 @@ def has_tf32(device: torch.device) -> bool:
         True for a GPU if PyTorch is built for CUDA. Whether the GPU is new enough is not checked.
     """
     return device.type == "cuda" and torch.version.cuda is not None
-
-
-def get_model_device(model: nn.Module) -> torch.device:
-    """Return the device of a model.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The device of its first parameter, else of its first buffer, else the CPU.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")

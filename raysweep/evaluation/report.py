@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raysweep.atomic_files import atomic_open, atomic_write_text
-from raysweep.attacks.autoattack import autoattack
+from raysweep.attacks.named_attacks import autoattack
 
 BoolArray = npt.NDArray[np.bool_]
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from raysweep.atomic_files import atomic_open
 from raysweep.attacks import SingleAttack, fp32_precision, maybe_tf32, true_class_margin
 from raysweep.evaluation.attack_model import FixedSizeBatches, make_attack_model
-from raysweep.evaluation.float32_precision import disable_tf32_and_autocast, get_model_device
+from raysweep.evaluation.float32_precision import disable_tf32_and_autocast
+from raysweep.models.device import get_model_device
 from raysweep.rng import ExampleRng
 from raysweep.schedules import resolved_value
 

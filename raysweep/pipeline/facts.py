@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, field_validator
 
 from raysweep.pipeline.artifact import EvaluationResult, StageFacts
-from raysweep.pipeline.paper_tables import PaperComparison
+from raysweep.pipeline.published_results import PaperComparison
 from raysweep.pipeline.statistics import McNemarResult, PairedVerdict
 from raysweep.spec import JsonDict
 

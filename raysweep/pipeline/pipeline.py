@@ -95,7 +95,7 @@ class Pipeline(Spec):
             return ["no stage before it evaluates anything; put autoattack first"]
         return []
 
-    def iter_upstream_configs(
+    def iter_stages_with_received_configs(
         self, training_overrides: TrainingOverrides
     ) -> Iterator[tuple[AnyStage, list[TrainingConfig]]]:
         """Yield each stage with the training configs of the candidates that it receives.
@@ -238,7 +238,7 @@ def plan_stages(
     """
     planned: list[PlannedStage] = []
     for number, (stage, upstream_configs) in enumerate(
-        pipeline.iter_upstream_configs(training_overrides)
+        pipeline.iter_stages_with_received_configs(training_overrides)
     ):
         inputs: tuple[str, ...] = ()
         if not isinstance(stage, _TRAINING_STAGES):

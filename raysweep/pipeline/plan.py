@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from raysweep.data import Dataset, load_data
+from raysweep.data import DatasetSplits, load_data
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.pipeline import Pipeline, find_stage_index, plan_stages
 from raysweep.pipeline.promote import PromoteStage
@@ -48,7 +48,7 @@ def plan_pipeline(
     rows = []
     for planned_stage, (stage, upstream_configs) in zip(
         plan_stages(pipeline, training_overrides, folder, salt),
-        pipeline.iter_upstream_configs(training_overrides),
+        pipeline.iter_stages_with_received_configs(training_overrides),
         strict=True,
     ):
         artifact = Artifact.read_if_finished(planned_stage.folder)
@@ -99,7 +99,7 @@ def _estimate_training_seconds(
     Savings by shared prefixes are not counted.
     """
     total = 0.0
-    datasets: dict[str, Dataset] = {}
+    datasets: dict[str, DatasetSplits] = {}
     for training in trainings:
         config, epochs = training.config, training.total_epochs
         key = config.data.digest()

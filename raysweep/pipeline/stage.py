@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from raysweep import storage
-from raysweep.data import Dataset, DataSpec, load_data
+from raysweep.data import DatasetSplits, DataSpec, load_data
 from raysweep.pipeline.artifact import (
     Artifact,
     Candidate,
@@ -159,14 +159,14 @@ class StageContext:
     exit_stack: ExitStack
     stage_number: int = 0
     stage_digest: str = ""
-    _datasets: dict[str, Dataset] = field(default_factory=dict)
+    _datasets: dict[str, DatasetSplits] = field(default_factory=dict)
 
     @cached_property
     def tracker(self) -> Tracker:
         """MLflow, connected at first use, so that a finished pipeline needs no store."""
         return Tracker(tracking_uri(self.out), self.out / "mlruns")
 
-    def get_dataset(self, data_spec: DataSpec) -> Dataset:
+    def get_dataset(self, data_spec: DataSpec) -> DatasetSplits:
         """Load a data set at its first use; all stages share one copy in memory.
 
         Args:

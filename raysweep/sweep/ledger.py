@@ -249,7 +249,7 @@ class Ledger:
         limit = self.space.max_masking_gap
         return limit is not None and trial.best.get("masking_gap", 0.0) > limit
 
-    def pareto_front(self, objectives: Sequence[str] = ()) -> list[Trial]:
+    def unmasked_pareto_front(self, objectives: Sequence[str] = ()) -> list[Trial]:
         """Return the Pareto front of the trials within the masking gap, best first objective first.
 
         Args:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from raysweep.data import Dataset
+from raysweep.data import DatasetSplits
 from raysweep.evaluation.attack_model import MIN_BATCH_ROWS, make_attack_model
 from raysweep.rng import ExampleRng
 from raysweep.spec import JsonDict
@@ -80,7 +80,7 @@ class SweepPlan:
 
 def plan_sweep(
     space: SearchSpace,
-    data: Dataset,
+    data: DatasetSplits,
     resources: Resources,
     address: str | None,
     existing_trials: Sequence[Trial] = (),
@@ -158,7 +158,7 @@ def available_capacity(address: str | None) -> tuple[dict[str, float], list[dict
 
 
 def estimate_epoch_seconds(
-    config: TrainingConfig, data: Dataset, resources: Resources, n_steps: int = 2
+    config: TrainingConfig, data: DatasetSplits, resources: Resources, n_steps: int = 2
 ) -> float:
     """Estimate the seconds of an epoch, with its share of validation, from a few real steps.
 
@@ -189,7 +189,7 @@ def estimate_epoch_seconds(
 
 
 def maybe_estimate_epoch_seconds(
-    config: TrainingConfig, data: Dataset, resources: Resources
+    config: TrainingConfig, data: DatasetSplits, resources: Resources
 ) -> float | None:
     """Return `estimate_epoch_seconds` where the estimate is quick and meaningful.
 
@@ -261,13 +261,17 @@ def expected_trial_epochs(space: SearchSpace, max_epochs: int, starting_epoch: i
     return expected + share * (max_epochs - starting_epoch)
 
 
-def _n_validated_examples(config: TrainingConfig, data: Dataset) -> int:
+def _n_validated_examples(config: TrainingConfig, data: DatasetSplits) -> int:
     """Return the number of validation examples that the objective is computed on."""
     return min(len(data.val), config.validation.size or len(data.val))
 
 
 def _time_training_steps(
-    config: TrainingConfig, data: Dataset, variants: ModelVariants, n_workers: int, n_steps: int
+    config: TrainingConfig,
+    data: DatasetSplits,
+    variants: ModelVariants,
+    n_workers: int,
+    n_steps: int,
 ) -> list[float]:
     """Time up to `n_steps + 1` steps of one worker, in seconds; stop after a long one."""
     method = config.resolve_at(config.epochs - 1).method
@@ -285,7 +289,7 @@ def _time_training_steps(
 
 
 def _estimate_validation_seconds(
-    config: TrainingConfig, data: Dataset, variants: ModelVariants, n_examples: float
+    config: TrainingConfig, data: DatasetSplits, variants: ModelVariants, n_examples: float
 ) -> float:
     """Time the validation of one batch and scale it to `n_examples`."""
     sample_size = math.ceil(min(n_examples, config.batch_size))
@@ -296,7 +300,7 @@ def _estimate_validation_seconds(
     return (time.perf_counter() - started) / sample_size * n_examples
 
 
-def _is_forward_fast(config: TrainingConfig, data: Dataset) -> bool:
+def _is_forward_fast(config: TrainingConfig, data: DatasetSplits) -> bool:
     """Check whether a CPU forward pass is so fast that a training step takes seconds at most."""
     model = build_model_variants(config, data, torch.device("cpu")).model.eval()
     timings = []

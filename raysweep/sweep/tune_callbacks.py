@@ -16,7 +16,7 @@ from ray import tune
 from ray.tune.experiment import Trial as RayTrial
 
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.lost_processes import describe_process_loss
+from raysweep.sweep.process_death_causes import describe_process_loss
 from raysweep.training.failure_reports import BUG_TRACEBACK_KEY, FAILURE_KEY
 from raysweep.training.metric_history import EpochMetrics
 
@@ -166,7 +166,7 @@ class LedgerCallback(tune.Callback):
         self.limit_reached |= self.has_reached_limit
         return self.limit_reached
 
-    def start_round(self) -> bool:
+    def start_round_if_needed(self) -> bool:
         """Begin a round of Tune if one is needed.
 
         Returns:

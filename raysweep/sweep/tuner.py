@@ -122,7 +122,7 @@ def _run_rounds(
     try:
         while True:
             n_trials_left = ledger.space.n_trials - _count_ended_trials(ledger)
-            if n_trials_left <= 0 or not ledger_callback.start_round():
+            if n_trials_left <= 0 or not ledger_callback.start_round_if_needed():
                 return
             with _restore_signal_handlers():
                 _build_tuner(

@@ -4,7 +4,7 @@ The sweep is a parent run and its trials are child runs; each is found again by 
 """
 
 from raysweep import storage
-from raysweep.results import advise_on_trial
+from raysweep.result_loading import advise_on_trial
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import param_labels
@@ -107,7 +107,7 @@ class SweepTracker:
         )
         if len(objectives) > 1:
             titles = " and ".join(map(_metric_title, objectives))
-            front = _format_trial_numbers(ledger.pareto_front())
+            front = _format_trial_numbers(ledger.unmasked_pareto_front())
             lines.append(f"Pareto front of {titles}: {front or 'empty'}")
         masked_trials = [trial for trial in ranked_trials if ledger.exceeds_masking_gap(trial)]
         if masked_trials:

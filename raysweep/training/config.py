@@ -12,8 +12,8 @@ from raysweep.method import Method
 from raysweep.models import ModelSpec
 from raysweep.schedules import Number, PiecewiseSchedule, Schedule, bounded, resolved_value
 from raysweep.spec import Spec, SpecError, apply_overrides, describe_unknown_name
-from raysweep.training.compute import ComputeSpec
 from raysweep.training.dataset_defaults import DATASET_DEFAULTS
+from raysweep.training.speed_settings import ComputeSpec
 from raysweep.training.validation import Validation
 
 

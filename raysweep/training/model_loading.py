@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from raysweep import storage
-from raysweep.data import Dataset, load_data
+from raysweep.data import DatasetSplits, load_data
 from raysweep.spec import SpecError, apply_overrides
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import META_FILE, RunDirectory, TrainingCheckpoint
@@ -33,7 +33,7 @@ class EvaluationTarget:
     model: nn.Module
     name: str
     checkpoint: TrainingCheckpoint | None = None
-    data: Dataset | None = None
+    data: DatasetSplits | None = None
 
     @property
     def config(self) -> TrainingConfig | None:
@@ -89,7 +89,7 @@ def _format_checkpoint_name(path: Path) -> str:
     return "/".join([*sweep, run.name, path.name])
 
 
-def load_trained_model(checkpoint: TrainingCheckpoint, data: Dataset) -> nn.Module:
+def load_trained_model(checkpoint: TrainingCheckpoint, data: DatasetSplits) -> nn.Module:
     """Build a checkpoint's network with its weights, in eval mode.
 
     Args:

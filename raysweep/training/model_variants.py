@@ -10,7 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from raysweep.attacks import fp32_precision, freeze_model
 from raysweep.evaluation.batchnorm_folding import find_foldable_batch_norms
-from raysweep.training.compute import ComputeSpec, Precision
+from raysweep.training.speed_settings import ComputeSpec, Precision
 
 
 class ModelVariants:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from raysweep import storage
-from raysweep.data import Batch, Dataset, Split, load_data
+from raysweep.data import Batch, DatasetSplits, Split, load_data
 from raysweep.evaluation.attack_model import MIN_BATCH_ROWS, make_attack_model
 from raysweep.evaluation.float32_precision import disable_tf32_and_autocast, has_tf32
 from raysweep.method import Method, MethodOutput
@@ -65,7 +65,7 @@ def train_model(
     run_path: Path,
     callback: TrainingCallback | None = None,
     *,
-    data: Dataset | None = None,
+    data: DatasetSplits | None = None,
     device: torch.device | None = None,
     workers: WorkerGroup = SINGLE_WORKER,
     prefix_cache: PrefixCache | None = None,
@@ -144,7 +144,7 @@ def check_resumable(
 
 def build_model_variants(
     config: TrainingConfig,
-    data: Dataset,
+    data: DatasetSplits,
     device: torch.device,
     workers: WorkerGroup = SINGLE_WORKER,
 ) -> ModelVariants:
@@ -208,7 +208,7 @@ class _TrainingRun:
     config: TrainingConfig
     directory: RunDirectory
     callback: TrainingCallback
-    data: Dataset
+    data: DatasetSplits
     device: torch.device
     workers: WorkerGroup
     prefix_cache: PrefixCache | None
@@ -408,7 +408,7 @@ def _reuse_longest_prefix(
 
 
 def _check_not_collapsed(
-    config: TrainingConfig, history: list[EpochMetrics], data: Dataset
+    config: TrainingConfig, history: list[EpochMetrics], data: DatasetSplits
 ) -> None:
     """Raise TrainingFailed if the model was no better than chance in two validations in a row."""
     validated = [metrics for metrics in history if "clean" in metrics][-2:]

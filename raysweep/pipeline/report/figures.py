@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from raysweep.pipeline.artifact import EvaluationResult
-from raysweep.pipeline.paper_tables import PaperComparison
+from raysweep.pipeline.published_results import PaperComparison
 from raysweep.plots import create_axes
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import Distribution, param_labels

@@ -113,7 +113,7 @@ def _build_pareto_figures(ledger: Ledger, ranked_trials: Sequence[Trial]) -> lis
     first, *others = objectives if len(objectives) > 1 else dict.fromkeys((*objectives, "clean"))
     if not others:
         return []
-    front = ledger.pareto_front((first, *others))
+    front = ledger.unmasked_pareto_front((first, *others))
     pictures: list[SectionPart] = []
     for other in others:
         names = f"{figures.format_metric_name(other)} and {figures.format_metric_name(first)}"

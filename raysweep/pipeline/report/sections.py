@@ -10,7 +10,7 @@ from statistics import median
 from raysweep.formatting import format_duration
 from raysweep.pipeline.artifact import Artifact, EvaluationResult, select_ranking_metrics
 from raysweep.pipeline.facts import RegisterFacts, SweepFacts
-from raysweep.pipeline.paper_tables import PaperComparison, PaperTable
+from raysweep.pipeline.published_results import PaperComparison, PaperTable
 from raysweep.pipeline.report import figures
 from raysweep.pipeline.report.document import (
     CaptionedFigure,
@@ -46,7 +46,7 @@ _METRIC_PREFIX_LABELS = {
 }
 
 
-def build_paper_sections(
+def build_paper_comparison_sections(
     table: PaperTable | None, comparisons: Sequence[PaperComparison]
 ) -> list[Section]:
     """Build the section that compares our results with a paper.

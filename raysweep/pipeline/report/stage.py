@@ -17,7 +17,7 @@ from raysweep.pipeline.paired_comparison import (
     extract_comparison_protocol,
     find_protocol_differences,
 )
-from raysweep.pipeline.paper_tables import (
+from raysweep.pipeline.published_results import (
     PaperTable,
     compare_with_paper,
     load_paper_table,
@@ -37,7 +37,7 @@ from raysweep.pipeline.report.sections import (
     build_curve_sections,
     build_evaluation_sections,
     build_objective_sections,
-    build_paper_sections,
+    build_paper_comparison_sections,
     build_provenance_section,
     build_registry_sections,
     format_time,
@@ -57,8 +57,8 @@ from raysweep.pipeline.stage import (
 from raysweep.schedules import Number
 from raysweep.spec import JsonDict, SpecError
 from raysweep.training import checkpoint
-from raysweep.training.advice import advise_on_training
 from raysweep.training.checkpoint import RunDirectory
+from raysweep.training.metric_advice import advise_on_training
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.model_loading import load_checkpoint_target
 
@@ -108,7 +108,7 @@ class ReportStage(Stage):
             subtitle=_format_subtitle(best),
             sections=[
                 Section("Verdict", [banner, *_build_changes_parts(changes)]),
-                *build_paper_sections(table, comparisons),
+                *build_paper_comparison_sections(table, comparisons),
                 *_build_result_sections(context, upstream, best, figures),
             ],
         )

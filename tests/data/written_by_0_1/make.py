@@ -58,6 +58,7 @@ import torch
 from pydantic import TypeAdapter
 from raysweep.pipeline.paper import paper_table
 from raysweep.pipeline.shipped import pipelines
+from raysweep.results import load_report, load_sweep
 from raysweep.sweep.space import SearchSpace, load_space, spaces
 from raysweep.training.pause import Interrupted
 
@@ -69,7 +70,6 @@ from raysweep.data import DataSpec, load
 from raysweep.models import MODELS
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.pipeline import Pipeline, load_pipeline, steps
-from raysweep.results import load_report, load_sweep
 from raysweep.rng import Rng
 from raysweep.spec import Spec, read_yaml, shipped
 from raysweep.tracking import run_tags, train_tags

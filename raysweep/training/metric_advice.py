@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 
 from raysweep.attacks import PGD
+from raysweep.instance_weights import RemainderWeight, UniformWeight
 from raysweep.schedules import resolved_value
 from raysweep.training.config import TrainingConfig
 from raysweep.training.metric_history import EpochMetrics, find_best_epoch
-from raysweep.weights import RemainderWeight, UniformWeight
 
 # Thresholds of shares, or of differences of shares, beyond which advice is given.
 _MIN_MASKING_GAP = 0.05

@@ -15,8 +15,8 @@ from raysweep.spec import JsonDict, SpecError
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import param_labels
-from raysweep.training.advice import advise_on_training
 from raysweep.training.checkpoint import RunDirectory
+from raysweep.training.metric_advice import advise_on_training
 from raysweep.training.model_loading import load_checkpoint_target
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def advise_on_trial(ledger: Ledger, trial_number: int) -> list[str]:
     return advise_on_training(last.config, last.history) if last else []
 
 
-def describe_masking(ledger: Ledger) -> list[str]:
+def describe_masking_effect_on_ranking(ledger: Ledger) -> list[str]:
     """Describe how a ranking by PGD alone would differ, because masked gradients mislead it.
 
     Only trials with values of both `pgd` and `robust_worst` are compared.
@@ -273,7 +273,7 @@ def sweep_to_json(ledger: Ledger) -> JsonDict:
             "trained": epochs.trained,
             "saved": epochs.reused,
         },
-        "front": [trial.number for trial in ledger.pareto_front()],
+        "front": [trial.number for trial in ledger.unmasked_pareto_front()],
         "advice": advise_on_trial(ledger, ranked_trials[0].number) if ranked_trials else [],
         "trials": [
             trial_to_json(ledger, trial) for trial in _order_best_first(ranked_trials, trials)
