@@ -28,6 +28,8 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
+from raysweep.errors import SpecError as SpecError
+
 _BOOL_TAG, _FLOAT_TAG = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 SpecT = TypeVar("SpecT", bound="Spec")
 # pydantic's message for a list that is too short.
@@ -35,23 +37,6 @@ _MIN_ITEMS_MESSAGE = re.compile(r"^\w+ should have at least (\d+ items?).*$")
 JsonDict = dict[str, Any]
 # Messages list all known names if there are not more than this number.
 _MAX_LISTED_NAMES = 30
-
-
-class SpecError(ValueError):
-    """A user's mistake, such as a wrong setting or file. Commands print it without a traceback.
-
-    Attributes:
-        problems: One line per problem, with the setting, its value and what is allowed.
-    """
-
-    def __init__(self, problems: str | Sequence[str]) -> None:
-        """Store the problems; the exception's message is all lines.
-
-        Args:
-            problems: One line or several.
-        """
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self.problems))
 
 
 class FormerNameWarning(FutureWarning):

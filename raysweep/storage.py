@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from raysweep.atomic_files import atomic_open
+from raysweep.errors import InfrastructureError
 from raysweep.spec import JsonDict, SpecError, describe_unknown_name
 
 META_FILE = "meta.json"
@@ -54,7 +55,7 @@ _EVICTION_MIN_AGE = 3600.0
 OperationResult = TypeVar("OperationResult")
 
 
-class BucketUnavailable(OSError):
+class BucketUnavailable(InfrastructureError, OSError):
     """The bucket did not answer any of several attempts."""
 
 

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent / "raysweep"
 # Each layer may import itself and those before it.
 LAYERS = [
     (
+        "errors",
         "atomic_files",
         "spec",
         "settings_reference",

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from raysweep import storage
 from raysweep.data import DatasetSplits, DataSpec, load_data
+from raysweep.errors import WorkFailed
 from raysweep.pipeline.artifact import (
     Artifact,
     Candidate,
@@ -24,7 +25,7 @@ from raysweep.tracking import Tracker, tracking_uri
 from raysweep.training.config import TrainingConfig
 
 
-class StageFailed(RuntimeError):
+class StageFailed(WorkFailed):
     """A stage has no result, for example because every trial failed."""
 
 

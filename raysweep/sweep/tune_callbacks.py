@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 from ray import tune
 from ray.tune.experiment import Trial as RayTrial
 
+from raysweep.errors import WorkFailed
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.process_death_causes import describe_process_loss
 from raysweep.training.failure_reports import BUG_TRACEBACK_KEY, FAILURE_KEY
@@ -76,7 +77,7 @@ class SweepListener(Protocol):
         """
 
 
-class SweepFailed(RuntimeError):
+class SweepFailed(WorkFailed):
     """Several trials failed with errors in the code, or no trial could start."""
 
 

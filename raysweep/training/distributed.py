@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from raysweep.errors import WorkFailed
 from raysweep.method import Method
 from raysweep.spec import SpecError
 from raysweep.worker_group import WorkerGroup
 
 
-class WorkerLost(RuntimeError):
+class WorkerLost(WorkFailed):
     """A collective operation failed because another worker died."""
 
 

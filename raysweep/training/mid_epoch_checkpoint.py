@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import nn
 
 from raysweep import storage
+from raysweep.errors import WorkInterrupted
 from raysweep.formatting import format_count
 from raysweep.spec import SpecError
 from raysweep.training import checkpoint
@@ -28,7 +29,7 @@ from raysweep.training.metric_history import EpochMetrics
 _DIAGNOSTICS_FILE = "seen.safetensors"
 
 
-class TrainingInterrupted(Exception):
+class TrainingInterrupted(WorkInterrupted):
     """Training was interrupted after a step. The same call of `train_model` resumes there."""
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from raysweep import storage
 from raysweep.data import Batch, DatasetSplits, Split, load_data
+from raysweep.errors import WorkFailed
 from raysweep.evaluation.attack_model import MIN_BATCH_ROWS, make_attack_model
 from raysweep.evaluation.float32_precision import disable_tf32_and_autocast, has_tf32
 from raysweep.method import Method, MethodOutput
@@ -42,7 +43,7 @@ from raysweep.training.sync_batchnorm import convert_sync_batchnorm
 from raysweep.worker_group import SINGLE_WORKER, WorkerGroup
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailed(WorkFailed):
     """Training failed because of its settings, for example with a loss of nan."""
 
 

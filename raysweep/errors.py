@@ -1,0 +1,167 @@
+"""The errors of raysweep, and the exit code of each.
+
+`raysweep.cli` is the only place that turns an error into a line and an exit code; everything else
+raises. An error that replaces another one names it: `raise SpecError(...) from error`.
+"""
+
+import pickle
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, ClassVar, Self
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the command line."""
+
+    DONE = 0
+    """Everything is done, and no report saw a regression."""
+    WORK_FAILED = 1
+    """A trial, stage or run failed, or a check of `doctor` or of a bundle did not pass."""
+    WRONG_SETTINGS = 2
+    """A setting, a file of settings or the command line is wrong; nothing was started."""
+    INFRASTRUCTURE = 3
+    """A cluster, store, bucket, package, device or disk is missing or does not answer."""
+    DAMAGED_FILE = 4
+    """The content of a file is damaged; it has to be repaired or deleted."""
+    REGRESSION = 5
+    """Everything is done, and a report saw a regression."""
+    INTERRUPTED = 130
+    """Interrupted by Ctrl-C or SIGTERM; the same command resumes."""
+
+
+class RaysweepError(Exception):
+    """Base class of all errors that a user should see without a traceback.
+
+    An error keeps its class, its problems and its causes when it is pickled, so that it can be
+    raised again in another process. A cause that cannot be pickled becomes a RuntimeError with its
+    type and text.
+
+    Attributes:
+        problems: One line per problem.
+    """
+
+    exit_code: ClassVar[ExitCode] = ExitCode.WORK_FAILED
+    """Exit code of a command that this error ends."""
+    line_prefix: ClassVar[str] = "error: "
+    """What the command line prints before each problem, behind the name of the program."""
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        """Store the problems; the exception's message is all lines.
+
+        Args:
+            problems: One line or several.
+        """
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+    def with_prefix(self, prefix: str) -> Self:
+        """Return an error of the same class whose problems all start with a text.
+
+        Raise the result `from` this error.
+
+        Args:
+            prefix: The text, including its separator, such as "set: ".
+        """
+        return type(self)([f"{prefix}{problem}" for problem in self.problems])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the class, the problems, other attributes and the chain of causes."""
+        return _rebuild_error, (type(self), self.problems, dict(self.__dict__), _pack_causes(self))
+
+
+class SpecError(RaysweepError, ValueError):
+    """A user's mistake: a wrong setting, file of settings or option. Nothing was started.
+
+    Each problem is a line with the setting, its value and what is allowed.
+    """
+
+    exit_code = ExitCode.WRONG_SETTINGS
+
+
+class InfrastructureError(RaysweepError):
+    """Something that the work needs is missing, full, forbidden or does not answer.
+
+    For example a Ray cluster, an MLflow store, a bucket, a folder, a package or a GPU. The settings
+    may be right: the same command can succeed later or elsewhere.
+    """
+
+    exit_code = ExitCode.INFRASTRUCTURE
+
+
+class DamagedFileError(RaysweepError, ValueError):
+    """The content of a file is damaged or incomplete: a checkpoint, ledger, artifact or data set.
+
+    YAML files that users write are no such files; mistakes in them are a `SpecError`.
+    """
+
+    exit_code = ExitCode.DAMAGED_FILE
+
+
+class WorkFailed(RaysweepError, RuntimeError):
+    """Work that was started has failed: a training run, a trial, a sweep or a stage."""
+
+    exit_code = ExitCode.WORK_FAILED
+    line_prefix = ""
+
+
+class RegressionFound(RaysweepError):
+    """A report compares worse than an earlier one. Each problem is one regression."""
+
+    exit_code = ExitCode.REGRESSION
+    line_prefix = "regression: "
+
+
+class WorkInterrupted(RaysweepError):
+    """Work ended early because of Ctrl-C or SIGTERM, and saved its state."""
+
+    exit_code = ExitCode.INTERRUPTED
+    line_prefix = ""
+
+
+def iter_causes(error: BaseException) -> list[BaseException]:
+    """List the causes of an error: what it was raised `from`, the cause of that, and so on.
+
+    Args:
+        error: The error, which is not in the list.
+    """
+    causes: list[BaseException] = []
+    cause = error.__cause__
+    while cause is not None and cause is not error and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__
+    return causes
+
+
+def _pack_causes(error: BaseException) -> list[BaseException]:
+    """List the causes, those that cannot be pickled replaced by their type and text."""
+    return [_make_picklable(cause) for cause in iter_causes(error)]
+
+
+def _make_picklable(cause: BaseException) -> BaseException:
+    """Return an error itself if pickle can copy it, or else a RuntimeError with its text."""
+    if isinstance(cause, RaysweepError):
+        return cause
+    try:
+        copy = pickle.loads(pickle.dumps(cause))
+    # Errors of other libraries may raise anything here, for example if they hold a socket.
+    except Exception:
+        copy = None
+    if type(copy) is type(cause):
+        return cause
+    return RuntimeError(f"{type(cause).__name__}: {cause}")
+
+
+def _rebuild_error(
+    error_type: type[RaysweepError],
+    problems: list[str],
+    attributes: dict[str, Any],
+    causes: list[BaseException],
+) -> RaysweepError:
+    """Make a pickled error again, with its chain of causes."""
+    error = error_type(problems)
+    error.__dict__.update(attributes)
+    parent: BaseException = error
+    for cause in causes:
+        parent.__cause__ = cause
+        parent = cause
+    return error
