@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import get_args
 
+import joblib
 import numpy as np
 import pytest
 import yaml
@@ -401,7 +402,7 @@ def test_plan_starts_nothing_and_writes_nothing(workdir: Path, capsys) -> None:
     assert plan["trials"] == 16 and plan["validation_examples"] == 300
     assert plan["epochs_expected"] == 64, "16 x 2, then 8 x 2, then 4 x 4"
     assert plan["objective_95_half_width"] == pytest.approx(1.96 * (0.25 / 300) ** 0.5, abs=1e-4)
-    assert plan["trials_at_once"] == min(os.cpu_count(), 16)
+    assert plan["trials_at_once"] == min(joblib.cpu_count(), 16)
     assert plan["wall_hours"] == pytest.approx(
         plan["trial_hours"] / plan["trials_at_once"], abs=2e-3
     )

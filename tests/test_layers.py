@@ -1,5 +1,6 @@
 """Who may import whom: arrows point one way."""
 
+import ast
 import tomllib
 from pathlib import Path
 
@@ -55,6 +56,21 @@ def test_arrows_point_one_way(path: Path) -> None:
             assert layer == "sweep", f"{path} imports ray"
         if top == "mlflow":
             assert layer == "tracking", f"{path} imports mlflow"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_scipy_is_imported_where_it_is_used(path: Path) -> None:
+    """Its statistics take one to three seconds, and commands that need none do not wait for them.
+    Each statement outside a function runs when the module is imported.
+    """
+    statements: list[ast.AST] = [ast.parse(path.read_text())]
+    while statements:
+        node = statements.pop()
+        names = [alias.name for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)]
+        names.append(getattr(node, "module", None) or "")
+        assert not any(name.split(".")[0] == "scipy" for name in names), ast.unparse(node)
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            statements += ast.iter_child_nodes(node)
 
 
 def test_the_wheel_has_every_package() -> None:

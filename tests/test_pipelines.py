@@ -5,7 +5,6 @@ noticed.
 import datetime
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -16,6 +15,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import forked_processes
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -479,7 +479,7 @@ def test_a_plan_says_on_what_and_for_how_long(workdir: Path, capsys) -> None:
     ]
     assert main(["run", "promoted.yaml", *small, "--plan", "--json"]) == 0
     gairat, at, promote, attack = json.loads(capsys.readouterr().out)["stages"]
-    cores = os.cpu_count()
+    cores = joblib.cpu_count()
     assert (gairat["trials_at_once"], at["trials_at_once"]) == (min(3, cores), min(3, 2 * cores))
     assert at["cpus_per_trial"] == 0.5 and at["gpus_per_trial"] == 0
     assert at["expected_seconds"] > 0 and promote["expected_seconds"] > 0

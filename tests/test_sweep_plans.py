@@ -397,7 +397,7 @@ def test_the_hours_of_a_plan(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     set_clock[0] = 16.004  # an epoch: 2 x 16.004 s, and 16.004 s for 32 of 50 images
     past = [
@@ -442,7 +442,7 @@ def test_a_plan_in_words(
     digits: DatasetSplits, set_clock: list[float], capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 4)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     sweep = space(trials=3, base={**SMALL, "epochs": 4, "validation.size": 26})
     print_sweep_plan(plan_sweep(sweep, digits, Resources(cpus=2, workers=2), None))

@@ -1,4 +1,7 @@
-"""Statistical tests and intervals for comparing accuracies of models."""
+"""Statistical tests and intervals for comparing accuracies of models.
+
+Functions import SciPy's statistics, because that takes a second or two.
+"""
 
 import math
 import statistics
@@ -12,9 +15,8 @@ PairedVerdict = Literal["better", "worse", "tie", "cannot tell"]
 ALPHA = 0.05
 # Differences in accuracy up to this size do not matter in practice.
 TIE_MARGIN = 0.01
-# Two-sided 95% points of Student's t distribution for 1, 2, ... degrees of freedom.
-_STUDENT_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-_NORMAL_95 = 1.959964
+# The share of a distribution below the upper end of a two-sided 95% interval.
+_UPPER_95 = 0.975
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ def mcnemar_test(
     count = len(pairs)
     p = binomial_p_value(min(gained, lost), gained + lost)
     difference = (gained - lost) / count
-    half_width = _NORMAL_95 * math.sqrt(gained + lost - (gained - lost) ** 2 / count) / count
+    half_width = (
+        _normal_quantile() * math.sqrt(gained + lost - (gained - lost) ** 2 / count) / count
+    )
     interval = (difference - half_width, difference + half_width)
     verdict: PairedVerdict = "cannot tell"
     if p < alpha:
@@ -81,14 +85,18 @@ def binomial_p_value(n_heads: int, n_throws: int) -> float:
     """Compute the exact p-value of a fair coin.
 
     Args:
-        n_heads: Number of heads or of tails, whichever is smaller.
+        n_heads: Number of heads.
         n_throws: Number of throws, 0 or more.
 
     Returns:
-        Two-sided p-value: the probability of at most `n_heads` heads or at most as many tails.
+        Two-sided p-value: the probability of a number of heads that is at least as far from half
+        of the throws. It is 1 without a throw.
     """
-    tail = sum(math.comb(n_throws, k) for k in range(n_heads + 1)) / 2**n_throws
-    return float(min(1.0, 2 * tail))
+    from scipy.stats import binomtest
+
+    if n_throws == 0:
+        return 1.0
+    return float(binomtest(n_heads, n_throws).pvalue)
 
 
 def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float | None:
@@ -101,39 +109,30 @@ def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float | None:
     Returns:
         tau-b in [-1, 1], or None if a sequence is constant or has fewer than two values.
     """
-    score = ties_a = ties_b = pairs = 0
-    for i in range(len(a)):
-        for j in range(i):
-            x, y = a[i] - a[j], b[i] - b[j]
-            pairs += 1
-            ties_a += x == 0
-            ties_b += y == 0
-            score += (x * y > 0) - (x * y < 0)
-    scale = math.sqrt((pairs - ties_a) * (pairs - ties_b))
-    return score / scale if scale else None
+    from scipy.stats import kendalltau
+
+    if len(a) < 2:
+        return None
+    tau = float(kendalltau(a, b).statistic)
+    return None if math.isnan(tau) else tau
 
 
 def student_t_quantile(degrees_of_freedom: int) -> float:
-    """Return the two-sided 95% point of Student's t distribution, to within 0.0005.
-
-    A table holds the first values. The others come from an expansion about the normal
-    distribution (Abramowitz and Stegun, 26.7.5).
+    """Return the two-sided 95% point of Student's t distribution.
 
     Args:
         degrees_of_freedom: 1 or more.
     """
-    if degrees_of_freedom <= len(_STUDENT_T_95):
-        return _STUDENT_T_95[degrees_of_freedom - 1]
-    z = _NORMAL_95
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return (
-        z
-        + first / degrees_of_freedom
-        + second / degrees_of_freedom**2
-        + third / degrees_of_freedom**3
-    )
+    from scipy.stats import t
+
+    return float(t.ppf(_UPPER_95, degrees_of_freedom))
+
+
+def _normal_quantile() -> float:
+    """Return the two-sided 95% point of the normal distribution."""
+    from scipy.stats import norm
+
+    return float(norm.ppf(_UPPER_95))
 
 
 class AccuracySummary(NamedTuple):

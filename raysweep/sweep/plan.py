@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import joblib
 import torch
 
 from raysweep.data import DatasetSplits
@@ -153,7 +154,7 @@ def available_capacity(address: str | None) -> tuple[dict[str, float], list[dict
 
         with connect_to_cluster(address) as cluster:
             return cluster, node_capacities()
-    machine = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    machine = {"CPU": float(joblib.cpu_count()), "GPU": float(torch.cuda.device_count())}
     return machine, [machine]
 
 

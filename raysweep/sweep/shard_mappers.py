@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import joblib
 import torch
 
 from raysweep.evaluation import ProcessPoolMap, ShardMapper
@@ -20,7 +21,8 @@ def open_executor(address: str | None, gpus_per_task: float = 1.0) -> Iterator[S
 
     Yields:
         A mapper over the workers of the Ray cluster, if there is one; None (run in this process) on
-        a machine with a GPU or a single core; otherwise a mapper over one process for each core.
+        a machine with a GPU, or if this process may use a single core; otherwise a mapper over one
+        process for each core that it may use.
 
     Raises:
         SpecError: If no cluster answers at the address.
@@ -32,7 +34,7 @@ def open_executor(address: str | None, gpus_per_task: float = 1.0) -> Iterator[S
         with connect_to_cluster(address) as cluster:
             yield RayMap(gpus=gpus_per_task if cluster.get("GPU") else 0)
         return
-    n_cores = len(os.sched_getaffinity(0))
+    n_cores = joblib.cpu_count()
     if torch.cuda.is_available() or n_cores == 1:
         yield None
         return
