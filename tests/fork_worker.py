@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -67,9 +68,12 @@ def launch(arguments: list[str]) -> None:
             [len(message).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)]
         )
         connection.sendall(message)
-        # Wait until the worker ends: the raylet started this process, and takes its end for the end
-        # of the worker.
-        connection.recv(1)
+        # The raylet started this process and takes its end for the end of the worker, which in turn
+        # ends with this process: wait until the worker or the raylet ends.
+        raylet = os.getppid()
+        while not select.select([connection], [], [], POLL_SECONDS)[0]:
+            if os.getppid() != raylet:
+                os._exit(1)
     if server is not None:
         server.wait()
 
@@ -115,7 +119,7 @@ def _draw_random_ids() -> None:
 
 def _become_worker(connection: socket.socket) -> None:
     """Read the request and run it. The connection stays open: by its end the launcher sees that of
-    the worker.
+    the worker, and the worker that of the launcher.
     """
     head, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(8))
     streams = array.array("i")
@@ -131,8 +135,19 @@ def _become_worker(connection: socket.socket) -> None:
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     sys.argv = request["argv"]
+    threading.Thread(target=_exit_with_launcher, args=(connection,), daemon=True).start()
     runpy.run_path(sys.argv[0], run_name="__main__")
     os._exit(0)
+
+
+def _exit_with_launcher(connection: socket.socket) -> None:
+    """End this worker when its launcher has ended, because the raylet of their node is dead.
+
+    A worker of Ray watches its raylet, but a fork watches that of the server's node: without this,
+    the trials of a dead node would train on, beside those that replace them.
+    """
+    connection.recv(1)
+    os._exit(1)
 
 
 def _is_alive(process: int) -> bool:
