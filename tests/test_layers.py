@@ -17,6 +17,7 @@ LAYERS = [
         "settings_reference",
         "schedules",
         "rng",
+        "stores",
         "storage",
         "leases",
         "formatting",

@@ -1,0 +1,305 @@
+"""A store in a bucket of S3, Google Cloud Storage or a server with the protocol of one of them.
+
+Credentials are read from the environment, by obstore.
+"""
+
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
+from urllib.request import Request, urlopen
+from uuid import uuid4
+
+from raysweep.stores.errors import StoreAccessRefused, StoredFileNotFound, StoreUnavailable
+from raysweep.stores.protocol import StoredFile, VersionedContent
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta, PutResult
+    from obstore.store import GCSCredential, GCSStore, S3Store
+
+# Attribute of an object that names the request which wrote it.
+_WRITER_ATTRIBUTE = "raysweep-writer"
+_N_PARALLEL_READS = 16
+
+
+@dataclass(frozen=True)
+class BucketLocation:
+    """Parts of the URI of a folder in a bucket.
+
+    Attributes:
+        scheme: `s3` or `gs`.
+        login_and_bucket: Name of the bucket; `anonymous@NAME` for Google without credentials.
+        prefix: Key of the folder; "" for the whole bucket.
+        query: The URI's options, such as `endpoint_override=HOST:PORT&scheme=http`.
+    """
+
+    scheme: str
+    login_and_bucket: str
+    prefix: str
+    query: str
+
+    @property
+    def bucket(self) -> str:
+        """Name of the bucket."""
+        return self.login_and_bucket.rpartition("@")[2]
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The URI's options by name."""
+        return dict(parse_qsl(self.query))
+
+    def uri_of(self, key: str) -> str:
+        """Return the URI of a key below the folder; "" is the folder itself."""
+        path = "/".join(filter(None, (self.login_and_bucket, self.prefix, key)))
+        return f"{self.scheme}://{path}" + (f"?{self.query}" if self.query else "")
+
+
+@dataclass(frozen=True)
+class RetrySettings:
+    """How long a bucket may be unavailable.
+
+    Attributes:
+        total_seconds: Time after the first attempt in which further ones are made.
+        request_seconds: Longest time without a byte from the server during one attempt.
+        longest_pause: Longest pause between two attempts in seconds.
+    """
+
+    total_seconds: float = 120.0
+    request_seconds: float = 20.0
+    longest_pause: float = 15.0
+
+
+class BucketStore:
+    """Store in a bucket. The version of a file is its ETag on S3, its generation on Google.
+
+    Attributes:
+        location: The bucket, and the folder in it to which keys are relative.
+        retry: How long the bucket may be unavailable.
+    """
+
+    def __init__(self, location: BucketLocation, retry: RetrySettings | None = None) -> None:
+        self.location = location
+        self.retry = retry or RetrySettings()
+
+    def __reduce__(self) -> Any:
+        return BucketStore, (self.location, self.retry)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BucketStore) and other.location == self.location
+
+    def __hash__(self) -> int:
+        return hash(self.location)
+
+    @property
+    def uri(self) -> str:
+        return self.uri_of("")
+
+    def uri_of(self, key: str) -> str:
+        return self.location.uri_of(key)
+
+    def read_bytes(self, key: str) -> bytes:
+        return self._read(key).data
+
+    def read_versioned(self, key: str) -> VersionedContent | None:
+        try:
+            return self._read(key)
+        except StoredFileNotFound:
+            return None
+
+    def read_matching(self, prefix: str, pattern: str) -> dict[str, bytes]:
+        keys = [file.key for file in self.list_files(prefix, pattern)]
+        with ThreadPoolExecutor(_N_PARALLEL_READS) as pool:
+            contents = pool.map(self.read_versioned, keys)
+            return {
+                key: content.data
+                for key, content in zip(keys, contents, strict=True)
+                if content is not None
+            }
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        with self._translated_errors(key):
+            self._client.put(key, data)
+
+    def create(self, key: str, data: bytes) -> str | None:
+        return self._put_conditionally(key, data, "create")
+
+    def replace(self, key: str, data: bytes, version: str) -> str | None:
+        return self._put_conditionally(key, data, {"e_tag" if self._is_s3 else "version": version})
+
+    def delete(self, key: str, version: str | None = None) -> bool:
+        if version is not None and self.replace(key, b"", version) is None:
+            return False
+        with suppress(StoredFileNotFound), self._translated_errors(key):
+            self._client.delete(key)
+        return True
+
+    def list_files(self, prefix: str = "", pattern: str = "**/*") -> list[StoredFile]:
+        files = []
+        with self._translated_errors(prefix):
+            for chunk in self._client.list(prefix or None, chunk_size=1000):
+                for entry in chunk:
+                    relative = entry["path"].removeprefix(f"{prefix}/" if prefix else "")
+                    if _matches(relative, pattern):
+                        modified = entry["last_modified"].timestamp()
+                        files.append(StoredFile(entry["path"], entry["size"], modified))
+        return sorted(files, key=lambda file: file.key)
+
+    @property
+    def _is_s3(self) -> bool:
+        """Whether the server has S3's protocol, not Google's."""
+        return self.location.scheme == "s3"
+
+    def _version_of(self, result: "ObjectMeta | PutResult") -> str:
+        """Return the version in an answer of the server."""
+        return str(result["e_tag"] if self._is_s3 else result["version"])
+
+    def _read(self, key: str) -> VersionedContent:
+        """Read a file. Raises StoredFileNotFound if there is none."""
+        with self._translated_errors(key):
+            result = self._client.get(key)
+            return VersionedContent(bytes(result.bytes()), self._version_of(result.meta))
+
+    def _put_conditionally(self, key: str, data: bytes, mode: Any) -> str | None:
+        """Upload under a condition; return the new version, or None if the condition is not met.
+
+        An answer may be lost after the upload. Its repetition then fails the condition, so the
+        object is asked which request wrote it.
+        """
+        from obstore.exceptions import AlreadyExistsError, GenericError, PreconditionError
+
+        writer = uuid4().hex
+        deadline = time.monotonic() + self.retry.total_seconds
+        while True:
+            with self._translated_errors(key):
+                try:
+                    result = self._client.put(
+                        key, data, mode=mode, attributes={_WRITER_ATTRIBUTE: writer}
+                    )
+                    return self._version_of(result)
+                except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+                    return self._find_version_written_by(writer, key)
+                except GenericError as error:
+                    # obstore does not repeat such a request after a timeout.
+                    is_answer = re.search(r"status code: 4\d\d", str(error))
+                    if time.monotonic() >= deadline or is_answer:
+                        raise
+            time.sleep(min(1.0, self.retry.longest_pause))
+
+    def _find_version_written_by(self, writer: str, key: str) -> str | None:
+        """Return a file's version if a request wrote it; otherwise None."""
+        try:
+            with self._translated_errors(key):
+                result = self._client.get(key)
+                if result.attributes.get(_WRITER_ATTRIBUTE) == writer:
+                    return self._version_of(result.meta)
+        except StoredFileNotFound:
+            pass
+        return None
+
+    @contextmanager
+    def _translated_errors(self, key: str) -> Iterator[None]:
+        """Raise this package's errors instead of obstore's."""
+        from obstore.exceptions import BaseError
+
+        try:
+            yield
+        except (BaseError, FileNotFoundError) as error:
+            uri = self.uri_of(key)
+            if _is_refusal(error):
+                raise StoreAccessRefused(f"{uri}: {_describe_refusal(error, self)}") from error
+            if isinstance(error, FileNotFoundError):
+                raise StoredFileNotFound(f"{uri}: there is no such file") from error
+            raise StoreUnavailable(f"{uri}: {_describe_outage(error)}") from error
+
+    @cached_property
+    def _client(self) -> "S3Store | GCSStore":
+        """The connection. obstore is imported at first use."""
+        from obstore.store import GCSStore, S3Store
+
+        location, options = self.location, self.location.options
+        total_seconds = float(options.get("retry_limit_seconds", self.retry.total_seconds))
+        arguments: dict[str, Any] = {
+            "prefix": location.prefix or None,
+            "client_options": {
+                "allow_http": options.get("scheme") == "http",
+                "connect_timeout": timedelta(seconds=self.retry.request_seconds),
+                "read_timeout": timedelta(seconds=self.retry.request_seconds),
+                "timeout": timedelta(hours=1),
+            },
+            "retry_config": {
+                "max_retries": 1000,
+                "retry_timeout": timedelta(seconds=total_seconds),
+                "backoff": {"max_backoff": timedelta(seconds=self.retry.longest_pause)},
+            },
+        }
+        host = options.get("endpoint_override")
+        server = f"{options.get('scheme', 'https')}://{host}" if host else None
+        if not self._is_s3:
+            config: Any = {"base_url": server} if server else {}
+            if location.login_and_bucket.startswith("anonymous@"):
+                # obstore signs some requests nevertheless: never with credentials of the machine.
+                config["skip_signature"] = True
+                arguments["credential_provider"] = _provide_anonymous_token
+            return GCSStore(location.bucket, config=config, **arguments)
+        config = {"virtual_hosted_style_request": server is None}
+        if server:
+            config |= {"endpoint": server, "region": options.get("region", "us-east-1")}
+        else:
+            config["region"] = options.get("region") or _find_region(location.bucket)
+        return S3Store(location.bucket, config=config, **arguments)
+
+
+def _provide_anonymous_token() -> "GCSCredential":
+    """Return the token of requests without credentials."""
+    return {"token": "anonymous", "expires_at": None}
+
+
+def _matches(relative_key: str, pattern: str) -> bool:
+    """Return whether a key relative to a folder matches a glob as pathlib understands it."""
+    names, patterns = relative_key.split("/"), pattern.split("/")
+    if patterns[0] == "**":
+        names, patterns = names[1 - len(patterns) :], patterns[1:]
+    return len(names) == len(patterns) and all(map(fnmatchcase, names, patterns))
+
+
+def _find_region(bucket: str) -> str:
+    """Ask Amazon for the region of a bucket; no credentials are needed."""
+    try:
+        with urlopen(Request(f"https://{bucket}.s3.amazonaws.com", method="HEAD")) as answer:
+            headers = answer.headers
+    except OSError as error:
+        headers = getattr(error, "headers", None) or {}
+    return str(headers.get("x-amz-bucket-region", "us-east-1"))
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Return whether a server answered that repetition does not help: no access, or no bucket."""
+    from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
+
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+        return True
+    return bool(re.search(r"NoSuchBucket|InvalidAccessKeyId|SignatureDoesNotMatch", str(error)))
+
+
+def _describe_refusal(error: Exception, store: BucketStore) -> str:
+    """Return in one line why a server refused access, and what to do."""
+    if "NoSuchBucket" in str(error):
+        bucket = store.location.bucket
+        return f"there is no bucket {bucket!r}, or none that these credentials may see"
+    code = re.search(r"<Code>(\w+)</Code>", str(error))
+    return (
+        f"access denied ({code[1] if code else type(error).__name__}); credentials come from the"
+        " environment (for s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role)"
+    )
+
+
+def _describe_outage(error: Exception) -> str:
+    """Return in one line why a server could not be used."""
+    return str(error).splitlines()[0]

@@ -1,0 +1,131 @@
+"""A store in a folder of this machine, or of a file system that machines share."""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from raysweep.atomic_files import atomic_open
+from raysweep.stores.errors import StoredFileNotFound
+from raysweep.stores.protocol import StoredFile, VersionedContent
+
+
+class FolderStore:
+    """Store in a folder. The version of a file is a digest of its content.
+
+    `create`, `replace` and `delete` lock a hidden file beside the file with flock.
+
+    Attributes:
+        path: The folder; it need not exist before the first write.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return FolderStore, (self.path,)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FolderStore) and other.path == self.path
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+    @property
+    def uri(self) -> str:
+        return str(self.path)
+
+    def uri_of(self, key: str) -> str:
+        return str(self.path / key)
+
+    def read_bytes(self, key: str) -> bytes:
+        try:
+            return (self.path / key).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise StoredFileNotFound(f"{self.uri_of(key)}: there is no such file") from None
+
+    def read_versioned(self, key: str) -> VersionedContent | None:
+        try:
+            data = self.read_bytes(key)
+        except StoredFileNotFound:
+            return None
+        return VersionedContent(data, _digest(data))
+
+    def read_matching(self, prefix: str, pattern: str) -> dict[str, bytes]:
+        contents = {}
+        for path in sorted((self.path / prefix).glob(pattern)):
+            with suppress(FileNotFoundError, IsADirectoryError):
+                contents[self._key_of(path)] = path.read_bytes()
+        return contents
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        with atomic_open(self.path / key) as stream:
+            stream.write(data)
+
+    def create(self, key: str, data: bytes) -> str | None:
+        path = self.path / key
+        with _locked(path):
+            if path.exists():
+                return None
+            self.write_bytes(key, data)
+            return _digest(data)
+
+    def replace(self, key: str, data: bytes, version: str) -> str | None:
+        with _locked(self.path / key):
+            if not self._has_version(key, version):
+                return None
+            self.write_bytes(key, data)
+            return _digest(data)
+
+    def delete(self, key: str, version: str | None = None) -> bool:
+        path = self.path / key
+        if not path.exists():
+            return version is None
+        with _locked(path):
+            if version is not None and not self._has_version(key, version):
+                return False
+            path.unlink(missing_ok=True)
+            return True
+
+    def list_files(self, prefix: str = "", pattern: str = "**/*") -> list[StoredFile]:
+        files = []
+        for path in (self.path / prefix).glob(pattern):
+            with suppress(FileNotFoundError):
+                if path.is_file() and not path.name.endswith((".part", ".lock~")):
+                    status = path.stat()
+                    files.append(StoredFile(self._key_of(path), status.st_size, status.st_mtime))
+        return sorted(files, key=lambda file: file.key)
+
+    def _key_of(self, path: Path) -> str:
+        """Return the key of a file below the folder."""
+        return path.relative_to(self.path).as_posix()
+
+    def _has_version(self, key: str, version: str) -> bool:
+        """Return whether a file exists and has a version."""
+        current = self.read_versioned(key)
+        return current is not None and current.version == version
+
+
+def _digest(data: bytes) -> str:
+    """Return the version of a content."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock for a file that need not exist; the lock's own file is gone afterwards."""
+    lock_file = path.with_name(f".{path.name}.lock~")
+    while True:
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        with lock_file.open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            # The holder before may have deleted the file that this process has locked.
+            if os.fstat(stream.fileno()).st_nlink:
+                try:
+                    yield
+                    return
+                finally:
+                    lock_file.unlink()

@@ -1,0 +1,156 @@
+"""The protocol of all stores: what raysweep needs of a folder or a bucket.
+
+A store holds files by key. A key is a relative path with `/`, such as `s1/trials/0003/trial.json`.
+Every operation is complete when it returns: there is no separate upload or download.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+# File that makes a folder a checkpoint: written last and deleted first.
+META_FILE = "meta.json"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file in a store.
+
+    Attributes:
+        key: Its key.
+        size: Bytes.
+        modified: Time of the last write in Unix seconds, by the clock of the store.
+    """
+
+    key: str
+    size: int
+    modified: float
+
+
+@dataclass(frozen=True)
+class VersionedContent:
+    """Content of a file, and the version that identifies this content.
+
+    Attributes:
+        data: The content.
+        version: Value for `replace` and `delete`. Equal contents may have equal versions.
+    """
+
+    data: bytes
+    version: str
+
+
+class Store(Protocol):
+    """Files by key in a folder or a bucket that several processes and machines share.
+
+    All operations raise `StoreAccessRefused` if the store refuses access, and `StoreUnavailable` if
+    it does not answer for about two minutes, or if the file system reports an error.
+    """
+
+    @property
+    def uri(self) -> str:
+        """Location that is the same on every machine: the folder's path, or the bucket's URI."""
+        ...
+
+    def uri_of(self, key: str) -> str:
+        """Return the location of a key, in the form of `uri`."""
+        ...
+
+    def read_bytes(self, key: str) -> bytes:
+        """Read a file.
+
+        Args:
+            key: Key of the file.
+
+        Returns:
+            The whole content.
+
+        Raises:
+            StoredFileNotFound: There is no such file.
+        """
+        ...
+
+    def read_versioned(self, key: str) -> VersionedContent | None:
+        """Read a file with its version.
+
+        Args:
+            key: Key of the file.
+
+        Returns:
+            Content and version; None if there is no such file.
+        """
+        ...
+
+    def read_matching(self, prefix: str, pattern: str) -> dict[str, bytes]:
+        """Read all files below a folder that match a pattern, several at a time.
+
+        Args:
+            prefix: Key of the folder; "" for the whole store.
+            pattern: Glob relative to the folder, such as `*/trial.json`.
+
+        Returns:
+            Content by key, sorted by key; without files that were deleted meanwhile.
+        """
+        ...
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        """Write a file atomically. Readers find the earlier content or the new one.
+
+        Args:
+            key: Key of the file.
+            data: The whole content.
+        """
+        ...
+
+    def create(self, key: str, data: bytes) -> str | None:
+        """Create a file unless it exists. Of several simultaneous callers, one succeeds.
+
+        Args:
+            key: Key of the file.
+            data: The whole content.
+
+        Returns:
+            Version of the new file; None if the file exists.
+        """
+        ...
+
+    def replace(self, key: str, data: bytes, version: str) -> str | None:
+        """Replace a file if it still has a version. Of several simultaneous callers, one succeeds.
+
+        Args:
+            key: Key of the file.
+            data: The new content. It should differ from the earlier one, because equal contents may
+                have equal versions.
+            version: Expected version, as returned by `create`, `replace` or `read_versioned`.
+
+        Returns:
+            The new version; None if the file has another version or is gone.
+        """
+        ...
+
+    def delete(self, key: str, version: str | None = None) -> bool:
+        """Delete a file.
+
+        With a version, a bucket first replaces the file by an empty one under the condition of
+        `replace`, then deletes it. Others may see the empty file in between.
+
+        Args:
+            key: Key of the file.
+            version: Delete only this version; None deletes any.
+
+        Returns:
+            False if a version was given that the file no longer has; otherwise True, also if there
+            is no such file.
+        """
+        ...
+
+    def list_files(self, prefix: str = "", pattern: str = "**/*") -> list[StoredFile]:
+        """List the files below a folder.
+
+        Args:
+            prefix: Key of the folder; "" for the whole store.
+            pattern: Glob relative to the folder. `*` does not match `/`.
+
+        Returns:
+            The files, sorted by key; none if the folder does not exist.
+        """
+        ...

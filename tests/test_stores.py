@@ -1,0 +1,148 @@
+"""The contract of stores, which a folder, an S3 bucket and a bucket of Google's protocol keep."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import pytest
+from gcs_server import GcsServer, serve_gcs
+from moto.backends import get_backend
+from moto.server import ThreadedMotoServer
+
+from raysweep.stores import BucketStore, Store, StoredFileNotFound, VersionedContent, open_store
+from raysweep.stores.bucket_store import RetrySettings
+from raysweep.stores.opening import parse_bucket_uri
+
+PATIENCE = RetrySettings(total_seconds=20.0, request_seconds=10.0, longest_pause=0.1)
+
+
+@pytest.fixture(scope="module")
+def s3_host() -> Iterator[str]:
+    """Host and port of an S3 server."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def gcs() -> Iterator[GcsServer]:
+    with serve_gcs() as server:
+        yield server
+
+
+def create_s3_bucket(host: str, bucket: str) -> None:
+    urlopen(Request(f"http://{host}/{bucket}", method="PUT")).read()
+
+
+def open_bucket(uri: str) -> Store:
+    """Open a bucket that may be unavailable for a short time only."""
+    return BucketStore(parse_bucket_uri(uri), PATIENCE)
+
+
+@pytest.fixture(params=["folder", "s3", "gs"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty store of each kind."""
+    bucket = f"b{abs(hash(tmp_path))}"
+    if request.param == "folder":
+        return open_store(str(tmp_path / "store"))
+    if request.param == "s3":
+        host = request.getfixturevalue("s3_host")
+        create_s3_bucket(host, bucket)
+        return open_bucket(f"s3://{bucket}/some/where?endpoint_override={host}&scheme=http")
+    server = request.getfixturevalue("gcs")
+    server.create_bucket(bucket)
+    return open_bucket(
+        f"gs://anonymous@{bucket}/some/where?endpoint_override={server.address}&scheme=http"
+    )
+
+
+def run_together(count: int, act: Callable[[int], object]) -> list[object]:
+    """Call a function in several threads that start at the same moment."""
+    barrier = threading.Barrier(count)
+
+    def wait_and_act(number: int) -> object:
+        barrier.wait()
+        return act(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(wait_and_act, range(count)))
+
+
+class TestStore:
+    def test_a_file_is_read_as_it_was_written(self, store: Store) -> None:
+        store.write_bytes("a/b c~%20$/x.json", b"first")
+        store.write_bytes("a/b c~%20$/x.json", b"\0\xff second")
+        assert store.read_bytes("a/b c~%20$/x.json") == b"\0\xff second"
+        assert [(file.key, file.size) for file in store.list_files()] == [("a/b c~%20$/x.json", 9)]
+
+    def test_a_file_that_is_missing_has_an_error_and_no_version(self, store: Store) -> None:
+        store.write_bytes("a/x", b"")
+        for key in ("x", "a", "a/x/y"):
+            assert store.read_versioned(key) is None
+            with pytest.raises(StoredFileNotFound, match="there is no such file"):
+                store.read_bytes(key)
+        assert store.replace("x", b"new", "1") is None and store.delete("x")
+
+    def test_one_of_eight_threads_creates_a_file(self, store: Store) -> None:
+        versions = run_together(8, lambda number: store.create("a/claim", f"{number}".encode()))
+        (winner,) = [number for number, version in enumerate(versions) if version is not None]
+        assert store.read_versioned("a/claim") == VersionedContent(
+            f"{winner}".encode(), str(versions[winner])
+        )
+        assert store.create("a/claim", b"late") is None
+
+    def test_one_of_eight_threads_replaces_a_version(self, store: Store) -> None:
+        first = store.create("claim", b"dead")
+        assert first is not None
+        versions = run_together(
+            8, lambda number: store.replace("claim", f"{number}".encode(), first)
+        )
+        (winner,) = [number for number, version in enumerate(versions) if version is not None]
+        assert store.read_versioned("claim") == VersionedContent(
+            f"{winner}".encode(), str(versions[winner])
+        )
+        second = str(versions[winner])
+        assert store.replace("claim", b"late", first) is None
+        assert store.replace("claim", b"again", second) not in (None, second)
+
+    def test_only_the_expected_version_is_deleted(self, store: Store) -> None:
+        first = store.create("claim", b"1")
+        assert first is not None
+        second = store.replace("claim", b"2", first)
+        assert not store.delete("claim", first) and store.read_bytes("claim") == b"2"
+        assert store.delete("claim", second) and store.read_versioned("claim") is None
+        assert not store.delete("claim", second) and store.delete("claim")
+        assert store.create("claim", b"1") is not None
+        assert [file.key for file in store.list_files()] == ["claim"], "no other file is left"
+
+    def test_files_are_listed_below_a_folder_and_by_pattern(self, store: Store) -> None:
+        for key in ("s/trials/0/trial.json", "s/trials/1/trial.json", "s/trials/1/x/trial.json"):
+            store.write_bytes(key, key.encode())
+        store.write_bytes("s/trials2/0/trial.json", b"of a neighbour")
+        keys = [file.key for file in store.list_files("s/trials")]
+        assert keys == [
+            "s/trials/0/trial.json",
+            "s/trials/1/trial.json",
+            "s/trials/1/x/trial.json",
+        ]
+        assert [file.key for file in store.list_files("s/trials", "*/trial.json")] == keys[:2]
+        assert store.read_matching("s/trials", "*/trial.json") == {
+            key: key.encode() for key in keys[:2]
+        }
+        assert len(store.list_files("", "**/trial.json")) == 4
+        assert store.list_files("none") == [] and store.list_files("s", "none") == []
+
+    def test_more_files_are_listed_than_a_server_sends_at_once(self, store: Store) -> None:
+        if isinstance(store, BucketStore) and store.location.scheme == "s3":
+            # The server of these tests runs in this process; its protocol takes 7 s for so many.
+            backend = get_backend("s3")["123456789012"]["aws"]
+            for number in range(1005):
+                backend.put_object(store.location.bucket, f"some/where/f/{number:04d}", b"")
+        else:
+            for number in range(1005):
+                store.write_bytes(f"f/{number:04d}", b"")
+        assert [file.key for file in store.list_files()] == [f"f/{n:04d}" for n in range(1005)]
