@@ -272,19 +272,23 @@ def apply_overrides(
     """
     data = spec.to_json_dict()
     problems: list[str] = []
+    known_paths: list[str] | None = None
     # Shallow paths first, and a `kind` before its siblings: setting a part or its `kind` replaces
     # the settings inside.
     for path, value in sorted(
         overrides.items(), key=lambda item: (item[0].count("."), not item[0].endswith("kind"))
     ):
-        targets = _match_paths(path, data)
+        if "*" in path and known_paths is None:
+            known_paths = [known_path for known_path, _ in _iter_nodes(data, "")]
+        targets = _match_paths(path, data, known_paths)
         if not targets and on_missing == "error":
             # Only what users wrote can have former names; the lookup writes the spec out twice.
             targets = _match_former_paths(path, spec, data)
             if not targets:
                 problems.append(describe_unknown_path(path, data))
         for target in targets:
-            _set_nested_value(data, target.split("."), value)
+            if _set_nested_value(data, target.split("."), value):
+                known_paths = None
     try:
         result = type(spec).from_data(data)
     except SpecError as error:
@@ -482,10 +486,24 @@ def _iter_leaves(data: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield path, value if not isinstance(value, list) else json.dumps(value)
 
 
-def _match_paths(pattern: str, data: JsonDict) -> list[str]:
-    """List the settings that a path with or without `*` may set."""
+def _match_paths(
+    pattern: str, data: JsonDict, known_paths: Sequence[str] | None = None
+) -> list[str]:
+    """List the settings that a path with or without `*` may set.
+
+    Args:
+        pattern: Path that a user wrote.
+        data: The settings as nested mappings.
+        known_paths: All paths of `data`, if the caller has them: listing them takes long.
+
+    Returns:
+        The paths.
+    """
     if "*" in pattern:
-        return [path for path, _ in _iter_nodes(data, "") if fnmatch.fnmatchcase(path, pattern)]
+        if known_paths is None:
+            known_paths = [path for path, _ in _iter_nodes(data, "")]
+        is_match = re.compile(fnmatch.translate(pattern)).match
+        return [path for path in known_paths if is_match(path)]
     node: Any = data
     *parents, key = pattern.split(".")
     for part in parents:
@@ -498,18 +516,26 @@ def _match_paths(pattern: str, data: JsonDict) -> list[str]:
     return [pattern] if is_settable else []
 
 
-def _set_nested_value(data: JsonDict, path_parts: list[str], value: Any) -> None:
-    """Set the value at a path; do nothing if another match of the same `*` replaced its parent."""
+def _set_nested_value(data: JsonDict, path_parts: list[str], value: Any) -> bool:
+    """Set the value at a path; do nothing if another match of the same `*` replaced its parent.
+
+    Returns:
+        Whether `data` may have other paths than before.
+    """
     node: Any = data
     for part in path_parts[:-1]:
         node = node.get(part) if isinstance(node, dict) else None
     if not isinstance(node, dict):
-        return
-    if path_parts[-1] == "kind" and node.get("kind") != value:
+        return False
+    former_value = node.get(path_parts[-1])
+    is_new_kind = path_parts[-1] == "kind" and former_value != value
+    if is_new_kind:
         node.clear()
     # Copied, because a deeper path may change this value later, but must not change the caller's
     # object or the value at the other matches.
+    is_new_key = path_parts[-1] not in node
     node[path_parts[-1]] = copy.deepcopy(value)
+    return is_new_kind or is_new_key or isinstance(former_value, dict) or isinstance(value, dict)
 
 
 def _describe_validation_error(error: ValidationError, data: Any, source: str) -> list[str]:

@@ -6,6 +6,7 @@ list it in `DATASET_LOADERS`. It should raise `SpecError` if files are missing o
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,19 @@ def load_digits(data_dir: Path | None, download: bool) -> TrainTestArrays:
     Returns:
         1,347 training and 450 test images, (N, 1, 8, 8).
     """
+    return _read_digits()
+
+
+@cache
+def _read_digits() -> TrainTestArrays:
+    """Read the digits once per process, into arrays that nobody can change."""
     # The file is read directly, because importing scikit-learn takes longer than the rest.
     package = find_spec("sklearn")
     assert package is not None and package.submodule_search_locations is not None
     file = Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
     rows = np.loadtxt(file, delimiter=",").astype(np.uint8)
     x, y = rows[:, :-1].reshape(-1, 1, 8, 8), rows[:, -1].astype(np.int64)
+    x.flags.writeable = y.flags.writeable = False
     return TrainTestArrays(x[:-450], y[:-450], x[-450:], y[-450:], pixel_max=16)
 
 
