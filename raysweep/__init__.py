@@ -1,5 +1,6 @@
 """Distributed sweeps of instance-reweighted adversarial training, verified with AutoAttack."""
 
+import logging
 import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ __version__ = "0.2.0"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
+# Otherwise Python prints the warnings of raysweep in programs that do not configure logging.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _LAZY_EXPORTS = {
     "evaluate": "raysweep.evaluation",

@@ -272,6 +272,18 @@ def pull_file(path: Path) -> bool:
     return path.is_file()
 
 
+def read_remote_file(path: Path) -> bytes | None:
+    """Return the content of a file in the bucket, without changing the copy on this machine.
+
+    Args:
+        path: File in the working copy of a bucket.
+
+    Returns:
+        The content; None if the bucket has no such file.
+    """
+    return _with_retries(_read_remote_file, path)
+
+
 def pull_files(path: Path, pattern: str) -> None:
     """Sync the matching files below a folder from the bucket; delete files that are gone there.
 
