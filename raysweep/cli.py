@@ -6,6 +6,7 @@ only, so that `raysweep --help` answers at once.
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 import warnings
@@ -17,7 +18,10 @@ from raysweep import __version__
 from raysweep.commands import doctor, run, show, train, tune
 from raysweep.commands import eval as eval_command
 from raysweep.commands import list as list_command
+from raysweep.logs import command_log
 from raysweep.shell_completion import SUPPORTED_SHELLS, PrintCompletion
+
+logger = logging.getLogger(__name__)
 
 _COMMAND_MODULES = (list_command, show, train, tune, run, doctor, eval_command)
 
@@ -88,9 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: The arguments cannot be parsed, or ask for help only.
     """
-    args = _parse_arguments(arguments)
+    given_arguments = sys.argv[1:] if arguments is None else list(arguments)
+    args = _parse_arguments(given_arguments)
     with _one_line_warnings():
-        return _run_command(args)
+        return _run_command(args, given_arguments)
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -123,7 +128,7 @@ def _one_line_warnings() -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         if issubclass(category, FormerNameWarning):
-            print(f"raysweep: warning: {message}", file=file or sys.stderr)
+            logger.warning("%s", message)
         else:
             original_showwarning(message, category, filename, lineno, file, line)
 
@@ -134,13 +139,15 @@ def _one_line_warnings() -> Iterator[None]:
         warnings.showwarning = original_showwarning
 
 
-def _run_command(args: argparse.Namespace) -> int:
+def _run_command(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Run the command; print an expected error and return its exit code."""
     from raysweep.spec import SpecError
     from raysweep.storage import BucketUnavailable
 
     try:
-        return int(args.run_command(args))
+        with command_log(arguments, getattr(args, "verbose", False)) as log:
+            log.exit_code = int(args.run_command(args))
+        return log.exit_code
     except SpecError as error:
         _print_errors(error.problems)
         return 2

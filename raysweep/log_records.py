@@ -9,7 +9,7 @@ import re
 import socket
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -156,11 +156,11 @@ def summarize_process() -> str:
     )
 
 
-def read_entries(files: list[Path]) -> list[JsonEntry]:
-    """Read log files.
+def read_entries(texts: Iterable[str]) -> list[JsonEntry]:
+    """Read the contents of log files.
 
     Args:
-        files: Files of JSON lines, in any order.
+        texts: JSON lines, in any order.
 
     Returns:
         All entries in the order of their times, each by the clock of the machine that wrote it. A
@@ -168,11 +168,9 @@ def read_entries(files: list[Path]) -> list[JsonEntry]:
         message is the line.
     """
     entries: list[JsonEntry] = []
-    for file in files:
+    for text in texts:
         last_time = ""
-        for line in file.read_text(errors="replace").splitlines():
-            if not line.strip():
-                continue
+        for line in filter(str.strip, text.split("\n")):
             entry = _parse_line(line, last_time)
             last_time = str(entry["time"])
             entries.append(entry)

@@ -116,38 +116,21 @@ def command_log(arguments: Sequence[str], verbose: bool = False) -> Iterator[Com
             try:
                 yield command
             except BaseException as error:
-                logger.critical(
-                    "%s ended with %s", command.command_line, type(error).__name__,
-                    exc_info=error, extra={"shown": True},
-                )  # fmt: skip
+                _log_command_end(command, started_at, error)
                 raise
-            seconds = round(time.monotonic() - started_at, 1)
-            logger.info(
-                "%s ended with exit code %s after %s s",
-                command.command_line, command.exit_code, seconds,
-                extra={"exit_code": command.exit_code, "seconds": seconds},
-            )  # fmt: skip
+            _log_command_end(command, started_at, None)
     finally:
         _detach(terminal, early)
         _State.command, _State.early_records = outer
         _update_level()
 
 
-def log_command_to_folder(folder: Path) -> None:
-    """Write the records of the current command into a folder until the command has ended.
-
-    Args:
-        folder: Folder of a sweep, training run, pipeline or evaluation.
-    """
-    if _State.command is not None:
-        _State.command.folders.enter_context(log_to_folder(folder))
-
-
 @contextmanager
 def log_to_folder(folder: Path, **context: Any) -> Iterator[None]:
     """Context manager that writes all records into `log.jsonl` of a folder.
 
-    Inside a block for the same folder it does nothing.
+    Inside a block for the same folder it does nothing. The outermost folder of a command gets all
+    records until the command has ended, also its exit code.
 
     Args:
         folder: Folder on this machine or in the working copy of a bucket; created if it is missing.
@@ -156,8 +139,14 @@ def log_to_folder(folder: Path, **context: Any) -> Iterator[None]:
     if folder in _State.folders:
         yield
         return
-    writer = _State.command.name if _State.command else "driver"
-    with _open_folder_log(_FolderLog(folder, "log", False, {"writer": writer, **context})):
+    command = _State.command
+    writer = command.name if command is not None else "driver"
+    folder_log = _FolderLog(folder, "log", False, {"writer": writer, **context})
+    if command is not None and not _State.folders:
+        command.folders.enter_context(_open_folder_log(folder_log))
+        yield
+        return
+    with _open_folder_log(folder_log):
         yield
 
 
@@ -190,6 +179,13 @@ def discard_log(folder: Path) -> None:
         folder_log.discard()
 
 
+def close_logs() -> None:
+    """Write and upload the last records of this process, which ends without leaving its blocks."""
+    while _State.folders:
+        _, folder_log = _State.folders.popitem()
+        folder_log.close()
+
+
 def read_log(folder: Path, with_trials: bool = True) -> list[JsonEntry]:
     """Read the log of a folder.
 
@@ -201,28 +197,33 @@ def read_log(folder: Path, with_trials: bool = True) -> list[JsonEntry]:
     Returns:
         The entries in the order of their times; empty if there is no log.
     """
-    return read_entries(_find_log_files(folder, with_trials))
+    return read_entries(_read_log_file(file) for file in _find_log_files(folder, with_trials))
 
 
 def _find_log_files(folder: Path, with_trials: bool) -> list[Path]:
-    """Return the log files of a folder, those of a bucket after downloading them."""
+    """Return the log files of a folder, of this machine or of its bucket."""
     from raysweep import storage
 
-    parents = [folder]
+    patterns = ("*", "trials/*/*") if with_trials else ("*",)
+    paths = {path for pattern in patterns for path in folder.glob(pattern)}
     if storage.is_bucket_copy(folder):
         remote = [entry.path for entry in storage.list_remote_files(folder)]
-        files = [path for path in remote if _FILE_PATTERN.fullmatch(path.name)]
-    else:
-        files = [path for path in folder.glob("*") if _FILE_PATTERN.fullmatch(path.name)]
-        files += [path for path in folder.glob("trials/*/*") if _FILE_PATTERN.fullmatch(path.name)]
-    if with_trials:
-        parents += {path.parent for path in files if path.parent.parent == folder / "trials"}
-    found = sorted(path for path in files if path.parent in parents)
-    for path in found:
-        # The log that this very process writes is newer here than in the bucket.
-        if folder not in _State.folders:
-            storage.pull_file(path)
-    return [path for path in found if path.is_file()]
+        n_parts = (1, 3) if with_trials else (1,)
+        paths |= {path for path in remote if len(path.relative_to(folder).parts) in n_parts}
+    return sorted(path for path in paths if _FILE_PATTERN.fullmatch(path.name))
+
+
+def _read_log_file(file: Path) -> str:
+    """Return the lines of a log file; of one in a bucket, also those on this machine only.
+
+    The file on this machine is not changed: a process may be writing to it.
+    """
+    from raysweep import storage
+
+    content = file.read_bytes() if file.exists() else b""
+    if storage.is_bucket_copy(file):
+        content = _join_lines(storage.read_remote_file(file) or b"", content)
+    return content.decode(errors="replace")
 
 
 class _FolderLog:
@@ -293,6 +294,8 @@ class _FolderLog:
             extra={**describe_process(), "event": "start"},
         )  # fmt: skip
         early = _State.early_records
+        if early is not None and early.records:
+            record.created = min(record.created, early.records[0].created)
         for handler in self._handlers:
             handler.handle(record)
             for early_record in early.records if early else ():
@@ -531,15 +534,20 @@ def _merge_remote_log(log_file: _LogFile) -> None:
 def _prepend_missing_lines(file: Path, content: bytes) -> None:
     """Make a file begin with `content`, followed by those of its own lines that are not in it."""
     local = file.read_bytes() if file.exists() else b""
-    if local.startswith(content):
-        return
-    known = set(content.splitlines())
-    added = [line for line in local.splitlines() if line not in known]
-    merged = b"".join(line + b"\n" for line in [*content.splitlines(), *added])
+    merged = _join_lines(content, local)
     # This process has the file open and appends to it, so it must stay the same file.
     with file.open("r+b" if file.exists() else "wb") as stream:
         stream.write(merged)
         stream.truncate()
+
+
+def _join_lines(remote: bytes, local: bytes) -> bytes:
+    """Return the lines of the bucket's file, then those that only the local file has."""
+    if local.startswith(remote):
+        return local
+    known = set(remote.splitlines())
+    added = [line for line in local.splitlines() if line not in known]
+    return b"".join(line + b"\n" for line in [*remote.splitlines(), *added])
 
 
 def _is_rotation_of(file: Path, path: Path) -> bool:
@@ -577,6 +585,27 @@ def _open_folder_log(folder_log: _FolderLog) -> Iterator[None]:
         if _State.folders.pop(folder_log.folder, None) is not None:
             folder_log.close()
         _update_level()
+
+
+def _log_command_end(command: CommandLog, started_at: float, error: BaseException | None) -> None:
+    """Log how a command ended, after how many seconds and with which exit code."""
+    seconds = round(time.monotonic() - started_at, 1)
+    exit_code, level, reason = command.exit_code, logging.INFO, ""
+    if error is not None:
+        is_interrupt = isinstance(error, KeyboardInterrupt)
+        exit_code = int(getattr(error, "exit_code", 130 if is_interrupt else 1))
+        level = logging.WARNING if is_interrupt else logging.ERROR
+        reason = f": {type(error).__name__}: {error}".rstrip(": ")
+    logger.log(
+        level,
+        "%s ended after %s s with exit code %s%s",
+        command.command_line,
+        seconds,
+        exit_code,
+        reason,
+        exc_info=error,
+        extra={"event": "end", "exit_code": exit_code, "seconds": seconds, "shown": True},
+    )
 
 
 def _choose_terminal_level(verbose: bool) -> int:

@@ -16,6 +16,7 @@ Functions that use the network raise `SpecError` if the bucket refuses access, a
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -32,6 +33,8 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from raysweep.atomic_files import atomic_open
 from raysweep.errors import InfrastructureError
 from raysweep.spec import JsonDict, SpecError, describe_unknown_name
+
+logger = logging.getLogger(__name__)
 
 META_FILE = "meta.json"
 # Seconds between attempts. The sum is the time for which a bucket may be unavailable: two minutes.
@@ -486,9 +489,10 @@ def _with_retries(
 
     Raises SpecError if access is denied, and BucketUnavailable after the last attempt.
     """
-    for delay in (*_RETRY_DELAYS, None):
+    started_at = time.monotonic()
+    for attempt, delay in enumerate((*_RETRY_DELAYS, None), 1):
         try:
-            return operation(path, *args)
+            result = operation(path, *args)
         except FileNotFoundError:
             raise
         except (OSError, _arrow_error_type()) as error:
@@ -496,7 +500,26 @@ def _with_retries(
                 raise SpecError(f"{uri_of(path)}: {_describe_error(error)}") from None
             if delay is None:
                 raise BucketUnavailable(f"{uri_of(path)}: {_describe_error(error)}") from None
+            logger.warning(
+                "%s: %s; attempt %d again in %d s",
+                uri_of(path),
+                _describe_error(error),
+                attempt + 1,
+                delay,
+                extra={"operation": operation.__name__.strip("_"), "attempt": attempt},
+            )
             time.sleep(delay)
+        else:
+            if attempt > 1:
+                seconds = time.monotonic() - started_at
+                logger.warning(
+                    "%s: answers again, after %d attempts in %.0f s",
+                    uri_of(path),
+                    attempt,
+                    seconds,
+                    extra={"operation": operation.__name__.strip("_"), "attempt": attempt},
+                )
+            return result
     raise AssertionError
 
 
@@ -620,6 +643,7 @@ def _evict_lru() -> None:
     for last_use, n_bytes, folder in sorted(checkpoints):
         if total_bytes <= _CACHE_MAX_BYTES or time.time() - last_use < _EVICTION_MIN_AGE:
             return
+        logger.info("evicted the copy of %s, %d bytes, on this machine", uri_of(folder), n_bytes)
         shutil.rmtree(folder, ignore_errors=True)
         total_bytes -= n_bytes
 

@@ -4,10 +4,10 @@ Command modules import this inside functions, because it imports pydantic and YA
 """
 
 import importlib.util
+import logging
 import os
 import re
 import shlex
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from raysweep import storage
 from raysweep.spec import SpecError, is_safe_name, parse_yaml
 from raysweep.sweep.ledger import Ledger
 from raysweep.tracking import NullTracker, Tracker, tracking_uri
+
+logger = logging.getLogger(__name__)
 
 # Folders in `runs` that hold neither a sweep nor a training run.
 _RESERVED_NAMES = ("pipelines", "eval", "from-mlflow")
@@ -183,9 +185,9 @@ def check_plain_name(name: str, option: str) -> str:
 
 
 def print_warnings(lines: Iterable[str]) -> None:
-    """Print each warning as one line on stderr."""
+    """Log each warning; the terminal shows `raysweep: warning: LINE`, unless it was told not to."""
     for line in lines:
-        print(f"raysweep: warning: {line}", file=sys.stderr)
+        logger.warning("%s", line)
 
 
 def open_tracker(out: Path) -> Tracker:

@@ -20,6 +20,7 @@ from raysweep.commands.options import (
     add_json_option,
     add_location_options,
     add_override_options,
+    add_verbose_option,
 )
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def add_parser(parsers: CommandParsers) -> None:
     add_override_options(parser)
     add_location_options(parser)
     add_json_option(parser)
+    add_verbose_option(parser)
 
 
 def run_command(args: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from raysweep.commands.options import (
     add_json_option,
     add_location_options,
     add_override_options,
+    add_verbose_option,
     parse_fraction,
     parse_non_negative,
     parse_positive_int,
@@ -182,6 +183,7 @@ def add_parser(parsers: CommandParsers) -> None:
     add_override_options(parser)
     add_location_options(parser)
     add_json_option(parser)
+    add_verbose_option(parser)
 
 
 def _add_attack_options(parser: argparse.ArgumentParser) -> None:
@@ -385,6 +387,7 @@ def _evaluate(
     )
     from raysweep.commands.common import open_tracker
     from raysweep.data import load_data
+    from raysweep.logs import log_to_folder
     from raysweep.robustness_bundle import write_bundle
     from raysweep.sweep.shard_mappers import open_executor
     from raysweep.tracking import checkpoint_run_tags
@@ -398,7 +401,10 @@ def _evaluate(
         run_id = tracker.find_run(checkpoint_run_tags(target.checkpoint))
     n_examples = min(request.max_examples or len(dataset.test), len(dataset.test))
     folder = choose_evaluation_folder(out, target, attack, data_spec, n_examples)
-    with open_executor(request.address, request.gpus_per_task) as executor:
+    with (
+        log_to_folder(folder),
+        open_executor(request.address, request.gpus_per_task) as executor,
+    ):
         report = evaluate_checkpoint(
             target,
             dataset,

@@ -103,6 +103,15 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
 
 
+def add_verbose_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--verbose`, which `raysweep.logs.command_log` reads."""
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="print what is logged on stderr, not only warnings (see also $RAYSWEEP_LOG_LEVEL)",
+    )
+
+
 def parse_path(text: str) -> Path:
     """Convert text to a path; `~` at the start is the home folder."""
     return Path(os.path.expanduser(text))  # noqa: PTH111 - Path.expanduser raises for unknown users

@@ -39,6 +39,7 @@ EXAMPLES = (
     "raysweep show lrat",
     "raysweep show preset:lrat-table1 --set epochs=50",
     "raysweep show g1/0003",
+    "raysweep show g1 --log",
 )
 
 # Narrower terminals show no descriptions: they would take several lines each.
@@ -55,6 +56,7 @@ class ShowRequest:
         out: Folder of `runs` and `mlflow.db`.
         storage: Folder or URI of sweeps; None for `runs` in `out`.
         as_json: Whether to print JSON on stdout.
+        log: Whether to print the log of what the name names.
     """
 
     name: str
@@ -62,6 +64,7 @@ class ShowRequest:
     out: Path
     storage: str | None
     as_json: bool
+    log: bool
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ShowRequest:
@@ -74,6 +77,7 @@ class ShowRequest:
             out=args.out,
             storage=args.storage,
             as_json=args.json,
+            log=args.log,
         )
 
 
@@ -88,6 +92,12 @@ def add_parser(parsers: CommandParsers) -> None:
         help="a method, preset or pipeline of `raysweep list` (preset:NAME or space:NAME if "
         "several of these have one name), a YAML file, a sweep, or a trial: SWEEP/0003",
     )
+    parser.add_argument(
+        "--log",
+        action="store_true",
+        help="print the log of a sweep (with its trials), trial, training run or pipeline, newest "
+        "last; times are UTC, each by the clock of its machine; --json prints the lines as stored",
+    )
     add_override_options(parser)
     add_location_options(parser)
     add_json_option(parser)
@@ -96,6 +106,9 @@ def add_parser(parsers: CommandParsers) -> None:
 def run_command(args: argparse.Namespace) -> int:
     """Run `raysweep show`; return its exit code."""
     request = ShowRequest.from_args(args)
+    if request.log:
+        _show_log(request)
+        return 0
     kind, name = _classify_name(request.name)
     if kind == "pipeline":
         _show_pipeline(request, name)
@@ -283,6 +296,39 @@ def _print_described(line: str, description: str) -> None:
                 break_on_hyphens=False,
             )
         )
+
+
+def _show_log(request: ShowRequest) -> None:
+    """Print the log of a sweep, trial, training run or pipeline.
+
+    Raises:
+        SpecError: There is no log of this name.
+    """
+    from raysweep import storage
+    from raysweep.commands.common import find_sweep_or_trial, resolve_runs_folder
+    from raysweep.log_records import format_entry
+    from raysweep.logs import read_log
+    from raysweep.spec import SpecError
+
+    runs_folder = resolve_runs_folder(request.out, request.storage, for_writing=False)
+    name = request.name.removeprefix("pipeline:")
+    pipeline_folder = request.out.resolve() / "runs" / "pipelines" / name
+    folders = [pipeline_folder]
+    if name == request.name and ".." not in Path(name).parts:
+        match = find_sweep_or_trial(name, runs_folder)
+        ledger, trial_number = match or (None, None)
+        if ledger is not None and trial_number is not None:
+            folders = [ledger.trial_path(trial_number)]
+        else:
+            folders = [runs_folder / name, pipeline_folder]
+    for folder in folders:
+        if entries := read_log(folder):
+            break
+    else:
+        places = " and ".join(storage.uri_of(folder) for folder in folders)
+        raise SpecError(f"{request.name}: no log in {places}")
+    for entry in entries:
+        print(json.dumps(entry) if request.as_json else format_entry(entry))
 
 
 def _show_sweep_or_trial(request: ShowRequest) -> None:

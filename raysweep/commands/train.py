@@ -16,6 +16,7 @@ from raysweep.commands.options import (
     add_json_option,
     add_location_options,
     add_override_options,
+    add_verbose_option,
 )
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def add_parser(parsers: CommandParsers) -> None:
     add_override_options(parser)
     add_location_options(parser)
     add_json_option(parser)
+    add_verbose_option(parser)
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -105,6 +107,7 @@ def run_command(args: argparse.Namespace) -> int:
     )
     from raysweep.data import load_data
     from raysweep.leases import hold_folder_lease
+    from raysweep.logs import log_to_folder
     from raysweep.spec import SpecError
     from raysweep.training.checkpoint import RunDirectory
     from raysweep.training.presets import resolve_training_config
@@ -125,7 +128,9 @@ def run_command(args: argparse.Namespace) -> int:
         if checkpoint is not None:
             # Check this before the tracker reopens an MLflow run that may have other settings.
             check_resumable(checkpoint, config, dataset.fingerprint)
-        return _train_tracked(request, config, dataset, open_tracker(out), run_folder)
+        tracker = open_tracker(out)
+        with log_to_folder(run_folder):
+            return _train_tracked(request, config, dataset, tracker, run_folder)
 
 
 def _train_tracked(

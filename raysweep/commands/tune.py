@@ -19,6 +19,7 @@ from raysweep.commands.options import (
     add_json_option,
     add_location_options,
     add_override_options,
+    add_verbose_option,
     parse_duration,
     parse_non_negative,
     parse_path,
@@ -128,6 +129,7 @@ def add_parser(parsers: CommandParsers) -> None:
     add_override_options(parser)
     add_location_options(parser)
     add_json_option(parser)
+    add_verbose_option(parser)
 
 
 def _add_search_options(parser: argparse.ArgumentParser) -> None:

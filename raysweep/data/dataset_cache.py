@@ -4,9 +4,9 @@ A data set is read and split once per machine and written to a file. All process
 map the file, so that they share one copy in memory.
 """
 
+import logging
 import os
 import socket
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,8 @@ from raysweep.atomic_files import atomic_open
 from raysweep.data.dataset import DatasetSplits, DataSpec, load_data
 from raysweep.data.split_tensors import Split
 from raysweep.spec import SpecError, json_digest
+
+logger = logging.getLogger(__name__)
 
 # Number of files in the cache; the least recently used ones are deleted.
 _MAX_CACHE_FILES = 8
@@ -81,19 +83,24 @@ def _load_or_create_cache(spec: DataSpec, fingerprint: str) -> DatasetSplits:
     for field in ("data_dir", "download"):
         del key_fields[field]
     path = get_dataset_cache_dir() / f"{fingerprint}-{json_digest(key_fields)}.safetensors"
-    with suppress(OSError, SafetensorError):
+    try:
         return _map_cache_file(path, spec, fingerprint)
+    except (OSError, SafetensorError) as error:
+        logger.info("no cached copy of %s on this machine: %s", spec.name, error)
     data = load_data(spec)
     if data.fingerprint != fingerprint:
         raise SpecError(
             f"{spec.data_dir} holds other {spec.name!r} data (fingerprint {data.fingerprint}) "
             f"than the driver's ({fingerprint})"
         )
-    # If the disk is full, the trial still runs, but does not share its memory.
-    with suppress(OSError, SafetensorError):
+    try:
         _write_cache_file(path, data)
         return _map_cache_file(path, spec, fingerprint)
-    return data
+    except (OSError, SafetensorError) as error:
+        logger.warning(
+            "fallback: the data set takes memory in each process, its cache failed: %s", error
+        )
+        return data
 
 
 def _write_cache_file(path: Path, data: DatasetSplits) -> None:

@@ -1,5 +1,6 @@
 """A pipeline: stages in order, each of which runs once for equal inputs."""
 
+import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from raysweep.data import load_data
 from raysweep.leases import hold_pipeline_lease
+from raysweep.logs import log_to_folder
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.autoattack import AutoAttackStage
 from raysweep.pipeline.builtin_pipelines import find_pipeline_file
@@ -26,6 +28,8 @@ from raysweep.pipeline.tune import TuneStage
 from raysweep.spec import JsonDict, Spec, SpecError, apply_overrides, json_digest, read_yaml
 from raysweep.training.checkpoint import describe_environment
 from raysweep.training.config import TrainingConfig
+
+logger = logging.getLogger(__name__)
 
 AnyStage = Annotated[
     TuneStage | TrainStage | PromoteStage | AutoAttackStage | RegisterStage | ReportStage,
@@ -299,9 +303,14 @@ def run_pipeline(
     runs_folder = runs_folder or out / "runs"
     nights_folder = runs_folder / "pipelines" / name / "sweeps"
     sweeps_folder = nights_folder / salt if salt else runs_folder
-    with hold_pipeline_lease(folder, wait), ExitStack() as exit_stack:
+    with hold_pipeline_lease(folder, wait), log_to_folder(folder), ExitStack() as exit_stack:
         for partial in folder.glob(".[0-9]*"):
             # A run was killed while it wrote an artifact.
+            logger.warning(
+                "deleted half of an artifact, of a run that was killed: %s",
+                partial.name,
+                extra={"shown": True},
+            )
             shutil.rmtree(partial, ignore_errors=True)
         if salt:
             # At the start, so that nights that fail do not fill the disk.
@@ -315,10 +324,37 @@ def run_pipeline(
             if planned_stage.number < first_index:
                 artifact = Artifact.read_if_finished(planned_stage.folder)
             was_finished = artifact is not None
+            _log_stage_start(planned_stage, artifact, planned_stage.number >= first_index)
             if artifact is None:
                 artifact = _run_planned_stage(planned_stage, context, finished)
             finished = (*finished, artifact)
             yield planned_stage, artifact, was_finished
+
+
+def _log_stage_start(
+    planned_stage: PlannedStage, artifact: Artifact | None, is_repeated: bool
+) -> None:
+    """Log whether a stage runs or its artifact is used, and why."""
+    what = f"stage {planned_stage.number:02d} {planned_stage.kind}"
+    if artifact is not None:
+        reason = "is taken from its artifact: an earlier run finished it with equal inputs"
+    elif is_repeated:
+        reason = "runs again: --from asks for it"
+    else:
+        reason = "runs: no artifact has the digest of its inputs"
+    logger.info(
+        "%s %s",
+        what,
+        reason,
+        extra={
+            "event": "stage_start",
+            "stage": planned_stage.number,
+            "kind": planned_stage.kind,
+            "digest": planned_stage.stage_digest,
+            "artifact": str(planned_stage.folder),
+            "is_from_artifact": artifact is not None,
+        },
+    )
 
 
 def _run_planned_stage(
@@ -345,6 +381,15 @@ def _run_planned_stage(
         facts=result.facts.to_stored_dict(),
     )
     artifact.write(planned_stage.folder, result.write_files)
+    logger.info(
+        "stage %02d %s is done after %.1f s: %d candidates, %d evaluations",
+        planned_stage.number,
+        stage.kind,
+        artifact.seconds,
+        len(artifact.candidates),
+        len(artifact.evaluations),
+        extra={"event": "stage_end", "stage": planned_stage.number, "kind": stage.kind},
+    )
     return artifact
 
 

@@ -1,5 +1,6 @@
 """Sweeps that stages run: shared by tune, train and promote."""
 
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from raysweep.terminal import SweepDisplay
 from raysweep.tracking import SweepTracker
 from raysweep.training import checkpoint
 from raysweep.training.config import TrainingConfig, build_training_config
+
+logger = logging.getLogger(__name__)
 
 
 def build_seed_grid(method: Any, overrides: dict[str, Any], seeds: tuple[int, ...]) -> SearchSpace:
@@ -107,7 +110,16 @@ def run_stage_sweep(
         else:
             ledger = Ledger.create(sweep_folder, space)
         end_reason: SweepEndReason = "done"
-        if sum(trial.state != "running" for trial in ledger.load_trials()) < space.n_trials:
+        n_ended = sum(trial.state != "running" for trial in ledger.load_trials())
+        logger.info(
+            "sweep %s: %d of %d trials have ended already%s",
+            sweep_folder.name,
+            n_ended,
+            space.n_trials,
+            "" if n_ended < space.n_trials else ": its results are taken as they are",
+            extra={"sweep": sweep_folder.name},
+        )
+        if n_ended < space.n_trials:
             context.connect_cluster()
             resources = Resources(cpus, gpus)
             fingerprint = context.get_dataset(space.trial_config({}).data).fingerprint

@@ -1,10 +1,13 @@
 """Disk space of pipelines that run each night or for each revision: deletion of old sweeps."""
 
 import datetime
+import logging
 from pathlib import Path
 
 from raysweep import storage
 from raysweep.training.prefix_cache import PREFIX_CACHE_FOLDER
+
+logger = logging.getLogger(__name__)
 
 
 def delete_old_nights(sweeps_folder: Path, current_night: str, keep_nights: int | None) -> None:
@@ -22,7 +25,15 @@ def delete_old_nights(sweeps_folder: Path, current_night: str, keep_nights: int 
     outdated = set(nights[:-keep_nights] if keep_nights else ())
     for name in others:
         folder = sweeps_folder / name
-        storage.delete_everywhere(folder if name in outdated else folder / PREFIX_CACHE_FOLDER)
+        if name in outdated:
+            logger.info(
+                "deleting the sweeps of %s: only %s nights are kept", name, keep_nights,
+                extra={"event": "night_deleted", "night": name},
+            )  # fmt: skip
+        else:
+            logger.debug("deleting the prefix cache of %s, if it has one", name)
+            folder /= PREFIX_CACHE_FOLDER
+        storage.delete_everywhere(folder)
 
 
 def get_today_date() -> str:

@@ -5,6 +5,7 @@ from raysweep.sweep.ray_environment import set_ray_environment
 
 set_ray_environment()
 
+import logging
 from bisect import insort
 from typing import Any
 
@@ -12,6 +13,8 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from raysweep.sweep.ledger import Ledger
+
+logger = logging.getLogger(__name__)
 
 
 class AshaScheduler(FIFOScheduler):
@@ -48,6 +51,7 @@ class AshaScheduler(FIFOScheduler):
         burn_in = self._space.trial_config(trial.config["params"]).burn_in
         is_new = self._record_rung(epoch, trial.config["number"], burn_in, value)
         if is_new and not self._is_promotable(epoch, value):
+            self._log_stop(trial.config["number"], epoch, value)
             return str(TrialScheduler.STOP)
         return str(TrialScheduler.CONTINUE)
 
@@ -66,6 +70,28 @@ class AshaScheduler(FIFOScheduler):
 
     def _is_promotable(self, epoch: int, value: float) -> bool:
         """Check whether `value` is among the best 1 / reduction_factor of the rung's values."""
+        return value >= self._find_cut(epoch)[0]
+
+    def _find_cut(self, epoch: int) -> tuple[float, int]:
+        """Return the least value that a rung promotes, and the number of values it promotes."""
         values = self._rung_values[epoch]
         n_promoted = max(1, len(values) // self._space.scheduler.reduction_factor)
-        return value >= values[-n_promoted]
+        return values[-n_promoted], n_promoted
+
+    def _log_stop(self, trial_number: int, epoch: int, value: float) -> None:
+        """Log the numbers for which a trial is stopped."""
+        cut, n_promoted = self._find_cut(epoch)
+        n_values, objective = len(self._rung_values[epoch]), self._space.objectives[0]
+        logger.info(
+            "ASHA stops trial %04d at epoch %d: its %s %.4f is below %.4f, the least of the best "
+            "%d of %d trials there",
+            trial_number,
+            epoch,
+            objective,
+            value,
+            cut,
+            n_promoted,
+            n_values,
+            extra={"trial": trial_number, "epoch": epoch, "value": value, "cut": cut,
+                   "n_promoted": n_promoted, "n_values": n_values, "event": "asha_stop"},
+        )  # fmt: skip

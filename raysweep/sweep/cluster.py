@@ -16,12 +16,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import ray
 from ray._private import ray_constants
 
 from raysweep.spec import SpecError
+
+logger = logging.getLogger(__name__)
 
 # JSON: the resources that the cluster can have at most, where the autoscaler does not publish them
 # (KubeRay).
@@ -62,11 +65,27 @@ def connect_to_cluster(
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SpecError(f"no Ray cluster at --address {address or 'local'}: {reason}") from None
+    _log_nodes(address)
     try:
         with _treat_sigterm_as_interrupt():
             yield cluster_capacity()
     finally:
         ray.shutdown()
+
+
+def _log_nodes(address: str | None) -> None:
+    """Log the nodes of the cluster and what they have."""
+    nodes = [
+        {
+            "node": node["NodeManagerHostname"],
+            "alive": node["Alive"],
+            "resources": {kind: node["Resources"].get(kind, 0) for kind in ("CPU", "GPU")},
+        }
+        for node in ray.nodes()
+    ]
+    n_alive = sum(bool(node["alive"]) for node in nodes)
+    where = f"connected to the Ray cluster at {address}" if address else "started Ray here"
+    logger.info("%s: %d nodes of %d are alive", where, n_alive, len(nodes), extra={"nodes": nodes})
 
 
 @contextmanager
@@ -128,9 +147,12 @@ def _treat_sigterm_as_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous_handler = signal.signal(
-        signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT)
-    )
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        logger.warning("received SIGTERM", extra={"shown": True})
+        signal.raise_signal(signal.SIGINT)
+
+    previous_handler = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:

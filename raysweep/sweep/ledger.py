@@ -13,6 +13,7 @@ from uuid import uuid4
 
 from raysweep import storage
 from raysweep.atomic_files import atomic_write_text
+from raysweep.logs import discard_log
 from raysweep.pareto import pareto_front_indices
 from raysweep.spec import JsonDict, SpecError
 from raysweep.sweep.extension_checks import check_extension
@@ -176,6 +177,7 @@ class Ledger:
     def delete_if_empty(self) -> None:
         """Delete what `create` made, unless the sweep has trials or other files."""
         if not self.load_trials():
+            discard_log(self.path)
             storage.delete_remote_file(self.path / "sweep.json")
             (self.path / "sweep.json").unlink(missing_ok=True)
             with suppress(OSError):  # not empty

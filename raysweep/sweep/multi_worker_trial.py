@@ -8,6 +8,7 @@ from raysweep.sweep.ray_environment import set_ray_environment
 
 set_ray_environment()
 
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from ray.util.placement_group import (
 
 from raysweep import storage
 from raysweep.data.dataset_cache import CachedDataset
+from raysweep.logs import log_trial
 from raysweep.spec import SpecError
 from raysweep.sweep.resources import DRIVER_CPUS
 from raysweep.training.callbacks import FunctionCallback
@@ -40,6 +42,8 @@ from raysweep.training.failure_reports import (
 )
 from raysweep.training.prefix_cache import PrefixCache
 from raysweep.training.trainer import TrainingFailed, train_model
+
+logger = logging.getLogger(__name__)
 
 _MAX_GROUP_RETRIES = 3
 _PLACEMENT_GROUP_FILE = "placement-group"
@@ -66,8 +70,22 @@ def train_on_workers(
         prefix_cache: States that runs share; None to train all epochs.
         cached_dataset: The data; None to let each worker load them itself.
     """
+    with log_trial(run_path, role="group"):
+        _fit_group(config, run_path, n_workers, worker_resources, prefix_cache, cached_dataset)
+
+
+def _fit_group(
+    config: TrainingConfig,
+    run_path: Path,
+    n_workers: int,
+    worker_resources: dict[str, float],
+    prefix_cache: PrefixCache | None,
+    cached_dataset: CachedDataset | None,
+) -> None:
+    """Train on a group of workers; the log is open, the arguments are those of the caller."""
     remove_placement_group(load_placement_group(run_path))
     clear_failure_report(run_path)
+    logger.info("starting a group of %d workers", n_workers, extra={"each": worker_resources})
     try:
         # An earlier driver or group may have died before it passed on its last reports. Tune's
         # callbacks ignore those that they have received before.
@@ -77,6 +95,7 @@ def train_on_workers(
             config, run_path, n_workers, worker_resources, prefix_cache, cached_dataset
         ).fit()
     except SpecError as error:
+        logger.error("the workers cannot start: %s", error, exc_info=error)
         tune.report({FAILURE_KEY: str(error), "epoch": 0})
 
 
@@ -187,16 +206,27 @@ def _build_torch_trainer(
 
 def _run_worker(loop_config: dict[str, Any]) -> None:
     """Train as one worker of the group, and report failures (Ray Train's loop function)."""
-    from raysweep.training.distributed import WorkerLost
-
     config = TrainingConfig.model_validate_json(loop_config["config"])
     run_path = storage.local_path(loop_config["path"])
+    rank = ray.train.get_context().get_world_rank()
+    with log_trial(run_path, rank=rank):
+        _train_worker_and_report(config, run_path, loop_config)
+
+
+def _train_worker_and_report(
+    config: TrainingConfig, run_path: Path, loop_config: dict[str, Any]
+) -> None:
+    """Train as one worker whose log is open, and report failures."""
+    from raysweep.training.distributed import WorkerLost
+
     try:
         _train_worker(config, run_path, loop_config)
     except TrainingFailed as error:
+        logger.error("training failed: %s", error, exc_info=error)
         # All workers fail together.
         _report_metrics({FAILURE_KEY: str(error), "epoch": 0})
-    except (WorkerLost, storage.BucketUnavailable):
+    except (WorkerLost, storage.BucketUnavailable) as error:
+        logger.error("this worker ends, the group starts again: %s", error, exc_info=error)
         raise
     except Exception as error:
         # Perhaps only this worker failed. The others wait for it until the group ends, so it cannot

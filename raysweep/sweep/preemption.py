@@ -3,6 +3,7 @@
 The trial saves its unfinished epoch, then its process exits.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -10,6 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from raysweep.logs import close_logs
+
+logger = logging.getLogger(__name__)
 
 # Exit status by which shells report an end by SIGTERM.
 _SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
@@ -50,6 +55,8 @@ def exit_preempted() -> None:
 
     Tune finds a dead process and starts the trial again on another machine.
     """
+    logger.warning("this process ends after SIGTERM; the trial starts again elsewhere")
+    close_logs()
     os._exit(_SIGTERM_EXIT_CODE)
 
 
@@ -69,5 +76,6 @@ class PreemptibleMixin:
 def _handle_sigterm(signal_number: int, frame: FrameType | None) -> None:
     """Remember the request; exit unless SIGTERM is deferred."""
     _SigtermState.requested = True
+    logger.warning("received SIGTERM", extra={"deferred": _SigtermState.deferred})
     if not _SigtermState.deferred:
         sys.exit(_SIGTERM_EXIT_CODE)

@@ -1,5 +1,6 @@
 """Choose where the shards of an evaluation run: a Ray cluster, processes, or this process."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,8 @@ import joblib
 import torch
 
 from raysweep.evaluation import ProcessPoolMap, ShardMapper
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -32,11 +35,14 @@ def open_executor(address: str | None, gpus_per_task: float = 1.0) -> Iterator[S
         from raysweep.sweep.ray_map import RayMap
 
         with connect_to_cluster(address) as cluster:
+            logger.info("shards run on the Ray cluster")
             yield RayMap(gpus=gpus_per_task if cluster.get("GPU") else 0)
         return
     n_cores = joblib.cpu_count()
     if torch.cuda.is_available() or n_cores == 1:
+        logger.info("shards run in this process, on its GPU or its only core")
         yield None
         return
+    logger.info("shards run in %d processes of this machine", n_cores)
     with ProcessPoolMap(n_cores) as process_map:
         yield process_map

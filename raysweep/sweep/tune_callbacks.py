@@ -5,6 +5,7 @@ from raysweep.sweep.ray_environment import set_ray_environment
 
 set_ray_environment()
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.process_death_causes import describe_process_loss
 from raysweep.training.failure_reports import BUG_TRACEBACK_KEY, FAILURE_KEY
 from raysweep.training.metric_history import EpochMetrics
+
+logger = logging.getLogger(__name__)
 
 SweepEndReason = Literal["done", "budget", "interrupted"]
 """Why a call of `run_sweep` ended; `interrupted` is by Ctrl-C."""
@@ -142,6 +145,8 @@ class LedgerCallback(tune.Callback):
         # By Tune's id: since when a trial has held its resources, apart from the seconds that are
         # already counted. Trials that wait for a process are missing.
         self._interval_starts: dict[str, float] = {}
+        # By Tune's id: host and process of the trial's last report.
+        self._places: dict[str, str] = {}
         self._start_time = time.monotonic()
         self._counted_seconds = 0.0
 
@@ -152,20 +157,46 @@ class LedgerCallback(tune.Callback):
     @property
     def has_reached_limit(self) -> bool:
         """Whether the sweep must end before its last trial: budget exhausted, or too many bugs."""
+        return len(self.bug_tracebacks) >= MAX_BUGGY_TRIALS or self._budget.is_exhausted(
+            *self._spent_seconds()
+        )
+
+    def _spent_seconds(self) -> tuple[float, float]:
+        """Return the wall seconds of this call, and the GPU seconds of its trials."""
         now = time.monotonic()
         uncounted_seconds = sum(now - start for start in self._interval_starts.values())
         trial_seconds = self._counted_seconds + uncounted_seconds
-        return len(self.bug_tracebacks) >= MAX_BUGGY_TRIALS or self._budget.is_exhausted(
-            now - self._start_time, trial_seconds * self._gpus_per_trial
-        )
+        return now - self._start_time, trial_seconds * self._gpus_per_trial
 
     def update_limit_reached(self) -> bool:
         """Set `limit_reached` if the limit has been reached, and return it.
 
         Called where a result of True ends the sweep. `has_reached_limit` changes nothing.
         """
+        if self.has_reached_limit and not self.limit_reached:
+            self._log_limit()
         self.limit_reached |= self.has_reached_limit
         return self.limit_reached
+
+    def _log_limit(self) -> None:
+        """Log the numbers for which the sweep ends early."""
+        wall_seconds, gpu_seconds = self._spent_seconds()
+        logger.warning(
+            "the sweep ends early: %.1f s of %g s have passed, %.1f GPU seconds of %g are spent, "
+            "%d of %d trials with errors in the code have failed",
+            wall_seconds,
+            self._budget.wall_seconds,
+            gpu_seconds,
+            self._budget.gpu_seconds,
+            len(self.bug_tracebacks),
+            MAX_BUGGY_TRIALS,
+            extra={
+                "event": "limit",
+                "wall_seconds": wall_seconds,
+                "gpu_seconds": gpu_seconds,
+                "shown": True,
+            },
+        )
 
     def start_round_if_needed(self) -> bool:
         """Begin a round of Tune if one is needed.
@@ -178,6 +209,14 @@ class LedgerCallback(tune.Callback):
             bool(self._start_failures) and not self.update_limit_reached()
         )
         self._n_rounds, self._made_progress = self._n_rounds + 1, False
+        if is_needed and self._start_failures:
+            logger.warning(
+                "round %d of Tune: %d trials got no process: %s",
+                self._n_rounds,
+                len(self._start_failures),
+                self._start_failures[-1],
+                extra={"shown": True},
+            )
         self._start_failures.clear()
         return is_needed
 
@@ -203,6 +242,7 @@ class LedgerCallback(tune.Callback):
         if trial.trial_id not in self._trials_by_id:
             new_trial = Trial(trial.config["number"], trial.config["params"])
             saved_trial = self._trials_by_number.get(new_trial.number, new_trial)
+            _log_trial_start(saved_trial)
             self._save_and_notify(trial, replace(saved_trial, state="running"))
 
     def on_trial_result(
@@ -215,7 +255,20 @@ class LedgerCallback(tune.Callback):
     ) -> None:
         """Write an epoch, or the failure that the trial reported."""
         saved_trial = self._trials_by_id[trial.trial_id]
+        self._log_place(trial, saved_trial, result)
         if FAILURE_KEY in result:
+            logger.error(
+                "trial %04d failed: %s",
+                saved_trial.number,
+                result[FAILURE_KEY],
+                extra={
+                    "trial": saved_trial.number,
+                    "epoch": saved_trial.epoch,
+                    "event": "trial_failed",
+                    "trial_traceback": result.get(BUG_TRACEBACK_KEY, ""),
+                    "shown": True,
+                },
+            )
             if BUG_TRACEBACK_KEY in result:
                 self.bug_tracebacks.append(result[BUG_TRACEBACK_KEY])
             failed_trial = replace(saved_trial, state="failed", reason=result[FAILURE_KEY])
@@ -234,8 +287,12 @@ class LedgerCallback(tune.Callback):
         # It is None if the limit was reached before the trial's first process started.
         if saved_trial is not None and saved_trial.state == "running":
             if saved_trial.epoch >= saved_trial.params.get("epochs", self._max_epochs):
+                _log_trial_end(saved_trial, "finished")
                 self._save_and_notify(trial, replace(saved_trial, state="finished", reason=""))
-            elif not self.has_reached_limit:
+            elif self.has_reached_limit:
+                _log_trial_end(saved_trial, "cut off, to be resumed later,")
+            else:
+                _log_trial_end(saved_trial, "stopped")
                 self._save_and_notify(trial, replace(saved_trial, state="stopped", reason=""))
         self._stop_clock(trial)
 
@@ -247,6 +304,7 @@ class LedgerCallback(tune.Callback):
         if saved_trial is not None:
             reason = describe_process_loss(_last_ray_error(trial))
             retried_trial = replace(saved_trial, retries=saved_trial.retries + 1, reason=reason)
+            self._log_loss(trial, retried_trial, "it starts again")
             self._save_and_notify(trial, retried_trial)
         self._stop_clock(trial)
 
@@ -258,11 +316,56 @@ class LedgerCallback(tune.Callback):
         reason = describe_process_loss(_last_ray_error(trial))
         if saved_trial is not None and trial.num_failures > MAX_TRIAL_RETRIES:
             reason = f"{reason}, {trial.num_failures} times"
+            self._log_loss(trial, replace(saved_trial, reason=reason), "it is not started again")
             self._save_and_notify(trial, replace(saved_trial, state="failed", reason=reason))
         else:
+            logger.warning(
+                "trial %04d got no process: %s", trial.config["number"], reason,
+                extra={"trial": trial.config["number"], "ray_error": _last_ray_error(trial),
+                       "shown": True},
+            )  # fmt: skip
             # Tune does not retry a trial that loses its process while it starts.
             self._start_failures.append(reason)
         self._stop_clock(trial)
+
+    def _log_place(self, ray_trial: RayTrial, saved_trial: Trial, result: dict[str, Any]) -> None:
+        """Log where a trial runs, at the first report of each of its processes."""
+        place = f"process {result.get('pid')} on {result.get('hostname')}"
+        if self._places.get(ray_trial.trial_id) != place:
+            self._places[ray_trial.trial_id] = place
+            logger.info(
+                "trial %04d runs in %s",
+                saved_trial.number,
+                place,
+                extra={
+                    "trial": saved_trial.number,
+                    "attempt": saved_trial.retries + 1,
+                    "node": result.get("hostname"),
+                    "node_ip": result.get("node_ip"),
+                    "trial_process": result.get("pid"),
+                },
+            )
+
+    def _log_loss(self, ray_trial: RayTrial, lost_trial: Trial, consequence: str) -> None:
+        """Log that a trial lost its process, with what Ray says about it."""
+        place = self._places.pop(ray_trial.trial_id, "a process that had not reported yet")
+        logger.warning(
+            "trial %04d lost its process after epoch %d (%s): %s; %s, attempt %d",
+            lost_trial.number,
+            lost_trial.epoch,
+            place,
+            lost_trial.reason,
+            consequence,
+            lost_trial.retries + 1,
+            extra={
+                "event": "trial_lost",
+                "trial": lost_trial.number,
+                "epoch": lost_trial.epoch,
+                "attempt": lost_trial.retries + 1,
+                "ray_error": _last_ray_error(ray_trial),
+                "shown": True,
+            },
+        )
 
     def _stop_clock(self, ray_trial: RayTrial) -> None:
         """Count the seconds of a trial whose process has ended."""
@@ -307,6 +410,42 @@ class BudgetStopper(tune.Stopper):
     def __getstate__(self) -> dict[str, Any]:
         # As for the callback: Tune's snapshots are never read.
         return {}
+
+
+def _log_trial_start(trial: Trial) -> None:
+    """Log that a trial starts, or resumes after the death of an earlier driver."""
+    logger.info(
+        "trial %04d %s: %s",
+        trial.number,
+        f"resumes after epoch {trial.epoch}" if trial.epoch else "starts",
+        ", ".join(f"{path}={value}" for path, value in trial.params.items()),
+        extra={
+            "event": "trial_start",
+            "trial": trial.number,
+            "epoch": trial.epoch,
+            "attempt": trial.retries + 1,
+            "params": trial.params,
+        },
+    )
+
+
+def _log_trial_end(trial: Trial, how: str) -> None:
+    """Log how a trial ended."""
+    logger.info(
+        "trial %04d %s after epoch %d: %d epochs trained by itself, %.1f s, %d restarts",
+        trial.number,
+        how,
+        trial.epoch,
+        trial.trained_epochs,
+        trial.seconds,
+        trial.retries,
+        extra={
+            "event": "trial_end",
+            "trial": trial.number,
+            "epoch": trial.epoch,
+            "best": {name: value for name, value in trial.best.items() if "/" not in name},
+        },
+    )
 
 
 def _last_ray_error(ray_trial: RayTrial) -> str:

@@ -12,7 +12,9 @@ import logging
 import math
 import signal
 import threading
+import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +26,11 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from raysweep import storage
 from raysweep.data import load_data
 from raysweep.data.dataset_cache import CachedDataset
+from raysweep.logs import log_to_folder, log_trial
 from raysweep.spec import SpecError
 from raysweep.sweep.asha import AshaScheduler
 from raysweep.sweep.cluster import connect_to_cluster, node_capacities
+from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.multi_worker_trial import ReleaseWorkersCallback, train_on_workers
 from raysweep.sweep.node_probe import find_node_problems, require_visible
@@ -48,13 +52,15 @@ from raysweep.sweep.tune_callbacks import (
     SweepListener,
 )
 from raysweep.training.callbacks import FunctionCallback
-from raysweep.training.checkpoint import TrainingCheckpoint
+from raysweep.training.checkpoint import TrainingCheckpoint, describe_environment
 from raysweep.training.config import TrainingConfig
 from raysweep.training.failure_reports import failure_report
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
 from raysweep.training.prefix_cache import PREFIX_CACHE_FOLDER, PrefixCache
 from raysweep.training.trainer import train_model
+
+logger = logging.getLogger(__name__)
 
 
 def run_sweep(
@@ -84,8 +90,29 @@ def run_sweep(
         SpecError: If the sweep cannot run. In that case nothing was written.
         SweepFailed: If several trials failed with errors in the code, or no trial could start.
     """
-    resources = resources or Resources()
-    budget = budget or Budget()
+    with log_to_folder(ledger.path):
+        return _run_logged_sweep(
+            ledger,
+            listeners,
+            resources or Resources(),
+            address,
+            budget or Budget(),
+            fingerprint,
+            extended_space,
+        )
+
+
+def _run_logged_sweep(
+    ledger: Ledger,
+    listeners: Sequence[SweepListener],
+    resources: Resources,
+    address: str | None,
+    budget: Budget,
+    fingerprint: str | None,
+    extended_space: SearchSpace | None,
+) -> SweepEndReason:
+    """Run a sweep whose log is open; the arguments are those of `run_sweep`."""
+    started_at = time.monotonic()
     space = extended_space or ledger.space
     config = space.trial_config({})
     dataset = CachedDataset(config.data, fingerprint or load_data(config.data).fingerprint)
@@ -98,6 +125,7 @@ def run_sweep(
         concurrency = resources.max_concurrent_trials(cluster, node_capacities())
         if extended_space is not None:
             ledger.extend_space(extended_space)
+        _log_sweep_start(ledger, resources, concurrency, budget, dataset.fingerprint)
         for listener in listeners:
             listener.on_sweep_start(ledger, concurrency)
         ledger_callback = LedgerCallback(ledger, config.epochs, listeners, resources.n_gpus, budget)
@@ -106,9 +134,72 @@ def run_sweep(
         finally:
             for listener in listeners:
                 listener.on_sweep_end(ledger)
+    end_reason: SweepEndReason = "budget" if ledger_callback.limit_reached else "interrupted"
     if _count_ended_trials(ledger) >= space.n_trials:
-        return "done"
-    return "budget" if ledger_callback.limit_reached else "interrupted"
+        end_reason = "done"
+    _log_sweep_end(ledger, end_reason, time.monotonic() - started_at)
+    return end_reason
+
+
+def _log_sweep_start(
+    ledger: Ledger, resources: Resources, concurrency: int, budget: Budget, fingerprint: str
+) -> None:
+    """Log what the sweep has already and what it will run on."""
+    trials, space = ledger.load_trials(), ledger.space
+    counts = dict(Counter(trial.state for trial in trials))
+    found = ", ".join(f"{count} {state}" for state, count in counts.items())
+    config = space.trial_config({})
+    logger.info(
+        "sweep %s %s: %s of %d trials exist (%s); %d run at once",
+        ledger.name,
+        "resumes" if trials else "starts",
+        len(trials) or "none",
+        space.n_trials,
+        found or "nothing was trained",
+        concurrency,
+        extra={
+            "event": "sweep_start",
+            "sweep_key": ledger.key,
+            "states": counts,
+            "space_digest": space.digest(),
+            "config_digest": config.digest(),
+            "data_fingerprint": fingerprint,
+            "git_revision": describe_environment()["git_revision"],
+            "objectives": list(space.objectives),
+            "max_epochs": config.epochs,
+            "trial_resources": resources.trial_resources,
+            "workers": resources.workers,
+            "budget": {"wall_seconds": budget.wall_seconds, "gpu_seconds": budget.gpu_seconds},
+        },
+    )
+    for trial in trials:
+        if trial.state != "running":
+            continue
+        logger.info(
+            "trial %04d has not ended: it resumes after epoch %d; %d restarts so far",
+            trial.number,
+            trial.epoch,
+            trial.retries,
+            extra={"trial": trial.number, "epoch": trial.epoch, "state": trial.state},
+        )
+
+
+def _log_sweep_end(ledger: Ledger, end_reason: SweepEndReason, seconds: float) -> None:
+    """Log how many trials ended in which way."""
+    trials = ledger.load_trials()
+    counts = dict(Counter(trial.state for trial in trials))
+    logger.info(
+        "sweep %s ends (%s) after %.1f s: %s of %d trials; %s",
+        ledger.name,
+        {"done": "all trials have ended", "budget": "its budget is spent"}.get(
+            end_reason, "interrupted"
+        ),
+        seconds,
+        ", ".join(f"{count} {state}" for state, count in counts.items()) or "no trial",
+        ledger.space.n_trials,
+        count_epochs(trials),
+        extra={"event": "sweep_end", "reason": end_reason, "states": counts, "seconds": seconds},
+    )
 
 
 def _run_rounds(
@@ -259,6 +350,22 @@ def _train_trial(
 
     try:
         require_visible(run_path.parent.parent)
+    except SpecError as error:
+        tune.report(failure_report(error, config, run_path))
+        return
+    with log_trial(run_path):
+        _train_and_report(config, run_path, report_epoch, prefix_cache, dataset)
+
+
+def _train_and_report(
+    config: TrainingConfig,
+    run_path: Path,
+    report_epoch: Callable[[EpochMetrics, TrainingCheckpoint], None],
+    prefix_cache: PrefixCache | None,
+    dataset: CachedDataset,
+) -> None:
+    """Train a trial whose log is open, and report its epochs or its failure."""
+    try:
         with defer_sigterm():
             train_model(
                 config,
@@ -269,7 +376,8 @@ def _train_trial(
             )
     except TrainingInterrupted:
         exit_preempted()
-    except storage.BucketUnavailable:
+    except storage.BucketUnavailable as error:
+        logger.error("the bucket does not answer; the trial starts again", exc_info=error)
         raise
     except Exception as error:
         tune.report(failure_report(error, config, run_path))

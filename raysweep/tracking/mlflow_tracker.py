@@ -32,6 +32,8 @@ _INVALID_METRIC_CHARACTERS = re.compile(r"[^\w./ -]")
 _COST_METRICS = ("shared", "validation_seconds")
 # MLflow accepts at most this many params in a batch.
 _MAX_PARAMS_PER_BATCH = 100
+logger = logging.getLogger(__name__)
+
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -445,6 +447,7 @@ class Tracker:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
+        logger.info("connecting to the MLflow store %s", redact_secrets(self.uri))
         try:
             client = MlflowClient(tracking_uri=self.uri)
             experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
@@ -462,6 +465,7 @@ class Tracker:
                 client.create_experiment(EXPERIMENT_NAME, artifact_location=location, tags=tags)
             )
         except (MlflowException, OSError, ValueError) as error:
+            logger.error("the MLflow store does not answer", exc_info=error)
             hint = "set MLFLOW_TRACKING_URI to a server or sqlite:///FILE, or leave it out"
             raise SpecError(
                 redact_secrets(f"MLflow store {self.uri}: {str(error).splitlines()[0]}; {hint}")

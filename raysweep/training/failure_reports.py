@@ -5,6 +5,7 @@ A report is a dict of strings: one line under `FAILURE_KEY`, and for a bug its t
 """
 
 import json
+import logging
 import traceback
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from raysweep.atomic_files import atomic_write_text
 from raysweep.spec import SpecError
 from raysweep.training.config import TrainingConfig
 from raysweep.training.trainer import TrainingFailed
+
+logger = logging.getLogger(__name__)
 
 FAILURE_KEY = "failed"
 """Key of the reason, one line for users."""
@@ -42,6 +45,7 @@ def failure_report(
     Returns:
         The report.
     """
+    logger.error("training failed: %s", error, exc_info=error, extra={"shown": True})
     if isinstance(error, TrainingFailed | SpecError):
         return {FAILURE_KEY: str(error)}
     hint = f"lower batch_size (now {config.batch_size})"

@@ -5,6 +5,7 @@ consists of the weights, the momentum, the sums of the diagnostics and the numbe
 """
 
 import json
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
 from raysweep.training.diagnostics import EpochDiagnostics
 from raysweep.training.metric_history import EpochMetrics
+
+logger = logging.getLogger(__name__)
 
 _DIAGNOSTICS_FILE = "seen.safetensors"
 
@@ -115,6 +118,12 @@ class MidEpochCheckpointer:
             self._data_fingerprint,
             extra_files={_DIAGNOSTICS_FILE: save(sums, facts)},
         )
+        logger.warning(
+            "interrupted in epoch %d after step %d; all progress is saved",
+            len(self._history) + 1,
+            steps_done,
+            extra={"epoch": len(self._history) + 1, "step": steps_done, "shown": True},
+        )
         raise TrainingInterrupted(
             f"interrupted in epoch {len(self._history) + 1} after "
             f"{format_count(steps_done, 'step')}; all progress is saved"
@@ -131,7 +140,8 @@ class MidEpochCheckpointer:
             return None
         try:
             return checkpoint.read_local_checkpoint(self._run_directory.mid_epoch_path)
-        except SpecError:
+        except SpecError as error:
+            logger.warning("the checkpoint within an epoch is damaged and not used: %s", error)
             return None
 
     def _is_same_epoch(self, saved: TrainingCheckpoint) -> bool:
@@ -162,10 +172,18 @@ def catch_termination_signals() -> Iterator[Callable[[], bool]]:
         # A step may take long: a second Ctrl-C must be able to end it.
         signal.signal(signal.SIGINT, original_handlers[signal.SIGINT])
 
+    def has_received_signal() -> bool:
+        if received and not is_logged:
+            # Not in the handler: it may have interrupted the very logging of another record.
+            is_logged.append(True)
+            logger.warning("received %s", signal.Signals(received[0]).name, extra={"shown": True})
+        return bool(received)
+
+    is_logged: list[bool] = []
     for number in original_handlers:
         signal.signal(number, record_signal)
     try:
-        yield lambda: bool(received)
+        yield has_received_signal
     finally:
         for number, handler in original_handlers.items():
             signal.signal(number, handler)

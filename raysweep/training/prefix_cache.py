@@ -10,6 +10,7 @@ bit-identical to one that trained all epochs. This holds for one kind of machine
 raysweep; both are part of the keys.
 """
 
+import logging
 import os
 import shutil
 import time
@@ -27,6 +28,8 @@ from raysweep.training import checkpoint
 from raysweep.training.checkpoint import TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
 from raysweep.training.metric_history import EpochMetrics
+
+logger = logging.getLogger(__name__)
 
 PREFIX_CACHE_FOLDER = ".prefixes"
 _POLL_SECONDS, _BUCKET_POLL_SECONDS = 0.2, 1.0
@@ -106,7 +109,10 @@ class PrefixCache:
         try:
             checkpoint.read_local_checkpoint(state)
             os.utime(state)
-        except (SpecError, OSError):
+        except (SpecError, OSError) as error:
+            logger.warning(
+                "deleted damaged state %s of the prefix cache: %s", key, error, extra={"key": key}
+            )
             storage.delete_remote(state)
             shutil.rmtree(state, ignore_errors=True)
             return None
@@ -133,10 +139,12 @@ class PrefixCache:
         state = self.find_state(key)
         if state is None:
             return None
-        # Another process may evict the state between the check and the copy.
-        with suppress(SpecError, FileNotFoundError):
+        try:
             return checkpoint.reuse_checkpoint(path, state, config, history)
-        return None
+        except (SpecError, FileNotFoundError) as error:
+            # Another process evicted the state between the check and the copy.
+            logger.info("state %s vanished from the prefix cache: %s", key, error)
+            return None
 
     def find_stored_positions(self, keys: list[str]) -> list[int]:
         """Find the keys that have a state.
@@ -165,6 +173,7 @@ class PrefixCache:
             storage.copy_folder(checkpoint_path, self.path / key)
         else:
             self._link_checkpoint_as_state(key, checkpoint_path)
+        logger.debug("stored %s as state %s", checkpoint_path.name, key, extra={"key": key})
         self._evict_oldest_states()
 
     def _link_checkpoint_as_state(self, key: str, checkpoint_path: Path) -> None:
@@ -192,11 +201,30 @@ class PrefixCache:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lease = make_lease(self.path, key)
+        started_at = time.monotonic()
+        is_waiting = False
         while not lease.try_acquire():
             if self.find_state(key) is not None:
+                seconds = time.monotonic() - started_at
+                logger.info(
+                    "another run has trained state %s, after %.1f s of waiting",
+                    key,
+                    seconds,
+                    extra={"key": key, "seconds": seconds},
+                )
                 yield False
                 return
+            if not is_waiting:
+                logger.info("waiting: another run trains state %s", key, extra={"key": key})
+            is_waiting = True
             time.sleep(_BUCKET_POLL_SECONDS if storage.is_bucket_copy(self.path) else _POLL_SECONDS)
+        if is_waiting:
+            logger.info(
+                "acquired the lease of state %s after %.1f s; its holder gave it back or died",
+                key,
+                time.monotonic() - started_at,
+                extra={"key": key},
+            )
         with LeaseHeartbeat(lease):
             yield self.find_state(key) is None
 
@@ -210,6 +238,14 @@ class PrefixCache:
         for _, n_bytes, state in sorted(states):
             if total_bytes <= self.max_bytes:
                 return
+            logger.info(
+                "evicted state %s of %d bytes: the prefix cache of %d bytes exceeds %d",
+                state.name,
+                n_bytes,
+                total_bytes,
+                self.max_bytes,
+                extra={"key": state.name},
+            )
             storage.delete_remote(state)
             # Renamed first, so that no process finds a partly deleted state.
             hidden = state.with_name(f".{state.name}.{os.getpid()}")

@@ -1,8 +1,8 @@
 """The training loop of all methods. It depends neither on Ray nor on MLflow."""
 
+import logging
 import math
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -41,6 +41,8 @@ from raysweep.training.model_variants import ModelVariants
 from raysweep.training.prefix_cache import PrefixCache, prefix_keys
 from raysweep.training.sync_batchnorm import convert_sync_batchnorm
 from raysweep.worker_group import SINGLE_WORKER, WorkerGroup
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingFailed(WorkFailed):
@@ -104,6 +106,14 @@ def train_model(
             the last finished step.
     """
     check_method_distributable(config.method, workers)
+    logger.info(
+        "training %s for %d epochs, config digest %s, in %s",
+        config.method.name,
+        config.epochs,
+        config.digest(),
+        storage.uri_of(run_path),
+        extra={"config_digest": config.digest(), "epochs": config.epochs},
+    )
     run = _TrainingRun(
         config=config,
         directory=RunDirectory(run_path),
@@ -249,7 +259,9 @@ class _TrainingRun:
         n_saved = max(self.directory.list_saved_epochs(), default=0)
         n_saved = broadcast_int(n_saved, self.workers, self.device)
         if not n_saved:
+            logger.info("no earlier checkpoint: the first epoch is next")
             return
+        logger.info("resuming after epoch %d", n_saved, extra={"epoch": n_saved})
         saved = checkpoint.read_checkpoint(self.directory.epoch_path(n_saved))
         check_resumable(saved, self.config, self.data.fingerprint)
         saved.load_training_state(self.model, self.optimizer)
@@ -265,6 +277,7 @@ class _TrainingRun:
         if self.workers.rank == 0:
             best_epoch = find_best_epoch(self.config, saved.history)
             self.directory.prune_checkpoints({epoch + 1, best_epoch})
+            _log_epoch(saved.last_metrics)
         self.callback.on_epoch_end(saved.last_metrics, saved)
         _check_not_collapsed(self.config, saved.history, self.data)
 
@@ -289,6 +302,12 @@ class _TrainingRun:
             if not must_train:
                 reused = self.prefix_cache.reuse_state(key, path, self.config, self.history)
                 if reused is not None:
+                    logger.info(
+                        "reused epoch %d from the prefix cache, key %s",
+                        epoch + 1,
+                        key,
+                        extra={"epoch": epoch + 1, "key": key, "event": "prefix_reused"},
+                    )
                     reused.load_training_state(self.model, self.optimizer)
                     return reused
             return self._train_and_save_epoch(epoch)
@@ -353,6 +372,13 @@ class _TrainingRun:
         n_done = 0
         if self.checkpointer is not None:
             n_done = self.checkpointer.resume_epoch(self.history, diagnostics)
+        if n_done:
+            logger.info(
+                "resuming within epoch %d, after step %d",
+                epoch + 1,
+                n_done,
+                extra={"epoch": epoch + 1, "step": n_done},
+            )
         self.model.train()
         with self.variants.training_precision():
             batches = self.device_data.iter_train_batches(
@@ -399,13 +425,35 @@ def _reuse_longest_prefix(
         state = prefix_cache.find_state(keys[epoch]) if epoch > 0 else None
         if state is None:
             continue
-        # Another run may evict the state at any moment; then try a shorter prefix.
-        with suppress(SpecError):
+        try:
             best = find_best_epoch(config, checkpoint.read_checkpoint(state).history)
             if prefix_cache.reuse_state(
                 keys[best], directory.epoch_path(best), config
             ) and prefix_cache.reuse_state(keys[epoch], directory.epoch_path(epoch), config):
+                logger.info(
+                    "reused epochs 1 to %d from the prefix cache, key %s",
+                    epoch,
+                    keys[epoch],
+                    extra={"epoch": epoch, "key": keys[epoch], "event": "prefix_reused"},
+                )
                 return
+        except SpecError as error:
+            # Another run evicted the state meanwhile.
+            logger.info("a prefix of %d epochs vanished, a shorter one is next: %s", epoch, error)
+
+
+def _log_epoch(metrics: EpochMetrics) -> None:
+    """Log the accuracies, loss and time of an epoch."""
+    shown = ("train/loss", "clean", "robust_worst", "train/seconds", "validation_seconds")
+    numbers = {name: round(metrics[name], 4) for name in shown if name in metrics}
+    epoch = int(metrics["epoch"])
+    logger.info(
+        "epoch %d %s: %s",
+        epoch,
+        "reused" if "shared" in metrics else "trained",
+        ", ".join(f"{name} {value}" for name, value in numbers.items()),
+        extra={"epoch": epoch, "metrics": numbers},
+    )
 
 
 def _check_not_collapsed(
