@@ -85,7 +85,9 @@ class CommandLog:
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self.name = arguments[0] if arguments else ""
-        self.command_line = redact_log_text(shlex.join(["raysweep", *arguments]))
+        # Quotes could hide the secrets of an argument.
+        plain_arguments = map(redact_log_text, arguments)
+        self.command_line = redact_log_text(shlex.join(["raysweep", *plain_arguments]))
         self.exit_code: int | None = None
         self.folders = contextlib.ExitStack()
 

@@ -29,17 +29,19 @@ NEEDS_RAY = pytest.mark.needs_ray
 COMMON = {"--set", "--data-dir", "--json"}
 FLAGS = {
     "list": {"--json"},
-    "show": {*COMMON, "--out", "--storage"},
-    "train": {*COMMON, "--out", "--storage", "--name"},
+    "show": {*COMMON, "--out", "--storage", "--log"},
+    "train": {*COMMON, "--verbose", "--out", "--storage", "--name"},
     "tune": {
-        *COMMON, "--out", "--storage", "--name", "--space", "--trials", "--resume", "--plan",
+        *COMMON, "--verbose", "--out", "--storage", "--name", "--space", "--trials", "--resume",
+        "--plan",
         "--address", "--cpus-per-trial", "--gpus-per-trial", "--workers", "--optuna",
         "--max-trials", "--max-time", "--max-gpu-hours",
     },
-    "run": {*COMMON, "--out", "--storage", "--plan", "--from", "--wait", "--address"},
-    "doctor": {*COMMON, "--out", "--storage", "--address"},
+    "run": {*COMMON, "--verbose", "--out", "--storage", "--plan", "--from", "--wait", "--address"},
+    "doctor": {*COMMON, "--verbose", "--out", "--storage", "--address"},
     "eval": {
-        *COMMON, "--out", "--storage", "--attack", "--version", "--eps", "--norm", "--n",
+        *COMMON, "--verbose", "--out", "--storage", "--attack", "--version", "--eps", "--norm",
+        "--n",
         "--batch-size", "--keep-adversarial", "--pseudo-label", "--address", "--gpus-per-task",
         "--bundle", "--verify",
     },
@@ -288,6 +290,19 @@ def test_train_tracks_and_tells_where(workdir: Path, capsys) -> None:
     client = MlflowClient(f"sqlite:///{workdir}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
     assert [(run.info.run_name, run.info.status) for run in runs] == [("mine", "FINISHED")]
+    capsys.readouterr()
+    assert main(["show", "mine", "--log", "--json"]) == 0
+    log = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    events = [entry["event"] for entry in log if "event" in entry]
+    assert events == ["start", "end", "start", "end"], "both commands, in one log"
+    assert log[0]["versions"]["mlflow"] and "raysweep train lrat" in log[0]["message"]
+    (trained,) = (entry for entry in log if "metrics" in entry)
+    assert trained["epoch"] == 1
+    assert trained["metrics"]["robust_worst"] == pytest.approx(
+        result["metrics"]["robust_worst"], abs=1e-4
+    )
+    digest = json.loads((workdir / "runs" / "mine" / "epoch-0001" / "meta.json").read_text())
+    assert {e["config_digest"] for e in log if "config_digest" in e} == {digest["digest"]}
     assert runs[0].data.metrics["best/robust_worst"] == round(result["metrics"]["robust_worst"], 6)
     plots = {Path(item.path).name for item in client.list_artifacts(runs[0].info.run_id, "plots")}
     assert {

@@ -21,6 +21,8 @@ LAYERS = [
         "storage",
         "leases",
         "formatting",
+        "log_records",
+        "logs",
         "pareto",
     ),
     ("losses", "attacks", "instance_weights"),

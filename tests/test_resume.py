@@ -16,6 +16,7 @@ import ray
 from forked_processes import ForkedProcess
 
 from raysweep.cli import main
+from raysweep.logs import read_log
 from raysweep.sweep.ledger import Ledger
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -101,6 +102,26 @@ def test_kill_9_ctrl_c_a_sigterm_and_a_budget_in_the_life_of_one_sweep(
         epochs = [epoch for epoch, _ in trial.curve]
         assert epochs == sorted(set(epochs)), "no epoch is counted twice"
     check_mlflow(workdir, 5)
+    check_log(sweep)
+
+
+def check_log(sweep: Path) -> None:
+    """One start for each driver; the exit code of all but the one that was killed."""
+    driver = read_log(sweep, with_trials=False)
+    starts = [entry for entry in driver if entry.get("event") == "start"]
+    assert len(starts) == 5 and all("torch" in entry["versions"] for entry in starts)
+    assert [entry["exit_code"] for entry in driver if entry.get("event") == "end"] == [
+        130, 130, 0, 0
+    ]  # fmt: skip
+    ends = [entry["reason"] for entry in driver if entry.get("event") == "sweep_end"]
+    assert ends == ["interrupted", "interrupted", "budget", "done"]
+    assert sum(entry["message"] == "received SIGTERM" for entry in driver) == 1
+    found = [entry["states"] for entry in driver if entry.get("event") == "sweep_start"]
+    assert found[0] == {} and all(states["running"] for states in found[1:])
+    trials = [entry for entry in read_log(sweep) if entry["writer"] == "trial"]
+    assert {entry["trial"] for entry in trials} == {0, 1, 2, 3, 4}
+    assert any(entry["message"].startswith("resuming after epoch ") for entry in trials)
+    assert any(entry.get("event") == "prefix_reused" for entry in trials)
 
 
 def check_mlflow(workdir: Path, trials: int) -> None:

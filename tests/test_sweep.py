@@ -14,6 +14,7 @@ from conftest import FORKED, TINY, TrialUpdateListener, tiny
 
 from raysweep import storage
 from raysweep.cli import main
+from raysweep.logs import read_log
 from raysweep.result_loading import advise_on_trial
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
@@ -385,6 +386,19 @@ def test_asha_stops_weak_trials_and_a_failing_trial_fails_alone(ray_cluster, tmp
         file.stat().st_size for file in (tmp_path / ".prefixes").rglob("*") if file.is_file()
     )
     assert kept <= 1e-4 * 2**30, "the store of prefixes keeps to the space's limit"
+    entries = read_log(ledger.path)
+    stops = [entry for entry in entries if entry.get("event") == "asha_stop"]
+    assert {entry["trial"] for entry in stops} == {trial.number for trial in stopped}
+    assert all(entry["value"] < entry["cut"] and entry["epoch"] in (1, 2) for entry in stops)
+    failures = [entry for entry in entries if entry["level"] == "ERROR"]
+    assert {entry["trial"] for entry in failures} == {
+        trial.number for trial in trials if trial.state == "failed"
+    }
+    (told,) = (e for e in failures if e["trial"] == 1 and e["writer"] == "trial")
+    assert told["exception"]["causes"] == [{"type": "TrainingFailed", "message": trials[1].reason}]
+    assert "TrainingFailed" in (ledger.trial_path(1) / "log.txt").read_text()
+    evicted = [entry["key"] for entry in entries if entry["message"].startswith("evicted state ")]
+    assert evicted and not any((tmp_path / ".prefixes" / key).exists() for key in evicted[:1])
 
 
 def test_a_store_that_fails_under_the_sweep_is_its_own_error_and_loses_nothing(
@@ -408,6 +422,8 @@ def test_a_store_that_fails_under_the_sweep_is_its_own_error_and_loses_nothing(
     assert any(trial.state == "running" for trial in ledger.load_trials())
     run_sweep(ledger, [])
     assert [(trial.state, trial.epoch) for trial in ledger.load_trials()] == [("finished", 2)] * 2
+    (told,) = (e for e in read_log(ledger.path) if e.get("event") == "sweep_error")
+    assert told["exception"]["causes"][0]["type"] == "BucketUnavailable"
 
 
 def test_a_sweep_says_why_it_ended(ray_cluster, tmp_path: Path) -> None:
@@ -427,6 +443,13 @@ def test_a_sweep_says_why_it_ended(ray_cluster, tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is before, (
         "what comes after a sweep can be ended by Ctrl-C, too"
     )
+    entries = read_log(ledger.path)
+    ends = [entry["reason"] for entry in entries if entry.get("event") == "sweep_end"]
+    assert ends == ["interrupted", "budget", "done"]
+    starts = [entry["states"] for entry in entries if entry.get("event") == "sweep_start"]
+    assert starts[0] == {} and starts[1].get("running") and starts[1] == starts[2]
+    (limit,) = (entry for entry in entries if entry.get("event") == "limit")
+    assert "s of 0 s have passed" in limit["message"]
 
 
 def test_a_budget_counts_what_is_held_now_and_no_waiting(
@@ -475,6 +498,10 @@ def test_a_bug_ends_the_sweep_after_a_few_trials_with_its_traceback(ray_cluster,
     assert any(
         (ledger.trial_path(t.number) / "error.txt").read_text() in str(error.value) for t in failed
     )
+    told = [e for e in read_log(ledger.path, with_trials=False) if e.get("trial_traceback")]
+    assert [e["trial_traceback"] for e in told[:1]] == [
+        (ledger.trial_path(told[0]["trial"]) / "error.txt").read_text()
+    ]
 
 
 def test_failures_are_told_apart(tmp_path) -> None:
@@ -534,6 +561,16 @@ def test_a_node_that_dies_costs_its_trials_the_epoch_they_were_in(ray_cluster, t
             ledger.space.trial_config(trial.params), tmp_path / f"alone-{trial.number}"
         ).last_checkpoint
         assert weights(alone.path) == weights(ledger.trial_path(trial.number) / "epoch-0015")
+    entries = read_log(ledger.path)
+    (lost,) = (entry for entry in entries if entry.get("event") == "trial_lost")
+    (moved,) = (trial.number for trial in ledger.load_trials() if trial.retries)
+    assert (lost["trial"], lost["attempt"]) == (moved, 2) and lost["ray_error"]
+    processes = {
+        entry["process"]
+        for entry in entries
+        if entry["writer"] == "trial" and entry["trial"] == moved
+    }
+    assert len(processes) == 2, "both wrote to the trial's log"
 
 
 def test_a_grid_asks_for_each_point_once(tmp_path) -> None:

@@ -91,15 +91,25 @@ def run_sweep(
         SweepFailed: If several trials failed with errors in the code, or no trial could start.
     """
     with log_to_folder(ledger.path):
-        return _run_logged_sweep(
-            ledger,
-            listeners,
-            resources or Resources(),
-            address,
-            budget or Budget(),
-            fingerprint,
-            extended_space,
-        )
+        try:
+            return _run_logged_sweep(
+                ledger,
+                listeners,
+                resources or Resources(),
+                address,
+                budget or Budget(),
+                fingerprint,
+                extended_space,
+            )
+        except Exception as error:
+            logger.error(
+                "sweep %s ends with an error: %s",
+                ledger.name,
+                error,
+                exc_info=error,
+                extra={"event": "sweep_error", "shown": True},
+            )
+            raise
 
 
 def _run_logged_sweep(

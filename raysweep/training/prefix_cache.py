@@ -173,7 +173,7 @@ class PrefixCache:
             storage.copy_folder(checkpoint_path, self.path / key)
         else:
             self._link_checkpoint_as_state(key, checkpoint_path)
-        logger.debug("stored %s as state %s", checkpoint_path.name, key, extra={"key": key})
+        logger.info("stored %s as state %s", checkpoint_path.name, key, extra={"key": key})
         self._evict_oldest_states()
 
     def _link_checkpoint_as_state(self, key: str, checkpoint_path: Path) -> None:
