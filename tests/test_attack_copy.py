@@ -14,7 +14,7 @@ from raysweep.evaluation.attack_model import (
     forward_uses_autograd,
     make_attack_model,
 )
-from raysweep.evaluation.batchnorm_folding import find_foldable_batch_norms, fold_batch_norms
+from raysweep.evaluation.batchnorm_folding import find_foldable_batch_norms, fold_batch_norms_
 from raysweep.evaluation.float32_precision import disable_tf32_and_autocast
 from raysweep.models.device import get_model_device
 
@@ -98,7 +98,7 @@ def test_which_batch_norms_can_be_folded(f, expected) -> None:
     assert len([m for m in copied.modules() if isinstance(m, nn.BatchNorm2d)]) == 2 - len(expected)
     assert torch.allclose(copied(X), net(X), atol=1e-5)
     assert (
-        fold_batch_norms(net, X)
+        fold_batch_norms_(net, X)
         == len(expected)
         == sum(isinstance(m, nn.Identity) for m in net.modules())
     )
@@ -152,7 +152,7 @@ def test_names_of_nested_parts() -> None:
     net = nn.Sequential(block, nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
     assert find_foldable_batch_norms(net, X) == {"0.1": "0.0", "3": "2"}
     assert (
-        fold_batch_norms(net, X) == 2
+        fold_batch_norms_(net, X) == 2
         and isinstance(net[0][1], nn.Identity)
         and isinstance(net[1], nn.BatchNorm2d)
     )

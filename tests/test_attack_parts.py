@@ -10,9 +10,9 @@ from raysweep.attacks import (
     FAB,
     PGD,
     Square,
-    attack_by_name,
     autoattack,
     build_custom_cascade,
+    build_named_attack,
     freeze_model,
     true_class_confidence,
     true_class_margin,
@@ -197,7 +197,7 @@ def test_versions_of_autoattack(version, norm):
     assert {name: settings(attack) for name, attack in cascade.attacks.items()} == VERSIONS[version]
     assert list(cascade.attacks) == list(VERSIONS[version]) and not cascade.tf32
     assert {(attack.eps, attack.norm) for attack in cascade.attacks.values()} == {(0.3, norm)}
-    assert attack_by_name("autoattack", 0.3, norm, version) == cascade
+    assert build_named_attack("autoattack", 0.3, norm, version) == cascade
 
 
 def test_tf32_is_the_standard_version_in_tf32():
@@ -210,11 +210,11 @@ def test_tf32_is_the_standard_version_in_tf32():
 def test_every_named_evaluation(norm):
     assert set(NAMED) == set(ATTACK_DESCRIPTIONS)
     for name, expected in NAMED.items():
-        attacks = attack_by_name(name, 0.3, norm).attacks
+        attacks = build_named_attack(name, 0.3, norm).attacks
         assert {key: settings(attack) for key, attack in attacks.items()} == expected
         assert list(attacks) == list(expected)
         assert {(attack.eps, attack.norm) for attack in attacks.values()} == {(0.3, norm)}
-    assert {attack.eps for attack in attack_by_name("autoattack").attacks.values()} == {8 / 255}
+    assert {attack.eps for attack in build_named_attack("autoattack").attacks.values()} == {8 / 255}
 
 
 def test_lists_keep_their_order():

@@ -19,14 +19,14 @@ from raysweep.attacks import (
     AnyAttack,
     AttackCascade,
     Square,
-    attack_by_name,
     autoattack,
     build_custom_cascade,
+    build_named_attack,
     true_class_margin,
 )
 from raysweep.attacks.apgd import _step_size_checkpoints
 from raysweep.attacks.base import sample_on_sphere
-from raysweep.attacks.fab import project_onto_plane
+from raysweep.attacks.fab import compute_projection_step
 from raysweep.rng import ExampleRng
 from raysweep.schedules import PiecewiseSchedule
 from raysweep.spec import SpecError
@@ -135,7 +135,7 @@ def test_projection_onto_a_plane_in_the_box(norm):
     normal[:, 3] = 0
     offset = (normal * torch.rand(50, 12, dtype=torch.float64)).sum(1)
     gap = (normal * points).sum(1) - offset
-    move = project_onto_plane(points, normal, gap, norm)
+    move = compute_projection_step(points, normal, gap, norm)
     moved = points + move
     assert torch.allclose((normal * moved).sum(1), offset, atol=1e-9)
     assert moved.min() >= -1e-12 and moved.max() <= 1 + 1e-12
@@ -164,7 +164,7 @@ def test_projection_gives_the_corner_where_the_plane_misses_the_box():
     points, normal = torch.full((1, 2), 0.5), torch.tensor([[1.0, -1.0]])
     for norm in ("Linf", "L2"):
         assert torch.equal(
-            project_onto_plane(points, normal, torch.tensor([-9.0]), norm),
+            compute_projection_step(points, normal, torch.tensor([-9.0]), norm),
             torch.tensor([[0.5, -0.5]]),
         )
 
@@ -258,7 +258,7 @@ def test_leaving_the_batch_late_changes_no_verdict(attack, monkeypatch):
 
 def test_pgd_plus_needs_every_iterate_to_be_right():
     model, (x, y) = robust_digits(), digits(40)
-    plus, once = attack_by_name("pgd+", 0.2), PGD(eps=0.2, step_size=0.01, steps=40)
+    plus, once = build_named_attack("pgd+", 0.2), PGD(eps=0.2, step_size=0.01, steps=40)
     left = plus(model, x, y, rng(40)).robust_after
     alone = model(once(model, x, y, rng(40).derive_stream("pgd+-1")).x_adv).argmax(1) == y
     assert list(left) == [f"pgd+-{i}" for i in range(1, 6)]
@@ -277,25 +277,25 @@ def test_official_versions():
     assert autoattack(version="plus").attacks["apgd-dlr"].restarts == 5
     assert {a.samples for a in autoattack(version="rand").attacks.values()} == {20}
     assert {a.norm for a in autoattack(0.5, "L2").attacks.values()} == {"L2"}
-    assert list(attack_by_name("square, apgd-dlr").attacks) == ["square", "apgd-dlr"]
+    assert list(build_named_attack("square, apgd-dlr").attacks) == ["square", "apgd-dlr"]
     with pytest.raises(
         SpecError, match="'plus' is only for autoattack: leave it out for 'autoattack,square'"
     ):
-        attack_by_name("autoattack,square", version="plus")
+        build_named_attack("autoattack,square", version="plus")
 
 
 @pytest.mark.parametrize("name", ATTACK_DESCRIPTIONS)
 def test_a_name_alone_and_in_a_list_is_the_same_attack(name):
-    alone = attack_by_name(name).attacks
-    assert attack_by_name(f"{name},apgd-dlr").attacks.items() >= alone.items()
+    alone = build_named_attack(name).attacks
+    assert build_named_attack(f"{name},apgd-dlr").attacks.items() >= alone.items()
 
 
 def test_a_radius_as_one_writes_it():
-    assert attack_by_name("pgd20", "8/255") == attack_by_name("pgd20", 8 / 255)
+    assert build_named_attack("pgd20", "8/255") == build_named_attack("pgd20", 8 / 255)
 
 
 def test_a_name_again_is_a_restart():
-    attacks = attack_by_name("autoattack,square, square").attacks
+    attacks = build_named_attack("autoattack,square, square").attacks
     assert list(attacks) == ["apgd-ce", "apgd-t", "fab-t", "square", "square-2", "square-3"]
     assert attacks["square"] == attacks["square-2"]
     model, (x, y) = robust_digits(), digits(20)
@@ -314,7 +314,7 @@ def test_names_that_cannot_be_files(name):
 
 def test_unknown_names_are_refused_with_the_nearest():
     for make, near in (
-        (lambda: attack_by_name("autoatack"), "autoattack"),
+        (lambda: build_named_attack("autoatack"), "autoattack"),
         (lambda: build_custom_cascade(["fab_t"]), "fab-t"),
     ):
         with pytest.raises(SpecError, match=near):

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from raysweep.attacks import attack_by_name
+from raysweep.attacks import build_named_attack
 from raysweep.checkpoint_evaluation import (
     choose_evaluation_folder,
     evaluate_checkpoint,
@@ -116,7 +116,7 @@ def test_neither_seeds_nor_versions_overwrite_each_other(
     assert subject.checkpoint and subject.data and subject.config
     run, attack, folders = (
         tracker.find_run(checkpoint_run_tags(subject.checkpoint)),
-        attack_by_name("pgd20", 0.15),
+        build_named_attack("pgd20", 0.15),
         set(),
     )
     for seed in (0, 1):

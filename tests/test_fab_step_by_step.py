@@ -14,7 +14,7 @@ from slow_attacks import (
 )
 
 from raysweep.attacks import FAB
-from raysweep.attacks.fab import project_onto_plane
+from raysweep.attacks.fab import compute_projection_step
 from raysweep.rng import ExampleRng
 
 SHAPE = (2, 2, 3)
@@ -211,7 +211,8 @@ def test_projection_in_the_box(norm):
     normal = rng.normal(size=(40, 9)) * (rng.uniform(size=(40, 9)) < 0.8)
     gaps = rng.normal(size=(2, 40)) * 2
     gaps[0, 0] = 0
-    ours = project_onto_plane(*(torch.from_numpy(v) for v in (points, normal, gaps)), norm).numpy()
+    steps = compute_projection_step(*(torch.from_numpy(v) for v in (points, normal, gaps)), norm)
+    ours = steps.numpy()
     reached = 0
     for layer in range(2):
         for row in range(40):

@@ -296,7 +296,7 @@ def test_a_pipeline_that_was_run_has_nothing_to_do(out: Path) -> None:
     stages = {"stages.tune.trials": 2, "stages.promote.top": 1, "stages.autoattack.n": 10}
     name, pipeline, settings = load_pipeline("digits", SHRUNK | small | stages)
     planned = plan_stages(
-        pipeline, settings, out / "runs" / "pipelines" / name, pipeline.compute_digest_salt()
+        pipeline, settings, out / "runs" / "pipelines" / name, pipeline.compute_rerun_key()
     )
     assert [step.folder.relative_to(out).as_posix() for step in planned] == sorted(
         READ["artifacts"]
@@ -327,7 +327,7 @@ def test_an_evaluation_is_resumed_from_its_shards(
     out: Path, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the folder that it was in, without an attack."""
-    from raysweep.attacks import attack_by_name as attack_preset
+    from raysweep.attacks import build_named_attack as attack_preset
 
     subject = load_checkpoint_target(out / "runs" / "train" / "epoch-0003", {})
     assert subject.config is not None and subject.data is not None

@@ -13,7 +13,7 @@ import torch
 from conftest import tiny
 from ladder_network import LadderNetwork, ladder_images
 
-from raysweep.attacks import PGD, AttackCascade, attack_by_name, autoattack
+from raysweep.attacks import PGD, AttackCascade, autoattack, build_named_attack
 from raysweep.checkpoint_evaluation import (
     choose_evaluation_folder,
     evaluate_checkpoint,
@@ -256,7 +256,7 @@ def test_the_prefix_aa_is_for_autoattack_on_the_whole_test_set_at_the_radius_of_
     )
     assert log_and_get_prefix(standard(0.1), trained, tmp_path) == "eval/name-Linf-0.1-n6"
     assert log_and_get_prefix(standard(0.15, "L2"), trained, tmp_path) == "eval/name-L2-0.15-n6"
-    others = [autoattack(0.15, version="plus"), attack_by_name("apgd-ce", 0.15)]
+    others = [autoattack(0.15, version="plus"), build_named_attack("apgd-ce", 0.15)]
     for attack in others:
         assert (
             log_and_get_prefix(standard(attack=attack), trained, tmp_path)

@@ -30,7 +30,7 @@ from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
 from raysweep.pipeline.pipeline import load_pipeline, plan_stages
 from raysweep.pipeline.published_results import load_paper_table
-from raysweep.pipeline.sweep_retention import delete_old_nights, get_today_date
+from raysweep.pipeline.sweep_retention import get_today_date, prune_nightly_sweeps
 from raysweep.spec import SpecError
 from raysweep.sweep.plan import maybe_estimate_epoch_seconds
 from raysweep.sweep.resources import Resources
@@ -78,7 +78,7 @@ def test_shipped_pipelines_are_sound(name, workdir: Path) -> None:
             for line in config.list_warnings()
         ] == []
     _, small, around = load_pipeline(name, SHRUNK)
-    planned = plan_stages(small, around, workdir, small.compute_digest_salt())
+    planned = plan_stages(small, around, workdir, small.compute_rerun_key())
     assert len({step.stage_digest for step in planned}) == len(small.stages)
     configs = [config for stage in small.stages for config in stage.list_training_configs(around)]
     assert configs and all(
@@ -798,13 +798,13 @@ def test_nights_before_the_last_are_forgotten(tmp_path: Path) -> None:
         return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*"))
 
     sweeps = [f"{night}/nightly-00-12345678" for night in nights]
-    delete_old_nights(tmp_path, "2026-03-01", None)
+    prune_nightly_sweeps(tmp_path, "2026-03-01", None)
     assert list_files() == sorted([*sweeps, "2026-03-01/.prefixes"]), (
         "this night's prefixes are in use"
     )
-    delete_old_nights(tmp_path, "2026-03-02", 2)
+    prune_nightly_sweeps(tmp_path, "2026-03-02", 2)
     assert list_files() == sweeps[2:], "tonight, which has nothing yet, and the night before"
-    delete_old_nights(tmp_path / "none", "2026-03-02", 2)
+    prune_nightly_sweeps(tmp_path / "none", "2026-03-02", 2)
 
 
 DEPLOY = Path(__file__).parent.parent / "deploy"

@@ -269,11 +269,11 @@ def test_keep_needs_a_daily_pipeline() -> None:
 def test_the_salt_makes_a_pipeline_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raysweep.pipeline.pipeline.get_today_date", lambda: "2026-03-01")
     assert (
-        pipeline(TRAIN).compute_digest_salt() == ""
-        and pipeline(TRAIN, again="daily").compute_digest_salt() == "2026-03-01"
+        pipeline(TRAIN).compute_rerun_key() == ""
+        and pipeline(TRAIN, again="daily").compute_rerun_key() == "2026-03-01"
     )
     revision = describe_environment()["git_revision"] or describe_environment()["raysweep"]
-    assert pipeline(TRAIN, again="revision").compute_digest_salt() == str(revision) != ""
+    assert pipeline(TRAIN, again="revision").compute_rerun_key() == str(revision) != ""
 
 
 def test_a_stage_is_named_by_kind_or_number() -> None:
@@ -363,7 +363,7 @@ def test_which_nights_are_kept(tmp_path: Path) -> None:
         for name in names:
             (folder / name / ".prefixes").mkdir(parents=True)
             (folder / name / "sweep").mkdir()
-        sweep_retention.delete_old_nights(folder, tonight, keep)
+        sweep_retention.prune_nightly_sweeps(folder, tonight, keep)
         return sorted(str(path.relative_to(folder)) for path in folder.glob("*/*"))
 
     days = ("2026-02-28", "2026-03-01", "2026-03-02")

@@ -23,9 +23,9 @@ from raysweep.sweep.plan import (
     estimate_epoch_seconds,
     expected_sweep_epochs,
     expected_trial_epochs,
+    list_completed_epochs,
     maybe_estimate_epoch_seconds,
     plan_sweep,
-    starting_epochs,
 )
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import SearchSpace
@@ -260,14 +260,14 @@ def test_a_plan_counts_the_trials_that_are_left() -> None:
     trials = [
         Trial(number, {LR: 0.1}, state, epoch) for number, (state, epoch) in enumerate(states)
     ]  # type: ignore[arg-type]
-    assert starting_epochs(space(trials=8), 3, trials) == [1, 0, 0, 0]
-    assert starting_epochs(space(trials=8), 5, trials) == [1, 3, 0, 0, 0], (
+    assert list_completed_epochs(space(trials=8), 3, trials) == [1, 0, 0, 0]
+    assert list_completed_epochs(space(trials=8), 5, trials) == [1, 3, 0, 0, 0], (
         "the trial that had finished 3 epochs gets two more"
     )
-    assert starting_epochs(space(trials=6), 6, trials) == [1, 3, 5, 0]
-    assert starting_epochs(space(trials=3), 8, []) == [0, 0, 0]
+    assert list_completed_epochs(space(trials=6), 6, trials) == [1, 3, 5, 0]
+    assert list_completed_epochs(space(trials=3), 8, []) == [0, 0, 0]
     own = [Trial(0, {"epochs": 2}, "finished", 2), Trial(1, {"epochs": 9}, "running", 4)]
-    assert starting_epochs(space(trials=2), 5, own) == [4], (
+    assert list_completed_epochs(space(trials=2), 5, own) == [4], (
         "a trial's own number of epochs is not changed"
     )
 

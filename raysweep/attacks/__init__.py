@@ -31,9 +31,9 @@ from raysweep.attacks.minimal_perturbation import MinimalPerturbation
 from raysweep.attacks.named_attacks import (
     ATTACK_DESCRIPTIONS,
     AutoAttackVersion,
-    attack_by_name,
     autoattack,
     build_custom_cascade,
+    build_named_attack,
 )
 from raysweep.attacks.pgd import PGD
 from raysweep.attacks.square import Square
@@ -63,9 +63,9 @@ __all__ = [
     "Norm",
     "SingleAttack",
     "Square",
-    "attack_by_name",
     "autoattack",
     "build_custom_cascade",
+    "build_named_attack",
     "build_restart_cascade",
     "fp32_precision",
     "freeze_model",

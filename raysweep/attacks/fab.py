@@ -28,7 +28,7 @@ from raysweep.spec import Spec
 # On an accelerator, broken rows are removed from the batch only after this number of steps, because
 # the host waits for the device when it counts them.
 ROW_CHECK_INTERVAL = 10
-# Largest number of Newton steps in `project_onto_plane`. Tests with extreme gradients and 3072
+# Largest number of Newton steps in `compute_projection_step`. Tests with extreme gradients and 3072
 # pixels needed at most 18.
 MAX_NEWTON_STEPS = 30
 
@@ -202,7 +202,7 @@ class FAB(Spec):
         """
         point, origin = x_adv.flatten(1), x.flatten(1)
         origin_gap = gap + (normal * (origin - point)).sum(1)
-        point_move, origin_move = project_onto_plane(
+        point_move, origin_move = compute_projection_step(
             torch.stack([point, origin]), normal, torch.stack([gap, origin_gap]), self.norm
         )
         point_distance = _row_norms(point_move, self.norm).clamp_min(1e-8)[:, None]
@@ -212,7 +212,7 @@ class FAB(Spec):
         return x_next.clamp_(0, 1).view_as(x)
 
 
-def project_onto_plane(points: Tensor, normal: Tensor, gap: Tensor, norm: Norm) -> Tensor:
+def compute_projection_step(points: Tensor, normal: Tensor, gap: Tensor, norm: Norm) -> Tensor:
     """Return the shortest moves that bring points of the box [0, 1]^D onto a plane in the box.
 
     Each coordinate moves towards the plane at its own speed (1 for Linf, |normal| for L2) and stops

@@ -141,7 +141,7 @@ ATTACK_DESCRIPTIONS = {
 }
 
 
-def attack_by_name(
+def build_named_attack(
     name: str, eps: float = 8 / 255, norm: Norm = "Linf", version: AutoAttackVersion = "standard"
 ) -> AttackCascade:
     """Return the cascade of one or several named attacks.

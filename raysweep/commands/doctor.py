@@ -260,7 +260,7 @@ def _diagnose_nodes(
         yield from _diagnose_data(reports, dataset_name, fingerprint)
     yield from _diagnose_gpus(reports)
     yield from _diagnose_clocks(reports)
-    yield from _diagnose_free_space(reports)
+    yield from _diagnose_disk_and_memory(reports)
     yield from _diagnose_network(reports)
 
 
@@ -396,20 +396,20 @@ def _describe_clock_skew(report: NodeReport) -> str:
     return f"its clock is off by {report.clock_skew:.1f} s"
 
 
-def _diagnose_free_space(reports: list[NodeReport]) -> Iterator[Finding]:
+def _diagnose_disk_and_memory(reports: list[NodeReport]) -> Iterator[Finding]:
     """Check the free disk and memory of all nodes."""
     min_disk = _format_gib(min(report.disk_free for report in reports))
     min_memory = _format_gib(min(report.memory_free for report in reports))
     return _diagnose_each_node(
         "room",
         reports,
-        _describe_low_space,
+        _describe_low_disk_or_memory,
         f"at least {min_disk} of disk and {min_memory} of memory are free",
         "free disk or memory: Ray writes objects to /tmp, and kills tasks if memory runs out",
     )
 
 
-def _describe_low_space(report: NodeReport) -> str:
+def _describe_low_disk_or_memory(report: NodeReport) -> str:
     """Return the free space of a node if it is low, or ""."""
     if report.disk_free >= _MIN_DISK_BYTES and report.memory_free >= _MIN_MEMORY_BYTES:
         return ""

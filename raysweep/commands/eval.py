@@ -441,10 +441,10 @@ def _make_attack(
     request: EvalRequest, target: EvaluationTarget, data_spec: DataSpec
 ) -> AttackCascade:
     """Return the attack. Raises SpecError if its name, version or radius is wrong."""
-    from raysweep.attacks import attack_by_name
+    from raysweep.attacks import build_named_attack
 
     eps = _resolve_eps(request, target, data_spec)
-    return attack_by_name(request.attack, eps, request.norm, request.version)
+    return build_named_attack(request.attack, eps, request.norm, request.version)
 
 
 def _resolve_eps(request: EvalRequest, target: EvaluationTarget, data_spec: DataSpec) -> float:

@@ -61,7 +61,7 @@ class FixedSizeBatches(nn.Module):
         return logits[: len(logits) - n_padding] if n_padding > 0 else logits
 
 
-class InferenceModeGuard(nn.Module):
+class InferenceModeDisabler(nn.Module):
     """Wraps a model whose forward pass uses autograd, for attacks that run in inference mode.
 
     Autograd does not work in inference mode. The guard turns the mode off for the forward pass.
@@ -113,7 +113,7 @@ def make_attack_model(
         attack_model = fold_if_exact(attack_model, x)
         replace_image_convolutions(attack_model)
     if forward_uses_autograd(attack_model, x):
-        attack_model = InferenceModeGuard(attack_model)
+        attack_model = InferenceModeDisabler(attack_model)
     return FixedSizeBatches(attack_model, tile).eval()
 
 

@@ -29,12 +29,12 @@ def fold_if_exact(model: nn.Module, x: Tensor) -> nn.Module:
         changes by more than FOLDING_TOLERANCE times the largest logit.
     """
     folded = copy.deepcopy(model)
-    if fold_batch_norms(folded, x) and _has_same_logits(model, folded, x):
+    if fold_batch_norms_(folded, x) and _has_same_logits(model, folded, x):
         return folded
     return model
 
 
-def fold_batch_norms(model: nn.Module, x: Tensor) -> int:
+def fold_batch_norms_(model: nn.Module, x: Tensor) -> int:
     """Fold, in place, the batch norms that `find_foldable_batch_norms` finds.
 
     Args:

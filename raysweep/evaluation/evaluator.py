@@ -18,7 +18,7 @@ from raysweep.attacks import (
     Norm,
     SingleAttack,
     Square,
-    attack_by_name,
+    build_named_attack,
 )
 from raysweep.evaluation.evaluation_runner import (
     EvaluationOptions,
@@ -104,7 +104,7 @@ def evaluate(
         tile=tile,
         keep_adversarial=keep_adversarial,
     )
-    spec = attack_by_name(attack, eps, norm, version) if isinstance(attack, str) else attack
+    spec = build_named_attack(attack, eps, norm, version) if isinstance(attack, str) else attack
     _check_arguments(model, spec, options)
     attacks: dict[str, SingleAttack] = (
         spec.attacks if isinstance(spec, AttackCascade) else {spec.kind: spec}

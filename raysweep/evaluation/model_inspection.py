@@ -84,7 +84,7 @@ def inspect_model(
             finite logits (N, 2 or more), or a label has no logit.
     """
     with freeze_model(model):
-        outputs, uses_autograd = _run_forwards(model, x)
+        outputs, uses_autograd = _run_repeated_forwards(model, x)
         logits = outputs[0]
         _check_logits(logits, y)
         scale = logits.abs().max().clamp_min(1e-12)
@@ -193,7 +193,7 @@ def find_square_masking_warning(accuracy_before: float, accuracy_after: float) -
     return None
 
 
-def _run_forwards(model: nn.Module, x: Tensor) -> tuple[list[Tensor], bool]:
+def _run_repeated_forwards(model: nn.Module, x: Tensor) -> tuple[list[Tensor], bool]:
     """Return the outputs of repeated forward passes, and whether a pass computes gradients."""
     with torch.no_grad():
         try:

@@ -9,7 +9,7 @@ from raysweep.attacks import (
     AttackCascade,
     MinimalPerturbation,
     SingleAttack,
-    attack_by_name,
+    build_named_attack,
 )
 from raysweep.checkpoint_evaluation import (
     choose_evaluation_folder,
@@ -109,7 +109,7 @@ class AutoAttackStage(Stage):
         """
         attack = self.attacks[label]
         if isinstance(attack, str):
-            return attack_by_name(attack, eps, self.norm)
+            return build_named_attack(attack, eps, self.norm)
         assert not isinstance(attack, MinimalPerturbation)
         return attack
 

@@ -22,7 +22,7 @@ from raysweep.pipeline.promote import PromoteStage
 from raysweep.pipeline.register import RegisterStage
 from raysweep.pipeline.report.stage import ReportStage
 from raysweep.pipeline.stage import Stage, StageContext, TrainingOverrides, UpstreamResults
-from raysweep.pipeline.sweep_retention import delete_old_nights, get_today_date
+from raysweep.pipeline.sweep_retention import get_today_date, prune_nightly_sweeps
 from raysweep.pipeline.train import TrainStage
 from raysweep.pipeline.tune import TuneStage
 from raysweep.spec import JsonDict, Spec, SpecError, apply_overrides, json_digest, read_yaml
@@ -78,7 +78,9 @@ class Pipeline(Spec):
             lines += [f"{where}: {line}" for line in self._find_order_problems(number)]
             problems = _find_stage_problems(stage, training_overrides, upstream_configs)
             if not problems:
-                upstream_configs = _active_configs(stage, training_overrides, upstream_configs)
+                upstream_configs = _list_candidate_configs(
+                    stage, training_overrides, upstream_configs
+                )
                 for label in stage.list_candidate_labels(training_overrides):
                     first = stage_of_label.setdefault(label, number)
                     if first != number:
@@ -112,9 +114,9 @@ class Pipeline(Spec):
         upstream_configs: list[TrainingConfig] = []
         for stage in self.stages:
             yield stage, upstream_configs
-            upstream_configs = _active_configs(stage, training_overrides, upstream_configs)
+            upstream_configs = _list_candidate_configs(stage, training_overrides, upstream_configs)
 
-    def compute_digest_salt(self) -> str:
+    def compute_rerun_key(self) -> str:
         """Return what `rerun` adds to the digest of every stage: a date, a revision, or ""."""
         if self.rerun == "daily":
             return get_today_date()
@@ -211,7 +213,7 @@ def _find_stage_problems(
     return stage.find_problems()
 
 
-def _active_configs(
+def _list_candidate_configs(
     stage: Stage, training_overrides: TrainingOverrides, upstream_configs: list[TrainingConfig]
 ) -> list[TrainingConfig]:
     """Return the configs of the candidates after a stage.
@@ -235,7 +237,7 @@ def plan_stages(
         pipeline: The pipeline.
         training_overrides: Training settings outside of the stages.
         folder: Folder of the artifacts.
-        salt: Result of `Pipeline.compute_digest_salt`.
+        salt: Result of `Pipeline.compute_rerun_key`.
 
     Returns:
         The stages in order, each with its digest and folder.
@@ -299,7 +301,7 @@ def run_pipeline(
     """
     folder = out / "runs" / "pipelines" / name
     first_index = find_stage_index(first_stage, pipeline)
-    salt = pipeline.compute_digest_salt()
+    salt = pipeline.compute_rerun_key()
     runs_folder = runs_folder or out / "runs"
     nights_folder = runs_folder / "pipelines" / name / "sweeps"
     sweeps_folder = nights_folder / salt if salt else runs_folder
@@ -314,7 +316,7 @@ def run_pipeline(
             shutil.rmtree(partial, ignore_errors=True)
         if salt:
             # At the start, so that nights that fail do not fill the disk.
-            delete_old_nights(nights_folder, salt, pipeline.keep_nights)
+            prune_nightly_sweeps(nights_folder, salt, pipeline.keep_nights)
         context = StageContext(
             name, out, folder, sweeps_folder, training_overrides, console, address, exit_stack
         )

@@ -44,7 +44,7 @@ def plan_pipeline(
     """
     first_index = find_stage_index(first_stage, pipeline)
     cluster, nodes = available_capacity(address)
-    salt = pipeline.compute_digest_salt()
+    salt = pipeline.compute_rerun_key()
     rows = []
     for planned_stage, (stage, upstream_configs) in zip(
         plan_stages(pipeline, training_overrides, folder, salt),

@@ -10,7 +10,7 @@ from raysweep.training.prefix_cache import PREFIX_CACHE_FOLDER
 logger = logging.getLogger(__name__)
 
 
-def delete_old_nights(sweeps_folder: Path, current_night: str, keep_nights: int | None) -> None:
+def prune_nightly_sweeps(sweeps_folder: Path, current_night: str, keep_nights: int | None) -> None:
     """Delete the sweeps of old nights, and the cached prefixes of all other nights.
 
     No later night starts from cached prefixes.

@@ -129,7 +129,7 @@ def node_capacities() -> list[dict[str, float]]:
         SpecError: If `RAYSWEEP_CLUSTER_MAX` is malformed.
     """
     if _CLUSTER_MAX_VARIABLE in os.environ:
-        return [_parse_cluster_max(os.environ[_CLUSTER_MAX_VARIABLE])]
+        return [_parse_max_cluster_resources(os.environ[_CLUSTER_MAX_VARIABLE])]
     live_nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     bootstrap_config = Path.home() / _BOOTSTRAP_CONFIG_FILE
     if not bootstrap_config.is_file():
@@ -159,7 +159,7 @@ def _treat_sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous_handler)
 
 
-def _parse_cluster_max(text: str) -> dict[str, float]:
+def _parse_max_cluster_resources(text: str) -> dict[str, float]:
     """Parse the value of `RAYSWEEP_CLUSTER_MAX`; SpecError if it is malformed."""
     try:
         return {kind: float(amount) for kind, amount in json.loads(text).items()}

@@ -105,7 +105,7 @@ def plan_sweep(
     config = space.trial_config({})
     cluster, nodes = available_capacity(address)
     resources = resources.resolve(cluster)
-    start_epochs = starting_epochs(space, config.epochs, existing_trials)
+    start_epochs = list_completed_epochs(space, config.epochs, existing_trials)
     concurrency = min(
         resources.max_concurrent_trials(cluster, nodes),
         max(len(start_epochs), 1),
@@ -212,7 +212,7 @@ def maybe_estimate_epoch_seconds(
     return estimate_epoch_seconds(config, data, resources)
 
 
-def starting_epochs(
+def list_completed_epochs(
     space: SearchSpace, max_epochs: int, existing_trials: Sequence[Trial]
 ) -> list[int]:
     """List how many epochs each trial that is still to run already has.

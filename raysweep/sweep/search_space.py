@@ -556,14 +556,14 @@ def restore_space_keys(data: JsonDict) -> JsonDict:
     Returns:
         The search space with the keys of raysweep 0.1.
     """
-    data = _restore_keys(SearchSpace, data)
+    data = _rename_to_stored_keys(SearchSpace, data)
     for key, part in _SPACE_PARTS.items():
         if isinstance(data.get(key), dict):
-            data[key] = _restore_keys(part, data[key])
+            data[key] = _rename_to_stored_keys(part, data[key])
     return data
 
 
-def _restore_keys(spec_type: type[Spec], data: JsonDict) -> JsonDict:
+def _rename_to_stored_keys(spec_type: type[Spec], data: JsonDict) -> JsonDict:
     """Replace the field names of a spec by its stored keys."""
     return {spec_type.stored_keys.get(name, name): value for name, value in data.items()}
 

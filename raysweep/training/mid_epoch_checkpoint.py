@@ -81,7 +81,7 @@ class MidEpochCheckpointer:
         """
         self._history, self._started_at = history, time.perf_counter()
         saved = self._read_checkpoint()
-        if saved is None or not self._is_same_epoch(saved):
+        if saved is None or not self._is_resumable(saved):
             return 0
         saved.load_training_state(self._model, self._optimizer)
         device = next(self._model.parameters()).device
@@ -144,7 +144,7 @@ class MidEpochCheckpointer:
             logger.warning("the checkpoint within an epoch is damaged and not used: %s", error)
             return None
 
-    def _is_same_epoch(self, saved: TrainingCheckpoint) -> bool:
+    def _is_resumable(self, saved: TrainingCheckpoint) -> bool:
         """Return whether a checkpoint has this run's settings, data and earlier epochs."""
         return (
             saved.config.replace(epochs=self._config.epochs) == self._config

@@ -120,7 +120,7 @@ class Validation(Spec):
                 for name, mask in self._validate_batch(model, split, rows).items():
                     batches.setdefault(name, []).append(mask)
             masks = {name: torch.cat(parts) for name, parts in batches.items()}
-            masking_gaps = self._compute_masking_gaps(model, split, masks)
+            masking_gaps = self._compute_masking_indicators(model, split, masks)
         metrics = {name: mask.float().mean().item() for name, mask in masks.items()}
         metrics["masking_gap"] = metrics[next(iter(self.attacks))] - metrics["robust_worst"]
         metrics |= masking_gaps
@@ -133,7 +133,7 @@ class Validation(Spec):
         """Return the attacks of `attacks` that are PGD."""
         return {name: attack for name, attack in self.attacks.items() if isinstance(attack, PGD)}
 
-    def _compute_masking_gaps(
+    def _compute_masking_indicators(
         self, model: nn.Module, split: Split, correct_masks: Mapping[str, Tensor]
     ) -> dict[str, float]:
         """Compute `val/ce_cw_gap` and `val/scaling_gap`, if there are attacks for them."""

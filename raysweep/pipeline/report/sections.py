@@ -273,7 +273,7 @@ def build_curve_sections(
         One section; empty if the runs have no metrics to plot.
     """
     reported = {key for history in histories.values() for row in history for key in row}
-    labels = _CURVE_LABELS | _find_prefix_labels(reported)
+    labels = _CURVE_LABELS | _label_prefixed_metrics(reported)
     pictures = [
         CaptionedFigure(
             f"{label[0].upper()}{label[1:]} over epochs",
@@ -286,7 +286,7 @@ def build_curve_sections(
     return [Section("Training", [*notes, *pictures])] if pictures else []
 
 
-def _find_prefix_labels(metrics: set[str]) -> dict[str, str]:
+def _label_prefixed_metrics(metrics: set[str]) -> dict[str, str]:
     """Label the metrics that exist for each attack; leave out medians."""
     labels = {}
     for prefix, label in _METRIC_PREFIX_LABELS.items():
