@@ -1,7 +1,6 @@
 """Distributed sweeps of instance-reweighted adversarial training, verified with AutoAttack."""
 
 import logging
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +11,6 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "load", "load_report", "load_sweep"]
 
 __version__ = "0.2.0"
-
-# Unless these variables are set before the import, Ray and MLflow send usage statistics to their
-# makers. Values that the user has set are not changed.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 # Otherwise Python prints the warnings of raysweep in programs that do not configure logging.
 logging.getLogger(__name__).addHandler(logging.NullHandler())

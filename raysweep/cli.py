@@ -94,8 +94,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given_arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = _parse_arguments(given_arguments)
+    _disable_telemetry()
     with _one_line_warnings():
         return _run_command(args, given_arguments)
+
+
+def _disable_telemetry() -> None:
+    """Keep Ray and MLflow from sending usage statistics to their makers, unless the user wants it.
+
+    Each of them is told so again where raysweep starts to use it. This is for the user's own code
+    that a command imports, and for processes that it starts.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -114,7 +125,8 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    """Print each FormerNameWarning as one line on stderr, without file name and line number."""
+    """Print warnings of raysweep as one line on stderr, without file name and line number."""
+    from raysweep.errors import CompatibilityWarning
     from raysweep.spec import FormerNameWarning
 
     original_showwarning = warnings.showwarning
@@ -127,7 +139,7 @@ def _one_line_warnings() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if issubclass(category, FormerNameWarning):
+        if issubclass(category, FormerNameWarning | CompatibilityWarning):
             logger.warning("%s", message)
         else:
             original_showwarning(message, category, filename, lineno, file, line)
@@ -141,6 +153,7 @@ def _one_line_warnings() -> Iterator[None]:
 
 def _run_command(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Run the command; print an expected error and return its exit code."""
+    from raysweep.errors import InfrastructureError
     from raysweep.spec import SpecError
     from raysweep.storage import BucketUnavailable
 
@@ -151,6 +164,9 @@ def _run_command(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     except SpecError as error:
         _print_errors(error.problems)
         return 2
+    except InfrastructureError as error:
+        _print_errors(error.problems)
+        return error.exit_code
     except BucketUnavailable as error:
         hint = "no file in the bucket is damaged: run the command again (a sweep: with --resume)"
         _print_errors([f"{error}; {hint}"])

@@ -118,6 +118,13 @@ class WorkInterrupted(RaysweepError):
     line_prefix = ""
 
 
+class CompatibilityWarning(UserWarning):
+    """An installed library lacks something that raysweep uses, and raysweep works without it.
+
+    The command line prints it as one line.
+    """
+
+
 def iter_causes(error: BaseException) -> list[BaseException]:
     """List the causes of an error: what it was raised `from`, the cause of that, and so on.
 

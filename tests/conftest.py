@@ -207,14 +207,14 @@ def ray_cluster() -> Iterator["Cluster"]:
     """A cluster of one node with two CPUs, on loopback. A test that adds nodes takes them away
     again.
     """
-    from raysweep.sweep.cluster import (  # before Ray: it sets its environment
-        connect_to_cluster,
-        listen_on_loopback,
-    )
+    from ray.cluster_utils import Cluster
 
-    from ray.cluster_utils import Cluster  # isort: skip
+    from raysweep.sweep.cluster import connect_to_cluster
+    from raysweep.sweep.ray_environment import ray_environment
+    from raysweep.sweep.ray_internals import listen_on_loopback
 
     with (
+        ray_environment(),
         listen_on_loopback(),
         tempfile.TemporaryDirectory(prefix="forks-") as sockets,
         socket.socket() as free,

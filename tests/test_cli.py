@@ -691,18 +691,34 @@ def test_a_corrupt_checkpoint_is_one_line(workdir: Path, capsys) -> None:
     assert "weights.safetensors is truncated or altered" in message
 
 
-def test_commands_do_not_phone_home() -> None:
-    names = ("RAY_USAGE_STATS_ENABLED", "MLFLOW_DISABLE_TELEMETRY")
-    code = f"import raysweep, os; print(*(os.environ[name] for name in {names}))"
-    clean = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("RAY_USAGE_STATS_ENABLED", "MLFLOW_DISABLE_TELEMETRY")
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["0", "true"]
+TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+@pytest.mark.parametrize("users", [{}, {"MLFLOW_DISABLE_TELEMETRY": "false"}])
+def test_commands_do_not_phone_home_unless_the_user_wants_it(users, monkeypatch, capsys) -> None:
+    for name in TELEMETRY:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in users.items():
+        monkeypatch.setenv(name, value)
+    assert main(["list"]) == 0
+    assert {name: os.environ.pop(name) for name in TELEMETRY} == {**TELEMETRY, **users}
+
+
+@pytest.mark.mlflow
+def test_an_mlflow_that_was_imported_before_does_not_phone_home(
+    monkeypatch, empty_store, tmp_path: Path
+) -> None:
+    from mlflow.telemetry import client
+
+    from raysweep.tracking import Tracker
+
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
+    # Only MLflow's own end of a client is needed, not one that has begun to ask its makers.
+    monkeypatch.setattr(client, "_MLFLOW_TELEMETRY_CLIENT", object())
+    empty_store(tmp_path / "mlflow.db")
+    Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path).wait_until_ready()
+    assert client.get_telemetry_client() is None
+    assert os.environ.pop("MLFLOW_DISABLE_TELEMETRY") == "true"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

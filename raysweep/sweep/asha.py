@@ -1,10 +1,5 @@
 """ASHA (Li et al. 2020) that respects burn-ins and knows the trials from before a restart."""
 
-# ruff: noqa: E402
-from raysweep.sweep.ray_environment import set_ray_environment
-
-set_ray_environment()
-
 import logging
 from bisect import insort
 from typing import Any

@@ -1,10 +1,5 @@
 """Connect to a Ray cluster, and look up its resources."""
 
-# ruff: noqa: E402
-from raysweep.sweep.ray_environment import set_ray_environment
-
-set_ray_environment()
-
 import json
 import logging
 import os
@@ -13,16 +8,26 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import joblib
 import ray
-from ray._private import ray_constants
 
+from raysweep.errors import InfrastructureError
 from raysweep.spec import SpecError
+from raysweep.sweep.node_probe import list_exposed_ports
+from raysweep.sweep.ray_environment import ray_environment
+from raysweep.sweep.ray_internals import (
+    check_ray_internals,
+    describe_exposure,
+    hide_lost_process_messages,
+    listen_on_loopback,
+    silence_authentication_log,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,41 +44,59 @@ def connect_to_cluster(
 ) -> Iterator[dict[str, float]]:
     """Connect to a Ray cluster in this block, or start one on this machine.
 
+    Environment variables for Ray are set in this block only, see `ray_environment`.
+
     Args:
         address: `auto` or `host:port`; None for `RAY_ADDRESS` or, if that is not set, a new cluster
             on this machine. A connection that is already open is used as it is.
-        n_cpus: Number of CPUs of a new cluster; by default all of this machine.
+        n_cpus: Number of CPUs of a new cluster; by default all that this process may use.
 
     Yields:
         Resources of all nodes together, see `cluster_capacity`.
 
     Raises:
         SpecError: If there is no cluster at the address, in one line.
+        InfrastructureError: If a new cluster would not stay on loopback with this version of Ray.
     """
     if address is not None and address != "auto":
         _require_reachable(address)
-    if ray.is_initialized():
-        yield cluster_capacity()
-        return
-    address = address or os.environ.get("RAY_ADDRESS")
-    # At each start Ray logs that it protects a local cluster with a token.
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    options = {"address": "local", "num_cpus": n_cpus} if address is None else {"address": address}
+    with ray_environment(), hide_lost_process_messages():
+        check_ray_internals("connect")
+        if ray.is_initialized():
+            yield cluster_capacity()
+            return
+        try:
+            address = address or os.environ.get("RAY_ADDRESS") or "local"
+            _start_or_join(address, n_cpus)
+            _log_nodes(address)
+            with _treat_sigterm_as_interrupt():
+                yield cluster_capacity()
+        finally:
+            ray.shutdown()
+
+
+def _start_or_join(address: str, n_cpus: int | None) -> None:
+    """Start a cluster that stays on loopback, or join one; the errors are those of the caller."""
+    silence_authentication_log()
     try:
-        with listen_on_loopback() if address is None else nullcontext():
-            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+        if address != "local":
+            _initialize_ray(address=address)
+            return
+        with listen_on_loopback():
+            _initialize_ray(address="local", num_cpus=n_cpus or joblib.cpu_count())
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise SpecError(f"no Ray cluster at --address {address or 'local'}: {reason}") from None
-    _log_nodes(address)
-    try:
-        with _treat_sigterm_as_interrupt():
-            yield cluster_capacity()
-    finally:
-        ray.shutdown()
+        raise SpecError(f"no Ray cluster at --address {address}: {reason}") from error
+    if ports := list_exposed_ports(ray.get_runtime_context().get_session_name()):
+        raise InfrastructureError(describe_exposure(ports))
 
 
-def _log_nodes(address: str | None) -> None:
+def _initialize_ray(**options: Any) -> None:
+    """Call `ray.init` so that it prints nothing."""
+    ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def _log_nodes(address: str) -> None:
     """Log the nodes of the cluster and what they have."""
     nodes = [
         {
@@ -84,23 +107,10 @@ def _log_nodes(address: str | None) -> None:
         for node in ray.nodes()
     ]
     n_alive = sum(bool(node["alive"]) for node in nodes)
-    where = f"connected to the Ray cluster at {address}" if address else "started Ray here"
+    where = (
+        "started Ray here" if address == "local" else f"connected to the Ray cluster at {address}"
+    )
     logger.info("%s: %d nodes of %d are alive", where, n_alive, len(nodes), extra={"nodes": nodes})
-
-
-@contextmanager
-def listen_on_loopback() -> Iterator[None]:
-    """Make a Ray cluster that is started in this block listen on loopback only.
-
-    That is Ray's default on Windows and macOS.
-    """
-    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
-    was_enabled, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = was_enabled
-        del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
 
 
 def cluster_capacity() -> dict[str, float]:

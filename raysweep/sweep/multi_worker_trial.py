@@ -3,11 +3,6 @@
 The trial's own process only waits for the group and passes its reports to Tune.
 """
 
-# ruff: noqa: E402
-from raysweep.sweep.ray_environment import set_ray_environment
-
-set_ray_environment()
-
 import logging
 import time
 from collections.abc import Mapping
@@ -29,6 +24,7 @@ from raysweep import storage
 from raysweep.data.dataset_cache import CachedDataset
 from raysweep.logs import log_trial
 from raysweep.spec import SpecError
+from raysweep.sweep.ray_environment import ray_environment
 from raysweep.sweep.resources import DRIVER_CPUS
 from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
@@ -91,9 +87,11 @@ def _fit_group(
         # callbacks ignore those that they have received before.
         for metrics in RunDirectory(run_path).read_history():
             tune.report(metrics)
-        _build_torch_trainer(
+        trainer = _build_torch_trainer(
             config, run_path, n_workers, worker_resources, prefix_cache, cached_dataset
-        ).fit()
+        )
+        with ray_environment():
+            trainer.fit()
     except SpecError as error:
         logger.error("the workers cannot start: %s", error, exc_info=error)
         tune.report({FAILURE_KEY: str(error), "epoch": 0})

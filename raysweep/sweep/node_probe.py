@@ -1,10 +1,5 @@
 """Probe the nodes of a Ray cluster with a task on each: versions, storage, data, clock, ports."""
 
-# ruff: noqa: E402
-from raysweep.sweep.ray_environment import set_ray_environment
-
-set_ray_environment()
-
 import hashlib
 import os
 import re
@@ -21,7 +16,6 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -30,6 +24,7 @@ from raysweep import storage
 from raysweep.data import DataSpec, load_data
 from raysweep.data.dataset_cache import CachedDataset
 from raysweep.spec import SpecError
+from raysweep.sweep.ray_internals import is_head_node, requires_token
 
 REPORTED_PACKAGES = ("ray", "torch", "numpy")
 _PROBE_TIMEOUT_SECONDS = 90.0
@@ -226,7 +221,7 @@ def _pinned_probe_task(node: dict[str, Any]) -> Any:
 
 def _collect_report(node: dict[str, Any], task_reference: Any, request_time: float) -> NodeReport:
     """Wait for a node's answer and make its report."""
-    name, is_head = node["NodeManagerHostname"], "node:__internal_head__" in node["Resources"]
+    name, is_head = node["NodeManagerHostname"], is_head_node(node)
     try:
         answer = ray.get(task_reference, timeout=_PROBE_TIMEOUT_SECONDS)
     except GetTimeoutError:
@@ -263,8 +258,8 @@ def _probe_this_node(request_fields: dict[str, Any], declared_gpus: float) -> di
         "declared_gpus": declared_gpus,
         "disk_free": shutil.disk_usage(tempfile.gettempdir()).free,
         "memory_free": psutil.virtual_memory().available,
-        "exposed_ports": list_exposed_ports(ray._private.worker._global_node.session_name),
-        "requires_token": is_token_auth_enabled(),
+        "exposed_ports": list_exposed_ports(ray.get_runtime_context().get_session_name()),
+        "requires_token": requires_token(),
         "fingerprint": _probe_data(request, problems),
         "problems": problems,
         "clock_time": time.time(),

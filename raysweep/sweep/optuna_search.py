@@ -1,10 +1,5 @@
 """Optuna as a searcher of Ray Tune, restored from the ledger instead of from pickled state."""
 
-# ruff: noqa: E402
-from raysweep.sweep.ray_environment import set_ray_environment
-
-set_ray_environment()
-
 from dataclasses import replace
 from typing import Any
 

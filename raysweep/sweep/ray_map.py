@@ -1,10 +1,5 @@
 """Map a function over items with tasks on a Ray cluster."""
 
-# ruff: noqa: E402
-from raysweep.sweep.ray_environment import set_ray_environment
-
-set_ray_environment()
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 

@@ -1,10 +1,5 @@
 """Callback and stopper for Ray Tune: write the ledger, notify listeners, and end a sweep early."""
 
-# ruff: noqa: E402
-from raysweep.sweep.ray_environment import set_ray_environment
-
-set_ray_environment()
-
 import logging
 import math
 import time

@@ -3,11 +3,6 @@
 Optuna proposes the params of each trial, ASHA stops weak trials, and the ledger records them.
 """
 
-# ruff: noqa: E402
-from raysweep.sweep.ray_environment import set_ray_environment
-
-set_ray_environment()
-
 import logging
 import math
 import signal
@@ -41,6 +36,7 @@ from raysweep.sweep.preemption import (
     exit_preempted,
     termination_requested,
 )
+from raysweep.sweep.ray_internals import add_mixin, check_ray_internals
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.sweep.tune_callbacks import (
@@ -126,6 +122,7 @@ def _run_logged_sweep(
     space = extended_space or ledger.space
     config = space.trial_config({})
     dataset = CachedDataset(config.data, fingerprint or load_data(config.data).fingerprint)
+    check_ray_internals("sweep")
     with connect_to_cluster(address) as cluster:
         if problems := find_node_problems(ledger.path, dataset):
             raise SpecError(problems)
@@ -297,7 +294,7 @@ def _silence_ray() -> None:
     """Hide Ray's warnings and most of its log messages."""
     for name in ("ray.tune", "ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.CRITICAL if name == "ray.tune" else logging.ERROR)
-    warnings.filterwarnings("ignore", module="ray")
+    warnings.filterwarnings("ignore", module=r"ray\b")
 
 
 def _make_trainable(
@@ -328,7 +325,7 @@ def _make_trainable(
                 dataset,
             )
 
-    train_trial.__mixins__ = (PreemptibleMixin,)  # type: ignore[attr-defined]
+    add_mixin(train_trial, PreemptibleMixin)
     return train_trial
 
 

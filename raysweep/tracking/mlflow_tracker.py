@@ -33,7 +33,13 @@ _COST_METRICS = ("shared", "validation_seconds")
 # MLflow accepts at most this many params in a batch.
 _MAX_PARAMS_PER_BATCH = 100
 logger = logging.getLogger(__name__)
-
+_MLFLOW_ENVIRONMENT = {
+    # Otherwise MLflow sends usage statistics to its makers.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -438,12 +444,7 @@ class Tracker:
 
     def _connect(self) -> tuple[Any, str]:
         """Return MLflow's client and the id of the experiment, which is created if it is new."""
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        # The variable has no effect if MLflow was imported earlier: set the levels too.
-        for name in ("alembic", "mlflow.store.db.utils"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        _prepare_mlflow()
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
@@ -492,6 +493,7 @@ def get_mlflow_version(uri: str) -> str:
         with TemporaryDirectory() as folder:
             Tracker(uri, Path(folder)).wait_until_ready()
         return importlib.metadata.version("mlflow")
+    _prepare_mlflow()
     from mlflow.exceptions import MlflowException
     from mlflow.tracking._tracking_service.utils import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
@@ -521,6 +523,22 @@ def format_mlflow_param(value: Any) -> str:
         Text such as `0.0313725`.
     """
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _prepare_mlflow() -> None:
+    """Set the environment variables of MLflow that the user has not set.
+
+    MLflow reads the first two when it is imported, which the user may have done before.
+    """
+    disables_telemetry = "MLFLOW_DISABLE_TELEMETRY" not in os.environ
+    for name, value in _MLFLOW_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if disables_telemetry:
+        from mlflow.telemetry import set_telemetry_client
+
+        set_telemetry_client()
 
 
 def _current_user() -> str:

@@ -1,0 +1,323 @@
+"""All private names of Ray that raysweep uses.
+
+A new version of Ray may rename or remove them without notice. No other module uses a private name
+of Ray, and `check_ray_internals` checks all of them before any work starts.
+"""
+
+import importlib
+import ipaddress
+import logging
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+
+from raysweep.errors import CompatibilityWarning, InfrastructureError
+
+KNOWN_RAY_VERSIONS = ("2.60",)
+"""Versions of Ray that have all names and pass the tests of raysweep."""
+
+RayUse = Literal["start", "connect", "sweep"]
+"""What a name is needed for: to start a cluster, to use any cluster, to run a sweep."""
+
+# raysweep reports a lost process in one line. Ray would print tracebacks and logs on stdout.
+_LOST_PROCESS_PATTERN = re.compile(
+    "worker died or was killed|Raylet is terminated|node with node id|memory pressure"
+)
+
+
+@dataclass(frozen=True)
+class RayInternal:
+    """A private name of Ray.
+
+    Attributes:
+        module: Module that has the name.
+        attribute: The name in it; dots lead to attributes of an object.
+        use: When raysweep needs it.
+        consequence: What happens without it, as a clause.
+        value: What the name must stand for; None for any object.
+        is_required: Whether raysweep refuses to work without it.
+    """
+
+    module: str
+    attribute: str
+    use: RayUse
+    consequence: str
+    value: str | None = None
+    is_required: bool = False
+
+    @property
+    def dotted_name(self) -> str:
+        """Module and attribute, as in Python."""
+        return f"{self.module}.{self.attribute}"
+
+    def resolve(self) -> Any:
+        """Return the object that has the name.
+
+        Raises:
+            ImportError: If this version of Ray has no such module.
+            AttributeError: If the module has no such name.
+        """
+        found = importlib.import_module(self.module)
+        for name in self.attribute.split("."):
+            found = getattr(found, name)
+        return found
+
+    def is_present(self) -> bool:
+        """Return whether this version of Ray has the name, with the expected value."""
+        try:
+            found = self.resolve()
+        except (ImportError, AttributeError):
+            return False
+        return self.value is None or found == self.value
+
+
+_LOOPBACK_SWITCH = RayInternal(
+    "ray._private.ray_constants",
+    "ENABLE_RAY_CLUSTER",
+    "start",
+    "a cluster on this machine would listen on all its network interfaces",
+    is_required=True,
+)
+_LOOPBACK_VARIABLE = RayInternal(
+    "ray._private.ray_constants",
+    "ENABLE_RAY_CLUSTERS_ENV_VAR",
+    "start",
+    "the processes of a cluster on this machine would listen on all its network interfaces",
+    is_required=True,
+)
+_ADDRESS_LOOKUP = RayInternal(
+    "ray.util",
+    "get_node_ip_address",
+    "start",
+    "raysweep cannot make sure that a cluster on this machine listens on loopback only",
+    is_required=True,
+)
+_AUTHENTICATION_LOGGER = RayInternal(
+    "ray._private.authentication.authentication_token_setup",
+    "logger",
+    "connect",
+    "Ray logs that it protects a cluster with a token",
+)
+_STDOUT_FILTER = RayInternal(
+    "ray._private.ray_logging",
+    "stdout_deduplicator.skip_re",
+    "connect",
+    "Ray prints messages of its own about lost processes",
+)
+_STDERR_FILTER = RayInternal(
+    "ray._private.ray_logging",
+    "stderr_deduplicator.skip_re",
+    "connect",
+    "Ray prints messages of its own about lost processes",
+)
+_TOKEN_CHECK = RayInternal(
+    "ray._private.authentication.authentication_utils",
+    "is_token_auth_enabled",
+    "connect",
+    "`raysweep doctor` takes the cluster for one that requires no token",
+)
+_HEAD_NODE_RESOURCE = RayInternal(
+    "ray._common.constants",
+    "HEAD_NODE_RESOURCE_NAME",
+    "connect",
+    "`raysweep doctor` does not know the head node",
+)
+_FUNCTION_WRAPPER = RayInternal(
+    "ray.tune.trainable.function_trainable",
+    "wrap_function",
+    "sweep",
+    "a trial whose machine is taken away loses its unfinished epoch",
+)
+
+RAY_INTERNALS = (
+    _LOOPBACK_SWITCH,
+    _LOOPBACK_VARIABLE,
+    _ADDRESS_LOOKUP,
+    _AUTHENTICATION_LOGGER,
+    _STDOUT_FILTER,
+    _STDERR_FILTER,
+    _TOKEN_CHECK,
+    _HEAD_NODE_RESOURCE,
+    _FUNCTION_WRAPPER,
+    RayInternal(
+        "ray.train.v2._internal.constants",
+        "HEALTH_CHECK_INTERVAL_S_ENV_VAR",
+        "sweep",
+        "each epoch of a trial with several workers takes seconds longer",
+        value="RAY_TRAIN_HEALTH_CHECK_INTERVAL_S",
+    ),
+    RayInternal(
+        "ray.train.v2._internal.constants",
+        "ENABLE_PREEMPTION_WATCHER_ENV_VAR",
+        "sweep",
+        "Ray starts an unused actor for each trial with several workers",
+        value="RAY_TRAIN_ENABLE_PREEMPTION_WATCHER",
+    ),
+    RayInternal(
+        "ray.train.v2._internal.constants",
+        "METRICS_ENABLED_ENV_VAR",
+        "sweep",
+        "Ray exports unused metrics of each trial with several workers",
+        value="RAY_TRAIN_METRICS_ENABLED",
+    ),
+)
+"""All private names of Ray that raysweep uses."""
+
+
+def check_ray_internals(*uses: RayUse) -> None:
+    """Check that the installed version of Ray has the private names that raysweep needs.
+
+    Issues a `CompatibilityWarning` of one line for each missing name without which raysweep still
+    works.
+
+    Args:
+        uses: What the caller is going to do.
+
+    Raises:
+        InfrastructureError: If a name is missing without which it would not be safe to go on.
+    """
+    missing = [name for name in RAY_INTERNALS if name.use in uses and not name.is_present()]
+    if required := [name for name in missing if name.is_required]:
+        raise InfrastructureError([_describe_missing(name) for name in required])
+    for name in missing:
+        warnings.warn(_describe_missing(name), CompatibilityWarning, stacklevel=2)
+    if "sweep" in uses and _FUNCTION_WRAPPER not in missing and not _uses_mixins():
+        warnings.warn(
+            _describe_incompatibility(
+                "ignores the attribute __mixins__ of trainables", _FUNCTION_WRAPPER.consequence
+            ),
+            CompatibilityWarning,
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def listen_on_loopback() -> Iterator[None]:
+    """Make a Ray cluster that is started in this block listen on loopback only.
+
+    That is Ray's default on Windows and macOS.
+
+    Raises:
+        InfrastructureError: If this version of Ray would listen on other interfaces too.
+    """
+    check_ray_internals("start")
+    constants = importlib.import_module(_LOOPBACK_SWITCH.module)
+    variable = str(_LOOPBACK_VARIABLE.resolve())
+    previous_switch = getattr(constants, _LOOPBACK_SWITCH.attribute)
+    previous_value = os.environ.get(variable)
+    # The variable is for the processes that Ray starts; this one has read it already.
+    setattr(constants, _LOOPBACK_SWITCH.attribute, False)
+    os.environ[variable] = "0"
+    try:
+        _require_loopback_address()
+        yield
+    finally:
+        setattr(constants, _LOOPBACK_SWITCH.attribute, previous_switch)
+        if previous_value is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = previous_value
+
+
+def describe_exposure(ports: list[str]) -> str:
+    """Return the line for a cluster of this machine that other machines can reach.
+
+    Args:
+        ports: The ports, as `NAME ADDRESS:PORT`.
+    """
+    return _describe_incompatibility(
+        f"does not stay on loopback ({', '.join(ports)})", "the cluster was stopped again"
+    )
+
+
+@contextmanager
+def hide_lost_process_messages() -> Iterator[None]:
+    """Keep Ray from printing messages about lost processes in this block.
+
+    Ray reads its variable RAY_DEDUP_LOGS_SKIP_REGEX when it is imported. A pattern that the user
+    has set in it stays in effect.
+    """
+    logging_module = importlib.import_module(_STDOUT_FILTER.module)
+    changed_filters = []
+    for name in (_STDOUT_FILTER, _STDERR_FILTER):
+        if name.is_present() and name.resolve() is None:
+            log_filter = getattr(logging_module, name.attribute.partition(".")[0])
+            log_filter.skip_re = _LOST_PROCESS_PATTERN
+            changed_filters.append(log_filter)
+    try:
+        yield
+    finally:
+        for log_filter in changed_filters:
+            log_filter.skip_re = None
+
+
+def silence_authentication_log() -> None:
+    """Keep Ray from logging at each start that it protects a local cluster with a token."""
+    if _AUTHENTICATION_LOGGER.is_present():
+        _AUTHENTICATION_LOGGER.resolve().setLevel(logging.ERROR)
+
+
+def requires_token() -> bool:
+    """Return whether the Ray of this node requires a token; False if that cannot be found out."""
+    return _TOKEN_CHECK.is_present() and bool(_TOKEN_CHECK.resolve()())
+
+
+def is_head_node(node: dict[str, Any]) -> bool:
+    """Return whether an entry of `ray.nodes()` is the head node; False if that is unknown."""
+    return _HEAD_NODE_RESOURCE.is_present() and _HEAD_NODE_RESOURCE.resolve() in node["Resources"]
+
+
+def add_mixin(trainable: Callable[[dict[str, Any]], None], mixin: type) -> None:
+    """Make the class that Tune creates of a function inherit from a mixin.
+
+    Args:
+        trainable: The function; it is changed.
+        mixin: The mixin.
+    """
+    trainable.__mixins__ = (mixin,)  # type: ignore[attr-defined]
+
+
+def _uses_mixins() -> bool:
+    """Return whether Tune still lets the class of a function inherit from its mixins."""
+
+    class Mixin:
+        """A mixin without content."""
+
+    def train(config: dict[str, Any]) -> None:
+        """Train nothing."""
+
+    add_mixin(train, Mixin)
+    return issubclass(_FUNCTION_WRAPPER.resolve()(train), Mixin)
+
+
+def _require_loopback_address() -> None:
+    """Raise InfrastructureError unless Ray would now give a new node a loopback address."""
+    address = _ADDRESS_LOOKUP.resolve()()
+    if not ipaddress.ip_address(address).is_loopback:
+        raise InfrastructureError(
+            _describe_incompatibility(
+                f"ignores {_LOOPBACK_SWITCH.dotted_name}",
+                f"a cluster on this machine would listen on {address}",
+            )
+        )
+
+
+def _describe_missing(name: RayInternal) -> str:
+    """Return the line about a name that this version of Ray lacks."""
+    value = f" = {name.value!r}" if name.value else ""
+    return _describe_incompatibility(f"has no {name.dotted_name}{value}", name.consequence)
+
+
+def _describe_incompatibility(fault: str, consequence: str) -> str:
+    """Return a line: what is wrong with this version of Ray, what follows, and what to do."""
+    known, latest = ", ".join(KNOWN_RAY_VERSIONS), KNOWN_RAY_VERSIONS[-1]
+    return (
+        f"Ray {ray.__version__} {fault}: {consequence}; raysweep is known to work with Ray "
+        f"{known}: pip install 'ray[default,tune,train]=={latest}.*'"
+    )
