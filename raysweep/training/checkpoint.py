@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
@@ -24,6 +25,8 @@ from raysweep.atomic_files import atomic_folder, atomic_write_text
 from raysweep.spec import JsonDict, SpecError
 from raysweep.training.config import TrainingConfig
 from raysweep.training.metric_history import EpochMetrics
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "state.safetensors"
@@ -181,7 +184,8 @@ def link_or_copy(source: Path, target: Path) -> None:
     """
     try:
         os.link(source, target)
-    except OSError:
+    except OSError as error:
+        logger.debug("fallback: %s is copied, not linked: %s", source, error)
         shutil.copy2(source, target)
 
 

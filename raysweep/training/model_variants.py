@@ -1,6 +1,7 @@
 """Variants of one network: the model itself, a module for training, and a module for attacks."""
 
 import copy
+import logging
 from contextlib import AbstractContextManager
 
 import torch
@@ -11,6 +12,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from raysweep.attacks import fp32_precision, freeze_model
 from raysweep.evaluation.batchnorm_folding import find_foldable_batch_norms
 from raysweep.training.speed_settings import ComputeSpec, Precision
+
+logger = logging.getLogger(__name__)
 
 
 class ModelVariants:
@@ -64,6 +67,8 @@ class ModelVariants:
         """
         with freeze_model(self.model):
             conv_by_norm = find_foldable_batch_norms(self.model, images)
+        n_norms = sum(isinstance(module, _BatchNorm) for module in self.model.modules())
+        logger.info("folded %d of %d batch norms for attacks", len(conv_by_norm), n_norms)
         folded_model = _copy_sharing_tensors(self.model).eval()
         for norm_name, conv_name in conv_by_norm.items():
             folded = copy.deepcopy(folded_model.get_submodule(conv_name))

@@ -1,5 +1,6 @@
 """Settings of training speed. Tests compare the results with those of the plain computation."""
 
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -60,3 +61,15 @@ class ComputeSpec(Spec):
         auto_values = {"channels_last": True, "fold": True, "tf32": supports_tf32}
         changes = {name: on for name, on in auto_values.items() if getattr(self, name) == "auto"}
         return self.replace(**changes)
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Return whether a device computes bf16 by other types: False where that is not known."""
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu_facts = Path("/proc/cpuinfo")
+    if device.type != "cpu" or not cpu_facts.is_file():
+        return False
+    text = cpu_facts.read_text(errors="replace")
+    # ARM and other processors name their features otherwise.
+    return "flags" in text and not {"avx512_bf16", "amx_bf16"} & set(text.split())

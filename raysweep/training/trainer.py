@@ -39,6 +39,7 @@ from raysweep.training.metric_history import EpochMetrics, find_best_epoch
 from raysweep.training.mid_epoch_checkpoint import MidEpochCheckpointer
 from raysweep.training.model_variants import ModelVariants
 from raysweep.training.prefix_cache import PrefixCache, prefix_keys
+from raysweep.training.speed_settings import emulates_bf16
 from raysweep.training.sync_batchnorm import convert_sync_batchnorm
 from raysweep.worker_group import SINGLE_WORKER, WorkerGroup
 
@@ -174,6 +175,13 @@ def build_model_variants(
         SpecError: The config asks for TF32 on a device that has none.
     """
     compute = config.compute.resolve(device)
+    logger.info(
+        "computing on %s: %s",
+        device,
+        ", ".join(f"{name} {value}" for name, value in compute.to_json_dict().items()),
+    )
+    if "bf16" in (compute.train, compute.attack) and emulates_bf16(device):
+        logger.warning("fallback: %s emulates bf16, which is slower than float32", device)
     if not has_tf32(device):
         _reject_tf32_settings(config, device)
     model = config.model.build_model(
