@@ -2,6 +2,8 @@
 
 import json
 import logging
+import logging.handlers
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from raysweep import logs
 from raysweep.cli import main
 from raysweep.errors import InfrastructureError
 from raysweep.log_records import redact_log_text
+from raysweep.stores import request_log
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import load_space
 
@@ -303,3 +306,21 @@ def test_show_log_of_a_pipeline_and_of_nothing(workdir: Path, capsys) -> None:
         f"raysweep: error: nothing: no log in {workdir}/runs/nothing and "
         f"{workdir}/runs/pipelines/nothing\n"
     )
+
+
+def test_a_slow_request_to_a_bucket_is_logged_while_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_log, "_SLOW_AFTER", 0.05)
+    with logs.log_to_folder(tmp_path):
+        with request_log.log_slow_request("s3://b/fast"):
+            pass
+        with request_log.log_slow_request("s3://b/slow"):
+            while len(entries_of(tmp_path)) < 2:
+                time.sleep(0.01)
+        with pytest.raises(InfrastructureError), request_log.log_slow_request("s3://b/down"):
+            time.sleep(0.06)
+            raise InfrastructureError("no answer")
+    told = [(e["uri"], e["event"]) for e in entries_of(tmp_path) if "uri" in e]
+    assert told[:2] == [("s3://b/slow", "slow_request"), ("s3://b/slow", "slow_request_end")]
+    assert told[2:] == [("s3://b/down", "slow_request"), ("s3://b/down", "slow_request_end")]

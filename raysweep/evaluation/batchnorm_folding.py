@@ -5,6 +5,7 @@ convolution before it, which saves one pass over the activations.
 """
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
 # Folding may change a logit by at most this number times the largest logit.
+logger = logging.getLogger(__name__)
+
 FOLDING_TOLERANCE = 1e-4
 
 
@@ -130,7 +133,8 @@ def _has_same_logits(model: nn.Module, folded_model: nn.Module, x: Tensor) -> bo
         logits = model(x)
         try:
             folded_logits = folded_model(x)
-        except AttributeError:
+        except AttributeError as error:
+            logger.info("fallback: attacks run without folded batch norms: %s", error)
             # The forward pass reads an attribute of a batch norm that is folded now.
             return False
     largest_change = (logits - folded_logits).abs().max()

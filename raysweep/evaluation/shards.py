@@ -5,6 +5,7 @@ stored in a file.
 """
 
 import hashlib
+import logging
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,8 @@ from raysweep.evaluation.float32_precision import disable_tf32_and_autocast
 from raysweep.models.device import get_model_device
 from raysweep.rng import ExampleRng
 from raysweep.schedules import resolved_value
+
+logger = logging.getLogger(__name__)
 
 AnyArray = npt.NDArray[np.generic]
 # Number of examples on which the attack model is compared with the original when it is built.
@@ -108,7 +111,10 @@ class ShardResult:
         try:
             with np.load(path, allow_pickle=False) as data:
                 values = {f.name: data[f.name] for f in fields(cls)}
-        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+            logger.warning("a damaged result is computed again: %s: %s", path, error)
             return None
         return cls(**(values | {"classes": int(values["classes"])}))
 

@@ -3,6 +3,7 @@
 Credentials are read from the environment, by obstore.
 """
 
+import logging
 import re
 import time
 from collections.abc import Iterator
@@ -19,10 +20,13 @@ from uuid import uuid4
 
 from raysweep.stores.errors import StoreAccessRefused, StoredFileNotFound, StoreUnavailable
 from raysweep.stores.protocol import StoredFile, VersionedContent
+from raysweep.stores.request_log import log_slow_request
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, PutResult
     from obstore.store import GCSCredential, GCSStore, S3Store
+
+logger = logging.getLogger(__name__)
 
 # Attribute of an object that names the request which wrote it.
 _WRITER_ATTRIBUTE = "raysweep-writer"
@@ -190,6 +194,7 @@ class BucketStore:
                     is_answer = re.search(r"status code: 4\d\d", str(error))
                     if time.monotonic() >= deadline or is_answer:
                         raise
+                    logger.warning("%s: sent again: %s", self.uri_of(key), _describe_outage(error))
             time.sleep(min(1.0, self.retry.longest_pause))
 
     def _find_version_written_by(self, writer: str, key: str) -> str | None:
@@ -209,7 +214,8 @@ class BucketStore:
         from obstore.exceptions import BaseError
 
         try:
-            yield
+            with log_slow_request(self.uri_of(key)):
+                yield
         except (BaseError, FileNotFoundError) as error:
             uri = self.uri_of(key)
             if _is_refusal(error):

@@ -340,7 +340,8 @@ class Tracker:
         client, _ = self._connection.result()
         try:
             client.get_registered_model(model_name)
-        except MlflowException:
+        except MlflowException as error:
+            logger.info("the model %s is new: %s", model_name, error)
             client.create_registered_model(model_name, description=description)
         versions = [
             str(entry.version)
@@ -383,7 +384,8 @@ class Tracker:
         client, _ = self._connection.result()
         try:
             entry = client.get_model_version_by_alias(model_name, alias)
-        except MlflowException:
+        except MlflowException as error:
+            logger.info("no version of %s is its %s: %s", model_name, alias, error)
             return None
         return str(entry.version), str(entry.run_id), dict(entry.tags)
 
