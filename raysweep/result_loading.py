@@ -112,6 +112,10 @@ class Sweep:
             * `state`: "running", "finished", "stopped" (early) or "failed".
             * Each searched setting by its short name; None if the trial does not have it.
             * Metrics of the trial's best epoch, such as `epoch`, `clean`, `pgd`, `robust_worst`.
+            * `before`: the objective at the best epoch before the instance weights acted; absent if
+              no trial has such epochs.
+            * `choice`: what is wrong with the best epoch, such as "best before its weights acted";
+              else "".
             * `epochs`: number of epochs that it has finished; `trained`: number of those that it
               trained itself and did not reuse.
             * `seconds`: wall time in seconds during which it occupied its resources.
@@ -123,10 +127,11 @@ class Sweep:
         import pandas as pd
 
         trials = _order_best_first(self.ledger.rank_trials(), self.ledger.load_trials())
-        return pd.DataFrame(
-            [self._build_trial_row(trial) for trial in trials],
-            index=pd.Index([trial.number for trial in trials], name="trial"),
-        )
+        index = pd.Index([trial.number for trial in trials], name="trial")
+        table = pd.DataFrame([self._build_trial_row(trial) for trial in trials], index=index)
+        if not any(trial.best_in_burn_in for trial in trials):
+            return table.drop(columns="before", errors="ignore")
+        return table
 
     @property
     def epochs(self) -> "pd.DataFrame":
@@ -158,13 +163,15 @@ class Sweep:
             Its folder, which `load` accepts.
 
         Raises:
-            SpecError: No trial has a value of the objective yet.
+            SpecError: No trial has a value of the objective yet, or all that have one failed.
         """
-        ranked_trials = self.ledger.rank_trials()
-        if not ranked_trials:
+        best_trial = self.ledger.find_best_trial()
+        if best_trial is None:
             objective = self.ledger.space.objectives[0]
-            raise SpecError(f"{self.ledger.path}: no trial has reported {objective} yet")
-        return self.ledger.best_checkpoint_path(ranked_trials[0])
+            raise SpecError(
+                f"{self.ledger.path}: no trial has reported {objective} yet, except failed ones"
+            )
+        return self.ledger.best_checkpoint_path(best_trial)
 
     def advice(self, trial: int) -> list[str]:
         """Explain conspicuous metrics of a trial, such as symptoms of masked gradients.
@@ -188,6 +195,8 @@ class Sweep:
             "state": trial.state,
             **{labels[path]: trial.params.get(path) for path in paths},
             **{name: value for name, value in trial.best.items() if "/" not in name},
+            "before": trial.best_in_burn_in.get(self.ledger.space.objectives[0]),
+            "choice": self.ledger.describe_choice(trial),
             "epochs": trial.epoch,
             "trained": trial.trained_epochs,
             "seconds": trial.seconds,
@@ -226,13 +235,14 @@ def describe_masking_effect_on_ranking(ledger: Ledger) -> list[str]:
     """
     measured_trials = []
     for trial in ledger.rank_trials():
-        if "pgd" in trial.best and "robust_worst" in trial.best:
+        has_both = "pgd" in trial.best and "robust_worst" in trial.best
+        if has_both and trial.state != "failed":
             measured_trials.append(trial)
     masking_trials = [trial for trial in measured_trials if ledger.exceeds_masking_gap(trial)]
     scores = [
         trial.score("robust_worst")
         for trial in measured_trials
-        if not ledger.exceeds_masking_gap(trial)
+        if ledger.rank_trial(trial).is_eligible
     ]
     lines = []
     if scores:
@@ -263,6 +273,7 @@ def sweep_to_json(ledger: Ledger) -> JsonDict:
         first, as from `trial_to_json`.
     """
     ranked_trials, trials = ledger.rank_trials(), ledger.load_trials()
+    best_trial = ledger.find_best_trial()
     epochs = count_epochs(trials)
     return {
         "sweep": ledger.name,
@@ -274,7 +285,7 @@ def sweep_to_json(ledger: Ledger) -> JsonDict:
             "saved": epochs.reused,
         },
         "front": [trial.number for trial in ledger.unmasked_pareto_front()],
-        "advice": advise_on_trial(ledger, ranked_trials[0].number) if ranked_trials else [],
+        "advice": advise_on_trial(ledger, best_trial.number) if best_trial else [],
         "trials": [
             trial_to_json(ledger, trial) for trial in _order_best_first(ranked_trials, trials)
         ],
@@ -290,12 +301,14 @@ def trial_to_json(ledger: Ledger, trial: Trial) -> JsonDict:
 
     Returns:
         The content of its trial.json; `checkpoint`, the location of its best checkpoint, or None
-        before the first value of the objective; and `masks`, whether it exceeds the masking gap.
+        before the first value of the objective; `masks`, whether it exceeds the masking gap; and
+        `choice`, what is wrong with its best epoch, or "".
     """
     checkpoint = storage.uri_of(ledger.best_checkpoint_path(trial)) if trial.best else None
     return trial.to_stored_dict() | {
         "checkpoint": checkpoint,
         "masks": ledger.exceeds_masking_gap(trial),
+        "choice": ledger.describe_choice(trial),
     }
 
 

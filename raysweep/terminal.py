@@ -101,8 +101,7 @@ class SweepDisplay:
         """Return a table of the running and the best ended trials, with an estimate of the end."""
         running = [trial for trial in self._trials.values() if trial.state == "running"]
         ended = [trial for trial in self._trials.values() if trial.state != "running"]
-        metric = self._ledger.space.objectives[0]
-        ranked = sorted(ended, key=lambda trial: -trial.score(metric))
+        ranked = sorted(ended, key=self._ledger.rank_trial)
         best = ranked[: max(0, _MAX_ROWS - len(running))]
         table = build_trial_table(self._ledger, [*running, *best])
         n_trials, n_ended = self._ledger.space.n_trials, len(ended)
@@ -158,8 +157,11 @@ def build_trial_table(ledger: Ledger, trials: list[Trial]) -> Table:
 
     Returns:
         A table of the searched settings, state, epoch and accuracies. Epoch and accuracies are
-        those of the best epoch; for a running trial those of the latest epoch.
+        those of the best epoch; for a running trial those of the latest epoch. If trials have
+        burn-ins, `before weights act` is what the objective reached there: adversarial training.
     """
+    objective = ledger.space.objectives[0]
+    has_burn_in = any(trial.best_in_burn_in for trial in trials)
     labels = param_labels(list(ledger.space.space))
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("trial")
@@ -168,6 +170,8 @@ def build_trial_table(ledger: Ledger, trials: list[Trial]) -> Table:
     table.add_column("epoch", justify="right")
     for name in _METRIC_COLUMNS:
         table.add_column(name.replace("_", " "), justify="right")
+    if has_burn_in:
+        table.add_column("before weights act", justify="right")
     table.add_column("state")
     for trial in trials:
         metrics, epoch = trial.latest, trial.epoch
@@ -175,12 +179,16 @@ def build_trial_table(ledger: Ledger, trials: list[Trial]) -> Table:
             metrics = trial.best
             epoch = int(metrics.get("epoch", trial.epoch))
         reason = f": {trial.reason}" if trial.reason else ""
+        choice = ledger.describe_choice(trial)
+        mark = f", {choice}" if choice and trial.state != "running" else ""
+        before = [_format_metric(trial.best_in_burn_in.get(objective))] if has_burn_in else []
         table.add_row(
             f"{trial.number:04d}",
             *(format_param(trial.params.get(path)) for path in ledger.space.space),
             str(epoch),
             *(_format_metric(metrics.get(name)) for name in _METRIC_COLUMNS),
-            Text(f"{trial.state}{reason}", style=_STATE_STYLES[trial.state]),
+            *before,
+            Text(f"{trial.state}{mark}{reason}", style=_STATE_STYLES[trial.state]),
         )
     return table
 

@@ -101,25 +101,31 @@ def test_a_score_of_zero_is_a_result() -> None:
 
 
 def test_the_ranking(ledger: Ledger) -> None:
-    """Best first, ties by number; then those over the limit, best first; trials without a result
-    are left out.
+    """Best first, ties by number; then those over the limit, best first; then those whose weights
+    never acted; then failed ones. Trials without a result are left out.
     """
     write(
         ledger,
         build_trial(6, 0.25),
         build_trial(5, 0.875, gap=0.5),
         build_trial(4, 0.75, gap=0.2500001),
-        build_trial(3, 0.5, gap=0.25, state="failed"),
+        build_trial(3, 0.5, gap=0.25),
+        build_trial(8, 1.0, state="failed"),
+        build_trial(9, 1.0, burn_in=3),
         build_trial(2, 0.5, clean=1.0, state="stopped"),
         build_trial(1, 0.5, state="running"),
         Trial(0, {LR: 0.1}, best={"epoch": 1.0, "clean": 1.0}),
         Trial(7, {LR: 0.1}),
     )
-    assert [trial.number for trial in ledger.rank_trials()] == [1, 2, 3, 6, 5, 4]
+    assert [trial.number for trial in ledger.rank_trials()] == [
+        1, 2, 3, 6, 5, 4, 9, 8,
+    ]  # fmt: skip
+    best = ledger.find_best_trial()
+    assert best is not None and best.number == 1
     assert [
         trial.number for trial in ledger.rank_trials() if ledger.exceeds_masking_gap(trial)
     ] == [5, 4]
-    assert [trial.number for trial in ledger.load_trials()] == list(range(8))
+    assert [trial.number for trial in ledger.load_trials()] == list(range(10))
 
 
 @pytest.mark.parametrize(

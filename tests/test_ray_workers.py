@@ -16,7 +16,7 @@ from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.sweep.tuner import run_sweep
 from raysweep.training.checkpoint import RunDirectory
-from raysweep.training.metric_history import find_best_epoch
+from raysweep.training.selection import find_best_epoch
 from raysweep.training.trainer import train_model
 
 LR = "optim.lr"

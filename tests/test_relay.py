@@ -4,6 +4,7 @@ started.
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,7 +89,7 @@ def begin_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 def test_a_trial_from_its_start_to_its_end(begin_sweep: Callable[..., Sweep]) -> None:
     sweep = begin_sweep()
     sweep.event("start")
-    assert sweep.load_trial() == Trial(0, {LR: 0.1})
+    assert sweep.load_trial() == Trial(0, {LR: 0.1}, burn_in=0)
     for epoch, worst in ((1, 0.25), (2, 0.5), (3, 0.375)):
         sweep.report(epoch, worst)
     assert sweep.load_trial().state == "running"
@@ -447,7 +448,7 @@ def test_a_resumed_trial_keeps_its_past_and_its_number(begin_sweep: Callable[...
     )
     sweep = begin_sweep(Trial(3, {LR: 0.5}, "finished", 3), past)
     sweep.event("start", 7, params={LR: 0.25})
-    assert sweep.load_trial(7) == past
+    assert sweep.load_trial(7) == replace(past, burn_in=0)
     sweep.event("start", 3, params={LR: 0.5})
     assert (sweep.load_trial(3).state, sweep.load_trial(3).epoch) == ("running", 3)
     sweep.report(3, 0.5, number=7, after=2.0)

@@ -26,9 +26,9 @@ from raysweep.training.checkpoint import (
     TrainingCheckpoint,
 )
 from raysweep.training.config import TrainingConfig, build_training_config
-from raysweep.training.metric_history import find_best_epoch
 from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
 from raysweep.training.prefix_cache import prefix_keys
+from raysweep.training.selection import find_best_epoch
 from raysweep.training.trainer import (
     TrainingFailed,
     check_resumable,

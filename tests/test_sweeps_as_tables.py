@@ -64,6 +64,7 @@ def test_trials_best_first_and_then_those_without_a_result(tmp_path: Path) -> No
         "epoch",
         "robust_worst",
         "clean",
+        "choice",
         "epochs",
         "trained",
         "seconds",

@@ -23,7 +23,7 @@ from raysweep.training import checkpoint
 from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.config import TrainingConfig, build_training_config
-from raysweep.training.metric_history import find_best_epoch
+from raysweep.training.selection import find_best_epoch
 from raysweep.training.trainer import TrainingFailed, train_model
 
 

@@ -383,9 +383,10 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
     create_table_console().print(build_trial_table(ledger, [*ranked, *unranked]))
     for line in describe_masking_effect_on_ranking(ledger):
         print(line)
-    if ranked:
-        for line in advise_on_trial(ledger, ranked[0].number):
-            print(f"trial {ranked[0].number:04d}: {line}")
+    best = ledger.find_best_trial()
+    if best is not None:
+        for line in advise_on_trial(ledger, best.number):
+            print(f"trial {best.number:04d}: {line}")
 
 
 def _show_trial(request: ShowRequest, ledger: Ledger, trial_number: int) -> None:
@@ -399,24 +400,32 @@ def _show_trial(request: ShowRequest, ledger: Ledger, trial_number: int) -> None
     if request.as_json:
         _print_json({**trial_to_json(ledger, trial), "folder": folder, "advice": advice})
         return
-    _print_trial_summary(ledger.name, trial)
+    _print_trial_summary(ledger, trial)
     for line in advice:
         print(f"note: {line}")
     print(f"folder\n  {folder}")
 
 
-def _print_trial_summary(sweep_name: str, trial: Trial) -> None:
+def _print_trial_summary(ledger: Ledger, trial: Trial) -> None:
     """Print the state of a trial, its searched settings and the metrics of its best epoch."""
     from raysweep.formatting import format_count
 
     reason = f": {trial.reason}" if trial.reason else ""
     epochs = f"{format_count(trial.epoch, 'epoch')}, {trial.trained_epochs} trained here"
-    print(f"{sweep_name}/{trial.number:04d} {trial.state}{reason} after {epochs}")
+    print(f"{ledger.name}/{trial.number:04d} {trial.state}{reason} after {epochs}")
     print("searched")
     for path, value in trial.params.items():
         if value is not None:
             print(f"  {path} = {value}")
-    print(f"epoch {trial.best.get('epoch', 0):.0f}, its best")
+    choice = ledger.describe_choice(trial)
+    print(f"epoch {trial.best.get('epoch', 0):.0f}, its best" + (f": {choice}" if choice else ""))
     for name, metric in trial.best.items():
         if "/" not in name and name != "epoch":
             print(f"  {name} = {metric:.4f}")
+    if trial.best_in_burn_in:
+        objective = ledger.space.objectives[0]
+        epoch = f"epoch {trial.best_in_burn_in['epoch']:.0f}"
+        print(
+            f"before its weights acted\n  {objective} = "
+            f"{trial.best_in_burn_in[objective]:.4f} in {epoch}"
+        )

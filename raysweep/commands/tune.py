@@ -445,9 +445,9 @@ def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) 
         print(json.dumps(sweep_to_json(ledger), indent=1))
         return
     ranked, trials = ledger.rank_trials(), ledger.load_trials()
-    if not ranked:
+    best = ledger.find_best_trial()
+    if best is None:
         return
-    best = ranked[0]
     _print_best_trials(ledger, ranked, len(trials))
     for line in describe_masking_effect_on_ranking(ledger):
         print(line)

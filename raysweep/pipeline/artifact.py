@@ -4,8 +4,9 @@ The folder is written atomically: it exists completely or not at all.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -18,6 +19,7 @@ from pydantic import (
 
 from raysweep.atomic_files import atomic_folder
 from raysweep.spec import JsonDict, Spec, SpecError
+from raysweep.training.selection import RunRank
 from raysweep.training.validation import DEFAULT_OBJECTIVE
 
 ARTIFACT_FILE = "artifact.json"
@@ -54,12 +56,19 @@ class Candidate(Spec):
     """Searched parameters of the trial, by dotted path."""
     exceeds_masking_gap: bool = False
     """Whether the masking gap exceeds the limit of the search space."""
+    is_before_weights_act: bool = False
+    """Whether an instance weight had not acted yet at this epoch, or the model was at chance."""
     objectives: tuple[str, ...] = (DEFAULT_OBJECTIVE,)
     """Validation metrics that the sweep maximized."""
 
     def score(self, metric: str) -> float:
         """Return a validation metric; -inf if the checkpoint does not have it."""
         return self.metrics.get(metric, float("-inf"))
+
+    @property
+    def row(self) -> tuple[str, str]:
+        """Label and kind of checkpoint, which the seeds of one config share."""
+        return self.label, self.checkpoint_kind
 
     @property
     def title(self) -> str:
@@ -226,15 +235,38 @@ def select_ranking_metrics(candidates: Iterable[Candidate]) -> tuple[str, ...]:
     return objectives.pop() if len(objectives) == 1 else (DEFAULT_OBJECTIVE,)
 
 
-def select_best_candidate(candidates: tuple[Candidate, ...]) -> Candidate:
-    """Return the candidate with the best validation result; the test set plays no part.
+def rank_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Sort candidates by their validation results, best first; the test set plays no part.
 
-    Checkpoints of best epochs are preferred to those of last epochs, and candidates within the
-    masking gap to those beyond it. The lower seed breaks ties.
+    The same order as that of a sweep's trials (see `selection.RunRank`), except that the seeds of
+    one config share a rank, which has the mean of their scores. Within it the better seed comes
+    first.
+
+    Args:
+        candidates: Candidates of any stages.
+    """
+    metric = select_ranking_metrics(candidates)[0]
+    scores: dict[tuple[str, str], list[float]] = {}
+    for candidate in candidates:
+        scores.setdefault(candidate.row, []).append(candidate.score(metric))
+
+    def rank(candidate: Candidate) -> tuple[RunRank, float, int]:
+        run_rank = RunRank(
+            has_failed=False,
+            is_before_weights_act=candidate.is_before_weights_act,
+            exceeds_masking_gap=candidate.exceeds_masking_gap,
+            negated_score=-mean(scores[candidate.row]),
+        )
+        return run_rank, -candidate.score(metric), candidate.seed
+
+    return sorted(candidates, key=rank)
+
+
+def select_best_candidate(candidates: tuple[Candidate, ...]) -> Candidate:
+    """Return the first candidate of `rank_candidates`; last epochs only if there are no best ones.
 
     Args:
         candidates: One candidate or more.
     """
     best = [c for c in candidates if c.checkpoint_kind == "best"] or list(candidates)
-    metric = select_ranking_metrics(best)[0]
-    return max(best, key=lambda c: (not c.exceeds_masking_gap, c.score(metric), -c.seed))
+    return rank_candidates(best)[0]

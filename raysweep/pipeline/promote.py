@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from raysweep.pareto import pareto_front_indices
-from raysweep.pipeline.artifact import Candidate, select_ranking_metrics
+from raysweep.pipeline.artifact import Candidate, rank_candidates, select_ranking_metrics
 from raysweep.pipeline.facts import PromoteFacts, SweepSummary
 from raysweep.pipeline.stage import (
     PlannedTraining,
@@ -114,11 +114,11 @@ class PromoteStage(Stage):
         """
         eligible = self._find_eligible_candidates(candidates)
         if not self.per_method:
-            return _rank_candidates(self._select_top_or_pareto(eligible))
+            return rank_candidates(self._select_top_or_pareto(eligible))
         selected = []
         for method in dict.fromkeys(c.method for c in eligible):
             selected += self._select_top_or_pareto([c for c in eligible if c.method == method])
-        return _rank_candidates(selected)
+        return rank_candidates(selected)
 
     def _find_eligible_candidates(self, candidates: tuple[Candidate, ...]) -> list[Candidate]:
         """Leave out the candidates that the masking gap excludes; fail if none is left."""
@@ -132,18 +132,20 @@ class PromoteStage(Stage):
                 "nothing is promoted"
             )
         if self.pareto:
-            eligible = [c for c in eligible if not c.exceeds_masking_gap]
+            eligible = [
+                c for c in eligible if not (c.exceeds_masking_gap or c.is_before_weights_act)
+            ]
         if not eligible:
             raise StageFailed(
-                f"each of {n_candidates} candidates has a masking gap over its space's: "
-                "nothing is promoted"
+                f"each of {n_candidates} candidates has a masking gap over its space's, or no "
+                "epoch in which its instance weights acted: nothing is promoted"
             )
         return eligible
 
     def _select_top_or_pareto(self, eligible: list[Candidate]) -> list[Candidate]:
         """Select the best candidates, or the Pareto set, of one group."""
         if not self.pareto:
-            return _rank_candidates(eligible)[: self.top]
+            return rank_candidates(eligible)[: self.top]
         metrics = select_ranking_metrics(eligible)
         points = [[c.score(metric) for metric in metrics] for c in eligible]
         return [eligible[index] for index in pareto_front_indices(points)]
@@ -216,9 +218,3 @@ class PromoteStage(Stage):
             )
         except SpecError as error:
             raise SpecError([f"set: {line}" for line in error.problems]) from None
-
-
-def _rank_candidates(candidates: list[Candidate]) -> list[Candidate]:
-    """Sort by validation score, best first; candidates beyond the masking gap come last."""
-    metric = select_ranking_metrics(candidates)[0]
-    return sorted(candidates, key=lambda c: (c.exceeds_masking_gap, -c.score(metric)))

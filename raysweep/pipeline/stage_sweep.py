@@ -20,6 +20,7 @@ from raysweep.terminal import SweepDisplay
 from raysweep.tracking import SweepTracker
 from raysweep.training import checkpoint
 from raysweep.training.config import TrainingConfig, build_training_config
+from raysweep.training.selection import rank_epoch
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ def run_stage_sweep(
                 raise StageFailed(str(error)) from None
     if end_reason == "interrupted":
         raise KeyboardInterrupt
-    if not ledger.rank_trials():
+    if ledger.find_best_trial() is None:
         reasons = [trial.reason for trial in ledger.load_trials() if trial.reason]
         reason = reasons[0] if reasons else "none reported the objective"
         raise StageFailed(f"no trial of {sweep_folder.name} has a result: {reason}")
@@ -178,6 +179,9 @@ def make_candidate(
         metrics={key: value for key, value in saved.last_metrics.items() if "/" not in key},
         params={key: value for key, value in trial.params.items() if key != "seed"},
         exceeds_masking_gap=ledger.exceeds_masking_gap(trial),
+        is_before_weights_act=not rank_epoch(
+            saved.last_metrics, trial.burn_in or 0, ledger.space.objectives[0]
+        ).counts,
         objectives=ledger.space.objectives,
     )
 
@@ -185,7 +189,7 @@ def make_candidate(
 def iter_seed_candidates(
     context: StageContext, ledger: Ledger, label: str, checkpoint_kinds: tuple[CheckpointKind, ...]
 ) -> Iterator[Candidate]:
-    """Yield the candidates of a sweep over seeds, in the order of its trials.
+    """Yield the candidates of a sweep over seeds, in the order of its trials, without failed ones.
 
     Args:
         context: Folders and services.
@@ -193,7 +197,8 @@ def iter_seed_candidates(
         label: Label of all candidates.
         checkpoint_kinds: Checkpoints of each trial that become candidates.
     """
-    for trial in sorted(ledger.rank_trials(), key=lambda trial: trial.number):
+    succeeded = [trial for trial in ledger.rank_trials() if trial.state != "failed"]
+    for trial in sorted(succeeded, key=lambda trial: trial.number):
         for checkpoint_kind in checkpoint_kinds:
             yield make_candidate(context, ledger, trial, label, checkpoint_kind)
 

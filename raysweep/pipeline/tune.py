@@ -143,5 +143,6 @@ class TuneStage(Stage):
         candidates = tuple(
             make_candidate(context, ledger, trial, f"{label}/{trial.number:04d}")
             for trial in ledger.rank_trials()
+            if trial.state != "failed"
         )
         return StageResult(candidates, facts=SweepFacts(sweeps=(summarize_sweep(context, ledger),)))

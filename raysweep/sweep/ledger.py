@@ -19,6 +19,7 @@ from raysweep.spec import JsonDict, SpecError
 from raysweep.sweep.extension_checks import check_extension
 from raysweep.sweep.search_space import Params, SearchSpace
 from raysweep.training.metric_history import EpochMetrics
+from raysweep.training.selection import EpochRank, RunRank, rank_epoch
 
 TrialStatus = Literal["running", "finished", "stopped", "failed"]
 # Field of a trial -> its key in trial.json, where the two differ.
@@ -36,12 +37,16 @@ class Trial:
             stopped early by the scheduler.
         epoch: Last reported epoch, from 1; 0 before the first.
         latest: Metrics of the last reported epoch.
-        best: Metrics of the epoch with the highest (first) objective; empty before the first value.
+        best: Metrics of the best epoch by the (first) objective (see `selection.rank_epoch`); empty
+            before the first value.
         curve: Pairs [epoch, objective], one for each epoch that measured the objective.
         trained_epochs: Number of epochs that this trial trained itself. It reused the others.
         seconds: Wall seconds that the trial held its resources, retries included.
         retries: How often the trial lost its process and was started again.
         reason: Why the trial failed or, until its next epoch, why it was started again.
+        burn_in: Number of first epochs in which an instance weight is still 1. None if an earlier
+            version of raysweep wrote the trial, for which all epochs count equally.
+        best_in_burn_in: Metrics of the best epoch within the burn-in; empty if there is none.
     """
 
     number: int
@@ -55,6 +60,8 @@ class Trial:
     seconds: float = 0.0
     retries: int = 0
     reason: str = ""
+    burn_in: int | None = None
+    best_in_burn_in: EpochMetrics = field(default_factory=dict)
 
     def to_stored_dict(self) -> JsonDict:
         """Return what trial.json holds."""
@@ -78,21 +85,59 @@ class Trial:
         epoch = int(epoch_metrics["epoch"])
         if epoch <= self.epoch:
             return self
-        best, curve = self.best, self.curve
+        curve = self.curve
         value = epoch_metrics.get(objective)
         if value is not None:
             curve = [*curve, [epoch, value]]
-            if value > self.score(objective):
-                best = epoch_metrics
+        updated = self._with_candidate(epoch_metrics, objective)
         return replace(
-            self,
+            updated,
             epoch=epoch,
             latest=epoch_metrics,
-            best=best,
             curve=curve,
             trained_epochs=self.trained_epochs + ("shared" not in epoch_metrics),
             reason="",
         )
+
+    def with_burn_in(self, burn_in: int, objective: str) -> "Trial":
+        """Return this trial with its burn-in, for a trial that will report more epochs.
+
+        Args:
+            burn_in: Burn-in of the trial's config.
+            objective: Name of the metric that decides which epoch is best.
+
+        Returns:
+            The trial. If an earlier version wrote it, its best epoch is chosen anew from the two
+            that have checkpoints, the recorded best and the last.
+        """
+        if self.burn_in is not None:
+            return self
+        trial = replace(self, burn_in=burn_in, best={})
+        for metrics in sorted([self.best, self.latest], key=lambda row: row.get("epoch", 0)):
+            trial = trial._with_candidate(metrics, objective)
+        return trial
+
+    def rank_best_epoch(self, objective: str) -> EpochRank:
+        """Return the rank of the best epoch."""
+        return rank_epoch(self.best, self.burn_in or 0, objective)
+
+    def _with_candidate(self, metrics: EpochMetrics, objective: str) -> "Trial":
+        """Return this trial with the epoch as the best one or the best of its burn-in if it is."""
+        if objective not in metrics:
+            return self
+        trial, burn_in = self, self.burn_in or 0
+        if not self.best or rank_epoch(metrics, burn_in, objective) > self.rank_best_epoch(
+            objective
+        ):
+            trial = replace(trial, best=metrics)
+        best_before = self.best_in_burn_in.get(objective, float("-inf"))
+        if metrics["epoch"] <= burn_in and metrics[objective] > best_before:
+            trial = replace(trial, best_in_burn_in=metrics)
+        return trial
+
+
+# Fields of a trial that trial.json of earlier versions lacks.
+_LATER_FIELDS = ("burn_in", "best_in_burn_in")
 
 
 class Ledger:
@@ -228,23 +273,51 @@ class Ledger:
             SpecError: If a trial.json is damaged.
         """
         keys = {field.name: _STORED_KEYS.get(field.name, field.name) for field in fields(Trial)}
+        required_keys = [key for name, key in keys.items() if name not in _LATER_FIELDS]
         trials = []
         for file in sorted(self.path.glob("trials/*/trial.json")):
-            data = storage.read_json(file, keys.values())
-            trials.append(Trial(**{name: data[key] for name, key in keys.items()}))
+            data = storage.read_json(file, required_keys)
+            values = {name: data[key] for name, key in keys.items() if key in data}
+            trials.append(Trial(**values))
         return trials
 
     def rank_trials(self) -> list[Trial]:
-        """Return the trials that reported the (first) objective, best first.
-
-        Trials whose masking gap exceeds the limit come last.
-        """
+        """Return the trials that reported the (first) objective, best first (see `rank_trial`)."""
         metric = self.space.objectives[0]
         scored = [trial for trial in self.load_trials() if metric in trial.best]
-        return sorted(
-            scored,
-            key=lambda trial: (self.exceeds_masking_gap(trial), -trial.score(metric), trial.number),
+        return sorted(scored, key=lambda trial: (self.rank_trial(trial), trial.number))
+
+    def find_best_trial(self) -> Trial | None:
+        """Return the first trial of `rank_trials`; None if none has a result or all have failed."""
+        ranked_trials = self.rank_trials()
+        if not ranked_trials or ranked_trials[0].state == "failed":
+            return None
+        return ranked_trials[0]
+
+    def rank_trial(self, trial: Trial) -> RunRank:
+        """Return the rank of a trial: failed ones come last, and then those without an epoch that
+        counts, and then those above the masking gap.
+        """
+        metric = self.space.objectives[0]
+        return RunRank(
+            has_failed=trial.state == "failed",
+            is_before_weights_act=not trial.rank_best_epoch(metric).counts,
+            exceeds_masking_gap=self.exceeds_masking_gap(trial),
+            negated_score=-trial.score(metric),
         )
+
+    def describe_choice(self, trial: Trial) -> str:
+        """Describe in a few words what is wrong with a trial's best epoch; "" if nothing is."""
+        burn_in = trial.burn_in
+        if burn_in is None:
+            burn_in = self.space.find_burn_in(trial.params)
+        metric = self.space.objectives[0]
+        rank = rank_epoch(trial.best, burn_in, metric)
+        if metric not in trial.best:
+            return ""
+        if not rank.weights_act:
+            return "best before its weights acted"
+        return "" if rank.is_above_chance else "no better than chance"
 
     def exceeds_masking_gap(self, trial: Trial) -> bool:
         """Return whether the trial's masking gap is above the space's `max_masking_gap`."""
@@ -252,13 +325,16 @@ class Ledger:
         return limit is not None and trial.best.get("masking_gap", 0.0) > limit
 
     def unmasked_pareto_front(self, objectives: Sequence[str] = ()) -> list[Trial]:
-        """Return the Pareto front of the trials within the masking gap, best first objective first.
+        """Return the Pareto front of the trials that may be chosen, best first objective first.
+
+        Left out are failed trials, those without an epoch that counts, and those above the masking
+        gap.
 
         Args:
             objectives: Metrics of the trials' best epochs; by default the space's objectives.
         """
         metrics = objectives or self.space.objectives
-        feasible = [trial for trial in self.rank_trials() if not self.exceeds_masking_gap(trial)]
+        feasible = [trial for trial in self.rank_trials() if self.rank_trial(trial).is_eligible]
         points = [[trial.score(metric) for metric in metrics] for trial in feasible]
         return [feasible[index] for index in pareto_front_indices(points)]
 

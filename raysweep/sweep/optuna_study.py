@@ -23,14 +23,15 @@ def to_frozen_trial(
 
     Args:
         space: The sweep's search space.
-        trial: The ended trial. Without a result, or if it failed, it becomes a failed one.
+        trial: The ended trial. If it failed, or has no epoch that counts, it becomes a failed one.
         system_attrs: Optuna's own attributes of the trial.
 
     Returns:
         A trial with the objectives of its best epoch and, for a single objective, the value of each
         epoch. Params that are not searched are left out.
     """
-    has_failed = trial.state == "failed" or not trial.best
+    has_result = trial.rank_best_epoch(space.objectives[0]).counts
+    has_failed = trial.state == "failed" or not has_result
     values, constraints = None, None
     if not has_failed:
         values = [trial.score(name) for name in space.objectives]

@@ -182,10 +182,11 @@ def estimate_epoch_seconds(
     step_timings = _time_training_steps(config, data, variants, resources.workers, n_steps)
     n_examples = _n_validated_examples(config, data) / resources.workers
     validation_seconds = _estimate_validation_seconds(config, data, variants, n_examples)
+    n_validations = sum(config.is_validated(epoch) for epoch in range(config.epochs))
     # The first step includes warming up.
     return (
         min(step_timings) * math.ceil(len(data.train) / config.batch_size)
-        + validation_seconds / config.validation.every
+        + validation_seconds * n_validations / config.epochs
     )
 
 

@@ -270,6 +270,17 @@ class SearchSpace(Spec):
             self.method, {"validation.objective": self.objectives[0]}, self.base, params
         )
 
+    def find_burn_in(self, params: Mapping[str, Any]) -> int:
+        """Return the burn-in of a trial; 0 for params that are invalid together, which fail later.
+
+        Args:
+            params: Values by dotted path.
+        """
+        try:
+            return self.trial_config(params).burn_in
+        except SpecError:
+            return 0
+
     def with_absolute_paths(self) -> "SearchSpace":
         """Return this space with absolute paths of the data, because trials run elsewhere."""
         data = self.trial_config({}).data.to_json_dict()
@@ -376,7 +387,8 @@ class SearchSpace(Spec):
     def _find_scheduler_problems(self, config: TrainingConfig) -> Iterator[str]:
         """Yield a line if ASHA cannot compare the trials."""
         every = config.validation.every
-        unmeasured = [rung for rung in self.scheduler.rungs(config.epochs) if rung % every]
+        rungs = self.scheduler.rungs(config.epochs)
+        unmeasured = [rung for rung in rungs if not config.is_validated(rung - 1)]
         if unmeasured:
             yield (
                 f"scheduler: trials cannot be compared at epoch {unmeasured[0]}, "

@@ -237,6 +237,9 @@ class LedgerCallback(tune.Callback):
         if trial.trial_id not in self._trials_by_id:
             new_trial = Trial(trial.config["number"], trial.config["params"])
             saved_trial = self._trials_by_number.get(new_trial.number, new_trial)
+            space = self._ledger.space
+            burn_in = space.find_burn_in(saved_trial.params)
+            saved_trial = saved_trial.with_burn_in(burn_in, space.objectives[0])
             _log_trial_start(saved_trial)
             self._save_and_notify(trial, replace(saved_trial, state="running"))
 

@@ -66,8 +66,8 @@ class SweepTracker:
         ranked_trials = ledger.rank_trials()
         for trial in ranked_trials[:_N_PLOTTED_TRIALS]:
             self._plot_trial(ledger, trial)
-        if ranked_trials:
-            best_trial = ranked_trials[0]
+        best_trial = ledger.find_best_trial()
+        if best_trial is not None:
             self._tracker.log_best(self._sweep_run_id, best_trial.best)
             self._tracker.log_final(self._sweep_run_id, {"trials": float(len(trials))})
             self._tracker.set_tags(self._sweep_run_id, {"best_trial": f"{best_trial.number:04d}"})
@@ -97,9 +97,9 @@ class SweepTracker:
             f"{len(ended)} of {ledger.space.n_trials} trials ended{failures}",
             str(count_epochs(trials)),
         ]
-        if not ranked_trials:
+        best_trial, objectives = ledger.find_best_trial(), ledger.space.objectives
+        if best_trial is None:
             return lines
-        best_trial, objectives = ranked_trials[0], ledger.space.objectives
         lines.append(
             f"best: trial {best_trial.number:04d}, "
             f"{_metric_title(objectives[0])} {best_trial.score(objectives[0]):.3f} "

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "state.safetensors"
 META_FILE = storage.META_FILE
+SELECTION_KEY = "best_after_burn_in"
+"""Key that a checkpoint has if its run chooses its best epoch by `selection.find_best_epoch`."""
 _FORMAT_VERSION = 1
 
 
@@ -343,6 +345,7 @@ def _write_meta(
         "data_fingerprint": data_fingerprint,
         "environment": describe_environment(),
         "sha256": sha256,
+        SELECTION_KEY: True,
     }
     (folder / META_FILE).write_text(json.dumps(meta, indent=1))
     return meta

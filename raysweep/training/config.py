@@ -89,6 +89,22 @@ class TrainingConfig(Spec):
         """Number of first epochs in which at least one instance weight is still 1."""
         return max(getattr(term.weight, "burn_in", 0) for term in self.method.terms.values())
 
+    def is_validated(self, epoch: int) -> bool:
+        """Return whether an epoch is validated.
+
+        Besides every `validation.every`-th epoch these are the last one, and those before and after
+        each drop of a piecewise learning rate: they often decide which epoch is best.
+
+        Args:
+            epoch: Epoch, 0-based.
+        """
+        if (epoch + 1) % self.validation.every == 0 or epoch + 1 == self.epochs:
+            return True
+        lr = self.optim.lr
+        return isinstance(lr, PiecewiseSchedule) and not {epoch, epoch + 1}.isdisjoint(
+            lr.boundaries
+        )
+
     def list_warnings(self) -> list[str]:
         """List valid settings that have no effect, or another effect than users may expect.
 

@@ -6,7 +6,8 @@ from raysweep.attacks import PGD
 from raysweep.instance_weights import RemainderWeight, UniformWeight
 from raysweep.schedules import resolved_value
 from raysweep.training.config import TrainingConfig
-from raysweep.training.metric_history import EpochMetrics, find_best_epoch
+from raysweep.training.metric_history import EpochMetrics
+from raysweep.training.selection import find_best_burn_in_metrics, find_best_epoch
 
 # Thresholds of shares, or of differences of shares, beyond which advice is given.
 _MIN_MASKING_GAP = 0.05
@@ -43,6 +44,7 @@ def advise_on_training(config: TrainingConfig, history: Sequence[EpochMetrics]) 
         *_advise_on_kappa(config, last),
     ]
     if validated:
+        lines += _advise_on_burn_in(config, history, best)
         lines += _advise_on_overfitting(objective, best, validated[-1])
     return lines
 
@@ -120,6 +122,27 @@ def _advise_on_kappa(config: TrainingConfig, metrics: EpochMetrics) -> Iterator[
             yield f"{kappa}: the attack hardly ever succeeds"
         elif mean <= _KAPPA_EDGE_SHARE * attack.steps:
             yield f"{kappa}: the attack succeeds at once on nearly all examples"
+
+
+def _advise_on_burn_in(
+    config: TrainingConfig, history: Sequence[EpochMetrics], best_metrics: EpochMetrics
+) -> Iterator[str]:
+    """Report a run that was better before its instance weights acted."""
+    objective = config.validation.objective
+    title = objective.replace("_", " ")
+    if best_metrics["epoch"] <= config.burn_in:
+        if history[-1]["epoch"] > config.burn_in:
+            yield (
+                f"the best epoch, {int(best_metrics['epoch'])}, is within the burn-in: no later "
+                "one is better than chance"
+            )
+        return
+    before = find_best_burn_in_metrics(config, history).get(objective)
+    if before is not None and before > best_metrics[objective]:
+        yield (
+            f"reweighting made this worse: {title} {before:.3f} before it acted, "
+            f"{best_metrics[objective]:.3f} after"
+        )
 
 
 def _advise_on_overfitting(

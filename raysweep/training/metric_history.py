@@ -1,9 +1,4 @@
-"""Metrics of each epoch of a run, and the choice of the best epoch."""
-
-import math
-from collections.abc import Sequence
-
-from raysweep.training.config import TrainingConfig
+"""Metrics of each epoch of a run."""
 
 EpochMetrics = dict[str, float]
 """Metrics of one epoch by name: a row of a run's history, as checkpoints store it in JSON.
@@ -30,6 +25,7 @@ A validated epoch (see `validation.every`) also has:
     robust_worst: Share of examples that survive all validation attacks.
     masking_gap: Accuracy under the first attack minus `robust_worst`.
     zero_gradient: Share of examples that are correct and whose cross-entropy has zero gradient.
+    val/chance_limit: Natural accuracy up to which the model may be guessing.
     val/ce_cw_gap, val/scaling_gap: Symptoms of masked gradients (see `Validation`).
     flatness_friendly, flatness_adversarial: Norms of the input gradient, if `validation.flatness`.
     train/natural: Accuracy on the first 1,000 natural training images, in eval mode.
@@ -38,18 +34,3 @@ A validated epoch (see `validation.every`) also has:
 An epoch that was reused from another run also has:
     shared: 1.0.
 """
-
-
-def find_best_epoch(config: TrainingConfig, history: Sequence[EpochMetrics]) -> int:
-    """Find the epoch with the highest `validation.objective`.
-
-    Args:
-        config: The run's config; its `validation.objective` names the metric.
-        history: Metrics of all finished epochs, at least one, in order.
-
-    Returns:
-        The 1-based epoch; the earliest of several with the same value. Epochs without validation
-        count as minus infinity.
-    """
-    scores = [metrics.get(config.validation.objective, -math.inf) for metrics in history]
-    return scores.index(max(scores)) + 1

@@ -1,6 +1,7 @@
 """Loads models for evaluation: from a raysweep checkpoint, or from a user's own code."""
 
 import importlib
+import math
 import sys
 import traceback
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from raysweep.spec import SpecError, apply_overrides
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import META_FILE, RunDirectory, TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
-from raysweep.training.metric_history import find_best_epoch
+from raysweep.training.selection import find_best_epoch
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def load_checkpoint_target(path: Path, overrides: Mapping[str, Any]) -> Evaluati
             raise SpecError(
                 f"{uri}: neither a checkpoint (no {META_FILE}) nor a run (no epoch-* folders)"
             )
-        path = RunDirectory(path).epoch_path(find_best_epoch(last.config, last.history))
+        path = RunDirectory(path).epoch_path(_choose_best_epoch(last, path))
     saved = checkpoint.read_checkpoint(path)
     spec = apply_overrides(saved.config.data, overrides)
     if spec.unlabeled:
@@ -80,6 +81,16 @@ def load_checkpoint_target(path: Path, overrides: Mapping[str, Any]) -> Evaluati
     return EvaluationTarget(
         load_trained_model(saved, data), _format_checkpoint_name(path), saved, data
     )
+
+
+def _choose_best_epoch(last: TrainingCheckpoint, run_path: Path) -> int:
+    """Return the best epoch that has a checkpoint, by the rule of the version that trained it."""
+    if checkpoint.SELECTION_KEY in last.meta:
+        saved_epochs = RunDirectory(run_path).list_saved_epochs()
+        return find_best_epoch(last.config, last.history, saved_epochs)
+    objective = last.config.validation.objective
+    scores = [metrics.get(objective, -math.inf) for metrics in last.history]
+    return scores.index(max(scores)) + 1
 
 
 def _format_checkpoint_name(path: Path) -> str:

@@ -35,10 +35,15 @@ from raysweep.training.distributed import (
     broadcast_int,
     check_method_distributable,
 )
-from raysweep.training.metric_history import EpochMetrics, find_best_epoch
+from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.mid_epoch_checkpoint import MidEpochCheckpointer
 from raysweep.training.model_variants import ModelVariants
 from raysweep.training.prefix_cache import PrefixCache, prefix_keys
+from raysweep.training.selection import (
+    CHANCE_LIMIT_METRIC,
+    compute_chance_limit,
+    find_best_epoch,
+)
 from raysweep.training.speed_settings import emulates_bf16
 from raysweep.training.sync_batchnorm import convert_sync_batchnorm
 from raysweep.worker_group import SINGLE_WORKER, WorkerGroup
@@ -56,8 +61,7 @@ class TrainingResult:
 
     Attributes:
         last_checkpoint: Checkpoint after all epochs.
-        best_checkpoint: Checkpoint of the epoch with the highest `validation.objective`, the
-            earliest of several with the same value.
+        best_checkpoint: Checkpoint of the best epoch (see `selection.find_best_epoch`).
     """
 
     last_checkpoint: TrainingCheckpoint
@@ -253,6 +257,9 @@ class _TrainingRun:
                 self.data.fingerprint,
             )
         self.last_checkpoint: TrainingCheckpoint | None = None
+        # The best epoch is one of those whose checkpoints exist. An earlier version of raysweep may
+        # have kept other ones than this would have.
+        self.saved_epochs: set[int] = set()
 
     @property
     def history(self) -> list[EpochMetrics]:
@@ -269,6 +276,7 @@ class _TrainingRun:
         if not n_saved:
             logger.info("no earlier checkpoint: the first epoch is next")
             return
+        self.saved_epochs = set(self.directory.list_saved_epochs())
         logger.info("resuming after epoch %d", n_saved, extra={"epoch": n_saved})
         saved = checkpoint.read_checkpoint(self.directory.epoch_path(n_saved))
         check_resumable(saved, self.config, self.data.fingerprint)
@@ -282,8 +290,8 @@ class _TrainingRun:
         """Train or reuse one epoch, delete checkpoints that are no longer needed, and report it."""
         saved = self._reuse_or_train_epoch(epoch)
         self.last_checkpoint = saved
+        best_epoch = self._update_best_epoch(epoch + 1)
         if self.workers.rank == 0:
-            best_epoch = find_best_epoch(self.config, saved.history)
             self.directory.prune_checkpoints({epoch + 1, best_epoch})
             _log_epoch(saved.last_metrics)
         self.callback.on_epoch_end(saved.last_metrics, saved)
@@ -293,9 +301,15 @@ class _TrainingRun:
         """Wait for the first worker, then return the last and the best checkpoint."""
         assert self.last_checkpoint is not None
         broadcast_int(0, self.workers, self.device)
-        best_epoch = find_best_epoch(self.config, self.history)
+        best_epoch = self._update_best_epoch(self.last_checkpoint.epoch)
         best = checkpoint.read_checkpoint(self.directory.epoch_path(best_epoch))
         return TrainingResult(self.last_checkpoint, best)
+
+    def _update_best_epoch(self, last_epoch: int) -> int:
+        """Return the best epoch that has a checkpoint, after `last_epoch` (1-based) was saved."""
+        best_epoch = find_best_epoch(self.config, self.history, {*self.saved_epochs, last_epoch})
+        self.saved_epochs = {best_epoch, last_epoch}
+        return best_epoch
 
     def _reuse_or_train_epoch(self, epoch: int) -> TrainingCheckpoint:
         """Return the checkpoint after this epoch; wait and reuse it if another run is training it.
@@ -363,8 +377,7 @@ class _TrainingRun:
             if self.checkpointer is not None
             else time.perf_counter() - started_at
         )
-        is_last = epoch + 1 == self.config.epochs
-        if is_last or (epoch + 1) % self.config.validation.every == 0:
+        if self.config.is_validated(epoch):
             metrics |= self._validate()
         return metrics, diagnostics.compute_histograms()
 
@@ -414,6 +427,8 @@ class _TrainingRun:
             model = make_attack_model(self.model, val.get_float_images(slice(0, MIN_BATCH_ROWS)))
             metrics = _compute_validation_metrics(self.config, model, val, self.workers)
             metrics["train/natural"] = measure_natural_accuracy(model, self.device_data.train)
+        n_examples = min(self.config.validation.size or len(val), len(val))
+        metrics[CHANCE_LIMIT_METRIC] = compute_chance_limit(self.data.classes, n_examples)
         metrics["validation_seconds"] = time.perf_counter() - started_at
         return metrics
 
@@ -473,10 +488,8 @@ def _check_not_collapsed(
         return
     if validated[0]["epoch"] <= config.collapse_after:
         return
-    chance = 1 / data.classes
     n_examples = min(config.validation.size or len(data.val), len(data.val))
-    # Two standard deviations above chance: random guessing stays below this in 98% of cases.
-    limit = chance + 2 * math.sqrt(chance * (1 - chance) / n_examples)
+    limit = compute_chance_limit(data.classes, n_examples)
     if all(metrics["clean"] <= limit for metrics in validated):
         last = validated[-1]
         raise TrainingFailed(

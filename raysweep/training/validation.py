@@ -59,7 +59,8 @@ class Validation(Spec):
     """Number of examples: the first ones of the validation split. null: all."""
 
     every: Annotated[int, Field(ge=1)] = 1
-    """Evaluate after every n-th epoch. The last epoch is always evaluated."""
+    """Evaluate after every n-th epoch. The last epoch is always evaluated, and so are those before
+    and after each drop of a piecewise learning rate."""
 
     batch_size: Annotated[int, Field(ge=1)] = 512
     """Examples in a batch."""

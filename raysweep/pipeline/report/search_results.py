@@ -75,8 +75,10 @@ def _build_trial_table(ledger: Ledger, best_trials: Sequence[Trial]) -> Table:
     for trial in best_trials:
         scores = [_format_score(trial, metric) for metric in metrics]
         epoch = str(int(trial.best["epoch"]))
-        if trial.state == "stopped":
-            epoch += ", stopped"
+        notes: list[str] = [trial.state] if trial.state in ("stopped", "failed") else []
+        if choice := ledger.describe_choice(trial):
+            notes.append(choice)
+        epoch = ", ".join([epoch, *notes])
         params = [format_param(trial.params.get(path)) for path in paths]
         rows.append([f"{trial.number:04d}", *scores, epoch, *params])
     metric_names = [figures.format_metric_name(metric) for metric in metrics]

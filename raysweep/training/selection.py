@@ -1,0 +1,133 @@
+"""The rules that decide which epoch of a run is its best, and which checkpoint of several."""
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+from raysweep.training.config import TrainingConfig
+from raysweep.training.metric_history import EpochMetrics
+
+CHANCE_LIMIT_METRIC = "val/chance_limit"
+"""Metric of a validated epoch: natural accuracy up to which a model may be guessing."""
+
+
+class EpochRank(NamedTuple):
+    """How good an epoch is; a larger rank is better.
+
+    Attributes:
+        is_above_chance: Whether its natural accuracy is more than guessing gives.
+        weights_act: Whether the burn-ins of all instance weights were over.
+        value: Value of the objective; minus infinity if it was not measured.
+    """
+
+    is_above_chance: bool
+    weights_act: bool
+    value: float
+
+    @property
+    def counts(self) -> bool:
+        """Whether the epoch can represent its run in a ranking."""
+        return self.is_above_chance and self.weights_act and self.value > -math.inf
+
+
+class RunRank(NamedTuple):
+    """How good a run is, by its best epoch; a smaller rank is better.
+
+    Attributes:
+        has_failed: Whether the run failed; its best epoch may be older than the failure.
+        is_before_weights_act: Whether its best epoch does not count (see `EpochRank.counts`).
+        exceeds_masking_gap: Whether its masking gap is above the limit of its search space.
+        negated_score: The objective with a minus sign; over several seeds, the mean.
+    """
+
+    has_failed: bool
+    is_before_weights_act: bool
+    exceeds_masking_gap: bool
+    negated_score: float
+
+    @property
+    def is_eligible(self) -> bool:
+        """Whether the run may be chosen: nothing but its score speaks against it."""
+        return not (self.has_failed or self.is_before_weights_act or self.exceeds_masking_gap)
+
+
+def rank_epoch(metrics: EpochMetrics, burn_in: int, objective: str) -> EpochRank:
+    """Rank an epoch among those of its run.
+
+    Args:
+        metrics: Metrics of the epoch; {} before the first.
+        burn_in: Number of first epochs in which an instance weight is still 1.
+        objective: Metric that decides; larger is better.
+
+    Returns:
+        The rank.
+    """
+    clean, limit = metrics.get("clean", math.inf), metrics.get(CHANCE_LIMIT_METRIC, -math.inf)
+    return EpochRank(
+        is_above_chance=objective in metrics and clean > limit,
+        weights_act=metrics.get("epoch", 0) > burn_in,
+        value=metrics.get(objective, -math.inf),
+    )
+
+
+def find_best_epoch(
+    config: TrainingConfig,
+    history: Sequence[EpochMetrics],
+    saved_epochs: Collection[int] | None = None,
+) -> int:
+    """Find the epoch with the highest `validation.objective` after all burn-ins.
+
+    An epoch within a burn-in, or one whose natural accuracy is at chance, is chosen only if there
+    is no other: such a model is not what its settings say.
+
+    Args:
+        config: The run's config.
+        history: Metrics of all finished epochs, at least one, in order.
+        saved_epochs: The 1-based epochs to choose from; None for all.
+
+    Returns:
+        The 1-based epoch; the earliest of several with the same value.
+    """
+    objective, burn_in = config.validation.objective, config.burn_in
+    best_epoch, best_rank = 0, None
+    for epoch, metrics in enumerate(history, 1):
+        if saved_epochs is not None and epoch not in saved_epochs:
+            continue
+        rank = rank_epoch({"epoch": epoch, **metrics}, burn_in, objective)
+        if best_rank is None or rank > best_rank:
+            best_epoch, best_rank = epoch, rank
+    return best_epoch or len(history)
+
+
+def find_best_burn_in_metrics(
+    config: TrainingConfig, history: Iterable[EpochMetrics]
+) -> EpochMetrics:
+    """Find what a run reached before its instance weights acted.
+
+    Args:
+        config: The run's config.
+        history: Metrics of its epochs, in order.
+
+    Returns:
+        Metrics of the best epoch within the longest burn-in; {} if none measured the objective.
+    """
+    objective, best = config.validation.objective, EpochMetrics()
+    for metrics in history:
+        is_better = metrics.get(objective, -math.inf) > best.get(objective, -math.inf)
+        if metrics["epoch"] <= config.burn_in and is_better:
+            best = metrics
+    return best
+
+
+def compute_chance_limit(n_classes: int, n_examples: int) -> float:
+    """Compute the natural accuracy that guessing exceeds in 2% of cases.
+
+    Args:
+        n_classes: Number of classes, which are about equally frequent.
+        n_examples: Number of validated examples.
+
+    Returns:
+        Two standard deviations above 1 / `n_classes`.
+    """
+    chance = 1 / n_classes
+    return chance + 2 * math.sqrt(chance * (1 - chance) / n_examples)

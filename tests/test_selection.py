@@ -1,0 +1,213 @@
+"""Which epoch of a run is its best, and which trial of a sweep: by hand, and in real training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny
+
+from raysweep.result_loading import Sweep
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.optuna_study import build_study
+from raysweep.sweep.search_space import SearchSpace
+from raysweep.training.checkpoint import RunDirectory
+from raysweep.training.config import TrainingConfig, build_training_config
+from raysweep.training.metric_advice import advise_on_training
+from raysweep.training.model_loading import load_checkpoint_target
+from raysweep.training.selection import (
+    compute_chance_limit,
+    find_best_burn_in_metrics,
+    find_best_epoch,
+)
+from raysweep.training.trainer import train_model
+
+BURN_IN = "*.burn_in"
+
+
+def gairat(burn_in: int, epochs: int = 6) -> TrainingConfig:
+    return build_training_config("gairat", {BURN_IN: burn_in, "epochs": epochs})
+
+
+def rows(*values: float | None, clean: float = 0.9) -> list[dict[str, float]]:
+    """Metrics of epochs 1, 2, ...; None for an epoch without validation."""
+    made = []
+    for epoch, value in enumerate(values, 1):
+        row = {"epoch": float(epoch)}
+        if value is not None:
+            row |= {"robust_worst": value, "clean": clean, "val/chance_limit": 0.2}
+        made.append(row)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("burn_in", "values", "best"),
+    [
+        (0, (0.7, 0.6, 0.5), 1),
+        (1, (0.7, 0.6, 0.5), 2),
+        (2, (0.7, 0.6, 0.5), 3),
+        (2, (0.7, 0.6, None), 1),
+        (3, (0.6, 0.7, 0.5), 2),
+        (0, (0.5, 0.7, 0.7), 2),
+        (0, (None, None, 0.0), 3),
+        (1, (0.7, 0.0, 0.0), 2),
+    ],
+)
+def test_epochs_after_the_burn_in_come_first(burn_in: int, values: Any, best: int) -> None:
+    assert find_best_epoch(gairat(burn_in), rows(*values)) == best
+
+
+def test_a_model_at_chance_is_never_the_best_while_there_is_another() -> None:
+    history = rows(0.06, 0.05)
+    history += [{"epoch": 3.0, "robust_worst": 0.1, "clean": 0.2, "val/chance_limit": 0.2}]
+    assert find_best_epoch(gairat(0), history) == 1
+    assert find_best_epoch(gairat(2), history) == 1, "the burn-in is better than guessing"
+    assert find_best_epoch(gairat(0), history, {2, 3}) == 2, "among those that were kept"
+
+
+def test_the_limit_of_chance_is_two_standard_deviations_above_it() -> None:
+    # Ten classes and 900 examples: the standard deviation of guessing is sqrt(0.09 / 900) = 0.01.
+    assert compute_chance_limit(10, 900) == pytest.approx(0.12)
+
+
+def test_a_trial_and_its_run_choose_the_same_epoch(tmp_path: Path) -> None:
+    """Whatever the values are: the trial sees one epoch after the other, the run all of them."""
+    values = (0.5, 0.75, 0.25, 0.5, 0.5, 0.625, 0.0)
+    for burn_in in range(8):
+        history, trial = rows(*values), Trial(0, {}, burn_in=burn_in)
+        for row in history:
+            trial = trial.with_epoch(row, "robust_worst")
+        assert trial.best["epoch"] == find_best_epoch(gairat(burn_in, 7), history)
+        before = find_best_burn_in_metrics(gairat(burn_in, 7), history)
+        assert trial.best_in_burn_in == before
+        assert before.get("robust_worst", -1) == max(values[:burn_in], default=-1)
+
+
+def small_gairat(burn_in: int) -> TrainingConfig:
+    """Five epochs, of which the third is the best one whenever the weights begin to act."""
+    changes = {BURN_IN: burn_in, "*.lam": -2.0, "optim.lr": 0.05, "data.train_size": 128}
+    return tiny("gairat", epochs=5, **changes)
+
+
+def test_training_keeps_the_best_epoch_after_the_burn_in(tmp_path: Path) -> None:
+    result = train_model(small_gairat(3), tmp_path)
+    scores = [row["robust_worst"] for row in result.last_checkpoint.history]
+    assert scores.index(max(scores)) == 2, "the burn-in was better"
+    best = 4 + scores[3:].index(max(scores[3:]))
+    assert result.best_checkpoint.epoch == best
+    assert set(RunDirectory(tmp_path).list_saved_epochs()) == {best, 5}
+    assert load_checkpoint_target(tmp_path, {}).name.endswith(f"epoch-{best:04d}")
+
+
+@pytest.mark.parametrize("is_recorded_by_an_earlier_version", [True, False])
+def test_a_run_of_an_earlier_version_keeps_the_epoch_that_it_chose(
+    is_recorded_by_an_earlier_version: bool, tmp_path: Path
+) -> None:
+    """That version counted the epochs of the burn-in, and kept the best of all and the last."""
+    best = train_model(small_gairat(0), tmp_path).best_checkpoint.epoch
+    assert best < 5
+    file = tmp_path / "epoch-0005" / "meta.json"
+    meta = json.loads(file.read_text())
+    meta["config"]["method"]["terms"]["pgd"]["weight"]["burn_in"] = best
+    if is_recorded_by_an_earlier_version:
+        del meta["best_after_burn_in"]
+    file.write_text(json.dumps(meta))
+    chosen = best if is_recorded_by_an_earlier_version else 5
+    assert load_checkpoint_target(tmp_path, {}).name.endswith(f"epoch-{chosen:04d}")
+
+
+def make_sweep(path: Path, *trials: Trial) -> Ledger:
+    data = {
+        "method": "gairat",
+        "trials": len(trials),
+        "base": {"epochs": 6, BURN_IN: 2},
+        "space": {"*.lam": {"float": [-2.0, 0.0]}},
+        "scheduler": {"kind": "none"},
+    }
+    ledger = Ledger.create(path, SearchSpace.from_data(data))
+    for trial in trials:
+        ledger.save_trial(trial)
+    return ledger
+
+
+def made_trial(number: int, state: Any, *values: float, burn_in: int | None = 2) -> Trial:
+    trial = Trial(number, {"*.lam": -1.0}, burn_in=burn_in)
+    for row in rows(*values):
+        trial = trial.with_epoch(row, "robust_worst")
+    return Trial(**{**trial.__dict__, "state": state})
+
+
+def test_a_failed_trial_and_one_whose_weights_never_acted_are_never_the_best(
+    tmp_path: Path,
+) -> None:
+    ledger = make_sweep(
+        tmp_path / "s",
+        made_trial(0, "failed", 0.1, 0.2, 0.9),
+        made_trial(1, "finished", 0.7, 0.8),
+        made_trial(2, "finished", 0.7, 0.1, 0.06),
+        made_trial(3, "stopped", 0.7, 0.1, 0.05),
+    )
+    assert [trial.number for trial in ledger.rank_trials()] == [2, 3, 1, 0]
+    assert [trial.number for trial in ledger.unmasked_pareto_front()] == [2]
+    assert Sweep(ledger).best.parent.name == "0002"
+    table = Sweep(ledger).trials
+    assert table.choice.tolist() == ["", "", "best before its weights acted", ""]
+    assert table.before.tolist() == [0.7, 0.7, 0.8, 0.2]
+    study = build_study(ledger)
+    assert study.best_trial.user_attrs["raysweep.number"] == 2
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_a_sweep_of_failed_trials_has_no_best_one(tmp_path: Path) -> None:
+    ledger = make_sweep(tmp_path / "s", made_trial(0, "failed", 0.1, 0.2, 0.9))
+    assert ledger.find_best_trial() is None
+    with pytest.raises(Exception, match="except failed ones"):
+        _ = Sweep(ledger).best
+
+
+def test_in_a_sweep_of_an_earlier_version_the_recorded_best_stands_and_is_marked(
+    tmp_path: Path,
+) -> None:
+    ledger = make_sweep(
+        tmp_path / "s",
+        made_trial(0, "finished", 0.8, 0.7, 0.3, burn_in=None),
+        made_trial(1, "finished", 0.1, 0.2, 0.5, burn_in=None),
+    )
+    first, second = ledger.rank_trials()
+    assert (first.number, second.number) == (0, 1)
+    assert ledger.describe_choice(first) == "best before its weights acted"
+    assert ledger.describe_choice(second) == ""
+
+
+def test_a_trial_of_an_earlier_version_that_goes_on_is_judged_anew(tmp_path: Path) -> None:
+    """Its folder has checkpoints of the recorded best, within the burn-in, and of the last."""
+    old = made_trial(0, "running", 0.8, 0.7, 0.3, burn_in=None)
+    assert old.best["epoch"] == 1
+    resumed = old.with_burn_in(2, "robust_worst")
+    assert resumed.best["epoch"] == 3 and resumed.best_in_burn_in["epoch"] == 1
+    assert resumed.with_burn_in(0, "robust_worst") is resumed
+
+
+def test_advice_says_that_reweighting_made_it_worse() -> None:
+    (line,) = advise_on_training(gairat(4), rows(0.3, 0.5, 0.6, 0.730, 0.690, 0.690))
+    assert line == "reweighting made this worse: robust worst 0.730 before it acted, 0.690 after"
+    assert advise_on_training(gairat(4), rows(0.3, 0.5, 0.6, 0.7, 0.7, 0.69)) == []
+
+
+@pytest.mark.parametrize(
+    ("every", "boundaries", "validated"),
+    [
+        (1, [], [1, 2, 3, 4, 5, 6]),
+        (4, [], [4, 6]),
+        (4, [2], [2, 3, 4, 6]),
+        (5, [1, 4], [1, 2, 4, 5, 6]),
+        (9, [6], [6]),
+    ],
+)
+def test_epochs_around_a_drop_of_the_learning_rate_are_validated(
+    every: int, boundaries: list[int], validated: list[int]
+) -> None:
+    values = [0.1 / 10**index for index in range(len(boundaries) + 1)]
+    lr = {"kind": "piecewise", "boundaries": boundaries, "values": values}
+    config = build_training_config("at", {"epochs": 6, "validation.every": every, "optim.lr": lr})
+    assert [epoch + 1 for epoch in range(6) if config.is_validated(epoch)] == validated
