@@ -4,6 +4,7 @@ The folder is written atomically: it exists completely or not at all.
 """
 
 import json
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -56,7 +57,7 @@ class Candidate(Spec):
     """Searched parameters of the trial, by dotted path."""
     exceeds_masking_gap: bool = False
     """Whether the masking gap exceeds the limit of the search space."""
-    is_before_weights_act: bool = False
+    is_before_weights_act: bool = Field(default=False, exclude_if=operator.not_)
     """Whether an instance weight had not acted yet at this epoch, or the model was at chance."""
     objectives: tuple[str, ...] = (DEFAULT_OBJECTIVE,)
     """Validation metrics that the sweep maximized."""
