@@ -8,9 +8,10 @@ Modules call `logging.getLogger(__name__)`; only this module decides where their
   of its trial, and `log.txt` for people. So no file has two writers, also where the machines share
   nothing but a bucket.
 
-A file that has reached its limit is renamed to `log.jsonl.1`, the one before it to `.2`, and so on;
-the oldest is deleted. Files in a bucket are uploaded by a thread, twice a minute at most, and at
-the end. A log that cannot be written or uploaded never ends the work.
+A file that has reached its limit is renamed to `log.jsonl.TIME-HOST-PROCESS`, so that the machines
+that use one bucket never choose the same name; the oldest of too many are deleted. Files in a
+bucket are uploaded by a thread, twice a minute at most, and at the end. A log that cannot be
+written or uploaded never ends the work.
 """
 
 import contextlib
@@ -18,11 +19,13 @@ import logging
 import os
 import re
 import shlex
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
@@ -52,7 +55,7 @@ _TRIAL_MAX_BYTES, _TRIAL_N_FULL_FILES = 2**20, 3
 _UPLOAD_INTERVAL, _LAST_UPLOAD_TIMEOUT = 30.0, 20.0
 # Records before the first folder is known.
 _MAX_EARLY_RECORDS = 1000
-_FILE_PATTERN = re.compile(r"log(?:-[\w.-]+)?\.jsonl(?:\.\d+)?")
+_FILE_PATTERN = re.compile(r"log(?:-[\w-]+)?\.jsonl(?:\.\d{8}T[\w.-]+)?")
 
 _package_logger = logging.getLogger("raysweep")
 logger = logging.getLogger(__name__)
@@ -332,6 +335,18 @@ class _LogFile(RotatingFileHandler):
             stream.write("\n")
         return stream
 
+    def doRollover(self) -> None:  # noqa: N802 - logging's name
+        """Start a new file; keep the full one under a name of its own, and not too many of them."""
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
+        now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
+        writer = f"{socket.gethostname()}-{os.getpid()}"
+        self.path.rename(self.path.with_name(f"{self.path.name}.{now}-{writer}"))
+        for file in _list_outdated_files(_list_rotated_files(self.path), self.backupCount):
+            file.unlink(missing_ok=True)
+        self.stream = self._open()
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         """Drop the record; say so once on the terminal."""
         stream: TextIO | None = self.stream
@@ -471,11 +486,12 @@ class _Uploader(threading.Thread):
         self._is_failing = False
 
     def run(self) -> None:
-        """Upload at each interval, and once more at the end."""
+        """Fetch earlier entries; upload at each interval, and once more at the end."""
+        self._try(self._merge_earlier_entries)
         while not self._stop_requested.wait(_UPLOAD_INTERVAL):
-            self._upload_changed_files()
+            self._try(self._upload_changed_files)
         if not self._is_cancelled:
-            self._upload_changed_files()
+            self._try(self._upload_changed_files)
 
     def finish(self) -> None:
         """Upload the last records; give up after a while if the bucket does not answer."""
@@ -486,22 +502,11 @@ class _Uploader(threading.Thread):
         """End without an upload."""
         self._is_cancelled = True
 
-    def _upload_changed_files(self) -> None:
-        """Upload what has changed since the last time; an outage is logged once."""
-        from raysweep import storage
-
+    def _try(self, operation: Callable[[], None]) -> None:
+        """Use the bucket; the beginning and the end of an outage are logged."""
         try:
-            if not self._has_merged:
-                for log_file in self._log_files:
-                    _merge_remote_log(log_file)
-                self._has_merged = True
-            for log_file in self._log_files:
-                for file in _list_rotated_files(log_file.path):
-                    state = file.stat()
-                    version = (state.st_size, state.st_mtime_ns)
-                    if self._uploaded.get(file) != version:
-                        storage.push_to_bucket(file)
-                        self._uploaded[file] = version
+            operation()
+        # Whatever it is, the work goes on without the upload.
         except Exception as error:
             if not self._is_failing:
                 logger.warning(
@@ -509,7 +514,47 @@ class _Uploader(threading.Thread):
                 )
             self._is_failing = True
         else:
+            if self._is_failing:
+                logger.info("the log can be uploaded again")
             self._is_failing = False
+
+    def _merge_earlier_entries(self) -> None:
+        """Fetch what other processes have written. Nothing is uploaded before: it would be lost."""
+        if not self._has_merged:
+            for log_file in self._log_files:
+                _merge_remote_log(log_file)
+            self._has_merged = True
+
+    def _upload_changed_files(self) -> None:
+        """Upload what has changed since the last time."""
+        self._merge_earlier_entries()
+        for log_file in self._log_files:
+            for file in _list_rotated_files(log_file.path):
+                self._upload_if_changed(file, log_file)
+
+    def _upload_if_changed(self, file: Path, log_file: "_LogFile") -> None:
+        """Upload a file unless the bucket has it; after a full one, make room in the bucket."""
+        from raysweep import storage
+
+        state = file.stat()
+        version = (state.st_size, state.st_mtime_ns)
+        if self._uploaded.get(file) == version:
+            return
+        storage.push_to_bucket(file)
+        self._uploaded[file] = version
+        if file != log_file.path:
+            _delete_outdated_remote_files(log_file)
+
+
+def _delete_outdated_remote_files(log_file: _LogFile) -> None:
+    """Delete the oldest full files of a log from its bucket, also those of other machines."""
+    from raysweep import storage
+
+    path = log_file.path
+    remote = [entry.path for entry in storage.list_remote_files(path.parent)]
+    files = [file for file in remote if file.parent == path.parent and _is_rotation_of(file, path)]
+    for file in _list_outdated_files(files, log_file.backupCount):
+        storage.delete_remote_file(file)
 
 
 def _merge_remote_log(log_file: _LogFile) -> None:
@@ -521,16 +566,17 @@ def _merge_remote_log(log_file: _LogFile) -> None:
     from raysweep import storage
 
     path = log_file.path
-    for entry in storage.list_remote_files(path.parent):
-        is_wanted = entry.path == path or not entry.path.exists()
-        if is_wanted and _is_rotation_of(entry.path, path):
-            content = storage.read_remote_file(entry.path)
-            if content is not None:
-                log_file.acquire()
-                try:
-                    _prepend_missing_lines(entry.path, content)
-                finally:
-                    log_file.release()
+    content = storage.read_remote_file(path)
+    if content is not None:
+        log_file.acquire()
+        try:
+            # The file may have become a full one before the bucket answered.
+            full_files = [file for file in _list_rotated_files(path) if file != path]
+            elsewhere = {line for file in full_files for line in file.read_bytes().splitlines()}
+            lines = [line + b"\n" for line in content.splitlines() if line not in elsewhere]
+            _prepend_missing_lines(path, b"".join(lines))
+        finally:
+            log_file.release()
 
 
 def _prepend_missing_lines(file: Path, content: bytes) -> None:
@@ -554,9 +600,14 @@ def _join_lines(remote: bytes, local: bytes) -> bytes:
 
 def _is_rotation_of(file: Path, path: Path) -> bool:
     """Return whether `file` is the log file `path` or a full one of it."""
-    return file == path or (
-        file.name.startswith(f"{path.name}.") and file.suffix.lstrip(".").isdecimal()
-    )
+    return file == path or file.name.startswith(f"{path.name}.")
+
+
+def _list_outdated_files(files: list[Path], n_full_files: int) -> list[Path]:
+    """Return the oldest full log files, as far as there are more than `n_full_files`."""
+    # The names end with the time. The file that is being written has none.
+    full_files = sorted(file for file in files if file.suffix not in (".jsonl", ".txt"))
+    return full_files[: max(0, len(full_files) - n_full_files)]
 
 
 def _list_rotated_files(path: Path) -> list[Path]:
