@@ -318,9 +318,10 @@ def start_own_cluster() -> None:
     with connect_to_cluster(n_cpus=1):
         workers = ray.get(ray.remote(lambda: dict(os.environ)).remote())
         expected = {**RAY_ENVIRONMENT, **marked}
-        print({name: workers.get(name) for name in expected} == expected)
+        print("workers have them:", {name: workers.get(name) for name in expected} == expected)
     left = set(os.environ.items()) - set(before.items()) - set(marked.items())
-    print(sorted(name for name, _ in left if name in RAY_ENVIRONMENT), ray.is_initialized())
+    names = sorted(name for name, _ in left if name in RAY_ENVIRONMENT)
+    print("left behind:", names, ray.is_initialized())
 
 
 @pytest.mark.ray
@@ -334,7 +335,8 @@ def test_workers_of_our_cluster_have_the_environment_and_this_process_only_meanw
         imports=forked_processes.COMMANDS,
     )
     assert done.wait() == 0, done.err
-    assert done.out.splitlines() == ["True", "[] False"]
+    # On a busy machine Ray prints that a worker needs long to start.
+    assert {"workers have them: True", "left behind: [] False"} <= set(done.out.splitlines())
 
 
 def start_exposed_cluster() -> None:
@@ -345,7 +347,7 @@ def start_exposed_cluster() -> None:
     with pytest.raises(InfrastructureError) as refused, connect_to_cluster(n_cpus=1):
         pass
     print(refused.value)
-    print(ray.is_initialized())
+    print("left behind:", ray.is_initialized())
 
 
 def own_address() -> str | None:
@@ -368,9 +370,9 @@ def test_a_cluster_that_listens_beyond_loopback_is_stopped_again() -> None:
         imports=forked_processes.COMMANDS,
     )
     assert done.wait() == 0, done.err
-    line, initialized = done.out.splitlines()
-    assert "does not stay on loopback" in line and "gcs_server" in line and line.endswith(ENDING)
-    assert initialized == "False"
+    (line,) = [line for line in done.out.splitlines() if "does not stay on loopback" in line]
+    assert "gcs_server" in line and line.endswith(ENDING)
+    assert "left behind: False" in done.out
 
 
 def run_without_rays_variables(function: str) -> None:
