@@ -71,7 +71,7 @@ class MethodOutput:
         natural_logits: Logits of natural images (N, classes) with gradient; None if no term uses
             them.
         logits: Input name -> logits (N, classes) with gradient.
-        attack_results: Attack name -> its result.
+        attack_results: Attack name -> its result; without attacks that no term uses in this epoch.
         weights: Term name -> instance weights (N,) without gradient, before normalisation.
         global_batch_size: Number of rows on all workers, a scalar tensor.
     """
@@ -194,6 +194,9 @@ class Method(Spec):
     ) -> MethodOutput:
         """Run the attacks, then one forward pass for each input, and return the weighted loss.
 
+        Terms whose `coef` or weight is 0 in this epoch are left out with the attacks that only they
+        use, so that these cost no time and their images do not enter the batch norms.
+
         The loss is scaled so that the mean of its gradients over workers is the gradient of the
         global batch.
 
@@ -209,17 +212,21 @@ class Method(Spec):
         Returns:
             The loss, and the logits, attack results and weights from which it was computed.
         """
+        term_names = self._list_used_terms()
+        input_names = self._list_used_inputs(term_names)
         attack_results: dict[str, AttackResult] = {}
         for name, attack in self.attacks.items():
+            if name not in input_names:
+                continue
             target = model
             if attack_model is not None and getattr(attack, "mode", "eval") == "eval":
                 target = attack_model
             attack_results[name] = attack(target, x, y, rng.derive_stream("attack", name))
         logits: dict[str, Tensor] = {}
-        if any(term.needs_natural_logits for term in self.terms.values()):
+        if NATURAL_INPUT in input_names:
             logits[NATURAL_INPUT] = model(x)
         logits |= {name: model(result.x_adv) for name, result in attack_results.items()}
-        weights = self._compute_weights(logits, y, attack_results)
+        weights = self._compute_weights(term_names, logits, y, attack_results)
         global_batch_size = workers.all_reduce_sum(x.new_full((), len(y)))
         loss = self._compute_loss(logits, y, weights, global_batch_size, workers)
         return MethodOutput(
@@ -230,6 +237,54 @@ class Method(Spec):
             weights=weights,
             global_batch_size=global_batch_size,
         )
+
+    def _find_loss_terms(self) -> set[str]:
+        """Return the terms that add to the loss in this epoch; all if none would.
+
+        Left out are those whose `coef` is 0, unless `normalise` needs their weights, and those
+        whose weight is 0 for every example.
+        """
+        names = set()
+        for name, term in self.terms.items():
+            has_coef = self.normalise or resolved_value(term.coef) != 0
+            if has_coef and self._find_constant_weight(name) != 0:
+                names.add(name)
+        return names or set(self.terms)
+
+    def _find_constant_weight(self, term_name: str) -> float | None:
+        """Return a term's weight if it is the same for every example, else None."""
+        weight = self.terms[term_name].weight
+        if isinstance(weight, UniformWeight):
+            return 1.0
+        if not isinstance(weight, RemainderWeight):
+            return None
+        subtracted = [self._find_constant_weight(name) for name in weight.of]
+        constants = [value for value in subtracted if value is not None]
+        if len(constants) < len(subtracted):
+            return None
+        return max(resolved_value(weight.total) - sum(constants), 0.0)
+
+    def _list_used_terms(self) -> list[str]:
+        """Return the terms of the loss, and those whose weights a `remainder` of them needs."""
+        used = self._find_loss_terms()
+        # A remainder refers to earlier terms only.
+        for name, term in reversed(self.terms.items()):
+            if name in used and isinstance(term.weight, RemainderWeight):
+                used.update(term.weight.of)
+        return [name for name in self.terms if name in used]
+
+    def _list_used_inputs(self, term_names: list[str]) -> set[str]:
+        """Return the inputs that the losses and the weights of some terms need."""
+        input_names: set[str] = set()
+        loss_terms = self._find_loss_terms()
+        for name in term_names:
+            term = self.terms[name]
+            input_names.add(term.deciding_input_name)
+            if name in loss_terms:
+                input_names.update(term.input_names)
+                if term.needs_natural_logits:
+                    input_names.add(NATURAL_INPUT)
+        return input_names
 
     def _compute_loss(
         self,
@@ -243,7 +298,10 @@ class Method(Spec):
         tiny = torch.finfo(global_batch_size.dtype).tiny
         total = global_batch_size.new_zeros(())
         summed_weights = global_batch_size.new_zeros(len(y))
+        loss_terms = self._find_loss_terms()
         for name, term in self.terms.items():
+            if name not in loss_terms:
+                continue
             weight = weights[name]
             if getattr(term.weight, "normalise", False):
                 weight_sum = workers.all_reduce_sum(weight.sum()).clamp_min(tiny)
@@ -263,13 +321,15 @@ class Method(Spec):
 
     def _compute_weights(
         self,
+        term_names: list[str],
         logits: Mapping[str, Tensor],
         y: Tensor,
         attack_results: Mapping[str, AttackResult],
     ) -> dict[str, Tensor]:
-        """Return the instance weights (N,) of each term, before normalisation."""
+        """Return the instance weights (N,) of some terms, before normalisation."""
         weights: dict[str, Tensor] = {}
-        for name, term in self.terms.items():
+        for name in term_names:
+            term = self.terms[name]
             input_name = term.deciding_input_name
             inputs = WeightInputs(logits[input_name].detach(), y, earlier_weights=weights)
             if input_name in self.attacks:

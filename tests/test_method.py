@@ -303,3 +303,76 @@ def test_natural_data_may_decide_the_weight_of_an_attacks_term() -> None:
     others = p.masked_fill(torch.nn.functional.one_hot(y, 3).bool(), 0).amax(1)
     expected = torch.sigmoid(10 * (others - p.gather(1, y[:, None])[:, 0] - 0.5))
     assert torch.allclose(step.weights["robust"], expected, atol=1e-6)
+
+
+class CountingNet(torch.nn.Module):
+    """A small network with batch norm that counts forward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.BatchNorm1d(16), torch.nn.ReLU(),
+            torch.nn.Linear(16, 10),
+        )  # fmt: skip
+        self.n_forwards = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.n_forwards += 1
+        return self.layers(x)
+
+
+def train_step(method: Method, batch) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
+    """Gradients, state with the statistics of the batch norm, and forward passes of one step."""
+    model = CountingNet().train()
+    found = gradients(method, model, *batch)
+    return found, [value.clone() for value in model.state_dict().values()], model.n_forwards
+
+
+def check_same_step(method: Method, other: Method, batch) -> None:
+    ours, theirs = train_step(method, batch), train_step(other, batch)
+    assert all(torch.equal(a, b) for a, b in zip(ours[0], theirs[0], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ours[1], theirs[1], strict=True))
+    assert ours[2] == theirs[2], "forward passes"
+
+
+def test_in_the_burn_in_gair_rst_is_rst_without_the_attack_of_weight_zero(batch) -> None:
+    """Its weights are w = 1 and 1 - w = 0: no CW images, neither in time nor in the batch norms."""
+    method = METHODS["gair-rst"]()
+    without = Method(
+        name="without",
+        attacks={"pgd": method.attacks["pgd"]},
+        terms={
+            "natural": Term(on="natural"),
+            "kl": Term(loss="kl", on="pgd", coef=6.0),
+        },
+    )
+    check_same_step(method.resolve_at(0), without, batch)
+    after = method.resolve_at(method.terms["kl"].weight.burn_in)
+    # PGD and CW-PGD take 10 forward passes each, beside those of the losses and the KL's targets.
+    assert train_step(after, batch)[2] >= train_step(without, batch)[2] + 11
+
+
+def test_a_term_of_coef_zero_is_left_out_unless_another_needs_its_weight(batch) -> None:
+    pgd = PGD(eps=0.1, step_size=0.05, steps=3)
+    weighted = Term(on="pgd", coef=0.0, weight=VulnerabilityWeight())
+    alone = Method(attacks={"pgd": pgd}, terms={"natural": Term(on="natural"), "pgd": weighted})
+    check_same_step(alone, Method(terms={"natural": Term(on="natural")}), batch)
+    remainder = Term(on="natural", weight=RemainderWeight(total=2.0, of=("pgd",)))
+    needed = Method(attacks={"pgd": pgd}, terms={"pgd": weighted, "rest": remainder})
+    output = needed(CountingNet(), *batch)
+    assert set(output.attack_results) == {"pgd"} and set(output.weights) == {"pgd", "rest"}
+    assert torch.allclose(output.weights["rest"], (2 - output.weights["pgd"]).clamp_min(0))
+    normalised = Method(
+        attacks={"pgd": pgd}, terms={"natural": Term(on="natural"), "pgd": weighted}, normalise=True
+    )
+    output = normalised(CountingNet(), *batch)
+    natural = F.cross_entropy(output.logits["natural"], batch[1], reduction="sum")
+    assert output.loss.item() == pytest.approx(
+        (natural / (1 + output.weights["pgd"]).sum()).item(), rel=1e-5
+    ), "equation 17 divides by the weights of all terms"
+
+
+def test_terms_that_are_all_zero_still_have_a_gradient(batch) -> None:
+    method = Method(terms={"natural": Term(on="natural", coef=0.0)})
+    assert all(not gradient.any() for gradient in gradients(method, CountingNet(), *batch))

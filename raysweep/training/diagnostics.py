@@ -119,7 +119,9 @@ class EpochDiagnostics:
             name: self._workers.all_reduce_sum(total).item() for name, total in self._sums.items()
         }
         n_rows = totals.pop("rows")
-        squares = {name: totals.pop(f"squares_{name}") for name in self._method.terms}
+        # Terms with a `coef` of 0 may be left out of the epoch.
+        term_names = [name for name in self._method.terms if f"squares_{name}" in totals]
+        squares = {name: totals.pop(f"squares_{name}") for name in term_names}
         metrics = {f"train/{name}": total / n_rows for name, total in totals.items()}
         for name, square in squares.items():
             ess = totals[f"weight_{name}"] ** 2 / (n_rows * square) if square else 0.0
