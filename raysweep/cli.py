@@ -18,6 +18,14 @@ from raysweep import __version__
 from raysweep.commands import doctor, run, show, train, tune
 from raysweep.commands import eval as eval_command
 from raysweep.commands import list as list_command
+from raysweep.errors import (
+    ExitCode,
+    InfrastructureError,
+    RaysweepError,
+    WorkInterrupted,
+    describe_os_error,
+    is_infrastructure_error,
+)
 from raysweep.logs import command_log
 from raysweep.shell_completion import SUPPORTED_SHELLS, PrintCompletion
 
@@ -34,23 +42,33 @@ changed with `--set path=value`; `raysweep show lrat` prints all paths. In a pat
 characters: `--set '*.eps=8/255'` sets every epsilon at once. Results go to ./runs and ./mlflow.db
 (open them with `mlflow ui`), or to --out and MLFLOW_TRACKING_URI.
 """
-_EPILOG = (
-    "Exit codes: 0 done; 1 the work failed; 2 a setting or a file is wrong, nothing was started; "
-    "130 interrupted."
-)
+_EPILOG = """\
+Exit codes: 0 done; 1 the work failed; 2 a setting is wrong, nothing was started; 3 a cluster,
+store, bucket, package, GPU or disk is missing, full or does not answer; 4 a file is damaged;
+5 done, and a report saw a regression; 130 interrupted.
+"""
 
 # Commands that resume if they are run again as they are.
 _RESUMABLE_COMMANDS = ("train", "run", "eval")
 # Libraries that only some commands need: {module: (name for messages, requirement for pip)}.
 _OPTIONAL_REQUIREMENTS = {"ray": ("Ray", "ray[default,tune,train]"), "mlflow": ("MLflow", "mlflow")}
+# Errors of libraries about something that the work needs: (module, class).
+_INFRASTRUCTURE_ERRORS = (
+    ("mlflow.exceptions", "MlflowException"),
+    ("optuna.exceptions", "StorageInternalError"),
+    ("ray.exceptions", "RaySystemError"),
+    ("sqlalchemy.exc", "OperationalError"),
+)
 
 
 class _OneLineErrorParser(argparse.ArgumentParser):
     """A parser that prints an error in one line, as commands do."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the error and exit with code 2."""
-        self.exit(2, f"raysweep: error: {message}; see `{self.prog} --help`\n")
+        """Print the error and exit with the code for wrong settings."""
+        self.exit(
+            ExitCode.WRONG_SETTINGS, f"raysweep: error: {message}; see `{self.prog} --help`\n"
+        )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,13 +99,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; print each mistake of the user as one line.
+    """Run a command; print each expected error as one line.
 
     Args:
         arguments: The command line without `raysweep`; None for that of this process.
 
     Returns:
-        The exit code: 0 done, 1 the work failed, 2 a setting or file is wrong, 130 interrupted.
+        The exit code, one of `ExitCode`.
 
     Raises:
         SystemExit: The arguments cannot be parsed, or ask for help only.
@@ -151,50 +169,76 @@ def _one_line_warnings() -> Iterator[None]:
         warnings.showwarning = original_showwarning
 
 
-def _run_command(args: argparse.Namespace, arguments: Sequence[str]) -> int:
+def _run_command(args: argparse.Namespace, arguments: Sequence[str]) -> ExitCode:
     """Run the command; print an expected error and return its exit code."""
-    from raysweep.errors import InfrastructureError
-    from raysweep.spec import SpecError
-    from raysweep.storage import BucketUnavailable
-
     try:
         with command_log(arguments, getattr(args, "verbose", False)) as log:
-            log.exit_code = int(args.run_command(args))
-        return log.exit_code
-    except SpecError as error:
-        _print_errors(error.problems)
-        return 2
-    except InfrastructureError as error:
-        _print_errors(error.problems)
+            with _convert_expected_errors(args.command):
+                args.run_command(args)
+            log.exit_code = ExitCode.DONE
+        return ExitCode.DONE
+    except RaysweepError as error:
+        _print_error(error)
         return error.exit_code
-    except BucketUnavailable as error:
-        hint = "no file in the bucket is damaged: run the command again (a sweep: with --resume)"
-        _print_errors([f"{error}; {hint}"])
-        return 1
-    except ModuleNotFoundError as error:
-        if error.name not in _OPTIONAL_REQUIREMENTS:
-            raise
-        title, requirement = _OPTIONAL_REQUIREMENTS[error.name]
-        install = f"pip install '{requirement}'"
-        _print_errors(
-            [f"`raysweep {args.command}` needs {title}, which is not installed: {install}"]
-        )
-        return 2
     except BrokenPipeError:
         # The reader of the output has closed the pipe (`raysweep list | head`). Redirect stdout,
         # because Python would print an error when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        hint = "; run the same command to resume" if args.command in _RESUMABLE_COMMANDS else ""
-        print(f"raysweep: interrupted{hint}", file=sys.stderr)
-        return 130
+        return ExitCode.DONE
 
 
-def _print_errors(problems: Sequence[str]) -> None:
+@contextmanager
+def _convert_expected_errors(command: str) -> Iterator[None]:
+    """Raise errors that a user should see as a RaysweepError; bugs keep their class."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        expected = _find_expected_error(error, command)
+        if expected is None or expected is error:
+            raise
+        raise expected from error
+
+
+def _find_expected_error(error: BaseException, command: str) -> RaysweepError | None:
+    """Return the error that the user should see; None for a bug, which needs its traceback."""
+    if isinstance(error, WorkInterrupted | KeyboardInterrupt):
+        hint = "; run the same command to resume" if command in _RESUMABLE_COMMANDS else ""
+        reason = str(error) or "interrupted"
+        return WorkInterrupted(f"{reason}{hint}")
+    if isinstance(error, RaysweepError):
+        return error
+    if isinstance(error, ModuleNotFoundError) and error.name in _OPTIONAL_REQUIREMENTS:
+        title, requirement = _OPTIONAL_REQUIREMENTS[error.name]
+        install = f"pip install '{requirement}'"
+        return InfrastructureError(
+            f"`raysweep {command}` needs {title}, which is not installed: {install}"
+        )
+    if isinstance(error, OSError) and is_infrastructure_error(error):
+        return InfrastructureError(describe_os_error(error))
+    if isinstance(error, _load_library_errors()):
+        from raysweep.formatting import redact_secrets
+
+        lines = str(error).splitlines() or [type(error).__name__]
+        return InfrastructureError(redact_secrets(lines[0]))
+    return None
+
+
+def _load_library_errors() -> tuple[type[BaseException], ...]:
+    """Return the errors of `_INFRASTRUCTURE_ERRORS` whose libraries have been imported."""
+    return tuple(
+        getattr(sys.modules[module], name)
+        for module, name in _INFRASTRUCTURE_ERRORS
+        if module in sys.modules
+    )
+
+
+def _print_error(error: RaysweepError) -> None:
     """Print each problem in one line on stderr."""
-    for problem in problems:
-        print(f"raysweep: error: {problem}", file=sys.stderr)
+    for problem in error.problems:
+        hint = error.hint if problem is error.problems[-1] else ""
+        print(f"raysweep: {error.line_prefix}{problem}{hint}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,18 @@
 raises. An error that replaces another one names it: `raise SpecError(...) from error`.
 """
 
-import pickle
+import errno
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, ClassVar, Self
+
+_INFRASTRUCTURE_ERRNOS = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE),
+        *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+        *(errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENOTCONN),
+    }
+)
 
 
 class ExitCode(IntEnum):
@@ -33,8 +41,8 @@ class RaysweepError(Exception):
     """Base class of all errors that a user should see without a traceback.
 
     An error keeps its class, its problems and its causes when it is pickled, so that it can be
-    raised again in another process. A cause that cannot be pickled becomes a RuntimeError with its
-    type and text.
+    raised again in another process. A cause of another library becomes a RuntimeError with its type
+    and text.
 
     Attributes:
         problems: One line per problem.
@@ -44,6 +52,8 @@ class RaysweepError(Exception):
     """Exit code of a command that this error ends."""
     line_prefix: ClassVar[str] = "error: "
     """What the command line prints before each problem, behind the name of the program."""
+    hint: ClassVar[str] = ""
+    """What the command line adds to the last problem: what to do next."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         """Store the problems; the exception's message is all lines.
@@ -139,21 +149,42 @@ def iter_causes(error: BaseException) -> list[BaseException]:
     return causes
 
 
+def is_infrastructure_error(error: BaseException) -> bool:
+    """Return whether an error of the system is about a disk, rights or the network.
+
+    Others, such as a missing file that nobody named, look like a bug and need a traceback.
+
+    Args:
+        error: Any error.
+    """
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    return isinstance(error, OSError) and error.errno in _INFRASTRUCTURE_ERRNOS
+
+
+def describe_os_error(error: OSError) -> str:
+    """Describe an error of the operating system in one line, with the file if there is one.
+
+    Args:
+        error: The error.
+    """
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
 def _pack_causes(error: BaseException) -> list[BaseException]:
     """List the causes, those that cannot be pickled replaced by their type and text."""
     return [_make_picklable(cause) for cause in iter_causes(error)]
 
 
 def _make_picklable(cause: BaseException) -> BaseException:
-    """Return an error itself if pickle can copy it, or else a RuntimeError with its text."""
-    if isinstance(cause, RaysweepError):
-        return cause
-    try:
-        copy = pickle.loads(pickle.dumps(cause))
-    # Errors of other libraries may raise anything here, for example if they hold a socket.
-    except Exception:
-        copy = None
-    if type(copy) is type(cause):
+    """Return a RaysweepError or a built-in error itself, and any other one as a RuntimeError.
+
+    Errors of libraries may hold sockets, or fail only when they are unpickled.
+    """
+    is_builtin = type(cause).__module__ == "builtins" and not isinstance(cause, BaseExceptionGroup)
+    has_plain_args = all(isinstance(arg, str | int | float | None) for arg in cause.args)
+    if isinstance(cause, RaysweepError) or (is_builtin and has_plain_args):
         return cause
     return RuntimeError(f"{type(cause).__name__}: {cause}")
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from raysweep import storage
+from raysweep.errors import InfrastructureError
 from raysweep.spec import SpecError
 
 # Seconds between two attempts to acquire the lease of a folder.
@@ -254,7 +255,8 @@ def hold_pipeline_lease(folder: Path, wait: bool) -> Iterator[None]:
         Nothing.
 
     Raises:
-        SpecError: The folder cannot be written, or another process holds it and `wait` is False.
+        SpecError: Another process holds the folder and `wait` is False.
+        InfrastructureError: The folder cannot be written.
             The message names the holder.
     """
     with _hold_file_lock(folder, f"pipeline {folder.name!r}", "; --wait waits for its end", wait):
@@ -275,8 +277,8 @@ def hold_folder_lease(folder: Path) -> Iterator[None]:
         Nothing.
 
     Raises:
-        SpecError: The folder cannot be written, or another process holds it. The message names the
-            holder.
+        SpecError: Another process holds the folder. The message names the holder.
+        InfrastructureError: The folder cannot be written.
     """
     if storage.is_bucket_copy(folder):
         lease = _hold_bucket_lease(folder)
@@ -300,7 +302,9 @@ def _hold_file_lock(
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("a+")
     except OSError as error:
-        raise SpecError(f"{folder} cannot be written: {error.strerror or error}") from None
+        raise InfrastructureError(
+            f"{folder} cannot be written: {error.strerror or error}"
+        ) from error
     with file:
         while not _try_lock_descriptor(file.fileno()):
             if not wait:

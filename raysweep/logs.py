@@ -30,6 +30,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
+from raysweep.errors import ExitCode
 from raysweep.log_records import (
     JsonEntry,
     describe_process,
@@ -646,8 +647,10 @@ def _log_command_end(command: CommandLog, started_at: float, error: BaseExceptio
     exit_code, level, reason = command.exit_code, logging.INFO, ""
     if error is not None:
         is_interrupt = isinstance(error, KeyboardInterrupt)
-        exit_code = int(getattr(error, "exit_code", 130 if is_interrupt else 1))
-        level = logging.WARNING if is_interrupt else logging.ERROR
+        default = ExitCode.INTERRUPTED if is_interrupt else ExitCode.WORK_FAILED
+        exit_code = int(getattr(error, "exit_code", default))
+        is_failure = exit_code not in (ExitCode.INTERRUPTED, ExitCode.REGRESSION)
+        level = logging.ERROR if is_failure else logging.WARNING
         reason = f": {type(error).__name__}: {error}".rstrip(": ")
     logger.log(
         level,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from raysweep import storage
+from raysweep.errors import DamagedFileError
 from raysweep.spec import JsonDict, SpecError
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Ledger, Trial
@@ -75,6 +76,7 @@ def load_report(path: str | Path) -> "pd.DataFrame":
 
     Raises:
         SpecError: There is no such file, or it is not an evaluation of raysweep. One line.
+        DamagedFileError: The file is damaged. One line.
     """
     import pyarrow.parquet as pq
 
@@ -83,10 +85,12 @@ def load_report(path: str | Path) -> "pd.DataFrame":
     try:
         table = pq.read_table(file)
         summary = json.loads((table.schema.metadata or {})[b"raysweep.evaluation"])
-    except (OSError, ValueError, KeyError):
-        raise SpecError(
+    except (OSError, ValueError, KeyError) as error:
+        # A Parquet file of somebody else is valid, but lacks the key.
+        is_damaged = isinstance(error, ValueError)
+        raise (DamagedFileError if is_damaged else SpecError)(
             f"{path}: not an evaluation of raysweep: give its folder or its examples.parquet"
-        ) from None
+        ) from error
     frame: pd.DataFrame = table.to_pandas()
     frame.attrs = summary
     return frame
@@ -122,7 +126,7 @@ class Sweep:
             * `reason`: why it failed or was started again, else "".
 
         Raises:
-            SpecError: A trial's file is damaged.
+            DamagedFileError: A trial's file is damaged.
         """
         import pandas as pd
 
@@ -141,7 +145,7 @@ class Sweep:
             One row for each epoch, with the index (`trial`, `epoch`) and a column for each metric.
 
         Raises:
-            SpecError: A trial's file or checkpoint is damaged.
+            DamagedFileError: A trial's file or checkpoint is damaged.
         """
         import pandas as pd
 

@@ -19,6 +19,7 @@ from torch import nn
 from raysweep.atomic_files import atomic_folder
 from raysweep.checkpoint_evaluation import CARD_FILE
 from raysweep.data import DatasetSplits, DataSpec, load_data
+from raysweep.errors import DamagedFileError
 from raysweep.evaluation import RobustnessReport
 from raysweep.evaluation.shards import (
     compute_norm_limit,
@@ -102,12 +103,13 @@ def verify_bundle(folder: Path, data_dir: Path | None = None) -> tuple[JsonDict,
         The card, and one line for each false claim; no lines if all claims are true.
 
     Raises:
-        SpecError: If `folder` is not a bundle, or the data set cannot be read.
+        SpecError: If `folder` is not a bundle, or the data set is not there.
+        DamagedFileError: If a file of the bundle is damaged or missing.
     """
     card, arrays, spec = _load_bundle(folder, data_dir)
     for name in (META_FILE, WEIGHTS_FILE):
         if not (folder / CHECKPOINT_FOLDER / name).is_file():
-            raise SpecError(f"{folder}: not a bundle: {CHECKPOINT_FOLDER}/{name} is missing")
+            raise DamagedFileError(f"{folder}: not a bundle: {CHECKPOINT_FOLDER}/{name} is missing")
     checkpoint = read_checkpoint(folder / CHECKPOINT_FOLDER)
     dataset = load_data(spec)
     model = load_trained_model(checkpoint, dataset)
@@ -138,7 +140,10 @@ def _load_bundle(
         RuntimeError,
         zipfile.BadZipFile,
     ) as error:
-        raise SpecError(f"{folder}: not a bundle: {error}") from None
+        is_missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        raise (SpecError if is_missing else DamagedFileError)(
+            f"{folder}: not a bundle: {error}"
+        ) from error
     return card, arrays, spec
 
 

@@ -28,6 +28,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
+from raysweep.errors import DamagedFileError
 from raysweep.errors import SpecError as SpecError
 
 _BOOL_TAG, _FLOAT_TAG = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
@@ -80,7 +81,7 @@ class Spec(BaseModel):
                 _add_suggestion(item, list(cls.model_fields))
                 for item in error.errors(include_url=False)
             ]
-            raise ValidationError.from_exception_data(cls.__name__, details) from None
+            raise ValidationError.from_exception_data(cls.__name__, details) from error
 
     @classmethod
     def rename_stored_keys(cls, data: JsonDict, source: str | None) -> JsonDict:
@@ -191,11 +192,13 @@ class Spec(BaseModel):
 
         Raises:
             SpecError: One line for each problem.
+            DamagedFileError: The same, for data that raysweep wrote.
         """
         try:
             return cls.model_validate(data, context=None if stored else {"source": source})
         except ValidationError as error:
-            raise SpecError(_describe_validation_error(error, data, source)) from None
+            error_type = DamagedFileError if stored else SpecError
+            raise error_type(_describe_validation_error(error, data, source)) from error
 
 
 class EpochSchedule(Spec):
@@ -293,7 +296,7 @@ def apply_overrides(
         result = type(spec).from_data(data)
     except SpecError as error:
         new_problems = [line for line in error.problems if line not in problems]
-        raise SpecError([*problems, *new_problems]) from None
+        raise SpecError([*problems, *new_problems]) from error
     if problems:
         raise SpecError(problems)
     return result
@@ -412,12 +415,12 @@ def read_yaml(path: Path) -> JsonDict:
         data = parse_yaml(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise SpecError(f"{path}: cannot be read: {reason}") from None
+        raise SpecError(f"{path}: cannot be read: {reason}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         position = f"{path}:{mark.line + 1}" if mark else str(path)
         reason = getattr(error, "problem", error)
-        raise SpecError(f"{position}: not valid YAML: {reason}") from None
+        raise SpecError(f"{position}: not valid YAML: {reason}") from error
     if not isinstance(data, dict):
         raise SpecError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
     for key in data:

@@ -11,7 +11,7 @@ A checkpoint is a folder with a `meta.json`. That file is uploaded last and dele
 readers of the bucket find a complete checkpoint or none. Credentials are read from the environment;
 a URI with credentials is an error.
 
-Functions that use the network raise `SpecError` if the bucket refuses access, and
+Functions that use the network raise `InfrastructureError` if the bucket refuses access, and
 `BucketUnavailable` if it does not answer for about two minutes.
 """
 
@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from raysweep.atomic_files import atomic_open
-from raysweep.errors import InfrastructureError
+from raysweep.errors import DamagedFileError, InfrastructureError
 from raysweep.spec import JsonDict, SpecError, describe_unknown_name
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ OperationResult = TypeVar("OperationResult")
 
 class BucketUnavailable(InfrastructureError, OSError):
     """The bucket did not answer any of several attempts."""
+
+    hint = "; no file in the bucket is damaged: run the command again (a sweep: with --resume)"
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,8 @@ def require_reachable(location: str) -> Path:
         The local path.
 
     Raises:
-        SpecError: The URI is wrong, or the bucket does not exist, answer or grant access.
+        SpecError: The URI is wrong.
+        InfrastructureError: The bucket does not exist, answer or grant access.
     """
     path = local_path(location)
     if is_bucket_copy(path):
@@ -190,10 +193,10 @@ def require_reachable(location: str) -> Path:
             bucket = key.split("/")[0]
             bucket_type = files.get_file_info(bucket).type
         except (OSError, _arrow_error_type()) as error:
-            raise SpecError(f"{location}: {_describe_error(error)}") from None
+            raise InfrastructureError(f"{location}: {_describe_error(error)}") from error
         # The type of a missing object is 0.
         if not bucket_type:
-            raise SpecError(
+            raise InfrastructureError(
                 f"{location}: there is no bucket {bucket!r}, or none that these credentials may see"
             )
     return path
@@ -313,22 +316,24 @@ def read_json(path: Path, required_keys: Iterable[str]) -> JsonDict:
         The object.
 
     Raises:
-        SpecError: The file is damaged: it is not a JSON object, or lacks a required key. One line.
+        DamagedFileError: The file is damaged: it is not a JSON object, or lacks a required
+            key. One line.
         FileNotFoundError: There is no file.
     """
+    cause: ValueError | None = None
     try:
         data = json.loads(path.read_text())
-    except ValueError:
-        data = None
+    except ValueError as error:
+        data, cause = None, error
     problem = ""
     if not isinstance(data, dict):
         problem = "it is no JSON object"
     elif missing_keys := sorted(set(required_keys) - data.keys()):
         problem = f"it lacks {', '.join(missing_keys)}"
     if problem:
-        raise SpecError(
+        raise DamagedFileError(
             f"{uri_of(path)} is damaged: {problem}; restore it, or start anew under another --name"
-        )
+        ) from cause
     return data  # type: ignore[no-any-return]
 
 
@@ -487,7 +492,7 @@ def _with_retries(
 ) -> OperationResult:
     """Call `operation(path, *args)` until the bucket answers.
 
-    Raises SpecError if access is denied, and BucketUnavailable after the last attempt.
+    Raises InfrastructureError if access is denied, and BucketUnavailable after the last attempt.
     """
     started_at = time.monotonic()
     for attempt, delay in enumerate((*_RETRY_DELAYS, None), 1):
@@ -497,9 +502,9 @@ def _with_retries(
             raise
         except (OSError, _arrow_error_type()) as error:
             if _ACCESS_DENIED_PATTERN.search(str(error)):
-                raise SpecError(f"{uri_of(path)}: {_describe_error(error)}") from None
+                raise InfrastructureError(f"{uri_of(path)}: {_describe_error(error)}") from error
             if delay is None:
-                raise BucketUnavailable(f"{uri_of(path)}: {_describe_error(error)}") from None
+                raise BucketUnavailable(f"{uri_of(path)}: {_describe_error(error)}") from error
             logger.warning(
                 "%s: %s; attempt %d again in %d s",
                 uri_of(path),

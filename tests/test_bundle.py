@@ -114,7 +114,7 @@ def test_a_foreign_bundle_is_one_line(
     copy = shutil.copytree(bundle, tmp_path / "copy")
     (copy / "card.json").write_text(json.dumps(json.loads((copy / "card.json").read_text()) | card))
     np.savez(copy / "adversarial.npz", **dict(np.load(copy / "adversarial.npz")) | arrays)
-    assert main(["eval", "--verify", str(copy)]) == 2
+    assert main(["eval", "--verify", str(copy)]) == 4
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert words in line
 
@@ -123,12 +123,12 @@ def test_what_is_no_bundle_is_one_line(bundle: Path, tmp_path: Path, capsys) -> 
     assert main(["eval", "--verify", str(tmp_path)]) == 2
     copy = shutil.copytree(bundle, tmp_path / "copy")
     (copy / "adversarial.npz").write_bytes(b"half")
-    assert main(["eval", "--verify", str(copy)]) == 2
+    assert main(["eval", "--verify", str(copy)]) == 4
     (copy / "adversarial.npz").write_bytes((bundle / "adversarial.npz").read_bytes()[:-99])
-    assert main(["eval", "--verify", str(copy)]) == 2
+    assert main(["eval", "--verify", str(copy)]) == 4
     shutil.copy2(bundle / "adversarial.npz", copy)
     (copy / "checkpoint" / "weights.safetensors").write_bytes(b"half")
-    assert main(["eval", "--verify", str(copy)]) == 2
+    assert main(["eval", "--verify", str(copy)]) == 4
     *no_bundles, last = capsys.readouterr().err.strip().splitlines()
     assert (
         len(no_bundles) == 3

@@ -10,13 +10,13 @@ from forked_processes import FORKS
 from raysweep import errors
 from raysweep.errors import (
     DamagedFileError,
-    ExitCode,
     InfrastructureError,
     RaysweepError,
     RegressionFound,
     SpecError,
     WorkFailed,
     WorkInterrupted,
+    is_infrastructure_error,
     iter_causes,
 )
 from raysweep.pipeline.stage import StageFailed
@@ -47,10 +47,9 @@ def test_each_class_has_its_documented_code(kind):
 
 
 def test_the_table_names_every_class_of_the_module():
-    found = {
-        c for c in vars(errors).values() if isinstance(c, type) and c.__module__ == errors.__name__
-    }
-    assert found - {ExitCode, RaysweepError} <= set(CODES)
+    classes = {value for value in vars(errors).values() if isinstance(value, type)}
+    found = {value for value in classes if issubclass(value, RaysweepError)}
+    assert found - {RaysweepError} <= set(CODES)
 
 
 @pytest.mark.parametrize("kind", CODES, ids=lambda kind: kind.__name__)
@@ -112,6 +111,22 @@ def test_a_prefix_stands_before_each_problem():
     error = DamagedFileError(["a", "b"]).with_prefix("node-1: ")
     assert type(error) is DamagedFileError
     assert error.problems == ["node-1: a", "node-1: b"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(28, "No space left on device", "x"), True),
+        (PermissionError(13, "Permission denied", "x"), True),
+        (ConnectionError("no answer"), True),
+        (TimeoutError(), True),
+        (FileNotFoundError(2, "No such file or directory", "x"), False),
+        (OSError("unclear"), False),
+        (ValueError("x"), False),
+    ],
+)
+def test_a_disk_rights_and_the_network_are_infrastructure(error, expected):
+    assert is_infrastructure_error(error) is expected
 
 
 def fail_in_a_worker() -> None:

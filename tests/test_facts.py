@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pipeline_builders import build_candidate, build_evaluation_result
 
+from raysweep.errors import DamagedFileError
 from raysweep.pipeline.artifact import Artifact, StageFacts
 from raysweep.pipeline.facts import (
     ChampionComparison,
@@ -20,7 +21,7 @@ from raysweep.pipeline.facts import (
 )
 from raysweep.pipeline.published_results import PaperComparison
 from raysweep.pipeline.statistics import AccuracySummary, McNemarResult
-from raysweep.spec import JsonDict, SpecError
+from raysweep.spec import JsonDict
 
 ARTIFACTS = Path(__file__).parent / "data" / "written_by_0_1" / "runs" / "pipelines" / "digits"
 TEST = McNemarResult(6, 0, 56, 0.03125, 0.1, (0.05, 0.15), "better")
@@ -165,5 +166,5 @@ def test_facts_of_other_versions_are_read() -> None:
     assert artifact.read_facts(StageFacts) == StageFacts()
     assert artifact.facts["later"] == 2
     assert store_facts(StageFacts()).read_facts(SweepFacts).sweeps == ()
-    with pytest.raises(SpecError, match="facts of tune: best is missing"):
+    with pytest.raises(DamagedFileError, match="facts of tune: best is missing"):
         artifact.read_facts(ReportFacts)

@@ -7,7 +7,7 @@ import pytest
 
 from raysweep import storage
 from raysweep.atomic_files import atomic_folder, atomic_open, atomic_write_text
-from raysweep.spec import SpecError
+from raysweep.errors import DamagedFileError
 
 
 class PowerCut(Exception):
@@ -213,7 +213,7 @@ def test_a_damaged_file_is_one_line_that_says_what_to_do(
     text: str, fault: str, tmp_path: Path
 ) -> None:
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(SpecError) as error:
+    with pytest.raises(DamagedFileError) as error:
         storage.read_json(tmp_path / "x.json", ("c", "b", "a"))
     place = tmp_path / "x.json"
     assert (

@@ -9,6 +9,7 @@ from conftest import TINY, TrialUpdateListener
 from ray.util.placement_group import PlacementGroup
 from test_workers import difference
 
+from raysweep.errors import InfrastructureError
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.multi_worker_trial import load_placement_group
@@ -61,7 +62,8 @@ def test_workers_share_what_a_trial_holds() -> None:
     )
     assert Resources(cpus=3, workers=2).max_concurrent_trials({"CPU": 6.0}, [{"CPU": 2.0}] * 3) == 1
     with pytest.raises(
-        SpecError, match=r"2 workers of 1\.5 CPUs and 0 GPUs each, the cluster's nodes hold 0"
+        InfrastructureError,
+        match=r"2 workers of 1\.5 CPUs and 0 GPUs each, the cluster's nodes hold 0",
     ):
         Resources(cpus=3, workers=2).max_concurrent_trials({"CPU": 3.0}, [one_each] * 3)
     with pytest.raises(SpecError, match=r"3 GPUs for 2 workers is 1\.5 each"):

@@ -9,6 +9,7 @@ import torch
 from conftest import tiny
 
 import raysweep
+from raysweep.errors import DamagedFileError
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import SearchSpace
@@ -81,8 +82,12 @@ def test_a_report_as_a_table(ledger, tmp_path) -> None:
 
 def test_what_is_not_there_is_one_line(tmp_path) -> None:
     (tmp_path / "examples.parquet").write_text("no parquet")
-    for load in (raysweep.load, raysweep.load_sweep, raysweep.load_report):
-        with pytest.raises(SpecError) as error:
+    for load, kind in (
+        (raysweep.load, SpecError),
+        (raysweep.load_sweep, SpecError),
+        (raysweep.load_report, DamagedFileError),
+    ):
+        with pytest.raises(kind) as error:
             load(tmp_path)
         assert len(error.value.problems) == 1
     with pytest.raises(AttributeError):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from raysweep.data import DatasetSplits
+from raysweep.errors import DamagedFileError
 from raysweep.method import Method
 from raysweep.spec import SpecError, apply_overrides
 from raysweep.training import checkpoint
@@ -383,7 +384,7 @@ class TestCheckpoint:
     @pytest.mark.parametrize("number", [0, 2, 3, "1", None, [1]])
     def test_another_format_is_refused(self, number: object, saved: TrainingCheckpoint) -> None:
         self.change(saved, format=number)
-        with pytest.raises(SpecError, match="not a raysweep checkpoint of format 1"):
+        with pytest.raises(DamagedFileError, match="not a raysweep checkpoint of format 1"):
             checkpoint.read_checkpoint(saved.path)
 
     @pytest.mark.parametrize(
@@ -393,7 +394,7 @@ class TestCheckpoint:
         meta = json.loads((saved.path / "meta.json").read_text())
         del meta[key]
         (saved.path / "meta.json").write_text(json.dumps(meta))
-        with pytest.raises(SpecError, match=r"not a raysweep checkpoint.*" + key):
+        with pytest.raises(DamagedFileError, match=r"not a raysweep checkpoint.*" + key):
             checkpoint.read_checkpoint(saved.path)
 
     def test_files_that_are_exchanged_altered_or_gone_are_refused(
@@ -404,19 +405,19 @@ class TestCheckpoint:
         )
         (saved.path / WEIGHTS_FILE).write_bytes(state)
         (saved.path / OPTIMIZER_FILE).write_bytes(weights)
-        with pytest.raises(SpecError, match="truncated or altered"):
+        with pytest.raises(DamagedFileError, match="truncated or altered"):
             checkpoint.read_checkpoint(saved.path)
         (saved.path / WEIGHTS_FILE).write_bytes(weights)
-        with pytest.raises(SpecError, match=rf"{OPTIMIZER_FILE} is truncated or altered"):
+        with pytest.raises(DamagedFileError, match=rf"{OPTIMIZER_FILE} is truncated or altered"):
             checkpoint.read_checkpoint(saved.path)
         (saved.path / OPTIMIZER_FILE).unlink()
-        with pytest.raises(SpecError, match=rf"{OPTIMIZER_FILE} is truncated or altered"):
+        with pytest.raises(DamagedFileError, match=rf"{OPTIMIZER_FILE} is truncated or altered"):
             checkpoint.read_checkpoint(saved.path)
         flipped = bytearray(weights)
         flipped[-1] ^= 1
         (saved.path / OPTIMIZER_FILE).write_bytes(state)
         (saved.path / WEIGHTS_FILE).write_bytes(flipped)
-        with pytest.raises(SpecError, match=rf"{WEIGHTS_FILE} is truncated or altered"):
+        with pytest.raises(DamagedFileError, match=rf"{WEIGHTS_FILE} is truncated or altered"):
             checkpoint.read_checkpoint(saved.path)
 
     @pytest.mark.parametrize("names", [[WEIGHTS_FILE], [WEIGHTS_FILE, OPTIMIZER_FILE, "more"], []])
@@ -424,20 +425,20 @@ class TestCheckpoint:
         self, names: list[str], saved: TrainingCheckpoint
     ) -> None:
         self.change(saved, sha256={name: saved.meta["sha256"].get(name, "0") for name in names})
-        with pytest.raises(SpecError, match=r"meta\.json lacks hashes"):
+        with pytest.raises(DamagedFileError, match=r"meta\.json lacks hashes"):
             checkpoint.read_checkpoint(saved.path)
 
     def test_files_that_are_not_json_objects_are_refused(self, saved: TrainingCheckpoint) -> None:
-        for text, words in (
-            ("[1]", "of format 1"),
-            ("{", "missing or not JSON"),
-            (None, "missing or not JSON"),
+        for text, words, kind in (
+            ("[1]", "of format 1", DamagedFileError),
+            ("{", "missing or not JSON", DamagedFileError),
+            (None, "missing or not JSON", SpecError),
         ):
             if text is None:
                 (saved.path / "meta.json").unlink()
             else:
                 (saved.path / "meta.json").write_text(text)
-            with pytest.raises(SpecError, match=words):
+            with pytest.raises(kind, match=words):
                 checkpoint.read_checkpoint(saved.path)
 
     @staticmethod

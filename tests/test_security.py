@@ -18,6 +18,7 @@ from raysweep import storage
 from raysweep.cli import main
 from raysweep.commands import doctor
 from raysweep.commands.common import check_plain_name, format_ui_command
+from raysweep.errors import InfrastructureError
 from raysweep.pipeline.stage import StageContext, TrainingOverrides
 from raysweep.spec import SpecError, apply_overrides
 from raysweep.tracking import get_mlflow_version
@@ -158,7 +159,7 @@ def test_what_to_type_next_holds_no_password(uri: str, command: str) -> None:
 )
 @pytest.mark.mlflow
 def test_a_store_that_does_not_answer_gives_no_password_away(uri: str) -> None:
-    with pytest.raises(SpecError) as refused:
+    with pytest.raises(InfrastructureError) as refused:
         get_mlflow_version(uri)
     assert "://lab:***@127.0.0.1" in str(refused.value) and not re.search(
         "hush|hu/sh", str(refused.value)

@@ -12,7 +12,7 @@ import torch
 
 from raysweep.data import DatasetSplits, DataSpec, load_data
 from raysweep.data.dataset_cache import CachedDataset, get_dataset_cache_dir
-from raysweep.spec import SpecError
+from raysweep.errors import InfrastructureError
 
 
 def touch_all(folder: Path, how: str) -> None:
@@ -63,7 +63,9 @@ def test_it_is_the_data_set_and_files_are_read_once(tmp_path: Path) -> None:
     # Its val_size is another, so the copy is not its data.
     assert other_process.wait() == 1
     refused = other_process.err.splitlines()[-1]
-    assert re.match(r"raysweep.spec.SpecError: [\w.-]+: data.data_dir .* has no train.npz", refused)
+    assert re.match(
+        r"raysweep.errors.SpecError: [\w.-]+: data.data_dir .* has no train.npz", refused
+    )
 
 
 def test_other_images_in_the_same_place_are_refused(tmp_path: Path) -> None:
@@ -71,7 +73,8 @@ def test_other_images_in_the_same_place_are_refused(tmp_path: Path) -> None:
     fingerprint = load_data(spec).fingerprint
     write_arrays(tmp_path, 1)
     with pytest.raises(
-        SpecError, match=rf"holds other 'arrays' data .* than the driver's \({fingerprint}\)"
+        InfrastructureError,
+        match=rf"holds other 'arrays' data .* than the driver's \({fingerprint}\)",
     ):
         CachedDataset(spec, fingerprint).load_shared(spec)
 

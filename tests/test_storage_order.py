@@ -15,7 +15,7 @@ from werkzeug.serving import make_server
 
 from raysweep import storage
 from raysweep.atomic_files import atomic_write_text
-from raysweep.spec import SpecError
+from raysweep.errors import InfrastructureError
 from raysweep.training.failure_reports import (
     TRACEBACK_FILE,
     clear_failure_report,
@@ -115,7 +115,7 @@ def test_a_push_that_is_cut_off_is_no_checkpoint_until_its_last_file(
     for allowed in (1, len(FILES) - 1):
         path = write_file(machines("one") / f"epoch-{allowed}", "new")
         gate.allow(allowed)
-        with pytest.raises(SpecError, match="ACCESS_DENIED"):
+        with pytest.raises(InfrastructureError, match="ACCESS_DENIED"):
             storage.push_to_bucket(path)
         assert "PUT meta.json" not in gate.changes[:allowed]
         gate.allow(1000)
@@ -143,7 +143,7 @@ def test_a_copy_within_the_bucket_is_no_checkpoint_until_its_last_file(
     second = write_file(root / "second", "old")
     atomic_write_text(second / "meta.json", "meta.json new")
     gate.allow(len(FILES) - 1)
-    with pytest.raises(SpecError, match="ACCESS_DENIED"):
+    with pytest.raises(InfrastructureError, match="ACCESS_DENIED"):
         storage.push_to_bucket(second, copy_from=first)
     gate.allow(1000)
     assert not storage.pull_checkpoint(machines("other") / "second")
@@ -162,7 +162,7 @@ def test_a_drop_that_is_cut_off_leaves_no_checkpoint(bucket_server, machines) ->
     gate, _ = bucket_server
     storage.push_to_bucket(write_file(machines("one") / "run", "new"))
     gate.allow(1)
-    with pytest.raises(SpecError, match="ACCESS_DENIED"):
+    with pytest.raises(InfrastructureError, match="ACCESS_DENIED"):
         storage.delete_remote(machines("one") / "run")
     assert gate.changes[0] == "DELETE meta.json" and len(gate.changes) > 1
     gate.allow(1000)
@@ -183,7 +183,7 @@ def test_a_machine_sees_a_new_checkpoint_only_when_all_of_it_is_there(
     assert_seen(machines("other") / "run", "old")
     path = write_file(machines("one") / "run", "new")
     gate.allow(2)
-    with pytest.raises(SpecError, match="ACCESS_DENIED"):
+    with pytest.raises(InfrastructureError, match="ACCESS_DENIED"):
         storage.push_to_bucket(path)
     gate.allow(1000)
     assert_seen(machines("other") / "run", "old")

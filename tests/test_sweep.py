@@ -14,6 +14,7 @@ from conftest import FORKED, TINY, TrialUpdateListener, tiny
 
 from raysweep import storage
 from raysweep.cli import main
+from raysweep.errors import DamagedFileError, InfrastructureError
 from raysweep.logs import read_log
 from raysweep.result_loading import advise_on_trial
 from raysweep.spec import SpecError
@@ -621,7 +622,8 @@ def test_a_grid_has_no_points_that_differ_in_what_a_trial_lacks(tmp_path) -> Non
 def test_trials_that_cannot_fit_are_refused_before_anything_runs(ray_cluster, tmp_path) -> None:
     ledger = Ledger.create(tmp_path / "sweep", space())
     with pytest.raises(
-        SpecError, match="a trial needs 9 CPUs and 0 GPUs, the cluster has 2 CPUs and 0 GPUs"
+        InfrastructureError,
+        match="a trial needs 9 CPUs and 0 GPUs, the cluster has 2 CPUs and 0 GPUs",
     ):
         run_sweep(ledger, [], Resources(cpus=9))
     assert not ledger.load_trials()
@@ -635,11 +637,13 @@ def test_damaged_records_are_one_line(text: str, why: str, tmp_path: Path) -> No
     ledger, run = Ledger.create(tmp_path / "sweep", space()), RunDirectory(tmp_path / "run")
     ledger.trial_path(0).mkdir()
     (ledger.trial_path(0) / "trial.json").write_text(text)
-    with pytest.raises(SpecError, match=rf"trials/0000/trial\.json is damaged: it (is )?{why}"):
+    with pytest.raises(
+        DamagedFileError, match=rf"trials/0000/trial\.json is damaged: it (is )?{why}"
+    ):
         ledger.load_trials()
     assert run.run_key == run.run_key
     (run.path / "run.json").write_text(text)
-    with pytest.raises(SpecError, match=r"run\.json is damaged"):
+    with pytest.raises(DamagedFileError, match=r"run\.json is damaged"):
         _ = run.run_key
 
 

@@ -17,6 +17,7 @@ from conftest import TINY
 
 from raysweep.commands._sweep_plan_output import print_sweep_plan
 from raysweep.data import DatasetSplits
+from raysweep.errors import InfrastructureError
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Trial
 from raysweep.sweep.plan import (
@@ -174,7 +175,8 @@ def test_how_many_trials_fit(resources: Resources, cluster: dict, nodes: list, t
         assert resources.max_concurrent_trials(cluster, nodes) == trials
     else:
         with pytest.raises(
-            SpecError, match=r"a trial needs 2 workers of 1 CPUs and 1 GPUs each, .* nodes hold 1"
+            InfrastructureError,
+            match=r"a trial needs 2 workers of 1 CPUs and 1 GPUs each, .* nodes hold 1",
         ):
             resources.max_concurrent_trials(cluster, nodes)
 
@@ -189,7 +191,7 @@ def test_how_many_trials_fit(resources: Resources, cluster: dict, nodes: list, t
     ],
 )
 def test_a_trial_that_does_not_fit_is_refused(resources: Resources, cluster: dict) -> None:
-    with pytest.raises(SpecError, match=r"a trial needs .* the cluster has "):
+    with pytest.raises(InfrastructureError, match=r"a trial needs .* the cluster has "):
         resources.max_concurrent_trials(cluster)
 
 

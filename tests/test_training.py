@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from raysweep.catalog import METHODS
 from raysweep.data import DatasetSplits, load_data
+from raysweep.errors import DamagedFileError
 from raysweep.spec import SpecError
 from raysweep.sweep.search_space import load_space
 from raysweep.terminal import training_progress_bar
@@ -162,7 +163,7 @@ def test_a_truncated_checkpoint_is_refused_in_one_line(file, tmp_path) -> None:
     path = train_model(tiny("at"), tmp_path / "run").last_checkpoint.path
     content = (path / file).read_bytes()
     (path / file).write_bytes(content[: len(content) // 2])
-    with pytest.raises(SpecError) as error:
+    with pytest.raises(DamagedFileError) as error:
         train_model(tiny("at"), tmp_path / "run")
     assert len(error.value.problems) == 1 and str(path) in str(error.value)
 
@@ -254,7 +255,7 @@ def test_a_foreign_meta_is_refused_in_one_line(tmp_path) -> None:
         },
     ):
         (tmp_path / "meta.json").write_text(json.dumps(meta))
-        with pytest.raises(SpecError, match="not a raysweep checkpoint"):
+        with pytest.raises(DamagedFileError, match="not a raysweep checkpoint"):
             checkpoint.read_checkpoint(tmp_path)
 
 

@@ -17,6 +17,7 @@ from raysweep.data.unlabeled import (
     read_unlabeled_file,
     write_pseudo_labeled_npz,
 )
+from raysweep.errors import DamagedFileError
 from raysweep.models import ModelSpec
 from raysweep.spec import SpecError
 from raysweep.training.config import build_training_config
@@ -77,7 +78,7 @@ def hostile_pickles(marker):
 def test_hostile_pickles_are_refused_without_running(tmp_path, name, protocol):
     marker, path = tmp_path / "executed", tmp_path / "data.pickle"
     path.write_bytes(pickle.dumps(hostile_pickles(marker)[name], protocol=protocol))
-    with pytest.raises(SpecError, match=r"data\.pickle"):
+    with pytest.raises(DamagedFileError, match=r"data\.pickle"):
         read_unlabeled_file(path)
     assert not marker.exists()
 
@@ -95,7 +96,7 @@ def test_hostile_opcodes_are_refused(tmp_path):
         b"",
     ):
         path.write_bytes(raw)
-        with pytest.raises(SpecError, match=r"data\.pickle: cannot be read"):
+        with pytest.raises(DamagedFileError, match=r"data\.pickle: cannot be read"):
             read_unlabeled_file(path)
 
 
@@ -105,7 +106,7 @@ def test_hostile_opcodes_are_refused(tmp_path):
 def test_other_pickles_are_refused(tmp_path, content):
     path = tmp_path / "data.pkl"
     path.write_bytes(pickle.dumps(content))
-    with pytest.raises(SpecError, match=r"data\.pkl"):
+    with pytest.raises((SpecError, DamagedFileError), match=r"data\.pkl"):
         read_unlabeled_file(path)
 
 
@@ -121,7 +122,7 @@ def test_npz_and_parquet(tmp_path, images):
     np.savez(tmp_path / "bare.npz", x=x)
     assert read_unlabeled_file(tmp_path / "bare.npz")[1] is None
     np.savez(tmp_path / "objects.npz", x=np.array([Attack(os.system, "true")], dtype=object), y=y)
-    with pytest.raises(SpecError, match="allow_pickle"):
+    with pytest.raises(DamagedFileError, match="allow_pickle"):
         read_unlabeled_file(tmp_path / "objects.npz")
 
 

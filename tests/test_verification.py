@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from raysweep.attacks import PGD, AttackResult
 from raysweep.data import load_data
+from raysweep.errors import DamagedFileError
 from raysweep.evaluation import RobustnessReport, Shard, ShardResult, ShardRunner, evaluate
 from raysweep.evaluation.shards import (
     compute_norm_limit,
@@ -27,7 +28,6 @@ from raysweep.evaluation.shards import (
     is_in_unit_range,
 )
 from raysweep.robustness_bundle import verify_bundle, write_bundle
-from raysweep.spec import SpecError
 from raysweep.training.checkpoint import TrainingCheckpoint, save_checkpoint
 from raysweep.training.model_loading import load_checkpoint_target
 
@@ -391,5 +391,5 @@ def test_an_archive_with_a_changed_byte_is_refused(saved_bundle, tmp_path: Path)
     # archive.
     for place in (table, table + 6, table + 8, table + 10, table + 16, len(whole) - 10):
         archive.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
-        with pytest.raises(SpecError, match="not a bundle"):
+        with pytest.raises(DamagedFileError, match="not a bundle"):
             verify_bundle(copy)

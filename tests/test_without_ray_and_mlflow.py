@@ -185,6 +185,6 @@ def test_only_test_files_that_import_ray_or_mlflow_are_left_out(
 )
 def test_commands_that_need_one_say_so_in_one_line(results, command: str, line: str) -> None:
     code, out, err = results[0][command]
-    assert code == 2 and out == ""
+    assert code == 3 and out == ""
     *_, message = err.splitlines()
     assert message.startswith("raysweep: error: ") and line in message and "pip install" in message

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from raysweep import storage
+from raysweep.errors import InfrastructureError
 from raysweep.spec import SpecError, is_safe_name, parse_yaml
 from raysweep.sweep.ledger import Ledger
 from raysweep.tracking import NullTracker, Tracker, tracking_uri
@@ -47,8 +48,8 @@ def parse_overrides(assignments: Sequence[str], data_dir: Path | None) -> dict[s
             )
         try:
             overrides[path] = parse_yaml(text)
-        except yaml.YAMLError:
-            raise SpecError(f"--set {assignment!r}: {text!r} is not a YAML value") from None
+        except yaml.YAMLError as error:
+            raise SpecError(f"--set {assignment!r}: {text!r} is not a YAML value") from error
     if data_dir is not None:
         overrides["data.data_dir"] = str(data_dir.resolve())
     return overrides
@@ -93,14 +94,17 @@ def make_writable_folder(folder: Path, option: str = "--out") -> Path:
         Its absolute path.
 
     Raises:
-        SpecError: The folder cannot be created or written.
+        SpecError: The path is a file, or leads through one.
+        InfrastructureError: The folder cannot be created or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise SpecError(f"{option} {folder}: cannot be made: {error.strerror}") from error
     except OSError as error:
-        raise SpecError(f"{option} {folder}: cannot be made: {error.strerror}") from None
+        raise InfrastructureError(f"{option} {folder}: cannot be made: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
-        raise SpecError(f"{option} {folder}: cannot be written")
+        raise InfrastructureError(f"{option} {folder}: cannot be written")
     return folder.resolve()
 
 
@@ -113,7 +117,8 @@ def resolve_runs_folder(out: Path, storage_location: str | None, for_writing: bo
         for_writing: Whether to create the folder of `--storage`.
 
     Raises:
-        SpecError: The storage does not answer, or cannot be written.
+        SpecError: The location is malformed.
+        InfrastructureError: The storage does not answer, or cannot be written.
     """
     if storage_location is None:
         return out.resolve() / "runs"
@@ -197,7 +202,7 @@ def open_tracker(out: Path) -> Tracker:
         The tracker; if MLflow is not installed, a warning is printed and the tracker does nothing.
 
     Raises:
-        SpecError: The store does not answer.
+        InfrastructureError: The store does not answer.
     """
     if importlib.util.find_spec("mlflow") is None:
         print_warnings(["MLflow is not installed, nothing is tracked: pip install mlflow"])

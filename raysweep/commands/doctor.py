@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 SUMMARY = "check a cluster before a sweep: nodes, storage, data, MLflow, open ports"
 DESCRIPTION = (
     "Checks MLflow and, from every node, versions, storage, data, GPUs, clocks, free disk and "
-    "memory, and open ports. Below each failed check it prints what to do; then the exit code is 1."
+    "memory, and open ports. Below each failed check it prints what to do; then the exit code is 3."
 )
 EXAMPLES = (
     "raysweep doctor --address auto",
@@ -109,8 +108,10 @@ def add_parser(parsers: CommandParsers) -> None:
     add_verbose_option(parser)
 
 
-def run_command(args: argparse.Namespace) -> int:
-    """Run `raysweep doctor`; return its exit code, 1 if a check failed."""
+def run_command(args: argparse.Namespace) -> None:
+    """Run `raysweep doctor`. Raises InfrastructureError if a check failed."""
+    from raysweep.errors import InfrastructureError
+
     request = DoctorRequest.from_args(args)
     # Nodes on one machine have the same name and the same findings.
     findings = list(dict.fromkeys(_iter_findings(request)))
@@ -119,18 +120,17 @@ def run_command(args: argparse.Namespace) -> int:
         rows = [finding.to_json_dict() for finding in findings]
         print(json.dumps({"sound": not n_failed, "findings": rows}, indent=1))
     else:
-        _print_findings(findings, n_failed)
-    return 1 if n_failed else 0
+        _print_findings(findings)
+    if n_failed:
+        raise InfrastructureError(f"{n_failed} of {len(findings)} checks failed")
 
 
-def _print_findings(findings: list[Finding], n_failed: int) -> None:
+def _print_findings(findings: list[Finding]) -> None:
     """Print a line per check, and what to do below each failed one."""
     for finding in findings:
         print(f"{'ok    ' if finding.ok else 'BROKEN'} {finding.check:<9} {finding.text}")
         if finding.remedy:
             print(f"       {'do':<9} {finding.remedy}")
-    if n_failed:
-        print(f"raysweep: {n_failed} of {len(findings)} checks failed", file=sys.stderr)
 
 
 def _iter_findings(request: DoctorRequest) -> Iterator[Finding]:
@@ -138,8 +138,8 @@ def _iter_findings(request: DoctorRequest) -> Iterator[Finding]:
     from raysweep import storage
     from raysweep.commands.common import make_writable_folder, resolve_runs_folder
     from raysweep.data import DataSpec
+    from raysweep.errors import RaysweepError
     from raysweep.formatting import format_count
-    from raysweep.spec import SpecError
     from raysweep.sweep import node_probe
     from raysweep.tracking import tracking_uri
 
@@ -147,7 +147,7 @@ def _iter_findings(request: DoctorRequest) -> Iterator[Finding]:
     yield from _diagnose_mlflow(tracking_uri(request.out))
     try:
         runs_folder = make_writable_folder(resolve_runs_folder(request.out, request.storage))
-    except SpecError as error:
+    except RaysweepError as error:
         remedy = "name a place that can be written, with --storage or --out"
         yield Finding("storage", False, str(error), remedy)
         return
@@ -155,7 +155,7 @@ def _iter_findings(request: DoctorRequest) -> Iterator[Finding]:
     yield from data_findings
     try:
         node_reports = _probe_nodes(request.address, runs_folder, spec)
-    except SpecError as error:
+    except RaysweepError as error:
         remedy = (
             "check that `ray start` or `ray up` has run, that the port is open, and that "
             "RAY_AUTH_MODE is set as on the cluster"
@@ -180,11 +180,11 @@ def _fingerprint_local_data(spec: DataSpec) -> tuple[str, list[Finding]]:
         The fingerprint and no findings; if the data set is missing, "" and a finding about it.
     """
     from raysweep.data import load_data
-    from raysweep.spec import SpecError
+    from raysweep.errors import RaysweepError
 
     try:
         return load_data(spec).fingerprint, []
-    except SpecError as error:
+    except RaysweepError as error:
         remedy = "see `raysweep doctor --help` for --data-dir"
         return "", [Finding("data", False, f"here: {error}", remedy)]
 
@@ -193,7 +193,7 @@ def _probe_nodes(address: str | None, runs_folder: Path, spec: DataSpec) -> list
     """Ask every node for a report; the nodes look for a marker file that exists meanwhile.
 
     Raises:
-        SpecError: The cluster does not answer.
+        InfrastructureError: The cluster does not answer.
     """
     from raysweep import storage
     from raysweep.sweep import node_probe
@@ -216,13 +216,13 @@ def _probe_nodes(address: str | None, runs_folder: Path, spec: DataSpec) -> list
 
 def _diagnose_mlflow(tracking_uri: str) -> Iterator[Finding]:
     """Check that the MLflow store answers and that its version is safe."""
+    from raysweep.errors import RaysweepError
     from raysweep.formatting import redact_secrets
-    from raysweep.spec import SpecError
     from raysweep.tracking import get_mlflow_version
 
     try:
         version = get_mlflow_version(tracking_uri)
-    except SpecError as error:
+    except RaysweepError as error:
         yield Finding("mlflow", False, str(error), "start the server, or set MLFLOW_TRACKING_URI")
         return
     is_safe = _is_safe_version("mlflow", version)

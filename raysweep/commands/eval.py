@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -255,11 +254,12 @@ def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_command(args: argparse.Namespace) -> int:
-    """Run `raysweep eval`; return its exit code."""
+def run_command(args: argparse.Namespace) -> None:
+    """Run `raysweep eval`."""
     request = EvalRequest.from_args(args)
     if request.verify:
-        return _verify_bundle_claims(request)
+        _verify_bundle_claims(request)
+        return
     from raysweep.commands.common import make_writable_folder
 
     out = make_writable_folder(request.out)
@@ -268,11 +268,11 @@ def run_command(args: argparse.Namespace) -> int:
         _write_pseudo_labels(request, target, request.pseudo_label_file, out)
     else:
         _evaluate(request, target, run_id, out)
-    return 0
 
 
-def _verify_bundle_claims(request: EvalRequest) -> int:
-    """Check a bundle and print its problems; the exit code is 1 if there are any."""
+def _verify_bundle_claims(request: EvalRequest) -> None:
+    """Check a bundle and print its card. Raises WorkFailed if one of its claims is false."""
+    from raysweep.errors import WorkFailed
     from raysweep.robustness_bundle import verify_bundle
 
     data_dir = request.data_dir.resolve() if request.data_dir else None
@@ -290,9 +290,8 @@ def _verify_bundle_claims(request: EvalRequest) -> int:
             f"{card['name']}: sound; {card['examples']} examples, "
             f"{card['robust_accuracy']:.2%} robust"
         )
-    for line in problems:
-        print(f"raysweep: {request.model}: {line}", file=sys.stderr)
-    return 1 if problems else 0
+    if problems:
+        raise WorkFailed([f"{request.model}: {line}" for line in problems])
 
 
 def _load_target(request: EvalRequest, out: Path) -> tuple[EvaluationTarget, str | None]:

@@ -50,8 +50,8 @@ def add_parser(parsers: CommandParsers) -> None:
     add_json_option(parser)
 
 
-def run_command(args: argparse.Namespace) -> int:
-    """Run `raysweep list`; return its exit code."""
+def run_command(args: argparse.Namespace) -> None:
+    """Run `raysweep list`."""
     request = ListRequest.from_args(args)
     from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
     from raysweep.sweep.search_space import list_builtin_spaces
@@ -62,14 +62,13 @@ def run_command(args: argparse.Namespace) -> int:
     if request.as_json:
         names = {"spaces": spaces, "presets": presets, "pipelines": pipelines}
         print(json.dumps({**tables, **names}, indent=1))
-        return 0
+        return
     for title, rows in tables.items():
         _print_table(title, rows)
     _print_names("search spaces", spaces)
     _print_names("presets: runs of the papers", presets)
     _print_table("pipelines", pipelines)
     print(_FOOTER)
-    return 0
 
 
 def _list_described_names() -> dict[str, Mapping[str, str]]:

@@ -24,7 +24,7 @@ _SECONDS_PER_UNIT = {"s": 1, "m": 60, "h": 3600}
 def add_command(
     parsers: CommandParsers,
     name: str,
-    run_command: Callable[[argparse.Namespace], int],
+    run_command: Callable[[argparse.Namespace], None],
     *,
     summary: str,
     description: str,
@@ -35,8 +35,8 @@ def add_command(
     Args:
         parsers: The parsers of all commands, which the new one joins.
         name: What the user types after `raysweep`.
-        run_command: Runs the command and returns its exit code; parsed arguments carry it as
-            `run_command`.
+        run_command: Runs the command, and raises an error if it fails; parsed arguments carry it
+            as `run_command`.
         summary: Line about the command in `raysweep --help`.
         description: Text above the options in `raysweep NAME --help`; it is wrapped.
         examples: Complete command lines, printed below the options.

@@ -39,7 +39,7 @@ DESCRIPTION = (
     "runs/pipelines/NAME that is named after a digest of its inputs: a second run does nothing, a "
     "killed run resumes, and after a change only the stages that depend on it run again. "
     "--set stages.STAGE.SETTING= changes a stage, any other path the training runs of all stages. "
-    "If a report finds a regression, the exit code is 1."
+    "If a report finds a regression, the exit code is 5."
 )
 EXAMPLES = (
     "raysweep run digits",
@@ -124,8 +124,8 @@ def add_parser(parsers: CommandParsers) -> None:
     add_verbose_option(parser)
 
 
-def run_command(args: argparse.Namespace) -> int:
-    """Run `raysweep run`; return its exit code."""
+def run_command(args: argparse.Namespace) -> None:
+    """Run `raysweep run`."""
     request = RunRequest.from_args(args)
     from raysweep.pipeline.pipeline import load_pipeline
 
@@ -133,8 +133,8 @@ def run_command(args: argparse.Namespace) -> int:
     _print_config_warnings(pipeline, training_overrides)
     if request.plan_only:
         _plan_stages(request, name, pipeline, training_overrides)
-        return 0
-    return _run_stages(request, name, pipeline, training_overrides)
+    else:
+        _run_stages(request, name, pipeline, training_overrides)
 
 
 def _print_config_warnings(pipeline: Pipeline, training_overrides: TrainingOverrides) -> None:
@@ -210,11 +210,17 @@ def _line_width() -> int:
 
 def _run_stages(
     request: RunRequest, name: str, pipeline: Pipeline, training_overrides: TrainingOverrides
-) -> int:
-    """Run all stages and print their reports; return the exit code."""
+) -> None:
+    """Run all stages and print their reports.
+
+    Raises:
+        StageFailed: A stage failed.
+        RegressionFound: All stages are done, and a report found a regression.
+    """
     from rich.console import Console
 
     from raysweep.commands.common import make_writable_folder, resolve_runs_folder
+    from raysweep.errors import RegressionFound
     from raysweep.pipeline.pipeline import run_pipeline
     from raysweep.pipeline.stage import StageFailed
 
@@ -238,16 +244,14 @@ def _run_stages(
             _print_finished_stage(console, finished_stage)
     except StageFailed as error:
         kind = pipeline.stages[len(finished)].kind
-        print(f"raysweep: {kind} failed: {error}", file=sys.stderr)
-        return 1
+        raise error.with_prefix(f"{kind} failed: ") from error
     regressions = _list_regressions(finished)
     if request.as_json:
         _print_stages_as_json(name, finished, regressions)
     else:
         _print_reports(out, finished)
-    for line in regressions:
-        print(f"raysweep: regression: {line}", file=sys.stderr)
-    return 1 if regressions else 0
+    if regressions:
+        raise RegressionFound(regressions)
 
 
 def _print_finished_stage(console: Console, finished_stage: FinishedStage) -> None:

@@ -103,12 +103,12 @@ def add_parser(parsers: CommandParsers) -> None:
     add_json_option(parser)
 
 
-def run_command(args: argparse.Namespace) -> int:
-    """Run `raysweep show`; return its exit code."""
+def run_command(args: argparse.Namespace) -> None:
+    """Run `raysweep show`."""
     request = ShowRequest.from_args(args)
     if request.log:
         _show_log(request)
-        return 0
+        return
     kind, name = _classify_name(request.name)
     if kind == "pipeline":
         _show_pipeline(request, name)
@@ -118,7 +118,6 @@ def run_command(args: argparse.Namespace) -> int:
         _show_config(request, name)
     else:
         _show_sweep_or_trial(request)
-    return 0
 
 
 def _classify_name(name_or_file: str) -> tuple[str, str]:

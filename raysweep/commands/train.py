@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from raysweep.training.checkpoint import TrainingCheckpoint
     from raysweep.training.config import TrainingConfig
     from raysweep.training.metric_history import EpochMetrics
-    from raysweep.training.trainer import TrainingResult
+    from raysweep.training.trainer import TrainingFailed, TrainingResult
 
 SUMMARY = "train one model, in this process"
 DESCRIPTION = (
@@ -94,8 +94,8 @@ def add_parser(parsers: CommandParsers) -> None:
     add_verbose_option(parser)
 
 
-def run_command(args: argparse.Namespace) -> int:
-    """Run `raysweep train`; return its exit code."""
+def run_command(args: argparse.Namespace) -> None:
+    """Run `raysweep train`."""
     request = TrainRequest.from_args(args)
     from raysweep import storage
     from raysweep.commands.common import (
@@ -130,7 +130,7 @@ def run_command(args: argparse.Namespace) -> int:
             check_resumable(checkpoint, config, dataset.fingerprint)
         tracker = open_tracker(out)
         with log_to_folder(run_folder):
-            return _train_tracked(request, config, dataset, tracker, run_folder)
+            _train_tracked(request, config, dataset, tracker, run_folder)
 
 
 def _train_tracked(
@@ -139,14 +139,14 @@ def _train_tracked(
     dataset: DatasetSplits,
     tracker: Tracker,
     run_folder: Path,
-) -> int:
+) -> None:
     """Train, print the result, and close the MLflow run however training ends."""
-    from raysweep import storage
-    from raysweep.spec import SpecError
+    from raysweep.errors import RaysweepError, is_infrastructure_error
     from raysweep.tracking import training_run_tags
     from raysweep.training.checkpoint import RunDirectory
     from raysweep.training.failure_reports import failure_report
     from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
+    from raysweep.training.trainer import TrainingFailed
 
     tags = training_run_tags(RunDirectory(run_folder))
     earlier_run_id = tracker.find_run(tags)
@@ -156,33 +156,34 @@ def _train_tracked(
         tracker.log_config(run_id, config, dataset.fingerprint)
         result = _fit_model(config, dataset, tracker, run_id, run_folder, n_reported_epochs)
         advice = _log_training_result(config, tracker, run_id, result)
-    except TrainingInterrupted as reason:
-        tracker.end_run(run_id, "KILLED")
-        print(f"raysweep: {reason}; run the same command to resume", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, TrainingInterrupted):
         tracker.end_run(run_id, "KILLED")
         raise
-    except (SpecError, storage.BucketUnavailable):
+    except RaysweepError as error:
         tracker.end_run(run_id, "FAILED")
+        if isinstance(error, TrainingFailed):
+            raise error.with_prefix("training failed: ") from error
         raise
     except Exception as error:
-        _print_failure(failure_report(error, config, run_folder, is_sweep_trial=False), run_folder)
+        if is_infrastructure_error(error):
+            tracker.end_run(run_id, "FAILED")
+            raise
+        report = failure_report(error, config, run_folder, is_sweep_trial=False)
         tracker.end_run(run_id, "FAILED")
-        return 1
+        raise _make_training_error(report, run_folder) from error
     _print_training_result(request, config, tracker, result, advice)
-    return 0
 
 
-def _print_failure(report: dict[str, str], run_folder: Path) -> None:
-    """Print why training failed, and where the traceback is if raysweep is at fault."""
+def _make_training_error(report: dict[str, str], run_folder: Path) -> TrainingFailed:
+    """Describe why training failed, and where the traceback is if raysweep is at fault."""
     from raysweep import storage
     from raysweep.training.failure_reports import BUG_TRACEBACK_KEY, FAILURE_KEY
+    from raysweep.training.trainer import TrainingFailed
 
     traceback_hint = ""
     if BUG_TRACEBACK_KEY in report:
         traceback_hint = f"; its traceback is in {storage.uri_of(run_folder / 'error.txt')}"
-    print(f"raysweep: training failed: {report[FAILURE_KEY]}{traceback_hint}", file=sys.stderr)
+    return TrainingFailed(f"training failed: {report[FAILURE_KEY]}{traceback_hint}")
 
 
 def _fit_model(

@@ -216,8 +216,8 @@ def _add_resource_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_command(args: argparse.Namespace) -> int:
-    """Run `raysweep tune`; return its exit code."""
+def run_command(args: argparse.Namespace) -> None:
+    """Run `raysweep tune`."""
     request = TuneRequest.from_args(args)
     from raysweep.commands.common import check_plain_name, resolve_runs_folder
     from raysweep.sweep.ledger import Ledger
@@ -231,8 +231,9 @@ def run_command(args: argparse.Namespace) -> int:
     space, dataset = _load_checked_space(request, resumed_ledger)
     resources = _make_resources(request)
     if request.plan_only:
-        return _print_plan(request, space, dataset, resources, resumed_ledger)
-    return _run_sweep(request, runs_folder, space, dataset, resources)
+        _print_plan(request, space, dataset, resources, resumed_ledger)
+    else:
+        _run_sweep(request, runs_folder, space, dataset, resources)
 
 
 def _print_plan(
@@ -241,7 +242,7 @@ def _print_plan(
     dataset: DatasetSplits,
     resources: Resources,
     resumed_ledger: Ledger | None,
-) -> int:
+) -> None:
     """Print what the sweep would run."""
     from raysweep.commands._sweep_plan_output import print_sweep_plan
     from raysweep.sweep.plan import plan_sweep
@@ -249,7 +250,6 @@ def _print_plan(
     trials = resumed_ledger.load_trials() if resumed_ledger else []
     plan = plan_sweep(space, dataset, resources, request.address, trials)
     print_sweep_plan(plan, as_json=request.as_json)
-    return 0
 
 
 def _run_sweep(
@@ -258,11 +258,12 @@ def _run_sweep(
     space: SearchSpace,
     dataset: DatasetSplits,
     resources: Resources,
-) -> int:
-    """Run or resume the sweep and print its result; return the exit code."""
+) -> None:
+    """Run or resume the sweep and print its result."""
     from raysweep.commands.common import make_writable_folder
+    from raysweep.errors import InfrastructureError, SpecError
     from raysweep.leases import hold_folder_lease
-    from raysweep.spec import SpecError
+    from raysweep.storage import BucketUnavailable
     from raysweep.sweep.ledger import Ledger
     from raysweep.tracking import Tracker, tracking_uri
 
@@ -293,15 +294,16 @@ def _run_sweep(
                 dataset.fingerprint,
                 extended_space,
             )
-        except SpecError:
+        except BucketUnavailable:
+            raise
+        except (SpecError, InfrastructureError):
             if is_new:
                 ledger.delete_if_empty()
             raise
         except SweepFailed as error:
-            print(f"raysweep: the sweep failed: {error}", file=sys.stderr)
-            return 1
+            raise error.with_prefix("the sweep failed: ") from error
     _print_sweep_result(request, ledger, tracker)
-    return _report_sweep_end(request, ledger, end_reason)
+    _report_sweep_end(request, ledger, end_reason)
 
 
 def _choose_sweep_name(request: TuneRequest, space: SearchSpace) -> str:
@@ -478,26 +480,32 @@ def _print_best_trials(ledger: Ledger, ranked: list[Trial], n_trials: int) -> No
     create_table_console().print(build_trial_table(ledger, best))
 
 
-def _report_sweep_end(request: TuneRequest, ledger: Ledger, end_reason: SweepEndReason) -> int:
-    """Print how to resume an unfinished sweep, or why all trials failed; return the exit code."""
+def _report_sweep_end(request: TuneRequest, ledger: Ledger, end_reason: SweepEndReason) -> None:
+    """Print how to resume a sweep whose budget is spent.
+
+    Raises:
+        WorkInterrupted: The sweep was interrupted.
+        WorkFailed: Every trial failed.
+    """
     from raysweep.commands.common import format_location_flags
+    from raysweep.errors import WorkFailed, WorkInterrupted
 
     trials = ledger.load_trials()
     if end_reason != "done":
         n_ended = sum(trial.state != "running" for trial in trials)
         location = format_location_flags(request.out, request.storage)
         resources = _format_resume_flags(request)
-        print(
-            f"raysweep: {n_ended} of {ledger.space.n_trials} trials done; resume with\n"
-            f"  raysweep tune --resume {ledger.name}{location}{resources}",
-            file=sys.stderr,
+        progress = (
+            f"{n_ended} of {ledger.space.n_trials} trials done; resume with\n"
+            f"  raysweep tune --resume {ledger.name}{location}{resources}"
         )
-        return 0 if end_reason == "budget" else 130
+        if end_reason == "interrupted":
+            raise WorkInterrupted(progress)
+        print(f"raysweep: {progress}", file=sys.stderr)
+        return
     failed = [trial for trial in trials if trial.state == "failed"]
     if failed and len(failed) == len(trials):
-        print(f"raysweep: every trial failed; the first: {failed[0].reason}", file=sys.stderr)
-        return 1
-    return 0
+        raise WorkFailed(f"every trial failed; the first: {failed[0].reason}")
 
 
 def _format_resume_flags(request: TuneRequest) -> str:

@@ -18,7 +18,8 @@ from torch import Tensor
 from raysweep.atomic_files import atomic_open
 from raysweep.data.dataset import DatasetSplits, DataSpec, load_data
 from raysweep.data.split_tensors import Split
-from raysweep.spec import SpecError, json_digest
+from raysweep.errors import InfrastructureError, RaysweepError
+from raysweep.spec import json_digest
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,9 @@ class CachedDataset:
             The data set, on the CPU.
 
         Raises:
-            SpecError: If files are missing on this machine, or if the files of `self.spec` do not
-                have the driver's fingerprint. The message names the machine.
+            SpecError: If files are missing on this machine. Each message names the machine.
+            DamagedFileError: If a file cannot be read.
+            InfrastructureError: If the files of `self.spec` do not have the driver's fingerprint.
         """
         source_fields = ("name", "data_dir", "unlabeled")
         has_same_files = all(
@@ -68,8 +70,8 @@ def _load_memoized(spec_json: str, fingerprint: str | None) -> DatasetSplits:
         if fingerprint is None:
             return load_data(spec)
         return _load_or_create_cache(spec, fingerprint)
-    except SpecError as error:
-        raise SpecError([f"{socket.gethostname()}: {line}" for line in error.problems]) from None
+    except RaysweepError as error:
+        raise error.with_prefix(f"{socket.gethostname()}: ") from error
 
 
 def get_dataset_cache_dir() -> Path:
@@ -89,7 +91,7 @@ def _load_or_create_cache(spec: DataSpec, fingerprint: str) -> DatasetSplits:
         logger.info("no cached copy of %s on this machine: %s", spec.name, error)
     data = load_data(spec)
     if data.fingerprint != fingerprint:
-        raise SpecError(
+        raise InfrastructureError(
             f"{spec.data_dir} holds other {spec.name!r} data (fingerprint {data.fingerprint}) "
             f"than the driver's ({fingerprint})"
         )

@@ -1,7 +1,8 @@
 """Readers of image data sets.
 
 To add a data set, write a function (data_dir, download) -> TrainTestArrays like `load_mnist`, and
-list it in `DATASET_LOADERS`. It should raise `SpecError` if files are missing or damaged.
+list it in `DATASET_LOADERS`. It should raise `SpecError` if files are missing, and
+`DamagedFileError` if they cannot be read.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from raysweep.errors import DamagedFileError, InfrastructureError
 from raysweep.spec import SpecError
 
 PixelArray = NDArray[np.uint8]
@@ -153,8 +155,8 @@ def load_user_arrays(data_dir: Path | None, download: bool) -> TrainTestArrays:
         The arrays of both files.
 
     Raises:
-        SpecError: If `data_dir` is None, or a file is missing, cannot be read or does not hold
-            images with labels.
+        SpecError: If `data_dir` is None, or a file is missing or does not hold images with labels.
+        DamagedFileError: If a file cannot be read.
     """
     if data_dir is None:
         raise SpecError(
@@ -195,9 +197,11 @@ def _load_torchvision_splits(
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         hint = "point data.data_dir at the folder of torchvision's files, or set data.download=true"
-        raise SpecError(
+        # Without a download, torchvision raises RuntimeError for files that are not there.
+        is_missing = isinstance(error, RuntimeError | FileNotFoundError | NotADirectoryError)
+        raise (SpecError if is_missing else InfrastructureError)(
             f"data.name {dataset_name!r} is not in {data_dir} ({reason}); {hint}"
-        ) from None
+        ) from error
 
 
 def _to_label_array(labels: object) -> LabelArray:
@@ -214,7 +218,7 @@ def _read_split_file(folder: Path, split_name: str) -> tuple[PixelArray, LabelAr
                 x, y = reader(path)
             except Exception as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise SpecError(f"{path}: cannot be read as {suffix}: {reason}") from None
+                raise DamagedFileError(f"{path}: cannot be read as {suffix}: {reason}") from error
             return check_image_arrays(path, x, y)
     raise SpecError(
         f"data.data_dir {str(folder)!r} has no {split_name}.npz and no {split_name}.parquet"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from raysweep.atomic_files import atomic_open
 from raysweep.data.dataset_loaders import LabelArray, PixelArray, check_image_arrays, read_parquet
+from raysweep.errors import DamagedFileError
 from raysweep.spec import SpecError
 
 ImagesAndLabels = tuple[NDArray[np.generic], NDArray[np.generic] | None]
@@ -30,7 +31,8 @@ def read_unlabeled_file(path: Path) -> tuple[PixelArray, LabelArray | None]:
         Images, (N, C, H, W) uint8, and labels, (N,) int64 or None.
 
     Raises:
-        SpecError: If the suffix is unknown, or the file cannot be read or does not hold images.
+        SpecError: If the suffix is unknown, or the file does not hold images.
+        DamagedFileError: If the file cannot be read.
     """
     reader = UNLABELED_FILE_READERS.get(path.suffix)
     if reader is None:
@@ -41,7 +43,7 @@ def read_unlabeled_file(path: Path) -> tuple[PixelArray, LabelArray | None]:
         x, y = reader(path)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SpecError(f"{path}: cannot be read as {path.suffix}: {reason}") from None
+        raise DamagedFileError(f"{path}: cannot be read as {path.suffix}: {reason}") from error
     if y is None:
         return check_image_arrays(path, x, np.zeros(len(x), dtype=np.int64))[0], None
     return check_image_arrays(path, x, y)
@@ -201,10 +203,10 @@ class _ArrayUnpickler(pickle.Unpickler):
         """Return the stub of an allowed name. The unpickler calls this for every global name."""
         try:
             return self._ALLOWED_GLOBALS[module, name]
-        except KeyError:
+        except KeyError as error:
             raise pickle.UnpicklingError(
                 f"it refers to {module}.{name}; only arrays of numbers are allowed"
-            ) from None
+            ) from error
 
     def persistent_load(self, pid: object) -> NoReturn:
         """Raise UnpicklingError for a reference to an object outside of the file."""

@@ -19,7 +19,8 @@ from pydantic import (
 )
 
 from raysweep.atomic_files import atomic_folder
-from raysweep.spec import JsonDict, Spec, SpecError
+from raysweep.errors import DamagedFileError, InfrastructureError
+from raysweep.spec import JsonDict, Spec
 from raysweep.training.selection import RunRank
 from raysweep.training.validation import DEFAULT_OBJECTIVE
 
@@ -211,15 +212,18 @@ class Artifact(Spec):
             The artifact, or None if the stage has not finished.
 
         Raises:
-            SpecError: If `artifact.json` cannot be read or is not an artifact.
+            DamagedFileError: If `artifact.json` is not an artifact.
+            InfrastructureError: If it cannot be read.
         """
         file = folder / ARTIFACT_FILE
         try:
             data = json.loads(file.read_text())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise SpecError(f"{file}: cannot be read: {error}; delete the folder") from None
+        except ValueError as error:
+            raise DamagedFileError(f"{file}: cannot be read: {error}; delete the folder") from error
+        except OSError as error:
+            raise InfrastructureError(f"{file}: cannot be read: {error.strerror}") from error
         return cls.from_data(data, str(file), stored=True)
 
 

@@ -181,7 +181,7 @@ class PromoteStage(Stage):
         except SpecError as error:
             # A searched parameter can decide which other settings exist: checks before the run of
             # the pipeline cannot find this error.
-            raise StageFailed(f"{candidate.title} cannot be trained again: {error}") from None
+            raise StageFailed(f"{candidate.title} cannot be trained again: {error}") from error
         folder = context.choose_sweep_folder(candidate.label)
         ledger = run_stage_sweep(context, folder, space, self.cpus, self.gpus)
         retrained = [
@@ -217,4 +217,4 @@ class PromoteStage(Stage):
                 base["method"], {**base, **changes}, self.seeds or (config.seed,)
             )
         except SpecError as error:
-            raise SpecError([f"set: {line}" for line in error.problems]) from None
+            raise error.with_prefix("set: ") from error

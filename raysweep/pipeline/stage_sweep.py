@@ -134,7 +134,7 @@ def run_stage_sweep(
                     ledger, listeners, resources, context.address, budget, fingerprint
                 )
             except SweepFailed as error:
-                raise StageFailed(str(error)) from None
+                raise StageFailed(error.problems) from error
     if end_reason == "interrupted":
         raise KeyboardInterrupt
     if ledger.find_best_trial() is None:

@@ -44,8 +44,8 @@ class FolderStore:
     def read_bytes(self, key: str) -> bytes:
         try:
             return (self.path / key).read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise StoredFileNotFound(f"{self.uri_of(key)}: there is no such file") from None
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise StoredFileNotFound(f"{self.uri_of(key)}: there is no such file") from error
 
     def read_versioned(self, key: str) -> VersionedContent | None:
         try:

@@ -55,8 +55,9 @@ def connect_to_cluster(
         Resources of all nodes together, see `cluster_capacity`.
 
     Raises:
-        SpecError: If there is no cluster at the address, in one line.
-        InfrastructureError: If a new cluster would not stay on loopback with this version of Ray.
+        SpecError: If the address is malformed, in one line.
+        InfrastructureError: If there is no cluster at the address, or if a new cluster would not
+            stay on loopback with this version of Ray.
     """
     if address is not None and address != "auto":
         _require_reachable(address)
@@ -65,8 +66,11 @@ def connect_to_cluster(
         if ray.is_initialized():
             yield cluster_capacity()
             return
+        if address is None:
+            address = os.environ.get("RAY_ADDRESS") or "local"
+            if address not in ("auto", "local"):
+                _require_reachable(address, "RAY_ADDRESS")
         try:
-            address = address or os.environ.get("RAY_ADDRESS") or "local"
             _start_or_join(address, n_cpus)
             _log_nodes(address)
             with _treat_sigterm_as_interrupt():
@@ -86,7 +90,7 @@ def _start_or_join(address: str, n_cpus: int | None) -> None:
             _initialize_ray(address="local", num_cpus=n_cpus or joblib.cpu_count())
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise SpecError(f"no Ray cluster at --address {address}: {reason}") from error
+        raise InfrastructureError(f"no Ray cluster at --address {address}: {reason}") from error
     if ports := list_exposed_ports(ray.get_runtime_context().get_session_name()):
         raise InfrastructureError(describe_exposure(ports))
 
@@ -173,10 +177,10 @@ def _parse_max_cluster_resources(text: str) -> dict[str, float]:
     """Parse the value of `RAYSWEEP_CLUSTER_MAX`; SpecError if it is malformed."""
     try:
         return {kind: float(amount) for kind, amount in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError) as error:
         raise SpecError(
             f'{_CLUSTER_MAX_VARIABLE}={text!r}: expected JSON like {{"CPU": 32, "GPU": 8}}'
-        ) from None
+        ) from error
 
 
 def _unlaunched_node_capacities(
@@ -199,16 +203,16 @@ def _unlaunched_node_capacities(
     yield from islice(all_workers, n_live_nodes - 1, cluster_config["max_workers"])
 
 
-def _require_reachable(address: str) -> None:
-    """Raise SpecError at once for an address where Ray would retry for a long time."""
+def _require_reachable(address: str, source: str = "--address") -> None:
+    """Raise an error at once for an address where Ray would retry for a long time."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
-    except ValueError:
+    except ValueError as error:
         raise SpecError(
-            f"--address {address!r}: expected auto or host:port, for example 10.0.0.1:6379"
-        ) from None
+            f"{source} {address!r}: expected auto or host:port, for example 10.0.0.1:6379"
+        ) from error
     except OSError as error:
-        raise SpecError(
-            f"no Ray cluster at --address {address}: {error.strerror or error}"
-        ) from None
+        raise InfrastructureError(
+            f"no Ray cluster at {source} {address}: {error.strerror or error}"
+        ) from error

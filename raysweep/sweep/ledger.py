@@ -13,6 +13,7 @@ from uuid import uuid4
 
 from raysweep import storage
 from raysweep.atomic_files import atomic_write_text
+from raysweep.errors import InfrastructureError
 from raysweep.logs import discard_log
 from raysweep.pareto import pareto_front_indices
 from raysweep.spec import JsonDict, SpecError
@@ -171,7 +172,8 @@ class Ledger:
             The new ledger.
 
         Raises:
-            SpecError: If the folder holds other files, or cannot be written.
+            SpecError: If the folder holds other files.
+            InfrastructureError: If the folder cannot be written.
         """
         if storage.pull_file(path / "sweep.json"):
             raise SpecError(
@@ -188,9 +190,9 @@ class Ledger:
             (path / "trials").mkdir(parents=True, exist_ok=True)
             ledger._save_space()
         except OSError as error:
-            raise SpecError(
+            raise InfrastructureError(
                 f"{storage.uri_of(path)} cannot be written: {error.strerror or error}"
-            ) from None
+            ) from error
         return ledger
 
     @classmethod
@@ -204,18 +206,19 @@ class Ledger:
             The ledger.
 
         Raises:
-            SpecError: If there is no sweep, or if its files are damaged.
+            SpecError: If there is no sweep.
+            DamagedFileError: If its files are damaged.
         """
         storage.pull_file(path / "sweep.json")
         storage.pull_files(path, "trial.json")
         try:
             data = storage.read_json(path / "sweep.json", ("key", "space"))
-        except OSError:
+        except OSError as error:
             sweeps = storage.list_folders_containing(path.parent, "sweep.json")
             raise SpecError(
                 f"no sweep in {storage.uri_of(path)}; sweeps beside it: "
                 f"{', '.join(sweeps) or 'none'}"
-            ) from None
+            ) from error
         source = str(path / "sweep.json")
         return cls(path, SearchSpace.from_data(data["space"], source, stored=True), data["key"])
 
@@ -270,7 +273,7 @@ class Ledger:
             The trials, ordered by number.
 
         Raises:
-            SpecError: If a trial.json is damaged.
+            DamagedFileError: If a trial.json is damaged.
         """
         keys = {field.name: _STORED_KEYS.get(field.name, field.name) for field in fields(Trial)}
         required_keys = [key for name, key in keys.items() if name not in _LATER_FIELDS]

@@ -22,8 +22,8 @@ from ray.util.placement_group import (
 
 from raysweep import storage
 from raysweep.data.dataset_cache import CachedDataset
+from raysweep.errors import RaysweepError
 from raysweep.logs import log_trial
-from raysweep.spec import SpecError
 from raysweep.sweep.ray_environment import ray_environment
 from raysweep.sweep.resources import DRIVER_CPUS
 from raysweep.training.callbacks import FunctionCallback
@@ -92,7 +92,9 @@ def _fit_group(
         )
         with ray_environment():
             trainer.fit()
-    except SpecError as error:
+    except storage.BucketUnavailable:
+        raise
+    except RaysweepError as error:
         logger.error("the workers cannot start: %s", error, exc_info=error)
         tune.report({FAILURE_KEY: str(error), "epoch": 0})
 

@@ -23,7 +23,7 @@ import raysweep
 from raysweep import storage
 from raysweep.data import DataSpec, load_data
 from raysweep.data.dataset_cache import CachedDataset
-from raysweep.spec import SpecError
+from raysweep.errors import InfrastructureError, RaysweepError
 from raysweep.sweep.ray_internals import is_head_node, requires_token
 
 REPORTED_PACKAGES = ("ray", "torch", "numpy")
@@ -151,10 +151,10 @@ def require_visible(sweep_path: Path) -> None:
         sweep_path: The folder.
 
     Raises:
-        SpecError: If `sweep.json` is not there.
+        InfrastructureError: If `sweep.json` is not there.
     """
     if not storage.pull_file(sweep_path / "sweep.json"):
-        raise SpecError(
+        raise InfrastructureError(
             f"{socket.gethostname()}: does not see {storage.uri_of(sweep_path)}: "
             "--out or --storage must name a folder that all nodes share"
         )
@@ -278,7 +278,7 @@ def _probe_storage(request: ProbeRequest, problems: dict[str, str]) -> None:
         storage.push_to_bucket(copy)
         storage.delete_remote_file(copy)
         copy.unlink()
-    except (OSError, SpecError) as error:
+    except (OSError, RaysweepError) as error:
         reason = getattr(error, "strerror", None) or error
         problems["storage"] = f"cannot write {request.storage_uri}: {reason}"
 
@@ -290,7 +290,7 @@ def _probe_data(request: ProbeRequest, problems: dict[str, str]) -> str:
         if request.fingerprint:
             return CachedDataset(spec, request.fingerprint).load_shared(spec).fingerprint
         return load_data(spec).fingerprint
-    except SpecError as error:
+    except RaysweepError as error:
         problems["data"] = error.problems[0]
         return ""
 

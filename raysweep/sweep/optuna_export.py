@@ -2,8 +2,9 @@
 
 import optuna
 from optuna.trial import FrozenTrial
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from raysweep.errors import InfrastructureError
 from raysweep.formatting import redact_secrets
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
@@ -20,7 +21,8 @@ class OptunaExporter:
         storage_url: SQLAlchemy URL of the database, for example `sqlite:///optuna.db`.
 
     Raises:
-        SpecError: If the database cannot be opened, in one line.
+        SpecError: If the URL is malformed, in one line.
+        InfrastructureError: If the database cannot be opened, in one line.
     """
 
     def __init__(self, storage_url: str) -> None:
@@ -29,10 +31,11 @@ class OptunaExporter:
             self._storage = optuna.storages.RDBStorage(storage_url)
         except (SQLAlchemyError, ImportError, ValueError) as error:
             reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-            raise SpecError(
+            is_malformed = isinstance(error, ArgumentError | ValueError)
+            raise (SpecError if is_malformed else InfrastructureError)(
                 f"--optuna {redact_secrets(storage_url)}: {redact_secrets(reason)}; "
                 "expected for example sqlite:///optuna.db"
-            ) from None
+            ) from error
 
     def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:
         """Open the sweep's study, and rebuild it if it differs from the ledger."""

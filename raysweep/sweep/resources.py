@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from raysweep.errors import InfrastructureError
 from raysweep.spec import SpecError
 
 DRIVER_CPUS = 0.01
@@ -94,14 +95,14 @@ class Resources:
             The number of trials, at least 1.
 
         Raises:
-            SpecError: If not even one trial fits.
+            InfrastructureError: If not even one trial fits.
         """
         ratios = [cluster.get("CPU", 0) / self.cpus]
         if self.n_gpus:
             ratios.append(cluster.get("GPU", 0) / self.n_gpus)
         n_fitting_trials = _floor_ratio(min(ratios))
         if not n_fitting_trials:
-            raise SpecError(
+            raise InfrastructureError(
                 f"a trial needs {self.cpus:g} CPUs and {self.n_gpus:g} GPUs, the cluster has "
                 f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
             )
@@ -109,7 +110,7 @@ class Resources:
             return n_fitting_trials
         n_fitting_workers = sum(map(self._count_fitting_workers, nodes))
         if n_fitting_workers < self.workers:
-            raise SpecError(
+            raise InfrastructureError(
                 f"a trial needs {self.workers} workers of {self.cpus / self.workers:g} CPUs and "
                 f"{self.n_gpus / self.workers:g} GPUs each, the cluster's nodes hold "
                 f"{n_fitting_workers}"

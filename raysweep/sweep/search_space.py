@@ -477,7 +477,7 @@ def load_space(
         space = SearchSpace.from_data(data, str(space_path))
     except SpecError as error:
         problems = [*error.problems, *_find_remaining_problems(data, space_path)]
-        raise SpecError(list(dict.fromkeys(problems))) from None
+        raise SpecError(list(dict.fromkeys(problems))) from error
     method_name = _method_name(space)
     if is_user_file and name and method_name != name:
         raise SpecError(f"{space_path} is a space for method {method_name!r}, not for {name!r}")
@@ -615,7 +615,7 @@ def _rename_stored_keys_of_file(data: JsonDict, source: str) -> JsonDict:
     try:
         return SearchSpace.rename_stored_keys(data, source)
     except SpecError as error:
-        raise SpecError([f"{source}: {line}" for line in error.problems]) from None
+        raise error.with_prefix(f"{source}: ") from error
 
 
 def _find_remaining_problems(data: JsonDict, space_path: Path) -> list[str]:

@@ -21,6 +21,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from raysweep import storage
 from raysweep.data import load_data
 from raysweep.data.dataset_cache import CachedDataset
+from raysweep.errors import InfrastructureError, RaysweepError, is_infrastructure_error
 from raysweep.logs import log_to_folder, log_trial
 from raysweep.spec import SpecError
 from raysweep.sweep.asha import AshaScheduler
@@ -83,7 +84,9 @@ def run_sweep(
         Why the call ended.
 
     Raises:
-        SpecError: If the sweep cannot run. In that case nothing was written.
+        SpecError: If the sweep cannot run with these settings. In that case nothing was written.
+        InfrastructureError: If there is no cluster, or its nodes cannot run the trials; nothing was
+            written. Or the sweep's folder can no longer be written.
         SweepFailed: If several trials failed with errors in the code, or no trial could start.
     """
     with log_to_folder(ledger.path):
@@ -125,7 +128,7 @@ def _run_logged_sweep(
     check_ray_internals("sweep")
     with connect_to_cluster(address) as cluster:
         if problems := find_node_problems(ledger.path, dataset):
-            raise SpecError(problems)
+            raise InfrastructureError(problems)
         resources = resources.resolve(cluster)
         if math.isfinite(budget.gpu_seconds) and not resources.n_gpus:
             raise SpecError("--max-gpu-hours: the trials hold no GPU; use --max-time")
@@ -229,8 +232,11 @@ def _run_rounds(
             ledger_callback.require_round_progress()
     except tune.TuneError as error:
         # Tune wraps the errors of the ledger's writes.
-        if isinstance(error.__context__, storage.BucketUnavailable | SpecError):
-            raise error.__context__ from None
+        ledger_error = error.__context__
+        if ledger_error is not None and (
+            isinstance(ledger_error, RaysweepError) or is_infrastructure_error(ledger_error)
+        ):
+            raise ledger_error from ledger_error.__cause__
         raise
 
 
@@ -357,7 +363,9 @@ def _train_trial(
 
     try:
         require_visible(run_path.parent.parent)
-    except SpecError as error:
+    except storage.BucketUnavailable:
+        raise
+    except RaysweepError as error:
         tune.report(failure_report(error, config, run_path))
         return
     with log_trial(run_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from raysweep.errors import InfrastructureError, RaysweepError
 from raysweep.formatting import redact_secrets
 from raysweep.spec import SpecError, flatten_spec
 from raysweep.training.checkpoint import describe_environment
@@ -24,6 +25,8 @@ from raysweep.training.config import TrainingConfig
 from raysweep.training.diagnostics import read_histograms
 
 EXPERIMENT_NAME = "raysweep"
+# MLflow's error codes for a run, model or artifact that a store does not have.
+_MISSING_ENTRY_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _DESCRIPTION_TAG = "mlflow.note.content"
 _EXPERIMENT_DESCRIPTION = (
     "Runs of raysweep. A sweep has its trials under it; a pipeline's results are in its report."
@@ -306,6 +309,7 @@ class Tracker:
 
         Raises:
             SpecError: If there is no such checkpoint, in one line.
+            InfrastructureError: If the store does not answer, in one line.
         """
         from mlflow.exceptions import MlflowException
 
@@ -317,9 +321,9 @@ class Tracker:
             return run_id, Path(client.download_artifacts(run_id, "checkpoint", str(folder)))
         except (MlflowException, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise SpecError(
+            raise _missing_entry_error_type(error)(
                 redact_secrets(f"{reference}: no checkpoint in MLflow store {self.uri}: {reason}")
-            ) from None
+            ) from error
 
     def register_model(
         self, model_name: str, run_id: str, tags: Mapping[str, str], description: str = ""
@@ -402,6 +406,7 @@ class Tracker:
 
         Raises:
             SpecError: If the run has no such artifact, in one line.
+            InfrastructureError: If the store does not answer, in one line.
         """
         from mlflow.exceptions import MlflowException
 
@@ -410,11 +415,11 @@ class Tracker:
         try:
             return Path(client.download_artifacts(run_id, artifact_path, str(target_folder)))
         except (MlflowException, OSError) as error:
-            raise SpecError(
+            raise _missing_entry_error_type(error)(
                 redact_secrets(
                     f"run {run_id} has no {artifact_path} in MLflow store {self.uri}: {error}"
                 )
-            ) from None
+            ) from error
 
     def has_run_ended(self, run_id: str) -> bool:
         """Return whether the status of a run is not "running"."""
@@ -449,6 +454,7 @@ class Tracker:
         _prepare_mlflow()
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
         logger.info("connecting to the MLflow store %s", redact_secrets(self.uri))
         try:
@@ -467,12 +473,12 @@ class Tracker:
             return client, str(
                 client.create_experiment(EXPERIMENT_NAME, artifact_location=location, tags=tags)
             )
-        except (MlflowException, OSError, ValueError) as error:
+        except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
             logger.error("the MLflow store does not answer", exc_info=error)
             hint = "set MLFLOW_TRACKING_URI to a server or sqlite:///FILE, or leave it out"
-            raise SpecError(
+            raise InfrastructureError(
                 redact_secrets(f"MLflow store {self.uri}: {str(error).splitlines()[0]}; {hint}")
-            ) from None
+            ) from error
 
 
 def get_mlflow_version(uri: str) -> str:
@@ -487,7 +493,7 @@ def get_mlflow_version(uri: str) -> str:
         The version of a server, or the installed one for other stores.
 
     Raises:
-        SpecError: If the store does not answer, in one line.
+        InfrastructureError: If the store does not answer, in one line.
     """
     if uri.startswith("sqlite") and not Path(uri.removeprefix("sqlite:///")).exists():
         return importlib.metadata.version("mlflow")
@@ -507,9 +513,11 @@ def get_mlflow_version(uri: str) -> str:
     except (MlflowException, OSError) as error:
         errno_match = re.search(r"\[Errno \d+\] ([\w ]+)", str(error))
         reason = errno_match[1] if errno_match else str(error).splitlines()[0]
-        raise SpecError(redact_secrets(f"MLflow store {uri}: does not answer: {reason}")) from None
+        raise InfrastructureError(
+            redact_secrets(f"MLflow store {uri}: does not answer: {reason}")
+        ) from error
     if response.status_code != 200:
-        raise SpecError(
+        raise InfrastructureError(
             redact_secrets(f"MLflow store {uri}: answers {response.status_code} {response.reason}")
         )
     return str(response.text).strip()
@@ -541,6 +549,14 @@ def _prepare_mlflow() -> None:
         from mlflow.telemetry import set_telemetry_client
 
         set_telemetry_client()
+
+
+def _missing_entry_error_type(error: Exception) -> type[RaysweepError]:
+    """Return SpecError if a store says that it lacks an entry, else InfrastructureError."""
+    code = getattr(error, "error_code", "")
+    if isinstance(error, FileNotFoundError) or code in _MISSING_ENTRY_CODES:
+        return SpecError
+    return InfrastructureError
 
 
 def _current_user() -> str:

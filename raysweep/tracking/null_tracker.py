@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raysweep.spec import SpecError
+from raysweep.errors import InfrastructureError
 from raysweep.tracking.mlflow_tracker import RunStatus, Tracker
 from raysweep.training.config import TrainingConfig
 
@@ -34,8 +34,8 @@ class NullTracker(Tracker):
         return ""
 
     def download_checkpoint(self, reference: str, target_folder: Path) -> tuple[str, Path]:
-        """Raise SpecError: there are no runs."""
-        raise SpecError(
+        """Raise InfrastructureError: there are no runs."""
+        raise InfrastructureError(
             f"{reference}: MLflow is not installed: pip install mlflow, "
             "or give the folder of the checkpoint"
         )

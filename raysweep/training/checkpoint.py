@@ -17,11 +17,13 @@ from typing import Any
 from uuid import uuid4
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from raysweep import storage
 from raysweep.atomic_files import atomic_folder, atomic_write_text
+from raysweep.errors import DamagedFileError, InfrastructureError
 from raysweep.spec import JsonDict, SpecError
 from raysweep.training.config import TrainingConfig
 from raysweep.training.metric_history import EpochMetrics
@@ -127,8 +129,8 @@ def save_checkpoint(
         if optimizer.state[parameter].get("momentum_buffer") is not None
     }
     with atomic_folder(path) as partial:
-        save_file(_detach_contiguous(model.state_dict()), partial / WEIGHTS_FILE)
-        save_file(_detach_contiguous(momentum), partial / OPTIMIZER_FILE)
+        _save_tensors(model.state_dict(), partial / WEIGHTS_FILE)
+        _save_tensors(momentum, partial / OPTIMIZER_FILE)
         for name, content in extra_files.items():
             (partial / name).write_bytes(content)
         sha256 = {
@@ -201,7 +203,8 @@ def read_checkpoint(path: Path) -> TrainingCheckpoint:
         The checkpoint. Its weights are not loaded yet.
 
     Raises:
-        SpecError: The folder is not a checkpoint, or a file is damaged; one line.
+        SpecError: The folder is not a checkpoint; one line.
+        DamagedFileError: A file is damaged; one line.
     """
     storage.pull_checkpoint(path)
     return read_local_checkpoint(path)
@@ -217,27 +220,31 @@ def read_local_checkpoint(path: Path) -> TrainingCheckpoint:
         The checkpoint. Its weights are not loaded yet.
 
     Raises:
-        SpecError: The folder is not a checkpoint, or a file is damaged; one line.
+        SpecError: The folder is not a checkpoint; one line.
+        DamagedFileError: A file is damaged; one line.
     """
     meta = _read_meta(path)
     for name, expected in meta["sha256"].items():
         if not (path / name).is_file() or _compute_file_sha256(path / name) != expected:
             problem = f"{name} is truncated or altered (its sha256 is not the one in {META_FILE})"
-            raise SpecError(f"{storage.uri_of(path)}: {problem}; delete the folder")
+            raise DamagedFileError(f"{storage.uri_of(path)}: {problem}; delete the folder")
     config = TrainingConfig.from_data(meta["config"], f"{path / META_FILE}", stored=True)
     return TrainingCheckpoint(path, config, meta["epoch"], meta["history"], meta)
 
 
 def _read_meta(path: Path) -> JsonDict:
-    """Read a checkpoint's metadata. Raises SpecError if they are missing or incomplete."""
+    """Read a checkpoint's metadata.
+
+    Raises SpecError if they are missing, and DamagedFileError if they are incomplete.
+    """
     try:
         meta = json.loads((path / META_FILE).read_text())
-    except (OSError, ValueError):
-        raise SpecError(
+    except (OSError, ValueError) as error:
+        raise (SpecError if isinstance(error, OSError) else DamagedFileError)(
             f"{storage.uri_of(path)}: not a raysweep checkpoint: {META_FILE} is missing or not JSON"
-        ) from None
+        ) from error
     if not isinstance(meta, dict) or meta.get("format") != _FORMAT_VERSION:
-        raise SpecError(f"{path}: not a raysweep checkpoint of format {_FORMAT_VERSION}")
+        raise DamagedFileError(f"{path}: not a raysweep checkpoint of format {_FORMAT_VERSION}")
     missing = {"config", "epoch", "history", "data_fingerprint", "sha256"} - meta.keys()
     if (
         missing
@@ -245,7 +252,7 @@ def _read_meta(path: Path) -> JsonDict:
         or meta["sha256"].keys() != {WEIGHTS_FILE, OPTIMIZER_FILE}
     ):
         names = ", ".join(sorted(missing)) or "hashes"
-        raise SpecError(f"{path}: not a raysweep checkpoint: {META_FILE} lacks {names}")
+        raise DamagedFileError(f"{path}: not a raysweep checkpoint: {META_FILE} lacks {names}")
     return meta
 
 
@@ -291,7 +298,7 @@ class RunDirectory:
         """Read the checkpoint of the last finished epoch; None before the first.
 
         Raises:
-            SpecError: The checkpoint is damaged.
+            DamagedFileError: The checkpoint is damaged.
         """
         epochs = self.list_saved_epochs()
         return read_checkpoint(self.epoch_path(epochs[-1])) if epochs else None
@@ -303,7 +310,7 @@ class RunDirectory:
             One row for each epoch; empty before the first.
 
         Raises:
-            SpecError: The last checkpoint is damaged.
+            DamagedFileError: The last checkpoint is damaged.
         """
         last = self.read_last_checkpoint()
         return last.history if last else []
@@ -388,9 +395,14 @@ def _get_git_revision() -> str | None:
         return None
 
 
-def _detach_contiguous(tensors: dict[str, Any]) -> dict[str, Tensor]:
-    """Return contiguous tensors without gradients, as safetensors needs them."""
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+def _save_tensors(tensors: dict[str, Any], path: Path) -> None:
+    """Write tensors to a file. Raises InfrastructureError, for example if the disk is full."""
+    # safetensors needs contiguous tensors without gradients.
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, path)
+    except SafetensorError as error:
+        raise InfrastructureError(f"{storage.uri_of(path)}: cannot be written: {error}") from error
 
 
 def _compute_file_sha256(path: Path) -> str:

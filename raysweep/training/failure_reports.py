@@ -13,9 +13,8 @@ import torch
 
 from raysweep import storage
 from raysweep.atomic_files import atomic_write_text
-from raysweep.spec import SpecError
+from raysweep.errors import RaysweepError, describe_os_error, is_infrastructure_error
 from raysweep.training.config import TrainingConfig
-from raysweep.training.trainer import TrainingFailed
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +45,11 @@ def failure_report(
         The report.
     """
     logger.error("training failed: %s", error, exc_info=error, extra={"shown": True})
-    if isinstance(error, TrainingFailed | SpecError):
+    if isinstance(error, RaysweepError):
         return {FAILURE_KEY: str(error)}
+    if isinstance(error, OSError) and is_infrastructure_error(error):
+        # On a full disk a traceback could not be written either.
+        return {FAILURE_KEY: describe_os_error(error)}
     hint = f"lower batch_size (now {config.batch_size})"
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()

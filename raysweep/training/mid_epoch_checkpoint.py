@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import nn
 
 from raysweep import storage
-from raysweep.errors import WorkInterrupted
+from raysweep.errors import DamagedFileError, WorkInterrupted
 from raysweep.formatting import format_count
 from raysweep.spec import SpecError
 from raysweep.training import checkpoint
@@ -140,7 +140,7 @@ class MidEpochCheckpointer:
             return None
         try:
             return checkpoint.read_local_checkpoint(self._run_directory.mid_epoch_path)
-        except SpecError as error:
+        except (SpecError, DamagedFileError) as error:
             logger.warning("the checkpoint within an epoch is damaged and not used: %s", error)
             return None
 

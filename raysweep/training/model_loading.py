@@ -53,7 +53,8 @@ def load_checkpoint_target(path: Path, overrides: Mapping[str, Any]) -> Evaluati
         The model with its checkpoint and data.
 
     Raises:
-        SpecError: There is no checkpoint, it is damaged, or the data differ; one line.
+        SpecError: There is no checkpoint, or the data differ; one line.
+        DamagedFileError: The checkpoint is damaged; one line.
     """
     uri = storage.uri_of(path)
     if path.is_file():
@@ -144,13 +145,13 @@ def load_factory_target(import_path: str) -> EvaluationTarget:
     try:
         model = getattr(importlib.import_module(module), factory)()
     except (ImportError, AttributeError) as error:
-        raise SpecError(f"{import_path}: cannot be imported: {error}") from None
+        raise SpecError(f"{import_path}: cannot be imported: {error}") from error
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         message = " ".join(str(error).split())
         raise SpecError(
             f"{import_path}: {type(error).__name__}: {message} ({frame.filename}:{frame.lineno})"
-        ) from None
+        ) from error
     if not isinstance(model, nn.Module):
         raise SpecError(f"{import_path}: gave {type(model).__name__}, not a torch.nn.Module")
     return EvaluationTarget(model.eval(), import_path)

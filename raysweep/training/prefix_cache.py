@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from raysweep import storage
+from raysweep.errors import DamagedFileError, RaysweepError
 from raysweep.leases import LeaseHeartbeat, make_lease
 from raysweep.spec import JsonDict, SpecError, json_digest
 from raysweep.training import checkpoint
@@ -109,7 +110,7 @@ class PrefixCache:
         try:
             checkpoint.read_local_checkpoint(state)
             os.utime(state)
-        except (SpecError, OSError) as error:
+        except (RaysweepError, OSError) as error:
             logger.warning(
                 "deleted damaged state %s of the prefix cache: %s", key, error, extra={"key": key}
             )
@@ -141,7 +142,7 @@ class PrefixCache:
             return None
         try:
             return checkpoint.reuse_checkpoint(path, state, config, history)
-        except (SpecError, FileNotFoundError) as error:
+        except (SpecError, DamagedFileError, FileNotFoundError) as error:
             # Another process evicted the state between the check and the copy.
             logger.info("state %s vanished from the prefix cache: %s", key, error)
             return None

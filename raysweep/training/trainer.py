@@ -12,7 +12,7 @@ from torch import nn
 
 from raysweep import storage
 from raysweep.data import Batch, DatasetSplits, Split, load_data
-from raysweep.errors import WorkFailed
+from raysweep.errors import DamagedFileError, WorkFailed
 from raysweep.evaluation.attack_model import MIN_BATCH_ROWS, make_attack_model
 from raysweep.evaluation.float32_precision import disable_tf32_and_autocast, has_tf32
 from raysweep.method import Method, MethodOutput
@@ -460,7 +460,7 @@ def _reuse_longest_prefix(
                     extra={"epoch": epoch, "key": keys[epoch], "event": "prefix_reused"},
                 )
                 return
-        except SpecError as error:
+        except (SpecError, DamagedFileError) as error:
             # Another run evicted the state meanwhile.
             logger.info("a prefix of %d epochs vanished, a shorter one is next: %s", epoch, error)
 

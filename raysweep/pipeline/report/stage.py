@@ -83,7 +83,7 @@ class ReportStage(Stage):
 
     def describe_stage(self, training_overrides: TrainingOverrides) -> str:
         beside = f" beside {self.paper}" if self.paper else ""
-        return f"{HTML_FILE} and {MARKDOWN_FILE}{beside}; a regression is exit code 1"
+        return f"{HTML_FILE} and {MARKDOWN_FILE}{beside}; a regression is exit code 5"
 
     def collect_digest_content(self, training_overrides: TrainingOverrides) -> JsonDict:
         table = self._load_configured_table()
