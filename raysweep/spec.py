@@ -66,6 +66,12 @@ class Spec(BaseModel):
     results stay valid.
     """
 
+    later_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that raysweep 0.1 did not have.
+
+    At their defaults they are left out of files and digests, so that earlier digests stay valid.
+    """
+
     @model_validator(mode="wrap")
     @classmethod
     def _check_keys(
@@ -117,9 +123,12 @@ class Spec(BaseModel):
     ) -> JsonDict:
         """Write field names as keys, or stored keys if the context asks for them."""
         data: JsonDict = handler(self)
-        if self.stored_keys and info.context and info.context.get("stored"):
-            return {self.stored_keys.get(name, name): value for name, value in data.items()}
-        return data
+        if not (info.context and info.context.get("stored")):
+            return data
+        for name in () if info.context.get("complete") else self.later_fields:
+            if getattr(self, name) == type(self).model_fields[name].get_default():
+                del data[name]
+        return {self.stored_keys.get(name, name): value for name, value in data.items()}
 
     def replace(self, **changes: Any) -> Self:
         """Create a validated copy.
@@ -304,7 +313,7 @@ def apply_overrides(
 
 def _match_former_paths(pattern: str, spec: Spec, data: JsonDict) -> list[str]:
     """Match a path with names of raysweep 0.1; warn, and return the paths with present names."""
-    stored = spec.to_stored_dict()
+    stored = json.loads(spec.model_dump_json(context={"stored": True, "complete": True}))
     stored_paths = [path for path, _ in _iter_nodes(stored, "")]
     present_paths = [path for path, _ in _iter_nodes(spec.to_json_dict(), "")]
     present_path_by_stored = dict(zip(stored_paths, present_paths, strict=True))

@@ -392,7 +392,7 @@ def test_the_section_for_a_data_set() -> None:
 def test_a_file_of_a_method(name: str) -> None:
     config = resolve_training_config(f"{name}.yaml", {})
     assert (
-        config.to_json_dict() == READ["yaml"][name]["config"]
+        config.to_stored_dict() == READ["yaml"][name]["config"]
         and config.digest() == READ["yaml"][name]["digest"]
     )
 

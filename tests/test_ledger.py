@@ -16,6 +16,7 @@ from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_study import build_study
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.training.selection import SelectionRule
 
 LR = "optim.lr"
 
@@ -55,7 +56,7 @@ def test_reports_change_a_trial() -> None:
     ]
     trial, best, curves = Trial(0, {}, reason="its node was preempted"), [], []
     for row in rows:
-        trial = trial.with_epoch(row, "robust_worst")
+        trial = trial.with_epoch(row, SelectionRule("robust_worst"))
         assert trial.latest == row and trial.epoch == row["epoch"] and trial.reason == ""
         best.append(trial.best.get("epoch"))
         curves.append(len(trial.curve))
@@ -92,17 +93,22 @@ def test_an_epoch_that_was_reported_before_changes_nothing(epoch: float) -> None
         trained_epochs=2,
         reason="its node was preempted",
     )
-    assert trial.with_epoch({"epoch": epoch, "robust_worst": 0.75}, "robust_worst") is trial
+    assert (
+        trial.with_epoch({"epoch": epoch, "robust_worst": 0.75}, SelectionRule("robust_worst"))
+        is trial
+    )
 
 
 def test_a_score_of_zero_is_a_result() -> None:
-    trial = Trial(0, {}).with_epoch({"epoch": 1.0, "robust_worst": 0.0}, "robust_worst")
+    trial = Trial(0, {}).with_epoch(
+        {"epoch": 1.0, "robust_worst": 0.0}, SelectionRule("robust_worst")
+    )
     assert trial.best == {"epoch": 1.0, "robust_worst": 0.0} and trial.curve == [[1, 0.0]]
 
 
 def test_the_ranking(ledger: Ledger) -> None:
-    """Best first, ties by number; then those over the limit, best first; then those whose weights
-    never acted; then failed ones. Trials without a result are left out.
+    """Best first, ties by number; then those over the limit, best first; then failed ones. Trials
+    without a result are left out.
     """
     write(
         ledger,
@@ -111,21 +117,20 @@ def test_the_ranking(ledger: Ledger) -> None:
         build_trial(4, 0.75, gap=0.2500001),
         build_trial(3, 0.5, gap=0.25),
         build_trial(8, 1.0, state="failed"),
-        build_trial(9, 1.0, burn_in=3),
         build_trial(2, 0.5, clean=1.0, state="stopped"),
         build_trial(1, 0.5, state="running"),
         Trial(0, {LR: 0.1}, best={"epoch": 1.0, "clean": 1.0}),
         Trial(7, {LR: 0.1}),
     )
     assert [trial.number for trial in ledger.rank_trials()] == [
-        1, 2, 3, 6, 5, 4, 9, 8,
+        1, 2, 3, 6, 5, 4, 8,
     ]  # fmt: skip
     best = ledger.find_best_trial()
     assert best is not None and best.number == 1
     assert [
         trial.number for trial in ledger.rank_trials() if ledger.exceeds_masking_gap(trial)
     ] == [5, 4]
-    assert [trial.number for trial in ledger.load_trials()] == list(range(10))
+    assert [trial.number for trial in ledger.load_trials()] == list(range(9))
 
 
 @pytest.mark.parametrize(

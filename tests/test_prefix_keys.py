@@ -50,6 +50,8 @@ OTHER: dict[str, Any] = {
     "optim.momentum": 0.5,
     "validation.size": 20,
     "validation.objective": "clean",
+    "validation.split": "test",
+    "validation.window": [1, 2],
     "validation.scales": [10.0],
     "validation.finish.apgd_t.loss": "ce",
     "validation.finish.apgd_t.norm": "L2",

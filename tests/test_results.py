@@ -13,6 +13,7 @@ from raysweep.errors import DamagedFileError
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.training.selection import SelectionRule
 from raysweep.training.trainer import train_model
 
 
@@ -30,7 +31,7 @@ def ledger(tmp_path_factory) -> Ledger:
         for row in train_model(
             tiny("gairat", seed=seed), ledger.trial_path(number)
         ).last_checkpoint.history:
-            trial = trial.with_epoch(row, "robust_worst")
+            trial = trial.with_epoch(row, SelectionRule("robust_worst"))
         ledger.save_trial(Trial(**{**vars(trial), "state": "finished"}))
     ledger.save_trial(Trial(2, {path: 2.0}, state="failed", reason="the loss became nan"))
     return ledger

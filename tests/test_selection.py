@@ -8,6 +8,7 @@ import pytest
 from conftest import tiny
 
 from raysweep.result_loading import Sweep
+from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_study import build_study
 from raysweep.sweep.search_space import SearchSpace
@@ -15,7 +16,9 @@ from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.config import TrainingConfig, build_training_config
 from raysweep.training.metric_advice import advise_on_training
 from raysweep.training.model_loading import load_checkpoint_target
+from raysweep.training.presets import resolve_training_config
 from raysweep.training.selection import (
+    SelectionRule,
     compute_chance_limit,
     find_best_burn_in_metrics,
     find_best_epoch,
@@ -76,7 +79,7 @@ def test_a_trial_and_its_run_choose_the_same_epoch(tmp_path: Path) -> None:
     for burn_in in range(8):
         history, trial = rows(*values), Trial(0, {}, burn_in=burn_in)
         for row in history:
-            trial = trial.with_epoch(row, "robust_worst")
+            trial = trial.with_epoch(row, SelectionRule("robust_worst", burn_in))
         assert trial.best["epoch"] == find_best_epoch(gairat(burn_in, 7), history)
         before = find_best_burn_in_metrics(gairat(burn_in, 7), history)
         assert trial.best_in_burn_in == before
@@ -133,7 +136,7 @@ def make_sweep(path: Path, *trials: Trial) -> Ledger:
 def made_trial(number: int, state: Any, *values: float, burn_in: int | None = 2) -> Trial:
     trial = Trial(number, {"*.lam": -1.0}, burn_in=burn_in)
     for row in rows(*values):
-        trial = trial.with_epoch(row, "robust_worst")
+        trial = trial.with_epoch(row, SelectionRule("robust_worst", burn_in or 0))
     return Trial(**{**trial.__dict__, "state": state})
 
 
@@ -183,9 +186,9 @@ def test_a_trial_of_an_earlier_version_that_goes_on_is_judged_anew(tmp_path: Pat
     """Its folder has checkpoints of the recorded best, within the burn-in, and of the last."""
     old = made_trial(0, "running", 0.8, 0.7, 0.3, burn_in=None)
     assert old.best["epoch"] == 1
-    resumed = old.with_burn_in(2, "robust_worst")
+    resumed = old.with_rule(SelectionRule("robust_worst", 2))
     assert resumed.best["epoch"] == 3 and resumed.best_in_burn_in["epoch"] == 1
-    assert resumed.with_burn_in(0, "robust_worst") is resumed
+    assert resumed.with_rule(SelectionRule("robust_worst")) is resumed
 
 
 def test_advice_says_that_reweighting_made_it_worse() -> None:
@@ -211,3 +214,55 @@ def test_epochs_around_a_drop_of_the_learning_rate_are_validated(
     lr = {"kind": "piecewise", "boundaries": boundaries, "values": values}
     config = build_training_config("at", {"epochs": 6, "validation.every": every, "optim.lr": lr})
     assert [epoch + 1 for epoch in range(6) if config.is_validated(epoch)] == validated
+
+
+@pytest.mark.parametrize(
+    ("window", "best"), [(None, 3), ((1, 2), 1), ((4, 6), 5), ((6, 6), 6), ((5, 99), 5)]
+)
+def test_the_best_epoch_is_one_of_the_window(window: Any, best: int) -> None:
+    """A window that ends within the burn-in has no epoch that counts: the best in it is taken."""
+    config = build_training_config("gairat", {BURN_IN: 2, "epochs": 6, "validation.window": window})
+    assert find_best_epoch(config, rows(0.9, 0.8, 0.7, 0.5, 0.6, 0.4)) == best
+
+
+def test_the_protocol_of_the_papers_chooses_on_the_test_images(tmp_path: Path) -> None:
+    config = resolve_training_config("gairat-table1", {"protocol": "paper"})
+    ours = resolve_training_config("gairat-table1", {})
+    assert (config.validation.objective, config.validation.split) == ("pgd", "test")
+    assert config.validation.window == (59, 100)
+    assert (ours.validation.objective, ours.validation.split) == ("robust_worst", "val")
+    assert ours.validation.window is None and config.method == ours.method
+    assert any("chosen on the test images" in line for line in config.list_warnings())
+    with pytest.raises(SpecError, match="no protocol 'papers'; nearest: paper"):
+        resolve_training_config("gairat-table1", {"protocol": "papers"})
+    with pytest.raises(SpecError, match="no protocol 'paper'"):
+        resolve_training_config("gairat", {"protocol": "paper"})
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: gairat-table1\nprotocol: paper\nepochs: 90\n")
+    mine = resolve_training_config(str(file), {})
+    assert (mine.epochs, mine.validation.split) == (90, "test")
+
+
+def test_validation_on_the_test_images_is_of_them(tmp_path: Path) -> None:
+    """Clean accuracy of the recorded epochs, computed again on both splits."""
+    config = tiny("at", epochs=1, **{"data.train_size": 320, "validation.split": "test"})
+    result = train_model(config, tmp_path)
+    target = load_checkpoint_target(tmp_path, {})
+    assert target.data is not None
+    accuracies = []
+    for split in (target.data.test, target.data.val):
+        logits = target.model(split.get_float_images(slice(None)))
+        accuracies.append((logits.argmax(1) == split.y).float().mean().item())
+    assert result.last_checkpoint.last_metrics["clean"] == pytest.approx(accuracies[0])
+    assert abs(accuracies[0] - accuracies[1]) > 1e-3
+
+
+def test_later_settings_leave_earlier_digests_as_they_are() -> None:
+    config = tiny("at")
+    assert {"split", "window"} & config.to_stored_dict()["validation"].keys() == set()
+    changed = tiny("at", **{"validation.window": [1, 2], "validation.split": "test"})
+    assert changed.to_stored_dict()["validation"]["window"] == [1, 2]
+    assert changed.digest() != config.digest()
+    assert TrainingConfig.from_data(changed.to_stored_dict(), stored=True) == changed
+    with pytest.raises(SpecError, match="the first epoch, 3, comes after the last, 2"):
+        tiny("at", **{"validation.window": [3, 2]})

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial
 
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import Sampler, SearchSpace
+from raysweep.training.selection import SelectionRule
 
 pytestmark = pytest.mark.needs_ray
 
@@ -157,7 +158,7 @@ def test_several_objectives_are_those_of_one_epoch_and_the_first_chooses_it(
     assert [direction.name for direction in search._study.directions] == ["MAXIMIZE", "MAXIMIZE"]
     trial = Trial(0, {})
     for metrics in rows:
-        trial = trial.with_epoch(metrics, metric[0])
+        trial = trial.with_epoch(metrics, SelectionRule(metric[0]))
     assert trial.best["epoch"] == epoch, "the ledger keeps the same epoch"
 
 

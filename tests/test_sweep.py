@@ -29,6 +29,7 @@ from raysweep.training import checkpoint
 from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.failure_reports import failure_report
+from raysweep.training.selection import SelectionRule
 from raysweep.training.trainer import train_model
 
 pytestmark = pytest.mark.ray
@@ -177,7 +178,7 @@ def test_mlflow_lacks_nothing_when_a_driver_was_killed_between_two_writes(tmp_pa
         ).last_checkpoint.history
         killed.on_trial_update(trial, None)
         for row in rows:
-            trial = trial.with_epoch(row, "robust_worst")
+            trial = trial.with_epoch(row, SelectionRule("robust_worst"))
             ledger.save_trial(trial)
             if row["epoch"] == 1:
                 killed.on_trial_update(trial, row)

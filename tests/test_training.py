@@ -152,7 +152,7 @@ def test_only_the_last_and_the_best_checkpoint_are_kept(tmp_path) -> None:
 def test_a_checkpoint_says_all_that_decided_it(tmp_path) -> None:
     saved = train_model(tiny("at"), tmp_path / "run").last_checkpoint
     meta = json.loads((saved.path / "meta.json").read_text())
-    assert meta["config"] == tiny("at").to_json_dict()
+    assert meta["config"] == tiny("at").to_stored_dict()
     assert torch.__version__.startswith(meta["environment"]["torch"])
     assert len(meta["data_fingerprint"]) == 16
     assert checkpoint.read_checkpoint(saved.path) == saved

@@ -15,6 +15,7 @@ from core_environment import LEFT_OUT, make_core_environment
 
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.training.selection import SelectionRule
 from raysweep.training.trainer import train_model
 
 SMALL = "--set epochs=1 --set data.train_size=64 --set data.val_size=50 --set *.attacks.*.steps=2"
@@ -126,7 +127,8 @@ def make_sweep(path: Path) -> None:
     }
     ledger = Ledger.create(path, SearchSpace.from_data(space))
     (row,) = train_model(config, ledger.trial_path(0)).last_checkpoint.history
-    ledger.save_trial(Trial(0, {"optim.lr": 0.2}, state="finished").with_epoch(row, "robust_worst"))
+    trial = Trial(0, {"optim.lr": 0.2}, state="finished")
+    ledger.save_trial(trial.with_epoch(row, SelectionRule("robust_worst")))
 
 
 @pytest.fixture(scope="module")

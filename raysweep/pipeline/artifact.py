@@ -4,7 +4,6 @@ The folder is written atomically: it exists completely or not at all.
 """
 
 import json
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -37,6 +36,7 @@ class Candidate(Spec):
         "params": "settings",
         "exceeds_masking_gap": "masked",
     }
+    later_fields: ClassVar[frozenset[str]] = frozenset({"is_before_weights_act", "selection_split"})
 
     label: str
     """Row in the report; all seeds of a run share it."""
@@ -58,8 +58,10 @@ class Candidate(Spec):
     """Searched parameters of the trial, by dotted path."""
     exceeds_masking_gap: bool = False
     """Whether the masking gap exceeds the limit of the search space."""
-    is_before_weights_act: bool = Field(default=False, exclude_if=operator.not_)
+    is_before_weights_act: bool = False
     """Whether an instance weight had not acted yet at this epoch, or the model was at chance."""
+    selection_split: str = "val"
+    """Images on which the best epoch was chosen, `val` or `test`."""
     objectives: tuple[str, ...] = (DEFAULT_OBJECTIVE,)
     """Validation metrics that the sweep maximized."""
 
@@ -75,7 +77,13 @@ class Candidate(Spec):
     @property
     def title(self) -> str:
         """Label, seed and kind of checkpoint, for messages."""
-        return f"{self.label}, seed {self.seed}, {self.checkpoint_kind} epoch"
+        where = " chosen on the test images" if self.is_chosen_on_test else ""
+        return f"{self.label}, seed {self.seed}, {self.checkpoint_kind} epoch{where}"
+
+    @property
+    def is_chosen_on_test(self) -> bool:
+        """Whether the test images decided which epoch this is."""
+        return self.selection_split == "test" and self.checkpoint_kind == "best"
 
 
 class EvaluationResult(Spec):

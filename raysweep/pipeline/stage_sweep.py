@@ -20,7 +20,7 @@ from raysweep.terminal import SweepDisplay
 from raysweep.tracking import SweepTracker
 from raysweep.training import checkpoint
 from raysweep.training.config import TrainingConfig, build_training_config
-from raysweep.training.selection import rank_epoch
+from raysweep.training.selection import SelectionRule, rank_epoch
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +168,10 @@ def make_candidate(
     else:
         path = ledger.trial_path(trial.number) / f"epoch-{trial.epoch:04d}"
     saved = checkpoint.read_checkpoint(path)
+    rule = SelectionRule(ledger.space.objectives[0])
+    if trial.burn_in is not None:
+        rule = SelectionRule.from_config(saved.config)
+    rank = rank_epoch(saved.last_metrics, rule)
     return Candidate(
         label=label,
         method=saved.config.method.name,
@@ -179,10 +183,9 @@ def make_candidate(
         metrics={key: value for key, value in saved.last_metrics.items() if "/" not in key},
         params={key: value for key, value in trial.params.items() if key != "seed"},
         exceeds_masking_gap=ledger.exceeds_masking_gap(trial),
-        is_before_weights_act=not rank_epoch(
-            saved.last_metrics, trial.burn_in or 0, ledger.space.objectives[0]
-        ).counts,
+        is_before_weights_act=not (rank.weights_act and rank.is_above_chance),
         objectives=ledger.space.objectives,
+        selection_split=saved.config.validation.split,
     )
 
 

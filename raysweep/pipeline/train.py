@@ -1,7 +1,7 @@
 """The train stage: training runs with fixed settings, each over several seeds."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -34,16 +34,23 @@ from raysweep.training.presets import load_preset
 class TrainingRow(Spec):
     """Training of one row of a table: a preset or a method."""
 
+    later_fields: ClassVar[frozenset[str]] = frozenset({"protocol"})
+
     preset: str | None = None
     """Name of a preset. A row has either `preset` or `method`."""
     method: str | None = None
     """Name of a training method."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Training settings of this row, by dotted path."""
+    protocol: str | None = None
+    """Protocol of the preset, such as `paper`, by which the best epoch is chosen (null: that of the
+    stage)."""
 
 
 class TrainStage(Stage):
     """Trains runs over several seeds; each checkpoint becomes a candidate."""
+
+    later_fields: ClassVar[frozenset[str]] = frozenset({"protocol"})
 
     kind: Literal["train"] = "train"
     runs: Annotated[dict[str, TrainingRow], Field(min_length=1)]
@@ -54,6 +61,9 @@ class TrainStage(Stage):
     """Checkpoints that become candidates: `best` on validation, `last`."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Training settings of all runs, by dotted path."""
+    protocol: str | None = None
+    """Protocol of the presets, such as `paper`, by which the best epoch is chosen (null: on
+    validation images)."""
     cpus: Annotated[Number, Field(gt=0)] = 1.0
     """CPU cores of a run."""
     gpus: Annotated[Number, Field(ge=0)] | None = None
@@ -90,7 +100,14 @@ class TrainStage(Stage):
         """Build the sweep over the seeds of one row."""
         if (row.preset is None) == (row.method is None):
             raise SpecError("needs exactly one of preset, method")
-        method, base = load_preset(row.preset) if row.preset else (row.method, {})
+        protocol = row.protocol or self.protocol
+        method: str | dict[str, Any]
+        if row.preset:
+            method, base = load_preset(row.preset, protocol)
+        elif protocol:
+            raise SpecError(f"protocol = {protocol!r}: only presets have protocols")
+        else:
+            method, base = row.method or "", {}
         overrides = training_overrides.merge({**self.set, **row.set})
         return build_seed_grid(method, {**base, **overrides}, self.seeds)
 

@@ -20,7 +20,7 @@ from raysweep.spec import JsonDict, SpecError
 from raysweep.sweep.extension_checks import check_extension
 from raysweep.sweep.search_space import Params, SearchSpace
 from raysweep.training.metric_history import EpochMetrics
-from raysweep.training.selection import EpochRank, RunRank, rank_epoch
+from raysweep.training.selection import EpochRank, RunRank, SelectionRule, rank_epoch
 
 TrialStatus = Literal["running", "finished", "stopped", "failed"]
 # Field of a trial -> its key in trial.json, where the two differ.
@@ -72,13 +72,13 @@ class Trial:
         """Return a metric of the best epoch; -inf if it has not been measured."""
         return self.best.get(metric, float("-inf"))
 
-    def with_epoch(self, epoch_metrics: EpochMetrics, objective: str) -> "Trial":
+    def with_epoch(self, epoch_metrics: EpochMetrics, rule: SelectionRule) -> "Trial":
         """Return this trial after one more epoch.
 
         Args:
             epoch_metrics: Metrics of the epoch; `epoch` is its number, `shared` is present if the
                 epoch was reused from another trial.
-            objective: Name of the metric that decides which epoch is best.
+            rule: Which epochs can be the best.
 
         Returns:
             The updated trial; this same object if the epoch was reported before.
@@ -87,10 +87,10 @@ class Trial:
         if epoch <= self.epoch:
             return self
         curve = self.curve
-        value = epoch_metrics.get(objective)
+        value = epoch_metrics.get(rule.objective)
         if value is not None:
             curve = [*curve, [epoch, value]]
-        updated = self._with_candidate(epoch_metrics, objective)
+        updated = self._with_candidate(epoch_metrics, rule)
         return replace(
             updated,
             epoch=epoch,
@@ -100,12 +100,11 @@ class Trial:
             reason="",
         )
 
-    def with_burn_in(self, burn_in: int, objective: str) -> "Trial":
+    def with_rule(self, rule: SelectionRule) -> "Trial":
         """Return this trial with its burn-in, for a trial that will report more epochs.
 
         Args:
-            burn_in: Burn-in of the trial's config.
-            objective: Name of the metric that decides which epoch is best.
+            rule: Rule of the trial's config.
 
         Returns:
             The trial. If an earlier version wrote it, its best epoch is chosen anew from the two
@@ -113,26 +112,30 @@ class Trial:
         """
         if self.burn_in is not None:
             return self
-        trial = replace(self, burn_in=burn_in, best={})
+        trial = replace(self, burn_in=rule.burn_in, best={})
         for metrics in sorted([self.best, self.latest], key=lambda row: row.get("epoch", 0)):
-            trial = trial._with_candidate(metrics, objective)
+            trial = trial._with_candidate(metrics, rule)
         return trial
 
-    def rank_best_epoch(self, objective: str) -> EpochRank:
-        """Return the rank of the best epoch."""
-        return rank_epoch(self.best, self.burn_in or 0, objective)
+    def rank_best_epoch(self, space: SearchSpace) -> EpochRank:
+        """Return the rank of the best epoch, by the rule of the version that chose it.
 
-    def _with_candidate(self, metrics: EpochMetrics, objective: str) -> "Trial":
+        Args:
+            space: The sweep's search space.
+        """
+        if self.burn_in is None:
+            return rank_epoch(self.best, SelectionRule(space.objectives[0]))
+        return rank_epoch(self.best, space.find_selection_rule(self.params))
+
+    def _with_candidate(self, metrics: EpochMetrics, rule: SelectionRule) -> "Trial":
         """Return this trial with the epoch as the best one or the best of its burn-in if it is."""
-        if objective not in metrics:
+        if rule.objective not in metrics:
             return self
-        trial, burn_in = self, self.burn_in or 0
-        if not self.best or rank_epoch(metrics, burn_in, objective) > self.rank_best_epoch(
-            objective
-        ):
+        trial, value = self, metrics[rule.objective]
+        if not self.best or rank_epoch(metrics, rule) > rank_epoch(self.best, rule):
             trial = replace(trial, best=metrics)
-        best_before = self.best_in_burn_in.get(objective, float("-inf"))
-        if metrics["epoch"] <= burn_in and metrics[objective] > best_before:
+        best_before = self.best_in_burn_in.get(rule.objective, float("-inf"))
+        if metrics["epoch"] <= rule.burn_in and value > best_before:
             trial = replace(trial, best_in_burn_in=metrics)
         return trial
 
@@ -304,22 +307,21 @@ class Ledger:
         metric = self.space.objectives[0]
         return RunRank(
             has_failed=trial.state == "failed",
-            is_before_weights_act=not trial.rank_best_epoch(metric).counts,
+            is_before_weights_act=not trial.rank_best_epoch(self.space).counts,
             exceeds_masking_gap=self.exceeds_masking_gap(trial),
             negated_score=-trial.score(metric),
         )
 
     def describe_choice(self, trial: Trial) -> str:
         """Describe in a few words what is wrong with a trial's best epoch; "" if nothing is."""
-        burn_in = trial.burn_in
-        if burn_in is None:
-            burn_in = self.space.find_burn_in(trial.params)
-        metric = self.space.objectives[0]
-        rank = rank_epoch(trial.best, burn_in, metric)
-        if metric not in trial.best:
+        rule = self.space.find_selection_rule(trial.params)
+        rank = rank_epoch(trial.best, rule)
+        if rule.objective not in trial.best:
             return ""
         if not rank.weights_act:
             return "best before its weights acted"
+        if not rank.is_in_window:
+            return "best outside of validation.window"
         return "" if rank.is_above_chance else "no better than chance"
 
     def exceeds_masking_gap(self, trial: Trial) -> bool:

@@ -12,7 +12,7 @@ from raysweep.sweep.optuna_study import constraint_values, to_frozen_trial
 from raysweep.sweep.search_space import Params
 from raysweep.training.failure_reports import FAILURE_KEY
 from raysweep.training.metric_history import EpochMetrics
-from raysweep.training.selection import rank_epoch
+from raysweep.training.selection import SelectionRule, rank_epoch
 
 
 class LedgerSearcher(Searcher):
@@ -38,7 +38,7 @@ class LedgerSearcher(Searcher):
         # By Tune's id of the trial: Optuna's trial, or the ledger's if it is a resumed one.
         self._pending_trials: dict[str, optuna.Trial | Trial] = {}
         self._best_metrics: dict[str, EpochMetrics] = {}
-        self._burn_ins: dict[str, int] = {}
+        self._rules: dict[str, SelectionRule] = {}
         self._n_complete = 0
         self._tried_digests = {json_digest(trial.params) for trial in past_trials}
         self._unfinished_trials = [trial for trial in past_trials if trial.state == "running"]
@@ -64,20 +64,20 @@ class LedgerSearcher(Searcher):
         if self._unfinished_trials:
             trial = self._unfinished_trials.pop(0)
             self._pending_trials[trial_id] = trial
-            self._burn_ins[trial_id] = self._ledger.space.find_burn_in(trial.params)
+            self._rules[trial_id] = self._ledger.space.find_selection_rule(trial.params)
             self.on_trial_result(trial_id, trial.best)
             return {"number": trial.number, "params": trial.params}
         if not self._free_numbers:
             return Searcher.FINISHED  # type: ignore[no-any-return]
         self._pending_trials[trial_id], params = self._ask_new_params()
-        self._burn_ins[trial_id] = self._ledger.space.find_burn_in(params)
+        self._rules[trial_id] = self._ledger.space.find_selection_rule(params)
         return {"number": self._free_numbers.pop(0), "params": params}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Keep the metrics of the trial's best epoch, if there is one that counts."""
-        metric, burn_in = self._ledger.space.objectives[0], self._burn_ins[trial_id]
-        best, rank = self._best_metrics.get(trial_id), rank_epoch(result, burn_in, metric)
-        if rank.counts and (best is None or rank > rank_epoch(best, burn_in, metric)):
+        rule, best = self._rules[trial_id], self._best_metrics.get(trial_id)
+        rank = rank_epoch(result, rule)
+        if rank.counts and (best is None or rank > rank_epoch(best, rule)):
             self._best_metrics[trial_id] = {
                 name: value for name, value in result.items() if isinstance(value, float)
             } | {"epoch": float(result["epoch"])}

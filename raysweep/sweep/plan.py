@@ -129,7 +129,7 @@ def plan_sweep(
             for path, distribution in space.space.items()
         },
         n_train_examples=len(data.train),
-        n_validation_examples=len(data.val),
+        n_validation_examples=len(config.validation.select_split(data)),
         resources=resources,
         concurrency=concurrency,
         seconds_per_epoch=seconds_per_epoch,
@@ -265,7 +265,8 @@ def expected_trial_epochs(space: SearchSpace, max_epochs: int, starting_epoch: i
 
 def _n_validated_examples(config: TrainingConfig, data: DatasetSplits) -> int:
     """Return the number of validation examples that the objective is computed on."""
-    return min(len(data.val), config.validation.size or len(data.val))
+    n_available = len(config.validation.select_split(data))
+    return min(n_available, config.validation.size or n_available)
 
 
 def _time_training_steps(

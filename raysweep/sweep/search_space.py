@@ -23,6 +23,7 @@ from raysweep.spec import (
     read_yaml,
 )
 from raysweep.training.config import TrainingConfig, build_training_config
+from raysweep.training.selection import SelectionRule
 from raysweep.training.validation import ObjectiveName
 
 if TYPE_CHECKING:
@@ -270,16 +271,17 @@ class SearchSpace(Spec):
             self.method, {"validation.objective": self.objectives[0]}, self.base, params
         )
 
-    def find_burn_in(self, params: Mapping[str, Any]) -> int:
-        """Return the burn-in of a trial; 0 for params that are invalid together, which fail later.
+    def find_selection_rule(self, params: Mapping[str, Any]) -> SelectionRule:
+        """Return which epochs of a trial can be its best.
 
         Args:
-            params: Values by dotted path.
+            params: Values by dotted path. If they are invalid together, all epochs: the trial fails
+                when it starts.
         """
         try:
-            return self.trial_config(params).burn_in
+            return SelectionRule.from_config(self.trial_config(params))
         except SpecError:
-            return 0
+            return SelectionRule(self.objectives[0])
 
     def with_absolute_paths(self) -> "SearchSpace":
         """Return this space with absolute paths of the data, because trials run elsewhere."""

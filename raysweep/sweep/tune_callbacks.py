@@ -16,6 +16,7 @@ from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.process_death_causes import describe_process_loss
 from raysweep.training.failure_reports import BUG_TRACEBACK_KEY, FAILURE_KEY
 from raysweep.training.metric_history import EpochMetrics
+from raysweep.training.selection import SelectionRule
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,7 @@ class LedgerCallback(tune.Callback):
         # Includes trials of earlier calls and rounds. Read once, because a sweep may have thousands
         # of trials.
         self._trials_by_number = {trial.number: trial for trial in ledger.load_trials()}
+        self._rules: dict[int, SelectionRule] = {}
         self._trials_by_id: dict[str, Trial] = {}
         # By Tune's id: since when a trial has held its resources, apart from the seconds that are
         # already counted. Trials that wait for a process are missing.
@@ -238,8 +240,9 @@ class LedgerCallback(tune.Callback):
             new_trial = Trial(trial.config["number"], trial.config["params"])
             saved_trial = self._trials_by_number.get(new_trial.number, new_trial)
             space = self._ledger.space
-            burn_in = space.find_burn_in(saved_trial.params)
-            saved_trial = saved_trial.with_burn_in(burn_in, space.objectives[0])
+            rule = space.find_selection_rule(saved_trial.params)
+            self._rules[saved_trial.number] = rule
+            saved_trial = saved_trial.with_rule(rule)
             _log_trial_start(saved_trial)
             self._save_and_notify(trial, replace(saved_trial, state="running"))
 
@@ -273,7 +276,7 @@ class LedgerCallback(tune.Callback):
             self._save_and_notify(trial, failed_trial)
             return
         metrics = {k: float(v) for k, v in result.items() if k == "epoch" or _is_metric(k, v)}
-        updated_trial = saved_trial.with_epoch(metrics, self._ledger.space.objectives[0])
+        updated_trial = saved_trial.with_epoch(metrics, self._rules[saved_trial.number])
         if updated_trial is not saved_trial:
             self._save_and_notify(trial, updated_trial, metrics)
 

@@ -152,7 +152,10 @@ class Tracker:
         for start in range(0, len(params), _MAX_PARAMS_PER_BATCH):
             client.log_batch(run_id, params=params[start : start + _MAX_PARAMS_PER_BATCH])
         changed = {key: value for key, value in values.items() if logged.get(key, value) != value}
-        self.set_tags(run_id, {f"now.{key}": value for key, value in changed.items()})
+        tags = {f"now.{key}": value for key, value in changed.items()}
+        if config.validation.split == "test":
+            tags["raysweep.best_epoch_chosen_on"] = "test"
+        self.set_tags(run_id, tags)
         client.log_dict(run_id, config.to_json_dict(), "config.json")
         client.log_dict(run_id, describe_environment(), "environment.json")
         if fingerprint:

@@ -115,6 +115,7 @@ class TrainingConfig(Spec):
             *self._warn_about_long_burn_ins(),
             *self._warn_about_attacks(),
             *self._warn_about_data(),
+            *self._warn_about_selection(),
         ]
 
     def _warn_about_long_burn_ins(self) -> Iterator[str]:
@@ -125,6 +126,17 @@ class TrainingConfig(Spec):
             if burn_in >= self.epochs:
                 path = f"method.terms.{name}.weight.burn_in"
                 yield f"{path} = {burn_in}: the weights never act in {epochs}"
+
+    def _warn_about_selection(self) -> Iterator[str]:
+        """Warn about a best epoch that is chosen on test images, or a window without epochs."""
+        if self.validation.split == "test":
+            yield (
+                "validation.split = test: the best epoch is chosen on the test images, "
+                "so its accuracies there are too high"
+            )
+        window = self.validation.window
+        if window is not None and window[0] > self.epochs:
+            yield f"validation.window = {list(window)}: the run ends after epoch {self.epochs}"
 
     def _warn_about_attacks(self) -> Iterator[str]:
         """Warn about attacks that bf16 makes useless or torch.compile makes slow."""

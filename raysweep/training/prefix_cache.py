@@ -61,7 +61,7 @@ def prefix_keys(
         "data": data_fingerprint,
         "split": _without_keys(data, dropped_keys=("data_dir", "download", "name")),
         "model": config.model.to_json_dict(),
-        "validation": config.validation.to_json_dict(),
+        "validation": config.validation.to_stored_dict(),
         "compute": config.compute.resolve(device).to_json_dict(),
         "machine": [*versions, device.type, torch.get_num_threads(), n_workers],
     }

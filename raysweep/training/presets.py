@@ -1,7 +1,9 @@
 """Presets: YAML files with the settings of the papers' training runs.
 
 A file has a `method`, and settings as `dotted.path: value`. With `extends: NAME` it inherits the
-method and settings of another preset, and may override them.
+method and settings of another preset, and may override them. `protocols: {NAME: settings}` are
+further settings that take effect with `protocol: NAME`: `paper` chooses the best epoch as the paper
+does, on the test images.
 """
 
 from collections.abc import Mapping
@@ -22,25 +24,45 @@ PresetContent = tuple[str | dict[str, Any], dict[str, Any]]
 """Method (its name, or its settings as a mapping), and dotted path -> value of other settings."""
 
 
-def load_preset(name: str) -> PresetContent:
+def load_preset(name: str, protocol: str | None = None) -> PresetContent:
     """Read a preset.
 
     Args:
         name: Name of the preset, as `raysweep list` prints it.
+        protocol: Name of one of its protocols; None for that of raysweep.
 
     Returns:
         Method and settings, the arguments of `build_training_config`.
 
     Raises:
-        SpecError: There is no such preset; the message suggests similar names.
+        SpecError: There is no such preset or protocol; the message suggests similar names.
     """
+    content = _read_preset(name)
+    return content.pop("method"), _choose_protocol(content, protocol)
+
+
+def _read_preset(name: str) -> JsonDict:
+    """Return the content of a preset, with that of the presets that it extends."""
     if name not in list_presets():
         raise SpecError(describe_unknown_name("preset", name, list_presets()))
     path = _presets_folder() / f"{name}.yaml"
-    settings = _apply_extends(read_yaml(path))
-    if "method" not in settings:
+    content = _apply_extends(read_yaml(path))
+    if "method" not in content:
         raise SpecError(f"{path}: method is missing")
-    return settings.pop("method"), settings
+    return content
+
+
+def _choose_protocol(content: JsonDict, protocol: str | None) -> JsonDict:
+    """Return the settings in the content of a file, with those of one of its protocols."""
+    settings = dict(content)
+    protocols = settings.pop("protocols", {})
+    protocol = protocol or settings.pop("protocol", None)
+    settings.pop("protocol", None)
+    if protocol is None:
+        return settings
+    if protocol not in protocols:
+        raise SpecError(describe_unknown_name("protocol", protocol, list(protocols)))
+    return {**settings, **protocols[protocol]}
 
 
 def resolve_training_config(source: str, overrides: Mapping[str, Any]) -> TrainingConfig:
@@ -48,7 +70,8 @@ def resolve_training_config(source: str, overrides: Mapping[str, Any]) -> Traini
 
     Args:
         source: Name of a method or preset, or path of a YAML file with the content of a preset.
-        overrides: Dotted path -> value; they override the settings of `source`.
+        overrides: Dotted path -> value; they override the settings of `source`. `protocol` is the
+            name of one of its protocols.
 
     Returns:
         The config.
@@ -56,13 +79,16 @@ def resolve_training_config(source: str, overrides: Mapping[str, Any]) -> Traini
     Raises:
         SpecError: The name is unknown, or settings are wrong; one line for each problem.
     """
+    overrides = dict(overrides)
+    protocol = overrides.pop("protocol", None)
     if source.endswith((".yaml", ".yml")):
-        settings = _apply_extends(read_yaml(Path(source)))
-        return build_training_config(settings.pop("method", "at"), settings, overrides)
+        content = _apply_extends(read_yaml(Path(source)))
+        method = content.pop("method", "at")
+        return build_training_config(method, _choose_protocol(content, protocol), overrides)
     if source in METHODS:
-        return build_training_config(source, overrides)
+        return build_training_config(source, _choose_protocol({}, protocol), overrides)
     if source in list_presets():
-        method, settings = load_preset(source)
+        method, settings = load_preset(source, protocol)
         return build_training_config(method, settings, overrides)
     raise SpecError(describe_unknown_name("method or preset", source, [*METHODS, *list_presets()]))
 
@@ -71,8 +97,7 @@ def _apply_extends(content: JsonDict) -> JsonDict:
     """Merge a file's settings into those of the preset that it extends, if any."""
     if "extends" not in content:
         return content
-    method, base = load_preset(str(content.pop("extends")))
-    return {"method": method, **base, **content}
+    return {**_read_preset(str(content.pop("extends"))), **content}
 
 
 def list_presets() -> list[str]:

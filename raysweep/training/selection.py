@@ -11,23 +11,48 @@ CHANCE_LIMIT_METRIC = "val/chance_limit"
 """Metric of a validated epoch: natural accuracy up to which a model may be guessing."""
 
 
+class SelectionRule(NamedTuple):
+    """Which epochs of a run can be its best, and by which metric.
+
+    Attributes:
+        objective: Metric that decides; larger is better.
+        burn_in: Number of first epochs in which an instance weight is still 1.
+        first_epoch: First epoch that counts, from 1 (`validation.window`).
+        last_epoch: Last epoch that counts.
+    """
+
+    objective: str
+    burn_in: int = 0
+    first_epoch: int = 1
+    last_epoch: float = math.inf
+
+    @classmethod
+    def from_config(cls, config: TrainingConfig) -> "SelectionRule":
+        """Return the rule of a run."""
+        first_epoch, last_epoch = config.validation.window or (1, math.inf)
+        return cls(config.validation.objective, config.burn_in, first_epoch, last_epoch)
+
+
 class EpochRank(NamedTuple):
     """How good an epoch is; a larger rank is better.
 
     Attributes:
         is_above_chance: Whether its natural accuracy is more than guessing gives.
+        is_in_window: Whether it lies in `validation.window`.
         weights_act: Whether the burn-ins of all instance weights were over.
         value: Value of the objective; minus infinity if it was not measured.
     """
 
     is_above_chance: bool
+    is_in_window: bool
     weights_act: bool
     value: float
 
     @property
     def counts(self) -> bool:
         """Whether the epoch can represent its run in a ranking."""
-        return self.is_above_chance and self.weights_act and self.value > -math.inf
+        is_candidate = self.is_above_chance and self.is_in_window and self.weights_act
+        return is_candidate and self.value > -math.inf
 
 
 class RunRank(NamedTuple):
@@ -51,22 +76,23 @@ class RunRank(NamedTuple):
         return not (self.has_failed or self.is_before_weights_act or self.exceeds_masking_gap)
 
 
-def rank_epoch(metrics: EpochMetrics, burn_in: int, objective: str) -> EpochRank:
+def rank_epoch(metrics: EpochMetrics, rule: SelectionRule) -> EpochRank:
     """Rank an epoch among those of its run.
 
     Args:
         metrics: Metrics of the epoch; {} before the first.
-        burn_in: Number of first epochs in which an instance weight is still 1.
-        objective: Metric that decides; larger is better.
+        rule: Rule of the run.
 
     Returns:
         The rank.
     """
+    epoch = metrics.get("epoch", 0)
     clean, limit = metrics.get("clean", math.inf), metrics.get(CHANCE_LIMIT_METRIC, -math.inf)
     return EpochRank(
-        is_above_chance=objective in metrics and clean > limit,
-        weights_act=metrics.get("epoch", 0) > burn_in,
-        value=metrics.get(objective, -math.inf),
+        is_above_chance=rule.objective in metrics and clean > limit,
+        is_in_window=rule.first_epoch <= epoch <= rule.last_epoch,
+        weights_act=epoch > rule.burn_in,
+        value=metrics.get(rule.objective, -math.inf),
     )
 
 
@@ -77,8 +103,8 @@ def find_best_epoch(
 ) -> int:
     """Find the epoch with the highest `validation.objective` after all burn-ins.
 
-    An epoch within a burn-in, or one whose natural accuracy is at chance, is chosen only if there
-    is no other: such a model is not what its settings say.
+    An epoch within a burn-in, outside `validation.window`, or whose natural accuracy is at chance,
+    is chosen only if there is no other: such a model is not what its settings say.
 
     Args:
         config: The run's config.
@@ -88,12 +114,12 @@ def find_best_epoch(
     Returns:
         The 1-based epoch; the earliest of several with the same value.
     """
-    objective, burn_in = config.validation.objective, config.burn_in
+    rule = SelectionRule.from_config(config)
     best_epoch, best_rank = 0, None
     for epoch, metrics in enumerate(history, 1):
         if saved_epochs is not None and epoch not in saved_epochs:
             continue
-        rank = rank_epoch({"epoch": epoch, **metrics}, burn_in, objective)
+        rank = rank_epoch({"epoch": epoch, **metrics}, rule)
         if best_rank is None or rank > best_rank:
             best_epoch, best_rank = epoch, rank
     return best_epoch or len(history)

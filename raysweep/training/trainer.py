@@ -246,6 +246,7 @@ class _TrainingRun:
                 self.config, self.data.fingerprint, self.workers.size, self.device
             )
         self.device_data = self.data.to(self.device)
+        self.validation_data = self.config.validation.select_split(self.data).to(self.device)
         self.checkpointer: MidEpochCheckpointer | None = None
         if self.workers.size == 1:
             self.checkpointer = MidEpochCheckpointer(
@@ -421,7 +422,7 @@ class _TrainingRun:
     def _validate(self) -> EpochMetrics:
         """Measure the model on validation data, and on some training images."""
         started_at = time.perf_counter()
-        val = self.device_data.val
+        val = self.validation_data
         with disable_tf32_and_autocast(val.y.device):
             # The same copy and precision as for AutoAttack, independent of `config.compute`.
             model = make_attack_model(self.model, val.get_float_images(slice(0, MIN_BATCH_ROWS)))
@@ -488,7 +489,8 @@ def _check_not_collapsed(
         return
     if validated[0]["epoch"] <= config.collapse_after:
         return
-    n_examples = min(config.validation.size or len(data.val), len(data.val))
+    n_validation = len(config.validation.select_split(data))
+    n_examples = min(config.validation.size or n_validation, n_validation)
     limit = compute_chance_limit(data.classes, n_examples)
     if all(metrics["clean"] <= limit for metrics in validated):
         last = validated[-1]

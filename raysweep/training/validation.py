@@ -1,14 +1,14 @@
 """Validation during training: a few fast, different attacks. Sweeps rank trials by the results."""
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from raysweep.attacks import APGD, PGD, AnyAttack, freeze_model, maybe_tf32
-from raysweep.data import Split
+from raysweep.data import DatasetSplits, Split
 from raysweep.losses import cross_entropy
 from raysweep.rng import ExampleRng
 from raysweep.schedules import Number
@@ -46,6 +46,8 @@ class Validation(Spec):
     overestimates the robustness of reweighted models more than that of others.
     """
 
+    later_fields: ClassVar[frozenset[str]] = frozenset({"split", "window"})
+
     attacks: Annotated[dict[str, AnyAttack], Field(min_length=1)] = Field(
         default_factory=_default_attacks
     )
@@ -68,6 +70,15 @@ class Validation(Spec):
     objective: ObjectiveName = DEFAULT_OBJECTIVE
     """Metric that decides which epoch is the best; larger is better."""
 
+    split: Literal["val", "test"] = "val"
+    """Images that decide which epoch is the best: a part of the training images, or the test images
+    as in the papers. With `test`, the best epoch is chosen on the images of the final results, so
+    these are too high."""
+
+    window: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    """First and last epoch, from 1, among which the best epoch is chosen. null: all after the
+    burn-in."""
+
     flatness: bool = False
     """Also measure the norm of the loss's input gradient at friendly adversarial examples (PGD-20
     that stops at the first misclassification) and at those of PGD-20."""
@@ -83,6 +94,14 @@ class Validation(Spec):
     """Compute the attacks in TF32, which is several times faster on NVIDIA's GPUs. Whether an
     example survives is still decided in float32."""
 
+    @field_validator("window")
+    @classmethod
+    def _check_window(cls, window: tuple[int, int] | None) -> tuple[int, int] | None:
+        """Reject a window that ends before it begins."""
+        if window is not None and window[0] > window[1]:
+            raise ValueError(f"the first epoch, {window[0]}, comes after the last, {window[1]}")
+        return window
+
     @model_validator(mode="after")
     def _check_objective(self) -> Self:
         """Reject an objective that none of the attacks measures."""
@@ -91,6 +110,10 @@ class Validation(Spec):
                 f"objective = {self.objective!r}: none of `attacks`: {', '.join(self.attacks)}"
             )
         return self
+
+    def select_split(self, data: DatasetSplits) -> Split:
+        """Return the images of a data set that `split` names."""
+        return data.test if self.split == "test" else data.val
 
     def __call__(self, model: nn.Module, split: Split) -> dict[str, float]:
         """Evaluate a model. The attacks' random starts are the same for all checkpoints.

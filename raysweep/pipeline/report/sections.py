@@ -132,6 +132,7 @@ def build_evaluation_sections(
                     "Each checkpoint was run on the test set once."
                 ),
                 _build_accuracy_table(evaluations, best_evaluation),
+                *_build_selection_paragraphs(evaluations),
                 *_build_warning_paragraphs(evaluations),
                 _build_attack_table(shown),
                 _build_class_table(shown),
@@ -198,6 +199,30 @@ def _format_accuracy_row(
         gap,
         masking,
     ]
+
+
+def _build_selection_paragraphs(evaluations: Sequence[EvaluationResult]) -> list[Paragraph]:
+    """Build paragraphs about epochs chosen on the test images, or before the weights acted."""
+    candidates = [e.candidate for e in evaluations]
+    on_test = dict.fromkeys(c.label for c in candidates if c.is_chosen_on_test)
+    before = dict.fromkeys(c.title for c in candidates if c.is_before_weights_act)
+    paragraphs = []
+    if on_test:
+        paragraphs.append(
+            Paragraph(
+                f"The best epoch of {', '.join(on_test)} was chosen on the test images, as in the "
+                "paper (protocol: paper). These numbers are too high beside those of the others, "
+                "whose epochs were chosen on validation images."
+            )
+        )
+    if before:
+        paragraphs.append(
+            Paragraph(
+                f"{', '.join(before)}: no later epoch counts, so this is a model whose instance "
+                "weights had not acted yet, or one no better than chance."
+            )
+        )
+    return paragraphs
 
 
 def _build_warning_paragraphs(evaluations: Sequence[EvaluationResult]) -> list[Paragraph]:
