@@ -1,31 +1,32 @@
 """Leases: exclusive rights of one process to train a shared prefix or to work in a folder.
 
-`FileLease` and `BucketLease` guard one key in a folder or bucket that machines share; the holder
-renews them with a heartbeat. `hold_pipeline_lease` and `hold_folder_lease` guard a whole folder: a
-local one with a lock of the operating system, one in a bucket with a `BucketLease`.
+Whoever trains a shared prefix holds a lease that expires: if its holder stops without releasing it,
+another process takes it over. A holder that was only paused may then train the same prefix again,
+which wastes time and changes no result.
 
-A lease ends when its process ends. Processes of the same machine see that the process is gone;
-those of other machines see that its heartbeat has stopped, or that its lock is free.
+Whoever works in a folder holds its lock (see `raysweep.folder_lock`). A bucket has no locks, so
+there the folder has a lease, too; a holder that lost it must stop (see `HeldFolder`).
 """
 
-import fcntl
 import os
 import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from raysweep import storage
-from raysweep.errors import InfrastructureError
-from raysweep.spec import SpecError
+from filelock import SoftFileLease, Timeout
 
-# Seconds between two attempts to acquire the lease of a folder.
+from raysweep import storage
+from raysweep.bucket_lease import DEFAULT_LEASE_TIMES, LeaseHeartbeat, LeaseTimes
+from raysweep.errors import SpecError
+from raysweep.folder_lock import hold_folder_lock
+
+# Seconds between two attempts to acquire the lease of a bucket's folder.
 _POLL_SECONDS = 0.5
-# Seconds between heartbeats, and seconds without one after which a lease has expired.
+# Seconds between heartbeats of a bucket's lease, and seconds without one after which it expires.
 _RENEWAL_INTERVAL, _EXPIRES_AFTER = 5.0, 30.0
 # If several processes try to acquire a bucket's lease at the same time, each checks this number of
 # times, at this interval in seconds, whether the others have withdrawn.
@@ -33,17 +34,25 @@ _N_CONTEST_CHECKS, _CONTEST_INTERVAL = 10, 0.1
 
 
 class Lease(Protocol):
-    """Exclusive right of one process.
+    """Exclusive right of one process, which renews it in a thread until it is released.
 
-    A lease expires when its process is gone (visible on the same machine only) or when its
-    heartbeat has stopped for 30 seconds.
+    A lease expires when its process is gone (visible on the same machine only) or when other
+    processes saw no renewal for 30 seconds of their own clocks.
     """
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another process has taken the lease over since this one acquired it."""
+        ...
 
     def try_acquire(self) -> bool:
         """Try once to acquire the lease, without waiting for its holder.
 
+        A process that wants the lease calls this again and again: only that shows it that the
+        holder has stopped.
+
         Returns:
-            Whether this process has acquired the lease.
+            Whether this object holds the lease; True again if it held it before.
 
         Raises:
             OSError: The lease cannot be written, or the bucket does not answer.
@@ -51,114 +60,66 @@ class Lease(Protocol):
         """
         ...
 
-    def renew(self) -> None:
-        """Record a heartbeat. Only the holder may call this, at least every 30 seconds.
-
-        Raises:
-            OSError: The heartbeat cannot be written. `LeaseHeartbeat` then tries again later.
-        """
+    def release(self) -> None:
+        """Give the lease back. Do nothing if this object does not hold it."""
         ...
+
+
+class FolderLease:
+    """Lease in a folder that processes share: a file, renewed by its time of modification."""
+
+    def __init__(self, path: Path, times: LeaseTimes = DEFAULT_LEASE_TIMES) -> None:
+        """Describe the lease without acquiring it.
+
+        Args:
+            path: The lease's file; its folder must exist when the lease is acquired. If a later
+                version of raysweep has another `expires_after`, its files need another name:
+                filelock raises an error for a lease with another number.
+            times: How often it is renewed.
+        """
+        self._lease = SoftFileLease(
+            path,
+            lease_duration=times.expires_after,
+            heartbeat_interval=times.renewal_interval,
+            timeout=0,
+            thread_local=False,
+        )
+
+    @property
+    def is_lost(self) -> bool:
+        return self._lease.compromise is not None
+
+    def try_acquire(self) -> bool:
+        """Create the file, or replace it if its lease has expired."""
+        if not self._lease.is_locked:
+            try:
+                self._lease.acquire()
+            except Timeout:
+                return False
+        return True
 
     def release(self) -> None:
-        """Give the lease back. Do nothing if the lease does not exist."""
-        ...
+        """Delete the file, unless it is another process's by now."""
+        self._lease.release()
 
 
 def make_lease(folder: Path, key: str) -> Lease:
-    """Create a lease; the caller still has to acquire it.
+    """Create a lease on a shared prefix; the caller still has to acquire it.
 
     Args:
         folder: Folder that the competing processes share, or a bucket's working copy.
         key: What the lease guards; a file name.
 
     Returns:
-        A `BucketLease` below `.claims/` for a bucket, otherwise a `FileLease`.
+        A `BucketLease` below `.claims/` for a bucket, otherwise a `FolderLease`.
     """
     if storage.is_bucket_copy(folder):
         return BucketLease(folder / ".claims" / key)
-    return FileLease(folder / f"{key}.claim")
-
-
-class LeaseHeartbeat:
-    """Context manager that renews an acquired lease every 5 seconds and releases it on exit."""
-
-    def __init__(self, lease: Lease) -> None:
-        """Prepare the heartbeat.
-
-        Args:
-            lease: A lease that this process has acquired.
-        """
-        self._lease = lease
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew_until_stopped, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        # A renewal after the release would create the lease again.
-        self._thread.join()
-        self._lease.release()
-
-    def _renew_until_stopped(self) -> None:
-        """Renew the lease at each interval; a failed renewal is tried again at the next one."""
-        while not self._stop.wait(_RENEWAL_INTERVAL):
-            with suppress(OSError):
-                self._lease.renew()
-
-
-class FileLease:
-    """Lease in a folder: a file that only one process can create.
-
-    The file holds the host name and process number of its owner; its time of modification is the
-    last heartbeat.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Describe the lease without acquiring it.
-
-        Args:
-            path: The lease's file; its folder must exist when the lease is acquired.
-        """
-        self._path = path
-
-    def try_acquire(self) -> bool:
-        """Delete the file if its lease has expired, then try to create it.
-
-        Returns:
-            Whether this call created the file; False also if this process holds the lease already.
-        """
-        if self._is_expired():
-            self._path.unlink(missing_ok=True)
-        try:
-            descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            return False
-        with os.fdopen(descriptor, "w") as file:
-            file.write(f"{socket.gethostname()} {os.getpid()}")
-        return True
-
-    def renew(self) -> None:
-        """Set the file's time of modification to now."""
-        os.utime(self._path)
-
-    def release(self) -> None:
-        """Delete the file."""
-        self._path.unlink(missing_ok=True)
-
-    def _is_expired(self) -> bool:
-        """Return whether the file exists and its owner has died or stopped its heartbeat."""
-        try:
-            owner = self._path.read_text().split()
-            age = time.time() - self._path.stat().st_mtime
-        except OSError:
-            return False
-        return age > _EXPIRES_AFTER or (len(owner) == 2 and _is_process_gone(*owner))
+    return FolderLease(folder / f"{key}.claim")
 
 
 class BucketLease:
-    """Lease in a bucket, which has no exclusive creation.
+    """Lease in a bucket, as long as its callers do not use `raysweep.stores`.
 
     Each claimant uploads a file named `TIME HOST PROCESS`, and holds the lease if no other live
     claimant has a file. If several claimants upload at the same time, the first file name in
@@ -176,6 +137,9 @@ class BucketLease:
         # (file, time of its heartbeat in the bucket) -> when this process first saw it, by its own
         # monotonic clock: the clocks of machine and bucket may differ.
         self._first_seen: dict[tuple[Path, float], float] = {}
+        self._heartbeat = LeaseHeartbeat(self.renew, _RENEWAL_INTERVAL)
+        self._is_held = False
+        self.is_lost = False
 
     def try_acquire(self) -> bool:
         """Upload this process's file if there is no live competitor.
@@ -189,6 +153,8 @@ class BucketLease:
             SpecError: The bucket refuses access.
             storage.BucketUnavailable: The bucket does not answer.
         """
+        if self._is_held:
+            return True
         if self._list_live_competitors():
             return False
         self.renew()
@@ -197,6 +163,8 @@ class BucketLease:
         for _ in range(_N_CONTEST_CHECKS):
             competitors = self._list_live_competitors()
             if not competitors:
+                self._is_held = True
+                self._heartbeat.start()
                 return True
             if any(path.name < self._own_file.name for path in competitors):
                 break
@@ -225,6 +193,8 @@ class BucketLease:
 
     def release(self) -> None:
         """Delete this process's file from the bucket and the working copy."""
+        self._is_held = False
+        self._heartbeat.stop()
         storage.delete_remote_file(self._own_file)
         self._own_file.unlink(missing_ok=True)
 
@@ -243,9 +213,30 @@ class BucketLease:
         return live
 
 
+class HeldFolder(Protocol):
+    """A folder in which only this process works."""
+
+    def require_held(self) -> None:
+        """Check that this is still so, before something is written.
+
+        Raises:
+            LeaseLost: Another process has taken the folder over, because this one was paused.
+            StoreAccessRefused: The bucket refuses access.
+            StoreUnavailable: The bucket does not answer.
+        """
+        ...
+
+
+class LockedFolder:
+    """A folder whose lock this process holds until it ends."""
+
+    def require_held(self) -> None:
+        """Do nothing: the system takes a lock from no process that lives."""
+
+
 @contextmanager
 def hold_pipeline_lease(folder: Path, wait: bool) -> Iterator[None]:
-    """Context manager that holds the lease of a pipeline's folder.
+    """Context manager that holds the lock of a pipeline's folder.
 
     Args:
         folder: The pipeline's folder on this machine; created if it is missing.
@@ -255,69 +246,36 @@ def hold_pipeline_lease(folder: Path, wait: bool) -> Iterator[None]:
         Nothing.
 
     Raises:
-        SpecError: Another process holds the folder and `wait` is False.
-        InfrastructureError: The folder cannot be written.
-            The message names the holder.
+        SpecError: Another process holds the folder and `wait` is False. The message names it.
+        InfrastructureError: The folder cannot be written, or its file system has no locks.
     """
-    with _hold_file_lock(folder, f"pipeline {folder.name!r}", "; --wait waits for its end", wait):
+    with hold_folder_lock(folder, f"pipeline {folder.name!r}", "; --wait waits for its end", wait):
         yield
 
 
 @contextmanager
-def hold_folder_lease(folder: Path) -> Iterator[None]:
-    """Context manager that holds the lease of a folder of a sweep or training run.
+def hold_folder_lease(folder: Path) -> Iterator[HeldFolder]:
+    """Context manager that holds the folder of a sweep or training run.
 
-    If the folder has no other files at the end, it is deleted.
+    If a folder on this machine has no other files at the end, it is deleted.
 
     Args:
         folder: Folder on this machine or in the working copy of a bucket; created if it is
             missing.
 
     Yields:
-        Nothing.
+        The held folder: ask it before each write.
 
     Raises:
-        SpecError: Another process holds the folder. The message names the holder.
-        InfrastructureError: The folder cannot be written.
+        SpecError: Another process holds the folder. The message names it.
+        InfrastructureError: The folder cannot be written, or its file system has no locks.
     """
     if storage.is_bucket_copy(folder):
-        lease = _hold_bucket_lease(folder)
-    else:
-        lease = _hold_file_lock(folder, repr(folder.name))
-    with lease:
-        try:
-            yield
-        finally:
-            if list(folder.glob("*")) == [folder / "lock"]:
-                (folder / "lock").unlink()
-                folder.rmdir()
-
-
-@contextmanager
-def _hold_file_lock(
-    folder: Path, description: str, hint: str = "", wait: bool = False
-) -> Iterator[None]:
-    """Lock the file `folder/lock` with flock, and write the holder's process into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("a+")
-    except OSError as error:
-        raise InfrastructureError(
-            f"{folder} cannot be written: {error.strerror or error}"
-        ) from error
-    with file:
-        while not _try_lock_descriptor(file.fileno()):
-            if not wait:
-                file.seek(0)
-                holder = file.read().strip() or "just started"
-                raise SpecError(f"{description} is running already ({holder}){hint}")
-            time.sleep(_POLL_SECONDS)
-        file.seek(0)
-        file.truncate()
-        start = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {start}")
-        file.flush()
-        yield
+        with _hold_bucket_lease(folder):
+            yield LockedFolder()
+        return
+    with hold_folder_lock(folder, repr(folder.name), delete_if_unused=True):
+        yield LockedFolder()
 
 
 @contextmanager
@@ -332,20 +290,10 @@ def _hold_bucket_lease(folder: Path) -> Iterator[None]:
         if holder := lease.live_holder():
             raise SpecError(f"{folder.name!r} is running already ({holder})")
         time.sleep(_POLL_SECONDS)
-    with LeaseHeartbeat(lease):
-        yield
-
-
-def _try_lock_descriptor(descriptor: int) -> bool:
-    """Lock an open file; return False if another process has locked it."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        # The file system has no locks, so no other process can hold one either.
-        return True
-    return True
+        yield
+    finally:
+        lease.release()
 
 
 def _is_process_gone(host: str, pid: str) -> bool:

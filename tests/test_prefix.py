@@ -16,7 +16,7 @@ from conftest import tiny
 from safetensors.torch import load_file
 
 from raysweep.data import load_data
-from raysweep.leases import FileLease
+from raysweep.leases import FolderLease
 from raysweep.training import checkpoint
 from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.config import TrainingConfig
@@ -203,7 +203,7 @@ def wait_for_refusals(answers: list[bool], count: int, thread: threading.Thread)
 
 def test_a_living_owners_claim_is_waited_for(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefixes, got = PrefixCache(tmp_path / "prefixes"), []
-    answers = record_answers(monkeypatch, FileLease)
+    answers = record_answers(monkeypatch, FolderLease)
     state = train_model(tiny("at", epochs=1), tmp_path / "run").last_checkpoint.path
 
     def acquire_in_thread() -> None:

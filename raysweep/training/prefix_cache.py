@@ -23,7 +23,7 @@ import torch
 
 from raysweep import storage
 from raysweep.errors import DamagedFileError, RaysweepError
-from raysweep.leases import LeaseHeartbeat, make_lease
+from raysweep.leases import make_lease
 from raysweep.spec import JsonDict, SpecError, json_digest
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import TrainingCheckpoint
@@ -226,8 +226,10 @@ class PrefixCache:
                 time.monotonic() - started_at,
                 extra={"key": key},
             )
-        with LeaseHeartbeat(lease):
+        try:
             yield self.find_state(key) is None
+        finally:
+            lease.release()
 
     def _evict_oldest_states(self) -> None:
         """Delete states, the oldest first, until the cache is within its limit."""

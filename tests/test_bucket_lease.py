@@ -1,0 +1,373 @@
+"""Leases in stores: one holder at a time, also when holders die, are paused, or lose the store for
+a while.
+"""
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import forked_processes
+import pytest
+from forked_processes import ForkedProcess
+from test_stores import gcs, s3_host, store
+
+from raysweep.bucket_lease import BucketLease, FormerClaims, LeaseLost, LeaseTimes
+from raysweep.process_identity import ProcessIdentity
+from raysweep.stores import Store, StoreUnavailable, open_store
+
+__all__ = ["gcs", "s3_host", "store"]
+pytestmark = pytest.mark.parametrize("store", ["s3", "gs"], indirect=True)
+
+HERE, ME = socket.gethostname(), os.getpid()
+# Above the largest process number of Linux.
+NOBODY = 2**22 + 1
+KEY = ".claims/alone.lease"
+FAST = LeaseTimes(renewal_interval=0.1, expires_after=0.6)
+ROUNDS, CONTENDERS = 50, 8
+
+
+@pytest.fixture
+def lease_of(store: Store) -> Iterator[Callable[..., BucketLease]]:
+    """Function that makes leases, which are released at the end."""
+    made: list[BucketLease] = []
+
+    def make(times: LeaseTimes = FAST) -> BucketLease:
+        made.append(BucketLease(store, KEY, "'s1'", times))
+        return made[-1]
+
+    yield make
+    for lease in made:
+        lease.release()
+
+
+def acquire_within(lease: BucketLease, seconds: float) -> float | None:
+    """Try again and again; return after how many seconds the lease was acquired, or None."""
+    began = time.monotonic()
+    while not lease.try_acquire():
+        if time.monotonic() - began > seconds:
+            return None
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+def write_lease(store: Store, **changes: object) -> str:
+    """Write the lease of a process of another machine, unless `changes` say otherwise."""
+    identity = replace(ProcessIdentity.of_this_process(), host="elsewhere")
+    values = {"token": "other", "since": "2026-01-01 00:00:00", **identity.to_json_dict()}
+    version = store.create(KEY, json.dumps({**values, **changes}).encode())
+    assert version is not None
+    return version
+
+
+def read_holder(store: Store) -> tuple[str, int]:
+    values = json.loads(store.read_bytes(KEY))
+    return values["host"], values["pid"]
+
+
+def test_one_holder_keeps_it_until_it_is_released(store: Store, lease_of) -> None:
+    first, second = lease_of(), lease_of()
+    assert first.try_acquire() and first.try_acquire() and not second.try_acquire()
+    assert [file.key for file in store.list_files()] == [KEY]
+    assert read_holder(store) == (HERE, ME)
+    assert acquire_within(second, 2 * FAST.expires_after) is None, "it is renewed"
+    assert second.describe_live_holder().startswith(f"process {ME} on {HERE} since 20")
+    second.release()
+    first.require_held()
+    first.release()
+    first.release()
+    assert not store.list_files()
+    assert second.try_acquire()
+
+
+class TestTakeover:
+    def test_of_another_machine_when_it_has_been_silent(self, store: Store, lease_of) -> None:
+        write_lease(store)
+        lease = lease_of()
+        waited = acquire_within(lease, 10)
+        assert waited is not None and waited >= FAST.expires_after
+        assert read_holder(store) == (HERE, ME) and lease.describe_live_holder() == ""
+
+    def test_not_of_another_machine_that_renews_it(self, store: Store, lease_of) -> None:
+        version, lease = write_lease(store), lease_of()
+        assert not lease.try_acquire() and lease.describe_live_holder() == "", (
+            "a single renewal may be of a process that has died"
+        )
+        for number in range(4):
+            assert acquire_within(lease, 0.3) is None
+            values = {**json.loads(store.read_bytes(KEY)), "renewals": number}
+            version = store.replace(KEY, json.dumps(values).encode(), version)
+            assert version is not None
+        assert not lease.try_acquire()
+        assert (
+            lease.describe_live_holder() == f"process {ME} on elsewhere since 2026-01-01 00:00:00"
+        )
+
+    @pytest.mark.parametrize(
+        ("changes", "at_once"),
+        [
+            ({"host": HERE, "pid": NOBODY}, True),
+            ({"host": HERE, "started": 1.0}, True),
+            ({"host": HERE}, False),
+            ({"host": HERE, "pid": NOBODY, "boot": "before"}, False),
+            ({"host": "elsewhere", "pid": NOBODY}, False),
+        ],
+        ids=["gone", "number used again", "alive", "gone, before a reboot", "another machine"],
+    )
+    def test_at_once_of_a_process_that_this_machine_knows_to_be_gone(
+        self, changes: dict[str, object], at_once: bool, store: Store, lease_of
+    ) -> None:
+        write_lease(store, **changes)
+        assert lease_of().try_acquire() is at_once
+
+    @pytest.mark.parametrize("content", [b"", b"damaged", b"[1]", b'{"token": 1}'])
+    def test_of_a_file_that_names_nobody_when_it_stays(
+        self, content: bytes, store: Store, lease_of
+    ) -> None:
+        """Who releases a lease empties its file before it deletes it."""
+        store.create(KEY, content)
+        waited = acquire_within(lease_of(), 10)
+        assert waited is not None and waited >= FAST.expires_after
+
+    def test_a_time_without_the_store_is_no_silence(self, store: Store, lease_of, monkeypatch):
+        """The holder could not renew its lease in that time either."""
+        write_lease(store)
+        lease, now = lease_of(), [1000.0]
+        monkeypatch.setattr("raysweep.bucket_lease.time.monotonic", lambda: now[0])
+        assert not lease.try_acquire()
+        now[0] += 3600
+        assert not lease.try_acquire()
+        for _ in range(4):
+            now[0] += FAST.renewal_interval
+            assert not lease.try_acquire()
+        now[0] += FAST.renewal_interval
+        lease.try_acquire()
+        now[0] += FAST.renewal_interval
+        assert lease.try_acquire()
+
+
+def count_while_held(location: str, folder: Path, times: LeaseTimes) -> None:
+    """Hold the lease; append a line each time that it is held, until it is lost."""
+    lease = BucketLease(open_store(location), KEY, "'s1'", times)
+    assert lease.try_acquire()
+    with (folder / "lines").open("a") as file:
+        while True:
+            try:
+                lease.require_held()
+            except LeaseLost as error:
+                (folder / "lost").write_text(str(error))
+                lease.release()
+                return
+            file.write("held\n")
+            file.flush()
+            time.sleep(0.001)
+
+
+def wait_until(condition: Callable[[], bool], process: ForkedProcess) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.err
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def start_holder(store: Store, tmp_path: Path) -> Iterator[Callable[[LeaseTimes], ForkedProcess]]:
+    """Function that starts a process which holds the lease and writes as long as it may."""
+    started = []
+
+    def start(times: LeaseTimes) -> ForkedProcess:
+        process = forked_processes.start_function(count_while_held, store.uri, tmp_path, times)
+        started.append(process)
+        wait_until((tmp_path / "lines").exists, process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.mark.parametrize("renewal_interval", [0.1, 300.0], ids=["heartbeat", "before a write"])
+def test_a_paused_holder_wakes_notices_and_writes_nothing(
+    renewal_interval: float, store: Store, start_holder, lease_of, tmp_path: Path
+) -> None:
+    """Its own check before each write notices it also before the heartbeat does."""
+    holder = start_holder(LeaseTimes(renewal_interval, FAST.expires_after))
+    lease = lease_of()
+    if renewal_interval < 1:
+        assert acquire_within(lease, 2 * FAST.expires_after) is None
+    holder.send_signal(signal.SIGSTOP)
+    waited = acquire_within(lease, 30)
+    assert waited is not None and waited > FAST.expires_after - 3 * FAST.renewal_interval
+    n_lines = len((tmp_path / "lines").read_text())
+    holder.send_signal(signal.SIGCONT)
+    assert holder.wait() == 0
+    assert len((tmp_path / "lines").read_text()) <= n_lines + len("held\n"), (
+        "at most the line for which it had looked before it was paused"
+    )
+    lost = (tmp_path / "lost").read_text()
+    assert lost.startswith(f"'s1' was taken over by process {ME} on {HERE} since 20")
+    assert "\n" not in lost
+    assert read_holder(store) == (HERE, ME), "it deleted nothing"
+    lease.require_held()
+
+
+def test_the_lease_of_a_killed_holder_is_taken_over_at_once(start_holder, lease_of) -> None:
+    slow = LeaseTimes(10.0, 60.0)
+    holder = start_holder(slow)
+    lease = lease_of(slow)
+    assert not lease.try_acquire()
+    holder.kill()
+    assert acquire_within(lease, 5) is not None
+
+
+class TestOutage:
+    """A store that answers with errors, before or after it has done what was asked."""
+
+    @pytest.mark.parametrize("arrives", [False, True], ids=["before", "after"])
+    def test_a_holder_keeps_its_lease(self, arrives: bool, store, lease_of, monkeypatch) -> None:
+        lease = lease_of(LeaseTimes(300.0, 600.0))
+        assert lease.try_acquire()
+        replace_file = store.replace
+
+        def fail(*arguments: object) -> None:
+            if arrives:
+                assert replace_file(*arguments) is not None
+            raise StoreUnavailable("it does not answer")
+
+        monkeypatch.setattr(store, "replace", fail)
+        for _ in range(2 - arrives):
+            with pytest.raises(StoreUnavailable):
+                lease.renew()
+        monkeypatch.undo()
+        lease.renew()
+        lease.require_held()
+        assert read_holder(store) == (HERE, ME)
+        lease.release()
+        assert not store.list_files()
+
+    @pytest.mark.parametrize("kind", ["create", "replace"])
+    def test_an_acquisition_that_arrived_is_found(self, kind, store, lease_of, monkeypatch) -> None:
+        if kind == "replace":
+            write_lease(store, host=HERE, pid=NOBODY)
+        lease, act = lease_of(), getattr(store, kind)
+
+        def fail(*arguments: object) -> None:
+            assert act(*arguments) is not None
+            raise StoreUnavailable("it does not answer")
+
+        monkeypatch.setattr(store, kind, fail)
+        with pytest.raises(StoreUnavailable):
+            lease.try_acquire()
+        monkeypatch.undo()
+        assert lease.try_acquire()
+        lease.require_held()
+
+    def test_a_heartbeat_goes_on_afterwards(self, store: Store, lease_of, monkeypatch) -> None:
+        lease, n_failures = lease_of(), [0]
+        assert lease.try_acquire()
+
+        def fail(*arguments: object) -> None:
+            n_failures[0] += 1
+            raise StoreUnavailable("it does not answer")
+
+        monkeypatch.setattr(store, "replace", fail)
+        deadline = time.monotonic() + 60
+        while n_failures[0] < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        monkeypatch.undo()
+        other = lease_of()
+        assert acquire_within(other, 2 * FAST.expires_after) is None and not lease.is_lost
+        assert other.describe_live_holder()
+
+    def test_a_release_without_the_store_is_no_error(self, store, lease_of, monkeypatch) -> None:
+        lease = lease_of()
+        assert lease.try_acquire()
+
+        def fail(*arguments: object) -> None:
+            raise StoreUnavailable("it does not answer")
+
+        monkeypatch.setattr(store, "replace", fail)
+        monkeypatch.setattr(store, "delete", fail)
+        lease.release()
+        monkeypatch.undo()
+        assert acquire_within(lease_of(), 10) is not None, "it expires"
+
+
+class TestFormerClaims:
+    """What version 0.1 wrote."""
+
+    def claim(self, store: Store, host: str, pid: int) -> str:
+        key = f".claims/alone/1764000000.123456 {host} {pid}"
+        store.write_bytes(key, b"")
+        return key
+
+    def observe_within(self, claims: FormerClaims, seconds: float) -> float | None:
+        began = time.monotonic()
+        while claims.observe():
+            if time.monotonic() - began > seconds:
+                return None
+            time.sleep(0.02)
+        return time.monotonic() - began
+
+    def test_those_of_silent_and_dead_processes_are_deleted(self, store: Store) -> None:
+        self.claim(store, HERE, NOBODY)
+        claims = FormerClaims(store, ".claims/alone", FAST)
+        assert not claims.observe() and not store.list_files()
+        self.claim(store, "elsewhere", NOBODY)
+        waited = self.observe_within(claims, 10)
+        assert waited is not None and waited >= FAST.expires_after
+        assert claims.live_owner == "" and not store.list_files()
+
+    def test_that_of_a_live_process_stays(self, store: Store) -> None:
+        times = LeaseTimes(0.5, 3.0)  # Object stores count in whole seconds.
+        claims = FormerClaims(store, ".claims/alone", times)
+        key = self.claim(store, "elsewhere", 77)
+        deadline = time.monotonic() + 60
+        while not claims.live_owner:
+            assert claims.observe() and time.monotonic() < deadline
+            time.sleep(0.3)
+            self.claim(store, "elsewhere", 77)
+        assert claims.live_owner == "process 77 on elsewhere"
+        assert [file.key for file in store.list_files()] == [key]
+
+
+def contend(location: str, folder: Path, number: int) -> None:
+    store = open_store(location)
+    for turn in range(ROUNDS):
+        while not (folder / f"go-{turn}").exists():
+            time.sleep(0.001)
+        lease = BucketLease(store, f"{turn}.lease", times=LeaseTimes(0.5, 60.0))
+        has_won = lease.try_acquire()
+        (folder / f"{turn}-{'won' if has_won else 'lost'}-{number}").touch()
+        while not (folder / f"end-{turn}").exists():
+            time.sleep(0.001)
+        if has_won:
+            lease.require_held()
+        lease.release()
+
+
+@pytest.mark.slow
+def test_of_eight_contenders_for_a_dead_owner_one_gets_it(store: Store, tmp_path: Path) -> None:
+    process = ProcessIdentity.of_this_process()
+    dead = {"token": "dead", **replace(process, pid=NOBODY).to_json_dict()}
+    for turn in range(ROUNDS):
+        store.create(f"{turn}.lease", json.dumps(dead).encode())
+    contenders = [
+        forked_processes.start_function(contend, store.uri, tmp_path, number)
+        for number in range(CONTENDERS)
+    ]
+    for turn in range(ROUNDS):
+        (tmp_path / f"go-{turn}").touch()
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob(f"{turn}-*"))) < CONTENDERS:
+            assert time.monotonic() < deadline, [process.err for process in contenders]
+            time.sleep(0.002)
+        assert len(list(tmp_path.glob(f"{turn}-won-*"))) == 1, turn
+        (tmp_path / f"end-{turn}").touch()
+    assert [process.wait() for process in contenders] == [0] * CONTENDERS
+    assert not store.list_files(), "all were released"
