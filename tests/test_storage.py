@@ -456,7 +456,8 @@ def test_a_place_that_cannot_be_is_one_line_before_anything_runs(
     queries = {
         name: f"endpoint_override={host}&scheme=http" for name, host in (("s3", s3), ("gs", gs))
     }
-    code = 2 if "credentials belong" in line or "expected a folder" in line else 3
+    malformed = ("credentials belong", "expected a folder", "no option of")
+    code = 2 if any(words in line for words in malformed) else 3
     assert main(["tune", "lrat", "--storage", where.format(**queries)]) == code
     out, err = capsys.readouterr()
     (message,) = err.strip().splitlines()
