@@ -532,7 +532,6 @@ def test_a_randomised_model_under_the_rand_version():
             {"model": Wrapped(lambda model, x: model(x, 1))},
             "cannot take float32 images of shape (1, 8, 8)",
         ),
-        ({"model": torch.jit.ScriptModule()}, "model is TorchScript"),
         ({"model": lambda x: x}, "must be a torch.nn.Module from images to logits, got function"),
         ({"x": torch.rand(4, 3, 8, 8)}, "cannot take float32 images of shape (3, 8, 8)"),
         (

@@ -16,6 +16,8 @@ from raysweep.attacks.base import (
     fp32_precision,
     freeze_model,
     maybe_tf32,
+    restore_mode,
+    set_mode,
     true_class_confidence,
     true_class_margin,
 )
@@ -70,6 +72,8 @@ __all__ = [
     "fp32_precision",
     "freeze_model",
     "maybe_tf32",
+    "restore_mode",
+    "set_mode",
     "true_class_confidence",
     "true_class_margin",
 ]

@@ -212,6 +212,7 @@ class APGD(Spec):
         state.grad = torch.where(broadcast_rows(state.was_halved), state.best_grad, state.grad)
         state.increase_count = torch.zeros_like(state.increase_count)
 
+    @torch.enable_grad()
     def _compute_loss_gradient(
         self, model: nn.Module, x_adv: Tensor, y: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ Shapes: N rows (examples), C channels, H x W pixels. Images are float tensors (N
 that the model misclassifies. "L eq." and "G eq." cite the papers of LRAT and GAIRAT.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from raysweep.rng import ExampleRng
 from raysweep.schedules import bounding_values
 from raysweep.spec import Spec, SpecError
+
+logger = logging.getLogger(__name__)
 
 Norm = Literal["Linf", "L2"]
 VulnerabilityKind = Literal["probability", "margin"]
@@ -68,6 +71,35 @@ class Attack(Protocol):
         ...
 
 
+def set_mode(model: nn.Module, mode: bool) -> None:
+    """Set a model to training or eval mode, if it has modes: exported programs have none.
+
+    Args:
+        model: The model.
+        mode: Whether to set training mode.
+    """
+    try:
+        model.train(mode)
+    except NotImplementedError:
+        logger.debug("%s has no training and eval mode", type(model).__name__)
+
+
+def restore_mode(model: nn.Module, flags: list[tuple[nn.Module, bool]]) -> None:
+    """Put back the mode of each module of a model.
+
+    `train` is called first, because some models, such as LeViT, make caches in eval mode and drop
+    them in training mode.
+
+    Args:
+        model: The model.
+        flags: Pairs (module, whether it was in training mode), the model itself first.
+    """
+    if model.training != flags[0][1]:
+        set_mode(model, flags[0][1])
+    for module, training in flags:
+        module.training = training
+
+
 @contextmanager
 def freeze_model(model: nn.Module, mode: Literal["eval", "train"] = "eval") -> Iterator[nn.Module]:
     """Context manager that sets the mode and turns off the gradients of all parameters.
@@ -83,7 +115,7 @@ def freeze_model(model: nn.Module, mode: Literal["eval", "train"] = "eval") -> I
     """
     training_flags = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.train(mode == "train")
+    set_mode(model, mode == "train")
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
@@ -91,8 +123,7 @@ def freeze_model(model: nn.Module, mode: Literal["eval", "train"] = "eval") -> I
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-        for module, training in training_flags:
-            module.training = training
+        restore_mode(model, training_flags)
 
 
 @contextmanager

@@ -165,6 +165,7 @@ class FAB(Spec):
         result_queries[row_index] = queries
         return result_x, result_broken, result_queries
 
+    @torch.enable_grad()
     def _linearize_boundary(
         self, model: nn.Module, x_adv: Tensor, y: Tensor, target: Tensor | None
     ) -> tuple[Tensor, Tensor]:

@@ -115,6 +115,7 @@ class PGD(Spec):
                 result_x[rows] = x_adv
         return AttackResult(result_x if budget is not None else x_adv, queries, kappa)
 
+    @torch.enable_grad()
     def _compute_gradient(
         self, model: nn.Module, x_adv: Tensor, y: Tensor, natural_logits: Tensor | None
     ) -> tuple[Tensor, Tensor]:

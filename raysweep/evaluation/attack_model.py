@@ -1,38 +1,52 @@
 """The copy of a model that attacks run on.
 
-It is frozen and in eval mode, has fast convolutions and folded batch norms, and computes a row's
-result independently of the other rows of the batch.
+It is frozen and in eval mode, and computes a row's result independently of the other rows of the
+batch. It has fast convolutions and folded batch norms where these were seen to compute what the
+model computes. A model that cannot be copied is attacked as it is.
 """
 
 import copy
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from raysweep.evaluation.batchnorm_folding import fold_if_exact
+from raysweep.attacks import restore_mode, set_mode
+from raysweep.evaluation.batchnorm_folding import fold_batch_norms_
 from raysweep.evaluation.fast_convolution import replace_image_convolutions
+
+logger = logging.getLogger(__name__)
 
 # For small batches PyTorch uses kernels that add numbers in another order. Measured for forward and
 # backward passes of five networks on CPUs: a row's result does not depend on the batch if that has
 # 7 rows or more.
 MIN_BATCH_ROWS = 16
+# A fast path may change a logit, beyond rounding, by at most this number times the mean difference
+# of the two largest logits, and a row's gradient by ten times this number times its largest
+# component.
+FAST_PATH_TOLERANCE = 1e-3
 
 
 class FixedSizeBatches(nn.Module):
     """Wraps a model so that it only computes on batches of a fixed or minimal size.
 
+    The model gets a copy of the images, because some models change their input in place.
+
     Attributes:
         model: The model.
         tile: Rows of each batch that the model computes: larger inputs are split, smaller ones
-            padded with zeros. If None, inputs are only padded to at least MIN_BATCH_ROWS rows.
+            filled up with repeated rows. If None, inputs are only filled up to `min_rows` rows.
+        min_rows: Least number of rows without `tile`.
     """
 
-    def __init__(self, model: nn.Module, tile: int | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, tile: int | None = None, min_rows: int = MIN_BATCH_ROWS
+    ) -> None:
         super().__init__()
-        self.model, self.tile = model, tile
+        self.model, self.tile, self.min_rows = model, tile, min_rows
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the model.
@@ -43,22 +57,34 @@ class FixedSizeBatches(nn.Module):
         Returns:
             Logits, (N, classes), in the type of `x`.
         """
-        if self.tile is None:
-            return self._forward_padded(x, MIN_BATCH_ROWS)
         if not len(x):
-            logits: Tensor = self.model(x)
+            logits: Tensor = self.model(x.clone())
             return logits
+        if self.tile is None:
+            return self._forward_filled(x, self.min_rows)
         return torch.cat(
-            [self._forward_padded(part, self.tile) for part in torch.split(x, self.tile)]
+            [self._forward_filled(part, self.tile) for part in torch.split(x, self.tile)]
         )
 
-    def _forward_padded(self, x: Tensor, min_rows: int) -> Tensor:
-        """Pad `x` to at least `min_rows` rows and return the outputs of the original rows."""
-        n_padding = min_rows - len(x)
-        if n_padding > 0:
-            x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, n_padding))
+    def train(self, mode: bool = True) -> "FixedSizeBatches":
+        """Set the mode of this module and of the model, if that has modes."""
+        self.training = mode
+        set_mode(self.model, mode)
+        return self
+
+    def _forward_filled(self, x: Tensor, min_rows: int) -> Tensor:
+        """Fill up `x` to at least `min_rows` rows and return the outputs of the original rows.
+
+        The rows are repeated: a model with batch norms on batch statistics would answer otherwise
+        among other images.
+        """
+        n_rows = len(x)
+        if n_rows < min_rows:
+            x = x.repeat(-(-min_rows // n_rows), *(1 for _ in x.shape[1:]))[:min_rows]
+        else:
+            x = x.clone()
         logits: Tensor = self.model(x).to(x.dtype)
-        return logits[: len(logits) - n_padding] if n_padding > 0 else logits
+        return logits[:n_rows]
 
 
 class InferenceModeDisabler(nn.Module):
@@ -92,29 +118,212 @@ class InferenceModeDisabler(nn.Module):
         return logits
 
 
+class BorrowedModel(nn.Module):
+    """A model that cannot be copied, for attacks that run on it as it is.
+
+    It is no submodule, so that nothing changes its mode or its parameters for good: each forward
+    pass puts back its mode and its buffers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._borrowed = [model]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the model in eval mode.
+
+        Args:
+            x: Images, (N, C, H, W).
+
+        Returns:
+            Logits, (N, classes).
+        """
+        (model,) = self._borrowed
+        flags = [(module, module.training) for module in model.modules()]
+        buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        set_mode(model, False)
+        try:
+            logits: Tensor = model(x)
+            return logits
+        finally:
+            restore_mode(model, flags)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        # `data` leaves the version alone, which the backward pass checks.
+                        buffer.data.copy_(value)
+
+
 def make_attack_model(
-    model: nn.Module, x: Tensor, fold: bool = True, tile: int | None = None
+    model: nn.Module,
+    x: Tensor,
+    fold: bool = True,
+    tile: int | None = None,
+    min_rows: int = MIN_BATCH_ROWS,
 ) -> nn.Module:
     """Copy a model for attacks: frozen, in eval mode, and independent of the batch composition.
 
     Args:
-        model: The model; it is not changed.
+        model: The model; it is not changed. One that cannot be copied is used as it is, and its
+            mode and buffers are put back after each forward pass.
         x: Example images, (N, C, H, W), on the device of the model.
-        fold: Whether to make the copy faster: channels-last memory format, batch norms folded
-            where the logits stay the same, and cheap gradients of image convolutions on CPUs.
+        fold: Whether to make the copy faster: channels-last memory format, batch norms folded into
+            convolutions, and cheap gradients of image convolutions on CPUs. Each is left out if the
+            logits or gradients of `x` differ from those of the model.
         tile: Compute on batches of exactly this many rows (see `FixedSizeBatches`).
+        min_rows: Least number of rows of a batch without `tile`.
 
     Returns:
         The copy, on the same device. It returns logits in the type of its input.
     """
-    attack_model = copy.deepcopy(model).eval().requires_grad_(False)
-    if fold:
-        attack_model = attack_model.to(memory_format=torch.channels_last)
-        attack_model = fold_if_exact(attack_model, x)
-        replace_image_convolutions(attack_model)
+    attack_model = copy_model(model) or BorrowedModel(model)
+    if fold and not isinstance(attack_model, BorrowedModel):
+        attack_model = _apply_fast_paths(attack_model, x)
     if forward_uses_autograd(attack_model, x):
         attack_model = InferenceModeDisabler(attack_model)
-    return FixedSizeBatches(attack_model, tile).eval()
+    return FixedSizeBatches(attack_model, tile, min_rows).eval()
+
+
+def copy_model(model: nn.Module) -> nn.Module | None:
+    """Copy a model in eval mode, with parameters that need no gradient.
+
+    Args:
+        model: The model; it is not changed.
+
+    Returns:
+        The copy; None if the model cannot be copied, for example because it holds a lock.
+    """
+    # deepcopy refuses tensors that autograd computed, such as caches of eval mode.
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in _iter_tensors(vars(module)):
+            if not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    try:
+        copied = copy.deepcopy(model, memo)
+        set_mode(copied, False)
+        for parameter in copied.parameters():
+            parameter.requires_grad_(False)
+    except Exception as error:
+        logger.info("fallback: the model cannot be copied and is attacked as it is: %s", error)
+        return None
+    return copied
+
+
+def _iter_tensors(values: Any, depth: int = 2) -> list[Tensor]:
+    """List the tensors in an object's attributes, also in dicts and lists."""
+    if isinstance(values, Tensor):
+        return [values]
+    if depth < 0 or not isinstance(values, (dict, list, tuple)):
+        return []
+    items = values.values() if isinstance(values, dict) else values
+    return [tensor for item in items for tensor in _iter_tensors(item, depth - 1)]
+
+
+def _use_channels_last(model: nn.Module, x: Tensor) -> nn.Module:
+    """Return the model with weights in the channels-last memory format."""
+    return model.to(memory_format=torch.channels_last)
+
+
+def _fold_batch_norms(model: nn.Module, x: Tensor) -> nn.Module:
+    """Return the model with folded batch norms."""
+    fold_batch_norms_(model, x)
+    return model
+
+
+def _use_fast_convolutions(model: nn.Module, x: Tensor) -> nn.Module:
+    """Return the model with cheap gradients of image convolutions."""
+    replace_image_convolutions(model)
+    return model
+
+
+_FAST_PATHS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
+    "channels-last memory": _use_channels_last,
+    "folded batch norms": _fold_batch_norms,
+    "fast image gradients": _use_fast_convolutions,
+}
+
+
+def _apply_fast_paths(model: nn.Module, x: Tensor) -> nn.Module:
+    """Return a faster copy that computes the same logits and gradients on `x`.
+
+    All fast paths are tried together; if that fails, one after the other.
+    """
+    expected = _compute_logits_and_gradient(model, x)
+    fast_model, problem = _try_fast_paths(model, list(_FAST_PATHS), x, expected)
+    if fast_model is not None:
+        return fast_model
+    best = model
+    for name in _FAST_PATHS:
+        fast_model, problem = _try_fast_paths(best, [name], x, expected)
+        if fast_model is None:
+            logger.info("fallback: attacks run without %s: %s", name, problem)
+        else:
+            best = fast_model
+    return best
+
+
+_Computed = tuple[Tensor, Tensor | None]
+
+
+def _try_fast_paths(
+    model: nn.Module, names: list[str], x: Tensor, expected: _Computed
+) -> tuple[nn.Module | None, str]:
+    """Return a copy with some fast paths, or None and why it cannot be used."""
+    fast_model = copy_model(model)
+    if fast_model is None:
+        return None, "it cannot be copied"
+    try:
+        for name in names:
+            fast_model = _FAST_PATHS[name](fast_model, x)
+        found = _compute_logits_and_gradient(fast_model, x)
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+    return (fast_model, "") if _agrees(found, expected) else (None, "the results differ")
+
+
+def _compute_logits_and_gradient(model: nn.Module, x: Tensor) -> _Computed:
+    """Return the logits of `x`, and the gradient of a sum of logits; None if there is none.
+
+    Random numbers of the model are the same in each call.
+    """
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        torch.manual_seed(0)
+        point = x.detach().clone().requires_grad_()
+        try:
+            logits: Tensor = model(point.clone())
+            # Coefficients that differ between classes: the sum of probabilities is constant.
+            coefficients = torch.linspace(-1, 1, logits.shape[-1]).to(logits)
+            weighted_sum = (logits * coefficients).sum()
+            (gradient,) = torch.autograd.grad(weighted_sum, point, allow_unused=True)
+            return logits.detach(), gradient
+        except Exception as error:
+            logger.debug("the model has no gradient: %s", error)
+    with torch.random.fork_rng(devices), torch.no_grad():
+        torch.manual_seed(0)
+        return model(x.clone()), None
+
+
+def _agrees(found: _Computed, expected: _Computed) -> bool:
+    """Return whether logits and gradients agree up to rounding."""
+    (logits, gradient), (expected_logits, expected_gradient) = found, expected
+    if not isinstance(expected_logits, Tensor) or logits.shape != expected_logits.shape:
+        return False
+    top = expected_logits.topk(2, dim=-1).values
+    scale = (top[..., 0] - top[..., 1]).mean()
+    rounding = 64 * torch.finfo(expected_logits.dtype).eps * expected_logits.abs()
+    difference = (logits - expected_logits).abs() - rounding
+    # Not "greater than": a comparison with nan is False.
+    if not bool((difference <= FAST_PATH_TOLERANCE * scale).all()):
+        return False
+    if gradient is None or expected_gradient is None:
+        return gradient is expected_gradient
+    size = expected_gradient.abs().flatten(1).amax(1)
+    largest_change = (gradient - expected_gradient).abs().flatten(1).amax(1)
+    # Where a ReLU or a maximum is at its kink, rounding decides the gradient of a few rows.
+    is_equal = largest_change <= 10 * FAST_PATH_TOLERANCE * size
+    return bool(is_equal.float().mean() >= 0.75)
 
 
 def forward_uses_autograd(model: nn.Module, x: Tensor) -> bool:
@@ -129,7 +338,7 @@ def forward_uses_autograd(model: nn.Module, x: Tensor) -> bool:
     """
     detector = _AutogradCallDetector()
     with torch.no_grad(), detector:
-        model(x)
+        model(x.clone())
     return detector.has_autograd_call
 
 

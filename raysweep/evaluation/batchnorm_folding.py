@@ -4,8 +4,6 @@ In eval mode a batch norm is an affine map per channel. It can be merged into th
 convolution before it, which saves one pass over the activations.
 """
 
-import copy
-import logging
 from typing import Any
 
 import torch
@@ -13,28 +11,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
-
-# Folding may change a logit by at most this number times the largest logit.
-logger = logging.getLogger(__name__)
-
-FOLDING_TOLERANCE = 1e-4
-
-
-def fold_if_exact(model: nn.Module, x: Tensor) -> nn.Module:
-    """Return a copy with folded batch norms if its logits are the same up to rounding.
-
-    Args:
-        model: A model in eval mode. It is not changed.
-        x: Example images, (N, C, H, W), on the device of the model.
-
-    Returns:
-        The folded copy. Or `model` itself, if no batch norm can be folded or if a logit of `x`
-        changes by more than FOLDING_TOLERANCE times the largest logit.
-    """
-    folded = copy.deepcopy(model)
-    if fold_batch_norms_(folded, x) and _has_same_logits(model, folded, x):
-        return folded
-    return model
 
 
 def fold_batch_norms_(model: nn.Module, x: Tensor) -> int:
@@ -59,7 +35,7 @@ def find_foldable_batch_norms(model: nn.Module, x: Tensor) -> dict[str, str]:
     """Find the batch norms that can be folded, by observing one forward pass.
 
     A batch norm can be folded if it is the only consumer of a convolution's output, both run
-    exactly once, and it has running statistics.
+    exactly once, it uses running statistics, and the convolution's weight is a plain parameter.
 
     Args:
         model: The model. It is not changed.
@@ -91,7 +67,7 @@ def find_foldable_batch_norms(model: nn.Module, x: Tensor) -> dict[str, str]:
     ]
     try:
         with torch.no_grad(), counter:
-            model(x)
+            model(x.clone())
     finally:
         for hook in hooks:
             hook.remove()
@@ -101,11 +77,17 @@ def find_foldable_batch_norms(model: nn.Module, x: Tensor) -> dict[str, str]:
     foldable = {}
     for norm, conv in conv_of_norm.items():
         runs_once = n_calls[norm] == n_calls[conv] == 1
+        is_affine = norm.track_running_stats and not norm.training and _has_plain_weight(conv)
         # The name is empty if the layer is the model itself, which `set_submodule` cannot replace.
         can_replace = bool(names[norm] and names[conv])
-        if runs_once and conv not in shared_convs and norm.track_running_stats and can_replace:
+        if runs_once and conv not in shared_convs and is_affine and can_replace:
             foldable[names[norm]] = names[conv]
     return foldable
+
+
+def _has_plain_weight(conv: nn.Conv2d) -> bool:
+    """Return whether nothing computes the weight, as weight and spectral norms and pruning do."""
+    return type(conv) is nn.Conv2d and "weight" in conv._parameters and not conv._forward_pre_hooks
 
 
 class _TensorUseCounter(TorchFunctionMode):
@@ -125,17 +107,3 @@ class _TensorUseCounter(TorchFunctionMode):
                 for item in items:
                     self.use_counts[id(item)] = self.use_counts.get(id(item), 0) + 1
         return output
-
-
-def _has_same_logits(model: nn.Module, folded_model: nn.Module, x: Tensor) -> bool:
-    """Return whether both models give the same logits, up to FOLDING_TOLERANCE."""
-    with torch.no_grad():
-        logits = model(x)
-        try:
-            folded_logits = folded_model(x)
-        except AttributeError as error:
-            logger.info("fallback: attacks run without folded batch norms: %s", error)
-            # The forward pass reads an attribute of a batch norm that is folded now.
-            return False
-    largest_change = (logits - folded_logits).abs().max()
-    return bool(largest_change <= FOLDING_TOLERANCE * logits.abs().max())

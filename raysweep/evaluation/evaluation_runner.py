@@ -24,6 +24,7 @@ from raysweep.evaluation.progress import EvaluationProgress
 from raysweep.evaluation.report import AttackCost
 from raysweep.evaluation.shards import Shard, ShardMapper, ShardResult, ShardRunner
 from raysweep.rng import ExampleRng
+from raysweep.schedules import resolved_value
 from raysweep.spec import SpecError
 
 # Examples on which the model is inspected before the attacks.
@@ -155,7 +156,9 @@ class EvaluationRunner:
         index = torch.from_numpy(self.shard_runner.index[rows]).to(x.device)
         rng = ExampleRng.for_examples(index, self.shard_runner.seed, "checks")
         with disable_tf32_and_autocast(x.device):
-            return inspect_model(self.shard_runner.model, x, y, rng, eps, attacks)
+            return inspect_model(
+                self.shard_runner.model, x, y, rng, eps, attacks, self.options.batch_size
+            )
 
     def _run_clean_pass(self, is_random_model: bool) -> ShardResult:
         """Predict all clean images, and compare with the stored predictions of an earlier run."""
@@ -184,6 +187,9 @@ class EvaluationRunner:
         if attack is None:
             return
         started_at, positions = time.monotonic(), np.flatnonzero(self.is_robust)
+        if resolved_value(attack.eps) == 0:
+            # The image itself is the only point of the ball.
+            positions = positions[:0]
         queries = 0
         for result in self._iter_shard_results(name, attack, positions):
             self._record_result(name, result)

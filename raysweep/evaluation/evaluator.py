@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from raysweep.attacks import (
     APGD,
@@ -34,6 +35,8 @@ from raysweep.schedules import resolved_value
 from raysweep.spec import SpecError, json_digest
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def evaluate(
     model: nn.Module,
     x: Tensor | AnyArray,
@@ -135,10 +138,6 @@ def _check_arguments(
         raise SpecError(
             f"model must be a torch.nn.Module from images to logits, got {type(model).__name__}"
         )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise SpecError(
-            "model is TorchScript, which cannot be copied: use the nn.Module that it was made from"
-        )
     for name, value in (("batch_size", options.batch_size), ("shards", options.n_shards)):
         if value is not None and value < 1:
             raise SpecError(f"{name} must be 1 or more, got {value}")
@@ -211,25 +210,36 @@ def _build_report(
 
 def _to_array(values: Tensor | AnyArray) -> AnyArray:
     """Convert a tensor or sequence into a NumPy array."""
-    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    if not isinstance(values, Tensor):
+        return np.asarray(values)
+    values = values.detach().cpu()
+    # NumPy has no bfloat16.
+    return np.asarray(values.float() if values.dtype == torch.bfloat16 else values)
 
 
 def _check_and_convert_inputs(
     x: Tensor | AnyArray, y: Tensor | AnyArray, index: Tensor | AnyArray | None
 ) -> tuple[AnyArray, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return images, labels and ids as arrays; SpecError if they are not images with labels."""
+    for name, values in (("x", x), ("y", y)):
+        if isinstance(values, DataLoader | Dataset):
+            raise SpecError(
+                f"{name} is a {type(values).__name__}: give one tensor, for example "
+                "torch.cat([images for images, labels in loader])"
+            )
     images, labels = _to_array(x), _to_array(y)
+    if images.ndim == 0 or not np.issubdtype(images.dtype, np.number):
+        raise SpecError(f"x must be images (N, C, H, W) as numbers, got {type(x).__name__}")
+    if labels.ndim == 0 or not np.issubdtype(labels.dtype, np.number):
+        raise SpecError(f"y must be whole numbers (N,), got {type(y).__name__}")
     ids = np.arange(len(labels)) if index is None else _to_array(index)
     problems = _find_shape_problems(images, labels, ids)
-    is_number = np.issubdtype(labels.dtype, np.number)
-    if not (is_number and np.array_equal(labels, labels.astype(np.int64))):
+    if not np.array_equal(labels, labels.astype(np.int64)):
         problems.append("y must be whole numbers, one class for each example")
     if not len(images):
         problems.append("there are no examples to evaluate on")
     elif images.dtype != np.uint8 and not (images.min() >= 0 and images.max() <= 1):
-        problems.append(
-            f"x must lie in [0, 1] (or be uint8), got {images.min():g} to {images.max():g}"
-        )
+        problems.append(f"x must lie in [0, 1] (or be uint8), got {images.min()} to {images.max()}")
     if problems:
         raise SpecError(problems)
     images = images if images.dtype == np.uint8 else images.astype(np.float32)
@@ -241,10 +251,15 @@ def _find_shape_problems(images: AnyArray, labels: AnyArray, ids: AnyArray) -> l
     problems = []
     if images.ndim != 4:
         problems.append(f"x must be (N, C, H, W), got shape {images.shape}")
-    if labels.shape != images.shape[:1] or ids.shape != labels.shape:
+    n_images = len(images)
+    if labels.ndim == 2 and len(labels) == n_images:
+        remedy = "y[:, 0]"
+        if labels.shape[1] > 1:
+            remedy = "y.argmax(1), if it is one-hot"
+        problems.append(f"y must be class numbers (N,), got shape {labels.shape}: give {remedy}")
+    elif labels.shape != images.shape[:1] or ids.shape != labels.shape:
         problems.append(
-            "x, y and index must have the same length, "
-            f"got {len(images)}, {labels.shape}, {ids.shape}"
+            f"x, y and index must have the same length, got {n_images}, {labels.shape}, {ids.shape}"
         )
     return problems
 

@@ -3,6 +3,7 @@
 "Official" refers to the AutoAttack package of Croce & Hein (2020a), whose checks these extend.
 """
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -25,17 +26,22 @@ from raysweep.evaluation.attack_model import forward_uses_autograd
 from raysweep.rng import ExampleRng
 from raysweep.spec import SpecError
 
+logger = logging.getLogger(__name__)
+
 IntArray = npt.NDArray[np.int64]
 # A model is random if the logits of repeated forward passes of one batch differ by more than the
-# tolerance times the largest logit (official).
+# tolerance times the largest logit (official). Here only what decides counts: differences between
+# the logits of a row, beyond rounding, relative to the largest gap between first and second class.
 N_REPEATED_FORWARDS, REPEATED_FORWARD_TOLERANCE = 5, 1e-5
+# The same for the answer to a row among other rows.
+_COMPANY_TOLERANCE = 1e-3
 # Fraction of examples that Square may break after the white-box attacks without a warning
 # (official).
 MAX_SQUARE_DROP = 0.002
 # Largest deviation of a probability from [0, 1], and of their sum from 1 (official).
 PROBABILITY_TOLERANCE = 1e-5
-# A model is constant if the logits of all examples differ by at most this number times the largest
-# logit.
+# A model is constant if the differences between logits are the same for all examples, up to this
+# number times the largest gap between first and second class.
 _CONSTANT_TOLERANCE = 1e-6
 
 
@@ -64,6 +70,7 @@ def inspect_model(
     rng: ExampleRng,
     eps: float,
     attacks: Collection[SingleAttack],
+    batch_size: int = 256,
 ) -> ModelProperties:
     """Inspect a model on a few examples before any attack.
 
@@ -75,6 +82,7 @@ def inspect_model(
         eps: Radius of the attacks, in pixels of [0, 1]. Gradients are computed at random points
             within eps of `x`.
         attacks: The attacks that are planned.
+        batch_size: Most images that the model gets at once.
 
     Returns:
         The properties of the model.
@@ -84,15 +92,18 @@ def inspect_model(
             finite logits (N, 2 or more), or a label has no logit.
     """
     with freeze_model(model):
-        outputs, uses_autograd = _run_repeated_forwards(model, x)
+        outputs, uses_autograd = _run_repeated_forwards(model, x, batch_size)
         logits = outputs[0]
         _check_logits(logits, y)
-        scale = logits.abs().max().clamp_min(1e-12)
         is_random = any(
-            bool((output - logits).abs().max() > REPEATED_FORWARD_TOLERANCE * scale)
-            for output in outputs[1:]
+            _differs(output, logits, REPEATED_FORWARD_TOLERANCE) for output in outputs[1:]
         )
         warnings = []
+        if not is_random and _depends_on_company(model, x[:batch_size]):
+            warnings.append(
+                "the answer to an image depends on the others of its batch, as with batch norms on "
+                "batch statistics: results depend on the batch size and on the order of the images"
+            )
         averages_outputs = all(
             isinstance(attack, APGD) and attack.samples > 1 for attack in attacks
         )
@@ -109,7 +120,9 @@ def inspect_model(
         warnings += _find_output_warnings(logits)
         is_differentiable = True
         if not all(isinstance(attack, Square) for attack in attacks):
-            is_differentiable, zero_counts = _count_zero_gradients(model, x, y, rng, eps)
+            is_differentiable, zero_counts = _count_zero_gradients(
+                model, x, y, rng, eps, batch_size
+            )
             warnings += _find_gradient_warnings(is_differentiable, zero_counts, len(x))
     return ModelProperties(logits.shape[1], is_random, is_differentiable, tuple(warnings))
 
@@ -193,12 +206,20 @@ def find_square_masking_warning(accuracy_before: float, accuracy_after: float) -
     return None
 
 
-def _run_repeated_forwards(model: nn.Module, x: Tensor) -> tuple[list[Tensor], bool]:
+def _run_repeated_forwards(
+    model: nn.Module, x: Tensor, batch_size: int
+) -> tuple[list[Tensor], bool]:
     """Return the outputs of repeated forward passes, and whether a pass computes gradients."""
+    parts = torch.split(x, batch_size)
     with torch.no_grad():
         try:
-            outputs = [model(x) for _ in range(N_REPEATED_FORWARDS)]
-            return outputs, forward_uses_autograd(model, x)
+            outputs = []
+            for _ in range(N_REPEATED_FORWARDS):
+                # A model gets a copy of the images, because it may change them.
+                answers = [model(part.clone()) for part in parts]
+                are_tensors = all(isinstance(answer, Tensor) for answer in answers)
+                outputs.append(torch.cat(answers) if are_tensors else answers[0])
+            return outputs, forward_uses_autograd(model, parts[0])
         except Exception as error:
             line = str(error).partition("\n")[0]
             raise SpecError(
@@ -221,17 +242,54 @@ def _check_logits(logits: object, y: Tensor) -> None:
         raise SpecError("the model returns logits that are not finite: no attack can be run on it")
 
 
+def _differs(logits: Tensor, reference: Tensor, tolerance: float) -> bool:
+    """Return whether what decides differs: the differences between the logits of a row.
+
+    A common offset, and classes that are masked by -1e9, neither hide a difference nor make one:
+    each logit has its own rounding error.
+    """
+    if logits.shape != reference.shape:
+        return True
+    first, second = reference.double(), logits.double()
+    centred = first - first.amax(1, keepdim=True), second - second.amax(1, keepdim=True)
+    largest = torch.maximum(first.abs(), second.abs())
+    rounding = (
+        8
+        * torch.finfo(reference.dtype).eps
+        * (largest + largest.gather(1, first.argmax(1, keepdim=True)))
+    )
+    top = first.topk(2, dim=1).values
+    scale = (top[:, 0] - top[:, 1]).max()
+    return bool(((centred[0] - centred[1]).abs() - rounding > tolerance * scale).any())
+
+
+def _depends_on_company(model: nn.Module, x: Tensor) -> bool:
+    """Return whether the model answers otherwise to an image among other images."""
+    n_rows = max(1, len(x) // 2)
+    others = x.flip(1, 2, 3) if len(x) == 1 else x[n_rows:]
+    with torch.no_grad():
+        alone = model(x[:n_rows].repeat(2, 1, 1, 1))[:n_rows]
+        among_others = model(torch.cat([x[:n_rows], others]))[:n_rows]
+    return _differs(alone, among_others, _COMPANY_TOLERANCE)
+
+
 def _find_output_warnings(logits: Tensor) -> list[str]:
     """Return warnings for outputs that are probabilities or the same for every example."""
     warnings = []
     sum_errors = (logits.sum(1) - 1).abs()
-    if logits.min() >= -PROBABILITY_TOLERANCE and (sum_errors <= PROBABILITY_TOLERANCE).all():
+    is_in_unit_range = bool(
+        (logits >= -PROBABILITY_TOLERANCE).all() and (logits <= 1 + PROBABILITY_TOLERANCE).all()
+    )
+    if is_in_unit_range and bool((sum_errors <= PROBABILITY_TOLERANCE).all()):
         warnings.append(
             "the outputs are probabilities: give the logits, or losses lose their gradient"
         )
-    scale = logits.abs().max().clamp_min(1e-12)
-    largest_change = (logits - logits[:1]).abs().max()
-    if len(logits) > 1 and bool(largest_change <= _CONSTANT_TOLERANCE * scale):
+    elif is_in_unit_range:
+        warnings.append(
+            "all outputs lie in [0, 1]: if they are probabilities, as of sigmoids, give the "
+            "logits, or losses lose their gradient"
+        )
+    if len(logits) > 1 and not _differs(logits, logits[:1].expand_as(logits), _CONSTANT_TOLERANCE):
         warnings.append("the model returns the same logits for every example: it is constant")
     return warnings
 
@@ -253,7 +311,7 @@ def _find_gradient_warnings(
 
 
 def _count_zero_gradients(
-    model: nn.Module, x: Tensor, y: Tensor, rng: ExampleRng, eps: float
+    model: nn.Module, x: Tensor, y: Tensor, rng: ExampleRng, eps: float, batch_size: int
 ) -> tuple[bool, dict[str, int]]:
     """Return whether logits have a gradient, and {loss name: number of rows with zero gradient}.
 
@@ -261,17 +319,40 @@ def _count_zero_gradients(
     within eps of x.
     """
     noise = rng.symmetric_uniform(tuple(x.shape[1:]), x.dtype)
-    point = (x + eps * noise).clamp(0, 1).requires_grad_()
-    with torch.enable_grad():
-        logits = model(point).to(point.dtype)
-        if not logits.requires_grad:
+    points = (x + eps * noise).clamp(0, 1)
+    zero_counts = {"CE": 0, "margin": 0}
+    parts = zip(torch.split(points, batch_size), torch.split(y, batch_size), strict=True)
+    for point, labels in parts:
+        try:
+            gradients = _compute_loss_gradients(model, point, labels)
+        except Exception as error:
+            logger.info("no gradient: the model fails for images that require one: %s", error)
+            gradients = None
+        if gradients is None:
             return False, {}
-        is_correct = logits.detach().argmax(1) == y
-        cross_entropy = F.cross_entropy(logits, y, reduction="sum")
-        (ce_grad,) = torch.autograd.grad(cross_entropy, point, retain_graph=True)
-        (margin_grad,) = torch.autograd.grad(true_class_margin(logits, y).sum(), point)
-    zero_counts = {}
-    for loss, grad in (("CE", ce_grad), ("margin", margin_grad)):
-        is_zero = (grad.flatten(1) == 0).all(1) & is_correct
-        zero_counts[loss] = int(is_zero.sum())
+        is_correct, gradient_by_loss = gradients
+        for loss, grad in gradient_by_loss.items():
+            is_zero = (grad.flatten(1) == 0).all(1) & is_correct
+            zero_counts[loss] += int(is_zero.sum())
     return True, zero_counts
+
+
+def _compute_loss_gradients(
+    model: nn.Module, point: Tensor, y: Tensor
+) -> tuple[Tensor, dict[str, Tensor]] | None:
+    """Return whether rows are correct, (N,), and the gradients of two losses; None without any.
+
+    A model may cut its input off the graph and still return logits that require a gradient.
+    """
+    point = point.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(point.clone()).to(point.dtype)
+        if not logits.requires_grad:
+            return None
+        cross_entropy = F.cross_entropy(logits, y, reduction="sum")
+        (ce_grad,) = torch.autograd.grad(cross_entropy, point, retain_graph=True, allow_unused=True)
+        margin = true_class_margin(logits, y).sum()
+        (margin_grad,) = torch.autograd.grad(margin, point, allow_unused=True)
+    if ce_grad is None or margin_grad is None:
+        return None
+    return logits.detach().argmax(1) == y, {"CE": ce_grad, "margin": margin_grad}

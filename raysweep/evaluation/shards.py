@@ -19,8 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from raysweep.atomic_files import atomic_open
-from raysweep.attacks import SingleAttack, fp32_precision, maybe_tf32, true_class_margin
-from raysweep.evaluation.attack_model import FixedSizeBatches, make_attack_model
+from raysweep.attacks import (
+    SingleAttack,
+    fp32_precision,
+    maybe_tf32,
+    restore_mode,
+    set_mode,
+    true_class_margin,
+)
+from raysweep.evaluation.attack_model import (
+    MIN_BATCH_ROWS,
+    FixedSizeBatches,
+    make_attack_model,
+)
 from raysweep.evaluation.float32_precision import disable_tf32_and_autocast
 from raysweep.models.device import get_model_device
 from raysweep.rng import ExampleRng
@@ -203,6 +214,11 @@ class ShardRunner:
             result.save_npz(self.result_dir / shard.file_name)
         return result
 
+    @property
+    def _min_rows(self) -> int:
+        """Least rows of a batch: fewer than usual only if the user asked for smaller batches."""
+        return min(MIN_BATCH_ROWS, self.batch_size)
+
     def __getstate__(self) -> dict[str, object]:
         """Leave the attack model out of a pickle; each process builds its own."""
         return self.__dict__ | {"_attack_model": None}
@@ -253,7 +269,7 @@ class ShardRunner:
             index = torch.from_numpy(self.index[positions]).to(x.device)
             rng = ExampleRng.for_examples(index, self.seed).derive_stream(shard.attack_name)
             x_adv, queries = self._generate_adversarial(shard.attack, x, y, rng)
-        logits = _compute_logits(self.model, x_adv, self.tile)
+        logits = _compute_logits(self.model, x_adv, self.tile, self._min_rows)
         norm = shard.attack.norm if shard.attack else "Linf"
         distance = compute_perturbation_norms(x_adv, x, norm)
         predicted = logits.argmax(1)
@@ -291,8 +307,11 @@ class ShardRunner:
     def _get_attack_model(self) -> nn.Module:
         """Return the copy of the model that attacks run on; build it at the first call."""
         if self._attack_model is None:
-            probe, _ = self.get_device_tensors(np.arange(min(len(self.y), _N_PROBE_EXAMPLES)))
-            self._attack_model = make_attack_model(self.model, probe, self.fold, self.tile)
+            n_probe = min(len(self.y), _N_PROBE_EXAMPLES, max(self.batch_size, self._min_rows))
+            probe, _ = self.get_device_tensors(np.arange(n_probe))
+            self._attack_model = make_attack_model(
+                self.model, probe, self.fold, self.tile, self._min_rows
+            )
         return self._attack_model
 
 
@@ -318,17 +337,16 @@ def _find_tf32_only_rows(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
     return rows
 
 
-def _compute_logits(model: nn.Module, x: Tensor, tile: int | None) -> Tensor:
+def _compute_logits(model: nn.Module, x: Tensor, tile: int | None, min_rows: int) -> Tensor:
     """Return float32 logits of the original model in eval mode; restore its mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    flags = [(module, module.training) for module in model.modules()]
+    set_mode(model, False)
     try:
         with torch.no_grad():
-            logits: Tensor = FixedSizeBatches(model, tile).eval()(x)
+            logits: Tensor = FixedSizeBatches(model, tile, min_rows)(x)
         return logits.float()
     finally:
-        for module, training in modes:
-            module.training = training
+        restore_mode(model, flags)
 
 
 def compute_perturbation_norms(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
