@@ -200,7 +200,7 @@ def test_a_bundle_says_what_it_holds(saved_bundle) -> None:
     assert card["name"] == "mine" and card["dataset"] == "digits" == card["data"]["name"]
     assert (
         card["architecture"] == saved.config.model.name
-        and card["config"] == saved.config.to_json_dict()
+        and card["config"] == saved.config.to_stored_dict()
     )
     assert (
         card["data"]["data_dir"] is None

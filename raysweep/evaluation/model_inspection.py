@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 IntArray = npt.NDArray[np.int64]
 # A model is random if the logits of repeated forward passes of one batch differ by more than the
-# tolerance times the largest logit (official). Here only what decides counts: differences between
-# the logits of a row, beyond rounding, relative to the largest gap between first and second class.
+# tolerance times the largest logit (official). Here the scale is the largest gap between the first
+# and the second class of a row, because large logits need not decide anything.
 N_REPEATED_FORWARDS, REPEATED_FORWARD_TOLERANCE = 5, 1e-5
 # The same for the answer to a row among other rows.
 _COMPANY_TOLERANCE = 1e-3
@@ -40,8 +40,8 @@ _COMPANY_TOLERANCE = 1e-3
 MAX_SQUARE_DROP = 0.002
 # Largest deviation of a probability from [0, 1], and of their sum from 1 (official).
 PROBABILITY_TOLERANCE = 1e-5
-# A model is constant if the differences between logits are the same for all examples, up to this
-# number times the largest gap between first and second class.
+# A model is constant if the logits of all examples differ by at most this number times the largest
+# gap between the first and the second class of a row.
 _CONSTANT_TOLERANCE = 1e-6
 
 
@@ -243,24 +243,18 @@ def _check_logits(logits: object, y: Tensor) -> None:
 
 
 def _differs(logits: Tensor, reference: Tensor, tolerance: float) -> bool:
-    """Return whether what decides differs: the differences between the logits of a row.
+    """Return whether logits differ beyond rounding, relative to what decides between classes.
 
-    A common offset, and classes that are masked by -1e9, neither hide a difference nor make one:
-    each logit has its own rounding error.
+    Each logit has its own rounding error, and the scale is a gap between two classes. So a common
+    offset, or classes that are masked by -1e9, do not hide a difference.
     """
     if logits.shape != reference.shape:
         return True
     first, second = reference.double(), logits.double()
-    centred = first - first.amax(1, keepdim=True), second - second.amax(1, keepdim=True)
-    largest = torch.maximum(first.abs(), second.abs())
-    rounding = (
-        8
-        * torch.finfo(reference.dtype).eps
-        * (largest + largest.gather(1, first.argmax(1, keepdim=True)))
-    )
+    rounding = 8 * torch.finfo(reference.dtype).eps * torch.maximum(first.abs(), second.abs())
     top = first.topk(2, dim=1).values
     scale = (top[:, 0] - top[:, 1]).max()
-    return bool(((centred[0] - centred[1]).abs() - rounding > tolerance * scale).any())
+    return bool(((first - second).abs() - rounding > tolerance * scale).any())
 
 
 def _depends_on_company(model: nn.Module, x: Tensor) -> bool:
