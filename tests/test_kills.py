@@ -14,6 +14,7 @@ import pytest
 import ray
 from forked_processes import ForkedProcess
 
+from raysweep.logs import read_log
 from raysweep.pipeline.artifact import ARTIFACT_FILE, Artifact
 from raysweep.sweep.ledger import Ledger
 
@@ -178,6 +179,21 @@ def kill(folder: Path, stage: str, when: str) -> None:
     assert all(path.stat().st_mtime_ns == then for path, then in shards.items()), "no attack again"
 
 
+def check_log(pipeline_folder: Path) -> None:
+    """Every start is there, the end of the only run that was not killed, and why stages ran."""
+    entries = read_log(pipeline_folder)
+    starts = [index for index, entry in enumerate(entries) if entry.get("event") == "start"]
+    assert len(starts) == 2 * len(STAGES) + 1
+    assert [entry["exit_code"] for entry in entries if entry.get("event") == "end"] == [0]
+    last = [entry for entry in entries[starts[-1] :] if entry.get("event") == "stage_start"]
+    assert [entry["kind"] for entry in last] == STAGES
+    assert [entry["is_from_artifact"] for entry in last] == [True] * 5 + [False]
+    ran = [entry["kind"] for entry in entries if entry.get("event") == "stage_end"]
+    assert ran == STAGES, "each was finished once"
+    halves = [entry for entry in entries if entry["message"].startswith("deleted half")]
+    assert len(halves) == len(STAGES) and {entry["level"] for entry in halves} == {"WARNING"}
+
+
 def test_a_run_that_is_killed_at_every_point_has_everything_once_in_the_end(folder: Path) -> None:
     """Each run carries on where the one before it was killed."""
     for stage, when in itertools.product(STAGES, ["working", "writing"]):
@@ -189,6 +205,7 @@ def test_a_run_that_is_killed_at_every_point_has_everything_once_in_the_end(fold
     assert not list((folder / "runs" / "pipelines" / "killed").glob(".[0-9]*")), (
         "halves are swept up"
     )
+    check_log(folder / "runs" / "pipelines" / "killed")
     sweeps = [sweep for artifact in found.values() for sweep in artifact.facts.get("sweeps", [])]
     ledgers = [Ledger.open(folder / sweep["path"]) for sweep in sweeps]
     for ledger in ledgers:

@@ -3,6 +3,7 @@
 import json
 import logging
 import logging.handlers
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -324,3 +325,14 @@ def test_a_slow_request_to_a_bucket_is_logged_while_it_waits(
     told = [(e["uri"], e["event"]) for e in entries_of(tmp_path) if "uri" in e]
     assert told[:2] == [("s3://b/slow", "slow_request"), ("s3://b/slow", "slow_request_end")]
     assert told[2:] == [("s3://b/down", "slow_request"), ("s3://b/down", "slow_request_end")]
+
+
+def test_docs_list_all_events() -> None:
+    root = Path(logs.__file__).parent
+    used = {
+        event
+        for file in root.rglob("*.py")
+        for event in re.findall(r'"event": "(\w+)"', file.read_text())
+    }
+    documented = set(re.findall(r"`(\w+)`", (root.parent / "docs" / "logs.md").read_text()))
+    assert used > {"start", "asha_stop", "end"} and used <= documented

@@ -2,6 +2,7 @@
 bits.
 """
 
+import re
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ import pytest
 from conftest import TINY, tiny
 
 from raysweep.cli import main
+from raysweep.logs import read_log
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.training import trainer
@@ -224,3 +226,10 @@ def test_sigterm_to_a_trial_costs_it_nothing(ray_cluster, tmp_path: Path) -> Non
     config = ledger.space.trial_config(trial.params)
     train_model(config, tmp_path / "whole")
     same_run(tmp_path / "whole", ledger.trial_path(0))
+    messages = [entry["message"] for entry in read_log(ledger.trial_path(0))]
+    assert "received SIGTERM" in messages
+    (saved,) = (m for m in messages if m.startswith("interrupted in epoch "))
+    (resumed,) = (m for m in messages if m.startswith("resuming within epoch "))
+    step = re.findall(r"step (\d+)", saved)
+    assert step == re.findall(r"step (\d+)", resumed) and int(step[0]) > 0
+    assert sum(m.startswith("process started: ") for m in messages) == 2

@@ -10,6 +10,7 @@ from ray.util.placement_group import PlacementGroup
 from test_workers import difference
 
 from raysweep.errors import InfrastructureError
+from raysweep.logs import read_log
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.multi_worker_trial import load_placement_group
@@ -110,4 +111,10 @@ def test_a_sweep_on_two_workers_with_all_that_can_happen(ray_cluster: None, tmp_
     )
     alone = train_model(ledger.space.trial_config(first.params), tmp_path / "alone").last_checkpoint
     assert difference(saved.path, alone.path) < 1e-3
+    entries = read_log(ledger.trial_path(0))
+    by_rank = {entry.get("rank"): set() for entry in entries}
+    for entry in entries:
+        by_rank[entry.get("rank")].add(entry["process"])
+    assert by_rank.keys() == {None, 0, 1}, "the trial's own process, and each worker"
+    assert all(len(by_rank[rank]) >= 2 for rank in (0, 1)), "of both groups"
     assert not groups_held()
