@@ -30,7 +30,6 @@ REASONS = {
         "cli.py",
         "_run_command: BrokenPipeError",
     ): "the reader of the output has gone: nobody is left to tell",
-    ("cli.py", "_run_command: KeyboardInterrupt"): "the log of the command has it already",
     (
         "commands/options.py",
         "parse_duration: (ValueError, KeyError)",
@@ -44,7 +43,6 @@ REASONS = {
         "data/dataset.py",
         "DataSpec._make_path_absolute: RuntimeError",
     ): "the path stays as it is, and is not found later",
-    ("errors.py", "_make_picklable: Exception"): "the text of the error is sent instead",
     (
         "leases.py",
         "LeaseHeartbeat._renew_until_stopped: OSError",
@@ -81,7 +79,6 @@ REASONS = {
         "schedules.py",
         "_parse_number: (ValueError, ZeroDivisionError)",
     ): "it is no number: pydantic says so",
-    ("storage.py", "read_json: ValueError"): "becomes a SpecError",
     ("storage.py", "_copy_remote_file: FileNotFoundError"): "there is none: that is the answer",
     ("storage.py", "_read_remote_file: FileNotFoundError"): "there is none: that is the answer",
     ("storage.py", "_download_checkpoint: OSError"): "another process of this machine was faster",
