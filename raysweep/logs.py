@@ -54,6 +54,8 @@ _MAX_BYTES, _N_FULL_FILES = 4 * 2**20, 9
 _TRIAL_MAX_BYTES, _TRIAL_N_FULL_FILES = 2**20, 3
 # Seconds between two uploads of a log to a bucket, and for how long its end waits for the last one.
 _UPLOAD_INTERVAL, _LAST_UPLOAD_TIMEOUT = 30.0, 20.0
+# Part of an earlier log that is searched for the end of the process that wrote it.
+_TAIL_BYTES = 2**18
 # Records before the first folder is known.
 _MAX_EARLY_RECORDS = 1000
 _FILE_PATTERN = re.compile(r"log(?:-[\w-]+)?\.jsonl(?:\.\d{8}T[\w.-]+)?")
@@ -189,6 +191,7 @@ def close_logs() -> None:
     """Write and upload the last records of this process, which ends without leaving its blocks."""
     while _State.folders:
         _, folder_log = _State.folders.popitem()
+        folder_log.log_end()
         folder_log.close()
 
 
@@ -299,6 +302,7 @@ class _FolderLog:
             logger.name, logging.INFO, __file__, 0, "%s", (self._describe_start(),), None,
             extra={**describe_process(), "event": "start"},
         )  # fmt: skip
+        self._log_missing_end()
         early = _State.early_records
         if early is not None and early.records:
             record.created = min(record.created, early.records[0].created)
@@ -308,6 +312,33 @@ class _FolderLog:
                 handler.handle(early_record)
         if early is not None:
             early.stop()
+
+    def log_end(self) -> None:
+        """Write that this process leaves the log, so that a killed one can be told by its absence.
+
+        The outermost log of a command has the command's end instead.
+        """
+        self._write(logging.INFO, "this process leaves the log", event="end")
+
+    def _log_missing_end(self) -> None:
+        """Write that the last process in this log was killed, if it left no end."""
+        last = _find_last_process(self._handlers[0].path)
+        if last is not None and last.get("event") == "start":
+            self._write(
+                logging.WARNING,
+                f"the process before, {last.get('process')} on {last.get('host')}, was killed or "
+                f"lost its machine: it started at {last.get('time')} and left no end",
+                event="killed",
+                killed_process=last.get("process"),
+            )
+
+    def _write(self, level: int, message: str, **fields: Any) -> None:
+        """Write a record about this log into it, and nowhere else."""
+        record = logger.makeRecord(
+            logger.name, level, __file__, 0, "%s", (message,), None, extra=fields
+        )
+        for handler in self._handlers:
+            handler.handle(record)
 
     def _describe_start(self) -> str:
         """Return the line that makes each start visible."""
@@ -616,6 +647,18 @@ def _list_rotated_files(path: Path) -> list[Path]:
     return [file for file in path.parent.glob(f"{path.name}*") if _is_rotation_of(file, path)]
 
 
+def _find_last_process(path: Path) -> JsonEntry | None:
+    """Return the last start or end in a log file, as far as it is near the end of the file."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            text = stream.read().decode(errors="replace")
+    except OSError:
+        return None
+    marks = [entry for entry in read_entries([text]) if entry.get("event") in ("start", "end")]
+    return marks[-1] if marks else None
+
+
 def _ends_within_line(path: Path) -> bool:
     """Return whether the file's last line has no end."""
     try:
@@ -631,12 +674,15 @@ def _ends_within_line(path: Path) -> bool:
 @contextmanager
 def _open_folder_log(folder_log: _FolderLog) -> Iterator[None]:
     """Write to a folder in this block."""
+    is_outermost = _State.command is not None and not _State.folders
     _State.folders[folder_log.folder] = folder_log
     folder_log.open()
     try:
         yield
     finally:
         if _State.folders.pop(folder_log.folder, None) is not None:
+            if not is_outermost:
+                folder_log.log_end()
             folder_log.close()
         _update_level()
 

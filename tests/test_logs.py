@@ -3,13 +3,16 @@
 import json
 import logging
 import logging.handlers
+import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import forked_processes
 import pytest
 
 from raysweep import logs
@@ -53,7 +56,7 @@ def test_an_entry_has_time_place_fields_and_the_chain_of_causes(tmp_path: Path) 
                 raise InfrastructureError("no bucket") from error
         except InfrastructureError:
             LOGGER.exception("epoch %d failed", 3, extra={"epoch": 3, "attempt": 2})
-    start, failure = entries_of(tmp_path / "0007")
+    start, failure, _ = entries_of(tmp_path / "0007")
     assert start["event"] == "start" and start["machine"]["cores"] >= 1
     assert {"python", "raysweep", "torch"} <= set(start["versions"])
     assert failure["logger"] == "raysweep.some.module" and failure["level"] == "ERROR"
@@ -103,7 +106,7 @@ def test_full_files_are_renamed_and_the_oldest_is_deleted(
     sizes = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
     assert len(sizes) == 3 and all(name.startswith("log.jsonl") for name in sizes)
     assert max(sizes.values()) <= 4000
-    numbers = [entry["number"] for entry in logs.read_log(tmp_path)]
+    numbers = [entry["number"] for entry in logs.read_log(tmp_path) if "number" in entry]
     assert numbers == list(range(numbers[0], 100)) and 0 < numbers[0] < 90
 
 
@@ -136,7 +139,7 @@ def test_a_disk_that_has_space_again_gets_whole_lines(tmp_path: Path) -> None:
         (tmp_path / "log.jsonl").unlink()
         (tmp_path / "log.jsonl").write_text('{"time": "2026-01-01T00:00:00.000Z", "mess')
         LOGGER.info("written")
-    damaged, written = logs.read_log(tmp_path)
+    damaged, written, _ = logs.read_log(tmp_path)
     assert damaged["level"] == "DAMAGED" and damaged["message"].endswith('"mess')
     assert written["message"] == "written", "on a line of its own"
 
@@ -193,8 +196,9 @@ def test_a_command_logs_from_its_first_record_to_its_exit_code(tmp_path: Path) -
     assert messages[2:5] == ["in both, once", "Retrying (Retry(total=6))", "after the block"]
     assert messages[5].startswith("raysweep run night ended after ")
     assert entries_of(tmp_path / "pipeline")[-1]["exit_code"] == 0
-    start, once = entries_of(tmp_path / "sweep")
+    start, once, end = entries_of(tmp_path / "sweep")
     assert start["event"] == "start" and once["message"] == "in both, once"
+    assert end["event"] == "end" and "exit_code" not in end
     times = [entry["time"] for entry in entries_of(tmp_path / "pipeline")]
     assert times == sorted(times)
 
@@ -226,6 +230,24 @@ def test_each_start_of_several_drivers_is_visible_in_one_log(tmp_path: Path) -> 
     assert events == [part for number in range(3) for part in ("start", f"driver {number}", "end")]
 
 
+def test_a_process_that_was_killed_is_told_by_the_next_one(tmp_path: Path) -> None:
+    process = forked_processes.start_function(_log_and_die, tmp_path)
+    assert process.wait() == -signal.SIGKILL
+    for _ in range(2):
+        with running_command("tune", "--resume", "s"), logs.log_to_folder(tmp_path):
+            pass
+    entries = logs.read_log(tmp_path)
+    events = [entry.get("event") or entry["message"] for entry in entries]
+    assert events == ["start", "last words", "killed", "start", "end", "start", "end"]
+    assert entries[2]["level"] == "WARNING" and entries[2]["killed_process"] == process.pid
+
+
+def _log_and_die(folder: Path) -> None:
+    with logs.log_to_folder(folder):
+        LOGGER.info("last words")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_programs_that_use_raysweep_get_what_they_ask_for(tmp_path: Path, capsys) -> None:
     root, seen = logging.getLogger(), logging.handlers.BufferingHandler(100)
     root.addHandler(seen)
@@ -238,7 +260,7 @@ def test_programs_that_use_raysweep_get_what_they_ask_for(tmp_path: Path, capsys
         root.removeHandler(seen)
     assert [record.getMessage() for record in seen.buffer] == ["important", "afterwards"]
     assert capsys.readouterr().err == ""
-    assert len(entries_of(tmp_path)) == 3
+    assert len(entries_of(tmp_path)) == 4, "with its start and end"
 
 
 def test_warnings_of_other_libraries_are_still_printed(tmp_path: Path) -> None:
@@ -253,7 +275,7 @@ def test_warnings_of_other_libraries_are_still_printed(tmp_path: Path) -> None:
     finally:
         logging.lastResort, root.handlers = last_resort, handlers
     assert shown == ["no answer"], "as without a log: once"
-    assert entries_of(tmp_path / "b")[-1]["message"] == "no answer"
+    assert entries_of(tmp_path / "b")[-2]["message"] == "no answer"
 
 
 def test_a_sweep_that_was_never_started_leaves_no_log(tmp_path: Path) -> None:
@@ -301,7 +323,7 @@ def test_show_log_of_a_pipeline_and_of_nothing(workdir: Path, capsys) -> None:
         LOGGER.info("stage")
     for name in ("digits", "pipeline:digits"):
         assert main(["show", name, "--log"]) == 0
-        assert capsys.readouterr().out.rstrip().endswith("stage")
+        assert "]  stage\n" in capsys.readouterr().out
     assert main(["show", "nothing", "--log"]) == 2
     assert capsys.readouterr().err == (
         f"raysweep: error: nothing: no log in {workdir}/runs/nothing and "

@@ -62,7 +62,8 @@ class Machine:
 
     def read(self) -> list[str]:
         entries = logs.read_log(self.sweep)
-        return [entry.get("event") or entry["message"] for entry in entries]
+        names = [entry.get("event") or entry["message"] for entry in entries]
+        return [name for name in names if name != "end"]
 
 
 @pytest.fixture

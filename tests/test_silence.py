@@ -10,6 +10,8 @@ ROOT = Path(__file__).parent.parent / "raysweep"
 FILES = sorted(ROOT.rglob("*.py"))
 # (file, `function: exceptions`) -> why nobody has to be told.
 REASONS = {
+    ("sweep/multi_worker_trial.py", "load_placement_group: (OSError, ValueError)"): "there is none",
+    ("logs.py", "_find_last_process: OSError"): "the log is new",
     ("evaluation/shards.py", "ShardResult.load_npz: FileNotFoundError"): "there is none yet",
     (
         "sweep/ray_internals.py",

@@ -112,8 +112,7 @@ def load_placement_group(run_path: Path) -> PlacementGroup | None:
     try:
         group_id = (run_path / _PLACEMENT_GROUP_FILE).read_text()
         return PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
-    except (OSError, ValueError) as error:
-        logger.debug("no placement group is known: %s", error)
+    except (OSError, ValueError):
         return None
 
 
