@@ -8,6 +8,7 @@ two processes never hold it at the same time unless one of them does not notice 
 """
 
 import json
+import logging
 import socket
 import threading
 import time
@@ -23,6 +24,8 @@ from raysweep.errors import RaysweepError, WorkFailed
 from raysweep.process_identity import ProcessIdentity
 from raysweep.stores import Store
 from raysweep.stores.protocol import StoredFile, VersionedContent
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,13 @@ class BucketLease:
             self._version = self._store.replace(self._key, content, current.version)
         if self._version is None:
             return False
+        if current is not None:
+            logger.warning(
+                "took over the lease of %s from %s, which has ended or stopped renewing it",
+                self._description,
+                self._holder_watch.holder or "another process",
+                extra={"event": "lease_taken_over", "shown": True},
+            )
         self._renewed_at = sent_at
         self._heartbeat.start()
         return True
@@ -139,6 +149,11 @@ class BucketLease:
                     version = self._store.replace(self._key, content, own_version)
             if version is None:
                 self.is_lost = True
+                logger.warning(
+                    "lost the lease of %s: another process has taken it over",
+                    self._description,
+                    extra={"event": "lease_lost", "shown": True},
+                )
                 return
             self._version, self._renewed_at = version, sent_at
 
@@ -168,11 +183,13 @@ class BucketLease:
             return
         self._heartbeat.stop()
         # If the store does not answer, the lease expires by itself.
-        with suppress(OSError, RaysweepError):
+        try:
             if not self.is_lost and not self._store.delete(self._key, self._version):
                 own_version = self._find_own_version()
                 if own_version is not None:
                     self._store.delete(self._key, own_version)
+        except (OSError, RaysweepError) as error:
+            logger.warning("the lease of %s was not given back: %s", self._description, error)
         self._version = None
 
     def _may_replace(self, current: VersionedContent) -> bool:
@@ -237,8 +254,10 @@ class LeaseHeartbeat:
 
     def _run(self) -> None:
         while not self._must_stop.wait(self._interval):
-            with suppress(OSError, RaysweepError):
+            try:
                 self._renew()
+            except (OSError, RaysweepError) as error:
+                logger.warning("a lease was not renewed, it is tried again: %s", error)
 
 
 class FormerClaims:

@@ -11,6 +11,7 @@ Neither lock protects across machines if a mount keeps `flock` to itself (NFS wi
 
 import errno
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ from filelock import (
 from raysweep.atomic_files import atomic_write_text
 from raysweep.errors import InfrastructureError, SpecError
 from raysweep.process_identity import ProcessIdentity
+
+logger = logging.getLogger(__name__)
 
 LOCK_FILE = "lock"
 _STRICT_LOCK_FILE = ".lock.strict"
@@ -68,14 +71,21 @@ def hold_folder_lock(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        started_at = time.monotonic()
+        holder = ""
         lock = _try_lock(folder)
         while lock is None:
+            current_holder = _describe_holder(folder)
             if not wait:
-                raise SpecError(
-                    f"{description} is running already {_describe_holder(folder)}{hint}"
-                )
+                raise SpecError(f"{description} is running already {current_holder}{hint}")
+            if current_holder != holder:
+                logger.info("%s is running already %s: waiting", description, current_holder)
+                holder = current_holder
             time.sleep(_POLL_SECONDS)
             lock = _try_lock(folder)
+        if holder:
+            seconds = time.monotonic() - started_at
+            logger.info("%s is free, after %.1f s of waiting", description, seconds)
     except OSError as error:
         raise InfrastructureError(_describe_problem(folder, error)) from error
     try:
@@ -171,6 +181,7 @@ def _break_claims_of_ended_process(lock: StrictSoftFileLock, folder: Path) -> bo
     holder = _StrictHolder.read(folder)
     if holder is None or not holder.process.is_gone():
         return False
+    logger.warning("removing the lock of %s, which has ended, from %s", holder.process, folder)
     for claim in lock.claims:
         if claim.token == holder.token:
             # Several processes may remove the same claim. No later claim has its name.

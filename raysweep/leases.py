@@ -8,6 +8,7 @@ Whoever works in a folder holds its lock (see `raysweep.folder_lock`). A bucket 
 there the folder has a lease, too; a holder that lost it must stop (see `HeldFolder`).
 """
 
+import logging
 import os
 import socket
 import time
@@ -23,6 +24,8 @@ from raysweep import storage
 from raysweep.bucket_lease import DEFAULT_LEASE_TIMES, LeaseHeartbeat, LeaseTimes
 from raysweep.errors import SpecError
 from raysweep.folder_lock import hold_folder_lock
+
+logger = logging.getLogger(__name__)
 
 # Seconds between two attempts to acquire the lease of a bucket's folder.
 _POLL_SECONDS = 0.5
@@ -207,6 +210,9 @@ class BucketLease:
             first_seen = self._first_seen.setdefault((entry.path, entry.modified), time.monotonic())
             is_silent = time.monotonic() - first_seen > _EXPIRES_AFTER
             if is_silent or _is_process_gone(*entry.path.name.split()[1:]):
+                logger.warning(
+                    "removing the lease of a process that has ended: %s", entry.path.name
+                )
                 storage.delete_remote_file(entry.path)
             else:
                 live.append(entry.path)

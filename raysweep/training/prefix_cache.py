@@ -206,29 +206,25 @@ class PrefixCache:
         is_waiting = False
         while not lease.try_acquire():
             if self.find_state(key) is not None:
-                seconds = time.monotonic() - started_at
-                logger.info(
-                    "another run has trained state %s, after %.1f s of waiting",
-                    key,
-                    seconds,
-                    extra={"key": key, "seconds": seconds},
-                )
+                _log_end_of_wait(key, started_at, must_train=False)
                 yield False
                 return
             if not is_waiting:
                 logger.info("waiting: another run trains state %s", key, extra={"key": key})
             is_waiting = True
             time.sleep(_BUCKET_POLL_SECONDS if storage.is_bucket_copy(self.path) else _POLL_SECONDS)
-        if is_waiting:
-            logger.info(
-                "acquired the lease of state %s after %.1f s; its holder gave it back or died",
-                key,
-                time.monotonic() - started_at,
-                extra={"key": key},
-            )
         try:
-            yield self.find_state(key) is None
+            must_train = self.find_state(key) is None
+            if is_waiting:
+                _log_end_of_wait(key, started_at, must_train)
+            yield must_train
         finally:
+            if lease.is_lost:
+                logger.warning(
+                    "lost the lease of state %s, which another run may have trained again",
+                    key,
+                    extra={"key": key, "event": "lease_lost", "shown": True},
+                )
             lease.release()
 
     def _evict_oldest_states(self) -> None:
@@ -256,6 +252,24 @@ class PrefixCache:
                 state.replace(hidden)
             shutil.rmtree(hidden, ignore_errors=True)
             total_bytes -= n_bytes
+
+
+def _log_end_of_wait(key: str, started_at: float, must_train: bool) -> None:
+    """Log why a run waits no longer for the run that trains a state."""
+    seconds = round(time.monotonic() - started_at, 1)
+    facts = {"key": key, "seconds": seconds, "event": "lease_wait_end", "shown": True}
+    if must_train:
+        logger.warning(
+            "took over the lease of state %s after %s s: its holder died or gave up before it "
+            "had stored the state",
+            key,
+            seconds,
+            extra=facts,
+        )
+    else:
+        logger.info(
+            "another run has trained state %s, after %s s of waiting", key, seconds, extra=facts
+        )
 
 
 def _open_prefix_cache(uri: str, max_bytes: int) -> PrefixCache:
