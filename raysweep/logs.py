@@ -652,7 +652,8 @@ def _find_last_process(path: Path) -> JsonEntry | None:
     try:
         with path.open("rb") as stream:
             stream.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            text = stream.read().decode(errors="replace")
+            # A device, such as /dev/full, has no end.
+            text = stream.read(_TAIL_BYTES).decode(errors="replace")
     except OSError:
         return None
     marks = [entry for entry in read_entries([text]) if entry.get("event") in ("start", "end")]
