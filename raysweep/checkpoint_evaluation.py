@@ -70,7 +70,7 @@ def choose_evaluation_folder(
         A folder beside the checkpoint if the checkpoint is in a local folder; else a folder in
         `out`/runs/eval.
     """
-    key = json_digest([attack.to_json_dict(), data_spec.to_json_dict(), n_examples, seed])
+    key = json_digest([attack.to_json_dict(), data_spec.to_stored_dict(), n_examples, seed])
     if target.checkpoint is None:
         return out / "runs" / "eval" / f"{target.name.replace(':', '.')}-{key}"
     path = target.checkpoint.path

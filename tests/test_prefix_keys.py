@@ -43,6 +43,7 @@ OTHER: dict[str, Any] = {
     "data.train_size": 64,
     "data.unlabeled": "/more.npz",
     "data.unlabeled_fraction": 0.25,
+    "data.allow_missing_classes": True,
     "model.name": "small_cnn",
     "model.mean": [0.5],
     "model.std": [0.5],

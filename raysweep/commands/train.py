@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,6 +196,7 @@ def _fit_model(
     """Train; print each epoch and log it to MLflow, apart from those reported before."""
     from rich.console import Console
 
+    from raysweep.data import count_batches
     from raysweep.terminal import format_accuracies, training_progress_bar
     from raysweep.training.callbacks import FunctionCallback
     from raysweep.training.mid_epoch_checkpoint import catch_termination_signals
@@ -209,7 +209,7 @@ def _fit_model(
         print(f"epoch {epoch}/{config.epochs} loss {loss:.3f} {accuracies}", file=sys.stderr)
         tracker.log_metrics(run_id, metrics, epoch)
 
-    steps_per_epoch = math.ceil(len(dataset.train) / config.batch_size)
+    steps_per_epoch = count_batches(len(dataset.train), config.batch_size)
     _print_training_size(config, steps_per_epoch, run_folder)
     with (
         catch_termination_signals() as should_interrupt,

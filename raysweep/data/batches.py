@@ -26,6 +26,21 @@ class Batch:
     index: Tensor
 
 
+def count_batches(n_examples: int, batch_size: int) -> int:
+    """Return the number of batches of an epoch.
+
+    A last batch of one image would join the one before it: a batch norm cannot normalise one value
+    per channel, which one image has where feature maps are 1 x 1.
+
+    Args:
+        n_examples: Number of training examples, 1 or more.
+        batch_size: Rows per batch, 2 or more.
+    """
+    if n_examples > batch_size and n_examples % batch_size == 1:
+        return n_examples // batch_size
+    return math.ceil(n_examples / batch_size)
+
+
 def epoch_batches(
     split: Split,
     batch_size: int,
@@ -37,7 +52,9 @@ def epoch_batches(
     unlabeled: Split | None = None,
     unlabeled_fraction: float = 0.5,
 ) -> Iterator[Batch]:
-    """Iterate over the shuffled batches of one epoch. The last batch may be smaller.
+    """Iterate over the shuffled batches of one epoch.
+
+    The last batch may be smaller, or larger by one image (see `count_batches`).
 
     The number of batches does not depend on `unlabeled`. With it, a part of each batch is
     pseudo-labelled images, and the epoch uses fewer rows of `split`.
@@ -58,7 +75,7 @@ def epoch_batches(
         The rows of this worker, on the device of `split`.
     """
     order = _sample_indices(len(split), len(split), derive_seed(seed, "order", epoch))
-    n_batches = math.ceil(len(split) / batch_size)
+    n_batches = count_batches(len(split), batch_size)
     n_unlabeled = 0
     unlabeled_order = order[:0]
     if unlabeled is not None:
@@ -70,7 +87,8 @@ def epoch_batches(
     device = split.y.device
     order, unlabeled_order = order.to(device), unlabeled_order.to(device)
     for i in range(n_batches):
-        labeled_rows = order[i * n_labeled : (i + 1) * n_labeled]
+        is_last = unlabeled is None and i == n_batches - 1
+        labeled_rows = order[i * n_labeled : None if is_last else (i + 1) * n_labeled]
         unlabeled_rows = unlabeled_order[i * n_unlabeled : (i + 1) * n_unlabeled]
         worker_rows = torch.cat([labeled_rows, unlabeled_rows])[rank::n_workers]
         n_worker_labeled = len(range(rank, len(labeled_rows), n_workers))

@@ -1,11 +1,12 @@
 """Data sets: their settings, and loading them as training, validation and test splits."""
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -18,11 +19,18 @@ from raysweep.data.unlabeled import read_unlabeled_file
 from raysweep.rng import derive_seed
 from raysweep.spec import Spec, SpecError, describe_unknown_name
 
+logger = logging.getLogger(__name__)
+
+# Largest share of a class that validation takes, unless it takes more of all examples.
+_MAX_VALIDATION_SHARE = 0.2
+
 _PositionArray = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 class DataSpec(Spec):
     """Settings of a data set: its files, splits and augmentation."""
+
+    later_fields: ClassVar[frozenset[str]] = frozenset({"allow_missing_classes"})
 
     name: str = "digits"
     """Name of the data set, as in `raysweep list`."""
@@ -32,7 +40,8 @@ class DataSpec(Spec):
     download: bool = False
     """Whether torchvision may download missing files into `data_dir`."""
     val_size: Annotated[int, Field(ge=1)] = 1000
-    """Number of training examples set aside for validation, in equal shares of each class."""
+    """Number of training examples set aside for validation, in equal shares of each class, but at
+    most a fifth of a class (or the share of all examples that is set aside, if that is more)."""
     train_size: Annotated[int, Field(ge=1)] | None = None
     """Number of the remaining examples to train on, in equal shares of each class; null for all."""
     augment: bool | None = None
@@ -45,6 +54,8 @@ class DataSpec(Spec):
     data set's, for `rst` and `gair-rst`. A relative path starts at `data_dir`."""
     unlabeled_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Fraction of each training batch that comes from `unlabeled`, between 0 and 1."""
+    allow_missing_classes: bool = False
+    """Whether classes below the largest label may have no training example."""
 
     @field_validator("data_dir", "unlabeled")
     @classmethod
@@ -149,6 +160,7 @@ def load_data(spec: DataSpec) -> DatasetSplits:
     """
     arrays = DATASET_LOADERS[spec.name](spec.data_dir, spec.download)
     classes = int(arrays.y_train.max()) + 1
+    _check_all_classes(arrays.y_train, spec)
     test_label = int(arrays.y_test.max())
     if test_label >= classes:
         raise SpecError(
@@ -156,6 +168,7 @@ def load_data(spec: DataSpec) -> DatasetSplits:
         )
     positions = _shuffle_class_balanced(arrays.y_train, spec)
     val_rows, train_rows = positions[: spec.val_size], np.sort(positions[spec.val_size :])
+    _warn_about_missing_classes(arrays.y_train, val_rows, train_rows, spec)
     test_rows = np.arange(len(arrays.y_test))
     channels = arrays.x_train.shape[1]
     unlabeled = None
@@ -173,6 +186,40 @@ def load_data(spec: DataSpec) -> DatasetSplits:
         unlabeled=unlabeled,
         unlabeled_fraction=spec.unlabeled_fraction,
     )
+
+
+def _check_all_classes(y: LabelArray, spec: DataSpec) -> None:
+    """Raise SpecError if a class below the largest label has no example."""
+    missing = np.flatnonzero(np.bincount(y) == 0)
+    if not len(missing) or spec.allow_missing_classes:
+        return
+    remedy = "subtract 1 from the labels" if list(missing) == [0] else "number the classes anew"
+    raise SpecError(
+        f"data {spec.name!r}: no training example has label {_list_classes(missing)} of "
+        f"0..{int(y.max())}: {remedy}, or set data.allow_missing_classes=true"
+    )
+
+
+def _warn_about_missing_classes(
+    y: LabelArray, val_rows: _PositionArray, train_rows: _PositionArray, spec: DataSpec
+) -> None:
+    """Log which classes training lacks, or validation."""
+    present = np.unique(y)
+    for rows, name in ((train_rows, "training"), (val_rows, "validation")):
+        missing = np.setdiff1d(present, y[rows])
+        if len(missing):
+            logger.warning(
+                "data %r: %s has no example of class %s; see data.val_size and data.train_size",
+                spec.name,
+                name,
+                _list_classes(missing),
+            )
+
+
+def _list_classes(classes: np.ndarray) -> str:
+    """Format some class numbers, the first few of many."""
+    shown = ", ".join(str(label) for label in classes[:5])
+    return shown if len(classes) <= 5 else f"{shown} and {len(classes) - 5} more"
 
 
 def _load_unlabeled_split(path: Path, arrays: TrainTestArrays, classes: int) -> Split:
@@ -214,7 +261,29 @@ def _shuffle_class_balanced(y: LabelArray, spec: DataSpec) -> _PositionArray:
         if spec.train_size:
             sizes += f" and data.train_size {spec.train_size}"
         raise SpecError(f"{sizes}: data {spec.name!r} has only {len(y)} training examples")
-    return order[:n_selected]
+    return _keep_rare_classes(order, rank_in_class, y, spec.val_size)[:n_selected]
+
+
+def _keep_rare_classes(
+    order: _PositionArray, rank_in_class: np.ndarray, y: LabelArray, val_size: int
+) -> _PositionArray:
+    """Move examples of rare classes from validation to training.
+
+    Validation takes at most a fifth of a class, or the share that it has of all examples if that is
+    more, and never all of it.
+    """
+    sizes = np.bincount(y)
+    share = max(_MAX_VALIDATION_SHARE, val_size / len(y))
+    limits = np.minimum(np.ceil(share * sizes), sizes - 1)
+    exceeds = rank_in_class[order] >= limits[y[order]]
+    if not exceeds[:val_size].any():
+        return order
+    within = np.flatnonzero(~exceeds)
+    if len(within) < val_size:
+        return order
+    chosen = within[:val_size]
+    others = np.setdiff1d(np.arange(len(order)), chosen)
+    return np.concatenate([order[chosen], order[others]])
 
 
 def _make_split(x: PixelArray, y: LabelArray, rows: _PositionArray, pixel_max: int) -> Split:

@@ -5,6 +5,7 @@ list it in `DATASET_LOADERS`. It should raise `SpecError` if files are missing, 
 `DamagedFileError` if they cannot be read.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,13 @@ from numpy.typing import NDArray
 
 from raysweep.errors import DamagedFileError, InfrastructureError
 from raysweep.spec import SpecError
+
+logger = logging.getLogger(__name__)
+
+# Numbers of channels that tell (N, H, W, C) from (N, C, H, W).
+_CHANNEL_COUNTS = (1, 3, 4)
+# Names of the arrays of images and of labels in .npz files.
+_ARRAY_NAMES = (("x", "image", "images"), ("y", "label", "labels"))
 
 PixelArray = NDArray[np.uint8]
 LabelArray = NDArray[np.int64]
@@ -229,18 +237,45 @@ def read_npz(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
     """Read an .npz file.
 
     Args:
-        path: A file with the arrays `x` and `y`.
+        path: A file with the arrays `x` and `y`, also called `image` and `label`.
 
     Returns:
         `x` and `y`, unchecked.
 
     Raises:
-        ValueError: If an array holds Python objects: loading them can execute code.
-        KeyError: If `x` or `y` is missing.
+        ValueError: If an array holds Python objects: loading them can execute code. Or if an array
+            is missing.
+        OSError: If the file cannot be read.
+    """
+    x, y = read_npz_optional_labels(path)
+    if y is None:
+        raise ValueError("it has no array y (or label)")
+    return x, y
+
+
+def read_npz_optional_labels(
+    path: Path,
+) -> tuple[NDArray[np.generic], NDArray[np.generic] | None]:
+    """Read an .npz file that may lack labels.
+
+    Args:
+        path: A file with the array `x`, also called `image`, and perhaps `y` or `label`.
+
+    Returns:
+        Images, and labels or None; unchecked.
+
+    Raises:
+        ValueError: If an array holds Python objects, or if there are no images.
         OSError: If the file cannot be read.
     """
     with np.load(path, allow_pickle=False) as file:
-        return file["x"], file["y"]
+        arrays = []
+        for names in _ARRAY_NAMES:
+            found = [name for name in names if name in file.files]
+            arrays.append(file[found[0]] if found else None)
+        if arrays[0] is None:
+            raise ValueError(f"it has no array x (or image); found {', '.join(file.files)}")
+        return arrays[0], arrays[1]
 
 
 def read_parquet(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
@@ -272,7 +307,8 @@ def check_image_arrays(
 
     Args:
         path: The file they come from, for the message.
-        x: Images; must be (N, C, H, W) uint8.
+        x: Images; must be (N, C, H, W) uint8. (N, H, W, C) is taken too where the numbers of
+            channels leave no doubt.
         y: Labels; must be (N,) integers, 0 or larger, with N at least 1.
 
     Returns:
@@ -281,6 +317,9 @@ def check_image_arrays(
     Raises:
         SpecError: If a condition above does not hold.
     """
+    if x.ndim == 4 and x.shape[3] in _CHANNEL_COUNTS and x.shape[1] not in _CHANNEL_COUNTS:
+        logger.warning("%s: x has shape %s, taken as (N, H, W, C)", path, x.shape)
+        x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
     if x.ndim != 4 or x.dtype != np.uint8:
         raise SpecError(
             f"{path}: x must be uint8 of shape (N, C, H, W), got {x.dtype} of shape {x.shape}"

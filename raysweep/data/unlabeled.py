@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raysweep.atomic_files import atomic_open
-from raysweep.data.dataset_loaders import LabelArray, PixelArray, check_image_arrays, read_parquet
+from raysweep.data.dataset_loaders import (
+    LabelArray,
+    PixelArray,
+    check_image_arrays,
+    read_npz_optional_labels,
+    read_parquet,
+)
 from raysweep.errors import DamagedFileError
 from raysweep.spec import SpecError
 
@@ -92,12 +98,6 @@ def predict_pseudo_labels(
     return torch.cat(labels)
 
 
-def _read_npz_optional_labels(path: Path) -> ImagesAndLabels:
-    """Read `x`, and `y` if it is there, from an .npz file."""
-    with np.load(path, allow_pickle=False) as file:
-        return (file["x"], file["y"]) if "y" in file.files else (file["x"], None)
-
-
 def _read_carmon_pickle(path: Path) -> ImagesAndLabels:
     """Read the file of 500,000 images of Carmon et al. (2019).
 
@@ -118,7 +118,7 @@ def _read_carmon_pickle(path: Path) -> ImagesAndLabels:
 
 # File suffix -> reader.
 UNLABELED_FILE_READERS: dict[str, Callable[[Path], ImagesAndLabels]] = {
-    ".npz": _read_npz_optional_labels,
+    ".npz": read_npz_optional_labels,
     ".parquet": read_parquet,
     ".pickle": _read_carmon_pickle,
     ".pkl": _read_carmon_pickle,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import joblib
 import torch
 
-from raysweep.data import DatasetSplits
+from raysweep.data import DatasetSplits, count_batches
 from raysweep.evaluation.attack_model import MIN_BATCH_ROWS, make_attack_model
 from raysweep.rng import ExampleRng
 from raysweep.spec import JsonDict
@@ -185,7 +185,7 @@ def estimate_epoch_seconds(
     n_validations = sum(config.is_validated(epoch) for epoch in range(config.epochs))
     # The first step includes warming up.
     return (
-        min(step_timings) * math.ceil(len(data.train) / config.batch_size)
+        min(step_timings) * count_batches(len(data.train), config.batch_size)
         + validation_seconds * n_validations / config.epochs
     )
 

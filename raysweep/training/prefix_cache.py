@@ -54,7 +54,7 @@ def prefix_keys(
         `config.epochs` + 1 keys, of the states after 0, 1, ..., `config.epochs` epochs.
     """
     device = device or torch.device("cpu")
-    data = config.data.to_json_dict()
+    data = config.data.to_stored_dict()
     environment = checkpoint.describe_environment()
     versions = [str(environment[name]) for name in ("raysweep", "torch", "device")]
     start = {
