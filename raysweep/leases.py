@@ -95,10 +95,18 @@ class FolderLease:
     def try_acquire(self) -> bool:
         """Create the file, or replace it if its lease has expired."""
         if not self._lease.is_locked:
+            had_holder = Path(self._lease.lock_file).exists()
             try:
                 self._lease.acquire()
             except Timeout:
                 return False
+            if had_holder:
+                logger.warning(
+                    "took over the lease %s: its holder died, stopped renewing it or just gave it "
+                    "back",
+                    self._lease.lock_file,
+                    extra={"event": "lease_taken_over", "shown": True},
+                )
         return True
 
     def release(self) -> None:

@@ -22,6 +22,7 @@ from raysweep.log_records import redact_log_text
 from raysweep.stores import request_log
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import load_space
+from raysweep.training.prefix_cache import PrefixCache
 
 LOGGER = logging.getLogger("raysweep.some.module")
 SECRETS = {
@@ -358,3 +359,18 @@ def test_docs_list_all_events() -> None:
     }
     documented = set(re.findall(r"`(\w+)`", (root.parent / "docs" / "logs.md").read_text()))
     assert used > {"start", "asha_stop", "end"} and used <= documented
+
+
+def test_the_lease_of_a_process_that_died_is_taken_over_with_a_word(tmp_path: Path) -> None:
+    cache = PrefixCache(tmp_path / "prefixes")
+    process = forked_processes.start_function(_acquire_and_die, tmp_path / "prefixes")
+    assert process.wait() == -signal.SIGKILL
+    with logs.log_to_folder(tmp_path), cache.acquire_training_lease("key") as must_train:
+        assert must_train
+    (told,) = (e for e in entries_of(tmp_path) if e.get("event") == "lease_taken_over")
+    assert told["level"] == "WARNING" and "/prefixes/key.claim" in told["message"]
+
+
+def _acquire_and_die(folder: Path) -> None:
+    with PrefixCache(folder).acquire_training_lease("key"):
+        os.kill(os.getpid(), signal.SIGKILL)
