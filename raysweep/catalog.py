@@ -2,8 +2,8 @@
 
 Each function returns a method with its paper's settings for CIFAR-10. `raysweep list` prints the
 first line of its docstring. To add a method, write a function here and list it in `METHODS`.
-Settings for other data sets are in `training.dataset_defaults`, settings of single tables and
-figures in `pipelines/presets`.
+`training.dataset_defaults` replaces the radius and the step size of all attacks, so that methods
+can be compared on each data set; settings of single tables and figures are in `pipelines/presets`.
 
 Citations: G is GAIRAT (Zhang et al. 2021), L is LRAT (Gao et al. 2021). CE is the cross-entropy, KL
 is KL(p(x) || p(x~)), x are natural images, x~ adversarial images.
@@ -42,7 +42,7 @@ def at() -> Method:
 def fat() -> Method:
     """Friendly AT (Zhang et al. 2020): CE on images of PGD-10 that stops early (G app. C.6).
 
-    tau is 0, 3 and 6 from epochs 0, 40 and 70 (0-based).
+    tau is 0, 3 and 6 from epochs 0, 40 and 70 (0-based), as in the authors' code.
     """
     return Method(
         name="fat",
@@ -116,12 +116,15 @@ def mart() -> Method:
 
 
 def gair_mart() -> Method:
-    """Geometry-aware MART: w(kappa) weights the -log p_y part of the boosted CE (G eq. 10)."""
+    """Geometry-aware MART: w(kappa) weights the -log p_y part of the boosted CE (G eq. 10).
+
+    The weights act from epoch 75 onward, counted from 1 (G app. C.7).
+    """
     return Method(
         name="gair-mart",
         attacks={"pgd": GAUSSIAN_START_PGD},
         terms={
-            "pgd": Term(on="pgd", weight=GeometryWeight(lam=-1.0, burn_in=75)),
+            "pgd": Term(on="pgd", weight=GeometryWeight(lam=-1.0, burn_in=74)),
             "margin": Term(loss="margin", on="pgd"),
             "kl": Term(loss="kl_misclassified", on="pgd", coef=5.0),
         },
@@ -135,7 +138,7 @@ def mart_gair_kl() -> Method:
         attacks={"pgd": GAUSSIAN_START_PGD},
         terms={
             "pgd": Term(loss="bce", on="pgd"),
-            "kl": Term(loss="kl", on="pgd", coef=5.0, weight=GeometryWeight(lam=-1.0, burn_in=75)),
+            "kl": Term(loss="kl", on="pgd", coef=5.0, weight=GeometryWeight(lam=-1.0, burn_in=74)),
         },
     )
 
@@ -186,7 +189,7 @@ def gair_rst() -> Method:
                 loss="kl",
                 on="pgd",
                 coef=6.0,
-                weight=GeometryWeight(lam=3.0, burn_in=100, normalise=False),
+                weight=GeometryWeight(lam=3.0, burn_in=99, normalise=False),
             ),
             "kl_cw": Term(
                 loss="kl", on="cw", coef=6.0, weight=RemainderWeight(total=1.0, of=("kl",))
@@ -243,7 +246,7 @@ def mail_at() -> Method:
         attacks={"pgd": GAUSSIAN_START_PGD},
         terms={
             "pgd": Term(
-                on="pgd", weight=ProbabilisticMarginWeight(slope=10.0, bias=-0.5, burn_in=75)
+                on="pgd", weight=ProbabilisticMarginWeight(slope=10.0, bias=-0.5, burn_in=76)
             )
         },
     )
@@ -260,7 +263,7 @@ def mail_trades() -> Method:
                 loss="kl",
                 on="kl",
                 coef=5.0,
-                weight=ProbabilisticMarginWeight(slope=2.0, bias=0.0, burn_in=75),
+                weight=ProbabilisticMarginWeight(slope=2.0, bias=0.0, burn_in=76),
             ),
         },
     )
@@ -275,7 +278,7 @@ def mail_mart() -> Method:
             "pgd": Term(
                 loss="bce",
                 on="pgd",
-                weight=ProbabilisticMarginWeight(slope=1.0, bias=-1.5, burn_in=75),
+                weight=ProbabilisticMarginWeight(slope=1.0, bias=-1.5, burn_in=76),
             ),
             "kl": Term(loss="kl_misclassified", on="pgd", coef=5.0),
         },

@@ -45,7 +45,7 @@ class PiecewiseSchedule(EpochSchedule):
             raise ValueError("boundaries must increase")
         return self
 
-    def value_at(self, epoch: int) -> float:
+    def value_at(self, epoch: float) -> float:
         return self.values[sum(epoch >= boundary for boundary in self.boundaries)]
 
 
@@ -67,7 +67,7 @@ class _RampSchedule(EpochSchedule):
             raise ValueError(f"end must come after start, got start {self.start}, end {self.end}")
         return self
 
-    def _elapsed_fraction_at(self, epoch: int) -> float:
+    def _elapsed_fraction_at(self, epoch: float) -> float:
         """Return the fraction of the change that lies before `epoch`, in [0, 1]."""
         return _elapsed_fraction(epoch, self.start, self.end)
 
@@ -78,7 +78,7 @@ class LinearSchedule(_RampSchedule):
     kind: Literal["linear"] = "linear"
     """Selects this schedule."""
 
-    def value_at(self, epoch: int) -> float:
+    def value_at(self, epoch: float) -> float:
         return self.first + (self.last - self.first) * self._elapsed_fraction_at(epoch)
 
 
@@ -90,7 +90,7 @@ class CosineSchedule(_RampSchedule):
     last: Number = 0.0
     """Value from epoch `end`."""
 
-    def value_at(self, epoch: int) -> float:
+    def value_at(self, epoch: float) -> float:
         cosine = math.cos(math.pi * self._elapsed_fraction_at(epoch))
         return self.last + (self.first - self.last) * (1 + cosine) / 2
 
@@ -114,7 +114,7 @@ class InterpolatedSchedule(EpochSchedule):
             raise ValueError("epochs must increase, with one value each")
         return self
 
-    def value_at(self, epoch: int) -> float:
+    def value_at(self, epoch: float) -> float:
         return _interpolate_values(epoch, self.epochs, self.values)
 
 
@@ -135,12 +135,12 @@ Schedule = Annotated[
 ]
 
 
-def schedule_value_at(schedule: float | EpochSchedule, epoch: int) -> float:
+def schedule_value_at(schedule: float | EpochSchedule, epoch: float) -> float:
     """Return the value of a schedule or constant at an epoch.
 
     Args:
         schedule: A schedule, or a number that is the same at every epoch.
-        epoch: Epoch, 0-based.
+        epoch: Epoch, 0-based; a fraction for a moment within an epoch.
 
     Returns:
         The value.
@@ -206,12 +206,12 @@ def bounding_values(schedule: float | EpochSchedule) -> tuple[float, ...]:
     return (schedule_value_at(schedule, 0),)
 
 
-def _elapsed_fraction(epoch: int, start: int, end: int) -> float:
+def _elapsed_fraction(epoch: float, start: int, end: int) -> float:
     """Return the position of `epoch` between `start` and `end`, clipped to [0, 1]."""
     return min(max((epoch - start) / (end - start), 0.0), 1.0)
 
 
-def _interpolate_values(epoch: int, epochs: Sequence[int], values: Sequence[float]) -> float:
+def _interpolate_values(epoch: float, epochs: Sequence[int], values: Sequence[float]) -> float:
     """Return the value at `epoch` of the line through the points, constant outside."""
     points = list(zip(epochs, values, strict=True))
     for (e0, v0), (e1, v1) in pairwise(points):

@@ -126,7 +126,8 @@ class Spec(BaseModel):
         if not (info.context and info.context.get("stored")):
             return data
         for name in () if info.context.get("complete") else self.later_fields:
-            if getattr(self, name) == type(self).model_fields[name].get_default():
+            default = type(self).model_fields[name].get_default(call_default_factory=True)
+            if getattr(self, name) == default:
                 del data[name]
         return {self.stored_keys.get(name, name): value for name, value in data.items()}
 
@@ -213,11 +214,12 @@ class Spec(BaseModel):
 class EpochSchedule(Spec):
     """Base class of schedules: settings whose value is a number that depends on the epoch."""
 
-    def value_at(self, epoch: int) -> float:
+    def value_at(self, epoch: float) -> float:
         """Compute the value at an epoch. Subclasses must override this.
 
         Args:
-            epoch: Epoch, 0-based. It may be larger than the number of epochs of the run.
+            epoch: Epoch, 0-based. It may be larger than the number of epochs of the run, and a
+                fraction for a setting that changes within epochs.
 
         Returns:
             The value of the setting.

@@ -1,7 +1,11 @@
 """The parts that attacks share, and the settings of the named evaluations, by hand."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from raysweep.attacks import (
@@ -9,6 +13,7 @@ from raysweep.attacks import (
     ATTACK_DESCRIPTIONS,
     FAB,
     PGD,
+    MinimalPerturbation,
     Square,
     autoattack,
     build_custom_cascade,
@@ -21,8 +26,10 @@ from raysweep.attacks.base import (
     l2_norms,
     masked_assign_,
     project_to_ball,
+    soft_logit_margin,
     steepest_ascent_direction,
 )
+from raysweep.rng import ExampleRng
 from raysweep.schedules import LinearSchedule, PiecewiseSchedule
 from raysweep.spec import SpecError
 
@@ -225,3 +232,43 @@ def test_lists_keep_their_order():
         build_custom_cascade([])
     with pytest.raises(SpecError, match="AutoAttack version"):
         autoattack(version="standart")
+
+
+class Slope(nn.Module):
+    """One pixel x, three classes: logits 4 (x - 0.5), 0 and 0. Class 0 is the largest above 0.5,
+    and has more than half of the probability above 0.5 + log(2) / 4 = 0.673.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        zero = torch.zeros_like(x.flatten())
+        return torch.stack([4 * (x.flatten() - 0.5), zero, zero], 1)
+
+
+def search_slope(**settings: Any) -> tuple[float, int]:
+    """The length that MMA's search finds from x = 0.8, and its kappa."""
+    x, y = torch.full((1, 1, 1, 1), 0.8), torch.zeros(1, dtype=torch.int64)
+    attack = MinimalPerturbation(start="natural", bisections=30, **settings)
+    result = attack(Slope(), x, y, ExampleRng.for_examples(torch.zeros(1, dtype=torch.int64), 0))
+    return (x - result.x_adv).item(), int(result.kappa)
+
+
+def test_the_search_of_mma_with_the_soft_logit_margin():
+    """With `slm` an image breaks where p_y falls to one half, as in MMA's code."""
+    logits, y = torch.tensor([[1.0, 2.0, -1.0], [3.0, 0.0, 0.5]]), torch.tensor([1, 0])
+    p = logits.softmax(1)[torch.arange(2), y]
+    assert torch.allclose(soft_logit_margin(logits, y), ((1 - p) / p).log())
+    assert search_slope(d_max=0.4, loss="ce") == (pytest.approx(0.3, abs=1e-4), 7)
+    to_half = 0.3 - math.log(2) / 4
+    assert search_slope(d_max=0.4, loss="slm") == (pytest.approx(to_half, abs=1e-4), 3)
+
+
+def test_the_search_of_mma_goes_beyond_d_max():
+    """An image that breaks between d_max and search_factor x d_max counts as one that does not, but
+    gets the images at its boundary.
+    """
+    assert search_slope(d_max=0.29, search_factor=1.05) == (pytest.approx(0.3, abs=1e-4), 10)
+    assert search_slope(d_max=0.31, search_factor=1.05)[1] == 9
+    length, kappa = search_slope(d_max=0.29)
+    assert (round(length, 5), kappa) == (0.29, 10)
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        MinimalPerturbation(search_factor=0.9)

@@ -170,6 +170,21 @@ def test_a_schedule_changes_the_keys_from_its_own_epoch_on(epoch: int) -> None:
         ), path
 
 
+def test_rates_by_step_are_shared_by_runs_of_the_same_schedule_only() -> None:
+    """Two schedules may begin an epoch with the same rate and go on with others."""
+    by_step = apply_overrides(base(), {"optim.lr_per_step": True})
+    rising, falling = (
+        apply_overrides(
+            by_step, {"optim.lr": {"kind": "interpolated", "epochs": [0, 3], "values": [0.1, last]}}
+        )
+        for last in (0.2, 0.05)
+    )
+    assert rising.resolve_at(0) == falling.resolve_at(0)
+    assert not set(prefix_keys(rising, "data")[1:]) & set(prefix_keys(falling, "data")[1:])
+    again = apply_overrides(rising, {"epochs": 2})
+    assert prefix_keys(again, "data") == prefix_keys(rising, "data")[:3]
+
+
 QUICK: dict[str, Any] = {
     "epochs": 3, "batch_size": 64, "validation.attacks": {"pgd": {"kind": "pgd", "steps": 1}},
     "validation.finish": {},

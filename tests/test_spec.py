@@ -98,7 +98,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_names() -> None:
     [
         (
             {"method.attacks.pgd.loss": "cee"},
-            ["method.attacks.pgd.loss = 'cee'", "'ce', 'cw' or 'kl'"],
+            ["method.attacks.pgd.loss = 'cee'", "'ce', 'cw', 'kl' or 'slm'"],
         ),
         ({"method.terms.pgd.weight.kind": "geomety"}, ["no kind 'geomety'", "nearest: geometry"]),
         ({"method.terms.bound.on": "naturl"}, ["no input 'naturl'", "natural"]),

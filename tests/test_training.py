@@ -54,6 +54,26 @@ def test_gairat_with_infinite_lambda_trains_at_bit_for_bit(tmp_path) -> None:
     assert at.last_metrics["robust_worst"] == gairat.last_metrics["robust_worst"]
 
 
+def test_the_learning_rate_may_change_after_every_step(tmp_path, monkeypatch) -> None:
+    """Step i of n in epoch e (from 0) has the rate of the schedule at e + i / n."""
+    rates: list[float] = []
+    step = torch.optim.SGD.step
+
+    def record_rate(optimizer: torch.optim.SGD) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", record_rate)
+    cycle = {"kind": "interpolated", "epochs": [0, 1, 2], "values": [0.0, 0.2, 0.0]}
+    changes = {"optim__lr": cycle, "data__train_size": 96}
+    by_step = train_model(tiny("at", **changes, optim__lr_per_step=True), tmp_path / "a")
+    assert rates == pytest.approx([0.2 / 3, 0.4 / 3, 0.2, 0.4 / 3, 0.2 / 3, 0.0])
+    assert [row["train/lr"] for row in by_step.last_checkpoint.history] == pytest.approx([0.2, 0.0])
+    rates.clear()
+    train_model(tiny("at", **changes), tmp_path / "b")
+    assert rates == [0.0, 0.0, 0.0, 0.2, 0.2, 0.2]
+
+
 def test_burn_in_is_adversarial_training_until_it_ends(tmp_path) -> None:
     at = train_model(tiny("at", epochs=1), tmp_path / "at").last_checkpoint.path
     changes = {"method__terms__pgd__weight__burn_in": 1, "method__terms__pgd__weight__lam": -1.0}
@@ -260,7 +280,9 @@ def test_a_foreign_meta_is_refused_in_one_line(tmp_path) -> None:
 
 
 def test_validation_is_at_the_epsilon_of_the_training() -> None:
-    config = build_training_config("gairat", {"data.name": "cifar10"})
+    config = build_training_config(
+        "gairat", {"data.name": "cifar10", "method.attacks.pgd.eps": 0.031}
+    )
     assert config.method.attacks["pgd"].eps == config.validation.attacks["cw"].eps == 0.031
     assert (
         build_training_config("lrat", {"data.name": "cifar10"}).validation.finish["apgd_t"].eps

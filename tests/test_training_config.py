@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from raysweep.catalog import METHODS
 from raysweep.spec import SpecError
 from raysweep.training.config import OptimizerSpec, TrainingConfig, build_training_config
 from raysweep.training.speed_settings import ComputeSpec
@@ -50,18 +51,18 @@ def test_later_layers_win_over_earlier_ones_and_all_over_the_defaults_of_the_dat
             {
                 "eps": 8 / 255,
                 "lr": [0.1, 0.01, 0.001],
-                "at": [59, 60, 90],
+                "at": [28, 29, 59],
                 "every": 2,
                 "val_size": 1000,
             },
         ),
-        # G appendix C.3: a tenth of the rate, which falls at 30 and 60.
+        # G appendix C.3: a tenth of the rate, which falls at epochs 30 and 60, counted from 1.
         (
             "svhn",
             {
                 "eps": 8 / 255,
                 "lr": [0.01, 0.001, 0.0001],
-                "at": [29, 30, 60],
+                "at": [28, 29, 59],
                 "every": 1,
                 "val_size": 1000,
             },
@@ -74,6 +75,28 @@ def test_defaults_of_data_sets(name: str, facts: dict[str, Any]) -> None:
     assert [config.resolve_at(epoch).optim.lr for epoch in facts["at"]] == facts["lr"]
     assert (config.validation.every, config.data.val_size) == (facts["every"], facts["val_size"])
     assert (config.optim.momentum, config.optim.weight_decay, config.batch_size) == (0.9, 5e-4, 128)
+
+
+@pytest.mark.parametrize("data", ["digits", "mnist", "cifar10", "svhn", "arrays"])
+def test_bare_methods_differ_in_nothing_but_the_method(data: str) -> None:
+    """One threat model, attack, network and optimizer for each data set."""
+    configs = [build_training_config(name, {"data.name": data}) for name in METHODS]
+    rests = {config.replace(method=METHODS["at"]()).digest() for config in configs}
+    assert len(rests) == 1
+    attacks = [attack for config in configs for attack in config.method.attacks.values()]
+    sizes = {(a.eps, a.step_size, a.steps) for a in attacks if hasattr(a, "eps")}
+    assert len(sizes) == 1
+    (eps, _, steps), validation = sizes.pop(), configs[0].validation
+    tests = [*validation.attacks.values(), *validation.finish.values()]
+    assert {attack.eps for attack in tests} == {eps} and steps == 10
+
+
+def test_bare_methods_on_cifar10() -> None:
+    """The threat model of G section 4.1 and the optimizer of G appendix C.3."""
+    config = build_training_config("gairat", {"data.name": "cifar10"})
+    attack = config.method.attacks["pgd"]
+    assert (attack.norm, attack.eps, attack.step_size) == ("Linf", 8 / 255, 2 / 255)
+    assert config.epochs == 100 and config.model.name == "resnet18"
 
 
 def test_validation_has_the_epsilon_of_the_last_epoch_unless_it_is_set() -> None:
@@ -157,7 +180,7 @@ def test_auto_is_resolved_for_a_device_and_explicit_choices_stay() -> None:
 
 
 def test_a_config_without_settings_has_the_documented_defaults() -> None:
-    """The papers' for CIFAR-10: 100 epochs, batches of 128, lower rates from epochs 60 and 90."""
+    """G appendix C.3's: 100 epochs, batches of 128, lower rates from epochs 30 and 60."""
     config = TrainingConfig.from_data({"method": "at"})
     assert (config.epochs, config.batch_size, config.seed, config.collapse_after) == (
         100,
@@ -165,7 +188,7 @@ def test_a_config_without_settings_has_the_documented_defaults() -> None:
         0,
         20,
     )
-    assert [config.resolve_at(epoch).optim.lr for epoch in (0, 59, 60, 89, 90)] == [
+    assert [config.resolve_at(epoch).optim.lr for epoch in (0, 28, 29, 58, 59)] == [
         0.1,
         0.1,
         0.01,
@@ -207,7 +230,7 @@ def test_defaults_of_mnist_and_svhn() -> None:
         6,
     ]
     svhn = build_training_config("gairat", {"data.name": "svhn"})
-    assert [svhn.resolve_at(epoch).optim.lr for epoch in (29, 30, 59, 60)] == [
+    assert [svhn.resolve_at(epoch).optim.lr for epoch in (28, 29, 58, 59)] == [
         0.01,
         0.001,
         0.001,

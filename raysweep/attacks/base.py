@@ -193,6 +193,20 @@ def true_class_margin(scores: Tensor, y: Tensor) -> Tensor:
     return true_scores - scores.scatter(1, y[:, None], -torch.inf).amax(1)
 
 
+def soft_logit_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Return MMA's soft logit margin loss log sum_{i != y} exp(z_i) - z_y (Ding et al. 2020).
+
+    Args:
+        logits: Logits z, (N, classes).
+        y: True labels, (N,) int64.
+
+    Returns:
+        The loss, (N,): negative where the probability of the true class is more than 1/2.
+    """
+    others = logits.scatter(1, y[:, None], -torch.inf)
+    return others.logsumexp(1) - logits.gather(1, y[:, None])[:, 0]
+
+
 def true_class_confidence(logits: Tensor, y: Tensor, kind: VulnerabilityKind) -> Tensor:
     """Compute LRAT's V, which is small where the model is vulnerable to the attack.
 

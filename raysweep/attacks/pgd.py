@@ -16,6 +16,7 @@ from raysweep.attacks.base import (
     freeze_model,
     l2_norms,
     project_to_ball,
+    soft_logit_margin,
     steepest_ascent_direction,
     true_class_margin,
 )
@@ -43,9 +44,10 @@ class PGD(Spec):
     steps: Annotated[int, Field(ge=1, le=10_000)] = 10
     """Number of steps K."""
 
-    loss: Literal["ce", "cw", "kl"] = "ce"
+    loss: Literal["ce", "cw", "kl", "slm"] = "ce"
     """Loss to maximise: `ce`, cross-entropy (L eq. 11); `cw`, the bounded margin
-    -max(z_y - max_{i != y} z_i + confidence, 0) (L eq. 12); `kl`, KL(p(x) || p(x~)) (G alg. 4)."""
+    -max(z_y - max_{i != y} z_i + confidence, 0) (L eq. 12); `kl`, KL(p(x) || p(x~)) (G alg. 4);
+    `slm`, the soft logit margin log sum_{i != y} exp(z_i) - z_y (MMA)."""
 
     norm: Norm = "Linf"
     """Norm of the ball and of a step."""
@@ -124,6 +126,8 @@ class PGD(Spec):
         logits = model(x_adv)
         if self.loss == "cw":
             loss = -(true_class_margin(logits, y) + self.confidence).clamp_min(0)
+        elif self.loss == "slm":
+            loss = soft_logit_margin(logits, y)
         elif natural_logits is not None:
             loss = losses.kl_divergence(logits, natural_logits, y)
         else:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 
-from raysweep.data.batches import Batch, epoch_batches
+from raysweep.data.batches import Batch, count_batches, epoch_batches
 from raysweep.data.dataset_loaders import DATASET_LOADERS, LabelArray, PixelArray, TrainTestArrays
 from raysweep.data.split_tensors import Split
 from raysweep.data.unlabeled import read_unlabeled_file
@@ -117,6 +117,10 @@ class DatasetSplits:
         return replace(
             self, train=self.train.to(device), val=self.val.to(device), unlabeled=unlabeled
         )
+
+    def count_train_batches(self, batch_size: int) -> int:
+        """Return the number of batches of `iter_train_batches`."""
+        return count_batches(len(self.train), batch_size)
 
     def iter_train_batches(
         self, batch_size: int, seed: int, epoch: int, rank: int = 0, n_workers: int = 1

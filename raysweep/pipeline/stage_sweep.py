@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from raysweep import storage
+from raysweep.data import DataSpec
 from raysweep.formatting import format_count
 from raysweep.leases import hold_folder_lease
 from raysweep.pipeline.artifact import Candidate, CheckpointKind
 from raysweep.pipeline.facts import SweepSummary, TrialSummary
 from raysweep.pipeline.stage import StageContext, StageFailed
-from raysweep.spec import JsonDict, SpecError
+from raysweep.spec import JsonDict, SpecError, json_digest
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import SearchSpace
@@ -20,6 +21,7 @@ from raysweep.terminal import SweepDisplay
 from raysweep.tracking import SweepTracker
 from raysweep.training import checkpoint
 from raysweep.training.config import TrainingConfig, build_training_config
+from raysweep.training.dataset_defaults import DATASET_DEFAULTS, UNCHANGED_SINCE_0_1
 from raysweep.training.selection import SelectionRule, rank_epoch
 
 logger = logging.getLogger(__name__)
@@ -64,10 +66,17 @@ def drop_data_location(space: SearchSpace) -> JsonDict:
 
     Args:
         space: The search space.
+
+    Returns:
+        The space; with a digest of the data set's defaults, if these are other ones than in 0.1.
     """
     location_keys = ("data.data_dir", "data.download")
     base = {key: value for key, value in space.base.items() if key not in location_keys}
-    return space.replace(base=base).to_stored_dict()
+    content = space.replace(base=base).to_stored_dict()
+    dataset_name = str(space.base.get("data.name", DataSpec().name))
+    if dataset_name not in UNCHANGED_SINCE_0_1:
+        content["dataset_defaults"] = json_digest(DATASET_DEFAULTS[dataset_name])
+    return content
 
 
 def describe_training(config: TrainingConfig) -> str:

@@ -375,6 +375,8 @@ class SearchSpace(Spec):
             *self._find_distribution_problems(),
             *self._find_point_problems(),
         ]
+        if threat_problem := config.validation.find_threat_problem():
+            lines.insert(0, threat_problem)
         return list(dict.fromkeys(lines))
 
     def _find_objective_problems(self, config: TrainingConfig) -> Iterator[str]:
@@ -432,10 +434,10 @@ class SearchSpace(Spec):
     def _find_invalid_params(self, params: Params, location: str) -> list[str]:
         """Return the problems of a trial with these params, each after `location`."""
         try:
-            self.trial_config(params)
+            problem = self.trial_config(params).validation.find_threat_problem()
         except SpecError as error:
             return [f"{location}: {line}" for line in error.problems]
-        return []
+        return [f"{location}: {problem}"] if problem else []
 
     def _drop_inactive(self, point: Params) -> Params:
         """Return a point without the params whose conditions do not hold."""

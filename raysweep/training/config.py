@@ -1,7 +1,7 @@
 """Config of a training run: all settings that decide its result, as one spec."""
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -20,10 +20,16 @@ from raysweep.training.validation import Validation
 class OptimizerSpec(Spec):
     """Stochastic gradient descent with momentum."""
 
+    later_fields: ClassVar[frozenset[str]] = frozenset({"lr_per_step"})
+
     lr: Annotated[Schedule, bounded(0)] = Field(
-        default_factory=lambda: PiecewiseSchedule(boundaries=(60, 90), values=(0.1, 0.01, 0.001))
+        default_factory=lambda: PiecewiseSchedule(boundaries=(29, 59), values=(0.1, 0.01, 0.001))
     )
     """Learning rate: a number or a schedule over epochs, at least 0."""
+
+    lr_per_step: bool = False
+    """Change the learning rate after every step instead of every epoch: step i of n in epoch e has
+    the value of `lr` at e + i / n, where the first step is i = 1 (Rice et al. 2020)."""
 
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     """Momentum, in [0, 1)."""
@@ -208,14 +214,23 @@ def build_training_config(
     config = TrainingConfig.from_data({"method": method_data})
     config = apply_overrides(config, DATASET_DEFAULTS[data_name], on_missing="ignore")
     config = apply_overrides(config, changes)
-    if any(_sets_validation_eps(path) for path in changes):
+    if any(_sets_validation_eps(path, value) for path, value in changes.items()):
         return config
     return _match_validation_eps(config)
 
 
-def _sets_validation_eps(path: str) -> bool:
-    """Return whether a dotted path, such as `*.eps`, sets an eps of validation attacks."""
-    return path[0] in "*v" and "eps" in path.split(".")
+def _sets_validation_eps(path: str, value: Any) -> bool:
+    """Return whether a setting, `*.eps` or a whole attack, sets an eps of validation attacks."""
+    if path[0] not in "*v":
+        return False
+    return "eps" in path.split(".") or _has_key(value, "eps")
+
+
+def _has_key(value: Any, key: str) -> bool:
+    """Return whether nested mappings have a key at any depth."""
+    if not isinstance(value, Mapping):
+        return False
+    return key in value or any(_has_key(part, key) for part in value.values())
 
 
 def _match_validation_eps(config: TrainingConfig) -> TrainingConfig:

@@ -72,6 +72,9 @@ def prefix_keys(
             dropped_keys=("data", "model", "validation", "compute", "epochs", "collapse_after"),
         )
         method = _without_keys(epoch_settings["method"], dropped_keys=("name",))
+        if config.optim.lr_per_step:
+            # The value at the start of the epoch says nothing about its steps.
+            epoch_settings["optim"]["lr"] = [config.optim.to_json_dict()["lr"], epoch]
         keys.append(json_digest([keys[-1], epoch_settings | {"method": method}]))
     return keys
 

@@ -3,10 +3,11 @@
 A file has a `method`, and settings as `dotted.path: value`. With `extends: NAME` it inherits the
 method and settings of another preset, and may override them. `protocols: {NAME: settings}` are
 further settings that take effect with `protocol: NAME`: `paper` chooses the best epoch as the paper
-does, on the test images.
+does, on the test images. `notes` says of settings, by dotted path, that the paper does not give
+them or has others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from raysweep.spec import (
 )
 from raysweep.training.config import TrainingConfig, build_training_config
 
+_NOTES_KEY = "notes"
 PresetContent = tuple[str | dict[str, Any], dict[str, Any]]
 """Method (its name, or its settings as a mapping), and dotted path -> value of other settings."""
 
@@ -46,7 +48,7 @@ def _read_preset(name: str) -> JsonDict:
     if name not in list_presets():
         raise SpecError(describe_unknown_name("preset", name, list_presets()))
     path = _presets_folder() / f"{name}.yaml"
-    content = _apply_extends(read_yaml(path))
+    content = _read_preset_file(path)
     if "method" not in content:
         raise SpecError(f"{path}: method is missing")
     return content
@@ -55,6 +57,7 @@ def _read_preset(name: str) -> JsonDict:
 def _choose_protocol(content: JsonDict, protocol: str | None) -> JsonDict:
     """Return the settings in the content of a file, with those of one of its protocols."""
     settings = dict(content)
+    settings.pop(_NOTES_KEY, None)
     protocols = settings.pop("protocols", {})
     protocol = protocol or settings.pop("protocol", None)
     settings.pop("protocol", None)
@@ -63,6 +66,26 @@ def _choose_protocol(content: JsonDict, protocol: str | None) -> JsonDict:
     if protocol not in protocols:
         raise SpecError(describe_unknown_name("protocol", protocol, list(protocols)))
     return {**settings, **protocols[protocol]}
+
+
+def load_preset_notes(name: str, overridden_paths: Collection[str] = ()) -> dict[str, str]:
+    """Read what a preset says about settings that its paper does not give, or gives otherwise.
+
+    Args:
+        name: Name of a preset, or path of a YAML file with the content of one.
+        overridden_paths: Dotted paths that the run sets itself: notes on them are left out.
+
+    Returns:
+        Sentence by the dotted path of the setting. A file that sets a path of the preset that it
+        extends drops the note on it.
+
+    Raises:
+        SpecError: There is no such preset or file.
+    """
+    is_file = name.endswith((".yaml", ".yml"))
+    content = _read_preset_file(Path(name)) if is_file else _read_preset(name)
+    notes = content.get(_NOTES_KEY, {})
+    return {path: note for path, note in notes.items() if path not in overridden_paths}
 
 
 def resolve_training_config(source: str, overrides: Mapping[str, Any]) -> TrainingConfig:
@@ -81,23 +104,38 @@ def resolve_training_config(source: str, overrides: Mapping[str, Any]) -> Traini
     """
     overrides = dict(overrides)
     protocol = overrides.pop("protocol", None)
+    method: Any = source
+    content: JsonDict = {}
     if source.endswith((".yaml", ".yml")):
-        content = _apply_extends(read_yaml(Path(source)))
+        content = _read_preset_file(Path(source))
         method = content.pop("method", "at")
-        return build_training_config(method, _choose_protocol(content, protocol), overrides)
-    if source in METHODS:
-        return build_training_config(source, _choose_protocol({}, protocol), overrides)
-    if source in list_presets():
-        method, settings = load_preset(source, protocol)
-        return build_training_config(method, settings, overrides)
-    raise SpecError(describe_unknown_name("method or preset", source, [*METHODS, *list_presets()]))
+    elif source in list_presets():
+        content = _read_preset(source)
+        method = content.pop("method")
+    elif source not in METHODS:
+        known = [*METHODS, *list_presets()]
+        raise SpecError(describe_unknown_name("method or preset", source, known))
+    config = build_training_config(method, _choose_protocol(content, protocol), overrides)
+    if problem := config.validation.find_threat_problem():
+        raise SpecError(problem)
+    return config
 
 
-def _apply_extends(content: JsonDict) -> JsonDict:
-    """Merge a file's settings into those of the preset that it extends, if any."""
+def _read_preset_file(path: Path) -> JsonDict:
+    """Return the content of a file, merged into that of the preset that it extends."""
+    content = read_yaml(path)
+    notes = content.get(_NOTES_KEY, {})
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise SpecError(f"{path}: {_NOTES_KEY} = {notes!r}: must be a mapping from paths to text")
     if "extends" not in content:
         return content
-    return {**_read_preset(str(content.pop("extends"))), **content}
+    inherited = _read_preset(str(content.pop("extends")))
+    inherited_notes = {
+        setting: note
+        for setting, note in inherited.get(_NOTES_KEY, {}).items()
+        if setting not in content
+    }
+    return {**inherited, **content, _NOTES_KEY: {**inherited_notes, **notes}}
 
 
 def list_presets() -> list[str]:

@@ -17,7 +17,7 @@ from raysweep.evaluation.attack_model import MIN_BATCH_ROWS, make_attack_model
 from raysweep.evaluation.float32_precision import disable_tf32_and_autocast, has_tf32
 from raysweep.method import Method, MethodOutput
 from raysweep.rng import ExampleRng, derive_seed
-from raysweep.schedules import resolved_value
+from raysweep.schedules import resolved_value, schedule_value_at
 from raysweep.spec import SpecError, flatten_spec
 from raysweep.training import checkpoint
 from raysweep.training.callbacks import TrainingCallback
@@ -364,7 +364,7 @@ class _TrainingRun:
         self._run_steps(epoch_config.method, epoch, diagnostics)
         metrics: EpochMetrics = {
             "epoch": epoch + 1,
-            "train/lr": resolved_value(epoch_config.optim.lr),
+            "train/lr": float(self.optimizer.param_groups[0]["lr"]),
             **diagnostics.compute_metrics(),
         }
         loss = metrics["train/loss"]
@@ -389,6 +389,12 @@ class _TrainingRun:
                 lr=resolved_value(optim.lr), weight_decay=resolved_value(optim.weight_decay)
             )
 
+    def _apply_step_lr(self, epoch: float) -> None:
+        """Set the learning rate of a step that ends at this fraction of an epoch, if it has one."""
+        if self.config.optim.lr_per_step:
+            for group in self.optimizer.param_groups:
+                group["lr"] = schedule_value_at(self.config.optim.lr, epoch)
+
     def _run_steps(self, method: Method, epoch: int, diagnostics: EpochDiagnostics) -> None:
         """Run the epoch's steps, except those that an interrupted process has already done."""
         n_done = 0
@@ -402,6 +408,7 @@ class _TrainingRun:
                 extra={"epoch": epoch + 1, "step": n_done},
             )
         self.model.train()
+        n_steps = self.device_data.count_train_batches(self.config.batch_size)
         with self.variants.training_precision():
             batches = self.device_data.iter_train_batches(
                 self.config.batch_size,
@@ -413,6 +420,7 @@ class _TrainingRun:
             for steps, batch in enumerate(islice(batches, n_done, None), n_done + 1):
                 rng = ExampleRng.for_examples(batch.index, self.config.seed, "train", epoch)
                 output = compute_step_gradients(method, self.variants, batch, rng, self.workers)
+                self._apply_step_lr(epoch + steps / n_steps)
                 self.optimizer.step()
                 diagnostics.add_batch(output, batch.y)
                 self.callback.on_step_end(epoch + 1, steps)

@@ -1,7 +1,7 @@
 """Validation during training: a few fast, different attacks. Sweeps rank trials by the results."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -26,6 +26,8 @@ OBJECTIVE_DESCRIPTIONS: dict[str, str] = {
 }
 DEFAULT_OBJECTIVE: ObjectiveName = "robust_worst"
 _MIN_DLR_CLASSES = 4
+# 0.0314 stands for 8/255; 0.031 is another radius.
+_SAME_EPS_TOLERANCE = 1e-3
 
 
 def _default_attacks() -> dict[str, AnyAttack]:
@@ -114,6 +116,31 @@ class Validation(Spec):
     def select_split(self, data: DatasetSplits) -> Split:
         """Return the images of a data set that `split` names."""
         return data.test if self.split == "test" else data.val
+
+    def find_threat_problem(self) -> str | None:
+        """Describe attacks of different radius or norm, whose results do not belong together.
+
+        Files of raysweep 0.1 may have them, so this is no check of the class itself.
+
+        Returns:
+            One line with the path of the setting; None if all attacks have one threat model.
+        """
+        attacks = {f"attacks.{name}": attack for name, attack in self.attacks.items()}
+        attacks |= {f"finish.{name}": attack for name, attack in self.finish.items()}
+        sized = {path: attack for path, attack in attacks.items() if hasattr(attack, "eps")}
+        if not sized:
+            return None
+        first_path, first = next(iter(sized.items()))
+        for path, attack in sized.items():
+            for key in ("eps", "norm"):
+                value, expected = getattr(attack, key), getattr(first, key)
+                if not _is_same_setting(value, expected):
+                    return (
+                        f"validation.{path}.{key} = {_format_setting(value)}: "
+                        f"validation.{first_path} has {_format_setting(expected)}; one validation "
+                        f"has one {key}: set 'validation.*.{key}'"
+                    )
+        return None
 
     def __call__(self, model: nn.Module, split: Split) -> dict[str, float]:
         """Evaluate a model. The attacks' random starts are the same for all checkpoints.
@@ -206,6 +233,18 @@ class Validation(Spec):
             if has_own_metric:
                 masks[name] = survives
         return {**masks, "robust_worst": survives_all}
+
+
+def _is_same_setting(value: Any, other: Any) -> bool:
+    """Return whether two settings are equal; numbers may differ by 0.1%."""
+    if isinstance(value, float) and isinstance(other, float):
+        return abs(value - other) <= _SAME_EPS_TOLERANCE * max(abs(value), abs(other))
+    return bool(value == other)
+
+
+def _format_setting(value: Any) -> str:
+    """Format a number with four digits, anything else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _find_zero_gradients(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int, Tensor]:
