@@ -115,7 +115,7 @@ def check_log(sweep: Path) -> None:
     ]  # fmt: skip
     ends = [entry["reason"] for entry in driver if entry.get("event") == "sweep_end"]
     assert ends == ["interrupted", "interrupted", "budget", "done"]
-    assert sum(entry["message"] == "received SIGTERM" for entry in driver) == 1
+    assert sum(entry["message"].startswith("received SIGTERM") for entry in driver) == 1
     found = [entry["states"] for entry in driver if entry.get("event") == "sweep_start"]
     assert found[0] == {} and all(states["running"] for states in found[1:])
     trials = [entry for entry in read_log(sweep) if entry["writer"] == "trial"]

@@ -87,8 +87,10 @@ def _load_or_create_cache(spec: DataSpec, fingerprint: str) -> DatasetSplits:
     path = get_dataset_cache_dir() / f"{fingerprint}-{json_digest(key_fields)}.safetensors"
     try:
         return _map_cache_file(path, spec, fingerprint)
+    except FileNotFoundError:
+        logger.debug("%s has no cached copy on this machine yet", spec.name)
     except (OSError, SafetensorError) as error:
-        logger.info("no cached copy of %s on this machine: %s", spec.name, error)
+        logger.info("the cached copy of %s cannot be used: %s", spec.name, error)
     data = load_data(spec)
     if data.fingerprint != fingerprint:
         raise InfrastructureError(

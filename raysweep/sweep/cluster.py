@@ -84,9 +84,11 @@ def _start_or_join(address: str, n_cpus: int | None) -> None:
     silence_authentication_log()
     try:
         if address != "local":
+            logger.info("joining the Ray cluster at %s", address)
             _initialize_ray(address=address)
             return
         with listen_on_loopback():
+            logger.info("starting Ray on this machine")
             _initialize_ray(address="local", num_cpus=n_cpus or joblib.cpu_count())
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -163,7 +165,7 @@ def _treat_sigterm_as_interrupt() -> Iterator[None]:
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        logger.warning("received SIGTERM", extra={"shown": True})
+        logger.warning("received SIGTERM: trials stop and can be resumed", extra={"shown": True})
         signal.raise_signal(signal.SIGINT)
 
     previous_handler = signal.signal(signal.SIGTERM, interrupt)

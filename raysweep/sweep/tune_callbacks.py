@@ -151,6 +151,18 @@ class LedgerCallback(tune.Callback):
         # Tune pickles its callbacks into snapshots that raysweep never reads.
         return {}
 
+    def _describe_limits(self, wall_seconds: float, gpu_seconds: float) -> list[str]:
+        """Describe each limit that there is, and what has been spent of it."""
+        limits = []
+        if math.isfinite(self._budget.wall_seconds):
+            limits.append(f"{wall_seconds:.1f} s of {self._budget.wall_seconds:g} s have passed")
+        if math.isfinite(self._budget.gpu_seconds):
+            spent = f"{gpu_seconds:.1f} GPU seconds of {self._budget.gpu_seconds:g}"
+            limits.append(f"{spent} are spent")
+        if self.bug_tracebacks:
+            limits.append(f"{len(self.bug_tracebacks)} trials had errors in the code")
+        return limits
+
     @property
     def has_reached_limit(self) -> bool:
         """Whether the sweep must end before its last trial: budget exhausted, or too many bugs."""
@@ -179,14 +191,9 @@ class LedgerCallback(tune.Callback):
         """Log the numbers for which the sweep ends early."""
         wall_seconds, gpu_seconds = self._spent_seconds()
         logger.warning(
-            "the sweep ends early: %.1f s of %g s have passed, %.1f GPU seconds of %g are spent, "
-            "%d of %d trials with errors in the code have failed",
-            wall_seconds,
-            self._budget.wall_seconds,
-            gpu_seconds,
-            self._budget.gpu_seconds,
-            len(self.bug_tracebacks),
-            MAX_BUGGY_TRIALS,
+            "the sweep ends early: %s; %d trials have started",
+            "; ".join(self._describe_limits(wall_seconds, gpu_seconds)),
+            len(self._trials_by_id),
             extra={
                 "event": "limit",
                 "wall_seconds": wall_seconds,
@@ -305,7 +312,7 @@ class LedgerCallback(tune.Callback):
         if saved_trial is not None:
             reason = describe_process_loss(_last_ray_error(trial))
             retried_trial = replace(saved_trial, retries=saved_trial.retries + 1, reason=reason)
-            self._log_loss(trial, retried_trial, "it starts again")
+            self._log_loss(trial, retried_trial, "it is queued to start again")
             self._save_and_notify(trial, retried_trial)
         self._stop_clock(trial)
 
@@ -351,7 +358,7 @@ class LedgerCallback(tune.Callback):
         """Log that a trial lost its process, with what Ray says about it."""
         place = self._places.pop(ray_trial.trial_id, "a process that had not reported yet")
         logger.warning(
-            "trial %04d lost its process after epoch %d (%s): %s; %s, attempt %d",
+            "trial %04d lost its process after epoch %d (%s): %s; %s, next attempt %d",
             lost_trial.number,
             lost_trial.epoch,
             place,

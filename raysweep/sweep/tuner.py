@@ -179,14 +179,16 @@ def _log_sweep_start(
             "max_epochs": config.epochs,
             "trial_resources": resources.trial_resources,
             "workers": resources.workers,
-            "budget": {"wall_seconds": budget.wall_seconds, "gpu_seconds": budget.gpu_seconds},
+            "budget": _finite_limits(budget),
+            "space": space.to_json_dict(),
         },
     )
     for trial in trials:
         if trial.state != "running":
             continue
         logger.info(
-            "trial %04d has not ended: it resumes after epoch %d; %d restarts so far",
+            "trial %04d has not ended: its last reported epoch is %d, a later checkpoint may "
+            "exist; it has lost its process %d times",
             trial.number,
             trial.epoch,
             trial.retries,
@@ -194,12 +196,22 @@ def _log_sweep_start(
         )
 
 
+def _finite_limits(budget: Budget) -> dict[str, float]:
+    """Return the limits of a budget that has any."""
+    return {name: limit for name, limit in vars(budget).items() if math.isfinite(limit)}
+
+
 def _log_sweep_end(ledger: Ledger, end_reason: SweepEndReason, seconds: float) -> None:
     """Log how many trials ended in which way."""
     trials = ledger.load_trials()
     counts = dict(Counter(trial.state for trial in trials))
+    ranked = ledger.rank_trials()
+    best = ""
+    if ranked:
+        objective = ledger.space.objectives[0]
+        best = f"; best: trial {ranked[0].number:04d}, {objective} {ranked[0].score(objective):.4f}"
     logger.info(
-        "sweep %s ends (%s) after %.1f s: %s of %d trials; %s",
+        "sweep %s ends (%s) after %.1f s: %s of %d trials; %s%s",
         ledger.name,
         {"done": "all trials have ended", "budget": "its budget is spent"}.get(
             end_reason, "interrupted"
@@ -208,7 +220,15 @@ def _log_sweep_end(ledger: Ledger, end_reason: SweepEndReason, seconds: float) -
         ", ".join(f"{count} {state}" for state, count in counts.items()) or "no trial",
         ledger.space.n_trials,
         count_epochs(trials),
-        extra={"event": "sweep_end", "reason": end_reason, "states": counts, "seconds": seconds},
+        best,
+        extra={
+            "event": "sweep_end",
+            "reason": end_reason,
+            "states": counts,
+            "seconds": round(seconds, 1),
+            "epochs": {trial.number: trial.epoch for trial in trials},
+            "best_trial": ranked[0].number if ranked else None,
+        },
     )
 
 

@@ -15,6 +15,7 @@ from raysweep.data import Batch, DatasetSplits, Split, load_data
 from raysweep.errors import DamagedFileError, WorkFailed
 from raysweep.evaluation.attack_model import MIN_BATCH_ROWS, make_attack_model
 from raysweep.evaluation.float32_precision import disable_tf32_and_autocast, has_tf32
+from raysweep.formatting import format_count
 from raysweep.method import Method, MethodOutput
 from raysweep.rng import ExampleRng, derive_seed
 from raysweep.schedules import resolved_value, schedule_value_at
@@ -270,7 +271,8 @@ class _TrainingRun:
     def resume(self, n_reported_epochs: int) -> None:
         """Load the last checkpoint or the longest cached prefix, and report its epochs again."""
         is_writer = self.workers.rank == 0
-        if self.prefix_cache is not None and is_writer and not self.directory.list_saved_epochs():
+        is_new = not self.directory.list_saved_epochs()
+        if self.prefix_cache is not None and is_writer and is_new:
             _reuse_longest_prefix(self.config, self.directory, self.prefix_cache, self.prefix_keys)
         n_saved = max(self.directory.list_saved_epochs(), default=0)
         n_saved = broadcast_int(n_saved, self.workers, self.device)
@@ -278,7 +280,8 @@ class _TrainingRun:
             logger.info("no earlier checkpoint: the first epoch is next")
             return
         self.saved_epochs = set(self.directory.list_saved_epochs())
-        logger.info("resuming after epoch %d", n_saved, extra={"epoch": n_saved})
+        how = "starting with reused epochs, after" if is_new else "resuming after"
+        logger.info("%s epoch %d", how, n_saved, extra={"epoch": n_saved})
         saved = checkpoint.read_checkpoint(self.directory.epoch_path(n_saved))
         check_resumable(saved, self.config, self.data.fingerprint)
         saved.load_training_state(self.model, self.optimizer)
@@ -463,8 +466,8 @@ def _reuse_longest_prefix(
                 keys[best], directory.epoch_path(best), config
             ) and prefix_cache.reuse_state(keys[epoch], directory.epoch_path(epoch), config):
                 logger.info(
-                    "reused epochs 1 to %d from the prefix cache, key %s",
-                    epoch,
+                    "reused the first %s from the prefix cache, key %s",
+                    format_count(epoch, "epoch"),
                     keys[epoch],
                     extra={"epoch": epoch, "key": keys[epoch], "event": "prefix_reused"},
                 )
