@@ -1,5 +1,6 @@
 """Atomic writes: after a crash, no file or folder is partly written."""
 
+import logging
 import os
 import shutil
 import threading
@@ -7,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -50,8 +53,22 @@ def atomic_write_text(path: Path, text: str) -> None:
         stream.write(text.encode())
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Create a hard link, or a copy if the file system does not support hard links.
+
+    Args:
+        source: The file.
+        target: Path of the link or copy.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        logger.debug("fallback: %s is copied, not linked: %s", source, error)
+        shutil.copy2(source, target)
+
+
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, overwrite: bool = True) -> Iterator[Path]:
     """Create a folder that replaces `path` when the block ends without an error.
 
     After an exception, the earlier `path` is unchanged, and the new hidden folder remains until the
@@ -60,6 +77,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Args:
         path: Folder to write. Missing parent folders are created.
+        overwrite: Whether an earlier folder is replaced. If not, the new one is given up.
 
     Yields:
         A new, empty, hidden folder beside `path`.
@@ -74,6 +92,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     for file in filter(Path.is_file, partial.rglob("*")):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-    if path.exists():
+    if overwrite and path.exists():
         shutil.rmtree(path)
-    partial.replace(path)
+    try:
+        partial.replace(path)
+    except OSError:
+        if overwrite or not path.exists():
+            raise
+        shutil.rmtree(partial)

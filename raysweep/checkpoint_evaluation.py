@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from raysweep import storage
 from raysweep.atomic_files import atomic_write_text
 from raysweep.attacks import AttackCascade, SingleAttack
 from raysweep.data import DatasetSplits, DataSpec
@@ -74,10 +73,11 @@ def choose_evaluation_folder(
     if target.checkpoint is None:
         return out / "runs" / "eval" / f"{target.name.replace(':', '.')}-{key}"
     path = target.checkpoint.path
-    if storage.is_bucket_copy(path):
-        bucket_key = json_digest([key, storage.uri_of(path)])
+    local_path = path.local_path
+    if local_path is None:
+        bucket_key = json_digest([key, str(path)])
         return out / "runs" / "eval" / f"{target.name.replace('/', '-')}-{bucket_key}"
-    return path.parent / f"eval-{path.name.removeprefix('epoch-')}-{key}"
+    return local_path.parent / f"eval-{path.name.removeprefix('epoch-')}-{key}"
 
 
 def evaluate_checkpoint(

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from raysweep.errors import ExitCode
 from raysweep.log_records import (
@@ -40,6 +40,9 @@ from raysweep.log_records import (
     redact_log_text,
     summarize_process,
 )
+
+if TYPE_CHECKING:
+    from raysweep.stores import Location, StorePath
 
 LEVEL_VARIABLE = "RAYSWEEP_LOG_LEVEL"
 _LEVELS = {
@@ -74,7 +77,7 @@ class _State:
         pass_on: Passes records on to the handlers of the program that uses raysweep.
     """
 
-    folders: ClassVar[dict[Path, "_FolderLog"]] = {}
+    folders: ClassVar[dict["StorePath", "_FolderLog"]] = {}
     command: "CommandLog | None" = None
     early_records: "_EarlyRecords | None" = None
     pass_on: "_PassOnHandler | None" = None
@@ -134,16 +137,19 @@ def command_log(arguments: Sequence[str], verbose: bool = False) -> Iterator[Com
 
 
 @contextmanager
-def log_to_folder(folder: Path, **context: Any) -> Iterator[None]:
+def log_to_folder(folder: "Location", **context: Any) -> Iterator[None]:
     """Context manager that writes all records into `log.jsonl` of a folder.
 
     Inside a block for the same folder it does nothing. The outermost folder of a command gets all
     records until the command has ended, also its exit code.
 
     Args:
-        folder: Folder on this machine or in the working copy of a bucket; created if it is missing.
+        folder: Folder on this machine or in a bucket; created if it is missing.
         context: Keys that every entry gets.
     """
+    from raysweep.stores import open_path
+
+    folder = open_path(folder)
     if folder in _State.folders:
         yield
         return
@@ -159,7 +165,7 @@ def log_to_folder(folder: Path, **context: Any) -> Iterator[None]:
 
 
 @contextmanager
-def log_trial(run_path: Path, *, rank: int | None = None, role: str = "") -> Iterator[None]:
+def log_trial(run_path: "Location", *, rank: int | None = None, role: str = "") -> Iterator[None]:
     """Context manager that writes all records of a trial's process into the trial's folder.
 
     Args:
@@ -167,6 +173,9 @@ def log_trial(run_path: Path, *, rank: int | None = None, role: str = "") -> Ite
         rank: Rank of this process among the workers of the trial; None for a trial in one process.
         role: What this process does besides training, as part of its files' names.
     """
+    from raysweep.stores import open_path
+
+    run_path = open_path(run_path)
     context: dict[str, Any] = {"writer": "trial", "trial": int(run_path.name)}
     if rank is not None:
         context["rank"] = rank
@@ -176,7 +185,7 @@ def log_trial(run_path: Path, *, rank: int | None = None, role: str = "") -> Ite
         yield
 
 
-def discard_log(folder: Path) -> None:
+def discard_log(folder: "StorePath") -> None:
     """Stop logging into a folder and delete its log, because the work there was never started.
 
     Args:
@@ -195,50 +204,53 @@ def close_logs() -> None:
         folder_log.close()
 
 
-def read_log(folder: Path, with_trials: bool = True) -> list[JsonEntry]:
+def read_log(folder: "Location", with_trials: bool = True) -> list[JsonEntry]:
     """Read the log of a folder.
 
     Args:
-        folder: Folder of a sweep, trial, training run or pipeline; files of a bucket are downloaded
-            first.
+        folder: Folder of a sweep, trial, training run or pipeline.
         with_trials: Whether to add the entries of the sweep's trials.
 
     Returns:
         The entries in the order of their times; empty if there is no log.
     """
-    return read_entries(_read_log_file(file) for file in _find_log_files(folder, with_trials))
+    from raysweep.stores import open_path
+
+    files = _find_log_files(open_path(folder), with_trials)
+    return read_entries(_read_log_file(file) for file in files)
 
 
-def _find_log_files(folder: Path, with_trials: bool) -> list[Path]:
+def _find_log_files(folder: "StorePath", with_trials: bool) -> list["StorePath"]:
     """Return the log files of a folder, of this machine or of its bucket."""
-    from raysweep import storage
-
     patterns = ("*", "trials/*/*") if with_trials else ("*",)
-    paths = {path for pattern in patterns for path in folder.glob(pattern)}
-    if storage.is_bucket_copy(folder):
-        remote = [entry.path for entry in storage.list_remote_files(folder)]
-        n_parts = (1, 3) if with_trials else (1,)
-        paths |= {path for path in remote if len(path.relative_to(folder).parts) in n_parts}
-    return sorted(path for path in paths if _FILE_PATTERN.fullmatch(path.name))
+    local_folder = folder.scratch_path
+    names = set()
+    for pattern in patterns:
+        names |= {path.relative_to(local_folder).as_posix() for path in local_folder.glob(pattern)}
+        if folder.local_path is None:
+            prefix = f"{folder.key}/"
+            names |= {file.key.removeprefix(prefix) for file in folder.list_files(pattern)}
+    return [
+        folder / name for name in sorted(names) if _FILE_PATTERN.fullmatch(name.rpartition("/")[2])
+    ]
 
 
-def _read_log_file(file: Path) -> str:
-    """Return the lines of a log file; of one in a bucket, also those on this machine only.
-
-    The file on this machine is not changed: a process may be writing to it.
-    """
-    from raysweep import storage
-
-    content = file.read_bytes() if file.exists() else b""
-    if storage.is_bucket_copy(file):
-        content = _join_lines(storage.read_remote_file(file) or b"", content)
+def _read_log_file(file: "StorePath") -> str:
+    """Return the lines of a log file; of one in a bucket, also those on this machine only."""
+    local_file = file.scratch_path
+    content = local_file.read_bytes() if local_file.exists() else b""
+    if file.local_path is None:
+        stored = file.store.read_versioned(file.key)
+        content = _join_lines(stored.data if stored else b"", content)
     return content.decode(errors="replace")
 
 
 class _FolderLog:
     """Handlers that write one process's records into a folder."""
 
-    def __init__(self, folder: Path, stem: str, with_text: bool, context: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: "StorePath", stem: str, with_text: bool, context: dict[str, Any]
+    ) -> None:
         """Prepare the handlers; nothing is written yet.
 
         Args:
@@ -248,28 +260,29 @@ class _FolderLog:
             context: Keys of every entry.
         """
         self.folder = folder
+        local_folder = folder.scratch_path
         limits = (
             (_TRIAL_MAX_BYTES, _TRIAL_N_FULL_FILES) if with_text else (_MAX_BYTES, _N_FULL_FILES)
         )
-        self._handlers = [_LogFile(folder / f"{stem}.jsonl", _JsonFormatter(context), *limits)]
+        self._handlers = [
+            _LogFile(local_folder / f"{stem}.jsonl", _JsonFormatter(context), *limits)
+        ]
         if with_text:
             self._handlers.append(
-                _LogFile(folder / f"{stem}.txt", _TextFormatter(context), *limits)
+                _LogFile(local_folder / f"{stem}.txt", _TextFormatter(context), *limits)
             )
         self._uploader: _Uploader | None = None
         self._other_libraries = _OtherLibrariesHandler(self._handlers[0])
 
     def open(self) -> None:
         """Begin to write; entries of earlier processes are kept."""
-        from raysweep import storage
-
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.scratch_path.mkdir(parents=True, exist_ok=True)
         except OSError:
             # Each file reports the same problem once, when its first record is written.
             logger.debug("%s cannot be created", self.folder, exc_info=True)
-        if storage.is_bucket_copy(self.folder):
-            self._uploader = _Uploader(self._handlers)
+        if self.folder.local_path is None:
+            self._uploader = _Uploader(self.folder, self._handlers)
             self._uploader.start()
         _attach(*self._handlers)
         logging.getLogger().addHandler(self._other_libraries)
@@ -286,15 +299,13 @@ class _FolderLog:
 
     def discard(self) -> None:
         """Stop without an upload, and delete the files."""
-        from raysweep import storage
-
         if self._uploader is not None:
             self._uploader.cancel()
         self.close()
         for handler in self._handlers:
             for path in _list_rotated_files(handler.path):
-                storage.delete_remote_file(path)
                 path.unlink()
+                (self.folder / path.name).delete()
 
     def _log_start(self) -> None:
         """Write what was logged before this folder was known, and what runs here."""
@@ -508,8 +519,9 @@ class _PassOnHandler(logging.Handler):
 class _Uploader(threading.Thread):
     """Uploads log files to their bucket from time to time, if they have changed."""
 
-    def __init__(self, log_files: list["_LogFile"]) -> None:
+    def __init__(self, folder: "StorePath", log_files: list["_LogFile"]) -> None:
         super().__init__(name="raysweep-log", daemon=True)
+        self._folder = folder
         self._log_files = log_files
         self._stop_requested = threading.Event()
         self._is_cancelled = False
@@ -554,7 +566,7 @@ class _Uploader(threading.Thread):
         """Fetch what other processes have written. Nothing is uploaded before: it would be lost."""
         if not self._has_merged:
             for log_file in self._log_files:
-                _merge_remote_log(log_file)
+                _merge_remote_log(self._folder, log_file)
             self._has_merged = True
 
     def _upload_changed_files(self) -> None:
@@ -566,40 +578,35 @@ class _Uploader(threading.Thread):
 
     def _upload_if_changed(self, file: Path, log_file: "_LogFile") -> None:
         """Upload a file unless the bucket has it; after a full one, make room in the bucket."""
-        from raysweep import storage
-
         state = file.stat()
         version = (state.st_size, state.st_mtime_ns)
         if self._uploaded.get(file) == version:
             return
-        storage.push_to_bucket(file)
+        (self._folder / file.name).write_bytes(file.read_bytes())
         self._uploaded[file] = version
         if file != log_file.path:
-            _delete_outdated_remote_files(log_file)
+            _delete_outdated_remote_files(self._folder, log_file)
 
 
-def _delete_outdated_remote_files(log_file: _LogFile) -> None:
+def _delete_outdated_remote_files(folder: "StorePath", log_file: _LogFile) -> None:
     """Delete the oldest full files of a log from its bucket, also those of other machines."""
-    from raysweep import storage
-
     path = log_file.path
-    remote = [entry.path for entry in storage.list_remote_files(path.parent)]
-    files = [file for file in remote if file.parent == path.parent and _is_rotation_of(file, path)]
+    files = [Path(stored.key) for stored in folder.list_files(f"{path.name}*")]
+    files = [file for file in files if _is_rotation_of(path.with_name(file.name), path)]
     for file in _list_outdated_files(files, log_file.backupCount):
-        storage.delete_remote_file(file)
+        (folder / file.name).delete()
 
 
-def _merge_remote_log(log_file: _LogFile) -> None:
+def _merge_remote_log(folder: "StorePath", log_file: _LogFile) -> None:
     """Put the entries that only the bucket has before those of this machine.
 
     Another machine may have written them, or an earlier process of this one. The last entries of a
     process that was killed may be on this machine only.
     """
-    from raysweep import storage
-
     path = log_file.path
-    content = storage.read_remote_file(path)
-    if content is not None:
+    stored = folder.store.read_versioned((folder / path.name).key)
+    if stored is not None:
+        content = stored.data
         log_file.acquire()
         try:
             # The file may have become a full one before the bucket answered.

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from raysweep import storage
 from raysweep.errors import DamagedFileError
 from raysweep.spec import JsonDict, SpecError
+from raysweep.stores import Location, StorePath
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import param_labels
@@ -40,27 +40,26 @@ def load(path: str | Path, *, data_dir: str | Path | None = None) -> nn.Module:
     Raises:
         SpecError: There is no checkpoint, it is damaged, its data differ, or the bucket refuses
             access. One line.
-        storage.BucketUnavailable: The bucket does not answer.
+        StoreUnavailable: The bucket does not answer.
     """
     overrides = {} if data_dir is None else {"data_dir": str(Path(data_dir).expanduser().resolve())}
-    return load_checkpoint_target(storage.local_path(str(path)), overrides).model
+    return load_checkpoint_target(path, overrides).model
 
 
-def load_sweep(path: str | Path) -> "Sweep":
+def load_sweep(path: Location) -> "Sweep":
     """Open a sweep, finished or not.
 
     Args:
         path: Its folder (`runs/NAME`) or URI (s3://, gs://).
 
     Returns:
-        The sweep. Each access to its properties reads the files on this machine again. For a sweep
-        in a bucket, call `load_sweep` again to download later trials.
+        The sweep. Each access to its properties reads its files again.
 
     Raises:
         SpecError: There is no sweep, its files are damaged, or the bucket refuses access. One line.
-        storage.BucketUnavailable: The bucket does not answer.
+        StoreUnavailable: The bucket does not answer.
     """
-    return Sweep(Ledger.open(storage.local_path(str(path))))
+    return Sweep(Ledger.open(path))
 
 
 def load_report(path: str | Path) -> "pd.DataFrame":
@@ -160,7 +159,7 @@ class Sweep:
         return pd.DataFrame(rows, index=index.set_names(["trial", "epoch"]))
 
     @property
-    def best(self) -> Path:
+    def best(self) -> StorePath:
         """Checkpoint of the best epoch of the best trial.
 
         Returns:
@@ -281,7 +280,7 @@ def sweep_to_json(ledger: Ledger) -> JsonDict:
     epochs = count_epochs(trials)
     return {
         "sweep": ledger.name,
-        "path": storage.uri_of(ledger.path),
+        "path": str(ledger.path),
         "space": ledger.space.to_stored_dict(),
         "epochs": {
             "asked": epochs.completed,
@@ -308,7 +307,7 @@ def trial_to_json(ledger: Ledger, trial: Trial) -> JsonDict:
         before the first value of the objective; `masks`, whether it exceeds the masking gap; and
         `choice`, what is wrong with its best epoch, or "".
     """
-    checkpoint = storage.uri_of(ledger.best_checkpoint_path(trial)) if trial.best else None
+    checkpoint = str(ledger.best_checkpoint_path(trial)) if trial.best else None
     return trial.to_stored_dict() | {
         "checkpoint": checkpoint,
         "masks": ledger.exceeds_masking_gap(trial),

@@ -27,8 +27,8 @@ from raysweep.evaluation.shards import (
     is_in_unit_range,
 )
 from raysweep.spec import JsonDict, SpecError
+from raysweep.stores import META_FILE
 from raysweep.training.checkpoint import (
-    META_FILE,
     WEIGHTS_FILE,
     TrainingCheckpoint,
     read_checkpoint,
@@ -85,7 +85,7 @@ def write_bundle(
     )
     with atomic_folder(folder) as partial:
         report.save_adversarial(partial / ADVERSARIAL_FILE)
-        shutil.copytree(checkpoint.path, partial / CHECKPOINT_FOLDER)
+        shutil.copytree(checkpoint.local_folder, partial / CHECKPOINT_FOLDER)
         (partial / CARD_FILE).write_text(json.dumps({**card, **claims}, indent=2) + "\n")
 
 

@@ -21,7 +21,6 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from raysweep import storage
 from raysweep.formatting import format_clock, format_count
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import param_labels
@@ -57,7 +56,7 @@ class SweepDisplay:
         epochs = format_count(self._max_epochs, "epoch")
         self._console.print(
             f"sweep {ledger.name}: {trials} of up to {epochs}, "
-            f"{concurrency} at a time, in {storage.uri_of(ledger.path)}",
+            f"{concurrency} at a time, in {ledger.path}",
             highlight=False,
             soft_wrap=True,
         )

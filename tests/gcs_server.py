@@ -110,6 +110,9 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             if self.server.refuses:
                 self._send_error(403, "AccessDenied")
+            elif self.command == "PUT" and not key:
+                self.server.create_bucket(bucket)
+                self._send(200, b"", {})
             elif bucket not in self.server.buckets:
                 self._send_error(404, "NoSuchBucket")
             else:
@@ -134,6 +137,12 @@ class _Handler(BaseHTTPRequestHandler):
         prefix = self.query.get("prefix", "")
         after = max(self.query.get("continuation-token", ""), self.query.get("start-after", ""))
         keys = sorted(key for key in objects if key.startswith(prefix) and key > after)
+        if delimiter := self.query.get("delimiter"):
+            ends = [key.find(delimiter, len(prefix)) for key in keys]
+            folders = {key[: end + 1] for key, end in zip(keys, ends, strict=True) if end >= 0}
+            keys = [key for key, end in zip(keys, ends, strict=True) if end < 0]
+        else:
+            folders = set()
         page = keys[:_PAGE_SIZE]
         entries = [
             f"<Contents><Key>{escape(key)}</Key><Generation>{objects[key].generation}</Generation>"
@@ -145,6 +154,10 @@ class _Handler(BaseHTTPRequestHandler):
         if len(keys) > len(page):
             token = f"<NextContinuationToken>{escape(page[-1])}</NextContinuationToken>"
             rest = f"<IsTruncated>true</IsTruncated>{token}"
+        entries += [
+            f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>"
+            for folder in sorted(folders)
+        ]
         text = f"<ListBucketResult>{rest}{''.join(entries)}</ListBucketResult>"
         self._send(200, text.encode(), {"Content-Type": "application/xml"})
 

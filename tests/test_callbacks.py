@@ -40,7 +40,7 @@ def test_functions_are_called_in_the_order_of_training(
     calls: list[str] = []
 
     def on_epoch_end(metrics: EpochMetrics, checkpoint: TrainingCheckpoint) -> None:
-        assert checkpoint.last_metrics == metrics and checkpoint.path.is_dir()
+        assert checkpoint.last_metrics == metrics and checkpoint.local_folder.is_dir()
         calls.append(f"epoch {metrics['epoch']}")
 
     def should_interrupt() -> bool:

@@ -575,7 +575,7 @@ def test_out_may_be_below_home(workdir: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_two_at_once_in_one_folder_are_refused(workdir: Path, capsys) -> None:
     sweep = Ledger.create(workdir / "runs" / "g1", load_space("lrat", {}))
     for command in (["tune", "lrat", "--resume", "g1"], ["train", "lrat", "--name", "mine"]):
-        with hold_folder_lease(sweep.path.with_name(command[-1])):
+        with hold_folder_lease(workdir / "runs" / command[-1]):
             assert main(command) == 2
         (message,) = capsys.readouterr().err.strip().splitlines()
         assert f"'{command[-1]}' is running already (process {os.getpid()} on " in message

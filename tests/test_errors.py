@@ -20,7 +20,7 @@ from raysweep.errors import (
     iter_causes,
 )
 from raysweep.pipeline.stage import StageFailed
-from raysweep.storage import BucketUnavailable
+from raysweep.stores import StoreUnavailable
 from raysweep.training.distributed import WorkerLost
 from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
 from raysweep.training.trainer import TrainingFailed
@@ -28,7 +28,7 @@ from raysweep.training.trainer import TrainingFailed
 CODES = {
     SpecError: 2,
     InfrastructureError: 3,
-    BucketUnavailable: 3,
+    StoreUnavailable: 3,
     DamagedFileError: 4,
     RegressionFound: 5,
     WorkFailed: 1,
@@ -133,13 +133,13 @@ def fail_in_a_worker() -> None:
     try:
         raise OSError(28, "No space left on device")
     except OSError as error:
-        raise BucketUnavailable("s3://b/x: full") from error
+        raise StoreUnavailable("s3://b/x: full") from error
 
 
 def test_a_worker_process_raises_the_same_class_here():
     with (
         concurrent.futures.ProcessPoolExecutor(1, mp_context=FORKS) as pool,
-        pytest.raises(BucketUnavailable) as caught,
+        pytest.raises(StoreUnavailable) as caught,
     ):
         pool.submit(fail_in_a_worker).result()
     assert caught.value.problems == ["s3://b/x: full"]

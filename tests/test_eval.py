@@ -164,7 +164,8 @@ def test_a_sweep_and_a_trial_are_named_as_show_names_them(
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
     ledger = Ledger.create(workdir / "runs" / "g1", load_space("at", {}))
-    shutil.move(trained_run, ledger.trial_path(3))
+    trial_path = workdir / "runs" / "g1" / "trials" / "0003"
+    shutil.move(trained_run, trial_path)
     last = RunDirectory(ledger.trial_path(3)).read_last_checkpoint()
     assert last is not None
     ledger.save_trial(
@@ -189,7 +190,7 @@ def test_a_sweep_and_a_trial_are_named_as_show_names_them(
     assert len(folders) == 1 and folders.pop().startswith(str(ledger.trial_path(3)))
     assert main(["show", "g1", "--json"]) == 0
     (trial,) = json.loads(capsys.readouterr().out)["trials"]
-    assert Path(trial["checkpoint"]).parent == ledger.trial_path(3)
+    assert Path(trial["checkpoint"]).parent == trial_path
     assert main(["eval", "g1/0004", *QUICK]) == 2
     assert "g1 has no trial 0004: it has 1, counted from 0000" in capsys.readouterr().err
     assert main(["eval", "g2", *QUICK]) == 2

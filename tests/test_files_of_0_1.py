@@ -37,6 +37,7 @@ from raysweep.pipeline.published_results import load_paper_table
 from raysweep.result_loading import load_report, load_sweep
 from raysweep.rng import ExampleRng
 from raysweep.robustness_bundle import verify_bundle
+from raysweep.stores import open_path
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace, list_builtin_spaces, load_space
 from raysweep.training.callbacks import FunctionCallback
@@ -261,7 +262,7 @@ def test_a_sweep(out: Path) -> None:
     assert [name for name in sweep.trials.columns if name != "choice"] == wanted[
         "columns"
     ] and list(sweep.epochs.columns) == wanted["epochs"]
-    assert sweep.best == out / wanted["best"], "the recorded best stands"
+    assert sweep.best == open_path(out / wanted["best"]), "the recorded best stands"
     assert sweep.trials.choice[0] == "best before its weights acted"
     assert any("reweighting made this worse" in line for line in sweep.advice(0))
     assert len(sweep.epochs) == sum(trial.epoch for trial in ledger.load_trials())

@@ -23,6 +23,7 @@ from raysweep.checkpoint_evaluation import (
 )
 from raysweep.data import DatasetSplits, DataSpec, Split
 from raysweep.evaluation import RobustnessReport, evaluate
+from raysweep.stores import open_path
 from raysweep.training.checkpoint import TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
 from raysweep.training.model_loading import EvaluationTarget
@@ -105,7 +106,7 @@ def test_finished_shards_are_in_the_folder_and_are_reused(
 
 
 def checkpoint(config: TrainingConfig, path: Path) -> TrainingCheckpoint:
-    return TrainingCheckpoint(path, config, 1, [{"epoch": 1.0}], {"environment": {}})
+    return TrainingCheckpoint(open_path(path), config, 1, [{"epoch": 1.0}], {"environment": {}})
 
 
 def test_the_threat_model_is_that_of_validation_or_else_of_the_data_set() -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from raysweep.bucket_lease import LeaseTimes
 from raysweep.leases import FolderLease, make_lease
+from raysweep.stores import open_path
 from raysweep.training import checkpoint
 from raysweep.training.config import build_training_config
 from raysweep.training.prefix_cache import PrefixCache
@@ -47,9 +48,9 @@ def acquire_within(lease: FolderLease, seconds: float) -> float | None:
 
 
 def test_one_holder_keeps_a_lease_until_it_is_released(tmp_path: Path) -> None:
-    first, second = make_lease(tmp_path, "key"), make_lease(tmp_path, "key")
+    first, second = make_lease(open_path(tmp_path), "key"), make_lease(open_path(tmp_path), "key")
     assert first.try_acquire() and not second.try_acquire() and first.try_acquire()
-    assert make_lease(tmp_path, "other").try_acquire(), "another state is another lease"
+    assert make_lease(open_path(tmp_path), "other").try_acquire(), "another state is another lease"
     lines = (tmp_path / "key.claim").read_text().splitlines()
     assert f"pid={os.getpid()}" in lines and "duration=30.0" in lines
     second.release()
@@ -221,13 +222,14 @@ class TestTraining:
         with prefixes.acquire_training_lease("there") as ours:
             assert not ours
         with prefixes.acquire_training_lease("missing") as ours:
-            assert ours and (prefixes.path / "missing.claim").exists()
-        assert [path.name for path in prefixes.path.iterdir()] == ["there"]
+            assert ours and (prefixes.path / "missing.claim").is_file()
+        assert prefixes.path.list_subfolders() == ["there"]
+        assert not (prefixes.path / "missing.claim").is_file()
 
     def test_the_lease_of_another_process_is_not_touched_if_the_state_exists(
         self, prefixes: PrefixCache
     ) -> None:
-        write_marker(prefixes.path / "there.claim", duration=30.0)
+        write_marker(prefixes.path.scratch_path / "there.claim", duration=30.0)
         before = (prefixes.path / "there.claim").read_text()
         with prefixes.acquire_training_lease("there") as ours:
             assert not ours

@@ -269,11 +269,12 @@ def test_discard_removes_a_sweep_unless_it_has_trials_or_other_files(ledger: Led
     assert Ledger.open(ledger.path).load_trials() == [build_trial(0, 0.5)]
     other = Ledger.create(ledger.path.parent / "other", space())
     other.delete_if_empty()
-    assert not other.path.exists()
+    folder = other.path.local_path
+    assert folder is not None and not folder.exists()
     other = Ledger.create(ledger.path.parent / "other", space())
-    (other.path / "notes").touch()
+    (folder / "notes").touch()
     other.delete_if_empty()
-    assert [file.name for file in other.path.iterdir()] == ["notes"]
+    assert [file.name for file in folder.iterdir()] == ["notes"]
 
 
 def test_only_finished_trials_that_get_more_epochs_resume(ledger: Ledger) -> None:

@@ -10,7 +10,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 from test_storage import bucket_on
 
-from raysweep import logs, storage
+from raysweep import logs
+from raysweep.stores import BucketStore, StorePath, StoreUnavailable, open_path
 
 LOGGER = logging.getLogger("raysweep.some.module")
 
@@ -34,13 +35,13 @@ def uri(s3: str, tmp_path: Path) -> str:
 def uploads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each file was uploaded."""
     counts: Counter[str] = Counter()
-    push = storage.push_to_bucket
+    write_bytes = BucketStore.write_bytes
 
-    def count(path: Path) -> None:
-        counts[path.name] += 1
-        push(path)
+    def count(store: BucketStore, key: str, data: bytes) -> None:
+        counts[key.rpartition("/")[2]] += 1
+        write_bytes(store, key, data)
 
-    monkeypatch.setattr(storage, "push_to_bucket", count)
+    monkeypatch.setattr(BucketStore, "write_bytes", count)
     return counts
 
 
@@ -51,9 +52,9 @@ class Machine:
         self.name, self._copy, self._uri, self._patch = name, tmp_path / name, uri, patch
 
     @property
-    def sweep(self) -> Path:
+    def sweep(self) -> StorePath:
         self._patch.setenv("RAYSWEEP_CACHE", str(self._copy))
-        return storage.local_path(self._uri) / "sweep"
+        return open_path(self._uri) / "sweep"
 
     def drive(self, *messages: str) -> None:
         with logs.log_to_folder(self.sweep):
@@ -92,8 +93,9 @@ def test_what_a_killed_driver_had_not_uploaded_comes_with_the_next_one(
 ) -> None:
     a, b, _ = machines
     a.drive("uploaded")
-    line = json.loads((a.sweep / "log.jsonl").read_text().splitlines()[-2])
-    with (a.sweep / "log.jsonl").open("a") as file:
+    log_file = (a.sweep / "log.jsonl").scratch_path
+    line = json.loads(log_file.read_text().splitlines()[-2])
+    with log_file.open("a") as file:
         file.write(json.dumps({**line, "message": "a: last words"}) + "\n")
     b.drive("resumed")
     assert "a: last words" not in b.read()
@@ -114,7 +116,7 @@ def test_full_files_of_another_machine_stay_until_they_are_too_many(
     messages = [message for message in c.read() if message != "start"]
     assert messages == [f"{name}: {number}" for name in "ab" for number in range(20)]
     b.drive(*map(str, range(20, 80)))
-    assert len(list(c.sweep.glob("*"))) == 0 and len(storage.list_remote_files(c.sweep)) == 4
+    assert not c.sweep.scratch_path.exists() and len(c.sweep.list_files()) == 4
     last = [message for message in c.read() if message.startswith("b: ")]
     assert last == [f"b: {n}" for n in range(80)][-len(last) :] and 20 < len(last) < 75
 
@@ -124,11 +126,11 @@ def test_an_outage_delays_nothing_and_loses_nothing(
 ) -> None:
     a, b, _ = machines
 
-    def refuse(path: Path) -> None:
-        raise storage.BucketUnavailable("no answer")
+    def refuse(store: BucketStore, key: str, data: bytes) -> None:
+        raise StoreUnavailable("no answer")
 
     with monkeypatch.context() as outage:
-        outage.setattr(storage, "push_to_bucket", refuse)
+        outage.setattr(BucketStore, "write_bytes", refuse)
         a.drive("in the dark")
     assert b.read() == []
     a.drive("in the light")
@@ -142,7 +144,7 @@ def test_records_are_uploaded_while_the_work_runs(
     a = machines[0]
     with logs.log_to_folder(a.sweep):
         LOGGER.info("at work")
-        while b"at work" not in (storage.read_remote_file(a.sweep / "log.jsonl") or b""):
+        while not any(b"at work" in data for data in a.sweep.read_matching("log.jsonl").values()):
             pass
         before = uploads["log.jsonl"]
     assert uploads["log.jsonl"] == before + 1, "its end; in between nothing had changed"

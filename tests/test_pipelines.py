@@ -32,6 +32,7 @@ from raysweep.pipeline.pipeline import load_pipeline, plan_stages
 from raysweep.pipeline.published_results import load_paper_table
 from raysweep.pipeline.sweep_retention import get_today_date, prune_nightly_sweeps
 from raysweep.spec import SpecError
+from raysweep.stores import open_path
 from raysweep.sweep.plan import maybe_estimate_epoch_seconds
 from raysweep.sweep.resources import Resources
 from raysweep.training.config import TrainingConfig
@@ -799,13 +800,13 @@ def test_nights_before_the_last_are_forgotten(tmp_path: Path) -> None:
         return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*"))
 
     sweeps = [f"{night}/nightly-00-12345678" for night in nights]
-    prune_nightly_sweeps(tmp_path, "2026-03-01", None)
+    prune_nightly_sweeps(open_path(tmp_path), "2026-03-01", None)
     assert list_files() == sorted([*sweeps, "2026-03-01/.prefixes"]), (
         "this night's prefixes are in use"
     )
-    prune_nightly_sweeps(tmp_path, "2026-03-02", 2)
+    prune_nightly_sweeps(open_path(tmp_path), "2026-03-02", 2)
     assert list_files() == sweeps[2:], "tonight, which has nothing yet, and the night before"
-    prune_nightly_sweeps(tmp_path / "none", "2026-03-02", 2)
+    prune_nightly_sweeps(open_path(tmp_path / "none"), "2026-03-02", 2)
 
 
 DEPLOY = Path(__file__).parent.parent / "deploy"

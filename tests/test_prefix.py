@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from raysweep.data import load_data
 from raysweep.leases import FolderLease
+from raysweep.stores import folder_store
 from raysweep.training import checkpoint
 from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.config import TrainingConfig
@@ -115,7 +116,8 @@ def test_a_shared_prefix_gives_the_same_weights_bit_for_bit(case, tmp_path) -> N
         )
         alone = train_model(config, tmp_path / f"alone{number}")
         one, two = (
-            load_file(f.last_checkpoint.path / "weights.safetensors") for f in (with_store, alone)
+            load_file(f.last_checkpoint.local_folder / "weights.safetensors")
+            for f in (with_store, alone)
         )
         assert all(torch.equal(one[name], two[name]) for name in one)
         assert [row["epoch"] for row in rows] == list(range(1, config.epochs + 1))
@@ -204,7 +206,7 @@ def wait_for_refusals(answers: list[bool], count: int, thread: threading.Thread)
 def test_a_living_owners_claim_is_waited_for(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefixes, got = PrefixCache(tmp_path / "prefixes"), []
     answers = record_answers(monkeypatch, FolderLease)
-    state = train_model(tiny("at", epochs=1), tmp_path / "run").last_checkpoint.path
+    state = train_model(tiny("at", epochs=1), tmp_path / "run").last_checkpoint.local_folder
 
     def acquire_in_thread() -> None:
         with prefixes.acquire_training_lease("key") as ours:
@@ -222,7 +224,7 @@ def test_a_living_owners_claim_is_waited_for(tmp_path, monkeypatch: pytest.Monke
 
 
 def test_the_store_forgets_the_least_recently_used_when_it_is_full(tmp_path) -> None:
-    state = train_model(tiny("at", epochs=1), tmp_path / "run").last_checkpoint.path
+    state = train_model(tiny("at", epochs=1), tmp_path / "run").last_checkpoint.local_folder
     size = sum(file.stat().st_size for file in state.iterdir())
     prefixes = PrefixCache(tmp_path / "prefixes", max_bytes=int(2.5 * size))
     for key in ("a", "b"):
@@ -233,30 +235,32 @@ def test_the_store_forgets_the_least_recently_used_when_it_is_full(tmp_path) -> 
     assert sorted(p.name for p in (tmp_path / "prefixes").iterdir()) == ["a", "c"]
 
 
-def test_what_a_crash_left_half_stored_goes_first(tmp_path) -> None:
-    state = train_model(tiny("at", epochs=1), tmp_path / "run").last_checkpoint.path
+def test_what_a_crash_left_half_stored_goes(tmp_path) -> None:
+    state = train_model(tiny("at", epochs=1), tmp_path / "run").last_checkpoint.local_folder
     half = tmp_path / "prefixes" / ".a.123"
     half.mkdir(parents=True)
     (half / "weights.safetensors").write_bytes(b"half")
-    size = sum(file.stat().st_size for file in state.iterdir())
-    time.sleep(0.02)
-    PrefixCache(tmp_path / "prefixes", max_bytes=size).store_state("b", state)
-    assert [p.name for p in (tmp_path / "prefixes").iterdir()] == ["b"]
+    new = tmp_path / "prefixes" / ".c.124"
+    new.mkdir()
+    two_hours_ago = time.time() - 7200
+    os.utime(half, (two_hours_ago, two_hours_ago))
+    PrefixCache(tmp_path / "prefixes").store_state("b", state)
+    assert sorted(p.name for p in (tmp_path / "prefixes").iterdir()) == [".c.124", "b"]
 
 
 def test_a_state_that_goes_while_it_is_taken_over_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another run's store has just outgrown its limit."""
-    prefixes, link = PrefixCache(tmp_path / "prefixes"), checkpoint.link_or_copy
+    prefixes, link = PrefixCache(tmp_path / "prefixes"), folder_store.link_or_copy
     train_model(tiny("at"), tmp_path / "one", prefix_cache=prefixes)
 
     def failing_link(source: Path, target: Path) -> None:
-        if source.is_relative_to(prefixes.path):
+        if source.is_relative_to(prefixes.path.local_path):
             shutil.rmtree(source.parent)
         link(source, target)
 
-    monkeypatch.setattr(checkpoint, "link_or_copy", failing_link)
+    monkeypatch.setattr(folder_store, "link_or_copy", failing_link)
     rows: list[dict[str, float]] = []
     train_model(
         tiny("at"),

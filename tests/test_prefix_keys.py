@@ -211,7 +211,7 @@ def store_untrained_states(
         saved = checkpoint.save_checkpoint(
             path / "first" / str(epoch), config, model, optimizer, rows[:epoch], data.fingerprint
         )
-        prefixes.store_state(keys[epoch], saved.path)
+        prefixes.store_state(keys[epoch], saved.local_folder)
     return prefixes
 
 

@@ -110,7 +110,7 @@ def test_a_sweep_on_two_workers_with_all_that_can_happen(ray_cluster: None, tmp_
         "no report was lost on the way"
     )
     alone = train_model(ledger.space.trial_config(first.params), tmp_path / "alone").last_checkpoint
-    assert difference(saved.path, alone.path) < 1e-3
+    assert difference(saved.local_folder, alone.local_folder) < 1e-3
     entries = read_log(ledger.trial_path(0))
     by_rank = {entry.get("rank"): set() for entry in entries}
     for entry in entries:

@@ -65,7 +65,7 @@ def ledger(folder: Path, count: int, **more) -> Ledger:
 
 
 def write_tune_artifact(folder: Path, made: Ledger) -> Artifact:
-    sweep = {"path": str(made.path.relative_to(folder)), "method": "gairat"}
+    sweep = {"path": str(Path(str(made.path)).relative_to(folder)), "method": "gairat"}
     return Artifact(
         kind="tune", key="k", stage={"label": None}, inputs=(), facts={"sweeps": [sweep]}
     )
@@ -270,7 +270,7 @@ def test_the_most_confused_classes() -> None:
 def test_a_run_from_inside(tmp_path: Path) -> None:
     """The papers' figures of a real checkpoint, with the two maps."""
     fitted = train_model(tiny("lrat", epochs=1), tmp_path / "run")
-    figures = draw_training_figures(load_checkpoint_target(fitted.best_checkpoint.path, {}))
+    figures = draw_training_figures(load_checkpoint_target(fitted.best_checkpoint.local_folder, {}))
     assert {
         "errors",
         "kappa_pgd",

@@ -346,7 +346,7 @@ def test_half_of_an_epoch_that_was_saved_is_ignored(tmp_path: Path, digits: Data
     first = train_model(
         quick_config(epochs=1, batch_size=16), tmp_path / "first", data=digits
     ).last_checkpoint
-    first.path.rename(tmp_path / "epoch-0001")
+    first.local_folder.rename(tmp_path / "epoch-0001")
     assert steps_told(config, tmp_path, digits) == [(2, 1), (2, 2), (2, 3), (2, 4)]
     last = RunDirectory(tmp_path).read_last_checkpoint()
     assert last is not None and last.meta["sha256"] == whole.last_checkpoint.meta["sha256"]
@@ -373,7 +373,7 @@ class TestCheckpoint:
     def test_it_is_read_as_it_was_written(
         self, saved: TrainingCheckpoint, digits: DatasetSplits
     ) -> None:
-        again = checkpoint.read_checkpoint(saved.path)
+        again = checkpoint.read_checkpoint(saved.local_folder)
         assert (
             again == saved
             and again.epoch == 2
@@ -385,40 +385,40 @@ class TestCheckpoint:
     def test_another_format_is_refused(self, number: object, saved: TrainingCheckpoint) -> None:
         self.change(saved, format=number)
         with pytest.raises(DamagedFileError, match="not a raysweep checkpoint of format 1"):
-            checkpoint.read_checkpoint(saved.path)
+            checkpoint.read_checkpoint(saved.local_folder)
 
     @pytest.mark.parametrize(
         "key", ["format", "config", "epoch", "history", "data_fingerprint", "sha256"]
     )
     def test_a_missing_key_is_named(self, key: str, saved: TrainingCheckpoint) -> None:
-        meta = json.loads((saved.path / "meta.json").read_text())
+        meta = json.loads((saved.local_folder / "meta.json").read_text())
         del meta[key]
-        (saved.path / "meta.json").write_text(json.dumps(meta))
+        (saved.local_folder / "meta.json").write_text(json.dumps(meta))
         with pytest.raises(DamagedFileError, match=r"not a raysweep checkpoint.*" + key):
-            checkpoint.read_checkpoint(saved.path)
+            checkpoint.read_checkpoint(saved.local_folder)
 
     def test_files_that_are_exchanged_altered_or_gone_are_refused(
         self, saved: TrainingCheckpoint
     ) -> None:
         weights, state = (
-            (saved.path / name).read_bytes() for name in (WEIGHTS_FILE, OPTIMIZER_FILE)
+            (saved.local_folder / name).read_bytes() for name in (WEIGHTS_FILE, OPTIMIZER_FILE)
         )
-        (saved.path / WEIGHTS_FILE).write_bytes(state)
-        (saved.path / OPTIMIZER_FILE).write_bytes(weights)
+        (saved.local_folder / WEIGHTS_FILE).write_bytes(state)
+        (saved.local_folder / OPTIMIZER_FILE).write_bytes(weights)
         with pytest.raises(DamagedFileError, match="truncated or altered"):
-            checkpoint.read_checkpoint(saved.path)
-        (saved.path / WEIGHTS_FILE).write_bytes(weights)
+            checkpoint.read_checkpoint(saved.local_folder)
+        (saved.local_folder / WEIGHTS_FILE).write_bytes(weights)
         with pytest.raises(DamagedFileError, match=rf"{OPTIMIZER_FILE} is truncated or altered"):
-            checkpoint.read_checkpoint(saved.path)
-        (saved.path / OPTIMIZER_FILE).unlink()
+            checkpoint.read_checkpoint(saved.local_folder)
+        (saved.local_folder / OPTIMIZER_FILE).unlink()
         with pytest.raises(DamagedFileError, match=rf"{OPTIMIZER_FILE} is truncated or altered"):
-            checkpoint.read_checkpoint(saved.path)
+            checkpoint.read_checkpoint(saved.local_folder)
         flipped = bytearray(weights)
         flipped[-1] ^= 1
-        (saved.path / OPTIMIZER_FILE).write_bytes(state)
-        (saved.path / WEIGHTS_FILE).write_bytes(flipped)
+        (saved.local_folder / OPTIMIZER_FILE).write_bytes(state)
+        (saved.local_folder / WEIGHTS_FILE).write_bytes(flipped)
         with pytest.raises(DamagedFileError, match=rf"{WEIGHTS_FILE} is truncated or altered"):
-            checkpoint.read_checkpoint(saved.path)
+            checkpoint.read_checkpoint(saved.local_folder)
 
     @pytest.mark.parametrize("names", [[WEIGHTS_FILE], [WEIGHTS_FILE, OPTIMIZER_FILE, "more"], []])
     def test_hashes_of_other_files_are_refused(
@@ -426,24 +426,25 @@ class TestCheckpoint:
     ) -> None:
         self.change(saved, sha256={name: saved.meta["sha256"].get(name, "0") for name in names})
         with pytest.raises(DamagedFileError, match=r"meta\.json lacks hashes"):
-            checkpoint.read_checkpoint(saved.path)
+            checkpoint.read_checkpoint(saved.local_folder)
 
     def test_files_that_are_not_json_objects_are_refused(self, saved: TrainingCheckpoint) -> None:
+        folder = saved.local_folder
         for text, words, kind in (
             ("[1]", "of format 1", DamagedFileError),
-            ("{", "missing or not JSON", DamagedFileError),
-            (None, "missing or not JSON", SpecError),
+            ("{", "is not JSON", DamagedFileError),
+            (None, "is missing", SpecError),
         ):
             if text is None:
-                (saved.path / "meta.json").unlink()
+                (folder / "meta.json").unlink()
             else:
-                (saved.path / "meta.json").write_text(text)
+                (folder / "meta.json").write_text(text)
             with pytest.raises(kind, match=words):
-                checkpoint.read_checkpoint(saved.path)
+                checkpoint.read_checkpoint(folder)
 
     @staticmethod
     def change(saved: TrainingCheckpoint, **values: object) -> None:
-        (saved.path / "meta.json").write_text(json.dumps({**saved.meta, **values}))
+        (saved.local_folder / "meta.json").write_text(json.dumps({**saved.meta, **values}))
 
     def test_momentum_goes_back_to_the_parameter_it_belongs_to(self, tmp_path: Path) -> None:
         """Also if some parameters have no momentum yet."""
@@ -483,11 +484,11 @@ class TestCheckpoint:
         config = quick_config(seed=7)
         timed = [{**row, "train/seconds": 5.0} for row in saved.history]
         self.change(saved, history=timed)
-        all_of_it = checkpoint.reuse_checkpoint(tmp_path / "all", saved.path, config)
+        all_of_it = checkpoint.reuse_checkpoint(tmp_path / "all", saved.local_folder, config)
         assert all_of_it == checkpoint.read_checkpoint(tmp_path / "all")
         assert all_of_it.history == [{**row, "train/seconds": 0.0, "shared": 1.0} for row in timed]
         own = {"epoch": 1.0, "clean": 0.25, "train/seconds": 9.0}
-        last = checkpoint.reuse_checkpoint(tmp_path / "last", saved.path, config, [own])
+        last = checkpoint.reuse_checkpoint(tmp_path / "last", saved.local_folder, config, [own])
         assert last.history == [own, {**timed[1], "train/seconds": 0.0, "shared": 1.0}]
         assert (
             last.epoch == 2
@@ -496,7 +497,9 @@ class TestCheckpoint:
         )
         assert last.meta["data_fingerprint"] == saved.meta["data_fingerprint"]
         for name in (WEIGHTS_FILE, OPTIMIZER_FILE):
-            assert (tmp_path / "last" / name).read_bytes() == (saved.path / name).read_bytes()
+            assert (tmp_path / "last" / name).read_bytes() == (
+                saved.local_folder / name
+            ).read_bytes()
 
 
 def test_epochs_are_numbers_of_whole_checkpoints(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ import pytest
 from pipeline_builders import build_candidate, build_evaluation_result
 from rich.console import Console
 
-from raysweep import storage
 from raysweep.data import DataSpec, load_data
+from raysweep.errors import DamagedFileError
 from raysweep.pipeline import stage, sweep_retention
 from raysweep.pipeline.artifact import ARTIFACT_FILE, Artifact
 from raysweep.pipeline.pipeline import Pipeline, find_stage_index, load_pipeline, plan_stages
 from raysweep.pipeline.stage import StageContext, TrainingOverrides
 from raysweep.spec import SpecError
+from raysweep.stores import open_path
 from raysweep.training.checkpoint import describe_environment
 
 
@@ -75,7 +76,7 @@ def test_a_stage_whose_files_failed_has_no_artifact(tmp_path: Path) -> None:
 )
 def test_a_damaged_artifact_is_named(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / ARTIFACT_FILE).write_text(text)
-    with pytest.raises(SpecError) as error:
+    with pytest.raises(DamagedFileError) as error:
         Artifact.read_if_finished(tmp_path)
     assert error.value.problems[0].startswith(str(tmp_path / ARTIFACT_FILE)) and words in str(
         error.value
@@ -313,19 +314,15 @@ def test_files_are_named_by_relative_paths_inside_the_folder_and_absolute_ones_o
     work: StageContext, tmp_path: Path
 ) -> None:
     inside, outside = tmp_path / "runs" / "s" / "epoch-0001", tmp_path.parent / "elsewhere"
-    assert (
-        work.make_reference(inside) == "runs/s/epoch-0001"
-        and work.resolve_reference("runs/s/epoch-0001") == inside
-    )
-    assert (
-        work.make_reference(outside) == str(outside)
-        and work.resolve_reference(str(outside)) == outside
-    )
-    copy = storage.local_path("s3://b/x?region=r")
-    assert (
-        work.make_reference(copy / "y") == "s3://b/x/y?region=r"
-        and work.resolve_reference("s3://b/x/y?region=r") == copy / "y"
-    )
+    assert work.make_reference(inside) == "runs/s/epoch-0001" and work.resolve_reference(
+        "runs/s/epoch-0001"
+    ) == open_path(inside)
+    assert work.make_reference(outside) == str(outside) and work.resolve_reference(
+        str(outside)
+    ) == open_path(outside)
+    bucket = open_path("s3://b/x?region=r")
+    assert work.make_reference(bucket / "y") == "s3://b/x/y?region=r"
+    assert work.resolve_reference("s3://b/x/y?region=r") == bucket / "y"
 
 
 def test_a_stages_sweep_is_named_by_pipeline_stage_part_and_digest(
@@ -363,7 +360,7 @@ def test_which_nights_are_kept(tmp_path: Path) -> None:
         for name in names:
             (folder / name / ".prefixes").mkdir(parents=True)
             (folder / name / "sweep").mkdir()
-        sweep_retention.prune_nightly_sweeps(folder, tonight, keep)
+        sweep_retention.prune_nightly_sweeps(open_path(folder), tonight, keep)
         return sorted(str(path.relative_to(folder)) for path in folder.glob("*/*"))
 
     days = ("2026-02-28", "2026-03-01", "2026-03-02")

@@ -6,16 +6,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 from conftest import tiny
 from moto.server import DomainDispatcherApplication, create_backend_app
-from pyarrow import fs
 from werkzeug.serving import make_server
 
-from raysweep import storage
-from raysweep.atomic_files import atomic_write_text
-from raysweep.errors import InfrastructureError
+from raysweep.stores import StoreAccessRefused, StorePath, open_path
 from raysweep.training.failure_reports import (
     TRACEBACK_FILE,
     clear_failure_report,
@@ -39,6 +37,7 @@ class Gate:
         self._application = application
         self.changes: list[str] = []
         self.allowed = 1000
+        self.n_bytes_received = 0
 
     def __call__(
         self, environ: dict[str, Any], start_response: Callable[..., Any]
@@ -48,6 +47,7 @@ class Gate:
         )
         if method in ("PUT", "DELETE") or (method == "POST" and "delete" in query):
             self.changes.append(f"{method} {path.rpartition('/')[2]}")
+            self.n_bytes_received += int(environ.get("CONTENT_LENGTH") or 0)
             if len(self.changes) > self.allowed:
                 environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
                 start_response("403 Forbidden", [("Content-Type", "application/xml")])
@@ -56,6 +56,7 @@ class Gate:
 
     def allow(self, count: int) -> None:
         self.changes.clear()
+        self.n_bytes_received = 0
         self.allowed = count
 
 
@@ -67,43 +68,43 @@ def bucket_server() -> Iterator[tuple[Gate, str]]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     query = f"endpoint_override=127.0.0.1:{server.port}&scheme=http"
-    fs.FileSystem.from_uri(f"s3://{BUCKET}?allow_bucket_creation=true&{query}")[0].create_dir(
-        BUCKET
-    )
+    urlopen(Request(f"http://127.0.0.1:{server.port}/{BUCKET}", method="PUT")).read()
     yield gate, f"s3://{BUCKET}/run?{query}"
     server.shutdown()
     thread.join()
 
 
-def write_file(path: Path, text: str) -> Path:
-    for name in FILES:
-        atomic_write_text(path / name, f"{name} {text}")
-    return path
+def write_checkpoint(path: StorePath, text: str) -> None:
+    with path.write_checkpoint() as folder:
+        for name in FILES:
+            (folder / name).write_text(f"{name} {text}")
 
 
 @pytest.fixture
 def machines(
     bucket_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str], Path]:
+) -> Callable[[str], StorePath]:
     """Function that switches to the named machine (its own local copy) and returns the run's folder
     there.
     """
 
-    def act_as(machine: str) -> Path:
+    def act_as(machine: str) -> StorePath:
         monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / machine))
-        return storage.local_path(bucket_server[1])
+        return open_path(bucket_server[1])
 
     return act_as
 
 
-def assert_seen(path: Path, text: str | None) -> None:
+def assert_seen(path: StorePath, text: str | None) -> None:
     """Check what a machine finds: no checkpoint (None), or all of its files."""
-    assert storage.list_folders_containing(path.parent) == ([] if text is None else [path.name])
-    assert storage.pull_checkpoint(path) == (text is not None)
+    assert path.parent.list_folders_containing() == ([] if text is None else [path.name])
+    folder = path.fetch_checkpoint()
     if text is None:
-        assert not path.exists(), "the local copy has no incomplete checkpoint either"
+        assert folder is None
+        assert not path.scratch_path.exists(), "the local copy has no incomplete checkpoint either"
     else:
-        assert {file.name: file.read_text() for file in path.iterdir()} == {
+        assert folder is not None
+        assert {file.name: file.read_text() for file in folder.iterdir()} == {
             name: f"{name} {text}" for name in FILES
         }
 
@@ -111,86 +112,85 @@ def assert_seen(path: Path, text: str | None) -> None:
 def test_a_push_that_is_cut_off_is_no_checkpoint_until_its_last_file(
     bucket_server, machines
 ) -> None:
+    """The first change deletes an earlier `meta.json`."""
     gate, _ = bucket_server
-    for allowed in (1, len(FILES) - 1):
-        path = write_file(machines("one") / f"epoch-{allowed}", "new")
+    for allowed in (0, 1, 2, len(FILES)):
+        path = machines("one") / f"epoch-{allowed}"
         gate.allow(allowed)
-        with pytest.raises(InfrastructureError, match="ACCESS_DENIED"):
-            storage.push_to_bucket(path)
+        with pytest.raises(StoreAccessRefused, match="AccessDenied"):
+            write_checkpoint(path, "new")
         assert "PUT meta.json" not in gate.changes[:allowed]
         gate.allow(1000)
         other = machines("other") / f"epoch-{allowed}"
-        assert not storage.pull_checkpoint(other) and not other.exists()
-        assert f"epoch-{allowed}" not in storage.list_folders_containing(other.parent)
-        path = machines("one") / f"epoch-{allowed}"
+        assert other.fetch_checkpoint() is None and not other.scratch_path.exists()
+        assert f"epoch-{allowed}" not in other.parent.list_folders_containing()
+        machines("one")
         gate.allow(1000)
-        storage.push_to_bucket(path)
-        assert gate.changes[-1] == "PUT meta.json" and len(gate.changes) == len(FILES)
-        assert storage.pull_checkpoint(machines("other") / f"epoch-{allowed}")
-    storage.delete_everywhere(machines("one"))
+        write_checkpoint(path, "new")
+        assert gate.changes[0] == "DELETE meta.json" and gate.changes[-1] == "PUT meta.json"
+        assert len(gate.changes) == 1 + len(FILES)
+        assert (machines("other") / f"epoch-{allowed}").fetch_checkpoint() is not None
+    machines("one").delete_folder()
 
 
 def test_a_copy_within_the_bucket_is_no_checkpoint_until_its_last_file(
     bucket_server, machines
 ) -> None:
-    """`like` avoids sending files that the bucket has already; `meta.json` is sent nevertheless,
-    and last.
-    """
+    """Files that the bucket has already are not sent; `meta.json` is sent, and last."""
     gate, _ = bucket_server
     root = machines("one")
-    first = write_file(root / "first", "old")
-    storage.push_to_bucket(first)
-    second = write_file(root / "second", "old")
-    atomic_write_text(second / "meta.json", "meta.json new")
-    gate.allow(len(FILES) - 1)
-    with pytest.raises(InfrastructureError, match="ACCESS_DENIED"):
-        storage.push_to_bucket(second, copy_from=first)
+    write_checkpoint(root / "first", "old")
+
+    def copy_first() -> None:
+        with (root / "second").write_checkpoint(copy_from=root / "first") as folder:
+            (folder / "meta.json").write_text("meta.json new")
+
+    gate.allow(len(FILES))
+    with pytest.raises(StoreAccessRefused, match="AccessDenied"):
+        copy_first()
+    assert gate.n_bytes_received < 100, "the server has copied the files"
     gate.allow(1000)
-    assert not storage.pull_checkpoint(machines("other") / "second")
-    storage.push_to_bucket(machines("one") / "second", copy_from=machines("one") / "first")
+    assert (machines("other") / "second").fetch_checkpoint() is None
+    machines("one")
+    copy_first()
     other = machines("other")
-    assert storage.pull_checkpoint(other / "second") and storage.list_folders_containing(other) == [
-        "first",
-        "second",
-    ]
-    assert (other / "second" / "meta.json").read_text() == "meta.json new"
-    assert (other / "second" / "a.bin").read_text() == "a.bin old"
-    storage.delete_everywhere(other)
+    folder = (other / "second").fetch_checkpoint()
+    assert folder is not None and other.list_folders_containing() == ["first", "second"]
+    assert (folder / "meta.json").read_text() == "meta.json new"
+    assert (folder / "a.bin").read_text() == "a.bin old"
+    other.delete_folder()
 
 
 def test_a_drop_that_is_cut_off_leaves_no_checkpoint(bucket_server, machines) -> None:
     gate, _ = bucket_server
-    storage.push_to_bucket(write_file(machines("one") / "run", "new"))
+    write_checkpoint(machines("one") / "run", "new")
     gate.allow(1)
-    with pytest.raises(InfrastructureError, match="ACCESS_DENIED"):
-        storage.delete_remote(machines("one") / "run")
+    with pytest.raises(StoreAccessRefused, match="AccessDenied"):
+        (machines("one") / "run").delete_folder()
     assert gate.changes[0] == "DELETE meta.json" and len(gate.changes) > 1
     gate.allow(1000)
     assert_seen(machines("other") / "run", None)
-    left = {entry.path.name for entry in storage.list_remote_files(machines("one") / "run")}
+    left = {file.key.rpartition("/")[2] for file in (machines("one") / "run").list_files()}
     assert left == {*FILES} - {"meta.json"}, "the next try deletes the rest"
-    storage.delete_remote(machines("one") / "run")
-    assert not storage.list_remote_files(machines("one") / "run")
-    assert (machines("one") / "run" / "meta.json").exists(), "the caller keeps its local copy"
+    (machines("one") / "run").delete_folder()
+    assert not (machines("one") / "run").list_files()
 
 
 def test_a_machine_sees_a_new_checkpoint_only_when_all_of_it_is_there(
     bucket_server, machines
 ) -> None:
-    """The old local copy stays while `meta.json` is the same; then all of it is replaced."""
     gate, _ = bucket_server
-    storage.push_to_bucket(write_file(machines("one") / "run", "old"))
+    write_checkpoint(machines("one") / "run", "old")
     assert_seen(machines("other") / "run", "old")
-    path = write_file(machines("one") / "run", "new")
     gate.allow(2)
-    with pytest.raises(InfrastructureError, match="ACCESS_DENIED"):
-        storage.push_to_bucket(path)
+    with pytest.raises(StoreAccessRefused, match="AccessDenied"):
+        write_checkpoint(machines("one") / "run", "new")
     gate.allow(1000)
-    assert_seen(machines("other") / "run", "old")
-    storage.push_to_bucket(machines("one") / "run")
+    assert_seen(machines("other") / "run", None)
+    write_checkpoint(machines("one") / "run", "new")
     assert_seen(machines("other") / "run", "new")
-    storage.delete_everywhere(machines("one"))
-    assert not machines("one").exists()
+    machines("one").delete_folder()
+    assert not machines("one").scratch_path.exists()
     assert_seen(machines("other") / "run", None)
 
 
@@ -200,13 +200,10 @@ def test_other_machines_learn_why_a_trial_failed(machines) -> None:
     save_failure_report(path, report)
     there = machines("other")
     assert load_failure_report(there) == report and report["failed"] == "KeyError: 'no'"
-    assert (
-        storage.pull_file(there / TRACEBACK_FILE)
-        and (there / TRACEBACK_FILE).read_text() == report["bug"]
-    )
+    assert (there / TRACEBACK_FILE).read_text() == report["bug"]
     clear_failure_report(there)
     assert load_failure_report(machines("one")) == {}
-    storage.delete_everywhere(machines("one"))
+    machines("one").delete_folder()
 
 
 def test_the_checkpoints_of_a_bucket_are_the_folders_that_hold_the_file_themselves(
@@ -220,16 +217,11 @@ def test_the_checkpoints_of_a_bucket_are_the_folders_that_hold_the_file_themselv
         "c/other.json",
         "meta.json",
     ):
-        atomic_write_text(root / file, "{}")
-        storage.push_to_bucket(root / file)
+        (root / file).write_text("{}")
     other = machines("other")
-    assert storage.list_folders_containing(other) == ["b"] and storage.list_folders_containing(
-        other / "a"
-    ) == ["deep"]
-    assert storage.list_folders_containing(other, "other.json") == [
-        "c"
-    ] and storage.list_subfolders(other) == [".hidden", "a", "b", "c"]
-    assert {str(path.relative_to(other)) for path in storage.iter_files(other / "a")} == {
-        "a/deep/meta.json"
-    }
-    storage.delete_everywhere(other)
+    assert other.list_folders_containing() == ["b"]
+    assert (other / "a").list_folders_containing() == ["deep"]
+    assert other.list_folders_containing("other.json") == ["c"]
+    assert other.list_subfolders() == [".hidden", "a", "b", "c"]
+    assert [file.key for file in (other / "a").list_files()] == ["run/a/deep/meta.json"]
+    other.delete_folder()

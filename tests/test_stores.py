@@ -1,6 +1,7 @@
 """The contract of stores, which a folder, an S3 bucket and a bucket of Google's protocol keep."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,8 +45,9 @@ def open_bucket(uri: str) -> Store:
 
 
 @pytest.fixture(params=["folder", "s3", "gs"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """An empty store of each kind."""
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """An empty store of each kind, seen from a machine without copies of it."""
+    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "copy"))
     bucket = f"b{abs(hash(tmp_path))}"
     if request.param == "folder":
         return open_store(str(tmp_path / "store"))
@@ -146,3 +148,95 @@ class TestStore:
             for number in range(1005):
                 store.write_bytes(f"f/{number:04d}", b"")
         assert [file.key for file in store.list_files()] == [f"f/{n:04d}" for n in range(1005)]
+
+    def test_subfolders_are_those_with_files_below_them(self, store: Store) -> None:
+        for key in ("a/x/1", "a/y/z/2", "a/.hidden/3", "a/file", "ab/4"):
+            store.write_bytes(key, b"")
+        assert store.list_subfolders("a") == [".hidden", "x", "y"]
+        assert store.list_subfolders("a/x") == [] and store.list_subfolders("none") == []
+        found = [store.has_file(key) for key in ("a/file", "a/x/1", "a", "a/fi", "b")]
+        assert found == [True, True, False, False, False]
+
+    def test_a_folder_is_deleted_with_everything_in_it_and_its_neighbours_stay(
+        self, store: Store
+    ) -> None:
+        for key in ("a/prefixes/k/x", "a/sweep/0/meta.json", "a2/x", "b"):
+            store.write_bytes(key, b"1")
+        store.delete_folder("a/prefixes")
+        store.delete_folder("none")
+        assert [file.key for file in store.list_files()] == ["a/sweep/0/meta.json", "a2/x", "b"]
+        store.delete_folder("a")
+        assert [file.key for file in store.list_files()] == ["a2/x", "b"]
+
+    def test_a_checkpoint_comes_back_whole(
+        self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_checkpoint(store, "run/epoch-1", "one")
+        assert read_checkpoint(store, "run/epoch-1") == content("one")
+        monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "another machine"))
+        assert read_checkpoint(store, "run/epoch-1") == content("one")
+        write_checkpoint(store, "run/epoch-1", "two")
+        monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "copy"))
+        assert read_checkpoint(store, "run/epoch-1") == content("two")
+        store.delete_folder("run/epoch-1")
+        assert store.fetch_checkpoint("run/epoch-1") is None
+        assert store.list_files() == []
+
+    def test_a_checkpoint_without_its_meta_file_is_none(self, store: Store) -> None:
+        write_checkpoint(store, "run/epoch-1", "one")
+        write_checkpoint(store, "run/epoch-2", "two")
+        store.delete("run/epoch-1/meta.json")
+        assert store.fetch_checkpoint("run/epoch-1") is None
+        (checkpoint,) = store.list_checkpoints("run")
+        assert checkpoint.key == "run/epoch-2"
+        assert checkpoint.size == sum(len(data) for data in content("two").values())
+
+    def test_a_checkpoint_that_is_given_up_leaves_nothing(self, store: Store) -> None:
+        with pytest.raises(ZeroDivisionError), store.write_checkpoint("run/epoch-1") as folder:
+            (folder / "meta.json").write_bytes(b"{}")
+            raise ZeroDivisionError
+        assert store.fetch_checkpoint("run/epoch-1") is None
+        assert store.list_checkpoints("run") == []
+        store.delete_unfinished("run")
+        assert not list(store.scratch_path("run").glob(".epoch*"))
+
+    def test_a_copied_checkpoint_has_its_own_meta_file(self, store: Store) -> None:
+        write_checkpoint(store, "run/epoch-1", "one")
+        with store.write_checkpoint("prefixes/key", copy_from="run/epoch-1") as folder:
+            assert sorted(file.name for file in folder.iterdir()) == ["a.bin", "weights.bin"]
+            (folder / "meta.json").write_bytes(b"meta two")
+        expected = content("one") | {"meta.json": b"meta two"}
+        assert read_checkpoint(store, "prefixes/key") == expected
+        assert read_checkpoint(store, "run/epoch-1") == content("one")
+        with (
+            pytest.raises(FileNotFoundError),
+            store.write_checkpoint("prefixes/other", copy_from="run/none"),
+        ):
+            pass
+
+    def test_the_least_recently_used_checkpoint_is_told(self, store: Store) -> None:
+        for key in ("a", "b"):
+            write_checkpoint(store, f"p/{key}", key)
+        write_checkpoint(store, "p/.hidden", "c")
+        listed = {entry.key: entry.last_used for entry in store.list_checkpoints("p")}
+        assert list(listed) == ["p/a", "p/b"]
+        assert all(abs(last_used - time.time()) < 60 for last_used in listed.values())
+
+
+FILES = ("a.bin", "meta.json", "weights.bin")
+
+
+def content(text: str) -> dict[str, bytes]:
+    return {name: f"{name} {text}".encode() for name in FILES}
+
+
+def write_checkpoint(store: Store, key: str, text: str) -> None:
+    with store.write_checkpoint(key) as folder:
+        for name, data in content(text).items():
+            (folder / name).write_bytes(data)
+
+
+def read_checkpoint(store: Store, key: str) -> dict[str, bytes]:
+    folder = store.fetch_checkpoint(key)
+    assert folder is not None
+    return {file.name: file.read_bytes() for file in folder.iterdir()}

@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import FORKED, TINY, TrialUpdateListener, tiny
 
-from raysweep import storage
 from raysweep.cli import main
 from raysweep.errors import DamagedFileError, InfrastructureError
 from raysweep.logs import read_log
 from raysweep.result_loading import advise_on_trial
 from raysweep.spec import SpecError
+from raysweep.stores import FolderStore, StoreUnavailable
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_search import LedgerSearcher
 from raysweep.sweep.resources import Resources
@@ -214,8 +214,8 @@ def test_what_pgd_would_have_chosen_and_its_cost_are_told(tmp_path, capsys, monk
 def sweep_copy(finished_sweep, tmp_path: Path) -> tuple[Ledger, Tracker]:
     """A copy of the finished sweep, with its MLflow store, that a test may change."""
     ledger, _, tracker = finished_sweep
-    shutil.copytree(ledger.path.parent.parent, tmp_path, dirs_exist_ok=True)
-    copy = Ledger.open(tmp_path / ledger.path.relative_to(ledger.path.parent.parent))
+    shutil.copytree(ledger.path.parent.parent.local_path, tmp_path, dirs_exist_ok=True)
+    copy = Ledger.open(tmp_path / ledger.path.parent.name / ledger.path.name)
     return copy, Tracker(
         tracker.uri.replace(str(ledger.path.parent.parent), str(tmp_path)), tmp_path / "mlruns"
     )
@@ -241,7 +241,7 @@ def test_a_finished_sweep_grows_by_trials_epochs_and_a_wider_range(sweep_copy) -
     alone = train_model(
         again.space.trial_config(trials[1].params), ledger.path / "alone"
     ).last_checkpoint
-    assert weights(alone.path) == weights(again.trial_path(1) / "epoch-0003"), (
+    assert weights(alone.local_folder) == weights(again.trial_path(1) / "epoch-0003"), (
         "as if it had had the epochs from the start"
     )
     again.extend_space(again.space)
@@ -410,22 +410,22 @@ def test_a_store_that_fails_under_the_sweep_is_its_own_error_and_loses_nothing(
     bug.
     """
 
-    def refuse_write(path: Path) -> None:
-        raise storage.BucketUnavailable(f"{path.name} cannot be written: no answer")
+    def refuse_write(store: FolderStore, key: str, data: bytes) -> None:
+        raise StoreUnavailable(f"{key} cannot be written: no answer")
 
     ledger = Ledger.create(tmp_path / "sweep", space(trials=2))
     with monkeypatch.context() as during:
 
         def break_the_store(trial: Trial) -> None:
-            during.setattr(storage, "push_to_bucket", refuse_write)
+            during.setattr(FolderStore, "write_bytes", refuse_write)
 
-        with pytest.raises(storage.BucketUnavailable, match=r"trial\.json cannot be written"):
+        with pytest.raises(StoreUnavailable, match=r"trial\.json cannot be written"):
             run_sweep(ledger, [TrialUpdateListener(break_the_store)])
     assert any(trial.state == "running" for trial in ledger.load_trials())
     run_sweep(ledger, [])
     assert [(trial.state, trial.epoch) for trial in ledger.load_trials()] == [("finished", 2)] * 2
     (told,) = (e for e in read_log(ledger.path) if e.get("event") == "sweep_error")
-    assert told["exception"]["causes"][0]["type"] == "BucketUnavailable"
+    assert told["exception"]["causes"][0]["type"] == "StoreUnavailable"
 
 
 def test_a_sweep_says_why_it_ended(ray_cluster, tmp_path: Path) -> None:
@@ -489,8 +489,7 @@ def test_a_bug_ends_the_sweep_after_a_few_trials_with_its_traceback(ray_cluster,
     """Files stand where trials want to make folders."""
     ledger = Ledger.create(tmp_path / "sweep", space(trials=8, base={**TINY, "epochs": 1}))
     for number in range(8):
-        ledger.trial_path(number).mkdir()
-        (ledger.trial_path(number) / "histograms").touch()
+        (ledger.trial_path(number) / "histograms").write_bytes(b"")
     with pytest.raises(
         SweepFailed, match="trials failed with errors in the code, the first:\nTraceback"
     ) as error:
@@ -562,7 +561,9 @@ def test_a_node_that_dies_costs_its_trials_the_epoch_they_were_in(ray_cluster, t
         alone = train_model(
             ledger.space.trial_config(trial.params), tmp_path / f"alone-{trial.number}"
         ).last_checkpoint
-        assert weights(alone.path) == weights(ledger.trial_path(trial.number) / "epoch-0015")
+        assert weights(alone.local_folder) == weights(
+            ledger.trial_path(trial.number) / "epoch-0015"
+        )
     entries = read_log(ledger.path)
     (lost,) = (entry for entry in entries if entry.get("event") == "trial_lost")
     (moved,) = (trial.number for trial in ledger.load_trials() if trial.retries)
@@ -636,7 +637,6 @@ def test_trials_that_cannot_fit_are_refused_before_anything_runs(ray_cluster, tm
 )
 def test_damaged_records_are_one_line(text: str, why: str, tmp_path: Path) -> None:
     ledger, run = Ledger.create(tmp_path / "sweep", space()), RunDirectory(tmp_path / "run")
-    ledger.trial_path(0).mkdir()
     (ledger.trial_path(0) / "trial.json").write_text(text)
     with pytest.raises(
         DamagedFileError, match=rf"trials/0000/trial\.json is damaged: it (is )?{why}"

@@ -35,7 +35,7 @@ def same_weights(one: Path, two: Path) -> bool:
 
 def test_training_is_deterministic_and_depends_on_its_seed(tmp_path) -> None:
     a, b, c = (
-        train_model(tiny("lrat", seed=s), tmp_path / name).last_checkpoint.path
+        train_model(tiny("lrat", seed=s), tmp_path / name).last_checkpoint.local_folder
         for name, s in (("a", 0), ("b", 0), ("c", 1))
     )
     assert same_weights(a, b)
@@ -50,7 +50,7 @@ def test_gairat_with_infinite_lambda_trains_at_bit_for_bit(tmp_path) -> None:
         ),
         tmp_path / "gairat",
     ).last_checkpoint
-    assert same_weights(at.path, gairat.path)
+    assert same_weights(at.local_folder, gairat.local_folder)
     assert at.last_metrics["robust_worst"] == gairat.last_metrics["robust_worst"]
 
 
@@ -75,13 +75,14 @@ def test_the_learning_rate_may_change_after_every_step(tmp_path, monkeypatch) ->
 
 
 def test_burn_in_is_adversarial_training_until_it_ends(tmp_path) -> None:
-    at = train_model(tiny("at", epochs=1), tmp_path / "at").last_checkpoint.path
+    at = train_model(tiny("at", epochs=1), tmp_path / "at").last_checkpoint.local_folder
     changes = {"method__terms__pgd__weight__burn_in": 1, "method__terms__pgd__weight__lam": -1.0}
     train_model(tiny("gairat", **changes, epochs=1), tmp_path / "one")
     assert same_weights(at, tmp_path / "one" / "epoch-0001")
-    longer_at = train_model(tiny("at"), tmp_path / "at2").last_checkpoint.path
+    longer_at = train_model(tiny("at"), tmp_path / "at2").last_checkpoint.local_folder
     assert not same_weights(
-        longer_at, train_model(tiny("gairat", **changes), tmp_path / "two").last_checkpoint.path
+        longer_at,
+        train_model(tiny("gairat", **changes), tmp_path / "two").last_checkpoint.local_folder,
     )
 
 
@@ -139,7 +140,7 @@ def test_killed_with_sigkill_it_resumes_to_the_weights_of_a_run_never_stopped(tm
     assert epochs[0] == before[-1] + 1, "only the epoch it was in is done again"
     assert same_weights(
         tmp_path / "killed" / "epoch-0008",
-        train_model(config, tmp_path / "whole").last_checkpoint.path,
+        train_model(config, tmp_path / "whole").last_checkpoint.local_folder,
     )
     assert not list((tmp_path / "killed").glob(".epoch-*")), "what the crash left is cleaned up"
 
@@ -158,7 +159,7 @@ def test_a_finished_run_trains_no_more_and_reports_what_was_not_reported(tmp_pat
         n_reported_epochs=1,
     )
     assert told == [*first.history, first.history[1]]
-    assert again.last_checkpoint.path == first.path
+    assert again.last_checkpoint.local_folder == first.local_folder
 
 
 def test_only_the_last_and_the_best_checkpoint_are_kept(tmp_path) -> None:
@@ -171,16 +172,16 @@ def test_only_the_last_and_the_best_checkpoint_are_kept(tmp_path) -> None:
 
 def test_a_checkpoint_says_all_that_decided_it(tmp_path) -> None:
     saved = train_model(tiny("at"), tmp_path / "run").last_checkpoint
-    meta = json.loads((saved.path / "meta.json").read_text())
+    meta = json.loads((saved.local_folder / "meta.json").read_text())
     assert meta["config"] == tiny("at").to_stored_dict()
     assert torch.__version__.startswith(meta["environment"]["torch"])
     assert len(meta["data_fingerprint"]) == 16
-    assert checkpoint.read_checkpoint(saved.path) == saved
+    assert checkpoint.read_checkpoint(saved.local_folder) == saved
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "state.safetensors", "meta.json"])
 def test_a_truncated_checkpoint_is_refused_in_one_line(file, tmp_path) -> None:
-    path = train_model(tiny("at"), tmp_path / "run").last_checkpoint.path
+    path = train_model(tiny("at"), tmp_path / "run").last_checkpoint.local_folder
     content = (path / file).read_bytes()
     (path / file).write_bytes(content[: len(content) // 2])
     with pytest.raises(DamagedFileError) as error:
@@ -219,7 +220,8 @@ def test_more_epochs_go_on_with_the_run_and_fewer_are_refused(tmp_path) -> None:
     train_model(tiny("at"), tmp_path / "grown")
     grown = train_model(tiny("at", epochs=3), tmp_path / "grown").last_checkpoint
     assert same_weights(
-        grown.path, train_model(tiny("at", epochs=3), tmp_path / "at once").last_checkpoint.path
+        grown.local_folder,
+        train_model(tiny("at", epochs=3), tmp_path / "at once").last_checkpoint.local_folder,
     )
     with pytest.raises(SpecError, match="holds a run with other settings"):
         train_model(tiny("at"), tmp_path / "grown")
@@ -249,7 +251,7 @@ def test_the_objective_decides_which_epoch_is_kept(tmp_path) -> None:
     fitted = train_model(config, tmp_path / "run")
     clean = [row["clean"] for row in fitted.last_checkpoint.history]
     assert fitted.best_checkpoint.epoch == clean.index(max(clean)) + 1
-    assert fitted.best_checkpoint.path.is_dir()
+    assert fitted.best_checkpoint.local_folder.is_dir()
 
 
 def test_other_data_are_not_trained_on_in_the_same_run(tmp_path) -> None:

@@ -164,13 +164,16 @@ def test_a_run_equals_the_loop_by_hand(case: str, tmp_path: Path, part: DatasetS
     expected = ByHand(data.train, **reference_rng)
     assert (
         largest_difference(
-            load_file(saved.path / "weights.safetensors"), expected.model.state_dict()
+            load_file(saved.local_folder / "weights.safetensors"), expected.model.state_dict()
         )
         < 1e-6
     )
     if expected.buffers:
         assert (
-            largest_difference(load_file(saved.path / "state.safetensors"), expected.buffers) < 1e-5
+            largest_difference(
+                load_file(saved.local_folder / "state.safetensors"), expected.buffers
+            )
+            < 1e-5
         )
     rows = saved.history
     assert [row["train/lr"] for row in rows] == [0.05, 0.02, 0.02]
@@ -190,7 +193,7 @@ def test_attacks_use_the_weights_of_their_own_step_also_on_the_fast_paths(
     expected = ByHand(part.train, l2=True)
     assert (
         largest_difference(
-            load_file(saved.path / "weights.safetensors"), expected.model.state_dict()
+            load_file(saved.local_folder / "weights.safetensors"), expected.model.state_dict()
         )
         < 1e-4
     )

@@ -160,7 +160,7 @@ def saved_bundle(
     """A bundle of a small model under PGD, and what it was made of."""
     out = tmp_path_factory.mktemp("bundle")
     saved = saved_model(out / "checkpoint", 15)
-    subject = load_checkpoint_target(saved.path, {})
+    subject = load_checkpoint_target(saved.local_folder, {})
     test, attack = subject.data.test, PGD(eps=0.05, step_size=0.02, steps=5)
     images = test.get_float_images(slice(0, COUNT)), test.y[:COUNT], attack
     report = evaluate(subject.model, *images, index=test.index[:COUNT], keep_adversarial=True)
@@ -211,7 +211,7 @@ def test_a_bundle_says_what_it_holds(saved_bundle) -> None:
             arrays["robust"], report.robust
         )
     assert (folder / "checkpoint" / "weights.safetensors").read_bytes() == (
-        saved.path / "weights.safetensors"
+        saved.local_folder / "weights.safetensors"
     ).read_bytes()
 
 

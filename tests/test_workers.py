@@ -198,11 +198,13 @@ def test_two_workers_train_the_weights_of_one(
     two_workers: Path, trained_alone: TrainingResult, tmp_path: Path
 ) -> None:
     assert (
-        difference(two_workers / "several" / "epoch-0002", trained_alone.last_checkpoint.path)
+        difference(
+            two_workers / "several" / "epoch-0002", trained_alone.last_checkpoint.local_folder
+        )
         < 1e-5
     )
     lrat = train_model(config("lrat"), tmp_path / "lrat").last_checkpoint
-    assert difference(two_workers / "lrat" / "epoch-0002", lrat.path) < 1e-5
+    assert difference(two_workers / "lrat" / "epoch-0002", lrat.local_folder) < 1e-5
 
 
 def test_every_worker_reports_the_metrics_of_one(
@@ -234,9 +236,11 @@ def test_a_checkpoint_goes_from_two_workers_to_one_and_back(
         n_reported_epochs=1,
     ).last_checkpoint
     assert epochs == [2]
-    assert difference(handed.path, trained_alone.last_checkpoint.path) < 1e-5
+    assert difference(handed.local_folder, trained_alone.last_checkpoint.local_folder) < 1e-5
     assert (
-        difference(two_workers / "taken over" / "epoch-0002", trained_alone.last_checkpoint.path)
+        difference(
+            two_workers / "taken over" / "epoch-0002", trained_alone.last_checkpoint.local_folder
+        )
         < 1e-5
     )
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from raysweep import storage
 from raysweep.errors import InfrastructureError
 from raysweep.spec import SpecError, is_safe_name, parse_yaml
+from raysweep.stores import StorePath, open_path, require_conditional_writes, require_reachable
 from raysweep.sweep.ledger import Ledger
 from raysweep.tracking import NullTracker, Tracker, tracking_uri
 
@@ -108,25 +108,34 @@ def make_writable_folder(folder: Path, option: str = "--out") -> Path:
     return folder.resolve()
 
 
-def resolve_runs_folder(out: Path, storage_location: str | None, for_writing: bool = True) -> Path:
+def resolve_runs_folder(
+    out: Path, storage_location: str | None, for_writing: bool = True
+) -> StorePath:
     """Return the folder of all sweeps and training runs.
 
     Args:
         out: The value of `--out`; its folder `runs` is used if there is no `--storage`.
         storage_location: The value of `--storage`: a folder or the URI of a bucket.
-        for_writing: Whether to create the folder of `--storage`.
+        for_writing: Whether to create the folder of `--storage`, and to check that a bucket has
+            conditional writes.
 
     Raises:
         SpecError: The location is malformed.
-        InfrastructureError: The storage does not answer, or cannot be written.
+        InfrastructureError: The folder cannot be written, or the bucket does not answer, refuses
+            access or ignores conditions.
     """
     if storage_location is None:
-        return out.resolve() / "runs"
-    folder = storage.require_reachable(storage_location)
-    return make_writable_folder(folder, "--storage") if for_writing else folder
+        return open_path(out / "runs")
+    folder = open_path(storage_location)
+    require_reachable(folder)
+    if for_writing:
+        if folder.local_path is not None:
+            make_writable_folder(folder.local_path, "--storage")
+        require_conditional_writes(folder)
+    return folder
 
 
-def find_sweep_or_trial(name: str, runs_folder: Path) -> tuple[Ledger, int | None] | None:
+def find_sweep_or_trial(name: str, runs_folder: StorePath) -> tuple[Ledger, int | None] | None:
     """Find the sweep or trial that SWEEP or SWEEP/0003 names.
 
     Args:
@@ -142,9 +151,9 @@ def find_sweep_or_trial(name: str, runs_folder: Path) -> tuple[Ledger, int | Non
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return None
     sweep, _, number = name.rpartition("/")
-    if storage.pull_file(runs_folder / name / "sweep.json"):
+    if (runs_folder / name / "sweep.json").is_file():
         return Ledger.open(runs_folder / name), None
-    if number.isdecimal() and storage.pull_file(runs_folder / sweep / "sweep.json"):
+    if number.isdecimal() and (runs_folder / sweep / "sweep.json").is_file():
         ledger = Ledger.open(runs_folder / sweep)
         numbers = [trial.number for trial in ledger.load_trials()]
         if int(number) not in numbers:

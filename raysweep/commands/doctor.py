@@ -24,6 +24,7 @@ from raysweep.commands.options import (
 
 if TYPE_CHECKING:
     from raysweep.data import DataSpec
+    from raysweep.stores import StorePath
     from raysweep.sweep.node_probe import NodeReport
 
 SUMMARY = "check a cluster before a sweep: nodes, storage, data, MLflow, open ports"
@@ -135,7 +136,6 @@ def _print_findings(findings: list[Finding]) -> None:
 
 def _iter_findings(request: DoctorRequest) -> Iterator[Finding]:
     """Run all checks; stop early if the storage or the cluster cannot be reached."""
-    from raysweep import storage
     from raysweep.commands.common import make_writable_folder, resolve_runs_folder
     from raysweep.data import DataSpec
     from raysweep.errors import RaysweepError
@@ -146,7 +146,9 @@ def _iter_findings(request: DoctorRequest) -> Iterator[Finding]:
     spec = DataSpec.from_data(request.data_overrides, "data")
     yield from _diagnose_mlflow(tracking_uri(request.out))
     try:
-        runs_folder = make_writable_folder(resolve_runs_folder(request.out, request.storage))
+        runs_folder = resolve_runs_folder(request.out, request.storage)
+        if runs_folder.local_path is not None:
+            make_writable_folder(runs_folder.local_path)
     except RaysweepError as error:
         remedy = "name a place that can be written, with --storage or --out"
         yield Finding("storage", False, str(error), remedy)
@@ -167,7 +169,7 @@ def _iter_findings(request: DoctorRequest) -> Iterator[Finding]:
     yield from _diagnose_nodes(
         node_reports,
         node_probe.package_versions(),
-        storage.uri_of(runs_folder),
+        str(runs_folder),
         spec.name,
         fingerprint,
     )
@@ -189,29 +191,24 @@ def _fingerprint_local_data(spec: DataSpec) -> tuple[str, list[Finding]]:
         return "", [Finding("data", False, f"here: {error}", remedy)]
 
 
-def _probe_nodes(address: str | None, runs_folder: Path, spec: DataSpec) -> list[NodeReport]:
+def _probe_nodes(address: str | None, runs_folder: StorePath, spec: DataSpec) -> list[NodeReport]:
     """Ask every node for a report; the nodes look for a marker file that exists meanwhile.
 
     Raises:
         InfrastructureError: The cluster does not answer.
     """
-    from raysweep import storage
     from raysweep.sweep import node_probe
     from raysweep.sweep.cluster import connect_to_cluster
 
     marker = runs_folder / f".doctor-{uuid4().hex}"
     marker.write_text("read me")
-    storage.push_to_bucket(marker)
     try:
         with connect_to_cluster(address):
             return node_probe.probe_nodes(
-                node_probe.ProbeRequest(
-                    node_probe.portable_path(runs_folder), marker.name, spec.model_dump_json()
-                )
+                node_probe.ProbeRequest(str(runs_folder), marker.name, spec.model_dump_json())
             )
     finally:
-        storage.delete_remote_file(marker)
-        marker.unlink()
+        marker.delete()
 
 
 def _diagnose_mlflow(tracking_uri: str) -> Iterator[Finding]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from raysweep.attacks.named_attacks import AutoAttackVersion
     from raysweep.data import DataSpec
     from raysweep.evaluation import RobustnessReport
+    from raysweep.stores import StorePath
     from raysweep.tracking import Tracker
     from raysweep.training.model_loading import EvaluationTarget
 
@@ -311,11 +312,11 @@ def _load_target(request: EvalRequest, out: Path) -> tuple[EvaluationTarget, str
         tracker = open_tracker(out)
         run_id, folder = tracker.download_checkpoint(name, out / "runs" / "from-mlflow")
         return load_checkpoint_target(folder, request.data_overrides), run_id
-    folder = _resolve_checkpoint_folder(request)
-    return load_checkpoint_target(folder, request.data_overrides), None
+    path = _resolve_checkpoint_folder(request)
+    return load_checkpoint_target(path, request.data_overrides), None
 
 
-def _resolve_checkpoint_folder(request: EvalRequest) -> Path:
+def _resolve_checkpoint_folder(request: EvalRequest) -> StorePath:
     """Return the folder of a checkpoint or run.
 
     The name is a path, a URI, a trial, or a sweep, of which the best trial is meant.
@@ -323,18 +324,18 @@ def _resolve_checkpoint_folder(request: EvalRequest) -> Path:
     Raises:
         SpecError: There is no such sweep, trial or folder.
     """
-    from raysweep import storage
     from raysweep.commands.common import find_sweep_or_trial, resolve_runs_folder
     from raysweep.result_loading import load_sweep
     from raysweep.spec import SpecError, describe_unknown_name
+    from raysweep.stores import is_uri, open_path, require_reachable
 
     name = request.model
     runs_folder = resolve_runs_folder(request.out, request.storage, for_writing=False)
     path = None
-    if not storage.is_uri(name) and not Path(name).expanduser().exists():
+    if not is_uri(name) and not Path(name).expanduser().exists():
         match = find_sweep_or_trial(name, runs_folder)
         if match is None:
-            sweeps = storage.list_folders_containing(runs_folder, "sweep.json")
+            sweeps = runs_folder.list_folders_containing("sweep.json")
             if sweeps:
                 raise SpecError(describe_unknown_name("sweep, trial or folder", name, sweeps))
         else:
@@ -342,8 +343,10 @@ def _resolve_checkpoint_folder(request: EvalRequest) -> Path:
             if trial_number is not None:
                 return ledger.trial_path(trial_number)
             path = ledger.path
-    path = path or storage.require_reachable(name)
-    return load_sweep(path).best if storage.pull_file(path / "sweep.json") else path
+    if path is None:
+        path = open_path(name)
+        require_reachable(path)
+    return load_sweep(path).best if (path / "sweep.json").is_file() else path
 
 
 def _write_pseudo_labels(

@@ -23,6 +23,7 @@ from raysweep.commands.options import (
 
 if TYPE_CHECKING:
     from raysweep.spec import JsonDict
+    from raysweep.stores import StorePath
     from raysweep.sweep.ledger import Ledger, Trial
     from raysweep.sweep.search_space import SearchSpace
 
@@ -303,15 +304,15 @@ def _show_log(request: ShowRequest) -> None:
     Raises:
         SpecError: There is no log of this name.
     """
-    from raysweep import storage
     from raysweep.commands.common import find_sweep_or_trial, resolve_runs_folder
     from raysweep.log_records import format_entry
     from raysweep.logs import read_log
     from raysweep.spec import SpecError
+    from raysweep.stores import open_path
 
     runs_folder = resolve_runs_folder(request.out, request.storage, for_writing=False)
     name = request.name.removeprefix("pipeline:")
-    pipeline_folder = request.out.resolve() / "runs" / "pipelines" / name
+    pipeline_folder = open_path(request.out / "runs" / "pipelines" / name)
     folders = [pipeline_folder]
     if name == request.name and ".." not in Path(name).parts:
         match = find_sweep_or_trial(name, runs_folder)
@@ -324,7 +325,7 @@ def _show_log(request: ShowRequest) -> None:
         if entries := read_log(folder):
             break
     else:
-        places = " and ".join(storage.uri_of(folder) for folder in folders)
+        places = " and ".join(str(folder) for folder in folders)
         raise SpecError(f"{request.name}: no log in {places}")
     for entry in entries:
         print(json.dumps(entry) if request.as_json else format_entry(entry))
@@ -345,15 +346,14 @@ def _show_sweep_or_trial(request: ShowRequest) -> None:
         _show_trial(request, ledger, trial_number)
 
 
-def _unknown_name_error(name: str, runs_folder: Path) -> ValueError:
+def _unknown_name_error(name: str, runs_folder: StorePath) -> ValueError:
     """Return the SpecError for a name that nothing has."""
-    from raysweep import storage
     from raysweep.catalog import METHODS
     from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
     from raysweep.spec import SpecError, describe_unknown_name
     from raysweep.training.presets import list_presets
 
-    sweeps = storage.list_folders_containing(runs_folder, "sweep.json")
+    sweeps = runs_folder.list_folders_containing("sweep.json")
     names = dict.fromkeys([*METHODS, *list_presets(), *list_builtin_pipelines(), *sweeps])
     noun = "method, preset, space file, pipeline, sweep or trial"
     return SpecError(describe_unknown_name(noun, name, list(names)))
@@ -390,12 +390,11 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
 
 def _show_trial(request: ShowRequest, ledger: Ledger, trial_number: int) -> None:
     """Print a trial's searched settings, its best epoch, notes on it, and its folder."""
-    from raysweep import storage
     from raysweep.result_loading import advise_on_trial, trial_to_json
 
     (trial,) = (trial for trial in ledger.load_trials() if trial.number == trial_number)
     advice = advise_on_trial(ledger, trial_number)
-    folder = storage.uri_of(ledger.trial_path(trial_number))
+    folder = str(ledger.trial_path(trial_number))
     if request.as_json:
         _print_json({**trial_to_json(ledger, trial), "folder": folder, "advice": advice})
         return

@@ -20,6 +20,7 @@ from raysweep.commands.options import (
 
 if TYPE_CHECKING:
     from raysweep.data import DatasetSplits
+    from raysweep.stores import StorePath
     from raysweep.tracking import Tracker
     from raysweep.training.checkpoint import TrainingCheckpoint
     from raysweep.training.config import TrainingConfig
@@ -96,7 +97,6 @@ def add_parser(parsers: CommandParsers) -> None:
 def run_command(args: argparse.Namespace) -> None:
     """Run `raysweep train`."""
     request = TrainRequest.from_args(args)
-    from raysweep import storage
     from raysweep.commands.common import (
         check_plain_name,
         make_writable_folder,
@@ -121,8 +121,8 @@ def run_command(args: argparse.Namespace) -> None:
     out = make_writable_folder(request.out)
     run_folder = resolve_runs_folder(request.out, request.storage) / name
     with hold_folder_lease(run_folder):
-        if storage.pull_file(run_folder / "sweep.json"):
-            raise SpecError(f"{storage.uri_of(run_folder)} holds a sweep: choose another --name")
+        if (run_folder / "sweep.json").is_file():
+            raise SpecError(f"{run_folder} holds a sweep: choose another --name")
         checkpoint = RunDirectory(run_folder).read_last_checkpoint()
         if checkpoint is not None:
             # Check this before the tracker reopens an MLflow run that may have other settings.
@@ -137,7 +137,7 @@ def _train_tracked(
     config: TrainingConfig,
     dataset: DatasetSplits,
     tracker: Tracker,
-    run_folder: Path,
+    run_folder: StorePath,
 ) -> None:
     """Train, print the result, and close the MLflow run however training ends."""
     from raysweep.errors import RaysweepError, is_infrastructure_error
@@ -173,15 +173,14 @@ def _train_tracked(
     _print_training_result(request, config, tracker, result, advice)
 
 
-def _make_training_error(report: dict[str, str], run_folder: Path) -> TrainingFailed:
+def _make_training_error(report: dict[str, str], run_folder: StorePath) -> TrainingFailed:
     """Describe why training failed, and where the traceback is if raysweep is at fault."""
-    from raysweep import storage
     from raysweep.training.failure_reports import BUG_TRACEBACK_KEY, FAILURE_KEY
     from raysweep.training.trainer import TrainingFailed
 
     traceback_hint = ""
     if BUG_TRACEBACK_KEY in report:
-        traceback_hint = f"; its traceback is in {storage.uri_of(run_folder / 'error.txt')}"
+        traceback_hint = f"; its traceback is in {run_folder / 'error.txt'}"
     return TrainingFailed(f"training failed: {report[FAILURE_KEY]}{traceback_hint}")
 
 
@@ -190,7 +189,7 @@ def _fit_model(
     dataset: DatasetSplits,
     tracker: Tracker,
     run_id: str,
-    run_folder: Path,
+    run_folder: StorePath,
     n_reported_epochs: int,
 ) -> TrainingResult:
     """Train; print each epoch and log it to MLflow, apart from those reported before."""
@@ -229,15 +228,15 @@ def _fit_model(
         )
 
 
-def _print_training_size(config: TrainingConfig, steps_per_epoch: int, run_folder: Path) -> None:
+def _print_training_size(
+    config: TrainingConfig, steps_per_epoch: int, run_folder: StorePath
+) -> None:
     """Print what is trained, for how long and in which folder."""
-    from raysweep import storage
     from raysweep.formatting import format_count
 
     epochs, steps = format_count(config.epochs, "epoch"), format_count(steps_per_epoch, "step")
     print(
-        f"{config.method.name} on {config.data.name}: {epochs} of {steps}, "
-        f"in {storage.uri_of(run_folder)}",
+        f"{config.method.name} on {config.data.name}: {epochs} of {steps}, in {run_folder}",
         file=sys.stderr,
     )
 
@@ -250,7 +249,7 @@ def _log_training_result(
 
     best, last = result.best_checkpoint, result.last_checkpoint
     tracker.log_best(run_id, best.last_metrics)
-    tracker.log_folder(run_id, best.path, "checkpoint")
+    tracker.log_folder(run_id, best.local_folder, "checkpoint")
     tracker.log_training_plots(run_id, last.path.parent, last.history)
     advice = advise_on_training(config, last.history)
     tracker.set_description(run_id, advice)
@@ -266,12 +265,11 @@ def _print_training_result(
     advice: list[str],
 ) -> None:
     """Print the best epoch with its checkpoint, the notes, and how to see the run in MLflow."""
-    from raysweep import storage
     from raysweep.commands.common import format_ui_command
 
     best = result.best_checkpoint
     metrics = {name: value for name, value in best.last_metrics.items() if "/" not in name}
-    checkpoint = storage.uri_of(best.path)
+    checkpoint = str(best.path)
     if request.as_json:
         summary = {
             "checkpoint": checkpoint,

@@ -28,6 +28,7 @@ from raysweep.commands.options import (
 
 if TYPE_CHECKING:
     from raysweep.data import DatasetSplits
+    from raysweep.stores import StorePath
     from raysweep.sweep.ledger import Ledger, Trial
     from raysweep.sweep.resources import Resources
     from raysweep.sweep.search_space import SearchSpace
@@ -254,7 +255,7 @@ def _print_plan(
 
 def _run_sweep(
     request: TuneRequest,
-    runs_folder: Path,
+    runs_folder: StorePath,
     space: SearchSpace,
     dataset: DatasetSplits,
     resources: Resources,
@@ -263,7 +264,7 @@ def _run_sweep(
     from raysweep.commands.common import make_writable_folder
     from raysweep.errors import InfrastructureError, SpecError
     from raysweep.leases import hold_folder_lease
-    from raysweep.storage import BucketUnavailable
+    from raysweep.stores import StoreUnavailable
     from raysweep.sweep.ledger import Ledger
     from raysweep.tracking import Tracker, tracking_uri
 
@@ -294,7 +295,7 @@ def _run_sweep(
                 dataset.fingerprint,
                 extended_space,
             )
-        except BucketUnavailable:
+        except StoreUnavailable:
             raise
         except (SpecError, InfrastructureError):
             if is_new:
@@ -434,7 +435,6 @@ def _check_same_base(
 
 def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) -> None:
     """Print the best trials, the epochs that sharing saved, and the next commands."""
-    from raysweep import storage
     from raysweep.commands.common import format_location_flags, format_ui_command
     from raysweep.result_loading import (
         advise_on_trial,
@@ -457,7 +457,7 @@ def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) 
         print(f"trial {best.number:04d}: {line}")
     print(count_epochs(trials))
     flags = format_location_flags(request.out, request.storage)
-    print(f"\nbest checkpoint\n  {storage.uri_of(ledger.best_checkpoint_path(best))}")
+    print(f"\nbest checkpoint\n  {ledger.best_checkpoint_path(best)}")
     print(f"next\n  raysweep eval {ledger.name}/{best.number:04d}{flags}")
     print(f"  raysweep show {ledger.name}{flags}\n  {format_ui_command(tracker.uri)}")
 

@@ -26,6 +26,7 @@ from raysweep.pipeline.sweep_retention import get_today_date, prune_nightly_swee
 from raysweep.pipeline.train import TrainStage
 from raysweep.pipeline.tune import TuneStage
 from raysweep.spec import JsonDict, Spec, SpecError, apply_overrides, json_digest, read_yaml
+from raysweep.stores import StorePath, open_path
 from raysweep.training.checkpoint import describe_environment
 from raysweep.training.config import TrainingConfig
 
@@ -273,7 +274,7 @@ def run_pipeline(
     out: Path,
     console: Console,
     *,
-    runs_folder: Path | None = None,
+    runs_folder: StorePath | None = None,
     address: str | None = None,
     first_stage: str | None = None,
     wait: bool = False,
@@ -302,7 +303,7 @@ def run_pipeline(
     folder = out / "runs" / "pipelines" / name
     first_index = find_stage_index(first_stage, pipeline)
     salt = pipeline.compute_rerun_key()
-    runs_folder = runs_folder or out / "runs"
+    runs_folder = runs_folder or open_path(out / "runs")
     nights_folder = runs_folder / "pipelines" / name / "sweeps"
     sweeps_folder = nights_folder / salt if salt else runs_folder
     with hold_pipeline_lease(folder, wait), log_to_folder(folder), ExitStack() as exit_stack:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from raysweep import storage
 from raysweep.data import DatasetSplits, DataSpec, load_data
 from raysweep.errors import WorkFailed
 from raysweep.pipeline.artifact import (
@@ -21,6 +20,7 @@ from raysweep.pipeline.artifact import (
     select_best_candidate,
 )
 from raysweep.spec import JsonDict, Spec
+from raysweep.stores import Location, StorePath, is_uri, open_path
 from raysweep.tracking import Tracker, tracking_uri
 from raysweep.training.config import TrainingConfig
 
@@ -153,7 +153,7 @@ class StageContext:
     pipeline_name: str
     out: Path
     artifacts_folder: Path
-    sweeps_folder: Path
+    sweeps_folder: StorePath
     training_overrides: TrainingOverrides
     console: Console
     address: str | None
@@ -194,7 +194,7 @@ class StageContext:
 
         return self.exit_stack.enter_context(connect_to_cluster(self.address))
 
-    def choose_sweep_folder(self, label: str) -> Path:
+    def choose_sweep_folder(self, label: str) -> StorePath:
         """Return the folder of a sweep of the current stage.
 
         Args:
@@ -205,23 +205,24 @@ class StageContext:
         digest = self.stage_digest[:8]
         return self.sweeps_folder / f"{self.pipeline_name}-{self.stage_number:02d}-{plain}-{digest}"
 
-    def make_reference(self, path: Path) -> str:
+    def make_reference(self, path: Location) -> str:
         """Return what artifacts store for a path.
 
         Args:
-            path: Local path of a file or folder.
+            path: A file or folder.
 
         Returns:
             The path relative to `--out` if it lies inside, else an absolute path or a URI.
         """
-        path = path.resolve()
-        if path.is_relative_to(self.out) and not storage.is_bucket_copy(path):
-            return str(path.relative_to(self.out))
-        return storage.uri_of(path)
+        stored = open_path(path)
+        local_path = stored.local_path
+        if local_path is not None and local_path.is_relative_to(self.out):
+            return str(local_path.relative_to(self.out))
+        return str(stored)
 
-    def resolve_reference(self, reference: str) -> Path:
-        """Return the local path for a result of `make_reference`."""
-        return storage.local_path(reference) if storage.is_uri(reference) else self.out / reference
+    def resolve_reference(self, reference: str) -> StorePath:
+        """Return the path for a result of `make_reference`."""
+        return open_path(reference if is_uri(reference) else self.out / reference)
 
     def print_line(self, line: str) -> None:
         """Print a progress message."""

@@ -3,10 +3,8 @@
 import logging
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from raysweep import storage
 from raysweep.data import DataSpec
 from raysweep.formatting import format_count
 from raysweep.leases import hold_folder_lease
@@ -14,6 +12,7 @@ from raysweep.pipeline.artifact import Candidate, CheckpointKind
 from raysweep.pipeline.facts import SweepSummary, TrialSummary
 from raysweep.pipeline.stage import StageContext, StageFailed
 from raysweep.spec import JsonDict, SpecError, json_digest
+from raysweep.stores import StorePath
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import SearchSpace
@@ -87,7 +86,7 @@ def describe_training(config: TrainingConfig) -> str:
 
 def run_stage_sweep(
     context: StageContext,
-    sweep_folder: Path,
+    sweep_folder: StorePath,
     space: SearchSpace,
     cpus: float,
     gpus: float | None,
@@ -115,7 +114,7 @@ def run_stage_sweep(
     from raysweep.sweep.tuner import run_sweep
 
     with hold_folder_lease(sweep_folder):
-        if storage.pull_file(sweep_folder / "sweep.json"):
+        if (sweep_folder / "sweep.json").is_file():
             ledger = Ledger.open(sweep_folder)
         else:
             ledger = Ledger.create(sweep_folder, space)

@@ -2,15 +2,16 @@
 
 import datetime
 import logging
-from pathlib import Path
 
-from raysweep import storage
+from raysweep.stores import StorePath
 from raysweep.training.prefix_cache import PREFIX_CACHE_FOLDER
 
 logger = logging.getLogger(__name__)
 
 
-def prune_nightly_sweeps(sweeps_folder: Path, current_night: str, keep_nights: int | None) -> None:
+def prune_nightly_sweeps(
+    sweeps_folder: StorePath, current_night: str, keep_nights: int | None
+) -> None:
     """Delete the sweeps of old nights, and the cached prefixes of all other nights.
 
     No later night starts from cached prefixes.
@@ -20,7 +21,7 @@ def prune_nightly_sweeps(sweeps_folder: Path, current_night: str, keep_nights: i
         current_night: Name of the current subfolder.
         keep_nights: Number of nights to keep, the current one included; None to keep all.
     """
-    others = [name for name in storage.list_subfolders(sweeps_folder) if name != current_night]
+    others = [name for name in sweeps_folder.list_subfolders() if name != current_night]
     nights = sorted([current_night, *filter(_is_iso_date, others)])
     outdated = set(nights[:-keep_nights] if keep_nights else ())
     for name in others:
@@ -32,8 +33,8 @@ def prune_nightly_sweeps(sweeps_folder: Path, current_night: str, keep_nights: i
             )  # fmt: skip
         else:
             logger.debug("deleting the prefix cache of %s, if it has one", name)
-            folder /= PREFIX_CACHE_FOLDER
-        storage.delete_everywhere(folder)
+            folder = folder / PREFIX_CACHE_FOLDER
+        folder.delete_folder()
 
 
 def get_today_date() -> str:

@@ -4,7 +4,10 @@ Credentials are read from the environment, by obstore.
 """
 
 import logging
+import os
 import re
+import shutil
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +16,21 @@ from dataclasses import dataclass
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import cached_property
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 from urllib.request import Request, urlopen
 from uuid import uuid4
 
+from raysweep.stores import local_copies
 from raysweep.stores.errors import StoreAccessRefused, StoredFileNotFound, StoreUnavailable
-from raysweep.stores.protocol import StoredFile, VersionedContent
+from raysweep.stores.folder_store import delete_unfinished_folders, link_files
+from raysweep.stores.protocol import (
+    META_FILE,
+    StoredCheckpoint,
+    StoredFile,
+    VersionedContent,
+)
 from raysweep.stores.request_log import log_slow_request
 
 if TYPE_CHECKING:
@@ -30,7 +41,13 @@ logger = logging.getLogger(__name__)
 
 # Attribute of an object that names the request which wrote it.
 _WRITER_ATTRIBUTE = "raysweep-writer"
-_N_PARALLEL_READS = 16
+# Parts of obstore's messages if there is no bucket, or no right to use it.
+_REFUSAL_PATTERN = re.compile(
+    r"NoSuchBucket|InvalidAccessKeyId|SignatureDoesNotMatch|token request|[Cc]redential"
+)
+_N_PARALLEL_REQUESTS = 16
+# Bytes of one request of a download.
+_PART_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -108,6 +125,23 @@ class BucketStore:
     def uri_of(self, key: str) -> str:
         return self.location.uri_of(key)
 
+    def local_path(self, key: str) -> Path | None:
+        return None
+
+    def scratch_path(self, key: str) -> Path:
+        location = self.location
+        server = "?".join(filter(None, (location.scheme, location.query)))
+        folder = local_copies.bucket_copies_folder(server, location.login_and_bucket)
+        return folder / location.prefix / key
+
+    def has_file(self, key: str) -> bool:
+        try:
+            with self._translated_errors(key):
+                self._client.head(key)
+        except StoredFileNotFound:
+            return False
+        return True
+
     def read_bytes(self, key: str) -> bytes:
         return self._read(key).data
 
@@ -119,7 +153,7 @@ class BucketStore:
 
     def read_matching(self, prefix: str, pattern: str) -> dict[str, bytes]:
         keys = [file.key for file in self.list_files(prefix, pattern)]
-        with ThreadPoolExecutor(_N_PARALLEL_READS) as pool:
+        with ThreadPoolExecutor(_N_PARALLEL_REQUESTS) as pool:
             contents = pool.map(self.read_versioned, keys)
             return {
                 key: content.data
@@ -155,6 +189,77 @@ class BucketStore:
                         files.append(StoredFile(entry["path"], entry["size"], modified))
         return sorted(files, key=lambda file: file.key)
 
+    def list_subfolders(self, prefix: str) -> list[str]:
+        with self._translated_errors(prefix):
+            result = self._client.list_with_delimiter(prefix or None)
+        return sorted(name.rpartition("/")[2] for name in result["common_prefixes"])
+
+    def delete_folder(self, prefix: str) -> None:
+        keys = [file.key for file in self.list_files(prefix)]
+        meta_keys = [key for key in keys if key.endswith(f"/{META_FILE}")]
+        self._delete_all(meta_keys)
+        self._delete_all([key for key in keys if key not in set(meta_keys)])
+        local_copies.delete_copy(self.scratch_path(prefix))
+
+    @contextmanager
+    def write_checkpoint(
+        self, key: str, copy_from: str | None = None, overwrite: bool = True
+    ) -> Iterator[Path]:
+        folder = self.scratch_path(key)
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        source = self.fetch_checkpoint(copy_from) if copy_from is not None else None
+        try:
+            if copy_from is not None and source is None:
+                raise StoredFileNotFound(f"{self.uri_of(copy_from)}: there is no checkpoint")
+            if source is not None:
+                link_files(source, partial)
+            copied_names = {file.name for file in partial.iterdir()}
+            yield partial
+            self.delete(f"{key}/{META_FILE}")
+            for file in sorted(partial.iterdir(), key=lambda file: file.name == META_FILE):
+                if file.name not in copied_names or not self._copy(
+                    f"{copy_from}/{file.name}", f"{key}/{file.name}"
+                ):
+                    self._upload(file, f"{key}/{file.name}")
+            local_copies.place_copy(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def fetch_checkpoint(self, key: str) -> Path | None:
+        folder = self.scratch_path(key)
+        meta = self.read_versioned(f"{key}/{META_FILE}")
+        if meta is None:
+            local_copies.delete_copy(folder)
+            return None
+        if not local_copies.use_copy(folder, meta.data):
+            try:
+                self._download_checkpoint(key, folder, meta.data)
+            except StoredFileNotFound:
+                # Deleted during the download.
+                local_copies.delete_copy(folder)
+                return None
+        return folder
+
+    def mark_used(self, key: str) -> None:
+        pass
+
+    def list_checkpoints(self, prefix: str) -> list[StoredCheckpoint]:
+        files: dict[str, list[StoredFile]] = {}
+        for file in self.list_files(prefix, "[!.]*/*"):
+            files.setdefault(file.key.rpartition("/")[0], []).append(file)
+        checkpoints = []
+        for key, members in files.items():
+            if f"{key}/{META_FILE}" in {file.key for file in members}:
+                size = sum(file.size for file in members)
+                last_used = max(file.modified for file in members)
+                checkpoints.append(StoredCheckpoint(key, size, last_used))
+        return checkpoints
+
+    def delete_unfinished(self, prefix: str, min_age: float = 0.0) -> None:
+        delete_unfinished_folders(self.scratch_path(prefix), min_age)
+
     @property
     def _is_s3(self) -> bool:
         """Whether the server has S3's protocol, not Google's."""
@@ -169,6 +274,43 @@ class BucketStore:
         with self._translated_errors(key):
             result = self._client.get(key)
             return VersionedContent(bytes(result.bytes()), self._version_of(result.meta))
+
+    def _upload(self, file: Path, key: str) -> None:
+        """Upload a file of this machine."""
+        with self._translated_errors(key):
+            self._client.put(key, file)
+
+    def _copy(self, source_key: str, key: str) -> bool:
+        """Copy a file inside the bucket; return False if the bucket does not have it."""
+        try:
+            with self._translated_errors(key):
+                self._client.copy(source_key, key)
+        except StoredFileNotFound:
+            return False
+        return True
+
+    def _delete_all(self, keys: list[str]) -> None:
+        """Delete files, several at a time."""
+        with ThreadPoolExecutor(_N_PARALLEL_REQUESTS) as pool:
+            list(pool.map(self.delete, keys))
+
+    def _download_checkpoint(self, key: str, folder: Path, meta: bytes) -> None:
+        """Download a checkpoint and place it. Raises StoredFileNotFound if it is deleted."""
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}-{threading.get_native_id()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            for file in self.list_files(key, "*"):
+                with (partial / PurePosixPath(file.key).name).open("wb") as stream:
+                    # Each part is a request that is repeated if it fails.
+                    for start in range(0, file.size, _PART_BYTES):
+                        end = min(start + _PART_BYTES, file.size)
+                        with self._translated_errors(file.key):
+                            stream.write(self._client.get_range(file.key, start=start, end=end))
+            (partial / META_FILE).write_bytes(meta)
+            local_copies.place_copy(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def _put_conditionally(self, key: str, data: bytes, mode: Any) -> str | None:
         """Upload under a condition; return the new version, or None if the condition is not met.
@@ -254,7 +396,8 @@ class BucketStore:
                 config["skip_signature"] = True
                 arguments["credential_provider"] = _provide_anonymous_token
             return GCSStore(location.bucket, config=config, **arguments)
-        config = {"virtual_hosted_style_request": server is None}
+        # Not every server can delete several objects in one request.
+        config = {"virtual_hosted_style_request": server is None, "disable_bulk_delete": True}
         if server:
             config |= {"endpoint": server, "region": options.get("region", "us-east-1")}
         else:
@@ -291,7 +434,7 @@ def _is_refusal(error: Exception) -> bool:
 
     if isinstance(error, PermissionDeniedError | UnauthenticatedError):
         return True
-    return bool(re.search(r"NoSuchBucket|InvalidAccessKeyId|SignatureDoesNotMatch", str(error)))
+    return bool(_REFUSAL_PATTERN.search(str(error)))
 
 
 def _describe_refusal(error: Exception, store: BucketStore) -> str:
@@ -308,4 +451,8 @@ def _describe_refusal(error: Exception, store: BucketStore) -> str:
 
 def _describe_outage(error: Exception) -> str:
     """Return in one line why a server could not be used."""
-    return str(error).splitlines()[0]
+    line = str(error).splitlines()[0]
+    reason = line.rpartition(" - ")[2].partition(": <")[0].strip()
+    if re.search(r"status code: 4\d\d", line):
+        return f"the bucket does not accept the request ({reason})"
+    return f"the bucket does not answer ({reason})"

@@ -1,15 +1,19 @@
 """Errors of stores."""
 
-from raysweep.spec import SpecError
+from raysweep.errors import InfrastructureError
 
 
-class StoreAccessRefused(SpecError):
-    """The store exists and refuses access, or the bucket does not exist."""
+class StoreAccessRefused(InfrastructureError):
+    """The store refuses access, or the bucket does not exist."""
 
 
-class StoreUnavailable(OSError):
-    """The store did not answer any of several attempts, or the file system reported an error."""
+class StoreUnavailable(InfrastructureError, OSError):
+    """The store did not answer any of several attempts, or its file system reported an error."""
 
 
-class StoredFileNotFound(FileNotFoundError):
+class StoreNotConditional(InfrastructureError):
+    """The bucket ignores the conditions of requests, so that it cannot hold leases."""
+
+
+class StoredFileNotFound(InfrastructureError, FileNotFoundError):
     """The store answered, and has no such file."""

@@ -3,14 +3,22 @@
 import fcntl
 import hashlib
 import os
+import re
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from raysweep.atomic_files import atomic_open
+from raysweep.atomic_files import atomic_folder, atomic_open, link_or_copy
 from raysweep.stores.errors import StoredFileNotFound
-from raysweep.stores.protocol import StoredFile, VersionedContent
+from raysweep.stores.protocol import (
+    META_FILE,
+    StoredCheckpoint,
+    StoredFile,
+    VersionedContent,
+)
 
 
 class FolderStore:
@@ -40,6 +48,15 @@ class FolderStore:
 
     def uri_of(self, key: str) -> str:
         return str(self.path / key)
+
+    def local_path(self, key: str) -> Path | None:
+        return self.path / key
+
+    def scratch_path(self, key: str) -> Path:
+        return self.path / key
+
+    def has_file(self, key: str) -> bool:
+        return (self.path / key).is_file()
 
     def read_bytes(self, key: str) -> bytes:
         try:
@@ -99,6 +116,49 @@ class FolderStore:
                     files.append(StoredFile(self._key_of(path), status.st_size, status.st_mtime))
         return sorted(files, key=lambda file: file.key)
 
+    def list_subfolders(self, prefix: str) -> list[str]:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return sorted(child.name for child in (self.path / prefix).iterdir() if child.is_dir())
+        return []
+
+    def delete_folder(self, prefix: str) -> None:
+        # Renamed first, so that no process finds a partly deleted checkpoint.
+        path = self.path / prefix
+        hidden = path.with_name(f".{path.name}.{os.getpid()}")
+        with suppress(FileNotFoundError):
+            path.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+    @contextmanager
+    def write_checkpoint(
+        self, key: str, copy_from: str | None = None, overwrite: bool = True
+    ) -> Iterator[Path]:
+        with atomic_folder(self.path / key, overwrite) as partial:
+            if copy_from is not None:
+                link_files(self.path / copy_from, partial)
+            yield partial
+
+    def fetch_checkpoint(self, key: str) -> Path | None:
+        path = self.path / key
+        return path if (path / META_FILE).is_file() else None
+
+    def mark_used(self, key: str) -> None:
+        with suppress(FileNotFoundError):
+            os.utime(self.path / key)
+
+    def list_checkpoints(self, prefix: str) -> list[StoredCheckpoint]:
+        checkpoints = []
+        for meta_file in sorted((self.path / prefix).glob(f"[!.]*/{META_FILE}")):
+            folder = meta_file.parent
+            with suppress(FileNotFoundError):
+                size = sum(file.stat().st_size for file in folder.iterdir())
+                last_used = folder.stat().st_mtime
+                checkpoints.append(StoredCheckpoint(self._key_of(folder), size, last_used))
+        return checkpoints
+
+    def delete_unfinished(self, prefix: str, min_age: float = 0.0) -> None:
+        delete_unfinished_folders(self.path / prefix, min_age)
+
     def _key_of(self, path: Path) -> str:
         """Return the key of a file below the folder."""
         return path.relative_to(self.path).as_posix()
@@ -107,6 +167,22 @@ class FolderStore:
         """Return whether a file exists and has a version."""
         current = self.read_versioned(key)
         return current is not None and current.version == version
+
+
+def link_files(source: Path, target: Path) -> None:
+    """Link or copy a checkpoint's files, except its `meta.json`, into another folder."""
+    for file in source.iterdir():
+        if file.name != META_FILE:
+            link_or_copy(file, target / file.name)
+
+
+def delete_unfinished_folders(folder: Path, min_age: float) -> None:
+    """Delete the hidden folders `.NAME.PROCESS` in which crashed processes prepared others."""
+    for partial in folder.glob(".*.*/"):
+        with suppress(FileNotFoundError):
+            is_old = time.time() - partial.stat().st_mtime >= min_age
+            if is_old and re.fullmatch(r"\..+\.\d+(-\d+)?", partial.name):
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def _digest(data: bytes) -> str:

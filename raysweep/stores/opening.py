@@ -1,6 +1,7 @@
 """Open a store by its location: a folder, s3://BUCKET/PATH or gs://BUCKET/PATH."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -8,6 +9,10 @@ from raysweep.spec import SpecError, describe_unknown_name
 from raysweep.stores.bucket_store import BucketLocation, BucketStore
 from raysweep.stores.folder_store import FolderStore
 from raysweep.stores.protocol import Store
+from raysweep.stores.store_path import StorePath
+
+# A place in a store as callers may give it.
+Location = StorePath | Path | str
 
 _KNOWN_OPTIONS = {
     "s3": ["endpoint_override", "region", "scheme"],
@@ -43,6 +48,27 @@ def open_store(location: str) -> Store:
     if not is_uri(location):
         return FolderStore(Path(location).expanduser().resolve())
     return BucketStore(parse_bucket_uri(location))
+
+
+def open_path(location: Location) -> StorePath:
+    """Open a folder or file in a store, without using the network.
+
+    Args:
+        location: Local path or URI, as `open_store` takes it. A `StorePath` is returned as it is.
+
+    Returns:
+        The path. Its store is the file system of this machine, or the whole bucket.
+
+    Raises:
+        SpecError: See `open_store`.
+    """
+    if isinstance(location, StorePath):
+        return location
+    if not is_uri(str(location)):
+        path = Path(location).expanduser().resolve()
+        return StorePath(FolderStore(Path(path.anchor)), path.relative_to(path.anchor).as_posix())
+    folder = parse_bucket_uri(str(location))
+    return StorePath(BucketStore(replace(folder, prefix="")), folder.prefix)
 
 
 def parse_bucket_uri(uri: str) -> BucketLocation:

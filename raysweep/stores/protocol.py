@@ -2,9 +2,14 @@
 
 A store holds files by key. A key is a relative path with `/`, such as `s1/trials/0003/trial.json`.
 Every operation is complete when it returns: there is no separate upload or download.
+
+A checkpoint is a folder with a `meta.json`, which is written last and deleted first: readers find a
+complete checkpoint or none.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 # File that makes a folder a checkpoint: written last and deleted first.
@@ -24,6 +29,21 @@ class StoredFile:
     key: str
     size: int
     modified: float
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """A checkpoint folder in a store.
+
+    Attributes:
+        key: Key of the folder.
+        size: Bytes of all files in it.
+        last_used: Time of its last use in Unix seconds; in a bucket, that of its last upload.
+    """
+
+    key: str
+    size: int
+    last_used: float
 
 
 @dataclass(frozen=True)
@@ -53,6 +73,18 @@ class Store(Protocol):
 
     def uri_of(self, key: str) -> str:
         """Return the location of a key, in the form of `uri`."""
+        ...
+
+    def local_path(self, key: str) -> Path | None:
+        """Return where a key is on this machine; None if the store is not in its file system."""
+        ...
+
+    def scratch_path(self, key: str) -> Path:
+        """Return a path of this machine for temporary files that belong to a key."""
+        ...
+
+    def has_file(self, key: str) -> bool:
+        """Return whether there is a file with this key."""
         ...
 
     def read_bytes(self, key: str) -> bytes:
@@ -152,5 +184,68 @@ class Store(Protocol):
 
         Returns:
             The files, sorted by key; none if the folder does not exist.
+        """
+        ...
+
+    def list_subfolders(self, prefix: str) -> list[str]:
+        """Return the sorted names of the direct subfolders; none if the folder does not exist."""
+        ...
+
+    def delete_folder(self, prefix: str) -> None:
+        """Delete a folder with all files below it, each `meta.json` first.
+
+        Args:
+            prefix: Key of the folder; it need not exist.
+        """
+        ...
+
+    def write_checkpoint(
+        self, key: str, copy_from: str | None = None, overwrite: bool = True
+    ) -> AbstractContextManager[Path]:
+        """Write a checkpoint folder, which is complete when the block ends without an error.
+
+        Args:
+            key: Key of the folder.
+            copy_from: Key of a checkpoint whose files, except `meta.json`, the new one gets. They
+                are hard links or copies made by the server, where it can make them.
+            overwrite: Whether the folder is replaced if another process creates it meanwhile.
+
+        Returns:
+            A context manager. It yields a local folder for the files, of which those from
+            `copy_from` must not be changed.
+        """
+        ...
+
+    def fetch_checkpoint(self, key: str) -> Path | None:
+        """Return a checkpoint's files on this machine, downloaded if necessary.
+
+        The files of a bucket stay for at least an hour after the last call.
+
+        Args:
+            key: Key of the folder.
+
+        Returns:
+            A folder to read from; None if there is no checkpoint.
+        """
+        ...
+
+    def mark_used(self, key: str) -> None:
+        """Set a checkpoint's time of last use, where the store keeps one."""
+        ...
+
+    def list_checkpoints(self, prefix: str) -> list[StoredCheckpoint]:
+        """List the checkpoints that are direct, not hidden subfolders of a folder.
+
+        Args:
+            prefix: Key of the folder; it need not exist.
+        """
+        ...
+
+    def delete_unfinished(self, prefix: str, min_age: float = 0.0) -> None:
+        """Delete what crashed calls of `write_checkpoint` left directly below a folder.
+
+        Args:
+            prefix: Key of the folder.
+            min_age: Seconds since the last write, for a folder in which other processes write.
         """
         ...

@@ -3,20 +3,17 @@
 A driver that was killed resumes the sweep from these files alone.
 """
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
-from raysweep import storage
-from raysweep.atomic_files import atomic_write_text
 from raysweep.errors import InfrastructureError
 from raysweep.logs import discard_log
 from raysweep.pareto import pareto_front_indices
 from raysweep.spec import JsonDict, SpecError
+from raysweep.stores import Location, StoredFileNotFound, StorePath, open_path, parse_json
 from raysweep.sweep.extension_checks import check_extension
 from raysweep.sweep.search_space import Params, SearchSpace
 from raysweep.training.metric_history import EpochMetrics
@@ -157,14 +154,14 @@ class Ledger:
         key: Random id of the sweep (32 hex digits), which stays when the folder is renamed.
     """
 
-    def __init__(self, path: Path, space: SearchSpace, key: str) -> None:
-        self.path = path
-        self.name = path.name
+    def __init__(self, path: Location, space: SearchSpace, key: str) -> None:
+        self.path = open_path(path)
+        self.name = self.path.name
         self.space = space
         self.key = key
 
     @classmethod
-    def create(cls, path: Path, space: SearchSpace) -> "Ledger":
+    def create(cls, path: Location, space: SearchSpace) -> "Ledger":
         """Create the folder of a new sweep.
 
         Args:
@@ -178,32 +175,30 @@ class Ledger:
             SpecError: If the folder holds other files.
             InfrastructureError: If the folder cannot be written.
         """
-        if storage.pull_file(path / "sweep.json"):
+        path = open_path(path)
+        top_names = {file.key[len(path.key) + 1 :].split("/")[0] for file in path.list_files()}
+        if "sweep.json" in top_names:
             raise SpecError(
-                f"there is a sweep in {storage.uri_of(path)}: continue it with "
+                f"there is a sweep in {path}: continue it with "
                 f"`--resume {path.name}`, or choose another --name"
             )
-        entries = (file.relative_to(path).parts[0] for file in storage.iter_files(path))
-        if any(name != "lock" and not name.startswith(".") for name in entries):
-            raise SpecError(
-                f"{storage.uri_of(path)} holds other files than a sweep: choose another --name"
-            )
+        if any(name != "lock" and not name.startswith(".") for name in top_names):
+            raise SpecError(f"{path} holds other files than a sweep: choose another --name")
         ledger = cls(path, space.with_absolute_paths(), uuid4().hex)
         try:
-            (path / "trials").mkdir(parents=True, exist_ok=True)
             ledger._save_space()
         except OSError as error:
             raise InfrastructureError(
-                f"{storage.uri_of(path)} cannot be written: {error.strerror or error}"
+                f"{path} cannot be written: {error.strerror or error}"
             ) from error
         return ledger
 
     @classmethod
-    def open(cls, path: Path) -> "Ledger":
+    def open(cls, path: Location) -> "Ledger":
         """Open the folder of an existing sweep.
 
         Args:
-            path: The folder; files of a bucket are downloaded first.
+            path: The folder.
 
         Returns:
             The ledger.
@@ -212,15 +207,13 @@ class Ledger:
             SpecError: If there is no sweep.
             DamagedFileError: If its files are damaged.
         """
-        storage.pull_file(path / "sweep.json")
-        storage.pull_files(path, "trial.json")
+        path = open_path(path)
         try:
-            data = storage.read_json(path / "sweep.json", ("key", "space"))
-        except OSError as error:
-            sweeps = storage.list_folders_containing(path.parent, "sweep.json")
+            data = (path / "sweep.json").read_json(("key", "space"))
+        except StoredFileNotFound as error:
+            sweeps = path.parent.list_folders_containing("sweep.json")
             raise SpecError(
-                f"no sweep in {storage.uri_of(path)}; sweeps beside it: "
-                f"{', '.join(sweeps) or 'none'}"
+                f"no sweep in {path}; sweeps beside it: {', '.join(sweeps) or 'none'}"
             ) from error
         source = str(path / "sweep.json")
         return cls(path, SearchSpace.from_data(data["space"], source, stored=True), data["key"])
@@ -229,11 +222,11 @@ class Ledger:
         """Delete what `create` made, unless the sweep has trials or other files."""
         if not self.load_trials():
             discard_log(self.path)
-            storage.delete_remote_file(self.path / "sweep.json")
-            (self.path / "sweep.json").unlink(missing_ok=True)
-            with suppress(OSError):  # not empty
-                (self.path / "trials").rmdir()
-                self.path.rmdir()
+            (self.path / "sweep.json").delete()
+            local_folder = self.path.local_path
+            if local_folder is not None:
+                with suppress(OSError):  # not empty
+                    local_folder.rmdir()
 
     def extend_space(self, new_space: SearchSpace) -> None:
         """Continue the sweep with another search space.
@@ -258,16 +251,13 @@ class Ledger:
             ):
                 self.save_trial(replace(trial, state="running"))
 
-    def trial_path(self, trial_number: int) -> Path:
+    def trial_path(self, trial_number: int) -> StorePath:
         """Return the folder of a trial."""
         return self.path / "trials" / f"{trial_number:04d}"
 
     def save_trial(self, trial: Trial) -> None:
-        """Write trial.json, also to the bucket if the sweep is in one."""
-        folder = self.trial_path(trial.number)
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(folder / "trial.json", json.dumps(trial.to_stored_dict(), indent=1))
-        storage.push_to_bucket(folder / "trial.json")
+        """Write trial.json."""
+        (self.trial_path(trial.number) / "trial.json").write_json(trial.to_stored_dict(), indent=1)
 
     def load_trials(self) -> list[Trial]:
         """Load all trials that were ever started.
@@ -281,8 +271,8 @@ class Ledger:
         keys = {field.name: _STORED_KEYS.get(field.name, field.name) for field in fields(Trial)}
         required_keys = [key for name, key in keys.items() if name not in _LATER_FIELDS]
         trials = []
-        for file in sorted(self.path.glob("trials/*/trial.json")):
-            data = storage.read_json(file, required_keys)
+        for file, content in (self.path / "trials").read_matching("*/trial.json").items():
+            data = parse_json(content, str(file), required_keys)
             values = {name: data[key] for name, key in keys.items() if key in data}
             trials.append(Trial(**values))
         return trials
@@ -343,14 +333,11 @@ class Ledger:
         points = [[trial.score(metric) for metric in metrics] for trial in feasible]
         return [feasible[index] for index in pareto_front_indices(points)]
 
-    def best_checkpoint_path(self, trial: Trial) -> Path:
+    def best_checkpoint_path(self, trial: Trial) -> StorePath:
         """Return the path of the checkpoint of the trial's best epoch."""
         return self.trial_path(trial.number) / f"epoch-{int(trial.best['epoch']):04d}"
 
     def _save_space(self) -> None:
-        """Write sweep.json, also to the bucket if the sweep is in one."""
-        atomic_write_text(
-            self.path / "sweep.json",
-            json.dumps({"key": self.key, "space": self.space.to_stored_dict()}, indent=1),
-        )
-        storage.push_to_bucket(self.path / "sweep.json")
+        """Write sweep.json."""
+        content = {"key": self.key, "space": self.space.to_stored_dict()}
+        (self.path / "sweep.json").write_json(content, indent=1)

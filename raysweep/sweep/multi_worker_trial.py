@@ -6,7 +6,6 @@ The trial's own process only waits for the group and passes its reports to Tune.
 import logging
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -20,10 +19,10 @@ from ray.util.placement_group import (
     placement_group_table,
 )
 
-from raysweep import storage
 from raysweep.data.dataset_cache import CachedDataset
 from raysweep.errors import RaysweepError
 from raysweep.logs import log_trial
+from raysweep.stores import StorePath, StoreUnavailable
 from raysweep.sweep.ray_environment import ray_environment
 from raysweep.sweep.resources import DRIVER_CPUS
 from raysweep.training.callbacks import FunctionCallback
@@ -47,7 +46,7 @@ _PLACEMENT_GROUP_FILE = "placement-group"
 
 def train_on_workers(
     config: TrainingConfig,
-    run_path: Path,
+    run_path: StorePath,
     n_workers: int,
     worker_resources: dict[str, float],
     prefix_cache: PrefixCache | None = None,
@@ -72,7 +71,7 @@ def train_on_workers(
 
 def _fit_group(
     config: TrainingConfig,
-    run_path: Path,
+    run_path: StorePath,
     n_workers: int,
     worker_resources: dict[str, float],
     prefix_cache: PrefixCache | None,
@@ -92,14 +91,14 @@ def _fit_group(
         )
         with ray_environment():
             trainer.fit()
-    except storage.BucketUnavailable:
+    except StoreUnavailable:
         raise
     except RaysweepError as error:
         logger.error("the workers cannot start: %s", error, exc_info=error)
         tune.report({FAILURE_KEY: str(error), "epoch": 0})
 
 
-def load_placement_group(run_path: Path) -> PlacementGroup | None:
+def load_placement_group(run_path: StorePath) -> PlacementGroup | None:
     """Return the placement group of the last workers that trained in a folder.
 
     Args:
@@ -108,7 +107,6 @@ def load_placement_group(run_path: Path) -> PlacementGroup | None:
     Returns:
         The group, which may have been removed since; None if no worker saved one.
     """
-    storage.pull_file(run_path / _PLACEMENT_GROUP_FILE)
     try:
         group_id = (run_path / _PLACEMENT_GROUP_FILE).read_text()
         return PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
@@ -139,7 +137,7 @@ class ReleaseWorkersCallback(tune.Callback):
         grace_seconds: Seconds to wait after the end of a trial.
     """
 
-    def __init__(self, trials_path: Path, grace_seconds: float = 5.0) -> None:
+    def __init__(self, trials_path: StorePath, grace_seconds: float = 5.0) -> None:
         self._trials_path = trials_path
         self._grace_seconds = grace_seconds
         self._pending_removals: list[tuple[float, PlacementGroup]] = []
@@ -168,7 +166,7 @@ class ReleaseWorkersCallback(tune.Callback):
 
 def _build_torch_trainer(
     config: TrainingConfig,
-    run_path: Path,
+    run_path: StorePath,
     n_workers: int,
     worker_resources: dict[str, float],
     prefix_cache: PrefixCache | None,
@@ -182,7 +180,7 @@ def _build_torch_trainer(
         _run_worker,
         train_loop_config={
             "config": config.model_dump_json(),
-            "path": storage.uri_of(run_path),
+            "path": run_path,
             "threads": max(1, int(cpus)),
             "prefixes": prefix_cache,
             "source": cached_dataset,
@@ -196,7 +194,7 @@ def _build_torch_trainer(
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpus >= 1 else "gloo"),
         run_config=ray.train.RunConfig(
             name=f"workers-{run_path.name}",
-            storage_path=str(run_path.parent.parent / "ray"),
+            storage_path=str(run_path.parent.parent.scratch_path / "ray"),
             callbacks=[TuneReportCallback()],
             failure_config=ray.train.FailureConfig(max_failures=_MAX_GROUP_RETRIES),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
@@ -207,14 +205,14 @@ def _build_torch_trainer(
 def _run_worker(loop_config: dict[str, Any]) -> None:
     """Train as one worker of the group, and report failures (Ray Train's loop function)."""
     config = TrainingConfig.model_validate_json(loop_config["config"])
-    run_path = storage.local_path(loop_config["path"])
+    run_path = loop_config["path"]
     rank = ray.train.get_context().get_world_rank()
     with log_trial(run_path, rank=rank):
         _train_worker_and_report(config, run_path, loop_config)
 
 
 def _train_worker_and_report(
-    config: TrainingConfig, run_path: Path, loop_config: dict[str, Any]
+    config: TrainingConfig, run_path: StorePath, loop_config: dict[str, Any]
 ) -> None:
     """Train as one worker whose log is open, and report failures."""
     from raysweep.training.distributed import WorkerLost
@@ -225,7 +223,7 @@ def _train_worker_and_report(
         logger.error("training failed: %s", error, exc_info=error)
         # All workers fail together.
         _report_metrics({FAILURE_KEY: str(error), "epoch": 0})
-    except (WorkerLost, storage.BucketUnavailable) as error:
+    except (WorkerLost, StoreUnavailable) as error:
         logger.error("this worker ends, the group starts again: %s", error, exc_info=error)
         raise
     except Exception as error:
@@ -235,7 +233,7 @@ def _train_worker_and_report(
         raise
 
 
-def _train_worker(config: TrainingConfig, run_path: Path, loop_config: dict[str, Any]) -> None:
+def _train_worker(config: TrainingConfig, run_path: StorePath, loop_config: dict[str, Any]) -> None:
     """Train as one worker of the group; let errors pass."""
     import torch
 
@@ -277,10 +275,8 @@ def _report_metrics(
         ray.train.report(dict(metrics))
 
 
-def _save_placement_group(run_path: Path) -> None:
+def _save_placement_group(run_path: StorePath) -> None:
     """Write the id of this worker's placement group into the trial's folder."""
     group = get_current_placement_group()
     assert group is not None
-    run_path.mkdir(parents=True, exist_ok=True)
     (run_path / _PLACEMENT_GROUP_FILE).write_text(group.id.hex())
-    storage.push_to_bucket(run_path / _PLACEMENT_GROUP_FILE)

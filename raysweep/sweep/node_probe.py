@@ -20,10 +20,10 @@ from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import raysweep
-from raysweep import storage
 from raysweep.data import DataSpec, load_data
 from raysweep.data.dataset_cache import CachedDataset
 from raysweep.errors import InfrastructureError, RaysweepError
+from raysweep.stores import StoredFileNotFound, StorePath, open_path
 from raysweep.sweep.ray_internals import is_head_node, requires_token
 
 REPORTED_PACKAGES = ("ray", "torch", "numpy")
@@ -113,7 +113,7 @@ def probe_nodes(request: ProbeRequest) -> list[NodeReport]:
     ]
 
 
-def find_node_problems(sweep_path: Path, cached_dataset: CachedDataset) -> list[str]:
+def find_node_problems(sweep_path: StorePath, cached_dataset: CachedDataset) -> list[str]:
     """Check whether all nodes of the connected cluster can run trials of a sweep.
 
     Args:
@@ -126,7 +126,7 @@ def find_node_problems(sweep_path: Path, cached_dataset: CachedDataset) -> list[
     if len(_live_nodes()) == 1:
         return []
     request = ProbeRequest(
-        portable_path(sweep_path),
+        str(sweep_path),
         "sweep.json",
         cached_dataset.spec.model_dump_json(),
         cached_dataset.fingerprint,
@@ -139,12 +139,7 @@ def find_node_problems(sweep_path: Path, cached_dataset: CachedDataset) -> list[
     ]
 
 
-def portable_path(folder: Path) -> str:
-    """Return the URI or absolute path by which other machines find a folder."""
-    return storage.uri_of(folder.resolve())
-
-
-def require_visible(sweep_path: Path) -> None:
+def require_visible(sweep_path: StorePath) -> None:
     """Check that this machine can read the folder of a sweep.
 
     Args:
@@ -153,9 +148,9 @@ def require_visible(sweep_path: Path) -> None:
     Raises:
         InfrastructureError: If `sweep.json` is not there.
     """
-    if not storage.pull_file(sweep_path / "sweep.json"):
+    if not (sweep_path / "sweep.json").is_file():
         raise InfrastructureError(
-            f"{socket.gethostname()}: does not see {storage.uri_of(sweep_path)}: "
+            f"{socket.gethostname()}: does not see {sweep_path}: "
             "--out or --storage must name a folder that all nodes share"
         )
 
@@ -268,16 +263,13 @@ def _probe_this_node(request_fields: dict[str, Any], declared_gpus: float) -> di
 
 def _probe_storage(request: ProbeRequest, problems: dict[str, str]) -> None:
     """Read the marker that the driver wrote, and write a copy beside it."""
-    marker = storage.local_path(request.storage_uri) / request.marker_file
-    copy = marker.with_name(f"{request.marker_file}-{socket.gethostname()}-{os.getpid()}")
+    folder = open_path(request.storage_uri)
+    copy = folder / f"{request.marker_file}-{socket.gethostname()}-{os.getpid()}"
     try:
-        if not storage.pull_file(marker):
-            problems["storage"] = f"does not see {request.storage_uri} as the driver does"
-            return
-        copy.write_bytes(marker.read_bytes())
-        storage.push_to_bucket(copy)
-        storage.delete_remote_file(copy)
-        copy.unlink()
+        copy.write_bytes((folder / request.marker_file).read_bytes())
+        copy.delete()
+    except StoredFileNotFound:
+        problems["storage"] = f"does not see {request.storage_uri} as the driver does"
     except (OSError, RaysweepError) as error:
         reason = getattr(error, "strerror", None) or error
         problems["storage"] = f"cannot write {request.storage_uri}: {reason}"

@@ -12,18 +12,17 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from raysweep import storage
 from raysweep.data import load_data
 from raysweep.data.dataset_cache import CachedDataset
 from raysweep.errors import InfrastructureError, RaysweepError, is_infrastructure_error
 from raysweep.logs import log_to_folder, log_trial
 from raysweep.spec import SpecError
+from raysweep.stores import StorePath, StoreUnavailable
 from raysweep.sweep.asha import AshaScheduler
 from raysweep.sweep.cluster import connect_to_cluster, node_capacities
 from raysweep.sweep.epoch_counts import count_epochs
@@ -307,7 +306,7 @@ def _build_tuner(
         run_config=tune.RunConfig(
             name="ray",
             # Temporary files of Tune: no sweep is resumed from them.
-            storage_path=str(ledger.path.resolve()),
+            storage_path=str(ledger.path.scratch_path),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=MAX_TRIAL_RETRIES),
             stop=BudgetStopper(ledger_callback),
@@ -327,12 +326,10 @@ def _make_trainable(
     ledger: Ledger, dataset: CachedDataset, resources: Resources
 ) -> Callable[[dict[str, Any]], None]:
     """Return the function that Tune calls with the config of a trial: its number and params."""
-    sweep_uri, space = storage.uri_of(ledger.path.resolve()), ledger.space
+    sweep_path, space = ledger.path, ledger.space
 
     def train_trial(trial_config: dict[str, Any]) -> None:
         config = space.trial_config(trial_config["params"])
-        # Each machine has its own local copy of a bucket.
-        sweep_path = storage.local_path(sweep_uri)
         run_path = sweep_path / "trials" / f"{trial_config['number']:04d}"
         prefix_cache = None
         if space.share_prefixes:
@@ -364,7 +361,7 @@ def _build_scheduler(ledger: Ledger, max_epochs: int) -> TrialScheduler:
 
 def _train_trial(
     config: TrainingConfig,
-    run_path: Path,
+    run_path: StorePath,
     cpus: float,
     prefix_cache: PrefixCache | None,
     dataset: CachedDataset,
@@ -383,7 +380,7 @@ def _train_trial(
 
     try:
         require_visible(run_path.parent.parent)
-    except storage.BucketUnavailable:
+    except StoreUnavailable:
         raise
     except RaysweepError as error:
         tune.report(failure_report(error, config, run_path))
@@ -394,7 +391,7 @@ def _train_trial(
 
 def _train_and_report(
     config: TrainingConfig,
-    run_path: Path,
+    run_path: StorePath,
     report_epoch: Callable[[EpochMetrics, TrainingCheckpoint], None],
     prefix_cache: PrefixCache | None,
     dataset: CachedDataset,
@@ -411,7 +408,7 @@ def _train_and_report(
             )
     except TrainingInterrupted:
         exit_preempted()
-    except storage.BucketUnavailable as error:
+    except StoreUnavailable as error:
         logger.error("the bucket does not answer; the trial starts again", exc_info=error)
         raise
     except Exception as error:

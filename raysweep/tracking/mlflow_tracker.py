@@ -20,6 +20,7 @@ from typing import Any, Literal
 from raysweep.errors import InfrastructureError, RaysweepError
 from raysweep.formatting import redact_secrets
 from raysweep.spec import SpecError, flatten_spec
+from raysweep.stores import StorePath
 from raysweep.training.checkpoint import describe_environment
 from raysweep.training.config import TrainingConfig
 from raysweep.training.diagnostics import read_histograms
@@ -239,7 +240,7 @@ class Tracker:
         client.log_artifacts(run_id, str(folder), artifact_folder)
 
     def log_training_plots(
-        self, run_id: str, run_path: Path, history: Sequence[Mapping[str, float]]
+        self, run_id: str, run_path: StorePath, history: Sequence[Mapping[str, float]]
     ) -> None:
         """Upload the figures of a training run.
 
@@ -273,6 +274,17 @@ class Tracker:
         """
         client, _ = self._connection.result()
         client.log_dict(run_id, content, file_name)
+
+    def log_text(self, run_id: str, text: str, file_name: str) -> None:
+        """Upload a text as a file.
+
+        Args:
+            run_id: The run.
+            text: The text.
+            file_name: Path of the file in the run's artifacts.
+        """
+        client, _ = self._connection.result()
+        client.log_text(run_id, text, file_name)
 
     def log_file(self, run_id: str, path: Path, artifact_folder: str | None = None) -> None:
         """Upload a file as an artifact of a run.

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from raysweep.errors import InfrastructureError
+from raysweep.stores import StorePath
 from raysweep.tracking.mlflow_tracker import RunStatus, Tracker
 from raysweep.training.config import TrainingConfig
 
@@ -56,8 +57,11 @@ class NullTracker(Tracker):
         """Do nothing."""
 
     def log_training_plots(
-        self, run_id: str, run_path: Path, history: Sequence[Mapping[str, float]]
+        self, run_id: str, run_path: StorePath, history: Sequence[Mapping[str, float]]
     ) -> None:
+        """Do nothing."""
+
+    def log_text(self, run_id: str, text: str, file_name: str) -> None:
         """Do nothing."""
 
     def log_file(self, run_id: str, path: Path, artifact_folder: str | None = None) -> None:

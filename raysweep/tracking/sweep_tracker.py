@@ -3,7 +3,6 @@
 The sweep is a parent run and its trials are child runs; each is found again by its tags.
 """
 
-from raysweep import storage
 from raysweep.result_loading import advise_on_trial
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Ledger, Trial
@@ -115,7 +114,7 @@ class SweepTracker:
                 f"masking gap over {ledger.space.max_masking_gap}: "
                 f"{_format_trial_numbers(masked_trials)} are ranked last"
             )
-        checkpoint_uri = storage.uri_of(ledger.best_checkpoint_path(best_trial))
+        checkpoint_uri = ledger.best_checkpoint_path(best_trial)
         return [*lines, f"next: `raysweep eval {checkpoint_uri}`"]
 
     def _close_stale_run(self, trial: Trial) -> None:
@@ -163,12 +162,12 @@ class SweepTracker:
         """Log how a trial ended, with its best checkpoint, and end its run."""
         if trial.best:
             self._tracker.log_best(run_id, trial.best)
-            checkpoint_path = self._ledger.best_checkpoint_path(trial)
-            storage.pull_checkpoint(checkpoint_path)
-            self._tracker.log_folder(run_id, checkpoint_path, "checkpoint")
+            folder = self._ledger.best_checkpoint_path(trial).fetch_checkpoint()
+            if folder is not None:
+                self._tracker.log_folder(run_id, folder, "checkpoint")
         traceback_path = self._ledger.trial_path(trial.number) / TRACEBACK_FILE
-        if trial.state == "failed" and storage.pull_file(traceback_path):
-            self._tracker.log_file(run_id, traceback_path)
+        if trial.state == "failed" and traceback_path.is_file():
+            self._tracker.log_text(run_id, traceback_path.read_text(), TRACEBACK_FILE)
         description = advise_on_trial(self._ledger, trial.number)
         tags: dict[str, str] = {"state": trial.state}
         if trial.reason:
@@ -186,7 +185,7 @@ def checkpoint_run_tags(checkpoint: TrainingCheckpoint) -> dict[str, str]:
         checkpoint: A checkpoint of `raysweep train` or of a sweep's trial.
     """
     folder = checkpoint.path.parent
-    if storage.pull_file(folder / "trial.json"):
+    if (folder / "trial.json").is_file():
         return _trial_run_tags(Ledger.open(folder.parent.parent).key, folder.name)
     return training_run_tags(RunDirectory(folder))
 

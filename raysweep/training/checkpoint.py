@@ -4,9 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,10 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from raysweep import storage
-from raysweep.atomic_files import atomic_folder, atomic_write_text
 from raysweep.errors import DamagedFileError, InfrastructureError
 from raysweep.spec import JsonDict, SpecError
+from raysweep.stores import META_FILE, Location, StoredFileNotFound, StorePath, open_path
 from raysweep.training.config import TrainingConfig
 from raysweep.training.metric_history import EpochMetrics
 
@@ -32,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "state.safetensors"
-META_FILE = storage.META_FILE
 SELECTION_KEY = "best_after_burn_in"
 """Key that a checkpoint has if its run chooses its best epoch by `selection.find_best_epoch`."""
 _FORMAT_VERSION = 1
@@ -40,10 +36,10 @@ _FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:
-    """A checkpoint on disk whose hashes have been verified.
+    """A checkpoint whose hashes have been verified.
 
     Attributes:
-        path: Folder of the checkpoint.
+        path: Folder of the checkpoint in its store.
         config: Config of the run.
         epoch: Number of finished epochs.
         history: One row of metrics for each finished epoch.
@@ -51,7 +47,7 @@ class TrainingCheckpoint:
             `data_fingerprint`, `environment`, `sha256` and more.
     """
 
-    path: Path
+    path: StorePath
     config: TrainingConfig
     epoch: int
     history: list[EpochMetrics]
@@ -62,6 +58,15 @@ class TrainingCheckpoint:
         """Metrics of the last finished epoch."""
         return self.history[-1]
 
+    @property
+    def local_folder(self) -> Path:
+        """Folder of this machine with the checkpoint's files; downloaded again if necessary.
+
+        Raises:
+            DamagedFileError: The checkpoint was deleted.
+        """
+        return _fetch_folder(self.path)
+
     def load_weights(self, model: nn.Module) -> nn.Module:
         """Load weights and buffers.
 
@@ -71,7 +76,7 @@ class TrainingCheckpoint:
         Returns:
             `model`.
         """
-        model.load_state_dict(load_file(self.path / WEIGHTS_FILE))
+        model.load_state_dict(load_file(self.local_folder / WEIGHTS_FILE))
         return model
 
     def load_training_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -91,7 +96,7 @@ class TrainingCheckpoint:
             model: The network whose parameters the optimizer updates.
             optimizer: Its SGD optimizer; changed in place.
         """
-        momentum = load_file(self.path / OPTIMIZER_FILE)
+        momentum = load_file(self.local_folder / OPTIMIZER_FILE)
         for name, parameter in model.named_parameters():
             if name in momentum:
                 # The buffer gets the parameter's memory format, which it had when it was saved:
@@ -101,7 +106,7 @@ class TrainingCheckpoint:
 
 
 def save_checkpoint(
-    path: Path,
+    path: Location,
     config: TrainingConfig,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -112,7 +117,7 @@ def save_checkpoint(
     """Write a checkpoint atomically: a crash leaves either all of it or nothing.
 
     Args:
-        path: Folder to write; it is also uploaded if it is in the working copy of a bucket.
+        path: Folder to write.
         config: Config of the run.
         model: Its weights and buffers are saved.
         optimizer: SGD, whose momentum buffers are saved.
@@ -128,7 +133,8 @@ def save_checkpoint(
         for name, parameter in model.named_parameters()
         if optimizer.state[parameter].get("momentum_buffer") is not None
     }
-    with atomic_folder(path) as partial:
+    path = open_path(path)
+    with path.write_checkpoint() as partial:
         _save_tensors(model.state_dict(), partial / WEIGHTS_FILE)
         _save_tensors(momentum, partial / OPTIMIZER_FILE)
         for name, content in extra_files.items():
@@ -137,22 +143,23 @@ def save_checkpoint(
             name: _compute_file_sha256(partial / name) for name in (WEIGHTS_FILE, OPTIMIZER_FILE)
         }
         meta = _write_meta(partial, config, history, data_fingerprint, sha256)
-    storage.push_to_bucket(path)
     return TrainingCheckpoint(path, config, len(history), history, meta)
 
 
 def reuse_checkpoint(
-    path: Path, source: Path, config: TrainingConfig, history: list[EpochMetrics] | None = None
+    path: Location,
+    source: Location,
+    config: TrainingConfig,
+    history: list[EpochMetrics] | None = None,
 ) -> TrainingCheckpoint:
     """Use another run's checkpoint as a checkpoint of this run.
 
-    Weights and momentum are hard links if the file system supports them, else copies. The metadata
-    file is new. Metrics of epochs that this run did not train get `shared` = 1 and
-    `train/seconds` = 0.
+    Weights and momentum are hard links, or copies made by the server. The metadata file is new.
+    Metrics of epochs that this run did not train get `shared` = 1 and `train/seconds` = 0.
 
     Args:
         path: Folder to write.
-        source: The other run's checkpoint.
+        source: The other run's checkpoint, in the same store.
         config: Config of this run.
         history: Metrics of this run's earlier epochs, if only the last epoch of the other run is
             reused. By default all epochs of the other run are reused.
@@ -161,7 +168,7 @@ def reuse_checkpoint(
         The checkpoint that was written.
 
     Raises:
-        SpecError: `source` is damaged or was deleted.
+        DamagedFileError: `source` is damaged or was deleted.
     """
     other = read_checkpoint(source)
     if history is None:
@@ -169,31 +176,15 @@ def reuse_checkpoint(
     else:
         own_rows, reused_rows = history, [other.last_metrics]
     rows = [*own_rows, *({**row, "train/seconds": 0.0, "shared": 1.0} for row in reused_rows)]
-    with atomic_folder(path) as partial:
-        for name in (WEIGHTS_FILE, OPTIMIZER_FILE):
-            link_or_copy(source / name, partial / name)
+    path = open_path(path)
+    with path.write_checkpoint(copy_from=other.path) as partial:
         meta = _write_meta(
             partial, config, rows, other.meta["data_fingerprint"], other.meta["sha256"]
         )
-    storage.push_to_bucket(path, copy_from=source)
     return TrainingCheckpoint(path, config, len(rows), rows, meta)
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Create a hard link, or a copy if the file system does not support hard links.
-
-    Args:
-        source: The file.
-        target: Path of the link or copy.
-    """
-    try:
-        os.link(source, target)
-    except OSError as error:
-        logger.debug("fallback: %s is copied, not linked: %s", source, error)
-        shutil.copy2(source, target)
-
-
-def read_checkpoint(path: Path) -> TrainingCheckpoint:
+def read_checkpoint(path: Location) -> TrainingCheckpoint:
     """Read a checkpoint's metadata and verify its files. Download it first if it is in a bucket.
 
     Args:
@@ -206,42 +197,32 @@ def read_checkpoint(path: Path) -> TrainingCheckpoint:
         SpecError: The folder is not a checkpoint; one line.
         DamagedFileError: A file is damaged; one line.
     """
-    storage.pull_checkpoint(path)
-    return read_local_checkpoint(path)
-
-
-def read_local_checkpoint(path: Path) -> TrainingCheckpoint:
-    """Read and verify a checkpoint of this machine, without a download.
-
-    Args:
-        path: Folder of the checkpoint.
-
-    Returns:
-        The checkpoint. Its weights are not loaded yet.
-
-    Raises:
-        SpecError: The folder is not a checkpoint; one line.
-        DamagedFileError: A file is damaged; one line.
-    """
-    meta = _read_meta(path)
+    path = open_path(path)
+    folder = _fetch_folder(path)
+    meta = _read_meta(folder, path)
     for name, expected in meta["sha256"].items():
-        if not (path / name).is_file() or _compute_file_sha256(path / name) != expected:
+        if not (folder / name).is_file() or _compute_file_sha256(folder / name) != expected:
             problem = f"{name} is truncated or altered (its sha256 is not the one in {META_FILE})"
-            raise DamagedFileError(f"{storage.uri_of(path)}: {problem}; delete the folder")
-    config = TrainingConfig.from_data(meta["config"], f"{path / META_FILE}", stored=True)
+            raise DamagedFileError(f"{path}: {problem}; delete the folder")
+    config = TrainingConfig.from_data(meta["config"], str(path / META_FILE), stored=True)
     return TrainingCheckpoint(path, config, meta["epoch"], meta["history"], meta)
 
 
-def _read_meta(path: Path) -> JsonDict:
-    """Read a checkpoint's metadata.
+def _fetch_folder(path: StorePath) -> Path:
+    """Return a local folder with a checkpoint's files. Raises SpecError if there is none."""
+    folder = path.fetch_checkpoint()
+    if folder is None:
+        raise SpecError(f"{path}: not a raysweep checkpoint: {META_FILE} is missing")
+    return folder
 
-    Raises SpecError if they are missing, and DamagedFileError if they are incomplete.
-    """
+
+def _read_meta(folder: Path, path: StorePath) -> JsonDict:
+    """Read a checkpoint's metadata. Raises DamagedFileError if they are incomplete."""
     try:
-        meta = json.loads((path / META_FILE).read_text())
+        meta = json.loads((folder / META_FILE).read_text())
     except (OSError, ValueError) as error:
-        raise (SpecError if isinstance(error, OSError) else DamagedFileError)(
-            f"{storage.uri_of(path)}: not a raysweep checkpoint: {META_FILE} is missing or not JSON"
+        raise DamagedFileError(
+            f"{path}: not a raysweep checkpoint: {META_FILE} is not JSON"
         ) from error
     if not isinstance(meta, dict) or meta.get("format") != _FORMAT_VERSION:
         raise DamagedFileError(f"{path}: not a raysweep checkpoint of format {_FORMAT_VERSION}")
@@ -263,15 +244,15 @@ class RunDirectory:
         path: The folder.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Location) -> None:
+        self.path = open_path(path)
 
-    def epoch_path(self, epoch: int) -> Path:
+    def epoch_path(self, epoch: int) -> StorePath:
         """Return the folder of the checkpoint after an epoch; `epoch` is 1-based."""
         return self.path / f"epoch-{epoch:04d}"
 
     @property
-    def mid_epoch_path(self) -> Path:
+    def mid_epoch_path(self) -> StorePath:
         """Checkpoint folder of an interrupted epoch (see `MidEpochCheckpointer`)."""
         return self.path / "half"
 
@@ -279,17 +260,18 @@ class RunDirectory:
     def run_key(self) -> str:
         """Unique id of this run, independent of the folder's name; created on first use."""
         file = self.path / "run.json"
-        if not storage.pull_file(file):
-            self.path.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(file, json.dumps({"key": uuid4().hex}))
-            storage.push_to_bucket(file)
-        return str(storage.read_json(file, ["key"])["key"])
+        try:
+            return str(file.read_json(["key"])["key"])
+        except StoredFileNotFound:
+            key = uuid4().hex
+            file.write_json({"key": key})
+            return key
 
     def list_saved_epochs(self) -> list[int]:
         """Return the 1-based numbers of all epochs that have a checkpoint, ascending."""
         names = (
             name.removeprefix("epoch-")
-            for name in storage.list_folders_containing(self.path)
+            for name in self.path.list_folders_containing()
             if name.startswith("epoch-")
         )
         return sorted(int(name) for name in names if name.isdecimal())
@@ -323,16 +305,9 @@ class RunDirectory:
         """
         for epoch in self.list_saved_epochs():
             if epoch not in epochs_to_keep:
-                storage.delete_remote(self.epoch_path(epoch))
-                shutil.rmtree(self.epoch_path(epoch), ignore_errors=True)
-        if self.mid_epoch_path.exists():
-            storage.delete_remote(self.mid_epoch_path)
-        for partial in (
-            self.mid_epoch_path,
-            *self.path.glob(".epoch-*"),
-            *self.path.glob(".half*"),
-        ):
-            shutil.rmtree(partial, ignore_errors=True)
+                self.epoch_path(epoch).delete_folder()
+        self.mid_epoch_path.delete_folder()
+        self.path.delete_unfinished()
 
 
 def _write_meta(
@@ -402,7 +377,7 @@ def _save_tensors(tensors: dict[str, Any], path: Path) -> None:
     try:
         save_file(contiguous, path)
     except SafetensorError as error:
-        raise InfrastructureError(f"{storage.uri_of(path)}: cannot be written: {error}") from error
+        raise InfrastructureError(f"{path}: cannot be written: {error}") from error
 
 
 def _compute_file_sha256(path: Path) -> str:

@@ -4,17 +4,15 @@ They are stored as metrics of the epoch and as histograms.
 """
 
 import json
-from pathlib import Path
 from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from raysweep import storage
-from raysweep.atomic_files import atomic_write_text
 from raysweep.attacks import AttackResult, freeze_model, true_class_confidence
 from raysweep.data import Split
 from raysweep.method import NATURAL_INPUT, Method, MethodOutput
+from raysweep.stores import StorePath
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.worker_group import WorkerGroup
 
@@ -202,7 +200,7 @@ def measure_natural_accuracy(model: nn.Module, split: Split, n_examples: int = 1
     return correct.float().mean().item()
 
 
-def write_histograms(run_path: Path, epoch: int, histograms: dict[str, Histogram]) -> None:
+def write_histograms(run_path: StorePath, epoch: int, histograms: dict[str, Histogram]) -> None:
     """Write an epoch's histograms to RUN/histograms/epoch-NNNN.json, atomically.
 
     Args:
@@ -211,11 +209,10 @@ def write_histograms(run_path: Path, epoch: int, histograms: dict[str, Histogram
         histograms: Histograms by name.
     """
     file = run_path / _HISTOGRAM_FOLDER / f"epoch-{epoch:04d}.json"
-    atomic_write_text(file, json.dumps(histograms))
-    storage.push_to_bucket(file)
+    file.write_json(histograms)
 
 
-def read_histograms(run_path: Path) -> dict[int, dict[str, Histogram]]:
+def read_histograms(run_path: StorePath) -> dict[int, dict[str, Histogram]]:
     """Read a run's histograms. Epochs that were reused from other runs have none.
 
     Args:
@@ -224,9 +221,8 @@ def read_histograms(run_path: Path) -> dict[int, dict[str, Histogram]]:
     Returns:
         1-based epoch -> name -> histogram.
     """
-    storage.pull_files(run_path / _HISTOGRAM_FOLDER, "epoch-*.json")
-    files = sorted((run_path / _HISTOGRAM_FOLDER).glob("epoch-*.json"))
-    return {int(file.stem.removeprefix("epoch-")): json.loads(file.read_text()) for file in files}
+    files = (run_path / _HISTOGRAM_FOLDER).read_matching("epoch-*.json")
+    return {int(file.name[len("epoch-") : -5]): json.loads(data) for file, data in files.items()}
 
 
 def _make_bin_edges(low: float, high: float, n_bins: int) -> list[float]:

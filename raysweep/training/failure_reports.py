@@ -4,16 +4,13 @@ A report is a dict of strings: one line under `FAILURE_KEY`, and for a bug its t
 `BUG_TRACEBACK_KEY`.
 """
 
-import json
 import logging
 import traceback
-from pathlib import Path
 
 import torch
 
-from raysweep import storage
-from raysweep.atomic_files import atomic_write_text
 from raysweep.errors import RaysweepError, describe_os_error, is_infrastructure_error
+from raysweep.stores import StoredFileNotFound, StorePath
 from raysweep.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -31,7 +28,7 @@ _REPORT_FILE = "failed.json"
 
 
 def failure_report(
-    error: Exception, config: TrainingConfig, run_path: Path, is_sweep_trial: bool = True
+    error: Exception, config: TrainingConfig, run_path: StorePath, is_sweep_trial: bool = True
 ) -> dict[str, str]:
     """Describe why a training run failed. Write the traceback to a file if it looks like a bug.
 
@@ -61,26 +58,24 @@ def failure_report(
             hint += " or raise --cpus-per-trial, so that fewer run at once"
         return {FAILURE_KEY: f"out of memory: {hint}"}
     traceback_text = "".join(traceback.format_exception(error))
-    atomic_write_text(run_path / TRACEBACK_FILE, traceback_text)
-    storage.push_to_bucket(run_path / TRACEBACK_FILE)
+    (run_path / TRACEBACK_FILE).write_text(traceback_text)
     return {
         FAILURE_KEY: traceback.format_exception_only(error)[0].splitlines()[0],
         BUG_TRACEBACK_KEY: traceback_text,
     }
 
 
-def save_failure_report(run_path: Path, report: dict[str, str]) -> None:
+def save_failure_report(run_path: StorePath, report: dict[str, str]) -> None:
     """Write a report into the run's folder, where other workers of the run read it.
 
     Args:
         run_path: The run's folder.
         report: What `failure_report` returned.
     """
-    atomic_write_text(run_path / _REPORT_FILE, json.dumps(report))
-    storage.push_to_bucket(run_path / _REPORT_FILE)
+    (run_path / _REPORT_FILE).write_json(report)
 
 
-def load_failure_report(run_path: Path) -> dict[str, str]:
+def load_failure_report(run_path: StorePath) -> dict[str, str]:
     """Read the report that `save_failure_report` wrote.
 
     Args:
@@ -89,19 +84,19 @@ def load_failure_report(run_path: Path) -> dict[str, str]:
     Returns:
         The report; an empty dict if there is none.
     """
-    if not storage.pull_file(run_path / _REPORT_FILE):
+    try:
+        return (run_path / _REPORT_FILE).read_json()
+    except StoredFileNotFound:
         return {}
-    return dict(json.loads((run_path / _REPORT_FILE).read_text()))
 
 
-def clear_failure_report(run_path: Path) -> None:
-    """Delete the run's report from this machine and from the bucket.
+def clear_failure_report(run_path: StorePath) -> None:
+    """Delete the run's report.
 
     Args:
         run_path: The run's folder.
     """
-    storage.delete_remote_file(run_path / _REPORT_FILE)
-    (run_path / _REPORT_FILE).unlink(missing_ok=True)
+    (run_path / _REPORT_FILE).delete()
 
 
 def _is_cpu_out_of_memory(error: Exception) -> bool:

@@ -17,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from raysweep import storage
 from raysweep.errors import DamagedFileError, WorkInterrupted
 from raysweep.formatting import format_count
 from raysweep.spec import SpecError
@@ -85,7 +84,7 @@ class MidEpochCheckpointer:
             return 0
         saved.load_training_state(self._model, self._optimizer)
         device = next(self._model.parameters()).device
-        with safe_open(self._run_directory.mid_epoch_path / _DIAGNOSTICS_FILE, "pt") as file:
+        with safe_open(saved.local_folder / _DIAGNOSTICS_FILE, "pt") as file:
             facts = file.metadata()
             sums = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
         diagnostics.restore_state(sums, json.loads(facts["edges"]))
@@ -136,10 +135,10 @@ class MidEpochCheckpointer:
 
     def _read_checkpoint(self) -> TrainingCheckpoint | None:
         """Read the run's mid-epoch checkpoint; None if it is missing or damaged."""
-        if not storage.pull_checkpoint(self._run_directory.mid_epoch_path):
+        if self._run_directory.mid_epoch_path.fetch_checkpoint() is None:
             return None
         try:
-            return checkpoint.read_local_checkpoint(self._run_directory.mid_epoch_path)
+            return checkpoint.read_checkpoint(self._run_directory.mid_epoch_path)
         except (SpecError, DamagedFileError) as error:
             logger.warning("the checkpoint within an epoch is damaged and not used: %s", error)
             return None

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from raysweep import storage
 from raysweep.data import DatasetSplits, load_data
 from raysweep.spec import SpecError, apply_overrides
+from raysweep.stores import META_FILE, Location, StorePath, open_path
 from raysweep.training import checkpoint
-from raysweep.training.checkpoint import META_FILE, RunDirectory, TrainingCheckpoint
+from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
 from raysweep.training.selection import find_best_epoch
 
@@ -42,7 +42,7 @@ class EvaluationTarget:
         return self.checkpoint.config if self.checkpoint else None
 
 
-def load_checkpoint_target(path: Path, overrides: Mapping[str, Any]) -> EvaluationTarget:
+def load_checkpoint_target(path: Location, overrides: Mapping[str, Any]) -> EvaluationTarget:
     """Load a checkpoint, or the best checkpoint of a run, with its data.
 
     Args:
@@ -56,22 +56,23 @@ def load_checkpoint_target(path: Path, overrides: Mapping[str, Any]) -> Evaluati
         SpecError: There is no checkpoint, or the data differ; one line.
         DamagedFileError: The checkpoint is damaged; one line.
     """
-    uri = storage.uri_of(path)
-    if path.is_file():
+    path = open_path(path)
+    local_path = path.local_path
+    if local_path is not None and local_path.is_file():
         raise SpecError(
-            f"{uri}: is a file; give the folder of a checkpoint, or module:factory of your own "
+            f"{path}: is a file; give the folder of a checkpoint, or module:factory of your own "
             "code to load it"
         )
-    if not path.is_dir() and not storage.is_bucket_copy(path):
+    if local_path is not None and not local_path.is_dir():
         raise SpecError(
-            f"{uri}: no such folder; give a sweep, a trial, a checkpoint, an MLflow run or "
+            f"{path}: no such folder; give a sweep, a trial, a checkpoint, an MLflow run or "
             "module:factory"
         )
-    if not storage.pull_checkpoint(path):
+    if path.fetch_checkpoint() is None:
         last = RunDirectory(path).read_last_checkpoint()
         if last is None:
             raise SpecError(
-                f"{uri}: neither a checkpoint (no {META_FILE}) nor a run (no epoch-* folders)"
+                f"{path}: neither a checkpoint (no {META_FILE}) nor a run (no epoch-* folders)"
             )
         path = RunDirectory(path).epoch_path(_choose_best_epoch(last, path))
     saved = checkpoint.read_checkpoint(path)
@@ -84,7 +85,7 @@ def load_checkpoint_target(path: Path, overrides: Mapping[str, Any]) -> Evaluati
     )
 
 
-def _choose_best_epoch(last: TrainingCheckpoint, run_path: Path) -> int:
+def _choose_best_epoch(last: TrainingCheckpoint, run_path: StorePath) -> int:
     """Return the best epoch that has a checkpoint, by the rule of the version that trained it."""
     if checkpoint.SELECTION_KEY in last.meta:
         saved_epochs = RunDirectory(run_path).list_saved_epochs()
@@ -94,7 +95,7 @@ def _choose_best_epoch(last: TrainingCheckpoint, run_path: Path) -> int:
     return scores.index(max(scores)) + 1
 
 
-def _format_checkpoint_name(path: Path) -> str:
+def _format_checkpoint_name(path: StorePath) -> str:
     """Return RUN/epoch-NNNN, or SWEEP/TRIAL/epoch-NNNN for a trial, whose folder is a number."""
     run = path.parent
     sweep = [run.parent.parent.name] if run.parent.name == "trials" else []

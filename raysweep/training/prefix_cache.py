@@ -11,20 +11,16 @@ raysweep; both are part of the keys.
 """
 
 import logging
-import os
-import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 
-from raysweep import storage
-from raysweep.errors import DamagedFileError, RaysweepError
+from raysweep.errors import DamagedFileError
 from raysweep.leases import make_lease
 from raysweep.spec import JsonDict, SpecError, json_digest
+from raysweep.stores import META_FILE, Location, StorePath, open_path
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
@@ -34,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 PREFIX_CACHE_FOLDER = ".prefixes"
 _POLL_SECONDS, _BUCKET_POLL_SECONDS = 0.2, 1.0
+# A state that another process has been writing for this number of seconds is left from a crash.
+_UNFINISHED_MIN_AGE = 3600.0
 
 
 def prefix_keys(
@@ -90,15 +88,11 @@ class PrefixCache:
         max_bytes: Size limit of all states together.
     """
 
-    def __init__(self, path: Path, max_bytes: int = 20 * 2**30) -> None:
-        self.path = path
+    def __init__(self, path: Location, max_bytes: int = 20 * 2**30) -> None:
+        self.path = open_path(path)
         self.max_bytes = max_bytes
 
-    def __reduce__(self) -> Any:
-        # The path of a bucket's working copy may be another one on another machine.
-        return _open_prefix_cache, (storage.uri_of(self.path), self.max_bytes)
-
-    def find_state(self, key: str) -> Path | None:
+    def find_state(self, key: str) -> StorePath | None:
         """Find a state and set its time of last use; delete it if it is damaged.
 
         Args:
@@ -108,24 +102,23 @@ class PrefixCache:
             The state's folder; None if it is missing or was damaged.
         """
         state = self.path / key
-        if not storage.pull_checkpoint(state):
+        if state.fetch_checkpoint() is None:
             return None
         try:
-            checkpoint.read_local_checkpoint(state)
-            os.utime(state)
-        except (RaysweepError, OSError) as error:
+            checkpoint.read_checkpoint(state)
+        except (SpecError, DamagedFileError) as error:
             logger.warning(
                 "deleted damaged state %s of the prefix cache: %s", key, error, extra={"key": key}
             )
-            storage.delete_remote(state)
-            shutil.rmtree(state, ignore_errors=True)
+            state.delete_folder()
             return None
+        state.store.mark_used(state.key)
         return state
 
     def reuse_state(
         self,
         key: str,
-        path: Path,
+        path: Location,
         config: TrainingConfig,
         history: list[EpochMetrics] | None = None,
     ) -> TrainingCheckpoint | None:
@@ -159,38 +152,25 @@ class PrefixCache:
         Returns:
             Indices in `keys`, descending.
         """
-        stored_keys = set(storage.list_folders_containing(self.path))
+        stored_keys = set(self.path.list_folders_containing())
         return [index for index in reversed(range(len(keys))) if keys[index] in stored_keys]
 
-    def store_state(self, key: str, checkpoint_path: Path) -> None:
+    def store_state(self, key: str, checkpoint_path: Location) -> None:
         """Store a checkpoint as a state, unless the state exists, and evict others if necessary.
 
         Args:
             key: Key of the state.
-            checkpoint_path: Folder of the checkpoint.
+            checkpoint_path: Folder of the checkpoint, in the same store.
         """
         if self.find_stored_positions([key]) and self.find_state(key) is not None:
             return
-        if storage.is_bucket_copy(self.path):
-            # A local folder must not exist before the bucket has the state: a run on this machine
-            # that waits for the state would delete the folder.
-            storage.copy_folder(checkpoint_path, self.path / key)
-        else:
-            self._link_checkpoint_as_state(key, checkpoint_path)
-        logger.info("stored %s as state %s", checkpoint_path.name, key, extra={"key": key})
+        source = open_path(checkpoint_path)
+        meta = (source / META_FILE).read_bytes()
+        # Another process may store the same state first.
+        with (self.path / key).write_checkpoint(copy_from=source, overwrite=False) as partial:
+            (partial / META_FILE).write_bytes(meta)
+        logger.info("stored %s as state %s", source.name, key, extra={"key": key})
         self._evict_oldest_states()
-
-    def _link_checkpoint_as_state(self, key: str, checkpoint_path: Path) -> None:
-        """Link the files of a checkpoint into a new state, atomically."""
-        partial = self.path / f".{key}.{os.getpid()}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for file in checkpoint_path.iterdir():
-            checkpoint.link_or_copy(file, partial / file.name)
-        # Another process may have stored the same state first.
-        with suppress(OSError):
-            partial.replace(self.path / key)
-        shutil.rmtree(partial, ignore_errors=True)
 
     @contextmanager
     def acquire_training_lease(self, key: str) -> Iterator[bool]:
@@ -203,7 +183,7 @@ class PrefixCache:
             True if the caller must train the state; False if the state exists, because another run
             has trained it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        poll_seconds = _POLL_SECONDS if self.path.local_path else _BUCKET_POLL_SECONDS
         lease = make_lease(self.path, key)
         started_at = time.monotonic()
         is_waiting = False
@@ -215,7 +195,7 @@ class PrefixCache:
             if not is_waiting:
                 logger.info("waiting: another run trains state %s", key, extra={"key": key})
             is_waiting = True
-            time.sleep(_BUCKET_POLL_SECONDS if storage.is_bucket_copy(self.path) else _POLL_SECONDS)
+            time.sleep(poll_seconds)
         try:
             must_train = self.find_state(key) is None
             if is_waiting:
@@ -232,29 +212,24 @@ class PrefixCache:
 
     def _evict_oldest_states(self) -> None:
         """Delete states, the oldest first, until the cache is within its limit."""
-        if storage.is_bucket_copy(self.path):
-            states = _list_bucket_states(self.path)
-        else:
-            states = _list_folder_states(self.path)
-        total_bytes = sum(n_bytes for _, n_bytes, _ in states)
-        for _, n_bytes, state in sorted(states):
+        self.path.delete_unfinished(_UNFINISHED_MIN_AGE)
+        store = self.path.store
+        states = store.list_checkpoints(self.path.key)
+        total_bytes = sum(state.size for state in states)
+        for state in sorted(states, key=lambda state: state.last_used):
             if total_bytes <= self.max_bytes:
                 return
+            key = state.key.rpartition("/")[2]
             logger.info(
                 "evicted state %s of %d bytes: the prefix cache of %d bytes exceeds %d",
-                state.name,
-                n_bytes,
+                key,
+                state.size,
                 total_bytes,
                 self.max_bytes,
-                extra={"key": state.name},
+                extra={"key": key},
             )
-            storage.delete_remote(state)
-            # Renamed first, so that no process finds a partly deleted state.
-            hidden = state.with_name(f".{state.name}.{os.getpid()}")
-            with suppress(OSError):
-                state.replace(hidden)
-            shutil.rmtree(hidden, ignore_errors=True)
-            total_bytes -= n_bytes
+            store.delete_folder(state.key)
+            total_bytes -= state.size
 
 
 def _log_end_of_wait(key: str, started_at: float, must_train: bool) -> None:
@@ -273,33 +248,6 @@ def _log_end_of_wait(key: str, started_at: float, must_train: bool) -> None:
         logger.info(
             "another run has trained state %s, after %s s of waiting", key, seconds, extra=facts
         )
-
-
-def _open_prefix_cache(uri: str, max_bytes: int) -> PrefixCache:
-    """Unpickle a cache: `uri` is converted to this machine's path."""
-    return PrefixCache(storage.local_path(uri), max_bytes)
-
-
-def _list_folder_states(path: Path) -> list[tuple[float, int, Path]]:
-    """Return (last use in seconds, bytes, folder) of all states, also of partly stored ones."""
-    states = []
-    for state in path.iterdir():
-        with suppress(OSError):
-            if state.is_dir():
-                n_bytes = sum(file.stat().st_size for file in state.iterdir())
-                states.append((state.stat().st_mtime, n_bytes, state))
-    return states
-
-
-def _list_bucket_states(path: Path) -> list[tuple[float, int, Path]]:
-    """Return (upload time in seconds, bytes, folder) of all states of a bucket."""
-    states: dict[Path, tuple[float, int]] = {}
-    for file in storage.list_remote_files(path):
-        state = file.path.parent
-        if state.parent == path:
-            stored_at, n_bytes = states.get(state, (0.0, 0))
-            states[state] = max(stored_at, file.modified), n_bytes + file.size
-    return [(stored_at, n_bytes, state) for state, (stored_at, n_bytes) in states.items()]
 
 
 def _without_keys(values: JsonDict, dropped_keys: tuple[str, ...]) -> JsonDict:

@@ -5,12 +5,10 @@ import math
 import time
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from raysweep import storage
 from raysweep.data import Batch, DatasetSplits, Split, load_data
 from raysweep.errors import DamagedFileError, WorkFailed
 from raysweep.evaluation.attack_model import MIN_BATCH_ROWS, make_attack_model
@@ -20,6 +18,7 @@ from raysweep.method import Method, MethodOutput
 from raysweep.rng import ExampleRng, derive_seed
 from raysweep.schedules import resolved_value, schedule_value_at
 from raysweep.spec import SpecError, flatten_spec
+from raysweep.stores import Location, open_path
 from raysweep.training import checkpoint
 from raysweep.training.callbacks import TrainingCallback
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
@@ -71,7 +70,7 @@ class TrainingResult:
 
 def train_model(
     config: TrainingConfig,
-    run_path: Path,
+    run_path: Location,
     callback: TrainingCallback | None = None,
     *,
     data: DatasetSplits | None = None,
@@ -117,7 +116,7 @@ def train_model(
         config.method.name,
         config.epochs,
         config.digest(),
-        storage.uri_of(run_path),
+        open_path(run_path),
         extra={"config_digest": config.digest(), "epochs": config.epochs},
     )
     run = _TrainingRun(
@@ -148,7 +147,7 @@ def check_resumable(
     Raises:
         SpecError: The checkpoint has other settings, more epochs or other data.
     """
-    folder = storage.uri_of(checkpoint.path.parent)
+    folder = checkpoint.path.parent
     remedy = "choose another --name, or delete the folder"
     if (
         checkpoint.config.replace(epochs=config.epochs) != config

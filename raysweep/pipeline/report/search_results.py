@@ -1,7 +1,6 @@
 """Report sections about searches: best trials, importances and Pareto fronts."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.facts import SweepFacts
@@ -13,6 +12,7 @@ from raysweep.pipeline.report.document import (
     SectionPart,
     Table,
 )
+from raysweep.stores import StorePath
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_study import MIN_IMPORTANCE_TRIALS, param_importances
 from raysweep.sweep.search_space import param_labels
@@ -22,13 +22,13 @@ _MAX_TRIALS_SHOWN = 6
 
 
 def build_search_sections(
-    artifacts: Sequence[Artifact], resolve_path: Callable[[str], Path]
+    artifacts: Sequence[Artifact], resolve_path: Callable[[str], StorePath]
 ) -> list[Section]:
     """Build a section for each sweep of the tune stages, from its ledger.
 
     Args:
         artifacts: Artifacts of all stages.
-        resolve_path: Returns the local path for a path in an artifact.
+        resolve_path: Returns the path for a path in an artifact.
     """
     sections = []
     for artifact in artifacts:
