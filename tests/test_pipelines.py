@@ -28,7 +28,7 @@ from raysweep.data import load_data
 from raysweep.leases import hold_pipeline_lease
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
-from raysweep.pipeline.pipeline import load_pipeline, plan_stages
+from raysweep.pipeline.pipeline import iter_ranking_warnings, load_pipeline, plan_stages
 from raysweep.pipeline.published_results import load_paper_table
 from raysweep.pipeline.sweep_retention import get_today_date, prune_nightly_sweeps
 from raysweep.spec import SpecError
@@ -180,8 +180,48 @@ def test_a_papers_table_is_asked_for_as_it_stands(name) -> None:
         assert config.data.name == table.protocol.data
         assert config.epochs == table.epochs.get(label, table.protocol.epochs)
         assert next(iter(config.validation.attacks.values())).eps == pytest.approx(
-            table.protocol.eps
+            table.eps.get(label, table.protocol.eps)
         )
+    assert set(table.row_notes) | set(table.eps) <= set(table.rows)
+
+
+def test_rows_say_what_their_paper_does_not() -> None:
+    """With the value that the row has; not where the command line sets the value."""
+    _, pipeline, overrides = load_pipeline("lrat-table2", {})
+    notes = pipeline.stages[0].collect_row_notes(overrides)
+    expected = "bound.total = 5: not the paper's setting: C = 5, the paper's 0.1"
+    assert notes["LRAT-TRADES at 60"][0] == expected
+    assert "LRAT-TRADES literal" not in notes
+    assert any("burn_in = 30: not given by the paper" in note for note in notes["GAIR-TRADES"])
+    _, pipeline, overrides = load_pipeline("gairat-fig13", {})
+    notes = pipeline.stages[0].collect_row_notes(overrides)
+    assert notes["lambda 2"][0].startswith("lam = 2: not given by the paper")
+    assert "AT" not in notes
+    _, pipeline, overrides = load_pipeline("gairat-fig11", {"optim.lr": 0.1})
+    assert pipeline.stages[0].collect_row_notes(overrides) == {}
+
+
+def test_ranking_different_threats_is_warned_of(tmp_path) -> None:
+    file = tmp_path / "mixed.yaml"
+    promote = "{kind: promote, per_method: PER_METHOD}"
+    text = f"""
+stages:
+  - {{kind: tune, space: at}}
+  - {{kind: tune, space: gairat, set: {{"*.eps": 0.1}}}}
+  - {promote}
+"""
+    for per_method, expected in (
+        (
+            "false",
+            "ranks candidates of different threat models: Linf eps 0.15 (at); Linf eps 0.1 "
+            "(gairat); give all of them one, for example with set: {'*.eps': 8/255}",
+        ),
+        ("true", None),
+    ):
+        file.write_text(text.replace("PER_METHOD", per_method))
+        _, pipeline, overrides = load_pipeline(str(file), {})
+        *_, (stage, configs) = pipeline.iter_stages_with_received_configs(overrides)
+        assert list(iter_ranking_warnings(stage, configs)) == ([expected] if expected else [])
 
 
 @pytest.fixture(scope="module")

@@ -260,6 +260,7 @@ def test_a_file_that_sets_a_path_drops_the_note_on_it(tmp_path):
     file.write_text("extends: lrat-table2\nmethod.terms.bound.weight.total: 3\n")
     assert list(load_preset_notes(str(file))) == ["method.normalise"]
     assert load_preset_notes(str(file), ["method.normalise"]) == {}
+    assert list(load_preset_notes("lrat-table2", ["*.total"])) == ["method.normalise"]
     file.write_text("extends: lrat-table2\nnotes: [a]\n")
     with pytest.raises(SpecError, match="must be a mapping from paths to text"):
         resolve_training_config(str(file), {})

@@ -12,6 +12,7 @@ from pipeline_builders import build_candidate, build_evaluation_result
 
 from raysweep.pipeline.artifact import Artifact, EvaluationResult
 from raysweep.pipeline.facts import ReportChanges
+from raysweep.pipeline.published_results import compare_with_paper, load_paper_table
 from raysweep.pipeline.report.ablations import build_ablation_sections
 from raysweep.pipeline.report.document import (
     Banner,
@@ -26,8 +27,10 @@ from raysweep.pipeline.report.sections import (
     build_curve_sections,
     build_evaluation_sections,
     build_objective_sections,
+    build_paper_comparison_sections,
     build_provenance_section,
     build_registry_sections,
+    build_row_note_sections,
 )
 from raysweep.pipeline.report.stage import (
     ReportStage,
@@ -36,6 +39,7 @@ from raysweep.pipeline.report.stage import (
     _compute_median_accuracies,
     _format_subtitle,
 )
+from raysweep.pipeline.stage import UpstreamResults, find_best_candidate_evaluation
 from raysweep.pipeline.statistics import McNemarResult
 
 
@@ -334,16 +338,89 @@ def test_a_regression_is_a_verdict_of_worse_or_a_number_below_the_floor() -> Non
 
 def test_the_line_to_read() -> None:
     best = build_result("b", 0.4321, 0.8765, seed=2)
-    assert _build_verdict_banner(best, []) == Banner(
+    assert _build_verdict_banner(best, [], [best]) == Banner(
         "No regression. b, seed 2, best epoch, chosen on validation: 43.21% under AA (95% 42.21% "
         "to 44.21%), "
         "87.65% clean.",
         is_good=True,
     )
-    assert _build_verdict_banner(best, ["x", "y"]) == Banner("Regression: x; y.", is_good=False)
+    assert _build_verdict_banner(best, ["x", "y"], [best]) == Banner(
+        "Regression: x; y.", is_good=False
+    )
     assert _format_subtitle(best).endswith(
         "; cifar10, resnet18, Linf eps 0.03137; 10000 of 10000 test examples"
     )
+
+
+def test_different_threats_are_not_ranked() -> None:
+    """No checkpoint is chosen, each threat has a table, and no correlation mixes them."""
+    results = [
+        build_result("AT", 0.50),
+        build_result("GAIRAT", 0.52, eps=0.031),
+        build_result("LRAT", 0.49),
+    ]
+    banner = _build_verdict_banner(results[0], [], results)
+    assert banner.is_good is None and banner.text == (
+        "Not ranked: the rows have different threat models, Linf eps 0.03137 (AT, LRAT); Linf eps "
+        "0.031 (GAIRAT). Accuracies at one of them say nothing about another."
+    )
+    (section,) = build_evaluation_sections(results, results[0])
+    titles = [getattr(part, "text", "") for part in section.parts]
+    tables = [section.parts[titles.index(f"Linf eps {eps}:") + 1] for eps in (0.03137, 0.031)]
+    assert [[row[0] for row in table.rows] for table in tables] == [["AT", "LRAT"], ["GAIRAT"]]
+    (objective,) = build_objective_sections(results)
+    assert objective.parts == [
+        Paragraph("Not computed: the checkpoints were attacked under different threat models.")
+    ]
+    one_threat = [results[0], results[2]]
+    (section,) = build_evaluation_sections(one_threat, results[0])
+    assert [row[0] for row in section.parts[1].rows] == ["AT (chosen)", "LRAT"]
+
+
+def test_the_best_is_among_those_of_the_first_threat() -> None:
+    results = [build_result("AT", 0.50, score=0.4), build_result("RST", 0.6, score=0.9, eps=0.031)]
+    artifact = Artifact(
+        kind="autoattack",
+        key="k",
+        stage={},
+        inputs=(),
+        candidates=tuple(result.candidate for result in results),
+        evaluations=tuple(results),
+    )
+    best = find_best_candidate_evaluation(UpstreamResults((artifact,)))
+    assert best.candidate.label == "AT"
+
+
+def test_notes_stand_in_the_first_line_of_their_row() -> None:
+    table = load_paper_table("gairat-table3")
+    results = [build_result("RST", 0.59, which="last"), build_result("GAIR-RST", 0.6, which="last")]
+    comparisons = compare_with_paper(table, results)
+    (section,) = build_paper_comparison_sections(table, comparisons, {"RST": ["one", "two"]})
+    lines = section.parts[1].rows
+    assert section.parts[1].headers[-1] == "note"
+    assert [(line[0], line[2], line[-1]) for line in lines[:4]] == [
+        ("RST", "Natural", "one; two"),
+        ("RST", "AA", ""),
+        ("GAIR-RST", "Natural", ""),
+        ("GAIR-RST", "AA", ""),
+    ]
+    assert (
+        lines[4:6]
+        == [
+            ["Gowal et al. (2020)", "", "Natural", "", "", "89.48", "", "", "reference only", ""],
+            ["Gowal et al. (2020)", "", "AA", "", "", "62.60", "", "", "reference only", ""],
+        ]
+        and len(lines) == 4 + 2 * 5
+    )
+    reasons = {c.row: c.reasons for c in comparisons}
+    assert "other eps (0.03137, not 0.031)" in reasons["GAIR-RST"]
+    assert not any("eps" in reason for reason in reasons["RST"]), "its number is at 8/255"
+
+
+def test_notes_of_pipelines_without_a_paper_have_a_section() -> None:
+    (section,) = build_row_note_sections({"a": ("x", "y"), "b": ("z",)})
+    assert section.parts[0].rows == [["a", "x"], ["a", "y"], ["b", "z"]]
+    assert build_row_note_sections({}) == []
 
 
 def test_what_changed_since_the_last_report() -> None:

@@ -61,8 +61,12 @@ class SweepSummary(StageFacts):
 class SweepFacts(StageFacts):
     """Facts of the stages tune and train."""
 
+    later_fields: ClassVar[frozenset[str]] = frozenset({"row_notes"})
+
     sweeps: tuple[SweepSummary, ...] = ()
     """The sweeps that the stage ran."""
+    row_notes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """What the presets of the rows say of settings that their paper does not give, by label."""
 
 
 class PromoteFacts(SweepFacts):

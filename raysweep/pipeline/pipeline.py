@@ -214,6 +214,37 @@ def _find_stage_problems(
     return stage.find_problems()
 
 
+def iter_ranking_warnings(
+    stage: Stage, upstream_configs: Sequence[TrainingConfig]
+) -> Iterator[str]:
+    """Find candidates that a stage ranks although they are validated at different radii.
+
+    Args:
+        stage: Any stage.
+        upstream_configs: Training configs of the candidates that it receives.
+
+    Yields:
+        One line for each group of candidates that it ranks.
+    """
+    if not isinstance(stage, PromoteStage | RegisterStage):
+        return
+    groups: dict[str, dict[str, list[str]]] = {}
+    for config in upstream_configs:
+        method = config.method.name
+        group = groups.setdefault(method if getattr(stage, "per_method", False) else "", {})
+        group.setdefault(config.validation.threat, []).append(method)
+    for threats in groups.values():
+        if len(threats) > 1:
+            found = "; ".join(
+                f"{threat} ({', '.join(dict.fromkeys(methods))})"
+                for threat, methods in threats.items()
+            )
+            yield (
+                f"ranks candidates of different threat models: {found}; "
+                "give all of them one, for example with set: {'*.eps': 8/255}"
+            )
+
+
 def _list_candidate_configs(
     stage: Stage, training_overrides: TrainingOverrides, upstream_configs: list[TrainingConfig]
 ) -> list[TrainingConfig]:

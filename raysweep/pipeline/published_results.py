@@ -49,6 +49,8 @@ class PaperProtocol(Spec):
 class PaperTable(Spec):
     """A table of a paper."""
 
+    later_fields: ClassVar[frozenset[str]] = frozenset({"eps", "row_notes", "references"})
+
     source: str
     """Paper and number of the table."""
     tolerance: Annotated[Number, Field(gt=0)]
@@ -59,8 +61,14 @@ class PaperTable(Spec):
     """Network of each row."""
     epochs: dict[str, int] = Field(default_factory=dict)
     """Training epochs of the rows that differ from the protocol."""
+    eps: dict[str, Number] = Field(default_factory=dict)
+    """Radius of the perturbations of the rows that differ from the protocol."""
     rows: dict[str, dict[str, dict[str, PaperValue]]]
     """Row, then checkpoint (`best` or `last`), then metric, with the number of the paper."""
+    references: dict[str, dict[str, PaperValue]] = Field(default_factory=dict)
+    """Further rows of the paper that are only shown: row, then metric, with the number."""
+    row_notes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """What to say of a row, beside its numbers."""
     notes: tuple[str, ...] = ()
     """Sentences to print below the table."""
 
@@ -205,8 +213,9 @@ def _find_incomparable_reasons(
     if actual["epochs"] != epochs:
         fewer_or_more = "fewer" if actual["epochs"] < epochs else "more"
         reasons.append(f"{fewer_or_more} epochs ({actual['epochs']}, not {epochs})")
-    if abs(actual["eps"] - expected.eps) > 1e-3 * expected.eps:
-        reasons.append(f"other eps ({actual['eps']:.4g}, not {expected.eps:.4g})")
+    eps = table.eps.get(row, expected.eps)
+    if abs(actual["eps"] - eps) > 1e-3 * eps:
+        reasons.append(f"other eps ({actual['eps']:.4g}, not {eps:.4g})")
     if actual["examples"] != expected.examples:
         reasons.append(f"{actual['examples']} test examples, not {expected.examples}")
     if actual["train_size"] is not None:

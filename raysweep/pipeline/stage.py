@@ -88,10 +88,30 @@ class UpstreamResults:
         )
 
 
+def group_by_threat(
+    evaluations: Sequence[EvaluationResult],
+) -> dict[str, list[EvaluationResult]]:
+    """Group evaluations that can be ranked: those with the same norm and radius.
+
+    Args:
+        evaluations: Results on the test set.
+
+    Returns:
+        Evaluations by norm and radius, such as `Linf eps 0.031`, in their order.
+    """
+    groups: dict[str, list[EvaluationResult]] = {}
+    for evaluation in evaluations:
+        groups.setdefault(f"{evaluation.norm} eps {evaluation.eps:.4g}", []).append(evaluation)
+    return groups
+
+
 def find_best_candidate_evaluation(
     upstream: UpstreamResults, attack: str | None = None
 ) -> EvaluationResult:
     """Find the evaluation of the candidate with the best validation result.
+
+    Candidates that were attacked with other radii cannot be compared: if there are any, those
+    with the radius of the first evaluation are.
 
     Args:
         upstream: Results of the earlier stages.
@@ -103,7 +123,12 @@ def find_best_candidate_evaluation(
     Raises:
         StageFailed: If no such attack was run on the candidate.
     """
-    best = select_best_candidate(upstream.candidates)
+    candidates, threats = upstream.candidates, group_by_threat(upstream.evaluations)
+    if len(threats) > 1:
+        first_group = next(iter(threats.values()))
+        checkpoints = {evaluation.candidate.checkpoint for evaluation in first_group}
+        candidates = tuple(c for c in candidates if c.checkpoint in checkpoints)
+    best = select_best_candidate(candidates)
     of_best = [
         evaluation
         for evaluation in upstream.evaluations

@@ -25,10 +25,10 @@ from raysweep.pipeline.stage_sweep import (
     summarize_sweep,
 )
 from raysweep.schedules import Number
-from raysweep.spec import JsonDict, Spec, SpecError
-from raysweep.sweep.search_space import SearchSpace
+from raysweep.spec import JsonDict, Spec, SpecError, flatten_spec
+from raysweep.sweep.search_space import SearchSpace, param_labels
 from raysweep.training.config import TrainingConfig
-from raysweep.training.presets import load_preset
+from raysweep.training.presets import load_preset, load_preset_notes
 
 
 class TrainingRow(Spec):
@@ -111,6 +111,34 @@ class TrainStage(Stage):
         overrides = training_overrides.merge({**self.set, **row.set})
         return build_seed_grid(method, {**base, **overrides}, self.seeds)
 
+    def collect_row_notes(
+        self, training_overrides: TrainingOverrides
+    ) -> dict[str, tuple[str, ...]]:
+        """Collect the notes of the rows' presets, with the values of the settings.
+
+        Args:
+            training_overrides: Settings of the pipeline and of the command line. There is no note
+                on what these or the stage set for all rows.
+
+        Returns:
+            Sentences for each row that has any, by its label.
+        """
+        overridden = training_overrides.merge(self.set)
+        row_notes = {}
+        for label, config in self._build_configs(training_overrides).items():
+            preset = self.runs[label].preset
+            if preset is None:
+                continue
+            notes = load_preset_notes(preset, overridden)
+            values, names = flatten_spec(config), param_labels(list(notes))
+            sentences = []
+            for path, note in notes.items():
+                value = f" = {_format_value(values[path])}" if path in values else ""
+                sentences.append(f"{names[path]}{value}: {note}")
+            if sentences:
+                row_notes[label] = tuple(sentences)
+        return row_notes
+
     def _build_configs(self, training_overrides: TrainingOverrides) -> dict[str, TrainingConfig]:
         """Build the training config of each row, by label."""
         spaces = self.build_seed_spaces(training_overrides)
@@ -144,4 +172,12 @@ class TrainStage(Stage):
             ledger = run_stage_sweep(context, folder, space, self.cpus, self.gpus)
             candidates += iter_seed_candidates(context, ledger, label, self.checkpoints)
             sweeps.append(summarize_sweep(context, ledger))
-        return StageResult(tuple(candidates), facts=SweepFacts(sweeps=tuple(sweeps)))
+        facts = SweepFacts(
+            sweeps=tuple(sweeps), row_notes=self.collect_row_notes(context.training_overrides)
+        )
+        return StageResult(tuple(candidates), facts=facts)
+
+
+def _format_value(value: Any) -> str:
+    """Format a number with four digits, anything else as text."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

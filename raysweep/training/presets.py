@@ -8,6 +8,7 @@ them or has others.
 """
 
 from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def load_preset_notes(name: str, overridden_paths: Collection[str] = ()) -> dict
 
     Args:
         name: Name of a preset, or path of a YAML file with the content of one.
-        overridden_paths: Dotted paths that the run sets itself: notes on them are left out.
+        overridden_paths: Dotted paths, with or without `*`, that the run sets itself: notes on
+            them are left out.
 
     Returns:
         Sentence by the dotted path of the setting. A file that sets a path of the preset that it
@@ -85,7 +87,11 @@ def load_preset_notes(name: str, overridden_paths: Collection[str] = ()) -> dict
     is_file = name.endswith((".yaml", ".yml"))
     content = _read_preset_file(Path(name)) if is_file else _read_preset(name)
     notes = content.get(_NOTES_KEY, {})
-    return {path: note for path, note in notes.items() if path not in overridden_paths}
+    return {
+        path: note
+        for path, note in notes.items()
+        if not any(fnmatchcase(path, pattern) for pattern in overridden_paths)
+    }
 
 
 def resolve_training_config(source: str, overrides: Mapping[str, Any]) -> TrainingConfig:

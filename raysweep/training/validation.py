@@ -117,6 +117,23 @@ class Validation(Spec):
         """Return the images of a data set that `split` names."""
         return data.test if self.split == "test" else data.val
 
+    @property
+    def threat(self) -> str:
+        """Norm and radius of the attacks, such as `Linf eps 0.031`; "" if none has a radius."""
+        for attack in self._find_sized_attacks().values():
+            return f"{attack.norm} eps {_format_setting(attack.eps)}"
+        return ""
+
+    def _find_sized_attacks(self) -> dict[str, Any]:
+        """Return all attacks that have a radius, also those in cascades, by dotted path."""
+        attacks: dict[str, Any] = {}
+        for part, named_attacks in (("attacks", self.attacks), ("finish", self.finish)):
+            for name, attack in named_attacks.items():
+                attacks[f"{part}.{name}"] = attack
+                for inner_name, inner in getattr(attack, "attacks", {}).items():
+                    attacks[f"{part}.{name}.attacks.{inner_name}"] = inner
+        return {path: attack for path, attack in attacks.items() if hasattr(attack, "eps")}
+
     def find_threat_problem(self) -> str | None:
         """Describe attacks of different radius or norm, whose results do not belong together.
 
@@ -125,13 +142,10 @@ class Validation(Spec):
         Returns:
             One line with the path of the setting; None if all attacks have one threat model.
         """
-        attacks = {f"attacks.{name}": attack for name, attack in self.attacks.items()}
-        attacks |= {f"finish.{name}": attack for name, attack in self.finish.items()}
-        sized = {path: attack for path, attack in attacks.items() if hasattr(attack, "eps")}
-        if not sized:
-            return None
-        first_path, first = next(iter(sized.items()))
+        sized = self._find_sized_attacks()
+        first_path = next(iter(sized), "")
         for path, attack in sized.items():
+            first = sized[first_path]
             for key in ("eps", "norm"):
                 value, expected = getattr(attack, key), getattr(first, key)
                 if not _is_same_setting(value, expected):

@@ -4,11 +4,16 @@ A section without content is left out.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
 from raysweep.formatting import format_duration
-from raysweep.pipeline.artifact import Artifact, EvaluationResult, select_ranking_metrics
+from raysweep.pipeline.artifact import (
+    Artifact,
+    Candidate,
+    EvaluationResult,
+    select_ranking_metrics,
+)
 from raysweep.pipeline.facts import RegisterFacts, SweepFacts
 from raysweep.pipeline.published_results import PaperComparison, PaperTable
 from raysweep.pipeline.report import figures
@@ -19,6 +24,7 @@ from raysweep.pipeline.report.document import (
     SectionPart,
     Table,
 )
+from raysweep.pipeline.stage import group_by_threat
 from raysweep.pipeline.statistics import AccuracySummary, kendall_tau, summarize_accuracies
 from raysweep.spec import JsonDict
 
@@ -47,13 +53,16 @@ _METRIC_PREFIX_LABELS = {
 
 
 def build_paper_comparison_sections(
-    table: PaperTable | None, comparisons: Sequence[PaperComparison]
+    table: PaperTable | None,
+    comparisons: Sequence[PaperComparison],
+    row_notes: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Section]:
     """Build the section that compares our results with a paper.
 
     Args:
         table: The paper's table; None if the pipeline compares with none.
         comparisons: Our results beside the paper's.
+        row_notes: Sentences about rows, by label; the first line of a row shows them.
 
     Returns:
         One section; empty without a table.
@@ -85,13 +94,21 @@ def build_paper_comparison_sections(
         ]
         for c in comparisons
     ]
+    rows += [
+        [row, "", metric, "", "", f"{value.value:.2f}", "", "", "reference only"]
+        for row, metrics in table.references.items()
+        for metric, value in metrics.items()
+    ]
+    if row_notes:
+        headers.append("note")
+        _add_row_notes(rows, row_notes)
     parts: list[SectionPart] = [
         Paragraph(
             f"{table.source}. Test accuracy in percent: median ± standard deviation over seeds. "
             "The interval accounts for the seeds and for the finite test set. Reproduced: the "
             "difference is within the tolerance, and so is half the width of the interval."
         ),
-        Table(headers, rows, text_columns=("epoch", "metric", "verdict")),
+        Table(headers, rows, text_columns=("epoch", "metric", "verdict", "note")),
     ]
     reasons = dict.fromkeys((c.row, "; ".join(c.reasons)) for c in comparisons if c.reasons)
     for row, reason in reasons:
@@ -106,6 +123,31 @@ def build_paper_comparison_sections(
             )
         )
     return [Section("Beside the paper", parts)]
+
+
+def _add_row_notes(rows: list[list[str]], row_notes: Mapping[str, Sequence[str]]) -> None:
+    """Append a cell to each line: the notes of its row in the first line, "" in the others."""
+    seen: set[str] = set()
+    for cells in rows:
+        row = cells[0]
+        cells.append("" if row in seen else "; ".join(row_notes.get(row, ())))
+        seen.add(row)
+
+
+def build_row_note_sections(row_notes: Mapping[str, Sequence[str]]) -> list[Section]:
+    """Build the section of settings that the paper of the rows does not give, or gives otherwise.
+
+    Args:
+        row_notes: Sentences about rows, by label.
+
+    Returns:
+        One section; empty without notes.
+    """
+    rows = [[row, note] for row, notes in row_notes.items() for note in notes]
+    if not rows:
+        return []
+    table = Table(["row", "note"], rows, text_columns=("note",))
+    return [Section("What the paper does not say", [table])]
 
 
 def build_evaluation_sections(
@@ -131,7 +173,7 @@ def build_evaluation_sections(
                     f"the robust accuracy on validation; a gap over {gap} points stands out. "
                     "Each checkpoint was run on the test set once."
                 ),
-                _build_accuracy_table(evaluations, best_evaluation),
+                *_build_accuracy_tables(evaluations, best_evaluation),
                 *_build_selection_paragraphs(evaluations),
                 *_build_warning_paragraphs(evaluations),
                 _build_attack_table(shown),
@@ -147,16 +189,26 @@ def build_evaluation_sections(
     ]
 
 
-def _build_accuracy_table(
+def _build_accuracy_tables(
     evaluations: Sequence[EvaluationResult], best_evaluation: EvaluationResult
-) -> Table:
+) -> Iterator[SectionPart]:
+    """Yield a table for each threat model; with several of them no checkpoint is the chosen one."""
+    threats = group_by_threat(evaluations)
+    if len(threats) == 1:
+        yield _build_accuracy_table(evaluations, best_evaluation.candidate)
+        return
+    for threat, members in threats.items():
+        yield Paragraph(f"{threat}:")
+        yield _build_accuracy_table(members, None)
+
+
+def _build_accuracy_table(evaluations: Sequence[EvaluationResult], best: Candidate | None) -> Table:
     """Build a table with a row for each label, kind of checkpoint and attack."""
     metric = select_ranking_metrics(e.candidate for e in evaluations)[0]
-    best = best_evaluation.candidate
     rows = []
     for key, members in _group_evaluations(evaluations).items():
         label, checkpoint_kind, _ = key
-        is_best = (label, checkpoint_kind) == (best.label, best.checkpoint_kind)
+        is_best = best is not None and (label, checkpoint_kind) == best.row
         rows.append(_format_accuracy_row(key, members, metric, is_best))
     headers = [
         "checkpoint",
@@ -265,6 +317,9 @@ def build_objective_sections(evaluations: Sequence[EvaluationResult]) -> list[Se
     standard = [e for e in evaluations if e.is_autoattack and metric in e.candidate.metrics]
     if len(standard) < 2:
         return []
+    if len(group_by_threat(standard)) > 1:
+        text = "Not computed: the checkpoints were attacked under different threat models."
+        return [Section("Does the objective rank as AutoAttack does?", [Paragraph(text)])]
     scores = [e.candidate.score(metric) for e in standard]
     tau = kendall_tau(scores, [e.robust for e in standard])
     result = "unknown, because one of them is constant" if tau is None else f"{tau:+.2f}"

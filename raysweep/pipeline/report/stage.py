@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal
@@ -11,7 +12,7 @@ from pydantic import Field
 
 from raysweep.checkpoint_evaluation import EXAMPLES_FILE
 from raysweep.pipeline.artifact import Artifact, EvaluationResult
-from raysweep.pipeline.facts import ReportChanges, ReportFacts
+from raysweep.pipeline.facts import ReportChanges, ReportFacts, SweepFacts
 from raysweep.pipeline.paired_comparison import (
     compare_shared_examples,
     extract_comparison_protocol,
@@ -40,6 +41,7 @@ from raysweep.pipeline.report.sections import (
     build_paper_comparison_sections,
     build_provenance_section,
     build_registry_sections,
+    build_row_note_sections,
     format_time,
 )
 from raysweep.pipeline.report.training_dynamics import (
@@ -53,6 +55,7 @@ from raysweep.pipeline.stage import (
     TrainingOverrides,
     UpstreamResults,
     find_best_candidate_evaluation,
+    group_by_threat,
 )
 from raysweep.schedules import Number
 from raysweep.spec import JsonDict, SpecError
@@ -99,16 +102,18 @@ class ReportStage(Stage):
         regressions = self._find_regressions(best, changes)
         table = self._load_configured_table()
         comparisons = compare_with_paper(table, upstream.evaluations) if table else []
+        row_notes = _collect_row_notes(upstream, table)
         figures = draw_training_figures(
             load_checkpoint_target(context.resolve_reference(best.candidate.checkpoint), {})
         )
-        banner = _build_verdict_banner(best, regressions)
+        banner = _build_verdict_banner(best, regressions, upstream.evaluations)
         document = ReportDocument(
             title=f"raysweep {context.pipeline_name}",
             subtitle=_format_subtitle(best),
             sections=[
                 Section("Verdict", [banner, *_build_changes_parts(changes)]),
-                *build_paper_comparison_sections(table, comparisons),
+                *build_paper_comparison_sections(table, comparisons, row_notes),
+                *([] if table else build_row_note_sections(row_notes)),
                 *_build_result_sections(context, upstream, best, figures),
             ],
         )
@@ -276,10 +281,39 @@ def _format_subtitle(best_evaluation: EvaluationResult) -> str:
     )
 
 
-def _build_verdict_banner(best_evaluation: EvaluationResult, regressions: list[str]) -> Banner:
-    """Build the line that states the regressions, or that there is none."""
+def _collect_row_notes(
+    upstream: UpstreamResults, table: PaperTable | None
+) -> dict[str, tuple[str, ...]]:
+    """Collect what the paper's table and the presets say of each row."""
+    row_notes = dict(table.row_notes) if table else {}
+    for artifact in upstream.artifacts:
+        for label, notes in artifact.read_facts(SweepFacts).row_notes.items():
+            row_notes[label] = (*row_notes.get(label, ()), *notes)
+    return row_notes
+
+
+def _build_verdict_banner(
+    best_evaluation: EvaluationResult,
+    regressions: list[str],
+    evaluations: Sequence[EvaluationResult],
+) -> Banner:
+    """Build the line that states the regressions, or that there is none.
+
+    Checkpoints that were attacked with different radii are not ranked.
+    """
     if regressions:
         return Banner("Regression: " + "; ".join(regressions) + ".", is_good=False)
+    threats = group_by_threat(evaluations)
+    if len(threats) > 1:
+        labels = {
+            threat: dict.fromkeys(e.candidate.label for e in members)
+            for threat, members in threats.items()
+        }
+        found = "; ".join(f"{threat} ({', '.join(rows)})" for threat, rows in labels.items())
+        return Banner(
+            f"Not ranked: the rows have different threat models, {found}. Accuracies at one of "
+            "them say nothing about another."
+        )
     low, high = best_evaluation.intervals["robust"]
     return Banner(
         f"No regression. {best_evaluation.candidate.title}, chosen on validation: "
