@@ -40,6 +40,7 @@ class GcsServer(ThreadingHTTPServer):
         buckets: Name of a bucket -> key -> object.
         refuses: Whether every request is answered with 403.
         ignores_conditions: Whether objects are written whatever the request's conditions are.
+        n_answers_to_lose: How many of the next uploads are not answered, although they are done.
     """
 
     daemon_threads = True
@@ -50,6 +51,7 @@ class GcsServer(ThreadingHTTPServer):
         self.buckets: dict[str, dict[str, StoredObject]] = {}
         self.refuses = False
         self.ignores_conditions = False
+        self.n_answers_to_lose = 0
         self.lock = threading.Lock()
         self.last_generation = 1700000000000000
         # Id of an upload -> number of a part -> its content.
@@ -232,6 +234,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, text.encode(), {"Content-Type": "application/xml"})
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        if self.command == "PUT" and self.server.n_answers_to_lose:
+            self.server.n_answers_to_lose -= 1
+            self.close_connection = True
+            return
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

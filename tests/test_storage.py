@@ -23,6 +23,7 @@ from conftest import tiny
 from forked_processes import ForkedProcess
 from gcs_server import serve_gcs
 from moto.server import ThreadedMotoServer
+from pyarrow import fs
 from safetensors.torch import load_file
 from test_prefix import record_answers, wait_for_refusals
 from test_workers import in_processes
@@ -149,6 +150,38 @@ def test_a_checkpoint_comes_back_on_another_machine(any_uri: str, tmp_path: Path
         tiny("at", epochs=4), path, FunctionCallback(lambda metrics, saved: rows.append(metrics))
     )
     assert rows == last.history, "nothing is trained again"
+
+
+def test_what_earlier_versions_wrote_is_read(uri: str) -> None:
+    """They used pyarrow, which leaves empty objects for folders."""
+    host = uri.partition("endpoint_override=")[2].partition("&")[0]
+    files = fs.S3FileSystem(endpoint_override=host, scheme="http", allow_delayed_open=True)
+    root = open_path(uri) / "s"
+    bucket_path = f"{parse_bucket_uri(uri).bucket}/{root.key}"
+
+    def write(key: str) -> None:
+        with files.open_output_stream(f"{bucket_path}/{key}") as stream:
+            stream.write(key.encode())
+
+    for key in ("sweep.json", "trials/0000/trial.json", "trials/0000/epoch-0001/meta.json"):
+        write(key)
+    write("trials/0000/epoch-0001/weights.bin")
+    write("trials/0000/epoch-0002/meta.json")
+    files.delete_file(f"{bucket_path}/trials/0000/epoch-0002/meta.json")
+    write("gone/x")
+    files.delete_file(f"{bucket_path}/gone/x")
+    assert in_bucket(root) == [
+        "sweep.json",
+        "trials/0000/epoch-0001/meta.json",
+        "trials/0000/epoch-0001/weights.bin",
+        "trials/0000/trial.json",
+    ]
+    assert (root / "trials" / "0000").list_folders_containing() == ["epoch-0001"]
+    folder = (root / "trials" / "0000" / "epoch-0001").fetch_checkpoint()
+    assert folder is not None
+    assert sorted(file.name for file in folder.iterdir()) == ["meta.json", "weights.bin"]
+    root.delete_folder()
+    assert in_bucket(root) == []
 
 
 def test_half_a_push_is_no_checkpoint(any_uri: str, tmp_path: Path) -> None:

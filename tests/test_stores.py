@@ -1,18 +1,35 @@
 """The contract of stores, which a folder, an S3 bucket and a bucket of Google's protocol keep."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.request import Request, urlopen
 
+import forked_processes
 import pytest
 from gcs_server import GcsServer, serve_gcs
 from moto.backends import get_backend
-from moto.server import ThreadedMotoServer
+from moto.server import DomainDispatcherApplication, ThreadedMotoServer, create_backend_app
+from werkzeug.serving import make_server
 
-from raysweep.stores import BucketStore, Store, StoredFileNotFound, VersionedContent, open_store
+from raysweep.cli import main
+from raysweep.stores import (
+    BucketStore,
+    FolderStore,
+    Store,
+    StoreAccessRefused,
+    StoredFileNotFound,
+    StoreUnavailable,
+    VersionedContent,
+    open_path,
+    open_store,
+    require_conditional_writes,
+)
 from raysweep.stores.bucket_store import RetrySettings
 from raysweep.stores.opening import parse_bucket_uri
 
@@ -140,13 +157,17 @@ class TestStore:
 
     def test_more_files_are_listed_than_a_server_sends_at_once(self, store: Store) -> None:
         if isinstance(store, BucketStore) and store.location.scheme == "s3":
-            # The server of these tests runs in this process; its protocol takes 7 s for so many.
+            # The server runs in this process; requests for so many would take 7 s.
             backend = get_backend("s3")["123456789012"]["aws"]
             for number in range(1005):
-                backend.put_object(store.location.bucket, f"some/where/f/{number:04d}", b"")
+                backend.put_object(store.location.bucket, f"some/where/f/{number:04d}", b"1")
+        elif isinstance(store, FolderStore):
+            (store.path / "f").mkdir(parents=True)
+            for number in range(1005):
+                (store.path / "f" / f"{number:04d}").write_bytes(b"1")
         else:
             for number in range(1005):
-                store.write_bytes(f"f/{number:04d}", b"")
+                store.write_bytes(f"f/{number:04d}", b"1")
         assert [file.key for file in store.list_files()] == [f"f/{n:04d}" for n in range(1005)]
 
     def test_subfolders_are_those_with_files_below_them(self, store: Store) -> None:
@@ -240,3 +261,155 @@ def read_checkpoint(store: Store, key: str) -> dict[str, bytes]:
     folder = store.fetch_checkpoint(key)
     assert folder is not None
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def count_up(location: str, times: int) -> None:
+    """Add 1 to a number in a file again and again, in a process of its own."""
+    store = open_store(location)
+    for _ in range(times):
+        while True:
+            current = store.read_versioned("number")
+            assert current is not None
+            new = str(int(current.data) + 1).encode()
+            if store.replace("number", new, current.version) is not None:
+                break
+
+
+def test_no_update_of_four_processes_in_a_folder_is_lost(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.write_bytes("number", b"0")
+    processes = [forked_processes.start_function(count_up, str(tmp_path), 5) for _ in range(4)]
+    assert [process.wait() for process in processes] == [0] * 4
+    assert store.read_bytes("number") == b"20"
+    assert [file.name for file in tmp_path.iterdir()] == ["number"], "no lock is left"
+
+
+def list_operations(store: Store) -> list[Callable[[], object]]:
+    return [
+        lambda: store.read_bytes("a"),
+        lambda: store.read_versioned("a"),
+        lambda: store.read_matching("", "*"),
+        lambda: store.write_bytes("a", b"1"),
+        lambda: store.create("a", b"1"),
+        lambda: store.replace("a", b"1", "1"),
+        lambda: store.delete("a"),
+        lambda: store.list_files(),
+        lambda: store.list_subfolders("a"),
+        lambda: store.fetch_checkpoint("a"),
+        lambda: write_checkpoint(store, "a", "text"),
+    ]
+
+
+@contextmanager
+def refusing(store: BucketStore, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let a server refuse all requests."""
+    if store.location.scheme == "gs":
+        server = request.getfixturevalue("gcs")
+        server.refuses = True
+        try:
+            yield
+        finally:
+            server.refuses = False
+        return
+
+    def check_credentials_after(n_requests: str) -> None:
+        url = f"http://{request.getfixturevalue('s3_host')}/moto-api/reset-auth"
+        urlopen(Request(url, n_requests.encode(), {"Content-Type": "text/plain"})).read()
+
+    check_credentials_after("0")
+    try:
+        yield
+    finally:
+        check_credentials_after("inf")
+
+
+@pytest.mark.parametrize("store", ["s3", "gs"], indirect=True)
+def test_a_refusal_is_an_error_of_its_own_at_once(
+    store: BucketStore, request: pytest.FixtureRequest
+) -> None:
+    with refusing(store, request):
+        for operation in list_operations(store):
+            with pytest.raises(StoreAccessRefused, match="credentials come from the environment"):
+                operation()
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_an_outage_is_an_error_of_its_own_after_a_while(scheme: str, tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        login = "anonymous@" if scheme == "gs" else ""
+        uri = f"{scheme}://{login}bucket/x?endpoint_override={address}&scheme=http"
+        store = BucketStore(parse_bucket_uri(uri), RetrySettings(0.3, 0.2, 0.1))
+        operations = list_operations(store)
+        began = time.monotonic()
+        with ThreadPoolExecutor(len(operations)) as pool:
+            for answer in [pool.submit(operation) for operation in operations]:
+                with pytest.raises(StoreUnavailable, match="the bucket does not answer"):
+                    answer.result()
+        assert time.monotonic() - began > 0.3
+
+
+def test_an_upload_whose_answer_is_lost_is_not_taken_for_anothers(gcs: GcsServer) -> None:
+    gcs.create_bucket("lost")
+    store = open_bucket(f"gs://anonymous@lost/x?endpoint_override={gcs.address}&scheme=http")
+    gcs.n_answers_to_lose = 1
+    first = store.create("claim", b"1")
+    assert gcs.n_answers_to_lose == 0 and first is not None
+    assert store.read_versioned("claim") == VersionedContent(b"1", first)
+    gcs.n_answers_to_lose = 1
+    second = store.replace("claim", b"2", first)
+    assert store.read_versioned("claim") == VersionedContent(b"2", str(second))
+    assert store.create("claim", b"3") is None
+
+
+class IgnoringServer:
+    """An S3 server that writes objects whatever the conditions of requests are."""
+
+    def __init__(self) -> None:
+        self._application = DomainDispatcherApplication(create_backend_app)
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        environ.pop("HTTP_IF_NONE_MATCH", None)
+        environ.pop("HTTP_IF_MATCH", None)
+        return self._application(environ, start_response)
+
+
+@pytest.fixture(params=["s3", "gs"])
+def ignoring_uri(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A bucket without conditional writes."""
+    if request.param == "gs":
+        server = request.getfixturevalue("gcs")
+        server.create_bucket("ignoring")
+        server.ignores_conditions = True
+        yield f"gs://anonymous@ignoring/x?endpoint_override={server.address}&scheme=http"
+        server.ignores_conditions = False
+        return
+    server = make_server("127.0.0.1", 0, IgnoringServer(), threaded=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    create_s3_bucket(f"127.0.0.1:{server.port}", "ignoring")
+    yield f"s3://ignoring/x?endpoint_override=127.0.0.1:{server.port}&scheme=http"
+    server.shutdown()
+    thread.join()
+
+
+def test_a_bucket_without_conditional_writes_is_refused_in_one_line(
+    ignoring_uri: str, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workdir / "small.yaml").write_text("stages: [{kind: tune, space: at, trials: 1}]")
+    for command in (["tune", "at"], ["train", "at"], ["run", "small.yaml"]):
+        assert main([*command, "--storage", ignoring_uri]) == 3, command
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert "creates a file that exists already" in line and "conditional writes" in line
+    assert main(["doctor", "--storage", ignoring_uri]) == 3
+    out = capsys.readouterr().out
+    assert "BROKEN storage" in out and "creates a file that exists already" in out
+    assert open_path(ignoring_uri).list_files() == [], "the probe is gone"
+
+
+@pytest.mark.parametrize("store", ["s3", "gs"], indirect=True)
+def test_a_bucket_with_conditional_writes_is_accepted(store: BucketStore) -> None:
+    path = open_path(store.uri)
+    require_conditional_writes(path)
+    assert path.list_files() == []

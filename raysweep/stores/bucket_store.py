@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 _WRITER_ATTRIBUTE = "raysweep-writer"
 # Parts of obstore's messages if there is no bucket, or no right to use it.
 _REFUSAL_PATTERN = re.compile(
-    r"NoSuchBucket|InvalidAccessKeyId|SignatureDoesNotMatch|token request|[Cc]redential"
+    r"NoSuchBucket|InvalidAccessKeyId|SignatureDoesNotMatch|status code: 40[13]|token request"
+    r"|[Cc]redential"
 )
 _N_PARALLEL_REQUESTS = 16
 # Bytes of one request of a download.
@@ -187,6 +188,8 @@ class BucketStore:
                     if _matches(relative, pattern):
                         modified = entry["last_modified"].timestamp()
                         files.append(StoredFile(entry["path"], entry["size"], modified))
+        # Earlier versions left empty objects `FOLDER/`, which obstore lists as files `FOLDER`.
+        files = [file for file in files if file.size or self.has_file(file.key)]
         return sorted(files, key=lambda file: file.key)
 
     def list_subfolders(self, prefix: str) -> list[str]:
