@@ -1,47 +1,63 @@
-"""Kill the driver, trial processes and nodes of sweeps with SIGKILL at random moments, and count
-the lost epochs and trials.
+"""Kill drivers, workers and nodes of sweeps with SIGKILL at random moments, and count what is lost
+and what is trained twice.
 
-    python benchmarks/kills.py --kills 30 --out kills.json
+    python benchmarks/kills.py --kills 100 --out kills.json
 
 Starts a Ray cluster of three nodes on this machine: a head for the driver and two nodes of one CPU
-for the trials. For each number of workers a sweep of GAIRAT on digits (a grid, so that two sweeps
-have the same trials) runs undisturbed first. Then sweeps are killed at random, resumed with
-`--resume` if the driver was killed, and compared with the undisturbed one. Finished sweeps are
-stored in --out and not repeated. Prints the tables of kills.md.
+for the trials. Half of the sweeps are in a folder that all nodes share, half in a bucket (moto's S3
+server on this machine). All are GAIRAT on digits over the same grid. One runs undisturbed first;
+the others are killed again and again, resumed with `--resume` if it was the driver, and compared
+with the undisturbed one. Drivers and workers are forks of servers that have imported what they
+need; the workers' is that of the tests. Finished sweeps are stored in --out and not repeated.
+Prints the tables of kills.md.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
+import re
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
+from urllib.request import Request, urlopen
 
+ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAYSWEEP_TEST_FORKS", tempfile.mkdtemp(prefix="forks-"))
+os.environ.update(
+    AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="hush", AWS_EC2_METADATA_DISABLED="true"
+)
 
 import psutil
+import ray
+from measure import describe_machine
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
+from raysweep.cli import main as run_command_line
+from raysweep.stores import open_path
 from raysweep.sweep.ledger import Ledger
 
 SPACE = """
 method: gairat
 sampler: {kind: grid}
 scheduler: {kind: none}
-base: {epochs: 10, data.train_size: 320, data.val_size: 50, "*.attacks.*.steps": 5}
+base: {epochs: 12, data.train_size: 320, data.val_size: 50, "*.attacks.*.steps": 5}
 space:
   method.terms.pgd.weight.lam: {categorical: [-1.0, 1.0]}
   method.terms.pgd.weight.burn_in: {categorical: [2, 6]}
 """
+EPOCHS, N_TRIALS = 12, 4
 # Titles of Ray's processes that train, or wait for those that do.
 TRAINERS = (
     "ray::ImplicitFunc",
@@ -50,150 +66,243 @@ TRAINERS = (
     "ray::TrainController",
     "ray::_TrainSession",
 )
+# Arguments of nodes whose workers are forks.
+FORKED: dict[str, Any] = {
+    "setup_worker_path": str(ROOT / "tests" / "fork_worker.py"),
+    "include_log_monitor": False,
+}
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        "raysweep.sweep.tuner",
+        "raysweep.training.distributed",
+        "raysweep.commands.common",
+        "raysweep.result_loading",
+        "raysweep.terminal",
+        "mlflow.tracking",
+        "mlflow.store.tracking.sqlalchemy_store",
+        "ray.cluster_utils",
+        "torch._dynamo",
+    ]
+)
+META_PATTERN = re.compile(r"/trials/(\d+)/epoch-(\d+)/meta\.json$")
 PATIENCE = 600.0
 
 
-class EpochWatcher:
-    """Thread that records the epochs that a sweep's trials write.
+@dataclass(frozen=True)
+class WrittenEpoch:
+    """A checkpoint that a trial finished.
 
     Attributes:
-        events: (seconds since the start, trial, epoch, whether reused from a shared prefix).
+        at: Seconds since the start of the sweep.
+        is_shared: Whether it was reused from a shared prefix.
     """
 
-    def __init__(self, sweep: Path, began: float) -> None:
-        self.events: list[tuple[float, int, int, bool]] = []
-        self._sweep, self._began, self._known = sweep, began, set[tuple[str, int]]()
+    at: float
+    trial: int
+    epoch: int
+    is_shared: bool
+
+
+class FolderVersions:
+    """All checkpoints that were ever finished in a folder, as far as polling sees them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.location = str(folder)
+
+    def list_metas(self, sweep: str) -> dict[tuple[str, str], str]:
+        """Return {(key, version): path} of meta.json files."""
+        found = {}
+        for meta in Path(self.location, sweep).glob("trials/*/epoch-*/meta.json"):
+            try:
+                found[str(meta), str(meta.stat().st_ino)] = str(meta)
+            except OSError:
+                continue
+        return found
+
+    def read(self, path: str) -> bytes:
+        return Path(path).read_bytes()
+
+
+class BucketVersions:
+    """All checkpoints that were ever finished in a bucket that keeps every version of an object."""
+
+    def __init__(self, host: str, bucket: str) -> None:
+        self._url = f"http://{host}/{bucket}"
+        self.location = f"s3://{bucket}/sweeps?endpoint_override={host}&scheme=http"
+        urlopen(Request(self._url, method="PUT")).read()
+        enabled = b"<VersioningConfiguration><Status>Enabled</Status></VersioningConfiguration>"
+        urlopen(Request(f"{self._url}?versioning", enabled, method="PUT")).read()
+
+    def list_metas(self, sweep: str) -> dict[tuple[str, str], str]:
+        """Return {(key, version): URL} of meta.json files."""
+        found = {}
+        query = {"prefix": f"sweeps/{sweep}/trials/"}
+        while True:
+            answer = urlopen(f"{self._url}?versions&{urlencode(query)}").read().decode()
+            for entry in re.findall(r"<Version>.*?</Version>", answer, re.S):
+                key, version = (
+                    re.search(f"<{name}>(.*?)</{name}>", entry, re.S)[1]
+                    for name in ("Key", "VersionId")
+                )
+                if META_PATTERN.search(f"/{key}"):
+                    found[key, version] = f"{self._url}/{quote(key)}?versionId={version}"
+            if "<IsTruncated>true" not in answer:
+                return found
+            for name, parameter in (
+                ("NextKeyMarker", "key-marker"),
+                ("NextVersionIdMarker", "version-id-marker"),
+            ):
+                query[parameter] = re.search(f"<{name}>(.*?)</{name}>", answer)[1]
+
+    def read(self, url: str) -> bytes:
+        return urlopen(url).read()
+
+
+class EpochWatcher:
+    """Thread that records the epochs that a sweep's trials write."""
+
+    def __init__(self, versions: FolderVersions | BucketVersions, sweep: str) -> None:
+        self.written: list[WrittenEpoch] = []
+        self.began = time.monotonic()
+        self._versions, self._sweep = versions, sweep
+        self._known: set[tuple[str, str]] = set()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def last_epochs(self) -> dict[int, int]:
         """Return the last written epoch of each trial."""
-        return {trial: epoch for _, trial, epoch, _ in self.events}
+        return {one.trial: one.epoch for one in self.written}
 
     def close(self) -> None:
+        """Look a last time."""
         self._over.set()
         self._thread.join()
+        self._look()
 
     def _watch(self) -> None:
-        while not self._over.wait(0.01):
-            for meta in sorted(self._sweep.glob("trials/*/epoch-*/meta.json")):
-                try:
-                    key = (str(meta), meta.stat().st_ino)
-                    if key not in self._known:
-                        shared = "shared" in json.loads(meta.read_text())["history"][-1]
-                        self._known.add(key)
-                        epoch = int(meta.parent.name.removeprefix("epoch-"))
-                        at = time.monotonic() - self._began
-                        self.events.append((at, int(meta.parent.parent.name), epoch, shared))
-                except (OSError, ValueError):
-                    continue
+        pause = 0.01 if isinstance(self._versions, FolderVersions) else 0.2
+        while not self._over.wait(pause):
+            self._look()
+
+    def _look(self) -> None:
+        metas = self._versions.list_metas(self._sweep)
+        for identity in sorted(metas.keys() - self._known):
+            try:
+                history = json.loads(self._versions.read(metas[identity]))["history"]
+            except (OSError, ValueError):
+                continue
+            self._known.add(identity)
+            trial, epoch = map(int, META_PATTERN.search(identity[0]).groups())
+            at = time.monotonic() - self.began
+            self.written.append(WrittenEpoch(at, trial, epoch, "shared" in history[-1]))
+
+
+@dataclass
+class Kill:
+    """One kill.
+
+    Attributes:
+        at: Seconds since the start of the sweep.
+        kind: driver, worker or node.
+        before: Last epoch of each trial before it.
+        repeated: Largest number of epochs that one trial repeated after it; the epoch that was
+            being trained counts.
+    """
+
+    at: float
+    kind: str
+    before: dict[int, int] = field(default_factory=dict)
+    repeated: int = 0
 
 
 class Round:
-    """Runs one sweep and kills parts of it `kills` times."""
+    """Runs one sweep and kills parts of it."""
 
-    def __init__(self, cluster: Cluster, folder: Path, name: str, workers: int) -> None:
-        self.cluster, self.folder, self.name, self.workers = cluster, folder, name, workers
-        self.sweep = folder / "runs" / name
-        self.rows: list[dict[str, Any]] = []
-        self.driver: subprocess.Popen[bytes] | None = None
+    def __init__(
+        self,
+        cluster: Cluster,
+        folder: Path,
+        versions: FolderVersions | BucketVersions,
+        name: str,
+    ) -> None:
+        self.cluster, self.folder, self.versions, self.name = cluster, folder, versions, name
+        self.kills: list[Kill] = []
 
-    def run(self, chance: random.Random, kills: int) -> dict[str, Any]:
+    def run(self, chance: random.Random, n_kills: int, kinds: list[str]) -> dict[str, Any]:
         # About as many of each kind, in random order.
-        kinds = ["driver", "process", "node"] * -(-kills // 3)
-        chance.shuffle(kinds)
-        self.began = time.monotonic()
-        self.written = EpochWatcher(self.sweep, self.began)
-        self._start("--name", self.name)
-        while self.driver.poll() is None:
-            if len(self.rows) < kills and self._has_progressed():
-                time.sleep(chance.uniform(0.0, 2.5))
-                self._kill(chance, kinds[len(self.rows)])
-            time.sleep(0.05)
-            if time.monotonic() - self.began > PATIENCE:
+        order = kinds * -(-n_kills // len(kinds))
+        chance.shuffle(order)
+        self.watcher = EpochWatcher(self.versions, self.name)
+        self._start_driver("--name", self.name, "--space", str(self.folder / "space.yaml"))
+        while self.driver.is_alive():
+            if len(self.kills) < n_kills and self._has_progressed():
+                time.sleep(chance.uniform(0.0, 1.0))
+                self._kill(chance, order[len(self.kills)])
+            self.driver.join(0.02)
+            if self._seconds() > PATIENCE:
                 self.driver.kill()
-        self.written.close()
-        return {"workers": self.workers, "seconds": time.monotonic() - self.began,
-                "kills": self._count_repeated_epochs(),
-                "code": self.driver.returncode, **self._read_outcome()}  # fmt: skip
+        self.watcher.close()
+        self._count_repeated_epochs()
+        return {
+            "seconds": self._seconds(),
+            "code": self.driver.exitcode,
+            "kills": [vars(kill) for kill in self.kills],
+            **self._read_outcome(),
+        }
 
-    def _start(self, *arguments: str) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "raysweep.cli",
-            "tune",
-            "gairat",
-            *arguments,
-            "--out",
-            str(self.folder),
-        ]
-        command += [
-            "--workers",
-            str(self.workers),
-            "--cpus-per-trial",
-            str(self.workers),
-            "--gpus-per-trial",
-            "0",
-        ]
-        if "--name" in arguments:
-            command += ["--space", str(self.folder / "space.yaml")]
-        environment = {**os.environ, "RAY_ADDRESS": self.cluster.address}
-        log = (self.folder / f"{self.name}.log").open("ab")
-        self.driver = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    def _seconds(self) -> float:
+        return time.monotonic() - self.watcher.began
+
+    def _start_driver(self, *arguments: str) -> None:
+        command = ["tune", "gairat", *arguments, "--out", str(self.folder)]
+        command += ["--storage", self.versions.location]
+        command += ["--cpus-per-trial", "1", "--gpus-per-trial", "0"]
+        environment = {
+            "RAY_ADDRESS": self.cluster.address,
+            "RAYSWEEP_CACHE": os.environ["RAYSWEEP_CACHE"],
+        }
+        log = str(self.folder / f"{self.name}.log")
+        self.driver = FORKS.Process(target=run_driver, args=(command, environment, log))
+        self.driver.start()
 
     def _has_progressed(self) -> bool:
         """Whether an epoch was trained since the last kill, so that the next kill may follow."""
-        since = self.rows[-1]["at"] if self.rows else 0.0
-        return any(at > since and not shared for at, _, _, shared in self.written.events)
+        since = self.kills[-1].at if self.kills else 0.0
+        return any(one.at > since and not one.is_shared for one in self.watcher.written)
 
     def _kill(self, chance: random.Random, kind: str) -> None:
-        trainers = {node: trial_processes(node) for node in self.cluster.worker_nodes}
-        if self.driver.poll() is not None or (kind != "driver" and not any(trainers.values())):
+        workers = list_workers()
+        if not self.driver.is_alive() or (kind != "driver" and not workers):
             return
-        row = {
-            "at": time.monotonic() - self.began,
-            "kind": kind,
-            "before": self.written.last_epochs(),
-            "what": "driver",
-        }
+        kill = Kill(self._seconds(), kind, self.watcher.last_epochs())
         if kind == "driver":
-            self.driver.send_signal(signal.SIGKILL)
-            self.driver.wait()
-            self._start("--resume", self.name)
+            self.driver.kill()
+            self.driver.join()
+            self._start_driver("--resume", self.name)
         elif kind == "node":
-            node = chance.choice([node for node, processes in trainers.items() if processes])
-            row["what"] = f"node with {', '.join(sorted(title for _, title in trainers[node]))}"
+            node = chance.choice(sorted(self.cluster.worker_nodes, key=str))
             self.cluster.remove_node(node, allow_graceful=False)
-            self.cluster.add_node(num_cpus=1)
+            add_node(self.cluster)
         else:
-            pid, row["what"] = chance.choice(
-                [process for found in trainers.values() for process in found]
-            )
-            os.kill(pid, signal.SIGKILL)
-        self.rows.append(row)
+            os.kill(chance.choice(workers), signal.SIGKILL)
+        self.kills.append(kill)
 
-    def _count_repeated_epochs(self) -> list[dict[str, Any]]:
-        """Add `again` to each kill: the largest number of epochs that one trial repeated after it.
-
-        The epoch that was being trained at the kill counts.
-        """
-        ends = [*(row["at"] for row in self.rows), float("inf")][1:]
-        for row, until in zip(self.rows, ends, strict=bool(self.rows)):
-            again = 0
-            for trial, last in row["before"].items():
+    def _count_repeated_epochs(self) -> None:
+        ends = [*(kill.at for kill in self.kills), float("inf")][1:]
+        for kill, until in zip(self.kills, ends, strict=bool(self.kills)):
+            for trial, last in kill.before.items():
                 after = [
-                    e
-                    for at, t, e, _ in self.written.events
-                    if t == trial and row["at"] < at <= until
+                    one.epoch
+                    for one in self.watcher.written
+                    if one.trial == trial and kill.at < one.at <= until
                 ]
-                again = max(again, last + 2 - after[0] if after else 0)
-            row["again"] = again
-        return self.rows
+                if after:
+                    kill.repeated = max(kill.repeated, last + 2 - after[0])
 
     def _read_outcome(self) -> dict[str, Any]:
-        ledger = Ledger.open(self.sweep)
+        ledger = open_ledger(self.versions.location, self.name)
         trials = ledger.load_trials()
         client = MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
         where = f"tags.`raysweep.sweep` = '{ledger.key}'"
@@ -201,99 +310,113 @@ class Round:
         children = Counter(
             run.data.tags.get("raysweep.trial") for run in runs if "raysweep.trial" in run.data.tags
         )
+        finished = [t for t in trials if t.state == "finished" and t.epoch == EPOCHS]
+        written = Counter((one.trial, one.epoch) for one in self.watcher.written)
+        own = Counter((one.trial, one.epoch) for one in self.watcher.written if not one.is_shared)
         return {
             "trials": len(trials),
-            "lost": ledger.space.n_trials
-            - sum(t.state == "finished" and t.epoch == 10 for t in trials),
-            "curves": [[epoch for epoch, _ in trial.curve] for trial in trials],
+            "lost trials": N_TRIALS - len(finished),
+            "lost epochs": sum(EPOCHS - len(dict(trial.curve)) for trial in finished),
+            "counted twice": sum(len(t.curve) - len(dict(t.curve)) for t in trials),
+            "trained": len(own),
+            "trained twice": sum(count > 1 for count in own.values()),
+            "repeats": [
+                [round(one.at, 2), one.trial, one.epoch, one.is_shared]
+                for one in self.watcher.written
+                if written[one.trial, one.epoch] > 1
+            ],
             "runs": sorted(children.values()),
             "open": sum(run.info.status == "RUNNING" for run in runs),
-            "weights": {
-                json.dumps(t.params): read_digests(ledger.trial_path(t.number) / "epoch-0010")
-                for t in trials
-            },
-            "best": {json.dumps(t.params): t.best.get("robust_worst") for t in trials},
+            "weights": {json.dumps(t.params): read_digests(ledger, t.number) for t in trials},
         }
 
 
-def read_digests(checkpoint: Path) -> dict[str, str]:
-    """Read the SHA-256 of weights and momentum from a checkpoint; {} if there is none."""
-    try:
-        return dict(json.loads((checkpoint / "meta.json").read_text())["sha256"])
-    except OSError:
-        return {}
+def run_driver(arguments: list[str], environment: dict[str, str], log: str) -> None:
+    """Run `raysweep ARGUMENTS` in this process, which is a fork."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(run_command_line(arguments))
 
 
-def trial_processes(node: Any) -> list[tuple[int, str]]:
-    """List (pid, title) of the node's processes that belong to trials."""
+def open_ledger(location: str, name: str) -> Ledger:
+    return Ledger.open(open_path(location) / name)
+
+
+def read_digests(ledger: Ledger, trial: int) -> dict[str, str]:
+    """Read the SHA-256 of weights and momentum from a trial's last checkpoint; {} without one."""
+    meta = ledger.trial_path(trial) / f"epoch-{EPOCHS:04d}" / "meta.json"
+    return dict(meta.read_json()["sha256"]) if meta.is_file() else {}
+
+
+def list_workers() -> list[int]:
+    """List the processes that belong to trials."""
     found = []
-    try:
-        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        for process in raylet.children(recursive=True):
-            title = " ".join(process.cmdline())
-            if title.startswith(TRAINERS):
-                found.append(
-                    (
-                        process.pid,
-                        title.removeprefix("ray::").split(".")[0].split("(")[0].split(" ")[0],
-                    )
-                )
-    except psutil.Error:
-        pass
-    return found
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if " ".join(process.cmdline()).startswith(TRAINERS):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return sorted(found)
 
 
-def compare(result: dict[str, Any], reference: dict[str, Any]) -> str:
-    same = [
-        reference["weights"].get(settings) == found for settings, found in result["weights"].items()
-    ]
-    return f"{sum(same)} of {len(same)}"
+def add_node(cluster: Cluster) -> None:
+    """Add a node of one CPU whose workers are forks."""
+    cluster.add_node(num_cpus=1, **FORKED)
 
 
-def tables(done: dict[str, Any]) -> str:
-    killed = {name: result for name, result in done.items() if not name.startswith("reference")}
-    rows: list[list[Any]] = [
-        [
-            "#",
-            "sweep",
-            "workers",
-            "killed",
-            "at s",
-            "last epoch of each trial before",
-            "epochs repeated, at most",
-        ]
-    ]
+def make_tables(done: dict[str, Any]) -> str:
+    """Make the Markdown tables: of all kills, by storage, and of each sweep."""
+    reference = done["reference"]["weights"]
+    killed = {name: result for name, result in done.items() if name != "reference"}
+    head = ["sweep", "kills (driver, worker, node)", "s", "exit code", "trials lost"]
+    head += ["epochs lost", "epochs trained", "trained twice", "counted twice"]
+    head += ["repeated by a kill, at most", "MLflow runs a trial", "left RUNNING", "same weights"]
+    sweeps: list[list[Any]] = [head]
+    totals: dict[str, Counter[str]] = {}
     for name, result in killed.items():
-        for row in result["kills"]:
-            before = " ".join(str(epoch) for _, epoch in sorted(row["before"].items()))
-            rows.append(
-                [
-                    len(rows),
-                    name,
-                    result["workers"],
-                    row["what"],
-                    f"{row['at']:.1f}",
-                    before,
-                    row["again"],
-                ]
-            )
-    ends: list[list[Any]] = [
-        ["sweep", "workers", "kills", "exit code", "trials", "trials lost", "epochs counted twice",
-         "MLflow runs per trial", "MLflow runs left RUNNING", "trials with the same weights"]
-    ]  # fmt: skip
-    for name, result in killed.items():
-        twice = sum(len(curve) - len(set(curve)) for curve in result["curves"])
-        runs, same = (
-            "/".join(map(str, result["runs"])),
-            compare(result, done[f"reference-{result['workers']}"]),
+        kinds = Counter(kill["kind"] for kill in result["kills"])
+        same = [reference[settings] == digests for settings, digests in result["weights"].items()]
+        counts = Counter(
+            {
+                **{key: result[key] for key in ("lost trials", "lost epochs", "trained")},
+                **{key: result[key] for key in ("trained twice", "counted twice", "open")},
+                **kinds,
+                "kills": len(result["kills"]),
+                "sweeps": 1,
+                "trials": result["trials"],
+                "other weights": len(same) - sum(same),
+            }
         )
-        ends.append([name, result["workers"], len(result["kills"]), result["code"],
-                     result["trials"], result["lost"],
-                     twice, runs, result["open"], same])  # fmt: skip
-    return "\n\n".join(markdown(table) for table in (rows, ends))
+        totals.setdefault(name.partition("-")[0], Counter()).update(counts)
+        sweeps.append(
+            [
+                name,
+                f"{counts['kills']} ({kinds['driver']}, {kinds['worker']}, {kinds['node']})",
+                f"{result['seconds']:.0f}",
+                result["code"],
+                *(result[key] for key in ("lost trials", "lost epochs", "trained")),
+                *(result[key] for key in ("trained twice", "counted twice")),
+                max((kill["repeated"] for kill in result["kills"]), default=0),
+                "/".join(map(str, result["runs"])),
+                result["open"],
+                f"{sum(same)} of {len(same)}",
+            ]
+        )
+    columns = ["sweeps", "kills", "driver", "worker", "node", "trials", "lost trials"]
+    columns += ["lost epochs", "trained", "trained twice", "counted twice", "open"]
+    columns += ["other weights"]
+    summary: list[list[Any]] = [["storage", *columns]]
+    for storage_kind, counts in totals.items():
+        summary.append([storage_kind, *(counts[column] for column in columns)])
+    return "\n\n".join(make_markdown(table) for table in (summary, sweeps))
 
 
-def markdown(table: list[list[Any]]) -> str:
+def make_markdown(table: list[list[Any]]) -> str:
     lines = [f"| {' | '.join(map(str, row))} |" for row in table]
     return "\n".join([lines[0], "|---" * len(table[0]) + "|", *lines[1:]])
 
@@ -302,47 +425,54 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--each", type=int, default=6, help="kills a sweep")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--each", type=int, default=13, help="kills a sweep")
+    parser.add_argument("--kinds", nargs="+", default=["driver", "worker"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=30, help="start no sweep after so long")
     parser.add_argument("--out", type=Path, default=Path("kills.json"))
     args = parser.parse_args()
     done = json.loads(args.out.read_text()) if args.out.exists() else {}
     began = time.monotonic()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    os.environ["RAYSWEEP_CACHE"] = tempfile.mkdtemp(prefix="kills-copies-")
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host = "{}:{}".format(*server.get_host_and_port())
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **FORKED})
     try:
         for _ in range(2):
-            cluster.add_node(num_cpus=1)
-        for number in range(1000):
-            count = sum(len(result["kills"]) for result in done.values())
-            workers = 2 if number % 6 == 2 else 1
-            for name, kills in (
-                (f"reference-{workers}", 0),
-                (f"killed-{number}", min(args.per_method // workers, args.kills - count)),
-            ):
-                if (
-                    name in done
-                    or count >= args.kills
-                    or time.monotonic() - began > 60 * args.minutes
-                ):
-                    continue
-                folder = Path(tempfile.mkdtemp(prefix="kills-"))
-                # Several workers take their time to start: one trial is enough.
-                one = SPACE.replace("[-1.0, 1.0]", "[-1.0]").replace("[2, 6]", "[2]")
-                (folder / "space.yaml").write_text(one if workers > 1 else SPACE)
-                chance = random.Random(f"{args.seed} {name}")
-                done[name] = Round(cluster, folder, name, workers).run(chance, kills)
-                print(
-                    name,
-                    json.dumps({k: v for k, v in done[name].items() if k != "weights"}),
-                    folder,
-                    flush=True,
-                )
-                args.out.write_text(json.dumps(done, indent=1))
+            add_node(cluster)
+        # The job of the first worker must not end before those of its forks.
+        ray.init(cluster.address, log_to_driver=False)
+        ray.get(ray.remote(lambda: None).remote())
+        names = ["reference", *(f"{('folder', 'bucket')[n % 2]}-{n // 2}" for n in range(1000))]
+        for name in names:
+            n_left = args.kills - sum(len(result["kills"]) for result in done.values())
+            if n_left <= 0 or time.monotonic() - began > 60 * args.minutes:
+                break
+            if name in done:
+                continue
+            folder = Path(tempfile.mkdtemp(prefix="kills-"))
+            (folder / "space.yaml").write_text(SPACE)
+            versions = (
+                BucketVersions(host, f"{name}-{args.seed}")
+                if name.startswith("bucket")
+                else FolderVersions(folder / "runs")
+            )
+            n_kills = 0 if name == "reference" else min(args.each, n_left)
+            chance = random.Random(f"{args.seed} {name}")
+            done[name] = Round(cluster, folder, versions, name).run(chance, n_kills, args.kinds)
+            shown = {key: value for key, value in done[name].items() if key != "weights"}
+            print(name, json.dumps(shown), folder, flush=True)
+            args.out.write_text(json.dumps(done, indent=1))
     finally:
+        ray.shutdown()
         cluster.shutdown()
-    print(tables(done))
+        server.stop()
+    print(describe_machine())
+    print(make_tables(done))
 
 
 if __name__ == "__main__":

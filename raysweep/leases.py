@@ -5,13 +5,14 @@ another process takes it over. A holder that was only paused may then train the 
 which wastes time and changes no result.
 
 Whoever works in a folder holds its lock (see `raysweep.folder_lock`). A bucket has no locks, so
-there the folder has a lease, too; a holder that lost it must stop (see `HeldFolder`).
+there the folder has a lease, too; a holder that lost it can write nothing more there.
 """
 
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +26,7 @@ from raysweep.bucket_lease import (
 )
 from raysweep.errors import SpecError
 from raysweep.folder_lock import hold_folder_lock
-from raysweep.stores import Location, StorePath, open_path
+from raysweep.stores import BucketStore, Location, StorePath, open_path
 
 logger = logging.getLogger(__name__)
 
@@ -129,27 +130,6 @@ def make_lease(folder: StorePath, key: str) -> Lease:
     return FolderLease(local_folder / f"{key}.claim")
 
 
-class HeldFolder(Protocol):
-    """A folder in which only this process works."""
-
-    def require_held(self) -> None:
-        """Check that this is still so, before something is written.
-
-        Raises:
-            LeaseLost: Another process has taken the folder over, because this one was paused.
-            StoreAccessRefused: The bucket refuses access.
-            StoreUnavailable: The bucket does not answer.
-        """
-        ...
-
-
-class LockedFolder:
-    """A folder whose lock this process holds until it ends."""
-
-    def require_held(self) -> None:
-        """Do nothing: the system takes a lock from no process that lives."""
-
-
 @contextmanager
 def hold_pipeline_lease(folder: Path, wait: bool) -> Iterator[None]:
     """Context manager that holds the lock of a pipeline's folder.
@@ -172,7 +152,7 @@ def hold_pipeline_lease(folder: Path, wait: bool) -> Iterator[None]:
 @contextmanager
 def hold_folder_lease(
     folder: Location, times: LeaseTimes = DEFAULT_LEASE_TIMES
-) -> Iterator[HeldFolder]:
+) -> Iterator[StorePath]:
     """Context manager that holds the folder of a sweep or training run.
 
     If a folder on this machine has no other files at the end, it is deleted.
@@ -182,7 +162,8 @@ def hold_folder_lease(
         times: How often a bucket's lease is renewed.
 
     Yields:
-        The held folder: ask it before each write.
+        The folder. In a bucket, writes through this path raise LeaseLost as soon as another process
+        has taken the folder over, because this one was paused.
 
     Raises:
         SpecError: Another process holds the folder. The message names it.
@@ -192,11 +173,12 @@ def hold_folder_lease(
     path = open_path(folder)
     local_folder = path.local_path
     if local_folder is None:
+        assert isinstance(path.store, BucketStore)
         with _hold_bucket_lease(path, times) as lease:
-            yield lease
+            yield replace(path, store=path.store.with_write_check(lease.require_held))
         return
     with hold_folder_lock(local_folder, repr(path.name), delete_if_unused=True):
-        yield LockedFolder()
+        yield path
 
 
 @contextmanager

@@ -548,8 +548,13 @@ class _Uploader(threading.Thread):
 
     def _try(self, operation: Callable[[], None]) -> None:
         """Use the bucket; the beginning and the end of an outage are logged."""
+        from raysweep.bucket_lease import LeaseLost
+
         try:
             operation()
+        except LeaseLost as error:
+            # The error ends the work by itself.
+            logger.info("the log is not uploaded any more: %s", error)
         # Whatever it is, the work goes on without the upload.
         except Exception as error:
             if not self._is_failing:

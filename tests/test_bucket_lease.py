@@ -2,8 +2,10 @@
 a while.
 """
 
+import itertools
 import json
 import os
+import pickle
 import signal
 import socket
 import time
@@ -17,8 +19,12 @@ from forked_processes import ForkedProcess
 from test_stores import gcs, s3_host, store
 
 from raysweep.bucket_lease import BucketLease, FormerClaims, LeaseLost, LeaseTimes
+from raysweep.errors import SpecError
+from raysweep.leases import hold_folder_lease
 from raysweep.process_identity import ProcessIdentity
-from raysweep.stores import Store, StoreUnavailable, open_store
+from raysweep.stores import Store, StoreUnavailable, open_path, open_store
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.search_space import load_space
 
 __all__ = ["gcs", "s3_host", "store"]
 pytestmark = pytest.mark.parametrize("store", ["s3", "gs"], indirect=True)
@@ -349,6 +355,81 @@ def contend(location: str, folder: Path, number: int) -> None:
         if has_won:
             lease.require_held()
         lease.release()
+
+
+def save_trials(location: str, folder: Path) -> None:
+    """Write a trial again and again, as the driver of a sweep does."""
+    space = load_space("gairat", {})
+    with hold_folder_lease(location, FAST) as held:
+        ledger = Ledger.create(held, space)
+        for epoch in itertools.count(1):
+            try:
+                ledger.save_trial(Trial(0, {}, epoch=epoch))
+            except LeaseLost as error:
+                (folder / "lost").write_text(f"{error}")
+                assert ledger.is_lost()
+                return
+            (folder / "lines").touch()
+
+
+def test_a_driver_that_was_paused_leaves_the_sweep_to_the_next(
+    store: Store, tmp_path: Path
+) -> None:
+    location = open_path(store.uri) / "s1"
+    driver = forked_processes.start_function(save_trials, str(location), tmp_path)
+    wait_until((tmp_path / "lines").exists, driver)
+    with (
+        pytest.raises(
+            SpecError, match=rf"'s1' is running already \(process {driver.pid} on {HERE}"
+        ),
+        hold_folder_lease(location, FAST),
+    ):
+        pass
+    driver.send_signal(signal.SIGSTOP)
+    with hold_folder_lease(location, FAST) as held:
+        ledger = Ledger.open(held)
+        (trial,) = ledger.load_trials()
+        ledger.save_trial(replace(trial, state="finished"))
+        driver.send_signal(signal.SIGCONT)
+        assert driver.wait() == 0, driver.err
+        assert "'s1' was taken over by process" in (tmp_path / "lost").read_text()
+        assert [trial.state for trial in ledger.load_trials()] == ["finished"]
+        assert not ledger.is_lost()
+    assert (location / "sweep.json").is_file()
+    assert not location.list_files(".claims/*"), "the next one has released it"
+
+
+def test_the_check_of_a_held_folder_stays_in_its_process(store: Store) -> None:
+    with hold_folder_lease(open_path(store.uri) / "s1", FAST) as held:
+        sent = pickle.loads(pickle.dumps(held))
+        assert sent == held
+        held.store.require_writable()
+        (lease,) = held.list_files(".claims/*")
+        values = {**json.loads(held.store.read_bytes(lease.key)), "token": "another"}
+        sent.store.write_bytes(lease.key, json.dumps(values).encode())
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                held.store.require_writable()
+            except LeaseLost:
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        for write in (
+            lambda: (held / "x").write_bytes(b""),
+            lambda: held.store.create((held / "x").key, b""),
+            (held / "sweep.json").delete,
+            held.delete_folder,
+        ):
+            with pytest.raises(LeaseLost, match="was taken over by process"):
+                write()
+        with pytest.raises(LeaseLost), (held / "e").write_checkpoint() as partial:
+            (partial / "meta.json").write_text("{}")
+        (sent / "y").write_bytes(b"of a trial's own process")
+    assert sorted(file.key.rpartition("/")[2] for file in sent.list_files()) == [
+        "alone.lease",
+        "y",
+    ]
 
 
 @pytest.mark.slow

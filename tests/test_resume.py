@@ -2,21 +2,27 @@
 and none open.
 """
 
+import functools
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import forked_processes
 import pytest
 import ray
 from forked_processes import ForkedProcess
+from moto.server import ThreadedMotoServer
 
+from raysweep import leases
+from raysweep.bucket_lease import LeaseTimes
 from raysweep.cli import main
 from raysweep.logs import read_log
+from raysweep.stores import open_path
 from raysweep.sweep.ledger import Ledger
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -159,3 +165,69 @@ def test_ctrl_c_in_a_pipeline_is_no_budgets_end(
     assert not list(workdir.glob("runs/pipelines/p/*-tune-*")), (
         "it goes on where it was, not to the next stage"
     )
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """URI of a folder in a bucket."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host = "{}:{}".format(*server.get_host_and_port())
+    urlopen(Request(f"http://{host}/bucket", method="PUT")).read()
+    yield f"s3://bucket/sweeps?endpoint_override={host}&scheme=http"
+    server.stop()
+
+
+def tune_with_short_leases(arguments: list[str]) -> int:
+    """Run `raysweep tune gairat ARGUMENTS`; its leases expire after two seconds."""
+    hold = functools.partial(leases.hold_folder_lease, times=LeaseTimes(0.2, 2.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leases, "hold_folder_lease", hold)
+        return main(["tune", "gairat", *arguments])
+
+
+def test_a_driver_that_was_paused_leaves_its_sweep_to_the_one_that_resumed_it(
+    tune, empty_store, bucket: str, workdir: Path
+) -> None:
+    """The trials of the first hold the cluster until it wakes and ends. Each has an MLflow store of
+    its own: the first may be paused while it has locked its.
+    """
+
+    def start(*arguments: str, store: str) -> ForkedProcess:
+        command = [*arguments, "--storage", bucket]
+        empty_store(workdir / store)
+        return forked_processes.start_function(
+            tune_with_short_leases,
+            command,
+            folder=workdir,
+            environment={"MLFLOW_TRACKING_URI": f"sqlite:///{workdir / store}"},
+            imports=forked_processes.COMMANDS,
+        )
+
+    sweep = open_path(bucket) / "s"
+
+    def count_epochs() -> int:
+        files = sweep.read_matching("trials/*/trial.json")
+        return sum(json.loads(content)["epoch"] for content in files.values())
+
+    def read_holder() -> int:
+        files = sweep.read_matching(".claims/*.lease")
+        return sum(json.loads(content or b'{"pid": 0}')["pid"] for content in files.values())
+
+    first = start(*SMALL, "--trials", "3", "--name", "s", store="first.db")
+    wait_until(lambda: count_epochs() >= 2, first)
+    first.send_signal(signal.SIGSTOP)
+    second = start("--resume", "s", store="mlflow.db")
+    wait_until(lambda: read_holder() == second.pid, second)
+    first.send_signal(signal.SIGCONT)
+    assert first.wait() == 1
+    (line,) = [line for line in first.err.splitlines() if "was taken over by" in line]
+    assert f"'s' was taken over by process {second.pid} on " in line
+    assert "Traceback" not in first.err
+    assert second.wait() == 0, second.err
+    trials = Ledger.open(sweep).load_trials()
+    assert [trial.number for trial in trials] == [0, 1, 2]
+    for trial in trials:
+        epochs = [epoch for epoch, _ in trial.curve]
+        assert trial.state in ("finished", "stopped") and epochs == sorted(set(epochs))
+    check_mlflow(workdir, 3)

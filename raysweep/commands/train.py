@@ -120,7 +120,7 @@ def run_command(args: argparse.Namespace) -> None:
     print_warnings(config.list_warnings())
     out = make_writable_folder(request.out)
     run_folder = resolve_runs_folder(request.out, request.storage) / name
-    with hold_folder_lease(run_folder):
+    with hold_folder_lease(run_folder) as run_folder:
         if (run_folder / "sweep.json").is_file():
             raise SpecError(f"{run_folder} holds a sweep: choose another --name")
         checkpoint = RunDirectory(run_folder).read_last_checkpoint()
@@ -140,6 +140,7 @@ def _train_tracked(
     run_folder: StorePath,
 ) -> None:
     """Train, print the result, and close the MLflow run however training ends."""
+    from raysweep.bucket_lease import LeaseLost
     from raysweep.errors import RaysweepError, is_infrastructure_error
     from raysweep.tracking import training_run_tags
     from raysweep.training.checkpoint import RunDirectory
@@ -157,6 +158,9 @@ def _train_tracked(
         advice = _log_training_result(config, tracker, run_id, result)
     except (KeyboardInterrupt, TrainingInterrupted):
         tracker.end_run(run_id, "KILLED")
+        raise
+    except LeaseLost:
+        # Another process writes the run now.
         raise
     except RaysweepError as error:
         tracker.end_run(run_id, "FAILED")

@@ -278,9 +278,9 @@ def _run_sweep(
     from raysweep.sweep.tune_callbacks import SweepFailed
     from raysweep.sweep.tuner import run_sweep
 
-    with hold_folder_lease(sweep_folder):
+    with hold_folder_lease(sweep_folder) as held_folder:
         is_new = not request.resume
-        ledger = Ledger.create(sweep_folder, space) if is_new else Ledger.open(sweep_folder)
+        ledger = Ledger.create(held_folder, space) if is_new else Ledger.open(held_folder)
         extended_space = None if is_new else space
         if extended_space not in (None, ledger.space):
             # `run_sweep` writes the extended space, so MLflow must answer before that.

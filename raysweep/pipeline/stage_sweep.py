@@ -113,11 +113,11 @@ def run_stage_sweep(
     from raysweep.sweep.tune_callbacks import Budget, SweepEndReason, SweepFailed, SweepListener
     from raysweep.sweep.tuner import run_sweep
 
-    with hold_folder_lease(sweep_folder):
-        if (sweep_folder / "sweep.json").is_file():
-            ledger = Ledger.open(sweep_folder)
+    with hold_folder_lease(sweep_folder) as held_folder:
+        if (held_folder / "sweep.json").is_file():
+            ledger = Ledger.open(held_folder)
         else:
-            ledger = Ledger.create(sweep_folder, space)
+            ledger = Ledger.create(held_folder, space)
         end_reason: SweepEndReason = "done"
         n_ended = sum(trial.state != "running" for trial in ledger.load_trials())
         logger.info(

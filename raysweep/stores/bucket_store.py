@@ -3,13 +3,14 @@
 Credentials are read from the environment, by obstore.
 """
 
+import copy
 import logging
 import os
 import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -109,6 +110,22 @@ class BucketStore:
     def __init__(self, location: BucketLocation, retry: RetrySettings | None = None) -> None:
         self.location = location
         self.retry = retry or RetrySettings()
+        self._check_before_write: Callable[[], None] | None = None
+
+    def with_write_check(self, check: Callable[[], None]) -> "BucketStore":
+        """Return the same store with a check before each write and deletion.
+
+        Args:
+            check: It raises an error if this process must not write. Other processes to which the
+                store is sent do not have it.
+        """
+        store = copy.copy(self)
+        store._check_before_write = check
+        return store
+
+    def require_writable(self) -> None:
+        if self._check_before_write is not None:
+            self._check_before_write()
 
     def __reduce__(self) -> Any:
         return BucketStore, (self.location, self.retry)
@@ -163,6 +180,7 @@ class BucketStore:
             }
 
     def write_bytes(self, key: str, data: bytes) -> None:
+        self.require_writable()
         with self._translated_errors(key):
             self._client.put(key, data)
 
@@ -175,6 +193,7 @@ class BucketStore:
     def delete(self, key: str, version: str | None = None) -> bool:
         if version is not None and self.replace(key, b"", version) is None:
             return False
+        self.require_writable()
         with suppress(StoredFileNotFound), self._translated_errors(key):
             self._client.delete(key)
         return True
@@ -280,11 +299,13 @@ class BucketStore:
 
     def _upload(self, file: Path, key: str) -> None:
         """Upload a file of this machine."""
+        self.require_writable()
         with self._translated_errors(key):
             self._client.put(key, file)
 
     def _copy(self, source_key: str, key: str) -> bool:
         """Copy a file inside the bucket; return False if the bucket does not have it."""
+        self.require_writable()
         try:
             with self._translated_errors(key):
                 self._client.copy(source_key, key)
@@ -323,6 +344,7 @@ class BucketStore:
         """
         from obstore.exceptions import AlreadyExistsError, GenericError, PreconditionError
 
+        self.require_writable()
         writer = uuid4().hex
         deadline = time.monotonic() + self.retry.total_seconds
         while True:

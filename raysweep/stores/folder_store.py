@@ -33,6 +33,9 @@ class FolderStore:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def require_writable(self) -> None:
+        pass
+
     def __reduce__(self) -> Any:
         return FolderStore, (self.path,)
 

@@ -75,6 +75,15 @@ class Store(Protocol):
         """Return the location of a key, in the form of `uri`."""
         ...
 
+    def require_writable(self) -> None:
+        """Check that this process may write. Each operation that writes or deletes does it, too.
+
+        Raises:
+            LeaseLost: Another process has taken over the bucket's folder that this process held
+                (see `raysweep.leases.hold_folder_lease`).
+        """
+        ...
+
     def local_path(self, key: str) -> Path | None:
         """Return where a key is on this machine; None if the store is not in its file system."""
         ...

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Literal
 from uuid import uuid4
 
+from raysweep.bucket_lease import LeaseLost
 from raysweep.errors import InfrastructureError
 from raysweep.logs import discard_log
 from raysweep.pareto import pareto_front_indices
@@ -250,6 +251,14 @@ class Ledger:
                 and trial.epoch < new_space.trial_config(trial.params).epochs
             ):
                 self.save_trial(replace(trial, state="running"))
+
+    def is_lost(self) -> bool:
+        """Return whether another driver has taken the sweep over from this process."""
+        try:
+            self.path.store.require_writable()
+        except LeaseLost:
+            return True
+        return False
 
     def trial_path(self, trial_number: int) -> StorePath:
         """Return the folder of a trial."""

@@ -57,6 +57,9 @@ class SweepTracker:
 
     def on_sweep_end(self, ledger: Ledger) -> None:
         """Log the results of the sweep, plot the best trials, and end all runs."""
+        if ledger.is_lost():
+            # Another driver has taken the sweep over and writes its runs.
+            return
         trials = ledger.load_trials()
         for trial in trials:
             # This includes runs that an earlier driver left open and this one did not resume.
