@@ -1,10 +1,9 @@
-"""Kill drivers, workers and nodes of sweeps with SIGKILL at random moments, and count what is lost
+"""Kill drivers and workers of sweeps with SIGKILL at random moments, and count what is lost
 and what is trained twice.
 
     python benchmarks/kills.py --kills 100 --out kills.json
 
-Starts a Ray cluster of three nodes on this machine: a head for the driver and two nodes of one CPU
-for the trials. Half of the sweeps are in a folder that all nodes share, half in a bucket (moto's S3
+Starts a Ray cluster of one node with two CPUs on this machine. Half of the sweeps are in a folder, half in a bucket (moto's S3
 server on this machine). All are GAIRAT on digits over the same grid. One runs undisturbed first;
 the others are killed again and again, resumed with `--resume` if it was the driver, and compared
 with the undisturbed one. Drivers and workers are forks of servers that have imported what they
@@ -46,7 +45,10 @@ from ray.cluster_utils import Cluster
 
 from raysweep.cli import main as run_command_line
 from raysweep.stores import open_path
+from raysweep.sweep.cluster import connect_to_cluster
 from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.ray_environment import ray_environment
+from raysweep.sweep.ray_internals import listen_on_loopback
 
 SPACE = """
 method: gairat
@@ -205,7 +207,7 @@ class Kill:
 
     Attributes:
         at: Seconds since the start of the sweep.
-        kind: driver, worker or node.
+        kind: driver or worker.
         before: Last epoch of each trial before it.
         repeated: Largest number of epochs that one trial repeated after it; the epoch that was
             being trained counts.
@@ -281,10 +283,6 @@ class Round:
             self.driver.kill()
             self.driver.join()
             self._start_driver("--resume", self.name)
-        elif kind == "node":
-            node = chance.choice(sorted(self.cluster.worker_nodes, key=str))
-            self.cluster.remove_node(node, allow_graceful=False)
-            add_node(self.cluster)
         else:
             os.kill(chance.choice(workers), signal.SIGKILL)
         self.kills.append(kill)
@@ -364,16 +362,11 @@ def list_workers() -> list[int]:
     return sorted(found)
 
 
-def add_node(cluster: Cluster) -> None:
-    """Add a node of one CPU whose workers are forks."""
-    cluster.add_node(num_cpus=1, **FORKED)
-
-
 def make_tables(done: dict[str, Any]) -> str:
     """Make the Markdown tables: of all kills, by storage, and of each sweep."""
     reference = done["reference"]["weights"]
     killed = {name: result for name, result in done.items() if name != "reference"}
-    head = ["sweep", "kills (driver, worker, node)", "s", "exit code", "trials lost"]
+    head = ["sweep", "kills (driver, worker)", "s", "exit code", "trials lost"]
     head += ["epochs lost", "epochs trained", "trained twice", "counted twice"]
     head += ["repeated by a kill, at most", "MLflow runs a trial", "left RUNNING", "same weights"]
     sweeps: list[list[Any]] = [head]
@@ -396,7 +389,7 @@ def make_tables(done: dict[str, Any]) -> str:
         sweeps.append(
             [
                 name,
-                f"{counts['kills']} ({kinds['driver']}, {kinds['worker']}, {kinds['node']})",
+                f"{counts['kills']} ({kinds['driver']}, {kinds['worker']})",
                 f"{result['seconds']:.0f}",
                 result["code"],
                 *(result[key] for key in ("lost trials", "lost epochs", "trained")),
@@ -407,7 +400,7 @@ def make_tables(done: dict[str, Any]) -> str:
                 f"{sum(same)} of {len(same)}",
             ]
         )
-    columns = ["sweeps", "kills", "driver", "worker", "node", "trials", "lost trials"]
+    columns = ["sweeps", "kills", "driver", "worker", "trials", "lost trials"]
     columns += ["lost epochs", "trained", "trained twice", "counted twice", "open"]
     columns += ["other weights"]
     summary: list[list[Any]] = [["storage", *columns]]
@@ -419,6 +412,31 @@ def make_tables(done: dict[str, Any]) -> str:
 def make_markdown(table: list[list[Any]]) -> str:
     lines = [f"| {' | '.join(map(str, row))} |" for row in table]
     return "\n".join([lines[0], "|---" * len(table[0]) + "|", *lines[1:]])
+
+
+def run_sweeps(args: argparse.Namespace, cluster: Cluster, host: str, done: dict[str, Any]) -> None:
+    """Run the sweeps that are not done yet, until enough was killed or the time is over."""
+    began = time.monotonic()
+    names = ["reference", *(f"{('folder', 'bucket')[n % 2]}-{n // 2}" for n in range(1000))]
+    for name in names:
+        n_left = args.kills - sum(len(result["kills"]) for result in done.values())
+        if n_left <= 0 or time.monotonic() - began > 60 * args.minutes:
+            break
+        if name in done:
+            continue
+        folder = Path(tempfile.mkdtemp(prefix="kills-"))
+        (folder / "space.yaml").write_text(SPACE)
+        versions = (
+            BucketVersions(host, f"{name}-{args.seed}")
+            if name.startswith("bucket")
+            else FolderVersions(folder / "runs")
+        )
+        n_kills = 0 if name == "reference" else min(args.each, n_left)
+        chance = random.Random(f"{args.seed} {name}")
+        done[name] = Round(cluster, folder, versions, name).run(chance, n_kills, args.kinds)
+        shown = {key: value for key, value in done[name].items() if key != "weights"}
+        print(name, json.dumps(shown), folder, flush=True)
+        args.out.write_text(json.dumps(done, indent=1))
 
 
 def main() -> None:
@@ -433,44 +451,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("kills.json"))
     args = parser.parse_args()
     done = json.loads(args.out.read_text()) if args.out.exists() else {}
-    began = time.monotonic()
     os.environ["RAYSWEEP_CACHE"] = tempfile.mkdtemp(prefix="kills-copies-")
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host = "{}:{}".format(*server.get_host_and_port())
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **FORKED})
-    try:
-        for _ in range(2):
-            add_node(cluster)
-        # The job of the first worker must not end before those of its forks.
-        ray.init(cluster.address, log_to_driver=False)
-        ray.get(ray.remote(lambda: None).remote())
-        names = ["reference", *(f"{('folder', 'bucket')[n % 2]}-{n // 2}" for n in range(1000))]
-        for name in names:
-            n_left = args.kills - sum(len(result["kills"]) for result in done.values())
-            if n_left <= 0 or time.monotonic() - began > 60 * args.minutes:
-                break
-            if name in done:
-                continue
-            folder = Path(tempfile.mkdtemp(prefix="kills-"))
-            (folder / "space.yaml").write_text(SPACE)
-            versions = (
-                BucketVersions(host, f"{name}-{args.seed}")
-                if name.startswith("bucket")
-                else FolderVersions(folder / "runs")
-            )
-            n_kills = 0 if name == "reference" else min(args.each, n_left)
-            chance = random.Random(f"{args.seed} {name}")
-            done[name] = Round(cluster, folder, versions, name).run(chance, n_kills, args.kinds)
-            shown = {key: value for key, value in done[name].items() if key != "weights"}
-            print(name, json.dumps(shown), folder, flush=True)
-            args.out.write_text(json.dumps(done, indent=1))
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-        server.stop()
+    with ray_environment(), listen_on_loopback():
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **FORKED})
+        try:
+            # The job of the first worker must not end before those of its forks.
+            with connect_to_cluster(cluster.address):
+                ray.get(ray.remote(lambda: None).remote())
+                run_sweeps(args, cluster, host, done)
+        finally:
+            cluster.shutdown()
+            server.stop()
     print(describe_machine())
     print(make_tables(done))
 
