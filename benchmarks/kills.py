@@ -3,12 +3,12 @@ and what is trained twice.
 
     python benchmarks/kills.py --kills 100 --out kills.json
 
-Starts a Ray cluster of one node with two CPUs on this machine. Half of the sweeps are in a folder, half in a bucket (moto's S3
-server on this machine). All are GAIRAT on digits over the same grid. One runs undisturbed first;
-the others are killed again and again, resumed with `--resume` if it was the driver, and compared
-with the undisturbed one. Drivers and workers are forks of servers that have imported what they
-need; the workers' is that of the tests. Finished sweeps are stored in --out and not repeated.
-Prints the tables of kills.md.
+Starts a Ray cluster of one node with two CPUs on this machine. Half of the sweeps are in a folder,
+half in a bucket (moto's S3 server on this machine). All are GAIRAT on digits over the same grid.
+One runs undisturbed first; the others are killed again and again, resumed with `--resume` if it was
+the driver, and compared with the undisturbed one. Drivers and workers are forks of servers that
+have imported what they need; the workers' is that of the tests. Finished sweeps are stored in --out
+and not repeated. Prints the tables of kills.md.
 """
 
 import argparse
