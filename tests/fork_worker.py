@@ -52,8 +52,12 @@ def launch(arguments: list[str]) -> None:
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
+            # Ray keeps the job that it finds in the environment when it is imported. Forks of a
+            # server with a job would serve that one only, and other drivers would wait forever.
             server = subprocess.Popen(
-                [sys.executable, __file__, "serve", str(path)], start_new_session=True
+                [sys.executable, __file__, "serve", str(path)],
+                env={**os.environ, "RAY_JOB_ID": "ffffffff"},
+                start_new_session=True,
             )
         deadline = time.monotonic() + 120
         while not path.exists() and time.monotonic() < deadline:
