@@ -54,7 +54,8 @@ NEAR, NEAR_KL, NEAR_CW = (
     pgd(0.031, 0.007, start="gaussian", loss=loss) for loss in ("ce", "kl", "cw")
 )
 MINIMAL = {
-    "kind": "minimal", "d_max": 12 / 255, "steps": 10, "step_scale": 2.5, "bisections": 10,
+    "kind": "minimal", "d_max": 12 / 255, "search_factor": 1.0, "steps": 10,
+    "step_scale": 2.5, "bisections": 10,
     "loss": "ce", "norm": "Linf", "start": "uniform",
 }  # fmt: skip
 
@@ -80,14 +81,14 @@ CATALOG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gair-mart": (
         {"pgd": NEAR},
         {
-            "pgd": term("pgd", weight=geometry(-1.0, 75)),
+            "pgd": term("pgd", weight=geometry(-1.0, 74)),
             "margin": term("pgd", "margin"),
             "kl": term("pgd", "kl_misclassified", 5.0),
         },
     ),
     "mart-gair-kl": (
         {"pgd": NEAR},
-        {"pgd": term("pgd", "bce"), "kl": term("pgd", "kl", 5.0, geometry(-1.0, 75))},
+        {"pgd": term("pgd", "bce"), "kl": term("pgd", "kl", 5.0, geometry(-1.0, 74))},
     ),
     "mma": (
         {"minimal": MINIMAL},
@@ -101,7 +102,7 @@ CATALOG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"pgd": NEAR, "cw": NEAR_CW},
         {
             "natural": term("natural"),
-            "kl": term("pgd", "kl", 6.0, geometry(3.0, 100, normalise=False)),
+            "kl": term("pgd", "kl", 6.0, geometry(3.0, 99, normalise=False)),
             "kl_cw": term("cw", "kl", 6.0, remainder(1.0, "kl")),
         },
     ),
@@ -121,15 +122,15 @@ CATALOG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "bound": term("natural", weight=remainder(5.0, "pgd", "cw")),
         },
     ),
-    "mail-at": ({"pgd": NEAR}, {"pgd": term("pgd", weight=margin(10.0, -0.5, 75))}),
+    "mail-at": ({"pgd": NEAR}, {"pgd": term("pgd", weight=margin(10.0, -0.5, 76))}),
     "mail-trades": (
         {"kl": NEAR_KL},
-        {"natural": term("natural"), "kl": term("kl", "kl", 5.0, margin(2.0, 0.0, 75))},
+        {"natural": term("natural"), "kl": term("kl", "kl", 5.0, margin(2.0, 0.0, 76))},
     ),
     "mail-mart": (
         {"pgd": NEAR},
         {
-            "pgd": term("pgd", "bce", weight=margin(1.0, -1.5, 75)),
+            "pgd": term("pgd", "bce", weight=margin(1.0, -1.5, 76)),
             "kl": term("pgd", "kl_misclassified", 5.0),
         },
     ),
@@ -320,8 +321,8 @@ def test_a_preset_is_not_changed_by_configs_made_from_it() -> None:
 
 
 def test_validation_has_the_radius_of_training_unless_it_is_set() -> None:
-    """Each attack of validation has the last radius of the method's attacks: 0.031, which is not
-    8/255.
+    """Each attack of validation has the last radius of the method's attacks, which is that of the
+    data set unless a preset or a setting has another.
     """
 
     def radii(config: TrainingConfig) -> set[float]:
@@ -329,9 +330,10 @@ def test_validation_has_the_radius_of_training_unless_it_is_set() -> None:
         return {attack.eps for attack in attacks}
 
     cifar = {"data.name": "cifar10"}
-    assert radii(build_training_config("gairat", cifar)) == {0.031} and radii(
-        build_training_config("lrat", cifar)
-    ) == {8 / 255}
+    for method in ("gairat", "lrat"):
+        assert radii(build_training_config(method, cifar)) == {8 / 255}
+    preset = build_training_config(*load_preset("gairat-table1"))
+    assert radii(preset) == {0.031}
     ramp = {"kind": "linear", "first": 0.0, "last": 0.1, "end": 50}
     assert radii(
         build_training_config("at", cifar | {"method.attacks.pgd.eps": ramp, "epochs": 26})

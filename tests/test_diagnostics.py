@@ -11,6 +11,7 @@ from raysweep.models import ModelSpec
 from raysweep.plots import plot_logits_map, plot_run_figures, plot_vulnerable_map
 from raysweep.rng import ExampleRng
 from raysweep.spec import apply_overrides
+from raysweep.stores import open_path
 from raysweep.training.config import build_training_config
 from raysweep.training.diagnostics import EpochDiagnostics, read_histograms
 from raysweep.training.input_gradient_norms import input_gradient_norm
@@ -123,7 +124,7 @@ def test_a_run_records_and_draws(tmp_path):
     }
     settings |= {"method.terms.pgd.weight.burn_in": 1, "*.steps": 2}
     fitted = train_model(build_training_config("gairat", settings), tmp_path / "run")
-    histograms = read_histograms(tmp_path / "run")
+    histograms = read_histograms(open_path(tmp_path / "run"))
     assert list(histograms) == [1, 2]
     assert sum(histograms[2]["kappa_pgd"]["counts"]) == 120
     row = fitted.last_checkpoint.last_metrics

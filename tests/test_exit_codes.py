@@ -114,7 +114,7 @@ FAULTS = {
         ["tune", "lrat", "--resume", "night"],
         2,
         "no sweep in",
-        "FileNotFoundError",
+        "StoredFileNotFound",
     ),
     "--out below a file": (
         add_file,
@@ -134,8 +134,8 @@ FAULTS = {
         add_nothing,
         ["show", "night", "--storage", NO_BUCKET],
         3,
-        "NETWORK_CONNECTION",
-        "OSError",
+        "the bucket does not answer",
+        "GenericError",
     ),
     "no MLflow": (
         add_nothing,

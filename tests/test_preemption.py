@@ -15,6 +15,7 @@ from conftest import TINY, tiny
 
 from raysweep.cli import main
 from raysweep.logs import read_log
+from raysweep.stores import open_path
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.training import trainer
@@ -37,7 +38,7 @@ def same_run(one: Path, other: Path) -> None:
         for saved in (a, b)
     ]
     assert rows[0] == rows[1]
-    assert read_histograms(one) == read_histograms(other)
+    assert read_histograms(open_path(one)) == read_histograms(open_path(other))
 
 
 @pytest.mark.parametrize("method", ["gairat", "lrat", "fat"])

@@ -25,6 +25,7 @@ from raysweep.instance_weights import (
 from raysweep.method import NATURAL_INPUT, Method, MethodOutput, Term
 from raysweep.rng import ExampleRng
 from raysweep.spec import SpecError, apply_overrides
+from raysweep.stores import open_path
 from raysweep.training.diagnostics import (
     EpochDiagnostics,
     measure_natural_accuracy,
@@ -399,12 +400,16 @@ def test_natural_accuracy_is_at_the_first_images_in_eval_mode(digits: DatasetSpl
 
 def test_histograms_are_kept_by_epoch(tmp_path: Path) -> None:
     for epoch in (1, 12):
-        write_histograms(tmp_path, epoch, {"V": {"edges": [0.0, 1.0], "counts": [epoch]}})
+        write_histograms(
+            open_path(tmp_path), epoch, {"V": {"edges": [0.0, 1.0], "counts": [epoch]}}
+        )
     assert sorted(path.name for path in (tmp_path / "histograms").iterdir()) == [
         "epoch-0001.json",
         "epoch-0012.json",
     ]
-    assert {epoch: found["V"]["counts"] for epoch, found in read_histograms(tmp_path).items()} == {
+    assert {
+        epoch: found["V"]["counts"] for epoch, found in read_histograms(open_path(tmp_path)).items()
+    } == {
         1: [1],
         12: [12],
     }

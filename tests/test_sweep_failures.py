@@ -13,6 +13,7 @@ import torch
 from conftest import tiny
 
 from raysweep.spec import SpecError
+from raysweep.stores import open_path
 from raysweep.sweep.process_death_causes import describe_process_loss
 from raysweep.training.failure_reports import (
     clear_failure_report,
@@ -75,19 +76,19 @@ def test_anything_else_is_a_bug_with_its_traceback(tmp_path: Path) -> None:
 
 
 def test_a_report_is_kept_for_the_next_workers_until_it_is_forgotten(tmp_path: Path) -> None:
-    assert load_failure_report(tmp_path) == {}
+    assert load_failure_report(open_path(tmp_path)) == {}
     report = {"failed": "KeyError: 'no'", "bug": "Traceback"}
-    save_failure_report(tmp_path, report)
+    save_failure_report(open_path(tmp_path), report)
     assert (
-        load_failure_report(tmp_path)
+        load_failure_report(open_path(tmp_path))
         == report
         == json.loads((tmp_path / "failed.json").read_text())
     )
-    save_failure_report(tmp_path, {"failed": "again"})
-    assert load_failure_report(tmp_path) == {"failed": "again"}
+    save_failure_report(open_path(tmp_path), {"failed": "again"})
+    assert load_failure_report(open_path(tmp_path)) == {"failed": "again"}
     for _ in range(2):
-        clear_failure_report(tmp_path)
-        assert load_failure_report(tmp_path) == {} and not list(tmp_path.iterdir())
+        clear_failure_report(open_path(tmp_path))
+        assert load_failure_report(open_path(tmp_path)) == {} and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from raysweep.commands._sweep_plan_output import print_sweep_plan
 from raysweep.data import DatasetSplits
 from raysweep.errors import InfrastructureError
 from raysweep.spec import SpecError
+from raysweep.stores import open_path
 from raysweep.sweep.ledger import Trial
 from raysweep.sweep.plan import (
     estimate_epoch_seconds,
@@ -487,7 +488,7 @@ def test_each_workers_computation_has_the_threads_of_its_share(
 
     # Tune's own callback must be created inside one of its trials.
     monkeypatch.setattr(multi_worker_trial, "TuneReportCallback", ray.train.UserCallback)
-    folder = tmp_path / "trials" / "0003"
+    folder = open_path(tmp_path / "trials" / "0003")
     trainer = multi_worker_trial._build_torch_trainer(
         tiny("at"), folder, resources.workers, resources.worker_resources, None, None
     )

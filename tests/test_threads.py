@@ -14,6 +14,7 @@ from test_workers import in_processes
 
 from raysweep.data import load_data
 from raysweep.data.dataset_cache import CachedDataset
+from raysweep.stores import open_path
 from raysweep.sweep import multi_worker_trial, tuner
 from raysweep.training.config import TrainingConfig
 
@@ -33,7 +34,7 @@ def train_with_cpus(amounts: list[float], sweep: Path) -> None:
         patch.setattr(tuner.tune, "report", lambda metrics: threads.append(torch.get_num_threads()))
         for number, cpus in enumerate(amounts):
             tuner._train_trial(
-                config, sweep / "trials" / f"{number:04d}", cpus, None, source_of(config)
+                config, open_path(sweep / "trials" / f"{number:04d}"), cpus, None, source_of(config)
             )
     (sweep / "threads.json").write_text(json.dumps(threads))
 
@@ -59,7 +60,7 @@ def share_with_threads(threads: int, path: Path) -> None:
         patch.setattr(
             multi_worker_trial, "get_current_placement_group", lambda: SimpleNamespace(id=b"group")
         )
-        multi_worker_trial._train_worker(config, path, loop)
+        multi_worker_trial._train_worker(config, open_path(path), loop)
     (path / "threads.json").write_text(json.dumps(found))
 
 
@@ -80,6 +81,6 @@ def test_a_trial_gives_each_worker_a_thread_for_each_whole_cpu(
         ray.train.torch, "TorchTrainer", lambda work, **options: given.update(options)
     )
     multi_worker_trial._build_torch_trainer(
-        tiny("at"), tmp_path / "trials" / "0000", 2, {"CPU": cpus, "GPU": 0}, None, None
+        tiny("at"), open_path(tmp_path / "trials" / "0000"), 2, {"CPU": cpus, "GPU": 0}, None, None
     )
     assert given["train_loop_config"]["threads"] == threads
