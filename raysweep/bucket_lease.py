@@ -260,7 +260,7 @@ class LeaseHeartbeat:
                 logger.warning("a lease was not renewed, it is tried again: %s", error)
 
 
-class FormerClaims:
+class LegacyClaims:
     """Claims that raysweep 0.1 and earlier versions wrote: files named `TIME HOST PROCESS`.
 
     Their owners write them again every 5 seconds. As long as they do, they hold the lease.

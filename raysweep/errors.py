@@ -1,7 +1,7 @@
 """The errors of raysweep, and the exit code of each.
 
 `raysweep.cli` is the only place that turns an error into a line and an exit code; everything else
-raises. An error that replaces another one names it: `raise SpecError(...) from error`.
+raises. An error that replaces another one keeps it as its cause: `raise SpecError(...) from error`.
 """
 
 import errno
@@ -22,17 +22,20 @@ class ExitCode(IntEnum):
     """Exit codes of the command line."""
 
     DONE = 0
-    """Everything is done, and no report saw a regression."""
+    """Everything is done, and no report found a regression."""
     WORK_FAILED = 1
-    """A trial, stage or run failed, or a check of `doctor` or of a bundle did not pass."""
+    """A trial, stage or run failed, or a claim of a bundle is false."""
     WRONG_SETTINGS = 2
     """A setting, a file of settings or the command line is wrong; nothing was started."""
     INFRASTRUCTURE = 3
-    """A cluster, store, bucket, package, device or disk is missing or does not answer."""
+    """A cluster, store, bucket, package, device or disk is missing or does not answer.
+
+    A failed check of `raysweep doctor` ends with this code, too.
+    """
     DAMAGED_FILE = 4
     """The content of a file is damaged; it has to be repaired or deleted."""
     REGRESSION = 5
-    """Everything is done, and a report saw a regression."""
+    """Everything is done, and a report found a regression."""
     INTERRUPTED = 130
     """Interrupted by Ctrl-C or SIGTERM; the same command resumes."""
 
@@ -135,7 +138,7 @@ class CompatibilityWarning(UserWarning):
     """
 
 
-def iter_causes(error: BaseException) -> list[BaseException]:
+def list_causes(error: BaseException) -> list[BaseException]:
     """List the causes of an error: what it was raised `from`, the cause of that, and so on.
 
     Args:
@@ -152,7 +155,7 @@ def iter_causes(error: BaseException) -> list[BaseException]:
 def is_infrastructure_error(error: BaseException) -> bool:
     """Return whether an error of the system is about a disk, rights or the network.
 
-    Others, such as a missing file that nobody named, look like a bug and need a traceback.
+    Others, such as a missing file that no user named, are probably bugs and need a traceback.
 
     Args:
         error: Any error.
@@ -174,7 +177,7 @@ def describe_os_error(error: OSError) -> str:
 
 def _pack_causes(error: BaseException) -> list[BaseException]:
     """List the causes, those that cannot be pickled replaced by their type and text."""
-    return [_make_picklable(cause) for cause in iter_causes(error)]
+    return [_make_picklable(cause) for cause in list_causes(error)]
 
 
 def _make_picklable(cause: BaseException) -> BaseException:

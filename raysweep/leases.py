@@ -21,8 +21,8 @@ from filelock import SoftFileLease, Timeout
 from raysweep.bucket_lease import (
     DEFAULT_LEASE_TIMES,
     BucketLease,
-    FormerClaims,
     LeaseTimes,
+    LegacyClaims,
 )
 from raysweep.errors import SpecError
 from raysweep.folder_lock import hold_folder_lock
@@ -62,7 +62,7 @@ class Lease(Protocol):
         ...
 
     def release(self) -> None:
-        """Give the lease back. Do nothing if this object does not hold it."""
+        """Release the lease. Do nothing if this object does not hold it."""
         ...
 
 
@@ -73,9 +73,9 @@ class FolderLease:
         """Describe the lease without acquiring it.
 
         Args:
-            path: The lease's file; its folder must exist when the lease is acquired. If a later
-                version of raysweep has another `expires_after`, its files need another name:
-                filelock raises an error for a lease with another number.
+            path: The lease's file; its folder must exist when the lease is acquired. A version
+                of raysweep that changes `expires_after` must also change the file's name, because
+                filelock refuses a file that was written with another number.
             times: How often it is renewed.
         """
         self._lease = SoftFileLease(
@@ -100,8 +100,8 @@ class FolderLease:
                 return False
             if had_holder:
                 logger.warning(
-                    "took over the lease %s: its holder died, stopped renewing it or just gave it "
-                    "back",
+                    "took over the lease %s: its holder died, stopped renewing it or has just "
+                    "released it",
                     self._lease.lock_file,
                     extra={"event": "lease_taken_over", "shown": True},
                 )
@@ -131,7 +131,7 @@ def make_lease(folder: StorePath, key: str) -> Lease:
 
 
 @contextmanager
-def hold_pipeline_lease(folder: Path, wait: bool) -> Iterator[None]:
+def hold_pipeline_lock(folder: Path, wait: bool) -> Iterator[None]:
     """Context manager that holds the lock of a pipeline's folder.
 
     Args:
@@ -155,7 +155,7 @@ def hold_folder_lease(
 ) -> Iterator[StorePath]:
     """Context manager that holds the folder of a sweep or training run.
 
-    If a folder on this machine has no other files at the end, it is deleted.
+    A folder on this machine is deleted at the end if nothing but the lock is in it.
 
     Args:
         folder: Folder on this machine or in a bucket; created if it is missing.
@@ -195,9 +195,9 @@ def _hold_bucket_lease(folder: StorePath, times: LeaseTimes) -> Iterator[BucketL
             raise SpecError(f"{description} is running already ({holder})")
         time.sleep(_POLL_SECONDS)
     try:
-        former_claims = FormerClaims(folder.store, (claims / "alone").key, times)
-        while former_claims.observe():
-            if owner := former_claims.live_owner:
+        legacy_claims = LegacyClaims(folder.store, (claims / "alone").key, times)
+        while legacy_claims.observe():
+            if owner := legacy_claims.live_owner:
                 raise SpecError(
                     f"{description} is running already ({owner}, with an earlier version of "
                     "raysweep)"

@@ -19,7 +19,7 @@ import pytest
 from forked_processes import ForkedProcess
 from test_stores import gcs, s3_host, store
 
-from raysweep.bucket_lease import BucketLease, FormerClaims, LeaseLost, LeaseTimes
+from raysweep.bucket_lease import BucketLease, LeaseLost, LeaseTimes, LegacyClaims
 from raysweep.errors import SpecError
 from raysweep.leases import hold_folder_lease
 from raysweep.process_identity import ProcessIdentity
@@ -305,7 +305,7 @@ class TestOutage:
         assert acquire_within(lease_of(), 10) is not None, "it expires"
 
 
-class TestFormerClaims:
+class TestLegacyClaims:
     """What version 0.1 wrote."""
 
     def claim(self, store: Store, host: str, pid: int) -> str:
@@ -313,7 +313,7 @@ class TestFormerClaims:
         store.write_bytes(key, b"")
         return key
 
-    def observe_within(self, claims: FormerClaims, seconds: float) -> float | None:
+    def observe_within(self, claims: LegacyClaims, seconds: float) -> float | None:
         began = time.monotonic()
         while claims.observe():
             if time.monotonic() - began > seconds:
@@ -323,7 +323,7 @@ class TestFormerClaims:
 
     def test_those_of_silent_and_dead_processes_are_deleted(self, store: Store) -> None:
         self.claim(store, HERE, NOBODY)
-        claims = FormerClaims(store, ".claims/alone", FAST)
+        claims = LegacyClaims(store, ".claims/alone", FAST)
         assert not claims.observe() and not store.list_files()
         self.claim(store, "elsewhere", NOBODY)
         waited = self.observe_within(claims, 10)
@@ -332,7 +332,7 @@ class TestFormerClaims:
 
     def test_that_of_a_live_process_stays(self, store: Store) -> None:
         times = LeaseTimes(0.5, 3.0)  # Object stores count in whole seconds.
-        claims = FormerClaims(store, ".claims/alone", times)
+        claims = LegacyClaims(store, ".claims/alone", times)
         key = self.claim(store, "elsewhere", 77)
         deadline = time.monotonic() + 60
         while not claims.live_owner:

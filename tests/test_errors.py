@@ -17,7 +17,7 @@ from raysweep.errors import (
     WorkFailed,
     WorkInterrupted,
     is_infrastructure_error,
-    iter_causes,
+    list_causes,
 )
 from raysweep.pipeline.stage import StageFailed
 from raysweep.stores import StoreUnavailable
@@ -71,7 +71,7 @@ def test_pickle_keeps_class_problems_and_the_chain_of_causes(kind):
     assert copy.problems == ["a: first", "b: second"]
     assert str(copy) == "a: first\nb: second"
     assert copy.hint == "kept"
-    inner, full_disk, key = iter_causes(copy)
+    inner, full_disk, key = list_causes(copy)
     assert type(inner) is DamagedFileError and inner.problems == ["inner"]
     assert type(full_disk) is OSError and full_disk.errno == 28 and full_disk.filename == "x.json"
     assert type(key) is KeyError and key.args == ("seed",)
@@ -96,15 +96,15 @@ def test_a_cause_that_cannot_be_pickled_arrives_as_text():
         error.__cause__ = HoldsASocket(connection)
         error.__cause__.__cause__ = NeedsTwo("one", "two")
         copy = pickle.loads(pickle.dumps(error))
-    texts = [str(cause) for cause in iter_causes(copy)]
+    texts = [str(cause) for cause in list_causes(copy)]
     assert texts == ["HoldsASocket: refused by 10.0.0.1", "NeedsTwo: one and two"]
 
 
 def test_a_cycle_of_causes_ends():
     first, second = SpecError("first"), ValueError("second")
     first.__cause__, second.__cause__ = second, first
-    assert iter_causes(first) == [second]
-    assert [str(cause) for cause in iter_causes(pickle.loads(pickle.dumps(first)))] == ["second"]
+    assert list_causes(first) == [second]
+    assert [str(cause) for cause in list_causes(pickle.loads(pickle.dumps(first)))] == ["second"]
 
 
 def test_a_prefix_stands_before_each_problem():

@@ -17,7 +17,7 @@ import pytest
 from conftest import tiny
 
 from raysweep.cli import main
-from raysweep.errors import ExitCode, RaysweepError, iter_causes
+from raysweep.errors import ExitCode, RaysweepError, list_causes
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import load_space
 from raysweep.training.trainer import train_model
@@ -243,7 +243,7 @@ def test_a_fault_has_its_exit_code_one_line_and_a_cause(
     # The log has the error with its causes, for a file or a verbose terminal.
     (record,) = [r for r in records if getattr(r, "event", "") == "end"]
     assert record.exc_info is not None and isinstance(record.exc_info[1], RaysweepError)
-    causes = [type(error).__name__ for error in iter_causes(record.exc_info[1])]
+    causes = [type(error).__name__ for error in list_causes(record.exc_info[1])]
     assert causes[:1] == ([] if cause is None else [cause]), causes
 
 

@@ -18,7 +18,6 @@ LAYERS = [
         "schedules",
         "rng",
         "stores",
-        "storage",
         "process_identity",
         "folder_lock",
         "bucket_lease",

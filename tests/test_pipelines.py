@@ -25,7 +25,7 @@ from forked_processes import ForkedProcess
 
 from raysweep.cli import build_parser, main
 from raysweep.data import load_data
-from raysweep.leases import hold_pipeline_lease
+from raysweep.leases import hold_pipeline_lock
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
 from raysweep.pipeline.pipeline import iter_ranking_warnings, load_pipeline, plan_stages
@@ -563,7 +563,7 @@ def _root() -> Path:
 
 
 def hold_lease(folder: Path, held: Path, seconds: float) -> None:
-    with hold_pipeline_lease(folder, False):
+    with hold_pipeline_lock(folder, False):
         held.touch()
         time.sleep(seconds)
 
@@ -583,12 +583,12 @@ def test_two_at_once_one_refuses_or_waits(tmp_path: Path) -> None:
     with pytest.raises(
         SpecError, match=rf"'digits' is running already \(process {first.pid} on .*--wait"
     ):
-        hold_pipeline_lease(folder, wait=False).__enter__()
+        hold_pipeline_lock(folder, wait=False).__enter__()
     first.kill()
-    with hold_pipeline_lease(folder, wait=False):
+    with hold_pipeline_lock(folder, wait=False):
         pass
     second = start_holder(0.5)
-    with hold_pipeline_lease(folder, wait=True):
+    with hold_pipeline_lock(folder, wait=True):
         assert second.wait() == 0
 
 

@@ -392,16 +392,16 @@ def test_a_copy_that_another_process_has_just_used_is_not_evicted(
     two_hours_ago = time.time() - 7200
     os.utime(saved.path.scratch_path, (two_hours_ago, two_hours_ago))
     monkeypatch.setattr(local_copies, "_MAX_BYTES", 1)
-    locked = local_copies._locked
+    locked = local_copies._hold_copies_lock
 
     def use_first() -> AbstractContextManager[None]:
-        monkeypatch.setattr(local_copies, "_locked", locked)
+        monkeypatch.setattr(local_copies, "_hold_copies_lock", locked)
         assert saved.path.fetch_checkpoint() is not None
         return locked()
 
-    monkeypatch.setattr(local_copies, "_locked", use_first)
+    monkeypatch.setattr(local_copies, "_hold_copies_lock", use_first)
     local_copies.evict_copies()
-    assert local_copies._locked is locked and saved.path.scratch_path.exists()
+    assert local_copies._hold_copies_lock is locked and saved.path.scratch_path.exists()
     os.utime(saved.path.scratch_path, (two_hours_ago, two_hours_ago))
     local_copies.evict_copies()
     assert not saved.path.scratch_path.exists()

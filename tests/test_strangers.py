@@ -93,7 +93,7 @@ def test_an_answer_that_depends_on_the_batch_is_said_and_batches_are_filled_with
         y = model.eval()(x).argmax(1)
     report = evaluate(KeepsBatchNormsInTrainMode(), x, y, "square", 0.0)
     assert report.clean_accuracy == 1.0, "black images would have changed the statistics"
-    assert any("depends on the others of its batch" in line for line in report.warnings)
+    assert any("depend on the others of its batch" in line for line in report.warnings)
     x, y = images(8)
     assert not any("batch" in line for line in evaluate(Plain(), x, y, "square", 0.0).warnings)
 

@@ -29,8 +29,8 @@ class Batch:
 def count_batches(n_examples: int, batch_size: int) -> int:
     """Return the number of batches of an epoch.
 
-    A last batch of one image would join the one before it: a batch norm cannot normalise one value
-    per channel, which one image has where feature maps are 1 x 1.
+    A last batch of one image joins the batch before it, because a batch norm cannot normalise a
+    single value per channel, as one image has where feature maps are 1 x 1.
 
     Args:
         n_examples: Number of training examples, 1 or more.

@@ -21,7 +21,7 @@ from raysweep.spec import Spec, SpecError, describe_unknown_name
 
 logger = logging.getLogger(__name__)
 
-# Largest share of a class that validation takes, unless it takes more of all examples.
+# Largest share of a class that validation takes, unless its share of all examples is larger.
 _MAX_VALIDATION_SHARE = 0.2
 
 _PositionArray = np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -40,10 +40,10 @@ class DataSpec(Spec):
     download: bool = False
     """Whether torchvision may download missing files into `data_dir`."""
     val_size: Annotated[int, Field(ge=1)] = 1000
-    """Number of training examples set aside for validation, in equal shares of each class, but at
-    most a fifth of a class (or the share of all examples that is set aside, if that is more)."""
+    """Number of training examples set aside for validation, equally many of each class. At most a
+    fifth of a class is set aside (or, if larger, `val_size` divided by all training examples)."""
     train_size: Annotated[int, Field(ge=1)] | None = None
-    """Number of the remaining examples to train on, in equal shares of each class; null for all."""
+    """Number of the remaining examples to train on, equally many of each class; null for all."""
     augment: bool | None = None
     """Whether to train on random crops (4 pixels of padding) and horizontal flips; null means
     only for colour images."""
@@ -160,7 +160,9 @@ def load_data(spec: DataSpec) -> DatasetSplits:
         All splits, as CPU tensors.
 
     Raises:
-        SpecError: If files are missing or invalid, or have too few examples.
+        SpecError: If files are missing, hold no images with labels, or have too few examples or
+            classes.
+        DamagedFileError: If a file cannot be read.
     """
     arrays = DATASET_LOADERS[spec.name](spec.data_dir, spec.download)
     classes = int(arrays.y_train.max()) + 1
@@ -207,7 +209,7 @@ def _check_all_classes(y: LabelArray, spec: DataSpec) -> None:
 def _warn_about_missing_classes(
     y: LabelArray, val_rows: _PositionArray, train_rows: _PositionArray, spec: DataSpec
 ) -> None:
-    """Log which classes training lacks, or validation."""
+    """Log which classes have no example in training or in validation."""
     present = np.unique(y)
     for rows, name in ((train_rows, "training"), (val_rows, "validation")):
         missing = np.setdiff1d(present, y[rows])
@@ -273,8 +275,8 @@ def _keep_rare_classes(
 ) -> _PositionArray:
     """Move examples of rare classes from validation to training.
 
-    Validation takes at most a fifth of a class, or the share that it has of all examples if that is
-    more, and never all of it.
+    Validation takes at most a fifth of a class, or its share of all examples if that is larger, and
+    never all examples of a class. If that leaves too few, nothing is moved.
     """
     sizes = np.bincount(y)
     share = max(_MAX_VALIDATION_SHARE, val_size / len(y))

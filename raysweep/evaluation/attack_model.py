@@ -1,8 +1,8 @@
 """The copy of a model that attacks run on.
 
 It is frozen and in eval mode, and computes a row's result independently of the other rows of the
-batch. It has fast convolutions and folded batch norms where these were seen to compute what the
-model computes. A model that cannot be copied is attacked as it is.
+batch. Fast convolutions and folded batch norms replace the model's own where they give the same
+logits and gradients. A model that cannot be copied is attacked as it is.
 """
 
 import copy
@@ -75,8 +75,8 @@ class FixedSizeBatches(nn.Module):
     def _forward_filled(self, x: Tensor, min_rows: int) -> Tensor:
         """Fill up `x` to at least `min_rows` rows and return the outputs of the original rows.
 
-        The rows are repeated: a model with batch norms on batch statistics would answer otherwise
-        among other images.
+        The rows themselves are repeated: with other images, batch norms on batch statistics would
+        give other outputs.
         """
         n_rows = len(x)
         if n_rows < min_rows:
@@ -90,7 +90,7 @@ class FixedSizeBatches(nn.Module):
 class InferenceModeDisabler(nn.Module):
     """Wraps a model whose forward pass uses autograd, for attacks that run in inference mode.
 
-    Autograd does not work in inference mode. The guard turns the mode off for the forward pass.
+    Autograd does not work in inference mode. This module turns the mode off for the forward pass.
 
     Attributes:
         model: The model.
@@ -121,8 +121,8 @@ class InferenceModeDisabler(nn.Module):
 class BorrowedModel(nn.Module):
     """A model that cannot be copied, for attacks that run on it as it is.
 
-    It is no submodule, so that nothing changes its mode or its parameters for good: each forward
-    pass puts back its mode and its buffers.
+    It is not registered as a submodule, so `train`, `to` and the like do not change it. Each
+    forward pass restores its mode and its buffers.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -150,7 +150,7 @@ class BorrowedModel(nn.Module):
             with torch.no_grad():
                 for buffer, value in buffers:
                     if not torch.equal(buffer, value):
-                        # `data` leaves the version alone, which the backward pass checks.
+                        # Writing to `data` keeps the version that the backward pass checks.
                         buffer.data.copy_(value)
 
 
@@ -193,7 +193,7 @@ def copy_model(model: nn.Module) -> nn.Module | None:
     Returns:
         The copy; None if the model cannot be copied, for example because it holds a lock.
     """
-    # deepcopy refuses tensors that autograd computed, such as caches of eval mode.
+    # deepcopy refuses tensors that autograd computed, as some models cache in eval mode.
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in _iter_tensors(vars(module)):
@@ -263,11 +263,11 @@ def _apply_fast_paths(model: nn.Module, x: Tensor) -> nn.Module:
     return best
 
 
-_Computed = tuple[Tensor, Tensor | None]
+_LogitsAndGradient = tuple[Tensor, Tensor | None]
 
 
 def _try_fast_paths(
-    model: nn.Module, names: list[str], x: Tensor, expected: _Computed
+    model: nn.Module, names: list[str], x: Tensor, expected: _LogitsAndGradient
 ) -> tuple[nn.Module | None, str]:
     """Return a copy with some fast paths, or None and why it cannot be used."""
     fast_model = copy_model(model)
@@ -279,10 +279,10 @@ def _try_fast_paths(
         found = _compute_logits_and_gradient(fast_model, x)
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
-    return (fast_model, "") if _agrees(found, expected) else (None, "the results differ")
+    return (fast_model, "") if _results_agree(found, expected) else (None, "the results differ")
 
 
-def _compute_logits_and_gradient(model: nn.Module, x: Tensor) -> _Computed:
+def _compute_logits_and_gradient(model: nn.Module, x: Tensor) -> _LogitsAndGradient:
     """Return the logits of `x`, and the gradient of a sum of logits; None if there is none.
 
     Random numbers of the model are the same in each call.
@@ -305,7 +305,7 @@ def _compute_logits_and_gradient(model: nn.Module, x: Tensor) -> _Computed:
         return model(x.clone()), None
 
 
-def _agrees(found: _Computed, expected: _Computed) -> bool:
+def _results_agree(found: _LogitsAndGradient, expected: _LogitsAndGradient) -> bool:
     """Return whether logits and gradients agree up to rounding."""
     (logits, gradient), (expected_logits, expected_gradient) = found, expected
     if not isinstance(expected_logits, Tensor) or logits.shape != expected_logits.shape:
@@ -314,7 +314,7 @@ def _agrees(found: _Computed, expected: _Computed) -> bool:
     scale = (top[..., 0] - top[..., 1]).mean()
     rounding = 64 * torch.finfo(expected_logits.dtype).eps * expected_logits.abs()
     difference = (logits - expected_logits).abs() - rounding
-    # Not "greater than": a comparison with nan is False.
+    # Not `(difference > ...).any()`: nan must count as a difference.
     if not bool((difference <= FAST_PATH_TOLERANCE * scale).all()):
         return False
     if gradient is None or expected_gradient is None:

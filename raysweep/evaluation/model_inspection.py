@@ -31,10 +31,10 @@ logger = logging.getLogger(__name__)
 IntArray = npt.NDArray[np.int64]
 # A model is random if the logits of repeated forward passes of one batch differ by more than the
 # tolerance times the largest logit (official). Here the scale is the largest gap between the first
-# and the second class of a row, because large logits need not decide anything.
+# and the second class of a row, because this gap decides the class, not the size of the logits.
 N_REPEATED_FORWARDS, REPEATED_FORWARD_TOLERANCE = 5, 1e-5
-# The same for the answer to a row among other rows.
-_COMPANY_TOLERANCE = 1e-3
+# The same for the logits of an image in batches with different other images.
+_BATCH_DEPENDENCE_TOLERANCE = 1e-3
 # Fraction of examples that Square may break after the white-box attacks without a warning
 # (official).
 MAX_SQUARE_DROP = 0.002
@@ -82,7 +82,7 @@ def inspect_model(
         eps: Radius of the attacks, in pixels of [0, 1]. Gradients are computed at random points
             within eps of `x`.
         attacks: The attacks that are planned.
-        batch_size: Most images that the model gets at once.
+        batch_size: Largest number of images in a forward pass.
 
     Returns:
         The properties of the model.
@@ -96,12 +96,12 @@ def inspect_model(
         logits = outputs[0]
         _check_logits(logits, y)
         is_random = any(
-            _differs(output, logits, REPEATED_FORWARD_TOLERANCE) for output in outputs[1:]
+            _logits_differ(output, logits, REPEATED_FORWARD_TOLERANCE) for output in outputs[1:]
         )
         warnings = []
-        if not is_random and _depends_on_company(model, x[:batch_size]):
+        if not is_random and _depends_on_batch(model, x[:batch_size]):
             warnings.append(
-                "the answer to an image depends on the others of its batch, as with batch norms on "
+                "the logits of an image depend on the others of its batch, as with batch norms on "
                 "batch statistics: results depend on the batch size and on the order of the images"
             )
         averages_outputs = all(
@@ -242,8 +242,8 @@ def _check_logits(logits: object, y: Tensor) -> None:
         raise SpecError("the model returns logits that are not finite: no attack can be run on it")
 
 
-def _differs(logits: Tensor, reference: Tensor, tolerance: float) -> bool:
-    """Return whether logits differ beyond rounding, relative to what decides between classes.
+def _logits_differ(logits: Tensor, reference: Tensor, tolerance: float) -> bool:
+    """Return whether logits differ beyond rounding, relative to the gap between two classes.
 
     Each logit has its own rounding error, and the scale is a gap between two classes. So a common
     offset, or classes that are masked by -1e9, do not hide a difference.
@@ -257,14 +257,14 @@ def _differs(logits: Tensor, reference: Tensor, tolerance: float) -> bool:
     return bool(((first - second).abs() - rounding > tolerance * scale).any())
 
 
-def _depends_on_company(model: nn.Module, x: Tensor) -> bool:
-    """Return whether the model answers otherwise to an image among other images."""
+def _depends_on_batch(model: nn.Module, x: Tensor) -> bool:
+    """Return whether the logits of an image depend on the other images of its batch."""
     n_rows = max(1, len(x) // 2)
     others = x.flip(1, 2, 3) if len(x) == 1 else x[n_rows:]
     with torch.no_grad():
         alone = model(x[:n_rows].repeat(2, 1, 1, 1))[:n_rows]
         among_others = model(torch.cat([x[:n_rows], others]))[:n_rows]
-    return _differs(alone, among_others, _COMPANY_TOLERANCE)
+    return _logits_differ(alone, among_others, _BATCH_DEPENDENCE_TOLERANCE)
 
 
 def _find_output_warnings(logits: Tensor) -> list[str]:
@@ -283,7 +283,9 @@ def _find_output_warnings(logits: Tensor) -> list[str]:
             "all outputs lie in [0, 1]: if they are probabilities, as of sigmoids, give the "
             "logits, or losses lose their gradient"
         )
-    if len(logits) > 1 and not _differs(logits, logits[:1].expand_as(logits), _CONSTANT_TOLERANCE):
+    if len(logits) > 1 and not _logits_differ(
+        logits, logits[:1].expand_as(logits), _CONSTANT_TOLERANCE
+    ):
         warnings.append("the model returns the same logits for every example: it is constant")
     return warnings
 
@@ -336,7 +338,7 @@ def _compute_loss_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]] | None:
     """Return whether rows are correct, (N,), and the gradients of two losses; None without any.
 
-    A model may cut its input off the graph and still return logits that require a gradient.
+    A model may detach its input and still return logits that require a gradient.
     """
     point = point.detach().requires_grad_()
     with torch.enable_grad():

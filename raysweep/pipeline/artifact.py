@@ -266,7 +266,7 @@ def rank_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     def rank(candidate: Candidate) -> tuple[RunRank, float, int]:
         run_rank = RunRank(
             has_failed=False,
-            is_before_weights_act=candidate.is_before_weights_act,
+            has_ineligible_best=candidate.is_before_weights_act,
             exceeds_masking_gap=candidate.exceeds_masking_gap,
             negated_score=-mean(scores[candidate.row]),
         )

@@ -13,7 +13,7 @@ from pydantic import Field
 from rich.console import Console
 
 from raysweep.data import load_data
-from raysweep.leases import hold_pipeline_lease
+from raysweep.leases import hold_pipeline_lock
 from raysweep.logs import log_to_folder
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.autoattack import AutoAttackStage
@@ -337,7 +337,7 @@ def run_pipeline(
     runs_folder = runs_folder or open_path(out / "runs")
     nights_folder = runs_folder / "pipelines" / name / "sweeps"
     sweeps_folder = nights_folder / salt if salt else runs_folder
-    with hold_pipeline_lease(folder, wait), log_to_folder(folder), ExitStack() as exit_stack:
+    with hold_pipeline_lock(folder, wait), log_to_folder(folder), ExitStack() as exit_stack:
         for partial in folder.glob(".[0-9]*"):
             # A run was killed while it wrote an artifact.
             logger.warning(

@@ -191,7 +191,7 @@ def make_candidate(
         metrics={key: value for key, value in saved.last_metrics.items() if "/" not in key},
         params={key: value for key, value in trial.params.items() if key != "seed"},
         exceeds_masking_gap=ledger.exceeds_masking_gap(trial),
-        is_before_weights_act=not (rank.weights_act and rank.is_above_chance),
+        is_before_weights_act=not (rank.is_after_burn_in and rank.is_above_chance),
         objectives=ledger.space.objectives,
         selection_split=saved.config.validation.split,
     )

@@ -2,9 +2,9 @@
 
 from raysweep.stores.bucket_store import BucketStore
 from raysweep.stores.errors import (
+    ConditionalWritesUnsupported,
     StoreAccessRefused,
     StoredFileNotFound,
-    StoreNotConditional,
     StoreUnavailable,
 )
 from raysweep.stores.folder_store import FolderStore
@@ -22,11 +22,11 @@ from raysweep.stores.store_path import StorePath, parse_json
 __all__ = [
     "META_FILE",
     "BucketStore",
+    "ConditionalWritesUnsupported",
     "FolderStore",
     "Location",
     "Store",
     "StoreAccessRefused",
-    "StoreNotConditional",
     "StorePath",
     "StoreUnavailable",
     "StoredCheckpoint",

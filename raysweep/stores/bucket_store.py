@@ -154,7 +154,7 @@ class BucketStore:
 
     def has_file(self, key: str) -> bool:
         try:
-            with self._translated_errors(key):
+            with self._translate_errors(key):
                 self._client.head(key)
         except StoredFileNotFound:
             return False
@@ -181,7 +181,7 @@ class BucketStore:
 
     def write_bytes(self, key: str, data: bytes) -> None:
         self.require_writable()
-        with self._translated_errors(key):
+        with self._translate_errors(key):
             self._client.put(key, data)
 
     def create(self, key: str, data: bytes) -> str | None:
@@ -194,17 +194,17 @@ class BucketStore:
         if version is not None and self.replace(key, b"", version) is None:
             return False
         self.require_writable()
-        with suppress(StoredFileNotFound), self._translated_errors(key):
+        with suppress(StoredFileNotFound), self._translate_errors(key):
             self._client.delete(key)
         return True
 
     def list_files(self, prefix: str = "", pattern: str = "**/*") -> list[StoredFile]:
         files = []
-        with self._translated_errors(prefix):
+        with self._translate_errors(prefix):
             for chunk in self._client.list(prefix or None, chunk_size=1000):
                 for entry in chunk:
                     relative = entry["path"].removeprefix(f"{prefix}/" if prefix else "")
-                    if _matches(relative, pattern):
+                    if _matches_glob(relative, pattern):
                         modified = entry["last_modified"].timestamp()
                         files.append(StoredFile(entry["path"], entry["size"], modified))
         # Earlier versions left empty objects `FOLDER/`, which obstore lists as files `FOLDER`.
@@ -212,7 +212,7 @@ class BucketStore:
         return sorted(files, key=lambda file: file.key)
 
     def list_subfolders(self, prefix: str) -> list[str]:
-        with self._translated_errors(prefix):
+        with self._translate_errors(prefix):
             result = self._client.list_with_delimiter(prefix or None)
         return sorted(name.rpartition("/")[2] for name in result["common_prefixes"])
 
@@ -255,7 +255,7 @@ class BucketStore:
         if meta is None:
             local_copies.delete_copy(folder)
             return None
-        if not local_copies.use_copy(folder, meta.data):
+        if not local_copies.touch_copy_if_current(folder, meta.data):
             try:
                 self._download_checkpoint(key, folder, meta.data)
             except StoredFileNotFound:
@@ -293,21 +293,21 @@ class BucketStore:
 
     def _read(self, key: str) -> VersionedContent:
         """Read a file. Raises StoredFileNotFound if there is none."""
-        with self._translated_errors(key):
+        with self._translate_errors(key):
             result = self._client.get(key)
             return VersionedContent(bytes(result.bytes()), self._version_of(result.meta))
 
     def _upload(self, file: Path, key: str) -> None:
         """Upload a file of this machine."""
         self.require_writable()
-        with self._translated_errors(key):
+        with self._translate_errors(key):
             self._client.put(key, file)
 
     def _copy(self, source_key: str, key: str) -> bool:
         """Copy a file inside the bucket; return False if the bucket does not have it."""
         self.require_writable()
         try:
-            with self._translated_errors(key):
+            with self._translate_errors(key):
                 self._client.copy(source_key, key)
         except StoredFileNotFound:
             return False
@@ -326,10 +326,10 @@ class BucketStore:
         try:
             for file in self.list_files(key, "*"):
                 with (partial / PurePosixPath(file.key).name).open("wb") as stream:
-                    # Each part is a request that is repeated if it fails.
+                    # Each part is a request of its own, and only that is repeated if it fails.
                     for start in range(0, file.size, _PART_BYTES):
                         end = min(start + _PART_BYTES, file.size)
-                        with self._translated_errors(file.key):
+                        with self._translate_errors(file.key):
                             stream.write(self._client.get_range(file.key, start=start, end=end))
             (partial / META_FILE).write_bytes(meta)
             local_copies.place_copy(partial, folder)
@@ -339,8 +339,8 @@ class BucketStore:
     def _put_conditionally(self, key: str, data: bytes, mode: Any) -> str | None:
         """Upload under a condition; return the new version, or None if the condition is not met.
 
-        An answer may be lost after the upload. Its repetition then fails the condition, so the
-        object is asked which request wrote it.
+        The answer to a successful upload may be lost. The repeated upload then fails the condition,
+        so an attribute of the object tells which request wrote it.
         """
         from obstore.exceptions import AlreadyExistsError, GenericError, PreconditionError
 
@@ -348,7 +348,7 @@ class BucketStore:
         writer = uuid4().hex
         deadline = time.monotonic() + self.retry.total_seconds
         while True:
-            with self._translated_errors(key):
+            with self._translate_errors(key):
                 try:
                     result = self._client.put(
                         key, data, mode=mode, attributes={_WRITER_ATTRIBUTE: writer}
@@ -361,13 +361,17 @@ class BucketStore:
                     is_answer = re.search(r"status code: 4\d\d", str(error))
                     if time.monotonic() >= deadline or is_answer:
                         raise
-                    logger.warning("%s: sent again: %s", self.uri_of(key), _describe_outage(error))
+                    logger.warning(
+                        "%s: the request is sent again: %s",
+                        self.uri_of(key),
+                        _describe_outage(error),
+                    )
             time.sleep(min(1.0, self.retry.longest_pause))
 
     def _find_version_written_by(self, writer: str, key: str) -> str | None:
         """Return a file's version if a request wrote it; otherwise None."""
         try:
-            with self._translated_errors(key):
+            with self._translate_errors(key):
                 result = self._client.get(key)
                 if result.attributes.get(_WRITER_ATTRIBUTE) == writer:
                     return self._version_of(result.meta)
@@ -376,7 +380,7 @@ class BucketStore:
         return None
 
     @contextmanager
-    def _translated_errors(self, key: str) -> Iterator[None]:
+    def _translate_errors(self, key: str) -> Iterator[None]:
         """Raise this package's errors instead of obstore's."""
         from obstore.exceptions import BaseError
 
@@ -417,7 +421,8 @@ class BucketStore:
         if not self._is_s3:
             config: Any = {"base_url": server} if server else {}
             if location.login_and_bucket.startswith("anonymous@"):
-                # obstore signs some requests nevertheless: never with credentials of the machine.
+                # obstore signs some requests in spite of this. Without a provider it would use the
+                # credentials of the machine.
                 config["skip_signature"] = True
                 arguments["credential_provider"] = _provide_anonymous_token
             return GCSStore(location.bucket, config=config, **arguments)
@@ -435,7 +440,7 @@ def _provide_anonymous_token() -> "GCSCredential":
     return {"token": "anonymous", "expires_at": None}
 
 
-def _matches(relative_key: str, pattern: str) -> bool:
+def _matches_glob(relative_key: str, pattern: str) -> bool:
     """Return whether a key relative to a folder matches a glob as pathlib understands it."""
     names, patterns = relative_key.split("/"), pattern.split("/")
     if patterns[0] == "**":
@@ -454,7 +459,7 @@ def _find_region(bucket: str) -> str:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Return whether a server answered that repetition does not help: no access, or no bucket."""
+    """Return whether a server refused access, or has no such bucket: repetition does not help."""
     from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
     if isinstance(error, PermissionDeniedError | UnauthenticatedError):

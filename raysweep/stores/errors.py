@@ -8,11 +8,11 @@ class StoreAccessRefused(InfrastructureError):
 
 
 class StoreUnavailable(InfrastructureError, OSError):
-    """The store did not answer any of several attempts, or its file system reported an error."""
+    """The bucket did not answer any of several attempts, or does not accept a request."""
 
 
-class StoreNotConditional(InfrastructureError):
-    """The bucket ignores the conditions of requests, so that it cannot hold leases."""
+class ConditionalWritesUnsupported(InfrastructureError):
+    """The bucket ignores the conditions of writes, so that leases cannot work in it."""
 
 
 class StoredFileNotFound(InfrastructureError, FileNotFoundError):

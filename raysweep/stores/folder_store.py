@@ -87,14 +87,14 @@ class FolderStore:
 
     def create(self, key: str, data: bytes) -> str | None:
         path = self.path / key
-        with _locked(path):
+        with _hold_file_lock(path):
             if path.exists():
                 return None
             self.write_bytes(key, data)
             return _digest(data)
 
     def replace(self, key: str, data: bytes, version: str) -> str | None:
-        with _locked(self.path / key):
+        with _hold_file_lock(self.path / key):
             if not self._has_version(key, version):
                 return None
             self.write_bytes(key, data)
@@ -104,7 +104,7 @@ class FolderStore:
         path = self.path / key
         if not path.exists():
             return version is None
-        with _locked(path):
+        with _hold_file_lock(path):
             if version is not None and not self._has_version(key, version):
                 return False
             path.unlink(missing_ok=True)
@@ -173,14 +173,24 @@ class FolderStore:
 
 
 def link_files(source: Path, target: Path) -> None:
-    """Link or copy a checkpoint's files, except its `meta.json`, into another folder."""
+    """Link or copy a checkpoint's files, except its `meta.json`, into another folder.
+
+    Args:
+        source: Folder of the checkpoint.
+        target: The other folder; it must exist.
+    """
     for file in source.iterdir():
         if file.name != META_FILE:
             link_or_copy(file, target / file.name)
 
 
 def delete_unfinished_folders(folder: Path, min_age: float) -> None:
-    """Delete the hidden folders `.NAME.PROCESS` in which crashed processes prepared others."""
+    """Delete the hidden folders `.NAME.PROCESS` that crashed processes left in a folder.
+
+    Args:
+        folder: The folder; it need not exist.
+        min_age: Keep those that were written to in this number of seconds.
+    """
     for partial in folder.glob(".*.*/"):
         with suppress(FileNotFoundError):
             is_old = time.time() - partial.stat().st_mtime >= min_age
@@ -194,14 +204,14 @@ def _digest(data: bytes) -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _hold_file_lock(path: Path) -> Iterator[None]:
     """Hold a lock for a file that need not exist; the lock's own file is gone afterwards."""
     lock_file = path.with_name(f".{path.name}.lock~")
     while True:
         lock_file.parent.mkdir(parents=True, exist_ok=True)
         with lock_file.open("a") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
-            # The holder before may have deleted the file that this process has locked.
+            # The previous holder may have deleted the file that this process has locked.
             if os.fstat(stream.fileno()).st_nlink:
                 try:
                     yield

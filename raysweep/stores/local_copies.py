@@ -46,17 +46,17 @@ def read_meta(folder: Path) -> bytes | None:
         return None
 
 
-def use_copy(folder: Path, meta: bytes) -> bool:
-    """Keep a copy from eviction for an hour, if it is the copy of a checkpoint.
+def touch_copy_if_current(folder: Path, meta: bytes) -> bool:
+    """Protect a copy from eviction for an hour, if the bucket still has the same checkpoint.
 
     Args:
         folder: Folder of the copy.
         meta: Content of the checkpoint's `meta.json` in the bucket.
 
     Returns:
-        Whether the copy has this `meta.json`.
+        Whether the copy exists and has this `meta.json`.
     """
-    with _locked():
+    with _hold_copies_lock():
         if read_meta(folder) != meta:
             return False
         os.utime(folder)
@@ -75,8 +75,8 @@ def place_copy(partial: Path, folder: Path) -> None:
     """
     meta = read_meta(partial)
     assert meta is not None
-    if not use_copy(folder, meta):
-        with _locked():
+    if not touch_copy_if_current(folder, meta):
+        with _hold_copies_lock():
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
             os.utime(folder)
@@ -86,12 +86,12 @@ def place_copy(partial: Path, folder: Path) -> None:
 
 def delete_copy(folder: Path) -> None:
     """Delete a copy, or all copies below a folder."""
-    with _locked():
+    with _hold_copies_lock():
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def evict_copies() -> None:
-    """Delete the least recently used copies until all are together below 50 GiB."""
+    """Delete the least recently used copies until all copies together are below 50 GiB."""
     copies: list[tuple[float, int, Path]] = []
     with suppress(OSError):  # Other processes may delete files meanwhile.
         for folder in [meta_file.parent for meta_file in copies_root().rglob(META_FILE)]:
@@ -101,7 +101,7 @@ def evict_copies() -> None:
     for _, n_bytes, folder in sorted(copies):
         if total_bytes <= _MAX_BYTES:
             return
-        with _locked(), suppress(FileNotFoundError):
+        with _hold_copies_lock(), suppress(FileNotFoundError):
             # Read again, because another process may have used the copy meanwhile.
             if time.time() - folder.stat().st_mtime >= _EVICTION_MIN_AGE:
                 shutil.rmtree(folder)
@@ -109,7 +109,7 @@ def evict_copies() -> None:
 
 
 @contextmanager
-def _locked() -> Iterator[None]:
+def _hold_copies_lock() -> Iterator[None]:
     """Hold the lock that orders use, replacement and eviction of all copies of this machine."""
     root = copies_root()
     root.mkdir(parents=True, exist_ok=True)

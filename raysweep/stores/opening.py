@@ -11,8 +11,8 @@ from raysweep.stores.folder_store import FolderStore
 from raysweep.stores.protocol import Store
 from raysweep.stores.store_path import StorePath
 
-# A place in a store as callers may give it.
 Location = StorePath | Path | str
+"""A folder or file in a store, as functions accept it: path, local path or URI."""
 
 _KNOWN_OPTIONS = {
     "s3": ["endpoint_override", "region", "scheme"],

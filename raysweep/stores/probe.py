@@ -3,7 +3,7 @@
 from uuid import uuid4
 
 from raysweep.stores.bucket_store import BucketStore, RetrySettings
-from raysweep.stores.errors import StoreNotConditional
+from raysweep.stores.errors import ConditionalWritesUnsupported
 from raysweep.stores.store_path import StorePath
 
 _QUICK_RETRY = RetrySettings(total_seconds=2.0, request_seconds=5.0, longest_pause=1.0)
@@ -24,14 +24,14 @@ def require_reachable(path: StorePath) -> None:
 
 
 def require_conditional_writes(path: StorePath) -> None:
-    """Check that a bucket tests the conditions of requests; leases rely on it.
+    """Check that a bucket has conditional writes, which leases need.
 
     Args:
         path: Folder in a store, below which a file is written and deleted; that of a file system is
             not checked.
 
     Raises:
-        StoreNotConditional: The bucket ignores conditions.
+        ConditionalWritesUnsupported: The bucket ignores conditions.
         StoreAccessRefused: The bucket refuses access.
         StoreUnavailable: The bucket does not answer.
     """
@@ -43,13 +43,13 @@ def require_conditional_writes(path: StorePath) -> None:
     try:
         second = store.create(key, b"2")
         if first is None or second is not None:
-            problem = "creates a file that exists already"
+            problem = "overwrites a file that a request may only create"
         elif store.replace(key, b"3", "1") is not None:
-            problem = "replaces another version of a file than the request names"
+            problem = "replaces a file whose version is not the one that the request names"
         else:
             return
     finally:
         store.delete(key)
-    raise StoreNotConditional(
+    raise ConditionalWritesUnsupported(
         f"{path}: this bucket {problem}; raysweep needs a server with conditional writes"
     )

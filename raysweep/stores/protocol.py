@@ -62,8 +62,9 @@ class VersionedContent:
 class Store(Protocol):
     """Files by key in a folder or a bucket that several processes and machines share.
 
-    All operations raise `StoreAccessRefused` if the store refuses access, and `StoreUnavailable` if
-    it does not answer for about two minutes, or if the file system reports an error.
+    All operations in a bucket raise `StoreAccessRefused` if it refuses access, and
+    `StoreUnavailable`, which is an `OSError`, if it does not answer for about two minutes. In a
+    folder they raise the `OSError` of the file system.
     """
 
     @property
@@ -89,7 +90,10 @@ class Store(Protocol):
         ...
 
     def scratch_path(self, key: str) -> Path:
-        """Return a path of this machine for temporary files that belong to a key."""
+        """Return where this machine keeps files of a key.
+
+        In a folder that is the key's own path, for a bucket a path in the cache of its copies.
+        """
         ...
 
     def has_file(self, key: str) -> bool:
@@ -215,13 +219,17 @@ class Store(Protocol):
 
         Args:
             key: Key of the folder.
-            copy_from: Key of a checkpoint whose files, except `meta.json`, the new one gets. They
-                are hard links or copies made by the server, where it can make them.
-            overwrite: Whether the folder is replaced if another process creates it meanwhile.
+            copy_from: Key of a checkpoint. The new one gets its files, except `meta.json`, as hard
+                links or as copies inside the bucket where possible.
+            overwrite: Whether a folder that exists at the end of the block is replaced. A bucket
+                always replaces it.
 
         Returns:
             A context manager. It yields a local folder for the files, of which those from
             `copy_from` must not be changed.
+
+        Raises:
+            FileNotFoundError: There is no checkpoint `copy_from`.
         """
         ...
 
@@ -239,11 +247,11 @@ class Store(Protocol):
         ...
 
     def mark_used(self, key: str) -> None:
-        """Set a checkpoint's time of last use, where the store keeps one."""
+        """Set a checkpoint's time of last use. A bucket has none, and nothing happens."""
         ...
 
     def list_checkpoints(self, prefix: str) -> list[StoredCheckpoint]:
-        """List the checkpoints that are direct, not hidden subfolders of a folder.
+        """List the checkpoints that are direct subfolders of a folder, without hidden ones.
 
         Args:
             prefix: Key of the folder; it need not exist.
@@ -255,6 +263,7 @@ class Store(Protocol):
 
         Args:
             prefix: Key of the folder.
-            min_age: Seconds since the last write, for a folder in which other processes write.
+            min_age: Keep what was written to in this number of seconds: another process may still
+                be writing it.
         """
         ...

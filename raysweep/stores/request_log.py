@@ -1,4 +1,4 @@
-"""Log requests to a bucket that take long: obstore repeats them without a word."""
+"""Log requests to a bucket that take long: obstore repeats them without telling."""
 
 import logging
 import threading
@@ -40,7 +40,7 @@ def log_slow_request(uri: str) -> Iterator[None]:
 def _log_wait(uri: str) -> None:
     """Log that a request is still waiting."""
     logger.warning(
-        "%s: a request has taken %g s so far; where the bucket does not answer, it is repeated",
+        "%s: a request has taken %g s so far; it is repeated as long as the bucket does not answer",
         uri,
         _SLOW_AFTER,
         extra={"event": "slow_request", "uri": uri},

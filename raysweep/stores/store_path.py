@@ -15,8 +15,8 @@ from raysweep.stores.protocol import META_FILE, Store, StoredFile
 class StorePath:
     """A file or folder in a store. `str(path)` is its location on every machine: a path or URI.
 
-    It is no `pathlib.Path` and cannot be opened as one, so that nothing is written beside the store
-    by mistake. The operations are those of `Store`; they raise the same errors.
+    It is not a `pathlib.Path` and cannot be opened as one, so that nothing is written beside the
+    store by mistake. The operations are those of `Store`; they raise the same errors.
 
     Attributes:
         store: The store.
@@ -52,7 +52,7 @@ class StorePath:
 
     @property
     def scratch_path(self) -> Path:
-        """Path of this machine for temporary files that belong to this path."""
+        """Where this machine keeps files of this path (see `Store.scratch_path`)."""
         return self.store.scratch_path(self.key)
 
     def is_file(self) -> bool:
@@ -103,7 +103,12 @@ class StorePath:
         self.write_bytes(text.encode())
 
     def write_json(self, data: object, indent: int | None = None) -> None:
-        """Write the JSON file atomically."""
+        """Write the JSON file atomically.
+
+        Args:
+            data: What the `json` module can write.
+            indent: Spaces per level; None for one line.
+        """
         self.write_text(json.dumps(data, indent=indent))
 
     def delete(self) -> None:
@@ -115,7 +120,11 @@ class StorePath:
         self.store.delete_folder(self.key)
 
     def list_files(self, pattern: str = "**/*") -> list[StoredFile]:
-        """List the files below this folder whose path relative to it matches a glob."""
+        """List the files below this folder, sorted by key.
+
+        Args:
+            pattern: Glob relative to this folder; `*` does not match `/`.
+        """
         return self.store.list_files(self.key, pattern)
 
     def list_subfolders(self) -> list[str]:
@@ -123,7 +132,7 @@ class StorePath:
         return self.store.list_subfolders(self.key)
 
     def list_folders_containing(self, file_name: str = META_FILE) -> list[str]:
-        """Return the sorted names of the direct, not hidden subfolders that contain a file.
+        """Return the sorted names of the direct subfolders with a file, without hidden ones.
 
         Args:
             file_name: Name of the file; by default the one that makes a folder a checkpoint.
@@ -138,7 +147,7 @@ class StorePath:
 
         Args:
             copy_from: Checkpoint in the same store whose files, except `meta.json`, this one gets.
-            overwrite: Whether the folder is replaced if another process creates it meanwhile.
+            overwrite: Whether a folder that exists at the end of the block is replaced.
         """
         source_key = copy_from.key if copy_from is not None else None
         return self.store.write_checkpoint(self.key, source_key, overwrite)
@@ -147,7 +156,8 @@ class StorePath:
         """Delete what crashed calls of `write_checkpoint` left directly below this folder.
 
         Args:
-            min_age: Seconds since the last write, for a folder in which other processes write.
+            min_age: Keep what was written to in this number of seconds: another process may still
+                be writing it.
         """
         self.store.delete_unfinished(self.key, min_age)
 
@@ -173,15 +183,15 @@ def parse_json(data: bytes, source: str, required_keys: Iterable[str]) -> JsonDi
     try:
         content = json.loads(data)
     except ValueError as error:
-        raise _damaged_file(source, "it is no JSON object") from error
+        raise _make_damaged_file_error(source, "it is no JSON object") from error
     if not isinstance(content, dict):
-        raise _damaged_file(source, "it is no JSON object")
+        raise _make_damaged_file_error(source, "it is no JSON object")
     if missing_keys := sorted(set(required_keys) - content.keys()):
-        raise _damaged_file(source, f"it lacks {', '.join(missing_keys)}")
+        raise _make_damaged_file_error(source, f"it lacks {', '.join(missing_keys)}")
     return content
 
 
-def _damaged_file(source: str, problem: str) -> DamagedFileError:
+def _make_damaged_file_error(source: str, problem: str) -> DamagedFileError:
     """Return the error of a file whose content is damaged."""
     return DamagedFileError(
         f"{source} is damaged: {problem}; restore it, or start anew under another --name"

@@ -300,13 +300,13 @@ class Ledger:
         return ranked_trials[0]
 
     def rank_trial(self, trial: Trial) -> RunRank:
-        """Return the rank of a trial: failed ones come last, and then those without an epoch that
-        counts, and then those above the masking gap.
+        """Return the rank of a trial: failed ones come last, before them those whose best epoch is
+        not eligible, before them those above the masking gap.
         """
         metric = self.space.objectives[0]
         return RunRank(
             has_failed=trial.state == "failed",
-            is_before_weights_act=not trial.rank_best_epoch(self.space).counts,
+            has_ineligible_best=not trial.rank_best_epoch(self.space).is_eligible,
             exceeds_masking_gap=self.exceeds_masking_gap(trial),
             negated_score=-trial.score(metric),
         )
@@ -317,7 +317,7 @@ class Ledger:
         rank = rank_epoch(trial.best, rule)
         if rule.objective not in trial.best:
             return ""
-        if not rank.weights_act:
+        if not rank.is_after_burn_in:
             return "best before its weights acted"
         if not rank.is_in_window:
             return "best outside of validation.window"

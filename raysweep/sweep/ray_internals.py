@@ -40,7 +40,7 @@ class RayInternal:
         attribute: The name in it; dots lead to attributes of an object.
         use: When raysweep needs it.
         consequence: What happens without it, as a clause.
-        value: What the name must stand for; None for any object.
+        value: Value that the name must have; None if any value will do.
         is_required: Whether raysweep refuses to work without it.
     """
 
@@ -120,7 +120,7 @@ _TOKEN_CHECK = RayInternal(
     "ray._private.authentication.authentication_utils",
     "is_token_auth_enabled",
     "connect",
-    "`raysweep doctor` takes the cluster for one that requires no token",
+    "`raysweep doctor` reports that the cluster requires no token",
 )
 _HEAD_NODE_RESOURCE = RayInternal(
     "ray._common.constants",
@@ -180,7 +180,7 @@ def check_ray_internals(*uses: RayUse) -> None:
         uses: What the caller is going to do.
 
     Raises:
-        InfrastructureError: If a name is missing without which it would not be safe to go on.
+        InfrastructureError: If a required name is missing: the cluster would not be safe.
     """
     missing = [name for name in RAY_INTERNALS if name.use in uses and not name.is_present()]
     if required := [name for name in missing if name.is_required]:
@@ -226,7 +226,7 @@ def listen_on_loopback() -> Iterator[None]:
 
 
 def describe_exposure(ports: list[str]) -> str:
-    """Return the line for a cluster of this machine that other machines can reach.
+    """Return the error line for a local cluster that other machines can reach.
 
     Args:
         ports: The ports, as `NAME ADDRESS:PORT`.
@@ -274,7 +274,7 @@ def is_head_node(node: dict[str, Any]) -> bool:
 
 
 def add_mixin(trainable: Callable[[dict[str, Any]], None], mixin: type) -> None:
-    """Make the class that Tune creates of a function inherit from a mixin.
+    """Make the class that Tune creates from a function inherit from a mixin.
 
     Args:
         trainable: The function; it is changed.
@@ -284,7 +284,7 @@ def add_mixin(trainable: Callable[[dict[str, Any]], None], mixin: type) -> None:
 
 
 def _uses_mixins() -> bool:
-    """Return whether Tune still lets the class of a function inherit from its mixins."""
+    """Return whether this version of Tune respects what `add_mixin` sets."""
 
     class Mixin:
         """A mixin without content."""

@@ -17,8 +17,8 @@ class SelectionRule(NamedTuple):
     Attributes:
         objective: Metric that decides; larger is better.
         burn_in: Number of first epochs in which an instance weight is still 1.
-        first_epoch: First epoch that counts, from 1 (`validation.window`).
-        last_epoch: Last epoch that counts.
+        first_epoch: First eligible epoch, from 1 (`validation.window`).
+        last_epoch: Last eligible epoch.
     """
 
     objective: str
@@ -28,7 +28,11 @@ class SelectionRule(NamedTuple):
 
     @classmethod
     def from_config(cls, config: TrainingConfig) -> "SelectionRule":
-        """Return the rule of a run."""
+        """Return the rule of a run.
+
+        Args:
+            config: The run's config.
+        """
         first_epoch, last_epoch = config.validation.window or (1, math.inf)
         return cls(config.validation.objective, config.burn_in, first_epoch, last_epoch)
 
@@ -39,20 +43,20 @@ class EpochRank(NamedTuple):
     Attributes:
         is_above_chance: Whether its natural accuracy is more than guessing gives.
         is_in_window: Whether it lies in `validation.window`.
-        weights_act: Whether the burn-ins of all instance weights were over.
+        is_after_burn_in: Whether the burn-ins of all instance weights were over.
         value: Value of the objective; minus infinity if it was not measured.
     """
 
     is_above_chance: bool
     is_in_window: bool
-    weights_act: bool
+    is_after_burn_in: bool
     value: float
 
     @property
-    def counts(self) -> bool:
-        """Whether the epoch can represent its run in a ranking."""
-        is_candidate = self.is_above_chance and self.is_in_window and self.weights_act
-        return is_candidate and self.value > -math.inf
+    def is_eligible(self) -> bool:
+        """Whether the run may be ranked by this epoch."""
+        is_valid = self.is_above_chance and self.is_in_window and self.is_after_burn_in
+        return is_valid and self.value > -math.inf
 
 
 class RunRank(NamedTuple):
@@ -60,20 +64,20 @@ class RunRank(NamedTuple):
 
     Attributes:
         has_failed: Whether the run failed; its best epoch may be older than the failure.
-        is_before_weights_act: Whether its best epoch does not count (see `EpochRank.counts`).
+        has_ineligible_best: Whether its best epoch is not eligible (see `EpochRank`).
         exceeds_masking_gap: Whether its masking gap is above the limit of its search space.
-        negated_score: The objective with a minus sign; over several seeds, the mean.
+        negated_score: Minus the objective, or minus its mean over several seeds.
     """
 
     has_failed: bool
-    is_before_weights_act: bool
+    has_ineligible_best: bool
     exceeds_masking_gap: bool
     negated_score: float
 
     @property
     def is_eligible(self) -> bool:
         """Whether the run may be chosen: nothing but its score speaks against it."""
-        return not (self.has_failed or self.is_before_weights_act or self.exceeds_masking_gap)
+        return not (self.has_failed or self.has_ineligible_best or self.exceeds_masking_gap)
 
 
 def rank_epoch(metrics: EpochMetrics, rule: SelectionRule) -> EpochRank:
@@ -91,7 +95,7 @@ def rank_epoch(metrics: EpochMetrics, rule: SelectionRule) -> EpochRank:
     return EpochRank(
         is_above_chance=rule.objective in metrics and clean > limit,
         is_in_window=rule.first_epoch <= epoch <= rule.last_epoch,
-        weights_act=epoch > rule.burn_in,
+        is_after_burn_in=epoch > rule.burn_in,
         value=metrics.get(rule.objective, -math.inf),
     )
 
@@ -104,7 +108,7 @@ def find_best_epoch(
     """Find the epoch with the highest `validation.objective` after all burn-ins.
 
     An epoch within a burn-in, outside `validation.window`, or whose natural accuracy is at chance,
-    is chosen only if there is no other: such a model is not what its settings say.
+    is chosen only if there is no other. Within a burn-in, the weights of the method do not act yet.
 
     Args:
         config: The run's config.
