@@ -77,7 +77,7 @@ class LedgerSearcher(Searcher):
         """Keep the metrics of the trial's best epoch, if there is one that counts."""
         rule, best = self._rules[trial_id], self._best_metrics.get(trial_id)
         rank = rank_epoch(result, rule)
-        if rank.counts and (best is None or rank > rank_epoch(best, rule)):
+        if rank.is_eligible and (best is None or rank > rank_epoch(best, rule)):
             self._best_metrics[trial_id] = {
                 name: value for name, value in result.items() if isinstance(value, float)
             } | {"epoch": float(result["epoch"])}
