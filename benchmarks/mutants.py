@@ -68,12 +68,14 @@ CORE = [
             "instance_weights",
             "losses",
             "method",
-            "storage",
             "leases",
         )
     ),
     *(f"raysweep/{n}.py" for n in ("result_loading", "checkpoint_evaluation", "robustness_bundle")),
-    *(f"raysweep/{package}/*.py" for package in ("attacks", "training", "evaluation", "data")),
+    *(
+        f"raysweep/{package}/*.py"
+        for package in ("attacks", "training", "evaluation", "data", "stores")
+    ),
     *(
         f"raysweep/sweep/{n}.py"
         for n in ("search_space", "optuna_search", "optuna_study", "asha", "ledger", "plan")

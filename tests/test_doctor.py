@@ -12,6 +12,7 @@ from conftest import FORKED
 from raysweep.cli import main
 from raysweep.commands import doctor
 from raysweep.data import DataSpec
+from raysweep.errors import ExitCode
 from raysweep.sweep import node_probe
 
 pytestmark = pytest.mark.ray
@@ -89,7 +90,7 @@ def test_a_broken_cluster_is_told_what_to_do(ray_cluster, tmp_path: Path) -> Non
     done = forked_processes.start_function(
         examine_a_broken_cluster, *arguments, environment=environment, imports=imports
     )
-    assert done.wait() == 1, done.err
+    assert done.wait() == ExitCode.INFRASTRUCTURE, done.err
     report = json.loads(done.out)
     broken = {
         (finding["check"], finding["text"].split(": ", 1)[-1])

@@ -204,7 +204,7 @@ def test_two_workers_train_the_weights_of_one(
         < 1e-5
     )
     lrat = train_model(config("lrat"), tmp_path / "lrat").last_checkpoint
-    assert difference(two_workers / "lrat" / "epoch-0002", lrat.local_folder) < 1e-5
+    assert difference(two_workers / "lrat" / "epoch-0002", lrat.local_folder) < 2e-5
 
 
 def test_every_worker_reports_the_metrics_of_one(

@@ -90,7 +90,7 @@ def rank_epoch(metrics: EpochMetrics, rule: SelectionRule) -> EpochRank:
     Returns:
         The rank.
     """
-    epoch = metrics.get("epoch", 0)
+    epoch = metrics.get("epoch", math.inf)
     clean, limit = metrics.get("clean", math.inf), metrics.get(CHANCE_LIMIT_METRIC, -math.inf)
     return EpochRank(
         is_above_chance=rule.objective in metrics and clean > limit,
