@@ -72,8 +72,8 @@ def atomic_folder(path: Path, overwrite: bool = True) -> Iterator[Path]:
     """Create a folder that replaces `path` when the block ends without an error.
 
     After an exception, the earlier `path` is unchanged, and the new hidden folder remains until the
-    next call of the same process for the same path. A crash between the deletion of the earlier
-    folder and the renaming of the new one leaves no `path`.
+    next call of the same process for the same path. A crash between the renaming of the earlier
+    folder and that of the new one leaves no `path`.
 
     Args:
         path: Folder to write. Missing parent folders are created.
@@ -92,11 +92,15 @@ def atomic_folder(path: Path, overwrite: bool = True) -> Iterator[Path]:
     for file in filter(Path.is_file, partial.rglob("*")):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
+    earlier = partial.with_name(f"{partial.name}-0")
     if overwrite and path.exists():
-        shutil.rmtree(path)
+        # Moved first: a crash while its files are deleted must not leave a part of it.
+        shutil.rmtree(earlier, ignore_errors=True)
+        path.replace(earlier)
     try:
         partial.replace(path)
     except OSError:
         if overwrite or not path.exists():
             raise
         shutil.rmtree(partial)
+    shutil.rmtree(earlier, ignore_errors=True)

@@ -1,11 +1,13 @@
 """Files are written completely or not at all; a folder or bucket has exactly one name."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from raysweep.atomic_files import atomic_folder, atomic_open, atomic_write_text
+from raysweep.stores import FolderStore
 
 
 class PowerCut(Exception):
@@ -88,6 +90,29 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert read_all_files(tmp_path) == {"a/epoch/three": "3"}, (
         "nothing of the old folder is left in the new one"
     )
+
+
+def test_a_crash_while_the_old_folder_is_deleted_leaves_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rmtree = tmp_path / "epoch", shutil.rmtree
+    with atomic_folder(path) as partial:
+        (partial / "one").write_text("1")
+        (partial / "meta.json").write_text("old")
+
+    def delete_half(folder: Path, ignore_errors: bool = False) -> None:
+        if (folder / "one").exists():
+            (folder / "one").unlink()
+            raise PowerCut
+        rmtree(folder, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", delete_half)
+    with pytest.raises(PowerCut), atomic_folder(path) as partial:
+        (partial / "two").write_text("2")
+    assert read_all_files(path) == {"two": "2"}
+    monkeypatch.undo()
+    FolderStore(tmp_path).delete_unfinished("")
+    assert [child.name for child in tmp_path.iterdir()] == ["epoch"]
 
 
 def test_a_folder_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:

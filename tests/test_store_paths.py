@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raysweep.errors import DamagedFileError
+from raysweep.errors import DamagedFileError, SpecError
 from raysweep.stores import StoredFileNotFound, is_uri, open_path
 
 
@@ -15,6 +15,7 @@ from raysweep.stores import StoredFileNotFound, is_uri, open_path
     [
         "s3://b/a b/ü/100%",
         "s3://b/~x/a+b",
+        "s3://b/run#3/[1]",
         "s3://b.c-d/x?region=eu-central-1",
         "s3://b/x?endpoint_override=h:1&scheme=http&region=~%41",
         "gs://b",
@@ -29,6 +30,30 @@ def test_a_place_in_a_bucket_keeps_its_name(where: str) -> None:
     assert below == where.partition("?")[0] + "/trials/0003" and query == where.partition("?")[2]
     assert open_path(str(path / "trials")) == path / "trials"
     assert (path / "trials").parent == path and (path / "trials").name == "trials"
+
+
+@pytest.mark.parametrize(
+    ("where", "problem"),
+    [
+        ("s3://AKIA:se/cret@b/x", "s3://...@b: credentials belong in the environment"),
+        ("s3://b/x?endpoint_override=me:secret@h:1", "endpoint_override='h:1': expected HOST"),
+        ("s3://b/x?endpoint_override=http://h:1", "expected HOST or HOST:PORT"),
+        ("s3://b/x?endpoint_override=h:port", "expected HOST or HOST:PORT"),
+        ("s3://b/x?scheme=ftp", "scheme='ftp': expected http or https"),
+        ("s3://b/x?region=", "expected a name such as eu-west-1"),
+        ("gs://b/x?retry_limit_seconds=abc", "'abc': expected a number of seconds"),
+        ("gs://b/x?retry_limit_seconds=nan", "expected a number of seconds"),
+        ("az://b/x?sig=secret", "az://b/x: expected a folder, s3://BUCKET/PATH or gs://"),
+        ("s3://[b/x", "expected a folder"),
+        ("s3://b:9000/x", "expected a folder"),
+        ("s3:/b/x", "expected a folder"),
+    ],
+)
+def test_a_malformed_uri_is_one_line_without_its_secrets(where: str, problem: str) -> None:
+    with pytest.raises(SpecError) as error:
+        open_path(where)
+    (line,) = error.value.problems
+    assert problem in line and "secret" not in line and "cret@" not in line
 
 
 def test_different_places_have_different_folders() -> None:

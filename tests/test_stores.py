@@ -1,5 +1,7 @@
 """The contract of stores, which a folder, an S3 bucket and a bucket of Google's protocol keep."""
 
+import os
+import pickle
 import socket
 import threading
 import time
@@ -23,6 +25,7 @@ from raysweep.stores import (
     FolderStore,
     Store,
     StoreAccessRefused,
+    StoredFile,
     StoredFileNotFound,
     StoreUnavailable,
     VersionedContent,
@@ -41,6 +44,15 @@ def s3_host() -> Iterator[str]:
     """Host and port of an S3 server."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
+    assert server._server is not None
+    answer, lock = server._server.app, threading.Lock()
+
+    def answer_alone(environ: Any, start_response: Any) -> list[bytes]:
+        # The server's check of a condition and the write after it are not one step.
+        with lock:
+            return list(answer(environ, start_response))
+
+    server._server.app = answer_alone
     host, port = server.get_host_and_port()
     yield f"{host}:{port}"
     server.stop()
@@ -235,6 +247,59 @@ class TestStore:
         ):
             pass
 
+    def test_no_file_of_an_earlier_checkpoint_stays(
+        self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with store.write_checkpoint("run/last") as folder:
+            for name in ("meta.json", "old.bin"):
+                (folder / name).write_bytes(b"old")
+        write_checkpoint(store, "run/last", "one")
+        monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "another machine"))
+        assert read_checkpoint(store, "run/last") == content("one")
+
+    def test_a_checkpoint_of_another_process_stays_if_it_was_there_first(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with store.write_checkpoint("prefixes/key", overwrite=False) as folder:
+            for name, data in content("late").items():
+                (folder / name).write_bytes(data)
+            with monkeypatch.context() as patch:
+                # The names of unfinished folders contain the process.
+                patch.setattr(os, "getpid", lambda: 1)
+                write_checkpoint(store, "prefixes/key", "first")
+        assert read_checkpoint(store, "prefixes/key") == content("first")
+
+    def test_a_checkpoint_that_is_replaced_during_a_download_is_not_mixed(
+        self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_checkpoint(store, "run/last", "the first and longer one")
+        monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "reader"))
+        writer, list_files = pickle.loads(pickle.dumps(store)), store.list_files
+        texts = ["two", "three"]
+
+        def replace_after_listing(prefix: str = "", pattern: str = "**/*") -> list[StoredFile]:
+            files = list_files(prefix, pattern)
+            if texts:
+                with monkeypatch.context() as patch:
+                    patch.setenv("RAYSWEEP_CACHE", str(tmp_path / "writer"))
+                    write_checkpoint(writer, "run/last", texts.pop(0))
+            return files
+
+        monkeypatch.setattr(store, "list_files", replace_after_listing)
+        expected = content(
+            "three" if isinstance(store, BucketStore) else "the first and longer one"
+        )
+        assert read_checkpoint(store, "run/last") == expected
+
+    def test_names_with_words_of_error_messages_are_names(self, store: Store) -> None:
+        for name in ("credential-lab", "NoSuchBucket", "token request", "AccessDenied 4"):
+            key = f"{name}/sweep.json"
+            assert not store.has_file(key) and store.read_versioned(key) is None
+            version = store.create(key, b"1")
+            assert version is not None and store.create(key, b"2") is None
+            assert store.replace(key, b"2", version) is not None
+            assert store.delete(key) and store.list_files(name) == []
+
     def test_the_least_recently_used_checkpoint_is_told(self, store: Store) -> None:
         for key in ("a", "b"):
             write_checkpoint(store, f"p/{key}", key)
@@ -401,10 +466,10 @@ def test_a_bucket_without_conditional_writes_is_refused_in_one_line(
     for command in (["tune", "at"], ["train", "at"], ["run", "small.yaml"]):
         assert main([*command, "--storage", ignoring_uri]) == 3, command
         (line,) = capsys.readouterr().err.strip().splitlines()
-        assert "creates a file that exists already" in line and "conditional writes" in line
+        assert "overwrites a file" in line and "conditional writes" in line
     assert main(["doctor", "--storage", ignoring_uri]) == 3
     out = capsys.readouterr().out
-    assert "BROKEN storage" in out and "creates a file that exists already" in out
+    assert "BROKEN storage" in out and "overwrites a file" in out
     assert open_path(ignoring_uri).list_files() == [], "the probe is gone"
 
 

@@ -45,11 +45,20 @@ _WRITER_ATTRIBUTE = "raysweep-writer"
 # Parts of obstore's messages if there is no bucket, or no right to use it.
 _REFUSAL_PATTERN = re.compile(
     r"NoSuchBucket|InvalidAccessKeyId|SignatureDoesNotMatch|status code: 40[13]|token request"
-    r"|[Cc]redential"
+    r"|[Cc]redential|service account"
+)
+# Names of files, folders and buckets in obstore's messages. They may contain any word.
+_NAMES_PATTERN = re.compile(
+    # The address of the credentials of a machine in a cloud stays.
+    r"https?://(?!169\.254\.)\S+"
+    r"|(?:location|path) .*?(?=: Error performing)"
+    r"|<(Key|BucketName|Resource|Message)>.*?</\1>"
 )
 _N_PARALLEL_REQUESTS = 16
 # Bytes of one request of a download.
 _PART_BYTES = 16 * 2**20
+# Downloads of a checkpoint that is replaced during each of them.
+_N_DOWNLOAD_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -239,7 +248,9 @@ class BucketStore:
                 link_files(source, partial)
             copied_names = {file.name for file in partial.iterdir()}
             yield partial
-            self.delete(f"{key}/{META_FILE}")
+            if not overwrite and self.has_file(f"{key}/{META_FILE}"):
+                return
+            self._delete_other_files(key, partial)
             for file in sorted(partial.iterdir(), key=lambda file: file.name == META_FILE):
                 if file.name not in copied_names or not self._copy(
                     f"{copy_from}/{file.name}", f"{key}/{file.name}"
@@ -251,18 +262,16 @@ class BucketStore:
 
     def fetch_checkpoint(self, key: str) -> Path | None:
         folder = self.scratch_path(key)
-        meta = self.read_versioned(f"{key}/{META_FILE}")
-        if meta is None:
-            local_copies.delete_copy(folder)
-            return None
-        if not local_copies.touch_copy_if_current(folder, meta.data):
-            try:
-                self._download_checkpoint(key, folder, meta.data)
-            except StoredFileNotFound:
-                # Deleted during the download.
+        for _ in range(_N_DOWNLOAD_ATTEMPTS):
+            meta = self.read_versioned(f"{key}/{META_FILE}")
+            if meta is None:
                 local_copies.delete_copy(folder)
                 return None
-        return folder
+            if local_copies.touch_copy_if_current(folder, meta.data):
+                return folder
+            if self._download_checkpoint(key, folder, meta):
+                return folder
+        raise StoreUnavailable(f"{self.uri_of(key)}: it is replaced again and again")
 
     def mark_used(self, key: str) -> None:
         pass
@@ -318,23 +327,43 @@ class BucketStore:
         with ThreadPoolExecutor(_N_PARALLEL_REQUESTS) as pool:
             list(pool.map(self.delete, keys))
 
-    def _download_checkpoint(self, key: str, folder: Path, meta: bytes) -> None:
-        """Download a checkpoint and place it. Raises StoredFileNotFound if it is deleted."""
+    def _delete_other_files(self, key: str, new_folder: Path) -> None:
+        """Delete the meta file of a checkpoint, then the files that the new one does not have."""
+        self.delete(f"{key}/{META_FILE}")
+        new_names = {file.name for file in new_folder.iterdir()}
+        old_keys = [file.key for file in self.list_files(key, "*")]
+        self._delete_all([old for old in old_keys if old.rpartition("/")[2] not in new_names])
+
+    def _download_checkpoint(self, key: str, folder: Path, meta: VersionedContent) -> bool:
+        """Download a checkpoint and place it; return False if it was replaced meanwhile."""
         partial = folder.with_name(f".{folder.name}.{os.getpid()}-{threading.get_native_id()}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            for file in self.list_files(key, "*"):
-                with (partial / PurePosixPath(file.key).name).open("wb") as stream:
-                    # Each part is a request of its own, and only that is repeated if it fails.
-                    for start in range(0, file.size, _PART_BYTES):
-                        end = min(start + _PART_BYTES, file.size)
-                        with self._translate_errors(file.key):
-                            stream.write(self._client.get_range(file.key, start=start, end=end))
-            (partial / META_FILE).write_bytes(meta)
+            try:
+                self._download_files(key, partial)
+            except (StoredFileNotFound, StoreUnavailable):
+                # The earlier files may be gone, or shorter than they were.
+                if self.read_versioned(f"{key}/{META_FILE}") == meta:
+                    raise
+                return False
+            if self.read_versioned(f"{key}/{META_FILE}") != meta:
+                return False
+            (partial / META_FILE).write_bytes(meta.data)
             local_copies.place_copy(partial, folder)
+            return True
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+    def _download_files(self, key: str, folder: Path) -> None:
+        """Download the files of a checkpoint."""
+        for file in self.list_files(key, "*"):
+            with (folder / PurePosixPath(file.key).name).open("wb") as stream:
+                # Each part is a request of its own, and only that is repeated if it fails.
+                for start in range(0, file.size, _PART_BYTES):
+                    end = min(start + _PART_BYTES, file.size)
+                    with self._translate_errors(file.key):
+                        stream.write(self._client.get_range(file.key, start=start, end=end))
 
     def _put_conditionally(self, key: str, data: bytes, mode: Any) -> str | None:
         """Upload under a condition; return the new version, or None if the condition is not met.
@@ -464,7 +493,10 @@ def _is_refusal(error: Exception) -> bool:
 
     if isinstance(error, PermissionDeniedError | UnauthenticatedError):
         return True
-    return bool(_REFUSAL_PATTERN.search(str(error)))
+    message, _, details = str(error).partition("\n\nDebug source:")
+    if _REFUSAL_PATTERN.search(_NAMES_PATTERN.sub("", message)):
+        return True
+    return bool(re.search(r"^\s*(source: )?\w*Credential\w* \{$", details, re.MULTILINE))
 
 
 def _describe_refusal(error: Exception, store: BucketStore) -> str:
@@ -481,7 +513,7 @@ def _describe_refusal(error: Exception, store: BucketStore) -> str:
 
 def _describe_outage(error: Exception) -> str:
     """Return in one line why a server could not be used."""
-    line = str(error).splitlines()[0]
+    line = (str(error).splitlines() or [type(error).__name__])[0]
     reason = line.rpartition(" - ")[2].partition(": <")[0].strip()
     if re.search(r"status code: 4\d\d", line):
         return f"the bucket does not accept the request ({reason})"

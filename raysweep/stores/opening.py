@@ -1,6 +1,8 @@
 """Open a store by its location: a folder, s3://BUCKET/PATH or gs://BUCKET/PATH."""
 
 import os
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -14,6 +16,10 @@ from raysweep.stores.store_path import StorePath
 Location = StorePath | Path | str
 """A folder or file in a store, as functions accept it: path, local path or URI."""
 
+_TRUNCATED_URIS = ("s3:/", "gs:/")
+_BUCKET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SERVER_PATTERN = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
+_REGION_PATTERN = re.compile(r"[^\s/@]+")
 _KNOWN_OPTIONS = {
     "s3": ["endpoint_override", "region", "scheme"],
     "gs": ["endpoint_override", "retry_limit_seconds", "scheme"],
@@ -46,7 +52,7 @@ def open_store(location: str) -> Store:
         SpecError: The URI contains credentials, `..`, an unknown option or another scheme.
     """
     if not is_uri(location):
-        return FolderStore(Path(location).expanduser().resolve())
+        return FolderStore(_resolve_folder(location))
     return BucketStore(parse_bucket_uri(location))
 
 
@@ -65,10 +71,17 @@ def open_path(location: Location) -> StorePath:
     if isinstance(location, StorePath):
         return location
     if not is_uri(str(location)):
-        path = Path(location).expanduser().resolve()
+        path = _resolve_folder(str(location))
         return StorePath(FolderStore(Path(path.anchor)), path.relative_to(path.anchor).as_posix())
     folder = parse_bucket_uri(str(location))
     return StorePath(BucketStore(replace(folder, prefix="")), folder.prefix)
+
+
+def _resolve_folder(location: str) -> Path:
+    """Return the absolute path of a folder; SpecError for a URI that lacks a slash."""
+    if location.startswith(_TRUNCATED_URIS):
+        raise SpecError(f"{location}: expected a folder, s3://BUCKET/PATH or gs://BUCKET/PATH")
+    return Path(location).expanduser().resolve()
 
 
 def parse_bucket_uri(uri: str) -> BucketLocation:
@@ -84,28 +97,60 @@ def parse_bucket_uri(uri: str) -> BucketLocation:
     Raises:
         SpecError: The URI contains credentials, `..`, an unknown option or another scheme.
     """
-    parts = urlsplit(uri)
-    login, _, bucket = parts.netloc.rpartition("@")
-    if login and (parts.scheme, login) != ("gs", "anonymous"):
+    scheme, _, rest = uri.partition("://")
+    scheme = scheme.lower()
+    # A path may contain `#`; an access key may contain `/`.
+    place, _, query = rest.partition("?")
+    host, _, path = place.partition("/")
+    login, _, bucket = host.rpartition("@")
+    if (login and (scheme, login) != ("gs", "anonymous")) or (":" in host and "@" in place):
+        bucket = place.rpartition("@")[2].partition("/")[0]
         raise SpecError(
-            f"{parts.scheme}://...@{bucket}: credentials belong in the environment, not in a URI"
+            f"{scheme}://...@{bucket}: credentials belong in the environment, not in a URI"
         )
-    folders = [part for part in parts.path.split("/") if part]
-    if parts.scheme not in _KNOWN_OPTIONS or not bucket or {".", ".."} & {*folders, bucket}:
-        raise SpecError(f"{uri}: expected a folder, s3://BUCKET/PATH or gs://BUCKET/PATH")
-    known_options = _KNOWN_OPTIONS[parts.scheme]
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    folders = [part for part in path.split("/") if part]
+    is_known = scheme in _KNOWN_OPTIONS and _BUCKET_PATTERN.fullmatch(bucket)
+    if not is_known or {".", ".."} & set(folders):
+        # Options of other schemes may be secrets.
+        raise SpecError(
+            f"{scheme}://{place}: expected a folder, s3://BUCKET/PATH or gs://BUCKET/PATH"
+        )
+    known_options = _KNOWN_OPTIONS[scheme]
+    options = dict(parse_qsl(query, keep_blank_values=True))
     if unknown := options.keys() - set(known_options):
         raise SpecError(
-            describe_unknown_name(
-                f"option of an {parts.scheme}:// URI", min(unknown), known_options
-            )
+            describe_unknown_name(f"option of an {scheme}:// URI", min(unknown), known_options)
         )
-    queries = [parts.query]
-    if parts.scheme == "s3":
-        queries.append(_read_endpoint_from_environment(parts.query))
+    _check_options(scheme, options)
+    queries = [query]
+    if scheme == "s3":
+        queries.append(_read_endpoint_from_environment(query))
     query = "&".join(filter(None, queries))
-    return BucketLocation(parts.scheme, parts.netloc, "/".join(folders), query)
+    return BucketLocation(scheme, host, "/".join(folders), query)
+
+
+def _check_options(scheme: str, options: dict[str, str]) -> None:
+    """Check the values of a URI's options; SpecError for the first wrong one."""
+    expected_values: dict[str, tuple[Callable[[str], object], str]] = {
+        "endpoint_override": (_SERVER_PATTERN.fullmatch, "HOST or HOST:PORT"),
+        "region": (_REGION_PATTERN.fullmatch, "a name such as eu-west-1"),
+        "scheme": (("http", "https").__contains__, "http or https"),
+        "retry_limit_seconds": (_is_number_of_seconds, "a number of seconds"),
+    }
+    for name, value in options.items():
+        is_valid, expected = expected_values[name]
+        if not is_valid(value):
+            # A server may be given with a password.
+            shown = repr(value.rpartition("@")[2])
+            raise SpecError(f"{scheme}://...?{name}={shown}: expected {expected}")
+
+
+def _is_number_of_seconds(text: str) -> bool:
+    """Return whether a text is a number of seconds, of a day at most."""
+    try:
+        return 0 <= float(text) <= 86400
+    except ValueError:
+        return False
 
 
 def _read_endpoint_from_environment(query: str) -> str:

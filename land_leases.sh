@@ -1,1 +1,0 @@
-cd /tmp/w/leases && git rebase -q main && ruff check -q . && ruff format --check -q . && mypy | tail -3 && python -m pytest -q -x -n 0 -p no:randomly "$@" && git -C /work/main merge -q --ff-only leases
