@@ -209,7 +209,10 @@ def test_what_show_prints_is_what_set_takes(what, capsys) -> None:
     assert main(["show", what]) == 0
     out = capsys.readouterr().out
     # In YAML, which --set reads, the description behind a value is a comment.
-    shown = dict(line.split(" = ", 1) for line in out.splitlines())
+    lines = [line for line in out.splitlines() if not line.startswith("# ")]
+    shown = dict(line.split(" = ", 1) for line in lines)
+    note = "# optim.lr: not given by the paper for SVHN; as for CIFAR-10\n"
+    assert (note in out) == (what == "preset:lrat-table5")
     config = resolve_training_config(what.removeprefix("preset:"), {})
     assert "\nepochs = " in out and "  # Number of epochs.\n" in out
     assert set(shown) == set(flatten_spec(config))

@@ -250,15 +250,19 @@ def _print_yaml_settings(
 
 def _show_config(request: ShowRequest, name_or_file: str) -> None:
     """Print every setting of a training run."""
+    from raysweep.catalog import METHODS
     from raysweep.settings_reference import describe_settings
     from raysweep.spec import flatten_spec
-    from raysweep.training.presets import resolve_training_config
+    from raysweep.training.presets import load_preset_notes, resolve_training_config
 
     config = resolve_training_config(name_or_file, request.overrides)
     if request.as_json:
         _print_json(config.to_json_dict())
-    else:
-        _print_config_paths(flatten_spec(config), describe_settings(config))
+        return
+    _print_config_paths(flatten_spec(config), describe_settings(config))
+    if name_or_file not in METHODS:
+        for path, note in load_preset_notes(name_or_file, request.overrides).items():
+            print(f"# {path}: {note}")
 
 
 def _print_json(data: JsonDict) -> None:
