@@ -36,7 +36,7 @@ class Candidate(Spec):
         "params": "settings",
         "exceeds_masking_gap": "masked",
     }
-    later_fields: ClassVar[frozenset[str]] = frozenset({"is_before_weights_act", "selection_split"})
+    later_fields: ClassVar[frozenset[str]] = frozenset({"is_ineligible", "selection_split"})
 
     label: str
     """Row in the report; all seeds of a run share it."""
@@ -58,8 +58,9 @@ class Candidate(Spec):
     """Searched parameters of the trial, by dotted path."""
     exceeds_masking_gap: bool = False
     """Whether the masking gap exceeds the limit of the search space."""
-    is_before_weights_act: bool = False
-    """Whether an instance weight had not acted yet at this epoch, or the model was at chance."""
+    is_ineligible: bool = False
+    """Whether the epoch cannot represent its run: an instance weight had not acted yet, the model
+    was at chance, or the best epoch lies outside `validation.window`."""
     selection_split: str = "val"
     """Images on which the best epoch was chosen, `val` or `test`."""
     objectives: tuple[str, ...] = (DEFAULT_OBJECTIVE,)
@@ -266,7 +267,7 @@ def rank_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     def rank(candidate: Candidate) -> tuple[RunRank, float, int]:
         run_rank = RunRank(
             has_failed=False,
-            has_ineligible_best=candidate.is_before_weights_act,
+            has_ineligible_best=candidate.is_ineligible,
             exceeds_masking_gap=candidate.exceeds_masking_gap,
             negated_score=-mean(scores[candidate.row]),
         )

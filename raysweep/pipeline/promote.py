@@ -132,9 +132,7 @@ class PromoteStage(Stage):
                 "nothing is promoted"
             )
         if self.pareto:
-            eligible = [
-                c for c in eligible if not (c.exceeds_masking_gap or c.is_before_weights_act)
-            ]
+            eligible = [c for c in eligible if not (c.exceeds_masking_gap or c.is_ineligible)]
         if not eligible:
             raise StageFailed(
                 f"each of {n_candidates} candidates has a masking gap over its space's, or no "

@@ -180,6 +180,8 @@ def make_candidate(
     if trial.burn_in is not None:
         rule = SelectionRule.from_config(saved.config)
     rank = rank_epoch(saved.last_metrics, rule)
+    # The last epoch need not lie in `validation.window`.
+    is_sound = rank.is_after_burn_in and rank.is_above_chance
     return Candidate(
         label=label,
         method=saved.config.method.name,
@@ -191,7 +193,7 @@ def make_candidate(
         metrics={key: value for key, value in saved.last_metrics.items() if "/" not in key},
         params={key: value for key, value in trial.params.items() if key != "seed"},
         exceeds_masking_gap=ledger.exceeds_masking_gap(trial),
-        is_before_weights_act=not (rank.is_after_burn_in and rank.is_above_chance),
+        is_ineligible=not (rank.is_eligible if checkpoint_kind == "best" else is_sound),
         objectives=ledger.space.objectives,
         selection_split=saved.config.validation.split,
     )

@@ -119,7 +119,7 @@ def parse_bucket_uri(uri: str) -> BucketLocation:
     options = dict(parse_qsl(query, keep_blank_values=True))
     if unknown := options.keys() - set(known_options):
         raise SpecError(
-            describe_unknown_name(f"option of an {scheme}:// URI", min(unknown), known_options)
+            describe_unknown_name(f"option of {scheme}:// URIs", min(unknown), known_options)
         )
     _check_options(scheme, options)
     queries = [query]

@@ -257,7 +257,7 @@ def _build_selection_paragraphs(evaluations: Sequence[EvaluationResult]) -> list
     """Build paragraphs about epochs chosen on the test images, or before the weights acted."""
     candidates = [e.candidate for e in evaluations]
     on_test = dict.fromkeys(c.label for c in candidates if c.is_chosen_on_test)
-    before = dict.fromkeys(c.title for c in candidates if c.is_before_weights_act)
+    before = dict.fromkeys(c.title for c in candidates if c.is_ineligible)
     paragraphs = []
     if on_test:
         paragraphs.append(
