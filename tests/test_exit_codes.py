@@ -396,7 +396,7 @@ def test_only_the_top_of_the_command_line_chooses_exit_codes() -> None:
     allowed = {
         "cli.py",
         "errors.py",
-        "logs.py",
+        "logs/running_command.py",
         "evaluation/process_pool.py",
         "sweep/preemption.py",
     }

@@ -23,7 +23,6 @@ LAYERS = [
         "bucket_lease",
         "leases",
         "formatting",
-        "log_records",
         "logs",
         "pareto",
     ),

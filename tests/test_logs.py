@@ -9,16 +9,19 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import forked_processes
+import psutil
 import pytest
 
 from raysweep import logs
 from raysweep.cli import main
 from raysweep.errors import InfrastructureError
-from raysweep.log_records import redact_log_text
+from raysweep.logs import folder_log
+from raysweep.logs.redaction import redact_log_text
 from raysweep.stores import request_log
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import load_space
@@ -60,6 +63,10 @@ def test_an_entry_has_time_place_fields_and_the_chain_of_causes(tmp_path: Path) 
     start, failure, _ = entries_of(tmp_path / "0007")
     assert start["event"] == "start" and start["machine"]["cores"] >= 1
     assert {"python", "raysweep", "torch"} <= set(start["versions"])
+    own_start = psutil.Process().create_time()
+    assert datetime.fromisoformat(start["process_started_at"]).timestamp() == pytest.approx(
+        own_start, abs=0.01
+    )
     assert failure["logger"] == "raysweep.some.module" and failure["level"] == "ERROR"
     assert failure["message"] == "epoch 3 failed" and failure["process"] and failure["host"]
     assert (failure["trial"], failure["epoch"], failure["attempt"]) == (7, 3, 2)
@@ -99,8 +106,8 @@ def test_the_values_of_secret_variables_are_not_logged(monkeypatch: pytest.Monke
 def test_full_files_are_renamed_and_the_oldest_is_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs, "_MAX_BYTES", 4000)
-    monkeypatch.setattr(logs, "_N_FULL_FILES", 2)
+    monkeypatch.setattr(folder_log, "_MAX_BYTES", 4000)
+    monkeypatch.setattr(folder_log, "_N_FULL_FILES", 2)
     with logs.log_to_folder(tmp_path):
         for number in range(100):
             LOGGER.info("line", extra={"number": number})
@@ -192,10 +199,10 @@ def test_a_command_logs_from_its_first_record_to_its_exit_code(tmp_path: Path) -
             logging.getLogger("urllib3").info("of no interest")
         LOGGER.info("after the block")
     messages = [entry["message"] for entry in entries_of(tmp_path / "pipeline")]
-    assert messages[0].startswith("raysweep run night started: ")
+    assert messages[0].startswith("raysweep run night started at ")
     assert messages[1] == "before any folder is known"
     assert messages[2:5] == ["in both, once", "Retrying (Retry(total=6))", "after the block"]
-    assert messages[5].startswith("raysweep run night ended after ")
+    assert messages[5].startswith("raysweep run night ended its work after ")
     assert entries_of(tmp_path / "pipeline")[-1]["exit_code"] == 0
     start, once, end = entries_of(tmp_path / "sweep")
     assert start["event"] == "start" and once["message"] == "in both, once"
@@ -229,6 +236,24 @@ def test_each_start_of_several_drivers_is_visible_in_one_log(tmp_path: Path) -> 
             LOGGER.info("driver %d", number)
     events = [entry.get("event", entry["message"]) for entry in logs.read_log(tmp_path)]
     assert events == [part for number in range(3) for part in ("start", f"driver {number}", "end")]
+
+
+def test_a_process_that_trains_several_trials_names_its_machine_once(tmp_path: Path) -> None:
+    process = forked_processes.start_function(_log_two_trials, tmp_path)
+    assert process.wait() == 0
+    first, second = (entries_of(tmp_path / name)[0] for name in ("0000", "0001"))
+    start = first["process_started_at"]
+    assert first["message"].startswith(
+        f"this process begins trial 0000; it started at {start}: python "
+    )
+    assert second["message"] == "this process begins trial 0001; it did other work before"
+    assert second["versions"] == first["versions"], "each log has them as fields"
+
+
+def _log_two_trials(folder: Path) -> None:
+    for name in ("0000", "0001"):
+        with logs.log_trial(folder / name):
+            pass
 
 
 def test_a_process_that_was_killed_is_told_by_the_next_one(tmp_path: Path) -> None:
@@ -312,7 +337,7 @@ def test_show_log_prints_the_drivers_and_the_trials_in_the_order_of_time(
         "first", "third", "third"
     ]  # fmt: skip
     assert "    ValueError: why" in lines and "        in two lines" in lines
-    assert "ended after" in lines[-1] and lines[-1].endswith("with exit code 0")
+    assert "ended its work after" in lines[-1] and "with exit code 0" in lines[-1]
     assert main(["show", "s/0003", "--log", "--json"]) == 0
     out = capsys.readouterr().out
     assert {json.loads(line)["writer"] for line in out.splitlines()} == {"trial"}
@@ -351,7 +376,7 @@ def test_a_slow_request_to_a_bucket_is_logged_while_it_waits(
 
 
 def test_docs_list_all_events() -> None:
-    root = Path(logs.__file__).parent
+    root = Path(logs.__file__).parent.parent
     used = {
         event
         for file in root.rglob("*.py")

@@ -11,6 +11,7 @@ from moto.server import ThreadedMotoServer
 from test_storage import bucket_on
 
 from raysweep import logs
+from raysweep.logs import folder_log, log_upload
 from raysweep.stores import BucketStore, StorePath, StoreUnavailable, open_path
 
 LOGGER = logging.getLogger("raysweep.some.module")
@@ -108,8 +109,8 @@ def test_what_a_killed_driver_had_not_uploaded_comes_with_the_next_one(
 def test_full_files_of_another_machine_stay_until_they_are_too_many(
     machines: list[Machine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs, "_MAX_BYTES", 3000)
-    monkeypatch.setattr(logs, "_N_FULL_FILES", 3)
+    monkeypatch.setattr(folder_log, "_MAX_BYTES", 3000)
+    monkeypatch.setattr(folder_log, "_N_FULL_FILES", 3)
     a, b, c = machines
     a.drive(*map(str, range(20)))
     b.drive(*map(str, range(20)))
@@ -140,7 +141,7 @@ def test_an_outage_delays_nothing_and_loses_nothing(
 def test_records_are_uploaded_while_the_work_runs(
     machines: list[Machine], monkeypatch: pytest.MonkeyPatch, uploads: Counter[str]
 ) -> None:
-    monkeypatch.setattr(logs, "_UPLOAD_INTERVAL", 0.05)
+    monkeypatch.setattr(log_upload, "_UPLOAD_INTERVAL", 0.05)
     a = machines[0]
     with logs.log_to_folder(a.sweep):
         LOGGER.info("at work")

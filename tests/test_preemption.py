@@ -233,4 +233,4 @@ def test_sigterm_to_a_trial_costs_it_nothing(ray_cluster, tmp_path: Path) -> Non
     (resumed,) = (m for m in messages if m.startswith("resuming within epoch "))
     step = re.findall(r"step (\d+)", saved)
     assert step == re.findall(r"step (\d+)", resumed) and int(step[0]) > 0
-    assert sum(m.startswith("process started: ") for m in messages) == 2
+    assert sum(m.startswith("this process begins trial 0000") for m in messages) == 2

@@ -309,8 +309,7 @@ def _show_log(request: ShowRequest) -> None:
         SpecError: There is no log of this name.
     """
     from raysweep.commands.common import find_sweep_or_trial, resolve_runs_folder
-    from raysweep.log_records import format_entry
-    from raysweep.logs import read_log
+    from raysweep.logs import format_entry, read_log
     from raysweep.spec import SpecError
     from raysweep.stores import open_path
 
