@@ -104,11 +104,11 @@ class FolderLog:
             logger.name, logging.INFO, __file__, 0, "%s", (self._describe_start(),), None,
             extra={**describe_process(), "event": "start"},
         )  # fmt: skip
-        self._log_missing_end()
         command = CommandLog.running
         early_records = command.early_records.records if command is not None else []
         if early_records:
             record.created = min(record.created, early_records[0].created)
+        self._log_missing_end(record.created)
         for handler in self._handlers:
             handler.handle(record)
             for early_record in early_records:
@@ -123,23 +123,29 @@ class FolderLog:
         """
         self._write(logging.INFO, "this process leaves the log", event="end")
 
-    def _log_missing_end(self) -> None:
-        """Write that the last process in this log was killed, if it left no end."""
+    def _log_missing_end(self, created: float) -> None:
+        """Write that the last process in this log was killed, if it left no end.
+
+        The record has the time of this process's start, which it precedes.
+        """
         last = find_last_process(self._handlers[0].path)
         if last is not None and last.get("event") == "start":
             self._write(
                 logging.WARNING,
                 f"the process before, {last.get('process')} on {last.get('host')}, was killed or "
                 f"lost its machine: it started at {last.get('time')} and left no end",
+                created,
                 event="killed",
                 killed_process=last.get("process"),
             )
 
-    def _write(self, level: int, message: str, **fields: Any) -> None:
+    def _write(self, level: int, message: str, created: float | None = None, **fields: Any) -> None:
         """Write a record about this log into it, and nowhere else."""
         record = logger.makeRecord(
             logger.name, level, __file__, 0, "%s", (message,), None, extra=fields
         )
+        if created is not None:
+            record.created = created
         for handler in self._handlers:
             handler.handle(record)
 
