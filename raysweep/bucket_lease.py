@@ -120,6 +120,10 @@ class BucketLease:
         self._heartbeat.start()
         return True
 
+    def describe_holder(self) -> str:
+        """Return `process PID on HOST since TIME` for the holder that was found; "" if unknown."""
+        return self._holder_watch.holder
+
     def describe_live_holder(self) -> str:
         """Describe the holder if this process has seen that it renews the lease.
 

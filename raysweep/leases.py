@@ -9,13 +9,15 @@ there the folder has a lease, too; a holder that lost it can write nothing more 
 """
 
 import logging
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
+import psutil
 from filelock import SoftFileLease, Timeout
 
 from raysweep.bucket_lease import (
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds between two attempts to acquire the lease of a bucket's folder.
 _POLL_SECONDS = 0.5
+# Seconds by which the start of a process and the times of files may differ.
+_START_TOLERANCE = 2.0
 
 
 class Lease(Protocol):
@@ -61,9 +65,52 @@ class Lease(Protocol):
         """
         ...
 
+    def describe_holder(self) -> str:
+        """Return `process PID on HOST` for the holder that the last attempt saw, or ""."""
+        ...
+
     def release(self) -> None:
         """Release the lease. Do nothing if this object does not hold it."""
         ...
+
+
+@dataclass(frozen=True)
+class _FolderLeaseHolder:
+    """Holder of a lease in a folder, as the lease's file names it.
+
+    Attributes:
+        pid: Process number.
+        host: Host name.
+        renewed_at: When it last renewed the lease, by the clock of the file system.
+    """
+
+    pid: int
+    host: str
+    renewed_at: float
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """Read the holder; None if there is no file, or one of another format."""
+        try:
+            lines = path.read_text().splitlines()
+            values = dict(line.split("=", 1) for line in lines if "=" in line)
+            return cls(int(values["pid"]), values["host"], path.stat().st_mtime)
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def has_ended(self) -> bool:
+        """Return whether it was a process of this machine that has certainly ended."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            # A later process may have the same number.
+            started_at: float = psutil.Process(self.pid).create_time()
+            return started_at > self.renewed_at + _START_TOLERANCE
+        except psutil.NoSuchProcess:
+            return True
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
 
 
 class FolderLease:
@@ -85,6 +132,7 @@ class FolderLease:
             timeout=0,
             thread_local=False,
         )
+        self._holder: _FolderLeaseHolder | None = None
 
     @property
     def is_lost(self) -> bool:
@@ -93,19 +141,26 @@ class FolderLease:
     def try_acquire(self) -> bool:
         """Create the file, or replace it if its lease has expired."""
         if not self._lease.is_locked:
-            had_holder = Path(self._lease.lock_file).exists()
+            path = Path(self._lease.lock_file)
+            had_holder = path.exists()
+            self._holder = _FolderLeaseHolder.read(path)
             try:
                 self._lease.acquire()
             except Timeout:
                 return False
             if had_holder:
+                has_ended = self._holder is not None and self._holder.has_ended()
                 logger.warning(
-                    "took over the lease %s: its holder died, stopped renewing it or has just "
-                    "released it",
-                    self._lease.lock_file,
+                    "took over the lease %s from %s, which %s",
+                    path,
+                    self.describe_holder() or "another process",
+                    "has ended" if has_ended else "stopped renewing it or has just released it",
                     extra={"event": "lease_taken_over", "shown": True},
                 )
         return True
+
+    def describe_holder(self) -> str:
+        return str(self._holder or "")
 
     def release(self) -> None:
         """Delete the file, unless it is another process's by now."""

@@ -391,6 +391,25 @@ def test_no_error_drops_its_cause() -> None:
     assert found == {}
 
 
+@pytest.mark.needs_ray
+def test_a_node_of_ray_that_starts_too_slowly_is_a_fault_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray raises a bare Exception after 30 seconds; this is its text."""
+    from raysweep.sweep import cluster
+
+    words = "The current node timed out during startup. This could happen because"
+
+    def fail(**options: object) -> None:
+        raise Exception(f"{words} some of the raylet failed to startup.")
+
+    monkeypatch.setattr("ray.init", fail)
+    with pytest.raises(InfrastructureError) as caught:
+        cluster._start_or_join("local", 1)
+    assert str(caught.value).startswith(f"Ray could not be started on this machine: {words}")
+    assert caught.value.exit_code == 3
+
+
 def test_only_the_top_of_the_command_line_chooses_exit_codes() -> None:
     """Elsewhere only processes end: a worker of a pool with its parent, a trial after SIGTERM."""
     allowed = {

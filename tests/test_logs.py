@@ -6,6 +6,7 @@ import logging.handlers
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -394,6 +395,31 @@ def test_the_lease_of_a_process_that_died_is_taken_over_with_a_word(tmp_path: Pa
         assert must_train
     (told,) = (e for e in entries_of(tmp_path) if e.get("event") == "lease_taken_over")
     assert told["level"] == "WARNING" and "/prefixes/key.claim" in told["message"]
+    assert told["message"].endswith(
+        f" from process {process.pid} on {socket.gethostname()}, which has ended"
+    )
+
+
+def test_who_is_waited_for_is_named(tmp_path: Path) -> None:
+    cache = PrefixCache(tmp_path / "prefixes")
+    process = forked_processes.start_function(_hold_until_waited_for, tmp_path)
+    while not list((tmp_path / "prefixes").glob("key.claim")):
+        assert process.poll() is None
+    with logs.log_to_folder(tmp_path), cache.acquire_training_lease("key", 3) as must_train:
+        assert must_train
+    assert process.wait() == 0
+    place = f"process {process.pid} on {socket.gethostname()}"
+    messages = [entry["message"] for entry in entries_of(tmp_path)]
+    assert f"waiting: {place} trains epoch 3, state key" in messages
+
+
+def _hold_until_waited_for(folder: Path) -> None:
+    with PrefixCache(folder / "prefixes").acquire_training_lease("key"):
+        while (
+            not (folder / "log.jsonl").exists()
+            or "waiting" not in (folder / "log.jsonl").read_text()
+        ):
+            time.sleep(0.01)
 
 
 def _acquire_and_die(folder: Path) -> None:

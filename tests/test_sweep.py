@@ -567,7 +567,7 @@ def test_a_node_that_dies_costs_its_trials_the_epoch_they_were_in(ray_cluster, t
     entries = read_log(ledger.path)
     (lost,) = (entry for entry in entries if entry.get("event") == "trial_lost")
     (moved,) = (trial.number for trial in ledger.load_trials() if trial.retries)
-    assert (lost["trial"], lost["attempt"]) == (moved, 2) and lost["ray_error"]
+    assert (lost["trial"], lost["next_attempt"]) == (moved, 2) and lost["ray_error"]
     processes = {
         entry["process"]
         for entry in entries

@@ -79,7 +79,7 @@ class AshaScheduler(FIFOScheduler):
         n_values, objective = len(self._rung_values[epoch]), self._space.objectives[0]
         logger.info(
             "ASHA stops trial %04d at epoch %d: its %s %.4f is below %.4f, the least of the best "
-            "%d of %d trials there",
+            "%d of %d trials that were there past their burn-ins",
             trial_number,
             epoch,
             objective,

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any
 import joblib
 import ray
 
-from raysweep.errors import InfrastructureError
+from raysweep.errors import InfrastructureError, RaysweepError
 from raysweep.spec import SpecError
 from raysweep.sweep.node_probe import list_exposed_ports
 from raysweep.sweep.ray_environment import ray_environment
@@ -76,7 +77,9 @@ def connect_to_cluster(
             with _treat_sigterm_as_interrupt():
                 yield cluster_capacity()
         finally:
+            started_at = time.monotonic()
             ray.shutdown()
+            logger.info("left Ray; this took %.1f s", time.monotonic() - started_at)
 
 
 def _start_or_join(address: str, n_cpus: int | None) -> None:
@@ -90,11 +93,26 @@ def _start_or_join(address: str, n_cpus: int | None) -> None:
         with listen_on_loopback():
             logger.info("starting Ray on this machine")
             _initialize_ray(address="local", num_cpus=n_cpus or joblib.cpu_count())
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except RaysweepError:
+        raise
+    except Exception as error:
+        # Ray raises a bare Exception when its node does not start in time.
+        if type(error) is not Exception and not isinstance(
+            error, ConnectionError | RuntimeError | ValueError
+        ):
+            raise
+        if address == "local":
+            problem = f"Ray could not be started on this machine: {_first_line(error)}"
+            raise InfrastructureError(problem) from error
+        reason = _first_line(error)
         raise InfrastructureError(f"no Ray cluster at --address {address}: {reason}") from error
     if ports := list_exposed_ports(ray.get_runtime_context().get_session_name()):
         raise InfrastructureError(describe_exposure(ports))
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of an error's message; the name of its class without one."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _initialize_ray(**options: Any) -> None:
@@ -165,7 +183,10 @@ def _treat_sigterm_as_interrupt() -> Iterator[None]:
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        logger.warning("received SIGTERM: trials stop and can be resumed", extra={"shown": True})
+        logger.warning(
+            "received SIGTERM: this process ends as after Ctrl-C, and its work can be resumed",
+            extra={"shown": True},
+        )
         signal.raise_signal(signal.SIGINT)
 
     previous_handler = signal.signal(signal.SIGTERM, interrupt)

@@ -342,7 +342,7 @@ class LedgerCallback(tune.Callback):
         if self._places.get(ray_trial.trial_id) != place:
             self._places[ray_trial.trial_id] = place
             logger.info(
-                "trial %04d runs in %s",
+                "first report of trial %04d from %s",
                 saved_trial.number,
                 place,
                 extra={
@@ -369,7 +369,7 @@ class LedgerCallback(tune.Callback):
                 "event": "trial_lost",
                 "trial": lost_trial.number,
                 "epoch": lost_trial.epoch,
-                "attempt": lost_trial.retries + 1,
+                "next_attempt": lost_trial.retries + 1,
                 "ray_error": _last_ray_error(ray_trial),
                 "shown": True,
             },
@@ -451,7 +451,9 @@ def _log_trial_end(trial: Trial, how: str) -> None:
             "event": "trial_end",
             "trial": trial.number,
             "epoch": trial.epoch,
-            "best": {name: value for name, value in trial.best.items() if "/" not in name},
+            "best_after_burn_in": {
+                name: value for name, value in trial.best.items() if "/" not in name
+            },
         },
     )
 

@@ -180,6 +180,7 @@ def _log_sweep_start(
             "workers": resources.workers,
             "budget": _finite_limits(budget),
             "space": space.to_json_dict(),
+            "asha_rungs": space.scheduler.rungs(config.epochs),
         },
     )
     for trial in trials:
@@ -209,8 +210,11 @@ def _log_sweep_end(ledger: Ledger, end_reason: SweepEndReason, seconds: float) -
     if ranked:
         objective = ledger.space.objectives[0]
         best = f"; best: trial {ranked[0].number:04d}, {objective} {ranked[0].score(objective):.4f}"
+    unreported = ""
+    if end_reason != "done":
+        unreported = "; epochs that trials saved after their last reports are found when it resumes"
     logger.info(
-        "sweep %s ends (%s) after %.1f s: %s of %d trials; %s%s",
+        "sweep %s ends (%s) after %.1f s: %s of %d trials; %s%s%s",
         ledger.name,
         {"done": "all trials have ended", "budget": "its budget is spent"}.get(
             end_reason, "interrupted"
@@ -220,6 +224,7 @@ def _log_sweep_end(ledger: Ledger, end_reason: SweepEndReason, seconds: float) -
         ledger.space.n_trials,
         count_epochs(trials),
         best,
+        unreported,
         extra={
             "event": "sweep_end",
             "reason": end_reason,
@@ -244,6 +249,7 @@ def _run_rounds(
             n_trials_left = ledger.space.n_trials - _count_ended_trials(ledger)
             if n_trials_left <= 0 or not ledger_callback.start_round_if_needed():
                 return
+            logger.info("waiting for Ray to start the processes of trials")
             with _restore_signal_handlers():
                 _build_tuner(
                     ledger, dataset, ledger_callback, resources, concurrency, n_trials_left

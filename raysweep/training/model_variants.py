@@ -68,7 +68,8 @@ class ModelVariants:
         with freeze_model(self.model):
             conv_by_norm = find_foldable_batch_norms(self.model, images)
         n_norms = sum(isinstance(module, _BatchNorm) for module in self.model.modules())
-        logger.info("folded %d of %d batch norms for attacks", len(conv_by_norm), n_norms)
+        if len(conv_by_norm) < n_norms:
+            logger.info("folded only %d of %d batch norms for attacks", len(conv_by_norm), n_norms)
         folded_model = _copy_sharing_tensors(self.model).eval()
         for norm_name, conv_name in conv_by_norm.items():
             folded = copy.deepcopy(folded_model.get_submodule(conv_name))

@@ -169,15 +169,15 @@ class PrefixCache:
         # Another process may store the same state first.
         with (self.path / key).write_checkpoint(copy_from=source, overwrite=False) as partial:
             (partial / META_FILE).write_bytes(meta)
-        logger.info("stored %s as state %s", source.name, key, extra={"key": key})
         self._evict_oldest_states()
 
     @contextmanager
-    def acquire_training_lease(self, key: str) -> Iterator[bool]:
+    def acquire_training_lease(self, key: str, epoch: int | None = None) -> Iterator[bool]:
         """Context manager that holds the lease for training one state; waits while others hold it.
 
         Args:
             key: Key of the state.
+            epoch: Epoch after which the run has this state, for the log.
 
         Yields:
             True if the caller must train the state; False if the state exists, because another run
@@ -193,7 +193,12 @@ class PrefixCache:
                 yield False
                 return
             if not is_waiting:
-                logger.info("waiting: another run trains state %s", key, extra={"key": key})
+                logger.info(
+                    "waiting: %s trains %s",
+                    lease.describe_holder() or "another run",
+                    f"state {key}" if epoch is None else f"epoch {epoch}, state {key}",
+                    extra={"key": key, "epoch": epoch},
+                )
             is_waiting = True
             time.sleep(poll_seconds)
         try:

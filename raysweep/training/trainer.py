@@ -296,7 +296,9 @@ class _TrainingRun:
         best_epoch = self._update_best_epoch(epoch + 1)
         if self.workers.rank == 0:
             self.directory.prune_checkpoints({epoch + 1, best_epoch})
-            _log_epoch(saved.last_metrics)
+            _log_epoch(
+                saved.last_metrics, self.prefix_keys[epoch + 1] if self.prefix_keys else None
+            )
         self.callback.on_epoch_end(saved.last_metrics, saved)
         _check_not_collapsed(self.config, saved.history, self.data)
 
@@ -323,7 +325,7 @@ class _TrainingRun:
         if self.prefix_cache is None or self.workers.size > 1:
             return self._train_and_save_epoch(epoch)
         key, path = self.prefix_keys[epoch + 1], self.directory.epoch_path(epoch + 1)
-        with self.prefix_cache.acquire_training_lease(key) as must_train:
+        with self.prefix_cache.acquire_training_lease(key, epoch + 1) as must_train:
             if not must_train:
                 reused = self.prefix_cache.reuse_state(key, path, self.config, self.history)
                 if reused is not None:
@@ -476,8 +478,8 @@ def _reuse_longest_prefix(
             logger.info("a prefix of %d epochs vanished, a shorter one is next: %s", epoch, error)
 
 
-def _log_epoch(metrics: EpochMetrics) -> None:
-    """Log the accuracies, loss and time of an epoch."""
+def _log_epoch(metrics: EpochMetrics, key: str | None) -> None:
+    """Log the accuracies, loss and time of an epoch, and the key of its state if it has one."""
     shown = ("train/loss", "clean", "robust_worst", "train/seconds", "validation_seconds")
     numbers = {name: round(metrics[name], 4) for name in shown if name in metrics}
     epoch = int(metrics["epoch"])
@@ -486,7 +488,7 @@ def _log_epoch(metrics: EpochMetrics) -> None:
         epoch,
         "reused" if "shared" in metrics else "trained",
         ", ".join(f"{name} {value}" for name, value in numbers.items()),
-        extra={"epoch": epoch, "metrics": numbers},
+        extra={"epoch": epoch, "metrics": numbers, "key": key},
     )
 
 
