@@ -17,7 +17,7 @@ import pytest
 from conftest import tiny
 
 from raysweep.cli import main
-from raysweep.errors import ExitCode, RaysweepError, list_causes
+from raysweep.errors import ExitCode, InfrastructureError, RaysweepError, list_causes
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import load_space
 from raysweep.training.trainer import train_model

@@ -296,9 +296,8 @@ class _TrainingRun:
         best_epoch = self._update_best_epoch(epoch + 1)
         if self.workers.rank == 0:
             self.directory.prune_checkpoints({epoch + 1, best_epoch})
-            _log_epoch(
-                saved.last_metrics, self.prefix_keys[epoch + 1] if self.prefix_keys else None
-            )
+            key = self.prefix_keys[epoch + 1] if self.prefix_keys else None
+            _log_epoch(saved.last_metrics, key)
         self.callback.on_epoch_end(saved.last_metrics, saved)
         _check_not_collapsed(self.config, saved.history, self.data)
 
