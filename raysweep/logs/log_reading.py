@@ -38,9 +38,10 @@ def _find_log_files(folder: "StorePath", with_trials: bool) -> list["StorePath"]
         if folder.local_path is None:
             prefix = f"{folder.key}/"
             names |= {file.key.removeprefix(prefix) for file in folder.list_files(pattern)}
-    return [
-        folder / name for name in sorted(names) if _FILE_PATTERN.fullmatch(name.rpartition("/")[2])
-    ]
+    found = [name for name in names if _FILE_PATTERN.fullmatch(name.rpartition("/")[2])]
+    # Full files are older than the one that is being written. This decides between equal times.
+    found.sort(key=lambda name: (name.endswith(".jsonl"), name))
+    return [folder / name for name in found]
 
 
 def _read_log_file(file: "StorePath") -> str:
