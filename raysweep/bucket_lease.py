@@ -9,6 +9,7 @@ two processes never hold it at the same time unless one of them does not notice 
 
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -26,6 +27,9 @@ from raysweep.stores import Store
 from raysweep.stores.protocol import StoredFile, VersionedContent
 
 logger = logging.getLogger(__name__)
+
+# Name of a claim of version 0.1: time, host and process.
+_LEGACY_CLAIM_PATTERN = re.compile(r"\S+ (\S+) (\d{1,9})")
 
 
 @dataclass(frozen=True)
@@ -300,7 +304,11 @@ class LegacyClaims:
         """
         may_be_alive = False
         for file in self._store.list_files(self._folder_key, "*"):
-            _, host, pid = file.key.rpartition("/")[2].split()
+            match = _LEGACY_CLAIM_PATTERN.fullmatch(file.key.rpartition("/")[2])
+            if match is None:
+                # Some other program's file.
+                continue
+            host, pid = match.groups()
             is_known = file.key in self._silences
             seconds = self._observe_file(file)
             is_local = host == socket.gethostname()
@@ -380,7 +388,7 @@ def _parse_content(data: bytes) -> dict[str, Any]:
     """Return the values in a lease's file; {} if it was emptied to be deleted, or is damaged."""
     try:
         values = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -8,10 +8,11 @@ import argparse
 import difflib
 import logging
 import os
+import select
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn, TextIO
 
 from raysweep import __version__
@@ -50,6 +51,8 @@ store, bucket, package, GPU or disk is missing, full or does not answer; 4 a fil
 
 # Commands that resume if they are run again as they are.
 _RESUMABLE_COMMANDS = ("train", "run", "eval")
+# Commands whose end is more than their output.
+_WORK_COMMANDS = (*_RESUMABLE_COMMANDS, "tune")
 # Libraries that only some commands need: {module: (name for messages, requirement for pip)}.
 _OPTIONAL_REQUIREMENTS = {"ray": ("Ray", "ray[default,tune,train]"), "mlflow": ("MLflow", "mlflow")}
 # Errors of libraries about something that the work needs: (module, class).
@@ -181,9 +184,7 @@ def _run_command(args: argparse.Namespace, arguments: Sequence[str]) -> ExitCode
         _print_error(error)
         return error.exit_code
     except BrokenPipeError:
-        # The reader of the output has closed the pipe (`raysweep list | head`). Redirect stdout,
-        # because Python would print an error when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of the output has enough (`raysweep list | head`).
         return ExitCode.DONE
 
 
@@ -192,13 +193,31 @@ def _convert_expected_errors(command: str) -> Iterator[None]:
     """Raise errors that a user should see as a RaysweepError; bugs keep their class."""
     try:
         yield
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError as error:
+        # Other pipes and connections break, too: of worker processes, a tracking server, a cluster.
+        if not _is_output_closed():
+            raise InfrastructureError(describe_os_error(error)) from error
+        # Python would print an error when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if command not in _WORK_COMMANDS:
+            raise
+        interrupted = WorkInterrupted("interrupted: the reader of the output has closed it")
+        raise _find_expected_error(interrupted, command) or interrupted from error
     except (Exception, KeyboardInterrupt) as error:
         expected = _find_expected_error(error, command)
         if expected is None or expected is error:
             raise
         raise expected from error
+
+
+def _is_output_closed() -> bool:
+    """Return whether stdout or stderr is a pipe that nobody reads any more."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        # Programs that call `main` may have replaced it by something that is no file.
+        with suppress(OSError, ValueError, AttributeError):
+            poll.register(stream.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def _find_expected_error(error: BaseException, command: str) -> RaysweepError | None:

@@ -407,7 +407,10 @@ def parse_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: The text is not valid YAML.
     """
-    return yaml.load(text, _Yaml12Loader)
+    try:
+        return yaml.load(text, _Yaml12Loader)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
 
 
 def read_yaml(path: Path) -> JsonDict:

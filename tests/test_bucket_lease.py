@@ -325,6 +325,10 @@ class TestLegacyClaims:
         self.claim(store, HERE, NOBODY)
         claims = LegacyClaims(store, ".claims/alone", FAST)
         assert not claims.observe() and not store.list_files()
+        for name in ("README", "2026 elsewhere x", "a b c d"):
+            store.write_bytes(f".claims/alone/{name}", b"")
+        assert not claims.observe() and len(store.list_files()) == 3, "they are no claims"
+        store.delete_folder(".claims")
         self.claim(store, "elsewhere", NOBODY)
         waited = self.observe_within(claims, 10)
         assert waited is not None and waited >= FAST.expires_after

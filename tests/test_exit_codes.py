@@ -3,6 +3,8 @@
 import ast
 import json
 import logging
+import multiprocessing
+import os
 import re
 import resource
 import shutil
@@ -425,3 +427,29 @@ def test_only_the_top_of_the_command_line_chooses_exit_codes() -> None:
             assert not re.search(
                 r"\b(sys\.exit|os\._exit|SystemExit|exit_code|ExitCode)\b", text
             ), path
+
+
+@pytest.mark.parametrize(("command", "code"), [("list", 0), ("tune", 130)])
+def test_output_that_nobody_reads_ends_a_command(
+    command: str, code: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        name = f"raysweep.commands.{command}.run_command"
+        monkeypatch.setattr(name, lambda args: print("a line"))
+        assert main([command] if command == "list" else [command, "at"]) == code
+
+
+def test_another_pipe_that_breaks_is_no_success(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def send_to_dead_worker(args: object) -> None:
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        receiver.close()
+        sender.send("work")
+
+    monkeypatch.setattr("raysweep.commands.tune.run_command", send_to_dead_worker)
+    assert main(["tune", "at"]) == ExitCode.INFRASTRUCTURE
+    assert capfd.readouterr().err == "raysweep: error: Broken pipe\n"

@@ -358,6 +358,30 @@ def test_show_log_of_a_pipeline_and_of_nothing(workdir: Path, capsys) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"time": null, "level": [1], "message": "kept"}',
+        '{"time": "t", "writer": "trial", "trial": "x", "message": "kept"}',
+        '{"time": "t", "exception": "x", "message": "kept"}',
+        '{"time": "t", "exception": {"causes": ["kept"]}, "message": "kept"}',
+        '{"time": "t", "exception": {"causes": 5}, "message": "kept"}',
+        "[" * 200_000 + "kept",
+        '{"time": "t", "message": "kept \\ud800\\u001b[31m"}',
+    ],
+)
+def test_show_log_prints_a_line_that_nobody_wrote_so(
+    line: str, workdir: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    folder = workdir / "runs" / "pipelines" / "digits"
+    (folder / "log.jsonl.20260101T000000-a").mkdir(parents=True)
+    (folder / "log.jsonl").write_text(f'{line}\n{{"time": "u", "message": "next"}}\n')
+    assert main(["show", "digits", "--log"]) == 0
+    out = capfdbinary.readouterr().out
+    assert b"kept" in out
+    assert b"]  next\n" in out and b"\x1b" not in out
+
+
 def test_a_slow_request_to_a_bucket_is_logged_while_it_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

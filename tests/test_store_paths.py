@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from raysweep.errors import DamagedFileError, SpecError
+from raysweep.spec import read_yaml
 from raysweep.stores import StoredFileNotFound, is_uri, open_path
 
 
@@ -99,6 +100,17 @@ def test_the_environment_decides_where_copies_are(
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert path.scratch_path.is_relative_to(tmp_path / ".cache" / "raysweep")
+
+
+def test_what_is_nested_too_deeply_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.json"
+    file.write_text("[" * 100_000)
+    with pytest.raises(DamagedFileError, match=r"is damaged: it is no JSON object"):
+        open_path(file).read_json()
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("a: " + "[" * 5000)
+    with pytest.raises(SpecError, match=r"settings\.yaml: not valid YAML: it is nested too deeply"):
+        read_yaml(settings)
 
 
 def test_the_content_of_a_local_folder(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import socket
 import traceback
 from collections.abc import Iterable, Mapping
@@ -79,6 +80,10 @@ def describe_causes(error: BaseException) -> list[JsonEntry]:
     return [{"type": type(one).__name__, "message": str(one)} for one in chain]
 
 
+# Control characters, except for tab and line feed, and halves of characters.
+_UNPRINTABLE_PATTERN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
 def format_entry(entry: JsonEntry) -> str:
     """Format an entry for people.
 
@@ -89,21 +94,33 @@ def format_entry(entry: JsonEntry) -> str:
         Time (UTC), level, who wrote it, and the message; below it an indented line for each cause
         of an exception.
     """
-    head = f"{entry.get('time', ''):<24} {entry.get('level', ''):<7} {describe_writer(entry)}"
-    lines = [f"{head}  {entry.get('message', '')}"]
-    causes = (entry.get("exception") or {}).get("causes") or []
-    for number, cause in enumerate(causes):
+    time, level = str(entry.get("time", "")), str(entry.get("level", ""))
+    lines = [f"{time:<24} {level:<7} {describe_writer(entry)}  {entry.get('message', '')}"]
+    exception = entry.get("exception")
+    causes = exception.get("causes") if isinstance(exception, dict) else None
+    for number, cause in enumerate(causes if isinstance(causes, list) else []):
         introduction = "because of " if number else ""
-        message = "\n        ".join(str(cause.get("message", "")).splitlines())
-        lines.append(f"    {introduction}{cause.get('type', '')}: {message}")
-    return "\n".join(lines)
+        values = cause if isinstance(cause, dict) else {"message": cause}
+        message = "\n        ".join(str(values.get("message", "")).splitlines())
+        lines.append(f"    {introduction}{values.get('type', '')}: {message}")
+    return escape_unprintable("\n".join(lines))
+
+
+def escape_unprintable(text: str) -> str:
+    """Replace what a terminal would obey or a file cannot hold by an escape, such as `\\x1b`.
+
+    Args:
+        text: Text from a log, where file names and damaged lines may contain any character.
+    """
+    return _UNPRINTABLE_PATTERN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def describe_writer(entry: JsonEntry) -> str:
     """Return who wrote an entry: `trial 0003` or a command, with its process and host."""
     who = str(entry.get("writer", ""))
     if who == "trial":
-        who = f"trial {entry.get('trial', 0):04d}"
+        number = entry.get("trial", 0)
+        who = f"trial {number:04d}" if isinstance(number, int) else f"trial {number}"
         if "rank" in entry:
             who += f" worker {entry['rank']}"
     return f"[{who} process {entry.get('process', '?')} on {entry.get('host', '?')}]"
@@ -134,7 +151,7 @@ def _parse_line(line: str, last_time: str) -> JsonEntry:
     """Parse a line; a damaged one gets the time of the line before it."""
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         entry = None
     if isinstance(entry, dict) and "time" in entry:
         return entry

@@ -15,7 +15,13 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, TextIO
 
-from raysweep.logs.entries import JsonEntry, format_entry, format_json_line, read_entries
+from raysweep.logs.entries import (
+    JsonEntry,
+    escape_unprintable,
+    format_entry,
+    format_json_line,
+    read_entries,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +105,7 @@ class TextFormatter(JsonFormatter):
         entry = json.loads(super().format(record))
         text = format_entry(entry)
         if "exception" in entry:
-            text += f"\n{entry['exception']['traceback'].rstrip()}"
+            text += f"\n{escape_unprintable(entry['exception']['traceback'].rstrip())}"
         return text
 
 

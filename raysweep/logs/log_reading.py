@@ -1,6 +1,7 @@
 """Read the log of a folder on this machine or in a bucket."""
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raysweep.logs.entries import JsonEntry, read_entries
@@ -34,7 +35,8 @@ def _find_log_files(folder: "StorePath", with_trials: bool) -> list["StorePath"]
     local_folder = folder.scratch_path
     names = set()
     for pattern in patterns:
-        names |= {path.relative_to(local_folder).as_posix() for path in local_folder.glob(pattern)}
+        files = filter(Path.is_file, local_folder.glob(pattern))
+        names |= {path.relative_to(local_folder).as_posix() for path in files}
         if folder.local_path is None:
             prefix = f"{folder.key}/"
             names |= {file.key.removeprefix(prefix) for file in folder.list_files(pattern)}

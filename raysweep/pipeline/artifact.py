@@ -229,7 +229,7 @@ class Artifact(Spec):
             data = json.loads(file.read_text())
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DamagedFileError(f"{file}: cannot be read: {error}; delete the folder") from error
         except OSError as error:
             raise InfrastructureError(f"{file}: cannot be read: {error.strerror}") from error

@@ -182,7 +182,7 @@ def parse_json(data: bytes, source: str, required_keys: Iterable[str]) -> JsonDi
     """
     try:
         content = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _make_damaged_file_error(source, "it is no JSON object") from error
     if not isinstance(content, dict):
         raise _make_damaged_file_error(source, "it is no JSON object")

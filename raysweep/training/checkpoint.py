@@ -220,7 +220,7 @@ def _read_meta(folder: Path, path: StorePath) -> JsonDict:
     """Read a checkpoint's metadata. Raises DamagedFileError if they are incomplete."""
     try:
         meta = json.loads((folder / META_FILE).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedFileError(
             f"{path}: not a raysweep checkpoint: {META_FILE} is not JSON"
         ) from error
