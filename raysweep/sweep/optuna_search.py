@@ -79,8 +79,10 @@ class LedgerSearcher(Searcher):
         rank = rank_epoch(result, rule)
         if rank.is_eligible and (best is None or rank > rank_epoch(best, rule)):
             self._best_metrics[trial_id] = {
-                name: value for name, value in result.items() if isinstance(value, float)
-            } | {"epoch": float(result["epoch"])}
+                name: float(value)
+                for name, value in result.items()
+                if isinstance(value, float) or name == "epoch"
+            }
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
