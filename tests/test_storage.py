@@ -109,7 +109,7 @@ def in_bucket(path: StorePath) -> list[str]:
         "s3://b/x/y",
         "gs://b/x",
         "gs://anonymous@b/x",
-        "s3://b/x?endpoint_override=h:1&region=a~1%20",
+        "s3://b/x~1/y?endpoint_override=h:1&scheme=http",
     ],
 )
 def test_a_place_has_one_name_on_every_machine(where: str) -> None:
