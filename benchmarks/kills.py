@@ -26,7 +26,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode
 from urllib.request import Request, urlopen
 
 ROOT = Path(__file__).parent.parent
@@ -130,35 +129,33 @@ class BucketVersions:
     """All checkpoints that were ever finished in a bucket that keeps every version of an object."""
 
     def __init__(self, host: str, bucket: str) -> None:
-        self._url = f"http://{host}/{bucket}"
+        import boto3
+
         self.location = f"s3://{bucket}/sweeps?endpoint_override={host}&scheme=http"
-        urlopen(Request(self._url, method="PUT")).read()
-        enabled = b"<VersioningConfiguration><Status>Enabled</Status></VersioningConfiguration>"
-        urlopen(Request(f"{self._url}?versioning", enabled, method="PUT")).read()
+        self._bucket = bucket
+        self._client = boto3.client("s3", endpoint_url=f"http://{host}", region_name="us-east-1")
+        self._client.create_bucket(Bucket=bucket)
+        self._client.put_bucket_versioning(
+            Bucket=bucket, VersioningConfiguration={"Status": "Enabled"}
+        )
 
-    def list_metas(self, sweep: str) -> dict[tuple[str, str], str]:
-        """Return {(key, version): URL} of meta.json files."""
+    def list_metas(self, sweep: str) -> dict[tuple[str, str], tuple[str, str]]:
+        """Return {(key, version): (key, version)} of meta.json files."""
+        pages = self._client.get_paginator("list_object_versions").paginate(
+            Bucket=self._bucket, Prefix=f"sweeps/{sweep}/trials/"
+        )
         found = {}
-        query = {"prefix": f"sweeps/{sweep}/trials/"}
-        while True:
-            answer = urlopen(f"{self._url}?versions&{urlencode(query)}").read().decode()
-            for entry in re.findall(r"<Version>.*?</Version>", answer, re.S):
-                key, version = (
-                    re.search(f"<{name}>(.*?)</{name}>", entry, re.S)[1]
-                    for name in ("Key", "VersionId")
-                )
-                if META_PATTERN.search(f"/{key}"):
-                    found[key, version] = f"{self._url}/{quote(key)}?versionId={version}"
-            if "<IsTruncated>true" not in answer:
-                return found
-            for name, parameter in (
-                ("NextKeyMarker", "key-marker"),
-                ("NextVersionIdMarker", "version-id-marker"),
-            ):
-                query[parameter] = re.search(f"<{name}>(.*?)</{name}>", answer)[1]
+        for page in pages:
+            for entry in page.get("Versions", []):
+                identity = entry["Key"], entry["VersionId"]
+                if META_PATTERN.search(f"/{entry['Key']}"):
+                    found[identity] = identity
+        return found
 
-    def read(self, url: str) -> bytes:
-        return urlopen(url).read()
+    def read(self, identity: tuple[str, str]) -> bytes:
+        key, version = identity
+        answer = self._client.get_object(Bucket=self._bucket, Key=key, VersionId=version)
+        return answer["Body"].read()
 
 
 class EpochWatcher:
@@ -184,7 +181,7 @@ class EpochWatcher:
         self._look()
 
     def _watch(self) -> None:
-        pause = 0.01 if isinstance(self._versions, FolderVersions) else 0.2
+        pause = 0.01 if isinstance(self._versions, FolderVersions) else 0.3
         while not self._over.wait(pause):
             self._look()
 
@@ -196,7 +193,7 @@ class EpochWatcher:
             except (OSError, ValueError):
                 continue
             self._known.add(identity)
-            trial, epoch = map(int, META_PATTERN.search(identity[0]).groups())
+            trial, epoch = map(int, META_PATTERN.search(f"/{identity[0]}").groups())
             at = time.monotonic() - self.began
             self.written.append(WrittenEpoch(at, trial, epoch, "shared" in history[-1]))
 
@@ -434,6 +431,8 @@ def run_sweeps(args: argparse.Namespace, cluster: Cluster, host: str, done: dict
         n_kills = 0 if name == "reference" else min(args.each, n_left)
         chance = random.Random(f"{args.seed} {name}")
         done[name] = Round(cluster, folder, versions, name).run(chance, n_kills, args.kinds)
+        # The server keeps all versions in the memory of this process.
+        urlopen(Request(f"http://{host}/moto-api/reset", method="POST")).read()
         shown = {key: value for key, value in done[name].items() if key != "weights"}
         print(name, json.dumps(shown), folder, flush=True)
         args.out.write_text(json.dumps(done, indent=1))

@@ -69,6 +69,9 @@ CORE = [
             "losses",
             "method",
             "leases",
+            "folder_lock",
+            "bucket_lease",
+            "process_identity",
         )
     ),
     *(f"raysweep/{n}.py" for n in ("result_loading", "checkpoint_evaluation", "robustness_bundle")),
