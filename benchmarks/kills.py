@@ -13,6 +13,7 @@ and not repeated. Prints the tables of kills.md.
 
 import argparse
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -453,6 +454,7 @@ def main() -> None:
     os.environ["RAYSWEEP_CACHE"] = tempfile.mkdtemp(prefix="kills-copies-")
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host = "{}:{}".format(*server.get_host_and_port())
