@@ -141,16 +141,27 @@ class BucketVersions:
         )
 
     def list_metas(self, sweep: str) -> dict[tuple[str, str], tuple[str, str]]:
-        """Return {(key, version): (key, version)} of meta.json files."""
+        """Return {(key, version): (key, version)} of meta.json files.
+
+        Forget earlier versions of all other files, which the server has in the memory of this
+        process.
+        """
         pages = self._client.get_paginator("list_object_versions").paginate(
-            Bucket=self._bucket, Prefix=f"sweeps/{sweep}/trials/"
+            Bucket=self._bucket, Prefix="sweeps/"
         )
-        found = {}
+        found, outdated = {}, []
         for page in pages:
             for entry in page.get("Versions", []):
                 identity = entry["Key"], entry["VersionId"]
-                if META_PATTERN.search(f"/{entry['Key']}"):
+                if not META_PATTERN.search(f"/{entry['Key']}"):
+                    if not entry["IsLatest"]:
+                        outdated.append({"Key": identity[0], "VersionId": identity[1]})
+                elif entry["Key"].startswith(f"sweeps/{sweep}/"):
                     found[identity] = identity
+        for start in range(0, len(outdated), 500):
+            self._client.delete_objects(
+                Bucket=self._bucket, Delete={"Objects": outdated[start : start + 500]}
+            )
         return found
 
     def read(self, identity: tuple[str, str]) -> bytes:
