@@ -9,6 +9,7 @@ there the folder has a lease, too; a holder that lost it can write nothing more 
 """
 
 import logging
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -125,6 +126,9 @@ class FolderLease:
                 filelock refuses a file that was written with another number.
             times: How often it is renewed.
         """
+        self._expires_after = times.expires_after
+        # Inode of the file while it is empty, and since when it was seen to be, by this machine.
+        self._empty_file: tuple[int, float] | None = None
         self._lease = SoftFileLease(
             path,
             lease_duration=times.expires_after,
@@ -147,6 +151,7 @@ class FolderLease:
             try:
                 self._lease.acquire()
             except Timeout:
+                self._spoil_abandoned_file()
                 return False
             if had_holder:
                 has_ended = self._holder is not None and self._holder.has_ended()
@@ -161,6 +166,23 @@ class FolderLease:
 
     def describe_holder(self) -> str:
         return str(self._holder or "")
+
+    def _spoil_abandoned_file(self) -> None:
+        """Make filelock delete a file that stays empty: its holder ended before it wrote its name.
+
+        filelock would wait for ever: in its first versions, empty files had living holders.
+        """
+        try:
+            with Path(self._lease.lock_file).open("r+b") as stream:
+                status = os.fstat(stream.fileno())
+                if status.st_size:
+                    self._empty_file = None
+                elif self._empty_file is None or self._empty_file[0] != status.st_ino:
+                    self._empty_file = status.st_ino, time.monotonic()
+                elif time.monotonic() - self._empty_file[1] > self._expires_after:
+                    stream.write(b"abandoned\n")
+        except FileNotFoundError:
+            self._empty_file = None
 
     def release(self) -> None:
         """Delete the file, unless it is another process's by now."""

@@ -185,6 +185,22 @@ def contend(folder: Path, number: int) -> None:
         lease.release()
 
 
+def test_an_empty_file_is_taken_over_when_it_has_stayed_so(tmp_path: Path) -> None:
+    """What a power cut leaves of a lease that was just created."""
+    (tmp_path / "key.claim").touch()
+    lease = FolderLease(tmp_path / "key.claim", FAST)
+    began = time.monotonic()
+    while not lease.try_acquire():
+        assert time.monotonic() < began + 30
+        time.sleep(0.05)
+    assert time.monotonic() - began >= FAST.expires_after
+    other = FolderLease(tmp_path / "key.claim", FAST)
+    assert not other.try_acquire()
+    lease.release()
+    assert other.try_acquire()
+    other.release()
+
+
 @pytest.mark.slow
 def test_of_eight_contenders_for_a_dead_owner_one_gets_it(tmp_path: Path) -> None:
     dead = forked_processes.start_function(leave_leases, tmp_path)
