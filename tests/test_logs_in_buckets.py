@@ -119,7 +119,10 @@ def test_full_files_of_another_machine_stay_until_they_are_too_many(
     b.drive(*map(str, range(20, 80)))
     assert not c.sweep.scratch_path.exists() and len(c.sweep.list_files()) == 4
     last = [message for message in c.read() if message.startswith("b: ")]
-    assert last == [f"b: {n}" for n in range(80)][-len(last) :] and 20 < len(last) < 75
+    numbers = [int(message.removeprefix("b: ")) for message in last]
+    # Once, on a busy machine, a file of the first drive outlived one of the second.
+    assert numbers == sorted(set(numbers)) and numbers[-40:] == list(range(40, 80))
+    assert len(numbers) < 75
 
 
 def test_an_outage_delays_nothing_and_loses_nothing(
