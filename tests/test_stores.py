@@ -467,6 +467,13 @@ def test_a_bucket_without_conditional_writes_is_refused_in_one_line(
         assert main([*command, "--storage", ignoring_uri]) == 3, command
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert "overwrites a file" in line and "conditional writes" in line
+    assert open_path(ignoring_uri).list_files() == [], "the probe is gone"
+
+
+@pytest.mark.needs_ray
+def test_doctor_finds_a_bucket_without_conditional_writes(
+    ignoring_uri: str, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["doctor", "--storage", ignoring_uri]) == 3
     out = capsys.readouterr().out
     assert "BROKEN storage" in out and "overwrites a file" in out
