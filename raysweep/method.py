@@ -212,8 +212,9 @@ class Method(Spec):
         Returns:
             The loss, and the logits, attack results and weights from which it was computed.
         """
-        term_names = self._list_used_terms()
-        input_names = self._list_used_inputs(term_names)
+        loss_terms = self._find_loss_terms()
+        term_names = self._list_used_terms(loss_terms)
+        input_names = self._list_used_inputs(term_names, loss_terms)
         attack_results: dict[str, AttackResult] = {}
         for name, attack in self.attacks.items():
             if name not in input_names:
@@ -228,7 +229,7 @@ class Method(Spec):
         logits |= {name: model(result.x_adv) for name, result in attack_results.items()}
         weights = self._compute_weights(term_names, logits, y, attack_results)
         global_batch_size = workers.all_reduce_sum(x.new_full((), len(y)))
-        loss = self._compute_loss(logits, y, weights, global_batch_size, workers)
+        loss = self._compute_loss(loss_terms, logits, y, weights, global_batch_size, workers)
         return MethodOutput(
             loss=loss,
             natural_logits=logits.get(NATURAL_INPUT),
@@ -264,19 +265,18 @@ class Method(Spec):
             return None
         return max(resolved_value(weight.total) - sum(constants), 0.0)
 
-    def _list_used_terms(self) -> list[str]:
+    def _list_used_terms(self, loss_terms: set[str]) -> list[str]:
         """Return the terms of the loss, and those whose weights a `remainder` of them needs."""
-        used = self._find_loss_terms()
+        used = set(loss_terms)
         # A remainder refers to earlier terms only.
         for name, term in reversed(self.terms.items()):
             if name in used and isinstance(term.weight, RemainderWeight):
                 used.update(term.weight.of)
         return [name for name in self.terms if name in used]
 
-    def _list_used_inputs(self, term_names: list[str]) -> set[str]:
+    def _list_used_inputs(self, term_names: list[str], loss_terms: set[str]) -> set[str]:
         """Return the inputs that the losses and the weights of some terms need."""
         input_names: set[str] = set()
-        loss_terms = self._find_loss_terms()
         for name in term_names:
             term = self.terms[name]
             input_names.add(term.deciding_input_name)
@@ -288,6 +288,7 @@ class Method(Spec):
 
     def _compute_loss(
         self,
+        loss_terms: set[str],
         logits: Mapping[str, Tensor],
         y: Tensor,
         weights: Mapping[str, Tensor],
@@ -298,7 +299,6 @@ class Method(Spec):
         tiny = torch.finfo(global_batch_size.dtype).tiny
         total = global_batch_size.new_zeros(())
         summed_weights = global_batch_size.new_zeros(len(y))
-        loss_terms = self._find_loss_terms()
         for name, term in self.terms.items():
             if name not in loss_terms:
                 continue

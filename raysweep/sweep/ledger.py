@@ -115,15 +115,15 @@ class Trial:
             trial = trial._with_candidate(metrics, rule)
         return trial
 
-    def rank_best_epoch(self, space: SearchSpace) -> EpochRank:
+    def rank_best_epoch(self, rule: SelectionRule) -> EpochRank:
         """Return the rank of the best epoch, by the rule of the version that chose it.
 
         Args:
-            space: The sweep's search space.
+            rule: Rule of the trial's config.
         """
         if self.burn_in is None:
-            return rank_epoch(self.best, SelectionRule(space.objectives[0]))
-        return rank_epoch(self.best, space.find_selection_rule(self.params))
+            rule = SelectionRule(rule.objective)
+        return rank_epoch(self.best, rule)
 
     def _with_candidate(self, metrics: EpochMetrics, rule: SelectionRule) -> "Trial":
         """Return this trial with the epoch as the best one or the best of its burn-in if it is."""
@@ -160,6 +160,9 @@ class Ledger:
         self.name = self.path.name
         self.space = space
         self.key = key
+        # Trial number -> rule. Building a trial's config takes a millisecond, and displays rank all
+        # trials again and again.
+        self._rules: dict[int, SelectionRule] = {}
 
     @classmethod
     def create(cls, path: Location, space: SearchSpace) -> "Ledger":
@@ -244,6 +247,7 @@ class Ledger:
         trials = self.load_trials()
         check_extension(self.space, new_space, {trial.number: trial.params for trial in trials})
         self.space = new_space.with_absolute_paths()
+        self._rules.clear()
         self._save_space()
         for trial in trials:
             if (
@@ -306,14 +310,14 @@ class Ledger:
         metric = self.space.objectives[0]
         return RunRank(
             has_failed=trial.state == "failed",
-            has_ineligible_best=not trial.rank_best_epoch(self.space).is_eligible,
+            has_ineligible_best=not trial.rank_best_epoch(self._find_rule(trial)).is_eligible,
             exceeds_masking_gap=self.exceeds_masking_gap(trial),
             negated_score=-trial.score(metric),
         )
 
     def describe_choice(self, trial: Trial) -> str:
         """Describe in a few words what is wrong with a trial's best epoch; "" if nothing is."""
-        rule = self.space.find_selection_rule(trial.params)
+        rule = self._find_rule(trial)
         rank = rank_epoch(trial.best, rule)
         if rule.objective not in trial.best:
             return ""
@@ -322,6 +326,12 @@ class Ledger:
         if not rank.is_in_window:
             return "best outside of validation.window"
         return "" if rank.is_above_chance else "no better than chance"
+
+    def _find_rule(self, trial: Trial) -> SelectionRule:
+        """Return the selection rule of a trial's config; built once for each trial."""
+        if trial.number not in self._rules:
+            self._rules[trial.number] = self.space.find_selection_rule(trial.params)
+        return self._rules[trial.number]
 
     def exceeds_masking_gap(self, trial: Trial) -> bool:
         """Return whether the trial's masking gap is above the space's `max_masking_gap`."""

@@ -30,7 +30,7 @@ def to_frozen_trial(
         A trial with the objectives of its best epoch and, for a single objective, the value of each
         epoch. Params that are not searched are left out.
     """
-    has_result = trial.rank_best_epoch(space).is_eligible
+    has_result = trial.rank_best_epoch(space.find_selection_rule(trial.params)).is_eligible
     has_failed = trial.state == "failed" or not has_result
     values, constraints = None, None
     if not has_failed:
