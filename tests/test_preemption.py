@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from conftest import TINY, tiny
+from process_tree import find_descendants
 
 from raysweep.cli import main
 from raysweep.logs import read_log
@@ -209,10 +209,9 @@ def test_sigterm_to_a_trial_costs_it_nothing(ray_cluster, tmp_path: Path) -> Non
         # Amid the second epoch, or between its end and the next report: either way the trial ends
         # as if left alone.
         time.sleep(0.5)
-        for process in psutil.Process().children(recursive=True):
-            if process.name().startswith("ray::ImplicitFu"):
-                process.terminate()
-                ended.append(process.pid)
+        for process in find_descendants("ray::ImplicitFu"):
+            process.terminate()
+            ended.append(process.pid)
         deadline = time.monotonic() + 120
         while not kept and time.monotonic() < deadline:
             time.sleep(0.01)

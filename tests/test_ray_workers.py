@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from conftest import TINY, TrialUpdateListener
+from process_tree import find_descendants
 from ray.util.placement_group import PlacementGroup
 from test_workers import difference
 
@@ -49,9 +49,7 @@ def groups_held() -> list[str]:
 
 
 def kill_a_worker() -> None:
-    processes = psutil.Process().children(recursive=True)
-    workers = [process for process in processes if "RayTrainWorker" in " ".join(process.cmdline())]
-    workers[-1].kill()
+    find_descendants("RayTrainWorker")[-1].kill()
 
 
 def test_workers_share_what_a_trial_holds() -> None:

@@ -1,6 +1,7 @@
 """Nothing listens to the world, no name leaves its folder, nothing is unpickled."""
 
 import ast
+import contextlib
 import json
 import re
 import tomllib
@@ -12,6 +13,7 @@ import pytest
 from conftest import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from process_tree import find_descendants
 from rich.console import Console
 
 from raysweep.cli import main
@@ -51,12 +53,12 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 @pytest.mark.ray
 def test_a_local_sweep_listens_on_loopback_alone(ray_cluster) -> None:
-    me = psutil.Process()
     listening = {}
-    for process in [me, *me.children(recursive=True)]:
-        for one in process.net_connections(kind="tcp"):
-            if one.status == psutil.CONN_LISTEN:
-                listening[f"{process.name()} {one.laddr.ip}:{one.laddr.port}"] = one.laddr.ip
+    for process in [psutil.Process(), *find_descendants("")]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for one in process.net_connections(kind="tcp"):
+                if one.status == psutil.CONN_LISTEN:
+                    listening[f"{process.name()} {one.laddr.ip}:{one.laddr.port}"] = one.laddr.ip
     assert any(name.startswith("gcs_server") for name in listening), "this is Ray's cluster"
     open_to_all = [
         name for name, ip in listening.items() if not re.match(r"(::ffff:)?127\.|::1$", ip)

@@ -16,13 +16,13 @@ from urllib.request import Request, urlopen
 
 import forked_processes
 import optuna
-import psutil
 import pytest
 import torch
 from conftest import tiny
 from forked_processes import ForkedProcess
 from gcs_server import serve_gcs
 from moto.server import ThreadedMotoServer
+from process_tree import find_descendants
 from pyarrow import fs
 from safetensors.torch import load_file
 from test_prefix import record_answers, wait_for_refusals
@@ -536,11 +536,7 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
         "some have ended, some have not"
     )
     deadline = time.monotonic() + 60
-    while [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if child.name().startswith("ray::Implicit")
-    ]:
+    while find_descendants("ray::Implicit"):
         assert time.monotonic() < deadline, "the cluster ends the trials of a driver that is gone"
         time.sleep(0.1)
     shutil.rmtree(nodes_copy / sweep.scratch_path.relative_to(tmp_path / "copy").parts[0])
