@@ -6,18 +6,22 @@ weight), `normalise` (divide by the mean), `burn_in` (first epochs with weight 1
 "L eq." cite the papers of GAIRAT and LRAT.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-import torch
 from pydantic import Discriminator, Field, model_validator
-from torch import Tensor
 
 from raysweep.attacks.base import VulnerabilityKind, true_class_confidence
+from raysweep.lazy_modules import torch
 from raysweep.schedules import Number, Schedule, bounded, resolved_value
 from raysweep.spec import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,17 @@ The method multiplies the losses by instance weights and averages them. p is the
 logits. "G eq." and "L eq." cite the papers of GAIRAT and LRAT.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from raysweep.lazy_modules import F, torch
 
-LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LossFunction: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 LossName = Literal["ce", "margin", "bce", "kl", "kl_misclassified"]
 
 

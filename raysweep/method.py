@@ -4,21 +4,25 @@ The inputs of a term are batches of images: `natural`, or the adversarial images
 have the attack's name. "G eq." and "L eq." cite the papers of GAIRAT and LRAT.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
-import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor, nn
 
 from raysweep.attacks import AnyAttack, AttackResult
 from raysweep.instance_weights import AnyWeight, RemainderWeight, UniformWeight, WeightInputs
+from raysweep.lazy_modules import torch
 from raysweep.losses import LOSSES, LossName
 from raysweep.rng import ExampleRng
 from raysweep.schedules import Schedule, bounded, resolved_value
 from raysweep.spec import Spec, SpecError, describe_unknown_name, is_safe_name
 from raysweep.worker_group import SINGLE_WORKER, WorkerGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 NATURAL_INPUT = "natural"
 # Kind of a weight that uses kappa -> kinds of attacks whose kappa has the meaning that it expects.

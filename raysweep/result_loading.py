@@ -3,12 +3,12 @@
 `load`, `load_sweep` and `load_report` can also be imported from `raysweep`.
 """
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch import nn
 
 from raysweep.errors import DamagedFileError
 from raysweep.spec import JsonDict, SpecError
@@ -19,6 +19,9 @@ from raysweep.sweep.search_space import param_labels
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.metric_advice import advise_on_training
 from raysweep.training.model_loading import load_checkpoint_target
+
+if TYPE_CHECKING:
+    from torch import nn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,7 +49,7 @@ def load(path: str | Path, *, data_dir: str | Path | None = None) -> nn.Module:
     return load_checkpoint_target(path, overrides).model
 
 
-def load_sweep(path: Location) -> "Sweep":
+def load_sweep(path: Location) -> Sweep:
     """Open a sweep, finished or not.
 
     Args:
@@ -62,7 +65,7 @@ def load_sweep(path: Location) -> "Sweep":
     return Sweep(Ledger.open(path))
 
 
-def load_report(path: str | Path) -> "pd.DataFrame":
+def load_report(path: str | Path) -> pd.DataFrame:
     """Load the examples of an evaluation that `raysweep eval` or `save_parquet` wrote.
 
     Args:
@@ -106,7 +109,7 @@ class Sweep:
     ledger: Ledger
 
     @property
-    def trials(self) -> "pd.DataFrame":
+    def trials(self) -> pd.DataFrame:
         """All trials, the best first. Trials without a value of the objective are last, by number.
 
         Returns:
@@ -137,7 +140,7 @@ class Sweep:
         return table
 
     @property
-    def epochs(self) -> "pd.DataFrame":
+    def epochs(self) -> pd.DataFrame:
         """All epochs of all trials.
 
         Returns:

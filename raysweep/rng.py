@@ -6,12 +6,17 @@ a resume. There is no generator state to save. The hash is the finaliser of spli
 al. 2014, "Fast splittable pseudorandom number generators").
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from raysweep.lazy_modules import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -33,7 +38,7 @@ class ExampleRng:
     example_ids: Tensor
 
     @classmethod
-    def for_examples(cls, example_ids: Tensor, seed: int, *names: object) -> "ExampleRng":
+    def for_examples(cls, example_ids: Tensor, seed: int, *names: object) -> ExampleRng:
         """Create the stream for a seed and a purpose.
 
         Args:
@@ -46,7 +51,7 @@ class ExampleRng:
         """
         return cls(_hash_names(seed, names), example_ids)
 
-    def derive_stream(self, *names: object) -> "ExampleRng":
+    def derive_stream(self, *names: object) -> ExampleRng:
         """Create an independent stream for the same examples.
 
         Args:
@@ -57,7 +62,7 @@ class ExampleRng:
         """
         return replace(self, key=_hash_names(self.key, names))
 
-    def select_rows(self, rows: Tensor) -> "ExampleRng":
+    def select_rows(self, rows: Tensor) -> ExampleRng:
         """Restrict the stream to some of its examples; their numbers stay the same.
 
         Args:
@@ -68,41 +73,40 @@ class ExampleRng:
         """
         return replace(self, example_ids=self.example_ids[rows])
 
-    def uniform(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    def uniform(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Draw uniform numbers.
 
         Args:
             shape: Shape of one example's numbers.
-            dtype: float32 (24 random bits) or float64 (53 random bits).
+            dtype: float32 (24 random bits), also for None, or float64 (53 random bits).
 
         Returns:
             (N, *shape) numbers in [0, 1).
         """
+        dtype = dtype or torch.float32
         bits = 24 if dtype == torch.float32 else 53
         words = self._random_words(math.prod(shape))
         numbers = _logical_right_shift(words, 64 - bits).to(dtype) * 2.0**-bits
         return numbers.view(len(self.example_ids), *shape)
 
-    def symmetric_uniform(
-        self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def symmetric_uniform(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Draw uniform numbers in [-1, 1).
 
         Args:
             shape: Shape of one example's numbers.
-            dtype: float32 or float64.
+            dtype: float32, also for None, or float64.
 
         Returns:
             (N, *shape) numbers: `uniform` times 2, minus 1.
         """
         return self.uniform(shape, dtype) * 2 - 1
 
-    def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Draw standard normal numbers by the Box-Muller transform.
 
         Args:
             shape: Shape of one example's numbers.
-            dtype: float32 or float64.
+            dtype: float32, also for None, or float64.
 
         Returns:
             (N, *shape) numbers.

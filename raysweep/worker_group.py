@@ -1,8 +1,11 @@
 """Worker groups: the processes that share one global batch."""
 
-from typing import Protocol
+from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class WorkerGroup(Protocol):

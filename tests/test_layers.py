@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent / "raysweep"
 LAYERS = [
     (
         "errors",
+        "lazy_modules",
         "atomic_files",
         "spec",
         "settings_reference",

@@ -1,12 +1,11 @@
 """Auto-PGD (Croce & Hein 2020a, alg. 1): PGD with momentum and a step size that adapts itself."""
 
-from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Literal
+
 from pydantic import Field, model_validator
-from torch import Tensor, nn
 
 from raysweep.attacks.base import (
     AttackResult,
@@ -22,9 +21,13 @@ from raysweep.attacks.base import (
     steepest_ascent_direction,
     true_class_margin,
 )
+from raysweep.lazy_modules import F, torch
 from raysweep.rng import ExampleRng
 from raysweep.schedules import Schedule, bounded, resolved_value
 from raysweep.spec import Spec, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class APGD(Spec):
@@ -117,7 +120,7 @@ class APGD(Spec):
 
     def _attack_once(
         self, model: nn.Module, x: Tensor, y: Tensor, target: Tensor, rng: ExampleRng
-    ) -> "_ApgdResult":
+    ) -> _ApgdResult:
         """Run alg. 1 from one random start."""
         eps = resolved_value(self.eps)
         x_start = sample_on_sphere(x, eps, self.norm, rng)
@@ -165,9 +168,7 @@ class APGD(Spec):
         result.queries[state.row_index] = state.queries
         return result
 
-    def _take_step(
-        self, model: nn.Module, state: "_ApgdState", eps: float, momentum: float
-    ) -> None:
+    def _take_step(self, model: nn.Module, state: _ApgdState, eps: float, momentum: float) -> None:
         """Move to the next iterate and record its loss, gradient and prediction."""
         x_next = self._propose_iterate(state, eps, momentum)
         state.x_prev, state.x_adv = state.x_adv, x_next
@@ -184,7 +185,7 @@ class APGD(Spec):
         masked_assign_(state.best_grad, improved, state.grad)
         state.best_loss = torch.fmax(state.best_loss, loss)
 
-    def _propose_iterate(self, state: "_ApgdState", eps: float, momentum: float) -> Tensor:
+    def _propose_iterate(self, state: _ApgdState, eps: float, momentum: float) -> Tensor:
         """Take a gradient step, then average it with the previous move (alg. 1, lines 7-8)."""
         direction = steepest_ascent_direction(state.grad, self.norm)
         z = project_to_ball(
@@ -197,7 +198,7 @@ class APGD(Spec):
         x_next = x_next.add_(state.x_adv - state.x_prev, alpha=1 - momentum)
         return project_to_ball(x_next, state.x, eps, self.norm)
 
-    def _halve_stalled_steps(self, state: "_ApgdState", steps_since_check: int) -> None:
+    def _halve_stalled_steps(self, state: _ApgdState, steps_since_check: int) -> None:
         """Halve the step size of slow rows, and move these rows back to their best iterate.
 
         A row is slow if the loss rose in at most a share rho of its steps since the last check
@@ -212,7 +213,6 @@ class APGD(Spec):
         state.grad = torch.where(broadcast_rows(state.was_halved), state.best_grad, state.grad)
         state.increase_count = torch.zeros_like(state.increase_count)
 
-    @torch.enable_grad()
     def _compute_loss_gradient(
         self, model: nn.Module, x_adv: Tensor, y: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,15 +220,16 @@ class APGD(Spec):
 
         The gradient is the mean over `samples` passes; loss and prediction are of the last pass.
         """
-        x_adv = x_adv.detach().requires_grad_()
-        total_grad = torch.zeros_like(x_adv)
-        for _ in range(self.samples):
-            logits = model(x_adv)
-            loss = self._compute_loss(logits, y, target)
-            (grad,) = torch.autograd.grad(loss.sum(), x_adv)
-            total_grad = total_grad + grad if self.samples > 1 else grad
-        mean_grad = total_grad / self.samples if self.samples > 1 else total_grad
-        return loss.detach(), logits.detach().argmax(1) == y, mean_grad
+        with torch.enable_grad():
+            x_adv = x_adv.detach().requires_grad_()
+            total_grad = torch.zeros_like(x_adv)
+            for _ in range(self.samples):
+                logits = model(x_adv)
+                loss = self._compute_loss(logits, y, target)
+                (grad,) = torch.autograd.grad(loss.sum(), x_adv)
+                total_grad = total_grad + grad if self.samples > 1 else grad
+            mean_grad = total_grad / self.samples if self.samples > 1 else total_grad
+            return loss.detach(), logits.detach().argmax(1) == y, mean_grad
 
     def _compute_loss(self, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
         """Return the loss of each row, (N,). Only `dlr-targeted` uses `target`, (N,) int64."""

@@ -5,19 +5,21 @@ Shapes: N rows (examples), C channels, H x W pixels. Images are float tensors (N
 that the model misclassifies. "L eq." and "G eq." cite the papers of LRAT and GAIRAT.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
+from raysweep.lazy_modules import F, torch
 from raysweep.rng import ExampleRng
 from raysweep.schedules import bounding_values
 from raysweep.spec import Spec, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 

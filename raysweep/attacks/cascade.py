@@ -1,13 +1,13 @@
 """Attack cascade: several attacks in a row, each on the rows that no earlier attack broke."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import Discriminator, Field, Tag, field_validator
-from torch import Tensor, nn
 
 from raysweep.attacks.apgd import APGD
 from raysweep.attacks.base import (
@@ -20,8 +20,12 @@ from raysweep.attacks.base import (
 from raysweep.attacks.fab import FAB
 from raysweep.attacks.pgd import PGD
 from raysweep.attacks.square import Square
+from raysweep.lazy_modules import torch
 from raysweep.rng import ExampleRng
 from raysweep.spec import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def attack_kind(value: Any) -> str:

@@ -4,11 +4,11 @@ FAB searches the misclassified image nearest to the original; a row is broken if
 within eps.
 """
 
-from typing import Annotated, Literal
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Annotated, Literal
+
 from pydantic import Field, model_validator
-from torch import Tensor, nn
 
 from raysweep.attacks.base import (
     AttackResult,
@@ -21,9 +21,13 @@ from raysweep.attacks.base import (
     masked_assign_,
     sample_on_sphere,
 )
+from raysweep.lazy_modules import torch
 from raysweep.rng import ExampleRng
 from raysweep.schedules import Schedule, bounded, resolved_value
 from raysweep.spec import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 # On an accelerator, broken rows are removed from the batch only after this number of steps, because
 # the host waits for the device when it counts them.
@@ -165,7 +169,6 @@ class FAB(Spec):
         result_queries[row_index] = queries
         return result_x, result_broken, result_queries
 
-    @torch.enable_grad()
     def _linearize_boundary(
         self, model: nn.Module, x_adv: Tensor, y: Tensor, target: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -173,24 +176,25 @@ class FAB(Spec):
 
         t is the target class, or the class of the nearest linearised boundary if untargeted.
         """
-        x_adv = x_adv.detach().requires_grad_()
-        logits = model(x_adv)
-        if target is not None:
-            value = (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
-            (grad,) = torch.autograd.grad(value.sum(), x_adv)
-            return value.detach(), grad.flatten(1)
-        class_grads = [
-            torch.autograd.grad(logits[:, c].sum(), x_adv, retain_graph=True)[0]
-            for c in range(logits.shape[1])
-        ]
-        jacobian = torch.stack(class_grads, 1).flatten(2)
-        rows = torch.arange(len(y), device=y.device)
-        values = logits.detach() - logits.detach()[rows, y, None]
-        normals = jacobian - jacobian[rows, y, None]
-        # The dual norm turns a gap of logits into a distance.
-        dual = normals.abs().sum(2) if self.norm == "Linf" else normals.norm(dim=2)
-        nearest = (values.abs() / (dual + 1e-12)).scatter(1, y[:, None], torch.inf).argmin(1)
-        return values[rows, nearest], normals[rows, nearest]
+        with torch.enable_grad():
+            x_adv = x_adv.detach().requires_grad_()
+            logits = model(x_adv)
+            if target is not None:
+                value = (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
+                (grad,) = torch.autograd.grad(value.sum(), x_adv)
+                return value.detach(), grad.flatten(1)
+            class_grads = [
+                torch.autograd.grad(logits[:, c].sum(), x_adv, retain_graph=True)[0]
+                for c in range(logits.shape[1])
+            ]
+            jacobian = torch.stack(class_grads, 1).flatten(2)
+            rows = torch.arange(len(y), device=y.device)
+            values = logits.detach() - logits.detach()[rows, y, None]
+            normals = jacobian - jacobian[rows, y, None]
+            # The dual norm turns a gap of logits into a distance.
+            dual = normals.abs().sum(2) if self.norm == "Linf" else normals.norm(dim=2)
+            nearest = (values.abs() / (dual + 1e-12)).scatter(1, y[:, None], torch.inf).argmin(1)
+            return values[rows, nearest], normals[rows, nearest]
 
     def _step_towards_boundary(
         self, x_adv: Tensor, x: Tensor, gap: Tensor, normal: Tensor

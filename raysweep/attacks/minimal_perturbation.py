@@ -1,10 +1,10 @@
 """Approximation of the shortest perturbation that changes the prediction: PGD, then bisection."""
 
-from typing import Annotated, ClassVar, Literal
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
 from pydantic import Field
-from torch import Tensor, nn
 
 from raysweep.attacks.base import (
     AttackResult,
@@ -16,9 +16,13 @@ from raysweep.attacks.base import (
     soft_logit_margin,
 )
 from raysweep.attacks.pgd import PGD
+from raysweep.lazy_modules import torch
 from raysweep.rng import ExampleRng
 from raysweep.schedules import Number, Schedule, bounded, resolved_value
 from raysweep.spec import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class MinimalPerturbation(Spec):

@@ -1,11 +1,11 @@
 """Projected gradient descent, in the forms that training and evaluation use."""
 
-import math
-from typing import Annotated, Literal
+from __future__ import annotations
 
-import torch
+import math
+from typing import TYPE_CHECKING, Annotated, Literal
+
 from pydantic import Field, model_validator
-from torch import Tensor, nn
 
 from raysweep import losses
 from raysweep.attacks.base import (
@@ -20,9 +20,13 @@ from raysweep.attacks.base import (
     steepest_ascent_direction,
     true_class_margin,
 )
+from raysweep.lazy_modules import torch
 from raysweep.rng import ExampleRng
 from raysweep.schedules import Number, Schedule, bounded, resolved_value
 from raysweep.spec import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class PGD(Spec):
@@ -117,23 +121,23 @@ class PGD(Spec):
                 result_x[rows] = x_adv
         return AttackResult(result_x if budget is not None else x_adv, queries, kappa)
 
-    @torch.enable_grad()
     def _compute_gradient(
         self, model: nn.Module, x_adv: Tensor, y: Tensor, natural_logits: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return whether rows are correct (N,) bool, and the gradient of the loss (N, C, H, W)."""
-        x_adv = x_adv.detach().requires_grad_()
-        logits = model(x_adv)
-        if self.loss == "cw":
-            loss = -(true_class_margin(logits, y) + self.confidence).clamp_min(0)
-        elif self.loss == "slm":
-            loss = soft_logit_margin(logits, y)
-        elif natural_logits is not None:
-            loss = losses.kl_divergence(logits, natural_logits, y)
-        else:
-            loss = losses.cross_entropy(logits, logits, y)
-        (grad,) = torch.autograd.grad(loss.sum(), x_adv)
-        return logits.detach().argmax(1) == y, grad
+        with torch.enable_grad():
+            x_adv = x_adv.detach().requires_grad_()
+            logits = model(x_adv)
+            if self.loss == "cw":
+                loss = -(true_class_margin(logits, y) + self.confidence).clamp_min(0)
+            elif self.loss == "slm":
+                loss = soft_logit_margin(logits, y)
+            elif natural_logits is not None:
+                loss = losses.kl_divergence(logits, natural_logits, y)
+            else:
+                loss = losses.cross_entropy(logits, logits, y)
+            (grad,) = torch.autograd.grad(loss.sum(), x_adv)
+            return logits.detach().argmax(1) == y, grad
 
     def _sample_start(self, x: Tensor, rng: ExampleRng) -> Tensor:
         """Return the first iterates; a uniform start in L2 has a Gaussian direction."""

@@ -1,12 +1,12 @@
 """Square attack (Andriushchenko et al. 2020): random search over square windows, no gradient."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
 
 from raysweep.attacks.base import (
     AttackResult,
@@ -19,9 +19,13 @@ from raysweep.attacks.base import (
     masked_assign_,
     true_class_margin,
 )
+from raysweep.lazy_modules import torch
 from raysweep.rng import ExampleRng
 from raysweep.schedules import Schedule, bounded, resolved_value
 from raysweep.spec import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 # Queries after which the share of pixels in a window halves (sec. 4.1). As in AutoAttack, they do
 # not depend on the total number of queries.
@@ -97,7 +101,7 @@ class Square(Spec):
                 search.retire_rows(all_rows=True)
         return AttackResult(x_adv.clone(), queries.clone())
 
-    def _search_linf(self, model: nn.Module, search: "_SquareSearch") -> None:
+    def _search_linf(self, model: nn.Module, search: _SquareSearch) -> None:
         """Start from vertical stripes of ±eps, then set windows to ±eps (alg. 2).
 
         Each channel of a window has one sign.
@@ -140,7 +144,7 @@ class Square(Spec):
                 candidate[area] = window[rows]
                 last_change[search.accept_improvements(model, candidate, rows)] = query
 
-    def _search_l2(self, model: nn.Module, search: "_SquareSearch") -> None:
+    def _search_l2(self, model: nn.Module, search: _SquareSearch) -> None:
         """Start from a grid of bumps with norm eps, then move mass between two windows (alg. 3).
 
         Mass is squared norm of the perturbation.

@@ -105,17 +105,19 @@ def run_command(args: argparse.Namespace) -> None:
         resolve_runs_folder,
     )
     from raysweep.data import load_data
-    from raysweep.leases import hold_folder_lease
     from raysweep.logs import log_to_folder
     from raysweep.spec import SpecError
     from raysweep.training.checkpoint import RunDirectory
     from raysweep.training.presets import resolve_training_config
-    from raysweep.training.trainer import check_resumable
 
     config = resolve_training_config(request.method, request.overrides)
     name = request.name or f"{config.method.name}-{config.digest()[:8]}"
     if request.name:
         check_plain_name(request.name, "--name")
+    # A wrong setting is reported before anything imports PyTorch.
+    from raysweep.leases import hold_folder_lease
+    from raysweep.training.trainer import check_resumable
+
     dataset = load_data(config.data)
     print_warnings(config.list_warnings())
     out = make_writable_folder(request.out)

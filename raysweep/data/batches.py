@@ -1,14 +1,18 @@
 """Batches of one training epoch, and augmentation of a whole batch at once."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from raysweep.data.split_tensors import Split
+from raysweep.lazy_modules import torch
 from raysweep.rng import ExampleRng, derive_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,22 @@
 """Data sets: their settings, and loading them as training, validation and test splits."""
 
+from __future__ import annotations
+
 import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, TypeAlias
 
-import numpy as np
-import torch
 from pydantic import Field, ValidationInfo, field_validator
 
 from raysweep.data.batches import Batch, count_batches, epoch_batches
 from raysweep.data.dataset_loaders import DATASET_LOADERS, LabelArray, PixelArray, TrainTestArrays
 from raysweep.data.split_tensors import Split
 from raysweep.data.unlabeled import read_unlabeled_file
+from raysweep.lazy_modules import np, torch
 from raysweep.rng import derive_seed
 from raysweep.spec import Spec, SpecError, describe_unknown_name
 
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 # Largest share of a class that validation takes, unless its share of all examples is larger.
 _MAX_VALIDATION_SHARE = 0.2
 
-_PositionArray = np.ndarray[tuple[int], np.dtype[np.int64]]
+_PositionArray: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 
 
 class DataSpec(Spec):
@@ -104,7 +105,7 @@ class DatasetSplits:
     unlabeled: Split | None = None
     unlabeled_fraction: float = 0.5
 
-    def to(self, device: torch.device) -> "DatasetSplits":
+    def to(self, device: torch.device) -> DatasetSplits:
         """Move the data that training needs to a device.
 
         Args:

@@ -5,20 +5,22 @@ list it in `DATASET_LOADERS`. It should raise `SpecError` if files are missing, 
 `DamagedFileError` if they cannot be read.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from raysweep.errors import DamagedFileError, InfrastructureError
+from raysweep.lazy_modules import np
 from raysweep.spec import SpecError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +29,8 @@ _CHANNEL_COUNTS = (1, 3, 4)
 # Names of the arrays of images and of labels in .npz files.
 _ARRAY_NAMES = (("x", "image", "images"), ("y", "label", "labels"))
 
-PixelArray = NDArray[np.uint8]
-LabelArray = NDArray[np.int64]
+PixelArray: TypeAlias = "NDArray[np.uint8]"
+LabelArray: TypeAlias = "NDArray[np.int64]"
 
 
 @dataclass(frozen=True)
@@ -291,6 +293,8 @@ def read_parquet(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
         ValueError: If `x` is not a column of tensors of one shape.
         OSError: If the file cannot be read.
     """
+    import pyarrow.parquet as pq
+
     table = pq.read_table(path, columns=["x", "y"])
     column = table["x"].combine_chunks()
     if hasattr(column, "to_numpy_ndarray"):

@@ -1,9 +1,13 @@
 """One split of an image data set, as integer tensors on one device."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Split:
         """
         return self.x[rows].float() / self.pixel_max
 
-    def to(self, device: torch.device) -> "Split":
+    def to(self, device: torch.device) -> Split:
         """Move the split to a device.
 
         Args:

@@ -1,16 +1,13 @@
 """Unlabelled images for robust self-training (Carmon et al. 2019): reading and pseudo-labelling."""
 
+from __future__ import annotations
+
 import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeAlias
 
 from raysweep.atomic_files import atomic_open
 from raysweep.data.dataset_loaders import (
@@ -21,9 +18,14 @@ from raysweep.data.dataset_loaders import (
     read_parquet,
 )
 from raysweep.errors import DamagedFileError
+from raysweep.lazy_modules import np, torch
 from raysweep.spec import SpecError
 
-ImagesAndLabels = tuple[NDArray[np.generic], NDArray[np.generic] | None]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+ImagesAndLabels: TypeAlias = "tuple[NDArray[np.generic], NDArray[np.generic] | None]"
 
 
 def read_unlabeled_file(path: Path) -> tuple[PixelArray, LabelArray | None]:

@@ -1,27 +1,39 @@
 """Networks that map images (N, channels, H, W) in [0, 1] to logits (N, classes).
 
-To add a network, write a function (channels, classes) -> nn.Module and list it in `MODELS`.
-`raysweep list` prints the first line of its docstring. The numbers of parameters in docstrings are
-for 3 channels and 10 classes.
+To add a network, write a function (channels, classes) -> nn.Module and list it in `MODELS`. Modules
+that this one imports leave PyTorch to functions, so that commands that print names need not wait
+for it. `raysweep list` prints the first line of the function's docstring. The numbers of parameters
+in docstrings are for 3 channels and 10 classes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
 from pydantic import field_validator
-from torch import nn
 
+from raysweep.lazy_modules import torch
 from raysweep.models.digits_cnn import digits_cnn
-from raysweep.models.layers import Normalize
-from raysweep.models.preact_resnet import preact_resnet18, preact_resnet18_bn
-from raysweep.models.resnet import resnet18, resnet34, resnet50
+from raysweep.models.residual_networks import (
+    preact_resnet18,
+    preact_resnet18_bn,
+    resnet18,
+    resnet34,
+    resnet50,
+    wrn_28_10,
+    wrn_32_10,
+    wrn_34_10,
+)
 from raysweep.models.small_cnn import small_cnn
 from raysweep.models.vgg import vgg13
-from raysweep.models.wide_resnet import wrn_28_10, wrn_32_10, wrn_34_10
 from raysweep.spec import Spec, SpecError, describe_unknown_name
 
+if TYPE_CHECKING:
+    from torch import nn
+
 # Function (number of image channels, number of classes) -> network with random weights.
-ModelFactory = Callable[[int, int], nn.Module]
+ModelFactory: TypeAlias = "Callable[[int, int], nn.Module]"
 
 MODELS: dict[str, ModelFactory] = {
     "digits_cnn": digits_cnn,
@@ -74,11 +86,13 @@ class ModelSpec(Spec):
         Raises:
             SpecError: If `mean` or `std` does not have a value for each channel.
         """
+        from raysweep.models.layers import Normalize
+
         if {len(self.mean), len(self.std)} not in ({0}, {channels}):
             raise SpecError(f"model.mean and model.std need {channels} values each, or none")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = MODELS[self.name](channels, classes)
         if not self.mean:
-            return nn.Sequential(network)
-        return nn.Sequential(Normalize(self.mean, self.std), network)
+            return torch.nn.Sequential(network)
+        return torch.nn.Sequential(Normalize(self.mean, self.std), network)

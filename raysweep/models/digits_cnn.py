@@ -1,8 +1,11 @@
 """The network for the 8x8 digits."""
 
-from torch import nn
+from __future__ import annotations
 
-from raysweep.models.layers import AveragePool, Logits, conv3x3
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def digits_cnn(channels: int, classes: int) -> nn.Module:
@@ -10,6 +13,10 @@ def digits_cnn(channels: int, classes: int) -> nn.Module:
 
     It trains in seconds on a CPU.
     """
+    from torch import nn
+
+    from raysweep.models.layers import AveragePool, Logits, conv3x3
+
     return nn.Sequential(
         conv3x3(channels, 32), nn.BatchNorm2d(32), nn.ReLU(),
         conv3x3(32, 64, 2), nn.BatchNorm2d(64), nn.ReLU(),

@@ -68,16 +68,3 @@ class PreActResNet(nn.Module):
         out = self.end(self.blocks(self.conv1(x)))
         logits: Tensor = self.linear(out.mean((2, 3)))
         return logits
-
-
-def preact_resnet18(channels: int, classes: int) -> nn.Module:
-    """Pre-activation ResNet-18 as in most CIFAR code, no last batch norm: 11,171,146 parameters."""
-    return PreActResNet((2, 2, 2, 2), channels, classes, final_bn=False)
-
-
-def preact_resnet18_bn(channels: int, classes: int) -> nn.Module:
-    """Pre-activation ResNet-18 with a last batch norm and ReLU: 11,172,170 parameters.
-
-    This is the form of He et al. 2016b and of Rice et al. 2020.
-    """
-    return PreActResNet((2, 2, 2, 2), channels, classes, final_bn=True)

@@ -105,21 +105,6 @@ class ResNet(nn.Module):
         return logits
 
 
-def resnet18(channels: int, classes: int) -> nn.Module:
-    """ResNet-18 for CIFAR: 2 basic blocks in each stage, 11,173,962 parameters."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), channels, classes)
-
-
-def resnet34(channels: int, classes: int) -> nn.Module:
-    """ResNet-34 for CIFAR: stages of 3, 4, 6 and 3 basic blocks, 21,282,122 parameters."""
-    return ResNet(BasicBlock, (3, 4, 6, 3), channels, classes)
-
-
-def resnet50(channels: int, classes: int) -> nn.Module:
-    """ResNet-50 for CIFAR: stages of 3, 4, 6 and 3 bottlenecks, 23,520,842 parameters."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), channels, classes)
-
-
 def _build_shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Module:
     """Return the identity, or a 1x1 convolution with batch norm where the shape changes."""
     if stride == 1 and channels_in == channels_out:

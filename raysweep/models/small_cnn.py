@@ -1,8 +1,11 @@
 """The small CNN of G app. C.5."""
 
-from torch import nn
+from __future__ import annotations
 
-from raysweep.models.layers import AveragePool, Logits, conv3x3
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def small_cnn(channels: int, classes: int) -> nn.Module:
@@ -12,6 +15,10 @@ def small_cnn(channels: int, classes: int) -> nn.Module:
     paper (G) only gives the number of layers; the widths are from FAT's code. For any image size,
     the last feature maps are averaged to 4x4 pixels.
     """
+    from torch import nn
+
+    from raysweep.models.layers import AveragePool, Logits, conv3x3
+
     layers: list[nn.Module] = []
     for channels_in, width in ((channels, 64), (64, 128), (128, 196)):
         layers += [conv3x3(channels_in, width, bias=True), nn.BatchNorm2d(width), nn.ReLU()]

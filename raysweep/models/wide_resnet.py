@@ -49,21 +49,3 @@ class WideResNet(nn.Module):
         out = F.relu(self.bn(self.stages(self.conv1(x))))
         logits: Tensor = self.linear(out.mean((2, 3)))
         return logits
-
-
-def wrn_28_10(channels: int, classes: int) -> nn.Module:
-    """Wide ResNet with 28 = 4 + 6 x 4 layers and width factor 10: 36,479,194 parameters."""
-    return WideResNet(4, 10, channels, classes)
-
-
-def wrn_32_10(channels: int, classes: int) -> nn.Module:
-    """The network `wrn_34_10` under the name that LRAT and Madry et al. use.
-
-    They do not count the layers of the shortcuts: 32 = 2 + 6 x 5.
-    """
-    return WideResNet(5, 10, channels, classes)
-
-
-def wrn_34_10(channels: int, classes: int) -> nn.Module:
-    """Wide ResNet with 34 = 4 + 6 x 5 layers and width factor 10: 46,160,474 parameters."""
-    return WideResNet(5, 10, channels, classes)

@@ -1,5 +1,7 @@
 """Plan of a sweep: which trials are left, what they cost and how long they take."""
 
+from __future__ import annotations
+
 import math
 import os
 import time
@@ -7,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import joblib
-import torch
 
 from raysweep.data import DatasetSplits, count_batches
 from raysweep.evaluation.attack_model import MIN_BATCH_ROWS, make_attack_model
+from raysweep.lazy_modules import torch
 from raysweep.rng import ExampleRng
 from raysweep.spec import JsonDict
 from raysweep.sweep.ledger import Trial

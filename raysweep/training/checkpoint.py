@@ -1,5 +1,7 @@
 """Checkpoints: folders of safetensors and JSON files, written atomically and free of pickle."""
 
+from __future__ import annotations
+
 import hashlib
 import importlib.metadata
 import json
@@ -11,19 +13,20 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 from raysweep.errors import DamagedFileError, InfrastructureError
+from raysweep.lazy_modules import safetensors_torch, torch
 from raysweep.spec import JsonDict, SpecError
 from raysweep.stores import META_FILE, Location, StoredFileNotFound, StorePath, open_path
 from raysweep.training.config import TrainingConfig
 from raysweep.training.metric_history import EpochMetrics
+
+if TYPE_CHECKING:
+    from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +79,7 @@ class TrainingCheckpoint:
         Returns:
             `model`.
         """
-        model.load_state_dict(load_file(self.local_folder / WEIGHTS_FILE))
+        model.load_state_dict(safetensors_torch.load_file(self.local_folder / WEIGHTS_FILE))
         return model
 
     def load_training_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -96,7 +99,7 @@ class TrainingCheckpoint:
             model: The network whose parameters the optimizer updates.
             optimizer: Its SGD optimizer; changed in place.
         """
-        momentum = load_file(self.local_folder / OPTIMIZER_FILE)
+        momentum = safetensors_torch.load_file(self.local_folder / OPTIMIZER_FILE)
         for name, parameter in model.named_parameters():
             if name in momentum:
                 # The buffer gets the parameter's memory format, which it had when it was saved:
@@ -375,7 +378,7 @@ def _save_tensors(tensors: dict[str, Any], path: Path) -> None:
     # safetensors needs contiguous tensors without gradients.
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(contiguous, path)
+        safetensors_torch.save_file(contiguous, path)
     except SafetensorError as error:
         raise InfrastructureError(f"{path}: cannot be written: {error}") from error
 

@@ -3,18 +3,21 @@
 They are stored as metrics of the epoch and as histograms.
 """
 
-import json
-from typing import TypedDict
+from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+import json
+from typing import TYPE_CHECKING, TypedDict
 
 from raysweep.attacks import AttackResult, freeze_model, true_class_confidence
 from raysweep.data import Split
+from raysweep.lazy_modules import torch
 from raysweep.method import NATURAL_INPUT, Method, MethodOutput
 from raysweep.stores import StorePath
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.worker_group import WorkerGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 LOW_WEIGHT_THRESHOLD = 0.2
 """Weights below this share of the batch's mean weight count as low (LRAT, figure 1a)."""

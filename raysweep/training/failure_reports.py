@@ -4,12 +4,13 @@ A report is a dict of strings: one line under `FAILURE_KEY`, and for a bug its t
 `BUG_TRACEBACK_KEY`.
 """
 
+from __future__ import annotations
+
 import logging
 import traceback
 
-import torch
-
 from raysweep.errors import RaysweepError, describe_os_error, is_infrastructure_error
+from raysweep.lazy_modules import torch
 from raysweep.stores import StoredFileNotFound, StorePath
 from raysweep.training.config import TrainingConfig
 

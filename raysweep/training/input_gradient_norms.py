@@ -1,13 +1,17 @@
 """Steepness of the loss around adversarial examples (GAIRAT, appendix C.1, figures 4 and 10)."""
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from raysweep.attacks import PGD, freeze_model
 from raysweep.attacks.base import l2_norms
 from raysweep.data import Split
+from raysweep.lazy_modules import F, torch
 from raysweep.rng import ExampleRng
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def input_gradient_norm(

@@ -1,5 +1,7 @@
 """Loads models for evaluation: from a raysweep checkpoint, or from a user's own code."""
 
+from __future__ import annotations
+
 import importlib
 import math
 import sys
@@ -7,17 +9,19 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from raysweep.data import DatasetSplits, load_data
+from raysweep.lazy_modules import torch
 from raysweep.spec import SpecError, apply_overrides
 from raysweep.stores import META_FILE, Location, StorePath, open_path
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
 from raysweep.training.selection import find_best_epoch
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,6 @@ def load_factory_target(import_path: str) -> EvaluationTarget:
         raise SpecError(
             f"{import_path}: {type(error).__name__}: {message} ({frame.filename}:{frame.lineno})"
         ) from error
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, torch.nn.Module):
         raise SpecError(f"{import_path}: gave {type(model).__name__}, not a torch.nn.Module")
     return EvaluationTarget(model.eval(), import_path)

@@ -10,14 +10,15 @@ bit-identical to one that trained all epochs. This holds for one kind of machine
 raysweep; both are part of the keys.
 """
 
+from __future__ import annotations
+
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from raysweep.errors import DamagedFileError
+from raysweep.lazy_modules import torch
 from raysweep.leases import make_lease
 from raysweep.spec import JsonDict, SpecError, json_digest
 from raysweep.stores import META_FILE, Location, StorePath, open_path

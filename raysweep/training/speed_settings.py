@@ -1,11 +1,11 @@
 """Settings of training speed. Tests compare the results with those of the plain computation."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from raysweep.evaluation.float32_precision import has_tf32
+from raysweep.lazy_modules import torch
 from raysweep.spec import Spec, SpecError
 
 Precision = Literal["float32", "bf16"]
@@ -41,7 +41,7 @@ class ComputeSpec(Spec):
     """Use torch.compile, which takes minutes at the start. On NVIDIA GPUs it records a CUDA graph
     for each batch size."""
 
-    def resolve(self, device: torch.device) -> "ComputeSpec":
+    def resolve(self, device: torch.device) -> ComputeSpec:
         """Replace each `auto` by its value for a device.
 
         Args:
@@ -53,6 +53,8 @@ class ComputeSpec(Spec):
         Raises:
             SpecError: `tf32` is true, but the device has no TF32.
         """
+        from raysweep.evaluation.float32_precision import has_tf32
+
         supports_tf32 = has_tf32(device)
         if self.tf32 is True and not supports_tf32:
             raise SpecError(

@@ -1,20 +1,23 @@
 """Validation during training: a few fast, different attacks. Sweeps rank trials by the results."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor, nn
 
 from raysweep.attacks import APGD, PGD, AnyAttack, freeze_model, maybe_tf32
 from raysweep.data import DatasetSplits, Split
+from raysweep.lazy_modules import torch
 from raysweep.losses import cross_entropy
 from raysweep.rng import ExampleRng
 from raysweep.schedules import Number
 from raysweep.spec import Spec
-from raysweep.training.gradient_masking import estimate_scaling_gap
 from raysweep.training.input_gradient_norms import input_gradient_norm
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 ObjectiveName = Literal["robust_worst", "clean", "pgd", "cw"]
 OBJECTIVE_DESCRIPTIONS: dict[str, str] = {
@@ -215,6 +218,8 @@ class Validation(Spec):
             cw_mask = correct_masks[name_by_loss["cw"]]
             gaps["val/ce_cw_gap"] = (ce_mask.float() - cw_mask.float()).mean().item()
         if self.scales:
+            from raysweep.training.gradient_masking import estimate_scaling_gap
+
             gaps["val/scaling_gap"] = estimate_scaling_gap(
                 model,
                 split,
