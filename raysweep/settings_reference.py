@@ -3,12 +3,16 @@
 The description of a setting is the string literal below its field, see `Spec`.
 """
 
+import ast
 import inspect
 import json
 import math
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -67,10 +71,11 @@ def describe_fields(
     names = spec_names or {}
     former_names = spec_class.stored_keys
     descriptions = []
+    docstrings = _read_field_docstrings(spec_class)
     for name, field in spec_class.model_fields.items():
         if name == "kind" and len(get_args(field.annotation)) == 1:
             continue
-        text = _join_lines(field.description or "")
+        text = docstrings.get(name, "")
         if name in former_names:
             text = f"{text} Called `{former_names[name]}` in 0.1.".lstrip()
         descriptions.append(
@@ -187,10 +192,11 @@ def _show_item(item: Any) -> str:
 
 
 def _iter_descriptions(spec: Spec, prefix: str) -> Iterator[tuple[str, str]]:
-    for name, field in type(spec).model_fields.items():
+    docstrings = _read_field_docstrings(type(spec))
+    for name in type(spec).model_fields:
         path = f"{prefix}{name}"
-        if field.description:
-            yield path, _join_lines(field.description)
+        if name in docstrings:
+            yield path, docstrings[name]
         value = getattr(spec, name)
         parts = {path: value}
         if isinstance(value, Mapping):
@@ -198,6 +204,37 @@ def _iter_descriptions(spec: Spec, prefix: str) -> Iterator[tuple[str, str]]:
         for part_path, part in parts.items():
             if isinstance(part, Spec):
                 yield from _iter_descriptions(part, f"{part_path}.")
+
+
+@cache
+def _read_field_docstrings(spec_class: type[Spec]) -> dict[str, str]:
+    """Return field -> the docstring below it, in one line, also of the fields of base classes.
+
+    pydantic has an option for this, but it reads the source of each class as soon as that is
+    defined, which was a quarter of the time that `raysweep list` takes.
+    """
+    docstrings: dict[str, str] = {}
+    for base in reversed(spec_class.__mro__):
+        if not issubclass(base, Spec):
+            continue
+        definition = _parse_classes(base.__module__).get(base.__name__)
+        for field, text in pairwise(definition.body if definition else []):
+            match field, text:
+                case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(docstring))):
+                    docstrings[name] = _join_lines(docstring)
+    return docstrings
+
+
+@cache
+def _parse_classes(module_name: str) -> dict[str, ast.ClassDef]:
+    """Return name -> definition of the classes of a module, none if its source is not to be had."""
+    try:
+        source = inspect.getsource(sys.modules[module_name])
+    except (OSError, TypeError):
+        return {}
+    return {
+        node.name: node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)
+    }
 
 
 def _join_lines(text: str) -> str:

@@ -57,7 +57,7 @@ def _collect_names_by_command() -> dict[str, tuple[str, list[str]]]:
     from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
     from raysweep.training.presets import list_presets
 
-    methods, pipelines = list(METHODS), list(list_builtin_pipelines())
+    methods, pipelines = list(METHODS), list_builtin_pipelines()
     return {
         "show": ("what", [*methods, *list_presets(), *pipelines]),
         "train": ("method", [*methods, *list_presets()]),

@@ -56,7 +56,6 @@ class Spec(BaseModel):
         extra="forbid",
         ser_json_inf_nan="strings",
         allow_inf_nan=True,
-        use_attribute_docstrings=True,
     )
 
     stored_keys: ClassVar[Mapping[str, str]] = {}

@@ -53,12 +53,12 @@ def add_parser(parsers: CommandParsers) -> None:
 def run_command(args: argparse.Namespace) -> None:
     """Run `raysweep list`."""
     request = ListRequest.from_args(args)
-    from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
+    from raysweep.pipeline.builtin_pipelines import describe_builtin_pipelines
     from raysweep.sweep.search_space import list_builtin_spaces
     from raysweep.training.presets import list_presets
 
     tables = _list_described_names()
-    spaces, presets, pipelines = list_builtin_spaces(), list_presets(), list_builtin_pipelines()
+    spaces, presets, pipelines = list_builtin_spaces(), list_presets(), describe_builtin_pipelines()
     if request.as_json:
         names = {"spaces": spaces, "presets": presets, "pipelines": pipelines}
         print(json.dumps({**tables, **names}, indent=1))

@@ -131,7 +131,7 @@ def _classify_name(name_or_file: str) -> tuple[str, str]:
 
     # A space has the name of its method: the method comes first.
     tables = {
-        "pipeline": list(list_builtin_pipelines()),
+        "pipeline": list_builtin_pipelines(),
         "method": list(METHODS),
         "preset": list_presets(),
         "space": list_builtin_spaces(),

@@ -5,11 +5,17 @@ from pathlib import Path
 from raysweep.spec import SpecError, describe_unknown_name, find_builtin_folder, read_yaml
 
 
-def list_builtin_pipelines() -> dict[str, str]:
+def list_builtin_pipelines() -> list[str]:
+    """Return the names of the built-in pipelines."""
+    return sorted(path.stem for path in find_builtin_folder("pipelines").glob("*.yaml"))
+
+
+def describe_builtin_pipelines() -> dict[str, str]:
     """Return the description of each built-in pipeline, by name."""
+    folder = find_builtin_folder("pipelines")
     return {
-        path.stem: str(read_yaml(path).get("about", ""))
-        for path in sorted(find_builtin_folder("pipelines").glob("*.yaml"))
+        name: str(read_yaml(folder / f"{name}.yaml").get("about", ""))
+        for name in list_builtin_pipelines()
     }
 
 
@@ -29,6 +35,5 @@ def find_pipeline_file(name_or_file: str) -> Path:
         return Path(name_or_file)
     path = find_builtin_folder("pipelines") / f"{name_or_file}.yaml"
     if not path.is_file():
-        names = list(list_builtin_pipelines())
-        raise SpecError(describe_unknown_name("pipeline", name_or_file, names))
+        raise SpecError(describe_unknown_name("pipeline", name_or_file, list_builtin_pipelines()))
     return path
