@@ -3,6 +3,7 @@
 Results are written to files, and to the MLflow run that trained the model.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +11,13 @@ import torch
 
 from raysweep.atomic_files import atomic_write_text
 from raysweep.attacks import AttackCascade, SingleAttack
-from raysweep.data import DatasetSplits, DataSpec
+from raysweep.data import (
+    DatasetSplits,
+    DataSpec,
+    SubsetChoice,
+    choose_subset_rows,
+    find_subset_warnings,
+)
 from raysweep.evaluation import (
     RobustnessReport,
     ShardMapper,
@@ -54,6 +61,7 @@ def choose_evaluation_folder(
     data_spec: DataSpec,
     n_examples: int,
     seed: int = 0,
+    subset: SubsetChoice = "first",
 ) -> Path:
     """Choose the folder for the files of an evaluation. The same settings give the same folder.
 
@@ -64,12 +72,15 @@ def choose_evaluation_folder(
         data_spec: Settings of the data set.
         n_examples: Number of test examples.
         seed: Seed of the attack.
+        subset: How the examples are chosen (see `choose_subset_rows`); "first" for all examples.
 
     Returns:
         A folder beside the checkpoint if the checkpoint is in a local folder; else a folder in
         `out`/runs/eval.
     """
-    key = json_digest([attack.to_json_dict(), data_spec.to_stored_dict(), n_examples, seed])
+    content = [attack.to_json_dict(), data_spec.to_stored_dict(), n_examples, seed]
+    # Version 0.1 always took the first examples; their folders keep their names.
+    key = json_digest(content if subset == "first" else [*content, subset])
     if target.checkpoint is None:
         return out / "runs" / "eval" / f"{target.name.replace(':', '.')}-{key}"
     path = target.checkpoint.path
@@ -91,8 +102,9 @@ def evaluate_checkpoint(
     batch_size: int = 500,
     seed: int = 0,
     keep_adversarial: bool = False,
+    subset: SubsetChoice = "first",
 ) -> RobustnessReport:
-    """Evaluate a model on the first test examples, with a progress bar.
+    """Evaluate a model on test examples, with a progress bar.
 
     Args:
         target: The model. It is moved to the GPU if there is one.
@@ -104,17 +116,20 @@ def evaluate_checkpoint(
         batch_size: Examples per attack call.
         seed: Seed of the attack.
         keep_adversarial: Whether the report has the adversarial examples.
+        subset: How the examples are chosen (see `choose_subset_rows`).
 
     Returns:
-        The report.
+        The report. If it is of a part of the test set, it names `subset`, and its warnings say why
+        the accuracies may not be those on the whole set.
 
     Raises:
         SpecError: If no attack can run on the model (see `evaluate`).
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    split, rows = dataset.test, slice(0, n_examples)
+    split = dataset.test
+    rows = choose_subset_rows(split.y, n_examples, subset)
     with show_evaluation_progress() as progress:
-        return evaluate(
+        report = evaluate(
             target.model.to(device),
             split.get_float_images(rows),
             split.y[rows],
@@ -127,6 +142,10 @@ def evaluate_checkpoint(
             progress=progress,
             keep_adversarial=keep_adversarial,
         )
+    if len(rows) == len(split):
+        return report
+    warnings = (*report.warnings, *find_subset_warnings(split.y, rows, subset))
+    return dataclasses.replace(report, subset=subset, warnings=warnings)
 
 
 def save_evaluation_files(
@@ -168,8 +187,9 @@ def log_evaluation(
     """Log the metrics and files of an evaluation.
 
     If AutoAttack's standard version ran on the whole test set, at the norm and epsilon of the
-    training, the metrics are named `aa/...`. All others are named after attack, norm, epsilon and
-    number of examples. A seed other than 0 is part of the name.
+    training, the metrics are named `aa/...`. All others are named after attack, norm, epsilon,
+    number of examples, and the choice of the examples if these are not the first ones. A seed other
+    than 0 is part of the name.
 
     Args:
         tracker: Tracker that logs them.
@@ -218,4 +238,6 @@ def _format_metric_prefix(
         prefix = "aa"
     else:
         prefix = f"eval/{attack_name}-{report.norm}-{report.eps:.4g}-n{len(report.labels)}"
+        if report.subset not in (None, "first"):
+            prefix = f"{prefix}-{report.subset}"
     return f"{prefix}-seed{report.seed}" if report.seed else prefix

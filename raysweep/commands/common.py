@@ -56,31 +56,37 @@ def parse_overrides(assignments: Sequence[str], data_dir: Path | None) -> dict[s
 
 
 def parse_data_overrides(
-    assignments: Sequence[str], data_dir: Path | None, command_label: str
+    assignments: Sequence[str],
+    data_dir: Path | None,
+    command_label: str,
+    other_settings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Read `--set data.*` and `--data-dir` for a command that uses no other settings.
+    """Read `--set data.*` and `--data-dir` for a command that uses few other settings.
 
     Args:
         assignments: The values of `--set`.
         data_dir: The value of `--data-dir`.
         command_label: What error messages call the command, such as "an evaluation".
+        other_settings: Settings outside `data` that the command reads itself; they are left out.
 
     Returns:
         {path below `data`: value}.
 
     Raises:
-        SpecError: An assignment is malformed or changes a setting outside `data`.
+        SpecError: An assignment is malformed or changes another setting outside `data`.
     """
     overrides = parse_overrides(assignments, data_dir)
-    unused_paths = [path for path in overrides if not path.startswith("data.")]
+    data_paths = [path for path in overrides if path.startswith("data.")]
+    unused_paths = [path for path in overrides if path not in (*data_paths, *other_settings)]
+    known = " and ".join([*other_settings, "data.*"])
     if unused_paths:
         raise SpecError(
             [
-                f"--set {path}: only data.* settings matter to {command_label}"
+                f"--set {path}: only {known} settings matter to {command_label}"
                 for path in unused_paths
             ]
         )
-    return {path.removeprefix("data."): value for path, value in overrides.items()}
+    return {path.removeprefix("data."): overrides[path] for path in data_paths}
 
 
 def make_writable_folder(folder: Path, option: str = "--out") -> Path:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from raysweep.attacks import AttackCascade
     from raysweep.attacks.base import Norm
     from raysweep.attacks.named_attacks import AutoAttackVersion
-    from raysweep.data import DataSpec
+    from raysweep.data import DataSpec, SubsetChoice
     from raysweep.evaluation import RobustnessReport
     from raysweep.stores import StorePath
     from raysweep.tracking import Tracker
@@ -66,6 +66,8 @@ _VERIFY_UNUSED_DEFAULTS: dict[str, Any] = {
     "out": Path(),
 }
 
+# The setting of an evaluation that is not one of the data set.
+_SUBSET_SETTING = "subset"
 _FACTORY_PATTERN = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 _RUN_ID_PATTERN = re.compile(r"^[0-9a-f]{32}$")
 
@@ -81,7 +83,8 @@ class EvalRequest:
         version: Version of AutoAttack.
         eps: Radius of the attack, in pixels of [0, 1]; None for the radius of the training.
         norm: Norm of the radius, "Linf" or "L2".
-        max_examples: Number of test examples to attack, the first ones; None for all.
+        max_examples: Number of test examples to attack; None for all.
+        subset: Which test examples, if not all (see `choose_subset_rows`).
         batch_size: Number of examples that are attacked at a time.
         pseudo_label_file: Images to label with the model, instead of an attack; or None.
         keep_adversarial: Whether to save the adversarial examples.
@@ -102,6 +105,7 @@ class EvalRequest:
     eps: float | None
     norm: Norm
     max_examples: int | None
+    subset: SubsetChoice
     batch_size: int
     pseudo_label_file: Path | None
     keep_adversarial: bool
@@ -135,6 +139,7 @@ class EvalRequest:
             eps=args.eps,
             norm=args.norm,
             max_examples=args.n,
+            subset=_read_subset(args),
             batch_size=args.batch_size,
             pseudo_label_file=args.pseudo_label,
             keep_adversarial=args.keep_adversarial,
@@ -142,12 +147,30 @@ class EvalRequest:
             verify=args.verify,
             address=args.address,
             gpus_per_task=args.gpus_per_task,
-            data_overrides=parse_data_overrides(args.set, args.data_dir, "an evaluation"),
+            data_overrides=parse_data_overrides(
+                args.set, args.data_dir, "an evaluation", [_SUBSET_SETTING]
+            ),
             data_dir=args.data_dir,
             out=args.out,
             storage=args.storage,
             as_json=args.json,
         )
+
+
+def _read_subset(args: argparse.Namespace) -> SubsetChoice:
+    """Return the value of `--set subset=`. Raises SpecError if it is unknown or has no effect."""
+    from raysweep.commands.common import parse_overrides
+    from raysweep.data import DEFAULT_SUBSET, SUBSET_CHOICES
+    from raysweep.spec import SpecError
+
+    subset: SubsetChoice = parse_overrides(args.set, None).get(_SUBSET_SETTING, DEFAULT_SUBSET)
+    if subset not in SUBSET_CHOICES:
+        raise SpecError(
+            f"--set {_SUBSET_SETTING}={subset}: allowed are {', '.join(SUBSET_CHOICES)}"
+        )
+    if args.n is None and subset != DEFAULT_SUBSET:
+        raise SpecError(f"--set {_SUBSET_SETTING}={subset}: has no effect without --n")
+    return subset
 
 
 def _reject_unused_options(
@@ -206,7 +229,10 @@ def _add_attack_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--norm", choices=("Linf", "L2"), help="norm of --eps (default: Linf)")
     parser.add_argument(
-        "--n", type=parse_positive_int, help="attack the first N test examples (default: all)"
+        "--n",
+        type=parse_positive_int,
+        help="attack N test examples, equally many of each class; --set subset=first takes the "
+        "first N, subset=proportional keeps the classes' shares (default: all)",
     )
     parser.add_argument(
         "--batch-size",
@@ -388,7 +414,7 @@ def _evaluate(
         save_evaluation_files,
     )
     from raysweep.commands.common import open_tracker
-    from raysweep.data import load_data
+    from raysweep.data import load_test_data
     from raysweep.logs import log_to_folder
     from raysweep.robustness_bundle import write_bundle
     from raysweep.sweep.shard_mappers import open_executor
@@ -397,12 +423,14 @@ def _evaluate(
     data_spec = _resolve_data_spec(request, target)
     attack = _make_attack(request, target, data_spec)
     bundle = _check_bundle_folder(request, target)
-    dataset = target.data or load_data(data_spec)
+    dataset = target.data or load_test_data(data_spec)
     tracker = open_tracker(out)
     if run_id is None and target.checkpoint is not None:
         run_id = tracker.find_run(checkpoint_run_tags(target.checkpoint))
     n_examples = min(request.max_examples or len(dataset.test), len(dataset.test))
-    folder = choose_evaluation_folder(out, target, attack, data_spec, n_examples)
+    is_whole_test_set = n_examples == len(dataset.test)
+    subset: SubsetChoice = "first" if is_whole_test_set else request.subset
+    folder = choose_evaluation_folder(out, target, attack, data_spec, n_examples, subset=subset)
     with (
         log_to_folder(folder),
         open_executor(request.address, request.gpus_per_task) as executor,
@@ -416,6 +444,7 @@ def _evaluate(
             executor,
             batch_size=request.batch_size,
             keep_adversarial=request.keep_adversarial or bundle is not None,
+            subset=subset,
         )
     save_evaluation_files(report, folder, target, data_spec)
     if bundle is not None and target.checkpoint is not None:
@@ -424,7 +453,6 @@ def _evaluate(
     attack_name = request.attack
     if request.version != "standard":
         attack_name = f"{request.attack}-{request.version}"
-    is_whole_test_set = n_examples == len(dataset.test)
     log_evaluation(tracker, run_id, target, report, folder, attack_name, is_whole_test_set)
 
 
@@ -505,7 +533,10 @@ def _print_report(
         summary = {**report.summary(), "model": target.name, "folder": str(folder)}
         print(json.dumps(summary, indent=1, default=str))
         return
-    print(f"{target.name}: {len(report.labels)} test examples, {report.norm} eps {report.eps:.6g}")
+    examples = f"{len(report.labels)} test examples"
+    if report.subset is not None:
+        examples += f" ({report.subset})"
+    print(f"{target.name}: {examples}, {report.norm} eps {report.eps:.6g}")
     rows = {"clean": report.clean}
     for name, is_robust in report.robust_after.items():
         rows[f"after {name}"] = is_robust

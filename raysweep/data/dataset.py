@@ -13,7 +13,13 @@ from typing import Annotated, ClassVar, TypeAlias
 from pydantic import Field, ValidationInfo, field_validator
 
 from raysweep.data.batches import Batch, count_batches, epoch_batches
-from raysweep.data.dataset_loaders import DATASET_LOADERS, LabelArray, PixelArray, TrainTestArrays
+from raysweep.data.dataset_loaders import (
+    DATASET_LOADERS,
+    LabelArray,
+    PixelArray,
+    TrainTestArrays,
+    load_test_arrays,
+)
 from raysweep.data.split_tensors import Split
 from raysweep.data.unlabeled import read_unlabeled_file
 from raysweep.lazy_modules import np, torch
@@ -175,7 +181,7 @@ def load_data(spec: DataSpec) -> DatasetSplits:
         )
     positions = _shuffle_class_balanced(arrays.y_train, spec)
     val_rows, train_rows = positions[: spec.val_size], np.sort(positions[spec.val_size :])
-    _warn_about_missing_classes(arrays.y_train, val_rows, train_rows, spec)
+    _warn_about_missing_classes(arrays.y_train, val_rows, train_rows, arrays.y_test, spec)
     test_rows = np.arange(len(arrays.y_test))
     channels = arrays.x_train.shape[1]
     unlabeled = None
@@ -195,6 +201,32 @@ def load_data(spec: DataSpec) -> DatasetSplits:
     )
 
 
+def load_test_data(spec: DataSpec) -> DatasetSplits:
+    """Read the test examples of a data set, for a model that was trained elsewhere.
+
+    Args:
+        spec: Settings of the data set. Those of training and validation have no effect.
+
+    Returns:
+        The test split; the other splits are empty.
+
+    Raises:
+        SpecError: If files are missing or hold no images with labels.
+        DamagedFileError: If a file cannot be read.
+    """
+    x, y, pixel_max = load_test_arrays(spec.name, spec.data_dir, spec.download)
+    empty = _make_split(x, y, np.arange(0), pixel_max)
+    return DatasetSplits(
+        train=empty,
+        val=empty,
+        test=_make_split(x, y, np.arange(len(y)), pixel_max),
+        channels=x.shape[1],
+        classes=int(y.max()) + 1,
+        augment=False,
+        fingerprint=_hash_arrays([x, y]),
+    )
+
+
 def _check_all_classes(y: LabelArray, spec: DataSpec) -> None:
     """Raise SpecError if a class below the largest label has no example."""
     missing = np.flatnonzero(np.bincount(y) == 0)
@@ -208,18 +240,32 @@ def _check_all_classes(y: LabelArray, spec: DataSpec) -> None:
 
 
 def _warn_about_missing_classes(
-    y: LabelArray, val_rows: _PositionArray, train_rows: _PositionArray, spec: DataSpec
+    y: LabelArray,
+    val_rows: _PositionArray,
+    train_rows: _PositionArray,
+    y_test: LabelArray,
+    spec: DataSpec,
 ) -> None:
-    """Log which classes have no example in training or in validation."""
+    """Log which classes have no example in training, validation or test."""
     present = np.unique(y)
-    for rows, name in ((train_rows, "training"), (val_rows, "validation")):
-        missing = np.setdiff1d(present, y[rows])
-        if len(missing):
+    if len(val_rows) < len(present):
+        logger.warning(
+            "data %r: data.val_size %d is less than the number of classes, %d: validation "
+            "accuracies, which decide on epochs and trials, mean little",
+            spec.name,
+            len(val_rows),
+            len(present),
+        )
+    labels_by_part = {"training": y[train_rows], "validation": y[val_rows], "test": y_test}
+    for name, labels in labels_by_part.items():
+        missing = np.setdiff1d(present, labels)
+        if len(missing) and not (name == "validation" and len(labels) < len(present)):
             logger.warning(
-                "data %r: %s has no example of class %s; see data.val_size and data.train_size",
+                "data %r: %s has no example of class %s%s",
                 spec.name,
                 name,
                 _list_classes(missing),
+                "" if name == "test" else "; see data.val_size and data.train_size",
             )
 
 
@@ -302,10 +348,15 @@ def _make_split(x: PixelArray, y: LabelArray, rows: _PositionArray, pixel_max: i
 
 def _hash_dataset(arrays: TrainTestArrays, unlabeled: Split | None) -> str:
     """Return 16 hexadecimal digits of the SHA-256 of all pixels and labels."""
-    sha = hashlib.sha256()
     parts: list[np.ndarray] = [arrays.x_train, arrays.y_train, arrays.x_test, arrays.y_test]
     if unlabeled is not None:
         parts += [unlabeled.x.numpy(), unlabeled.y.numpy()]
+    return _hash_arrays(parts)
+
+
+def _hash_arrays(parts: list[np.ndarray]) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of shapes and contents."""
+    sha = hashlib.sha256()
     for part in parts:
         sha.update(str(part.shape).encode())
         sha.update(np.ascontiguousarray(part).data)

@@ -183,6 +183,29 @@ def load_user_arrays(data_dir: Path | None, download: bool) -> TrainTestArrays:
     return TrainTestArrays(x_train, y_train, x_test, y_test)
 
 
+def load_test_arrays(
+    dataset_name: str, data_dir: Path | None, download: bool
+) -> tuple[PixelArray, LabelArray, int]:
+    """Load the test examples of a data set. For `arrays`, no training file is needed.
+
+    Args:
+        dataset_name: A key of `DATASET_LOADERS`.
+        data_dir: Folder of the data set.
+        download: Whether to download missing files.
+
+    Returns:
+        Images, labels, and the pixel value that becomes 1.0.
+
+    Raises:
+        SpecError: As for the data set's reader.
+        DamagedFileError: If a file cannot be read.
+    """
+    if dataset_name == "arrays" and data_dir is not None:
+        return *_read_split_file(data_dir, "test"), 255
+    arrays = DATASET_LOADERS[dataset_name](data_dir, download)
+    return arrays.x_test, arrays.y_test, arrays.pixel_max
+
+
 # Data set name -> reader. `raysweep list` prints the first line of each reader's docstring.
 DATASET_LOADERS: dict[str, Callable[[Path | None, bool], TrainTestArrays]] = {
     "digits": load_digits,

@@ -41,6 +41,17 @@ class Split:
         """
         return self.x[rows].float() / self.pixel_max
 
+    def select_rows(self, rows: Tensor) -> Split:
+        """Return a split of some examples.
+
+        Args:
+            rows: Row numbers, (M,) int64.
+
+        Returns:
+            A copy of these rows, in this order.
+        """
+        return Split(self.x[rows], self.y[rows], self.index[rows], self.pixel_max)
+
     def to(self, device: torch.device) -> Split:
         """Move the split to a device.
 

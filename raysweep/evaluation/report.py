@@ -57,6 +57,8 @@ class RobustnessReport:
         masking_gap: Accuracy under the first attack minus accuracy after all attacks, if the first
             is PGD or APGD on the cross-entropy and others follow; else None. A large gap suggests
             that gradients are masked.
+        subset: How the examples were chosen from the test set: "balanced", "proportional" or
+            "first" (see `choose_subset_rows`); None for a whole set, or if it is not known.
         x_adv: Adversarial examples, (N, C, H, W) float32; the original image of an example that no
             attack broke. None unless `evaluate(..., keep_adversarial=True)`.
     """
@@ -77,6 +79,7 @@ class RobustnessReport:
     cost: Mapping[str, AttackCost]
     warnings: tuple[str, ...] = ()
     masking_gap: float | None = None
+    subset: str | None = None
     x_adv: npt.NDArray[np.float32] | None = None
 
     def __repr__(self) -> str:
@@ -167,6 +170,7 @@ class RobustnessReport:
             "reported": f"{100 * self.robust_accuracy:.2f}",
             "autoattack_acc": f"{100 * self.robust_accuracy:.2f}" if self.is_autoattack else None,
             "unreliable": bool(self.warnings),
+            **self._describe_subset(),
             **card_fields,
         }
 
@@ -178,6 +182,7 @@ class RobustnessReport:
         """
         return {
             "examples": len(self.labels),
+            **self._describe_subset(),
             "clean_accuracy": self.clean_accuracy,
             "robust_accuracy": self.robust_accuracy,
             "robust_after": {
@@ -194,6 +199,12 @@ class RobustnessReport:
             "per_class": self.per_class(),
             "warnings": list(self.warnings),
         }
+
+    def _describe_subset(self) -> dict[str, object]:
+        """Return the fields of cards and summaries of a part of the test set."""
+        if self.subset is None:
+            return {}
+        return {"examples": len(self.labels), "subset": self.subset}
 
     def save_card(self, path: Path, **card_fields: object) -> None:
         """Write `card(**card_fields)` into a JSON file, atomically.

@@ -135,6 +135,11 @@ class EvaluationResult(Spec):
     protocol: dict[str, Any]
     """Settings that must agree with a paper's to compare the numbers."""
 
+    def describe_examples(self) -> str:
+        """Return `100 of 450 test examples`, and how a part of them was chosen if that is known."""
+        text = f"{self.examples} of {self.test_examples} test examples"
+        return f"{text} ({self.protocol['subset']})" if "subset" in self.protocol else text
+
 
 class StageFacts(Spec):
     """Base class of the facts that a stage reports besides candidates and evaluations.

@@ -1,6 +1,6 @@
 """The autoattack stage: runs AutoAttack, or other attacks, on the test set."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -18,6 +18,7 @@ from raysweep.checkpoint_evaluation import (
     resolve_threat_model,
     save_evaluation_files,
 )
+from raysweep.data import DEFAULT_SUBSET, SubsetChoice
 from raysweep.evaluation import RobustnessReport
 from raysweep.pipeline.artifact import Candidate, EvaluationResult
 from raysweep.pipeline.stage import (
@@ -28,7 +29,7 @@ from raysweep.pipeline.stage import (
     UpstreamResults,
 )
 from raysweep.schedules import Number
-from raysweep.spec import SpecError
+from raysweep.spec import JsonDict, SpecError
 from raysweep.sweep.shard_mappers import open_executor
 from raysweep.tracking import checkpoint_run_tags
 from raysweep.training.config import TrainingConfig
@@ -43,13 +44,19 @@ def _make_default_attacks() -> dict[str, str | AnyAttack]:
 class AutoAttackStage(Stage):
     """Runs attacks on the test set, once for each candidate and attack."""
 
+    later_fields: ClassVar[frozenset[str]] = frozenset({"subset"})
+
     kind: Literal["autoattack"] = "autoattack"
     attacks: Annotated[dict[str, str | AnyAttack], Field(min_length=1)] = Field(
         default_factory=_make_default_attacks
     )
     """Attack of each column in the report: a name such as `autoattack` or `pgd20`, or settings."""
     n: Annotated[int, Field(ge=1)] | None = None
-    """Number of test examples, from the first (null: all)."""
+    """Number of test examples (null: all)."""
+    subset: SubsetChoice = DEFAULT_SUBSET
+    """Which `n` test examples: `balanced` (equally many of each class, drawn with a fixed seed),
+    `proportional` (each class with its share of the test set) or `first` (the first ones, as
+    RobustBench and the official AutoAttack take them)."""
     eps: Annotated[Number, Field(gt=0)] | None = None
     """Radius of named attacks, in units of pixel values in [0, 1] (null: as in the validation)."""
     norm: Literal["Linf", "L2"] = "Linf"
@@ -63,6 +70,8 @@ class AutoAttackStage(Stage):
 
     def find_problems(self) -> list[str]:
         lines = []
+        if self.n is None and self.subset != DEFAULT_SUBSET:
+            lines.append(f"subset = {self.subset!r}: has no effect without n")
         for label, attack in self.attacks.items():
             if isinstance(attack, MinimalPerturbation):
                 lines.append(
@@ -76,12 +85,27 @@ class AutoAttackStage(Stage):
                     lines += [f"attacks.{label}: {line}" for line in error.problems]
         return lines
 
+    def to_stored_dict(self) -> JsonDict:
+        # Version 0.1 had no `subset`: `n` meant the first examples.
+        stored = super().to_stored_dict()
+        stored.pop("subset", None)
+        is_as_in_0_1 = self.n is None or self.subset == "first"
+        return stored if is_as_in_0_1 else {**stored, "subset": self.subset}
+
+    @classmethod
+    def from_data(cls, data: Any, source: str = "", *, stored: bool = False) -> Self:
+        if stored and isinstance(data, dict) and data.get("n") is not None:
+            data = {"subset": "first", **data}
+        return super().from_data(data, source, stored=stored)
+
     def describe_stage(self, training_overrides: TrainingOverrides) -> str:
         names = []
         for label, attack in self.attacks.items():
             is_named = isinstance(attack, str) and attack != label
             names.append(f"{label} ({attack})" if is_named else label)
-        examples = "the whole test set" if self.n is None else f"{self.n} test examples"
+        examples = (
+            "the whole test set" if self.n is None else f"{self.n} test examples ({self.subset})"
+        )
         return f"{', '.join(names)} on {examples}, once each"
 
     def run_stage(self, context: StageContext, upstream: UpstreamResults) -> StageResult:
@@ -122,8 +146,9 @@ class AutoAttackStage(Stage):
         config, data = target.checkpoint.config, target.data
         attack = self._build_attack_for(target, label)
         count = min(self.n or len(data.test), len(data.test))
+        subset = self.subset if count < len(data.test) else "first"
         folder = choose_evaluation_folder(
-            context.out, target, attack, config.data, count, self.seed
+            context.out, target, attack, config.data, count, self.seed, subset
         )
         context.print_line(f"{label} on {candidate.title}: {count} test examples")
         report = evaluate_checkpoint(
@@ -135,6 +160,7 @@ class AutoAttackStage(Stage):
             executor,
             batch_size=self.batch_size,
             seed=self.seed,
+            subset=subset,
         )
         save_evaluation_files(report, folder, target, config.data)
         attack_or_name = self.attacks[label]
@@ -191,6 +217,7 @@ def _extract_protocol(
     config: TrainingConfig, report: RobustnessReport, fingerprint: str
 ) -> dict[str, Any]:
     """Return the settings that must agree with a paper's to compare the numbers."""
+    subset = {} if report.subset is None else {"subset": report.subset}
     return {
         "data": config.data.name,
         "model": config.model.name,
@@ -200,5 +227,6 @@ def _extract_protocol(
         "eps": report.eps,
         "norm": report.norm,
         "examples": len(report.labels),
+        **subset,
         "fingerprint": fingerprint,
     }

@@ -218,6 +218,8 @@ def _find_incomparable_reasons(
         reasons.append(f"other eps ({actual['eps']:.4g}, not {eps:.4g})")
     if actual["examples"] != expected.examples:
         reasons.append(f"{actual['examples']} test examples, not {expected.examples}")
+    elif actual.get("subset", "first") != "first":
+        reasons.append(f"test examples chosen {actual['subset']!r}, not the first")
     if actual["train_size"] is not None:
         reasons.append(f"only {actual['train_size']} training examples")
     return reasons

@@ -203,5 +203,5 @@ def _summarize_evaluation(evaluation: EvaluationResult) -> str:
         f"{evaluation.candidate.title}: {evaluation.robust:.2%} under {evaluation.attack} "
         f"(95% {low:.2%} to {high:.2%}), {evaluation.clean:.2%} clean, "
         f"{evaluation.norm} eps {evaluation.eps:.4g}, "
-        f"{evaluation.examples} of {evaluation.test_examples} test examples."
+        f"{evaluation.describe_examples()}."
     )

@@ -9,7 +9,7 @@ import json
 from typing import TYPE_CHECKING, TypedDict
 
 from raysweep.attacks import AttackResult, freeze_model, true_class_confidence
-from raysweep.data import Split
+from raysweep.data import Split, choose_covering_rows
 from raysweep.lazy_modules import torch
 from raysweep.method import NATURAL_INPUT, Method, MethodOutput
 from raysweep.stores import StorePath
@@ -187,17 +187,17 @@ class EpochDiagnostics:
 
 
 def measure_natural_accuracy(model: nn.Module, split: Split, n_examples: int = 1000) -> float:
-    """Measure the accuracy on the first natural images of a split, in eval mode.
+    """Measure the accuracy on some natural images of a split, in eval mode.
 
     Args:
         model: Maps images in [0, 1], (N, C, H, W), to logits.
         split: Usually the training split.
-        n_examples: Number of images; all images of a smaller split.
+        n_examples: Number of images (see `choose_covering_rows`).
 
     Returns:
         The accuracy, in [0, 1].
     """
-    rows = slice(0, min(n_examples, len(split)))
+    rows = choose_covering_rows(split, n_examples)
     with freeze_model(model), torch.no_grad():
         correct: Tensor = model(split.get_float_images(rows)).argmax(1) == split.y[rows]
     return correct.float().mean().item()

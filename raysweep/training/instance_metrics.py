@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from raysweep.attacks import PGD, freeze_model, true_class_confidence
-from raysweep.data import Split
+from raysweep.data import Split, choose_covering_rows
 from raysweep.rng import ExampleRng
 
 
@@ -47,18 +47,18 @@ class InstanceMetrics:
 def compute_instance_metrics(
     model: nn.Module, split: Split, attacks: Mapping[str, PGD], n_examples: int
 ) -> InstanceMetrics:
-    """Measure the first examples of a split; the random starts are the same in each call.
+    """Measure some examples of a split; the random starts are the same in each call.
 
     Args:
         model: Maps images in [0, 1], (N, C, H, W), to logits.
         split: The examples.
         attacks: Attack name -> attack that counts kappa.
-        n_examples: Number of examples.
+        n_examples: Number of examples (see `choose_covering_rows`).
 
     Returns:
         The metrics, on the CPU.
     """
-    rows = slice(0, n_examples)
+    rows = choose_covering_rows(split, n_examples)
     x, y = split.get_float_images(rows), split.y[rows]
     kappa, v = {}, {}
     with freeze_model(model):

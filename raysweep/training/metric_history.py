@@ -28,7 +28,8 @@ A validated epoch (see `validation.every`) also has:
     val/chance_limit: Natural accuracy up to which the model may be guessing.
     val/ce_cw_gap, val/scaling_gap: Symptoms of masked gradients (see `Validation`).
     flatness_friendly, flatness_adversarial: Norms of the input gradient, if `validation.flatness`.
-    train/natural: Accuracy on the first 1,000 natural training images, in eval mode.
+    train/natural: Accuracy on 1,000 natural training images, in eval mode: the first ones, or
+        equally many of each class if the first ones lack one.
     validation_seconds: Validation time in seconds.
 
 An epoch that was reused from another run also has:

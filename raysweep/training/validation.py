@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from raysweep.attacks import APGD, PGD, AnyAttack, freeze_model, maybe_tf32
-from raysweep.data import DatasetSplits, Split
+from raysweep.data import DatasetSplits, Split, choose_subset_rows
 from raysweep.lazy_modules import torch
 from raysweep.losses import cross_entropy
 from raysweep.rng import ExampleRng
@@ -63,7 +63,7 @@ class Validation(Spec):
     """Name -> further attack, which runs only on examples that survive all attacks before it."""
 
     size: Annotated[int, Field(ge=1)] | None = None
-    """Number of examples: the first ones of the validation split. null: all."""
+    """Number of examples, equally many of each class. null: all."""
 
     every: Annotated[int, Field(ge=1)] = 1
     """Evaluate after every n-th epoch. The last epoch is always evaluated, and so are those before
@@ -117,8 +117,13 @@ class Validation(Spec):
         return self
 
     def select_split(self, data: DatasetSplits) -> Split:
-        """Return the images of a data set that `split` names."""
-        return data.test if self.split == "test" else data.val
+        """Return the images of a data set that `split` names, the ones to validate on first."""
+        if self.split == "val":
+            return data.val
+        # The first validation images have all classes; test sets are often sorted by class.
+        if self.size is None or self.size >= len(data.test):
+            return data.test
+        return data.test.select_rows(choose_subset_rows(data.test.y, self.size))
 
     @property
     def threat(self) -> str:

@@ -277,7 +277,7 @@ def _format_subtitle(best_evaluation: EvaluationResult) -> str:
     return (
         f"{format_time(time.time())}; {protocol['data']}, {protocol['model']}, "
         f"{best_evaluation.norm} eps {best_evaluation.eps:.4g}; "
-        f"{best_evaluation.examples} of {best_evaluation.test_examples} test examples"
+        f"{best_evaluation.describe_examples()}"
     )
 
 
