@@ -11,7 +11,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import FORKED
+from strangers import HoldsALock
 
+import raysweep
 from raysweep.attacks import build_named_attack
 from raysweep.checkpoint_evaluation import (
     choose_evaluation_folder,
@@ -20,6 +23,7 @@ from raysweep.checkpoint_evaluation import (
     save_evaluation_files,
 )
 from raysweep.cli import main
+from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import load_space
 from raysweep.tracking import Tracker, checkpoint_run_tags, tracking_uri
@@ -136,7 +140,7 @@ def test_neither_seeds_nor_versions_overwrite_each_other(
     assert names == {
         "pgd20-Linf-0.15-n4",
         "pgd20-Linf-0.15-n4-seed1",
-        "autoattack-rand-Linf-0.15-n1",
+        "autoattack-rand-Linf-0.15-n1-balanced",
     }
 
 
@@ -157,6 +161,71 @@ def test_over_a_ray_cluster_the_verdict_is_the_same(
         subject.model, x, y, "apgd-ce,square", 0.15, batch_size=20, shards=3, map=RayMap()
     )
     assert np.array_equal(alone.robust, spread.robust)
+
+
+LAYERS = """
+import torch
+
+SLOPE = 2.0
+
+def soften(x):
+    return torch.nn.functional.softplus(SLOPE * x)
+"""
+OWN_MODEL = """
+import torch
+from layers_of_one_node import soften
+
+class Mine(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = torch.nn.Linear(64, 32), torch.nn.Linear(32, 10)
+
+    def forward(self, x):
+        return 4 * self.second(soften(self.first(x.flatten(1))))
+
+def make():
+    return Mine()
+"""
+
+
+@pytest.mark.ray
+def test_code_of_a_model_travels_to_nodes_that_do_not_have_it(
+    workdir: Path, ray_cluster, capsys, monkeypatch
+) -> None:
+    """Two nodes, and the files are gone once this process has imported them."""
+    files = {"layers_of_one_node.py": LAYERS, "model_of_one_node.py": OWN_MODEL}
+    for name, text in files.items():
+        (workdir / name).write_text(text)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.syspath_prepend(workdir)
+    from model_of_one_node import Mine
+
+    for name in files:
+        (workdir / name).unlink()
+    x = np.random.default_rng(0).integers(0, 256, (60, 1, 8, 8), dtype=np.uint8)
+    y = Mine()(torch.from_numpy(x) / 255).argmax(1).numpy()
+    np.savez(workdir / "test.npz", x=x, y=y)
+    node = ray_cluster.add_node(num_cpus=1, **FORKED)
+    try:
+        data = ["--set", "data.name=arrays", "--data-dir", str(workdir), "--eps", "0.02", "--json"]
+        where = ["--address", ray_cluster.address, "--gpus-per-task", "0", "--batch-size", "20"]
+        assert main(["eval", "model_of_one_node:make", *data, *where, "--attack", "apgd-ce"]) == 0
+    finally:
+        ray_cluster.remove_node(node)
+    report = json.loads(capsys.readouterr().out)
+    expected = raysweep.evaluate(Mine(), x, y, "apgd-ce", 0.02)
+    assert 0 < report["robust_accuracy"] == expected.robust_accuracy < 1
+
+
+@pytest.mark.ray
+def test_what_cannot_travel_to_a_cluster_is_one_line(ray_cluster) -> None:
+    from raysweep.sweep.ray_map import RayMap
+
+    model = HoldsALock()
+    x, y = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
+    with pytest.raises(SpecError, match=r"cannot be sent to the cluster .*lock.*leave --address"):
+        raysweep.evaluate(model, x, y, "apgd-ce", 0.02, map=RayMap())
 
 
 def test_a_sweep_and_a_trial_are_named_as_show_names_them(

@@ -165,7 +165,7 @@ def test_eval_takes_all_classes_of_a_sorted_test_set(own_model: list[str], capsy
     [
         (["--n", "4", "--set", "subset=last"], "subset=last: allowed are balanced, proportional"),
         (["--set", "subset=first"], "subset=first: has no effect without --n"),
-        (["--set", "sub=first"], "only subset and data.* settings matter to an evaluation"),
+        (["--set", "sub=first"], "only data.* settings matter to an evaluation, and subset"),
     ],
 )
 def test_wrong_choices_are_one_line(own_model: list[str], capsys, arguments, line: str) -> None:

@@ -78,11 +78,11 @@ def parse_data_overrides(
     overrides = parse_overrides(assignments, data_dir)
     data_paths = [path for path in overrides if path.startswith("data.")]
     unused_paths = [path for path in overrides if path not in (*data_paths, *other_settings)]
-    known = " and ".join([*other_settings, "data.*"])
+    suffix = "".join(f", and {name}" for name in other_settings)
     if unused_paths:
         raise SpecError(
             [
-                f"--set {path}: only {known} settings matter to {command_label}"
+                f"--set {path}: only data.* settings matter to {command_label}{suffix}"
                 for path in unused_paths
             ]
         )

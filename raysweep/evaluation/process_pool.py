@@ -3,21 +3,26 @@
 On CPUs, several processes with one thread each are faster than one process with many threads.
 """
 
+import logging
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Self
 
+import cloudpickle
 import torch
 
 from raysweep.evaluation.shards import Shard, ShardResult
-from raysweep.spec import SpecError
+
+logger = logging.getLogger(__name__)
 
 RunShard = Callable[[Shard], ShardResult]
 # In a process of the pool: path of the runner file that it read last, and the runner in it.
@@ -28,7 +33,8 @@ class ProcessPoolMap:
     """A `ShardMapper` with a pool of processes: `evaluate(..., map=ProcessPoolMap(8))`.
 
     The processes start at the first call and are reused by later calls. Each process loads the
-    model once per evaluation. As a context manager, the pool closes itself at the end.
+    model once per evaluation. The model's classes may be those of a script or notebook, which the
+    processes do not run again. As a context manager, the pool closes itself at the end.
 
     Attributes:
         n_processes: Number of processes.
@@ -51,16 +57,22 @@ class ProcessPoolMap:
         """Run each shard in a process of the pool.
 
         Args:
-            run_shard: Computes one shard; picklable.
+            run_shard: Computes one shard. If it cannot be pickled, because its model cannot, the
+                shards run in this process.
             shards: The shards to run.
 
         Yields:
             One result for each shard, in the order in which they finish.
-
-        Raises:
-            SpecError: If `run_shard` cannot be pickled, because its model cannot.
         """
         path = self._publish_runner(run_shard)
+        if path is None:
+            yield from (run_shard(shard) for shard in shards)
+            return
+        for future in as_completed(self._submit_shards(path, shards)):
+            yield future.result()
+
+    def _submit_shards(self, path: Path, shards: Sequence[Shard]) -> list["Future[ShardResult]"]:
+        """Give the shards to the pool; start it if there is none."""
         if self._pool is None:
             # PyTorch's threads do not survive a fork.
             context = multiprocessing.get_context("spawn")
@@ -70,9 +82,8 @@ class ProcessPoolMap:
                 initializer=_initialize_process,
                 initargs=(self.threads_per_process,),
             )
-        futures = [self._pool.submit(_run_pickled_shard, path, shard) for shard in shards]
-        for future in as_completed(futures):
-            yield future.result()
+        with _hide_main_module():
+            return [self._pool.submit(_run_pickled_shard, path, shard) for shard in shards]
 
     def close(self) -> None:
         """End the processes and delete the temporary files. A later call starts a new pool."""
@@ -93,15 +104,18 @@ class ProcessPoolMap:
     ) -> None:
         self.close()
 
-    def _publish_runner(self, run_shard: RunShard) -> Path:
+    def _publish_runner(self, run_shard: RunShard) -> Path | None:
         """Pickle `run_shard` into a file for the processes, and return the file's path.
 
-        A runner is written once. The folder is private, because unpickling executes code.
+        None if it cannot be pickled. A runner is written once. The folder is private, because
+        unpickling executes code.
         """
         if self._temp_dir is None:
             self._temp_dir = tempfile.TemporaryDirectory(prefix="raysweep-")
         if self._published_runner is not run_shard:
             content = _pickle_runner(run_shard)
+            if content is None:
+                return None
             self._get_runner_path().unlink(missing_ok=True)
             self._n_published += 1
             self._published_runner = run_shard
@@ -114,15 +128,34 @@ class ProcessPoolMap:
         return Path(self._temp_dir.name) / f"{self._n_published}.pickle"
 
 
-def _pickle_runner(run_shard: RunShard) -> bytes:
-    """Pickle a runner; SpecError if its model cannot be pickled."""
+def _pickle_runner(run_shard: RunShard) -> bytes | None:
+    """Pickle a runner, with classes of a script or notebook; None if its model cannot be."""
     try:
-        return pickle.dumps(run_shard)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise SpecError(
-            f"the model cannot be sent to other processes ({error}): "
-            "define its classes and functions at the top level of a module"
-        ) from error
+        content: bytes = cloudpickle.dumps(run_shard)
+    except Exception as error:
+        # Models define how they are pickled, so any error may come.
+        logger.warning(
+            "fallback: shards run in this process, because the model cannot be sent to others "
+            "(%s: %s)",
+            type(error).__name__,
+            (str(error).splitlines() or [""])[0],
+        )
+        return None
+    return content
+
+
+@contextmanager
+def _hide_main_module() -> Iterator[None]:
+    """Keep processes that are started in this block from running this process's script again.
+
+    Scripts need no `if __name__ == "__main__"` then.
+    """
+    main_module = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main_module
 
 
 def _initialize_process(n_threads: int) -> None:

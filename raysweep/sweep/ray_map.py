@@ -1,11 +1,22 @@
 """Map a function over items with tasks on a Ray cluster."""
 
+import logging
+import sys
+import sysconfig
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import ray
+from ray import cloudpickle
 
+from raysweep.spec import SpecError
 from raysweep.sweep.cluster import cluster_capacity
+
+logger = logging.getLogger(__name__)
+
+_PYTHON_FOLDERS = [sysconfig.get_path(key) for key in ("stdlib", "platstdlib")]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -39,18 +50,63 @@ class RayMap:
 
         Args:
             function: Function that can be pickled. If it has an attribute `model`, the model is
-                moved to the GPU where a task holds one.
+                moved to the GPU where a task holds one. Code outside of installed packages travels
+                with it, so that the nodes need no copy of the user's files.
             items: Its arguments.
 
         Yields:
             The results, in the order in which tasks finish.
+
+        Raises:
+            SpecError: If the function cannot be pickled, for example because its model holds a
+                lock, or if it needs a package that the nodes do not have.
         """
         task = ray.remote(_run_item).options(**self._task_options)
-        function_reference = ray.put(function)
+        function_reference = _put_with_code(function)
         pending = [task.remote(function_reference, item, self._n_threads) for item in items]
         while pending:
             (finished,), pending = ray.wait(pending, num_returns=1)
-            yield ray.get(finished)
+            try:
+                yield ray.get(finished)
+            except ModuleNotFoundError as error:
+                raise SpecError(
+                    f"the nodes of the cluster have no module {error.name!r}, which the model needs"
+                ) from error
+
+
+def _put_with_code(function: Callable[[Item], Result]) -> "ray.ObjectRef[Callable[[Item], Result]]":
+    """Put a function into Ray's object store, with the code of the user's own modules."""
+    modules = [module for module in list(sys.modules.values()) if _is_users_own(module)]
+    for module in modules:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return ray.put(function)
+    except Exception as error:
+        # Objects define how they are pickled, so any error may come.
+        logger.debug("the code of the user's modules cannot be sent: %s", error)
+    finally:
+        for module in modules:
+            cloudpickle.unregister_pickle_by_value(module)
+    try:
+        return ray.put(function)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise SpecError(
+            f"the model cannot be sent to the cluster ({type(error).__name__}: {reason}): keep "
+            "locks, open files and the like out of it, or leave --address out"
+        ) from error
+
+
+def _is_users_own(module: ModuleType) -> bool:
+    """Return whether a module is neither raysweep's, Python's, nor of an installed package."""
+    name, file = getattr(module, "__name__", ""), getattr(module, "__file__", None)
+    if not isinstance(file, str) or not Path(file).is_absolute():
+        return False
+    if name.partition(".")[0] in ("__main__", "__mp_main__", "raysweep"):
+        return False
+    is_installed = "site-packages" in file or "dist-packages" in file
+    is_pythons = file.startswith(tuple(_PYTHON_FOLDERS))
+    return not (is_installed or is_pythons) and sys.modules.get(name) is module
 
 
 def _run_item(function: Callable[[Item], Result], item: Item, n_threads: int) -> Result:
