@@ -210,10 +210,15 @@ def test_code_of_a_model_travels_to_nodes_that_do_not_have_it(
     try:
         data = ["--set", "data.name=arrays", "--data-dir", str(workdir), "--eps", "0.02", "--json"]
         where = ["--address", ray_cluster.address, "--gpus-per-task", "0", "--batch-size", "20"]
-        assert main(["eval", "model_of_one_node:make", *data, *where, "--attack", "apgd-ce"]) == 0
+        command = ["eval", "model_of_one_node:make", *data, *where, "--attack", "apgd-ce"]
+        assert main(command) == 0
+        report = json.loads(capsys.readouterr().out)
+        shutil.rmtree(report["folder"])
+        monkeypatch.setattr("raysweep.sweep.ray_map._is_users_own", lambda module: False)
+        assert main(command) == 3
+        assert "the nodes of the cluster have no module" in capsys.readouterr().err
     finally:
         ray_cluster.remove_node(node)
-    report = json.loads(capsys.readouterr().out)
     expected = raysweep.evaluate(Mine(), x, y, "apgd-ce", 0.02)
     assert 0 < report["robust_accuracy"] == expected.robust_accuracy < 1
 

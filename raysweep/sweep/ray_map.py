@@ -1,6 +1,7 @@
 """Map a function over items with tasks on a Ray cluster."""
 
 import logging
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import TypeVar
 import ray
 from ray import cloudpickle
 
-from raysweep.spec import SpecError
+from raysweep.errors import InfrastructureError, SpecError
 from raysweep.sweep.cluster import cluster_capacity
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ class RayMap:
 
         Raises:
             SpecError: If the function cannot be pickled, for example because its model holds a
-                lock, or if it needs a package that the nodes do not have.
+                lock.
+            InfrastructureError: If it needs a package that the nodes do not have.
         """
         task = ray.remote(_run_item).options(**self._task_options)
         function_reference = _put_with_code(function)
@@ -68,9 +70,12 @@ class RayMap:
             (finished,), pending = ray.wait(pending, num_returns=1)
             try:
                 yield ray.get(finished)
-            except ModuleNotFoundError as error:
-                raise SpecError(
-                    f"the nodes of the cluster have no module {error.name!r}, which the model needs"
+            except ray.exceptions.RayError as error:
+                missing = re.search(r"No module named '([\w.]+)'", str(error))
+                if missing is None:
+                    raise
+                raise InfrastructureError(
+                    f"the nodes of the cluster have no module {missing[1]!r}, which the model needs"
                 ) from error
 
 
