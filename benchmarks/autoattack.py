@@ -72,7 +72,9 @@ OFFICIAL_CPU_S = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "what", choices=["digits", "torchattacks", "defences", "mnist", "square", "hard"]

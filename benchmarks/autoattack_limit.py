@@ -78,7 +78,9 @@ class Sampled(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--norm", choices=["Linf", "L2"], default="Linf")
     parser.add_argument("--seed", type=int, default=0)

@@ -34,7 +34,9 @@ EPS = 0.2
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--examples", type=int, nargs="+", default=[50, 100, 200])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])

@@ -35,7 +35,9 @@ FAST = {"compute.attack": "bf16", "compute.train": "bf16", "compute.compile": Tr
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=["gairat"])

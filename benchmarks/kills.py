@@ -452,7 +452,9 @@ def run_sweeps(args: argparse.Namespace, cluster: Cluster, host: str, done: dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--each", type=int, default=13, help="kills a sweep")

@@ -28,7 +28,9 @@ COLUMNS = ("clean", "pgd", "cw", "robust_worst", "masking_gap")
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("methods", nargs="*", help="default: all")
     parser.add_argument(

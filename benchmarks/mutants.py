@@ -1024,7 +1024,9 @@ def prepare(template: Path, with_ray: bool, found: Json, seconds: float) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-n", type=int, default=150, help="mutants (150)")
     parser.add_argument("--seed", type=int, default=0)

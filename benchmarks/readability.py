@@ -73,7 +73,9 @@ def measure_package(texts: Iterable[str]) -> dict[str, float]:
 def main() -> None:
     """Print a Markdown table with one column for each package."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("revisions", nargs="*", help="git revisions (default: the files here)")
     parser.add_argument("--package", type=Path, default=ROOT / "raysweep")

@@ -296,7 +296,9 @@ def postgres(binaries: Path, folder: Path) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--postgres", type=Path, metavar="BIN", help="folder of initdb and pg_ctl")
     parser.add_argument("--sizes", type=int, nargs="+", default=[100, 1000, 10_000])

@@ -224,7 +224,9 @@ def run(full: bool = False) -> list[Ratio]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--what", nargs="+", choices=["lines", "workers"], default=["lines", "workers"]

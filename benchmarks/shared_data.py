@@ -51,7 +51,9 @@ def measure(how: str, count: int, spec: DataSpec, fingerprint: str) -> tuple[flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--examples", type=int, default=50_000)
     examples = parser.parse_args().examples

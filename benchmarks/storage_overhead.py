@@ -28,7 +28,7 @@ from raysweep.training.prefix_cache import PrefixCache
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     os.environ.update(

@@ -250,7 +250,9 @@ def measure_kinds(rounds: int) -> list[list[Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = {"sharing": measure_sharing, "overhead": measure_overhead, "kinds": measure_kinds}
     parser.add_argument("what", choices=what)

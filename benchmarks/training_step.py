@@ -417,7 +417,9 @@ def faster_paths(full: bool) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--method", nargs="+", choices=["gairat", "lrat"], default=["gairat", "lrat"]

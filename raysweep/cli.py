@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from raysweep import __version__
 from raysweep.commands import doctor, run, show, train, tune
@@ -65,7 +65,11 @@ _INFRASTRUCTURE_ERRORS = (
 
 
 class _OneLineErrorParser(argparse.ArgumentParser):
-    """A parser that prints an error in one line, as commands do."""
+    """A parser that prints an error in one line, as commands do, and takes no abbreviations."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        # `--data` would mean `--data-dir`, and an option added later would change what it means.
+        super().__init__(*args, **{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with the code for wrong settings."""

@@ -293,7 +293,7 @@ def apply_overrides(
     ):
         if "*" in path and known_paths is None:
             known_paths = [known_path for known_path, _ in _iter_nodes(data, "")]
-        targets = _match_paths(path, data, known_paths)
+        targets = match_paths(path, data, known_paths)
         if not targets and on_missing == "error":
             # Only what users wrote can have former names; the lookup writes the spec out twice.
             targets = _match_former_paths(path, spec, data)
@@ -312,6 +312,48 @@ def apply_overrides(
     return result
 
 
+def covers_path(pattern: str, path: str) -> bool:
+    """Check whether an override sets everything that another one sets.
+
+    Args:
+        pattern: Path of the override, with or without `*`.
+        path: Path of the other override, with or without `*`.
+
+    Returns:
+        Whether `pattern` is `path`, matches it, or names a part that holds it.
+    """
+    if "*" not in pattern:
+        return path == pattern or path.startswith(f"{pattern}.")
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
+
+
+def merge_overrides(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge layers of overrides, so that what a later layer sets wins.
+
+    Within one layer, a path without `*` takes precedence over one with `*` that matches it. A later
+    layer takes precedence in any case: `*.eps` of the command line also replaces the
+    `method.attacks.pgd.eps` of a file. A whole part at the top, such as `method` or `optim`, leaves
+    the paths below it as they are: they may be settings of the part that replaces it.
+
+    Args:
+        *layers: Mappings from dotted path to value, lowest precedence first.
+
+    Returns:
+        One mapping for `apply_overrides`; later paths come later.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for pattern in layer:
+            is_top_part = "." not in pattern and "*" not in pattern
+            for path in list(merged):
+                if path not in layer and not is_top_part and covers_path(pattern, path):
+                    del merged[path]
+        for path, value in layer.items():
+            merged.pop(path, None)
+            merged[path] = value
+    return merged
+
+
 def _match_former_paths(pattern: str, spec: Spec, data: JsonDict) -> list[str]:
     """Match a path with names of raysweep 0.1; warn, and return the paths with present names."""
     stored = json.loads(spec.model_dump_json(context={"stored": True, "complete": True}))
@@ -319,12 +361,12 @@ def _match_former_paths(pattern: str, spec: Spec, data: JsonDict) -> list[str]:
     present_paths = [path for path, _ in _iter_nodes(spec.to_json_dict(), "")]
     present_path_by_stored = dict(zip(stored_paths, present_paths, strict=True))
     matches = []
-    for path in _match_paths(pattern, stored):
+    for path in match_paths(pattern, stored):
         if path in present_path_by_stored:
             matches.append(present_path_by_stored[path])
     if matches:
         warn_former_name(pattern, matches[0])
-    return [path for path in matches if _match_paths(path, data)]
+    return [path for path in matches if match_paths(path, data)]
 
 
 def describe_unknown_path(path: str, data: JsonDict) -> str:
@@ -495,6 +537,18 @@ def _iter_nodes(data: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _iter_nodes(value, path)
 
 
+def list_leaf_paths(data: JsonDict) -> list[str]:
+    """List the dotted paths of all values that are no mappings.
+
+    Args:
+        data: Nested mappings.
+
+    Returns:
+        The paths, in their order.
+    """
+    return [path for path, value in _iter_nodes(data, "") if not isinstance(value, dict)]
+
+
 def _iter_leaves(data: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     """Yield (dotted path, scalar) of every setting; a list becomes its JSON text."""
     for path, value in _iter_nodes(data, prefix):
@@ -502,10 +556,10 @@ def _iter_leaves(data: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield path, value if not isinstance(value, list) else json.dumps(value)
 
 
-def _match_paths(
+def match_paths(
     pattern: str, data: JsonDict, known_paths: Sequence[str] | None = None
 ) -> list[str]:
-    """List the settings that a path with or without `*` may set.
+    """List the settings that an override may set.
 
     Args:
         pattern: Path that a user wrote.

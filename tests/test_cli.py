@@ -645,7 +645,8 @@ def test_argparse_refuses_with_one_line_and_exit_code_2(arguments, line, capsys)
 
 
 def test_a_folder_that_digits_do_not_read_is_told(workdir: Path, capsys) -> None:
-    assert main(["train", "at", *SMALL, "--data-dir", "data"]) == 0
+    named = [*SMALL, "--set", "data.name=digits"]
+    assert main(["train", "at", *named, "--data-dir", "data"]) == 0
     said = capsys.readouterr().err
     assert (
         f"warning: data.data_dir = {workdir}/data: not read: digits come with scikit-learn" in said

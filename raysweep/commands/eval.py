@@ -460,11 +460,16 @@ def _resolve_data_spec(request: EvalRequest, target: EvaluationTarget) -> DataSp
     """Return the data set of the training; for the user's own code, the one of `--set`."""
     from raysweep.data import DataSpec
     from raysweep.spec import apply_overrides
+    from raysweep.training.config import name_dataset
 
     if target.config:
         return target.config.data
+    changes = name_dataset({f"data.{key}": value for key, value in request.data_overrides.items()})
     # Only the test set is used. A validation split of 1 fits every training set.
-    return apply_overrides(DataSpec(val_size=1), request.data_overrides)
+    return apply_overrides(
+        DataSpec(val_size=1),
+        {path.removeprefix("data."): value for path, value in changes.items()},
+    )
 
 
 def _make_attack(

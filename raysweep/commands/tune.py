@@ -395,7 +395,7 @@ def _extend_resumed_space(request: TuneRequest, ledger: Ledger) -> SearchSpace:
     Raises:
         SpecError: The request changes a setting that all trials of the sweep share.
     """
-    from raysweep.spec import SpecError
+    from raysweep.spec import SpecError, merge_overrides
     from raysweep.sweep.extension_checks import check_extension
     from raysweep.sweep.search_space import load_space
 
@@ -407,14 +407,35 @@ def _extend_resumed_space(request: TuneRequest, ledger: Ledger) -> SearchSpace:
         )
     if request.space_file:
         _check_same_base(request.space_file, request.overrides, ledger.space)
-        overrides = {**ledger.space.base, **request.overrides}
+        overrides = merge_overrides(
+            _list_fixed_settings(ledger.space, request.space_file), request.overrides
+        )
         space = load_space(method, overrides, request.space_file)
-        space = space.replace(trials=max(ledger.space.n_trials, space.n_trials))
+        space = space.replace(
+            trials=max(ledger.space.n_trials, space.n_trials),
+            dataset_defaults=ledger.space.dataset_defaults,
+        )
     elif request.overrides:
         space = ledger.space.with_overrides(request.overrides)
     params = {trial.number: trial.params for trial in ledger.load_trials()}
     check_extension(ledger.space, space, params)
     return space
+
+
+def _list_fixed_settings(space: SearchSpace, space_file: Path) -> dict[str, Any]:
+    """Return the base settings of a resumed sweep that its space file does not have itself.
+
+    A path with `*` in the base of a file gives way to the searched paths of the file; one of
+    `--set` does not.
+    """
+    from raysweep.spec import read_yaml
+
+    content = read_yaml(space_file)
+    sections = [content, *(content.get("for") or {}).values()]
+    own_paths = {path for section in sections for path in (section or {}).get("base") or {}}
+    return {
+        path: value for path, value in space.base.items() if not ("*" in path and path in own_paths)
+    }
 
 
 def _check_same_base(

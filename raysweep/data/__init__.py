@@ -2,7 +2,12 @@
 
 from raysweep.data.batches import Batch, augment_images, count_batches, epoch_batches
 from raysweep.data.dataset import DatasetSplits, DataSpec, load_data, load_test_data
-from raysweep.data.dataset_loaders import DATASET_LOADERS
+from raysweep.data.dataset_loaders import (
+    DATASET_LOADERS,
+    ImageShape,
+    read_image_shape,
+    recognize_datasets,
+)
 from raysweep.data.split_tensors import Split
 from raysweep.data.subsets import (
     DEFAULT_SUBSET,
@@ -20,6 +25,7 @@ __all__ = [
     "Batch",
     "DataSpec",
     "DatasetSplits",
+    "ImageShape",
     "Split",
     "SubsetChoice",
     "augment_images",
@@ -30,4 +36,6 @@ __all__ = [
     "find_subset_warnings",
     "load_data",
     "load_test_data",
+    "read_image_shape",
+    "recognize_datasets",
 ]

@@ -8,12 +8,13 @@ list it in `DATASET_LOADERS`. It should raise `SpecError` if files are missing, 
 from __future__ import annotations
 
 import logging
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from raysweep.errors import DamagedFileError, InfrastructureError
 from raysweep.lazy_modules import np
@@ -206,6 +207,105 @@ def load_test_arrays(
     return arrays.x_test, arrays.y_test, arrays.pixel_max
 
 
+# Files by which a folder is recognized; data set name -> patterns, of which one must match.
+_TYPICAL_FILES: dict[str, tuple[str, ...]] = {
+    "mnist": ("MNIST/raw/train-*",),
+    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
+    "svhn": ("train_32x32.mat",),
+    "arrays": ("train.npz", "train.parquet", "test.npz", "test.parquet"),
+}
+
+
+def recognize_datasets(folder: Path) -> list[str]:
+    """List the data sets whose files are in a folder.
+
+    Args:
+        folder: The folder; it need not exist.
+
+    Returns:
+        Names of data sets.
+    """
+    return [
+        name
+        for name, patterns in _TYPICAL_FILES.items()
+        if any(next(folder.glob(pattern), None) for pattern in patterns)
+    ]
+
+
+class ImageShape(NamedTuple):
+    """Number and size of the training images in a folder.
+
+    Attributes:
+        n_images: Number of images.
+        channels: Number of channels.
+        height: Pixels from top to bottom.
+        width: Pixels from left to right.
+    """
+
+    n_images: int
+    channels: int
+    height: int
+    width: int
+
+
+def read_image_shape(folder: Path) -> ImageShape | None:
+    """Read the shape of `data.name` arrays without their pixels.
+
+    Args:
+        folder: Folder of `train.npz` or `train.parquet`.
+
+    Returns:
+        The shape; None if there is no such file, or it holds no images: `load_user_arrays` says so.
+    """
+    for suffix, read_shape in ((".npz", _read_npz_shape), (".parquet", _read_parquet_shape)):
+        path = folder / f"train{suffix}"
+        if path.exists():
+            try:
+                shape = read_shape(path)
+            except Exception as error:
+                logger.debug("%s: its shape cannot be read: %s", path, error)
+                return None
+            return _to_image_shape(shape)
+    return None
+
+
+def _read_npz_shape(path: Path) -> tuple[int, ...]:
+    """Return the shape of the images in an .npz file from the header of their array."""
+    with zipfile.ZipFile(path) as archive:
+        members = [f"{name}.npy" for name in _ARRAY_NAMES[0]]
+        (member, *_) = [name for name in members if name in archive.namelist()]
+        with archive.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            if version == (1, 0):
+                return np.lib.format.read_array_header_1_0(file)[0]
+            return np.lib.format.read_array_header_2_0(file)[0]
+
+
+def _read_parquet_shape(path: Path) -> tuple[int, ...]:
+    """Return the shape of the images in a .parquet file from its metadata."""
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
+    return (file.metadata.num_rows, *file.schema_arrow.field("x").type.shape)
+
+
+def _to_image_shape(shape: tuple[int, ...]) -> ImageShape | None:
+    """Return the shape of images (N, C, H, W), also from that of (N, H, W, C); else None."""
+    if len(shape) != 4:
+        return None
+    n_images, *rest = shape
+    if _is_channels_last(shape):
+        height, width, channels = rest
+    else:
+        channels, height, width = rest
+    return ImageShape(n_images, channels, height, width)
+
+
+def _is_channels_last(shape: tuple[int, ...]) -> bool:
+    """Return whether images are (N, H, W, C): where the numbers of channels leave no doubt."""
+    return shape[3] in _CHANNEL_COUNTS and shape[1] not in _CHANNEL_COUNTS
+
+
 # Data set name -> reader. `raysweep list` prints the first line of each reader's docstring.
 DATASET_LOADERS: dict[str, Callable[[Path | None, bool], TrainTestArrays]] = {
     "digits": load_digits,
@@ -344,7 +444,7 @@ def check_image_arrays(
     Raises:
         SpecError: If a condition above does not hold.
     """
-    if x.ndim == 4 and x.shape[3] in _CHANNEL_COUNTS and x.shape[1] not in _CHANNEL_COUNTS:
+    if x.ndim == 4 and _is_channels_last(x.shape):
         logger.warning("%s: x has shape %s, taken as (N, H, W, C)", path, x.shape)
         x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
     if x.ndim != 4 or x.dtype != np.uint8:

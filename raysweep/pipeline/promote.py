@@ -24,7 +24,7 @@ from raysweep.pipeline.stage_sweep import (
     summarize_sweep,
 )
 from raysweep.schedules import Number
-from raysweep.spec import SpecError
+from raysweep.spec import SpecError, merge_overrides
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.training import checkpoint
 from raysweep.training.config import TrainingConfig
@@ -205,14 +205,10 @@ class PromoteStage(Stage):
         """
         # The base holds whole parts of the config, so that defaults of the data set do not apply.
         base = {key: value for key, value in config.to_json_dict().items() if key != "seed"}
-        changes = {
-            "data.name": config.data.name,
-            **self.set,
-            **training_overrides.from_command_line,
-        }
+        changes = merge_overrides(
+            base, {"data.name": config.data.name}, self.set, training_overrides.from_command_line
+        )
         try:
-            return build_seed_grid(
-                base["method"], {**base, **changes}, self.seeds or (config.seed,)
-            )
+            return build_seed_grid(base["method"], changes, self.seeds or (config.seed,))
         except SpecError as error:
             raise error.with_prefix("set: ") from error

@@ -19,7 +19,7 @@ from raysweep.pipeline.artifact import (
     StageFacts,
     select_best_candidate,
 )
-from raysweep.spec import JsonDict, Spec
+from raysweep.spec import JsonDict, Spec, merge_overrides
 from raysweep.stores import Location, StorePath, is_uri, open_path
 from raysweep.tracking import Tracker, tracking_uri
 from raysweep.training.config import TrainingConfig
@@ -52,7 +52,7 @@ class TrainingOverrides:
         Returns:
             All settings by dotted path, with the precedence above.
         """
-        return {**self.from_pipeline, **stage_overrides, **self.from_command_line}
+        return merge_overrides(self.from_pipeline, stage_overrides, self.from_command_line)
 
 
 @dataclass(frozen=True)

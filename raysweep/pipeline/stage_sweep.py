@@ -53,6 +53,7 @@ def build_seed_grid(method: Any, overrides: dict[str, Any], seeds: tuple[int, ..
             "space": {"seed": {"categorical": list(seeds)}},
         }
     )
+    space = space.with_dataset_defaults()
     if problems := space.find_problems():
         raise SpecError(problems)
     return space

@@ -25,7 +25,7 @@ from raysweep.pipeline.stage_sweep import (
     summarize_sweep,
 )
 from raysweep.schedules import Number
-from raysweep.spec import JsonDict, Spec, SpecError, flatten_spec
+from raysweep.spec import JsonDict, Spec, SpecError, flatten_spec, merge_overrides
 from raysweep.sweep.search_space import SearchSpace, param_labels
 from raysweep.training.config import TrainingConfig
 from raysweep.training.presets import load_preset, load_preset_notes
@@ -108,8 +108,8 @@ class TrainStage(Stage):
             raise SpecError(f"protocol = {protocol!r}: only presets have protocols")
         else:
             method, base = row.method or "", {}
-        overrides = training_overrides.merge({**self.set, **row.set})
-        return build_seed_grid(method, {**base, **overrides}, self.seeds)
+        overrides = training_overrides.merge(merge_overrides(self.set, row.set))
+        return build_seed_grid(method, merge_overrides(base, overrides), self.seeds)
 
     def collect_row_notes(
         self, training_overrides: TrainingOverrides

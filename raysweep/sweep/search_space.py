@@ -18,11 +18,21 @@ from raysweep.spec import (
     JsonDict,
     Spec,
     SpecError,
+    covers_path,
     describe_unknown_name,
     find_builtin_folder,
+    match_paths,
+    merge_overrides,
     read_yaml,
 )
-from raysweep.training.config import TrainingConfig, build_training_config
+from raysweep.training.config import (
+    TrainingConfig,
+    build_training_config,
+    build_training_config_of_0_1,
+    find_dataset_defaults,
+    name_dataset,
+)
+from raysweep.training.dataset_defaults import is_small_array_set
 from raysweep.training.selection import SelectionRule
 from raysweep.training.validation import ObjectiveName
 
@@ -193,6 +203,7 @@ class SearchSpace(Spec):
     """A sweep: which settings are searched, which are fixed, and how trials are compared."""
 
     stored_keys: ClassVar[Mapping[str, str]] = {"points_to_evaluate": "start"}
+    later_fields: ClassVar[frozenset[str]] = frozenset({"dataset_defaults"})
 
     method: str | dict[str, Any]
     """Name of a method of the catalog, or a method written out."""
@@ -221,6 +232,9 @@ class SearchSpace(Spec):
     characters, so that several settings get the same value."""
     points_to_evaluate: tuple[dict[str, Any], ...] = ()
     """Params to try first: each a mapping from searched settings to values."""
+    dataset_defaults: dict[str, Any] | None = None
+    """Defaults of the data set by dotted path, which raysweep stores for its sweeps, so that they
+    stay what they were; there is no need to write them. null: those of 0.1."""
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -267,9 +281,32 @@ class SearchSpace(Spec):
         Raises:
             SpecError: If the config is invalid.
         """
-        return build_training_config(
-            self.method, {"validation.objective": self.objectives[0]}, self.base, params
-        )
+        layers = ({"validation.objective": self.objectives[0]}, self.base, params)
+        if self.dataset_defaults is None:
+            return build_training_config_of_0_1(self.method, *layers)
+        return build_training_config(self.method, *layers, dataset_defaults=self.dataset_defaults)
+
+    def with_dataset_defaults(self) -> "SearchSpace":
+        """Return this space for a new sweep, with the defaults of its data set.
+
+        They are stored only if they make a difference to the rule of 0.1, so that the digests of
+        all other spaces stay the same.
+
+        Returns:
+            The space, with `data.name` in `base` if only the folder was given.
+
+        Raises:
+            SpecError: If the base config is invalid.
+        """
+        base = name_dataset(self.base)
+        defaults = find_dataset_defaults(self.method, base)
+        named = self.replace(base=base) if base != self.base else self
+        current = named.replace(dataset_defaults=defaults)
+        config = current.trial_config({})
+        with suppress(SpecError):
+            if named.trial_config({}) == config:
+                return named
+        return current
 
     def find_selection_rule(self, params: Mapping[str, Any]) -> SelectionRule:
         """Return which epochs of a trial can be its best.
@@ -294,8 +331,9 @@ class SearchSpace(Spec):
     def with_overrides(self, overrides: Mapping[str, Any]) -> "SearchSpace":
         """Return this space with some settings fixed.
 
-        A searched setting that is fixed is no longer searched. A setting whose condition depends on
-        it is searched if the fixed value satisfies the condition.
+        A searched setting that is fixed is no longer searched, also if a path with `*` or a mapping
+        for the part around it fixes it. A setting whose condition depends on it is searched if the
+        fixed value satisfies the condition.
 
         Args:
             overrides: Values by dotted path.
@@ -307,19 +345,19 @@ class SearchSpace(Spec):
             SpecError: If an override fixes only a part of a searched `*` path, or if nothing is
                 left to search.
         """
+        fixed_values = self._find_fixed_values(overrides)
         space: JsonDict = {}
         for path, distribution in self.space.items():
-            _require_no_partial_override(path, overrides)
             is_met = all(
-                overrides[other] in _as_list(values)
+                fixed_values[other] in _as_list(values)
                 for other, values in distribution.when.items()
-                if other in overrides
+                if other in fixed_values
             )
-            if path not in overrides and is_met:
+            if path not in fixed_values and is_met:
                 when = {
                     other: values
                     for other, values in distribution.when.items()
-                    if other not in overrides
+                    if other not in fixed_values
                 }
                 space[path] = distribution.to_json_dict() | {"when": when}
         if not space:
@@ -333,11 +371,43 @@ class SearchSpace(Spec):
             for point in self.points_to_evaluate
         ]
         changes = {
-            "base": {**self.base, **overrides},
+            "base": merge_overrides(self.base, overrides),
             "space": space,
             "points_to_evaluate": [point for point in points if point],
         }
         return SearchSpace.from_data(self.to_json_dict() | changes)
+
+    def _find_fixed_values(self, overrides: Mapping[str, Any]) -> Params:
+        """Return the searched settings that overrides fix, with their values.
+
+        Raises:
+            SpecError: If an override fixes only a part of a searched `*` path.
+        """
+        fixed_values: Params = {}
+        for path in self.space:
+            # Of several overrides, apply_overrides uses the most specific one.
+            for pattern, value in sorted(overrides.items(), key=lambda item: "*" not in item[0]):
+                if pattern == path or ("*" in pattern and fnmatchcase(path, pattern)):
+                    fixed_values[path] = value
+                elif covers_path(pattern, path):
+                    with suppress(KeyError):
+                        fixed_values[path] = _find_in_part(pattern, value, path)
+                elif "*" in path:
+                    self._require_no_overlap(path, pattern)
+        return fixed_values
+
+    def _require_no_overlap(self, path: str, override: str) -> None:
+        """Raise SpecError if an override fixes one of the settings that a `*` path searches."""
+        if "*" in override:
+            data = self.trial_config({}).to_json_dict()
+            is_part = bool({*match_paths(path, data)} & {*match_paths(override, data)})
+        else:
+            is_part = fnmatchcase(override, path)
+        if is_part:
+            raise SpecError(
+                f"--set {override}: a part of the searched {path}; set {path}, or write a --space "
+                "that does not search it"
+            )
 
     def suggest_params(self, optuna_trial: "optuna.Trial") -> Params:
         """Let Optuna suggest a value of each active setting, in the order of `space`.
@@ -415,7 +485,21 @@ class SearchSpace(Spec):
             condition = {other: _as_list(values)[0] for other, values in distribution.when.items()}
             for value in distribution.bounds_or_choices():
                 yield from self._find_invalid_params({**condition, path: value}, location)
+            if self._is_overridden(condition, path, distribution.bounds_or_choices()):
+                yield f"{location}: it has no effect: `base` sets it to a fixed value"
             earlier_paths.append(path)
+
+    def _is_overridden(self, condition: Params, path: str, values: list[Any]) -> bool:
+        """Return whether a searched setting makes no difference, because `base` fixes it."""
+        if values[0] == values[-1]:
+            return False
+        try:
+            first, last = (
+                self.trial_config({**condition, path: value}) for value in (values[0], values[-1])
+            )
+        except SpecError:
+            return False
+        return first == last
 
     def _find_point_problems(self) -> Iterator[str]:
         """Yield a line for each value of `points_to_evaluate` that cannot be tried."""
@@ -486,7 +570,11 @@ def load_space(
     if is_user_file and name and method_name != name:
         raise SpecError(f"{space_path} is a space for method {method_name!r}, not for {name!r}")
     space = space.with_overrides(overrides)
-    problems = space.find_problems()
+    try:
+        space = space.with_dataset_defaults()
+        problems = space.find_problems()
+    except SpecError as error:
+        problems = error.problems
     if problems and not overrides:
         problems = [f"{space_path}: {line}" for line in problems]
     if problems:
@@ -593,16 +681,28 @@ def _merge_dataset_section(data: JsonDict, overrides: Mapping[str, Any], source:
     data = _rename_stored_keys_of_file(data, source)
     sections = _require_mapping(data.pop("for", None), f"{source}: for")
     base = _require_mapping(data.get("base"), f"{source}: base")
-    dataset_name = overrides.get("data.name") or base.get("data.name") or DataSpec().name
-    location = f"{source}: for.{dataset_name}"
-    section = _require_mapping(sections.get(dataset_name), location)
+    section_name = _choose_dataset_section(sections, merge_overrides(base, overrides))
+    location = f"{source}: for.{section_name}"
+    section = _require_mapping(sections.get(section_name), location)
     for key, value in _rename_stored_keys_of_file(section, source).items():
         if key in ("space", "base"):
             general = _require_mapping(data.get(key), f"{source}: {key}")
-            data[key] = general | _require_mapping(value, f"{location}.{key}")
+            data[key] = merge_overrides(general, _require_mapping(value, f"{location}.{key}"))
         else:
             data[key] = value
     return data
+
+
+def _choose_dataset_section(sections: JsonDict, settings: Mapping[str, Any]) -> str:
+    """Return the name of the section for the data set; small sets of arrays may have their own."""
+    settings = name_dataset(settings)
+    part = settings.get("data")
+    if isinstance(part, Mapping):
+        settings = merge_overrides({f"data.{key}": value for key, value in part.items()}, settings)
+    name = str(settings.get("data.name") or DataSpec().name)
+    if name == "arrays" and "small_arrays" in sections:
+        return "small_arrays" if is_small_array_set(settings.get("data.data_dir")) else name
+    return name
 
 
 def _require_mapping(value: Any, location: str) -> JsonDict:
@@ -646,14 +746,16 @@ def _method_name(space: SearchSpace) -> Any:
     return space.method.get("name", Method.model_fields["name"].default)
 
 
-def _require_no_partial_override(path: str, overrides: Mapping[str, Any]) -> None:
-    """Raise SpecError if an override fixes one of the settings that a `*` path searches."""
-    for key in overrides:
-        if key != path and "*" in path and fnmatchcase(key, path):
-            raise SpecError(
-                f"--set {key}: a part of the searched {path}; set {path}, or write a --space "
-                "that does not search it"
-            )
+def _find_in_part(part_path: str, part: Any, path: str) -> Any:
+    """Return the value at a path inside of a part; KeyError if the part does not set it."""
+    if "*" in part_path:
+        raise KeyError(path)
+    value = part
+    for key in path[len(part_path) + 1 :].split("."):
+        if not isinstance(value, Mapping):
+            raise KeyError(path)
+        value = value[key]
+    return value
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -1,20 +1,33 @@
 """Config of a training run: all settings that decide its result, as one spec."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from raysweep.catalog import METHODS
-from raysweep.data import DataSpec
+from raysweep.data import DataSpec, recognize_datasets
 from raysweep.formatting import format_count
 from raysweep.method import Method
 from raysweep.models import ModelSpec
-from raysweep.schedules import Number, PiecewiseSchedule, Schedule, bounded, resolved_value
-from raysweep.spec import Spec, SpecError, apply_overrides, describe_unknown_name
-from raysweep.training.dataset_defaults import DATASET_DEFAULTS
+from raysweep.schedules import Number, PiecewiseSchedule, Schedule, bounded
+from raysweep.spec import (
+    Spec,
+    SpecError,
+    apply_overrides,
+    covers_path,
+    describe_unknown_name,
+    list_leaf_paths,
+    match_paths,
+    merge_overrides,
+)
+from raysweep.training.dataset_defaults import DATASET_DEFAULTS, find_array_defaults
 from raysweep.training.speed_settings import ComputeSpec
 from raysweep.training.validation import Validation
+
+# Parts of a config of which a mapping replaces only the settings that it contains.
+_PARTS = frozenset({"data", "model", "optim", "validation", "compute"})
 
 
 class OptimizerSpec(Spec):
@@ -186,17 +199,117 @@ def method_by_name(name: str) -> Method:
 
 
 def build_training_config(
-    method: str | Mapping[str, Any], *override_layers: Mapping[str, Any]
+    method: str | Mapping[str, Any],
+    *override_layers: Mapping[str, Any],
+    dataset_defaults: Mapping[str, Any] | None = None,
 ) -> TrainingConfig:
     """Build a config from a method and layers of settings.
 
-    Precedence: defaults of the data set (`DATASET_DEFAULTS`) < first layer < ... < last layer.
-    Validation attacks get the eps that the method has in the last epoch, unless a layer sets an eps
-    with a path that starts with `*` or `validation`.
+    What is written wins over every default. Precedence, from low to high: settings of a method
+    that is given by name, defaults of the data set, settings of a method that is written out, first
+    layer, ..., last layer (see `merge_overrides`).
+    Validation attacks get the eps and the norm that the method has in the last epoch, unless a
+    layer sets those of validation attacks.
 
     Args:
         method: A key of `METHODS`, or the settings of a method as a mapping.
         override_layers: Mappings from dotted path to value, such as {"optim.lr": 0.1}.
+        dataset_defaults: Defaults of the data set by dotted path without `*`; None for those of
+            `find_dataset_defaults`.
+
+    Returns:
+        The validated config.
+
+    Raises:
+        SpecError: A setting is unknown or its value is not allowed, or it is unclear which data set
+            is meant; one line for each problem.
+    """
+    changes = merge_overrides(*map(_split_parts, override_layers))
+    if dataset_defaults is None:
+        changes = name_dataset(changes)
+        dataset_defaults = find_dataset_defaults(method, changes)
+    config = apply_overrides(_start_config(method), dataset_defaults)
+    config = apply_overrides(config, changes)
+    for key in ("eps", "norm"):
+        if not any(_sets_validation(key, path, value) for path, value in changes.items()):
+            config = _match_validation(key, config)
+    return config
+
+
+def find_dataset_defaults(
+    method: str | Mapping[str, Any], changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Find the defaults of the data set that apply to a method.
+
+    Args:
+        method: A key of `METHODS`, or the settings of a method as a mapping.
+        changes: All other settings by dotted path; they name the data set and its folder.
+
+    Returns:
+        Dotted path without `*` -> value, without what stands in a method that is written out.
+
+    Raises:
+        SpecError: There is no such method or data set, or the method is not valid.
+    """
+    changes = _split_parts(changes)
+    name = str(changes.get("data.name", DataSpec().name))
+    if name not in DATASET_DEFAULTS:
+        DataSpec.from_data({"name": name}, "data")
+    defaults = DATASET_DEFAULTS[name]
+    if name == "arrays":
+        defaults = defaults | find_array_defaults(changes.get("data.data_dir"))
+    data = _start_config(method).to_json_dict()
+    written = list_leaf_paths({"method": dict(method)}) if isinstance(method, Mapping) else []
+    applied: dict[str, Any] = {}
+    for pattern, value in defaults.items():
+        for path in match_paths(pattern, data):
+            if not any(covers_path(path, other) for other in written):
+                applied[path] = value
+    return applied
+
+
+def name_dataset(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the name of the data set to settings that have only its folder.
+
+    Args:
+        changes: Settings by dotted path.
+
+    Returns:
+        The settings, with `data.name` if they have a `data.data_dir` of images.
+
+    Raises:
+        SpecError: The folder holds no data set, or several.
+    """
+    parts = _split_parts(changes)
+    folder = parts.get("data.data_dir")
+    # `unlabeled` is a file in `data_dir`, also with a data set that needs no folder.
+    if "data.name" in parts or folder is None or parts.get("data.unlabeled") is not None:
+        return dict(changes)
+    names = recognize_datasets(Path(str(folder)).expanduser())
+    if len(names) == 1:
+        return {**changes, "data.name": names[0]}
+    reason = "it has no train.npz and no train.parquet"
+    if names:
+        reason = f"it has the files of {' and '.join(names)}"
+    known = [name for name in DATASET_DEFAULTS if name != DataSpec().name]
+    raise SpecError(
+        f"data.data_dir = {str(folder)!r}: {reason}; set data.name to the data set to use: "
+        f"{', '.join(known)} (your own images)"
+    )
+
+
+def build_training_config_of_0_1(
+    method: str | Mapping[str, Any], *override_layers: Mapping[str, Any]
+) -> TrainingConfig:
+    """Build a config as raysweep 0.1 did, for sweeps that do not store `dataset_defaults`.
+
+    The defaults of the data set also replace what stands in a method that is written out; a whole
+    part such as `optim` replaces all its settings; only eps is passed on to validation attacks.
+    This function must not change: the configs of stored trials are built with it.
+
+    Args:
+        method: As for `build_training_config`.
+        override_layers: As for `build_training_config`.
 
     Returns:
         The validated config.
@@ -210,20 +323,39 @@ def build_training_config(
     data_name = changes.get("data.name", DataSpec().name)
     if data_name not in DATASET_DEFAULTS:
         DataSpec.from_data({"name": data_name}, "data")
-    method_data = dict(method) if isinstance(method, Mapping) else method
-    config = TrainingConfig.from_data({"method": method_data})
-    config = apply_overrides(config, DATASET_DEFAULTS[data_name], on_missing="ignore")
+    config = apply_overrides(
+        _start_config(method), DATASET_DEFAULTS[data_name], on_missing="ignore"
+    )
     config = apply_overrides(config, changes)
-    if any(_sets_validation_eps(path, value) for path, value in changes.items()):
+    if any(_sets_validation("eps", path, value) for path, value in changes.items()):
         return config
-    return _match_validation_eps(config)
+    return _match_validation("eps", config)
 
 
-def _sets_validation_eps(path: str, value: Any) -> bool:
-    """Return whether a setting, `*.eps` or a whole attack, sets an eps of validation attacks."""
+def _start_config(method: str | Mapping[str, Any]) -> TrainingConfig:
+    """Return the config of a method without any other setting."""
+    method_data = dict(method) if isinstance(method, Mapping) else method
+    return TrainingConfig.from_data({"method": method_data})
+
+
+def _split_parts(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace mappings for whole parts, such as `optim: {lr: 0.1}`, by dotted paths."""
+    split: dict[str, Any] = {}
+    for path, value in changes.items():
+        settings = {path: value}
+        if path in _PARTS and isinstance(value, Mapping):
+            settings = {f"{path}.{name}": item for name, item in value.items()}
+        for setting, item in settings.items():
+            split.pop(setting, None)
+            split[setting] = item
+    return split
+
+
+def _sets_validation(key: str, path: str, value: Any) -> bool:
+    """Return whether a setting, `*.eps` or a whole attack, sets `key` of validation attacks."""
     if path[0] not in "*v":
         return False
-    return "eps" in path.split(".") or _has_key(value, "eps")
+    return key in path.split(".") or _has_key(value, key)
 
 
 def _has_key(value: Any, key: str) -> bool:
@@ -233,11 +365,13 @@ def _has_key(value: Any, key: str) -> bool:
     return key in value or any(_has_key(part, key) for part in value.values())
 
 
-def _match_validation_eps(config: TrainingConfig) -> TrainingConfig:
-    """Set the eps of validation attacks to the method's eps in the last epoch.
+def _match_validation(key: str, config: TrainingConfig) -> TrainingConfig:
+    """Set the eps or norm of validation attacks to that of the method in the last epoch.
 
-    Their default is 8/255, but GAIRAT's methods use 0.031.
+    The default eps is 8/255, but GAIRAT's methods use 0.031.
     """
     attacks = config.resolve_at(config.epochs - 1).method.attacks.values()
-    radii = [resolved_value(attack.eps) for attack in attacks if hasattr(attack, "eps")]
-    return apply_overrides(config, {"validation.*.eps": radii[0]}) if radii else config
+    values = [getattr(attack, key) for attack in attacks if hasattr(attack, "eps")]
+    if not values:
+        return config
+    return apply_overrides(config, {f"validation.*.{key}": values[0]}, on_missing="ignore")

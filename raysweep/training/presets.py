@@ -18,6 +18,7 @@ from raysweep.spec import (
     SpecError,
     describe_unknown_name,
     find_builtin_folder,
+    merge_overrides,
     read_yaml,
 )
 from raysweep.training.config import TrainingConfig, build_training_config
@@ -66,7 +67,7 @@ def _choose_protocol(content: JsonDict, protocol: str | None) -> JsonDict:
         return settings
     if protocol not in protocols:
         raise SpecError(describe_unknown_name("protocol", protocol, list(protocols)))
-    return {**settings, **protocols[protocol]}
+    return merge_overrides(settings, protocols[protocol])
 
 
 def load_preset_notes(name: str, overridden_paths: Collection[str] = ()) -> dict[str, str]:
@@ -141,7 +142,8 @@ def _read_preset_file(path: Path) -> JsonDict:
         for setting, note in inherited.get(_NOTES_KEY, {}).items()
         if setting not in content
     }
-    return {**inherited, **content, _NOTES_KEY: {**inherited_notes, **notes}}
+    merged = merge_overrides(inherited, content)
+    return {**merged, _NOTES_KEY: {**inherited_notes, **notes}}
 
 
 def list_presets() -> list[str]:

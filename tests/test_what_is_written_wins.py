@@ -1,0 +1,292 @@
+"""What a user writes is what runs: it wins over defaults, over files and over searched ranges."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from raysweep.cli import main
+from raysweep.data import read_image_shape, recognize_datasets
+from raysweep.pipeline.pipeline import load_pipeline
+from raysweep.spec import SpecError, merge_overrides
+from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.search_space import SearchSpace, load_space
+from raysweep.training.config import TrainingConfig, build_training_config
+from raysweep.training.presets import resolve_training_config
+
+BURN_IN = "method.terms.pgd.weight.burn_in"
+# The method of docs/extend.md, with every setting that the defaults of digits would replace.
+WRITTEN: dict[str, Any] = {
+    "name": "both",
+    "attacks": {"pgd": {"kind": "pgd", "eps": 0.1, "step_size": 0.02}},
+    "terms": {
+        "natural": {"on": "natural", "coef": 0.5},
+        "robust": {"on": "pgd", "weight": {"kind": "geometry", "lam": 0, "burn_in": 2}},
+    },
+}
+COEF = {"method.terms.natural.coef": {"float": [0.1, 1.0]}}
+
+
+def check_written(config: TrainingConfig) -> None:
+    pgd = config.method.attacks["pgd"]
+    assert (pgd.eps, pgd.step_size) == (0.1, 0.02)  # type: ignore[union-attr]
+    assert config.burn_in == 2
+    assert config.validation.attacks["cw"].eps == 0.1, "validation has the radius of the method"  # type: ignore[union-attr]
+    assert config.model.name == "digits_cnn" and config.data.val_size == 300, "defaults fill in"
+
+
+def write_yaml(path: Path, data: Any) -> str:
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    return str(path)
+
+
+def test_a_method_that_is_written_out(tmp_path: Path) -> None:
+    check_written(build_training_config(WRITTEN))
+    file = write_yaml(tmp_path / "both.yaml", {"method": WRITTEN, "epochs": 6})
+    check_written(resolve_training_config(file, {}))
+    space = write_yaml(tmp_path / "space.yaml", {"method": WRITTEN, "space": COEF})
+    loaded = load_space("", {}, Path(space))
+    check_written(loaded.trial_config({}))
+    check_written(loaded.trial_config({"method.terms.natural.coef": 0.2}))
+    stages = {"stages": [{"kind": "tune", "space": {"method": WRITTEN, "space": COEF}}]}
+    _, pipeline, overrides = load_pipeline(write_yaml(tmp_path / "pipeline.yaml", stages), {})
+    (config,) = pipeline.stages[0].list_training_configs(overrides)
+    check_written(config)
+
+
+def test_what_the_method_leaves_open_has_the_defaults_of_the_data_set() -> None:
+    method = {"attacks": {"pgd": {"steps": 4}}, "terms": WRITTEN["terms"]}
+    pgd = build_training_config(method).method.attacks["pgd"]
+    assert (pgd.eps, pgd.step_size, pgd.steps) == (0.15, 0.03, 4)  # type: ignore[union-attr]
+
+
+def test_a_new_sweep_keeps_its_defaults_and_an_old_one_those_of_0_1(tmp_path: Path) -> None:
+    file = write_yaml(tmp_path / "space.yaml", {"method": WRITTEN, "space": COEF})
+    space = load_space("", {}, Path(file))
+    ledger = Ledger.create(tmp_path / "new", space)
+    check_written(Ledger.open(tmp_path / "new").space.trial_config({}))
+    assert ledger.space.dataset_defaults is not None
+    assert "method.attacks.pgd.eps" not in ledger.space.dataset_defaults
+    # As raysweep wrote it before: without the key.
+    old = Ledger.create(tmp_path / "old", SearchSpace.from_data({"method": WRITTEN, "space": COEF}))
+    assert "dataset_defaults" not in old.space.to_stored_dict()
+    config = Ledger.open(tmp_path / "old").space.trial_config({})
+    assert (config.method.attacks["pgd"].eps, config.burn_in) == (0.15, 3)  # type: ignore[union-attr]
+    named = load_space("gairat", {})
+    assert named.dataset_defaults is None, "the digests of spaces of named methods stay"
+
+
+def test_the_norm_of_a_method_is_that_of_its_validation() -> None:
+    attack = {"norm": "L2", "eps": 0.5, "step_size": 0.1}
+    method = {"attacks": {"pgd": attack}, "terms": {"pgd": {"on": "pgd"}}}
+    validation = build_training_config(method).validation
+    assert validation.threat == "L2 eps 0.5"
+    assert validation.finish["apgd_t"].norm == "L2"  # type: ignore[union-attr]
+
+
+def test_a_part_in_a_file_replaces_what_it_contains(tmp_path: Path) -> None:
+    file = write_yaml(tmp_path / "at.yaml", {"method": "at", "optim": {"momentum": 0.5}})
+    optim = resolve_training_config(file, {}).optim
+    assert optim.momentum == 0.5
+    assert optim.lr == build_training_config("at").optim.lr, "not the class's own default"
+    lr = resolve_training_config(file, {"optim": {"lr": 0.2}}).optim
+    assert (lr.lr, lr.momentum) == (0.2, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("file", "command_line", "expected"),
+    [
+        ({"method.attacks.pgd.eps": 0.1}, {"*.eps": 0.2}, 0.2),
+        ({"*.eps": 0.1}, {"method.attacks.pgd.eps": 0.2}, 0.2),
+        ({"*.eps": 0.1, "method.attacks.pgd.eps": 0.2}, {}, 0.2),
+        ({"method.attacks.pgd.eps.last": 0.3}, {"method.attacks.pgd.eps": 0.2}, 0.2),
+        ({"method.attacks.pgd.eps": 0.1}, {"method.attacks.pgd": {"eps": 0.2}}, 0.2),
+    ],
+)
+def test_the_command_line_wins_over_a_file(
+    tmp_path: Path, file: dict[str, Any], command_line: dict[str, Any], expected: float
+) -> None:
+    path = write_yaml(tmp_path / "at.yaml", {"method": "at", **file})
+    attack = resolve_training_config(path, command_line).method.attacks["pgd"]
+    assert attack.eps == expected  # type: ignore[union-attr]
+    stage = {"kind": "train", "runs": {"at": {"method": "at", "set": file}}, "seeds": [0]}
+    pipeline_file = write_yaml(tmp_path / "pipeline.yaml", {"stages": [stage]})
+    _, pipeline, overrides = load_pipeline(pipeline_file, command_line)
+    (config,) = pipeline.stages[0].list_training_configs(overrides)
+    assert config.method.attacks["pgd"].eps == expected  # type: ignore[union-attr]
+
+
+def test_overrides_of_one_layer_stay_together() -> None:
+    layer = {"*.eps": 0.1, "method.attacks.pgd.eps": 0.2, "optim": {"lr": 0.1}}
+    assert merge_overrides(layer) == layer
+    assert merge_overrides({"optim.momentum": 0.5}, layer) == {"optim.momentum": 0.5, **layer}
+    assert merge_overrides(layer, {"*.eps": 0.3}) == {"optim": {"lr": 0.1}, "*.eps": 0.3}
+
+
+# Searched settings.
+
+
+@pytest.mark.parametrize(
+    "override",
+    [{"*.burn_in": 1}, {BURN_IN: 1}, {"method.terms.*.weight.burn_in": 1}, {"*burn*": 1}],
+)
+def test_a_star_fixes_a_searched_setting(override: dict[str, Any], tmp_path: Path) -> None:
+    space = load_space("gairat", override)
+    assert BURN_IN not in space.space
+    assert not any(BURN_IN in point for point in space.points_to_evaluate)
+    for point in [*space.points_to_evaluate, {}]:
+        assert space.trial_config(point).burn_in == 1
+    stage = {"kind": "tune", "space": "gairat", "set": override}
+    _, pipeline, overrides = load_pipeline(
+        write_yaml(tmp_path / "pipeline.yaml", {"stages": [stage]}), {}
+    )
+    (config,) = pipeline.stages[0].list_training_configs(overrides)
+    assert config.burn_in == 1
+
+
+def test_a_star_that_fixes_a_condition() -> None:
+    lam = "method.terms.pgd.weight.lam"
+    assert lam in load_space("gairat", {"*.shape": "sigmoid"}).space
+    assert lam not in load_space("gairat", {"*.shape": "linear"}).space
+    fixed = load_space("gairat", {"*.lam": 2.0})
+    assert lam not in fixed.space and fixed.trial_config({}).method.terms["pgd"].weight.lam == 2.0  # type: ignore[union-attr]
+
+
+def test_a_part_that_sets_a_searched_setting_fixes_it() -> None:
+    weight = {"kind": "geometry", "lam": 2.0}
+    space = load_space("gairat", {"method.terms.pgd.weight": weight})
+    assert list(space.space) == ["method.terms.pgd.weight.shape", BURN_IN]
+    assert space.trial_config({BURN_IN: 5}).method.terms["pgd"].weight.lam == 2.0  # type: ignore[union-attr]
+
+
+def test_one_of_the_settings_of_a_searched_star_is_refused() -> None:
+    data = {"method": "lrat", "space": {"method.terms.*.weight.alpha": {"float": [1, 2]},
+                                        "seed": {"int": [0, 3]}}}  # fmt: skip
+    space = SearchSpace.from_data(data)
+    for override in ("method.terms.pgd.weight.alpha", "*.pgd.weight.alpha"):
+        with pytest.raises(SpecError, match="a part of the searched"):
+            space.with_overrides({override: 1.5})
+    assert list(space.with_overrides({"*.alpha": 1.5}).space) == ["seed"]
+    assert len(space.with_overrides({"*.beta": 1.5}).space) == 2
+
+
+def test_a_searched_setting_that_the_base_fixes_is_refused(tmp_path: Path) -> None:
+    data = {"method": "gairat", "base": {BURN_IN: 2}, "space": {"*.burn_in": {"int": [1, 4]}}}
+    with pytest.raises(SpecError, match=r"space\.\*\.burn_in: it has no effect: `base` sets it"):
+        load_space("", {}, Path(write_yaml(tmp_path / "space.yaml", data)))
+    data["base"] = {"*.burn_in": 2}
+    data["space"] = {BURN_IN: {"int": [1, 4]}}
+    space = load_space("", {}, Path(write_yaml(tmp_path / "space.yaml", data)))
+    assert space.trial_config({BURN_IN: 4}).burn_in == 4, "the path without a star is more specific"
+
+
+# Folders of data.
+
+
+def write_images(folder: Path, n: int, side: int, channels: int = 3, classes: int = 3) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, count in (("train", n), ("test", 30)):
+        y = np.arange(count) % classes
+        x = rng.integers(0, 256, (count, side, side, channels), dtype=np.uint8)
+        np.savez(folder / f"{name}.npz", x=x, y=y)
+    return folder
+
+
+def test_a_folder_of_arrays_needs_no_name(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", 600, 20)
+    assert recognize_datasets(folder) == ["arrays"]
+    assert read_image_shape(folder) == (600, 3, 20, 20)
+    override = {"data.data_dir": str(folder)}
+    for config in (
+        build_training_config("at", override),
+        build_training_config("at", {"data": {"data_dir": str(folder)}}),
+        load_space("gairat", override).trial_config({}),
+        resolve_training_config("lrat", override),
+    ):
+        assert config.data.name == "arrays" and str(config.data.data_dir) == str(folder)
+    assert Ledger.create(tmp_path / "s", load_space("at", override)).space.base["data.name"] == (
+        "arrays"
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [([], "it has no train.npz and no train.parquet"),
+     (["train.npz", "cifar-10-python.tar.gz"], "it has the files of cifar10 and arrays")],
+)  # fmt: skip
+def test_a_folder_that_could_be_anything_is_refused(
+    tmp_path: Path, files: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    for command in (["train", "at"], ["tune", "at", "--plan"]):
+        assert main([*command, "--data-dir", str(tmp_path), "--out", str(tmp_path / "o")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert reason in line and "set data.name to the data set to use: mnist, cifar10" in line
+    assert not (tmp_path / "o").exists(), "nothing was started"
+
+
+def test_the_defaults_of_small_sets(tmp_path: Path) -> None:
+    small = build_training_config(
+        "gairat", {"data.data_dir": write_images(tmp_path / "s", 600, 20)}
+    )
+    assert (small.data.val_size, small.model.name, small.epochs) == (120, "digits_cnn", 30)
+    assert small.batch_size == 64 and small.burn_in == 10
+    assert small.list_warnings() == []
+    wide = build_training_config("at", {"data.data_dir": write_images(tmp_path / "w", 60, 40, 1)})
+    assert (wide.data.val_size, wide.model.name) == (12, "small_cnn")
+    many = build_training_config("at", {"data.data_dir": write_images(tmp_path / "m", 5001, 8, 1)})
+    assert (many.data.val_size, many.model.name, many.epochs) == (1000, "digits_cnn", 100)
+    elsewhere = build_training_config("at", {"data.name": "arrays", "data.data_dir": "/nowhere"})
+    assert (elsewhere.model.name, elsewhere.epochs, elsewhere.data.val_size) == (
+        "resnet18",
+        100,
+        1000,
+    )
+    written = build_training_config(
+        "at", {"data.data_dir": tmp_path / "s", "epochs": 7, "model.name": "resnet18"}
+    )
+    assert (written.epochs, written.model.name, written.data.val_size) == (7, "resnet18", 120)
+
+
+def test_the_search_spaces_of_small_sets(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "s", 600, 20)
+    space = load_space("gairat", {"data.data_dir": str(folder)})
+    assert space.space[BURN_IN].int == (3, 20) and space.scheduler.grace_period == 8
+    large = load_space("gairat", {"data.name": "arrays", "data.data_dir": str(tmp_path)})
+    assert large.space[BURN_IN].int == (20, 75)
+    (folder / "train.npz").unlink()
+    assert space.trial_config({}).epochs == 30, (
+        "a node need not have the files to know the defaults"
+    )
+
+
+def test_a_sweep_of_small_arrays_before_these_defaults_keeps_its_own(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "s", 600, 20)
+    base = {"data.name": "arrays", "data.data_dir": str(folder)}
+    old = Ledger.create(
+        tmp_path / "old",
+        SearchSpace.from_data({"method": "at", "base": base, "space": {"seed": {"int": [0, 1]}}}),
+    )
+    config = Ledger.open(old.path).space.with_overrides({"*.eps": 0.1}).trial_config({})
+    assert (config.epochs, config.model.name, config.data.val_size) == (100, "resnet18", 1000)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["tune", "at", "--plan", "--data", "x"], ["train", "at", "--data", "x"], ["list", "--js"],
+     ["run", "digits", "--pl"], ["show", "at", "--lo"], ["--vers"], ["eval", "x", "--vers", "rand"],
+     ["doctor", "--addr", "auto"]],
+)  # fmt: skip
+def test_abbreviations_are_refused(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("raysweep: error: ")
+    assert "unrecognized arguments" in line or "arguments are required: COMMAND" in line
