@@ -227,14 +227,10 @@ def _read_field_docstrings(spec_class: type[Spec]) -> dict[str, str]:
 
 @cache
 def _parse_classes(module_name: str) -> dict[str, ast.ClassDef]:
-    """Return name -> definition of the classes of a module, none if its source is not to be had."""
-    try:
-        source = inspect.getsource(sys.modules[module_name])
-    except (OSError, TypeError):
-        return {}
-    return {
-        node.name: node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)
-    }
+    """Return name -> definition of the classes of a module, none if it has no file."""
+    file = getattr(sys.modules[module_name], "__file__", None)
+    nodes = ast.parse(Path(file).read_text()).body if file else []
+    return {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
 
 
 def _join_lines(text: str) -> str:

@@ -45,7 +45,14 @@ class SweepDisplay:
         self._console = console
         self._live: Live | None = None
         self._trials: dict[int, Trial] = {}
+        self._n_ended_before = 0
+        # Reason of a failure or restart -> the first trial that had it.
+        self._trials_by_reason: dict[str, int] = {}
         self._start_time = time.monotonic()
+
+    def announce(self, text: str) -> None:
+        """Print a line about what the sweep waits for."""
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:
         """Print a line about the sweep; on a terminal, also start the live table."""
@@ -54,12 +61,16 @@ class SweepDisplay:
         self._trials = {trial.number: trial for trial in ledger.load_trials()}
         trials = format_count(ledger.space.n_trials, "trial")
         epochs = format_count(self._max_epochs, "epoch")
-        self._console.print(
+        ended = [trial for trial in self._trials.values() if trial.state != "running"]
+        self._n_ended_before = len(ended)
+        if not concurrency:
+            self.announce(f"sweep {ledger.name}: all of {trials} have ended, in {ledger.path}")
+            return
+        self.announce(
             f"sweep {ledger.name}: {trials} of up to {epochs}, "
-            f"{concurrency} at a time, in {ledger.path}",
-            highlight=False,
-            soft_wrap=True,
+            f"{concurrency} at a time, in {ledger.path}"
         )
+        self.announce("starting the processes of the trials ...")
         if self._console.is_terminal:
             self._live = Live(
                 console=self._console,
@@ -75,9 +86,7 @@ class SweepDisplay:
         if self._live is None and (
             epoch_metrics is not None or trial.state != "running" or trial.reason
         ):
-            self._console.print(
-                self._format_trial_line(trial), highlight=False, soft_wrap=True, markup=False
-            )
+            self.announce(self._format_trial_line(trial))
 
     def on_sweep_end(self, ledger: Ledger) -> None:
         """Remove the live table."""
@@ -88,13 +97,20 @@ class SweepDisplay:
         """Return a line about the trial's epoch, restart or end, with the time since the start."""
         elapsed = format_clock(time.monotonic() - self._start_time)
         head = f"[{elapsed}] trial {trial.number:04d}"
-        reason = f": {trial.reason}" if trial.reason else ""
+        reason = self._format_reason(trial)
         if trial.state != "running":
             return f"{head} {trial.state}{reason}, best {format_accuracies(trial.best)}"
         if reason:
             return f"{head} starts again after epoch {trial.epoch}{reason}"
         accuracies = format_accuracies(trial.latest)
         return f"{head} epoch {trial.epoch}/{self._max_epochs} {accuracies}"
+
+    def _format_reason(self, trial: Trial) -> str:
+        """Return `: REASON`; the number of the first trial with the same reason for others."""
+        if not trial.reason:
+            return ""
+        first = self._trials_by_reason.setdefault(trial.reason, trial.number)
+        return f": {trial.reason}" if first == trial.number else f": as trial {first:04d}"
 
     def _render_table(self) -> RenderableType:
         """Return a table of the running and the best ended trials, with an estimate of the end."""
@@ -106,8 +122,9 @@ class SweepDisplay:
         n_trials, n_ended = self._ledger.space.n_trials, len(ended)
         elapsed = time.monotonic() - self._start_time
         caption = f"{n_ended} of {n_trials} trials done in {format_clock(elapsed)}"
-        if ended:
-            remaining = elapsed / n_ended * (n_trials - n_ended)
+        # Trials that ended before this process began say nothing about its speed.
+        if n_ended > self._n_ended_before:
+            remaining = elapsed / (n_ended - self._n_ended_before) * (n_trials - n_ended)
             caption += f", about {format_clock(remaining)} left"
         table.caption = f"{caption}; Ctrl-C stops"
         return table

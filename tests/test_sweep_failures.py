@@ -99,6 +99,20 @@ def test_a_report_is_kept_for_the_next_workers_until_it_is_forgotten(tmp_path: P
         ("Preempted by another: the node running low on memory.",
          "its process was killed because the node ran out"),
         ("The actor is dead because its node was preempted.", "its node was preempted"),
+        # What Ray wrote for a trial whose function raised, and for one that could not be
+        # unpickled; the frames are shortened.
+        ("\x1b[36mray::ImplicitFunc.train()\x1b[39m (pid=9, ip=192.0.2.1, repr=raises)\n"
+         '  File "/ray/tune/trainable/trainable.py", line 329, in train\n'
+         "    raise skipped from exception_cause(skipped)\n"
+         '  File "/home/me/own.py", line 17, in raises\n'
+         '    def raises(config): raise ValueError("own: ray::error")\n'
+         "                        ^^^^^^^^^^^^^^^^^^^^^^^^^\n"
+         "ValueError: own error\nsecond line", "ValueError: own error"),
+        ("The actor died because of an error raised in its creation task, "
+         "\x1b[36mray::ImplicitFunc.__init__()\x1b[39m (pid=9, ip=192.0.2.1)\n"
+         '  File "/ray/_private/function_manager.py", line 5, in load\n'
+         "    return pickle.loads(data)\n"
+         "ModuleNotFoundError: No module named 'own'", "ModuleNotFoundError: No module"),
     ],
 )  # fmt: skip
 def test_descriptions_of_lost_processes(account: str, reason: str) -> None:

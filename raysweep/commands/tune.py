@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -234,7 +235,12 @@ def run_command(args: argparse.Namespace) -> None:
     if request.plan_only:
         _print_plan(request, space, dataset, resources, resumed_ledger)
     else:
-        _run_sweep(request, runs_folder, space, dataset, resources)
+        is_finished = (
+            resumed_ledger is not None
+            and resumed_ledger.space == space
+            and resumed_ledger.count_ended_trials() >= space.n_trials
+        )
+        _run_sweep(request, runs_folder, space, dataset, resources, is_finished)
 
 
 def _print_plan(
@@ -259,20 +265,31 @@ def _run_sweep(
     space: SearchSpace,
     dataset: DatasetSplits,
     resources: Resources,
+    is_finished: bool,
 ) -> None:
     """Run or resume the sweep and print its result."""
+    from rich.console import Console
+
     from raysweep.commands.common import make_writable_folder
     from raysweep.errors import InfrastructureError, SpecError
     from raysweep.leases import hold_folder_lease
     from raysweep.stores import StoreUnavailable
     from raysweep.sweep.ledger import Ledger
-    from raysweep.tracking import Tracker, tracking_uri
+    from raysweep.terminal import SweepDisplay
+    from raysweep.tracking import SweepTracker, Tracker, tracking_uri
 
     out = make_writable_folder(request.out)
     export_listeners = _make_export_listeners(request)
     sweep_folder = runs_folder / _choose_sweep_name(request, space)
     tracker = Tracker(tracking_uri(out), out / "mlruns")
-    listeners = [*_make_listeners(tracker, dataset.fingerprint), *export_listeners]
+    display = SweepDisplay(Console(stderr=True))
+    listeners: list[SweepListener] = [
+        SweepTracker(tracker, dataset.fingerprint),
+        display,
+        *export_listeners,
+    ]
+    if not is_finished:
+        display.announce(_describe_start_of_ray(request.address))
 
     # Importing Ray takes seconds, in which the tracker connects to MLflow in its thread.
     from raysweep.sweep.tune_callbacks import SweepFailed
@@ -318,14 +335,12 @@ def _choose_sweep_name(request: TuneRequest, space: SearchSpace) -> str:
     return check_plain_name(name, "--name")
 
 
-def _make_listeners(tracker: Tracker, fingerprint: str) -> list[SweepListener]:
-    """Return the listeners of every sweep: the MLflow records and the display on stderr."""
-    from rich.console import Console
-
-    from raysweep.terminal import SweepDisplay
-    from raysweep.tracking import SweepTracker
-
-    return [SweepTracker(tracker, fingerprint), SweepDisplay(Console(stderr=True))]
+def _describe_start_of_ray(address: str | None) -> str:
+    """Return the line about what the command waits for first, which takes up to half a minute."""
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        return "starting Ray on this machine ..."
+    return f"joining the Ray cluster at {address} ..."
 
 
 def _make_export_listeners(request: TuneRequest) -> list[SweepListener]:

@@ -120,7 +120,7 @@ def run_stage_sweep(
         else:
             ledger = Ledger.create(held_folder, space)
         end_reason: SweepEndReason = "done"
-        n_ended = sum(trial.state != "running" for trial in ledger.load_trials())
+        n_ended = ledger.count_ended_trials()
         logger.info(
             "sweep %s: %d of %d trials have ended already%s",
             sweep_folder.name,

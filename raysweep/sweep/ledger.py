@@ -256,6 +256,10 @@ class Ledger:
             ):
                 self.save_trial(replace(trial, state="running"))
 
+    def count_ended_trials(self) -> int:
+        """Return the number of trials that have ended."""
+        return sum(trial.state != "running" for trial in self.load_trials())
+
     def is_lost(self) -> bool:
         """Return whether another driver has taken the sweep over from this process."""
         try:

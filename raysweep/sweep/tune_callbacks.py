@@ -57,7 +57,7 @@ class SweepListener(Protocol):
 
         Args:
             ledger: The sweep.
-            concurrency: Number of trials that run at the same time.
+            concurrency: Number of trials that run at the same time; 0 if all have ended already.
         """
 
     def on_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:

@@ -50,7 +50,7 @@ from raysweep.sweep.tune_callbacks import (
 from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import TrainingCheckpoint, describe_environment
 from raysweep.training.config import TrainingConfig
-from raysweep.training.failure_reports import failure_report
+from raysweep.training.failure_reports import describe_bug, failure_report
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
 from raysweep.training.prefix_cache import PREFIX_CACHE_FOLDER, PrefixCache
@@ -123,6 +123,14 @@ def _run_logged_sweep(
     started_at = time.monotonic()
     space = extended_space or ledger.space
     config = space.trial_config({})
+    if space == ledger.space and ledger.count_ended_trials() >= space.n_trials:
+        # Listeners may lack what a killed driver could not tell them.
+        for listener in listeners:
+            listener.on_sweep_start(ledger, 0)
+        for listener in listeners:
+            listener.on_sweep_end(ledger)
+        logger.info("all trials of sweep %s have ended already", ledger.name)
+        return "done"
     dataset = CachedDataset(config.data, fingerprint or load_data(config.data).fingerprint)
     check_ray_internals("sweep")
     with connect_to_cluster(address) as cluster:
@@ -144,7 +152,7 @@ def _run_logged_sweep(
             for listener in listeners:
                 listener.on_sweep_end(ledger)
     end_reason: SweepEndReason = "budget" if ledger_callback.limit_reached else "interrupted"
-    if _count_ended_trials(ledger) >= space.n_trials:
+    if ledger.count_ended_trials() >= space.n_trials:
         end_reason = "done"
     _log_sweep_end(ledger, end_reason, time.monotonic() - started_at)
     return end_reason
@@ -246,7 +254,7 @@ def _run_rounds(
     """Run Tune, again if trials could not start, until all trials have ended or it must stop."""
     try:
         while True:
-            n_trials_left = ledger.space.n_trials - _count_ended_trials(ledger)
+            n_trials_left = ledger.space.n_trials - ledger.count_ended_trials()
             if n_trials_left <= 0 or not ledger_callback.start_round_if_needed():
                 return
             logger.info("waiting for Ray to start the processes of trials")
@@ -280,11 +288,6 @@ def _restore_signal_handlers() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def _count_ended_trials(ledger: Ledger) -> int:
-    """Return the number of trials that have ended."""
-    return sum(trial.state != "running" for trial in ledger.load_trials())
 
 
 def _build_tuner(
@@ -335,7 +338,12 @@ def _make_trainable(
     sweep_path, space = ledger.path, ledger.space
 
     def train_trial(trial_config: dict[str, Any]) -> None:
-        config = space.trial_config(trial_config["params"])
+        try:
+            config = space.trial_config(trial_config["params"])
+        except Exception as error:
+            # Tune would start the trial again, and its process would seem to have died.
+            tune.report(describe_bug(error))
+            return
         run_path = sweep_path / "trials" / f"{trial_config['number']:04d}"
         prefix_cache = None
         if space.share_prefixes:
@@ -388,7 +396,7 @@ def _train_trial(
         require_visible(run_path.parent.parent)
     except StoreUnavailable:
         raise
-    except RaysweepError as error:
+    except Exception as error:
         tune.report(failure_report(error, config, run_path))
         return
     with log_trial(run_path):

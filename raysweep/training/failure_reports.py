@@ -58,11 +58,23 @@ def failure_report(
         if is_sweep_trial:
             hint += " or raise --cpus-per-trial, so that fewer run at once"
         return {FAILURE_KEY: f"out of memory: {hint}"}
-    traceback_text = "".join(traceback.format_exception(error))
-    (run_path / TRACEBACK_FILE).write_text(traceback_text)
+    report = describe_bug(error)
+    (run_path / TRACEBACK_FILE).write_text(report[BUG_TRACEBACK_KEY])
+    return report
+
+
+def describe_bug(error: Exception) -> dict[str, str]:
+    """Describe an error in the code; nothing is written.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        The report, with the traceback.
+    """
     return {
         FAILURE_KEY: traceback.format_exception_only(error)[0].splitlines()[0],
-        BUG_TRACEBACK_KEY: traceback_text,
+        BUG_TRACEBACK_KEY: "".join(traceback.format_exception(error)),
     }
 
 

@@ -1,0 +1,102 @@
+"""What a sweep prints while it runs, and what it does when nothing is left to run."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.search_space import SearchSpace
+from raysweep.terminal import SweepDisplay
+
+LR = "optim.lr"
+SPACE = {"method": "at", "trials": 4, "space": {LR: {"float": [0.01, 0.5]}}, "base": {"epochs": 3}}
+
+
+def make_ledger(folder: Path, *trials: Trial) -> Ledger:
+    ledger = Ledger.create(folder / "sweep", SearchSpace.from_data(SPACE))
+    for trial in trials:
+        ledger.save_trial(trial)
+    return ledger
+
+
+def make_display(is_terminal: bool = False) -> tuple[SweepDisplay, io.StringIO]:
+    text = io.StringIO()
+    return SweepDisplay(Console(file=text, force_terminal=is_terminal, width=200)), text
+
+
+def test_the_same_failure_is_told_once(tmp_path: Path) -> None:
+    display, text = make_display()
+    display.on_sweep_start(make_ledger(tmp_path), 2)
+    for number, reason in ((0, "KeyError: 'no'"), (1, "KeyError: 'no'"), (2, "out of memory")):
+        display.on_trial_update(Trial(number, {LR: 0.1}, state="failed", reason=reason), None)
+    lines = [line.partition("] ")[2] for line in text.getvalue().splitlines()[2:]]
+    assert [line.partition(", best")[0] for line in lines] == [
+        "trial 0000 failed: KeyError: 'no'",
+        "trial 0001 failed: as trial 0000",
+        "trial 0002 failed: out of memory",
+    ]
+
+
+def test_the_display_says_what_it_waits_for(tmp_path: Path) -> None:
+    display, text = make_display()
+    display.announce("starting Ray on this machine ...")
+    display.on_sweep_start(make_ledger(tmp_path), 2)
+    lines = text.getvalue().splitlines()
+    assert lines[0] == "starting Ray on this machine ..."
+    assert lines[1].startswith("sweep sweep: 4 trials of up to 3 epochs, 2 at a time, in ")
+    assert lines[2:] == ["starting the processes of the trials ..."]
+
+
+def test_the_time_left_counts_trials_of_this_process_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("raysweep.terminal.time.monotonic", lambda: now[0])
+    ended = [Trial(number, {LR: 0.1}, state="finished", epoch=3) for number in (0, 1)]
+    display, _ = make_display()
+    display.on_sweep_start(make_ledger(tmp_path, *ended), 2)
+    now[0] = 160.0
+    assert "left" not in str(display._render_table().caption)
+    display.on_trial_update(replace(ended[0], number=2), None)
+    # One trial took a minute, one is left.
+    assert display._render_table().caption == (
+        "3 of 4 trials done in 1:00, about 1:00 left; Ctrl-C stops"
+    )
+
+
+class Recorder:
+    """A listener that remembers which events it was sent."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int | None]] = []
+
+    def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:
+        self.events.append(("start", concurrency))
+
+    def on_trial_update(self, trial: Trial, epoch_metrics: object) -> None:
+        self.events.append(("trial", trial.number))
+
+    def on_sweep_end(self, ledger: Ledger) -> None:
+        self.events.append(("end", None))
+
+
+@pytest.mark.needs_ray
+def test_a_sweep_that_has_ended_needs_no_cluster(tmp_path: Path) -> None:
+    import ray
+
+    from raysweep.errors import InfrastructureError
+    from raysweep.sweep.tuner import run_sweep
+
+    trials = [Trial(number, {LR: 0.1}, state="finished", epoch=3) for number in range(4)]
+    ledger = make_ledger(tmp_path, *trials)
+    recorder = Recorder()
+    # Nothing listens at this address.
+    assert run_sweep(ledger, [recorder], address="127.0.0.1:9") == "done"
+    assert recorder.events == [("start", 0), ("end", None)] and not ray.is_initialized()
+    assert ledger.load_trials() == trials
+    ledger.save_trial(replace(trials[3], state="running", epoch=2))
+    with pytest.raises(InfrastructureError, match=r"127\.0\.0\.1:9"):
+        run_sweep(ledger, [recorder], address="127.0.0.1:9")
