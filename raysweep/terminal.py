@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.progress import (
     BarColumn,
@@ -30,6 +30,9 @@ _MAX_ROWS = 20
 _METRIC_COLUMNS = ("clean", "pgd", "cw", "robust_worst", "masking_gap")
 # Width of tables in a pipe, in characters; rich's default of 80 would break their lines.
 _PIPE_WIDTH = 1000
+# Narrowest columns, in characters: of a metric, 0.123, and of a state, which wraps.
+_METRIC_WIDTH = 5
+_STATE_WIDTH = 8
 _STATE_STYLES = {"running": "cyan", "finished": "green", "stopped": "dim", "failed": "red"}
 
 
@@ -112,13 +115,12 @@ class SweepDisplay:
         first = self._trials_by_reason.setdefault(trial.reason, trial.number)
         return f": {trial.reason}" if first == trial.number else f": as trial {first:04d}"
 
-    def _render_table(self) -> RenderableType:
+    def _render_table(self) -> "TrialTable":
         """Return a table of the running and the best ended trials, with an estimate of the end."""
         running = [trial for trial in self._trials.values() if trial.state == "running"]
         ended = [trial for trial in self._trials.values() if trial.state != "running"]
         ranked = sorted(ended, key=self._ledger.rank_trial)
         best = ranked[: max(0, _MAX_ROWS - len(running))]
-        table = build_trial_table(self._ledger, [*running, *best])
         n_trials, n_ended = self._ledger.space.n_trials, len(ended)
         elapsed = time.monotonic() - self._start_time
         caption = f"{n_ended} of {n_trials} trials done in {format_clock(elapsed)}"
@@ -126,8 +128,7 @@ class SweepDisplay:
         if n_ended > self._n_ended_before:
             remaining = elapsed / (n_ended - self._n_ended_before) * (n_trials - n_ended)
             caption += f", about {format_clock(remaining)} left"
-        table.caption = f"{caption}; Ctrl-C stops"
-        return table
+        return TrialTable(self._ledger, [*running, *best], f"{caption}; Ctrl-C stops")
 
 
 @contextmanager
@@ -164,49 +165,97 @@ def training_progress_bar(
         yield update
 
 
-def build_trial_table(ledger: Ledger, trials: list[Trial]) -> Table:
-    """Build a table with one row for each trial.
+class TrialTable:
+    """Table with one row for each trial: settings, state, epoch and accuracies.
 
-    Args:
-        ledger: Their sweep.
-        trials: Trials in the order of the rows.
-
-    Returns:
-        A table of the searched settings, state, epoch and accuracies. Epoch and accuracies are
-        those of the best epoch; for a running trial those of the latest epoch. If trials have
-        burn-ins, `before weights act` is what the objective reached there: adversarial training.
+    Epoch and accuracies are those of the best epoch; for a running trial those of the latest epoch.
+    If trials have burn-ins, `before weights act` is what the objective reached there: adversarial
+    training. Where the table is too wide, the searched settings stand below it, wrapped.
     """
-    objective = ledger.space.objectives[0]
-    has_burn_in = any(trial.best_in_burn_in for trial in trials)
-    labels = param_labels(list(ledger.space.space))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("trial")
-    for path in ledger.space.space:
-        table.add_column(labels[path], justify="right")
-    table.add_column("epoch", justify="right")
-    for name in _METRIC_COLUMNS:
-        table.add_column(name.replace("_", " "), justify="right")
-    if has_burn_in:
-        table.add_column("before weights act", justify="right")
-    table.add_column("state")
-    for trial in trials:
+
+    def __init__(self, ledger: Ledger, trials: list[Trial], caption: str | None = None) -> None:
+        """Prepare the table.
+
+        Args:
+            ledger: The sweep.
+            trials: Its trials in the order of the rows.
+            caption: Line below the table.
+        """
+        self._ledger = ledger
+        self._trials = trials
+        self._objective = ledger.space.objectives[0]
+        self._has_burn_in = any(trial.best_in_burn_in for trial in trials)
+        self._labels = param_labels(list(ledger.space.space))
+        self.caption = caption
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Lay the table out for the width of the console."""
+        table = self._build_table(list(self._labels))
+        if (
+            console.measure(table, options=options.update(width=_PIPE_WIDTH)).maximum
+            > options.max_width
+        ):
+            table = self._build_table([])
+            yield table
+            yield ""
+            yield self._build_settings_table()
+        else:
+            yield table
+        if self.caption:
+            yield Text(self.caption, style="italic")
+
+    def _build_table(self, paths: list[str]) -> Table:
+        """Build the table with the columns of some searched settings."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("trial", no_wrap=True)
+        for path in paths:
+            table.add_column(self._labels[path], justify="right")
+        metric_titles = ["epoch", *(name.replace("_", " ") for name in _METRIC_COLUMNS)]
+        if self._has_burn_in:
+            metric_titles.append("before weights act")
+        for title in metric_titles:
+            # A title may take several lines, a number never.
+            width = max(_METRIC_WIDTH, *map(len, title.split()))
+            table.add_column(title, justify="right", min_width=width)
+        table.add_column("state", min_width=_STATE_WIDTH)
+        for trial in self._trials:
+            settings = [format_param(trial.params.get(path)) for path in paths]
+            table.add_row(
+                f"{trial.number:04d}", *settings, *self._format_metrics(trial), self._state(trial)
+            )
+        return table
+
+    def _build_settings_table(self) -> Table:
+        """Build a table of the searched settings, in which those of a trial wrap."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("trial", no_wrap=True)
+        table.add_column("settings", overflow="fold")
+        for trial in self._trials:
+            settings = [
+                f"{label}={format_param(trial.params.get(path))}"
+                for path, label in self._labels.items()
+                if trial.params.get(path) is not None
+            ]
+            table.add_row(f"{trial.number:04d}", "  ".join(settings))
+        return table
+
+    def _format_metrics(self, trial: Trial) -> list[str]:
+        """Return the cells of the epoch and of the accuracies."""
         metrics, epoch = trial.latest, trial.epoch
         if trial.state != "running":
             metrics = trial.best
             epoch = int(metrics.get("epoch", trial.epoch))
+        cells = [str(epoch), *(_format_metric(metrics.get(name)) for name in _METRIC_COLUMNS)]
+        if self._has_burn_in:
+            cells.append(_format_metric(trial.best_in_burn_in.get(self._objective)))
+        return cells
+
+    def _state(self, trial: Trial) -> Text:
+        """Return the cell of the state, with a mark of how the best epoch was chosen."""
         reason = f": {trial.reason}" if trial.reason else ""
-        choice = ledger.describe_choice(trial)
+        choice = self._ledger.describe_choice(trial)
         mark = f", {choice}" if choice and trial.state != "running" else ""
-        before = [_format_metric(trial.best_in_burn_in.get(objective))] if has_burn_in else []
-        table.add_row(
-            f"{trial.number:04d}",
-            *(format_param(trial.params.get(path)) for path in ledger.space.space),
-            str(epoch),
-            *(_format_metric(metrics.get(name)) for name in _METRIC_COLUMNS),
-            *before,
-            Text(f"{trial.state}{mark}{reason}", style=_STATE_STYLES[trial.state]),
-        )
-    return table
+        return Text(f"{trial.state}{mark}{reason}", style=_STATE_STYLES[trial.state])
 
 
 def create_table_console() -> Console:

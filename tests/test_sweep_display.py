@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.search_space import SearchSpace
-from raysweep.terminal import SweepDisplay
+from raysweep.sweep.search_space import SearchSpace, load_space, param_labels
+from raysweep.terminal import SweepDisplay, TrialTable
 
 LR = "optim.lr"
 SPACE = {"method": "at", "trials": 4, "space": {LR: {"float": [0.01, 0.5]}}, "base": {"epochs": 3}}
@@ -100,3 +100,35 @@ def test_a_sweep_that_has_ended_needs_no_cluster(tmp_path: Path) -> None:
     ledger.save_trial(replace(trials[3], state="running", epoch=2))
     with pytest.raises(InfrastructureError, match=r"127\.0\.0\.1:9"):
         run_sweep(ledger, [recorder], address="127.0.0.1:9")
+
+
+def test_metrics_are_whole_on_a_narrow_terminal(tmp_path: Path) -> None:
+    """The settings of LRAT's own space have names and values of more than 80 characters."""
+    space = load_space("lrat", {})
+    ledger = Ledger.create(tmp_path / "lrat", space)
+    metrics = {
+        "epoch": 7.0,
+        "clean": 0.812,
+        "pgd": 0.543,
+        "cw": 0.521,
+        "robust_worst": 0.498,
+        "masking_gap": 0.045,
+    }
+    names = dict.fromkeys(space.space, 0.123456)
+    trials = [
+        Trial(3, names, state="finished", epoch=9, best=metrics, best_in_burn_in={**metrics}),
+        Trial(4, names, state="failed", epoch=1, reason="the loss became nan in epoch 2"),
+    ]
+    wide, narrow = io.StringIO(), io.StringIO()
+    Console(file=wide, width=400).print(TrialTable(ledger, trials))
+    Console(file=narrow, width=80).print(TrialTable(ledger, trials))
+    lines = narrow.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 < max(map(len, wide.getvalue().splitlines()))
+    (row,) = (line.split() for line in lines if "finished" in line)
+    assert row[:7] == ["0003", "7", "0.812", "0.543", "0.521", "0.498", "0.045"]
+    # Every setting is there, as often as there are trials, and nothing is cut.
+    text = narrow.getvalue()
+    assert "…" not in text
+    for label in param_labels(list(space.space)).values():
+        assert text.count(f"{label}=0.123") == 2, label
+    assert len(wide.getvalue().splitlines()) == 3, "a wide terminal has one table"

@@ -369,7 +369,7 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
         describe_masking_effect_on_ranking,
         sweep_to_json,
     )
-    from raysweep.terminal import build_trial_table, create_table_console
+    from raysweep.terminal import TrialTable, create_table_console
 
     if request.as_json:
         _print_json(sweep_to_json(ledger))
@@ -382,7 +382,7 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
     ranked = ledger.rank_trials()
     ranked_numbers = {trial.number for trial in ranked}
     unranked = [trial for trial in trials if trial.number not in ranked_numbers]
-    create_table_console().print(build_trial_table(ledger, [*ranked, *unranked]))
+    create_table_console().print(TrialTable(ledger, [*ranked, *unranked]))
     for line in describe_masking_effect_on_ranking(ledger):
         print(line)
     best = ledger.find_best_trial()

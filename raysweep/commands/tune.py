@@ -500,7 +500,7 @@ def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) 
 
 def _print_best_trials(ledger: Ledger, ranked: list[Trial], n_trials: int) -> None:
     """Print a table of the best trials: the Pareto front if there are several objectives."""
-    from raysweep.terminal import build_trial_table, create_table_console
+    from raysweep.terminal import TrialTable, create_table_console
 
     objectives = ledger.space.objectives
     names = [name.replace("_", " ") for name in objectives]
@@ -513,7 +513,7 @@ def _print_best_trials(ledger: Ledger, ranked: list[Trial], n_trials: int) -> No
         print(
             f"\nbest {len(best)} of {n_trials} trials by {names[0]} on the validation split",
         )
-    create_table_console().print(build_trial_table(ledger, best))
+    create_table_console().print(TrialTable(ledger, best))
 
 
 def _report_sweep_end(request: TuneRequest, ledger: Ledger, end_reason: SweepEndReason) -> None:
