@@ -33,7 +33,9 @@ def create_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     Returns:
         The figure and its axes.
     """
-    figure = Figure(figsize=(4.4, 3.2), layout="constrained")
+    # A constrained layout would draw everything twice.
+    figure = Figure(figsize=(4.4, 3.2))
+    figure.subplots_adjust(left=0.16, right=0.97, bottom=0.15, top=0.94)
     axes = figure.subplots()
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)

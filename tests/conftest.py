@@ -225,7 +225,8 @@ def ray_cluster() -> Iterator["Cluster"]:
         port = free.getsockname()[1]
         free.close()
         # Ray counts a node as dead once five checks in a row have failed: 15 s at its own period.
-        system = {"health_check_period_ms": 500}
+        # A driver whose node gives up its first workers, by default after 60 s, waits forever.
+        system = {"health_check_period_ms": 500, "worker_register_timeout_seconds": 600}
         head = {"num_cpus": 2, "dashboard_port": port, "_system_config": system, **FORKED}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         with connect_to_cluster(cluster.address):

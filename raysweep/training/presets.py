@@ -7,6 +7,8 @@ does, on the test images. `notes` says of settings, by dotted path, that the pap
 them or has others.
 """
 
+import copy
+import functools
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -49,7 +51,15 @@ def _read_preset(name: str) -> JsonDict:
     """Return the content of a preset, with that of the presets that it extends."""
     if name not in list_presets():
         raise SpecError(describe_unknown_name("preset", name, list_presets()))
-    path = _presets_folder() / f"{name}.yaml"
+    return copy.deepcopy(_read_preset_once(_presets_folder() / f"{name}.yaml"))
+
+
+@functools.cache
+def _read_preset_once(path: Path) -> JsonDict:
+    """Read a preset of this version, which does not change. Callers must not change the result.
+
+    A pipeline of a paper asks for some of them a hundred times.
+    """
     content = _read_preset_file(path)
     if "method" not in content:
         raise SpecError(f"{path}: method is missing")
