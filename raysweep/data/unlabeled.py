@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeAlias
 
 from raysweep.atomic_files import atomic_open
+from raysweep.attacks import freeze_model
 from raysweep.data.dataset_loaders import (
     LabelArray,
     PixelArray,
@@ -88,15 +89,14 @@ def predict_pseudo_labels(
     Returns:
         Labels, (N,) int64, on the device of `x`.
     """
-    training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    with torch.no_grad():
+    from raysweep.models.device import get_model_device
+
+    device = get_model_device(model)
+    with freeze_model(model), torch.no_grad():
         labels = [
             model(part.to(device).float() / pixel_max).argmax(1).to(x.device)
             for part in torch.split(x, batch_size)
         ]
-    model.train(training)
     return torch.cat(labels)
 
 

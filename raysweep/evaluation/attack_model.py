@@ -249,7 +249,7 @@ def _apply_fast_paths(model: nn.Module, x: Tensor) -> nn.Module:
 
     All fast paths are tried together; if that fails, one after the other.
     """
-    expected = _compute_logits_and_gradient(model, x)
+    expected = compute_logits_and_gradient(model, x)
     fast_model, problem = _try_fast_paths(model, list(_FAST_PATHS), x, expected)
     if fast_model is not None:
         return fast_model
@@ -263,11 +263,11 @@ def _apply_fast_paths(model: nn.Module, x: Tensor) -> nn.Module:
     return best
 
 
-_LogitsAndGradient = tuple[Tensor, Tensor | None]
+LogitsAndGradient = tuple[Tensor, Tensor | None]
 
 
 def _try_fast_paths(
-    model: nn.Module, names: list[str], x: Tensor, expected: _LogitsAndGradient
+    model: nn.Module, names: list[str], x: Tensor, expected: LogitsAndGradient
 ) -> tuple[nn.Module | None, str]:
     """Return a copy with some fast paths, or None and why it cannot be used."""
     fast_model = copy_model(model)
@@ -276,16 +276,22 @@ def _try_fast_paths(
     try:
         for name in names:
             fast_model = _FAST_PATHS[name](fast_model, x)
-        found = _compute_logits_and_gradient(fast_model, x)
+        found = compute_logits_and_gradient(fast_model, x)
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
-    return (fast_model, "") if _results_agree(found, expected) else (None, "the results differ")
+    return (fast_model, "") if results_agree(found, expected) else (None, "the results differ")
 
 
-def _compute_logits_and_gradient(model: nn.Module, x: Tensor) -> _LogitsAndGradient:
-    """Return the logits of `x`, and the gradient of a sum of logits; None if there is none.
+def compute_logits_and_gradient(model: nn.Module, x: Tensor) -> LogitsAndGradient:
+    """Compute what a fast path must not change. The model's random numbers are those of each call.
 
-    Random numbers of the model are the same in each call.
+    Args:
+        model: The model, in the mode to compare.
+        x: Images, (N, C, H, W), on the device of the model.
+
+    Returns:
+        The logits, (N, classes), and the gradient of a sum of logits, (N, C, H, W); None if there
+        is no gradient.
     """
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():
@@ -305,8 +311,13 @@ def _compute_logits_and_gradient(model: nn.Module, x: Tensor) -> _LogitsAndGradi
         return model(x.clone()), None
 
 
-def _results_agree(found: _LogitsAndGradient, expected: _LogitsAndGradient) -> bool:
-    """Return whether logits and gradients agree up to rounding."""
+def results_agree(found: LogitsAndGradient, expected: LogitsAndGradient) -> bool:
+    """Return whether logits and gradients agree up to rounding.
+
+    Args:
+        found: Result of `compute_logits_and_gradient` with a fast path.
+        expected: The same without it.
+    """
     (logits, gradient), (expected_logits, expected_gradient) = found, expected
     if not isinstance(expected_logits, Tensor) or logits.shape != expected_logits.shape:
         return False

@@ -307,7 +307,7 @@ def _estimate_validation_seconds(
 
 def _is_forward_fast(config: TrainingConfig, data: DatasetSplits) -> bool:
     """Check whether a CPU forward pass is so fast that a training step takes seconds at most."""
-    model = build_model_variants(config, data, torch.device("cpu")).model.eval()
+    model = config.model.build_model(data.channels, data.classes, 0).eval()
     timings = []
     for _ in range(2):
         started = time.perf_counter()

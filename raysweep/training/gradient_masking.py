@@ -22,6 +22,7 @@ class ScaledLogits(nn.Module):
         super().__init__()
         self.model = model
         self.factor = factor
+        self.training = model.training
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, C, H, W) to scaled logits (N, classes)."""

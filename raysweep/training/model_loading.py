@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raysweep.attacks import set_mode
 from raysweep.data import DatasetSplits, load_data
 from raysweep.lazy_modules import torch
 from raysweep.spec import SpecError, apply_overrides
@@ -159,4 +160,6 @@ def load_factory_target(import_path: str) -> EvaluationTarget:
         ) from error
     if not isinstance(model, torch.nn.Module):
         raise SpecError(f"{import_path}: gave {type(model).__name__}, not a torch.nn.Module")
-    return EvaluationTarget(model.eval(), import_path)
+    # Not `model.eval()`: some models' `train` returns nothing, and exported programs have no modes.
+    set_mode(model, False)
+    return EvaluationTarget(model, import_path)

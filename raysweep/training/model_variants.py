@@ -9,8 +9,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from raysweep.attacks import fp32_precision, freeze_model
+from raysweep.attacks import fp32_precision, freeze_model, set_mode
 from raysweep.evaluation.batchnorm_folding import find_foldable_batch_norms
+from raysweep.training.speed_checks import (
+    can_be_compiled,
+    changes_its_input,
+    follows_model,
+    preserve_state,
+)
 from raysweep.training.speed_settings import ComputeSpec, Precision
 
 logger = logging.getLogger(__name__)
@@ -21,7 +27,8 @@ class ModelVariants:
 
     Args:
         model: The network. Its memory format may be changed.
-        images: A few images, (N, C, H, W), for a forward pass that finds batch norms to fold.
+        images: A few images, (N, C, H, W), to find batch norms to fold and to check the folded
+            module: if its logits or gradients differ, attacks run on the model itself.
         compute: Speed settings without `auto` (see `ComputeSpec.resolve`).
 
     Attributes:
@@ -39,10 +46,17 @@ class ModelVariants:
             torch.channels_last if compute.channels_last else torch.contiguous_format
         )
         self.model = model.to(memory_format=self.memory_format)
-        self.train_module = _apply_compute_options(model, compute.train, compute.compile)
         self._folded_layers: list[tuple[nn.Conv2d, _BatchNorm, nn.Conv2d]] = []
-        attacked = self._build_folded_module(images, compute.attack) if compute.fold else model
-        self.attack_module = _apply_compute_options(attacked, compute.attack, compute.compile)
+        images = images.contiguous(memory_format=self.memory_format)
+        attacked = self._choose_attack_module(images, compute.attack) if compute.fold else model
+        copies_input = changes_its_input(model, images)
+        use_compile = compute.compile and can_be_compiled(attacked, images)
+        self.train_module, self.attack_module = (
+            _apply_compute_options(
+                _CopiesInput(module) if copies_input else module, precision, use_compile
+            )
+            for module, precision in ((model, compute.train), (attacked, compute.attack))
+        )
 
     def sync_folded_weights(self) -> None:
         """Copy the current weights and running statistics of `model` into `attack_module`."""
@@ -60,31 +74,60 @@ class ModelVariants:
         """Return a context manager that sets the float32 precision of training on NVIDIA GPUs."""
         return fp32_precision("tf32" if self._uses_tf32 else "ieee")
 
-    def _build_folded_module(self, images: Tensor, precision: Precision) -> nn.Module:
+    def _choose_attack_module(self, images: Tensor, precision: Precision) -> nn.Module:
+        """Return a folded copy of the model, or the model if a copy computes something else."""
+        try:
+            folded_model = self._build_folded_module(images)
+        except Exception as error:
+            logger.info("fallback: attacks run without folded batch norms: %s", error)
+            self._folded_layers = []
+            return self.model
+        if not self._folded_layers:
+            return self.model
+        if not follows_model(folded_model, self.model, images, self.sync_folded_weights):
+            self._folded_layers = []
+            return self.model
+        if precision == "bf16":
+            for _, _, folded in self._folded_layers:
+                folded.bfloat16()
+        return folded_model
+
+    def _build_folded_module(self, images: Tensor) -> nn.Module:
         """Build a copy of the model with batch norms folded into the convolutions before them.
 
         Folded convolutions have their own tensors; all others are shared with the model.
         """
-        with freeze_model(self.model):
+        with preserve_state(self.model), freeze_model(self.model):
             conv_by_norm = find_foldable_batch_norms(self.model, images)
         n_norms = sum(isinstance(module, _BatchNorm) for module in self.model.modules())
         if len(conv_by_norm) < n_norms:
             logger.info("folded only %d of %d batch norms for attacks", len(conv_by_norm), n_norms)
-        folded_model = _copy_sharing_tensors(self.model).eval()
+        folded_model = _copy_sharing_tensors(self.model)
+        set_mode(folded_model, False)
         for norm_name, conv_name in conv_by_norm.items():
             folded = copy.deepcopy(folded_model.get_submodule(conv_name))
             assert isinstance(folded, nn.Conv2d)
             folded.bias = nn.Parameter(
                 folded.weight.new_zeros(folded.out_channels), requires_grad=False
             )
-            if precision == "bf16":
-                folded.bfloat16()
             folded_model.set_submodule(conv_name, folded)
             folded_model.set_submodule(norm_name, nn.Identity())
             conv, norm = self.model.get_submodule(conv_name), self.model.get_submodule(norm_name)
             self._folded_layers.append((conv, norm, folded))  # type: ignore[arg-type]
         self.sync_folded_weights()
         return folded_model
+
+
+class _CopiesInput(nn.Module):
+    """Gives a module a copy of the images, because it changes them in place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.training = module.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x.clone())  # type: ignore[no-any-return]
 
 
 class _Bf16Autocast(nn.Module):

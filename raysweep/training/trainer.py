@@ -44,11 +44,15 @@ from raysweep.training.selection import (
     compute_chance_limit,
     find_best_epoch,
 )
+from raysweep.training.speed_checks import can_use_channels_last, check_model_output
 from raysweep.training.speed_settings import emulates_bf16
 from raysweep.training.sync_batchnorm import convert_sync_batchnorm
 from raysweep.worker_group import SINGLE_WORKER, WorkerGroup
 
 logger = logging.getLogger(__name__)
+
+# Images on which ways to compute faster are compared with the plain model.
+_N_CHECKED_IMAGES = 8
 
 
 class TrainingFailed(WorkFailed):
@@ -176,7 +180,8 @@ def build_model_variants(
         The network, with its modules for training and for attacks.
 
     Raises:
-        SpecError: The config asks for TF32 on a device that has none.
+        SpecError: The config asks for TF32 on a device that has none, or the network does not
+            return logits or has no training mode.
     """
     compute = config.compute.resolve(device)
     logger.info(
@@ -191,9 +196,13 @@ def build_model_variants(
     model = config.model.build_model(
         data.channels, data.classes, derive_seed(config.seed, "weights")
     ).to(device)
+    images = data.train.get_float_images(slice(0, _N_CHECKED_IMAGES)).to(device)
+    check_model_output(model, images, data.classes, config.model.name)
+    if compute.channels_last is True and not can_use_channels_last(model, images):
+        compute = compute.replace(channels_last=False)
     if workers.size > 1:
         model = convert_sync_batchnorm(model, workers)
-    return ModelVariants(model, data.train.get_float_images(slice(0, 1)).to(device), compute)
+    return ModelVariants(model, images, compute)
 
 
 def compute_step_gradients(
