@@ -5,6 +5,10 @@ has. Other processes compare the file's version with the one they saw before. Th
 by replacing it, again conditionally, when it has not changed for 30 seconds of their own clock. So
 two processes never hold it at the same time unless one of them does not notice that it was paused;
 `BucketLease.require_held` notices that. Clocks of different machines are never compared.
+
+A holder that releases the lease replaces the file once more, by one that says so. The file is not
+deleted: buckets cannot delete under a condition, and a deletion that is repeated after a lost
+answer could delete the file of the next holder. It goes when its folder is deleted.
 """
 
 import json
@@ -24,7 +28,7 @@ import psutil
 from raysweep.errors import RaysweepError, WorkFailed
 from raysweep.process_identity import ProcessIdentity
 from raysweep.stores import Store
-from raysweep.stores.protocol import StoredFile, VersionedContent
+from raysweep.stores.protocol import VersionedContent
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +85,7 @@ class BucketLease:
         self._times = times
         self._token = uuid4().hex
         self._since = ""
-        self._n_renewals = 0
+        self._n_writes = 0
         # Version of the file while this object holds the lease.
         self._version: str | None = None
         self._renewed_at = 0.0
@@ -113,7 +117,7 @@ class BucketLease:
             self._version = self._store.replace(self._key, content, current.version)
         if self._version is None:
             return False
-        if current is not None:
+        if current is not None and not self._holder_watch.is_released:
             logger.warning(
                 "took over the lease of %s from %s, which has ended or stopped renewing it",
                 self._description,
@@ -147,14 +151,8 @@ class BucketLease:
         with self._renewal_lock:
             if self._version is None or self.is_lost:
                 return
-            self._n_renewals += 1
             content, sent_at = self._make_content(), _read_clock()
-            version = self._store.replace(self._key, content, self._version)
-            if version is None:
-                # An earlier renewal may have arrived although the store seemed to be unavailable.
-                own_version = self._find_own_version()
-                if own_version is not None:
-                    version = self._store.replace(self._key, content, own_version)
+            version = self._replace_own_file(content)
             if version is None:
                 self.is_lost = True
                 logger.warning(
@@ -186,43 +184,49 @@ class BucketLease:
             )
 
     def release(self) -> None:
-        """Delete the file, unless another process has taken it over."""
+        """Replace the file by one that says so, unless another process has taken the lease over."""
         if self._version is None:
             return
         self._heartbeat.stop()
         # If the store does not answer, the lease expires by itself.
         try:
-            if not self.is_lost and not self._store.delete(self._key, self._version):
-                own_version = self._find_own_version()
-                if own_version is not None:
-                    self._store.delete(self._key, own_version)
+            if not self.is_lost:
+                self._replace_own_file(self._make_content(is_released=True))
         except (OSError, RaysweepError) as error:
             logger.warning("the lease of %s was not given back: %s", self._description, error)
         self._version = None
 
     def _may_replace(self, current: VersionedContent) -> bool:
-        """Return whether the lease has expired, or this object wrote it before the store failed."""
+        """Return whether the lease is free, or this object wrote it before the store failed."""
         values = _parse_content(current.data)
         self._holder_watch.observe(current.version, values)
-        if values.get("token") == self._token:
+        if self._holder_watch.is_released or values.get("token") == self._token:
             return True
-        return self._holder_watch.is_silent or _is_holder_gone(values)
+        return self._holder_watch.has_expired or _is_holder_gone(values)
 
-    def _find_own_version(self) -> str | None:
-        """Return the version of the file if this object wrote it; otherwise None."""
-        current = self._store.read_versioned(self._key)
-        if current is None or _parse_content(current.data).get("token") != self._token:
-            return None
-        return current.version
+    def _replace_own_file(self, content: bytes) -> str | None:
+        """Replace the file if this object wrote it; return its new version, otherwise None."""
+        assert self._version is not None
+        version = self._store.replace(self._key, content, self._version)
+        if version is None:
+            # An earlier renewal may have arrived although the store seemed to be unavailable.
+            current = self._store.read_versioned(self._key)
+            if current is not None and _parse_content(current.data).get("token") == self._token:
+                version = self._store.replace(self._key, content, current.version)
+        return version
 
-    def _make_content(self) -> bytes:
+    def _make_content(self, is_released: bool = False) -> bytes:
         """Return a content of the file that no earlier version had."""
-        values = {
+        self._n_writes += 1
+        values: dict[str, Any] = {
             "token": self._token,
             "since": self._since,
-            "renewals": self._n_renewals,
+            # Equal contents would have equal versions.
+            "renewals": self._n_writes,
             **ProcessIdentity.of_this_process().to_json_dict(),
         }
+        if is_released:
+            values["released"] = True
         return json.dumps(values).encode()
 
     def _describe_current_holder(self) -> str:
@@ -291,7 +295,7 @@ class LegacyClaims:
         self.live_owner = ""
         self._store = store
         self._folder_key = folder_key
-        self._silences: dict[str, _Silence] = {}
+        self._timers: dict[str, _UnchangedTimer] = {}
 
     def observe(self) -> bool:
         """Look at the claims, and delete those of dead processes.
@@ -309,8 +313,9 @@ class LegacyClaims:
                 # Some other program's file.
                 continue
             host, pid = match.groups()
-            is_known = file.key in self._silences
-            seconds = self._observe_file(file)
+            is_known = file.key in self._timers
+            timer = self._timers.setdefault(file.key, _UnchangedTimer(self._times))
+            seconds = timer.observe(file.modified)
             is_local = host == socket.gethostname()
             if seconds > self._times.expires_after or (
                 is_local and not psutil.pid_exists(int(pid))
@@ -322,14 +327,9 @@ class LegacyClaims:
                 self.live_owner = f"process {pid} on {host}"
         return may_be_alive
 
-    def _observe_file(self, file: StoredFile) -> float:
-        """Return for how many seconds a claim has not been written."""
-        silence = self._silences.setdefault(file.key, _Silence(self._times))
-        return silence.observe(file.modified)
 
-
-class _Silence:
-    """For how long a value did not change, by this machine's clock."""
+class _UnchangedTimer:
+    """Measures for how long a value has not changed, by this machine's clock."""
 
     def __init__(self, times: LeaseTimes) -> None:
         self._longest_gap = times.renewal_interval
@@ -358,34 +358,37 @@ class _HolderWatch:
     """What one process has seen of the holder of a lease.
 
     Attributes:
-        holder: Description of the holder, see `_describe_holder`.
+        holder: Description of the holder, see `_describe_holder`; "" of a lease that is released.
         n_renewals: Number of its renewals that were seen.
-        is_silent: Whether it has not renewed the lease for the time after which it expires.
+        has_expired: Whether it has not renewed the lease for the time after which it expires.
+        is_released: Whether it has released the lease.
     """
 
     def __init__(self, times: LeaseTimes) -> None:
         self.holder = ""
         self.n_renewals = 0
-        self.is_silent = False
-        self._silence = _Silence(times)
+        self.has_expired = False
+        self.is_released = False
+        self._timer = _UnchangedTimer(times)
         self._expires_after = times.expires_after
         self._token: object = None
         self._version = ""
 
     def observe(self, version: str, values: dict[str, Any]) -> None:
         """Add an observation: the version of the lease's file, and its content."""
-        seconds = self._silence.observe(version)
-        if values.get("token") != self._token:
+        seconds = self._timer.observe(version)
+        self.is_released = values.get("released") is True
+        if self.is_released or values.get("token") != self._token:
             self.n_renewals = 0
         elif version != self._version:
             self.n_renewals += 1
         self._token, self._version = values.get("token"), version
-        self.holder = _describe_holder(values)
-        self.is_silent = seconds > self._expires_after
+        self.holder = "" if self.is_released else _describe_holder(values)
+        self.has_expired = seconds > self._expires_after
 
 
 def _parse_content(data: bytes) -> dict[str, Any]:
-    """Return the values in a lease's file; {} if it was emptied to be deleted, or is damaged."""
+    """Return the values in a lease's file; {} if it is damaged."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError):

@@ -29,7 +29,8 @@ from raysweep.bucket_lease import (
 )
 from raysweep.errors import SpecError
 from raysweep.folder_lock import hold_folder_lock
-from raysweep.stores import BucketStore, Location, StorePath, open_path
+from raysweep.stores import BucketStore, Location, StorePath, StoreUnavailable, open_path
+from raysweep.stores.errors import translate_os_errors
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +62,8 @@ class Lease(Protocol):
             Whether this object holds the lease; True again if it held it before.
 
         Raises:
-            OSError: The lease cannot be written, or the bucket does not answer.
-            SpecError: The bucket refuses access.
+            StoreAccessRefused: The store refuses access, or its disk is full or read-only.
+            StoreUnavailable: The store does not answer, or the lease cannot be written.
         """
         ...
 
@@ -144,8 +145,17 @@ class FolderLease:
 
     def try_acquire(self) -> bool:
         """Create the file, or replace it if its lease has expired."""
+        with translate_os_errors(self._lease.lock_file):
+            return self._try_acquire()
+
+    def _try_acquire(self) -> bool:
+        """Try to acquire the lease; let errors of the file system pass."""
         if not self._lease.is_locked:
             path = Path(self._lease.lock_file)
+            if path.is_dir():
+                raise StoreUnavailable(
+                    f"{path} is a folder, where raysweep needs a file: rename or delete it"
+                )
             had_holder = path.exists()
             self._holder = _FolderLeaseHolder.read(path)
             try:
@@ -203,7 +213,8 @@ def make_lease(folder: StorePath, key: str) -> Lease:
     if local_folder is None:
         path = folder / ".claims" / f"{key}.lease"
         return BucketLease(path.store, path.key)
-    local_folder.mkdir(parents=True, exist_ok=True)
+    with translate_os_errors(str(local_folder)):
+        local_folder.mkdir(parents=True, exist_ok=True)
     return FolderLease(local_folder / f"{key}.claim")
 
 

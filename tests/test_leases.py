@@ -18,7 +18,7 @@ from torch import nn
 
 from raysweep.bucket_lease import LeaseTimes
 from raysweep.leases import FolderLease, make_lease
-from raysweep.stores import open_path
+from raysweep.stores import StoreUnavailable, open_path
 from raysweep.training import checkpoint
 from raysweep.training.config import build_training_config
 from raysweep.training.prefix_cache import PrefixCache
@@ -60,6 +60,20 @@ def test_one_holder_keeps_a_lease_until_it_is_released(tmp_path: Path) -> None:
     first.release()
     assert second.try_acquire()
     second.release()
+
+
+@pytest.mark.parametrize("obstacle", ["a folder in its place", "a file in place of its folder"])
+def test_a_lease_that_cannot_be_written_is_one_line(obstacle: str, tmp_path: Path) -> None:
+    if obstacle == "a folder in its place":
+        (tmp_path / "key.claim").mkdir()
+        problem = "key.claim is a folder, where raysweep needs a file: rename or delete it"
+    else:
+        tmp_path = tmp_path / "prefixes"
+        tmp_path.write_text("")
+        problem = f"{tmp_path}: File exists"
+    with pytest.raises(StoreUnavailable) as caught:
+        make_lease(open_path(tmp_path), "key").try_acquire()
+    assert str(caught.value).endswith(problem) and "\n" not in str(caught.value)
 
 
 class TestTakeover:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import signal
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ from moto.server import DomainDispatcherApplication, ThreadedMotoServer, create_
 from werkzeug.serving import make_server
 
 from raysweep.cli import main
+from raysweep.errors import SpecError
 from raysweep.stores import (
     BucketStore,
     FolderStore,
@@ -27,8 +29,10 @@ from raysweep.stores import (
     StoreAccessRefused,
     StoredFile,
     StoredFileNotFound,
+    StorePath,
     StoreUnavailable,
     VersionedContent,
+    folder_store,
     open_path,
     open_store,
     require_conditional_writes,
@@ -116,7 +120,8 @@ class TestStore:
             assert store.read_versioned(key) is None
             with pytest.raises(StoredFileNotFound, match="there is no such file"):
                 store.read_bytes(key)
-        assert store.replace("x", b"new", "1") is None and store.delete("x")
+        assert store.replace("x", b"new", "1") is None
+        store.delete("x")
 
     def test_one_of_eight_threads_creates_a_file(self, store: Store) -> None:
         versions = run_together(8, lambda number: store.create("a/claim", f"{number}".encode()))
@@ -140,15 +145,41 @@ class TestStore:
         assert store.replace("claim", b"late", first) is None
         assert store.replace("claim", b"again", second) not in (None, second)
 
-    def test_only_the_expected_version_is_deleted(self, store: Store) -> None:
-        first = store.create("claim", b"1")
-        assert first is not None
-        second = store.replace("claim", b"2", first)
-        assert not store.delete("claim", first) and store.read_bytes("claim") == b"2"
-        assert store.delete("claim", second) and store.read_versioned("claim") is None
-        assert not store.delete("claim", second) and store.delete("claim")
+    def test_a_file_is_deleted_if_there_is_one(self, store: Store) -> None:
+        store.write_bytes("a/claim", b"1")
+        store.delete("a")
+        assert store.read_bytes("a/claim") == b"1", "a folder is no file"
+        store.delete("a/claim")
+        store.delete("a/claim")
+        assert store.read_versioned("a/claim") is None
         assert store.create("claim", b"1") is not None
         assert [file.key for file in store.list_files()] == ["claim"], "no other file is left"
+
+    @pytest.mark.parametrize(
+        "key", ["../x", "/abs", "a/../../x", "a//x", "./x", "a/.", "a/", "a\nb", "a\0b", ".."]
+    )
+    def test_what_is_no_key_is_refused(self, key: str, store: Store, tmp_path: Path) -> None:
+        operations: list[Callable[[], object]] = [
+            *list_operations(store, key),
+            lambda: store.delete_folder(key),
+            lambda: store.list_subfolders(key),
+            lambda: store.list_checkpoints(key),
+            lambda: store.delete_unfinished(key),
+            lambda: store.read_matching(key, "*"),
+            lambda: store.scratch_path(key),
+        ]
+        for operation in operations:
+            with pytest.raises(SpecError, match="expected a path relative to its folder"):
+                operation()
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+    def test_a_path_stays_in_its_store(self, store: Store) -> None:
+        folder = StorePath(store, "s1")
+        (folder / "./a//b/").write_bytes(b"1")
+        assert [file.key for file in store.list_files()] == ["s1/a/b"]
+        for part in ("..", "../../x", "/etc/passwd"):
+            with pytest.raises(SpecError, match="expected a path relative to its folder"):
+                (folder / part).is_file()
 
     def test_files_are_listed_below_a_folder_and_by_pattern(self, store: Store) -> None:
         for key in ("s/trials/0/trial.json", "s/trials/1/trial.json", "s/trials/1/x/trial.json"):
@@ -298,7 +329,8 @@ class TestStore:
             version = store.create(key, b"1")
             assert version is not None and store.create(key, b"2") is None
             assert store.replace(key, b"2", version) is not None
-            assert store.delete(key) and store.list_files(name) == []
+            store.delete(key)
+            assert store.list_files(name) == []
 
     def test_the_least_recently_used_checkpoint_is_told(self, store: Store) -> None:
         for key in ("a", "b"):
@@ -349,20 +381,93 @@ def test_no_update_of_four_processes_in_a_folder_is_lost(tmp_path: Path) -> None
     assert [file.name for file in tmp_path.iterdir()] == ["number"], "no lock is left"
 
 
-def list_operations(store: Store) -> list[Callable[[], object]]:
+def list_operations(store: Store, key: str = "a") -> list[Callable[[], object]]:
     return [
-        lambda: store.read_bytes("a"),
-        lambda: store.read_versioned("a"),
-        lambda: store.read_matching("", "*"),
-        lambda: store.write_bytes("a", b"1"),
-        lambda: store.create("a", b"1"),
-        lambda: store.replace("a", b"1", "1"),
-        lambda: store.delete("a"),
-        lambda: store.list_files(),
-        lambda: store.list_subfolders("a"),
-        lambda: store.fetch_checkpoint("a"),
-        lambda: write_checkpoint(store, "a", "text"),
+        lambda: store.read_bytes(key),
+        lambda: store.read_versioned(key),
+        lambda: store.read_matching(key, "*"),
+        lambda: store.write_bytes(key, b"1"),
+        lambda: store.create(key, b"1"),
+        lambda: store.replace(key, b"1", "1"),
+        lambda: store.delete(key),
+        lambda: store.list_files(key),
+        lambda: store.list_subfolders(key),
+        lambda: store.fetch_checkpoint(key),
+        lambda: write_checkpoint(store, key, "text"),
     ]
+
+
+class TestFolder:
+    """Errors of a file system are those of a bucket."""
+
+    def test_a_file_system_that_reports_an_error(self, tmp_path: Path) -> None:
+        store = FolderStore(tmp_path)
+        (tmp_path / "loop").symlink_to("loop")
+        (tmp_path / "file").write_bytes(b"1")
+        for key in ("loop/x", "file/x"):
+            for write in (
+                lambda key=key: store.write_bytes(key, b"1"),
+                lambda key=key: store.create(key, b"1"),
+                lambda key=key: write_checkpoint(store, key, "text"),
+            ):
+                with pytest.raises(StoreUnavailable) as caught:
+                    write()
+                (line,) = caught.value.problems
+                assert line.startswith(f"{tmp_path / key}: ") and "\n" not in line
+                assert isinstance(caught.value.__cause__, OSError)
+        with pytest.raises(StoreUnavailable, match="symbolic links"):
+            store.read_bytes("loop")
+
+    @pytest.mark.skipif(not Path("/proc/sys").exists(), reason="needs a read-only file system")
+    def test_a_file_system_that_refuses_writes(self) -> None:
+        store = FolderStore(Path("/proc/sys"))
+        with pytest.raises((StoreAccessRefused, StoreUnavailable), match=r"^/proc/sys/a: "):
+            store.write_bytes("a", b"1")
+
+    def test_an_error_of_the_writer_of_a_checkpoint_stays_what_it_is(self, tmp_path: Path) -> None:
+        store = FolderStore(tmp_path)
+        with (
+            pytest.raises(BlockingIOError) as caught,
+            store.write_checkpoint("a"),
+        ):
+            raise BlockingIOError("of the caller")
+        assert caught.value.__cause__ is None and caught.value.__context__ is None
+
+    def test_a_stopped_process_does_not_keep_a_file_for_ever(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("raysweep.stores.folder_store._LOCK_TIMEOUT", 0.3)
+        holder = forked_processes.start_function(hold_file_lock, tmp_path)
+        try:
+            wait_for(tmp_path / "held", holder)
+            holder.send_signal(signal.SIGSTOP)
+            store = FolderStore(tmp_path)
+            for operation in (
+                lambda: store.create("x", b"2"),
+                lambda: store.replace("x", b"2", "1"),
+            ):
+                with pytest.raises(
+                    StoreUnavailable, match=rf"x: process {holder.pid} on .* kept it locked for"
+                ):
+                    operation()
+            assert store.create("y", b"2") is not None, "other files are free"
+        finally:
+            holder.kill()
+        assert store.create("x", b"2") is not None
+
+
+def hold_file_lock(folder: Path) -> None:
+    """Hold the lock of the file `x` until this process is killed."""
+    with folder_store._hold_file_lock(folder / "x"):
+        (folder / "held").touch()
+        time.sleep(600)
+
+
+def wait_for(file: Path, process: forked_processes.ForkedProcess) -> None:
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.err
+        time.sleep(0.01)
 
 
 @contextmanager

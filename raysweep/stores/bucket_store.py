@@ -31,6 +31,7 @@ from raysweep.stores.protocol import (
     StoredCheckpoint,
     StoredFile,
     VersionedContent,
+    check_key,
 )
 from raysweep.stores.request_log import log_slow_request
 
@@ -157,6 +158,7 @@ class BucketStore:
 
     def scratch_path(self, key: str) -> Path:
         location = self.location
+        check_key(key)
         server = "?".join(filter(None, (location.scheme, location.query)))
         folder = local_copies.bucket_copies_folder(server, location.login_and_bucket)
         return folder / location.prefix / key
@@ -199,13 +201,10 @@ class BucketStore:
     def replace(self, key: str, data: bytes, version: str) -> str | None:
         return self._put_conditionally(key, data, {"e_tag" if self._is_s3 else "version": version})
 
-    def delete(self, key: str, version: str | None = None) -> bool:
-        if version is not None and self.replace(key, b"", version) is None:
-            return False
+    def delete(self, key: str) -> None:
         self.require_writable()
         with suppress(StoredFileNotFound), self._translate_errors(key):
             self._client.delete(key)
-        return True
 
     def list_files(self, prefix: str = "", pattern: str = "**/*") -> list[StoredFile]:
         files = []
@@ -413,6 +412,7 @@ class BucketStore:
         """Raise this package's errors instead of obstore's."""
         from obstore.exceptions import BaseError
 
+        check_key(key)
         try:
             with log_slow_request(self.uri_of(key)):
                 yield

@@ -7,18 +7,24 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from raysweep.atomic_files import atomic_folder, atomic_open, link_or_copy
-from raysweep.stores.errors import StoredFileNotFound
+from raysweep.process_identity import ProcessIdentity
+from raysweep.stores.errors import StoredFileNotFound, StoreUnavailable, translate_os_errors
 from raysweep.stores.protocol import (
     META_FILE,
     StoredCheckpoint,
     StoredFile,
     VersionedContent,
+    check_key,
 )
+
+# Seconds for which a lock is waited for; holders need milliseconds.
+_LOCK_TIMEOUT = 30.0
+_SHORTEST_LOCK_POLL, _LONGEST_LOCK_POLL = 0.001, 0.05
 
 
 class FolderStore:
@@ -50,22 +56,24 @@ class FolderStore:
         return str(self.path)
 
     def uri_of(self, key: str) -> str:
-        return str(self.path / key)
+        return str(self._path_of(key))
 
     def local_path(self, key: str) -> Path | None:
-        return self.path / key
+        return self._path_of(key)
 
     def scratch_path(self, key: str) -> Path:
-        return self.path / key
+        return self._path_of(key)
 
     def has_file(self, key: str) -> bool:
-        return (self.path / key).is_file()
+        with self._translate_errors(key) as path:
+            return path.is_file()
 
     def read_bytes(self, key: str) -> bytes:
-        try:
-            return (self.path / key).read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise StoredFileNotFound(f"{self.uri_of(key)}: there is no such file") from error
+        with self._translate_errors(key) as path:
+            try:
+                return path.read_bytes()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+                raise StoredFileNotFound(f"{path}: there is no such file") from error
 
     def read_versioned(self, key: str) -> VersionedContent | None:
         try:
@@ -76,100 +84,125 @@ class FolderStore:
 
     def read_matching(self, prefix: str, pattern: str) -> dict[str, bytes]:
         contents = {}
-        for path in sorted((self.path / prefix).glob(pattern)):
-            with suppress(FileNotFoundError, IsADirectoryError):
-                contents[self._key_of(path)] = path.read_bytes()
+        with self._translate_errors(prefix) as folder:
+            for path in sorted(folder.glob(pattern)):
+                with suppress(FileNotFoundError, IsADirectoryError):
+                    contents[self._key_of(path)] = path.read_bytes()
         return contents
 
     def write_bytes(self, key: str, data: bytes) -> None:
-        with atomic_open(self.path / key) as stream:
+        with self._translate_errors(key) as path, atomic_open(path) as stream:
             stream.write(data)
 
     def create(self, key: str, data: bytes) -> str | None:
-        path = self.path / key
-        with _hold_file_lock(path):
+        with self._translate_errors(key) as path, _hold_file_lock(path):
             if path.exists():
                 return None
             self.write_bytes(key, data)
             return _digest(data)
 
     def replace(self, key: str, data: bytes, version: str) -> str | None:
-        with _hold_file_lock(self.path / key):
-            if not self._has_version(key, version):
+        with self._translate_errors(key) as path, _hold_file_lock(path):
+            current = self.read_versioned(key)
+            if current is None or current.version != version:
                 return None
             self.write_bytes(key, data)
             return _digest(data)
 
-    def delete(self, key: str, version: str | None = None) -> bool:
-        path = self.path / key
-        if not path.exists():
-            return version is None
-        with _hold_file_lock(path):
-            if version is not None and not self._has_version(key, version):
-                return False
-            path.unlink(missing_ok=True)
-            return True
+    def delete(self, key: str) -> None:
+        with self._translate_errors(key) as path:
+            # In a bucket, a folder is no file either.
+            if os.path.lexists(path) and not path.is_dir():
+                with _hold_file_lock(path):
+                    path.unlink(missing_ok=True)
 
     def list_files(self, prefix: str = "", pattern: str = "**/*") -> list[StoredFile]:
         files = []
-        for path in (self.path / prefix).glob(pattern):
-            with suppress(FileNotFoundError):
-                if path.is_file() and not path.name.endswith((".part", ".lock~")):
-                    status = path.stat()
-                    files.append(StoredFile(self._key_of(path), status.st_size, status.st_mtime))
+        with self._translate_errors(prefix) as folder:
+            for path in folder.glob(pattern):
+                with suppress(FileNotFoundError):
+                    if path.is_file() and not path.name.endswith((".part", ".lock~")):
+                        status = path.stat()
+                        files.append(
+                            StoredFile(self._key_of(path), status.st_size, status.st_mtime)
+                        )
         return sorted(files, key=lambda file: file.key)
 
     def list_subfolders(self, prefix: str) -> list[str]:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            return sorted(child.name for child in (self.path / prefix).iterdir() if child.is_dir())
+        with (
+            self._translate_errors(prefix) as folder,
+            suppress(FileNotFoundError, NotADirectoryError),
+        ):
+            return sorted(child.name for child in folder.iterdir() if child.is_dir())
         return []
 
     def delete_folder(self, prefix: str) -> None:
-        # Renamed first, so that no process finds a partly deleted checkpoint.
-        path = self.path / prefix
-        hidden = path.with_name(f".{path.name}.{os.getpid()}")
-        with suppress(FileNotFoundError):
-            path.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        with self._translate_errors(prefix) as path:
+            # Renamed first, so that no process finds a partly deleted checkpoint.
+            hidden = path.with_name(f".{path.name}.{os.getpid()}")
+            with suppress(FileNotFoundError):
+                path.rename(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
 
     @contextmanager
     def write_checkpoint(
         self, key: str, copy_from: str | None = None, overwrite: bool = True
     ) -> Iterator[Path]:
-        with atomic_folder(self.path / key, overwrite) as partial:
-            if copy_from is not None:
-                link_files(self.path / copy_from, partial)
+        with ExitStack() as stack:
+            with self._translate_errors(key) as path:
+                partial = stack.enter_context(atomic_folder(path, overwrite))
+                if copy_from is not None:
+                    self._link_checkpoint(copy_from, partial)
+            # Errors of the block may have nothing to do with this store.
             yield partial
+            with self._translate_errors(key):
+                stack.close()
 
     def fetch_checkpoint(self, key: str) -> Path | None:
-        path = self.path / key
-        return path if (path / META_FILE).is_file() else None
+        with self._translate_errors(key) as path:
+            return path if (path / META_FILE).is_file() else None
 
     def mark_used(self, key: str) -> None:
-        with suppress(FileNotFoundError):
-            os.utime(self.path / key)
+        with self._translate_errors(key) as path, suppress(FileNotFoundError):
+            os.utime(path)
 
     def list_checkpoints(self, prefix: str) -> list[StoredCheckpoint]:
         checkpoints = []
-        for meta_file in sorted((self.path / prefix).glob(f"[!.]*/{META_FILE}")):
-            folder = meta_file.parent
-            with suppress(FileNotFoundError):
-                size = sum(file.stat().st_size for file in folder.iterdir())
-                last_used = folder.stat().st_mtime
-                checkpoints.append(StoredCheckpoint(self._key_of(folder), size, last_used))
+        with self._translate_errors(prefix) as path:
+            for meta_file in sorted(path.glob(f"[!.]*/{META_FILE}")):
+                folder = meta_file.parent
+                with suppress(FileNotFoundError):
+                    size = sum(file.stat().st_size for file in folder.iterdir())
+                    last_used = folder.stat().st_mtime
+                    checkpoints.append(StoredCheckpoint(self._key_of(folder), size, last_used))
         return checkpoints
 
     def delete_unfinished(self, prefix: str, min_age: float = 0.0) -> None:
-        delete_unfinished_folders(self.path / prefix, min_age)
+        with self._translate_errors(prefix) as folder:
+            delete_unfinished_folders(folder, min_age)
+
+    def _link_checkpoint(self, key: str, target: Path) -> None:
+        """Link a checkpoint's files into a folder; StoredFileNotFound if there is none."""
+        path = self._path_of(key)
+        try:
+            link_files(path, target)
+        except FileNotFoundError as error:
+            raise StoredFileNotFound(f"{path}: there is no checkpoint") from error
+
+    def _path_of(self, key: str) -> Path:
+        """Return the path of a key; SpecError for what is no key."""
+        return self.path / check_key(key)
 
     def _key_of(self, path: Path) -> str:
         """Return the key of a file below the folder."""
         return path.relative_to(self.path).as_posix()
 
-    def _has_version(self, key: str, version: str) -> bool:
-        """Return whether a file exists and has a version."""
-        current = self.read_versioned(key)
-        return current is not None and current.version == version
+    @contextmanager
+    def _translate_errors(self, key: str) -> Iterator[Path]:
+        """Yield the path of a key; raise the errors of stores in place of the file system's."""
+        path = self._path_of(key)
+        with translate_os_errors(str(path)):
+            yield path
 
 
 def link_files(source: Path, target: Path) -> None:
@@ -205,16 +238,41 @@ def _digest(data: bytes) -> str:
 
 @contextmanager
 def _hold_file_lock(path: Path) -> Iterator[None]:
-    """Hold a lock for a file that need not exist; the lock's own file is gone afterwards."""
+    """Hold a lock for a file that need not exist; the lock's own file is gone afterwards.
+
+    Raises StoreUnavailable if another process keeps the lock, because it is stopped.
+    """
     lock_file = path.with_name(f".{path.name}.lock~")
+    deadline = time.monotonic() + _LOCK_TIMEOUT
     while True:
         lock_file.parent.mkdir(parents=True, exist_ok=True)
-        with lock_file.open("a") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+        with lock_file.open("a+") as stream:
+            _lock_before(deadline, stream, path)
             # The previous holder may have deleted the file that this process has locked.
             if os.fstat(stream.fileno()).st_nlink:
+                stream.truncate(0)
+                stream.write(str(ProcessIdentity.of_this_process()))
+                stream.flush()
                 try:
                     yield
                     return
                 finally:
                     lock_file.unlink()
+
+
+def _lock_before(deadline: float, stream: IO[str], path: Path) -> None:
+    """Lock an open file; StoreUnavailable after a time of the monotonic clock."""
+    pause = _SHORTEST_LOCK_POLL
+    while True:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                stream.seek(0)
+                raise StoreUnavailable(
+                    f"{path}: {stream.read() or 'another process'} has kept it locked for "
+                    f"{_LOCK_TIMEOUT:.0f} s: end that process, or continue it if it is stopped"
+                ) from error
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_LOCK_POLL)

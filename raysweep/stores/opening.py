@@ -72,7 +72,7 @@ def open_path(location: Location) -> StorePath:
         return location
     if not is_uri(str(location)):
         path = _resolve_folder(str(location))
-        return StorePath(FolderStore(Path(path.anchor)), path.relative_to(path.anchor).as_posix())
+        return StorePath(FolderStore(Path(path.anchor)), "/".join(path.parts[1:]))
     folder = parse_bucket_uri(str(location))
     return StorePath(BucketStore(replace(folder, prefix="")), folder.prefix)
 

@@ -1,19 +1,24 @@
 """The protocol of all stores: what raysweep needs of a folder or a bucket.
 
-A store holds files by key. A key is a relative path with `/`, such as `s1/trials/0003/trial.json`.
-Every operation is complete when it returns: there is no separate upload or download.
+A store holds files by key. A key is a relative path with `/`, such as `s1/trials/0003/trial.json`,
+without empty parts, `.`, `..` and control characters; "" is the store's own folder. Every operation
+is complete when it returns: there is no separate upload or download.
 
 A checkpoint is a folder with a `meta.json`, which is written last and deleted first: readers find a
 complete checkpoint or none.
 """
 
+import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from raysweep.errors import SpecError
+
 # File that makes a folder a checkpoint: written last and deleted first.
 META_FILE = "meta.json"
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
@@ -52,19 +57,43 @@ class VersionedContent:
 
     Attributes:
         data: The content.
-        version: Value for `replace` and `delete`. Equal contents may have equal versions.
+        version: Value for `replace`. Equal contents may have equal versions.
     """
 
     data: bytes
     version: str
 
 
+def check_key(key: str) -> str:
+    """Check that a text is a key: nothing outside a store has a key.
+
+    Args:
+        key: The text.
+
+    Returns:
+        The same text.
+
+    Raises:
+        SpecError: It is an absolute path, or has an empty part, `.`, `..` or a control character.
+    """
+    parts = key.split("/") if key else []
+    if {"", ".", ".."} & set(parts) or _CONTROL_CHARACTERS.search(key):
+        raise SpecError(
+            f"{key!r}: expected a path relative to its folder, such as s1/trials, without '..', "
+            "'.', '//' and control characters"
+        )
+    return key
+
+
 class Store(Protocol):
     """Files by key in a folder or a bucket that several processes and machines share.
 
-    All operations in a bucket raise `StoreAccessRefused` if it refuses access, and
-    `StoreUnavailable`, which is an `OSError`, if it does not answer for about two minutes. In a
-    folder they raise the `OSError` of the file system.
+    All operations raise these errors, of which the last two are OSErrors, too:
+
+    - `SpecError` for what is no key (see `check_key`);
+    - `StoreAccessRefused` if the store refuses access, or its disk is full or read-only;
+    - `StoreUnavailable` if a bucket does not answer for about two minutes, another process keeps a
+      file of a folder locked, or the file system reports another error.
     """
 
     @property
@@ -172,19 +201,14 @@ class Store(Protocol):
         """
         ...
 
-    def delete(self, key: str, version: str | None = None) -> bool:
-        """Delete a file.
+    def delete(self, key: str) -> None:
+        """Delete a file, if there is one.
 
-        With a version, a bucket first replaces the file by an empty one under the condition of
-        `replace`, then deletes it. Others may see the empty file in between.
+        A bucket may repeat the deletion after a lost answer. So no other process may create the
+        file again meanwhile (see `raysweep.bucket_lease`).
 
         Args:
             key: Key of the file.
-            version: Delete only this version; None deletes any.
-
-        Returns:
-            False if a version was given that the file no longer has; otherwise True, also if there
-            is no such file.
         """
         ...
 

@@ -27,7 +27,10 @@ class StorePath:
     key: str
 
     def __truediv__(self, part: str) -> "StorePath":
-        return StorePath(self.store, f"{self.key}/{part}" if self.key else part)
+        # As with pathlib, `a/` and `./a` are `a`; the store refuses `..` and absolute paths.
+        names = [name for name in part.split("/") if name not in ("", ".")]
+        relative = part if part.startswith("/") else "/".join(names)
+        return StorePath(self.store, "/".join(filter(None, (self.key, relative))))
 
     def __str__(self) -> str:
         return self.store.uri_of(self.key)

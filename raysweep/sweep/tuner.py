@@ -423,7 +423,7 @@ def _train_and_report(
     except TrainingInterrupted:
         exit_preempted()
     except StoreUnavailable as error:
-        logger.error("the bucket does not answer; the trial starts again", exc_info=error)
+        logger.error("the trial starts again: %s", error, exc_info=error)
         raise
     except Exception as error:
         tune.report(failure_report(error, config, run_path))
