@@ -13,6 +13,8 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from traceback import format_exception
+from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
 from raysweep import __version__
@@ -28,6 +30,7 @@ from raysweep.errors import (
     is_infrastructure_error,
 )
 from raysweep.logs import command_log
+from raysweep.redaction import redact_secrets
 from raysweep.shell_completion import SUPPORTED_SHELLS, PrintCompletion
 
 logger = logging.getLogger(__name__)
@@ -73,9 +76,8 @@ class _OneLineErrorParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with the code for wrong settings."""
-        self.exit(
-            ExitCode.WRONG_SETTINGS, f"raysweep: error: {message}; see `{self.prog} --help`\n"
-        )
+        line = redact_secrets(f"{message}; see `{self.prog} --help`")
+        self.exit(ExitCode.WRONG_SETTINGS, f"raysweep: error: {line}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -120,8 +122,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given_arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = _parse_arguments(given_arguments)
     _disable_telemetry()
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _print_traceback
     with _one_line_warnings():
         return _run_command(args, given_arguments)
+
+
+def _print_traceback(
+    error_type: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Print the traceback of a bug as Python does, without secrets."""
+    lines = format_exception(error_type, error, traceback)
+    sys.stderr.write(redact_secrets("".join(lines)))
 
 
 def _disable_telemetry() -> None:
@@ -241,10 +253,8 @@ def _find_expected_error(error: BaseException, command: str) -> RaysweepError | 
     if isinstance(error, OSError) and is_infrastructure_error(error):
         return InfrastructureError(describe_os_error(error))
     if isinstance(error, _load_library_errors()):
-        from raysweep.formatting import redact_secrets
-
         lines = str(error).splitlines() or [type(error).__name__]
-        return InfrastructureError(redact_secrets(lines[0]))
+        return InfrastructureError(lines[0])
     return None
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, ClassVar, Self
 
+from raysweep.redaction import redact_secrets
+
 _INFRASTRUCTURE_ERRNOS = frozenset(
     {
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE),
@@ -59,12 +61,13 @@ class RaysweepError(Exception):
     """What the command line adds to the last problem: what to do next."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
-        """Store the problems; the exception's message is all lines.
+        """Store the problems without secrets; the exception's message is all lines.
 
         Args:
             problems: One line or several.
         """
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        lines = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = [redact_secrets(line) for line in lines]
         super().__init__("\n".join(self.problems))
 
     def with_prefix(self, prefix: str) -> Self:

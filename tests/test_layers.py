@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent / "raysweep"
 # Each layer may import itself and those before it.
 LAYERS = [
     (
+        "redaction",
         "errors",
         "lazy_modules",
         "atomic_files",

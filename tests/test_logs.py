@@ -22,7 +22,7 @@ from raysweep import logs
 from raysweep.cli import main
 from raysweep.errors import InfrastructureError
 from raysweep.logs import folder_log
-from raysweep.logs.redaction import redact_log_text
+from raysweep.redaction import redact_secrets
 from raysweep.stores import request_log
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import load_space
@@ -37,6 +37,14 @@ SECRETS = {
     "GET /b?X-Amz-Signature=0a1b2c3d&X-Amz-Date=1": "0a1b2c3d",
     "{'password': 'hush hush', 'user': 'me'}": "hush hush",
     "Authorization: Bearer abc.def": "abc.def",
+    "https://b.example.org/x?sv=2026&sig=hushhush%3D&se=1": "hushhush",
+    "password: hush hush": "hush",
+    "db_password = 'it is hush'": "hush",
+    "mysql://hushtoken@db/x": "hushtoken",
+    "cannot open mysql://me:hu/sh@hush sh@db/x": "sh sh",
+    "gs://b/x?access_token=hushhush": "hushhush",
+    "s3://b/x?endpoint_override=me:hu/sh@h:1": "hu/sh",
+    "-----BEGIN PRIVATE KEY-----\nhushhush\n-----END PRIVATE KEY-----": "hushhush",
 }
 
 
@@ -98,8 +106,8 @@ def test_the_values_of_secret_variables_are_not_logged(monkeypatch: pytest.Monke
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/etc/key.json")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of")
     text = "x correct horse of /etc/key.json"
-    assert redact_log_text(text) == "x *** of /etc/key.json"
-    assert redact_log_text(
+    assert redact_secrets(text) == "x *** of /etc/key.json"
+    assert redact_secrets(
         "s3://b/x?endpoint_override=minio:9000&scheme=http; gs://anonymous@b"
     ) == ("s3://b/x?endpoint_override=minio:9000&scheme=http; gs://anonymous@b")
 

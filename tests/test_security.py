@@ -143,8 +143,11 @@ def test_show_looks_at_runs_and_nowhere_else(what: str, workdir: Path, capsys) -
             "postgresql://lab:se/cret@db/mlflow",
             'mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"',
         ),
-        ("https://lab:secret@mlflow.lab/x", "open https://mlflow.lab/x"),
-        ("http://mlflow.lab:5000/a@b", "open http://mlflow.lab:5000/a@b"),
+        ("https://lab:secret@mlflow.lab/x", 'open "$MLFLOW_TRACKING_URI"'),
+        ("https://lab:se/cr@et@mlflow.lab/x", 'open "$MLFLOW_TRACKING_URI"'),
+        ("http://token@mlflow.lab:5000", 'open "$MLFLOW_TRACKING_URI"'),
+        ("http://mlflow.lab:5000/a", "open http://mlflow.lab:5000/a"),
+        ("http://mlflow.lab:5000/a@b", 'open "$MLFLOW_TRACKING_URI"'),
         (
             "sqlite:////home/a@b/mlflow.db",
             "mlflow ui --backend-store-uri sqlite:////home/a@b/mlflow.db",
@@ -162,7 +165,7 @@ def test_what_to_type_next_holds_no_password(uri: str, command: str) -> None:
 def test_a_store_that_does_not_answer_gives_no_password_away(uri: str) -> None:
     with pytest.raises(InfrastructureError) as refused:
         get_mlflow_version(uri)
-    assert "://lab:***@127.0.0.1" in str(refused.value) and not re.search(
+    assert "://***@127.0.0.1" in str(refused.value) and not re.search(
         "hush|hu/sh", str(refused.value)
     )
 

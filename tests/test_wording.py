@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from raysweep.formatting import format_clock, format_count, format_duration, redact_secrets
+from raysweep.formatting import format_clock, format_count, format_duration
+from raysweep.redaction import redact_secrets
 from raysweep.terminal import format_accuracies, format_param
 from raysweep.tracking import tracking_uri, training_run_tags
 from raysweep.tracking.mlflow_tracker import format_mlflow_param
@@ -65,26 +66,26 @@ def test_parameters_as_mlflow_shows_them(value: object, text: str) -> None:
 @pytest.mark.parametrize(
     ("uri", "shown"),
     [
-        ("postgresql://me:se@cret@host:5432/db", "postgresql://me:***@host:5432/db"),
+        ("postgresql://me:se@cret@host:5432/db", "postgresql://***@host:5432/db"),
         (
             "mysql+pymysql://me:secret@host/db?charset=utf8",
-            "mysql+pymysql://me:***@host/db?charset=utf8",
+            "mysql+pymysql://***@host/db?charset=utf8",
         ),
-        ("postgresql://:secret@host/db", "postgresql://:***@host/db"),
+        ("postgresql://:secret@host/db", "postgresql://***@host/db"),
         (
             "postgresql://host/db?user=me&password=secret&x=1",
             "postgresql://host/db?user=me&password=***&x=1",
         ),
         (
             "cannot open postgresql://me:secret@host/db: refused",
-            "cannot open postgresql://me:***@host/db: refused",
+            "cannot open postgresql://***@host/db: refused",
         ),
-        ("postgresql://me@work:secret@host/db", "postgresql://me@work:***@host/db"),
-        ("postgresql://me:a se@cret@host/db", "postgresql://me:***@host/db"),
-        ("postgresql:/me:secret@host/db", "postgresql:/me:***@host/db"),
-        ("me:secret@host:5432/db", "me:***@host:5432/db"),
+        ("postgresql://me@work:secret@host/db", "postgresql://***@host/db"),
+        ("postgresql://me:a se@cret@host/db", "postgresql://***@host/db"),
+        ("postgresql:/me:secret@host/db", "postgresql:/***@host/db"),
+        ("me:secret@host:5432/db", "***@host:5432/db"),
         ("models:/NAME@champion: no model", "models:/NAME@champion: no model"),
-        ("http://me@host:5000", "http://me@host:5000"),
+        ("http://me@host:5000", "http://***@host:5000"),
         ("nonsense", "nonsense"),
         ("sqlite:///optuna.db", "sqlite:///optuna.db"),
         ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),

@@ -6,7 +6,6 @@ Command modules import this inside functions, because it imports pydantic and YA
 import importlib.util
 import logging
 import os
-import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 from raysweep.errors import InfrastructureError
+from raysweep.redaction import redact_secrets
 from raysweep.spec import SpecError, is_safe_name, parse_yaml
 from raysweep.stores import StorePath, open_path, require_conditional_writes, require_reachable
 from raysweep.sweep.ledger import Ledger
@@ -233,8 +233,11 @@ def format_ui_command(tracking_uri: str) -> str:
     """
     if tracking_uri == f"sqlite:///{(Path() / 'mlflow.db').resolve()}":
         return "mlflow ui"
+    is_public = tracking_uri.startswith(("http", "sqlite")) and (
+        redact_secrets(tracking_uri) == tracking_uri
+    )
+    # A URI with a password comes from this variable only.
+    store = shlex.quote(tracking_uri) if is_public else '"$MLFLOW_TRACKING_URI"'
     if tracking_uri.startswith("http"):
-        return f"open {re.sub('//[^/]*@', '//', tracking_uri)}"
-    # The URI of a database server has a password and comes from this variable only.
-    store = tracking_uri if tracking_uri.startswith("sqlite") else '"$MLFLOW_TRACKING_URI"'
+        return f"open {store}"
     return f"mlflow ui --backend-store-uri {store}"

@@ -214,7 +214,7 @@ def _probe_nodes(address: str | None, runs_folder: StorePath, spec: DataSpec) ->
 def _diagnose_mlflow(tracking_uri: str) -> Iterator[Finding]:
     """Check that the MLflow store answers and that its version is safe."""
     from raysweep.errors import RaysweepError
-    from raysweep.formatting import redact_secrets
+    from raysweep.redaction import redact_secrets
     from raysweep.tracking import get_mlflow_version
 
     try:

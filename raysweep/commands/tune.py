@@ -546,11 +546,11 @@ def _report_sweep_end(request: TuneRequest, ledger: Ledger, end_reason: SweepEnd
 
 def _format_resume_flags(request: TuneRequest) -> str:
     """Return the flags that a sweep's folder does not store, with a space before each."""
-    from raysweep.formatting import redact_secrets
+    from raysweep.redaction import redact_secrets
 
     flags = []
     if request.address:
-        flags.append(f"--address {shlex.quote(request.address)}")
+        flags.append(f"--address {shlex.quote(redact_secrets(request.address))}")
     if request.workers > 1:
         flags.append(f"--workers {request.workers}")
     if request.cpus_per_trial != 1:

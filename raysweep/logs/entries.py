@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from raysweep.logs.redaction import redact_value
+from raysweep.redaction import redact_secrets, redact_value
 
 JsonEntry = dict[str, Any]
 """One line of a log, as a dict."""
@@ -54,7 +54,8 @@ def _make_entry(record: logging.LogRecord, context: Mapping[str, Any]) -> JsonEn
             entry[name] = value
     error = record.exc_info[1] if record.exc_info else None
     if error is not None:
-        text = "".join(traceback.format_exception(error))
+        # A secret that was cut off could not be told.
+        text = redact_secrets("".join(traceback.format_exception(error)))
         entry["exception"] = {
             "causes": describe_causes(error),
             "traceback": text[-_MAX_TRACEBACK_CHARACTERS:],

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import sys
 
-from raysweep.logs.redaction import redact_log_text
+from raysweep.redaction import redact_secrets
 
 # Records before the first folder is known.
 _MAX_EARLY_RECORDS = 1000
@@ -18,7 +18,7 @@ class TerminalHandler(logging.Handler):
         if getattr(record, "shown", False):
             return
         level = record.levelname.lower()
-        for line in redact_log_text(record.getMessage()).splitlines():
+        for line in redact_secrets(record.getMessage()).splitlines():
             # The reader of a pipe may be gone.
             with contextlib.suppress(OSError, ValueError):
                 sys.stderr.write(f"raysweep: {level}: {line}\n")

@@ -12,7 +12,7 @@ from typing import ClassVar
 from raysweep.errors import ExitCode
 from raysweep.logs.handlers import EarlyRecords, TerminalHandler
 from raysweep.logs.package_logger import attach_handlers, detach_handlers
-from raysweep.logs.redaction import redact_log_text
+from raysweep.redaction import redact_secrets
 
 LEVEL_VARIABLE = "RAYSWEEP_LOG_LEVEL"
 _LEVELS = {
@@ -43,8 +43,8 @@ class CommandLog:
     def __init__(self, arguments: Sequence[str]) -> None:
         self.name = arguments[0] if arguments else ""
         # Quotes could hide the secrets of an argument.
-        plain_arguments = map(redact_log_text, arguments)
-        self.command_line = redact_log_text(shlex.join(["raysweep", *plain_arguments]))
+        plain_arguments = map(redact_secrets, arguments)
+        self.command_line = redact_secrets(shlex.join(["raysweep", *plain_arguments]))
         self.exit_code: int | None = None
         self.started_at = time.time()
         self.early_records = EarlyRecords()

@@ -110,7 +110,7 @@ def parse_bucket_uri(uri: str) -> BucketLocation:
         )
     folders = [part for part in path.split("/") if part]
     is_known = scheme in _KNOWN_OPTIONS and _BUCKET_PATTERN.fullmatch(bucket)
-    if not is_known or {".", ".."} & set(folders):
+    if not is_known or {".", ".."} & set(folders) or not path.isprintable():
         # Options of other schemes may be secrets.
         raise SpecError(
             f"{scheme}://{place}: expected a folder, s3://BUCKET/PATH or gs://BUCKET/PATH"

@@ -5,7 +5,6 @@ from optuna.trial import FrozenTrial
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from raysweep.errors import InfrastructureError
-from raysweep.formatting import redact_secrets
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_study import TRIAL_NUMBER_ATTRIBUTE, to_frozen_trial
@@ -33,8 +32,7 @@ class OptunaExporter:
             reason = str(getattr(error, "orig", None) or error).splitlines()[0]
             is_malformed = isinstance(error, ArgumentError | ValueError)
             raise (SpecError if is_malformed else InfrastructureError)(
-                f"--optuna {redact_secrets(storage_url)}: {redact_secrets(reason)}; "
-                "expected for example sqlite:///optuna.db"
+                f"--optuna {storage_url}: {reason}; expected for example sqlite:///optuna.db"
             ) from error
 
     def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:

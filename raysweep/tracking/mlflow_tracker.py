@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from raysweep.errors import InfrastructureError, RaysweepError
-from raysweep.formatting import redact_secrets
+from raysweep.redaction import redact_secrets
 from raysweep.spec import SpecError, flatten_spec
 from raysweep.stores import StorePath
 from raysweep.training.checkpoint import describe_environment
@@ -222,7 +222,8 @@ class Tracker:
         from mlflow.entities import RunTag
 
         client, _ = self._connection.result()
-        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        entries = [RunTag(key, redact_secrets(value)) for key, value in tags.items()]
+        client.log_batch(run_id, tags=entries)
 
     def set_description(self, run_id: str, lines: Sequence[str]) -> None:
         """Replace the run's description in the UI by a list with one item per line."""
@@ -284,7 +285,7 @@ class Tracker:
             file_name: Path of the file in the run's artifacts.
         """
         client, _ = self._connection.result()
-        client.log_text(run_id, text, file_name)
+        client.log_text(run_id, redact_secrets(text), file_name)
 
     def log_file(self, run_id: str, path: Path, artifact_folder: str | None = None) -> None:
         """Upload a file as an artifact of a run.
@@ -337,7 +338,7 @@ class Tracker:
         except (MlflowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise _missing_entry_error_type(error)(
-                redact_secrets(f"{reference}: no checkpoint in MLflow store {self.uri}: {reason}")
+                f"{reference}: no checkpoint in MLflow store {self.uri}: {reason}"
             ) from error
 
     def register_model(
@@ -431,9 +432,7 @@ class Tracker:
             return Path(client.download_artifacts(run_id, artifact_path, str(target_folder)))
         except (MlflowException, OSError) as error:
             raise _missing_entry_error_type(error)(
-                redact_secrets(
-                    f"run {run_id} has no {artifact_path} in MLflow store {self.uri}: {error}"
-                )
+                f"run {run_id} has no {artifact_path} in MLflow store {self.uri}: {error}"
             ) from error
 
     def has_run_ended(self, run_id: str) -> bool:
@@ -471,7 +470,7 @@ class Tracker:
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
-        logger.info("connecting to the MLflow store %s", redact_secrets(self.uri))
+        logger.info("connecting to the MLflow store %s", self.uri)
         try:
             client = MlflowClient(tracking_uri=self.uri)
             experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
@@ -492,7 +491,7 @@ class Tracker:
             logger.error("the MLflow store does not answer", exc_info=error)
             hint = "set MLFLOW_TRACKING_URI to a server or sqlite:///FILE, or leave it out"
             raise InfrastructureError(
-                redact_secrets(f"MLflow store {self.uri}: {str(error).splitlines()[0]}; {hint}")
+                f"MLflow store {self.uri}: {str(error).splitlines()[0]}; {hint}"
             ) from error
 
 
@@ -528,12 +527,10 @@ def get_mlflow_version(uri: str) -> str:
     except (MlflowException, OSError) as error:
         errno_match = re.search(r"\[Errno \d+\] ([\w ]+)", str(error))
         reason = errno_match[1] if errno_match else str(error).splitlines()[0]
-        raise InfrastructureError(
-            redact_secrets(f"MLflow store {uri}: does not answer: {reason}")
-        ) from error
+        raise InfrastructureError(f"MLflow store {uri}: does not answer: {reason}") from error
     if response.status_code != 200:
         raise InfrastructureError(
-            redact_secrets(f"MLflow store {uri}: answers {response.status_code} {response.reason}")
+            f"MLflow store {uri}: answers {response.status_code} {response.reason}"
         )
     return str(response.text).strip()
 

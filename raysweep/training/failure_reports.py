@@ -11,6 +11,7 @@ import traceback
 
 from raysweep.errors import RaysweepError, describe_os_error, is_infrastructure_error
 from raysweep.lazy_modules import torch
+from raysweep.redaction import redact_secrets
 from raysweep.stores import StoredFileNotFound, StorePath
 from raysweep.training.config import TrainingConfig
 
@@ -47,7 +48,7 @@ def failure_report(
         return {FAILURE_KEY: str(error)}
     if isinstance(error, OSError) and is_infrastructure_error(error):
         # On a full disk a traceback could not be written either.
-        return {FAILURE_KEY: describe_os_error(error)}
+        return {FAILURE_KEY: redact_secrets(describe_os_error(error))}
     hint = f"lower batch_size (now {config.batch_size})"
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
@@ -73,8 +74,8 @@ def describe_bug(error: Exception) -> dict[str, str]:
         The report, with the traceback.
     """
     return {
-        FAILURE_KEY: traceback.format_exception_only(error)[0].splitlines()[0],
-        BUG_TRACEBACK_KEY: "".join(traceback.format_exception(error)),
+        FAILURE_KEY: redact_secrets(traceback.format_exception_only(error)[0].splitlines()[0]),
+        BUG_TRACEBACK_KEY: redact_secrets("".join(traceback.format_exception(error))),
     }
 
 

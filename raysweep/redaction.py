@@ -1,0 +1,134 @@
+"""Replace secrets in texts by `***`. Every text that leaves the program passes through here.
+
+Errors, log entries, tracebacks, tags and what the terminal shows call `redact_secrets`. It removes
+too much rather than too little where a text is unclear.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import quote, quote_plus
+
+_MASK = "***"
+_SECRET_WORDS = (
+    r"passw(?:or)?d|passwort|passphrase|pwd|secret|token|credentials?|signature|cookie|authorization"
+    r"|(?:access|account|api|private|secret|shared)[_-]?key(?:[_-]?id)?"
+)
+# The name of a secret ends with such a word. Names such as InvalidAuthToken are those of errors.
+_SECRET_NAME = rf"(?!(?i:invalid|expired|missing|bad))[\w.-]*?(?i:{_SECRET_WORDS})"
+_SECRET_NAME_PATTERN = re.compile(_SECRET_NAME)
+_QUOTED_VALUE = r"\"(?:[^\"\\\n]|\\.)*\"?|'(?:[^'\\\n]|\\.)*'?"
+
+_PEM_PATTERN = re.compile(
+    r"-----BEGIN [^-\n]*-----.*?(?:-----END [^-\n]*-----|\Z)"
+    # The beginning may have been cut off.
+    r"|(?<![A-Za-z0-9+/=])[A-Za-z0-9+/=]{16,}(?:(?:\s|\\n)+[A-Za-z0-9+/=]+)*(?:\s|\\n)*"
+    r"-----END [^-\n]*-----",
+    re.DOTALL,
+)
+# Keys and tokens of well-known services.
+_TOKEN_PATTERN = re.compile(
+    r"\b(?:(?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_\w{8,}|github_pat_\w{8,}|hf_\w{16,}|sk-[\w-]{16,}"
+    r"|xox[abprs]-[\w-]{8,}|ya29\.[\w-]{8,}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*)"
+)
+_SCHEME = r"(?P<before>[A-Za-z][\w+.-]{0,20}:/{1,4})"
+_HOST_FOLLOWS = r"@(?=[\w\[%.-])"
+# A password may contain `/` and `@`, so it ends at the last `@` of the word.
+_PASSWORD_PATTERN = re.compile(rf"{_SCHEME}[^\s:/]*:\S+{_HOST_FOLLOWS}")
+_LOGIN_PATTERN = re.compile(rf"{_SCHEME}(?<=//)(?!(?:anonymous|\.\.\.)@)[^\s/]+{_HOST_FOLLOWS}")
+# It may also contain spaces, and then ends at the last `@` before the next URL.
+_SPACED_PASSWORD_PATTERN = re.compile(
+    # A port at the end of a word is no password: what follows is a sentence.
+    rf"{_SCHEME}(?:[^\s:/]*:(?!\d{{1,5}}[]:;,.)'\"]*(?:\s|$))(?=\S)|\*\*\*@)"
+    rf"(?:(?!\w:/)[^\n])*{_HOST_FOLLOWS}"
+)
+_LOGIN_WITHOUT_SCHEME_PATTERN = re.compile(
+    r"(?P<before>(?<![^\s'\"(=]))[^\s:/@'\"(=]+:(?=[^\s/])\S*@(?=[\w\[%.-])"
+    r"|(?P<before_server>(?i:endpoint\w*|server|host|proxy|ur[il]|address)=(?:\w+://)?)[^\s&]*@"
+)
+_QUERY_PATTERN = re.compile(
+    rf"(?P<before>[?&](?:{_SECRET_NAME}|(?i:sig|key|code|auth|pass|pw))=)(?!\*\*\*)[^\s&#'\"]+"
+)
+_ASSIGNMENT_PATTERN = re.compile(
+    rf"(?<![\w.=-])(?P<before>{_SECRET_NAME}\\?[\"']?\s*[:=](?!//)[ \t]*)(?!\*\*\*)"
+    rf"(?:{_QUOTED_VALUE}|[^\s\"'&,;)\]}}][^\n\"'&;)\]}}]*?(?=\s+[\w.-]+=|[\n\"'&;)\]}}]|$))"
+)
+_FLAG_PATTERN = re.compile(
+    rf"(?P<before>--[\w-]*(?i:{_SECRET_WORDS})[= ])(?!\*\*\*)(?:{_QUOTED_VALUE}|\S+)"
+)
+_BEARER_PATTERN = re.compile(r"(?P<before>\b(?i:bearer|basic) )[\w.+/=~-]{6,}")
+# Shorter values of variables, such as `test`, are words of ordinary messages.
+_MIN_SECRET_LENGTH = 8
+
+
+def redact_secrets(text: str) -> str:
+    """Replace secrets in a text by `***`.
+
+    Args:
+        text: Message, URI, command line or traceback.
+
+    Returns:
+        The text without the logins of URLs, secret fields of queries, values under names such as
+        `secret_key`, keys in PEM format, keys of well-known services, and the values of environment
+        variables with secret names.
+    """
+    if not text:
+        return text
+    if "-----" in text:
+        text = _PEM_PATTERN.sub(_MASK, text)
+    for secret in _environment_secrets():
+        text = text.replace(secret, _MASK)
+    text = _TOKEN_PATTERN.sub(_MASK, text)
+    if "@" in text:
+        text = _PASSWORD_PATTERN.sub(_mask_login, text)
+        text = _LOGIN_PATTERN.sub(_mask_login, text)
+        text = _SPACED_PASSWORD_PATTERN.sub(_mask_login, text)
+        text = _LOGIN_WITHOUT_SCHEME_PATTERN.sub(_mask_login, text)
+    for pattern in (_QUERY_PATTERN, _FLAG_PATTERN, _ASSIGNMENT_PATTERN, _BEARER_PATTERN):
+        text = pattern.sub(rf"\g<before>{_MASK}", text)
+    return text
+
+
+def redact_value(value: Any) -> Any:
+    """Replace secrets in a value of a log entry.
+
+    Args:
+        value: Text, number, list or dict; anything else becomes a text.
+
+    Returns:
+        The value with `***` for the secrets in all its texts, and for texts under the name of one.
+    """
+    if isinstance(value, str):
+        return redact_secrets(value)
+    if isinstance(value, Mapping):
+        return {redact_secrets(str(key)): _redact_item(str(key), value[key]) for key in value}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [redact_value(item) for item in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return redact_secrets(str(value))
+
+
+def _mask_login(match: re.Match[str]) -> str:
+    """Return the replacement of a URL's login."""
+    before = next(filter(None, match.groups()), "")
+    return f"{before}{_MASK}@"
+
+
+def _redact_item(key: str, value: Any) -> Any:
+    """Redact the value of a key; text under the name of a secret is one."""
+    if isinstance(value, str) and _SECRET_NAME_PATTERN.fullmatch(key):
+        return _MASK
+    return redact_value(value)
+
+
+def _environment_secrets() -> Iterator[str]:
+    """Yield the values of environment variables that hold secrets, also as URLs write them.
+
+    Paths of files with secrets are none.
+    """
+    for name, value in os.environ.items():
+        is_secret = len(value) >= _MIN_SECRET_LENGTH and _SECRET_NAME_PATTERN.fullmatch(name)
+        if is_secret and not value.startswith(("/", "~")):
+            yield from {value, quote(value), quote(value, safe=""), quote_plus(value)}
