@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from raysweep.attacks import AnyAttack
+from raysweep.attacks.step_size import EpsMultiple
 from raysweep.data import DataSpec
 from raysweep.instance_weights import AnyWeight
 from raysweep.method import Method, Term
@@ -97,6 +98,7 @@ CHAPTERS = (
                 "`kind` selects one",
                 find_spec_classes(AnyAttack),
             ),
+            Section("Step size", "`step_size` of an attack, instead of a number", (EpsMultiple,)),
             Section(
                 "Schedule",
                 "any setting that may change with the epoch; `kind` selects one",

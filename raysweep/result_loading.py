@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from raysweep.sweep.search_space import param_labels
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.metric_advice import advise_on_training
 from raysweep.training.model_loading import load_checkpoint_target
+from raysweep.training.selection import CHANCE_LIMIT_METRIC
 
 if TYPE_CHECKING:
     from torch import nn
@@ -265,6 +267,29 @@ def describe_masking_effect_on_ranking(ledger: Ledger) -> list[str]:
             f"masking gap over {ledger.space.max_masking_gap}: trials {numbers} are ranked last"
         )
     return lines
+
+
+def describe_guessing(ledger: Ledger) -> list[str]:
+    """Say if no trial of a sweep is better than guessing, so that their order means nothing.
+
+    Args:
+        ledger: The sweep.
+
+    Returns:
+        One line; empty if a trial is better, or if none has a result.
+    """
+    trials = [trial for trial in ledger.rank_trials() if trial.state != "failed"]
+    rows = [trial.best for trial in trials]
+    is_guessing = [row.get("clean", 1.0) <= row.get(CHANCE_LIMIT_METRIC, -math.inf) for row in rows]
+    if not rows or not all(is_guessing):
+        return []
+    clean = max(row["clean"] for row in rows)
+    limit = max(row[CHANCE_LIMIT_METRIC] for row in rows)
+    return [
+        f"no trial is better than guessing: at most {clean:.3f} of natural images are right, and "
+        f"guessing reaches {limit:.3f}; their order means nothing. Train for more epochs, or with "
+        "another optim.lr"
+    ]
 
 
 def sweep_to_json(ledger: Ledger) -> JsonDict:

@@ -255,7 +255,8 @@ class TrialTable:
         reason = f": {trial.reason}" if trial.reason else ""
         choice = self._ledger.describe_choice(trial)
         mark = f", {choice}" if choice and trial.state != "running" else ""
-        return Text(f"{trial.state}{mark}{reason}", style=_STATE_STYLES[trial.state])
+        style = "yellow" if mark else _STATE_STYLES[trial.state]
+        return Text(f"{trial.state}{mark}{reason}", style=style)
 
 
 def create_table_console() -> Console:

@@ -30,7 +30,7 @@ COMMON = {"--set", "--data-dir", "--json"}
 FLAGS = {
     "list": {"--json"},
     "show": {*COMMON, "--out", "--storage", "--log"},
-    "train": {*COMMON, "--verbose", "--out", "--storage", "--name"},
+    "train": {*COMMON, "--verbose", "--out", "--storage", "--name", "--plan"},
     "tune": {
         *COMMON, "--verbose", "--out", "--storage", "--name", "--space", "--trials", "--resume",
         "--plan",

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from conftest import tiny
 
-from raysweep.result_loading import Sweep
+from raysweep.cli import main
+from raysweep.result_loading import Sweep, describe_guessing
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_study import build_study
-from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.search_space import SearchSpace, load_space
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.config import TrainingConfig, build_training_config
 from raysweep.training.metric_advice import advise_on_training
@@ -71,6 +72,59 @@ def test_a_model_at_chance_is_never_the_best_while_there_is_another() -> None:
 def test_the_limit_of_chance_is_two_standard_deviations_above_it() -> None:
     # Ten classes and 900 examples: the standard deviation of guessing is sqrt(0.09 / 900) = 0.01.
     assert compute_chance_limit(10, 900) == pytest.approx(0.12)
+
+
+def test_a_constant_prediction_of_the_most_frequent_class_is_guessing() -> None:
+    # 60 of 100 examples are of one class: 0.6 + 2 sqrt(0.6 x 0.4 / 100) = 0.698.
+    assert compute_chance_limit(3, 100, 60) == pytest.approx(0.698, abs=5e-4)
+    # 34 of 100 in one of three classes is as equal as it can be.
+    assert compute_chance_limit(3, 100, 34) == compute_chance_limit(3, 100)
+
+
+def guessing_sweep(folder: Path, clean: tuple[float, ...]) -> Ledger:
+    """A sweep of five constant predictors of three classes, as found: each column is 0.333."""
+    ledger = Ledger.create(folder, load_space("at", {}))
+    for number, value in enumerate(clean):
+        row = dict.fromkeys(("clean", "pgd", "cw", "robust_worst"), value)
+        metrics = {"epoch": 2.0, "masking_gap": 0.0, "val/chance_limit": 0.419, **row}
+        ledger.save_trial(Trial(number, {}, "finished", 2, metrics, metrics, burn_in=0))
+    return ledger
+
+
+def test_a_sweep_of_constant_predictors_says_so(tmp_path: Path) -> None:
+    ledger = guessing_sweep(tmp_path / "all", (1 / 3,) * 5)
+    (line,) = describe_guessing(ledger)
+    assert line.startswith("no trial is better than guessing: at most 0.333 of natural images")
+    assert "guessing reaches 0.419" in line
+    assert not any(ledger.rank_trial(trial).is_eligible for trial in ledger.load_trials())
+    assert ledger.describe_choice(ledger.load_trials()[0]) == "no better than chance"
+    ledger = guessing_sweep(tmp_path / "one", (1 / 3, 0.45, 1 / 3))
+    best = ledger.find_best_trial()
+    assert describe_guessing(ledger) == [] and best is not None and best.number == 1
+    assert describe_guessing(Ledger.create(tmp_path / "none", load_space("at", {}))) == []
+
+
+def test_a_sweep_of_constant_predictors_is_shown_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guessing_sweep(tmp_path / "runs" / "g", (1 / 3,) * 5)
+    assert main(["show", "g", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("no trial is better than guessing: ") for line in lines) == 1
+    assert sum("no better than chance" in line for line in lines) == 5
+
+
+def test_the_advice_for_a_run_that_guesses_is_not_about_overfitting() -> None:
+    row = {"clean": 1 / 3, "pgd": 1 / 3, "val/chance_limit": 0.419}
+    history = [
+        {"epoch": 1.0, "robust_worst": 1 / 3, **row},
+        {"epoch": 2.0, "robust_worst": 0.0, **row},
+    ]
+    (line,) = advise_on_training(build_training_config("at"), history)
+    assert line.startswith("no epoch is better than guessing: 0.333 of natural images are right")
+    better = [{**metrics, "val/chance_limit": 0.3} for metrics in history]
+    (line,) = advise_on_training(build_training_config("at"), better)
+    assert "robust overfitting" in line
 
 
 def test_a_trial_and_its_run_choose_the_same_epoch(tmp_path: Path) -> None:

@@ -451,16 +451,30 @@ def test_a_plan_in_words(
     print_sweep_plan(plan_sweep(sweep, digits, Resources(cpus=2, workers=2), None))
     assert capsys.readouterr().out.splitlines() == [
         "3 trials of at on digits, 4 epochs each, digits_cnn",
-        "  optim.lr: {'float': (0.01, 0.5)}",
-        "64 training and 50 validation examples",
+        "images      digits, 8 x 8 pixels, 1 channel: 64 for training, 50 for validation,",
+        "            450 for test",
+        "classes     10; of each 6 to 7 for training, 5 for validation",
+        "model       digits_cnn, batches of 32",
+        "attack      pgd: Linf, eps 0.15, 2 steps of 0.03",
+        "validation  each epoch, 26 images; the best epoch is chosen by robust_worst",
+        "            pgd: Linf, eps 0.15, 2 steps of 0.03",
+        "            cw: Linf, eps 0.15, 2 steps of 0.03",
+        "            apgd_t: Linf, eps 0.15, 2 steps",
+        "rate        (searched)",
+        "searched",
+        "  optim.lr: from 0.01 to 0.5",
+        "warning: method.attacks.pgd.step_size = 0.03: 2 steps reach 0.06, not eps =",
+        "    0.15; set it to eps, or take more steps",
+        "warning: validation.attacks.pgd.step_size = 0.03: 2 steps reach 0.06, not eps =",
+        "    0.15; set it to eps, or take more steps",
+        "warning: validation.attacks.cw.step_size = 0.03: 2 steps reach 0.06, not eps =",
+        "    0.15; set it to eps, or take more steps",
         "95% interval of the objective: +-0.192",
         "a trial holds 2 CPU(s) and 0 GPU(s), shared by 2 workers; 2 run at once",
-        (
-            "one epoch with validation takes about 3.0 s, estimated from a few steps "
-            "of one worker here"
-        ),
-        "about 9 epochs in all (12 without early stopping):",
-        "27.0 s of trials, 13.5 s from start to end",
+        "one epoch with validation takes about 3.0 s, estimated from a few steps of one",
+        "    worker here",
+        "about 9 epochs in all (12 without early stopping): 27.0 s of trials, 13.5 s from",
+        "    start to end",
     ]
 
 

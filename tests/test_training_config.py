@@ -145,7 +145,7 @@ def test_the_burn_in_of_a_run_is_its_longest() -> None:
         ("gairat", {"*.burn_in": 8},
          ["method.terms.pgd.weight.burn_in = 8: the weights never act in 8 epochs"]),
         ("gairat", {"*.burn_in": 7}, []),
-        ("gairat", {"*.burn_in": 1, "epochs": 1},
+        ("gairat", {"*.burn_in": 1, "epochs": 1, "optim.lr": 0.1},
          ["method.terms.pgd.weight.burn_in = 1: the weights never act in 1"]),
         ("at", {"data.data_dir": "/there", "data.name": "digits"},
          ["data.data_dir = /there: not read: digits come with scikit-learn"]),

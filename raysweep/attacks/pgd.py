@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,7 @@ from raysweep.attacks.base import (
     steepest_ascent_direction,
     true_class_margin,
 )
+from raysweep.attacks.step_size import EpsMultiple, StepSize, resolve_step_size
 from raysweep.lazy_modules import torch
 from raysweep.rng import ExampleRng
 from raysweep.schedules import Number, Schedule, bounded, resolved_value
@@ -42,8 +43,9 @@ class PGD(Spec):
     eps: Annotated[Schedule, bounded(0)] = 8 / 255
     """Radius of the ball around the image, in pixel values; at most 1 for Linf."""
 
-    step_size: Annotated[Schedule, bounded(0)] = 2 / 255
-    """Length of a step, in pixel values."""
+    step_size: StepSize = 2 / 255
+    """Length of a step, in pixel values, or in units of eps: `eps/4`, `0.25 eps`. To reach every
+    point of the ball, `steps` times this length should be more than eps."""
 
     steps: Annotated[int, Field(ge=1, le=10_000)] = 10
     """Number of steps K."""
@@ -77,6 +79,14 @@ class PGD(Spec):
         """`margin` (L eq. 9) for the loss `cw`, `probability` (L eq. 8) for the others."""
         return "margin" if self.loss == "cw" else "probability"
 
+    def resolve_at(self, epoch: int) -> Self:
+        """Return the attack at an epoch (0-based), also with its step size as a number."""
+        resolved = super().resolve_at(epoch)
+        if not isinstance(resolved.step_size, EpsMultiple):
+            return resolved
+        step_size = resolve_step_size(resolved.step_size, resolved_value(resolved.eps))
+        return resolved.model_copy(update={"step_size": step_size})
+
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, rng: ExampleRng) -> AttackResult:
         """Attack a batch; see `Attack` for the arguments.
 
@@ -91,7 +101,8 @@ class PGD(Spec):
         self, model: nn.Module, x: Tensor, y: Tensor, x_start: Tensor, natural_logits: Tensor | None
     ) -> AttackResult:
         """Take all steps. One forward pass per step gives kappa, the rows to stop, the gradient."""
-        eps, step_size = resolved_value(self.eps), resolved_value(self.step_size)
+        eps = resolved_value(self.eps)
+        step_size = resolve_step_size(self.step_size, eps)
         kappa, queries = torch.zeros_like(y), torch.zeros_like(y)
         x_adv = x_start
         # Without tau, x_adv has all rows until the end. With tau, `result_x` has the images of all

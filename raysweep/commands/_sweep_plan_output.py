@@ -42,11 +42,18 @@ def _plan_to_json(plan: "SweepPlan") -> "JsonDict":
         "trial_hours": round(plan.remaining_trial_seconds / 3600, 3),
         "wall_hours": round(plan.wall_seconds / 3600, 3),
         "objective_95_half_width": round(plan.objective_half_width, 4),
+        "image_shape": plan.image_shape,
+        "train_examples_per_class": plan.train_class_counts,
+        "validation_examples_per_class": plan.validation_class_counts,
+        "threat": plan.threat,
+        "warnings": plan.warnings,
     }
 
 
 def _describe_plan(plan: "SweepPlan") -> list[str]:
-    """Describe the plan in sentences, one a line."""
+    """Describe the plan in lines of at most 80 columns."""
+    from raysweep.training.training_summary import wrap_plan_line
+
     resources = plan.resources
     trials = f"{format_count(plan.n_trials, 'trial')} of"
     if plan.has_existing_trials:
@@ -55,22 +62,22 @@ def _describe_plan(plan: "SweepPlan") -> list[str]:
     lines = [
         f"{trials} {plan.method_name} on {plan.dataset_name}, {epochs} each, {plan.model_name}"
     ]
-    lines += [f"  {path}: {distribution}" for path, distribution in plan.distributions.items()]
-    lines += [
-        f"{plan.n_train_examples} training and {plan.n_validation_examples} validation examples",
-        f"95% interval of the objective: +-{plan.objective_half_width:.3f}",
-    ]
+    lines += plan.summary
+    lines.append("searched")
+    lines += [f"  {path}: {values}" for path, values in plan.ranges.items()]
+    lines += [f"warning: {line}" for line in plan.warnings]
     sharing = f", shared by {resources.workers} workers" if resources.workers > 1 else ""
     early_stopping = ""
     if plan.expected_epochs < plan.max_epochs:
         early_stopping = f" ({plan.max_epochs} without early stopping)"
-    return [
-        *lines,
+    lines += [
+        f"95% interval of the objective: +-{plan.objective_half_width:.3f}",
         f"a trial holds {resources.cpus:g} CPU(s) and {resources.gpus:g} GPU(s){sharing}; "
         f"{plan.concurrency} run at once",
         f"one epoch with validation takes about {plan.seconds_per_epoch:.1f} s, "
         "estimated from a few steps of one worker here",
-        f"about {format_count(plan.expected_epochs, 'epoch')} in all{early_stopping}:",
+        f"about {format_count(plan.expected_epochs, 'epoch')} in all{early_stopping}: "
         f"{format_duration(plan.remaining_trial_seconds)} of trials, "
         f"{format_duration(plan.wall_seconds)} from start to end",
     ]
+    return [part for line in lines for part in wrap_plan_line(line)]

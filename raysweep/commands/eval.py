@@ -477,9 +477,16 @@ def _make_attack(
 ) -> AttackCascade:
     """Return the attack. Raises SpecError if its name, version or radius is wrong."""
     from raysweep.attacks import build_named_attack
+    from raysweep.commands.common import print_warnings
+    from raysweep.training.config_warnings import find_short_attacks
 
     eps = _resolve_eps(request, target, data_spec)
-    return build_named_attack(request.attack, eps, request.norm, request.version)
+    cascade = build_named_attack(request.attack, eps, request.norm, request.version)
+    print_warnings(
+        f"{warning.setting} = {warning.value}: {warning.effect.partition(';')[0]}"
+        for warning in find_short_attacks(cascade.attacks)
+    )
+    return cascade
 
 
 def _resolve_eps(request: EvalRequest, target: EvaluationTarget, data_spec: DataSpec) -> float:

@@ -143,9 +143,7 @@ def _print_config_warnings(pipeline: Pipeline, training_overrides: TrainingOverr
     from raysweep.pipeline.pipeline import iter_ranking_warnings
 
     for stage, upstream in pipeline.iter_stages_with_received_configs(training_overrides):
-        warnings: list[str] = []
-        for config in stage.list_training_configs(training_overrides, upstream):
-            warnings += config.list_warnings()
+        warnings = stage.list_warnings(training_overrides, upstream)
         warnings += iter_ranking_warnings(stage, upstream)
         print_warnings(f"{stage.kind}: {line}" for line in dict.fromkeys(warnings))
 
@@ -168,6 +166,8 @@ def _plan_stages(
         return
     for row in stage_rows:
         print(textwrap.fill(_format_plan_row(row), _line_width(), subsequent_indent=_PLAN_INDENT))
+        for line in row.get("summary", []):
+            print(f"   {line}")
     times = [row["expected_seconds"] for row in stage_rows if "expected_seconds" in row]
     if times:
         cpus, gpus = cluster_resources.get("CPU", 0), cluster_resources.get("GPU", 0)

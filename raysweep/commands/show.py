@@ -366,6 +366,7 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
     """Print the trials of a sweep, best first, and notes on the best one."""
     from raysweep.result_loading import (
         advise_on_trial,
+        describe_guessing,
         describe_masking_effect_on_ranking,
         sweep_to_json,
     )
@@ -383,7 +384,7 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
     ranked_numbers = {trial.number for trial in ranked}
     unranked = [trial for trial in trials if trial.number not in ranked_numbers]
     create_table_console().print(TrialTable(ledger, [*ranked, *unranked]))
-    for line in describe_masking_effect_on_ranking(ledger):
+    for line in [*describe_guessing(ledger), *describe_masking_effect_on_ranking(ledger)]:
         print(line)
     best = ledger.find_best_trial()
     if best is not None:

@@ -35,6 +35,7 @@ DESCRIPTION = (
 )
 EXAMPLES = (
     "raysweep train gairat --set epochs=10",
+    "raysweep train gairat --plan",
     "raysweep train lrat-table1 --data-dir DIR --name row",
 )
 
@@ -50,6 +51,7 @@ class TrainRequest:
         out: Folder of `runs` and `mlflow.db`.
         storage: Folder or URI of checkpoints; None for `runs` in `out`.
         as_json: Whether to print JSON on stdout.
+        plan_only: Whether to print what would be trained and to train nothing.
     """
 
     method: str
@@ -58,6 +60,7 @@ class TrainRequest:
     out: Path
     storage: str | None
     as_json: bool
+    plan_only: bool
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> TrainRequest:
@@ -71,6 +74,7 @@ class TrainRequest:
             out=args.out,
             storage=args.storage,
             as_json=args.json,
+            plan_only=args.plan,
         )
 
 
@@ -87,6 +91,11 @@ def add_parser(parsers: CommandParsers) -> None:
     parser.add_argument(
         "--name",
         help="name of the run's folder (default: the method and the digest of the settings)",
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print what would be trained, and for about how long; train nothing",
     )
     add_override_options(parser)
     add_location_options(parser)
@@ -119,7 +128,9 @@ def run_command(args: argparse.Namespace) -> None:
     from raysweep.training.trainer import check_resumable
 
     dataset = load_data(config.data)
-    print_warnings(config.list_warnings())
+    if request.plan_only:
+        _print_plan(request, config, dataset, name)
+        return
     out = make_writable_folder(request.out)
     run_folder = resolve_runs_folder(request.out, request.storage) / name
     with hold_folder_lease(run_folder) as run_folder:
@@ -129,9 +140,55 @@ def run_command(args: argparse.Namespace) -> None:
         if checkpoint is not None:
             # Check this before the tracker reopens an MLflow run that may have other settings.
             check_resumable(checkpoint, config, dataset.fingerprint)
+        print_warnings(config.list_warnings())
         tracker = open_tracker(out)
         with log_to_folder(run_folder):
             _train_tracked(request, config, dataset, tracker, run_folder)
+
+
+def _print_plan(
+    request: TrainRequest, config: TrainingConfig, dataset: DatasetSplits, name: str
+) -> None:
+    """Print what would be trained, in which folder and for about how long."""
+    import joblib
+
+    from raysweep.commands.common import resolve_runs_folder
+    from raysweep.formatting import format_count, format_duration
+    from raysweep.sweep.plan import estimate_epoch_seconds
+    from raysweep.sweep.resources import Resources
+    from raysweep.training.training_summary import (
+        count_per_class,
+        summarize_training,
+        wrap_plan_line,
+    )
+
+    folder = resolve_runs_folder(request.out, request.storage, for_writing=False) / name
+    resources = Resources(cpus=joblib.cpu_count())
+    epoch_seconds = estimate_epoch_seconds(config, dataset, resources)
+    warnings = config.list_warnings()
+    validated = config.validation.select_split(dataset)
+    if request.as_json:
+        plan = {
+            "folder": str(folder),
+            "config": config.to_json_dict(),
+            "image_shape": list(dataset.train.x.shape[1:]),
+            "train_examples_per_class": count_per_class(dataset.train, dataset.classes),
+            "validation_examples_per_class": count_per_class(validated, dataset.classes),
+            "seconds_per_epoch": round(epoch_seconds, 2),
+            "warnings": warnings,
+        }
+        print(json.dumps(plan, indent=1))
+        return
+    epochs = format_count(config.epochs, "epoch")
+    lines = [
+        f"{config.method.name} on {config.data.name}, {epochs}, in {folder}",
+        *summarize_training(config, dataset),
+        *(f"warning: {line}" for line in warnings),
+        f"one epoch with validation takes about {epoch_seconds:.1f} s, all {epochs} "
+        f"{format_duration(epoch_seconds * config.epochs)}, estimated from a few steps",
+    ]
+    for line in lines:
+        print("\n".join(wrap_plan_line(line)))
 
 
 def _train_tracked(

@@ -270,7 +270,7 @@ def _run_sweep(
     """Run or resume the sweep and print its result."""
     from rich.console import Console
 
-    from raysweep.commands.common import make_writable_folder
+    from raysweep.commands.common import make_writable_folder, print_warnings
     from raysweep.errors import InfrastructureError, SpecError
     from raysweep.leases import hold_folder_lease
     from raysweep.stores import StoreUnavailable
@@ -292,6 +292,7 @@ def _run_sweep(
         display.announce(_describe_start_of_ray(request.address))
 
     # Importing Ray takes seconds, in which the tracker connects to MLflow in its thread.
+    from raysweep.sweep.space_warnings import list_space_warnings
     from raysweep.sweep.tune_callbacks import SweepFailed
     from raysweep.sweep.tuner import run_sweep
 
@@ -299,6 +300,8 @@ def _run_sweep(
         is_new = not request.resume
         ledger = Ledger.create(held_folder, space) if is_new else Ledger.open(held_folder)
         extended_space = None if is_new else space
+        if not is_finished:
+            print_warnings(list_space_warnings(space))
         if extended_space not in (None, ledger.space):
             # `run_sweep` writes the extended space, so MLflow must answer before that.
             tracker.wait_until_ready()
@@ -381,7 +384,6 @@ def _load_checked_space(
     Raises:
         SpecError: The method, a setting or the data set is wrong or missing.
     """
-    from raysweep.commands.common import print_warnings
     from raysweep.data import load_data
     from raysweep.spec import SpecError
     from raysweep.sweep.search_space import load_space
@@ -399,9 +401,7 @@ def _load_checked_space(
         space = load_space(request.method or "", request.overrides, request.space_file)
     if request.trials:
         space = space.replace(trials=request.trials)
-    config = space.trial_config({})
-    print_warnings(config.list_warnings())
-    return space, load_data(config.data)
+    return space, load_data(space.trial_config({}).data)
 
 
 def _extend_resumed_space(request: TuneRequest, ledger: Ledger) -> SearchSpace:
@@ -474,6 +474,7 @@ def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) 
     from raysweep.commands.common import format_location_flags, format_ui_command
     from raysweep.result_loading import (
         advise_on_trial,
+        describe_guessing,
         describe_masking_effect_on_ranking,
         sweep_to_json,
     )
@@ -487,7 +488,7 @@ def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) 
     if best is None:
         return
     _print_best_trials(ledger, ranked, len(trials))
-    for line in describe_masking_effect_on_ranking(ledger):
+    for line in [*describe_guessing(ledger), *describe_masking_effect_on_ranking(ledger)]:
         print(line)
     for line in advise_on_trial(ledger, best.number):
         print(f"trial {best.number:04d}: {line}")

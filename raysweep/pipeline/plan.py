@@ -13,6 +13,7 @@ from raysweep.pipeline.tune import TuneStage
 from raysweep.spec import JsonDict
 from raysweep.sweep.plan import available_capacity, maybe_estimate_epoch_seconds
 from raysweep.sweep.resources import Resources
+from raysweep.training.training_summary import summarize_training, wrap_plan_line
 
 # Resources of each node of a cluster, by name.
 NodeResources = Sequence[dict[str, float]]
@@ -37,7 +38,8 @@ def plan_pipeline(
     Returns:
         A row for each stage, and the resources of the cluster by name. Rows of stages that train
         have `cpus_per_trial`, `gpus_per_trial`, `trials_at_once` and `expected_seconds` (None if
-        unknown).
+        unknown). Rows of stages to run have a `summary` of their trainings and `warnings`, which
+        are lists of lines.
 
     Raises:
         SpecError: If there is no such first stage, or a trial fits on no node.
@@ -65,6 +67,10 @@ def plan_pipeline(
         if artifact is None:
             trainings = stage.plan_trainings(training_overrides, upstream_configs)
             row |= _estimate_stage_effort(stage, trainings, cluster, nodes)
+            row["summary"] = _summarize_trainings(stage, trainings, training_overrides)
+            row["warnings"] = list(
+                dict.fromkeys(stage.list_warnings(training_overrides, upstream_configs))
+            )
         rows.append(row)
     return rows, cluster
 
@@ -89,6 +95,23 @@ def _estimate_stage_effort(
         "trials_at_once": min(concurrency, max(t.concurrency for t in trainings)),
         "expected_seconds": None if seconds is None else round(seconds, 1),
     }
+
+
+def _summarize_trainings(
+    stage: Stage, trainings: Sequence[PlannedTraining], training_overrides: TrainingOverrides
+) -> list[str]:
+    """Return lines about the trainings of a stage; what several have in common appears once."""
+    ranges: dict[str, str] = {}
+    if isinstance(stage, TuneStage):
+        space = stage.resolve_search_space(training_overrides).space
+        ranges = {path: distribution.describe() for path, distribution in space.items()}
+    lines: list[str] = []
+    for training in trainings:
+        data = load_data(training.config.data)
+        lines += summarize_training(training.config, data, list(ranges))
+    for path, values in ranges.items():
+        lines += wrap_plan_line(f"{'searched':<12}{path}: {values}", 14)
+    return list(dict.fromkeys(lines))
 
 
 def _estimate_training_seconds(

@@ -301,6 +301,21 @@ class Stage(Spec):
         trainings = self.plan_trainings(training_overrides, upstream_configs)
         return [training.config for training in trainings]
 
+    def list_warnings(
+        self, training_overrides: TrainingOverrides, upstream_configs: Sequence[TrainingConfig] = ()
+    ) -> list[str]:
+        """List what trainings of this stage do other than users may expect.
+
+        Args:
+            training_overrides: Settings of the pipeline and of the command line.
+            upstream_configs: Configs of the candidates that the earlier stages pass on.
+
+        Returns:
+            One line for each warning.
+        """
+        configs = self.list_training_configs(training_overrides, upstream_configs)
+        return [line for config in configs for line in config.list_warnings()]
+
     def collect_digest_content(self, training_overrides: TrainingOverrides) -> JsonDict:
         """Return data that is part of the stage's digest besides its settings.
 

@@ -11,6 +11,7 @@ from raysweep.leases import hold_folder_lease
 from raysweep.pipeline.artifact import Candidate, CheckpointKind
 from raysweep.pipeline.facts import SweepSummary, TrialSummary
 from raysweep.pipeline.stage import StageContext, StageFailed
+from raysweep.result_loading import describe_guessing
 from raysweep.spec import JsonDict, SpecError, json_digest
 from raysweep.stores import StorePath
 from raysweep.sweep.epoch_counts import count_epochs
@@ -150,6 +151,8 @@ def run_stage_sweep(
         reasons = [trial.reason for trial in ledger.load_trials() if trial.reason]
         reason = reasons[0] if reasons else "none reported the objective"
         raise StageFailed(f"no trial of {sweep_folder.name} has a result: {reason}")
+    for line in describe_guessing(ledger):
+        context.print_line(f"{sweep_folder.name}: {line}")
     return ledger
 
 

@@ -40,6 +40,7 @@ from raysweep.sweep.search_space import (
     rename_space_keys,
     restore_space_keys,
 )
+from raysweep.sweep.space_warnings import list_space_warnings
 from raysweep.training.config import TrainingConfig
 
 
@@ -110,6 +111,11 @@ class TuneStage(Stage):
         config = space.trial_config({})
         epochs = expected_sweep_epochs(space, config.epochs)
         return [PlannedTraining(config, space.n_trials, epochs)]
+
+    def list_warnings(
+        self, training_overrides: TrainingOverrides, upstream_configs: Sequence[TrainingConfig] = ()
+    ) -> list[str]:
+        return list_space_warnings(self.resolve_search_space(training_overrides))
 
     def collect_digest_content(self, training_overrides: TrainingOverrides) -> JsonDict:
         return {"space": drop_data_location(self.resolve_search_space(training_overrides))}

@@ -18,9 +18,11 @@ from raysweep.spec import JsonDict
 from raysweep.sweep.ledger import Trial
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.space_warnings import list_space_warnings
 from raysweep.training.config import TrainingConfig
 from raysweep.training.model_variants import ModelVariants
 from raysweep.training.trainer import build_model_variants, compute_step_gradients
+from raysweep.training.training_summary import count_per_class, summarize_training
 
 # Seconds for a forward pass of four 32 x 32 images. A small network needs a third to two thirds of
 # it, a ResNet-18 up to twice as much.
@@ -51,6 +53,13 @@ class SweepPlan:
         seconds_per_epoch: Estimated seconds of one epoch with its share of validation.
         objective_half_width: Half the width of the objective's 95% confidence interval, for an
             accuracy (in [0, 1]) of 0.5, where the interval is widest.
+        ranges: For each searched parameter its values in words.
+        summary: Lines about images, attacks and learning rate (see `summarize_training`).
+        warnings: What cannot act (see `list_space_warnings`).
+        image_shape: Channels, height and width of an image.
+        train_class_counts: Number of training examples of each class.
+        validation_class_counts: Number of validation examples of each class.
+        threat: Norm and radius of the validation attacks.
     """
 
     method_name: str
@@ -69,6 +78,13 @@ class SweepPlan:
     concurrency: int
     seconds_per_epoch: float
     objective_half_width: float
+    ranges: dict[str, str]
+    summary: list[str]
+    warnings: list[str]
+    image_shape: list[int]
+    train_class_counts: list[int]
+    validation_class_counts: list[int]
+    threat: str
 
     @property
     def remaining_trial_seconds(self) -> float:
@@ -136,6 +152,13 @@ def plan_sweep(
         concurrency=concurrency,
         seconds_per_epoch=seconds_per_epoch,
         objective_half_width=1.96 * math.sqrt(0.25 / _n_validated_examples(config, data)),
+        ranges={path: distribution.describe() for path, distribution in space.space.items()},
+        summary=summarize_training(config, data, list(space.space)),
+        warnings=list_space_warnings(space),
+        image_shape=list(data.train.x.shape[1:]),
+        train_class_counts=count_per_class(data.train, data.classes),
+        validation_class_counts=count_per_class(config.validation.select_split(data), data.classes),
+        threat=config.validation.threat,
     )
 
 

@@ -104,6 +104,24 @@ class Distribution(Spec):
         """Return both ends of a range, or all choices."""
         return list(self.categorical or self.float or self.int or ())
 
+    def describe(self) -> str:
+        """Describe the values in plain words, such as "whole numbers from 1 to 6"."""
+        if self.categorical is not None:
+            choices = ", ".join(_format_choice(choice) for choice in self.categorical)
+            text = f"one of {choices}" if len(self.categorical) > 1 else choices
+        else:
+            low, high = (f"{bound:g}" for bound in self.bounds_or_choices())
+            text = f"{'whole numbers ' if self.int else ''}from {low} to {high}"
+            if self.log:
+                text += ", each order of magnitude equally likely"
+            if self.step:
+                text += f", in steps of {self.step:g}"
+        conditions = [
+            f"{other} is {' or '.join(_format_choice(value) for value in _as_list(values))}"
+            for other, values in self.when.items()
+        ]
+        return f"{text}; only if {' and '.join(conditions)}" if conditions else text
+
     def can_propose(self, value: Any) -> bool:
         """Return whether a value lies in the range (and on its steps) or among the choices."""
         if self.categorical is not None:
@@ -756,6 +774,11 @@ def _find_in_part(part_path: str, part: Any, path: str) -> Any:
             raise KeyError(path)
         value = value[key]
     return value
+
+
+def _format_choice(choice: Any) -> str:
+    """Format a choice as in YAML: text without quotes."""
+    return choice if isinstance(choice, str) else json.dumps(choice)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -1,6 +1,6 @@
 """Config of a training run: all settings that decide its result, as one spec."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -8,7 +8,6 @@ from pydantic import Field, field_validator, model_validator
 
 from raysweep.catalog import METHODS
 from raysweep.data import DataSpec, recognize_datasets
-from raysweep.formatting import format_count
 from raysweep.method import Method
 from raysweep.models import ModelSpec
 from raysweep.schedules import Number, PiecewiseSchedule, Schedule, bounded
@@ -22,6 +21,7 @@ from raysweep.spec import (
     match_paths,
     merge_overrides,
 )
+from raysweep.training.config_warnings import ConfigWarning, find_config_warnings
 from raysweep.training.dataset_defaults import DATASET_DEFAULTS, find_array_defaults
 from raysweep.training.speed_settings import ComputeSpec
 from raysweep.training.validation import Validation
@@ -124,61 +124,17 @@ class TrainingConfig(Spec):
             lr.boundaries
         )
 
+    def find_warnings(self) -> list[ConfigWarning]:
+        """Find valid settings that have no effect, or another effect than users may expect."""
+        return find_config_warnings(self)
+
     def list_warnings(self) -> list[str]:
-        """List valid settings that have no effect, or another effect than users may expect.
+        """List the warnings of `find_warnings`.
 
         Returns:
             One line for each; empty if there are none.
         """
-        return [
-            *self._warn_about_long_burn_ins(),
-            *self._warn_about_attacks(),
-            *self._warn_about_data(),
-            *self._warn_about_selection(),
-        ]
-
-    def _warn_about_long_burn_ins(self) -> Iterator[str]:
-        """Warn about instance weights whose burn-in is as long as the run."""
-        epochs = format_count(self.epochs, "epoch")
-        for name, term in self.method.terms.items():
-            burn_in = getattr(term.weight, "burn_in", 0)
-            if burn_in >= self.epochs:
-                path = f"method.terms.{name}.weight.burn_in"
-                yield f"{path} = {burn_in}: the weights never act in {epochs}"
-
-    def _warn_about_selection(self) -> Iterator[str]:
-        """Warn about a best epoch that is chosen on test images, or a window without epochs."""
-        if self.validation.split == "test":
-            yield (
-                "validation.split = test: the best epoch is chosen on the test images, "
-                "so its accuracies there are too high"
-            )
-        window = self.validation.window
-        if window is not None and window[0] > self.epochs:
-            yield f"validation.window = {list(window)}: the run ends after epoch {self.epochs}"
-
-    def _warn_about_attacks(self) -> Iterator[str]:
-        """Warn about attacks that bf16 makes useless or torch.compile makes slow."""
-        for name, attack in self.method.attacks.items():
-            path = f"method.attacks.{name}"
-            if self.compute.attack == "bf16" and getattr(attack, "start", None) == "gaussian":
-                yield (
-                    f"compute.attack = bf16: {path} starts 0.001 from the image, "
-                    "which bf16 rounds away"
-                )
-            if self.compute.compile and (attack.kind != "pgd" or attack.tau is not None):
-                yield (
-                    f"compute.compile = true: {path} shrinks its batch during the attack, "
-                    "and compiling each batch size takes minutes"
-                )
-
-    def _warn_about_data(self) -> Iterator[str]:
-        """Warn about a data folder that is not read, and about missing unlabeled data."""
-        data = self.data
-        if data.name == DataSpec().name and data.data_dir and not data.unlabeled:
-            yield f"data.data_dir = {data.data_dir}: not read: {data.name} come with scikit-learn"
-        if self.method.name.endswith("rst") and data.unlabeled is None:
-            yield f"data.unlabeled is not set: {self.method.name} trains on labelled data alone"
+        return [warning.line for warning in self.find_warnings()]
 
 
 def method_by_name(name: str) -> Method:

@@ -3,11 +3,16 @@
 from collections.abc import Iterator, Sequence
 
 from raysweep.attacks import PGD
+from raysweep.formatting import format_count
 from raysweep.instance_weights import RemainderWeight, UniformWeight
 from raysweep.schedules import resolved_value
 from raysweep.training.config import TrainingConfig
 from raysweep.training.metric_history import EpochMetrics
-from raysweep.training.selection import find_best_burn_in_metrics, find_best_epoch
+from raysweep.training.selection import (
+    CHANCE_LIMIT_METRIC,
+    find_best_burn_in_metrics,
+    find_best_epoch,
+)
 
 # Thresholds of shares, or of differences of shares, beyond which advice is given.
 _MIN_MASKING_GAP = 0.05
@@ -43,7 +48,9 @@ def advise_on_training(config: TrainingConfig, history: Sequence[EpochMetrics]) 
         *_advise_on_weights(config, last),
         *_advise_on_kappa(config, last),
     ]
-    if validated:
+    if best.get("clean", 1.0) <= best.get(CHANCE_LIMIT_METRIC, -1.0):
+        lines += _advise_on_guessing(config, best)
+    elif validated:
         lines += _advise_on_burn_in(config, history, best)
         lines += _advise_on_overfitting(objective, best, validated[-1])
     return lines
@@ -122,6 +129,16 @@ def _advise_on_kappa(config: TrainingConfig, metrics: EpochMetrics) -> Iterator[
             yield f"{kappa}: the attack hardly ever succeeds"
         elif mean <= _KAPPA_EDGE_SHARE * attack.steps:
             yield f"{kappa}: the attack succeeds at once on nearly all examples"
+
+
+def _advise_on_guessing(config: TrainingConfig, best_metrics: EpochMetrics) -> Iterator[str]:
+    """Report a run without an epoch that is better than guessing."""
+    epochs = format_count(config.epochs, "epoch")
+    yield (
+        f"no epoch is better than guessing: {best_metrics['clean']:.3f} of natural images are "
+        f"right, and guessing reaches {best_metrics[CHANCE_LIMIT_METRIC]:.3f}; train for more than "
+        f"{epochs}, or with another optim.lr"
+    )
 
 
 def _advise_on_burn_in(

@@ -149,15 +149,20 @@ def find_best_burn_in_metrics(
     return best
 
 
-def compute_chance_limit(n_classes: int, n_examples: int) -> float:
+def compute_chance_limit(n_classes: int, n_examples: int, n_most_frequent: int = 0) -> float:
     """Compute the natural accuracy that guessing exceeds in 2% of cases.
 
     Args:
-        n_classes: Number of classes, which are about equally frequent.
+        n_classes: Number of classes.
         n_examples: Number of validated examples.
+        n_most_frequent: Number of them that are of the most frequent class, which a constant
+            prediction gets right; 0 if the classes are about equally frequent.
 
     Returns:
-        Two standard deviations above 1 / `n_classes`.
+        Two standard deviations above 1 / `n_classes`, or above the share of the most frequent class
+        if the examples are not divided as equally as possible.
     """
     chance = 1 / n_classes
+    if n_most_frequent > math.ceil(n_examples / n_classes):
+        chance = n_most_frequent / n_examples
     return chance + 2 * math.sqrt(chance * (1 - chance) / n_examples)

@@ -448,8 +448,7 @@ class _TrainingRun:
             model = make_attack_model(self.model, val.get_float_images(slice(0, MIN_BATCH_ROWS)))
             metrics = _compute_validation_metrics(self.config, model, val, self.workers)
             metrics["train/natural"] = measure_natural_accuracy(model, self.device_data.train)
-        n_examples = min(self.config.validation.size or len(val), len(val))
-        metrics[CHANCE_LIMIT_METRIC] = compute_chance_limit(self.data.classes, n_examples)
+        metrics[CHANCE_LIMIT_METRIC] = _find_chance_limit(self.config, val, self.data.classes)
         metrics["validation_seconds"] = time.perf_counter() - started_at
         return metrics
 
@@ -509,15 +508,19 @@ def _check_not_collapsed(
         return
     if validated[0]["epoch"] <= config.collapse_after:
         return
-    n_validation = len(config.validation.select_split(data))
-    n_examples = min(config.validation.size or n_validation, n_validation)
-    limit = compute_chance_limit(data.classes, n_examples)
+    limit = _find_chance_limit(config, config.validation.select_split(data), data.classes)
     if all(metrics["clean"] <= limit for metrics in validated):
         last = validated[-1]
         raise TrainingFailed(
             f"the model collapsed: {last['clean']:.3f} of natural validation images are right "
             f"in epoch {last['epoch']:.0f}, no more than by chance"
         )
+
+
+def _find_chance_limit(config: TrainingConfig, split: Split, n_classes: int) -> float:
+    """Return the natural accuracy on the validated examples up to which a model may be guessing."""
+    labels = split.y[: config.validation.size]
+    return compute_chance_limit(n_classes, len(labels), int(labels.bincount().max()))
 
 
 def _make_sgd_optimizer(config: TrainingConfig, model: nn.Module) -> torch.optim.SGD:

@@ -1,0 +1,97 @@
+"""Warnings about a search space: what cannot act in its trials, by the ends of its ranges."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from typing import Any
+
+from raysweep.formatting import format_count
+from raysweep.spec import SpecError
+from raysweep.sweep.search_space import SearchSpace
+from raysweep.training.config_warnings import ConfigWarning
+
+
+def list_space_warnings(space: SearchSpace) -> list[str]:
+    """List what trials of a space do other than users may expect.
+
+    A searched setting is judged by the ends of its range or by its choices, not by the value that
+    it would have if it were not searched.
+
+    Args:
+        space: A search space without problems.
+
+    Returns:
+        One line for each warning; empty if there are none.
+    """
+    config = space.trial_config({})
+    base_warnings = config.find_warnings()
+    # Searched path -> warnings at each of its values.
+    warnings_by_path = {path: list(_iter_value_warnings(space, path)) for path in space.space}
+    lines = []
+    for warning in base_warnings:
+        if not any(_depends_on(path, warning, values) for path, values in warnings_by_path.items()):
+            lines.append(warning.line)
+    for path, values in warnings_by_path.items():
+        lines += _describe_range(space, path, values, base_warnings)
+    scheduler = space.scheduler
+    if scheduler.kind == "asha" and not scheduler.rungs(config.epochs):
+        lines.append(
+            f"scheduler.grace_period = {scheduler.grace_period}: trials of "
+            f"{format_count(config.epochs, 'epoch')} are never compared, so none is stopped early"
+        )
+    return list(dict.fromkeys(lines))
+
+
+def _iter_value_warnings(
+    space: SearchSpace, path: str
+) -> Iterator[tuple[Any, list[ConfigWarning]]]:
+    """Yield each end or choice of a searched setting with the warnings of its config."""
+    distribution = space.space[path]
+    condition = {
+        other: values[0] if isinstance(values, list) else values
+        for other, values in distribution.when.items()
+    }
+    for value in distribution.bounds_or_choices():
+        with suppress(SpecError):
+            yield value, space.trial_config({**condition, path: value}).find_warnings()
+
+
+def _depends_on(
+    path: str, warning: ConfigWarning, values: list[tuple[Any, list[ConfigWarning]]]
+) -> bool:
+    """Return whether a warning of the base config comes and goes with a searched setting."""
+    if fnmatchcase(warning.setting, path):
+        return True
+    return any(warning not in warnings for _, warnings in values)
+
+
+def _describe_range(
+    space: SearchSpace,
+    path: str,
+    values: list[tuple[Any, list[ConfigWarning]]],
+    base_warnings: list[ConfigWarning],
+) -> Iterator[str]:
+    """Yield a line for each kind of warning that values of a searched setting cause."""
+    distribution = space.space[path]
+    shown = str(distribution.bounds_or_choices())
+    settings = dict.fromkeys(
+        warning.setting
+        for _, warnings in values
+        for warning in warnings
+        if warning not in base_warnings or _depends_on(path, warning, values)
+    )
+    for setting in settings:
+        causes = [
+            (value, warning)
+            for value, warnings in values
+            for warning in warnings
+            if warning.setting == setting
+        ]
+        effect = causes[0][1].effect
+        if setting != path and not fnmatchcase(setting, path):
+            effect = causes[0][1].line
+        if len(causes) == len(values):
+            yield f"{path} in {shown}: {effect}"
+        else:
+            at = ", ".join(str(value) for value, _ in causes)
+            yield f"{path} in {shown}: at {at}: {effect}"
