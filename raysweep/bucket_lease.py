@@ -28,7 +28,7 @@ import psutil
 from raysweep.errors import RaysweepError, WorkFailed
 from raysweep.process_identity import ProcessIdentity
 from raysweep.stores import Store
-from raysweep.stores.protocol import VersionedContent
+from raysweep.stores.protocol import StoredFile, VersionedContent
 
 logger = logging.getLogger(__name__)
 
@@ -235,6 +235,24 @@ class BucketLease:
             if current is not None and (holder := _describe_holder(_parse_content(current.data))):
                 return holder
         return "another process"
+
+
+def is_lease_alive(store: Store, file: StoredFile, times: LeaseTimes = DEFAULT_LEASE_TIMES) -> bool:
+    """Return whether a lease's holder still renews it, as far as one look can tell.
+
+    Only who watches a lease by its own clock may take it over; this is for displays.
+
+    Args:
+        store: The store of the lease.
+        file: The lease's file, with the time of its last renewal by the clock of the store. Clocks
+            may differ by as many seconds as a lease lasts.
+        times: How often it is renewed.
+    """
+    current = store.read_versioned(file.key)
+    values = {} if current is None else _parse_content(current.data)
+    if not values or values.get("released") or _is_holder_gone(values):
+        return False
+    return time.time() - file.modified < 2 * times.expires_after
 
 
 class LeaseHeartbeat:

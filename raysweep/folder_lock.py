@@ -10,6 +10,7 @@ Neither lock protects across machines if a mount keeps `flock` to itself (NFS wi
 """
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -98,6 +99,29 @@ def hold_folder_lock(
             else:
                 os.truncate(folder / LOCK_FILE, 0)
         lock.release()
+
+
+def is_folder_locked(folder: Path) -> bool:
+    """Return whether a process holds the lock of a folder. Nothing is written.
+
+    Args:
+        folder: The folder, which may be missing.
+    """
+    try:
+        with (folder / LOCK_FILE).open() as stream:
+            # A holder that ends by itself empties the file. So the lock itself is tried only where
+            # a holder works or was killed, and no process that starts finds it held by this one.
+            if not stream.read():
+                return False
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise InfrastructureError(_describe_problem(folder, error)) from error
+    return _has_live_strict_holder(folder)
 
 
 @dataclass(frozen=True)

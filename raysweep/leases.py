@@ -26,9 +26,10 @@ from raysweep.bucket_lease import (
     BucketLease,
     LeaseTimes,
     LegacyClaims,
+    is_lease_alive,
 )
 from raysweep.errors import SpecError
-from raysweep.folder_lock import hold_folder_lock
+from raysweep.folder_lock import hold_folder_lock, is_folder_locked
 from raysweep.stores import BucketStore, Location, StorePath, StoreUnavailable, open_path
 from raysweep.stores.errors import translate_os_errors
 
@@ -267,6 +268,23 @@ def hold_folder_lease(
         return
     with hold_folder_lock(local_folder, repr(path.name), delete_if_unused=True):
         yield path
+
+
+def is_folder_in_use(folder: Location, times: LeaseTimes = DEFAULT_LEASE_TIMES) -> bool:
+    """Return whether a process holds the folder of a sweep or training run. Nothing is written.
+
+    Args:
+        folder: Folder on this machine or in a bucket; it may be missing.
+        times: How often a bucket's lease is renewed.
+
+    Raises:
+        InfrastructureError: The lock cannot be read, or the bucket does not answer.
+    """
+    path = open_path(folder)
+    if path.local_path is not None:
+        return is_folder_locked(path.local_path)
+    leases = path.list_files(".claims/alone.lease")
+    return any(is_lease_alive(path.store, file, times) for file in leases)
 
 
 @contextmanager

@@ -7,20 +7,31 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from raysweep.errors import DamagedFileError
+from raysweep.leases import is_folder_in_use
+from raysweep.run_lookup import (
+    download_from_mlflow,
+    find_best_checkpoint,
+    find_checkpoint_folder,
+    is_mlflow_reference,
+    open_default_tracker,
+)
 from raysweep.spec import JsonDict, SpecError
-from raysweep.stores import Location, StorePath
+from raysweep.stores import Location, StorePath, open_path
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import param_labels
+from raysweep.sweep.trial_advice import advise_on_trial
 from raysweep.training.checkpoint import RunDirectory
-from raysweep.training.metric_advice import advise_on_training
+from raysweep.training.config import TrainingConfig
+from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.model_loading import load_checkpoint_target
-from raysweep.training.selection import CHANCE_LIMIT_METRIC
+from raysweep.training.selection import CHANCE_LIMIT_METRIC, find_best_epoch
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,11 +40,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+RunState = Literal["finished", "running", "interrupted"]
+
+
 def load(path: str | Path, *, data_dir: str | Path | None = None) -> nn.Module:
-    """Load the trained network of a checkpoint.
+    """Load a trained network.
 
     Args:
-        path: Folder or URI (s3://, gs://) of a checkpoint, or of a run, whose best epoch is loaded.
+        path: What `raysweep eval` takes: a training run, a sweep (its best trial) or a trial of
+            `./runs` by name; the folder or URI (s3://, gs://) of one of them or of a checkpoint;
+            `models:/NAME@ALIAS` or `runs:/ID` of MLflow. Of a run the best epoch is loaded.
         data_dir: Folder of the training data, if it has changed since the training. The data must
             be readable: they decide the network's shape, and their fingerprint is compared with
             that of the training.
@@ -46,9 +62,15 @@ def load(path: str | Path, *, data_dir: str | Path | None = None) -> nn.Module:
         SpecError: There is no checkpoint, it is damaged, its data differ, or the bucket refuses
             access. One line.
         StoreUnavailable: The bucket does not answer.
+        InfrastructureError: The MLflow store does not answer.
     """
     overrides = {} if data_dir is None else {"data_dir": str(Path(data_dir).expanduser().resolve())}
-    return load_checkpoint_target(path, overrides).model
+    name, out = str(path), Path()
+    if is_mlflow_reference(name):
+        _, folder = download_from_mlflow(name, open_default_tracker(out), out)
+        return load_checkpoint_target(folder, overrides).model
+    path_in_store = find_checkpoint_folder(name, open_path(out / "runs"))
+    return load_checkpoint_target(path_in_store, overrides).model
 
 
 def load_sweep(path: Location) -> Sweep:
@@ -117,7 +139,8 @@ class Sweep:
         Returns:
             One row for each trial, with its number as index `trial`. The columns are:
 
-            * `state`: "running", "finished", "stopped" (early) or "failed".
+            * `state`: "running", "finished", "stopped" (early), "failed", or "interrupted": it has
+              not ended, and no process works on the sweep.
             * Each searched setting by its short name; None if the trial does not have it.
             * Metrics of the trial's best epoch, such as `epoch`, `clean`, `pgd`, `robust_worst`.
             * `before`: the objective at the best epoch before the instance weights acted; absent if
@@ -136,7 +159,9 @@ class Sweep:
 
         trials = _order_best_first(self.ledger.rank_trials(), self.ledger.load_trials())
         index = pd.Index([trial.number for trial in trials], name="trial")
-        table = pd.DataFrame([self._build_trial_row(trial) for trial in trials], index=index)
+        is_interrupted = self.ledger.is_interrupted()
+        rows = [self._build_trial_row(trial, is_interrupted) for trial in trials]
+        table = pd.DataFrame(rows, index=index)
         if not any(trial.best_in_burn_in for trial in trials):
             return table.drop(columns="before", errors="ignore")
         return table
@@ -173,13 +198,21 @@ class Sweep:
         Raises:
             SpecError: No trial has a value of the objective yet, or all that have one failed.
         """
-        best_trial = self.ledger.find_best_trial()
-        if best_trial is None:
-            objective = self.ledger.space.objectives[0]
-            raise SpecError(
-                f"{self.ledger.path}: no trial has reported {objective} yet, except failed ones"
-            )
-        return self.ledger.best_checkpoint_path(best_trial)
+        return find_best_checkpoint(self.ledger)
+
+    @property
+    def state(self) -> RunState:
+        """Whether all trials have ended, a process works on the others, or it was interrupted.
+
+        Raises:
+            DamagedFileError: A trial's file is damaged.
+        """
+        return find_sweep_state(self.ledger)
+
+    @property
+    def resume_command(self) -> str:
+        """The command line that resumes an interrupted sweep; "" for others."""
+        return format_resume_command(self.ledger) if self.ledger.is_interrupted() else ""
 
     def advice(self, trial: int) -> list[str]:
         """Explain conspicuous metrics of a trial, such as symptoms of masked gradients.
@@ -195,12 +228,12 @@ class Sweep:
         """
         return advise_on_trial(self.ledger, trial)
 
-    def _build_trial_row(self, trial: Trial) -> dict[str, Any]:
+    def _build_trial_row(self, trial: Trial, is_interrupted: bool) -> dict[str, Any]:
         """Return a row of `trials`."""
         paths = list(self.ledger.space.space)
         labels = param_labels(paths)
         return {
-            "state": trial.state,
+            "state": trial.describe_state(is_interrupted),
             **{labels[path]: trial.params.get(path) for path in paths},
             **{name: value for name, value in trial.best.items() if "/" not in name},
             "before": trial.best_in_burn_in.get(self.ledger.space.objectives[0]),
@@ -212,21 +245,90 @@ class Sweep:
         }
 
 
-def advise_on_trial(ledger: Ledger, trial_number: int) -> list[str]:
-    """Explain conspicuous metrics of a trial, such as symptoms of masked gradients.
+def find_sweep_state(ledger: Ledger) -> RunState:
+    """Return whether a sweep has finished; if not, whether a process works on it."""
+    if ledger.count_ended_trials() >= ledger.space.n_trials:
+        return "finished"
+    return "interrupted" if ledger.is_interrupted() else "running"
+
+
+def format_resume_command(ledger: Ledger) -> str:
+    """Return the command line that resumes a sweep from this working directory."""
+    words = ["raysweep", "tune", "--resume", ledger.name]
+    folder = ledger.path.parent
+    if folder.local_path is None or folder.name != "runs":
+        words += ["--storage", str(folder)]
+    elif folder.local_path.parent != Path.cwd():
+        words += ["--out", str(folder.local_path.parent)]
+    return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What is known about a run of `raysweep train`.
+
+    Attributes:
+        name: Name of its folder.
+        path: Its folder.
+        state: "finished"; "running"; or "interrupted", also after an error.
+        config: Its config; None before its first epoch.
+        n_epochs: Number of epochs that it has finished.
+        best: Metrics of its best epoch; empty before the first.
+        checkpoint: Checkpoint of its best epoch; None before the first.
+    """
+
+    name: str
+    path: StorePath
+    state: RunState
+    config: TrainingConfig | None = None
+    n_epochs: int = 0
+    best: EpochMetrics = field(default_factory=dict)
+    checkpoint: StorePath | None = None
+
+    def to_json_dict(self) -> JsonDict:
+        """Convert to plain data for `--json`."""
+        return {
+            "run": self.name,
+            "path": str(self.path),
+            "state": self.state,
+            "config": self.config.to_stored_dict() if self.config else None,
+            "epochs": self.n_epochs,
+            "best": {name: value for name, value in self.best.items() if "/" not in name},
+            "checkpoint": str(self.checkpoint) if self.checkpoint else None,
+        }
+
+
+def load_training_run(path: Location) -> TrainingRun:
+    """Read what is known about a training run. Weights are not read.
 
     Args:
-        ledger: The sweep.
-        trial_number: Number of the trial.
-
-    Returns:
-        Sentences; empty before the trial's first epoch, or if no metric is conspicuous.
+        path: Its folder.
 
     Raises:
-        SpecError: The trial's last checkpoint is damaged.
+        DamagedFileError: Its last checkpoint is damaged.
     """
-    last = RunDirectory(ledger.trial_path(trial_number)).read_last_checkpoint()
-    return advise_on_training(last.config, last.history) if last else []
+    directory = RunDirectory(path)
+    meta = directory.read_last_meta()
+    is_in_use = is_folder_in_use(directory.path)
+    if meta is None:
+        return TrainingRun(
+            directory.path.name, directory.path, "running" if is_in_use else "interrupted"
+        )
+    config = TrainingConfig.from_data(meta["config"], str(directory.path), stored=True)
+    history = meta["history"]
+    best_epoch = find_best_epoch(config, history, directory.list_saved_epochs())
+    state: RunState = "finished"
+    if len(history) < config.epochs:
+        state = "running" if is_in_use else "interrupted"
+    return TrainingRun(
+        directory.path.name,
+        directory.path,
+        state,
+        config,
+        len(history),
+        {"epoch": best_epoch, **history[best_epoch - 1]},
+        directory.epoch_path(best_epoch),
+    )
 
 
 def describe_masking_effect_on_ranking(ledger: Ledger) -> list[str]:
@@ -299,16 +401,19 @@ def sweep_to_json(ledger: Ledger) -> JsonDict:
         ledger: The sweep.
 
     Returns:
-        Its name, location and space; epochs that the trials reported (`asked`), trained and reused
-        (`saved`); the numbers of the Pareto front; advice on the best trial; all trials, best
-        first, as from `trial_to_json`.
+        Its name, location, space and state, and the command that resumes it, or None; epochs that
+        the trials reported (`asked`), trained and reused (`saved`); the numbers of the Pareto
+        front; advice on the best trial; all trials, best first, as from `trial_to_json`.
     """
     ranked_trials, trials = ledger.rank_trials(), ledger.load_trials()
     best_trial = ledger.find_best_trial()
     epochs = count_epochs(trials)
+    is_interrupted = ledger.is_interrupted()
     return {
         "sweep": ledger.name,
         "path": str(ledger.path),
+        "state": find_sweep_state(ledger),
+        "resume": format_resume_command(ledger) if is_interrupted else None,
         "space": ledger.space.to_stored_dict(),
         "epochs": {
             "asked": epochs.completed,
@@ -318,25 +423,29 @@ def sweep_to_json(ledger: Ledger) -> JsonDict:
         "front": [trial.number for trial in ledger.unmasked_pareto_front()],
         "advice": advise_on_trial(ledger, best_trial.number) if best_trial else [],
         "trials": [
-            trial_to_json(ledger, trial) for trial in _order_best_first(ranked_trials, trials)
+            trial_to_json(ledger, trial, is_interrupted)
+            for trial in _order_best_first(ranked_trials, trials)
         ],
     }
 
 
-def trial_to_json(ledger: Ledger, trial: Trial) -> JsonDict:
+def trial_to_json(ledger: Ledger, trial: Trial, is_interrupted: bool) -> JsonDict:
     """Convert a trial to plain data for `--json`.
 
     Args:
         ledger: The sweep.
         trial: One of its trials.
+        is_interrupted: Whether no process works on the sweep; see `Ledger.is_interrupted`.
 
     Returns:
-        The content of its trial.json; `checkpoint`, the location of its best checkpoint, or None
-        before the first value of the objective; `masks`, whether it exceeds the masking gap; and
-        `choice`, what is wrong with its best epoch, or "".
+        The content of its trial.json, with `state` as from `Trial.describe_state`; `checkpoint`,
+        the location of its best checkpoint, or None before the first value of the objective;
+        `masks`, whether it exceeds the masking gap; and `choice`, what is wrong with its best
+        epoch, or "".
     """
     checkpoint = str(ledger.best_checkpoint_path(trial)) if trial.best else None
     return trial.to_stored_dict() | {
+        "state": trial.describe_state(is_interrupted),
         "checkpoint": checkpoint,
         "masks": ledger.exceeds_masking_gap(trial),
         "choice": ledger.describe_choice(trial),

@@ -33,7 +33,13 @@ _PIPE_WIDTH = 1000
 # Narrowest columns, in characters: of a metric, 0.123, and of a state, which wraps.
 _METRIC_WIDTH = 5
 _STATE_WIDTH = 8
-_STATE_STYLES = {"running": "cyan", "finished": "green", "stopped": "dim", "failed": "red"}
+_STATE_STYLES = {
+    "running": "cyan",
+    "finished": "green",
+    "stopped": "dim",
+    "failed": "red",
+    "interrupted": "yellow",
+}
 
 
 class SweepDisplay:
@@ -173,14 +179,22 @@ class TrialTable:
     training. Where the table is too wide, the searched settings stand below it, wrapped.
     """
 
-    def __init__(self, ledger: Ledger, trials: list[Trial], caption: str | None = None) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        trials: list[Trial],
+        caption: str | None = None,
+        is_interrupted: bool = False,
+    ) -> None:
         """Prepare the table.
 
         Args:
             ledger: The sweep.
             trials: Its trials in the order of the rows.
             caption: Line below the table.
+            is_interrupted: Whether no process works on the trials that have not ended.
         """
+        self._is_interrupted = is_interrupted
         self._ledger = ledger
         self._trials = trials
         self._objective = ledger.space.objectives[0]
@@ -255,8 +269,9 @@ class TrialTable:
         reason = f": {trial.reason}" if trial.reason else ""
         choice = self._ledger.describe_choice(trial)
         mark = f", {choice}" if choice and trial.state != "running" else ""
-        style = "yellow" if mark else _STATE_STYLES[trial.state]
-        return Text(f"{trial.state}{mark}{reason}", style=style)
+        state = trial.describe_state(self._is_interrupted)
+        style = "yellow" if mark else _STATE_STYLES[state]
+        return Text(f"{state}{mark}{reason}", style=style)
 
 
 def create_table_console() -> Console:

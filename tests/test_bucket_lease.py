@@ -21,7 +21,7 @@ from test_stores import gcs, s3_host, store
 
 from raysweep.bucket_lease import BucketLease, LeaseLost, LeaseTimes, LegacyClaims
 from raysweep.errors import SpecError
-from raysweep.leases import hold_folder_lease
+from raysweep.leases import hold_folder_lease, is_folder_in_use
 from raysweep.process_identity import ProcessIdentity
 from raysweep.stores import (
     Store,
@@ -227,6 +227,23 @@ def test_a_paused_holder_wakes_notices_and_writes_nothing(
     assert "\n" not in lost
     assert read_holder(store) == (HERE, ME), "it deleted nothing"
     lease.require_held()
+
+
+def test_a_bucket_folder_is_in_use_while_its_lease_is_renewed(store: Store) -> None:
+    """A lease of another machine counts for two periods; a dead process of this one not at all."""
+    folder = open_path(store.uri)
+    assert not is_folder_in_use(folder), "there is no lease"
+    with hold_folder_lease(folder):
+        assert is_folder_in_use(folder)
+    assert not is_folder_in_use(folder), "it was released"
+    store.delete(KEY)
+    write_lease(store)
+    assert is_folder_in_use(folder)
+    long_past = LeaseTimes(renewal_interval=0.0, expires_after=-1.0)
+    assert not is_folder_in_use(folder, long_past), "its last renewal is too old"
+    store.delete(KEY)
+    write_lease(store, host=HERE, pid=NOBODY)
+    assert not is_folder_in_use(folder)
 
 
 def test_the_lease_of_a_killed_holder_is_taken_over_at_once(start_holder, lease_of) -> None:

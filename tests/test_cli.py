@@ -28,7 +28,7 @@ ALPHA = "method.terms.pgd.weight.alpha"
 NEEDS_RAY = pytest.mark.needs_ray
 COMMON = {"--set", "--data-dir", "--json"}
 FLAGS = {
-    "list": {"--json"},
+    "list": {"--json", "--out", "--storage"},
     "show": {*COMMON, "--out", "--storage", "--log"},
     "train": {*COMMON, "--verbose", "--out", "--storage", "--name", "--plan"},
     "tune": {
@@ -522,11 +522,12 @@ def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) 
         (["train", "odd.yaml"], "odd.yaml: 1: expected the name of a setting, got int"),
         (
             ["show", "lart"],
-            "no method, preset, space file, pipeline, sweep or trial 'lart'; nearest: mart, lrat",
+            "no method, preset, space file, pipeline, sweep, trial or training run 'lart'; "
+            "nearest: mart, lrat",
         ),
         (
             ["show", "#"],
-            "no method, preset, space file, pipeline, sweep or trial '#'; "
+            "no method, preset, space file, pipeline, sweep, trial or training run '#'; "
             "`raysweep list` names all",
         ),
     ],
@@ -631,7 +632,10 @@ def test_a_refused_resume_changes_nothing(
             ["tune", "lrat", "--trails=3"],
             "unrecognized arguments: --trails=3; nearest: --trials; see `raysweep tune",
         ),
-        (["list", "more"], "unrecognized arguments: more; see `raysweep list --help`"),
+        (
+            ["list", "more"],
+            "argument what: invalid choice: 'more' (choose from 'runs'); see `raysweep list",
+        ),
         (["tun", "lrat"], "invalid choice: 'tun'"),
         ([], "required: COMMAND; see `raysweep --help`"),
     ],

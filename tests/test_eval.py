@@ -268,7 +268,7 @@ def test_a_sweep_and_a_trial_are_named_as_show_names_them(
     assert main(["eval", "g1/0004", *QUICK]) == 2
     assert "g1 has no trial 0004: it has 1, counted from 0000" in capsys.readouterr().err
     assert main(["eval", "g2", *QUICK]) == 2
-    assert "no sweep, trial or folder 'g2'; nearest: g1" in capsys.readouterr().err
+    assert "no sweep, trial, training run or folder 'g2'; nearest: g1" in capsys.readouterr().err
 
 
 def test_a_users_own_model(tmp_path: Path, capsys, monkeypatch) -> None:

@@ -40,6 +40,7 @@ LAYERS = [
         "terminal",
         "plots",
         "result_loading",
+        "run_lookup",
         "checkpoint_evaluation",
         "robustness_bundle",
     ),

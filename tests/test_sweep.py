@@ -15,13 +15,13 @@ from conftest import FORKED, TINY, TrialUpdateListener, tiny
 from raysweep.cli import main
 from raysweep.errors import DamagedFileError, InfrastructureError
 from raysweep.logs import read_log
-from raysweep.result_loading import advise_on_trial
 from raysweep.spec import SpecError
 from raysweep.stores import FolderStore, StoreUnavailable
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_search import LedgerSearcher
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.trial_advice import advise_on_trial
 from raysweep.sweep.tune_callbacks import Budget, LedgerCallback, SweepFailed
 from raysweep.sweep.tuner import run_sweep
 from raysweep.tracking import SweepTracker, Tracker

@@ -8,13 +8,13 @@ import pytest
 
 import raysweep
 from raysweep.result_loading import (
-    advise_on_trial,
     describe_masking_effect_on_ranking,
     sweep_to_json,
 )
 from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.trial_advice import advise_on_trial
 
 LR, LAM = "optim.lr", "method.terms.pgd.weight.lam"
 
@@ -140,7 +140,7 @@ def test_a_sweep_as_plain_data(tmp_path: Path) -> None:
     )
     assert [t["masks"] for t in facts["trials"]] == [False, False, True, False]
     assert facts["trials"][0]["checkpoint"] == str(made.path / "trials" / "0003" / "epoch-0002")
-    assert facts["trials"][3]["checkpoint"] is None and facts["trials"][3]["state"] == "running"
+    assert facts["trials"][3]["checkpoint"] is None and facts["trials"][3]["state"] == "interrupted"
     assert facts["trials"][1]["settings"] == {LR: pytest.approx(0.1), LAM: -1.0}
 
 

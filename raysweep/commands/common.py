@@ -17,7 +17,6 @@ from raysweep.errors import InfrastructureError
 from raysweep.redaction import redact_secrets
 from raysweep.spec import SpecError, is_safe_name, parse_yaml
 from raysweep.stores import StorePath, open_path, require_conditional_writes, require_reachable
-from raysweep.sweep.ledger import Ledger
 from raysweep.tracking import NullTracker, Tracker, tracking_uri
 
 logger = logging.getLogger(__name__)
@@ -139,35 +138,6 @@ def resolve_runs_folder(
             make_writable_folder(folder.local_path, "--storage")
         require_conditional_writes(folder)
     return folder
-
-
-def find_sweep_or_trial(name: str, runs_folder: StorePath) -> tuple[Ledger, int | None] | None:
-    """Find the sweep or trial that SWEEP or SWEEP/0003 names.
-
-    Args:
-        name: The name, as the user typed it.
-        runs_folder: The folder of all sweeps.
-
-    Returns:
-        The sweep, and the trial's number or None; None if there is no such sweep.
-
-    Raises:
-        SpecError: The sweep has no such trial.
-    """
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        return None
-    sweep, _, number = name.rpartition("/")
-    if (runs_folder / name / "sweep.json").is_file():
-        return Ledger.open(runs_folder / name), None
-    if number.isdecimal() and (runs_folder / sweep / "sweep.json").is_file():
-        ledger = Ledger.open(runs_folder / sweep)
-        numbers = [trial.number for trial in ledger.load_trials()]
-        if int(number) not in numbers:
-            raise SpecError(
-                f"{sweep} has no trial {int(number):04d}: it has {len(numbers)}, counted from 0000"
-            )
-        return ledger, int(number)
-    return None
 
 
 def format_location_flags(out: Path, storage_location: str | None) -> str:

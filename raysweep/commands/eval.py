@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from raysweep.attacks.named_attacks import AutoAttackVersion
     from raysweep.data import DataSpec, SubsetChoice
     from raysweep.evaluation import RobustnessReport
-    from raysweep.stores import StorePath
     from raysweep.tracking import Tracker
     from raysweep.training.model_loading import EvaluationTarget
 
@@ -69,7 +68,6 @@ _VERIFY_UNUSED_DEFAULTS: dict[str, Any] = {
 # The setting of an evaluation that is not one of the data set.
 _SUBSET_SETTING = "subset"
 _FACTORY_PATTERN = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-_RUN_ID_PATTERN = re.compile(r"^[0-9a-f]{32}$")
 
 
 @dataclass(frozen=True)
@@ -196,8 +194,8 @@ def add_parser(parsers: CommandParsers) -> None:
     parser.add_argument(
         "what",
         metavar="WHAT",
-        help="a sweep (its best trial), a trial (SWEEP/0003), the folder of a run or checkpoint, "
-        "an MLflow run id, models:/NAME@ALIAS, or module:factory",
+        help="a sweep (its best trial), a trial (SWEEP/0003), a training run, the folder of one or "
+        "of a checkpoint, an MLflow run id, models:/NAME@ALIAS, or module:factory",
     )
     _add_attack_options(parser)
     _add_output_options(parser)
@@ -328,51 +326,23 @@ def _load_target(request: EvalRequest, out: Path) -> tuple[EvaluationTarget, str
         The model, and its MLflow run id if MLflow named it; otherwise None, and MLflow is not
         opened.
     """
-    from raysweep.commands.common import open_tracker
+    from raysweep.commands.common import open_tracker, resolve_runs_folder
+    from raysweep.run_lookup import (
+        download_from_mlflow,
+        find_checkpoint_folder,
+        is_mlflow_reference,
+    )
     from raysweep.training.model_loading import load_checkpoint_target, load_factory_target
 
     name = request.model
     if _FACTORY_PATTERN.match(name):
         return load_factory_target(name), None
-    if _RUN_ID_PATTERN.match(name) or name.startswith(("runs:/", "models:/")):
-        tracker = open_tracker(out)
-        run_id, folder = tracker.download_checkpoint(name, out / "runs" / "from-mlflow")
+    if is_mlflow_reference(name):
+        run_id, folder = download_from_mlflow(name, open_tracker(out), out)
         return load_checkpoint_target(folder, request.data_overrides), run_id
-    path = _resolve_checkpoint_folder(request)
-    return load_checkpoint_target(path, request.data_overrides), None
-
-
-def _resolve_checkpoint_folder(request: EvalRequest) -> StorePath:
-    """Return the folder of a checkpoint or run.
-
-    The name is a path, a URI, a trial, or a sweep, of which the best trial is meant.
-
-    Raises:
-        SpecError: There is no such sweep, trial or folder.
-    """
-    from raysweep.commands.common import find_sweep_or_trial, resolve_runs_folder
-    from raysweep.result_loading import load_sweep
-    from raysweep.spec import SpecError, describe_unknown_name
-    from raysweep.stores import is_uri, open_path, require_reachable
-
-    name = request.model
     runs_folder = resolve_runs_folder(request.out, request.storage, for_writing=False)
-    path = None
-    if not is_uri(name) and not Path(name).expanduser().exists():
-        match = find_sweep_or_trial(name, runs_folder)
-        if match is None:
-            sweeps = runs_folder.list_folders_containing("sweep.json")
-            if sweeps:
-                raise SpecError(describe_unknown_name("sweep, trial or folder", name, sweeps))
-        else:
-            ledger, trial_number = match
-            if trial_number is not None:
-                return ledger.trial_path(trial_number)
-            path = ledger.path
-    if path is None:
-        path = open_path(name)
-        require_reachable(path)
-    return load_sweep(path).best if (path / "sweep.json").is_file() else path
+    path = find_checkpoint_folder(name, runs_folder)
+    return load_checkpoint_target(path, request.data_overrides), None
 
 
 def _write_pseudo_labels(

@@ -8,16 +8,25 @@ import json
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from raysweep.commands.options import CommandParsers, add_command, add_json_option
+from raysweep.commands.options import (
+    CommandParsers,
+    add_command,
+    add_json_option,
+    add_location_options,
+)
+
+if TYPE_CHECKING:
+    from raysweep.run_lookup import FoundRun
 
 SUMMARY = "list methods, models, data sets, attacks, metrics, search spaces, presets, pipelines"
 DESCRIPTION = (
     "Lists the names that other commands take, with a line about each: methods, models, data sets, "
     "attacks, metrics, search spaces, presets (single runs of the papers) and pipelines."
 )
-EXAMPLES = ("raysweep list", "raysweep list --json")
+EXAMPLES = ("raysweep list", "raysweep list --json", "raysweep list runs")
 
 _LINE_WIDTH = 118
 _FOOTER = """
@@ -31,15 +40,21 @@ class ListRequest:
     """What the user asked `raysweep list` to do.
 
     Attributes:
+        what: "runs" for sweeps and training runs, None for the names that are built in.
+        out: Folder of `runs`.
+        storage: Folder or URI of sweeps; None for `runs` in `out`.
         as_json: Whether to print JSON on stdout.
     """
 
+    what: Literal["runs"] | None
+    out: Path
+    storage: str | None
     as_json: bool
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ListRequest:
         """Convert parsed arguments."""
-        return cls(as_json=args.json)
+        return cls(what=args.what, out=args.out, storage=args.storage, as_json=args.json)
 
 
 def add_parser(parsers: CommandParsers) -> None:
@@ -47,12 +62,22 @@ def add_parser(parsers: CommandParsers) -> None:
     parser = add_command(
         parsers, "list", run_command, summary=SUMMARY, description=DESCRIPTION, examples=EXAMPLES
     )
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=("runs",),
+        help="list the sweeps and training runs of this folder instead",
+    )
+    add_location_options(parser)
     add_json_option(parser)
 
 
 def run_command(args: argparse.Namespace) -> None:
     """Run `raysweep list`."""
     request = ListRequest.from_args(args)
+    if request.what == "runs":
+        _list_runs(request)
+        return
     from raysweep.pipeline.builtin_pipelines import describe_builtin_pipelines
     from raysweep.sweep.search_space import list_builtin_spaces
     from raysweep.training.presets import list_presets
@@ -69,6 +94,48 @@ def run_command(args: argparse.Namespace) -> None:
     _print_names("presets: runs of the papers", presets)
     _print_table("pipelines", pipelines)
     print(_FOOTER)
+
+
+def _list_runs(request: ListRequest) -> None:
+    """Print a line about each sweep and training run of a folder."""
+    from raysweep.commands.common import resolve_runs_folder
+    from raysweep.run_lookup import list_runs
+
+    runs_folder = resolve_runs_folder(request.out, request.storage, for_writing=False)
+    rows: list[dict[str, str | None]] = [_summarize_run(found) for found in list_runs(runs_folder)]
+    if request.as_json:
+        print(json.dumps({"runs": rows}, indent=1))
+    elif not rows:
+        print(f"no sweep or training run in {runs_folder}")
+    else:
+        cells = [list(rows[0]), *([cell or "" for cell in row.values()] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for line in cells:
+            padded = [f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)]
+            print("  ".join(padded).rstrip())
+
+
+def _summarize_run(found: FoundRun) -> dict[str, str | None]:
+    """Return {title: cell} of a sweep or training run."""
+    from raysweep.result_loading import find_sweep_state, load_training_run
+
+    row = {"name": found.path.name, "kind": found.kind}
+    if found.ledger is None:
+        run = load_training_run(found.path)
+        if run.config is None:
+            return {**row, "state": run.state, "method": None, "done": "0 epochs", "best": None}
+        method, objective = run.config.method.name, str(run.config.validation.objective)
+        state, done = run.state, f"{run.n_epochs} of {run.config.epochs} epochs"
+        score = run.best.get(objective)
+    else:
+        ledger = found.ledger
+        method, objective = ledger.space.trial_config({}).method.name, ledger.space.objectives[0]
+        state = find_sweep_state(ledger)
+        done = f"{ledger.count_ended_trials()} of {ledger.space.n_trials} trials"
+        best_trial = ledger.find_best_trial()
+        score = best_trial.score(objective) if best_trial else None
+    best = None if score is None else f"{objective} {score:.3f}"
+    return {**row, "state": state, "method": method, "done": done, "best": best}
 
 
 def _list_described_names() -> dict[str, Mapping[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import sys
@@ -22,7 +23,8 @@ from raysweep.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from raysweep.spec import JsonDict
+    from raysweep.run_lookup import FoundRun
+    from raysweep.spec import JsonDict, SpecError
     from raysweep.stores import StorePath
     from raysweep.sweep.ledger import Ledger, Trial
     from raysweep.sweep.search_space import SearchSpace
@@ -110,6 +112,14 @@ def run_command(args: argparse.Namespace) -> None:
     if request.log:
         _show_log(request)
         return
+    from raysweep.commands.common import resolve_runs_folder
+    from raysweep.run_lookup import find_run
+
+    runs_folder = resolve_runs_folder(request.out, request.storage, for_writing=False)
+    found = find_run(request.name, runs_folder)
+    if found is not None:
+        _show_run(request, found)
+        return
     kind, name = _classify_name(request.name)
     if kind == "pipeline":
         _show_pipeline(request, name)
@@ -118,24 +128,36 @@ def run_command(args: argparse.Namespace) -> None:
     elif kind:
         _show_config(request, name)
     else:
-        _show_sweep_or_trial(request)
+        raise _unknown_name_error(request.name, runs_folder)
+
+
+def _show_run(request: ShowRequest, found: FoundRun) -> None:
+    """Print a sweep, trial or training run; say how to see what else has its name."""
+    if not request.as_json:
+        _print_namesakes(request.name, found)
+    if found.ledger is None:
+        _show_training_run(request, found)
+    elif found.trial_number is None:
+        _show_sweep(request, found.ledger)
+    else:
+        _show_trial(request, found.ledger, found.trial_number)
+
+
+def _print_namesakes(name: str, found: FoundRun) -> None:
+    """Print which commands show a method, preset, space, pipeline or file of the same name."""
+    kinds = [kind for kind, names in _list_names_by_kind().items() if name in names]
+    others = [f"`raysweep show {kind}:{name}`" for kind in kinds]
+    if Path(name).is_file():
+        others.append(f"`raysweep show ./{name}`")
+    if others:
+        print(f"{name} is a {found.kind} of this folder; for its namesake: {' or '.join(others)}")
 
 
 def _classify_name(name_or_file: str) -> tuple[str, str]:
     """Return (kind, name without `KIND:`); the kind is "" if no table has the name."""
-    from raysweep.catalog import METHODS
-    from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
     from raysweep.spec import SpecError, describe_unknown_name
-    from raysweep.sweep.search_space import list_builtin_spaces
-    from raysweep.training.presets import list_presets
 
-    # A space has the name of its method: the method comes first.
-    tables = {
-        "pipeline": list_builtin_pipelines(),
-        "method": list(METHODS),
-        "preset": list_presets(),
-        "space": list_builtin_spaces(),
-    }
+    tables = _list_names_by_kind()
     kind, colon, name = name_or_file.partition(":")
     if colon and kind in tables:
         if name not in tables[kind]:
@@ -147,6 +169,22 @@ def _classify_name(name_or_file: str) -> tuple[str, str]:
         if name_or_file in names:
             return kind, name_or_file
     return "", name_or_file
+
+
+def _list_names_by_kind() -> dict[str, list[str]]:
+    """Return {kind: names}; of kinds with the same name, the first is meant by the bare name."""
+    from raysweep.catalog import METHODS
+    from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
+    from raysweep.sweep.search_space import list_builtin_spaces
+    from raysweep.training.presets import list_presets
+
+    # A space has the name of its method: the method comes first.
+    return {
+        "pipeline": list_builtin_pipelines(),
+        "method": list(METHODS),
+        "preset": list_presets(),
+        "space": list_builtin_spaces(),
+    }
 
 
 def _classify_yaml_file(path: Path) -> str:
@@ -308,8 +346,9 @@ def _show_log(request: ShowRequest) -> None:
     Raises:
         SpecError: There is no log of this name.
     """
-    from raysweep.commands.common import find_sweep_or_trial, resolve_runs_folder
+    from raysweep.commands.common import resolve_runs_folder
     from raysweep.logs import format_entry, read_log
+    from raysweep.run_lookup import find_run
     from raysweep.spec import SpecError
     from raysweep.stores import open_path
 
@@ -318,12 +357,8 @@ def _show_log(request: ShowRequest) -> None:
     pipeline_folder = open_path(request.out / "runs" / "pipelines" / name)
     folders = [pipeline_folder]
     if name == request.name and ".." not in Path(name).parts:
-        match = find_sweep_or_trial(name, runs_folder)
-        ledger, trial_number = match or (None, None)
-        if ledger is not None and trial_number is not None:
-            folders = [ledger.trial_path(trial_number)]
-        else:
-            folders = [runs_folder / name, pipeline_folder]
+        found = find_run(name, runs_folder)
+        folders = [found.path] if found else [runs_folder / name, pipeline_folder]
     for folder in folders:
         if entries := read_log(folder):
             break
@@ -334,42 +369,27 @@ def _show_log(request: ShowRequest) -> None:
         print(json.dumps(entry) if request.as_json else format_entry(entry))
 
 
-def _show_sweep_or_trial(request: ShowRequest) -> None:
-    """Print a sweep's trials, or one trial. Raises SpecError if there is neither."""
-    from raysweep.commands.common import find_sweep_or_trial, resolve_runs_folder
-
-    runs_folder = resolve_runs_folder(request.out, request.storage, for_writing=False)
-    match = find_sweep_or_trial(request.name, runs_folder)
-    if match is None:
-        raise _unknown_name_error(request.name, runs_folder)
-    ledger, trial_number = match
-    if trial_number is None:
-        _show_sweep(request, ledger)
-    else:
-        _show_trial(request, ledger, trial_number)
-
-
-def _unknown_name_error(name: str, runs_folder: StorePath) -> ValueError:
-    """Return the SpecError for a name that nothing has."""
-    from raysweep.catalog import METHODS
-    from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
+def _unknown_name_error(name: str, runs_folder: StorePath) -> SpecError:
+    """Return the error for a name that nothing has."""
+    from raysweep.run_lookup import list_runs
     from raysweep.spec import SpecError, describe_unknown_name
-    from raysweep.training.presets import list_presets
 
-    sweeps = runs_folder.list_folders_containing("sweep.json")
-    names = dict.fromkeys([*METHODS, *list_presets(), *list_builtin_pipelines(), *sweeps])
-    noun = "method, preset, space file, pipeline, sweep or trial"
+    runs = [run.path.name for run in list_runs(runs_folder)]
+    builtin = itertools.chain.from_iterable(_list_names_by_kind().values())
+    names = dict.fromkeys([*builtin, *runs])
+    noun = "method, preset, space file, pipeline, sweep, trial or training run"
     return SpecError(describe_unknown_name(noun, name, list(names)))
 
 
 def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
     """Print the trials of a sweep, best first, and notes on the best one."""
+    from raysweep.commands.common import format_location_flags
     from raysweep.result_loading import (
-        advise_on_trial,
         describe_guessing,
         describe_masking_effect_on_ranking,
         sweep_to_json,
     )
+    from raysweep.sweep.trial_advice import advise_on_trial
     from raysweep.terminal import TrialTable, create_table_console
 
     if request.as_json:
@@ -379,11 +399,18 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
     n_running = sum(trial.state == "running" for trial in trials)
     running = f", {n_running} not yet" if n_running else ""
     n_ended = len(trials) - n_running
-    print(f"{ledger.name}: {n_ended} of {ledger.space.n_trials} trials ended{running}")
+    is_interrupted = ledger.is_interrupted()
+    state = ", interrupted" if is_interrupted else running
+    print(f"{ledger.name}: {n_ended} of {ledger.space.n_trials} trials ended{state}")
+    if is_interrupted:
+        flags = format_location_flags(request.out, request.storage)
+        print(f"resume with\n  raysweep tune --resume {ledger.name}{flags}")
     ranked = ledger.rank_trials()
     ranked_numbers = {trial.number for trial in ranked}
     unranked = [trial for trial in trials if trial.number not in ranked_numbers]
-    create_table_console().print(TrialTable(ledger, [*ranked, *unranked]))
+    create_table_console().print(
+        TrialTable(ledger, [*ranked, *unranked], is_interrupted=is_interrupted)
+    )
     for line in [*describe_guessing(ledger), *describe_masking_effect_on_ranking(ledger)]:
         print(line)
     best = ledger.find_best_trial()
@@ -394,13 +421,15 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
 
 def _show_trial(request: ShowRequest, ledger: Ledger, trial_number: int) -> None:
     """Print a trial's searched settings, its best epoch, notes on it, and its folder."""
-    from raysweep.result_loading import advise_on_trial, trial_to_json
+    from raysweep.result_loading import trial_to_json
+    from raysweep.sweep.trial_advice import advise_on_trial
 
     (trial,) = (trial for trial in ledger.load_trials() if trial.number == trial_number)
     advice = advise_on_trial(ledger, trial_number)
     folder = str(ledger.trial_path(trial_number))
     if request.as_json:
-        _print_json({**trial_to_json(ledger, trial), "folder": folder, "advice": advice})
+        trial_data = trial_to_json(ledger, trial, ledger.is_interrupted())
+        _print_json({**trial_data, "folder": folder, "advice": advice})
         return
     _print_trial_summary(ledger, trial)
     for line in advice:
@@ -414,7 +443,8 @@ def _print_trial_summary(ledger: Ledger, trial: Trial) -> None:
 
     reason = f": {trial.reason}" if trial.reason else ""
     epochs = f"{format_count(trial.epoch, 'epoch')}, {trial.trained_epochs} trained here"
-    print(f"{ledger.name}/{trial.number:04d} {trial.state}{reason} after {epochs}")
+    state = trial.describe_state(ledger.is_interrupted())
+    print(f"{ledger.name}/{trial.number:04d} {state}{reason} after {epochs}")
     print("searched")
     for path, value in trial.params.items():
         if value is not None:
@@ -431,3 +461,34 @@ def _print_trial_summary(ledger: Ledger, trial: Trial) -> None:
             f"before its weights acted\n  {objective} = "
             f"{trial.best_in_burn_in[objective]:.4f} in {epoch}"
         )
+
+
+def _show_training_run(request: ShowRequest, found: FoundRun) -> None:
+    """Print a training run: its state, its best epoch, notes on it, its settings and its folder."""
+    from raysweep.formatting import format_count
+    from raysweep.result_loading import load_training_run
+    from raysweep.settings_reference import describe_settings
+    from raysweep.spec import flatten_spec
+    from raysweep.training.checkpoint import RunDirectory
+    from raysweep.training.metric_advice import advise_on_training
+
+    run = load_training_run(found.path)
+    history = RunDirectory(found.path).read_history() if run.config else []
+    advice = advise_on_training(run.config, history) if run.config else []
+    if request.as_json:
+        _print_json({**run.to_json_dict(), "advice": advice})
+        return
+    if run.config is None:
+        print(f"{run.name} {run.state} before its first epoch\nfolder\n  {run.path}")
+        return
+    progress = f"{run.n_epochs} of {format_count(run.config.epochs, 'epoch')}"
+    what = f"{run.config.method.name} on {run.config.data.name}"
+    print(f"{run.name} {run.state} after {progress}: {what}")
+    print(f"epoch {run.best['epoch']:.0f}, its best")
+    for name, metric in run.best.items():
+        if "/" not in name and name != "epoch":
+            print(f"  {name} = {metric:.4f}")
+    for line in advice:
+        print(f"note: {line}")
+    print(f"checkpoint\n  {run.checkpoint}\nsettings")
+    _print_config_paths(flatten_spec(run.config), describe_settings(run.config))

@@ -473,12 +473,12 @@ def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) 
     """Print the best trials, the epochs that sharing saved, and the next commands."""
     from raysweep.commands.common import format_location_flags, format_ui_command
     from raysweep.result_loading import (
-        advise_on_trial,
         describe_guessing,
         describe_masking_effect_on_ranking,
         sweep_to_json,
     )
     from raysweep.sweep.epoch_counts import count_epochs
+    from raysweep.sweep.trial_advice import advise_on_trial
 
     if request.as_json:
         print(json.dumps(sweep_to_json(ledger), indent=1))

@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from raysweep.bucket_lease import LeaseLost
 from raysweep.errors import InfrastructureError
+from raysweep.leases import is_folder_in_use
 from raysweep.logs import discard_log
 from raysweep.pareto import pareto_front_indices
 from raysweep.spec import JsonDict, SpecError
@@ -61,6 +62,17 @@ class Trial:
     reason: str = ""
     burn_in: int | None = None
     best_in_burn_in: EpochMetrics = field(default_factory=dict)
+
+    def describe_state(self, is_interrupted: bool) -> str:
+        """Return the state for displays.
+
+        Args:
+            is_interrupted: Whether no process works on the sweep; see `Ledger.is_interrupted`.
+
+        Returns:
+            The state, but "interrupted" for a trial that has not ended and that nobody trains.
+        """
+        return "interrupted" if is_interrupted and self.state == "running" else self.state
 
     def to_stored_dict(self) -> JsonDict:
         """Return what trial.json holds."""
@@ -259,6 +271,10 @@ class Ledger:
     def count_ended_trials(self) -> int:
         """Return the number of trials that have ended."""
         return sum(trial.state != "running" for trial in self.load_trials())
+
+    def is_interrupted(self) -> bool:
+        """Return whether trials have not ended and no process works on them: its lock is free."""
+        return self.count_ended_trials() < self.space.n_trials and not is_folder_in_use(self.path)
 
     def is_lost(self) -> bool:
         """Return whether another driver has taken the sweep over from this process."""

@@ -3,10 +3,10 @@
 The sweep is a parent run and its trials are child runs; each is found again by its tags.
 """
 
-from raysweep.result_loading import advise_on_trial
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import param_labels
+from raysweep.sweep.trial_advice import advise_on_trial
 from raysweep.tracking.mlflow_tracker import RunStatus, Tracker, format_mlflow_param
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
 from raysweep.training.failure_reports import TRACEBACK_FILE

@@ -288,6 +288,21 @@ class RunDirectory:
         epochs = self.list_saved_epochs()
         return read_checkpoint(self.epoch_path(epochs[-1])) if epochs else None
 
+    def read_last_meta(self) -> JsonDict | None:
+        """Read config and metrics of the last finished epoch without the weights and their check.
+
+        Returns:
+            The checkpoint's metadata; None before the first epoch.
+
+        Raises:
+            DamagedFileError: They are damaged.
+        """
+        epochs = self.list_saved_epochs()
+        if not epochs:
+            return None
+        meta: JsonDict = (self.epoch_path(epochs[-1]) / META_FILE).read_json(("config", "history"))
+        return meta
+
     def read_history(self) -> list[EpochMetrics]:
         """Read the metrics of all finished epochs, including epochs reused from other runs.
 
