@@ -29,6 +29,7 @@ from raysweep.errors import (
     describe_os_error,
     is_infrastructure_error,
 )
+from raysweep.file_privacy import private_files
 from raysweep.logs import command_log
 from raysweep.redaction import redact_secrets
 from raysweep.shell_completion import SUPPORTED_SHELLS, PrintCompletion
@@ -191,7 +192,7 @@ def _one_line_warnings() -> Iterator[None]:
 def _run_command(args: argparse.Namespace, arguments: Sequence[str]) -> ExitCode:
     """Run the command; print an expected error and return its exit code."""
     try:
-        with command_log(arguments, getattr(args, "verbose", False)) as log:
+        with private_files(), command_log(arguments, getattr(args, "verbose", False)) as log:
             with _convert_expected_errors(args.command):
                 args.run_command(args)
             log.exit_code = ExitCode.DONE

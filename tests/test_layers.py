@@ -15,6 +15,7 @@ LAYERS = [
         "errors",
         "lazy_modules",
         "atomic_files",
+        "file_privacy",
         "spec",
         "settings_reference",
         "schedules",

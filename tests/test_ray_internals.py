@@ -312,12 +312,16 @@ def start_own_cluster() -> None:
     """Start a cluster as commands do; print what differs from what it should be."""
     import ray
 
+    from raysweep.sweep.ray_access import create_private_ray_folder
+
     before, marked = dict(os.environ), {"TUNE_GLOBAL_CHECKPOINT_S": "77"}
     os.environ.update(marked)
     with connect_to_cluster(n_cpus=1):
         workers = ray.get(ray.remote(lambda: dict(os.environ)).remote())
         expected = {**RAY_ENVIRONMENT, **marked}
         print("workers have them:", {name: workers.get(name) for name in expected} == expected)
+        folder = create_private_ray_folder()
+        print("sockets are in the private folder:", any(folder.glob("session_*/sockets/raylet*")))
     left = set(os.environ.items()) - set(before.items()) - set(marked.items())
     names = sorted(name for name, _ in left if name in RAY_ENVIRONMENT)
     print("left behind:", names, ray.is_initialized())
@@ -335,7 +339,11 @@ def test_workers_of_our_cluster_have_the_environment_and_this_process_only_meanw
     )
     assert done.wait() == 0, done.err
     # On a busy machine Ray prints that a worker needs long to start.
-    assert {"workers have them: True", "left behind: [] False"} <= set(done.out.splitlines())
+    assert {
+        "workers have them: True",
+        "sockets are in the private folder: True",
+        "left behind: [] False",
+    } <= set(done.out.splitlines())
 
 
 def start_exposed_cluster() -> None:

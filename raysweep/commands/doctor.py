@@ -448,6 +448,14 @@ def _diagnose_network(reports: list[NodeReport]) -> Iterator[Finding]:
             "start the head with --dashboard-host=127.0.0.1 and use `ray dashboard` or ssh -L, "
             "if you can",
         )
+    yield from _diagnose_each_node(
+        "token",
+        reports,
+        lambda report: report.problems.get("token", ""),
+        "no other user can read Ray's token",
+        "chmod 700 ~/.ray; chmod 600 ~/.ray/auth_token; whoever has read the token can still use "
+        "it: stop the cluster, delete the file, start again",
+    )
     if not unprotected and not dashboards:
         is_exposed = any(report.exposed_ports for report in reports)
         protected = "Ray requires a token; the dashboard is on loopback"

@@ -21,6 +21,11 @@ import ray
 from raysweep.errors import InfrastructureError, RaysweepError
 from raysweep.spec import SpecError
 from raysweep.sweep.node_probe import list_exposed_ports
+from raysweep.sweep.ray_access import (
+    create_private_ray_folder,
+    find_own_cluster,
+    secure_token_file,
+)
 from raysweep.sweep.ray_environment import ray_environment
 from raysweep.sweep.ray_internals import (
     check_ray_internals,
@@ -48,8 +53,9 @@ def connect_to_cluster(
     Environment variables for Ray are set in this block only, see `ray_environment`.
 
     Args:
-        address: `auto` or `host:port`; None for `RAY_ADDRESS` or, if that is not set, a new cluster
-            on this machine. A connection that is already open is used as it is.
+        address: `host:port`, or `auto` for `RAY_ADDRESS` or else the cluster on this machine that
+            belongs to this user or root; None for `RAY_ADDRESS` or, if that is not set, a new
+            cluster on this machine. A connection that is already open is used as it is.
         n_cpus: Number of CPUs of a new cluster; by default all that this process may use.
 
     Yields:
@@ -67,10 +73,13 @@ def connect_to_cluster(
         if ray.is_initialized():
             yield cluster_capacity()
             return
-        if address is None:
-            address = os.environ.get("RAY_ADDRESS") or "local"
+        if address is None or address == "auto":
+            address = os.environ.get("RAY_ADDRESS") or address or "local"
             if address not in ("auto", "local"):
                 _require_reachable(address, "RAY_ADDRESS")
+        if address == "auto":
+            address = find_own_cluster()
+            _require_reachable(address)
         try:
             _start_or_join(address, n_cpus)
             _log_nodes(address)
@@ -90,9 +99,14 @@ def _start_or_join(address: str, n_cpus: int | None) -> None:
             logger.info("joining the Ray cluster at %s", address)
             _initialize_ray(address=address)
             return
+        secure_token_file()
         with listen_on_loopback():
             logger.info("starting Ray on this machine")
-            _initialize_ray(address="local", num_cpus=n_cpus or joblib.cpu_count())
+            _initialize_ray(
+                address="local",
+                num_cpus=n_cpus or joblib.cpu_count(),
+                _temp_dir=str(create_private_ray_folder()),
+            )
     except RaysweepError:
         raise
     except Exception as error:

@@ -21,6 +21,7 @@ from ray.util.placement_group import (
 
 from raysweep.data.dataset_cache import CachedDataset
 from raysweep.errors import RaysweepError
+from raysweep.file_privacy import adopt_umask, read_umask
 from raysweep.logs import log_trial
 from raysweep.stores import StorePath, StoreUnavailable
 from raysweep.sweep.ray_environment import ray_environment
@@ -184,6 +185,7 @@ def _build_torch_trainer(
             "threads": max(1, int(cpus)),
             "prefixes": prefix_cache,
             "source": cached_dataset,
+            "umask": read_umask(),
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=n_workers,
@@ -204,6 +206,7 @@ def _build_torch_trainer(
 
 def _run_worker(loop_config: dict[str, Any]) -> None:
     """Train as one worker of the group, and report failures (Ray Train's loop function)."""
+    adopt_umask(loop_config["umask"])
     config = TrainingConfig.model_validate_json(loop_config["config"])
     run_path = loop_config["path"]
     rank = ray.train.get_context().get_world_rank()

@@ -24,6 +24,7 @@ from raysweep.data import DataSpec, load_data
 from raysweep.data.dataset_cache import CachedDataset
 from raysweep.errors import InfrastructureError, RaysweepError
 from raysweep.stores import StoredFileNotFound, StorePath, open_path
+from raysweep.sweep.ray_access import find_token_exposure
 from raysweep.sweep.ray_internals import is_head_node, requires_token
 
 REPORTED_PACKAGES = ("ray", "torch", "numpy")
@@ -65,7 +66,7 @@ class NodeReport:
         exposed_ports: Ray's ports beyond loopback, as `NAME ADDRESS:PORT`.
         requires_token: Whether the node's Ray asks for a token.
         fingerprint: Fingerprint of the node's data; empty if it cannot be read.
-        problems: Messages by topic, `node`, `storage` or `data`.
+        problems: Messages by topic, `node`, `storage`, `data` or `token`.
         clock_skew: Lower bound of the difference between the node's clock and the driver's, in
             seconds. It holds for any delay of the answer.
     """
@@ -247,6 +248,8 @@ def _probe_this_node(request_fields: dict[str, Any], declared_gpus: float) -> di
     problems: dict[str, str] = {}
     request = ProbeRequest(**request_fields)
     _probe_storage(request, problems)
+    if requires_token() and (exposure := find_token_exposure()):
+        problems["token"] = exposure
     return {
         "versions": package_versions(),
         "gpus": len(list(Path("/proc/driver/nvidia/gpus").glob("*"))),

@@ -20,6 +20,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from raysweep.data import load_data
 from raysweep.data.dataset_cache import CachedDataset
 from raysweep.errors import InfrastructureError, RaysweepError, is_infrastructure_error
+from raysweep.file_privacy import adopt_umask, private_files, read_umask
 from raysweep.logs import log_to_folder, log_trial
 from raysweep.spec import SpecError
 from raysweep.stores import StorePath, StoreUnavailable
@@ -88,7 +89,7 @@ def run_sweep(
             written. Or the sweep's folder can no longer be written.
         SweepFailed: If several trials failed with errors in the code, or no trial could start.
     """
-    with log_to_folder(ledger.path):
+    with private_files(), log_to_folder(ledger.path):
         try:
             return _run_logged_sweep(
                 ledger,
@@ -336,8 +337,10 @@ def _make_trainable(
 ) -> Callable[[dict[str, Any]], None]:
     """Return the function that Tune calls with the config of a trial: its number and params."""
     sweep_path, space = ledger.path, ledger.space
+    umask = read_umask()
 
     def train_trial(trial_config: dict[str, Any]) -> None:
+        adopt_umask(umask)
         try:
             config = space.trial_config(trial_config["params"])
         except Exception as error:

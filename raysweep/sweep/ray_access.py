@@ -1,0 +1,229 @@
+"""Keep other users of a machine away from Ray: its token, its folder, and `--address auto`."""
+
+import logging
+import os
+import secrets
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from raysweep.errors import InfrastructureError
+
+logger = logging.getLogger(__name__)
+
+_TOKEN_BYTES = 32
+# Bytes that the path of a Unix socket may have.
+_MAX_SOCKET_PATH = 107 if sys.platform == "linux" else 103
+# What Ray adds to its folder: date, time, microseconds and process of the driver.
+_LONGEST_SOCKET = "/session_2026-11-29_20-26-49_720904_4194304/sockets/plasma_store"
+_RAY_FOLDER = "ray"
+
+
+def find_token_path() -> Path | None:
+    """Return the file with the token of Ray's clusters.
+
+    Returns:
+        `RAY_AUTH_TOKEN_PATH`, or `~/.ray/auth_token`; None if the token is in the environment, or
+        this user has no home folder.
+    """
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return None
+    if path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return Path(path)
+    try:
+        return Path.home() / ".ray" / "auth_token"
+    except RuntimeError:
+        return None
+
+
+def find_token_exposure() -> str:
+    """Describe who else can read or replace the file with the token of Ray's clusters.
+
+    Returns:
+        A sentence such as `~/.ray/auth_token can be read by other users (mode 0644)`; "" if only
+        its owner can read and replace it, or there is none. A file that `RAY_AUTH_TOKEN_PATH`
+        names is not looked at: containers mount secrets with other modes.
+    """
+    path = find_token_path()
+    if path is None or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return ""
+    try:
+        file_status, folder_status = path.stat(), path.parent.stat()
+    except OSError:
+        return ""
+    if file_status.st_uid != os.geteuid():
+        return f"{path} belongs to user {file_status.st_uid}"
+    if file_status.st_mode & 0o077:
+        return f"{path} can be read by other users (mode {stat.S_IMODE(file_status.st_mode):04o})"
+    if folder_status.st_mode & 0o022:
+        mode = stat.S_IMODE(folder_status.st_mode)
+        return f"{path} can be replaced by other users (mode {mode:04o} of its folder)"
+    return ""
+
+
+def secure_token_file() -> None:
+    """Create the token of Ray's clusters if there is none, and make it private.
+
+    The file has mode 0600 in a folder of mode 0700. Ray itself would create it with the umask.
+
+    Raises:
+        InfrastructureError: If the file or its folder belongs to somebody else, or cannot be made
+            private. One line.
+    """
+    path = find_token_path()
+    uses_token = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
+    if path is None or "RAY_AUTH_TOKEN_PATH" in os.environ or not uses_token:
+        return
+    try:
+        _make_folder_private(path.parent)
+        if not _make_file_private(path):
+            _write_new_token(path)
+    except OSError as error:
+        raise InfrastructureError(
+            f"{path}: the token of Ray's clusters cannot be kept private: "
+            f"{error.strerror or error}; set RAY_AUTH_TOKEN_PATH to a file that only you can read"
+        ) from error
+
+
+def _make_folder_private(folder: Path) -> None:
+    """Create a folder of mode 0700, or give it this mode."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.geteuid():
+        raise PermissionError(0, f"{folder} belongs to user {status.st_uid}")
+    if status.st_mode & 0o077:
+        folder.chmod(0o700)
+
+
+def _make_file_private(path: Path) -> bool:
+    """Give the token file mode 0600; return False if there is none, or it is empty."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            raise PermissionError(0, "it is not a file of your own")
+        if status.st_mode & 0o077:
+            os.fchmod(handle, 0o600)
+            logger.warning(
+                "other users could read %s (mode %04o); it is private now. Whoever has read the "
+                "token can still use it: stop your Ray clusters, delete the file, and start again",
+                path,
+                stat.S_IMODE(status.st_mode),
+                extra={"shown": True},
+            )
+        return status.st_size > 0
+    finally:
+        os.close(handle)
+
+
+def _write_new_token(path: Path) -> None:
+    """Write a token that is whole as soon as the file exists; keep one that another just wrote."""
+    if path.exists():
+        path.unlink()
+    handle, name = tempfile.mkstemp(prefix=".auth_token-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as stream:
+            stream.write(secrets.token_hex(_TOKEN_BYTES))
+            stream.flush()
+            os.fsync(stream.fileno())
+        try:
+            os.link(name, path)
+        except FileExistsError:
+            logger.debug("another process has just created %s", path)
+    finally:
+        Path(name).unlink()
+
+
+def create_private_ray_folder() -> Path:
+    """Create the folder for the sockets and logs of Ray clusters on this machine.
+
+    Ray gives its folders mode 0777, whatever the umask. Nobody else can enter the folder around
+    them.
+
+    Returns:
+        `raysweep-UID/ray`, where `raysweep-UID` has mode 0700. It is in `RAY_TMPDIR` or the folder
+        for temporary files; in /tmp if that path is too long for sockets. A new folder in /tmp
+        takes its place if `raysweep-UID` is somebody else's.
+
+    Raises:
+        InfrastructureError: If no folder can be created.
+    """
+    name = f"raysweep-{os.geteuid()}"
+    parent = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    longest_path = f"{parent}/{name}/{_RAY_FOLDER}{_LONGEST_SOCKET}"
+    if len(os.fsencode(longest_path)) > _MAX_SOCKET_PATH:
+        logger.info("%s is too long for the paths of Ray's sockets: they are in /tmp", parent)
+        parent = Path("/tmp")
+    folder = parent / name
+    try:
+        try:
+            folder.mkdir(mode=0o700)
+        except FileExistsError:
+            status = folder.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+                logger.warning("%s is not yours: Ray gets a new folder", folder)
+                folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir="/tmp"))
+        folder.chmod(0o700)
+    except OSError as error:
+        raise InfrastructureError(
+            f"{folder}: cannot be created for Ray's sockets and logs: {error.strerror or error}; "
+            "set TMPDIR to a folder that you can write"
+        ) from error
+    return folder / _RAY_FOLDER
+
+
+def find_own_cluster() -> str:
+    """Find the Ray cluster of this machine that `--address auto` means.
+
+    Ray itself would follow a file that anybody can write, and processes of any user.
+
+    Returns:
+        `host:port` of the cluster of this user or root whose process on this machine started last;
+        one that raysweep started for a single command comes after all others.
+
+    Raises:
+        InfrastructureError: If there is none.
+    """
+    trusted_users = {os.geteuid(), 0}
+    candidates, has_foreign = [], False
+    for started_at, user_ids, arguments in _iter_raylets():
+        address = arguments.get("gcs-address", "")
+        if not address:
+            continue
+        if not set(user_ids) <= trusted_users:
+            has_foreign = True
+            continue
+        is_private = f"/raysweep-{os.geteuid()}" in arguments.get("temp-dir", "")
+        candidates.append((not is_private, started_at, address))
+    if candidates:
+        return max(candidates)[2]
+    hint = "; those that run here belong to other users" if has_foreign else ""
+    raise InfrastructureError(
+        f"no Ray cluster at --address auto: none of yours runs on this machine{hint}; "
+        "start one with `ray start --head`, or give --address host:port"
+    )
+
+
+def _iter_raylets() -> Iterator[tuple[float, tuple[int, int], dict[str, str]]]:
+    """Yield start time, real and effective user, and `--name=value` arguments of Ray's nodes."""
+    for process in psutil.process_iter():
+        try:
+            command = process.cmdline()
+            if not command or Path(command[0]).name != "raylet":
+                continue
+            user_ids = process.uids()
+            started_at = process.create_time()
+        except psutil.Error:
+            continue
+        arguments = {}
+        for argument in command[1:]:
+            name, _, value = argument.removeprefix("--").partition("=")
+            arguments[name.replace("_", "-")] = value
+        yield started_at, (user_ids.real, user_ids.effective), arguments
