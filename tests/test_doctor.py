@@ -22,7 +22,18 @@ def test_a_good_cluster(ray_cluster, workdir: Path, capsys) -> None:
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["sound"]
-    checks = ["mlflow", "address", "versions", "storage", "data", "gpus", "clock", "room", "doors"]
+    checks = [
+        "mlflow",
+        "address",
+        "versions",
+        "storage",
+        "data",
+        "gpus",
+        "clock",
+        "room",
+        "doors",
+        "token",
+    ]
     assert [finding["check"] for finding in report["findings"]] == checks
     assert not any(finding["do"] for finding in report["findings"])
     assert report["findings"][-1]["text"] == "Ray listens on loopback only"

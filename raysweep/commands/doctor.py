@@ -267,7 +267,9 @@ def _silent_node_finding(report: NodeReport) -> Finding:
     if "ModuleNotFoundError" in problem:
         remedy = "install this package there: `pip install -c constraints.txt .` in the checkout"
     else:
-        remedy = "see its logs in /tmp/ray/session_latest/logs"
+        remedy = (
+            "see its logs in session_latest/logs of its `ray start --temp-dir`, by default /tmp/ray"
+        )
     return Finding("node", False, f"{report.node_name}: {problem}", remedy)
 
 
@@ -448,6 +450,10 @@ def _diagnose_network(reports: list[NodeReport]) -> Iterator[Finding]:
             "start the head with --dashboard-host=127.0.0.1 and use `ray dashboard` or ssh -L, "
             "if you can",
         )
+    if not unprotected and not dashboards:
+        is_exposed = any(report.exposed_ports for report in reports)
+        protected = "Ray requires a token; the dashboard is on loopback"
+        yield Finding("doors", True, protected if is_exposed else "Ray listens on loopback only")
     yield from _diagnose_each_node(
         "token",
         reports,
@@ -456,10 +462,6 @@ def _diagnose_network(reports: list[NodeReport]) -> Iterator[Finding]:
         "chmod 700 ~/.ray; chmod 600 ~/.ray/auth_token; whoever has read the token can still use "
         "it: stop the cluster, delete the file, start again",
     )
-    if not unprotected and not dashboards:
-        is_exposed = any(report.exposed_ports for report in reports)
-        protected = "Ray requires a token; the dashboard is on loopback"
-        yield Finding("doors", True, protected if is_exposed else "Ray listens on loopback only")
 
 
 def _is_safe_version(package: str, version: str) -> bool:
