@@ -14,13 +14,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-
-from raysweep.errors import InfrastructureError, SpecError
-from raysweep.file_privacy import UMASK_VARIABLE, private_files, read_umask
-
-ray = pytest.importorskip("ray")
+import ray
 
 from raysweep.commands import doctor
+from raysweep.errors import InfrastructureError, SpecError
+from raysweep.file_privacy import UMASK_VARIABLE, private_files, read_umask
 from raysweep.sweep import ray_access
 from raysweep.sweep.cluster import connect_to_cluster
 from raysweep.sweep.node_probe import NodeReport
