@@ -45,7 +45,9 @@ def create_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 def plot_errors(history: MetricHistory) -> Figure:
     """Plot natural and robust errors over epochs (GAIRAT, figure 4, upper panels).
 
-    Training errors are solid, validation errors dashed.
+    Training errors are solid, validation errors dashed. Robust training errors are those of fixed
+    images in eval mode (`validation.train_examples`); if the run has none, those of the training
+    steps, in train mode and under the attack of the training.
 
     Args:
         history: Metrics of the run, at least one epoch.
@@ -54,9 +56,10 @@ def plot_errors(history: MetricHistory) -> Figure:
         The figure; curves without a value are left out.
     """
     figure, axes = create_axes("epoch", "error")
-    training = {"natural": "train/natural"}
-    for attack in _list_kappa_attacks(history):
-        training[f"under {attack}"] = f"train/{attack}"
+    training = {"natural": "train/natural", "under pgd": "train/robust"}
+    if not any("train/robust" in metrics for metrics in history):
+        for attack in _list_kappa_attacks(history):
+            training[f"under {attack} in train mode"] = f"train/{attack}"
     validation = {"natural": "clean", "under pgd": "pgd", "worst case": "robust_worst"}
     for style, curves, split in (("-", training, "training"), ("--", validation, "validation")):
         for label, metric in curves.items():

@@ -149,6 +149,22 @@ def test_a_run_records_and_draws(tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
 
+def test_training_errors_are_those_of_fixed_images_if_there_are_any():
+    """G fig. 4: not those of the training steps, in train mode and under PGD-10."""
+    row = {"epoch": 1, "train/pgd": 0.5, "train/kappa_median_pgd": 3.0, "train/natural": 0.9}
+    row |= {"clean": 0.8, "pgd": 0.4, "robust_worst": 0.3}
+    lines = {}
+    for more in ({}, {"train/robust": 0.6}):
+        (axes,) = plot_run_figures([row | more], {})["errors"].axes
+        lines = {line.get_label(): float(line.get_ydata()[0]) for line in axes.lines}
+        expected = (
+            {"under pgd, training": 0.4} if more else {"under pgd in train mode, training": 0.5}
+        )
+        expected |= {"natural, training": 0.1, "natural, validation": 0.2}
+        expected |= {"under pgd, validation": 0.6, "worst case, validation": 0.7}
+        assert lines == pytest.approx(expected)
+
+
 def test_maps_of_instances(tmp_path):
     """G fig. 7 and L fig. 2 from logits; two classes that differ in one direction are told apart by
     it.

@@ -11,7 +11,7 @@ from ladder_network import LadderNetwork, ladder_images
 from torch import Tensor, nn
 
 from raysweep.attacks import APGD, PGD
-from raysweep.data import Split
+from raysweep.data import Split, load_data
 from raysweep.rng import ExampleRng
 from raysweep.training import validation
 from raysweep.training.gradient_masking import estimate_scaling_gap
@@ -320,6 +320,44 @@ def test_flatness_uses_the_first_pgd_and_as_many_examples_as_validation() -> Non
     assert found["flatness_adversarial"] == pytest.approx((slope(0.03) + slope(0.18)) / 2, rel=1e-4)
     found = judge.model_copy(update={"size": 1})(LadderNetwork(), Split(x, y, torch.arange(2), 1))
     assert found["flatness_adversarial"] == pytest.approx(slope(0.03), rel=1e-4)
+
+
+def test_training_accuracy_under_pgd_by_hand() -> None:
+    """Eight rows are right. Steps of 0.02 up to the radius of 0.04: one breaks none of them, two
+    break both at 0.03; the one at 0.01 is steep and has no gradient.
+    """
+    for steps, right in ((1, 8), (2, 6), (20, 6)):
+        judge = JUDGE.replace(train_steps=steps, batch_size=3)
+        found = judge.measure_training_accuracy(LadderNetwork(), split())
+        assert found == pytest.approx(right / 10), steps
+
+
+@pytest.mark.parametrize(
+    ("setting", "n_train", "expected"),
+    [(None, 39_999, 0), (None, 40_000, 1000), (0, 50_000, 0), (300, 1000, 300), (300, 64, 64)],
+)
+def test_how_many_training_images_are_measured(setting, n_train: int, expected: int) -> None:
+    assert Validation(train_examples=setting).count_train_examples(n_train) == expected
+    without_pgd = Validation(attacks={"cw": PGD(loss="cw")}, train_examples=setting)
+    assert without_pgd.count_train_examples(n_train) == 0
+
+
+def test_a_run_records_the_accuracy_on_fixed_training_images(tmp_path: Path) -> None:
+    """That of its checkpoint on its first images, which augmentation would have moved."""
+    config = tiny("at", validation__train_examples=40, validation__train_steps=3, epochs=2)
+    last = train_model(config, tmp_path / "run").last_checkpoint
+    data = load_data(config.data)
+    model = last.load_weights(config.model.build_model(data.channels, data.classes, 0))
+    first = Split(data.train.x[:40], data.train.y[:40], data.train.index[:40], data.train.pixel_max)
+    pgd = config.validation.attacks["pgd"].replace(steps=3)
+    model.eval()
+    rng = ExampleRng.for_examples(first.index, 0, "training accuracy")
+    x_adv = pgd(model, first.get_float_images(slice(None)), first.y, rng).x_adv
+    right = float((model(x_adv).argmax(1) == first.y).float().mean())
+    assert last.last_metrics["train/robust"] == pytest.approx(right, abs=1 / 40)
+    assert all("train/robust" in metrics for metrics in last.history)
+    other = train_model(tiny("at", epochs=1), tmp_path / "other").last_checkpoint
+    assert "train/robust" not in other.last_metrics
 
 
 def test_examples_as_a_model_sees_them_by_hand() -> None:

@@ -30,6 +30,8 @@ A validated epoch (see `validation.every`) also has:
     flatness_friendly, flatness_adversarial: Norms of the input gradient, if `validation.flatness`.
     train/natural: Accuracy on 1,000 natural training images, in eval mode: the first ones, or
         equally many of each class if the first ones lack one.
+    train/robust: Accuracy on training images under PGD-20, in eval mode, if
+        `validation.train_examples` asks for it.
     validation_seconds: Validation time in seconds.
 
 An epoch that was reused from another run also has:

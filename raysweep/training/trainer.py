@@ -448,6 +448,9 @@ class _TrainingRun:
             model = make_attack_model(self.model, val.get_float_images(slice(0, MIN_BATCH_ROWS)))
             metrics = _compute_validation_metrics(self.config, model, val, self.workers)
             metrics["train/natural"] = measure_natural_accuracy(model, self.device_data.train)
+            metrics |= _compute_training_accuracy(
+                self.config, model, self.device_data.train, self.workers
+            )
         metrics[CHANCE_LIMIT_METRIC] = _find_chance_limit(self.config, val, self.data.classes)
         metrics["validation_seconds"] = time.perf_counter() - started_at
         return metrics
@@ -537,6 +540,26 @@ def _compute_validation_metrics(
     n_examples = min(config.validation.size or len(val), len(val))
     if n_examples < workers.size or workers.size == 1:
         return config.validation(model, val)
-    rows = slice(workers.rank, n_examples, workers.size)
-    share = Split(val.x[rows], val.y[rows], val.index[rows], val.pixel_max)
+    share = _take_worker_share(val, n_examples, workers)
     return average_metrics(config.validation(model, share), len(share), workers, val.y.device)
+
+
+def _compute_training_accuracy(
+    config: TrainingConfig, model: nn.Module, train: Split, workers: WorkerGroup
+) -> EpochMetrics:
+    """Return `train/robust`, or {} if it is not measured; several workers divide the images."""
+    n_examples = config.validation.count_train_examples(len(train))
+    if not n_examples:
+        return {}
+    is_divided = n_examples >= workers.size > 1
+    share = _take_worker_share(train, n_examples, workers if is_divided else SINGLE_WORKER)
+    metrics = {"train/robust": config.validation.measure_training_accuracy(model, share)}
+    if not is_divided:
+        return metrics
+    return average_metrics(metrics, len(share), workers, train.y.device)
+
+
+def _take_worker_share(split: Split, n_examples: int, workers: WorkerGroup) -> Split:
+    """Return every n-th of the first examples of a split, for a worker of n."""
+    rows = slice(workers.rank, n_examples, workers.size)
+    return Split(split.x[rows], split.y[rows], split.index[rows], split.pixel_max)

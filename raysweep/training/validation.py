@@ -29,6 +29,8 @@ OBJECTIVE_DESCRIPTIONS: dict[str, str] = {
 }
 DEFAULT_OBJECTIVE: ObjectiveName = "robust_worst"
 _MIN_DLR_CLASSES = 4
+# Of smaller data sets 1,000 images would take a notable part of the time of an epoch.
+_DEFAULT_TRAIN_EXAMPLES, _MIN_TRAIN_IMAGES_BY_DEFAULT = 1000, 40_000
 # 0.0314 stands for 8/255; 0.031 is another radius.
 _SAME_EPS_TOLERANCE = 1e-3
 
@@ -51,7 +53,9 @@ class Validation(Spec):
     overestimates the robustness of reweighted models more than that of others.
     """
 
-    later_fields: ClassVar[frozenset[str]] = frozenset({"split", "window"})
+    later_fields: ClassVar[frozenset[str]] = frozenset(
+        {"split", "window", "train_examples", "train_steps"}
+    )
 
     attacks: Annotated[dict[str, AnyAttack], Field(min_length=1)] = Field(
         default_factory=_default_attacks
@@ -87,6 +91,15 @@ class Validation(Spec):
     flatness: bool = False
     """Also measure the norm of the loss's input gradient at friendly adversarial examples (PGD-20
     that stops at the first misclassification) and at those of PGD-20."""
+
+    train_examples: Annotated[int, Field(ge=0)] | None = None
+    """Number of training images, the first ones, on which `train/robust` is measured: the accuracy
+    under PGD, in eval mode and without augmentation. null: 1,000 if there are at least 40,000
+    training images, where this takes less than 5% of the time of PGD training; otherwise none."""
+
+    train_steps: Annotated[int, Field(ge=1)] = 20
+    """Number of steps of the PGD of `train/robust`; its other settings are those of the first
+    cross-entropy PGD of `attacks`."""
 
     scales: tuple[Annotated[Number, Field(gt=0)], ...] = (0.1, 10.0)
     """Factors for a test of masked gradients: the first cross-entropy PGD of `attacks` also attacks
@@ -201,6 +214,54 @@ class Validation(Spec):
             pgd = next(iter(self._pgd_attacks().values()), PGD())
             metrics |= input_gradient_norm(model, split, pgd, n_examples, self.batch_size)
         return metrics
+
+    def count_train_examples(self, n_train: int) -> int:
+        """Return the number of images that `measure_training_accuracy` is meant for.
+
+        Args:
+            n_train: Number of training images.
+
+        Returns:
+            `train_examples` or its default, and no more than there are; 0 without a PGD on the
+            cross-entropy in `attacks`.
+        """
+        if self._find_ce_pgd() is None:
+            return 0
+        wanted = self.train_examples
+        if wanted is None:
+            is_cheap = n_train >= _MIN_TRAIN_IMAGES_BY_DEFAULT
+            wanted = _DEFAULT_TRAIN_EXAMPLES if is_cheap else 0
+        return min(wanted, n_train)
+
+    def measure_training_accuracy(self, model: nn.Module, split: Split) -> float:
+        """Measure the accuracy on training images under PGD with `train_steps` steps.
+
+        Args:
+            model: Maps images in [0, 1], (N, C, H, W), to logits; attacked in eval mode.
+            split: The training images to measure, without augmentation.
+
+        Returns:
+            The accuracy, in [0, 1]. The random starts are the same in each call.
+        """
+        ce_pgd = self._find_ce_pgd()
+        assert ce_pgd is not None
+        attack = ce_pgd.replace(steps=self.train_steps, tau=None)
+        n_correct = 0
+        with freeze_model(model):
+            for start in range(0, len(split), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                y = split.y[rows]
+                rng = ExampleRng.for_examples(split.index[rows], 0, "training accuracy")
+                with maybe_tf32(self.tf32):
+                    x_adv = attack(model, split.get_float_images(rows), y, rng).x_adv
+                with torch.no_grad():
+                    n_correct += int((model(x_adv).argmax(1) == y).sum())
+        return n_correct / len(split)
+
+    def _find_ce_pgd(self) -> PGD | None:
+        """Return the first of `attacks` that is PGD on the cross-entropy."""
+        of_ce = (attack for attack in self._pgd_attacks().values() if attack.loss == "ce")
+        return next(of_ce, None)
 
     def _pgd_attacks(self) -> dict[str, PGD]:
         """Return the attacks of `attacks` that are PGD."""
