@@ -42,6 +42,20 @@ def create_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def select_metric(history: MetricHistory, metric: str) -> tuple[list[float], list[float]]:
+    """Select a metric from the epochs that have it.
+
+    Args:
+        history: Metrics of the run.
+        metric: Name of the metric.
+
+    Returns:
+        The epochs, from 1, and the values.
+    """
+    rows = [metrics for metrics in history if metric in metrics]
+    return [metrics["epoch"] for metrics in rows], [metrics[metric] for metrics in rows]
+
+
 def plot_errors(history: MetricHistory) -> Figure:
     """Plot natural and robust errors over epochs (GAIRAT, figure 4, upper panels).
 
@@ -63,7 +77,7 @@ def plot_errors(history: MetricHistory) -> Figure:
     validation = {"natural": "clean", "under pgd": "pgd", "worst case": "robust_worst"}
     for style, curves, split in (("-", training, "training"), ("--", validation, "validation")):
         for label, metric in curves.items():
-            epochs, accuracies = _select_metric(history, metric)
+            epochs, accuracies = select_metric(history, metric)
             if epochs:
                 errors = [1 - accuracy for accuracy in accuracies]
                 axes.plot(epochs, errors, style, label=f"{label}, {split}")
@@ -87,7 +101,7 @@ def plot_kappa(history: MetricHistory, attack: str) -> Figure:
         ("mean", f"train/kappa_{attack}", "x-"),
         ("median", f"train/kappa_median_{attack}", "o-"),
     ):
-        axes.plot(*_select_metric(history, metric), style, label=label)
+        axes.plot(*select_metric(history, metric), style, label=label)
     axes.legend()
     return figure
 
@@ -104,7 +118,7 @@ def plot_input_gradient_norms(history: MetricHistory) -> Figure:
     """
     figure, axes = create_axes("epoch", "‖∇ℓ‖")
     for label in ("friendly", "adversarial"):
-        axes.plot(*_select_metric(history, f"flatness_{label}"), label=label)
+        axes.plot(*select_metric(history, f"flatness_{label}"), label=label)
     axes.legend()
     return figure
 
@@ -179,25 +193,51 @@ def plot_logits_map(
         The figure.
     """
     figure, axes = create_axes("first principal axis", "second")
+    scatter_class_pair(axes, logits, y, kappa, class_pair, size=8)
+    colors = ("tab:blue", "tab:red")
+    axes.legend(
+        handles=[
+            Patch(color=color, label=f"class {label}")
+            for label, color in zip(class_pair, colors, strict=True)
+        ]
+    )
+    return figure
+
+
+def scatter_class_pair(
+    axes: Axes,
+    logits: Tensor,
+    y: Tensor,
+    kappa: Tensor,
+    class_pair: tuple[int, int],
+    size: float,
+) -> None:
+    """Draw the logits of two classes on their first two principal axes.
+
+    Args:
+        axes: Where to draw.
+        logits: Logits of natural images, (N, classes).
+        y: Labels, (N,).
+        kappa: kappa of each example, (N,); points of small kappa are lighter.
+        class_pair: The two labels; the first is blue, the second red.
+        size: Area of a point, in square points of typography.
+    """
     rows = (y == class_pair[0]) | (y == class_pair[1])
     centred = (logits[rows] - logits[rows].mean(0)).double()
     _, _, principal_axes = torch.linalg.svd(centred, full_matrices=False)
     points = centred @ principal_axes[:2].T
-    legend = []
-    styles = (("Blues", "tab:blue"), ("Reds", "tab:red"))
-    for label, (color_map, legend_color) in zip(class_pair, styles, strict=True):
+    for label, color_map in zip(class_pair, ("Blues", "Reds"), strict=True):
         members = y[rows] == label
         axes.scatter(
             points[members, 0],
             points[members, 1],
             c=kappa[rows][members],
             cmap=color_map,
-            s=8,
+            s=size,
             vmin=-2,
+            vmax=max(int(kappa.max()), 1),
+            rasterized=True,
         )
-        legend.append(Patch(color=legend_color, label=f"class {label}"))
-    axes.legend(handles=legend)
-    return figure
 
 
 def plot_vulnerable_map(
@@ -294,12 +334,6 @@ def _list_kappa_attacks(history: MetricHistory) -> list[str]:
     """List the training attacks whose kappa is among the metrics of the last epoch."""
     prefix = "train/kappa_median_"
     return [name.removeprefix(prefix) for name in history[-1] if name.startswith(prefix)]
-
-
-def _select_metric(history: MetricHistory, metric: str) -> tuple[list[float], list[float]]:
-    """Return the epochs that have the metric, and its values."""
-    rows = [metrics for metrics in history if metric in metrics]
-    return [metrics["epoch"] for metrics in rows], [metrics[metric] for metrics in rows]
 
 
 def _draw_histogram(

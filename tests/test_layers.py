@@ -40,6 +40,8 @@ LAYERS = [
         "tracking",
         "terminal",
         "plots",
+        "comparison_plots",
+        "instance_plots",
         "result_loading",
         "run_lookup",
         "checkpoint_evaluation",

@@ -28,7 +28,7 @@ from raysweep.data import load_data
 from raysweep.leases import hold_pipeline_lock
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
-from raysweep.pipeline.pipeline import iter_ranking_warnings, load_pipeline, plan_stages
+from raysweep.pipeline.pipeline import load_pipeline, plan_stages
 from raysweep.pipeline.published_results import load_paper_table
 from raysweep.pipeline.sweep_retention import get_today_date, prune_nightly_sweeps
 from raysweep.spec import SpecError
@@ -201,27 +201,54 @@ def test_rows_say_what_their_paper_does_not() -> None:
     assert pipeline.stages[0].collect_row_notes(overrides) == {}
 
 
-def test_ranking_different_threats_is_warned_of(tmp_path) -> None:
-    file = tmp_path / "mixed.yaml"
-    promote = "{kind: promote, per_method: PER_METHOD}"
-    text = f"""
+MIXED = """
 stages:
-  - {{kind: tune, space: at}}
-  - {{kind: tune, space: gairat, set: {{"*.eps": 0.1}}}}
-  - {promote}
+  - {kind: tune, space: at}
+  - {kind: tune, space: gairat, set: {"*.eps": 0.1}}
+  - STAGE
 """
-    for per_method, expected in (
+
+
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [
+        ("{kind: promote}", 2),
         (
-            "false",
-            "ranks candidates of different threat models: Linf eps 0.15 (at); Linf eps 0.1 "
-            "(gairat); give all of them one, for example with set: {'*.eps': 8/255}",
+            "{kind: promote, per_method: true}\n  - {kind: autoattack}\n"
+            "  - {kind: register, name: n}",
+            4,
         ),
-        ("true", None),
-    ):
-        file.write_text(text.replace("PER_METHOD", per_method))
-        _, pipeline, overrides = load_pipeline(str(file), {})
-        *_, (stage, configs) = pipeline.iter_stages_with_received_configs(overrides)
-        assert list(iter_ranking_warnings(stage, configs)) == ([expected] if expected else [])
+        ("{kind: promote, per_method: true}\n  - {kind: autoattack}\n  - {kind: report}", None),
+    ],
+)
+def test_ranking_different_threats_is_refused(tmp_path, stage: str, number: int | None) -> None:
+    """By promote and by register, before anything starts; a report and a promotion within each
+    method rank none of them.
+    """
+    file = tmp_path / "mixed.yaml"
+    file.write_text(MIXED.replace("STAGE", stage))
+    if number is None:
+        load_pipeline(str(file), {})
+        return
+    with pytest.raises(SpecError) as caught:
+        load_pipeline(str(file), {})
+    kind = "promote" if number == 2 else "register"
+    assert caught.value.problems == [
+        f"{file}: stages.{number} ({kind}): candidates of different threat models cannot be "
+        "ranked: Linf eps 0.15 (at); Linf eps 0.1 (gairat); give all of them one, for example "
+        "with set: {'*.eps': 8/255}"
+    ]
+    load_pipeline(str(file), {"*.eps": 0.1})
+
+
+def test_one_method_at_two_radii_is_refused_too(tmp_path) -> None:
+    file = tmp_path / "mixed.yaml"
+    text = MIXED.replace("space: gairat", "space: at, label: wide").replace(
+        "STAGE", "{kind: promote, per_method: true}"
+    )
+    file.write_text(text)
+    with pytest.raises(SpecError, match=r"Linf eps 0.15 \(at\); Linf eps 0.1 \(at\)"):
+        load_pipeline(str(file), {})
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,17 @@ from pipeline_builders import build_candidate, build_evaluation_result
 from raysweep.pipeline.artifact import (
     Artifact,
     Candidate,
+    rank_candidates,
     select_best_candidate,
     select_ranking_metrics,
 )
 from raysweep.pipeline.promote import PromoteStage
+from raysweep.pipeline.register import RegisterStage
 from raysweep.pipeline.stage import (
     StageFailed,
     TrainingOverrides,
     UpstreamResults,
+    describe_evaluated_threat_conflict,
     find_best_candidate_evaluation,
 )
 from raysweep.spec import SpecError
@@ -290,3 +293,50 @@ def test_what_promotion_says_of_itself() -> None:
     assert again.describe_stage(TrainingOverrides({}, {"epochs": 5})) == (
         "the best 2 on validation, trained again with {'epochs': 5, 'optim.lr': 0.1}"
     )
+
+
+def test_candidates_of_different_threats_are_not_promoted() -> None:
+    """Known only when the trials have run; with `per_method` those of one method are compared."""
+    at = build_candidate("at", 0.4, threat="Linf eps 0.15")
+    gairat = build_candidate("gairat", 0.9, threat="Linf eps 0.1")
+    message = (
+        "candidates of different threat models cannot be ranked: Linf eps 0.15 (at); "
+        "Linf eps 0.1 (gairat); nothing is promoted"
+    )
+    with pytest.raises(StageFailed) as caught:
+        PromoteStage(top=1).select_candidates((at, gairat))
+    assert caught.value.problems == [message] and caught.value.exit_code == 1
+    assert len(PromoteStage(top=1, per_method=True).select_candidates((at, gairat))) == 2
+    of_0_1 = build_candidate("lrat", 0.5)
+    assert PromoteStage(top=1).select_candidates((at, of_0_1)) == [of_0_1], "an unknown threat"
+
+
+def test_candidates_attacked_under_different_threats_are_not_registered() -> None:
+    """One candidate under two radii is one candidate."""
+    a, b = build_candidate("a", 0.3), build_candidate("b", 0.2)
+    mixed = [build_evaluation_result(a, 0.5), build_evaluation_result(b, 0.6, eps=0.031)]
+    assert describe_evaluated_threat_conflict(mixed) == "Linf eps 0.03137 (a); Linf eps 0.031 (b)"
+    past = UpstreamResults(
+        (build_artifact("tune", a, b), build_artifact("autoattack", judged=mixed))
+    )
+    with pytest.raises(StageFailed) as caught:
+        RegisterStage(name="n").run_stage(None, past)
+    assert caught.value.problems == [
+        "candidates of different threat models cannot be ranked: Linf eps 0.03137 (a); "
+        "Linf eps 0.031 (b); nothing is registered"
+    ]
+    both = [
+        build_evaluation_result(one, 0.5, eps=eps, attack=f"at {eps}")
+        for one in (a, b)
+        for eps in (0.031, 0.02)
+    ]
+    assert describe_evaluated_threat_conflict(both) == ""
+
+
+def test_candidates_chosen_on_test_images_come_last() -> None:
+    """Their scores are those of the test images, which decide nothing."""
+    ours = build_candidate("GAIRAT", 0.4)
+    theirs = build_candidate("GAIRAT (protocol: paper)", 0.9, selection_split="test")
+    assert rank_candidates((theirs, ours)) == [ours, theirs]
+    assert select_best_candidate((theirs, ours)) == ours
+    assert select_best_candidate((theirs,)) == theirs

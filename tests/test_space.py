@@ -216,3 +216,20 @@ def test_parts_of_a_file_that_must_be_mappings(changes: dict, problem: str, tmp_
     file.write_text(yaml.safe_dump(content))
     with pytest.raises(SpecError, match=re.escape(f"{file}: {problem}")):
         load_space("", {}, file)
+
+
+def test_trials_are_validated_at_one_radius() -> None:
+    """The validation has the radius of the training, unless the base gives it one."""
+    data = {"method": "at", "space": {"method.attacks.pgd.eps": {"float": [0.1, 0.15]}}}
+    remedy = "cannot be ranked; set 'validation.*.eps' in base"
+    assert SearchSpace.from_data(data).find_problems() == [
+        f"space.method.attacks.pgd.eps: trials that are validated at Linf eps 0.1 and at Linf eps "
+        f"0.15 {remedy}"
+    ]
+    fixed = data | {"base": {"validation.*.eps": 0.15}}
+    assert SearchSpace.from_data(fixed).find_problems() == []
+    point = fixed | {
+        "space": {"validation.*.eps": {"categorical": [0.15]}},
+        "points_to_evaluate": [{"validation.*.eps": 0.15}],
+    }
+    assert SearchSpace.from_data(point).find_problems() == []

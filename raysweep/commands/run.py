@@ -140,11 +140,9 @@ def run_command(args: argparse.Namespace) -> None:
 def _print_config_warnings(pipeline: Pipeline, training_overrides: TrainingOverrides) -> None:
     """Print the warnings about the training settings of each stage, every text once per stage."""
     from raysweep.commands.common import print_warnings
-    from raysweep.pipeline.pipeline import iter_ranking_warnings
 
     for stage, upstream in pipeline.iter_stages_with_received_configs(training_overrides):
         warnings = stage.list_warnings(training_overrides, upstream)
-        warnings += iter_ranking_warnings(stage, upstream)
         print_warnings(f"{stage.kind}: {line}" for line in dict.fromkeys(warnings))
 
 

@@ -36,7 +36,9 @@ class Candidate(Spec):
         "params": "settings",
         "exceeds_masking_gap": "masked",
     }
-    later_fields: ClassVar[frozenset[str]] = frozenset({"is_ineligible", "selection_split"})
+    later_fields: ClassVar[frozenset[str]] = frozenset(
+        {"is_ineligible", "selection_split", "threat"}
+    )
 
     label: str
     """Row in the report; all seeds of a run share it."""
@@ -65,6 +67,8 @@ class Candidate(Spec):
     """Images on which the best epoch was chosen, `val` or `test`."""
     objectives: tuple[str, ...] = (DEFAULT_OBJECTIVE,)
     """Validation metrics that the sweep maximized."""
+    threat: str = ""
+    """Norm and radius of the validation attacks, such as `Linf eps 0.031`; "" if unknown."""
 
     def score(self, metric: str) -> float:
         """Return a validation metric; -inf if the checkpoint does not have it."""
@@ -259,7 +263,7 @@ def rank_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
 
     The same order as that of a sweep's trials (see `selection.RunRank`), except that the seeds of
     one config share a rank, which has the mean of their scores. Within it the better seed comes
-    first.
+    first. Candidates that were validated on the test images come last: their scores are too high.
 
     Args:
         candidates: Candidates of any stages.
@@ -269,14 +273,15 @@ def rank_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     for candidate in candidates:
         scores.setdefault(candidate.row, []).append(candidate.score(metric))
 
-    def rank(candidate: Candidate) -> tuple[RunRank, float, int]:
+    def rank(candidate: Candidate) -> tuple[bool, RunRank, float, int]:
         run_rank = RunRank(
             has_failed=False,
             has_ineligible_best=candidate.is_ineligible,
             exceeds_masking_gap=candidate.exceeds_masking_gap,
             negated_score=-mean(scores[candidate.row]),
         )
-        return run_rank, -candidate.score(metric), candidate.seed
+        is_of_test = candidate.selection_split == "test"
+        return is_of_test, run_rank, -candidate.score(metric), candidate.seed
 
     return sorted(candidates, key=rank)
 

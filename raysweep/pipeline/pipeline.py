@@ -20,8 +20,16 @@ from raysweep.pipeline.autoattack import AutoAttackStage
 from raysweep.pipeline.builtin_pipelines import find_pipeline_file
 from raysweep.pipeline.promote import PromoteStage
 from raysweep.pipeline.register import RegisterStage
+from raysweep.pipeline.report.paper_figures import find_unknown_rows
 from raysweep.pipeline.report.stage import ReportStage
-from raysweep.pipeline.stage import Stage, StageContext, TrainingOverrides, UpstreamResults
+from raysweep.pipeline.stage import (
+    CONFLICT_MESSAGE,
+    Stage,
+    StageContext,
+    TrainingOverrides,
+    UpstreamResults,
+    describe_threat_conflict,
+)
 from raysweep.pipeline.sweep_retention import get_today_date, prune_nightly_sweeps
 from raysweep.pipeline.train import TrainStage
 from raysweep.pipeline.tune import TuneStage
@@ -78,6 +86,9 @@ class Pipeline(Spec):
             where = f"stages.{number} ({stage.kind})"
             lines += [f"{where}: {line}" for line in self._find_order_problems(number)]
             problems = _find_stage_problems(stage, training_overrides, upstream_configs)
+            problems = problems or _find_ranking_problems(stage, upstream_configs)
+            if isinstance(stage, ReportStage) and not lines:
+                problems += find_unknown_rows(stage.figures, list(stage_of_label))
             if not problems:
                 upstream_configs = _list_candidate_configs(
                     stage, training_overrides, upstream_configs
@@ -214,35 +225,27 @@ def _find_stage_problems(
     return stage.find_problems()
 
 
-def iter_ranking_warnings(
-    stage: Stage, upstream_configs: Sequence[TrainingConfig]
-) -> Iterator[str]:
-    """Find candidates that a stage ranks although they are validated at different radii.
+def _find_ranking_problems(stage: Stage, upstream_configs: Sequence[TrainingConfig]) -> list[str]:
+    """Describe candidates that a stage would rank although they are validated at different radii.
 
-    Args:
-        stage: Any stage.
-        upstream_configs: Training configs of the candidates that it receives.
-
-    Yields:
-        One line for each group of candidates that it ranks.
+    `upstream_configs` are the configs of the candidates that it receives.
     """
     if not isinstance(stage, PromoteStage | RegisterStage):
-        return
-    groups: dict[str, dict[str, list[str]]] = {}
-    for config in upstream_configs:
-        method = config.method.name
-        group = groups.setdefault(method if getattr(stage, "per_method", False) else "", {})
-        group.setdefault(config.validation.threat, []).append(method)
-    for threats in groups.values():
-        if len(threats) > 1:
-            found = "; ".join(
-                f"{threat} ({', '.join(dict.fromkeys(methods))})"
-                for threat, methods in threats.items()
+        return []
+    problems = []
+    for method in dict.fromkeys(c.method.name for c in upstream_configs):
+        of_group = [
+            config
+            for config in upstream_configs
+            if not getattr(stage, "per_method", False) or config.method.name == method
+        ]
+        threats = [(config.method.name, [config.validation.threat]) for config in of_group]
+        if conflict := describe_threat_conflict(threats):
+            problems.append(
+                f"{CONFLICT_MESSAGE}: {conflict}; give all of them one, for example with "
+                "set: {'*.eps': 8/255}"
             )
-            yield (
-                f"ranks candidates of different threat models: {found}; "
-                "give all of them one, for example with set: {'*.eps': 8/255}"
-            )
+    return list(dict.fromkeys(problems))
 
 
 def _list_candidate_configs(

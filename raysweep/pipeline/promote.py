@@ -9,6 +9,7 @@ from raysweep.pareto import pareto_front_indices
 from raysweep.pipeline.artifact import Candidate, rank_candidates, select_ranking_metrics
 from raysweep.pipeline.facts import PromoteFacts, SweepSummary
 from raysweep.pipeline.stage import (
+    CONFLICT_MESSAGE,
     PlannedTraining,
     Stage,
     StageContext,
@@ -16,6 +17,7 @@ from raysweep.pipeline.stage import (
     StageResult,
     TrainingOverrides,
     UpstreamResults,
+    describe_threat_conflict,
 )
 from raysweep.pipeline.stage_sweep import (
     build_seed_grid,
@@ -110,7 +112,8 @@ class PromoteStage(Stage):
             The selected candidates, best first.
 
         Raises:
-            StageFailed: If the masking gap excludes all of them.
+            StageFailed: If the masking gap excludes all of them, or those to rank were validated
+                under different threat models.
         """
         eligible = self._find_eligible_candidates(candidates)
         if not self.per_method:
@@ -142,6 +145,9 @@ class PromoteStage(Stage):
 
     def _select_top_or_pareto(self, eligible: list[Candidate]) -> list[Candidate]:
         """Select the best candidates, or the Pareto set, of one group."""
+        threats = [(c.label, [c.threat] if c.threat else []) for c in eligible]
+        if conflict := describe_threat_conflict(threats):
+            raise StageFailed(f"{CONFLICT_MESSAGE}: {conflict}; nothing is promoted")
         if not self.pareto:
             return rank_candidates(eligible)[: self.top]
         metrics = select_ranking_metrics(eligible)

@@ -17,11 +17,14 @@ from raysweep.pipeline.paired_comparison import (
     find_protocol_differences,
 )
 from raysweep.pipeline.stage import (
+    CONFLICT_MESSAGE,
     Stage,
     StageContext,
+    StageFailed,
     StageResult,
     TrainingOverrides,
     UpstreamResults,
+    describe_evaluated_threat_conflict,
     find_best_candidate_evaluation,
 )
 from raysweep.spec import JsonDict, is_safe_name
@@ -66,6 +69,8 @@ class RegisterStage(Stage):
         )
 
     def run_stage(self, context: StageContext, upstream: UpstreamResults) -> StageResult:
+        if conflict := describe_evaluated_threat_conflict(upstream.evaluations):
+            raise StageFailed(f"{CONFLICT_MESSAGE}: {conflict}; nothing is registered")
         evaluation = find_best_candidate_evaluation(upstream)
         card = self._build_model_card(context, evaluation)
         version = self._register_version(context, evaluation, card)

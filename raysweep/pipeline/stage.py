@@ -1,7 +1,7 @@
 """Base class of stages, and the values that a stage receives and returns."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +23,8 @@ from raysweep.spec import JsonDict, Spec, merge_overrides
 from raysweep.stores import Location, StorePath, is_uri, open_path
 from raysweep.tracking import Tracker, tracking_uri
 from raysweep.training.config import TrainingConfig
+
+CONFLICT_MESSAGE = "candidates of different threat models cannot be ranked"
 
 
 class StageFailed(WorkFailed):
@@ -103,6 +105,47 @@ def group_by_threat(
     for evaluation in evaluations:
         groups.setdefault(f"{evaluation.norm} eps {evaluation.eps:.4g}", []).append(evaluation)
     return groups
+
+
+def describe_threat_conflict(candidates: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """Describe candidates that cannot be ranked, because their threat models differ.
+
+    Args:
+        candidates: Label of each candidate, and norm and radius of all attacks on it, such as
+            `Linf eps 0.031`; none for a candidate whose threat model is unknown.
+
+    Returns:
+        The threat models with the labels, such as "Linf eps 0.031 (RST); Linf eps 0.03137 (AT)";
+        "" if all candidates have the same ones.
+    """
+    labels: dict[str, list[str]] = {}
+    for label, threats in candidates:
+        if threats:
+            labels.setdefault(" and ".join(dict.fromkeys(threats)), []).append(label)
+    if len(labels) < 2:
+        return ""
+    return "; ".join(
+        f"{threat} ({', '.join(dict.fromkeys(rows))})" for threat, rows in labels.items()
+    )
+
+
+def describe_evaluated_threat_conflict(evaluations: Sequence[EvaluationResult]) -> str:
+    """Describe candidates that were attacked under different threat models.
+
+    Args:
+        evaluations: Results on the test set.
+
+    Returns:
+        As `describe_threat_conflict`.
+    """
+    labels = {e.candidate.checkpoint: e.candidate.label for e in evaluations}
+    threats: dict[str, list[str]] = {checkpoint: [] for checkpoint in labels}
+    for threat, members in group_by_threat(evaluations).items():
+        for evaluation in members:
+            threats[evaluation.candidate.checkpoint].append(threat)
+    return describe_threat_conflict(
+        (label, threats[checkpoint]) for checkpoint, label in labels.items()
+    )
 
 
 def find_best_candidate_evaluation(

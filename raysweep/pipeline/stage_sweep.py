@@ -200,6 +200,7 @@ def make_candidate(
         is_ineligible=not (rank.is_eligible if checkpoint_kind == "best" else is_sound),
         objectives=ledger.space.objectives,
         selection_split=saved.config.validation.split,
+        threat=saved.config.resolve_at(saved.epoch - 1).validation.threat,
     )
 
 

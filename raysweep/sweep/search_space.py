@@ -460,8 +460,8 @@ class SearchSpace(Spec):
         lines = [
             *self._find_objective_problems(config),
             *self._find_scheduler_problems(config),
-            *self._find_distribution_problems(),
-            *self._find_point_problems(),
+            *self._find_distribution_problems(config.validation.threat),
+            *self._find_point_problems(config.validation.threat),
         ]
         if threat_problem := config.validation.find_threat_problem():
             lines.insert(0, threat_problem)
@@ -490,8 +490,11 @@ class SearchSpace(Spec):
         if len(self.objectives) > 1 and self.scheduler.kind != "none":
             yield ("scheduler.kind = 'asha': cannot rank trials by several metrics; set it to none")
 
-    def _find_distribution_problems(self) -> Iterator[str]:
-        """Yield a line for each invalid condition, range or choice."""
+    def _find_distribution_problems(self, threat: str) -> Iterator[str]:
+        """Yield a line for each invalid condition, range or choice.
+
+        `threat` is that of the trial without any of them.
+        """
         earlier_paths: list[str] = []
         for path, distribution in self.space.items():
             location = f"space.{path}"
@@ -502,7 +505,7 @@ class SearchSpace(Spec):
                 yield f"{location}: a grid needs `categorical: [...]`"
             condition = {other: _as_list(values)[0] for other, values in distribution.when.items()}
             for value in distribution.bounds_or_choices():
-                yield from self._find_invalid_params({**condition, path: value}, location)
+                yield from self._find_invalid_params({**condition, path: value}, location, threat)
             if self._is_overridden(condition, path, distribution.bounds_or_choices()):
                 yield f"{location}: it has no effect: `base` sets it to a fixed value"
             earlier_paths.append(path)
@@ -519,7 +522,7 @@ class SearchSpace(Spec):
             return False
         return first == last
 
-    def _find_point_problems(self) -> Iterator[str]:
+    def _find_point_problems(self, threat: str) -> Iterator[str]:
         """Yield a line for each value of `points_to_evaluate` that cannot be tried."""
         for position, point in enumerate(self.points_to_evaluate):
             for path, value in point.items():
@@ -531,15 +534,25 @@ class SearchSpace(Spec):
                     limits = self.space[path].bounds_or_choices()
                     yield f"{location} = {value!r}: outside the searched {limits}"
                 else:
-                    yield from self._find_invalid_params({path: value}, location)
+                    yield from self._find_invalid_params({path: value}, location, threat)
 
-    def _find_invalid_params(self, params: Params, location: str) -> list[str]:
-        """Return the problems of a trial with these params, each after `location`."""
+    def _find_invalid_params(self, params: Params, location: str, threat: str) -> list[str]:
+        """Return the problems of a trial with these params, each after `location`.
+
+        Trials whose validation has another threat model than `threat` cannot be ranked.
+        """
         try:
-            problem = self.trial_config(params).validation.find_threat_problem()
+            validation = self.trial_config(params).validation
         except SpecError as error:
             return [f"{location}: {line}" for line in error.problems]
-        return [f"{location}: {problem}"] if problem else []
+        if problem := validation.find_threat_problem():
+            return [f"{location}: {problem}"]
+        if validation.threat == threat:
+            return []
+        return [
+            f"{location}: trials that are validated at {validation.threat} and at {threat} cannot "
+            "be ranked; set 'validation.*.eps' in base"
+        ]
 
     def _drop_inactive(self, point: Params) -> Params:
         """Return a point without the params whose conditions do not hold."""

@@ -45,7 +45,11 @@ class InstanceMetrics:
 
 
 def compute_instance_metrics(
-    model: nn.Module, split: Split, attacks: Mapping[str, PGD], n_examples: int
+    model: nn.Module,
+    split: Split,
+    attacks: Mapping[str, PGD],
+    n_examples: int,
+    batch_size: int = 2000,
 ) -> InstanceMetrics:
     """Measure some examples of a split; the random starts are the same in each call.
 
@@ -54,22 +58,51 @@ def compute_instance_metrics(
         split: The examples.
         attacks: Attack name -> attack that counts kappa.
         n_examples: Number of examples (see `choose_covering_rows`).
+        batch_size: Examples that are attacked at once.
 
     Returns:
         The metrics, on the CPU.
     """
-    rows = choose_covering_rows(split, n_examples)
-    x, y = split.get_float_images(rows), split.y[rows]
-    kappa, v = {}, {}
+    chosen = torch.arange(len(split), device=split.y.device)[
+        choose_covering_rows(split, n_examples)
+    ]
+    logits: list[Tensor] = []
+    kappa: dict[str, list[Tensor]] = {name: [] for name in attacks}
+    v: dict[str, list[Tensor]] = {name: [] for name in attacks}
     with freeze_model(model):
-        with torch.no_grad():
-            logits = model(x)
-        for name, attack in attacks.items():
-            rng = ExampleRng.for_examples(split.index[rows], 0, "instances", name)
-            result = attack(model, x, y, rng)
-            assert result.kappa is not None
-            kappa[name] = result.kappa.cpu()
+        for rows in chosen.split(batch_size):
+            x, y = split.get_float_images(rows), split.y[rows]
             with torch.no_grad():
-                adv_logits = model(result.x_adv)
-            v[name] = true_class_confidence(adv_logits, y, attack.vulnerability_kind).cpu()
-    return InstanceMetrics(logits.cpu(), y.cpu(), kappa, v)
+                logits.append(model(x).cpu())
+            for name, attack in attacks.items():
+                rng = ExampleRng.for_examples(split.index[rows], 0, "instances", name)
+                result = attack(model, x, y, rng)
+                assert result.kappa is not None
+                kappa[name].append(result.kappa.cpu())
+                with torch.no_grad():
+                    adv_logits = model(result.x_adv)
+                v[name].append(
+                    true_class_confidence(adv_logits, y, attack.vulnerability_kind).cpu()
+                )
+    return InstanceMetrics(
+        torch.cat(logits),
+        split.y[chosen].cpu(),
+        {name: torch.cat(parts) for name, parts in kappa.items()},
+        {name: torch.cat(parts) for name, parts in v.items()},
+    )
+
+
+def select_first_of_each_class(split: Split, n_per_class: int) -> Split:
+    """Select the first examples of each class.
+
+    Args:
+        split: The examples.
+        n_per_class: Number of examples of a class; all examples of a smaller class.
+
+    Returns:
+        The selected examples, in their order.
+    """
+    labels = sorted(set(split.y.tolist()))
+    firsts = [(split.y == label).nonzero()[:n_per_class, 0] for label in labels]
+    rows = torch.cat(firsts).sort().values
+    return Split(split.x[rows], split.y[rows], split.index[rows], split.pixel_max)

@@ -42,7 +42,7 @@ def build_ablation_sections(
         (label,) = param_labels([path]).values()
         caption = f"Test accuracy against {path} (medians over seeds)"
         pictures.append(CaptionedFigure(caption, figures.plot_accuracy_curves(curves, label)))
-    if curves := _collect_pgd_step_curves(evaluations, artifacts):
+    if curves := collect_pgd_step_curves(evaluations, artifacts):
         # GAIRAT, fig. 21.
         figure = figures.plot_accuracy_curves(curves, "PGD steps")
         pictures.append(CaptionedFigure("Test accuracy against the steps of PGD", figure))
@@ -113,10 +113,18 @@ def _collect_accuracy_curves(points: Sequence[tuple[EvaluationResult, float]]) -
     return _take_curve_medians(accuracies)
 
 
-def _collect_pgd_step_curves(
+def collect_pgd_step_curves(
     evaluations: Sequence[EvaluationResult], artifacts: Sequence[Artifact]
 ) -> AccuracyCurves:
-    """Collect the accuracy under PGD attacks that differ in their number of steps only."""
+    """Collect the accuracy under PGD attacks that differ in their number of steps only.
+
+    Args:
+        evaluations: Results on the test set.
+        artifacts: Artifacts of all stages.
+
+    Returns:
+        Row and kind of checkpoint -> number of steps -> accuracy, for three or more numbers.
+    """
     stages = [
         AutoAttackStage.from_data(artifact.stage, stored=True)
         for artifact in artifacts

@@ -42,6 +42,8 @@ _MAX_NARROW_COMPARISONS = 8
 _CURVE_LABELS = {
     "robust_worst": "worst case on validation",
     "clean": "clean accuracy on validation",
+    "pgd": "accuracy under PGD on validation",
+    "cw": "accuracy under CW on validation",
     "masking_gap": "masking gap on validation",
     "train/loss": "training loss",
 }

@@ -2,15 +2,16 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from matplotlib.figure import Figure
 from pydantic import Field
 
 from raysweep.checkpoint_evaluation import EXAMPLES_FILE
+from raysweep.comparison_plots import PlottedRun
 from raysweep.pipeline.artifact import Artifact, EvaluationResult
 from raysweep.pipeline.facts import ReportChanges, ReportFacts, SweepFacts
 from raysweep.pipeline.paired_comparison import (
@@ -23,7 +24,7 @@ from raysweep.pipeline.published_results import (
     compare_with_paper,
     load_paper_table,
 )
-from raysweep.pipeline.report.ablations import build_ablation_sections
+from raysweep.pipeline.report.ablations import build_ablation_sections, collect_pgd_step_curves
 from raysweep.pipeline.report.document import (
     Banner,
     Paragraph,
@@ -31,6 +32,12 @@ from raysweep.pipeline.report.document import (
     Section,
     SectionPart,
     Table,
+)
+from raysweep.pipeline.report.paper_figures import (
+    FigureSource,
+    PaperFigure,
+    build_paper_figure_sections,
+    draw_paper_figures,
 )
 from raysweep.pipeline.report.search_results import build_search_sections
 from raysweep.pipeline.report.sections import (
@@ -54,28 +61,37 @@ from raysweep.pipeline.stage import (
     StageResult,
     TrainingOverrides,
     UpstreamResults,
+    describe_evaluated_threat_conflict,
     find_best_candidate_evaluation,
-    group_by_threat,
 )
 from raysweep.schedules import Number
 from raysweep.spec import JsonDict, SpecError
 from raysweep.training import checkpoint
-from raysweep.training.checkpoint import RunDirectory
+from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
+from raysweep.training.diagnostics import read_histograms
 from raysweep.training.metric_advice import advise_on_training
-from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.model_loading import load_checkpoint_target
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
+FIGURES_FOLDER = "figures"
+_FIGURE_NAME = r"^[A-Za-z0-9][\w-]*$"
+_PNG_DPI = 100
 
 
 class ReportStage(Stage):
     """Reports all results, beside a paper's numbers and the previous report."""
+
+    later_fields: ClassVar[frozenset[str]] = frozenset({"figures"})
 
     kind: Literal["report"] = "report"
     paper: str | None = None
     """Name of a table in `pipelines/paper` to compare with (null: none)."""
     floor: Annotated[Number, Field(ge=0, le=1)] | None = None
     """Robust accuracy below which the best checkpoint is a regression (null: no limit)."""
+    figures: dict[Annotated[str, Field(pattern=_FIGURE_NAME)], PaperFigure] = Field(
+        default_factory=dict
+    )
+    """Figures of the paper, by name: letters, digits, `-`, `_`."""
 
     def find_problems(self) -> list[str]:
         try:
@@ -106,6 +122,10 @@ class ReportStage(Stage):
         figures = draw_training_figures(
             load_checkpoint_target(context.resolve_reference(best.candidate.checkpoint), {})
         )
+        paper_figures = {}
+        if self.figures:
+            source = _make_figure_source(context, upstream)
+            paper_figures = draw_paper_figures(self.figures, source)
         banner = _build_verdict_banner(best, regressions, upstream.evaluations)
         document = ReportDocument(
             title=f"raysweep {context.pipeline_name}",
@@ -114,6 +134,7 @@ class ReportStage(Stage):
                 Section("Verdict", [banner, *_build_changes_parts(changes)]),
                 *build_paper_comparison_sections(table, comparisons, row_notes),
                 *([] if table else build_row_note_sections(row_notes)),
+                *build_paper_figure_sections(self.figures, paper_figures),
                 *_build_result_sections(context, upstream, best, figures),
             ],
         )
@@ -121,6 +142,7 @@ class ReportStage(Stage):
         def write_files(folder: Path) -> None:
             (folder / HTML_FILE).write_text(document.render_html())
             (folder / MARKDOWN_FILE).write_text(document.render_markdown())
+            _write_figures(folder, paper_figures)
             shutil.copy2(context.out / best.folder / EXAMPLES_FILE, folder / EXAMPLES_FILE)
             self._log_report(context, folder, banner.text)
             maps = {name: figure for name, figure in figures.items() if name.endswith("_map")}
@@ -199,6 +221,15 @@ class ReportStage(Stage):
         context.tracker.end_run(run_id, "FINISHED")
 
 
+def _write_figures(folder: Path, figures: Mapping[str, Figure | None]) -> None:
+    """Write the figures that were drawn as PNG files."""
+    drawn = {name: figure for name, figure in figures.items() if figure is not None}
+    if drawn:
+        (folder / FIGURES_FOLDER).mkdir()
+    for name, figure in drawn.items():
+        figure.savefig(folder / FIGURES_FOLDER / f"{name}.png", dpi=_PNG_DPI)
+
+
 def _find_previous_report(context: StageContext) -> tuple[Path, Artifact] | None:
     """Find the newest other report of this pipeline, and its folder.
 
@@ -242,24 +273,63 @@ def _build_training_sections(context: StageContext, upstream: UpstreamResults) -
 
     Curves show all epochs of the first seed of each row.
     """
-    candidates = {e.candidate.checkpoint: e.candidate for e in upstream.evaluations}
-    checkpoints = {
-        reference: checkpoint.read_checkpoint(context.resolve_reference(reference))
-        for reference in candidates
+    references = dict.fromkeys(e.candidate.checkpoint for e in upstream.evaluations)
+    configs = {
+        reference: checkpoint.read_checkpoint(context.resolve_reference(reference)).config
+        for reference in references
     }
-    histories: dict[str, list[EpochMetrics]] = {}
-    advice: dict[str, list[str]] = {}
-    for reference, candidate in candidates.items():
-        # The last checkpoint has the epochs after the best one too.
-        last = RunDirectory(checkpoints[reference].path.parent).read_last_checkpoint()
-        if last is not None:
-            histories.setdefault(candidate.label, last.history)
-            advice.setdefault(candidate.label, advise_on_training(last.config, last.history))
-    configs = {reference: saved.config for reference, saved in checkpoints.items()}
+    last_checkpoints = _load_last_checkpoints(context, upstream)
+    histories = {label: last.history for label, last in last_checkpoints.items()}
+    advice = {
+        label: advise_on_training(last.config, last.history)
+        for label, last in last_checkpoints.items()
+    }
     return [
         *build_ablation_sections(upstream.evaluations, configs, upstream.artifacts),
         *build_curve_sections(histories, advice),
     ]
+
+
+def _load_last_checkpoints(
+    context: StageContext, upstream: UpstreamResults
+) -> dict[str, TrainingCheckpoint]:
+    """Load the last checkpoint of the first seed of each row; it has the metrics of all epochs."""
+    last_checkpoints: dict[str, TrainingCheckpoint] = {}
+    for evaluation in upstream.evaluations:
+        candidate = evaluation.candidate
+        if candidate.label not in last_checkpoints:
+            # The last checkpoint has the epochs after the best one too.
+            folder = context.resolve_reference(candidate.checkpoint).parent
+            last = RunDirectory(folder).read_last_checkpoint()
+            if last is not None:
+                last_checkpoints[candidate.label] = last
+    return last_checkpoints
+
+
+def _make_figure_source(context: StageContext, upstream: UpstreamResults) -> FigureSource:
+    """Collect what figures are drawn from."""
+    last_checkpoints = _load_last_checkpoints(context, upstream)
+    # Of the first seed the last epoch, if it was evaluated.
+    references: dict[str, str] = {}
+    seeds: dict[str, int] = {}
+    for evaluation in upstream.evaluations:
+        candidate = evaluation.candidate
+        is_first_seed = candidate.seed == seeds.setdefault(candidate.label, candidate.seed)
+        is_last = candidate.checkpoint_kind == "last"
+        if is_first_seed and (is_last or candidate.label not in references):
+            references[candidate.label] = candidate.checkpoint
+    return FigureSource(
+        runs={
+            label: PlottedRun(last.config, last.history) for label, last in last_checkpoints.items()
+        },
+        histograms={
+            label: read_histograms(last.path.parent) for label, last in last_checkpoints.items()
+        },
+        load_target=lambda label: load_checkpoint_target(
+            context.resolve_reference(references[label]), {}
+        ),
+        pgd_step_curves=collect_pgd_step_curves(upstream.evaluations, upstream.artifacts),
+    )
 
 
 def _compute_median_accuracies(evaluations: tuple[EvaluationResult, ...]) -> dict[str, float]:
@@ -303,15 +373,9 @@ def _build_verdict_banner(
     """
     if regressions:
         return Banner("Regression: " + "; ".join(regressions) + ".", is_good=False)
-    threats = group_by_threat(evaluations)
-    if len(threats) > 1:
-        labels = {
-            threat: dict.fromkeys(e.candidate.label for e in members)
-            for threat, members in threats.items()
-        }
-        found = "; ".join(f"{threat} ({', '.join(rows)})" for threat, rows in labels.items())
+    if conflict := describe_evaluated_threat_conflict(evaluations):
         return Banner(
-            f"Not ranked: the rows have different threat models, {found}. Accuracies at one of "
+            f"Not ranked: the rows have different threat models, {conflict}. Accuracies at one of "
             "them say nothing about another."
         )
     low, high = best_evaluation.intervals["robust"]
