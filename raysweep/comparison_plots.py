@@ -64,9 +64,7 @@ def plot_metric_grid(
     figure, grid = _create_grid(*shape)
     for group_number, (title, labels) in enumerate(panels.items()):
         group = {label: runs[label] for label in labels}
-        axes_of_group = grid[group_number]
-        if is_turned:
-            axes_of_group = [row[group_number] for row in grid]
+        axes_of_group = [row[group_number] for row in grid] if is_turned else grid[group_number]
         if has_weight_functions:
             draw_weight_functions(axes_of_group[0], group)
         for axes, metric_set in zip(

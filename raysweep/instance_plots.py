@@ -19,8 +19,8 @@ from raysweep.training.instance_metrics import InstanceMetrics
 _TITLE_SIZE = 7
 _N_HISTOGRAM_BINS = 40
 _MAX_PAIR_COLUMNS = 9
-# Of pairs of views as (view whose most vulnerable examples are drawn, view that colors them): the
-# paper names the views, and not which panel has which.
+# (View whose most vulnerable examples are drawn, view that colors them). The paper names the views,
+# but not which panel has which.
 _VIEW_PAIRS = (("GD", "CW"), ("CW", "GD"), ("PGD", "CW"), ("CW", "PGD"))
 
 
@@ -34,7 +34,7 @@ def plot_class_pairs(instances: InstanceMetrics) -> Figure:
         The figure, with a panel for each pair; points of small kappa are lighter.
     """
     (kappa,) = instances.kappa.values()
-    pairs = list(combinations(instances.y.unique().tolist(), 2))
+    pairs = list(combinations(sorted(set(instances.y.tolist())), 2))
     n_columns = min(len(pairs), _MAX_PAIR_COLUMNS)
     n_rows = -(-len(pairs) // n_columns)
     figure = Figure(figsize=(1.5 * n_columns, 1.5 * n_rows), layout="constrained")
@@ -148,8 +148,8 @@ def _draw_views(axes: Axes, points: np.ndarray, first: Tensor, second: Tensor) -
     """Draw the most vulnerable examples of the first view; red if they are so in the second."""
     for mask, color in ((first & ~second, "blue"), (first & second, "red")):
         rows = mask.numpy()
-        label = f"{int(mask.sum())}"
-        axes.scatter(*points[rows].T, c=color, s=3, label=label, rasterized=True)
+        x, y = points[rows].T
+        axes.scatter(x, y, c=color, s=3, label=str(len(x)), rasterized=True)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.legend(fontsize=_TITLE_SIZE - 1, loc="upper right")

@@ -127,9 +127,10 @@ def add_parser(parsers: CommandParsers) -> None:
 def run_command(args: argparse.Namespace) -> None:
     """Run `raysweep run`."""
     request = RunRequest.from_args(args)
-    from raysweep.pipeline.pipeline import load_pipeline
+    from raysweep.pipeline.pipeline import check_rankings, load_pipeline
 
     name, pipeline, training_overrides = load_pipeline(request.pipeline, request.overrides)
+    check_rankings(pipeline, training_overrides)
     _print_config_warnings(pipeline, training_overrides)
     if request.plan_only:
         _plan_stages(request, name, pipeline, training_overrides)

@@ -86,7 +86,6 @@ class Pipeline(Spec):
             where = f"stages.{number} ({stage.kind})"
             lines += [f"{where}: {line}" for line in self._find_order_problems(number)]
             problems = _find_stage_problems(stage, training_overrides, upstream_configs)
-            problems = problems or _find_ranking_problems(stage, upstream_configs)
             if isinstance(stage, ReportStage) and not lines:
                 problems += find_unknown_rows(stage.figures, list(stage_of_label))
             if not problems:
@@ -223,6 +222,28 @@ def _find_stage_problems(
     except SpecError as error:
         return error.problems
     return stage.find_problems()
+
+
+def check_rankings(pipeline: Pipeline, training_overrides: TrainingOverrides) -> None:
+    """Check that no stage ranks candidates that are validated at different radii.
+
+    This is no part of the check of a file: those of raysweep 0.1 may rank them, and stay readable.
+
+    Args:
+        pipeline: The pipeline.
+        training_overrides: Training settings of the pipeline and of the command line.
+
+    Raises:
+        SpecError: With a line for each such stage.
+    """
+    staged_configs = pipeline.iter_stages_with_received_configs(training_overrides)
+    problems = [
+        f"stages.{number} ({stage.kind}): {line}"
+        for number, (stage, configs) in enumerate(staged_configs)
+        for line in _find_ranking_problems(stage, configs)
+    ]
+    if problems:
+        raise SpecError(problems)
 
 
 def _find_ranking_problems(stage: Stage, upstream_configs: Sequence[TrainingConfig]) -> list[str]:
