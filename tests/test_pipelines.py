@@ -722,7 +722,7 @@ def test_a_file_of_the_wrong_shape_is_looked_through_all_the_same(workdir: Path,
             "keep_nights: counts nights; it needs `rerun: daily`",
         ),
         (["digits", "--set", "epochs=0"], "epochs = 0: must be greater than or equal to 1"),
-        (["gairat-table1"], "data.data_dir is missing"),
+        (["gairat-fig12"], "data.data_dir is missing"),
     ],
     ids=lambda case: " ".join(case) if isinstance(case, list) else "",
 )

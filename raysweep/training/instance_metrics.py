@@ -70,7 +70,7 @@ def compute_instance_metrics(
     kappa: dict[str, list[Tensor]] = {name: [] for name in attacks}
     v: dict[str, list[Tensor]] = {name: [] for name in attacks}
     with freeze_model(model):
-        for rows in chosen.split(batch_size):
+        for rows in torch.split(chosen, batch_size):
             x, y = split.get_float_images(rows), split.y[rows]
             with torch.no_grad():
                 logits.append(model(x).cpu())

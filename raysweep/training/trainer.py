@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from raysweep.data import Batch, DatasetSplits, Split, load_data
+from raysweep.data.subsets import choose_covering_rows
 from raysweep.errors import DamagedFileError, WorkFailed
 from raysweep.evaluation.attack_model import MIN_BATCH_ROWS, make_attack_model
 from raysweep.evaluation.float32_precision import disable_tf32_and_autocast, has_tf32
@@ -551,8 +552,10 @@ def _compute_training_accuracy(
     n_examples = config.validation.count_train_examples(len(train))
     if not n_examples:
         return {}
+    rows = torch.arange(len(train), device=train.y.device)[choose_covering_rows(train, n_examples)]
+    chosen = Split(train.x[rows], train.y[rows], train.index[rows], train.pixel_max)
     is_divided = n_examples >= workers.size > 1
-    share = _take_worker_share(train, n_examples, workers if is_divided else SINGLE_WORKER)
+    share = _take_worker_share(chosen, n_examples, workers) if is_divided else chosen
     metrics = {"train/robust": config.validation.measure_training_accuracy(model, share)}
     if not is_divided:
         return metrics

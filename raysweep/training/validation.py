@@ -93,9 +93,10 @@ class Validation(Spec):
     that stops at the first misclassification) and at those of PGD-20."""
 
     train_examples: Annotated[int, Field(ge=0)] | None = None
-    """Number of training images, the first ones, on which `train/robust` is measured: the accuracy
-    under PGD, in eval mode and without augmentation. null: 1,000 if there are at least 40,000
-    training images, where this takes less than 5% of the time of PGD training; otherwise none."""
+    """Number of training images on which `train/robust` is measured: the accuracy under PGD, in
+    eval mode and without augmentation. They are the first ones, or equally many of each class if
+    the first ones lack one. null: 1,000 if there are at least 40,000 training images, where this
+    takes less than 5% of the time of PGD training; otherwise none."""
 
     train_steps: Annotated[int, Field(ge=1)] = 20
     """Number of steps of the PGD of `train/robust`; its other settings are those of the first
