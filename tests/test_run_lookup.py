@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 import raysweep
 from raysweep.cli import main
 from raysweep.leases import hold_folder_lease, is_folder_in_use
+from raysweep.models import MODELS
 from raysweep.result_loading import load_training_run
 from raysweep.run_lookup import find_run, list_runs
 from raysweep.spec import SpecError
@@ -104,6 +106,20 @@ def test_load_takes_all_of_them(folder: Path) -> None:
         assert all(map(torch.equal, weights_of(model), expected))
     with pytest.raises(SpecError, match="no sweep, trial, training run or folder 'mien'; nearest"):
         raysweep.load("mien")
+
+
+def test_weights_load_in_plain_pytorch(folder: Path) -> None:
+    """The lines of the tutorial, with the architecture by itself."""
+    page = (Path(__file__).parent.parent / "docs" / "tutorial.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?load_state_dict.*?)^```", page, re.M | re.S)
+    run = load_training_run(folder / "runs" / "mine")
+    (folder / "runs" / "first").mkdir()
+    shutil.copytree(str(run.checkpoint), folder / "runs" / "first" / "epoch-0004")
+    network = MODELS["digits_cnn"](1, 10)
+    exec(code, {"network": network})
+    images = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(network.eval()(images), raysweep.load("mine")(images))
 
 
 def test_show_and_list_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
