@@ -47,7 +47,7 @@ def extended_package(tmp_path_factory) -> Path:
 
 
 def test_the_page_has_them_all() -> None:
-    assert list(FILES) == ["both.yaml", "both-space.yaml"] and len(DIFFS) == 4
+    assert list(FILES) == ["both.yaml", "both-space.yaml"] and len(DIFFS) == 5
 
 
 def test_a_method_without_python(extended_package, monkeypatch, capsys) -> None:
@@ -68,8 +68,11 @@ def run_commands(folder: Path, commands: list[list[str]]) -> int:
     return max(raysweep.cli.main(command) for command in commands)
 
 
-def test_a_weight_a_loss_an_attack_and_a_stage(extended_package) -> None:
-    commands = [["train", "own.yaml", *SMALL], ["run", "pipeline.yaml", "--plan"]]
+def test_a_weight_a_loss_an_attack_a_stage_and_a_model(extended_package) -> None:
+    commands = [
+        ["train", "own.yaml", *SMALL, "--set", "model.name=my_cnn"],
+        ["run", "pipeline.yaml", "--plan"],
+    ]
     done = forked_processes.start_function(
         run_commands, extended_package, commands, folder=extended_package
     )
