@@ -13,8 +13,14 @@ from raysweep.pipeline.pipeline import load_pipeline
 from raysweep.spec import SpecError, merge_overrides
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace, load_space
-from raysweep.training.config import TrainingConfig, build_training_config
+from raysweep.training.checkpoint import RunDirectory
+from raysweep.training.config import (
+    TrainingConfig,
+    build_training_config,
+    build_training_config_of_0_1,
+)
 from raysweep.training.presets import resolve_training_config
+from raysweep.training.trainer import train_model
 
 BURN_IN = "method.terms.pgd.weight.burn_in"
 # The method of docs/extend.md, with every setting that the defaults of digits would replace.
@@ -273,6 +279,26 @@ def test_a_sweep_of_small_arrays_before_these_defaults_keeps_its_own(tmp_path: P
     )
     config = Ledger.open(old.path).space.with_overrides({"*.eps": 0.1}).trial_config({})
     assert (config.epochs, config.model.name, config.data.val_size) == (100, "resnet18", 1000)
+
+
+@pytest.mark.parametrize("name", [[], ["--name", "mine"]])
+def test_a_run_before_these_defaults_keeps_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    method = {**WRITTEN, "attacks": {"pgd": {"eps": 0.1, "steps": 1}}}
+    settings = {"epochs": 1, "data.train_size": 32, "validation.size": 8, "validation.finish": {},
+                "validation.attacks": {"pgd": {"steps": 1}}, "validation.scales": []}  # fmt: skip
+    file = write_yaml(tmp_path / "both.yaml", {"method": method, **settings})
+    config = build_training_config_of_0_1(method, settings)
+    folder = tmp_path / "runs" / (name[1] if name else f"both-{config.digest()[:8]}")
+    train_model(config, folder)
+    assert main(["train", file, *name, "--set", "epochs=2"] if name else ["train", file]) == 0
+    (run,) = [path for path in (tmp_path / "runs").iterdir() if path.name[0] != "."]
+    assert run == folder, "resumed, not begun anew"
+    last = RunDirectory(folder).read_last_checkpoint()
+    assert last is not None and last.config.method.attacks["pgd"].eps == 0.15  # type: ignore[union-attr]
+    assert last.epoch == (2 if name else 1)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from raysweep.training.config import TrainingConfig
     from raysweep.training.metric_history import EpochMetrics
     from raysweep.training.trainer import TrainingFailed, TrainingResult
+
+logger = logging.getLogger(__name__)
 
 SUMMARY = "train one model, in this process"
 DESCRIPTION = (
@@ -117,12 +120,10 @@ def run_command(args: argparse.Namespace) -> None:
     from raysweep.logs import log_to_folder
     from raysweep.spec import SpecError
     from raysweep.training.checkpoint import RunDirectory
-    from raysweep.training.presets import resolve_training_config
 
-    config = resolve_training_config(request.method, request.overrides)
-    name = request.name or f"{config.method.name}-{config.digest()[:8]}"
     if request.name:
         check_plain_name(request.name, "--name")
+    config, name = _choose_config(request)
     # A wrong setting is reported before anything imports PyTorch.
     from raysweep.leases import hold_folder_lease
     from raysweep.training.trainer import check_resumable
@@ -146,15 +147,42 @@ def run_command(args: argparse.Namespace) -> None:
             _train_tracked(request, config, dataset, tracker, run_folder)
 
 
+def _choose_config(request: TrainRequest) -> tuple[TrainingConfig, str]:
+    """Return the config and the name of the run; a run that 0.1 began keeps the defaults of 0.1."""
+    from raysweep.commands.common import resolve_runs_folder
+    from raysweep.spec import SpecError
+    from raysweep.training.checkpoint import RunDirectory
+    from raysweep.training.presets import resolve_training_config
+
+    def choose_name(config: TrainingConfig) -> str:
+        return request.name or f"{config.method.name}-{config.digest()[:8]}"
+
+    config = resolve_training_config(request.method, request.overrides)
+    if request.storage is None and not (request.out / "runs").is_dir():
+        return config, choose_name(config)
+    try:
+        former = resolve_training_config(request.method, request.overrides, as_in_0_1=True)
+    except SpecError as error:
+        logger.debug("with the defaults of 0.1 the settings are wrong: %s", error)
+        return config, choose_name(config)
+    if former != config:
+        runs_folder = resolve_runs_folder(request.out, request.storage, for_writing=False)
+        saved = RunDirectory(runs_folder / choose_name(former)).read_last_checkpoint()
+        if saved is not None and saved.config.replace(epochs=former.epochs) == former:
+            return former, choose_name(former)
+    return config, choose_name(config)
+
+
 def _print_plan(
     request: TrainRequest, config: TrainingConfig, dataset: DatasetSplits, name: str
 ) -> None:
     """Print what would be trained, in which folder and for about how long."""
     import joblib
+    import torch
 
     from raysweep.commands.common import resolve_runs_folder
     from raysweep.formatting import format_count, format_duration
-    from raysweep.sweep.plan import estimate_epoch_seconds
+    from raysweep.sweep.plan import maybe_estimate_epoch_seconds
     from raysweep.sweep.resources import Resources
     from raysweep.training.training_summary import (
         count_per_class,
@@ -163,8 +191,8 @@ def _print_plan(
     )
 
     folder = resolve_runs_folder(request.out, request.storage, for_writing=False) / name
-    resources = Resources(cpus=joblib.cpu_count())
-    epoch_seconds = estimate_epoch_seconds(config, dataset, resources)
+    resources = Resources(cpus=joblib.cpu_count(), gpus=float(torch.cuda.is_available()))
+    epoch_seconds = maybe_estimate_epoch_seconds(config, dataset, resources)
     warnings = config.list_warnings()
     validated = config.validation.select_split(dataset)
     if request.as_json:
@@ -174,18 +202,23 @@ def _print_plan(
             "image_shape": list(dataset.train.x.shape[1:]),
             "train_examples_per_class": count_per_class(dataset.train, dataset.classes),
             "validation_examples_per_class": count_per_class(validated, dataset.classes),
-            "seconds_per_epoch": round(epoch_seconds, 2),
+            "seconds_per_epoch": None if epoch_seconds is None else round(epoch_seconds, 2),
             "warnings": warnings,
         }
         print(json.dumps(plan, indent=1))
         return
     epochs = format_count(config.epochs, "epoch")
+    duration = "the time cannot be estimated on this machine in a few seconds"
+    if epoch_seconds is not None:
+        duration = (
+            f"one epoch with validation takes about {epoch_seconds:.1f} s, all {epochs} "
+            f"{format_duration(epoch_seconds * config.epochs)}, estimated from a few steps"
+        )
     lines = [
         f"{config.method.name} on {config.data.name}, {epochs}, in {folder}",
         *summarize_training(config, dataset),
         *(f"warning: {line}" for line in warnings),
-        f"one epoch with validation takes about {epoch_seconds:.1f} s, all {epochs} "
-        f"{format_duration(epoch_seconds * config.epochs)}, estimated from a few steps",
+        duration,
     ]
     for line in lines:
         print("\n".join(wrap_plan_line(line)))

@@ -23,7 +23,11 @@ from raysweep.spec import (
     merge_overrides,
     read_yaml,
 )
-from raysweep.training.config import TrainingConfig, build_training_config
+from raysweep.training.config import (
+    TrainingConfig,
+    build_training_config,
+    build_training_config_of_0_1,
+)
 
 _NOTES_KEY = "notes"
 PresetContent = tuple[str | dict[str, Any], dict[str, Any]]
@@ -105,13 +109,16 @@ def load_preset_notes(name: str, overridden_paths: Collection[str] = ()) -> dict
     }
 
 
-def resolve_training_config(source: str, overrides: Mapping[str, Any]) -> TrainingConfig:
+def resolve_training_config(
+    source: str, overrides: Mapping[str, Any], *, as_in_0_1: bool = False
+) -> TrainingConfig:
     """Build a config from a method, a preset or a YAML file.
 
     Args:
         source: Name of a method or preset, or path of a YAML file with the content of a preset.
         overrides: Dotted path -> value; they override the settings of `source`. `protocol` is the
             name of one of its protocols.
+        as_in_0_1: Whether the defaults of the data set apply as in 0.1, for runs that it began.
 
     Returns:
         The config.
@@ -132,7 +139,8 @@ def resolve_training_config(source: str, overrides: Mapping[str, Any]) -> Traini
     elif source not in METHODS:
         known = [*METHODS, *list_presets()]
         raise SpecError(describe_unknown_name("method or preset", source, known))
-    config = build_training_config(method, _choose_protocol(content, protocol), overrides)
+    build = build_training_config_of_0_1 if as_in_0_1 else build_training_config
+    config = build(method, _choose_protocol(content, protocol), overrides)
     if problem := config.validation.find_threat_problem():
         raise SpecError(problem)
     return config
