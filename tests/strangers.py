@@ -123,6 +123,76 @@ class AddsAnOffset(Plain):
         return super().forward(x) + 4096.0
 
 
+class CountsItsBatches(Plain):
+    """A buffer changes in eval mode, and one is replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("batches", torch.zeros(1))
+        self.register_buffer("images", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.batches += 1
+        self.images = self.images + len(x)
+        return super().forward(x)
+
+
+class RemembersItsImages(Plain):
+    """What it answers depends on what it saw before, also in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x) + self.shift * torch.arange(10)
+        self.shift += 0.2
+        return logits
+
+
+class TakesKeywords(Plain):
+    def forward(self, pixel_values: Tensor | None = None, **others: object) -> Tensor:
+        assert pixel_values is not None and not others
+        return super().forward(pixel_values)
+
+
+class HoldsALambda(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = lambda logits: 4 * logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale(self.head(self.features(x).flatten(1)))
+
+
+class NeedsContiguousImages(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_contiguous():
+            raise ValueError("images are not contiguous")
+        return super().forward(x)
+
+
+class HasNoAnswerForOddBatches(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) % 2:
+            raise ValueError("an odd batch")
+        return super().forward(x)
+
+
+class OfBatchesOfEight(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(8, 1, 8, 8))
+
+
+class ComputesInDouble(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.double())
+
+
 def with_computed_weights(change: Callable[[nn.Module], object]) -> Pair:
     """A model whose convolutions' weights something computes, and one with these weights."""
     model, plain = Plain(), Plain()
@@ -176,6 +246,12 @@ STRANGERS: dict[str, Callable[[], Pair]] = {
     "pruned": lambda: with_computed_weights(
         lambda conv: prune.random_unstructured(conv, "weight", amount=0.3)
     ),
+    "counts in eval mode": lambda: like_plain(CountsItsBatches),
+    "keywords": lambda: like_plain(TakesKeywords),
+    "lambda": lambda: like_plain(HoldsALambda),
+    "contiguous images": lambda: like_plain(NeedsContiguousImages),
+    "data parallel": lambda: (nn.DataParallel(Plain()), Plain()),
+    "double precision": lambda: like_plain(ComputesInDouble),
     "TorchScript": scripted,
     "traced": traced,
     "exported": exported,

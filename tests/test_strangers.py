@@ -1,13 +1,17 @@
 """Models as other people write them: the same verdicts as for a plain model of the same weights."""
 
+import numpy as np
 import pytest
 import torch
 from strangers import (
     STRANGERS,
     AddsAnOffset,
     AutocastsInside,
+    HasNoAnswerForOddBatches,
     KeepsBatchNormsInTrainMode,
+    OfBatchesOfEight,
     Plain,
+    RemembersItsImages,
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -171,6 +175,11 @@ def test_a_radius_of_zero_costs_nothing() -> None:
         (lambda x, y: (x, torch.eye(10)[y]), "got shape (24, 10): give y.argmax(1)"),
         (lambda x, y: (DataLoader(TensorDataset(x, y)), y), "x is a DataLoader: give one tensor"),
         (lambda x, y: (x, TensorDataset(x, y)), "y is a TensorDataset: give one tensor"),
+        (lambda x, y: (x * 255, y), "to 255.0: give x / 255"),
+        (lambda x, y: (x > 0.5, y), "got Tensor of torch.bool"),
+        (lambda x, y: (x, y > 5), "got Tensor of torch.bool"),
+        (lambda x, y: (x.to(torch.complex64), y), "got Tensor of torch.complex64"),
+        (lambda x, y: (x.to("meta"), y), "a tensor on the device 'meta'"),
         (lambda x, y: (None, y), "x must be"),
         (lambda x, y: (["a"] * 24, y), "x must be"),
     ],
@@ -183,8 +192,68 @@ def test_wrong_inputs_are_one_line(change, line: str) -> None:
     assert any(line in problem for problem in error.value.problems), error.value.problems
 
 
+def test_arrays_of_any_kind_are_taken(tmp_path) -> None:
+    x, y = images()
+    expected = evaluate(Plain(), x, y, "apgd-ce", EPS).robust.tolist()
+    np.save(tmp_path / "x.npy", x.numpy())
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    fixed = y.numpy().copy()
+    fixed.flags.writeable = False
+    for given, labels in (
+        (mapped, fixed),
+        (x.double(), y.float()),
+        (x.numpy().astype(">f4"), y.to(torch.int8)),
+        (x.to_sparse(), y.tolist()),
+        (np.asfortranarray(x.numpy()), y),
+        (x.clone().requires_grad_(), y),
+    ):
+        assert evaluate(Plain(), given, labels, "apgd-ce", EPS).robust.tolist() == expected
+
+
 def test_bfloat16_images_are_taken() -> None:
     x, y = images()
     found = evaluate(Plain(), x.bfloat16(), y, "apgd-ce", EPS)
     expected = evaluate(Plain(), x.bfloat16().float(), y, "apgd-ce", EPS)
     assert found.robust.tolist() == expected.robust.tolist()
+
+
+def test_each_batch_is_answered_from_the_state_that_the_model_has() -> None:
+    """The buffers of a model are part of it: what an attack asks must not change them."""
+    model, (x, y) = RemembersItsImages(), images()
+    found = evaluate(model, x, y, "apgd-ce,square", EPS)
+    expected = evaluate(Plain(), x, y, "apgd-ce,square", EPS)
+    assert float(model.shift) == 0 and found.warnings == expected.warnings == ()
+    assert found.broken_by.tolist() == expected.broken_by.tolist()
+
+
+@pytest.mark.parametrize("model_type", [HasNoAnswerForOddBatches, OfBatchesOfEight])
+def test_a_model_of_certain_batches_is_one_line_and_tiles_help(model_type) -> None:
+    x, y = images(23)
+    with pytest.raises(
+        SpecError, match=r"cannot take .* images at a time: evaluate\(\.\.\., tile=N\)"
+    ):
+        evaluate(model_type(), x, y, "apgd-ce", EPS)
+    found, expected = (
+        evaluate(model, x, y, "apgd-ce,square", EPS, tile=8) for model in (model_type(), Plain())
+    )
+    assert found.broken_by.tolist() == expected.broken_by.tolist()
+
+
+class ReturnsATuple(Plain):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = super().forward(x)
+        return logits, logits
+
+
+@pytest.mark.parametrize("tile", [None, 8])
+def test_other_outputs_are_one_line(tile) -> None:
+    x, y = images()
+    with pytest.raises(SpecError, match="it returned tuple: wrap it in a module that returns the"):
+        evaluate(ReturnsATuple(), x, y, "apgd-ce", EPS, tile=tile)
+
+
+def test_labels_of_other_classes_are_said() -> None:
+    x, y = images(60)
+    assert not evaluate(Plain(), x, y, "square", 0.0).warnings
+    lines = evaluate(Plain(), x, (y + 1) % 10, "square", 0.0).warnings
+    assert any("is right on none of the 60 examples" in line for line in lines)

@@ -120,3 +120,9 @@ def test_training_with_a_last_batch_of_one_where_maps_are_one_pixel(tmp_path: Pa
     changes = {"model.name": "resnet18", "data.train_size": 17, "batch_size": 8, "*.steps": 1}
     config = tiny("at", epochs=1, **changes)
     assert train_model(config, tmp_path).last_checkpoint.epoch == 1
+
+
+def test_a_single_class_is_one_line(tmp_path: Path) -> None:
+    write_arrays(tmp_path, [40])
+    with pytest.raises(SpecError, match="all training labels are 0: training needs two classes"):
+        load_data(arrays(tmp_path, val_size=2))

@@ -229,6 +229,10 @@ def load_test_data(spec: DataSpec) -> DatasetSplits:
 
 def _check_all_classes(y: LabelArray, spec: DataSpec) -> None:
     """Raise SpecError if a class below the largest label has no example."""
+    if int(y.max()) < 1:
+        raise SpecError(
+            f"data {spec.name!r}: all training labels are 0: training needs two classes or more"
+        )
     missing = np.flatnonzero(np.bincount(y) == 0)
     if not len(missing) or spec.allow_missing_classes:
         return

@@ -7,7 +7,8 @@ logits and gradients. A model that cannot be copied is attacked as it is.
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from raysweep.attacks import restore_mode, set_mode
 from raysweep.evaluation.batchnorm_folding import fold_batch_norms_
 from raysweep.evaluation.fast_convolution import replace_image_convolutions
+from raysweep.spec import SpecError
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,22 @@ MIN_BATCH_ROWS = 16
 # of the two largest logits, and a row's gradient by ten times this number times its largest
 # component.
 FAST_PATH_TOLERANCE = 1e-3
+
+
+# For models that take batches of one size.
+TILE_HINT = "if it needs N images at a time: evaluate(..., tile=N)"
+
+
+def describe_wrong_output(output: object) -> str:
+    """Describe what a model returned instead of logits, in one line.
+
+    Args:
+        output: No tensor.
+    """
+    return (
+        f"the model must return a tensor of logits, it returned {type(output).__name__}: wrap it "
+        "in a module that returns the logits alone"
+    )
 
 
 class FixedSizeBatches(nn.Module):
@@ -79,12 +97,26 @@ class FixedSizeBatches(nn.Module):
         give other outputs.
         """
         n_rows = len(x)
-        if n_rows < min_rows:
-            x = x.repeat(-(-min_rows // n_rows), *(1 for _ in x.shape[1:]))[:min_rows]
-        else:
-            x = x.clone()
-        logits: Tensor = self.model(x).to(x.dtype)
-        return logits[:n_rows]
+        x = _repeat_rows(x, min_rows) if n_rows < min_rows else x.clone()
+        try:
+            logits: Tensor = self.model(x)
+        except (SpecError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            line = str(error).partition("\n")[0]
+            remedy = "" if self.tile else f"; {TILE_HINT}"
+            raise SpecError(
+                f"the model cannot take {len(x)} images at once ({type(error).__name__}: {line})"
+                f"{remedy}"
+            ) from error
+        if not isinstance(logits, Tensor):
+            raise SpecError(describe_wrong_output(logits))
+        return logits[:n_rows].to(x.dtype)
+
+
+def _repeat_rows(x: Tensor, n_rows: int) -> Tensor:
+    """Return `n_rows` rows, by repeating those of `x`; of more rows, the first ones."""
+    return x.repeat(-(-n_rows // len(x)), *(1 for _ in x.shape[1:]))[:n_rows]
 
 
 class InferenceModeDisabler(nn.Module):
@@ -119,7 +151,7 @@ class InferenceModeDisabler(nn.Module):
 
 
 class BorrowedModel(nn.Module):
-    """A model that cannot be copied, for attacks that run on it as it is.
+    """A model that cannot be copied, or that changes its buffers in eval mode.
 
     It is not registered as a submodule, so `train`, `to` and the like do not change it. Each
     forward pass restores its mode and its buffers.
@@ -140,18 +172,72 @@ class BorrowedModel(nn.Module):
         """
         (model,) = self._borrowed
         flags = [(module, module.training) for module in model.modules()]
-        buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-        set_mode(model, False)
-        try:
-            logits: Tensor = model(x)
-            return logits
-        finally:
-            restore_mode(model, flags)
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    if not torch.equal(buffer, value):
-                        # Writing to `data` keeps the version that the backward pass checks.
-                        buffer.data.copy_(value)
+        with preserve_buffers(model):
+            set_mode(model, False)
+            try:
+                logits: Tensor = model(x)
+                return logits
+            finally:
+                restore_mode(model, flags)
+
+
+@contextmanager
+def preserve_buffers(model: nn.Module) -> Iterator[None]:
+    """Context manager that puts back the buffers of a model.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+    """
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                if getattr(module, name, None) is not buffer:
+                    setattr(module, name, buffer)
+                if not torch.equal(buffer, value):
+                    # Writing to `data` keeps the version that the backward pass checks.
+                    buffer.data.copy_(value)
+
+
+def changes_its_buffers(model: nn.Module, x: Tensor) -> bool:
+    """Return whether a forward pass changes the buffers of a model, whatever its mode.
+
+    Args:
+        model: The model in eval mode; its buffers are put back.
+        x: Example images, (N, C, H, W), on the device of the model.
+    """
+    with preserve_buffers(model), torch.no_grad():
+        before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        model(x.clone())
+        after = list(model.buffers())
+        if len(after) != len(before):
+            return True
+        return any(
+            now is not buffer or not torch.equal(now, value)
+            for now, (buffer, value) in zip(after, before, strict=True)
+        )
+
+
+def hold_buffers(model: nn.Module, x: Tensor) -> nn.Module:
+    """Return a module that computes as the model, with the same buffers in each forward pass.
+
+    Args:
+        model: The model in eval mode.
+        x: Example images, (N, C, H, W), on the device of the model.
+
+    Returns:
+        The model itself, or a `BorrowedModel` if it changes its buffers in eval mode.
+    """
+    return BorrowedModel(model) if changes_its_buffers(model, x) else model
 
 
 def make_attack_model(
@@ -176,9 +262,13 @@ def make_attack_model(
     Returns:
         The copy, on the same device. It returns logits in the type of its input.
     """
+    if tile is not None:
+        x = _repeat_rows(x, tile)
     attack_model = copy_model(model) or BorrowedModel(model)
     if fold and not isinstance(attack_model, BorrowedModel):
         attack_model = _apply_fast_paths(attack_model, x)
+    if not isinstance(attack_model, BorrowedModel):
+        attack_model = hold_buffers(attack_model, x)
     if forward_uses_autograd(attack_model, x):
         attack_model = InferenceModeDisabler(attack_model)
     return FixedSizeBatches(attack_model, tile, min_rows).eval()
@@ -227,7 +317,8 @@ def _use_channels_last(model: nn.Module, x: Tensor) -> nn.Module:
 
 def _fold_batch_norms(model: nn.Module, x: Tensor) -> nn.Module:
     """Return the model with folded batch norms."""
-    fold_batch_norms_(model, x)
+    with preserve_buffers(model):
+        fold_batch_norms_(model, x)
     return model
 
 
@@ -294,7 +385,7 @@ def compute_logits_and_gradient(model: nn.Module, x: Tensor) -> LogitsAndGradien
         is no gradient.
     """
     devices = [x.device] if x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
+    with preserve_buffers(model), torch.random.fork_rng(devices), torch.enable_grad():
         torch.manual_seed(0)
         point = x.detach().clone().requires_grad_()
         try:
@@ -306,7 +397,7 @@ def compute_logits_and_gradient(model: nn.Module, x: Tensor) -> LogitsAndGradien
             return logits.detach(), gradient
         except Exception as error:
             logger.debug("the model has no gradient: %s", error)
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with preserve_buffers(model), torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(0)
         return model(x.clone()), None
 
@@ -348,7 +439,7 @@ def forward_uses_autograd(model: nn.Module, x: Tensor) -> bool:
         True if the forward pass calls `torch.autograd.grad` or a `backward`.
     """
     detector = _AutogradCallDetector()
-    with torch.no_grad(), detector:
+    with preserve_buffers(model), torch.no_grad(), detector:
         model(x.clone())
     return detector.has_autograd_call
 

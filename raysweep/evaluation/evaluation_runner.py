@@ -16,6 +16,7 @@ from raysweep.evaluation.model_inspection import (
     ModelProperties,
     adapt_attack,
     check_labels,
+    find_all_wrong_warning,
     find_collapse_warning,
     find_square_masking_warning,
     inspect_model,
@@ -121,6 +122,9 @@ class EvaluationRunner:
         self.warnings += properties.warnings
         self.clean = self._run_clean_pass(properties.is_random)
         self._add_warning(find_collapse_warning(self.clean.predicted, labels))
+        self._add_warning(
+            find_all_wrong_warning(self.clean.predicted, labels, properties.n_classes)
+        )
         for name, attack in attacks.items():
             accuracy_before = float(self.is_robust.mean())
             self._run_adapted_attack(name, attack, properties)
@@ -157,7 +161,14 @@ class EvaluationRunner:
         rng = ExampleRng.for_examples(index, self.shard_runner.seed, "checks")
         with disable_tf32_and_autocast(x.device):
             return inspect_model(
-                self.shard_runner.model, x, y, rng, eps, attacks, self.options.batch_size
+                self.shard_runner.model,
+                x,
+                y,
+                rng,
+                eps,
+                attacks,
+                self.options.batch_size,
+                self.options.tile,
             )
 
     def _run_clean_pass(self, is_random_model: bool) -> ShardResult:

@@ -212,7 +212,9 @@ def _to_array(values: Tensor | AnyArray) -> AnyArray:
     """Convert a tensor or sequence into a NumPy array."""
     if not isinstance(values, Tensor):
         return np.asarray(values)
-    values = values.detach().cpu()
+    if values.is_meta:
+        raise SpecError("x, y and index must have values, got a tensor on the device 'meta'")
+    values = values.detach().cpu().to_dense()
     # NumPy has no bfloat16.
     return np.asarray(values.float() if values.dtype == torch.bfloat16 else values)
 
@@ -228,10 +230,10 @@ def _check_and_convert_inputs(
                 "torch.cat([images for images, labels in loader])"
             )
     images, labels = _to_array(x), _to_array(y)
-    if images.ndim == 0 or not np.issubdtype(images.dtype, np.number):
-        raise SpecError(f"x must be images (N, C, H, W) as numbers, got {type(x).__name__}")
-    if labels.ndim == 0 or not np.issubdtype(labels.dtype, np.number):
-        raise SpecError(f"y must be whole numbers (N,), got {type(y).__name__}")
+    if images.ndim == 0 or not _has_real_numbers(images):
+        raise SpecError(f"x must be images (N, C, H, W) as numbers, got {_describe_values(x)}")
+    if labels.ndim == 0 or not _has_real_numbers(labels):
+        raise SpecError(f"y must be whole numbers (N,), got {_describe_values(y)}")
     ids = np.arange(len(labels)) if index is None else _to_array(index)
     problems = _find_shape_problems(images, labels, ids)
     if not np.array_equal(labels, labels.astype(np.int64)):
@@ -239,11 +241,25 @@ def _check_and_convert_inputs(
     if not len(images):
         problems.append("there are no examples to evaluate on")
     elif images.dtype != np.uint8 and not (images.min() >= 0 and images.max() <= 1):
-        problems.append(f"x must lie in [0, 1] (or be uint8), got {images.min()} to {images.max()}")
+        problem = f"x must lie in [0, 1] (or be uint8), got {images.min()} to {images.max()}"
+        if images.min() >= 0 and 1.5 < images.max() <= 255:
+            problem += ": give x / 255"
+        problems.append(problem)
     if problems:
         raise SpecError(problems)
     images = images if images.dtype == np.uint8 else images.astype(np.float32)
     return np.ascontiguousarray(images), labels.astype(np.int64), ids.astype(np.int64)
+
+
+def _has_real_numbers(values: AnyArray) -> bool:
+    """Return whether an array has integers or floats."""
+    return np.issubdtype(values.dtype, np.integer) or np.issubdtype(values.dtype, np.floating)
+
+
+def _describe_values(values: object) -> str:
+    """Describe wrong values by their type, such as `Tensor of torch.bool`."""
+    dtype = getattr(values, "dtype", None)
+    return type(values).__name__ + ("" if dtype is None else f" of {dtype}")
 
 
 def _find_shape_problems(images: AnyArray, labels: AnyArray, ids: AnyArray) -> list[str]:

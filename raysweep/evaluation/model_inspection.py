@@ -22,7 +22,13 @@ from raysweep.attacks import (
     freeze_model,
     true_class_margin,
 )
-from raysweep.evaluation.attack_model import forward_uses_autograd
+from raysweep.evaluation.attack_model import (
+    TILE_HINT,
+    BorrowedModel,
+    FixedSizeBatches,
+    describe_wrong_output,
+    forward_uses_autograd,
+)
 from raysweep.rng import ExampleRng
 from raysweep.spec import SpecError
 
@@ -42,6 +48,8 @@ MAX_SQUARE_DROP = 0.002
 PROBABILITY_TOLERANCE = 1e-5
 # A model is constant if the logits of all examples differ by at most this number times the largest
 # gap between the first and the second class of a row.
+# A warning of no right answer comes only where chance gives that this rarely.
+_MAX_CHANCE = 0.01
 _CONSTANT_TOLERANCE = 1e-6
 
 
@@ -71,6 +79,7 @@ def inspect_model(
     eps: float,
     attacks: Collection[SingleAttack],
     batch_size: int = 256,
+    tile: int | None = None,
 ) -> ModelProperties:
     """Inspect a model on a few examples before any attack.
 
@@ -83,6 +92,7 @@ def inspect_model(
             within eps of `x`.
         attacks: The attacks that are planned.
         batch_size: Largest number of images in a forward pass.
+        tile: Compute on batches of exactly this many images (see `FixedSizeBatches`).
 
     Returns:
         The properties of the model.
@@ -92,6 +102,10 @@ def inspect_model(
             finite logits (N, 2 or more), or a label has no logit.
     """
     with freeze_model(model):
+        if tile is not None:
+            model = FixedSizeBatches(model, tile).eval()
+        # Each answer comes from the buffers that the model has now.
+        model = BorrowedModel(model)
         outputs, uses_autograd = _run_repeated_forwards(model, x, batch_size)
         logits = outputs[0]
         _check_logits(logits, y)
@@ -186,6 +200,25 @@ def find_collapse_warning(predicted: IntArray, labels: IntArray) -> str | None:
     return None
 
 
+def find_all_wrong_warning(predicted: IntArray, labels: IntArray, n_classes: int) -> str | None:
+    """Return a warning if a model is right on no example, and chance would be on some.
+
+    Args:
+        predicted: Predicted classes, (N,).
+        labels: Labels, (N,).
+        n_classes: Number of logits.
+
+    Returns:
+        One line, or None.
+    """
+    if (predicted == labels).any() or (1 - 1 / n_classes) ** len(labels) > _MAX_CHANCE:
+        return None
+    return (
+        f"the model is right on none of the {len(labels)} examples: its order of classes (labels "
+        "from 0?), range of pixels or normalisation may be another"
+    )
+
+
 def find_square_masking_warning(accuracy_before: float, accuracy_after: float) -> str | None:
     """Return a warning if Square broke many examples that white-box attacks did not break.
 
@@ -220,19 +253,20 @@ def _run_repeated_forwards(
                 are_tensors = all(isinstance(answer, Tensor) for answer in answers)
                 outputs.append(torch.cat(answers) if are_tensors else answers[0])
             return outputs, forward_uses_autograd(model, parts[0])
+        except SpecError:
+            raise
         except Exception as error:
             line = str(error).partition("\n")[0]
             raise SpecError(
-                f"the model cannot take float32 images of shape {tuple(x.shape[1:])}: {line}"
+                f"the model cannot take float32 images of shape {tuple(x.shape[1:])}: {line}; "
+                f"{TILE_HINT}"
             ) from error
 
 
 def _check_logits(logits: object, y: Tensor) -> None:
     """Raise SpecError unless `logits` is a finite tensor (N, 2 or more) that covers all labels."""
     if not isinstance(logits, Tensor):
-        raise SpecError(
-            f"the model must return a tensor of logits, it returned {type(logits).__name__}"
-        )
+        raise SpecError(describe_wrong_output(logits))
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise SpecError(
             f"the model must return (N, 2 or more) logits, it returned {tuple(logits.shape)}"

@@ -30,6 +30,7 @@ from raysweep.attacks import (
 from raysweep.evaluation.attack_model import (
     MIN_BATCH_ROWS,
     FixedSizeBatches,
+    hold_buffers,
     make_attack_model,
 )
 from raysweep.evaluation.float32_precision import disable_tf32_and_autocast
@@ -189,6 +190,7 @@ class ShardRunner:
     tf32: bool = False
     result_dir: Path | None = None
     _attack_model: nn.Module | None = field(default=None, repr=False)
+    _original_model: nn.Module | None = field(default=None, repr=False)
 
     def __call__(self, shard: Shard) -> ShardResult:
         """Run one shard, and store the result of an attack in `result_dir`.
@@ -220,8 +222,8 @@ class ShardRunner:
         return min(MIN_BATCH_ROWS, self.batch_size)
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the attack model out of a pickle; each process builds its own."""
-        return self.__dict__ | {"_attack_model": None}
+        """Leave the models that are built out of a pickle; each process builds its own."""
+        return self.__dict__ | {"_attack_model": None, "_original_model": None}
 
     def load_finished_results(self, shard: Shard) -> list[ShardResult]:
         """Load results of an attack that earlier runs stored.
@@ -269,7 +271,7 @@ class ShardRunner:
             index = torch.from_numpy(self.index[positions]).to(x.device)
             rng = ExampleRng.for_examples(index, self.seed).derive_stream(shard.attack_name)
             x_adv, queries = self._generate_adversarial(shard.attack, x, y, rng)
-        logits = _compute_logits(self.model, x_adv, self.tile, self._min_rows)
+        logits = self._compute_logits(x_adv)
         norm = shard.attack.norm if shard.attack else "Linf"
         distance = compute_perturbation_norms(x_adv, x, norm)
         predicted = logits.argmax(1)
@@ -304,11 +306,30 @@ class ShardRunner:
                 x_adv[rows], queries[rows] = retry.x_adv.float(), queries[rows] + retry.queries
         return x_adv, queries
 
+    def _compute_logits(self, x: Tensor) -> Tensor:
+        """Return float32 logits of the original model in eval mode; restore its state."""
+        flags = [(module, module.training) for module in self.model.modules()]
+        set_mode(self.model, False)
+        try:
+            if self._original_model is None:
+                probe, _ = self.get_device_tensors(self._get_probe_rows())
+                batches = FixedSizeBatches(self.model, self.tile, self._min_rows).eval()
+                self._original_model = hold_buffers(batches, probe)
+            with torch.no_grad():
+                logits: Tensor = self._original_model(x)
+            return logits.float()
+        finally:
+            restore_mode(self.model, flags)
+
+    def _get_probe_rows(self) -> npt.NDArray[np.int64]:
+        """Return the rows on which models are tried."""
+        n_probe = min(len(self.y), _N_PROBE_EXAMPLES, max(self.batch_size, self._min_rows))
+        return np.arange(n_probe)
+
     def _get_attack_model(self) -> nn.Module:
         """Return the copy of the model that attacks run on; build it at the first call."""
         if self._attack_model is None:
-            n_probe = min(len(self.y), _N_PROBE_EXAMPLES, max(self.batch_size, self._min_rows))
-            probe, _ = self.get_device_tensors(np.arange(n_probe))
+            probe, _ = self.get_device_tensors(self._get_probe_rows())
             self._attack_model = make_attack_model(
                 self.model, probe, self.fold, self.tile, self._min_rows
             )
@@ -335,18 +356,6 @@ def _find_tf32_only_rows(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
             is_wrong_in_tf32 = model(x_adv).argmax(1) != y
     rows: Tensor = (is_correct & is_wrong_in_tf32).nonzero()[:, 0]
     return rows
-
-
-def _compute_logits(model: nn.Module, x: Tensor, tile: int | None, min_rows: int) -> Tensor:
-    """Return float32 logits of the original model in eval mode; restore its mode."""
-    flags = [(module, module.training) for module in model.modules()]
-    set_mode(model, False)
-    try:
-        with torch.no_grad():
-            logits: Tensor = FixedSizeBatches(model, tile, min_rows)(x)
-        return logits.float()
-    finally:
-        restore_mode(model, flags)
 
 
 def compute_perturbation_norms(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:

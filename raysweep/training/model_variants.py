@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from raysweep.attacks import fp32_precision, freeze_model, set_mode
+from raysweep.evaluation.attack_model import changes_its_buffers
 from raysweep.evaluation.batchnorm_folding import find_foldable_batch_norms
 from raysweep.training.speed_checks import (
     can_be_compiled,
@@ -76,6 +77,10 @@ class ModelVariants:
 
     def _choose_attack_module(self, images: Tensor, precision: Precision) -> nn.Module:
         """Return a folded copy of the model, or the model if a copy computes something else."""
+        with freeze_model(self.model):
+            if changes_its_buffers(self.model, images):
+                logger.info("fallback: attacks run without a copy: it has buffers that change")
+                return self.model
         try:
             folded_model = self._build_folded_module(images)
         except Exception as error:

@@ -16,6 +16,7 @@ from raysweep.attacks import freeze_model, restore_mode, set_mode
 from raysweep.evaluation.attack_model import (
     LogitsAndGradient,
     compute_logits_and_gradient,
+    preserve_buffers,
     results_agree,
 )
 from raysweep.spec import SpecError
@@ -226,11 +227,8 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
         Nothing.
     """
     flags = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        restore_mode(model, flags)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+    with preserve_buffers(model):
+        try:
+            yield
+        finally:
+            restore_mode(model, flags)
