@@ -30,7 +30,7 @@ from filelock import (
 )
 
 from raysweep.atomic_files import atomic_write_text
-from raysweep.errors import InfrastructureError, SpecError
+from raysweep.errors import DamagedFileError, InfrastructureError, SpecError
 from raysweep.process_identity import ProcessIdentity
 
 logger = logging.getLogger(__name__)
@@ -69,9 +69,11 @@ def hold_folder_lock(
     Raises:
         SpecError: Another process holds the lock and `wait` is False. The message names the holder.
         InfrastructureError: The folder cannot be written, or its file system has no locks.
+        DamagedFileError: There is a symbolic link below the folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        require_no_links(folder)
         started_at = time.monotonic()
         holder = ""
         lock = _try_lock(folder)
@@ -99,6 +101,29 @@ def hold_folder_lock(
             else:
                 os.truncate(folder / LOCK_FILE, 0)
         lock.release()
+
+
+def require_no_links(folder: Path) -> None:
+    """Check that work in a folder stays in it, whoever has made the folder.
+
+    Args:
+        folder: The folder; it may be a link itself.
+
+    Raises:
+        DamagedFileError: There is a symbolic link below the folder. One line.
+        OSError: The folder cannot be read.
+    """
+    subfolders = [str(folder)]
+    while subfolders:
+        with os.scandir(subfolders.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    raise DamagedFileError(
+                        f"{entry.path}: is a symbolic link, and raysweep follows none in a folder "
+                        "where it works; put what it leads to in its place, or delete it"
+                    )
+                if entry.is_dir(follow_symlinks=False):
+                    subfolders.append(entry.path)
 
 
 def is_folder_locked(folder: Path) -> bool:

@@ -129,13 +129,14 @@ def test_full_files_are_renamed_and_the_oldest_is_deleted(
 
 @pytest.mark.parametrize("obstacle", ["no folder", "full disk"])
 def test_a_log_that_cannot_be_written_is_one_warning_and_ends_nothing(
-    obstacle: str, tmp_path: Path, capsys
+    obstacle: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "sweep"
     if obstacle == "no folder":
         folder.touch()
     else:
         folder.mkdir()
+        monkeypatch.setattr(os, "O_NOFOLLOW", 0)
         (folder / "log.jsonl").symlink_to("/dev/full")
     with running_command():
         with logs.log_to_folder(folder):
@@ -149,7 +150,10 @@ def test_a_log_that_cannot_be_written_is_one_warning_and_ends_nothing(
     assert reason in first
 
 
-def test_a_disk_that_has_space_again_gets_whole_lines(tmp_path: Path) -> None:
+def test_a_disk_that_has_space_again_gets_whole_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "O_NOFOLLOW", 0)
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     with logs.log_to_folder(tmp_path):
         LOGGER.info("lost")

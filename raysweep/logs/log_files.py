@@ -53,7 +53,10 @@ class LogFile(RotatingFileHandler):
     def _open(self) -> Any:
         """Open the file; end the line that a killed process or a full disk cut off."""
         is_cut_off = _ends_within_line(self.path)
-        stream = super()._open()
+        # A sweep that somebody else has made could have a link to another file here.
+        stream = open(  # noqa: SIM115 - the handler closes it
+            self.path, self.mode, encoding=self.encoding, opener=_open_unless_link
+        )
         if is_cut_off:
             stream.write("\n")
         return stream
@@ -83,6 +86,11 @@ class LogFile(RotatingFileHandler):
             error = sys.exc_info()[1]
             reason = getattr(error, "strerror", None) or error
             logger.warning("the log %s cannot be written: %s; the work goes on", self.path, reason)
+
+
+def _open_unless_link(path: str, flags: int) -> int:
+    """Open a file for `open`; OSError for a symbolic link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 class JsonFormatter(logging.Formatter):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from raysweep.atomic_files import atomic_folder, atomic_open, link_or_copy
+from raysweep.errors import DamagedFileError
 from raysweep.process_identity import ProcessIdentity
 from raysweep.stores.errors import StoredFileNotFound, StoreUnavailable, translate_os_errors
 from raysweep.stores.protocol import (
@@ -29,6 +30,9 @@ _SHORTEST_LOCK_POLL, _LONGEST_LOCK_POLL = 0.001, 0.05
 
 class FolderStore:
     """Store in a folder. The version of a file is a digest of its content.
+
+    No symbolic link below the folder is followed: a folder that somebody else has made could lead
+    anywhere. DamagedFileError tells of the first one on the way to a file.
 
     `create`, `replace` and `delete` lock a hidden file beside the file with flock.
 
@@ -56,7 +60,7 @@ class FolderStore:
         return str(self.path)
 
     def uri_of(self, key: str) -> str:
-        return str(self._path_of(key))
+        return str(self.path / check_key(key))
 
     def local_path(self, key: str) -> Path | None:
         return self._path_of(key)
@@ -87,7 +91,8 @@ class FolderStore:
         with self._translate_errors(prefix) as folder:
             for path in sorted(folder.glob(pattern)):
                 with suppress(FileNotFoundError, IsADirectoryError):
-                    contents[self._key_of(path)] = path.read_bytes()
+                    key = self._key_of(path)
+                    contents[key] = self._path_of(key).read_bytes()
         return contents
 
     def write_bytes(self, key: str, data: bytes) -> None:
@@ -122,10 +127,9 @@ class FolderStore:
             for path in folder.glob(pattern):
                 with suppress(FileNotFoundError):
                     if path.is_file() and not path.name.endswith((".part", ".lock~")):
-                        status = path.stat()
-                        files.append(
-                            StoredFile(self._key_of(path), status.st_size, status.st_mtime)
-                        )
+                        key = self._key_of(path)
+                        status = self._path_of(key).stat()
+                        files.append(StoredFile(key, status.st_size, status.st_mtime))
         return sorted(files, key=lambda file: file.key)
 
     def list_subfolders(self, prefix: str) -> list[str]:
@@ -170,7 +174,7 @@ class FolderStore:
         checkpoints = []
         with self._translate_errors(prefix) as path:
             for meta_file in sorted(path.glob(f"[!.]*/{META_FILE}")):
-                folder = meta_file.parent
+                folder = self._path_of(self._key_of(meta_file.parent))
                 with suppress(FileNotFoundError):
                     size = sum(file.stat().st_size for file in folder.iterdir())
                     last_used = folder.stat().st_mtime
@@ -190,8 +194,20 @@ class FolderStore:
             raise StoredFileNotFound(f"{path}: there is no checkpoint") from error
 
     def _path_of(self, key: str) -> Path:
-        """Return the path of a key; SpecError for what is no key."""
-        return self.path / check_key(key)
+        """Return the path of a key.
+
+        Raises SpecError for what is no key, and DamagedFileError if a link is on the way.
+        """
+        path = self.path / check_key(key)
+        # `resolve` would raise RuntimeError for links that form a loop.
+        if os.path.realpath(path) != str(Path(os.path.realpath(self.path)) / key):
+            links = [part for part in (path, *path.parents) if part.is_symlink()]
+            link = links[-1] if links else path
+            raise DamagedFileError(
+                f"{link}: is a symbolic link, and raysweep follows none here; put the folder "
+                "itself in its place, or name the folder to which it leads"
+            )
+        return path
 
     def _key_of(self, path: Path) -> str:
         """Return the key of a file below the folder."""

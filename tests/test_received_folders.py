@@ -1,0 +1,97 @@
+"""A folder from somebody else, with links in it, makes raysweep touch nothing outside of it."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from raysweep.cli import main
+from raysweep.errors import DamagedFileError
+from raysweep.stores import open_path
+
+LINKS = ["lock", "log.jsonl", "trials", "trials/0000", "ray", "trials/0000/log.txt", "sweep.json"]
+TRAIN = ["train", "at", "--set", "epochs=1", "--set", "data.train_size=64", "--set"]
+TRAIN += ["data.val_size=50", "--set", "*.attacks.*.steps=1", "--name", "mine"]
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    """A folder with files that must stay as they are."""
+    folder = tmp_path / "victim"
+    (folder / "photos/epoch-0001").mkdir(parents=True)
+    for name in ("diary", "photos/holiday", "photos/epoch-0001/meta.json"):
+        (folder / name).write_text(f"dear {name}")
+    return folder
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Digest of each file by its path."""
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def place_link(sweep: Path, name: str, victim: Path) -> None:
+    """Put a link at a place in the sweep's folder where raysweep has a file or folder."""
+    is_file = "." in name or name == "lock"
+    link = sweep / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(victim / "diary" if is_file else victim / "photos")
+
+
+@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("command", ["resume", "extend", "train"])
+def test_no_link_is_followed(
+    command: str, name: str, victim: Path, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = workdir / "runs/mine"
+    sweep.mkdir(parents=True)
+    if name != "sweep.json":
+        (sweep / "sweep.json").write_text('{"space": {"method": "at", "space": {}}, "key": "k"}')
+    place_link(sweep, name, victim)
+    before = fingerprint(victim)
+    arguments = {
+        "resume": ["tune", "--resume", "mine"],
+        "extend": ["tune", "--resume", "mine", "--trials", "9"],
+        "train": TRAIN,
+    }[command]
+    assert main(arguments) in (2, 4)
+    assert fingerprint(victim) == before
+    message = capsys.readouterr().err
+    assert "Traceback" not in message and "dear" not in message
+    assert len(message.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("target", ["photos", "missing"])
+def test_a_link_among_shared_prefixes_deletes_nothing(
+    target: str, victim: Path, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / ".prefixes").symlink_to(victim / target)
+    before = fingerprint(victim)
+    prefixes = open_path(tmp_path) / "runs" / ".prefixes"
+    for action in (
+        lambda: (prefixes / "epoch-0001").delete_folder(),
+        lambda: prefixes.list_folders_containing(),
+        lambda: prefixes.store.list_checkpoints(prefixes.key),
+        lambda: (prefixes / "holiday").delete(),
+        lambda: (prefixes / "new").write_text("x"),
+        lambda: prefixes.write_checkpoint().__enter__(),
+        lambda: prefixes.delete_unfinished(),
+        lambda: prefixes.scratch_path,
+    ):
+        with pytest.raises(DamagedFileError, match=r"\.prefixes: is a symbolic link"):
+            action()
+    assert fingerprint(victim) == before
+
+
+def test_links_of_ones_own_above_the_folder_are_followed(tmp_path: Path) -> None:
+    """A user's `runs` may be on another disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    folder = open_path(tmp_path / "runs")
+    (folder / "a/b").write_text("x")
+    assert (tmp_path / "disk/a/b").read_text() == "x" == (folder / "a/b").read_text()
+    assert [file.name for file in (tmp_path / "disk/a").iterdir()] == ["b"]
