@@ -51,7 +51,8 @@ _QUERY_PATTERN = re.compile(
     rf"(?P<before>[?&](?:{_SECRET_NAME}|(?i:sig|key|code|auth|pass|pw))=)(?!\*\*\*)[^\s&#'\"]+"
 )
 _ASSIGNMENT_PATTERN = re.compile(
-    rf"(?<![\w.=-])(?P<before>{_SECRET_NAME}\\?[\"']?\s*[:=](?!//)[ \t]*)(?!\*\*\*)"
+    # The last part of a path, such as `/etc/passwd: cannot be read`, is no name of a secret.
+    rf"(?<![\w.=/-])(?P<before>{_SECRET_NAME}\\?[\"']?\s*[:=](?!//)[ \t]*)(?!\*\*\*)"
     rf"(?:{_QUOTED_VALUE}|[^\s\"'&,;)\]}}][^\n\"'&;)\]}}]*?(?=\s+[\w.-]+=|[\n\"'&;)\]}}]|$))"
 )
 _FLAG_PATTERN = re.compile(

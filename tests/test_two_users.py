@@ -19,6 +19,7 @@ import ray
 from raysweep.commands import doctor
 from raysweep.errors import InfrastructureError, SpecError
 from raysweep.file_privacy import UMASK_VARIABLE, private_files, read_umask
+from raysweep.redaction import redact_secrets
 from raysweep.sweep import ray_access
 from raysweep.sweep.cluster import connect_to_cluster
 from raysweep.sweep.node_probe import NodeReport
@@ -117,7 +118,7 @@ def test_somebody_elses_token_is_not_used(machine: Path) -> None:
     assert act_as(VICTIM, ray_access.find_token_exposure) == f"{token} belongs to user {ATTACKER}"
     refused = act_as(VICTIM, ray_access.secure_token_file)
     assert isinstance(refused, InfrastructureError)
-    assert "it is not a file of your own" in str(refused)
+    assert "it is not a file of your own" in redact_secrets(str(refused)), "not taken for a secret"
     token.unlink()
     token.symlink_to(machine / "elsewhere")
     assert isinstance(act_as(VICTIM, ray_access.secure_token_file), InfrastructureError)
