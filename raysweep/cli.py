@@ -272,7 +272,9 @@ def _print_error(error: RaysweepError) -> None:
     """Print each problem in one line on stderr."""
     for problem in error.problems:
         hint = error.hint if problem is error.problems[-1] else ""
-        print(f"raysweep: {error.line_prefix}{problem}{hint}", file=sys.stderr)
+        # A full disk or a reader that has gone must not change the exit code.
+        with suppress(OSError, ValueError):
+            print(f"raysweep: {error.line_prefix}{problem}{hint}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

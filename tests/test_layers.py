@@ -13,6 +13,7 @@ LAYERS = [
     (
         "redaction",
         "errors",
+        "record_queue",
         "lazy_modules",
         "atomic_files",
         "file_privacy",

@@ -436,7 +436,7 @@ class TestFolder:
     def test_a_stopped_process_does_not_keep_a_file_for_ever(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("raysweep.stores.folder_store._LOCK_TIMEOUT", 0.3)
+        monkeypatch.setattr(folder_store.hold_file_lock.__wrapped__, "__defaults__", (0.3,))
         holder = forked_processes.start_function(hold_file_lock, tmp_path)
         try:
             wait_for(tmp_path / "held", holder)
@@ -458,7 +458,7 @@ class TestFolder:
 
 def hold_file_lock(folder: Path) -> None:
     """Hold the lock of the file `x` until this process is killed."""
-    with folder_store._hold_file_lock(folder / "x"):
+    with folder_store.hold_file_lock(folder / "x"):
         (folder / "held").touch()
         time.sleep(600)
 

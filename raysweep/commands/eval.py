@@ -386,6 +386,7 @@ def _evaluate(
     from raysweep.commands.common import open_tracker
     from raysweep.data import load_test_data
     from raysweep.logs import log_to_folder
+    from raysweep.record_queue import RecordQueue
     from raysweep.robustness_bundle import write_bundle
     from raysweep.sweep.shard_mappers import open_executor
     from raysweep.tracking import checkpoint_run_tags
@@ -423,7 +424,13 @@ def _evaluate(
     attack_name = request.attack
     if request.version != "standard":
         attack_name = f"{request.attack}-{request.version}"
-    log_evaluation(tracker, run_id, target, report, folder, attack_name, is_whole_test_set)
+    records = RecordQueue(f"MLflow store {tracker.uri}")
+
+    def log_report() -> None:
+        log_evaluation(tracker, run_id, target, report, folder, attack_name, is_whole_test_set)
+
+    records.write(log_report)
+    records.finish("; the same command writes them and attacks nothing again")
 
 
 def _resolve_data_spec(request: EvalRequest, target: EvaluationTarget) -> DataSpec:

@@ -22,7 +22,7 @@ from raysweep.commands.options import (
 if TYPE_CHECKING:
     from raysweep.data import DatasetSplits
     from raysweep.stores import StorePath
-    from raysweep.tracking import Tracker
+    from raysweep.tracking import RunRecorder, Tracker
     from raysweep.training.checkpoint import TrainingCheckpoint
     from raysweep.training.config import TrainingConfig
     from raysweep.training.metric_history import EpochMetrics
@@ -234,38 +234,40 @@ def _train_tracked(
     """Train, print the result, and close the MLflow run however training ends."""
     from raysweep.bucket_lease import LeaseLost
     from raysweep.errors import RaysweepError, is_infrastructure_error
-    from raysweep.tracking import training_run_tags
+    from raysweep.tracking import RunRecorder, training_run_tags
     from raysweep.training.checkpoint import RunDirectory
     from raysweep.training.failure_reports import failure_report
     from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
     from raysweep.training.trainer import TrainingFailed
 
     tags = training_run_tags(RunDirectory(run_folder))
-    earlier_run_id = tracker.find_run(tags)
-    n_reported_epochs = tracker.get_last_epoch(earlier_run_id) if earlier_run_id else 0
-    run_id = tracker.get_or_create_run(run_folder.name, tags)
+    run = RunRecorder(tracker, run_folder.name, tags)
+    n_reported_epochs = run.count_logged_epochs()
     try:
-        tracker.log_config(run_id, config, dataset.fingerprint)
-        result = _fit_model(config, dataset, tracker, run_id, run_folder, n_reported_epochs)
-        advice = _log_training_result(config, tracker, run_id, result)
+        run.open(config, dataset.fingerprint)
+        result = _fit_model(config, dataset, run, run_folder, n_reported_epochs)
+        advice = _log_training_result(config, run, result)
     except (KeyboardInterrupt, TrainingInterrupted):
-        tracker.end_run(run_id, "KILLED")
+        run.end("KILLED")
         raise
     except LeaseLost:
         # Another process writes the run now.
+        run.discard()
         raise
     except RaysweepError as error:
-        tracker.end_run(run_id, "FAILED")
+        run.end("FAILED")
         if isinstance(error, TrainingFailed):
             raise error.with_prefix("training failed: ") from error
         raise
     except Exception as error:
         if is_infrastructure_error(error):
-            tracker.end_run(run_id, "FAILED")
+            run.end("FAILED")
             raise
         report = failure_report(error, config, run_folder, is_sweep_trial=False)
-        tracker.end_run(run_id, "FAILED")
+        run.end("FAILED")
         raise _make_training_error(report, run_folder) from error
+    finally:
+        run.finish()
     _print_training_result(request, config, tracker, result, advice)
 
 
@@ -283,8 +285,7 @@ def _make_training_error(report: dict[str, str], run_folder: StorePath) -> Train
 def _fit_model(
     config: TrainingConfig,
     dataset: DatasetSplits,
-    tracker: Tracker,
-    run_id: str,
+    run: RunRecorder,
     run_folder: StorePath,
     n_reported_epochs: int,
 ) -> TrainingResult:
@@ -302,7 +303,7 @@ def _fit_model(
         epoch, loss = int(metrics["epoch"]), metrics["train/loss"]
         accuracies = format_accuracies(metrics)
         print(f"epoch {epoch}/{config.epochs} loss {loss:.3f} {accuracies}", file=sys.stderr)
-        tracker.log_metrics(run_id, metrics, epoch)
+        run.log_epoch(metrics)
 
     steps_per_epoch = count_batches(len(dataset.train), config.batch_size)
     _print_training_size(config, steps_per_epoch, run_folder)
@@ -338,18 +339,22 @@ def _print_training_size(
 
 
 def _log_training_result(
-    config: TrainingConfig, tracker: Tracker, run_id: str, result: TrainingResult
+    config: TrainingConfig, run: RunRecorder, result: TrainingResult
 ) -> list[str]:
     """Log a finished run to MLflow; return the notes on it, which are also its description."""
     from raysweep.training.metric_advice import advise_on_training
 
     best, last = result.best_checkpoint, result.last_checkpoint
-    tracker.log_best(run_id, best.last_metrics)
-    tracker.log_folder(run_id, best.local_folder, "checkpoint")
-    tracker.log_training_plots(run_id, last.path.parent, last.history)
     advice = advise_on_training(config, last.history)
-    tracker.set_description(run_id, advice)
-    tracker.end_run(run_id, "FINISHED")
+
+    def log_result(tracker: Tracker, run_id: str) -> None:
+        tracker.log_best(run_id, best.last_metrics)
+        tracker.log_folder(run_id, best.local_folder, "checkpoint")
+        tracker.log_training_plots(run_id, last.path.parent, last.history)
+        tracker.set_description(run_id, advice)
+
+    run.write(log_result)
+    run.end("FINISHED")
     return advice
 
 

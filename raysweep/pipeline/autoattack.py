@@ -164,21 +164,29 @@ class AutoAttackStage(Stage):
         )
         save_evaluation_files(report, folder, target, config.data)
         attack_or_name = self.attacks[label]
-        run_id = log_evaluation(
-            context.tracker,
-            context.tracker.find_run(checkpoint_run_tags(target.checkpoint)),
-            target,
-            report,
-            folder,
-            attack_or_name if isinstance(attack_or_name, str) else label,
-            count == len(data.test),
-        )
+        tags = checkpoint_run_tags(target.checkpoint)
+        run_ids: list[str] = []
+
+        def log_report() -> None:
+            run_id = log_evaluation(
+                context.tracker,
+                context.tracker.find_run(tags),
+                target,
+                report,
+                folder,
+                attack_or_name if isinstance(attack_or_name, str) else label,
+                count == len(data.test),
+            )
+            run_ids.append(run_id)
+
+        context.records.write(log_report)
         return EvaluationResult(
             candidate=candidate,
             attack=label,
             is_autoattack=report.is_autoattack,
             test_examples=len(data.test),
-            run_id=run_id,
+            # Without an answer of MLflow, `register` finds the run later.
+            run_id=run_ids[0] if run_ids else "",
             folder=context.make_reference(folder),
             protocol=_extract_protocol(config, report, data.fingerprint),
             **_extract_numbers(report),

@@ -28,6 +28,7 @@ from raysweep.pipeline.stage import (
     find_best_candidate_evaluation,
 )
 from raysweep.spec import JsonDict, is_safe_name
+from raysweep.tracking import checkpoint_run_tags
 from raysweep.training import checkpoint
 
 _TAG_PREFIX = "raysweep."
@@ -109,6 +110,12 @@ class RegisterStage(Stage):
             "autoattack.examples": str(evaluation.examples),
         }
         tracker, run_id = context.tracker, evaluation.run_id
+        if not run_id:
+            # MLflow did not answer at the time of the evaluation.
+            context.records.write_waiting()
+            path = context.resolve_reference(evaluation.candidate.checkpoint)
+            tags = checkpoint_run_tags(checkpoint.read_checkpoint(path))
+            run_id = tracker.find_run(tags) or ""
         tracker.log_json(run_id, card, f"registered/{CARD_FILE}")
         tracker.log_file(run_id, context.out / evaluation.folder / EXAMPLES_FILE, "registered")
         return tracker.register_model(self.name, run_id, tags, _REGISTRY_DESCRIPTION)

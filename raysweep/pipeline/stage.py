@@ -19,6 +19,7 @@ from raysweep.pipeline.artifact import (
     StageFacts,
     select_best_candidate,
 )
+from raysweep.record_queue import RecordQueue
 from raysweep.spec import JsonDict, Spec, merge_overrides
 from raysweep.stores import Location, StorePath, is_uri, open_path
 from raysweep.tracking import Tracker, tracking_uri
@@ -229,6 +230,13 @@ class StageContext:
     stage_number: int = 0
     stage_digest: str = ""
     _datasets: dict[str, DatasetSplits] = field(default_factory=dict)
+
+    @cached_property
+    def records(self) -> RecordQueue:
+        """Records for MLflow that wait until it answers; the last attempt is the pipeline's end."""
+        records = RecordQueue(f"MLflow store {tracking_uri(self.out)}")
+        self.exit_stack.callback(records.finish)
+        return records
 
     @cached_property
     def tracker(self) -> Tracker:

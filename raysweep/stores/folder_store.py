@@ -100,14 +100,14 @@ class FolderStore:
             stream.write(data)
 
     def create(self, key: str, data: bytes) -> str | None:
-        with self._translate_errors(key) as path, _hold_file_lock(path):
+        with self._translate_errors(key) as path, hold_file_lock(path):
             if path.exists():
                 return None
             self.write_bytes(key, data)
             return _digest(data)
 
     def replace(self, key: str, data: bytes, version: str) -> str | None:
-        with self._translate_errors(key) as path, _hold_file_lock(path):
+        with self._translate_errors(key) as path, hold_file_lock(path):
             current = self.read_versioned(key)
             if current is None or current.version != version:
                 return None
@@ -118,7 +118,7 @@ class FolderStore:
         with self._translate_errors(key) as path:
             # In a bucket, a folder is no file either.
             if os.path.lexists(path) and not path.is_dir():
-                with _hold_file_lock(path):
+                with hold_file_lock(path):
                     path.unlink(missing_ok=True)
 
     def list_files(self, prefix: str = "", pattern: str = "**/*") -> list[StoredFile]:
@@ -247,23 +247,46 @@ def delete_unfinished_folders(folder: Path, min_age: float) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
+def find_sqlite_file(url: str) -> Path | None:
+    """Return the file of a database; None for a URL of anything but SQLite, or without a file.
+
+    Args:
+        url: URL as SQLAlchemy and MLflow read it, such as `sqlite:///mlflow.db`.
+    """
+    scheme, separator, path = url.partition(":///")
+    path = path.partition("?")[0]
+    is_file = separator and scheme.partition("+")[0] == "sqlite" and path not in ("", ":memory:")
+    return Path(path) if is_file else None
+
+
 def _digest(data: bytes) -> str:
     """Return the version of a content."""
     return hashlib.sha256(data).hexdigest()
 
 
 @contextmanager
-def _hold_file_lock(path: Path) -> Iterator[None]:
-    """Hold a lock for a file that need not exist; the lock's own file is gone afterwards.
+def hold_file_lock(path: Path, timeout: float = _LOCK_TIMEOUT) -> Iterator[None]:
+    """Context manager that holds a lock for a file that need not exist.
 
-    Raises StoreUnavailable if another process keeps the lock, because it is stopped.
+    The lock is a hidden file beside it, which is gone afterwards.
+
+    Args:
+        path: The file.
+        timeout: Seconds for which other processes may hold the lock.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        StoreUnavailable: Another process keeps the lock, perhaps because it is stopped.
+        OSError: The lock cannot be written.
     """
     lock_file = path.with_name(f".{path.name}.lock~")
-    deadline = time.monotonic() + _LOCK_TIMEOUT
+    deadline = time.monotonic() + timeout
     while True:
         lock_file.parent.mkdir(parents=True, exist_ok=True)
         with lock_file.open("a+") as stream:
-            _lock_before(deadline, stream, path)
+            _lock_before(deadline, timeout, stream, path)
             # The previous holder may have deleted the file that this process has locked.
             if os.fstat(stream.fileno()).st_nlink:
                 stream.truncate(0)
@@ -276,7 +299,7 @@ def _hold_file_lock(path: Path) -> Iterator[None]:
                     lock_file.unlink()
 
 
-def _lock_before(deadline: float, stream: IO[str], path: Path) -> None:
+def _lock_before(deadline: float, timeout: float, stream: IO[str], path: Path) -> None:
     """Lock an open file; StoreUnavailable after a time of the monotonic clock."""
     pause = _SHORTEST_LOCK_POLL
     while True:
@@ -288,7 +311,7 @@ def _lock_before(deadline: float, stream: IO[str], path: Path) -> None:
                 stream.seek(0)
                 raise StoreUnavailable(
                     f"{path}: {stream.read() or 'another process'} has kept it locked for "
-                    f"{_LOCK_TIMEOUT:.0f} s: end that process, or continue it if it is stopped"
+                    f"{timeout:.0f} s: end that process, or continue it if it is stopped"
                 ) from error
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_LOCK_POLL)

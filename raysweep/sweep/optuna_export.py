@@ -1,14 +1,22 @@
 """Copy a sweep's ended trials to an Optuna storage, for optuna-dashboard and Optuna's analyses."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import optuna
 from optuna.trial import FrozenTrial
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from raysweep.errors import InfrastructureError
+from raysweep.record_queue import RecordQueue, RecordStoreUnavailable
 from raysweep.spec import SpecError
+from raysweep.stores.folder_store import find_sqlite_file, hold_file_lock
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_study import TRIAL_NUMBER_ATTRIBUTE, to_frozen_trial
 from raysweep.training.metric_history import EpochMetrics
+
+# Seconds in which another process may create or upgrade a database.
+_MIGRATION_TIMEOUT = 600.0
 
 
 class OptunaExporter:
@@ -26,8 +34,15 @@ class OptunaExporter:
 
     def __init__(self, storage_url: str) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._records = RecordQueue(f"--optuna {storage_url}")
+        # Two processes that create a database at once fail in its migrations.
+        database = find_sqlite_file(storage_url)
+        if database is not None and not database.parent.is_dir():
+            database = None
+        lock = hold_file_lock(database, _MIGRATION_TIMEOUT) if database else nullcontext()
         try:
-            self._storage = optuna.storages.RDBStorage(storage_url)
+            with lock:
+                self._storage = optuna.storages.RDBStorage(storage_url)
         except (SQLAlchemyError, ImportError, ValueError) as error:
             reason = str(getattr(error, "orig", None) or error).splitlines()[0]
             is_malformed = isinstance(error, ArgumentError | ValueError)
@@ -39,17 +54,28 @@ class OptunaExporter:
         """Open the sweep's study, and rebuild it if it differs from the ledger."""
         self._space = ledger.space
         self._study_name = f"{ledger.name}-{ledger.key[:8]}"
-        self._open_study()
-        self._rebuild_outdated_study(ledger)
+        self._records.write(lambda: self._open_and_rebuild_study(ledger))
 
     def on_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:
         """Add a trial that has ended."""
         if trial.state != "running":
-            self._study.add_trial(to_frozen_trial(self._space, trial))
+            self._records.write(lambda: self._add_trial(trial))
 
     def on_sweep_end(self, ledger: Ledger) -> None:
         """Rebuild the study if it differs from the ledger."""
-        self._rebuild_outdated_study(ledger)
+        self._records.write(lambda: self._open_and_rebuild_study(ledger))
+        self._records.finish(f"; `raysweep tune --resume {ledger.name} --optuna URL` writes them")
+
+    def _open_and_rebuild_study(self, ledger: Ledger) -> None:
+        """Open the sweep's study, and rebuild it if it differs from the ledger."""
+        with _translate_errors():
+            self._open_study()
+            self._rebuild_outdated_study(ledger)
+
+    def _add_trial(self, trial: Trial) -> None:
+        """Add a trial that has ended."""
+        with _translate_errors():
+            self._study.add_trial(to_frozen_trial(self._space, trial))
 
     def _open_study(self) -> None:
         """Load the study, or create it."""
@@ -77,6 +103,16 @@ class OptunaExporter:
         optuna.delete_study(study_name=self._study_name, storage=self._storage)
         self._open_study()
         self._study.add_trials(trials)
+
+
+@contextmanager
+def _translate_errors() -> Iterator[None]:
+    """Raise RecordStoreUnavailable in place of errors of the database."""
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError) as error:
+        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+        raise RecordStoreUnavailable(f"--optuna: {reason}") from error
 
 
 def _trial_identity(frozen_trial: FrozenTrial) -> tuple[int, str, str]:

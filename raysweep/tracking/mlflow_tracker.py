@@ -13,14 +13,17 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from raysweep.errors import InfrastructureError, RaysweepError
+from raysweep.record_queue import RecordStoreUnavailable
 from raysweep.redaction import redact_secrets
 from raysweep.spec import SpecError, flatten_spec
 from raysweep.stores import StorePath
+from raysweep.stores.folder_store import find_sqlite_file, hold_file_lock
 from raysweep.training.checkpoint import describe_environment
 from raysweep.training.config import TrainingConfig
 from raysweep.training.diagnostics import read_histograms
@@ -43,7 +46,14 @@ _MLFLOW_ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # By default a request to a server that is gone takes four minutes. Records wait for the next
+    # attempt (see `RecordQueue`).
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
 }
+# Seconds in which another process may create or upgrade a database.
+_MIGRATION_TIMEOUT = 600.0
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -94,7 +104,7 @@ class Tracker:
 
     def get_last_epoch(self, run_id: str) -> int:
         """Return the last epoch that the run has metrics of; 0 before the first."""
-        client, _ = self._connection.result()
+        client, _ = self._open_store()
         history = client.get_metric_history(run_id, "train/loss")
         return max((point.step for point in history), default=0)
 
@@ -113,7 +123,7 @@ class Tracker:
         Returns:
             Id of the run.
         """
-        client, experiment_id = self._connection.result()
+        client, experiment_id = self._open_store()
         if run_id := self.find_run(tags):
             client.update_run(run_id, status="RUNNING")
             return run_id
@@ -142,7 +152,7 @@ class Tracker:
         """
         from mlflow.entities import Dataset, DatasetInput, Param
 
-        client, _ = self._connection.result()
+        client, _ = self._open_store()
         logged = client.get_run(run_id).data.params
         values = {
             key: format_mlflow_param(value)
@@ -176,7 +186,7 @@ class Tracker:
         """
         from mlflow.entities import Metric
 
-        client, _ = self._connection.result()
+        client, _ = self._open_store()
         timestamp = int(time.time() * 1000)
         # The UI proposes the metric that it received first: log the objective before the details.
         names = sorted(metrics, key=lambda name: ("/" in name, name != "robust_worst"))
@@ -221,7 +231,7 @@ class Tracker:
         """Set tags of a run."""
         from mlflow.entities import RunTag
 
-        client, _ = self._connection.result()
+        client, _ = self._open_store()
         entries = [RunTag(key, redact_secrets(value)) for key, value in tags.items()]
         client.log_batch(run_id, tags=entries)
 
@@ -237,7 +247,7 @@ class Tracker:
             folder: Local folder.
             artifact_folder: Folder in the run's artifacts that receives the files.
         """
-        client, _ = self._connection.result()
+        client, _ = self._open_store()
         client.log_artifacts(run_id, str(folder), artifact_folder)
 
     def log_training_plots(
@@ -261,7 +271,7 @@ class Tracker:
             run_id: The run.
             figures: Matplotlib figures by name.
         """
-        client, _ = self._connection.result()
+        client, _ = self._open_store()
         for name, figure in figures.items():
             client.log_figure(run_id, figure, f"plots/{name}.png")
 
@@ -273,7 +283,7 @@ class Tracker:
             content: The value; anything that can be written as JSON.
             file_name: Path of the file in the run's artifacts.
         """
-        client, _ = self._connection.result()
+        client, _ = self._open_store()
         client.log_dict(run_id, content, file_name)
 
     def log_text(self, run_id: str, text: str, file_name: str) -> None:
@@ -284,7 +294,7 @@ class Tracker:
             text: The text.
             file_name: Path of the file in the run's artifacts.
         """
-        client, _ = self._connection.result()
+        client, _ = self._open_store()
         client.log_text(run_id, redact_secrets(text), file_name)
 
     def log_file(self, run_id: str, path: Path, artifact_folder: str | None = None) -> None:
@@ -295,7 +305,7 @@ class Tracker:
             path: Local file.
             artifact_folder: Folder in the run's artifacts; None for their root.
         """
-        client, _ = self._connection.result()
+        client, _ = self._open_store()
         client.log_artifact(run_id, str(path), artifact_folder)
 
     def find_run(self, tags: Mapping[str, str]) -> str | None:
@@ -307,7 +317,7 @@ class Tracker:
         Returns:
             Id of the newest such run; None if there is none.
         """
-        client, experiment_id = self._connection.result()
+        client, experiment_id = self._open_store()
         conditions = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         runs = client.search_runs([experiment_id], filter_string=conditions, max_results=1)
         return str(runs[0].info.run_id) if runs else None
@@ -379,12 +389,12 @@ class Tracker:
 
     def set_version_description(self, model_name: str, version: str, description: str) -> None:
         """Replace the description of a model's version."""
-        client, _ = self._connection.result()
+        client, _ = self._open_store()
         client.update_model_version(model_name, version, description=description)
 
     def set_model_alias(self, model_name: str, alias: str, version: str) -> None:
         """Give a version of a model an alias; the version that had it before loses it."""
-        client, _ = self._connection.result()
+        client, _ = self._open_store()
         client.set_registered_model_alias(model_name, alias, version)
 
     def find_model_by_alias(
@@ -437,7 +447,7 @@ class Tracker:
 
     def has_run_ended(self, run_id: str) -> bool:
         """Return whether the status of a run is not "running"."""
-        client, _ = self._connection.result()
+        client, _ = self._open_store()
         return str(client.get_run(run_id).info.status) != "RUNNING"
 
     def end_run(self, run_id: str, status: RunStatus) -> None:
@@ -447,8 +457,13 @@ class Tracker:
             run_id: The run.
             status: Its final status.
         """
-        client, _ = self._connection.result()
+        client, _ = self._open_store()
         client.set_terminated(run_id, status)
+
+    def _open_store(self) -> tuple[Any, str]:
+        """Wait for the connection; return a client that raises our errors, and the experiment."""
+        client, experiment_id = self._connection.result()
+        return _CheckedClient(client, self.uri), experiment_id
 
     def _resolve_run_id(self, reference: str) -> str:
         """Return the id of the run that a reference of `download_checkpoint` names."""
@@ -466,11 +481,23 @@ class Tracker:
     def _connect(self) -> tuple[Any, str]:
         """Return MLflow's client and the id of the experiment, which is created if it is new."""
         _prepare_mlflow()
+        logger.info("connecting to the MLflow store %s", self.uri)
+        if self.uri.startswith("http"):
+            # MLflow's own requests are repeated, and say less.
+            _request_server_version(self.uri)
+        # Two processes that create or upgrade a database at once fail in its migrations.
+        database = find_sqlite_file(self.uri)
+        lock = hold_file_lock(database, _MIGRATION_TIMEOUT) if database else nullcontext()
+        with lock:
+            return self._open_experiment()
+
+    def _open_experiment(self) -> tuple[Any, str]:
+        """Return MLflow's client and the id of the experiment, which is created if it is new."""
+        from alembic.util.exc import CommandError
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
-        logger.info("connecting to the MLflow store %s", self.uri)
         try:
             client = MlflowClient(tracking_uri=self.uri)
             experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
@@ -487,12 +514,37 @@ class Tracker:
             return client, str(
                 client.create_experiment(EXPERIMENT_NAME, artifact_location=location, tags=tags)
             )
-        except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
+        except (MlflowException, SQLAlchemyError, CommandError, OSError, ValueError) as error:
             logger.error("the MLflow store does not answer", exc_info=error)
             hint = "set MLFLOW_TRACKING_URI to a server or sqlite:///FILE, or leave it out"
             raise InfrastructureError(
-                f"MLflow store {self.uri}: {str(error).splitlines()[0]}; {hint}"
+                f"MLflow store {self.uri}: {_first_line(error)}; {hint}"
             ) from error
+
+
+class _CheckedClient:
+    """MLflow's client, whose methods raise RecordStoreUnavailable in place of other errors."""
+
+    def __init__(self, client: Any, uri: str) -> None:
+        self._client = client
+        self._uri = uri
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+
+        def call_method(*arguments: Any, **options: Any) -> Any:
+            from mlflow.exceptions import MlflowException
+            from sqlalchemy.exc import SQLAlchemyError
+
+            try:
+                return method(*arguments, **options)
+            except (MlflowException, SQLAlchemyError, OSError) as error:
+                is_final = _missing_entry_error_type(error) is SpecError
+                raise RecordStoreUnavailable(
+                    f"MLflow store {self._uri}: {_first_line(error)}", is_final
+                ) from error
+
+        return call_method
 
 
 def get_mlflow_version(uri: str) -> str:
@@ -516,23 +568,28 @@ def get_mlflow_version(uri: str) -> str:
             Tracker(uri, Path(folder)).wait_until_ready()
         return importlib.metadata.version("mlflow")
     _prepare_mlflow()
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking._tracking_service.utils import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
-
-    try:
-        response = http_request(
-            get_default_host_creds(uri), "/version", "GET", max_retries=0, timeout=5
-        )
-    except (MlflowException, OSError) as error:
-        errno_match = re.search(r"\[Errno \d+\] ([\w ]+)", str(error))
-        reason = errno_match[1] if errno_match else str(error).splitlines()[0]
-        raise InfrastructureError(f"MLflow store {uri}: does not answer: {reason}") from error
+    response = _request_server_version(uri)
     if response.status_code != 200:
         raise InfrastructureError(
             f"MLflow store {uri}: answers {response.status_code} {response.reason}"
         )
     return str(response.text).strip()
+
+
+def _request_server_version(uri: str) -> Any:
+    """Ask a server once for its version; InfrastructureError if it does not answer."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking._tracking_service.utils import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    try:
+        return http_request(
+            get_default_host_creds(uri), "/version", "GET", max_retries=0, timeout=5
+        )
+    except (MlflowException, OSError) as error:
+        errno_match = re.search(r"\[Errno \d+\] ([\w ]+)", str(error))
+        reason = errno_match[1] if errno_match else _first_line(error)
+        raise InfrastructureError(f"MLflow store {uri}: does not answer: {reason}") from error
 
 
 def format_mlflow_param(value: Any) -> str:
@@ -555,12 +612,18 @@ def _prepare_mlflow() -> None:
     disables_telemetry = "MLFLOW_DISABLE_TELEMETRY" not in os.environ
     for name, value in _MLFLOW_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # It prints a traceback for each request that a locked database refuses; we log the error.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     if disables_telemetry:
         from mlflow.telemetry import set_telemetry_client
 
         set_telemetry_client()
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its type if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _missing_entry_error_type(error: Exception) -> type[RaysweepError]:

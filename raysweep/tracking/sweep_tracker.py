@@ -3,6 +3,7 @@
 The sweep is a parent run and its trials are child runs; each is found again by its tags.
 """
 
+from raysweep.record_queue import RecordQueue
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import param_labels
@@ -34,20 +35,43 @@ class SweepTracker:
         self._tracker = tracker
         self._fingerprint = fingerprint
         self._trial_run_ids: dict[int, str] = {}
+        # The ledger has all that the records are made of.
+        self._records = RecordQueue(f"MLflow store {tracker.uri}")
 
     def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:
-        """Open the sweep's run, and close runs of ended trials that are still open."""
+        """Open the sweep's run, and close runs of ended trials that are still open.
+
+        Raises InfrastructureError if the store does not answer yet; later outages end nothing.
+        """
         self._ledger = ledger
+        self._param_labels = param_labels(list(ledger.space.space))
+        self._tracker.wait_until_ready()
+        self._records.write(self._open_sweep_run)
+
+    def on_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:
+        """Log an epoch or the end of a trial."""
+        self._records.write(lambda: self._log_trial_update(trial, epoch_metrics))
+
+    def on_sweep_end(self, ledger: Ledger) -> None:
+        """Log the results of the sweep, plot the best trials, and end all runs."""
+        if ledger.is_lost():
+            # Another driver has taken the sweep over and writes its runs.
+            return
+        self._records.write(lambda: self._log_sweep_end(ledger))
+        self._records.finish(f"; `raysweep tune --resume {ledger.name}` writes them")
+
+    def _open_sweep_run(self) -> None:
+        """Open the sweep's run, and close runs of ended trials that are still open."""
+        ledger = self._ledger
         tags = {"raysweep.kind": "sweep", "raysweep.sweep": ledger.key}
         self._sweep_run_id = self._tracker.get_or_create_run(ledger.name, tags)
-        self._param_labels = param_labels(list(ledger.space.space))
-        self._config = ledger.space.trial_config({})
-        self._tracker.log_config(self._sweep_run_id, self._config, self._fingerprint)
+        config = ledger.space.trial_config({})
+        self._tracker.log_config(self._sweep_run_id, config, self._fingerprint)
         self._tracker.log_json(self._sweep_run_id, ledger.space.to_stored_dict(), "space.json")
         for trial in ledger.load_trials():
             self._close_stale_run(trial)
 
-    def on_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:
+    def _log_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:
         """Log an epoch or the end of a trial."""
         run_id = self._trial_run_ids.get(trial.number) or self._open_trial_run(trial)
         if epoch_metrics is not None:
@@ -55,11 +79,8 @@ class SweepTracker:
         if trial.state != "running":
             self._end_trial_run(run_id, trial)
 
-    def on_sweep_end(self, ledger: Ledger) -> None:
+    def _log_sweep_end(self, ledger: Ledger) -> None:
         """Log the results of the sweep, plot the best trials, and end all runs."""
-        if ledger.is_lost():
-            # Another driver has taken the sweep over and writes its runs.
-            return
         trials = ledger.load_trials()
         for trial in trials:
             # This includes runs that an earlier driver left open and this one did not resume.
@@ -139,12 +160,13 @@ class SweepTracker:
         # The number comes first because the UI truncates names.
         name = f"{trial.number:04d} {self._ledger.name}"
         run_id = self._tracker.get_or_create_run(name, tags, self._sweep_run_id)
-        self._trial_run_ids[trial.number] = run_id
         config = self._ledger.space.trial_config(trial.params)
         self._tracker.log_config(run_id, config, self._fingerprint)
         self._tracker.set_tags(run_id, {"searched": self._summarize_params(trial)})
         if trial.epoch:
             self._log_missing_epochs(run_id, trial)
+        # Only now, because all of this is repeated after an outage.
+        self._trial_run_ids[trial.number] = run_id
         return run_id
 
     def _log_missing_epochs(self, run_id: str, trial: Trial) -> None:

@@ -144,9 +144,10 @@ class ReportStage(Stage):
             (folder / MARKDOWN_FILE).write_text(document.render_markdown())
             _write_figures(folder, paper_figures)
             shutil.copy2(context.out / best.folder / EXAMPLES_FILE, folder / EXAMPLES_FILE)
-            self._log_report(context, folder, banner.text)
+            context.records.write(lambda: self._log_report(context, document, banner.text))
             maps = {name: figure for name, figure in figures.items() if name.endswith("_map")}
-            context.tracker.log_figures(best.run_id, maps)
+            if best.run_id:
+                context.records.write(lambda: context.tracker.log_figures(best.run_id, maps))
 
         facts = ReportFacts(
             best=best,
@@ -207,7 +208,7 @@ class ReportStage(Stage):
             lines.append(f"{subject} is {robust:.2%}, below the floor {self.floor:.2%}")
         return lines
 
-    def _log_report(self, context: StageContext, folder: Path, verdict: str) -> None:
+    def _log_report(self, context: StageContext, document: ReportDocument, verdict: str) -> None:
         """Log the report as an MLflow run of its own, beside those of the sweeps."""
         tags = {
             "raysweep.kind": "pipeline",
@@ -215,8 +216,8 @@ class ReportStage(Stage):
             "raysweep.report": context.stage_digest,
         }
         run_id = context.tracker.get_or_create_run(f"{context.pipeline_name} report", tags)
-        for name in (HTML_FILE, MARKDOWN_FILE):
-            context.tracker.log_file(run_id, folder / name, "report")
+        context.tracker.log_text(run_id, document.render_html(), f"report/{HTML_FILE}")
+        context.tracker.log_text(run_id, document.render_markdown(), f"report/{MARKDOWN_FILE}")
         context.tracker.set_description(run_id, [verdict])
         context.tracker.end_run(run_id, "FINISHED")
 

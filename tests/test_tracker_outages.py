@@ -1,0 +1,299 @@
+"""MLflow and Optuna stores that fail during the work: it goes on, and they get all of it later."""
+
+import signal
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import forked_processes
+import optuna
+import pytest
+from mlflow_server import MlflowServer
+
+from raysweep.cli import main
+from raysweep.record_queue import RecordQueue, RecordStoreUnavailable
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.optuna_export import OptunaExporter
+from raysweep.sweep.search_space import load_space
+from raysweep.tracking import SweepTracker, Tracker
+from raysweep.training.trainer import train_model
+
+pytestmark = pytest.mark.mlflow
+TINY = ["data.val_size=50", "data.train_size=64", "batch_size=32", "*.attacks.*.steps=1"]
+
+
+@pytest.fixture(scope="module")
+def shared_server(tmp_path_factory: pytest.TempPathFactory, empty_store) -> Iterator[MlflowServer]:
+    """A server, which takes many seconds to start."""
+    folder = tmp_path_factory.mktemp("server")
+    empty_store(folder / "server.db")
+    server = MlflowServer(folder)
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(
+    shared_server: MlflowServer, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> MlflowServer:
+    """A server that runs, for clients that give up after a second."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", shared_server.uri)
+    shared_server.ensure_running()
+    return shared_server
+
+
+def list_runs(uri: str) -> dict[str, Any]:
+    """Return the runs of the experiment by name, as MLflow itself reads them."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("raysweep")
+    if experiment is None:
+        return {}
+    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
+def list_epochs(uri: str, run: Any) -> list[int]:
+    from mlflow import MlflowClient
+
+    history = MlflowClient(tracking_uri=uri).get_metric_history(run.info.run_id, "train/loss")
+    return sorted({point.step for point in history})
+
+
+class TestQueue:
+    def test_records_wait_for_the_store_in_their_order(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        now, written, is_up, attempts = [0.0], [], [True], [0]
+        monkeypatch.setattr("raysweep.record_queue.time.monotonic", lambda: now[0])
+        queue = RecordQueue("the store")
+
+        def write(number: int) -> Callable[[], None]:
+            def record() -> None:
+                attempts[0] += 1
+                if not is_up[0]:
+                    now[0] += 3
+                    raise RecordStoreUnavailable("no answer")
+                written.append(number)
+
+            return record
+
+        queue.write(write(1))
+        is_up[0] = False
+        for number in (2, 3, 4):
+            queue.write(write(number))
+        assert written == [1] and attempts == [2], "asked once: it had taken 3 s, so 27 s are left"
+        now[0] += 26
+        queue.write(write(5))
+        assert attempts == [2]
+        is_up[0] = True
+        now[0] += 1
+        queue.write(write(6))
+        assert written == [1, 2, 3, 4, 5, 6] and queue.n_waiting == 0
+        queue.finish()
+        assert [record.getMessage() for record in caplog.records if record.levelname != "INFO"] == [
+            "no answer; the work goes on, and its records are written later"
+        ]
+
+    def test_what_the_store_lacks_at_the_end_is_one_line(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        queue, written = RecordQueue("MLflow store x"), []
+
+        def fail(is_final: bool) -> None:
+            raise RecordStoreUnavailable("refused", is_final)
+
+        queue.write(lambda: fail(True))
+        queue.write(lambda: written.append(1))
+        queue.write(lambda: fail(False))
+        queue.write(lambda: written.append(2))
+        queue.finish("; say so")
+        assert written == [1], "a record that can never be written holds no other up"
+        assert caplog.records[-1].getMessage() == (
+            "MLflow store x lacks the last 3 records of this work, which is complete without "
+            "them; say so"
+        )
+
+
+def train(name: str, epochs: int) -> list[str]:
+    settings = [word for value in (*TINY, f"epochs={epochs}") for word in ("--set", value)]
+    return ["train", "at", "--name", name, *settings]
+
+
+@pytest.mark.slow
+def test_training_goes_on_without_a_server_and_the_same_command_tells_it(
+    server: MlflowServer, workdir: Path
+) -> None:
+    process = forked_processes.start_command(train("run", 40))
+    deadline = time.monotonic() + 120
+    while not (run := list_runs(server.uri).get("run")) or not list_epochs(server.uri, run):
+        assert process.poll() is None and time.monotonic() < deadline, process.err
+        time.sleep(0.05)
+    server.send_signal(signal.SIGSTOP)
+    try:
+        assert process.wait() == 0, process.err
+    finally:
+        server.send_signal(signal.SIGCONT)
+    lines = [line for line in process.err.splitlines() if "warning" in line]
+    assert len(lines) == 2 and "the work goes on" in lines[0] and "lacks the last" in lines[1]
+    assert len(list_epochs(server.uri, run)) < 40
+    assert main(train("run", 40)) == 0
+    run = list_runs(server.uri)["run"]
+    assert list_epochs(server.uri, run) == list(range(1, 41)) and run.info.status == "FINISHED"
+
+
+def test_training_does_not_start_without_a_server(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hushhush@127.0.0.1:1")
+    assert main(train("none", 1)) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "MLflow store http://***@127.0.0.1:1: does not answer: Connection refused" in line
+
+
+def make_ledger(folder: Path, name: str = "s1") -> Ledger:
+    settings = {"data.val_size": 50, "data.train_size": 64, "batch_size": 32, "epochs": 3}
+    return Ledger.create(folder / "runs" / name, load_space("at", {**settings, "*.steps": 1}))
+
+
+def run_trial(ledger: Ledger, number: int, listeners: list[Any]) -> None:
+    """Train a trial, tell the ledger and then the listeners, as the driver of a sweep does."""
+    config = ledger.space.trial_config({})
+    rule = ledger.space.find_selection_rule({})
+    trial, told = Trial(number, {}), []
+    history = train_model(config, ledger.trial_path(number)).last_checkpoint.history
+    told = [(trial, None)]
+    for metrics in history:
+        trial = trial.with_epoch(metrics, rule)
+        told.append((trial, metrics))
+    told.append((replace(trial, state="finished"), None))
+    for trial, metrics in told:
+        ledger.save_trial(trial)
+        for listener in listeners:
+            listener.on_trial_update(trial, metrics)
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_server_is_killed_has_all_of_it_later(
+    server: MlflowServer, workdir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = make_ledger(workdir)
+    listener = SweepTracker(Tracker(server.uri, workdir / "mlruns"))
+    listener.on_sweep_start(ledger, 1)
+    run_trial(ledger, 0, [listener])
+    server.kill()
+    run_trial(ledger, 1, [listener])
+    run_trial(ledger, 2, [listener])
+    listener.on_sweep_end(ledger)
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message for message in messages if "lacks the last" in message] == [
+        f"MLflow store {server.uri} lacks the last 11 records of this work, which is complete "
+        "without them; `raysweep tune --resume s1` writes them"
+    ]
+    assert sum("the work goes on" in message for message in messages) == 1
+    server.start()
+    before = list_runs(server.uri)
+    assert before["s1"].info.status == "RUNNING" and "0001 s1" not in before
+    resumed = SweepTracker(Tracker(server.uri, workdir / "mlruns"))
+    resumed.on_sweep_start(ledger, 0)
+    resumed.on_sweep_end(ledger)
+    runs = list_runs(server.uri)
+    for number in range(3):
+        run = runs[f"{number:04d} s1"]
+        assert list_epochs(server.uri, run) == [1, 2, 3] and run.info.status == "FINISHED"
+        assert run.data.metrics["best/robust_worst"] == pytest.approx(
+            ledger.load_trials()[number].best["robust_worst"], abs=1e-6
+        )
+
+
+@pytest.mark.slow
+def test_a_server_that_comes_back_during_a_sweep_gets_what_it_missed(
+    server: MlflowServer, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raysweep.record_queue._MIN_PAUSE", 0.0)
+    monkeypatch.setattr("raysweep.record_queue._PAUSE_FACTOR", 0.0)
+    ledger = make_ledger(workdir, "s2")
+    listener = SweepTracker(Tracker(server.uri, workdir / "mlruns"))
+    listener.on_sweep_start(ledger, 1)
+    server.send_signal(signal.SIGSTOP)
+    run_trial(ledger, 0, [listener])
+    server.send_signal(signal.SIGCONT)
+    run_trial(ledger, 1, [listener])
+    listener.on_sweep_end(ledger)
+    runs = list_runs(server.uri)
+    for name in ("0000 s2", "0001 s2"):
+        assert list_epochs(server.uri, runs[name]) == [1, 2, 3]
+        assert runs[name].info.status == "FINISHED"
+
+
+def test_a_locked_optuna_storage_gets_the_trials_at_the_end(
+    workdir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = make_ledger(workdir)
+    file = workdir / "optuna.db"
+    exporter = OptunaExporter(f"sqlite:///{file}?timeout=0.2")
+    exporter.on_sweep_start(ledger, 1)
+    with closing(sqlite3.connect(file, timeout=60)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        run_trial(ledger, 0, [exporter])
+        run_trial(ledger, 1, [exporter])
+        other.rollback()
+    exporter.on_sweep_end(ledger)
+    (study,) = optuna.get_all_study_names(f"sqlite:///{file}")
+    trials = optuna.load_study(study_name=study, storage=f"sqlite:///{file}").trials
+    assert [trial.user_attrs["raysweep.number"] for trial in trials] == [0, 1]
+    assert any("the work goes on" in record.getMessage() for record in caplog.records)
+
+
+def open_store(uri: str, folder: Path, go: Path) -> None:
+    while not go.exists():
+        time.sleep(0.001)
+    Tracker(uri, folder / "mlruns").wait_until_ready().get_or_create_run("x", {"a": "b"})
+
+
+def open_storage(url: str, go: Path) -> None:
+    while not go.exists():
+        time.sleep(0.001)
+    OptunaExporter(url)
+
+
+@pytest.mark.slow
+def test_several_that_start_at_once_in_a_fresh_folder(tmp_path: Path) -> None:
+    go, database = tmp_path / "go", tmp_path / "mlflow.db"
+    processes = [
+        forked_processes.start_function(open_store, f"sqlite:///{database}", tmp_path, go)
+        for _ in range(3)
+    ]
+    url = f"sqlite:///{tmp_path / 'optuna.db'}"
+    processes += [forked_processes.start_function(open_storage, url, go) for _ in range(3)]
+    go.touch()
+    codes = [process.wait(400) for process in processes]
+    assert codes == [0] * 6, [process.err for process in processes]
+    assert len(list_runs(f"sqlite:///{database}")) >= 1
+    assert sorted(file.name for file in tmp_path.glob(".*lock*")) == [], "no lock is left"
+
+
+def test_a_locked_database_neither_ends_nor_delays_a_run(
+    workdir: Path, empty_store: Callable[[Path], None]
+) -> None:
+    database = workdir / "mlflow.db"
+    empty_store(database)
+    process = forked_processes.start_command(train("second", 30))
+    uri, deadline = f"sqlite:///{database}", time.monotonic() + 120
+    while not (workdir / "runs" / "second").is_dir() or "second" not in list_runs(uri):
+        assert process.poll() is None and time.monotonic() < deadline, process.err
+        time.sleep(0.1)
+    with closing(sqlite3.connect(database, timeout=60)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert process.wait() == 0, process.err
+        other.rollback()
+    assert "lacks the last" in process.err and "Traceback" not in process.err
+    assert main(train("second", 30)) == 0
+    run = list_runs(uri)["second"]
+    assert list_epochs(uri, run) == list(range(1, 31)) and run.info.status == "FINISHED"
