@@ -122,7 +122,7 @@ class BucketLease:
                 "took over the lease of %s from %s, which has ended or stopped renewing it",
                 self._description,
                 self._holder_watch.holder or "another process",
-                extra={"event": "lease_taken_over", "shown": True},
+                extra={"event": "lease_taken_over", "is_shown_elsewhere": True},
             )
         self._renewed_at = sent_at
         self._heartbeat.start()
@@ -158,7 +158,7 @@ class BucketLease:
                 logger.warning(
                     "lost the lease of %s: another process has taken it over",
                     self._description,
-                    extra={"event": "lease_lost", "shown": True},
+                    extra={"event": "lease_lost", "is_shown_elsewhere": True},
                 )
                 return
             self._version, self._renewed_at = version, sent_at

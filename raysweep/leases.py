@@ -171,7 +171,7 @@ class FolderLease:
                     path,
                     self.describe_holder() or "another process",
                     "has ended" if has_ended else "stopped renewing it or has just released it",
-                    extra={"event": "lease_taken_over", "shown": True},
+                    extra={"event": "lease_taken_over", "is_shown_elsewhere": True},
                 )
         return True
 

@@ -259,7 +259,7 @@ class TestTraining:
     def test_the_lease_of_another_process_is_not_touched_if_the_state_exists(
         self, prefixes: PrefixCache
     ) -> None:
-        write_marker(prefixes.path.scratch_path / "there.claim", duration=30.0)
+        write_marker(prefixes.path.working_path / "there.claim", duration=30.0)
         before = (prefixes.path / "there.claim").read_text()
         with prefixes.acquire_training_lease("there") as ours:
             assert not ours

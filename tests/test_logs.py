@@ -188,7 +188,7 @@ def test_the_terminal_shows_the_levels_that_were_asked_for(
         capsys.readouterr()
         for level in ("debug", "info", "warning", "error"):
             getattr(LOGGER, level)("at %s", level)
-            LOGGER.error("in another way", extra={"shown": True})
+            LOGGER.error("in another way", extra={"is_shown_elsewhere": True})
         out, err = capsys.readouterr()
     assert err.splitlines() == [f"raysweep: {level}: at {level}" for level in shown] and not out
     assert sum(entry["message"].startswith("at ") for entry in entries_of(tmp_path)) == 4

@@ -94,7 +94,7 @@ def test_what_a_killed_driver_had_not_uploaded_comes_with_the_next_one(
 ) -> None:
     a, b, _ = machines
     a.drive("uploaded")
-    log_file = (a.sweep / "log.jsonl").scratch_path
+    log_file = (a.sweep / "log.jsonl").working_path
     line = json.loads(log_file.read_text().splitlines()[-2])
     with log_file.open("a") as file:
         file.write(json.dumps({**line, "message": "a: last words"}) + "\n")
@@ -117,7 +117,7 @@ def test_full_files_of_another_machine_stay_until_they_are_too_many(
     messages = [message for message in c.read() if message != "start"]
     assert messages == [f"{name}: {number}" for name in "ab" for number in range(20)]
     b.drive(*map(str, range(20, 80)))
-    assert not c.sweep.scratch_path.exists() and len(c.sweep.list_files()) == 4
+    assert not c.sweep.working_path.exists() and len(c.sweep.list_files()) == 4
     last = [message for message in c.read() if message.startswith("b: ")]
     numbers = [int(message.removeprefix("b: ")) for message in last]
     # Once, on a busy machine, a file of the first drive outlived one of the second.

@@ -120,10 +120,10 @@ def test_a_bucket_stays_in_its_working_copy(name: str) -> None:
         path = open_path(f"s3://bucket/{name}")
     except (SpecError, ValueError):
         return
-    copy = path.scratch_path
+    copy = path.working_path
     assert copy.is_relative_to(local_copies.copies_root()) and ".." not in copy.parts
     if "?" not in name:  # what follows it says how the store is reached, and has a copy of its own
-        assert copy.is_relative_to(open_path("s3://bucket").scratch_path)
+        assert copy.is_relative_to(open_path("s3://bucket").working_path)
 
 
 @pytest.mark.parametrize("what", ["../outside", "{root}/outside", "x/../../outside"])

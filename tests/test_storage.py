@@ -116,7 +116,7 @@ def test_a_place_has_one_name_on_every_machine(where: str) -> None:
     path = open_path(where)
     assert path.local_path is None and str(path) == where
     assert str(path / "s" / "trials") == join_uri(where, "s", "trials")
-    assert not set("?&=%") & set(str(path.scratch_path)), "Ray takes paths for URIs"
+    assert not set("?&=%") & set(str(path.working_path)), "Ray takes paths for URIs"
 
 
 def test_the_variables_of_amazons_tools_name_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_half_a_push_is_no_checkpoint(any_uri: str, tmp_path: Path) -> None:
         file.delete()
         assert 3 not in RunDirectory(path).list_saved_epochs()
         assert (path / "epoch-0003").fetch_checkpoint() is None
-        assert not (path / "epoch-0003").scratch_path.exists()
+        assert not (path / "epoch-0003").working_path.exists()
     assert "epoch-0003/weights.safetensors" in in_bucket(path)
     again = train_model(config, path).last_checkpoint
     assert again.history[-1]["robust_worst"] == whole.last_metrics["robust_worst"]
@@ -213,7 +213,7 @@ def test_what_the_bucket_has_wins_over_an_old_copy(
     (other / "epoch-0001").delete_folder()
     train_model(tiny("at", epochs=1, seed=1), other)
     monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "copy"))
-    old = json.loads((path / "epoch-0001" / META_FILE).scratch_path.read_text())
+    old = json.loads((path / "epoch-0001" / META_FILE).working_path.read_text())
     assert old["config"]["seed"] == 0
     assert checkpoint.read_checkpoint(path / "epoch-0001").config.seed == 1
 
@@ -374,12 +374,12 @@ def test_copies_are_kept_small_and_come_again(uri: str, monkeypatch: pytest.Monk
         train_model(tiny("at", epochs=1), open_path(uri) / name).last_checkpoint
         for name in ("first", "second")
     )
-    copies = [saved.path.scratch_path for saved in (first, second)]
+    copies = [saved.path.working_path for saved in (first, second)]
     assert all(copy.exists() for copy in copies), "both are in use"
     two_hours_ago = time.time() - 7200
     os.utime(copies[0], (two_hours_ago, two_hours_ago))
     third = train_model(tiny("at", epochs=1), open_path(uri) / "third").last_checkpoint
-    assert third.path.scratch_path.exists()
+    assert third.path.working_path.exists()
     assert copies[1].exists() and not copies[0].exists()
     assert checkpoint.read_checkpoint(first.path).meta == first.meta
 
@@ -390,7 +390,7 @@ def test_a_copy_that_another_process_has_just_used_is_not_evicted(
     """It is used between the moment at which its age is read and its turn to be deleted."""
     saved = train_model(tiny("at", epochs=1), open_path(uri) / "run").last_checkpoint
     two_hours_ago = time.time() - 7200
-    os.utime(saved.path.scratch_path, (two_hours_ago, two_hours_ago))
+    os.utime(saved.path.working_path, (two_hours_ago, two_hours_ago))
     monkeypatch.setattr(local_copies, "_MAX_BYTES", 1)
     locked = local_copies._hold_copies_lock
 
@@ -401,10 +401,10 @@ def test_a_copy_that_another_process_has_just_used_is_not_evicted(
 
     monkeypatch.setattr(local_copies, "_hold_copies_lock", use_first)
     local_copies.evict_copies()
-    assert local_copies._hold_copies_lock is locked and saved.path.scratch_path.exists()
-    os.utime(saved.path.scratch_path, (two_hours_ago, two_hours_ago))
+    assert local_copies._hold_copies_lock is locked and saved.path.working_path.exists()
+    os.utime(saved.path.working_path, (two_hours_ago, two_hours_ago))
     local_copies.evict_copies()
-    assert not saved.path.scratch_path.exists()
+    assert not saved.path.working_path.exists()
 
 
 def on_its_own_machine(uri: str, root: Path) -> None:
@@ -540,7 +540,7 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
     while find_descendants("ray::Implicit"):
         assert time.monotonic() < deadline, "the cluster ends the trials of a driver that is gone"
         time.sleep(0.1)
-    shutil.rmtree(nodes_copy / sweep.scratch_path.relative_to(tmp_path / "copy").parts[0])
+    shutil.rmtree(nodes_copy / sweep.working_path.relative_to(tmp_path / "copy").parts[0])
     shutil.rmtree(tmp_path / "one")
 
     again = tune(tmp_path / "two", "--resume", "s", "--json", *places)

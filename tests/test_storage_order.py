@@ -101,7 +101,7 @@ def assert_seen(path: StorePath, text: str | None) -> None:
     folder = path.fetch_checkpoint()
     if text is None:
         assert folder is None
-        assert not path.scratch_path.exists(), "the local copy has no incomplete checkpoint either"
+        assert not path.working_path.exists(), "the local copy has no incomplete checkpoint either"
     else:
         assert folder is not None
         assert {file.name: file.read_text() for file in folder.iterdir()} == {
@@ -122,7 +122,7 @@ def test_a_push_that_is_cut_off_is_no_checkpoint_until_its_last_file(
         assert "PUT meta.json" not in gate.changes[:allowed]
         gate.allow(1000)
         other = machines("other") / f"epoch-{allowed}"
-        assert other.fetch_checkpoint() is None and not other.scratch_path.exists()
+        assert other.fetch_checkpoint() is None and not other.working_path.exists()
         assert f"epoch-{allowed}" not in other.parent.list_folders_containing()
         machines("one")
         gate.allow(1000)
@@ -190,7 +190,7 @@ def test_a_machine_sees_a_new_checkpoint_only_when_all_of_it_is_there(
     write_checkpoint(machines("one") / "run", "new")
     assert_seen(machines("other") / "run", "new")
     machines("one").delete_folder()
-    assert not machines("one").scratch_path.exists()
+    assert not machines("one").working_path.exists()
     assert_seen(machines("other") / "run", None)
 
 

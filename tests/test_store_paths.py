@@ -67,7 +67,7 @@ def test_different_places_have_different_folders() -> None:
         "s3://b/x?region=b",
     ]
     paths = [open_path(place) for place in places]
-    assert len(set(paths)) == len({path.scratch_path for path in paths}) == len(places)
+    assert len(set(paths)) == len({path.working_path for path in paths}) == len(places)
     assert open_path("s3://b//x/") == open_path("s3://b/x")
 
 
@@ -78,7 +78,7 @@ def test_a_folder_may_be_written_in_several_ways(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert open_path("a/../b") == open_path(tmp_path / "b") == open_path(tmp_path) / "b"
     assert open_path("~/b").local_path == tmp_path / "home" / "b"
-    assert str(open_path("b")) == str(tmp_path / "b") == str(open_path("b").scratch_path)
+    assert str(open_path("b")) == str(tmp_path / "b") == str(open_path("b").working_path)
     assert pickle.loads(pickle.dumps(open_path("b"))) == open_path("b")
     assert is_uri("s3://b") and not is_uri("a:b") and not is_uri("/a//b")
 
@@ -93,13 +93,13 @@ def test_the_environment_decides_where_copies_are(
 ) -> None:
     path = open_path("s3://b/x")
     monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "own"))
-    assert path.scratch_path.is_relative_to(tmp_path / "own")
+    assert path.working_path.is_relative_to(tmp_path / "own")
     monkeypatch.delenv("RAYSWEEP_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert path.scratch_path.is_relative_to(tmp_path / "xdg" / "raysweep")
+    assert path.working_path.is_relative_to(tmp_path / "xdg" / "raysweep")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert path.scratch_path.is_relative_to(tmp_path / ".cache" / "raysweep")
+    assert path.working_path.is_relative_to(tmp_path / ".cache" / "raysweep")
 
 
 def test_what_is_nested_too_deeply_is_one_line(tmp_path: Path) -> None:

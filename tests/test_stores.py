@@ -166,7 +166,7 @@ class TestStore:
             lambda: store.list_checkpoints(key),
             lambda: store.delete_unfinished(key),
             lambda: store.read_matching(key, "*"),
-            lambda: store.scratch_path(key),
+            lambda: store.working_path(key),
         ]
         for operation in operations:
             with pytest.raises(SpecError, match="expected a path relative to its folder"):
@@ -262,7 +262,7 @@ class TestStore:
         assert store.fetch_checkpoint("run/epoch-1") is None
         assert store.list_checkpoints("run") == []
         store.delete_unfinished("run")
-        assert not list(store.scratch_path("run").glob(".epoch*"))
+        assert not list(store.working_path("run").glob(".epoch*"))
 
     def test_a_copied_checkpoint_has_its_own_meta_file(self, store: Store) -> None:
         write_checkpoint(store, "run/epoch-1", "one")

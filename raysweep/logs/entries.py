@@ -16,7 +16,7 @@ JsonEntry = dict[str, Any]
 
 # Attributes that every record has, or that say where it was shown: they are no fields of the entry.
 _COMMON_ATTRIBUTES = frozenset(
-    {*logging.makeLogRecord({}).__dict__, "message", "asctime", "taskName", "shown"}
+    {*logging.makeLogRecord({}).__dict__, "message", "asctime", "taskName", "is_shown_elsewhere"}
 )
 _ENTRY_KEYS = ("time", "level", "logger", "process", "host", "message", "exception")
 _MAX_TRACEBACK_CHARACTERS = 20_000

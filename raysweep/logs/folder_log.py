@@ -53,7 +53,7 @@ class FolderLog:
         """
         self.folder = folder
         self._context = context
-        local_folder = folder.scratch_path
+        local_folder = folder.working_path
         limits = (
             (_TRIAL_MAX_BYTES, _TRIAL_N_FULL_FILES) if with_text else (_MAX_BYTES, _N_FULL_FILES)
         )
@@ -68,7 +68,7 @@ class FolderLog:
     def open(self) -> None:
         """Begin to write; entries of earlier processes are kept."""
         try:
-            self.folder.scratch_path.mkdir(parents=True, exist_ok=True)
+            self.folder.working_path.mkdir(parents=True, exist_ok=True)
         except OSError:
             # Each file reports the same problem once, when its first record is written.
             logger.debug("%s cannot be created", self.folder, exc_info=True)

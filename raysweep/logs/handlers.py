@@ -15,7 +15,7 @@ class TerminalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record, unless the user is shown the same in another way."""
-        if getattr(record, "shown", False):
+        if getattr(record, "is_shown_elsewhere", False):
             return
         level = record.levelname.lower()
         for line in redact_secrets(record.getMessage()).splitlines():
@@ -24,7 +24,7 @@ class TerminalHandler(logging.Handler):
                 sys.stderr.write(f"raysweep: {level}: {line}\n")
 
 
-class EarlyRecords(logging.Handler):
+class EarlyRecordBuffer(logging.Handler):
     """Keeps the records from before the first folder is known."""
 
     def __init__(self) -> None:
@@ -61,10 +61,10 @@ class OtherLibrariesHandler(logging.Handler):
             if not isinstance(handler, OtherLibrariesHandler)
         ]
         # Python prints warnings by itself only while no logger has a handler.
-        if not others and logging.lastResort is not None and self._is_first():
+        if not others and logging.lastResort is not None and self._is_first_such_handler():
             logging.lastResort.handle(record)
 
-    def _is_first(self) -> bool:
+    def _is_first_such_handler(self) -> bool:
         """Return whether no other folder's handler comes before this one."""
         same_kind = (
             handler

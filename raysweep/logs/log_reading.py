@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raysweep.logs.entries import JsonEntry, read_entries
-from raysweep.logs.log_upload import join_lines
+from raysweep.logs.log_upload import merge_lines
 
 if TYPE_CHECKING:
     from raysweep.stores import Location, StorePath
@@ -32,7 +32,7 @@ def read_log(folder: "Location", with_trials: bool = True) -> list[JsonEntry]:
 def _find_log_files(folder: "StorePath", with_trials: bool) -> list["StorePath"]:
     """Return the log files of a folder, of this machine or of its bucket."""
     patterns = ("*", "trials/*/*") if with_trials else ("*",)
-    local_folder = folder.scratch_path
+    local_folder = folder.working_path
     names = set()
     for pattern in patterns:
         files = filter(Path.is_file, local_folder.glob(pattern))
@@ -48,9 +48,9 @@ def _find_log_files(folder: "StorePath", with_trials: bool) -> list["StorePath"]
 
 def _read_log_file(file: "StorePath") -> str:
     """Return the lines of a log file; of one in a bucket, also those on this machine only."""
-    local_file = file.scratch_path
+    local_file = file.working_path
     content = local_file.read_bytes() if local_file.exists() else b""
     if file.local_path is None:
         stored = file.store.read_versioned(file.key)
-        content = join_lines(stored.data if stored else b"", content)
+        content = merge_lines(stored.data if stored else b"", content)
     return content.decode(errors="replace")

@@ -133,14 +133,14 @@ def _merge_remote_log(folder: "StorePath", log_file: LogFile) -> None:
 def _prepend_missing_lines(file: Path, content: bytes) -> None:
     """Make a file begin with `content`, followed by those of its own lines that are not in it."""
     local = file.read_bytes() if file.exists() else b""
-    merged = join_lines(content, local)
+    merged = merge_lines(content, local)
     # This process has the file open and appends to it, so it must stay the same file.
     with file.open("r+b" if file.exists() else "wb") as stream:
         stream.write(merged)
         stream.truncate()
 
 
-def join_lines(remote: bytes, local: bytes) -> bytes:
+def merge_lines(remote: bytes, local: bytes) -> bytes:
     """Merge two versions of a log file.
 
     Args:

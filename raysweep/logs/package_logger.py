@@ -13,14 +13,14 @@ class _Attached:
 
     Attributes:
         handlers: Handlers of the terminal and of folders.
-        pass_on: Passes records on to the handlers of the program that uses raysweep.
+        root_forwarder: Passes records on to the handlers of the program that uses raysweep.
     """
 
     handlers: ClassVar[list[logging.Handler]] = []
-    pass_on: "ClassVar[_PassOnHandler | None]" = None
+    root_forwarder: "ClassVar[_RootForwarder | None]" = None
 
 
-class _PassOnHandler(logging.Handler):
+class _RootForwarder(logging.Handler):
     """Passes records on to the root logger's handlers, unless a command of raysweep runs."""
 
     def __init__(self, logger_level: int, effective_level: int) -> None:
@@ -71,15 +71,15 @@ def _update_level() -> None:
     In this time the handlers of the program that uses raysweep get the records that they would have
     got without: other libraries configure the root logger, and would print every record again.
     """
-    pass_on = _Attached.pass_on
-    if _Attached.handlers and pass_on is None:
-        pass_on = _PassOnHandler(_package_logger.level, _package_logger.getEffectiveLevel())
-        _package_logger.addHandler(pass_on)
+    root_forwarder = _Attached.root_forwarder
+    if _Attached.handlers and root_forwarder is None:
+        root_forwarder = _RootForwarder(_package_logger.level, _package_logger.getEffectiveLevel())
+        _package_logger.addHandler(root_forwarder)
         _package_logger.setLevel(logging.DEBUG)
         _package_logger.propagate = False
-        _Attached.pass_on = pass_on
-    elif not _Attached.handlers and pass_on is not None:
-        _package_logger.removeHandler(pass_on)
-        _package_logger.setLevel(pass_on.logger_level)
+        _Attached.root_forwarder = root_forwarder
+    elif not _Attached.handlers and root_forwarder is not None:
+        _package_logger.removeHandler(root_forwarder)
+        _package_logger.setLevel(root_forwarder.logger_level)
         _package_logger.propagate = True
-        _Attached.pass_on = None
+        _Attached.root_forwarder = None

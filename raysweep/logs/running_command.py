@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 from raysweep.errors import ExitCode
-from raysweep.logs.handlers import EarlyRecords, TerminalHandler
+from raysweep.logs.handlers import EarlyRecordBuffer, TerminalHandler
 from raysweep.logs.package_logger import attach_handlers, detach_handlers
 from raysweep.redaction import redact_secrets
 
@@ -47,7 +47,7 @@ class CommandLog:
         self.command_line = redact_secrets(shlex.join(["raysweep", *plain_arguments]))
         self.exit_code: int | None = None
         self.started_at = time.time()
-        self.early_records = EarlyRecords()
+        self.early_records = EarlyRecordBuffer()
         self.folders = contextlib.ExitStack()
 
 
@@ -103,7 +103,12 @@ def _log_command_end(command: CommandLog, started_at: float, error: BaseExceptio
         exit_code,
         reason,
         exc_info=error,
-        extra={"event": "end", "exit_code": exit_code, "seconds": seconds, "shown": True},
+        extra={
+            "event": "end",
+            "exit_code": exit_code,
+            "seconds": seconds,
+            "is_shown_elsewhere": True,
+        },
     )
 
 

@@ -367,7 +367,7 @@ def run_pipeline(
             logger.warning(
                 "deleted half of an artifact, of a run that was killed: %s",
                 partial.name,
-                extra={"shown": True},
+                extra={"is_shown_elsewhere": True},
             )
             shutil.rmtree(partial, ignore_errors=True)
         if salt:

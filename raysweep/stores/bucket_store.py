@@ -156,7 +156,7 @@ class BucketStore:
     def local_path(self, key: str) -> Path | None:
         return None
 
-    def scratch_path(self, key: str) -> Path:
+    def working_path(self, key: str) -> Path:
         location = self.location
         check_key(key)
         server = "?".join(filter(None, (location.scheme, location.query)))
@@ -229,13 +229,13 @@ class BucketStore:
         meta_keys = [key for key in keys if key.endswith(f"/{META_FILE}")]
         self._delete_all(meta_keys)
         self._delete_all([key for key in keys if key not in set(meta_keys)])
-        local_copies.delete_copy(self.scratch_path(prefix))
+        local_copies.delete_copy(self.working_path(prefix))
 
     @contextmanager
     def write_checkpoint(
         self, key: str, copy_from: str | None = None, overwrite: bool = True
     ) -> Iterator[Path]:
-        folder = self.scratch_path(key)
+        folder = self.working_path(key)
         partial = folder.with_name(f".{folder.name}.{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -260,7 +260,7 @@ class BucketStore:
             shutil.rmtree(partial, ignore_errors=True)
 
     def fetch_checkpoint(self, key: str) -> Path | None:
-        folder = self.scratch_path(key)
+        folder = self.working_path(key)
         for _ in range(_N_DOWNLOAD_ATTEMPTS):
             meta = self.read_versioned(f"{key}/{META_FILE}")
             if meta is None:
@@ -288,7 +288,7 @@ class BucketStore:
         return checkpoints
 
     def delete_unfinished(self, prefix: str, min_age: float = 0.0) -> None:
-        delete_unfinished_folders(self.scratch_path(prefix), min_age)
+        delete_unfinished_folders(self.working_path(prefix), min_age)
 
     @property
     def _is_s3(self) -> bool:

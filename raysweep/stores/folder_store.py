@@ -65,7 +65,7 @@ class FolderStore:
     def local_path(self, key: str) -> Path | None:
         return self._path_of(key)
 
-    def scratch_path(self, key: str) -> Path:
+    def working_path(self, key: str) -> Path:
         return self._path_of(key)
 
     def has_file(self, key: str) -> bool:

@@ -118,7 +118,7 @@ class Store(Protocol):
         """Return where a key is on this machine; None if the store is not in its file system."""
         ...
 
-    def scratch_path(self, key: str) -> Path:
+    def working_path(self, key: str) -> Path:
         """Return where this machine keeps files of a key.
 
         In a folder that is the key's own path, for a bucket a path in the cache of its copies.

@@ -54,9 +54,9 @@ class StorePath:
         return self.store.local_path(self.key)
 
     @property
-    def scratch_path(self) -> Path:
-        """Where this machine keeps files of this path (see `Store.scratch_path`)."""
-        return self.store.scratch_path(self.key)
+    def working_path(self) -> Path:
+        """Where this machine keeps files of this path (see `Store.working_path`)."""
+        return self.store.working_path(self.key)
 
     def is_file(self) -> bool:
         """Return whether there is such a file."""

@@ -199,7 +199,7 @@ def _treat_sigterm_as_interrupt() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         logger.warning(
             "received SIGTERM: this process ends as after Ctrl-C, and its work can be resumed",
-            extra={"shown": True},
+            extra={"is_shown_elsewhere": True},
         )
         signal.raise_signal(signal.SIGINT)
 

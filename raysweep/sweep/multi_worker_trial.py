@@ -196,7 +196,7 @@ def _build_torch_trainer(
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpus >= 1 else "gloo"),
         run_config=ray.train.RunConfig(
             name=f"workers-{run_path.name}",
-            storage_path=str(run_path.parent.parent.scratch_path / "ray"),
+            storage_path=str(run_path.parent.parent.working_path / "ray"),
             callbacks=[TuneReportCallback()],
             failure_config=ray.train.FailureConfig(max_failures=_MAX_GROUP_RETRIES),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),

@@ -198,7 +198,7 @@ class LedgerCallback(tune.Callback):
                 "event": "limit",
                 "wall_seconds": wall_seconds,
                 "gpu_seconds": gpu_seconds,
-                "shown": True,
+                "is_shown_elsewhere": True,
             },
         )
 
@@ -219,7 +219,7 @@ class LedgerCallback(tune.Callback):
                 self._n_rounds,
                 len(self._start_failures),
                 self._start_failures[-1],
-                extra={"shown": True},
+                extra={"is_shown_elsewhere": True},
             )
         self._start_failures.clear()
         return is_needed
@@ -274,7 +274,7 @@ class LedgerCallback(tune.Callback):
                     "epoch": saved_trial.epoch,
                     "event": "trial_failed",
                     "trial_traceback": result.get(BUG_TRACEBACK_KEY, ""),
-                    "shown": True,
+                    "is_shown_elsewhere": True,
                 },
             )
             if BUG_TRACEBACK_KEY in result:
@@ -330,7 +330,7 @@ class LedgerCallback(tune.Callback):
             logger.warning(
                 "trial %04d got no process: %s", trial.config["number"], reason,
                 extra={"trial": trial.config["number"], "ray_error": _last_ray_error(trial),
-                       "shown": True},
+                       "is_shown_elsewhere": True},
             )  # fmt: skip
             # Tune does not retry a trial that loses its process while it starts.
             self._start_failures.append(reason)
@@ -371,7 +371,7 @@ class LedgerCallback(tune.Callback):
                 "epoch": lost_trial.epoch,
                 "next_attempt": lost_trial.retries + 1,
                 "ray_error": _last_ray_error(ray_trial),
-                "shown": True,
+                "is_shown_elsewhere": True,
             },
         )
 

@@ -106,7 +106,7 @@ def run_sweep(
                 ledger.name,
                 error,
                 exc_info=error,
-                extra={"event": "sweep_error", "shown": True},
+                extra={"event": "sweep_error", "is_shown_elsewhere": True},
             )
             raise
 
@@ -316,7 +316,7 @@ def _build_tuner(
         run_config=tune.RunConfig(
             name="ray",
             # Temporary files of Tune: no sweep is resumed from them.
-            storage_path=str(ledger.path.scratch_path),
+            storage_path=str(ledger.path.working_path),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=MAX_TRIAL_RETRIES),
             stop=BudgetStopper(ledger_callback),

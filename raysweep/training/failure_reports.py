@@ -43,7 +43,7 @@ def failure_report(
     Returns:
         The report.
     """
-    logger.error("training failed: %s", error, exc_info=error, extra={"shown": True})
+    logger.error("training failed: %s", error, exc_info=error, extra={"is_shown_elsewhere": True})
     if isinstance(error, RaysweepError):
         return {FAILURE_KEY: str(error)}
     if isinstance(error, OSError) and is_infrastructure_error(error):

@@ -121,7 +121,7 @@ class MidEpochCheckpointer:
             "interrupted in epoch %d after step %d; all progress is saved",
             len(self._history) + 1,
             steps_done,
-            extra={"epoch": len(self._history) + 1, "step": steps_done, "shown": True},
+            extra={"epoch": len(self._history) + 1, "step": steps_done, "is_shown_elsewhere": True},
         )
         raise TrainingInterrupted(
             f"interrupted in epoch {len(self._history) + 1} after "
@@ -175,7 +175,9 @@ def catch_termination_signals() -> Iterator[Callable[[], bool]]:
         if received and not is_logged:
             # Not in the handler: it may have interrupted the very logging of another record.
             is_logged.append(True)
-            logger.warning("received %s", signal.Signals(received[0]).name, extra={"shown": True})
+            logger.warning(
+                "received %s", signal.Signals(received[0]).name, extra={"is_shown_elsewhere": True}
+            )
         return bool(received)
 
     is_logged: list[bool] = []

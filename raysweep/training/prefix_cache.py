@@ -212,7 +212,7 @@ class PrefixCache:
                 logger.warning(
                     "lost the lease of state %s, which another run may have trained again",
                     key,
-                    extra={"key": key, "event": "lease_lost", "shown": True},
+                    extra={"key": key, "event": "lease_lost", "is_shown_elsewhere": True},
                 )
             lease.release()
 
@@ -241,7 +241,7 @@ class PrefixCache:
 def _log_end_of_wait(key: str, started_at: float, must_train: bool) -> None:
     """Log why a run waits no longer for the run that trains a state."""
     seconds = round(time.monotonic() - started_at, 1)
-    facts = {"key": key, "seconds": seconds, "event": "lease_wait_end", "shown": True}
+    facts = {"key": key, "seconds": seconds, "event": "lease_wait_end", "is_shown_elsewhere": True}
     if must_train:
         logger.warning(
             "took over the lease of state %s after %s s: its holder died or gave up before it "
