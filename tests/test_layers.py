@@ -14,6 +14,7 @@ LAYERS = [
         "redaction",
         "errors",
         "record_queue",
+        "uri_passwords",
         "lazy_modules",
         "atomic_files",
         "file_privacy",

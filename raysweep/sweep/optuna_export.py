@@ -14,6 +14,7 @@ from raysweep.stores.folder_store import find_sqlite_file, hold_file_lock
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_study import TRIAL_NUMBER_ATTRIBUTE, to_frozen_trial
 from raysweep.training.metric_history import EpochMetrics
+from raysweep.uri_passwords import fill_in_passwords
 
 # Seconds in which another process may create or upgrade a database.
 _MIGRATION_TIMEOUT = 600.0
@@ -34,6 +35,7 @@ class OptunaExporter:
 
     def __init__(self, storage_url: str) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        full_url = fill_in_passwords(storage_url, "--optuna")
         self._records = RecordQueue(f"--optuna {storage_url}")
         # Two processes that create a database at once fail in its migrations.
         database = find_sqlite_file(storage_url)
@@ -42,7 +44,7 @@ class OptunaExporter:
         lock = hold_file_lock(database, _MIGRATION_TIMEOUT) if database else nullcontext()
         try:
             with lock:
-                self._storage = optuna.storages.RDBStorage(storage_url)
+                self._storage = optuna.storages.RDBStorage(full_url)
         except (SQLAlchemyError, ImportError, ValueError) as error:
             reason = str(getattr(error, "orig", None) or error).splitlines()[0]
             is_malformed = isinstance(error, ArgumentError | ValueError)

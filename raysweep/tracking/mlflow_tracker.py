@@ -27,6 +27,7 @@ from raysweep.stores.folder_store import find_sqlite_file, hold_file_lock
 from raysweep.training.checkpoint import describe_environment
 from raysweep.training.config import TrainingConfig
 from raysweep.training.diagnostics import read_histograms
+from raysweep.uri_passwords import fill_in_passwords
 
 EXPERIMENT_NAME = "raysweep"
 # MLflow's error codes for a run, model or artifact that a store does not have.
@@ -52,6 +53,7 @@ _MLFLOW_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
 }
+_URI_VARIABLE = "MLFLOW_TRACKING_URI"
 # Seconds in which another process may create or upgrade a database.
 _MIGRATION_TIMEOUT = 600.0
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -67,7 +69,7 @@ def tracking_uri(folder: Path) -> str:
         `MLFLOW_TRACKING_URI` if it is set; otherwise that of an SQLite database in the folder,
         where `mlflow ui` without arguments finds it.
     """
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / 'mlflow.db').resolve()}"
+    return os.environ.get(_URI_VARIABLE) or f"sqlite:///{(folder / 'mlflow.db').resolve()}"
 
 
 class Tracker:
@@ -499,7 +501,7 @@ class Tracker:
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
-            client = MlflowClient(tracking_uri=self.uri)
+            client = MlflowClient(tracking_uri=fill_in_passwords(self.uri, _URI_VARIABLE))
             experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
             if experiment is not None:
                 return client, str(experiment.experiment_id)
@@ -582,9 +584,10 @@ def _request_server_version(uri: str) -> Any:
     from mlflow.tracking._tracking_service.utils import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
+    full_uri = fill_in_passwords(uri, _URI_VARIABLE)
     try:
         return http_request(
-            get_default_host_creds(uri), "/version", "GET", max_retries=0, timeout=5
+            get_default_host_creds(full_uri), "/version", "GET", max_retries=0, timeout=5
         )
     except (MlflowException, OSError) as error:
         errno_match = re.search(r"\[Errno \d+\] ([\w ]+)", str(error))
