@@ -14,7 +14,7 @@ from raysweep.errors import InfrastructureError, SpecError
 from raysweep.tracking import get_mlflow_version
 from raysweep.uri_passwords import fill_in_passwords
 
-PASSWORD = "hu/sh@ü :1"
+PASSWORD = "hu/sh@ :1"
 
 
 def test_a_variable_or_a_file_holds_the_password(
@@ -22,7 +22,7 @@ def test_a_variable_or_a_file_holds_the_password(
 ) -> None:
     uri = "postgresql://me:${DB_PASSWORD}@h/db"
     monkeypatch.setenv("DB_PASSWORD", PASSWORD)
-    expected = "postgresql://me:hu%2Fsh%40%C3%BC%20%3A1@h/db"
+    expected = "postgresql://me:hu%2Fsh%40%20%3A1@h/db"
     assert fill_in_passwords(uri, "--optuna") == expected
     monkeypatch.delenv("DB_PASSWORD")
     (tmp_path / "password").write_text(f"{PASSWORD}\n")
