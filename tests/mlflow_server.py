@@ -15,6 +15,7 @@ class MlflowServer:
 
     Attributes:
         uri: Its URI, which stays the same when it is started again.
+        database_uri: URI of its database, which can be read while the server is gone.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -23,6 +24,7 @@ class MlflowServer:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
+        self.database_uri = f"sqlite:///{folder / 'server.db'}"
         self.uri = f"http://127.0.0.1:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -35,7 +37,7 @@ class MlflowServer:
         """Start the server and wait until it answers."""
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
         command += ["--port", str(self._port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self._folder / 'server.db'}"]
+        command += ["--backend-store-uri", self.database_uri]
         command += ["--artifacts-destination", str(self._folder / "artifacts")]
         with (self._folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(

@@ -40,8 +40,8 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory, empty_store) -> Iter
 def server(
     shared_server: MlflowServer, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> MlflowServer:
-    """A server that runs, for clients that give up after a second."""
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    """A server that runs, for clients that give up after some seconds."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", shared_server.uri)
     shared_server.ensure_running()
@@ -132,7 +132,9 @@ def test_training_goes_on_without_a_server_and_the_same_command_tells_it(
 ) -> None:
     process = forked_processes.start_command(train("run", 40))
     deadline = time.monotonic() + 120
-    while not (run := list_runs(server.uri).get("run")) or not list_epochs(server.uri, run):
+    while not (run := list_runs(server.database_uri).get("run")) or not list_epochs(
+        server.database_uri, run
+    ):
         assert process.poll() is None and time.monotonic() < deadline, process.err
         time.sleep(0.05)
     server.send_signal(signal.SIGSTOP)
@@ -142,10 +144,13 @@ def test_training_goes_on_without_a_server_and_the_same_command_tells_it(
         server.send_signal(signal.SIGCONT)
     lines = [line for line in process.err.splitlines() if "warning" in line]
     assert len(lines) == 2 and "the work goes on" in lines[0] and "lacks the last" in lines[1]
-    assert len(list_epochs(server.uri, run)) < 40
+    assert len(list_epochs(server.database_uri, run)) < 40
     assert main(train("run", 40)) == 0
-    run = list_runs(server.uri)["run"]
-    assert list_epochs(server.uri, run) == list(range(1, 41)) and run.info.status == "FINISHED"
+    run = list_runs(server.database_uri)["run"]
+    assert (
+        list_epochs(server.database_uri, run) == list(range(1, 41))
+        and run.info.status == "FINISHED"
+    )
 
 
 def test_training_does_not_start_without_a_server(
@@ -181,8 +186,12 @@ def run_trial(ledger: Ledger, number: int, listeners: list[Any]) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_whose_server_is_killed_has_all_of_it_later(
-    server: MlflowServer, workdir: Path, caplog: pytest.LogCaptureFixture
+    server: MlflowServer,
+    workdir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "100")
     ledger = make_ledger(workdir)
     listener = SweepTracker(Tracker(server.uri, workdir / "mlruns"))
     listener.on_sweep_start(ledger, 1)
@@ -198,15 +207,15 @@ def test_a_sweep_whose_server_is_killed_has_all_of_it_later(
     ]
     assert sum("the work goes on" in message for message in messages) == 1
     server.start()
-    before = list_runs(server.uri)
+    before = list_runs(server.database_uri)
     assert before["s1"].info.status == "RUNNING" and "0001 s1" not in before
     resumed = SweepTracker(Tracker(server.uri, workdir / "mlruns"))
     resumed.on_sweep_start(ledger, 0)
     resumed.on_sweep_end(ledger)
-    runs = list_runs(server.uri)
+    runs = list_runs(server.database_uri)
     for number in range(3):
         run = runs[f"{number:04d} s1"]
-        assert list_epochs(server.uri, run) == [1, 2, 3] and run.info.status == "FINISHED"
+        assert list_epochs(server.database_uri, run) == [1, 2, 3] and run.info.status == "FINISHED"
         assert run.data.metrics["best/robust_worst"] == pytest.approx(
             ledger.load_trials()[number].best["robust_worst"], abs=1e-6
         )
@@ -218,17 +227,20 @@ def test_a_server_that_comes_back_during_a_sweep_gets_what_it_missed(
 ) -> None:
     monkeypatch.setattr("raysweep.record_queue._MIN_PAUSE", 0.0)
     monkeypatch.setattr("raysweep.record_queue._PAUSE_FACTOR", 0.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "100")
     ledger = make_ledger(workdir, "s2")
     listener = SweepTracker(Tracker(server.uri, workdir / "mlruns"))
     listener.on_sweep_start(ledger, 1)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     server.send_signal(signal.SIGSTOP)
     run_trial(ledger, 0, [listener])
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "100")
     server.send_signal(signal.SIGCONT)
     run_trial(ledger, 1, [listener])
     listener.on_sweep_end(ledger)
-    runs = list_runs(server.uri)
+    runs = list_runs(server.database_uri)
     for name in ("0000 s2", "0001 s2"):
-        assert list_epochs(server.uri, runs[name]) == [1, 2, 3]
+        assert list_epochs(server.database_uri, runs[name]) == [1, 2, 3]
         assert runs[name].info.status == "FINISHED"
 
 

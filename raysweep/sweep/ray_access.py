@@ -116,7 +116,7 @@ def _make_file_private(path: Path) -> bool:
                 "token can still use it: stop your Ray clusters, delete the file, and start again",
                 path,
                 stat.S_IMODE(status.st_mode),
-                extra={"shown": True},
+                extra={"is_shown_elsewhere": True},
             )
         return status.st_size > 0
     finally:
