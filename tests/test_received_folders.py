@@ -80,7 +80,7 @@ def test_a_link_among_shared_prefixes_deletes_nothing(
         lambda: (prefixes / "new").write_text("x"),
         lambda: prefixes.write_checkpoint().__enter__(),
         lambda: prefixes.delete_unfinished(),
-        lambda: prefixes.scratch_path,
+        lambda: prefixes.working_path,
     ):
         with pytest.raises(DamagedFileError, match=r"\.prefixes: is a symbolic link"):
             action()
