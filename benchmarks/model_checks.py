@@ -58,7 +58,7 @@ def leave_out_checks() -> Iterator[None]:
             (trainer, "check_model_output", lambda *arguments: None),
             (trainer, "can_use_channels_last", lambda model, images: True),
             (model_variants, "follows_model", lambda *arguments: True),
-            (model_variants, "changes_its_input", lambda model, images: False),
+            (model_variants, "needs_adapter", lambda model, images: False),
         ):
             stack.enter_context(patch.object(place, name, replacement))
         yield

@@ -14,8 +14,8 @@ from raysweep.evaluation.attack_model import changes_its_buffers
 from raysweep.evaluation.batchnorm_folding import find_foldable_batch_norms
 from raysweep.training.speed_checks import (
     can_be_compiled,
-    changes_its_input,
     follows_model,
+    needs_adapter,
     preserve_state,
 )
 from raysweep.training.speed_settings import ComputeSpec, Precision
@@ -50,11 +50,11 @@ class ModelVariants:
         self._folded_layers: list[tuple[nn.Conv2d, _BatchNorm, nn.Conv2d]] = []
         images = images.contiguous(memory_format=self.memory_format)
         attacked = self._choose_attack_module(images, compute.attack) if compute.fold else model
-        copies_input = changes_its_input(model, images)
+        is_adapted = needs_adapter(model, images)
         use_compile = compute.compile and can_be_compiled(attacked, images)
         self.train_module, self.attack_module = (
             _apply_compute_options(
-                _CopiesInput(module) if copies_input else module, precision, use_compile
+                _AdaptedModule(module) if is_adapted else module, precision, use_compile
             )
             for module, precision in ((model, compute.train), (attacked, compute.attack))
         )
@@ -123,8 +123,8 @@ class ModelVariants:
         return folded_model
 
 
-class _CopiesInput(nn.Module):
-    """Gives a module a copy of the images, because it changes them in place."""
+class _AdaptedModule(nn.Module):
+    """Gives a module a copy of the images, and returns logits in their number type."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class _CopiesInput(nn.Module):
         self.training = module.training
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.module(x.clone())  # type: ignore[no-any-return]
+        return self.module(x.clone()).to(x.dtype)  # type: ignore[no-any-return]
 
 
 class _Bf16Autocast(nn.Module):

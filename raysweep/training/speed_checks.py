@@ -67,8 +67,8 @@ def check_model_output(model: nn.Module, images: Tensor, n_classes: int, name: s
         )
 
 
-def changes_its_input(model: nn.Module, images: Tensor) -> bool:
-    """Return whether a model changes its images in place, in eval mode.
+def needs_adapter(model: nn.Module, images: Tensor) -> bool:
+    """Return whether a model changes its images in place, or answers in another number type.
 
     Args:
         model: The model; its state is not changed.
@@ -76,8 +76,8 @@ def changes_its_input(model: nn.Module, images: Tensor) -> bool:
     """
     given = images.clone()
     with preserve_state(model), freeze_model(model), torch.no_grad():
-        model(given)
-    return not torch.equal(given, images)
+        logits: Tensor = model(given)
+    return logits.dtype != images.dtype or not torch.equal(given, images)
 
 
 def can_use_channels_last(model: nn.Module, images: Tensor) -> bool:
