@@ -664,7 +664,7 @@ def test_a_table_in_a_pipe_is_whole(workdir: Path, capsys) -> None:
         Trial(0, settings, state="failed", epoch=1, reason="a reason of " + "many words " * 20)
     )
     assert main(["show", "g1"]) == 0
-    _, header, row = capsys.readouterr().out.splitlines()
+    *_, header, row = capsys.readouterr().out.splitlines()
     assert (
         header.split()[:4] == ["trial", "pgd.alpha", "pgd.beta", "cw.alpha"]
         and "robust worst" in header
