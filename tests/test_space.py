@@ -12,6 +12,7 @@ from raysweep.sweep.search_space import (
     load_space,
     param_labels,
 )
+from raysweep.sweep.space_warnings import list_space_warnings
 
 ALPHA = "method.terms.pgd.weight.alpha"
 BETA = "method.terms.pgd.weight.beta"
@@ -233,3 +234,80 @@ def test_trials_are_validated_at_one_radius() -> None:
         "points_to_evaluate": [{"validation.*.eps": 0.15}],
     }
     assert SearchSpace.from_data(point).find_problems() == []
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ({"float": [0.0, float("inf")]}, "the range [0.0, inf] is not finite; give two numbers"),
+        ({"float": [float("-inf"), 1.0]}, "the range [-inf, 1.0] is not finite; give two numbers"),
+        ({"float": [-1e308, 1e308]}, "the range [-1e+308, 1e+308] is not finite; give two numbers"),
+        ({"float": [0.0, 1.0], "step": float("inf")}, "step = inf: must be at most the width"),
+        ({"float": [0.0, 1.0], "step": 2.0}, "step = 2: must be at most the width of the range, 1"),
+        ({"float": [0.0, 1.0], "step": 1e-320}, "and leave at most 1e+15 values"),
+        ({"int": [1, 3], "step": 5}, "step = 5: must be at most the width of the range, 2"),
+        ({"int": [1, 10**400]}, "is not finite; give two numbers"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(entry: dict, problem: str, tmp_path: Path) -> None:
+    """Each of these ends in an error or a constant when Optuna draws from it."""
+    (line,) = SearchSpace.from_data({"method": "at", "space": {"optim.lr": entry}}).find_problems()
+    assert line.startswith("space.optim.lr: ") and problem in line
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [{"float": [0.0, 1.0], "step": 1.0}, {"float": [0.0, 1.0], "step": 1e-12},
+     {"int": [1, 3], "step": 2}, {"float": [1e-300, 1e300], "log": True}],
+)  # fmt: skip
+def test_what_can_be_sampled_is_not_refused(entry: dict) -> None:
+    path = "method.terms.pgd.weight.alpha" if "float" in entry else "method.attacks.pgd.steps"
+    space = SearchSpace.from_data({"method": "lrat", "space": {path: entry}})
+    assert space.find_problems() == []
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(5):
+        assert space.space[path].can_propose(space.suggest_params(study.ask())[path])
+
+
+@pytest.mark.parametrize(
+    ("condition", "problem"),
+    [
+        ({"shape": "linear"}, "= linear: never happens, the searched values are ['tanh', 'sigmoid"),
+        ({"shape": ["tanh", "linear"]}, "= linear: never happens"),
+        ({"burn_in": 9}, "= 9: never happens, the searched values are [1, 3]"),
+    ],
+)
+def test_a_condition_that_never_holds_is_refused(condition: dict, problem: str) -> None:
+    weight = "method.terms.pgd.weight"
+    when = {f"{weight}.{name}": value for name, value in condition.items()}
+    (name,) = condition
+    space = {
+        f"{weight}.shape": {"categorical": ["tanh", "sigmoid"]},
+        f"{weight}.burn_in": {"int": [1, 3]},
+        f"{weight}.lam": {"float": [-1.0, 1.0], "when": when},
+    }
+    (line,) = SearchSpace.from_data({"method": "gairat", "space": space}).find_problems()
+    assert line.startswith(f"space.{weight}.lam.when.{weight}.{name} ") and problem in line
+
+
+def test_a_grid_is_whole_unless_trials_are_given(tmp_path: Path) -> None:
+    grid = {
+        "method": "lrat",
+        "sampler": {"kind": "grid"},
+        "scheduler": {"kind": "none"},
+        "space": {
+            ALPHA: {"categorical": [0.5, 1.0, 1.5, 2.0, 4.0]},
+            BETA: {"categorical": [0.25, 0.5, 1.0, 2.0]},
+        },
+    }
+    whole = load_space("", {}, write(tmp_path, grid))
+    assert whole.n_trials == len(whole.initial_points) == 20 and whole.describe_cut_grid() == ""
+    cut = load_space("", {}, write(tmp_path, {**grid, "trials": 16}))
+    assert cut.n_trials == 16
+    assert cut.describe_cut_grid() == "trials = 16: 16 of 20 points of the grid are tried"
+    assert cut.describe_cut_grid() in list_space_warnings(cut)
+    large = load_space("", {}, write(tmp_path, {**grid, "trials": 50}))
+    assert (large.n_trials, large.describe_cut_grid()) == (20, "")
+    # What 0.1 stored had 16 trials by default, and keeps them.
+    stored = SearchSpace.from_data({**whole.to_stored_dict(), "trials": 16}, stored=True)
+    assert stored.n_trials == 16

@@ -94,8 +94,10 @@ class TuneStage(Stage):
         """
         changes = training_overrides.merge(self.set)
         if isinstance(self.space, dict):
-            space = SearchSpace.from_data(self.space, "space").with_overrides(changes)
-            space = space.with_dataset_defaults()
+            space = SearchSpace.from_data(self.space, "space")
+            if "trials" not in self.space:
+                space = space.with_whole_grid()
+            space = space.with_overrides(changes).with_dataset_defaults()
             if problems := space.find_problems():
                 raise SpecError(problems)
         elif self.space.endswith((".yaml", ".yml")):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 _KINDS = ("float", "int", "categorical")
 ParamValue = float | str | bool | None
 Params = dict[str, Any]
+# Largest number of steps in a range; Optuna computes with 28 digits.
+_MAX_STEPS = 1e15
 FloatRange = tuple[Number, Number]
 IntRange = tuple[int, int]
 # Last parts of dotted paths that are ambiguous without the part before them.
@@ -133,6 +136,21 @@ class Distribution(Spec):
             return True
         n_steps: float = (value - low) / (self.step or 1)
         return abs(n_steps - round(n_steps)) < 1e-8
+
+    def find_sampling_problem(self) -> str | None:
+        """Return in one line why Optuna cannot draw from the range, or None if it can."""
+        bounds = self.float or self.int
+        if bounds is None:
+            return None
+        width = bounds[1] - bounds[0]
+        if not abs(width) < sys.float_info.max:
+            return f"the range {list(bounds)} is not finite; give two numbers"
+        if self.step is not None and not width / _MAX_STEPS <= self.step <= width:
+            return (
+                f"step = {self.step:g}: must be at most the width of the range, {width:g}, and "
+                f"leave at most {_MAX_STEPS:g} values"
+            )
+        return None
 
     def to_optuna(self) -> "BaseDistribution":
         """Return Optuna's distribution. Choices that are not scalars become strings."""
@@ -234,7 +252,8 @@ class SearchSpace(Spec):
     """Largest masking gap of a feasible trial: by how much PGD may overstate its robust accuracy.
     Infeasible trials are ranked last, and the sampler avoids them. null: no limit."""
     trials: Annotated[int, Field(ge=1)] = 16
-    """Number of trials. A grid has at most as many as it has points."""
+    """Number of trials. A grid has at most as many as it has points, and by default one for each
+    point."""
     share_prefixes: bool = True
     """Whether trials start from epochs that other trials have trained with equal settings."""
     prefix_gib: Annotated[Number, Field(ge=0)] = 20.0
@@ -265,6 +284,19 @@ class SearchSpace(Spec):
         if self.sampler.kind == "grid":
             return min(self.trials, len(self.initial_points))
         return self.trials
+
+    def with_whole_grid(self) -> "SearchSpace":
+        """Return this space with a trial for each point of its grid; itself if it is no grid."""
+        n_points = len(self.initial_points)
+        is_cut = self.sampler.kind == "grid" and n_points > self.trials
+        return self.replace(trials=n_points) if is_cut else self
+
+    def describe_cut_grid(self) -> str:
+        """Return a line about a grid that has more points than trials; "" for other spaces."""
+        n_points = len(self.initial_points)
+        if self.sampler.kind != "grid" or n_points <= self.trials:
+            return ""
+        return f"trials = {self.trials}: {self.trials} of {n_points} points of the grid are tried"
 
     @property
     def initial_points(self) -> list[Params]:
@@ -501,6 +533,11 @@ class SearchSpace(Spec):
             for other in distribution.when:
                 if other not in earlier_paths:
                     yield f"{location}.when: {other!r} is not a searched setting before it"
+            yield from self._find_impossible_conditions(location, distribution)
+            if problem := distribution.find_sampling_problem():
+                yield f"{location}: {problem}"
+                earlier_paths.append(path)
+                continue
             if self.sampler.kind == "grid" and distribution.categorical is None:
                 yield f"{location}: a grid needs `categorical: [...]`"
             condition = {other: _as_list(values)[0] for other, values in distribution.when.items()}
@@ -509,6 +546,21 @@ class SearchSpace(Spec):
             if self._is_overridden(condition, path, distribution.bounds_or_choices()):
                 yield f"{location}: it has no effect: `base` sets it to a fixed value"
             earlier_paths.append(path)
+
+    def _find_impossible_conditions(
+        self, location: str, distribution: Distribution
+    ) -> Iterator[str]:
+        """Yield a line for each condition on a value that the other setting never has."""
+        for other, values in distribution.when.items():
+            if other not in self.space:
+                continue
+            for value in _as_list(values):
+                if not self.space[other].can_propose(value):
+                    limits = self.space[other].bounds_or_choices()
+                    yield (
+                        f"{location}.when.{other} = {_format_choice(value)}: never happens, the "
+                        f"searched values are {limits}"
+                    )
 
     def _is_overridden(self, condition: Params, path: str, values: list[Any]) -> bool:
         """Return whether a searched setting makes no difference, because `base` fixes it."""
@@ -597,6 +649,8 @@ def load_space(
     except SpecError as error:
         problems = [*error.problems, *_find_remaining_problems(data, space_path)]
         raise SpecError(list(dict.fromkeys(problems))) from error
+    if "trials" not in data:
+        space = space.with_whole_grid()
     method_name = _method_name(space)
     if is_user_file and name and method_name != name:
         raise SpecError(f"{space_path} is a space for method {method_name!r}, not for {name!r}")

@@ -33,6 +33,8 @@ def list_space_warnings(space: SearchSpace) -> list[str]:
             lines.append(warning.line)
     for path, values in warnings_by_path.items():
         lines += _describe_range(space, path, values, base_warnings)
+    if cut_grid := space.describe_cut_grid():
+        lines.append(cut_grid)
     scheduler = space.scheduler
     if scheduler.kind == "asha" and not scheduler.rungs(config.epochs):
         lines.append(
