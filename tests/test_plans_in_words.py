@@ -100,8 +100,14 @@ SHORT = ["--set", "epochs=4", "--set", "*.attacks.*.steps=4", "--set", "validati
     ("command", "warning"),
     [
         (["train", "gairat"], "of pgd act: after 10 epochs"),
-        (["tune", "gairat"], "warning: method.terms.pgd.weight.burn_in in [3, 20]: at 20: the"),
-        (["run", "p.yaml"], "tune: method.terms.pgd.weight.burn_in in [3, 20]: at 20: the weights"),
+        (
+            ["tune", "gairat"],
+            "warning: method.terms.pgd.weight.burn_in in [3, 20]: at 4 to 20: the",
+        ),
+        (
+            ["run", "p.yaml"],
+            "tune: method.terms.pgd.weight.burn_in in [3, 20]: at 4 to 20: the weights",
+        ),
     ],
 )
 def test_the_plans_of_the_commands(

@@ -138,7 +138,7 @@ def test_ranges_are_judged_by_their_ends() -> None:
         "early",
     ]
     lines = list_space_warnings(load_space("gairat", {"epochs": 4, "optim.lr": 0.1}))
-    assert lines == [f"{BURN_IN} in [1, 6]: at 6: the weights never act in 4 epochs"]
+    assert lines == [f"{BURN_IN} in [1, 6]: at 4 to 6: the weights never act in 4 epochs"]
     # The base has a burn-in of 30 in 8 epochs, but each trial has another one.
     data = {"method": "gairat", "base": {BURN_IN: 30}, "scheduler": {"kind": "none"}}
     space = SearchSpace.from_data({**data, "space": {"*.burn_in": {"int": [1, 2]}}, "base": {}})
@@ -161,8 +161,10 @@ def test_the_commands_say_so(
     monkeypatch.chdir(tmp_path)
     Path("p.yaml").write_text("stages: [{kind: tune, space: gairat, set: {epochs: 4}}]\n")
     _, pipeline, overrides = load_pipeline("p.yaml", {})
-    assert f"{BURN_IN} in [1, 6]: at 6: the weights never act in 4 epochs" in (
+    assert f"{BURN_IN} in [1, 6]: at 4 to 6: the weights never act in 4 epochs" in (
         pipeline.stages[0].list_warnings(overrides)
     )
     assert main(["tune", "gairat", "--set", "epochs=4", "--plan"]) == 0
-    assert "at 6: the weights never act in 4 epochs" in " ".join(capsys.readouterr().out.split())
+    assert "at 4 to 6: the weights never act in 4 epochs" in " ".join(
+        capsys.readouterr().out.split()
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 from raysweep.formatting import format_count
 from raysweep.spec import SpecError
-from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.search_space import Params, SearchSpace
 from raysweep.training.config_warnings import ConfigWarning
 
 
@@ -48,14 +48,18 @@ def _iter_value_warnings(
     space: SearchSpace, path: str
 ) -> Iterator[tuple[Any, list[ConfigWarning]]]:
     """Yield each end or choice of a searched setting with the warnings of its config."""
-    distribution = space.space[path]
-    condition = {
-        other: values[0] if isinstance(values, list) else values
-        for other, values in distribution.when.items()
-    }
-    for value in distribution.bounds_or_choices():
+    condition = _meet_condition(space, path)
+    for value in space.space[path].bounds_or_choices():
         with suppress(SpecError):
             yield value, space.trial_config({**condition, path: value}).find_warnings()
+
+
+def _meet_condition(space: SearchSpace, path: str) -> Params:
+    """Return values of other settings with which a setting is searched."""
+    return {
+        other: values[0] if isinstance(values, list) else values
+        for other, values in space.space[path].when.items()
+    }
 
 
 def _depends_on(
@@ -96,4 +100,21 @@ def _describe_range(
             yield f"{path} in {shown}: {effect}"
         else:
             at = ", ".join(str(value) for value, _ in causes)
+            if distribution.int and causes[0][0] == distribution.int[1]:
+                first = _find_first_warned(space, path, setting, *distribution.int)
+                at = f"{first} to {at}" if first < distribution.int[1] else at
             yield f"{path} in {shown}: at {at}: {effect}"
+
+
+def _find_first_warned(space: SearchSpace, path: str, setting: str, low: int, high: int) -> int:
+    """Return the smallest whole number with a warning; `low` has none, `high` has one."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        warnings = space.trial_config(
+            {**_meet_condition(space, path), path: middle}
+        ).find_warnings()
+        if any(warning.setting == setting for warning in warnings):
+            high = middle
+        else:
+            low = middle
+    return high
