@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import tiny
+from conftest import TINY, tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from process_tree import find_descendants
@@ -23,6 +23,9 @@ from raysweep.errors import InfrastructureError
 from raysweep.pipeline.stage import StageContext, TrainingOverrides
 from raysweep.spec import SpecError, apply_overrides
 from raysweep.stores import local_copies, open_path
+from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.tuner import run_sweep
 from raysweep.tracking import get_mlflow_version
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +67,35 @@ def test_a_local_sweep_listens_on_loopback_alone(ray_cluster) -> None:
         name for name, ip in listening.items() if not re.match(r"(::ffff:)?127\.|::1$", ip)
     ]
     assert not open_to_all
+
+
+@pytest.mark.ray
+def test_no_key_of_the_driver_is_in_rays_logs(
+    ray_cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's logs can be read by other users, and its environment of trials goes to all nodes."""
+    import ray
+    from ray.tune.execution import class_cache
+
+    planted = "planted-31f0e9c4a7"
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+    for name in names:
+        monkeypatch.setenv(name, planted)
+    space = SearchSpace.model_validate(
+        {
+            "method": "at",
+            "trials": 1,
+            "base": {**TINY, "epochs": 1},
+            "space": {"optim.lr": {"float": [0.01, 0.1]}},
+        }
+    )
+    run_sweep(Ledger.create(tmp_path / "sweep", space), [])
+    assert set(names) <= class_cache.ENV_VARS_TO_PROPAGATE, "other users of Tune keep them"
+    session = Path("/tmp/ray") / ray.get_runtime_context().get_session_name()
+    folders = (session, tmp_path)
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    assert any(file.name == "runtime_env_agent.log" for file in files)
+    assert [file for file in files if planted.encode() in file.read_bytes()] == []
 
 
 @given(NAMES)

@@ -135,6 +135,13 @@ _FUNCTION_WRAPPER = RayInternal(
     "a trial whose machine is taken away loses its unfinished epoch",
 )
 
+_PROPAGATED_VARIABLES = RayInternal(
+    "ray.tune.execution.class_cache",
+    "ENV_VARS_TO_PROPAGATE",
+    "sweep",
+    "Ray copies the AWS keys of this process into its logs and to all nodes",
+)
+
 RAY_INTERNALS = (
     _LOOPBACK_SWITCH,
     _LOOPBACK_VARIABLE,
@@ -145,6 +152,7 @@ RAY_INTERNALS = (
     _TOKEN_CHECK,
     _HEAD_NODE_RESOURCE,
     _FUNCTION_WRAPPER,
+    _PROPAGATED_VARIABLES,
     RayInternal(
         "ray.train.v2._internal.constants",
         "HEALTH_CHECK_INTERVAL_S_ENV_VAR",
@@ -255,6 +263,25 @@ def hide_lost_process_messages() -> Iterator[None]:
     finally:
         for log_filter in changed_filters:
             log_filter.skip_re = None
+
+
+@contextmanager
+def keep_credentials_here() -> Iterator[None]:
+    """Keep Tune from copying AWS keys of this process into the environment of trials.
+
+    Ray writes that environment into its logs, and sends it to other nodes. Trials have the
+    credentials of their own node.
+    """
+    if not _PROPAGATED_VARIABLES.is_present():
+        yield
+        return
+    names: set[str] = _PROPAGATED_VARIABLES.resolve()
+    secret_names = {name for name in names if name.startswith("AWS_")}
+    names -= secret_names
+    try:
+        yield
+    finally:
+        names |= secret_names
 
 
 def silence_authentication_log() -> None:

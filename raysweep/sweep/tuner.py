@@ -37,7 +37,11 @@ from raysweep.sweep.preemption import (
     exit_preempted,
     termination_requested,
 )
-from raysweep.sweep.ray_internals import add_mixin, check_ray_internals
+from raysweep.sweep.ray_internals import (
+    add_mixin,
+    check_ray_internals,
+    keep_credentials_here,
+)
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.sweep.tune_callbacks import (
@@ -259,7 +263,7 @@ def _run_rounds(
             if n_trials_left <= 0 or not ledger_callback.start_round_if_needed():
                 return
             logger.info("waiting for Ray to start the processes of trials")
-            with _restore_signal_handlers():
+            with _restore_signal_handlers(), keep_credentials_here():
                 _build_tuner(
                     ledger, dataset, ledger_callback, resources, concurrency, n_trials_left
                 ).fit()
