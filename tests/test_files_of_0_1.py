@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from pydantic import TypeAdapter
 from torch import nn
 
@@ -38,6 +37,7 @@ from raysweep.pipeline.published_results import PaperTable, load_paper_table
 from raysweep.result_loading import load_report, load_sweep
 from raysweep.rng import ExampleRng
 from raysweep.robustness_bundle import verify_bundle
+from raysweep.spec import read_yaml
 from raysweep.stores import open_path
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace, list_builtin_spaces, load_space
@@ -485,7 +485,7 @@ def test_the_section_for_a_data_set() -> None:
 @pytest.mark.usefixtures("in_yaml")
 @pytest.mark.parametrize("name", ["method", "extends"])
 def test_a_file_of_a_method(name: str) -> None:
-    content = yaml.safe_load(Path(f"{name}.yaml").read_text())
+    content = read_yaml(Path(f"{name}.yaml"))
     if name == "method":
         # What is written in the file wins now over the defaults of the data set.
         config = build_training_config_of_0_1(content.pop("method"), content)
