@@ -12,9 +12,12 @@ import forked_processes
 import pytest
 import torch
 
+from raysweep.rng import ExampleRng
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import gair_fat_labels  # noqa: E402
 import training_step  # noqa: E402
 
 
@@ -31,6 +34,26 @@ def test_the_plain_step_is_written_from_the_papers_and_ours_computes_the_same(me
         assert torch.equal(plain.kappa.long(), found.kappa)
         assert found.loss == pytest.approx(plain.loss, rel=1e-4)
         assert (found.grad - plain.grad).norm() < 1e-2 * plain.grad.norm()
+
+
+def test_images_in_the_order_in_which_they_stopped_have_other_labels(digits) -> None:
+    """The same images as those of PGD, early ones first, and only after the burn-in."""
+    config = gair_fat_labels.build_config("gair-fat", seed=0, epochs=8, burn_in=4)
+    mispaired = gair_fat_labels.pair_with_batch_labels(config)
+    model = config.model.build_model(digits.channels, digits.classes, 0)
+    x, y = digits.train.get_float_images(slice(0, 32)), digits.train.y[:32]
+    rng = ExampleRng.for_examples(digits.train.index[:32], 0)
+    for epoch in (3, 4):
+        ours, theirs = (
+            run.resolve_at(epoch).method.attacks["pgd"](model, x, y, rng)
+            for run in (config, mispaired)
+        )
+        order = sorted(range(32), key=lambda row: int(ours.queries[row]))
+        if epoch == 3:
+            order = list(range(32))
+        assert torch.equal(theirs.x_adv, ours.x_adv[order])
+        assert torch.equal(theirs.kappa, ours.kappa[order])
+    assert order != list(range(32)), "some stop later than others"
 
 
 def ratios(printed: str) -> list[list[str]]:

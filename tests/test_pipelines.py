@@ -475,6 +475,9 @@ def test_a_figure_runs_through_and_draws_what_it_varies(
     text = (found["report"][0] / "report.md").read_text()
     assert f"Test accuracy against {LAM}" in text
     assert "Mean κ under pgd over epochs" in text and "(GAIRAT fig. 7)" in text
+    assert "gairat-fig13: G figure 13" in text
+    picture = (found["report"][0] / "figures" / "gairat-fig13.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 
 
 @pytest.mark.ray
