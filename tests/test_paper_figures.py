@@ -38,6 +38,7 @@ from raysweep.pipeline.report.paper_figures import (
 )
 from raysweep.pipeline.report.stage import ReportStage
 from raysweep.spec import SpecError
+from raysweep.training.config import TrainingConfig
 from raysweep.training.instance_metrics import (
     InstanceMetrics,
     compute_instance_metrics,
@@ -273,6 +274,82 @@ stages:
         load_pipeline(str(file), {})
 
 
+def resolve_rows(pipeline: str) -> dict[str, TrainingConfig]:
+    """The config of each row of a pipeline, as it would train."""
+    _, loaded, overrides = load_pipeline(pipeline, {})
+    train = loaded.stages[0]
+    return dict(zip(train.runs, train.list_training_configs(overrides), strict=True))
+
+
+@pytest.mark.parametrize(("name", "data"), [("gairat-fig2", "cifar10"), ("gairat-fig6", "svhn")])
+def test_rows_of_figures_2_5_and_6(name: str, data: str) -> None:
+    """G appendix A: PGD-10 with steps of a quarter of the radius; sizes at 8/255, radii from 1/255
+    to 16/255 on ResNet-18; training errors under PGD-10.
+    """
+    rows = resolve_rows(name)
+    attacks = {row: config.method.attacks.get("pgd") for row, config in rows.items()}
+    assert [row for row, attack in attacks.items() if attack is None] == ["ST ResNet-18"]
+    for row, config in rows.items():
+        assert config.data.name == data and config.epochs == 100 and config.validation.every == 1
+        validation = config.validation
+        assert (validation.train_examples, validation.train_steps) == (1000, 10)
+        attack = attacks[row]
+        if attack is not None:
+            assert attack.steps == 10 and attack.step_size == pytest.approx(attack.eps / 4)
+            assert validation.attacks["pgd"].eps == attack.eps
+            assert validation.attacks["pgd"].step_size == attack.step_size
+    radii = {row: round(255 * a.eps, 9) for row, a in attacks.items() if a and "eps" in row}
+    assert radii == {f"AT eps {n}/255": n for n in (1, 2, 4, 12, 16)}
+    assert {config.model.name for row, config in rows.items() if "eps" in row} == {"resnet18"}
+    sizes = [config.model.name for row, config in rows.items() if "eps" not in row]
+    assert sizes == ["resnet18", "small_cnn", "resnet18", "resnet34", "resnet50"]
+
+
+def test_settings_of_the_other_figures() -> None:
+    """What the captions and appendices of G say, at the epochs that they name."""
+    (at,) = resolve_rows("gairat-fig7").values()
+    assert at.epochs == 30 and at.resolve_at(29).optim.lr == 0.01, "the checkpoint of epoch 30"
+    (figure,) = load_pipeline("gairat-fig7", {})[1].stages[-1].figures.values()
+    pgd = figure.attack
+    assert (pgd.steps, pgd.eps, pgd.step_size, pgd.loss) == (10, 0.031, 0.031 / 4, "ce")
+    for name in ("gairat-fig4", "gairat-fig10"):
+        for config in resolve_rows(name).values():
+            validation = config.validation
+            assert validation.flatness and validation.train_steps == 20 and validation.every == 1
+    networks = {row: config.model.name for row, config in resolve_rows("gairat-fig16").items()}
+    assert {networks[f"{m} ResNet-18"] for m in ("AT", "GAIRAT")} == {"resnet18"}
+    weights = resolve_rows("gairat-fig16")["GAIRAT ResNet-18"].method.terms["pgd"].weight
+    assert (weights.shape, weights.burn_in) == ("tanh", 30)
+    shapes = [
+        config.resolve_at(74).method.terms["pgd"].weight.shape
+        for row, config in resolve_rows("gairat-fig19").items()
+        if row.startswith("GAIR-MART")
+    ]
+    assert shapes == ["tanh", "sigmoid", "linear"], "from epoch 75 onward"
+    attacks = load_pipeline("gairat-fig21", {})[1].stages[1].attacks
+    assert [a.steps for a in attacks.values()] == [10, 20, 40, 60, 80, 100]
+    assert {(a.eps, a.step_size) for a in attacks.values()} == {(0.031, 2.5 * 0.031 / 100)}
+    assert resolve_rows("lrat-fig5")["GAIRAT (CW)"].method.attacks["pgd"].loss == "cw"
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "window"),
+    [
+        ("gairat-table1", "GAIRAT", (59, 100)),
+        ("gairat-table2", "GAIR-TRADES", (75, 100)),
+        ("lrat-table1", "LRAT", None),
+    ],
+)
+def test_a_row_of_a_table_has_both_protocols(name: str, row: str, window: object) -> None:
+    """The same training; the best epoch by ours on validation, by the paper's on test images."""
+    rows = resolve_rows(name)
+    ours, theirs = rows[row].validation, rows[f"{row} (paper's protocol)"].validation
+    assert (ours.split, ours.objective, ours.window) == ("val", "robust_worst", None)
+    assert (theirs.split, theirs.objective, theirs.window) == ("test", "pgd", window)
+    same = rows[f"{row} (paper's protocol)"].replace(validation=ours)
+    assert same == rows[row]
+
+
 def read_table() -> list[dict[str, str]]:
     """The rows of "What there is" in the docs, by the titles of the columns."""
     page = (ROOT / "docs" / "reproduce-a-table.md").read_text()
@@ -333,3 +410,13 @@ def test_a_pipelines_rows_are_of_the_presets_beside_it_in_the_docs() -> None:
             runs = load_pipeline(name, {})[1].stages[0].runs
             used = {run.preset for run in runs.values()}
             assert used <= presets, f"{row['item']}: {used - presets}"
+
+
+def test_the_docs_show_every_figure() -> None:
+    """Small pictures; those on SVHN are others on another data set."""
+    page = (ROOT / "docs" / "paper-figures.md").read_text()
+    shown = set(re.findall(r"\]\(figures/([\w-]+)\.png\)", page))
+    on_svhn = {"gairat-fig6", "gairat-fig10", "gairat-fig14"}
+    assert shown == set().union(*figures_of_pipelines().values()) - on_svhn
+    files = {path.stem: path.stat().st_size for path in (ROOT / "docs" / "figures").iterdir()}
+    assert files.keys() == shown and max(files.values()) < 60_000

@@ -25,6 +25,7 @@ EXPECTED = {
         for row in ("", "-at")
     ),
     *(f"gairat-fig{number}" for number in (10, 13, 14, 17, 19, 20)),
+    *(f"gairat-fig{number}{row}" for number in (2, 6) for row in ("", "-standard")),
     *(
         f"lrat-table1{net}{row}"
         for net in ("", "-wrn")
@@ -131,6 +132,11 @@ AT_EPOCHS = {
     "gairat-fig4-piecewise": {"lr": C3, "weight": {30: "uniform", 31: "geometry"}},
     "gairat-fig10-at": {"lr": SVHN},
     "gairat-fig10": {"lr": SVHN, "lam": {30: None, 31: -1.0}},
+    "gairat-fig10-piecewise": {"lr": SVHN, "weight": {30: "uniform", 31: "geometry"}},
+    "gairat-fig2": {"lr": C3},
+    "gairat-fig2-standard": {"lr": C3},
+    "gairat-fig6": {"lr": SVHN},
+    "gairat-fig6-standard": {"lr": SVHN},
     "gairat-fig11-piecewise-at": {"lr": RICE},
     "gairat-fig11-piecewise": {"lr": RICE, "lam": {100: None, 101: -1.0}},
     "gairat-fig11-cosine": {"lr": COSINE, "lam": {100: None, 101: -1.0}},
