@@ -17,6 +17,7 @@ from raysweep.method import Method, Term
 from raysweep.models import ModelSpec
 from raysweep.pipeline.pipeline import AnyStage, Pipeline
 from raysweep.pipeline.published_results import PaperProtocol, PaperTable, PaperValue
+from raysweep.pipeline.report.paper_figures import PaperFigure
 from raysweep.pipeline.train import TrainingRow
 from raysweep.schedules import Schedule
 from raysweep.settings_reference import FieldDescription, describe_fields
@@ -123,6 +124,11 @@ CHAPTERS = (
             Section("Pipeline", "at the top of the file", (Pipeline,)),
             Section("Stage", "`stages`; `kind` selects one", find_spec_classes(AnyStage)),
             Section("Row", "`runs.NAME` of a stage `train`", (TrainingRow,)),
+            Section(
+                "Figure",
+                "`figures.NAME` of the stage `report`; `kind` selects one",
+                find_spec_classes(PaperFigure),
+            ),
         ),
     ),
     Chapter(
