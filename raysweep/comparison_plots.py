@@ -72,7 +72,8 @@ def plot_metric_grid(
         ):
             _draw_metrics(axes, group, metric_set, as_errors)
         axes_of_group[0].set_title(title, fontsize=_LABEL_SIZE + 1)
-        axes_of_group[0].legend(fontsize=_LABEL_SIZE - 1)
+        # The first panel of a metric has all runs; that of the weights may lack some.
+        axes_of_group[int(has_weight_functions)].legend(fontsize=_LABEL_SIZE - 1)
     return figure
 
 
@@ -215,7 +216,7 @@ def _draw_metrics(
             )
             names[describe_metric(metric, run.config, is_error)] = None
     axes.set_xlabel("epoch", fontsize=_LABEL_SIZE)
-    axes.set_ylabel(" / ".join(names), fontsize=_LABEL_SIZE)
+    axes.set_ylabel("\n".join(names), fontsize=_LABEL_SIZE)
 
 
 def _draw_kappa(axes: Axes, run: PlottedRun) -> None:
