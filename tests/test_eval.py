@@ -80,7 +80,8 @@ def test_a_checkpoint_is_attacked_and_the_numbers_go_to_its_run(
     client = MlflowClient(f"sqlite:///{trained_run.parent.parent}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
     assert (
-        run.data.metrics["eval/apgd-ce-Linf-0.15-n40/robust_accuracy"] == report["robust_accuracy"]
+        run.data.metrics["eval/apgd-ce-Linf-0.15-n40-balanced/robust_accuracy"]
+        == report["robust_accuracy"]
     )
     assert not [name for name in run.data.metrics if name.startswith("aa/")], (
         "that is AutoAttack's alone"

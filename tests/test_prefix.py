@@ -71,7 +71,7 @@ def test_the_chain_parts_where_the_effective_settings_part() -> None:
 def test_what_does_not_decide_the_weights_does_not_part_the_chain(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert keys("at") == keys("at", data__data_dir="/elsewhere")
+    assert keys("at") == keys("at", data__name="digits", data__data_dir="/elsewhere")
     assert prefix_keys(tiny("at"), "data") != prefix_keys(tiny("at"), "other data")
     assert prefix_keys(tiny("at"), "data") != prefix_keys(tiny("at"), "data", n_workers=2)
     before = keys("at")

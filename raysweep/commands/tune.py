@@ -288,18 +288,19 @@ def _run_sweep(
         display,
         *export_listeners,
     ]
-    if not is_finished:
-        display.announce(_describe_start_of_ray(request.address))
-
-    # Importing Ray takes seconds, in which the tracker connects to MLflow in its thread.
-    from raysweep.sweep.space_warnings import list_space_warnings
-    from raysweep.sweep.tune_callbacks import SweepFailed
-    from raysweep.sweep.tuner import run_sweep
-
+    start_of_ray = _describe_start_of_ray(request.address)
     with hold_folder_lease(sweep_folder) as held_folder:
         is_new = not request.resume
         ledger = Ledger.create(held_folder, space) if is_new else Ledger.open(held_folder)
         extended_space = None if is_new else space
+        if not is_finished:
+            display.announce(start_of_ray)
+
+        # Importing Ray takes seconds, in which the tracker connects to MLflow in its thread.
+        from raysweep.sweep.space_warnings import list_space_warnings
+        from raysweep.sweep.tune_callbacks import SweepFailed
+        from raysweep.sweep.tuner import run_sweep
+
         if not is_finished:
             print_warnings(list_space_warnings(space))
         if extended_space not in (None, ledger.space):
@@ -339,10 +340,18 @@ def _choose_sweep_name(request: TuneRequest, space: SearchSpace) -> str:
 
 
 def _describe_start_of_ray(address: str | None) -> str:
-    """Return the line about what the command waits for first, which takes up to half a minute."""
+    """Return the line about what the command waits for first, which takes up to half a minute.
+
+    Raises SpecError for a malformed address.
+    """
+    from raysweep.sweep.ray_address import split_address
+
+    source = "--address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         return "starting Ray on this machine ..."
+    if address != "auto":
+        split_address(address, source)
     return f"joining the Ray cluster at {address} ..."
 
 

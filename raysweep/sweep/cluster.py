@@ -26,6 +26,7 @@ from raysweep.sweep.ray_access import (
     find_own_cluster,
     secure_token_file,
 )
+from raysweep.sweep.ray_address import split_address
 from raysweep.sweep.ray_environment import ray_environment
 from raysweep.sweep.ray_internals import (
     check_ray_internals,
@@ -242,13 +243,8 @@ def _unlaunched_node_capacities(
 
 def _require_reachable(address: str, source: str = "--address") -> None:
     """Raise an error at once for an address where Ray would retry for a long time."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except ValueError as error:
-        raise SpecError(
-            f"{source} {address!r}: expected auto or host:port, for example 10.0.0.1:6379"
-        ) from error
+        socket.create_connection(split_address(address, source), timeout=5).close()
     except OSError as error:
         raise InfrastructureError(
             f"no Ray cluster at {source} {address}: {error.strerror or error}"
