@@ -66,7 +66,7 @@ class Clock:
                 now - begun - epoch_metrics["train/seconds"] - epoch_metrics["validation_seconds"]
             )
 
-    def on_sweep_end(self, ledger: Ledger) -> None:
+    def on_sweep_end(self, ledger: Ledger, error: BaseException | None = None) -> None:
         pass
 
 

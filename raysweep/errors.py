@@ -168,6 +168,15 @@ def is_infrastructure_error(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _INFRASTRUCTURE_ERRNOS
 
 
+def is_interruption(error: BaseException) -> bool:
+    """Return whether an error means that the user, or a reader of the output, ended the work.
+
+    Args:
+        error: Any error of a command that works.
+    """
+    return isinstance(error, KeyboardInterrupt | WorkInterrupted | BrokenPipeError)
+
+
 def describe_os_error(error: OSError) -> str:
     """Describe an error of the operating system in one line, with the file if there is one.
 

@@ -247,7 +247,7 @@ class Sweep:
 
 def find_sweep_state(ledger: Ledger) -> RunState:
     """Return whether a sweep has finished; if not, whether a process works on it."""
-    if ledger.count_ended_trials() >= ledger.space.n_trials:
+    if ledger.has_ended():
         return "finished"
     return "interrupted" if ledger.is_interrupted() else "running"
 

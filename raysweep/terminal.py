@@ -97,7 +97,7 @@ class SweepDisplay:
         ):
             self.announce(self._format_trial_line(trial))
 
-    def on_sweep_end(self, ledger: Ledger) -> None:
+    def on_sweep_end(self, ledger: Ledger, error: BaseException | None = None) -> None:
         """Remove the live table."""
         if self._live is not None:
             self._live.stop()

@@ -246,7 +246,7 @@ class TrialUpdateListener:
     def on_trial_update(self, trial: "Trial", epoch_metrics: dict[str, float] | None) -> None:
         self.callback(trial)
 
-    def on_sweep_end(self, ledger: "Ledger") -> None:
+    def on_sweep_end(self, ledger: "Ledger", error: BaseException | None = None) -> None:
         pass
 
 

@@ -35,7 +35,7 @@ FLAGS = {
         *COMMON, "--verbose", "--out", "--storage", "--name", "--space", "--trials", "--resume",
         "--plan",
         "--address", "--cpus-per-trial", "--gpus-per-trial", "--workers", "--optuna",
-        "--max-trials", "--max-time", "--max-gpu-hours",
+        "--max-trials", "--max-time", "--max-gpu-hours", "--retry-failed",
     },
     "run": {*COMMON, "--verbose", "--out", "--storage", "--plan", "--from", "--wait", "--address"},
     "doctor": {*COMMON, "--verbose", "--out", "--storage", "--address"},

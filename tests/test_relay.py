@@ -54,7 +54,7 @@ class Sweep:
 
     def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None: ...
 
-    def on_sweep_end(self, ledger: Ledger) -> None: ...
+    def on_sweep_end(self, ledger: Ledger, error: BaseException | None = None) -> None: ...
 
     def event(
         self, name: str, number: int = 0, after: float = 0.0, failures: int = 1, **info: Any
@@ -497,3 +497,18 @@ def test_trials_do_not_mix(begin_sweep: Callable[..., Sweep]) -> None:
     assert (first.epoch, first.best["robust_worst"], first.retries) == (2, 0.5, 0)
     assert (second.epoch, second.best["robust_worst"], second.retries) == (1, 0.75, 1)
     assert [first.params, second.params] == [{LR: 0.1}, {LR: 0.2}]
+
+
+def test_failures_of_the_surroundings_are_marked_and_those_of_settings_are_not(
+    begin_sweep: Callable[..., Sweep],
+) -> None:
+    sweep = begin_sweep()
+    reports = ({"failed": "disk full", "infrastructure": "yes"}, {"failed": "the loss became nan"})
+    for number, result in enumerate(reports):
+        sweep.event("start", number, params={LR: 0.1 + number / 10})
+        sweep.event("result", number, result=result)
+    sweep.event("start", 2, params={LR: 0.3})
+    sweep.event("error", 2, failures=21)
+    trials = sweep.ledger.load_trials()
+    assert [trial.state for trial in trials] == ["failed"] * 3
+    assert [trial.is_infrastructure_failure for trial in trials] == [True, False, True]

@@ -64,7 +64,7 @@ class Recorder:
     def on_trial_update(self, trial, epoch_metrics) -> None:
         self.events.append((trial.number, trial.state, trial.epoch))
 
-    def on_sweep_end(self, ledger) -> None:
+    def on_sweep_end(self, ledger, error: BaseException | None = None) -> None:
         self.events.append(("ended",))
 
 

@@ -79,7 +79,7 @@ class Recorder:
     def on_trial_update(self, trial: Trial, epoch_metrics: object) -> None:
         self.events.append(("trial", trial.number))
 
-    def on_sweep_end(self, ledger: Ledger) -> None:
+    def on_sweep_end(self, ledger: Ledger, error: BaseException | None = None) -> None:
         self.events.append(("end", None))
 
 

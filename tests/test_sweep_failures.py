@@ -46,7 +46,9 @@ OUT_OF_MEMORY = (
 def test_a_failure_that_settings_or_memory_explain_is_no_bug(
     error: Exception, reason: str, tmp_path: Path
 ) -> None:
-    assert failure_report(error, tiny("at", batch_size=16), tmp_path) == {"failed": reason}
+    surroundings = {"infrastructure": "yes"} if reason == OUT_OF_MEMORY else {}
+    expected = {"failed": reason, **surroundings}
+    assert failure_report(error, tiny("at", batch_size=16), tmp_path) == expected
     assert not list(tmp_path.iterdir()), "no traceback is kept"
 
 
@@ -58,7 +60,10 @@ def test_a_gpu_that_ran_out_of_memory_is_named(
     found = failure_report(
         torch.OutOfMemoryError("CUDA out of memory"), tiny("at"), tmp_path, trial
     )
-    assert found == {"failed": f"out of memory on NVIDIA H200: lower batch_size (now 32){more}"}
+    assert found == {
+        "failed": f"out of memory on NVIDIA H200: lower batch_size (now 32){more}",
+        "infrastructure": "yes",
+    }
 
 
 def test_anything_else_is_a_bug_with_its_traceback(tmp_path: Path) -> None:

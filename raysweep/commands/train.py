@@ -233,11 +233,10 @@ def _train_tracked(
 ) -> None:
     """Train, print the result, and close the MLflow run however training ends."""
     from raysweep.bucket_lease import LeaseLost
-    from raysweep.errors import RaysweepError, is_infrastructure_error
+    from raysweep.errors import RaysweepError, is_infrastructure_error, is_interruption
     from raysweep.tracking import RunRecorder, training_run_tags
     from raysweep.training.checkpoint import RunDirectory
     from raysweep.training.failure_reports import failure_report
-    from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
     from raysweep.training.trainer import TrainingFailed
 
     tags = training_run_tags(RunDirectory(run_folder))
@@ -247,7 +246,7 @@ def _train_tracked(
         run.open(config, dataset.fingerprint)
         result = _fit_model(config, dataset, run, run_folder, n_reported_epochs)
         advice = _log_training_result(config, run, result)
-    except (KeyboardInterrupt, TrainingInterrupted):
+    except KeyboardInterrupt:
         run.end("KILLED")
         raise
     except LeaseLost:
@@ -255,13 +254,13 @@ def _train_tracked(
         run.discard()
         raise
     except RaysweepError as error:
-        run.end("FAILED")
+        run.end("KILLED" if is_interruption(error) else "FAILED")
         if isinstance(error, TrainingFailed):
             raise error.with_prefix("training failed: ") from error
         raise
     except Exception as error:
         if is_infrastructure_error(error):
-            run.end("FAILED")
+            run.end("KILLED" if is_interruption(error) else "FAILED")
             raise
         report = failure_report(error, config, run_folder, is_sweep_trial=False)
         run.end("FAILED")

@@ -70,6 +70,7 @@ class TuneRequest:
         gpus_per_trial: GPUs that each trial holds; None for one per worker, if there are any.
         workers: Number of processes that share a trial.
         optuna_url: Optuna storage to which trials are also written; None to write to none.
+        retry_failed: Whether `resume` runs all failed trials again.
         overrides: {dotted path: value} of `--set` and `--data-dir`.
         out: Folder of `runs` and `mlflow.db`.
         storage: Folder or URI of sweeps; None for `runs` in `out`.
@@ -93,12 +94,17 @@ class TuneRequest:
     out: Path
     storage: str | None
     as_json: bool
+    retry_failed: bool = False
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> TuneRequest:
-        """Convert parsed arguments. Raises SpecError if `--set` is malformed."""
+        """Convert parsed arguments. Raises SpecError if one is malformed or has no effect."""
         from raysweep.commands.common import parse_overrides
+        from raysweep.spec import SpecError
         from raysweep.sweep.search_space import resolve_space_path
+
+        if args.retry_failed and not args.resume:
+            raise SpecError("--retry-failed: names no sweep; add --resume NAME")
 
         return cls(
             method=args.method,
@@ -118,6 +124,7 @@ class TuneRequest:
             out=args.out,
             storage=args.storage,
             as_json=args.json,
+            retry_failed=args.retry_failed,
         )
 
 
@@ -178,7 +185,13 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
     names.add_argument(
         "--resume",
         metavar="NAME",
-        help="resume a sweep; --trials, --set epochs= and --space extend it",
+        help="resume a sweep; --trials, --set epochs= and --space extend it; trials that ended for "
+        "lack of disk, memory or processes run again",
+    )
+    parser.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="with --resume: run all failed trials again, also those that failed by their settings",
     )
     parser.add_argument(
         "--plan",
@@ -238,7 +251,7 @@ def run_command(args: argparse.Namespace) -> None:
         is_finished = (
             resumed_ledger is not None
             and resumed_ledger.space == space
-            and resumed_ledger.count_ended_trials() >= space.n_trials
+            and not resumed_ledger.count_trials_left(retry_failed=request.retry_failed)
         )
         _run_sweep(request, runs_folder, space, dataset, resources, is_finished)
 
@@ -254,7 +267,10 @@ def _print_plan(
     from raysweep.commands._sweep_plan_output import print_sweep_plan
     from raysweep.sweep.plan import plan_sweep
 
-    trials = resumed_ledger.load_trials() if resumed_ledger else []
+    trials = [
+        trial.as_running() if trial.runs_again(request.retry_failed) else trial
+        for trial in (resumed_ledger.load_trials() if resumed_ledger else [])
+    ]
     plan = plan_sweep(space, dataset, resources, request.address, trials)
     print_sweep_plan(plan, as_json=request.as_json)
 
@@ -303,8 +319,8 @@ def _run_sweep(
 
         if not is_finished:
             print_warnings(list_space_warnings(space))
-        if extended_space not in (None, ledger.space):
-            # `run_sweep` writes the extended space, so MLflow must answer before that.
+        if not is_new and not is_finished:
+            # `run_sweep` writes the extended space and restarts trials: MLflow must answer before.
             tracker.wait_until_ready()
         try:
             end_reason = run_sweep(
@@ -315,6 +331,7 @@ def _run_sweep(
                 _make_budget(request),
                 dataset.fingerprint,
                 extended_space,
+                request.retry_failed,
             )
         except StoreUnavailable:
             raise
@@ -531,7 +548,7 @@ def _report_sweep_end(request: TuneRequest, ledger: Ledger, end_reason: SweepEnd
 
     Raises:
         WorkInterrupted: The sweep was interrupted.
-        WorkFailed: Every trial failed.
+        WorkFailed: No trial has a result, and some failed.
     """
     from raysweep.commands.common import format_location_flags
     from raysweep.errors import WorkFailed, WorkInterrupted
@@ -548,10 +565,12 @@ def _report_sweep_end(request: TuneRequest, ledger: Ledger, end_reason: SweepEnd
         if end_reason == "interrupted":
             raise WorkInterrupted(progress)
         print(f"raysweep: {progress}", file=sys.stderr)
-        return
     failed = [trial for trial in trials if trial.state == "failed"]
-    if failed and len(failed) == len(trials):
-        raise WorkFailed(f"every trial failed; the first: {failed[0].reason}")
+    if failed and ledger.find_best_trial() is None:
+        count = "every trial" if len(failed) == len(trials) else "no trial has a result:"
+        if len(failed) < len(trials):
+            count += f" {len(failed)} of {len(trials)}"
+        raise WorkFailed(f"{count} failed; the first: {failed[0].reason}")
 
 
 def _format_resume_flags(request: TuneRequest) -> str:

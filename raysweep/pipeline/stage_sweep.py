@@ -122,15 +122,16 @@ def run_stage_sweep(
             ledger = Ledger.create(held_folder, space)
         end_reason: SweepEndReason = "done"
         n_ended = ledger.count_ended_trials()
+        n_left = ledger.count_trials_left()
         logger.info(
             "sweep %s: %d of %d trials have ended already%s",
             sweep_folder.name,
             n_ended,
             space.n_trials,
-            "" if n_ended < space.n_trials else ": its results are taken as they are",
+            "" if n_left else ": its results are taken as they are",
             extra={"sweep": sweep_folder.name},
         )
-        if n_ended < space.n_trials:
+        if n_left:
             context.connect_cluster()
             resources = Resources(cpus, gpus)
             fingerprint = context.get_dataset(space.trial_config({}).data).fingerprint

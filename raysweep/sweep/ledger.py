@@ -18,6 +18,7 @@ from raysweep.spec import JsonDict, SpecError
 from raysweep.stores import Location, StoredFileNotFound, StorePath, open_path, parse_json
 from raysweep.sweep.extension_checks import check_extension
 from raysweep.sweep.search_space import Params, SearchSpace
+from raysweep.training.failure_reports import TRACEBACK_FILE
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.selection import EpochRank, RunRank, SelectionRule, rank_epoch
 
@@ -47,6 +48,8 @@ class Trial:
         burn_in: Number of first epochs in which an instance weight is still 1. None if an earlier
             version of raysweep wrote the trial, for which all epochs count equally.
         best_in_burn_in: Metrics of the best epoch within the burn-in; empty if there is none.
+        is_infrastructure_failure: Whether the trial failed because of its surroundings: disk,
+            memory or lost processes. False if an earlier version of raysweep wrote the trial.
     """
 
     number: int
@@ -62,6 +65,7 @@ class Trial:
     reason: str = ""
     burn_in: int | None = None
     best_in_burn_in: EpochMetrics = field(default_factory=dict)
+    is_infrastructure_failure: bool = False
 
     def describe_state(self, is_interrupted: bool) -> str:
         """Return the state for displays.
@@ -76,7 +80,22 @@ class Trial:
 
     def to_stored_dict(self) -> JsonDict:
         """Return what trial.json holds."""
-        return {_STORED_KEYS.get(name, name): value for name, value in asdict(self).items()}
+        values = asdict(self)
+        if not self.is_infrastructure_failure:
+            del values["is_infrastructure_failure"]
+        return {_STORED_KEYS.get(name, name): value for name, value in values.items()}
+
+    def runs_again(self, retry_failed: bool) -> bool:
+        """Return whether `--resume` runs this trial again although it has failed.
+
+        Args:
+            retry_failed: Whether trials that failed by their settings or the code run again, too.
+        """
+        return self.state == "failed" and (retry_failed or self.is_infrastructure_failure)
+
+    def as_running(self) -> "Trial":
+        """Return this ended trial as one that runs again, from its last checkpoint."""
+        return replace(self, state="running", reason="", is_infrastructure_failure=False)
 
     def score(self, metric: str) -> float:
         """Return a metric of the best epoch; -inf if it has not been measured."""
@@ -151,7 +170,7 @@ class Trial:
 
 
 # Fields of a trial that trial.json of earlier versions lacks.
-_LATER_FIELDS = ("burn_in", "best_in_burn_in")
+_LATER_FIELDS = ("burn_in", "best_in_burn_in", "is_infrastructure_failure")
 
 
 class Ledger:
@@ -266,7 +285,46 @@ class Ledger:
                 trial.state == "finished"
                 and trial.epoch < new_space.trial_config(trial.params).epochs
             ):
-                self.save_trial(replace(trial, state="running"))
+                self.save_trial(trial.as_running())
+
+    def restart_failed_trials(self, retry_failed: bool = False) -> list[Trial]:
+        """Set failed trials to running again, to resume from their last checkpoints.
+
+        Args:
+            retry_failed: Whether to restart all failed trials, not only those that the surroundings
+                ended.
+
+        Returns:
+            The trials, as they were before.
+        """
+        failed_trials = [trial for trial in self.load_trials() if trial.runs_again(retry_failed)]
+        for trial in failed_trials:
+            (self.trial_path(trial.number) / TRACEBACK_FILE).delete()
+            self.save_trial(trial.as_running())
+        return failed_trials
+
+    def count_trials_left(self, n_trials: int | None = None, retry_failed: bool = False) -> int:
+        """Return the number of trials that `--resume` would run.
+
+        Every trial that has started runs to its end, also if the sweep needs no more trials.
+
+        Args:
+            n_trials: Number of trials of the sweep; None for that of its space.
+            retry_failed: Whether all failed trials run again.
+        """
+        trials = self.load_trials()
+        n_restarted = sum(
+            trial.state == "running" or trial.runs_again(retry_failed) for trial in trials
+        )
+        n_new = (self.space.n_trials if n_trials is None else n_trials) - len(trials)
+        return n_restarted + max(0, n_new)
+
+    def has_ended(self) -> bool:
+        """Return whether all trials of the sweep exist and have ended, also if some have failed."""
+        trials = self.load_trials()
+        return len(trials) >= self.space.n_trials and all(
+            trial.state != "running" for trial in trials
+        )
 
     def count_ended_trials(self) -> int:
         """Return the number of trials that have ended."""
@@ -274,7 +332,7 @@ class Ledger:
 
     def is_interrupted(self) -> bool:
         """Return whether trials have not ended and no process works on them: its lock is free."""
-        return self.count_ended_trials() < self.space.n_trials and not is_folder_in_use(self.path)
+        return not self.has_ended() and not is_folder_in_use(self.path)
 
     def is_lost(self) -> bool:
         """Return whether another driver has taken the sweep over from this process."""

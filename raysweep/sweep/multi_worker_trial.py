@@ -96,7 +96,7 @@ def _fit_group(
         raise
     except RaysweepError as error:
         logger.error("the workers cannot start: %s", error, exc_info=error)
-        tune.report({FAILURE_KEY: str(error), "epoch": 0})
+        tune.report({**failure_report(error, config, run_path), "epoch": 0})
 
 
 def load_placement_group(run_path: StorePath) -> PlacementGroup | None:

@@ -63,7 +63,7 @@ class OptunaExporter:
         if trial.state != "running":
             self._records.write(lambda: self._add_trial(trial))
 
-    def on_sweep_end(self, ledger: Ledger) -> None:
+    def on_sweep_end(self, ledger: Ledger, error: BaseException | None = None) -> None:
         """Rebuild the study if it differs from the ledger."""
         self._records.write(lambda: self._open_and_rebuild_study(ledger))
         self._records.finish(f"; `raysweep tune --resume {ledger.name} --optuna URL` writes them")

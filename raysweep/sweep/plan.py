@@ -257,7 +257,7 @@ def list_completed_epochs(
         is_extended = trial.state == "finished" and trial.epoch < trial_epochs
         if trial.state == "running" or is_extended:
             resumed_epochs.append(trial.epoch)
-    return resumed_epochs + [0] * (space.n_trials - len(existing_trials))
+    return resumed_epochs + [0] * max(0, space.n_trials - len(existing_trials))
 
 
 def expected_sweep_epochs(space: SearchSpace, max_epochs: int) -> int:

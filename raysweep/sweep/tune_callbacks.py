@@ -14,7 +14,7 @@ from ray.tune.experiment import Trial as RayTrial
 from raysweep.errors import WorkFailed
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.process_death_causes import describe_process_loss
-from raysweep.training.failure_reports import BUG_TRACEBACK_KEY, FAILURE_KEY
+from raysweep.training.failure_reports import BUG_TRACEBACK_KEY, FAILURE_KEY, INFRASTRUCTURE_KEY
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.selection import SelectionRule
 
@@ -68,11 +68,13 @@ class SweepListener(Protocol):
             epoch_metrics: Metrics of the reported epoch; None for other events.
         """
 
-    def on_sweep_end(self, ledger: Ledger) -> None:
-        """Receive the sweep at its end, also after an error.
+    def on_sweep_end(self, ledger: Ledger, error: BaseException | None = None) -> None:
+        """Receive the sweep at its end.
 
         Args:
             ledger: The sweep, with the final state of its trials.
+            error: What ended the sweep early, `KeyboardInterrupt` included; None if nothing did, or
+                if Tune handled Ctrl-C.
         """
 
 
@@ -279,7 +281,12 @@ class LedgerCallback(tune.Callback):
             )
             if BUG_TRACEBACK_KEY in result:
                 self.bug_tracebacks.append(result[BUG_TRACEBACK_KEY])
-            failed_trial = replace(saved_trial, state="failed", reason=result[FAILURE_KEY])
+            failed_trial = replace(
+                saved_trial,
+                state="failed",
+                reason=result[FAILURE_KEY],
+                is_infrastructure_failure=INFRASTRUCTURE_KEY in result,
+            )
             self._save_and_notify(trial, failed_trial)
             return
         metrics = {k: float(v) for k, v in result.items() if k == "epoch" or _is_metric(k, v)}
@@ -325,7 +332,10 @@ class LedgerCallback(tune.Callback):
         if saved_trial is not None and trial.num_failures > MAX_TRIAL_RETRIES:
             reason = f"{reason}, {trial.num_failures} times"
             self._log_loss(trial, replace(saved_trial, reason=reason), "it is not started again")
-            self._save_and_notify(trial, replace(saved_trial, state="failed", reason=reason))
+            failed_trial = replace(
+                saved_trial, state="failed", reason=reason, is_infrastructure_failure=True
+            )
+            self._save_and_notify(trial, failed_trial)
         else:
             logger.warning(
                 "trial %04d got no process: %s", trial.config["number"], reason,

@@ -72,8 +72,11 @@ def run_sweep(
     budget: Budget | None = None,
     fingerprint: str | None = None,
     extended_space: SearchSpace | None = None,
+    retry_failed: bool = False,
 ) -> SweepEndReason:
     """Run the trials of a sweep that have not ended, as far as the budget allows.
+
+    Trials that the surroundings ended (disk, memory, lost processes) run again.
 
     Args:
         ledger: The sweep.
@@ -83,6 +86,7 @@ def run_sweep(
         budget: What this call may spend; unlimited by default.
         fingerprint: Fingerprint of the data, to avoid computing it again.
         extended_space: Search space with which the sweep continues, see `Ledger.extend_space`.
+        retry_failed: Whether all other failed trials run again, too.
 
     Returns:
         Why the call ended.
@@ -103,6 +107,7 @@ def run_sweep(
                 budget or Budget(),
                 fingerprint,
                 extended_space,
+                retry_failed,
             )
         except Exception as error:
             logger.error(
@@ -123,17 +128,16 @@ def _run_logged_sweep(
     budget: Budget,
     fingerprint: str | None,
     extended_space: SearchSpace | None,
+    retry_failed: bool,
 ) -> SweepEndReason:
     """Run a sweep whose log is open; the arguments are those of `run_sweep`."""
     started_at = time.monotonic()
     space = extended_space or ledger.space
     config = space.trial_config({})
-    if space == ledger.space and ledger.count_ended_trials() >= space.n_trials:
+    if space == ledger.space and not ledger.count_trials_left(retry_failed=retry_failed):
         # Listeners may lack what a killed driver could not tell them.
-        for listener in listeners:
-            listener.on_sweep_start(ledger, 0)
-        for listener in listeners:
-            listener.on_sweep_end(ledger)
+        with _notify_listeners(listeners, ledger, concurrency=0):
+            pass
         logger.info("all trials of sweep %s have ended already", ledger.name)
         return "done"
     dataset = CachedDataset(config.data, fingerprint or load_data(config.data).fingerprint)
@@ -147,20 +151,43 @@ def _run_logged_sweep(
         concurrency = resources.max_concurrent_trials(cluster, node_capacities())
         if extended_space is not None:
             ledger.extend_space(extended_space)
+        _restart_failed_trials(ledger, retry_failed)
         _log_sweep_start(ledger, resources, concurrency, budget, dataset.fingerprint)
-        for listener in listeners:
-            listener.on_sweep_start(ledger, concurrency)
-        ledger_callback = LedgerCallback(ledger, config.epochs, listeners, resources.n_gpus, budget)
-        try:
+        with _notify_listeners(listeners, ledger, concurrency):
+            ledger_callback = LedgerCallback(
+                ledger, config.epochs, listeners, resources.n_gpus, budget
+            )
             _run_rounds(ledger, dataset, ledger_callback, resources, concurrency)
-        finally:
-            for listener in listeners:
-                listener.on_sweep_end(ledger)
     end_reason: SweepEndReason = "budget" if ledger_callback.limit_reached else "interrupted"
-    if ledger.count_ended_trials() >= space.n_trials:
+    if ledger.has_ended():
         end_reason = "done"
     _log_sweep_end(ledger, end_reason, time.monotonic() - started_at)
     return end_reason
+
+
+@contextmanager
+def _notify_listeners(
+    listeners: Sequence[SweepListener], ledger: Ledger, concurrency: int
+) -> Iterator[None]:
+    """Tell the listeners of the start of the sweep and, after this block, how it ended."""
+    for listener in listeners:
+        listener.on_sweep_start(ledger, concurrency)
+    try:
+        yield
+    except BaseException as error:
+        for listener in listeners:
+            listener.on_sweep_end(ledger, error)
+        raise
+    for listener in listeners:
+        listener.on_sweep_end(ledger)
+
+
+def _restart_failed_trials(ledger: Ledger, retry_failed: bool) -> None:
+    """Set the failed trials to running that run again, and log their numbers."""
+    restarted_trials = ledger.restart_failed_trials(retry_failed)
+    if restarted_trials:
+        numbers = ", ".join(f"{trial.number:04d}" for trial in restarted_trials)
+        logger.info("failed trials run again: %s", numbers)
 
 
 def _log_sweep_start(
@@ -259,7 +286,9 @@ def _run_rounds(
     """Run Tune, again if trials could not start, until all trials have ended or it must stop."""
     try:
         while True:
-            n_trials_left = ledger.space.n_trials - ledger.count_ended_trials()
+            trials = ledger.load_trials()
+            n_running = sum(trial.state == "running" for trial in trials)
+            n_trials_left = n_running + max(0, ledger.space.n_trials - len(trials))
             if n_trials_left <= 0 or not ledger_callback.start_round_if_needed():
                 return
             logger.info("waiting for Ray to start the processes of trials")

@@ -237,6 +237,14 @@ class Tracker:
         entries = [RunTag(key, redact_secrets(value)) for key, value in tags.items()]
         client.log_batch(run_id, tags=entries)
 
+    def delete_tags(self, run_id: str, names: Sequence[str]) -> None:
+        """Delete those tags of a run that it has."""
+        client, _ = self._open_store()
+        tags = client.get_run(run_id).data.tags
+        for name in names:
+            if name in tags:
+                client.delete_tag(run_id, name)
+
     def set_description(self, run_id: str, lines: Sequence[str]) -> None:
         """Replace the run's description in the UI by a list with one item per line."""
         self.set_tags(run_id, {_DESCRIPTION_TAG: "\n".join(f"- {line}" for line in lines)})

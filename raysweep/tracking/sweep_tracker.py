@@ -3,6 +3,7 @@
 The sweep is a parent run and its trials are child runs; each is found again by its tags.
 """
 
+from raysweep.errors import is_interruption
 from raysweep.record_queue import RecordQueue
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.ledger import Ledger, Trial
@@ -52,12 +53,12 @@ class SweepTracker:
         """Log an epoch or the end of a trial."""
         self._records.write(lambda: self._log_trial_update(trial, epoch_metrics))
 
-    def on_sweep_end(self, ledger: Ledger) -> None:
+    def on_sweep_end(self, ledger: Ledger, error: BaseException | None = None) -> None:
         """Log the results of the sweep, plot the best trials, and end all runs."""
         if ledger.is_lost():
             # Another driver has taken the sweep over and writes its runs.
             return
-        self._records.write(lambda: self._log_sweep_end(ledger))
+        self._records.write(lambda: self._log_sweep_end(ledger, error))
         self._records.finish(f"; `raysweep tune --resume {ledger.name}` writes them")
 
     def _open_sweep_run(self) -> None:
@@ -79,7 +80,7 @@ class SweepTracker:
         if trial.state != "running":
             self._end_trial_run(run_id, trial)
 
-    def _log_sweep_end(self, ledger: Ledger) -> None:
+    def _log_sweep_end(self, ledger: Ledger, error: BaseException | None) -> None:
         """Log the results of the sweep, plot the best trials, and end all runs."""
         trials = ledger.load_trials()
         for trial in trials:
@@ -97,10 +98,7 @@ class SweepTracker:
         self._tracker.set_description(
             self._sweep_run_id, self._summarize_sweep(ledger, trials, ranked_trials)
         )
-        is_done = len(trials) >= ledger.space.n_trials and all(
-            trial.state != "running" for trial in trials
-        )
-        self._tracker.end_run(self._sweep_run_id, "FINISHED" if is_done else "KILLED")
+        self._tracker.end_run(self._sweep_run_id, _choose_sweep_status(ledger, error))
 
     def _plot_trial(self, ledger: Ledger, trial: Trial) -> None:
         """Upload the figures of a trial to its run."""
@@ -132,7 +130,11 @@ class SweepTracker:
             titles = " and ".join(map(_metric_title, objectives))
             front = _format_trial_numbers(ledger.unmasked_pareto_front())
             lines.append(f"Pareto front of {titles}: {front or 'empty'}")
-        masked_trials = [trial for trial in ranked_trials if ledger.exceeds_masking_gap(trial)]
+        masked_trials = [
+            trial
+            for trial in ranked_trials
+            if trial.state != "failed" and ledger.exceeds_masking_gap(trial)
+        ]
         if masked_trials:
             lines.append(
                 f"masking gap over {ledger.space.max_masking_gap}: "
@@ -194,6 +196,8 @@ class SweepTracker:
         if trial.state == "failed" and traceback_path.is_file():
             self._tracker.log_text(run_id, traceback_path.read_text(), TRACEBACK_FILE)
         description = advise_on_trial(self._ledger, trial.number)
+        # A trial that runs again has the reason of its earlier end.
+        self._tracker.delete_tags(run_id, ["reason"])
         tags: dict[str, str] = {"state": trial.state}
         if trial.reason:
             description = [f"{trial.state}: {trial.reason}", *description]
@@ -201,6 +205,15 @@ class SweepTracker:
         self._tracker.set_description(run_id, description)
         self._tracker.set_tags(run_id, tags)
         self._tracker.end_run(run_id, _RUN_STATUS_BY_STATE[trial.state])
+
+
+def _choose_sweep_status(ledger: Ledger, error: BaseException | None) -> RunStatus:
+    """Return the status of a sweep's run: FAILED after an error or without any result."""
+    if error is not None and not is_interruption(error):
+        return "FAILED"
+    if not ledger.has_ended():
+        return "KILLED"
+    return "FAILED" if ledger.find_best_trial() is None else "FINISHED"
 
 
 def checkpoint_run_tags(checkpoint: TrainingCheckpoint) -> dict[str, str]:

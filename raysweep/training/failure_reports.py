@@ -1,7 +1,7 @@
 """Reports about failed training runs: bad settings, too little memory, or a bug in the code.
 
-A report is a dict of strings: one line under `FAILURE_KEY`, and for a bug its traceback under
-`BUG_TRACEBACK_KEY`.
+A report is a dict of strings: one line under `FAILURE_KEY`, for a bug its traceback under
+`BUG_TRACEBACK_KEY`, and `INFRASTRUCTURE_KEY` if the same run may succeed later.
 """
 
 from __future__ import annotations
@@ -9,7 +9,12 @@ from __future__ import annotations
 import logging
 import traceback
 
-from raysweep.errors import RaysweepError, describe_os_error, is_infrastructure_error
+from raysweep.errors import (
+    InfrastructureError,
+    RaysweepError,
+    describe_os_error,
+    is_infrastructure_error,
+)
 from raysweep.lazy_modules import torch
 from raysweep.redaction import redact_secrets
 from raysweep.stores import StoredFileNotFound, StorePath
@@ -22,6 +27,9 @@ FAILURE_KEY = "failed"
 
 BUG_TRACEBACK_KEY = "bug"
 """Key of the traceback; only reports of what looks like a bug have it."""
+
+INFRASTRUCTURE_KEY = "infrastructure"
+"""Key that only reports of a failure of the surroundings have, such as a full disk or memory."""
 
 TRACEBACK_FILE = "error.txt"
 """File in the run's folder with the traceback of a bug."""
@@ -44,21 +52,24 @@ def failure_report(
         The report.
     """
     logger.error("training failed: %s", error, exc_info=error, extra={"is_shown_elsewhere": True})
+    if isinstance(error, InfrastructureError):
+        return _describe_infrastructure_failure(str(error))
     if isinstance(error, RaysweepError):
         return {FAILURE_KEY: str(error)}
     if isinstance(error, OSError) and is_infrastructure_error(error):
         # On a full disk a traceback could not be written either.
-        return {FAILURE_KEY: redact_secrets(describe_os_error(error))}
+        return _describe_infrastructure_failure(redact_secrets(describe_os_error(error)))
     hint = f"lower batch_size (now {config.batch_size})"
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
         if is_sweep_trial:
             hint += " or raise --gpus-per-trial"
-        return {FAILURE_KEY: f"out of memory on {torch.cuda.get_device_name()}: {hint}"}
+        device = torch.cuda.get_device_name()
+        return _describe_infrastructure_failure(f"out of memory on {device}: {hint}")
     if _is_cpu_out_of_memory(error):
         if is_sweep_trial:
             hint += " or raise --cpus-per-trial, so that fewer run at once"
-        return {FAILURE_KEY: f"out of memory: {hint}"}
+        return _describe_infrastructure_failure(f"out of memory: {hint}")
     report = describe_bug(error)
     (run_path / TRACEBACK_FILE).write_text(report[BUG_TRACEBACK_KEY])
     return report
@@ -111,6 +122,11 @@ def clear_failure_report(run_path: StorePath) -> None:
         run_path: The run's folder.
     """
     (run_path / _REPORT_FILE).delete()
+
+
+def _describe_infrastructure_failure(reason: str) -> dict[str, str]:
+    """Return the report of a failure that is not due to the run's settings or code."""
+    return {FAILURE_KEY: reason, INFRASTRUCTURE_KEY: "yes"}
 
 
 def _is_cpu_out_of_memory(error: Exception) -> bool:

@@ -43,13 +43,15 @@ def plot_metric_curves(histories: Mapping[str, History], metric: str, y_label: s
 def plot_param_slices(ledger: Ledger) -> Figure:
     """Plot the objective of every trial against each parameter; later trials are darker.
 
-    Each parameter has the scale of its distribution.
+    Failed trials are left out. Each parameter has the scale of its distribution.
 
     Args:
         ledger: The sweep.
     """
     metric, space = ledger.space.objectives[0], ledger.space.space
-    scored = [trial for trial in ledger.load_trials() if metric in trial.best]
+    scored = [
+        trial for trial in ledger.load_trials() if metric in trial.best and trial.state != "failed"
+    ]
     labels = param_labels(list(space))
     n_columns = min(len(space), _MAX_SLICE_COLUMNS)
     n_rows = -(-len(space) // n_columns)

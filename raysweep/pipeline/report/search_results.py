@@ -53,7 +53,8 @@ def _build_search_parts(ledger: Ledger) -> list[SectionPart]:
         ),
         _build_trial_table(ledger, best),
     ]
-    if len(ranked) > 1:
+    succeeded = [trial for trial in ranked if trial.state != "failed"]
+    if len(succeeded) > 1:
         parts.append(
             CaptionedFigure(
                 "Objective against each searched setting (darker: later)",
@@ -61,8 +62,8 @@ def _build_search_parts(ledger: Ledger) -> list[SectionPart]:
                 is_full_width=True,
             )
         )
-        parts += _build_importance_parts(ledger, len(ranked))
-        parts += _build_pareto_figures(ledger, ranked)
+        parts += _build_importance_parts(ledger, len(succeeded))
+        parts += _build_pareto_figures(ledger, succeeded)
     return parts
 
 
