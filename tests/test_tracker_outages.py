@@ -158,7 +158,7 @@ def test_training_does_not_start_without_a_server(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hushhush@127.0.0.1:1")
     assert main(train("none", 1)) == 3
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     assert "MLflow store http://***@127.0.0.1:1: does not answer: Connection refused" in line
 
 
