@@ -76,7 +76,9 @@ def test_shipped_pipelines_are_sound(name, workdir: Path) -> None:
         for config in stage.list_training_configs(settings):
             # Rows with the paper's protocol choose on test images, which is warned of.
             is_of_paper = config.validation.split == "test"
-            assert len(config.list_warnings()) == is_of_paper, config.list_warnings()
+            # Some rows are read before the last drop of their paper's schedule.
+            warnings = [line for line in config.list_warnings() if "it never becomes" not in line]
+            assert len(warnings) == is_of_paper, warnings
     _, small, around = load_pipeline(name, SHRUNK)
     planned = plan_stages(small, around, workdir, small.compute_rerun_key())
     assert len({step.stage_digest for step in planned}) == len(small.stages)
@@ -562,10 +564,11 @@ def test_a_plan_says_on_what_and_for_how_long(workdir: Path, capsys) -> None:
         main(["run", "promoted.yaml", *small, "--set", "stages.promote.pareto=true", "--plan"]) == 0
     )
     lines = capsys.readouterr().out.splitlines()
+    _, at_line, promote_line, _ = (line for line in lines if re.match(r"\d\d ", line))
     assert re.search(
-        r"; a trial holds 0.5 CPU\(s\) and 0 GPU\(s\), \d run at once, about \d", lines[1]
+        r"; a trial holds 0.5 CPU\(s\) and 0 GPU\(s\), \d run at once, about \d", at_line
     )
-    assert lines[2].endswith("run at once"), "how many are on the front nobody knows"
+    assert promote_line.endswith("run at once"), "how many are on the front nobody knows"
     assert lines[-1].endswith(
         "the training time cannot be estimated on this machine; attacks take extra time"
     )

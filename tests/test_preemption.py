@@ -157,9 +157,13 @@ def test_who_cannot_wait_says_ctrl_c_twice() -> None:
 
 
 @pytest.mark.mlflow
-def test_a_training_run_that_fails_is_closed_and_says_where_to_look(workdir: Path, capsys) -> None:
-    (workdir / "runs" / "r").mkdir(parents=True)
-    (workdir / "runs" / "r" / "histograms").touch()
+def test_a_training_run_that_fails_is_closed_and_says_where_to_look(
+    workdir: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr("raysweep.training.trainer.compute_step_gradients", fail)
     command = [
         "train",
         "at",
@@ -169,6 +173,8 @@ def test_a_training_run_that_fails_is_closed_and_says_where_to_look(workdir: Pat
         "data.train_size=64",
         "--set",
         "data.val_size=50",
+        "--set",
+        "optim.lr=0.1",
     ]
     assert main([*command, "--name", "r"]) == 1
     first, last = capsys.readouterr().err.strip().splitlines()
@@ -177,7 +183,7 @@ def test_a_training_run_that_fails_is_closed_and_says_where_to_look(workdir: Pat
     assert last.startswith("raysweep: training failed: ") and last.endswith(
         f"; its traceback is in {file}"
     )
-    assert "histograms" in last and "in train_model" in file.read_text()
+    assert "no such kernel" in last and "in train_model" in file.read_text()
     assert statuses(workdir) == ["FAILED"]
 
 

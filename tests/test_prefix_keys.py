@@ -60,6 +60,7 @@ OTHER: dict[str, Any] = {
     "compute.fold": False,
     "compute.attack": "bf16",
     "compute.train": "bf16",
+    "validation.train_examples": 7,
     "method.terms.pgd.on": "natural+pgd",
     "method.terms.cw.on": "natural+cw",
     "method.terms.bound.on": "pgd",

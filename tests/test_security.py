@@ -23,9 +23,6 @@ from raysweep.errors import InfrastructureError
 from raysweep.pipeline.stage import StageContext, TrainingOverrides
 from raysweep.spec import SpecError, apply_overrides
 from raysweep.stores import local_copies, open_path
-from raysweep.sweep.ledger import Ledger
-from raysweep.sweep.search_space import SearchSpace
-from raysweep.sweep.tuner import run_sweep
 from raysweep.tracking import get_mlflow_version
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +73,10 @@ def test_no_key_of_the_driver_is_in_rays_logs(
     """Ray's logs can be read by other users, and its environment of trials goes to all nodes."""
     import ray
     from ray.tune.execution import class_cache
+
+    from raysweep.sweep.ledger import Ledger
+    from raysweep.sweep.search_space import SearchSpace
+    from raysweep.sweep.tuner import run_sweep
 
     planted = "planted-31f0e9c4a7"
     names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")

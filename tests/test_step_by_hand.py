@@ -391,11 +391,12 @@ def test_natural_accuracy_is_at_the_first_images_in_eval_mode(digits: DatasetSpl
             )
 
     model = Seen().train()
-    right = 5 + int((digits.train.y[5:20] == 0).sum())
-    assert measure_natural_accuracy(model, digits.train, 20) == pytest.approx(right / 20)
-    assert model.rows == 20 and model.training
+    assert set(digits.train.y[:30].tolist()) == set(range(10)), "these are covered"
+    right = 5 + int((digits.train.y[5:30] == 0).sum())
+    assert measure_natural_accuracy(model, digits.train, 30) == pytest.approx(right / 30)
+    assert model.rows == 30 and model.training
     measure_natural_accuracy(model, digits.train)
-    assert model.rows == 20 + 64
+    assert model.rows == 30 + 64
 
 
 def test_histograms_are_kept_by_epoch(tmp_path: Path) -> None:

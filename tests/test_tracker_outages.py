@@ -122,7 +122,8 @@ class TestQueue:
 
 
 def train(name: str, epochs: int) -> list[str]:
-    settings = [word for value in (*TINY, f"epochs={epochs}") for word in ("--set", value)]
+    values = (*TINY, f"epochs={epochs}", "*.step_size=eps", "optim.lr=0.1")
+    settings = [word for value in values for word in ("--set", value)]
     return ["train", "at", "--name", name, *settings]
 
 

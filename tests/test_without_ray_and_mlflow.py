@@ -61,6 +61,7 @@ IMPORT_RAY_OR_MLFLOW = {
     "test_resume.py",
     "test_sweep.py",
     "test_threads.py",
+    "test_two_users.py",
 }
 NEED = [f"tune lrat --trials 1 {SMALL}", "doctor", "eval models:/robust@champion"]
 SCRIPT = """\

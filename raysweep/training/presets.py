@@ -55,19 +55,20 @@ def _read_preset(name: str) -> JsonDict:
     """Return the content of a preset, with that of the presets that it extends."""
     if name not in list_presets():
         raise SpecError(describe_unknown_name("preset", name, list_presets()))
-    return copy.deepcopy(_read_preset_once(_presets_folder() / f"{name}.yaml"))
-
-
-@functools.cache
-def _read_preset_once(path: Path) -> JsonDict:
-    """Read a preset of this version, which does not change. Callers must not change the result.
-
-    A pipeline of a paper asks for some of them a hundred times.
-    """
+    path = _presets_folder() / f"{name}.yaml"
     content = _read_preset_file(path)
     if "method" not in content:
         raise SpecError(f"{path}: method is missing")
     return content
+
+
+@functools.cache
+def _read_yaml_version(path: Path, modified_at: int) -> JsonDict:
+    """Read a file as of a time of modification. Callers must not change the result.
+
+    A pipeline of a paper asks for some presets a hundred times.
+    """
+    return read_yaml(path)
 
 
 def _choose_protocol(content: JsonDict, protocol: str | None) -> JsonDict:
@@ -148,7 +149,10 @@ def resolve_training_config(
 
 def _read_preset_file(path: Path) -> JsonDict:
     """Return the content of a file, merged into that of the preset that it extends."""
-    content = read_yaml(path)
+    try:
+        content = copy.deepcopy(_read_yaml_version(path, path.stat().st_mtime_ns))
+    except OSError:
+        content = read_yaml(path)
     notes = content.get(_NOTES_KEY, {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         raise SpecError(f"{path}: {_NOTES_KEY} = {notes!r}: must be a mapping from paths to text")
