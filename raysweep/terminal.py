@@ -80,7 +80,7 @@ class SweepDisplay:
             f"{concurrency} at a time, in {ledger.path}"
         )
         self.announce("starting the processes of the trials ...")
-        if self._console.is_terminal:
+        if self._console.is_interactive:
             self._live = Live(
                 console=self._console,
                 get_renderable=self._render_table,
@@ -157,7 +157,7 @@ def training_progress_bar(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    is_disabled = not console.is_terminal
+    is_disabled = not console.is_interactive
     with Progress(*columns, console=console, transient=True, disable=is_disabled) as progress:
         task = progress.add_task(f"epoch 1/{epochs}", total=epochs * steps_per_epoch)
 
@@ -272,6 +272,16 @@ class TrialTable:
         state = trial.describe_state(self._is_interrupted)
         style = "yellow" if mark else _STATE_STYLES[state]
         return Text(f"{state}{mark}{reason}", style=style)
+
+
+def create_progress_console() -> Console:
+    """Create a console for progress on stderr.
+
+    Returns:
+        A console with colors and live displays only if stderr is a terminal. `FORCE_COLOR` does not
+        make a file one: it would get a copy of the display for every change.
+    """
+    return Console(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
 
 
 def create_table_console() -> Console:

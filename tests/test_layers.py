@@ -15,6 +15,7 @@ LAYERS = [
         "errors",
         "record_queue",
         "uri_passwords",
+        "termination_signals",
         "lazy_modules",
         "atomic_files",
         "file_privacy",

@@ -97,7 +97,7 @@ def test_a_half_of_something_else_is_left_alone(tmp_path: Path, digits) -> None:
     same_run(tmp_path / "fresh", tmp_path / "damaged")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.mlflow
 def test_a_signal_to_a_training_run(number: signal.Signals, workdir: Path, capsys) -> None:
     """The signal comes at the tenth of the 25 steps of an epoch."""

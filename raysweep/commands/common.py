@@ -99,9 +99,12 @@ def make_writable_folder(folder: Path, option: str = "--out") -> Path:
         Its absolute path.
 
     Raises:
-        SpecError: The path is a file, or leads through one.
+        SpecError: The path is a file, leads through one, or is none for MLflow's database.
         InfrastructureError: The folder cannot be created or written.
     """
+    if option == "--out":
+        # Before the folder is made: MLflow must be able to have its database there.
+        tracking_uri(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:

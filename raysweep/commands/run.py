@@ -218,16 +218,15 @@ def _run_stages(
         StageFailed: A stage failed.
         RegressionFound: All stages are done, and a report found a regression.
     """
-    from rich.console import Console
-
     from raysweep.commands.common import make_writable_folder, resolve_runs_folder
     from raysweep.errors import RegressionFound
     from raysweep.pipeline.pipeline import run_pipeline
     from raysweep.pipeline.stage import StageFailed
+    from raysweep.terminal import create_progress_console
 
     out = make_writable_folder(request.out)
     runs_folder = resolve_runs_folder(request.out, request.storage)
-    console = Console(stderr=True)
+    console = create_progress_console()
     finished: list[FinishedStage] = []
     try:
         for finished_stage in run_pipeline(

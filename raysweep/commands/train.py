@@ -117,8 +117,10 @@ def run_command(args: argparse.Namespace) -> None:
         resolve_runs_folder,
     )
     from raysweep.data import load_data
-    from raysweep.logs import log_to_folder
+    from raysweep.errors import InfrastructureError
+    from raysweep.logs import discard_log, log_to_folder
     from raysweep.spec import SpecError
+    from raysweep.stores import StoreUnavailable
     from raysweep.training.checkpoint import RunDirectory
 
     if request.name:
@@ -143,8 +145,23 @@ def run_command(args: argparse.Namespace) -> None:
             check_resumable(checkpoint, config, dataset.fingerprint)
         print_warnings(config.list_warnings())
         tracker = open_tracker(out)
+        is_new = not _list_run_files(run_folder)
         with log_to_folder(run_folder):
-            _train_tracked(request, config, dataset, tracker, run_folder)
+            try:
+                _train_tracked(request, config, dataset, tracker, run_folder)
+            except StoreUnavailable:
+                raise
+            except (SpecError, InfrastructureError):
+                if is_new and _list_run_files(run_folder) <= {"run.json"}:
+                    discard_log(run_folder)
+                    (run_folder / "run.json").delete()
+                raise
+
+
+def _list_run_files(run_folder: StorePath) -> set[str]:
+    """Return the names of the files and folders in a run's folder, without its lock and logs."""
+    names = {file.key[len(run_folder.key) + 1 :].split("/")[0] for file in run_folder.list_files()}
+    return {name for name in names if not name.startswith((".", "lock", "log."))}
 
 
 def _choose_config(request: TrainRequest) -> tuple[TrainingConfig, str]:
@@ -289,10 +306,12 @@ def _fit_model(
     n_reported_epochs: int,
 ) -> TrainingResult:
     """Train; print each epoch and log it to MLflow, apart from those reported before."""
-    from rich.console import Console
-
     from raysweep.data import count_batches
-    from raysweep.terminal import format_accuracies, training_progress_bar
+    from raysweep.terminal import (
+        create_progress_console,
+        format_accuracies,
+        training_progress_bar,
+    )
     from raysweep.training.callbacks import FunctionCallback
     from raysweep.training.mid_epoch_checkpoint import catch_termination_signals
     from raysweep.training.prefix_cache import PREFIX_CACHE_FOLDER, PrefixCache
@@ -309,7 +328,7 @@ def _fit_model(
     with (
         catch_termination_signals() as should_interrupt,
         training_progress_bar(
-            Console(stderr=True), config.epochs, steps_per_epoch
+            create_progress_console(), config.epochs, steps_per_epoch
         ) as update_progress_bar,
     ):
         return train_model(

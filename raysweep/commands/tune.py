@@ -284,21 +284,19 @@ def _run_sweep(
     is_finished: bool,
 ) -> None:
     """Run or resume the sweep and print its result."""
-    from rich.console import Console
-
     from raysweep.commands.common import make_writable_folder, print_warnings
-    from raysweep.errors import InfrastructureError, SpecError
+    from raysweep.errors import RaysweepError, WorkFailed
     from raysweep.leases import hold_folder_lease
     from raysweep.stores import StoreUnavailable
     from raysweep.sweep.ledger import Ledger
-    from raysweep.terminal import SweepDisplay
+    from raysweep.terminal import SweepDisplay, create_progress_console
     from raysweep.tracking import SweepTracker, Tracker, tracking_uri
 
     out = make_writable_folder(request.out)
     export_listeners = _make_export_listeners(request)
     sweep_folder = runs_folder / _choose_sweep_name(request, space)
     tracker = Tracker(tracking_uri(out), out / "mlruns")
-    display = SweepDisplay(Console(stderr=True))
+    display = SweepDisplay(create_progress_console())
     listeners: list[SweepListener] = [
         SweepTracker(tracker, dataset.fingerprint),
         display,
@@ -311,18 +309,17 @@ def _run_sweep(
         extended_space = None if is_new else space
         if not is_finished:
             display.announce(start_of_ray)
-
-        # Importing Ray takes seconds, in which the tracker connects to MLflow in its thread.
-        from raysweep.sweep.space_warnings import list_space_warnings
-        from raysweep.sweep.tune_callbacks import SweepFailed
-        from raysweep.sweep.tuner import run_sweep
-
-        if not is_finished:
-            print_warnings(list_space_warnings(space))
-        if not is_new and not is_finished:
-            # `run_sweep` writes the extended space and restarts trials: MLflow must answer before.
-            tracker.wait_until_ready()
         try:
+            # Importing Ray takes seconds, in which the tracker connects to MLflow in its thread.
+            from raysweep.sweep.space_warnings import list_space_warnings
+            from raysweep.sweep.tuner import run_sweep
+
+            if not is_finished:
+                print_warnings(list_space_warnings(space))
+            if not is_finished:
+                # `run_sweep` starts Ray, writes the extended space and restarts trials: MLflow must
+                # answer before that.
+                tracker.wait_until_ready()
             end_reason = run_sweep(
                 ledger,
                 listeners,
@@ -335,12 +332,13 @@ def _run_sweep(
             )
         except StoreUnavailable:
             raise
-        except (SpecError, InfrastructureError):
-            if is_new:
+        except WorkFailed as error:
+            raise error.with_prefix("the sweep failed: ") from error
+        except (RaysweepError, ImportError, OSError, KeyboardInterrupt):
+            # Nothing was started: the same command must not find a sweep of its name.
+            if is_new and not ledger.is_lost():
                 ledger.delete_if_empty()
             raise
-        except SweepFailed as error:
-            raise error.with_prefix("the sweep failed: ") from error
     _print_sweep_result(request, ledger, tracker)
     _report_sweep_end(request, ledger, end_reason)
 

@@ -1,5 +1,6 @@
 """Progress of an evaluation, and a progress bar that shows it."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,7 +56,9 @@ def show_evaluation_progress(
     Yields:
         The function for `evaluate(..., progress=...)`.
     """
-    console = console or Console(stderr=True)
+    if console is None:
+        # `FORCE_COLOR` does not make a file a terminal.
+        console = Console(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
     columns = (
         TextColumn("{task.description:>10}"),
         BarColumn(),
@@ -67,7 +70,7 @@ def show_evaluation_progress(
         *columns,
         TextColumn("{task.fields[robust]:.2%} robust"),
         console=console,
-        disable=not console.is_terminal,
+        disable=not console.is_interactive,
     ) as bars:
 
         def show(progress: EvaluationProgress) -> None:
@@ -75,7 +78,7 @@ def show_evaluation_progress(
             name, accuracy = progress.attack, progress.robust_accuracy
             if name == "clean":
                 return
-            if not console.is_terminal:
+            if not console.is_interactive:
                 if progress.done == progress.total:
                     console.print(f"{name}: {accuracy:.2%} robust", highlight=False)
                 return

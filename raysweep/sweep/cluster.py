@@ -35,6 +35,7 @@ from raysweep.sweep.ray_internals import (
     listen_on_loopback,
     silence_authentication_log,
 )
+from raysweep.termination_signals import handle_termination_signals
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def connect_to_cluster(
         try:
             _start_or_join(address, n_cpus)
             _log_nodes(address)
-            with _treat_sigterm_as_interrupt():
+            with _treat_termination_as_interrupt():
                 yield cluster_capacity()
         finally:
             started_at = time.monotonic()
@@ -188,8 +189,8 @@ def node_capacities() -> list[dict[str, float]]:
 
 
 @contextmanager
-def _treat_sigterm_as_interrupt() -> Iterator[None]:
-    """Make SIGTERM end the driver as Ctrl-C does in this block.
+def _treat_termination_as_interrupt() -> Iterator[None]:
+    """Make SIGTERM, and SIGHUP unless it is ignored, end the driver as Ctrl-C does in this block.
 
     Ray's own handler prints a stack and exits at once.
     """
@@ -199,16 +200,14 @@ def _treat_sigterm_as_interrupt() -> Iterator[None]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         logger.warning(
-            "received SIGTERM: this process ends as after Ctrl-C, and its work can be resumed",
+            "received %s: this process ends as after Ctrl-C, and its work can be resumed",
+            signal.Signals(number).name,
             extra={"is_shown_elsewhere": True},
         )
         signal.raise_signal(signal.SIGINT)
 
-    previous_handler = signal.signal(signal.SIGTERM, interrupt)
-    try:
+    with handle_termination_signals(interrupt):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, previous_handler)
 
 
 def _parse_max_cluster_resources(text: str) -> dict[str, float]:

@@ -68,8 +68,19 @@ def tracking_uri(folder: Path) -> str:
     Returns:
         `MLFLOW_TRACKING_URI` if it is set; otherwise that of an SQLite database in the folder,
         where `mlflow ui` without arguments finds it.
+
+    Raises:
+        SpecError: The path of the folder has a `?`, behind which a URI of SQLite has options.
     """
-    return os.environ.get(_URI_VARIABLE) or f"sqlite:///{(folder / 'mlflow.db').resolve()}"
+    if uri := os.environ.get(_URI_VARIABLE):
+        return uri
+    database = (folder / "mlflow.db").resolve()
+    if "?" in str(database):
+        raise SpecError(
+            f"--out {folder}: MLflow's database cannot lie in a path with '?': {database.parent}; "
+            f"use another folder, or set {_URI_VARIABLE}"
+        )
+    return f"sqlite:///{database}"
 
 
 class Tracker:
@@ -511,6 +522,12 @@ class Tracker:
         try:
             client = MlflowClient(tracking_uri=fill_in_passwords(self.uri, _URI_VARIABLE))
             experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
+            if experiment is not None and experiment.lifecycle_stage == "deleted":
+                raise InfrastructureError(
+                    f"MLflow store {self.uri}: its experiment {EXPERIMENT_NAME!r} was deleted; "
+                    f"restore it with `{_URI_VARIABLE}={self.uri} mlflow experiments restore "
+                    f"--experiment-id {experiment.experiment_id}`, or use another --out"
+                )
             if experiment is not None:
                 return client, str(experiment.experiment_id)
             location = None

@@ -20,6 +20,7 @@ from torch import nn
 from raysweep.errors import DamagedFileError, WorkInterrupted
 from raysweep.formatting import format_count
 from raysweep.spec import SpecError
+from raysweep.termination_signals import handle_termination_signals
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
@@ -154,22 +155,21 @@ class MidEpochCheckpointer:
 
 @contextmanager
 def catch_termination_signals() -> Iterator[Callable[[], bool]]:
-    """Context manager that records SIGTERM and the first Ctrl-C instead of ending the process.
+    """Context manager that records SIGTERM, SIGHUP and the first Ctrl-C; none ends the process.
 
-    A second Ctrl-C uses the original handler. Only the main thread may enter this context.
+    SIGHUP is left alone if it is ignored (`nohup`). A second Ctrl-C uses the original handler. Only
+    the main thread may enter this context.
 
     Yields:
         A function that returns whether one of these signals has arrived.
     """
     received: list[int] = []
-    original_handlers = {
-        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    original_handler = signal.getsignal(signal.SIGINT)
 
     def record_signal(number: int, frame: FrameType | None) -> None:
         received.append(number)
         # A step may take long: a second Ctrl-C must be able to end it.
-        signal.signal(signal.SIGINT, original_handlers[signal.SIGINT])
+        signal.signal(signal.SIGINT, original_handler)
 
     def has_received_signal() -> bool:
         if received and not is_logged:
@@ -181,10 +181,9 @@ def catch_termination_signals() -> Iterator[Callable[[], bool]]:
         return bool(received)
 
     is_logged: list[bool] = []
-    for number in original_handlers:
-        signal.signal(number, record_signal)
-    try:
-        yield has_received_signal
-    finally:
-        for number, handler in original_handlers.items():
-            signal.signal(number, handler)
+    with handle_termination_signals(record_signal):
+        signal.signal(signal.SIGINT, record_signal)
+        try:
+            yield has_received_signal
+        finally:
+            signal.signal(signal.SIGINT, original_handler)
