@@ -11,8 +11,9 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -26,13 +27,15 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, core_schema
 
 from raysweep.errors import DamagedFileError
 from raysweep.errors import SpecError as SpecError
 
 _BOOL_TAG, _FLOAT_TAG = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 SpecT = TypeVar("SpecT", bound="Spec")
+# Other types, such as `path_type` and `unknown_setting`, are those of custom errors.
+_CORE_ERROR_TYPES = frozenset(get_args(core_schema.ErrorType))
 # pydantic's message for a list that is too short.
 _MIN_ITEMS_MESSAGE = re.compile(r"^\w+ should have at least (\d+ items?).*$")
 JsonDict = dict[str, Any]
@@ -264,11 +267,16 @@ def warn_former_name(former: str, name: str, source: str = "") -> None:
 
 
 def apply_overrides(
-    spec: SpecT, overrides: Mapping[str, Any], *, on_missing: Literal["error", "ignore"] = "error"
+    spec: SpecT,
+    overrides: Mapping[str, Any],
+    *,
+    on_missing: Literal["error", "ignore"] = "error",
+    stars_reach_parts: bool = True,
 ) -> SpecT:
     """Replace values at dotted paths and validate the result.
 
-    Setting a `kind` resets the other settings of the same part to their defaults.
+    Setting a `kind` resets the other settings of the same part to their defaults. A path without
+    `*`, and what stands in a mapping for a whole part, takes precedence over a path with `*`.
 
     Args:
         spec: Spec to copy.
@@ -276,6 +284,8 @@ def apply_overrides(
             eps. Names of raysweep 0.1 are accepted with a warning.
         on_missing: "error" raises SpecError for a path that matches no setting; "ignore" skips it,
             which the defaults of data sets need.
+        stars_reach_parts: Whether paths with `*` also change what a mapping for a whole part leaves
+            out. In raysweep 0.1 they did not.
 
     Returns:
         The changed copy.
@@ -285,12 +295,12 @@ def apply_overrides(
     """
     data = spec.to_json_dict()
     problems: list[str] = []
+    parts, scalars = _split_overrides(overrides, stars_reach_parts)
+    written_paths = set(_list_written_paths(overrides)) if stars_reach_parts else set()
     known_paths: list[str] | None = None
-    # Shallow paths first, and a `kind` before its siblings: setting a part or its `kind` replaces
-    # the settings inside.
-    for path, value in sorted(
-        overrides.items(), key=lambda item: (item[0].count("."), not item[0].endswith("kind"))
-    ):
+    for path, value in [*parts, *scalars]:
+        if parts and scalars and path == scalars[0][0]:
+            data = _fill_in_defaults(type(spec), data)
         if "*" in path and known_paths is None:
             known_paths = [known_path for known_path, _ in _iter_nodes(data, "")]
         targets = match_paths(path, data, known_paths)
@@ -300,6 +310,8 @@ def apply_overrides(
             if not targets:
                 problems.append(describe_unknown_path(path, data))
         for target in targets:
+            if "*" in path and target in written_paths:
+                continue
             if _set_nested_value(data, target.split("."), value):
                 known_paths = None
     try:
@@ -310,6 +322,32 @@ def apply_overrides(
     if problems:
         raise SpecError(problems)
     return result
+
+
+def _split_overrides(
+    overrides: Mapping[str, Any], stars_reach_parts: bool
+) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
+    """Split overrides into those that may replace other settings, and the rest, each in order.
+
+    Setting a part or its `kind` replaces the settings inside: these come first, shallow paths
+    before deep ones, and a `kind` before its siblings. Of the rest, paths with `*` come first.
+    Without `stars_reach_parts`, all are sorted together.
+    """
+    parts, scalars = [], []
+    for path, value in overrides.items():
+        replaces_settings = path.endswith("kind") or isinstance(value, dict)
+        is_scalar = stars_reach_parts and not replaces_settings
+        (scalars if is_scalar else parts).append((path, value))
+    parts.sort(key=lambda item: (item[0].count("."), not item[0].endswith("kind")))
+    scalars.sort(key=lambda item: ("*" not in item[0], item[0].count(".")))
+    return parts, scalars
+
+
+def _fill_in_defaults(spec_type: type[Spec], data: JsonDict) -> JsonDict:
+    """Return settings with all defaults, so that `*` finds them; unchanged if they are invalid."""
+    with suppress(SpecError):
+        return spec_type.from_data(data).to_json_dict()
+    return data
 
 
 def covers_path(pattern: str, path: str) -> bool:
@@ -348,10 +386,32 @@ def merge_overrides(*layers: Mapping[str, Any]) -> dict[str, Any]:
             for path in list(merged):
                 if path not in layer and not is_top_part and covers_path(pattern, path):
                     del merged[path]
+                elif "*" in pattern and isinstance(merged[path], dict):
+                    merged[path] = _without_matches(merged[path], path, pattern)
         for path, value in layer.items():
             merged.pop(path, None)
             merged[path] = value
     return merged
+
+
+def _without_matches(part: JsonDict, path: str, pattern: str) -> JsonDict:
+    """Return the settings of a part at `path` that an override with `*` does not set."""
+    kept = {}
+    for key, value in part.items():
+        setting = f"{path}.{key}"
+        if isinstance(value, dict):
+            kept[key] = _without_matches(value, setting, pattern)
+        elif not fnmatch.fnmatchcase(setting, pattern):
+            kept[key] = value
+    return kept
+
+
+def _list_written_paths(overrides: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the paths that overrides set without `*`, and those of the settings in mappings."""
+    for path, value in overrides.items():
+        if "*" not in path:
+            yield path
+            yield from (setting for setting, _ in _iter_nodes(value, path))
 
 
 def _match_former_paths(pattern: str, spec: Spec, data: JsonDict) -> list[str]:
@@ -629,12 +689,16 @@ def _describe_problem(details: ErrorDetails, data: Any) -> list[str]:
     if kind == "union_tag_invalid":
         tags = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
         return [f"{path}: {describe_unknown_name('kind', context['tag'], tags)}"]
+    if kind == "union_tag_not_found":
+        return [f"{path}.kind is missing"]
     if kind == "missing":
         return [f"{path} is missing"]
     cause = context.get("error")
     if kind == "value_error" and isinstance(cause, SpecError):
         return [f"{path}: {line}" if path else line for line in cause.problems]
-    message = details["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = details["msg"].removeprefix("Value error, ")
+    message = re.sub("^Input (should be|is not)", r"\1", message).replace("should be", "must be")
+    message = message.removesuffix(" or object to extract fields from")
     message = _MIN_ITEMS_MESSAGE.sub(r"must have at least \1", message)
     return [f"{path} = {value!r}: {message}"]
 
@@ -654,8 +718,8 @@ def _add_suggestion(error: ErrorDetails, field_names: list[str]) -> InitErrorDet
             or field_names
         )
         detail["type"] = PydanticCustomError("unknown_setting", " ".join(near))
-    elif error["type"] == "unknown_setting":
-        detail["type"] = PydanticCustomError("unknown_setting", error["msg"])
+    elif error["type"] not in _CORE_ERROR_TYPES:
+        detail["type"] = PydanticCustomError(error["type"], error["msg"])
     return detail
 
 

@@ -180,12 +180,105 @@ def test_one_of_the_settings_of_a_searched_star_is_refused() -> None:
 
 def test_a_searched_setting_that_the_base_fixes_is_refused(tmp_path: Path) -> None:
     data = {"method": "gairat", "base": {BURN_IN: 2}, "space": {"*.burn_in": {"int": [1, 4]}}}
-    with pytest.raises(SpecError, match=r"space\.\*\.burn_in: it has no effect: `base` sets it"):
+    line = rf"base\.{BURN_IN}: it has no effect: the space searches \*\.burn_in"
+    with pytest.raises(SpecError, match=line):
         load_space("", {}, Path(write_yaml(tmp_path / "space.yaml", data)))
     data["base"] = {"*.burn_in": 2}
     data["space"] = {BURN_IN: {"int": [1, 4]}}
     space = load_space("", {}, Path(write_yaml(tmp_path / "space.yaml", data)))
     assert space.trial_config({BURN_IN: 4}).burn_in == 4, "the path without a star is more specific"
+
+
+# A mapping for a whole part, and a `*` that reaches into it.
+WEIGHT = "method.terms.pgd.weight"
+
+
+def test_a_star_sets_what_a_mapping_for_a_part_leaves_out() -> None:
+    geometry = {"kind": "geometry"}
+    assert build_training_config("gairat", {WEIGHT: geometry, "*.burn_in": 1}).burn_in == 1
+    assert build_training_config("gairat", {"*.burn_in": 1}, {WEIGHT: geometry}).burn_in == 1
+    written = {**geometry, "burn_in": 2}
+    config = build_training_config("gairat", {WEIGHT: written, "*.burn_in": 1})
+    assert config.burn_in == 2, "what the mapping of the same layer has is more specific"
+    # A method without such a setting gets it with the part.
+    assert build_training_config("at", {WEIGHT: geometry, "*.burn_in": 1}).burn_in == 1
+
+
+def test_a_star_of_a_later_layer_wins_over_a_mapping_for_a_part(tmp_path: Path) -> None:
+    written = {"kind": "geometry", "burn_in": 2, "lam": 0.5}
+    config = build_training_config("gairat", {WEIGHT: written}, {"*.burn_in": 1})
+    assert config.burn_in == 1 and config.method.terms["pgd"].weight.lam == 0.5  # type: ignore[union-attr]
+    data = {"method": "gairat", "base": {WEIGHT: written}, "space": {"seed": {"int": [0, 3]}}}
+    file = Path(write_yaml(tmp_path / "space.yaml", data))
+    space = load_space("", {"*.burn_in": 1}, file)
+    assert space.trial_config({"seed": 2}).burn_in == 1
+    assert space.base[WEIGHT] == {"kind": "geometry", "lam": 0.5}
+    assert written["burn_in"] == 2, "the caller's mapping stays as it is"
+    config = build_training_config_of_0_1("gairat", {WEIGHT: written}, {"*.burn_in": 1})
+    assert config.burn_in == 2, "raysweep 0.1 did otherwise, and its trials stay what they were"
+
+
+def test_a_part_of_searched_mappings_is_not_fixed_silently() -> None:
+    choices = [{"kind": "geometry", "burn_in": 2}, {"kind": "geometry", "burn_in": 3}]
+    space = SearchSpace.from_data(
+        {"method": "gairat", "space": {WEIGHT: {"categorical": choices}, "seed": {"int": [0, 3]}}}
+    )
+    for override in ("*.burn_in", f"{WEIGHT}.burn_in", f"{WEIGHT}.lam"):
+        with pytest.raises(SpecError, match=f"a part of the searched {WEIGHT}"):
+            space.with_overrides({override: 1})
+    assert list(space.with_overrides({WEIGHT: choices[0]}).space) == ["seed"]
+    # No choice has it, so that all trials get it.
+    fixed = space.with_overrides({"*.lam": 2.0}).with_dataset_defaults()
+    for choice in choices:
+        config = fixed.trial_config({WEIGHT: choice})
+        assert config.method.terms["pgd"].weight.lam == 2.0  # type: ignore[union-attr]
+        assert config.burn_in == choice["burn_in"]
+
+
+def test_trials_have_the_rules_of_today_where_only_they_differ() -> None:
+    # A mapping for `optim` keeps the weight decay of digits; by the rule of 0.1 it does not.
+    rates = {"optim": {"categorical": [{"lr": 0.1}, {"lr": 0.2}]}}
+    data = {"method": "at", "base": {"data.name": "mnist"}, "space": rates}
+    space = SearchSpace.from_data(data).with_dataset_defaults()
+    config = space.trial_config({"optim": {"lr": 0.2}})
+    assert config == build_training_config("at", {"data.name": "mnist", "optim.lr": 0.2})
+    norms = {"method.attacks.pgd.norm": {"categorical": ["Linf", "L2"]}}
+    space = SearchSpace.from_data({"method": "at", "space": norms}).with_dataset_defaults()
+    validation = space.trial_config({"method.attacks.pgd.norm": "L2"}).validation
+    assert validation.attacks["cw"].norm == "L2"  # type: ignore[union-attr]
+    assert "cannot be ranked" in " ".join(space.find_problems())
+
+
+def test_a_condition_on_a_setting_that_a_fixed_one_rules_out() -> None:
+    shape, lam = f"{WEIGHT}.shape", f"{WEIGHT}.lam"
+    data = {
+        "method": "gairat",
+        "space": {
+            shape: {"categorical": ["tanh", "linear"]},
+            BURN_IN: {"categorical": [1, 2], "when": {shape: "tanh"}},
+            lam: {"float": [-1, 1], "when": {BURN_IN: 2}},
+            "seed": {"int": [0, 3]},
+        },
+    }
+    space = SearchSpace.from_data(data).with_overrides({"*.shape": "linear"})
+    assert list(space.space) == ["seed"] and not space.find_problems()
+    assert list(SearchSpace.from_data(data).with_overrides({"*.shape": "tanh"}).space) == [
+        BURN_IN, lam, "seed",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({WEIGHT: {}}, f"{WEIGHT}.kind is missing"),
+        ({WEIGHT: 1}, f"{WEIGHT} = 1: must be a valid dictionary"),
+        ({"data.unlabeled": [5]}, "data.unlabeled = [5]: is not a valid path for "),
+    ],
+)
+def test_values_of_another_type_are_one_line(settings: dict[str, Any], line: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        build_training_config("gairat", settings)
+    assert len(caught.value.problems) == 1 and line in str(caught.value)
 
 
 # Folders of data.

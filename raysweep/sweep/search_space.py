@@ -22,6 +22,7 @@ from raysweep.spec import (
     covers_path,
     describe_unknown_name,
     find_builtin_folder,
+    list_leaf_paths,
     match_paths,
     merge_overrides,
     read_yaml,
@@ -352,11 +353,22 @@ class SearchSpace(Spec):
         defaults = find_dataset_defaults(self.method, base)
         named = self.replace(base=base) if base != self.base else self
         current = named.replace(dataset_defaults=defaults)
-        config = current.trial_config({})
+        current.trial_config({})
         with suppress(SpecError):
-            if named.trial_config({}) == config:
+            if all(
+                named.trial_config(params) == current.trial_config(params)
+                for params in self._list_probe_params()
+            ):
                 return named
         return current
+
+    def _list_probe_params(self) -> Iterator[Params]:
+        """Yield no params, and each end of a range and each choice with a condition of its own."""
+        yield {}
+        for path, distribution in self.space.items():
+            condition = {other: _as_list(values)[0] for other, values in distribution.when.items()}
+            for value in distribution.bounds_or_choices():
+                yield {**condition, path: value}
 
     def find_selection_rule(self, params: Mapping[str, Any]) -> SelectionRule:
         """Return which epochs of a trial can be its best.
@@ -392,18 +404,20 @@ class SearchSpace(Spec):
             The new space; `points_to_evaluate` loses the fixed settings.
 
         Raises:
-            SpecError: If an override fixes only a part of a searched `*` path, or if nothing is
-                left to search.
+            SpecError: If an override fixes only a part of a searched `*` path or of searched
+                mappings, or if nothing is left to search.
         """
         fixed_values = self._find_fixed_values(overrides)
         space: JsonDict = {}
         for path, distribution in self.space.items():
-            is_met = all(
+            # A setting whose own condition never holds is not searched and meets no condition.
+            can_hold = all(
                 fixed_values[other] in _as_list(values)
-                for other, values in distribution.when.items()
                 if other in fixed_values
+                else other in space or other not in self.space
+                for other, values in distribution.when.items()
             )
-            if path not in fixed_values and is_met:
+            if path not in fixed_values and can_hold:
                 when = {
                     other: values
                     for other, values in distribution.when.items()
@@ -431,7 +445,8 @@ class SearchSpace(Spec):
         """Return the searched settings that overrides fix, with their values.
 
         Raises:
-            SpecError: If an override fixes only a part of a searched `*` path.
+            SpecError: If an override fixes only a part of a searched `*` path or of searched
+                mappings.
         """
         fixed_values: Params = {}
         for path in self.space:
@@ -444,6 +459,8 @@ class SearchSpace(Spec):
                         fixed_values[path] = _find_in_part(pattern, value, path)
                 elif "*" in path:
                     self._require_no_overlap(path, pattern)
+                elif _reaches_into(pattern, path, self.space[path].categorical or ()):
+                    raise _part_of_searched_setting(pattern, path)
         return fixed_values
 
     def _require_no_overlap(self, path: str, override: str) -> None:
@@ -454,10 +471,7 @@ class SearchSpace(Spec):
         else:
             is_part = fnmatchcase(override, path)
         if is_part:
-            raise SpecError(
-                f"--set {override}: a part of the searched {path}; set {path}, or write a --space "
-                "that does not search it"
-            )
+            raise _part_of_searched_setting(override, path)
 
     def suggest_params(self, optuna_trial: "optuna.Trial") -> Params:
         """Let Optuna suggest a value of each active setting, in the order of `space`.
@@ -543,6 +557,9 @@ class SearchSpace(Spec):
             condition = {other: _as_list(values)[0] for other, values in distribution.when.items()}
             for value in distribution.bounds_or_choices():
                 yield from self._find_invalid_params({**condition, path: value}, location, threat)
+            for other in self.base:
+                if other != path and not condition and covers_path(path, other):
+                    yield f"base.{other}: it has no effect: the space searches {path}"
             if self._is_overridden(condition, path, distribution.bounds_or_choices()):
                 yield f"{location}: it has no effect: `base` sets it to a fixed value"
             earlier_paths.append(path)
@@ -841,6 +858,22 @@ def _find_in_part(part_path: str, part: Any, path: str) -> Any:
             raise KeyError(path)
         value = value[key]
     return value
+
+
+def _reaches_into(override: str, path: str, choices: Iterable[Any]) -> bool:
+    """Return whether an override sets a part of a searched setting whose choices are mappings."""
+    if override.startswith(f"{path}."):
+        return True
+    written = (list_leaf_paths({path: choice}) for choice in choices)
+    return any(fnmatchcase(leaf, override) for leaves in written for leaf in leaves)
+
+
+def _part_of_searched_setting(override: str, path: str) -> SpecError:
+    """Return the error of an override that fixes a part of a searched setting."""
+    return SpecError(
+        f"--set {override}: a part of the searched {path}; set {path}, or write a --space that "
+        "does not search it"
+    )
 
 
 def _format_choice(choice: Any) -> str:

@@ -282,7 +282,7 @@ def build_training_config_of_0_1(
     config = apply_overrides(
         _start_config(method), DATASET_DEFAULTS[data_name], on_missing="ignore"
     )
-    config = apply_overrides(config, changes)
+    config = apply_overrides(config, changes, stars_reach_parts=False)
     if any(_sets_validation("eps", path, value) for path, value in changes.items()):
         return config
     return _match_validation("eps", config)
