@@ -29,8 +29,8 @@ _PEM_PATTERN = re.compile(
 )
 # Keys and tokens of well-known services.
 _TOKEN_PATTERN = re.compile(
-    r"\b(?:(?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_\w{8,}|github_pat_\w{8,}|hf_\w{16,}|sk-[\w-]{16,}"
-    r"|xox[abprs]-[\w-]{8,}|ya29\.[\w-]{8,}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*)"
+    r"\b(?:(?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_\w{8,}|github_pat_\w{8,}|glpat-[\w-]{16,}"
+    r"|hf_\w{16,}|sk-[\w-]{16,}|xox[abprs]-[\w-]{8,}|ya29\.[\w-]{8,}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*)"
 )
 _SCHEME = r"(?P<before>[A-Za-z][\w+.-]{0,20}:/{1,4})"
 _HOST_FOLLOWS = r"@(?=[\w\[%.-])"
@@ -39,8 +39,8 @@ _PASSWORD_PATTERN = re.compile(rf"{_SCHEME}[^\s:/]*:\S+{_HOST_FOLLOWS}")
 _LOGIN_PATTERN = re.compile(rf"{_SCHEME}(?<=//)(?!(?:anonymous|\.\.\.)@)[^\s/]+{_HOST_FOLLOWS}")
 # It may also contain spaces, and then ends at the last `@` before the next URL.
 _SPACED_PASSWORD_PATTERN = re.compile(
-    # A port at the end of a word is no password: what follows is a sentence.
-    rf"{_SCHEME}(?:[^\s:/]*:(?!\d{{1,5}}[]:;,.)'\"]*(?:\s|$))(?=\S)|\*\*\*@)"
+    # A host with a port at the end of a word has no password: what follows is a sentence.
+    rf"{_SCHEME}(?:(?![^\s:/]+:[1-9]\d{{0,4}}[]:;,.)'\"]*(?:\s|$))[^\s:/]*:(?=\S)|\*\*\*@)"
     rf"(?:(?!\w:/)[^\n])*{_HOST_FOLLOWS}"
 )
 _LOGIN_WITHOUT_SCHEME_PATTERN = re.compile(
@@ -52,13 +52,19 @@ _QUERY_PATTERN = re.compile(
 )
 _ASSIGNMENT_PATTERN = re.compile(
     # The last part of a path, such as `/etc/passwd: cannot be read`, is no name of a secret.
-    rf"(?<![\w.=/-])(?P<before>{_SECRET_NAME}\\?[\"']?\s*[:=](?!//)[ \t]*)(?!\*\*\*)"
+    # Nor is that of the working directory, or of what a parser found in a file.
+    rf"(?<![\w.=/-])(?!(?i:(?:old)?pwd[\"']?[ \t]*[:=][ \t]*[\"']?[/~]))"
+    r"(?!(?<=(?i:unexpected) )(?i:token))"
+    rf"(?P<before>{_SECRET_NAME}\\?[\"']?\s*[:=](?!//)[ \t]*)(?!\*\*\*)"
     rf"(?:{_QUOTED_VALUE}|[^\s\"'&,;)\]}}][^\n\"'&;)\]}}]*?(?=\s+[\w.-]+=|[\n\"'&;)\]}}]|$))"
 )
 _FLAG_PATTERN = re.compile(
     rf"(?P<before>--[\w-]*(?i:{_SECRET_WORDS})[= ])(?!\*\*\*)(?:{_QUOTED_VALUE}|\S+)"
 )
-_BEARER_PATTERN = re.compile(r"(?P<before>\b(?i:bearer|basic) )[\w.+/=~-]{6,}")
+_BEARER_PATTERN = re.compile(
+    # Base64 text has a digit or a capital letter inside; words such as `basic research` have none.
+    r"(?P<before>\b(?i:bearer )|\b(?i:basic )(?=[\w+/][a-z]*[A-Z0-9+/=]))[\w.+/=~-]{6,}"
+)
 # Shorter values of variables, such as `test`, are words of ordinary messages.
 _MIN_SECRET_LENGTH = 8
 

@@ -297,23 +297,10 @@ def apply_overrides(
     problems: list[str] = []
     parts, scalars = _split_overrides(overrides, stars_reach_parts)
     written_paths = set(_list_written_paths(overrides)) if stars_reach_parts else set()
-    known_paths: list[str] | None = None
-    for path, value in [*parts, *scalars]:
-        if parts and scalars and path == scalars[0][0]:
+    for items in (parts, scalars):
+        if items is scalars and parts and scalars:
             data = _fill_in_defaults(type(spec), data)
-        if "*" in path and known_paths is None:
-            known_paths = [known_path for known_path, _ in _iter_nodes(data, "")]
-        targets = match_paths(path, data, known_paths)
-        if not targets and on_missing == "error":
-            # Only what users wrote can have former names; the lookup writes the spec out twice.
-            targets = _match_former_paths(path, spec, data)
-            if not targets:
-                problems.append(describe_unknown_path(path, data))
-        for target in targets:
-            if "*" in path and target in written_paths:
-                continue
-            if _set_nested_value(data, target.split("."), value):
-                known_paths = None
+        problems += _set_values(spec, data, items, written_paths, on_missing)
     try:
         result = type(spec).from_data(data)
     except SpecError as error:
@@ -322,6 +309,37 @@ def apply_overrides(
     if problems:
         raise SpecError(problems)
     return result
+
+
+def _set_values(
+    spec: Spec,
+    data: JsonDict,
+    items: list[tuple[str, Any]],
+    written_paths: set[str],
+    on_missing: Literal["error", "ignore"],
+) -> list[str]:
+    """Set values at dotted paths of `data`, in their order; `*` leaves out `written_paths`.
+
+    Returns:
+        A line for each path that matches no setting, for `on_missing` "error".
+    """
+    problems: list[str] = []
+    known_paths: list[str] | None = None
+    for path, value in items:
+        if "*" in path and known_paths is None:
+            known_paths = [known_path for known_path, _ in _iter_nodes(data, "")]
+        targets = match_paths(path, data, known_paths)
+        if not targets and on_missing == "error":
+            # Only what users wrote can have former names; the lookup writes the spec out twice.
+            targets = _match_former_paths(path, spec, data)
+            if not targets:
+                problems.append(describe_unknown_path(path, data))
+        if "*" in path:
+            targets = [target for target in targets if target not in written_paths]
+        for target in targets:
+            if _set_nested_value(data, target.split("."), value):
+                known_paths = None
+    return problems
 
 
 def _split_overrides(
