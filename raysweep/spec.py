@@ -351,7 +351,8 @@ def _split_overrides(
     before deep ones, and a `kind` before its siblings. Of the rest, paths with `*` come first.
     Without `stars_reach_parts`, all are sorted together.
     """
-    parts, scalars = [], []
+    parts: list[tuple[str, Any]] = []
+    scalars: list[tuple[str, Any]] = []
     for path, value in overrides.items():
         replaces_settings = path.endswith("kind") or isinstance(value, dict)
         is_scalar = stars_reach_parts and not replaces_settings
