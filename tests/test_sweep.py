@@ -485,11 +485,26 @@ def test_a_budget_counts_what_is_held_now_and_no_waiting(
     )
 
 
-def test_a_bug_ends_the_sweep_after_a_few_trials_with_its_traceback(ray_cluster, tmp_path) -> None:
-    """Files stand where trials want to make folders."""
+def test_a_bug_ends_the_sweep_after_a_few_trials_with_its_traceback(
+    ray_cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raysweep.sweep import tuner
+
+    def train_with_bug(*arguments: object) -> None:
+        """Train in the trial's process, where the training has a bug."""
+        from raysweep.sweep import tuner as tuner_of_trial
+
+        def fail(*arguments: object, **options: object) -> None:
+            raise KeyError("histograms")
+
+        original, tuner_of_trial.train_model = tuner_of_trial.train_model, fail
+        try:
+            tuner_of_trial._train_trial(*arguments)
+        finally:
+            tuner_of_trial.train_model = original
+
+    monkeypatch.setattr(tuner, "_train_trial", train_with_bug)
     ledger = Ledger.create(tmp_path / "sweep", space(trials=8, base={**TINY, "epochs": 1}))
-    for number in range(8):
-        (ledger.trial_path(number) / "histograms").write_bytes(b"")
     with pytest.raises(
         SweepFailed, match="trials failed with errors in the code, the first:\nTraceback"
     ) as error:
