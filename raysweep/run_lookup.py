@@ -38,10 +38,11 @@ class FoundRun:
 
 
 def find_run(name: str, runs_folder: StorePath) -> FoundRun | None:
-    """Find the sweep, trial or training run that SWEEP, SWEEP/0003 or RUN names.
+    """Find the sweep, trial or training run that SWEEP, SWEEP/0003, RUN or a folder names.
 
     Args:
-        name: The name, as the user typed it; `runs/` before it is left out.
+        name: The name, as the user typed it; `runs/` before it is left out. Or the path or URI of a
+            folder, if no run has this name.
         runs_folder: The folder of all sweeps and training runs.
 
     Returns:
@@ -50,13 +51,15 @@ def find_run(name: str, runs_folder: StorePath) -> FoundRun | None:
     Raises:
         SpecError: The sweep has no such trial.
     """
+    return _find_named_run(name, runs_folder) or _find_run_at(name)
+
+
+def _find_named_run(name: str, runs_folder: StorePath) -> FoundRun | None:
+    """Find a sweep, trial or training run by its name in the folder of all runs."""
     name = name.removeprefix(_RUNS_PREFIX).rstrip("/")
     # No run's name starts with a point; `./NAME` is a path.
     if not name or name.startswith(".") or Path(name).is_absolute() or ".." in Path(name).parts:
         return None
-    folder = runs_folder / name
-    if (folder / "sweep.json").is_file():
-        return FoundRun(folder, Ledger.open(folder))
     sweep, _, number = name.rpartition("/")
     if number.isdecimal() and (runs_folder / sweep / "sweep.json").is_file():
         ledger = Ledger.open(runs_folder / sweep)
@@ -66,6 +69,26 @@ def find_run(name: str, runs_folder: StorePath) -> FoundRun | None:
                 f"{sweep} has no trial {int(number):04d}: it has {len(numbers)}, counted from 0000"
             )
         return FoundRun(ledger.trial_path(int(number)), ledger, int(number))
+    return _identify_run(runs_folder / name)
+
+
+def _find_run_at(path_or_uri: str) -> FoundRun | None:
+    """Find the sweep, trial or training run of a folder."""
+    if not is_uri(path_or_uri) and not Path(path_or_uri).expanduser().is_dir():
+        return None
+    folder = open_path(path_or_uri)
+    require_reachable(folder)
+    if folder.parent.name == "trials" and folder.name.isdecimal():
+        sweep = folder.parent.parent
+        if (sweep / "sweep.json").is_file():
+            return FoundRun(folder, Ledger.open(sweep), int(folder.name))
+    return _identify_run(folder)
+
+
+def _identify_run(folder: StorePath) -> FoundRun | None:
+    """Return the sweep or training run whose folder this is; None for other folders."""
+    if (folder / "sweep.json").is_file():
+        return FoundRun(folder, Ledger.open(folder))
     return FoundRun(folder) if (folder / "run.json").is_file() else None
 
 

@@ -94,6 +94,15 @@ def test_a_checkpoint_is_attacked_and_the_numbers_go_to_its_run(
     for what in (run.info.run_id, "models:/robust@champion", "models:/robust/1"):
         assert main(["eval", what, *QUICK]) == 0, what
         assert json.loads(capsys.readouterr().out)["robust_accuracy"] == report["robust_accuracy"]
+        assert main(["show", what, "--json"]) == 0, what
+        shown = json.loads(capsys.readouterr().out)
+        assert (
+            shown["mlflow_run"] == run.info.run_id and shown["config"]["data"]["name"] == "digits"
+        )
+        history = RunDirectory(trained_run).read_history()
+        assert shown["metrics"]["clean"] == history[shown["epoch"] - 1]["clean"]
+    assert main(["show", "models:/robust"]) == 0
+    assert f"  clean = {shown['metrics']['clean']:.4f}\n" in capsys.readouterr().out
 
 
 def test_a_finished_evaluation_is_not_run_again(trained_run: Path, capsys, monkeypatch) -> None:

@@ -87,7 +87,19 @@ def test_names_of_everything(folder: Path) -> None:
             "mine/": ("training run", "mine"),
         }
     assert [find_run(name, runs) for name in ("", "runs/", "nothing", "../runs/mine")] == [None] * 4
-    assert find_run(str(folder / "runs" / "mine"), runs) is None
+    elsewhere = open_path(folder / "elsewhere")
+    for path in (folder / "runs", "./runs", f"../{folder.name}/runs"):
+        kinds = {}
+        for name in ("lrat", "lrat/trials/0001", "mine"):
+            found = find_run(f"{path}/{name}", elsewhere)
+            assert found is not None
+            kinds[name] = (found.kind, found.path.name, found.trial_number)
+        assert kinds == {
+            "lrat": ("sweep", "lrat", None),
+            "lrat/trials/0001": ("trial", "0001", 1),
+            "mine": ("training run", "mine", None),
+        }
+    assert find_run(str(folder / "runs"), runs) is None
     with pytest.raises(SpecError, match="lrat has no trial 0002: it has 2"):
         find_run("runs/lrat/2", runs)
     assert [(run.path.name, run.kind) for run in list_runs(runs)] == [
@@ -139,7 +151,7 @@ def test_show_and_list_runs(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["list", "runs", "--out", "elsewhere"]) == 0
     assert "no sweep or training run in " in capsys.readouterr().out
 
-    for name in ("mine", "runs/mine"):
+    for name in ("mine", "runs/mine", "./runs/mine", str(folder / "runs" / "mine")):
         assert main(["show", name]) == 0
         shown = capsys.readouterr().out
         assert shown.startswith("mine finished after 2 of 2 epochs: at on digits\n")

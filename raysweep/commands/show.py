@@ -93,7 +93,8 @@ def add_parser(parsers: CommandParsers) -> None:
         "what",
         metavar="WHAT",
         help="a method, preset or pipeline of `raysweep list` (preset:NAME or space:NAME if "
-        "several of these have one name), a YAML file, a sweep, or a trial: SWEEP/0003",
+        "several of these have one name), a YAML file, a sweep, a training run, a trial: "
+        "SWEEP/0003, the folder of one of them, or a checkpoint of MLflow: runs:/ID, models:/NAME",
     )
     parser.add_argument(
         "--log",
@@ -113,8 +114,11 @@ def run_command(args: argparse.Namespace) -> None:
         _show_log(request)
         return
     from raysweep.commands.common import resolve_runs_folder
-    from raysweep.run_lookup import find_run
+    from raysweep.run_lookup import find_run, is_mlflow_reference
 
+    if is_mlflow_reference(request.name):
+        _show_mlflow_checkpoint(request)
+        return
     runs_folder = resolve_runs_folder(request.out, request.storage, for_writing=False)
     found = find_run(request.name, runs_folder)
     if found is not None:
@@ -461,6 +465,30 @@ def _print_trial_summary(ledger: Ledger, trial: Trial) -> None:
             f"before its weights acted\n  {objective} = "
             f"{trial.best_in_burn_in[objective]:.4f} in {epoch}"
         )
+
+
+def _show_mlflow_checkpoint(request: ShowRequest) -> None:
+    """Print the checkpoint of an MLflow run or model: its metrics, its settings and its folder."""
+    from raysweep.commands.common import open_tracker
+    from raysweep.run_lookup import download_from_mlflow
+    from raysweep.settings_reference import describe_settings
+    from raysweep.spec import flatten_spec
+    from raysweep.stores import open_path
+    from raysweep.training.checkpoint import read_checkpoint
+
+    run_id, folder = download_from_mlflow(request.name, open_tracker(request.out), request.out)
+    saved = read_checkpoint(open_path(folder))
+    metrics = {name: value for name, value in saved.last_metrics.items() if "/" not in name}
+    if request.as_json:
+        data = {"mlflow_run": run_id, "epoch": saved.epoch, "metrics": metrics}
+        _print_json({**data, "config": saved.config.to_json_dict(), "checkpoint": str(folder)})
+        return
+    config = saved.config
+    print(f"{request.name}: epoch {saved.epoch} of {config.method.name} on {config.data.name}")
+    for name, metric in metrics.items():
+        print(f"  {name} = {metric:.4f}")
+    print(f"MLflow run\n  {run_id}\ncheckpoint\n  {folder}\nsettings")
+    _print_config_paths(flatten_spec(config), describe_settings(config))
 
 
 def _show_training_run(request: ShowRequest, found: FoundRun) -> None:
