@@ -9,6 +9,7 @@ import yaml
 
 from raysweep.cli import main
 from raysweep.data import read_image_shape, recognize_datasets
+from raysweep.data.dataset_loaders import check_image_arrays
 from raysweep.pipeline.pipeline import load_pipeline
 from raysweep.spec import SpecError, merge_overrides
 from raysweep.sweep.ledger import Ledger
@@ -409,3 +410,37 @@ def test_abbreviations_are_refused(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("raysweep: error: ")
     assert "unrecognized arguments" in line or "arguments are required: COMMAND" in line
+
+
+def test_a_folder_that_is_not_there_or_is_a_file(tmp_path: Path) -> None:
+    file = write_images(tmp_path / "images", 30, 8) / "train.npz"
+    for path in (tmp_path / "nothing", file):
+        with pytest.raises(SpecError, match="there is no such folder; set data"):
+            build_training_config("at", {"data.data_dir": str(path)})
+
+
+def test_a_folder_given_by_a_star_is_not_ignored(tmp_path: Path) -> None:
+    folder = str(write_images(tmp_path / "images", 30, 8))
+    with pytest.raises(SpecError, match=r"\*data_dir: matches data.data_dir; write that"):
+        build_training_config("at", {"*data_dir": folder})
+    config = build_training_config("at", {"*data_dir": folder, "data.name": "arrays"})
+    assert config.data.name == "arrays" and config.data.data_dir == Path(folder)
+
+
+@pytest.mark.parametrize(
+    ("x", "hint"),
+    [
+        (np.zeros((6, 8, 8), np.uint8), "grey images: x[:, None]"),
+        (np.zeros((6, 8, 8, 2), np.uint8), "channels last: x.transpose(0, 3, 1, 2)"),
+        (np.full((6, 3, 8, 8), 0.5), "(255 * x).round().astype('uint8')"),
+    ],
+)
+def test_the_hint_makes_arrays_that_are_read(tmp_path: Path, x: Any, hint: str) -> None:
+    y = np.arange(6) % 2
+    with pytest.raises(SpecError) as caught:
+        check_image_arrays(tmp_path / "train.npz", x, y)
+    assert str(caught.value).endswith(hint)
+    converted = eval(hint.rpartition(": ")[2] if "grey" not in hint else "x[:, None]", {"x": x})
+    images, _ = check_image_arrays(tmp_path / "train.npz", converted, y)
+    assert images.shape[-2:] == (8, 8) and images.shape[0] == 6
+    assert images.max() == (128 if x.dtype == float else 0)

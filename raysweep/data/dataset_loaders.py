@@ -306,6 +306,25 @@ def _is_channels_last(shape: tuple[int, ...]) -> bool:
     return shape[3] in _CHANNEL_COUNTS and shape[1] not in _CHANNEL_COUNTS
 
 
+def _has_few_columns(shape: tuple[int, ...]) -> bool:
+    """Return whether images (N, C, H, W) would have 2 columns and as many channels as rows.
+
+    They are (N, H, W, C) of square images with 2 channels.
+    """
+    return shape[1] == shape[2] > shape[3] == 2
+
+
+def _suggest_conversion(x: NDArray[np.generic]) -> str:
+    """Return how to convert an array to images, for an error; "" if that is not known."""
+    if x.dtype == np.uint8 and x.ndim == 3:
+        return "; grey images: x[:, None]"
+    if x.dtype == np.uint8 and x.ndim == 4:
+        return "; channels last: x.transpose(0, 3, 1, 2)"
+    if np.issubdtype(x.dtype, np.floating) and x.ndim in (3, 4):
+        return "; numbers from 0 to 1: (255 * x).round().astype('uint8')"
+    return ""
+
+
 # Data set name -> reader. `raysweep list` prints the first line of each reader's docstring.
 DATASET_LOADERS: dict[str, Callable[[Path | None, bool], TrainTestArrays]] = {
     "digits": load_digits,
@@ -447,9 +466,10 @@ def check_image_arrays(
     if x.ndim == 4 and _is_channels_last(x.shape):
         logger.warning("%s: x has shape %s, taken as (N, H, W, C)", path, x.shape)
         x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-    if x.ndim != 4 or x.dtype != np.uint8:
+    if x.ndim != 4 or x.dtype != np.uint8 or _has_few_columns(x.shape):
         raise SpecError(
             f"{path}: x must be uint8 of shape (N, C, H, W), got {x.dtype} of shape {x.shape}"
+            f"{_suggest_conversion(x)}"
         )
     if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
         raise SpecError(

@@ -1,6 +1,7 @@
 """Config of a training run: all settings that decide its result, as one spec."""
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -234,9 +235,12 @@ def name_dataset(changes: Mapping[str, Any]) -> dict[str, Any]:
         The settings, with `data.name` if they have a `data.data_dir` of images.
 
     Raises:
-        SpecError: The folder holds no data set, or several.
+        SpecError: The folder holds no data set, or several; or a path with `*` names the folder.
     """
     parts = _split_parts(changes)
+    for path in parts:
+        if "data.name" not in parts and "*" in path and fnmatchcase("data.data_dir", path):
+            raise SpecError(f"{path}: matches data.data_dir; write that, or --data-dir DIR")
     folder = parts.get("data.data_dir")
     # `unlabeled` is a file in `data_dir`, also with a data set that needs no folder.
     if "data.name" in parts or folder is None or parts.get("data.unlabeled") is not None:
@@ -245,6 +249,8 @@ def name_dataset(changes: Mapping[str, Any]) -> dict[str, Any]:
     if len(names) == 1:
         return {**changes, "data.name": names[0]}
     reason = "it has no train.npz and no train.parquet"
+    if not Path(str(folder)).expanduser().is_dir():
+        reason = "there is no such folder"
     if names:
         reason = f"it has the files of {' and '.join(names)}"
     known = [name for name in DATASET_DEFAULTS if name != DataSpec().name]
