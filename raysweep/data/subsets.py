@@ -94,7 +94,7 @@ def find_subset_warnings(y: Tensor, rows: Tensor, choice: SubsetChoice) -> list[
         warnings.append(
             f"the {len(rows)} examples (subset 'balanced') have equally many of each class as far "
             f"as possible, the whole test set has {int(counts.min())} to {int(counts.max())}: its "
-            "accuracy is another; subset 'proportional' keeps the shares"
+            "accuracy differs; subset 'proportional' keeps the shares"
         )
     return warnings
 
