@@ -425,7 +425,10 @@ def _load_checked_space(
         space = load_space(request.method or "", request.overrides, request.space_file)
     if request.trials:
         space = space.replace(trials=request.trials)
-    return space, load_data(space.trial_config({}).data)
+    dataset = load_data(space.trial_config({}).data)
+    if resumed_ledger is not None:
+        resumed_ledger.check_same_data(dataset.fingerprint)
+    return space, dataset
 
 
 def _extend_resumed_space(request: TuneRequest, ledger: Ledger) -> SearchSpace:

@@ -75,15 +75,18 @@ def connect_to_cluster(
         if ray.is_initialized():
             yield cluster_capacity()
             return
+        source = "--address"
         if address is None or address == "auto":
+            if os.environ.get("RAY_ADDRESS"):
+                source = "RAY_ADDRESS"
             address = os.environ.get("RAY_ADDRESS") or address or "local"
             if address not in ("auto", "local"):
-                _require_reachable(address, "RAY_ADDRESS")
+                _require_reachable(address, source)
         if address == "auto":
             address = find_own_cluster()
             _require_reachable(address)
         try:
-            _start_or_join(address, n_cpus)
+            _start_or_join(address, n_cpus, source)
             _log_nodes(address)
             with _treat_termination_as_interrupt():
                 yield cluster_capacity()
@@ -93,7 +96,7 @@ def connect_to_cluster(
             logger.info("left Ray; this took %.1f s", time.monotonic() - started_at)
 
 
-def _start_or_join(address: str, n_cpus: int | None) -> None:
+def _start_or_join(address: str, n_cpus: int | None, source: str) -> None:
     """Start a cluster that stays on loopback, or join one; the errors are those of the caller."""
     silence_authentication_log()
     try:
@@ -121,7 +124,7 @@ def _start_or_join(address: str, n_cpus: int | None) -> None:
             problem = f"Ray could not be started on this machine: {_first_line(error)}"
             raise InfrastructureError(problem) from error
         reason = _first_line(error)
-        raise InfrastructureError(f"no Ray cluster at --address {address}: {reason}") from error
+        raise InfrastructureError(f"no Ray cluster at {source} {address}: {reason}") from error
     if ports := list_exposed_ports(ray.get_runtime_context().get_session_name()):
         raise InfrastructureError(describe_exposure(ports))
 

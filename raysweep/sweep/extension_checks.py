@@ -1,6 +1,7 @@
 """Check what a sweep may change when it is extended.
 
-It may have more trials, more epochs, and other ranges that still contain the tried params.
+It may have more trials, more epochs, and other ranges that still contain the tried params. The
+folder of the data may change, too: `check_same_data` compares the data itself.
 """
 
 from collections.abc import Iterator, Mapping
@@ -72,7 +73,7 @@ def _find_changed_config(
             f"epochs = {new['epochs']}: the sweep has {old['epochs']} and can only have more; "
             f"{_NEW_NAME_HINT}"
         )
-    for path in sorted((old.keys() | new.keys()) - {"epochs"}):
+    for path in sorted((old.keys() | new.keys()) - {"epochs", "data.data_dir"}):
         if old.get(path) != new.get(path):
             yield f"{path} = {new.get(path)!r}: the sweep has {old.get(path)!r}; {_NEW_NAME_HINT}"
 

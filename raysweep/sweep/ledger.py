@@ -18,6 +18,7 @@ from raysweep.spec import JsonDict, SpecError
 from raysweep.stores import Location, StoredFileNotFound, StorePath, open_path, parse_json
 from raysweep.sweep.extension_checks import check_extension
 from raysweep.sweep.search_space import Params, SearchSpace
+from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.failure_reports import TRACEBACK_FILE
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.selection import EpochRank, RunRank, SelectionRule, rank_epoch
@@ -325,6 +326,24 @@ class Ledger:
         return len(trials) >= self.space.n_trials and all(
             trial.state != "running" for trial in trials
         )
+
+    def check_same_data(self, fingerprint: str) -> None:
+        """Check that the sweep's trials were trained on data with this fingerprint.
+
+        Raises:
+            SpecError: The data are others.
+        """
+        for trial in self.load_trials():
+            checkpoint = RunDirectory(self.trial_path(trial.number)).read_last_checkpoint()
+            if checkpoint is None:
+                continue
+            if checkpoint.meta["data_fingerprint"] != fingerprint:
+                name = checkpoint.config.data.name
+                raise SpecError(
+                    f"{self.path} holds a sweep on other {name!r} data: give the folder of the "
+                    "same data as --data-dir, or choose another --name"
+                )
+            return
 
     def count_ended_trials(self) -> int:
         """Return the number of trials that have ended."""

@@ -10,10 +10,11 @@ import logging
 import math
 import os
 import re
+import sqlite3
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -54,6 +55,12 @@ _MLFLOW_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
 }
 _URI_VARIABLE = "MLFLOW_TRACKING_URI"
+# Columns of MLflow's database that hold absolute URIs of artifacts.
+_ARTIFACT_URI_COLUMNS = (
+    ("runs", "artifact_uri"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 # Seconds in which another process may create or upgrade a database.
 _MIGRATION_TIMEOUT = 600.0
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -519,7 +526,10 @@ class Tracker:
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
+        database = find_sqlite_file(self.uri)
         try:
+            if database is not None and database.parent == self._artifact_root.parent.resolve():
+                _relocate_artifacts(database, self._artifact_root / EXPERIMENT_NAME)
             client = MlflowClient(tracking_uri=fill_in_passwords(self.uri, _URI_VARIABLE))
             experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
             if experiment is not None and experiment.lifecycle_stage == "deleted":
@@ -541,12 +551,52 @@ class Tracker:
             return client, str(
                 client.create_experiment(EXPERIMENT_NAME, artifact_location=location, tags=tags)
             )
-        except (MlflowException, SQLAlchemyError, CommandError, OSError, ValueError) as error:
+        except (
+            *(MlflowException, SQLAlchemyError, CommandError),
+            *(sqlite3.Error, OSError, ValueError),
+        ) as error:
             logger.error("the MLflow store does not answer", exc_info=error)
             hint = "set MLFLOW_TRACKING_URI to a server or sqlite:///FILE, or leave it out"
             raise InfrastructureError(
                 f"MLflow store {self.uri}: {_first_line(error)}; {hint}"
             ) from error
+
+
+def _relocate_artifacts(database: Path, artifact_folder: Path) -> None:
+    """Correct the paths of artifacts in a database that was moved or copied with its artifacts.
+
+    MLflow stores absolute paths, makes missing folders anew and has no function to change them.
+
+    Args:
+        database: SQLite database of MLflow; nothing happens if it is missing or empty.
+        artifact_folder: Folder of the experiment's artifacts.
+    """
+    new_uri = artifact_folder.resolve().as_uri()
+    if not database.is_file() or not artifact_folder.is_dir():
+        return
+    with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
+        if not connection.execute(
+            "SELECT 1 FROM sqlite_master WHERE name = 'experiments'"
+        ).fetchone():
+            return
+        row = connection.execute(
+            "SELECT artifact_location FROM experiments WHERE name = ?", (EXPERIMENT_NAME,)
+        ).fetchone()
+        suffix = f"/{artifact_folder.parent.name}/{EXPERIMENT_NAME}"
+        if row is None or row[0] == new_uri or not str(row[0]).endswith(suffix):
+            return
+        old_uri = str(row[0])
+        logger.warning("the artifacts of %s were moved here from %s", database, old_uri)
+        connection.execute(
+            "UPDATE experiments SET artifact_location = ? WHERE name = ?",
+            (new_uri, EXPERIMENT_NAME),
+        )
+        for table, column in _ARTIFACT_URI_COLUMNS:
+            connection.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                f"WHERE substr({column}, 1, ?) = ?",
+                (new_uri, len(old_uri) + 1, len(old_uri) + 1, f"{old_uri}/"),
+            )
 
 
 class _CheckedClient:

@@ -337,3 +337,17 @@ def _match_validation(key: str, config: TrainingConfig) -> TrainingConfig:
     if not values:
         return config
     return apply_overrides(config, {f"validation.*.{key}": values[0]}, on_missing="ignore")
+
+
+def has_same_settings(saved: TrainingConfig, config: TrainingConfig) -> bool:
+    """Return whether a run of one config can resume one of another.
+
+    They may differ in the number of epochs and in the folder of the data: data may move, and its
+    fingerprint says whether it is the same.
+
+    Args:
+        saved: Config of the run that was saved.
+        config: Config of the run that resumes it.
+    """
+    data = saved.data.replace(data_dir=config.data.data_dir)
+    return saved.replace(epochs=config.epochs, data=data) == config

@@ -23,7 +23,7 @@ from raysweep.spec import SpecError
 from raysweep.termination_signals import handle_termination_signals
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
-from raysweep.training.config import TrainingConfig
+from raysweep.training.config import TrainingConfig, has_same_settings
 from raysweep.training.diagnostics import EpochDiagnostics
 from raysweep.training.metric_history import EpochMetrics
 
@@ -147,7 +147,7 @@ class MidEpochCheckpointer:
     def _is_resumable(self, saved: TrainingCheckpoint) -> bool:
         """Return whether a checkpoint has this run's settings, data and earlier epochs."""
         return (
-            saved.config.replace(epochs=self._config.epochs) == self._config
+            has_same_settings(saved.config, self._config)
             and saved.meta["data_fingerprint"] == self._data_fingerprint
             and saved.history == self._history
         )

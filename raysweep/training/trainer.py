@@ -23,7 +23,7 @@ from raysweep.stores import Location, open_path
 from raysweep.training import checkpoint
 from raysweep.training.callbacks import TrainingCallback
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
-from raysweep.training.config import OptimizerSpec, TrainingConfig
+from raysweep.training.config import OptimizerSpec, TrainingConfig, has_same_settings
 from raysweep.training.diagnostics import (
     EpochDiagnostics,
     Histogram,
@@ -154,10 +154,7 @@ def check_resumable(
     """
     folder = checkpoint.path.parent
     remedy = "choose another --name, or delete the folder"
-    if (
-        checkpoint.config.replace(epochs=config.epochs) != config
-        or checkpoint.epoch > config.epochs
-    ):
+    if not has_same_settings(checkpoint.config, config) or checkpoint.epoch > config.epochs:
         raise SpecError(f"{folder} holds a run with other settings: {remedy}")
     if checkpoint.meta["data_fingerprint"] != data_fingerprint:
         raise SpecError(f"{folder} holds a run on other {config.data.name!r} data: {remedy}")
