@@ -286,7 +286,7 @@ class Ledger:
                 trial.state == "finished"
                 and trial.epoch < new_space.trial_config(trial.params).epochs
             ):
-                self.save_trial(trial.as_running())
+                self.save_trial(replace(trial, state="running"))
 
     def restart_failed_trials(self, retry_failed: bool = False) -> list[Trial]:
         """Set failed trials to running again, to resume from their last checkpoints.
