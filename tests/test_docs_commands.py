@@ -41,6 +41,7 @@ LEFT_OUT = {
     r"^raysweep show g1|^raysweep eval (?!runs/first|s1)": "run_docs_commands.py has these sweeps",
 }
 EXECUTED_ELSEWHERE = {
+    "docs/paper-figures.md": "test_pipelines.py, with a smaller pipeline; this one takes hours",
     "docs/logs.md": "test_logs.py, with logs of its own",
     "docs/evaluate-your-own-model.md": "run_docs_commands.py; test_eval.py has such a model",
     "docs/storage.md": "run_docs_commands.py, with a server that speaks S3",

@@ -119,9 +119,15 @@ def test_a_signal_to_a_training_run(number: signal.Signals, workdir: Path, capsy
             signal.raise_signal(number)
         return compute_step_gradients(*arguments, **options)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "compute_step_gradients", step_and_signal)
-        assert main(command) == 130
+    # Under nohup SIGHUP is ignored, and then it is no reason to end.
+    handler = signal.signal(number, signal.SIG_DFL) if number == signal.SIGHUP else None
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "compute_step_gradients", step_and_signal)
+            assert main(command) == 130
+    finally:
+        if handler is not None:
+            signal.signal(number, handler)
     assert "raysweep: interrupted in epoch 1 after 10 steps" in capsys.readouterr().err
     assert statuses(workdir) == ["KILLED"]
     assert (workdir / "runs/r/half").is_dir() and not list(workdir.glob("runs/r/epoch-*"))

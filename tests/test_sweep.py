@@ -530,11 +530,14 @@ def test_failures_are_told_apart(tmp_path) -> None:
         "out of memory: lower batch_size (now 32) or raise --cpus-per-trial, "
         "so that fewer run at once"
     )
-    assert report_of_failure(lambda: torch.empty(2**60)) == {"failed": hint}
+    assert report_of_failure(lambda: torch.empty(2**60)) == {
+        "failed": hint,
+        "infrastructure": "yes",
+    }
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60)
     alone = failure_report(error.value, tiny("at"), tmp_path, is_sweep_trial=False)
-    assert alone == {"failed": "out of memory: lower batch_size (now 32)"}, (
+    assert alone["failed"] == "out of memory: lower batch_size (now 32)", (
         "no flag of another command"
     )
     assert report_of_failure(lambda: train_model(tiny("at", optim__lr=1e20), tmp_path / "nan"))[

@@ -149,10 +149,8 @@ def resolve_training_config(
 
 def _read_preset_file(path: Path) -> JsonDict:
     """Return the content of a file, merged into that of the preset that it extends."""
-    try:
-        content = copy.deepcopy(_read_yaml_version(path, path.stat().st_mtime_ns))
-    except OSError:
-        content = read_yaml(path)
+    modified_at = path.stat().st_mtime_ns if path.exists() else 0
+    content = copy.deepcopy(_read_yaml_version(path, modified_at))
     notes = content.get(_NOTES_KEY, {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         raise SpecError(f"{path}: {_NOTES_KEY} = {notes!r}: must be a mapping from paths to text")
