@@ -159,13 +159,14 @@ def test_a_bucket_stays_in_its_working_copy(name: str) -> None:
         assert copy.is_relative_to(open_path("s3://bucket").working_path)
 
 
-@pytest.mark.parametrize("what", ["../outside", "{root}/outside", "x/../../outside"])
+@pytest.mark.parametrize("what", ["../outside", "x/../../outside", "runs/../outside"])
 def test_show_looks_at_runs_and_nowhere_else(what: str, workdir: Path, capsys) -> None:
+    """What begins with `/` or `./` is a path, which may lead anywhere."""
     for folder in ("outside", "runs/x"):
         (workdir / folder).mkdir(parents=True)
     space = {"method": "at", "space": {"optim.lr": {"float": [0.1, 0.2]}}}
     (workdir / "outside" / "sweep.json").write_text(json.dumps({"key": "0", "space": space}))
-    assert main(["show", what.format(root=workdir)]) == 2
+    assert main(["show", what]) == 2
     assert "no method, preset" in capsys.readouterr().err
 
 
