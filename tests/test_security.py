@@ -159,9 +159,9 @@ def test_a_bucket_stays_in_its_working_copy(name: str) -> None:
         assert copy.is_relative_to(open_path("s3://bucket").working_path)
 
 
-@pytest.mark.parametrize("what", ["../outside", "x/../../outside", "runs/../outside"])
+@pytest.mark.parametrize("what", ["../outside", "x/../../outside"])
 def test_show_looks_at_runs_and_nowhere_else(what: str, workdir: Path, capsys) -> None:
-    """What begins with `/` or `./` is a path, which may lead anywhere."""
+    """What begins with `/`, `./` or `runs/` is a path of the user, which may lead anywhere."""
     for folder in ("outside", "runs/x"):
         (workdir / folder).mkdir(parents=True)
     space = {"method": "at", "space": {"optim.lr": {"float": [0.1, 0.2]}}}
