@@ -95,3 +95,19 @@ def test_links_of_ones_own_above_the_folder_are_followed(tmp_path: Path) -> None
     (folder / "a/b").write_text("x")
     assert (tmp_path / "disk/a/b").read_text() == "x" == (folder / "a/b").read_text()
     assert [file.name for file in (tmp_path / "disk/a").iterdir()] == ["b"]
+
+
+def test_listings_leave_out_what_is_behind_a_link(victim: Path, tmp_path: Path) -> None:
+    folder = open_path(tmp_path) / "runs"
+    (folder / "mine/sweep.json").write_text("{}")
+    (folder / "mine/meta.json").write_text("{}")
+    (victim / "sweep.json").write_text("{}")
+    (tmp_path / "runs/linked").symlink_to(victim)
+    (tmp_path / "runs/linked-file").symlink_to(victim / "diary")
+    assert folder.list_folders_containing("sweep.json") == ["mine"]
+    assert [str(path) for path in folder.read_matching("*/sweep.json")] == [
+        str(tmp_path / "runs/mine/sweep.json")
+    ]
+    names = [Path(file.key).name for file in folder.list_files()]
+    assert names == ["meta.json", "sweep.json"]
+    assert len(folder.store.list_checkpoints(folder.key)) == 1

@@ -32,7 +32,8 @@ class FolderStore:
     """Store in a folder. The version of a file is a digest of its content.
 
     No symbolic link below the folder is followed: a folder that somebody else has made could lead
-    anywhere. DamagedFileError tells of the first one on the way to a file.
+    anywhere. Listings leave out what is behind a link; DamagedFileError tells of the first one on
+    the way to a file.
 
     `create`, `replace` and `delete` lock a hidden file beside the file with flock.
 
@@ -90,9 +91,10 @@ class FolderStore:
         contents = {}
         with self._translate_errors(prefix) as folder:
             for path in sorted(folder.glob(pattern)):
+                if self._is_behind_link(path):
+                    continue
                 with suppress(FileNotFoundError, IsADirectoryError):
-                    key = self._key_of(path)
-                    contents[key] = self._path_of(key).read_bytes()
+                    contents[self._key_of(path)] = path.read_bytes()
         return contents
 
     def write_bytes(self, key: str, data: bytes) -> None:
@@ -125,11 +127,14 @@ class FolderStore:
         files = []
         with self._translate_errors(prefix) as folder:
             for path in folder.glob(pattern):
+                if path.name.endswith((".part", ".lock~")) or self._is_behind_link(path):
+                    continue
                 with suppress(FileNotFoundError):
-                    if path.is_file() and not path.name.endswith((".part", ".lock~")):
-                        key = self._key_of(path)
-                        status = self._path_of(key).stat()
-                        files.append(StoredFile(key, status.st_size, status.st_mtime))
+                    if path.is_file():
+                        status = path.stat()
+                        files.append(
+                            StoredFile(self._key_of(path), status.st_size, status.st_mtime)
+                        )
         return sorted(files, key=lambda file: file.key)
 
     def list_subfolders(self, prefix: str) -> list[str]:
@@ -174,7 +179,9 @@ class FolderStore:
         checkpoints = []
         with self._translate_errors(prefix) as path:
             for meta_file in sorted(path.glob(f"[!.]*/{META_FILE}")):
-                folder = self._path_of(self._key_of(meta_file.parent))
+                folder = meta_file.parent
+                if self._is_behind_link(folder):
+                    continue
                 with suppress(FileNotFoundError):
                     size = sum(file.stat().st_size for file in folder.iterdir())
                     last_used = folder.stat().st_mtime
@@ -199,8 +206,7 @@ class FolderStore:
         Raises SpecError for what is no key, and DamagedFileError if a link is on the way.
         """
         path = self.path / check_key(key)
-        # `resolve` would raise RuntimeError for links that form a loop.
-        if os.path.realpath(path) != str(Path(os.path.realpath(self.path)) / key):
+        if self._is_behind_link(path):
             links = [part for part in (path, *path.parents) if part.is_symlink()]
             link = links[-1] if links else path
             raise DamagedFileError(
@@ -208,6 +214,12 @@ class FolderStore:
                 "itself in its place, or name the folder to which it leads"
             )
         return path
+
+    def _is_behind_link(self, path: Path) -> bool:
+        """Return whether a part of a path below the folder is a symbolic link."""
+        # `Path.resolve` would raise RuntimeError for links that form a loop.
+        root = Path(os.path.realpath(self.path))
+        return os.path.realpath(path) != str(root / path.relative_to(self.path))
 
     def _key_of(self, path: Path) -> str:
         """Return the key of a file below the folder."""
