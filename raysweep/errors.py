@@ -218,3 +218,8 @@ def _rebuild_error(
         parent.__cause__ = cause
         parent = cause
     return error
+
+
+def get_first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or the name of its class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

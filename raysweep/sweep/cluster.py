@@ -18,7 +18,7 @@ from typing import Any
 import joblib
 import ray
 
-from raysweep.errors import InfrastructureError, RaysweepError
+from raysweep.errors import InfrastructureError, RaysweepError, get_first_line
 from raysweep.spec import SpecError
 from raysweep.sweep.node_probe import list_exposed_ports
 from raysweep.sweep.ray_access import (
@@ -121,17 +121,12 @@ def _start_or_join(address: str, n_cpus: int | None, source: str) -> None:
         ):
             raise
         if address == "local":
-            problem = f"Ray could not be started on this machine: {_first_line(error)}"
+            problem = f"Ray could not be started on this machine: {get_first_line(error)}"
             raise InfrastructureError(problem) from error
-        reason = _first_line(error)
+        reason = get_first_line(error)
         raise InfrastructureError(f"no Ray cluster at {source} {address}: {reason}") from error
     if ports := list_exposed_ports(ray.get_runtime_context().get_session_name()):
         raise InfrastructureError(describe_exposure(ports))
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message; the name of its class without one."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _initialize_ray(**options: Any) -> None:

@@ -155,7 +155,7 @@ def create_private_ray_folder() -> Path:
     Raises:
         InfrastructureError: If no folder can be created.
     """
-    name = f"raysweep-{os.geteuid()}"
+    name = _private_folder_name()
     parent = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     longest_path = f"{parent}/{name}/{_RAY_FOLDER}{_LONGEST_SOCKET}"
     if len(os.fsencode(longest_path)) > _MAX_SOCKET_PATH:
@@ -179,6 +179,11 @@ def create_private_ray_folder() -> Path:
     return folder / _RAY_FOLDER
 
 
+def _private_folder_name() -> str:
+    """Return the name of the folder that only this user can enter."""
+    return f"raysweep-{os.geteuid()}"
+
+
 def find_own_cluster() -> str:
     """Find the Ray cluster of this machine that `--address auto` means.
 
@@ -200,7 +205,7 @@ def find_own_cluster() -> str:
         if not set(user_ids) <= trusted_users:
             has_foreign = True
             continue
-        is_private = f"/raysweep-{os.geteuid()}" in arguments.get("temp-dir", "")
+        is_private = f"/{_private_folder_name()}" in arguments.get("temp-dir", "")
         candidates.append((not is_private, started_at, address))
     if candidates:
         return max(candidates)[2]

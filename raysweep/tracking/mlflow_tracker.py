@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from raysweep.errors import InfrastructureError, RaysweepError
+from raysweep.errors import InfrastructureError, RaysweepError, get_first_line
 from raysweep.record_queue import RecordStoreUnavailable
 from raysweep.redaction import redact_secrets
 from raysweep.spec import SpecError, flatten_spec
@@ -558,7 +558,7 @@ class Tracker:
             logger.error("the MLflow store does not answer", exc_info=error)
             hint = "set MLFLOW_TRACKING_URI to a server or sqlite:///FILE, or leave it out"
             raise InfrastructureError(
-                f"MLflow store {self.uri}: {_first_line(error)}; {hint}"
+                f"MLflow store {self.uri}: {get_first_line(error)}; {hint}"
             ) from error
 
 
@@ -618,7 +618,7 @@ class _CheckedClient:
             except (MlflowException, SQLAlchemyError, OSError) as error:
                 is_final = _missing_entry_error_type(error) is SpecError
                 raise RecordStoreUnavailable(
-                    f"MLflow store {self._uri}: {_first_line(error)}", is_final
+                    f"MLflow store {self._uri}: {get_first_line(error)}", is_final
                 ) from error
 
         return call_method
@@ -666,7 +666,7 @@ def _request_server_version(uri: str) -> Any:
         )
     except (MlflowException, OSError) as error:
         errno_match = re.search(r"\[Errno \d+\] ([\w ]+)", str(error))
-        reason = errno_match[1] if errno_match else _first_line(error)
+        reason = errno_match[1] if errno_match else get_first_line(error)
         raise InfrastructureError(f"MLflow store {uri}: does not answer: {reason}") from error
 
 
@@ -697,11 +697,6 @@ def _prepare_mlflow() -> None:
         from mlflow.telemetry import set_telemetry_client
 
         set_telemetry_client()
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its type if it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _missing_entry_error_type(error: Exception) -> type[RaysweepError]:
