@@ -30,7 +30,9 @@ def atomic_open(path: Path) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.part")
     try:
-        with partial.open("wb") as stream:
+        # What a crashed process left, or somebody else has put there, is not written into.
+        partial.unlink(missing_ok=True)
+        with partial.open("xb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, TextIO
 
 from filelock import (
     BaseFileLock,
@@ -38,6 +38,10 @@ logger = logging.getLogger(__name__)
 LOCK_FILE = "lock"
 _STRICT_LOCK_FILE = ".lock.strict"
 _STRICT_CLAIMS_FOLDER = f"{_STRICT_LOCK_FILE}.filelock"
+# Endings of the other files that are written in place.
+_WRITTEN_IN_PLACE = (".jsonl", ".txt", ".lock~")
+# Characters of a lock file that are read.
+_MAX_LOCK_LENGTH = 10_000
 # Seconds between two attempts to acquire a lock.
 _POLL_SECONDS = 0.5
 # Time for which processes compete for the strict lock of a dead one.
@@ -104,13 +108,14 @@ def hold_folder_lock(
 
 
 def require_no_links(folder: Path) -> None:
-    """Check that work in a folder stays in it, whoever has made the folder.
+    """Check that work in a folder stays in it and ends, whoever has made the folder.
 
     Args:
         folder: The folder; it may be a link itself.
 
     Raises:
-        DamagedFileError: There is a symbolic link below the folder. One line.
+        DamagedFileError: Below the folder there is a symbolic link, a pipe, a socket or a device,
+            or a file that raysweep writes in place has a second name elsewhere. One line.
         OSError: The folder cannot be read.
     """
     subfolders = [str(folder)]
@@ -124,6 +129,18 @@ def require_no_links(folder: Path) -> None:
                     )
                 if entry.is_dir(follow_symlinks=False):
                     subfolders.append(entry.path)
+                elif problem := _find_file_problem(entry):
+                    raise DamagedFileError(f"{entry.path}: {problem}; delete it")
+
+
+def _find_file_problem(entry: os.DirEntry[str]) -> str:
+    """Describe why an entry, which is no link or folder, must not be opened; "" if it may be."""
+    if not entry.is_file(follow_symlinks=False):
+        return "is a pipe, a socket or a device, which is no file of raysweep"
+    is_written_in_place = entry.name == LOCK_FILE or entry.name.endswith(_WRITTEN_IN_PLACE)
+    if is_written_in_place and entry.stat(follow_symlinks=False).st_nlink > 1:
+        return "has a second name (a hard link), and raysweep would write into both"
+    return ""
 
 
 def is_folder_locked(folder: Path) -> bool:
@@ -133,10 +150,10 @@ def is_folder_locked(folder: Path) -> bool:
         folder: The folder, which may be missing.
     """
     try:
-        with (folder / LOCK_FILE).open() as stream:
+        with _open_lock_file(folder) as stream:
             # A holder that ends by itself empties the file. So the lock itself is tried only where
             # a holder works or was killed, and no process that starts finds it held by this one.
-            if not stream.read():
+            if not stream.read(_MAX_LOCK_LENGTH):
                 return False
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
@@ -147,6 +164,12 @@ def is_folder_locked(folder: Path) -> bool:
         if error.errno not in _NO_FLOCK:
             raise InfrastructureError(_describe_problem(folder, error)) from error
     return _has_live_strict_holder(folder)
+
+
+def _open_lock_file(folder: Path) -> TextIO:
+    """Open the lock file for reading, whatever it is: opening a pipe would wait for a writer."""
+    handle = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    return os.fdopen(handle, errors="replace")
 
 
 @dataclass(frozen=True)
@@ -165,7 +188,8 @@ class _StrictHolder:
     def read(cls, folder: Path) -> Self | None:
         """Read the holder; None if the file describes none, or one that used flock."""
         try:
-            values = json.loads((folder / LOCK_FILE).read_text().partition("\n")[2])
+            with _open_lock_file(folder) as stream:
+                values = json.loads(stream.read(_MAX_LOCK_LENGTH).partition("\n")[2])
             return cls(str(values["token"]), ProcessIdentity.from_json_dict(values))
         except (OSError, ValueError, TypeError, KeyError):
             return None
@@ -259,7 +283,8 @@ def _describe_process() -> str:
 def _describe_holder(folder: Path) -> str:
     """Return the holder in brackets, and without flock also what to do if it has ended."""
     try:
-        first_line = (folder / LOCK_FILE).read_text().partition("\n")[0]
+        with _open_lock_file(folder) as stream:
+            first_line = stream.read(_MAX_LOCK_LENGTH).partition("\n")[0]
     except OSError:
         first_line = ""
     description = f"({first_line.strip() or 'just started'})"

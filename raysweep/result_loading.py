@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from raysweep.bounded_files import FileTooLarge, read_parquet_table
 from raysweep.errors import DamagedFileError
 from raysweep.leases import is_folder_in_use
 from raysweep.run_lookup import (
@@ -104,19 +105,18 @@ def load_report(path: str | Path) -> pd.DataFrame:
         SpecError: There is no such file, or it is not an evaluation of raysweep. One line.
         DamagedFileError: The file is damaged. One line.
     """
-    import pyarrow.parquet as pq
-
     file = Path(path).expanduser()
     file = file / "examples.parquet" if file.is_dir() else file
     try:
-        table = pq.read_table(file)
+        table = read_parquet_table(file)
         summary = json.loads((table.schema.metadata or {})[b"raysweep.evaluation"])
     except (OSError, ValueError, KeyError) as error:
         # A Parquet file of somebody else is valid, but lacks the key.
         is_damaged = isinstance(error, ValueError)
-        raise (DamagedFileError if is_damaged else SpecError)(
-            f"{path}: not an evaluation of raysweep: give its folder or its examples.parquet"
-        ) from error
+        problem = "not an evaluation of raysweep: give its folder or its examples.parquet"
+        if isinstance(error, FileTooLarge):
+            problem = str(error)
+        raise (DamagedFileError if is_damaged else SpecError)(f"{path}: {problem}") from error
     frame: pd.DataFrame = table.to_pandas()
     frame.attrs = summary
     return frame

@@ -111,12 +111,12 @@ def test_arrays_from_npz_and_parquet_are_the_same(tmp_path) -> None:
             {"x": np.zeros((4, 3, 8, 8), np.uint8), "y": np.full(4, -1)},
             "labels must be 0 or larger",
         ),
-        ({"x": np.array([object()] * 4), "y": np.zeros(4, int)}, "allow_pickle"),
+        ({"x": np.array([object()] * 4), "y": np.zeros(4, int)}, "Python objects"),
     ],
 )
 def test_arrays_that_are_not_images_are_refused_in_one_line(tmp_path, arrays, words) -> None:
     np.savez(tmp_path / "train.npz", **arrays)
-    kind = DamagedFileError if words == "allow_pickle" else SpecError
+    kind = DamagedFileError if words == "Python objects" else SpecError
     with pytest.raises(kind, match=words) as error:
         load_data(DataSpec(name="arrays", data_dir=tmp_path, val_size=1))
     assert len(error.value.problems) == 1

@@ -18,6 +18,7 @@ LAYERS = [
         "termination_signals",
         "lazy_modules",
         "atomic_files",
+        "bounded_files",
         "file_privacy",
         "spec",
         "settings_reference",

@@ -1,12 +1,16 @@
 """A folder from somebody else, with links in it, makes raysweep touch nothing outside of it."""
 
 import hashlib
+import json
+import os
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from raysweep.cli import main
-from raysweep.errors import DamagedFileError
+from raysweep.errors import DamagedFileError, RaysweepError
 from raysweep.stores import open_path
 
 LINKS = ["lock", "log.jsonl", "trials", "trials/0000", "ray", "trials/0000/log.txt", "sweep.json"]
@@ -61,6 +65,58 @@ def test_no_link_is_followed(
     message = capsys.readouterr().err
     assert "Traceback" not in message and "dear" not in message
     assert len(message.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["lock", "log.jsonl", "sweep.json", "trials/0000/trial.json"])
+@pytest.mark.parametrize("command", ["show", "resume"])
+def test_no_pipe_is_waited_for(
+    command: str, name: str, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = workdir / "runs/mine"
+    (sweep / "trials/0000").mkdir(parents=True)
+    if name != "sweep.json":
+        space = {"method": "at", "space": {"optim.lr": {"float": [0.1, 0.2]}}}
+        (sweep / "sweep.json").write_text(json.dumps({"space": space, "key": "k"}))
+    os.mkfifo(sweep / name)
+    arguments = {"show": ["show", "mine"], "resume": ["tune", "--resume", "mine"]}[command]
+    read_only = command == "show" and name in ("lock", "log.jsonl")
+    assert main(arguments) in ((0,) if read_only else (2, 4))
+    assert len(capsys.readouterr().err.strip().splitlines()) == (not read_only)
+
+
+@pytest.mark.parametrize("name", ["lock", "log.jsonl", "trials/0000/log.txt"])
+def test_files_with_a_second_name_are_not_written_in_place(
+    name: str, victim: Path, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = workdir / "runs/mine"
+    (sweep / name).parent.mkdir(parents=True)
+    os.link(victim / "diary", sweep / name)
+    before = fingerprint(victim)
+    assert main(TRAIN) == 4
+    assert fingerprint(victim) == before
+    assert "has a second name (a hard link)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe"])
+def test_hidden_files_of_writers_are_no_traps(kind: str, victim: Path, tmp_path: Path) -> None:
+    """The lock beside a file, and the file that takes its place, whose names can be guessed."""
+    folder = open_path(tmp_path) / "runs"
+    (folder / "a").write_text("x")
+    process = f"{os.getpid()}-{threading.get_native_id()}"
+    for trap in (".a.lock~", f".a.{process}.part"):
+        path = tmp_path / "runs" / trap
+        if kind == "link":
+            path.symlink_to(victim / "diary")
+        elif kind == "hard link":
+            os.link(victim / "diary", path)
+        else:
+            os.mkfifo(path)
+    before = fingerprint(victim)
+    (folder / "a").write_text("new")
+    assert (tmp_path / "runs/a").read_text() == "new"
+    with suppress(OSError, RaysweepError):
+        (folder / "a").delete()
+    assert fingerprint(victim) == before
 
 
 @pytest.mark.parametrize("target", ["photos", "missing"])

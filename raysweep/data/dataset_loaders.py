@@ -8,7 +8,6 @@ list it in `DATASET_LOADERS`. It should raise `SpecError` if files are missing, 
 from __future__ import annotations
 
 import logging
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from raysweep.bounded_files import open_npz, read_parquet_table
 from raysweep.errors import DamagedFileError, InfrastructureError
 from raysweep.lazy_modules import np
 from raysweep.spec import SpecError
@@ -271,14 +271,9 @@ def read_image_shape(folder: Path) -> ImageShape | None:
 
 def _read_npz_shape(path: Path) -> tuple[int, ...]:
     """Return the shape of the images in an .npz file from the header of their array."""
-    with zipfile.ZipFile(path) as archive:
-        members = [f"{name}.npy" for name in _ARRAY_NAMES[0]]
-        (member, *_) = [name for name in members if name in archive.namelist()]
-        with archive.open(member) as file:
-            version = np.lib.format.read_magic(file)
-            if version == (1, 0):
-                return np.lib.format.read_array_header_1_0(file)[0]
-            return np.lib.format.read_array_header_2_0(file)[0]
+    with open_npz(path) as archive:
+        (name, *_) = [name for name in _ARRAY_NAMES[0] if name in archive.names]
+        return archive.read_header(name).shape
 
 
 def _read_parquet_shape(path: Path) -> tuple[int, ...]:
@@ -412,13 +407,13 @@ def read_npz_optional_labels(
         ValueError: If an array holds Python objects, or if there are no images.
         OSError: If the file cannot be read.
     """
-    with np.load(path, allow_pickle=False) as file:
+    with open_npz(path) as file:
         arrays = []
         for names in _ARRAY_NAMES:
-            found = [name for name in names if name in file.files]
-            arrays.append(file[found[0]] if found else None)
+            found = [name for name in names if name in file.names]
+            arrays.append(file.read_array(found[0]) if found else None)
         if arrays[0] is None:
-            raise ValueError(f"it has no array x (or image); found {', '.join(file.files)}")
+            raise ValueError(f"it has no array x (or image); found {', '.join(file.names)}")
         return arrays[0], arrays[1]
 
 
@@ -435,9 +430,7 @@ def read_parquet(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
         ValueError: If `x` is not a column of tensors of one shape.
         OSError: If the file cannot be read.
     """
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path, columns=["x", "y"])
+    table = read_parquet_table(path, ["x", "y"])
     column = table["x"].combine_chunks()
     if hasattr(column, "to_numpy_ndarray"):
         return column.to_numpy_ndarray(), table["y"].to_numpy()

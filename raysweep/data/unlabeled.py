@@ -185,10 +185,11 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-class _ArrayUnpickler(pickle.Unpickler):
+class _ArrayUnpickler(pickle._Unpickler):
     """Reads plain data and arrays of numbers. Never imports a name that is in the pickle.
 
-    Each allowed name is replaced by a stub of this module; every other name is an error.
+    Each allowed name is replaced by a stub of this module; every other name is an error. It is the
+    unpickler in Python: that in C takes gigabytes of memory for a few bytes that name a memo entry.
     """
 
     _ALLOWED_GLOBALS: ClassVar[Mapping[tuple[str, str], Any]] = {

@@ -7,11 +7,10 @@ stored in a file.
 import hashlib
 import logging
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +26,7 @@ from raysweep.attacks import (
     set_mode,
     true_class_margin,
 )
+from raysweep.bounded_files import open_npz
 from raysweep.evaluation.attack_model import (
     MIN_BATCH_ROWS,
     FixedSizeBatches,
@@ -121,11 +121,11 @@ class ShardResult:
             The result, or None if the file is missing, damaged or of another kind.
         """
         try:
-            with np.load(path, allow_pickle=False) as data:
-                values = {f.name: data[f.name] for f in fields(cls)}
+            with open_npz(path) as data:
+                values: dict[str, Any] = {f.name: data.read_array(f.name) for f in fields(cls)}
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError) as error:
             logger.warning("a damaged result is computed again: %s: %s", path, error)
             return None
         return cls(**(values | {"classes": int(values["classes"])}))

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from raysweep.bounded_files import read_parquet_table
 from raysweep.pipeline.artifact import EvaluationResult
 from raysweep.pipeline.statistics import McNemarResult, mcnemar_test
 
@@ -72,6 +72,6 @@ def compare_shared_examples(new_file: Path, old_file: Path) -> McNemarResult | N
 
 def _read_robust_flags(path: Path) -> dict[int, bool]:
     """Read for each example, by its number in the test set, whether no attack broke it."""
-    table = pq.read_table(path, columns=["index", "broken_by"])
+    table = read_parquet_table(path, ["index", "broken_by"])
     index: NDArray[np.int64] = table["index"].to_numpy()
     return dict(zip(index.tolist(), table["broken_by"].is_null().to_pylist(), strict=True))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from raysweep.atomic_files import atomic_folder, atomic_open, link_or_copy
+from raysweep.bounded_files import read_regular_file
 from raysweep.errors import DamagedFileError
 from raysweep.process_identity import ProcessIdentity
 from raysweep.stores.errors import StoredFileNotFound, StoreUnavailable, translate_os_errors
@@ -76,7 +77,7 @@ class FolderStore:
     def read_bytes(self, key: str) -> bytes:
         with self._translate_errors(key) as path:
             try:
-                return path.read_bytes()
+                return _read_file(path)
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
                 raise StoredFileNotFound(f"{path}: there is no such file") from error
 
@@ -94,7 +95,7 @@ class FolderStore:
                 if self._is_behind_link(path):
                     continue
                 with suppress(FileNotFoundError, IsADirectoryError):
-                    contents[self._key_of(path)] = path.read_bytes()
+                    contents[self._key_of(path)] = _read_file(path)
         return contents
 
     def write_bytes(self, key: str, data: bytes) -> None:
@@ -271,6 +272,14 @@ def find_sqlite_file(url: str) -> Path | None:
     return Path(path) if is_file else None
 
 
+def _read_file(path: Path) -> bytes:
+    """Read a whole file; DamagedFileError for what is too long, or no file."""
+    try:
+        return read_regular_file(path)
+    except ValueError as error:
+        raise DamagedFileError(f"{path}: cannot be read: {error}") from error
+
+
 def _digest(data: bytes) -> str:
     """Return the version of a content."""
     return hashlib.sha256(data).hexdigest()
@@ -297,10 +306,13 @@ def hold_file_lock(path: Path, timeout: float = _LOCK_TIMEOUT) -> Iterator[None]
     deadline = time.monotonic() + timeout
     while True:
         lock_file.parent.mkdir(parents=True, exist_ok=True)
-        with lock_file.open("a+") as stream:
+        with open(lock_file, "a+", opener=_open_unless_link) as stream:
             _lock_before(deadline, timeout, stream, path)
+            n_names = os.fstat(stream.fileno()).st_nlink
+            if n_names > 1:
+                raise DamagedFileError(f"{lock_file}: has a second name (a hard link); delete it")
             # The previous holder may have deleted the file that this process has locked.
-            if os.fstat(stream.fileno()).st_nlink:
+            if n_names:
                 stream.truncate(0)
                 stream.write(str(ProcessIdentity.of_this_process()))
                 stream.flush()
@@ -309,6 +321,11 @@ def hold_file_lock(path: Path, timeout: float = _LOCK_TIMEOUT) -> Iterator[None]
                     return
                 finally:
                     lock_file.unlink()
+
+
+def _open_unless_link(path: str, flags: int) -> int:
+    """Open a file for `open`; OSError for a symbolic link, and no waiting for a pipe's reader."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
 
 
 def _lock_before(deadline: float, timeout: float, stream: IO[str], path: Path) -> None:

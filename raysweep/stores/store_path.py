@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from raysweep.bounded_files import FileTooLarge, check_text_length
 from raysweep.errors import DamagedFileError
 from raysweep.spec import JsonDict
 from raysweep.stores.protocol import META_FILE, Store, StoredFile
@@ -184,7 +185,10 @@ def parse_json(data: bytes, source: str, required_keys: Iterable[str]) -> JsonDi
         DamagedFileError: It is not a JSON object, or lacks a required key. One line.
     """
     try:
+        check_text_length(len(data))
         content = json.loads(data)
+    except FileTooLarge as error:
+        raise DamagedFileError(f"{source}: cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
         raise _make_damaged_file_error(source, "it is no JSON object") from error
     if not isinstance(content, dict):

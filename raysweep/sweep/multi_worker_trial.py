@@ -19,6 +19,7 @@ from ray.util.placement_group import (
     placement_group_table,
 )
 
+from raysweep.bounded_files import adopt_unpacked_limit, read_unpacked_limit
 from raysweep.data.dataset_cache import CachedDataset
 from raysweep.errors import RaysweepError
 from raysweep.file_privacy import adopt_umask, read_umask
@@ -186,6 +187,7 @@ def _build_torch_trainer(
             "prefixes": prefix_cache,
             "source": cached_dataset,
             "umask": read_umask(),
+            "unpacked_limit": read_unpacked_limit(),
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=n_workers,
@@ -207,6 +209,7 @@ def _build_torch_trainer(
 def _run_worker(loop_config: dict[str, Any]) -> None:
     """Train as one worker of the group, and report failures (Ray Train's loop function)."""
     adopt_umask(loop_config["umask"])
+    adopt_unpacked_limit(loop_config["unpacked_limit"])
     config = TrainingConfig.model_validate_json(loop_config["config"])
     run_path = loop_config["path"]
     rank = ray.train.get_context().get_world_rank()

@@ -17,6 +17,7 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from raysweep.bounded_files import adopt_unpacked_limit, read_unpacked_limit
 from raysweep.data import load_data
 from raysweep.data.dataset_cache import CachedDataset
 from raysweep.errors import InfrastructureError, RaysweepError, is_infrastructure_error
@@ -370,10 +371,11 @@ def _make_trainable(
 ) -> Callable[[dict[str, Any]], None]:
     """Return the function that Tune calls with the config of a trial: its number and params."""
     sweep_path, space = ledger.path, ledger.space
-    umask = read_umask()
+    umask, unpacked_limit = read_umask(), read_unpacked_limit()
 
     def train_trial(trial_config: dict[str, Any]) -> None:
         adopt_umask(umask)
+        adopt_unpacked_limit(unpacked_limit)
         try:
             config = space.trial_config(trial_config["params"])
         except Exception as error:

@@ -1,0 +1,140 @@
+"""Small files that unpack to much, or that never end (point 8)."""
+
+import io
+import os
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from attack_table import attack, in_little_memory, low_limit, refusal_of
+
+from raysweep import load_report
+from raysweep.data.dataset_loaders import load_user_arrays, read_image_shape
+from raysweep.data.unlabeled import read_unlabeled_file
+from raysweep.evaluation.shards import ShardResult
+from raysweep.stores import open_path
+
+MIB = 2**20
+
+
+def write_npz(path: Path, shape: tuple[int, ...], data: bytes, name: str = "x.npy") -> None:
+    """Write an .npz file whose header and data need not agree."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": shape}
+    )
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, header.getvalue() + data)
+
+
+def read_images(folder: Path) -> object:
+    return load_user_arrays(folder, False)
+
+
+@attack(8, "zeros in train.npz, a thousandth of their size", "1.5 MB became 1.5 GB")
+def zeros_in_npz(folder: Path) -> str:
+    np.savez_compressed(folder / "train.npz", x=np.zeros((400, 3, 512, 512), np.uint8))
+    assert (folder / "train.npz").stat().st_size < MIB
+    return in_little_memory(lambda: refusal_of(lambda: read_images(folder)))
+
+
+@attack(8, "an .npy header that declares 2 TB before 3 bytes")
+def header_that_lies(folder: Path) -> str:
+    write_npz(folder / "train.npz", (2**11, 2**10, 2**10, 2**10), b"abc")
+    return in_little_memory(lambda: refusal_of(lambda: read_images(folder)))
+
+
+@attack(8, "an .npy header that declares less than it has")
+def header_that_is_modest(folder: Path) -> str:
+    write_npz(folder / "train.npz", (1, 1, 2, 2), bytes(64 * MIB))
+    with low_limit(1_000):
+        return in_little_memory(lambda: refusal_of(lambda: read_images(folder)), mib=32)
+
+
+@attack(8, "two arrays of one name")
+def two_arrays_of_one_name(folder: Path) -> str:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.zeros((2, 1, 4, 4), np.uint8))
+    with zipfile.ZipFile(folder / "train.npz", "w") as archive:
+        archive.writestr("x.npy", buffer.getvalue())
+        archive.writestr("x.npy", buffer.getvalue())
+    return refusal_of(lambda: read_images(folder))
+
+
+@attack(8, "objects in an .npz file", "held: nothing was unpickled")
+def objects_in_npz(folder: Path) -> str:
+    np.savez(folder / "train.npz", x=np.array([{}], dtype=object), y=np.zeros(1, np.int64))
+    line = refusal_of(lambda: read_images(folder))
+    assert "allow_pickle" not in line
+    return line
+
+
+@attack(8, "the shape of a bomb, which plans read")
+def shape_of_a_bomb(folder: Path) -> str:
+    np.savez_compressed(folder / "train.npz", x=np.zeros((64, 1, 512, 512), np.uint8))
+    with low_limit():
+        assert read_image_shape(folder) is None
+    return "no shape; the reader says why"
+
+
+@attack(8, "equal images in train.parquet, a thousandth of their size", "85 kB became 400 MB")
+def equal_images_in_parquet(folder: Path) -> str:
+    values = pa.array(np.zeros(12 * MIB, np.uint8))
+    kind = pa.fixed_shape_tensor(pa.uint8(), (1, 1024, 1024))
+    storage = pa.FixedSizeListArray.from_arrays(values, MIB)
+    x = pa.ExtensionArray.from_storage(kind, storage)
+    table = pa.table({"x": x, "y": np.zeros(12, np.int64)})
+    pq.write_table(table, folder / "train.parquet", compression="zstd")
+    assert (folder / "train.parquet").stat().st_size < MIB
+    with low_limit():
+        return in_little_memory(lambda: refusal_of(lambda: read_images(folder)), mib=32)
+
+
+@attack(8, "a long word thousands of times in 1 kB of examples.parquet")
+def long_words_in_parquet(folder: Path) -> str:
+    table = pa.table({"broken_by": pa.array(["a" * 100_000] * 2_000)})
+    table = table.replace_schema_metadata({"raysweep.evaluation": "{}"})
+    pq.write_table(table, folder / "examples.parquet", compression="zstd")
+    with low_limit():
+        line = in_little_memory(lambda: refusal_of(lambda: load_report(folder)))
+    assert "unpack to" in line
+    return line
+
+
+@attack(8, "12 bytes of pickle that name a far memo entry")
+def far_memo_entry(folder: Path) -> str:
+    file = folder / "unlabelled.pickle"
+    file.write_bytes(b"\x80\x02}r" + struct.pack("<I", 2**30) + b".")
+    return in_little_memory(lambda: refusal_of(lambda: read_unlabeled_file(file)))
+
+
+@attack(8, "a bomb among the shards of an attack")
+def bomb_among_shards(folder: Path) -> str:
+    write_npz(folder / "shard.npz", (64 * MIB,), bytes(64 * MIB), "positions.npy")
+
+    def read() -> str:
+        assert ShardResult.load_npz(folder / "shard.npz") is None
+        return "left out, and computed again"
+
+    with low_limit():
+        return in_little_memory(read, mib=32)
+
+
+@attack(8, "a sweep.json of 100 GB, which takes no room on the disk")
+def endless_json(folder: Path) -> str:
+    with (folder / "sweep.json").open("wb") as stream:
+        stream.truncate(100 * 2**30)
+    path = open_path(folder) / "sweep.json"
+    return in_little_memory(lambda: refusal_of(path.read_json))
+
+
+@attack(8, "a pipe in place of sweep.json or trial.json")
+def pipe_in_place_of_a_file(folder: Path) -> str:
+    (folder / "trials/0000").mkdir(parents=True)
+    os.mkfifo(folder / "sweep.json")
+    os.mkfifo(folder / "trials/0000/trial.json")
+    refusal_of((open_path(folder) / "sweep.json").read_json)
+    return refusal_of(lambda: (open_path(folder) / "trials").read_matching("*/trial.json"))
