@@ -61,6 +61,32 @@ def test_epochs_after_the_burn_in_come_first(burn_in: int, values: Any, best: in
     assert find_best_epoch(gairat(burn_in), rows(*values)) == best
 
 
+def test_the_margin_breaks_ties_of_the_objective_and_nothing_else() -> None:
+    history = rows(0.5, 0.7, 0.7, 0.7)
+    for row, margin in zip(history, (0.9, 0.3, 0.4, 0.2), strict=True):
+        row["robust_margin"] = margin
+    assert find_best_epoch(gairat(0), history) == 3
+    assert find_best_epoch(gairat(3), history) == 4, "a burn-in counts more"
+    trial = Trial(0, {}, burn_in=0)
+    for row in history:
+        trial = trial.with_epoch(row, SelectionRule("robust_worst"))
+    assert trial.best["epoch"] == 3
+    config = gairat(0).replace(validation=gairat(0).validation.replace(objective="pgd"))
+    of_pgd = [{**row, "pgd": row["robust_worst"]} for row in history]
+    assert find_best_epoch(config, of_pgd) == 2, "the margin belongs to the worst case"
+    del history[2]["robust_margin"]
+    assert find_best_epoch(gairat(0), history) == 2, "an epoch of an earlier version"
+
+
+def test_the_margin_ranks_trials_with_the_same_objective(tmp_path: Path) -> None:
+    ledger = Ledger.create(tmp_path, load_space("at", {}))
+    for number, (worst, margin) in enumerate([(0.5, 0.2), (0.5, 0.3), (0.6, 0.1), (0.5, None)]):
+        metrics = {"epoch": 2.0, "clean": 0.9, "robust_worst": worst}
+        metrics |= {} if margin is None else {"robust_margin": margin}
+        ledger.save_trial(Trial(number, {}, "finished", 2, metrics, metrics, burn_in=0))
+    assert [trial.number for trial in ledger.rank_trials()] == [2, 1, 0, 3]
+
+
 def test_a_model_at_chance_is_never_the_best_while_there_is_another() -> None:
     history = rows(0.06, 0.05)
     history += [{"epoch": 3.0, "robust_worst": 0.1, "clean": 0.2, "val/chance_limit": 0.2}]

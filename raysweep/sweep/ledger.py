@@ -21,7 +21,13 @@ from raysweep.sweep.search_space import Params, SearchSpace
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.failure_reports import TRACEBACK_FILE
 from raysweep.training.metric_history import EpochMetrics
-from raysweep.training.selection import EpochRank, RunRank, SelectionRule, rank_epoch
+from raysweep.training.selection import (
+    EpochRank,
+    RunRank,
+    SelectionRule,
+    get_tie_break,
+    rank_epoch,
+)
 
 TrialStatus = Literal["running", "finished", "stopped", "failed"]
 # Field of a trial -> its key in trial.json, where the two differ.
@@ -410,6 +416,7 @@ class Ledger:
             has_ineligible_best=not trial.rank_best_epoch(self._find_rule(trial)).is_eligible,
             exceeds_masking_gap=self.exceeds_masking_gap(trial),
             negated_score=-trial.score(metric),
+            negated_tie_break=-get_tie_break(trial.best, metric),
         )
 
     def describe_choice(self, trial: Trial) -> str:

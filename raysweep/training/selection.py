@@ -1,11 +1,15 @@
 """The rules that decide which epoch of a run is its best, and which checkpoint of several."""
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from raysweep.training.config import TrainingConfig
 from raysweep.training.metric_history import EpochMetrics
+
+TIE_BREAK_METRICS: Mapping[str, str] = {"robust_worst": "robust_margin"}
+"""Objective -> continuous metric that ranks epochs and runs of the same objective; larger is
+better."""
 
 CHANCE_LIMIT_METRIC = "val/chance_limit"
 """Metric of a validated epoch: natural accuracy up to which a model may be guessing."""
@@ -45,12 +49,15 @@ class EpochRank(NamedTuple):
         is_in_window: Whether it lies in `validation.window`.
         is_after_burn_in: Whether the burn-ins of all instance weights were over.
         value: Value of the objective; minus infinity if it was not measured.
+        tie_break: Value of the metric that breaks ties of the objective (see
+            `get_tie_break`).
     """
 
     is_above_chance: bool
     is_in_window: bool
     is_after_burn_in: bool
     value: float
+    tie_break: float = -math.inf
 
     @property
     def is_eligible(self) -> bool:
@@ -67,12 +74,14 @@ class RunRank(NamedTuple):
         has_ineligible_best: Whether its best epoch is not eligible (see `EpochRank`).
         exceeds_masking_gap: Whether its masking gap is above the limit of its search space.
         negated_score: Minus the objective, or minus its mean over several seeds.
+        negated_tie_break: Minus the metric that breaks ties (see `get_tie_break`).
     """
 
     has_failed: bool
     has_ineligible_best: bool
     exceeds_masking_gap: bool
     negated_score: float
+    negated_tie_break: float = 0.0
 
     @property
     def is_eligible(self) -> bool:
@@ -97,7 +106,22 @@ def rank_epoch(metrics: EpochMetrics, rule: SelectionRule) -> EpochRank:
         is_in_window=rule.first_epoch <= epoch <= rule.last_epoch,
         is_after_burn_in=epoch > rule.burn_in,
         value=metrics.get(rule.objective, -math.inf),
+        tie_break=get_tie_break(metrics, rule.objective),
     )
+
+
+def get_tie_break(metrics: EpochMetrics, objective: str) -> float:
+    """Return the metric that ranks epochs and runs whose objective is the same.
+
+    Args:
+        metrics: Metrics of the epoch.
+        objective: Name of the objective.
+
+    Returns:
+        The value; larger is better. Minus infinity if the objective has no such metric, or an
+        earlier version trained the epoch.
+    """
+    return metrics.get(TIE_BREAK_METRICS.get(objective, ""), -math.inf)
 
 
 def find_best_epoch(

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from raysweep.attacks import APGD, PGD, AnyAttack, freeze_model, maybe_tf32
+from raysweep.attacks import (
+    APGD,
+    PGD,
+    AnyAttack,
+    freeze_model,
+    maybe_tf32,
+    true_class_margin,
+)
 from raysweep.data import DatasetSplits, Split, choose_subset_rows
 from raysweep.lazy_modules import torch
 from raysweep.losses import cross_entropy
@@ -191,6 +198,9 @@ class Validation(Spec):
             * `clean`: accuracy on natural images.
             * The name of each of `attacks`: accuracy under it.
             * `robust_worst`: share that survives all attacks.
+            * `robust_margin`: mean share of its margin z_y - max_{i != y} z_i that an example keeps
+              under the worst attack; 0 if it does not survive. It does not depend on the scale of
+              the logits, and breaks ties of `robust_worst`. Rounded to 4 decimals.
             * `masking_gap`: accuracy under the first attack minus `robust_worst`.
             * `zero_gradient`: share of examples that are correct and whose cross-entropy has zero
               gradient.
@@ -209,6 +219,7 @@ class Validation(Spec):
             masks = {name: torch.cat(parts) for name, parts in batches.items()}
             masking_gaps = self._compute_masking_indicators(model, split, masks)
         metrics = {name: mask.float().mean().item() for name, mask in masks.items()}
+        metrics["robust_margin"] = round(metrics["robust_margin"], 4)
         metrics["masking_gap"] = metrics[next(iter(self.attacks))] - metrics["robust_worst"]
         metrics |= masking_gaps
         if self.flatness:
@@ -299,26 +310,35 @@ class Validation(Spec):
         return gaps
 
     def _validate_batch(self, model: nn.Module, split: Split, rows: slice) -> dict[str, Tensor]:
-        """Return metric name -> mask (N,) bool of one batch; metrics are the means of masks."""
+        """Return metric name -> values (N,) of one batch: bool, but float for `robust_margin`.
+
+        Metrics are the means of these values.
+        """
         x, y, index = split.get_float_images(rows), split.y[rows], split.index[rows]
-        correct, n_classes, zero_gradient = _find_zero_gradients(model, x, y)
+        logits, zero_gradient = _find_zero_gradients(model, x, y)
+        correct, clean_margin = logits.argmax(1) == y, true_class_margin(logits, y)
         masks = {"clean": correct, "zero_gradient": zero_gradient}
-        survives_all = correct.clone()
+        survives_all, margin = correct.clone(), clean_margin.clone()
         for name, attack in {**self.attacks, **self.finish}.items():
             has_own_metric = name in self.attacks
             targets = (correct if has_own_metric else survives_all).nonzero()[:, 0]
             survives = torch.zeros_like(correct)
             if len(targets):
                 rng = ExampleRng.for_examples(index[targets], 0, "validation", name)
-                supported_attack = _replace_unsupported_dlr(attack, n_classes)
+                supported_attack = _replace_unsupported_dlr(attack, logits.shape[1])
                 with maybe_tf32(self.tf32):
                     result = supported_attack(model, x[targets], y[targets], rng)
                 with torch.no_grad():
-                    survives[targets] = model(result.x_adv).argmax(1) == y[targets]
+                    attacked_logits = model(result.x_adv)
+                survives[targets] = attacked_logits.argmax(1) == y[targets]
+                attacked_margin = true_class_margin(attacked_logits, y[targets])
+                margin[targets] = torch.minimum(margin[targets], attacked_margin)
             survives_all &= survives
             if has_own_metric:
                 masks[name] = survives
-        return {**masks, "robust_worst": survives_all}
+        kept_share = (margin / clean_margin).clamp(0, 1)
+        robust_margin = torch.where(survives_all, kept_share, torch.zeros_like(kept_share))
+        return {**masks, "robust_worst": survives_all, "robust_margin": robust_margin}
 
 
 def _is_same_setting(value: Any, other: Any) -> bool:
@@ -333,13 +353,13 @@ def _format_setting(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _find_zero_gradients(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int, Tensor]:
-    """Return correct rows, the number of classes, and correct rows with zero gradient."""
+def _find_zero_gradients(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits, and which rows are correct and have zero gradient."""
     x = x.detach().requires_grad_()
     logits = model(x)
     (grad,) = torch.autograd.grad(cross_entropy(logits, logits, y).sum(), x)
-    correct = logits.detach().argmax(1) == y
-    return correct, logits.shape[1], correct & (grad.flatten(1) == 0).all(1)
+    logits = logits.detach()
+    return logits, (logits.argmax(1) == y) & (grad.flatten(1) == 0).all(1)
 
 
 def _replace_unsupported_dlr(attack: AnyAttack, n_classes: int) -> AnyAttack:
