@@ -6,6 +6,7 @@ Dotted paths such as `attacks.pgd.eps` name the settings of a nested spec.
 import copy
 import difflib
 import fnmatch
+import functools
 import hashlib
 import json
 import re
@@ -41,6 +42,7 @@ _MIN_ITEMS_MESSAGE = re.compile(r"^\w+ should have at least (\d+ items?).*$")
 JsonDict = dict[str, Any]
 # Messages list all known names if there are not more than this number.
 _MAX_LISTED_NAMES = 30
+_n_former_names = 0
 
 
 class FormerNameWarning(FutureWarning):
@@ -262,8 +264,15 @@ def warn_former_name(former: str, name: str, source: str = "") -> None:
         name: Present name.
         source: File or option where it was written; "" for none.
     """
+    global _n_former_names
+    _n_former_names += 1
     prefix = f"{source}: " if source else ""
     warnings.warn(f"{prefix}{former!r} is now called {name!r}", FormerNameWarning, stacklevel=2)
+
+
+def count_former_names() -> int:
+    """Return the number of warnings that `warn_former_name` has issued in this process."""
+    return _n_former_names
 
 
 def apply_overrides(
@@ -327,7 +336,7 @@ def _set_values(
     known_paths: list[str] | None = None
     for path, value in items:
         if "*" in path and known_paths is None:
-            known_paths = [known_path for known_path, _ in _iter_nodes(data, "")]
+            known_paths = list_paths(data)
         targets = match_paths(path, data, known_paths)
         if not targets and on_missing == "error":
             # Only what users wrote can have former names; the lookup writes the spec out twice.
@@ -436,9 +445,9 @@ def _list_written_paths(overrides: Mapping[str, Any]) -> Iterator[str]:
 def _match_former_paths(pattern: str, spec: Spec, data: JsonDict) -> list[str]:
     """Match a path with names of raysweep 0.1; warn, and return the paths with present names."""
     stored = json.loads(spec.model_dump_json(context={"stored": True, "complete": True}))
-    stored_paths = [path for path, _ in _iter_nodes(stored, "")]
-    present_paths = [path for path, _ in _iter_nodes(spec.to_json_dict(), "")]
-    present_path_by_stored = dict(zip(stored_paths, present_paths, strict=True))
+    present_path_by_stored = dict(
+        zip(list_paths(stored), list_paths(spec.to_json_dict()), strict=True)
+    )
     matches = []
     for path in match_paths(pattern, stored):
         if path in present_path_by_stored:
@@ -459,10 +468,10 @@ def describe_unknown_path(path: str, data: JsonDict) -> str:
         One line. Paths with the same or a similar last part come first.
     """
     paths_by_leaf: dict[str, list[str]] = {}
-    for known_path, _ in _iter_nodes(data, ""):
+    candidates = list_paths(data)
+    for known_path in candidates:
         paths_by_leaf.setdefault(known_path.rsplit(".", 1)[-1], []).append(known_path)
     leaf = path.rsplit(".", 1)[-1]
-    candidates = [known_path for known_path, _ in _iter_nodes(data, "")]
     if leaf in paths_by_leaf:
         candidates = paths_by_leaf[leaf]
     elif near_leaf := difflib.get_close_matches(leaf, set(paths_by_leaf), n=1):
@@ -607,6 +616,29 @@ def _resolve_value_at(value: Any, epoch: int) -> Any:
     return value
 
 
+def list_paths(data: Any) -> list[str]:
+    """List the dotted paths of all parts and settings, each part before its settings.
+
+    Args:
+        data: Nested mappings.
+
+    Returns:
+        The paths, in their order.
+    """
+    paths: list[str] = []
+    _append_paths(data, "", paths)
+    return paths
+
+
+def _append_paths(data: Any, prefix: str, paths: list[str]) -> None:
+    if isinstance(data, dict):
+        for key, value in data.items():
+            path = f"{prefix}{key}"
+            paths.append(path)
+            if isinstance(value, dict):
+                _append_paths(value, f"{path}.", paths)
+
+
 def _iter_nodes(data: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     """Yield (dotted path, value) of every part and setting, each part before its settings."""
     if isinstance(data, dict):
@@ -650,8 +682,8 @@ def match_paths(
     """
     if "*" in pattern:
         if known_paths is None:
-            known_paths = [path for path, _ in _iter_nodes(data, "")]
-        is_match = re.compile(fnmatch.translate(pattern)).match
+            known_paths = list_paths(data)
+        is_match = _compile_pattern(pattern).match
         return [path for path in known_paths if is_match(path)]
     node: Any = data
     *parents, key = pattern.split(".")
@@ -663,6 +695,11 @@ def match_paths(
     # pydantic rejects wrong keys later.
     is_settable = isinstance(node, dict) and (key in node or (parents and "kind" in node))
     return [pattern] if is_settable else []
+
+
+@functools.lru_cache(maxsize=1024)
+def _compile_pattern(pattern: str) -> re.Pattern[str]:
+    return re.compile(fnmatch.translate(pattern))
 
 
 def _set_nested_value(data: JsonDict, path_parts: list[str], value: Any) -> bool:

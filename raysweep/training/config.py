@@ -1,6 +1,6 @@
 """Config of a training run: all settings that decide its result, as one spec."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -19,9 +19,11 @@ from raysweep.spec import (
     covers_path,
     describe_unknown_name,
     list_leaf_paths,
+    list_paths,
     match_paths,
     merge_overrides,
 )
+from raysweep.training.config_cache import get_or_build
 from raysweep.training.config_warnings import ConfigWarning, find_config_warnings
 from raysweep.training.dataset_defaults import DATASET_DEFAULTS, find_array_defaults
 from raysweep.training.speed_settings import ComputeSpec
@@ -29,6 +31,8 @@ from raysweep.training.validation import Validation
 
 # Parts of a config of which a mapping replaces only the settings that it contains.
 _PARTS = frozenset({"data", "model", "optim", "validation", "compute"})
+
+_FOLDERS = ("data.data_dir", "data.unlabeled")
 
 
 class OptimizerSpec(Spec):
@@ -185,12 +189,15 @@ def build_training_config(
     if dataset_defaults is None:
         changes = name_dataset(changes)
         dataset_defaults = find_dataset_defaults(method, changes)
-    config = apply_overrides(_start_config(method), dataset_defaults)
-    config = apply_overrides(config, changes)
-    for key in ("eps", "norm"):
-        if not any(_sets_validation(key, path, value) for path, value in changes.items()):
-            config = _match_validation(key, config)
-    return config
+    inputs = (_copy_method(method), dict(dataset_defaults))
+
+    def build() -> TrainingConfig:
+        start = get_or_build(
+            ("start", *inputs), lambda: apply_overrides(_start_config(method), dataset_defaults)
+        )
+        return _match_validation(("eps", "norm"), changes, apply_overrides(start, changes))
+
+    return _get_or_build(("config", *inputs, changes), build)
 
 
 def find_dataset_defaults(
@@ -215,11 +222,19 @@ def find_dataset_defaults(
     defaults = DATASET_DEFAULTS[name]
     if name == "arrays":
         defaults = defaults | find_array_defaults(changes.get("data.data_dir"))
+    method_data = _copy_method(method)
+    inputs = ("dataset defaults", method_data, defaults)
+    return dict(get_or_build(inputs, lambda: _choose_defaults(method_data, defaults)))
+
+
+def _choose_defaults(method: str | dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults that a method has settings for, by path without `*`."""
     data = _start_config(method).to_json_dict()
-    written = list_leaf_paths({"method": dict(method)}) if isinstance(method, Mapping) else []
+    known_paths = list_paths(data)
+    written = list_leaf_paths({"method": method}) if isinstance(method, dict) else []
     applied: dict[str, Any] = {}
     for pattern, value in defaults.items():
-        for path in match_paths(pattern, data):
+        for path in match_paths(pattern, data, known_paths):
             if not any(covers_path(path, other) for other in written):
                 applied[path] = value
     return applied
@@ -285,19 +300,45 @@ def build_training_config_of_0_1(
     data_name = changes.get("data.name", DataSpec().name)
     if data_name not in DATASET_DEFAULTS:
         DataSpec.from_data({"name": data_name}, "data")
-    config = apply_overrides(
-        _start_config(method), DATASET_DEFAULTS[data_name], on_missing="ignore"
-    )
-    config = apply_overrides(config, changes, stars_reach_parts=False)
-    if any(_sets_validation("eps", path, value) for path, value in changes.items()):
-        return config
-    return _match_validation("eps", config)
+    inputs = (_copy_method(method), data_name)
+
+    def build() -> TrainingConfig:
+        start = get_or_build(
+            ("start of 0.1", *inputs),
+            lambda: apply_overrides(
+                _start_config(method), DATASET_DEFAULTS[data_name], on_missing="ignore"
+            ),
+        )
+        config = apply_overrides(start, changes, stars_reach_parts=False)
+        return _match_validation(("eps",), changes, config)
+
+    return _get_or_build(("config of 0.1", *inputs, changes), build)
+
+
+def _get_or_build(inputs: tuple[Any, ...], build: Callable[[], TrainingConfig]) -> TrainingConfig:
+    """Return `get_or_build(inputs, build)`; build anew if inputs name a folder of data.
+
+    Its path depends on the current folder, on `~` and on symbolic links.
+    """
+    for changes in inputs:
+        if isinstance(changes, dict) and any(
+            covers_path(path, folder) for path in changes for folder in _FOLDERS
+        ):
+            return build()
+    return get_or_build(inputs, build)
 
 
 def _start_config(method: str | Mapping[str, Any]) -> TrainingConfig:
     """Return the config of a method without any other setting."""
-    method_data = dict(method) if isinstance(method, Mapping) else method
-    return TrainingConfig.from_data({"method": method_data})
+    method_data = _copy_method(method)
+    return get_or_build(
+        ("method", method_data), lambda: TrainingConfig.from_data({"method": method_data})
+    )
+
+
+def _copy_method(method: str | Mapping[str, Any]) -> str | dict[str, Any]:
+    """Return the name of a method, or a copy of its settings."""
+    return dict(method) if isinstance(method, Mapping) else method
 
 
 def _split_parts(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -327,16 +368,31 @@ def _has_key(value: Any, key: str) -> bool:
     return key in value or any(_has_key(part, key) for part in value.values())
 
 
-def _match_validation(key: str, config: TrainingConfig) -> TrainingConfig:
-    """Set the eps or norm of validation attacks to that of the method in the last epoch.
+def _match_validation(
+    keys: Sequence[str], changes: Mapping[str, Any], config: TrainingConfig
+) -> TrainingConfig:
+    """Set eps and norm of validation attacks to those of the method in the last epoch.
 
     The default eps is 8/255, but GAIRAT's methods use 0.031.
+
+    Args:
+        keys: The settings to pass on.
+        changes: Settings by dotted path; what they set in validation attacks stays.
+        config: Config with these settings.
     """
-    attacks = config.resolve_at(config.epochs - 1).method.attacks.values()
-    values = [getattr(attack, key) for attack in attacks if hasattr(attack, "eps")]
-    if not values:
+    attacks = config.method.resolve_at(config.epochs - 1).attacks.values()
+    matched: dict[str, Any] = {}
+    for key in keys:
+        values = [getattr(attack, key) for attack in attacks if hasattr(attack, "eps")]
+        if values and not any(_sets_validation(key, path, item) for path, item in changes.items()):
+            matched[f"*.{key}"] = values[0]
+    if not matched:
         return config
-    return apply_overrides(config, {f"validation.*.{key}": values[0]}, on_missing="ignore")
+    try:
+        validation = apply_overrides(config.validation, matched, on_missing="ignore")
+    except SpecError as error:
+        raise error.with_prefix("validation.") from error
+    return config.replace(validation=validation)
 
 
 def has_same_settings(saved: TrainingConfig, config: TrainingConfig) -> bool:
