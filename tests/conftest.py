@@ -23,6 +23,7 @@ os.environ.update(
 )
 if multiprocessing.parent_process() is None:
     os.environ["RAYSWEEP_CACHE"] = tempfile.mkdtemp(prefix="raysweep-copies-")
+    os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="raysweep-state-")
 
 import fork_worker
 import forked_processes
@@ -120,9 +121,10 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_copies_left() -> Iterator[None]:
-    copies = os.environ["RAYSWEEP_CACHE"]
+    folders = [os.environ["RAYSWEEP_CACHE"], os.environ["XDG_STATE_HOME"]]
     yield
-    shutil.rmtree(copies, ignore_errors=True)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -644,15 +644,16 @@ def test_outcomes_are_written_whole(tmp_path):
     outcome = ShardRunner(robust_digits(), *(a.numpy() for a in digits(6)), np.arange(6))(
         Shard("clean", None, np.arange(6))
     )
-    outcome.save_npz(tmp_path / "deep" / "a.npz")
-    loaded = ShardResult.load_npz(tmp_path / "deep" / "a.npz")
+    outcome.save_npz(tmp_path / "deep" / "a.npz", b"key")
+    loaded = ShardResult.load_npz(tmp_path / "deep" / "a.npz", b"key")
     assert (
         loaded is not None
-        and np.array_equal(loaded.margin, outcome.margin)
-        and loaded.classes == 10
+        and loaded.is_own
+        and np.array_equal(loaded.result.margin, outcome.margin)
+        and loaded.result.classes == 10
     )
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.npz"]
-    assert ShardResult.load_npz(tmp_path / "none.npz") is None
+    assert ShardResult.load_npz(tmp_path / "none.npz", b"key") is None
 
 
 @pytest.mark.parametrize(

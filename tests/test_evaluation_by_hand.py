@@ -38,6 +38,7 @@ from raysweep.evaluation import (
     process_pool,
 )
 from raysweep.evaluation.report import compute_wilson_interval
+from raysweep.evaluation.result_signatures import derive_evaluation_key
 from raysweep.spec import SpecError
 
 # Distances to the boundary; rows with a negative one are wrong from the start, and so is label 2 at
@@ -609,6 +610,12 @@ def test_the_same_attack_under_another_name_counts_as_another(folder: Path) -> N
     assert sorted(rows) == ["b-2", "clean"] and sorted(rows["b-2"]) == LEFT
 
 
+def load_stored(path: Path) -> ShardResult | None:
+    """The result in a file of this user, if it is one."""
+    stored = ShardResult.load_npz(path, derive_evaluation_key(path.parent.name))
+    return stored.result if stored is not None else None
+
+
 def shards_folder(folder: Path) -> Path:
     (inside,) = [path for path in folder.iterdir() if path.is_dir()]
     return inside
@@ -626,14 +633,14 @@ def test_rows_in_several_files_count_once_and_wrong_rows_do_not_count(folder: Pa
     assert len(list(work.result_dir.glob("b-*.npz"))) == 5
     assert list(evaluate_resumed(folder).rows) == ["clean"]
     for path in work.result_dir.glob("[ab]-*.npz"):
-        if set(ShardResult.load_npz(path).positions.tolist()) != set(range(8)):
+        if set(load_stored(path).positions.tolist()) != set(range(8)):
             path.unlink()
     assert list(evaluate_resumed(folder).rows) == ["clean"]
 
 
 def test_only_rows_that_are_missing_are_computed(folder: Path) -> None:
     gone = min(shards_folder(folder).glob("b-*.npz"))
-    missing = ShardResult.load_npz(gone).positions.tolist()
+    missing = load_stored(gone).positions.tolist()
     gone.unlink()
     rows = evaluate_resumed(folder).rows
     assert rows.pop("clean") == list(range(8)) and rows == {"b": missing}
@@ -641,11 +648,11 @@ def test_only_rows_that_are_missing_are_computed(folder: Path) -> None:
 
 def test_a_file_with_one_byte_changed_is_refused_or_has_the_same_content(folder: Path) -> None:
     path = min(shards_folder(folder).glob("a-*.npz"))
-    whole, sound = path.read_bytes(), ShardResult.load_npz(path)
+    whole, sound = path.read_bytes(), load_stored(path)
     refused = 0
     for place in range(0, len(whole), 11):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
-        found = ShardResult.load_npz(path)
+        found = load_stored(path)
         refused += found is None
         if found is not None:
             assert all(
@@ -654,16 +661,16 @@ def test_a_file_with_one_byte_changed_is_refused_or_has_the_same_content(folder:
     assert refused > len(whole) / 11 / 2
     for length in range(0, len(whole), 97):
         path.write_bytes(whole[:length])
-        assert ShardResult.load_npz(path) is None
+        assert load_stored(path) is None
 
 
 def test_a_file_that_lacks_an_array_or_holds_objects_is_refused(folder: Path) -> None:
     path = min(shards_folder(folder).glob("a-*.npz"))
     arrays = dict(np.load(path))
     np.savez(path, **{name: array for name, array in arrays.items() if name != "queries"})
-    assert ShardResult.load_npz(path) is None
+    assert load_stored(path) is None
     np.savez(path, **arrays | {"queries": np.array([{"a": 1}] * len(arrays["queries"]))})
-    assert ShardResult.load_npz(path) is None
+    assert load_stored(path) is None
     assert sorted(evaluate_resumed(folder).rows["a"]) == sorted(arrays["positions"].tolist())
 
 
@@ -779,7 +786,7 @@ def test_inputs_are_not_changed_and_bytes_are_divided_by_255() -> None:
 
 def test_progress_counts_what_was_done_before(folder: Path) -> None:
     gone = min(shards_folder(folder).glob("b-*.npz"))
-    missing = len(ShardResult.load_npz(gone).positions)
+    missing = len(load_stored(gone).positions)
     gone.unlink()
     told = []
     x, y = ladder_images(DISTANCES, LABELS)

@@ -423,7 +423,9 @@ def test_two_files_of_examples_are_compared(out: Path) -> None:
 def test_an_evaluation_is_resumed_from_its_shards(
     out: Path, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the folder that it was in, without an attack."""
+    """In the folder that it was in. Nobody has signed its results: adversarial examples are used
+    again, and robust examples are attacked again.
+    """
     from raysweep.attacks import build_named_attack as attack_preset
 
     subject = load_checkpoint_target(out / "runs" / "train" / "epoch-0003", {})
@@ -431,9 +433,17 @@ def test_an_evaluation_is_resumed_from_its_shards(
     attack = attack_preset("pgd20", 0.15)
     folder = choose_evaluation_folder(out, subject, attack, subject.config.data, count)
     assert folder.is_dir()
-    monkeypatch.setattr(ShardRunner, "_generate_adversarial", refuse)
-    report = evaluate_checkpoint(subject, subject.data, attack, count, folder, None)
     wanted = READ["reports"][(folder / "examples.parquet").relative_to(out).as_posix()]["columns"]
+    n_attacked: list[int] = []
+    attack_model = ShardRunner._generate_adversarial
+
+    def count_rows(runner: ShardRunner, attack: Any, x: Any, y: Any, rng: Any) -> Any:
+        n_attacked.append(len(x))
+        return attack_model(runner, attack, x, y, rng)
+
+    monkeypatch.setattr(ShardRunner, "_generate_adversarial", count_rows)
+    report = evaluate_checkpoint(subject, subject.data, attack, count, folder, None)
+    assert sum(n_attacked) == wanted["broken_by"].count(None)
     assert [str(by) or None for by in report.broken_by] == wanted["broken_by"]
 
 

@@ -178,10 +178,11 @@ class EvaluationRunner:
         self._record_result("clean", clean)
         result_dir = self.shard_runner.result_dir
         if result_dir is not None:
-            stored = ShardResult.load_npz(result_dir / "clean.npz")
-            if stored is None:
-                clean.save_npz(result_dir / "clean.npz")
-            elif not is_random_model and not _has_same_margins(stored.margin, clean.margin):
+            file, key = result_dir / "clean.npz", self.shard_runner.key
+            stored = ShardResult.load_npz(file, key)
+            if stored is None or not stored.is_own:
+                clean.save_npz(file, key)
+            elif not is_random_model and not _has_same_margins(stored.result.margin, clean.margin):
                 raise SpecError(
                     f"{result_dir} holds the results of a model with the same weights but other "
                     "outputs; choose another folder"

@@ -5,9 +5,10 @@ stored in a file.
 """
 
 import hashlib
+import hmac
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +35,7 @@ from raysweep.evaluation.attack_model import (
     make_attack_model,
 )
 from raysweep.evaluation.float32_precision import disable_tf32_and_autocast
+from raysweep.evaluation.result_signatures import derive_evaluation_key, sign_arrays
 from raysweep.models.device import get_model_device
 from raysweep.rng import ExampleRng
 from raysweep.schedules import resolved_value
@@ -41,6 +43,12 @@ from raysweep.schedules import resolved_value
 logger = logging.getLogger(__name__)
 
 AnyArray = npt.NDArray[np.generic]
+_SIGNATURE = "signature"
+# Type of each array with one value for each row.
+_ROW_KINDS = {
+    **{"positions": np.int64, "broken": np.bool_, "predicted": np.int64},
+    **{"margin": np.float32, "norm": np.float32, "queries": np.int64},
+}
 # Number of examples on which the attack model is compared with the original when it is built.
 _N_PROBE_EXAMPLES = 32
 
@@ -98,37 +106,65 @@ class ShardResult:
     x_adv: npt.NDArray[np.float32]
     classes: int
 
-    def save_npz(self, path: Path) -> None:
-        """Write the result into a .npz file, atomically.
+    def save_npz(self, path: Path, key: bytes) -> None:
+        """Write the result into a .npz file, atomically and signed.
 
         Args:
             path: The file to write.
+            key: Key of the evaluation (see `derive_evaluation_key`).
 
         Raises:
             OSError: If the file cannot be written.
         """
+        arrays = self._to_arrays()
+        signature = sign_arrays(key, path.name, arrays)
+        members: dict[str, Any] = {**arrays, _SIGNATURE: np.frombuffer(signature, np.uint8)}
         with atomic_open(path) as stream:
-            np.savez(stream, **{f.name: getattr(self, f.name) for f in fields(self)})
+            np.savez(stream, **members)
 
     @classmethod
-    def load_npz(cls, path: Path) -> "ShardResult | None":
+    def load_npz(cls, path: Path, key: bytes) -> "StoredShardResult | None":
         """Read a file that `save_npz` wrote.
 
         Args:
             path: The file.
+            key: Key of the evaluation.
 
         Returns:
-            The result, or None if the file is missing, damaged or of another kind.
+            The result and whether the key has signed it; None if the file is missing, damaged or of
+            another kind.
         """
         try:
             with open_npz(path) as data:
-                values: dict[str, Any] = {f.name: data.read_array(f.name) for f in fields(cls)}
+                arrays: dict[str, Any] = {f.name: data.read_array(f.name) for f in fields(cls)}
+                signature = data.read_array(_SIGNATURE) if _SIGNATURE in data.names else None
+            _check_arrays(arrays)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             logger.warning("a damaged result is computed again: %s: %s", path, error)
             return None
-        return cls(**(values | {"classes": int(values["classes"])}))
+        is_own = signature is not None and hmac.compare_digest(
+            signature.tobytes(), sign_arrays(key, path.name, arrays)
+        )
+        return StoredShardResult(cls(**(arrays | {"classes": int(arrays["classes"])})), is_own)
+
+    def _to_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Return what a file has besides the signature."""
+        return {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class StoredShardResult:
+    """A result that was read from a file.
+
+    Attributes:
+        result: The result.
+        is_own: Whether this user's key has signed it.
+    """
+
+    result: ShardResult
+    is_own: bool
 
 
 class ShardMapper(Protocol):
@@ -176,7 +212,8 @@ class ShardRunner:
         tile: Compute on batches of exactly this many rows (see `FixedSizeBatches`).
         tf32: Whether attacks compute in TF32. Rows that are broken in TF32 only are attacked a
             second time in float32.
-        result_dir: Folder in which results of attacks are stored; None to store nothing.
+        result_dir: Folder in which results of attacks are stored; None to store nothing. Its name
+            is the digest of the model, the data and the settings.
     """
 
     model: nn.Module
@@ -191,6 +228,7 @@ class ShardRunner:
     result_dir: Path | None = None
     _attack_model: nn.Module | None = field(default=None, repr=False)
     _original_model: nn.Module | None = field(default=None, repr=False)
+    _key: bytes = field(default=b"", repr=False)
 
     def __call__(self, shard: Shard) -> ShardResult:
         """Run one shard, and store the result of an attack in `result_dir`.
@@ -206,14 +244,9 @@ class ShardRunner:
                 self._evaluate_batch(shard, shard.positions[start : start + self.batch_size])
                 for start in range(0, len(shard.positions), self.batch_size)
             ]
-        joined = {
-            f.name: np.concatenate([getattr(part, f.name) for part in parts])
-            for f in fields(ShardResult)
-            if f.name != "classes"
-        }
-        result = ShardResult(**joined, classes=parts[0].classes)
+        result = _join_results(parts)
         if self.result_dir is not None and shard.attack is not None:
-            result.save_npz(self.result_dir / shard.file_name)
+            result.save_npz(self.result_dir / shard.file_name, self.key)
         return result
 
     @property
@@ -222,11 +255,26 @@ class ShardRunner:
         return min(MIN_BATCH_ROWS, self.batch_size)
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the models that are built out of a pickle; each process builds its own."""
-        return self.__dict__ | {"_attack_model": None, "_original_model": None}
+        """Leave the models that are built out of a pickle; each process builds its own.
+
+        Processes on other machines do not have the user's key, so they get the evaluation's.
+        """
+        key = self.key if self.result_dir is not None else b""
+        return self.__dict__ | {"_attack_model": None, "_original_model": None, "_key": key}
+
+    @property
+    def key(self) -> bytes:
+        """Key that signs the results of this evaluation, which `result_dir` names."""
+        if not self._key:
+            assert self.result_dir is not None
+            self._key = derive_evaluation_key(self.result_dir.name)
+        return self._key
 
     def load_finished_results(self, shard: Shard) -> list[ShardResult]:
         """Load results of an attack that earlier runs stored.
+
+        Of results that this user's key has not signed, only adversarial examples are used that
+        the model misclassifies. They are verified, and stored again with a signature.
 
         Args:
             shard: The attack and the rows that are needed.
@@ -237,17 +285,59 @@ class ShardRunner:
         if self.result_dir is None or not self.result_dir.is_dir():
             return []
         missing = set(shard.positions.tolist())
-        results = []
+        results, foreign = [], []
         for path in sorted(self.result_dir.glob(f"{escape_glob(shard.file_prefix)}*.npz")):
-            result = ShardResult.load_npz(path)
-            if result is None:
+            stored = None if path.is_symlink() else ShardResult.load_npz(path, self.key)
+            if stored is None:
                 continue
-            row_mask = np.array([p in missing for p in result.positions.tolist()], dtype=np.bool_)
-            if row_mask.any():
-                result = _select_result_rows(result, row_mask)
-                missing -= set(result.positions.tolist())
+            if not stored.is_own:
+                foreign.append(stored.result)
+            elif result := _select_missing_rows(stored.result, missing):
                 results.append(result)
+        n_claimed, n_verified = 0, 0
+        for claim in foreign:
+            if wanted := _select_missing_rows(claim, set(missing)):
+                n_claimed += len(wanted.positions)
+                if verified := self._verify_claimed_examples(shard, wanted):
+                    missing -= set(verified.positions.tolist())
+                    n_verified += len(verified.positions)
+                    results.append(verified)
+        if n_claimed:
+            logger.warning(
+                "%s: results of %s for %d examples are not signed with your key (another user or "
+                "machine, or raysweep before 0.2 stored them): %d adversarial examples are "
+                "verified, the other %d examples are attacked again",
+                self.result_dir,
+                shard.attack_name,
+                n_claimed,
+                n_verified,
+                n_claimed - n_verified,
+            )
         return results
+
+    def _verify_claimed_examples(self, shard: Shard, claim: ShardResult) -> ShardResult | None:
+        """Return the result for those claimed adversarial examples that are ones; None for none.
+
+        It is stored with a signature.
+        """
+        assert shard.attack is not None and self.result_dir is not None
+        positions = claim.positions[claim.broken]
+        if not len(positions) or claim.x_adv.shape[1:] != self.x.shape[1:]:
+            return None
+        parts = []
+        with disable_tf32_and_autocast(get_model_device(self.model)):
+            for start in range(0, len(positions), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                x, y = self.get_device_tensors(positions[rows])
+                x_adv = torch.from_numpy(claim.x_adv[rows]).to(x.device)
+                part = self._verify(shard, positions[rows], x, y, x_adv, torch.zeros_like(y))
+                parts.append(_select_result_rows(part, part.broken))
+        verified = _join_results(parts)
+        if not len(verified.positions):
+            return None
+        own_shard = Shard(shard.attack_name, shard.attack, verified.positions)
+        verified.save_npz(self.result_dir / own_shard.file_name, self.key)
+        return verified
 
     def get_device_tensors(self, positions: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Return examples as tensors on the device of the model.
@@ -271,6 +361,18 @@ class ShardRunner:
             index = torch.from_numpy(self.index[positions]).to(x.device)
             rng = ExampleRng.for_examples(index, self.seed).derive_stream(shard.attack_name)
             x_adv, queries = self._generate_adversarial(shard.attack, x, y, rng)
+        return self._verify(shard, positions, x, y, x_adv, queries)
+
+    def _verify(
+        self,
+        shard: Shard,
+        positions: npt.NDArray[np.int64],
+        x: Tensor,
+        y: Tensor,
+        x_adv: Tensor,
+        queries: Tensor,
+    ) -> ShardResult:
+        """Classify final images with the original model, and check that they are in the ball."""
         logits = self._compute_logits(x_adv)
         norm = shard.attack.norm if shard.attack else "Linf"
         distance = compute_perturbation_norms(x_adv, x, norm)
@@ -399,6 +501,49 @@ def is_in_unit_range(x_adv: Tensor) -> Tensor:
         (N,) bool; False for rows with NaN.
     """
     return ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
+
+
+def _check_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Raise ValueError unless the arrays of a file have the types and shapes of a result."""
+    n_rows = len(arrays["positions"]) if arrays["positions"].ndim == 1 else -1
+    for name, kind in _ROW_KINDS.items():
+        array = arrays[name]
+        if array.shape != (n_rows,) or array.dtype != kind:
+            raise ValueError(f"{name} is {array.dtype} of shape {array.shape}")
+    if len(np.unique(arrays["positions"])) != n_rows:
+        raise ValueError("positions has a row twice")
+    x_adv, classes = arrays["x_adv"], arrays["classes"]
+    if x_adv.ndim != 4 or x_adv.dtype != np.float32:
+        raise ValueError(f"x_adv is {x_adv.dtype} of shape {x_adv.shape}")
+    if len(x_adv) not in (0, int(arrays["broken"].sum())):
+        raise ValueError(f"x_adv has {len(x_adv)} images, not one for each broken row")
+    if classes.shape != () or classes.dtype.kind not in "iu":
+        raise ValueError(f"classes is {classes.dtype} of shape {classes.shape}")
+
+
+def _join_results(parts: Sequence[ShardResult]) -> ShardResult:
+    """Join the results of batches, in their order."""
+    joined = {
+        f.name: np.concatenate([getattr(part, f.name) for part in parts])
+        for f in fields(ShardResult)
+        if f.name != "classes"
+    }
+    return ShardResult(**joined, classes=parts[0].classes)
+
+
+def _select_missing_rows(result: ShardResult, missing: set[int]) -> ShardResult | None:
+    """Return the rows of a result that are missing, and remove them from `missing`; None if none.
+
+    A result without its adversarial examples has no rows.
+    """
+    if len(result.x_adv) != result.broken.sum():
+        return None
+    row_mask = np.array([p in missing for p in result.positions.tolist()], dtype=np.bool_)
+    if not row_mask.any():
+        return None
+    result = _select_result_rows(result, row_mask)
+    missing -= set(result.positions.tolist())
+    return result
 
 
 def _select_result_rows(result: ShardResult, row_mask: npt.NDArray[np.bool_]) -> ShardResult:

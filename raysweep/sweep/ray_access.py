@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from raysweep.errors import InfrastructureError
+from raysweep.file_privacy import make_folder_private, read_private_file, write_new_private_file
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +80,9 @@ def secure_token_file() -> None:
     if path is None or "RAY_AUTH_TOKEN_PATH" in os.environ or not uses_token:
         return
     try:
-        _make_folder_private(path.parent)
-        if not _make_file_private(path):
-            _write_new_token(path)
+        make_folder_private(path.parent)
+        if not _make_token_private(path):
+            write_new_private_file(path, secrets.token_hex(_TOKEN_BYTES).encode())
     except OSError as error:
         raise InfrastructureError(
             f"{path}: the token of Ray's clusters cannot be kept private: "
@@ -89,56 +90,22 @@ def secure_token_file() -> None:
         ) from error
 
 
-def _make_folder_private(folder: Path) -> None:
-    """Create a folder of mode 0700, or give it this mode."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.geteuid():
-        raise PermissionError(0, f"{folder} belongs to user {status.st_uid}")
-    if status.st_mode & 0o077:
-        folder.chmod(0o700)
-
-
-def _make_file_private(path: Path) -> bool:
-    """Give the token file mode 0600; return False if there is none, or it is empty."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
+def _make_token_private(path: Path) -> bool:
+    """Give the token file mode 0600; return False if there is none. An empty one is deleted."""
+    token = read_private_file(path)
+    if token is None:
         return False
-    try:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            raise PermissionError(0, "it is not a file of your own")
-        if status.st_mode & 0o077:
-            os.fchmod(handle, 0o600)
-            logger.warning(
-                "other users could read %s (mode %04o); it is private now. Whoever has read the "
-                "token can still use it: stop your Ray clusters, delete the file, and start again",
-                path,
-                stat.S_IMODE(status.st_mode),
-                extra={"is_shown_elsewhere": True},
-            )
-        return status.st_size > 0
-    finally:
-        os.close(handle)
-
-
-def _write_new_token(path: Path) -> None:
-    """Write a token that is whole as soon as the file exists; keep one that another just wrote."""
-    if path.exists():
-        path.unlink()
-    handle, name = tempfile.mkstemp(prefix=".auth_token-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as stream:
-            stream.write(secrets.token_hex(_TOKEN_BYTES))
-            stream.flush()
-            os.fsync(stream.fileno())
-        try:
-            os.link(name, path)
-        except FileExistsError:
-            logger.debug("another process has just created %s", path)
-    finally:
-        Path(name).unlink()
+    if token.exposed_mode:
+        logger.warning(
+            "other users could read %s (mode %04o); it is private now. Whoever has read the "
+            "token can still use it: stop your Ray clusters, delete the file, and start again",
+            path,
+            token.exposed_mode,
+            extra={"is_shown_elsewhere": True},
+        )
+    if not token.content:
+        path.unlink(missing_ok=True)
+    return bool(token.content)
 
 
 def create_private_ray_folder() -> Path:
