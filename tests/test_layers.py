@@ -19,6 +19,7 @@ LAYERS = [
         "lazy_modules",
         "atomic_files",
         "bounded_files",
+        "visible_text",
         "file_privacy",
         "spec",
         "settings_reference",

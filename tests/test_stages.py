@@ -302,7 +302,7 @@ def work(tmp_path: Path) -> StageContext:
         "p",
         tmp_path,
         folder,
-        tmp_path / "runs",
+        open_path(tmp_path / "runs"),
         TrainingOverrides({}, {}),
         Console(),
         None,
@@ -317,19 +317,23 @@ def test_files_are_named_by_relative_paths_inside_the_folder_and_absolute_ones_o
     assert work.make_reference(inside) == "runs/s/epoch-0001" and work.resolve_reference(
         "runs/s/epoch-0001"
     ) == open_path(inside)
-    assert work.make_reference(outside) == str(outside) and work.resolve_reference(
-        str(outside)
-    ) == open_path(outside)
+    assert work.make_reference(outside) == str(outside)
     bucket = open_path("s3://b/x?region=r")
     assert work.make_reference(bucket / "y") == "s3://b/x/y?region=r"
+    for reference in (str(outside), "s3://b/x/y?region=r"):
+        with pytest.raises(SpecError, match=r"neither below --out .* nor below the storage"):
+            work.resolve_reference(reference)
+    work.storage = bucket
     assert work.resolve_reference("s3://b/x/y?region=r") == bucket / "y"
+    work.storage = open_path(outside.parent)
+    assert work.resolve_reference(str(outside)) == open_path(outside)
 
 
 def test_a_stages_sweep_is_named_by_pipeline_stage_part_and_digest(
     work: StageContext, tmp_path: Path
 ) -> None:
     work.stage_number, work.stage_digest = 3, "0123456789abcdef"
-    assert work.choose_sweep_folder("at") == tmp_path / "runs" / "p-03-at-01234567"
+    assert work.choose_sweep_folder("at") == open_path(tmp_path) / "runs" / "p-03-at-01234567"
     assert (
         work.choose_sweep_folder("lambda = -1/2 (ä).x_y").name
         == "p-03-lambda----1-2--ä-.x_y-01234567"

@@ -425,7 +425,11 @@ def _load_checked_space(
         space = load_space(request.method or "", request.overrides, request.space_file)
     if request.trials:
         space = space.replace(trials=request.trials)
-    dataset = load_data(space.trial_config({}).data)
+    data_spec = space.trial_config({}).data
+    if resumed_ledger is not None:
+        # A sweep may come from anybody: that it resumes makes no folder and loads nothing down.
+        data_spec = data_spec.replace(download=False)
+    dataset = load_data(data_spec)
     if resumed_ledger is not None:
         resumed_ledger.check_same_data(dataset.fingerprint)
     return space, dataset

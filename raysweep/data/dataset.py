@@ -20,6 +20,7 @@ from raysweep.data.dataset_loaders import (
     TrainTestArrays,
     load_test_arrays,
 )
+from raysweep.data.known_folders import remember_data_folder
 from raysweep.data.split_tensors import Split
 from raysweep.data.unlabeled import read_unlabeled_file
 from raysweep.lazy_modules import np, torch
@@ -188,6 +189,9 @@ def load_data(spec: DataSpec) -> DatasetSplits:
     if spec.unlabeled is not None:
         path = (spec.data_dir or Path()) / spec.unlabeled
         unlabeled = _load_unlabeled_split(path, arrays, classes)
+    fingerprint = _hash_dataset(arrays, unlabeled)
+    if spec.data_dir is not None:
+        remember_data_folder(fingerprint, spec.data_dir)
     return DatasetSplits(
         train=_make_split(arrays.x_train, arrays.y_train, train_rows, arrays.pixel_max),
         val=_make_split(arrays.x_train, arrays.y_train, val_rows, arrays.pixel_max),
@@ -195,7 +199,7 @@ def load_data(spec: DataSpec) -> DatasetSplits:
         channels=channels,
         classes=classes,
         augment=channels == 3 if spec.augment is None else spec.augment,
-        fingerprint=_hash_dataset(arrays, unlabeled),
+        fingerprint=fingerprint,
         unlabeled=unlabeled,
         unlabeled_fraction=spec.unlabeled_fraction,
     )

@@ -33,7 +33,15 @@ from raysweep.pipeline.stage import (
 from raysweep.pipeline.sweep_retention import get_today_date, prune_nightly_sweeps
 from raysweep.pipeline.train import TrainStage
 from raysweep.pipeline.tune import TuneStage
-from raysweep.spec import JsonDict, Spec, SpecError, apply_overrides, json_digest, read_yaml
+from raysweep.spec import (
+    JsonDict,
+    Spec,
+    SpecError,
+    apply_overrides,
+    is_safe_name,
+    json_digest,
+    read_yaml,
+)
 from raysweep.stores import StorePath, open_path
 from raysweep.training.checkpoint import describe_environment
 from raysweep.training.config import TrainingConfig
@@ -179,6 +187,11 @@ def load_pipeline(
         SpecError: With all problems at once.
     """
     path = find_pipeline_file(name_or_file)
+    if not is_safe_name(path.stem):
+        raise SpecError(
+            f"{path}: its name names the folder of its artifacts: expected 1 to 100 letters, "
+            "digits, '.', '_' or '-', and no dot at the start"
+        )
     pipeline = _validate_pipeline(read_yaml(path), path)
     pipeline_overrides: dict[str, Any] = {}
     command_line: dict[str, Any] = {}
@@ -376,6 +389,7 @@ def run_pipeline(
         context = StageContext(
             name, out, folder, sweeps_folder, training_overrides, console, address, exit_stack
         )
+        context.storage = runs_folder
         finished: tuple[Artifact, ...] = ()
         for planned_stage in plan_stages(pipeline, training_overrides, folder, salt):
             artifact = None

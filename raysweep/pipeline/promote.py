@@ -30,6 +30,7 @@ from raysweep.spec import SpecError, merge_overrides
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.training import checkpoint
 from raysweep.training.config import TrainingConfig
+from raysweep.training.model_loading import replace_data_folder
 
 
 class PromoteStage(Stage):
@@ -179,7 +180,8 @@ class PromoteStage(Stage):
         self, context: StageContext, candidate: Candidate
     ) -> tuple[list[Candidate], SweepSummary]:
         """Train a candidate again, over the seeds; return the new candidates and their sweep."""
-        config = checkpoint.read_checkpoint(context.resolve_reference(candidate.checkpoint)).config
+        saved = checkpoint.read_checkpoint(context.resolve_reference(candidate.checkpoint))
+        config = replace_data_folder(saved)
         try:
             space = self.build_retraining_space(config, context.training_overrides)
         except SpecError as error:

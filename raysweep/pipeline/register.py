@@ -89,7 +89,7 @@ class RegisterStage(Stage):
 
         def write_files(folder: Path) -> None:
             (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
-            shutil.copy2(context.out / evaluation.folder / EXAMPLES_FILE, folder / EXAMPLES_FILE)
+            shutil.copy2(_find_file(context, evaluation, EXAMPLES_FILE), folder / EXAMPLES_FILE)
 
         facts = RegisterFacts(
             name=self.name,
@@ -117,7 +117,7 @@ class RegisterStage(Stage):
             tags = checkpoint_run_tags(checkpoint.read_checkpoint(path))
             run_id = tracker.find_run(tags) or ""
         tracker.log_json(run_id, card, f"registered/{CARD_FILE}")
-        tracker.log_file(run_id, context.out / evaluation.folder / EXAMPLES_FILE, "registered")
+        tracker.log_file(run_id, _find_file(context, evaluation, EXAMPLES_FILE), "registered")
         return tracker.register_model(self.name, run_id, tags, _REGISTRY_DESCRIPTION)
 
     def _compare_and_set_aliases(
@@ -162,7 +162,7 @@ class RegisterStage(Stage):
         old_examples = context.tracker.download_artifact(
             old_run, f"registered/{EXAMPLES_FILE}", context.artifacts_folder / ".champion" / old_run
         )
-        new_examples = context.out / evaluation.folder / EXAMPLES_FILE
+        new_examples = _find_file(context, evaluation, EXAMPLES_FILE)
         test = compare_shared_examples(new_examples, old_examples)
         if test is None:
             return ChampionComparison(
@@ -188,7 +188,7 @@ class RegisterStage(Stage):
         saved = checkpoint.read_checkpoint(
             context.resolve_reference(evaluation.candidate.checkpoint)
         )
-        card: JsonDict = json.loads((context.out / evaluation.folder / CARD_FILE).read_text())
+        card = (context.resolve_reference(evaluation.folder) / CARD_FILE).read_json()
         return {
             **card,
             "name": self.name,
@@ -206,6 +206,11 @@ class RegisterStage(Stage):
             "config": saved.config.to_json_dict(),
             "environment": saved.meta["environment"],
         }
+
+
+def _find_file(context: StageContext, evaluation: EvaluationResult, name: str) -> Path:
+    """Return the path of a file of an evaluation on this machine."""
+    return (context.resolve_reference(evaluation.folder) / name).working_path
 
 
 def _summarize_evaluation(evaluation: EvaluationResult) -> str:

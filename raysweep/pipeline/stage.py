@@ -20,11 +20,13 @@ from raysweep.pipeline.artifact import (
     select_best_candidate,
 )
 from raysweep.record_queue import RecordQueue
-from raysweep.spec import JsonDict, Spec, merge_overrides
+from raysweep.spec import JsonDict, Spec, SpecError, merge_overrides
 from raysweep.stores import Location, StorePath, is_uri, open_path
+from raysweep.stores.protocol import check_key
 from raysweep.tracking import Tracker, tracking_uri
 from raysweep.training.config import TrainingConfig
 
+_RUNS_FOLDER = "runs"
 CONFLICT_MESSAGE = "candidates of different threat models cannot be ranked"
 
 
@@ -217,6 +219,7 @@ class StageContext:
         exit_stack: Closed at the end of the pipeline run.
         stage_number: Position of the current stage, from 0.
         stage_digest: Digest of the current stage.
+        storage: Folder of all sweeps and training runs, which artifacts may refer to besides `out`.
     """
 
     pipeline_name: str
@@ -229,6 +232,7 @@ class StageContext:
     exit_stack: ExitStack
     stage_number: int = 0
     stage_digest: str = ""
+    storage: StorePath | None = None
     _datasets: dict[str, DatasetSplits] = field(default_factory=dict)
 
     @cached_property
@@ -297,8 +301,30 @@ class StageContext:
         return str(stored)
 
     def resolve_reference(self, reference: str) -> StorePath:
-        """Return the path for a result of `make_reference`."""
-        return open_path(reference if is_uri(reference) else self.out / reference)
+        """Return the path for a result of `make_reference`.
+
+        Args:
+            reference: Content of an artifact, which may come from anybody.
+
+        Raises:
+            SpecError: It leads out of `--out` and of the storage. One line.
+            DamagedFileError: It leads through a symbolic link below them. One line.
+        """
+        if not is_uri(reference) and not reference.startswith("/"):
+            # A user's own `runs` may be a link.
+            folder, _, rest = reference.partition("/")
+            if folder == _RUNS_FOLDER and rest:
+                return open_path(self.out / folder) / check_key(rest)
+            return open_path(self.out) / check_key(reference)
+        path = open_path(reference)
+        for root in filter(None, (open_path(self.out), self.storage, self.sweeps_folder)):
+            if path.store == root.store and path.key.startswith(f"{root.key}/"):
+                return path
+        raise SpecError(
+            f"an artifact of {self.artifacts_folder} refers to {reference}, which is neither below "
+            f"--out {self.out} nor below the storage {self.storage}: give the --storage that it "
+            "was made with, or run the stage again (--from)"
+        )
 
     def print_line(self, line: str) -> None:
         """Print a progress message."""

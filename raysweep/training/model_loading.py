@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raysweep.attacks import set_mode
-from raysweep.data import DatasetSplits, load_data
+from raysweep.data import DatasetSplits, DataSpec, load_data
+from raysweep.data.known_folders import find_data_folder
 from raysweep.lazy_modules import torch
 from raysweep.spec import SpecError, apply_overrides
 from raysweep.stores import META_FILE, Location, StorePath, open_path
@@ -81,13 +82,38 @@ def load_checkpoint_target(path: Location, overrides: Mapping[str, Any]) -> Eval
             )
         path = RunDirectory(path).epoch_path(_choose_best_epoch(last, path))
     saved = checkpoint.read_checkpoint(path)
-    spec = apply_overrides(saved.config.data, overrides)
-    if spec.unlabeled:
-        spec = spec.replace(unlabeled=None)
-    data = load_data(spec)
+    data = load_data(_choose_data_spec(saved, overrides))
     return EvaluationTarget(
         load_trained_model(saved, data), _format_checkpoint_name(path), saved, data
     )
+
+
+def replace_data_folder(saved: TrainingCheckpoint) -> TrainingConfig:
+    """Return a checkpoint's config with the folder of the data that this user has named.
+
+    The checkpoint may come from anybody: neither its folder nor its `download` is used.
+
+    Args:
+        saved: The checkpoint.
+
+    Returns:
+        The config; `data.data_dir` is None if the user has read no such data yet.
+    """
+    folder = find_data_folder(saved.meta["data_fingerprint"])
+    data = saved.config.data.replace(data_dir=folder, download=False)
+    return saved.config.replace(data=data)
+
+
+def _choose_data_spec(saved: TrainingCheckpoint, overrides: Mapping[str, Any]) -> DataSpec:
+    """Return the data of an evaluation; SpecError if the user has to name their folder."""
+    spec = apply_overrides(replace_data_folder(saved).data, {"unlabeled": None, **overrides})
+    if spec.data_dir is None and saved.config.data.data_dir is not None and spec.name != "digits":
+        raise SpecError(
+            f"{saved.path}: was trained on {spec.name!r} data in {saved.config.data.data_dir}; a "
+            "folder that a checkpoint names is not used: give it as --data-dir (in Python: "
+            "data_dir) if you know it"
+        )
+    return spec
 
 
 def _choose_best_epoch(last: TrainingCheckpoint, run_path: StorePath) -> int:

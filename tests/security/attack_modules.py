@@ -1,6 +1,7 @@
 """Imports all modules with attacks, which put themselves into the table."""
 
 import bombs
+import foreign_references
 import forged_shards
 
-MODULES = (bombs, forged_shards)
+MODULES = (bombs, foreign_references, forged_shards)

@@ -174,7 +174,8 @@ class ReportStage(Stage):
         test = None
         if not differences:
             test = compare_shared_examples(
-                context.out / best_evaluation.folder / EXAMPLES_FILE, folder / EXAMPLES_FILE
+                (context.resolve_reference(best_evaluation.folder) / EXAMPLES_FILE).working_path,
+                folder / EXAMPLES_FILE,
             )
         medians = _compute_median_accuracies(upstream.evaluations)
         return ReportChanges(
