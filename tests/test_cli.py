@@ -43,7 +43,7 @@ FLAGS = {
         *COMMON, "--verbose", "--out", "--storage", "--attack", "--version", "--eps", "--norm",
         "--n",
         "--batch-size", "--keep-adversarial", "--pseudo-label", "--address", "--gpus-per-task",
-        "--bundle", "--verify",
+        "--bundle", "--verify", "--sign",
     },
 }  # fmt: skip
 BOTH = """\

@@ -426,11 +426,14 @@ def test_what_cannot_be_evaluated_is_one_line(what, words, workdir: Path, capsys
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--verify", "--n", "3", "--out", "x"], "--verify attacks nothing: leave out --n, --out"),
-        (["--verify", "--set", "data.val_size=3"], "--verify attacks nothing: leave out --set"),
+        (["--verify", "--n", "3", "--out", "x"], "--verify: leave out --n, --out"),
+        (
+            ["--verify", "--set", "data.val_size=3"],
+            "--verify: leave out --set; only --attack N has a setting, its seed",
+        ),
         (
             ["--verify", "--pseudo-label", "x.npz"],
-            "--verify attacks nothing: leave out --pseudo-label",
+            "--verify: leave out --pseudo-label",
         ),
         (
             ["--pseudo-label", "x.npz", "--attack", "square"],

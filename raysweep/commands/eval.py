@@ -53,14 +53,14 @@ _ATTACK_OPTION_DEFAULTS: dict[str, Any] = {
     "batch_size": 500,
     "keep_adversarial": False,
     "bundle": None,
+    "sign": None,
     "address": None,
     "gpus_per_task": 1.0,
 }
-# Options that --verify ignores, with their defaults.
+# Options that --verify does not read, with their defaults.
 _VERIFY_UNUSED_DEFAULTS: dict[str, Any] = {
-    **_ATTACK_OPTION_DEFAULTS,
+    **{name: value for name, value in _ATTACK_OPTION_DEFAULTS.items() if name != "attack"},
     "pseudo_label": None,
-    "set": [],
     "storage": None,
     "out": Path(),
 }
@@ -75,8 +75,8 @@ class EvalRequest:
     """What the user asked `raysweep eval` to do.
 
     Attributes:
-        model: A sweep, a trial, a folder or URI of a run or checkpoint, an MLflow run id or model,
-            `module:factory`, or with `verify` the folder of a bundle.
+        model: A sweep, a trial, a folder or URI of a run or checkpoint, an MLflow run id or
+            model, or `module:factory`.
         attack: Names of attacks, separated by commas.
         version: Version of AutoAttack.
         eps: Radius of the attack, in pixels of [0, 1]; None for the radius of the training.
@@ -87,7 +87,7 @@ class EvalRequest:
         pseudo_label_file: Images to label with the model, instead of an attack; or None.
         keep_adversarial: Whether to save the adversarial examples.
         bundle: New folder for a bundle (card, weights, adversarial examples); or None.
-        verify: Whether to check the claims of a bundle, instead of an attack.
+        signing_key: File of the SSH key that signs the bundle; or None.
         address: Ray cluster to use; None for $RAY_ADDRESS or the cores of this machine.
         gpus_per_task: GPUs of each task on a cluster.
         data_overrides: {path below `data`: value} of `--set data.*` and `--data-dir`.
@@ -108,7 +108,7 @@ class EvalRequest:
     pseudo_label_file: Path | None
     keep_adversarial: bool
     bundle: Path | None
-    verify: bool
+    signing_key: Path | None
     address: str | None
     gpus_per_task: float
     data_overrides: dict[str, Any]
@@ -125,11 +125,12 @@ class EvalRequest:
             SpecError: `--set` is malformed, or an option has no effect on what was asked for.
         """
         from raysweep.commands.common import parse_data_overrides
+        from raysweep.spec import SpecError
 
-        if args.verify:
-            _reject_unused_options(args, "--verify", _VERIFY_UNUSED_DEFAULTS)
-        elif args.pseudo_label is not None:
-            _reject_unused_options(args, "--pseudo-label", _ATTACK_OPTION_DEFAULTS)
+        if args.pseudo_label is not None:
+            _reject_unused_options(args, "--pseudo-label attacks nothing", _ATTACK_OPTION_DEFAULTS)
+        if args.sign is not None and args.bundle is None:
+            raise SpecError("--sign: signs a bundle; give --bundle DIR too")
         return cls(
             model=args.what,
             attack=args.attack,
@@ -142,7 +143,7 @@ class EvalRequest:
             pseudo_label_file=args.pseudo_label,
             keep_adversarial=args.keep_adversarial,
             bundle=args.bundle,
-            verify=args.verify,
+            signing_key=args.sign,
             address=args.address,
             gpus_per_task=args.gpus_per_task,
             data_overrides=parse_data_overrides(
@@ -174,7 +175,7 @@ def _read_subset(args: argparse.Namespace) -> SubsetChoice:
 def _reject_unused_options(
     args: argparse.Namespace, mode: str, unused_defaults: dict[str, Any]
 ) -> None:
-    """Raise SpecError for options that have no effect in a mode without attacks."""
+    """Raise SpecError for options that have no effect in a mode."""
     from raysweep.spec import SpecError
 
     unused_flags = [
@@ -183,7 +184,7 @@ def _reject_unused_options(
         if getattr(args, name) != default
     ]
     if unused_flags:
-        raise SpecError(f"{mode} attacks nothing: leave out {', '.join(unused_flags)}")
+        raise SpecError(f"{mode}: leave out {', '.join(unused_flags)}")
 
 
 def add_parser(parsers: CommandParsers) -> None:
@@ -212,7 +213,7 @@ def _add_attack_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attack",
         help="an attack of `raysweep list`, or several separated by commas; a repeated name is a "
-        "restart: apgd-ce,square (default: autoattack)",
+        "restart: apgd-ce,square (default: autoattack); with --verify a number of examples",
     )
     parser.add_argument(
         "--version",
@@ -258,9 +259,16 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         help="write model card, weights and adversarial examples to a new folder, to publish them",
     )
     parser.add_argument(
+        "--sign",
+        type=Path,
+        metavar="KEY",
+        help="sign the bundle with this SSH key (by ssh-keygen), to show who made it",
+    )
+    parser.add_argument(
         "--verify",
         action="store_true",
-        help="WHAT is a bundle: check each of its claims, attack nothing",
+        help="WHAT is a bundle: say what it shows, and which of its claims are false; with "
+        "--attack N attack N of the examples afresh that it claims robust",
     )
 
 
@@ -281,10 +289,10 @@ def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
 
 def run_command(args: argparse.Namespace) -> None:
     """Run `raysweep eval`."""
-    request = EvalRequest.from_args(args)
-    if request.verify:
-        _verify_bundle_claims(request)
+    if args.verify:
+        _verify_bundle(args)
         return
+    request = EvalRequest.from_args(args)
     from raysweep.commands.common import make_writable_folder
 
     out = make_writable_folder(request.out)
@@ -295,28 +303,13 @@ def run_command(args: argparse.Namespace) -> None:
         _evaluate(request, target, run_id, out)
 
 
-def _verify_bundle_claims(request: EvalRequest) -> None:
-    """Check a bundle and print its card. Raises WorkFailed if one of its claims is false."""
-    from raysweep.errors import WorkFailed
-    from raysweep.robustness_bundle import verify_bundle
+def _verify_bundle(args: argparse.Namespace) -> None:
+    """Run `raysweep eval --verify`."""
+    from raysweep.commands._bundle_verification import VerificationRequest, verify_bundle_claims
 
-    data_dir = request.data_dir.resolve() if request.data_dir else None
-    card, problems = verify_bundle(Path(request.model).expanduser().resolve(), data_dir)
-    if request.as_json:
-        summary = {
-            "bundle": request.model,
-            "sound": not problems,
-            "problems": problems,
-            "card": card,
-        }
-        print(json.dumps(summary, indent=1))
-    elif not problems:
-        print(
-            f"{card['name']}: sound; {card['examples']} examples, "
-            f"{card['robust_accuracy']:.2%} robust"
-        )
-    if problems:
-        raise WorkFailed([f"{request.model}: {line}" for line in problems])
+    _reject_unused_options(args, "--verify", _VERIFY_UNUSED_DEFAULTS)
+    default_attack = _ATTACK_OPTION_DEFAULTS["attack"]
+    verify_bundle_claims(VerificationRequest.from_args(args, default_attack))
 
 
 def _load_target(request: EvalRequest, out: Path) -> tuple[EvaluationTarget, str | None]:
@@ -419,7 +412,15 @@ def _evaluate(
         )
     save_evaluation_files(report, folder, target, data_spec)
     if bundle is not None and target.checkpoint is not None:
-        write_bundle(bundle, report, target.checkpoint, data_spec, target.name)
+        write_bundle(
+            bundle,
+            report,
+            target.checkpoint,
+            data_spec,
+            target.name,
+            test=dataset.test,
+            signing_key=request.signing_key,
+        )
     _print_report(request, report, target, folder, tracker)
     attack_name = request.attack
     if request.version != "standard":
@@ -491,8 +492,10 @@ def _check_bundle_folder(request: EvalRequest, target: EvaluationTarget) -> Path
     """Return the folder of the bundle, or None if none was asked for.
 
     Raises:
-        SpecError: The model is no checkpoint, or the folder exists.
+        SpecError: The model is no checkpoint, the folder exists, or the key is none.
+        InfrastructureError: ssh-keygen is missing.
     """
+    from raysweep.robustness_bundle import check_signing_key
     from raysweep.spec import SpecError
 
     if request.bundle is None:
@@ -504,6 +507,8 @@ def _check_bundle_folder(request: EvalRequest, target: EvaluationTarget) -> Path
     folder = request.bundle.expanduser().resolve()
     if folder.exists():
         raise SpecError(f"--bundle {request.bundle}: exists already")
+    if request.signing_key is not None:
+        check_signing_key(request.signing_key)
     return folder
 
 

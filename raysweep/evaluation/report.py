@@ -164,10 +164,7 @@ class RobustnessReport:
             "dataset": None,
             "venue": None,
             "architecture": None,
-            "eps": _format_eps_fraction(self.eps) if self.norm == "Linf" else f"{self.eps:g}",
-            "threat_model": self.norm,
-            "clean_acc": f"{100 * self.clean_accuracy:.2f}",
-            "reported": f"{100 * self.robust_accuracy:.2f}",
+            **format_card_numbers(self.norm, self.eps, self.clean_accuracy, self.robust_accuracy),
             "autoattack_acc": f"{100 * self.robust_accuracy:.2f}" if self.is_autoattack else None,
             "unreliable": bool(self.warnings),
             **self._describe_subset(),
@@ -275,6 +272,28 @@ class RobustnessReport:
         }
         with atomic_open(path) as stream:
             np.savez(stream, **arrays)
+
+
+def format_card_numbers(
+    norm: str, eps: float, clean_accuracy: float, robust_accuracy: float
+) -> dict[str, str]:
+    """Write the numbers of an evaluation as RobustBench does.
+
+    Args:
+        norm: "Linf" or "L2".
+        eps: Radius of the attacks, in pixels of [0, 1].
+        clean_accuracy: Fraction in [0, 1].
+        robust_accuracy: Fraction in [0, 1].
+
+    Returns:
+        The fields `eps`, `threat_model`, `clean_acc` and `reported` of a card.
+    """
+    return {
+        "eps": _format_eps_fraction(eps) if norm == "Linf" else f"{eps:g}",
+        "threat_model": norm,
+        "clean_acc": f"{100 * clean_accuracy:.2f}",
+        "reported": f"{100 * robust_accuracy:.2f}",
+    }
 
 
 def compute_wilson_interval(n_successes: int, n_samples: int) -> tuple[float, float]:

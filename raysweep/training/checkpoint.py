@@ -78,8 +78,17 @@ class TrainingCheckpoint:
 
         Returns:
             `model`.
+
+        Raises:
+            DamagedFileError: The file has not the weights of this network; one line.
         """
-        model.load_state_dict(safetensors_torch.load_file(self.local_folder / WEIGHTS_FILE))
+        try:
+            model.load_state_dict(safetensors_torch.load_file(self.local_folder / WEIGHTS_FILE))
+        except (SafetensorError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise DamagedFileError(
+                f"{self.path}: {WEIGHTS_FILE} has not the weights of this network: {reason}"
+            ) from error
         return model
 
     def load_training_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
