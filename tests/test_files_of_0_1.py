@@ -448,8 +448,9 @@ def test_an_evaluation_is_resumed_from_its_shards(
 
 
 def test_a_bundle(out: Path) -> None:
-    card, problems = verify_bundle(out / "bundle")
-    assert problems == [] and card["examples"] == 10
+    shown = verify_bundle(out / "bundle")
+    assert shown.problems == [] and shown.n_examples == 10 and shown.upper_bound == 0.5
+    assert shown.subset == "first" and "no manifest.json" in shown.notes[0]
 
 
 def test_labelled_images(out: Path) -> None:

@@ -165,7 +165,7 @@ def saved_bundle(
     images = test.get_float_images(slice(0, COUNT)), test.y[:COUNT], attack
     report = evaluate(subject.model, *images, index=test.index[:COUNT], keep_adversarial=True)
     assert 5 < report.robust.sum() < report.clean.sum() - 2 < COUNT - 4
-    write_bundle(out / "claim", report, saved, saved.config.data, "mine")
+    write_bundle(out / "claim", report, saved, saved.config.data, "mine", test=test)
     return out / "claim", report, saved
 
 
@@ -186,13 +186,15 @@ def problems_of(
     falsify(arrays, card)
     np.savez(copy / "adversarial.npz", **arrays)
     (copy / "card.json").write_text(json.dumps(card))
-    return verify_bundle(copy)[1]
+    # A bundle without a manifest: only its content can give a false claim away.
+    (copy / "manifest.json").unlink()
+    return verify_bundle(copy).problems
 
 
 def test_a_bundle_says_what_it_holds(saved_bundle) -> None:
     folder, report, saved = saved_bundle
-    card, problems = verify_bundle(folder)
-    assert problems == []
+    assert verify_bundle(folder).problems == []
+    card = json.loads((folder / "card.json").read_text())
     assert card["norm"] == "Linf" and card["eps_value"] == 0.05 and card["examples"] == COUNT
     assert card["attacks"] == ["pgd"] and card["seed"] == 3 and card["unreliable"] is False
     assert card["clean_accuracy"] == report.clean.sum() / COUNT
@@ -219,7 +221,12 @@ def test_a_bundle_needs_the_examples(saved_bundle, tmp_path: Path) -> None:
     _, report, saved = saved_bundle
     with pytest.raises(ValueError, match="keep_adversarial"):
         write_bundle(
-            tmp_path / "claim", replace(report, x_adv=None), saved, saved.config.data, "mine"
+            tmp_path / "claim",
+            replace(report, x_adv=None),
+            saved,
+            saved.config.data,
+            "mine",
+            test=load_data(saved.config.data).test,
         )
     assert not (tmp_path / "claim").exists()
 
@@ -251,7 +258,8 @@ def test_a_bundle_of_a_smaller_radius_than_its_examples_is_refused(
             eps = longest / times
 
             def claim(arrays: Arrays, card: Card, eps: float = eps, norm: str = norm) -> None:
-                card.update(eps_value=eps, norm=norm)
+                text = f"{eps:g}"
+                card.update(eps_value=eps, norm=norm, eps=text, threat_model=norm)
 
             found = problems_of(saved_bundle, tmp_path / f"{number}-{times}", claim)
             if times == 1:
@@ -331,9 +339,6 @@ def _modest(arrays: Arrays, card: Card) -> None:
 @pytest.mark.parametrize(
     ("falsify", "words"),
     [
-        (_twice, "an example is listed twice"),
-        (_unknown, "2 examples are not in the test set, the first: 100000"),
-        (_negative, "1 examples are not in the test set, the first: -1"),
         (_swapped, "the labels are not the test set's"),
         (_clean, "clean_accuracy is"),
         (_robust, "robust_accuracy is"),
@@ -342,8 +347,23 @@ def _modest(arrays: Arrays, card: Card) -> None:
     ],
 )
 def test_other_false_claims(saved_bundle, tmp_path: Path, falsify, words: str) -> None:
-    (line,) = problems_of(saved_bundle, tmp_path, falsify)
+    """A false accuracy is also false beside its text in percent."""
+    line, *texts = problems_of(saved_bundle, tmp_path, falsify)
     assert line.startswith(words)
+    assert all(text.startswith(("clean_acc is", "reported is")) for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("falsify", "words"),
+    [
+        (_twice, "an example is listed twice"),
+        (_unknown, "2 examples are not in the test set, the first: 100000"),
+        (_negative, "1 examples are not in the test set, the first: -1"),
+    ],
+)
+def test_rows_that_there_are_not(saved_bundle, tmp_path: Path, falsify, words: str) -> None:
+    with pytest.raises(DamagedFileError, match=words):
+        problems_of(saved_bundle, tmp_path, falsify)
 
 
 def test_false_verdicts_are_counted(saved_bundle, tmp_path: Path) -> None:
@@ -375,7 +395,7 @@ def test_a_claim_fails_with_the_weights_of_another_model(saved_bundle, tmp_path:
     copy = shutil.copytree(saved_bundle[0], tmp_path / "copy")
     shutil.rmtree(copy / "checkpoint")
     saved_model(copy / "checkpoint", 1)
-    found = verify_bundle(copy)[1]
+    found = verify_bundle(copy).problems
     assert any("claimed robust, but misclassified without an attack" in line for line in found)
     assert any(line.startswith("clean_accuracy is") for line in found)
 
@@ -391,5 +411,5 @@ def test_an_archive_with_a_changed_byte_is_refused(saved_bundle, tmp_path: Path)
     # archive.
     for place in (table, table + 6, table + 8, table + 10, table + 16, len(whole) - 10):
         archive.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
-        with pytest.raises(DamagedFileError, match="not a bundle"):
+        with pytest.raises(DamagedFileError, match=r"adversarial\.npz"):
             verify_bundle(copy)

@@ -62,17 +62,17 @@ class BundleVerification:
     @property
     def upper_bound(self) -> float:
         """Largest possible robust accuracy on the examples of the bundle, in [0, 1]."""
-        return 1 - self._n_found / self.n_examples
+        return (self.n_examples - self._n_found) / self.n_examples
 
     @property
     def test_upper_bound(self) -> float:
         """Largest possible robust accuracy on all test examples, in [0, 1]."""
-        return 1 - self._n_found / self.n_test
+        return (self.n_test - self._n_found) / self.n_test
 
     @property
     def clean_accuracy(self) -> float:
         """Fraction of the examples that are classified correctly without an attack."""
-        return 1 - self.n_misclassified / self.n_examples
+        return (self.n_examples - self.n_misclassified) / self.n_examples
 
     @property
     def robust_interval(self) -> tuple[float, float] | None:
