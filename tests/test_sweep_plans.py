@@ -5,7 +5,6 @@ hours by hand.
 import json
 import math
 import signal
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -334,19 +333,19 @@ def test_a_sweep_restores_the_signal_handlers_that_tune_replaces() -> None:
 
 
 @pytest.fixture
-def set_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def set_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock on which each reading takes as many seconds as the first number of the list; the
-    second is its time.
+    second is its time, and the others are the numbers of threads at each reading.
     """
     tick = [1.0, 0.0]
 
     def read_clock() -> float:
         tick[1] += tick[0]
+        tick.append(torch.get_num_threads())
         return tick[1]
 
     monkeypatch.setattr("raysweep.sweep.plan.time", SimpleNamespace(perf_counter=read_clock))
-    yield tick
-    torch.set_num_threads(1)  # as it was
+    return tick
 
 
 def test_seconds_of_an_epoch(digits: DatasetSplits, set_clock: list[float]) -> None:
@@ -387,10 +386,13 @@ def test_a_step_is_timed_with_the_threads_that_a_trial_will_have(
     digits: DatasetSplits, set_clock: list[float]
 ) -> None:
     torch.set_num_threads(2)
-    estimate_epoch_seconds(
-        space().trial_config({}), digits, Resources(cpus=2, workers=2), n_steps=0
-    )
-    assert torch.get_num_threads() == 1
+    for resources in (Resources(cpus=2, workers=2), Resources(cpus=3)):
+        estimate_epoch_seconds(space().trial_config({}), digits, resources, n_steps=0)
+    assert set(set_clock[2 : len(set_clock) // 2 + 1]) == {1}
+    assert set(set_clock[len(set_clock) // 2 + 1 :]) == {3}
+    assert torch.get_num_threads() == 2, "as it was"
+    maybe_estimate_epoch_seconds(space().trial_config({}), digits, Resources(cpus=3))
+    assert torch.get_num_threads() == 2
 
 
 def test_the_hours_of_a_plan(

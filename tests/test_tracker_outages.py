@@ -292,12 +292,25 @@ def test_several_that_start_at_once_in_a_fresh_folder(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.glob(".*lock*")) == [], "no lock is left"
 
 
+def train_impatiently(arguments: list[str]) -> int:
+    """Run the command; MLflow, which waits 20 s for a locked database, waits half a second."""
+    from sqlalchemy import Engine, event
+
+    def shorten(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> tuple[str, Any]:
+        return statement.replace("busy_timeout = 20000", "busy_timeout = 500"), parameters
+
+    event.listen(Engine, "before_cursor_execute", shorten, retval=True)
+    return main(arguments)
+
+
 def test_a_locked_database_neither_ends_nor_delays_a_run(
     workdir: Path, empty_store: Callable[[Path], None]
 ) -> None:
     database = workdir / "mlflow.db"
     empty_store(database)
-    process = forked_processes.start_command(train("second", 30))
+    process = forked_processes.start_function(
+        train_impatiently, train("second", 30), imports=forked_processes.COMMANDS
+    )
     uri, deadline = f"sqlite:///{database}", time.monotonic() + 120
     while not (workdir / "runs" / "second").is_dir() or "second" not in list_runs(uri):
         assert process.poll() is None and time.monotonic() < deadline, process.err

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import joblib
@@ -194,25 +195,36 @@ def estimate_epoch_seconds(
     Args:
         config: Training config; its last epoch is timed, after every burn-in.
         data: Data to take the steps on.
-        resources: What a trial holds; sets the number of threads of this process.
+        resources: What a trial holds, such as its number of threads.
         n_steps: Number of steps to time after one that warms up. A long step is timed alone.
 
     Returns:
         Seconds of one epoch of one worker.
     """
-    torch.set_num_threads(resources.threads_per_worker)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    variants, data = build_model_variants(config, data, device), data.to(device)
-    variants.model.train()
-    step_timings = _time_training_steps(config, data, variants, resources.workers, n_steps)
-    n_examples = _n_validated_examples(config, data) / resources.workers
-    validation_seconds = _estimate_validation_seconds(config, data, variants, n_examples)
+    with _torch_threads(resources.threads_per_worker):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        variants, data = build_model_variants(config, data, device), data.to(device)
+        variants.model.train()
+        step_timings = _time_training_steps(config, data, variants, resources.workers, n_steps)
+        n_examples = _n_validated_examples(config, data) / resources.workers
+        validation_seconds = _estimate_validation_seconds(config, data, variants, n_examples)
     n_validations = sum(config.is_validated(epoch) for epoch in range(config.epochs))
     # The first step includes warming up.
     return (
         min(step_timings) * count_batches(len(data.train), config.batch_size)
         + validation_seconds * n_validations / config.epochs
     )
+
+
+@contextmanager
+def _torch_threads(n_threads: int) -> Iterator[None]:
+    """Compute with a number of threads in the block: sums depend on it in their last bits."""
+    previous = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(previous)
 
 
 def maybe_estimate_epoch_seconds(
@@ -230,11 +242,11 @@ def maybe_estimate_epoch_seconds(
         of the two, the trials and this machine, uses a GPU.
     """
     has_gpu = torch.cuda.is_available()
-    torch.set_num_threads(resources.threads_per_worker)
     if bool(resources.n_gpus) != has_gpu:
         return None
-    if not has_gpu and not _is_forward_fast(config, data):
-        return None
+    with _torch_threads(resources.threads_per_worker):
+        if not has_gpu and not _is_forward_fast(config, data):
+            return None
     return estimate_epoch_seconds(config, data, resources)
 
 
