@@ -66,6 +66,9 @@ class Clock:
                 now - begun - epoch_metrics["train/seconds"] - epoch_metrics["validation_seconds"]
             )
 
+    def on_finalist_update(self, trial: Trial, n_left: int) -> None:
+        pass
+
     def on_sweep_end(self, ledger: Ledger, error: BaseException | None = None) -> None:
         pass
 

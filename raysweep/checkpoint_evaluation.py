@@ -24,7 +24,6 @@ from raysweep.evaluation import (
     evaluate,
     show_evaluation_progress,
 )
-from raysweep.schedules import resolved_value
 from raysweep.spec import json_digest
 from raysweep.tracking import Tracker
 from raysweep.training.dataset_defaults import DATASET_DEFAULTS
@@ -48,9 +47,8 @@ def resolve_threat_model(target: EvaluationTarget, dataset_name: str) -> tuple[f
     """
     if target.config is not None:
         validation = target.config.resolve_at(target.config.epochs).validation
-        first_attack = next(iter(validation.attacks.values()))
-        if hasattr(first_attack, "eps") and hasattr(first_attack, "norm"):
-            return float(resolved_value(first_attack.eps)), str(first_attack.norm)
+        if threat_model := validation.find_threat_model():
+            return threat_model
     return float(DATASET_DEFAULTS.get(dataset_name, {}).get("*.eps", 8 / 255)), "Linf"
 
 

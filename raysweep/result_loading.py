@@ -25,6 +25,7 @@ from raysweep.run_lookup import (
 from raysweep.spec import JsonDict, SpecError
 from raysweep.stores import Location, StorePath, open_path
 from raysweep.sweep.epoch_counts import count_epochs
+from raysweep.sweep.finalist_summary import summarize_finalists
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import param_labels
 from raysweep.sweep.trial_advice import advise_on_trial
@@ -145,6 +146,8 @@ class Sweep:
             * Metrics of the trial's best epoch, such as `epoch`, `clean`, `pgd`, `robust_worst`.
             * `before`: the objective at the best epoch before the instance weights acted; absent if
               no trial has such epochs.
+            * `autoattack`: accuracy under AutoAttack on the validation images, of the trials that
+              it attacked at the end of the sweep; absent if it attacked none.
             * `choice`: what is wrong with the best epoch, such as "best before its weights acted";
               else "".
             * `epochs`: number of epochs that it has finished; `trained`: number of those that it
@@ -163,7 +166,9 @@ class Sweep:
         rows = [self._build_trial_row(trial, is_interrupted) for trial in trials]
         table = pd.DataFrame(rows, index=index)
         if not any(trial.best_in_burn_in for trial in trials):
-            return table.drop(columns="before", errors="ignore")
+            table = table.drop(columns="before", errors="ignore")
+        if all(trial.robust_under_autoattack is None for trial in trials):
+            table = table.drop(columns="autoattack", errors="ignore")
         return table
 
     @property
@@ -237,6 +242,7 @@ class Sweep:
             **{labels[path]: trial.params.get(path) for path in paths},
             **{name: value for name, value in trial.best.items() if "/" not in name},
             "before": trial.best_in_burn_in.get(self.ledger.space.objectives[0]),
+            "autoattack": trial.robust_under_autoattack,
             "choice": self.ledger.describe_choice(trial),
             "epochs": trial.epoch,
             "trained": trial.trained_epochs,
@@ -403,12 +409,14 @@ def sweep_to_json(ledger: Ledger) -> JsonDict:
     Returns:
         Its name, location, space and state, and the command that resumes it, or None; epochs that
         the trials reported (`asked`), trained and reused (`saved`); the numbers of the Pareto
-        front; advice on the best trial; all trials, best first, as from `trial_to_json`.
+        front; the results of AutoAttack on the finalists (see `FinalistSummary`), or None; advice
+        on the best trial; all trials, best first, as from `trial_to_json`.
     """
     ranked_trials, trials = ledger.rank_trials(), ledger.load_trials()
     best_trial = ledger.find_best_trial()
     epochs = count_epochs(trials)
     is_interrupted = ledger.is_interrupted()
+    finalists = summarize_finalists(ledger)
     return {
         "sweep": ledger.name,
         "path": str(ledger.path),
@@ -421,6 +429,7 @@ def sweep_to_json(ledger: Ledger) -> JsonDict:
             "saved": epochs.reused,
         },
         "front": [trial.number for trial in ledger.unmasked_pareto_front()],
+        "finalists": finalists.to_json_dict() if finalists else None,
         "advice": advise_on_trial(ledger, best_trial.number) if best_trial else [],
         "trials": [
             trial_to_json(ledger, trial, is_interrupted)

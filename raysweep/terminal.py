@@ -97,6 +97,19 @@ class SweepDisplay:
         ):
             self.announce(self._format_trial_line(trial))
 
+    def on_finalist_update(self, trial: Trial, n_left: int) -> None:
+        """Print that AutoAttack begins with a finalist, or what it found."""
+        self._trials[trial.number] = trial
+        if trial.robust_under_autoattack is not None:
+            result = f"{trial.robust_under_autoattack:.3f} under AutoAttack"
+        elif trial.finalist is not None and trial.finalist.error:
+            result = f"AutoAttack failed: {trial.finalist.error}"
+        else:
+            left = format_count(n_left, "trial")
+            result = f"AutoAttack on the validation images begins; {left} to attack"
+        elapsed = format_clock(time.monotonic() - self._start_time)
+        self.announce(f"[{elapsed}] trial {trial.number:04d} {result}")
+
     def on_sweep_end(self, ledger: Ledger, error: BaseException | None = None) -> None:
         """Remove the live table."""
         if self._live is not None:
@@ -176,7 +189,8 @@ class TrialTable:
 
     Epoch and accuracies are those of the best epoch; for a running trial those of the latest epoch.
     If trials have burn-ins, `before weights act` is what the objective reached there: adversarial
-    training. Where the table is too wide, the searched settings stand below it, wrapped.
+    training. `AA` is the accuracy under AutoAttack of the trials that it attacked at the end of the
+    sweep. Where the table is too wide, the searched settings stand below it, wrapped.
     """
 
     def __init__(
@@ -199,6 +213,7 @@ class TrialTable:
         self._trials = trials
         self._objective = ledger.space.objectives[0]
         self._has_burn_in = any(trial.best_in_burn_in for trial in trials)
+        self._has_finalists = any(trial.robust_under_autoattack is not None for trial in trials)
         self._labels = param_labels(list(ledger.space.space))
         self.caption = caption
 
@@ -227,6 +242,8 @@ class TrialTable:
         metric_titles = ["epoch", *(name.replace("_", " ") for name in _METRIC_COLUMNS)]
         if self._has_burn_in:
             metric_titles.append("before weights act")
+        if self._has_finalists:
+            metric_titles.append("AA")
         for title in metric_titles:
             # A title may take several lines, a number never.
             width = max(_METRIC_WIDTH, *map(len, title.split()))
@@ -262,6 +279,8 @@ class TrialTable:
         cells = [str(epoch), *(_format_metric(metrics.get(name)) for name in _METRIC_COLUMNS)]
         if self._has_burn_in:
             cells.append(_format_metric(trial.best_in_burn_in.get(self._objective)))
+        if self._has_finalists:
+            cells.append(_format_metric(trial.robust_under_autoattack))
         return cells
 
     def _state(self, trial: Trial) -> Text:

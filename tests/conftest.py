@@ -251,6 +251,9 @@ class TrialUpdateListener:
     def on_trial_update(self, trial: "Trial", epoch_metrics: dict[str, float] | None) -> None:
         self.callback(trial)
 
+    def on_finalist_update(self, trial: "Trial", n_left: int) -> None:
+        pass
+
     def on_sweep_end(self, ledger: "Ledger", error: BaseException | None = None) -> None:
         pass
 

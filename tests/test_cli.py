@@ -351,9 +351,12 @@ def test_a_preset_is_trained_by_its_name(workdir: Path, capsys) -> None:
 def test_tune_ends_with_the_best_trials_and_what_to_type_next(
     ray_cluster, workdir: Path, capsys
 ) -> None:
-    assert main(["tune", "lrat", *SMALL, "--trials", "2", "--name", "quick"]) == 0
+    few = ["--set", "validation.size=10"]
+    assert main(["tune", "lrat", *SMALL, *few, "--trials", "2", "--name", "quick"]) == 0
     out, err = capsys.readouterr()
-    assert "best 2 of 2 trials by robust worst" in out
+    assert "AutoAttack on 10 validation images: trial 000" in out and " AA " in out
+    assert "2 trials to attack" in err and "under AutoAttack" in err
+    assert "best 2 of 2 trials by AutoAttack (the first 2), then by robust worst" in out
     assert str(workdir / "runs" / "quick" / "trials") in out.replace("\n", "")
     assert "  raysweep eval quick/000" in out
     assert "raysweep show quick" in out and out.rstrip().endswith("mlflow ui")
@@ -402,6 +405,7 @@ def test_tune_gairat_on_colour_images_of_ones_own(ray_cluster, workdir: Path, ca
         np.savez(workdir / f"{split}.npz", x=x, y=np.arange(60) % 3)
     # A relative folder, though trials work in others.
     settings = [
+        "finalists=0",
         "data.name=arrays",
         "data.val_size=15",
         "model.name=digits_cnn",

@@ -24,7 +24,7 @@ STAGES = ["tune", "train", "promote", "autoattack", "register", "report"]
 PIPELINE = """\
 set: {epochs: 2, data.val_size: 50, data.train_size: 64, batch_size: 32, "*.attacks.*.steps": 2}
 stages:
-  - {kind: tune, space: at, trials: 1}
+  - {kind: tune, space: at, trials: 1, set: {finalists: 0}}
   - {kind: train, runs: {AT: {method: at}}, seeds: [3]}
   - {kind: promote, top: 1, seeds: [4], set: {batch_size: 16}}
   - {kind: autoattack, attacks: {PGD: pgd20, APGD: apgd-ce}, n: 20, batch_size: 10}

@@ -26,7 +26,13 @@ from raysweep.stores import open_path
 from raysweep.sweep.ledger import Ledger
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-SETTINGS = ("epochs=6", "data.train_size=320", "data.val_size=50", "*.attacks.*.steps=3")
+SETTINGS = (
+    "epochs=6",
+    "data.train_size=320",
+    "data.val_size=50",
+    "*.attacks.*.steps=3",
+    "finalists=0",
+)
 SMALL = [part for setting in SETTINGS for part in ("--set", setting)]
 
 

@@ -519,7 +519,13 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
     store = f"sqlite:///{tmp_path}/shared.db"
     empty_store(tmp_path / "shared.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    settings = ("epochs=6", "data.train_size=320", "data.val_size=50", "*.attacks.*.steps=3")
+    settings = (
+        "epochs=6",
+        "data.train_size=320",
+        "data.val_size=50",
+        "*.attacks.*.steps=3",
+        "finalists=0",
+    )
     small = [part for setting in settings for part in ("--set", setting)]
     study = f"sqlite:///{tmp_path}/optuna.db"
     places = ["--storage", uri, "--optuna", study]

@@ -31,6 +31,7 @@ def _plan_to_json(plan: "SweepPlan") -> "JsonDict":
         "trials_left": plan.n_trials_left,
         "epochs_per_trial": plan.epochs_per_trial,
         "epochs_expected": plan.expected_epochs,
+        "finalists": plan.n_finalists,
         "searched": plan.distributions,
         "train_examples": plan.n_train_examples,
         "validation_examples": plan.n_validation_examples,
@@ -80,4 +81,7 @@ def _describe_plan(plan: "SweepPlan") -> list[str]:
         f"{format_duration(plan.remaining_trial_seconds)} of trials, "
         f"{format_duration(plan.wall_seconds)} from start to end",
     ]
+    if plan.n_finalists:
+        best = format_count(plan.n_finalists, "best trial")
+        lines.append(f"then full AutoAttack on the validation images, on the {best}")
     return [part for line in lines for part in wrap_plan_line(line)]

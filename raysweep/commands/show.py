@@ -393,6 +393,7 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
         describe_masking_effect_on_ranking,
         sweep_to_json,
     )
+    from raysweep.sweep.finalist_summary import describe_finalists
     from raysweep.sweep.trial_advice import advise_on_trial
     from raysweep.terminal import TrialTable, create_table_console
 
@@ -415,7 +416,11 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
     create_table_console().print(
         TrialTable(ledger, [*ranked, *unranked], is_interrupted=is_interrupted)
     )
-    for line in [*describe_guessing(ledger), *describe_masking_effect_on_ranking(ledger)]:
+    for line in [
+        *describe_finalists(ledger),
+        *describe_guessing(ledger),
+        *describe_masking_effect_on_ranking(ledger),
+    ]:
         print(line)
     best = ledger.find_best_trial()
     if best is not None:
@@ -458,6 +463,9 @@ def _print_trial_summary(ledger: Ledger, trial: Trial) -> None:
     for name, metric in trial.best.items():
         if "/" not in name and name != "epoch":
             print(f"  {name} = {metric:.4f}")
+    if trial.robust_under_autoattack is not None and trial.finalist is not None:
+        print(f"  AutoAttack on {trial.finalist.n_examples} validation images")
+        print(f"  robust = {trial.robust_under_autoattack:.4f}")
     if trial.best_in_burn_in:
         objective = ledger.space.objectives[0]
         epoch = f"epoch {trial.best_in_burn_in['epoch']:.0f}"

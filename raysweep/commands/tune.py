@@ -251,7 +251,7 @@ def run_command(args: argparse.Namespace) -> None:
         is_finished = (
             resumed_ledger is not None
             and resumed_ledger.space == space
-            and not resumed_ledger.count_trials_left(retry_failed=request.retry_failed)
+            and not resumed_ledger.has_work_left(request.retry_failed)
         )
         _run_sweep(request, runs_folder, space, dataset, resources, is_finished)
 
@@ -443,7 +443,7 @@ def _extend_resumed_space(request: TuneRequest, ledger: Ledger) -> SearchSpace:
     """
     from raysweep.spec import SpecError, merge_overrides
     from raysweep.sweep.extension_checks import check_extension
-    from raysweep.sweep.search_space import load_space
+    from raysweep.sweep.search_space import load_space, split_sweep_settings
 
     space = ledger.space
     method = space.trial_config({}).method.name
@@ -462,7 +462,8 @@ def _extend_resumed_space(request: TuneRequest, ledger: Ledger) -> SearchSpace:
             dataset_defaults=ledger.space.dataset_defaults,
         )
     elif request.overrides:
-        space = ledger.space.with_overrides(request.overrides)
+        of_sweep, of_training = split_sweep_settings(request.overrides)
+        space = ledger.space.with_overrides(of_training).with_sweep_settings(of_sweep)
     params = {trial.number: trial.params for trial in ledger.load_trials()}
     check_extension(ledger.space, space, params)
     return space
@@ -509,6 +510,7 @@ def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) 
         sweep_to_json,
     )
     from raysweep.sweep.epoch_counts import count_epochs
+    from raysweep.sweep.finalist_summary import describe_finalists
     from raysweep.sweep.trial_advice import advise_on_trial
 
     if request.as_json:
@@ -519,7 +521,11 @@ def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) 
     if best is None:
         return
     _print_best_trials(ledger, ranked, len(trials))
-    for line in [*describe_guessing(ledger), *describe_masking_effect_on_ranking(ledger)]:
+    for line in [
+        *describe_finalists(ledger),
+        *describe_guessing(ledger),
+        *describe_masking_effect_on_ranking(ledger),
+    ]:
         print(line)
     for line in advise_on_trial(ledger, best.number):
         print(f"trial {best.number:04d}: {line}")
@@ -537,14 +543,16 @@ def _print_best_trials(ledger: Ledger, ranked: list[Trial], n_trials: int) -> No
     objectives = ledger.space.objectives
     names = [name.replace("_", " ") for name in objectives]
     if len(objectives) > 1:
-        best = sorted(ledger.unmasked_pareto_front(), key=lambda trial: -trial.score(objectives[0]))
+        best = ledger.unmasked_pareto_front()
         front = f"the Pareto front of {' and '.join(names)}"
         print(f"\n{len(best)} of {n_trials} trials on {front}")
     else:
         best = ranked[:_MAX_TRIALS_PRINTED]
-        print(
-            f"\nbest {len(best)} of {n_trials} trials by {names[0]} on the validation split",
-        )
+        n_finalists = len(ledger.find_attacked_finalists())
+        order = f"{names[0]} on the validation split"
+        if n_finalists:
+            order = f"AutoAttack (the first {n_finalists}), then by {order}"
+        print(f"\nbest {len(best)} of {n_trials} trials by {order}")
     create_table_console().print(TrialTable(ledger, best))
 
 
@@ -557,15 +565,18 @@ def _report_sweep_end(request: TuneRequest, ledger: Ledger, end_reason: SweepEnd
     """
     from raysweep.commands.common import format_location_flags
     from raysweep.errors import WorkFailed, WorkInterrupted
+    from raysweep.formatting import format_count
 
     trials = ledger.load_trials()
     if end_reason != "done":
         n_ended = sum(trial.state != "running" for trial in trials)
         location = format_location_flags(request.out, request.storage)
         resources = _format_resume_flags(request)
+        done = f"{n_ended} of {ledger.space.n_trials} trials done"
+        if n_waiting := len(ledger.find_waiting_finalists()):
+            done += f", AutoAttack on {format_count(n_waiting, 'finalist')} is left"
         progress = (
-            f"{n_ended} of {ledger.space.n_trials} trials done; resume with\n"
-            f"  raysweep tune --resume {ledger.name}{location}{resources}"
+            f"{done}; resume with\n  raysweep tune --resume {ledger.name}{location}{resources}"
         )
         if end_reason == "interrupted":
             raise WorkInterrupted(progress)

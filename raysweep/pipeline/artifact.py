@@ -21,7 +21,7 @@ from raysweep.atomic_files import atomic_folder
 from raysweep.errors import DamagedFileError, InfrastructureError
 from raysweep.spec import JsonDict, Spec
 from raysweep.training.selection import RunRank
-from raysweep.training.validation import DEFAULT_OBJECTIVE
+from raysweep.training.validation import DEFAULT_OBJECTIVE, is_robust_objective
 
 ARTIFACT_FILE = "artifact.json"
 
@@ -37,7 +37,7 @@ class Candidate(Spec):
         "exceeds_masking_gap": "masked",
     }
     later_fields: ClassVar[frozenset[str]] = frozenset(
-        {"is_ineligible", "selection_split", "threat"}
+        {"is_ineligible", "selection_split", "threat", "autoattack", "is_below_finalists"}
     )
 
     label: str
@@ -70,9 +70,30 @@ class Candidate(Spec):
     threat: str = ""
     """Norm and radius of the validation attacks, such as `Linf eps 0.031`; "" if unknown."""
 
+    autoattack: float | None = None
+    """Accuracy under AutoAttack on the validation images, in [0, 1]; null if it was not run."""
+    is_below_finalists: bool = False
+    """Whether AutoAttack attacked other trials of the sweep, which are ranked above this one."""
+
     def score(self, metric: str) -> float:
         """Return a validation metric; -inf if the checkpoint does not have it."""
         return self.metrics.get(metric, float("-inf"))
+
+    def final_score(self, metric: str) -> float:
+        """Return a validation metric; under AutoAttack if it is an accuracy under attacks."""
+        if self.autoattack is None or not is_robust_objective(metric):
+            return self.score(metric)
+        return self.autoattack
+
+    @property
+    def has_attacked_finalists(self) -> bool:
+        """Whether AutoAttack decided between trials of the sweep that this is from."""
+        return self.autoattack is not None or self.is_below_finalists
+
+    @property
+    def run_folder(self) -> str:
+        """Folder of the run, as `checkpoint`."""
+        return self.checkpoint.rpartition("/")[0]
 
     @property
     def row(self) -> tuple[str, str]:
@@ -265,25 +286,58 @@ def rank_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
     one config share a rank, which has the mean of their scores. Within it the better seed comes
     first. Candidates that were validated on the test images come last: their scores are too high.
 
+    Where AutoAttack has attacked the finalists of all sweeps, its results decide. Where some
+    candidates are of sweeps without finalists, all are compared by the objective, and then the
+    trials of each sweep take their places in the order of the sweep.
+
     Args:
         candidates: Candidates of any stages.
     """
     metric = select_ranking_metrics(candidates)[0]
+    by_objective = sorted(candidates, key=_make_rank_key(candidates, metric, Candidate.score))
+    if not any(candidate.has_attacked_finalists for candidate in candidates):
+        return by_objective
+    rank_finally = _make_rank_key(candidates, metric, Candidate.final_score)
+    if all(candidate.has_attacked_finalists for candidate in candidates):
+        return sorted(by_objective, key=rank_finally)
+    members: dict[str, list[Candidate]] = {}
+    for candidate in by_objective:
+        if candidate.has_attacked_finalists:
+            members.setdefault(_sweep_folder(candidate), []).append(candidate)
+    in_order = {folder: iter(sorted(group, key=rank_finally)) for folder, group in members.items()}
+    return [
+        next(in_order[_sweep_folder(candidate)]) if candidate.has_attacked_finalists else candidate
+        for candidate in by_objective
+    ]
+
+
+def _sweep_folder(candidate: Candidate) -> str:
+    """Return the folder of the trials of a candidate's sweep."""
+    return candidate.run_folder.rpartition("/")[0]
+
+
+def _make_rank_key(
+    candidates: Sequence[Candidate], metric: str, get_score: Callable[[Candidate, str], float]
+) -> Callable[[Candidate], tuple[bool, RunRank, float, int]]:
+    """Return the sort key of candidates: by their scores, averaged over the seeds of a row."""
     scores: dict[tuple[str, str], list[float]] = {}
     for candidate in candidates:
-        scores.setdefault(candidate.row, []).append(candidate.score(metric))
+        scores.setdefault(candidate.row, []).append(get_score(candidate, metric))
 
     def rank(candidate: Candidate) -> tuple[bool, RunRank, float, int]:
         run_rank = RunRank(
             has_failed=False,
             has_ineligible_best=candidate.is_ineligible,
             exceeds_masking_gap=candidate.exceeds_masking_gap,
+            is_below_finalists=(
+                get_score is Candidate.final_score and candidate.is_below_finalists
+            ),
             negated_score=-mean(scores[candidate.row]),
         )
         is_of_test = candidate.selection_split == "test"
-        return is_of_test, run_rank, -candidate.score(metric), candidate.seed
+        return is_of_test, run_rank, -get_score(candidate, metric), candidate.seed
 
-    return sorted(candidates, key=rank)
+    return rank
 
 
 def select_best_candidate(candidates: tuple[Candidate, ...]) -> Candidate:

@@ -152,7 +152,11 @@ class PromoteStage(Stage):
         if not self.pareto:
             return rank_candidates(eligible)[: self.top]
         metrics = select_ranking_metrics(eligible)
-        points = [[c.score(metric) for metric in metrics] for c in eligible]
+        if all(c.has_attacked_finalists for c in eligible):
+            eligible = [c for c in eligible if not c.is_below_finalists]
+            points = [[c.final_score(metric) for metric in metrics] for c in eligible]
+        else:
+            points = [[c.score(metric) for metric in metrics] for c in eligible]
         return [eligible[index] for index in pareto_front_indices(points)]
 
     def run_stage(self, context: StageContext, upstream: UpstreamResults) -> StageResult:
@@ -160,6 +164,8 @@ class PromoteStage(Stage):
         metric = select_ranking_metrics(selected)[0]
         for candidate in selected:
             score = f"{metric} {candidate.score(metric):.3f} on validation"
+            if candidate.autoattack is not None:
+                score += f", {candidate.autoattack:.3f} under AutoAttack"
             context.print_line(f"promoted {candidate.title}: {score}")
         left_out = tuple(c.label for c in upstream.candidates if c not in selected)
         candidates: list[Candidate] = []

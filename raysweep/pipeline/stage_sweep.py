@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from raysweep.data import DataSpec
@@ -15,8 +15,9 @@ from raysweep.result_loading import describe_guessing
 from raysweep.spec import JsonDict, SpecError, json_digest
 from raysweep.stores import StorePath
 from raysweep.sweep.epoch_counts import count_epochs
+from raysweep.sweep.finalist_summary import describe_finalists
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.search_space import DEFAULT_FINALISTS, SearchSpace
 from raysweep.terminal import SweepDisplay
 from raysweep.tracking import SweepTracker
 from raysweep.training import checkpoint
@@ -69,11 +70,15 @@ def drop_data_location(space: SearchSpace) -> JsonDict:
         space: The search space.
 
     Returns:
-        The space; with a digest of the data set's defaults, if these are other ones than in 0.1.
+        The space without the default number of finalists; with a digest of the data set's defaults,
+        if these are other ones than in 0.1.
     """
     location_keys = ("data.data_dir", "data.download")
     base = {key: value for key, value in space.base.items() if key not in location_keys}
     content = space.replace(base=base).to_stored_dict()
+    # A stage that ended before there were finalists stays valid.
+    if content.get("finalists") == DEFAULT_FINALISTS:
+        del content["finalists"]
     dataset_name = str(space.base.get("data.name", DataSpec().name))
     if dataset_name not in UNCHANGED_SINCE_0_1:
         content["dataset_defaults"] = json_digest(DATASET_DEFAULTS[dataset_name])
@@ -122,16 +127,16 @@ def run_stage_sweep(
             ledger = Ledger.create(held_folder, space)
         end_reason: SweepEndReason = "done"
         n_ended = ledger.count_ended_trials()
-        n_left = ledger.count_trials_left()
+        has_work_left = ledger.has_work_left()
         logger.info(
             "sweep %s: %d of %d trials have ended already%s",
             sweep_folder.name,
             n_ended,
             space.n_trials,
-            "" if n_left else ": its results are taken as they are",
+            "" if has_work_left else ": its results are taken as they are",
             extra={"sweep": sweep_folder.name},
         )
-        if n_left:
+        if has_work_left:
             context.connect_cluster()
             resources = Resources(cpus, gpus)
             fingerprint = context.get_dataset(space.trial_config({}).data).fingerprint
@@ -152,7 +157,7 @@ def run_stage_sweep(
         reasons = [trial.reason for trial in ledger.load_trials() if trial.reason]
         reason = reasons[0] if reasons else "none reported the objective"
         raise StageFailed(f"no trial of {sweep_folder.name} has a result: {reason}")
-    for line in describe_guessing(ledger):
+    for line in [*describe_finalists(ledger), *describe_guessing(ledger)]:
         context.print_line(f"{sweep_folder.name}: {line}")
     return ledger
 
@@ -163,6 +168,7 @@ def make_candidate(
     trial: Trial,
     label: str,
     checkpoint_kind: CheckpointKind = "best",
+    finalists: Collection[int] = (),
 ) -> Candidate:
     """Make a candidate from a checkpoint of a trial.
 
@@ -172,6 +178,7 @@ def make_candidate(
         trial: A trial with a result.
         label: Label of the candidate.
         checkpoint_kind: Whether to take the best or the last epoch.
+        finalists: Numbers of the sweep's trials between which AutoAttack decides.
 
     Returns:
         The candidate, with the validation metrics of its epoch.
@@ -185,6 +192,7 @@ def make_candidate(
     if trial.burn_in is not None:
         rule = SelectionRule.from_config(saved.config)
     rank = rank_epoch(saved.last_metrics, rule)
+    is_finalist = checkpoint_kind == "best" and trial.number in finalists
     # The last epoch need not lie in `validation.window`.
     is_sound = rank.is_after_burn_in and rank.is_above_chance
     return Candidate(
@@ -202,6 +210,8 @@ def make_candidate(
         objectives=ledger.space.objectives,
         selection_split=saved.config.validation.split,
         threat=saved.config.resolve_at(saved.epoch - 1).validation.threat,
+        autoattack=trial.robust_under_autoattack if is_finalist else None,
+        is_below_finalists=checkpoint_kind == "best" and bool(finalists) and not is_finalist,
     )
 
 

@@ -39,6 +39,7 @@ from raysweep.sweep.search_space import (
     param_labels,
     rename_space_keys,
     restore_space_keys,
+    split_sweep_settings,
 )
 from raysweep.sweep.space_warnings import list_space_warnings
 from raysweep.training.config import TrainingConfig
@@ -97,7 +98,9 @@ class TuneStage(Stage):
             space = SearchSpace.from_data(self.space, "space")
             if "trials" not in self.space:
                 space = space.with_whole_grid()
-            space = space.with_overrides(changes).with_dataset_defaults()
+            of_sweep, changes = split_sweep_settings(changes)
+            space = space.with_overrides(changes).with_sweep_settings(of_sweep)
+            space = space.with_dataset_defaults().with_default_finalists()
             if problems := space.find_problems():
                 raise SpecError(problems)
         elif self.space.endswith((".yaml", ".yml")):
@@ -149,8 +152,15 @@ class TuneStage(Stage):
             self.gpus,
             self.max_hours,
         )
+        finalists = {trial.number for trial in ledger.find_attacked_finalists()}
         candidates = tuple(
-            make_candidate(context, ledger, trial, f"{label}/{trial.number:04d}")
+            make_candidate(
+                context,
+                ledger,
+                trial,
+                f"{label}/{trial.number:04d}",
+                finalists=finalists,
+            )
             for trial in ledger.rank_trials()
             if trial.state != "failed"
         )

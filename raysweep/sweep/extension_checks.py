@@ -10,7 +10,10 @@ from raysweep.spec import SpecError, flatten_spec
 from raysweep.sweep.search_space import Params, SearchSpace
 
 # Keys that do not change what a trial is, or that are checked one by one.
-_EXTENDABLE_KEYS = {"trials", "points_to_evaluate", "base", "space", "share_prefixes", "prefix_gib"}
+_EXTENDABLE_KEYS = {
+    *("trials", "points_to_evaluate", "base", "space", "share_prefixes", "prefix_gib"),
+    "finalists",
+}
 _NEW_NAME_HINT = "choose another --name for that"
 
 
@@ -33,6 +36,7 @@ def check_extension(
     lines = [
         *_find_changed_options(old_space, new_space),
         *_find_changed_distributions(old_space, new_space),
+        *new_space.find_finalist_problems(),
     ]
     if not lines:
         for params in ({}, *trial_params.values()):

@@ -17,6 +17,7 @@ from raysweep.pareto import pareto_front_indices
 from raysweep.spec import JsonDict, SpecError
 from raysweep.stores import Location, StoredFileNotFound, StorePath, open_path, parse_json
 from raysweep.sweep.extension_checks import check_extension
+from raysweep.sweep.finalist_result import FinalistResult
 from raysweep.sweep.search_space import Params, SearchSpace
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.failure_reports import TRACEBACK_FILE
@@ -28,6 +29,7 @@ from raysweep.training.selection import (
     get_tie_break,
     rank_epoch,
 )
+from raysweep.training.validation import is_robust_objective
 
 TrialStatus = Literal["running", "finished", "stopped", "failed"]
 # Field of a trial -> its key in trial.json, where the two differ.
@@ -57,6 +59,8 @@ class Trial:
         best_in_burn_in: Metrics of the best epoch within the burn-in; empty if there is none.
         is_infrastructure_failure: Whether the trial failed because of its surroundings: disk,
             memory or lost processes. False if an earlier version of raysweep wrote the trial.
+        finalist: Result of AutoAttack on the best epoch, for one of the best trials of a sweep that
+            has ended; else None.
     """
 
     number: int
@@ -73,6 +77,7 @@ class Trial:
     burn_in: int | None = None
     best_in_burn_in: EpochMetrics = field(default_factory=dict)
     is_infrastructure_failure: bool = False
+    finalist: FinalistResult | None = None
 
     def describe_state(self, is_interrupted: bool) -> str:
         """Return the state for displays.
@@ -90,6 +95,8 @@ class Trial:
         values = asdict(self)
         if not self.is_infrastructure_failure:
             del values["is_infrastructure_failure"]
+        if self.finalist is None:
+            del values["finalist"]
         return {_STORED_KEYS.get(name, name): value for name, value in values.items()}
 
     def runs_again(self, retry_failed: bool) -> bool:
@@ -107,6 +114,27 @@ class Trial:
     def score(self, metric: str) -> float:
         """Return a metric of the best epoch; -inf if it has not been measured."""
         return self.best.get(metric, float("-inf"))
+
+    @property
+    def robust_under_autoattack(self) -> float | None:
+        """Accuracy of the best epoch under AutoAttack, in [0, 1]; None if it is not known."""
+        if self.finalist is None or self.finalist.epoch != self.best.get("epoch"):
+            return None
+        return self.finalist.robust
+
+    def final_score(self, metric: str) -> float:
+        """Return a metric of the best epoch; under AutoAttack if it is an accuracy under attacks.
+
+        Args:
+            metric: Name of an objective.
+
+        Returns:
+            The value; -inf if it has not been measured.
+        """
+        robust = self.robust_under_autoattack
+        if robust is None or not is_robust_objective(metric):
+            return self.score(metric)
+        return robust
 
     def with_epoch(self, epoch_metrics: EpochMetrics, rule: SelectionRule) -> "Trial":
         """Return this trial after one more epoch.
@@ -177,7 +205,7 @@ class Trial:
 
 
 # Fields of a trial that trial.json of earlier versions lacks.
-_LATER_FIELDS = ("burn_in", "best_in_burn_in", "is_infrastructure_failure")
+_LATER_FIELDS = ("burn_in", "best_in_burn_in", "is_infrastructure_failure", "finalist")
 
 
 class Ledger:
@@ -327,10 +355,28 @@ class Ledger:
         return n_restarted + max(0, n_new)
 
     def has_ended(self) -> bool:
-        """Return whether all trials of the sweep exist and have ended, also if some have failed."""
+        """Return whether the sweep has no work left.
+
+        All its trials exist and have ended, also if some have failed, and AutoAttack has attacked
+        the finalists.
+        """
         trials = self.load_trials()
+        return self._have_ended(trials) and not self._find_waiting_finalists(trials)
+
+    def _have_ended(self, trials: Sequence[Trial]) -> bool:
+        """Return whether these are all trials of the sweep, and all have ended."""
         return len(trials) >= self.space.n_trials and all(
             trial.state != "running" for trial in trials
+        )
+
+    def has_work_left(self, retry_failed: bool = False) -> bool:
+        """Return whether `--resume` would run trials or attack finalists.
+
+        Args:
+            retry_failed: Whether all failed trials run again.
+        """
+        return bool(
+            self.count_trials_left(retry_failed=retry_failed) or self.find_waiting_finalists()
         )
 
     def check_same_data(self, fingerprint: str) -> None:
@@ -390,14 +436,82 @@ class Ledger:
         for file, content in (self.path / "trials").read_matching("*/trial.json").items():
             data = parse_json(content, str(file), required_keys)
             values = {name: data[key] for name, key in keys.items() if key in data}
+            if values.get("finalist") is not None:
+                values["finalist"] = FinalistResult.from_stored_dict(values["finalist"])
             trials.append(Trial(**values))
         return trials
 
     def rank_trials(self) -> list[Trial]:
-        """Return the trials that reported the (first) objective, best first (see `rank_trial`)."""
+        """Return the trials that reported the (first) objective, best first (see `rank_trial`).
+
+        Once AutoAttack has attacked all finalists, they come first, in the order of its results.
+        """
+        trials = self.load_trials()
+        by_objective = self._rank_by_objective(trials)
+        finalists = self._find_attacked_finalists(trials)
+        if not finalists:
+            return by_objective
+        numbers = {trial.number for trial in finalists}
         metric = self.space.objectives[0]
-        scored = [trial for trial in self.load_trials() if metric in trial.best]
+
+        def rank_finally(trial: Trial) -> RunRank:
+            rank = self.rank_trial(trial)
+            if trial.number not in numbers:
+                return rank._replace(is_below_finalists=True)
+            return rank._replace(negated_score=-trial.final_score(metric))
+
+        # Stable: equal results stay in the order of the objective.
+        return sorted(by_objective, key=rank_finally)
+
+    def _rank_by_objective(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Return the trials that reported the (first) objective, in the order of `rank_trial`."""
+        metric = self.space.objectives[0]
+        scored = [trial for trial in trials if metric in trial.best]
         return sorted(scored, key=lambda trial: (self.rank_trial(trial), trial.number))
+
+    def find_waiting_finalists(self) -> list[Trial]:
+        """Return the finalists whose best epoch AutoAttack has not attacked yet.
+
+        Finalists are the best trials by the objective that may be chosen, as many as
+        `space.finalists` says; with several objectives the members of the Pareto front. There are
+        none while trials run.
+        """
+        return self._find_waiting_finalists(self.load_trials()) if self.space.finalists else []
+
+    def find_attacked_finalists(self) -> list[Trial]:
+        """Return the finalists, in the order of the objective, if all have a result of AutoAttack.
+
+        Returns:
+            The finalists. None if one of them has no result: then the objective decides.
+        """
+        return self._find_attacked_finalists(self.load_trials()) if self.space.finalists else []
+
+    def _find_finalists(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Return those of all trials that are finalists, in the order of the objective."""
+        if not self.space.finalists or not self._have_ended(trials):
+            return []
+        eligible = [
+            trial for trial in self._rank_by_objective(trials) if self.rank_trial(trial).is_eligible
+        ]
+        if len(self.space.objectives) == 1:
+            return eligible[: self.space.finalists]
+        points = [[trial.score(metric) for metric in self.space.objectives] for trial in eligible]
+        return [eligible[index] for index in pareto_front_indices(points)]
+
+    def _find_waiting_finalists(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Return the finalists whose best epoch AutoAttack has not attacked yet."""
+        return [
+            trial
+            for trial in self._find_finalists(trials)
+            if trial.finalist is None or trial.finalist.epoch != trial.best["epoch"]
+        ]
+
+    def _find_attacked_finalists(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Return the finalists if all have a result of AutoAttack; else none."""
+        finalists = self._find_finalists(trials)
+        if any(trial.robust_under_autoattack is None for trial in finalists):
+            return []
+        return finalists
 
     def find_best_trial(self) -> Trial | None:
         """Return the first trial of `rank_trials`; None if none has a result or all have failed."""
@@ -407,14 +521,15 @@ class Ledger:
         return ranked_trials[0]
 
     def rank_trial(self, trial: Trial) -> RunRank:
-        """Return the rank of a trial: failed ones come last, before them those whose best epoch is
-        not eligible, before them those above the masking gap.
+        """Return the rank of a trial by the objective: failed ones come last, before them those
+        whose best epoch is not eligible, before them those above the masking gap.
         """
         metric = self.space.objectives[0]
         return RunRank(
             has_failed=trial.state == "failed",
             has_ineligible_best=not trial.rank_best_epoch(self._find_rule(trial)).is_eligible,
             exceeds_masking_gap=self.exceeds_masking_gap(trial),
+            is_below_finalists=False,
             negated_score=-trial.score(metric),
             negated_tie_break=-get_tie_break(trial.best, metric),
         )
@@ -446,15 +561,22 @@ class Ledger:
         """Return the Pareto front of the trials that may be chosen, best first objective first.
 
         Left out are failed trials, those without an epoch that counts, and those above the masking
-        gap.
+        gap. In a sweep with several objectives whose finalists AutoAttack has attacked, the front
+        is that of the finalists, with its results in place of accuracies under other attacks.
 
         Args:
             objectives: Metrics of the trials' best epochs; by default the space's objectives.
         """
-        metrics = objectives or self.space.objectives
-        feasible = [trial for trial in self.rank_trials() if self.rank_trial(trial).is_eligible]
-        points = [[trial.score(metric) for metric in metrics] for trial in feasible]
-        return [feasible[index] for index in pareto_front_indices(points)]
+        metrics = tuple(objectives or self.space.objectives)
+        candidates = self.find_attacked_finalists() if len(self.space.objectives) > 1 else []
+        if candidates:
+            numbers = {trial.number for trial in candidates}
+            ranked = [trial for trial in self.rank_trials() if trial.number in numbers]
+            points = [[trial.final_score(metric) for metric in metrics] for trial in ranked]
+            return [ranked[index] for index in pareto_front_indices(points)]
+        ranked = [trial for trial in self.rank_trials() if self.rank_trial(trial).is_eligible]
+        points = [[trial.score(metric) for metric in metrics] for trial in ranked]
+        return [ranked[index] for index in pareto_front_indices(points)]
 
     def best_checkpoint_path(self, trial: Trial) -> StorePath:
         """Return the path of the checkpoint of the trial's best epoch."""

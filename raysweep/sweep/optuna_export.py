@@ -63,6 +63,9 @@ class OptunaExporter:
         if trial.state != "running":
             self._records.write(lambda: self._add_trial(trial))
 
+    def on_finalist_update(self, trial: Trial, n_left: int) -> None:
+        """Nothing to write: Optuna is told the values by which the sampler proposed settings."""
+
     def on_sweep_end(self, ledger: Ledger, error: BaseException | None = None) -> None:
         """Rebuild the study if it differs from the ledger."""
         self._records.write(lambda: self._open_and_rebuild_study(ledger))

@@ -46,6 +46,8 @@ class SweepPlan:
         epochs_per_trial: Epochs of a trial that is not stopped early.
         expected_epochs: Epochs left in all trials together, if early stopping works as expected.
         max_epochs: Epochs left in all trials together, without early stopping.
+        n_finalists: Trials that AutoAttack attacks at the end; with several objectives, 1 or more
+            stands for the whole Pareto front.
         distributions: For each searched parameter (dotted path) its distribution, without defaults.
         n_train_examples: Size of the training split.
         n_validation_examples: Size of the validation split.
@@ -72,6 +74,7 @@ class SweepPlan:
     epochs_per_trial: int
     expected_epochs: int
     max_epochs: int
+    n_finalists: int
     distributions: dict[str, JsonDict]
     n_train_examples: int
     n_validation_examples: int
@@ -143,6 +146,7 @@ def plan_sweep(
         epochs_per_trial=config.epochs,
         expected_epochs=round(expected_epochs),
         max_epochs=sum(config.epochs - epoch for epoch in start_epochs),
+        n_finalists=min(space.finalists or 0, space.n_trials),
         distributions={
             path: distribution.model_dump(exclude_defaults=True)
             for path, distribution in space.space.items()

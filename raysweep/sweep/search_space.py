@@ -36,12 +36,14 @@ from raysweep.training.config import (
 )
 from raysweep.training.dataset_defaults import is_small_array_set
 from raysweep.training.selection import SelectionRule
-from raysweep.training.validation import ObjectiveName
+from raysweep.training.validation import ObjectiveName, is_robust_objective
 
 if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
 
+DEFAULT_FINALISTS = 3
+"""Number of finalists of a new sweep."""
 _KINDS = ("float", "int", "categorical")
 ParamValue = float | str | bool | None
 Params = dict[str, Any]
@@ -240,7 +242,7 @@ class SearchSpace(Spec):
     """A sweep: which settings are searched, which are fixed, and how trials are compared."""
 
     stored_keys: ClassVar[Mapping[str, str]] = {"points_to_evaluate": "start"}
-    later_fields: ClassVar[frozenset[str]] = frozenset({"dataset_defaults"})
+    later_fields: ClassVar[frozenset[str]] = frozenset({"dataset_defaults", "finalists"})
 
     method: str | dict[str, Any]
     """Name of a method of the catalog, or a method written out."""
@@ -255,6 +257,11 @@ class SearchSpace(Spec):
     trials: Annotated[int, Field(ge=1)] = 16
     """Number of trials. A grid has at most as many as it has points, and by default one for each
     point."""
+    finalists: Annotated[int, Field(ge=0)] | None = None
+    """Number of the best trials that full AutoAttack attacks on the validation images when all
+    trials have ended; the ranking then follows its results. With several metrics, any number above
+    0 stands for the whole Pareto front. 0: none. null: 3 in a new sweep whose metric is an accuracy
+    under attacks; none in a sweep of an earlier version."""
     share_prefixes: bool = True
     """Whether trials start from epochs that other trials have trained with equal settings."""
     prefix_gib: Annotated[Number, Field(ge=0)] = 20.0
@@ -285,6 +292,13 @@ class SearchSpace(Spec):
         if self.sampler.kind == "grid":
             return min(self.trials, len(self.initial_points))
         return self.trials
+
+    def with_default_finalists(self) -> "SearchSpace":
+        """Return this space for a new sweep, with a number of finalists."""
+        if self.finalists is not None:
+            return self
+        has_robust_metric = any(map(is_robust_objective, self.objectives))
+        return self.replace(finalists=DEFAULT_FINALISTS if has_robust_metric else 0)
 
     def with_whole_grid(self) -> "SearchSpace":
         """Return this space with a trial for each point of its grid; itself if it is no grid."""
@@ -389,6 +403,21 @@ class SearchSpace(Spec):
             f"data.{key}": data[key] for key in ("data_dir", "unlabeled") if data[key] is not None
         }
         return self.replace(base={**self.base, **paths}) if paths else self
+
+    def with_sweep_settings(self, settings: Mapping[str, Any]) -> "SearchSpace":
+        """Return this space with other settings of the sweep itself.
+
+        Args:
+            settings: Values by path, as from `split_sweep_settings`.
+
+        Raises:
+            SpecError: If a name or a value is not allowed.
+        """
+        data = self.to_json_dict()
+        for path, value in settings.items():
+            name, _, rest = path.partition(".")
+            data[name] = {**data[name], rest: value} if rest else value
+        return SearchSpace.from_data(data)
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> "SearchSpace":
         """Return this space with some settings fixed.
@@ -505,6 +534,7 @@ class SearchSpace(Spec):
             return error.problems
         lines = [
             *self._find_objective_problems(config),
+            *self.find_finalist_problems(),
             *self._find_scheduler_problems(config),
             *self._find_distribution_problems(config.validation.threat),
             *self._find_point_problems(config.validation.threat),
@@ -520,6 +550,21 @@ class SearchSpace(Spec):
             yield (
                 f"validation.objective = {objective!r}: the space maximises metric = {metric!r}; "
                 "change that instead"
+            )
+
+    def find_finalist_problems(self) -> Iterator[str]:
+        """Yield a line if AutoAttack cannot decide between the best trials."""
+        if not self.finalists:
+            return
+        if not any(map(is_robust_objective, self.objectives)):
+            yield (
+                f"finalists = {self.finalists}: AutoAttack cannot decide between trials that are "
+                f"compared by metric = {self.metric!r}; set it to 0"
+            )
+        elif self.trial_config({}).validation.find_threat_model() is None:
+            yield (
+                f"finalists = {self.finalists}: no attack of the validation has a radius, which "
+                "AutoAttack needs; set it to 0"
             )
 
     def _find_scheduler_problems(self, config: TrainingConfig) -> Iterator[str]:
@@ -639,6 +684,23 @@ class SearchSpace(Spec):
         return active
 
 
+def split_sweep_settings(
+    overrides: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide overrides into those of the sweep and those of the training.
+
+    Args:
+        overrides: Values by dotted path (`--set`).
+
+    Returns:
+        Settings of the sweep, such as `finalists` or `scheduler.kind`; and all others.
+    """
+    of_sweep = {
+        path: value for path, value in overrides.items() if path.partition(".")[0] in _SWEEP_NAMES
+    }
+    return of_sweep, {path: value for path, value in overrides.items() if path not in of_sweep}
+
+
 def load_space(
     name: str, overrides: Mapping[str, Any], space_path: Path | None = None
 ) -> SearchSpace:
@@ -646,7 +708,8 @@ def load_space(
 
     Args:
         name: Name of a built-in space. With a file: the method that it must search, or empty.
-        overrides: Values to fix, by dotted path (`--set`).
+        overrides: Values to fix, by dotted path (`--set`): of the training, or of the sweep, such
+            as `finalists`.
         space_path: YAML file to read instead of a built-in space.
 
     Returns:
@@ -660,6 +723,7 @@ def load_space(
         space_path = find_builtin_folder("search_spaces") / f"{name}.yaml"
         if not space_path.is_file():
             raise SpecError(describe_unknown_name("search space", name, list_builtin_spaces()))
+    sweep_settings, overrides = split_sweep_settings(overrides)
     data = _merge_dataset_section(read_yaml(space_path), overrides, str(space_path))
     try:
         space = SearchSpace.from_data(data, str(space_path))
@@ -671,7 +735,8 @@ def load_space(
     method_name = _method_name(space)
     if is_user_file and name and method_name != name:
         raise SpecError(f"{space_path} is a space for method {method_name!r}, not for {name!r}")
-    space = space.with_overrides(overrides)
+    space = space.with_overrides(overrides).with_sweep_settings(sweep_settings)
+    space = space.with_default_finalists()
     try:
         space = space.with_dataset_defaults()
         problems = space.find_problems()
@@ -730,6 +795,13 @@ def param_labels(paths: list[str]) -> dict[str, str]:
     return labels
 
 
+# Settings of a sweep that `--set` may change; `trials` has its own option.
+_SWEEP_NAMES = frozenset(
+    {
+        *("metric", "max_masking_gap", "finalists", "share_prefixes", "prefix_gib"),
+        *("sampler", "scheduler"),
+    }
+)
 _SPACE_PARTS: Mapping[str, type[Spec]] = {"sampler": Sampler, "scheduler": Scheduler}
 
 

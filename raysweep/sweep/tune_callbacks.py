@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -68,6 +69,14 @@ class SweepListener(Protocol):
             epoch_metrics: Metrics of the reported epoch; None for other events.
         """
 
+    def on_finalist_update(self, trial: Trial, n_left: int) -> None:
+        """Receive one of the best trials before AutoAttack attacks it, and after.
+
+        Args:
+            trial: The trial; its `finalist` has the result after the attack.
+            n_left: Number of trials whose attacks have not ended, this one included before its own.
+        """
+
     def on_sweep_end(self, ledger: Ledger, error: BaseException | None = None) -> None:
         """Receive the sweep at its end.
 
@@ -89,7 +98,7 @@ class Budget:
     Attributes:
         wall_seconds: Seconds since the start of the call.
         gpu_seconds: Number of GPUs times the seconds that trials hold them, evaluation and retries
-            included.
+            included, and that AutoAttack on the finalists holds them.
     """
 
     wall_seconds: float = math.inf
@@ -178,6 +187,23 @@ class LedgerCallback(tune.Callback):
         uncounted_seconds = sum(now - start for start in self._interval_starts.values())
         trial_seconds = self._counted_seconds + uncounted_seconds
         return now - self._start_time, trial_seconds * self._gpus_per_trial
+
+    @contextmanager
+    def hold_resources(self, n_trials: int) -> Iterator[None]:
+        """Count what this many trials hold to the budget, while work other than trials uses it.
+
+        Args:
+            n_trials: Number of trials that could run at the same time.
+        """
+        started_at = time.monotonic()
+        holders = [f"holder {number}" for number in range(n_trials)]
+        self._interval_starts |= dict.fromkeys(holders, started_at)
+        try:
+            yield
+        finally:
+            for holder in holders:
+                del self._interval_starts[holder]
+            self._counted_seconds += n_trials * (time.monotonic() - started_at)
 
     def update_limit_reached(self) -> bool:
         """Set `limit_reached` if the limit has been reached, and return it.

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ray import tune
@@ -28,6 +28,7 @@ from raysweep.stores import StorePath, StoreUnavailable
 from raysweep.sweep.asha import AshaScheduler
 from raysweep.sweep.cluster import connect_to_cluster, node_capacities
 from raysweep.sweep.epoch_counts import count_epochs
+from raysweep.sweep.finalist_attacks import attack_finalists
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.multi_worker_trial import ReleaseWorkersCallback, train_on_workers
 from raysweep.sweep.node_probe import find_node_problems, require_visible
@@ -43,6 +44,7 @@ from raysweep.sweep.ray_internals import (
     check_ray_internals,
     keep_credentials_here,
 )
+from raysweep.sweep.ray_map import RayMap
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.sweep.tune_callbacks import (
@@ -77,7 +79,8 @@ def run_sweep(
 ) -> SweepEndReason:
     """Run the trials of a sweep that have not ended, as far as the budget allows.
 
-    Trials that the surroundings ended (disk, memory, lost processes) run again.
+    When all have ended, AutoAttack attacks the best ones, the finalists. Trials that the
+    surroundings ended (disk, memory, lost processes) run again.
 
     Args:
         ledger: The sweep.
@@ -135,7 +138,7 @@ def _run_logged_sweep(
     started_at = time.monotonic()
     space = extended_space or ledger.space
     config = space.trial_config({})
-    if space == ledger.space and not ledger.count_trials_left(retry_failed=retry_failed):
+    if space == ledger.space and not ledger.has_work_left(retry_failed):
         # Listeners may lack what a killed driver could not tell them.
         with _notify_listeners(listeners, ledger, concurrency=0):
             pass
@@ -159,6 +162,9 @@ def _run_logged_sweep(
                 ledger, config.epochs, listeners, resources.n_gpus, budget
             )
             _run_rounds(ledger, dataset, ledger_callback, resources, concurrency)
+            with suppress(KeyboardInterrupt):
+                mapper = RayMap(resources.cpus, resources.n_gpus)
+                attack_finalists(ledger, dataset, ledger_callback, listeners, mapper)
     end_reason: SweepEndReason = "budget" if ledger_callback.limit_reached else "interrupted"
     if ledger.has_ended():
         end_reason = "done"
@@ -251,6 +257,8 @@ def _log_sweep_end(ledger: Ledger, end_reason: SweepEndReason, seconds: float) -
     if ranked:
         objective = ledger.space.objectives[0]
         best = f"; best: trial {ranked[0].number:04d}, {objective} {ranked[0].score(objective):.4f}"
+        if ranked[0].robust_under_autoattack is not None:
+            best += f", under AutoAttack {ranked[0].robust_under_autoattack:.4f}"
     unreported = ""
     if end_reason != "done":
         unreported = "; epochs that trials saved after their last reports are found when it resumes"

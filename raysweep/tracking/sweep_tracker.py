@@ -6,6 +6,7 @@ The sweep is a parent run and its trials are child runs; each is found again by 
 from raysweep.errors import is_interruption
 from raysweep.record_queue import RecordQueue
 from raysweep.sweep.epoch_counts import count_epochs
+from raysweep.sweep.finalist_summary import describe_finalists, summarize_finalists
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import param_labels
 from raysweep.sweep.trial_advice import advise_on_trial
@@ -53,6 +54,9 @@ class SweepTracker:
         """Log an epoch or the end of a trial."""
         self._records.write(lambda: self._log_trial_update(trial, epoch_metrics))
 
+    def on_finalist_update(self, trial: Trial, n_left: int) -> None:
+        """Nothing to write yet: `on_sweep_end` logs the results of all finalists."""
+
     def on_sweep_end(self, ledger: Ledger, error: BaseException | None = None) -> None:
         """Log the results of the sweep, plot the best trials, and end all runs."""
         if ledger.is_lost():
@@ -95,10 +99,29 @@ class SweepTracker:
             self._tracker.log_best(self._sweep_run_id, best_trial.best)
             self._tracker.log_final(self._sweep_run_id, {"trials": float(len(trials))})
             self._tracker.set_tags(self._sweep_run_id, {"best_trial": f"{best_trial.number:04d}"})
+        self._log_finalists(ledger)
         self._tracker.set_description(
             self._sweep_run_id, self._summarize_sweep(ledger, trials, ranked_trials)
         )
         self._tracker.end_run(self._sweep_run_id, _choose_sweep_status(ledger, error))
+
+    def _log_finalists(self, ledger: Ledger) -> None:
+        """Log what AutoAttack says of the finalists, to their runs and to that of the sweep."""
+        summary = summarize_finalists(ledger)
+        if summary is None:
+            return
+        names = ("finalist/robust_accuracy", "finalist/overestimate")
+        for trial, overestimate in zip(summary.by_objective, summary.overestimates, strict=True):
+            values = (trial.final_score(summary.objective), overestimate)
+            if run_id := self._find_trial_run(trial):
+                self._tracker.log_final(run_id, dict(zip(names, values, strict=True)))
+        best_trial = summary.by_autoattack[0]
+        metrics = {
+            "finalist/robust_accuracy": best_trial.final_score(summary.objective),
+            "finalist/overestimate": max(summary.overestimates),
+            "finalist/gain": summary.gain,
+        }
+        self._tracker.log_final(self._sweep_run_id, metrics)
 
     def _plot_trial(self, ledger: Ledger, trial: Trial) -> None:
         """Upload the figures of a trial to its run."""
@@ -130,6 +153,7 @@ class SweepTracker:
             titles = " and ".join(map(_metric_title, objectives))
             front = _format_trial_numbers(ledger.unmasked_pareto_front())
             lines.append(f"Pareto front of {titles}: {front or 'empty'}")
+        lines += describe_finalists(ledger)
         masked_trials = [
             trial
             for trial in ranked_trials

@@ -73,13 +73,17 @@ class RunRank(NamedTuple):
         has_failed: Whether the run failed; its best epoch may be older than the failure.
         has_ineligible_best: Whether its best epoch is not eligible (see `EpochRank`).
         exceeds_masking_gap: Whether its masking gap is above the limit of its search space.
-        negated_score: Minus the objective, or minus its mean over several seeds.
+        is_below_finalists: Whether AutoAttack decides between other runs, the finalists, and this
+            run is none of them.
+        negated_score: Minus the objective, or minus its mean over several seeds; for a finalist
+            minus the accuracy under AutoAttack.
         negated_tie_break: Minus the metric that breaks ties (see `get_tie_break`).
     """
 
     has_failed: bool
     has_ineligible_best: bool
     exceeds_masking_gap: bool
+    is_below_finalists: bool
     negated_score: float
     negated_tie_break: float = 0.0
 

@@ -11,6 +11,7 @@ from raysweep.attacks import (
     APGD,
     PGD,
     AnyAttack,
+    Norm,
     freeze_model,
     maybe_tf32,
     true_class_margin,
@@ -19,7 +20,7 @@ from raysweep.data import DatasetSplits, Split, choose_subset_rows
 from raysweep.lazy_modules import torch
 from raysweep.losses import cross_entropy
 from raysweep.rng import ExampleRng
-from raysweep.schedules import Number
+from raysweep.schedules import Number, resolved_value
 from raysweep.spec import Spec
 from raysweep.training.input_gradient_norms import input_gradient_norm
 
@@ -35,6 +36,7 @@ OBJECTIVE_DESCRIPTIONS: dict[str, str] = {
     "cw": "Accuracy under CW-PGD-20.",
 }
 DEFAULT_OBJECTIVE: ObjectiveName = "robust_worst"
+_NATURAL_OBJECTIVE = "clean"
 _MIN_DLR_CLASSES = 4
 # Of smaller data sets 1,000 images would take a notable part of the time of an epoch.
 _DEFAULT_TRAIN_EXAMPLES, _MIN_TRAIN_IMAGES_BY_DEFAULT = 1000, 40_000
@@ -51,6 +53,11 @@ def _default_attacks() -> dict[str, AnyAttack]:
 def _default_finish_attacks() -> dict[str, AnyAttack]:
     """Return a short targeted APGD."""
     return {"apgd_t": APGD(steps=20, loss="dlr-targeted", targets=3)}
+
+
+def is_robust_objective(metric: str) -> bool:
+    """Return whether an objective is an accuracy under attacks, which AutoAttack can lower."""
+    return metric != _NATURAL_OBJECTIVE
 
 
 class Validation(Spec):
@@ -152,6 +159,16 @@ class Validation(Spec):
         for attack in self._find_sized_attacks().values():
             return f"{attack.norm} eps {_format_setting(attack.eps)}"
         return ""
+
+    def find_threat_model(self) -> tuple[float, Norm] | None:
+        """Return radius (in pixels of [0, 1]) and norm of the first attack that has them.
+
+        Returns:
+            Radius and norm, after `resolve_at`; None if no attack has a radius.
+        """
+        for attack in self._find_sized_attacks().values():
+            return float(resolved_value(attack.eps)), attack.norm
+        return None
 
     def _find_sized_attacks(self) -> dict[str, Any]:
         """Return all attacks that have a radius, also those in cascades, by dotted path."""

@@ -1,7 +1,7 @@
 """Figures of the report."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -126,7 +126,11 @@ def plot_param_importances(importances: Mapping[str, float], metric: str) -> Fig
 
 
 def plot_pareto_front(
-    trials: Sequence[Trial], front: Sequence[Trial], x_metric: str, y_metric: str
+    trials: Sequence[Trial],
+    front: Sequence[Trial],
+    x_metric: str,
+    y_metric: str,
+    get_score: Callable[[Trial, str], float] = Trial.score,
 ) -> Figure:
     """Plot the trials in two metrics of their best epochs, and join those of the Pareto front.
 
@@ -135,26 +139,27 @@ def plot_pareto_front(
         front: Trials of the Pareto front; they are numbered.
         x_metric: Metric of the horizontal axis.
         y_metric: Metric of the vertical axis.
+        get_score: Returns a metric of a trial.
     """
     figure, axes = create_axes(format_metric_name(x_metric), format_metric_name(y_metric))
     dominated = [trial for trial in trials if trial not in front]
     axes.scatter(
-        [trial.score(x_metric) for trial in dominated],
-        [trial.score(y_metric) for trial in dominated],
+        [get_score(trial, x_metric) for trial in dominated],
+        [get_score(trial, y_metric) for trial in dominated],
         s=20,
         color="#9fb0c3",
         label="beaten",
     )
-    ordered = sorted(front, key=lambda trial: trial.score(x_metric))
+    ordered = sorted(front, key=lambda trial: get_score(trial, x_metric))
     axes.plot(
-        [trial.score(x_metric) for trial in ordered],
-        [trial.score(y_metric) for trial in ordered],
+        [get_score(trial, x_metric) for trial in ordered],
+        [get_score(trial, y_metric) for trial in ordered],
         "o--",
         color="#b3261e",
         label="Pareto front",
     )
     for trial in ordered:
-        point = (trial.score(x_metric), trial.score(y_metric))
+        point = (get_score(trial, x_metric), get_score(trial, y_metric))
         _annotate_point(axes, f"{trial.number:04d}", point, offset=(4, 4))
     axes.margins(0.12)
     axes.legend(fontsize=8)

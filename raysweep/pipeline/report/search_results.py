@@ -13,6 +13,7 @@ from raysweep.pipeline.report.document import (
     Table,
 )
 from raysweep.stores import StorePath
+from raysweep.sweep.finalist_summary import describe_finalists
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_study import MIN_IMPORTANCE_TRIALS, param_importances
 from raysweep.sweep.search_space import param_labels
@@ -52,6 +53,7 @@ def _build_search_parts(ledger: Ledger) -> list[SectionPart]:
             f"by {metric} on validation."
         ),
         _build_trial_table(ledger, best),
+        *[Paragraph(f"{line[:1].upper()}{line[1:]}.") for line in describe_finalists(ledger)],
     ]
     succeeded = [trial for trial in ranked if trial.state != "failed"]
     if len(succeeded) > 1:
@@ -72,9 +74,13 @@ def _build_trial_table(ledger: Ledger, best_trials: Sequence[Trial]) -> Table:
     metrics = list(dict.fromkeys((*ledger.space.objectives, "clean", "masking_gap")))
     paths = list(ledger.space.space)
     labels = param_labels(paths)
+    has_finalists = any(trial.robust_under_autoattack is not None for trial in best_trials)
     rows = []
     for trial in best_trials:
         scores = [_format_score(trial, metric) for metric in metrics]
+        if has_finalists:
+            robust = trial.robust_under_autoattack
+            scores.append("" if robust is None else f"{100 * robust:.2f}")
         epoch = str(int(trial.best["epoch"]))
         notes: list[str] = [trial.state] if trial.state in ("stopped", "failed") else []
         if choice := ledger.describe_choice(trial):
@@ -83,6 +89,8 @@ def _build_trial_table(ledger: Ledger, best_trials: Sequence[Trial]) -> Table:
         params = [format_param(trial.params.get(path)) for path in paths]
         rows.append([f"{trial.number:04d}", *scores, epoch, *params])
     metric_names = [figures.format_metric_name(metric) for metric in metrics]
+    if has_finalists:
+        metric_names.append("AutoAttack")
     return Table(["trial", *metric_names, "best epoch", *(labels[p] for p in paths)], rows)
 
 
@@ -117,9 +125,11 @@ def _build_pareto_figures(ledger: Ledger, ranked_trials: Sequence[Trial]) -> lis
     if not others:
         return []
     front = ledger.unmasked_pareto_front((first, *others))
+    # With a single objective, AutoAttack decides which trial is the best, not the front.
+    get_score = Trial.final_score if len(objectives) > 1 else Trial.score
     pictures: list[SectionPart] = []
     for other in others:
         names = f"{figures.format_metric_name(other)} and {figures.format_metric_name(first)}"
-        figure = figures.plot_pareto_front(ranked_trials, front, other, first)
+        figure = figures.plot_pareto_front(ranked_trials, front, other, first, get_score)
         pictures.append(CaptionedFigure(f"Pareto front: {names}", figure))
     return pictures

@@ -1,0 +1,149 @@
+"""What AutoAttack on the finalists of a sweep says of the sweep's objective."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raysweep.spec import JsonDict
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.training.validation import is_robust_objective
+
+# Accuracies are shown with three digits.
+_SMALLEST_SHOWN = 5e-4
+
+
+@dataclass(frozen=True)
+class FinalistSummary:
+    """Comparison of the objective with AutoAttack on the finalists of a sweep.
+
+    Attributes:
+        objective: The (first) objective that is an accuracy under attacks.
+        n_examples: Number of validation images.
+        by_objective: The finalists in the order of the objective, best first; not empty.
+        by_autoattack: The same trials in the order of their results under AutoAttack.
+        front: With several objectives the members of the Pareto front under AutoAttack; else empty.
+    """
+
+    objective: str
+    n_examples: int
+    by_objective: tuple[Trial, ...]
+    by_autoattack: tuple[Trial, ...]
+    front: tuple[Trial, ...] = ()
+
+    @property
+    def overestimates(self) -> list[float]:
+        """Objective minus accuracy under AutoAttack, for each of `by_objective`."""
+        return [
+            trial.score(self.objective) - trial.final_score(self.objective)
+            for trial in self.by_objective
+        ]
+
+    @property
+    def gain(self) -> float:
+        """By how much the chosen trial is better under AutoAttack than the objective's choice."""
+        chosen, expected = self.by_autoattack[0], self.by_objective[0]
+        return chosen.final_score(self.objective) - expected.final_score(self.objective)
+
+    def to_json_dict(self) -> JsonDict:
+        """Return plain data for `--json`."""
+        return {
+            "attack": "autoattack",
+            "examples": self.n_examples,
+            "objective": self.objective,
+            "chosen_by_objective": self.by_objective[0].number,
+            "chosen": self.by_autoattack[0].number,
+            "gain": self.gain,
+            "trials": [
+                {
+                    "trial": trial.number,
+                    "objective": trial.score(self.objective),
+                    "robust": trial.final_score(self.objective),
+                }
+                for trial in self.by_autoattack
+            ],
+        }
+
+
+def summarize_finalists(ledger: Ledger) -> FinalistSummary | None:
+    """Compare the objective of a sweep with AutoAttack on its finalists.
+
+    Args:
+        ledger: The sweep.
+
+    Returns:
+        The comparison; None if AutoAttack has not attacked all finalists, or there are none.
+    """
+    by_objective = ledger.find_attacked_finalists()
+    if not by_objective:
+        return None
+    numbers = {trial.number for trial in by_objective}
+    by_autoattack = [trial for trial in ledger.rank_trials() if trial.number in numbers]
+    objective = next(filter(is_robust_objective, ledger.space.objectives))
+    assert by_objective[0].finalist is not None
+    return FinalistSummary(
+        objective,
+        by_objective[0].finalist.n_examples,
+        tuple(by_objective),
+        tuple(by_autoattack),
+        tuple(ledger.unmasked_pareto_front()) if len(ledger.space.objectives) > 1 else (),
+    )
+
+
+def describe_finalists(ledger: Ledger) -> list[str]:
+    """Say in lines what AutoAttack says of the finalists, and whether the objective was misled.
+
+    Args:
+        ledger: The sweep.
+
+    Returns:
+        The lines; empty for a sweep without finalists.
+    """
+    summary = summarize_finalists(ledger)
+    if summary is None:
+        return _describe_failed_attacks(ledger)
+    name = summary.objective.replace("_", " ")
+    results = ", ".join(
+        f"trial {trial.number:04d} {trial.final_score(summary.objective):.3f} "
+        f"({name} {trial.score(summary.objective):.3f})"
+        for trial in summary.by_autoattack
+    )
+    lines = [f"AutoAttack on {summary.n_examples} validation images: {results}"]
+    if len(ledger.space.objectives) > 1:
+        lines.append(_describe_new_front(summary))
+    elif summary.by_autoattack[0].number == summary.by_objective[0].number:
+        lines.append(f"{name} alone would have chosen the same trial")
+    else:
+        lines.append(
+            f"{name} alone would have chosen trial {summary.by_objective[0].number:04d}, which is "
+            f"{summary.gain:.3f} worse under AutoAttack"
+        )
+    lines.append(_describe_overestimates(name, summary.overestimates))
+    return lines
+
+
+def _describe_failed_attacks(ledger: Ledger) -> list[str]:
+    """Say which finalists AutoAttack could not attack, so that the objective decides."""
+    errors = [
+        f"AutoAttack could not attack trial {trial.number:04d}: {trial.finalist.error}; "
+        "the ranking follows the objective"
+        for trial in ledger.rank_trials()
+        if trial.finalist is not None and trial.finalist.error
+    ]
+    return errors if ledger.has_ended() else []
+
+
+def _describe_new_front(summary: FinalistSummary) -> str:
+    """Say which trials AutoAttack takes from the Pareto front."""
+    kept = {trial.number for trial in summary.front}
+    lost = [f"{t.number:04d}" for t in summary.by_objective if t.number not in kept]
+    if not lost:
+        return "the Pareto front keeps all its trials under AutoAttack"
+    return f"trials that leave the Pareto front under AutoAttack: {', '.join(lost)}"
+
+
+def _describe_overestimates(name: str, overestimates: Sequence[float]) -> str:
+    """Say by how much the objective was above the accuracy under AutoAttack."""
+    low, high = max(0.0, min(overestimates)), max(overestimates)
+    if high < _SMALLEST_SHOWN:
+        return f"{name} was not too high for any of them"
+    amount = f"{high:.3f}" if high - low < _SMALLEST_SHOWN else f"{low:.3f} to {high:.3f}"
+    return f"{name} was {amount} too high"
