@@ -167,7 +167,8 @@ class TestWhatIsSaid:
         assert describe_finalists(overturned) == [
             "AutoAttack on 200 validation images: trial 0001 0.490 (robust worst 0.500), "
             "trial 0000 0.470 (robust worst 0.510)",
-            "robust worst alone would have chosen trial 0000, which is 0.020 worse under AutoAttack",
+            "robust worst alone would have chosen trial 0000, "
+            "which is 0.020 worse under AutoAttack",
             "robust worst was 0.010 to 0.040 too high",
         ]
 
