@@ -458,9 +458,9 @@ class Ledger:
             rank = self.rank_trial(trial)
             if trial.number not in numbers:
                 return rank._replace(is_below_finalists=True)
-            return rank._replace(negated_score=-trial.final_score(metric))
+            return rank._replace(negated_score=-trial.final_score(metric), negated_tie_break=0.0)
 
-        # Stable: equal results stay in the order of the objective.
+        # Stable: equal results of AutoAttack stay in the order of the objective.
         return sorted(by_objective, key=rank_finally)
 
     def _rank_by_objective(self, trials: Sequence[Trial]) -> list[Trial]:
