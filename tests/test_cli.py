@@ -351,12 +351,9 @@ def test_a_preset_is_trained_by_its_name(workdir: Path, capsys) -> None:
 def test_tune_ends_with_the_best_trials_and_what_to_type_next(
     ray_cluster, workdir: Path, capsys
 ) -> None:
-    few = ["--set", "validation.size=10"]
-    assert main(["tune", "lrat", *SMALL, *few, "--trials", "2", "--name", "quick"]) == 0
+    assert main(["tune", "lrat", *SMALL, "--trials", "2", "--name", "quick"]) == 0
     out, err = capsys.readouterr()
-    assert "AutoAttack on 10 validation images: trial 000" in out and " AA " in out
-    assert "2 trials to attack" in err and "under AutoAttack" in err
-    assert "best 2 of 2 trials by AutoAttack (the first 2), then by robust worst" in out
+    assert "best 2 of 2 trials by robust worst" in out
     assert str(workdir / "runs" / "quick" / "trials") in out.replace("\n", "")
     assert "  raysweep eval quick/000" in out
     assert "raysweep show quick" in out and out.rstrip().endswith("mlflow ui")

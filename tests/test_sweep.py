@@ -11,12 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import FORKED, TINY, TrialUpdateListener, tiny
+from rich.console import Console
 
 from raysweep.cli import main
 from raysweep.errors import DamagedFileError, InfrastructureError
 from raysweep.logs import read_log
 from raysweep.spec import SpecError
 from raysweep.stores import FolderStore, StoreUnavailable
+from raysweep.sweep.finalist_summary import describe_finalists, summarize_finalists
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_search import LedgerSearcher
 from raysweep.sweep.resources import Resources
@@ -24,6 +26,7 @@ from raysweep.sweep.search_space import SearchSpace
 from raysweep.sweep.trial_advice import advise_on_trial
 from raysweep.sweep.tune_callbacks import Budget, LedgerCallback, SweepFailed
 from raysweep.sweep.tuner import run_sweep
+from raysweep.terminal import SweepDisplay
 from raysweep.tracking import SweepTracker, Tracker
 from raysweep.training import checkpoint
 from raysweep.training.callbacks import FunctionCallback
@@ -426,6 +429,49 @@ def test_a_store_that_fails_under_the_sweep_is_its_own_error_and_loses_nothing(
     assert [(trial.state, trial.epoch) for trial in ledger.load_trials()] == [("finished", 2)] * 2
     (told,) = (e for e in read_log(ledger.path) if e.get("event") == "sweep_error")
     assert told["exception"]["causes"][0]["type"] == "StoreUnavailable"
+
+
+def test_autoattack_on_the_finalists_can_be_interrupted(
+    ray_cluster, tmp_path: Path, capsys
+) -> None:
+    """Ctrl-C as the first attack begins; then the sweep resumes, with MLflow and a display."""
+    base = {**TINY, "data.train_size": 600, "*.eps": 0.15, "validation.size": 10, "epochs": 4}
+    ledger = Ledger.create(tmp_path / "sweep", space(trials=2, base=base, finalists=2))
+
+    class Interrupter(TrialUpdateListener):
+        def on_finalist_update(self, trial: Trial, n_left: int) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert run_sweep(ledger, [Interrupter(lambda trial: None)]) == "interrupted"
+    assert ledger.is_interrupted() and len(ledger.find_waiting_finalists()) == 2
+    tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "mlruns")
+    display = SweepDisplay(Console(stderr=True, force_terminal=False))
+    assert run_sweep(ledger, [SweepTracker(tracker), display]) == "done"
+    summary = summarize_finalists(ledger)
+    assert summary is not None and summary.n_examples == 10
+    told = capsys.readouterr().err
+    assert "2 trials to attack" in told and "1 trial to attack" in told
+    assert told.count("under AutoAttack") == 2
+
+    from mlflow import MlflowClient
+
+    (experiment,) = MlflowClient(tracker.uri).search_experiments(filter_string="name = 'raysweep'")
+    runs = MlflowClient(tracker.uri).search_runs([experiment.experiment_id])
+    results = {
+        run.data.tags.get("raysweep.trial", "sweep"): run.data.metrics["finalist/robust_accuracy"]
+        for run in runs
+    }
+    best, other = summary.by_autoattack
+    expected = {"sweep": best, f"{best.number:04d}": best, f"{other.number:04d}": other}
+    assert results == {
+        name: pytest.approx(trial.finalist.robust, abs=1e-5) for name, trial in expected.items()
+    }
+    (note,) = (
+        run.data.tags["mlflow.note.content"]
+        for run in runs
+        if run.data.tags["raysweep.kind"] == "sweep"
+    )
+    assert describe_finalists(ledger)[0] in note
 
 
 def test_a_sweep_says_why_it_ended(ray_cluster, tmp_path: Path) -> None:
