@@ -1,12 +1,15 @@
 """cluster.yaml and its relatives: checked as far as a machine without clouds can."""
 
 import http.server
+import ipaddress
 import json
 import os
 import re
 import subprocess
 import threading
 import time
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,15 @@ from raysweep.sweep.resources import Resources
 ROOT = Path(__file__).parent.parent
 LAUNCHER = [ROOT / "cluster.yaml", ROOT / "clusters/gcp.yaml", ROOT / "clusters/local.yaml"]
 CLOUDS = LAUNCHER[:2]
-KUBERAY = sorted((ROOT / "clusters/kuberay").glob("*.yaml"))
+POLICY = ROOT / "clusters/kuberay/networkpolicy.yaml"
+KUBERAY = sorted(set((ROOT / "clusters/kuberay").glob("*.yaml")) - {POLICY})
 SCRIPTS = sorted((ROOT / "clusters").glob("*.sh"))
 EVERYTHING = [
     *LAUNCHER,
     *KUBERAY,
+    POLICY,
+    ROOT / "clusters/aws-head-policy.json",
+    ROOT / "clusters/gcp-head-role.yaml",
     *SCRIPTS,
     ROOT / "clusters/kuberay/Dockerfile",
     ROOT / "deploy/nightly-rayjob.yaml",
@@ -102,7 +109,8 @@ def test_nothing_listens_to_the_world_but_a_dashboard_that_kuberay_must_reach() 
         )
         for line in text.splitlines():
             if "0.0.0.0" in line or "::/0" in line:
-                assert path in KUBERAY and "dashboard-host: 0.0.0.0" in line
+                is_egress = path == POLICY and "ipBlock" in line and "except: [" in line
+                assert is_egress or (path in KUBERAY and "dashboard-host: 0.0.0.0" in line)
         assert "authOptions: {mode: token}" in text or path not in KUBERAY
     assert "IpPermissions" not in (ROOT / "cluster.yaml").read_text(), (
         "Ray would open port 22 to everybody beside them"
@@ -163,11 +171,16 @@ CONTAINER = closed_schema(
         "type": "array",
         "items": closed_schema(name=TEXT, value=TEXT, valueFrom={"type": "object"}),
     },
+    securityContext={"type": "object"},
     resources=closed_schema(requests=RESOURCES, limits=RESOURCES),
     volumeMounts={"type": "array", "items": closed_schema(name=TEXT, mountPath=TEXT)},
 )
 POD = closed_schema(
+    metadata=closed_schema(labels=TEXTS),
     spec=closed_schema(
+        securityContext={"type": "object"},
+        automountServiceAccountToken=YES_NO,
+        restartPolicy={"enum": ["Never", "OnFailure", "Always"]},
         containers={"type": "array", "items": CONTAINER, "minItems": 1},
         volumes={
             "type": "array",
@@ -175,14 +188,16 @@ POD = closed_schema(
         },
         terminationGracePeriodSeconds=WHOLE,
         affinity=closed_schema(nodeAffinity={"type": "object"}),
-    )
+    ),
 )
 # What KubeRay 1.6's custom resource definitions allow, as far as these manifests go.
 CLUSTER = closed_schema(
     rayVersion=TEXT,
     authOptions=closed_schema(mode={"enum": ["disabled", "token"]}, secretName=TEXT),
     enableInTreeAutoscaling=YES_NO,
-    autoscalerOptions=closed_schema(version={"enum": ["v1", "v2"]}, idleTimeoutSeconds=WHOLE),
+    autoscalerOptions=closed_schema(
+        version={"enum": ["v1", "v2"]}, idleTimeoutSeconds=WHOLE, securityContext={"type": "object"}
+    ),
     headGroupSpec=closed_schema(serviceType=TEXT, rayStartParams=TEXTS, template=POD),
     workerGroupSpecs={
         "type": "array",
@@ -203,6 +218,7 @@ JOB = closed_schema(
     activeDeadlineSeconds=WHOLE,
     backoffLimit=WHOLE,
     submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
+    submitterPodTemplate=POD,
     rayClusterSpec=CLUSTER,
 )
 CRON = closed_schema(schedule=TEXT, timeZone=TEXT, suspend=YES_NO, jobTemplate=JOB)
@@ -238,6 +254,115 @@ def test_the_nightly_manifest_holds_a_valid_rayjob() -> None:
     jsonschema.validate(yaml.safe_load(held)["spec"], JOB)
 
 
+def pods_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every pod template of a manifest, also of those inside a ConfigMap, with where it stands."""
+
+    def search(part: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        if isinstance(part, dict):
+            if "containers" in part.get("spec", {}):
+                yield where, part
+            for key, value in part.items():
+                yield from search(value, f"{where}.{key}")
+        elif isinstance(part, list):
+            for value in part:
+                yield from search(value, where)
+
+    for document in yaml.safe_load_all(path.read_text()):
+        for text in document.get("data", {}).values():
+            yield from search(yaml.safe_load(text), "inside")
+        yield from search(document, document["kind"])
+
+
+MANIFESTS = [*KUBERAY, ROOT / "deploy/nightly-rayjob.yaml"]
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=name_of)
+def test_pods_have_no_privileges_and_a_token_only_where_one_is_needed(path: Path) -> None:
+    pods = dict(pods_of(path))
+    assert len(pods) >= 2
+    for where, pod in pods.items():
+        spec = pod["spec"]
+        around = spec["securityContext"]
+        assert around["runAsNonRoot"] is True and around["runAsUser"] > 0
+        assert around["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in spec["containers"]:
+            inside = container["securityContext"]
+            assert inside["allowPrivilegeEscalation"] is False, container["name"]
+            assert inside["capabilities"] == {"drop": ["ALL"]}, container["name"]
+        # The autoscaler asks Kubernetes for pods, and the CronJob creates a RayJob.
+        needs_token = "headGroupSpec" in where or where.startswith("CronJob")
+        assert spec.get("automountServiceAccountToken", True) is needs_token, where
+        if not where.startswith("CronJob"):
+            assert pod["metadata"]["labels"] == {"app.kubernetes.io/part-of": "raysweep"}, where
+
+
+def test_only_the_pods_and_the_operator_reach_the_pods() -> None:
+    policy = yaml.safe_load(POLICY.read_text())
+    own = {"matchLabels": {"app.kubernetes.io/part-of": "raysweep"}}
+    operator = {"matchLabels": {"app.kubernetes.io/component": "kuberay-operator"}}
+    spec = policy["spec"]
+    assert spec["podSelector"] == own and spec["policyTypes"] == ["Ingress", "Egress"]
+    assert spec["ingress"] == [
+        {"from": [{"podSelector": own}]},
+        {
+            "from": [{"namespaceSelector": {}, "podSelector": operator}],
+            "ports": [{"port": 8265, "protocol": "TCP"}],
+        },
+    ]
+    blocks = [
+        peer["ipBlock"] for rule in spec["egress"] for peer in rule["to"] if "ipBlock" in peer
+    ]
+    for block in blocks:
+        for metadata_server in block["except"]:
+            assert ipaddress.ip_network(metadata_server).subnet_of(  # type: ignore[arg-type]
+                ipaddress.ip_network(block["cidr"])  # type: ignore[arg-type]
+            )
+    assert "169.254.169.254/32" in blocks[0]["except"]
+
+
+def test_google_gives_the_head_an_account_of_its_own_and_workers_none() -> None:
+    """The role has what Ray's provider calls, by the names of the methods in its source."""
+    import ray
+
+    config = spelled_out(ROOT / "clusters/gcp.yaml")
+    head = config["available_node_types"].pop(config["head_node_type"])["node_config"]
+    (account,) = head["serviceAccounts"]
+    assert account["email"].startswith("raysweep-head@")
+    assert account["scopes"] == ["https://www.googleapis.com/auth/compute"]
+    for kind in config["available_node_types"].values():
+        assert "serviceAccounts" not in kind["node_config"]
+    role = yaml.safe_load((ROOT / "clusters/gcp-head-role.yaml").read_text())
+    allowed = set(role["includedPermissions"])
+    # Importing it needs Google's libraries.
+    source = (Path(ray.__file__).parent / "autoscaler/_private/gcp/node.py").read_text()
+    called = re.findall(r"resource\.(instances|zoneOperations)\(\)\s*\.(\w+)\(", source)
+    assert len(called) >= 8
+    for resource, method in called:
+        assert f"compute.{resource}.{ {'insert': 'create'}.get(method, method) }" in allowed
+    assert not [name for name in allowed if name.split(".")[0] != "compute"]
+
+
+def test_actions_are_named_by_revision() -> None:
+    """A tag can be moved to other code; the comment says which one it was."""
+    for path in (ROOT / ".github/workflows/ci.yml", ROOT / "deploy/nightly-workflow.yml"):
+        used = re.findall(r"uses: (.*)", path.read_text())
+        assert used
+        for action in used:
+            assert re.fullmatch(r"actions/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), action
+
+
+def test_the_image_gets_what_it_installs_and_nothing_else() -> None:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    assert rules[0] == "*" and rules[-1] == "**/__pycache__"
+    allowed = {line.removeprefix("!") for line in rules[1:-1]}
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)
+    needed = set(project["tool"]["setuptools"]["package-dir"].values())
+    needed |= {project["project"]["readme"], "pyproject.toml", "constraints.txt", "LICENSE"}
+    assert allowed == needed
+
+
 @pytest.mark.slow
 def test_aws_gets_what_the_file_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Ray's own AWS provider, against moto: key pair, role, subnets, machines; nothing open to the
@@ -263,19 +388,76 @@ def test_aws_gets_what_the_file_says(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         for kind in config["available_node_types"].values():
             image = ec2.describe_images()["Images"][0]["ImageId"]
             kind["node_config"].update(ImageId=image, SecurityGroupIds=[group])
+        iam = boto3.client("iam")
+        iam.create_instance_profile(InstanceProfileName="raysweep-head")
         config = bootstrap_aws(config)
+        assert iam.list_roles()["Roles"] == [], "Ray made no role of its own"
         provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+        calls = record_calls(provider)
         for name, kind in config["available_node_types"].items():
             tags = {"ray-node-type": "worker", "ray-user-node-type": name, "ray-node-name": name}
-            provider.create_node(kind["node_config"], tags, 1)
+            is_head = name == config["head_node_type"]
+            (node,) = provider.create_node(kind["node_config"], tags, 1)
+            assert ("IamInstanceProfile" in kind["node_config"]) is is_head
+            if is_head:
+                # Whoever runs `ray up` starts the head, the head starts the others.
+                calls.clear()
+            else:
+                provider.non_terminated_nodes({})
+                provider.set_node_tags(node, {"ray-node-status": "up-to-date"})
         machines = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
         groups = ec2.describe_security_groups()["SecurityGroups"]
+        provider.terminate_nodes([node])
+        check_policy(calls)
     market = {
         machine["InstanceType"] + machine.get("InstanceLifecycle", "") for machine in machines
     }
     assert market == {"m7i.xlarge", "g6.2xlarge", "g6.2xlargespot"}
     assert all([g["GroupId"] for g in machine["SecurityGroups"]] == [group] for machine in machines)
     assert not [g for g in groups for rule in g["IpPermissions"] if rule["IpRanges"]]
+
+
+def record_calls(provider: Any) -> list[tuple[str, dict[str, Any]]]:
+    """What Ray's provider asks Amazon for, as (operation, parameters), in a list that grows."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def record(params: dict[str, Any], model: Any, **_: Any) -> None:
+        calls.append((model.name, params))
+
+    for resource in (provider.ec2, provider.ec2_fail_fast):
+        resource.meta.client.meta.events.register("provide-client-params.ec2", record)
+    return calls
+
+
+def check_policy(calls: list[tuple[str, dict[str, Any]]]) -> None:
+    """The head's policy allows what the head asks for, on machines of this cluster alone."""
+    policy = json.loads((ROOT / "clusters/aws-head-policy.json").read_text())
+    statements = {statement["Sid"]: statement for statement in policy["Statement"]}
+    actions = {
+        action
+        for statement in statements.values()
+        for action in (
+            [statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"]
+        )
+    }
+    asked = {f"ec2:{operation}" for operation, _ in calls}
+    assert asked == actions
+    start = statements["StartWorkersOfThisCluster"]["Condition"]["StringEquals"]
+    for operation, params in calls:
+        if operation == "RunInstances":
+            tags = {tag["Key"]: tag["Value"] for tag in params["TagSpecifications"][0]["Tags"]}
+            assert params["TagSpecifications"][0]["ResourceType"] == "instance"
+            assert tags["ray-cluster-name"] == start["aws:RequestTag/ray-cluster-name"]
+            assert params["InstanceType"] in start["ec2:InstanceType"]
+            assert "IamInstanceProfile" not in params, "the head may give nobody a role"
+    for statement in statements.values():
+        changes = {"ec2:CreateTags", "ec2:TerminateInstances"} & {*statement["Action"]}
+        if changes or statement["Action"] == "ec2:CreateTags":
+            (condition,) = statement["Condition"]["StringEquals"].items()
+            assert condition in (
+                ("ec2:CreateAction", "RunInstances"),
+                ("ec2:ResourceTag/ray-cluster-name", "raysweep"),
+            )
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
