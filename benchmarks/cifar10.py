@@ -23,12 +23,12 @@ from raysweep.data import DatasetSplits, load_data
 from raysweep.evaluation import evaluate
 from raysweep.evaluation.float32_precision import disable_tf32_and_autocast
 from raysweep.rng import ExampleRng
-from raysweep.spec import parse_yaml
 from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.config import TrainingConfig, build_training_config
 from raysweep.training.model_variants import ModelVariants
 from raysweep.training.speed_settings import ComputeSpec
 from raysweep.training.trainer import TrainingResult, compute_step_gradients, train_model
+from raysweep.yaml_files import parse_yaml
 
 FAST = {"compute.attack": "bf16", "compute.train": "bf16", "compute.compile": True}
 

@@ -22,6 +22,8 @@ from raysweep.commands import doctor, run, show, train, tune
 from raysweep.commands import eval as eval_command
 from raysweep.commands import list as list_command
 from raysweep.errors import (
+    ChangedValueWarning,
+    CompatibilityWarning,
     ExitCode,
     InfrastructureError,
     RaysweepError,
@@ -164,7 +166,6 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
     """Print warnings of raysweep as one line on stderr, without file name and line number."""
-    from raysweep.errors import CompatibilityWarning
     from raysweep.spec import FormerNameWarning
 
     original_showwarning = warnings.showwarning
@@ -177,7 +178,8 @@ def _one_line_warnings() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if issubclass(category, FormerNameWarning | CompatibilityWarning):
+        one_line = FormerNameWarning | ChangedValueWarning | CompatibilityWarning
+        if issubclass(category, one_line):
             logger.warning("%s", message)
         else:
             original_showwarning(message, category, filename, lineno, file, line)

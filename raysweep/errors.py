@@ -141,6 +141,13 @@ class CompatibilityWarning(UserWarning):
     """
 
 
+class ChangedValueWarning(FutureWarning):
+    """A file or option has a value that earlier versions of raysweep read as another one.
+
+    The command line prints it as one line.
+    """
+
+
 def list_causes(error: BaseException) -> list[BaseException]:
     """List the causes of an error: what it was raised `from`, the cause of that, and so on.
 

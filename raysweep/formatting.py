@@ -1,4 +1,8 @@
-"""Text for people: durations and counts."""
+"""Text for people: durations, counts and values."""
+
+from typing import Any
+
+_MAX_VALUE_LENGTH = 200
 
 
 def format_clock(seconds: float) -> str:
@@ -18,3 +22,27 @@ def format_duration(seconds: float) -> str:
 def format_count(count: int, noun: str) -> str:
     """Format a count and a singular noun, with an `s` if necessary: `1 trial`, `2 trials`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def shorten_value(value: Any, max_length: int = _MAX_VALUE_LENGTH) -> str:
+    """Format a value of a user for an error message, in one line.
+
+    Args:
+        value: Any value.
+        max_length: Characters of the longest text that stays whole.
+
+    Returns:
+        Its `repr`; of a longer one the start, and how many characters it has.
+    """
+    text = value if isinstance(value, str) else _bounded_repr(value)
+    if len(text) > max_length:
+        return f"{text[:max_length]!r}... ({len(text)} characters)"
+    return repr(value)
+
+
+def _bounded_repr(value: Any) -> str:
+    """Return the `repr` of a value; its class for integers too large for Python to write."""
+    try:
+        return repr(value)
+    except ValueError:
+        return f"<{type(value).__name__}>"

@@ -16,7 +16,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -32,8 +31,8 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, c
 
 from raysweep.errors import DamagedFileError
 from raysweep.errors import SpecError as SpecError
+from raysweep.formatting import shorten_value
 
-_BOOL_TAG, _FLOAT_TAG = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 SpecT = TypeVar("SpecT", bound="Spec")
 # Other types, such as `path_type` and `unknown_setting`, are those of custom errors.
 _CORE_ERROR_TYPES = frozenset(get_args(core_schema.ErrorType))
@@ -42,6 +41,8 @@ _MIN_ITEMS_MESSAGE = re.compile(r"^\w+ should have at least (\d+ items?).*$")
 JsonDict = dict[str, Any]
 # Messages list all known names if there are not more than this number.
 _MAX_LISTED_NAMES = 30
+# Characters of a name that are compared with known names.
+_MAX_COMPARED = 200
 _n_former_names = 0
 
 
@@ -477,7 +478,7 @@ def describe_unknown_path(path: str, data: JsonDict) -> str:
     elif near_leaf := difflib.get_close_matches(leaf, set(paths_by_leaf), n=1):
         candidates = paths_by_leaf[near_leaf[0]]
     nearest = difflib.get_close_matches(path, candidates, n=3, cutoff=0.0)
-    return f"no setting {path!r}; nearest: {', '.join(nearest)}"
+    return f"no setting {shorten_value(path)}; nearest: {', '.join(nearest)}"
 
 
 def describe_unknown_name(noun: str, name: object, known: Sequence[str]) -> str:
@@ -491,86 +492,14 @@ def describe_unknown_name(noun: str, name: object, known: Sequence[str]) -> str:
     Returns:
         One line.
     """
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(str(name)[:_MAX_COMPARED], known, n=3, cutoff=0.4)
     if near:
         hint = f"nearest: {', '.join(near)}"
     elif len(known) <= _MAX_LISTED_NAMES:
         hint = f"known: {', '.join(known)}"
     else:
         hint = "`raysweep list` names all"
-    return f"no {noun} {name!r}; {hint}"
-
-
-class _Yaml12Loader(yaml.SafeLoader):
-    """YAML loader with the scalars of YAML 1.2: `on` and `no` are text, `1e-3` is a number."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL_TAG, _FLOAT_TAG)]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Yaml12Loader.add_implicit_resolver(
-    _BOOL_TAG, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Yaml12Loader.add_implicit_resolver(
-    _FLOAT_TAG,
-    re.compile(
-        r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
-        r"|^[-+]?\.inf$|^\.nan$",
-        re.I,
-    ),
-    list("-+0123456789."),
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """Read a YAML document or value with a safe loader.
-
-    Args:
-        text: YAML 1.2.
-
-    Returns:
-        Plain data.
-
-    Raises:
-        yaml.YAMLError: The text is not valid YAML.
-    """
-    try:
-        return yaml.load(text, _Yaml12Loader)
-    except RecursionError as error:
-        raise yaml.YAMLError("it is nested too deeply") from error
-
-
-def read_yaml(path: Path) -> JsonDict:
-    """Read a mapping of settings from a YAML file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Setting -> value.
-
-    Raises:
-        SpecError: The file cannot be read, is not valid YAML or is no mapping of names. One line.
-    """
-    try:
-        data = parse_yaml(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SpecError(f"{path}: cannot be read: {reason}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        position = f"{path}:{mark.line + 1}" if mark else str(path)
-        reason = getattr(error, "problem", error)
-        raise SpecError(f"{position}: not valid YAML: {reason}") from error
-    if not isinstance(data, dict):
-        raise SpecError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
-    for key in data:
-        if not isinstance(key, str):
-            kind = type(key).__name__
-            raise SpecError(f"{path}: {key!r}: expected the name of a setting, got {kind}")
-    return data
+    return f"no {noun} {shorten_value(name)}; {hint}"
 
 
 def is_safe_name(name: str) -> bool:
@@ -741,7 +670,7 @@ def _describe_problem(details: ErrorDetails, data: Any) -> list[str]:
         parent = path.rpartition(".")[0]
         prefix = f"{parent}." if parent else ""
         near = ", ".join(f"{prefix}{name}" for name in details["msg"].split())
-        return [f"no setting {path!r}; nearest: {near}"]
+        return [f"no setting {shorten_value(path)}; nearest: {near}"]
     if kind == "union_tag_invalid":
         tags = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
         return [f"{path}: {describe_unknown_name('kind', context['tag'], tags)}"]
@@ -756,7 +685,11 @@ def _describe_problem(details: ErrorDetails, data: Any) -> list[str]:
     message = re.sub("^Input (should be|is not)", r"\1", message).replace("should be", "must be")
     message = message.removesuffix(" or object to extract fields from")
     message = _MIN_ITEMS_MESSAGE.sub(r"must have at least \1", message)
-    return [f"{path} = {value!r}: {message}"]
+    return [
+        f"{path} = {shorten_value(value)}: {message}"
+        if path
+        else f"{shorten_value(value)}: {message}"
+    ]
 
 
 def _add_suggestion(error: ErrorDetails, field_names: list[str]) -> InitErrorDetails:

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from raysweep.cli import build_parser
-from raysweep.spec import parse_yaml
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.yaml_files import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 PAGES = {

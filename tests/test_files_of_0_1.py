@@ -37,7 +37,6 @@ from raysweep.pipeline.published_results import PaperTable, load_paper_table
 from raysweep.result_loading import load_report, load_sweep
 from raysweep.rng import ExampleRng
 from raysweep.robustness_bundle import verify_bundle
-from raysweep.spec import read_yaml
 from raysweep.stores import open_path
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace, list_builtin_spaces, load_space
@@ -52,6 +51,7 @@ from raysweep.training.diagnostics import read_histograms
 from raysweep.training.model_loading import load_checkpoint_target
 from raysweep.training.presets import list_presets, load_preset, resolve_training_config
 from raysweep.training.trainer import check_resumable, train_model
+from raysweep.yaml_files import read_yaml
 
 DATA = Path(__file__).parent / "data" / "written_by_0_1"
 EXPECTED: dict[str, Any] = json.loads((DATA / "expected.json").read_text())

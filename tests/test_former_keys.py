@@ -1,5 +1,6 @@
 """Keys of raysweep 0.1 in files that people wrote."""
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def test_one_setting_has_one_name_in_a_file(
     file.write_text(yaml.safe_dump(SPACE | changes))
     with pytest.raises(SpecError) as caught:
         load_space("", {}, file)
-    assert caught.value.problems == [f"{file}: {line}"]
+    (problem,) = caught.value.problems
+    assert re.sub(r":\d+: ", ": ", problem, count=1) == f"{file}: {line}"
     if "for" not in changes:
         with pytest.raises(SpecError):
             SearchSpace.from_data(SPACE | changes)

@@ -21,6 +21,7 @@ LAYERS = [
         "bounded_files",
         "visible_text",
         "file_privacy",
+        "yaml_files",
         "spec",
         "settings_reference",
         "schedules",

@@ -35,10 +35,9 @@ from raysweep.spec import (
     flatten_spec,
     is_safe_name,
     json_digest,
-    parse_yaml,
-    read_yaml,
 )
 from raysweep.training.config import build_training_config
+from raysweep.yaml_files import parse_yaml, read_yaml
 
 
 def problems(spec: Spec, changes: dict[str, Any], **more: Any) -> list[str]:
@@ -361,10 +360,10 @@ def test_not_a_number_is_a_float() -> None:
         (None, "cannot be read: No such file or directory"),
         (b"\xff\xfe: 1", "cannot be read: "),
         (b"a: 1\nb: [2\nc: 3\n", ":3: not valid YAML: "),
-        (b"a: 1\nb: 2\nb c: : 3\n", ":3: not valid YAML: mapping values are not allowed here"),
+        (b"a: 1\nb: 2\nb c: : 3\n", ":3: not valid YAML: mapping values are not allowed"),
         (b"- 1\n- 2\n", ": expected a mapping of settings, got list"),
         (b"", ": expected a mapping of settings, got NoneType"),
-        (b"a: 1\n2: 3\n", ": 2: expected the name of a setting, got int"),
+        (b"a: 1\n2: 3\n", ":2: 2: expected the name of a setting, got int"),
     ],
 )
 def test_a_file_that_holds_no_settings_is_one_line(

@@ -13,8 +13,9 @@ from raysweep.schedules import (
     LinearSchedule,
     PiecewiseSchedule,
 )
-from raysweep.spec import SpecError, apply_overrides, flatten_spec, parse_yaml
+from raysweep.spec import SpecError, apply_overrides, flatten_spec
 from raysweep.training.config import TrainingConfig, build_training_config
+from raysweep.yaml_files import parse_yaml
 
 
 def problems(method: str, changes: dict) -> list[str]:
@@ -209,7 +210,7 @@ def test_override_sets_what_it_is_told_and_nothing_else(alpha: float, steps: int
         ("[true, False, yes]", [True, False, "yes"]),
         (
             "[1e-3, 1.5e2, -1E+2, 1., .5, -.inf, 10, 1_000]",
-            [1e-3, 150.0, -100.0, 1.0, 0.5, float("-inf"), 10, 1000],
+            [1e-3, 150.0, -100.0, 1.0, 0.5, float("-inf"), 10, "1_000"],
         ),
         ("[8/255, 2026-11-21x, v1.2.3, e5, 1e]", ["8/255", "2026-11-21x", "v1.2.3", "e5", "1e"]),
     ],

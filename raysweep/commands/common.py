@@ -11,13 +11,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from raysweep.errors import InfrastructureError
+from raysweep.formatting import shorten_value
 from raysweep.redaction import redact_secrets
-from raysweep.spec import SpecError, is_safe_name, parse_yaml
+from raysweep.spec import SpecError, is_safe_name
 from raysweep.stores import StorePath, open_path, require_conditional_writes, require_reachable
 from raysweep.tracking import NullTracker, Tracker, tracking_uri
+from raysweep.yaml_files import check_key, parse_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +41,11 @@ def parse_overrides(assignments: Sequence[str], data_dir: Path | None) -> dict[s
     overrides: dict[str, Any] = {}
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
+        source = f"--set {shorten_value(assignment)}"
         if not equals or not path:
-            raise SpecError(
-                f"--set {assignment!r}: expected PATH=VALUE, for example --set epochs=20"
-            )
-        try:
-            overrides[path] = parse_yaml(text)
-        except yaml.YAMLError as error:
-            raise SpecError(f"--set {assignment!r}: {text!r} is not a YAML value") from error
+            raise SpecError(f"{source}: expected PATH=VALUE, for example --set epochs=20")
+        check_key(path)
+        overrides[path] = parse_yaml(text, source)
     if data_dir is not None:
         overrides["data.data_dir"] = str(data_dir.resolve())
     return overrides

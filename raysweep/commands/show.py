@@ -193,7 +193,7 @@ def _list_names_by_kind() -> dict[str, list[str]]:
 
 def _classify_yaml_file(path: Path) -> str:
     """Return the kind of a YAML file by its keys."""
-    from raysweep.spec import read_yaml
+    from raysweep.yaml_files import read_yaml
 
     keys = read_yaml(path)
     if "stages" in keys:
@@ -203,16 +203,15 @@ def _classify_yaml_file(path: Path) -> str:
 
 def _show_pipeline(request: ShowRequest, name_or_file: str) -> None:
     """Print a pipeline with its stages, as YAML or JSON."""
-    import yaml
-
     from raysweep.pipeline.pipeline import load_pipeline
+    from raysweep.yaml_files import dump_yaml
 
     _, pipeline, _ = load_pipeline(name_or_file, request.overrides)
     data = pipeline.to_json_dict()
     if request.as_json:
         _print_json(data)
     else:
-        print(yaml.safe_dump(data, sort_keys=False).rstrip())
+        print(dump_yaml(data).rstrip())
 
 
 def _show_space(request: ShowRequest, name_or_file: str) -> None:
@@ -272,7 +271,7 @@ def _print_yaml_settings(
         descriptions: Descriptions by dotted path.
         parent_path: Dotted path of the mapping that holds the settings; "" at the top.
     """
-    import yaml
+    from raysweep.yaml_files import dump_yaml
 
     indent = "  " * (parent_path.count(".") + 1) if parent_path else ""
     for name, value in settings.items():
@@ -284,7 +283,7 @@ def _print_yaml_settings(
             _print_described(f"{indent}{name}:", descriptions.get(path, ""))
             _print_yaml_settings(value, descriptions, path)
             continue
-        first, *others = yaml.safe_dump({name: value}, sort_keys=False).splitlines()
+        first, *others = dump_yaml({name: value}).splitlines()
         _print_described(indent + first, descriptions.get(path, ""))
         for line in others:
             print(indent + line)
@@ -314,9 +313,10 @@ def _print_json(data: JsonDict) -> None:
 
 def _print_config_paths(values: Mapping[str, Any], descriptions: Mapping[str, str]) -> None:
     """Print settings in the form that `--set` takes, with their descriptions as comments."""
+    from raysweep.yaml_files import format_scalar
+
     for path, value in values.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        _print_described(f"{path} = {text}", descriptions.get(path, ""))
+        _print_described(f"{path} = {format_scalar(value)}", descriptions.get(path, ""))
 
 
 def _print_described(line: str, description: str) -> None:

@@ -475,7 +475,7 @@ def _list_fixed_settings(space: SearchSpace, space_file: Path) -> dict[str, Any]
     A path with `*` in the base of a file gives way to the searched paths of the file; one of
     `--set` does not.
     """
-    from raysweep.spec import read_yaml
+    from raysweep.yaml_files import read_yaml
 
     content = read_yaml(space_file)
     sections = [content, *(content.get("for") or {}).values()]
@@ -489,7 +489,8 @@ def _check_same_base(
     space_file: Path, overrides: dict[str, Any], resumed_space: SearchSpace
 ) -> None:
     """Raise SpecError if the base settings of a file differ from those of the resumed sweep."""
-    from raysweep.spec import SpecError, read_yaml
+    from raysweep.spec import SpecError
+    from raysweep.yaml_files import read_yaml
 
     base = resumed_space.base
     for path, value in (read_yaml(space_file).get("base") or {}).items():

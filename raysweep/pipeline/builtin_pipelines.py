@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from raysweep.spec import SpecError, describe_unknown_name, find_builtin_folder, read_yaml
+from raysweep.spec import SpecError, describe_unknown_name, find_builtin_folder
+from raysweep.yaml_files import read_yaml
 
 
 def list_builtin_pipelines() -> list[str]:

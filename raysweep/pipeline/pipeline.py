@@ -40,11 +40,11 @@ from raysweep.spec import (
     apply_overrides,
     is_safe_name,
     json_digest,
-    read_yaml,
 )
 from raysweep.stores import StorePath, open_path
 from raysweep.training.checkpoint import describe_environment
 from raysweep.training.config import TrainingConfig
+from raysweep.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,9 @@ def load_pipeline(
             f"{path}: its name names the folder of its artifacts: expected 1 to 100 letters, "
             "digits, '.', '_' or '-', and no dot at the start"
         )
-    pipeline = _validate_pipeline(read_yaml(path), path)
+    content = read_yaml(path)
+    with content.name_lines_in_errors():
+        pipeline = _validate_pipeline(content, path)
     pipeline_overrides: dict[str, Any] = {}
     command_line: dict[str, Any] = {}
     for key, value in overrides.items():
@@ -202,8 +204,9 @@ def load_pipeline(
             command_line[key] = value
     pipeline = _override_pipeline(pipeline, pipeline_overrides)
     training_overrides = TrainingOverrides(pipeline.set, command_line)
-    if problems := pipeline.find_problems(training_overrides):
-        raise SpecError([f"{path}: {line}" for line in problems])
+    with content.name_lines_in_errors(overrides):
+        if problems := pipeline.find_problems(training_overrides):
+            raise SpecError([f"{path}: {line}" for line in problems])
     return path.stem, pipeline, training_overrides
 
 

@@ -8,13 +8,8 @@ from pydantic import Field
 from raysweep.pipeline.artifact import EvaluationResult, StageFacts
 from raysweep.pipeline.statistics import AccuracySummary, summarize_accuracies
 from raysweep.schedules import Number
-from raysweep.spec import (
-    Spec,
-    SpecError,
-    describe_unknown_name,
-    find_builtin_folder,
-    read_yaml,
-)
+from raysweep.spec import Spec, SpecError, describe_unknown_name, find_builtin_folder
+from raysweep.yaml_files import read_yaml
 
 PaperVerdict = Literal["reproduced", "not reproduced", "cannot tell", "not comparable"]
 NATURAL_COLUMN = "Natural"

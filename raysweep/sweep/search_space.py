@@ -25,7 +25,6 @@ from raysweep.spec import (
     list_leaf_paths,
     match_paths,
     merge_overrides,
-    read_yaml,
 )
 from raysweep.training.config import (
     TrainingConfig,
@@ -37,6 +36,7 @@ from raysweep.training.config import (
 from raysweep.training.dataset_defaults import is_small_array_set
 from raysweep.training.selection import SelectionRule
 from raysweep.training.validation import ObjectiveName, is_robust_objective
+from raysweep.yaml_files import SettingsFile, read_yaml
 
 if TYPE_CHECKING:
     import optuna
@@ -254,7 +254,7 @@ class SearchSpace(Spec):
     max_masking_gap: Annotated[Number, Field(ge=0, le=1)] | None = None
     """Largest masking gap of a feasible trial: by how much PGD may overstate its robust accuracy.
     Infeasible trials are ranked last, and the sampler avoids them. null: no limit."""
-    trials: Annotated[int, Field(ge=1)] = 16
+    trials: Annotated[int, Field(ge=1, le=1_000_000)] = 16
     """Number of trials. A grid has at most as many as it has points, and by default one for each
     point."""
     finalists: Annotated[int, Field(ge=0)] | None = None
@@ -724,29 +724,35 @@ def load_space(
         if not space_path.is_file():
             raise SpecError(describe_unknown_name("search space", name, list_builtin_spaces()))
     sweep_settings, overrides = split_sweep_settings(overrides)
-    data = _merge_dataset_section(read_yaml(space_path), overrides, str(space_path))
-    try:
-        space = SearchSpace.from_data(data, str(space_path))
-    except SpecError as error:
-        problems = [*error.problems, *_find_remaining_problems(data, space_path)]
-        raise SpecError(list(dict.fromkeys(problems))) from error
-    if "trials" not in data:
-        space = space.with_whole_grid()
-    method_name = _method_name(space)
-    if is_user_file and name and method_name != name:
-        raise SpecError(f"{space_path} is a space for method {method_name!r}, not for {name!r}")
-    space = space.with_overrides(overrides).with_sweep_settings(sweep_settings)
-    space = space.with_default_finalists()
-    try:
-        space = space.with_dataset_defaults()
-        problems = space.find_problems()
-    except SpecError as error:
-        problems = error.problems
-    if problems and not overrides:
-        problems = [f"{space_path}: {line}" for line in problems]
-    if problems:
-        raise SpecError(problems)
+    content = read_yaml(space_path)
+    with content.name_lines_in_errors(overrides):
+        space = _build_space(content, overrides)
+        method_name = _method_name(space)
+        if is_user_file and name and method_name != name:
+            raise SpecError(f"{space_path} is a space for method {method_name!r}, not for {name!r}")
+        space = space.with_overrides(overrides).with_sweep_settings(sweep_settings)
+        space = space.with_default_finalists()
+        try:
+            space = space.with_dataset_defaults()
+            problems = space.find_problems()
+        except SpecError as error:
+            problems = error.problems
+        if problems and not overrides:
+            problems = [f"{space_path}: {line}" for line in problems]
+        if problems:
+            raise SpecError(problems)
     return space
+
+
+def _build_space(content: SettingsFile, overrides: Mapping[str, Any]) -> SearchSpace:
+    """Validate the content of a file, with its section for the data set of the overrides."""
+    data = _merge_dataset_section(dict(content), overrides, str(content.path))
+    try:
+        space = SearchSpace.from_data(data, str(content.path))
+    except SpecError as error:
+        problems = [*error.problems, *_find_remaining_problems(data, content.path)]
+        raise SpecError(list(dict.fromkeys(problems))) from error
+    return space if "trials" in data else space.with_whole_grid()
 
 
 def resolve_space_path(path_or_name: Path) -> Path:

@@ -21,13 +21,13 @@ from raysweep.spec import (
     describe_unknown_name,
     find_builtin_folder,
     merge_overrides,
-    read_yaml,
 )
 from raysweep.training.config import (
     TrainingConfig,
     build_training_config,
     build_training_config_of_0_1,
 )
+from raysweep.yaml_files import SettingsFile, read_yaml
 
 _NOTES_KEY = "notes"
 PresetContent = tuple[str | dict[str, Any], dict[str, Any]]
@@ -63,7 +63,7 @@ def _read_preset(name: str) -> JsonDict:
 
 
 @functools.cache
-def _read_yaml_version(path: Path, modified_at: int) -> JsonDict:
+def _read_yaml_version(path: Path, modified_at: int) -> SettingsFile:
     """Read a file as of a time of modification. Callers must not change the result.
 
     A pipeline of a paper asks for some presets a hundred times.
@@ -127,19 +127,27 @@ def resolve_training_config(
     Raises:
         SpecError: The name is unknown, or settings are wrong; one line for each problem.
     """
-    overrides = dict(overrides)
-    protocol = overrides.pop("protocol", None)
-    method: Any = source
-    content: JsonDict = {}
     if source.endswith((".yaml", ".yml")):
-        content = _read_preset_file(Path(source))
-        method = content.pop("method", "at")
-    elif source in list_presets():
+        path = Path(source)
+        with _read_current_yaml(path).name_lines_in_errors(overrides):
+            content = _read_preset_file(path)
+            method = content.pop("method", "at")
+            return _build_config(method, content, overrides, as_in_0_1)
+    if source in list_presets():
         content = _read_preset(source)
-        method = content.pop("method")
-    elif source not in METHODS:
+        return _build_config(content.pop("method"), content, overrides, as_in_0_1)
+    if source not in METHODS:
         known = [*METHODS, *list_presets()]
         raise SpecError(describe_unknown_name("method or preset", source, known))
+    return _build_config(source, {}, overrides, as_in_0_1)
+
+
+def _build_config(
+    method: Any, content: JsonDict, overrides: Mapping[str, Any], as_in_0_1: bool
+) -> TrainingConfig:
+    """Build a config from a method, the other content of a preset, and overrides."""
+    overrides = dict(overrides)
+    protocol = overrides.pop("protocol", None)
     build = build_training_config_of_0_1 if as_in_0_1 else build_training_config
     config = build(method, _choose_protocol(content, protocol), overrides)
     if problem := config.validation.find_threat_problem():
@@ -147,10 +155,19 @@ def resolve_training_config(
     return config
 
 
+def _read_current_yaml(path: Path) -> SettingsFile:
+    """Read a file unless this process has read its present version."""
+    try:
+        modified_at = path.stat().st_mtime_ns
+    except (OSError, ValueError):
+        # It gets an error when it is read.
+        modified_at = 0
+    return _read_yaml_version(path, modified_at)
+
+
 def _read_preset_file(path: Path) -> JsonDict:
     """Return the content of a file, merged into that of the preset that it extends."""
-    modified_at = path.stat().st_mtime_ns if path.exists() else 0
-    content = copy.deepcopy(_read_yaml_version(path, modified_at))
+    content = copy.deepcopy(dict(_read_current_yaml(path)))
     notes = content.get(_NOTES_KEY, {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         raise SpecError(f"{path}: {_NOTES_KEY} = {notes!r}: must be a mapping from paths to text")
