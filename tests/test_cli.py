@@ -482,7 +482,7 @@ def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) 
         ),
         (["train", "lrat", "--set", "epochz=3"], "no setting 'epochz'; nearest: epochs"),
         (["train", "lrat", "--set", "epochs"], "--set 'epochs': expected PATH=VALUE"),
-        (["train", "lrat", "--set", "epochs=[1"], "'[1' is not a YAML value"),
+        (["train", "lrat", "--set", "epochs=[1"], "--set 'epochs=[1': not valid YAML"),
         (["tune", "lrat", "--set", "data.name=svhn"], "data.data_dir is missing"),
         (
             ["tune", "lrat", "--set", "data.name=svhn", "--data-dir", "nowhere"],

@@ -169,7 +169,7 @@ class TestLines:
         file.write_text(
             "stages:\n- kind: train\n  runs: {a: {method: at}}\n  set:\n    optim.lr: x\n"
         )
-        with pytest.raises(SpecError, match=rf"^{file}:5: stages.0 \(train\): optim.lr = 'x'"):
+        with pytest.raises(SpecError, match=rf"^{file}:5: stages.0 \(train\): runs.a: optim.lr = 'x'"):
             load_pipeline(str(file), {})
 
 
