@@ -44,7 +44,7 @@ LIMIT_SECONDS = 30
 # What keeps a plan that is accepted cheap.
 TINY = ("data.train_size=64", "data.val_size=50", "batch_size=32", "*.steps=1")
 # How often each command is drawn: plans take a hundred times as long as `show`.
-COMMANDS = (*("show",) * 12, "tune", "tune", "train", "train", "run")
+COMMANDS = (*("show",) * 27, "tune", "train", "run")
 SPACES = ("at", "lrat", "gairat")
 PIPELINES = ("digits", "gairat-fig10")
 TARGETS = ("lrat", "gairat", "preset:lrat-table1", "space:lrat", "digits", "space:gairat")

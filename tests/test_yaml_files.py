@@ -169,7 +169,8 @@ class TestLines:
         file.write_text(
             "stages:\n- kind: train\n  runs: {a: {method: at}}\n  set:\n    optim.lr: x\n"
         )
-        with pytest.raises(SpecError, match=rf"^{file}:5: stages.0 \(train\): runs.a: optim.lr = 'x'"):
+        line = rf"^{file}:5: stages.0 \(train\): runs.a: optim.lr = 'x'"
+        with pytest.raises(SpecError, match=line):
             load_pipeline(str(file), {})
 
 
