@@ -30,12 +30,14 @@ from raysweep.attacks.cascade import (
 )
 from raysweep.attacks.fab import FAB
 from raysweep.attacks.minimal_perturbation import MinimalPerturbation
+from raysweep.attacks.multi_targeted import MultiTargeted
 from raysweep.attacks.named_attacks import (
     ATTACK_DESCRIPTIONS,
     AutoAttackVersion,
     autoattack,
     build_custom_cascade,
     build_named_attack,
+    objective_attacks,
 )
 from raysweep.attacks.pgd import PGD
 from raysweep.attacks.square import Square
@@ -44,6 +46,7 @@ AnyAttack = Annotated[
     Annotated[PGD, Tag("pgd")]
     | Annotated[MinimalPerturbation, Tag("minimal")]
     | Annotated[APGD, Tag("apgd")]
+    | Annotated[MultiTargeted, Tag("multi-targeted")]
     | Annotated[FAB, Tag("fab")]
     | Annotated[Square, Tag("square")]
     | Annotated[AttackCascade, Tag("worst_case")],
@@ -62,6 +65,7 @@ __all__ = [
     "AutoAttackVersion",
     "CascadeResult",
     "MinimalPerturbation",
+    "MultiTargeted",
     "Norm",
     "SingleAttack",
     "Square",
@@ -72,6 +76,7 @@ __all__ = [
     "fp32_precision",
     "freeze_model",
     "maybe_tf32",
+    "objective_attacks",
     "restore_mode",
     "set_mode",
     "true_class_confidence",

@@ -18,6 +18,7 @@ from raysweep.attacks.base import (
     true_class_margin,
 )
 from raysweep.attacks.fab import FAB
+from raysweep.attacks.multi_targeted import MultiTargeted
 from raysweep.attacks.pgd import PGD
 from raysweep.attacks.square import Square
 from raysweep.lazy_modules import torch
@@ -45,6 +46,7 @@ def attack_kind(value: Any) -> str:
 SingleAttack = Annotated[
     Annotated[PGD, Tag("pgd")]
     | Annotated[APGD, Tag("apgd")]
+    | Annotated[MultiTargeted, Tag("multi-targeted")]
     | Annotated[FAB, Tag("fab")]
     | Annotated[Square, Tag("square")],
     Discriminator(attack_kind),

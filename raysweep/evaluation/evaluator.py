@@ -16,6 +16,7 @@ from raysweep.attacks import (
     PGD,
     AttackCascade,
     AutoAttackVersion,
+    MultiTargeted,
     Norm,
     SingleAttack,
     Square,
@@ -141,10 +142,10 @@ def _check_arguments(
     for name, value in (("batch_size", options.batch_size), ("shards", options.n_shards)):
         if value is not None and value < 1:
             raise SpecError(f"{name} must be 1 or more, got {value}")
-    if not isinstance(attack, PGD | APGD | FAB | Square | AttackCascade):
+    if not isinstance(attack, PGD | APGD | MultiTargeted | FAB | Square | AttackCascade):
         raise SpecError(
-            "attack must be a name of `raysweep list` or a PGD, APGD, FAB, Square or "
-            f"AttackCascade, got {type(attack).__name__}"
+            "attack must be a name of `raysweep list` or a PGD, APGD, MultiTargeted, FAB, Square "
+            f"or AttackCascade, got {type(attack).__name__}"
         )
     device = get_model_device(model)
     if _computes_in_tf32(attack) and not has_tf32(device):

@@ -17,6 +17,7 @@ from raysweep.attacks import (
     APGD,
     FAB,
     PGD,
+    MultiTargeted,
     SingleAttack,
     Square,
     freeze_model,
@@ -153,7 +154,7 @@ def adapt_attack(
     Returns:
         The attack to run (None to skip it), and a warning (None if `attack` runs unchanged).
     """
-    if not properties.is_differentiable and isinstance(attack, PGD | APGD | FAB):
+    if not properties.is_differentiable and isinstance(attack, PGD | APGD | MultiTargeted | FAB):
         return None, "left out: it needs a gradient"
     if isinstance(attack, APGD):
         min_classes = {"dlr": 3, "dlr-targeted": 4}.get(attack.loss, 2)

@@ -26,6 +26,7 @@ from raysweep.spec import (
 from raysweep.training.config_cache import get_or_build
 from raysweep.training.config_warnings import ConfigWarning, find_config_warnings
 from raysweep.training.dataset_defaults import DATASET_DEFAULTS, find_array_defaults
+from raysweep.training.default_objective import find_objective_defaults
 from raysweep.training.speed_settings import ComputeSpec
 from raysweep.training.validation import Validation
 
@@ -210,7 +211,8 @@ def find_dataset_defaults(
         changes: All other settings by dotted path; they name the data set and its folder.
 
     Returns:
-        Dotted path without `*` -> value, without what stands in a method that is written out.
+        Dotted path without `*` -> value, without what stands in a method that is written out; also
+        the attacks of the default objective (see `find_objective_defaults`).
 
     Raises:
         SpecError: There is no such method or data set, or the method is not valid.
@@ -222,20 +224,23 @@ def find_dataset_defaults(
     defaults = DATASET_DEFAULTS[name]
     if name == "arrays":
         defaults = defaults | find_array_defaults(changes.get("data.data_dir"))
+    objective = find_objective_defaults(changes)
     method_data = _copy_method(method)
-    inputs = ("dataset defaults", method_data, defaults)
-    return dict(get_or_build(inputs, lambda: _choose_defaults(method_data, defaults)))
+    inputs = ("dataset defaults", method_data, defaults, objective)
+    return dict(get_or_build(inputs, lambda: _choose_defaults(method_data, defaults, objective)))
 
 
-def _choose_defaults(method: str | dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _choose_defaults(
+    method: str | dict[str, Any], defaults: Mapping[str, Any], objective: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the defaults that a method has settings for, by path without `*`."""
-    data = _start_config(method).to_json_dict()
+    data = apply_overrides(_start_config(method), objective).to_json_dict()
     known_paths = list_paths(data)
     written = list_leaf_paths({"method": method}) if isinstance(method, dict) else []
-    applied: dict[str, Any] = {}
+    applied = dict(objective)
     for pattern, value in defaults.items():
         for path in match_paths(pattern, data, known_paths):
-            if not any(covers_path(path, other) for other in written):
+            if path not in objective and not any(covers_path(path, other) for other in written):
                 applied[path] = value
     return applied
 
