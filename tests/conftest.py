@@ -52,6 +52,7 @@ TINY: dict[str, Any] = {
     "batch_size": 32,
     "*.attacks.*.steps": 2,
     "validation.finish.*.steps": 2,
+    "validation.finish.*.runs": 1,
 }
 # Arguments for `head_node_args` and `add_node`: Ray's workers are forks of one process, and none
 # watches their logs, which no driver here asks for.

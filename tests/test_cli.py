@@ -67,7 +67,7 @@ SMALL = [
     "--set",
     "validation.finish.*.steps=2",
     "--set",
-    "validation.finish.*.targets=1",
+    "validation.finish.*.runs=1",
 ]
 
 

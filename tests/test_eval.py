@@ -36,6 +36,7 @@ SETTINGS = (
     "data.val_size=50",
     "*.attacks.*.steps=2",
     "validation.finish.*.steps=2",
+    "validation.finish.*.runs=1",
 )
 SMALL = [part for setting in SETTINGS for part in ("--set", setting)]
 QUICK = ["--attack", "apgd-ce", "--n", "40", "--json"]

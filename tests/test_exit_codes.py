@@ -33,7 +33,7 @@ SMALL = [
         "data.val_size=50",
         "*.attacks.*.steps=2",
         "validation.finish.*.steps=2",
-        "validation.finish.*.targets=1",
+        "validation.finish.*.runs=1",
     )
     for word in ("--set", setting)
 ]

@@ -48,7 +48,7 @@ SHRUNK = {
     "batch_size": 32,
     "*.attacks.*.steps": 2,
     "validation.finish.*.steps": 2,
-    "validation.finish.*.targets": 1,
+    "validation.finish.*.runs": 1,
 }
 SET = [part for key, value in SHRUNK.items() for part in ("--set", f"{key}={json.dumps(value)}")]
 TINY = [*SET, "--set", "stages.tune.trials=2", "--set", "stages.autoattack.n=10"]

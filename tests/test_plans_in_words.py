@@ -42,9 +42,9 @@ def test_the_summary_of_a_run(folder: Path) -> None:
         "model       digits_cnn, batches of 64",
         "attack      pgd: Linf, eps 0.03137 (8/255), 10 steps of 0.007843 (2/255)",
         "validation  each epoch; the best epoch is chosen by robust_worst",
-        "            pgd: Linf, eps 0.03137 (8/255), 20 steps of 0.007843 (2/255)",
-        "            cw: Linf, eps 0.03137 (8/255), 20 steps of 0.007843 (2/255)",
-        "            apgd_t: Linf, eps 0.03137 (8/255), 20 steps",
+        "            pgd: Linf, eps 0.03137 (8/255), 20 steps of 0.25 eps",
+        "            cw: Linf, eps 0.03137 (8/255), 20 steps of 0.25 eps",
+        "            multi_targeted: Linf, eps 0.03137 (8/255), up to 40 runs of 10 steps",
         "rate        0.05",
     ]
 

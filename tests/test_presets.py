@@ -276,7 +276,7 @@ def test_a_file_that_sets_a_path_drops_the_note_on_it(tmp_path):
 
 
 def test_a_validation_has_one_epsilon():
-    for path in ("validation.attacks.cw.eps", "validation.finish.apgd_t.eps"):
+    for path in ("validation.attacks.cw.eps", "validation.finish.multi_targeted.eps"):
         with pytest.raises(SpecError) as raised:
             resolve_training_config("lrat-table1", {path: 0.031})
         assert raised.value.problems == [

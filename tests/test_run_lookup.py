@@ -33,7 +33,7 @@ SMALL = {
     "data.val_size": 20,
     "*.attacks.*.steps": 1,
     "validation.finish.*.steps": 1,
-    "validation.finish.*.targets": 1,
+    "validation.finish.*.runs": 1,
 }
 
 

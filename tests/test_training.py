@@ -286,10 +286,8 @@ def test_validation_is_at_the_epsilon_of_the_training() -> None:
         "gairat", {"data.name": "cifar10", "method.attacks.pgd.eps": 0.031}
     )
     assert config.method.attacks["pgd"].eps == config.validation.attacks["cw"].eps == 0.031
-    assert (
-        build_training_config("lrat", {"data.name": "cifar10"}).validation.finish["apgd_t"].eps
-        == 8 / 255
-    )
+    validation = build_training_config("lrat", {"data.name": "cifar10"}).validation
+    assert validation.finish["multi_targeted"].eps == 8 / 255
     apart = build_training_config(
         "gairat", {"data.name": "cifar10", "validation.attacks.pgd.eps": 0.05}
     )

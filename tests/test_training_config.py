@@ -105,7 +105,7 @@ def test_validation_has_the_epsilon_of_the_last_epoch_unless_it_is_set() -> None
     assert [attack.eps for attack in config.validation.attacks.values()] == pytest.approx(
         [0.04, 0.04]
     )
-    assert config.validation.finish["apgd_t"].eps == pytest.approx(0.04)
+    assert config.validation.finish["multi_targeted"].eps == pytest.approx(0.04)
     assert build_training_config("at", {"epochs": 30, **growing}).validation.attacks[
         "pgd"
     ].eps == pytest.approx(0.1)

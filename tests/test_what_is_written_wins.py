@@ -22,6 +22,7 @@ from raysweep.training.config import (
 )
 from raysweep.training.presets import resolve_training_config
 from raysweep.training.trainer import train_model
+from raysweep.training.validation import Validation
 
 BURN_IN = "method.terms.pgd.weight.burn_in"
 # The method of docs/extend.md, with every setting that the defaults of digits would replace.
@@ -81,8 +82,11 @@ def test_a_new_sweep_keeps_its_defaults_and_an_old_one_those_of_0_1(tmp_path: Pa
     assert "dataset_defaults" not in old.space.to_stored_dict()
     config = Ledger.open(tmp_path / "old").space.trial_config({})
     assert (config.method.attacks["pgd"].eps, config.burn_in) == (0.15, 3)  # type: ignore[union-attr]
-    named = load_space("gairat", {})
-    assert named.dataset_defaults is None, "the digests of spaces of named methods stay"
+    named = Ledger.create(
+        tmp_path / "named", SearchSpace.from_data({"method": "at", "space": COEF})
+    )
+    assert named.space.trial_config({}).validation.finish == Validation().finish
+    assert load_space("gairat", {}).trial_config({}).validation.finish != Validation().finish
 
 
 def test_the_norm_of_a_method_is_that_of_its_validation() -> None:
@@ -90,7 +94,7 @@ def test_the_norm_of_a_method_is_that_of_its_validation() -> None:
     method = {"attacks": {"pgd": attack}, "terms": {"pgd": {"on": "pgd"}}}
     validation = build_training_config(method).validation
     assert validation.threat == "L2 eps 0.5"
-    assert validation.finish["apgd_t"].norm == "L2"  # type: ignore[union-attr]
+    assert validation.finish["multi_targeted"].norm == "L2"  # type: ignore[union-attr]
 
 
 def test_a_part_in_a_file_replaces_what_it_contains(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ class MultiTargeted(Spec):
 
     The first run raises max_{i != y} z_i - z_y. The others raise z_t - z_y for one class t after
     the other, in the order of their logits where the first run came nearest to the boundary, and
-    then again from other random starts. In a run the step size falls from 2 eps to 0 along a cosine.
+    then again, each from another random start. In a run the step size falls from 2 eps to 0 along a
+    cosine.
 
     Let m be the margin z_y - max_{i != y} z_i of the image and m' the least margin found. If the
     margin falls evenly, the boundary is at the distance (1 + r) eps, with r = m' / (m - m'). A row
@@ -52,10 +53,10 @@ class MultiTargeted(Spec):
     eps: Annotated[Schedule, bounded(0)] = 8 / 255
     """Radius of the ball around the image, in pixel values; at most 1 for Linf."""
 
-    steps: Annotated[int, Field(ge=1, le=10_000)] = 20
+    steps: Annotated[int, Field(ge=1, le=10_000)] = 10
     """Gradient steps of each run."""
 
-    runs: Annotated[int, Field(ge=1, le=10_000)] = 20
+    runs: Annotated[int, Field(ge=1, le=10_000)] = 40
     """Largest number of runs of a row."""
 
     targets: Annotated[int, Field(ge=1)] = 9

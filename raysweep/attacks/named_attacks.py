@@ -85,8 +85,8 @@ def build_custom_cascade(
 
     Args:
         attack_names: Keys of `ATTACK_DESCRIPTIONS`, in order. `autoattack`, `objective` and `pgd+`
-            are replaced by the attacks that they consist of. A repeated name is a restart with other random
-            numbers: the second `square` is called `square-2`.
+            are replaced by the attacks that they consist of. A repeated name is a restart with
+            other random numbers: the second `square` is called `square-2`.
         eps: Radius of the ball, in pixel values.
         norm: Norm of the ball.
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,9 +166,8 @@ def _list_run_files(run_folder: StorePath) -> set[str]:
 
 
 def _choose_config(request: TrainRequest) -> tuple[TrainingConfig, str]:
-    """Return the config and the name of the run; a run that 0.1 began keeps the defaults of 0.1."""
+    """Return the config and the name of the run; a run of an earlier version keeps its defaults."""
     from raysweep.commands.common import resolve_runs_folder
-    from raysweep.spec import SpecError
     from raysweep.training.checkpoint import RunDirectory
     from raysweep.training.presets import resolve_training_config
 
@@ -177,17 +177,29 @@ def _choose_config(request: TrainRequest) -> tuple[TrainingConfig, str]:
     config = resolve_training_config(request.method, request.overrides)
     if request.storage is None and not (request.out / "runs").is_dir():
         return config, choose_name(config)
-    try:
-        former = resolve_training_config(request.method, request.overrides, as_in_0_1=True)
-    except SpecError as error:
-        logger.debug("with the defaults of 0.1 the settings are wrong: %s", error)
-        return config, choose_name(config)
-    if former != config:
-        runs_folder = resolve_runs_folder(request.out, request.storage, for_writing=False)
-        saved = RunDirectory(runs_folder / choose_name(former)).read_last_checkpoint()
-        if saved is not None and saved.config.replace(epochs=former.epochs) == former:
-            return former, choose_name(former)
+    runs_folder = resolve_runs_folder(request.out, request.storage, for_writing=False)
+    for former in _build_former_configs(request):
+        if former != config:
+            saved = RunDirectory(runs_folder / choose_name(former)).read_last_checkpoint()
+            if saved is not None and saved.config.replace(epochs=former.epochs) == former:
+                return former, choose_name(former)
     return config, choose_name(config)
+
+
+def _build_former_configs(request: TrainRequest) -> Iterator[TrainingConfig]:
+    """Yield the configs that earlier versions gave the settings: 0.1, and the objective of 0.1."""
+    from raysweep.spec import SpecError
+    from raysweep.training.default_objective import FORMER_OBJECTIVE
+    from raysweep.training.presets import resolve_training_config
+
+    rules: tuple[tuple[bool, Mapping[str, Any]], ...] = ((True, {}), (False, FORMER_OBJECTIVE))
+    for as_in_0_1, overrides in rules:
+        try:
+            yield resolve_training_config(
+                request.method, {**overrides, **request.overrides}, as_in_0_1=as_in_0_1
+            )
+        except SpecError as error:
+            logger.debug("with the defaults of an earlier version settings are wrong: %s", error)
 
 
 def _print_plan(

@@ -64,7 +64,9 @@ def build_seed_grid(method: Any, overrides: dict[str, Any], seeds: tuple[int, ..
 def drop_data_location(space: SearchSpace) -> JsonDict:
     """Return the content of a search space that is part of a stage's digest.
 
-    The location of the data is left out: the digest has the fingerprint of the data instead.
+    The location of the data is left out: the digest has the fingerprint of the data instead. The
+    attacks of the default objective are left out too, so that what an earlier version has finished
+    is not run again; a sweep that it has begun keeps its own.
 
     Args:
         space: The search space.
@@ -75,7 +77,8 @@ def drop_data_location(space: SearchSpace) -> JsonDict:
     """
     location_keys = ("data.data_dir", "data.download")
     base = {key: value for key, value in space.base.items() if key not in location_keys}
-    content = space.replace(base=base).to_stored_dict()
+    former = space.replace(dataset_defaults=None).with_dataset_defaults(former_objective=True)
+    content = former.replace(base=base).to_stored_dict()
     # A stage that ended before there were finalists stays valid.
     if content.get("finalists") == DEFAULT_FINALISTS:
         del content["finalists"]

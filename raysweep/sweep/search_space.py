@@ -351,11 +351,13 @@ class SearchSpace(Spec):
             return build_training_config_of_0_1(self.method, *layers)
         return build_training_config(self.method, *layers, dataset_defaults=self.dataset_defaults)
 
-    def with_dataset_defaults(self) -> "SearchSpace":
-        """Return this space for a new sweep, with the defaults of its data set.
+    def with_dataset_defaults(self, *, former_objective: bool = False) -> "SearchSpace":
+        """Return this space for a new sweep, with the defaults of its data set and objective.
 
-        They are stored only if they make a difference to the rule of 0.1, so that the digests of
-        all other spaces stay the same.
+        They are stored only if they make a difference to the rule of 0.1.
+
+        Args:
+            former_objective: Whether to leave the attacks of validation as they were in 0.1.
 
         Returns:
             The space, with `data.name` in `base` if only the folder was given.
@@ -364,7 +366,7 @@ class SearchSpace(Spec):
             SpecError: If the base config is invalid.
         """
         base = name_dataset(self.base)
-        defaults = find_dataset_defaults(self.method, base)
+        defaults = find_dataset_defaults(self.method, base, former_objective=former_objective)
         named = self.replace(base=base) if base != self.base else self
         current = named.replace(dataset_defaults=defaults)
         current.trial_config({})

@@ -202,13 +202,14 @@ def build_training_config(
 
 
 def find_dataset_defaults(
-    method: str | Mapping[str, Any], changes: Mapping[str, Any]
+    method: str | Mapping[str, Any], changes: Mapping[str, Any], *, former_objective: bool = False
 ) -> dict[str, Any]:
     """Find the defaults of the data set that apply to a method.
 
     Args:
         method: A key of `METHODS`, or the settings of a method as a mapping.
         changes: All other settings by dotted path; they name the data set and its folder.
+        former_objective: Whether to leave the attacks of validation as they were in 0.1.
 
     Returns:
         Dotted path without `*` -> value, without what stands in a method that is written out; also
@@ -224,7 +225,7 @@ def find_dataset_defaults(
     defaults = DATASET_DEFAULTS[name]
     if name == "arrays":
         defaults = defaults | find_array_defaults(changes.get("data.data_dir"))
-    objective = find_objective_defaults(changes)
+    objective = {} if former_objective else find_objective_defaults(changes)
     method_data = _copy_method(method)
     inputs = ("dataset defaults", method_data, defaults, objective)
     return dict(get_or_build(inputs, lambda: _choose_defaults(method_data, defaults, objective)))

@@ -4,6 +4,8 @@ The defaults of `Validation` itself are those of raysweep 0.1 and must not chang
 what differs from them, so a sweep of 0.1 keeps its objective when it resumes.
 """
 
+import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,10 +15,8 @@ from raysweep.training.validation import Validation
 
 # Name of an attack of `Validation.finish` that only the objective of 0.1 has.
 _FORMER_ATTACK_PATH = "validation.finish.apgd_t"
-FORMER_FINISH: Mapping[str, JsonDict] = {
-    "apgd_t": {"kind": "apgd", "steps": 20, "loss": "dlr-targeted", "targets": 3}
-}
-"""`validation.finish` of the objective of 0.1, as settings."""
+FORMER_OBJECTIVE: Mapping[str, Any] = {f"{_FORMER_ATTACK_PATH}.steps": 20}
+"""A setting that selects the objective of 0.1 and changes nothing of it."""
 
 
 def find_objective_defaults(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,6 +35,12 @@ def find_objective_defaults(changes: Mapping[str, Any]) -> dict[str, Any]:
     )
     if names_former:
         return {}
+    return copy.deepcopy(_build_settings())
+
+
+@functools.cache
+def _build_settings() -> JsonDict:
+    """Return the settings by dotted path. Callers must not change the result."""
     attacks = {name: attack.to_json_dict() for name, attack in objective_attacks().items()}
     measured = Validation().attacks
     step_sizes = {

@@ -148,7 +148,8 @@ class _TrainingSummary:
         if attack.kind == "square":
             parts.append(f"{attack.queries} queries")
         else:
-            parts.append(f"{self._show(f'{path}.steps', attack.steps)} steps")
+            runs = f"up to {attack.runs} runs of " if attack.kind == "multi-targeted" else ""
+            parts.append(f"{runs}{self._show(f'{path}.steps', attack.steps)} steps")
         if hasattr(attack, "step_size"):
             parts[-1] += f" of {self._show_step_size(path, attack)}"
         return ", ".join(parts)

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 ObjectiveName = Literal["robust_worst", "clean", "pgd", "cw"]
 OBJECTIVE_DESCRIPTIONS: dict[str, str] = {
-    "robust_worst": "Accuracy under the worst of PGD-20, CW-PGD-20 and a short targeted APGD; "
-    "the default of sweeps.",
+    "robust_worst": "Accuracy under the worst of PGD-20, CW-PGD-20 and MultiTargeted; the default "
+    "of sweeps.",
     "clean": "Accuracy on natural images.",
     "pgd": "Accuracy under PGD-20, which overestimates reweighted models.",
     "cw": "Accuracy under CW-PGD-20.",
@@ -78,7 +78,9 @@ class Validation(Spec):
     is a metric."""
 
     finish: dict[str, AnyAttack] = Field(default_factory=_default_finish_attacks)
-    """Name -> further attack, which runs only on examples that survive all attacks before it."""
+    """Name -> further attack, which runs only on examples that survive all attacks before it. New
+    trainings and sweeps have `multi_targeted` here, a MultiTargeted attack; those of raysweep 0.1
+    keep `apgd_t`, and so does a file that sets it."""
 
     size: Annotated[int, Field(ge=1)] | None = None
     """Number of examples, equally many of each class. null: all."""
