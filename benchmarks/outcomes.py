@@ -16,13 +16,13 @@ number of passes (forward and backward) until the example breaks; a forward pass
 
 import argparse
 import gzip
-import hashlib
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +32,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raysweep.atomic_files import atomic_open
-from raysweep.attacks import APGD, FAB, PGD, AnyAttack, Norm, autoattack, true_class_margin
+from raysweep.attacks import (
+    APGD,
+    FAB,
+    PGD,
+    AnyAttack,
+    Norm,
+    autoattack,
+    objective_attacks,
+    true_class_margin,
+)
 from raysweep.attacks.base import (
     project_to_ball,
     sample_on_sphere,
     steepest_ascent_direction,
 )
 from raysweep.catalog import METHODS
-from raysweep.data import load_data
+from raysweep.data import Split, load_data
 from raysweep.evaluation.attack_model import make_attack_model
 from raysweep.models import MODELS, ModelSpec
 from raysweep.models.layers import Logits, conv3x3
@@ -47,10 +56,13 @@ from raysweep.rng import ExampleRng
 from raysweep.spec import apply_overrides
 from raysweep.training.config import TrainingConfig, build_training_config
 from raysweep.training.trainer import train_model
+from raysweep.training.validation import Validation
 
 FORWARD_COST = 1 / 3
 N_VAL = N_TEST = 75
 SEEDS = (0, 1, 2)
+# Steps of a run of MultiTargeted -> how often each target is tried.
+RUN_LENGTHS = {5: 4, 10: 4, 20: 2}
 EARLY, LATE = 2, 8
 # Further runs of methods with settings that mask gradients or overfit to a weak attack.
 MASKED: dict[str, tuple[str, dict[str, object]]] = {
@@ -328,6 +340,66 @@ def run_step_traces(
     return outcome
 
 
+def record_runs(
+    model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, eps: float, norm: Norm
+) -> dict[str, np.ndarray]:
+    """Run all runs of MultiTargeted that a row could take, on the rows that PGD-20 and CW-20 leave.
+
+    `uS` is the untargeted run of S steps, `tS.R.K` the R-th run towards the target of rank K. `.p`
+    are the passes until the row broke, 0 if it did not; `.m` is the least margin.
+    """
+    step = {"eps": eps, "norm": norm}
+    pgd = PGD(**step, step_size=eps / 4, steps=20)
+    with torch.no_grad():
+        stands = model(x).argmax(1) == y
+    for name, attack in (("pgd20", pgd), ("cw20", pgd.replace(loss="cw"))):
+        rows = stands.nonzero()[:, 0]
+        result = attack(
+            model, x[rows], y[rows], ExampleRng.for_examples(ids[rows], 0, "candidates", name)
+        )
+        with torch.no_grad():
+            stands[rows] = model(result.x_adv).argmax(1) == y[rows]
+    rows = stands.nonzero()[:, 0]
+    x, y = x[rows], y[rows]
+    with torch.no_grad():
+        margin = true_class_margin(model(x), y)
+    outcome = {"rows": rows.numpy(), "m0": margin.numpy()}
+
+    def run(name: str, steps: int, target: Tensor | None = None) -> Trace:
+        start = sample_in_ball(x, eps, norm, ExampleRng.for_examples(rows, 7, name))
+        found = trace_steps(model, x, y, start, cosine_steps(steps, 2 * eps), eps, norm, target)
+        outcome[f"{name}.p"] = (found.passes * found.broken).short().numpy()
+        outcome[f"{name}.m"] = found.margin.half().numpy()
+        return found
+
+    for steps, n_repeats in RUN_LENGTHS.items():
+        ranking = run(f"u{steps}", steps).logits.argsort(1, descending=True)
+        others = ranking[ranking != y[:, None]].view(len(y), -1)
+        for repeat in range(n_repeats):
+            for rank in range(others.shape[1]):
+                run(f"t{steps}.{repeat}.{rank}", steps, others[:, rank])
+    return outcome
+
+
+def record_default(
+    model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, eps: float, norm: Norm
+) -> dict[str, np.ndarray]:
+    """Run today's default objective; `kept` is the share of its margin that each row keeps."""
+    attacks = objective_attacks(eps, norm)
+    measured = {name: attacks.pop(name) for name in ("pgd", "cw")}
+    counted = PassCounter(model)
+    validation = Validation(attacks=measured, finish=attacks, scales=(), batch_size=len(x))
+    found = validation._validate_batch(counted, Split(x, y, ids, 1.0), slice(0, len(x)))
+    # The passes over the natural images and the verdicts are those of the former default, too.
+    n_correct = int(found["clean"].sum())
+    overhead = len(x) + FORWARD_COST * (2 * n_correct + int((found["pgd"] & found["cw"]).sum()))
+    return {
+        **{name: found[name].numpy() for name in ("clean", "pgd", "cw", "robust_worst")},
+        "kept": found["robust_margin"].numpy(),
+        "cost": np.array(counted.cost - overhead),
+    }
+
+
 def sample_in_ball(x: Tensor, eps: float, norm: Norm, rng: ExampleRng) -> Tensor:
     """Return random points of the balls around `x`."""
     if norm == "L2":
@@ -552,53 +624,58 @@ def _read_images(data: Path, dataset: str, count: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(x).float() / 255, torch.tensor(y).long()
 
 
-def record(
-    work: Path,
-    data: Path | None,
-    oracle: Path | None,
-    worker: int,
-    n: int,
-    names: Collection[str],
-) -> None:
-    """Record what is missing: candidates and one seed of AutoAttack of all cases, then the other
-    seeds, first for the half of the report.
-    """
-    work.mkdir(parents=True, exist_ok=True)
-    cases = [case for case in list_cases(work, data, oracle) if not names or case.name in names]
-    jobs = [(case, "candidates") for case in cases]
-    jobs = [job for case in cases for job in ((case, "candidates"), (case, "autoattack-0"))]
-    for half in ("report", "fit"):
-        for seed in SEEDS[1:]:
-            jobs += [(case, f"autoattack-{seed}") for case in cases if case.half == half]
-    for case, part in jobs:
-        if (
-            n > 1
-            and int.from_bytes(hashlib.sha256(case.family.encode()).digest()[:4]) % n != worker
-        ):
-            continue
-        path = work / "parts" / f"{case.name}.{part}.npz"
-        if path.exists():
-            continue
-        began = time.process_time()
-        model, x, y, n_val = case.load()
-        model = make_attack_model(model, x[:16]).model.requires_grad_(False)
-        ids = torch.arange(len(x))
-        if part == "candidates":
-            found = record_candidates(model, x, y, ids, case.eps, case.norm)
-            found["n_val"] = np.array(n_val)
-        else:
-            seed = int(part.rpartition("-")[2])
-            found = record_autoattack(model, x, y, ids, case.eps, case.norm, seed)
-        facts = {
-            key: getattr(case, key)
-            for key in ("name", "family", "method", "stage", "half", "eps", "norm")
-        }
-        seconds = time.process_time() - began
-        facts |= {"seconds": seconds, "machine": describe_machine(), "commit": _read_commit()}
-        path.parent.mkdir(exist_ok=True)
-        with atomic_open(path) as file:
-            np.savez_compressed(file, **found, facts=np.array(json.dumps(facts)))
-        print(f"{case.name} {part}: {seconds:.1f} s", flush=True)
+RECORDERS = {
+    "candidates": record_candidates,
+    "runs": record_runs,
+    "default": record_default,
+    **{f"autoattack-{seed}": partial(record_autoattack, seed=seed) for seed in SEEDS},
+}
+
+
+def record(cases: list[Case], parts: Collection[str], work: Path) -> None:
+    """Record the parts of each case that are missing in `work`."""
+    (work / "parts").mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        for part in parts:
+            path = work / "parts" / f"{case.name}.{part}.npz"
+            if path.exists() or (part == "runs" and case.half == "report"):
+                continue
+            began = time.process_time()
+            model, x, y, n_val = case.load()
+            model = make_attack_model(model, x[:16]).model.requires_grad_(False)
+            ids = torch.arange(len(x))
+            found = RECORDERS[part](model, x, y, ids, eps=case.eps, norm=case.norm)
+            keys = ("name", "family", "method", "stage", "half", "eps", "norm")
+            facts = {key: getattr(case, key) for key in keys}
+            seconds = time.process_time() - began
+            facts |= {"n_val": n_val, "seconds": seconds}
+            facts |= {"machine": describe_machine(), "commit": _read_commit()}
+            with atomic_open(path) as file:
+                np.savez_compressed(file, **found, facts=np.array(json.dumps(facts)))
+            print(f"{case.name} {part}: {seconds:.1f} s", flush=True)
+
+
+def collect(work: Path, out: Path) -> None:
+    """Write all parts of the cases that AutoAttack has attacked into one file."""
+    arrays: dict[str, np.ndarray] = {}
+    names = sorted(path.name.split(".autoattack-0")[0] for path in (work / "parts").glob("*-0.npz"))
+    for name in names:
+        for part in RECORDERS:
+            path = work / "parts" / f"{name}.{part}.npz"
+            if path.exists():
+                with np.load(path) as file:
+                    values = {f"{name}/{part}/{key}": _shrink(file[key]) for key in file.files}
+                arrays |= values
+    with atomic_open(out) as file:
+        np.savez_compressed(file, **arrays)
+    print(f"{out}: {len(names)} cases, {out.stat().st_size / 1024:.0f} KiB")
+
+
+def _shrink(values: np.ndarray) -> np.ndarray:
+    """Return floats as float16, and whole numbers as uint16."""
+    if values.dtype.kind == "f" and values.ndim:
+        return values.astype(np.float16)
+    return values.astype(np.uint16) if values.dtype.kind in "iu" and values.ndim else values
 
 
 def _read_commit() -> str:
@@ -612,15 +689,22 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("action", choices=["record"])
+    parser.add_argument("action", choices=["record", "collect"])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--oracle", type=Path)
-    parser.add_argument("--worker", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
+    parser.add_argument("--parts", nargs="+", default=list(RECORDERS), choices=RECORDERS)
     parser.add_argument("--only", nargs="+", default=(), metavar="CASE")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".npz"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    record(args.work, args.data, args.oracle, *args.worker, args.only)
+    if args.action == "collect":
+        collect(args.work, args.out)
+        return
+    cases = list(list_cases(args.work, args.data, args.oracle))
+    record(
+        [case for case in cases if case.name in (args.only or [case.name])], args.parts, args.work
+    )
 
 
 if __name__ == "__main__":
