@@ -22,7 +22,6 @@ from raysweep.training.config import (
 )
 from raysweep.training.presets import resolve_training_config
 from raysweep.training.trainer import train_model
-from raysweep.training.validation import Validation
 
 BURN_IN = "method.terms.pgd.weight.burn_in"
 # The method of docs/extend.md, with every setting that the defaults of digits would replace.
@@ -82,11 +81,9 @@ def test_a_new_sweep_keeps_its_defaults_and_an_old_one_those_of_0_1(tmp_path: Pa
     assert "dataset_defaults" not in old.space.to_stored_dict()
     config = Ledger.open(tmp_path / "old").space.trial_config({})
     assert (config.method.attacks["pgd"].eps, config.burn_in) == (0.15, 3)  # type: ignore[union-attr]
-    named = Ledger.create(
-        tmp_path / "named", SearchSpace.from_data({"method": "at", "space": COEF})
-    )
-    assert named.space.trial_config({}).validation.finish == Validation().finish
-    assert load_space("gairat", {}).trial_config({}).validation.finish != Validation().finish
+    named = SearchSpace.from_data({"method": "at", "space": COEF})
+    assert list(named.trial_config({}).validation.finish) == ["apgd_t"]
+    assert list(load_space("gairat", {}).trial_config({}).validation.finish) == ["multi_targeted"]
 
 
 def test_the_norm_of_a_method_is_that_of_its_validation() -> None:
