@@ -19,6 +19,7 @@ from raysweep.run_lookup import (
     download_from_mlflow,
     find_best_checkpoint,
     find_checkpoint_folder,
+    find_run,
     is_mlflow_reference,
     open_default_tracker,
 )
@@ -31,6 +32,7 @@ from raysweep.sweep.search_space import param_labels
 from raysweep.sweep.trial_advice import advise_on_trial
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.config import TrainingConfig
+from raysweep.training.failure_reports import FAILURE_KEY, load_failure_report
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.model_loading import load_checkpoint_target
 from raysweep.training.selection import CHANCE_LIMIT_METRIC, find_best_epoch
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-RunState = Literal["finished", "running", "interrupted"]
+RunState = Literal["finished", "running", "interrupted", "failed"]
 
 
 def load(path: str | Path, *, data_dir: str | Path | None = None) -> nn.Module:
@@ -79,7 +81,7 @@ def load_sweep(path: Location) -> Sweep:
     """Open a sweep, finished or not.
 
     Args:
-        path: Its folder (`runs/NAME`) or URI (s3://, gs://).
+        path: A sweep of `./runs` by name, its folder, or its URI (s3://, gs://).
 
     Returns:
         The sweep. Each access to its properties reads its files again.
@@ -88,6 +90,10 @@ def load_sweep(path: Location) -> Sweep:
         SpecError: There is no sweep, its files are damaged, or the bucket refuses access. One line.
         StoreUnavailable: The bucket does not answer.
     """
+    if isinstance(path, str) and not (open_path(path) / "sweep.json").is_file():
+        found = find_run(path, open_path("runs"))
+        if found is not None and found.ledger is not None:
+            return Sweep(found.ledger)
     return Sweep(Ledger.open(path))
 
 
@@ -276,11 +282,12 @@ class TrainingRun:
     Attributes:
         name: Name of its folder.
         path: Its folder.
-        state: "finished"; "running"; or "interrupted", also after an error.
+        state: "finished"; "running"; "failed"; or "interrupted", also by its surroundings.
         config: Its config; None before its first epoch.
         n_epochs: Number of epochs that it has finished.
         best: Metrics of its best epoch; empty before the first.
         checkpoint: Checkpoint of its best epoch; None before the first.
+        reason: Why it failed, in one line; else "".
     """
 
     name: str
@@ -290,6 +297,7 @@ class TrainingRun:
     n_epochs: int = 0
     best: EpochMetrics = field(default_factory=dict)
     checkpoint: StorePath | None = None
+    reason: str = ""
 
     def to_json_dict(self) -> JsonDict:
         """Convert to plain data for `--json`."""
@@ -297,6 +305,7 @@ class TrainingRun:
             "run": self.name,
             "path": str(self.path),
             "state": self.state,
+            "reason": self.reason,
             "config": self.config.to_stored_dict() if self.config else None,
             "epochs": self.n_epochs,
             "best": {name: value for name, value in self.best.items() if "/" not in name},
@@ -315,17 +324,18 @@ def load_training_run(path: Location) -> TrainingRun:
     """
     directory = RunDirectory(path)
     meta = directory.read_last_meta()
-    is_in_use = is_folder_in_use(directory.path)
+    reason = ""
+    state: RunState = "running"
+    if not is_folder_in_use(directory.path):
+        reason = load_failure_report(directory.path).get(FAILURE_KEY, "")
+        state = "failed" if reason else "interrupted"
     if meta is None:
-        return TrainingRun(
-            directory.path.name, directory.path, "running" if is_in_use else "interrupted"
-        )
+        return TrainingRun(directory.path.name, directory.path, state, reason=reason)
     config = TrainingConfig.from_data(meta["config"], str(directory.path), stored=True)
     history = meta["history"]
     best_epoch = find_best_epoch(config, history, directory.list_saved_epochs())
-    state: RunState = "finished"
-    if len(history) < config.epochs:
-        state = "running" if is_in_use else "interrupted"
+    if len(history) >= config.epochs:
+        state, reason = "finished", ""
     return TrainingRun(
         directory.path.name,
         directory.path,
@@ -334,6 +344,7 @@ def load_training_run(path: Location) -> TrainingRun:
         len(history),
         {"epoch": best_epoch, **history[best_epoch - 1]},
         directory.epoch_path(best_epoch),
+        reason,
     )
 
 

@@ -120,6 +120,56 @@ def test_load_takes_all_of_them(folder: Path) -> None:
         raysweep.load("mien")
 
 
+def test_load_sweep_takes_a_name(folder: Path) -> None:
+    by_name, by_folder = raysweep.load_sweep("lrat"), raysweep.load_sweep(folder / "runs" / "lrat")
+    assert by_name.ledger.key == by_folder.ledger.key
+    with pytest.raises(SpecError, match="no sweep in"):
+        raysweep.load_sweep("mine")
+
+
+def test_a_training_run_that_failed_says_why_until_it_runs_again(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [word for path, value in SMALL.items() for word in ("--set", f"{path}={value}")]
+    command = ["train", "at", *settings, "--name", "nan", "--set", "optim.lr=1e30"]
+    for _ in range(2):
+        assert main(command) == 1
+        capsys.readouterr()
+        run = load_training_run(folder / "runs" / "nan")
+        assert run.state == "failed" and "the loss became nan" in run.reason
+    assert main(["show", "nan"]) == 0
+    assert "nan failed (the loss became nan in epoch " in capsys.readouterr().out
+    assert main(["list", "runs", "--json"]) == 0
+    (row,) = (row for row in json.loads(capsys.readouterr().out)["runs"] if row["name"] == "nan")
+    assert row["state"] == "failed"
+    with hold_folder_lease(open_path(folder / "runs" / "nan")):
+        assert load_training_run(folder / "runs" / "nan").state == "running"
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        ("name: mine\nterms: {natural: {on: natural}}\n", "describes a method"),
+        ("method: at\nspace: {optim.lr: {float: [0.1, 1]}}\n", "`raysweep tune --space"),
+        ("stages: [{kind: tune, space: at}]\n", "`raysweep run"),
+    ],
+    ids=["method", "search space", "pipeline"],
+)
+def test_train_says_what_a_file_of_another_kind_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, hint: str
+) -> None:
+    (tmp_path / "file.yaml").write_text(content)
+    assert main(["train", str(tmp_path / "file.yaml"), "--plan"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert hint in line and "file.yaml" in line
+
+
+def test_list_of_another_word(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["list", "sweeps"])
+    assert "'sweeps' is not `runs`" in capsys.readouterr().err
+
+
 def test_weights_load_in_plain_pytorch(folder: Path) -> None:
     """The lines of the tutorial, with the architecture by itself."""
     page = (Path(__file__).parent.parent / "docs" / "tutorial.md").read_text()

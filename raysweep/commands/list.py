@@ -65,11 +65,22 @@ def add_parser(parsers: CommandParsers) -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("runs",),
+        type=_parse_what,
+        metavar="runs",
         help="list the sweeps and training runs of this folder instead",
     )
     add_location_options(parser)
     add_json_option(parser)
+
+
+def _parse_what(text: str) -> str:
+    """Return "runs", the only word that `raysweep list` takes."""
+    if text != "runs":
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not `runs`, the only list of its own; `raysweep list` has all names, and "
+            "`raysweep show NAME` what has one of them"
+        )
+    return text
 
 
 def run_command(args: argparse.Namespace) -> None:

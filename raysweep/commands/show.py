@@ -514,12 +514,13 @@ def _show_training_run(request: ShowRequest, found: FoundRun) -> None:
     if request.as_json:
         _print_json({**run.to_json_dict(), "advice": advice})
         return
+    reason = f" ({run.reason})" if run.reason else ""
     if run.config is None:
-        print(f"{run.name} {run.state} before its first epoch\nfolder\n  {run.path}")
+        print(f"{run.name} {run.state}{reason} before its first epoch\nfolder\n  {run.path}")
         return
     progress = f"{run.n_epochs} of {format_count(run.config.epochs, 'epoch')}"
     what = f"{run.config.method.name} on {run.config.data.name}"
-    print(f"{run.name} {run.state} after {progress}: {what}")
+    print(f"{run.name} {run.state}{reason} after {progress}: {what}")
     print(f"epoch {run.best['epoch']:.0f}, its best")
     for name, metric in run.best.items():
         if "/" not in name and name != "epoch":

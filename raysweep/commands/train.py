@@ -262,12 +262,22 @@ def _train_tracked(
 ) -> None:
     """Train, print the result, and close the MLflow run however training ends."""
     from raysweep.bucket_lease import LeaseLost
-    from raysweep.errors import RaysweepError, is_infrastructure_error, is_interruption
+    from raysweep.errors import (
+        RaysweepError,
+        get_first_line,
+        is_infrastructure_error,
+        is_interruption,
+    )
     from raysweep.tracking import RunRecorder, training_run_tags
     from raysweep.training.checkpoint import RunDirectory
-    from raysweep.training.failure_reports import failure_report
+    from raysweep.training.failure_reports import (
+        FAILURE_KEY,
+        clear_failure_report,
+        failure_report,
+    )
     from raysweep.training.trainer import TrainingFailed
 
+    clear_failure_report(run_folder)
     tags = training_run_tags(RunDirectory(run_folder))
     run = RunRecorder(tracker, run_folder.name, tags)
     n_reported_epochs = run.count_logged_epochs()
@@ -285,6 +295,7 @@ def _train_tracked(
     except RaysweepError as error:
         run.end("KILLED" if is_interruption(error) else "FAILED")
         if isinstance(error, TrainingFailed):
+            _save_reason(run_folder, get_first_line(error))
             raise error.with_prefix("training failed: ") from error
         raise
     except Exception as error:
@@ -293,10 +304,22 @@ def _train_tracked(
             raise
         report = failure_report(error, config, run_folder, is_sweep_trial=False)
         run.end("FAILED")
+        _save_reason(run_folder, report[FAILURE_KEY])
         raise _make_training_error(report, run_folder) from error
     finally:
         run.finish()
     _print_training_result(request, config, tracker, result, advice)
+
+
+def _save_reason(run_folder: StorePath, reason: str) -> None:
+    """Write why the run failed, for `show` and `list runs`."""
+    from raysweep.errors import RaysweepError
+    from raysweep.training.failure_reports import FAILURE_KEY, save_failure_report
+
+    try:
+        save_failure_report(run_folder, {FAILURE_KEY: reason})
+    except (OSError, RaysweepError) as error:
+        logger.warning("the reason of the failure cannot be written: %s", error)
 
 
 def _make_training_error(report: dict[str, str], run_folder: StorePath) -> TrainingFailed:

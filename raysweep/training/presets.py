@@ -168,6 +168,12 @@ def _read_current_yaml(path: Path) -> SettingsFile:
 def _read_preset_file(path: Path) -> JsonDict:
     """Return the content of a file, merged into that of the preset that it extends."""
     content = copy.deepcopy(dict(_read_current_yaml(path)))
+    if "terms" in content:
+        raise SpecError(f"{path}: describes a method: write its lines indented below `method:`")
+    if "space" in content:
+        raise SpecError(f"{path}: is a search space: `raysweep tune --space {path}` runs it")
+    if "stages" in content:
+        raise SpecError(f"{path}: is a pipeline: `raysweep run {path}` runs it")
     notes = content.get(_NOTES_KEY, {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         raise SpecError(f"{path}: {_NOTES_KEY} = {notes!r}: must be a mapping from paths to text")
