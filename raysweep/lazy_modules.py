@@ -5,6 +5,7 @@ inside functions, so that commands that print names or reject a setting answer a
 have `from __future__ import annotations`, because annotations are not evaluated then.
 """
 
+import sys
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,23 @@ class LazyModule(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the module, as it is now."""
-        return getattr(import_module(self.__name__), name)
+        module = import_module(self.__name__)
+        if not self.__dict__.get("_is_replaced"):
+            self._is_replaced = True
+            self._replace_by(module)
+        return getattr(module, name)
+
+    def _replace_by(self, module: ModuleType) -> None:
+        """Put the module itself into all of raysweep's modules that have this object.
+
+        A lookup through this object takes ten times as long as one in the module, and the loops of
+        attacks make thousands.
+        """
+        package = __name__.partition(".")[0]
+        for name, user in list(sys.modules.items()):
+            if name.startswith(f"{package}."):
+                names = vars(user)
+                names.update({key: module for key, value in names.items() if value is self})
 
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ that all workers are descendants of the process that started this node.
 
 import array
 import fcntl
+import gc
 import json
 import os
 import runpy
@@ -125,6 +126,8 @@ def _become_worker(connection: socket.socket) -> None:
     """Read the request and run it. The connection stays open: by its end the launcher sees that of
     the worker, and the worker that of the launcher.
     """
+    # What the server has imported stays, and its memory is shared until it is touched.
+    gc.freeze()
     head, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(8))
     streams = array.array("i")
     streams.frombytes(ancillary[0][2])

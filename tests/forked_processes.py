@@ -5,6 +5,7 @@ interpreter does start a real one instead (test_cli, test_eval, the notebook).
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import shutil
@@ -143,6 +144,8 @@ def _run_in_fork(
     function: Callable[..., object],
     arguments: tuple[Any, ...],
 ) -> None:
+    # What the fork server has imported stays, and its memory is shared until it is touched.
+    gc.freeze()
     for number, name in enumerate(("out", "err"), start=1):
         file = os.open(output / name, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)

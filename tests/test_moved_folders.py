@@ -66,7 +66,8 @@ def data(workdir: Path) -> Path:
 
 def make_sweep(folder: Path, data: Path) -> Ledger:
     settings = {"data.name": "arrays", "data.data_dir": str(data), "data.val_size": 30,
-                "batch_size": 32, "epochs": 1, "*.attacks.*.steps": 1}  # fmt: skip
+                "model.name": "digits_cnn", "batch_size": 32, "epochs": 1, "*.attacks.*.steps": 1,
+                "validation.finish.*.steps": 2}  # fmt: skip
     content = {"method": "at", "trials": 2, "base": settings,
                "space": {"optim.lr": {"float": [0.01, 0.5]}}}  # fmt: skip
     ledger = Ledger.create(folder, SearchSpace.from_data(content))
