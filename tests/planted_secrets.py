@@ -1,0 +1,302 @@
+"""Plant secrets in the environment of real commands, and look for them in everything these leave.
+
+    python tests/planted_secrets.py            # a sweep, a pipeline, four failures; minutes
+    python tests/planted_secrets.py --nodes    # also a sweep on a cluster of two nodes
+
+Keys of Amazon, passwords of MLflow's server and of Optuna's database, and tokens of other services
+are in the driver's environment. All of them hold one random mark. It may be nowhere but there: not
+in files of sweeps and pipelines, logs of raysweep and Ray, MLflow's database and artifacts, what
+commands print, arguments of processes, or the environment of workers on other nodes.
+"""
+
+import argparse
+import base64
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from mlflow_server import MlflowServer
+
+MARK = secrets.token_hex(8)
+PASSWORD = f"password{MARK}"
+LOGIN = f"ada:{PASSWORD}"
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": f"PLANTED{MARK}",
+    "AWS_SECRET_ACCESS_KEY": f"aws/secret{MARK}",
+    "AWS_SESSION_TOKEN": f"session{MARK}",
+    "DB_PASSWORD": f"database{MARK}",
+    "WANDB_API_KEY": f"wandb{MARK}",
+    "HF_TOKEN": f"hf_planted{MARK}",
+}
+# The mark, and the login as a header of HTTP has it.
+NEEDLES = (MARK.encode(), base64.b64encode(LOGIN.encode())[:16])
+SMALL = ["--set", "epochs=2", "--set", "data.train_size=64", "--set", "data.val_size=50"]
+SMALL += ["--set", "*.attacks.*.steps=2"]
+LONG = ["--set", "epochs=400", "--set", "data.train_size=640", "--set", "data.val_size=50"]
+PIPELINE = """\
+set: {epochs: 2, data.val_size: 50, data.train_size: 64, "*.attacks.*.steps": 2}
+stages:
+  - {kind: train, runs: {AT: {method: at}}, seeds: [0]}
+  - {kind: autoattack, attacks: {APGD: apgd-ce}, n: 10}
+  - {kind: report}
+"""
+
+
+@dataclass
+class Finding:
+    """A place where the mark is."""
+
+    where: str
+    text: str
+
+
+@dataclass
+class ProcessWatch:
+    """Looks at arguments, and at environments of workers, of all processes several times a second.
+
+    Attributes:
+        n_looks: Number of looks.
+        n_arguments: Number of different command lines that were seen.
+        findings: Where the mark was.
+    """
+
+    n_looks: int = 0
+    findings: list[Finding] = field(default_factory=list)
+    _seen: set[str] = field(default_factory=set)
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def n_arguments(self) -> int:
+        return len(self._seen)
+
+    def run(self) -> None:
+        """Look until `stop`."""
+        while not self._ended.wait(0.2):
+            self.n_looks += 1
+            for process in Path("/proc").glob("[0-9]*"):
+                try:
+                    arguments = (process / "cmdline").read_bytes()
+                except OSError:
+                    continue
+                text = arguments.replace(b"\0", b" ").decode(errors="replace")
+                if text not in self._seen and any(needle in arguments for needle in NEEDLES):
+                    self.findings.append(Finding("arguments of a process", text))
+                self._seen.add(text)
+
+    def stop(self) -> None:
+        self._ended.set()
+
+
+@contextmanager
+def watch_processes() -> Iterator[ProcessWatch]:
+    """Look at processes during the block."""
+    watch = ProcessWatch()
+    thread = threading.Thread(target=watch.run, daemon=True)
+    thread.start()
+    yield watch
+    watch.stop()
+    thread.join()
+
+
+@dataclass
+class Playground:
+    """A home folder, a folder for temporary files, and an MLflow server with a password in its URI.
+
+    Attributes:
+        folder: Where everything is.
+        server: The server, started without the planted secrets.
+    """
+
+    folder: Path
+    server: MlflowServer
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment of commands, with the secrets."""
+        own = {"HOME": str(self.folder / "home"), "TMPDIR": str(self.folder / "tmp")}
+        tracking = self.server.uri.replace("://", f"://{LOGIN}@")
+        return {**os.environ, **own, **ENVIRONMENT, "MLFLOW_TRACKING_URI": tracking}
+
+    def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start a command of raysweep; what it prints goes to files."""
+        code = "import sys; from raysweep.cli import main; sys.exit(main())"
+        printed = self.folder / "printed"
+        with (
+            (printed / f"{name}.out").open("wb") as out,
+            (printed / f"{name}.err").open("wb") as err,
+        ):
+            return subprocess.Popen(
+                [sys.executable, "-c", code, *arguments],
+                env=self.environment,
+                cwd=self.folder / "work",
+                stdout=out,
+                stderr=err,
+            )
+
+    def run(self, name: str, *arguments: str, expected: tuple[int, ...] = (0,)) -> None:
+        """Run a command and check its exit code."""
+        code = self.start(name, *arguments).wait(timeout=1200)
+        error = (self.folder / "printed" / f"{name}.err").read_text()
+        print(f"{name}: exit code {code}; {error.strip().splitlines()[-1:]}", flush=True)
+        assert code in expected, error
+
+    def run_until(self, name: str, what: str, then: signal.Signals | None, *args: str) -> None:
+        """Run a command; once it trains, kill a trial, or the server, and wait for the end."""
+        process = self.start(name, *args)
+        deadline = time.monotonic() + 600
+        trials = self.folder / "work" / "out" / "runs" / name / "trials"
+        while not list(trials.glob("*/epoch-*")):
+            assert process.poll() is None and time.monotonic() < deadline, name
+            time.sleep(0.1)
+        if what == "server":
+            self.server.kill()
+        else:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                if child.cmdline()[:1] and child.cmdline()[0].startswith("ray::ImplicitFunc"):
+                    child.kill()
+        if then is not None:
+            time.sleep(5)
+            process.send_signal(then)
+        code = process.wait(timeout=1200)
+        print(f"{name}: exit code {code} after the death of a {what}", flush=True)
+
+
+def search_files(folder: Path) -> tuple[list[Finding], int]:
+    """Look for the mark in all files below a folder; return where it is and the number of files."""
+    findings, n_files = [], 0
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not path.is_file():
+            continue
+        n_files += 1
+        content = path.read_bytes()
+        for needle in NEEDLES:
+            place = content.find(needle)
+            if place >= 0:
+                around = content[max(place - 80, 0) : place + 40].decode(errors="replace")
+                findings.append(Finding(str(path), around))
+                break
+    return findings, n_files
+
+
+def play_locally(place: Playground) -> None:
+    """A sweep, a pipeline and failures, each on a Ray of its own."""
+    out = ["--out", "out"]
+    tune = ["tune", "at", "--space", "space.yaml", *out]
+    place.run("sweep", *tune, "--trials", "2", "--name", "sweep", *SMALL)
+    place.run("pipeline", "run", "pipeline.yaml", *out)
+    place.run(
+        "database",
+        *(*tune, "--trials", "1", "--name", "database", *SMALL),
+        *("--optuna", "postgresql://ada:${DB_PASSWORD}@127.0.0.1:9/none"),
+        expected=(2, 3),
+    )
+    bucket = "s3://planted/sweeps?endpoint_override=127.0.0.1:9&scheme=http"
+    place.run("bucket", *tune, "--storage", bucket, *SMALL, expected=(2, 3))
+    place.run_until(
+        "trial", "trial", signal.SIGINT, *tune, "--trials", "1", "--name", "trial", *LONG
+    )
+    place.run_until(
+        "server", "server", signal.SIGINT, *tune, "--trials", "1", "--name", "server", *LONG
+    )
+    place.run("unreachable", "train", "at", *SMALL, *out, expected=(3,))
+    place.run("show", "show", "sweep", *out)
+
+
+def play_on_two_nodes(place: Playground) -> list[Finding]:
+    """A sweep from a driver with secrets, on two nodes that have none; look at their workers."""
+    from ray.cluster_utils import Cluster
+
+    from raysweep.sweep.ray_environment import ray_environment
+    from raysweep.sweep.ray_internals import listen_on_loopback
+
+    findings: list[Finding] = []
+    os.environ.update(HOME=str(place.folder / "home"), TMPDIR=str(place.folder / "tmp"))
+    with ray_environment(), listen_on_loopback():
+        temporary = place.folder / "tmp" / "ray"
+        head = {"num_cpus": 1, "temp_dir": str(temporary), "include_log_monitor": True}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        cluster.add_node(num_cpus=1, temp_dir=str(temporary))
+        cluster.wait_for_nodes()
+        arguments = [
+            "tune",
+            "at",
+            "--space",
+            "space.yaml",
+            "--out",
+            "out",
+            "--name",
+            "nodes",
+            *SMALL,
+        ]
+        process = place.start("nodes", *arguments, "--trials", "4", "--address", cluster.address)
+        n_workers = set()
+        while process.poll() is None:
+            for worker in psutil.Process().children(recursive=True):
+                try:
+                    arguments_of_worker, environment = worker.cmdline(), worker.environ()
+                except psutil.Error:
+                    continue
+                if not arguments_of_worker or not arguments_of_worker[0].startswith("ray::"):
+                    continue
+                n_workers.add(worker.pid)
+                for name, value in environment.items():
+                    if MARK in value:
+                        findings.append(Finding("environment of a worker", f"{name}={value}"))
+            time.sleep(0.2)
+        error = (place.folder / "printed" / "nodes.err").read_text()
+        print(f"nodes: exit code {process.returncode}, {len(n_workers)} workers seen", flush=True)
+        assert process.returncode == 0 and n_workers, error
+        cluster.shutdown()
+    return findings
+
+
+def main() -> int:
+    """Play everything; print where the mark is; return 1 if it is anywhere."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--nodes", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="keep the folder")
+    args = parser.parse_args()
+    # Sockets of Ray need a short path.
+    folder = Path(tempfile.mkdtemp(prefix="plant-", dir="/tmp"))
+    for name in ("home", "tmp", "printed", "work", "server"):
+        (folder / name).mkdir()
+    (folder / "work" / "pipeline.yaml").write_text(PIPELINE)
+    space = "method: at\nspace: {optim.lr: {float: [0.01, 0.1]}}\n"
+    (folder / "work" / "space.yaml").write_text(space)
+    place = Playground(folder, MlflowServer(folder / "server"))
+    place.server.start()
+    findings: list[Finding] = []
+    try:
+        with watch_processes() as watch:
+            if args.nodes:
+                findings += play_on_two_nodes(place)
+            play_locally(place)
+        findings += watch.findings
+    finally:
+        place.server.kill()
+    in_files, n_files = search_files(folder)
+    findings += in_files
+    for finding in findings:
+        print(f"FOUND {finding.where}: {finding.text}")
+    print(
+        f"{len(findings)} findings in {n_files} files and {watch.n_arguments} command lines "
+        f"({watch.n_looks} looks)"
+    )
+    if not args.keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
