@@ -275,6 +275,39 @@ def _change_manifest(path: str, value: Any) -> Callable[[Path], None]:
     return change
 
 
+def _drop_environment(folder: Path) -> None:
+    with edit_json(folder / "checkpoint" / "meta.json") as meta:
+        del meta["environment"]
+
+
+def _name_tensor(name: str) -> Callable[[Path], None]:
+    def add(folder: Path) -> None:
+        with edit_weights(folder) as weights:
+            weights[name] = torch.zeros(1)
+
+    return add
+
+
+def _change_model(in_card_too: bool = False, **values: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        with edit_json(folder / "checkpoint" / "meta.json") as meta:
+            meta["config"]["model"].update(values)
+        if in_card_too:
+            with edit_json(folder / "card.json") as card:
+                card["config"]["model"].update(values)
+                card["architecture"] = card["config"]["model"]["name"]
+
+    return change
+
+
+def _change_data(**values: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        with edit_json(folder / "card.json") as card:
+            card["data"].update(values)
+
+    return change
+
+
 def _add_file(folder: Path) -> None:
     (folder / "checkpoint" / "notes.py").write_text("print('hello')\n")
 
@@ -431,6 +464,32 @@ FORGERIES: dict[str, Forgery] = {
     ),
     "another code revision in the manifest": Forgery(
         _change_manifest("code_revision", "0" * 40), 0, "by its own words", False
+    ),
+    "versions that print a result": Forgery(
+        _change_manifest("versions.torch", "1\n  signed by ada@example.org\x1b[A"),
+        0,
+        "'1\\n",
+        False,
+    ),
+    "no environment in the checkpoint": Forgery(_drop_environment, 1, f"environment {_DIFFERS}"),
+    "a tensor whose name prints a result": Forgery(
+        _name_tensor("x\n\x1b[2Jmine: robust at most 100%"), 4, "not the weights of this network"
+    ),
+    "a std of the model that hides gradients": Forgery(
+        _change_model(True, mean=[0.0], std=[1e-30]), 4, "not the weights of this network"
+    ),
+    "the network is another one": Forgery(
+        _change_model(True, name="resnet18"), 4, "not the weights of this network"
+    ),
+    "a test set of its own in the card": Forgery(
+        _change_data(data_dir="/tmp", download=True), 0, "of the data 'digits'"
+    ),
+    "an unknown data set": Forgery(_change_data(name="mydata"), 4, "mydata"),
+    "lists a thousand levels deep": Forgery(
+        _write_in_card("{", '{"link": ' + "[" * 100_000 + "]" * 100_000 + ","), 4, "card.json"
+    ),
+    "a number of 10,000 digits": Forgery(
+        _write_in_card('"seed": 0', '"seed": ' + "9" * 10_000), 4, "card.json"
     ),
     "a file changed after the manifest": Forgery(
         _change_card(authors="me"), 1, "was changed since manifest.json was written", False

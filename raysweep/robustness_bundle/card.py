@@ -139,7 +139,7 @@ def _find_training_problems(card: BundleCard, checkpoint: TrainingCheckpoint) ->
         claimed = card.config
     parts = {
         "config": (claimed, config),
-        "environment": (card.environment, checkpoint.meta["environment"]),
+        "environment": (card.environment, checkpoint.meta.get("environment", {})),
         "data": (_without_location(card.data), _without_location(config["data"])),
     }
     return [

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from raysweep.bounded_files import ArrayHeader, open_npz, read_regular_file
 from raysweep.errors import DamagedFileError
 from raysweep.spec import JsonDict, SpecError
+from raysweep.visible_text import show_characters
 
 ADVERSARIAL_FILE, CHECKPOINT_FOLDER = "adversarial.npz", "checkpoint"
 MANIFEST_FILE, SIGNATURE_FILE = "manifest.json", "manifest.json.sig"
@@ -176,9 +177,8 @@ def _normalize_array(array: Array) -> Array:
 
 def quote_value(value: object) -> str:
     """Write a value of a bundle so that it fills one line of a terminal and nothing else."""
-    text = repr(value)
-    shown = text if len(text) <= _MAX_SHOWN_LENGTH else f"{text[:_MAX_SHOWN_LENGTH]}..."
-    return shown if shown.isprintable() else ascii(shown)
+    text = show_characters(repr(value))
+    return text if len(text) <= _MAX_SHOWN_LENGTH else f"{text[:_MAX_SHOWN_LENGTH]}..."
 
 
 def quote_text(text: str) -> str:

@@ -13,7 +13,7 @@ from raysweep.checkpoint_evaluation import resolve_threat_model
 from raysweep.data import SUBSET_CHOICES
 from raysweep.robustness_bundle.card import BundleCard, find_text_problems
 from raysweep.robustness_bundle.evidence import Evidence, find_subset
-from raysweep.robustness_bundle.files import MANIFEST_FILE
+from raysweep.robustness_bundle.files import MANIFEST_FILE, quote_text
 from raysweep.robustness_bundle.fresh_attack import FreshAttackResult, attack_sample
 from raysweep.robustness_bundle.loading import LoadedBundle, load_bundle
 from raysweep.robustness_bundle.manifest import find_manifest_problems
@@ -219,10 +219,13 @@ def _collect_notes(bundle: LoadedBundle) -> list[str]:
         notes.append(f"no {MANIFEST_FILE} (raysweep 0.1): nothing names the code and the test data")
     else:
         versions = bundle.manifest.versions
+        version, torch, device = (
+            quote_text(str(versions.get(name))) for name in ("raysweep", "torch", "device")
+        )
+        revision = quote_text(str(bundle.manifest.code_revision))
         notes.append(
-            f"evaluated by raysweep {versions.get('raysweep')}, "
-            f"revision {bundle.manifest.code_revision}, torch {versions.get('torch')}, "
-            f"on {versions.get('device')}, by its own words"
+            f"evaluated by raysweep {version}, revision {revision}, torch {torch}, on {device}, "
+            "by its own words"
         )
     target = EvaluationTarget(bundle.model, "", bundle.checkpoint)
     trained_eps, trained_norm = resolve_threat_model(target, card.dataset_name)

@@ -56,7 +56,7 @@ def write_bundle(
         "robust_accuracy": report.robust_accuracy,
         "data": data_spec.to_stored_dict() | {"data_dir": None},
         "config": checkpoint.config.to_stored_dict(),
-        "environment": checkpoint.meta["environment"],
+        "environment": checkpoint.meta.get("environment", {}),
     }
     card = report.card(
         name=model_name, dataset=data_spec.name, architecture=checkpoint.config.model.name

@@ -24,6 +24,7 @@ from raysweep.spec import JsonDict, SpecError
 from raysweep.stores import META_FILE, Location, StoredFileNotFound, StorePath, open_path
 from raysweep.training.config import TrainingConfig
 from raysweep.training.metric_history import EpochMetrics
+from raysweep.visible_text import show_characters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,6 +36,7 @@ OPTIMIZER_FILE = "state.safetensors"
 SELECTION_KEY = "best_after_burn_in"
 """Key that a checkpoint has if its run chooses its best epoch by `selection.find_best_epoch`."""
 _FORMAT_VERSION = 1
+_MAX_REASON_LENGTH = 200
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class TrainingCheckpoint:
         try:
             model.load_state_dict(safetensors_torch.load_file(self.local_folder / WEIGHTS_FILE))
         except (SafetensorError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
+            # It names the tensors of the file, of which there may be many.
+            reason = show_characters(" ".join(str(error).split()))[:_MAX_REASON_LENGTH]
             raise DamagedFileError(
                 f"{self.path}: {WEIGHTS_FILE} has not the weights of this network: {reason}"
             ) from error
