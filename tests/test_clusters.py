@@ -521,6 +521,7 @@ def test_a_machine_that_is_taken_away_stops_ray(
     assert Metadata.asked == 3
 
 
+@pytest.mark.ray
 def test_a_sweep_counts_on_what_the_autoscaler_may_bring(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,7 @@
 """Models as other people write them: the same verdicts as for a plain model of the same weights."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -31,6 +33,19 @@ def images(n: int = 24) -> tuple[Tensor, Tensor]:
     x = torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return x, Plain().eval()(x).argmax(1)
+
+
+def brief(eps: float) -> AttackCascade:
+    """`apgd-ce,square` in fewer steps, where more would show no more."""
+    return AttackCascade(
+        attacks={"apgd-ce": APGD(eps=eps, steps=30), "square": Square(eps=eps, queries=300)}
+    )
+
+
+@cache
+def plain_report(attack: str, n: int = 24):
+    """Of the plain model: what others are compared with."""
+    return evaluate(Plain(), *images(n), attack, EPS)
 
 
 def labels_of(model: nn.Module, x: Tensor) -> Tensor:
@@ -82,8 +97,7 @@ def test_fast_paths_are_still_taken_by_our_own_kind_of_model() -> None:
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("attack", ["apgd-ce", "pgd20", "fab"])
 def test_the_callers_mode_changes_nothing(context, attack: str) -> None:
-    model, (x, y) = Plain(), images()
-    expected = evaluate(model, x, y, attack, EPS)
+    model, (x, y), expected = Plain(), images(), plain_report(attack)
     with context():
         found = evaluate(model, x * 1, y * 1, attack, EPS)
     assert found.robust.tolist() == expected.robust.tolist() and 0 < found.robust_accuracy < 1
@@ -136,7 +150,7 @@ class Sigmoids(Plain):
 def test_what_is_said_of_a_model(model: type[Plain], words: list[str]) -> None:
     x, _ = images()
     y = torch.arange(24) % 10
-    lines = evaluate(model(), x, y, "apgd-ce,square", 0.01).warnings
+    lines = evaluate(model(), x, y, brief(0.01)).warnings
     found = [word for word in words if any(word in line for line in lines)]
     assert found == words
     if not words:
@@ -157,7 +171,7 @@ def test_the_batch_size_bounds_every_batch(batch_size: int) -> None:
     x, y = images(40)
     found = evaluate(RecordsBatches(), x, y, "apgd-ce", EPS, batch_size=batch_size)
     assert RecordsBatches.largest == batch_size
-    assert found.robust.tolist() == evaluate(Plain(), x, y, "apgd-ce", EPS).robust.tolist()
+    assert found.robust.tolist() == plain_report("apgd-ce", 40).robust.tolist()
 
 
 def test_a_radius_of_zero_costs_nothing() -> None:
@@ -194,7 +208,7 @@ def test_wrong_inputs_are_one_line(change, line: str) -> None:
 
 def test_arrays_of_any_kind_are_taken(tmp_path) -> None:
     x, y = images()
-    expected = evaluate(Plain(), x, y, "apgd-ce", EPS).robust.tolist()
+    expected = plain_report("apgd-ce").robust.tolist()
     np.save(tmp_path / "x.npy", x.numpy())
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     fixed = y.numpy().copy()
@@ -220,8 +234,8 @@ def test_bfloat16_images_are_taken() -> None:
 def test_each_batch_is_answered_from_the_state_that_the_model_has() -> None:
     """The buffers of a model are part of it: what an attack asks must not change them."""
     model, (x, y) = RemembersItsImages(), images()
-    found = evaluate(model, x, y, "apgd-ce,square", EPS)
-    expected = evaluate(Plain(), x, y, "apgd-ce,square", EPS)
+    found = evaluate(model, x, y, brief(EPS))
+    expected = evaluate(Plain(), x, y, brief(EPS))
     assert float(model.shift) == 0 and found.warnings == expected.warnings == ()
     assert found.broken_by.tolist() == expected.broken_by.tolist()
 
@@ -234,7 +248,7 @@ def test_a_model_of_certain_batches_is_one_line_and_tiles_help(model_type) -> No
     ):
         evaluate(model_type(), x, y, "apgd-ce", EPS)
     found, expected = (
-        evaluate(model, x, y, "apgd-ce,square", EPS, tile=8) for model in (model_type(), Plain())
+        evaluate(model, x, y, brief(EPS), tile=8) for model in (model_type(), Plain())
     )
     assert found.broken_by.tolist() == expected.broken_by.tolist()
 
