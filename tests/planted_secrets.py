@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -224,7 +225,11 @@ def play_on_two_nodes(place: Playground) -> list[Finding]:
     os.environ.update(HOME=str(place.folder / "home"), TMPDIR=str(place.folder / "tmp"))
     with ray_environment(), listen_on_loopback():
         temporary = place.folder / "tmp" / "ray"
-        head = {"num_cpus": 1, "temp_dir": str(temporary), "include_log_monitor": True}
+        with socket.socket() as free:
+            # Another Ray of this machine may have the usual port.
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        head = {"num_cpus": 1, "temp_dir": str(temporary), "dashboard_port": port}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         cluster.add_node(num_cpus=1, temp_dir=str(temporary))
         cluster.wait_for_nodes()
