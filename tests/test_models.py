@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from raysweep.evaluation.attack_model import make_attack_model
 from raysweep.models import MODELS, ModelSpec
 from raysweep.spec import SpecError
 
@@ -70,3 +71,16 @@ def test_normalisation_is_a_layer_and_is_checked():
 def test_unknown_names_get_a_suggestion():
     with pytest.raises(SpecError, match="resnet18"):
         ModelSpec.from_data({"name": "resnet8"})
+
+
+def test_networks_and_checks_leave_torchs_generators_and_no_stack_traces_behind() -> None:
+    torch.manual_seed(5)
+    queued, state = len(torch.cuda._queued_calls), torch.get_rng_state()
+    weights = [ModelSpec().build_model(1, 10, seed).state_dict() for seed in (3, 3, 4)]
+    make_attack_model(ModelSpec().build_model(1, 10, 3), torch.zeros(2, 1, 8, 8))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(torch.cuda._queued_calls) == queued
+    same, other = (
+        all(torch.equal(weights[0][key], two[key]) for key in two) for two in weights[1:]
+    )
+    assert same and not other

@@ -118,6 +118,7 @@ def test_a_last_batch_of_one_joins_the_one_before(n: int, batch_size: int, sizes
 def test_training_with_a_last_batch_of_one_where_maps_are_one_pixel(tmp_path: Path) -> None:
     """ResNet-18 has maps of 1 x 1 for 8 x 8 images: batch norm refuses one value per channel."""
     changes = {"model.name": "resnet18", "data.train_size": 17, "batch_size": 8, "*.steps": 1}
+    changes |= {"validation.size": 8}
     config = tiny("at", epochs=1, **changes)
     assert train_model(config, tmp_path).last_checkpoint.epoch == 1
 

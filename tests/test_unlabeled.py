@@ -243,7 +243,12 @@ def test_robust_self_training_on_digits(pseudo_labeled, tmp_path, method):
     )
 
 
-DIGITS = {"data.val_size": 100, "data.train_size": 400, "validation.attacks.*.steps": 2}
+DIGITS = {
+    "data.val_size": 100,
+    "data.train_size": 400,
+    "validation.attacks.*.steps": 2,
+    "validation.finish.*.steps": 2,
+}
 
 
 def _rest(folder, few):

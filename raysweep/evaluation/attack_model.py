@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from raysweep.attacks import restore_mode, set_mode
 from raysweep.evaluation.batchnorm_folding import fold_batch_norms_
 from raysweep.evaluation.fast_convolution import replace_image_convolutions
+from raysweep.models.device import seeded_generators
 from raysweep.spec import SpecError
 
 logger = logging.getLogger(__name__)
@@ -384,9 +385,7 @@ def compute_logits_and_gradient(model: nn.Module, x: Tensor) -> LogitsAndGradien
         The logits, (N, classes), and the gradient of a sum of logits, (N, C, H, W); None if there
         is no gradient.
     """
-    devices = [x.device] if x.device.type == "cuda" else []
-    with preserve_buffers(model), torch.random.fork_rng(devices), torch.enable_grad():
-        torch.manual_seed(0)
+    with preserve_buffers(model), seeded_generators(0, x.device), torch.enable_grad():
         point = x.detach().clone().requires_grad_()
         try:
             logits: Tensor = model(point.clone())
@@ -397,8 +396,7 @@ def compute_logits_and_gradient(model: nn.Module, x: Tensor) -> LogitsAndGradien
             return logits.detach(), gradient
         except Exception as error:
             logger.debug("the model has no gradient: %s", error)
-    with preserve_buffers(model), torch.random.fork_rng(devices), torch.no_grad():
-        torch.manual_seed(0)
+    with preserve_buffers(model), seeded_generators(0, x.device), torch.no_grad():
         return model(x.clone()), None
 
 

@@ -86,12 +86,12 @@ class ModelSpec(Spec):
         Raises:
             SpecError: If `mean` or `std` does not have a value for each channel.
         """
+        from raysweep.models.device import seeded_generators
         from raysweep.models.layers import Normalize
 
         if {len(self.mean), len(self.std)} not in ({0}, {channels}):
             raise SpecError(f"model.mean and model.std need {channels} values each, or none")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded_generators(seed, torch.device("cpu")):
             network = MODELS[self.name](channels, classes)
         if not self.mean:
             return torch.nn.Sequential(network)

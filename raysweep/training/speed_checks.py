@@ -19,6 +19,7 @@ from raysweep.evaluation.attack_model import (
     preserve_buffers,
     results_agree,
 )
+from raysweep.models.device import seeded_generators
 from raysweep.spec import SpecError
 
 logger = logging.getLogger(__name__)
@@ -190,9 +191,7 @@ _TrainingStep = tuple[Tensor, list[Tensor | None]]
 def _compute_training_step(model: nn.Module, x: Tensor) -> _TrainingStep:
     """Return the logits in training mode, and the gradients of the weights."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    devices = [x.device] if x.device.type == "cuda" else []
-    with preserve_state(model), torch.random.fork_rng(devices), torch.enable_grad():
-        torch.manual_seed(0)
+    with preserve_state(model), seeded_generators(0, x.device), torch.enable_grad():
         set_mode(model, True)
         logits: Tensor = model(x.clone())
         coefficients = torch.linspace(-1, 1, logits.shape[-1]).to(logits)
