@@ -35,6 +35,7 @@ from raysweep.file_privacy import private_files
 from raysweep.logs import command_log
 from raysweep.redaction import redact_secrets
 from raysweep.shell_completion import SUPPORTED_SHELLS, PrintCompletion
+from raysweep.visible_text import visible_output
 
 logger = logging.getLogger(__name__)
 
@@ -123,11 +124,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: The arguments cannot be parsed, or ask for help only.
     """
     given_arguments = sys.argv[1:] if arguments is None else list(arguments)
-    args = _parse_arguments(given_arguments)
+    with visible_output():
+        args = _parse_arguments(given_arguments)
     _disable_telemetry()
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_traceback
-    with _one_line_warnings():
+    with visible_output(), _one_line_warnings():
         return _run_command(args, given_arguments)
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from raysweep.attacks import PGD
 from raysweep.instance_weights import GeometryWeight, UniformWeight, WeightInputs
 from raysweep.plots import MetricHistory, select_metric
+from raysweep.text_figure import TextFigure
 from raysweep.training.config import TrainingConfig
 
 _PANEL_WIDTH, _PANEL_HEIGHT = 2.7, 2.1
@@ -187,7 +188,7 @@ def describe_metric(metric: str, config: TrainingConfig, as_error: bool = False)
 def _create_grid(n_rows: int, n_columns: int) -> tuple[Figure, list[list[Axes]]]:
     """Create a figure with rows of small panels."""
     size = (_PANEL_WIDTH * n_columns, _PANEL_HEIGHT * n_rows)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = TextFigure(figsize=size, layout="constrained")
     grid = figure.subplots(n_rows, n_columns, squeeze=False)
     for axes in grid.flat:
         axes.tick_params(labelsize=_LABEL_SIZE)

@@ -10,6 +10,7 @@ from enum import IntEnum
 from typing import Any, ClassVar, Self
 
 from raysweep.redaction import redact_secrets
+from raysweep.visible_text import show_characters
 
 _INFRASTRUCTURE_ERRNOS = frozenset(
     {
@@ -67,7 +68,8 @@ class RaysweepError(Exception):
             problems: One line or several.
         """
         lines = [problems] if isinstance(problems, str) else list(problems)
-        self.problems = [redact_secrets(line) for line in lines]
+        # A name in a file of a stranger may hold line breaks and commands of terminals.
+        self.problems = [show_characters(redact_secrets(line)) for line in lines]
         super().__init__("\n".join(self.problems))
 
     def with_prefix(self, prefix: str) -> Self:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from raysweep.plots import scatter_class_pair
+from raysweep.text_figure import TextFigure
 from raysweep.training.instance_metrics import InstanceMetrics
 
 _TITLE_SIZE = 7
@@ -37,7 +38,7 @@ def plot_class_pairs(instances: InstanceMetrics) -> Figure:
     pairs = list(combinations(sorted(set(instances.y.tolist())), 2))
     n_columns = min(len(pairs), _MAX_PAIR_COLUMNS)
     n_rows = -(-len(pairs) // n_columns)
-    figure = Figure(figsize=(1.5 * n_columns, 1.5 * n_rows), layout="constrained")
+    figure = TextFigure(figsize=(1.5 * n_columns, 1.5 * n_rows), layout="constrained")
     grid = figure.subplots(n_rows, n_columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -70,7 +71,7 @@ def plot_vulnerable_views(
     from sklearn.manifold import TSNE
 
     shape = (len(instances), len(_VIEW_PAIRS))
-    figure = Figure(figsize=(2.3 * shape[1], 2.3 * shape[0]), layout="constrained")
+    figure = TextFigure(figsize=(2.3 * shape[1], 2.3 * shape[0]), layout="constrained")
     grid = figure.subplots(*shape, squeeze=False)
     for axes_of_model, (label, metrics) in zip(grid, instances.items(), strict=True):
         views = {
@@ -100,7 +101,7 @@ def plot_vulnerability_overlap(instances: InstanceMetrics, vulnerable_share: flo
         The figure: a row for V under PGD and one for V under CW; columns for all examples, for the
         most vulnerable ones to the attack of the row, and to the other attack.
     """
-    figure = Figure(figsize=(8.1, 4.2), layout="constrained")
+    figure = TextFigure(figsize=(8.1, 4.2), layout="constrained")
     grid = figure.subplots(2, 3, sharey="row")
     colors = {"pgd": ("#f3d98b", "#b8860b"), "cw": ("#b5d0ee", "#1f4e96")}
     vulnerable = {

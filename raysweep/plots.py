@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from raysweep.text_figure import TextFigure
 from raysweep.training.diagnostics import LOW_WEIGHT_THRESHOLD, Histogram
 from raysweep.training.instance_metrics import InstanceMetrics
 
@@ -34,7 +35,7 @@ def create_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
         The figure and its axes.
     """
     # A constrained layout would draw everything twice.
-    figure = Figure(figsize=(4.4, 3.2))
+    figure = TextFigure(figsize=(4.4, 3.2))
     figure.subplots_adjust(left=0.16, right=0.97, bottom=0.15, top=0.94)
     axes = figure.subplots()
     axes.set_xlabel(x_label)

@@ -723,7 +723,7 @@ def _locate_error(loc: tuple[int | str, ...], data: Any, is_key_error: bool) -> 
         is_last = position == len(loc) - 1
         if isinstance(node, dict) and part in node:
             node = node[part]
-        elif isinstance(node, list) and isinstance(part, int):
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
             node = node[int(part)]
         elif not (is_last and is_key_error):
             continue

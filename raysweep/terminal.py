@@ -22,9 +22,11 @@ from rich.table import Table
 from rich.text import Text
 
 from raysweep.formatting import format_clock, format_count
+from raysweep.plain_console import PlainConsole
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import param_labels
 from raysweep.training.metric_history import EpochMetrics
+from raysweep.visible_text import show_characters
 
 _MAX_ROWS = 20
 _METRIC_COLUMNS = ("clean", "pgd", "cw", "robust_worst", "masking_gap")
@@ -231,7 +233,7 @@ class TrialTable:
         else:
             yield table
         if self.caption:
-            yield Text(self.caption, style="italic")
+            yield Text(show_characters(self.caption), style="italic")
 
     def _build_table(self, paths: list[str]) -> Table:
         """Build the table with the columns of some searched settings."""
@@ -290,7 +292,7 @@ class TrialTable:
         mark = f", {choice}" if choice and trial.state != "running" else ""
         state = trial.describe_state(self._is_interrupted)
         style = "yellow" if mark else _STATE_STYLES[state]
-        return Text(f"{state}{mark}{reason}", style=style)
+        return Text(show_characters(f"{state}{mark}{reason}"), style=style)
 
 
 def create_progress_console() -> Console:
@@ -300,7 +302,7 @@ def create_progress_console() -> Console:
         A console with colors and live displays only if stderr is a terminal. `FORCE_COLOR` does not
         make a file one: it would get a copy of the display for every change.
     """
-    return Console(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
+    return PlainConsole(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
 
 
 def create_table_console() -> Console:
@@ -309,7 +311,7 @@ def create_table_console() -> Console:
     Returns:
         A console as wide as the terminal; in a pipe so wide that cells are not cut or wrapped.
     """
-    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    return PlainConsole(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 
 
 def format_accuracies(metrics: Mapping[str, float]) -> str:

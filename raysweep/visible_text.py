@@ -5,16 +5,21 @@ Names, notes and errors may come from files and bucket listings of anybody.
 
 import html
 import re
+import sys
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 # Characters that have no shape of their own, and can hide or reorder others: controls (C0, C1,
 # DEL), format characters such as bidirectional overrides, separators of lines, surrogates and
 # private use.
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
 _LINE_BREAKS = "\n\t"
-_MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
+# An underscore or number within a word is text, as is a dash within a line.
+_MARKDOWN_SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w)|^[-+#=]|^\d+(?=[.)]))")
 # Renderers turn addresses into links without any sign.
-_ADDRESS = re.compile(r"(?i)(?:\b(https?|ftp|mailto|file|javascript|data):|\b(www)\.|(\w)@(?=\w))")
+_ADDRESS = re.compile(r"(?i)\b(https?|ftp|mailto|file|javascript|data):|\b(www)\.|@(?=\w)")
 
 
 def show_characters(text: str, line_breaks: bool = False) -> str:
@@ -47,20 +52,8 @@ def escape_markdown(text: str) -> str:
         One line of Markdown.
     """
     line = show_characters(" ".join(text.split()))
-    line = _MARKDOWN_SPECIAL.sub(r"\\\1", html.escape(line, quote=False))
+    line = _MARKDOWN_SPECIAL.sub(_escape_special, html.escape(line, quote=False))
     return _ADDRESS.sub(_break_address, line)
-
-
-def escape_mathtext(text: str) -> str:
-    r"""Write a text so that a figure of matplotlib shows it, also if it has dollar signs.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        The text, with `\$` in place of `$`, and without characters that no font has.
-    """
-    return show_characters(text, line_breaks=True).replace("$", r"\$")
 
 
 def _is_hidden(character: str) -> bool:
@@ -77,4 +70,53 @@ def _break_address(match: re.Match[str]) -> str:
     """Write the sign that makes an address of a text as an entity."""
     if match[1]:
         return f"{match[1]}&#58;"
-    return f"{match[2]}&#46;" if match[2] else f"{match[3]}&#64;"
+    return f"{match[2]}&#46;" if match[2] else "&#64;"
+
+
+def _escape_special(match: re.Match[str]) -> str:
+    """Write a sign of Markdown as text; a number at the start of a line would be that of a list."""
+    sign = match[0]
+    return f"{sign}\\" if sign.isdigit() else f"\\{sign}"
+
+
+class VisibleStream:
+    """Text stream that writes to another one what `show_characters` makes of a text.
+
+    Everything else is the other stream's.
+
+    Attributes:
+        raw_stream: The other stream.
+    """
+
+    def __init__(self, raw_stream: TextIO) -> None:
+        self.raw_stream = raw_stream
+
+    def write(self, text: str) -> int:
+        """Write a text with escapes in place of hidden characters."""
+        self.raw_stream.write(show_characters(text, line_breaks=True))
+        return len(text)
+
+    def writelines(self, lines: Iterator[str]) -> None:
+        """Write several texts."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw_stream, name)
+
+
+@contextmanager
+def visible_output() -> Iterator[None]:
+    """Print in this block what is printable, so that no name of a stranger commands the terminal.
+
+    Consoles of rich, which write commands of their own, take the stream below (`PlainConsole`).
+    """
+    previous = sys.stdout, sys.stderr
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, VisibleStream):
+            setattr(sys, name, VisibleStream(stream))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = previous

@@ -20,6 +20,8 @@ LAYERS = [
         "atomic_files",
         "bounded_files",
         "visible_text",
+        "stored_data",
+        "plain_console",
         "file_privacy",
         "yaml_files",
         "spec",
@@ -45,6 +47,7 @@ LAYERS = [
     (
         "tracking",
         "terminal",
+        "text_figure",
         "plots",
         "comparison_plots",
         "instance_plots",

@@ -152,7 +152,7 @@ def test_a_damaged_file_is_one_line_that_says_what_to_do(
 ) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(DamagedFileError) as error:
-        open_path(tmp_path / "x.json").read_json(("c", "b", "a"))
+        open_path(tmp_path / "x.json").read_json({"c": int, "b": int, "a": int})
     place = tmp_path / "x.json"
     assert (
         str(error.value)
@@ -163,6 +163,6 @@ def test_a_damaged_file_is_one_line_that_says_what_to_do(
 def test_a_sound_file_may_have_more_keys_and_a_missing_one_is_missing(tmp_path: Path) -> None:
     file = open_path(tmp_path / "x.json")
     file.write_json({"a": 1, "more": None})
-    assert file.read_json(("a",)) == {"a": 1, "more": None}
+    assert file.read_json({"a": int}) == {"a": 1, "more": None}
     with pytest.raises(StoredFileNotFound):
-        open_path(tmp_path / "none.json").read_json(("a",))
+        open_path(tmp_path / "none.json").read_json({"a": int})

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from raysweep.bounded_files import open_npz, read_parquet_table
-from raysweep.errors import DamagedFileError, InfrastructureError
+from raysweep.errors import DamagedFileError, InfrastructureError, get_first_line
 from raysweep.lazy_modules import np
 from raysweep.spec import SpecError
 
@@ -94,6 +94,7 @@ def load_mnist(data_dir: Path | None, download: bool) -> TrainTestArrays:
     """
     from torchvision.datasets import MNIST
 
+    _refuse_pickled_mnist(data_dir)
     train, test = _load_torchvision_splits(
         "mnist", data_dir, lambda root, train: MNIST(root, train, download=download)
     )
@@ -342,13 +343,28 @@ def _load_torchvision_splits(
     try:
         return make_dataset(str(data_dir), True), make_dataset(str(data_dir), False)
     except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = get_first_line(error)
         hint = "point data.data_dir at the folder of torchvision's files, or set data.download=true"
         # Without a download, torchvision raises RuntimeError for files that are not there.
         is_missing = isinstance(error, RuntimeError | FileNotFoundError | NotADirectoryError)
         raise (SpecError if is_missing else InfrastructureError)(
             f"data.name {dataset_name!r} is not in {data_dir} ({reason}); {hint}"
         ) from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {get_first_line(error)}"
+        raise DamagedFileError(
+            f"data.name {dataset_name!r} in {data_dir} cannot be read ({reason}); download it again"
+        ) from error
+
+
+def _refuse_pickled_mnist(data_dir: Path | None) -> None:
+    """Raise SpecError for the files of an old torchvision, which would be unpickled."""
+    folder = (data_dir or Path()) / "MNIST" / "processed"
+    if data_dir is not None and any(folder.glob("*.pt")):
+        raise SpecError(
+            f"{folder}: has files of an old torchvision, which are pickles and never read: move "
+            "the folder away; MNIST/raw is read (data.download=true makes it)"
+        )
 
 
 def _to_label_array(labels: object) -> LabelArray:

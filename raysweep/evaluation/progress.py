@@ -15,6 +15,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from raysweep.plain_console import PlainConsole
+from raysweep.visible_text import show_characters
+
 
 @dataclass(frozen=True)
 class EvaluationProgress:
@@ -58,9 +61,9 @@ def show_evaluation_progress(
     """
     if console is None:
         # `FORCE_COLOR` does not make a file a terminal.
-        console = Console(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
+        console = PlainConsole(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
     columns = (
-        TextColumn("{task.description:>10}"),
+        TextColumn("{task.description:>10}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -83,7 +86,9 @@ def show_evaluation_progress(
                     console.print(f"{name}: {accuracy:.2%} robust", highlight=False)
                 return
             if name not in tasks:
-                tasks[name] = bars.add_task(name, total=progress.total, robust=accuracy)
+                tasks[name] = bars.add_task(
+                    show_characters(name), total=progress.total, robust=accuracy
+                )
             bars.update(tasks[name], completed=progress.done, robust=accuracy)
 
         yield show

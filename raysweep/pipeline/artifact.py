@@ -18,8 +18,10 @@ from pydantic import (
 )
 
 from raysweep.atomic_files import atomic_folder
+from raysweep.bounded_files import read_regular_file
 from raysweep.errors import DamagedFileError, InfrastructureError
 from raysweep.spec import JsonDict, Spec
+from raysweep.stored_data import parse_stored_json
 from raysweep.training.selection import RunRank
 from raysweep.training.validation import DEFAULT_OBJECTIVE, is_robust_objective
 
@@ -256,11 +258,14 @@ class Artifact(Spec):
         """
         file = folder / ARTIFACT_FILE
         try:
-            data = json.loads(file.read_text())
+            data = parse_stored_json(read_regular_file(file), str(file), {})
         except FileNotFoundError:
             return None
-        except (ValueError, RecursionError) as error:
-            raise DamagedFileError(f"{file}: cannot be read: {error}; delete the folder") from error
+        except ValueError as error:
+            reason = "it is no JSON object" if isinstance(error, DamagedFileError) else error
+            raise DamagedFileError(
+                f"{file}: cannot be read: {reason}; delete the folder"
+            ) from error
         except OSError as error:
             raise InfrastructureError(f"{file}: cannot be read: {error.strerror}") from error
         return cls.from_data(data, str(file), stored=True)

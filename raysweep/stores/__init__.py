@@ -17,7 +17,7 @@ from raysweep.stores.protocol import (
     StoredFile,
     VersionedContent,
 )
-from raysweep.stores.store_path import StorePath, parse_json
+from raysweep.stores.store_path import StorePath
 
 __all__ = [
     "META_FILE",
@@ -36,7 +36,6 @@ __all__ = [
     "is_uri",
     "open_path",
     "open_store",
-    "parse_json",
     "require_conditional_writes",
     "require_reachable",
 ]

@@ -1,14 +1,15 @@
 """Paths of files and folders in a store, with the operations that a path of this machine has."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any
 
-from raysweep.bounded_files import FileTooLarge, check_text_length
-from raysweep.errors import DamagedFileError
 from raysweep.spec import JsonDict
+from raysweep.stored_data import parse_stored_json
 from raysweep.stores.protocol import META_FILE, Store, StoredFile
 
 
@@ -71,20 +72,21 @@ class StorePath:
         """Read the UTF-8 text file; StoredFileNotFound if there is none."""
         return self.read_bytes().decode()
 
-    def read_json(self, required_keys: Iterable[str] = ()) -> JsonDict:
+    def read_json(self, types: Mapping[str, Any] = MappingProxyType({})) -> JsonDict:
         """Read a JSON object that raysweep wrote.
 
         Args:
-            required_keys: Keys that the object must have.
+            types: Type of each key that the object must have (see `parse_stored_json`).
 
         Returns:
             The object.
 
         Raises:
-            DamagedFileError: It is not a JSON object, or lacks a required key. One line.
+            DamagedFileError: It is not a JSON object, lacks a key, or a value has another type. One
+                line.
             StoredFileNotFound: There is no file.
         """
-        return parse_json(self.read_bytes(), str(self), required_keys)
+        return parse_stored_json(self.read_bytes(), str(self), types)
 
     def read_matching(self, pattern: str) -> dict["StorePath", bytes]:
         """Read all files below this folder that match a pattern.
@@ -168,38 +170,3 @@ class StorePath:
     def fetch_checkpoint(self) -> Path | None:
         """Return a local folder with this checkpoint's files; None if there is no checkpoint."""
         return self.store.fetch_checkpoint(self.key)
-
-
-def parse_json(data: bytes, source: str, required_keys: Iterable[str]) -> JsonDict:
-    """Parse a JSON object that raysweep wrote.
-
-    Args:
-        data: Content of the file.
-        source: Location of the file, for errors.
-        required_keys: Keys that the object must have.
-
-    Returns:
-        The object.
-
-    Raises:
-        DamagedFileError: It is not a JSON object, or lacks a required key. One line.
-    """
-    try:
-        check_text_length(len(data))
-        content = json.loads(data)
-    except FileTooLarge as error:
-        raise DamagedFileError(f"{source}: cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise _make_damaged_file_error(source, "it is no JSON object") from error
-    if not isinstance(content, dict):
-        raise _make_damaged_file_error(source, "it is no JSON object")
-    if missing_keys := sorted(set(required_keys) - content.keys()):
-        raise _make_damaged_file_error(source, f"it lacks {', '.join(missing_keys)}")
-    return content
-
-
-def _make_damaged_file_error(source: str, problem: str) -> DamagedFileError:
-    """Return the error of a file whose content is damaged."""
-    return DamagedFileError(
-        f"{source} is damaged: {problem}; restore it, or start anew under another --name"
-    )

@@ -6,8 +6,10 @@ A driver that was killed resumes the sweep from these files alone.
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Literal
+from typing import Annotated, Any, Literal
 from uuid import uuid4
+
+from pydantic import Field
 
 from raysweep.bucket_lease import LeaseLost
 from raysweep.errors import InfrastructureError
@@ -15,7 +17,15 @@ from raysweep.leases import is_folder_in_use
 from raysweep.logs import discard_log
 from raysweep.pareto import pareto_front_indices
 from raysweep.spec import JsonDict, SpecError
-from raysweep.stores import Location, StoredFileNotFound, StorePath, open_path, parse_json
+from raysweep.stored_data import (
+    Count,
+    Metrics,
+    check_stored_types,
+    make_damaged_file_error,
+    parse_stored_json,
+    require_stored_types,
+)
+from raysweep.stores import Location, StoredFileNotFound, StorePath, open_path
 from raysweep.sweep.extension_checks import check_extension
 from raysweep.sweep.finalist_result import FinalistResult
 from raysweep.sweep.search_space import Params, SearchSpace
@@ -205,7 +215,30 @@ class Trial:
 
 
 # Fields of a trial that trial.json of earlier versions lacks.
-_LATER_FIELDS = ("burn_in", "best_in_burn_in", "is_infrastructure_failure", "finalist")
+_LATER_FIELDS = {"burn_in", "best_in_burn_in", "is_infrastructure_failure", "finalist"}
+_CurvePoint = Annotated[list[float], Field(min_length=2, max_length=2)]
+_TRIAL_TYPES: dict[str, Any] = {
+    **{"number": Count, "params": dict[str, Any], "state": TrialStatus, "epoch": Count},
+    **{"latest": Metrics, "best": Metrics, "curve": list[_CurvePoint]},
+    **{"trained_epochs": Count, "seconds": float, "retries": Count, "reason": str},
+    **{"burn_in": Count | None, "best_in_burn_in": Metrics, "is_infrastructure_failure": bool},
+    "finalist": dict[str, Any] | None,
+}
+
+_FINALIST_TYPES: dict[str, Any] = {
+    **{"epoch": Count, "robust": float | None, "n_examples": Count, "eps": float, "norm": str},
+    **{"seconds": float, "error": str},
+}
+
+
+def _check_trial(trial: Trial, file: StorePath) -> None:
+    """Raise DamagedFileError for numbers that name no trial or epoch."""
+    if file.parent.name != f"{trial.number:04d}":
+        raise make_damaged_file_error(str(file), f"number = {trial.number}")
+    for name, metrics in (("latest", trial.latest), ("best", trial.best)):
+        epoch = metrics.get("epoch", 0)
+        if metrics and not (float(epoch).is_integer() and 1 <= epoch <= 1e12):
+            raise make_damaged_file_error(str(file), f"{name}.epoch = {epoch}")
 
 
 class Ledger:
@@ -279,7 +312,7 @@ class Ledger:
         """
         path = open_path(path)
         try:
-            data = (path / "sweep.json").read_json(("key", "space"))
+            data = (path / "sweep.json").read_json({"key": str, "space": dict[str, Any]})
         except StoredFileNotFound as error:
             sweeps = path.parent.list_folders_containing("sweep.json")
             raise SpecError(
@@ -431,14 +464,19 @@ class Ledger:
             DamagedFileError: If a trial.json is damaged.
         """
         keys = {field.name: _STORED_KEYS.get(field.name, field.name) for field in fields(Trial)}
-        required_keys = [key for name, key in keys.items() if name not in _LATER_FIELDS]
+        types = {key: _TRIAL_TYPES[name] for name, key in keys.items()}
+        required_types = {keys[name]: types[keys[name]] for name in keys.keys() - _LATER_FIELDS}
         trials = []
         for file, content in (self.path / "trials").read_matching("*/trial.json").items():
-            data = parse_json(content, str(file), required_keys)
+            data = parse_stored_json(content, str(file), required_types)
+            check_stored_types(data, types, str(file))
             values = {name: data[key] for name, key in keys.items() if key in data}
             if values.get("finalist") is not None:
+                require_stored_types(values["finalist"], _FINALIST_TYPES, f"{file} (finalist)")
                 values["finalist"] = FinalistResult.from_stored_dict(values["finalist"])
-            trials.append(Trial(**values))
+            trial = Trial(**values)
+            _check_trial(trial, file)
+            trials.append(trial)
         return trials
 
     def rank_trials(self) -> list[Trial]:

@@ -29,6 +29,7 @@ from raysweep.training.checkpoint import describe_environment
 from raysweep.training.config import TrainingConfig
 from raysweep.training.diagnostics import read_histograms
 from raysweep.uri_passwords import fill_in_passwords
+from raysweep.visible_text import escape_markdown
 
 EXPERIMENT_NAME = "raysweep"
 # MLflow's error codes for a run, model or artifact that a store does not have.
@@ -265,7 +266,9 @@ class Tracker:
 
     def set_description(self, run_id: str, lines: Sequence[str]) -> None:
         """Replace the run's description in the UI by a list with one item per line."""
-        self.set_tags(run_id, {_DESCRIPTION_TAG: "\n".join(f"- {line}" for line in lines)})
+        self.set_tags(
+            run_id, {_DESCRIPTION_TAG: "\n".join(f"- {escape_markdown(line)}" for line in lines)}
+        )
 
     def log_folder(self, run_id: str, folder: Path, artifact_folder: str) -> None:
         """Upload the files of a folder as artifacts of a run.
@@ -418,7 +421,7 @@ class Tracker:
     def set_version_description(self, model_name: str, version: str, description: str) -> None:
         """Replace the description of a model's version."""
         client, _ = self._open_store()
-        client.update_model_version(model_name, version, description=description)
+        client.update_model_version(model_name, version, description=escape_markdown(description))
 
     def set_model_alias(self, model_name: str, alias: str, version: str) -> None:
         """Give a version of a model an alias; the version that had it before loses it."""

@@ -18,9 +18,11 @@ from uuid import uuid4
 
 from safetensors import SafetensorError
 
+from raysweep.bounded_files import read_regular_file
 from raysweep.errors import DamagedFileError, InfrastructureError
 from raysweep.lazy_modules import safetensors_torch, torch
 from raysweep.spec import JsonDict, SpecError
+from raysweep.stored_data import Count, Metrics, check_stored_types, parse_stored_json
 from raysweep.stores import META_FILE, Location, StoredFileNotFound, StorePath, open_path
 from raysweep.training.config import TrainingConfig
 from raysweep.training.metric_history import EpochMetrics
@@ -37,6 +39,11 @@ SELECTION_KEY = "best_after_burn_in"
 """Key that a checkpoint has if its run chooses its best epoch by `selection.find_best_epoch`."""
 _FORMAT_VERSION = 1
 _MAX_REASON_LENGTH = 200
+_META_TYPES: dict[str, Any] = {
+    **{"config": dict[str, Any], "epoch": Count, "history": list[Metrics]},
+    **{"data_fingerprint": str, "sha256": dict[str, str], "environment": dict[str, Any]},
+    "digest": str,
+}
 
 
 @dataclass(frozen=True)
@@ -234,12 +241,14 @@ def _fetch_folder(path: StorePath) -> Path:
 def _read_meta(folder: Path, path: StorePath) -> JsonDict:
     """Read a checkpoint's metadata. Raises DamagedFileError if they are incomplete."""
     try:
-        meta = json.loads((folder / META_FILE).read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        meta = parse_stored_json(read_regular_file(folder / META_FILE), str(path / META_FILE), {})
+    except (OSError, ValueError) as error:
+        if isinstance(error, DamagedFileError) and "no JSON" not in str(error):
+            raise
         raise DamagedFileError(
             f"{path}: not a raysweep checkpoint: {META_FILE} is not JSON"
         ) from error
-    if not isinstance(meta, dict) or meta.get("format") != _FORMAT_VERSION:
+    if meta.get("format") != _FORMAT_VERSION:
         raise DamagedFileError(f"{path}: not a raysweep checkpoint of format {_FORMAT_VERSION}")
     missing = {"config", "epoch", "history", "data_fingerprint", "sha256"} - meta.keys()
     if (
@@ -249,6 +258,7 @@ def _read_meta(folder: Path, path: StorePath) -> JsonDict:
     ):
         names = ", ".join(sorted(missing)) or "hashes"
         raise DamagedFileError(f"{path}: not a raysweep checkpoint: {META_FILE} lacks {names}")
+    check_stored_types(meta, _META_TYPES, str(path / META_FILE))
     return meta
 
 
@@ -276,7 +286,7 @@ class RunDirectory:
         """Unique id of this run, independent of the folder's name; created on first use."""
         file = self.path / "run.json"
         try:
-            return str(file.read_json(["key"])["key"])
+            return str(file.read_json({"key": str})["key"])
         except StoredFileNotFound:
             key = uuid4().hex
             file.write_json({"key": key})
@@ -312,7 +322,9 @@ class RunDirectory:
         epochs = self.list_saved_epochs()
         if not epochs:
             return None
-        meta: JsonDict = (self.epoch_path(epochs[-1]) / META_FILE).read_json(("config", "history"))
+        meta: JsonDict = (self.epoch_path(epochs[-1]) / META_FILE).read_json(
+            {name: _META_TYPES[name] for name in ("config", "history")}
+        )
         return meta
 
     def read_history(self) -> list[EpochMetrics]:

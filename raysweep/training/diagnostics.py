@@ -5,13 +5,15 @@ They are stored as metrics of the epoch and as histograms.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, TypedDict
+
+from pydantic import BaseModel
 
 from raysweep.attacks import AttackResult, freeze_model, true_class_confidence
 from raysweep.data import Split, choose_covering_rows
 from raysweep.lazy_modules import torch
 from raysweep.method import NATURAL_INPUT, Method, MethodOutput
+from raysweep.stored_data import check_stored_types, parse_stored_json
 from raysweep.stores import StorePath
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.worker_group import WorkerGroup
@@ -23,6 +25,13 @@ LOW_WEIGHT_THRESHOLD = 0.2
 """Weights below this share of the batch's mean weight count as low (LRAT, figure 1a)."""
 
 _HISTOGRAM_FOLDER = "histograms"
+
+
+class _StoredHistogram(BaseModel):
+    """What a file has of a histogram."""
+
+    edges: list[float]
+    counts: list[int]
 
 
 class Histogram(TypedDict):
@@ -225,7 +234,15 @@ def read_histograms(run_path: StorePath) -> dict[int, dict[str, Histogram]]:
         1-based epoch -> name -> histogram.
     """
     files = (run_path / _HISTOGRAM_FOLDER).read_matching("epoch-*.json")
-    return {int(file.name[len("epoch-") : -5]): json.loads(data) for file, data in files.items()}
+    histograms = {}
+    for file, data in files.items():
+        number = file.name.removeprefix("epoch-").removesuffix(".json")
+        if number.isascii() and number.isdecimal():
+            content = parse_stored_json(data, str(file), {})
+            types = dict.fromkeys(content, _StoredHistogram)
+            check_stored_types(content, types, str(file))
+            histograms[int(number)] = content
+    return histograms
 
 
 def _make_bin_edges(low: float, high: float, n_bins: int) -> list[float]:

@@ -17,6 +17,7 @@ from raysweep.errors import (
 )
 from raysweep.lazy_modules import torch
 from raysweep.redaction import redact_secrets
+from raysweep.stored_data import check_stored_types
 from raysweep.stores import StoredFileNotFound, StorePath
 from raysweep.training.config import TrainingConfig
 
@@ -110,7 +111,9 @@ def load_failure_report(run_path: StorePath) -> dict[str, str]:
         The report; an empty dict if there is none.
     """
     try:
-        return (run_path / _REPORT_FILE).read_json()
+        report = (run_path / _REPORT_FILE).read_json()
+        check_stored_types({"report": report}, {"report": dict[str, str]}, str(run_path))
+        return report
     except StoredFileNotFound:
         return {}
 

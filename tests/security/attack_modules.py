@@ -3,5 +3,6 @@
 import bombs
 import foreign_references
 import forged_shards
+import hostile_texts
 
-MODULES = (bombs, foreign_references, forged_shards)
+MODULES = (bombs, foreign_references, forged_shards, hostile_texts)

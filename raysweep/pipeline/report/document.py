@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from raysweep.visible_text import escape_markdown, show_characters
+
 _CSS = """
 :root { color-scheme: light; --line: #d9dde3; --soft: #f5f6f8; --ink: #1c2430; --quiet: #5b6675; }
 body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink); \
@@ -120,24 +122,24 @@ class ReportDocument:
     def render_html(self) -> str:
         """Return one HTML file without scripts and without references to other files."""
         body = "".join(_render_section_html(section) for section in self.sections)
-        title = html.escape(self.title)
+        title = _escape_html(self.title)
         return (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             f"<title>{title}</title>"
             f'<meta name="viewport" content="width=device-width"><style>{_CSS}</style></head>\n'
-            f'<body><h1>{title}</h1><p class="quiet">{html.escape(self.subtitle)}</p>{body}'
+            f'<body><h1>{title}</h1><p class="quiet">{_escape_html(self.subtitle)}</p>{body}'
             "</body></html>\n"
         )
 
     def render_markdown(self) -> str:
         """Return Markdown; the captions of figures replace the figures."""
-        lines = [f"# {self.title}", "", self.subtitle, ""]
+        lines = [f"# {escape_markdown(self.title)}", "", escape_markdown(self.subtitle), ""]
         for section in self.sections:
-            lines += [f"## {section.title}", ""]
+            lines += [f"## {escape_markdown(section.title)}", ""]
             captions = []
             for part in section.parts:
                 if isinstance(part, CaptionedFigure):
-                    captions.append(part.caption)
+                    captions.append(escape_markdown(part.caption))
                 else:
                     lines += [*_render_part_markdown(part), ""]
             if captions:
@@ -145,9 +147,14 @@ class ReportDocument:
         return "\n".join(lines).rstrip() + "\n"
 
 
+def _escape_html(text: str) -> str:
+    """Write a text in HTML so that the page shows it, and no sign reorders or hides others."""
+    return html.escape(show_characters(text, line_breaks=True))
+
+
 def _render_section_html(section: Section) -> str:
     """Render the title, the text and then the figures of a section."""
-    blocks, pictures = [f"<h2>{html.escape(section.title)}</h2>"], []
+    blocks, pictures = [f"<h2>{_escape_html(section.title)}</h2>"], []
     for part in section.parts:
         if isinstance(part, CaptionedFigure):
             pictures.append(_render_figure_html(part))
@@ -162,9 +169,9 @@ def _render_part_html(part: TextPart) -> str:
     """Render text or a table."""
     if isinstance(part, Banner):
         tone = {True: " good", False: " bad", None: ""}[part.is_good]
-        return f'<p class="banner{tone}">{html.escape(part.text)}</p>'
+        return f'<p class="banner{tone}">{_escape_html(part.text)}</p>'
     if isinstance(part, Paragraph):
-        return f"<p{' class=quiet' if part.is_muted else ''}>{html.escape(part.text)}</p>"
+        return f"<p{' class=quiet' if part.is_muted else ''}>{_escape_html(part.text)}</p>"
     return _render_table_html(part)
 
 
@@ -184,7 +191,7 @@ def _render_row_html(tag: str, cells: Sequence[str], is_text: Sequence[bool]) ->
 
 def _render_cell_html(tag: str, text: str, is_text: bool) -> str:
     """Render a cell; verdicts in the body of the table are coloured."""
-    content = html.escape(text)
+    content = _escape_html(text)
     tone = _find_tone(text)
     if tone and tag == "td":
         content = f'<span class="{tone}">{content}</span>'
@@ -208,7 +215,7 @@ def _render_figure_html(captioned_figure: CaptionedFigure) -> str:
             buffer, format="svg", metadata={"Date": None, "Creator": None}
         )
     data = base64.b64encode(buffer.getvalue()).decode()
-    caption = html.escape(captioned_figure.caption)
+    caption = _escape_html(captioned_figure.caption)
     css_class = " class=wide" if captioned_figure.is_full_width else ""
     return (
         f'<figure{css_class}><img alt="{caption}" src="data:image/svg+xml;base64,{data}">'
@@ -219,10 +226,10 @@ def _render_figure_html(captioned_figure: CaptionedFigure) -> str:
 def _render_part_markdown(part: TextPart) -> list[str]:
     """Render text or a table as lines."""
     if isinstance(part, Banner):
-        return [f"**{part.text}**"]
+        return [f"**{escape_markdown(part.text)}**"]
     if isinstance(part, Paragraph):
-        return [part.text]
+        return [escape_markdown(part.text)]
     left_aligned = {part.headers[0], *part.text_columns}
     align = ["---" if header in left_aligned else "---:" for header in part.headers]
-    rows = [part.headers, align, *part.rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    head, *rows = ([escape_markdown(cell) for cell in row] for row in (part.headers, *part.rows))
+    return ["| " + " | ".join(cells) + " |" for cells in (head, align, *rows)]

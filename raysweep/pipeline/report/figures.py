@@ -12,6 +12,7 @@ from raysweep.pipeline.published_results import PaperComparison
 from raysweep.plots import create_axes
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import Distribution, param_labels
+from raysweep.text_figure import TextFigure
 
 History = Sequence[Mapping[str, float]]
 
@@ -55,7 +56,7 @@ def plot_param_slices(ledger: Ledger) -> Figure:
     labels = param_labels(list(space))
     n_columns = min(len(space), _MAX_SLICE_COLUMNS)
     n_rows = -(-len(space) // n_columns)
-    figure = Figure(figsize=(0.6 + 3 * n_columns, 2.6 * n_rows), layout="constrained")
+    figure = TextFigure(figsize=(0.6 + 3 * n_columns, 2.6 * n_rows), layout="constrained")
     grid = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True)
     for axes, (path, distribution) in zip(grid.flat, space.items(), strict=False):
         _set_param_scale(axes, distribution)
@@ -114,7 +115,9 @@ def plot_param_importances(importances: Mapping[str, float], metric: str) -> Fig
         importances: Share of the variance of the metric that each parameter explains, in [0, 1].
         metric: Name of the metric.
     """
-    figure = Figure(figsize=(4.4, max(1.6, 0.9 + 0.34 * len(importances))), layout="constrained")
+    figure = TextFigure(
+        figsize=(4.4, max(1.6, 0.9 + 0.34 * len(importances))), layout="constrained"
+    )
     axes = figure.subplots()
     labels = param_labels(list(importances))
     bars = axes.barh([labels[path] for path in importances], list(importances.values()), 0.6)
@@ -243,7 +246,7 @@ def plot_paper_comparison(comparisons: Sequence[PaperComparison]) -> Figure:
     Args:
         comparisons: Our results beside the paper's, one for each row of the figure.
     """
-    figure = Figure(figsize=(6.4, 0.9 + 0.3 * len(comparisons)), layout="constrained")
+    figure = TextFigure(figsize=(6.4, 0.9 + 0.3 * len(comparisons)), layout="constrained")
     axes = figure.subplots()
     positions = list(range(len(comparisons)))
     axes.barh(
