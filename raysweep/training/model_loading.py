@@ -172,8 +172,8 @@ def load_factory_target(import_path: str) -> EvaluationTarget:
         SpecError: The factory cannot be imported or fails, or returns something else; one line.
     """
     module, _, factory = import_path.partition(":")
-    # The entry is not removed afterwards, because unpickling the model imports the model's class.
-    sys.path.insert(0, str(Path.cwd()))
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
     try:
         model = getattr(importlib.import_module(module), factory)()
     except (ImportError, AttributeError) as error:
@@ -184,6 +184,11 @@ def load_factory_target(import_path: str) -> EvaluationTarget:
         raise SpecError(
             f"{import_path}: {type(error).__name__}: {message} ({frame.filename}:{frame.lineno})"
         ) from error
+    finally:
+        # Unpickling the model imports its class from there. At the end of the path, because other
+        # files of the folder must not take the place of libraries that are imported later.
+        sys.path.remove(folder)
+        sys.path.append(folder)
     if not isinstance(model, torch.nn.Module):
         raise SpecError(f"{import_path}: gave {type(model).__name__}, not a torch.nn.Module")
     # Not `model.eval()`: some models' `train` returns nothing, and exported programs have no modes.

@@ -1,5 +1,6 @@
 """Each attack of the table fails, and honest files go on being read."""
 
+import re
 from pathlib import Path
 
 import attack_modules
@@ -45,6 +46,16 @@ def test_a_limit_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch, value
     monkeypatch.setenv(UNPACKED_LIMIT_VARIABLE, value)
     with pytest.raises(SpecError, match="expected MiB as a whole number from 1"):
         read_unpacked_limit()
+
+
+def test_the_page_names_tests_that_exist() -> None:
+    tests = Path(__file__).parent.parent
+    page = (tests.parent / "docs/security.md").read_text()
+    known = {one.play.__name__ for one in attack_table.ATTACKS}
+    named = set(re.findall(r"`(?:security/test_attacks.py::test_attacks_fail)?\[(\w+)\]`", page))
+    assert named <= known and len(named) > 20, named - known
+    for file, test in re.findall(r"`((?:security/)?test_\w+\.py)(?:::(test_\w+))?", page):
+        assert f"def {test}" in (tests / file).read_text(), (file, test)
 
 
 def test_every_module_has_attacks() -> None:
