@@ -28,6 +28,7 @@ from raysweep.pipeline.paired_comparison import (
 from raysweep.pipeline.register import RegisterStage
 from raysweep.pipeline.report.stage import ReportStage, _find_previous_report
 from raysweep.pipeline.stage import StageContext, TrainingOverrides, UpstreamResults
+from raysweep.stores import open_path
 from raysweep.training import checkpoint
 
 
@@ -185,12 +186,13 @@ def work(tmp_path: Path) -> StageContext:
         "p",
         tmp_path,
         folder,
-        tmp_path / "runs",
+        open_path(tmp_path / "runs"),
         TrainingOverrides({}, {}),
         Console(),
         None,
         ExitStack(),
     )
+    made.storage = open_path(tmp_path.parent)
     made.__dict__["tracker"] = FakeRegistry(tmp_path / "shelf")
     return made
 
