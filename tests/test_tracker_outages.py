@@ -317,7 +317,7 @@ def test_a_locked_database_neither_ends_nor_delays_a_run(
         time.sleep(0.1)
     with closing(sqlite3.connect(database, timeout=60)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        assert process.wait() == 0, process.err
+        assert process.wait(400) == 0, process.err
         other.rollback()
     assert "lacks the last" in process.err and "Traceback" not in process.err
     assert main(train("second", 30)) == 0
