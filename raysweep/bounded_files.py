@@ -11,7 +11,7 @@ import os
 import stat
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -32,6 +32,7 @@ _MAX_EXPANSION = 16
 _TEXT_SHARE = 8
 _NUMBERS_AND_TEXT = "biufSU"
 _MAX_BATCH_ROWS = 65_536
+_MAX_REASON_LENGTH = 200
 # A batch is counted when it is in memory already.
 _BATCHES_IN_LIMIT = 8
 
@@ -116,6 +117,20 @@ def read_regular_file(path: Path) -> bytes:
         check_text_length(status.st_size)
         # A file that grows meanwhile is cut off.
         return stream.read(max(status.st_size, 1))
+
+
+def require_regular_file(path: Path) -> None:
+    """Check that a path is a file that ends: opening a pipe waits, and a device has no end.
+
+    Args:
+        path: The file; links are followed.
+
+    Raises:
+        ValueError: If it is a pipe, a device or the like.
+        OSError: If there is no file.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is no regular file")
 
 
 def check_text_length(n_bytes: int) -> None:
@@ -227,8 +242,10 @@ def open_npz(path: Path) -> Iterator[BoundedNpz]:
         ValueError: If it is damaged, holds anything else than numbers or text, or unpacks to more
             than it may (`FileTooLarge`). One line. Errors of the block become one, too.
     """
-    with _one_line_errors(), BoundedNpz(path) as archive:
-        yield archive
+    with _one_line_errors():
+        require_regular_file(path)
+        with BoundedNpz(path) as archive:
+            yield archive
 
 
 def read_parquet_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -249,8 +266,9 @@ def read_parquet_table(path: Path, columns: Sequence[str] | None = None) -> pa.T
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with _one_line_errors(), pq.ParquetFile(path) as file:
-        file_size = path.stat().st_size
+    with _one_line_errors(), ExitStack() as stack:
+        require_regular_file(path)
+        file, file_size = stack.enter_context(pq.ParquetFile(path)), path.stat().st_size
         schema = file.schema_arrow
         missing = [name for name in columns or () if name not in schema.names]
         if missing:
@@ -326,7 +344,9 @@ def _one_line_errors() -> Iterator[None]:
     except (OSError, FileTooLarge, RaysweepError):
         raise
     except Exception as error:
-        raise ValueError(get_first_line(error)) from error
+        line = get_first_line(error)
+        shown = line if len(line) <= _MAX_REASON_LENGTH else f"{line[:_MAX_REASON_LENGTH]}..."
+        raise ValueError(shown) from error
 
 
 def _format_size(n_bytes: int) -> str:

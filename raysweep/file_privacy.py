@@ -89,8 +89,11 @@ def find_state_folder() -> Path:
     Raises:
         RuntimeError: If this user has no home folder.
     """
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "raysweep"
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
+    # A relative path would lead into whatever folder a command runs in.
+    if not state.is_absolute():
+        state = Path.home() / ".local" / "state"
+    return state / "raysweep"
 
 
 def make_folder_private(folder: Path) -> None:

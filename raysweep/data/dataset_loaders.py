@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from raysweep.bounded_files import open_npz, read_parquet_table
+from raysweep.bounded_files import open_npz, read_parquet_table, require_regular_file
 from raysweep.errors import DamagedFileError, InfrastructureError, get_first_line
 from raysweep.lazy_modules import np
 from raysweep.spec import SpecError
@@ -281,6 +281,7 @@ def _read_parquet_shape(path: Path) -> tuple[int, ...]:
     """Return the shape of the images in a .parquet file from its metadata."""
     import pyarrow.parquet as pq
 
+    require_regular_file(path)
     file = pq.ParquetFile(path)
     return (file.metadata.num_rows, *file.schema_arrow.field("x").type.shape)
 
@@ -429,7 +430,7 @@ def read_npz_optional_labels(
             found = [name for name in names if name in file.names]
             arrays.append(file.read_array(found[0]) if found else None)
         if arrays[0] is None:
-            raise ValueError(f"it has no array x (or image); found {', '.join(file.names)}")
+            raise ValueError(f"it has no array x (or image); found {', '.join(file.names[:10])}")
         return arrays[0], arrays[1]
 
 

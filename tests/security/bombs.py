@@ -111,6 +111,38 @@ def far_memo_entry(folder: Path) -> str:
     return in_little_memory(lambda: refusal_of(lambda: read_unlabeled_file(file)))
 
 
+@attack(8, "a pipe or a device in place of train.npz, train.parquet and unlabelled images")
+def pipes_in_place_of_data(folder: Path) -> str:
+    lines = []
+    for name in ("train.npz", "train.parquet", "more.pickle"):
+        for kind in ("pipe", "device"):
+            file = folder / kind / name
+            file.parent.mkdir(exist_ok=True)
+            if kind == "pipe":
+                os.mkfifo(file)
+            else:
+                file.symlink_to("/dev/zero")
+            read = read_unlabeled_file if name.startswith("more") else None
+            lines.append(refusal_of(lambda: read(file) if read else read_images(file.parent)))  # noqa: B023
+            assert read_image_shape(file.parent) is None
+            file.unlink()
+    return lines[0]
+
+
+@attack(8, "thousands of arrays, or a header of brackets")
+def many_arrays_and_brackets(folder: Path) -> str:
+    with zipfile.ZipFile(folder / "train.npz", "w") as archive:
+        for number in range(2_000):
+            archive.writestr(f"{number}.npy", b"")
+    long_line = refusal_of(lambda: read_images(folder))
+    text = b"{'descr': '|u1', 'fortran_order': False, 'shape': " + b"(" * 4000
+    with zipfile.ZipFile(folder / "train.npz", "w") as archive:
+        archive.writestr("x.npy", b"\x93NUMPY\x02\x00" + struct.pack("<I", len(text)) + text)
+    line = refusal_of(lambda: read_images(folder))
+    assert max(len(line), len(long_line)) < 500 + len(str(folder))
+    return line
+
+
 @attack(8, "a bomb among the shards of an attack")
 def bomb_among_shards(folder: Path) -> str:
     write_npz(folder / "shard.npz", (64 * MIB,), bytes(64 * MIB), "positions.npy")
