@@ -36,6 +36,7 @@ from raysweep.training.failure_reports import FAILURE_KEY, load_failure_report
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.model_loading import load_checkpoint_target
 from raysweep.training.selection import CHANCE_LIMIT_METRIC, find_best_epoch
+from raysweep.user_folders import expand_home
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,7 +69,7 @@ def load(path: str | Path, *, data_dir: str | Path | None = None) -> nn.Module:
         StoreUnavailable: The bucket does not answer.
         InfrastructureError: The MLflow store does not answer.
     """
-    overrides = {} if data_dir is None else {"data_dir": str(Path(data_dir).expanduser().resolve())}
+    overrides = {} if data_dir is None else {"data_dir": str(expand_home(data_dir).resolve())}
     name, out = str(path), Path()
     if is_mlflow_reference(name):
         _, folder = download_from_mlflow(name, open_default_tracker(out), out)
@@ -112,7 +113,7 @@ def load_report(path: str | Path) -> pd.DataFrame:
         SpecError: There is no such file, or it is not an evaluation of raysweep. One line.
         DamagedFileError: The file is damaged. One line.
     """
-    file = Path(path).expanduser()
+    file = expand_home(path)
     file = file / "examples.parquet" if file.is_dir() else file
     try:
         table = read_parquet_table(file)

@@ -9,6 +9,7 @@ from raysweep.spec import SpecError, describe_unknown_name
 from raysweep.stores import StorePath, is_uri, open_path, require_reachable
 from raysweep.sweep.ledger import Ledger
 from raysweep.tracking import Tracker, tracking_uri
+from raysweep.user_folders import expand_home
 
 # An MLflow run's id.
 _RUN_ID_PATTERN = re.compile(r"[0-9a-f]{32}")
@@ -74,7 +75,7 @@ def _find_named_run(name: str, runs_folder: StorePath) -> FoundRun | None:
 
 def _find_run_at(path_or_uri: str) -> FoundRun | None:
     """Find the sweep, trial or training run of a folder."""
-    if not is_uri(path_or_uri) and not Path(path_or_uri).expanduser().is_dir():
+    if not is_uri(path_or_uri) and not expand_home(path_or_uri).is_dir():
         return None
     folder = open_path(path_or_uri)
     require_reachable(folder)
@@ -137,7 +138,7 @@ def find_checkpoint_folder(name: str, runs_folder: StorePath) -> StorePath:
     Raises:
         SpecError: There is no such sweep, trial, run or folder, or the sweep has no result.
     """
-    if not is_uri(name) and not Path(name).expanduser().exists():
+    if not is_uri(name) and not expand_home(name).exists():
         found = find_run(name, runs_folder)
         if found is None:
             names = [run.path.name for run in list_runs(runs_folder)]

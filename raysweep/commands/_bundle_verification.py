@@ -85,8 +85,9 @@ def verify_bundle_claims(request: VerificationRequest) -> None:
     """
     from raysweep.errors import WorkFailed
     from raysweep.robustness_bundle import verify_bundle
+    from raysweep.user_folders import expand_home
 
-    folder = Path(request.bundle).expanduser().resolve()
+    folder = expand_home(request.bundle).resolve()
     verification = verify_bundle(
         folder, request.data_dir, n_attacked=request.n_attacked, seed=request.seed
     )

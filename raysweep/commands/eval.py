@@ -349,8 +349,9 @@ def _write_pseudo_labels(
         read_unlabeled_file,
         write_pseudo_labeled_npz,
     )
+    from raysweep.user_folders import expand_home
 
-    source = source.expanduser()
+    source = expand_home(source)
     x, _ = read_unlabeled_file(source)
     pixel_max = target.data.test.pixel_max if target.data else 255
     y = predict_pseudo_labels(target.model, torch.from_numpy(x), pixel_max).numpy()
@@ -497,6 +498,7 @@ def _check_bundle_folder(request: EvalRequest, target: EvaluationTarget) -> Path
     """
     from raysweep.robustness_bundle import check_signing_key
     from raysweep.spec import SpecError
+    from raysweep.user_folders import expand_home
 
     if request.bundle is None:
         return None
@@ -504,7 +506,7 @@ def _check_bundle_folder(request: EvalRequest, target: EvaluationTarget) -> Path
         raise SpecError(
             f"--bundle: {target.name} is your own code: only checkpoints of raysweep can be bundled"
         )
-    folder = request.bundle.expanduser().resolve()
+    folder = expand_home(request.bundle).resolve()
     if folder.exists():
         raise SpecError(f"--bundle {request.bundle}: exists already")
     if request.signing_key is not None:

@@ -7,7 +7,6 @@ This module and the top level of every command module import the standard librar
 from __future__ import annotations
 
 import argparse
-import os
 import textwrap
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -113,8 +112,11 @@ def add_verbose_option(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_path(text: str) -> Path:
-    """Convert text to a path; `~` at the start is the home folder."""
-    return Path(os.path.expanduser(text))  # noqa: PTH111 - Path.expanduser raises for unknown users
+    """Convert text to a path; `~` is the home folder. ArgumentTypeError if there is none."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: there is no such home folder") from error
 
 
 def parse_positive_int(text: str) -> int:

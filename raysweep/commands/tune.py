@@ -490,12 +490,13 @@ def _check_same_base(
 ) -> None:
     """Raise SpecError if the base settings of a file differ from those of the resumed sweep."""
     from raysweep.spec import SpecError
+    from raysweep.user_folders import expand_home
     from raysweep.yaml_files import read_yaml
 
     base = resumed_space.base
     for path, value in (read_yaml(space_file).get("base") or {}).items():
         # A sweep stores paths as absolute ones.
-        equal_values = (value, str(Path(str(value)).expanduser().resolve()))
+        equal_values = (value, str(expand_home(str(value)).resolve()))
         if path not in overrides and base.get(path, value) not in equal_values:
             raise SpecError(
                 f"{space_file}: base.{path} = {value!r}: the sweep has {base[path]!r}; use --set"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, TypeAlias
@@ -26,6 +25,7 @@ from raysweep.data.unlabeled import read_unlabeled_file
 from raysweep.lazy_modules import np, torch
 from raysweep.rng import derive_seed
 from raysweep.spec import Spec, SpecError, describe_unknown_name
+from raysweep.user_folders import expand_home
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +71,7 @@ class DataSpec(Spec):
         """Expand `~`, and make the path absolute unless it starts at `data_dir`."""
         if path is None:
             return None
-        # expanduser raises for the home of an unknown user.
-        with suppress(RuntimeError):
-            path = path.expanduser()
+        path = expand_home(path)
         return path if info.data.get("data_dir") else path.resolve()
 
     @field_validator("name")

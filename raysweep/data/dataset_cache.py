@@ -20,6 +20,7 @@ from raysweep.data.dataset import DatasetSplits, DataSpec, load_data
 from raysweep.data.split_tensors import Split
 from raysweep.errors import InfrastructureError, RaysweepError
 from raysweep.spec import json_digest
+from raysweep.user_folders import find_cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +76,8 @@ def _load_memoized(spec_json: str, fingerprint: str | None) -> DatasetSplits:
 
 
 def get_dataset_cache_dir() -> Path:
-    """Return the user's cache folder: `$XDG_CACHE_HOME/raysweep-data`, by default in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raysweep-data"
+    """Return the folder of cached data sets, see `find_cache_folder`."""
+    return find_cache_folder("raysweep-data")
 
 
 def _load_or_create_cache(spec: DataSpec, fingerprint: str) -> DatasetSplits:

@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from raysweep.stores.protocol import META_FILE
+from raysweep.user_folders import find_cache_folder
 
 _MAX_BYTES = 50 * 2**30
 # A copy may be evicted this number of seconds after its last use.
@@ -22,8 +23,7 @@ _EVICTION_MIN_AGE = 3600.0
 
 def copies_root() -> Path:
     """Return the folder of all copies."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("RAYSWEEP_CACHE") or Path(home) / "raysweep").resolve()
+    return Path(os.environ.get("RAYSWEEP_CACHE") or find_cache_folder("raysweep")).resolve()
 
 
 def bucket_copies_folder(server: str, bucket: str) -> Path:

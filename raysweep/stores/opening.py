@@ -12,6 +12,7 @@ from raysweep.stores.bucket_store import BucketLocation, BucketStore
 from raysweep.stores.folder_store import FolderStore
 from raysweep.stores.protocol import Store
 from raysweep.stores.store_path import StorePath
+from raysweep.user_folders import expand_home
 
 Location = StorePath | Path | str
 """A folder or file in a store, as functions accept it: path, local path or URI."""
@@ -81,7 +82,7 @@ def _resolve_folder(location: str) -> Path:
     """Return the absolute path of a folder; SpecError for a URI that lacks a slash."""
     if location.startswith(_TRUNCATED_URIS):
         raise SpecError(f"{location}: expected a folder, s3://BUCKET/PATH or gs://BUCKET/PATH")
-    return Path(location).expanduser().resolve()
+    return expand_home(location).resolve()
 
 
 def parse_bucket_uri(uri: str) -> BucketLocation:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,6 +24,7 @@ from raysweep.sweep.ray_access import (
     create_private_ray_folder,
     find_own_cluster,
     secure_token_file,
+    token_without_home,
 )
 from raysweep.sweep.ray_address import split_address
 from raysweep.sweep.ray_environment import ray_environment
@@ -36,6 +36,7 @@ from raysweep.sweep.ray_internals import (
     silence_authentication_log,
 )
 from raysweep.termination_signals import handle_termination_signals
+from raysweep.user_folders import find_home
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def connect_to_cluster(
     """
     if address is not None and address != "auto":
         _require_reachable(address)
-    with ray_environment(), hide_lost_process_messages():
+    with ray_environment(), token_without_home(), hide_lost_process_messages():
         check_ray_internals("connect")
         if ray.is_initialized():
             yield cluster_capacity()
@@ -179,8 +180,9 @@ def node_capacities() -> list[dict[str, float]]:
     if _CLUSTER_MAX_VARIABLE in os.environ:
         return [_parse_max_cluster_resources(os.environ[_CLUSTER_MAX_VARIABLE])]
     live_nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    bootstrap_config = Path.home() / _BOOTSTRAP_CONFIG_FILE
-    if not bootstrap_config.is_file():
+    home = find_home()
+    bootstrap_config = None if home is None else home / _BOOTSTRAP_CONFIG_FILE
+    if bootstrap_config is None or not bootstrap_config.is_file():
         return live_nodes
     config = json.loads(bootstrap_config.read_text())
     return [*live_nodes, *_unlaunched_node_capacities(config, len(live_nodes))]

@@ -5,14 +5,21 @@ import os
 import secrets
 import stat
 import sys
-import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
 from raysweep.errors import InfrastructureError
 from raysweep.file_privacy import make_folder_private, read_private_file, write_new_private_file
+from raysweep.user_folders import (
+    can_create,
+    create_private_folder,
+    find_home,
+    find_temporary_folder,
+    private_folder_name,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +36,40 @@ def find_token_path() -> Path | None:
 
     Returns:
         `RAY_AUTH_TOKEN_PATH`, or `~/.ray/auth_token`; None if the token is in the environment, or
-        this user has no home folder.
+        this user has no home folder that holds one or can be written.
     """
     if os.environ.get("RAY_AUTH_TOKEN"):
         return None
     if path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return Path(path)
-    try:
-        return Path.home() / ".ray" / "auth_token"
-    except RuntimeError:
+    home = find_home()
+    if home is None:
         return None
+    token = home / ".ray" / "auth_token"
+    return token if token.exists() or can_create(token) else None
+
+
+@contextmanager
+def token_without_home() -> Iterator[None]:
+    """Context manager that has the token of Ray's clusters elsewhere if it cannot be in the home.
+
+    `RAY_AUTH_TOKEN_PATH` then names a file in a private temporary folder, for this process and
+    those that it starts.
+
+    Raises:
+        InfrastructureError: There is no such folder.
+    """
+    if os.environ.get("RAY_AUTH_TOKEN") or find_token_path() is not None:
+        yield
+        return
+    path = create_private_folder() / "auth_token"
+    logger.info("no home folder can be written: the token of Ray's clusters is %s", path)
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    try:
+        _secure_token(path)
+        yield
+    finally:
+        del os.environ["RAY_AUTH_TOKEN_PATH"]
 
 
 def find_token_exposure() -> str:
@@ -79,6 +110,11 @@ def secure_token_file() -> None:
     uses_token = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
     if path is None or "RAY_AUTH_TOKEN_PATH" in os.environ or not uses_token:
         return
+    _secure_token(path)
+
+
+def _secure_token(path: Path) -> None:
+    """Create a token if there is none, and make it private."""
     try:
         make_folder_private(path.parent)
         if not _make_token_private(path):
@@ -122,33 +158,13 @@ def create_private_ray_folder() -> Path:
     Raises:
         InfrastructureError: If no folder can be created.
     """
-    name = _private_folder_name()
-    parent = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    name = private_folder_name()
+    parent = Path(os.environ.get("RAY_TMPDIR") or find_temporary_folder())
     longest_path = f"{parent}/{name}/{_RAY_FOLDER}{_LONGEST_SOCKET}"
     if len(os.fsencode(longest_path)) > _MAX_SOCKET_PATH:
         logger.info("%s is too long for the paths of Ray's sockets: they are in /tmp", parent)
         parent = Path("/tmp")
-    folder = parent / name
-    try:
-        try:
-            folder.mkdir(mode=0o700)
-        except FileExistsError:
-            status = folder.lstat()
-            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-                logger.warning("%s is not yours: Ray gets a new folder", folder)
-                folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir="/tmp"))
-        folder.chmod(0o700)
-    except OSError as error:
-        raise InfrastructureError(
-            f"{folder}: cannot be created for Ray's sockets and logs: {error.strerror or error}; "
-            "set TMPDIR to a folder that you can write"
-        ) from error
-    return folder / _RAY_FOLDER
-
-
-def _private_folder_name() -> str:
-    """Return the name of the folder that only this user can enter."""
-    return f"raysweep-{os.geteuid()}"
+    return create_private_folder(parent) / _RAY_FOLDER
 
 
 def find_own_cluster() -> str:
@@ -172,7 +188,7 @@ def find_own_cluster() -> str:
         if not set(user_ids) <= trusted_users:
             has_foreign = True
             continue
-        is_private = f"/{_private_folder_name()}" in arguments.get("temp-dir", "")
+        is_private = f"/{private_folder_name()}" in arguments.get("temp-dir", "")
         candidates.append((not is_private, started_at, address))
     if candidates:
         return max(candidates)[2]

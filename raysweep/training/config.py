@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -29,6 +28,7 @@ from raysweep.training.dataset_defaults import DATASET_DEFAULTS, find_array_defa
 from raysweep.training.default_objective import find_objective_defaults
 from raysweep.training.speed_settings import ComputeSpec
 from raysweep.training.validation import Validation
+from raysweep.user_folders import expand_home
 
 # Parts of a config of which a mapping replaces only the settings that it contains.
 _PARTS = frozenset({"data", "model", "optim", "validation", "compute"})
@@ -266,11 +266,11 @@ def name_dataset(changes: Mapping[str, Any]) -> dict[str, Any]:
     # `unlabeled` is a file in `data_dir`, also with a data set that needs no folder.
     if "data.name" in parts or folder is None or parts.get("data.unlabeled") is not None:
         return dict(changes)
-    names = recognize_datasets(Path(str(folder)).expanduser())
+    names = recognize_datasets(expand_home(str(folder)))
     if len(names) == 1:
         return {**changes, "data.name": names[0]}
     reason = "it has no train.npz and no train.parquet"
-    if not Path(str(folder)).expanduser().is_dir():
+    if not expand_home(str(folder)).is_dir():
         reason = "there is no such folder"
     if names:
         reason = f"it has the files of {' and '.join(names)}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raysweep.data import ImageShape, read_image_shape
+from raysweep.user_folders import expand_home
 
 # Threat model of GAIRAT, section 4.1 (and of Rice et al. 2020), network and optimizer of its
 # appendix C.3: the learning rate drops at epochs 30 and 60 of 100, counted from 1.
@@ -95,7 +96,7 @@ def is_small_array_set(data_dir: str | Path | None) -> bool:
     Args:
         data_dir: The folder; None, or a folder that is not on this machine, counts as large.
     """
-    shape = None if data_dir is None else read_image_shape(Path(data_dir).expanduser())
+    shape = None if data_dir is None else read_image_shape(expand_home(data_dir))
     return shape is not None and shape.n_images <= _MAX_SMALL_SET
 
 
@@ -109,7 +110,7 @@ def find_array_defaults(data_dir: str | Path | None) -> dict[str, Any]:
         Dotted path -> value, beside those of `DATASET_DEFAULTS`; {} if the folder is not on this
         machine or its files cannot be read: loading them says so.
     """
-    shape = None if data_dir is None else read_image_shape(Path(data_dir).expanduser())
+    shape = None if data_dir is None else read_image_shape(expand_home(data_dir))
     if shape is None:
         return {}
     is_small = shape.n_images <= _MAX_SMALL_SET
