@@ -34,6 +34,7 @@ from raysweep.errors import (
 from raysweep.file_privacy import private_files
 from raysweep.logs import command_log
 from raysweep.redaction import redact_secrets
+from raysweep.user_folders import provide_library_folders
 from raysweep.shell_completion import SUPPORTED_SHELLS, PrintCompletion
 from raysweep.visible_text import visible_output
 
@@ -198,6 +199,7 @@ def _run_command(args: argparse.Namespace, arguments: Sequence[str]) -> ExitCode
     try:
         with private_files(), command_log(arguments, getattr(args, "verbose", False)) as log:
             with _convert_expected_errors(args.command):
+                provide_library_folders()
                 args.run_command(args)
             log.exit_code = ExitCode.DONE
         return ExitCode.DONE

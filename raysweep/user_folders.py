@@ -74,6 +74,22 @@ def find_cache_folder(name: str) -> Path:
     return create_private_folder() / name
 
 
+def provide_library_folders() -> None:
+    """Give libraries a home or a folder of settings where this user's home is none.
+
+    Ray and others cannot be imported without a home: `HOME` is then a private temporary folder.
+    matplotlib warns on each start if it cannot write its settings: `MPLCONFIGDIR` then is one.
+
+    Raises:
+        InfrastructureError: There is no folder for temporary files.
+    """
+    home = find_home()
+    if home is None:
+        os.environ["HOME"] = str(create_private_folder())
+    elif not can_create(home / ".config" / "matplotlib") and "MPLCONFIGDIR" not in os.environ:
+        os.environ["MPLCONFIGDIR"] = str(create_private_folder() / "matplotlib")
+
+
 def find_temporary_folder() -> Path:
     """Return the folder for temporary files.
 
