@@ -8,7 +8,6 @@ import argparse
 import difflib
 import logging
 import os
-import select
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -33,9 +32,10 @@ from raysweep.errors import (
 )
 from raysweep.file_privacy import private_files
 from raysweep.logs import command_log
+from raysweep.output_streams import OutputClosed, forgiving_output
 from raysweep.redaction import redact_secrets
-from raysweep.user_folders import provide_library_folders
 from raysweep.shell_completion import SUPPORTED_SHELLS, PrintCompletion
+from raysweep.user_folders import provide_library_folders
 from raysweep.visible_text import visible_output
 
 logger = logging.getLogger(__name__)
@@ -125,13 +125,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: The arguments cannot be parsed, or ask for help only.
     """
     given_arguments = sys.argv[1:] if arguments is None else list(arguments)
-    with visible_output():
-        args = _parse_arguments(given_arguments)
-    _disable_telemetry()
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_traceback
-    with visible_output(), _one_line_warnings():
-        return _run_command(args, given_arguments)
+    works = given_arguments[:1] and given_arguments[0] in _WORK_COMMANDS
+    with forgiving_output(is_all=not works), visible_output():
+        args = _parse_arguments(given_arguments)
+        _disable_telemetry()
+        with _one_line_warnings():
+            return _run_command(args, given_arguments)
 
 
 def _print_traceback(
@@ -139,7 +140,8 @@ def _print_traceback(
 ) -> None:
     """Print the traceback of a bug as Python does, without secrets."""
     lines = format_exception(error_type, error, traceback)
-    sys.stderr.write(redact_secrets("".join(lines)))
+    with suppress(AttributeError, OSError, ValueError):
+        sys.stderr.write(redact_secrets("".join(lines)))
 
 
 def _disable_telemetry() -> None:
@@ -201,12 +203,13 @@ def _run_command(args: argparse.Namespace, arguments: Sequence[str]) -> ExitCode
             with _convert_expected_errors(args.command):
                 provide_library_folders()
                 args.run_command(args)
+                sys.stdout.flush()
             log.exit_code = ExitCode.DONE
         return ExitCode.DONE
     except RaysweepError as error:
         _print_error(error)
         return error.exit_code
-    except BrokenPipeError:
+    except OutputClosed:
         # The reader of the output has enough (`raysweep list | head`).
         return ExitCode.DONE
 
@@ -216,31 +219,13 @@ def _convert_expected_errors(command: str) -> Iterator[None]:
     """Raise errors that a user should see as a RaysweepError; bugs keep their class."""
     try:
         yield
-    except BrokenPipeError as error:
-        # Other pipes and connections break, too: of worker processes, a tracking server, a cluster.
-        if not _is_output_closed():
-            raise InfrastructureError(describe_os_error(error)) from error
-        # Python would print an error when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if command not in _WORK_COMMANDS:
-            raise
-        interrupted = WorkInterrupted("interrupted: the reader of the output has closed it")
-        raise _find_expected_error(interrupted, command) or interrupted from error
+    except OutputClosed:
+        raise
     except (Exception, KeyboardInterrupt) as error:
         expected = _find_expected_error(error, command)
         if expected is None or expected is error:
             raise
         raise expected from error
-
-
-def _is_output_closed() -> bool:
-    """Return whether stdout or stderr is a pipe that nobody reads any more."""
-    poll = select.poll()
-    for stream in (sys.stdout, sys.stderr):
-        # Programs that call `main` may have replaced it by something that is no file.
-        with suppress(OSError, ValueError, AttributeError):
-            poll.register(stream.fileno(), 0)
-    return bool(poll.poll(0))
 
 
 def _find_expected_error(error: BaseException, command: str) -> RaysweepError | None:

@@ -178,12 +178,12 @@ def is_infrastructure_error(error: BaseException) -> bool:
 
 
 def is_interruption(error: BaseException) -> bool:
-    """Return whether an error means that the user, or a reader of the output, ended the work.
+    """Return whether an error means that the user ended the work.
 
     Args:
         error: Any error of a command that works.
     """
-    return isinstance(error, KeyboardInterrupt | WorkInterrupted | BrokenPipeError)
+    return isinstance(error, KeyboardInterrupt | WorkInterrupted)
 
 
 def describe_os_error(error: OSError) -> str:

@@ -169,7 +169,7 @@ def is_folder_locked(folder: Path) -> bool:
 def _open_lock_file(folder: Path) -> TextIO:
     """Open the lock file for reading, whatever it is: opening a pipe would wait for a writer."""
     handle = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    return os.fdopen(handle, errors="replace")
+    return os.fdopen(handle, encoding="utf-8", errors="replace")
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _try_strict_lock(folder: Path) -> BaseFileLock | None:
         except Timeout:
             return None
     try:
-        if (folder / LOCK_FILE).read_text() and _StrictHolder.read(folder) is None:
+        if (folder / LOCK_FILE).read_text(encoding="utf-8") and _StrictHolder.read(folder) is None:
             # A process of another machine, whose mount of this folder has flock, may hold that.
             lock.release()
             return None

@@ -95,7 +95,7 @@ class _FolderLeaseHolder:
     def read(cls, path: Path) -> Self | None:
         """Read the holder; None if there is no file, or one of another format."""
         try:
-            lines = path.read_text().splitlines()
+            lines = path.read_text(encoding="utf-8").splitlines()
             values = dict(line.split("=", 1) for line in lines if "=" in line)
             return cls(int(values["pid"]), values["host"], path.stat().st_mtime)
         except (OSError, ValueError, KeyError):

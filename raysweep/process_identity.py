@@ -97,7 +97,7 @@ class ProcessIdentity:
 def _read_boot() -> str:
     """Return what identifies the boot and the namespace of process numbers; "" if unknown."""
     try:
-        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot_id} {Path('/proc/self/ns/pid').stat().st_ino}"
     except OSError:
         return ""

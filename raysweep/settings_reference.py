@@ -229,7 +229,7 @@ def _read_field_docstrings(spec_class: type[Spec]) -> dict[str, str]:
 def _parse_classes(module_name: str) -> dict[str, ast.ClassDef]:
     """Return name -> definition of the classes of a module, none if it has no file."""
     file = getattr(sys.modules[module_name], "__file__", None)
-    nodes = ast.parse(Path(file).read_text()).body if file else []
+    nodes = ast.parse(Path(file).read_text(encoding="utf-8")).body if file else []
     return {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
 
 

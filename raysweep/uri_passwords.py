@@ -46,7 +46,7 @@ def _read_password(name: str, source: str) -> str:
             f"{source}: ${{{name}}}: set the environment variable {name} or {name}_FILE"
         )
     try:
-        return Path(file).read_text().partition("\n")[0]
+        return Path(file).read_text(encoding="utf-8").partition("\n")[0]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise SpecError(f"{source}: {name}_FILE={file}: cannot be read: {reason}") from error

@@ -24,6 +24,7 @@ LAYERS = [
         "plain_console",
         "file_privacy",
         "yaml_files",
+        "output_streams",
         "user_folders",
         "spec",
         "settings_reference",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shlex
 import shutil
 import sys
 import textwrap
@@ -150,9 +151,9 @@ def _show_run(request: ShowRequest, found: FoundRun) -> None:
 def _print_namesakes(name: str, found: FoundRun) -> None:
     """Print which commands show a method, preset, space, pipeline or file of the same name."""
     kinds = [kind for kind, names in _list_names_by_kind().items() if name in names]
-    others = [f"`raysweep show {kind}:{name}`" for kind in kinds]
+    others = [f"`raysweep show {kind}:{shlex.quote(name)}`" for kind in kinds]
     if Path(name).is_file():
-        others.append(f"`raysweep show ./{name}`")
+        others.append(f"`raysweep show {shlex.quote(f'./{name}')}`")
     if others:
         print(f"{name} is a {found.kind} of this folder; for its namesake: {' or '.join(others)}")
 

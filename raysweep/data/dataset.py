@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 # Largest share of a class that validation takes, unless its share of all examples is larger.
 _MAX_VALIDATION_SHARE = 0.2
 
+_MAX_CLASSES = 1_000_000
+
 _PositionArray: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 
 
@@ -234,6 +236,11 @@ def _check_all_classes(y: LabelArray, spec: DataSpec) -> None:
     if int(y.max()) < 1:
         raise SpecError(
             f"data {spec.name!r}: all training labels are 0: training needs two classes or more"
+        )
+    if int(y.max()) >= _MAX_CLASSES:
+        raise SpecError(
+            f"data {spec.name!r}: label {int(y.max())}: labels number the classes from 0; below "
+            f"{_MAX_CLASSES}"
         )
     missing = np.flatnonzero(np.bincount(y) == 0)
     if not len(missing) or spec.allow_missing_classes:

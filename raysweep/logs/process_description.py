@@ -87,7 +87,7 @@ def _list_gpus() -> list[str]:
     """Return the names of this machine's NVIDIA GPUs."""
     names = []
     for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        match = re.search(r"Model:\s*(.+)", file.read_text(errors="replace"))
+        match = re.search(r"Model:\s*(.+)", file.read_text(encoding="utf-8", errors="replace"))
         names.append(match[1].strip() if match else "NVIDIA GPU")
     return names
 
@@ -97,4 +97,4 @@ def _read_gpu_driver() -> str:
     file = Path("/proc/driver/nvidia/version")
     if not file.is_file():
         return ""
-    return file.read_text(errors="replace").partition("\n")[0].strip()
+    return file.read_text(encoding="utf-8", errors="replace").partition("\n")[0].strip()

@@ -240,7 +240,9 @@ class Artifact(Spec):
         with atomic_folder(folder) as partial:
             if write_files is not None:
                 write_files(partial)
-            (partial / ARTIFACT_FILE).write_text(json.dumps(self.to_stored_dict(), indent=1))
+            (partial / ARTIFACT_FILE).write_text(
+                json.dumps(self.to_stored_dict(), indent=1), encoding="utf-8"
+            )
 
     @classmethod
     def read_if_finished(cls, folder: Path) -> "Artifact | None":

@@ -88,7 +88,7 @@ class RegisterStage(Stage):
         context.tracker.set_version_description(self.name, version, description)
 
         def write_files(folder: Path) -> None:
-            (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
+            (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
             shutil.copy2(_find_file(context, evaluation, EXAMPLES_FILE), folder / EXAMPLES_FILE)
 
         facts = RegisterFacts(

@@ -71,7 +71,9 @@ def write_bundle(
             predicted=report.predicted,
         )
         shutil.copytree(checkpoint.local_folder, partial / CHECKPOINT_FOLDER)
-        (partial / CARD_FILE).write_text(json.dumps({**card, **claims}, indent=2) + "\n")
+        (partial / CARD_FILE).write_text(
+            json.dumps({**card, **claims}, indent=2) + "\n", encoding="utf-8"
+        )
         write_manifest(partial, data_spec.name, checkpoint.meta["data_fingerprint"], test)
         if signing_key is not None:
             sign_manifest(partial, signing_key)

@@ -306,7 +306,7 @@ def hold_file_lock(path: Path, timeout: float = _LOCK_TIMEOUT) -> Iterator[None]
     deadline = time.monotonic() + timeout
     while True:
         lock_file.parent.mkdir(parents=True, exist_ok=True)
-        with open(lock_file, "a+", opener=_open_unless_link) as stream:
+        with open(lock_file, "a+", encoding="utf-8", opener=_open_unless_link) as stream:
             _lock_before(deadline, timeout, stream, path)
             n_names = os.fstat(stream.fileno()).st_nlink
             if n_names > 1:

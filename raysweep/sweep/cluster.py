@@ -184,7 +184,7 @@ def node_capacities() -> list[dict[str, float]]:
     bootstrap_config = None if home is None else home / _BOOTSTRAP_CONFIG_FILE
     if bootstrap_config is None or not bootstrap_config.is_file():
         return live_nodes
-    config = json.loads(bootstrap_config.read_text())
+    config = json.loads(bootstrap_config.read_text(encoding="utf-8"))
     return [*live_nodes, *_unlaunched_node_capacities(config, len(live_nodes))]
 
 

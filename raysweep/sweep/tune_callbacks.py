@@ -499,7 +499,7 @@ def _last_ray_error(ray_trial: RayTrial) -> str:
     error_file = ray_trial.error_file
     if not error_file or not Path(error_file).exists():
         return ""
-    return Path(error_file).read_text().rpartition("Failure # ")[2]
+    return Path(error_file).read_text(encoding="utf-8").rpartition("Failure # ")[2]
 
 
 def _is_metric(key: str, value: Any) -> bool:

@@ -371,7 +371,7 @@ def _write_meta(
         "sha256": sha256,
         SELECTION_KEY: True,
     }
-    (folder / META_FILE).write_text(json.dumps(meta, indent=1))
+    (folder / META_FILE).write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return meta
 
 
@@ -406,7 +406,12 @@ def _get_git_revision() -> str | None:
     describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(
-            [*git, *describe], capture_output=True, text=True, check=True, timeout=10
+            [*git, *describe],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
+            timeout=10,
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

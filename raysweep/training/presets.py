@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from raysweep.catalog import METHODS
+from raysweep.formatting import shorten_value
 from raysweep.spec import (
     JsonDict,
     SpecError,
@@ -80,7 +81,9 @@ def _choose_protocol(content: JsonDict, protocol: str | None) -> JsonDict:
     settings.pop("protocol", None)
     if protocol is None:
         return settings
-    if protocol not in protocols:
+    if not isinstance(protocols, dict) or not all(isinstance(p, dict) for p in protocols.values()):
+        raise SpecError(f"protocols = {shorten_value(protocols)}: must be mappings by their names")
+    if not isinstance(protocol, str) or protocol not in protocols:
         raise SpecError(describe_unknown_name("protocol", protocol, list(protocols)))
     return merge_overrides(settings, protocols[protocol])
 

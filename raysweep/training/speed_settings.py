@@ -72,6 +72,6 @@ def emulates_bf16(device: torch.device) -> bool:
     cpu_facts = Path("/proc/cpuinfo")
     if device.type != "cpu" or not cpu_facts.is_file():
         return False
-    text = cpu_facts.read_text(errors="replace")
+    text = cpu_facts.read_text(encoding="utf-8", errors="replace")
     # ARM and other processors name their features otherwise.
     return "flags" in text and not {"avx512_bf16", "amx_bf16"} & set(text.split())

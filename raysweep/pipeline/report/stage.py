@@ -140,8 +140,8 @@ class ReportStage(Stage):
         )
 
         def write_files(folder: Path) -> None:
-            (folder / HTML_FILE).write_text(document.render_html())
-            (folder / MARKDOWN_FILE).write_text(document.render_markdown())
+            (folder / HTML_FILE).write_text(document.render_html(), encoding="utf-8")
+            (folder / MARKDOWN_FILE).write_text(document.render_markdown(), encoding="utf-8")
             _write_figures(folder, paper_figures)
             shutil.copy2(context.out / best.folder / EXAMPLES_FILE, folder / EXAMPLES_FILE)
             context.records.write(lambda: self._log_report(context, document, banner.text))
