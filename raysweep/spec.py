@@ -721,10 +721,10 @@ def _locate_error(loc: tuple[int | str, ...], data: Any, is_key_error: bool) -> 
     node: Any = data
     for position, part in enumerate(loc):
         is_last = position == len(loc) - 1
-        if (isinstance(node, dict) and part in node) or (
-            isinstance(node, list) and isinstance(part, int) and 0 <= part < len(node)
-        ):
+        if isinstance(node, dict) and part in node:
             node = node[part]
+        elif isinstance(node, list) and isinstance(part, int) and 0 <= part < len(node):
+            node = node[int(part)]
         elif not (is_last and is_key_error):
             continue
         parts.append(str(part))
