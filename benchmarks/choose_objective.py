@@ -76,7 +76,7 @@ def load_table(path: Path) -> list[CaseOutcome]:
             name, part, array = key.split("/")
             arrays[name][part][array] = file[key]
     return [
-        CaseOutcome(json.loads(str(parts["autoattack-0"].pop("facts"))), dict(parts))
+        CaseOutcome(json.loads(str(parts["default"].pop("facts"))), dict(parts))
         for parts in arrays.values()
         if {"candidates", "default"} <= set(parts)
     ]
@@ -277,6 +277,19 @@ def report_rungs(cases: Sequence[CaseOutcome]) -> list[list[str]]:
     return lines
 
 
+def report_price(cases: Sequence[CaseOutcome]) -> list[list[str]]:
+    """Return the objective's share of an epoch of PGD-10 training by the count of passes: 11 for
+    each training image, for the defaults of digits and CIFAR-10.
+    """
+    sizes = {"digits": (1047, 300, 1), "cifar10": (49_000, 1000, 2)}
+    lines = []
+    for name in (FORMER, DEFAULT):
+        passes = float(_format_price(cases, name))
+        shares = [passes * val / every / (11 * train) for train, val, every in sizes.values()]
+        lines.append([name, f"{passes:.1f}", *(f"{share:.1%}" for share in shares)])
+    return lines
+
+
 def draw_curve(found: list[tuple[Policy, float, float]], cases: Sequence[CaseOutcome], path: Path):
     """Draw wrong verdicts over price: all policies on the fitted half, defaults on the other."""
     import matplotlib.pyplot as plt
@@ -329,6 +342,8 @@ def main() -> None:
     print(f"\n{format_table(heads, report_methods(cases))}")
     heads = ["decision by, on validation", "wrong pairs", "ties", "tau"]
     print(f"\nagainst AutoAttack on test examples\n\n{format_table(heads, report_rungs(cases))}")
+    heads = ["objective", "passes per example", "of an epoch, digits", "of an epoch, CIFAR-10"]
+    print(f"\n{format_table(heads, report_price(cases))}")
     draw_curve(found, other, args.figure)
 
 

@@ -124,7 +124,8 @@ def test_a_row_gets_runs_by_the_distance_of_the_boundary(norm):
             runs += 1
         expected.append(runs)
     assert expected == [1, 20, 6, 2, 1, 1]
-    attack = MultiTargeted(eps=eps * (1 if norm == "Linf" else 2), norm=norm, steps=steps, runs=20)
+    eps = eps if norm == "Linf" else 2 * eps
+    attack = MultiTargeted(eps=eps, norm=norm, steps=steps, runs=20, reach=reach)
     result = attack(LadderNetwork(), x, y, ExampleRng.for_examples(torch.arange(6), 0))
     assert (LadderNetwork()(result.x_adv).argmax(1) != y).tolist() == [True] + 5 * [False]
     assert result.queries[1:].tolist() == [1 + runs * (steps + 1) for runs in expected[1:]]

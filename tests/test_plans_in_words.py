@@ -44,7 +44,7 @@ def test_the_summary_of_a_run(folder: Path) -> None:
         "validation  each epoch; the best epoch is chosen by robust_worst",
         "            pgd: Linf, eps 0.03137 (8/255), 20 steps of 0.25 eps",
         "            cw: Linf, eps 0.03137 (8/255), 20 steps of 0.25 eps",
-        "            multi_targeted: Linf, eps 0.03137 (8/255), up to 40 runs of 10 steps",
+        "            multi_targeted: Linf, eps 0.03137 (8/255), up to 40 runs of 5 steps",
         "rate        0.05",
     ]
 

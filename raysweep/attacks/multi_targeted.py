@@ -53,16 +53,16 @@ class MultiTargeted(Spec):
     eps: Annotated[Schedule, bounded(0)] = 8 / 255
     """Radius of the ball around the image, in pixel values; at most 1 for Linf."""
 
-    steps: Annotated[int, Field(ge=1, le=10_000)] = 10
+    steps: Annotated[int, Field(ge=1, le=10_000)] = 5
     """Gradient steps of each run."""
 
     runs: Annotated[int, Field(ge=1, le=10_000)] = 40
     """Largest number of runs of a row."""
 
-    targets: Annotated[int, Field(ge=1)] = 9
+    targets: Annotated[int, Field(ge=1)] = 5
     """Number of target classes."""
 
-    reach: Annotated[Number, Field(ge=0)] | None = 1.0
+    reach: Annotated[Number, Field(ge=0)] | None = 2.0
     """How far beyond eps the boundary may be expected to lie, in units of eps: a row leaves after n
     runs if it is expected to be farther than reach / n. Null: no row leaves."""
 
