@@ -57,8 +57,10 @@ TINY: dict[str, Any] = {
     "batch_size": 32,
     "*.attacks.*.steps": 2,
     "validation.finish.*.steps": 2,
-    "validation.finish.*.runs": 1,
 }
+# For today's objective: that of spaces that no file holds is of 0.1, and its last attack has no
+# `runs`.
+ONE_RUN: dict[str, Any] = {"validation.finish.*.runs": 1}
 # Arguments for `head_node_args` and `add_node`: Ray's workers are forks of one process, and none
 # watches their logs, which no driver here asks for.
 FORKED: dict[str, Any] = {"setup_worker_path": fork_worker.__file__, "include_log_monitor": False}
@@ -288,5 +290,5 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def tiny(method: str, **changes: Any) -> TrainingConfig:
     """A config that trains in about a second; `__` in a name stands for a dot."""
     return build_training_config(
-        method, TINY, {key.replace("__", "."): value for key, value in changes.items()}
+        method, TINY, ONE_RUN, {key.replace("__", "."): value for key, value in changes.items()}
     )

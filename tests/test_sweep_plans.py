@@ -34,7 +34,7 @@ from raysweep.sweep.search_space import SearchSpace
 pytestmark = pytest.mark.needs_ray
 
 LR = "optim.lr"
-SMALL = {**TINY, "validation.finish.*.steps": 1, "validation.scales": []}
+SMALL = {**TINY, "validation.scales": []}
 
 
 def space(**changes: Any) -> SearchSpace:
