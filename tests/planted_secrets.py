@@ -194,6 +194,7 @@ def play_locally(place: Playground) -> None:
     """A sweep, a pipeline and failures, each on a Ray of its own."""
     out = ["--out", "out"]
     tune = ["tune", "at", "--space", "space.yaml", *out]
+    place.run("pipeline", "run", "pipeline.yaml", *out)
     place.run("sweep", *tune, "--trials", "2", "--name", "sweep", *SMALL)
     place.run("show", "show", "sweep", *out)
     place.run(
@@ -204,7 +205,6 @@ def play_locally(place: Playground) -> None:
     )
     bucket = "s3://planted/sweeps?endpoint_override=127.0.0.1:9&scheme=http"
     place.run("bucket", *tune, "--storage", bucket, *SMALL, expected=(2, 3))
-    place.run("pipeline", "run", "pipeline.yaml", *out)
     place.run_until(
         "trial", "trial", signal.SIGINT, *tune, "--trials", "1", "--name", "trial", *LONG
     )
@@ -231,38 +231,44 @@ def play_on_two_nodes(place: Playground) -> list[Finding]:
             port = free.getsockname()[1]
         head = {"num_cpus": 1, "temp_dir": str(temporary), "dashboard_port": port}
         cluster = Cluster(initialize_head=True, head_node_args=head)
-        cluster.add_node(num_cpus=1, temp_dir=str(temporary))
-        cluster.wait_for_nodes()
-        arguments = [
-            "tune",
-            "at",
-            "--space",
-            "space.yaml",
-            "--out",
-            "out",
-            "--name",
-            "nodes",
-            *SMALL,
-        ]
-        process = place.start("nodes", *arguments, "--trials", "4", "--address", cluster.address)
-        n_workers = set()
-        while process.poll() is None:
-            for worker in psutil.Process().children(recursive=True):
-                try:
-                    arguments_of_worker, environment = worker.cmdline(), worker.environ()
-                except psutil.Error:
-                    continue
-                if not arguments_of_worker or not arguments_of_worker[0].startswith("ray::"):
-                    continue
-                n_workers.add(worker.pid)
-                for name, value in environment.items():
-                    if MARK in value:
-                        findings.append(Finding("environment of a worker", f"{name}={value}"))
-            time.sleep(0.2)
-        error = (place.folder / "printed" / "nodes.err").read_text()
-        print(f"nodes: exit code {process.returncode}, {len(n_workers)} workers seen", flush=True)
-        assert process.returncode == 0 and n_workers, error
-        cluster.shutdown()
+        try:
+            cluster.add_node(num_cpus=1, temp_dir=str(temporary))
+            cluster.wait_for_nodes()
+            arguments = [
+                "tune",
+                "at",
+                "--space",
+                "space.yaml",
+                "--out",
+                "out",
+                "--name",
+                "nodes",
+                *SMALL,
+            ]
+            process = place.start(
+                "nodes", *arguments, "--trials", "4", "--address", cluster.address
+            )
+            n_workers = set()
+            while process.poll() is None:
+                for worker in psutil.Process().children(recursive=True):
+                    try:
+                        arguments_of_worker, environment = worker.cmdline(), worker.environ()
+                    except psutil.Error:
+                        continue
+                    if not arguments_of_worker or not arguments_of_worker[0].startswith("ray::"):
+                        continue
+                    n_workers.add(worker.pid)
+                    for name, value in environment.items():
+                        if MARK in value:
+                            findings.append(Finding("environment of a worker", f"{name}={value}"))
+                time.sleep(0.2)
+            error = (place.folder / "printed" / "nodes.err").read_text()
+            print(
+                f"nodes: exit code {process.returncode}, {len(n_workers)} workers seen", flush=True
+            )
+            assert process.returncode == 0 and n_workers, error
+        finally:
+            cluster.shutdown()
     return findings
 
 
