@@ -20,6 +20,7 @@ from raysweep import __version__
 from raysweep.commands import doctor, run, show, train, tune
 from raysweep.commands import eval as eval_command
 from raysweep.commands import list as list_command
+from raysweep.disk_space import is_disk_full_error
 from raysweep.errors import (
     ChangedValueWarning,
     CompatibilityWarning,
@@ -28,6 +29,7 @@ from raysweep.errors import (
     RaysweepError,
     WorkInterrupted,
     describe_os_error,
+    get_first_line,
     is_infrastructure_error,
 )
 from raysweep.file_privacy import private_files
@@ -244,6 +246,8 @@ def _find_expected_error(error: BaseException, command: str) -> RaysweepError | 
         )
     if isinstance(error, OSError) and is_infrastructure_error(error):
         return InfrastructureError(describe_os_error(error))
+    if isinstance(error, Exception) and is_disk_full_error(error):
+        return InfrastructureError(get_first_line(error))
     if isinstance(error, _load_library_errors()):
         lines = str(error).splitlines() or [type(error).__name__]
         return InfrastructureError(lines[0])

@@ -25,6 +25,7 @@ LAYERS = [
         "file_privacy",
         "yaml_files",
         "output_streams",
+        "disk_space",
         "user_folders",
         "spec",
         "settings_reference",

@@ -3,27 +3,33 @@
 import json
 from typing import TYPE_CHECKING
 
+from raysweep.disk_space import find_free_bytes, format_bytes
 from raysweep.formatting import format_count, format_duration
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from raysweep.spec import JsonDict
     from raysweep.sweep.plan import SweepPlan
 
 
-def print_sweep_plan(plan: "SweepPlan", as_json: bool = False) -> None:
+def print_sweep_plan(
+    plan: "SweepPlan", as_json: bool = False, folder: "Path | None" = None
+) -> None:
     """Print a plan to stdout.
 
     Args:
         plan: What `raysweep.sweep.plan.plan_sweep` computed.
         as_json: Whether to print one JSON object instead of sentences.
+        folder: Folder of the sweep on this machine; None for a bucket.
     """
     if as_json:
-        print(json.dumps(_plan_to_json(plan), indent=1))
+        print(json.dumps(_plan_to_json(plan, folder), indent=1))
     else:
-        print("\n".join(_describe_plan(plan)))
+        print("\n".join(_describe_plan(plan, folder)))
 
 
-def _plan_to_json(plan: "SweepPlan") -> "JsonDict":
+def _plan_to_json(plan: "SweepPlan", folder: "Path | None") -> "JsonDict":
     """Return the keys of `raysweep tune --plan --json`, rounded for reading."""
     return {
         "method": plan.method_name,
@@ -47,11 +53,13 @@ def _plan_to_json(plan: "SweepPlan") -> "JsonDict":
         "train_examples_per_class": plan.train_class_counts,
         "validation_examples_per_class": plan.validation_class_counts,
         "threat": plan.threat,
+        "checkpoint_bytes": plan.checkpoint_bytes,
+        "free_bytes": None if folder is None else find_free_bytes(folder),
         "warnings": plan.warnings,
     }
 
 
-def _describe_plan(plan: "SweepPlan") -> list[str]:
+def _describe_plan(plan: "SweepPlan", folder: "Path | None") -> list[str]:
     """Describe the plan in lines of at most 80 columns."""
     from raysweep.training.training_summary import wrap_plan_line
 
@@ -84,4 +92,8 @@ def _describe_plan(plan: "SweepPlan") -> list[str]:
     if plan.n_finalists:
         best = format_count(plan.n_finalists, "best trial")
         lines.append(f"then full AutoAttack on the validation images, on the {best}")
+    space = f"checkpoints take about {format_bytes(plan.checkpoint_bytes)}"
+    if folder is not None:
+        space += f"; the disk of {folder} has {format_bytes(find_free_bytes(folder))} free"
+    lines.append(space)
     return [part for line in lines for part in wrap_plan_line(line)]

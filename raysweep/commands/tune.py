@@ -246,7 +246,7 @@ def run_command(args: argparse.Namespace) -> None:
     space, dataset = _load_checked_space(request, resumed_ledger)
     resources = _make_resources(request)
     if request.plan_only:
-        _print_plan(request, space, dataset, resources, resumed_ledger)
+        _print_plan(request, space, dataset, resources, resumed_ledger, runs_folder)
     else:
         is_finished = (
             resumed_ledger is not None
@@ -262,6 +262,7 @@ def _print_plan(
     dataset: DatasetSplits,
     resources: Resources,
     resumed_ledger: Ledger | None,
+    runs_folder: StorePath,
 ) -> None:
     """Print what the sweep would run."""
     from raysweep.commands._sweep_plan_output import print_sweep_plan
@@ -272,7 +273,28 @@ def _print_plan(
         for trial in (resumed_ledger.load_trials() if resumed_ledger else [])
     ]
     plan = plan_sweep(space, dataset, resources, request.address, trials)
-    print_sweep_plan(plan, as_json=request.as_json)
+    print_sweep_plan(plan, request.as_json, runs_folder.local_path)
+
+
+def _check_disk_space(folder: StorePath, space: SearchSpace, dataset: DatasetSplits) -> None:
+    """Warn if the disk may be too small for all trials, also those that the sweep already has.
+
+    Raises:
+        InfrastructureError: The disk lacks its reserve.
+    """
+    from raysweep.commands.common import print_warnings
+    from raysweep.disk_space import describe_missing_space
+    from raysweep.errors import InfrastructureError
+    from raysweep.sweep.plan import estimate_trial_bytes
+
+    if folder.local_path is None:
+        return
+    reserve = space.disk_reserve_gib
+    if line := describe_missing_space(folder.local_path, 0, reserve):
+        raise InfrastructureError(line)
+    needed_bytes = space.n_trials * estimate_trial_bytes(space.trial_config({}), dataset)
+    if line := describe_missing_space(folder.local_path, needed_bytes, reserve):
+        print_warnings([f"{line}; the sweep stops there, and --resume goes on"])
 
 
 def _run_sweep(
@@ -295,6 +317,7 @@ def _run_sweep(
     out = make_writable_folder(request.out)
     export_listeners = _make_export_listeners(request)
     sweep_folder = runs_folder / _choose_sweep_name(request, space)
+    _check_disk_space(sweep_folder, space, dataset)
     tracker = Tracker(tracking_uri(out), out / "mlruns")
     display = SweepDisplay(create_progress_console())
     listeners: list[SweepListener] = [

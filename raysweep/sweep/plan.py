@@ -63,6 +63,8 @@ class SweepPlan:
         train_class_counts: Number of training examples of each class.
         validation_class_counts: Number of validation examples of each class.
         threat: Norm and radius of the validation attacks.
+        checkpoint_bytes: Estimated size of the checkpoints that are still to be written: the last
+            and the best one of each trial.
     """
 
     method_name: str
@@ -89,6 +91,7 @@ class SweepPlan:
     train_class_counts: list[int]
     validation_class_counts: list[int]
     threat: str
+    checkpoint_bytes: int
 
     @property
     def remaining_trial_seconds(self) -> float:
@@ -164,7 +167,21 @@ def plan_sweep(
         train_class_counts=count_per_class(data.train, data.classes),
         validation_class_counts=count_per_class(config.validation.select_split(data), data.classes),
         threat=config.validation.threat,
+        checkpoint_bytes=len(start_epochs) * estimate_trial_bytes(config, data),
     )
+
+
+def estimate_trial_bytes(config: TrainingConfig, data: DatasetSplits) -> int:
+    """Estimate the bytes of a trial's checkpoints: weights and momentum of the last and best epoch.
+
+    Args:
+        config: Training config of the trial.
+        data: Its data.
+    """
+    model = config.model.build_model(data.channels, data.classes, 0)
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    momentum = sum(parameter.nbytes for parameter in model.parameters())
+    return int(2 * (weights + momentum))
 
 
 def available_capacity(address: str | None) -> tuple[dict[str, float], list[dict[str, float]]]:

@@ -242,7 +242,9 @@ class SearchSpace(Spec):
     """A sweep: which settings are searched, which are fixed, and how trials are compared."""
 
     stored_keys: ClassVar[Mapping[str, str]] = {"points_to_evaluate": "start"}
-    later_fields: ClassVar[frozenset[str]] = frozenset({"dataset_defaults", "finalists"})
+    later_fields: ClassVar[frozenset[str]] = frozenset(
+        {"dataset_defaults", "finalists", "disk_reserve_gib"}
+    )
 
     method: str | dict[str, Any]
     """Name of a method of the catalog, or a method written out."""
@@ -266,6 +268,9 @@ class SearchSpace(Spec):
     """Whether trials start from epochs that other trials have trained with equal settings."""
     prefix_gib: Annotated[Number, Field(ge=0)] = 20.0
     """Size in GiB of the states that trials share; above it the least recently used are deleted."""
+    disk_reserve_gib: Annotated[Number, Field(ge=0)] = 0.25
+    """Free space in GiB below which a sweep in a folder stops, as at the end of a budget. When there
+    is more, `--resume` goes on."""
     sampler: Sampler = Field(default_factory=Sampler)
     """How the params of new trials are proposed."""
     scheduler: Scheduler = Field(default_factory=Scheduler)
@@ -807,6 +812,7 @@ def param_labels(paths: list[str]) -> dict[str, str]:
 _SWEEP_NAMES = frozenset(
     {
         *("metric", "max_masking_gap", "finalists", "share_prefixes", "prefix_gib"),
+        "disk_reserve_gib",
         *("sampler", "scheduler"),
     }
 )

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 from ray import tune
 from ray.tune.experiment import Trial as RayTrial
 
+from raysweep.disk_space import find_free_bytes
 from raysweep.errors import WorkFailed
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.process_death_causes import describe_process_loss
@@ -28,6 +29,7 @@ MAX_BUGGY_TRIALS = 3
 """Number of trials with errors in the code after which a sweep ends."""
 
 MAX_TRIAL_RETRIES = 20
+_DISK_LOOK_SECONDS = 1.0
 """How often a trial is started again after it lost its process (killed, or its node preempted).
 
 A retry is cheap: it resumes from the last checkpoint.
@@ -136,6 +138,8 @@ class LedgerCallback(tune.Callback):
     ) -> None:
         self.bug_tracebacks: list[str] = []
         self.limit_reached = False
+        self.lacks_disk_space = False
+        self._next_disk_look = 0.0
         # Why trials got no process in this round.
         self._start_failures: list[str] = []
         self._n_rounds = 0
@@ -170,16 +174,34 @@ class LedgerCallback(tune.Callback):
         if math.isfinite(self._budget.gpu_seconds):
             spent = f"{gpu_seconds:.1f} GPU seconds of {self._budget.gpu_seconds:g}"
             limits.append(f"{spent} are spent")
+        if self.lacks_disk_space:
+            limits.append("the disk has less free space than its reserve")
         if self.bug_tracebacks:
             limits.append(f"{len(self.bug_tracebacks)} trials had errors in the code")
         return limits
 
     @property
     def has_reached_limit(self) -> bool:
-        """Whether the sweep must end before its last trial: budget exhausted, or too many bugs."""
-        return len(self.bug_tracebacks) >= MAX_BUGGY_TRIALS or self._budget.is_exhausted(
-            *self._spent_seconds()
+        """Whether the sweep must end before its last trial.
+
+        Its budget is exhausted, its disk nearly full, or there are too many bugs.
+        """
+        return (
+            len(self.bug_tracebacks) >= MAX_BUGGY_TRIALS
+            or self._budget.is_exhausted(*self._spent_seconds())
+            or self._update_disk_space()
         )
+
+    def _update_disk_space(self) -> bool:
+        """Set `lacks_disk_space` if the disk has less than its reserve, and return it."""
+        folder = self._ledger.path.local_path
+        now = time.monotonic()
+        if self.lacks_disk_space or folder is None or now < self._next_disk_look:
+            return self.lacks_disk_space
+        self._next_disk_look = now + _DISK_LOOK_SECONDS
+        reserve_bytes = self._ledger.space.disk_reserve_gib * 2**30
+        self.lacks_disk_space = find_free_bytes(folder) < reserve_bytes
+        return self.lacks_disk_space
 
     def _spent_seconds(self) -> tuple[float, float]:
         """Return the wall seconds of this call, and the GPU seconds of its trials."""

@@ -169,6 +169,11 @@ def _run_logged_sweep(
     if ledger.has_ended():
         end_reason = "done"
     _log_sweep_end(ledger, end_reason, time.monotonic() - started_at)
+    if ledger_callback.lacks_disk_space and end_reason != "done":
+        raise InfrastructureError(
+            f"{ledger.path}: its disk has less free space than disk_reserve_gib = "
+            f"{ledger.space.disk_reserve_gib:g}: the sweep has stopped; make space and resume it"
+        )
     return end_reason
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import traceback
 
+from raysweep.disk_space import is_disk_full_error
 from raysweep.errors import (
     InfrastructureError,
     RaysweepError,
     describe_os_error,
+    get_first_line,
     is_infrastructure_error,
 )
 from raysweep.lazy_modules import torch
@@ -60,6 +62,8 @@ def failure_report(
     if isinstance(error, OSError) and is_infrastructure_error(error):
         # On a full disk a traceback could not be written either.
         return _describe_infrastructure_failure(redact_secrets(describe_os_error(error)))
+    if is_disk_full_error(error):
+        return _describe_infrastructure_failure(redact_secrets(get_first_line(error)))
     hint = f"lower batch_size (now {config.batch_size})"
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()

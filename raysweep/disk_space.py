@@ -1,0 +1,66 @@
+"""Free space of disks: how much a sweep needs, and errors that mean a full disk."""
+
+import errno
+import shutil
+from pathlib import Path
+
+from raysweep.errors import list_causes
+
+_FULL_DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
+# What libraries make of these errors: Rust, SQLite, the C library.
+_FULL_DISK_WORDS = ("no space left on device", "os error 28", "disk is full", "quota exceeded")
+_GIB = 2**30
+
+
+def find_free_bytes(path: Path) -> int:
+    """Return the free bytes of the disk of a path, as far as this user may use them.
+
+    Args:
+        path: File or folder; it may not exist yet.
+
+    Raises:
+        OSError: The disk does not answer.
+    """
+    folder = path.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def is_disk_full_error(error: BaseException) -> bool:
+    """Return whether an error, or one that caused it, says that a disk is full.
+
+    Args:
+        error: Any error, also of a library that does not raise OSError.
+    """
+    for cause in (error, *list_causes(error), error.__context__):
+        if isinstance(cause, OSError) and cause.errno in _FULL_DISK_ERRNOS:
+            return True
+        text = str(cause).lower() if isinstance(cause, Exception) else ""
+        if any(words in text for words in _FULL_DISK_WORDS):
+            return True
+    return False
+
+
+def format_bytes(n_bytes: float) -> str:
+    """Format a size in words, such as `3.2 GiB` or `12 MiB`."""
+    if n_bytes >= _GIB:
+        return f"{n_bytes / _GIB:.1f} GiB"
+    return f"{n_bytes / 2**20:.0f} MiB" if n_bytes >= 2**20 else f"{n_bytes / 2**10:.0f} KiB"
+
+
+def describe_missing_space(path: Path, needed_bytes: int, reserve_gib: float) -> str:
+    """Return a line if a disk has less than what work needs and the reserve; "" otherwise.
+
+    Args:
+        path: Folder of the work.
+        needed_bytes: What the work will write.
+        reserve_gib: What is to be left, in GiB.
+    """
+    free_bytes = find_free_bytes(path)
+    if free_bytes - needed_bytes >= reserve_gib * _GIB:
+        return ""
+    return (
+        f"{path}: its disk has {format_bytes(free_bytes)} free; needed are about "
+        f"{format_bytes(needed_bytes)}, and disk_reserve_gib = {reserve_gib:g} is to be left"
+    )
