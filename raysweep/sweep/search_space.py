@@ -269,8 +269,8 @@ class SearchSpace(Spec):
     prefix_gib: Annotated[Number, Field(ge=0)] = 20.0
     """Size in GiB of the states that trials share; above it the least recently used are deleted."""
     disk_reserve_gib: Annotated[Number, Field(ge=0)] = 0.25
-    """Free space in GiB below which a sweep in a folder stops, as at the end of a budget. When there
-    is more, `--resume` goes on."""
+    """Free space in GiB below which a sweep in a folder stops as at the end of a budget. When
+    there is more, `--resume` goes on."""
     sampler: Sampler = Field(default_factory=Sampler)
     """How the params of new trials are proposed."""
     scheduler: Scheduler = Field(default_factory=Scheduler)
