@@ -61,6 +61,16 @@ def trained_run(trained_once: Path, workdir: Path) -> Path:
 
 
 @pytest.mark.mlflow
+def test_the_objective_of_sweeps_by_name(trained_run: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    command = ["eval", "mine", "--attack", "objective", "--n", "10", "--json"]
+    assert main(command) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["robust_after"]) == ["pgd", "cw", "multi_targeted"]
+    assert report["examples"] == 10 and report["eps"] == 0.15
+
+
+@pytest.mark.mlflow
 def test_a_checkpoint_is_attacked_and_the_numbers_go_to_its_run(
     trained_run: Path, capsys, monkeypatch
 ) -> None:

@@ -8,9 +8,12 @@ import torch
 from ladder_network import LadderNetwork, ladder_images
 from slow_attacks import SmallNet, draw_images, recorded_inputs, size
 
-from raysweep.attacks import MultiTargeted
+from raysweep.attacks import MultiTargeted, build_named_attack
+from raysweep.data import DatasetSplits
+from raysweep.evaluation import evaluate
 from raysweep.rng import ExampleRng
 from raysweep.spec import SpecError
+from raysweep.sweep.search_space import load_space
 
 SHAPE = (2, 2, 3)
 NET = SmallNet.draw(12, 6, seed=0)
@@ -162,3 +165,20 @@ def test_two_classes_have_one_target():
 def test_wrong_settings_are_named(settings, problem):
     with pytest.raises(SpecError, match=problem):
         MultiTargeted.from_data(settings)
+
+
+@pytest.mark.parametrize("space_name", ["gairat", "trades"])
+def test_the_objective_by_name_has_the_attacks_of_a_new_sweep(space_name: str) -> None:
+    validation = load_space(space_name, {}).trial_config({}).validation
+    threat_model = validation.find_threat_model()
+    assert threat_model is not None
+    by_name = build_named_attack("objective", *threat_model).attacks
+    assert by_name == {**validation.attacks, **validation.finish}
+
+
+def test_evaluate_runs_the_objective(net: torch.nn.Module, digits: DatasetSplits) -> None:
+    images, labels = digits.val.get_float_images(slice(0, 16)), digits.val.y[:16]
+    report = evaluate(net, images, labels, attack="objective", eps=0.1)
+    assert list(report.robust_after) == ["pgd", "cw", "multi_targeted"]
+    cascade = build_named_attack("objective", 0.1, "Linf")
+    assert report.attack == cascade.to_json_dict() and not report.is_autoattack
