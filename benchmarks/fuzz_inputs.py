@@ -42,7 +42,7 @@ SLOW_SECONDS = 5.0
 # After these seconds of processor time an input is given up.
 LIMIT_SECONDS = 30
 # What keeps a plan that is accepted cheap.
-TINY = ("data.train_size=64", "data.val_size=50", "batch_size=32", "*.steps=1")
+TINY = ("data.train_size=64", "data.val_size=50", "batch_size=16", "*.steps=1")
 # How often each command is drawn: plans take a hundred times as long as `show`.
 COMMANDS = (*("show",) * 27, "tune", "train", "run")
 SPACES = ("at", "lrat", "gairat")

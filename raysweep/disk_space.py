@@ -60,7 +60,8 @@ def describe_missing_space(path: Path, needed_bytes: int, reserve_gib: float) ->
     free_bytes = find_free_bytes(path)
     if free_bytes - needed_bytes >= reserve_gib * _GIB:
         return ""
+    needed = f"needed are about {format_bytes(needed_bytes)}, and " if needed_bytes else ""
     return (
-        f"{path}: its disk has {format_bytes(free_bytes)} free; needed are about "
-        f"{format_bytes(needed_bytes)}, and disk_reserve_gib = {reserve_gib:g} is to be left"
+        f"{path}: its disk has {format_bytes(free_bytes)} free; "
+        f"{needed}disk_reserve_gib = {reserve_gib:g} is to be left"
     )
