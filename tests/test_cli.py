@@ -521,7 +521,7 @@ def test_plan_counts_the_workers_of_a_trial(ray_cluster, workdir: Path, capsys) 
             ["tune", "lrat", "--plan", "--cpus-per-trial", "0"],
             "--cpus-per-trial 0: must be more than 0",
         ),
-        (["train", "odd.yaml"], "odd.yaml: 1: expected the name of a setting, got int"),
+        (["train", "odd.yaml"], "odd.yaml:1: 1: expected the name of a setting, got int"),
         (
             ["show", "lart"],
             "no method, preset, space file, pipeline, sweep, trial or training run 'lart'; "
@@ -636,7 +636,7 @@ def test_a_refused_resume_changes_nothing(
         ),
         (
             ["list", "more"],
-            "argument what: invalid choice: 'more' (choose from 'runs'); see `raysweep list",
+            "argument runs: 'more' is not `runs`, the only list of its own; `raysweep list` has",
         ),
         (["tun", "lrat"], "invalid choice: 'tun'"),
         ([], "required: COMMAND; see `raysweep --help`"),

@@ -317,7 +317,10 @@ def _print_config_paths(values: Mapping[str, Any], descriptions: Mapping[str, st
     from raysweep.yaml_files import format_scalar
 
     for path, value in values.items():
-        _print_described(f"{path} = {format_scalar(value)}", descriptions.get(path, ""))
+        # `flatten_spec` gives lists as JSON, which is YAML, too.
+        is_list = isinstance(value, str) and value.startswith("[") and value.endswith("]")
+        text = value if is_list else format_scalar(value)
+        _print_described(f"{path} = {text}", descriptions.get(path, ""))
 
 
 def _print_described(line: str, description: str) -> None:

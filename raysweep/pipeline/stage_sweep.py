@@ -77,8 +77,7 @@ def drop_data_location(space: SearchSpace) -> JsonDict:
     """
     location_keys = ("data.data_dir", "data.download")
     base = {key: value for key, value in space.base.items() if key not in location_keys}
-    former = space.replace(dataset_defaults=None).with_dataset_defaults(former_objective=True)
-    content = former.replace(base=base).to_stored_dict()
+    content = _with_former_objective(space).replace(base=base).to_stored_dict()
     # A stage that ended before there were finalists stays valid.
     if content.get("finalists") == DEFAULT_FINALISTS:
         del content["finalists"]
@@ -86,6 +85,14 @@ def drop_data_location(space: SearchSpace) -> JsonDict:
     if dataset_name not in UNCHANGED_SINCE_0_1:
         content["dataset_defaults"] = json_digest(DATASET_DEFAULTS[dataset_name])
     return content
+
+
+def _with_former_objective(space: SearchSpace) -> SearchSpace:
+    """Return a space with the default objective of 0.1; itself if it sets the new attacks."""
+    try:
+        return space.replace(dataset_defaults=None).with_dataset_defaults(former_objective=True)
+    except SpecError:
+        return space
 
 
 def describe_training(config: TrainingConfig) -> str:
