@@ -91,7 +91,7 @@ def run_timed_sweep(space: SearchSpace, **resources: Any) -> tuple[Ledger, float
 
 
 def measure_sharing(rounds: int) -> list[list[Any]]:
-    shipped = load_space("gairat", SMALL)
+    shipped = load_space("gairat", {**SMALL, "finalists": 0})
     cases = {
         "lambda x burn-in (grid of 12)": SearchSpace.from_data(GRID),
         "gairat as shipped (TPE, ASHA)": shipped,

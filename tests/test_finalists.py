@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import TINY
 
+from raysweep.attacks import APGD, AttackCascade, Square
 from raysweep.data import load_data
 from raysweep.data.dataset_cache import CachedDataset
 from raysweep.evaluation import evaluate
@@ -353,6 +354,25 @@ class TestAttacks:
         ledger = Ledger.open(tmp_path / "copy")
         return SimpleNamespace(ledger=ledger, data=trained_once.data, dataset=trained_once.dataset)
 
+    @pytest.fixture(autouse=True)
+    def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, str]]:
+        """What attacks are asked for; they are shortened. `test_sweep` has a full AutoAttack."""
+        from raysweep.sweep import finalist_attacks
+
+        asked: list[tuple[str, float, str]] = []
+
+        def build_short_attack(name: str, eps: float, norm: Any) -> AttackCascade:
+            asked.append((name, eps, norm))
+            return self.build_short_attack(eps)
+
+        monkeypatch.setattr(finalist_attacks, "build_named_attack", build_short_attack)
+        return asked
+
+    @staticmethod
+    def build_short_attack(eps: float) -> AttackCascade:
+        apgd, square = APGD(eps=eps, steps=5), Square(eps=eps, queries=20)
+        return AttackCascade(attacks={"apgd-ce": apgd, "square": square})
+
     def attack(self, trained: SimpleNamespace, budget: Budget, listener: Listener) -> None:
         from raysweep.evaluation.evaluation_runner import run_shards_in_process
         from raysweep.sweep.finalist_attacks import attack_finalists
@@ -365,7 +385,9 @@ class TestAttacks:
             run_shards_in_process,
         )
 
-    def test_the_results_are_those_of_evaluate(self, trained: SimpleNamespace) -> None:
+    def test_the_results_are_those_of_evaluate(
+        self, trained: SimpleNamespace, asked: list[tuple[str, float, str]]
+    ) -> None:
         ledger, listener = trained.ledger, Listener()
         # The limit is reached in the middle of the first attack: nothing is lost or written.
         self.attack(trained, Budget(3), listener)
@@ -382,13 +404,14 @@ class TestAttacks:
                 load_trained_model(checkpoint, trained.data),
                 trained.data.val.get_float_images(slice(None)),
                 trained.data.val.y,
-                eps=0.05,
+                self.build_short_attack(0.05),
                 index=trained.data.val.index,
             )
             assert trial.finalist is not None
             assert trial.finalist.robust == report.robust_accuracy
             assert (trial.finalist.epoch, trial.finalist.n_examples) == (1, 20)
             assert (trial.finalist.eps, trial.finalist.norm) == (0.05, "Linf")
+        assert set(asked) == {("autoattack", 0.05, "Linf")}
         results = [trial.finalist.robust for trial in ledger.load_trials()]
         order = np.argsort([-(result or 0) for result in results], kind="stable")
         assert numbers(ledger.rank_trials()) == order.tolist()
