@@ -58,6 +58,8 @@ class RaysweepError(Exception):
     """Exit code of a command that this error ends."""
     line_prefix: ClassVar[str] = "error: "
     """What the command line prints before each problem, behind the name of the program."""
+    has_long_problems: ClassVar[bool] = False
+    """Whether a problem may take several lines, such as a traceback or a command to type."""
     hint: ClassVar[str] = ""
     """What the command line adds to the last problem: what to do next."""
 
@@ -69,7 +71,10 @@ class RaysweepError(Exception):
         """
         lines = [problems] if isinstance(problems, str) else list(problems)
         # A name in a file of a stranger may hold line breaks and commands of terminals.
-        self.problems = [show_characters(redact_secrets(line)) for line in lines]
+        self.problems = [
+            show_characters(redact_secrets(line), line_breaks=self.has_long_problems)
+            for line in lines
+        ]
         super().__init__("\n".join(self.problems))
 
     def with_prefix(self, prefix: str) -> Self:
@@ -118,6 +123,7 @@ class DamagedFileError(RaysweepError, ValueError):
 class WorkFailed(RaysweepError, RuntimeError):
     """Work that was started has failed: a training run, a trial, a sweep or a stage."""
 
+    has_long_problems = True
     exit_code = ExitCode.WORK_FAILED
     line_prefix = ""
 
@@ -132,6 +138,7 @@ class RegressionFound(RaysweepError):
 class WorkInterrupted(RaysweepError):
     """Work ended early because of Ctrl-C or SIGTERM, and saved its state."""
 
+    has_long_problems = True
     exit_code = ExitCode.INTERRUPTED
     line_prefix = ""
 

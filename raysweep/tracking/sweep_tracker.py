@@ -167,7 +167,7 @@ class SweepTracker:
                 f"{_format_trial_numbers(masked_trials)} are ranked last"
             )
         checkpoint_uri = ledger.best_checkpoint_path(best_trial)
-        return [*lines, f"next: `raysweep eval {shlex.quote(str(checkpoint_uri))}`"]
+        return [*lines, f"next: raysweep eval {shlex.quote(str(checkpoint_uri))}"]
 
     def _close_stale_run(self, trial: Trial) -> None:
         """End the run of an ended trial if a driver was killed before it could."""
