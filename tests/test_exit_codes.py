@@ -198,7 +198,7 @@ FAULTS = {
         ["train", "at", *SMALL, *OWN_DATA],
         4,
         "train.npz: cannot be read as .npz",
-        "BadZipFile",
+        "ValueError",
     ),
     "loss of nan": (
         add_nothing,
@@ -429,8 +429,8 @@ def test_only_the_top_of_the_command_line_chooses_exit_codes() -> None:
             ), path
 
 
-@pytest.mark.parametrize(("command", "code"), [("list", 0), ("tune", 130)])
-def test_output_that_nobody_reads_ends_a_command(
+@pytest.mark.parametrize(("command", "code"), [("list", 0), ("tune", 0)])
+def test_output_that_nobody_reads_ends_no_work(
     command: str, code: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader, writer = os.pipe()

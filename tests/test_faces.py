@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import TINY, tiny
+from conftest import ONE_RUN, TINY, tiny
 from torch import Tensor, nn
 
 from raysweep.attacks import PGD, AttackCascade
@@ -366,12 +366,14 @@ def test_an_attack_reads_no_output_after_the_next_forward(method, digits, traine
 def test_the_chain_of_prefixes_names_what_was_computed_not_how_it_was_said() -> None:
     base = prefix_keys(tiny("at"), "data")
     assert base == prefix_keys(
-        build_training_config("at", TINY, {"compute.fold": True, "compute.tf32": False}), "data"
+        build_training_config("at", TINY, ONE_RUN, {"compute.fold": True, "compute.tf32": False}),
+        "data",
     )
     others = [{"compute.fold": False}, {"compute.channels_last": False}, {"compute.compile": True}]
     others += [{"compute.attack": "bf16"}, {"compute.train": "bf16"}]
     keys = {
-        prefix_keys(build_training_config("at", TINY, changes), "data")[1] for changes in others
+        prefix_keys(build_training_config("at", TINY, ONE_RUN, changes), "data")[1]
+        for changes in others
     }
     assert len(keys) == 5 and base[1] not in keys
 

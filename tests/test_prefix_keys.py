@@ -55,7 +55,7 @@ OTHER: dict[str, Any] = {
     "validation.window": [1, 2],
     "validation.scales": [10.0],
     "validation.finish.apgd_t.loss": "ce",
-    "validation.finish.apgd_t.norm": "L2",
+    "validation.finish.multi_targeted.norm": "L2",
     "compute.channels_last": False,
     "compute.fold": False,
     "compute.attack": "bf16",

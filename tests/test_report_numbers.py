@@ -524,7 +524,7 @@ def test_markdown_has_the_same_text_and_names_the_figures() -> None:
         CaptionedFigure("Another", Figure()),
     ).render_markdown()
     assert text.splitlines() == [
-        "# A <title>", "", "under & over", "", "## S", "", "**well**", "", "x < y", "",
+        "# A &lt;title&gt;", "", "under &amp; over", "", "## S", "", "**well**", "", "x &lt; y", "",
         "| row | n | verdict |", "| --- | ---: | --- |", "| a\\|b | 1 | tie |", "",
         "*Figures, in the HTML: A curve; Another.*",
     ]  # fmt: skip

@@ -431,7 +431,7 @@ class TestCheckpoint:
     def test_files_that_are_not_json_objects_are_refused(self, saved: TrainingCheckpoint) -> None:
         folder = saved.local_folder
         for text, words, kind in (
-            ("[1]", "of format 1", DamagedFileError),
+            ("[1]", "is not JSON", DamagedFileError),
             ("{", "is not JSON", DamagedFileError),
             (None, "is missing", SpecError),
         ):

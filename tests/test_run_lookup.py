@@ -33,7 +33,6 @@ SMALL = {
     "data.val_size": 20,
     "*.attacks.*.steps": 1,
     "validation.finish.*.steps": 1,
-    "validation.finish.*.runs": 1,
 }
 
 

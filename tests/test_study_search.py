@@ -180,7 +180,9 @@ def test_a_gap_exactly_at_the_limit_is_feasible_for_optuna_and_for_the_ranking(
 def test_the_past_is_told_by_its_states_and_its_best_epochs(begin_search: Begin) -> None:
     curve = [[1, 0.25], [2, 0.625], [3, 0.375]]
     trials = [
-        past_trial(0, 0.625, state="stopped", curve=curve, latest={"robust_worst": 0.375}),
+        past_trial(
+            0, 0.625, state="stopped", curve=curve, latest={"epoch": 3.0, "robust_worst": 0.375}
+        ),
         past_trial(1, 0.75, state="failed", reason="the loss became nan"),
         past_trial(2, None, state="finished"),
         past_trial(3, 0.5, state="running"),
