@@ -74,7 +74,8 @@ CORE = [
             "process_identity",
         )
     ),
-    *(f"raysweep/{n}.py" for n in ("result_loading", "checkpoint_evaluation", "robustness_bundle")),
+    *(f"raysweep/{n}.py" for n in ("result_loading", "checkpoint_evaluation")),
+    "raysweep/robustness_bundle/*.py",
     *(
         f"raysweep/{package}/*.py"
         for package in ("attacks", "training", "evaluation", "data", "stores")

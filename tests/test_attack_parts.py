@@ -192,6 +192,13 @@ NAMED = {
     "fab": {"fab": FAB_T | {"targets": None}},
     "pgd20": {"pgd20": PGD20},
     "cw20": {"cw20": PGD20 | {"loss": "cw"}},
+    "objective": {
+        "pgd": PGD20 | {"step_size": {"kind": "eps", "factor": 0.25}},
+        "cw": PGD20 | {"step_size": {"kind": "eps", "factor": 0.25}, "loss": "cw"},
+        "multi_targeted": {
+            **{"kind": "multi-targeted", "steps": 5, "runs": 40, "targets": 5, "reach": 2.0},
+        },
+    },
     "pgd+": {f"pgd+-{i}": PGD20 | {"steps": 40, "step_size": 0.01, "tau": 0} for i in range(1, 6)},
 }
 

@@ -522,7 +522,10 @@ def test_a_randomised_model_under_the_rand_version():
             {"attack": AttackCascade(attacks={"a": PGD(eps=0.1), "b": PGD(eps=0.2)})},
             "must share eps and norm",
         ),
-        ({"attack": MinimalPerturbation()}, "PGD, APGD, FAB, Square or AttackCascade, got Minimal"),
+        (
+            {"attack": MinimalPerturbation()},
+            "MultiTargeted, FAB, Square or AttackCascade, got Minimal",
+        ),
         ({"model": nn.Flatten(0)}, "must return (N, 2 or more) logits"),
         (
             {"model": Wrapped(lambda model, x: (model(x), x))},

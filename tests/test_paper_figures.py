@@ -270,7 +270,7 @@ stages:
     with pytest.raises(SpecError) as caught:
         load_pipeline(str(file), {})
     assert caught.value.problems == [
-        f"{file}: stages.2 (report): figures.fig: no row 'TA'; the rows are AT"
+        f"{file}:5: stages.2 (report): figures.fig: no row 'TA'; the rows are AT"
     ]
     file.write_text(text.replace("fig:", "../fig:"))
     with pytest.raises(SpecError, match="figures"):

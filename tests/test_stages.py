@@ -69,7 +69,7 @@ def test_a_stage_whose_files_failed_has_no_artifact(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "cannot be read: Expecting property name"),
+        ("{", "cannot be read: it is no JSON object"),
         ('{"kind": "tune"}', "key is missing"),
         (json.dumps(artifact().to_json_dict() | {"keyy": 1}), "no setting 'keyy'; nearest: key"),
     ],

@@ -477,6 +477,7 @@ def test_a_plan_in_words(
         "    worker here",
         "about 9 epochs in all (12 without early stopping): 27.0 s of trials, 13.5 s from",
         "    start to end",
+        "checkpoints take about 4 MiB",
     ]
 
 

@@ -537,9 +537,13 @@ def _compute_validation_metrics(
     """Run the validation attacks; several workers divide the examples among them."""
     n_examples = min(config.validation.size or len(val), len(val))
     if n_examples < workers.size or workers.size == 1:
-        return config.validation(model, val)
-    share = _take_worker_share(val, n_examples, workers)
-    return average_metrics(config.validation(model, share), len(share), workers, val.y.device)
+        metrics = config.validation(model, val)
+    else:
+        share = _take_worker_share(val, n_examples, workers)
+        metrics = config.validation(model, share)
+        metrics = average_metrics(metrics, len(share), workers, val.y.device)
+    # Sums of floats in another order must not decide between epochs.
+    return metrics | {"robust_margin": round(metrics["robust_margin"], 4)}
 
 
 def _compute_training_accuracy(

@@ -219,7 +219,7 @@ class Validation(Spec):
             * `robust_worst`: share that survives all attacks.
             * `robust_margin`: mean share of its margin z_y - max_{i != y} z_i that an example keeps
               under the worst attack; 0 if it does not survive. It does not depend on the scale of
-              the logits, and breaks ties of `robust_worst`. Rounded to 4 decimals.
+              the logits, and breaks ties of `robust_worst`.
             * `masking_gap`: accuracy under the first attack minus `robust_worst`.
             * `zero_gradient`: share of examples that are correct and whose cross-entropy has zero
               gradient.
@@ -238,7 +238,7 @@ class Validation(Spec):
             masks = {name: torch.cat(parts) for name, parts in batches.items()}
             masking_gaps = self._compute_masking_indicators(model, split, masks)
         metrics = {name: mask.float().mean().item() for name, mask in masks.items()}
-        metrics["robust_margin"] = round(metrics["robust_margin"], 4)
+        metrics["robust_margin"] = round(metrics["robust_margin"], 6)
         metrics["masking_gap"] = metrics[next(iter(self.attacks))] - metrics["robust_worst"]
         metrics |= masking_gaps
         if self.flatness:
