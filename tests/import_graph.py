@@ -50,7 +50,9 @@ def _find_own_files(name: str, folder: Path) -> list[Path]:
     """
     top, *rest = name.split(".")
     if top != "raysweep":
-        folders = [] if folder.is_relative_to(PACKAGE) else [folder, PACKAGE.parent / "benchmarks"]
+        folders = [folder, PACKAGE.parent / "tests", PACKAGE.parent / "benchmarks"]
+        if folder.is_relative_to(PACKAGE):
+            folders = []
         return [place / f"{top}.py" for place in folders if (place / f"{top}.py").is_file()][:1]
     packages = [PACKAGE.joinpath(*rest[:depth], "__init__.py") for depth in range(len(rest) + 1)]
     return [
