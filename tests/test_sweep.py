@@ -444,7 +444,14 @@ def test_autoattack_on_the_finalists_can_be_interrupted(
     ray_cluster, tmp_path: Path, capsys
 ) -> None:
     """Ctrl-C as the first attack begins; then the sweep resumes, with MLflow and a display."""
-    base = {**TINY, "data.train_size": 600, "*.eps": 0.4, "validation.size": 10, "epochs": 4}
+    base = {
+        **TINY,
+        "data.train_size": 600,
+        "method.attacks.*.eps": 0.02,
+        "validation.*.eps": 0.4,
+        "validation.size": 10,
+        "epochs": 4,
+    }
     ledger = Ledger.create(tmp_path / "sweep", space(trials=2, base=base, finalists=2))
 
     class Interrupter(TrialUpdateListener):
