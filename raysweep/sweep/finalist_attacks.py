@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,8 +18,7 @@ from raysweep.evaluation.progress import EvaluationProgress
 from raysweep.sweep.finalist_result import FinalistResult
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.tune_callbacks import LedgerCallback, SweepListener
-from raysweep.training.checkpoint import read_checkpoint
-from raysweep.training.config import TrainingConfig
+from raysweep.training.checkpoint import TrainingCheckpoint, read_checkpoint
 from raysweep.training.model_loading import load_trained_model
 
 logger = logging.getLogger(__name__)
@@ -110,8 +109,7 @@ def _attack_trial(
             raise _LimitReached
 
     checkpoint = read_checkpoint(ledger.best_checkpoint_path(trial))
-    config, epoch = checkpoint.config, checkpoint.epoch
-    target = _load_target(config, epoch, dataset, lambda data: load_trained_model(checkpoint, data))
+    target = _load_target(checkpoint, dataset)
     shard_folder = ledger.trial_path(trial.number).working_path / _SHARD_FOLDER
     robust, error = None, ""
     try:
@@ -141,7 +139,7 @@ def _attack_trial(
         error = get_first_line(own_error)
         logger.warning("AutoAttack on trial %04d failed", trial.number, exc_info=own_error)
     return FinalistResult(
-        epoch=epoch,
+        epoch=checkpoint.epoch,
         robust=robust,
         n_examples=len(target.images),
         eps=target.eps,
@@ -151,21 +149,17 @@ def _attack_trial(
     )
 
 
-def _load_target(
-    config: TrainingConfig,
-    epoch: int,
-    dataset: CachedDataset,
-    load_model: Callable[..., torch.nn.Module],
-) -> _Target:
+def _load_target(checkpoint: TrainingCheckpoint, dataset: CachedDataset) -> _Target:
     """Load a model and the validation images and threat model of its objective."""
+    config = checkpoint.config
     data = dataset.load_shared(config.data)
-    validation = config.resolve_at(epoch - 1).validation
+    validation = config.resolve_at(checkpoint.epoch - 1).validation
     images = validation.select_split(data)
     if validation.size is not None and validation.size < len(images):
         images = images.select_rows(torch.arange(validation.size))
     threat_model = validation.find_threat_model()
     assert threat_model is not None  # checked by `SearchSpace.find_problems`
-    return _Target(load_model(data), images, *threat_model)
+    return _Target(load_trained_model(checkpoint, data), images, *threat_model)
 
 
 def _log_result(trial: Trial, result: FinalistResult) -> None:

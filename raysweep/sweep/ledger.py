@@ -3,7 +3,7 @@
 A driver that was killed resumes the sweep from these files alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
@@ -239,6 +239,14 @@ def _check_trial(trial: Trial, file: StorePath) -> None:
         epoch = metrics.get("epoch", 0)
         if metrics and not (float(epoch).is_integer() and 1 <= epoch <= 1e12):
             raise make_damaged_file_error(str(file), f"{name}.epoch = {epoch}")
+
+
+def _find_front(
+    trials: Sequence[Trial], metrics: Sequence[str], get_score: Callable[[Trial, str], float]
+) -> list[Trial]:
+    """Return the trials of the Pareto front in some metrics, in their order."""
+    points = [[get_score(trial, metric) for metric in metrics] for trial in trials]
+    return [trials[index] for index in pareto_front_indices(points)]
 
 
 class Ledger:
@@ -533,8 +541,7 @@ class Ledger:
         ]
         if len(self.space.objectives) == 1:
             return eligible[: self.space.finalists]
-        points = [[trial.score(metric) for metric in self.space.objectives] for trial in eligible]
-        return [eligible[index] for index in pareto_front_indices(points)]
+        return _find_front(eligible, self.space.objectives, Trial.score)
 
     def _find_waiting_finalists(self, trials: Sequence[Trial]) -> list[Trial]:
         """Return the finalists whose best epoch AutoAttack has not attacked yet."""
@@ -610,11 +617,9 @@ class Ledger:
         if candidates:
             numbers = {trial.number for trial in candidates}
             ranked = [trial for trial in self.rank_trials() if trial.number in numbers]
-            points = [[trial.final_score(metric) for metric in metrics] for trial in ranked]
-            return [ranked[index] for index in pareto_front_indices(points)]
+            return _find_front(ranked, metrics, Trial.final_score)
         ranked = [trial for trial in self.rank_trials() if self.rank_trial(trial).is_eligible]
-        points = [[trial.score(metric) for metric in metrics] for trial in ranked]
-        return [ranked[index] for index in pareto_front_indices(points)]
+        return _find_front(ranked, metrics, Trial.score)
 
     def best_checkpoint_path(self, trial: Trial) -> StorePath:
         """Return the path of the checkpoint of the trial's best epoch."""
