@@ -23,8 +23,8 @@ COMMANDS = {
     "train gairat --set method.attacks.pgd.eps=8": 2,
     "eval nothing-of-this-name": 2,
 }
-# The goal is 0.4 processor seconds. A machine that is slow or whose cores are shared needs more time
-# for the same work, so the limit is a multiple of what the imports of `YARDSTICK` take beside it:
+# The goal is 0.4 processor seconds. A machine that is slow or whose cores are shared needs more for
+# the same work, so the limit is a multiple of what the imports of `YARDSTICK` take beside it:
 # the commands need up to six times as much, and importing PyTorch alone twenty times.
 LIMIT = 9
 YARDSTICK = """
