@@ -73,6 +73,38 @@ def test_the_study_is_the_ledger_whatever_happens(ledger: Ledger, tmp_path: Path
     )
 
 
+@pytest.mark.parametrize("storage", ["sqlite:///{}/optuna.db", "{}/journal.log"])
+def test_studies_have_optunas_states_and_keep_a_persons_notes(
+    ledger: Ledger, tmp_path: Path, storage: str
+) -> None:
+    url = storage.format(tmp_path)
+    stopped = replace(build_finished_trial(1, 0.25), state="stopped")
+    for trial in (build_finished_trial(0, 0.5), stopped):
+        ledger.save_trial(trial)
+    exporter = OptunaExporter(url)
+    exporter.on_sweep_start(ledger, 1)
+
+    def load_study(name: str) -> optuna.Study:
+        opened = optuna.storages.get_storage(url) if "://" in url else open_journal()
+        return optuna.load_study(study_name=name, storage=opened)
+
+    def open_journal() -> optuna.storages.JournalStorage:
+        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(url))
+
+    name = f"s-{ledger.key[:8]}"
+    study = load_study(name)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
+    assert study.trials[1].intermediate_values == {1: 0.125, 2: 0.25}
+    # Somebody writes a note, and a trial of the sweep goes on.
+    study.set_user_attr("note", "look at trial 1")
+    ledger.save_trial(build_finished_trial(1, 0.75))
+    for _ in range(2):
+        OptunaExporter(url).on_sweep_start(ledger, 1)
+    assert load_study(name).user_attrs == {"note": "look at trial 1"}
+    assert [trial.state.name for trial in load_study(name).trials] == ["COMPLETE", "PRUNED"]
+    assert [trial.value for trial in load_study(f"{name}-copy-2").trials] == [0.5, 0.75]
+
+
 @pytest.mark.parametrize(
     "url", ["nonsense", "sqlite:////no/such/folder/x.db", "nosuch://me:secret@host/x"]
 )

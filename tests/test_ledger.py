@@ -357,6 +357,6 @@ def test_a_study_of_a_sweep_has_its_ended_trials_in_their_order(ledger: Ledger) 
     assert [trial.state for trial in trials] == [
         optuna.trial.TrialState.COMPLETE,
         optuna.trial.TrialState.FAIL,
-        optuna.trial.TrialState.COMPLETE,
+        optuna.trial.TrialState.PRUNED,
     ]
     assert [trial.value for trial in trials] == [0.0, None, 0.75]

@@ -3,6 +3,7 @@ the data.
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,14 +94,17 @@ def test_importances_need_trials_that_differ(tmp_path: Path) -> None:
         [write_tune_artifact(tmp_path / "few", few)], (tmp_path / "few").joinpath
     )
     assert (
-        f"this needs at least {MIN_IMPORTANCE_TRIALS} results, not {MIN_IMPORTANCE_TRIALS - 1}"
-        in section_text(section)
+        f"this needs at least {MIN_IMPORTANCE_TRIALS} complete trials, "
+        f"not {MIN_IMPORTANCE_TRIALS - 1}" in section_text(section)
     )
     same = ledger(tmp_path / "same", MIN_IMPORTANCE_TRIALS)
     for trial in same.load_trials()[:MIN_IMPORTANCE_TRIALS]:
         trial.best["robust_worst"] = 0.5
         same.save_trial(trial)
     assert param_importances(same) is None
+    stopped = ledger(tmp_path / "stopped", MIN_IMPORTANCE_TRIALS)
+    stopped.save_trial(replace(stopped.load_trials()[0], state="stopped"))
+    assert param_importances(stopped) is None, "its result is of another epoch"
 
 
 def test_what_was_searched_is_drawn(tmp_path: Path) -> None:

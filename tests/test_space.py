@@ -92,7 +92,7 @@ def test_a_distribution_is_checked_by_itself(entry, words, tmp_path) -> None:
             "points_to_evaluate.0.epochs: no searched setting 'epochs'",
         ),
         ({"sampler": {"kind": "grid"}}, r"a grid needs `categorical"),
-        ({"sampler": {"kind": "tpee"}}, "'tpe', 'random', 'grid' or 'nsga2'"),
+        ({"sampler": {"kind": "tpee"}}, "'tpe', 'gp', 'random', 'grid' or 'nsga2'"),
         ({"method": "gairat"}, "space for method 'gairat', not for 'lrat'"),
         ({"base": {"epochs": 0}}, "epochs = 0"),
     ],

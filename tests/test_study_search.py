@@ -188,10 +188,14 @@ def test_the_past_is_told_by_its_states_and_its_best_epochs(begin_search: Begin)
         past_trial(3, 0.5, state="running"),
     ]
     search = begin_search(*trials)
-    assert recorded_trials(search) == [("COMPLETE", [0.625]), ("FAIL", None), ("FAIL", None)], (
-        "the running trial is told when it ends"
-    )
-    first, second, _ = search._study.get_trials()
+    assert recorded_trials(search) == [
+        ("COMPLETE", [0.625]),
+        ("FAIL", None),
+        ("FAIL", None),
+        ("RUNNING", None),
+    ]
+    first, second, _, running = search._study.get_trials()
+    assert running.params == {ALPHA: 1.75}, "the sampler avoids what is being tried"
     assert first.intermediate_values == {1: 0.25, 2: 0.625, 3: 0.375}
     assert [first.user_attrs["raysweep.number"], second.user_attrs["raysweep.number"]] == [0, 1]
     assert second.user_attrs["reason"] == "the loss became nan" and "reason" not in first.user_attrs
@@ -313,6 +317,29 @@ def test_a_restarted_sampler_does_not_repeat_its_draws(begin_search: Begin) -> N
     search = begin_search(*trials, trials=14, sampler={"kind": "random", "seed": 7})
     found = [search.suggest(name)["params"][ALPHA] for name in "ab"]
     assert not set(found) & set(earlier)
+
+
+def test_the_gaussian_process_models_conditional_settings_and_tries_active_ones(
+    begin_search: Begin,
+) -> None:
+    shape, lam = "method.terms.pgd.weight.shape", "method.terms.pgd.weight.lam"
+    space = {
+        shape: {"categorical": ["linear", "tanh"]},
+        lam: {"float": [-3.0, 3.0], "when": {shape: "tanh"}},
+    }
+    # The best lambda is 2, and tanh beats linear.
+    past = [past_trial(number, 0.2, params={shape: "linear"}) for number in range(3)]
+    for number, value in enumerate((-3.0, -2.0, -1.0, 0.0, 1.0, 1.5, 2.5, 3.0), 3):
+        robust = 0.75 - abs(value - 2.0) / 16
+        past.append(past_trial(number, robust, params={shape: "tanh", lam: value}))
+    sampler = {"kind": "gp", "n_startup_trials": 4}
+    search = begin_search(*past, method="gairat", space=space, sampler=sampler, trials=14)
+    assert all(set(trial.params) == {shape, lam} for trial in search._study.get_trials())
+    found = [search.suggest(name)["params"] for name in "ab"]
+    assert all(
+        set(params) == ({shape, lam} if params[shape] == "tanh" else {shape}) for params in found
+    )
+    assert found[0][shape] == "tanh" and abs(found[0][lam] - 2.0) < 0.6
 
 
 @pytest.mark.parametrize("kind", ["random", "grid", "tpe", "nsga2"])

@@ -220,7 +220,7 @@ def _add_resource_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optuna",
         metavar="URL",
-        help="also write the trials to this Optuna storage: sqlite:///optuna.db",
+        help="also write the trials to this Optuna storage: sqlite:///optuna.db or journal.log",
     )
     parser.add_argument(
         "--workers",

@@ -1,7 +1,9 @@
 """Copy a sweep's ended trials to an Optuna storage, for optuna-dashboard and Optuna's analyses."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -12,10 +14,17 @@ from raysweep.record_queue import RecordQueue, RecordStoreUnavailable
 from raysweep.spec import SpecError
 from raysweep.stores.folder_store import find_sqlite_file, hold_file_lock
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.optuna_study import TRIAL_NUMBER_ATTRIBUTE, to_frozen_trial
+from raysweep.sweep.optuna_study import EXPORTED_ATTRIBUTES, TRIAL_NUMBER_ATTRIBUTE, to_frozen_trial
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.uri_passwords import fill_in_passwords
 
+logger = logging.getLogger(__name__)
+
+JOURNAL_SUFFIXES = (".log", ".journal")
+"""Ends of the paths that `--optuna` takes for journal files."""
+
+# Between the name of a study and the number of its copies.
+_COPY_SEPARATOR = "-copy-"
 # Seconds in which another process may create or upgrade a database.
 _MIGRATION_TIMEOUT = 600.0
 
@@ -26,7 +35,8 @@ class OptunaExporter:
     raysweep only writes the study: no sweep reads it.
 
     Args:
-        storage_url: SQLAlchemy URL of the database, for example `sqlite:///optuna.db`.
+        storage_url: SQLAlchemy URL of the database, for example `sqlite:///optuna.db`, or the path
+            of a journal file, which ends in `.log` or `.journal`.
 
     Raises:
         SpecError: If the URL is malformed, in one line.
@@ -37,19 +47,15 @@ class OptunaExporter:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         full_url = fill_in_passwords(storage_url, "--optuna")
         self._records = RecordQueue(f"--optuna {storage_url}")
-        # Two processes that create a database at once fail in its migrations.
-        database = find_sqlite_file(storage_url)
-        if database is not None and not database.parent.is_dir():
-            database = None
-        lock = hold_file_lock(database, _MIGRATION_TIMEOUT) if database else nullcontext()
+        is_journal = "://" not in full_url and Path(full_url).suffix in JOURNAL_SUFFIXES
         try:
-            with lock:
-                self._storage = optuna.storages.RDBStorage(full_url)
-        except (SQLAlchemyError, ImportError, ValueError) as error:
+            self._storage = _open_journal(full_url) if is_journal else _open_database(full_url)
+        except (SQLAlchemyError, ImportError, ValueError, OSError) as error:
             reason = str(getattr(error, "orig", None) or error).splitlines()[0]
             is_malformed = isinstance(error, ArgumentError | ValueError)
             raise (SpecError if is_malformed else InfrastructureError)(
-                f"--optuna {storage_url}: {reason}; expected for example sqlite:///optuna.db"
+                f"--optuna {storage_url}: {reason}; expected for example sqlite:///optuna.db or "
+                "journal.log"
             ) from error
 
     def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:
@@ -105,9 +111,58 @@ class OptunaExporter:
         exported = self._study.get_trials(deepcopy=False)
         if sorted(map(_trial_identity, trials)) == sorted(map(_trial_identity, exported)):
             return
+        if _is_annotated(self._study, self._storage):
+            self._leave_annotated_study()
+            self._rebuild_outdated_study(ledger)
+            return
         optuna.delete_study(study_name=self._study_name, storage=self._storage)
         self._open_study()
         self._study.add_trials(trials)
+
+    def _leave_annotated_study(self) -> None:
+        """Go on in another study, so that a person's notes on this one are kept."""
+        name, _, number = self._study_name.partition(_COPY_SEPARATOR)
+        former_name = self._study_name
+        self._study_name = f"{name}{_COPY_SEPARATOR}{int(number or 1) + 1}"
+        logger.info(
+            "the Optuna study %s has notes and differs from the sweep: it stays as it is, and %s "
+            "holds the sweep's trials",
+            former_name,
+            self._study_name,
+            extra={"event": "annotated_study", "study": self._study_name},
+        )
+        self._open_study()
+
+
+def _open_database(url: str) -> optuna.storages.BaseStorage:
+    """Open a database, and create its tables if they are missing."""
+    # Two processes that create a database at once fail in its migrations.
+    database = find_sqlite_file(url)
+    if database is not None and not database.parent.is_dir():
+        database = None
+    with hold_file_lock(database, _MIGRATION_TIMEOUT) if database else nullcontext():
+        return optuna.storages.RDBStorage(url)
+
+
+def _open_journal(path: str) -> optuna.storages.BaseStorage:
+    """Open a journal file, and create it if it is missing."""
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path))
+
+
+def _is_annotated(study: optuna.Study, storage: optuna.storages.BaseStorage) -> bool:
+    """Return whether somebody else wrote attributes or trials.
+
+    optuna-dashboard keeps notes and tags as attributes.
+    """
+    study_id = storage.get_study_id_from_name(study.study_name)
+    if study.user_attrs or storage.get_study_system_attrs(study_id):
+        return True
+    return any(
+        trial.user_attrs.keys() - EXPORTED_ATTRIBUTES
+        or TRIAL_NUMBER_ATTRIBUTE not in trial.user_attrs
+        or any(not key.startswith("constraints") for key in trial.system_attrs)
+        for trial in study.get_trials(deepcopy=False)
+    )
 
 
 @contextmanager
@@ -120,10 +175,11 @@ def _translate_errors() -> Iterator[None]:
         raise RecordStoreUnavailable(f"--optuna: {reason}") from error
 
 
-def _trial_identity(frozen_trial: FrozenTrial) -> tuple[int, str, str]:
-    """Return what makes two exported trials equal: number, values and params."""
+def _trial_identity(frozen_trial: FrozenTrial) -> tuple[int, str, str, str]:
+    """Return what makes two exported trials equal: number, state, values and params."""
     return (
-        frozen_trial.user_attrs[TRIAL_NUMBER_ATTRIBUTE],
+        frozen_trial.user_attrs.get(TRIAL_NUMBER_ATTRIBUTE, -1),
+        frozen_trial.state.name,
         str(frozen_trial.values),
         str(frozen_trial.params),
     )

@@ -1,14 +1,13 @@
 """Optuna as a searcher of Ray Tune, restored from the ledger instead of from pickled state."""
 
-from dataclasses import replace
 from typing import Any
 
 import optuna
 from ray.tune.search import Searcher
 
 from raysweep.spec import json_digest
-from raysweep.sweep.ledger import Ledger, Trial, TrialStatus
-from raysweep.sweep.optuna_study import constraint_values, to_frozen_trial
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.optuna_study import constraint_values, to_sampler_trial
 from raysweep.sweep.search_space import Params
 from raysweep.training.failure_reports import FAILURE_KEY
 from raysweep.training.metric_history import EpochMetrics
@@ -20,7 +19,7 @@ class LedgerSearcher(Searcher):
 
     Ended trials of the ledger are added to the study first. Trials that have not ended are
     suggested before any new one, under their own numbers, so that they resume from their
-    checkpoints.
+    checkpoints; in the study they are running.
 
     Args:
         ledger: The sweep.
@@ -35,13 +34,11 @@ class LedgerSearcher(Searcher):
             directions=["maximize"] * len(space.objectives),
             sampler=space.sampler.build_sampler(len(past_trials)),
         )
-        # By Tune's id of the trial: Optuna's trial, or the ledger's if it is a resumed one.
-        self._pending_trials: dict[str, optuna.Trial | Trial] = {}
+        self._pending_trials: dict[str, optuna.Trial] = {}
         self._best_metrics: dict[str, EpochMetrics] = {}
         self._rules: dict[str, SelectionRule] = {}
         self._n_complete = 0
         self._tried_digests = {json_digest(trial.params) for trial in past_trials}
-        self._unfinished_trials = [trial for trial in past_trials if trial.state == "running"]
         # Numbers may have gaps: a driver can be killed before it has written a trial and after it
         # has written the next one.
         self._free_numbers = sorted(
@@ -50,6 +47,11 @@ class LedgerSearcher(Searcher):
         for trial in past_trials:
             if trial.state != "running":
                 self._add_past_trial(trial)
+        self._unfinished_trials = [
+            (trial, self._ask_params(trial.params))
+            for trial in past_trials
+            if trial.state == "running"
+        ]
         for point in space.initial_points:
             if not any(point.items() <= trial.params.items() for trial in past_trials):
                 self._study.enqueue_trial(space.optuna_params(point))
@@ -62,8 +64,7 @@ class LedgerSearcher(Searcher):
             suggested.
         """
         if self._unfinished_trials:
-            trial = self._unfinished_trials.pop(0)
-            self._pending_trials[trial_id] = trial
+            trial, self._pending_trials[trial_id] = self._unfinished_trials.pop(0)
             self._rules[trial_id] = self._ledger.space.find_selection_rule(trial.params)
             self.on_trial_result(trial_id, trial.best)
             return {"number": trial.number, "params": trial.params}
@@ -92,10 +93,7 @@ class LedgerSearcher(Searcher):
         best = self._best_metrics.get(trial_id)
         has_failed = error or FAILURE_KEY in (result or {}) or best is None
         trial = self._pending_trials.pop(trial_id)
-        if isinstance(trial, Trial):
-            state: TrialStatus = "failed" if has_failed else "finished"
-            self._add_past_trial(replace(trial, state=state, best=best or {}))
-        elif has_failed or best is None:
+        if has_failed or best is None:
             self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
             for name, value in constraint_values(self._ledger.space, best).items():
@@ -107,6 +105,13 @@ class LedgerSearcher(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Restore nothing: the ledger is the source of truth."""
+
+    def _ask_params(self, params: Params) -> optuna.Trial:
+        """Return a running trial of the study that has these params."""
+        self._study.enqueue_trial(self._ledger.space.optuna_params(params))
+        trial = self._study.ask()
+        self._ledger.space.suggest_params(trial)
+        return trial
 
     def _ask_new_params(self, max_attempts: int = 10) -> tuple[optuna.Trial, Params]:
         """Ask Optuna for params that no trial has; accept a repetition after some attempts.
@@ -126,8 +131,8 @@ class LedgerSearcher(Searcher):
         """Add an ended trial of the ledger to the study."""
         # Without this attribute NSGA-II would ignore the trial as a parent and start over.
         generation = self._n_complete // self._ledger.space.sampler.n_startup_trials
-        frozen_trial = to_frozen_trial(
-            self._ledger.space, trial, system_attrs={"NSGAIISampler:generation": generation}
+        frozen_trial = to_sampler_trial(
+            self._ledger.space, trial, {"NSGAIISampler:generation": generation}
         )
         self._study.add_trial(frozen_trial)
         self._n_complete += frozen_trial.state == optuna.trial.TrialState.COMPLETE

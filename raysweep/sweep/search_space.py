@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -166,6 +167,17 @@ class Distribution(Spec):
         assert self.int is not None
         return IntDistribution(*self.int, log=self.log, step=int(self.step or 1))
 
+    def choose_middle(self) -> Any:
+        """Return the value in the middle of the range (of its logarithms), or the first choice."""
+        if self.categorical is not None:
+            return self.categorical[0]
+        low, high = self.bounds_or_choices()
+        middle = math.sqrt(low * high) if self.log else (low + high) / 2
+        if self.step or self.int:
+            step = self.step or 1
+            middle = low + round((middle - low) // step) * step
+        return int(middle) if self.int else float(middle)
+
     def from_optuna(self, suggested: Any) -> Any:
         """Convert a value from Optuna to the value of the setting.
 
@@ -185,12 +197,19 @@ class Sampler(Spec):
 
     stored_keys: ClassVar[Mapping[str, str]] = {"n_startup_trials": "startup"}
 
-    kind: Literal["tpe", "random", "grid", "nsga2"] = "tpe"
-    """Optuna's sampler, or `grid` to try each combination of choices once."""
+    kind: Literal["tpe", "gp", "random", "grid", "nsga2"] = "tpe"
+    """Optuna's sampler, or `grid` to try each combination of choices once. `gp` is a Gaussian
+    process that knows that results are noisy."""
     seed: int = 0
     """Seed of the sampler."""
     n_startup_trials: Annotated[int, Field(ge=1)] = 8
-    """Number of random trials before TPE models the results; population size of NSGA-II."""
+    """Number of random trials before TPE or the Gaussian process models the results; population
+    size of NSGA-II."""
+
+    @property
+    def models_inactive_params(self) -> bool:
+        """Whether each trial of the study needs a value of each setting, active or not."""
+        return self.kind == "gp"
 
     def build_sampler(self, n_past_trials: int = 0) -> "optuna.samplers.BaseSampler":
         """Build Optuna's sampler.
@@ -202,13 +221,19 @@ class Sampler(Spec):
         Returns:
             The sampler. For a grid it is unused, because all points are queued.
         """
-        from optuna.samplers import NSGAIISampler, RandomSampler, TPESampler
+        from optuna.samplers import GPSampler, NSGAIISampler, RandomSampler, TPESampler
 
         seed = self.seed + n_past_trials
         if self.kind in ("random", "grid"):
             return RandomSampler(seed=seed)
         if self.kind == "nsga2":
             return NSGAIISampler(seed=seed, population_size=self.n_startup_trials)
+        if self.kind == "gp":
+            return GPSampler(
+                seed=seed,
+                n_startup_trials=self.n_startup_trials,
+                independent_sampler=RandomSampler(seed=seed),
+            )
         return TPESampler(seed=seed, n_startup_trials=self.n_startup_trials)
 
 
@@ -333,8 +358,20 @@ class SearchSpace(Spec):
         active_points = map(self._drop_inactive, points)
         return list({json.dumps(point, default=str): point for point in active_points}.values())
 
-    def optuna_params(self, params: Params) -> dict[str, ParamValue]:
-        """Return the searched params in the form that Optuna stores."""
+    def optuna_params(
+        self, params: Params, *, with_inactive: bool = False
+    ) -> dict[str, ParamValue]:
+        """Return the searched params in the form that Optuna stores.
+
+        Args:
+            params: Values by dotted path.
+            with_inactive: Whether each setting that `params` lacks gets the middle of its range.
+        """
+        if with_inactive:
+            params = {
+                path: params.get(path, distribution.choose_middle())
+                for path, distribution in self.space.items()
+            }
         return {
             path: _to_param_value(value) for path, value in params.items() if path in self.space
         }
@@ -513,18 +550,21 @@ class SearchSpace(Spec):
         """Let Optuna suggest a value of each active setting, in the order of `space`.
 
         Args:
-            optuna_trial: Trial that Optuna's study has just created.
+            optuna_trial: Trial that Optuna's study has just created. If the sampler models inactive
+                settings, it suggests values of these, too.
 
         Returns:
             Values by dotted path, without the settings whose condition does not hold.
         """
         params: Params = {}
         for path, distribution in self.space.items():
-            if all(
+            is_active = all(
                 params.get(other) in _as_list(values) for other, values in distribution.when.items()
-            ):
+            )
+            if is_active or self.sampler.models_inactive_params:
                 suggested = _suggest_value(optuna_trial, path, distribution.to_optuna())
-                params[path] = distribution.from_optuna(suggested)
+                if is_active:
+                    params[path] = distribution.from_optuna(suggested)
         return params
 
     def find_problems(self) -> list[str]:

@@ -64,7 +64,8 @@ def _build_search_parts(ledger: Ledger) -> list[SectionPart]:
                 is_full_width=True,
             )
         )
-        parts += _build_importance_parts(ledger, len(succeeded))
+        n_complete = sum(trial.state == "finished" for trial in succeeded)
+        parts += _build_importance_parts(ledger, n_complete)
         parts += _build_pareto_figures(ledger, succeeded)
     return parts
 
@@ -99,13 +100,15 @@ def _format_score(trial: Trial, metric: str) -> str:
     return f"{100 * trial.best[metric]:.2f}" if metric in trial.best else ""
 
 
-def _build_importance_parts(ledger: Ledger, n_results: int) -> list[SectionPart]:
+def _build_importance_parts(ledger: Ledger, n_complete: int) -> list[SectionPart]:
     """Build the importances of the parameters, or the reason why they are unknown."""
     importances = param_importances(ledger)
     if not importances:
         reason = "the results hardly differ"
-        if n_results < MIN_IMPORTANCE_TRIALS:
-            reason = f"this needs at least {MIN_IMPORTANCE_TRIALS} results, not {n_results}"
+        if n_complete < MIN_IMPORTANCE_TRIALS:
+            reason = (
+                f"this needs at least {MIN_IMPORTANCE_TRIALS} complete trials, not {n_complete}"
+            )
         text = f"The importance of the settings is unknown: {reason}."
         return [Paragraph(text, is_muted=True)]
     figure = figures.plot_param_importances(importances, ledger.space.objectives[0])
@@ -113,7 +116,10 @@ def _build_importance_parts(ledger: Ledger, n_results: int) -> list[SectionPart]
     if left_out := [path for path in ledger.space.space if path not in importances]:
         labels = param_labels(list(ledger.space.space))
         names = ", ".join(labels[path] for path in left_out)
-        text = f"Not every trial has {names}, so the importances leave them out."
+        text = (
+            f"Not every trial has {names}, or all have the same value, so the importances leave "
+            "them out."
+        )
         parts.append(Paragraph(text, is_muted=True))
     return parts
 
