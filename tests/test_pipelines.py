@@ -33,7 +33,7 @@ from raysweep.pipeline.published_results import load_paper_table
 from raysweep.pipeline.sweep_retention import get_today_date, prune_nightly_sweeps
 from raysweep.spec import SpecError
 from raysweep.stores import open_path
-from raysweep.sweep.plan import maybe_estimate_epoch_seconds
+from raysweep.sweep.epoch_timing import estimate_epoch_seconds
 from raysweep.sweep.resources import Resources
 from raysweep.training.config import TrainingConfig
 from raysweep.training.trainer import train_model
@@ -559,11 +559,15 @@ def test_a_plan_says_on_what_and_for_how_long(workdir: Path, capsys) -> None:
     assert at["cpus_per_trial"] == 0.5 and at["gpus_per_trial"] == 0
     assert at["expected_seconds"] > 0 and promote["expected_seconds"] > 0
     assert gairat["expected_seconds"] == 0, "max_hours"
+    assert gairat["checkpoint_bytes"] == at["checkpoint_bytes"] > 0, "three trials of one network"
+    assert promote["checkpoint_bytes"] * 3 == 2 * at["checkpoint_bytes"], "two runs"
     assert promote["trials_at_once"] == min(2, cores) and "expected_seconds" not in attack
     assert (
         main(["run", "promoted.yaml", *small, "--set", "stages.promote.pareto=true", "--plan"]) == 0
     )
-    lines = capsys.readouterr().out.splitlines()
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    lines = out.replace("\n" + " " * 30, " ").splitlines()
     _, at_line, promote_line, _ = (line for line in lines if re.match(r"\d\d ", line))
     assert re.search(
         r"; a trial holds 0.5 CPU\(s\) and 0 GPU\(s\), \d run at once, about \d", at_line
@@ -589,7 +593,7 @@ def test_a_plan_does_not_time_a_network_that_takes_this_cpu_minutes(tmp_path: Pa
             "data__val_size": 10,
         }
         config = tiny("at", model__name=model, **own)
-        seconds = maybe_estimate_epoch_seconds(config, load_data(config.data), Resources(cpus=1))
+        seconds = estimate_epoch_seconds(config, load_data(config.data), Resources(cpus=1))
         assert (seconds is not None and seconds > 0) == known
 
 

@@ -19,13 +19,12 @@ from raysweep.data import DatasetSplits
 from raysweep.errors import InfrastructureError
 from raysweep.spec import SpecError
 from raysweep.stores import open_path
+from raysweep.sweep.epoch_timing import _time_growing, estimate_epoch_seconds
 from raysweep.sweep.ledger import Trial
 from raysweep.sweep.plan import (
-    estimate_epoch_seconds,
     expected_sweep_epochs,
     expected_trial_epochs,
     list_completed_epochs,
-    maybe_estimate_epoch_seconds,
     plan_sweep,
 )
 from raysweep.sweep.resources import Resources
@@ -317,7 +316,7 @@ def test_the_size_of_a_cluster_may_be_given_in_the_environment(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU to time")
 def test_trials_on_gpus_are_not_timed_where_there_is_none(digits: DatasetSplits) -> None:
-    assert maybe_estimate_epoch_seconds(space().trial_config({}), digits, Resources(gpus=1)) is None
+    assert estimate_epoch_seconds(space().trial_config({}), digits, Resources(gpus=1)) is None
 
 
 def test_a_sweep_restores_the_signal_handlers_that_tune_replaces() -> None:
@@ -344,7 +343,9 @@ def set_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         tick.append(torch.get_num_threads())
         return tick[1]
 
-    monkeypatch.setattr("raysweep.sweep.plan.time", SimpleNamespace(perf_counter=read_clock))
+    monkeypatch.setattr(
+        "raysweep.sweep.epoch_timing.time", SimpleNamespace(perf_counter=read_clock)
+    )
     return tick
 
 
@@ -372,14 +373,68 @@ def test_seconds_of_an_epoch(digits: DatasetSplits, set_clock: list[float]) -> N
     )
 
 
-def test_steps_that_take_long_are_timed_once(digits: DatasetSplits, set_clock: list[float]) -> None:
-    set_clock[0] = 6.0
-    assert estimate_epoch_seconds(
-        space().trial_config({}), digits, Resources(), n_steps=2
-    ) == pytest.approx(2 * 6 + 6 * 50 / 32)
-    assert set_clock[1] / 6 == 4, (
-        "readings: before and after one step, and before and after the validation"
-    )
+class SlowNetwork(torch.nn.Module):
+    """A network that needs some seconds of a clock for each image."""
+
+    def __init__(self, seconds: float, clock: list[float]) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 10)
+        self.seconds, self.clock = seconds, clock
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.clock[0] += self.seconds * len(x)
+        return self.layer(x.flatten(1))
+
+
+@pytest.fixture
+def network_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that only a SlowNetwork advances."""
+    clock = [0.0]
+    module = SimpleNamespace(perf_counter=lambda: clock[0])
+    monkeypatch.setattr("raysweep.sweep.epoch_timing.time", module)
+    monkeypatch.setattr("raysweep.sweep.epoch_timing.monotonic", lambda: clock[0])
+    return clock
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected", "spent"),
+    [
+        # Ten passes of four rows, then three times ten of 64.
+        (0.001, 0.64, 0.04 + 3 * 0.64),
+        # 0.4 s for four rows; five passes of 64 rows later 3 s are over.
+        (0.01, 6.4, 0.4 + 5 * 0.64),
+        # The first pass of four rows is the last one.
+        (1.0, None, 4.0),
+    ],
+)
+def test_what_takes_long_is_timed_on_a_few_rows_or_not(
+    seconds: float, expected: float | None, spent: float, network_clock: list[float]
+) -> None:
+    network = SlowNetwork(seconds, network_clock)
+
+    def compute(n_rows: int) -> None:
+        for _ in range(10):
+            network(torch.zeros(n_rows, 64))
+
+    assert _time_growing(compute, 64, 4, 3, 3.0) == pytest.approx(expected)
+    assert network_clock[0] == pytest.approx(spent)
+    network(torch.zeros(1, 64)), "no limit outlasts the estimate"
+
+
+def test_a_plan_answers_in_time_whatever_the_network(
+    digits: DatasetSplits, network_clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = space(base={**SMALL, "compute.compile": True}).trial_config({})
+
+    def compile_module(*arguments: object, **options: object) -> None:
+        raise AssertionError("compiling takes minutes")
+
+    monkeypatch.setattr("torch.compile", compile_module)
+    assert estimate_epoch_seconds(config, digits, Resources()) is not None
+    slow = SlowNetwork(60.0, network_clock)
+    monkeypatch.setattr("raysweep.models.ModelSpec.build_model", lambda *arguments: slow)
+    assert estimate_epoch_seconds(config, digits, Resources()) is None
+    assert network_clock[0] == 8 * 60, "a single pass, of the images that check the network"
 
 
 def test_a_step_is_timed_with_the_threads_that_a_trial_will_have(
@@ -391,8 +446,6 @@ def test_a_step_is_timed_with_the_threads_that_a_trial_will_have(
     assert set(set_clock[2 : len(set_clock) // 2 + 1]) == {1}
     assert set(set_clock[len(set_clock) // 2 + 1 :]) == {3}
     assert torch.get_num_threads() == 2, "as it was"
-    maybe_estimate_epoch_seconds(space().trial_config({}), digits, Resources(cpus=3))
-    assert torch.get_num_threads() == 2
 
 
 def test_the_hours_of_a_plan(

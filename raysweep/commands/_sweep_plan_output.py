@@ -1,9 +1,10 @@
 """Print the plan of a sweep for `raysweep tune --plan`."""
 
 import json
+import math
 from typing import TYPE_CHECKING
 
-from raysweep.disk_space import find_free_bytes, format_bytes
+from raysweep.disk_space import describe_needed_space, find_free_bytes
 from raysweep.formatting import format_count, format_duration
 
 if TYPE_CHECKING:
@@ -45,9 +46,9 @@ def _plan_to_json(plan: "SweepPlan", folder: "Path | None") -> "JsonDict":
         "cpus_per_trial": plan.resources.cpus,
         "gpus_per_trial": plan.resources.gpus,
         "trials_at_once": plan.concurrency,
-        "seconds_per_epoch": round(plan.seconds_per_epoch, 2),
-        "trial_hours": round(plan.remaining_trial_seconds / 3600, 3),
-        "wall_hours": round(plan.wall_seconds / 3600, 3),
+        "seconds_per_epoch": _round_known(plan.seconds_per_epoch, 2),
+        "trial_hours": _round_known(plan.remaining_trial_seconds / 3600, 3),
+        "wall_hours": _round_known(plan.wall_seconds / 3600, 3),
         "objective_95_half_width": round(plan.objective_half_width, 4),
         "image_shape": plan.image_shape,
         "train_examples_per_class": plan.train_class_counts,
@@ -57,6 +58,11 @@ def _plan_to_json(plan: "SweepPlan", folder: "Path | None") -> "JsonDict":
         "free_bytes": None if folder is None else find_free_bytes(folder),
         "warnings": plan.warnings,
     }
+
+
+def _round_known(number: float, digits: int) -> float | None:
+    """Round a number; None for nan."""
+    return None if math.isnan(number) else round(number, digits)
 
 
 def _describe_plan(plan: "SweepPlan", folder: "Path | None") -> list[str]:
@@ -76,24 +82,31 @@ def _describe_plan(plan: "SweepPlan", folder: "Path | None") -> list[str]:
     lines += [f"  {path}: {values}" for path, values in plan.ranges.items()]
     lines += [f"warning: {line}" for line in plan.warnings]
     sharing = f", shared by {resources.workers} workers" if resources.workers > 1 else ""
-    early_stopping = ""
-    if plan.expected_epochs < plan.max_epochs:
-        early_stopping = f" ({plan.max_epochs} without early stopping)"
     lines += [
         f"95% interval of the objective: +-{plan.objective_half_width:.3f}",
         f"a trial holds {resources.cpus:g} CPU(s) and {resources.gpus:g} GPU(s){sharing}; "
         f"{plan.concurrency} run at once",
-        f"one epoch with validation takes about {plan.seconds_per_epoch:.1f} s, "
-        "estimated from a few steps of one worker here",
-        f"about {format_count(plan.expected_epochs, 'epoch')} in all{early_stopping}: "
-        f"{format_duration(plan.remaining_trial_seconds)} of trials, "
-        f"{format_duration(plan.wall_seconds)} from start to end",
+        *_describe_time(plan),
     ]
     if plan.n_finalists:
         best = format_count(plan.n_finalists, "best trial")
         lines.append(f"then full AutoAttack on the validation images, on the {best}")
-    space = f"checkpoints take about {format_bytes(plan.checkpoint_bytes)}"
-    if folder is not None:
-        space += f"; the disk of {folder} has {format_bytes(find_free_bytes(folder))} free"
-    lines.append(space)
+    lines.append(describe_needed_space(plan.checkpoint_bytes, folder))
     return [part for line in lines for part in wrap_plan_line(line)]
+
+
+def _describe_time(plan: "SweepPlan") -> list[str]:
+    """Describe the epochs of all trials and, as far as it is known, the time that they take."""
+    from raysweep.training.training_summary import UNKNOWN_TIME
+
+    epochs = f"about {format_count(plan.expected_epochs, 'epoch')} in all"
+    if plan.expected_epochs < plan.max_epochs:
+        epochs += f" ({plan.max_epochs} without early stopping)"
+    if math.isnan(plan.seconds_per_epoch):
+        return [f"{epochs}; {UNKNOWN_TIME}"]
+    return [
+        f"one epoch with validation takes about {plan.seconds_per_epoch:.1f} s, "
+        "estimated from a few steps of one worker here",
+        f"{epochs}: {format_duration(plan.remaining_trial_seconds)} of trials, "
+        f"{format_duration(plan.wall_seconds)} from start to end",
+    ]

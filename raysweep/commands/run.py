@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import sys
-import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +43,8 @@ EXAMPLES = (
     "raysweep run nightly --set stages.tune.trials=20 --plan",
 )
 
-_PLAN_INDENT = " " * 30
+# Columns before what a stage does.
+_PLAN_INDENT = 30
 
 
 @dataclass(frozen=True)
@@ -152,10 +150,11 @@ def _plan_stages(
 ) -> None:
     """Print what would run, on which resources and for about how long."""
     from raysweep.commands.common import resolve_runs_folder
+    from raysweep.disk_space import describe_needed_space
     from raysweep.pipeline.plan import plan_pipeline
+    from raysweep.training.training_summary import wrap_plan_line
 
-    # Check that the storage answers.
-    resolve_runs_folder(request.out, request.storage, for_writing=False)
+    runs_folder = resolve_runs_folder(request.out, request.storage, for_writing=False)
     folder = request.out.resolve() / "runs" / "pipelines" / name
     stage_rows, cluster_resources = plan_pipeline(
         pipeline, training_overrides, folder, request.address, request.first_stage
@@ -164,13 +163,16 @@ def _plan_stages(
         print(json.dumps({"pipeline": name, "stages": stage_rows}, indent=1))
         return
     for row in stage_rows:
-        print(textwrap.fill(_format_plan_row(row), _line_width(), subsequent_indent=_PLAN_INDENT))
+        print("\n".join(wrap_plan_line(_format_plan_row(row), _PLAN_INDENT)))
         for line in row.get("summary", []):
             print(f"   {line}")
     times = [row["expected_seconds"] for row in stage_rows if "expected_seconds" in row]
     if times:
         cpus, gpus = cluster_resources.get("CPU", 0), cluster_resources.get("GPU", 0)
         print(f"on {cpus:g} CPUs and {gpus:g} GPUs: {_format_training_time(times)}")
+    sizes = [row["checkpoint_bytes"] for row in stage_rows if "checkpoint_bytes" in row]
+    if sizes and None not in sizes:
+        print("\n".join(wrap_plan_line(describe_needed_space(sum(sizes), runs_folder.local_path))))
 
 
 def _format_plan_row(row: JsonDict) -> str:
@@ -202,11 +204,6 @@ def _format_training_time(times: list[float | None]) -> str:
     if len(seconds) < len(times):
         return "the training time cannot be estimated on this machine; attacks take extra time"
     return f"about {format_duration(sum(seconds))} of training; attacks take extra time"
-
-
-def _line_width() -> int:
-    """Return the width of the terminal; lines in pipes and files are not broken."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
 
 
 def _run_stages(

@@ -210,10 +210,13 @@ def _print_plan(
     import torch
 
     from raysweep.commands.common import resolve_runs_folder
+    from raysweep.disk_space import describe_needed_space, find_free_bytes
     from raysweep.formatting import format_count, format_duration
-    from raysweep.sweep.plan import maybe_estimate_epoch_seconds
+    from raysweep.sweep.epoch_timing import estimate_epoch_seconds
+    from raysweep.sweep.plan import estimate_trial_bytes
     from raysweep.sweep.resources import Resources
     from raysweep.training.training_summary import (
+        UNKNOWN_TIME,
         count_per_class,
         summarize_training,
         wrap_plan_line,
@@ -221,7 +224,8 @@ def _print_plan(
 
     folder = resolve_runs_folder(request.out, request.storage, for_writing=False) / name
     resources = Resources(cpus=joblib.cpu_count(), gpus=float(torch.cuda.is_available()))
-    epoch_seconds = maybe_estimate_epoch_seconds(config, dataset, resources)
+    epoch_seconds = estimate_epoch_seconds(config, dataset, resources)
+    checkpoint_bytes, disk = estimate_trial_bytes(config, dataset), folder.local_path
     warnings = config.list_warnings()
     validated = config.validation.select_split(dataset)
     if request.as_json:
@@ -232,12 +236,14 @@ def _print_plan(
             "train_examples_per_class": count_per_class(dataset.train, dataset.classes),
             "validation_examples_per_class": count_per_class(validated, dataset.classes),
             "seconds_per_epoch": None if epoch_seconds is None else round(epoch_seconds, 2),
+            "checkpoint_bytes": checkpoint_bytes,
+            "free_bytes": None if disk is None else find_free_bytes(disk),
             "warnings": warnings,
         }
         print(json.dumps(plan, indent=1))
         return
     epochs = format_count(config.epochs, "epoch")
-    duration = "the time cannot be estimated on this machine in a few seconds"
+    duration = UNKNOWN_TIME
     if epoch_seconds is not None:
         duration = (
             f"one epoch with validation takes about {epoch_seconds:.1f} s, all {epochs} "
@@ -248,6 +254,7 @@ def _print_plan(
         *summarize_training(config, dataset),
         *(f"warning: {line}" for line in warnings),
         duration,
+        describe_needed_space(checkpoint_bytes, disk),
     ]
     for line in lines:
         print("\n".join(wrap_plan_line(line)))

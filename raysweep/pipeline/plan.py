@@ -1,9 +1,10 @@
 """Plan of `raysweep run --plan`: stages to run, their resources and expected training time."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from raysweep.data import DatasetSplits, load_data
+from raysweep.data import DatasetSplits, DataSpec, load_data
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.pipeline import Pipeline, find_stage_index, plan_stages
 from raysweep.pipeline.promote import PromoteStage
@@ -11,12 +12,17 @@ from raysweep.pipeline.stage import PlannedTraining, Stage, TrainingOverrides
 from raysweep.pipeline.train import TrainStage
 from raysweep.pipeline.tune import TuneStage
 from raysweep.spec import JsonDict
-from raysweep.sweep.plan import available_capacity, maybe_estimate_epoch_seconds
+from raysweep.sweep.epoch_timing import LIMIT_SECONDS, estimate_epoch_seconds
+from raysweep.sweep.plan import available_capacity, estimate_trial_bytes
 from raysweep.sweep.resources import Resources
-from raysweep.training.training_summary import summarize_training, wrap_plan_line
+from raysweep.training.config import TrainingConfig
+from raysweep.training.training_summary import PLAN_WIDTH, list_summary_rows, wrap_summary_rows
 
 # Resources of each node of a cluster, by name.
 NodeResources = Sequence[dict[str, float]]
+DatasetLoader = Callable[[DataSpec], DatasetSplits]
+SUMMARY_WIDTH = PLAN_WIDTH - 3
+"""Columns of the lines about the trainings of a stage, which are indented below it."""
 
 
 def plan_pipeline(
@@ -37,9 +43,9 @@ def plan_pipeline(
 
     Returns:
         A row for each stage, and the resources of the cluster by name. Rows of stages that train
-        have `cpus_per_trial`, `gpus_per_trial`, `trials_at_once` and `expected_seconds` (None if
-        unknown). Rows of stages to run have a `summary` of their trainings and `warnings`, which
-        are lists of lines.
+        have `cpus_per_trial`, `gpus_per_trial`, `trials_at_once`, `expected_seconds` and
+        `checkpoint_bytes` (both None if unknown). Rows of stages to run have a `summary` of their
+        trainings and `warnings`, which are lists of lines.
 
     Raises:
         SpecError: If there is no such first stage, or a trial fits on no node.
@@ -47,7 +53,9 @@ def plan_pipeline(
     first_index = find_stage_index(first_stage, pipeline)
     cluster, nodes = available_capacity(address)
     salt = pipeline.compute_rerun_key()
-    rows = []
+    load_dataset = functools.cache(load_data)
+    rows: list[JsonDict] = []
+    stages_to_run: list[tuple[JsonDict, Stage, list[PlannedTraining]]] = []
     for planned_stage, (stage, upstream_configs) in zip(
         plan_stages(pipeline, training_overrides, folder, salt),
         pipeline.iter_stages_with_received_configs(training_overrides),
@@ -66,27 +74,90 @@ def plan_pipeline(
         }
         if artifact is None:
             trainings = stage.plan_trainings(training_overrides, upstream_configs)
-            row |= _estimate_stage_effort(stage, trainings, cluster, nodes)
-            row["summary"] = _summarize_trainings(stage, trainings, training_overrides)
+            stages_to_run.append((row, stage, trainings))
+            row["summary"] = _summarize_trainings(
+                stage, trainings, training_overrides, load_dataset
+            )
             row["warnings"] = list(
                 dict.fromkeys(stage.list_warnings(training_overrides, upstream_configs))
             )
         rows.append(row)
+    all_trainings = [training for _, _, trainings in stages_to_run for training in trainings]
+    estimator = _TrainingEstimator(all_trainings, load_dataset)
+    for row, stage_to_run, trainings in stages_to_run:
+        row |= _estimate_stage_effort(stage_to_run, trainings, estimator, cluster, nodes)
     return rows, cluster
+
+
+class _TrainingEstimator:
+    """Estimates time and disk space of trainings; each config is timed once.
+
+    Args:
+        trainings: All trainings of a plan, which share the time for timing them.
+        load_dataset: Loads data sets.
+    """
+
+    def __init__(self, trainings: Sequence[PlannedTraining], load_dataset: DatasetLoader) -> None:
+        self._load_dataset = load_dataset
+        configs = {_timing_digest(training.config) for training in trainings}
+        self._limit_seconds = LIMIT_SECONDS / max(len(configs), 1)
+        self._epoch_seconds: dict[tuple[str, Resources], float | None] = {}
+
+    def estimate_wall_seconds(
+        self, trainings: Sequence[PlannedTraining], resources: Resources, concurrency: int
+    ) -> float | None:
+        """Estimate the wall-clock time of trainings one after the other; None if it is unknown.
+
+        Savings by shared prefixes are not counted.
+        """
+        total = 0.0
+        for training in trainings:
+            if training.total_epochs is None:
+                return None
+            key = _timing_digest(training.config), resources
+            if key not in self._epoch_seconds:
+                self._epoch_seconds[key] = estimate_epoch_seconds(
+                    training.config,
+                    self._load_dataset(training.config.data),
+                    resources,
+                    limit_seconds=self._limit_seconds,
+                )
+            epoch_seconds = self._epoch_seconds[key]
+            if epoch_seconds is None:
+                return None
+            runs_at_once = min(concurrency, training.concurrency)
+            total += epoch_seconds * training.total_epochs / runs_at_once
+        return total
+
+    def estimate_checkpoint_bytes(self, trainings: Sequence[PlannedTraining]) -> int | None:
+        """Estimate the size of the checkpoints of trainings; None if their number is unknown."""
+        total = 0.0
+        for training in trainings:
+            if training.n_runs is None:
+                return None
+            dataset = self._load_dataset(training.config.data)
+            total += training.n_runs * estimate_trial_bytes(training.config, dataset)
+        return round(total)
+
+
+def _timing_digest(config: TrainingConfig) -> str:
+    """Return the digest of what decides how long an epoch takes: all settings but the seed."""
+    return config.replace(seed=0).digest()
 
 
 def _estimate_stage_effort(
     stage: Stage,
     trainings: Sequence[PlannedTraining],
+    estimator: _TrainingEstimator,
     cluster_resources: Mapping[str, float],
     node_resources: NodeResources,
 ) -> JsonDict:
-    """Estimate the resources and the training time of a stage; empty if it trains nothing."""
+    """Estimate resources, time and disk space of a stage's training; empty if it has none."""
     if not isinstance(stage, TuneStage | TrainStage | PromoteStage) or not trainings:
         return {}
     resources = Resources(stage.cpus, stage.gpus).resolve(dict(cluster_resources))
     concurrency = resources.max_concurrent_trials(dict(cluster_resources), node_resources)
-    seconds = _estimate_training_seconds(trainings, resources, concurrency)
+    seconds = estimator.estimate_wall_seconds(trainings, resources, concurrency)
     if isinstance(stage, TuneStage) and stage.max_hours and seconds is not None:
         seconds = min(seconds, 3600 * stage.max_hours)
     return {
@@ -94,44 +165,24 @@ def _estimate_stage_effort(
         "gpus_per_trial": resources.n_gpus,
         "trials_at_once": min(concurrency, max(t.concurrency for t in trainings)),
         "expected_seconds": None if seconds is None else round(seconds, 1),
+        "checkpoint_bytes": estimator.estimate_checkpoint_bytes(trainings),
     }
 
 
 def _summarize_trainings(
-    stage: Stage, trainings: Sequence[PlannedTraining], training_overrides: TrainingOverrides
+    stage: Stage,
+    trainings: Sequence[PlannedTraining],
+    training_overrides: TrainingOverrides,
+    load_dataset: DatasetLoader,
 ) -> list[str]:
     """Return lines about the trainings of a stage; what several have in common appears once."""
     ranges: dict[str, str] = {}
     if isinstance(stage, TuneStage):
         space = stage.resolve_search_space(training_overrides).space
         ranges = {path: distribution.describe() for path, distribution in space.items()}
-    lines: list[str] = []
+    rows: list[tuple[str, str]] = []
     for training in trainings:
-        data = load_data(training.config.data)
-        lines += summarize_training(training.config, data, list(ranges))
-    for path, values in ranges.items():
-        lines += wrap_plan_line(f"{'searched':<12}{path}: {values}", 14)
-    return list(dict.fromkeys(lines))
-
-
-def _estimate_training_seconds(
-    trainings: Sequence[PlannedTraining], resources: Resources, concurrency: int
-) -> float | None:
-    """Estimate the wall-clock time of trainings one after the other; None if it is unknown.
-
-    Savings by shared prefixes are not counted.
-    """
-    total = 0.0
-    datasets: dict[str, DatasetSplits] = {}
-    for training in trainings:
-        config, epochs = training.config, training.total_epochs
-        key = config.data.digest()
-        if key not in datasets:
-            datasets[key] = load_data(config.data)
-        if epochs is None:
-            return None
-        epoch_seconds = maybe_estimate_epoch_seconds(config, datasets[key], resources)
-        if epoch_seconds is None:
-            return None
-        total += epoch_seconds * epochs / min(concurrency, training.concurrency)
-    return total
+        data = load_dataset(training.config.data)
+        rows += list_summary_rows(training.config, data, list(ranges))
+    rows += [("searched", f"{path}: {values}") for path, values in ranges.items()]
+    return wrap_summary_rows(dict.fromkeys(rows), SUMMARY_WIDTH)

@@ -80,8 +80,9 @@ class PromoteStage(Stage):
         for config in configs.values():
             # The selection is unknown yet: assume that each config is selected equally often. The
             # size of a Pareto set is unknown too.
-            epochs = None if self.pareto else config.epochs * n_runs / len(configs)
-            trainings.append(PlannedTraining(config, n_seeds, epochs))
+            n_runs_of_config = None if self.pareto else n_runs / len(configs)
+            epochs = None if n_runs_of_config is None else config.epochs * n_runs_of_config
+            trainings.append(PlannedTraining(config, n_runs_of_config, n_seeds, epochs))
         return trainings
 
     def _trains_again(self) -> bool:

@@ -336,11 +336,13 @@ class PlannedTraining(NamedTuple):
 
     Attributes:
         config: Training config of the runs.
+        n_runs: Expected number of runs; None if unknown.
         concurrency: Largest number of runs that can train at the same time.
         total_epochs: Expected epochs of all runs together; None if unknown.
     """
 
     config: TrainingConfig
+    n_runs: float | None
     concurrency: int
     total_epochs: float | None
 

@@ -149,7 +149,7 @@ class TrainStage(Stage):
     ) -> list[PlannedTraining]:
         n_seeds = len(self.seeds)
         return [
-            PlannedTraining(config, n_seeds, n_seeds * config.epochs)
+            PlannedTraining(config, n_seeds, n_seeds, n_seeds * config.epochs)
             for config in self._build_configs(training_overrides).values()
         ]
 

@@ -115,7 +115,7 @@ class TuneStage(Stage):
         space = self.resolve_search_space(training_overrides)
         config = space.trial_config({})
         epochs = expected_sweep_epochs(space, config.epochs)
-        return [PlannedTraining(config, space.n_trials, epochs)]
+        return [PlannedTraining(config, space.n_trials, space.n_trials, epochs)]
 
     def list_warnings(
         self, training_overrides: TrainingOverrides, upstream_configs: Sequence[TrainingConfig] = ()

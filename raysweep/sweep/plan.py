@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import joblib
 
-from raysweep.data import DatasetSplits, count_batches
-from raysweep.evaluation.attack_model import MIN_BATCH_ROWS, make_attack_model
+from raysweep.data import DatasetSplits
 from raysweep.lazy_modules import torch
-from raysweep.rng import ExampleRng
 from raysweep.spec import JsonDict
+from raysweep.sweep.epoch_timing import count_validated_examples, estimate_epoch_seconds
 from raysweep.sweep.ledger import Trial
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.sweep.space_warnings import list_space_warnings
 from raysweep.training.config import TrainingConfig
-from raysweep.training.model_variants import ModelVariants
-from raysweep.training.trainer import build_model_variants, compute_step_gradients
 from raysweep.training.training_summary import count_per_class, summarize_training
-
-# Seconds for a forward pass of four 32 x 32 images. A small network needs a third to two thirds of
-# it, a ResNet-18 up to twice as much.
-_FAST_FORWARD_SECONDS = 0.03
-# Steps that take longer are hardly slowed by warming up: a single one gives the estimate.
-_LONG_STEP_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +42,8 @@ class SweepPlan:
         n_validation_examples: Size of the validation split.
         resources: Resources of one trial, with the number of GPUs resolved.
         concurrency: Number of trials that run at the same time.
-        seconds_per_epoch: Estimated seconds of one epoch with its share of validation.
+        seconds_per_epoch: Estimated seconds of one epoch with its share of validation; nan if it
+            cannot be estimated here in a few seconds.
         objective_half_width: Half the width of the objective's 95% confidence interval, for an
             accuracy (in [0, 1]) of 0.5, where the interval is widest.
         ranges: For each searched parameter its values in words.
@@ -95,12 +85,12 @@ class SweepPlan:
 
     @property
     def remaining_trial_seconds(self) -> float:
-        """Estimated seconds of all trials that are left, one after the other."""
+        """Estimated seconds of all trials that are left, one after the other; nan if unknown."""
         return self.seconds_per_epoch * self.expected_epochs
 
     @property
     def wall_seconds(self) -> float:
-        """Estimated seconds from start to end, with `concurrency` trials at the same time."""
+        """Estimated seconds from start to end, `concurrency` trials at once; nan if unknown."""
         return self.remaining_trial_seconds / self.concurrency
 
 
@@ -158,8 +148,8 @@ def plan_sweep(
         n_validation_examples=len(config.validation.select_split(data)),
         resources=resources,
         concurrency=concurrency,
-        seconds_per_epoch=seconds_per_epoch,
-        objective_half_width=1.96 * math.sqrt(0.25 / _n_validated_examples(config, data)),
+        seconds_per_epoch=math.nan if seconds_per_epoch is None else seconds_per_epoch,
+        objective_half_width=1.96 * math.sqrt(0.25 / count_validated_examples(config, data)),
         ranges={path: distribution.describe() for path, distribution in space.space.items()},
         summary=summarize_training(config, data, list(space.space)),
         warnings=list_space_warnings(space),
@@ -203,72 +193,6 @@ def available_capacity(address: str | None) -> tuple[dict[str, float], list[dict
             return cluster, node_capacities()
     machine = {"CPU": float(joblib.cpu_count()), "GPU": float(torch.cuda.device_count())}
     return machine, [machine]
-
-
-def estimate_epoch_seconds(
-    config: TrainingConfig, data: DatasetSplits, resources: Resources, n_steps: int = 2
-) -> float:
-    """Estimate the seconds of an epoch, with its share of validation, from a few real steps.
-
-    Each of several workers processes its share of a batch and of the validation split. The time
-    that workers spend on communication is not included.
-
-    Args:
-        config: Training config; its last epoch is timed, after every burn-in.
-        data: Data to take the steps on.
-        resources: What a trial holds, such as its number of threads.
-        n_steps: Number of steps to time after one that warms up. A long step is timed alone.
-
-    Returns:
-        Seconds of one epoch of one worker.
-    """
-    with _torch_threads(resources.threads_per_worker):
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        variants, data = build_model_variants(config, data, device), data.to(device)
-        variants.model.train()
-        step_timings = _time_training_steps(config, data, variants, resources.workers, n_steps)
-        n_examples = _n_validated_examples(config, data) / resources.workers
-        validation_seconds = _estimate_validation_seconds(config, data, variants, n_examples)
-    n_validations = sum(config.is_validated(epoch) for epoch in range(config.epochs))
-    # The first step includes warming up.
-    return (
-        min(step_timings) * count_batches(len(data.train), config.batch_size)
-        + validation_seconds * n_validations / config.epochs
-    )
-
-
-@contextmanager
-def _torch_threads(n_threads: int) -> Iterator[None]:
-    """Compute with a number of threads in the block: sums depend on it in their last bits."""
-    previous = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(previous)
-
-
-def maybe_estimate_epoch_seconds(
-    config: TrainingConfig, data: DatasetSplits, resources: Resources
-) -> float | None:
-    """Return `estimate_epoch_seconds` where the estimate is quick and meaningful.
-
-    Args:
-        config: Training config.
-        data: Data to take the steps on.
-        resources: What a trial holds.
-
-    Returns:
-        Seconds of one epoch. None if the steps would take minutes on this machine, or if only one
-        of the two, the trials and this machine, uses a GPU.
-    """
-    has_gpu = torch.cuda.is_available()
-    if bool(resources.n_gpus) != has_gpu:
-        return None
-    with _torch_threads(resources.threads_per_worker):
-        if not has_gpu and not _is_forward_fast(config, data):
-            return None
-    return estimate_epoch_seconds(config, data, resources)
 
 
 def list_completed_epochs(
@@ -325,49 +249,3 @@ def _n_validated_examples(config: TrainingConfig, data: DatasetSplits) -> int:
     """Return the number of validation examples that the objective is computed on."""
     n_available = len(config.validation.select_split(data))
     return min(n_available, config.validation.size or n_available)
-
-
-def _time_training_steps(
-    config: TrainingConfig,
-    data: DatasetSplits,
-    variants: ModelVariants,
-    n_workers: int,
-    n_steps: int,
-) -> list[float]:
-    """Time up to `n_steps + 1` steps of one worker, in seconds; stop after a long one."""
-    method = config.resolve_at(config.epochs - 1).method
-    batches = data.iter_train_batches(config.batch_size, config.seed, 0, 0, n_workers)
-    timings: list[float] = []
-    for _, batch in zip(range(n_steps + 1), batches, strict=False):
-        started = time.perf_counter()
-        compute_step_gradients(
-            method, variants, batch, ExampleRng.for_examples(batch.index, 0, "plan")
-        )
-        timings.append(time.perf_counter() - started)
-        if timings[-1] > _LONG_STEP_SECONDS:
-            break
-    return timings
-
-
-def _estimate_validation_seconds(
-    config: TrainingConfig, data: DatasetSplits, variants: ModelVariants, n_examples: float
-) -> float:
-    """Time the validation of one batch and scale it to `n_examples`."""
-    sample_size = math.ceil(min(n_examples, config.batch_size))
-    started = time.perf_counter()
-    sample_images = data.val.get_float_images(slice(0, MIN_BATCH_ROWS))
-    attack_model = make_attack_model(variants.model, sample_images)
-    config.validation.replace(size=sample_size)(attack_model, data.val)
-    return (time.perf_counter() - started) / sample_size * n_examples
-
-
-def _is_forward_fast(config: TrainingConfig, data: DatasetSplits) -> bool:
-    """Check whether a CPU forward pass is so fast that a training step takes seconds at most."""
-    model = config.model.build_model(data.channels, data.classes, 0).eval()
-    timings = []
-    for _ in range(2):
-        started = time.perf_counter()
-        with torch.no_grad():
-            model(data.val.get_float_images(slice(0, 4)))
-        timings.append(time.perf_counter() - started)
-    return min(timings) < _FAST_FORWARD_SECONDS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 PLAN_WIDTH = 80
 """Columns of a plan."""
+UNKNOWN_TIME = "the time cannot be estimated on this machine in a few seconds"
+"""What a plan says where training steps take too long to time them."""
 _LABEL_WIDTH = 12
 # Word for a setting whose value a sweep chooses.
 _SEARCHED = "(searched)"
@@ -41,25 +43,42 @@ def summarize_training(
             called searched, because the config has other values.
 
     Returns:
-        The lines, each with a label.
+        The lines, each row with a label.
     """
-    summary = _TrainingSummary(config, data, searched_paths)
+    return wrap_summary_rows(list_summary_rows(config, data, searched_paths))
+
+
+def list_summary_rows(
+    config: TrainingConfig, data: DatasetSplits, searched_paths: Collection[str] = ()
+) -> list[tuple[str, str]]:
+    """Return the rows of a summary as pairs (label, text), with the arguments of it."""
+    return list(_TrainingSummary(config, data, searched_paths).iter_rows())
+
+
+def wrap_summary_rows(rows: Iterable[tuple[str, str]], width: int = PLAN_WIDTH) -> list[str]:
+    """Break the rows of a summary into lines.
+
+    Args:
+        rows: Pairs (label, text).
+        width: Columns of a line.
+    """
     lines: list[str] = []
-    for label, text in summary.iter_rows():
-        lines += wrap_plan_line(f"{label:<{_LABEL_WIDTH}}{text}", _LABEL_WIDTH)
+    for label, text in rows:
+        lines += wrap_plan_line(f"{label:<{_LABEL_WIDTH}}{text}", _LABEL_WIDTH, width)
     return lines
 
 
-def wrap_plan_line(line: str, indent: int = 4) -> list[str]:
-    """Break a line of a plan into lines of at most 80 columns.
+def wrap_plan_line(line: str, indent: int = 4, width: int = PLAN_WIDTH) -> list[str]:
+    """Break a line of a plan into lines of at most `width` columns.
 
     Args:
         line: The line; long words, such as paths of files, are not broken.
         indent: Columns by which the lines after the first are indented.
+        width: Columns of a line.
     """
     return textwrap.wrap(
         line,
-        PLAN_WIDTH,
+        width,
         subsequent_indent=" " * indent,
         break_long_words=False,
         break_on_hyphens=False,
@@ -96,6 +115,8 @@ class _TrainingSummary:
         for name, attack in config.method.attacks.items():
             yield "attack", f"{name}: {self._describe_attack(f'method.attacks.{name}', attack)}"
         yield from self._iter_validation_rows()
+        if config.compute.compile:
+            yield "compute", "torch.compile takes minutes at the start; no estimate includes it"
         yield "rate", self._show_schedule("optim.lr", config.optim.lr)
         for name, term in config.method.terms.items():
             if hasattr(term.weight, "burn_in"):
