@@ -29,6 +29,7 @@ from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.finalist_summary import summarize_finalists
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import param_labels
+from raysweep.sweep.spread_summary import SpreadSummary, summarize_spread
 from raysweep.sweep.trial_advice import advise_on_trial
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.config import TrainingConfig
@@ -155,6 +156,8 @@ class Sweep:
               no trial has such epochs.
             * `autoattack`: accuracy under AutoAttack on the validation images, of the trials that
               it attacked at the end of the sweep; absent if it attacked none.
+            * `like_best`: "best" for the best trial, "yes" for one that cannot be told apart from
+              it on the same validation images, else ""; absent if trials cannot be compared.
             * `choice`: what is wrong with the best epoch, such as "best before its weights acted";
               else "".
             * `epochs`: number of epochs that it has finished; `trained`: number of those that it
@@ -170,7 +173,8 @@ class Sweep:
         trials = _order_best_first(self.ledger.rank_trials(), self.ledger.load_trials())
         index = pd.Index([trial.number for trial in trials], name="trial")
         is_interrupted = self.ledger.is_interrupted()
-        rows = [self._build_trial_row(trial, is_interrupted) for trial in trials]
+        spread = summarize_spread(self.ledger)
+        rows = [self._build_trial_row(trial, is_interrupted, spread) for trial in trials]
         table = pd.DataFrame(rows, index=index)
         if not any(trial.best_in_burn_in for trial in trials):
             table = table.drop(columns="before", errors="ignore")
@@ -213,6 +217,17 @@ class Sweep:
         return find_best_checkpoint(self.ledger)
 
     @property
+    def spread(self) -> SpreadSummary | None:
+        """Which trials cannot be told apart from the best, and what the spread of all consists of.
+
+        None if trials cannot be compared; see `spread_summary.summarize_spread`.
+
+        Raises:
+            DamagedFileError: A trial's file is damaged.
+        """
+        return summarize_spread(self.ledger)
+
+    @property
     def state(self) -> RunState:
         """Whether all trials have ended, a process works on the others, or it was interrupted.
 
@@ -240,7 +255,9 @@ class Sweep:
         """
         return advise_on_trial(self.ledger, trial)
 
-    def _build_trial_row(self, trial: Trial, is_interrupted: bool) -> dict[str, Any]:
+    def _build_trial_row(
+        self, trial: Trial, is_interrupted: bool, spread: SpreadSummary | None
+    ) -> dict[str, Any]:
         """Return a row of `trials`."""
         paths = list(self.ledger.space.space)
         labels = param_labels(paths)
@@ -250,6 +267,7 @@ class Sweep:
             **{name: value for name, value in trial.best.items() if "/" not in name},
             "before": trial.best_in_burn_in.get(self.ledger.space.objectives[0]),
             "autoattack": trial.robust_under_autoattack,
+            **({} if spread is None else {"like_best": spread.describe_mark(trial.number)}),
             "choice": self.ledger.describe_choice(trial),
             "epochs": trial.epoch,
             "trained": trial.trained_epochs,
@@ -421,14 +439,15 @@ def sweep_to_json(ledger: Ledger) -> JsonDict:
     Returns:
         Its name, location, space and state, and the command that resumes it, or None; epochs that
         the trials reported (`asked`), trained and reused (`saved`); the numbers of the Pareto
-        front; the results of AutoAttack on the finalists (see `FinalistSummary`), or None; advice
-        on the best trial; all trials, best first, as from `trial_to_json`.
+        front; the results of AutoAttack on the finalists (see `FinalistSummary`), or None; which
+        trials cannot be told apart (see `SpreadSummary`), or None; advice on the best trial; all
+        trials, best first, as from `trial_to_json`.
     """
     ranked_trials, trials = ledger.rank_trials(), ledger.load_trials()
     best_trial = ledger.find_best_trial()
     epochs = count_epochs(trials)
     is_interrupted = ledger.is_interrupted()
-    finalists = summarize_finalists(ledger)
+    finalists, spread = summarize_finalists(ledger), summarize_spread(ledger)
     return {
         "sweep": ledger.name,
         "path": str(ledger.path),
@@ -442,6 +461,7 @@ def sweep_to_json(ledger: Ledger) -> JsonDict:
         },
         "front": [trial.number for trial in ledger.unmasked_pareto_front()],
         "finalists": finalists.to_json_dict() if finalists else None,
+        "comparison": spread.to_json_dict() if spread else None,
         "advice": advise_on_trial(ledger, best_trial.number) if best_trial else [],
         "trials": [
             trial_to_json(ledger, trial, is_interrupted)

@@ -25,6 +25,7 @@ from raysweep.formatting import format_clock, format_count
 from raysweep.plain_console import PlainConsole
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import param_labels
+from raysweep.sweep.spread_summary import SpreadSummary, describe_split, summarize_spread
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.visible_text import show_characters
 
@@ -57,6 +58,7 @@ class SweepDisplay:
         self._live: Live | None = None
         self._trials: dict[int, Trial] = {}
         self._n_ended_before = 0
+        self._spread: SpreadSummary | None = None
         # Reason of a failure or restart -> the first trial that had it.
         self._trials_by_reason: dict[str, int] = {}
         self._start_time = time.monotonic()
@@ -94,6 +96,8 @@ class SweepDisplay:
     def on_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:
         """Update the live table; in a pipe, print a line, except for a trial's first start."""
         self._trials[trial.number] = trial
+        if self._live is not None and trial.state != "running":
+            self._spread = self._summarize_spread()
         if self._live is None and (
             epoch_metrics is not None or trial.state != "running" or trial.reason
         ):
@@ -116,6 +120,11 @@ class SweepDisplay:
         """Remove the live table."""
         if self._live is not None:
             self._live.stop()
+
+    def _summarize_spread(self) -> SpreadSummary | None:
+        """Compare the trials that have ended, example by example."""
+        ended = [trial for trial in self._trials.values() if trial.best]
+        return summarize_spread(self._ledger, sorted(ended, key=self._ledger.rank_trial))
 
     def _format_trial_line(self, trial: Trial) -> str:
         """Return a line about the trial's epoch, restart or end, with the time since the start."""
@@ -149,7 +158,10 @@ class SweepDisplay:
         if n_ended > self._n_ended_before:
             remaining = elapsed / (n_ended - self._n_ended_before) * (n_trials - n_ended)
             caption += f", about {format_clock(remaining)} left"
-        return TrialTable(self._ledger, [*running, *best], f"{caption}; Ctrl-C stops")
+        caption += "; Ctrl-C stops"
+        if self._spread is not None and self._spread.split is not None:
+            caption += f"\n{describe_split(self._spread.split)}"
+        return TrialTable(self._ledger, [*running, *best], caption, spread=self._spread)
 
 
 @contextmanager
@@ -192,7 +204,8 @@ class TrialTable:
     Epoch and accuracies are those of the best epoch; for a running trial those of the latest epoch.
     If trials have burn-ins, `before weights act` is what the objective reached there: adversarial
     training. `AA` is the accuracy under AutoAttack of the trials that it attacked at the end of the
-    sweep. Where the table is too wide, the searched settings stand below it, wrapped.
+    sweep. `like best` marks the trials that cannot be told apart from the best one. Where the table
+    is too wide, the searched settings stand below it, wrapped.
     """
 
     def __init__(
@@ -201,6 +214,7 @@ class TrialTable:
         trials: list[Trial],
         caption: str | None = None,
         is_interrupted: bool = False,
+        spread: SpreadSummary | None = None,
     ) -> None:
         """Prepare the table.
 
@@ -209,6 +223,7 @@ class TrialTable:
             trials: Its trials in the order of the rows.
             caption: Line below the table.
             is_interrupted: Whether no process works on the trials that have not ended.
+            spread: Which trials cannot be told apart; None for a table without this column.
         """
         self._is_interrupted = is_interrupted
         self._ledger = ledger
@@ -217,6 +232,7 @@ class TrialTable:
         self._has_burn_in = any(trial.best_in_burn_in for trial in trials)
         self._has_finalists = any(trial.robust_under_autoattack is not None for trial in trials)
         self._labels = param_labels(list(ledger.space.space))
+        self._spread = spread
         self.caption = caption
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -233,7 +249,7 @@ class TrialTable:
         else:
             yield table
         if self.caption:
-            yield Text(show_characters(self.caption), style="italic")
+            yield Text(show_characters(self.caption, line_breaks=True), style="italic")
 
     def _build_table(self, paths: list[str]) -> Table:
         """Build the table with the columns of some searched settings."""
@@ -246,6 +262,8 @@ class TrialTable:
             metric_titles.append("before weights act")
         if self._has_finalists:
             metric_titles.append("AA")
+        if self._spread is not None:
+            metric_titles.append("like best")
         for title in metric_titles:
             # A title may take several lines, a number never.
             width = max(_METRIC_WIDTH, *map(len, title.split()))
@@ -283,6 +301,8 @@ class TrialTable:
             cells.append(_format_metric(trial.best_in_burn_in.get(self._objective)))
         if self._has_finalists:
             cells.append(_format_metric(trial.robust_under_autoattack))
+        if self._spread is not None:
+            cells.append(self._spread.describe_mark(trial.number))
         return cells
 
     def _state(self, trial: Trial) -> Text:

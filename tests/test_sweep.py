@@ -90,6 +90,8 @@ def test_every_trial_trains_and_leaves_its_best_checkpoint(finished_sweep) -> No
         saved = checkpoint.read_checkpoint(ledger.best_checkpoint_path(trial))
         assert saved.last_metrics["robust_worst"] == trial.best["robust_worst"]
         assert saved.config.method.terms["pgd"].weight.alpha == trial.params[ALPHA]
+        assert trial.best_verdicts is not None, "what it gets right of each example"
+        assert trial.best_verdicts.mask.mean() == pytest.approx(trial.best["robust_worst"])
     assert recorder.events[0] == ("started", 2) and recorder.events[-1] == ("ended",)
     assert [event for event in recorder.events if event[0] == 1][-1] == (1, "finished", 2)
 

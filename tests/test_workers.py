@@ -224,6 +224,17 @@ def test_every_worker_reports_the_metrics_of_one(
         )
 
 
+def test_two_workers_save_the_verdicts_of_one(
+    two_workers: Path, trained_alone: TrainingResult
+) -> None:
+    """Each has every second example; the files have all of them in their order."""
+    alone = RunDirectory(trained_alone.best_checkpoint.path.parent)
+    epoch = trained_alone.best_checkpoint.epoch
+    verdicts = alone.read_verdicts(epoch)
+    assert verdicts is not None and 0 < verdicts.mask.mean() < 1
+    assert RunDirectory(two_workers / "several").read_verdicts(epoch) == verdicts
+
+
 def test_a_checkpoint_goes_from_two_workers_to_one_and_back(
     two_workers: Path, trained_alone: TrainingResult, tmp_path: Path
 ) -> None:

@@ -398,6 +398,7 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
         sweep_to_json,
     )
     from raysweep.sweep.finalist_summary import describe_finalists
+    from raysweep.sweep.spread_summary import describe_spread, summarize_spread
     from raysweep.sweep.trial_advice import advise_on_trial
     from raysweep.terminal import TrialTable, create_table_console
 
@@ -418,10 +419,16 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
     ranked_numbers = {trial.number for trial in ranked}
     unranked = [trial for trial in trials if trial.number not in ranked_numbers]
     create_table_console().print(
-        TrialTable(ledger, [*ranked, *unranked], is_interrupted=is_interrupted)
+        TrialTable(
+            ledger,
+            [*ranked, *unranked],
+            is_interrupted=is_interrupted,
+            spread=summarize_spread(ledger),
+        )
     )
     for line in [
         *describe_finalists(ledger),
+        *describe_spread(ledger),
         *describe_guessing(ledger),
         *describe_masking_effect_on_ranking(ledger),
     ]:

@@ -536,6 +536,7 @@ def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) 
     )
     from raysweep.sweep.epoch_counts import count_epochs
     from raysweep.sweep.finalist_summary import describe_finalists
+    from raysweep.sweep.spread_summary import describe_spread
     from raysweep.sweep.trial_advice import advise_on_trial
 
     if request.as_json:
@@ -548,6 +549,7 @@ def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) 
     _print_best_trials(ledger, ranked, len(trials))
     for line in [
         *describe_finalists(ledger),
+        *describe_spread(ledger),
         *describe_guessing(ledger),
         *describe_masking_effect_on_ranking(ledger),
     ]:
@@ -563,6 +565,7 @@ def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) 
 
 def _print_best_trials(ledger: Ledger, ranked: list[Trial], n_trials: int) -> None:
     """Print a table of the best trials: the Pareto front if there are several objectives."""
+    from raysweep.sweep.spread_summary import summarize_spread
     from raysweep.terminal import TrialTable, create_table_console
 
     objectives = ledger.space.objectives
@@ -578,7 +581,8 @@ def _print_best_trials(ledger: Ledger, ranked: list[Trial], n_trials: int) -> No
         if n_finalists:
             order = f"AutoAttack (the first {n_finalists}), then by {order}"
         print(f"\nbest {len(best)} of {n_trials} trials by {order}")
-    create_table_console().print(TrialTable(ledger, best))
+    table = TrialTable(ledger, best, spread=summarize_spread(ledger))
+    create_table_console().print(table)
 
 
 def _report_sweep_end(request: TuneRequest, ledger: Ledger, end_reason: SweepEndReason) -> None:

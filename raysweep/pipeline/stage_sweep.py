@@ -18,6 +18,7 @@ from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.finalist_summary import describe_finalists
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import DEFAULT_FINALISTS, SearchSpace
+from raysweep.sweep.spread_summary import describe_spread
 from raysweep.terminal import SweepDisplay
 from raysweep.tracking import SweepTracker
 from raysweep.training import checkpoint
@@ -167,7 +168,11 @@ def run_stage_sweep(
         reasons = [trial.reason for trial in ledger.load_trials() if trial.reason]
         reason = reasons[0] if reasons else "none reported the objective"
         raise StageFailed(f"no trial of {sweep_folder.name} has a result: {reason}")
-    for line in [*describe_finalists(ledger), *describe_guessing(ledger)]:
+    for line in [
+        *describe_finalists(ledger),
+        *describe_spread(ledger),
+        *describe_guessing(ledger),
+    ]:
         context.print_line(f"{sweep_folder.name}: {line}")
     return ledger
 

@@ -19,6 +19,7 @@ from raysweep.sweep.finalist_result import FinalistResult
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.tune_callbacks import LedgerCallback, SweepListener
 from raysweep.training.checkpoint import TrainingCheckpoint, read_checkpoint
+from raysweep.training.example_verdicts import ExampleVerdicts
 from raysweep.training.model_loading import load_trained_model
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ def _attack_trial(
     checkpoint = read_checkpoint(ledger.best_checkpoint_path(trial))
     target = _load_target(checkpoint, dataset)
     shard_folder = ledger.trial_path(trial.number).working_path / _SHARD_FOLDER
-    robust, error = None, ""
+    robust, verdicts, error = None, None, ""
     try:
         report: RobustnessReport = evaluate(
             target.model,
@@ -124,6 +125,9 @@ def _attack_trial(
             progress=stop_at_limit,
         )
         robust = report.robust_accuracy
+        verdicts = ExampleVerdicts.from_mask(
+            "autoattack", checkpoint.epoch, report.robust, report.index
+        )
     except (_LimitReached, InfrastructureError):
         raise
     except ray.exceptions.RayTaskError as task_error:
@@ -146,6 +150,7 @@ def _attack_trial(
         norm=target.norm,
         seconds=time.monotonic() - started_at,
         error=error,
+        verdicts=verdicts,
     )
 
 

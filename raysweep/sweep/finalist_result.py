@@ -1,8 +1,9 @@
 """What AutoAttack says of one of a sweep's best trials, on the validation images."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from raysweep.spec import JsonDict
+from raysweep.training.example_verdicts import ExampleVerdicts
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class FinalistResult:
         norm: "Linf" or "L2".
         seconds: Wall seconds of the attack.
         error: Why AutoAttack could not run; "" if it did.
+        verdicts: Which of the images it leaves correctly classified; None if it could not run, or
+            an earlier version of raysweep ran it.
     """
 
     epoch: int
@@ -28,17 +31,28 @@ class FinalistResult:
     norm: str
     seconds: float = 0.0
     error: str = ""
+    verdicts: ExampleVerdicts | None = None
 
     def to_stored_dict(self) -> JsonDict:
         """Return what trial.json holds."""
-        return asdict(self)
+        values = asdict(replace(self, verdicts=None))
+        del values["verdicts"]
+        return values | ({"verdicts": self.verdicts.to_stored_dict()} if self.verdicts else {})
 
     @classmethod
-    def from_stored_dict(cls, data: JsonDict) -> "FinalistResult":
+    def from_stored_dict(cls, data: JsonDict, source: str) -> "FinalistResult":
         """Read what `to_stored_dict` returned; keys of later versions are ignored.
+
+        Args:
+            data: The content.
+            source: Location of the file, for errors.
 
         Raises:
             TypeError: A key is missing.
+            DamagedFileError: The verdicts are damaged.
         """
         names = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in data.items() if name in names})
+        values = {name: value for name, value in data.items() if name in names}
+        source = f"{source} (finalist.verdicts)"
+        values["verdicts"] = ExampleVerdicts.from_stored_dict(values.get("verdicts"), source)
+        return cls(**values)

@@ -3,6 +3,7 @@
 A driver that was killed resumes the sweep from these files alone.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -12,7 +13,7 @@ from uuid import uuid4
 from pydantic import Field
 
 from raysweep.bucket_lease import LeaseLost
-from raysweep.errors import InfrastructureError
+from raysweep.errors import DamagedFileError, InfrastructureError
 from raysweep.leases import is_folder_in_use
 from raysweep.logs import discard_log
 from raysweep.pareto import pareto_front_indices
@@ -30,6 +31,7 @@ from raysweep.sweep.extension_checks import check_extension
 from raysweep.sweep.finalist_result import FinalistResult
 from raysweep.sweep.search_space import Params, SearchSpace
 from raysweep.training.checkpoint import RunDirectory
+from raysweep.training.example_verdicts import ExampleVerdicts
 from raysweep.training.failure_reports import TRACEBACK_FILE
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.selection import (
@@ -40,6 +42,8 @@ from raysweep.training.selection import (
     rank_epoch,
 )
 from raysweep.training.validation import is_robust_objective
+
+logger = logging.getLogger(__name__)
 
 TrialStatus = Literal["running", "finished", "stopped", "failed"]
 # Field of a trial -> its key in trial.json, where the two differ.
@@ -71,6 +75,8 @@ class Trial:
             memory or lost processes. False if an earlier version of raysweep wrote the trial.
         finalist: Result of AutoAttack on the best epoch, for one of the best trials of a sweep that
             has ended; else None.
+        verdicts: Which validation examples the best epoch gets right; None until the trial ends,
+            and if an earlier version of raysweep trained the epoch.
     """
 
     number: int
@@ -88,6 +94,7 @@ class Trial:
     best_in_burn_in: EpochMetrics = field(default_factory=dict)
     is_infrastructure_failure: bool = False
     finalist: FinalistResult | None = None
+    verdicts: ExampleVerdicts | None = None
 
     def describe_state(self, is_interrupted: bool) -> str:
         """Return the state for displays.
@@ -107,6 +114,11 @@ class Trial:
             del values["is_infrastructure_failure"]
         if self.finalist is None:
             del values["finalist"]
+        else:
+            values["finalist"] = self.finalist.to_stored_dict()
+        del values["verdicts"]
+        if self.verdicts is not None:
+            values["verdicts"] = self.verdicts.to_stored_dict()
         return {_STORED_KEYS.get(name, name): value for name, value in values.items()}
 
     def runs_again(self, retry_failed: bool) -> bool:
@@ -131,6 +143,13 @@ class Trial:
         if self.finalist is None or self.finalist.epoch != self.best.get("epoch"):
             return None
         return self.finalist.robust
+
+    @property
+    def best_verdicts(self) -> ExampleVerdicts | None:
+        """Which validation examples the best epoch gets right; None if it is not known."""
+        if self.verdicts is None or self.verdicts.epoch != self.best.get("epoch"):
+            return None
+        return self.verdicts
 
     def final_score(self, metric: str) -> float:
         """Return a metric of the best epoch; under AutoAttack if it is an accuracy under attacks.
@@ -215,20 +234,23 @@ class Trial:
 
 
 # Fields of a trial that trial.json of earlier versions lacks.
-_LATER_FIELDS = {"burn_in", "best_in_burn_in", "is_infrastructure_failure", "finalist"}
+_LATER_FIELDS = {
+    *("burn_in", "best_in_burn_in", "is_infrastructure_failure", "finalist", "verdicts"),
+}
 _CurvePoint = Annotated[list[float], Field(min_length=2, max_length=2)]
 _TRIAL_TYPES: dict[str, Any] = {
     **{"number": Count, "params": dict[str, Any], "state": TrialStatus, "epoch": Count},
     **{"latest": Metrics, "best": Metrics, "curve": list[_CurvePoint]},
     **{"trained_epochs": Count, "seconds": float, "retries": Count, "reason": str},
     **{"burn_in": Count | None, "best_in_burn_in": Metrics, "is_infrastructure_failure": bool},
-    "finalist": dict[str, Any] | None,
+    **{"finalist": dict[str, Any] | None, "verdicts": dict[str, Any] | None},
 }
 
 _FINALIST_TYPES: dict[str, Any] = {
     **{"epoch": Count, "robust": float | None, "n_examples": Count, "eps": float, "norm": str},
     **{"seconds": float, "error": str},
 }
+_OPTIONAL_FINALIST_TYPES: dict[str, Any] = {"verdicts": dict[str, Any] | None}
 
 
 def _check_trial(trial: Trial, file: StorePath) -> None:
@@ -462,6 +484,18 @@ class Ledger:
         """Write trial.json."""
         (self.trial_path(trial.number) / "trial.json").write_json(trial.to_stored_dict(), indent=1)
 
+    def with_verdicts(self, trial: Trial) -> Trial:
+        """Return a trial that ends, with the verdicts that the checkpoint of its best epoch has."""
+        if "epoch" not in trial.best:
+            return trial
+        epoch = int(trial.best["epoch"])
+        try:
+            verdicts = RunDirectory(self.trial_path(trial.number)).read_verdicts(epoch)
+        except DamagedFileError as error:
+            logger.warning("trial %04d cannot be compared: %s", trial.number, error)
+            verdicts = None
+        return replace(trial, verdicts=verdicts)
+
     def load_trials(self) -> list[Trial]:
         """Load all trials that were ever started.
 
@@ -480,8 +514,13 @@ class Ledger:
             check_stored_types(data, types, str(file))
             values = {name: data[key] for name, key in keys.items() if key in data}
             if values.get("finalist") is not None:
-                require_stored_types(values["finalist"], _FINALIST_TYPES, f"{file} (finalist)")
-                values["finalist"] = FinalistResult.from_stored_dict(values["finalist"])
+                source = f"{file} (finalist)"
+                require_stored_types(values["finalist"], _FINALIST_TYPES, source)
+                check_stored_types(values["finalist"], _OPTIONAL_FINALIST_TYPES, source)
+                values["finalist"] = FinalistResult.from_stored_dict(values["finalist"], str(file))
+            values["verdicts"] = ExampleVerdicts.from_stored_dict(
+                values.get("verdicts"), f"{file} (verdicts)"
+            )
             trial = Trial(**values)
             _check_trial(trial, file)
             trials.append(trial)

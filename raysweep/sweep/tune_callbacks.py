@@ -351,13 +351,17 @@ class LedgerCallback(tune.Callback):
         if saved_trial is not None and saved_trial.state == "running":
             if saved_trial.epoch >= saved_trial.params.get("epochs", self._max_epochs):
                 _log_trial_end(saved_trial, "finished")
-                self._save_and_notify(trial, replace(saved_trial, state="finished", reason=""))
+                self._end_trial(trial, replace(saved_trial, state="finished", reason=""))
             elif self.has_reached_limit:
                 _log_trial_end(saved_trial, "cut off, to be resumed later,")
             else:
                 _log_trial_end(saved_trial, "stopped")
-                self._save_and_notify(trial, replace(saved_trial, state="stopped", reason=""))
+                self._end_trial(trial, replace(saved_trial, state="stopped", reason=""))
         self._stop_clock(trial)
+
+    def _end_trial(self, ray_trial: RayTrial, ended_trial: Trial) -> None:
+        """Write a trial that has ended, with what its best epoch gets right."""
+        self._save_and_notify(ray_trial, self._ledger.with_verdicts(ended_trial))
 
     def on_trial_recover(
         self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any

@@ -11,6 +11,7 @@ from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.finalist_summary import describe_finalists, summarize_finalists
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import param_labels
+from raysweep.sweep.spread_summary import describe_spread, format_trial_numbers, summarize_spread
 from raysweep.sweep.trial_advice import advise_on_trial
 from raysweep.tracking.mlflow_tracker import RunStatus, Tracker, format_mlflow_param
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
@@ -102,6 +103,7 @@ class SweepTracker:
             self._tracker.log_final(self._sweep_run_id, {"trials": float(len(trials))})
             self._tracker.set_tags(self._sweep_run_id, {"best_trial": f"{best_trial.number:04d}"})
         self._log_finalists(ledger)
+        self._log_spread(ledger)
         self._tracker.set_description(
             self._sweep_run_id, self._summarize_sweep(ledger, trials, ranked_trials)
         )
@@ -124,6 +126,22 @@ class SweepTracker:
             "finalist/gain": summary.gain,
         }
         self._tracker.log_final(self._sweep_run_id, metrics)
+
+    def _log_spread(self, ledger: Ledger) -> None:
+        """Log which trials cannot be told apart from the best, and the settings' share."""
+        summary = summarize_spread(ledger)
+        if summary is None:
+            return
+        metrics = {"spread/trials_like_best": float(len(summary.like_best))}
+        if (split := summary.split) is not None:
+            metrics |= {
+                "spread/settings_share": split.share,
+                "spread/settings_share_low": split.share_low,
+                "spread/settings_share_high": split.share_high,
+            }
+        self._tracker.log_final(self._sweep_run_id, metrics)
+        like_best = format_trial_numbers(summary.like_best) or "none"
+        self._tracker.set_tags(self._sweep_run_id, {"like_best": like_best})
 
     def _plot_trial(self, ledger: Ledger, trial: Trial) -> None:
         """Upload the figures of a trial to its run."""
@@ -155,7 +173,7 @@ class SweepTracker:
             titles = " and ".join(map(_metric_title, objectives))
             front = _format_trial_numbers(ledger.unmasked_pareto_front())
             lines.append(f"Pareto front of {titles}: {front or 'empty'}")
-        lines += describe_finalists(ledger)
+        lines += [*describe_finalists(ledger), *describe_spread(ledger)]
         masked_trials = [
             trial
             for trial in ranked_trials

@@ -25,6 +25,7 @@ from raysweep.spec import JsonDict, SpecError
 from raysweep.stored_data import Count, Metrics, check_stored_types, parse_stored_json
 from raysweep.stores import META_FILE, Location, StoredFileNotFound, StorePath, open_path
 from raysweep.training.config import TrainingConfig
+from raysweep.training.example_verdicts import ExampleVerdicts
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.visible_text import show_characters
 
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "state.safetensors"
+VERDICTS_KEY = "verdicts"
+"""Key of the validation examples that the last epoch gets right (see `ExampleVerdicts`)."""
 SELECTION_KEY = "best_after_burn_in"
 """Key that a checkpoint has if its run chooses its best epoch by `selection.find_best_epoch`."""
 _FORMAT_VERSION = 1
@@ -42,7 +45,7 @@ _MAX_REASON_LENGTH = 200
 _META_TYPES: dict[str, Any] = {
     **{"config": dict[str, Any], "epoch": Count, "history": list[Metrics]},
     **{"data_fingerprint": str, "sha256": dict[str, str], "environment": dict[str, Any]},
-    "digest": str,
+    **{"digest": str, VERDICTS_KEY: dict[str, Any]},
 }
 
 
@@ -135,6 +138,7 @@ def save_checkpoint(
     history: list[EpochMetrics],
     data_fingerprint: str,
     extra_files: Mapping[str, bytes] = MappingProxyType({}),
+    verdicts: ExampleVerdicts | None = None,
 ) -> TrainingCheckpoint:
     """Write a checkpoint atomically: a crash leaves either all of it or nothing.
 
@@ -146,6 +150,7 @@ def save_checkpoint(
         history: Metrics of all finished epochs.
         data_fingerprint: Fingerprint of the training data.
         extra_files: Name -> content of more files.
+        verdicts: Which validation examples the last epoch gets right; None if it was not validated.
 
     Returns:
         The checkpoint that was written.
@@ -164,7 +169,8 @@ def save_checkpoint(
         sha256 = {
             name: _compute_file_sha256(partial / name) for name in (WEIGHTS_FILE, OPTIMIZER_FILE)
         }
-        meta = _write_meta(partial, config, history, data_fingerprint, sha256)
+        stored_verdicts = verdicts.to_stored_dict() if verdicts else None
+        meta = _write_meta(partial, config, history, data_fingerprint, sha256, stored_verdicts)
     return TrainingCheckpoint(path, config, len(history), history, meta)
 
 
@@ -201,7 +207,12 @@ def reuse_checkpoint(
     path = open_path(path)
     with path.write_checkpoint(copy_from=other.path) as partial:
         meta = _write_meta(
-            partial, config, rows, other.meta["data_fingerprint"], other.meta["sha256"]
+            partial,
+            config,
+            rows,
+            other.meta["data_fingerprint"],
+            other.meta["sha256"],
+            other.meta.get(VERDICTS_KEY),
         )
     return TrainingCheckpoint(path, config, len(rows), rows, meta)
 
@@ -327,6 +338,27 @@ class RunDirectory:
         )
         return meta
 
+    def read_verdicts(self, epoch: int) -> ExampleVerdicts | None:
+        """Read which validation examples an epoch gets right.
+
+        Args:
+            epoch: 1-based number of the epoch.
+
+        Returns:
+            The verdicts; None if the epoch has no checkpoint, was not validated, or an earlier
+            version of raysweep validated it.
+
+        Raises:
+            DamagedFileError: The checkpoint's metadata are damaged.
+        """
+        file = self.epoch_path(epoch) / META_FILE
+        try:
+            meta = file.read_json({})
+        except StoredFileNotFound:
+            return None
+        check_stored_types(meta, {VERDICTS_KEY: _META_TYPES[VERDICTS_KEY]}, str(file))
+        return ExampleVerdicts.from_stored_dict(meta.get(VERDICTS_KEY), f"{file} ({VERDICTS_KEY})")
+
     def read_history(self) -> list[EpochMetrics]:
         """Read the metrics of all finished epochs, including epochs reused from other runs.
 
@@ -358,6 +390,7 @@ def _write_meta(
     history: list[EpochMetrics],
     data_fingerprint: str,
     sha256: dict[str, str],
+    verdicts: JsonDict | None,
 ) -> JsonDict:
     """Write the checkpoint's JSON file into `folder`, and return its content."""
     meta = {
@@ -371,6 +404,8 @@ def _write_meta(
         "sha256": sha256,
         SELECTION_KEY: True,
     }
+    if verdicts is not None:
+        meta[VERDICTS_KEY] = verdicts
     (folder / META_FILE).write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return meta
 

@@ -163,3 +163,22 @@ def average_metrics(
         name: round((total / sums[0]).item(), 6)
         for name, total in zip(metrics, sums[1:], strict=True)
     }
+
+
+def gather_rows(share: torch.Tensor, n_rows: int, workers: WorkerGroup) -> torch.Tensor:
+    """Put the rows of all workers together, of which each has every n-th.
+
+    Args:
+        share: This worker's rows `rank`, `rank + size`, ..., (M,) bool.
+        n_rows: Number of rows of all workers, N.
+        workers: The processes.
+
+    Returns:
+        All rows in order, (N,) bool, the same on each worker.
+
+    Raises:
+        WorkerLost: Another worker died.
+    """
+    rows = torch.zeros(n_rows, device=share.device)
+    rows[workers.rank :: workers.size] = share.float()
+    return workers.all_reduce_sum(rows).bool()

@@ -35,7 +35,9 @@ from raysweep.training.distributed import (
     average_metrics,
     broadcast_int,
     check_method_distributable,
+    gather_rows,
 )
+from raysweep.training.example_verdicts import ExampleVerdicts
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.mid_epoch_checkpoint import MidEpochCheckpointer
 from raysweep.training.model_variants import ModelVariants
@@ -48,6 +50,7 @@ from raysweep.training.selection import (
 from raysweep.training.speed_checks import can_use_channels_last, check_model_output
 from raysweep.training.speed_settings import emulates_bf16
 from raysweep.training.sync_batchnorm import convert_sync_batchnorm
+from raysweep.training.validation import ValidationResult
 from raysweep.worker_group import SINGLE_WORKER, WorkerGroup
 
 logger = logging.getLogger(__name__)
@@ -347,7 +350,7 @@ class _TrainingRun:
 
     def _train_and_save_epoch(self, epoch: int) -> TrainingCheckpoint:
         """Train this epoch. The first worker writes its checkpoint; the other workers read it."""
-        metrics, histograms = self._train_epoch(epoch)
+        metrics, verdicts, histograms = self._train_epoch(epoch)
         path = self.directory.epoch_path(epoch + 1)
         saved = None
         if self.workers.rank == 0:
@@ -358,6 +361,7 @@ class _TrainingRun:
                 self.optimizer,
                 [*self.history, metrics],
                 self.data.fingerprint,
+                verdicts=verdicts,
             )
             write_histograms(self.directory.path, epoch + 1, histograms)
             if self.prefix_cache is not None:
@@ -365,8 +369,12 @@ class _TrainingRun:
         broadcast_int(epoch, self.workers, self.device)
         return saved if saved is not None else checkpoint.read_checkpoint(path)
 
-    def _train_epoch(self, epoch: int) -> tuple[EpochMetrics, dict[str, Histogram]]:
-        """Train and validate one epoch; return its metrics and the diagnostics' histograms."""
+    def _train_epoch(
+        self, epoch: int
+    ) -> tuple[EpochMetrics, ExampleVerdicts | None, dict[str, Histogram]]:
+        """Train and validate one epoch; return its metrics, which validation examples it gets
+        right, and the diagnostics' histograms.
+        """
         epoch_config = self.config.resolve_at(epoch)
         self._apply_optimizer_settings(epoch_config.optim)
         started_at = time.perf_counter()
@@ -388,9 +396,11 @@ class _TrainingRun:
             if self.checkpointer is not None
             else time.perf_counter() - started_at
         )
+        verdicts = None
         if self.config.is_validated(epoch):
-            metrics |= self._validate()
-        return metrics, diagnostics.compute_histograms()
+            validation_metrics, verdicts = self._validate(epoch)
+            metrics |= validation_metrics
+        return metrics, verdicts, diagnostics.compute_histograms()
 
     def _apply_optimizer_settings(self, optim: OptimizerSpec) -> None:
         """Set the epoch's learning rate and weight decay."""
@@ -437,21 +447,24 @@ class _TrainingRun:
                 if self.checkpointer is not None:
                     self.checkpointer.save_if_interrupted(steps, diagnostics)
 
-    def _validate(self) -> EpochMetrics:
+    def _validate(self, epoch: int) -> tuple[EpochMetrics, ExampleVerdicts]:
         """Measure the model on validation data, and on some training images."""
         started_at = time.perf_counter()
         val = self.validation_data
         with disable_tf32_and_autocast(val.y.device):
             # The same copy and precision as for AutoAttack, independent of `config.compute`.
             model = make_attack_model(self.model, val.get_float_images(slice(0, MIN_BATCH_ROWS)))
-            metrics = _compute_validation_metrics(self.config, model, val, self.workers)
+            metrics, correct = _compute_validation(self.config, model, val, self.workers)
             metrics["train/natural"] = measure_natural_accuracy(model, self.device_data.train)
             metrics |= _compute_training_accuracy(
                 self.config, model, self.device_data.train, self.workers
             )
         metrics[CHANCE_LIMIT_METRIC] = _find_chance_limit(self.config, val, self.data.classes)
         metrics["validation_seconds"] = time.perf_counter() - started_at
-        return metrics
+        index = val.index[: len(correct)].cpu().numpy()
+        objective = self.config.validation.objective
+        mask = correct.cpu().numpy()
+        return metrics, ExampleVerdicts.from_mask(objective, epoch + 1, mask, index)
 
 
 def _reject_tf32_settings(config: TrainingConfig, device: torch.device) -> None:
@@ -531,19 +544,21 @@ def _make_sgd_optimizer(config: TrainingConfig, model: nn.Module) -> torch.optim
     )
 
 
-def _compute_validation_metrics(
+def _compute_validation(
     config: TrainingConfig, model: nn.Module, val: Split, workers: WorkerGroup
-) -> EpochMetrics:
+) -> ValidationResult:
     """Run the validation attacks; several workers divide the examples among them."""
     n_examples = min(config.validation.size or len(val), len(val))
     if n_examples < workers.size or workers.size == 1:
-        metrics = config.validation(model, val)
+        metrics, correct = config.validation.measure(model, val)
     else:
         share = _take_worker_share(val, n_examples, workers)
-        metrics = config.validation(model, share)
+        metrics, correct = config.validation.measure(model, share)
         metrics = average_metrics(metrics, len(share), workers, val.y.device)
+        correct = gather_rows(correct, n_examples, workers)
     # Sums of floats in another order must not decide between epochs.
-    return metrics | {"robust_margin": round(metrics["robust_margin"], 4)}
+    metrics = metrics | {"robust_margin": round(metrics["robust_margin"], 4)}
+    return ValidationResult(metrics, correct)
 
 
 def _compute_training_accuracy(

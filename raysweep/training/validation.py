@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -58,6 +58,18 @@ def _default_finish_attacks() -> dict[str, AnyAttack]:
 def is_robust_objective(metric: str) -> bool:
     """Return whether an objective is an accuracy under attacks, which AutoAttack can lower."""
     return metric != _NATURAL_OBJECTIVE
+
+
+class ValidationResult(NamedTuple):
+    """Result of a validation.
+
+    Attributes:
+        metrics: As `Validation.__call__` returns.
+        correct: Whether each example counts as correct by the objective, (N,) bool.
+    """
+
+    metrics: dict[str, float]
+    correct: Tensor
 
 
 class Validation(Spec):
@@ -228,6 +240,18 @@ class Validation(Spec):
             * `val/scaling_gap`: share that PGD breaks only on scaled logits (Hitaj et al. 2021).
             * `flatness_friendly`, `flatness_adversarial`: see `input_gradient_norm`.
         """
+        return self.measure(model, split).metrics
+
+    def measure(self, model: nn.Module, split: Split) -> ValidationResult:
+        """Evaluate a model, and say which examples it gets right by the objective.
+
+        Args:
+            model: As for `__call__`.
+            split: As for `__call__`.
+
+        Returns:
+            The metrics, and the verdicts on the first `size` examples.
+        """
         n_examples = len(split) if self.size is None else min(self.size, len(split))
         batches: dict[str, list[Tensor]] = {}
         with freeze_model(model):
@@ -244,7 +268,7 @@ class Validation(Spec):
         if self.flatness:
             pgd = next(iter(self._pgd_attacks().values()), PGD())
             metrics |= input_gradient_norm(model, split, pgd, n_examples, self.batch_size)
-        return metrics
+        return ValidationResult(metrics, masks[self.objective])
 
     def count_train_examples(self, n_train: int) -> int:
         """Return the number of images that `measure_training_accuracy` is meant for.

@@ -17,6 +17,7 @@ from raysweep.sweep.finalist_summary import describe_finalists
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_study import MIN_IMPORTANCE_TRIALS, param_importances
 from raysweep.sweep.search_space import param_labels
+from raysweep.sweep.spread_summary import describe_spread, summarize_spread
 from raysweep.terminal import format_param
 
 _MAX_TRIALS_SHOWN = 6
@@ -53,7 +54,10 @@ def _build_search_parts(ledger: Ledger) -> list[SectionPart]:
             f"by {metric} on validation."
         ),
         _build_trial_table(ledger, best),
-        *[Paragraph(f"{line[:1].upper()}{line[1:]}.") for line in describe_finalists(ledger)],
+        *[
+            Paragraph(f"{line[:1].upper()}{line[1:]}.")
+            for line in [*describe_finalists(ledger), *describe_spread(ledger)]
+        ],
     ]
     succeeded = [trial for trial in ranked if trial.state != "failed"]
     if len(succeeded) > 1:
@@ -76,12 +80,15 @@ def _build_trial_table(ledger: Ledger, best_trials: Sequence[Trial]) -> Table:
     paths = list(ledger.space.space)
     labels = param_labels(paths)
     has_finalists = any(trial.robust_under_autoattack is not None for trial in best_trials)
+    spread = summarize_spread(ledger)
     rows = []
     for trial in best_trials:
         scores = [_format_score(trial, metric) for metric in metrics]
         if has_finalists:
             robust = trial.robust_under_autoattack
             scores.append("" if robust is None else f"{100 * robust:.2f}")
+        if spread is not None:
+            scores.append(spread.describe_mark(trial.number))
         epoch = str(int(trial.best["epoch"]))
         notes: list[str] = [trial.state] if trial.state in ("stopped", "failed") else []
         if choice := ledger.describe_choice(trial):
@@ -92,6 +99,8 @@ def _build_trial_table(ledger: Ledger, best_trials: Sequence[Trial]) -> Table:
     metric_names = [figures.format_metric_name(metric) for metric in metrics]
     if has_finalists:
         metric_names.append("AutoAttack")
+    if spread is not None:
+        metric_names.append("like best")
     return Table(["trial", *metric_names, "best epoch", *(labels[p] for p in paths)], rows)
 
 

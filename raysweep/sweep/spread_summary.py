@@ -1,0 +1,222 @@
+"""Which trials of a sweep cannot be told apart, and how much of their spread is measurement."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from raysweep.evaluation.paired_statistics import (
+    SPREAD_CONFIDENCE,
+    PairedDifference,
+    SpreadSplit,
+    compare_paired,
+    split_spread,
+)
+from raysweep.lazy_modules import np
+from raysweep.spec import JsonDict, json_digest
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.training.example_verdicts import ExampleVerdicts
+
+MIN_SPLIT_TRIALS = 4
+"""Fully trained trials from which the spread is split into settings and measurement."""
+_MAX_NUMBERS_SHOWN = 12
+# More images or seeds than these are no advice.
+_MAX_EXAMPLES_SHOWN, _MAX_SEEDS_SHOWN = 1_000_000, 1000
+
+
+@dataclass(frozen=True)
+class SpreadSummary:
+    """Comparison of the trials of a sweep on the same validation examples.
+
+    Attributes:
+        best: The best trial.
+        n_examples: Number of validation examples.
+        differences: By number of each other trial: score of the best trial minus its own. The
+            intervals hold together: with 95% confidence none of them is wrong.
+        split: What the spread of the fully trained trials consists of; None if there are too few.
+    """
+
+    best: Trial
+    n_examples: int
+    differences: Mapping[int, PairedDifference]
+    split: SpreadSplit | None
+
+    @property
+    def like_best(self) -> list[int]:
+        """Numbers of the trials that cannot be told apart from the best one, without its own."""
+        return [number for number, pair in self.differences.items() if not pair.is_told_apart]
+
+    def describe_mark(self, trial_number: int) -> str:
+        """Return the mark of a trial in tables: "best", "yes" if it may be as good, or ""."""
+        if trial_number == self.best.number:
+            return "best"
+        pair = self.differences.get(trial_number)
+        return "" if pair is None or pair.is_told_apart else "yes"
+
+    def to_json_dict(self) -> JsonDict:
+        """Return plain data for `--json`."""
+        split = None
+        if self.split is not None:
+            split = {
+                **vars(self.split),
+                "needed_examples": self.split.needed_examples,
+                "needed_seeds": self.split.needed_seeds,
+            }
+        return {
+            "best": self.best.number,
+            "examples": self.n_examples,
+            "like_best": self.like_best,
+            "differences": [
+                {"trial": number, "difference": pair.difference, "interval": [pair.low, pair.high]}
+                for number, pair in self.differences.items()
+            ],
+            "spread": split,
+        }
+
+
+def summarize_spread(
+    ledger: Ledger, ranked_trials: Sequence[Trial] | None = None
+) -> SpreadSummary | None:
+    """Compare the trials of a sweep that have ended and may be chosen, example by example.
+
+    Args:
+        ledger: The sweep.
+        ranked_trials: Its trials, best first; by default those of `Ledger.rank_trials`.
+
+    Returns:
+        The comparison; None for a sweep with several objectives, before two trials have ended, or
+        if the trials are those of an earlier version of raysweep.
+    """
+    if len(ledger.space.objectives) > 1:
+        return None
+    ranked = ledger.rank_trials() if ranked_trials is None else ranked_trials
+    trials = [
+        trial
+        for trial in ranked
+        if trial.state != "running" and ledger.rank_trial(trial).is_eligible
+    ]
+    best_verdicts = trials[0].best_verdicts if trials else None
+    if best_verdicts is None:
+        return None
+    best = trials[0]
+    others = [
+        trial
+        for trial in trials[1:]
+        if trial.best_verdicts is not None and trial.best_verdicts.is_comparable(best_verdicts)
+    ]
+    if not others:
+        return None
+    differences = {
+        trial.number: compare_paired(*_pair_scores(best, trial), n_comparisons=len(others))
+        for trial in others
+    }
+    finished = [trial for trial in [best, *others] if trial.state == "finished"]
+    return SpreadSummary(best, best_verdicts.n_examples, differences, _split_trials(finished))
+
+
+def _pair_scores(first: Trial, second: Trial) -> tuple["np.ndarray", "np.ndarray"]:
+    """Return the scores of two trials on the same examples: by AutoAttack if it attacked both."""
+    pairs = [(first.best_verdicts, second.best_verdicts)]
+    if first.robust_under_autoattack is not None and second.robust_under_autoattack is not None:
+        assert first.finalist is not None and second.finalist is not None
+        pairs.insert(0, (first.finalist.verdicts, second.finalist.verdicts))
+    for verdicts, other in pairs:
+        if verdicts is not None and other is not None and verdicts.is_comparable(other):
+            return to_scores(verdicts), to_scores(other)
+    raise AssertionError("the trials have comparable verdicts")
+
+
+def to_scores(verdicts: ExampleVerdicts) -> "np.ndarray":
+    """Return 1.0 for each example that counts as correct and 0.0 for the others, (N,)."""
+    return verdicts.mask.astype(float)
+
+
+def _split_trials(trials: Sequence[Trial]) -> SpreadSplit | None:
+    """Split the spread of fully trained trials; None if there are too few."""
+    if len(trials) < MIN_SPLIT_TRIALS:
+        return None
+    verdicts = [trial.best_verdicts for trial in trials]
+    scores = np.stack([to_scores(row) for row in verdicts if row is not None])
+    return split_spread(scores, [_digest_without_seed(trial) for trial in trials])
+
+
+def _digest_without_seed(trial: Trial) -> str:
+    """Return a digest of a trial's searched settings without its seed."""
+    return json_digest({path: value for path, value in trial.params.items() if path != "seed"})
+
+
+def describe_spread(ledger: Ledger) -> list[str]:
+    """Say in lines which trials cannot be told apart, and what the spread of all consists of.
+
+    Args:
+        ledger: The sweep.
+
+    Returns:
+        The lines; empty where `summarize_spread` compares nothing.
+    """
+    summary = summarize_spread(ledger)
+    if summary is None:
+        return []
+    lines = [_describe_like_best(summary)]
+    if summary.split is not None:
+        lines.append(describe_split(summary.split))
+    return lines
+
+
+def _describe_like_best(summary: SpreadSummary) -> str:
+    """Say which trials cannot be told apart from the best one."""
+    where = f"on the same {summary.n_examples} validation images"
+    n_compared = 1 + len(summary.differences)
+    like_best = summary.like_best
+    best = f"trial {summary.best.number:04d}"
+    if not like_best:
+        margin = min(pair.low for pair in summary.differences.values())
+        return (
+            f"{best} is told apart from the other {n_compared - 1} trials {where}: it is better "
+            f"than each by at least {margin:.3f}"
+        )
+    if len(like_best) == n_compared - 1:
+        return f"these {n_compared} trials cannot be told apart {where}"
+    plural = "s" if len(like_best) > 1 else ""
+    return (
+        f"trial{plural} {format_trial_numbers(like_best)} cannot be told apart from the best, "
+        f"{best}, {where}"
+    )
+
+
+def describe_split(split: SpreadSplit) -> str:
+    """Say which share of the spread the settings explain, and what would tell trials apart.
+
+    Args:
+        split: Parts of the spread of fully trained trials.
+    """
+    # Without repeats, the randomness of training counts as an effect of the settings.
+    limit = "" if split.n_repeats else "at most "
+    text = (
+        f"settings explain {limit}{split.share:.0%} of the spread of the {split.n_models} fully "
+        f"trained trials ({SPREAD_CONFIDENCE:.0%} interval {split.share_low:.0%} to "
+        f"{split.share_high:.0%})"
+    )
+    remedies = []
+    examples, seeds = split.needed_examples, split.needed_seeds
+    if examples is not None and split.n_examples < examples <= _MAX_EXAMPLES_SHOWN:
+        remedies.append(f"{_round_up(examples):,} validation images")
+    if seeds is not None and 1 < seeds <= _MAX_SEEDS_SHOWN:
+        remedies.append(f"{seeds} seeds each")
+    if remedies:
+        text += f"; {' or '.join(remedies)} would tell two typical settings apart"
+    elif seeds is None:
+        text += "; nothing shows that they differ"
+    return text
+
+
+def format_trial_numbers(numbers: Sequence[int]) -> str:
+    """Return the numbers of trials as `0000, 0001 and 3 more`."""
+    shown = ", ".join(f"{number:04d}" for number in numbers[:_MAX_NUMBERS_SHOWN])
+    n_more = len(numbers) - _MAX_NUMBERS_SHOWN
+    return f"{shown} and {n_more} more" if n_more > 0 else shown
+
+
+def _round_up(count: int) -> int:
+    """Round a number up to two digits."""
+    unit: int = 10 ** max(0, math.floor(math.log10(count)) - 1)
+    return math.ceil(count / unit) * unit
