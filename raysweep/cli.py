@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
 from raysweep import __version__
+from raysweep.code_files import code_of_one_call
 from raysweep.commands import doctor, run, show, train, tune
 from raysweep.commands import eval as eval_command
 from raysweep.commands import list as list_command
@@ -201,7 +202,11 @@ def _one_line_warnings() -> Iterator[None]:
 def _run_command(args: argparse.Namespace, arguments: Sequence[str]) -> ExitCode:
     """Run the command; print an expected error and return its exit code."""
     try:
-        with private_files(), command_log(arguments, getattr(args, "verbose", False)) as log:
+        with (
+            private_files(),
+            code_of_one_call(),
+            command_log(arguments, getattr(args, "verbose", False)) as log,
+        ):
             with _convert_expected_errors(args.command):
                 provide_library_folders()
                 args.run_command(args)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from raysweep.bounded_files import FileTooLarge, read_parquet_table
+from raysweep.code_files import code_of_one_call, open_code_file, open_code_of
 from raysweep.errors import DamagedFileError
 from raysweep.leases import is_folder_in_use
 from raysweep.run_lookup import (
@@ -49,7 +51,12 @@ if TYPE_CHECKING:
 RunState = Literal["finished", "running", "interrupted", "failed"]
 
 
-def load(path: str | Path, *, data_dir: str | Path | None = None) -> nn.Module:
+def load(
+    path: str | Path,
+    *,
+    data_dir: str | Path | None = None,
+    code: str | Path | Callable[..., nn.Module] | None = None,
+) -> nn.Module:
     """Load a trained network.
 
     Args:
@@ -59,24 +66,31 @@ def load(path: str | Path, *, data_dir: str | Path | None = None) -> nn.Module:
         data_dir: Folder of the training data, if it has changed since the training. The data must
             be readable: they decide the network's shape, and their fingerprint is compared with
             that of the training.
+        code: File of your own with the network, or its function, if it is none of raysweep's. It
+            must have the content with which the network was trained; no other file is imported.
 
     Returns:
         The network in eval mode, on the CPU. It maps images in [0, 1], (N, C, H, W), to logits,
         (N, classes).
 
     Raises:
-        SpecError: There is no checkpoint, it is damaged, its data differ, or the bucket refuses
-            access. One line.
+        SpecError: There is no checkpoint, it is damaged, its data differ, its network is of another
+            file than `code`, or the bucket refuses access. One line.
         StoreUnavailable: The bucket does not answer.
         InfrastructureError: The MLflow store does not answer.
     """
     overrides = {} if data_dir is None else {"data_dir": str(expand_home(data_dir).resolve())}
     name, out = str(path), Path()
-    if is_mlflow_reference(name):
-        _, folder = download_from_mlflow(name, open_default_tracker(out), out)
-        return load_checkpoint_target(folder, overrides).model
-    path_in_store = find_checkpoint_folder(name, open_path(out / "runs"))
-    return load_checkpoint_target(path_in_store, overrides).model
+    with code_of_one_call():
+        if callable(code):
+            open_code_of(code)
+        elif code is not None:
+            open_code_file(expand_home(code))
+        if is_mlflow_reference(name):
+            _, folder = download_from_mlflow(name, open_default_tracker(out), out)
+            return load_checkpoint_target(folder, overrides).model
+        path_in_store = find_checkpoint_folder(name, open_path(out / "runs"))
+        return load_checkpoint_target(path_in_store, overrides).model
 
 
 def load_sweep(path: Location) -> Sweep:

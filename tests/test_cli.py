@@ -31,20 +31,23 @@ COMMON = {"--set", "--data-dir", "--json"}
 FLAGS = {
     "list": {"--json", "--out", "--storage"},
     "show": {*COMMON, "--out", "--storage", "--log"},
-    "train": {*COMMON, "--verbose", "--out", "--storage", "--name", "--plan"},
+    "train": {*COMMON, "--verbose", "--out", "--storage", "--name", "--plan", "--code"},
     "tune": {
         *COMMON, "--verbose", "--out", "--storage", "--name", "--space", "--trials", "--resume",
         "--plan",
         "--address", "--cpus-per-trial", "--gpus-per-trial", "--workers", "--optuna",
-        "--max-trials", "--max-time", "--max-gpu-hours", "--retry-failed",
+        "--max-trials", "--max-time", "--max-gpu-hours", "--retry-failed", "--code",
     },
-    "run": {*COMMON, "--verbose", "--out", "--storage", "--plan", "--from", "--wait", "--address"},
+    "run": {
+        *COMMON, "--verbose", "--out", "--storage", "--plan", "--from", "--wait", "--address",
+        "--code",
+    },
     "doctor": {*COMMON, "--verbose", "--out", "--storage", "--address"},
     "eval": {
         *COMMON, "--verbose", "--out", "--storage", "--attack", "--version", "--eps", "--norm",
         "--n",
         "--batch-size", "--keep-adversarial", "--pseudo-label", "--address", "--gpus-per-task",
-        "--bundle", "--verify", "--sign",
+        "--bundle", "--verify", "--sign", "--code",
     },
 }  # fmt: skip
 BOTH = """\

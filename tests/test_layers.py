@@ -19,6 +19,7 @@ LAYERS = [
         "lazy_modules",
         "atomic_files",
         "bounded_files",
+        "code_files",
         "visible_text",
         "stored_data",
         "plain_console",

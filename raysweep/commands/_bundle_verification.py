@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from raysweep.code_files import CodeFile
     from raysweep.robustness_bundle import BundleVerification
 
 # The setting of a verification: the seed of its attack.
@@ -31,6 +32,7 @@ class VerificationRequest:
         data_dir: Folder of the data set; None for `digits`.
         n_attacked: Number of examples to attack afresh; 0 for none.
         seed: Seed of this attack; None for a random one.
+        code: The file of `--code`; or None.
         as_json: Whether to print JSON on stdout.
     """
 
@@ -38,6 +40,7 @@ class VerificationRequest:
     data_dir: Path | None
     n_attacked: int
     seed: int | None
+    code: CodeFile | None
     as_json: bool
 
     @classmethod
@@ -51,6 +54,7 @@ class VerificationRequest:
         Raises:
             SpecError: `--attack` is no number, or `--set` has something else than a seed for it.
         """
+        from raysweep.code_files import open_code_file
         from raysweep.commands.common import parse_overrides
         from raysweep.spec import SpecError
 
@@ -69,7 +73,8 @@ class VerificationRequest:
         if seed is not None and (not isinstance(seed, int) or seed < 0):
             raise SpecError(f"--set {_SEED_SETTING}={seed}: give a whole number from 0")
         data_dir = args.data_dir.resolve() if args.data_dir else None
-        return cls(args.what, data_dir, n_attacked, seed, args.json)
+        code = None if args.code is None else open_code_file(args.code)
+        return cls(args.what, data_dir, n_attacked, seed, code, args.json)
 
 
 def verify_bundle_claims(request: VerificationRequest) -> None:
@@ -80,17 +85,23 @@ def verify_bundle_claims(request: VerificationRequest) -> None:
 
     Raises:
         WorkFailed: One of its claims is false.
-        SpecError: It is not a bundle, or the data set is not there.
+        SpecError: It is not a bundle, the data set is not there, or its network is a function of
+            another file than that of `--code`.
         DamagedFileError: One of its files is damaged.
     """
     from raysweep.errors import WorkFailed
     from raysweep.robustness_bundle import verify_bundle
+    from raysweep.spec import SpecError
     from raysweep.user_folders import expand_home
 
     folder = expand_home(request.bundle).resolve()
     verification = verify_bundle(
         folder, request.data_dir, n_attacked=request.n_attacked, seed=request.seed
     )
+    if request.code is not None and verification.network_code is None:
+        raise SpecError(
+            f"--code {request.code.path}: has no effect: {request.bundle} needs no code"
+        )
     if request.as_json:
         print(json.dumps({"bundle": request.bundle, **verification.summary()}, indent=1))
     else:

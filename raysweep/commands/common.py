@@ -11,8 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from raysweep.code_files import CodeFile, list_code_functions
 from raysweep.errors import InfrastructureError
 from raysweep.formatting import shorten_value
+from raysweep.models import ModelSpec
 from raysweep.redaction import redact_secrets
 from raysweep.spec import SpecError, is_safe_name
 from raysweep.stores import StorePath, open_path, require_conditional_writes, require_reachable
@@ -25,12 +27,15 @@ logger = logging.getLogger(__name__)
 _RESERVED_NAMES = ("pipelines", "eval", "from-mlflow")
 
 
-def parse_overrides(assignments: Sequence[str], data_dir: Path | None) -> dict[str, Any]:
+def parse_overrides(
+    assignments: Sequence[str], data_dir: Path | None, code: CodeFile | None = None
+) -> dict[str, Any]:
     """Read `--set` and `--data-dir`.
 
     Args:
         assignments: The values of `--set`, each `PATH=VALUE` with a value in YAML.
         data_dir: The value of `--data-dir`; it overrides `--set data.data_dir=`.
+        code: The file of `--code`, whose SHA-256 becomes `model.code`.
 
     Returns:
         {dotted path: value}.
@@ -48,7 +53,32 @@ def parse_overrides(assignments: Sequence[str], data_dir: Path | None) -> dict[s
         overrides[path] = parse_yaml(text, source)
     if data_dir is not None:
         overrides["data.data_dir"] = str(data_dir.resolve())
+    if code is not None:
+        overrides["model.code"] = code.sha256
     return overrides
+
+
+def check_code(code: CodeFile | None, networks: Iterable[ModelSpec]) -> None:
+    """Check the networks of files before anything starts.
+
+    Args:
+        code: The file of `--code`.
+        networks: All networks that the command may train.
+
+    Raises:
+        SpecError: A network is a function of a file that was not given, or that has no such
+            function; or no network is of the file that was.
+    """
+    networks = list(networks)
+    for network in networks:
+        network.find_factory()
+    if code is not None and all(network.code is None for network in networks):
+        names = ", ".join(list_code_functions(code)) or "none"
+        trained = ", ".join(dict.fromkeys(network.name for network in networks)) or "none"
+        raise SpecError(
+            f"--code {code.path}: has no effect: model.name = {trained} is of raysweep; set "
+            f"model.name to a function of the file: {names}"
+        )
 
 
 def parse_data_overrides(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from raysweep.commands.options import (
     CommandParsers,
+    add_code_option,
     add_command,
     add_json_option,
     add_location_options,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from raysweep.attacks import AttackCascade
     from raysweep.attacks.base import Norm
     from raysweep.attacks.named_attacks import AutoAttackVersion
+    from raysweep.code_files import CodeFile
     from raysweep.data import DataSpec, SubsetChoice
     from raysweep.evaluation import RobustnessReport
     from raysweep.tracking import Tracker
@@ -93,6 +95,7 @@ class EvalRequest:
         data_overrides: {path below `data`: value} of `--set data.*` and `--data-dir`.
         data_dir: Folder of the data set; None for the default of the data set.
         out: Folder of `runs` and `mlflow.db`.
+        code: The file of `--code`; or None.
         storage: Folder or URI of sweeps; None for `runs` in `out`.
         as_json: Whether to print JSON on stdout.
     """
@@ -113,6 +116,7 @@ class EvalRequest:
     gpus_per_task: float
     data_overrides: dict[str, Any]
     data_dir: Path | None
+    code: CodeFile | None
     out: Path
     storage: str | None
     as_json: bool
@@ -124,6 +128,7 @@ class EvalRequest:
         Raises:
             SpecError: `--set` is malformed, or an option has no effect on what was asked for.
         """
+        from raysweep.code_files import open_code_file
         from raysweep.commands.common import parse_data_overrides
         from raysweep.spec import SpecError
 
@@ -150,6 +155,7 @@ class EvalRequest:
                 args.set, args.data_dir, "an evaluation", [_SUBSET_SETTING]
             ),
             data_dir=args.data_dir,
+            code=None if args.code is None else open_code_file(args.code),
             out=args.out,
             storage=args.storage,
             as_json=args.json,
@@ -203,6 +209,7 @@ def add_parser(parsers: CommandParsers) -> None:
     _add_cluster_options(parser)
     parser.set_defaults(**_ATTACK_OPTION_DEFAULTS)
     add_override_options(parser)
+    add_code_option(parser)
     add_location_options(parser)
     add_json_option(parser)
     add_verbose_option(parser)
@@ -294,9 +301,12 @@ def run_command(args: argparse.Namespace) -> None:
         return
     request = EvalRequest.from_args(args)
     from raysweep.commands.common import make_writable_folder
+    from raysweep.spec import SpecError
 
     out = make_writable_folder(request.out)
     target, run_id = _load_target(request, out)
+    if request.code is not None and (target.config is None or target.config.model.code is None):
+        raise SpecError(f"--code {request.code.path}: has no effect: {target.name} needs no code")
     if request.pseudo_label_file is not None:
         _write_pseudo_labels(request, target, request.pseudo_label_file, out)
     else:

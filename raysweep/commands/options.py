@@ -71,6 +71,17 @@ def add_override_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_code_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--code`, a Python file of the user's own."""
+    parser.add_argument(
+        "--code",
+        type=parse_path,
+        metavar="FILE",
+        help="Python file of your own with the network that model.name names; nothing that a "
+        "checkpoint or sweep names is imported without it",
+    )
+
+
 def add_address_option(parser: argparse.ArgumentParser) -> None:
     """Add `--address`, the Ray cluster to use."""
     parser.add_argument(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from raysweep.commands.options import (
     CommandParsers,
     add_address_option,
+    add_code_option,
     add_command,
     add_json_option,
     add_location_options,
@@ -22,6 +23,7 @@ from raysweep.commands.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from raysweep.code_files import CodeFile
     from raysweep.pipeline.artifact import Artifact
     from raysweep.pipeline.pipeline import Pipeline, PlannedStage
     from raysweep.pipeline.stage import TrainingOverrides
@@ -57,7 +59,8 @@ class RunRequest:
         first_stage: Kind or number of the first stage to make again; None to keep all artifacts.
         wait: Whether to wait if another process runs this pipeline.
         address: Ray cluster, `auto` or `host:port`; None for $RAY_ADDRESS or this machine.
-        overrides: {dotted path: value} of `--set` and `--data-dir`.
+        overrides: {dotted path: value} of `--set`, `--data-dir` and `--code`.
+        code: The file of `--code`; or None.
         out: Folder of `runs` and `mlflow.db`.
         storage: Folder or URI of sweeps; None for `runs` in `out`.
         as_json: Whether to print JSON on stdout.
@@ -69,6 +72,7 @@ class RunRequest:
     wait: bool
     address: str | None
     overrides: dict[str, Any]
+    code: CodeFile | None
     out: Path
     storage: str | None
     as_json: bool
@@ -76,18 +80,21 @@ class RunRequest:
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> RunRequest:
         """Convert parsed arguments. Raises SpecError if they contradict each other."""
+        from raysweep.code_files import open_code_file
         from raysweep.commands.common import parse_overrides
         from raysweep.spec import SpecError
 
         if args.plan and args.wait:
             raise SpecError("--wait: --plan runs nothing and waits for nothing")
+        code = None if args.code is None else open_code_file(args.code)
         return cls(
             pipeline=args.what,
             plan_only=args.plan,
             first_stage=args.first,
             wait=args.wait,
             address=args.address,
-            overrides=parse_overrides(args.set, args.data_dir),
+            overrides=parse_overrides(args.set, args.data_dir, code),
+            code=code,
             out=args.out,
             storage=args.storage,
             as_json=args.json,
@@ -117,6 +124,7 @@ def add_parser(parsers: CommandParsers) -> None:
     )
     add_address_option(parser)
     add_override_options(parser)
+    add_code_option(parser)
     add_location_options(parser)
     add_json_option(parser)
     add_verbose_option(parser)
@@ -125,9 +133,11 @@ def add_parser(parsers: CommandParsers) -> None:
 def run_command(args: argparse.Namespace) -> None:
     """Run `raysweep run`."""
     request = RunRequest.from_args(args)
+    from raysweep.commands.common import check_code
     from raysweep.pipeline.pipeline import check_rankings, load_pipeline
 
     name, pipeline, training_overrides = load_pipeline(request.pipeline, request.overrides)
+    check_code(request.code, pipeline.list_networks(training_overrides))
     check_rankings(pipeline, training_overrides)
     _print_config_warnings(pipeline, training_overrides)
     if request.plan_only:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from raysweep.commands.options import (
     CommandParsers,
+    add_code_option,
     add_command,
     add_json_option,
     add_location_options,
@@ -21,6 +22,7 @@ from raysweep.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from raysweep.code_files import CodeFile
     from raysweep.data import DatasetSplits
     from raysweep.stores import StorePath
     from raysweep.tracking import RunRecorder, Tracker
@@ -51,7 +53,8 @@ class TrainRequest:
     Attributes:
         method: Name of a method or preset, or a YAML file of settings.
         name: Name of the run's folder; None for the method and the digest of the settings.
-        overrides: {dotted path: value} of `--set` and `--data-dir`.
+        overrides: {dotted path: value} of `--set`, `--data-dir` and `--code`.
+        code: The file of `--code`; or None.
         out: Folder of `runs` and `mlflow.db`.
         storage: Folder or URI of checkpoints; None for `runs` in `out`.
         as_json: Whether to print JSON on stdout.
@@ -61,6 +64,7 @@ class TrainRequest:
     method: str
     name: str | None
     overrides: dict[str, Any]
+    code: CodeFile | None
     out: Path
     storage: str | None
     as_json: bool
@@ -68,13 +72,16 @@ class TrainRequest:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> TrainRequest:
-        """Convert parsed arguments. Raises SpecError if `--set` is malformed."""
+        """Convert parsed arguments. Raises SpecError if `--set` or `--code` cannot be read."""
+        from raysweep.code_files import open_code_file
         from raysweep.commands.common import parse_overrides
 
+        code = None if args.code is None else open_code_file(args.code)
         return cls(
             method=args.method,
             name=args.name,
-            overrides=parse_overrides(args.set, args.data_dir),
+            overrides=parse_overrides(args.set, args.data_dir, code),
+            code=code,
             out=args.out,
             storage=args.storage,
             as_json=args.json,
@@ -102,6 +109,7 @@ def add_parser(parsers: CommandParsers) -> None:
         help="print what would be trained, and for about how long; train nothing",
     )
     add_override_options(parser)
+    add_code_option(parser)
     add_location_options(parser)
     add_json_option(parser)
     add_verbose_option(parser)
@@ -111,6 +119,7 @@ def run_command(args: argparse.Namespace) -> None:
     """Run `raysweep train`."""
     request = TrainRequest.from_args(args)
     from raysweep.commands.common import (
+        check_code,
         check_plain_name,
         make_writable_folder,
         open_tracker,
@@ -133,6 +142,7 @@ def run_command(args: argparse.Namespace) -> None:
 
     dataset = load_data(config.data)
     if request.plan_only:
+        check_code(request.code, [config.model])
         _print_plan(request, config, dataset, name)
         return
     out = make_writable_folder(request.out)
@@ -144,6 +154,8 @@ def run_command(args: argparse.Namespace) -> None:
         if checkpoint is not None:
             # Check this before the tracker reopens an MLflow run that may have other settings.
             check_resumable(checkpoint, config, dataset.fingerprint)
+        # Code with another SHA-256 than the recorded one has been refused by now.
+        check_code(request.code, [config.model])
         print_warnings(config.list_warnings())
         tracker = open_tracker(out)
         is_new = not _list_run_files(run_folder)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from raysweep.commands.options import (
     CommandParsers,
     add_address_option,
+    add_code_option,
     add_command,
     add_json_option,
     add_location_options,
@@ -28,6 +29,7 @@ from raysweep.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from raysweep.code_files import CodeFile
     from raysweep.data import DatasetSplits
     from raysweep.stores import StorePath
     from raysweep.sweep.ledger import Ledger, Trial
@@ -71,7 +73,8 @@ class TuneRequest:
         workers: Number of processes that share a trial.
         optuna_url: Optuna storage to which trials are also written; None to write to none.
         retry_failed: Whether `resume` runs all failed trials again.
-        overrides: {dotted path: value} of `--set` and `--data-dir`.
+        overrides: {dotted path: value} of `--set`, `--data-dir` and `--code`.
+        code: The file of `--code`; or None.
         out: Folder of `runs` and `mlflow.db`.
         storage: Folder or URI of sweeps; None for `runs` in `out`.
         as_json: Whether to print JSON on stdout.
@@ -91,6 +94,7 @@ class TuneRequest:
     workers: int
     optuna_url: str | None
     overrides: dict[str, Any]
+    code: CodeFile | None
     out: Path
     storage: str | None
     as_json: bool
@@ -99,6 +103,7 @@ class TuneRequest:
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> TuneRequest:
         """Convert parsed arguments. Raises SpecError if one is malformed or has no effect."""
+        from raysweep.code_files import open_code_file
         from raysweep.commands.common import parse_overrides
         from raysweep.spec import SpecError
         from raysweep.sweep.search_space import resolve_space_path
@@ -106,6 +111,7 @@ class TuneRequest:
         if args.retry_failed and not args.resume:
             raise SpecError("--retry-failed: names no sweep; add --resume NAME")
 
+        code = None if args.code is None else open_code_file(args.code)
         return cls(
             method=args.method,
             space_file=None if args.space is None else resolve_space_path(args.space),
@@ -120,7 +126,8 @@ class TuneRequest:
             gpus_per_trial=args.gpus_per_trial,
             workers=args.workers,
             optuna_url=args.optuna,
-            overrides=parse_overrides(args.set, args.data_dir),
+            overrides=parse_overrides(args.set, args.data_dir, code),
+            code=code,
             out=args.out,
             storage=args.storage,
             as_json=args.json,
@@ -136,6 +143,7 @@ def add_parser(parsers: CommandParsers) -> None:
     _add_search_options(parser)
     _add_resource_options(parser)
     add_override_options(parser)
+    add_code_option(parser)
     add_location_options(parser)
     add_json_option(parser)
     add_verbose_option(parser)
@@ -431,6 +439,7 @@ def _load_checked_space(
     Raises:
         SpecError: The method, a setting or the data set is wrong or missing.
     """
+    from raysweep.commands.common import check_code
     from raysweep.data import load_data
     from raysweep.spec import SpecError
     from raysweep.sweep.search_space import load_space
@@ -448,6 +457,7 @@ def _load_checked_space(
         space = load_space(request.method or "", request.overrides, request.space_file)
     if request.trials:
         space = space.replace(trials=request.trials)
+    check_code(request.code, space.list_networks())
     data_spec = space.trial_config({}).data
     if resumed_ledger is not None:
         # A sweep may come from anybody: that it resumes makes no folder and loads nothing down.

@@ -20,6 +20,7 @@ from typing import Self
 import cloudpickle
 import torch
 
+from raysweep.code_files import list_code_modules
 from raysweep.evaluation.shards import Shard, ShardResult
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,9 @@ class ProcessPoolMap:
 
 def _pickle_runner(run_shard: RunShard) -> bytes | None:
     """Pickle a runner, with classes of a script or notebook; None if its model cannot be."""
+    code_modules = list_code_modules()
+    for module in code_modules:
+        cloudpickle.register_pickle_by_value(module)
     try:
         content: bytes = cloudpickle.dumps(run_shard)
     except Exception as error:
@@ -141,6 +145,9 @@ def _pickle_runner(run_shard: RunShard) -> bytes | None:
             (str(error).splitlines() or [""])[0],
         )
         return None
+    finally:
+        for module in code_modules:
+            cloudpickle.unregister_pickle_by_value(module)
     return content
 
 

@@ -1,18 +1,21 @@
 """Networks that map images (N, channels, H, W) in [0, 1] to logits (N, classes).
 
-To add a network, write a function (channels, classes) -> nn.Module and list it in `MODELS`. Modules
-that this one imports leave PyTorch to functions, so that commands that print names need not wait
-for it. `raysweep list` prints the first line of the function's docstring. The numbers of parameters
-in docstrings are for 3 channels and 10 classes.
+A user's own network is a function of a file that `--code` names. To add a network to raysweep,
+write a function (channels, classes) -> nn.Module and list it in `MODELS`. Modules that this one
+imports leave PyTorch to functions, so that commands that print names need not wait for it.
+`raysweep list` prints the first line of the function's docstring. The numbers of parameters in
+docstrings are for 3 channels and 10 classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from pydantic import field_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
+from raysweep.code_files import import_code_function, is_code_sha256, name_code_errors
+from raysweep.formatting import shorten_value
 from raysweep.lazy_modules import torch
 from raysweep.models.digits_cnn import digits_cnn
 from raysweep.models.residual_networks import (
@@ -53,8 +56,15 @@ MODELS: dict[str, ModelFactory] = {
 class ModelSpec(Spec):
     """Choice of a network and of the normalisation of its input."""
 
+    later_fields: ClassVar[frozenset[str]] = frozenset({"code"})
+
+    code: str | None = None
+    """SHA-256 of the file of your own with the function `name`, which `--code FILE` sets. null for
+    the networks of `raysweep list`."""
+
     name: str = "digits_cnn"
-    """Name of the network; `raysweep list` prints all names."""
+    """Name of the network; `raysweep list` prints all names. With `--code FILE` also a function of
+    this file, (channels, classes) -> network."""
 
     mean: tuple[float, ...] = ()
     """Mean of each channel, which the model subtracts from the images. Empty for no normalisation,
@@ -63,13 +73,43 @@ class ModelSpec(Spec):
     std: tuple[float, ...] = ()
     """Standard deviation of each channel, by which the model divides; empty if `mean` is empty."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_unused_code(cls, data: Any) -> Any:
+        """Drop `code` for a network of raysweep: a sweep may compare these with those of a file."""
+        if isinstance(data, dict) and data.get("name", "digits_cnn") in MODELS:
+            return {key: value for key, value in data.items() if key != "code"}
+        return data
+
+    @field_validator("code")
+    @classmethod
+    def _check_code(cls, code: str | None) -> str | None:
+        """Reject what is no SHA-256, such as the path of a file."""
+        if code is not None and not is_code_sha256(code):
+            raise SpecError(
+                f"{shorten_value(code)} is no SHA-256: leave it out, give the file as --code FILE"
+            )
+        return code
+
     @field_validator("name")
     @classmethod
-    def _check_model_name(cls, name: str) -> str:
-        """Reject names that are not in `MODELS`."""
-        if name not in MODELS:
-            raise SpecError(describe_unknown_name("model", name, list(MODELS)))
+    def _check_model_name(cls, name: str, info: ValidationInfo) -> str:
+        """Reject names that are not in `MODELS`, unless they are of a file."""
+        if name not in MODELS and info.data.get("code", "") is None:
+            line = describe_unknown_name("model", name, list(MODELS))
+            raise SpecError(f"{line}; a network of your own needs --code FILE")
         return name
+
+    def find_factory(self) -> ModelFactory:
+        """Find the function that builds the network.
+
+        Raises:
+            SpecError: It is a function of a file that this process was not given, or that has no
+                such function; one line.
+        """
+        if self.code is None:
+            return MODELS[self.name]
+        return import_code_function(self.code, self.name)
 
     def build_model(self, channels: int, classes: int, seed: int) -> nn.Module:
         """Build the network with new weights, on the CPU.
@@ -84,15 +124,32 @@ class ModelSpec(Spec):
             A model from images (N, channels, H, W) in [0, 1] to logits (N, classes).
 
         Raises:
-            SpecError: If `mean` or `std` does not have a value for each channel.
+            SpecError: If `mean` or `std` does not have a value for each channel, or the network is
+                a function of a file that was not given (see `find_factory`) or that fails.
         """
         from raysweep.models.device import seeded_generators
         from raysweep.models.layers import Normalize
 
         if {len(self.mean), len(self.std)} not in ({0}, {channels}):
             raise SpecError(f"model.mean and model.std need {channels} values each, or none")
+        factory = self.find_factory()
         with seeded_generators(seed, torch.device("cpu")):
-            network = MODELS[self.name](channels, classes)
+            if self.code is None:
+                network = factory(channels, classes)
+            else:
+                network = _build_own_network(self.code, self.name, factory, channels, classes)
         if not self.mean:
             return torch.nn.Sequential(network)
         return torch.nn.Sequential(Normalize(self.mean, self.std), network)
+
+
+def _build_own_network(
+    code: str, name: str, factory: ModelFactory, channels: int, classes: int
+) -> nn.Module:
+    """Build the network of a file; SpecError if its function fails or returns something else."""
+    with name_code_errors(code, name):
+        network = factory(channels, classes)
+    if not isinstance(network, torch.nn.Module):
+        kind = type(network).__name__
+        raise SpecError(f"model.name = {name!r}: its function gave {kind}, not a torch.nn.Module")
+    return network

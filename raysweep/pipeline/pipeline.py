@@ -15,6 +15,7 @@ from rich.console import Console
 from raysweep.data import load_data
 from raysweep.leases import hold_pipeline_lock
 from raysweep.logs import log_to_folder
+from raysweep.models import ModelSpec
 from raysweep.pipeline.artifact import Artifact
 from raysweep.pipeline.autoattack import AutoAttackStage
 from raysweep.pipeline.builtin_pipelines import find_pipeline_file
@@ -134,6 +135,18 @@ class Pipeline(Spec):
         for stage in self.stages:
             yield stage, upstream_configs
             upstream_configs = _list_candidate_configs(stage, training_overrides, upstream_configs)
+
+    def list_networks(self, training_overrides: TrainingOverrides) -> list[ModelSpec]:
+        """List the networks that the stages train, as far as they are known before they run.
+
+        Args:
+            training_overrides: Training settings of the pipeline and of the command line.
+        """
+        return [
+            config.model
+            for stage, upstream in self.iter_stages_with_received_configs(training_overrides)
+            for config in stage.list_training_configs(training_overrides, upstream)
+        ]
 
     def compute_rerun_key(self) -> str:
         """Return what `rerun` adds to the digest of every stage: a date, a revision, or ""."""

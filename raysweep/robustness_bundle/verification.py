@@ -43,6 +43,7 @@ class BundleVerification:
         n_broken: Number of examples that are misclassified, without an attack or at their stored
             adversarial example, which is within the radius and in [0, 1].
         signature: What its signature shows.
+        network_code: SHA-256 of the file with its network; None for a network of raysweep.
         notes: Other facts, one line each.
         fresh_attack: Result of the fresh attack, if there was one.
     """
@@ -56,6 +57,7 @@ class BundleVerification:
     n_misclassified: int
     n_broken: int
     signature: SignatureReport
+    network_code: str | None
     notes: list[str]
     fresh_attack: FreshAttackResult | None = None
 
@@ -130,7 +132,8 @@ def verify_bundle(
         What the bundle shows, with a line for each false claim.
 
     Raises:
-        SpecError: If `folder` is not a bundle, or the data set is not there.
+        SpecError: If `folder` is not a bundle, the data set is not there, or its network is a
+            function of a file that was not given (see `code_files`).
         DamagedFileError: If a file of the bundle is damaged or missing.
     """
     bundle = load_bundle(folder, data_dir)
@@ -165,6 +168,7 @@ def verify_bundle(
         n_misclassified=int((~evidence.clean.is_correct).sum()),
         n_broken=int(evidence.is_broken.sum()),
         signature=signature,
+        network_code=bundle.checkpoint.config.model.code,
         notes=_collect_notes(bundle),
         fresh_attack=fresh_attack,
     )

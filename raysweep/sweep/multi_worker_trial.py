@@ -20,6 +20,7 @@ from ray.util.placement_group import (
 )
 
 from raysweep.bounded_files import adopt_unpacked_limit, read_unpacked_limit
+from raysweep.code_files import adopt_code_files, list_code_files
 from raysweep.data.dataset_cache import CachedDataset
 from raysweep.errors import RaysweepError
 from raysweep.file_privacy import adopt_umask, read_umask
@@ -188,6 +189,7 @@ def _build_torch_trainer(
             "source": cached_dataset,
             "umask": read_umask(),
             "unpacked_limit": read_unpacked_limit(),
+            "code_files": list_code_files(),
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=n_workers,
@@ -210,6 +212,7 @@ def _run_worker(loop_config: dict[str, Any]) -> None:
     """Train as one worker of the group, and report failures (Ray Train's loop function)."""
     adopt_umask(loop_config["umask"])
     adopt_unpacked_limit(loop_config["unpacked_limit"])
+    adopt_code_files(loop_config["code_files"])
     config = TrainingConfig.model_validate_json(loop_config["config"])
     run_path = loop_config["path"]
     rank = ray.train.get_context().get_world_rank()

@@ -12,6 +12,7 @@ from typing import TypeVar
 import ray
 from ray import cloudpickle
 
+from raysweep.code_files import is_code_module
 from raysweep.errors import InfrastructureError, SpecError
 from raysweep.sweep.cluster import cluster_capacity
 
@@ -104,6 +105,8 @@ def _put_with_code(function: Callable[[Item], Result]) -> "ray.ObjectRef[Callabl
 
 def _is_users_own(module: ModuleType) -> bool:
     """Return whether a module is neither raysweep's, Python's, nor of an installed package."""
+    if is_code_module(module):
+        return True
     name, file = getattr(module, "__name__", ""), getattr(module, "__file__", None)
     if not isinstance(file, str) or not Path(file).is_absolute():
         return False

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from raysweep.data import DataSpec
 from raysweep.method import Method
+from raysweep.models import ModelSpec
 from raysweep.schedules import Number
 from raysweep.spec import (
     JsonDict,
@@ -427,6 +428,15 @@ class SearchSpace(Spec):
             condition = {other: _as_list(values)[0] for other, values in distribution.when.items()}
             for value in distribution.bounds_or_choices():
                 yield {**condition, path: value}
+
+    def list_networks(self) -> list[ModelSpec]:
+        """List the networks that trials may have."""
+        networks = []
+        for params in self._list_probe_params():
+            # Ends of ranges may be invalid together with settings that are not searched now.
+            with suppress(SpecError):
+                networks.append(self.trial_config(params).model)
+        return networks
 
     def find_selection_rule(self, params: Mapping[str, Any]) -> SelectionRule:
         """Return which epochs of a trial can be its best.

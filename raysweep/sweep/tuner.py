@@ -18,6 +18,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from raysweep.bounded_files import adopt_unpacked_limit, read_unpacked_limit
+from raysweep.code_files import adopt_code_files, list_code_files
 from raysweep.data import load_data
 from raysweep.data.dataset_cache import CachedDataset
 from raysweep.errors import InfrastructureError, RaysweepError, is_infrastructure_error
@@ -144,6 +145,8 @@ def _run_logged_sweep(
             pass
         logger.info("all trials of sweep %s have ended already", ledger.name)
         return "done"
+    for network in space.list_networks():
+        network.find_factory()
     dataset = CachedDataset(config.data, fingerprint or load_data(config.data).fingerprint)
     check_ray_internals("sweep")
     with connect_to_cluster(address) as cluster:
@@ -384,11 +387,12 @@ def _make_trainable(
 ) -> Callable[[dict[str, Any]], None]:
     """Return the function that Tune calls with the config of a trial: its number and params."""
     sweep_path, space = ledger.path, ledger.space
-    umask, unpacked_limit = read_umask(), read_unpacked_limit()
+    umask, unpacked_limit, code_files = read_umask(), read_unpacked_limit(), list_code_files()
 
     def train_trial(trial_config: dict[str, Any]) -> None:
         adopt_umask(umask)
         adopt_unpacked_limit(unpacked_limit)
+        adopt_code_files(code_files)
         try:
             config = space.trial_config(trial_config["params"])
         except Exception as error:

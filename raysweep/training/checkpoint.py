@@ -19,6 +19,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 from raysweep.bounded_files import read_regular_file
+from raysweep.code_files import find_code_file
 from raysweep.errors import DamagedFileError, InfrastructureError
 from raysweep.lazy_modules import safetensors_torch, torch
 from raysweep.spec import JsonDict, SpecError
@@ -38,6 +39,8 @@ WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "state.safetensors"
 VERDICTS_KEY = "verdicts"
 """Key of the validation examples that the last epoch gets right (see `ExampleVerdicts`)."""
+CODE_FILE = "network.source"
+"""Copy of the file of the user's own that has the network. Nothing imports it from there."""
 SELECTION_KEY = "best_after_burn_in"
 """Key that a checkpoint has if its run chooses its best epoch by `selection.find_best_epoch`."""
 _FORMAT_VERSION = 1
@@ -142,6 +145,8 @@ def save_checkpoint(
 ) -> TrainingCheckpoint:
     """Write a checkpoint atomically: a crash leaves either all of it or nothing.
 
+    The file of a network of the user's own is copied into it, to be read.
+
     Args:
         path: Folder to write.
         config: Config of the run.
@@ -166,6 +171,9 @@ def save_checkpoint(
         _save_tensors(momentum, partial / OPTIMIZER_FILE)
         for name, content in extra_files.items():
             (partial / name).write_bytes(content)
+        if config.model.code is not None:
+            code_file = find_code_file(config.model.code, config.model.name)
+            (partial / CODE_FILE).write_bytes(code_file.source)
         sha256 = {
             name: _compute_file_sha256(partial / name) for name in (WEIGHTS_FILE, OPTIMIZER_FILE)
         }

@@ -145,7 +145,8 @@ def load_trained_model(checkpoint: TrainingCheckpoint, data: DatasetSplits) -> n
         The model; it maps images in [0, 1], (N, C, H, W), to logits.
 
     Raises:
-        SpecError: The data are not those of the training.
+        SpecError: The data are not those of the training, or the network is code of a file that was
+            not given.
     """
     config, fingerprint = checkpoint.config, checkpoint.meta["data_fingerprint"]
     if config.data.unlabeled is None and data.fingerprint != fingerprint:
@@ -153,7 +154,10 @@ def load_trained_model(checkpoint: TrainingCheckpoint, data: DatasetSplits) -> n
             f"{checkpoint.path}: was trained on other {config.data.name!r} data "
             f"(fingerprint {fingerprint})"
         )
-    model = config.model.build_model(data.channels, data.classes, 0)
+    try:
+        model = config.model.build_model(data.channels, data.classes, 0)
+    except SpecError as error:
+        raise error.with_prefix(f"{checkpoint.path}: ") from error
     return checkpoint.load_weights(model).eval()
 
 

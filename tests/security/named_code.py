@@ -1,6 +1,8 @@
 """Files that name code of theirs or of others, which must never be imported (point 10)."""
 
 import contextlib
+import hashlib
+import io
 import json
 import os
 import random
@@ -8,14 +10,16 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from attack_table import attack
+from attack_table import attack, refusal_of
 from foreign_references import make_context, write_checkpoint
 from hostile_texts import in_folder, make_sweep
 
 from raysweep import load
 from raysweep.cli import main
+from raysweep.code_files import code_of_one_call, open_code_file
 from raysweep.data import DataSpec, load_data
 from raysweep.errors import RaysweepError
+from raysweep.models import ModelSpec
 from raysweep.pipeline.artifact import Artifact
 from raysweep.sweep.ledger import Ledger
 from raysweep.training.model_loading import load_factory_target
@@ -146,3 +150,55 @@ def files_called_like_libraries(folder: Path) -> str:
         sys.path[:] = path
         sys.modules.pop("my_own_models", None)
     return "the folder is searched last"
+
+
+@attack(10, "a checkpoint, a sweep and an artifact that name a network of a file beside them")
+def network_of_a_strangers_file(folder: Path) -> str:
+    """The file is there under every name that could be tried, with the recorded digest."""
+    path = write_checkpoint(folder, {})
+    make_sweep(folder)
+    with planted_module(folder) as marker:
+        source = (folder / f"{NAME}.py").read_bytes()
+        digest = hashlib.sha256(source).hexdigest()
+        for name in ("network.source", "code.py", f"{digest}.py", f"raysweep_code_{digest}.py"):
+            (path / name).write_bytes(source)
+            (folder / name).write_bytes(source)
+        for file, key in ((path / "meta.json", "config"), (folder / "runs/s/sweep.json", "space")):
+            content = json.loads(file.read_text())
+            if key == "config":
+                content["config"]["model"].update(name="make", code=digest)
+                data = DataSpec(**content["config"]["data"])
+                content["data_fingerprint"] = load_data(data).fingerprint
+            else:
+                content["space"].setdefault("base", {}).update(
+                    {"model.name": "make", "model.code": digest}
+                )
+            file.write_text(json.dumps(content))
+        lines = [refusal_of(lambda: load(path))]
+        ledger = Ledger.open(folder / "runs/s")
+        network = ledger.space.trial_config({}).model
+        lines.append(refusal_of(lambda: network.build_model(1, 10, 0)))
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            for command in (["eval", str(path)], ["tune", "--resume", "s"], ["show", "s"]):
+                main(command)
+        assert not marker.exists() and not any(name.startswith(NAME) for name in sys.modules)
+        assert "Traceback" not in printed.getvalue()
+    assert all("runs only if you name it: --code FILE" in line for line in lines)
+    return lines[0]
+
+
+@attack(10, "the file of --code changes after its digest was taken, or is not the recorded one")
+def changed_code(folder: Path) -> str:
+    """What was hashed is what runs; another content is refused before anything of it runs."""
+    with planted_module(folder) as marker:
+        own = folder / "own.py"
+        own.write_text("import torch\ndef make(c, k): return torch.nn.Flatten()")
+        with code_of_one_call():
+            network = ModelSpec(name="make", code=open_code_file(own).sha256)
+            own.write_bytes((folder / f"{NAME}.py").read_bytes())
+            network.build_model(1, 10, 0)
+        with code_of_one_call():
+            open_code_file(own)
+            line = refusal_of(lambda: network.build_model(1, 10, 0))
+        assert not marker.exists()
+    return line
