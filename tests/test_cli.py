@@ -25,7 +25,7 @@ from raysweep.training.presets import resolve_training_config
 from raysweep.training.validation import ObjectiveName
 from raysweep.yaml_files import parse_yaml
 
-ALPHA = "method.terms.pgd.weight.alpha"
+ALPHA = "method.terms.cw.weight.alpha"
 NEEDS_RAY = pytest.mark.needs_ray
 COMMON = {"--set", "--data-dir", "--json"}
 FLAGS = {
@@ -274,7 +274,7 @@ def test_show_tells_names_of_several_things_apart(capsys) -> None:
     assert main(["show", "space:lrat"]) == 0
     said = capsys.readouterr().out
     assert (
-        f'{ALPHA}: {{"float": [0.25, 4.0], "log": true}}' in said and "data.name = digits" in said
+        f'{ALPHA}: {{"float": [0.25, 8.0], "log": true}}' in said and "data.name = digits" in said
     )
     assert main(["show", "space:lrat", "--json"]) == 0
     assert ALPHA in json.loads(capsys.readouterr().out)["space"]["space"]
@@ -368,14 +368,14 @@ def test_tune_ends_with_the_best_trials_and_what_to_type_next(
     assert all(Path(trial["checkpoint"]).is_dir() for trial in shown["trials"])
     wider = workdir / "wider.yaml"
     shipped = load_space("lrat", {}).to_json_dict()
-    shipped["space"][ALPHA]["float"] = [0.125, 8.0]
+    shipped["space"][ALPHA]["float"] = [0.125, 16.0]
     wider.write_text(yaml.safe_dump(shipped))
     grown = ["--trials", "3", "--set", "epochs=2", "--space", str(wider)]
     assert main(["tune", "lrat", "--resume", "quick", *grown, "--json"]) == 0
     trials = json.loads(capsys.readouterr().out)["trials"]
     finished = [trial for trial in trials if trial["state"] == "finished"]
     assert len(trials) == 3 and finished and all(trial["epoch"] == 2 for trial in finished)
-    assert Ledger.open(workdir / "runs" / "quick").space.space[ALPHA].float == (0.125, 8.0)
+    assert Ledger.open(workdir / "runs" / "quick").space.space[ALPHA].float == (0.125, 16.0)
     held = ["--address", gcs_address(), "--workers", "2", "--cpus-per-trial", "1.5"]
     held += ["--gpus-per-trial", "0", "--optuna", f"sqlite:///{workdir}/optuna.db"]
     assert (
@@ -671,8 +671,7 @@ def test_a_table_in_a_pipe_is_whole(workdir: Path, capsys) -> None:
     assert main(["show", "g1"]) == 0
     *_, header, row = capsys.readouterr().out.splitlines()
     assert (
-        header.split()[:4] == ["trial", "pgd.alpha", "pgd.beta", "cw.alpha"]
-        and "robust worst" in header
+        header.split()[:4] == ["trial", "pgd.beta", "alpha", "cw.beta"] and "robust worst" in header
     )
     assert (
         row.count("1.23") == len(settings) and "many words many words" in row and "\x1b" not in row
