@@ -63,6 +63,18 @@ def test_a_folder_is_where_the_process_is_now(
         for changes in ({"data.unlabeled": "u.npz"}, {"data": {"unlabeled": "u.npz"}}):
             found = build_training_config("at", changes).data.unlabeled
             assert found == tmp_path / name / "u.npz"
+    link = tmp_path / "link"
+    for name in ("one", "two", "one"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / name)
+        config = build_training_config("at", {"data.data_dir": str(link), "data.name": "svhn"})
+        assert config.data.data_dir == tmp_path / name
+        for path in (str(link), str(tmp_path / name)):
+            changes = {"data.data_dir": path, "data.name": "svhn"}
+            assert build_training_config("at", changes) == config
+            assert build_training_config("at", changes) is build_training_config("at", changes)
+    with pytest.raises(ValueError, match=r"data\.data_dir = '\\x00'"):
+        build_training_config("at", {"data.data_dir": "\0", "data.name": "svhn"})
 
 
 def test_a_network_that_is_gone_is_an_error_again(monkeypatch: pytest.MonkeyPatch) -> None:

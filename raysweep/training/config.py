@@ -322,16 +322,22 @@ def build_training_config_of_0_1(
 
 
 def _get_or_build(inputs: tuple[Any, ...], build: Callable[[], TrainingConfig]) -> TrainingConfig:
-    """Return `get_or_build(inputs, build)`; build anew if inputs name a folder of data.
+    """Return `get_or_build(inputs, build)`, looked up also by where paths of data lead now.
 
-    Its path depends on the current folder, on `~` and on symbolic links.
+    That depends on the current folder, on `~` and on symbolic links.
     """
+    places = []
     for changes in inputs:
-        if isinstance(changes, dict) and any(
-            covers_path(path, folder) for path in changes for folder in _FOLDERS
-        ):
-            return build()
-    return get_or_build(inputs, build)
+        for path, value in changes.items() if isinstance(changes, dict) else ():
+            if value is None or not any(covers_path(path, folder) for folder in _FOLDERS):
+                continue
+            if not isinstance(value, str):
+                return build()
+            try:
+                places.append(str(expand_home(value).resolve()))
+            except (OSError, RuntimeError, ValueError):
+                return build()
+    return get_or_build((*inputs, places), build)
 
 
 def _start_config(method: str | Mapping[str, Any]) -> TrainingConfig:
