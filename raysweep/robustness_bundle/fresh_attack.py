@@ -1,8 +1,8 @@
 """Fresh attacks on examples that a bundle claims to be robust."""
 
+import bisect
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -99,10 +99,17 @@ def compute_robust_interval(n_broken: int, n_attacked: int, n_left: int) -> tupl
     """
     from scipy.stats import hypergeom
 
-    # Numbers of examples that the attack would break, as far as the sample allows.
-    candidates = np.arange(n_broken, n_left - (n_attacked - n_broken) + 1)
+    # Numbers of examples that the attack would break, as far as the sample allows. One tail falls
+    # with the number and the other one grows.
+    candidates = range(n_broken, n_left - (n_attacked - n_broken) + 1)
     tail = (1 - _CONFIDENCE) / 2
-    at_most = hypergeom.cdf(n_broken, n_left, candidates, n_attacked)
-    at_least = hypergeom.sf(n_broken - 1, n_left, candidates, n_attacked)
-    possible = candidates[(at_most > tail) & (at_least > tail)]
-    return n_left - int(possible.max()), n_left - int(possible.min())
+
+    def at_most(n_breakable: int) -> float:
+        return float(hypergeom.cdf(n_broken, n_left, n_breakable, n_attacked))
+
+    def at_least(n_breakable: int) -> float:
+        return float(hypergeom.sf(n_broken - 1, n_left, n_breakable, n_attacked))
+
+    least = candidates[bisect.bisect_right(candidates, tail, key=at_least)]
+    most = candidates[bisect.bisect_left(candidates, -tail, key=lambda n: -at_most(n)) - 1]
+    return n_left - most, n_left - least
