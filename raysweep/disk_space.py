@@ -1,10 +1,16 @@
 """Free space of disks: how much a sweep needs, and errors that mean a full disk."""
 
 import errno
+import logging
+import os
 import shutil
+import tempfile
 from pathlib import Path
+from typing import IO
 
 from raysweep.errors import list_causes
+
+logger = logging.getLogger(__name__)
 
 _FULL_DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 # What libraries make of these errors: Rust, SQLite, the C library.
@@ -40,6 +46,38 @@ def is_disk_full_error(error: BaseException) -> bool:
         if any(words in text for words in _FULL_DISK_WORDS):
             return True
     return False
+
+
+class SpareSpace:
+    """Space of a disk that is held until it is needed, for example to write that the disk is full.
+
+    It is a file without a name, which the system deletes with this process.
+
+    Args:
+        folder: A folder of the disk.
+        n_bytes: Size. A disk that has no room for it keeps no spare space.
+    """
+
+    def __init__(self, folder: Path, n_bytes: int) -> None:
+        self._folder = folder
+        self._n_bytes = n_bytes
+        self._file: IO[bytes] | None = None
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+            # Some file systems store zeros in no space.
+            self._file.write(os.urandom(n_bytes))
+        except OSError as error:
+            logger.info("no spare space on the disk of %s: %s", folder, error)
+            self.release()
+
+    def is_needed(self) -> bool:
+        """Return whether the disk has less free space than this."""
+        return find_free_bytes(self._folder) < self._n_bytes
+
+    def release(self) -> None:
+        """Give the space back."""
+        if self._file is not None:
+            self._file.close()
 
 
 def format_bytes(n_bytes: float) -> str:

@@ -8,7 +8,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from raysweep.disk_space import SpareSpace
 from raysweep.errors import InfrastructureError
+from raysweep.stores.folder_store import find_sqlite_file
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +19,8 @@ logger = logging.getLogger(__name__)
 _MIN_PAUSE, _PAUSE_FACTOR = 10.0, 9.0
 # Records of an endless outage must not fill the memory.
 _MAX_WAITING = 100_000
+# Space for the last records of work that a full disk has ended.
+_SPARE_BYTES = 2 * 2**20
 
 
 class RecordStoreUnavailable(InfrastructureError):
@@ -39,13 +43,16 @@ class RecordQueue:
         n_waiting: Number of records that wait.
     """
 
-    def __init__(self, store_name: str) -> None:
-        """Make an empty queue.
+    def __init__(self, kind: str, uri: str) -> None:
+        """Make an empty queue. For a database in a file, it keeps some space of the disk free.
 
         Args:
-            store_name: What messages call the store, such as `MLflow store URI`.
+            kind: What messages call the store, such as `MLflow store`.
+            uri: URI of the store.
         """
-        self._store_name = store_name
+        self._store_name = f"{kind} {uri}"
+        database = find_sqlite_file(uri)
+        self._spare_space = SpareSpace(database.parent, _SPARE_BYTES) if database else None
         self._waiting: deque[Callable[[], None]] = deque()
         self._n_lost = 0
         self._next_attempt_at = 0.0
@@ -76,6 +83,11 @@ class RecordQueue:
             hint: How the user can have the rest written, such as "; the same command writes them".
         """
         self.write_waiting()
+        if self._spare_space is not None:
+            is_needed = self.n_waiting > 0 and self._spare_space.is_needed()
+            self._spare_space.release()
+            if is_needed:
+                self.write_waiting()
         if n_missing := self.n_waiting + self._n_lost:
             logger.warning(
                 "%s lacks the last %d records of this work, which is complete without them%s",

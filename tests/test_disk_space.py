@@ -3,6 +3,8 @@
 import errno
 import shutil
 import sqlite3
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,3 +81,48 @@ def test_a_sweep_ends_at_its_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyP
         SearchSpace.from_data({**data, "disk_reserve_gib": -1})
     later = {key: value for key, value in data.items() if key != "disk_reserve_gib"}
     assert "disk_reserve_gib" not in SearchSpace.from_data(later).to_stored_dict()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MB, which only root can make."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", folder], check=False)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.mlflow
+def test_a_run_that_a_full_disk_ended_is_not_called_running(
+    small_disk: Path, empty_store: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow import MlflowClient
+
+    from raysweep.tracking import RunRecorder, Tracker, tracking_uri
+
+    empty_store(small_disk / "mlflow.db")
+    tracker = Tracker(tracking_uri(small_disk), small_disk / "mlruns")
+    recorder = RunRecorder(tracker, "r", {"raysweep.kind": "train"})
+    recorder.write(lambda tracker, run_id: tracker.set_tags(run_id, {"a": "b"}))
+    with pytest.raises(OSError, match="No space left"), (small_disk / "fill").open("wb", 0) as file:
+        while True:
+            file.write(bytes(512))
+    recorder.end("FAILED")
+    uri = tracking_uri(small_disk)
+    assert caplog.messages[-1].startswith(f"MLflow store {uri}: its disk is full; the work goes on")
+    recorder.finish()
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])
+    assert run.info.status == "FAILED" and run.data.tags["a"] == "b"
+    assert not [record for record in caplog.records if "lacks the last" in record.getMessage()]
+
+
+def test_a_disk_that_is_full_keeps_no_spare_space(tmp_path: Path) -> None:
+    space = disk_space.SpareSpace(tmp_path / "missing", 2**20)
+    space.release()
+    held = disk_space.SpareSpace(tmp_path, 2**20)
+    assert not [*tmp_path.iterdir()] and not held.is_needed()
+    held.release()

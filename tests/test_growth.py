@@ -53,7 +53,7 @@ def problems(changes: dict[str, Any], tried: dict[int, dict[str, Any]] | None = 
         {},
         {"trials": 9},
         {"trials": 1},
-        {"share_prefixes": False, "prefix_gib": 1.0},
+        {"share_prefixes": False, "prefix_gib": 1.0, "disk_reserve_gib": 0.0},
         {"points_to_evaluate": []},
         {"points_to_evaluate": [{LR: 0.2}, {"seed": 4}]},
         {"base": {"epochs": 9}},

@@ -57,15 +57,17 @@ def data(workdir: Path) -> Path:
     """Data of three classes, in files of the user's own."""
     folder = workdir / "data"
     folder.mkdir()
+    (workdir / "more").mkdir()
     rng = np.random.default_rng(0)
-    for name, n_examples in (("train", 120), ("test", 30)):
+    for name, n_examples in (("data/train", 120), ("data/test", 30), ("more/unlabeled", 60)):
         x = rng.integers(0, 255, (n_examples, 1, 8, 8), dtype=np.uint8)
-        np.savez(folder / f"{name}.npz", x=x, y=np.arange(n_examples) % 3)
+        np.savez(workdir / f"{name}.npz", x=x, y=np.arange(n_examples) % 3)
     return folder
 
 
 def make_sweep(folder: Path, data: Path) -> Ledger:
     settings = {"data.name": "arrays", "data.data_dir": str(data), "data.val_size": 30,
+                "data.unlabeled": str(data.parent / "more" / "unlabeled.npz"),
                 "model.name": "digits_cnn", "batch_size": 32, "epochs": 1, "*.attacks.*.steps": 1,
                 "validation.finish.*.steps": 2}  # fmt: skip
     content = {"method": "at", "trials": 2, "base": settings,
@@ -84,11 +86,15 @@ def test_a_sweep_takes_data_that_moved_and_refuses_other_data(
 ) -> None:
     ledger = make_sweep(workdir / "runs" / "s", data)
     moved = data.rename(workdir / "moved")
-    resume = ["tune", "--resume", "s", "--plan", "--json", "--data-dir"]
+    unlabeled = (workdir / "more").rename(workdir / "moved-more") / "unlabeled.npz"
+    setting = f"data.unlabeled={unlabeled}"
+    resume = ["tune", "--resume", "s", "--plan", "--json", "--set", setting, "--data-dir"]
     assert main([*resume, str(moved)]) == 0
     assert json.loads(capsys.readouterr().out)["trials_left"] == 2
 
-    space = ledger.space.with_overrides({"data.data_dir": str(moved)})
+    space = ledger.space.with_overrides(
+        {"data.data_dir": str(moved), "data.unlabeled": str(unlabeled)}
+    )
     ledger.extend_space(space)
     config = Ledger.open(ledger.path).space.trial_config({"optim.lr": 0.1})
     assert config.data.data_dir == moved

@@ -560,7 +560,9 @@ def test_a_plan_says_on_what_and_for_how_long(workdir: Path, capsys) -> None:
     assert at["expected_seconds"] > 0 and promote["expected_seconds"] > 0
     assert gairat["expected_seconds"] == 0, "max_hours"
     assert gairat["checkpoint_bytes"] == at["checkpoint_bytes"] > 0, "three trials of one network"
-    assert promote["checkpoint_bytes"] * 3 == 4 * at["checkpoint_bytes"], "two seeds of the best two"
+    assert promote["checkpoint_bytes"] * 3 == 4 * at["checkpoint_bytes"], (
+        "two seeds of the best two"
+    )
     assert promote["trials_at_once"] == min(2, cores) and "expected_seconds" not in attack
     assert (
         main(["run", "promoted.yaml", *small, "--set", "stages.promote.pareto=true", "--plan"]) == 0

@@ -72,7 +72,7 @@ class TestQueue:
     ) -> None:
         now, written, is_up, attempts = [0.0], [], [True], [0]
         monkeypatch.setattr("raysweep.record_queue.time.monotonic", lambda: now[0])
-        queue = RecordQueue("the store")
+        queue = RecordQueue("the", "store")
 
         def write(number: int) -> Callable[[], None]:
             def record() -> None:
@@ -104,7 +104,7 @@ class TestQueue:
     def test_what_the_store_lacks_at_the_end_is_one_line(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
-        queue, written = RecordQueue("MLflow store x"), []
+        queue, written = RecordQueue("MLflow store", "x"), []
 
         def fail(is_final: bool) -> None:
             raise RecordStoreUnavailable("refused", is_final)

@@ -436,7 +436,7 @@ def _evaluate(
     attack_name = request.attack
     if request.version != "standard":
         attack_name = f"{request.attack}-{request.version}"
-    records = RecordQueue(f"MLflow store {tracker.uri}")
+    records = RecordQueue("MLflow store", tracker.uri)
 
     def log_report() -> None:
         log_evaluation(tracker, run_id, target, report, folder, attack_name, is_whole_test_set)

@@ -238,7 +238,7 @@ class StageContext:
     @cached_property
     def records(self) -> RecordQueue:
         """Records for MLflow that wait until it answers; the last attempt is the pipeline's end."""
-        records = RecordQueue(f"MLflow store {tracking_uri(self.out)}")
+        records = RecordQueue("MLflow store", tracking_uri(self.out))
         self.exit_stack.callback(records.finish)
         return records
 

@@ -1,7 +1,7 @@
 """Check what a sweep may change when it is extended.
 
 It may have more trials, more epochs, and other ranges that still contain the tried params. The
-folder of the data may change, too: `check_same_data` compares the data itself.
+files of the data may move, too: `check_same_data` compares the data itself.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from raysweep.sweep.search_space import Params, SearchSpace
 # Keys that do not change what a trial is, or that are checked one by one.
 _EXTENDABLE_KEYS = {
     *("trials", "points_to_evaluate", "base", "space", "share_prefixes", "prefix_gib"),
-    "finalists",
+    *("finalists", "disk_reserve_gib"),
 }
 _NEW_NAME_HINT = "choose another --name for that"
 
@@ -77,7 +77,7 @@ def _find_changed_config(
             f"epochs = {new['epochs']}: the sweep has {old['epochs']} and can only have more; "
             f"{_NEW_NAME_HINT}"
         )
-    for path in sorted((old.keys() | new.keys()) - {"epochs", "data.data_dir"}):
+    for path in sorted((old.keys() | new.keys()) - {"epochs", "data.data_dir", "data.unlabeled"}):
         if old.get(path) != new.get(path):
             yield f"{path} = {new.get(path)!r}: the sweep has {old.get(path)!r}; {_NEW_NAME_HINT}"
 

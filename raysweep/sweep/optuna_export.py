@@ -46,7 +46,7 @@ class OptunaExporter:
     def __init__(self, storage_url: str) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         full_url = fill_in_passwords(storage_url, "--optuna")
-        self._records = RecordQueue(f"--optuna {storage_url}")
+        self._records = RecordQueue("--optuna", storage_url)
         is_journal = "://" not in full_url and Path(full_url).suffix in JOURNAL_SUFFIXES
         try:
             self._storage = _open_journal(full_url) if is_journal else _open_database(full_url)

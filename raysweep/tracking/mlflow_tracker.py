@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from raysweep.disk_space import is_disk_full_error
 from raysweep.errors import InfrastructureError, RaysweepError, get_first_line
 from raysweep.record_queue import RecordStoreUnavailable
 from raysweep.redaction import redact_secrets
@@ -620,8 +621,10 @@ class _CheckedClient:
                 return method(*arguments, **options)
             except (MlflowException, SQLAlchemyError, OSError) as error:
                 is_final = _missing_entry_error_type(error) is SpecError
+                is_full = is_disk_full_error(error)
+                reason = "its disk is full" if is_full else get_first_line(error)
                 raise RecordStoreUnavailable(
-                    f"MLflow store {self._uri}: {get_first_line(error)}", is_final
+                    f"MLflow store {self._uri}: {reason}", is_final
                 ) from error
 
         return call_method

@@ -22,7 +22,7 @@ class RunRecorder:
         self._name = name
         self._tags = dict(tags)
         self._run_id: str | None = None
-        self._records = RecordQueue(f"MLflow store {tracker.uri}")
+        self._records = RecordQueue("MLflow store", tracker.uri)
 
     def count_logged_epochs(self) -> int:
         """Return the last epoch that the store has of this run; 0 without a run.

@@ -41,7 +41,7 @@ class SweepTracker:
         self._fingerprint = fingerprint
         self._trial_run_ids: dict[int, str] = {}
         # The ledger has all that the records are made of.
-        self._records = RecordQueue(f"MLflow store {tracker.uri}")
+        self._records = RecordQueue("MLflow store", tracker.uri)
 
     def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:
         """Open the sweep's run, and close runs of ended trials that are still open.

@@ -410,12 +410,12 @@ def _match_validation(
 def has_same_settings(saved: TrainingConfig, config: TrainingConfig) -> bool:
     """Return whether a run of one config can resume one of another.
 
-    They may differ in the number of epochs and in the folder of the data: data may move, and its
+    They may differ in the number of epochs and in the files of the data: data may move, and its
     fingerprint says whether it is the same.
 
     Args:
         saved: Config of the run that was saved.
         config: Config of the run that resumes it.
     """
-    data = saved.data.replace(data_dir=config.data.data_dir)
+    data = saved.data.replace(data_dir=config.data.data_dir, unlabeled=config.data.unlabeled)
     return saved.replace(epochs=config.epochs, data=data) == config
