@@ -360,6 +360,7 @@ def _run_sweep(
                 dataset.fingerprint,
                 extended_space,
                 request.retry_failed,
+                _may_download(request, space),
             )
         except StoreUnavailable:
             raise
@@ -458,14 +459,21 @@ def _load_checked_space(
     if request.trials:
         space = space.replace(trials=request.trials)
     check_code(request.code, space.list_networks())
-    data_spec = space.trial_config({}).data
-    if resumed_ledger is not None:
-        # A sweep may come from anybody: that it resumes makes no folder and loads nothing down.
-        data_spec = data_spec.replace(download=False)
+    data_spec = space.trial_config({}).data.replace(download=_may_download(request, space))
     dataset = load_data(data_spec)
     if resumed_ledger is not None:
         resumed_ledger.check_same_data(dataset.fingerprint)
     return space, dataset
+
+
+def _may_download(request: TuneRequest, space: SearchSpace) -> bool:
+    """Return whether this call says that data may be downloaded.
+
+    A sweep may come from anybody: that it is resumed makes no folder and loads nothing down, here
+    and on the nodes, unless `--set data.download=true` says so again.
+    """
+    is_own_word = not request.resume or "data.download" in request.overrides
+    return is_own_word and space.trial_config({}).data.download
 
 
 def _extend_resumed_space(request: TuneRequest, ledger: Ledger) -> SearchSpace:

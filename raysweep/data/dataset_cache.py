@@ -46,7 +46,8 @@ class CachedDataset:
 
         Args:
             spec: Settings of the data set to load. They may differ from `self.spec`. If `name`,
-                `data_dir` or `unlabeled` differ, the files are read without the cache.
+                `data_dir` or `unlabeled` differ, the files are read without the cache. Whether to
+                download is the driver's word, in `self.spec`: these settings may be a stranger's.
 
         Returns:
             The data set, on the CPU.
@@ -60,6 +61,7 @@ class CachedDataset:
         has_same_files = all(
             getattr(spec, field) == getattr(self.spec, field) for field in source_fields
         )
+        spec = spec.replace(download=self.spec.download)
         return _load_memoized(spec.model_dump_json(), self.fingerprint if has_same_files else None)
 
 

@@ -150,7 +150,8 @@ def run_stage_sweep(
         if has_work_left:
             context.connect_cluster()
             resources = Resources(cpus, gpus)
-            fingerprint = context.get_dataset(space.trial_config({}).data).fingerprint
+            data_spec = space.trial_config({}).data
+            fingerprint = context.get_dataset(data_spec).fingerprint
             listeners: list[SweepListener] = [
                 SweepTracker(context.tracker, fingerprint),
                 SweepDisplay(context.console),
@@ -158,7 +159,13 @@ def run_stage_sweep(
             budget = Budget(math.inf if max_hours is None else 3600 * max_hours)
             try:
                 end_reason = run_sweep(
-                    ledger, listeners, resources, context.address, budget, fingerprint
+                    ledger,
+                    listeners,
+                    resources,
+                    context.address,
+                    budget,
+                    fingerprint,
+                    may_download=data_spec.download,
                 )
             except SweepFailed as error:
                 raise StageFailed(error.problems) from error

@@ -77,6 +77,7 @@ def run_sweep(
     fingerprint: str | None = None,
     extended_space: SearchSpace | None = None,
     retry_failed: bool = False,
+    may_download: bool = False,
 ) -> SweepEndReason:
     """Run the trials of a sweep that have not ended, as far as the budget allows.
 
@@ -92,6 +93,8 @@ def run_sweep(
         fingerprint: Fingerprint of the data, to avoid computing it again.
         extended_space: Search space with which the sweep continues, see `Ledger.extend_space`.
         retry_failed: Whether all other failed trials run again, too.
+        may_download: Whether the nodes of the cluster may download data that they lack. What the
+            sweep says of it does not count: it may come from anybody.
 
     Returns:
         Why the call ended.
@@ -113,6 +116,7 @@ def run_sweep(
                 fingerprint,
                 extended_space,
                 retry_failed,
+                may_download,
             )
         except Exception as error:
             logger.error(
@@ -134,6 +138,7 @@ def _run_logged_sweep(
     fingerprint: str | None,
     extended_space: SearchSpace | None,
     retry_failed: bool,
+    may_download: bool,
 ) -> SweepEndReason:
     """Run a sweep whose log is open; the arguments are those of `run_sweep`."""
     started_at = time.monotonic()
@@ -147,7 +152,8 @@ def _run_logged_sweep(
         return "done"
     for network in space.list_networks():
         network.find_factory()
-    dataset = CachedDataset(config.data, fingerprint or load_data(config.data).fingerprint)
+    data_spec = config.data.replace(download=may_download)
+    dataset = CachedDataset(data_spec, fingerprint or load_data(data_spec).fingerprint)
     check_ray_internals("sweep")
     with connect_to_cluster(address) as cluster:
         if problems := find_node_problems(ledger.path, dataset):

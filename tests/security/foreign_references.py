@@ -14,7 +14,8 @@ from rich.console import Console
 from raysweep import load
 from raysweep.cli import build_parser
 from raysweep.commands.tune import TuneRequest, _load_checked_space
-from raysweep.data import load_data
+from raysweep.data import DataSpec, load_data
+from raysweep.data.dataset_cache import CachedDataset
 from raysweep.data.dataset_loaders import DATASET_LOADERS
 from raysweep.pipeline.pipeline import load_pipeline
 from raysweep.pipeline.stage import StageContext, TrainingOverrides
@@ -103,6 +104,21 @@ def sweep_that_downloads(folder: Path) -> str:
     with without_network(loader):
         refusal_of(lambda: _load_checked_space(request, Ledger.open(folder / "runs/s")))
     assert not victim.exists() and not any(download for _, download in loader.calls)
+    return "looked for the folder, made none, loaded nothing down"
+
+
+@attack(6, "trials of a resumed sweep with download: true, on a node that lacks the data")
+def trial_that_downloads(folder: Path) -> str:
+    """The driver has the data, and did not say that anything may be downloaded."""
+    victim = folder / "victim"
+    data = DataSpec(name="cifar10", data_dir=victim / "new", download=True)
+    drivers = CachedDataset(data.replace(download=False), "0" * 16)
+    loader = Downloads()
+    with without_network(loader):
+        for spec in (data, data.replace(val_size=99), data.replace(data_dir=victim / "other")):
+            refusal_of(lambda spec=spec: drivers.load_shared(spec))
+    assert not victim.exists() and len(loader.calls) == 3
+    assert not any(download for _, download in loader.calls)
     return "looked for the folder, made none, loaded nothing down"
 
 

@@ -8,10 +8,13 @@ import attack_table
 import numpy as np
 import pytest
 from attack_table import Attack
+from foreign_references import Downloads, without_network
 
 from raysweep.bounded_files import UNPACKED_LIMIT_VARIABLE, open_npz, read_unpacked_limit
 from raysweep.data.dataset_loaders import load_user_arrays
 from raysweep.errors import DamagedFileError, SpecError
+from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.search_space import SearchSpace
 
 
 @pytest.mark.parametrize("one", attack_table.ATTACKS, ids=lambda one: one.play.__name__)
@@ -46,6 +49,34 @@ def test_a_limit_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch, value
     monkeypatch.setenv(UNPACKED_LIMIT_VARIABLE, value)
     with pytest.raises(SpecError, match="expected MiB as a whole number from 1"):
         read_unpacked_limit()
+
+
+@pytest.mark.needs_ray
+def test_a_resumed_sweep_downloads_nothing(tmp_path: Path) -> None:
+    """Neither the driver nor a node, unless this call says so itself."""
+    from raysweep.cli import build_parser
+    from raysweep.commands.tune import TuneRequest, _may_download
+    from raysweep.sweep.node_probe import ProbeRequest, _probe_data
+    from raysweep.sweep.tuner import run_sweep
+
+    base = {"data.name": "cifar10", "data.data_dir": str(tmp_path / "new"), "data.download": True}
+    content = {"method": "at", "base": base, "space": {"optim.lr": {"float": [0.01, 0.5]}}}
+    ledger = Ledger.create(tmp_path / "runs/s", SearchSpace.from_data(content))
+    loader = Downloads()
+    with without_network(loader):
+        with pytest.raises(SpecError, match="no such files"):
+            run_sweep(ledger, [])
+        spec = ledger.space.trial_config({}).data.replace(download=False)
+        problems: dict[str, str] = {}
+        _probe_data(ProbeRequest("", "", spec.model_dump_json(), "0" * 16), problems)
+    assert [download for _, download in loader.calls] == [False, False] and problems
+
+    def may_download(*arguments: str) -> bool:
+        args = build_parser().parse_args(["tune", *arguments])
+        return _may_download(TuneRequest.from_args(args), ledger.space)
+
+    assert not may_download("--resume", "s") and may_download("at")
+    assert may_download("--resume", "s", "--set", "data.download=true")
 
 
 def test_the_page_names_tests_that_exist() -> None:
