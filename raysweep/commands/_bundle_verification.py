@@ -84,7 +84,7 @@ def verify_bundle_claims(request: VerificationRequest) -> None:
         request: What the user asked for.
 
     Raises:
-        WorkFailed: One of its claims is false.
+        WorkFailed: One of its claims is false, or rows that it claims robust fell to the attack.
         SpecError: It is not a bundle, the data set is not there, or its network is a function of
             another file than that of `--code`.
         DamagedFileError: One of its files is damaged.
@@ -106,10 +106,11 @@ def verify_bundle_claims(request: VerificationRequest) -> None:
         print(json.dumps({"bundle": request.bundle, **verification.summary()}, indent=1))
     else:
         print(f"{request.bundle}: " + "\n  ".join(describe_verification(verification)))
-    if verification.problems:
-        raise WorkFailed(
-            [f"{request.bundle}: false claim: {line}" for line in verification.problems]
-        )
+    lines = [f"{request.bundle}: false claim: {line}" for line in verification.problems]
+    if verification.attack_finding:
+        lines.append(f"{request.bundle}: {verification.attack_finding}")
+    if lines:
+        raise WorkFailed(lines)
 
 
 def describe_verification(verification: BundleVerification) -> list[str]:

@@ -70,6 +70,11 @@ class BundleCard(Spec):
         """Name of the data set in the settings."""
         return str(self.data.get("name"))
 
+    @property
+    def claims_autoattack(self) -> bool:
+        """Whether the attacks are said to be those of AutoAttack's standard version."""
+        return self.attacks == _AUTOATTACK_NAMES
+
     def list_unchecked_fields(self) -> list[str]:
         """List the fields with a value that nothing in the bundle shows."""
         values = {**dict(self), **(self.model_extra or {})}
@@ -124,7 +129,7 @@ def find_text_problems(
                 f"autoattack_acc is {derived['reported']!r}, the card says "
                 f"{quote_value(card.autoattack_acc)}"
             )
-        if card.attacks != _AUTOATTACK_NAMES:
+        if not card.claims_autoattack:
             attacks = quote_value(card.attacks)
             problems.append(f"autoattack_acc has a value, but the card's attacks are {attacks}")
     return [*problems, *_find_training_problems(card, checkpoint)]

@@ -46,6 +46,9 @@ class BundleVerification:
         network_code: SHA-256 of the file with its network; None for a network of raysweep.
         notes: Other facts, one line each.
         fresh_attack: Result of the fresh attack, if there was one.
+        attack_finding: What the fresh attack shows of the card, in one line, if more of the rows
+            that are claimed robust fell to it than other random numbers can explain; else "". It
+            shows no false claim: a weak attack may have been used in good faith.
     """
 
     card: BundleCard
@@ -60,6 +63,7 @@ class BundleVerification:
     network_code: str | None
     notes: list[str]
     fresh_attack: FreshAttackResult | None = None
+    attack_finding: str = ""
 
     @property
     def upper_bound(self) -> float:
@@ -105,6 +109,7 @@ class BundleVerification:
             "clean_accuracy": self.clean_accuracy,
             "test_robust_accuracy_at_most": self.test_upper_bound,
             "fresh_attack": vars(self.fresh_attack) if self.fresh_attack else None,
+            "attack_finding": self.attack_finding,
             "robust_interval": self.robust_interval,
             "signature": vars(self.signature),
             "notes": self.notes,
@@ -146,7 +151,7 @@ def verify_bundle(
         *find_text_problems(bundle.card, bundle.checkpoint, subset),
         *_find_selection_problems(bundle, subset),
     ]
-    fresh_attack = None
+    fresh_attack, attack_finding = None, ""
     if n_attacked and not bool(evidence.is_broken.all()):
         fresh_attack = attack_sample(
             bundle.model,
@@ -157,7 +162,7 @@ def verify_bundle(
             eps=bundle.card.eps_value,
             norm=bundle.card.norm,
         )
-        problems += _find_fresh_problems(fresh_attack, bundle.card)
+        attack_finding = _describe_fallen(fresh_attack, bundle.card)
     return BundleVerification(
         card=bundle.card,
         problems=problems,
@@ -171,6 +176,7 @@ def verify_bundle(
         network_code=bundle.checkpoint.config.model.code,
         notes=_collect_notes(bundle),
         fresh_attack=fresh_attack,
+        attack_finding=attack_finding,
     )
 
 
@@ -206,14 +212,19 @@ def _find_selection_problems(bundle: LoadedBundle, subset: str | None) -> list[s
     ]
 
 
-def _find_fresh_problems(result: FreshAttackResult, card: BundleCard) -> list[str]:
-    """Return a line if the fresh attack breaks more than other random numbers can explain."""
+def _describe_fallen(result: FreshAttackResult, card: BundleCard) -> str:
+    """Return the line about a fresh attack that breaks more than other random numbers can explain.
+
+    "" if it does not.
+    """
     if result.min_broken_share <= _MAX_BROKEN_SHARE:
-        return []
-    return [
-        f"{result.n_broken} of {result.n_attacked} examples claimed robust are broken by a fresh "
-        f"AutoAttack (seed {result.seed}); the card says {card.robust_accuracy:.2%} robust"
-    ]
+        return ""
+    attack = "a fresh AutoAttack" if card.claims_autoattack else "a stronger attack, AutoAttack"
+    claimed_attacks = ", ".join(map(quote_text, card.attacks)) or "no attack"
+    return (
+        f"{result.n_broken} of {result.n_attacked} of the claimed robust rows fell to {attack} "
+        f"(seed {result.seed}); the card says {card.robust_accuracy:.2%} under {claimed_attacks}"
+    )
 
 
 def _collect_notes(bundle: LoadedBundle) -> list[str]:
