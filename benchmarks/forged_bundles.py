@@ -11,12 +11,14 @@ true nevertheless: an upper bound that is weaker than the truth.
 
 import argparse
 import contextlib
+import gzip
 import io
 import json
 import os
 import shutil
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -325,8 +327,6 @@ def _make_pipe(folder: Path) -> None:
 
 def _claim_huge_array(folder: Path) -> None:
     """A header of a few bytes asks for terabytes of memory."""
-    import zipfile
-
     stream = io.BytesIO()
     header = {"descr": "<f4", "fortran_order": False, "shape": (10**9, 1, 100, 100)}
     np.lib.format.write_array_header_1_0(stream, header)
@@ -349,6 +349,54 @@ def _claim_autoattack(attacks: list[str]) -> Callable[[Path], None]:
 def _change_config(folder: Path) -> None:
     with edit_json(folder / "card.json") as card:
         card["config"]["epochs"] += 100
+
+
+def _name_missing_files(folder: Path) -> None:
+    write_manifest_anew(folder)
+    with edit_json(folder / "manifest.json") as manifest:
+        manifest["files"].update({f"x{number}": "0" for number in range(20_000)})
+
+
+def _take_rows(rows: slice) -> Callable[[Path], None]:
+    def take(folder: Path) -> None:
+        with edit_claims(folder) as (arrays, _):
+            arrays.update({name: array[rows] for name, array in arrays.items()})
+
+    return take
+
+
+def _put_nan(x: Any) -> Any:
+    x[0, 0, 0, 0] = np.nan
+    return x
+
+
+def _negate_variances(folder: Path) -> None:
+    with edit_weights(folder) as weights:
+        for name in weights:
+            if name.endswith("running_var"):
+                weights[name] = -weights[name] - 1
+
+
+def _fill_weights(folder: Path) -> None:
+    """Finite weights; every sum of products is infinite or no number."""
+    with edit_weights(folder) as weights:
+        for name, tensor in weights.items():
+            if tensor.is_floating_point():
+                weights[name] = torch.full_like(tensor, 3e38)
+
+
+def _compress_otherwise(folder: Path) -> None:
+    source = folder / "adversarial.npz"
+    with zipfile.ZipFile(source) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(source, "w", zipfile.ZIP_LZMA) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def _compress_card(folder: Path) -> None:
+    card = folder / "card.json"
+    card.write_bytes(gzip.compress(card.read_bytes()))
 
 
 def _weaken_signature(folder: Path) -> None:
@@ -499,6 +547,55 @@ FORGERIES: dict[str, Forgery] = {
         lambda folder: (folder / "manifest.json").unlink(), 0, "no manifest.json", False
     ),
     "a false signature": Forgery(_weaken_signature, 1, "is not a signature of manifest.json"),
+    "10,000 other fields": Forgery(
+        _change_card(**{f"field{number}": 1 for number in range(10_000)}),
+        0,
+        "9984 more of the card",
+    ),
+    "20,000 files in the manifest that are missing": Forgery(
+        _name_missing_files, 1, "manifest.json names 'x0', which is missing", False
+    ),
+    "attacks that print a result": Forgery(
+        _change_card(attacks=["x\nmine: robust at most 100%"] * 1_000), 0, "name, attacks"
+    ),
+    "no rows": Forgery(_take_rows(slice(0, 0)), 4, "it has 0 examples"),
+    "the rows in another order": Forgery(_take_rows(slice(None, None, -1)), 0, "the first of"),
+    "indices of the rows before them": Forgery(
+        _change_array("index", lambda index: np.roll(index, 1)), 1, "the labels are not"
+    ),
+    "negative indices": Forgery(
+        _change_array("index", lambda index: -index - 1), 4, "are not in the test set"
+    ),
+    "labels of one row less": Forgery(
+        _change_array("labels", lambda labels: labels[:-1]), 4, "labels has"
+    ),
+    "truth values as a column": Forgery(
+        _change_array("robust", lambda robust: robust[:, None]), 4, "robust is bool"
+    ),
+    "examples of another byte order": Forgery(
+        _change_array("x_adv", lambda x: x.astype(">f4")), 4, "x_adv is >f4"
+    ),
+    "half precision examples": Forgery(
+        _change_array("x_adv", lambda x: x.astype(np.float16)), 4, "x_adv is float16"
+    ),
+    "NaN in one pixel": Forgery(_change_array("x_adv", _put_nan), 1, "farther than eps"),
+    "infinite pixels": Forgery(
+        _change_array("x_adv", lambda x: np.where(x == x.max(), -np.inf, x).astype(np.float32)),
+        1,
+        "farther than eps",
+    ),
+    "batch norms with negative variances": Forgery(_negate_variances, 1, "claimed robust, but"),
+    "weights whose products overflow": Forgery(_fill_weights, 1, "claimed robust, but"),
+    "examples compressed with LZMA": Forgery(
+        _compress_otherwise, 4, "compressed in a way that NumPy does not write"
+    ),
+    "a card that is gzip'd": Forgery(_compress_card, 4, "card.json"),
+    "half of a character in the card": Forgery(
+        _write_in_card('"dataset": "', '"dataset": "\\ud800'), 1, "dataset is 'digits'"
+    ),
+    "a network of a file of its own": Forgery(
+        _change_model(True, name="make", code="0" * 64), 2, "runs only if you name it: --code FILE"
+    ),
     "a link to another file": Forgery(_link_outside, 4, "is a symbolic link"),
     "a pipe in place of a file": Forgery(_make_pipe, 4, "is no regular file"),
 }

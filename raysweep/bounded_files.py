@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self
 
 from raysweep.errors import RaysweepError, SpecError, get_first_line
 from raysweep.lazy_modules import np
@@ -30,6 +30,7 @@ _DEFAULT_LIMIT_MIB = 256
 _MAX_EXPANSION = 16
 # JSON takes up to 20 times its length in memory.
 _TEXT_SHARE = 8
+_NPZ_COMPRESSIONS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 _NUMBERS_AND_TEXT = "biufSU"
 _MAX_BATCH_ROWS = 65_536
 _MAX_REASON_LENGTH = 200
@@ -109,28 +110,34 @@ def read_regular_file(path: Path) -> bytes:
         OSError: If it cannot be read.
         ValueError: If it is a pipe, a device or the like.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(handle, "rb") as stream:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is no regular file")
-        check_text_length(status.st_size)
+    with open_regular_file(path) as stream:
+        n_bytes = os.fstat(stream.fileno()).st_size
+        check_text_length(n_bytes)
         # A file that grows meanwhile is cut off.
-        return stream.read(max(status.st_size, 1))
+        return stream.read(max(n_bytes, 1))
 
 
-def require_regular_file(path: Path) -> None:
-    """Check that a path is a file that ends: opening a pipe waits, and a device has no end.
+@contextmanager
+def open_regular_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that ends: opening a pipe waits for a writer, and a device has no end.
+
+    What is open is what was checked, whatever the path leads to by then. Links are followed.
 
     Args:
-        path: The file; links are followed.
+        path: The file.
+
+    Yields:
+        The file, open for reading.
 
     Raises:
         ValueError: If it is a pipe, a device or the like.
-        OSError: If there is no file.
+        OSError: If it is a folder, or cannot be opened.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("it is no regular file")
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(handle, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ValueError("it is no regular file")
+        yield stream
 
 
 def check_text_length(n_bytes: int) -> None:
@@ -164,14 +171,14 @@ class BoundedNpz:
     Use it as a context manager, which `open_npz` makes.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._archive = zipfile.ZipFile(path)
-        n_bytes = sum(member.file_size for member in self._archive.infolist())
-        try:
-            check_unpacked_size(n_bytes, path.stat().st_size)
-        except BaseException:
-            self._archive.close()
-            raise
+    def __init__(self, stream: BinaryIO) -> None:
+        self._archive = zipfile.ZipFile(stream)
+        members = self._archive.infolist()
+        if not {member.compress_type for member in members} <= _NPZ_COMPRESSIONS:
+            # The file itself would say how much memory reading it takes.
+            raise ValueError("it is compressed in a way that NumPy does not write")
+        n_bytes = sum(member.file_size for member in members)
+        check_unpacked_size(n_bytes, os.fstat(stream.fileno()).st_size)
 
     def __enter__(self) -> Self:
         return self
@@ -242,10 +249,8 @@ def open_npz(path: Path) -> Iterator[BoundedNpz]:
         ValueError: If it is damaged, holds anything else than numbers or text, or unpacks to more
             than it may (`FileTooLarge`). One line. Errors of the block become one, too.
     """
-    with _one_line_errors():
-        require_regular_file(path)
-        with BoundedNpz(path) as archive:
-            yield archive
+    with _one_line_errors(), open_regular_file(path) as stream, BoundedNpz(stream) as archive:
+        yield archive
 
 
 def read_parquet_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -267,8 +272,9 @@ def read_parquet_table(path: Path, columns: Sequence[str] | None = None) -> pa.T
     import pyarrow.parquet as pq
 
     with _one_line_errors(), ExitStack() as stack:
-        require_regular_file(path)
-        file, file_size = stack.enter_context(pq.ParquetFile(path)), path.stat().st_size
+        stream = stack.enter_context(open_regular_file(path))
+        file_size = os.fstat(stream.fileno()).st_size
+        file = stack.enter_context(pq.ParquetFile(stream))
         schema = file.schema_arrow
         missing = [name for name in columns or () if name not in schema.names]
         if missing:

@@ -24,6 +24,7 @@ from raysweep.evaluation import (
     evaluate,
     show_evaluation_progress,
 )
+from raysweep.folder_lock import require_own_folder
 from raysweep.spec import json_digest
 from raysweep.tracking import Tracker
 from raysweep.training.dataset_defaults import DATASET_DEFAULTS
@@ -63,6 +64,8 @@ def choose_evaluation_folder(
 ) -> Path:
     """Choose the folder for the files of an evaluation. The same settings give the same folder.
 
+    It may be there already, in a folder that somebody has sent.
+
     Args:
         out: Output folder of the command, for models without a local checkpoint.
         target: The model.
@@ -75,7 +78,25 @@ def choose_evaluation_folder(
     Returns:
         A folder beside the checkpoint if the checkpoint is in a local folder; else a folder in
         `out`/runs/eval.
+
+    Raises:
+        DamagedFileError: The folder is there, and is or has a link, a pipe or the like. One line.
     """
+    folder = _name_evaluation_folder(out, target, attack, data_spec, n_examples, seed, subset)
+    require_own_folder(folder)
+    return folder
+
+
+def _name_evaluation_folder(
+    out: Path,
+    target: EvaluationTarget,
+    attack: AttackCascade | SingleAttack,
+    data_spec: DataSpec,
+    n_examples: int,
+    seed: int,
+    subset: SubsetChoice,
+) -> Path:
+    """Return the folder; the arguments are those of `choose_evaluation_folder`."""
     content = [attack.to_json_dict(), data_spec.to_stored_dict(), n_examples, seed]
     # Version 0.1 always took the first examples; their folders keep their names.
     key = json_digest(content if subset == "first" else [*content, subset])

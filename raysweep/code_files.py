@@ -197,7 +197,7 @@ def list_code_functions(code_file: CodeFile) -> list[str]:
 
 def list_code_modules() -> list[ModuleType]:
     """List the modules of files that this process has imported: other processes lack them."""
-    return list(_modules.values())
+    return [module for module in _modules.values() if sys.modules.get(module.__name__) is module]
 
 
 def is_code_module(module: ModuleType) -> bool:

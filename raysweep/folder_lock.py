@@ -107,6 +107,24 @@ def hold_folder_lock(
         lock.release()
 
 
+def require_own_folder(folder: Path) -> None:
+    """Check a folder of which only its parent was named: it may be missing, but be no link.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        DamagedFileError: It is a symbolic link or a file, or something in it is (see
+            `require_no_links`). One line.
+        OSError: The folder cannot be read.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        kind = "a symbolic link" if folder.is_symlink() else "no folder"
+        raise DamagedFileError(f"{folder}: is {kind}, where raysweep writes a folder; delete it")
+    if folder.exists():
+        require_no_links(folder)
+
+
 def require_no_links(folder: Path) -> None:
     """Check that work in a folder stays in it and ends, whoever has made the folder.
 

@@ -3,15 +3,25 @@
 import hashlib
 import json
 import os
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from raysweep.attacks import PGD
+from raysweep.checkpoint_evaluation import choose_evaluation_folder
 from raysweep.cli import main
+from raysweep.data import DataSpec
 from raysweep.errors import DamagedFileError, RaysweepError
 from raysweep.stores import open_path
+from raysweep.training.checkpoint import read_checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent / "security"))
+
+from foreign_references import write_checkpoint
 
 LINKS = ["lock", "log.jsonl", "trials", "trials/0000", "ray", "trials/0000/log.txt", "sweep.json"]
 TRAIN = ["train", "at", "--set", "epochs=1", "--set", "data.train_size=64", "--set"]
@@ -95,6 +105,38 @@ def test_files_with_a_second_name_are_not_written_in_place(
     assert main(TRAIN) == 4
     assert fingerprint(victim) == before
     assert "has a second name (a hard link)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [
+        *((name, "link") for name in ("", "shards", "log.jsonl", "report.json")),
+        *(("log.jsonl", "hard link"), ("log.jsonl", "pipe"), ("", "pipe"), ("shards", "pipe")),
+    ],
+)
+def test_the_folder_of_an_evaluation_is_no_trap(
+    place: str, kind: str, victim: Path, tmp_path: Path
+) -> None:
+    """Its name follows from the settings: whoever sends a run can put something there."""
+    saved = write_checkpoint(tmp_path, {})
+    target = SimpleNamespace(checkpoint=read_checkpoint(saved), name="mine")
+    arguments = (tmp_path, target, PGD(eps=0.1), DataSpec(), 20)
+    folder = choose_evaluation_folder(*arguments)
+    folder.mkdir()
+    assert folder == choose_evaluation_folder(*arguments), "it is resumed there"
+    trap = folder / place
+    if not place:
+        folder.rmdir()
+    if kind == "link":
+        trap.symlink_to(victim / "photos")
+    elif kind == "hard link":
+        os.link(victim / "diary", trap)
+    else:
+        os.mkfifo(trap)
+    with pytest.raises(DamagedFileError) as caught:
+        choose_evaluation_folder(*arguments)
+    (line,) = caught.value.problems
+    assert line.startswith(str(trap)) and line.endswith("delete it")
 
 
 @pytest.mark.parametrize("kind", ["link", "hard link", "pipe"])

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from raysweep.bounded_files import open_npz, read_parquet_table, require_regular_file
+from raysweep.bounded_files import open_npz, open_regular_file, read_parquet_table
 from raysweep.errors import DamagedFileError, InfrastructureError, get_first_line
 from raysweep.lazy_modules import np
 from raysweep.spec import SpecError
@@ -281,9 +281,9 @@ def _read_parquet_shape(path: Path) -> tuple[int, ...]:
     """Return the shape of the images in a .parquet file from its metadata."""
     import pyarrow.parquet as pq
 
-    require_regular_file(path)
-    file = pq.ParquetFile(path)
-    return (file.metadata.num_rows, *file.schema_arrow.field("x").type.shape)
+    with open_regular_file(path) as stream:
+        file = pq.ParquetFile(stream)
+        return (file.metadata.num_rows, *file.schema_arrow.field("x").type.shape)
 
 
 def _to_image_shape(shape: tuple[int, ...]) -> ImageShape | None:

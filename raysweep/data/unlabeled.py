@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeAlias
 
 from raysweep.atomic_files import atomic_open
 from raysweep.attacks import freeze_model
-from raysweep.bounded_files import require_regular_file
+from raysweep.bounded_files import open_regular_file
 from raysweep.data.dataset_loaders import (
     LabelArray,
     PixelArray,
@@ -106,8 +106,7 @@ def _read_carmon_pickle(path: Path) -> ImagesAndLabels:
 
     It is a dict of `data`, (N, H, W, C) uint8, and `extrapolated_targets`, (N,) integers.
     """
-    require_regular_file(path)
-    with path.open("rb") as file:
+    with open_regular_file(path) as file:
         content = _ArrayUnpickler(file, encoding="latin1").load()
     if not isinstance(content, dict) or not isinstance(content.get("data"), _NdarrayStub):
         raise ValueError("expected a dict with an array `data`")

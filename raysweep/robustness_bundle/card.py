@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from raysweep.checkpoint_evaluation import CARD_FILE
 from raysweep.evaluation.report import format_card_numbers
-from raysweep.robustness_bundle.files import quote_text, quote_value, read_strict_json
+from raysweep.robustness_bundle.files import quote_text, quote_value, read_strict_json, shorten_list
 from raysweep.spec import JsonDict, Spec, SpecError
 from raysweep.training.checkpoint import TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
@@ -79,7 +79,8 @@ class BundleCard(Spec):
         """List the fields with a value that nothing in the bundle shows."""
         values = {**dict(self), **(self.model_extra or {})}
         names = [*_UNCHECKED_FIELDS, *(self.model_extra or {})]
-        return [quote_text(name) for name in names if values.get(name) is not None]
+        unchecked = [quote_text(name) for name in names if values.get(name) is not None]
+        return shorten_list(unchecked)
 
 
 def read_card(folder: Path) -> BundleCard:

@@ -23,6 +23,7 @@ ADVERSARIAL_FILE, CHECKPOINT_FOLDER = "adversarial.npz", "checkpoint"
 MANIFEST_FILE, SIGNATURE_FILE = "manifest.json", "manifest.json.sig"
 _MAX_ENTRIES = 1000
 _MAX_SHOWN_LENGTH = 80
+_MAX_SHOWN_ITEMS = 20
 Array = NDArray[Any]
 
 
@@ -98,6 +99,12 @@ def read_strict_json(path: Path) -> JsonDict:
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path}: {error}") from error
     return content
+
+
+def shorten_list(items: list[str]) -> list[str]:
+    """Return the first items, and how many there are besides: a stranger's list has any length."""
+    n_more = len(items) - _MAX_SHOWN_ITEMS
+    return [*items[:_MAX_SHOWN_ITEMS], f"{n_more} more"] if n_more > 1 else items
 
 
 def _parse_finite(text: str) -> float:

@@ -13,7 +13,7 @@ from raysweep.checkpoint_evaluation import resolve_threat_model
 from raysweep.data import SUBSET_CHOICES
 from raysweep.robustness_bundle.card import BundleCard, find_text_problems
 from raysweep.robustness_bundle.evidence import Evidence, find_subset
-from raysweep.robustness_bundle.files import MANIFEST_FILE, quote_text
+from raysweep.robustness_bundle.files import MANIFEST_FILE, quote_text, shorten_list
 from raysweep.robustness_bundle.fresh_attack import FreshAttackResult, attack_sample
 from raysweep.robustness_bundle.loading import LoadedBundle, load_bundle
 from raysweep.robustness_bundle.manifest import find_manifest_problems
@@ -165,7 +165,7 @@ def verify_bundle(
         attack_finding = _describe_fallen(fresh_attack, bundle.card)
     return BundleVerification(
         card=bundle.card,
-        problems=problems,
+        problems=shorten_list(problems),
         n_examples=len(bundle.rows),
         n_test=len(bundle.test),
         subset=subset,
@@ -220,7 +220,7 @@ def _describe_fallen(result: FreshAttackResult, card: BundleCard) -> str:
     if result.min_broken_share <= _MAX_BROKEN_SHARE:
         return ""
     attack = "a fresh AutoAttack" if card.claims_autoattack else "a stronger attack, AutoAttack"
-    claimed_attacks = ", ".join(map(quote_text, card.attacks)) or "no attack"
+    claimed_attacks = ", ".join(shorten_list(list(map(quote_text, card.attacks)))) or "no attack"
     return (
         f"{result.n_broken} of {result.n_attacked} of the claimed robust rows fell to {attack} "
         f"(seed {result.seed}); the card says {card.robust_accuracy:.2%} under {claimed_attacks}"

@@ -1,21 +1,30 @@
 """Small files that unpack to much, or that never end (point 8)."""
 
+import gzip
 import io
 import os
+import pickle
+import stat
 import struct
 import zipfile
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from attack_table import attack, in_little_memory, low_limit, refusal_of
+from foreign_references import write_checkpoint
+from hostile_texts import make_sweep
 
-from raysweep import load_report
+from raysweep import load, load_report
+from raysweep.bounded_files import open_npz, read_parquet_table, read_regular_file
 from raysweep.data.dataset_loaders import load_user_arrays, read_image_shape
 from raysweep.data.unlabeled import read_unlabeled_file
 from raysweep.evaluation.shards import ShardResult
+from raysweep.pipeline.artifact import Artifact
 from raysweep.stores import open_path
+from raysweep.sweep.ledger import Ledger
 
 MIB = 2**20
 
@@ -127,6 +136,80 @@ def pipes_in_place_of_data(folder: Path) -> str:
             assert read_image_shape(file.parent) is None
             file.unlink()
     return lines[0]
+
+
+@attack(8, "a pipe that takes the place of a file once it has been looked at")
+def pipe_after_the_look(folder: Path) -> str:
+    """What is open is what was checked: the path leads to a pipe after the first look at it."""
+    files = {name: folder / name for name in ("a.npz", "a.parquet", "a.pickle", "a.json")}
+    np.savez(files["a.npz"], x=np.zeros((2, 1, 4, 4), np.uint8))
+    pq.write_table(pa.table({"x": [1, 2]}), files["a.parquet"])
+    files["a.pickle"].write_bytes(pickle.dumps({"data": 1}))
+    files["a.json"].write_text("{}")
+    real_stat, seen = os.fstat, []
+
+    def stat_then_swap(handle: int) -> os.stat_result:
+        status, path = real_stat(handle), Path(f"/proc/self/fd/{handle}").readlink()
+        if path in files.values():
+            seen.append(path)
+            path.unlink()
+            os.mkfifo(path)
+        return status
+
+    with patch("raysweep.bounded_files.os.fstat", stat_then_swap):
+        with open_npz(files["a.npz"]) as archive:
+            assert archive.read_array("x").shape == (2, 1, 4, 4)
+        assert read_parquet_table(files["a.parquet"]).num_rows == 2
+        assert "expected a dict" in refusal_of(lambda: read_unlabeled_file(files["a.pickle"]))
+        assert read_regular_file(files["a.json"]) == b"{}"
+    assert set(seen) == set(files.values())
+    assert all(stat.S_ISFIFO(path.stat().st_mode) for path in seen)
+    return "the file that was looked at was read"
+
+
+@attack(8, "arrays in zip members that ask for gigabytes to unpack bytes, or have a password")
+def other_compressions(folder: Path) -> str:
+    lines = []
+    for method in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2):
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, np.zeros((2, 1, 4, 4), np.uint8))
+        with zipfile.ZipFile(folder / "train.npz", "w", method) as archive:
+            archive.writestr("x.npy", buffer.getvalue())
+        lines.append(refusal_of(lambda: read_images(folder)))
+    assert "compressed in a way that NumPy does not write" in lines[0] == lines[1]
+    return lines[0]
+
+
+@attack(8, "JSON that is gzip'd, nested 100,000 deep, a number of 5,000 digits, or no UTF-8")
+def json_of_all_kinds(folder: Path) -> str:
+    make_sweep(folder)
+    checkpoint = write_checkpoint(folder, {})
+    artifact = folder / "artifact.json"
+    artifact.write_text("{}")
+    contents = {
+        "gzip": lambda text: gzip.compress(text.encode()),
+        "deep": lambda text: b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        "long": lambda text: b'{"x": ' + b"9" * 5_000 + b"}",
+        "bytes": lambda text: b"\xff\xfe\xfa" + text.encode(),
+        "halves": lambda text: b'{"\\ud800": 1}',
+    }
+    readers = {
+        folder / "runs/s/sweep.json": lambda: Ledger.open(folder / "runs/s"),
+        folder / "runs/s/trials/0000/trial.json": lambda: Ledger.open(
+            folder / "runs/s"
+        ).load_trials(),
+        checkpoint / "meta.json": lambda: load(checkpoint),
+        artifact: lambda: Artifact.read_if_finished(folder),
+    }
+    n_read = 0
+    for file, read in readers.items():
+        honest = file.read_text()
+        for content in contents.values():
+            file.write_bytes(content(honest))
+            refusal_of(read)
+            n_read += 1
+        file.write_text(honest)
+    return f"{n_read} files: one line each"
 
 
 @attack(8, "thousands of arrays, or a header of brackets")
