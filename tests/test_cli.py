@@ -36,7 +36,7 @@ FLAGS = {
         *COMMON, "--verbose", "--out", "--storage", "--name", "--space", "--trials", "--resume",
         "--plan",
         "--address", "--cpus-per-trial", "--gpus-per-trial", "--workers", "--optuna",
-        "--max-trials", "--max-time", "--max-gpu-hours", "--retry-failed", "--code",
+        "--max-trials", "--max-time", "--max-gpu-hours", "--retry-failed", "--warm-start", "--code",
     },
     "run": {
         *COMMON, "--verbose", "--out", "--storage", "--plan", "--from", "--wait", "--address",

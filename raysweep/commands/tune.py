@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from raysweep.sweep.resources import Resources
     from raysweep.sweep.search_space import SearchSpace
     from raysweep.sweep.tune_callbacks import Budget, SweepEndReason, SweepListener
+    from raysweep.sweep.warm_start import WarmStart
     from raysweep.tracking import Tracker
 
 SUMMARY = "run a sweep: Ray Tune runs trials, Optuna proposes settings, MLflow records them"
@@ -78,6 +79,7 @@ class TuneRequest:
         out: Folder of `runs` and `mlflow.db`.
         storage: Folder or URI of sweeps; None for `runs` in `out`.
         as_json: Whether to print JSON on stdout.
+        warm_start: Names or folders of earlier sweeps that tell a new one their results.
     """
 
     method: str | None
@@ -99,6 +101,7 @@ class TuneRequest:
     storage: str | None
     as_json: bool
     retry_failed: bool = False
+    warm_start: tuple[str, ...] = ()
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> TuneRequest:
@@ -110,6 +113,11 @@ class TuneRequest:
 
         if args.retry_failed and not args.resume:
             raise SpecError("--retry-failed: names no sweep; add --resume NAME")
+        if args.warm_start and args.resume:
+            raise SpecError(
+                "--warm-start: a sweep that has begun keeps what it was told; leave it out, or "
+                "start a new sweep"
+            )
 
         code = None if args.code is None else open_code_file(args.code)
         return cls(
@@ -132,6 +140,7 @@ class TuneRequest:
             storage=args.storage,
             as_json=args.json,
             retry_failed=args.retry_failed,
+            warm_start=tuple(args.warm_start),
         )
 
 
@@ -202,6 +211,14 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
         help="with --resume: run all failed trials again, also those that failed by their settings",
     )
     parser.add_argument(
+        "--warm-start",
+        nargs="+",
+        default=[],
+        metavar="SWEEP",
+        help="begin with what earlier sweeps found: their results on the same data, and their best "
+        "settings, which are tried first",
+    )
+    parser.add_argument(
         "--plan",
         action="store_true",
         help="print what would run, on which resources and for how long; run nothing",
@@ -252,6 +269,9 @@ def run_command(args: argparse.Namespace) -> None:
     if request.resume:
         resumed_ledger = Ledger.open(runs_folder / check_plain_name(request.resume, "--resume"))
     space, dataset = _load_checked_space(request, resumed_ledger)
+    warm_start = _collect_warm_start(request, space, dataset, runs_folder)
+    if warm_start is not None:
+        space = warm_start.add_points(space)
     resources = _make_resources(request)
     if request.plan_only:
         _print_plan(request, space, dataset, resources, resumed_ledger, runs_folder)
@@ -261,7 +281,31 @@ def run_command(args: argparse.Namespace) -> None:
             and resumed_ledger.space == space
             and not resumed_ledger.has_work_left(request.retry_failed)
         )
-        _run_sweep(request, runs_folder, space, dataset, resources, is_finished)
+        _run_sweep(request, runs_folder, space, dataset, resources, is_finished, warm_start)
+
+
+def _collect_warm_start(
+    request: TuneRequest, space: SearchSpace, dataset: DatasetSplits, runs_folder: StorePath
+) -> WarmStart | None:
+    """Return what the sweeps of --warm-start tell a new one, and print it; None without any.
+
+    Raises SpecError for a name that is no sweep, or a sweep that tells nothing.
+    """
+    from raysweep.run_lookup import find_run
+    from raysweep.spec import SpecError
+    from raysweep.sweep.warm_start import collect_warm_start
+
+    if not request.warm_start:
+        return None
+    ledgers = []
+    for name in request.warm_start:
+        run = find_run(name, runs_folder)
+        if run is None or run.ledger is None or run.trial_number is not None:
+            raise SpecError(f"--warm-start {name}: there is no sweep of this name in {runs_folder}")
+        ledgers.append(run.ledger)
+    warm_start = collect_warm_start(space, dataset.fingerprint, ledgers)
+    print(warm_start.describe(), file=sys.stderr)
+    return warm_start
 
 
 def _print_plan(
@@ -312,6 +356,7 @@ def _run_sweep(
     dataset: DatasetSplits,
     resources: Resources,
     is_finished: bool,
+    warm_start: WarmStart | None,
 ) -> None:
     """Run or resume the sweep and print its result."""
     from raysweep.commands.common import make_writable_folder, print_warnings
@@ -319,6 +364,7 @@ def _run_sweep(
     from raysweep.leases import hold_folder_lease
     from raysweep.stores import StoreUnavailable
     from raysweep.sweep.ledger import Ledger
+    from raysweep.sweep.warm_start import save_warm_start
     from raysweep.terminal import SweepDisplay, create_progress_console
     from raysweep.tracking import SweepTracker, Tracker, tracking_uri
 
@@ -337,6 +383,8 @@ def _run_sweep(
     with hold_folder_lease(sweep_folder) as held_folder:
         is_new = not request.resume
         ledger = Ledger.create(held_folder, space) if is_new else Ledger.open(held_folder)
+        if warm_start is not None:
+            save_warm_start(warm_start, ledger.path)
         extended_space = None if is_new else space
         if not is_finished:
             display.announce(start_of_ray)

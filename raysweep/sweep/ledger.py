@@ -45,6 +45,9 @@ from raysweep.training.validation import is_robust_objective
 
 logger = logging.getLogger(__name__)
 
+WARM_START_FILE = "warm_start.json"
+"""File in a sweep's folder that holds results of earlier sweeps (see `warm_start`)."""
+
 TrialStatus = Literal["running", "finished", "stopped", "failed"]
 # Field of a trial -> its key in trial.json, where the two differ.
 _STORED_KEYS = {"params": "settings", "trained_epochs": "trained"}
@@ -356,6 +359,7 @@ class Ledger:
         if not self.load_trials():
             discard_log(self.path)
             (self.path / "sweep.json").delete()
+            (self.path / WARM_START_FILE).delete()
             local_folder = self.path.local_path
             if local_folder is not None:
                 with suppress(OSError):  # not empty
@@ -448,17 +452,20 @@ class Ledger:
         Raises:
             SpecError: The data are others.
         """
+        if self.find_data_fingerprint() not in (None, fingerprint):
+            name = self.space.trial_config({}).data.name
+            raise SpecError(
+                f"{self.path} holds a sweep on other {name!r} data: give the folder of the "
+                "same data as --data-dir, or choose another --name"
+            )
+
+    def find_data_fingerprint(self) -> str | None:
+        """Return the fingerprint of the data of the sweep's trials; None without a checkpoint."""
         for trial in self.load_trials():
             checkpoint = RunDirectory(self.trial_path(trial.number)).read_last_checkpoint()
-            if checkpoint is None:
-                continue
-            if checkpoint.meta["data_fingerprint"] != fingerprint:
-                name = checkpoint.config.data.name
-                raise SpecError(
-                    f"{self.path} holds a sweep on other {name!r} data: give the folder of the "
-                    "same data as --data-dir, or choose another --name"
-                )
-            return
+            if checkpoint is not None:
+                return str(checkpoint.meta["data_fingerprint"])
+        return None
 
     def count_ended_trials(self) -> int:
         """Return the number of trials that have ended."""

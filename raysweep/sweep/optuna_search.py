@@ -9,6 +9,7 @@ from raysweep.spec import json_digest
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_study import constraint_values, to_sampler_trial
 from raysweep.sweep.search_space import Params
+from raysweep.sweep.warm_start import load_earlier_results
 from raysweep.training.failure_reports import FAILURE_KEY
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.selection import SelectionRule, rank_epoch
@@ -17,9 +18,9 @@ from raysweep.training.selection import SelectionRule, rank_epoch
 class LedgerSearcher(Searcher):
     """Ask Optuna for params, and tell it the best objectives of each trial.
 
-    Ended trials of the ledger are added to the study first. Trials that have not ended are
-    suggested before any new one, under their own numbers, so that they resume from their
-    checkpoints; in the study they are running.
+    Results of earlier sweeps and ended trials of the ledger are added to the study first. Trials
+    that have not ended are suggested before any new one, under their own numbers, so that they
+    resume from their checkpoints; in the study they are running.
 
     Args:
         ledger: The sweep.
@@ -44,7 +45,8 @@ class LedgerSearcher(Searcher):
         self._free_numbers = sorted(
             set(range(space.n_trials)) - {trial.number for trial in past_trials}
         )
-        for trial in past_trials:
+        earlier_results = load_earlier_results(ledger.path)
+        for trial in [result.to_trial() for result in earlier_results] + past_trials:
             if trial.state != "running":
                 self._add_past_trial(trial)
         self._unfinished_trials = [

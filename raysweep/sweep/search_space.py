@@ -356,7 +356,7 @@ class SearchSpace(Spec):
             points = (
                 dict(zip(self.space, values, strict=True)) for values in itertools.product(*choices)
             )
-        active_points = map(self._drop_inactive, points)
+        active_points = map(self.drop_inactive, points)
         return list({json.dumps(point, default=str): point for point in active_points}.values())
 
     def optuna_params(
@@ -725,7 +725,7 @@ class SearchSpace(Spec):
             "be ranked; set 'validation.*.eps' in base"
         ]
 
-    def _drop_inactive(self, point: Params) -> Params:
+    def drop_inactive(self, point: Params) -> Params:
         """Return a point without the params whose conditions do not hold."""
         active: Params = {}
         for path, distribution in self.space.items():

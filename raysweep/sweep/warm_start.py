@@ -1,0 +1,164 @@
+"""What a new sweep knows of earlier ones: results that its sampler is told, and settings that it
+tries first.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from raysweep.formatting import format_count
+from raysweep.spec import SpecError, flatten_spec
+from raysweep.stored_data import Metrics, make_damaged_file_error, require_stored_types
+from raysweep.stores import StoredFileNotFound, StorePath
+from raysweep.sweep.ledger import WARM_START_FILE, Ledger, Trial
+from raysweep.sweep.search_space import Params, SearchSpace
+from raysweep.training.config import TrainingConfig
+
+N_POINTS_OF_OTHER_DATA = 3
+"""How many of the best trials of a sweep on other data are tried first."""
+
+
+@dataclass(frozen=True)
+class EarlierResult:
+    """A result of an earlier sweep that the sampler of a new one is told.
+
+    Attributes:
+        sweep: Name of the earlier sweep.
+        number: Number of the trial.
+        params: Values of the new sweep's searched settings by dotted path.
+        best: Metrics of the trial's best epoch.
+    """
+
+    sweep: str
+    number: int
+    params: Params
+    best: Metrics
+
+    def to_trial(self) -> Trial:
+        """Return the result as a finished trial of the new sweep."""
+        return Trial(self.number, self.params, "finished", best=self.best, latest=self.best)
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What a new sweep takes from earlier ones.
+
+    Attributes:
+        results: Trials that differ from those of the new sweep only in searched settings and the
+            seed, on the same data: the sampler is told them.
+        points: Params that are tried first: those of the best such trial of each sweep, and of the
+            best `N_POINTS_OF_OTHER_DATA` of a sweep that has none.
+    """
+
+    results: tuple[EarlierResult, ...] = ()
+    points: tuple[Params, ...] = ()
+
+    def add_points(self, space: SearchSpace) -> SearchSpace:
+        """Return a search space that tries `points` before its own."""
+        points = [*self.points, *space.points_to_evaluate]
+        unique_points = {repr(sorted(point.items())): point for point in points}
+        return space.replace(points_to_evaluate=tuple(unique_points.values()))
+
+    def describe(self) -> str:
+        """Return one line about what is taken."""
+        return (
+            f"warm start: the sampler is told {format_count(len(self.results), 'earlier result')}, "
+            f"and {format_count(len(self.points), 'point')} of earlier sweeps "
+            f"{'is' if len(self.points) == 1 else 'are'} tried first"
+        )
+
+
+def collect_warm_start(
+    space: SearchSpace, fingerprint: str, ledgers: Iterable[Ledger]
+) -> WarmStart:
+    """Collect what earlier sweeps tell a new one.
+
+    Args:
+        space: Search space of the new sweep.
+        fingerprint: Fingerprint of its data.
+        ledgers: The earlier sweeps.
+
+    Raises:
+        SpecError: A sweep has no trial that the new one could try, or the new one is a grid.
+    """
+    if space.sampler.kind == "grid":
+        raise SpecError("--warm-start: a grid tries its points whatever earlier sweeps found")
+    results: list[EarlierResult] = []
+    points: list[Params] = []
+    for ledger in ledgers:
+        trials = [trial for trial in ledger.rank_trials() if ledger.rank_trial(trial).is_eligible]
+        pairs = [(trial, _adopt_params(space, ledger, trial)) for trial in trials]
+        usable = [(trial, params) for trial, params in pairs if params]
+        if not usable:
+            raise SpecError(
+                f"--warm-start {ledger.name}: it has no result with settings of this search space"
+            )
+        has_same_data = ledger.find_data_fingerprint() == fingerprint
+        told = [
+            EarlierResult(ledger.name, trial.number, params, trial.best)
+            for trial, params in usable
+            if has_same_data and _is_comparable(space, params, ledger, trial)
+        ]
+        results += told
+        best = [told[0].params] if told else [params for _, params in usable]
+        points += best[:N_POINTS_OF_OTHER_DATA]
+    return WarmStart(tuple(results), tuple(points))
+
+
+def save_warm_start(warm_start: WarmStart, sweep_path: StorePath) -> None:
+    """Write the results into a sweep's folder: its later starts need no earlier sweep."""
+    content = {"results": [asdict(result) for result in warm_start.results]}
+    (sweep_path / WARM_START_FILE).write_json(content, indent=1)
+
+
+def load_earlier_results(sweep_path: StorePath) -> list[EarlierResult]:
+    """Read the results that `save_warm_start` wrote.
+
+    Returns:
+        The results; [] for a sweep that knows of no other.
+
+    Raises:
+        DamagedFileError: The file is damaged.
+    """
+    file = sweep_path / WARM_START_FILE
+    try:
+        rows = file.read_json({"results": list[dict[str, Any]]})["results"]
+    except StoredFileNotFound:
+        return []
+    types = {"sweep": str, "number": int, "params": dict[str, Any], "best": Metrics}
+    for row in rows:
+        require_stored_types(row, types, str(file))
+        if row.keys() - types.keys():
+            raise make_damaged_file_error(str(file), f"unknown keys {sorted(row)}")
+    return [EarlierResult(**row) for row in rows]
+
+
+def _adopt_params(space: SearchSpace, ledger: Ledger, trial: Trial) -> Params:
+    """Return a trial's values of the settings that a space searches, as far as it can try them.
+
+    Settings that the earlier sweep had fixed have the fixed value.
+    """
+    values = flatten_spec(ledger.space.trial_config(trial.params)) | trial.params
+    params = {
+        path: values[path]
+        for path, distribution in space.space.items()
+        if path in values and distribution.can_propose(values[path])
+    }
+    return space.drop_inactive(params)
+
+
+def _is_comparable(space: SearchSpace, params: Params, ledger: Ledger, trial: Trial) -> bool:
+    """Return whether a trial of the new sweep with these params would be the same training."""
+    if space.objectives != ledger.space.objectives:
+        return False
+    try:
+        config = space.trial_config(params)
+    except SpecError:
+        return False
+    return _without_seed(config) == _without_seed(ledger.space.trial_config(trial.params))
+
+
+def _without_seed(config: TrainingConfig) -> TrainingConfig:
+    """Return a config without its seed and the place of its data."""
+    data = config.data.replace(data_dir=None, download=False)
+    return config.replace(seed=0, data=data)

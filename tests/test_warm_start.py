@@ -1,0 +1,135 @@
+"""What a new sweep is told by earlier ones: ledgers whose trials are written out here."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import tiny
+
+from raysweep.spec import SpecError
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.warm_start import (
+    collect_warm_start,
+    load_earlier_results,
+    save_warm_start,
+)
+from raysweep.training.trainer import train_model
+
+LAM = "method.terms.pgd.weight.lam"
+BURN_IN = "method.terms.pgd.weight.burn_in"
+SPACE = {
+    "method": "gairat",
+    "trials": 6,
+    "sampler": {"kind": "tpe", "n_startup_trials": 2},
+    "scheduler": {"kind": "none"},
+    "space": {LAM: {"float": [-3.0, 3.0]}, BURN_IN: {"int": [1, 6]}},
+}
+
+
+def write_sweep(folder: Path, scores: dict[float, float], **changes: object) -> Ledger:
+    """A sweep with a trial for each lambda, and its robust accuracy; the first has a checkpoint."""
+    ledger = Ledger.create(folder, SearchSpace.from_data({**SPACE, **changes}))
+    for number, (lam, robust) in enumerate(scores.items()):
+        best = {"epoch": 5.0, "robust_worst": robust, "clean": 0.9, "masking_gap": 0.0}
+        params = {LAM: lam} | ({BURN_IN: 2} if BURN_IN in ledger.space.space else {})
+        state = "failed" if robust > 1 else "finished"
+        ledger.save_trial(Trial(number, params, state, epoch=8, best=best, burn_in=2))  # type: ignore[arg-type]
+    return ledger
+
+
+@pytest.fixture
+def fingerprint(tmp_path: Path) -> str:
+    """Fingerprint of the data of a run whose checkpoint `give_checkpoint` copies."""
+    saved = train_model(tiny("at", epochs=1), tmp_path / "run").last_checkpoint
+    return str(saved.meta["data_fingerprint"])
+
+
+def give_checkpoint(ledger: Ledger, tmp_path: Path) -> Ledger:
+    """Give the run's checkpoint to the first trial."""
+    shutil.copytree(
+        tmp_path / "run" / "epoch-0001", tmp_path / ledger.name / "trials/0000/epoch-0001"
+    )
+    return ledger
+
+
+def test_results_on_the_same_data_are_told_and_the_best_is_tried_first(
+    tmp_path: Path, fingerprint: str
+) -> None:
+    scores = {-1.0: 0.5, 2.0: 0.75, 0.0: 0.625, 1.0: 2.0}
+    earlier = give_checkpoint(write_sweep(tmp_path / "earlier", scores), tmp_path)
+    # Another seed is the same experiment.
+    own_point = {LAM: -1.0, BURN_IN: 3}
+    space = SearchSpace.from_data(
+        {**SPACE, "base": {"seed": 7}, "points_to_evaluate": [own_point, {LAM: 2.0, BURN_IN: 2}]}
+    )
+    found = collect_warm_start(space, fingerprint, [earlier])
+    told = {result.params[LAM]: result.best["robust_worst"] for result in found.results}
+    assert told == {-1.0: 0.5, 2.0: 0.75, 0.0: 0.625}, "not the one that failed"
+    assert found.points == ({LAM: 2.0, BURN_IN: 2},)
+    assert found.add_points(space).points_to_evaluate == ({LAM: 2.0, BURN_IN: 2}, own_point)
+    assert found.describe() == (
+        "warm start: the sampler is told 3 earlier results, and 1 point of earlier sweeps is "
+        "tried first"
+    )
+    new = Ledger.create(tmp_path / "new", found.add_points(space))
+    save_warm_start(found, new.path)
+    assert tuple(load_earlier_results(new.path)) == found.results
+    new.delete_if_empty()
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "other_data"),
+    [({}, True), ({"base": {"epochs": 12}}, False), ({"base": {"*.eps": 0.1}}, False)],
+)
+def test_results_that_mean_something_else_only_name_points(
+    tmp_path: Path, fingerprint: str, changes: dict, other_data: bool
+) -> None:
+    scores = {-1.0: 0.5, 2.0: 0.75, 0.0: 0.625, 1.0: 0.25}
+    earlier = give_checkpoint(write_sweep(tmp_path / "earlier", scores, **changes), tmp_path)
+    found = collect_warm_start(
+        SearchSpace.from_data(SPACE), "0" * 64 if other_data else fingerprint, [earlier]
+    )
+    assert found.results == ()
+    assert [point[LAM] for point in found.points] == [2.0, 0.0, -1.0], "the best three, in order"
+
+
+def test_a_setting_that_the_earlier_sweep_fixed_has_its_value_and_ranges_are_kept(
+    tmp_path: Path, fingerprint: str
+) -> None:
+    fixed = {"space": {LAM: {"float": [-9.0, 9.0]}}, "base": {BURN_IN: 4}}
+    earlier = give_checkpoint(
+        write_sweep(tmp_path / "earlier", {8.0: 0.75, 1.0: 0.5}, **fixed), tmp_path
+    )
+    found = collect_warm_start(SearchSpace.from_data(SPACE), fingerprint, [earlier])
+    assert [result.params for result in found.results] == [{LAM: 1.0, BURN_IN: 4}], (
+        "lambda 8 is outside of the new range, so that trial cannot be told"
+    )
+
+
+def test_what_tells_nothing_is_refused_in_a_line(tmp_path: Path, fingerprint: str) -> None:
+    failed = write_sweep(tmp_path / "failed", {1.0: 2.0})
+    with pytest.raises(SpecError, match="--warm-start failed: it has no result"):
+        collect_warm_start(SearchSpace.from_data(SPACE), fingerprint, [failed])
+    grid = {**SPACE, "sampler": {"kind": "grid"}, "space": {LAM: {"categorical": [0.0, 1.0]}}}
+    with pytest.raises(SpecError, match="a grid tries its points"):
+        collect_warm_start(SearchSpace.from_data(grid), fingerprint, [failed])
+
+
+@pytest.mark.needs_ray
+def test_the_sampler_learns_from_earlier_results(tmp_path: Path, fingerprint: str) -> None:
+    """The best lambda is 2: a sampler that knows it proposes near it from the second trial on."""
+    from raysweep.sweep.optuna_search import LedgerSearcher
+
+    scores = {lam / 4: 0.75 - abs(lam / 4 - 2.0) / 16 for lam in range(-12, 13)}
+    earlier = give_checkpoint(write_sweep(tmp_path / "earlier", scores), tmp_path)
+    sampler = {"sampler": {"kind": "gp", "n_startup_trials": 2}}
+    space = SearchSpace.from_data(SPACE | sampler)
+    found = collect_warm_start(space, fingerprint, [earlier])
+    new = Ledger.create(tmp_path / "new", found.add_points(space))
+    save_warm_start(found, new.path)
+    search = LedgerSearcher(new)
+    first, second = (search.suggest(name)["params"] for name in "ab")
+    assert first == {LAM: 2.0, BURN_IN: 2}
+    assert abs(second[LAM] - 2.0) < 0.75
