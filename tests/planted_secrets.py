@@ -6,25 +6,33 @@
 Keys of Amazon, passwords of MLflow's server and of Optuna's database, and tokens of other services
 are in the driver's environment. All of them hold one random mark. It may be nowhere but there: not
 in files of sweeps and pipelines, logs of raysweep and Ray, MLflow's database and artifacts, what
-commands print, arguments of processes, or the environment of workers on other nodes.
+commands print, arguments of processes, or the environment of workers on other nodes. Every process
+is seen: those of Python write down their own arguments and those of what they start.
+
+First the mark is planted on purpose in each kind of place, and the search must find all of them.
 """
 
 import argparse
 import base64
+import gzip
+import json
 import os
 import secrets
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import psutil
 from mlflow_server import MlflowServer
@@ -40,8 +48,38 @@ ENVIRONMENT = {
     "WANDB_API_KEY": f"wandb{MARK}",
     "HF_TOKEN": f"hf_planted{MARK}",
 }
-# The mark, and the login as a header of HTTP has it.
-NEEDLES = (MARK.encode(), base64.b64encode(LOGIN.encode())[:16])
+
+
+def list_needles() -> list[bytes]:
+    """List the forms of the mark: plain, UTF-16, and base64 at each place in a longer text."""
+    needles = [MARK.encode(), MARK.encode("utf-16-le")]
+    for offset, n_mixed in ((0, 0), (1, 2), (2, 3)):
+        encoded = base64.b64encode(bytes(offset) + MARK.encode())
+        # The last group depends on what follows.
+        needles.append(encoded[n_mixed:-4])
+    return needles
+
+
+NEEDLES = list_needles()
+# Imported by each Python at its start.
+RECORDER = """\
+import os, sys
+
+def record(words):
+    with open({file!r}, "ab") as stream:
+        stream.write(b"\\0".join(map(os.fsencode, words)) + b"\\n")
+
+def record_start(event, arguments):
+    if event in ("subprocess.Popen", "os.exec", "os.posix_spawn"):
+        words = arguments[1]
+        record([words] if isinstance(words, (str, bytes, os.PathLike)) else list(words))
+    elif event == "os.system":
+        record([arguments[0]])
+
+with open("/proc/self/cmdline", "rb") as stream:
+    record(stream.read().split(b"\\0"))
+sys.addaudithook(record_start)
+"""
 SMALL = ["--set", "epochs=2", "--set", "data.train_size=64", "--set", "data.val_size=50"]
 SMALL += ["--set", "*.attacks.*.steps=2"]
 LONG = ["--set", "epochs=400", "--set", "data.train_size=640", "--set", "data.val_size=50"]
@@ -64,14 +102,16 @@ class Finding:
 
 @dataclass
 class ProcessWatch:
-    """Looks at arguments, and at environments of workers, of all processes several times a second.
+    """Looks at the arguments of all processes several times a second, and at those in a record.
 
     Attributes:
+        record: File in which processes write arguments down (see `RECORDER`).
         n_looks: Number of looks.
         n_arguments: Number of different command lines that were seen.
         findings: Where the mark was.
     """
 
+    record: Path
     n_looks: int = 0
     findings: list[Finding] = field(default_factory=list)
     _seen: set[str] = field(default_factory=set)
@@ -86,28 +126,42 @@ class ProcessWatch:
         while not self._ended.wait(0.2):
             self.n_looks += 1
             for process in Path("/proc").glob("[0-9]*"):
-                try:
-                    arguments = (process / "cmdline").read_bytes()
-                except OSError:
-                    continue
-                text = arguments.replace(b"\0", b" ").decode(errors="replace")
-                if text not in self._seen and any(needle in arguments for needle in NEEDLES):
-                    self.findings.append(Finding("arguments of a process", text))
-                self._seen.add(text)
+                # It may have ended since.
+                with suppress(OSError):
+                    self._look_at((process / "cmdline").read_bytes())
+
+    def _look_at(self, arguments: bytes) -> None:
+        text = arguments.replace(b"\0", b" ").strip().decode(errors="replace")
+        if text not in self._seen and find_needle(arguments) is not None:
+            self.findings.append(Finding("arguments of a process", text))
+        self._seen.add(text)
 
     def stop(self) -> None:
+        """End the looks, and read the record."""
         self._ended.set()
+        if self.record.exists():
+            for line in self.record.read_bytes().splitlines():
+                self._look_at(line)
 
 
 @contextmanager
-def watch_processes() -> Iterator[ProcessWatch]:
-    """Look at processes during the block."""
-    watch = ProcessWatch()
+def watch_processes(folder: Path) -> Iterator[ProcessWatch]:
+    """Look at processes during the block; those that it starts write down arguments in a folder."""
+    watch = ProcessWatch(folder / "arguments")
+    (folder / "sitecustomize.py").write_text(RECORDER.format(file=str(watch.record)))
+    former_path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), former_path]))
     thread = threading.Thread(target=watch.run, daemon=True)
     thread.start()
-    yield watch
-    watch.stop()
-    thread.join()
+    try:
+        yield watch
+    finally:
+        watch.stop()
+        thread.join()
+        if former_path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = former_path
 
 
 @dataclass
@@ -173,6 +227,23 @@ class Playground:
         print(f"{name}: exit code {code} after the death of a {what}", flush=True)
 
 
+def find_needle(content: bytes) -> int | None:
+    """Return the first place of the mark in any form; None if it is not there."""
+    places = [content.find(needle) for needle in NEEDLES]
+    return min((place for place in places if place >= 0), default=None)
+
+
+def list_contents(path: Path) -> list[bytes]:
+    """Return the content of a file, and what is packed in it."""
+    contents = [path.read_bytes()]
+    if contents[0].startswith(b"\x1f\x8b"):
+        contents.append(gzip.decompress(contents[0]))
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            contents += [archive.read(name) for name in archive.namelist()]
+    return contents
+
+
 def search_files(folder: Path) -> tuple[list[Finding], int]:
     """Look for the mark in all files below a folder; return where it is and the number of files."""
     findings, n_files = [], 0
@@ -180,14 +251,56 @@ def search_files(folder: Path) -> tuple[list[Finding], int]:
         if path.is_symlink() or not path.is_file():
             continue
         n_files += 1
-        content = path.read_bytes()
-        for needle in NEEDLES:
-            place = content.find(needle)
-            if place >= 0:
+        for content in list_contents(path):
+            place = find_needle(content)
+            if place is not None:
                 around = content[max(place - 80, 0) : place + 40].decode(errors="replace")
                 findings.append(Finding(str(path), around))
                 break
     return findings, n_files
+
+
+def plant_on_purpose(folder: Path) -> int:
+    """Plant the mark in a file of each kind, and in arguments of processes that end at once.
+
+    Returns:
+        The number of places.
+    """
+    secret = f"x{PASSWORD}yz"
+    (folder / "plain.log").write_text(f"error: http://{LOGIN}@host/")
+    for offset in range(3):
+        header = base64.b64encode(b"a" * offset + LOGIN.encode() + b"-and-more")
+        (folder / f"header-{offset}").write_bytes(b"Authorization: Basic " + header)
+    (folder / "wide.txt").write_bytes(secret.encode("utf-16-le"))
+    (folder / "log.gz").write_bytes(gzip.compress(secret.encode()))
+    with zipfile.ZipFile(folder / "arrays.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", secret * 100)
+    (folder / "quoted.json").write_text(json.dumps({"key": quote(f"a/b {secret}", safe="")}))
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        database.execute("create table tags (value text)")
+        database.execute("insert into tags values (?)", [secret])
+        database.commit()
+    # By a process of Python that has the recorder, which itself has no secret in its arguments.
+    code = "import os, subprocess; subprocess.run(['true', os.environ['SECRET']]); "
+    code += "os.system('true ' + os.environ['SECRET'] + '-shell')"
+    environment = {**os.environ, "SECRET": secret}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", "", secret], env=environment, check=True)
+    return 9 + 3
+
+
+def check_search(folder: Path) -> None:
+    """Check that the search finds the mark wherever it is planted on purpose."""
+    place, record = folder / "place", folder / "record"
+    place.mkdir()
+    record.mkdir()
+    with watch_processes(record) as watch:
+        n_planted = plant_on_purpose(place)
+    findings, n_files = search_files(place)
+    n_commands = len({finding.text for finding in watch.findings})
+    assert len(findings) == n_files == 9, [finding.where for finding in findings]
+    assert n_files + n_commands >= n_planted, watch.findings
+    print(f"planted on purpose: {n_files} files and {n_commands} command lines, all found")
 
 
 def play_locally(place: Playground) -> None:
@@ -287,11 +400,14 @@ def main() -> int:
     (folder / "work" / "pipeline.yaml").write_text(PIPELINE)
     space = "method: at\nfinalists: 0\nspace: {optim.lr: {float: [0.01, 0.1]}}\n"
     (folder / "work" / "space.yaml").write_text(space)
+    others = Path(tempfile.mkdtemp(prefix="plant-"))
+    check_search(others)
     place = Playground(folder, MlflowServer(folder / "server"))
     place.server.start()
     findings: list[Finding] = []
     try:
-        with watch_processes() as watch:
+        (others / "all").mkdir()
+        with watch_processes(others / "all") as watch:
             if args.nodes:
                 findings += play_on_two_nodes(place)
             else:
@@ -309,6 +425,7 @@ def main() -> int:
     )
     if not args.keep:
         shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(others, ignore_errors=True)
     return 1 if findings else 0
 
 

@@ -4,7 +4,9 @@ import json
 import re
 import string
 import time
+from pathlib import Path
 
+import planted_secrets
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -177,3 +179,9 @@ def test_long_texts_take_little_time(piece: str) -> None:
     began = time.process_time()
     redact_secrets(text)
     assert time.process_time() - began < 20
+
+
+def test_the_search_for_planted_secrets_finds_them(tmp_path: Path, capsys) -> None:
+    """`python tests/planted_secrets.py` would say nothing of what its search cannot see."""
+    planted_secrets.check_search(tmp_path)
+    assert re.search("9 files and [3-9] command lines, all found", capsys.readouterr().out)
