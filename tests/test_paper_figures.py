@@ -45,6 +45,7 @@ from raysweep.training.instance_metrics import (
     compute_instance_metrics,
     select_first_of_each_class,
 )
+from raysweep.training.metric_names import list_metric_names
 from raysweep.training.model_loading import load_checkpoint_target
 from raysweep.training.presets import list_presets, resolve_training_config
 from raysweep.training.trainer import train_model
@@ -256,6 +257,39 @@ def test_a_report_draws_what_its_rows_have(tmp_path: Path) -> None:
     assert "figures/fig4.png" in texts[0] and "figures/fig1a.png" not in texts[0]
     assert texts[1] == "fig1a is not drawn: its rows have no data for it."
     assert build_paper_figure_sections({}, {}) == []
+
+
+def test_a_misspelled_metric_is_refused_and_one_without_values_has_no_panel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = """
+stages:
+  - {kind: train, runs: {AT: {method: gairat}}}
+  - {kind: autoattack, attacks: {PGD: pgd20}}
+  - kind: report
+    figures:
+      one: {kind: curves, caption: c, metrics: [clean, pgdd]}
+      two: {kind: curves, caption: c, metrics: [train/natural, train/kappa_pgd, flatness_friendly]}
+"""
+    monkeypatch.chdir(tmp_path)
+    Path("p.yaml").write_text(text)
+    with pytest.raises(SpecError) as caught:
+        load_pipeline("p.yaml", {})
+    (line,) = caught.value.problems
+    assert "figures.one: no metric 'pgdd'; nearest: pgd" in line
+    Path("p.yaml").write_text(text.replace("pgdd", "pgd"))
+    load_pipeline("p.yaml", {})
+    source = FigureSource(RUNS, {}, lambda label: None, {})
+    figure = CurvesFigure(caption="c", metrics=("clean", "val/scaling_gap")).draw(source)
+    assert figure is not None and len(figure.axes) == 1
+
+
+def test_the_metrics_of_real_epochs_are_known(tmp_path: Path) -> None:
+    settings = {"validation__flatness": True, "validation__train_examples": 20}
+    for method in ("gairat", "lrat-trades", "mart", "standard"):
+        config = tiny(method, epochs=1, **settings)
+        (row,) = train_model(config, tmp_path / method).last_checkpoint.history
+        assert row.keys() <= set(list_metric_names(config))
 
 
 def test_a_row_that_no_stage_has_is_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from raysweep.pipeline.autoattack import AutoAttackStage
 from raysweep.pipeline.builtin_pipelines import find_pipeline_file
 from raysweep.pipeline.promote import PromoteStage
 from raysweep.pipeline.register import RegisterStage
-from raysweep.pipeline.report.paper_figures import find_unknown_rows
+from raysweep.pipeline.report.paper_figures import find_unknown_metrics, find_unknown_rows
 from raysweep.pipeline.report.stage import ReportStage
 from raysweep.pipeline.stage import (
     CONFLICT_MESSAGE,
@@ -97,6 +97,7 @@ class Pipeline(Spec):
             problems = _find_stage_problems(stage, training_overrides, upstream_configs)
             if isinstance(stage, ReportStage) and not lines:
                 problems += find_unknown_rows(stage.figures, list(stage_of_label))
+                problems += find_unknown_metrics(stage.figures, upstream_configs)
             if not problems:
                 upstream_configs = _list_candidate_configs(
                     stage, training_overrides, upstream_configs

@@ -23,12 +23,14 @@ from raysweep.instance_plots import (
 from raysweep.pipeline.report.document import CaptionedFigure, Paragraph, Section
 from raysweep.pipeline.report.figures import plot_accuracy_curves
 from raysweep.plots import HistogramsByEpoch, plot_weight_histogram
-from raysweep.spec import Spec
+from raysweep.spec import Spec, describe_unknown_name
+from raysweep.training.config import TrainingConfig
 from raysweep.training.instance_metrics import (
     InstanceMetrics,
     compute_instance_metrics,
     select_first_of_each_class,
 )
+from raysweep.training.metric_names import list_metric_names
 from raysweep.training.model_loading import EvaluationTarget
 
 _KAPPA_STEPS = 10
@@ -152,16 +154,16 @@ class CurvesFigure(_FigureBase):
         return [row for rows in self.panels.values() for row in rows]
 
     def draw(self, source: FigureSource) -> Figure | None:
-        if not any(
-            metric in row
-            for run in source.runs.values()
-            for row in run.history
-            for metric in self.metrics
-        ):
+        measured = {
+            name for run in source.runs.values() for metrics in run.history for name in metrics
+        }
+        # `train/robust`, for example, is measured on large data sets only.
+        metrics = tuple(metric for metric in self.metrics if metric in measured)
+        if not metrics:
             return None
         return plot_metric_grid(
             source.runs,
-            self.metrics,
+            metrics,
             self.panels or {"": tuple(source.runs)},
             as_errors=self.errors,
             is_overlaid=self.overlay,
@@ -306,6 +308,28 @@ def find_unknown_rows(figures: Mapping[str, PaperFigure], labels: Sequence[str])
                 f"figures.{name}: no row {unknown[0]!r}; the rows are {', '.join(labels)}"
             )
     return problems
+
+
+def find_unknown_metrics(
+    figures: Mapping[str, PaperFigure], configs: Sequence[TrainingConfig]
+) -> list[str]:
+    """Find metrics that figures name and that no run can have.
+
+    Args:
+        figures: Figures by name.
+        configs: Configs of the rows, as far as they are known; if none is, nothing is found.
+
+    Returns:
+        One line for each such metric.
+    """
+    known = list(dict.fromkeys(name for config in configs for name in list_metric_names(config)))
+    return [
+        f"figures.{name}: {describe_unknown_name('metric', metric, known)}"
+        for name, figure in figures.items()
+        if isinstance(figure, CurvesFigure) and known
+        for metric in figure.metrics
+        if metric not in known
+    ]
 
 
 def draw_paper_figures(

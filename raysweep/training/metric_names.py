@@ -1,0 +1,30 @@
+"""Names of the metrics that the epochs of a run may have."""
+
+from raysweep.training.config import TrainingConfig
+from raysweep.training.selection import CHANCE_LIMIT_METRIC
+
+_OF_EVERY_RUN = (
+    *("epoch", "shared", "train/lr", "train/loss", "train/seconds", "train/clean"),
+    *("train/natural", "train/robust", "validation_seconds", CHANCE_LIMIT_METRIC),
+    *("clean", "robust_worst", "robust_margin", "masking_gap", "zero_gradient"),
+    *("val/ce_cw_gap", "val/scaling_gap", "flatness_friendly", "flatness_adversarial"),
+)
+_OF_ATTACKS = ("{}", "kappa_{}", "kappa_median_{}", "V_{}")
+_OF_TERMS = ("weight_{}", "ess_{}", "active_{}", "low_weight_{}")
+
+
+def list_metric_names(config: TrainingConfig) -> list[str]:
+    """List the metrics that the epochs of a run may have.
+
+    Args:
+        config: Config of the run.
+
+    Returns:
+        The names. Which of them an epoch has, depends on `validation` and on the size of the data.
+    """
+    return [
+        *_OF_EVERY_RUN,
+        *config.validation.attacks,
+        *(f"train/{form.format(name)}" for name in config.method.attacks for form in _OF_ATTACKS),
+        *(f"train/{form.format(name)}" for name in config.method.terms for form in _OF_TERMS),
+    ]
