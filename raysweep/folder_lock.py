@@ -209,7 +209,7 @@ class _StrictHolder:
             with _open_lock_file(folder) as stream:
                 values = json.loads(stream.read(_MAX_LOCK_LENGTH).partition("\n")[2])
             return cls(str(values["token"]), ProcessIdentity.from_json_dict(values))
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
 
 

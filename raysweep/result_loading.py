@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from raysweep.run_lookup import (
     open_default_tracker,
 )
 from raysweep.spec import JsonDict, SpecError
+from raysweep.stored_data import parse_stored_json
 from raysweep.stores import Location, StorePath, open_path
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.finalist_summary import summarize_finalists
@@ -132,7 +132,8 @@ def load_report(path: str | Path) -> pd.DataFrame:
     file = file / "examples.parquet" if file.is_dir() else file
     try:
         table = read_parquet_table(file)
-        summary = json.loads((table.schema.metadata or {})[b"raysweep.evaluation"])
+        metadata = (table.schema.metadata or {})[b"raysweep.evaluation"]
+        summary = parse_stored_json(metadata, str(file), {})
     except (OSError, ValueError, KeyError) as error:
         # A Parquet file of somebody else is valid, but lacks the key.
         is_damaged = isinstance(error, ValueError)

@@ -8,7 +8,8 @@ import json
 import logging
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -97,15 +98,21 @@ class TrainingCheckpoint:
         Raises:
             DamagedFileError: The file has not the weights of this network; one line.
         """
-        try:
+        with self._refuse_other_tensors(WEIGHTS_FILE, "weights"):
             model.load_state_dict(safetensors_torch.load_file(self.local_folder / WEIGHTS_FILE))
+        return model
+
+    @contextmanager
+    def _refuse_other_tensors(self, file_name: str, content: str) -> Iterator[None]:
+        """Raise DamagedFileError, in one line, if tensors are not those of the network."""
+        try:
+            yield
         except (SafetensorError, RuntimeError) as error:
             # It names the tensors of the file, of which there may be many.
             reason = show_characters(" ".join(str(error).split()))[:_MAX_REASON_LENGTH]
             raise DamagedFileError(
-                f"{self.path}: {WEIGHTS_FILE} has not the weights of this network: {reason}"
+                f"{self.path}: {file_name} has not the {content} of this network: {reason}"
             ) from error
-        return model
 
     def load_training_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Load weights and momentum, so that training resumes with identical results.
@@ -123,10 +130,17 @@ class TrainingCheckpoint:
         Args:
             model: The network whose parameters the optimizer updates.
             optimizer: Its SGD optimizer; changed in place.
+
+        Raises:
+            DamagedFileError: The file has not the momentum of this network; one line.
         """
-        momentum = safetensors_torch.load_file(self.local_folder / OPTIMIZER_FILE)
-        for name, parameter in model.named_parameters():
-            if name in momentum:
+        with self._refuse_other_tensors(OPTIMIZER_FILE, "momentum"):
+            momentum = safetensors_torch.load_file(self.local_folder / OPTIMIZER_FILE)
+            for name, parameter in model.named_parameters():
+                if name not in momentum:
+                    continue
+                if momentum[name].shape != parameter.shape:
+                    raise RuntimeError(f"{name} has shape {tuple(momentum[name].shape)}")
                 # The buffer gets the parameter's memory format, which it had when it was saved:
                 # another format rounds differently.
                 buffer = torch.empty_like(parameter).copy_(momentum[name])

@@ -6,30 +6,56 @@ consists of the weights, the momentum, the sums of the diagnostics and the numbe
 
 import json
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
-from raysweep.errors import DamagedFileError, WorkInterrupted
+from raysweep.errors import DamagedFileError, WorkInterrupted, get_first_line
 from raysweep.formatting import format_count
 from raysweep.spec import SpecError
+from raysweep.stored_data import check_stored_types, parse_stored_json
 from raysweep.termination_signals import handle_termination_signals
 from raysweep.training import checkpoint
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
 from raysweep.training.config import TrainingConfig, has_same_settings
 from raysweep.training.diagnostics import EpochDiagnostics
 from raysweep.training.metric_history import EpochMetrics
+from raysweep.visible_text import show_characters
 
 logger = logging.getLogger(__name__)
 
 _DIAGNOSTICS_FILE = "seen.safetensors"
+
+
+# Without these there are no metrics of an epoch.
+_NEEDED_SUMS = {"sum rows", "sum loss"}
+_MAX_STEPS = 10**9
+_UNUSED = "the checkpoint within an epoch is damaged and not used: %s"
+
+
+class _EpochStart(NamedTuple):
+    """The steps of an epoch that are done.
+
+    Attributes:
+        steps: Their number.
+        seconds: Time that they took.
+        sums: Sums of the diagnostics by name.
+        edges: Edges of the bins of their histograms by name.
+    """
+
+    steps: int
+    seconds: float
+    sums: dict[str, Tensor]
+    edges: dict[str, list[float]]
 
 
 class TrainingInterrupted(WorkInterrupted):
@@ -83,14 +109,17 @@ class MidEpochCheckpointer:
         saved = self._read_checkpoint()
         if saved is None or not self._is_resumable(saved):
             return 0
+        try:
+            epoch_start = _read_epoch_start(saved)
+        except DamagedFileError as error:
+            logger.warning(_UNUSED, error)
+            return 0
         saved.load_training_state(self._model, self._optimizer)
         device = next(self._model.parameters()).device
-        with safe_open(saved.local_folder / _DIAGNOSTICS_FILE, "pt") as file:
-            facts = file.metadata()
-            sums = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
-        diagnostics.restore_state(sums, json.loads(facts["edges"]))
-        self._started_at -= float(facts["seconds"])
-        return int(facts["steps"])
+        sums = {name: tensor.to(device) for name, tensor in epoch_start.sums.items()}
+        diagnostics.restore_state(sums, epoch_start.edges)
+        self._started_at -= epoch_start.seconds
+        return epoch_start.steps
 
     def save_if_interrupted(self, steps_done: int, diagnostics: EpochDiagnostics) -> None:
         """Save the unfinished epoch and stop, if `should_interrupt` returns True.
@@ -141,7 +170,7 @@ class MidEpochCheckpointer:
         try:
             return checkpoint.read_checkpoint(self._run_directory.mid_epoch_path)
         except (SpecError, DamagedFileError) as error:
-            logger.warning("the checkpoint within an epoch is damaged and not used: %s", error)
+            logger.warning(_UNUSED, error)
             return None
 
     def _is_resumable(self, saved: TrainingCheckpoint) -> bool:
@@ -151,6 +180,37 @@ class MidEpochCheckpointer:
             and saved.meta["data_fingerprint"] == self._data_fingerprint
             and saved.history == self._history
         )
+
+
+def _read_epoch_start(saved: TrainingCheckpoint) -> _EpochStart:
+    """Read the diagnostics of a checkpoint within an epoch, which its hashes leave out.
+
+    Raises:
+        DamagedFileError: They are missing, or have other types or shapes than they should.
+    """
+    path = saved.local_folder / _DIAGNOSTICS_FILE
+    try:
+        if not path.is_file():
+            raise ValueError("there is no such file")
+        with safe_open(path, "pt") as file:
+            facts = dict(file.metadata() or {})
+            sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        edges = parse_stored_json(facts["edges"].encode(), str(path), {})
+        check_stored_types({"edges": edges}, {"edges": dict[str, list[float]]}, str(path))
+        for name, tensor in sums.items():
+            kind, _, key = name.partition(" ")
+            shape = () if kind == "sum" else (len(edges[key]) - 1,)
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}")
+        start = _EpochStart(int(facts["steps"]), float(facts["seconds"]), sums, edges)
+        if not 0 <= start.steps <= _MAX_STEPS or not 0 <= start.seconds < math.inf:
+            raise ValueError(f"{facts['steps'][:20]} steps in {start.seconds} s")
+        if start.steps and not sums.keys() >= _NEEDED_SUMS:
+            raise ValueError("it lacks sums")
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        reason = show_characters(get_first_line(error))
+        raise DamagedFileError(f"{path}: {reason}") from error
+    return start
 
 
 @contextmanager

@@ -8,20 +8,25 @@ import os
 import pty
 import random
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib as mpl
+import pyarrow as pa
+import pyarrow.parquet as pq
 from attack_table import attack, refusal_of
+from conftest import tiny
 from foreign_references import change_meta, write_checkpoint
 from markdown_it import MarkdownIt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from safetensors.torch import save
-from torch import zeros
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import equal, zeros
 
-from raysweep import load, load_sweep
+from raysweep import load, load_report, load_sweep
 from raysweep.cli import main
 from raysweep.data import DataSpec, load_data
 from raysweep.data.dataset_loaders import load_mnist
@@ -40,7 +45,10 @@ from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.terminal import TrialTable
 from raysweep.text_figure import TextFigure
+from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import RunDirectory, read_checkpoint
+from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
+from raysweep.training.trainer import train_model
 from raysweep.visible_text import escape_markdown, visible_output
 
 COMMANDS = {
@@ -353,6 +361,69 @@ def weights_of_another_network(folder: Path) -> str:
         lines.append(refusal_of(lambda: load(path)))
     assert len(lines) == 4
     return "one line each"
+
+
+@attack(9, "an epoch that was cut off, with other sums, edges, steps or momentum than it had")
+def hostile_half_of_an_epoch(folder: Path) -> str:
+    """Training goes on from the last whole epoch, to the weights that it would have had."""
+    config = tiny("gairat", epochs=1)
+    plain = train_model(config, folder / "plain").last_checkpoint
+    weights = load_file(plain.local_folder / "weights.safetensors")
+    steps: list[int] = []
+    cut = FunctionCallback(
+        on_step_end=lambda epoch, step: steps.append(step),
+        should_interrupt=lambda: len(steps) == 2,
+    )
+    with contextlib.suppress(TrainingInterrupted):
+        train_model(config, folder / "cut", cut)
+    assert len(steps) == 2
+    honest = folder / "cut/half/seen.safetensors"
+    with safe_open(honest, "pt") as file:
+        facts, sums = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    contents = {
+        "bytes": b"x",
+        "no facts": save(sums),
+        "steps": save(sums, facts | {"steps": "-1"}),
+        "many": save(sums, facts | {"steps": "9" * 30}),
+        "words": save(sums, facts | {"seconds": "nan"}),
+        "deep": save(sums, facts | {"edges": "[" * 100_000}),
+        "edges": save(sums, facts | {"edges": '{"kappa_pgd": "x"}'}),
+        "shapes": save({name: zeros(3, 3) for name in sums}, facts),
+        "none": save({}, facts),
+        "gone": None,
+    }
+    for name, content in contents.items():
+        shutil.copytree(folder / "cut", folder / name)
+        trap = folder / name / "half/seen.safetensors"
+        trap.unlink()
+        if content is not None:
+            trap.write_bytes(content)
+        resumed = train_model(config, folder / name).last_checkpoint
+        found = load_file(resumed.local_folder / "weights.safetensors")
+        assert all(equal(found[key], weights[key]) for key in weights), name
+    change_momentum(folder / "cut/half")
+    line = refusal_of(lambda: train_model(config, folder / "cut", FunctionCallback()))
+    assert "has not the momentum of this network" in line
+    return f"{len(contents)} kinds: not used, and a warning says so"
+
+
+def change_momentum(checkpoint: Path) -> None:
+    """Give a checkpoint momentum of other shapes, under the right hash."""
+    content = save({name: zeros(2) for name in load_file(checkpoint / "state.safetensors")})
+    (checkpoint / "state.safetensors").write_bytes(content)
+    hashes = json.loads((checkpoint / "meta.json").read_text())["sha256"]
+    hashes["state.safetensors"] = hashlib.sha256(content).hexdigest()
+    change_meta(checkpoint, {"sha256": hashes})
+
+
+@attack(9, "examples.parquet whose summary is nested 100,000 deep, or no summary")
+def hostile_summary(folder: Path) -> str:
+    lines = []
+    for summary in (b"[" * 100_000, b"[]", b"1e999", b"\xff"):
+        table = pa.table({"label": [1]}).replace_schema_metadata({"raysweep.evaluation": summary})
+        pq.write_table(table, folder / "examples.parquet")
+        lines.append(refusal_of(lambda: load_report(folder)))
+    return lines[0]
 
 
 @attack(9, "a hostile training.pt among MNIST's files", "a text that advised weights_only=False")
