@@ -24,7 +24,7 @@ from raysweep.evaluation import (
     evaluate,
     show_evaluation_progress,
 )
-from raysweep.folder_lock import require_own_folder
+from raysweep.folder_lock import require_no_links
 from raysweep.spec import json_digest
 from raysweep.tracking import Tracker
 from raysweep.training.dataset_defaults import DATASET_DEFAULTS
@@ -83,7 +83,8 @@ def choose_evaluation_folder(
         DamagedFileError: The folder is there, and is or has a link, a pipe or the like. One line.
     """
     folder = _name_evaluation_folder(out, target, attack, data_spec, n_examples, seed, subset)
-    require_own_folder(folder)
+    is_below_out = folder.is_relative_to(out / "runs" / "eval")
+    require_no_links(folder, out / "runs" if is_below_out else folder.parent)
     return folder
 
 

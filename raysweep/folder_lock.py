@@ -107,35 +107,30 @@ def hold_folder_lock(
         lock.release()
 
 
-def require_own_folder(folder: Path) -> None:
-    """Check a folder of which only its parent was named: it may be missing, but be no link.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        DamagedFileError: It is a symbolic link or a file, or something in it is (see
-            `require_no_links`). One line.
-        OSError: The folder cannot be read.
-    """
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        kind = "a symbolic link" if folder.is_symlink() else "no folder"
-        raise DamagedFileError(f"{folder}: is {kind}, where raysweep writes a folder; delete it")
-    if folder.exists():
-        require_no_links(folder)
-
-
-def require_no_links(folder: Path) -> None:
+def require_no_links(folder: Path, root: Path | None = None) -> None:
     """Check that work in a folder stays in it and ends, whoever has made the folder.
 
     Args:
-        folder: The folder; it may be a link itself.
+        folder: The folder; it may be missing if there is a `root`.
+        root: Folder that the user has named, with the other one below it; it may be a link itself.
+            None if the user has named `folder`.
 
     Raises:
-        DamagedFileError: Below the folder there is a symbolic link, a pipe, a socket or a device,
-            or a file that raysweep writes in place has a second name elsewhere. One line.
+        DamagedFileError: Below `root` or the folder there is a symbolic link, a pipe, a socket or a
+            device on the way or in the folder, or a file that raysweep writes in place has a second
+            name elsewhere. One line.
         OSError: The folder cannot be read.
     """
+    if root is not None:
+        n_parts = len(folder.relative_to(root).parts)
+        for part in reversed([folder, *folder.parents][:n_parts]):
+            if part.is_symlink() or (part.exists() and not part.is_dir()):
+                kind = "a symbolic link" if part.is_symlink() else "no folder"
+                raise DamagedFileError(
+                    f"{part}: is {kind}, where raysweep writes a folder; delete it"
+                )
+        if not folder.exists():
+            return
     subfolders = [str(folder)]
     while subfolders:
         with os.scandir(subfolders.pop()) as entries:

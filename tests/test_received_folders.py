@@ -16,7 +16,9 @@ from raysweep.checkpoint_evaluation import choose_evaluation_folder
 from raysweep.cli import main
 from raysweep.data import DataSpec
 from raysweep.errors import DamagedFileError, RaysweepError
+from raysweep.run_lookup import download_from_mlflow
 from raysweep.stores import open_path
+from raysweep.tracking import Tracker, tracking_uri
 from raysweep.training.checkpoint import read_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent / "security"))
@@ -24,6 +26,12 @@ sys.path.insert(0, str(Path(__file__).parent / "security"))
 from foreign_references import write_checkpoint
 
 LINKS = ["lock", "log.jsonl", "trials", "trials/0000", "ray", "trials/0000/log.txt", "sweep.json"]
+PIPELINE = """
+set: {epochs: 1, data.val_size: 50, data.train_size: 64}
+stages:
+  - {kind: train, runs: {own: {method: at}}, seeds: [0]}
+  - {kind: autoattack, attacks: {APGD: apgd-ce}, n: 10}
+"""
 TRAIN = ["train", "at", "--set", "epochs=1", "--set", "data.train_size=64", "--set"]
 TRAIN += ["data.val_size=50", "--set", "*.attacks.*.steps=1", "--name", "mine"]
 
@@ -118,6 +126,11 @@ def test_the_folder_of_an_evaluation_is_no_trap(
     place: str, kind: str, victim: Path, tmp_path: Path
 ) -> None:
     """Its name follows from the settings: whoever sends a run can put something there."""
+    (tmp_path / "runs").mkdir()
+    others = SimpleNamespace(checkpoint=None, name="my_models:make")
+    (tmp_path / "runs/eval").symlink_to(victim)
+    with pytest.raises(DamagedFileError, match="runs/eval: is a symbolic link"):
+        choose_evaluation_folder(tmp_path, others, PGD(eps=0.1), DataSpec(), 20)
     saved = write_checkpoint(tmp_path, {})
     target = SimpleNamespace(checkpoint=read_checkpoint(saved), name="mine")
     arguments = (tmp_path, target, PGD(eps=0.1), DataSpec(), 20)
@@ -137,6 +150,44 @@ def test_the_folder_of_an_evaluation_is_no_trap(
         choose_evaluation_folder(*arguments)
     (line,) = caught.value.problems
     assert line.startswith(str(trap)) and line.endswith("delete it")
+
+
+@pytest.mark.parametrize("place", ["pipelines", "pipelines/p", "pipelines/p/log.jsonl"])
+def test_the_folder_of_a_pipeline_is_no_trap(
+    place: str, victim: Path, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A killed run leaves hidden folders, which the next one deletes: not those of somebody."""
+    for folder in (victim / "photos", victim / "photos/p"):
+        (folder / ".00-train-0123456789abcdef.1").mkdir(parents=True)
+    (workdir / "p.yaml").write_text(PIPELINE)
+    trap = workdir / "runs" / place
+    trap.parent.mkdir(parents=True)
+    trap.symlink_to(victim / ("diary" if "." in place else "photos"))
+    before = fingerprint(victim)
+    assert main(["run", "p.yaml"]) == 4
+    assert fingerprint(victim) == before
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{trap}: is a symbolic link" in line
+
+
+@pytest.mark.mlflow
+def test_the_folder_of_downloads_from_mlflow_is_no_trap(victim: Path, workdir: Path) -> None:
+    tracker = Tracker(tracking_uri(workdir), workdir / "mlruns").wait_until_ready()
+    run_id = tracker.get_or_create_run("r", {"raysweep.kind": "train"})
+    (workdir / "model").mkdir()
+    (workdir / "model/a").write_text("theirs")
+    tracker.log_folder(run_id, workdir / "model", "checkpoint")
+    (workdir / "runs").mkdir()
+    for trap in (workdir / "runs/from-mlflow", workdir / "runs/from-mlflow" / run_id):
+        trap.parent.mkdir(exist_ok=True)
+        trap.symlink_to(victim / "photos")
+        before = fingerprint(victim)
+        with pytest.raises(DamagedFileError, match="is a symbolic link"):
+            download_from_mlflow(run_id, tracker, workdir)
+        assert fingerprint(victim) == before
+        trap.unlink()
+    _, folder = download_from_mlflow(run_id, tracker, workdir)
+    assert (folder / "a").read_text() == "theirs"
 
 
 @pytest.mark.parametrize("kind", ["link", "hard link", "pipe"])

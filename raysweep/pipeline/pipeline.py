@@ -13,6 +13,7 @@ from pydantic import Field
 from rich.console import Console
 
 from raysweep.data import load_data
+from raysweep.folder_lock import require_no_links
 from raysweep.leases import hold_pipeline_lock
 from raysweep.logs import log_to_folder
 from raysweep.models import ModelSpec
@@ -383,6 +384,7 @@ def run_pipeline(
 
     Raises:
         SpecError: If another process runs this pipeline, or there is no such first stage.
+        DamagedFileError: If its folder has links or the like (see `require_no_links`).
         StageFailed: If a stage has no result.
     """
     folder = out / "runs" / "pipelines" / name
@@ -391,6 +393,7 @@ def run_pipeline(
     runs_folder = runs_folder or open_path(out / "runs")
     nights_folder = runs_folder / "pipelines" / name / "sweeps"
     sweeps_folder = nights_folder / salt if salt else runs_folder
+    require_no_links(folder, out / "runs")
     with hold_pipeline_lock(folder, wait), log_to_folder(folder), ExitStack() as exit_stack:
         for partial in folder.glob(".[0-9]*"):
             # A run was killed while it wrote an artifact.

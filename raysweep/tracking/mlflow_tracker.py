@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from raysweep.disk_space import is_disk_full_error
 from raysweep.errors import InfrastructureError, RaysweepError, get_first_line
+from raysweep.folder_lock import require_no_links
 from raysweep.record_queue import RecordStoreUnavailable
 from raysweep.redaction import redact_secrets
 from raysweep.spec import SpecError, flatten_spec
@@ -368,6 +369,7 @@ class Tracker:
         Raises:
             SpecError: If there is no such checkpoint, in one line.
             InfrastructureError: If the store does not answer, in one line.
+            DamagedFileError: If the folder is or has a link, in one line.
         """
         from mlflow.exceptions import MlflowException
 
@@ -375,6 +377,7 @@ class Tracker:
         try:
             run_id = self._resolve_run_id(reference)
             folder = target_folder / run_id
+            require_no_links(folder, target_folder.parent)
             folder.mkdir(parents=True, exist_ok=True)
             return run_id, Path(client.download_artifacts(run_id, "checkpoint", str(folder)))
         except (MlflowException, OSError) as error:
