@@ -9,12 +9,13 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
+from acting_users import act_as, needs_root
 
 from raysweep.commands import doctor
 from raysweep.errors import InfrastructureError, SpecError
@@ -26,7 +27,6 @@ from raysweep.sweep.node_probe import NodeReport
 from raysweep.sweep.ray_internals import check_ray_internals
 
 VICTIM, ATTACKER = 65533, 65534
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two other users")
 
 
 @pytest.fixture
@@ -42,27 +42,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     yield folder
     shutil.rmtree(folder)
-
-
-def act_as(user: int, action: Callable[[], object]) -> object:
-    """Return the result of an action of a user, or the error that it raised."""
-    receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_act, args=(user, action, sender))
-    process.start()
-    result = receiver.recv()
-    process.join()
-    return result
-
-
-def _act(user: int, action: Callable[[], object], sender) -> None:
-    os.setgroups([])
-    os.setresgid(user, user, user)
-    os.setresuid(user, user, user)
-    os.umask(0o022)
-    try:
-        sender.send(action())
-    except Exception as error:
-        sender.send(error)
 
 
 def mode_of(path: Path) -> str:
