@@ -76,11 +76,14 @@ class RecordQueue:
         if time.monotonic() >= self._next_attempt_at:
             self.write_waiting()
 
-    def finish(self, hint: str = "") -> None:
+    def finish(self, hint: str = "") -> int:
         """Try once more to write all records that wait; say in one line what the store lacks.
 
         Args:
             hint: How the user can have the rest written, such as "; the same command writes them".
+
+        Returns:
+            The number of records that the store lacks.
         """
         self.write_waiting()
         if self._spare_space is not None:
@@ -88,7 +91,8 @@ class RecordQueue:
             self._spare_space.release()
             if is_needed:
                 self.write_waiting()
-        if n_missing := self.n_waiting + self._n_lost:
+        n_missing = self.n_waiting + self._n_lost
+        if n_missing:
             logger.warning(
                 "%s lacks the last %d records of this work, which is complete without them%s",
                 self._store_name,
@@ -97,6 +101,7 @@ class RecordQueue:
                 extra={"event": "records_missing", "records": n_missing},
             )
             self.discard()
+        return n_missing
 
     def discard(self) -> None:
         """Forget the records that wait."""

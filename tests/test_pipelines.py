@@ -8,11 +8,13 @@ import math
 import re
 import shlex
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import forked_processes
 import joblib
@@ -22,14 +24,17 @@ import torch
 import yaml
 from conftest import tiny
 from forked_processes import ForkedProcess
+from mlflow_server import MlflowServer
 
 from raysweep.cli import build_parser, main
 from raysweep.data import load_data
 from raysweep.leases import hold_pipeline_lock
 from raysweep.pipeline.artifact import Artifact
+from raysweep.pipeline.autoattack import AutoAttackStage
 from raysweep.pipeline.builtin_pipelines import list_builtin_pipelines
 from raysweep.pipeline.pipeline import check_rankings, load_pipeline, plan_stages
 from raysweep.pipeline.published_results import load_paper_table
+from raysweep.pipeline.stage import StageContext
 from raysweep.pipeline.sweep_retention import get_today_date, prune_nightly_sweeps
 from raysweep.spec import SpecError
 from raysweep.stores import open_path
@@ -261,6 +266,61 @@ def digits_run(ray_cluster, one_core, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("pipeline")
     assert main(["run", "digits", *TINY, "--out", str(out)]) == 0
     return out
+
+
+@pytest.mark.ray
+@pytest.mark.mlflow
+@pytest.mark.slow
+def test_the_next_run_writes_what_an_outage_kept_from_mlflow(
+    copied_run: Path,
+    workdir: Path,
+    empty_store: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The server stops after the pipeline's first connection, and answers again before the second
+    run.
+    """
+    from mlflow import MlflowClient
+
+    stages = yaml.safe_load((_root() / "pipelines" / "digits.yaml").read_text())
+    stages["stages"] = [stage for stage in stages["stages"] if stage["kind"] != "register"]
+    Path("digits.yaml").write_text(yaml.safe_dump(stages))
+    empty_store(workdir / "server.db")
+    server = MlflowServer(workdir)
+    server.ensure_running()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    command = ["run", "./digits.yaml", *TINY, "--out", str(copied_run)]
+    note = copied_run / "runs" / "pipelines" / "digits" / "unrecorded.json"
+    evaluate_candidate = AutoAttackStage._evaluate_candidate
+
+    def lose_server(stage: AutoAttackStage, context: StageContext, *arguments: Any) -> Any:
+        context.tracker.wait_until_ready()
+        server.send_signal(signal.SIGSTOP)
+        return evaluate_candidate(stage, context, *arguments)
+
+    monkeypatch.setattr(AutoAttackStage, "_evaluate_candidate", lose_server)
+    try:
+        assert main([*command, "--from", "autoattack"]) == 0
+        captured = capsys.readouterr()
+        assert "lacks the last 3 records" in captured.err and "report.html" in captured.out
+        assert json.loads(note.read_text()) == {"first_stage": 2}
+        monkeypatch.setattr(AutoAttackStage, "_evaluate_candidate", evaluate_candidate)
+        server.send_signal(signal.SIGCONT)
+        assert main([*command, "--plan", "--json"]) == 0
+        planned = json.loads(capsys.readouterr().out)["stages"]
+        assert [stage["again"] for stage in planned] == [False, False, True, True]
+        assert main(command) == 0
+    finally:
+        server.kill()
+    client = MlflowClient(server.database_uri)
+    experiment = client.get_experiment_by_name("raysweep").experiment_id
+    names = [" ".join(run.data.metrics) for run in client.search_runs([experiment])]
+    assert sum("robust" in name for name in names) == 2, "both candidates"
+    assert not note.exists()
+    assert "MLflow lacks records of an earlier run" in capsys.readouterr().err
 
 
 def artifacts(out: Path, name: str = "digits") -> dict[str, tuple[Path, Artifact]]:

@@ -323,3 +323,21 @@ def test_a_locked_database_neither_ends_nor_delays_a_run(
     assert main(train("second", 30)) == 0
     run = list_runs(uri)["second"]
     assert list_epochs(uri, run) == list(range(1, 31)) and run.info.status == "FINISHED"
+
+
+def test_an_outage_does_not_mean_that_there_is_no_champion(
+    server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    tracker = Tracker(server.uri, Path("mlruns")).wait_until_ready()
+    assert tracker.find_model_by_alias("model", "champion") is None
+    server.send_signal(signal.SIGSTOP)
+    try:
+        for ask in (
+            lambda: tracker.find_model_by_alias("model", "champion"),
+            lambda: tracker.register_model("model", "0" * 32, {}),
+        ):
+            with pytest.raises(RecordStoreUnavailable, match=f"^MLflow store {server.uri}: "):
+                ask()
+    finally:
+        server.send_signal(signal.SIGCONT)

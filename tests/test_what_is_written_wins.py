@@ -445,3 +445,19 @@ def test_the_hint_makes_arrays_that_are_read(tmp_path: Path, x: Any, hint: str) 
     images, _ = check_image_arrays(tmp_path / "train.npz", converted, y)
     assert images.shape[-2:] == (8, 8) and images.shape[0] == 6
     assert images.max() == (128 if x.dtype == float else 0)
+
+
+def test_a_part_without_the_searched_setting_fixes_it() -> None:
+    """`tune at --set optim.lr=0.1`: a number has none of the `optim.lr.values` that are searched."""
+    space = load_space("at", {})
+    assert "optim.lr.values" in space.space
+    fixed = space.with_overrides({"optim.lr": 0.1})
+    assert [*fixed.space] == [path for path in space.space if path != "optim.lr.values"]
+    assert fixed.trial_config({}).optim.lr == 0.1 and not fixed.find_problems()
+    weight = "method.terms.pgd.weight"
+    lrat = load_space("lrat", {weight: {"kind": "uniform"}})
+    assert f"{weight}.beta" not in lrat.space and "method.terms.cw.weight.beta" in lrat.space
+    assert (
+        f"{weight}.beta"
+        in load_space("lrat", {weight: {"kind": "vulnerability", "alpha": 3.0}}).space
+    )

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from rich.console import Console
 
+from raysweep.bounded_files import read_regular_file
 from raysweep.data import load_data
 from raysweep.folder_lock import require_no_links
 from raysweep.leases import hold_pipeline_lock
@@ -26,6 +27,7 @@ from raysweep.pipeline.report.paper_figures import find_unknown_metrics, find_un
 from raysweep.pipeline.report.stage import ReportStage
 from raysweep.pipeline.stage import (
     CONFLICT_MESSAGE,
+    UNRECORDED_FILE,
     Stage,
     StageContext,
     TrainingOverrides,
@@ -43,6 +45,7 @@ from raysweep.spec import (
     is_safe_name,
     json_digest,
 )
+from raysweep.stored_data import parse_stored_json
 from raysweep.stores import StorePath, open_path
 from raysweep.training.checkpoint import describe_environment
 from raysweep.training.config import TrainingConfig
@@ -388,7 +391,7 @@ def run_pipeline(
         StageFailed: If a stage has no result.
     """
     folder = out / "runs" / "pipelines" / name
-    first_index = find_stage_index(first_stage, pipeline)
+    find_stage_index(first_stage, pipeline)
     salt = pipeline.compute_rerun_key()
     runs_folder = runs_folder or open_path(out / "runs")
     nights_folder = runs_folder / "pipelines" / name / "sweeps"
@@ -410,6 +413,12 @@ def run_pipeline(
             name, out, folder, sweeps_folder, training_overrides, console, address, exit_stack
         )
         context.storage = runs_folder
+        first_index = find_first_repeated_stage(first_stage, pipeline, folder)
+        context.records_again = (folder / UNRECORDED_FILE).is_file()
+        if context.records_again:
+            context.print_line(
+                "MLflow lacks records of an earlier run: they are written from its results"
+            )
         finished: tuple[Artifact, ...] = ()
         for planned_stage in plan_stages(pipeline, training_overrides, folder, salt):
             artifact = None
@@ -431,7 +440,7 @@ def _log_stage_start(
     if artifact is not None:
         reason = "is taken from its artifact: an earlier run finished it with equal inputs"
     elif is_repeated:
-        reason = "runs again: --from asks for it"
+        reason = "runs again: --from asks for it, or MLflow lacks records of an earlier run"
     else:
         reason = "runs: no artifact has the digest of its inputs"
     logger.info(
@@ -460,7 +469,10 @@ def _run_planned_stage(
     context.print_line(
         f"[{time.strftime('%H:%M:%S')}] {planned_stage.number:02d} {stage.kind}: {description}"
     )
-    result = stage.run_stage(context, UpstreamResults(finished_artifacts))
+    try:
+        result = stage.run_stage(context, UpstreamResults(finished_artifacts))
+    finally:
+        context.note_waiting_records()
     artifact = Artifact(
         kind=stage.kind,
         key=planned_stage.stage_digest,
@@ -507,6 +519,30 @@ def find_stage_index(stage_name: str | None, pipeline: Pipeline) -> int:
         return int(stage_name)
     names = ", ".join(f"{number} {kind}" for number, kind in enumerate(kinds))
     raise SpecError(f"--from {stage_name!r}: this pipeline has {names}")
+
+
+def find_first_repeated_stage(first_stage: str | None, pipeline: Pipeline, folder: Path) -> int:
+    """Find the position of the first stage whose artifact is made again.
+
+    Args:
+        first_stage: Kind or number of the stage that the user names, or None.
+        pipeline: The pipeline.
+        folder: Folder of the artifacts. A note there says that MLflow lacks records of an earlier
+            run: making the artifacts again from its results writes them.
+
+    Returns:
+        Position from 0; the number of stages if all artifacts are kept.
+
+    Raises:
+        SpecError: If there is no such stage.
+        DamagedFileError: If the note cannot be read.
+    """
+    index = find_stage_index(first_stage, pipeline)
+    note = folder / UNRECORDED_FILE
+    if not note.is_file():
+        return index
+    content = parse_stored_json(read_regular_file(note), str(note), {"first_stage": int})
+    return min(index, int(content["first_stage"]))
 
 
 def _override_pipeline(pipeline: Pipeline, overrides: Mapping[str, Any]) -> Pipeline:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from raysweep.data import DatasetSplits, DataSpec, load_data
 from raysweep.pipeline.artifact import Artifact
-from raysweep.pipeline.pipeline import Pipeline, find_stage_index, plan_stages
+from raysweep.pipeline.pipeline import Pipeline, find_first_repeated_stage, plan_stages
 from raysweep.pipeline.promote import PromoteStage
 from raysweep.pipeline.stage import PlannedTraining, Stage, TrainingOverrides
 from raysweep.pipeline.train import TrainStage
@@ -50,7 +50,7 @@ def plan_pipeline(
     Raises:
         SpecError: If there is no such first stage, or a trial fits on no node.
     """
-    first_index = find_stage_index(first_stage, pipeline)
+    first_index = find_first_repeated_stage(first_stage, pipeline, folder)
     cluster, nodes = available_capacity(address)
     salt = pipeline.compute_rerun_key()
     load_dataset = functools.cache(load_data)

@@ -114,8 +114,13 @@ class RegisterStage(Stage):
             # MLflow did not answer at the time of the evaluation.
             context.records.write_waiting()
             path = context.resolve_reference(evaluation.candidate.checkpoint)
-            tags = checkpoint_run_tags(checkpoint.read_checkpoint(path))
-            run_id = tracker.find_run(tags) or ""
+            run_tags = checkpoint_run_tags(checkpoint.read_checkpoint(path))
+            run_id = tracker.find_run(run_tags) or ""
+        if not run_id:
+            raise StageFailed(
+                f"MLflow lacks the run of {evaluation.candidate.title}: run the same command again "
+                "when it answers"
+            )
         tracker.log_json(run_id, card, f"registered/{CARD_FILE}")
         tracker.log_file(run_id, _find_file(context, evaluation, EXAMPLES_FILE), "registered")
         return tracker.register_model(self.name, run_id, tags, _REGISTRY_DESCRIPTION)

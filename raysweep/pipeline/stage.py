@@ -1,5 +1,6 @@
 """Base class of stages, and the values that a stage receives and returns."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from raysweep.atomic_files import atomic_write_text
 from raysweep.data import DatasetSplits, DataSpec, load_data
 from raysweep.errors import WorkFailed
 from raysweep.pipeline.artifact import (
@@ -27,6 +29,8 @@ from raysweep.tracking import Tracker, tracking_uri
 from raysweep.training.config import TrainingConfig
 
 _RUNS_FOLDER = "runs"
+UNRECORDED_FILE = "unrecorded.json"
+"""Note in a pipeline's folder that MLflow lacks records: the first stage that has such."""
 CONFLICT_MESSAGE = "candidates of different threat models cannot be ranked"
 
 
@@ -220,6 +224,9 @@ class StageContext:
         stage_number: Position of the current stage, from 0.
         stage_digest: Digest of the current stage.
         storage: Folder of all sweeps and training runs, which artifacts may refer to besides `out`.
+        records_again: Whether MLflow lacks records of an earlier run, so that sweeps that have
+            ended are recorded again.
+        first_unrecorded_stage: Position of the first stage of which records wait for MLflow.
     """
 
     pipeline_name: str
@@ -233,14 +240,30 @@ class StageContext:
     stage_number: int = 0
     stage_digest: str = ""
     storage: StorePath | None = None
+    records_again: bool = False
+    first_unrecorded_stage: int | None = None
     _datasets: dict[str, DatasetSplits] = field(default_factory=dict)
 
     @cached_property
     def records(self) -> RecordQueue:
         """Records for MLflow that wait until it answers; the last attempt is the pipeline's end."""
-        records = RecordQueue("MLflow store", tracking_uri(self.out))
-        self.exit_stack.callback(records.finish)
-        return records
+        self.exit_stack.callback(self._finish_records)
+        return RecordQueue("MLflow store", tracking_uri(self.out))
+
+    def note_waiting_records(self) -> None:
+        """Remember the first stage of which MLflow lacks records."""
+        has_queue = "records" in vars(self)
+        if has_queue and self.first_unrecorded_stage is None and self.records.n_waiting:
+            self.first_unrecorded_stage = self.stage_number
+
+    def _finish_records(self) -> None:
+        """Write the records that wait; leave a note for the next run if MLflow lacks some."""
+        note = self.artifacts_folder / UNRECORDED_FILE
+        if self.records.finish("; the same command writes them"):
+            first_stage = self.first_unrecorded_stage or 0
+            atomic_write_text(note, json.dumps({"first_stage": first_stage}) + "\n")
+        else:
+            note.unlink(missing_ok=True)
 
     @cached_property
     def tracker(self) -> Tracker:

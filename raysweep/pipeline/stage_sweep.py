@@ -147,13 +147,14 @@ def run_stage_sweep(
             "" if has_work_left else ": its results are taken as they are",
             extra={"sweep": sweep_folder.name},
         )
-        if has_work_left:
-            context.connect_cluster()
+        if has_work_left or context.records_again:
+            if has_work_left:
+                context.connect_cluster()
             resources = Resources(cpus, gpus)
             data_spec = space.trial_config({}).data
             fingerprint = context.get_dataset(data_spec).fingerprint
             listeners: list[SweepListener] = [
-                SweepTracker(context.tracker, fingerprint),
+                SweepTracker(context.tracker, fingerprint, context.records),
                 SweepDisplay(context.console),
             ]
             budget = Budget(math.inf if max_hours is None else 3600 * max_hours)

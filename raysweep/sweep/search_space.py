@@ -25,6 +25,7 @@ from raysweep.spec import (
     describe_unknown_name,
     find_builtin_folder,
     list_leaf_paths,
+    list_paths,
     match_paths,
     merge_overrides,
 )
@@ -477,8 +478,8 @@ class SearchSpace(Spec):
         """Return this space with some settings fixed.
 
         A searched setting that is fixed is no longer searched, also if a path with `*` or a mapping
-        for the part around it fixes it. A setting whose condition depends on it is searched if the
-        fixed value satisfies the condition.
+        for the part around it fixes it, or replaces the part by one without the setting. A setting
+        whose condition depends on it is searched if the fixed value satisfies the condition.
 
         Args:
             overrides: Values by dotted path.
@@ -538,13 +539,25 @@ class SearchSpace(Spec):
                 if pattern == path or ("*" in pattern and fnmatchcase(path, pattern)):
                     fixed_values[path] = value
                 elif covers_path(pattern, path):
-                    with suppress(KeyError):
+                    try:
                         fixed_values[path] = _find_in_part(pattern, value, path)
+                    except KeyError:
+                        if self._loses_setting(path, overrides):
+                            # It meets no condition.
+                            fixed_values[path] = _NO_VALUE
                 elif "*" in path:
                     self._require_no_overlap(path, pattern)
                 elif _reaches_into(pattern, path, self.space[path].categorical or ()):
                     raise _part_of_searched_setting(pattern, path)
         return fixed_values
+
+    def _loses_setting(self, path: str, overrides: Mapping[str, Any]) -> bool:
+        """Return whether overrides replace the part around a setting by one that lacks it."""
+        try:
+            config = self.replace(base=merge_overrides(self.base, overrides)).trial_config({})
+        except SpecError:
+            return False  # The overrides are refused for their own reason.
+        return not any(fnmatchcase(other, path) for other in list_paths(config.to_json_dict()))
 
     def _require_no_overlap(self, path: str, override: str) -> None:
         """Raise SpecError if an override fixes one of the settings that a `*` path searches."""
@@ -858,6 +871,8 @@ def param_labels(paths: list[str]) -> dict[str, str]:
     return labels
 
 
+# Value of a setting that a config does not have.
+_NO_VALUE = object()
 # Settings of a sweep that `--set` may change; `trials` has its own option.
 _SWEEP_NAMES = frozenset(
     {

@@ -399,13 +399,16 @@ class Tracker:
 
         Returns:
             The version.
-        """
-        from mlflow.exceptions import MlflowException
 
-        client, _ = self._connection.result()
+        Raises:
+            RecordStoreUnavailable: The store does not answer.
+        """
+        client, _ = self._open_store()
         try:
             client.get_registered_model(model_name)
-        except MlflowException as error:
+        except RecordStoreUnavailable as error:
+            if not error.is_final:
+                raise
             logger.info("the model %s is new: %s", model_name, error)
             client.create_registered_model(model_name, description=description)
         versions = [
@@ -443,13 +446,16 @@ class Tracker:
 
         Returns:
             Version, id of its run, and its tags; None if no version has the alias.
-        """
-        from mlflow.exceptions import MlflowException
 
-        client, _ = self._connection.result()
+        Raises:
+            RecordStoreUnavailable: The store does not answer.
+        """
+        client, _ = self._open_store()
         try:
             entry = client.get_model_version_by_alias(model_name, alias)
-        except MlflowException as error:
+        except RecordStoreUnavailable as error:
+            if not error.is_final:
+                raise
             logger.info("no version of %s is its %s: %s", model_name, alias, error)
             return None
         return str(entry.version), str(entry.run_id), dict(entry.tags)

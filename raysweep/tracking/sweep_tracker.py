@@ -34,14 +34,18 @@ class SweepTracker:
     Args:
         tracker: Client of the store.
         fingerprint: Fingerprint of the sweep's data; empty to log no data set.
+        records: Queue of larger work, which finishes it; by default the sweep has its own.
     """
 
-    def __init__(self, tracker: Tracker, fingerprint: str = "") -> None:
+    def __init__(
+        self, tracker: Tracker, fingerprint: str = "", records: RecordQueue | None = None
+    ) -> None:
         self._tracker = tracker
         self._fingerprint = fingerprint
         self._trial_run_ids: dict[int, str] = {}
         # The ledger has all that the records are made of.
-        self._records = RecordQueue("MLflow store", tracker.uri)
+        self._is_part = records is not None
+        self._records = records or RecordQueue("MLflow store", tracker.uri)
 
     def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:
         """Open the sweep's run, and close runs of ended trials that are still open.
@@ -66,7 +70,8 @@ class SweepTracker:
             # Another driver has taken the sweep over and writes its runs.
             return
         self._records.write(lambda: self._log_sweep_end(ledger, error))
-        self._records.finish(f"; `raysweep tune --resume {ledger.name}` writes them")
+        if not self._is_part:
+            self._records.finish(f"; `raysweep tune --resume {ledger.name}` writes them")
 
     def _open_sweep_run(self) -> None:
         """Open the sweep's run, and close runs of ended trials that are still open."""
