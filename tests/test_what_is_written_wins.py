@@ -448,7 +448,7 @@ def test_the_hint_makes_arrays_that_are_read(tmp_path: Path, x: Any, hint: str) 
 
 
 def test_a_part_without_the_searched_setting_fixes_it() -> None:
-    """`tune at --set optim.lr=0.1`: a number has none of the `optim.lr.values` that are searched."""
+    """`tune at --set optim.lr=0.1`: a number has none of the searched `optim.lr.values`."""
     space = load_space("at", {})
     assert "optim.lr.values" in space.space
     fixed = space.with_overrides({"optim.lr": 0.1})
