@@ -267,7 +267,17 @@ class Round:
         return time.monotonic() - self.watcher.began
 
     def _start_driver(self, *arguments: str) -> None:
-        command = ["tune", "gairat", *arguments, "--set", "finalists=0", "--out", str(self.folder)]
+        command = [
+            "tune",
+            "gairat",
+            *arguments,
+            "--set",
+            "finalists=0",
+            "--set",
+            "base_runs=0",
+            "--out",
+            str(self.folder),
+        ]
         command += ["--storage", self.versions.location]
         command += ["--cpus-per-trial", "1", "--gpus-per-trial", "0"]
         environment = {

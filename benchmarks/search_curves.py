@@ -47,7 +47,7 @@ def list_runs(spaces: list[str]) -> Iterator[tuple[str, int, int, Params, Traini
     """List the runs: space, number of the setting, seed, params and config; the spaces in turn."""
     drawn = {}
     for name in spaces:
-        space = load_space(name, {"finalists": 0})
+        space = load_space(name, {"finalists": 0, "base_runs": 0})
         drawn[name] = (space, draw_settings(space, N_SETTINGS[name]))
     for number in range(max(N_SETTINGS[name] for name in spaces)):
         for name, (space, settings) in drawn.items():

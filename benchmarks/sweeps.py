@@ -66,6 +66,9 @@ class Clock:
                 now - begun - epoch_metrics["train/seconds"] - epoch_metrics["validation_seconds"]
             )
 
+    def on_base_run_update(self, run: Trial, epoch_metrics: dict[str, float] | None) -> None:
+        pass
+
     def on_finalist_update(self, trial: Trial, n_left: int) -> None:
         pass
 
@@ -91,7 +94,7 @@ def run_timed_sweep(space: SearchSpace, **resources: Any) -> tuple[Ledger, float
 
 
 def measure_sharing(rounds: int) -> list[list[Any]]:
-    shipped = load_space("gairat", {**SMALL, "finalists": 0})
+    shipped = load_space("gairat", {**SMALL, "finalists": 0, "base_runs": 0})
     cases = {
         "lambda x burn-in (grid of 12)": SearchSpace.from_data(GRID),
         "gairat as shipped (TPE, ASHA)": shipped,

@@ -9,9 +9,9 @@ Citations: G is GAIRAT (Zhang et al. 2021), L is LRAT (Gao et al. 2021). CE is t
 is KL(p(x) || p(x~)), x are natural images, x~ adversarial images.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from raysweep.attacks import PGD, MinimalPerturbation
+from raysweep.attacks import PGD, AnyAttack, MinimalPerturbation
 from raysweep.instance_weights import (
     GeometryWeight,
     ProbabilisticMarginWeight,
@@ -305,3 +305,56 @@ METHODS: dict[str, Callable[[], Method]] = {
     "mail-trades": mail_trades,
     "mail-mart": mail_mart,
 }
+
+BASE_METHODS: Mapping[str, str] = {
+    "gairat": "at",
+    "lrat": "at",
+    "mail-at": "at",
+    "gair-fat": "fat",
+    "gair-trades": "trades",
+    "lrat-trades": "trades",
+    "mail-trades": "trades",
+    "gair-mart": "mart",
+    "mart-gair-kl": "mart",
+    "mail-mart": "mart",
+    "gair-rst": "rst",
+}
+"""Reweighting method -> the method without its instance weights, to which it is compared."""
+
+
+def build_base_method(method: Method) -> Method | None:
+    """Build the method that a reweighting method is compared to, at the same budget.
+
+    It has the settings of the reweighting method wherever it has the same part: attacks of the same
+    name and loss, and the factor of terms of the same name, loss and inputs. Its other attacks get
+    norm, radius and steps of the method's first attack. Where the weights are still 1, in a
+    burn-in, GAIRAT and MAIL then train what their base method trains.
+
+    Args:
+        method: The method; its name is looked up in `BASE_METHODS`.
+
+    Returns:
+        The base method; None if the method has none.
+    """
+    name = BASE_METHODS.get(method.name)
+    if name is None:
+        return None
+    base = METHODS[name]()
+    attacks = {key: _match_attack(key, attack, method) for key, attack in base.attacks.items()}
+    terms = {}
+    for key, term in base.terms.items():
+        same = method.terms.get(key)
+        if same is not None and (same.loss, same.on) == (term.loss, term.on):
+            term = term.replace(coef=same.coef)
+        terms[key] = term
+    return base.replace(attacks=attacks, terms=terms)
+
+
+def _match_attack(name: str, attack: AnyAttack, method: Method) -> AnyAttack:
+    """Return an attack of a base method with the settings that a method's attacks have."""
+    same = method.attacks.get(name)
+    if same is not None and getattr(same, "loss", None) == getattr(attack, "loss", None):
+        return same
+    first = next(iter(method.attacks.values()))
+    shared = ("norm", "eps", "steps", "step_size")
+    return attack.replace(**{key: getattr(first, key) for key in shared if hasattr(first, key)})

@@ -27,6 +27,7 @@ from raysweep.run_lookup import (
 from raysweep.spec import JsonDict, SpecError
 from raysweep.stored_data import parse_stored_json
 from raysweep.stores import Location, StorePath, open_path
+from raysweep.sweep.base_comparison import BaseComparison, compare_with_base
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.finalist_summary import summarize_finalists
 from raysweep.sweep.ledger import Ledger, Trial
@@ -243,6 +244,17 @@ class Sweep:
         return summarize_spread(self.ledger)
 
     @property
+    def base_comparison(self) -> BaseComparison | None:
+        """Whether the best trial beats the base method, the method without instance weights.
+
+        None if there is nothing to compare; see `base_comparison.compare_with_base`.
+
+        Raises:
+            DamagedFileError: A trial's file is damaged.
+        """
+        return compare_with_base(self.ledger)
+
+    @property
     def state(self) -> RunState:
         """Whether all trials have ended, a process works on the others, or it was interrupted.
 
@@ -282,7 +294,7 @@ class Sweep:
             **{name: value for name, value in trial.best.items() if "/" not in name},
             "before": trial.best_in_burn_in.get(self.ledger.space.objectives[0]),
             "autoattack": trial.robust_under_autoattack,
-            **({} if spread is None else {"like_best": spread.describe_mark(trial.number)}),
+            **({} if spread is None else {"like_best": spread.describe_mark(trial)}),
             "choice": self.ledger.describe_choice(trial),
             "epochs": trial.epoch,
             "trained": trial.trained_epochs,
@@ -455,14 +467,17 @@ def sweep_to_json(ledger: Ledger) -> JsonDict:
         Its name, location, space and state, and the command that resumes it, or None; epochs that
         the trials reported (`asked`), trained and reused (`saved`); the numbers of the Pareto
         front; the results of AutoAttack on the finalists (see `FinalistSummary`), or None; which
-        trials cannot be told apart (see `SpreadSummary`), or None; advice on the best trial; all
-        trials, best first, as from `trial_to_json`.
+        trials cannot be told apart (see `SpreadSummary`), or None; whether the best one beats the
+        base method (see `BaseComparison`), or None, and the runs of the base method; advice on the
+        best trial; all trials, best first, as from `trial_to_json`.
     """
     ranked_trials, trials = ledger.rank_trials(), ledger.load_trials()
     best_trial = ledger.find_best_trial()
-    epochs = count_epochs(trials)
+    base_runs = ledger.load_base_runs()
+    epochs = count_epochs([*trials, *base_runs])
     is_interrupted = ledger.is_interrupted()
     finalists, spread = summarize_finalists(ledger), summarize_spread(ledger)
+    base = compare_with_base(ledger)
     return {
         "sweep": ledger.name,
         "path": str(ledger.path),
@@ -477,6 +492,8 @@ def sweep_to_json(ledger: Ledger) -> JsonDict:
         "front": [trial.number for trial in ledger.unmasked_pareto_front()],
         "finalists": finalists.to_json_dict() if finalists else None,
         "comparison": spread.to_json_dict() if spread else None,
+        "base": base.to_json_dict() if base else None,
+        "base_runs": [trial_to_json(ledger, run, is_interrupted) for run in base_runs],
         "advice": advise_on_trial(ledger, best_trial.number) if best_trial else [],
         "trials": [
             trial_to_json(ledger, trial, is_interrupted)

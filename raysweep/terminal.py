@@ -57,10 +57,11 @@ class SweepDisplay:
         self._console = console
         self._live: Live | None = None
         self._trials: dict[int, Trial] = {}
+        self._base_runs: dict[int, Trial] = {}
         self._n_ended_before = 0
         self._spread: SpreadSummary | None = None
         # Reason of a failure or restart -> the first trial that had it.
-        self._trials_by_reason: dict[str, int] = {}
+        self._trials_by_reason: dict[str, str] = {}
         self._start_time = time.monotonic()
 
     def announce(self, text: str) -> None:
@@ -72,6 +73,7 @@ class SweepDisplay:
         self._ledger = ledger
         self._max_epochs = ledger.space.trial_config({}).epochs
         self._trials = {trial.number: trial for trial in ledger.load_trials()}
+        self._base_runs = {run.number: run for run in ledger.load_base_runs()}
         trials = format_count(ledger.space.n_trials, "trial")
         epochs = format_count(self._max_epochs, "epoch")
         ended = [trial for trial in self._trials.values() if trial.state != "running"]
@@ -103,9 +105,17 @@ class SweepDisplay:
         ):
             self.announce(self._format_trial_line(trial))
 
+    def on_base_run_update(self, run: Trial, epoch_metrics: EpochMetrics | None) -> None:
+        """Update the live table; in a pipe, print a line, except for the run's first start."""
+        self._base_runs[run.number] = run
+        if self._live is None and (
+            epoch_metrics is not None or run.state != "running" or run.reason
+        ):
+            self.announce(self._format_trial_line(run))
+
     def on_finalist_update(self, trial: Trial, n_left: int) -> None:
         """Print that AutoAttack begins with a finalist, or what it found."""
-        self._trials[trial.number] = trial
+        (self._base_runs if trial.is_base_run else self._trials)[trial.number] = trial
         if trial.robust_under_autoattack is not None:
             result = f"{trial.robust_under_autoattack:.3f} under AutoAttack"
         elif trial.finalist is not None and trial.finalist.error:
@@ -114,7 +124,7 @@ class SweepDisplay:
             left = format_count(n_left, "trial")
             result = f"AutoAttack on the validation images begins; {left} to attack"
         elapsed = format_clock(time.monotonic() - self._start_time)
-        self.announce(f"[{elapsed}] trial {trial.number:04d} {result}")
+        self.announce(f"[{elapsed}] {self._name_trial(trial)} {result}")
 
     def on_sweep_end(self, ledger: Ledger, error: BaseException | None = None) -> None:
         """Remove the live table."""
@@ -129,7 +139,7 @@ class SweepDisplay:
     def _format_trial_line(self, trial: Trial) -> str:
         """Return a line about the trial's epoch, restart or end, with the time since the start."""
         elapsed = format_clock(time.monotonic() - self._start_time)
-        head = f"[{elapsed}] trial {trial.number:04d}"
+        head = f"[{elapsed}] {self._name_trial(trial)}"
         reason = self._format_reason(trial)
         if trial.state != "running":
             return f"{head} {trial.state}{reason}, best {format_accuracies(trial.best)}"
@@ -138,12 +148,16 @@ class SweepDisplay:
         accuracies = format_accuracies(trial.latest)
         return f"{head} epoch {trial.epoch}/{self._max_epochs} {accuracies}"
 
+    def _name_trial(self, trial: Trial) -> str:
+        """Return what begins the lines of a trial: `trial 0003`, or `at (base) seed 0`."""
+        return self._ledger.describe_row(trial) if trial.is_base_run else trial.title
+
     def _format_reason(self, trial: Trial) -> str:
         """Return `: REASON`; the number of the first trial with the same reason for others."""
         if not trial.reason:
             return ""
-        first = self._trials_by_reason.setdefault(trial.reason, trial.number)
-        return f": {trial.reason}" if first == trial.number else f": as trial {first:04d}"
+        first = self._trials_by_reason.setdefault(trial.reason, trial.title)
+        return f": {trial.reason}" if first == trial.title else f": as {first}"
 
     def _render_table(self) -> "TrialTable":
         """Return a table of the running and the best ended trials, with an estimate of the end."""
@@ -161,7 +175,8 @@ class SweepDisplay:
         caption += "; Ctrl-C stops"
         if self._spread is not None and self._spread.split is not None:
             caption += f"\n{describe_split(self._spread.split)}"
-        return TrialTable(self._ledger, [*running, *best], caption, spread=self._spread)
+        rows = [*running, *best, *self._base_runs.values()]
+        return TrialTable(self._ledger, rows, caption, spread=self._spread)
 
 
 @contextmanager
@@ -200,6 +215,8 @@ def training_progress_bar(
 
 class TrialTable:
     """Table with one row for each trial: settings, state, epoch and accuracies.
+
+    Runs of the base method have rows, too.
 
     Epoch and accuracies are those of the best epoch; for a running trial those of the latest epoch.
     If trials have burn-ins, `before weights act` is what the objective reached there: adversarial
@@ -272,7 +289,10 @@ class TrialTable:
         for trial in self._trials:
             settings = [format_param(trial.params.get(path)) for path in paths]
             table.add_row(
-                f"{trial.number:04d}", *settings, *self._format_metrics(trial), self._state(trial)
+                self._ledger.describe_row(trial),
+                *settings,
+                *self._format_metrics(trial),
+                self._state(trial),
             )
         return table
 
@@ -282,6 +302,8 @@ class TrialTable:
         table.add_column("trial", no_wrap=True)
         table.add_column("settings", overflow="fold")
         for trial in self._trials:
+            if trial.is_base_run:
+                continue
             settings = [
                 f"{label}={format_param(trial.params.get(path))}"
                 for path, label in self._labels.items()
@@ -302,7 +324,7 @@ class TrialTable:
         if self._has_finalists:
             cells.append(_format_metric(trial.robust_under_autoattack))
         if self._spread is not None:
-            cells.append(self._spread.describe_mark(trial.number))
+            cells.append(self._spread.describe_mark(trial))
         return cells
 
     def _state(self, trial: Trial) -> Text:

@@ -265,6 +265,9 @@ class TrialUpdateListener:
     def on_trial_update(self, trial: "Trial", epoch_metrics: dict[str, float] | None) -> None:
         self.callback(trial)
 
+    def on_base_run_update(self, run: "Trial", epoch_metrics: dict[str, float] | None) -> None:
+        pass
+
     def on_finalist_update(self, trial: "Trial", n_left: int) -> None:
         pass
 

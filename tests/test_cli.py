@@ -366,6 +366,15 @@ def test_tune_ends_with_the_best_trials_and_what_to_type_next(
     shown = json.loads(capsys.readouterr().out)
     assert shown["sweep"] == "quick" and len(shown["trials"]) == 2
     assert all(Path(trial["checkpoint"]).is_dir() for trial in shown["trials"])
+    # The base method has trained beside the trials, with two seeds and all epochs.
+    assert "at (base) seed 0" in out and "at (base) seed 1 finished" in err
+    assert [run["epoch"] for run in shown["base_runs"]] == [1, 1]
+    for seed, run in enumerate(shown["base_runs"]):
+        meta = json.loads((Path(run["checkpoint"]) / "meta.json").read_text())
+        assert (meta["config"]["method"]["name"], meta["config"]["seed"]) == ("at", seed)
+        assert run["verdicts"]["n_examples"] == 50
+    assert main(["show", "quick", "--log"]) == 0
+    assert "[base run 0001 process" in capsys.readouterr().out
     wider = workdir / "wider.yaml"
     shipped = load_space("lrat", {}).to_json_dict()
     shipped["space"][ALPHA]["float"] = [0.125, 16.0]
@@ -375,6 +384,8 @@ def test_tune_ends_with_the_best_trials_and_what_to_type_next(
     trials = json.loads(capsys.readouterr().out)["trials"]
     finished = [trial for trial in trials if trial["state"] == "finished"]
     assert len(trials) == 3 and finished and all(trial["epoch"] == 2 for trial in finished)
+    runs = Ledger.open(workdir / "runs" / "quick").load_base_runs()
+    assert [(run.state, run.epoch) for run in runs] == [("finished", 2)] * 2
     assert Ledger.open(workdir / "runs" / "quick").space.space[ALPHA].float == (0.125, 16.0)
     held = ["--address", gcs_address(), "--workers", "2", "--cpus-per-trial", "1.5"]
     held += ["--gpus-per-trial", "0", "--optuna", f"sqlite:///{workdir}/optuna.db"]
@@ -407,6 +418,7 @@ def test_tune_gairat_on_colour_images_of_ones_own(ray_cluster, workdir: Path, ca
     # A relative folder, though trials work in others.
     settings = [
         "finalists=0",
+        "base_runs=0",
         "data.name=arrays",
         "data.val_size=15",
         "model.name=digits_cnn",

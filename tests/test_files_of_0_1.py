@@ -483,8 +483,10 @@ def test_runs_in_mlflow_are_found(out: Path) -> None:
 
 
 def without_later_settings(space: SearchSpace) -> SearchSpace:
-    """Leave out what a new sweep has beside its file: its finalists, and its defaults."""
-    return space.replace(dataset_defaults=None, finalists=None)
+    """Leave out what a new sweep has beside its file: its finalists, runs of the base
+    method, and its defaults.
+    """
+    return space.replace(dataset_defaults=None, finalists=None, base_runs=None)
 
 
 @pytest.mark.usefixtures("in_yaml")

@@ -32,6 +32,7 @@ SETTINGS = (
     "data.val_size=50",
     "*.attacks.*.steps=3",
     "finalists=0",
+    "base_runs=0",
 )
 SMALL = [part for setting in SETTINGS for part in ("--set", setting)]
 

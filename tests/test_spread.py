@@ -226,6 +226,37 @@ class TestWhatIsSaid:
         rendered = "\n".join(render(display._render_table()))
         assert "settings explain at most 0% of the spread of the 4" in rendered
 
+    @pytest.mark.mlflow
+    def test_mlflow_and_show_have_it(
+        self, workdir: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from raysweep.cli import main
+        from raysweep.tracking import SweepTracker, Tracker
+
+        trials = [make_trial(number, 150) for number in range(4)]
+        ledger = make_ledger(workdir / "runs", *trials)
+        tracker = Tracker(f"sqlite:///{workdir}/mlflow.db", workdir / "mlruns")
+        listener = SweepTracker(tracker)
+        listener.on_sweep_start(ledger, 0)
+        listener.on_sweep_end(ledger)
+        (run,) = search_runs(tracker, "sweep")
+        assert run.data.metrics["spread/trials_like_best"] == 3
+        assert run.data.metrics["spread/settings_share"] == 0
+        assert run.data.tags["like_best"] == "0001, 0002, 0003"
+        assert main(["show", "sweep"]) == 0
+        shown = capsys.readouterr().out
+        for line in describe_spread(ledger):
+            assert f"- {line}\n" in run.data.tags["mlflow.note.content"] and line in shown
+        assert "like best" in shown
+
+
+def search_runs(tracker: Any, kind: str) -> list[Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracker.uri)
+    experiment = client.get_experiment_by_name("raysweep").experiment_id
+    return list(client.search_runs([experiment], f"tags.`raysweep.kind` = '{kind}'"))
+
 
 def render(table: Any) -> list[str]:
     target = Console(width=200, force_terminal=False)

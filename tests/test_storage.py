@@ -525,6 +525,7 @@ def test_a_killed_sweep_goes_on_elsewhere_from_the_bucket_alone(
         "data.val_size=50",
         "*.attacks.*.steps=3",
         "finalists=0",
+        "base_runs=0",
     )
     small = [part for setting in settings for part in ("--set", setting)]
     study = f"sqlite:///{tmp_path}/optuna.db"

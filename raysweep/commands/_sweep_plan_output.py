@@ -38,6 +38,7 @@ def _plan_to_json(plan: "SweepPlan", folder: "Path | None") -> "JsonDict":
         "trials_left": plan.n_trials_left,
         "epochs_per_trial": plan.epochs_per_trial,
         "epochs_expected": plan.expected_epochs,
+        "base_runs": plan.n_base_runs,
         "finalists": plan.n_finalists,
         "searched": plan.distributions,
         "train_examples": plan.n_train_examples,
@@ -88,8 +89,16 @@ def _describe_plan(plan: "SweepPlan", folder: "Path | None") -> list[str]:
         f"{plan.concurrency} run at once",
         *_describe_time(plan),
     ]
+    if plan.n_base_epochs:
+        runs = format_count(plan.n_base_runs, "run")
+        lines.append(
+            f"of these, {format_count(plan.n_base_epochs, 'epoch')} are {runs} of "
+            f"{plan.base_method_name}, to which the best trial is compared (base_runs)"
+        )
     if plan.n_finalists:
         best = format_count(plan.n_finalists, "best trial")
+        if plan.n_base_runs:
+            best += f" and the runs of {plan.base_method_name}"
         lines.append(f"then full AutoAttack on the validation images, on the {best}")
     lines.append(describe_needed_space(plan.checkpoint_bytes, folder))
     return [part for line in lines for part in wrap_plan_line(line)]

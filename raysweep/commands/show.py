@@ -397,6 +397,7 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
         describe_masking_effect_on_ranking,
         sweep_to_json,
     )
+    from raysweep.sweep.base_comparison import describe_base_comparison
     from raysweep.sweep.finalist_summary import describe_finalists
     from raysweep.sweep.spread_summary import describe_spread, summarize_spread
     from raysweep.sweep.trial_advice import advise_on_trial
@@ -421,7 +422,7 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
     create_table_console().print(
         TrialTable(
             ledger,
-            [*ranked, *unranked],
+            [*ranked, *unranked, *ledger.load_base_runs()],
             is_interrupted=is_interrupted,
             spread=summarize_spread(ledger),
         )
@@ -429,6 +430,7 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
     for line in [
         *describe_finalists(ledger),
         *describe_spread(ledger),
+        *describe_base_comparison(ledger),
         *describe_guessing(ledger),
         *describe_masking_effect_on_ranking(ledger),
     ]:

@@ -322,7 +322,7 @@ def _print_plan(
 
     trials = [
         trial.as_running() if trial.runs_again(request.retry_failed) else trial
-        for trial in (resumed_ledger.load_trials() if resumed_ledger else [])
+        for trial in (resumed_ledger.load_all_runs() if resumed_ledger else [])
     ]
     plan = plan_sweep(space, dataset, resources, request.address, trials)
     print_sweep_plan(plan, request.as_json, runs_folder.local_path)
@@ -344,7 +344,8 @@ def _check_disk_space(folder: StorePath, space: SearchSpace, dataset: DatasetSpl
     reserve = space.disk_reserve_gib
     if line := describe_missing_space(folder.local_path, 0, reserve):
         raise InfrastructureError(line)
-    needed_bytes = space.n_trials * estimate_trial_bytes(space.trial_config({}), dataset)
+    n_runs = space.n_trials + (space.base_runs or 0)
+    needed_bytes = n_runs * estimate_trial_bytes(space.trial_config({}), dataset)
     if line := describe_missing_space(folder.local_path, needed_bytes, reserve):
         print_warnings([f"{line}; the sweep stops there, and --resume goes on"])
 
@@ -549,6 +550,7 @@ def _extend_resumed_space(request: TuneRequest, ledger: Ledger) -> SearchSpace:
         space = space.replace(
             trials=max(ledger.space.n_trials, space.n_trials),
             dataset_defaults=ledger.space.dataset_defaults,
+            base_runs=request.overrides.get("base_runs", ledger.space.base_runs),
         )
     elif request.overrides:
         of_sweep, of_training = split_sweep_settings(request.overrides)
@@ -600,6 +602,7 @@ def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) 
         describe_masking_effect_on_ranking,
         sweep_to_json,
     )
+    from raysweep.sweep.base_comparison import describe_base_comparison
     from raysweep.sweep.epoch_counts import count_epochs
     from raysweep.sweep.finalist_summary import describe_finalists
     from raysweep.sweep.spread_summary import describe_spread
@@ -616,13 +619,14 @@ def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) 
     for line in [
         *describe_finalists(ledger),
         *describe_spread(ledger),
+        *describe_base_comparison(ledger),
         *describe_guessing(ledger),
         *describe_masking_effect_on_ranking(ledger),
     ]:
         print(line)
     for line in advise_on_trial(ledger, best.number):
         print(f"trial {best.number:04d}: {line}")
-    print(count_epochs(trials))
+    print(count_epochs(ledger.load_all_runs()))
     flags = format_location_flags(request.out, request.storage)
     print(f"\nbest checkpoint\n  {ledger.best_checkpoint_path(best)}")
     print(f"next\n  raysweep eval {ledger.name}/{best.number:04d}{flags}")
@@ -647,7 +651,8 @@ def _print_best_trials(ledger: Ledger, ranked: list[Trial], n_trials: int) -> No
         if n_finalists:
             order = f"AutoAttack (the first {n_finalists}), then by {order}"
         print(f"\nbest {len(best)} of {n_trials} trials by {order}")
-    table = TrialTable(ledger, best, spread=summarize_spread(ledger))
+    rows = [*best, *ledger.load_base_runs()]
+    table = TrialTable(ledger, rows, spread=summarize_spread(ledger))
     create_table_console().print(table)
 
 
@@ -668,6 +673,8 @@ def _report_sweep_end(request: TuneRequest, ledger: Ledger, end_reason: SweepEnd
         location = format_location_flags(request.out, request.storage)
         resources = _format_resume_flags(request)
         done = f"{n_ended} of {ledger.space.n_trials} trials done"
+        if n_base_runs := ledger.count_base_runs_left():
+            done += f", {format_count(n_base_runs, 'base run')} left"
         if n_waiting := len(ledger.find_waiting_finalists()):
             done += f", AutoAttack on {format_count(n_waiting, 'finalist')} is left"
         progress = (

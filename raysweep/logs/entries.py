@@ -119,9 +119,9 @@ def escape_unprintable(text: str) -> str:
 def describe_writer(entry: JsonEntry) -> str:
     """Return who wrote an entry: `trial 0003` or a command, with its process and host."""
     who = str(entry.get("writer", ""))
-    if who == "trial":
+    if who in ("trial", "base run"):
         number = entry.get("trial", 0)
-        who = f"trial {number:04d}" if isinstance(number, int) else f"trial {number}"
+        who += f" {number:04d}" if isinstance(number, int) else f" {number}"
         if "rank" in entry:
             who += f" worker {entry['rank']}"
     return f"[{who} process {entry.get('process', '?')} on {entry.get('host', '?')}]"

@@ -157,7 +157,7 @@ class FolderLog:
             return f"{command.command_line} started at {started_at}: {summarize_process()}"
         work = "its work"
         if "trial" in self._context:
-            work = f"trial {self._context['trial']:04d}"
+            work = f"{self._context['writer']} {self._context['trial']:04d}"
         if _Described.process == os.getpid():
             return f"this process begins {work}; it did other work before"
         _Described.process = os.getpid()

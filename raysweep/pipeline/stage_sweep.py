@@ -14,10 +14,11 @@ from raysweep.pipeline.stage import StageContext, StageFailed
 from raysweep.result_loading import describe_guessing
 from raysweep.spec import JsonDict, SpecError, json_digest
 from raysweep.stores import StorePath
+from raysweep.sweep.base_comparison import describe_base_comparison
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.finalist_summary import describe_finalists
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.search_space import DEFAULT_FINALISTS, SearchSpace
+from raysweep.sweep.search_space import DEFAULT_BASE_RUNS, DEFAULT_FINALISTS, SearchSpace
 from raysweep.sweep.spread_summary import describe_spread
 from raysweep.terminal import SweepDisplay
 from raysweep.tracking import SweepTracker
@@ -73,15 +74,16 @@ def drop_data_location(space: SearchSpace) -> JsonDict:
         space: The search space.
 
     Returns:
-        The space without the default number of finalists; with a digest of the data set's defaults,
-        if these are other ones than in 0.1.
+        The space without the default number of finalists and of runs of the base method; with a
+        digest of the data set's defaults, if these are other ones than in 0.1.
     """
     location_keys = ("data.data_dir", "data.download")
     base = {key: value for key, value in space.base.items() if key not in location_keys}
     content = _with_former_objective(space).replace(base=base).to_stored_dict()
-    # A stage that ended before there were finalists stays valid.
-    if content.get("finalists") == DEFAULT_FINALISTS:
-        del content["finalists"]
+    # A stage that ended before there were finalists or runs of the base method stays valid.
+    for name, default in (("finalists", DEFAULT_FINALISTS), ("base_runs", DEFAULT_BASE_RUNS)):
+        if content.get(name) == default:
+            del content[name]
     dataset_name = str(space.base.get("data.name", DataSpec().name))
     if dataset_name not in UNCHANGED_SINCE_0_1:
         content["dataset_defaults"] = json_digest(DATASET_DEFAULTS[dataset_name])
@@ -179,6 +181,7 @@ def run_stage_sweep(
     for line in [
         *describe_finalists(ledger),
         *describe_spread(ledger),
+        *describe_base_comparison(ledger),
         *describe_guessing(ledger),
     ]:
         context.print_line(f"{sweep_folder.name}: {line}")
@@ -263,7 +266,8 @@ def summarize_sweep(context: StageContext, ledger: Ledger) -> SweepSummary:
         ledger: Ledger of the sweep.
     """
     trials = ledger.load_trials()
-    epochs = count_epochs(trials)
+    runs = ledger.load_all_runs()
+    epochs = count_epochs(runs)
     metric = ledger.space.objectives[0]
     return SweepSummary(
         path=context.make_reference(ledger.path),
@@ -271,7 +275,7 @@ def summarize_sweep(context: StageContext, ledger: Ledger) -> SweepSummary:
         metric=metric,
         epochs_completed=epochs.completed,
         epochs_trained=epochs.trained,
-        seconds=sum(t.seconds for t in trials),
+        seconds=sum(run.seconds for run in runs),
         trials=tuple(
             TrialSummary(
                 number=t.number,

@@ -101,6 +101,7 @@ class TuneStage(Stage):
             of_sweep, changes = split_sweep_settings(changes)
             space = space.with_overrides(changes).with_sweep_settings(of_sweep)
             space = space.with_dataset_defaults().with_default_finalists()
+            space = space.with_default_base_runs()
             if problems := space.find_problems():
                 raise SpecError(problems)
         elif self.space.endswith((".yaml", ".yml")):
@@ -115,7 +116,8 @@ class TuneStage(Stage):
         space = self.resolve_search_space(training_overrides)
         config = space.trial_config({})
         epochs = expected_sweep_epochs(space, config.epochs)
-        return [PlannedTraining(config, space.n_trials, space.n_trials, epochs)]
+        n_runs = space.n_trials + (space.base_runs or 0)
+        return [PlannedTraining(config, n_runs, n_runs, epochs)]
 
     def list_warnings(
         self, training_overrides: TrainingOverrides, upstream_configs: Sequence[TrainingConfig] = ()
@@ -135,11 +137,15 @@ class TuneStage(Stage):
         config = space.trial_config({})
         params = ", ".join(param_labels(list(space.space)).values())
         epochs = expected_sweep_epochs(space, config.epochs)
-        max_epochs = space.n_trials * config.epochs
+        max_epochs = (space.n_trials + (space.base_runs or 0)) * config.epochs
         total = f"about {epochs} of {max_epochs}" if epochs < max_epochs else str(max_epochs)
+        base_runs = ""
+        if space.base_runs:
+            runs = format_count(space.base_runs, "run")
+            base_runs = f"and {runs} of {space.base_method_name}, "
         return (
             f"{format_count(space.n_trials, 'trial')} of {describe_training(config)} each, "
-            f"{total} in all; searched: {params}"
+            f"{base_runs}{total} in all; searched: {params}"
         )
 
     def run_stage(self, context: StageContext, upstream: UpstreamResults) -> StageResult:

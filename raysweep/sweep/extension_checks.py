@@ -12,7 +12,7 @@ from raysweep.sweep.search_space import Params, SearchSpace
 # Keys that do not change what a trial is, or that are checked one by one.
 _EXTENDABLE_KEYS = {
     *("trials", "points_to_evaluate", "base", "space", "share_prefixes", "prefix_gib"),
-    *("finalists", "disk_reserve_gib"),
+    *("finalists", "base_runs", "disk_reserve_gib"),
 }
 _NEW_NAME_HINT = "choose another --name for that"
 
@@ -37,7 +37,13 @@ def check_extension(
         *_find_changed_options(old_space, new_space),
         *_find_changed_distributions(old_space, new_space),
         *new_space.find_finalist_problems(),
+        *new_space.find_base_run_problems(),
     ]
+    if (new_space.base_runs or 0) < (old_space.base_runs or 0):
+        lines.append(
+            f"base_runs = {new_space.base_runs}: the sweep has {old_space.base_runs} and can only "
+            "have more"
+        )
     if not lines:
         for params in ({}, *trial_params.values()):
             lines += _find_changed_config(old_space, new_space, params)

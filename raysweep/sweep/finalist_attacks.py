@@ -84,7 +84,7 @@ def attack_finalists(
                 return
             attacked_trial = replace(trial, finalist=result)
             ledger.save_trial(attacked_trial)
-            (ledger.trial_path(trial.number) / _SHARD_FOLDER).delete_folder()
+            (ledger.run_path(trial) / _SHARD_FOLDER).delete_folder()
             _log_result(attacked_trial, result)
             _notify(listeners, attacked_trial, n_left - 1)
 
@@ -111,7 +111,7 @@ def _attack_trial(
 
     checkpoint = read_checkpoint(ledger.best_checkpoint_path(trial))
     target = _load_target(checkpoint, dataset)
-    shard_folder = ledger.trial_path(trial.number).working_path / _SHARD_FOLDER
+    shard_folder = ledger.run_path(trial).working_path / _SHARD_FOLDER
     robust, verdicts, error = None, None, ""
     try:
         report: RobustnessReport = evaluate(
@@ -134,14 +134,14 @@ def _attack_trial(
         error = get_first_line(task_error.cause or task_error)
     except ray.exceptions.RayError as ray_error:
         raise InfrastructureError(
-            f"AutoAttack on trial {trial.number:04d} lost its processes: "
+            f"AutoAttack on {trial.title} lost its processes: "
             f"{get_first_line(ray_error)}; the sweep's `--resume` continues it"
         ) from ray_error
     except Exception as own_error:
         if is_infrastructure_error(own_error):
             raise
         error = get_first_line(own_error)
-        logger.warning("AutoAttack on trial %04d failed", trial.number, exc_info=own_error)
+        logger.warning("AutoAttack on %s failed", trial.title, exc_info=own_error)
     return FinalistResult(
         epoch=checkpoint.epoch,
         robust=robust,
@@ -170,8 +170,8 @@ def _load_target(checkpoint: TrainingCheckpoint, dataset: CachedDataset) -> _Tar
 def _log_result(trial: Trial, result: FinalistResult) -> None:
     """Log the result of a finalist."""
     logger.info(
-        "trial %04d under AutoAttack: %s",
-        trial.number,
+        "%s under AutoAttack: %s",
+        trial.title,
         result.error or f"{result.robust:.4f} of {result.n_examples} validation images",
         extra={
             "event": "finalist",

@@ -31,6 +31,7 @@ from raysweep.sweep.extension_checks import check_extension
 from raysweep.sweep.finalist_result import FinalistResult
 from raysweep.sweep.search_space import Params, SearchSpace
 from raysweep.training.checkpoint import RunDirectory
+from raysweep.training.config import TrainingConfig
 from raysweep.training.example_verdicts import ExampleVerdicts
 from raysweep.training.failure_reports import TRACEBACK_FILE
 from raysweep.training.metric_history import EpochMetrics
@@ -49,6 +50,7 @@ WARM_START_FILE = "warm_start.json"
 """File in a sweep's folder that holds results of earlier sweeps (see `warm_start`)."""
 
 TrialStatus = Literal["running", "finished", "stopped", "failed"]
+_TRIALS_FOLDER, _BASE_RUNS_FOLDER = "trials", "base"
 # Field of a trial -> its key in trial.json, where the two differ.
 _STORED_KEYS = {"params": "settings", "trained_epochs": "trained"}
 
@@ -80,6 +82,8 @@ class Trial:
             has ended; else None.
         verdicts: Which validation examples the best epoch gets right; None until the trial ends,
             and if an earlier version of raysweep trained the epoch.
+        is_base_run: Whether this is no trial, but a run of the base method beside the trials (see
+            `SearchSpace.base_runs`); these have numbers of their own, from 0.
     """
 
     number: int
@@ -98,6 +102,17 @@ class Trial:
     is_infrastructure_failure: bool = False
     finalist: FinalistResult | None = None
     verdicts: ExampleVerdicts | None = None
+    is_base_run: bool = False
+
+    @property
+    def key(self) -> str:
+        """Name that is unique in the sweep: `0003`, or `base-0000` for a run of the base method."""
+        return f"base-{self.number:04d}" if self.is_base_run else f"{self.number:04d}"
+
+    @property
+    def title(self) -> str:
+        """What it is called in messages: `trial 0003` or `base run 0000`."""
+        return f"{'base run' if self.is_base_run else 'trial'} {self.number:04d}"
 
     def describe_state(self, is_interrupted: bool) -> str:
         """Return the state for displays.
@@ -119,7 +134,8 @@ class Trial:
             del values["finalist"]
         else:
             values["finalist"] = self.finalist.to_stored_dict()
-        del values["verdicts"]
+        # Its folder says whether it is a run of the base method.
+        del values["verdicts"], values["is_base_run"]
         if self.verdicts is not None:
             values["verdicts"] = self.verdicts.to_stored_dict()
         return {_STORED_KEYS.get(name, name): value for name, value in values.items()}
@@ -274,11 +290,37 @@ def _find_front(
     return [trials[index] for index in pareto_front_indices(points)]
 
 
+def find_run_path(sweep_path: StorePath, number: int, is_base_run: bool) -> StorePath:
+    """Return the folder of a trial or of a run of the base method.
+
+    Args:
+        sweep_path: Folder of the sweep.
+        number: Number of the trial or run.
+        is_base_run: Whether it is a run of the base method.
+    """
+    folder = _BASE_RUNS_FOLDER if is_base_run else _TRIALS_FOLDER
+    return sweep_path / folder / f"{number:04d}"
+
+
+def find_run_config(space: SearchSpace, params: Params, is_base_run: bool) -> TrainingConfig:
+    """Build the training config of a trial or of a run of the base method.
+
+    Args:
+        space: The sweep's search space.
+        params: Params of the trial or run.
+        is_base_run: Whether it is a run of the base method.
+
+    Raises:
+        SpecError: If the config is invalid.
+    """
+    return space.base_run_config(params) if is_base_run else space.trial_config(params)
+
+
 class Ledger:
     """Folder of a sweep.
 
     It holds `sweep.json`, and for each trial `trials/NNNN/` with `trial.json` and the trial's
-    checkpoints.
+    checkpoints; for each run of the base method, `base/NNNN/` with the same files.
 
     Attributes:
         path: The folder.
@@ -294,7 +336,7 @@ class Ledger:
         self.key = key
         # Trial number -> rule. Building a trial's config takes a millisecond, and displays rank all
         # trials again and again.
-        self._rules: dict[int, SelectionRule] = {}
+        self._rules: dict[str, SelectionRule] = {}
 
     @classmethod
     def create(cls, path: Location, space: SearchSpace) -> "Ledger":
@@ -356,7 +398,7 @@ class Ledger:
 
     def delete_if_empty(self) -> None:
         """Delete what `create` made, unless the sweep has trials or other files."""
-        if not self.load_trials():
+        if not self.load_all_runs():
             discard_log(self.path)
             (self.path / "sweep.json").delete()
             (self.path / WARM_START_FILE).delete()
@@ -382,11 +424,8 @@ class Ledger:
         self.space = new_space.with_absolute_paths()
         self._rules.clear()
         self._save_space()
-        for trial in trials:
-            if (
-                trial.state == "finished"
-                and trial.epoch < new_space.trial_config(trial.params).epochs
-            ):
+        for trial in self.load_all_runs():
+            if trial.state == "finished" and trial.epoch < self.find_config(trial).epochs:
                 self.save_trial(replace(trial, state="running"))
 
     def restart_failed_trials(self, retry_failed: bool = False) -> list[Trial]:
@@ -399,9 +438,9 @@ class Ledger:
         Returns:
             The trials, as they were before.
         """
-        failed_trials = [trial for trial in self.load_trials() if trial.runs_again(retry_failed)]
+        failed_trials = [trial for trial in self.load_all_runs() if trial.runs_again(retry_failed)]
         for trial in failed_trials:
-            (self.trial_path(trial.number) / TRACEBACK_FILE).delete()
+            (self.run_path(trial) / TRACEBACK_FILE).delete()
             self.save_trial(trial.as_running())
         return failed_trials
 
@@ -421,14 +460,29 @@ class Ledger:
         n_new = (self.space.n_trials if n_trials is None else n_trials) - len(trials)
         return n_restarted + max(0, n_new)
 
+    def count_base_runs_left(self, retry_failed: bool = False) -> int:
+        """Return the number of runs of the base method that `--resume` would run.
+
+        Args:
+            retry_failed: Whether all failed ones run again.
+        """
+        runs = self.load_base_runs()
+        n_restarted = sum(run.state == "running" or run.runs_again(retry_failed) for run in runs)
+        return n_restarted + max(0, (self.space.base_runs or 0) - len(runs))
+
     def has_ended(self) -> bool:
         """Return whether the sweep has no work left.
 
-        All its trials exist and have ended, also if some have failed, and AutoAttack has attacked
-        the finalists.
+        All its trials and runs of the base method exist and have ended, also if some have failed,
+        and AutoAttack has attacked the finalists.
         """
-        trials = self.load_trials()
-        return self._have_ended(trials) and not self._find_waiting_finalists(trials)
+        trials, base_runs = self.load_trials(), self.load_base_runs()
+        return (
+            self._have_ended(trials)
+            and len(base_runs) >= (self.space.base_runs or 0)
+            and all(run.state != "running" for run in base_runs)
+            and not self._find_waiting_finalists(trials, base_runs)
+        )
 
     def _have_ended(self, trials: Sequence[Trial]) -> bool:
         """Return whether these are all trials of the sweep, and all have ended."""
@@ -437,13 +491,15 @@ class Ledger:
         )
 
     def has_work_left(self, retry_failed: bool = False) -> bool:
-        """Return whether `--resume` would run trials or attack finalists.
+        """Return whether `--resume` would run trials or the base method, or attack finalists.
 
         Args:
             retry_failed: Whether all failed trials run again.
         """
         return bool(
-            self.count_trials_left(retry_failed=retry_failed) or self.find_waiting_finalists()
+            self.count_trials_left(retry_failed=retry_failed)
+            or self.count_base_runs_left(retry_failed)
+            or self.find_waiting_finalists()
         )
 
     def check_same_data(self, fingerprint: str) -> None:
@@ -461,8 +517,8 @@ class Ledger:
 
     def find_data_fingerprint(self) -> str | None:
         """Return the fingerprint of the data of the sweep's trials; None without a checkpoint."""
-        for trial in self.load_trials():
-            checkpoint = RunDirectory(self.trial_path(trial.number)).read_last_checkpoint()
+        for trial in self.load_all_runs():
+            checkpoint = RunDirectory(self.run_path(trial)).read_last_checkpoint()
             if checkpoint is not None:
                 return str(checkpoint.meta["data_fingerprint"])
         return None
@@ -485,11 +541,25 @@ class Ledger:
 
     def trial_path(self, trial_number: int) -> StorePath:
         """Return the folder of a trial."""
-        return self.path / "trials" / f"{trial_number:04d}"
+        return find_run_path(self.path, trial_number, is_base_run=False)
+
+    def run_path(self, trial: Trial) -> StorePath:
+        """Return the folder of a trial or of a run of the base method."""
+        return find_run_path(self.path, trial.number, trial.is_base_run)
+
+    def find_config(self, trial: Trial) -> TrainingConfig:
+        """Return the training config of a trial or of a run of the base method."""
+        return find_run_config(self.space, trial.params, trial.is_base_run)
+
+    def describe_row(self, trial: Trial) -> str:
+        """Return what names a trial in tables: `0003`, or `at (base) seed 0`."""
+        if not trial.is_base_run:
+            return f"{trial.number:04d}"
+        return f"{self.space.base_method_name} (base) seed {trial.params.get('seed')}"
 
     def save_trial(self, trial: Trial) -> None:
         """Write trial.json."""
-        (self.trial_path(trial.number) / "trial.json").write_json(trial.to_stored_dict(), indent=1)
+        (self.run_path(trial) / "trial.json").write_json(trial.to_stored_dict(), indent=1)
 
     def with_verdicts(self, trial: Trial) -> Trial:
         """Return a trial that ends, with the verdicts that the checkpoint of its best epoch has."""
@@ -497,9 +567,9 @@ class Ledger:
             return trial
         epoch = int(trial.best["epoch"])
         try:
-            verdicts = RunDirectory(self.trial_path(trial.number)).read_verdicts(epoch)
+            verdicts = RunDirectory(self.run_path(trial)).read_verdicts(epoch)
         except DamagedFileError as error:
-            logger.warning("trial %04d cannot be compared: %s", trial.number, error)
+            logger.warning("%s cannot be compared: %s", trial.title, error)
             verdicts = None
         return replace(trial, verdicts=verdicts)
 
@@ -512,11 +582,35 @@ class Ledger:
         Raises:
             DamagedFileError: If a trial.json is damaged.
         """
-        keys = {field.name: _STORED_KEYS.get(field.name, field.name) for field in fields(Trial)}
+        return self._load_folder(_TRIALS_FOLDER)
+
+    def load_base_runs(self) -> list[Trial]:
+        """Load all runs of the base method that were ever started, ordered by number.
+
+        Raises:
+            DamagedFileError: If a trial.json is damaged.
+        """
+        return self._load_folder(_BASE_RUNS_FOLDER)
+
+    def load_all_runs(self) -> list[Trial]:
+        """Load the trials, and then the runs of the base method.
+
+        Raises:
+            DamagedFileError: If a trial.json is damaged.
+        """
+        return [*self.load_trials(), *self.load_base_runs()]
+
+    def _load_folder(self, folder: str) -> list[Trial]:
+        """Load the runs of one of the two folders, ordered by number."""
+        keys = {
+            field.name: _STORED_KEYS.get(field.name, field.name)
+            for field in fields(Trial)
+            if field.name in _TRIAL_TYPES
+        }
         types = {key: _TRIAL_TYPES[name] for name, key in keys.items()}
         required_types = {keys[name]: types[keys[name]] for name in keys.keys() - _LATER_FIELDS}
         trials = []
-        for file, content in (self.path / "trials").read_matching("*/trial.json").items():
+        for file, content in (self.path / folder).read_matching("*/trial.json").items():
             data = parse_stored_json(content, str(file), required_types)
             check_stored_types(data, types, str(file))
             values = {name: data[key] for name, key in keys.items() if key in data}
@@ -528,7 +622,7 @@ class Ledger:
             values["verdicts"] = ExampleVerdicts.from_stored_dict(
                 values.get("verdicts"), f"{file} (verdicts)"
             )
-            trial = Trial(**values)
+            trial = Trial(**values, is_base_run=folder == _BASE_RUNS_FOLDER)
             _check_trial(trial, file)
             trials.append(trial)
         return trials
@@ -566,9 +660,12 @@ class Ledger:
 
         Finalists are the best trials by the objective that may be chosen, as many as
         `space.finalists` says; with several objectives the members of the Pareto front. There are
-        none while trials run.
+        none while trials run. The runs of the base method that have ended with a result follow
+        them: the best trial is compared with them under AutoAttack, too.
         """
-        return self._find_waiting_finalists(self.load_trials()) if self.space.finalists else []
+        if not self.space.finalists:
+            return []
+        return self._find_waiting_finalists(self.load_trials(), self.load_base_runs())
 
     def find_attacked_finalists(self) -> list[Trial]:
         """Return the finalists, in the order of the objective, if all have a result of AutoAttack.
@@ -589,12 +686,21 @@ class Ledger:
             return eligible[: self.space.finalists]
         return _find_front(eligible, self.space.objectives, Trial.score)
 
-    def _find_waiting_finalists(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Return the finalists whose best epoch AutoAttack has not attacked yet."""
+    def _find_waiting_finalists(
+        self, trials: Sequence[Trial], base_runs: Sequence[Trial]
+    ) -> list[Trial]:
+        """Return the finalists whose best epoch AutoAttack has not attacked yet, and after them the
+        runs of the base method that are to be compared with the best of them.
+        """
+        finalists = self._find_finalists(trials)
+        rivals = [run for run in base_runs if self.rank_trial(run).is_eligible]
+        if len(self.space.objectives) > 1:
+            rivals = []
         return [
             trial
-            for trial in self._find_finalists(trials)
-            if trial.finalist is None or trial.finalist.epoch != trial.best["epoch"]
+            for trial in [*finalists, *(rivals if finalists else [])]
+            if trial.state != "running"
+            and (trial.finalist is None or trial.finalist.epoch != trial.best["epoch"])
         ]
 
     def _find_attacked_finalists(self, trials: Sequence[Trial]) -> list[Trial]:
@@ -639,9 +745,15 @@ class Ledger:
 
     def _find_rule(self, trial: Trial) -> SelectionRule:
         """Return the selection rule of a trial's config; built once for each trial."""
-        if trial.number not in self._rules:
-            self._rules[trial.number] = self.space.find_selection_rule(trial.params)
-        return self._rules[trial.number]
+        if trial.key not in self._rules:
+            self._rules[trial.key] = self.find_rule(trial)
+        return self._rules[trial.key]
+
+    def find_rule(self, trial: Trial) -> SelectionRule:
+        """Return which epochs of a trial or of a run of the base method can be its best."""
+        if trial.is_base_run:
+            return SelectionRule.from_config(self.find_config(trial))
+        return self.space.find_selection_rule(trial.params)
 
     def exceeds_masking_gap(self, trial: Trial) -> bool:
         """Return whether the trial's masking gap is above the space's `max_masking_gap`."""
@@ -669,7 +781,7 @@ class Ledger:
 
     def best_checkpoint_path(self, trial: Trial) -> StorePath:
         """Return the path of the checkpoint of the trial's best epoch."""
-        return self.trial_path(trial.number) / f"epoch-{int(trial.best['epoch']):04d}"
+        return self.run_path(trial) / f"epoch-{int(trial.best['epoch']):04d}"
 
     def _save_space(self) -> None:
         """Write sweep.json."""

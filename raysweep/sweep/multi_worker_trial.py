@@ -26,6 +26,8 @@ from raysweep.errors import RaysweepError
 from raysweep.file_privacy import adopt_umask, read_umask
 from raysweep.logs import log_trial
 from raysweep.stores import StorePath, StoreUnavailable
+from raysweep.sweep.base_run_search import BASE_RUN_KEY
+from raysweep.sweep.ledger import find_run_path
 from raysweep.sweep.ray_environment import ray_environment
 from raysweep.sweep.resources import DRIVER_CPUS
 from raysweep.training.callbacks import FunctionCallback
@@ -136,12 +138,12 @@ class ReleaseWorkersCallback(tune.Callback):
     and start new ones.
 
     Args:
-        trials_path: Folder of the sweep's trials.
+        sweep_path: Folder of the sweep.
         grace_seconds: Seconds to wait after the end of a trial.
     """
 
-    def __init__(self, trials_path: StorePath, grace_seconds: float = 5.0) -> None:
-        self._trials_path = trials_path
+    def __init__(self, sweep_path: StorePath, grace_seconds: float = 5.0) -> None:
+        self._sweep_path = sweep_path
         self._grace_seconds = grace_seconds
         self._pending_removals: list[tuple[float, PlacementGroup]] = []
 
@@ -149,7 +151,9 @@ class ReleaseWorkersCallback(tune.Callback):
         self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any
     ) -> None:
         """Schedule the removal of the trial's placement group."""
-        group = load_placement_group(self._trials_path / f"{trial.config['number']:04d}")
+        is_base_run = BASE_RUN_KEY in trial.config
+        run_path = find_run_path(self._sweep_path, trial.config["number"], is_base_run)
+        group = load_placement_group(run_path)
         if group is not None:
             self._pending_removals.append((time.monotonic() + self._grace_seconds, group))
 

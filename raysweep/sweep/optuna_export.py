@@ -69,6 +69,9 @@ class OptunaExporter:
         if trial.state != "running":
             self._records.write(lambda: self._add_trial(trial))
 
+    def on_base_run_update(self, run: Trial, epoch_metrics: EpochMetrics | None) -> None:
+        """Nothing to write: a run of the base method has no searched settings."""
+
     def on_finalist_update(self, trial: Trial, n_left: int) -> None:
         """Nothing to write: Optuna is told the values by which the sampler proposed settings."""
 

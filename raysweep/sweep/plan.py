@@ -35,6 +35,9 @@ class SweepPlan:
         epochs_per_trial: Epochs of a trial that is not stopped early.
         expected_epochs: Epochs left in all trials together, if early stopping works as expected.
         max_epochs: Epochs left in all trials together, without early stopping.
+        base_method_name: Name of the base method; "" without runs of it.
+        n_base_runs: Runs of the base method of the whole sweep.
+        n_base_epochs: Epochs left in them, which are part of `expected_epochs` and `max_epochs`.
         n_finalists: Trials that AutoAttack attacks at the end; with several objectives, 1 or more
             stands for the whole Pareto front.
         distributions: For each searched parameter (dotted path) its distribution, without defaults.
@@ -66,6 +69,9 @@ class SweepPlan:
     epochs_per_trial: int
     expected_epochs: int
     max_epochs: int
+    base_method_name: str
+    n_base_runs: int
+    n_base_epochs: int
     n_finalists: int
     distributions: dict[str, JsonDict]
     n_train_examples: int
@@ -109,7 +115,7 @@ def plan_sweep(
         resources: What one trial holds.
         address: Ray cluster to ask for its resources; None for `RAY_ADDRESS` or, if that is not
             set, this machine.
-        existing_trials: Trials that were started before.
+        existing_trials: Trials and runs of the base method that were started before.
 
     Returns:
         The plan.
@@ -120,10 +126,14 @@ def plan_sweep(
     config = space.trial_config({})
     cluster, nodes = available_capacity(address)
     resources = resources.resolve(cluster)
-    start_epochs = list_completed_epochs(space, config.epochs, existing_trials)
+    trials = [trial for trial in existing_trials if not trial.is_base_run]
+    start_epochs = list_completed_epochs(space, config.epochs, trials)
+    base_runs = [trial for trial in existing_trials if trial.is_base_run]
+    base_epochs = _list_completed_epochs(space.base_runs or 0, config.epochs, base_runs)
+    n_base_epochs = sum(config.epochs - epoch for epoch in base_epochs)
     concurrency = min(
         resources.max_concurrent_trials(cluster, nodes),
-        max(len(start_epochs), 1),
+        max(len(start_epochs) + len(base_epochs), 1),
     )
     seconds_per_epoch = estimate_epoch_seconds(config, data, resources)
     expected_epochs = sum(
@@ -135,10 +145,13 @@ def plan_sweep(
         model_name=config.model.name,
         n_trials=space.n_trials,
         n_trials_left=len(start_epochs),
-        has_existing_trials=bool(existing_trials),
+        has_existing_trials=bool(trials),
         epochs_per_trial=config.epochs,
-        expected_epochs=round(expected_epochs),
-        max_epochs=sum(config.epochs - epoch for epoch in start_epochs),
+        expected_epochs=round(expected_epochs) + n_base_epochs,
+        max_epochs=sum(config.epochs - epoch for epoch in start_epochs) + n_base_epochs,
+        base_method_name=space.base_method_name,
+        n_base_runs=space.base_runs or 0,
+        n_base_epochs=n_base_epochs,
         n_finalists=min(space.finalists or 0, space.n_trials),
         distributions={
             path: distribution.model_dump(exclude_defaults=True)
@@ -157,7 +170,8 @@ def plan_sweep(
         train_class_counts=count_per_class(data.train, data.classes),
         validation_class_counts=count_per_class(config.validation.select_split(data), data.classes),
         threat=config.validation.threat,
-        checkpoint_bytes=len(start_epochs) * estimate_trial_bytes(config, data),
+        checkpoint_bytes=(len(start_epochs) + len(base_epochs))
+        * estimate_trial_bytes(config, data),
     )
 
 
@@ -208,23 +222,31 @@ def list_completed_epochs(
     Returns:
         Numbers of epochs: first of the trials that will resume, then a 0 for each new trial.
     """
+    return _list_completed_epochs(space.n_trials, max_epochs, existing_trials)
+
+
+def _list_completed_epochs(
+    n_runs: int, max_epochs: int, existing_trials: Sequence[Trial]
+) -> list[int]:
+    """List the epochs of what is still to run, of this many runs."""
     resumed_epochs = []
     for trial in existing_trials:
         trial_epochs = trial.params.get("epochs", max_epochs)
         is_extended = trial.state == "finished" and trial.epoch < trial_epochs
         if trial.state == "running" or is_extended:
             resumed_epochs.append(trial.epoch)
-    return resumed_epochs + [0] * max(0, space.n_trials - len(existing_trials))
+    return resumed_epochs + [0] * max(0, n_runs - len(existing_trials))
 
 
 def expected_sweep_epochs(space: SearchSpace, max_epochs: int) -> int:
-    """Return the epochs that all trials of a new sweep are expected to train together.
+    """Return the epochs that a new sweep is expected to train, with the runs of the base method.
 
     Args:
         space: The sweep's search space.
         max_epochs: Epochs of a trial that is not stopped early.
     """
-    return round(space.n_trials * expected_trial_epochs(space, max_epochs))
+    base_epochs = (space.base_runs or 0) * max_epochs
+    return round(space.n_trials * expected_trial_epochs(space, max_epochs)) + base_epochs
 
 
 def expected_trial_epochs(space: SearchSpace, max_epochs: int, starting_epoch: int = 0) -> float:

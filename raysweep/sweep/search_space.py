@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from raysweep.catalog import BASE_METHODS, build_base_method
 from raysweep.data import DataSpec
 from raysweep.method import Method
 from raysweep.models import ModelSpec
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 DEFAULT_FINALISTS = 3
 """Number of finalists of a new sweep."""
+DEFAULT_BASE_RUNS = 2
+"""Number of runs of the base method in a new sweep of a reweighting method."""
 _KINDS = ("float", "int", "categorical")
 ParamValue = float | str | bool | None
 Params = dict[str, Any]
@@ -270,7 +273,7 @@ class SearchSpace(Spec):
 
     stored_keys: ClassVar[Mapping[str, str]] = {"points_to_evaluate": "start"}
     later_fields: ClassVar[frozenset[str]] = frozenset(
-        {"dataset_defaults", "finalists", "disk_reserve_gib"}
+        {"dataset_defaults", "finalists", "base_runs", "disk_reserve_gib"}
     )
 
     method: str | dict[str, Any]
@@ -291,6 +294,11 @@ class SearchSpace(Spec):
     trials have ended; the ranking then follows its results. With several metrics, any number above
     0 stands for the whole Pareto front. 0: none. null: 3 in a new sweep whose metric is an accuracy
     under attacks; none in a sweep of an earlier version."""
+    base_runs: Annotated[int, Field(ge=0)] | None = None
+    """Number of trainings of the base method (the method without its instance weights, such as `at`
+    for `gairat`) beside the trials, each with another seed and all epochs. They are rows of their
+    own: neither sampled nor ranked nor stopped. 0: none. null: 2 in a new sweep of a method that
+    has a base method; none in a sweep of an earlier version."""
     share_prefixes: bool = True
     """Whether trials start from epochs that other trials have trained with equal settings."""
     prefix_gib: Annotated[Number, Field(ge=0)] = 20.0
@@ -331,6 +339,56 @@ class SearchSpace(Spec):
             return self
         has_robust_metric = any(map(is_robust_objective, self.objectives))
         return self.replace(finalists=DEFAULT_FINALISTS if has_robust_metric else 0)
+
+    def with_default_base_runs(self) -> "SearchSpace":
+        """Return this space for a new sweep, with runs of the base method if there is one."""
+        if self.base_runs is not None or self._find_base_config() is None:
+            return self
+        return self.replace(base_runs=DEFAULT_BASE_RUNS)
+
+    def _find_base_config(self) -> TrainingConfig | None:
+        """Return the base config with the base method; None if the method has none."""
+        config = self.trial_config({})
+        base_method = build_base_method(config.method)
+        return None if base_method is None else config.replace(method=base_method)
+
+    @property
+    def base_method_name(self) -> str:
+        """Name of the base method of the runs that `base_runs` asks for; "" if there are none."""
+        base_config = self._find_base_config() if self.base_runs else None
+        return base_config.method.name if base_config else ""
+
+    def list_base_params(self) -> list[Params]:
+        """Return the params of each run of the base method: its seed."""
+        if not self.base_runs:
+            return []
+        first_seed = self.trial_config({}).seed
+        return [{"seed": first_seed + number} for number in range(self.base_runs)]
+
+    def base_run_config(self, params: Mapping[str, Any]) -> TrainingConfig:
+        """Build the training config of a run of the base method.
+
+        Args:
+            params: Its params, from `list_base_params`.
+
+        Returns:
+            The config of a trial without searched params, with the base method and another seed.
+
+        Raises:
+            SpecError: If the config is invalid, or the method has no base method.
+        """
+        base_config = self._find_base_config()
+        if base_config is None:
+            raise SpecError(self._describe_missing_base_method())
+        return base_config.replace(seed=params["seed"])
+
+    def _describe_missing_base_method(self) -> str:
+        """Return the problem of a space that asks for runs of a base method that does not exist."""
+        name, others = self.trial_config({}).method.name, ", ".join(BASE_METHODS)
+        return (
+            f"base_runs = {self.base_runs}: {name} has no base method; set it to 0 (methods that "
+            f"have one: {others})"
+        )
 
     def with_whole_grid(self) -> "SearchSpace":
         """Return this space with a trial for each point of its grid; itself if it is no grid."""
@@ -605,6 +663,7 @@ class SearchSpace(Spec):
         lines = [
             *self._find_objective_problems(config),
             *self.find_finalist_problems(),
+            *self.find_base_run_problems(),
             *self._find_scheduler_problems(config),
             *self._find_distribution_problems(config.validation.threat),
             *self._find_point_problems(config.validation.threat),
@@ -636,6 +695,11 @@ class SearchSpace(Spec):
                 f"finalists = {self.finalists}: no attack of the validation has a radius, which "
                 "AutoAttack needs; set it to 0"
             )
+
+    def find_base_run_problems(self) -> Iterator[str]:
+        """Yield a line if there is no base method to run."""
+        if self.base_runs and self._find_base_config() is None:
+            yield self._describe_missing_base_method()
 
     def _find_scheduler_problems(self, config: TrainingConfig) -> Iterator[str]:
         """Yield a line if ASHA cannot compare the trials."""
@@ -803,7 +867,7 @@ def load_space(
         space = space.with_overrides(overrides).with_sweep_settings(sweep_settings)
         space = space.with_default_finalists()
         try:
-            space = space.with_dataset_defaults()
+            space = space.with_dataset_defaults().with_default_base_runs()
             problems = space.find_problems()
         except SpecError as error:
             problems = error.problems
@@ -877,8 +941,7 @@ _NO_VALUE = object()
 _SWEEP_NAMES = frozenset(
     {
         *("metric", "max_masking_gap", "finalists", "share_prefixes", "prefix_gib"),
-        "disk_reserve_gib",
-        *("sampler", "scheduler"),
+        *("base_runs", "disk_reserve_gib", "sampler", "scheduler"),
     }
 )
 _SPACE_PARTS: Mapping[str, type[Spec]] = {"sampler": Sampler, "scheduler": Scheduler}

@@ -45,11 +45,11 @@ class SpreadSummary:
         """Numbers of the trials that cannot be told apart from the best one, without its own."""
         return [number for number, pair in self.differences.items() if not pair.is_told_apart]
 
-    def describe_mark(self, trial_number: int) -> str:
+    def describe_mark(self, trial: Trial) -> str:
         """Return the mark of a trial in tables: "best", "yes" if it may be as good, or ""."""
-        if trial_number == self.best.number:
+        if trial.key == self.best.key:
             return "best"
-        pair = self.differences.get(trial_number)
+        pair = None if trial.is_base_run else self.differences.get(trial.number)
         return "" if pair is None or pair.is_told_apart else "yes"
 
     def to_json_dict(self) -> JsonDict:

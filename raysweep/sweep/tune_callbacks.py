@@ -14,6 +14,7 @@ from ray.tune.experiment import Trial as RayTrial
 
 from raysweep.disk_space import find_free_bytes
 from raysweep.errors import WorkFailed
+from raysweep.sweep.base_run_search import BASE_RUN_KEY
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.process_death_causes import describe_process_loss
 from raysweep.training.failure_reports import BUG_TRACEBACK_KEY, FAILURE_KEY, INFRASTRUCTURE_KEY
@@ -68,6 +69,14 @@ class SweepListener(Protocol):
 
         Args:
             trial: The trial, as it was just written to the ledger.
+            epoch_metrics: Metrics of the reported epoch; None for other events.
+        """
+
+    def on_base_run_update(self, run: Trial, epoch_metrics: EpochMetrics | None) -> None:
+        """Receive a run of the base method when a trial would be received.
+
+        Args:
+            run: The run, as it was just written to the ledger.
             epoch_metrics: Metrics of the reported epoch; None for other events.
         """
 
@@ -151,8 +160,8 @@ class LedgerCallback(tune.Callback):
         self._budget = budget
         # Includes trials of earlier calls and rounds. Read once, because a sweep may have thousands
         # of trials.
-        self._trials_by_number = {trial.number: trial for trial in ledger.load_trials()}
-        self._rules: dict[int, SelectionRule] = {}
+        self._trials_by_key = {trial.key: trial for trial in ledger.load_all_runs()}
+        self._rules: dict[str, SelectionRule] = {}
         self._trials_by_id: dict[str, Trial] = {}
         # By Tune's id: since when a trial has held its resources, apart from the seconds that are
         # already counted. Trials that wait for a process are missing.
@@ -294,11 +303,14 @@ class LedgerCallback(tune.Callback):
         """Start the trial's clock; at its first start also write it as running."""
         self._interval_starts[trial.trial_id] = time.monotonic()
         if trial.trial_id not in self._trials_by_id:
-            new_trial = Trial(trial.config["number"], trial.config["params"])
-            saved_trial = self._trials_by_number.get(new_trial.number, new_trial)
-            space = self._ledger.space
-            rule = space.find_selection_rule(saved_trial.params)
-            self._rules[saved_trial.number] = rule
+            new_trial = Trial(
+                trial.config["number"],
+                trial.config["params"],
+                is_base_run=BASE_RUN_KEY in trial.config,
+            )
+            saved_trial = self._trials_by_key.get(new_trial.key, new_trial)
+            rule = self._ledger.find_rule(saved_trial)
+            self._rules[saved_trial.key] = rule
             saved_trial = saved_trial.with_rule(rule)
             _log_trial_start(saved_trial)
             self._save_and_notify(trial, replace(saved_trial, state="running"))
@@ -316,8 +328,8 @@ class LedgerCallback(tune.Callback):
         self._log_place(trial, saved_trial, result)
         if FAILURE_KEY in result:
             logger.error(
-                "trial %04d failed: %s",
-                saved_trial.number,
+                "%s failed: %s",
+                saved_trial.title,
                 result[FAILURE_KEY],
                 extra={
                     "trial": saved_trial.number,
@@ -338,7 +350,7 @@ class LedgerCallback(tune.Callback):
             self._save_and_notify(trial, failed_trial)
             return
         metrics = {k: float(v) for k, v in result.items() if k == "epoch" or _is_metric(k, v)}
-        updated_trial = saved_trial.with_epoch(metrics, self._rules[saved_trial.number])
+        updated_trial = saved_trial.with_epoch(metrics, self._rules[saved_trial.key])
         if updated_trial is not saved_trial:
             self._save_and_notify(trial, updated_trial, metrics)
 
@@ -404,8 +416,8 @@ class LedgerCallback(tune.Callback):
         if self._places.get(ray_trial.trial_id) != place:
             self._places[ray_trial.trial_id] = place
             logger.info(
-                "first report of trial %04d from %s",
-                saved_trial.number,
+                "first report of %s from %s",
+                saved_trial.title,
                 place,
                 extra={
                     "trial": saved_trial.number,
@@ -420,8 +432,8 @@ class LedgerCallback(tune.Callback):
         """Log that a trial lost its process, with what Ray says about it."""
         place = self._places.pop(ray_trial.trial_id, "a process that had not reported yet")
         logger.warning(
-            "trial %04d lost its process after epoch %d (%s): %s; %s, next attempt %d",
-            lost_trial.number,
+            "%s lost its process after epoch %d (%s): %s; %s, next attempt %d",
+            lost_trial.title,
             lost_trial.epoch,
             place,
             lost_trial.reason,
@@ -453,10 +465,13 @@ class LedgerCallback(tune.Callback):
         updated_trial = replace(updated_trial, seconds=updated_trial.seconds + seconds)
         self._made_progress |= metrics is not None or updated_trial.state != "running"
         self._trials_by_id[ray_trial.trial_id] = updated_trial
-        self._trials_by_number[updated_trial.number] = updated_trial
+        self._trials_by_key[updated_trial.key] = updated_trial
         self._ledger.save_trial(updated_trial)
         for listener in self._listeners:
-            listener.on_trial_update(updated_trial, metrics)
+            if updated_trial.is_base_run:
+                listener.on_base_run_update(updated_trial, metrics)
+            else:
+                listener.on_trial_update(updated_trial, metrics)
 
 
 class BudgetStopper(tune.Stopper):
@@ -485,8 +500,8 @@ class BudgetStopper(tune.Stopper):
 def _log_trial_start(trial: Trial) -> None:
     """Log that a trial starts, or resumes after the death of an earlier driver."""
     logger.info(
-        "trial %04d %s: %s",
-        trial.number,
+        "%s %s: %s",
+        trial.title,
         f"resumes after epoch {trial.epoch}" if trial.epoch else "starts",
         ", ".join(f"{path}={value}" for path, value in trial.params.items()),
         extra={
@@ -502,8 +517,8 @@ def _log_trial_start(trial: Trial) -> None:
 def _log_trial_end(trial: Trial, how: str) -> None:
     """Log how a trial ended."""
     logger.info(
-        "trial %04d %s after epoch %d: %d epochs trained by itself, %.1f s, %d restarts",
-        trial.number,
+        "%s %s after epoch %d: %d epochs trained by itself, %.1f s, %d restarts",
+        trial.title,
         how,
         trial.epoch,
         trial.trained_epochs,

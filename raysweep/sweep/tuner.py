@@ -27,10 +27,11 @@ from raysweep.logs import log_to_folder, log_trial
 from raysweep.spec import SpecError
 from raysweep.stores import StorePath, StoreUnavailable
 from raysweep.sweep.asha import AshaScheduler
+from raysweep.sweep.base_run_search import BASE_RUN_KEY, BaseRunSearcher
 from raysweep.sweep.cluster import connect_to_cluster, node_capacities
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.finalist_attacks import attack_finalists
-from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.ledger import Ledger, find_run_config, find_run_path
 from raysweep.sweep.multi_worker_trial import ReleaseWorkersCallback, train_on_workers
 from raysweep.sweep.node_probe import find_node_problems, require_visible
 from raysweep.sweep.optuna_search import LedgerSearcher
@@ -207,7 +208,7 @@ def _restart_failed_trials(ledger: Ledger, retry_failed: bool) -> None:
     """Set the failed trials to running that run again, and log their numbers."""
     restarted_trials = ledger.restart_failed_trials(retry_failed)
     if restarted_trials:
-        numbers = ", ".join(f"{trial.number:04d}" for trial in restarted_trials)
+        numbers = ", ".join(trial.key for trial in restarted_trials)
         logger.info("failed trials run again: %s", numbers)
 
 
@@ -216,6 +217,7 @@ def _log_sweep_start(
 ) -> None:
     """Log what the sweep has already and what it will run on."""
     trials, space = ledger.load_trials(), ledger.space
+    base_runs = ledger.load_base_runs()
     counts = dict(Counter(trial.state for trial in trials))
     found = ", ".join(f"{count} {state}" for state, count in counts.items())
     config = space.trial_config({})
@@ -244,13 +246,13 @@ def _log_sweep_start(
             "asha_rungs": space.scheduler.rungs(config.epochs),
         },
     )
-    for trial in trials:
+    for trial in [*trials, *base_runs]:
         if trial.state != "running":
             continue
         logger.info(
-            "trial %04d has not ended: its last reported epoch is %d, a later checkpoint may "
+            "%s has not ended: its last reported epoch is %d, a later checkpoint may "
             "exist; it has lost its process %d times",
-            trial.number,
+            trial.title,
             trial.epoch,
             trial.retries,
             extra={"trial": trial.number, "epoch": trial.epoch, "state": trial.state},
@@ -285,7 +287,7 @@ def _log_sweep_end(ledger: Ledger, end_reason: SweepEndReason, seconds: float) -
         seconds,
         ", ".join(f"{count} {state}" for state, count in counts.items()) or "no trial",
         ledger.space.n_trials,
-        count_epochs(trials),
+        count_epochs(ledger.load_all_runs()),
         best,
         unreported,
         extra={
@@ -312,6 +314,7 @@ def _run_rounds(
             trials = ledger.load_trials()
             n_running = sum(trial.state == "running" for trial in trials)
             n_trials_left = n_running + max(0, ledger.space.n_trials - len(trials))
+            n_trials_left += ledger.count_base_runs_left()
             if n_trials_left <= 0 or not ledger_callback.start_round_if_needed():
                 return
             logger.info("waiting for Ray to start the processes of trials")
@@ -363,7 +366,7 @@ def _build_tuner(
         tune_config=tune.TuneConfig(
             num_samples=n_trials,
             max_concurrent_trials=concurrency,
-            search_alg=LedgerSearcher(ledger),
+            search_alg=BaseRunSearcher(ledger, LedgerSearcher(ledger)),
             scheduler=_build_scheduler(ledger, ledger.space.trial_config({}).epochs),
             # A trial that waits for its workers does not notice that it must stop. Its process must
             # end, and the workers end with it.
@@ -376,7 +379,7 @@ def _build_tuner(
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=MAX_TRIAL_RETRIES),
             stop=BudgetStopper(ledger_callback),
-            callbacks=[ledger_callback, ReleaseWorkersCallback(ledger.path / "trials")],
+            callbacks=[ledger_callback, ReleaseWorkersCallback(ledger.path)],
         ),
     )
 
@@ -399,13 +402,14 @@ def _make_trainable(
         adopt_umask(umask)
         adopt_unpacked_limit(unpacked_limit)
         adopt_code_files(code_files)
+        is_base_run = BASE_RUN_KEY in trial_config
         try:
-            config = space.trial_config(trial_config["params"])
+            config = find_run_config(space, trial_config["params"], is_base_run)
         except Exception as error:
             # Tune would start the trial again, and its process would seem to have died.
             tune.report(describe_bug(error))
             return
-        run_path = sweep_path / "trials" / f"{trial_config['number']:04d}"
+        run_path = find_run_path(sweep_path, trial_config["number"], is_base_run)
         prefix_cache = None
         if space.share_prefixes:
             prefix_cache = PrefixCache(

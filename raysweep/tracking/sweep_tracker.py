@@ -7,6 +7,7 @@ import shlex
 
 from raysweep.errors import is_interruption
 from raysweep.record_queue import RecordQueue
+from raysweep.sweep.base_comparison import compare_with_base, describe_base_comparison
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.finalist_summary import describe_finalists, summarize_finalists
 from raysweep.sweep.ledger import Ledger, Trial
@@ -42,7 +43,8 @@ class SweepTracker:
     ) -> None:
         self._tracker = tracker
         self._fingerprint = fingerprint
-        self._trial_run_ids: dict[int, str] = {}
+        # By the trials' keys.
+        self._trial_run_ids: dict[str, str] = {}
         # The ledger has all that the records are made of.
         self._is_part = records is not None
         self._records = records or RecordQueue("MLflow store", tracker.uri)
@@ -60,6 +62,10 @@ class SweepTracker:
     def on_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:
         """Log an epoch or the end of a trial."""
         self._records.write(lambda: self._log_trial_update(trial, epoch_metrics))
+
+    def on_base_run_update(self, run: Trial, epoch_metrics: EpochMetrics | None) -> None:
+        """Log an epoch or the end of a run of the base method."""
+        self._records.write(lambda: self._log_trial_update(run, epoch_metrics))
 
     def on_finalist_update(self, trial: Trial, n_left: int) -> None:
         """Nothing to write yet: `on_sweep_end` logs the results of all finalists."""
@@ -81,12 +87,12 @@ class SweepTracker:
         config = ledger.space.trial_config({})
         self._tracker.log_config(self._sweep_run_id, config, self._fingerprint)
         self._tracker.log_json(self._sweep_run_id, ledger.space.to_stored_dict(), "space.json")
-        for trial in ledger.load_trials():
+        for trial in ledger.load_all_runs():
             self._close_stale_run(trial)
 
     def _log_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:
         """Log an epoch or the end of a trial."""
-        run_id = self._trial_run_ids.get(trial.number) or self._open_trial_run(trial)
+        run_id = self._trial_run_ids.get(trial.key) or self._open_trial_run(trial)
         if epoch_metrics is not None:
             self._tracker.log_metrics(run_id, epoch_metrics, trial.epoch)
         if trial.state != "running":
@@ -95,7 +101,7 @@ class SweepTracker:
     def _log_sweep_end(self, ledger: Ledger, error: BaseException | None) -> None:
         """Log the results of the sweep, plot the best trials, and end all runs."""
         trials = ledger.load_trials()
-        for trial in trials:
+        for trial in ledger.load_all_runs():
             # This includes runs that an earlier driver left open and this one did not resume.
             if trial.state == "running" and (run_id := self._find_trial_run(trial)):
                 self._tracker.end_run(run_id, "KILLED")
@@ -109,6 +115,7 @@ class SweepTracker:
             self._tracker.set_tags(self._sweep_run_id, {"best_trial": f"{best_trial.number:04d}"})
         self._log_finalists(ledger)
         self._log_spread(ledger)
+        self._log_base_comparison(ledger)
         self._tracker.set_description(
             self._sweep_run_id, self._summarize_sweep(ledger, trials, ranked_trials)
         )
@@ -148,6 +155,21 @@ class SweepTracker:
         like_best = format_trial_numbers(summary.like_best) or "none"
         self._tracker.set_tags(self._sweep_run_id, {"like_best": like_best})
 
+    def _log_base_comparison(self, ledger: Ledger) -> None:
+        """Log whether the best trial beats the base method."""
+        comparison = compare_with_base(ledger)
+        if comparison is None:
+            return
+        pair = comparison.difference
+        metrics = {
+            "base/difference": pair.difference,
+            "base/difference_low": pair.low,
+            "base/difference_high": pair.high,
+        }
+        self._tracker.log_final(self._sweep_run_id, metrics)
+        tags = {"base_method": comparison.base_method, "beats_base": comparison.verdict}
+        self._tracker.set_tags(self._sweep_run_id, tags)
+
     def _plot_trial(self, ledger: Ledger, trial: Trial) -> None:
         """Upload the figures of a trial to its run."""
         checkpoint = RunDirectory(ledger.trial_path(trial.number)).read_last_checkpoint()
@@ -164,7 +186,7 @@ class SweepTracker:
         failures = f", {n_failed} of them failed" if n_failed else ""
         lines = [
             f"{len(ended)} of {ledger.space.n_trials} trials ended{failures}",
-            str(count_epochs(trials)),
+            str(count_epochs(ledger.load_all_runs())),
         ]
         best_trial, objectives = ledger.find_best_trial(), ledger.space.objectives
         if best_trial is None:
@@ -178,7 +200,11 @@ class SweepTracker:
             titles = " and ".join(map(_metric_title, objectives))
             front = _format_trial_numbers(ledger.unmasked_pareto_front())
             lines.append(f"Pareto front of {titles}: {front or 'empty'}")
-        lines += [*describe_finalists(ledger), *describe_spread(ledger)]
+        lines += [
+            *describe_finalists(ledger),
+            *describe_spread(ledger),
+            *describe_base_comparison(ledger),
+        ]
         masked_trials = [
             trial
             for trial in ranked_trials
@@ -202,28 +228,28 @@ class SweepTracker:
 
     def _find_trial_run(self, trial: Trial) -> str | None:
         """Return the id of the trial's run; None if it has none."""
-        tags = _trial_run_tags(self._ledger.key, f"{trial.number:04d}")
-        return self._trial_run_ids.get(trial.number) or self._tracker.find_run(tags)
+        tags = _trial_run_tags(self._ledger.key, trial.key)
+        return self._trial_run_ids.get(trial.key) or self._tracker.find_run(tags)
 
     def _open_trial_run(self, trial: Trial) -> str:
         """Open the trial's run, log its config and the epochs that it lacks, and return its id."""
-        tags = _trial_run_tags(self._ledger.key, f"{trial.number:04d}")
+        tags = _trial_run_tags(self._ledger.key, trial.key)
         # The number comes first because the UI truncates names.
-        name = f"{trial.number:04d} {self._ledger.name}"
+        name = f"{self._ledger.describe_row(trial)} {self._ledger.name}"
         run_id = self._tracker.get_or_create_run(name, tags, self._sweep_run_id)
-        config = self._ledger.space.trial_config(trial.params)
+        config = self._ledger.find_config(trial)
         self._tracker.log_config(run_id, config, self._fingerprint)
         self._tracker.set_tags(run_id, {"searched": self._summarize_params(trial)})
         if trial.epoch:
             self._log_missing_epochs(run_id, trial)
         # Only now, because all of this is repeated after an outage.
-        self._trial_run_ids[trial.number] = run_id
+        self._trial_run_ids[trial.key] = run_id
         return run_id
 
     def _log_missing_epochs(self, run_id: str, trial: Trial) -> None:
         """Log the epochs that the ledger has and MLflow lacks, because a driver was killed."""
         last_logged = self._tracker.get_last_epoch(run_id)
-        for row in RunDirectory(self._ledger.trial_path(trial.number)).read_history():
+        for row in RunDirectory(self._ledger.run_path(trial)).read_history():
             if last_logged < row["epoch"] <= trial.epoch:
                 self._tracker.log_metrics(run_id, row, int(row["epoch"]))
 
@@ -241,10 +267,10 @@ class SweepTracker:
             folder = self._ledger.best_checkpoint_path(trial).fetch_checkpoint()
             if folder is not None:
                 self._tracker.log_folder(run_id, folder, "checkpoint")
-        traceback_path = self._ledger.trial_path(trial.number) / TRACEBACK_FILE
+        traceback_path = self._ledger.run_path(trial) / TRACEBACK_FILE
         if trial.state == "failed" and traceback_path.is_file():
             self._tracker.log_text(run_id, traceback_path.read_text(), TRACEBACK_FILE)
-        description = advise_on_trial(self._ledger, trial.number)
+        description = [] if trial.is_base_run else advise_on_trial(self._ledger, trial.number)
         # A trial that runs again has the reason of its earlier end.
         self._tracker.delete_tags(run_id, ["reason"])
         tags: dict[str, str] = {"state": trial.state}
@@ -273,7 +299,9 @@ def checkpoint_run_tags(checkpoint: TrainingCheckpoint) -> dict[str, str]:
     """
     folder = checkpoint.path.parent
     if (folder / "trial.json").is_file():
-        return _trial_run_tags(Ledger.open(folder.parent.parent).key, folder.name)
+        is_base_run = folder.parent.name == "base"
+        run_key = f"base-{folder.name}" if is_base_run else folder.name
+        return _trial_run_tags(Ledger.open(folder.parent.parent).key, run_key)
     return training_run_tags(RunDirectory(folder))
 
 
@@ -282,9 +310,10 @@ def training_run_tags(run_directory: RunDirectory) -> dict[str, str]:
     return {"raysweep.kind": "train", "raysweep.run": run_directory.run_key}
 
 
-def _trial_run_tags(sweep_key: str, trial_number: str) -> dict[str, str]:
-    """Return the tags that identify the MLflow run of a trial; its number has four digits."""
-    return {"raysweep.kind": "trial", "raysweep.sweep": sweep_key, "raysweep.trial": trial_number}
+def _trial_run_tags(sweep_key: str, trial_key: str) -> dict[str, str]:
+    """Return the tags that identify the MLflow run of a trial, by `Trial.key`."""
+    kind = "base run" if trial_key.startswith("base-") else "trial"
+    return {"raysweep.kind": kind, "raysweep.sweep": sweep_key, "raysweep.trial": trial_key}
 
 
 def _format_trial_numbers(trials: list[Trial]) -> str:

@@ -13,6 +13,7 @@ from raysweep.pipeline.report.document import (
     Table,
 )
 from raysweep.stores import StorePath
+from raysweep.sweep.base_comparison import describe_base_comparison
 from raysweep.sweep.finalist_summary import describe_finalists
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_study import MIN_IMPORTANCE_TRIALS, param_importances
@@ -53,10 +54,14 @@ def _build_search_parts(ledger: Ledger) -> list[SectionPart]:
             f"The best {len(best)} of {len(ledger.load_trials())} trials, "
             f"by {metric} on validation."
         ),
-        _build_trial_table(ledger, best),
+        _build_trial_table(ledger, [*best, *(run for run in ledger.load_base_runs() if run.best)]),
         *[
             Paragraph(f"{line[:1].upper()}{line[1:]}.")
-            for line in [*describe_finalists(ledger), *describe_spread(ledger)]
+            for line in [
+                *describe_finalists(ledger),
+                *describe_spread(ledger),
+                *describe_base_comparison(ledger),
+            ]
         ],
     ]
     succeeded = [trial for trial in ranked if trial.state != "failed"]
@@ -75,7 +80,9 @@ def _build_search_parts(ledger: Ledger) -> list[SectionPart]:
 
 
 def _build_trial_table(ledger: Ledger, best_trials: Sequence[Trial]) -> Table:
-    """Build the table of the best trials: metrics in percent, best epoch and parameters."""
+    """Build the table of trials and runs of the base method: metrics in percent, best epoch and
+    parameters.
+    """
     metrics = list(dict.fromkeys((*ledger.space.objectives, "clean", "masking_gap")))
     paths = list(ledger.space.space)
     labels = param_labels(paths)
@@ -88,14 +95,14 @@ def _build_trial_table(ledger: Ledger, best_trials: Sequence[Trial]) -> Table:
             robust = trial.robust_under_autoattack
             scores.append("" if robust is None else f"{100 * robust:.2f}")
         if spread is not None:
-            scores.append(spread.describe_mark(trial.number))
+            scores.append(spread.describe_mark(trial))
         epoch = str(int(trial.best["epoch"]))
         notes: list[str] = [trial.state] if trial.state in ("stopped", "failed") else []
         if choice := ledger.describe_choice(trial):
             notes.append(choice)
         epoch = ", ".join([epoch, *notes])
         params = [format_param(trial.params.get(path)) for path in paths]
-        rows.append([f"{trial.number:04d}", *scores, epoch, *params])
+        rows.append([ledger.describe_row(trial), *scores, epoch, *params])
     metric_names = [figures.format_metric_name(metric) for metric in metrics]
     if has_finalists:
         metric_names.append("AutoAttack")

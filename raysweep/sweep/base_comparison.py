@@ -1,0 +1,163 @@
+"""Whether the best trial of a sweep beats the base method, the method without instance weights."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raysweep.evaluation.paired_statistics import (
+    PairedDifference,
+    compare_paired,
+    estimate_measurement_variance,
+)
+from raysweep.formatting import format_count
+from raysweep.lazy_modules import np
+from raysweep.spec import JsonDict
+from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.spread_summary import to_scores
+from raysweep.training.example_verdicts import ExampleVerdicts
+
+
+@dataclass(frozen=True)
+class BaseComparison:
+    """Comparison of the best trial with the runs of the base method, on the same examples.
+
+    Attributes:
+        method: Name of the sweep's method.
+        base_method: Name of its base method.
+        best: The best trial.
+        base_runs: The runs of the base method that have a result.
+        n_compared: Number of trials of which `best` is the best.
+        n_examples: Number of validation examples.
+        is_autoattack: Whether the verdicts are those of AutoAttack; else of the objective.
+        difference: Accuracy of the best trial minus the mean of the base method.
+    """
+
+    method: str
+    base_method: str
+    best: Trial
+    base_runs: tuple[Trial, ...]
+    n_compared: int
+    n_examples: int
+    is_autoattack: bool
+    difference: PairedDifference
+
+    @property
+    def verdict(self) -> str:
+        """What is said of the best trial: "better", "worse" or "cannot tell"."""
+        if not self.difference.is_told_apart:
+            return "cannot tell"
+        return "better" if self.difference.low > 0 else "worse"
+
+    def to_json_dict(self) -> JsonDict:
+        """Return plain data for `--json`."""
+        return {
+            "method": self.method,
+            "base_method": self.base_method,
+            "best": self.best.number,
+            "seeds": [run.params["seed"] for run in self.base_runs],
+            "compared_trials": self.n_compared,
+            "examples": self.n_examples,
+            "attack": "autoattack" if self.is_autoattack else "objective",
+            "difference": self.difference.difference,
+            "interval": [self.difference.low, self.difference.high],
+            "verdict": self.verdict,
+        }
+
+
+def compare_with_base(ledger: Ledger) -> BaseComparison | None:
+    """Compare the best trial of a sweep with the base method.
+
+    Args:
+        ledger: The sweep.
+
+    Returns:
+        The comparison; None for a sweep with several objectives, and as long as no trial or no run
+        of the base method has ended with a result.
+    """
+    if not ledger.space.base_runs or len(ledger.space.objectives) > 1:
+        return None
+    trials = _select_comparable(ledger, ledger.rank_trials())
+    base_runs = _select_comparable(ledger, ledger.load_base_runs())
+    if not trials or not base_runs:
+        return None
+    best = trials[0]
+    for is_autoattack in (True, False):
+        verdicts = [_get_verdicts(trial, is_autoattack) for trial in (best, *base_runs)]
+        present = [row for row in verdicts if row is not None and _is_like_first(row, verdicts)]
+        if len(present) == len(verdicts):
+            return BaseComparison(
+                ledger.space.trial_config({}).method.name,
+                ledger.space.base_method_name,
+                best,
+                tuple(base_runs),
+                len(trials),
+                present[0].n_examples,
+                is_autoattack,
+                _compare_scores(present, len(trials)),
+            )
+    return None
+
+
+def _select_comparable(ledger: Ledger, runs: Sequence[Trial]) -> list[Trial]:
+    """Return the runs that have ended and may be chosen."""
+    return [run for run in runs if run.state != "running" and ledger.rank_trial(run).is_eligible]
+
+
+def _get_verdicts(trial: Trial, is_autoattack: bool) -> ExampleVerdicts | None:
+    """Return which examples a trial gets right, by AutoAttack or by the objective."""
+    if not is_autoattack:
+        return trial.best_verdicts
+    if trial.robust_under_autoattack is None or trial.finalist is None:
+        return None
+    return trial.finalist.verdicts
+
+
+def _is_like_first(verdicts: ExampleVerdicts, others: Sequence[ExampleVerdicts | None]) -> bool:
+    """Return whether verdicts belong to the same examples as the first of several."""
+    first = others[0]
+    return first is not None and verdicts.is_comparable(first)
+
+
+def _compare_scores(verdicts: Sequence[ExampleVerdicts], n_compared: int) -> PairedDifference:
+    """Compare the first with the mean of the others, with the randomness of all trainings."""
+    best, *base = (to_scores(row) for row in verdicts)
+    scores = np.stack(base)
+    training_variance = 0.0
+    if len(base) > 1:
+        spread = statistics.variance(scores.mean(1).tolist())
+        training_variance = max(0.0, spread - estimate_measurement_variance(scores))
+    return compare_paired(best, scores.mean(0), n_compared, training_variance * (1 + 1 / len(base)))
+
+
+def describe_base_comparison(ledger: Ledger) -> list[str]:
+    """Say in lines whether the best trial beats the base method.
+
+    Args:
+        ledger: The sweep.
+
+    Returns:
+        The lines; empty for a sweep without runs of the base method, or with several objectives.
+    """
+    failed = [run for run in ledger.load_base_runs() if run.state == "failed"]
+    lines = [f"{ledger.describe_row(run)} failed: {run.reason}" for run in failed]
+    comparison = compare_with_base(ledger)
+    if comparison is None:
+        return lines
+    pair, best = comparison.difference, f"trial {comparison.best.number:04d}"
+    base = f"{comparison.base_method} ({format_count(len(comparison.base_runs), 'seed')})"
+    attack = "AutoAttack" if comparison.is_autoattack else "the objective"
+    n_compared = format_count(comparison.n_compared, "trial")
+    numbers = (
+        f"{best} is {abs(pair.difference):.3f} {'better' if pair.difference >= 0 else 'worse'} "
+        f"than {base} by {attack} on the same {comparison.n_examples} validation images (95% "
+        f"interval for the best of {n_compared}: {pair.low:+.3f} to {pair.high:+.3f})"
+    )
+    conclusion = {
+        "better": f"{comparison.method} beats {comparison.base_method}",
+        "worse": f"{comparison.base_method} beats {comparison.method}",
+        "cannot tell": (
+            f"{comparison.method} cannot be told from {comparison.base_method}, which has no "
+            "instance weights"
+        ),
+    }
+    return [*lines, f"{conclusion[comparison.verdict]}: {numbers}"]

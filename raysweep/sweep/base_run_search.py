@@ -1,0 +1,58 @@
+"""Searcher of Ray Tune that adds the runs of the base method to the trials of another searcher."""
+
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from raysweep.sweep.ledger import Ledger
+
+BASE_RUN_KEY = "is_base_run"
+"""Key of Tune's config of a run of the base method, which trials lack."""
+
+
+class BaseRunSearcher(Searcher):
+    """Suggest the runs of the base method that have not ended first, then what another suggests.
+
+    They come first because trials reuse their epochs: a trial whose weights are still 1 trains what
+    the base method trains. The other searcher does not hear of them.
+
+    Args:
+        ledger: The sweep.
+        trial_searcher: Searcher of the trials.
+    """
+
+    def __init__(self, ledger: Ledger, trial_searcher: Searcher) -> None:
+        super().__init__(metric=trial_searcher.metric, mode=trial_searcher.mode)
+        self._trial_searcher = trial_searcher
+        state_by_number = {run.number: run.state for run in ledger.load_base_runs()}
+        self._waiting_runs = [
+            {"number": number, "params": params, BASE_RUN_KEY: True}
+            for number, params in enumerate(ledger.space.list_base_params())
+            if state_by_number.get(number, "running") == "running"
+        ]
+        self._base_run_ids: set[str] = set()
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Return the config of Tune's next trial (see `LedgerSearcher.suggest`)."""
+        if self._waiting_runs:
+            self._base_run_ids.add(trial_id)
+            return self._waiting_runs.pop(0)
+        return self._trial_searcher.suggest(trial_id)  # type: ignore[no-any-return]
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Tell the other searcher of an epoch of its trials."""
+        if trial_id not in self._base_run_ids:
+            self._trial_searcher.on_trial_result(trial_id, result)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Tell the other searcher how one of its trials ended."""
+        if trial_id not in self._base_run_ids:
+            self._trial_searcher.on_trial_complete(trial_id, result, error)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Save nothing: the ledger is the source of truth."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Restore nothing: the ledger is the source of truth."""
