@@ -435,7 +435,8 @@ def test_plan_starts_nothing_and_writes_nothing(workdir: Path, capsys) -> None:
     assert main(["tune", "lrat", "--plan", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["trials"] == 16 and plan["validation_examples"] == 300
-    assert plan["epochs_expected"] == 64, "16 x 2, then 8 x 2, then 4 x 4"
+    assert plan["base_runs"] == 2
+    assert plan["epochs_expected"] == 64 + 16, "16 x 2, then 8 x 2, then 4 x 4; and AT twice 8"
     assert plan["objective_95_half_width"] == pytest.approx(1.96 * (0.25 / 300) ** 0.5, abs=1e-4)
     assert plan["trials_at_once"] == min(joblib.cpu_count(), 16)
     assert plan["wall_hours"] == pytest.approx(
@@ -456,13 +457,15 @@ def test_a_plan_of_a_sweep_to_go_on_with_is_of_what_is_left(workdir: Path, capsy
     # Rungs at 2 and 4: thirteen new trials, one after its first epoch, and one that had finished
     # after its third.
     assert [plan["epochs_expected"] for plan in plans] == [
-        round(13 * 2.5 + 1.5),
-        round(13 * 3.25 + 2.25 + 1.5),
+        round(13 * 2.5 + 1.5) + 2 * 3,
+        round(13 * 3.25 + 2.25 + 1.5) + 2 * 5,
     ]
     assert main(["tune", "--resume", "g1", "--plan"]) == 0
-    assert capsys.readouterr().out.startswith(
-        "14 of 16 trials are left: lrat on digits, 3 epochs each"
-    )
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[0].startswith("14 of 16 trials are left: lrat on digits, 3 epochs each")
+    text = " ".join(map(str.strip, lines))
+    assert "of these, 6 epochs are 2 runs of at, to which the best trial is compared" in text
+    assert "on the 3 best trials and the runs of at" in text
 
 
 @pytest.mark.ray
