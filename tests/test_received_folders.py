@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import shutil
+import sqlite3
 import sys
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from raysweep.attacks import PGD
 from raysweep.checkpoint_evaluation import choose_evaluation_folder
 from raysweep.cli import main
 from raysweep.data import DataSpec
-from raysweep.errors import DamagedFileError, RaysweepError
+from raysweep.errors import DamagedFileError, RaysweepError, SpecError
 from raysweep.run_lookup import download_from_mlflow
 from raysweep.stores import open_path
 from raysweep.tracking import Tracker, tracking_uri
@@ -260,3 +262,44 @@ def test_listings_leave_out_what_is_behind_a_link(victim: Path, tmp_path: Path) 
     names = [Path(file.key).name for file in folder.list_files()]
     assert names == ["meta.json", "sweep.json"]
     assert len(folder.store.list_checkpoints(folder.key)) == 1
+
+
+@pytest.mark.mlflow
+def test_a_received_store_of_mlflow_is_no_trap(
+    victim: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its experiment or a run keeps artifacts elsewhere, or a model's run is called `../..`."""
+    made = workdir / "made"
+    made.mkdir()
+    tracker = Tracker(tracking_uri(made), made / "mlruns").wait_until_ready()
+    run_id = tracker.get_or_create_run("r", {"raysweep.kind": "train"})
+    tracker.log_json(run_id, {}, "a.json")
+    before = fingerprint(victim)
+    elsewhere = (victim / "photos").as_uri()
+    for number, statement in enumerate(
+        (
+            f"UPDATE experiments SET artifact_location = '{elsewhere}' WHERE name = 'raysweep'",
+            f"UPDATE runs SET artifact_uri = '{elsewhere}'",
+            "UPDATE runs SET artifact_uri = artifact_uri || '/../../../../../victim'",
+            "UPDATE runs SET artifact_uri = artifact_uri || '/%2e%2e/%2e%2e/%2e%2e/%2e%2e/x'",
+            f"UPDATE runs SET artifact_uri = '{victim}'",
+            "UPDATE runs SET artifact_uri = 's3://somebody/bucket'",
+        )
+    ):
+        received = workdir / f"received-{number}"
+        shutil.copytree(made, received)
+        with closing(sqlite3.connect(received / "mlflow.db")) as database, database:
+            database.execute(statement)
+        with pytest.raises(DamagedFileError, match=r"it keeps artifacts in .*outside of"):
+            Tracker(tracking_uri(received), received / "mlruns").wait_until_ready()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{received}/mlflow.db")
+    Tracker(tracking_uri(received), received / "mlruns").wait_until_ready()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    shutil.copytree(made, workdir / "honest")
+    honest = workdir / "honest"
+    tracker = Tracker(tracking_uri(honest), honest / "mlruns").wait_until_ready()
+    assert tracker.get_or_create_run("r", {"raysweep.kind": "train"}) == run_id
+    monkeypatch.setattr(tracker, "_resolve_run_id", lambda reference: "../../victim")
+    with pytest.raises(SpecError, match="is no id of an MLflow run"):
+        download_from_mlflow("models:/m/1", tracker, workdir)
+    assert fingerprint(victim) == before

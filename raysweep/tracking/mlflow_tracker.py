@@ -18,13 +18,20 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
 
 from raysweep.disk_space import is_disk_full_error
-from raysweep.errors import InfrastructureError, RaysweepError, get_first_line
+from raysweep.errors import (
+    DamagedFileError,
+    InfrastructureError,
+    RaysweepError,
+    get_first_line,
+)
 from raysweep.folder_lock import require_no_links
+from raysweep.formatting import shorten_value
 from raysweep.record_queue import RecordStoreUnavailable
 from raysweep.redaction import redact_secrets
-from raysweep.spec import SpecError, flatten_spec
+from raysweep.spec import SpecError, flatten_spec, is_safe_name
 from raysweep.stores import StorePath
 from raysweep.stores.folder_store import find_sqlite_file, hold_file_lock
 from raysweep.training.checkpoint import describe_environment
@@ -376,6 +383,9 @@ class Tracker:
         client, _ = self._connection.result()
         try:
             run_id = self._resolve_run_id(reference)
+            if not is_safe_name(run_id):
+                # Of a stranger's store, it might name a folder elsewhere.
+                raise SpecError(f"{reference}: {shorten_value(run_id)} is no id of an MLflow run")
             folder = target_folder / run_id
             require_no_links(folder, target_folder.parent)
             folder.mkdir(parents=True, exist_ok=True)
@@ -530,7 +540,11 @@ class Tracker:
         database = find_sqlite_file(self.uri)
         lock = hold_file_lock(database, _MIGRATION_TIMEOUT) if database else nullcontext()
         with lock:
-            return self._open_experiment()
+            client, experiment_id = self._open_experiment()
+        is_own_word = bool(os.environ.get(_URI_VARIABLE))
+        if database is not None and not is_own_word:
+            _require_own_artifacts(database, self._artifact_root)
+        return client, experiment_id
 
     def _open_experiment(self) -> tuple[Any, str]:
         """Return MLflow's client and the id of the experiment, which is created if it is new."""
@@ -609,6 +623,40 @@ def _relocate_artifacts(database: Path, artifact_folder: Path) -> None:
                 f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
                 f"WHERE substr({column}, 1, ?) = ?",
                 (new_uri, len(old_uri) + 1, len(old_uri) + 1, f"{old_uri}/"),
+            )
+
+
+def _require_own_artifacts(database: Path, artifact_root: Path) -> None:
+    """Check that artifacts go below the folder beside the database, whoever has made it.
+
+    Args:
+        database: SQLite database of MLflow; nothing happens if it is missing or empty.
+        artifact_root: Folder of all artifacts.
+
+    Raises:
+        DamagedFileError: The experiment or one of its runs has its artifacts elsewhere. One line.
+    """
+    if not database.is_file():
+        return
+    with closing(sqlite3.connect(database, timeout=60)) as connection:
+        if not connection.execute(
+            "SELECT 1 FROM sqlite_master WHERE name = 'experiments'"
+        ).fetchone():
+            return
+        rows = connection.execute(
+            "SELECT artifact_location FROM experiments WHERE name = :name UNION "
+            "SELECT artifact_uri FROM runs JOIN experiments USING (experiment_id) "
+            "WHERE experiments.name = :name",
+            {"name": EXPERIMENT_NAME},
+        ).fetchall()
+    root = str(artifact_root.resolve())
+    for (uri,) in rows:
+        path = unquote(urlsplit(str(uri)).path)
+        is_file = urlsplit(str(uri)).scheme in ("", "file")
+        if not is_file or os.path.commonpath([root, os.path.normpath(f"/{path}")]) != root:
+            raise DamagedFileError(
+                f"{database}: it keeps artifacts in {shorten_value(uri)}, outside of {root}: move "
+                f"it away, or set {_URI_VARIABLE}=sqlite:///{database} if you trust it"
             )
 
 
