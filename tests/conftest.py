@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Threads of OpenMP that have nothing to do sleep. By default they spin, and two threads that share
+# two cores with other tests take ten times as long for a small network.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 # By Ray's default its workers get one second for each 28 that the tests beside theirs use.
 os.environ.setdefault("RAY_worker_niceness", "0")

@@ -667,7 +667,8 @@ def test_a_server_that_does_not_answer_is_given_up(
 
 
 PIPELINE = """\
-set: {epochs: 2, data.val_size: 50, data.train_size: 64, batch_size: 32, "*.attacks.*.steps": 2}
+set: {epochs: 2, data.val_size: 50, data.train_size: 64, batch_size: 32, "*.attacks.*.steps": 2,
+      validation.size: 10, "validation.*.eps": 0.5}
 stages:
   - {kind: tune, space: at, trials: 2}
   - {kind: promote, top: 1, set: {epochs: 3}}

@@ -20,7 +20,8 @@ from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_export import OptunaExporter
 from raysweep.sweep.search_space import load_space
 from raysweep.tracking import SweepTracker, Tracker
-from raysweep.training.trainer import train_model
+from raysweep.training import trainer
+from raysweep.training.trainer import compute_step_gradients, train_model
 
 pytestmark = pytest.mark.mlflow
 TINY = ["data.val_size=50", "data.train_size=64", "batch_size=32", "*.attacks.*.steps=1"]
@@ -127,11 +128,30 @@ def train(name: str, epochs: int) -> list[str]:
     return ["train", "at", "--name", name, *settings]
 
 
+def run_command_that_waits(arguments: list[str], stopped: Path) -> int:
+    """Run a command whose training waits after its first epoch, of two steps, until `stopped` is
+    there.
+    """
+    steps: list[int] = []
+
+    def wait_and_step(*values: Any, **options: Any) -> Any:
+        steps.append(len(steps))
+        while len(steps) == 3 and not stopped.exists():
+            time.sleep(0.02)
+        return compute_step_gradients(*values, **options)
+
+    trainer.compute_step_gradients = wait_and_step
+    return main(arguments)
+
+
 @pytest.mark.slow
 def test_training_goes_on_without_a_server_and_the_same_command_tells_it(
     server: MlflowServer, workdir: Path
 ) -> None:
-    process = forked_processes.start_command(train("run", 40))
+    stopped = workdir / "stopped"
+    process = forked_processes.start_function(
+        run_command_that_waits, train("run", 8), stopped, imports=forked_processes.COMMANDS
+    )
     deadline = time.monotonic() + 120
     while not (run := list_runs(server.database_uri).get("run")) or not list_epochs(
         server.database_uri, run
@@ -139,18 +159,18 @@ def test_training_goes_on_without_a_server_and_the_same_command_tells_it(
         assert process.poll() is None and time.monotonic() < deadline, process.err
         time.sleep(0.05)
     server.send_signal(signal.SIGSTOP)
+    stopped.touch()
     try:
         assert process.wait() == 0, process.err
     finally:
         server.send_signal(signal.SIGCONT)
     lines = [line for line in process.err.splitlines() if "warning" in line]
     assert len(lines) == 2 and "the work goes on" in lines[0] and "lacks the last" in lines[1]
-    assert len(list_epochs(server.database_uri, run)) < 40
-    assert main(train("run", 40)) == 0
+    assert list_epochs(server.database_uri, run) == [1]
+    assert main(train("run", 8)) == 0
     run = list_runs(server.database_uri)["run"]
     assert (
-        list_epochs(server.database_uri, run) == list(range(1, 41))
-        and run.info.status == "FINISHED"
+        list_epochs(server.database_uri, run) == list(range(1, 9)) and run.info.status == "FINISHED"
     )
 
 
