@@ -669,7 +669,7 @@ def describe_rows(source: Path, work: Path, n_attacked: int) -> Iterator[list[st
                 code, text, attacked = run_command("eval", str(folder), "--verify", *arguments)
                 line = next(line for line in text.splitlines() if "AutoAttack breaks" in line)
                 row[-2:] = [
-                    f"{'caught' if code else 'not caught'}: {line.strip()}",
+                    f"{'fell' if code else 'held'}: {line.strip()}",
                     f"{attacked - seconds:.1f}",
                 ]
         print(f"{row[1]}: {name}", file=sys.stderr, flush=True)

@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raysweep.bounded_files import read_regular_file
+from raysweep.errors import DamagedFileError
 from raysweep.logs.entries import JsonEntry, read_entries
 from raysweep.logs.log_upload import merge_lines
 
@@ -22,6 +24,9 @@ def read_log(folder: "Location", with_trials: bool = True) -> list[JsonEntry]:
 
     Returns:
         The entries in the order of their times; empty if there is no log.
+
+    Raises:
+        DamagedFileError: A file is too long for a log of raysweep. One line.
     """
     from raysweep.stores import open_path
 
@@ -49,7 +54,10 @@ def _find_log_files(folder: "StorePath", with_trials: bool) -> list["StorePath"]
 def _read_log_file(file: "StorePath") -> str:
     """Return the lines of a log file; of one in a bucket, also those on this machine only."""
     local_file = file.working_path
-    content = local_file.read_bytes() if local_file.exists() else b""
+    try:
+        content = read_regular_file(local_file) if local_file.exists() else b""
+    except ValueError as error:
+        raise DamagedFileError(f"{local_file}: cannot be read: {error}") from error
     if file.local_path is None:
         stored = file.store.read_versioned(file.key)
         content = merge_lines(stored.data if stored else b"", content)

@@ -22,6 +22,7 @@ from raysweep.bounded_files import open_npz, read_parquet_table, read_regular_fi
 from raysweep.data.dataset_loaders import load_user_arrays, read_image_shape
 from raysweep.data.unlabeled import read_unlabeled_file
 from raysweep.evaluation.shards import ShardResult
+from raysweep.logs import read_log
 from raysweep.pipeline.artifact import Artifact
 from raysweep.stores import open_path
 from raysweep.sweep.ledger import Ledger
@@ -244,6 +245,14 @@ def endless_json(folder: Path) -> str:
         stream.truncate(100 * 2**30)
     path = open_path(folder) / "sweep.json"
     return in_little_memory(lambda: refusal_of(path.read_json))
+
+
+@attack(8, "a log.jsonl of 100 GB, shown by `show --log`")
+def endless_log(folder: Path) -> str:
+    ledger = make_sweep(folder)
+    with (folder / "runs/s/log.jsonl").open("ab") as stream:
+        stream.truncate(100 * 2**30)
+    return in_little_memory(lambda: refusal_of(lambda: read_log(ledger.path)))
 
 
 @attack(8, "a pipe in place of sweep.json or trial.json")
