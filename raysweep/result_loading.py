@@ -466,7 +466,8 @@ def sweep_to_json(ledger: Ledger) -> JsonDict:
     Returns:
         Its name, location, space and state, and the command that resumes it, or None; epochs that
         the trials reported (`asked`), trained and reused (`saved`); the numbers of the Pareto
-        front; the results of AutoAttack on the finalists (see `FinalistSummary`), or None; which
+        front; the results of AutoAttack on the finalists (see `FinalistSummary`), or None; why it
+        ended before its last trial ("told-apart", "flat"), or None (`ended_early`); which
         trials cannot be told apart (see `SpreadSummary`), or None; whether the best one beats the
         base method (see `BaseComparison`), or None, and the runs of the base method; advice on the
         best trial; all trials, best first, as from `trial_to_json`.
@@ -491,6 +492,7 @@ def sweep_to_json(ledger: Ledger) -> JsonDict:
         },
         "front": [trial.number for trial in ledger.unmasked_pareto_front()],
         "finalists": finalists.to_json_dict() if finalists else None,
+        "ended_early": ledger.load_early_end(),
         "comparison": spread.to_json_dict() if spread else None,
         "base": base.to_json_dict() if base else None,
         "base_runs": [trial_to_json(ledger, run, is_interrupted) for run in base_runs],

@@ -324,6 +324,10 @@ def _print_plan(
         trial.as_running() if trial.runs_again(request.retry_failed) else trial
         for trial in (resumed_ledger.load_all_runs() if resumed_ledger else [])
     ]
+    if resumed_ledger is not None and resumed_ledger.space == space:
+        n_started = sum(not trial.is_base_run for trial in trials)
+        if resumed_ledger.load_early_end() and n_started:
+            space = space.replace(trials=n_started)
     plan = plan_sweep(space, dataset, resources, request.address, trials)
     print_sweep_plan(plan, request.as_json, runs_folder.local_path)
 

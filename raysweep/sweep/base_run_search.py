@@ -14,7 +14,8 @@ class BaseRunSearcher(Searcher):
     """Suggest the runs of the base method that have not ended first, then what another suggests.
 
     They come first because trials reuse their epochs: a trial whose weights are still 1 trains what
-    the base method trains. The other searcher does not hear of them.
+    the base method trains. The other searcher does not hear of them. Once the sweep has ended early
+    (see `SearchSpace.until`), only trials that had started are suggested.
 
     Args:
         ledger: The sweep.
@@ -31,12 +32,17 @@ class BaseRunSearcher(Searcher):
             if state_by_number.get(number, "running") == "running"
         ]
         self._base_run_ids: set[str] = set()
+        self._ledger = ledger
+        self._n_resumed_left = sum(trial.state == "running" for trial in ledger.load_trials())
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the config of Tune's next trial (see `LedgerSearcher.suggest`)."""
         if self._waiting_runs:
             self._base_run_ids.add(trial_id)
             return self._waiting_runs.pop(0)
+        if not self._n_resumed_left and self._ledger.load_early_end():
+            return Searcher.FINISHED  # type: ignore[no-any-return]
+        self._n_resumed_left = max(0, self._n_resumed_left - 1)
         return self._trial_searcher.suggest(trial_id)  # type: ignore[no-any-return]
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

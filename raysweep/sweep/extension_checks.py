@@ -12,7 +12,7 @@ from raysweep.sweep.search_space import Params, SearchSpace
 # Keys that do not change what a trial is, or that are checked one by one.
 _EXTENDABLE_KEYS = {
     *("trials", "points_to_evaluate", "base", "space", "share_prefixes", "prefix_gib"),
-    *("finalists", "base_runs", "disk_reserve_gib"),
+    *("finalists", "base_runs", "until", "disk_reserve_gib"),
 }
 _NEW_NAME_HINT = "choose another --name for that"
 
@@ -38,6 +38,7 @@ def check_extension(
         *_find_changed_distributions(old_space, new_space),
         *new_space.find_finalist_problems(),
         *new_space.find_base_run_problems(),
+        *new_space.find_until_problems(),
     ]
     if (new_space.base_runs or 0) < (old_space.base_runs or 0):
         lines.append(

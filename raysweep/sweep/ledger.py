@@ -46,6 +46,11 @@ from raysweep.training.validation import is_robust_objective
 
 logger = logging.getLogger(__name__)
 
+EarlyEnd = Literal["told-apart", "flat"]
+"""Why a sweep with `until: told-apart` has no more trials: its best one is told apart from the
+others, or its landscape is flat."""
+
+_EARLY_END_FILE = "early_end.json"
 WARM_START_FILE = "warm_start.json"
 """File in a sweep's folder that holds results of earlier sweeps (see `warm_start`)."""
 
@@ -421,6 +426,8 @@ class Ledger:
         """
         trials = self.load_trials()
         check_extension(self.space, new_space, {trial.number: trial.params for trial in trials})
+        if new_space != self.space:
+            (self.path / _EARLY_END_FILE).delete()
         self.space = new_space.with_absolute_paths()
         self._rules.clear()
         self._save_space()
@@ -457,8 +464,31 @@ class Ledger:
         n_restarted = sum(
             trial.state == "running" or trial.runs_again(retry_failed) for trial in trials
         )
-        n_new = (self.space.n_trials if n_trials is None else n_trials) - len(trials)
+        n_new = (self.count_needed_trials() if n_trials is None else n_trials) - len(trials)
         return n_restarted + max(0, n_new)
+
+    def load_early_end(self) -> EarlyEnd | None:
+        """Return why the sweep ended before its last trial (see `SearchSpace.until`); else None.
+
+        Raises:
+            DamagedFileError: If its file is damaged.
+        """
+        if self.space.until is None:
+            return None
+        try:
+            data = (self.path / _EARLY_END_FILE).read_json({"reason": EarlyEnd})
+        except StoredFileNotFound:
+            return None
+        reason: EarlyEnd = data["reason"]
+        return reason
+
+    def save_early_end(self, reason: EarlyEnd) -> None:
+        """Write that the sweep needs no more trials than have started, until it is extended."""
+        (self.path / _EARLY_END_FILE).write_json({"reason": reason}, indent=1)
+
+    def count_needed_trials(self) -> int:
+        """Return the number of trials after which the sweep ends; 0 once its answer is clear."""
+        return 0 if self.load_early_end() else self.space.n_trials
 
     def count_base_runs_left(self, retry_failed: bool = False) -> int:
         """Return the number of runs of the base method that `--resume` would run.
@@ -486,7 +516,7 @@ class Ledger:
 
     def _have_ended(self, trials: Sequence[Trial]) -> bool:
         """Return whether these are all trials of the sweep, and all have ended."""
-        return len(trials) >= self.space.n_trials and all(
+        return len(trials) >= self.count_needed_trials() and all(
             trial.state != "running" for trial in trials
         )
 

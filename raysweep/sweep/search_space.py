@@ -273,7 +273,7 @@ class SearchSpace(Spec):
 
     stored_keys: ClassVar[Mapping[str, str]] = {"points_to_evaluate": "start"}
     later_fields: ClassVar[frozenset[str]] = frozenset(
-        {"dataset_defaults", "finalists", "base_runs", "disk_reserve_gib"}
+        {"dataset_defaults", "finalists", "base_runs", "disk_reserve_gib", "until"}
     )
 
     method: str | dict[str, Any]
@@ -289,6 +289,11 @@ class SearchSpace(Spec):
     trials: Annotated[int, Field(ge=1, le=1_000_000)] = 16
     """Number of trials. A grid has at most as many as it has points, and by default one for each
     point."""
+    until: Literal["told-apart"] | None = None
+    """`told-apart`: propose no more trials once the answer is clear, by the verdicts on the same
+    validation images: the best trial is told apart from at least seven others, or the landscape is
+    flat, because with 95% confidence settings explain less than half of the spread of at least
+    eight fully trained trials. Trials that run are trained to their end. null: all `trials`."""
     finalists: Annotated[int, Field(ge=0)] | None = None
     """Number of the best trials that full AutoAttack attacks on the validation images when all
     trials have ended; the ranking then follows its results. With several metrics, any number above
@@ -664,6 +669,7 @@ class SearchSpace(Spec):
             *self._find_objective_problems(config),
             *self.find_finalist_problems(),
             *self.find_base_run_problems(),
+            *self.find_until_problems(),
             *self._find_scheduler_problems(config),
             *self._find_distribution_problems(config.validation.threat),
             *self._find_point_problems(config.validation.threat),
@@ -694,6 +700,14 @@ class SearchSpace(Spec):
             yield (
                 f"finalists = {self.finalists}: no attack of the validation has a radius, which "
                 "AutoAttack needs; set it to 0"
+            )
+
+    def find_until_problems(self) -> Iterator[str]:
+        """Yield a line if there is no best trial to tell from the others."""
+        if self.until is not None and len(self.objectives) > 1:
+            yield (
+                f"until = {self.until!r}: with several metrics there is no best trial to tell from "
+                "the others; set it to null, or give one metric"
             )
 
     def find_base_run_problems(self) -> Iterator[str]:
@@ -941,7 +955,7 @@ _NO_VALUE = object()
 _SWEEP_NAMES = frozenset(
     {
         *("metric", "max_masking_gap", "finalists", "share_prefixes", "prefix_gib"),
-        *("base_runs", "disk_reserve_gib", "sampler", "scheduler"),
+        *("base_runs", "until", "disk_reserve_gib", "sampler", "scheduler"),
     }
 )
 _SPACE_PARTS: Mapping[str, type[Spec]] = {"sampler": Sampler, "scheduler": Scheduler}

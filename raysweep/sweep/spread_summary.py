@@ -13,11 +13,15 @@ from raysweep.evaluation.paired_statistics import (
 )
 from raysweep.lazy_modules import np
 from raysweep.spec import JsonDict, json_digest
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import EarlyEnd, Ledger, Trial
 from raysweep.training.example_verdicts import ExampleVerdicts
 
 MIN_SPLIT_TRIALS = 4
 """Fully trained trials from which the spread is split into settings and measurement."""
+MIN_CONCLUSIVE_TRIALS = 8
+"""Trials from which a sweep with `until: told-apart` may end early."""
+FLAT_SHARE = 0.5
+"""A landscape is flat if the settings' share of the spread is below this with 95% confidence."""
 _MAX_NUMBERS_SHOWN = 12
 # More images or seeds than these are no advice.
 _MAX_EXAMPLES_SHOWN, _MAX_SEEDS_SHOWN = 1_000_000, 1000
@@ -144,6 +148,35 @@ def _digest_without_seed(trial: Trial) -> str:
     return json_digest({path: value for path, value in trial.params.items() if path != "seed"})
 
 
+def find_early_end(ledger: Ledger, trials: Sequence[Trial]) -> EarlyEnd | None:
+    """Return why a sweep needs no more trials (see `SearchSpace.until`); None if it does.
+
+    Args:
+        ledger: The sweep.
+        trials: All its trials, in any order.
+    """
+    measured = [trial for trial in trials if trial.best]
+    ranked = sorted(measured, key=lambda trial: (ledger.rank_trial(trial), trial.number))
+    summary = summarize_spread(ledger, ranked)
+    if summary is None or len(summary.differences) + 1 < MIN_CONCLUSIVE_TRIALS:
+        return None
+    if not summary.like_best:
+        return "told-apart"
+    split = summary.split
+    has_enough = split is not None and split.n_models >= MIN_CONCLUSIVE_TRIALS
+    return "flat" if split is not None and has_enough and split.share_high < FLAT_SHARE else None
+
+
+def describe_early_end(reason: EarlyEnd) -> str:
+    """Say why a sweep needs no more trials."""
+    if reason == "told-apart":
+        return "the best trial is told apart from the others"
+    return (
+        "the landscape is flat: with 95% confidence settings explain less than "
+        f"{FLAT_SHARE:.0%} of the spread"
+    )
+
+
 def describe_spread(ledger: Ledger) -> list[str]:
     """Say in lines which trials cannot be told apart, and what the spread of all consists of.
 
@@ -157,6 +190,13 @@ def describe_spread(ledger: Ledger) -> list[str]:
     if summary is None:
         return []
     lines = [_describe_like_best(summary)]
+    if (reason := ledger.load_early_end()) is not None:
+        n_trials = ledger.space.n_trials
+        lines.insert(
+            0,
+            f"ended early, with {len(ledger.load_trials())} of {n_trials} trials: "
+            f"{describe_early_end(reason)} (until = {ledger.space.until})",
+        )
     if summary.split is not None:
         lines.append(describe_split(summary.split))
     return lines

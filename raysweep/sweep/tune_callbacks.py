@@ -17,6 +17,7 @@ from raysweep.errors import WorkFailed
 from raysweep.sweep.base_run_search import BASE_RUN_KEY
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.process_death_causes import describe_process_loss
+from raysweep.sweep.spread_summary import describe_early_end, find_early_end
 from raysweep.training.failure_reports import BUG_TRACEBACK_KEY, FAILURE_KEY, INFRASTRUCTURE_KEY
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.selection import SelectionRule
@@ -374,6 +375,17 @@ class LedgerCallback(tune.Callback):
     def _end_trial(self, ray_trial: RayTrial, ended_trial: Trial) -> None:
         """Write a trial that has ended, with what its best epoch gets right."""
         self._save_and_notify(ray_trial, self._ledger.with_verdicts(ended_trial))
+        if self._ledger.space.until is None or self._ledger.load_early_end():
+            return
+        trials = [trial for trial in self._trials_by_key.values() if not trial.is_base_run]
+        reason = find_early_end(self._ledger, trials)
+        if reason is not None:
+            self._ledger.save_early_end(reason)
+            logger.info(
+                "the sweep needs no more trials: %s",
+                describe_early_end(reason),
+                extra={"event": "early_end", "reason": reason, "is_shown_elsewhere": True},
+            )
 
     def on_trial_recover(
         self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any

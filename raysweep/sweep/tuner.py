@@ -313,7 +313,7 @@ def _run_rounds(
         while True:
             trials = ledger.load_trials()
             n_running = sum(trial.state == "running" for trial in trials)
-            n_trials_left = n_running + max(0, ledger.space.n_trials - len(trials))
+            n_trials_left = n_running + max(0, ledger.count_needed_trials() - len(trials))
             n_trials_left += ledger.count_base_runs_left()
             if n_trials_left <= 0 or not ledger_callback.start_round_if_needed():
                 return

@@ -153,7 +153,8 @@ class SweepTracker:
             }
         self._tracker.log_final(self._sweep_run_id, metrics)
         like_best = format_trial_numbers(summary.like_best) or "none"
-        self._tracker.set_tags(self._sweep_run_id, {"like_best": like_best})
+        tags = {"like_best": like_best, "ended_early": ledger.load_early_end() or "no"}
+        self._tracker.set_tags(self._sweep_run_id, tags)
 
     def _log_base_comparison(self, ledger: Ledger) -> None:
         """Log whether the best trial beats the base method."""
