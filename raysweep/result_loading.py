@@ -76,7 +76,7 @@ def load(
 
     Raises:
         SpecError: There is no checkpoint, it is damaged, its data differ, its network is of another
-            file than `code`, or the bucket refuses access. One line.
+            file than `code` or of none, or the bucket refuses access. One line.
         StoreUnavailable: The bucket does not answer.
         InfrastructureError: The MLflow store does not answer.
     """
@@ -87,11 +87,15 @@ def load(
             open_code_of(code)
         elif code is not None:
             open_code_file(expand_home(code))
+        location: Location
         if is_mlflow_reference(name):
-            _, folder = download_from_mlflow(name, open_default_tracker(out), out)
-            return load_checkpoint_target(folder, overrides).model
-        path_in_store = find_checkpoint_folder(name, open_path(out / "runs"))
-        return load_checkpoint_target(path_in_store, overrides).model
+            _, location = download_from_mlflow(name, open_default_tracker(out), out)
+        else:
+            location = find_checkpoint_folder(name, open_path(out / "runs"))
+        target = load_checkpoint_target(location, overrides)
+    if code is not None and (target.config is None or target.config.model.code is None):
+        raise SpecError(f"code = {code}: has no effect: {target.name} needs no code")
+    return target.model
 
 
 def load_sweep(path: Location) -> Sweep:

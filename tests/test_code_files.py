@@ -177,6 +177,10 @@ def test_the_function_in_python_is_ones_word_if_its_file_is_the_recorded_one(
     monkeypatch.delitem(sys.modules, "my_networks", raising=False)
     import my_networks
 
+    plain = build_training_config("at", TINY, {"epochs": 1})
+    train_model(plain, workdir / "runs/plain")
+    line = refusal(lambda: raysweep.load("runs/plain", code=code))
+    assert line.endswith("my_networks.py: has no effect: plain/epoch-0001 needs no code")
     with code_of_one_call():
         adopted = raysweep.load("runs/wide", code=my_networks.build_wide)
         assert type(adopted[0]) is my_networks.Net and adopted[0].first.out_channels == 8
