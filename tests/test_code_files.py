@@ -255,6 +255,14 @@ def test_code_without_effect_is_refused(code: Path, capsys, workdir: Path) -> No
                                        "model.name=build")  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["", "x y", "a.b", "x\x1b[2J", "<b>", "my:build", "9", "x" * 101])
+def test_names_of_strangers_functions_are_names(name: str) -> None:
+    """They are shown in reports, tables and MLflow, also if nobody imports them."""
+    with pytest.raises(ValueError, match="is no name of a function") as caught:
+        TrainingConfig.from_data({"method": "at", "model": {"name": name, "code": "0" * 64}})
+    assert len(str(caught.value).splitlines()) == 1 and "\x1b" not in str(caught.value)
+
+
 def test_the_content_that_was_read_is_the_content_that_runs(code: Path, marker: Path) -> None:
     """Between the digest and the import, the file changes."""
     code_file = open_code_file(code)
@@ -283,13 +291,11 @@ def test_a_sweep_trains_networks_of_a_file_on_workers(
         "method": "at",
         "trials": 3,
         "finalists": 1,
-        "objectives": ["-clean"],
         "scheduler": {"kind": "none"},
         "sampler": {"kind": "grid"},
         "base": TINY | {"epochs": 1},
         "space": {"model.name": {"categorical": ["digits_cnn", "build", "build_wide"]}},
     }
-    del space["objectives"]
     (workdir / "space.yaml").write_text(json.dumps(space))
     address = ["--address", ray_cluster.address]
     tune = ["tune", "--space", "space.yaml", "--name", "s", *address, "--code", str(code)]
@@ -315,6 +321,8 @@ def test_a_sweep_trains_networks_of_a_file_on_workers(
     assert "model.code = " in error_of(capsys, *resume, "--code", str(changed))
     assert not marker.exists()
     assert np.all(raysweep.load_sweep("s").trials["epochs"] == 1)
+    assert main([*resume, "--code", str(code)]) == 0
+    assert np.all(raysweep.load_sweep("s").trials["epochs"] == 2)
 
 
 @pytest.mark.mlflow

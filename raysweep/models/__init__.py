@@ -53,6 +53,10 @@ MODELS: dict[str, ModelFactory] = {
 }
 
 
+# Names are shown in tables and reports.
+_MAX_NAME_LENGTH = 100
+
+
 class ModelSpec(Spec):
     """Choice of a network and of the normalisation of its input."""
 
@@ -98,6 +102,8 @@ class ModelSpec(Spec):
         if name not in MODELS and info.data.get("code", "") is None:
             line = describe_unknown_name("model", name, list(MODELS))
             raise SpecError(f"{line}; a network of your own needs --code FILE")
+        if not name.isidentifier() or len(name) > _MAX_NAME_LENGTH:
+            raise SpecError(f"{shorten_value(name)} is no name of a function")
         return name
 
     def find_factory(self) -> ModelFactory:
