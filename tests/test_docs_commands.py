@@ -102,5 +102,5 @@ def test_the_commands_of_the_pages_work(
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.mlflow
-def test_a_first_day_with_images_of_ones_own(ray_cluster, workdir: Path) -> None:
+def test_a_first_day_with_images_of_ones_own(ray_cluster, one_core, workdir: Path) -> None:
     follow_pages(FOLLOWED["own"], workdir)
