@@ -64,7 +64,7 @@ def acquire_within(lease: BucketLease, seconds: float) -> float | None:
     while not lease.try_acquire():
         if time.monotonic() - began > seconds:
             return None
-        time.sleep(0.02)
+        time.sleep(0.05)
     return time.monotonic() - began
 
 
@@ -342,7 +342,7 @@ class TestLegacyClaims:
         while claims.observe():
             if time.monotonic() - began > seconds:
                 return None
-            time.sleep(0.02)
+            time.sleep(0.05)
         return time.monotonic() - began
 
     def test_those_of_silent_and_dead_processes_are_deleted(self, store: Store) -> None:
