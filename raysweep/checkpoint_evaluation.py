@@ -3,11 +3,12 @@
 Results are written to files, and to the MLflow run that trained the model.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from raysweep.atomic_files import atomic_write_text
 from raysweep.attacks import AttackCascade, SingleAttack
@@ -18,17 +19,15 @@ from raysweep.data import (
     choose_subset_rows,
     find_subset_warnings,
 )
-from raysweep.evaluation import (
-    RobustnessReport,
-    ShardMapper,
-    evaluate,
-    show_evaluation_progress,
-)
 from raysweep.folder_lock import require_no_links
+from raysweep.lazy_modules import torch
 from raysweep.spec import json_digest
 from raysweep.tracking import Tracker
 from raysweep.training.dataset_defaults import DATASET_DEFAULTS
 from raysweep.training.model_loading import EvaluationTarget
+
+if TYPE_CHECKING:
+    from raysweep.evaluation import RobustnessReport, ShardMapper
 
 # Files of an evaluation: the results per example, and a model entry with RobustBench's field names.
 EXAMPLES_FILE = "examples.parquet"
@@ -145,6 +144,8 @@ def evaluate_checkpoint(
     Raises:
         SpecError: If no attack can run on the model (see `evaluate`).
     """
+    from raysweep.evaluation import evaluate, show_evaluation_progress
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     split = dataset.test
     rows = choose_subset_rows(split.y, n_examples, subset)

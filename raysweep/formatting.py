@@ -1,5 +1,6 @@
 """Text for people: durations, counts and values."""
 
+import time
 from typing import Any
 
 _MAX_VALUE_LENGTH = 200
@@ -17,6 +18,11 @@ def format_duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def format_local_time(seconds: float) -> str:
+    """Format seconds since 1970 as local date and time: `2026-01-31 02:00`."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def format_count(count: int, noun: str) -> str:

@@ -22,6 +22,9 @@ COMMANDS = {
     "tune lrat --plan --set optim.lr=fast": 2,
     "train gairat --set method.attacks.pgd.eps=8": 2,
     "eval nothing-of-this-name": 2,
+    "show pipeline:digits": 0,
+    "run nothing-of-this-name": 2,
+    "run digits --set epoch=3": 2,
 }
 # The goal is 0.4 processor seconds. A machine that is slow or whose cores are shared needs more for
 # the same work, so the limit is a multiple of what the imports of `YARDSTICK` take beside it:

@@ -46,7 +46,8 @@ def _after_an_epoch(_: object, trial: object, metrics: object) -> None:
 def _arm(stage: str, when: str) -> None:
     """Let this process die in `stage`: amid its work, or when half of its artifact is written."""
     from raysweep.pipeline import autoattack, pipeline, promote, register, train, tune
-    from raysweep.pipeline.report import stage as report
+    from raysweep.pipeline.report import contents
+    from raysweep.pipeline.report.stage import ReportStage
     from raysweep.terminal import SweepDisplay
     from raysweep.tracking import Tracker
 
@@ -73,7 +74,7 @@ def _arm(stage: str, when: str) -> None:
         "promote": (promote.PromoteStage, sweeps),
         "autoattack": (autoattack.AutoAttackStage, (autoattack, "save_evaluation_files", _die)),
         "register": (register.RegisterStage, (Tracker, "set_model_alias", _die)),
-        "report": (report.ReportStage, (report, "draw_training_figures", _die)),
+        "report": (ReportStage, (contents, "draw_training_figures", _die)),
     }
     kind, (owner, name, deadly) = owners[stage]
     run_stage = kind.run_stage

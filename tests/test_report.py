@@ -224,7 +224,8 @@ def test_accuracy_against_the_steps_of_pgd() -> None:
 
 
 def test_every_method_is_compared_with_the_night_before() -> None:
-    from raysweep.pipeline.report.stage import _build_changes_parts, _compute_median_accuracies
+    from raysweep.pipeline.report.contents import _build_changes_parts
+    from raysweep.pipeline.report.stage import _compute_median_accuracies
 
     def night_evaluations(shares: dict[str, tuple[float, ...]]) -> tuple[EvaluationResult, ...]:
         return tuple(

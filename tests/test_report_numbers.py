@@ -14,6 +14,11 @@ from raysweep.pipeline.artifact import Artifact, EvaluationResult
 from raysweep.pipeline.facts import ReportChanges
 from raysweep.pipeline.published_results import compare_with_paper, load_paper_table
 from raysweep.pipeline.report.ablations import build_ablation_sections
+from raysweep.pipeline.report.contents import (
+    _build_changes_parts,
+    _build_verdict_banner,
+    _format_subtitle,
+)
 from raysweep.pipeline.report.document import (
     Banner,
     CaptionedFigure,
@@ -32,13 +37,7 @@ from raysweep.pipeline.report.sections import (
     build_registry_sections,
     build_row_note_sections,
 )
-from raysweep.pipeline.report.stage import (
-    ReportStage,
-    _build_changes_parts,
-    _build_verdict_banner,
-    _compute_median_accuracies,
-    _format_subtitle,
-)
+from raysweep.pipeline.report.stage import ReportStage, _compute_median_accuracies
 from raysweep.pipeline.stage import UpstreamResults, find_best_candidate_evaluation
 from raysweep.pipeline.statistics import McNemarResult
 

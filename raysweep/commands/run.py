@@ -133,6 +133,10 @@ def add_parser(parsers: CommandParsers) -> None:
 def run_command(args: argparse.Namespace) -> None:
     """Run `raysweep run`."""
     request = RunRequest.from_args(args)
+    from raysweep.pipeline.builtin_pipelines import find_pipeline_file
+
+    # A wrong name is reported before anything imports what the stages need.
+    find_pipeline_file(request.pipeline)
     from raysweep.commands.common import check_code
     from raysweep.pipeline.pipeline import check_rankings, load_pipeline
 

@@ -1,20 +1,23 @@
 """Result of an evaluation: accuracies with intervals, per attack, per class and per example."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from raysweep.atomic_files import atomic_open, atomic_write_text
 from raysweep.attacks.named_attacks import autoattack
+from raysweep.lazy_modules import np
 
-BoolArray = npt.NDArray[np.bool_]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

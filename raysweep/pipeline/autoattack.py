@@ -1,6 +1,8 @@
 """The autoattack stage: runs AutoAttack, or other attacks, on the test set."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -19,7 +21,6 @@ from raysweep.checkpoint_evaluation import (
     save_evaluation_files,
 )
 from raysweep.data import DEFAULT_SUBSET, SubsetChoice
-from raysweep.evaluation import RobustnessReport
 from raysweep.pipeline.artifact import Candidate, EvaluationResult
 from raysweep.pipeline.stage import (
     Stage,
@@ -34,6 +35,9 @@ from raysweep.sweep.shard_mappers import open_executor
 from raysweep.tracking import checkpoint_run_tags
 from raysweep.training.config import TrainingConfig
 from raysweep.training.model_loading import EvaluationTarget, load_checkpoint_target
+
+if TYPE_CHECKING:
+    from raysweep.evaluation import RobustnessReport
 
 
 def _make_default_attacks() -> dict[str, str | AnyAttack]:

@@ -1,15 +1,18 @@
 """Comparison of two models on the same test examples, from the files of their evaluations."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from raysweep.bounded_files import read_parquet_table
+from raysweep.lazy_modules import np
 from raysweep.pipeline.artifact import EvaluationResult
 from raysweep.pipeline.statistics import McNemarResult, mcnemar_test
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # Results can be compared only if the threat model, the attack and the data set are the same.
 _PROTOCOL_FIELDS = ("attack", "standard", "eps", "norm", "data", "fingerprint")

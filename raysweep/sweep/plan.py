@@ -7,12 +7,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import joblib
-
 from raysweep.data import DatasetSplits
 from raysweep.lazy_modules import torch
 from raysweep.spec import JsonDict
-from raysweep.sweep.epoch_timing import count_validated_examples, estimate_epoch_seconds
 from raysweep.sweep.ledger import Trial
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import SearchSpace
@@ -123,6 +120,9 @@ def plan_sweep(
     Raises:
         SpecError: If not even one trial fits the cluster, or no cluster answers at `address`.
     """
+    # It imports torch, which settings do not need.
+    from raysweep.sweep.epoch_timing import count_validated_examples, estimate_epoch_seconds
+
     config = space.trial_config({})
     cluster, nodes = available_capacity(address)
     resources = resources.resolve(cluster)
@@ -205,6 +205,8 @@ def available_capacity(address: str | None) -> tuple[dict[str, float], list[dict
 
         with connect_to_cluster(address) as cluster:
             return cluster, node_capacities()
+    import joblib
+
     machine = {"CPU": float(joblib.cpu_count()), "GPU": float(torch.cuda.device_count())}
     return machine, [machine]
 

@@ -1,14 +1,17 @@
 """Choose where the shards of an evaluation run: a Ray cluster, processes, or this process."""
 
+from __future__ import annotations
+
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import joblib
-import torch
+from raysweep.lazy_modules import torch
 
-from raysweep.evaluation import ProcessPoolMap, ShardMapper
+if TYPE_CHECKING:
+    from raysweep.evaluation import ShardMapper
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +41,16 @@ def open_executor(address: str | None, gpus_per_task: float = 1.0) -> Iterator[S
             logger.info("shards run on the Ray cluster")
             yield RayMap(gpus=gpus_per_task if cluster.get("GPU") else 0)
         return
+    # It imports numpy, which settings do not need.
+    import joblib
+
     n_cores = joblib.cpu_count()
     if torch.cuda.is_available() or n_cores == 1:
         logger.info("shards run in this process, on its GPU or its only core")
         yield None
         return
+    from raysweep.evaluation import ProcessPoolMap
+
     logger.info("shards run in %d processes of this machine", n_cores)
     with ProcessPoolMap(n_cores) as process_map:
         yield process_map

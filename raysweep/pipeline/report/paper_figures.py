@@ -4,34 +4,29 @@ Each kind of figure is a spec with a field `kind`, listed in `PaperFigure`. The 
 the stage `report` names those of a pipeline.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
-from matplotlib.figure import Figure
 from pydantic import Field
 
 from raysweep.attacks import PGD
-from raysweep.comparison_plots import PlottedRun, plot_metric_grid, plot_training_statistics
 from raysweep.data import Split
-from raysweep.instance_plots import (
-    plot_class_pairs,
-    plot_vulnerability_overlap,
-    plot_vulnerable_views,
-)
-from raysweep.pipeline.report.document import CaptionedFigure, Paragraph, Section
-from raysweep.pipeline.report.figures import plot_accuracy_curves
-from raysweep.plots import HistogramsByEpoch, plot_weight_histogram
+from raysweep.lazy_modules import torch
 from raysweep.spec import Spec, describe_unknown_name
 from raysweep.training.config import TrainingConfig
-from raysweep.training.instance_metrics import (
-    InstanceMetrics,
-    compute_instance_metrics,
-    select_first_of_each_class,
-)
 from raysweep.training.metric_names import list_metric_names
 from raysweep.training.model_loading import EvaluationTarget
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from raysweep.comparison_plots import PlottedRun
+    from raysweep.pipeline.report.document import Section
+    from raysweep.plots import HistogramsByEpoch
+    from raysweep.training.instance_metrics import InstanceMetrics
 
 _KAPPA_STEPS = 10
 
@@ -102,6 +97,8 @@ def measure_target(
         attacks: Attack name -> attack that counts kappa.
         n_examples: Number of examples, the first ones.
     """
+    from raysweep.training.instance_metrics import compute_instance_metrics
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return compute_instance_metrics(target.model.to(device), split.to(device), attacks, n_examples)
 
@@ -154,6 +151,8 @@ class CurvesFigure(_FigureBase):
         return [row for rows in self.panels.values() for row in rows]
 
     def draw(self, source: FigureSource) -> Figure | None:
+        from raysweep.comparison_plots import plot_metric_grid
+
         measured = {
             name for run in source.runs.values() for metrics in run.history for name in metrics
         }
@@ -183,6 +182,8 @@ class StatisticsFigure(_FigureBase):
         return [self.kappa_of]
 
     def draw(self, source: FigureSource) -> Figure | None:
+        from raysweep.comparison_plots import plot_training_statistics
+
         return plot_training_statistics(source.runs, self.kappa_of)
 
 
@@ -200,6 +201,8 @@ class WeightsFigure(_FigureBase):
         return [self.row]
 
     def draw(self, source: FigureSource) -> Figure | None:
+        from raysweep.plots import plot_weight_histogram
+
         histograms = source.histograms[self.row]
         # Epochs that were reused from other runs have no histograms.
         epochs = [epoch for epoch in histograms if f"weight_{self.term}" in histograms[epoch]]
@@ -224,6 +227,9 @@ class ClassPairsFigure(_FigureBase):
         return [self.row]
 
     def draw(self, source: FigureSource) -> Figure | None:
+        from raysweep.instance_plots import plot_class_pairs
+        from raysweep.training.instance_metrics import select_first_of_each_class
+
         target = source.load_target(self.row)
         pgd = self.attack or find_row_pgd(target).replace(steps=_KAPPA_STEPS)
         split = select_first_of_each_class(_get_train_split(target), self.per_class)
@@ -244,6 +250,8 @@ class VulnerableViewsFigure(_FigureBase):
         return list(self.rows)
 
     def draw(self, source: FigureSource) -> Figure | None:
+        from raysweep.instance_plots import plot_vulnerable_views
+
         return plot_vulnerable_views(
             {row: source.measure_instances(row, self.examples) for row in self.rows}
         )
@@ -263,6 +271,8 @@ class VulnerabilityFigure(_FigureBase):
         return [self.row]
 
     def draw(self, source: FigureSource) -> Figure | None:
+        from raysweep.instance_plots import plot_vulnerability_overlap
+
         return plot_vulnerability_overlap(source.measure_instances(self.row, self.examples))
 
 
@@ -273,6 +283,8 @@ class PgdStepsFigure(_FigureBase):
     """Selects this figure."""
 
     def draw(self, source: FigureSource) -> Figure | None:
+        from raysweep.pipeline.report.figures import plot_accuracy_curves
+
         if not source.pgd_step_curves:
             return None
         return plot_accuracy_curves(source.pgd_step_curves, "PGD steps")
@@ -362,6 +374,8 @@ def build_paper_figure_sections(
     Returns:
         One section; empty without figures.
     """
+    from raysweep.pipeline.report.document import CaptionedFigure, Paragraph, Section
+
     if not figures:
         return []
     parts: list[Paragraph | CaptionedFigure] = [

@@ -3,11 +3,10 @@
 A section without content is left out.
 """
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
-from raysweep.formatting import format_duration
+from raysweep.formatting import format_duration, format_local_time
 from raysweep.pipeline.artifact import (
     Artifact,
     Candidate,
@@ -470,7 +469,7 @@ def build_provenance_section(artifacts: Sequence[Artifact], environment: JsonDic
         artifacts: Artifacts of all stages.
         environment: Result of `describe_environment`: versions by name.
     """
-    stages = [[a.kind, a.key, format_time(a.finish_time)] for a in artifacts]
+    stages = [[a.kind, a.key, format_local_time(a.finish_time)] for a in artifacts]
     versions = [[name, str(version)] for name, version in environment.items() if version]
     return Section(
         "Provenance",
@@ -479,11 +478,6 @@ def build_provenance_section(artifacts: Sequence[Artifact], environment: JsonDic
             Table(["", "version"], versions, text_columns=("version",)),
         ],
     )
-
-
-def format_time(seconds: float) -> str:
-    """Format seconds since 1970 as local date and time."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _group_evaluations(
