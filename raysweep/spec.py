@@ -8,6 +8,7 @@ import difflib
 import fnmatch
 import functools
 import hashlib
+import itertools
 import json
 import re
 import warnings
@@ -286,7 +287,8 @@ def apply_overrides(
     """Replace values at dotted paths and validate the result.
 
     Setting a `kind` resets the other settings of the same part to their defaults. A path without
-    `*`, and what stands in a mapping for a whole part, takes precedence over a path with `*`.
+    `*`, and what stands in a mapping for a whole part, takes precedence over a path with `*`. Of
+    two with `*`, the one that the other matches does; two that overlap otherwise must agree.
 
     Args:
         spec: Spec to copy.
@@ -311,6 +313,8 @@ def apply_overrides(
         if items is scalars and parts and scalars:
             data = _fill_in_defaults(type(spec), data)
         problems += _set_values(spec, data, items, written_paths, on_missing)
+    if stars_reach_parts:
+        problems += _find_star_conflicts(scalars, data, written_paths)
     try:
         result = type(spec).from_data(data)
     except SpecError as error:
@@ -350,6 +354,28 @@ def _set_values(
             if _set_nested_value(data, target.split("."), value):
                 known_paths = None
     return problems
+
+
+def _find_star_conflicts(
+    scalars: list[tuple[str, Any]], data: JsonDict, written_paths: set[str]
+) -> Iterator[str]:
+    """Yield a line for each setting to which two paths with `*` give different values.
+
+    A path that another one matches is more specific, and wins.
+    """
+    stars = [(path, value) for path, value in scalars if "*" in path]
+    for (first, first_value), (second, second_value) in itertools.combinations(stars, 2):
+        names = {path.rpartition(".")[2] for path in (first, second)}
+        can_overlap = len(names) == 1 or any("*" in name for name in names)
+        is_nested = covers_path(first, second) or covers_path(second, first)
+        if not can_overlap or is_nested or first_value == second_value:
+            continue
+        both = set(match_paths(first, data)) & set(match_paths(second, data)) - written_paths
+        for target in sorted(both):
+            yield (
+                f"{target}: {first!r} sets it to {first_value!r}, and {second!r} to "
+                f"{second_value!r}; set {target} itself"
+            )
 
 
 def _split_overrides(

@@ -461,3 +461,23 @@ def test_a_part_without_the_searched_setting_fixes_it() -> None:
         f"{weight}.beta"
         in load_space("lrat", {weight: {"kind": "vulnerability", "alpha": 3.0}}).space
     )
+
+
+def test_overlapping_stars_must_agree(tmp_path: Path) -> None:
+    """Neither `method.attacks.*.eps` of a file nor a later `*.pgd.eps` is more specific."""
+    file = tmp_path / "space.yaml"
+    file.write_text("method: at\nbase: {method.attacks.*.eps: 0.1}\nspace: {seed: {int: [0, 3]}}\n")
+    with pytest.raises(SpecError) as caught:
+        load_space("", {"*.pgd.eps": 0.2}, file)
+    (line,) = caught.value.problems
+    assert "method.attacks.pgd.eps: '*.pgd.eps' sets it to 0.2, and 'method.attacks.*.eps'" in line
+    assert line.endswith("to 0.1; set method.attacks.pgd.eps itself")
+    eps = {"validation.*.eps": 0.2}
+    for overrides, expected in (
+        ({"method.attacks.pgd.eps": 0.3}, 0.3),
+        ({"*.pgd.eps": 0.2, "method.attacks.pgd.eps": 0.3}, 0.3),
+        ({"*.eps": 0.2}, 0.2),
+    ):
+        config = load_space("", {**eps, **overrides}, file).trial_config({})
+        assert config.method.attacks["pgd"].eps == expected
+        assert config.validation.attacks["pgd"].eps == 0.2
