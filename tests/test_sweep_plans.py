@@ -393,6 +393,7 @@ def network_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     module = SimpleNamespace(perf_counter=lambda: clock[0])
     monkeypatch.setattr("raysweep.sweep.epoch_timing.time", module)
     monkeypatch.setattr("raysweep.sweep.epoch_timing.monotonic", lambda: clock[0])
+    monkeypatch.setattr("raysweep.sweep.epoch_timing.LIMIT_SECONDS", 3.0)
     return clock
 
 

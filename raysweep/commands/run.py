@@ -183,7 +183,8 @@ def _plan_stages(
     times = [row["expected_seconds"] for row in stage_rows if "expected_seconds" in row]
     if times:
         cpus, gpus = cluster_resources.get("CPU", 0), cluster_resources.get("GPU", 0)
-        print(f"on {cpus:g} CPUs and {gpus:g} GPUs: {_format_training_time(times)}")
+        line = f"on {cpus:g} CPUs and {gpus:g} GPUs: {_format_training_time(times)}"
+        print("\n".join(wrap_plan_line(line)))
     sizes = [row["checkpoint_bytes"] for row in stage_rows if "checkpoint_bytes" in row]
     if sizes and None not in sizes:
         print("\n".join(wrap_plan_line(describe_needed_space(sum(sizes), runs_folder.local_path))))

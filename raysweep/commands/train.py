@@ -139,6 +139,7 @@ def run_command(args: argparse.Namespace) -> None:
     # A wrong setting is reported before anything imports PyTorch.
     from raysweep.leases import hold_folder_lease
     from raysweep.training.trainer import check_resumable
+    from raysweep.training.training_summary import list_data_warnings
 
     dataset = load_data(config.data)
     if request.plan_only:
@@ -156,7 +157,7 @@ def run_command(args: argparse.Namespace) -> None:
             check_resumable(checkpoint, config, dataset.fingerprint)
         # Code with another SHA-256 than the recorded one has been refused by now.
         check_code(request.code, [config.model])
-        print_warnings(config.list_warnings())
+        print_warnings([*config.list_warnings(), *list_data_warnings(config, dataset)])
         tracker = open_tracker(out)
         is_new = not _list_run_files(run_folder)
         with log_to_folder(run_folder):
@@ -230,6 +231,7 @@ def _print_plan(
     from raysweep.training.training_summary import (
         UNKNOWN_TIME,
         count_per_class,
+        list_data_warnings,
         summarize_training,
         wrap_plan_line,
     )
@@ -238,7 +240,7 @@ def _print_plan(
     resources = Resources(cpus=joblib.cpu_count(), gpus=float(torch.cuda.is_available()))
     epoch_seconds = estimate_epoch_seconds(config, dataset, resources)
     checkpoint_bytes, disk = estimate_trial_bytes(config, dataset), folder.local_path
-    warnings = config.list_warnings()
+    warnings = [*config.list_warnings(), *list_data_warnings(config, dataset)]
     validated = config.validation.select_split(dataset)
     if request.as_json:
         plan = {

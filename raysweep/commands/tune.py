@@ -397,9 +397,11 @@ def _run_sweep(
             # Importing Ray takes seconds, in which the tracker connects to MLflow in its thread.
             from raysweep.sweep.space_warnings import list_space_warnings
             from raysweep.sweep.tuner import run_sweep
+            from raysweep.training.training_summary import list_data_warnings
 
             if not is_finished:
-                print_warnings(list_space_warnings(space))
+                data_warnings = list_data_warnings(space.trial_config({}), dataset)
+                print_warnings([*list_space_warnings(space), *data_warnings])
             if not is_finished:
                 # `run_sweep` starts Ray, writes the extended space and restarts trials: MLflow must
                 # answer before that.

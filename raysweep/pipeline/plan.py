@@ -12,7 +12,7 @@ from raysweep.pipeline.stage import PlannedTraining, Stage, TrainingOverrides
 from raysweep.pipeline.train import TrainStage
 from raysweep.pipeline.tune import TuneStage
 from raysweep.spec import JsonDict
-from raysweep.sweep.epoch_timing import LIMIT_SECONDS, estimate_epoch_seconds
+from raysweep.sweep.epoch_timing import estimate_epoch_seconds
 from raysweep.sweep.plan import available_capacity, estimate_trial_bytes
 from raysweep.sweep.resources import Resources
 from raysweep.training.config import TrainingConfig
@@ -100,7 +100,7 @@ class _TrainingEstimator:
     def __init__(self, trainings: Sequence[PlannedTraining], load_dataset: DatasetLoader) -> None:
         self._load_dataset = load_dataset
         configs = {_timing_digest(training.config) for training in trainings}
-        self._limit_seconds = LIMIT_SECONDS / max(len(configs), 1)
+        self._share_of_limit = 1 / max(len(configs), 1)
         self._epoch_seconds: dict[tuple[str, Resources], float | None] = {}
 
     def estimate_wall_seconds(
@@ -120,7 +120,7 @@ class _TrainingEstimator:
                     training.config,
                     self._load_dataset(training.config.data),
                     resources,
-                    limit_seconds=self._limit_seconds,
+                    share_of_limit=self._share_of_limit,
                 )
             epoch_seconds = self._epoch_seconds[key]
             if epoch_seconds is None:

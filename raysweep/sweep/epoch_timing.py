@@ -17,9 +17,9 @@ from raysweep.training.config import TrainingConfig
 from raysweep.training.model_variants import ModelVariants
 from raysweep.training.trainer import build_model_variants, compute_step_gradients
 
-# Seconds after which the estimate of one training config is given up. Networks for small images
-# need a tenth of a second on a CPU; a ResNet-18 needs one to two.
 LIMIT_SECONDS = 3.0
+"""Seconds after which the estimate of one training config is given up. Networks for small images
+need a tenth of a second on a CPU; a ResNet-18 needs one to two."""
 # A step on this share of a batch stands for the whole one where that does not end in time.
 _SMALL_SHARE = 1 / 16
 # Batch norms need several rows.
@@ -35,7 +35,7 @@ def estimate_epoch_seconds(
     data: DatasetSplits,
     resources: Resources,
     n_steps: int = 2,
-    limit_seconds: float = LIMIT_SECONDS,
+    share_of_limit: float = 1.0,
 ) -> float | None:
     """Estimate the seconds of an epoch, with its share of validation, from a few real steps.
 
@@ -47,8 +47,8 @@ def estimate_epoch_seconds(
         data: Data to take the steps on.
         resources: What a trial holds, such as its number of threads.
         n_steps: Number of steps to time after one that warms up.
-        limit_seconds: Wall time after which steps are cut off. A step that does not end in time
-            is estimated from one on a few rows of the batch.
+        share_of_limit: Part of `LIMIT_SECONDS`, wall time after which steps are cut off. A step
+            that does not end in time is estimated from one on a few rows of the batch.
 
     Returns:
         Seconds of one epoch of one worker. None if a step on a few rows, too, takes longer than the
@@ -64,6 +64,7 @@ def estimate_epoch_seconds(
         if has_gpu:
             # Loads libraries, which may take longer than all steps together.
             torch.nn.functional.conv2d(*torch.ones(2, 1, 1, 1, 1, device=device))
+        limit_seconds = share_of_limit * LIMIT_SECONDS
         end = monotonic() + limit_seconds
         try:
             with _limit_forward_passes(end):

@@ -15,7 +15,11 @@ from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.sweep.space_warnings import list_space_warnings
 from raysweep.training.config import TrainingConfig
-from raysweep.training.training_summary import count_per_class, summarize_training
+from raysweep.training.training_summary import (
+    count_per_class,
+    list_data_warnings,
+    summarize_training,
+)
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ def plan_sweep(
         objective_half_width=1.96 * math.sqrt(0.25 / count_validated_examples(config, data)),
         ranges={path: distribution.describe() for path, distribution in space.space.items()},
         summary=summarize_training(config, data, list(space.space)),
-        warnings=list_space_warnings(space),
+        warnings=[*list_space_warnings(space), *list_data_warnings(config, data)],
         image_shape=list(data.train.x.shape[1:]),
         train_class_counts=count_per_class(data.train, data.classes),
         validation_class_counts=count_per_class(config.validation.select_split(data), data.classes),

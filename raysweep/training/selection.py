@@ -188,8 +188,22 @@ def compute_chance_limit(n_classes: int, n_examples: int, n_most_frequent: int =
 
     Returns:
         Two standard deviations above 1 / `n_classes`, or above the share of the most frequent class
-        if the examples are not divided as equally as possible.
+        if the examples are not divided as equally as possible; less than 1, so that a model that is
+        right on all of a few examples is not called a guess.
     """
+    return min(_compute_limit(n_classes, n_examples, n_most_frequent), 1 - 1 / n_examples)
+
+
+def are_too_few_to_tell(n_classes: int, n_examples: int, n_most_frequent: int = 0) -> bool:
+    """Return whether guessing may be right on all validated examples, in 2% of cases or more.
+
+    The arguments are those of `compute_chance_limit`.
+    """
+    return _compute_limit(n_classes, n_examples, n_most_frequent) >= 1
+
+
+def _compute_limit(n_classes: int, n_examples: int, n_most_frequent: int) -> float:
+    """Return two standard deviations above chance, which may be more than 1."""
     chance = 1 / n_classes
     if n_most_frequent > math.ceil(n_examples / n_classes):
         chance = n_most_frequent / n_examples

@@ -16,6 +16,7 @@ from raysweep.schedules import (
     PiecewiseSchedule,
 )
 from raysweep.spec import EpochSchedule
+from raysweep.training.selection import are_too_few_to_tell
 
 if TYPE_CHECKING:
     from raysweep.data import DatasetSplits, Split
@@ -46,6 +47,23 @@ def summarize_training(
         The lines, each row with a label.
     """
     return wrap_summary_rows(list_summary_rows(config, data, searched_paths))
+
+
+def list_data_warnings(config: TrainingConfig, data: DatasetSplits) -> list[str]:
+    """Say if there are too few validation images to tell a network from a guess.
+
+    Args:
+        config: Config of the run.
+        data: Its data.
+    """
+    labels = config.validation.select_split(data).y[: config.validation.size]
+    if not are_too_few_to_tell(data.classes, len(labels), int(labels.bincount().max())):
+        return []
+    images = format_count(len(labels), "validation image")
+    return [
+        f"{images}: guessing may get all of them right, so the choice of the best epoch means "
+        "nothing; give more images, or set data.val_size"
+    ]
 
 
 def list_summary_rows(
