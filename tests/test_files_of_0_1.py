@@ -37,6 +37,7 @@ from raysweep.pipeline.published_results import PaperTable, load_paper_table
 from raysweep.result_loading import load_report, load_sweep
 from raysweep.rng import ExampleRng
 from raysweep.robustness_bundle import verify_bundle
+from raysweep.spec import find_builtin_folder
 from raysweep.stores import open_path
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace, list_builtin_spaces, load_space
@@ -203,6 +204,16 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture
 def in_yaml(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(DATA / "yaml")
+
+
+@pytest.fixture
+def spaces_of_0_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped search spaces with the settings of 0.1, of which later versions search others."""
+    folders = {"search_spaces": DATA.parent / "search_spaces_of_0_1"}
+    monkeypatch.setattr(
+        "raysweep.sweep.search_space.find_builtin_folder",
+        lambda name: folders.get(name) or find_builtin_folder(name),
+    )
 
 
 @pytest.fixture
@@ -398,6 +409,7 @@ def test_an_artifact_of_a_stage(out: Path, place: str) -> None:
         assert Ledger.open(out / reported["path"]).load_trials()
 
 
+@pytest.mark.usefixtures("spaces_of_0_1")
 def test_a_pipeline_that_was_run_has_nothing_to_do(out: Path) -> None:
     small = {"model.name": "tiny", "data.train_size": 600, "epochs": 3}
     stages = {"stages.tune.trials": 2, "stages.promote.top": 1, "stages.autoattack.n": 10}
@@ -573,7 +585,7 @@ def test_digests_of_methods_and_presets() -> None:
         assert is_unchanged == (not settings_of_0_1(name)), name
 
 
-@pytest.mark.usefixtures("in_root")
+@pytest.mark.usefixtures("in_root", "spaces_of_0_1")
 def test_digests_of_spaces_pipelines_and_papers() -> None:
     assert {
         name: without_later_settings(load_space(name, {})).digest()
@@ -600,7 +612,7 @@ def test_digests_of_spaces_pipelines_and_papers() -> None:
             assert table_of_0_1(name).digest() == papers[name]
 
 
-@pytest.mark.usefixtures("in_root")
+@pytest.mark.usefixtures("in_root", "spaces_of_0_1")
 @pytest.mark.parametrize("name", sorted(EXPECTED["digests"]["steps of shrunk pipelines"]))
 def test_digests_of_stages(name: str, tmp_path: Path) -> None:
     _, pipeline, settings = load_pipeline(name, SHRUNK)

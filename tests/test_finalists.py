@@ -244,7 +244,7 @@ class TestSpace:
         assert of_sweep == {"finalists": 1, "scheduler.kind": "none"}
         assert of_training == {"optim.lr": 0.1, "*.eps": 0.1}
         space = load_space("gairat", settings)
-        assert space.scheduler.kind == "none" and space.scheduler.grace_period == 3
+        assert space.scheduler.kind == "none" and space.scheduler.grace_period == 6
         assert space.trial_config({}).optim.lr == 0.1
 
     def test_a_resumed_sweep_may_change_it(self, tmp_path: Path) -> None:

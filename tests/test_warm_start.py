@@ -1,12 +1,17 @@
 """What a new sweep is told by earlier ones: ledgers whose trials are written out here."""
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from conftest import tiny
+from rich.console import Console
 
+from raysweep.pipeline.stage import StageContext, TrainingOverrides
+from raysweep.pipeline.stage_sweep import _create_sweep
 from raysweep.spec import SpecError
+from raysweep.stores import open_path
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.sweep.warm_start import (
@@ -115,6 +120,34 @@ def test_what_tells_nothing_is_refused_in_a_line(tmp_path: Path, fingerprint: st
     grid = {**SPACE, "sampler": {"kind": "grid"}, "space": {LAM: {"categorical": [0.0, 1.0]}}}
     with pytest.raises(SpecError, match="a grid tries its points"):
         collect_warm_start(SearchSpace.from_data(grid), fingerprint, [failed])
+
+
+def test_a_night_begins_with_the_best_of_the_night_before(
+    tmp_path: Path, fingerprint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nights = {"2026-03-01": {-1.0: 0.5, 0.5: 0.75}, "2026-03-02": {2.0: 0.875}, "2026-03-04": {}}
+    for night, scores in nights.items():
+        folder = tmp_path / "nights" / night
+        write_sweep(folder / "p-01-gairat-11111111", scores)
+        write_sweep(folder / "p-02-lrat-11111111", {3.0: 1.0})
+    printed: list[str] = []
+    tonight = open_path(tmp_path / "nights" / "2026-03-03")
+    context = StageContext(
+        "p", tmp_path, tmp_path, tonight, TrainingOverrides({}, {}), Console(), None, ExitStack(),
+        1, "22222222ff",
+    )  # fmt: skip
+    monkeypatch.setattr(context, "print_line", printed.append)
+    earlier = context.find_earlier_sweep_folders("gairat")
+    assert [folder.parent.name for folder in earlier] == ["2026-03-02", "2026-03-01"]
+    ledger = _create_sweep(
+        context, context.choose_sweep_folder("gairat"), SearchSpace.from_data(SPACE), earlier
+    )
+    assert ledger.space.points_to_evaluate == ({LAM: 2.0, BURN_IN: 2},)
+    assert load_earlier_results(ledger.path) == [], "no checkpoint says that the data is the same"
+    assert printed == [
+        "p-01-gairat-22222222: warm start: the sampler is told 0 earlier results, and 1 point of "
+        "earlier sweeps is tried first"
+    ]
 
 
 @pytest.mark.needs_ray

@@ -133,8 +133,14 @@ def test_ranges_are_judged_by_their_ends() -> None:
         "scheduler.grace_period = 30: trials of 4 epochs are never compared, so none is stopped "
         "early",
     ]
-    lines = list_space_warnings(load_space("gairat", {"epochs": 4, "optim.lr": 0.1}))
+    changes = {"epochs": 4, "optim.lr": 0.1, "scheduler.grace_period": 2}
+    lines = list_space_warnings(load_space("gairat", changes))
     assert lines == [f"{BURN_IN} in [1, 6]: at 4 to 6: the weights never act in 4 epochs"]
+    # The learning rate of digits drops after epoch 5.
+    assert list_space_warnings(load_space("lrat", {"scheduler.grace_period": 3})) == [
+        "scheduler.grace_period = 3: trials are compared before the learning rate drops in epoch "
+        "6, when their order says little about the end; set it to 6, or scheduler.kind to none"
+    ]
     # The base has a burn-in of 30 in 8 epochs, but each trial has another one.
     data = {"method": "gairat", "base": {BURN_IN: 30}, "scheduler": {"kind": "none"}}
     space = SearchSpace.from_data({**data, "space": {"*.burn_in": {"int": [1, 2]}}, "base": {}})

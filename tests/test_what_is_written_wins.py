@@ -356,7 +356,7 @@ def test_the_defaults_of_small_sets(tmp_path: Path) -> None:
 def test_the_search_spaces_of_small_sets(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "s", 600, 20)
     space = load_space("gairat", {"data.data_dir": str(folder)})
-    assert space.space[BURN_IN].int == (3, 20) and space.scheduler.grace_period == 8
+    assert space.space[BURN_IN].int == (3, 20) and space.scheduler.grace_period == 21
     large = load_space("gairat", {"data.name": "arrays", "data.data_dir": str(tmp_path)})
     assert large.space[BURN_IN].int == (20, 75)
     (folder / "train.npz").unlink()

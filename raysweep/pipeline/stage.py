@@ -21,6 +21,7 @@ from raysweep.pipeline.artifact import (
     StageFacts,
     select_best_candidate,
 )
+from raysweep.pipeline.sweep_retention import list_nights
 from raysweep.record_queue import RecordQueue
 from raysweep.spec import JsonDict, Spec, SpecError, merge_overrides
 from raysweep.stores import Location, StorePath, is_uri, open_path
@@ -304,9 +305,27 @@ class StageContext:
             label: Distinguishes the sweeps of the stage. The name of the folder is also the name
                 of the sweep in MLflow.
         """
+        return self.sweeps_folder / f"{self._sweep_prefix(label)}{self.stage_digest[:8]}"
+
+    def find_earlier_sweep_folders(self, label: str) -> list[StorePath]:
+        """Return the folders of this stage's sweeps of earlier nights, the latest night first.
+
+        Args:
+            label: That of `choose_sweep_folder`.
+        """
+        nights_folder, prefix = self.sweeps_folder.parent, self._sweep_prefix(label)
+        return [
+            nights_folder / night / name
+            for night in reversed(list_nights(nights_folder))
+            if night < self.sweeps_folder.name
+            for name in (nights_folder / night).list_folders_containing("sweep.json")
+            if name.startswith(prefix)
+        ]
+
+    def _sweep_prefix(self, label: str) -> str:
+        """Return the name of the folder of a stage's sweep, without the digest of the stage."""
         plain = re.sub(r"[^\w.-]", "-", label)
-        digest = self.stage_digest[:8]
-        return self.sweeps_folder / f"{self.pipeline_name}-{self.stage_number:02d}-{plain}-{digest}"
+        return f"{self.pipeline_name}-{self.stage_number:02d}-{plain}-"
 
     def make_reference(self, path: Location) -> str:
         """Return what artifacts store for a path.

@@ -2,10 +2,11 @@
 
 import logging
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from raysweep.data import DataSpec
+from raysweep.errors import DamagedFileError
 from raysweep.formatting import format_count
 from raysweep.leases import hold_folder_lease
 from raysweep.pipeline.artifact import Candidate, CheckpointKind
@@ -20,6 +21,7 @@ from raysweep.sweep.finalist_summary import describe_finalists
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import DEFAULT_BASE_RUNS, DEFAULT_FINALISTS, SearchSpace
 from raysweep.sweep.spread_summary import describe_spread
+from raysweep.sweep.warm_start import WarmStart, collect_warm_start, save_warm_start
 from raysweep.terminal import SweepDisplay
 from raysweep.tracking import SweepTracker
 from raysweep.training import checkpoint
@@ -111,6 +113,7 @@ def run_stage_sweep(
     cpus: float,
     gpus: float | None,
     max_hours: float | None = None,
+    earlier_sweep_folders: Sequence[StorePath] = (),
 ) -> Ledger:
     """Run a sweep to its end or its time limit; resume it if it exists.
 
@@ -121,6 +124,7 @@ def run_stage_sweep(
         cpus: CPU cores of a trial.
         gpus: GPUs of a trial; None for one if the cluster has any.
         max_hours: Time limit in hours; None for no limit.
+        earlier_sweep_folders: Sweeps that tell a new one their results.
 
     Returns:
         The ledger of the sweep.
@@ -137,7 +141,7 @@ def run_stage_sweep(
         if (held_folder / "sweep.json").is_file():
             ledger = Ledger.open(held_folder)
         else:
-            ledger = Ledger.create(held_folder, space)
+            ledger = _create_sweep(context, held_folder, space, earlier_sweep_folders)
         end_reason: SweepEndReason = "done"
         n_ended = ledger.count_ended_trials()
         has_work_left = ledger.has_work_left()
@@ -185,6 +189,35 @@ def run_stage_sweep(
         *describe_guessing(ledger),
     ]:
         context.print_line(f"{sweep_folder.name}: {line}")
+    return ledger
+
+
+def _create_sweep(
+    context: StageContext,
+    folder: StorePath,
+    space: SearchSpace,
+    earlier_sweep_folders: Sequence[StorePath],
+) -> Ledger:
+    """Create a sweep that begins with what earlier ones found, as far as they have results."""
+    fingerprint = ""
+    if earlier_sweep_folders:
+        fingerprint = context.get_dataset(space.trial_config({}).data).fingerprint
+    warm_start = WarmStart()
+    for earlier_folder in earlier_sweep_folders:
+        try:
+            found = collect_warm_start(space, fingerprint, [Ledger.open(earlier_folder)])
+        except (SpecError, DamagedFileError) as error:
+            logger.info("%s tells nothing: %s", earlier_folder, error)
+            continue
+        # The best of the latest night was among the first trials of that night, so it is the best
+        # of all nights.
+        points = warm_start.points or found.points
+        warm_start = WarmStart((*warm_start.results, *found.results), points)
+    if not warm_start.points:
+        return Ledger.create(folder, space)
+    context.print_line(f"{folder.name}: {warm_start.describe()}")
+    ledger = Ledger.create(folder, warm_start.add_points(space))
+    save_warm_start(warm_start, ledger.path)
     return ledger
 
 

@@ -37,6 +37,11 @@ def prune_nightly_sweeps(
         folder.delete_folder()
 
 
+def list_nights(sweeps_folder: StorePath) -> list[str]:
+    """Return the names of the subfolders of nights, oldest first; [] if there are none."""
+    return sorted(filter(_is_iso_date, sweeps_folder.list_subfolders()))
+
+
 def get_today_date() -> str:
     """Return the local date, such as `2026-03-01`."""
     return datetime.date.today().isoformat()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -48,6 +48,8 @@ from raysweep.training.config import TrainingConfig
 class TuneStage(Stage):
     """Runs a sweep; each trial with a result becomes a candidate."""
 
+    later_fields: ClassVar[frozenset[str]] = frozenset({"warm_start"})
+
     kind: Literal["tune"] = "tune"
     space: str | dict[str, Any]
     """Search space: the name of a built-in one, a YAML file, or the space itself."""
@@ -63,6 +65,9 @@ class TuneStage(Stage):
     """GPUs of a trial (null: one if the cluster has any)."""
     max_hours: Annotated[Number, Field(gt=0)] | None = None
     """Time limit in hours; the sweep then ends with the results that it has (null: no limit)."""
+    warm_start: bool = True
+    """Whether the sweep of a pipeline that runs every night begins with what this stage found on
+    earlier nights, as with `raysweep tune --warm-start`."""
 
     @field_validator("space")
     @classmethod
@@ -157,6 +162,7 @@ class TuneStage(Stage):
             self.cpus,
             self.gpus,
             self.max_hours,
+            context.find_earlier_sweep_folders(label) if self.warm_start else (),
         )
         finalists = {trial.number for trial in ledger.find_attacked_finalists()}
         candidates = tuple(

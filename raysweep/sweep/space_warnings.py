@@ -6,8 +6,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from raysweep.formatting import format_count
+from raysweep.schedules import PiecewiseSchedule
 from raysweep.spec import SpecError
-from raysweep.sweep.search_space import Params, SearchSpace
+from raysweep.sweep.search_space import Params, Scheduler, SearchSpace
+from raysweep.training.config import TrainingConfig
 from raysweep.training.config_warnings import ConfigWarning
 
 
@@ -35,13 +37,30 @@ def list_space_warnings(space: SearchSpace) -> list[str]:
         lines += _describe_range(space, path, values, base_warnings)
     if cut_grid := space.describe_cut_grid():
         lines.append(cut_grid)
-    scheduler = space.scheduler
-    if scheduler.kind == "asha" and not scheduler.rungs(config.epochs):
-        lines.append(
+    if space.scheduler.kind == "asha":
+        lines += _describe_rungs(space.scheduler, config)
+    return list(dict.fromkeys(lines))
+
+
+def _describe_rungs(scheduler: Scheduler, config: TrainingConfig) -> Iterator[str]:
+    """Yield a line if ASHA compares no trials, or trials before their learning rate drops.
+
+    Before the first drop the order of trials says little about their order at the end.
+    """
+    rungs = scheduler.rungs(config.epochs)
+    if not rungs:
+        yield (
             f"scheduler.grace_period = {scheduler.grace_period}: trials of "
             f"{format_count(config.epochs, 'epoch')} are never compared, so none is stopped early"
         )
-    return list(dict.fromkeys(lines))
+    elif isinstance(config.optim.lr, PiecewiseSchedule):
+        first_low_epoch = config.optim.lr.boundaries[0] + 1
+        if rungs[0] < first_low_epoch <= config.epochs:
+            yield (
+                f"scheduler.grace_period = {rungs[0]}: trials are compared before the learning "
+                f"rate drops in epoch {first_low_epoch}, when their order says little about the "
+                f"end; set it to {first_low_epoch}, or scheduler.kind to none"
+            )
 
 
 def _iter_value_warnings(
