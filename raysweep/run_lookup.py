@@ -14,6 +14,7 @@ from raysweep.user_folders import expand_home
 # An MLflow run's id.
 _RUN_ID_PATTERN = re.compile(r"[0-9a-f]{32}")
 _RUNS_PREFIX = "runs/"
+_TRIAL_PATTERN = re.compile(r"(?P<sweep>.+?)/(?P<base>base[-/])?(?P<number>[0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -23,23 +24,27 @@ class FoundRun:
     Attributes:
         path: Folder of the sweep, trial or training run.
         ledger: The sweep, also of a trial; None for a training run.
-        trial_number: Number of the trial; None for a sweep or training run.
+        trial_number: Number of the trial or base run; None for a sweep or training run.
+        is_base_run: Whether it is a run of a sweep's base method.
     """
 
     path: StorePath
     ledger: Ledger | None = None
     trial_number: int | None = None
+    is_base_run: bool = False
 
     @property
-    def kind(self) -> Literal["sweep", "trial", "training run"]:
+    def kind(self) -> Literal["sweep", "trial", "base run", "training run"]:
         """What it is, for messages."""
         if self.ledger is None:
             return "training run"
+        if self.is_base_run:
+            return "base run"
         return "sweep" if self.trial_number is None else "trial"
 
 
 def find_run(name: str, runs_folder: StorePath) -> FoundRun | None:
-    """Find the sweep, trial or training run that SWEEP, SWEEP/0003, RUN or a folder names.
+    """Find what SWEEP, SWEEP/0003, SWEEP/base-0000, RUN or a folder names.
 
     Args:
         name: The name, as the user typed it; `runs/` before it is left out. Or the path or URI of a
@@ -61,16 +66,23 @@ def _find_named_run(name: str, runs_folder: StorePath) -> FoundRun | None:
     # No run's name starts with a point; `./NAME` is a path.
     if not name or name.startswith(".") or Path(name).is_absolute() or ".." in Path(name).parts:
         return None
-    sweep, _, number = name.rpartition("/")
-    if number.isdecimal() and (runs_folder / sweep / "sweep.json").is_file():
-        ledger = Ledger.open(runs_folder / sweep)
-        numbers = [trial.number for trial in ledger.load_trials()]
-        if int(number) not in numbers:
-            raise SpecError(
-                f"{sweep} has no trial {int(number):04d}: it has {len(numbers)}, counted from 0000"
-            )
-        return FoundRun(ledger.trial_path(int(number)), ledger, int(number))
+    part = _TRIAL_PATTERN.fullmatch(name)
+    if part and (runs_folder / part["sweep"] / "sweep.json").is_file():
+        ledger = Ledger.open(runs_folder / part["sweep"])
+        return _find_trial(ledger, int(part["number"]), is_base_run=bool(part["base"]))
     return _identify_run(runs_folder / name)
+
+
+def _find_trial(ledger: Ledger, number: int, is_base_run: bool) -> FoundRun:
+    """Find a trial or base run of a sweep. Raises SpecError if it has none of this number."""
+    runs = ledger.load_base_runs() if is_base_run else ledger.load_trials()
+    for run in runs:
+        if run.number == number:
+            return FoundRun(ledger.run_path(run), ledger, number, is_base_run)
+    noun = "base run" if is_base_run else "trial"
+    raise SpecError(
+        f"{ledger.name} has no {noun} {number:04d}: it has {len(runs)}, counted from 0000"
+    )
 
 
 def _find_run_at(path_or_uri: str) -> FoundRun | None:
@@ -79,10 +91,10 @@ def _find_run_at(path_or_uri: str) -> FoundRun | None:
         return None
     folder = open_path(path_or_uri)
     require_reachable(folder)
-    if folder.parent.name == "trials" and folder.name.isdecimal():
-        sweep = folder.parent.parent
+    if folder.parent.name in ("trials", "base") and folder.name.isdecimal():
+        sweep, is_base_run = folder.parent.parent, folder.parent.name == "base"
         if (sweep / "sweep.json").is_file():
-            return FoundRun(folder, Ledger.open(sweep), int(folder.name))
+            return FoundRun(folder, Ledger.open(sweep), int(folder.name), is_base_run)
     return _identify_run(folder)
 
 

@@ -331,6 +331,35 @@ class TestComparison:
         assert "3 of 3 trials ended" in shown
 
 
+def test_they_are_found_by_name_and_by_folder(
+    workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from raysweep.cli import main
+    from raysweep.run_lookup import find_run
+    from raysweep.stores import open_path
+
+    ledger = make_ledger(workdir / "runs", make_trial(0, 150), make_base_run(0, 140))
+    runs_folder = open_path(workdir / "runs")
+    folder = ledger.path / "base" / "0000"
+    for name in (
+        "sweep/base-0000",
+        "sweep/base-0",
+        "sweep/base/0000",
+        "runs/sweep/base/0000",
+        str(folder),
+    ):
+        found = find_run(name, runs_folder)
+        assert found is not None and (found.path, found.kind) == (folder, "base run"), name
+    trial = find_run("sweep/0000", runs_folder)
+    assert trial is not None and trial.kind == "trial" and trial.path == ledger.trial_path(0)
+    with pytest.raises(SpecError, match="sweep has no base run 0001: it has 1, counted from 0000"):
+        find_run("sweep/base-1", runs_folder)
+    assert main(["show", "sweep/base-0"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("sweep/base-0000 finished") and "seed = 0" in shown
+    assert "robust_worst = 0.4667" in shown and f"folder\n  {folder}" in shown
+
+
 def test_a_stored_run_is_read_again_with_its_result(tmp_path: Path) -> None:
     ledger = make_ledger(tmp_path, make_base_run(0, 150, 140))
     (run,) = Ledger.open(ledger.path).load_base_runs()

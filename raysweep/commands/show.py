@@ -145,7 +145,7 @@ def _show_run(request: ShowRequest, found: FoundRun) -> None:
     elif found.trial_number is None:
         _show_sweep(request, found.ledger)
     else:
-        _show_trial(request, found.ledger, found.trial_number)
+        _show_trial(request, found.ledger, found.trial_number, found.is_base_run)
 
 
 def _print_namesakes(name: str, found: FoundRun) -> None:
@@ -441,14 +441,15 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
             print(f"trial {best.number:04d}: {line}")
 
 
-def _show_trial(request: ShowRequest, ledger: Ledger, trial_number: int) -> None:
-    """Print a trial's searched settings, its best epoch, notes on it, and its folder."""
+def _show_trial(request: ShowRequest, ledger: Ledger, trial_number: int, is_base_run: bool) -> None:
+    """Print the settings of a trial or base run, its best epoch, notes on it, and its folder."""
     from raysweep.result_loading import trial_to_json
     from raysweep.sweep.trial_advice import advise_on_trial
 
-    (trial,) = (trial for trial in ledger.load_trials() if trial.number == trial_number)
-    advice = advise_on_trial(ledger, trial_number)
-    folder = str(ledger.trial_path(trial_number))
+    runs = ledger.load_base_runs() if is_base_run else ledger.load_trials()
+    (trial,) = (trial for trial in runs if trial.number == trial_number)
+    advice = [] if is_base_run else advise_on_trial(ledger, trial_number)
+    folder = str(ledger.run_path(trial))
     if request.as_json:
         trial_data = trial_to_json(ledger, trial, ledger.is_interrupted())
         _print_json({**trial_data, "folder": folder, "advice": advice})
@@ -466,7 +467,7 @@ def _print_trial_summary(ledger: Ledger, trial: Trial) -> None:
     reason = f": {trial.reason}" if trial.reason else ""
     epochs = f"{format_count(trial.epoch, 'epoch')}, {trial.trained_epochs} trained here"
     state = trial.describe_state(ledger.is_interrupted())
-    print(f"{ledger.name}/{trial.number:04d} {state}{reason} after {epochs}")
+    print(f"{ledger.name}/{trial.key} {state}{reason} after {epochs}")
     print("searched")
     for path, value in trial.params.items():
         if value is not None:
