@@ -666,6 +666,13 @@ def test_a_plan_does_not_time_a_network_that_takes_this_cpu_minutes(
         assert (seconds is not None and seconds > 0) == known
 
 
+@NEEDS_RAY
+def test_a_refused_pipeline_leaves_no_sweep(workdir: Path, capsys) -> None:
+    assert main(["run", "digits", *TINY, "--address", "127.0.0.1:1"]) == 3
+    assert "no Ray cluster at --address 127.0.0.1:1" in capsys.readouterr().err
+    assert [path.name for path in (workdir / "runs").iterdir()] == ["pipelines"]
+
+
 def _root() -> Path:
     return Path(__file__).parent.parent
 

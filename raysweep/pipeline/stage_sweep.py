@@ -3,10 +3,11 @@
 import logging
 import math
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from raysweep.data import DataSpec
-from raysweep.errors import DamagedFileError
+from raysweep.errors import DamagedFileError, RaysweepError, WorkFailed
 from raysweep.formatting import format_count
 from raysweep.leases import hold_folder_lease
 from raysweep.pipeline.artifact import Candidate, CheckpointKind
@@ -138,10 +139,11 @@ def run_stage_sweep(
     from raysweep.sweep.tuner import run_sweep
 
     with hold_folder_lease(sweep_folder) as held_folder:
-        if (held_folder / "sweep.json").is_file():
-            ledger = Ledger.open(held_folder)
-        else:
+        is_new = not (held_folder / "sweep.json").is_file()
+        if is_new:
             ledger = _create_sweep(context, held_folder, space, earlier_sweep_folders)
+        else:
+            ledger = Ledger.open(held_folder)
         end_reason: SweepEndReason = "done"
         n_ended = ledger.count_ended_trials()
         has_work_left = ledger.has_work_left()
@@ -153,29 +155,30 @@ def run_stage_sweep(
             "" if has_work_left else ": its results are taken as they are",
             extra={"sweep": sweep_folder.name},
         )
-        if has_work_left or context.records_again:
-            if has_work_left:
-                context.connect_cluster()
-            resources = Resources(cpus, gpus)
-            data_spec = space.trial_config({}).data
-            fingerprint = context.get_dataset(data_spec).fingerprint
-            listeners: list[SweepListener] = [
-                SweepTracker(context.tracker, fingerprint, context.records),
-                SweepDisplay(context.console),
-            ]
-            budget = Budget(math.inf if max_hours is None else 3600 * max_hours)
-            try:
-                end_reason = run_sweep(
-                    ledger,
-                    listeners,
-                    resources,
-                    context.address,
-                    budget,
-                    fingerprint,
-                    may_download=data_spec.download,
-                )
-            except SweepFailed as error:
-                raise StageFailed(error.problems) from error
+        with _delete_if_refused(ledger) if is_new else nullcontext():
+            if has_work_left or context.records_again:
+                if has_work_left:
+                    context.connect_cluster()
+                resources = Resources(cpus, gpus)
+                data_spec = space.trial_config({}).data
+                fingerprint = context.get_dataset(data_spec).fingerprint
+                listeners: list[SweepListener] = [
+                    SweepTracker(context.tracker, fingerprint, context.records),
+                    SweepDisplay(context.console),
+                ]
+                budget = Budget(math.inf if max_hours is None else 3600 * max_hours)
+                try:
+                    end_reason = run_sweep(
+                        ledger,
+                        listeners,
+                        resources,
+                        context.address,
+                        budget,
+                        fingerprint,
+                        may_download=data_spec.download,
+                    )
+                except SweepFailed as error:
+                    raise StageFailed(error.problems) from error
     if end_reason == "interrupted":
         raise KeyboardInterrupt
     if ledger.find_best_trial() is None:
@@ -219,6 +222,19 @@ def _create_sweep(
     ledger = Ledger.create(folder, warm_start.add_points(space))
     save_warm_start(warm_start, ledger.path)
     return ledger
+
+
+@contextmanager
+def _delete_if_refused(ledger: Ledger) -> Iterator[None]:
+    """Delete a new sweep if an error ends the block before anything was started."""
+    try:
+        yield
+    except WorkFailed:
+        raise
+    except (RaysweepError, ImportError, OSError, KeyboardInterrupt):
+        if not ledger.is_lost():
+            ledger.delete_if_empty()
+        raise
 
 
 def make_candidate(
