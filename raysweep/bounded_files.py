@@ -32,6 +32,7 @@ _MAX_EXPANSION = 16
 _TEXT_SHARE = 8
 _NPZ_COMPRESSIONS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 _NUMBERS_AND_TEXT = "biufSU"
+_POINTER_BYTES = 8
 _MAX_BATCH_ROWS = 65_536
 _MAX_REASON_LENGTH = 200
 # A batch is counted when it is in memory already.
@@ -307,15 +308,16 @@ class _DeclaredSize(NamedTuple):
 def _measure_parquet(file: Any, columns: Sequence[str]) -> _DeclaredSize:
     """Return what the footer of an open .parquet file says about some columns."""
     n_bytes, largest_chunk, limit = 0, 1, read_unpacked_limit()
-    metadata = file.metadata
+    # Each access reads the footer anew, which may have thousands of columns.
+    metadata, schema, chosen = file.metadata, file.schema_arrow, set(columns)
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         for position in range(group.num_columns):
             chunk = group.column(position)
             name = chunk.path_in_schema.split(".")[0]
-            if name not in columns:
+            if name not in chosen:
                 continue
-            width = _find_value_width(file.schema_arrow.field(name).type)
+            width = _find_value_width(schema.field(name).type)
             n_bytes += max(chunk.total_uncompressed_size, chunk.num_values * width)
             values_per_row = chunk.num_values / max(group.num_rows, 1)
             row_bytes = values_per_row * (width or chunk.total_uncompressed_size)
@@ -326,6 +328,8 @@ def _measure_parquet(file: Any, columns: Sequence[str]) -> _DeclaredSize:
 
 def _find_value_width(arrow_type: Any) -> int:
     """Return the bytes of one value of a column; 0 if values differ in length."""
+    import pyarrow as pa
+
     while True:
         if hasattr(arrow_type, "storage_type"):
             arrow_type = arrow_type.storage_type
@@ -333,6 +337,9 @@ def _find_value_width(arrow_type: Any) -> int:
             arrow_type = arrow_type.value_type
         else:
             break
+    if pa.types.is_null(arrow_type):
+        # They take no room until pandas makes objects of them.
+        return _POINTER_BYTES
     try:
         return max(1, int(arrow_type.bit_width) // 8)
     except ValueError:

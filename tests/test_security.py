@@ -43,7 +43,8 @@ NEVER = {
 
 
 # What a process wrote into a folder that nobody else can write, for the processes that it starts.
-OWN = {"process_pool.py": {"pickle.loads"}}
+# What is pickled here itself, and the file that the user's own call names.
+OWN = {"process_pool.py": {"pickle.loads"}, "code_files.py": {"exec"}}
 
 
 def is_inside(path: Path, folder: Path) -> bool:

@@ -114,6 +114,36 @@ def long_words_in_parquet(folder: Path) -> str:
     return line
 
 
+@attack(8, "millions of rows without any value in examples.parquet", "342 kB became 1.5 GB")
+def rows_of_nothing(folder: Path) -> str:
+    table = pa.table({"broken_by": pa.nulls(4_000_000)})
+    pq.write_table(
+        table.replace_schema_metadata({"raysweep.evaluation": "{}"}), folder / "e.parquet"
+    )
+    with low_limit():
+        return in_little_memory(lambda: refusal_of(lambda: load_report(folder / "e.parquet")))
+
+
+@attack(8, "thousands of columns in examples.parquet", "5.8 MB took minutes")
+def columns_in_thousands(folder: Path) -> str:
+    """The footer, which is as long as the columns are many, is read a few times only."""
+    names = [f"column{number}" for number in range(3_000)]
+    table = pa.table({name: [1] for name in names})
+    pq.write_table(
+        table.replace_schema_metadata({"raysweep.evaluation": "{}"}), folder / "e.parquet"
+    )
+    read_schema, n_reads = pq.ParquetFile.schema_arrow.fget, []
+
+    def count_reads(file: pq.ParquetFile) -> pa.Schema:
+        n_reads.append(file)
+        return read_schema(file)
+
+    with patch.object(pq.ParquetFile, "schema_arrow", property(count_reads)):
+        assert load_report(folder / "e.parquet").shape == (1, 3_000)
+    assert len(n_reads) < 10
+    return f"read, the footer {len(n_reads)} times"
+
+
 @attack(8, "12 bytes of pickle that name a far memo entry")
 def far_memo_entry(folder: Path) -> str:
     file = folder / "unlabelled.pickle"
