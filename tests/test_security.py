@@ -42,8 +42,8 @@ NEVER = {
 }
 
 
-# What a process wrote into a folder that nobody else can write, for the processes that it starts.
-# What is pickled here itself, and the file that the user's own call names.
+# What a process wrote into a folder that nobody else can write, for the processes that it starts;
+# and the file that the user's own call names.
 OWN = {"process_pool.py": {"pickle.loads"}, "code_files.py": {"exec"}}
 
 
