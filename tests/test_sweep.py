@@ -460,7 +460,8 @@ def test_autoattack_on_the_finalists_can_be_interrupted(
         def on_finalist_update(self, trial: Trial, n_left: int) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
-    assert run_sweep(ledger, [Interrupter(lambda trial: None)]) == "interrupted"
+    end = run_sweep(ledger, [Interrupter(lambda trial: None)])
+    assert end == "interrupted", ledger.load_trials()
     assert ledger.is_interrupted() and len(ledger.find_waiting_finalists()) == 2
     tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "mlruns")
     display = SweepDisplay(Console(stderr=True, force_terminal=False))
