@@ -88,6 +88,7 @@ CORE = [
         f"raysweep/sweep/{n}.py"
         for n in ("tune_callbacks", "extension_checks", "resources", "multi_worker_trial", "tuner")
     ),
+    *(f"raysweep/sweep/{n}.py" for n in ("spread_summary", "base_comparison", "base_run_search")),
     *(
         f"raysweep/pipeline/{n}.py"
         for n in ("statistics", "promote", "published_results", "artifact", "stage", "register")
