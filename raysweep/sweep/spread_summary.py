@@ -158,11 +158,22 @@ def find_early_end(ledger: Ledger, trials: Sequence[Trial]) -> EarlyEnd | None:
     measured = [trial for trial in trials if trial.best]
     ranked = sorted(measured, key=lambda trial: (ledger.rank_trial(trial), trial.number))
     summary = summarize_spread(ledger, ranked)
-    if summary is None or len(summary.differences) + 1 < MIN_CONCLUSIVE_TRIALS:
+    return None if summary is None else decide_early_end(summary.differences, summary.split)
+
+
+def decide_early_end(
+    differences: Mapping[int, PairedDifference], split: SpreadSplit | None
+) -> EarlyEnd | None:
+    """Decide whether the answer of a sweep is clear.
+
+    Args:
+        differences: Differences of the best trial to each other one, by number.
+        split: Parts of the spread of the fully trained trials; None if unknown.
+    """
+    if len(differences) + 1 < MIN_CONCLUSIVE_TRIALS:
         return None
-    if not summary.like_best:
+    if all(pair.is_told_apart for pair in differences.values()):
         return "told-apart"
-    split = summary.split
     has_enough = split is not None and split.n_models >= MIN_CONCLUSIVE_TRIALS
     return "flat" if split is not None and has_enough and split.share_high < FLAT_SHARE else None
 
