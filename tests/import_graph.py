@@ -50,7 +50,8 @@ def _find_own_files(name: str, folder: Path) -> list[Path]:
     """
     top, *rest = name.split(".")
     if top != "raysweep":
-        folders = [folder, PACKAGE.parent / "tests", PACKAGE.parent / "benchmarks"]
+        places = ("tests", "tests/security", "benchmarks")
+        folders = [folder, *(PACKAGE.parent / place for place in places)]
         if folder.is_relative_to(PACKAGE):
             folders = []
         return [place / f"{top}.py" for place in folders if (place / f"{top}.py").is_file()][:1]

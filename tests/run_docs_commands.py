@@ -23,6 +23,7 @@ from test_docs import PAGES
 # A page is followed in a folder of its own, or in that of the page it goes on from.
 ORDER = {
     "README.md": "readme",
+    "docs/sweeps.md": "readme",
     "docs/evaluate-your-own-model.md": "readme",
     "docs/tutorial.md": "tutorial",
     "docs/extend.md": "extend",

@@ -436,11 +436,11 @@ def test_tune_gairat_on_colour_images_of_ones_own(ray_cluster, workdir: Path, ca
 def test_plan_starts_nothing_and_writes_nothing(workdir: Path, capsys) -> None:
     assert main(["tune", "lrat", "--plan", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["trials"] == 16 and plan["validation_examples"] == 300
+    assert plan["trials"] == 10 and plan["validation_examples"] == 300
     assert plan["base_runs"] == 2
-    assert plan["epochs_expected"] == 64 + 16, "16 x 2, then 8 x 2, then 4 x 4; and AT twice 8"
+    assert plan["epochs_expected"] == 70 + 16, "10 x 6, then 5 x 2; and AT twice 8"
     assert plan["objective_95_half_width"] == pytest.approx(1.96 * (0.25 / 300) ** 0.5, abs=1e-4)
-    assert plan["trials_at_once"] == min(joblib.cpu_count(), 16)
+    assert plan["trials_at_once"] == min(joblib.cpu_count(), 10)
     assert plan["wall_hours"] == pytest.approx(
         plan["trial_hours"] / plan["trials_at_once"], abs=2e-3
     )
@@ -448,7 +448,9 @@ def test_plan_starts_nothing_and_writes_nothing(workdir: Path, capsys) -> None:
 
 
 def test_a_plan_of_a_sweep_to_go_on_with_is_of_what_is_left(workdir: Path, capsys) -> None:
-    ledger = Ledger.create(workdir / "runs" / "g1", load_space("lrat", {"epochs": 3}))
+    changes = {"epochs": 3, "scheduler.grace_period": 2}
+    space = load_space("lrat", changes).replace(trials=16)
+    ledger = Ledger.create(workdir / "runs" / "g1", space)
     for number, state in enumerate(("finished", "stopped", "running")):
         ledger.save_trial(Trial(number, {ALPHA: 1.0}, state=state, epoch=3 - number))  # type: ignore[arg-type]
     plans = []

@@ -44,6 +44,7 @@ EXECUTED_ELSEWHERE = {
     "docs/paper-figures.md": "test_pipelines.py, with a smaller pipeline; this one takes hours",
     "docs/logs.md": "test_logs.py, with logs of its own",
     "docs/evaluate-your-own-model.md": "run_docs_commands.py; test_eval.py has such a model",
+    "docs/sweeps.md": "run_docs_commands.py, after the sweep g1 of the README",
     "docs/storage.md": "run_docs_commands.py, with a server that speaks S3",
     "docs/scheduling.md": "needs systemd or a cluster",
     "docs/cluster.md": "tests/cluster, with nodes of its own",

@@ -49,7 +49,7 @@ def build_trial(number: int = 3, state: str = "finished", **more: Any) -> Trial:
     ("state", "best", "kept"),
     [
         ("finished", BEST, TrialState.COMPLETE),
-        ("stopped", BEST, TrialState.COMPLETE),
+        ("stopped", BEST, TrialState.PRUNED),
         ("failed", BEST, TrialState.FAIL),
         ("failed", {}, TrialState.FAIL),
         ("stopped", {}, TrialState.FAIL),
@@ -62,7 +62,7 @@ def test_states_and_the_values_of_the_best_epoch(
         space(max_masking_gap=0.25),
         build_trial(state=state, best=best, reason="r" if state == "failed" else ""),
     )
-    complete = kept == TrialState.COMPLETE
+    complete = kept in (TrialState.COMPLETE, TrialState.PRUNED)
     assert (trial.state, trial.values) == (kept, [0.5] if complete else None)
     assert trial.intermediate_values == {1: 0.25, 2: 0.5, 3: 0.25}
     assert (trial.constraints or {}) == ({"masking_gap": -0.125} if complete else {})

@@ -69,8 +69,8 @@ OTHER: dict[str, Any] = {
     **{f"method.terms.{term}.weight.by": "natural" for term in ("pgd", "cw")},
 }
 # Not changed here: `kind` decides which other settings a part has; TF32 and some others are refused
-# on a CPU.
-ELSEWHERE = (".kind", "optim.lr.", "compute.tf32")
+# on a CPU; code belongs to a network of one's own (test_code_files.py).
+ELSEWHERE = (".kind", "optim.lr.", "compute.tf32", "model.code")
 
 
 def base() -> TrainingConfig:

@@ -18,9 +18,7 @@ from raysweep.checkpoint_evaluation import choose_evaluation_folder
 from raysweep.cli import main
 from raysweep.data import DataSpec
 from raysweep.errors import DamagedFileError, RaysweepError, SpecError
-from raysweep.run_lookup import download_from_mlflow
 from raysweep.stores import open_path
-from raysweep.tracking import Tracker, tracking_uri
 from raysweep.training.checkpoint import read_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent / "security"))
@@ -174,6 +172,9 @@ def test_the_folder_of_a_pipeline_is_no_trap(
 
 @pytest.mark.mlflow
 def test_the_folder_of_downloads_from_mlflow_is_no_trap(victim: Path, workdir: Path) -> None:
+    from raysweep.run_lookup import download_from_mlflow
+    from raysweep.tracking import Tracker, tracking_uri
+
     tracker = Tracker(tracking_uri(workdir), workdir / "mlruns").wait_until_ready()
     run_id = tracker.get_or_create_run("r", {"raysweep.kind": "train"})
     (workdir / "model").mkdir()
@@ -269,6 +270,9 @@ def test_a_received_store_of_mlflow_is_no_trap(
     victim: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its experiment or a run keeps artifacts elsewhere, or a model's run is called `../..`."""
+    from raysweep.run_lookup import download_from_mlflow
+    from raysweep.tracking import Tracker, tracking_uri
+
     made = workdir / "made"
     made.mkdir()
     tracker = Tracker(tracking_uri(made), made / "mlruns").wait_until_ready()

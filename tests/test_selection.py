@@ -239,7 +239,7 @@ def test_a_failed_trial_and_one_whose_weights_never_acted_are_never_the_best(
     assert table.before.tolist() == [0.7, 0.7, 0.8, 0.2]
     study = build_study(ledger)
     assert study.best_trial.user_attrs["raysweep.number"] == 2
-    assert [trial.state.name for trial in study.trials] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "FAIL", "COMPLETE", "PRUNED"]
 
 
 def test_a_sweep_of_failed_trials_has_no_best_one(tmp_path: Path) -> None:
