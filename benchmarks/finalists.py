@@ -4,7 +4,7 @@
 
 Trains the starting point of the method's search space on digits in this process, on one core, and
 attacks its best epoch as the end of a sweep does. Prints processor seconds of an epoch with its
-validation and of the attack, and what three finalists add to a sweep of so many trained epochs.
+validation and of the attack, and what the attacks on finalists and base runs add to a sweep.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from measure import describe_machine
 from raysweep.attacks import build_named_attack
 from raysweep.data import load_data
 from raysweep.evaluation import evaluate
-from raysweep.sweep.search_space import DEFAULT_FINALISTS, load_space
+from raysweep.sweep.search_space import load_space
 from raysweep.training.model_loading import load_trained_model
 from raysweep.training.trainer import train_model
 
@@ -51,8 +51,9 @@ def measure(method: str, overrides: dict[str, object], n_sweep_epochs: int) -> N
     print(f"{method}: {config.epochs} epochs, {len(images)} validation images at {threat_model}")
     print(f"epoch with validation {epoch_seconds:.2f} s; AutoAttack {attack_seconds:.1f} s")
     print(f"objective {objective:.4f}, AutoAttack {report.robust_accuracy:.4f}")
-    share = DEFAULT_FINALISTS * attack_seconds / (epoch_seconds * n_sweep_epochs)
-    print(f"{DEFAULT_FINALISTS} finalists add {share:.0%} to a sweep of {n_sweep_epochs} epochs")
+    n_attacks = (space.finalists or 0) + (space.base_runs or 0)
+    share = n_attacks * attack_seconds / (epoch_seconds * n_sweep_epochs)
+    print(f"{n_attacks} attacks add {share:.0%} to a sweep of {n_sweep_epochs} epochs")
 
 
 def main() -> None:
@@ -60,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", default="lrat")
     parser.add_argument("--epochs", type=int, help="epochs of the trial (default: the space's)")
-    parser.add_argument("--sweep-epochs", type=int, default=57, help="trained epochs of the sweep")
+    parser.add_argument("--sweep-epochs", type=int, default=86, help="trained epochs of the sweep")
     args = parser.parse_args()
     torch.set_num_threads(1)
     overrides: dict[str, object] = {} if args.epochs is None else {"epochs": args.epochs}

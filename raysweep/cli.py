@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
 from raysweep import __version__
-from raysweep.code_files import code_of_one_call
+from raysweep.code_files import forget_code_afterwards
 from raysweep.commands import doctor, run, show, train, tune
 from raysweep.commands import eval as eval_command
 from raysweep.commands import list as list_command
@@ -204,7 +204,7 @@ def _run_command(args: argparse.Namespace, arguments: Sequence[str]) -> ExitCode
     try:
         with (
             private_files(),
-            code_of_one_call(),
+            forget_code_afterwards(),
             command_log(arguments, getattr(args, "verbose", False)) as log,
         ):
             with _convert_expected_errors(args.command):

@@ -1,8 +1,8 @@
-"""Python files of the user's own: the only code besides installed packages that raysweep runs.
+"""Python files with networks of the user's own, which raysweep imports only if the user names them.
 
-A user names a file with `--code FILE`, or gives a function of it in Python. Checkpoints, sweeps and
-other files of raysweep refer to it by its SHA-256 only: what they refer to is imported if the
-user's own call has named a file with just this content, and never because a file says so.
+A user names a file with `--code FILE`, or passes a function of it in Python. Checkpoints, sweeps
+and other files of raysweep contain only its SHA-256: the file is imported if the user's call has
+named a file with exactly this content, and never because a file of raysweep refers to it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MAX_LISTED_NAMES = 10
 
 @dataclass(frozen=True)
 class CodeFile:
-    """A Python file that the user's own call has named. It can be sent to other processes.
+    """A Python file that the user's call has named. It can be sent to other processes.
 
     Attributes:
         path: Where it was read, for messages.
@@ -49,17 +49,17 @@ class CodeFile:
 
     @property
     def module_name(self) -> str:
-        """Name of the module that it becomes."""
+        """Name under which it is imported."""
         return f"{_MODULE_PREFIX}{self.sha256}"
 
 
-# What calls of this process have named, by SHA-256, and the modules that were made of it.
+# By SHA-256: files that calls of this process have named, and the modules imported from them.
 _files: dict[str, CodeFile] = {}
 _modules: dict[str, ModuleType] = {}
 
 
 def open_code_file(path: str | Path) -> CodeFile:
-    """Read a Python file whose functions may be used from now on. Nothing runs yet.
+    """Read a Python file and permit `import_code_function` to import it. Nothing runs yet.
 
     Args:
         path: The file. Settings name it by the `sha256` of the result, such as `model.code`.
@@ -80,8 +80,8 @@ def open_code_file(path: str | Path) -> CodeFile:
     return code_file
 
 
-def open_code_of(function: Callable[..., Any]) -> CodeFile:
-    """Name the file of a function or class that the caller has imported.
+def open_function_file(function: Callable[..., Any]) -> CodeFile:
+    """Read the file of a function or class that the caller has imported, as `open_code_file` does.
 
     Args:
         function: Defined at the top of a Python file.
@@ -106,8 +106,8 @@ def open_code_of(function: Callable[..., Any]) -> CodeFile:
 
 
 @contextmanager
-def code_of_one_call() -> Iterator[None]:
-    """Forget after this block which files were named in it: another call has to name them again."""
+def forget_code_afterwards() -> Iterator[None]:
+    """Forget, after the block, the files that were named in it: each call names its own files."""
     before = dict(_files)
     try:
         yield
@@ -117,12 +117,12 @@ def code_of_one_call() -> Iterator[None]:
 
 
 def list_code_files() -> list[CodeFile]:
-    """List the files that calls of this process have named, for `adopt_code_files`."""
+    """List the files that calls of this process have named, to send them to worker processes."""
     return list(_files.values())
 
 
 def adopt_code_files(code_files: Sequence[CodeFile]) -> None:
-    """Use the files of the driver in this worker process.
+    """Permit this worker process to import the files of the driver.
 
     Args:
         code_files: What `list_code_files` returned in the driver.
@@ -136,7 +136,7 @@ def is_code_sha256(text: str) -> bool:
 
 
 def find_code_file(sha256: str, name: str) -> CodeFile:
-    """Find the file with a function among those that this process was given.
+    """Find the file of a function among those that this process was given.
 
     Args:
         sha256: SHA-256 of the file, as a setting or a file of raysweep names it.
@@ -146,7 +146,7 @@ def find_code_file(sha256: str, name: str) -> CodeFile:
         The file.
 
     Raises:
-        SpecError: No such file was given; one line.
+        SpecError: No file with this SHA-256 was given. One line.
     """
     if sha256 in _files:
         return _files[sha256]
@@ -168,7 +168,7 @@ def import_code_function(sha256: str, name: str) -> Callable[..., Any]:
         The function.
 
     Raises:
-        SpecError: No such file was given, it fails, or has no such function; one line.
+        SpecError: No such file was given, importing it fails, or it has no such function. One line.
     """
     code_file = find_code_file(sha256, name)
     module = _import_module(code_file)
@@ -180,10 +180,13 @@ def import_code_function(sha256: str, name: str) -> Callable[..., Any]:
 
 
 def list_code_functions(code_file: CodeFile) -> list[str]:
-    """Return the names of the functions and classes that a file defines at its top.
+    """Import a file, and return the names of the functions and classes that it defines.
+
+    Args:
+        code_file: The file. Names that start with `_`, and what it imports itself, are left out.
 
     Raises:
-        SpecError: It fails when it is imported; one line.
+        SpecError: Importing it fails. One line.
     """
     module = _import_module(code_file)
     return [
@@ -196,18 +199,18 @@ def list_code_functions(code_file: CodeFile) -> list[str]:
 
 
 def list_code_modules() -> list[ModuleType]:
-    """List the modules of files that this process has imported: other processes lack them."""
+    """List the modules that this process imported from such files; other processes lack them."""
     return [module for module in _modules.values() if sys.modules.get(module.__name__) is module]
 
 
 def is_code_module(module: ModuleType) -> bool:
-    """Return whether a module was made of a file that a call has named."""
+    """Return whether a module was imported from a file that a call has named."""
     return any(module is other for other in _modules.values())
 
 
 @contextmanager
-def name_code_errors(sha256: str, name: str) -> Iterator[None]:
-    """Turn any error of a function of a file into a SpecError of one line, with file and line.
+def convert_code_errors(sha256: str, name: str) -> Iterator[None]:
+    """Convert any error of a function of a file into a SpecError of one line, with file and line.
 
     Args:
         sha256: SHA-256 of the file, which this process was given.
@@ -225,7 +228,7 @@ def name_code_errors(sha256: str, name: str) -> Iterator[None]:
 
 
 def _import_module(code_file: CodeFile) -> ModuleType:
-    """Make a module of the content whose SHA-256 is known, not of what the path has by now."""
+    """Import the content that was hashed, even if the file has changed since."""
     if code_file.sha256 in _modules:
         return _modules[code_file.sha256]
     module = ModuleType(code_file.module_name)
@@ -242,7 +245,7 @@ def _import_module(code_file: CodeFile) -> ModuleType:
 
 
 def _describe_error(code_file: CodeFile, name: str, error: Exception) -> str:
-    """Return the line about an error of the user's code, with its last place in the file."""
+    """Describe an error of the user's code in one line, with the number of the failing line."""
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)

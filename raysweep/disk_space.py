@@ -49,13 +49,13 @@ def is_disk_full_error(error: BaseException) -> bool:
 
 
 class SpareSpace:
-    """Space of a disk that is held until it is needed, for example to write that the disk is full.
+    """Disk space that is occupied until it is needed, for example to record that the disk is full.
 
-    It is a file without a name, which the system deletes with this process.
+    It is a file without a name, which the system deletes when this process ends.
 
     Args:
-        folder: A folder of the disk.
-        n_bytes: Size. A disk that has no room for it keeps no spare space.
+        folder: A folder on the disk.
+        n_bytes: Size in bytes. If the disk has less room, nothing is occupied.
     """
 
     def __init__(self, folder: Path, n_bytes: int) -> None:
@@ -71,11 +71,11 @@ class SpareSpace:
             self.release()
 
     def is_needed(self) -> bool:
-        """Return whether the disk has less free space than this."""
+        """Return whether the disk has less free space than this object was to occupy."""
         return find_free_bytes(self._folder) < self._n_bytes
 
     def release(self) -> None:
-        """Give the space back."""
+        """Free the space."""
         if self._file is not None:
             self._file.close()
 

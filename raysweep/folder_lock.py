@@ -108,27 +108,21 @@ def hold_folder_lock(
 
 
 def require_no_links(folder: Path, root: Path | None = None) -> None:
-    """Check that work in a folder stays in it and ends, whoever has made the folder.
+    """Check that work in a folder, which a stranger may have made, stays in it and ends.
 
     Args:
         folder: The folder; it may be missing if there is a `root`.
-        root: Folder that the user has named, with the other one below it; it may be a link itself.
+        root: Folder that the user has named and that contains `folder`; it may be a link itself.
             None if the user has named `folder`.
 
     Raises:
-        DamagedFileError: Below `root` or the folder there is a symbolic link, a pipe, a socket or a
-            device on the way or in the folder, or a file that raysweep writes in place has a second
-            name elsewhere. One line.
+        DamagedFileError: One line. The folder contains a symbolic link, a pipe, a socket or a
+            device, or a file that raysweep writes in place and that has a second name elsewhere; or
+            something below `root` on the path of the folder is a link or no folder.
         OSError: The folder cannot be read.
     """
     if root is not None:
-        n_parts = len(folder.relative_to(root).parts)
-        for part in reversed([folder, *folder.parents][:n_parts]):
-            if part.is_symlink() or (part.exists() and not part.is_dir()):
-                kind = "a symbolic link" if part.is_symlink() else "no folder"
-                raise DamagedFileError(
-                    f"{part}: is {kind}, where raysweep writes a folder; delete it"
-                )
+        _require_plain_path(folder, root)
         if not folder.exists():
             return
     subfolders = [str(folder)]
@@ -144,6 +138,15 @@ def require_no_links(folder: Path, root: Path | None = None) -> None:
                     subfolders.append(entry.path)
                 elif problem := _find_file_problem(entry):
                     raise DamagedFileError(f"{entry.path}: {problem}; delete it")
+
+
+def _require_plain_path(folder: Path, root: Path) -> None:
+    """Raise DamagedFileError if a part of the path below `root` is a link or no folder."""
+    n_parts = len(folder.relative_to(root).parts)
+    for part in reversed([folder, *folder.parents][:n_parts]):
+        if part.is_symlink() or (part.exists() and not part.is_dir()):
+            kind = "a symbolic link" if part.is_symlink() else "no folder"
+            raise DamagedFileError(f"{part}: is {kind}, where raysweep writes a folder; delete it")
 
 
 def _find_file_problem(entry: os.DirEntry[str]) -> str:

@@ -106,7 +106,7 @@ class ForgivingStream(io.TextIOBase):
                 raise OutputClosed(*error.args) from error
             if self._is_all:
                 raise
-            logger.info("the output cannot be written any more, the work goes on: %s", error)
+            logger.info("the output cannot be written any more, the work continues: %s", error)
 
     def _encodable(self, text: str) -> str:
         """Return the text with signs of the stream's encoding only."""

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _MIN_PAUSE, _PAUSE_FACTOR = 10.0, 9.0
 # Records of an endless outage must not fill the memory.
 _MAX_WAITING = 100_000
-# Space for the last records of work that a full disk has ended.
+# A run that a full disk has ended must still be closed in MLflow.
 _SPARE_BYTES = 2 * 2**20
 
 
@@ -44,7 +44,7 @@ class RecordQueue:
     """
 
     def __init__(self, kind: str, uri: str) -> None:
-        """Make an empty queue. For a database in a file, it keeps some space of the disk free.
+        """Make an empty queue. For a SQLite database, it reserves disk space for the last records.
 
         Args:
             kind: What messages call the store, such as `MLflow store`.
@@ -116,7 +116,7 @@ class RecordQueue:
                 self._waiting[0]()
             except RecordStoreUnavailable as error:
                 if error.is_final:
-                    logger.warning("%s; the work goes on without this record", error)
+                    logger.warning("%s; the work continues without this record", error)
                     self._waiting.popleft()
                     self._n_lost += 1
                     continue
@@ -131,7 +131,7 @@ class RecordQueue:
         """Log the beginning of an outage, and choose when the store is asked again."""
         if not self._is_failing:
             logger.warning(
-                "%s; the work goes on, and its records are written later", error, exc_info=error
+                "%s; the work continues, and its records are written later", error, exc_info=error
             )
         self._is_failing = True
         self._next_attempt_at = time.monotonic() + max(_MIN_PAUSE, _PAUSE_FACTOR * seconds)

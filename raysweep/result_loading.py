@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from raysweep.bounded_files import FileTooLarge, read_parquet_table
-from raysweep.code_files import code_of_one_call, open_code_file, open_code_of
+from raysweep.code_files import forget_code_afterwards, open_code_file, open_function_file
 from raysweep.errors import DamagedFileError
 from raysweep.leases import is_folder_in_use
 from raysweep.run_lookup import (
@@ -82,9 +82,9 @@ def load(
     """
     overrides = {} if data_dir is None else {"data_dir": str(expand_home(data_dir).resolve())}
     name, out = str(path), Path()
-    with code_of_one_call():
+    with forget_code_afterwards():
         if callable(code):
-            open_code_of(code)
+            open_function_file(code)
         elif code is not None:
             open_code_file(expand_home(code))
         location: Location
@@ -473,7 +473,7 @@ def sweep_to_json(ledger: Ledger) -> JsonDict:
         front; the results of AutoAttack on the finalists (see `FinalistSummary`), or None; why it
         ended before its last trial ("told-apart", "flat"), or None (`ended_early`); which
         trials cannot be told apart (see `SpreadSummary`), or None; whether the best one beats the
-        base method (see `BaseComparison`), or None, and the runs of the base method; advice on the
+        base method (see `BaseComparison`), or None, and the base runs; advice on the
         best trial; all trials, best first, as from `trial_to_json`.
     """
     ranked_trials, trials = ledger.rank_trials(), ledger.load_trials()

@@ -7,7 +7,7 @@ from typing import Literal
 
 from raysweep.spec import SpecError, describe_unknown_name
 from raysweep.stores import StorePath, is_uri, open_path, require_reachable
-from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.ledger import BASE_RUNS_FOLDER, TRIALS_FOLDER, Ledger
 from raysweep.tracking import Tracker, tracking_uri
 from raysweep.user_folders import expand_home
 
@@ -91,8 +91,8 @@ def _find_run_at(path_or_uri: str) -> FoundRun | None:
         return None
     folder = open_path(path_or_uri)
     require_reachable(folder)
-    if folder.parent.name in ("trials", "base") and folder.name.isdecimal():
-        sweep, is_base_run = folder.parent.parent, folder.parent.name == "base"
+    if folder.parent.name in (TRIALS_FOLDER, BASE_RUNS_FOLDER) and folder.name.isdecimal():
+        sweep, is_base_run = folder.parent.parent, folder.parent.name == BASE_RUNS_FOLDER
         if (sweep / "sweep.json").is_file():
             return FoundRun(folder, Ledger.open(sweep), int(folder.name), is_base_run)
     return _identify_run(folder)

@@ -17,10 +17,10 @@ from conftest import TINY
 import raysweep
 from raysweep.cli import main
 from raysweep.code_files import (
-    code_of_one_call,
+    forget_code_afterwards,
     list_code_files,
     open_code_file,
-    open_code_of,
+    open_function_file,
 )
 from raysweep.data import DataSpec, load_data
 from raysweep.errors import RaysweepError
@@ -92,7 +92,7 @@ def write_code(path: Path, marker: Path, end: str = "") -> Path:
 @pytest.fixture(autouse=True)
 def _forgotten() -> Iterator[None]:
     """No file that a test names is known to the next one."""
-    with code_of_one_call():
+    with forget_code_afterwards():
         yield
 
 
@@ -181,7 +181,7 @@ def test_the_function_in_python_is_ones_word_if_its_file_is_the_recorded_one(
     train_model(plain, workdir / "runs/plain")
     line = refusal(lambda: raysweep.load("runs/plain", code=code))
     assert line.endswith("my_networks.py: has no effect: plain/epoch-0001 needs no code")
-    with code_of_one_call():
+    with forget_code_afterwards():
         adopted = raysweep.load("runs/wide", code=my_networks.build_wide)
         assert type(adopted[0]) is my_networks.Net and adopted[0].first.out_channels == 8
         assert "has no file" in refusal(lambda: raysweep.load("runs/wide", code=len))
@@ -196,7 +196,7 @@ def test_a_function_of_another_file_than_the_recorded_one_is_refused(
     monkeypatch.delitem(sys.modules, "my_networks", raising=False)
     import my_networks
 
-    open_code_of(my_networks.build)
+    open_function_file(my_networks.build)
     assert "or was changed since" in refusal(lambda: trained.build_model(1, 10, 0))
 
 
@@ -245,7 +245,7 @@ def test_files_that_cannot_be_read_are_one_line(workdir: Path, capsys) -> None:
 
 def test_code_without_effect_is_refused(code: Path, capsys, workdir: Path) -> None:
     line = error_of(capsys, "train", "at", "--code", str(code), "--plan")
-    assert "has no effect: model.name = digits_cnn is of raysweep" in line
+    assert "has no effect: model.name = digits_cnn is a network of raysweep" in line
     assert line.endswith(
         "of the file: Widths, Net, build, build_wide, digits_cnn, fails, gives_text"
     )
@@ -334,7 +334,7 @@ def test_a_registered_model_and_its_tags_name_code_in_vain(
 
     from raysweep.tracking import tracking_uri
 
-    with code_of_one_call():
+    with forget_code_afterwards():
         sha256 = open_code_file(code).sha256
         config = build_training_config("at", TINY, {"model.name": "build", "model.code": sha256})
         saved = train_model(config, workdir / "strangers").last_checkpoint

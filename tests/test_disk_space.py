@@ -112,7 +112,9 @@ def test_a_run_that_a_full_disk_ended_is_not_called_running(
             file.write(bytes(512))
     recorder.end("FAILED")
     uri = tracking_uri(small_disk)
-    assert caplog.messages[-1].startswith(f"MLflow store {uri}: its disk is full; the work goes on")
+    assert caplog.messages[-1].startswith(
+        f"MLflow store {uri}: its disk is full; the work continues"
+    )
     recorder.finish()
     client = MlflowClient(uri)
     (run,) = client.search_runs([client.get_experiment_by_name("raysweep").experiment_id])

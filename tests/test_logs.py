@@ -145,7 +145,7 @@ def test_a_log_that_cannot_be_written_is_one_warning_and_ends_nothing(
         LOGGER.warning("later")
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith(f"raysweep: warning: the log {folder}/log.jsonl cannot be written: ")
-    assert first.endswith("; the work goes on") and second == "raysweep: warning: later"
+    assert first.endswith("; the work continues") and second == "raysweep: warning: later"
     reason = {"no folder": "Not a directory", "full disk": "No space left on device"}[obstacle]
     assert reason in first
 

@@ -1,4 +1,4 @@
-"""Output that is closed, lost, full, missing, stalled or of few signs: the work goes on."""
+"""Output that is closed, lost, full, missing, stalled or of few signs: the work continues."""
 
 import io
 import os

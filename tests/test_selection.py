@@ -20,7 +20,7 @@ from raysweep.training.model_loading import load_checkpoint_target
 from raysweep.training.presets import resolve_training_config
 from raysweep.training.selection import (
     SelectionRule,
-    are_too_few_to_tell,
+    can_guess_all_labels,
     compute_chance_limit,
     find_best_burn_in_metrics,
     find_best_epoch,
@@ -351,7 +351,7 @@ def test_later_settings_leave_earlier_digests_as_they_are() -> None:
 
 def test_all_right_is_never_called_a_guess() -> None:
     """With two of four images right by chance, two standard deviations more are all four."""
-    assert compute_chance_limit(2, 4) == 0.75 and are_too_few_to_tell(2, 4)
-    assert compute_chance_limit(2, 1) == 0.0 and are_too_few_to_tell(2, 1)
-    assert compute_chance_limit(2, 5) == 0.8 and not are_too_few_to_tell(2, 5)
+    assert compute_chance_limit(2, 4) == 0.75 and can_guess_all_labels(2, 4)
+    assert compute_chance_limit(2, 1) == 0.0 and can_guess_all_labels(2, 1)
+    assert compute_chance_limit(2, 5) == 0.8 and not can_guess_all_labels(2, 5)
     assert compute_chance_limit(3, 9, 7) == pytest.approx(8 / 9), "7 of 9 are of one class"

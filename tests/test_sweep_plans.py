@@ -19,7 +19,7 @@ from raysweep.data import DatasetSplits
 from raysweep.errors import InfrastructureError
 from raysweep.spec import SpecError
 from raysweep.stores import open_path
-from raysweep.sweep.epoch_timing import _time_growing, estimate_epoch_seconds
+from raysweep.sweep.epoch_timing import _time_few_rows_then_all, estimate_epoch_seconds
 from raysweep.sweep.ledger import Trial
 from raysweep.sweep.plan import (
     expected_sweep_epochs,
@@ -417,7 +417,7 @@ def test_what_takes_long_is_timed_on_a_few_rows_or_not(
         for _ in range(10):
             network(torch.zeros(n_rows, 64))
 
-    assert _time_growing(compute, 64, 4, 3, 3.0) == pytest.approx(expected)
+    assert _time_few_rows_then_all(compute, 64, 4, 3, 3.0) == pytest.approx(expected)
     assert network_clock[0] == pytest.approx(spent)
     network(torch.zeros(1, 64)), "no limit outlasts the estimate"
 

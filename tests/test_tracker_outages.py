@@ -99,7 +99,7 @@ class TestQueue:
         assert written == [1, 2, 3, 4, 5, 6] and queue.n_waiting == 0
         queue.finish()
         assert [record.getMessage() for record in caplog.records if record.levelname != "INFO"] == [
-            "no answer; the work goes on, and its records are written later"
+            "no answer; the work continues, and its records are written later"
         ]
 
     def test_what_the_store_lacks_at_the_end_is_one_line(
@@ -165,7 +165,7 @@ def test_training_goes_on_without_a_server_and_the_same_command_tells_it(
     finally:
         server.send_signal(signal.SIGCONT)
     lines = [line for line in process.err.splitlines() if "warning" in line]
-    assert len(lines) == 2 and "the work goes on" in lines[0] and "lacks the last" in lines[1]
+    assert len(lines) == 2 and "the work continues" in lines[0] and "lacks the last" in lines[1]
     assert list_epochs(server.database_uri, run) == [1]
     assert main(train("run", 8)) == 0
     run = list_runs(server.database_uri)["run"]
@@ -226,7 +226,7 @@ def test_a_sweep_whose_server_is_killed_has_all_of_it_later(
         f"MLflow store {server.uri} lacks the last 11 records of this work, which is complete "
         "without them; `raysweep tune --resume s1` writes them"
     ]
-    assert sum("the work goes on" in message for message in messages) == 1
+    assert sum("the work continues" in message for message in messages) == 1
     server.start()
     before = list_runs(server.database_uri)
     assert before["s1"].info.status == "RUNNING" and "0001 s1" not in before
@@ -281,7 +281,7 @@ def test_a_locked_optuna_storage_gets_the_trials_at_the_end(
     (study,) = optuna.get_all_study_names(f"sqlite:///{file}")
     trials = optuna.load_study(study_name=study, storage=f"sqlite:///{file}").trials
     assert [trial.user_attrs["raysweep.number"] for trial in trials] == [0, 1]
-    assert any("the work goes on" in record.getMessage() for record in caplog.records)
+    assert any("the work continues" in record.getMessage() for record in caplog.records)
 
 
 def open_store(uri: str, folder: Path, go: Path) -> None:

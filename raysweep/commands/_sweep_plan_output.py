@@ -47,9 +47,9 @@ def _plan_to_json(plan: "SweepPlan", folder: "Path | None") -> "JsonDict":
         "cpus_per_trial": plan.resources.cpus,
         "gpus_per_trial": plan.resources.gpus,
         "trials_at_once": plan.concurrency,
-        "seconds_per_epoch": _round_known(plan.seconds_per_epoch, 2),
-        "trial_hours": _round_known(plan.remaining_trial_seconds / 3600, 3),
-        "wall_hours": _round_known(plan.wall_seconds / 3600, 3),
+        "seconds_per_epoch": _round_or_none(plan.seconds_per_epoch, 2),
+        "trial_hours": _round_or_none(plan.remaining_trial_seconds / 3600, 3),
+        "wall_hours": _round_or_none(plan.wall_seconds / 3600, 3),
         "objective_95_half_width": round(plan.objective_half_width, 4),
         "image_shape": plan.image_shape,
         "train_examples_per_class": plan.train_class_counts,
@@ -61,7 +61,7 @@ def _plan_to_json(plan: "SweepPlan", folder: "Path | None") -> "JsonDict":
     }
 
 
-def _round_known(number: float, digits: int) -> float | None:
+def _round_or_none(number: float, digits: int) -> float | None:
     """Round a number; None for nan."""
     return None if math.isnan(number) else round(number, digits)
 
@@ -105,7 +105,7 @@ def _describe_plan(plan: "SweepPlan", folder: "Path | None") -> list[str]:
 
 
 def _describe_time(plan: "SweepPlan") -> list[str]:
-    """Describe the epochs of all trials and, as far as it is known, the time that they take."""
+    """Describe the epochs of all trials and, if it is known, the time that they take."""
     from raysweep.training.training_summary import UNKNOWN_TIME
 
     epochs = f"about {format_count(plan.expected_epochs, 'epoch')} in all"

@@ -59,15 +59,15 @@ def parse_overrides(
 
 
 def check_code(code: CodeFile | None, networks: Iterable[ModelSpec]) -> None:
-    """Check the networks of files before anything starts.
+    """Check, before anything starts, that `--code` has the networks, and that one needs it.
 
     Args:
-        code: The file of `--code`.
+        code: The file of `--code`; or None.
         networks: All networks that the command may train.
 
     Raises:
         SpecError: A network is a function of a file that was not given, or that has no such
-            function; or no network is of the file that was.
+            function; or `--code` was given and no network needs it.
     """
     networks = list(networks)
     for network in networks:
@@ -76,8 +76,8 @@ def check_code(code: CodeFile | None, networks: Iterable[ModelSpec]) -> None:
         names = ", ".join(list_code_functions(code)) or "none"
         trained = ", ".join(dict.fromkeys(network.name for network in networks)) or "none"
         raise SpecError(
-            f"--code {code.path}: has no effect: model.name = {trained} is of raysweep; set "
-            f"model.name to a function of the file: {names}"
+            f"--code {code.path}: has no effect: model.name = {trained} is a network of raysweep; "
+            f"set model.name to a function of the file: {names}"
         )
 
 

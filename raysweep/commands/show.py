@@ -397,9 +397,8 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
         describe_masking_effect_on_ranking,
         sweep_to_json,
     )
-    from raysweep.sweep.base_comparison import describe_base_comparison
-    from raysweep.sweep.finalist_summary import describe_finalists
-    from raysweep.sweep.spread_summary import describe_spread, summarize_spread
+    from raysweep.sweep.conclusions import describe_conclusions
+    from raysweep.sweep.spread_summary import summarize_spread
     from raysweep.sweep.trial_advice import advise_on_trial
     from raysweep.terminal import TrialTable, create_table_console
 
@@ -428,9 +427,7 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
         )
     )
     for line in [
-        *describe_finalists(ledger),
-        *describe_spread(ledger),
-        *describe_base_comparison(ledger),
+        *describe_conclusions(ledger),
         *describe_guessing(ledger),
         *describe_masking_effect_on_ranking(ledger),
     ]:

@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,7 @@ class TuneRequest:
         out: Folder of `runs` and `mlflow.db`.
         storage: Folder or URI of sweeps; None for `runs` in `out`.
         as_json: Whether to print JSON on stdout.
-        warm_start: Names or folders of earlier sweeps that tell a new one their results.
+        warm_start: Names or folders of earlier sweeps whose results a new one begins with.
     """
 
     method: str | None
@@ -115,7 +116,7 @@ class TuneRequest:
             raise SpecError("--retry-failed: names no sweep; add --resume NAME")
         if args.warm_start and args.resume:
             raise SpecError(
-                "--warm-start: a sweep that has begun keeps what it was told; leave it out, or "
+                "--warm-start: only a new sweep can begin with earlier results; leave it out, or "
                 "start a new sweep"
             )
 
@@ -287,9 +288,9 @@ def run_command(args: argparse.Namespace) -> None:
 def _collect_warm_start(
     request: TuneRequest, space: SearchSpace, dataset: DatasetSplits, runs_folder: StorePath
 ) -> WarmStart | None:
-    """Return what the sweeps of --warm-start tell a new one, and print it; None without any.
+    """Collect results of the sweeps of --warm-start, and print how many; None without the option.
 
-    Raises SpecError for a name that is no sweep, or a sweep that tells nothing.
+    Raises SpecError for a name that is no sweep, or a sweep without a usable result.
     """
     from raysweep.run_lookup import find_run
     from raysweep.spec import SpecError
@@ -351,7 +352,7 @@ def _check_disk_space(folder: StorePath, space: SearchSpace, dataset: DatasetSpl
     n_runs = space.n_trials + (space.base_runs or 0)
     needed_bytes = n_runs * estimate_trial_bytes(space.trial_config({}), dataset)
     if line := describe_missing_space(folder.local_path, needed_bytes, reserve):
-        print_warnings([f"{line}; the sweep stops there, and --resume goes on"])
+        print_warnings([f"{line}; the sweep stops there, and --resume continues it"])
 
 
 def _run_sweep(
@@ -365,10 +366,9 @@ def _run_sweep(
 ) -> None:
     """Run or resume the sweep and print its result."""
     from raysweep.commands.common import make_writable_folder, print_warnings
-    from raysweep.errors import RaysweepError, WorkFailed
+    from raysweep.errors import WorkFailed
     from raysweep.leases import hold_folder_lease
-    from raysweep.stores import StoreUnavailable
-    from raysweep.sweep.ledger import Ledger
+    from raysweep.sweep.ledger import Ledger, delete_if_refused
     from raysweep.sweep.warm_start import save_warm_start
     from raysweep.terminal import SweepDisplay, create_progress_console
     from raysweep.tracking import SweepTracker, Tracker, tracking_uri
@@ -388,12 +388,11 @@ def _run_sweep(
     with hold_folder_lease(sweep_folder) as held_folder:
         is_new = not request.resume
         ledger = Ledger.create(held_folder, space) if is_new else Ledger.open(held_folder)
-        if warm_start is not None:
-            save_warm_start(warm_start, ledger.path)
-        extended_space = None if is_new else space
         if not is_finished:
             display.announce(start_of_ray)
-        try:
+        with delete_if_refused(ledger) if is_new else nullcontext():
+            if warm_start is not None:
+                save_warm_start(warm_start, ledger.path)
             # Importing Ray takes seconds, in which the tracker connects to MLflow in its thread.
             from raysweep.sweep.space_warnings import list_space_warnings
             from raysweep.sweep.tuner import run_sweep
@@ -402,30 +401,23 @@ def _run_sweep(
             if not is_finished:
                 data_warnings = list_data_warnings(space.trial_config({}), dataset)
                 print_warnings([*list_space_warnings(space), *data_warnings])
-            if not is_finished:
                 # `run_sweep` starts Ray, writes the extended space and restarts trials: MLflow must
                 # answer before that.
                 tracker.wait_until_ready()
-            end_reason = run_sweep(
-                ledger,
-                listeners,
-                resources,
-                request.address,
-                _make_budget(request),
-                dataset.fingerprint,
-                extended_space,
-                request.retry_failed,
-                _may_download(request, space),
-            )
-        except StoreUnavailable:
-            raise
-        except WorkFailed as error:
-            raise error.with_prefix("the sweep failed: ") from error
-        except (RaysweepError, ImportError, OSError, KeyboardInterrupt):
-            # Nothing was started: the same command must not find a sweep of its name.
-            if is_new and not ledger.is_lost():
-                ledger.delete_if_empty()
-            raise
+            try:
+                end_reason = run_sweep(
+                    ledger,
+                    listeners,
+                    resources,
+                    request.address,
+                    _make_budget(request),
+                    dataset.fingerprint,
+                    None if is_new else space,
+                    request.retry_failed,
+                    _may_download(request, space),
+                )
+            except WorkFailed as error:
+                raise error.with_prefix("the sweep failed: ") from error
     _print_sweep_result(request, ledger, tracker)
     _report_sweep_end(request, ledger, end_reason)
 
@@ -522,13 +514,13 @@ def _load_checked_space(
 
 
 def _may_download(request: TuneRequest, space: SearchSpace) -> bool:
-    """Return whether this call says that data may be downloaded.
+    """Return whether the user allows downloads of data, here and on the nodes.
 
-    A sweep may come from anybody: that it is resumed makes no folder and loads nothing down, here
-    and on the nodes, unless `--set data.download=true` says so again.
+    A sweep that is resumed may come from a stranger, so its own setting does not count:
+    `--set data.download=true` must allow it again.
     """
-    is_own_word = not request.resume or "data.download" in request.overrides
-    return is_own_word and space.trial_config({}).data.download
+    is_set_by_user = not request.resume or "data.download" in request.overrides
+    return is_set_by_user and space.trial_config({}).data.download
 
 
 def _extend_resumed_space(request: TuneRequest, ledger: Ledger) -> SearchSpace:
@@ -608,10 +600,8 @@ def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) 
         describe_masking_effect_on_ranking,
         sweep_to_json,
     )
-    from raysweep.sweep.base_comparison import describe_base_comparison
+    from raysweep.sweep.conclusions import describe_conclusions
     from raysweep.sweep.epoch_counts import count_epochs
-    from raysweep.sweep.finalist_summary import describe_finalists
-    from raysweep.sweep.spread_summary import describe_spread
     from raysweep.sweep.trial_advice import advise_on_trial
 
     if request.as_json:
@@ -623,9 +613,7 @@ def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) 
         return
     _print_best_trials(ledger, ranked, len(trials))
     for line in [
-        *describe_finalists(ledger),
-        *describe_spread(ledger),
-        *describe_base_comparison(ledger),
+        *describe_conclusions(ledger),
         *describe_guessing(ledger),
         *describe_masking_effect_on_ranking(ledger),
     ]:

@@ -46,8 +46,8 @@ class CachedDataset:
 
         Args:
             spec: Settings of the data set to load. They may differ from `self.spec`. If `name`,
-                `data_dir` or `unlabeled` differ, the files are read without the cache. Whether to
-                download is the driver's word, in `self.spec`: these settings may be a stranger's.
+                `data_dir` or `unlabeled` differ, the files are read without the cache. Only
+                `self.spec` decides about downloads: `spec` may come from a stranger's sweep.
 
         Returns:
             The data set, on the CPU.

@@ -51,16 +51,17 @@ def compare_paired(
     """Compare two models on the same examples, by the interval of Agresti and Min (2005).
 
     Theirs is the normal interval of the mean difference after half an example was added to each of
-    the four outcomes (both right, only the first, only the second, none). Its coverage is right
-    also where few examples differ.
+    the four outcomes (both right, only the first, only the second, none). It covers the true
+    difference as often as it claims, also if few examples differ.
 
     Args:
         first: Scores of the first model, (N,), in [0, 1].
         second: Scores of the second model on the same examples, (N,).
-        n_comparisons: Number of comparisons that are to hold together with `CONFIDENCE`
-            (Bonferroni), for example because the first model is the best of several.
-        training_variance: Variance of the difference from the randomness of the two trainings,
-            which the examples do not show.
+        n_comparisons: Number of comparisons, 1 or more, of which all intervals together are right
+            with probability `CONFIDENCE` (Bonferroni). For the best of several models, their
+            number.
+        training_variance: Part of the variance of `difference`, 0 or more, that comes from the
+            randomness of the two trainings. The examples do not show it.
 
     Returns:
         The difference with its interval.
@@ -69,7 +70,7 @@ def compare_paired(
     n_rows = len(differences) + 2
     mean = float(differences.sum()) / n_rows
     variance = (float((differences**2).sum()) + 1 - n_rows * mean**2) / n_rows**2
-    quantile = statistics.NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / 2 / n_comparisons)
+    quantile = compute_normal_quantile(1 - (1 - CONFIDENCE) / n_comparisons)
     half_width = quantile * math.sqrt(variance + training_variance)
     return PairedDifference(float(differences.mean()), mean - half_width, mean + half_width)
 
@@ -77,9 +78,9 @@ def compare_paired(
 def estimate_measurement_variance(scores: FloatArray) -> float:
     """Estimate how much of the variance between models is due to the choice of the examples.
 
-    It is half the mean variance of the difference between two models, over all pairs: the residual
-    mean square of the two-way analysis of variance without replication, over N. What makes an
-    example easy or hard for all models is no part of it.
+    It is half the variance of the difference between the accuracies of two models, averaged over
+    all pairs: the residual mean square of the two-way analysis of variance without replication,
+    divided by N. That some examples are easy or hard for all models does not count.
 
     Args:
         scores: Scores of the models, (M, N), M and N at least 2.
@@ -122,35 +123,38 @@ class SpreadSplit:
 
     @property
     def needed_examples(self) -> int | None:
-        """Examples with which a typical difference between two settings exceeds its 95% interval.
+        """Number of examples with which two typical settings could be told apart.
 
-        None if no number is enough: nothing is due to the settings, or training alone is as random.
+        A typical difference, sqrt(2 x `settings_variance`), then equals half the width of its 95%
+        interval. None if no number is enough: the settings explain nothing, or the randomness of
+        training alone makes the interval wider.
         """
-        spare = self.settings_variance / _normal_quantile() ** 2 - self.training_variance
+        spare = self.settings_variance / compute_normal_quantile() ** 2 - self.training_variance
         if spare <= 0:
             return None
         return math.ceil(self.n_examples * self.measurement_variance / spare)
 
     @property
     def needed_seeds(self) -> int | None:
-        """Seeds for each setting, on the same examples, with which it does; None as above.
+        """Number of seeds for each setting with which two typical settings could be told apart.
 
-        The errors of two trainings on an example count as independent.
+        As for `needed_examples`, but on the same number of examples. The errors of two trainings on
+        one example count as independent. None if the settings explain nothing.
         """
         if self.settings_variance <= 0:
             return None
         noise = self.measurement_variance + self.training_variance
-        return math.ceil(noise * _normal_quantile() ** 2 / self.settings_variance)
+        return math.ceil(noise * compute_normal_quantile() ** 2 / self.settings_variance)
 
 
 def split_spread(scores: FloatArray, settings: Sequence[Hashable] = ()) -> SpreadSplit | None:
     """Split the variance between models into settings, training and measurement.
 
-    Variance of the true scores = variance of the observed scores - mean paired measurement
-    variance, and not below 0. Without repeats, the share of the settings is the coefficient of
-    Kuder and Richardson (1937), which is Cronbach's alpha of right and wrong answers, with the
-    interval of Feldt (1965). With repeats, the variance of models of the same settings takes the
-    place of the measurement variance if it is larger (one-way analysis of variance).
+    Variance due to the settings = variance of the accuracies - measurement variance (see
+    `estimate_measurement_variance`), and not below 0. Without repeats, the share of the settings is
+    the coefficient of Kuder and Richardson (1937), which is Cronbach's alpha of right and wrong
+    answers, with the interval of Feldt (1965). With repeats, the variance of models with the same
+    settings replaces the measurement variance if it is larger (one-way analysis of variance).
 
     Args:
         scores: Scores of the models, (M, N).
@@ -212,6 +216,10 @@ def _f_quantile(probability: float, *degrees_of_freedom: int) -> float:
     return float(fdtri(*degrees_of_freedom, probability))
 
 
-def _normal_quantile() -> float:
-    """Return the two-sided 95% point of the normal distribution."""
-    return statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+def compute_normal_quantile(confidence: float = CONFIDENCE) -> float:
+    """Return the two-sided quantile of the standard normal distribution.
+
+    Args:
+        confidence: Probability of a number between minus and plus the quantile, in (0, 1).
+    """
+    return statistics.NormalDist().inv_cdf((1 + confidence) / 2)

@@ -7,11 +7,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from raysweep.atomic_files import atomic_open, atomic_write_text
 from raysweep.attacks.named_attacks import autoattack
+from raysweep.evaluation.paired_statistics import compute_normal_quantile
 from raysweep.lazy_modules import np
 
 if TYPE_CHECKING:
@@ -314,7 +314,7 @@ def compute_wilson_interval(n_successes: int, n_samples: int) -> tuple[float, fl
     if n_samples == 0:
         return 0.0, 1.0
     # scipy.stats takes a second to import.
-    z, share = NormalDist().inv_cdf(0.975), n_successes / n_samples
+    z, share = compute_normal_quantile(0.95), n_successes / n_samples
     scale = 1 + z**2 / n_samples
     center = (share + z**2 / (2 * n_samples)) / scale
     variance = share * (1 - share) / n_samples + z**2 / (4 * n_samples**2)

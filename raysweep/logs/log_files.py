@@ -85,7 +85,9 @@ class LogFile(RotatingFileHandler):
         if self._n_lost == 1:
             error = sys.exc_info()[1]
             reason = getattr(error, "strerror", None) or error
-            logger.warning("the log %s cannot be written: %s; the work goes on", self.path, reason)
+            logger.warning(
+                "the log %s cannot be written: %s; the work continues", self.path, reason
+            )
 
 
 def _open_unless_link(path: str, flags: int) -> int:

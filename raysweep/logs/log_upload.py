@@ -62,7 +62,7 @@ class LogUploader(threading.Thread):
         except LeaseLost as error:
             # The error ends the work by itself.
             logger.info("the log is not uploaded any more: %s", error)
-        # Whatever it is, the work goes on without the upload.
+        # Whatever it is, the work continues without the upload.
         except Exception as error:
             if not self._is_failing:
                 logger.warning(

@@ -1,6 +1,6 @@
 """Networks that map images (N, channels, H, W) in [0, 1] to logits (N, classes).
 
-A user's own network is a function of a file that `--code` names. To add a network to raysweep,
+A user's own network is a function in a file that `--code` names. To add a network to raysweep,
 write a function (channels, classes) -> nn.Module and list it in `MODELS`. Modules that this one
 imports leave PyTorch to functions, so that commands that print names need not wait for it.
 `raysweep list` prints the first line of the function's docstring. The numbers of parameters in
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
-from raysweep.code_files import import_code_function, is_code_sha256, name_code_errors
+from raysweep.code_files import convert_code_errors, import_code_function, is_code_sha256
 from raysweep.formatting import shorten_value
 from raysweep.lazy_modules import torch
 from raysweep.models.digits_cnn import digits_cnn
@@ -63,12 +63,12 @@ class ModelSpec(Spec):
     later_fields: ClassVar[frozenset[str]] = frozenset({"code"})
 
     code: str | None = None
-    """SHA-256 of the file of your own with the function `name`, which `--code FILE` sets. null for
-    the networks of `raysweep list`."""
+    """SHA-256 of your own Python file with the function `name`; `--code FILE` sets it. null for the
+    networks of `raysweep list`."""
 
     name: str = "digits_cnn"
-    """Name of the network; `raysweep list` prints all names. With `--code FILE` also a function of
-    this file, (channels, classes) -> network."""
+    """Name of the network; `raysweep list` prints all names. With `--code FILE`, it may also be the
+    name of a function (channels, classes) -> network in this file."""
 
     mean: tuple[float, ...] = ()
     """Mean of each channel, which the model subtracts from the images. Empty for no normalisation,
@@ -80,7 +80,7 @@ class ModelSpec(Spec):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_unused_code(cls, data: Any) -> Any:
-        """Drop `code` for a network of raysweep: a sweep may compare these with those of a file."""
+        """Drop `code` for a network of raysweep: a sweep may search over both kinds of networks."""
         if isinstance(data, dict) and data.get("name", "digits_cnn") in MODELS:
             return {key: value for key, value in data.items() if key != "code"}
         return data
@@ -88,7 +88,7 @@ class ModelSpec(Spec):
     @field_validator("code")
     @classmethod
     def _check_code(cls, code: str | None) -> str | None:
-        """Reject what is no SHA-256, such as the path of a file."""
+        """Reject what is not a SHA-256, such as the path of a file."""
         if code is not None and not is_code_sha256(code):
             raise SpecError(
                 f"{shorten_value(code)} is no SHA-256: leave it out, give the file as --code FILE"
@@ -98,7 +98,7 @@ class ModelSpec(Spec):
     @field_validator("name")
     @classmethod
     def _check_model_name(cls, name: str, info: ValidationInfo) -> str:
-        """Reject names that are not in `MODELS`, unless they are of a file."""
+        """Reject names that are not in `MODELS`, unless they name a function of a code file."""
         if name not in MODELS and info.data.get("code", "") is None:
             line = describe_unknown_name("model", name, list(MODELS))
             raise SpecError(f"{line}; a network of your own needs --code FILE")
@@ -110,8 +110,8 @@ class ModelSpec(Spec):
         """Find the function that builds the network.
 
         Raises:
-            SpecError: It is a function of a file that this process was not given, or that has no
-                such function; one line.
+            SpecError: Its code file was not given to this process, or has no such function. One
+                line.
         """
         if self.code is None:
             return MODELS[self.name]
@@ -130,8 +130,8 @@ class ModelSpec(Spec):
             A model from images (N, channels, H, W) in [0, 1] to logits (N, classes).
 
         Raises:
-            SpecError: If `mean` or `std` does not have a value for each channel, or the network is
-                a function of a file that was not given (see `find_factory`) or that fails.
+            SpecError: If `mean` or `std` does not have a value for each channel, or the network's
+                code file was not given (see `find_factory`), or its function fails.
         """
         from raysweep.models.device import seeded_generators
         from raysweep.models.layers import Normalize
@@ -152,8 +152,8 @@ class ModelSpec(Spec):
 def _build_own_network(
     code: str, name: str, factory: ModelFactory, channels: int, classes: int
 ) -> nn.Module:
-    """Build the network of a file; SpecError if its function fails or returns something else."""
-    with name_code_errors(code, name):
+    """Build a network of a code file; SpecError if its function fails or returns no network."""
+    with convert_code_errors(code, name):
         network = factory(channels, classes)
     if not isinstance(network, torch.nn.Module):
         kind = type(network).__name__

@@ -3,11 +3,11 @@
 import logging
 import math
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 from raysweep.data import DataSpec
-from raysweep.errors import DamagedFileError, RaysweepError, WorkFailed
+from raysweep.errors import DamagedFileError
 from raysweep.formatting import format_count
 from raysweep.leases import hold_folder_lease
 from raysweep.pipeline.artifact import Candidate, CheckpointKind
@@ -16,12 +16,10 @@ from raysweep.pipeline.stage import StageContext, StageFailed
 from raysweep.result_loading import describe_guessing
 from raysweep.spec import JsonDict, SpecError, json_digest
 from raysweep.stores import StorePath
-from raysweep.sweep.base_comparison import describe_base_comparison
+from raysweep.sweep.conclusions import describe_conclusions
 from raysweep.sweep.epoch_counts import count_epochs
-from raysweep.sweep.finalist_summary import describe_finalists
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger, Trial, delete_if_refused
 from raysweep.sweep.search_space import DEFAULT_BASE_RUNS, DEFAULT_FINALISTS, SearchSpace
-from raysweep.sweep.spread_summary import describe_spread
 from raysweep.sweep.warm_start import WarmStart, collect_warm_start, save_warm_start
 from raysweep.terminal import SweepDisplay
 from raysweep.tracking import SweepTracker
@@ -29,6 +27,10 @@ from raysweep.training import checkpoint
 from raysweep.training.config import TrainingConfig, build_training_config
 from raysweep.training.dataset_defaults import DATASET_DEFAULTS, UNCHANGED_SINCE_0_1
 from raysweep.training.selection import SelectionRule, rank_epoch
+
+if TYPE_CHECKING:
+    from raysweep.sweep.resources import Resources
+    from raysweep.sweep.tune_callbacks import SweepEndReason
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +79,13 @@ def drop_data_location(space: SearchSpace) -> JsonDict:
         space: The search space.
 
     Returns:
-        The space without the default number of finalists and of runs of the base method; with a
+        The space without the default number of finalists and of base runs; with a
         digest of the data set's defaults, if these are other ones than in 0.1.
     """
     location_keys = ("data.data_dir", "data.download")
     base = {key: value for key, value in space.base.items() if key not in location_keys}
     content = _with_former_objective(space).replace(base=base).to_stored_dict()
-    # A stage that ended before there were finalists or runs of the base method stays valid.
+    # A stage that ended before there were finalists or base runs stays valid.
     for name, default in (("finalists", DEFAULT_FINALISTS), ("base_runs", DEFAULT_BASE_RUNS)):
         if content.get(name) == default:
             del content[name]
@@ -125,7 +127,7 @@ def run_stage_sweep(
         cpus: CPU cores of a trial.
         gpus: GPUs of a trial; None for one if the cluster has any.
         max_hours: Time limit in hours; None for no limit.
-        earlier_sweep_folders: Sweeps that tell a new one their results.
+        earlier_sweep_folders: Sweeps whose results a new one begins with, the latest first.
 
     Returns:
         The ledger of the sweep.
@@ -135,8 +137,6 @@ def run_stage_sweep(
         KeyboardInterrupt: If the sweep was interrupted.
     """
     from raysweep.sweep.resources import Resources
-    from raysweep.sweep.tune_callbacks import Budget, SweepEndReason, SweepFailed, SweepListener
-    from raysweep.sweep.tuner import run_sweep
 
     with hold_folder_lease(sweep_folder) as held_folder:
         is_new = not (held_folder / "sweep.json").is_file()
@@ -155,44 +155,53 @@ def run_stage_sweep(
             "" if has_work_left else ": its results are taken as they are",
             extra={"sweep": sweep_folder.name},
         )
-        with _delete_if_refused(ledger) if is_new else nullcontext():
+        with delete_if_refused(ledger) if is_new else nullcontext():
+            if has_work_left:
+                context.connect_cluster()
             if has_work_left or context.records_again:
-                if has_work_left:
-                    context.connect_cluster()
-                resources = Resources(cpus, gpus)
                 data_spec = space.trial_config({}).data
-                fingerprint = context.get_dataset(data_spec).fingerprint
-                listeners: list[SweepListener] = [
-                    SweepTracker(context.tracker, fingerprint, context.records),
-                    SweepDisplay(context.console),
-                ]
-                budget = Budget(math.inf if max_hours is None else 3600 * max_hours)
-                try:
-                    end_reason = run_sweep(
-                        ledger,
-                        listeners,
-                        resources,
-                        context.address,
-                        budget,
-                        fingerprint,
-                        may_download=data_spec.download,
-                    )
-                except SweepFailed as error:
-                    raise StageFailed(error.problems) from error
+                end_reason = _run_trials(
+                    context, ledger, data_spec, Resources(cpus, gpus), max_hours
+                )
     if end_reason == "interrupted":
         raise KeyboardInterrupt
     if ledger.find_best_trial() is None:
         reasons = [trial.reason for trial in ledger.load_trials() if trial.reason]
         reason = reasons[0] if reasons else "none reported the objective"
         raise StageFailed(f"no trial of {sweep_folder.name} has a result: {reason}")
-    for line in [
-        *describe_finalists(ledger),
-        *describe_spread(ledger),
-        *describe_base_comparison(ledger),
-        *describe_guessing(ledger),
-    ]:
+    for line in [*describe_conclusions(ledger), *describe_guessing(ledger)]:
         context.print_line(f"{sweep_folder.name}: {line}")
     return ledger
+
+
+def _run_trials(
+    context: StageContext,
+    ledger: Ledger,
+    data_spec: DataSpec,
+    resources: "Resources",
+    max_hours: float | None,
+) -> "SweepEndReason":
+    """Run what is left of a sweep, and write its records; return why it ended."""
+    from raysweep.sweep.tune_callbacks import Budget, SweepFailed, SweepListener
+    from raysweep.sweep.tuner import run_sweep
+
+    fingerprint = context.get_dataset(data_spec).fingerprint
+    listeners: list[SweepListener] = [
+        SweepTracker(context.tracker, fingerprint, context.records),
+        SweepDisplay(context.console),
+    ]
+    try:
+        return run_sweep(
+            ledger,
+            listeners,
+            resources,
+            context.address,
+            Budget(math.inf if max_hours is None else 3600 * max_hours),
+            fingerprint,
+            may_download=data_spec.download,
+        )
+    except SweepFailed as error:
+        raise StageFailed(error.problems) from error
 
 
 def _create_sweep(
@@ -210,10 +219,10 @@ def _create_sweep(
         try:
             found = collect_warm_start(space, fingerprint, [Ledger.open(earlier_folder)])
         except (SpecError, DamagedFileError) as error:
-            logger.info("%s tells nothing: %s", earlier_folder, error)
+            logger.info("no warm start from %s: %s", earlier_folder, error)
             continue
-        # The best of the latest night was among the first trials of that night, so it is the best
-        # of all nights.
+        # Each night tries the best settings of the night before again, so those of the latest night
+        # are the best of all.
         points = warm_start.points or found.points
         warm_start = WarmStart((*warm_start.results, *found.results), points)
     if not warm_start.points:
@@ -222,19 +231,6 @@ def _create_sweep(
     ledger = Ledger.create(folder, warm_start.add_points(space))
     save_warm_start(warm_start, ledger.path)
     return ledger
-
-
-@contextmanager
-def _delete_if_refused(ledger: Ledger) -> Iterator[None]:
-    """Delete a new sweep if an error ends the block before anything was started."""
-    try:
-        yield
-    except WorkFailed:
-        raise
-    except (RaysweepError, ImportError, OSError, KeyboardInterrupt):
-        if not ledger.is_lost():
-            ledger.delete_if_empty()
-        raise
 
 
 def make_candidate(

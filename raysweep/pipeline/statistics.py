@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from raysweep.evaluation.paired_statistics import compute_normal_quantile
 from raysweep.evaluation.report import compute_wilson_interval
 
 PairedVerdict = Literal["better", "worse", "tie", "cannot tell"]
@@ -69,9 +70,8 @@ def mcnemar_test(
     count = len(pairs)
     p = binomial_p_value(min(gained, lost), gained + lost)
     difference = (gained - lost) / count
-    half_width = (
-        _normal_quantile() * math.sqrt(gained + lost - (gained - lost) ** 2 / count) / count
-    )
+    deviation = math.sqrt(gained + lost - (gained - lost) ** 2 / count) / count
+    half_width = compute_normal_quantile(0.95) * deviation
     interval = (difference - half_width, difference + half_width)
     verdict: PairedVerdict = "cannot tell"
     if p < alpha:
@@ -126,11 +126,6 @@ def student_t_quantile(degrees_of_freedom: int) -> float:
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees_of_freedom, _UPPER_95))
-
-
-def _normal_quantile() -> float:
-    """Return the two-sided 95% point of the normal distribution."""
-    return statistics.NormalDist().inv_cdf(_UPPER_95)
 
 
 class AccuracySummary(NamedTuple):

@@ -102,7 +102,7 @@ def read_strict_json(path: Path) -> JsonDict:
 
 
 def shorten_list(items: list[str]) -> list[str]:
-    """Return the first items, and how many there are besides: a stranger's list has any length."""
+    """Return the first items and the number of the others: a stranger's list may be long."""
     n_more = len(items) - _MAX_SHOWN_ITEMS
     return [*items[:_MAX_SHOWN_ITEMS], f"{n_more} more"] if n_more > 1 else items
 

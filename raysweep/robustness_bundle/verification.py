@@ -46,9 +46,9 @@ class BundleVerification:
         network_code: SHA-256 of the file with its network; None for a network of raysweep.
         notes: Other facts, one line each.
         fresh_attack: Result of the fresh attack, if there was one.
-        attack_finding: What the fresh attack shows of the card, in one line, if more of the rows
-            that are claimed robust fell to it than other random numbers can explain; else "". It
-            shows no false claim: a weak attack may have been used in good faith.
+        attack_finding: One line if the fresh attack broke more of the rows that are claimed robust
+            than other random numbers can explain; else "". It is no proof of a false claim: the
+            author may have used a weaker attack in good faith.
     """
 
     card: BundleCard
@@ -162,7 +162,7 @@ def verify_bundle(
             eps=bundle.card.eps_value,
             norm=bundle.card.norm,
         )
-        attack_finding = _describe_fallen(fresh_attack, bundle.card)
+        attack_finding = _describe_broken_rows(fresh_attack, bundle.card)
     return BundleVerification(
         card=bundle.card,
         problems=shorten_list(problems),
@@ -212,10 +212,10 @@ def _find_selection_problems(bundle: LoadedBundle, subset: str | None) -> list[s
     ]
 
 
-def _describe_fallen(result: FreshAttackResult, card: BundleCard) -> str:
-    """Return the line about a fresh attack that breaks more than other random numbers can explain.
+def _describe_broken_rows(result: FreshAttackResult, card: BundleCard) -> str:
+    """Describe a fresh attack that breaks more rows than other random numbers can explain.
 
-    "" if it does not.
+    Returns "" if it breaks no more.
     """
     if result.min_broken_share <= _MAX_BROKEN_SHARE:
         return ""

@@ -13,19 +13,19 @@ from raysweep.formatting import format_count
 from raysweep.lazy_modules import np
 from raysweep.spec import JsonDict
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.spread_summary import to_scores
+from raysweep.sweep.spread_summary import select_comparable_runs, to_scores
 from raysweep.training.example_verdicts import ExampleVerdicts
 
 
 @dataclass(frozen=True)
 class BaseComparison:
-    """Comparison of the best trial with the runs of the base method, on the same examples.
+    """Comparison of the best trial with the base runs, on the same examples.
 
     Attributes:
         method: Name of the sweep's method.
         base_method: Name of its base method.
         best: The best trial.
-        base_runs: The runs of the base method that have a result.
+        base_runs: The base runs that have a result.
         n_compared: Number of trials of which `best` is the best.
         n_examples: Number of validation examples.
         is_autoattack: Whether the verdicts are those of AutoAttack; else of the objective.
@@ -43,7 +43,7 @@ class BaseComparison:
 
     @property
     def verdict(self) -> str:
-        """What is said of the best trial: "better", "worse" or "cannot tell"."""
+        """How the best trial compares with the base method: "better", "worse" or "cannot tell"."""
         if not self.difference.is_told_apart:
             return "cannot tell"
         return "better" if self.difference.low > 0 else "worse"
@@ -71,18 +71,21 @@ def compare_with_base(ledger: Ledger) -> BaseComparison | None:
         ledger: The sweep.
 
     Returns:
-        The comparison; None for a sweep with several objectives, and as long as no trial or no run
-        of the base method has ended with a result.
+        The comparison; None without base runs, for a sweep with several objectives, until a trial
+        and a base run have ended with a result, and if they were not measured on the same examples.
     """
     if not ledger.space.base_runs or len(ledger.space.objectives) > 1:
         return None
-    trials = _select_comparable(ledger, ledger.rank_trials())
-    base_runs = _select_comparable(ledger, ledger.load_base_runs())
+    trials = select_comparable_runs(ledger, ledger.rank_trials())
+    base_runs = select_comparable_runs(ledger, ledger.load_base_runs())
     if not trials or not base_runs:
         return None
     best = trials[0]
     for is_autoattack in (True, False):
-        verdicts = [_get_verdicts(trial, is_autoattack) for trial in (best, *base_runs)]
+        verdicts = [
+            run.autoattack_verdicts if is_autoattack else run.best_verdicts
+            for run in (best, *base_runs)
+        ]
         present = [row for row in verdicts if row is not None and _is_like_first(row, verdicts)]
         if len(present) == len(verdicts):
             return BaseComparison(
@@ -98,20 +101,6 @@ def compare_with_base(ledger: Ledger) -> BaseComparison | None:
     return None
 
 
-def _select_comparable(ledger: Ledger, runs: Sequence[Trial]) -> list[Trial]:
-    """Return the runs that have ended and may be chosen."""
-    return [run for run in runs if run.state != "running" and ledger.rank_trial(run).is_eligible]
-
-
-def _get_verdicts(trial: Trial, is_autoattack: bool) -> ExampleVerdicts | None:
-    """Return which examples a trial gets right, by AutoAttack or by the objective."""
-    if not is_autoattack:
-        return trial.best_verdicts
-    if trial.robust_under_autoattack is None or trial.finalist is None:
-        return None
-    return trial.finalist.verdicts
-
-
 def _is_like_first(verdicts: ExampleVerdicts, others: Sequence[ExampleVerdicts | None]) -> bool:
     """Return whether verdicts belong to the same examples as the first of several."""
     first = others[0]
@@ -119,7 +108,11 @@ def _is_like_first(verdicts: ExampleVerdicts, others: Sequence[ExampleVerdicts |
 
 
 def _compare_scores(verdicts: Sequence[ExampleVerdicts], n_compared: int) -> PairedDifference:
-    """Compare the first with the mean of the others, with the randomness of all trainings."""
+    """Compare the first with the mean of the others.
+
+    The interval allows for the randomness of training, as far as the others differ by more than
+    the choice of the examples explains.
+    """
     best, *base = (to_scores(row) for row in verdicts)
     scores = np.stack(base)
     training_variance = 0.0
@@ -130,13 +123,13 @@ def _compare_scores(verdicts: Sequence[ExampleVerdicts], n_compared: int) -> Pai
 
 
 def describe_base_comparison(ledger: Ledger) -> list[str]:
-    """Say in lines whether the best trial beats the base method.
+    """Describe whether the best trial beats the base method.
 
     Args:
         ledger: The sweep.
 
     Returns:
-        The lines; empty for a sweep without runs of the base method, or with several objectives.
+        The lines, also one for each base run that failed; empty for a sweep without base runs.
     """
     failed = [run for run in ledger.load_base_runs() if run.state == "failed"]
     lines = [f"{ledger.describe_row(run)} failed: {run.reason}" for run in failed]

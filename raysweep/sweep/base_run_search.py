@@ -1,4 +1,4 @@
-"""Searcher of Ray Tune that adds the runs of the base method to the trials of another searcher."""
+"""Searcher of Ray Tune that adds base runs to the trials of another searcher."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ from ray.tune.search import Searcher
 from raysweep.sweep.ledger import Ledger
 
 BASE_RUN_KEY = "is_base_run"
-"""Key of Tune's config of a run of the base method, which trials lack."""
+"""Key that Tune's config of a base run has and that of a trial lacks."""
 
 
 class BaseRunSearcher(Searcher):
-    """Suggest the runs of the base method that have not ended first, then what another suggests.
+    """Suggest first the base runs that have not ended, then the trials of another searcher.
 
-    They come first because trials reuse their epochs: a trial whose weights are still 1 trains what
-    the base method trains. The other searcher does not hear of them. Once the sweep has ended early
-    (see `SearchSpace.until`), only trials that had started are suggested.
+    Base runs come first because trials reuse their epochs: in a burn-in, where all weights are 1, a
+    trial trains what the base method trains. The other searcher is not told of base runs. Once the
+    sweep has ended early (see `SearchSpace.until`), only trials that had started are suggested.
 
     Args:
         ledger: The sweep.

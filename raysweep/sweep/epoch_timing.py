@@ -18,16 +18,16 @@ from raysweep.training.model_variants import ModelVariants
 from raysweep.training.trainer import build_model_variants, compute_step_gradients
 
 LIMIT_SECONDS = 3.0
-"""Seconds after which the estimate of one training config is given up. Networks for small images
-need a tenth of a second on a CPU; a ResNet-18 needs one to two."""
-# A step on this share of a batch stands for the whole one where that does not end in time.
+"""Wall seconds after which the estimate for one training config is given up. Networks for small
+images need a tenth of a second on a CPU; a ResNet-18 needs one to two seconds."""
+# Share of a batch that is timed first; it gives the estimate if the whole batch takes too long.
 _SMALL_SHARE = 1 / 16
 # Batch norms need several rows.
 _MIN_ROWS = 4
 
 
-class _TimeIsUp(BaseException):
-    """The limit is reached. Not an Exception: checks of a model take those for its own faults."""
+class _TimeLimitReached(BaseException):
+    """The limit is reached. Not an Exception: checks of a model would blame the model for it."""
 
 
 def estimate_epoch_seconds(
@@ -47,12 +47,12 @@ def estimate_epoch_seconds(
         data: Data to take the steps on.
         resources: What a trial holds, such as its number of threads.
         n_steps: Number of steps to time after one that warms up.
-        share_of_limit: Part of `LIMIT_SECONDS`, wall time after which steps are cut off. A step
-            that does not end in time is estimated from one on a few rows of the batch.
+        share_of_limit: Share of `LIMIT_SECONDS` that this estimate may take, in (0, 1]. A step on a
+            whole batch that takes longer is estimated from a step on a few rows of the batch.
 
     Returns:
-        Seconds of one epoch of one worker. None if a step on a few rows, too, takes longer than the
-        limit, or if only one of the two, the trials and this machine, uses a GPU.
+        Seconds of one epoch of one worker. None if even a step on a few rows takes longer than the
+        limit, or if the trials use a GPU and this machine has none, or the reverse.
     """
     has_gpu = torch.cuda.is_available()
     if bool(resources.n_gpus) != has_gpu:
@@ -69,7 +69,7 @@ def estimate_epoch_seconds(
         try:
             with _limit_forward_passes(end):
                 variants = build_model_variants(config, data, device)
-        except _TimeIsUp:
+        except _TimeLimitReached:
             return None
         variants.model.train()
         step_seconds = _time_training_step(config, data, variants, resources.workers, n_steps, end)
@@ -111,11 +111,11 @@ def _torch_threads(n_threads: int) -> Iterator[None]:
 
 @contextmanager
 def _limit_forward_passes(end: float) -> Iterator[None]:
-    """Let no module run forward after a time of the monotonic clock: it raises _TimeIsUp."""
+    """Raise _TimeLimitReached in each forward pass that starts after a time of `monotonic`."""
 
     def check_time(module: object, inputs: object) -> None:
         if monotonic() > end:
-            raise _TimeIsUp
+            raise _TimeLimitReached
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(check_time)
     try:
@@ -132,7 +132,7 @@ def _time_training_step(
     n_steps: int,
     end: float,
 ) -> float | None:
-    """Time a step of one worker, in seconds; the first on a whole batch includes warming up."""
+    """Time a step of one worker, in seconds; None if the time is up before a few rows are done."""
     method = config.resolve_at(config.epochs - 1).method
 
     def run_step(n_rows: int) -> None:
@@ -140,7 +140,9 @@ def _time_training_step(
         rng = ExampleRng.for_examples(batch.index, 0, "plan")
         compute_step_gradients(method, variants, batch, rng)
 
-    return _time_growing(run_step, config.batch_size, n_workers * _MIN_ROWS, n_steps + 1, end)
+    return _time_few_rows_then_all(
+        run_step, config.batch_size, n_workers * _MIN_ROWS, n_steps + 1, end
+    )
 
 
 def _time_validation(
@@ -150,23 +152,23 @@ def _time_validation(
     n_examples: float,
     end: float,
 ) -> float | None:
-    """Time the validation of one batch, in seconds, and scale it to `n_examples`."""
+    """Time the validation of a batch, in seconds for `n_examples`; None as for a step."""
     sample_size = math.ceil(min(n_examples, config.batch_size))
     sample_images = data.val.get_float_images(slice(0, MIN_BATCH_ROWS))
     try:
         with _limit_forward_passes(end):
             attack_model = make_attack_model(variants.model, sample_images)
-    except _TimeIsUp:
+    except _TimeLimitReached:
         return None
 
     def validate(n_rows: int) -> None:
         config.validation.replace(size=n_rows)(attack_model, data.val)
 
-    seconds = _time_growing(validate, sample_size, _MIN_ROWS, 1, end)
+    seconds = _time_few_rows_then_all(validate, sample_size, _MIN_ROWS, 1, end)
     return None if seconds is None else seconds / sample_size * n_examples
 
 
-def _time_growing(
+def _time_few_rows_then_all(
     compute: Callable[[int], None], n_rows: int, min_rows: int, n_repeats: int, end: float
 ) -> float | None:
     """Time a computation on a few rows, then on all.
@@ -175,16 +177,16 @@ def _time_growing(
         compute: Computes on the number of rows that it is given.
         n_rows: All rows.
         min_rows: Smallest number of rows.
-        n_repeats: How often all rows are timed; the fastest counts.
+        n_repeats: How often all rows are timed; the fastest counts, as the first one warms up.
         end: Time of the monotonic clock at which the computation is cut off.
 
     Returns:
-        Seconds for all rows: proportional to those for a few if all did not end in time. None if
-        a few did not, either.
+        Seconds for all rows; if these did not end in time, the seconds for a few rows, scaled up.
+        None if not even a few rows ended in time.
     """
     n_few = min(n_rows, max(min_rows, math.ceil(n_rows * _SMALL_SHARE)))
     seconds = None
-    with _limit_forward_passes(end), suppress(_TimeIsUp):
+    with _limit_forward_passes(end), suppress(_TimeLimitReached):
         for n_timed, repeats in ((n_few, 1), (n_rows, n_repeats)):
             for repeat in range(repeats):
                 started = time.perf_counter()

@@ -4,8 +4,8 @@ A driver that was killed resumes the sweep from these files alone.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 from uuid import uuid4
@@ -13,7 +13,7 @@ from uuid import uuid4
 from pydantic import Field
 
 from raysweep.bucket_lease import LeaseLost
-from raysweep.errors import DamagedFileError, InfrastructureError
+from raysweep.errors import DamagedFileError, InfrastructureError, RaysweepError, WorkFailed
 from raysweep.leases import is_folder_in_use
 from raysweep.logs import discard_log
 from raysweep.pareto import pareto_front_indices
@@ -26,7 +26,7 @@ from raysweep.stored_data import (
     parse_stored_json,
     require_stored_types,
 )
-from raysweep.stores import Location, StoredFileNotFound, StorePath, open_path
+from raysweep.stores import Location, StoredFileNotFound, StorePath, StoreUnavailable, open_path
 from raysweep.sweep.extension_checks import check_extension
 from raysweep.sweep.finalist_result import FinalistResult
 from raysweep.sweep.search_space import Params, SearchSpace
@@ -55,7 +55,7 @@ WARM_START_FILE = "warm_start.json"
 """File in a sweep's folder that holds results of earlier sweeps (see `warm_start`)."""
 
 TrialStatus = Literal["running", "finished", "stopped", "failed"]
-_TRIALS_FOLDER, _BASE_RUNS_FOLDER = "trials", "base"
+TRIALS_FOLDER, BASE_RUNS_FOLDER = "trials", "base"
 # Field of a trial -> its key in trial.json, where the two differ.
 _STORED_KEYS = {"params": "settings", "trained_epochs": "trained"}
 
@@ -87,8 +87,8 @@ class Trial:
             has ended; else None.
         verdicts: Which validation examples the best epoch gets right; None until the trial ends,
             and if an earlier version of raysweep trained the epoch.
-        is_base_run: Whether this is no trial, but a run of the base method beside the trials (see
-            `SearchSpace.base_runs`); these have numbers of their own, from 0.
+        is_base_run: Whether this is a base run (see `SearchSpace.base_runs`). Base runs have
+            numbers of their own, from 0.
     """
 
     number: int
@@ -111,12 +111,12 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """Name that is unique in the sweep: `0003`, or `base-0000` for a run of the base method."""
-        return f"base-{self.number:04d}" if self.is_base_run else f"{self.number:04d}"
+        """Name that is unique in the sweep: `0003`, or `base-0000` for a base run."""
+        return format_run_key(self.number, self.is_base_run)
 
     @property
     def title(self) -> str:
-        """What it is called in messages: `trial 0003` or `base run 0000`."""
+        """Its name in messages: `trial 0003` or `base run 0000`."""
         return f"{'base run' if self.is_base_run else 'trial'} {self.number:04d}"
 
     def describe_state(self, is_interrupted: bool) -> str:
@@ -139,7 +139,7 @@ class Trial:
             del values["finalist"]
         else:
             values["finalist"] = self.finalist.to_stored_dict()
-        # Its folder says whether it is a run of the base method.
+        # Its folder says whether it is a base run.
         del values["verdicts"], values["is_base_run"]
         if self.verdicts is not None:
             values["verdicts"] = self.verdicts.to_stored_dict()
@@ -174,6 +174,13 @@ class Trial:
         if self.verdicts is None or self.verdicts.epoch != self.best.get("epoch"):
             return None
         return self.verdicts
+
+    @property
+    def autoattack_verdicts(self) -> ExampleVerdicts | None:
+        """Which validation examples survive AutoAttack on the best epoch; None if not known."""
+        if self.finalist is None or self.robust_under_autoattack is None:
+            return None
+        return self.finalist.verdicts
 
     def final_score(self, metric: str) -> float:
         """Return a metric of the best epoch; under AutoAttack if it is an accuracy under attacks.
@@ -295,25 +302,30 @@ def _find_front(
     return [trials[index] for index in pareto_front_indices(points)]
 
 
+def format_run_key(number: int, is_base_run: bool) -> str:
+    """Return the name of a trial or base run that is unique in its sweep (see `Trial.key`)."""
+    return f"base-{number:04d}" if is_base_run else f"{number:04d}"
+
+
 def find_run_path(sweep_path: StorePath, number: int, is_base_run: bool) -> StorePath:
-    """Return the folder of a trial or of a run of the base method.
+    """Return the folder of a trial or of a base run.
 
     Args:
         sweep_path: Folder of the sweep.
         number: Number of the trial or run.
-        is_base_run: Whether it is a run of the base method.
+        is_base_run: Whether it is a base run.
     """
-    folder = _BASE_RUNS_FOLDER if is_base_run else _TRIALS_FOLDER
+    folder = BASE_RUNS_FOLDER if is_base_run else TRIALS_FOLDER
     return sweep_path / folder / f"{number:04d}"
 
 
 def find_run_config(space: SearchSpace, params: Params, is_base_run: bool) -> TrainingConfig:
-    """Build the training config of a trial or of a run of the base method.
+    """Build the training config of a trial or of a base run.
 
     Args:
         space: The sweep's search space.
         params: Params of the trial or run.
-        is_base_run: Whether it is a run of the base method.
+        is_base_run: Whether it is a base run.
 
     Raises:
         SpecError: If the config is invalid.
@@ -325,7 +337,7 @@ class Ledger:
     """Folder of a sweep.
 
     It holds `sweep.json`, and for each trial `trials/NNNN/` with `trial.json` and the trial's
-    checkpoints; for each run of the base method, `base/NNNN/` with the same files.
+    checkpoints; for each base run, `base/NNNN/` with the same files.
 
     Attributes:
         path: The folder.
@@ -339,7 +351,7 @@ class Ledger:
         self.name = self.path.name
         self.space = space
         self.key = key
-        # Trial number -> rule. Building a trial's config takes a millisecond, and displays rank all
+        # Trial key -> rule. Building a trial's config takes a millisecond, and displays rank all
         # trials again and again.
         self._rules: dict[str, SelectionRule] = {}
 
@@ -487,11 +499,11 @@ class Ledger:
         (self.path / _EARLY_END_FILE).write_json({"reason": reason}, indent=1)
 
     def count_needed_trials(self) -> int:
-        """Return the number of trials after which the sweep ends; 0 once its answer is clear."""
+        """Return the number of trials after which the sweep ends; 0 if it has ended early."""
         return 0 if self.load_early_end() else self.space.n_trials
 
     def count_base_runs_left(self, retry_failed: bool = False) -> int:
-        """Return the number of runs of the base method that `--resume` would run.
+        """Return the number of base runs that `--resume` would run.
 
         Args:
             retry_failed: Whether all failed ones run again.
@@ -503,8 +515,8 @@ class Ledger:
     def has_ended(self) -> bool:
         """Return whether the sweep has no work left.
 
-        All its trials and runs of the base method exist and have ended, also if some have failed,
-        and AutoAttack has attacked the finalists.
+        All its trials and base runs exist and have ended, even if some have failed, and AutoAttack
+        has attacked the finalists.
         """
         trials, base_runs = self.load_trials(), self.load_base_runs()
         return (
@@ -574,15 +586,15 @@ class Ledger:
         return find_run_path(self.path, trial_number, is_base_run=False)
 
     def run_path(self, trial: Trial) -> StorePath:
-        """Return the folder of a trial or of a run of the base method."""
+        """Return the folder of a trial or of a base run."""
         return find_run_path(self.path, trial.number, trial.is_base_run)
 
     def find_config(self, trial: Trial) -> TrainingConfig:
-        """Return the training config of a trial or of a run of the base method."""
+        """Return the training config of a trial or of a base run."""
         return find_run_config(self.space, trial.params, trial.is_base_run)
 
     def describe_row(self, trial: Trial) -> str:
-        """Return what names a trial in tables: `0003`, or `at (base) seed 0`."""
+        """Return the name of a trial in tables: `0003`, or `at (base) seed 0`."""
         if not trial.is_base_run:
             return f"{trial.number:04d}"
         return f"{self.space.base_method_name} (base) seed {trial.params.get('seed')}"
@@ -592,7 +604,7 @@ class Ledger:
         (self.run_path(trial) / "trial.json").write_json(trial.to_stored_dict(), indent=1)
 
     def with_verdicts(self, trial: Trial) -> Trial:
-        """Return a trial that ends, with the verdicts that the checkpoint of its best epoch has."""
+        """Return a trial with the verdicts that are stored in the checkpoint of its best epoch."""
         if "epoch" not in trial.best:
             return trial
         epoch = int(trial.best["epoch"])
@@ -612,18 +624,18 @@ class Ledger:
         Raises:
             DamagedFileError: If a trial.json is damaged.
         """
-        return self._load_folder(_TRIALS_FOLDER)
+        return self._load_folder(TRIALS_FOLDER)
 
     def load_base_runs(self) -> list[Trial]:
-        """Load all runs of the base method that were ever started, ordered by number.
+        """Load all base runs that were ever started, ordered by number.
 
         Raises:
             DamagedFileError: If a trial.json is damaged.
         """
-        return self._load_folder(_BASE_RUNS_FOLDER)
+        return self._load_folder(BASE_RUNS_FOLDER)
 
     def load_all_runs(self) -> list[Trial]:
-        """Load the trials, and then the runs of the base method.
+        """Load the trials, and then the base runs.
 
         Raises:
             DamagedFileError: If a trial.json is damaged.
@@ -652,7 +664,7 @@ class Ledger:
             values["verdicts"] = ExampleVerdicts.from_stored_dict(
                 values.get("verdicts"), f"{file} (verdicts)"
             )
-            trial = Trial(**values, is_base_run=folder == _BASE_RUNS_FOLDER)
+            trial = Trial(**values, is_base_run=folder == BASE_RUNS_FOLDER)
             _check_trial(trial, file)
             trials.append(trial)
         return trials
@@ -690,8 +702,8 @@ class Ledger:
 
         Finalists are the best trials by the objective that may be chosen, as many as
         `space.finalists` says; with several objectives the members of the Pareto front. There are
-        none while trials run. The runs of the base method that have ended with a result follow
-        them: the best trial is compared with them under AutoAttack, too.
+        none while trials run. The base runs that have ended with a result follow them, because the
+        best trial is compared with them under AutoAttack, too.
         """
         if not self.space.finalists:
             return []
@@ -720,7 +732,7 @@ class Ledger:
         self, trials: Sequence[Trial], base_runs: Sequence[Trial]
     ) -> list[Trial]:
         """Return the finalists whose best epoch AutoAttack has not attacked yet, and after them the
-        runs of the base method that are to be compared with the best of them.
+        base runs that are to be compared with the best of them.
         """
         finalists = self._find_finalists(trials)
         rivals = [run for run in base_runs if self.rank_trial(run).is_eligible]
@@ -780,7 +792,7 @@ class Ledger:
         return self._rules[trial.key]
 
     def find_rule(self, trial: Trial) -> SelectionRule:
-        """Return which epochs of a trial or of a run of the base method can be its best."""
+        """Return which epochs of a trial or of a base run can be its best."""
         if trial.is_base_run:
             return SelectionRule.from_config(self.find_config(trial))
         return self.space.find_selection_rule(trial.params)
@@ -817,3 +829,22 @@ class Ledger:
         """Write sweep.json."""
         content = {"key": self.key, "space": self.space.to_stored_dict()}
         (self.path / "sweep.json").write_json(content, indent=1)
+
+
+@contextmanager
+def delete_if_refused(ledger: Ledger) -> Iterator[None]:
+    """Delete a new sweep if an error ends the block before a trial has started.
+
+    The same command, run again, must not find a sweep of its name.
+
+    Args:
+        ledger: The sweep, which this process has just created.
+    """
+    try:
+        yield
+    except (WorkFailed, StoreUnavailable):
+        raise
+    except (RaysweepError, ImportError, OSError, KeyboardInterrupt):
+        if not ledger.is_lost():
+            ledger.delete_if_empty()
+        raise

@@ -21,7 +21,7 @@ from raysweep.uri_passwords import fill_in_passwords
 logger = logging.getLogger(__name__)
 
 JOURNAL_SUFFIXES = (".log", ".journal")
-"""Ends of the paths that `--optuna` takes for journal files."""
+"""Suffixes of the paths that `--optuna` treats as journal files."""
 
 # Between the name of a study and the number of its copies.
 _COPY_SEPARATOR = "-copy-"
@@ -70,7 +70,7 @@ class OptunaExporter:
             self._records.write(lambda: self._add_trial(trial))
 
     def on_base_run_update(self, run: Trial, epoch_metrics: EpochMetrics | None) -> None:
-        """Nothing to write: a run of the base method has no searched settings."""
+        """Nothing to write: a base run has no searched settings."""
 
     def on_finalist_update(self, trial: Trial, n_left: int) -> None:
         """Nothing to write: Optuna is told the values by which the sampler proposed settings."""
@@ -123,7 +123,7 @@ class OptunaExporter:
         self._study.add_trials(trials)
 
     def _leave_annotated_study(self) -> None:
-        """Go on in another study, so that a person's notes on this one are kept."""
+        """Continue in another study, so that a person's notes on this one are kept."""
         name, _, number = self._study_name.partition(_COPY_SEPARATOR)
         former_name = self._study_name
         self._study_name = f"{name}{_COPY_SEPARATOR}{int(number or 1) + 1}"
@@ -153,7 +153,7 @@ def _open_journal(path: str) -> optuna.storages.BaseStorage:
 
 
 def _is_annotated(study: optuna.Study, storage: optuna.storages.BaseStorage) -> bool:
-    """Return whether somebody else wrote attributes or trials.
+    """Return whether a person or another program added attributes or trials.
 
     optuna-dashboard keeps notes and tags as attributes.
     """

@@ -37,7 +37,7 @@ class SweepPlan:
         expected_epochs: Epochs left in all trials together, if early stopping works as expected.
         max_epochs: Epochs left in all trials together, without early stopping.
         base_method_name: Name of the base method; "" without runs of it.
-        n_base_runs: Runs of the base method of the whole sweep.
+        n_base_runs: Base runs of the whole sweep.
         n_base_epochs: Epochs left in them, which are part of `expected_epochs` and `max_epochs`.
         n_finalists: Trials that AutoAttack attacks at the end; with several objectives, 1 or more
             stands for the whole Pareto front.
@@ -116,7 +116,7 @@ def plan_sweep(
         resources: What one trial holds.
         address: Ray cluster to ask for its resources; None for `RAY_ADDRESS` or, if that is not
             set, this machine.
-        existing_trials: Trials and runs of the base method that were started before.
+        existing_trials: Trials and base runs that were started before.
 
     Returns:
         The plan.
@@ -234,7 +234,7 @@ def list_completed_epochs(
 def _list_completed_epochs(
     n_runs: int, max_epochs: int, existing_trials: Sequence[Trial]
 ) -> list[int]:
-    """List the epochs of what is still to run, of this many runs."""
+    """List the epochs that runs which are still to be trained have; `n_runs` are all runs."""
     resumed_epochs = []
     for trial in existing_trials:
         trial_epochs = trial.params.get("epochs", max_epochs)
@@ -245,7 +245,7 @@ def _list_completed_epochs(
 
 
 def expected_sweep_epochs(space: SearchSpace, max_epochs: int) -> int:
-    """Return the epochs that a new sweep is expected to train, with the runs of the base method.
+    """Return the epochs that a new sweep is expected to train, with the base runs.
 
     Args:
         space: The sweep's search space.
@@ -271,9 +271,3 @@ def expected_trial_epochs(space: SearchSpace, max_epochs: int, starting_epoch: i
             expected += share * (rung - starting_epoch)
             share, starting_epoch = share / space.scheduler.reduction_factor, rung
     return expected + share * (max_epochs - starting_epoch)
-
-
-def _n_validated_examples(config: TrainingConfig, data: DatasetSplits) -> int:
-    """Return the number of validation examples that the objective is computed on."""
-    n_available = len(config.validation.select_split(data))
-    return min(n_available, config.validation.size or n_available)

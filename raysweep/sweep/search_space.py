@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 DEFAULT_FINALISTS = 3
 """Number of finalists of a new sweep."""
 DEFAULT_BASE_RUNS = 2
-"""Number of runs of the base method in a new sweep of a reweighting method."""
+"""Number of base runs in a new sweep of a reweighting method."""
 _KINDS = ("float", "int", "categorical")
 ParamValue = float | str | bool | None
 Params = dict[str, Any]
@@ -204,7 +204,7 @@ class Sampler(Spec):
 
     kind: Literal["tpe", "gp", "random", "grid", "nsga2"] = "tpe"
     """Optuna's sampler, or `grid` to try each combination of choices once. `gp` is a Gaussian
-    process that knows that results are noisy."""
+    process with a model of the noise of results."""
     seed: int = 0
     """Seed of the sampler."""
     n_startup_trials: Annotated[int, Field(ge=1)] = 8
@@ -213,7 +213,7 @@ class Sampler(Spec):
 
     @property
     def models_inactive_params(self) -> bool:
-        """Whether each trial of the study needs a value of each setting, active or not."""
+        """Whether the sampler needs a value of each searched setting, also of an inactive one."""
         return self.kind == "gp"
 
     def build_sampler(self, n_past_trials: int = 0) -> "optuna.samplers.BaseSampler":
@@ -290,27 +290,28 @@ class SearchSpace(Spec):
     """Number of trials. A grid has at most as many as it has points, and by default one for each
     point."""
     until: Literal["told-apart"] | None = None
-    """`told-apart`: propose no more trials once the answer is clear, by the verdicts on the same
-    validation images: the best trial is told apart from at least seven others, or the landscape is
-    flat, because with 95% confidence settings explain less than half of the spread of at least
-    eight fully trained trials. Trials that run are trained to their end. null: all `trials`."""
+    """`told-apart`: start no more trials once the answer is clear on the validation images: either
+    the best trial is told apart from all others, of which there are at least seven; or the
+    landscape is flat, that is, with 95% confidence the settings explain less than half of the
+    spread of at least eight fully trained trials. Running trials are trained to their end. null:
+    run all `trials`."""
     finalists: Annotated[int, Field(ge=0)] | None = None
     """Number of the best trials that full AutoAttack attacks on the validation images when all
     trials have ended; the ranking then follows its results. With several metrics, any number above
     0 stands for the whole Pareto front. 0: none. null: 3 in a new sweep whose metric is an accuracy
     under attacks; none in a sweep of an earlier version."""
     base_runs: Annotated[int, Field(ge=0)] | None = None
-    """Number of trainings of the base method (the method without its instance weights, such as `at`
-    for `gairat`) beside the trials, each with another seed and all epochs. They are rows of their
-    own: neither sampled nor ranked nor stopped. 0: none. null: 2 in a new sweep of a method that
-    has a base method; none in a sweep of an earlier version."""
+    """Number of base runs: trainings of the method without its instance weights, such as `at` for
+    `gairat`, each with another seed and all epochs. The best trial is compared with them; they are
+    not ranked among the trials. 0: none. null: 2 in a new sweep of a method that has a base method;
+    none in a sweep of an earlier version."""
     share_prefixes: bool = True
     """Whether trials start from epochs that other trials have trained with equal settings."""
     prefix_gib: Annotated[Number, Field(ge=0)] = 20.0
     """Size in GiB of the states that trials share; above it the least recently used are deleted."""
     disk_reserve_gib: Annotated[Number, Field(ge=0)] = 0.25
     """Free space in GiB below which a sweep in a folder stops as at the end of a budget. When
-    there is more, `--resume` goes on."""
+    there is more, `--resume` continues the sweep."""
     sampler: Sampler = Field(default_factory=Sampler)
     """How the params of new trials are proposed."""
     scheduler: Scheduler = Field(default_factory=Scheduler)
@@ -346,7 +347,7 @@ class SearchSpace(Spec):
         return self.replace(finalists=DEFAULT_FINALISTS if has_robust_metric else 0)
 
     def with_default_base_runs(self) -> "SearchSpace":
-        """Return this space for a new sweep, with runs of the base method if there is one."""
+        """Return this space for a new sweep, with base runs if the method has a base method."""
         if self.base_runs is not None or self._find_base_config() is None:
             return self
         return self.replace(base_runs=DEFAULT_BASE_RUNS)
@@ -359,19 +360,19 @@ class SearchSpace(Spec):
 
     @property
     def base_method_name(self) -> str:
-        """Name of the base method of the runs that `base_runs` asks for; "" if there are none."""
+        """Name of the base method; "" for a sweep without base runs."""
         base_config = self._find_base_config() if self.base_runs else None
         return base_config.method.name if base_config else ""
 
     def list_base_params(self) -> list[Params]:
-        """Return the params of each run of the base method: its seed."""
+        """Return the params of each base run: its seed."""
         if not self.base_runs:
             return []
         first_seed = self.trial_config({}).seed
         return [{"seed": first_seed + number} for number in range(self.base_runs)]
 
     def base_run_config(self, params: Mapping[str, Any]) -> TrainingConfig:
-        """Build the training config of a run of the base method.
+        """Build the training config of a base run.
 
         Args:
             params: Its params, from `list_base_params`.
@@ -430,7 +431,8 @@ class SearchSpace(Spec):
 
         Args:
             params: Values by dotted path.
-            with_inactive: Whether each setting that `params` lacks gets the middle of its range.
+            with_inactive: Whether searched settings that `params` lacks are added, with the middle
+                of their range.
         """
         if with_inactive:
             params = {
@@ -606,7 +608,7 @@ class SearchSpace(Spec):
                         fixed_values[path] = _find_in_part(pattern, value, path)
                     except KeyError:
                         if self._loses_setting(path, overrides):
-                            # It meets no condition.
+                            # Settings whose condition depends on it are not searched either.
                             fixed_values[path] = _NO_VALUE
                 elif "*" in path:
                     self._require_no_overlap(path, pattern)
@@ -615,7 +617,7 @@ class SearchSpace(Spec):
         return fixed_values
 
     def _loses_setting(self, path: str, overrides: Mapping[str, Any]) -> bool:
-        """Return whether overrides replace the part around a setting by one that lacks it."""
+        """Return whether overrides replace the part with a setting by a part without it."""
         try:
             config = self.replace(base=merge_overrides(self.base, overrides)).trial_config({})
         except SpecError:

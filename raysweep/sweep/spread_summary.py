@@ -93,11 +93,7 @@ def summarize_spread(
     if len(ledger.space.objectives) > 1:
         return None
     ranked = ledger.rank_trials() if ranked_trials is None else ranked_trials
-    trials = [
-        trial
-        for trial in ranked
-        if trial.state != "running" and ledger.rank_trial(trial).is_eligible
-    ]
+    trials = select_comparable_runs(ledger, ranked)
     best_verdicts = trials[0].best_verdicts if trials else None
     if best_verdicts is None:
         return None
@@ -117,13 +113,22 @@ def summarize_spread(
     return SpreadSummary(best, best_verdicts.n_examples, differences, _split_trials(finished))
 
 
+def select_comparable_runs(ledger: Ledger, runs: Sequence[Trial]) -> list[Trial]:
+    """Return the trials or base runs that have ended and may be chosen, in the same order.
+
+    Args:
+        ledger: The sweep.
+        runs: Trials or base runs of the sweep.
+    """
+    return [run for run in runs if run.state != "running" and ledger.rank_trial(run).is_eligible]
+
+
 def _pair_scores(first: Trial, second: Trial) -> tuple["np.ndarray", "np.ndarray"]:
     """Return the scores of two trials on the same examples: by AutoAttack if it attacked both."""
-    pairs = [(first.best_verdicts, second.best_verdicts)]
-    if first.robust_under_autoattack is not None and second.robust_under_autoattack is not None:
-        assert first.finalist is not None and second.finalist is not None
-        pairs.insert(0, (first.finalist.verdicts, second.finalist.verdicts))
-    for verdicts, other in pairs:
+    for verdicts, other in (
+        (first.autoattack_verdicts, second.autoattack_verdicts),
+        (first.best_verdicts, second.best_verdicts),
+    ):
         if verdicts is not None and other is not None and verdicts.is_comparable(other):
             return to_scores(verdicts), to_scores(other)
     raise AssertionError("the trials have comparable verdicts")
@@ -149,11 +154,14 @@ def _digest_without_seed(trial: Trial) -> str:
 
 
 def find_early_end(ledger: Ledger, trials: Sequence[Trial]) -> EarlyEnd | None:
-    """Return why a sweep needs no more trials (see `SearchSpace.until`); None if it does.
+    """Find the reason why a sweep needs no more trials (see `SearchSpace.until`).
 
     Args:
         ledger: The sweep.
         trials: All its trials, in any order.
+
+    Returns:
+        The reason; None if the sweep needs more trials, or if they cannot be compared.
     """
     measured = [trial for trial in trials if trial.best]
     ranked = sorted(measured, key=lambda trial: (ledger.rank_trial(trial), trial.number))
@@ -164,22 +172,26 @@ def find_early_end(ledger: Ledger, trials: Sequence[Trial]) -> EarlyEnd | None:
 def decide_early_end(
     differences: Mapping[int, PairedDifference], split: SpreadSplit | None
 ) -> EarlyEnd | None:
-    """Decide whether the answer of a sweep is clear.
+    """Decide whether the answer of a sweep is clear, as `find_early_end` does.
 
     Args:
-        differences: Differences of the best trial to each other one, by number.
-        split: Parts of the spread of the fully trained trials; None if unknown.
+        differences: By number of each other trial: score of the best trial minus its own.
+        split: What the spread of the fully trained trials consists of; None if unknown.
+
+    Returns:
+        The reason why no more trials are needed; None if more are.
     """
     if len(differences) + 1 < MIN_CONCLUSIVE_TRIALS:
         return None
     if all(pair.is_told_apart for pair in differences.values()):
         return "told-apart"
-    has_enough = split is not None and split.n_models >= MIN_CONCLUSIVE_TRIALS
-    return "flat" if split is not None and has_enough and split.share_high < FLAT_SHARE else None
+    if split is None or split.n_models < MIN_CONCLUSIVE_TRIALS:
+        return None
+    return "flat" if split.share_high < FLAT_SHARE else None
 
 
 def describe_early_end(reason: EarlyEnd) -> str:
-    """Say why a sweep needs no more trials."""
+    """Describe why a sweep needs no more trials, in words."""
     if reason == "told-apart":
         return "the best trial is told apart from the others"
     return (
@@ -189,7 +201,7 @@ def describe_early_end(reason: EarlyEnd) -> str:
 
 
 def describe_spread(ledger: Ledger) -> list[str]:
-    """Say in lines which trials cannot be told apart, and what the spread of all consists of.
+    """Describe which trials cannot be told apart, and what the spread of all consists of.
 
     Args:
         ledger: The sweep.
@@ -214,7 +226,7 @@ def describe_spread(ledger: Ledger) -> list[str]:
 
 
 def _describe_like_best(summary: SpreadSummary) -> str:
-    """Say which trials cannot be told apart from the best one."""
+    """Return the line about the trials that cannot be told apart from the best one."""
     where = f"on the same {summary.n_examples} validation images"
     n_compared = 1 + len(summary.differences)
     like_best = summary.like_best
@@ -235,7 +247,7 @@ def _describe_like_best(summary: SpreadSummary) -> str:
 
 
 def describe_split(split: SpreadSplit) -> str:
-    """Say which share of the spread the settings explain, and what would tell trials apart.
+    """Describe which share of the spread the settings explain, and what would tell trials apart.
 
     Args:
         split: Parts of the spread of fully trained trials.

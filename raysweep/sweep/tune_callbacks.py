@@ -74,7 +74,7 @@ class SweepListener(Protocol):
         """
 
     def on_base_run_update(self, run: Trial, epoch_metrics: EpochMetrics | None) -> None:
-        """Receive a run of the base method when a trial would be received.
+        """Receive a base run when a trial would be received.
 
         Args:
             run: The run, as it was just written to the ledger.

@@ -1,5 +1,5 @@
-"""What a new sweep knows of earlier ones: results that its sampler is told, and settings that it
-tries first.
+"""Warm start: what a new sweep takes from earlier sweeps, results for its sampler and settings to
+try first.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,8 @@ from raysweep.sweep.search_space import Params, SearchSpace
 from raysweep.training.config import TrainingConfig
 
 N_POINTS_OF_OTHER_DATA = 3
-"""How many of the best trials of a sweep on other data are tried first."""
+"""How many of the best settings are tried first if no result of a sweep is comparable, for example
+because its data are others."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class WarmStart:
     """What a new sweep takes from earlier ones.
 
     Attributes:
-        results: Trials that differ from those of the new sweep only in searched settings and the
-            seed, on the same data: the sampler is told them.
-        points: Params that are tried first: those of the best such trial of each sweep, and of the
-            best `N_POINTS_OF_OTHER_DATA` of a sweep that has none.
+        results: Results that the sampler is told: trials on the same data that differ from those of
+            the new sweep only in searched settings and the seed.
+        points: Params that are tried first: of each sweep with such results the best one, of any
+            other sweep the best `N_POINTS_OF_OTHER_DATA`.
     """
 
     results: tuple[EarlierResult, ...] = ()
@@ -71,15 +72,19 @@ class WarmStart:
 def collect_warm_start(
     space: SearchSpace, fingerprint: str, ledgers: Iterable[Ledger]
 ) -> WarmStart:
-    """Collect what earlier sweeps tell a new one.
+    """Collect what a new sweep takes from earlier ones.
 
     Args:
         space: Search space of the new sweep.
         fingerprint: Fingerprint of its data.
         ledgers: The earlier sweeps.
 
+    Returns:
+        The results and the points.
+
     Raises:
-        SpecError: A sweep has no trial that the new one could try, or the new one is a grid.
+        SpecError: A sweep has no trial whose settings the new space contains, or the new space is a
+            grid. One line.
     """
     if space.sampler.kind == "grid":
         raise SpecError("--warm-start: a grid tries its points whatever earlier sweeps found")
@@ -106,7 +111,12 @@ def collect_warm_start(
 
 
 def save_warm_start(warm_start: WarmStart, sweep_path: StorePath) -> None:
-    """Write the results into a sweep's folder: its later starts need no earlier sweep."""
+    """Write the results into a sweep's folder, so that `--resume` needs no earlier sweep.
+
+    Args:
+        warm_start: What the sweep takes from earlier ones.
+        sweep_path: Folder of the sweep.
+    """
     content = {"results": [asdict(result) for result in warm_start.results]}
     (sweep_path / WARM_START_FILE).write_json(content, indent=1)
 
@@ -115,7 +125,7 @@ def load_earlier_results(sweep_path: StorePath) -> list[EarlierResult]:
     """Read the results that `save_warm_start` wrote.
 
     Returns:
-        The results; [] for a sweep that knows of no other.
+        The results; [] for a sweep without a warm start.
 
     Raises:
         DamagedFileError: The file is damaged.
@@ -134,9 +144,9 @@ def load_earlier_results(sweep_path: StorePath) -> list[EarlierResult]:
 
 
 def _adopt_params(space: SearchSpace, ledger: Ledger, trial: Trial) -> Params:
-    """Return a trial's values of the settings that a space searches, as far as it can try them.
+    """Return the values that a trial has for the settings of a space, without those out of range.
 
-    Settings that the earlier sweep had fixed have the fixed value.
+    Settings that were fixed in the earlier sweep have their fixed value.
     """
     values = flatten_spec(ledger.space.trial_config(trial.params)) | trial.params
     params = {
@@ -148,7 +158,7 @@ def _adopt_params(space: SearchSpace, ledger: Ledger, trial: Trial) -> Params:
 
 
 def _is_comparable(space: SearchSpace, params: Params, ledger: Ledger, trial: Trial) -> bool:
-    """Return whether a trial of the new sweep with these params would be the same training."""
+    """Return whether a trial of the new sweep with these params differs at most in its seed."""
     if space.objectives != ledger.space.objectives:
         return False
     try:
@@ -159,6 +169,6 @@ def _is_comparable(space: SearchSpace, params: Params, ledger: Ledger, trial: Tr
 
 
 def _without_seed(config: TrainingConfig) -> TrainingConfig:
-    """Return a config without its seed and the place of its data."""
+    """Return a config with seed 0 and without the location of its data."""
     data = config.data.replace(data_dir=None, download=False)
     return config.replace(seed=0, data=data)

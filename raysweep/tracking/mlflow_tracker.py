@@ -384,7 +384,7 @@ class Tracker:
         try:
             run_id = self._resolve_run_id(reference)
             if not is_safe_name(run_id):
-                # Of a stranger's store, it might name a folder elsewhere.
+                # A stranger's store might name a folder elsewhere.
                 raise SpecError(f"{reference}: {shorten_value(run_id)} is no id of an MLflow run")
             folder = target_folder / run_id
             require_no_links(folder, target_folder.parent)
@@ -541,8 +541,8 @@ class Tracker:
         lock = hold_file_lock(database, _MIGRATION_TIMEOUT) if database else nullcontext()
         with lock:
             client, experiment_id = self._open_experiment()
-        is_own_word = bool(os.environ.get(_URI_VARIABLE))
-        if database is not None and not is_own_word:
+        is_uri_of_user = bool(os.environ.get(_URI_VARIABLE))
+        if database is not None and not is_uri_of_user:
             _require_own_artifacts(database, self._artifact_root)
         return client, experiment_id
 
@@ -627,7 +627,7 @@ def _relocate_artifacts(database: Path, artifact_folder: Path) -> None:
 
 
 def _require_own_artifacts(database: Path, artifact_root: Path) -> None:
-    """Check that artifacts go below the folder beside the database, whoever has made it.
+    """Check that the database, which a stranger may have made, keeps artifacts beside itself.
 
     Args:
         database: SQLite database of MLflow; nothing happens if it is missing or empty.

@@ -7,12 +7,13 @@ import shlex
 
 from raysweep.errors import is_interruption
 from raysweep.record_queue import RecordQueue
-from raysweep.sweep.base_comparison import compare_with_base, describe_base_comparison
+from raysweep.sweep.base_comparison import compare_with_base
+from raysweep.sweep.conclusions import describe_conclusions
 from raysweep.sweep.epoch_counts import count_epochs
-from raysweep.sweep.finalist_summary import describe_finalists, summarize_finalists
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.finalist_summary import summarize_finalists
+from raysweep.sweep.ledger import BASE_RUNS_FOLDER, Ledger, Trial, format_run_key
 from raysweep.sweep.search_space import param_labels
-from raysweep.sweep.spread_summary import describe_spread, format_trial_numbers, summarize_spread
+from raysweep.sweep.spread_summary import format_trial_numbers, summarize_spread
 from raysweep.sweep.trial_advice import advise_on_trial
 from raysweep.tracking.mlflow_tracker import RunStatus, Tracker, format_mlflow_param
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
@@ -35,7 +36,8 @@ class SweepTracker:
     Args:
         tracker: Client of the store.
         fingerprint: Fingerprint of the sweep's data; empty to log no data set.
-        records: Queue of larger work, which finishes it; by default the sweep has its own.
+        records: Queue that its owner finishes, such as that of a pipeline; by default the tracker
+            has its own and finishes it at the end of the sweep.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class SweepTracker:
         # By the trials' keys.
         self._trial_run_ids: dict[str, str] = {}
         # The ledger has all that the records are made of.
-        self._is_part = records is not None
+        self._owns_records = records is None
         self._records = records or RecordQueue("MLflow store", tracker.uri)
 
     def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:
@@ -64,7 +66,7 @@ class SweepTracker:
         self._records.write(lambda: self._log_trial_update(trial, epoch_metrics))
 
     def on_base_run_update(self, run: Trial, epoch_metrics: EpochMetrics | None) -> None:
-        """Log an epoch or the end of a run of the base method."""
+        """Log an epoch or the end of a base run."""
         self._records.write(lambda: self._log_trial_update(run, epoch_metrics))
 
     def on_finalist_update(self, trial: Trial, n_left: int) -> None:
@@ -76,7 +78,7 @@ class SweepTracker:
             # Another driver has taken the sweep over and writes its runs.
             return
         self._records.write(lambda: self._log_sweep_end(ledger, error))
-        if not self._is_part:
+        if self._owns_records:
             self._records.finish(f"; `raysweep tune --resume {ledger.name}` writes them")
 
     def _open_sweep_run(self) -> None:
@@ -201,11 +203,7 @@ class SweepTracker:
             titles = " and ".join(map(_metric_title, objectives))
             front = _format_trial_numbers(ledger.unmasked_pareto_front())
             lines.append(f"Pareto front of {titles}: {front or 'empty'}")
-        lines += [
-            *describe_finalists(ledger),
-            *describe_spread(ledger),
-            *describe_base_comparison(ledger),
-        ]
+        lines += describe_conclusions(ledger)
         masked_trials = [
             trial
             for trial in ranked_trials
@@ -229,12 +227,12 @@ class SweepTracker:
 
     def _find_trial_run(self, trial: Trial) -> str | None:
         """Return the id of the trial's run; None if it has none."""
-        tags = _trial_run_tags(self._ledger.key, trial.key)
+        tags = _trial_run_tags(self._ledger, trial.number, trial.is_base_run)
         return self._trial_run_ids.get(trial.key) or self._tracker.find_run(tags)
 
     def _open_trial_run(self, trial: Trial) -> str:
         """Open the trial's run, log its config and the epochs that it lacks, and return its id."""
-        tags = _trial_run_tags(self._ledger.key, trial.key)
+        tags = _trial_run_tags(self._ledger, trial.number, trial.is_base_run)
         # The number comes first because the UI truncates names.
         name = f"{self._ledger.describe_row(trial)} {self._ledger.name}"
         run_id = self._tracker.get_or_create_run(name, tags, self._sweep_run_id)
@@ -299,10 +297,9 @@ def checkpoint_run_tags(checkpoint: TrainingCheckpoint) -> dict[str, str]:
         checkpoint: A checkpoint of `raysweep train` or of a sweep's trial.
     """
     folder = checkpoint.path.parent
-    if (folder / "trial.json").is_file():
-        is_base_run = folder.parent.name == "base"
-        run_key = f"base-{folder.name}" if is_base_run else folder.name
-        return _trial_run_tags(Ledger.open(folder.parent.parent).key, run_key)
+    if folder.name.isdecimal() and (folder / "trial.json").is_file():
+        is_base_run = folder.parent.name == BASE_RUNS_FOLDER
+        return _trial_run_tags(Ledger.open(folder.parent.parent), int(folder.name), is_base_run)
     return training_run_tags(RunDirectory(folder))
 
 
@@ -311,10 +308,13 @@ def training_run_tags(run_directory: RunDirectory) -> dict[str, str]:
     return {"raysweep.kind": "train", "raysweep.run": run_directory.run_key}
 
 
-def _trial_run_tags(sweep_key: str, trial_key: str) -> dict[str, str]:
-    """Return the tags that identify the MLflow run of a trial, by `Trial.key`."""
-    kind = "base run" if trial_key.startswith("base-") else "trial"
-    return {"raysweep.kind": kind, "raysweep.sweep": sweep_key, "raysweep.trial": trial_key}
+def _trial_run_tags(ledger: Ledger, number: int, is_base_run: bool) -> dict[str, str]:
+    """Return the tags that identify the MLflow run of a trial or base run."""
+    return {
+        "raysweep.kind": "base run" if is_base_run else "trial",
+        "raysweep.sweep": ledger.key,
+        "raysweep.trial": format_run_key(number, is_base_run),
+    }
 
 
 def _format_trial_numbers(trials: list[Trial]) -> str:

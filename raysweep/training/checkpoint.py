@@ -41,7 +41,7 @@ OPTIMIZER_FILE = "state.safetensors"
 VERDICTS_KEY = "verdicts"
 """Key of the validation examples that the last epoch gets right (see `ExampleVerdicts`)."""
 CODE_FILE = "network.source"
-"""Copy of the file of the user's own that has the network. Nothing imports it from there."""
+"""Copy of the user's code file with the network. raysweep never imports it from a checkpoint."""
 SELECTION_KEY = "best_after_burn_in"
 """Key that a checkpoint has if its run chooses its best epoch by `selection.find_best_epoch`."""
 _FORMAT_VERSION = 1
@@ -159,7 +159,7 @@ def save_checkpoint(
 ) -> TrainingCheckpoint:
     """Write a checkpoint atomically: a crash leaves either all of it or nothing.
 
-    The file of a network of the user's own is copied into it, to be read.
+    If the network is a function of a code file, a copy of this file is part of it.
 
     Args:
         path: Folder to write.

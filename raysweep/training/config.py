@@ -322,9 +322,9 @@ def build_training_config_of_0_1(
 
 
 def _get_or_build(inputs: tuple[Any, ...], build: Callable[[], TrainingConfig]) -> TrainingConfig:
-    """Return `get_or_build(inputs, build)`, looked up also by where paths of data lead now.
+    """Return `get_or_build` of the inputs and of the folders to which their paths of data lead.
 
-    That depends on the current folder, on `~` and on symbolic links.
+    These depend on the current folder, on `~` and on symbolic links.
     """
     places = []
     for changes in inputs:

@@ -166,11 +166,12 @@ def average_metrics(
 
 
 def gather_rows(share: torch.Tensor, n_rows: int, workers: WorkerGroup) -> torch.Tensor:
-    """Put the rows of all workers together, of which each has every n-th.
+    """Collect the rows that were divided among the workers.
 
     Args:
-        share: This worker's rows `rank`, `rank + size`, ..., (M,) bool.
-        n_rows: Number of rows of all workers, N.
+        share: Rows `rank`, `rank + size`, `rank + 2 size`, ... of all, which this worker has, (M,)
+            bool.
+        n_rows: Number of rows of all workers together, N.
         workers: The processes.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Which validation examples an epoch gets right, one bit each, to compare runs on them."""
+"""Which validation examples an epoch gets right, one bit for each, to compare runs by example."""
 
 from __future__ import annotations
 
@@ -51,6 +51,9 @@ class ExampleVerdicts:
             epoch: The epoch, from 1.
             mask: Whether each example counts as correct, (N,).
             index: Numbers of the examples in the data set, (N,).
+
+        Returns:
+            The verdicts.
         """
         digest = hashlib.sha256(np.ascontiguousarray(index, dtype="<i8").tobytes()).hexdigest()[:16]
         packed = base64.b64encode(np.packbits(mask).tobytes()).decode()

@@ -3,14 +3,14 @@
 from raysweep.training.config import TrainingConfig
 from raysweep.training.selection import CHANCE_LIMIT_METRIC
 
-_OF_EVERY_RUN = (
+_COMMON_METRICS = (
     *("epoch", "shared", "train/lr", "train/loss", "train/seconds", "train/clean"),
     *("train/natural", "train/robust", "validation_seconds", CHANCE_LIMIT_METRIC),
     *("clean", "robust_worst", "robust_margin", "masking_gap", "zero_gradient"),
     *("val/ce_cw_gap", "val/scaling_gap", "flatness_friendly", "flatness_adversarial"),
 )
-_OF_ATTACKS = ("{}", "kappa_{}", "kappa_median_{}", "V_{}")
-_OF_TERMS = ("weight_{}", "ess_{}", "active_{}", "low_weight_{}")
+_ATTACK_METRICS = ("{}", "kappa_{}", "kappa_median_{}", "V_{}")
+_TERM_METRICS = ("weight_{}", "ess_{}", "active_{}", "low_weight_{}")
 
 
 def list_metric_names(config: TrainingConfig) -> list[str]:
@@ -20,11 +20,15 @@ def list_metric_names(config: TrainingConfig) -> list[str]:
         config: Config of the run.
 
     Returns:
-        The names. Which of them an epoch has, depends on `validation` and on the size of the data.
+        The names. An epoch has some of them, depending on `validation` and the size of the data.
     """
     return [
-        *_OF_EVERY_RUN,
+        *_COMMON_METRICS,
         *config.validation.attacks,
-        *(f"train/{form.format(name)}" for name in config.method.attacks for form in _OF_ATTACKS),
-        *(f"train/{form.format(name)}" for name in config.method.terms for form in _OF_TERMS),
+        *(
+            f"train/{form.format(name)}"
+            for name in config.method.attacks
+            for form in _ATTACK_METRICS
+        ),
+        *(f"train/{form.format(name)}" for name in config.method.terms for form in _TERM_METRICS),
     ]

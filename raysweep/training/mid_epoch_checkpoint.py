@@ -39,17 +39,17 @@ _DIAGNOSTICS_FILE = "seen.safetensors"
 # Without these there are no metrics of an epoch.
 _NEEDED_SUMS = {"sum rows", "sum loss"}
 _MAX_STEPS = 10**9
-_UNUSED = "the checkpoint within an epoch is damaged and not used: %s"
+_DAMAGED_MESSAGE = "the checkpoint within an epoch is damaged and not used: %s"
 
 
-class _EpochStart(NamedTuple):
-    """The steps of an epoch that are done.
+class _PartialEpoch(NamedTuple):
+    """Diagnostics of an epoch whose first steps are done.
 
     Attributes:
-        steps: Their number.
-        seconds: Time that they took.
+        steps: Number of steps that are done.
+        seconds: Wall seconds that they took.
         sums: Sums of the diagnostics by name.
-        edges: Edges of the bins of their histograms by name.
+        edges: Edges of the bins of the histograms by name.
     """
 
     steps: int
@@ -110,16 +110,16 @@ class MidEpochCheckpointer:
         if saved is None or not self._is_resumable(saved):
             return 0
         try:
-            epoch_start = _read_epoch_start(saved)
+            partial_epoch = _read_partial_epoch(saved)
         except DamagedFileError as error:
-            logger.warning(_UNUSED, error)
+            logger.warning(_DAMAGED_MESSAGE, error)
             return 0
         saved.load_training_state(self._model, self._optimizer)
         device = next(self._model.parameters()).device
-        sums = {name: tensor.to(device) for name, tensor in epoch_start.sums.items()}
-        diagnostics.restore_state(sums, epoch_start.edges)
-        self._started_at -= epoch_start.seconds
-        return epoch_start.steps
+        sums = {name: tensor.to(device) for name, tensor in partial_epoch.sums.items()}
+        diagnostics.restore_state(sums, partial_epoch.edges)
+        self._started_at -= partial_epoch.seconds
+        return partial_epoch.steps
 
     def save_if_interrupted(self, steps_done: int, diagnostics: EpochDiagnostics) -> None:
         """Save the unfinished epoch and stop, if `should_interrupt` returns True.
@@ -170,7 +170,7 @@ class MidEpochCheckpointer:
         try:
             return checkpoint.read_checkpoint(self._run_directory.mid_epoch_path)
         except (SpecError, DamagedFileError) as error:
-            logger.warning(_UNUSED, error)
+            logger.warning(_DAMAGED_MESSAGE, error)
             return None
 
     def _is_resumable(self, saved: TrainingCheckpoint) -> bool:
@@ -182,11 +182,11 @@ class MidEpochCheckpointer:
         )
 
 
-def _read_epoch_start(saved: TrainingCheckpoint) -> _EpochStart:
-    """Read the diagnostics of a checkpoint within an epoch, which its hashes leave out.
+def _read_partial_epoch(saved: TrainingCheckpoint) -> _PartialEpoch:
+    """Read the diagnostics of a checkpoint within an epoch, which its hashes do not cover.
 
     Raises:
-        DamagedFileError: They are missing, or have other types or shapes than they should.
+        DamagedFileError: They are missing, or have wrong types or shapes.
     """
     path = saved.local_folder / _DIAGNOSTICS_FILE
     try:
@@ -202,7 +202,7 @@ def _read_epoch_start(saved: TrainingCheckpoint) -> _EpochStart:
             shape = () if kind == "sum" else (len(edges[key]) - 1,)
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}")
-        start = _EpochStart(int(facts["steps"]), float(facts["seconds"]), sums, edges)
+        start = _PartialEpoch(int(facts["steps"]), float(facts["seconds"]), sums, edges)
         if not 0 <= start.steps <= _MAX_STEPS or not 0 <= start.seconds < math.inf:
             raise ValueError(f"{facts['steps'][:20]} steps in {start.seconds} s")
         if start.steps and not sums.keys() >= _NEEDED_SUMS:

@@ -145,8 +145,8 @@ def load_trained_model(checkpoint: TrainingCheckpoint, data: DatasetSplits) -> n
         The model; it maps images in [0, 1], (N, C, H, W), to logits.
 
     Raises:
-        SpecError: The data are not those of the training, or the network is code of a file that was
-            not given.
+        SpecError: The data are not those of the training, or the network is a function of a
+            code file that was not given.
     """
     config, fingerprint = checkpoint.config, checkpoint.meta["data_fingerprint"]
     if config.data.unlabeled is None and data.fingerprint != fingerprint:

@@ -188,14 +188,14 @@ def compute_chance_limit(n_classes: int, n_examples: int, n_most_frequent: int =
 
     Returns:
         Two standard deviations above 1 / `n_classes`, or above the share of the most frequent class
-        if the examples are not divided as equally as possible; less than 1, so that a model that is
-        right on all of a few examples is not called a guess.
+        if the examples are not divided as equally as possible; less than 1, because a model that is
+        right on all examples is no guess, even if there are few.
     """
     return min(_compute_limit(n_classes, n_examples, n_most_frequent), 1 - 1 / n_examples)
 
 
-def are_too_few_to_tell(n_classes: int, n_examples: int, n_most_frequent: int = 0) -> bool:
-    """Return whether guessing may be right on all validated examples, in 2% of cases or more.
+def can_guess_all_labels(n_classes: int, n_examples: int, n_most_frequent: int = 0) -> bool:
+    """Return whether a guess may be right on all of so few examples (two standard deviations).
 
     The arguments are those of `compute_chance_limit`.
     """

@@ -16,7 +16,7 @@ from raysweep.schedules import (
     PiecewiseSchedule,
 )
 from raysweep.spec import EpochSchedule
-from raysweep.training.selection import are_too_few_to_tell
+from raysweep.training.selection import can_guess_all_labels
 
 if TYPE_CHECKING:
     from raysweep.data import DatasetSplits, Split
@@ -50,14 +50,17 @@ def summarize_training(
 
 
 def list_data_warnings(config: TrainingConfig, data: DatasetSplits) -> list[str]:
-    """Say if there are too few validation images to tell a network from a guess.
+    """Warn if there are too few validation images to distinguish a network from a guess.
 
     Args:
         config: Config of the run.
         data: Its data.
+
+    Returns:
+        One line, or none.
     """
     labels = config.validation.select_split(data).y[: config.validation.size]
-    if not are_too_few_to_tell(data.classes, len(labels), int(labels.bincount().max())):
+    if not can_guess_all_labels(data.classes, len(labels), int(labels.bincount().max())):
         return []
     images = format_count(len(labels), "validation image")
     return [
@@ -69,7 +72,7 @@ def list_data_warnings(config: TrainingConfig, data: DatasetSplits) -> list[str]
 def list_summary_rows(
     config: TrainingConfig, data: DatasetSplits, searched_paths: Collection[str] = ()
 ) -> list[tuple[str, str]]:
-    """Return the rows of a summary as pairs (label, text), with the arguments of it."""
+    """Return the rows of `summarize_training`, which has the same arguments, as (label, text)."""
     return list(_TrainingSummary(config, data, searched_paths).iter_rows())
 
 

@@ -16,7 +16,7 @@ from hostile_texts import in_folder, make_sweep
 
 from raysweep import load
 from raysweep.cli import main
-from raysweep.code_files import code_of_one_call, open_code_file
+from raysweep.code_files import forget_code_afterwards, open_code_file
 from raysweep.data import DataSpec, load_data
 from raysweep.errors import RaysweepError
 from raysweep.models import ModelSpec
@@ -193,11 +193,11 @@ def changed_code(folder: Path) -> str:
     with planted_module(folder) as marker:
         own = folder / "own.py"
         own.write_text("import torch\ndef make(c, k): return torch.nn.Flatten()")
-        with code_of_one_call():
+        with forget_code_afterwards():
             network = ModelSpec(name="make", code=open_code_file(own).sha256)
             own.write_bytes((folder / f"{NAME}.py").read_bytes())
             network.build_model(1, 10, 0)
-        with code_of_one_call():
+        with forget_code_afterwards():
             open_code_file(own)
             line = refusal_of(lambda: network.build_model(1, 10, 0))
         assert not marker.exists()

@@ -13,12 +13,11 @@ from raysweep.pipeline.report.document import (
     Table,
 )
 from raysweep.stores import StorePath
-from raysweep.sweep.base_comparison import describe_base_comparison
-from raysweep.sweep.finalist_summary import describe_finalists
+from raysweep.sweep.conclusions import describe_conclusions
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_study import MIN_IMPORTANCE_TRIALS, param_importances
 from raysweep.sweep.search_space import param_labels
-from raysweep.sweep.spread_summary import describe_spread, summarize_spread
+from raysweep.sweep.spread_summary import summarize_spread
 from raysweep.terminal import format_param
 
 _MAX_TRIALS_SHOWN = 6
@@ -55,14 +54,7 @@ def _build_search_parts(ledger: Ledger) -> list[SectionPart]:
             f"by {metric} on validation."
         ),
         _build_trial_table(ledger, [*best, *(run for run in ledger.load_base_runs() if run.best)]),
-        *[
-            Paragraph(f"{line[:1].upper()}{line[1:]}.")
-            for line in [
-                *describe_finalists(ledger),
-                *describe_spread(ledger),
-                *describe_base_comparison(ledger),
-            ]
-        ],
+        *[Paragraph(f"{line[:1].upper()}{line[1:]}.") for line in describe_conclusions(ledger)],
     ]
     succeeded = [trial for trial in ranked if trial.state != "failed"]
     if len(succeeded) > 1:
@@ -80,7 +72,7 @@ def _build_search_parts(ledger: Ledger) -> list[SectionPart]:
 
 
 def _build_trial_table(ledger: Ledger, best_trials: Sequence[Trial]) -> Table:
-    """Build the table of trials and runs of the base method: metrics in percent, best epoch and
+    """Build the table of trials and base runs: metrics in percent, best epoch and
     parameters.
     """
     metrics = list(dict.fromkeys((*ledger.space.objectives, "clean", "masking_gap")))
