@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -33,12 +31,11 @@ if TYPE_CHECKING:
     from raysweep.code_files import CodeFile
     from raysweep.data import DatasetSplits
     from raysweep.stores import StorePath
-    from raysweep.sweep.ledger import Ledger, Trial
+    from raysweep.sweep.ledger import Ledger
     from raysweep.sweep.resources import Resources
     from raysweep.sweep.search_space import SearchSpace
-    from raysweep.sweep.tune_callbacks import Budget, SweepEndReason, SweepListener
+    from raysweep.sweep.tune_callbacks import Budget, SweepListener
     from raysweep.sweep.warm_start import WarmStart
-    from raysweep.tracking import Tracker
 
 SUMMARY = "run a sweep: Ray Tune runs trials, Optuna proposes settings, MLflow records them"
 DESCRIPTION = (
@@ -52,8 +49,6 @@ EXAMPLES = (
     "raysweep tune gairat --trials 30 --name g1",
     "raysweep tune gairat --resume g1 --trials 60",
 )
-
-_MAX_TRIALS_PRINTED = 5
 
 
 @dataclass(frozen=True)
@@ -365,6 +360,7 @@ def _run_sweep(
     warm_start: WarmStart | None,
 ) -> None:
     """Run or resume the sweep and print its result."""
+    from raysweep.commands._sweep_result_output import print_sweep_result, report_sweep_end
     from raysweep.commands.common import make_writable_folder, print_warnings
     from raysweep.errors import WorkFailed
     from raysweep.leases import hold_folder_lease
@@ -418,8 +414,8 @@ def _run_sweep(
                 )
             except WorkFailed as error:
                 raise error.with_prefix("the sweep failed: ") from error
-    _print_sweep_result(request, ledger, tracker)
-    _report_sweep_end(request, ledger, end_reason)
+    print_sweep_result(request, ledger, tracker)
+    report_sweep_end(request, ledger, end_reason)
 
 
 def _choose_sweep_name(request: TuneRequest, space: SearchSpace) -> str:
@@ -590,114 +586,3 @@ def _check_same_base(
             raise SpecError(
                 f"{space_file}: base.{path} = {value!r}: the sweep has {base[path]!r}; use --set"
             )
-
-
-def _print_sweep_result(request: TuneRequest, ledger: Ledger, tracker: Tracker) -> None:
-    """Print the best trials, the epochs that sharing saved, and the next commands."""
-    from raysweep.commands.common import format_location_flags, format_ui_command
-    from raysweep.result_loading import (
-        describe_guessing,
-        describe_masking_effect_on_ranking,
-        sweep_to_json,
-    )
-    from raysweep.sweep.conclusions import describe_conclusions
-    from raysweep.sweep.epoch_counts import count_epochs
-    from raysweep.sweep.trial_advice import advise_on_trial
-
-    if request.as_json:
-        print(json.dumps(sweep_to_json(ledger), indent=1))
-        return
-    ranked, trials = ledger.rank_trials(), ledger.load_trials()
-    best = ledger.find_best_trial()
-    if best is None:
-        return
-    _print_best_trials(ledger, ranked, len(trials))
-    for line in [
-        *describe_conclusions(ledger),
-        *describe_guessing(ledger),
-        *describe_masking_effect_on_ranking(ledger),
-    ]:
-        print(line)
-    for line in advise_on_trial(ledger, best.number):
-        print(f"trial {best.number:04d}: {line}")
-    print(count_epochs(ledger.load_all_runs()))
-    flags = format_location_flags(request.out, request.storage)
-    print(f"\nbest checkpoint\n  {ledger.best_checkpoint_path(best)}")
-    print(f"next\n  raysweep eval {ledger.name}/{best.number:04d}{flags}")
-    print(f"  raysweep show {ledger.name}{flags}\n  {format_ui_command(tracker.uri)}")
-
-
-def _print_best_trials(ledger: Ledger, ranked: list[Trial], n_trials: int) -> None:
-    """Print a table of the best trials: the Pareto front if there are several objectives."""
-    from raysweep.sweep.spread_summary import summarize_spread
-    from raysweep.terminal import TrialTable, create_table_console
-
-    objectives = ledger.space.objectives
-    names = [name.replace("_", " ") for name in objectives]
-    if len(objectives) > 1:
-        best = ledger.unmasked_pareto_front()
-        front = f"the Pareto front of {' and '.join(names)}"
-        print(f"\n{len(best)} of {n_trials} trials on {front}")
-    else:
-        best = ranked[:_MAX_TRIALS_PRINTED]
-        n_finalists = len(ledger.find_attacked_finalists())
-        order = f"{names[0]} on the validation split"
-        if n_finalists:
-            order = f"AutoAttack (the first {n_finalists}), then by {order}"
-        print(f"\nbest {len(best)} of {n_trials} trials by {order}")
-    rows = [*best, *ledger.load_base_runs()]
-    table = TrialTable(ledger, rows, spread=summarize_spread(ledger))
-    create_table_console().print(table)
-
-
-def _report_sweep_end(request: TuneRequest, ledger: Ledger, end_reason: SweepEndReason) -> None:
-    """Print how to resume a sweep whose budget is spent.
-
-    Raises:
-        WorkInterrupted: The sweep was interrupted.
-        WorkFailed: No trial has a result, and some failed.
-    """
-    from raysweep.commands.common import format_location_flags
-    from raysweep.errors import WorkFailed, WorkInterrupted
-    from raysweep.formatting import format_count
-
-    trials = ledger.load_trials()
-    if end_reason != "done":
-        n_ended = sum(trial.state != "running" for trial in trials)
-        location = format_location_flags(request.out, request.storage)
-        resources = _format_resume_flags(request)
-        done = f"{n_ended} of {ledger.space.n_trials} trials done"
-        if n_base_runs := ledger.count_base_runs_left():
-            done += f", {format_count(n_base_runs, 'base run')} left"
-        if n_waiting := len(ledger.find_waiting_finalists()):
-            done += f", AutoAttack on {format_count(n_waiting, 'finalist')} is left"
-        progress = (
-            f"{done}; resume with\n  raysweep tune --resume {ledger.name}{location}{resources}"
-        )
-        if end_reason == "interrupted":
-            raise WorkInterrupted(progress)
-        print(f"raysweep: {progress}", file=sys.stderr)
-    failed = [trial for trial in trials if trial.state == "failed"]
-    if failed and ledger.find_best_trial() is None:
-        count = "every trial" if len(failed) == len(trials) else "no trial has a result:"
-        if len(failed) < len(trials):
-            count += f" {len(failed)} of {len(trials)}"
-        raise WorkFailed(f"{count} failed; the first: {failed[0].reason}")
-
-
-def _format_resume_flags(request: TuneRequest) -> str:
-    """Return the flags that a sweep's folder does not store, with a space before each."""
-    from raysweep.redaction import redact_secrets
-
-    flags = []
-    if request.address:
-        flags.append(f"--address {shlex.quote(redact_secrets(request.address))}")
-    if request.workers > 1:
-        flags.append(f"--workers {request.workers}")
-    if request.cpus_per_trial != 1:
-        flags.append(f"--cpus-per-trial {request.cpus_per_trial:g}")
-    if request.gpus_per_trial is not None:
-        flags.append(f"--gpus-per-trial {request.gpus_per_trial:g}")
-    if request.optuna_url:
-        flags.append(f"--optuna {shlex.quote(redact_secrets(request.optuna_url))}")
-    return "".join(f" {flag}" for flag in flags)
