@@ -1,5 +1,7 @@
 """A sweep's trials in an Optuna storage: all of them, once, with what they came to."""
 
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import optuna
 import pytest
 
 from raysweep.cli import main
+from raysweep.spec import SpecError
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.optuna_export import OptunaExporter
 from raysweep.sweep.search_space import SearchSpace
@@ -103,6 +106,13 @@ def test_studies_have_optunas_states_and_keep_a_persons_notes(
     assert load_study(name).user_attrs == {"note": "look at trial 1"}
     assert [trial.state.name for trial in load_study(name).trials] == ["COMPLETE", "PRUNED"]
     assert [trial.value for trial in load_study(f"{name}-copy-2").trials] == [0.5, 0.75]
+    # Somebody deletes the study that a sweep is writing.
+    exporter = OptunaExporter(url)
+    exporter.on_sweep_start(ledger, 1)
+    optuna.delete_study(study_name=f"{name}-copy-2", storage=load_study(f"{name}-copy-2")._storage)
+    ledger.save_trial(build_finished_trial(2, 0.875))
+    exporter.on_trial_update(build_finished_trial(2, 0.875), None)
+    assert [trial.value for trial in load_study(f"{name}-copy-2").trials] == [0.5, 0.75, 0.875]
 
 
 @pytest.mark.parametrize(
@@ -113,3 +123,34 @@ def test_a_storage_that_cannot_be_is_one_line(url: str, workdir: Path, capsys) -
     (message,) = capsys.readouterr().err.strip().splitlines()
     assert message.startswith("raysweep: error: --optuna") and "secret" not in message
     assert not list(workdir.glob("runs/*"))
+
+
+def test_a_journal_may_be_relative_and_in_capitals_and_may_vanish(
+    ledger: Ledger, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("sub").mkdir()
+    lead_to_journal = []
+
+    def link(target: str, link_path: str, real_link: Callable = os.symlink) -> None:
+        lead_to_journal.append((Path(link_path).parent / target).is_file())
+        real_link(target, link_path)
+
+    monkeypatch.setattr(os, "symlink", link)
+    exporter = OptunaExporter("sub/JOURNAL.LOG")
+    exporter.on_sweep_start(ledger, 1)
+    # Optuna waits forever for the owner of a lock that leads nowhere.
+    assert lead_to_journal and all(lead_to_journal)
+    Path("sub/JOURNAL.LOG").unlink()
+    for number in range(4):
+        ledger.save_trial(build_finished_trial(number, 0.5))
+        exporter.on_trial_update(build_finished_trial(number, 0.5), None)
+    exporter.on_sweep_end(ledger)
+
+
+@pytest.mark.parametrize("content", ["one line\n", "two\nlines\n", '{"event": "start"}\n', "5\n"])
+def test_a_file_that_is_no_journal_stays_as_it_is(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "raysweep.log"
+    file.write_text(content)
+    with pytest.raises(SpecError, match=r"raysweep\.log: it is no journal of Optuna"):
+        OptunaExporter(str(file))
+    assert file.read_text() == content

@@ -1,5 +1,6 @@
 """Copy a sweep's ended trials to an Optuna storage, for optuna-dashboard and Optuna's analyses."""
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,8 @@ JOURNAL_SUFFIXES = (".log", ".journal")
 
 # Between the name of a study and the number of its copies.
 _COPY_SEPARATOR = "-copy-"
+# Longest first line of a journal that is read: the name of a study is in it.
+_MAX_JOURNAL_LINE = 100_000
 # Seconds in which another process may create or upgrade a database.
 _MIGRATION_TIMEOUT = 600.0
 
@@ -47,7 +50,7 @@ class OptunaExporter:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         full_url = fill_in_passwords(storage_url, "--optuna")
         self._records = RecordQueue("--optuna", storage_url)
-        is_journal = "://" not in full_url and Path(full_url).suffix in JOURNAL_SUFFIXES
+        is_journal = "://" not in full_url and Path(full_url).suffix.lower() in JOURNAL_SUFFIXES
         try:
             self._storage = _open_journal(full_url) if is_journal else _open_database(full_url)
         except (SQLAlchemyError, ImportError, ValueError, OSError) as error:
@@ -60,6 +63,7 @@ class OptunaExporter:
 
     def on_sweep_start(self, ledger: Ledger, concurrency: int) -> None:
         """Open the sweep's study, and rebuild it if it differs from the ledger."""
+        self._ledger = ledger
         self._space = ledger.space
         self._study_name = f"{ledger.name}-{ledger.key[:8]}"
         self._records.write(lambda: self._open_and_rebuild_study(ledger))
@@ -89,7 +93,14 @@ class OptunaExporter:
     def _add_trial(self, trial: Trial) -> None:
         """Add a trial that has ended."""
         with _translate_errors():
-            self._study.add_trial(to_frozen_trial(self._space, trial))
+            try:
+                self._study.add_trial(to_frozen_trial(self._space, trial))
+            except KeyError:
+                logger.info(
+                    "somebody deleted the Optuna study %s: it is written anew", self._study_name
+                )
+                self._open_study()
+                self._rebuild_outdated_study(self._ledger)
 
     def _open_study(self) -> None:
         """Load the study, or create it."""
@@ -148,8 +159,21 @@ def _open_database(url: str) -> optuna.storages.BaseStorage:
 
 
 def _open_journal(path: str) -> optuna.storages.BaseStorage:
-    """Open a journal file, and create it if it is missing."""
-    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path))
+    """Open a journal file, and create it if it is missing.
+
+    Raises ValueError for a file of another kind: Optuna would append to it.
+    """
+    # Optuna's lock is a link to this path: a relative one would lead elsewhere, and Optuna would
+    # wait forever for a process that was killed with the lock.
+    file = Path(path).absolute()
+    if file.is_file() and file.stat().st_size:
+        with file.open("rb") as opened:
+            first_line = opened.readline(_MAX_JOURNAL_LINE)
+        try:
+            json.loads(first_line)["op_code"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError("it is no journal of Optuna; name another file") from error
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(file)))
 
 
 def _is_annotated(study: optuna.Study, storage: optuna.storages.BaseStorage) -> bool:
@@ -170,11 +194,12 @@ def _is_annotated(study: optuna.Study, storage: optuna.storages.BaseStorage) -> 
 
 @contextmanager
 def _translate_errors() -> Iterator[None]:
-    """Raise RecordStoreUnavailable in place of errors of the database."""
+    """Raise RecordStoreUnavailable in place of errors of the database or the journal file."""
     try:
         yield
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError) as error:
-        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+    # If somebody has changed or deleted a journal file, Optuna fails in any way.
+    except Exception as error:
+        reason = (str(getattr(error, "orig", None) or error) or repr(error)).splitlines()[0]
         raise RecordStoreUnavailable(f"--optuna: {reason}") from error
 
 
