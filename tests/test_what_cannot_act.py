@@ -141,6 +141,18 @@ def test_ranges_are_judged_by_their_ends() -> None:
         "scheduler.grace_period = 3: trials are compared before the learning rate drops in epoch "
         "6, when their order says little about the end; set it to 6, or scheduler.kind to none"
     ]
+    # Only a fall counts, and all rungs after the advice are validated.
+    rates = {"optim.lr": {"boundaries": [2, 5], "values": [0.01, 0.1, 0.01]}}
+    asha = {"scheduler.grace_period": 2, "scheduler.reduction_factor": 2}
+    for changes, remedy in [
+        (rates, "epoch 6, when their order says little about the end; set it to 6, or"),
+        (rates | {"validation.every": 2, "epochs": 16}, "the end; set it to 6, or"),
+        (rates | {"epochs": 6}, "the end; set scheduler.kind to none"),
+        ({"optim.lr": {"boundaries": [], "values": [0.1]}}, ""),
+        ({"optim.lr": {"boundaries": [3], "values": [0.01, 0.1]}}, ""),
+    ]:
+        lines = list_space_warnings(load_space("at", changes | asha))
+        assert [remedy in line for line in lines] == [True] * bool(remedy), lines
     # The base has a burn-in of 30 in 8 epochs, but each trial has another one.
     data = {"method": "gairat", "base": {BURN_IN: 30}, "scheduler": {"kind": "none"}}
     space = SearchSpace.from_data({**data, "space": {"*.burn_in": {"int": [1, 2]}}, "base": {}})

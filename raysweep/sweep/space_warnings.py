@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any
 
 from raysweep.formatting import format_count
@@ -54,13 +55,32 @@ def _describe_rungs(scheduler: Scheduler, config: TrainingConfig) -> Iterator[st
             f"{format_count(config.epochs, 'epoch')} are never compared, so none is stopped early"
         )
     elif isinstance(config.optim.lr, PiecewiseSchedule):
-        first_low_epoch = config.optim.lr.boundaries[0] + 1
-        if rungs[0] < first_low_epoch <= config.epochs:
+        drop = _find_first_drop(config.optim.lr)
+        if drop is not None and rungs[0] < drop <= config.epochs:
+            possible_epochs = (
+                epoch
+                for epoch in range(drop, config.epochs)
+                if _can_begin(scheduler, epoch, config)
+            )
+            grace_period = next(possible_epochs, None)
+            remedy = "" if grace_period is None else f"it to {grace_period}, or "
             yield (
                 f"scheduler.grace_period = {rungs[0]}: trials are compared before the learning "
-                f"rate drops in epoch {first_low_epoch}, when their order says little about the "
-                f"end; set it to {first_low_epoch}, or scheduler.kind to none"
+                f"rate drops in epoch {drop}, when their order says little about the end; set "
+                f"{remedy}scheduler.kind to none"
             )
+
+
+def _can_begin(scheduler: Scheduler, grace_period: int, config: TrainingConfig) -> bool:
+    """Return whether all rungs after a grace period are epochs that are validated."""
+    rungs = scheduler.replace(grace_period=grace_period).rungs(config.epochs)
+    return all(config.is_validated(rung - 1) for rung in rungs)
+
+
+def _find_first_drop(schedule: PiecewiseSchedule) -> int | None:
+    """Return the first epoch, from 1, with a lower value than the one before; None without one."""
+    changes = zip(schedule.boundaries, pairwise(schedule.values), strict=True)
+    return next((boundary + 1 for boundary, (before, after) in changes if after < before), None)
 
 
 def _iter_value_warnings(
