@@ -70,6 +70,8 @@ class TestSweep:
         # The same command changes nothing; one that asks for more goes on.
         ledger.extend_space(ledger.space)
         assert ledger.load_early_end() == "flat"
+        ledger.extend_space(ledger.space.replace(finalists=1, disk_reserve_gib=0.5))
+        assert ledger.load_early_end() == "flat" and ledger.count_trials_left() == 1
         ledger.extend_space(ledger.space.replace(trials=40))
         assert ledger.load_early_end() is None and ledger.count_trials_left() == 32
         ledger.save_early_end("told-apart")

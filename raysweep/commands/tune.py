@@ -320,7 +320,7 @@ def _print_plan(
         trial.as_running() if trial.runs_again(request.retry_failed) else trial
         for trial in (resumed_ledger.load_all_runs() if resumed_ledger else [])
     ]
-    if resumed_ledger is not None and resumed_ledger.space == space:
+    if resumed_ledger is not None and not resumed_ledger.is_extended_by(space):
         n_started = sum(not trial.is_base_run for trial in trials)
         if resumed_ledger.load_early_end() and n_started:
             space = space.replace(trials=n_started)

@@ -438,7 +438,7 @@ class Ledger:
         """
         trials = self.load_trials()
         check_extension(self.space, new_space, {trial.number: trial.params for trial in trials})
-        if new_space != self.space:
+        if self.is_extended_by(new_space):
             (self.path / _EARLY_END_FILE).delete()
         self.space = new_space.with_absolute_paths()
         self._rules.clear()
@@ -446,6 +446,16 @@ class Ledger:
         for trial in self.load_all_runs():
             if trial.state == "finished" and trial.epoch < self.find_config(trial).epochs:
                 self.save_trial(replace(trial, state="running"))
+
+    def is_extended_by(self, new_space: SearchSpace) -> bool:
+        """Return whether a search space asks for more than this sweep's own: trials, epochs, values
+        of settings, or another end. With more finalists or runs of the base method, the sweep's
+        answer stays as clear as it was.
+        """
+        keys = ("trials", "until", "space", "points_to_evaluate")
+        if any(getattr(new_space, key) != getattr(self.space, key) for key in keys):
+            return True
+        return new_space.trial_config({}).epochs != self.space.trial_config({}).epochs
 
     def restart_failed_trials(self, retry_failed: bool = False) -> list[Trial]:
         """Set failed trials to running again, to resume from their last checkpoints.
