@@ -659,6 +659,20 @@ def match_paths(
     return [pattern] if is_settable else []
 
 
+def list_values(pattern: str, data: JsonDict) -> list[Any]:
+    """List the values of the parts and settings at a path.
+
+    Args:
+        pattern: Path; `*` matches any characters.
+        data: The settings as nested mappings.
+
+    Returns:
+        The values, in the order of the settings; empty if there is none at the path.
+    """
+    values = dict(_iter_nodes(data, ""))
+    return [values[path] for path in match_paths(pattern, data, list(values)) if path in values]
+
+
 @functools.lru_cache(maxsize=1024)
 def _compile_pattern(pattern: str) -> re.Pattern[str]:
     return re.compile(fnmatch.translate(pattern))

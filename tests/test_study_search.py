@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import FrozenTrial
+from optuna.trial import FixedTrial, FrozenTrial
 
 from raysweep.sweep.ledger import Ledger, Trial
 from raysweep.sweep.search_space import Sampler, SearchSpace
@@ -340,6 +340,26 @@ def test_the_gaussian_process_models_conditional_settings_and_tries_active_ones(
         set(params) == ({shape, lam} if params[shape] == "tanh" else {shape}) for params in found
     )
     assert found[0][shape] == "tanh" and abs(found[0][lam] - 2.0) < 0.6
+
+
+def test_a_condition_on_null_needs_the_value_not_its_absence() -> None:
+    shape, burn_in = "method.terms.pgd.weight.shape", "method.terms.pgd.weight.burn_in"
+    space = SearchSpace.from_data(
+        {
+            "method": "gairat",
+            "space": {
+                shape: {"categorical": ["linear", "tanh"]},
+                "optim.clip": {"categorical": [None, 1.0], "when": {shape: "tanh"}},
+                burn_in: {"int": [1, 6], "when": {"optim.clip": None}},
+            },
+        }
+    )
+    for values, active in [
+        ({shape: "linear", "optim.clip": None, burn_in: 3}, {shape}),
+        ({shape: "tanh", "optim.clip": 1.0, burn_in: 3}, {shape, "optim.clip"}),
+        ({shape: "tanh", "optim.clip": None, burn_in: 3}, {shape, "optim.clip", burn_in}),
+    ]:
+        assert space.suggest_params(FixedTrial(values)).keys() == active  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["random", "grid", "tpe", "nsga2"])

@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from raysweep.pipeline.stage_sweep import _create_sweep
 from raysweep.spec import SpecError
 from raysweep.stores import open_path
 from raysweep.sweep.ledger import Ledger, Trial
-from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.search_space import Distribution, SearchSpace
 from raysweep.sweep.warm_start import (
     collect_warm_start,
     load_earlier_results,
@@ -113,6 +114,35 @@ def test_a_setting_that_the_earlier_sweep_fixed_has_its_value_and_ranges_are_kep
     )
 
 
+@pytest.mark.parametrize(
+    ("space", "base", "told", "point"),
+    [
+        # The new sweep has the earlier lambda in its base, outside of the range that it searches.
+        ({LAM: {"float": [1.0, 3.0]}, BURN_IN: {"int": [1, 6]}}, {LAM: 0.5}, False, {BURN_IN: 2}),
+        # A path with a star, and a list that the earlier sweep had fixed.
+        ({LAM: {"float": [-3.0, 3.0]}, "*.burn_in": {"int": [1, 6]}}, {}, True,
+         {LAM: 0.5, "*.burn_in": 2}),
+        ({LAM: {"float": [-3.0, 3.0]}, "optim.lr.boundaries": {"categorical": [[4, 6], [5, 7]]}},
+         {BURN_IN: 2}, True, {LAM: 0.5, "optim.lr.boundaries": [5, 7]}),
+        # The condition of lambda does not hold, so the result has all that matters.
+        ({BURN_IN: {"int": [1, 6]}, LAM: {"float": [1.0, 3.0], "when": {BURN_IN: [3, 4]}}},
+         {LAM: 0.5}, True, {BURN_IN: 2}),
+        # The burn-in of 2 and a schedule that ends before it exclude each other.
+        ({BURN_IN: {"int": [1, 6]}}, {LAM: {"kind": "linear", "first": 1, "last": 2, "end": 4}},
+         False, {BURN_IN: 2}),
+    ],
+)  # fmt: skip
+def test_a_result_is_told_only_with_all_its_settings(
+    tmp_path: Path, fingerprint: str, space: dict, base: dict, told: bool, point: dict
+) -> None:
+    earlier = give_checkpoint(write_sweep(tmp_path / "earlier", {0.5: 0.75}), tmp_path)
+    new = SearchSpace.from_data({**SPACE, "space": space, "base": base})
+    # The same sweep twice tells nothing more.
+    found = collect_warm_start(new, fingerprint, [earlier, Ledger.open(earlier.path)])
+    assert found.points == (point,)
+    assert [result.params for result in found.results] == [point] * told
+
+
 def test_what_tells_nothing_is_refused_in_a_line(tmp_path: Path, fingerprint: str) -> None:
     failed = write_sweep(tmp_path / "failed", {1.0: 2.0})
     with pytest.raises(SpecError, match="--warm-start failed: it has no result"):
@@ -166,3 +196,12 @@ def test_the_sampler_learns_from_earlier_results(tmp_path: Path, fingerprint: st
     first, second = (search.suggest(name)["params"] for name in "ab")
     assert first == {LAM: 2.0, BURN_IN: 2}
     assert abs(second[LAM] - 2.0) < 0.75
+    # The sweep goes on with a narrower range; somebody has changed the file.
+    narrow = space.replace(space={**space.space, LAM: Distribution(float=(1.0, 3.0))})
+    results = list(found.results)
+    results[0] = replace(results[0], best={"epoch": 5.0})
+    save_warm_start(replace(found, results=tuple(results)), new.path)
+    trials = LedgerSearcher(Ledger(new.path, narrow, new.key))._study.trials
+    assert sorted(trial.params[LAM] for trial in trials if trial.values) == [
+        1.0, 1.25, 1.5, 1.75, 2.25, 2.5, 2.75, 3.0
+    ]  # fmt: skip

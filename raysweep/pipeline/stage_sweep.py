@@ -229,7 +229,7 @@ def _create_sweep(
         return Ledger.create(folder, space)
     context.print_line(f"{folder.name}: {warm_start.describe()}")
     ledger = Ledger.create(folder, warm_start.add_points(space))
-    with _delete_if_refused(ledger):
+    with delete_if_refused(ledger):
         save_warm_start(warm_start, ledger.path)
     return ledger
 

@@ -46,7 +46,10 @@ class LedgerSearcher(Searcher):
             set(range(space.n_trials)) - {trial.number for trial in past_trials}
         )
         earlier_results = load_earlier_results(ledger.path)
-        for trial in [result.to_trial() for result in earlier_results] + past_trials:
+        earlier_trials = [
+            result.to_trial() for result in earlier_results if result.is_possible_in(space)
+        ]
+        for trial in earlier_trials + past_trials:
             if trial.state != "running":
                 self._add_past_trial(trial)
         self._unfinished_trials = [

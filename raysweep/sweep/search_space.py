@@ -146,6 +146,13 @@ class Distribution(Spec):
         n_steps: float = (value - low) / (self.step or 1)
         return abs(n_steps - round(n_steps)) < 1e-8
 
+    def is_active(self, params: Mapping[str, Any]) -> bool:
+        """Return whether `when` holds for a trial that has these earlier searched settings."""
+        return all(
+            other in params and params[other] in _as_list(values)
+            for other, values in self.when.items()
+        )
+
     def find_sampling_problem(self) -> str | None:
         """Return in one line why Optuna cannot draw from the range, or None if it can."""
         bounds = self.float or self.int
@@ -646,14 +653,20 @@ class SearchSpace(Spec):
         """
         params: Params = {}
         for path, distribution in self.space.items():
-            is_active = all(
-                params.get(other) in _as_list(values) for other, values in distribution.when.items()
-            )
+            is_active = distribution.is_active(params)
             if is_active or self.sampler.models_inactive_params:
                 suggested = _suggest_value(optuna_trial, path, distribution.to_optuna())
                 if is_active:
                     params[path] = distribution.from_optuna(suggested)
         return params
+
+    def has_all_active(self, params: Params) -> bool:
+        """Return whether params have a value of each setting that is active with them."""
+        return all(
+            path in params
+            for path, distribution in self.space.items()
+            if distribution.is_active(params)
+        )
 
     def find_problems(self) -> list[str]:
         """Check settings, ranges, conditions and points to evaluate.

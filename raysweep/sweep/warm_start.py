@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from raysweep.formatting import format_count
-from raysweep.spec import SpecError, flatten_spec
+from raysweep.spec import SpecError, list_values
 from raysweep.stored_data import Metrics, make_damaged_file_error, require_stored_types
 from raysweep.stores import StoredFileNotFound, StorePath
 from raysweep.sweep.ledger import WARM_START_FILE, Ledger, Trial
@@ -34,6 +34,18 @@ class EarlierResult:
     number: int
     params: Params
     best: Metrics
+
+    def is_possible_in(self, space: SearchSpace) -> bool:
+        """Return whether a trial of this space could have the result.
+
+        Args:
+            space: Search space of the new sweep. Its ranges may have changed since it began.
+        """
+        needed = {*space.objectives, *(() if space.max_masking_gap is None else ("masking_gap",))}
+        return needed <= self.best.keys() and all(
+            path in space.space and space.space[path].can_propose(value)
+            for path, value in self.params.items()
+        )
 
     def to_trial(self) -> Trial:
         """Return the result as a finished trial of the new sweep."""
@@ -90,7 +102,7 @@ def collect_warm_start(
         raise SpecError("--warm-start: a grid tries its points whatever earlier sweeps found")
     results: list[EarlierResult] = []
     points: list[Params] = []
-    for ledger in ledgers:
+    for ledger in {ledger.key: ledger for ledger in ledgers}.values():
         trials = [trial for trial in ledger.rank_trials() if ledger.rank_trial(trial).is_eligible]
         pairs = [(trial, _adopt_params(space, ledger, trial)) for trial in trials]
         usable = [(trial, params) for trial, params in pairs if params]
@@ -138,34 +150,47 @@ def load_earlier_results(sweep_path: StorePath) -> list[EarlierResult]:
     types = {"sweep": str, "number": int, "params": dict[str, Any], "best": Metrics}
     for row in rows:
         require_stored_types(row, types, str(file))
-        if row.keys() - types.keys():
-            raise make_damaged_file_error(str(file), f"unknown keys {sorted(row)}")
+        if unknown_keys := sorted(row.keys() - types.keys()):
+            raise make_damaged_file_error(str(file), f"unknown keys {unknown_keys}")
     return [EarlierResult(**row) for row in rows]
 
 
 def _adopt_params(space: SearchSpace, ledger: Ledger, trial: Trial) -> Params:
     """Return the values that a trial has for the settings of a space, without those out of range.
 
-    Settings that were fixed in the earlier sweep have their fixed value.
+    Settings that were fixed in the earlier sweep have their fixed value. Without any value,
+    or if a trial of the space with them is not valid, the params are empty.
     """
-    values = flatten_spec(ledger.space.trial_config(trial.params)) | trial.params
-    params = {
-        path: values[path]
-        for path, distribution in space.space.items()
-        if path in values and distribution.can_propose(values[path])
-    }
-    return space.drop_inactive(params)
+    settings = ledger.space.trial_config(trial.params).to_json_dict()
+    params: Params = {}
+    for path, distribution in space.space.items():
+        # A path with `*` names several settings, which need one value.
+        values = [trial.params[path]] if path in trial.params else list_values(path, settings)
+        is_one_value = bool(values) and values.count(values[0]) == len(values)
+        if is_one_value and distribution.can_propose(values[0]):
+            params[path] = values[0]
+    params = space.drop_inactive(params)
+    return {} if _find_config(space, params) is None else params
+
+
+def _find_config(space: SearchSpace, params: Params) -> TrainingConfig | None:
+    """Return the config of a trial of a space; None if its settings exclude each other."""
+    try:
+        return space.trial_config(params)
+    except SpecError:
+        return None
 
 
 def _is_comparable(space: SearchSpace, params: Params, ledger: Ledger, trial: Trial) -> bool:
     """Return whether a trial of the new sweep with these params differs at most in its seed."""
-    if space.objectives != ledger.space.objectives:
-        return False
-    try:
-        config = space.trial_config(params)
-    except SpecError:
-        return False
-    return _without_seed(config) == _without_seed(ledger.space.trial_config(trial.params))
+    config = _find_config(space, params)
+    return (
+        config is not None
+        and space.objectives == ledger.space.objectives
+        # The sampler must know where the trial lies, also in settings that have the base's value.
+        and space.has_all_active(params)
+        and _without_seed(config) == _without_seed(ledger.space.trial_config(trial.params))
+    )
 
 
 def _without_seed(config: TrainingConfig) -> TrainingConfig:
