@@ -1,5 +1,6 @@
 """What a new sweep is told by earlier ones: ledgers whose trials are written out here."""
 
+import json
 import shutil
 from contextlib import ExitStack
 from dataclasses import replace
@@ -141,6 +142,18 @@ def test_a_result_is_told_only_with_all_its_settings(
     found = collect_warm_start(new, fingerprint, [earlier, Ledger.open(earlier.path)])
     assert found.points == (point,)
     assert [result.params for result in found.results] == [point] * told
+
+
+def test_a_sweep_of_an_unknown_network_names_points(tmp_path: Path, fingerprint: str) -> None:
+    earlier = give_checkpoint(write_sweep(tmp_path / "earlier", {0.5: 0.75}), tmp_path)
+    sweep_file = tmp_path / "earlier" / "sweep.json"
+    stored = json.loads(sweep_file.read_text())
+    stored["space"]["base"] = {"model.name": "of_somebody_else"}
+    sweep_file.write_text(json.dumps(stored))
+    (tmp_path / "earlier/trials/0000/epoch-0001/meta.json").write_text("of no use here")
+    earlier = Ledger.open(tmp_path / "earlier")
+    found = collect_warm_start(SearchSpace.from_data(SPACE), fingerprint, [earlier])
+    assert found.results == () and found.points == ({LAM: 0.5, BURN_IN: 2},)
 
 
 def test_what_tells_nothing_is_refused_in_a_line(tmp_path: Path, fingerprint: str) -> None:

@@ -494,6 +494,7 @@ def _load_checked_space(
     elif request.method is None and request.space_file is None:
         raise SpecError(
             "METHOD is missing: name one of `raysweep list`, or give --space FILE or --resume NAME"
+            + ("; it stands before --warm-start" if request.warm_start else "")
         )
     else:
         if request.method is not None and request.space_file is None:

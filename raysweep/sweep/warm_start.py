@@ -110,12 +110,13 @@ def collect_warm_start(
             raise SpecError(
                 f"--warm-start {ledger.name}: it has no result with settings of this search space"
             )
-        has_same_data = ledger.find_data_fingerprint() == fingerprint
         told = [
             EarlierResult(ledger.name, trial.number, params, trial.best)
             for trial, params in usable
-            if has_same_data and _is_comparable(space, params, ledger, trial)
+            if _is_comparable(space, params, ledger, trial)
         ]
+        if told and ledger.find_data_fingerprint() != fingerprint:
+            told = []
         results += told
         best = [told[0].params] if told else [params for _, params in usable]
         points += best[:N_POINTS_OF_OTHER_DATA]
@@ -161,7 +162,9 @@ def _adopt_params(space: SearchSpace, ledger: Ledger, trial: Trial) -> Params:
     Settings that were fixed in the earlier sweep have their fixed value. Without any value,
     or if a trial of the space with them is not valid, the params are empty.
     """
-    settings = ledger.space.trial_config(trial.params).to_json_dict()
+    # The earlier sweep may be of a network that this call does not know.
+    config = _find_config(ledger.space, trial.params)
+    settings = {} if config is None else config.to_json_dict()
     params: Params = {}
     for path, distribution in space.space.items():
         # A path with `*` names several settings, which need one value.
@@ -174,7 +177,7 @@ def _adopt_params(space: SearchSpace, ledger: Ledger, trial: Trial) -> Params:
 
 
 def _find_config(space: SearchSpace, params: Params) -> TrainingConfig | None:
-    """Return the config of a trial of a space; None if its settings exclude each other."""
+    """Return the config of a trial of a space; None if its settings are not valid."""
     try:
         return space.trial_config(params)
     except SpecError:
@@ -183,13 +186,14 @@ def _find_config(space: SearchSpace, params: Params) -> TrainingConfig | None:
 
 def _is_comparable(space: SearchSpace, params: Params, ledger: Ledger, trial: Trial) -> bool:
     """Return whether a trial of the new sweep with these params differs at most in its seed."""
-    config = _find_config(space, params)
+    config, earlier_config = _find_config(space, params), _find_config(ledger.space, trial.params)
     return (
         config is not None
+        and earlier_config is not None
         and space.objectives == ledger.space.objectives
         # The sampler must know where the trial lies, also in settings that have the base's value.
         and space.has_all_active(params)
-        and _without_seed(config) == _without_seed(ledger.space.trial_config(trial.params))
+        and _without_seed(config) == _without_seed(earlier_config)
     )
 
 
