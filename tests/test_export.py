@@ -116,7 +116,7 @@ def test_studies_have_optunas_states_and_keep_a_persons_notes(
 
 
 @pytest.mark.parametrize(
-    "url", ["nonsense", "sqlite:////no/such/folder/x.db", "nosuch://me:secret@host/x"]
+    "url", ["", "nonsense", "sqlite:////no/such/folder/x.db", "nosuch://me:secret@host/x"]
 )
 def test_a_storage_that_cannot_be_is_one_line(url: str, workdir: Path, capsys) -> None:
     assert main(["tune", "lrat", "--optuna", url]) == (3 if url.startswith("sqlite") else 2)

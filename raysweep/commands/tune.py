@@ -447,7 +447,7 @@ def _describe_start_of_ray(address: str | None) -> str:
 
 def _make_export_listeners(request: TuneRequest) -> list[SweepListener]:
     """Return the listener that writes trials to an Optuna storage, if one was asked for."""
-    if not request.optuna_url:
+    if request.optuna_url is None:
         return []
     from raysweep.sweep.optuna_export import OptunaExporter
 
