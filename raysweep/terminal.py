@@ -121,8 +121,7 @@ class SweepDisplay:
         elif trial.finalist is not None and trial.finalist.error:
             result = f"AutoAttack failed: {trial.finalist.error}"
         else:
-            left = format_count(n_left, "trial")
-            result = f"AutoAttack on the validation images begins; {left} to attack"
+            result = f"AutoAttack on the validation images begins; {n_left} left to attack"
         elapsed = format_clock(time.monotonic() - self._start_time)
         self.announce(f"[{elapsed}] {self._name_trial(trial)} {result}")
 

@@ -262,7 +262,8 @@ class TestComparison:
         assert comparison is not None and comparison.verdict == "cannot tell"
         (line,) = describe_base_comparison(ledger)
         assert line.startswith(
-            "gairat cannot be told from at, which has no instance weights: trial 0000 is 0.167"
+            "gairat cannot be told apart from at, which has no instance weights: "
+            "trial 0000 is 0.167"
         )
 
     def test_the_base_method_may_win(self, tmp_path: Path) -> None:

@@ -468,8 +468,8 @@ def test_a_plan_of_a_sweep_to_go_on_with_is_of_what_is_left(workdir: Path, capsy
     lines = capsys.readouterr().out.split("\n")
     assert lines[0].startswith("14 of 16 trials are left: lrat on digits, 3 epochs each")
     text = " ".join(map(str.strip, lines))
-    assert "of these, 6 epochs are 2 runs of at, to which the best trial is compared" in text
-    assert "on the 3 best trials and the runs of at" in text
+    assert "of these, 6 epochs are 2 base runs of at, with which the best trial is compared" in text
+    assert "on the 3 best trials and the base runs" in text
 
 
 @pytest.mark.ray

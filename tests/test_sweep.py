@@ -469,7 +469,7 @@ def test_autoattack_on_the_finalists_can_be_interrupted(
     summary = summarize_finalists(ledger)
     assert summary is not None and summary.n_examples == 10
     told = capsys.readouterr().err
-    assert "2 trials to attack" in told and "1 trial to attack" in told
+    assert "2 left to attack" in told and "1 left to attack" in told
     assert told.count("under AutoAttack") == 2
 
     from mlflow import MlflowClient

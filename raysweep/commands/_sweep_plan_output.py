@@ -90,15 +90,15 @@ def _describe_plan(plan: "SweepPlan", folder: "Path | None") -> list[str]:
         *_describe_time(plan),
     ]
     if plan.n_base_epochs:
-        runs = format_count(plan.n_base_runs, "run")
+        runs = format_count(plan.n_base_runs, "base run")
         lines.append(
             f"of these, {format_count(plan.n_base_epochs, 'epoch')} are {runs} of "
-            f"{plan.base_method_name}, to which the best trial is compared (base_runs)"
+            f"{plan.base_method_name}, with which the best trial is compared"
         )
     if plan.n_finalists:
         best = format_count(plan.n_finalists, "best trial")
         if plan.n_base_runs:
-            best += f" and the runs of {plan.base_method_name}"
+            best += " and the base runs"
         lines.append(f"then full AutoAttack on the validation images, on the {best}")
     lines.append(describe_needed_space(plan.checkpoint_bytes, folder))
     return [part for line in lines for part in wrap_plan_line(line)]

@@ -149,8 +149,8 @@ def describe_base_comparison(ledger: Ledger) -> list[str]:
         "better": f"{comparison.method} beats {comparison.base_method}",
         "worse": f"{comparison.base_method} beats {comparison.method}",
         "cannot tell": (
-            f"{comparison.method} cannot be told from {comparison.base_method}, which has no "
-            "instance weights"
+            f"{comparison.method} cannot be told apart from {comparison.base_method}, which has "
+            "no instance weights"
         ),
     }
     return [*lines, f"{conclusion[comparison.verdict]}: {numbers}"]
