@@ -84,6 +84,11 @@ def test_results_on_the_same_data_are_told_and_the_best_is_tried_first(
     assert tuple(load_earlier_results(new.path)) == found.results
     new.delete_if_empty()
     assert not (tmp_path / "new").exists()
+    # The best one was interrupted: what it would have come to is not known.
+    earlier.save_trial(replace(earlier.load_trials()[1], state="running"))
+    found = collect_warm_start(space, fingerprint, [earlier])
+    assert [result.params[LAM] for result in found.results] == [0.0, -1.0]
+    assert found.points == ({LAM: 2.0, BURN_IN: 2},)
 
 
 @pytest.mark.parametrize(

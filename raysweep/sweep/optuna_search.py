@@ -30,7 +30,8 @@ class LedgerSearcher(Searcher):
         super().__init__(metric=ledger.space.objectives[0], mode="max")
         self._ledger = ledger
         space, past_trials = ledger.space, ledger.load_trials()
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        # Its warnings are about optional packages.
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._study = optuna.create_study(
             directions=["maximize"] * len(space.objectives),
             sampler=space.sampler.build_sampler(len(past_trials)),

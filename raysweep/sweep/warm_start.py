@@ -110,16 +110,16 @@ def collect_warm_start(
             raise SpecError(
                 f"--warm-start {ledger.name}: it has no result with settings of this search space"
             )
-        told = [
+        comparable = [pair for pair in usable if _is_comparable(space, pair[1], ledger, pair[0])]
+        if comparable and ledger.find_data_fingerprint() != fingerprint:
+            comparable = []
+        results += [
             EarlierResult(ledger.name, trial.number, params, trial.best)
-            for trial, params in usable
-            if _is_comparable(space, params, ledger, trial)
+            for trial, params in comparable
+            # What an interrupted trial would have come to is not known.
+            if trial.state != "running"
         ]
-        if told and ledger.find_data_fingerprint() != fingerprint:
-            told = []
-        results += told
-        best = [told[0].params] if told else [params for _, params in usable]
-        points += best[:N_POINTS_OF_OTHER_DATA]
+        points += [params for _, params in comparable[:1] or usable[:N_POINTS_OF_OTHER_DATA]]
     return WarmStart(tuple(results), tuple(points))
 
 
