@@ -5,6 +5,7 @@ import optuna
 import pytest
 import yaml
 
+from raysweep.cli import main
 from raysweep.spec import SpecError
 from raysweep.sweep.search_space import (
     SearchSpace,
@@ -311,3 +312,23 @@ def test_a_grid_is_whole_unless_trials_are_given(tmp_path: Path) -> None:
     # What 0.1 stored had 16 trials by default, and keeps them.
     stored = SearchSpace.from_data({**whole.to_stored_dict(), "trials": 16}, stored=True)
     assert stored.n_trials == 16
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["tune", "lrat", "--trials", "9999999999", "--plan"], "trials = 9999999999: must be"),
+        (
+            ["run", "digits", "--set", "stages.tune.trials=9999999999", "--plan"],
+            "trials = 9999999999: must be",
+        ),
+        (["show", "lrat", "--set", "model.name=[digits_cnn]"], "model.name = "),
+        (["show", "lrat", "--set", "model.name={a: 1}"], "model.name"),
+    ],
+)
+def test_values_that_no_setting_allows_are_a_line(
+    command: list[str], words: str, workdir: Path, capsys
+) -> None:
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line

@@ -501,7 +501,7 @@ def _load_checked_space(
             method_by_name(request.method)
         space = load_space(request.method or "", request.overrides, request.space_file)
     if request.trials:
-        space = space.replace(trials=request.trials)
+        space = space.with_sweep_settings({"trials": request.trials})
     check_code(request.code, space.list_networks())
     data_spec = space.trial_config({}).data.replace(download=_may_download(request, space))
     dataset = load_data(data_spec)

@@ -81,7 +81,10 @@ class ModelSpec(Spec):
     @classmethod
     def _leave_out_unused_code(cls, data: Any) -> Any:
         """Drop `code` for a network of raysweep: a sweep may search over both kinds of networks."""
-        if isinstance(data, dict) and data.get("name", "digits_cnn") in MODELS:
+        if not isinstance(data, dict):
+            return data
+        name = data.get("name", cls.model_fields["name"].default)
+        if isinstance(name, str) and name in MODELS:
             return {key: value for key, value in data.items() if key != "code"}
         return data
 

@@ -113,7 +113,7 @@ class TuneStage(Stage):
             space = load_space("", changes, Path(self.space))
         else:
             space = load_space(self.space, changes)
-        return space.replace(trials=self.trials) if self.trials else space
+        return space.with_sweep_settings({"trials": self.trials}) if self.trials else space
 
     def plan_trainings(
         self, training_overrides: TrainingOverrides, upstream_configs: Sequence[TrainingConfig]
