@@ -3,6 +3,7 @@
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,12 @@ def measure_matrix_rate(
     with fp32_precision("tf32"):
         best = min(_seconds(lambda: a @ b) for _ in range(tries))
     return float(2 * size**3 / best)
+
+
+def read_commit() -> str:
+    """Return the short hash of the commit that is checked out."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def describe_machine() -> str:

@@ -17,7 +17,6 @@ number of passes (forward and backward) until the example breaks; a forward pass
 import argparse
 import gzip
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import describe_machine
+from measure import describe_machine, read_commit
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -649,7 +648,7 @@ def record(cases: list[Case], parts: Collection[str], work: Path) -> None:
             facts = {key: getattr(case, key) for key in keys}
             seconds = time.process_time() - began
             facts |= {"n_val": n_val, "seconds": seconds}
-            facts |= {"machine": describe_machine(), "commit": _read_commit()}
+            facts |= {"machine": describe_machine(), "commit": read_commit()}
             with atomic_open(path) as file:
                 np.savez_compressed(file, **found, facts=np.array(json.dumps(facts)))
             print(f"{case.name} {part}: {seconds:.1f} s", flush=True)
@@ -676,11 +675,6 @@ def _shrink(values: np.ndarray) -> np.ndarray:
     if values.dtype.kind == "f" and values.ndim:
         return values.astype(np.float16)
     return values.astype(np.uint16) if values.dtype.kind in "iu" and values.ndim else values
-
-
-def _read_commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ recorded stays in FOLDER: the same command goes on where it was stopped.
 
 import argparse
 import json
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
-from measure import describe_machine
+from measure import describe_machine, read_commit
 
 from raysweep.atomic_files import atomic_open
 from raysweep.data import load_data
@@ -85,7 +84,7 @@ def record(work: Path, spaces: list[str]) -> None:
             continue
         cache = PrefixCache(work / "prefixes", max_bytes=2**31)
         facts = {"space": name, "number": number, "seed": seed, "params": params}
-        facts |= {"machine": describe_machine(), "commit": _read_commit()}
+        facts |= {"machine": describe_machine(), "commit": read_commit()}
         began = time.process_time()
         try:
             found = record_run(config, work / "runs" / path.stem, cache)
@@ -98,11 +97,6 @@ def record(work: Path, spaces: list[str]) -> None:
             f"{path.stem}: {found.get('test', 'failed')}, {found['processor_seconds']} s",
             flush=True,
         )
-
-
-def _read_commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def collect(work: Path, out: Path) -> None:
