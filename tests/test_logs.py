@@ -441,7 +441,8 @@ def test_the_lease_of_a_process_that_died_is_taken_over_with_a_word(tmp_path: Pa
 def test_who_is_waited_for_is_named(tmp_path: Path) -> None:
     cache = PrefixCache(tmp_path / "prefixes")
     process = forked_processes.start_function(_hold_until_waited_for, tmp_path)
-    while not list((tmp_path / "prefixes").glob("key.claim")):
+    # The file is created empty, and names its holder a moment later.
+    while not [p for p in (tmp_path / "prefixes").glob("key.claim") if "host=" in p.read_text()]:
         assert process.poll() is None
     with logs.log_to_folder(tmp_path), cache.acquire_training_lease("key", 3) as must_train:
         assert must_train
