@@ -39,7 +39,7 @@ from raysweep.output_streams import OutputClosed, forgiving_output
 from raysweep.redaction import redact_secrets
 from raysweep.shell_completion import SUPPORTED_SHELLS, PrintCompletion
 from raysweep.user_folders import provide_library_folders
-from raysweep.visible_text import visible_output
+from raysweep.visible_text import shorten_line, visible_output
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class _OneLineErrorParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with the code for wrong settings."""
-        line = redact_secrets(f"{message}; see `{self.prog} --help`")
+        line = shorten_line(redact_secrets(f"{message}; see `{self.prog} --help`"))
         self.exit(ExitCode.WRONG_SETTINGS, f"raysweep: error: {line}\n")
 
 

@@ -10,7 +10,7 @@ from enum import IntEnum
 from typing import Any, ClassVar, Self
 
 from raysweep.redaction import redact_secrets
-from raysweep.visible_text import show_characters
+from raysweep.visible_text import shorten_line, show_characters
 
 _INFRASTRUCTURE_ERRNOS = frozenset(
     {
@@ -70,12 +70,16 @@ class RaysweepError(Exception):
             problems: One line or several.
         """
         lines = [problems] if isinstance(problems, str) else list(problems)
-        # A name in a file of a stranger may hold line breaks and commands of terminals.
-        self.problems = [
-            show_characters(redact_secrets(line), line_breaks=self.has_long_problems)
-            for line in lines
-        ]
+        self.problems = [self._clean_problem(line) for line in lines]
         super().__init__("\n".join(self.problems))
+
+    def _clean_problem(self, problem: str) -> str:
+        """Return a problem without secrets, and without what a stranger's file may hide in names.
+
+        That is line breaks, commands of terminals, and values of thousands of characters.
+        """
+        shown = show_characters(redact_secrets(problem), line_breaks=self.has_long_problems)
+        return shown if self.has_long_problems else shorten_line(shown)
 
     def with_prefix(self, prefix: str) -> Self:
         """Return an error of the same class whose problems all start with a text.

@@ -16,6 +16,9 @@ from typing import Any, TextIO
 # private use.
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
 _LINE_BREAKS = "\n\t"
+# Characters of a line that are kept of its start and its end, where its cause and its remedy are.
+_KEPT_START = 1500
+_KEPT_END = 500
 # An underscore or number within a word is text, as is a dash within a line.
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w)|^[-+#=]|^\d+(?=[.)](?:\s|$)))")
 # Renderers turn addresses into links without any sign.
@@ -40,6 +43,21 @@ def show_characters(text: str, line_breaks: bool = False) -> str:
         character if character in kept or not _is_hidden(character) else _escape(character)
         for character in text
     )
+
+
+def shorten_line(line: str) -> str:
+    """Cut the middle out of a line that is too long to be read.
+
+    Args:
+        line: Any line; one of up to 2,000 characters stays whole.
+
+    Returns:
+        Its start, how many characters were left out, and its end.
+    """
+    n_left_out = len(line) - _KEPT_START - _KEPT_END
+    if n_left_out <= 0:
+        return line
+    return f"{line[:_KEPT_START]}... ({n_left_out} characters) ...{line[-_KEPT_END:]}"
 
 
 def escape_markdown(text: str) -> str:

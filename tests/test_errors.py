@@ -113,6 +113,20 @@ def test_a_prefix_stands_before_each_problem():
     assert error.problems == ["node-1: a", "node-1: b"]
 
 
+def test_a_problem_that_nobody_can_read_keeps_its_start_and_its_end():
+    value = "x" * 200_000
+    (problem,) = SpecError(f"optim.lr = {value!r}: must be a number; see docs").problems
+    assert len(problem) < 2100
+    assert problem.startswith("optim.lr = 'xxx")
+    assert problem.endswith("x': must be a number; see docs")
+    # 11 characters before the value, its quotes, 31 after it; 2,000 are kept.
+    assert f"... ({11 + 200_002 + 28 - 2000} characters) ..." in problem
+    (whole,) = SpecError("a" * 2000).problems
+    assert whole == "a" * 2000
+    (traceback,) = TrainingFailed(value).problems
+    assert traceback == value
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
