@@ -129,6 +129,18 @@ def test_the_plans_of_the_commands(
     assert sorted(folder.iterdir()) == before, "a plan writes nothing"
 
 
+@pytest.mark.parametrize("command", [["train", "at"], ["tune", "at"], ["run", "p.yaml"]])
+def test_plans_warn_of_few_validation_images(
+    folder: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "p.yaml").write_text("stages: [{kind: tune, space: at}]\n")
+    options = ["--data-dir", str(folder), *SHORT, "--set", "data.val_size=1"]
+    assert main([*command, "--plan", *options]) == 0
+    output = capsys.readouterr()
+    text = " ".join((output.out + output.err).split())
+    assert text.count("1 validation image: guessing may get all of them right") == 1
+
+
 def test_plans_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["train", "gairat"], ["tune", "gairat"]):
         assert main([*command, "--plan", "--json", "--data-dir", str(folder), *SHORT]) == 0

@@ -143,10 +143,10 @@ def run_command(args: argparse.Namespace) -> None:
     name, pipeline, training_overrides = load_pipeline(request.pipeline, request.overrides)
     check_code(request.code, pipeline.list_networks(training_overrides))
     check_rankings(pipeline, training_overrides)
-    _print_config_warnings(pipeline, training_overrides)
     if request.plan_only:
         _plan_stages(request, name, pipeline, training_overrides)
     else:
+        _print_config_warnings(pipeline, training_overrides)
         _run_stages(request, name, pipeline, training_overrides)
 
 
@@ -163,7 +163,7 @@ def _plan_stages(
     request: RunRequest, name: str, pipeline: Pipeline, training_overrides: TrainingOverrides
 ) -> None:
     """Print what would run, on which resources and for about how long."""
-    from raysweep.commands.common import resolve_runs_folder
+    from raysweep.commands.common import print_warnings, resolve_runs_folder
     from raysweep.disk_space import describe_needed_space
     from raysweep.pipeline.plan import plan_pipeline
     from raysweep.training.training_summary import wrap_plan_line
@@ -173,6 +173,8 @@ def _plan_stages(
     stage_rows, cluster_resources = plan_pipeline(
         pipeline, training_overrides, folder, request.address, request.first_stage
     )
+    for row in stage_rows:
+        print_warnings(f"{row['kind']}: {line}" for line in row.get("warnings", []))
     if request.as_json:
         print(json.dumps({"pipeline": name, "stages": stage_rows}, indent=1))
         return

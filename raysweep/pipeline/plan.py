@@ -16,7 +16,12 @@ from raysweep.sweep.epoch_timing import estimate_epoch_seconds
 from raysweep.sweep.plan import available_capacity, estimate_trial_bytes
 from raysweep.sweep.resources import Resources
 from raysweep.training.config import TrainingConfig
-from raysweep.training.training_summary import PLAN_WIDTH, list_summary_rows, wrap_summary_rows
+from raysweep.training.training_summary import (
+    PLAN_WIDTH,
+    list_data_warnings,
+    list_summary_rows,
+    wrap_summary_rows,
+)
 
 # Resources of each node of a cluster, by name.
 NodeResources = Sequence[dict[str, float]]
@@ -78,9 +83,10 @@ def plan_pipeline(
             row["summary"] = _summarize_trainings(
                 stage, trainings, training_overrides, load_dataset
             )
-            row["warnings"] = list(
-                dict.fromkeys(stage.list_warnings(training_overrides, upstream_configs))
-            )
+            warnings = [*stage.list_warnings(training_overrides, upstream_configs)]
+            for training in trainings:
+                warnings += list_data_warnings(training.config, load_dataset(training.config.data))
+            row["warnings"] = list(dict.fromkeys(warnings))
         rows.append(row)
     all_trainings = [training for _, _, trainings in stages_to_run for training in trainings]
     estimator = _TrainingEstimator(all_trainings, load_dataset)

@@ -27,6 +27,7 @@ from raysweep.training import checkpoint
 from raysweep.training.config import TrainingConfig, build_training_config
 from raysweep.training.dataset_defaults import DATASET_DEFAULTS, UNCHANGED_SINCE_0_1
 from raysweep.training.selection import SelectionRule, rank_epoch
+from raysweep.training.training_summary import list_data_warnings
 
 if TYPE_CHECKING:
     from raysweep.sweep.resources import Resources
@@ -159,10 +160,8 @@ def run_stage_sweep(
             if has_work_left:
                 context.connect_cluster()
             if has_work_left or context.records_again:
-                data_spec = space.trial_config({}).data
-                end_reason = _run_trials(
-                    context, ledger, data_spec, Resources(cpus, gpus), max_hours
-                )
+                config = space.trial_config({})
+                end_reason = _run_trials(context, ledger, config, Resources(cpus, gpus), max_hours)
     if end_reason == "interrupted":
         raise KeyboardInterrupt
     if ledger.find_best_trial() is None:
@@ -177,7 +176,7 @@ def run_stage_sweep(
 def _run_trials(
     context: StageContext,
     ledger: Ledger,
-    data_spec: DataSpec,
+    config: TrainingConfig,
     resources: "Resources",
     max_hours: float | None,
 ) -> "SweepEndReason":
@@ -185,7 +184,10 @@ def _run_trials(
     from raysweep.sweep.tune_callbacks import Budget, SweepFailed, SweepListener
     from raysweep.sweep.tuner import run_sweep
 
-    fingerprint = context.get_dataset(data_spec).fingerprint
+    dataset = context.get_dataset(config.data)
+    for line in list_data_warnings(config, dataset):
+        logger.warning("sweep %s: %s", ledger.name, line)
+    fingerprint = dataset.fingerprint
     listeners: list[SweepListener] = [
         SweepTracker(context.tracker, fingerprint, context.records),
         SweepDisplay(context.console),
@@ -198,7 +200,7 @@ def _run_trials(
             context.address,
             Budget(math.inf if max_hours is None else 3600 * max_hours),
             fingerprint,
-            may_download=data_spec.download,
+            may_download=config.data.download,
         )
     except SweepFailed as error:
         raise StageFailed(error.problems) from error
