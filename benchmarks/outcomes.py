@@ -655,8 +655,13 @@ def record(cases: list[Case], parts: Collection[str], work: Path) -> None:
 
 
 def collect(work: Path, out: Path) -> None:
-    """Write all parts of the cases that AutoAttack has attacked into one file."""
+    """Add all parts of the cases that AutoAttack has attacked to the file, which is made if it is
+    missing.
+    """
     arrays: dict[str, np.ndarray] = {}
+    if out.exists():
+        with np.load(out) as file:
+            arrays = dict(file)
     names = sorted(path.name.split(".autoattack-0")[0] for path in (work / "parts").glob("*-0.npz"))
     for name in names:
         for part in RECORDERS:
