@@ -23,8 +23,9 @@ from typing import Any
 
 import optuna
 
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import Params, SearchSpace, load_space
+from raysweep.sweep.trial import Trial
 from raysweep.tracking import SweepTracker, Tracker
 
 EPOCHS, METRICS, REPEATS = 10, 25, 5

@@ -27,9 +27,9 @@ import torch
 from matplotlib.figure import Figure
 from measure import describe_machine, format_table
 
-from raysweep.sweep.ledger import Trial
 from raysweep.sweep.optuna_study import to_sampler_trial
 from raysweep.sweep.search_space import Params, Sampler, SearchSpace, load_space
+from raysweep.sweep.trial import Trial
 
 CONCURRENCY = 2
 

@@ -26,9 +26,10 @@ from measure import format_table as markdown
 from raysweep.data import load_data
 from raysweep.sweep.cluster import connect_to_cluster
 from raysweep.sweep.epoch_counts import count_epochs
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import SearchSpace, load_space
+from raysweep.sweep.trial import Trial
 from raysweep.sweep.tuner import run_sweep
 from raysweep.tracking import SweepTracker, Tracker
 from raysweep.training.config import TrainingConfig

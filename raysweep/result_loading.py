@@ -30,9 +30,10 @@ from raysweep.stores import Location, StorePath, open_path
 from raysweep.sweep.base_comparison import BaseComparison, compare_with_base
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.finalist_summary import summarize_finalists
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import param_labels
 from raysweep.sweep.spread_summary import SpreadSummary, summarize_spread
+from raysweep.sweep.trial import Trial
 from raysweep.sweep.trial_advice import advise_on_trial
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.config import TrainingConfig

@@ -7,14 +7,17 @@ from typing import Literal
 
 from raysweep.spec import SpecError, describe_unknown_name
 from raysweep.stores import StorePath, is_uri, open_path, require_reachable
-from raysweep.sweep.ledger import BASE_RUNS_FOLDER, TRIALS_FOLDER, Ledger
+from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.trial import RunKind, Trial, identify_run_folder
 from raysweep.tracking import Tracker, tracking_uri
 from raysweep.user_folders import expand_home
 
 # An MLflow run's id.
 _RUN_ID_PATTERN = re.compile(r"[0-9a-f]{32}")
 _RUNS_PREFIX = "runs/"
-_TRIAL_PATTERN = re.compile(r"(?P<sweep>.+?)/(?P<base>base[-/])?(?P<number>[0-9]+)")
+_TRIAL_PATTERN = re.compile(
+    r"(?P<sweep>.+?)/((?P<base>base[-/])?|repeats/)(?P<number>[0-9]+)(-seed-(?P<seed>[0-9]+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -24,27 +27,26 @@ class FoundRun:
     Attributes:
         path: Folder of the sweep, trial or training run.
         ledger: The sweep, also of a trial; None for a training run.
-        trial_number: Number of the trial or base run; None for a sweep or training run.
-        is_base_run: Whether it is a run of a sweep's base method.
+        run_kind: Whether it is a trial, a base run or a repeat; None for a sweep or training run.
+        run_key: Its name in the sweep, such as `0003` or `base-0000` (see `Trial.key`); "" for a
+            sweep or training run.
     """
 
     path: StorePath
     ledger: Ledger | None = None
-    trial_number: int | None = None
-    is_base_run: bool = False
+    run_kind: RunKind | None = None
+    run_key: str = ""
 
     @property
-    def kind(self) -> Literal["sweep", "trial", "base run", "training run"]:
+    def kind(self) -> RunKind | Literal["sweep", "training run"]:
         """What it is, for messages."""
         if self.ledger is None:
             return "training run"
-        if self.is_base_run:
-            return "base run"
-        return "sweep" if self.trial_number is None else "trial"
+        return self.run_kind or "sweep"
 
 
 def find_run(name: str, runs_folder: StorePath) -> FoundRun | None:
-    """Find what SWEEP, SWEEP/0003, SWEEP/base-0000, RUN or a folder names.
+    """Find what SWEEP, SWEEP/0003, SWEEP/base-0000, SWEEP/0003-seed-1, RUN or a folder names.
 
     Args:
         name: The name, as the user typed it; `runs/` before it is left out. Or the path or URI of a
@@ -68,21 +70,23 @@ def _find_named_run(name: str, runs_folder: StorePath) -> FoundRun | None:
         return None
     part = _TRIAL_PATTERN.fullmatch(name)
     if part and (runs_folder / part["sweep"] / "sweep.json").is_file():
-        ledger = Ledger.open(runs_folder / part["sweep"])
-        return _find_trial(ledger, int(part["number"]), is_base_run=bool(part["base"]))
+        kind: RunKind = "base run" if part["base"] else "repeat" if part["seed"] else "trial"
+        params = {"seed": int(part["seed"])} if part["seed"] else {}
+        run = Trial(int(part["number"]), params, kind=kind)
+        return _find_trial(Ledger.open(runs_folder / part["sweep"]), run)
     return _identify_run(runs_folder / name)
 
 
-def _find_trial(ledger: Ledger, number: int, is_base_run: bool) -> FoundRun:
-    """Find a trial or base run of a sweep. Raises SpecError if it has none of this number."""
-    runs = ledger.load_base_runs() if is_base_run else ledger.load_trials()
+def _find_trial(ledger: Ledger, wanted: Trial) -> FoundRun:
+    """Find a trial, base run or repeat of a sweep. Raises SpecError if it does not have it."""
+    runs = [run for run in ledger.load_all_runs() if run.kind == wanted.kind]
     for run in runs:
-        if run.number == number:
-            return FoundRun(ledger.run_path(run), ledger, number, is_base_run)
-    noun = "base run" if is_base_run else "trial"
-    raise SpecError(
-        f"{ledger.name} has no {noun} {number:04d}: it has {len(runs)}, counted from 0000"
-    )
+        if run.key == wanted.key:
+            return FoundRun(ledger.run_path(run), ledger, run.kind, run.key)
+    if wanted.kind == "repeat":
+        names = ", ".join(run.key for run in runs) or "none"
+        raise SpecError(f"{ledger.name} has no repeat {wanted.key}; its repeats: {names}")
+    raise SpecError(f"{ledger.name} has no {wanted.title}: it has {len(runs)}, counted from 0000")
 
 
 def _find_run_at(path_or_uri: str) -> FoundRun | None:
@@ -91,10 +95,10 @@ def _find_run_at(path_or_uri: str) -> FoundRun | None:
         return None
     folder = open_path(path_or_uri)
     require_reachable(folder)
-    if folder.parent.name in (TRIALS_FOLDER, BASE_RUNS_FOLDER) and folder.name.isdecimal():
-        sweep, is_base_run = folder.parent.parent, folder.parent.name == BASE_RUNS_FOLDER
+    if identity := identify_run_folder(folder):
+        sweep = folder.parent.parent
         if (sweep / "sweep.json").is_file():
-            return FoundRun(folder, Ledger.open(sweep), int(folder.name), is_base_run)
+            return FoundRun(folder, Ledger.open(sweep), *identity)
     return _identify_run(folder)
 
 

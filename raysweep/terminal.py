@@ -23,9 +23,10 @@ from rich.text import Text
 
 from raysweep.formatting import format_clock, format_count
 from raysweep.plain_console import PlainConsole
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import param_labels
 from raysweep.sweep.spread_summary import SpreadSummary, describe_split, summarize_spread
+from raysweep.sweep.trial import Trial
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.visible_text import show_characters
 
@@ -115,7 +116,7 @@ class SweepDisplay:
 
     def on_finalist_update(self, trial: Trial, n_left: int) -> None:
         """Print that AutoAttack begins with a finalist, or what it found."""
-        (self._base_runs if trial.is_base_run else self._trials)[trial.number] = trial
+        (self._base_runs if trial.kind == "base run" else self._trials)[trial.number] = trial
         if trial.robust_under_autoattack is not None:
             result = f"{trial.robust_under_autoattack:.3f} under AutoAttack"
         elif trial.finalist is not None and trial.finalist.error:
@@ -149,7 +150,7 @@ class SweepDisplay:
 
     def _name_trial(self, trial: Trial) -> str:
         """Return what begins the lines of a trial: `trial 0003`, or `at (base) seed 0`."""
-        return self._ledger.describe_row(trial) if trial.is_base_run else trial.title
+        return self._ledger.describe_row(trial) if trial.kind == "base run" else trial.title
 
     def _format_reason(self, trial: Trial) -> str:
         """Return `: REASON`; the number of the first trial with the same reason for others."""
@@ -301,7 +302,7 @@ class TrialTable:
         table.add_column("trial", no_wrap=True)
         table.add_column("settings", overflow="fold")
         for trial in self._trials:
-            if trial.is_base_run:
+            if trial.kind != "trial":
                 continue
             settings = [
                 f"{label}={format_param(trial.params.get(path))}"

@@ -46,7 +46,8 @@ from raysweep.training.config import TrainingConfig, build_training_config
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
-    from raysweep.sweep.ledger import Ledger, Trial
+    from raysweep.sweep.ledger import Ledger
+    from raysweep.sweep.trial import Trial
     from raysweep.tracking import Tracker
 
 # Nearly all that imports and the collection of tests make stays: looking through it for garbage

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import Scheduler, SearchSpace
+from raysweep.sweep.trial import Trial
 
 pytestmark = pytest.mark.needs_ray
 

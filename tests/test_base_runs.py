@@ -21,8 +21,9 @@ from raysweep.result_loading import Sweep, sweep_to_json
 from raysweep.spec import SpecError
 from raysweep.sweep.base_comparison import compare_with_base, describe_base_comparison
 from raysweep.sweep.finalist_result import FinalistResult
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace, load_space
+from raysweep.sweep.trial import Trial
 from raysweep.terminal import TrialTable
 from raysweep.training.prefix_cache import prefix_keys
 
@@ -42,7 +43,7 @@ def make_trial(number: int, n_correct: int, robust: int | None = None, **more: A
 
 def make_base_run(seed: int, n_correct: int, robust: int | None = None, **more: Any) -> Trial:
     run = make_spread_trial(50 + seed, n_correct, robust, params={"seed": seed}, **more)
-    return replace(run, number=seed, is_base_run=True)
+    return replace(run, number=seed, kind="base run")
 
 
 def make_ledger(path: Path, *runs: Trial, **changes: Any) -> Ledger:
@@ -167,7 +168,7 @@ class TestSearch:
         inner = LedgerSearcher(ledger)
         searcher = BaseRunSearcher(ledger, inner)
         first, second, third = (searcher.suggest(f"t{number}") for number in range(3))
-        assert first == {"number": 1, "params": {"seed": 1}, "is_base_run": True}
+        assert first == {"number": 1, "params": {"seed": 1}, "kind": "base run"}
         assert isinstance(second, dict) and second["number"] == 1 and LAM in second["params"]
         assert isinstance(third, dict) and third["number"] == 2
         result = {"epoch": 4, "robust_worst": 0.9, "clean": 0.95}
@@ -192,7 +193,7 @@ class TestSearch:
 
         assert report(0, 0.5) == "CONTINUE"
         for seed, value in ((0, 0.1), (1, 0.9)):
-            base_run = {"params": {"seed": seed}, "is_base_run": True}
+            base_run = {"params": {"seed": seed}, "kind": "base run"}
             assert report(seed, value, **base_run) == "CONTINUE"
         assert report(1, 0.6) == "CONTINUE" and report(2, 0.4) == "STOP"
 
@@ -206,7 +207,7 @@ class TestSearch:
             on_base_run_update=lambda run, metrics: told.append(("base", run.state, run.epoch)),
         )
         callback = LedgerCallback(ledger, 2, [listener], 0, Budget())
-        config = {"number": 0, "params": {"seed": 0}, "is_base_run": True}
+        config = {"number": 0, "params": {"seed": 0}, "kind": "base run"}
         tune: Any = SimpleNamespace(trial_id="a", config=config, error_file=None, num_failures=0)
         callback.on_trial_start(0, [], tune)
         for epoch, worst in ((1, 0.25), (2, 0.5)):
@@ -366,4 +367,4 @@ def test_a_stored_run_is_read_again_with_its_result(tmp_path: Path) -> None:
     (run,) = Ledger.open(ledger.path).load_base_runs()
     assert run == make_base_run(0, 150, 140) and isinstance(run.finalist, FinalistResult)
     file = ledger.run_path(run).local_path / "trial.json"  # type: ignore[operator]
-    assert "is_base_run" not in json.loads(file.read_text())
+    assert "kind" not in json.loads(file.read_text())

@@ -30,8 +30,9 @@ from raysweep.stores import (
     open_path,
     open_store,
 )
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import load_space
+from raysweep.sweep.trial import Trial
 
 __all__ = ["gcs", "s3_host", "store"]
 pytestmark = pytest.mark.parametrize("store", ["s3", "gs"], indirect=True)

@@ -7,7 +7,7 @@ from conftest import tiny
 
 from raysweep.data import DatasetSplits
 from raysweep.sweep.epoch_counts import count_epochs
-from raysweep.sweep.ledger import Trial
+from raysweep.sweep.trial import Trial
 from raysweep.training.callbacks import FunctionCallback, TrainingCallback
 from raysweep.training.checkpoint import TrainingCheckpoint
 from raysweep.training.metric_history import EpochMetrics

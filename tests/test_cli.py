@@ -19,8 +19,9 @@ import yaml
 from raysweep.cli import build_parser, main
 from raysweep.leases import hold_folder_lease
 from raysweep.spec import apply_overrides, flatten_spec
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import load_space
+from raysweep.sweep.trial import Trial
 from raysweep.training.presets import resolve_training_config
 from raysweep.training.validation import ObjectiveName
 from raysweep.yaml_files import parse_yaml

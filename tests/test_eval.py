@@ -24,8 +24,9 @@ from raysweep.checkpoint_evaluation import (
 )
 from raysweep.cli import main
 from raysweep.spec import SpecError
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import load_space
+from raysweep.sweep.trial import Trial
 from raysweep.tracking import Tracker, checkpoint_run_tags, tracking_uri
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.model_loading import load_checkpoint_target

@@ -10,9 +10,10 @@ import pytest
 
 from raysweep.cli import main
 from raysweep.spec import SpecError
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.optuna_export import OptunaExporter
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.trial import Trial
 
 ALPHA = "method.terms.pgd.weight.alpha"
 

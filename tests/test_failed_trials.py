@@ -12,8 +12,9 @@ import pytest
 
 from raysweep.cli import main
 from raysweep.result_loading import Sweep, sweep_to_json
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.trial import Trial
 from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.trainer import TrainingFailed, train_model
 

@@ -25,8 +25,9 @@ from raysweep.result_loading import Sweep, sweep_to_json
 from raysweep.spec import SpecError
 from raysweep.sweep.finalist_result import FinalistResult
 from raysweep.sweep.finalist_summary import describe_finalists, summarize_finalists
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace, load_space, split_sweep_settings
+from raysweep.sweep.trial import Trial
 from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import read_checkpoint
 from raysweep.training.model_loading import load_trained_model

@@ -13,9 +13,10 @@ import optuna
 import pytest
 
 from raysweep.spec import SpecError
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.optuna_study import build_study
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.trial import Trial
 from raysweep.training.selection import SelectionRule
 
 LR = "optim.lr"

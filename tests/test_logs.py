@@ -24,8 +24,9 @@ from raysweep.errors import InfrastructureError
 from raysweep.logs import folder_log
 from raysweep.redaction import redact_secrets
 from raysweep.stores import request_log
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import load_space
+from raysweep.sweep.trial import Trial
 from raysweep.training.prefix_cache import PrefixCache
 
 LOGGER = logging.getLogger("raysweep.some.module")

@@ -10,8 +10,9 @@ import pytest
 
 from raysweep.cli import main
 from raysweep.spec import SpecError
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.trial import Trial
 from raysweep.tracking import Tracker, tracking_uri
 from raysweep.training.trainer import train_model
 

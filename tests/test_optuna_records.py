@@ -10,10 +10,11 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.optuna_export import OptunaExporter
 from raysweep.sweep.optuna_study import constraint_values, to_frozen_trial
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.trial import Trial
 
 SHAPE = "method.terms.pgd.weight.shape"
 LAM = "method.terms.pgd.weight.lam"

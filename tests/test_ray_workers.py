@@ -12,10 +12,11 @@ from test_workers import difference
 from raysweep.errors import InfrastructureError
 from raysweep.logs import read_log
 from raysweep.spec import SpecError
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.multi_worker_trial import load_placement_group
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.trial import Trial
 from raysweep.sweep.tuner import run_sweep
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.selection import find_best_epoch

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.trial import Trial
 
 pytestmark = pytest.mark.needs_ray
 

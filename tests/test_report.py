@@ -21,9 +21,10 @@ from raysweep.pipeline.report.training_dynamics import (
     build_training_dynamics_section,
     draw_training_figures,
 )
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.optuna_study import MIN_IMPORTANCE_TRIALS, build_study, param_importances
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.trial import Trial
 from raysweep.training.instance_metrics import InstanceMetrics, compute_instance_metrics
 from raysweep.training.model_loading import load_checkpoint_target
 from raysweep.training.trainer import train_model

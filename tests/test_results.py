@@ -11,8 +11,9 @@ from conftest import tiny
 import raysweep
 from raysweep.errors import DamagedFileError
 from raysweep.spec import SpecError
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.trial import Trial
 from raysweep.training.selection import SelectionRule
 from raysweep.training.trainer import train_model
 

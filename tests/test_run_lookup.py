@@ -20,8 +20,9 @@ from raysweep.result_loading import load_training_run
 from raysweep.run_lookup import find_run, list_runs
 from raysweep.spec import SpecError
 from raysweep.stores import open_path
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.trial import Trial
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.presets import resolve_training_config
 from raysweep.training.trainer import train_model

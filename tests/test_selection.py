@@ -10,9 +10,10 @@ from conftest import tiny
 from raysweep.cli import main
 from raysweep.result_loading import Sweep, describe_guessing
 from raysweep.spec import SpecError
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.optuna_study import build_study
 from raysweep.sweep.search_space import SearchSpace, load_space
+from raysweep.sweep.trial import Trial
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.config import TrainingConfig, build_training_config
 from raysweep.training.metric_advice import advise_on_training

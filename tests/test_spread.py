@@ -16,9 +16,10 @@ from raysweep.errors import DamagedFileError
 from raysweep.pipeline.report.search_results import _build_trial_table
 from raysweep.result_loading import Sweep, sweep_to_json
 from raysweep.sweep.finalist_result import FinalistResult
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.sweep.spread_summary import describe_spread, summarize_spread
+from raysweep.sweep.trial import Trial
 from raysweep.terminal import SweepDisplay, TrialTable
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.example_verdicts import ExampleVerdicts

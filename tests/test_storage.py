@@ -37,7 +37,8 @@ from raysweep.spec import SpecError
 from raysweep.stores import BucketStore, StorePath, StoreUnavailable, local_copies, open_path
 from raysweep.stores.bucket_store import RetrySettings
 from raysweep.stores.opening import parse_bucket_uri
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.trial import Trial
 from raysweep.training import checkpoint
 from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import META_FILE, WEIGHTS_FILE, RunDirectory

@@ -11,8 +11,9 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FixedTrial, FrozenTrial
 
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import Sampler, SearchSpace
+from raysweep.sweep.trial import Trial
 from raysweep.training.selection import SelectionRule
 
 pytestmark = pytest.mark.needs_ray

@@ -19,10 +19,11 @@ from raysweep.logs import read_log
 from raysweep.spec import SpecError
 from raysweep.stores import FolderStore, StoreUnavailable
 from raysweep.sweep.finalist_summary import describe_finalists, summarize_finalists
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.optuna_search import LedgerSearcher
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.trial import Trial
 from raysweep.sweep.trial_advice import advise_on_trial
 from raysweep.sweep.tune_callbacks import Budget, LedgerCallback, SweepFailed
 from raysweep.sweep.tuner import run_sweep

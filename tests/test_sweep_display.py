@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace, load_space, param_labels
+from raysweep.sweep.trial import Trial
 from raysweep.terminal import SweepDisplay, TrialTable
 
 LR = "optim.lr"

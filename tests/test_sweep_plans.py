@@ -20,7 +20,6 @@ from raysweep.errors import InfrastructureError
 from raysweep.spec import SpecError
 from raysweep.stores import open_path
 from raysweep.sweep.epoch_timing import _time_few_rows_then_all, estimate_epoch_seconds
-from raysweep.sweep.ledger import Trial
 from raysweep.sweep.plan import (
     expected_sweep_epochs,
     expected_trial_epochs,
@@ -29,6 +28,7 @@ from raysweep.sweep.plan import (
 )
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.trial import Trial
 
 pytestmark = pytest.mark.needs_ray
 

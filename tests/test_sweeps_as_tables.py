@@ -12,8 +12,9 @@ from raysweep.result_loading import (
     sweep_to_json,
 )
 from raysweep.spec import SpecError
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.trial import Trial
 from raysweep.sweep.trial_advice import advise_on_trial
 
 LR, LAM = "optim.lr", "method.terms.pgd.weight.lam"

@@ -16,9 +16,10 @@ from mlflow_server import MlflowServer
 
 from raysweep.cli import main
 from raysweep.record_queue import RecordQueue, RecordStoreUnavailable
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.optuna_export import OptunaExporter
 from raysweep.sweep.search_space import load_space
+from raysweep.sweep.trial import Trial
 from raysweep.tracking import SweepTracker, Tracker
 from raysweep.training import trainer
 from raysweep.training.trainer import compute_step_gradients, train_model

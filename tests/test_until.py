@@ -11,9 +11,10 @@ from test_base_runs import make_trial as make_gairat_trial
 
 from raysweep.result_loading import sweep_to_json
 from raysweep.spec import SpecError
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace, load_space
 from raysweep.sweep.spread_summary import describe_spread, find_early_end
+from raysweep.sweep.trial import Trial
 
 
 def make_trial(number: int, n_correct: int, **more: Any) -> Trial:

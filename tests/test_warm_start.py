@@ -14,8 +14,9 @@ from raysweep.pipeline.stage import StageContext, TrainingOverrides
 from raysweep.pipeline.stage_sweep import _create_sweep
 from raysweep.spec import SpecError
 from raysweep.stores import open_path
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import Distribution, SearchSpace
+from raysweep.sweep.trial import Trial
 from raysweep.sweep.warm_start import (
     collect_warm_start,
     load_earlier_results,

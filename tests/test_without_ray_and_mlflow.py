@@ -13,8 +13,9 @@ import pytest
 from conftest import tiny
 from core_environment import LEFT_OUT, make_core_environment
 
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.trial import Trial
 from raysweep.training.selection import SelectionRule
 from raysweep.training.trainer import train_model
 

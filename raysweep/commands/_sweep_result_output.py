@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from raysweep.commands.tune import TuneRequest
-    from raysweep.sweep.ledger import Ledger, Trial
+    from raysweep.sweep.ledger import Ledger
+    from raysweep.sweep.trial import Trial
     from raysweep.sweep.tune_callbacks import SweepEndReason
     from raysweep.tracking import Tracker
 

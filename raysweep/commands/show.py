@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from raysweep.run_lookup import FoundRun
     from raysweep.spec import JsonDict, SpecError
     from raysweep.stores import StorePath
-    from raysweep.sweep.ledger import Ledger, Trial
+    from raysweep.sweep.ledger import Ledger
     from raysweep.sweep.search_space import SearchSpace
+    from raysweep.sweep.trial import Trial
 
 SUMMARY = (
     "print all settings of a method, preset, space or pipeline; or the state of a sweep or trial"
@@ -142,10 +143,10 @@ def _show_run(request: ShowRequest, found: FoundRun) -> None:
         _print_namesakes(request.name, found)
     if found.ledger is None:
         _show_training_run(request, found)
-    elif found.trial_number is None:
+    elif found.run_kind is None:
         _show_sweep(request, found.ledger)
     else:
-        _show_trial(request, found.ledger, found.trial_number, found.is_base_run)
+        _show_trial(request, found.ledger, found.run_key)
 
 
 def _print_namesakes(name: str, found: FoundRun) -> None:
@@ -438,14 +439,13 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
             print(f"trial {best.number:04d}: {line}")
 
 
-def _show_trial(request: ShowRequest, ledger: Ledger, trial_number: int, is_base_run: bool) -> None:
-    """Print the settings of a trial or base run, its best epoch, notes on it, and its folder."""
+def _show_trial(request: ShowRequest, ledger: Ledger, run_key: str) -> None:
+    """Print the settings of a trial, base run or repeat, its best epoch, notes, and its folder."""
     from raysweep.result_loading import trial_to_json
     from raysweep.sweep.trial_advice import advise_on_trial
 
-    runs = ledger.load_base_runs() if is_base_run else ledger.load_trials()
-    (trial,) = (trial for trial in runs if trial.number == trial_number)
-    advice = [] if is_base_run else advise_on_trial(ledger, trial_number)
+    (trial,) = (run for run in ledger.load_all_runs() if run.key == run_key)
+    advice = advise_on_trial(ledger, trial.number) if trial.kind == "trial" else []
     folder = str(ledger.run_path(trial))
     if request.as_json:
         trial_data = trial_to_json(ledger, trial, ledger.is_interrupted())

@@ -296,7 +296,7 @@ def _collect_warm_start(
     ledgers = []
     for name in request.warm_start:
         run = find_run(name, runs_folder)
-        if run is None or run.ledger is None or run.trial_number is not None:
+        if run is None or run.ledger is None or run.run_kind is not None:
             raise SpecError(f"--warm-start {name}: there is no sweep of this name in {runs_folder}")
         ledgers.append(run.ledger)
     warm_start = collect_warm_start(space, dataset.fingerprint, ledgers)
@@ -321,7 +321,7 @@ def _print_plan(
         for trial in (resumed_ledger.load_all_runs() if resumed_ledger else [])
     ]
     if resumed_ledger is not None and not resumed_ledger.is_extended_by(space):
-        n_started = sum(not trial.is_base_run for trial in trials)
+        n_started = sum(trial.kind == "trial" for trial in trials)
         if resumed_ledger.load_early_end() and n_started:
             space = space.replace(trials=n_started)
     plan = plan_sweep(space, dataset, resources, request.address, trials)

@@ -36,7 +36,7 @@ def read_log(folder: "Location", with_trials: bool = True) -> list[JsonEntry]:
 
 def _find_log_files(folder: "StorePath", with_trials: bool) -> list["StorePath"]:
     """Return the log files of a folder, of this machine or of its bucket."""
-    patterns = ("*", "trials/*/*", "base/*/*") if with_trials else ("*",)
+    patterns = ("*", "trials/*/*", "base/*/*", "repeats/*/*") if with_trials else ("*",)
     local_folder = folder.working_path
     names = set()
     for pattern in patterns:

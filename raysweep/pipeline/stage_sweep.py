@@ -18,8 +18,9 @@ from raysweep.spec import JsonDict, SpecError, json_digest
 from raysweep.stores import StorePath
 from raysweep.sweep.conclusions import describe_conclusions
 from raysweep.sweep.epoch_counts import count_epochs
-from raysweep.sweep.ledger import Ledger, Trial, delete_if_refused
+from raysweep.sweep.ledger import Ledger, delete_if_refused
 from raysweep.sweep.search_space import DEFAULT_BASE_RUNS, DEFAULT_FINALISTS, SearchSpace
+from raysweep.sweep.trial import Trial
 from raysweep.sweep.warm_start import WarmStart, collect_warm_start, save_warm_start
 from raysweep.terminal import SweepDisplay
 from raysweep.tracking import SweepTracker

@@ -7,8 +7,8 @@ from typing import Any
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from raysweep.sweep.base_run_search import BASE_RUN_KEY
 from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.trial import Trial
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class AshaScheduler(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
         """Return Tune's decision (`CONTINUE` or `STOP`) after an epoch."""
-        if BASE_RUN_KEY in trial.config:
+        if Trial.from_tune_config(trial.config).kind != "trial":
             return str(TrialScheduler.CONTINUE)
         value = result.get(self._space.objectives[0])
         epoch = result.get("epoch")

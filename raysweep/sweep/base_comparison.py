@@ -12,8 +12,9 @@ from raysweep.evaluation.paired_statistics import (
 from raysweep.formatting import format_count
 from raysweep.lazy_modules import np
 from raysweep.spec import JsonDict
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.spread_summary import select_comparable_runs, to_scores
+from raysweep.sweep.trial import Trial
 from raysweep.training.example_verdicts import ExampleVerdicts
 
 

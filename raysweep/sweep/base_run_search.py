@@ -5,9 +5,7 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from raysweep.sweep.ledger import Ledger
-
-BASE_RUN_KEY = "is_base_run"
-"""Key that Tune's config of a base run has and that of a trial lacks."""
+from raysweep.sweep.trial import Trial
 
 
 class BaseRunSearcher(Searcher):
@@ -27,7 +25,7 @@ class BaseRunSearcher(Searcher):
         self._trial_searcher = trial_searcher
         state_by_number = {run.number: run.state for run in ledger.load_base_runs()}
         self._waiting_runs = [
-            {"number": number, "params": params, BASE_RUN_KEY: True}
+            Trial(number, params, kind="base run").to_tune_config()
             for number, params in enumerate(ledger.space.list_base_params())
             if state_by_number.get(number, "running") == "running"
         ]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from raysweep.sweep.ledger import Trial
+from raysweep.sweep.trial import Trial
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from raysweep.errors import InfrastructureError, get_first_line, is_infrastructu
 from raysweep.evaluation import RobustnessReport, ShardMapper, evaluate
 from raysweep.evaluation.progress import EvaluationProgress
 from raysweep.sweep.finalist_result import FinalistResult
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.trial import Trial
 from raysweep.sweep.tune_callbacks import LedgerCallback, SweepListener
 from raysweep.training.checkpoint import TrainingCheckpoint, read_checkpoint
 from raysweep.training.example_verdicts import ExampleVerdicts

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raysweep.spec import JsonDict
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.trial import Trial
 from raysweep.training.validation import is_robust_objective
 
 # Accuracies are shown with three digits.

@@ -6,43 +6,29 @@ A driver that was killed resumes the sweep from these files alone.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from typing import Any, Literal
 from uuid import uuid4
-
-from pydantic import Field
 
 from raysweep.bucket_lease import LeaseLost
 from raysweep.errors import DamagedFileError, InfrastructureError, RaysweepError, WorkFailed
 from raysweep.leases import is_folder_in_use
 from raysweep.logs import discard_log
 from raysweep.pareto import pareto_front_indices
-from raysweep.spec import JsonDict, SpecError
-from raysweep.stored_data import (
-    Count,
-    Metrics,
-    check_stored_types,
-    make_damaged_file_error,
-    parse_stored_json,
-    require_stored_types,
-)
+from raysweep.spec import SpecError
 from raysweep.stores import Location, StoredFileNotFound, StorePath, StoreUnavailable, open_path
 from raysweep.sweep.extension_checks import check_extension
-from raysweep.sweep.finalist_result import FinalistResult
-from raysweep.sweep.search_space import Params, SearchSpace
+from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.trial import Trial, load_runs
 from raysweep.training.checkpoint import RunDirectory
 from raysweep.training.config import TrainingConfig
-from raysweep.training.example_verdicts import ExampleVerdicts
 from raysweep.training.failure_reports import TRACEBACK_FILE
-from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.selection import (
-    EpochRank,
     RunRank,
     SelectionRule,
     get_tie_break,
     rank_epoch,
 )
-from raysweep.training.validation import is_robust_objective
 
 logger = logging.getLogger(__name__)
 
@@ -54,244 +40,19 @@ _EARLY_END_FILE = "early_end.json"
 WARM_START_FILE = "warm_start.json"
 """File in a sweep's folder that holds results of earlier sweeps (see `warm_start`)."""
 
-TrialStatus = Literal["running", "finished", "stopped", "failed"]
-TRIALS_FOLDER, BASE_RUNS_FOLDER = "trials", "base"
-# Field of a trial -> its key in trial.json, where the two differ.
-_STORED_KEYS = {"params": "settings", "trained_epochs": "trained"}
 
+def find_run_config(space: SearchSpace, run: Trial) -> TrainingConfig:
+    """Build the training config of a trial, base run or repeat.
 
-@dataclass(frozen=True)
-class Trial:
-    """State of one trial.
+    Args:
+        space: The sweep's search space.
+        run: The run.
 
-    Attributes:
-        number: Number in the sweep, from 0.
-        params: Values of the searched parameters by dotted path.
-        state: `running` also means that the trial has not ended and can be resumed; `stopped` means
-            stopped early by the scheduler.
-        epoch: Last reported epoch, from 1; 0 before the first.
-        latest: Metrics of the last reported epoch.
-        best: Metrics of the best epoch by the (first) objective (see `selection.rank_epoch`); empty
-            before the first value.
-        curve: Pairs [epoch, objective], one for each epoch that measured the objective.
-        trained_epochs: Number of epochs that this trial trained itself. It reused the others.
-        seconds: Wall seconds that the trial held its resources, retries included.
-        retries: How often the trial lost its process and was started again.
-        reason: Why the trial failed or, until its next epoch, why it was started again.
-        burn_in: Number of first epochs in which an instance weight is still 1. None if an earlier
-            version of raysweep wrote the trial, for which all epochs count equally.
-        best_in_burn_in: Metrics of the best epoch within the burn-in; empty if there is none.
-        is_infrastructure_failure: Whether the trial failed because of its surroundings: disk,
-            memory or lost processes. False if an earlier version of raysweep wrote the trial.
-        finalist: Result of AutoAttack on the best epoch, for one of the best trials of a sweep that
-            has ended; else None.
-        verdicts: Which validation examples the best epoch gets right; None until the trial ends,
-            and if an earlier version of raysweep trained the epoch.
-        is_base_run: Whether this is a base run (see `SearchSpace.base_runs`). Base runs have
-            numbers of their own, from 0.
+    Raises:
+        SpecError: If the config is invalid.
     """
-
-    number: int
-    params: Params
-    state: TrialStatus = "running"
-    epoch: int = 0
-    latest: EpochMetrics = field(default_factory=dict)
-    best: EpochMetrics = field(default_factory=dict)
-    curve: list[list[float]] = field(default_factory=list)
-    trained_epochs: int = 0
-    seconds: float = 0.0
-    retries: int = 0
-    reason: str = ""
-    burn_in: int | None = None
-    best_in_burn_in: EpochMetrics = field(default_factory=dict)
-    is_infrastructure_failure: bool = False
-    finalist: FinalistResult | None = None
-    verdicts: ExampleVerdicts | None = None
-    is_base_run: bool = False
-
-    @property
-    def key(self) -> str:
-        """Name that is unique in the sweep: `0003`, or `base-0000` for a base run."""
-        return format_run_key(self.number, self.is_base_run)
-
-    @property
-    def title(self) -> str:
-        """Its name in messages: `trial 0003` or `base run 0000`."""
-        return f"{'base run' if self.is_base_run else 'trial'} {self.number:04d}"
-
-    def describe_state(self, is_interrupted: bool) -> str:
-        """Return the state for displays.
-
-        Args:
-            is_interrupted: Whether no process works on the sweep; see `Ledger.is_interrupted`.
-
-        Returns:
-            The state, but "interrupted" for a trial that has not ended and that nobody trains.
-        """
-        return "interrupted" if is_interrupted and self.state == "running" else self.state
-
-    def to_stored_dict(self) -> JsonDict:
-        """Return what trial.json holds."""
-        values = asdict(self)
-        if not self.is_infrastructure_failure:
-            del values["is_infrastructure_failure"]
-        if self.finalist is None:
-            del values["finalist"]
-        else:
-            values["finalist"] = self.finalist.to_stored_dict()
-        # Its folder says whether it is a base run.
-        del values["verdicts"], values["is_base_run"]
-        if self.verdicts is not None:
-            values["verdicts"] = self.verdicts.to_stored_dict()
-        return {_STORED_KEYS.get(name, name): value for name, value in values.items()}
-
-    def runs_again(self, retry_failed: bool) -> bool:
-        """Return whether `--resume` runs this trial again although it has failed.
-
-        Args:
-            retry_failed: Whether trials that failed by their settings or the code run again, too.
-        """
-        return self.state == "failed" and (retry_failed or self.is_infrastructure_failure)
-
-    def as_running(self) -> "Trial":
-        """Return this ended trial as one that runs again, from its last checkpoint."""
-        return replace(self, state="running", reason="", is_infrastructure_failure=False)
-
-    def score(self, metric: str) -> float:
-        """Return a metric of the best epoch; -inf if it has not been measured."""
-        return self.best.get(metric, float("-inf"))
-
-    @property
-    def robust_under_autoattack(self) -> float | None:
-        """Accuracy of the best epoch under AutoAttack, in [0, 1]; None if it is not known."""
-        if self.finalist is None or self.finalist.epoch != self.best.get("epoch"):
-            return None
-        return self.finalist.robust
-
-    @property
-    def best_verdicts(self) -> ExampleVerdicts | None:
-        """Which validation examples the best epoch gets right; None if it is not known."""
-        if self.verdicts is None or self.verdicts.epoch != self.best.get("epoch"):
-            return None
-        return self.verdicts
-
-    @property
-    def autoattack_verdicts(self) -> ExampleVerdicts | None:
-        """Which validation examples survive AutoAttack on the best epoch; None if not known."""
-        if self.finalist is None or self.robust_under_autoattack is None:
-            return None
-        return self.finalist.verdicts
-
-    def final_score(self, metric: str) -> float:
-        """Return a metric of the best epoch; under AutoAttack if it is an accuracy under attacks.
-
-        Args:
-            metric: Name of an objective.
-
-        Returns:
-            The value; -inf if it has not been measured.
-        """
-        robust = self.robust_under_autoattack
-        if robust is None or not is_robust_objective(metric):
-            return self.score(metric)
-        return robust
-
-    def with_epoch(self, epoch_metrics: EpochMetrics, rule: SelectionRule) -> "Trial":
-        """Return this trial after one more epoch.
-
-        Args:
-            epoch_metrics: Metrics of the epoch; `epoch` is its number, `shared` is present if the
-                epoch was reused from another trial.
-            rule: Which epochs can be the best.
-
-        Returns:
-            The updated trial; this same object if the epoch was reported before.
-        """
-        epoch = int(epoch_metrics["epoch"])
-        if epoch <= self.epoch:
-            return self
-        curve = self.curve
-        value = epoch_metrics.get(rule.objective)
-        if value is not None:
-            curve = [*curve, [epoch, value]]
-        updated = self._with_candidate(epoch_metrics, rule)
-        return replace(
-            updated,
-            epoch=epoch,
-            latest=epoch_metrics,
-            curve=curve,
-            trained_epochs=self.trained_epochs + ("shared" not in epoch_metrics),
-            reason="",
-        )
-
-    def with_rule(self, rule: SelectionRule) -> "Trial":
-        """Return this trial with its burn-in, for a trial that will report more epochs.
-
-        Args:
-            rule: Rule of the trial's config.
-
-        Returns:
-            The trial. If an earlier version wrote it, its best epoch is chosen anew from the two
-            that have checkpoints, the recorded best and the last.
-        """
-        if self.burn_in is not None:
-            return self
-        trial = replace(self, burn_in=rule.burn_in, best={})
-        for metrics in sorted([self.best, self.latest], key=lambda row: row.get("epoch", 0)):
-            trial = trial._with_candidate(metrics, rule)
-        return trial
-
-    def rank_best_epoch(self, rule: SelectionRule) -> EpochRank:
-        """Return the rank of the best epoch, by the rule of the version that chose it.
-
-        Args:
-            rule: Rule of the trial's config.
-        """
-        if self.burn_in is None:
-            rule = SelectionRule(rule.objective)
-        return rank_epoch(self.best, rule)
-
-    def _with_candidate(self, metrics: EpochMetrics, rule: SelectionRule) -> "Trial":
-        """Return this trial with the epoch as the best one or the best of its burn-in if it is."""
-        if rule.objective not in metrics:
-            return self
-        trial, value = self, metrics[rule.objective]
-        if not self.best or rank_epoch(metrics, rule) > rank_epoch(self.best, rule):
-            trial = replace(trial, best=metrics)
-        best_before = self.best_in_burn_in.get(rule.objective, float("-inf"))
-        if metrics["epoch"] <= rule.burn_in and value > best_before:
-            trial = replace(trial, best_in_burn_in=metrics)
-        return trial
-
-
-# Fields of a trial that trial.json of earlier versions lacks.
-_LATER_FIELDS = {
-    *("burn_in", "best_in_burn_in", "is_infrastructure_failure", "finalist", "verdicts"),
-}
-_CurvePoint = Annotated[list[float], Field(min_length=2, max_length=2)]
-_TRIAL_TYPES: dict[str, Any] = {
-    **{"number": Count, "params": dict[str, Any], "state": TrialStatus, "epoch": Count},
-    **{"latest": Metrics, "best": Metrics, "curve": list[_CurvePoint]},
-    **{"trained_epochs": Count, "seconds": float, "retries": Count, "reason": str},
-    **{"burn_in": Count | None, "best_in_burn_in": Metrics, "is_infrastructure_failure": bool},
-    **{"finalist": dict[str, Any] | None, "verdicts": dict[str, Any] | None},
-}
-
-_FINALIST_TYPES: dict[str, Any] = {
-    **{"epoch": Count, "robust": float | None, "n_examples": Count, "eps": float, "norm": str},
-    **{"seconds": float, "error": str},
-}
-_OPTIONAL_FINALIST_TYPES: dict[str, Any] = {"verdicts": dict[str, Any] | None}
-
-
-def _check_trial(trial: Trial, file: StorePath) -> None:
-    """Raise DamagedFileError for numbers that name no trial or epoch."""
-    if file.parent.name != f"{trial.number:04d}":
-        raise make_damaged_file_error(str(file), f"number = {trial.number}")
-    for name, metrics in (("latest", trial.latest), ("best", trial.best)):
-        epoch = metrics.get("epoch", 0)
-        if metrics and not (float(epoch).is_integer() and 1 <= epoch <= 1e12):
-            raise make_damaged_file_error(str(file), f"{name}.epoch = {epoch}")
+    build_config = space.base_run_config if run.kind == "base run" else space.trial_config
+    return build_config(run.params)
 
 
 def _find_front(
@@ -300,37 +61,6 @@ def _find_front(
     """Return the trials of the Pareto front in some metrics, in their order."""
     points = [[get_score(trial, metric) for metric in metrics] for trial in trials]
     return [trials[index] for index in pareto_front_indices(points)]
-
-
-def format_run_key(number: int, is_base_run: bool) -> str:
-    """Return the name of a trial or base run that is unique in its sweep (see `Trial.key`)."""
-    return f"base-{number:04d}" if is_base_run else f"{number:04d}"
-
-
-def find_run_path(sweep_path: StorePath, number: int, is_base_run: bool) -> StorePath:
-    """Return the folder of a trial or of a base run.
-
-    Args:
-        sweep_path: Folder of the sweep.
-        number: Number of the trial or run.
-        is_base_run: Whether it is a base run.
-    """
-    folder = BASE_RUNS_FOLDER if is_base_run else TRIALS_FOLDER
-    return sweep_path / folder / f"{number:04d}"
-
-
-def find_run_config(space: SearchSpace, params: Params, is_base_run: bool) -> TrainingConfig:
-    """Build the training config of a trial or of a base run.
-
-    Args:
-        space: The sweep's search space.
-        params: Params of the trial or run.
-        is_base_run: Whether it is a base run.
-
-    Raises:
-        SpecError: If the config is invalid.
-    """
-    return space.base_run_config(params) if is_base_run else space.trial_config(params)
 
 
 class Ledger:
@@ -593,21 +323,21 @@ class Ledger:
 
     def trial_path(self, trial_number: int) -> StorePath:
         """Return the folder of a trial."""
-        return find_run_path(self.path, trial_number, is_base_run=False)
+        return self.path / Trial(trial_number, {}).folder
 
     def run_path(self, trial: Trial) -> StorePath:
-        """Return the folder of a trial or of a base run."""
-        return find_run_path(self.path, trial.number, trial.is_base_run)
+        """Return the folder of a trial, base run or repeat."""
+        return self.path / trial.folder
 
     def find_config(self, trial: Trial) -> TrainingConfig:
-        """Return the training config of a trial or of a base run."""
-        return find_run_config(self.space, trial.params, trial.is_base_run)
+        """Return the training config of a trial, base run or repeat."""
+        return find_run_config(self.space, trial)
 
     def describe_row(self, trial: Trial) -> str:
-        """Return the name of a trial in tables: `0003`, or `at (base) seed 0`."""
-        if not trial.is_base_run:
-            return f"{trial.number:04d}"
-        return f"{self.space.base_method_name} (base) seed {trial.params.get('seed')}"
+        """Return the name of a run in tables: `0003`, `at (base) seed 0`, or `0003 seed 1`."""
+        if trial.kind == "base run":
+            return f"{self.space.base_method_name} (base) seed {trial.params.get('seed')}"
+        return trial.title.removeprefix("trial ")
 
     def save_trial(self, trial: Trial) -> None:
         """Write trial.json."""
@@ -634,7 +364,7 @@ class Ledger:
         Raises:
             DamagedFileError: If a trial.json is damaged.
         """
-        return self._load_folder(TRIALS_FOLDER)
+        return load_runs(self.path, "trial")
 
     def load_base_runs(self) -> list[Trial]:
         """Load all base runs that were ever started, ordered by number.
@@ -642,7 +372,7 @@ class Ledger:
         Raises:
             DamagedFileError: If a trial.json is damaged.
         """
-        return self._load_folder(BASE_RUNS_FOLDER)
+        return load_runs(self.path, "base run")
 
     def load_all_runs(self) -> list[Trial]:
         """Load the trials, and then the base runs.
@@ -651,33 +381,6 @@ class Ledger:
             DamagedFileError: If a trial.json is damaged.
         """
         return [*self.load_trials(), *self.load_base_runs()]
-
-    def _load_folder(self, folder: str) -> list[Trial]:
-        """Load the runs of one of the two folders, ordered by number."""
-        keys = {
-            field.name: _STORED_KEYS.get(field.name, field.name)
-            for field in fields(Trial)
-            if field.name in _TRIAL_TYPES
-        }
-        types = {key: _TRIAL_TYPES[name] for name, key in keys.items()}
-        required_types = {keys[name]: types[keys[name]] for name in keys.keys() - _LATER_FIELDS}
-        trials = []
-        for file, content in (self.path / folder).read_matching("*/trial.json").items():
-            data = parse_stored_json(content, str(file), required_types)
-            check_stored_types(data, types, str(file))
-            values = {name: data[key] for name, key in keys.items() if key in data}
-            if values.get("finalist") is not None:
-                source = f"{file} (finalist)"
-                require_stored_types(values["finalist"], _FINALIST_TYPES, source)
-                check_stored_types(values["finalist"], _OPTIONAL_FINALIST_TYPES, source)
-                values["finalist"] = FinalistResult.from_stored_dict(values["finalist"], str(file))
-            values["verdicts"] = ExampleVerdicts.from_stored_dict(
-                values.get("verdicts"), f"{file} (verdicts)"
-            )
-            trial = Trial(**values, is_base_run=folder == BASE_RUNS_FOLDER)
-            _check_trial(trial, file)
-            trials.append(trial)
-        return trials
 
     def rank_trials(self) -> list[Trial]:
         """Return the trials that reported the (first) objective, best first (see `rank_trial`).
@@ -803,7 +506,7 @@ class Ledger:
 
     def find_rule(self, trial: Trial) -> SelectionRule:
         """Return which epochs of a trial or of a base run can be its best."""
-        if trial.is_base_run:
+        if trial.kind == "base run":
             return SelectionRule.from_config(self.find_config(trial))
         return self.space.find_selection_rule(trial.params)
 

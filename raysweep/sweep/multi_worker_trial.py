@@ -26,10 +26,9 @@ from raysweep.errors import RaysweepError
 from raysweep.file_privacy import adopt_umask, read_umask
 from raysweep.logs import log_trial
 from raysweep.stores import StorePath, StoreUnavailable
-from raysweep.sweep.base_run_search import BASE_RUN_KEY
-from raysweep.sweep.ledger import find_run_path
 from raysweep.sweep.ray_environment import ray_environment
 from raysweep.sweep.resources import DRIVER_CPUS
+from raysweep.sweep.trial import Trial
 from raysweep.training.callbacks import FunctionCallback
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
@@ -151,9 +150,8 @@ class ReleaseWorkersCallback(tune.Callback):
         self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any
     ) -> None:
         """Schedule the removal of the trial's placement group."""
-        is_base_run = BASE_RUN_KEY in trial.config
-        run_path = find_run_path(self._sweep_path, trial.config["number"], is_base_run)
-        group = load_placement_group(run_path)
+        run = Trial.from_tune_config(trial.config)
+        group = load_placement_group(self._sweep_path / run.folder)
         if group is not None:
             self._pending_removals.append((time.monotonic() + self._grace_seconds, group))
 

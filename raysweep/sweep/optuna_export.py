@@ -14,8 +14,9 @@ from raysweep.errors import InfrastructureError
 from raysweep.record_queue import RecordQueue, RecordStoreUnavailable
 from raysweep.spec import SpecError
 from raysweep.stores.folder_store import find_sqlite_file, hold_file_lock
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.optuna_study import EXPORTED_ATTRIBUTES, TRIAL_NUMBER_ATTRIBUTE, to_frozen_trial
+from raysweep.sweep.trial import Trial
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.uri_passwords import fill_in_passwords
 

@@ -6,9 +6,10 @@ import optuna
 from ray.tune.search import Searcher
 
 from raysweep.spec import json_digest
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.optuna_study import constraint_values, to_sampler_trial
 from raysweep.sweep.search_space import Params
+from raysweep.sweep.trial import Trial
 from raysweep.sweep.warm_start import load_earlier_results
 from raysweep.training.failure_reports import FAILURE_KEY
 from raysweep.training.metric_history import EpochMetrics

@@ -5,8 +5,9 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.trial import Trial
 from raysweep.training.metric_history import EpochMetrics
 
 MIN_IMPORTANCE_TRIALS = 10

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from raysweep.data import DatasetSplits
 from raysweep.lazy_modules import torch
 from raysweep.spec import JsonDict
-from raysweep.sweep.ledger import Trial
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.sweep.space_warnings import list_space_warnings
+from raysweep.sweep.trial import Trial
 from raysweep.training.config import TrainingConfig
 from raysweep.training.training_summary import (
     count_per_class,
@@ -130,9 +130,9 @@ def plan_sweep(
     config = space.trial_config({})
     cluster, nodes = available_capacity(address)
     resources = resources.resolve(cluster)
-    trials = [trial for trial in existing_trials if not trial.is_base_run]
+    trials = [trial for trial in existing_trials if trial.kind == "trial"]
     start_epochs = list_completed_epochs(space, config.epochs, trials)
-    base_runs = [trial for trial in existing_trials if trial.is_base_run]
+    base_runs = [trial for trial in existing_trials if trial.kind == "base run"]
     base_epochs = _list_completed_epochs(space.base_runs or 0, config.epochs, base_runs)
     n_base_epochs = sum(config.epochs - epoch for epoch in base_epochs)
     concurrency = min(

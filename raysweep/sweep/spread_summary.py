@@ -13,7 +13,8 @@ from raysweep.evaluation.paired_statistics import (
 )
 from raysweep.lazy_modules import np
 from raysweep.spec import JsonDict, json_digest
-from raysweep.sweep.ledger import EarlyEnd, Ledger, Trial
+from raysweep.sweep.ledger import EarlyEnd, Ledger
+from raysweep.sweep.trial import Trial
 from raysweep.training.example_verdicts import ExampleVerdicts
 
 MIN_SPLIT_TRIALS = 4
@@ -53,7 +54,7 @@ class SpreadSummary:
         """Return the mark of a trial in tables: "best", "yes" if it may be as good, or ""."""
         if trial.key == self.best.key:
             return "best"
-        pair = None if trial.is_base_run else self.differences.get(trial.number)
+        pair = self.differences.get(trial.number) if trial.kind == "trial" else None
         return "" if pair is None or pair.is_told_apart else "yes"
 
     def to_json_dict(self) -> JsonDict:

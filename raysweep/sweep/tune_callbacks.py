@@ -14,10 +14,10 @@ from ray.tune.experiment import Trial as RayTrial
 
 from raysweep.disk_space import find_free_bytes
 from raysweep.errors import WorkFailed
-from raysweep.sweep.base_run_search import BASE_RUN_KEY
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.process_death_causes import describe_process_loss
 from raysweep.sweep.spread_summary import describe_early_end, find_early_end
+from raysweep.sweep.trial import Trial
 from raysweep.training.failure_reports import BUG_TRACEBACK_KEY, FAILURE_KEY, INFRASTRUCTURE_KEY
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.selection import SelectionRule
@@ -304,11 +304,7 @@ class LedgerCallback(tune.Callback):
         """Start the trial's clock; at its first start also write it as running."""
         self._interval_starts[trial.trial_id] = time.monotonic()
         if trial.trial_id not in self._trials_by_id:
-            new_trial = Trial(
-                trial.config["number"],
-                trial.config["params"],
-                is_base_run=BASE_RUN_KEY in trial.config,
-            )
+            new_trial = Trial.from_tune_config(trial.config)
             saved_trial = self._trials_by_key.get(new_trial.key, new_trial)
             rule = self._ledger.find_rule(saved_trial)
             self._rules[saved_trial.key] = rule
@@ -377,7 +373,7 @@ class LedgerCallback(tune.Callback):
         self._save_and_notify(ray_trial, self._ledger.with_verdicts(ended_trial))
         if self._ledger.space.until is None or self._ledger.load_early_end():
             return
-        trials = [trial for trial in self._trials_by_key.values() if not trial.is_base_run]
+        trials = [trial for trial in self._trials_by_key.values() if trial.kind == "trial"]
         reason = find_early_end(self._ledger, trials)
         if reason is not None:
             self._ledger.save_early_end(reason)
@@ -480,7 +476,7 @@ class LedgerCallback(tune.Callback):
         self._trials_by_key[updated_trial.key] = updated_trial
         self._ledger.save_trial(updated_trial)
         for listener in self._listeners:
-            if updated_trial.is_base_run:
+            if updated_trial.kind == "base run":
                 listener.on_base_run_update(updated_trial, metrics)
             else:
                 listener.on_trial_update(updated_trial, metrics)

@@ -27,11 +27,11 @@ from raysweep.logs import log_to_folder, log_trial
 from raysweep.spec import SpecError
 from raysweep.stores import StorePath, StoreUnavailable
 from raysweep.sweep.asha import AshaScheduler
-from raysweep.sweep.base_run_search import BASE_RUN_KEY, BaseRunSearcher
+from raysweep.sweep.base_run_search import BaseRunSearcher
 from raysweep.sweep.cluster import connect_to_cluster, node_capacities
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.finalist_attacks import attack_finalists
-from raysweep.sweep.ledger import Ledger, find_run_config, find_run_path
+from raysweep.sweep.ledger import Ledger, find_run_config
 from raysweep.sweep.multi_worker_trial import ReleaseWorkersCallback, train_on_workers
 from raysweep.sweep.node_probe import find_node_problems, require_visible
 from raysweep.sweep.optuna_search import LedgerSearcher
@@ -49,6 +49,7 @@ from raysweep.sweep.ray_internals import (
 from raysweep.sweep.ray_map import RayMap
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.trial import Trial
 from raysweep.sweep.tune_callbacks import (
     MAX_TRIAL_RETRIES,
     Budget,
@@ -402,14 +403,14 @@ def _make_trainable(
         adopt_umask(umask)
         adopt_unpacked_limit(unpacked_limit)
         adopt_code_files(code_files)
-        is_base_run = BASE_RUN_KEY in trial_config
+        run = Trial.from_tune_config(trial_config)
         try:
-            config = find_run_config(space, trial_config["params"], is_base_run)
+            config = find_run_config(space, run)
         except Exception as error:
             # Tune would start the trial again, and its process would seem to have died.
             tune.report(describe_bug(error))
             return
-        run_path = find_run_path(sweep_path, trial_config["number"], is_base_run)
+        run_path = sweep_path / run.folder
         prefix_cache = None
         if space.share_prefixes:
             prefix_cache = PrefixCache(

@@ -10,8 +10,9 @@ from raysweep.formatting import format_count
 from raysweep.spec import SpecError, list_values
 from raysweep.stored_data import Metrics, make_damaged_file_error, require_stored_types
 from raysweep.stores import StoredFileNotFound, StorePath
-from raysweep.sweep.ledger import WARM_START_FILE, Ledger, Trial
+from raysweep.sweep.ledger import WARM_START_FILE, Ledger
 from raysweep.sweep.search_space import Params, SearchSpace
+from raysweep.sweep.trial import Trial
 from raysweep.training.config import TrainingConfig
 
 N_POINTS_OF_OTHER_DATA = 3

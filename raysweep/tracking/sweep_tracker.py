@@ -11,9 +11,10 @@ from raysweep.sweep.base_comparison import compare_with_base
 from raysweep.sweep.conclusions import describe_conclusions
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.finalist_summary import summarize_finalists
-from raysweep.sweep.ledger import BASE_RUNS_FOLDER, Ledger, Trial, format_run_key
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import param_labels
 from raysweep.sweep.spread_summary import format_trial_numbers, summarize_spread
+from raysweep.sweep.trial import RunKind, Trial, identify_run_folder
 from raysweep.sweep.trial_advice import advise_on_trial
 from raysweep.tracking.mlflow_tracker import RunStatus, Tracker, format_mlflow_param
 from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
@@ -227,12 +228,12 @@ class SweepTracker:
 
     def _find_trial_run(self, trial: Trial) -> str | None:
         """Return the id of the trial's run; None if it has none."""
-        tags = _trial_run_tags(self._ledger, trial.number, trial.is_base_run)
+        tags = _trial_run_tags(self._ledger, trial.kind, trial.key)
         return self._trial_run_ids.get(trial.key) or self._tracker.find_run(tags)
 
     def _open_trial_run(self, trial: Trial) -> str:
         """Open the trial's run, log its config and the epochs that it lacks, and return its id."""
-        tags = _trial_run_tags(self._ledger, trial.number, trial.is_base_run)
+        tags = _trial_run_tags(self._ledger, trial.kind, trial.key)
         # The number comes first because the UI truncates names.
         name = f"{self._ledger.describe_row(trial)} {self._ledger.name}"
         run_id = self._tracker.get_or_create_run(name, tags, self._sweep_run_id)
@@ -269,7 +270,7 @@ class SweepTracker:
         traceback_path = self._ledger.run_path(trial) / TRACEBACK_FILE
         if trial.state == "failed" and traceback_path.is_file():
             self._tracker.log_text(run_id, traceback_path.read_text(), TRACEBACK_FILE)
-        description = [] if trial.is_base_run else advise_on_trial(self._ledger, trial.number)
+        description = advise_on_trial(self._ledger, trial.number) if trial.kind == "trial" else []
         # A trial that runs again has the reason of its earlier end.
         self._tracker.delete_tags(run_id, ["reason"])
         tags: dict[str, str] = {"state": trial.state}
@@ -297,9 +298,9 @@ def checkpoint_run_tags(checkpoint: TrainingCheckpoint) -> dict[str, str]:
         checkpoint: A checkpoint of `raysweep train` or of a sweep's trial.
     """
     folder = checkpoint.path.parent
-    if folder.name.isdecimal() and (folder / "trial.json").is_file():
-        is_base_run = folder.parent.name == BASE_RUNS_FOLDER
-        return _trial_run_tags(Ledger.open(folder.parent.parent), int(folder.name), is_base_run)
+    identity = identify_run_folder(folder)
+    if identity and (folder / "trial.json").is_file():
+        return _trial_run_tags(Ledger.open(folder.parent.parent), *identity)
     return training_run_tags(RunDirectory(folder))
 
 
@@ -308,13 +309,9 @@ def training_run_tags(run_directory: RunDirectory) -> dict[str, str]:
     return {"raysweep.kind": "train", "raysweep.run": run_directory.run_key}
 
 
-def _trial_run_tags(ledger: Ledger, number: int, is_base_run: bool) -> dict[str, str]:
-    """Return the tags that identify the MLflow run of a trial or base run."""
-    return {
-        "raysweep.kind": "base run" if is_base_run else "trial",
-        "raysweep.sweep": ledger.key,
-        "raysweep.trial": format_run_key(number, is_base_run),
-    }
+def _trial_run_tags(ledger: Ledger, kind: RunKind, key: str) -> dict[str, str]:
+    """Return the tags that identify the MLflow run of a trial, base run or repeat."""
+    return {"raysweep.kind": kind, "raysweep.sweep": ledger.key, "raysweep.trial": key}
 
 
 def _format_trial_numbers(trials: list[Trial]) -> str:

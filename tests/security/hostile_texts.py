@@ -41,8 +41,9 @@ from raysweep.pipeline.report.document import (
 )
 from raysweep.pipeline.report.figures import plot_param_slices
 from raysweep.plain_console import PlainConsole
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.trial import Trial
 from raysweep.terminal import TrialTable
 from raysweep.text_figure import TextFigure
 from raysweep.training.callbacks import FunctionCallback

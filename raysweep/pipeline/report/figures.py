@@ -10,8 +10,9 @@ from matplotlib.ticker import NullLocator
 from raysweep.pipeline.artifact import EvaluationResult
 from raysweep.pipeline.published_results import PaperComparison
 from raysweep.plots import create_axes
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import Distribution, param_labels
+from raysweep.sweep.trial import Trial
 from raysweep.text_figure import TextFigure
 
 History = Sequence[Mapping[str, float]]

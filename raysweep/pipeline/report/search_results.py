@@ -14,10 +14,11 @@ from raysweep.pipeline.report.document import (
 )
 from raysweep.stores import StorePath
 from raysweep.sweep.conclusions import describe_conclusions
-from raysweep.sweep.ledger import Ledger, Trial
+from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.optuna_study import MIN_IMPORTANCE_TRIALS, param_importances
 from raysweep.sweep.search_space import param_labels
 from raysweep.sweep.spread_summary import summarize_spread
+from raysweep.sweep.trial import Trial
 from raysweep.terminal import format_param
 
 _MAX_TRIALS_SHOWN = 6
