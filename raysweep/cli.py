@@ -127,6 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: The arguments cannot be parsed, or ask for help only.
     """
+    if sys.platform == "win32":
+        return _refuse_windows()
     given_arguments = sys.argv[1:] if arguments is None else list(arguments)
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_traceback
@@ -136,6 +138,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _disable_telemetry()
         with _one_line_warnings():
             return _run_command(args, given_arguments)
+
+
+def _refuse_windows() -> int:
+    """Say that Windows has not what raysweep is built on: its file locks, signals and forks."""
+    _print_error(
+        InfrastructureError(
+            "raysweep runs on Linux and macOS; on Windows, install and run it in WSL"
+        )
+    )
+    return ExitCode.INFRASTRUCTURE
 
 
 def _print_traceback(

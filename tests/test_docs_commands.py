@@ -19,8 +19,11 @@ from raysweep.cli import main
 
 # Pages in the order in which they go on from each other, and what each starts with.
 FOLLOWED = {
-    "tutorial": ["docs/tutorial.md"],
-    "readme": ["README.md", "docs/reproduce-a-table.md"],
+    "tutorial": ["docs/tutorial.md", "docs/metrics.md"],
+    "readme": [
+        *("README.md", "docs/reproduce-a-table.md", "docs/methods.md", "docs/pipelines.md"),
+        "docs/performance.md",
+    ],
     "own": ["docs/your-own-images.md"],
     "extend": ["docs/extend.md"],
 }

@@ -9,6 +9,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -453,3 +455,19 @@ def test_another_pipe_that_breaks_is_no_success(
     monkeypatch.setattr("raysweep.commands.tune.run_command", send_to_dead_worker)
     assert main(["tune", "at"]) == ExitCode.INFRASTRUCTURE
     assert capfd.readouterr().err == "raysweep: error: Broken pipe\n"
+
+
+def test_windows_is_refused_with_a_line() -> None:
+    """There are no file locks of POSIX: no module that needs them is imported before the line."""
+    program = (
+        "import sys; sys.platform = 'win32'; sys.modules['fcntl'] = None; "
+        "from raysweep.cli import main; sys.exit(main(['list']))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == ExitCode.INFRASTRUCTURE
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "raysweep: error: raysweep runs on Linux and macOS; on Windows, install and run it in WSL"
+    ]
