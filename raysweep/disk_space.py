@@ -87,14 +87,17 @@ def format_bytes(n_bytes: float) -> str:
     return f"{n_bytes / 2**20:.0f} MiB" if n_bytes >= 2**20 else f"{n_bytes / 2**10:.0f} KiB"
 
 
-def describe_needed_space(needed_bytes: int, folder: Path | None) -> str:
+def describe_needed_space(needed_bytes: int, folder: Path | None, prefix_bytes: int = 0) -> str:
     """Return the line of a plan about the space that checkpoints take.
 
     Args:
         needed_bytes: Size of the checkpoints that are still to be written.
         folder: Their folder on this machine; it may not exist yet. None for a bucket.
+        prefix_bytes: Largest size of the states that go into the prefix cache.
     """
     line = f"checkpoints take about {format_bytes(needed_bytes)}"
+    if prefix_bytes:
+        line += f", and epochs kept for other trials up to {format_bytes(prefix_bytes)}"
     if folder is None:
         return line
     return f"{line}; the disk of {folder} has {format_bytes(find_free_bytes(folder))} free"

@@ -628,6 +628,8 @@ def test_a_plan_says_on_what_and_for_how_long(workdir: Path, capsys) -> None:
         "two seeds of the best two"
     )
     assert promote["trials_at_once"] == min(2, cores) and "expected_seconds" not in attack
+    # A trial keeps two states, and trains two epochs.
+    assert at["state_bytes"] == at["checkpoint_bytes"]
     assert (
         main(["run", "promoted.yaml", *small, "--set", "stages.promote.pareto=true", "--plan"]) == 0
     )

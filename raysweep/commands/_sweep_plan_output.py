@@ -56,6 +56,7 @@ def _plan_to_json(plan: "SweepPlan", folder: "Path | None") -> "JsonDict":
         "validation_examples_per_class": plan.validation_class_counts,
         "threat": plan.threat,
         "checkpoint_bytes": plan.checkpoint_bytes,
+        "prefix_bytes": plan.prefix_bytes,
         "free_bytes": None if folder is None else find_free_bytes(folder),
         "warnings": plan.warnings,
     }
@@ -100,7 +101,7 @@ def _describe_plan(plan: "SweepPlan", folder: "Path | None") -> list[str]:
         if plan.n_base_runs:
             best += " and the base runs"
         lines.append(f"then full AutoAttack on the validation images, on the {best}")
-    lines.append(describe_needed_space(plan.checkpoint_bytes, folder))
+    lines.append(describe_needed_space(plan.checkpoint_bytes, folder, plan.prefix_bytes))
     return [part for line in lines for part in wrap_plan_line(line)]
 
 

@@ -166,6 +166,7 @@ def _plan_stages(
     from raysweep.commands.common import print_warnings, resolve_runs_folder
     from raysweep.disk_space import describe_needed_space
     from raysweep.pipeline.plan import plan_pipeline
+    from raysweep.sweep.plan import limit_prefix_bytes
     from raysweep.training.training_summary import wrap_plan_line
 
     runs_folder = resolve_runs_folder(request.out, request.storage, for_writing=False)
@@ -188,8 +189,11 @@ def _plan_stages(
         line = f"on {cpus:g} CPUs and {gpus:g} GPUs: {_format_training_time(times)}"
         print("\n".join(wrap_plan_line(line)))
     sizes = [row["checkpoint_bytes"] for row in stage_rows if "checkpoint_bytes" in row]
-    if sizes and None not in sizes:
-        print("\n".join(wrap_plan_line(describe_needed_space(sum(sizes), runs_folder.local_path))))
+    states = [row["state_bytes"] for row in stage_rows if "state_bytes" in row]
+    if sizes and None not in (*sizes, *states):
+        prefix_bytes = limit_prefix_bytes(sum(states))
+        line = describe_needed_space(sum(sizes), runs_folder.local_path, prefix_bytes)
+        print("\n".join(wrap_plan_line(line)))
 
 
 def _format_plan_row(row: JsonDict) -> str:

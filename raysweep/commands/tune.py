@@ -337,7 +337,7 @@ def _check_disk_space(folder: StorePath, space: SearchSpace, dataset: DatasetSpl
     from raysweep.commands.common import print_warnings
     from raysweep.disk_space import describe_missing_space
     from raysweep.errors import InfrastructureError
-    from raysweep.sweep.plan import estimate_trial_bytes
+    from raysweep.sweep.plan import estimate_prefix_bytes, estimate_trial_bytes
 
     if folder.local_path is None:
         return
@@ -345,7 +345,9 @@ def _check_disk_space(folder: StorePath, space: SearchSpace, dataset: DatasetSpl
     if line := describe_missing_space(folder.local_path, 0, reserve):
         raise InfrastructureError(line)
     n_runs = space.n_trials + (space.base_runs or 0)
-    needed_bytes = n_runs * estimate_trial_bytes(space.trial_config({}), dataset)
+    config = space.trial_config({})
+    needed_bytes = n_runs * estimate_trial_bytes(config, dataset)
+    needed_bytes += estimate_prefix_bytes(space, n_runs * config.epochs, dataset)
     if line := describe_missing_space(folder.local_path, needed_bytes, reserve):
         print_warnings([f"{line}; the sweep stops there, and --resume continues it"])
 

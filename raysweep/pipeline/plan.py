@@ -13,7 +13,11 @@ from raysweep.pipeline.train import TrainStage
 from raysweep.pipeline.tune import TuneStage
 from raysweep.spec import JsonDict
 from raysweep.sweep.epoch_timing import estimate_epoch_seconds
-from raysweep.sweep.plan import available_capacity, estimate_trial_bytes
+from raysweep.sweep.plan import (
+    available_capacity,
+    estimate_state_bytes,
+    estimate_trial_bytes,
+)
 from raysweep.sweep.resources import Resources
 from raysweep.training.config import TrainingConfig
 from raysweep.training.training_summary import (
@@ -48,9 +52,10 @@ def plan_pipeline(
 
     Returns:
         A row for each stage, and the resources of the cluster by name. Rows of stages that train
-        have `cpus_per_trial`, `gpus_per_trial`, `trials_at_once`, `expected_seconds` and
-        `checkpoint_bytes` (both None if unknown). Rows of stages to run have a `summary` of their
-        trainings and `warnings`, which are lists of lines.
+        have `cpus_per_trial`, `gpus_per_trial`, `trials_at_once`, and `expected_seconds`,
+        `checkpoint_bytes` and `state_bytes` (of the states after all epochs, which the prefix cache
+        keeps up to its limit), each None if unknown. Rows of stages to run have a `summary` of
+        their trainings and `warnings`, which are lists of lines.
 
     Raises:
         SpecError: If there is no such first stage, or a trial fits on no node.
@@ -145,6 +150,16 @@ class _TrainingEstimator:
             total += training.n_runs * estimate_trial_bytes(training.config, dataset)
         return round(total)
 
+    def estimate_state_bytes(self, trainings: Sequence[PlannedTraining]) -> int | None:
+        """Estimate the size of the states after all epochs; None if their number is unknown."""
+        total = 0
+        for training in trainings:
+            if training.total_epochs is None:
+                return None
+            dataset = self._load_dataset(training.config.data)
+            total += round(training.total_epochs * estimate_state_bytes(training.config, dataset))
+        return total
+
 
 def _timing_digest(config: TrainingConfig) -> str:
     """Return the digest of what decides how long an epoch takes: all settings but the seed."""
@@ -172,6 +187,7 @@ def _estimate_stage_effort(
         "trials_at_once": min(concurrency, max(t.concurrency for t in trainings)),
         "expected_seconds": None if seconds is None else round(seconds, 1),
         "checkpoint_bytes": estimator.estimate_checkpoint_bytes(trainings),
+        "state_bytes": estimator.estimate_state_bytes(trainings),
     }
 
 

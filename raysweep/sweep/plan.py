@@ -11,7 +11,7 @@ from raysweep.data import DatasetSplits
 from raysweep.lazy_modules import torch
 from raysweep.spec import JsonDict
 from raysweep.sweep.resources import Resources
-from raysweep.sweep.search_space import SearchSpace
+from raysweep.sweep.search_space import DEFAULT_PREFIX_GIB, SearchSpace
 from raysweep.sweep.space_warnings import list_space_warnings
 from raysweep.sweep.trial import Trial
 from raysweep.training.config import TrainingConfig
@@ -59,6 +59,7 @@ class SweepPlan:
         threat: Norm and radius of the validation attacks.
         checkpoint_bytes: Estimated size of the checkpoints that are still to be written: the last
             and the best one of each trial.
+        prefix_bytes: Largest size of the states that its trials add to the prefix cache.
     """
 
     method_name: str
@@ -89,6 +90,7 @@ class SweepPlan:
     validation_class_counts: list[int]
     threat: str
     checkpoint_bytes: int
+    prefix_bytes: int
 
     @property
     def remaining_trial_seconds(self) -> float:
@@ -140,6 +142,7 @@ def plan_sweep(
         max(len(start_epochs) + len(base_epochs), 1),
     )
     seconds_per_epoch = estimate_epoch_seconds(config, data, resources)
+    max_epochs = sum(config.epochs - epoch for epoch in start_epochs) + n_base_epochs
     expected_epochs = sum(
         expected_trial_epochs(space, config.epochs, epoch) for epoch in start_epochs
     )
@@ -152,7 +155,7 @@ def plan_sweep(
         has_existing_trials=bool(trials),
         epochs_per_trial=config.epochs,
         expected_epochs=round(expected_epochs) + n_base_epochs,
-        max_epochs=sum(config.epochs - epoch for epoch in start_epochs) + n_base_epochs,
+        max_epochs=max_epochs,
         base_method_name=space.base_method_name,
         n_base_runs=space.base_runs or 0,
         n_base_epochs=n_base_epochs,
@@ -176,11 +179,46 @@ def plan_sweep(
         threat=config.validation.threat,
         checkpoint_bytes=(len(start_epochs) + len(base_epochs))
         * estimate_trial_bytes(config, data),
+        prefix_bytes=estimate_prefix_bytes(space, max_epochs, data),
     )
 
 
 def estimate_trial_bytes(config: TrainingConfig, data: DatasetSplits) -> int:
-    """Estimate the bytes of a trial's checkpoints: weights and momentum of the last and best epoch.
+    """Estimate the bytes of a trial's checkpoints: the states of the last and the best epoch.
+
+    Args:
+        config: Training config of the trial.
+        data: Its data.
+    """
+    return 2 * estimate_state_bytes(config, data)
+
+
+def estimate_prefix_bytes(space: SearchSpace, n_epochs: int, data: DatasetSplits) -> int:
+    """Estimate what trials of a sweep leave in the prefix cache.
+
+    Args:
+        space: Search space of the sweep.
+        n_epochs: Epochs that the trials train.
+        data: Their data.
+    """
+    if not space.share_prefixes:
+        return 0
+    stored_bytes = n_epochs * estimate_state_bytes(space.trial_config({}), data)
+    return limit_prefix_bytes(stored_bytes, space.prefix_gib)
+
+
+def limit_prefix_bytes(stored_bytes: int, prefix_gib: float = DEFAULT_PREFIX_GIB) -> int:
+    """Return how many bytes of states a prefix cache keeps.
+
+    Args:
+        stored_bytes: Size of all states that trials store.
+        prefix_gib: Limit of the cache in GiB.
+    """
+    return min(stored_bytes, int(prefix_gib * 2**30))
+
+
+def estimate_state_bytes(config: TrainingConfig, data: DatasetSplits) -> int:
+    """Estimate the bytes of the state after an epoch: weights and momentum.
 
     Args:
         config: Training config of the trial.
@@ -189,7 +227,7 @@ def estimate_trial_bytes(config: TrainingConfig, data: DatasetSplits) -> int:
     model = config.model.build_model(data.channels, data.classes, 0)
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     momentum = sum(parameter.nbytes for parameter in model.parameters())
-    return int(2 * (weights + momentum))
+    return int(weights + momentum)
 
 
 def available_capacity(address: str | None) -> tuple[dict[str, float], list[dict[str, float]]]:

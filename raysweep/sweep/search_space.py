@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
 
+DEFAULT_PREFIX_GIB = 20.0
+"""Limit of the prefix cache of a new sweep, in GiB."""
 DEFAULT_FINALISTS = 3
 """Number of finalists of a new sweep."""
 DEFAULT_BASE_RUNS = 2
@@ -314,7 +316,7 @@ class SearchSpace(Spec):
     none in a sweep of an earlier version."""
     share_prefixes: bool = True
     """Whether trials start from epochs that other trials have trained with equal settings."""
-    prefix_gib: Annotated[Number, Field(ge=0)] = 20.0
+    prefix_gib: Annotated[Number, Field(ge=0)] = DEFAULT_PREFIX_GIB
     """Size in GiB of the states that trials share; above it the least recently used are deleted."""
     disk_reserve_gib: Annotated[Number, Field(ge=0)] = 0.25
     """Free space in GiB below which a sweep in a folder stops as at the end of a budget. When
