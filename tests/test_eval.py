@@ -185,6 +185,33 @@ def test_over_a_ray_cluster_the_verdict_is_the_same(
     assert np.array_equal(alone.robust, spread.robust)
 
 
+class CountsItsReading:
+    """A function that writes a line whenever a process reads it."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __setstate__(self, state: dict[str, Path]) -> None:
+        self.file = state["file"]
+        with self.file.open("a") as stream:
+            stream.write(f"{os.getpid()}\n")
+
+    def __call__(self, item: int) -> tuple[int, int]:
+        return item, os.getpid()
+
+
+@pytest.mark.ray
+def test_a_worker_of_a_map_reads_the_model_once(ray_cluster, tmp_path: Path) -> None:
+    from raysweep.sweep.ray_map import RayMap
+
+    for name in ("first", "second"):
+        results = list(RayMap(cpus=0.5)(CountsItsReading(tmp_path / name), range(8)))
+        assert sorted(item for item, _ in results) == list(range(8))
+        readers = (tmp_path / name).read_text().split()
+        assert len(readers) == len(set(readers)) < 8
+        assert {int(reader) for reader in readers} == {process for _, process in results}
+
+
 LAYERS = """
 import torch
 

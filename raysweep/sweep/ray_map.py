@@ -1,5 +1,6 @@
 """Map a function over items with tasks on a Ray cluster."""
 
+import functools
 import logging
 import re
 import sys
@@ -66,7 +67,8 @@ class RayMap:
         """
         task = ray.remote(_run_item).options(**self._task_options)
         function_reference = _put_with_code(function)
-        pending = [task.remote(function_reference, item, self._n_threads) for item in items]
+        # Within a list a reference stays one, so that a worker reads the function only once.
+        pending = [task.remote([function_reference], item, self._n_threads) for item in items]
         while pending:
             (finished,), pending = ray.wait(pending, num_returns=1)
             try:
@@ -117,12 +119,26 @@ def _is_users_own(module: ModuleType) -> bool:
     return not (is_installed or is_pythons) and sys.modules.get(name) is module
 
 
-def _run_item(function: Callable[[Item], Result], item: Item, n_threads: int) -> Result:
+def _run_item(
+    function_references: "list[ray.ObjectRef[Callable[[Item], Result]]]",
+    item: Item,
+    n_threads: int,
+) -> Result:
     """Apply the function to one item, in a task on a worker."""
     import torch
 
     torch.set_num_threads(n_threads)
+    (function_reference,) = function_references
+    function = _get_function(function_reference)
     model = getattr(function, "model", None)
     if model is not None and ray.get_gpu_ids():
         model.to("cuda")
     return function(item)
+
+
+@functools.lru_cache(maxsize=1)
+def _get_function(
+    function_reference: "ray.ObjectRef[Callable[[Item], Result]]",
+) -> Callable[[Item], Result]:
+    """Return the function of a map; a worker keeps that of the last one, with its model."""
+    return ray.get(function_reference)
