@@ -8,7 +8,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray import cloudpickle
@@ -129,7 +129,7 @@ def _run_item(
 
     torch.set_num_threads(n_threads)
     (function_reference,) = function_references
-    function = _get_function(function_reference)
+    function: Callable[[Item], Result] = _get_function(function_reference)
     model = getattr(function, "model", None)
     if model is not None and ray.get_gpu_ids():
         model.to("cuda")
@@ -137,8 +137,6 @@ def _run_item(
 
 
 @functools.lru_cache(maxsize=1)
-def _get_function(
-    function_reference: "ray.ObjectRef[Callable[[Item], Result]]",
-) -> Callable[[Item], Result]:
+def _get_function(function_reference: "ray.ObjectRef[Any]") -> Any:
     """Return the function of a map; a worker keeps that of the last one, with its model."""
     return ray.get(function_reference)
