@@ -123,13 +123,13 @@ def _run_item(
     function_references: "list[ray.ObjectRef[Callable[[Item], Result]]]",
     item: Item,
     n_threads: int,
-) -> Result:
+) -> Any:
     """Apply the function to one item, in a task on a worker."""
     import torch
 
     torch.set_num_threads(n_threads)
     (function_reference,) = function_references
-    function: Callable[[Item], Result] = _get_function(function_reference)
+    function = _get_function(function_reference)
     model = getattr(function, "model", None)
     if model is not None and ray.get_gpu_ids():
         model.to("cuda")
