@@ -67,6 +67,9 @@ class Clock:
                 now - begun - epoch_metrics["train/seconds"] - epoch_metrics["validation_seconds"]
             )
 
+    def on_repeat_update(self, run: Trial, epoch_metrics: dict[str, float] | None) -> None:
+        self.on_base_run_update(run, epoch_metrics)
+
     def on_base_run_update(self, run: Trial, epoch_metrics: dict[str, float] | None) -> None:
         pass
 

@@ -31,6 +31,7 @@ from raysweep.sweep.base_comparison import BaseComparison, compare_with_base
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.finalist_summary import summarize_finalists
 from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.repeat_summary import RepeatSummary, summarize_repeats
 from raysweep.sweep.search_space import param_labels
 from raysweep.sweep.spread_summary import SpreadSummary, summarize_spread
 from raysweep.sweep.trial import Trial
@@ -175,6 +176,8 @@ class Sweep:
             * Metrics of the trial's best epoch, such as `epoch`, `clean`, `pgd`, `robust_worst`.
             * `before`: the objective at the best epoch before the instance weights acted; absent if
               no trial has such epochs.
+            * `mean`: the objective as the mean over the seeds of a trial that was repeated, and
+              `seeds`, their number; absent if no trial was repeated.
             * `autoattack`: accuracy under AutoAttack on the validation images, of the trials that
               it attacked at the end of the sweep; absent if it attacked none.
             * `like_best`: "best" for the best trial, "yes" for one that cannot be told apart from
@@ -199,6 +202,8 @@ class Sweep:
         table = pd.DataFrame(rows, index=index)
         if not any(trial.best_in_burn_in for trial in trials):
             table = table.drop(columns="before", errors="ignore")
+        if not any(trial.repeats for trial in trials):
+            table = table.drop(columns=["mean", "seeds"], errors="ignore")
         if all(trial.robust_under_autoattack is None for trial in trials):
             table = table.drop(columns="autoattack", errors="ignore")
         return table
@@ -249,6 +254,15 @@ class Sweep:
         return summarize_spread(self.ledger)
 
     @property
+    def repeats(self) -> RepeatSummary | None:
+        """What further seeds say of the best trials; None if no trial was repeated.
+
+        Raises:
+            DamagedFileError: A trial's file is damaged.
+        """
+        return summarize_repeats(self.ledger)
+
+    @property
     def base_comparison(self) -> BaseComparison | None:
         """Whether the best trial beats the base method, the method without instance weights.
 
@@ -292,12 +306,14 @@ class Sweep:
     ) -> dict[str, Any]:
         """Return a row of `trials`."""
         paths = list(self.ledger.space.space)
-        labels = param_labels(paths)
+        labels, objective = param_labels(paths), self.ledger.space.objectives[0]
         return {
             "state": trial.describe_state(is_interrupted),
             **{labels[path]: trial.params.get(path) for path in paths},
             **{name: value for name, value in trial.best.items() if "/" not in name},
-            "before": trial.best_in_burn_in.get(self.ledger.space.objectives[0]),
+            "before": trial.best_in_burn_in.get(objective),
+            "mean": trial.score(objective) if trial.repeats else None,
+            "seeds": len(trial.trainings),
             "autoattack": trial.robust_under_autoattack,
             **({} if spread is None else {"like_best": spread.describe_mark(trial)}),
             "choice": self.ledger.describe_choice(trial),
@@ -475,15 +491,16 @@ def sweep_to_json(ledger: Ledger) -> JsonDict:
         ended before its last trial ("told-apart", "flat"), or None (`ended_early`); which
         trials cannot be told apart (see `SpreadSummary`), or None; whether the best one beats the
         base method (see `BaseComparison`), or None, and the base runs; advice on the
-        best trial; all trials, best first, as from `trial_to_json`.
+        best trial; what further seeds say of the best trials (see `RepeatSummary`), or None
+        (`seeds`), and the repeats; all trials, best first, as from `trial_to_json`.
     """
     ranked_trials, trials = ledger.rank_trials(), ledger.load_trials()
     best_trial = ledger.find_best_trial()
-    base_runs = ledger.load_base_runs()
-    epochs = count_epochs([*trials, *base_runs])
+    base_runs, repeats = ledger.load_base_runs(), ledger.load_repeats()
+    epochs = count_epochs([*trials, *base_runs, *repeats])
     is_interrupted = ledger.is_interrupted()
     finalists, spread = summarize_finalists(ledger), summarize_spread(ledger)
-    base = compare_with_base(ledger)
+    base, seeds = compare_with_base(ledger), summarize_repeats(ledger)
     return {
         "sweep": ledger.name,
         "path": str(ledger.path),
@@ -501,6 +518,8 @@ def sweep_to_json(ledger: Ledger) -> JsonDict:
         "comparison": spread.to_json_dict() if spread else None,
         "base": base.to_json_dict() if base else None,
         "base_runs": [trial_to_json(ledger, run, is_interrupted) for run in base_runs],
+        "seeds": seeds.to_json_dict() if seeds else None,
+        "repeats": [trial_to_json(ledger, run, is_interrupted) for run in repeats],
         "advice": advise_on_trial(ledger, best_trial.number) if best_trial else [],
         "trials": [
             trial_to_json(ledger, trial, is_interrupted)
@@ -518,14 +537,16 @@ def trial_to_json(ledger: Ledger, trial: Trial, is_interrupted: bool) -> JsonDic
         is_interrupted: Whether no process works on the sweep; see `Ledger.is_interrupted`.
 
     Returns:
-        The content of its trial.json, with `state` as from `Trial.describe_state`; `checkpoint`,
-        the location of its best checkpoint, or None before the first value of the objective;
+        The content of its trial.json, with `state` as from `Trial.describe_state`; `seeds`, on how
+        many of them its rank is based; `checkpoint`, the location of its best checkpoint, or None
+        before the first value of the objective;
         `masks`, whether it exceeds the masking gap; and `choice`, what is wrong with its best
         epoch, or "".
     """
     checkpoint = str(ledger.best_checkpoint_path(trial)) if trial.best else None
     return trial.to_stored_dict() | {
         "state": trial.describe_state(is_interrupted),
+        "seeds": len(trial.trainings),
         "checkpoint": checkpoint,
         "masks": ledger.exceeds_masking_gap(trial),
         "choice": ledger.describe_choice(trial),

@@ -26,7 +26,7 @@ from raysweep.plain_console import PlainConsole
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import param_labels
 from raysweep.sweep.spread_summary import SpreadSummary, describe_split, summarize_spread
-from raysweep.sweep.trial import Trial
+from raysweep.sweep.trial import RunKind, Trial
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.visible_text import show_characters
 
@@ -57,8 +57,8 @@ class SweepDisplay:
         """
         self._console = console
         self._live: Live | None = None
-        self._trials: dict[int, Trial] = {}
-        self._base_runs: dict[int, Trial] = {}
+        # Trials, base runs and repeats by their keys.
+        self._runs: dict[str, Trial] = {}
         self._n_ended_before = 0
         self._spread: SpreadSummary | None = None
         # Reason of a failure or restart -> the first trial that had it.
@@ -73,11 +73,10 @@ class SweepDisplay:
         """Print a line about the sweep; on a terminal, also start the live table."""
         self._ledger = ledger
         self._max_epochs = ledger.space.trial_config({}).epochs
-        self._trials = {trial.number: trial for trial in ledger.load_trials()}
-        self._base_runs = {run.number: run for run in ledger.load_base_runs()}
+        self._runs = {run.key: run for run in ledger.load_all_runs()}
         trials = format_count(ledger.space.n_trials, "trial")
         epochs = format_count(self._max_epochs, "epoch")
-        ended = [trial for trial in self._trials.values() if trial.state != "running"]
+        ended = [trial for trial in self._list_runs("trial") if trial.state != "running"]
         self._n_ended_before = len(ended)
         if not concurrency:
             self.announce(f"sweep {ledger.name}: all of {trials} have ended, in {ledger.path}")
@@ -98,25 +97,37 @@ class SweepDisplay:
 
     def on_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:
         """Update the live table; in a pipe, print a line, except for a trial's first start."""
-        self._trials[trial.number] = trial
+        self._update_run(trial, epoch_metrics)
         if self._live is not None and trial.state != "running":
             self._spread = self._summarize_spread()
-        if self._live is None and (
-            epoch_metrics is not None or trial.state != "running" or trial.reason
-        ):
-            self.announce(self._format_trial_line(trial))
 
     def on_base_run_update(self, run: Trial, epoch_metrics: EpochMetrics | None) -> None:
         """Update the live table; in a pipe, print a line, except for the run's first start."""
-        self._base_runs[run.number] = run
+        self._update_run(run, epoch_metrics)
+
+    def on_repeat_update(self, run: Trial, epoch_metrics: EpochMetrics | None) -> None:
+        """Update the live table; in a pipe, print a line, except for the repeat's first start."""
+        self._update_run(run, epoch_metrics)
+        if self._live is not None and run.state != "running":
+            # The repeat may have completed a round, and its trial has a mean over the seeds then.
+            self._runs |= {trial.key: trial for trial in self._ledger.load_trials()}
+            self._spread = self._summarize_spread()
+
+    def _update_run(self, run: Trial, epoch_metrics: EpochMetrics | None) -> None:
+        """Update the live table; in a pipe, print a line, except for the run's first start."""
+        self._runs[run.key] = run
         if self._live is None and (
             epoch_metrics is not None or run.state != "running" or run.reason
         ):
             self.announce(self._format_trial_line(run))
 
+    def _list_runs(self, kind: RunKind) -> list[Trial]:
+        """Return the trials, the base runs or the repeats."""
+        return [run for run in self._runs.values() if run.kind == kind]
+
     def on_finalist_update(self, trial: Trial, n_left: int) -> None:
         """Print that AutoAttack begins with a finalist, or what it found."""
-        (self._base_runs if trial.kind == "base run" else self._trials)[trial.number] = trial
+        self._runs[trial.key] = trial
         if trial.robust_under_autoattack is not None:
             result = f"{trial.robust_under_autoattack:.3f} under AutoAttack"
         elif trial.finalist is not None and trial.finalist.error:
@@ -133,7 +144,7 @@ class SweepDisplay:
 
     def _summarize_spread(self) -> SpreadSummary | None:
         """Compare the trials that have ended, example by example."""
-        ended = [trial for trial in self._trials.values() if trial.best]
+        ended = [trial for trial in self._list_runs("trial") if trial.best]
         return summarize_spread(self._ledger, sorted(ended, key=self._ledger.rank_trial))
 
     def _format_trial_line(self, trial: Trial) -> str:
@@ -161,8 +172,9 @@ class SweepDisplay:
 
     def _render_table(self) -> "TrialTable":
         """Return a table of the running and the best ended trials, with an estimate of the end."""
-        running = [trial for trial in self._trials.values() if trial.state == "running"]
-        ended = [trial for trial in self._trials.values() if trial.state != "running"]
+        trials, repeats = self._list_runs("trial"), self._list_runs("repeat")
+        running = [trial for trial in trials if trial.state == "running"]
+        ended = [trial for trial in trials if trial.state != "running"]
         ranked = sorted(ended, key=self._ledger.rank_trial)
         best = ranked[: max(0, _MAX_ROWS - len(running))]
         n_trials, n_ended = self._ledger.space.n_trials, len(ended)
@@ -172,10 +184,13 @@ class SweepDisplay:
         if n_ended > self._n_ended_before:
             remaining = elapsed / (n_ended - self._n_ended_before) * (n_trials - n_ended)
             caption += f", about {format_clock(remaining)} left"
+        if repeats:
+            n_ended = sum(run.state != "running" for run in repeats)
+            caption += f"; {n_ended} of {format_count(len(repeats), 'repeat')} of the best done"
         caption += "; Ctrl-C stops"
         if self._spread is not None and self._spread.split is not None:
             caption += f"\n{describe_split(self._spread.split)}"
-        rows = [*running, *best, *self._base_runs.values()]
+        rows = [*running, *best, *self._list_runs("base run"), *repeats]
         return TrialTable(self._ledger, rows, caption, spread=self._spread)
 
 
@@ -216,13 +231,14 @@ def training_progress_bar(
 class TrialTable:
     """Table with one row for each trial: settings, state, epoch and accuracies.
 
-    Runs of the base method have rows, too.
+    Base runs and repeats have rows, too.
 
     Epoch and accuracies are those of the best epoch; for a running trial those of the latest epoch.
     If trials have burn-ins, `before weights act` is what the objective reached there: adversarial
-    training. `AA` is the accuracy under AutoAttack of the trials that it attacked at the end of the
-    sweep. `like best` marks the trials that cannot be told apart from the best one. Where the table
-    is too wide, the searched settings stand below it, wrapped.
+    training. `mean (seeds)` is the mean objective of the trials that were repeated, and the number
+    of their seeds. `AA` is the accuracy under AutoAttack of the trials that it attacked at the end
+    of the sweep. `like best` marks the trials that cannot be told apart from the best one. Where
+    the table is too wide, the searched settings stand below it, wrapped.
     """
 
     def __init__(
@@ -248,6 +264,7 @@ class TrialTable:
         self._objective = ledger.space.objectives[0]
         self._has_burn_in = any(trial.best_in_burn_in for trial in trials)
         self._has_finalists = any(trial.robust_under_autoattack is not None for trial in trials)
+        self._has_repeats = any(trial.repeats for trial in trials)
         self._labels = param_labels(list(ledger.space.space))
         self._spread = spread
         self.caption = caption
@@ -277,6 +294,8 @@ class TrialTable:
         metric_titles = ["epoch", *(name.replace("_", " ") for name in _METRIC_COLUMNS)]
         if self._has_burn_in:
             metric_titles.append("before weights act")
+        if self._has_repeats:
+            metric_titles.append("mean (seeds)")
         if self._has_finalists:
             metric_titles.append("AA")
         if self._spread is not None:
@@ -321,6 +340,9 @@ class TrialTable:
         cells = [str(epoch), *(_format_metric(metrics.get(name)) for name in _METRIC_COLUMNS)]
         if self._has_burn_in:
             cells.append(_format_metric(trial.best_in_burn_in.get(self._objective)))
+        if self._has_repeats:
+            mean, n_seeds = trial.score(self._objective), len(trial.trainings)
+            cells.append(f"{mean:.3f} ({n_seeds})" if trial.repeats else "")
         if self._has_finalists:
             cells.append(_format_metric(trial.robust_under_autoattack))
         if self._spread is not None:

@@ -282,6 +282,9 @@ class TrialUpdateListener:
     def on_base_run_update(self, run: "Trial", epoch_metrics: dict[str, float] | None) -> None:
         pass
 
+    def on_repeat_update(self, run: "Trial", epoch_metrics: dict[str, float] | None) -> None:
+        pass
+
     def on_finalist_update(self, trial: "Trial", n_left: int) -> None:
         pass
 

@@ -39,6 +39,7 @@ def _plan_to_json(plan: "SweepPlan", folder: "Path | None") -> "JsonDict":
         "epochs_per_trial": plan.epochs_per_trial,
         "epochs_expected": plan.expected_epochs,
         "base_runs": plan.n_base_runs,
+        "repeats": plan.n_repeats,
         "finalists": plan.n_finalists,
         "searched": plan.distributions,
         "train_examples": plan.n_train_examples,
@@ -96,8 +97,15 @@ def _describe_plan(plan: "SweepPlan", folder: "Path | None") -> list[str]:
             f"of these, {format_count(plan.n_base_epochs, 'epoch')} are {runs} of "
             f"{plan.base_method_name}, with which the best trial is compared"
         )
+    if plan.n_repeat_epochs:
+        lines.append(
+            f"of these, at most {format_count(plan.n_repeat_epochs, 'epoch')} repeat the best "
+            f"trials with other seeds ({format_count(plan.n_repeats, 'repeat')})"
+        )
     if plan.n_finalists:
         best = format_count(plan.n_finalists, "best trial")
+        if plan.n_repeats:
+            best += ", each of their seeds"
         if plan.n_base_runs:
             best += " and the base runs"
         lines.append(f"then full AutoAttack on the validation images, on the {best}")

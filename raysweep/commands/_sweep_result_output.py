@@ -76,7 +76,7 @@ def _print_best_trials(ledger: Ledger, ranked: list[Trial], n_trials: int) -> No
         if n_finalists:
             order = f"AutoAttack (the first {n_finalists}), then by {order}"
         print(f"\nbest {len(best)} of {n_trials} trials by {order}")
-    rows = [*best, *ledger.load_base_runs()]
+    rows = [*best, *ledger.load_base_runs(), *ledger.load_repeats()]
     table = TrialTable(ledger, rows, spread=summarize_spread(ledger))
     create_table_console().print(table)
 
@@ -105,6 +105,8 @@ def report_sweep_end(request: TuneRequest, ledger: Ledger, end_reason: SweepEndR
         done = f"{n_ended} of {ledger.space.n_trials} trials done"
         if n_base_runs := ledger.count_base_runs_left():
             done += f", {format_count(n_base_runs, 'base run')} left"
+        if n_repeats := ledger.count_repeats_left():
+            done += f", {format_count(n_repeats, 'repeat')} left"
         if n_waiting := len(ledger.find_waiting_finalists()):
             done += f", AutoAttack on {format_count(n_waiting, 'finalist')} is left"
         progress = (

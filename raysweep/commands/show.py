@@ -422,7 +422,7 @@ def _show_sweep(request: ShowRequest, ledger: Ledger) -> None:
     create_table_console().print(
         TrialTable(
             ledger,
-            [*ranked, *unranked, *ledger.load_base_runs()],
+            [*ranked, *unranked, *ledger.load_base_runs(), *ledger.load_repeats()],
             is_interrupted=is_interrupted,
             spread=summarize_spread(ledger),
         )
@@ -460,6 +460,7 @@ def _show_trial(request: ShowRequest, ledger: Ledger, run_key: str) -> None:
 def _print_trial_summary(ledger: Ledger, trial: Trial) -> None:
     """Print the state of a trial, its searched settings and the metrics of its best epoch."""
     from raysweep.formatting import format_count
+    from raysweep.sweep.repeat_summary import list_seed_scores
 
     reason = f": {trial.reason}" if trial.reason else ""
     epochs = f"{format_count(trial.epoch, 'epoch')}, {trial.trained_epochs} trained here"
@@ -474,6 +475,11 @@ def _print_trial_summary(ledger: Ledger, trial: Trial) -> None:
     for name, metric in trial.best.items():
         if "/" not in name and name != "epoch":
             print(f"  {name} = {metric:.4f}")
+    if trial.repeats:
+        objective = ledger.space.objectives[0]
+        scores = ", ".join(f"{score:.4f}" for score in list_seed_scores(trial, objective))
+        print(f"mean over {len(trial.trainings)} seeds")
+        print(f"  {objective} = {trial.score(objective):.4f} ({scores})")
     if trial.robust_under_autoattack is not None and trial.finalist is not None:
         print(f"  AutoAttack on {trial.finalist.n_examples} validation images")
         print(f"  robust = {trial.robust_under_autoattack:.4f}")

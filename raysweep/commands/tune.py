@@ -324,6 +324,9 @@ def _print_plan(
         n_started = sum(trial.kind == "trial" for trial in trials)
         if resumed_ledger.load_early_end() and n_started:
             space = space.replace(trials=n_started)
+        if trials and not resumed_ledger.has_work_left(request.retry_failed):
+            # Fewer repeats were needed than there may be.
+            space = space.replace(repeat=0)
     plan = plan_sweep(space, dataset, resources, request.address, trials)
     print_sweep_plan(plan, request.as_json, runs_folder.local_path)
 
@@ -344,7 +347,7 @@ def _check_disk_space(folder: StorePath, space: SearchSpace, dataset: DatasetSpl
     reserve = space.disk_reserve_gib
     if line := describe_missing_space(folder.local_path, 0, reserve):
         raise InfrastructureError(line)
-    n_runs = space.n_trials + (space.base_runs or 0)
+    n_runs = space.count_all_runs()
     config = space.trial_config({})
     needed_bytes = n_runs * estimate_trial_bytes(config, dataset)
     needed_bytes += estimate_prefix_bytes(space, n_runs * config.epochs, dataset)
@@ -548,6 +551,7 @@ def _extend_resumed_space(request: TuneRequest, ledger: Ledger) -> SearchSpace:
             trials=max(ledger.space.n_trials, space.n_trials),
             dataset_defaults=ledger.space.dataset_defaults,
             base_runs=request.overrides.get("base_runs", ledger.space.base_runs),
+            repeat=request.overrides.get("repeat", ledger.space.repeat),
         )
     elif request.overrides:
         of_sweep, of_training = split_sweep_settings(request.overrides)

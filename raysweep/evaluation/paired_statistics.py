@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -73,6 +73,52 @@ def compare_paired(
     quantile = compute_normal_quantile(1 - (1 - CONFIDENCE) / n_comparisons)
     half_width = quantile * math.sqrt(variance + training_variance)
     return PairedDifference(float(differences.mean()), mean - half_width, mean + half_width)
+
+
+def compare_groups(
+    first: FloatArray,
+    second: FloatArray,
+    n_comparisons: int = 1,
+    training_variance: float = 0.0,
+) -> PairedDifference:
+    """Compare the mean accuracies of two groups of models on the same examples.
+
+    Args:
+        first: Scores of the models of the first group, (M, N), M at least 1.
+        second: Scores of those of the second, (K, N), on the same examples.
+        n_comparisons: As for `compare_paired`.
+        training_variance: Variance between the accuracies of models of one group that comes from
+            the randomness of training (see `estimate_training_variance`).
+
+    Returns:
+        Mean accuracy of the first group minus that of the second, with its interval.
+    """
+    variance = training_variance * (1 / len(first) + 1 / len(second))
+    return compare_paired(first.mean(0), second.mean(0), n_comparisons, variance)
+
+
+def estimate_training_variance(groups: Iterable[FloatArray]) -> float:
+    """Estimate how much the randomness of training changes the accuracy of one model.
+
+    It is the variance between models of equal settings that the choice of the examples does not
+    explain, averaged over the groups by their degrees of freedom.
+
+    Args:
+        groups: For each settings the scores of its models, which differ in their seeds, (M, N). Of
+            a group with one model nothing is learnt.
+
+    Returns:
+        The variance, 0 or more; 0 if no group has two models.
+    """
+    repeated = [scores for scores in groups if len(scores) > 1]
+    if not repeated:
+        return 0.0
+    excess, freedom = 0.0, 0
+    for scores in repeated:
+        spread = statistics.variance(scores.mean(1).tolist())
+        excess += (len(scores) - 1) * (spread - estimate_measurement_variance(scores))
+        freedom += len(scores) - 1
+    return max(0.0, excess / freedom)
 
 
 def estimate_measurement_variance(scores: FloatArray) -> float:

@@ -119,9 +119,11 @@ def escape_unprintable(text: str) -> str:
 def describe_writer(entry: JsonEntry) -> str:
     """Return who wrote an entry: `trial 0003` or a command, with its process and host."""
     who = str(entry.get("writer", ""))
-    if who in ("trial", "base run"):
+    if who in ("trial", "base run", "repeat"):
         number = entry.get("trial", 0)
         who += f" {number:04d}" if isinstance(number, int) else f" {number}"
+        if "seed" in entry:
+            who += f" seed {entry['seed']}"
         if "rank" in entry:
             who += f" worker {entry['rank']}"
     return f"[{who} process {entry.get('process', '?')} on {entry.get('host', '?')}]"

@@ -52,16 +52,19 @@ def log_trial(run_path: "Location", *, rank: int | None = None, role: str = "") 
     """Context manager that writes all records of a trial's process into the trial's folder.
 
     Args:
-        run_path: Folder of the trial, or of a run of the sweep's base method, whose name is its
-            number.
+        run_path: Folder of a trial, base run or repeat. Its name has the number, and the seed of a
+            repeat.
         rank: Rank of this process among the workers of the trial; None for a trial in one process.
         role: What this process does besides training, as part of its files' names.
     """
     from raysweep.stores import open_path
 
     run_path = open_path(run_path)
-    writer = "base run" if run_path.parent.name == "base" else "trial"
-    context: dict[str, Any] = {"writer": writer, "trial": int(run_path.name)}
+    writer = {"base": "base run", "repeats": "repeat"}.get(run_path.parent.name, "trial")
+    number, _, seed = run_path.name.partition("-seed-")
+    context: dict[str, Any] = {"writer": writer, "trial": int(number)}
+    if seed:
+        context["seed"] = int(seed)
     if rank is not None:
         context["rank"] = rank
     suffix = role or (f"worker-{rank}" if rank else "")

@@ -39,7 +39,15 @@ class Candidate(Spec):
         "exceeds_masking_gap": "masked",
     }
     later_fields: ClassVar[frozenset[str]] = frozenset(
-        {"is_ineligible", "selection_split", "threat", "autoattack", "is_below_finalists"}
+        {
+            "is_ineligible",
+            "selection_split",
+            "threat",
+            "autoattack",
+            "is_below_finalists",
+            "n_seeds",
+            "mean_score",
+        }
     )
 
     label: str
@@ -77,8 +85,17 @@ class Candidate(Spec):
     is_below_finalists: bool = False
     """Whether AutoAttack attacked other trials of the sweep, which are ranked above this one."""
 
+    n_seeds: int = 1
+    """Number of seeds with which the sweep trained the settings of the trial."""
+    mean_score: float | None = None
+    """The sweep's objective as the mean over these seeds; null for one seed."""
+
     def score(self, metric: str) -> float:
-        """Return a validation metric; -inf if the checkpoint does not have it."""
+        """Return a validation metric, as the mean over the seeds if the sweep repeated the trial;
+        -inf if the checkpoint does not have it.
+        """
+        if self.mean_score is not None and metric == self.objectives[0]:
+            return self.mean_score
         return self.metrics.get(metric, float("-inf"))
 
     def final_score(self, metric: str) -> float:
@@ -295,26 +312,35 @@ def rank_candidates(candidates: Sequence[Candidate]) -> list[Candidate]:
 
     Where AutoAttack has attacked the finalists of all sweeps, its results decide. Where some
     candidates are of sweeps without finalists, all are compared by the objective, and then the
-    trials of each sweep take their places in the order of the sweep.
+    trials of each sweep take their places in the order of the sweep. So do those of a sweep that
+    repeated its best trials.
 
     Args:
         candidates: Candidates of any stages.
     """
     metric = select_ranking_metrics(candidates)[0]
-    by_objective = sorted(candidates, key=_make_rank_key(candidates, metric, Candidate.score))
-    if not any(candidate.has_attacked_finalists for candidate in candidates):
-        return by_objective
+    ranked = sorted(candidates, key=_make_rank_key(candidates, metric, Candidate.score))
     rank_finally = _make_rank_key(candidates, metric, Candidate.final_score)
-    if all(candidate.has_attacked_finalists for candidate in candidates):
-        return sorted(by_objective, key=rank_finally)
-    members: dict[str, list[Candidate]] = {}
-    for candidate in by_objective:
-        if candidate.has_attacked_finalists:
-            members.setdefault(_sweep_folder(candidate), []).append(candidate)
-    in_order = {folder: iter(sorted(group, key=rank_finally)) for folder, group in members.items()}
+    attacked = {_sweep_folder(c) for c in candidates if c.has_attacked_finalists}
+    placed = {_sweep_folder(c) for c in candidates if c.n_seeds > 1}
+    if candidates and all(candidate.has_attacked_finalists for candidate in candidates):
+        ranked = sorted(ranked, key=rank_finally)
+    else:
+        placed |= attacked
+    members: dict[str, list[Candidate]] = {folder: [] for folder in placed}
+    for candidate in ranked:
+        if _sweep_folder(candidate) in placed:
+            members[_sweep_folder(candidate)].append(candidate)
+
+    def rank_in_sweep(candidate: Candidate) -> tuple[Any, ...]:
+        is_of_test, rank, *others = rank_finally(candidate)
+        n_seeds = 0 if candidate.autoattack is not None else candidate.n_seeds
+        return (is_of_test, rank._replace(negated_seeds=-n_seeds), *others)
+
+    in_order = {folder: iter(sorted(group, key=rank_in_sweep)) for folder, group in members.items()}
     return [
-        next(in_order[_sweep_folder(candidate)]) if candidate.has_attacked_finalists else candidate
-        for candidate in by_objective
+        next(in_order[folder]) if (folder := _sweep_folder(candidate)) in placed else candidate
+        for candidate in ranked
     ]
 
 
@@ -339,6 +365,7 @@ def _make_rank_key(
             is_below_finalists=(
                 get_score is Candidate.final_score and candidate.is_below_finalists
             ),
+            negated_seeds=0,
             negated_score=-mean(scores[candidate.row]),
         )
         is_of_test = candidate.selection_split == "test"

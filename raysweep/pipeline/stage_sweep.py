@@ -287,6 +287,8 @@ def make_candidate(
         threat=saved.config.resolve_at(saved.epoch - 1).validation.threat,
         autoattack=trial.robust_under_autoattack if is_finalist else None,
         is_below_finalists=checkpoint_kind == "best" and bool(finalists) and not is_finalist,
+        n_seeds=len(trial.trainings),
+        mean_score=trial.score(ledger.space.objectives[0]) if trial.repeats else None,
     )
 
 
@@ -330,7 +332,7 @@ def summarize_sweep(context: StageContext, ledger: Ledger) -> SweepSummary:
                 number=t.number,
                 state=t.state,
                 params=t.params,
-                score=t.best.get(metric),
+                score=t.score(metric) if metric in t.best else None,
                 masking_gap=t.best.get("masking_gap"),
                 reason=t.reason,
             )

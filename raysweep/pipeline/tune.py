@@ -121,7 +121,7 @@ class TuneStage(Stage):
         space = self.resolve_search_space(training_overrides)
         config = space.trial_config({})
         epochs = expected_sweep_epochs(space, config.epochs)
-        n_runs = space.n_trials + (space.base_runs or 0)
+        n_runs = space.count_all_runs()
         return [PlannedTraining(config, n_runs, n_runs, epochs)]
 
     def list_warnings(
@@ -142,12 +142,14 @@ class TuneStage(Stage):
         config = space.trial_config({})
         params = ", ".join(param_labels(list(space.space)).values())
         epochs = expected_sweep_epochs(space, config.epochs)
-        max_epochs = (space.n_trials + (space.base_runs or 0)) * config.epochs
+        max_epochs = space.count_all_runs() * config.epochs
         total = f"about {epochs} of {max_epochs}" if epochs < max_epochs else str(max_epochs)
         base_runs = ""
         if space.base_runs:
             runs = format_count(space.base_runs, "run")
             base_runs = f"and {runs} of {space.base_method_name}, "
+        if n_repeats := sum(space.leaders_by_round):
+            base_runs += f"then up to {format_count(n_repeats, 'repeat')} of the best, "
         return (
             f"{format_count(space.n_trials, 'trial')} of {describe_training(config)} each, "
             f"{base_runs}{total} in all; searched: {params}"

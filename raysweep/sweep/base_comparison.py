@@ -1,21 +1,18 @@
 """Whether the best trial of a sweep beats the base method, the method without instance weights."""
 
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raysweep.evaluation.paired_statistics import (
     PairedDifference,
-    compare_paired,
-    estimate_measurement_variance,
+    compare_groups,
+    estimate_training_variance,
 )
 from raysweep.formatting import format_count
-from raysweep.lazy_modules import np
 from raysweep.spec import JsonDict
 from raysweep.sweep.ledger import Ledger
-from raysweep.sweep.spread_summary import select_comparable_runs, to_scores
+from raysweep.sweep.run_verdicts import pair_verdicts
+from raysweep.sweep.spread_summary import select_comparable_runs
 from raysweep.sweep.trial import Trial
-from raysweep.training.example_verdicts import ExampleVerdicts
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,9 @@ class BaseComparison:
         n_compared: Number of trials of which `best` is the best.
         n_examples: Number of validation examples.
         is_autoattack: Whether the verdicts are those of AutoAttack; else of the objective.
-        difference: Accuracy of the best trial minus the mean of the base method.
+        difference: Accuracy of the best trial, as the mean over its seeds, minus that of the base
+            method. The interval allows for the randomness of training, as far as seeds differ by
+            more than the choice of the examples explains.
     """
 
     method: str
@@ -55,6 +54,7 @@ class BaseComparison:
             "method": self.method,
             "base_method": self.base_method,
             "best": self.best.number,
+            "best_seeds": len(self.best.trainings),
             "seeds": [run.params["seed"] for run in self.base_runs],
             "compared_trials": self.n_compared,
             "examples": self.n_examples,
@@ -82,45 +82,21 @@ def compare_with_base(ledger: Ledger) -> BaseComparison | None:
     if not trials or not base_runs:
         return None
     best = trials[0]
-    for is_autoattack in (True, False):
-        verdicts = [
-            run.autoattack_verdicts if is_autoattack else run.best_verdicts
-            for run in (best, *base_runs)
-        ]
-        present = [row for row in verdicts if row is not None and _is_like_first(row, verdicts)]
-        if len(present) == len(verdicts):
-            return BaseComparison(
-                ledger.space.trial_config({}).method.name,
-                ledger.space.base_method_name,
-                best,
-                tuple(base_runs),
-                len(trials),
-                present[0].n_examples,
-                is_autoattack,
-                _compare_scores(present, len(trials)),
-            )
-    return None
-
-
-def _is_like_first(verdicts: ExampleVerdicts, others: Sequence[ExampleVerdicts | None]) -> bool:
-    """Return whether verdicts belong to the same examples as the first of several."""
-    first = others[0]
-    return first is not None and verdicts.is_comparable(first)
-
-
-def _compare_scores(verdicts: Sequence[ExampleVerdicts], n_compared: int) -> PairedDifference:
-    """Compare the first with the mean of the others.
-
-    The interval allows for the randomness of training, as far as the others differ by more than
-    the choice of the examples explains.
-    """
-    best, *base = (to_scores(row) for row in verdicts)
-    scores = np.stack(base)
-    training_variance = 0.0
-    if len(base) > 1:
-        spread = statistics.variance(scores.mean(1).tolist())
-        training_variance = max(0.0, spread - estimate_measurement_variance(scores))
-    return compare_paired(best, scores.mean(0), n_compared, training_variance * (1 + 1 / len(base)))
+    pair = pair_verdicts(best.trainings, base_runs)
+    if pair is None:
+        return None
+    best_scores, base_scores, is_autoattack = pair
+    training_variance = estimate_training_variance([best_scores, base_scores])
+    return BaseComparison(
+        ledger.space.trial_config({}).method.name,
+        ledger.space.base_method_name,
+        best,
+        tuple(base_runs),
+        len(trials),
+        best_scores.shape[1],
+        is_autoattack,
+        compare_groups(best_scores, base_scores, len(trials), training_variance),
+    )
 
 
 def describe_base_comparison(ledger: Ledger) -> list[str]:
@@ -138,6 +114,8 @@ def describe_base_comparison(ledger: Ledger) -> list[str]:
     if comparison is None:
         return lines
     pair, best = comparison.difference, f"trial {comparison.best.number:04d}"
+    if comparison.best.repeats:
+        best += f" ({format_count(len(comparison.best.trainings), 'seed')})"
     base = f"{comparison.base_method} ({format_count(len(comparison.base_runs), 'seed')})"
     attack = "AutoAttack" if comparison.is_autoattack else "the objective"
     n_compared = format_count(comparison.n_compared, "trial")

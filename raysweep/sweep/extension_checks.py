@@ -12,7 +12,7 @@ from raysweep.sweep.search_space import Params, SearchSpace
 # Keys that do not change what a trial is, or that are checked one by one.
 _EXTENDABLE_KEYS = {
     *("trials", "points_to_evaluate", "base", "space", "share_prefixes", "prefix_gib"),
-    *("finalists", "base_runs", "until", "disk_reserve_gib"),
+    *("finalists", "base_runs", "until", "repeat", "disk_reserve_gib"),
 }
 _NEW_NAME_HINT = "choose another --name for that"
 
@@ -39,6 +39,7 @@ def check_extension(
         *new_space.find_finalist_problems(),
         *new_space.find_base_run_problems(),
         *new_space.find_until_problems(),
+        *new_space.find_repeat_problems(),
     ]
     if (new_space.base_runs or 0) < (old_space.base_runs or 0):
         lines.append(

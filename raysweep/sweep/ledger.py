@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from statistics import fmean
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -18,6 +19,7 @@ from raysweep.pareto import pareto_front_indices
 from raysweep.spec import SpecError
 from raysweep.stores import Location, StoredFileNotFound, StorePath, StoreUnavailable, open_path
 from raysweep.sweep.extension_checks import check_extension
+from raysweep.sweep.repeat_plan import RepeatPlan, plan_repeats
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.sweep.trial import Trial, load_runs
 from raysweep.training.checkpoint import RunDirectory
@@ -67,7 +69,8 @@ class Ledger:
     """Folder of a sweep.
 
     It holds `sweep.json`, and for each trial `trials/NNNN/` with `trial.json` and the trial's
-    checkpoints; for each base run, `base/NNNN/` with the same files.
+    checkpoints; for each base run, `base/NNNN/` with the same files, and for each repeat of a trial
+    `repeats/NNNN-seed-N/`.
 
     Attributes:
         path: The folder.
@@ -179,8 +182,8 @@ class Ledger:
 
     def is_extended_by(self, new_space: SearchSpace) -> bool:
         """Return whether a search space asks for more than this sweep's own: trials, epochs, values
-        of settings, or another end. With more finalists or runs of the base method, the sweep's
-        answer stays as clear as it was.
+        of settings, or another end. With more finalists, base runs or repeats, the sweep's answer
+        stays as clear as it was.
         """
         keys = ("trials", "until", "space", "points_to_evaluate")
         if any(getattr(new_space, key) != getattr(self.space, key) for key in keys):
@@ -252,18 +255,28 @@ class Ledger:
         n_restarted = sum(run.state == "running" or run.runs_again(retry_failed) for run in runs)
         return n_restarted + max(0, (self.space.base_runs or 0) - len(runs))
 
+    def count_repeats_left(self, retry_failed: bool = False) -> int:
+        """Return the number of repeats that `--resume` would run, without those of later rounds.
+
+        Args:
+            retry_failed: Whether all failed ones run again.
+        """
+        n_restarted = sum(run.runs_again(retry_failed) for run in self.load_repeats())
+        return n_restarted + len(self.find_waiting_repeats())
+
     def has_ended(self) -> bool:
         """Return whether the sweep has no work left.
 
-        All its trials and base runs exist and have ended, even if some have failed, and AutoAttack
-        has attacked the finalists.
+        All its trials, base runs and repeats exist and have ended, even if some have failed, and
+        AutoAttack has attacked the finalists.
         """
-        trials, base_runs = self.load_trials(), self.load_base_runs()
+        plan, base_runs = self.load_repeat_plan(), self.load_base_runs()
         return (
-            self._have_ended(trials)
+            self._have_ended(plan.trials)
+            and not plan.waiting
             and len(base_runs) >= (self.space.base_runs or 0)
             and all(run.state != "running" for run in base_runs)
-            and not self._find_waiting_finalists(trials, base_runs)
+            and not self._find_waiting_finalists(plan, base_runs)
         )
 
     def _have_ended(self, trials: Sequence[Trial]) -> bool:
@@ -273,7 +286,7 @@ class Ledger:
         )
 
     def has_work_left(self, retry_failed: bool = False) -> bool:
-        """Return whether `--resume` would run trials or the base method, or attack finalists.
+        """Return whether `--resume` would run trials, base runs or repeats, or attack finalists.
 
         Args:
             retry_failed: Whether all failed trials run again.
@@ -281,6 +294,7 @@ class Ledger:
         return bool(
             self.count_trials_left(retry_failed=retry_failed)
             or self.count_base_runs_left(retry_failed)
+            or self.count_repeats_left(retry_failed)
             or self.find_waiting_finalists()
         )
 
@@ -359,12 +373,12 @@ class Ledger:
         """Load all trials that were ever started.
 
         Returns:
-            The trials, ordered by number.
+            The trials, ordered by number, with the repeats that count.
 
         Raises:
             DamagedFileError: If a trial.json is damaged.
         """
-        return load_runs(self.path, "trial")
+        return list(self.load_repeat_plan().trials)
 
     def load_base_runs(self) -> list[Trial]:
         """Load all base runs that were ever started, ordered by number.
@@ -374,22 +388,46 @@ class Ledger:
         """
         return load_runs(self.path, "base run")
 
-    def load_all_runs(self) -> list[Trial]:
-        """Load the trials, and then the base runs.
+    def load_repeats(self) -> list[Trial]:
+        """Load all repeats that were ever started, ordered by number and seed.
 
         Raises:
             DamagedFileError: If a trial.json is damaged.
         """
-        return [*self.load_trials(), *self.load_base_runs()]
+        return load_runs(self.path, "repeat")
+
+    def load_all_runs(self) -> list[Trial]:
+        """Load the trials, and then the base runs and the repeats.
+
+        Raises:
+            DamagedFileError: If a trial.json is damaged.
+        """
+        return [*self.load_trials(), *self.load_base_runs(), *self.load_repeats()]
+
+    def load_repeat_plan(self) -> RepeatPlan:
+        """Load the trials and find out which repeats they need and which count.
+
+        Raises:
+            DamagedFileError: If a trial.json is damaged.
+        """
+        trials = load_runs(self.path, "trial")
+        if not self.space.leaders_by_round:
+            return RepeatPlan(tuple(trials))
+        return plan_repeats(self.space, trials, self.load_repeats(), self.rank_trial)
+
+    def find_waiting_repeats(self) -> list[Trial]:
+        """Return the repeats that are to be trained now; none while trials run."""
+        plan = self.load_repeat_plan()
+        return list(plan.waiting) if self._have_ended(plan.trials) else []
 
     def rank_trials(self) -> list[Trial]:
         """Return the trials that reported the (first) objective, best first (see `rank_trial`).
 
         Once AutoAttack has attacked all finalists, they come first, in the order of its results.
         """
-        trials = self.load_trials()
-        by_objective = self._rank_by_objective(trials)
-        finalists = self._find_attacked_finalists(trials)
+        plan = self.load_repeat_plan()
+        by_objective = self._rank_by_objective(plan.trials)
+        finalists = self._find_attacked_finalists(plan)
         if not finalists:
             return by_objective
         numbers = {trial.number for trial in finalists}
@@ -399,7 +437,8 @@ class Ledger:
             rank = self.rank_trial(trial)
             if trial.number not in numbers:
                 return rank._replace(is_below_finalists=True)
-            return rank._replace(negated_score=-trial.final_score(metric), negated_tie_break=0.0)
+            score = trial.final_score(metric)
+            return rank._replace(negated_seeds=0, negated_score=-score, negated_tie_break=0.0)
 
         # Stable: equal results of AutoAttack stay in the order of the objective.
         return sorted(by_objective, key=rank_finally)
@@ -415,12 +454,13 @@ class Ledger:
 
         Finalists are the best trials by the objective that may be chosen, as many as
         `space.finalists` says; with several objectives the members of the Pareto front. There are
-        none while trials run. The base runs that have ended with a result follow them, because the
-        best trial is compared with them under AutoAttack, too.
+        none while trials or repeats run. Each seed of a finalist is attacked. If trials were
+        repeated, only these can be finalists. The base runs that have ended with a result follow
+        them, because the best trial is compared with them under AutoAttack, too.
         """
         if not self.space.finalists:
             return []
-        return self._find_waiting_finalists(self.load_trials(), self.load_base_runs())
+        return self._find_waiting_finalists(self.load_repeat_plan(), self.load_base_runs())
 
     def find_attacked_finalists(self) -> list[Trial]:
         """Return the finalists, in the order of the objective, if all have a result of AutoAttack.
@@ -428,26 +468,30 @@ class Ledger:
         Returns:
             The finalists. None if one of them has no result: then the objective decides.
         """
-        return self._find_attacked_finalists(self.load_trials()) if self.space.finalists else []
-
-    def _find_finalists(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Return those of all trials that are finalists, in the order of the objective."""
-        if not self.space.finalists or not self._have_ended(trials):
+        if not self.space.finalists:
             return []
-        eligible = [
-            trial for trial in self._rank_by_objective(trials) if self.rank_trial(trial).is_eligible
-        ]
+        return self._find_attacked_finalists(self.load_repeat_plan())
+
+    def _find_finalists(self, plan: RepeatPlan) -> list[Trial]:
+        """Return those of all trials that are finalists, in the order of the objective."""
+        if not self.space.finalists or not self._have_ended(plan.trials) or plan.waiting:
+            return []
+        ranked = self._rank_by_objective(plan.trials)
+        eligible = [trial for trial in ranked if self.rank_trial(trial).is_eligible]
         if len(self.space.objectives) == 1:
-            return eligible[: self.space.finalists]
+            repeated = [trial for trial in eligible if trial.repeats]
+            return (repeated or eligible)[: self.space.finalists]
         return _find_front(eligible, self.space.objectives, Trial.score)
 
-    def _find_waiting_finalists(
-        self, trials: Sequence[Trial], base_runs: Sequence[Trial]
-    ) -> list[Trial]:
-        """Return the finalists whose best epoch AutoAttack has not attacked yet, and after them the
-        base runs that are to be compared with the best of them.
+    def _find_waiting_finalists(self, plan: RepeatPlan, base_runs: Sequence[Trial]) -> list[Trial]:
+        """Return the finalists whose best epoch AutoAttack has not attacked yet, each with its
+        repeats after it, and then the base runs that are to be compared with the best of them.
         """
-        finalists = self._find_finalists(trials)
+        finalists = [
+            replace(training, repeats=())
+            for trial in self._find_finalists(plan)
+            for training in trial.trainings
+        ]
         rivals = [run for run in base_runs if self.rank_trial(run).is_eligible]
         if len(self.space.objectives) > 1:
             rivals = []
@@ -458,9 +502,9 @@ class Ledger:
             and (trial.finalist is None or trial.finalist.epoch != trial.best["epoch"])
         ]
 
-    def _find_attacked_finalists(self, trials: Sequence[Trial]) -> list[Trial]:
+    def _find_attacked_finalists(self, plan: RepeatPlan) -> list[Trial]:
         """Return the finalists if all have a result of AutoAttack; else none."""
-        finalists = self._find_finalists(trials)
+        finalists = self._find_finalists(plan)
         if any(trial.robust_under_autoattack is None for trial in finalists):
             return []
         return finalists
@@ -474,7 +518,8 @@ class Ledger:
 
     def rank_trial(self, trial: Trial) -> RunRank:
         """Return the rank of a trial by the objective: failed ones come last, before them those
-        whose best epoch is not eligible, before them those above the masking gap.
+        whose best epoch is not eligible, before them those above the masking gap. Of the others,
+        those with more seeds come first.
         """
         metric = self.space.objectives[0]
         return RunRank(
@@ -482,8 +527,9 @@ class Ledger:
             has_ineligible_best=not trial.rank_best_epoch(self._find_rule(trial)).is_eligible,
             exceeds_masking_gap=self.exceeds_masking_gap(trial),
             is_below_finalists=False,
+            negated_seeds=-len(trial.trainings),
             negated_score=-trial.score(metric),
-            negated_tie_break=-get_tie_break(trial.best, metric),
+            negated_tie_break=-fmean(get_tie_break(run.best, metric) for run in trial.trainings),
         )
 
     def describe_choice(self, trial: Trial) -> str:

@@ -77,6 +77,9 @@ class OptunaExporter:
     def on_base_run_update(self, run: Trial, epoch_metrics: EpochMetrics | None) -> None:
         """Nothing to write: a base run has no searched settings."""
 
+    def on_repeat_update(self, run: Trial, epoch_metrics: EpochMetrics | None) -> None:
+        """Nothing to write yet: `on_sweep_end` writes the mean over the seeds of a trial."""
+
     def on_finalist_update(self, trial: Trial, n_left: int) -> None:
         """Nothing to write: Optuna is told the values by which the sampler proposed settings."""
 

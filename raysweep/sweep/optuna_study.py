@@ -16,7 +16,7 @@ MIN_IMPORTANCE_TRIALS = 10
 TRIAL_NUMBER_ATTRIBUTE = "raysweep.number"
 """User attribute of Optuna's trials that holds the number in the ledger."""
 
-EXPORTED_ATTRIBUTES = frozenset({TRIAL_NUMBER_ATTRIBUTE, "state", "reason"})
+EXPORTED_ATTRIBUTES = frozenset({TRIAL_NUMBER_ATTRIBUTE, "state", "reason", "seeds"})
 """All user attributes that trials of an exported study have."""
 
 
@@ -29,8 +29,8 @@ def to_frozen_trial(space: SearchSpace, trial: Trial) -> FrozenTrial:
             if the scheduler stopped it, a pruned one.
 
     Returns:
-        A trial with the objectives of its best epoch and, for a single objective, the value of each
-        epoch. Params that are not searched are left out.
+        A trial with the objectives of its best epoch, as the mean over its seeds, and, for a single
+        objective, the value of each epoch. Params that are not searched are left out.
     """
     stopped_state = TrialState.PRUNED if len(space.objectives) == 1 else TrialState.COMPLETE
     return _build_frozen_trial(space, trial, space.optuna_params(trial.params), stopped_state, {})
@@ -79,6 +79,8 @@ def _build_frozen_trial(
     user_attrs: dict[str, Any] = {TRIAL_NUMBER_ATTRIBUTE: trial.number, "state": trial.state}
     if trial.reason:
         user_attrs["reason"] = trial.reason
+    if trial.repeats:
+        user_attrs["seeds"] = len(trial.trainings)
     return optuna.trial.create_trial(
         state=state,
         values=values,

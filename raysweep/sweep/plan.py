@@ -39,6 +39,9 @@ class SweepPlan:
         base_method_name: Name of the base method; "" without runs of it.
         n_base_runs: Base runs of the whole sweep.
         n_base_epochs: Epochs left in them, which are part of `expected_epochs` and `max_epochs`.
+        n_repeats: Repeats of the whole sweep, at most.
+        n_repeat_epochs: Epochs left in them, at most, which are part of `expected_epochs` and
+            `max_epochs`.
         n_finalists: Trials that AutoAttack attacks at the end; with several objectives, 1 or more
             stands for the whole Pareto front.
         distributions: For each searched parameter (dotted path) its distribution, without defaults.
@@ -74,6 +77,8 @@ class SweepPlan:
     base_method_name: str
     n_base_runs: int
     n_base_epochs: int
+    n_repeats: int
+    n_repeat_epochs: int
     n_finalists: int
     distributions: dict[str, JsonDict]
     n_train_examples: int
@@ -118,7 +123,7 @@ def plan_sweep(
         resources: What one trial holds.
         address: Ray cluster to ask for its resources; None for `RAY_ADDRESS` or, if that is not
             set, this machine.
-        existing_trials: Trials and base runs that were started before.
+        existing_trials: Trials, base runs and repeats that were started before.
 
     Returns:
         The plan.
@@ -137,12 +142,17 @@ def plan_sweep(
     base_runs = [trial for trial in existing_trials if trial.kind == "base run"]
     base_epochs = _list_completed_epochs(space.base_runs or 0, config.epochs, base_runs)
     n_base_epochs = sum(config.epochs - epoch for epoch in base_epochs)
+    repeats = [trial for trial in existing_trials if trial.kind == "repeat"]
+    n_repeats = sum(space.leaders_by_round)
+    repeat_epochs = _list_completed_epochs(n_repeats, config.epochs, repeats)
+    n_repeat_epochs = sum(config.epochs - epoch for epoch in repeat_epochs)
+    n_fixed_epochs = n_base_epochs + n_repeat_epochs
     concurrency = min(
         resources.max_concurrent_trials(cluster, nodes),
-        max(len(start_epochs) + len(base_epochs), 1),
+        max(len(start_epochs) + len(base_epochs), *space.leaders_by_round[:1], 1),
     )
     seconds_per_epoch = estimate_epoch_seconds(config, data, resources)
-    max_epochs = sum(config.epochs - epoch for epoch in start_epochs) + n_base_epochs
+    max_epochs = sum(config.epochs - epoch for epoch in start_epochs) + n_fixed_epochs
     expected_epochs = sum(
         expected_trial_epochs(space, config.epochs, epoch) for epoch in start_epochs
     )
@@ -154,11 +164,13 @@ def plan_sweep(
         n_trials_left=len(start_epochs),
         has_existing_trials=bool(trials),
         epochs_per_trial=config.epochs,
-        expected_epochs=round(expected_epochs) + n_base_epochs,
+        expected_epochs=round(expected_epochs) + n_fixed_epochs,
         max_epochs=max_epochs,
         base_method_name=space.base_method_name,
         n_base_runs=space.base_runs or 0,
         n_base_epochs=n_base_epochs,
+        n_repeats=n_repeats,
+        n_repeat_epochs=n_repeat_epochs,
         n_finalists=min(space.finalists or 0, space.n_trials),
         distributions={
             path: distribution.model_dump(exclude_defaults=True)
@@ -177,7 +189,7 @@ def plan_sweep(
         train_class_counts=count_per_class(data.train, data.classes),
         validation_class_counts=count_per_class(config.validation.select_split(data), data.classes),
         threat=config.validation.threat,
-        checkpoint_bytes=(len(start_epochs) + len(base_epochs))
+        checkpoint_bytes=(len(start_epochs) + len(base_epochs) + len(repeat_epochs))
         * estimate_trial_bytes(config, data),
         prefix_bytes=estimate_prefix_bytes(space, max_epochs, data),
     )
@@ -283,14 +295,14 @@ def _list_completed_epochs(
 
 
 def expected_sweep_epochs(space: SearchSpace, max_epochs: int) -> int:
-    """Return the epochs that a new sweep is expected to train, with the base runs.
+    """Return the epochs that a new sweep is expected to train, with base runs and repeats.
 
     Args:
         space: The sweep's search space.
         max_epochs: Epochs of a trial that is not stopped early.
     """
-    base_epochs = (space.base_runs or 0) * max_epochs
-    return round(space.n_trials * expected_trial_epochs(space, max_epochs)) + base_epochs
+    other_epochs = (space.count_all_runs() - space.n_trials) * max_epochs
+    return round(space.n_trials * expected_trial_epochs(space, max_epochs)) + other_epochs
 
 
 def expected_trial_epochs(space: SearchSpace, max_epochs: int, starting_epoch: int = 0) -> float:

@@ -282,7 +282,7 @@ class SearchSpace(Spec):
 
     stored_keys: ClassVar[Mapping[str, str]] = {"points_to_evaluate": "start"}
     later_fields: ClassVar[frozenset[str]] = frozenset(
-        {"dataset_defaults", "finalists", "base_runs", "disk_reserve_gib", "until"}
+        {"dataset_defaults", "finalists", "base_runs", "disk_reserve_gib", "until", "repeat"}
     )
 
     method: str | dict[str, Any]
@@ -314,6 +314,11 @@ class SearchSpace(Spec):
     `gairat`, each with another seed and all epochs. The best trial is compared with them; they are
     not ranked among the trials. 0: none. null: 2 in a new sweep of a method that has a base method;
     none in a sweep of an earlier version."""
+    repeat: Annotated[int, Field(ge=0, le=8)] = 0
+    """Largest number of seeds of a leader, R. When all trials have ended, the best 2^(R - 1) are
+    trained again with a second seed, the better half of them with a third, and so on, until R seeds
+    or until one is told apart from the others. Trials with more seeds rank above the others, by the
+    mean over their seeds. For 3, this takes 4 + 2 trainings with all epochs. 0 or 1: none."""
     share_prefixes: bool = True
     """Whether trials start from epochs that other trials have trained with equal settings."""
     prefix_gib: Annotated[Number, Field(ge=0)] = DEFAULT_PREFIX_GIB
@@ -360,6 +365,19 @@ class SearchSpace(Spec):
         if self.base_runs is not None or self._find_base_config() is None:
             return self
         return self.replace(base_runs=DEFAULT_BASE_RUNS)
+
+    @property
+    def leaders_by_round(self) -> list[int]:
+        """Number of trials that get a second seed, a third one, and so on, at most."""
+        if self.n_trials < 2:
+            return []
+        return [min(2**n_halvings, self.n_trials) for n_halvings in range(self.repeat - 1, 0, -1)]
+
+    def count_all_runs(self) -> int:
+        """Return the number of trainings of the whole sweep: trials, base runs and, at most,
+        repeats.
+        """
+        return self.n_trials + (self.base_runs or 0) + sum(self.leaders_by_round)
 
     def _find_base_config(self) -> TrainingConfig | None:
         """Return the base config with the base method; None if the method has none."""
@@ -687,6 +705,7 @@ class SearchSpace(Spec):
             *self.find_finalist_problems(),
             *self.find_base_run_problems(),
             *self.find_until_problems(),
+            *self.find_repeat_problems(),
             *self._find_scheduler_problems(config),
             *self._find_distribution_problems(config.validation.threat),
             *self._find_point_problems(config.validation.threat),
@@ -725,6 +744,21 @@ class SearchSpace(Spec):
             yield (
                 f"until = {self.until!r}: with several metrics there is no best trial to tell from "
                 "the others; set it to null, or give one metric"
+            )
+
+    def find_repeat_problems(self) -> Iterator[str]:
+        """Yield a line if there are no leaders, or no seeds that they lack."""
+        if self.repeat < 2:
+            return
+        if len(self.objectives) > 1:
+            yield (
+                f"repeat = {self.repeat}: with several metrics there is no best trial to repeat; "
+                "set it to 0, or give one metric"
+            )
+        if "seed" in self.space:
+            yield (
+                f"repeat = {self.repeat}: the space searches seed, which repeats choose; set it to "
+                "0, or fix seed"
             )
 
     def find_base_run_problems(self) -> Iterator[str]:
@@ -972,7 +1006,7 @@ _NO_VALUE = object()
 _SWEEP_NAMES = frozenset(
     {
         *("metric", "max_masking_gap", "finalists", "share_prefixes", "prefix_gib"),
-        *("base_runs", "until", "disk_reserve_gib", "sampler", "scheduler"),
+        *("base_runs", "until", "repeat", "disk_reserve_gib", "sampler", "scheduler"),
     }
 )
 _SPACE_PARTS: Mapping[str, type[Spec]] = {"sampler": Sampler, "scheduler": Scheduler}

@@ -8,14 +8,15 @@ from raysweep.evaluation.paired_statistics import (
     SPREAD_CONFIDENCE,
     PairedDifference,
     SpreadSplit,
-    compare_paired,
+    compare_groups,
+    estimate_training_variance,
     split_spread,
 )
 from raysweep.lazy_modules import np
 from raysweep.spec import JsonDict, json_digest
 from raysweep.sweep.ledger import EarlyEnd, Ledger
+from raysweep.sweep.run_verdicts import pair_verdicts, stack_verdicts
 from raysweep.sweep.trial import Trial
-from raysweep.training.example_verdicts import ExampleVerdicts
 
 MIN_SPLIT_TRIALS = 4
 """Fully trained trials from which the spread is split into settings and measurement."""
@@ -35,8 +36,9 @@ class SpreadSummary:
     Attributes:
         best: The best trial.
         n_examples: Number of validation examples.
-        differences: By number of each other trial: score of the best trial minus its own. The
-            intervals hold together: with 95% confidence none of them is wrong.
+        differences: By number of each other trial: score of the best trial minus its own, each the
+            mean over the seeds if there are several. The intervals hold together: with 95%
+            confidence none of them is wrong.
         split: What the spread of the fully trained trials consists of; None if there are too few.
     """
 
@@ -102,14 +104,17 @@ def summarize_spread(
     others = [
         trial
         for trial in trials[1:]
-        if trial.best_verdicts is not None and trial.best_verdicts.is_comparable(best_verdicts)
+        if stack_verdicts([*best.trainings, *trial.trainings]) is not None
     ]
     if not others:
         return None
-    differences = {
-        trial.number: compare_paired(*_pair_scores(best, trial), n_comparisons=len(others))
-        for trial in others
-    }
+    groups = [_stack_seeds(trial) for trial in [best, *others]]
+    training_variance = estimate_training_variance(groups)
+    differences = {}
+    for trial in others:
+        pair = pair_verdicts(best.trainings, trial.trainings)
+        assert pair is not None
+        differences[trial.number] = compare_groups(*pair[:2], len(others), training_variance)
     finished = [trial for trial in [best, *others] if trial.state == "finished"]
     return SpreadSummary(best, best_verdicts.n_examples, differences, _split_trials(finished))
 
@@ -124,33 +129,24 @@ def select_comparable_runs(ledger: Ledger, runs: Sequence[Trial]) -> list[Trial]
     return [run for run in runs if run.state != "running" and ledger.rank_trial(run).is_eligible]
 
 
-def _pair_scores(first: Trial, second: Trial) -> tuple["np.ndarray", "np.ndarray"]:
-    """Return the scores of two trials on the same examples: by AutoAttack if it attacked both."""
-    for verdicts, other in (
-        (first.autoattack_verdicts, second.autoattack_verdicts),
-        (first.best_verdicts, second.best_verdicts),
-    ):
-        if verdicts is not None and other is not None and verdicts.is_comparable(other):
-            return to_scores(verdicts), to_scores(other)
-    raise AssertionError("the trials have comparable verdicts")
-
-
-def to_scores(verdicts: ExampleVerdicts) -> "np.ndarray":
-    """Return 1.0 for each example that counts as correct and 0.0 for the others, (N,)."""
-    return verdicts.mask.astype(float)
-
-
 def _split_trials(trials: Sequence[Trial]) -> SpreadSplit | None:
-    """Split the spread of fully trained trials; None if there are too few."""
+    """Split the spread of fully trained trials and their repeats; None if there are too few."""
     if len(trials) < MIN_SPLIT_TRIALS:
         return None
-    verdicts = [trial.best_verdicts for trial in trials]
-    scores = np.stack([to_scores(row) for row in verdicts if row is not None])
-    return split_spread(scores, [_digest_without_seed(trial) for trial in trials])
+    groups = [_stack_seeds(trial) for trial in trials]
+    runs = [run for trial in trials for run in trial.trainings]
+    return split_spread(np.concatenate(groups), [_digest_without_seed(run) for run in runs])
+
+
+def _stack_seeds(trial: Trial) -> "np.ndarray":
+    """Return what each seed of a trial gets right by the objective, (seeds, N)."""
+    scores = stack_verdicts(trial.trainings)
+    assert scores is not None
+    return scores
 
 
 def _digest_without_seed(trial: Trial) -> str:
-    """Return a digest of a trial's searched settings without its seed."""
+    """Return a digest of the searched settings of a trial or repeat without its seed."""
     return json_digest({path: value for path, value in trial.params.items() if path != "seed"})
 
 
@@ -255,10 +251,12 @@ def describe_split(split: SpreadSplit) -> str:
     """
     # Without repeats, the randomness of training counts as an effect of the settings.
     limit = "" if split.n_repeats else "at most "
+    trained = f"{split.n_models} fully trained trials"
+    if split.n_repeats:
+        trained = f"{split.n_models} full trainings, {split.n_repeats} of them with another seed"
     text = (
-        f"settings explain {limit}{split.share:.0%} of the spread of the {split.n_models} fully "
-        f"trained trials ({SPREAD_CONFIDENCE:.0%} interval {split.share_low:.0%} to "
-        f"{split.share_high:.0%})"
+        f"settings explain {limit}{split.share:.0%} of the spread of the {trained} "
+        f"({SPREAD_CONFIDENCE:.0%} interval {split.share_low:.0%} to {split.share_high:.0%})"
     )
     remedies = []
     examples, seeds = split.needed_examples, split.needed_seeds

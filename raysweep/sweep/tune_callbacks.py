@@ -81,11 +81,20 @@ class SweepListener(Protocol):
             epoch_metrics: Metrics of the reported epoch; None for other events.
         """
 
+    def on_repeat_update(self, run: Trial, epoch_metrics: EpochMetrics | None) -> None:
+        """Receive a repeat of a trial when a trial would be received.
+
+        Args:
+            run: The repeat, as it was just written to the ledger.
+            epoch_metrics: Metrics of the reported epoch; None for other events.
+        """
+
     def on_finalist_update(self, trial: Trial, n_left: int) -> None:
         """Receive one of the best trials before AutoAttack attacks it, and after.
 
         Args:
-            trial: The trial; its `finalist` has the result after the attack.
+            trial: The trial, or a repeat of it or a base run; its `finalist` has the result after
+                the attack.
             n_left: Number of trials whose attacks have not ended, this one included before its own.
         """
 
@@ -262,16 +271,17 @@ class LedgerCallback(tune.Callback):
             },
         )
 
-    def start_round_if_needed(self) -> bool:
+    def start_round_if_needed(self, is_first: bool) -> bool:
         """Begin a round of Tune if one is needed.
+
+        Args:
+            is_first: Whether it is the first round of its trials.
 
         Returns:
             True in the first round, and while trials failed only because they got no process and
             the sweep has not reached its limit.
         """
-        is_needed = not self._n_rounds or (
-            bool(self._start_failures) and not self.update_limit_reached()
-        )
+        is_needed = is_first or (bool(self._start_failures) and not self.update_limit_reached())
         self._n_rounds, self._made_progress = self._n_rounds + 1, False
         if is_needed and self._start_failures:
             logger.warning(
@@ -371,7 +381,11 @@ class LedgerCallback(tune.Callback):
     def _end_trial(self, ray_trial: RayTrial, ended_trial: Trial) -> None:
         """Write a trial that has ended, with what its best epoch gets right."""
         self._save_and_notify(ray_trial, self._ledger.with_verdicts(ended_trial))
-        if self._ledger.space.until is None or self._ledger.load_early_end():
+        if (
+            ended_trial.kind == "repeat"
+            or self._ledger.space.until is None
+            or self._ledger.load_early_end()
+        ):
             return
         trials = [trial for trial in self._trials_by_key.values() if trial.kind == "trial"]
         reason = find_early_end(self._ledger, trials)
@@ -478,6 +492,8 @@ class LedgerCallback(tune.Callback):
         for listener in self._listeners:
             if updated_trial.kind == "base run":
                 listener.on_base_run_update(updated_trial, metrics)
+            elif updated_trial.kind == "repeat":
+                listener.on_repeat_update(updated_trial, metrics)
             else:
                 listener.on_trial_update(updated_trial, metrics)
 

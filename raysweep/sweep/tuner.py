@@ -16,6 +16,7 @@ from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
 
 from raysweep.bounded_files import adopt_unpacked_limit, read_unpacked_limit
 from raysweep.code_files import adopt_code_files, list_code_files
@@ -47,6 +48,7 @@ from raysweep.sweep.ray_internals import (
     keep_credentials_here,
 )
 from raysweep.sweep.ray_map import RayMap
+from raysweep.sweep.repeat_search import RepeatSearcher
 from raysweep.sweep.resources import Resources
 from raysweep.sweep.search_space import SearchSpace
 from raysweep.sweep.trial import Trial
@@ -83,7 +85,8 @@ def run_sweep(
 ) -> SweepEndReason:
     """Run the trials of a sweep that have not ended, as far as the budget allows.
 
-    When all have ended, AutoAttack attacks the best ones, the finalists. Trials that the
+    When all have ended, the best ones are repeated with other seeds (see `SearchSpace.repeat`), and
+    then AutoAttack attacks the best of them, the finalists. Trials that the
     surroundings ended (disk, memory, lost processes) run again.
 
     Args:
@@ -218,7 +221,6 @@ def _log_sweep_start(
 ) -> None:
     """Log what the sweep has already and what it will run on."""
     trials, space = ledger.load_trials(), ledger.space
-    base_runs = ledger.load_base_runs()
     counts = dict(Counter(trial.state for trial in trials))
     found = ", ".join(f"{count} {state}" for state, count in counts.items())
     config = space.trial_config({})
@@ -247,7 +249,7 @@ def _log_sweep_start(
             "asha_rungs": space.scheduler.rungs(config.epochs),
         },
     )
-    for trial in [*trials, *base_runs]:
+    for trial in ledger.load_all_runs():
         if trial.state != "running":
             continue
         logger.info(
@@ -309,21 +311,35 @@ def _run_rounds(
     resources: Resources,
     concurrency: int,
 ) -> None:
-    """Run Tune, again if trials could not start, until all trials have ended or it must stop."""
+    """Run Tune, again if trials could not start, until all trials and base runs have ended and then
+    the repeats of the best, or until it must stop.
+    """
+
+    def run_round(searcher: Searcher, n_trials: int) -> None:
+        logger.info("waiting for Ray to start the processes of trials")
+        with _restore_signal_handlers(), keep_credentials_here():
+            _build_tuner(
+                ledger, dataset, ledger_callback, resources, concurrency, searcher, n_trials
+            ).fit()
+        ledger_callback.require_round_progress()
+
     try:
-        while True:
-            trials = ledger.load_trials()
-            n_running = sum(trial.state == "running" for trial in trials)
-            n_trials_left = n_running + max(0, ledger.count_needed_trials() - len(trials))
-            n_trials_left += ledger.count_base_runs_left()
-            if n_trials_left <= 0 or not ledger_callback.start_round_if_needed():
+        is_first = True
+        while n_left := _count_runs_left(ledger):
+            if not ledger_callback.start_round_if_needed(is_first):
                 return
-            logger.info("waiting for Ray to start the processes of trials")
-            with _restore_signal_handlers(), keep_credentials_here():
-                _build_tuner(
-                    ledger, dataset, ledger_callback, resources, concurrency, n_trials_left
-                ).fit()
-            ledger_callback.require_round_progress()
+            is_first = False
+            run_round(BaseRunSearcher(ledger, LedgerSearcher(ledger)), n_left)
+        tried_keys: set[str] = set()
+        while waiting := ledger.find_waiting_repeats():
+            keys = {run.key for run in waiting}
+            is_first = not keys & tried_keys and not ledger_callback.update_limit_reached()
+            if not ledger_callback.start_round_if_needed(is_first):
+                return
+            tried_keys |= keys
+            numbers = ", ".join(sorted(keys))
+            logger.info("the best trials get another seed: %s", numbers, extra={"event": "repeat"})
+            run_round(RepeatSearcher(ledger.space.objectives[0], waiting), len(waiting))
     except tune.TuneError as error:
         # Tune wraps the errors of the ledger's writes.
         ledger_error = error.__context__
@@ -332,6 +348,14 @@ def _run_rounds(
         ):
             raise ledger_error from ledger_error.__cause__
         raise
+
+
+def _count_runs_left(ledger: Ledger) -> int:
+    """Return the number of trials and base runs that have not ended."""
+    trials = ledger.load_trials()
+    n_running = sum(trial.state == "running" for trial in trials)
+    n_trials_left = n_running + max(0, ledger.count_needed_trials() - len(trials))
+    return n_trials_left + ledger.count_base_runs_left()
 
 
 @contextmanager
@@ -357,9 +381,10 @@ def _build_tuner(
     ledger_callback: LedgerCallback,
     resources: Resources,
     concurrency: int,
+    searcher: Searcher,
     n_trials: int,
 ) -> tune.Tuner:
-    """Build Tune's tuner for `n_trials` trials."""
+    """Build Tune's tuner for `n_trials` trials of a searcher."""
     _silence_ray()
     trainable = _make_trainable(ledger, dataset, resources)
     return tune.Tuner(
@@ -367,7 +392,7 @@ def _build_tuner(
         tune_config=tune.TuneConfig(
             num_samples=n_trials,
             max_concurrent_trials=concurrency,
-            search_alg=BaseRunSearcher(ledger, LedgerSearcher(ledger)),
+            search_alg=searcher,
             scheduler=_build_scheduler(ledger, ledger.space.trial_config({}).epochs),
             # A trial that waits for its workers does not notice that it must stop. Its process must
             # end, and the workers end with it.

@@ -115,13 +115,18 @@ def collect_warm_start(
         if comparable and ledger.find_data_fingerprint() != fingerprint:
             comparable = []
         results += [
-            EarlierResult(ledger.name, trial.number, params, trial.best)
+            EarlierResult(ledger.name, trial.number, params, _average_best(space, trial))
             for trial, params in comparable
             # What an interrupted trial would have come to is not known.
             if trial.state != "running"
         ]
         points += [params for _, params in comparable[:1] or usable[:N_POINTS_OF_OTHER_DATA]]
     return WarmStart(tuple(results), tuple(points))
+
+
+def _average_best(space: SearchSpace, trial: Trial) -> Metrics:
+    """Return the metrics of a trial's best epoch, with objectives averaged over its seeds."""
+    return {**trial.best, **{name: trial.score(name) for name in space.objectives}}
 
 
 def save_warm_start(warm_start: WarmStart, sweep_path: StorePath) -> None:

@@ -12,6 +12,7 @@ from raysweep.sweep.conclusions import describe_conclusions
 from raysweep.sweep.epoch_counts import count_epochs
 from raysweep.sweep.finalist_summary import summarize_finalists
 from raysweep.sweep.ledger import Ledger
+from raysweep.sweep.repeat_summary import summarize_repeats
 from raysweep.sweep.search_space import param_labels
 from raysweep.sweep.spread_summary import format_trial_numbers, summarize_spread
 from raysweep.sweep.trial import RunKind, Trial, identify_run_folder
@@ -70,6 +71,10 @@ class SweepTracker:
         """Log an epoch or the end of a base run."""
         self._records.write(lambda: self._log_trial_update(run, epoch_metrics))
 
+    def on_repeat_update(self, run: Trial, epoch_metrics: EpochMetrics | None) -> None:
+        """Log an epoch or the end of a repeat."""
+        self._records.write(lambda: self._log_trial_update(run, epoch_metrics))
+
     def on_finalist_update(self, trial: Trial, n_left: int) -> None:
         """Nothing to write yet: `on_sweep_end` logs the results of all finalists."""
 
@@ -117,6 +122,7 @@ class SweepTracker:
             self._tracker.log_final(self._sweep_run_id, {"trials": float(len(trials))})
             self._tracker.set_tags(self._sweep_run_id, {"best_trial": f"{best_trial.number:04d}"})
         self._log_finalists(ledger)
+        self._log_repeats(ledger)
         self._log_spread(ledger)
         self._log_base_comparison(ledger)
         self._tracker.set_description(
@@ -141,6 +147,22 @@ class SweepTracker:
             "finalist/gain": summary.gain,
         }
         self._tracker.log_final(self._sweep_run_id, metrics)
+
+    def _log_repeats(self, ledger: Ledger) -> None:
+        """Log the mean over the seeds, to the runs of the repeated trials and to that of the sweep,
+        which gets that of the best.
+        """
+        summary = summarize_repeats(ledger)
+        if summary is None:
+            return
+        for trial in summary.trials:
+            mean, n_seeds = trial.score(summary.objective), float(len(trial.trainings))
+            run_ids = [self._find_trial_run(trial)]
+            if trial.number == summary.trials[0].number:
+                run_ids.append(self._sweep_run_id)
+            for run_id in run_ids:
+                if run_id:
+                    self._tracker.log_final(run_id, {"repeat/mean": mean, "repeat/seeds": n_seeds})
 
     def _log_spread(self, ledger: Ledger) -> None:
         """Log which trials cannot be told apart from the best, and the settings' share."""
@@ -198,7 +220,7 @@ class SweepTracker:
         lines.append(
             f"best: trial {best_trial.number:04d}, "
             f"{_metric_title(objectives[0])} {best_trial.score(objectives[0]):.3f} "
-            f"in epoch {best_trial.best['epoch']:.0f}: {self._summarize_params(best_trial)}"
+            f"{_describe_origin(best_trial)}: {self._summarize_params(best_trial)}"
         )
         if len(objectives) > 1:
             titles = " and ".join(map(_metric_title, objectives))
@@ -317,6 +339,13 @@ def _trial_run_tags(ledger: Ledger, kind: RunKind, key: str) -> dict[str, str]:
 def _format_trial_numbers(trials: list[Trial]) -> str:
     """Return the numbers of trials as `0000, 0001`."""
     return ", ".join(f"{trial.number:04d}" for trial in trials)
+
+
+def _describe_origin(trial: Trial) -> str:
+    """Describe which training the score of a trial comes from."""
+    if trial.repeats:
+        return f"as the mean over {len(trial.trainings)} seeds"
+    return f"in epoch {trial.best['epoch']:.0f}"
 
 
 def _metric_title(metric: str) -> str:

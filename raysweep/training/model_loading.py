@@ -127,9 +127,11 @@ def _choose_best_epoch(last: TrainingCheckpoint, run_path: StorePath) -> int:
 
 
 def _format_checkpoint_name(path: StorePath) -> str:
-    """Return RUN/epoch-NNNN, or SWEEP/TRIAL/epoch-NNNN for a trial, whose folder is a number."""
+    """Return RUN/epoch-NNNN; SWEEP/TRIAL/epoch-NNNN for a trial or repeat, whose folder is a
+    number.
+    """
     run = path.parent
-    sweep = [run.parent.parent.name] if run.parent.name == "trials" else []
+    sweep = [run.parent.parent.name] if run.parent.name in ("trials", "repeats") else []
     return "/".join([*sweep, run.name, path.name])
 
 

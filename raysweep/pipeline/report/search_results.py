@@ -49,12 +49,13 @@ def _build_search_parts(ledger: Ledger) -> list[SectionPart]:
     ranked = ledger.rank_trials()
     best = ranked[:_MAX_TRIALS_SHOWN]
     metric = figures.format_metric_name(ledger.space.objectives[0])
+    others = [*ledger.load_base_runs(), *ledger.load_repeats()]
     parts: list[SectionPart] = [
         Paragraph(
             f"The best {len(best)} of {len(ledger.load_trials())} trials, "
             f"by {metric} on validation."
         ),
-        _build_trial_table(ledger, [*best, *(run for run in ledger.load_base_runs() if run.best)]),
+        _build_trial_table(ledger, [*best, *(run for run in others if run.best)]),
         *[Paragraph(f"{line[:1].upper()}{line[1:]}.") for line in describe_conclusions(ledger)],
     ]
     succeeded = [trial for trial in ranked if trial.state != "failed"]
@@ -73,17 +74,21 @@ def _build_search_parts(ledger: Ledger) -> list[SectionPart]:
 
 
 def _build_trial_table(ledger: Ledger, best_trials: Sequence[Trial]) -> Table:
-    """Build the table of trials and base runs: metrics in percent, best epoch and
+    """Build the table of trials, base runs and repeats: metrics in percent, best epoch and
     parameters.
     """
     metrics = list(dict.fromkeys((*ledger.space.objectives, "clean", "masking_gap")))
     paths = list(ledger.space.space)
     labels = param_labels(paths)
     has_finalists = any(trial.robust_under_autoattack is not None for trial in best_trials)
+    has_repeats = any(trial.repeats for trial in best_trials)
     spread = summarize_spread(ledger)
     rows = []
     for trial in best_trials:
         scores = [_format_score(trial, metric) for metric in metrics]
+        if has_repeats:
+            mean, n_seeds = trial.score(metrics[0]), len(trial.trainings)
+            scores.append(f"{100 * mean:.2f} ({n_seeds})" if trial.repeats else "")
         if has_finalists:
             robust = trial.robust_under_autoattack
             scores.append("" if robust is None else f"{100 * robust:.2f}")
@@ -97,6 +102,8 @@ def _build_trial_table(ledger: Ledger, best_trials: Sequence[Trial]) -> Table:
         params = [format_param(trial.params.get(path)) for path in paths]
         rows.append([ledger.describe_row(trial), *scores, epoch, *params])
     metric_names = [figures.format_metric_name(metric) for metric in metrics]
+    if has_repeats:
+        metric_names.append("mean (seeds)")
     if has_finalists:
         metric_names.append("AutoAttack")
     if spread is not None:
