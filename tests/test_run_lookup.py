@@ -93,11 +93,11 @@ def test_names_of_everything(folder: Path) -> None:
         for name in ("lrat", "lrat/trials/0001", "mine"):
             found = find_run(f"{path}/{name}", elsewhere)
             assert found is not None
-            kinds[name] = (found.kind, found.path.name, found.trial_number)
+            kinds[name] = (found.kind, found.path.name, found.run_key)
         assert kinds == {
-            "lrat": ("sweep", "lrat", None),
-            "lrat/trials/0001": ("trial", "0001", 1),
-            "mine": ("training run", "mine", None),
+            "lrat": ("sweep", "lrat", ""),
+            "lrat/trials/0001": ("trial", "0001", "0001"),
+            "mine": ("training run", "mine", ""),
         }
     assert find_run(str(folder / "runs"), runs) is None
     with pytest.raises(SpecError, match="lrat has no trial 0002: it has 2"):

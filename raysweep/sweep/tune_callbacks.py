@@ -271,17 +271,20 @@ class LedgerCallback(tune.Callback):
             },
         )
 
-    def start_round_if_needed(self, is_first: bool) -> bool:
-        """Begin a round of Tune if one is needed.
+    def expect_other_runs(self) -> None:
+        """Begin to count the rounds of Tune anew: the next one is the first of other runs."""
+        self._n_rounds = 0
 
-        Args:
-            is_first: Whether it is the first round of its trials.
+    def start_round_if_needed(self) -> bool:
+        """Begin a round of Tune if one is needed.
 
         Returns:
             True in the first round, and while trials failed only because they got no process and
             the sweep has not reached its limit.
         """
-        is_needed = is_first or (bool(self._start_failures) and not self.update_limit_reached())
+        is_needed = not self._n_rounds or (
+            bool(self._start_failures) and not self.update_limit_reached()
+        )
         self._n_rounds, self._made_progress = self._n_rounds + 1, False
         if is_needed and self._start_failures:
             logger.warning(

@@ -324,17 +324,18 @@ def _run_rounds(
         ledger_callback.require_round_progress()
 
     try:
-        is_first = True
         while n_left := _count_runs_left(ledger):
-            if not ledger_callback.start_round_if_needed(is_first):
+            if not ledger_callback.start_round_if_needed():
                 return
-            is_first = False
             run_round(BaseRunSearcher(ledger, LedgerSearcher(ledger)), n_left)
         tried_keys: set[str] = set()
         while waiting := ledger.find_waiting_repeats():
             keys = {run.key for run in waiting}
-            is_first = not keys & tried_keys and not ledger_callback.update_limit_reached()
-            if not ledger_callback.start_round_if_needed(is_first):
+            if not keys & tried_keys:
+                if ledger_callback.update_limit_reached():
+                    return
+                ledger_callback.expect_other_runs()
+            if not ledger_callback.start_round_if_needed():
                 return
             tried_keys |= keys
             numbers = ", ".join(sorted(keys))
