@@ -400,15 +400,18 @@ def test_show_log_prints_a_line_that_nobody_wrote_so(
 def test_a_slow_request_to_a_bucket_is_logged_while_it_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(request_log, "_SLOW_AFTER", 0.05)
+    def wait_for_entries(count: int) -> None:
+        while len(entries_of(tmp_path)) < count:
+            time.sleep(0.01)
+
     with logs.log_to_folder(tmp_path):
         with request_log.log_slow_request("s3://b/fast"):
             pass
+        monkeypatch.setattr(request_log, "_SLOW_AFTER", 0.05)
         with request_log.log_slow_request("s3://b/slow"):
-            while len(entries_of(tmp_path)) < 2:
-                time.sleep(0.01)
+            wait_for_entries(2)
         with pytest.raises(InfrastructureError), request_log.log_slow_request("s3://b/down"):
-            time.sleep(0.06)
+            wait_for_entries(4)
             raise InfrastructureError("no answer")
     told = [(e["uri"], e["event"]) for e in entries_of(tmp_path) if "uri" in e]
     assert told[:2] == [("s3://b/slow", "slow_request"), ("s3://b/slow", "slow_request_end")]

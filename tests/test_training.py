@@ -1,11 +1,13 @@
 """The loop: deterministic, resumable after kill -9, checkpoints that are whole or refused."""
 
 import io
+import itertools
 import json
 import os
 import signal
-import threading
+import sys
 from pathlib import Path
+from types import FrameType
 
 import forked_processes
 import pytest
@@ -110,38 +112,52 @@ def test_the_attacks_of_the_objective_start_the_same_for_every_checkpoint(tmp_pa
     assert scores[0]["robust_worst"] == saved.last_metrics["robust_worst"]
 
 
-def train_until_killed(config: TrainingConfig, path: Path) -> None:
-    """Training that kills its process after epoch 3: somewhere in an epoch, or while its checkpoint
-    is written.
-    """
-    torch.set_num_threads(1)
+def train_until_killed(config: TrainingConfig, path: Path, function: str) -> None:
+    """Training that kills its process after epoch 3, when a function is called the second time."""
+    calls = itertools.count(1)
 
-    def kill_soon(metrics: dict[str, float], saved: checkpoint.TrainingCheckpoint) -> None:
+    def kill_at_second_call(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_name == function and next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch_calls(metrics: dict[str, float], saved: checkpoint.TrainingCheckpoint) -> None:
         if saved.epoch == 3:
-            threading.Timer(0.07, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            sys.setprofile(kill_at_second_call)
 
-    train_model(config, path, FunctionCallback(kill_soon))
+    train_model(config, path, FunctionCallback(watch_calls))
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last checkpoint of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    return train_model(tiny("lrat", epochs=5), folder / "run").last_checkpoint.local_folder
 
 
 @pytest.mark.slow
-def test_killed_with_sigkill_it_resumes_to_the_weights_of_a_run_never_stopped(tmp_path) -> None:
-    config = tiny("lrat", epochs=8)
-    process = forked_processes.start_function(train_until_killed, config, tmp_path / "killed")
+@pytest.mark.parametrize(
+    ("function", "last_saved"),
+    [("compute_step_gradients", 3), ("_save_tensors", 3), ("_write_meta", 4)],
+    ids=["amid an epoch", "amid a checkpoint", "amid the next checkpoint"],
+)
+def test_killed_with_sigkill_it_resumes_to_the_weights_of_a_run_never_stopped(
+    function: str, last_saved: int, whole_run: Path, tmp_path: Path
+) -> None:
+    config = tiny("lrat", epochs=5)
+    process = forked_processes.start_function(
+        train_until_killed, config, tmp_path / "killed", function
+    )
     assert process.wait() == -signal.SIGKILL, process.err
-    before = RunDirectory(tmp_path / "killed").list_saved_epochs()
-    assert before and 3 <= before[-1] < 8
+    assert RunDirectory(tmp_path / "killed").list_saved_epochs()[-1] == last_saved
     epochs = []
     train_model(
         config,
         tmp_path / "killed",
         FunctionCallback(lambda metrics, saved: epochs.append(saved.epoch)),
-        n_reported_epochs=before[-1],
+        n_reported_epochs=last_saved,
     )
-    assert epochs[0] == before[-1] + 1, "only the epoch it was in is done again"
-    assert same_weights(
-        tmp_path / "killed" / "epoch-0008",
-        train_model(config, tmp_path / "whole").last_checkpoint.local_folder,
-    )
+    assert epochs[0] == last_saved + 1, "only the epoch it was in is done again"
+    assert same_weights(tmp_path / "killed" / "epoch-0005", whole_run)
     assert not list((tmp_path / "killed").glob(".epoch-*")), "what the crash left is cleaned up"
 
 
