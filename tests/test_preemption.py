@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import TINY, tiny
 from process_tree import find_descendants
@@ -215,13 +216,19 @@ def test_sigterm_to_a_trial_costs_it_nothing(ray_cluster, tmp_path: Path) -> Non
     ended: list[int] = []
     kept: list[Path] = []
 
+    def processor_seconds(processes: list[psutil.Process]) -> float:
+        return sum(process.cpu_times().user for process in processes)
+
     def take_the_machine_away() -> None:
         while not (tmp_path / "sweep/trials/0000/epoch-0001").exists():
             time.sleep(0.05)
         # Amid the second epoch, or between its end and the next report: either way the trial ends
         # as if left alone.
-        time.sleep(0.5)
-        for process in find_descendants("ray::ImplicitFu"):
+        processes = find_descendants("ray::ImplicitFu")
+        began = processor_seconds(processes)
+        while processor_seconds(processes) < began + 0.3:
+            time.sleep(0.01)
+        for process in processes:
             process.terminate()
             ended.append(process.pid)
         deadline = time.monotonic() + 120
