@@ -38,7 +38,8 @@ from raysweep.training.trainer import train_model
 LAM, BURN_IN = "method.terms.pgd.weight.lam", "method.terms.pgd.weight.burn_in"
 SMALL = {"data.train_size": 320, "data.val_size": 50, "*.attacks.*.steps": 5}
 # As little as a sweep can train on.
-TINY = {"data.train_size": 32, "data.val_size": 16, "*.attacks.*.steps": 1, "batch_size": 32}
+TINY = {"data.train_size": 32, "data.val_size": 16, "*.attacks.*.steps": 1, "batch_size": 32,
+        "validation.finish.*.steps": 1}  # fmt: skip
 GRID = {
     "method": "gairat",
     "base": SMALL,

@@ -81,10 +81,12 @@ with open("/proc/self/cmdline", "rb") as stream:
 sys.addaudithook(record_start)
 """
 SMALL = ["--set", "epochs=2", "--set", "data.train_size=64", "--set", "data.val_size=50"]
-SMALL += ["--set", "*.attacks.*.steps=2"]
+SMALL += ["--set", "*.attacks.*.steps=2", "--set", "validation.finish.*.steps=2"]
+SMALL += ["--set", "validation.finish.*.runs=1"]
 LONG = ["--set", "epochs=400", "--set", "data.train_size=640", "--set", "data.val_size=50"]
 PIPELINE = """\
-set: {epochs: 2, data.val_size: 50, data.train_size: 64, "*.attacks.*.steps": 2}
+set: {epochs: 2, data.val_size: 50, data.train_size: 64, "*.attacks.*.steps": 2,
+      "validation.finish.*.steps": 1, "validation.finish.*.runs": 1}
 stages:
   - {kind: train, runs: {AT: {method: at}}, seeds: [0]}
   - {kind: autoattack, attacks: {APGD: apgd-ce}, n: 10}

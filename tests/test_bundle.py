@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import forged_bundles
 
 SMALL = ["--set", "epochs=2", "--set", "data.val_size=50", "--set", "*.attacks.*.steps=2"]
+SMALL += ["--set", "validation.finish.*.steps=2", "--set", "validation.finish.*.runs=1"]
 N_EXAMPLES = 40
 NEEDS_SSH = pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="needs OpenSSH")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import ONE_RUN, TINY, tiny
 
 import raysweep
 from raysweep.cli import main
@@ -26,7 +26,7 @@ from raysweep.data import DataSpec, load_data
 from raysweep.errors import RaysweepError
 from raysweep.models import ModelSpec
 from raysweep.training.checkpoint import read_checkpoint
-from raysweep.training.config import TrainingConfig, build_training_config
+from raysweep.training.config import TrainingConfig
 from raysweep.training.trainer import train_model
 
 SOURCE = """\
@@ -68,7 +68,8 @@ def gives_text(channels, classes):
 
 _private = build
 """
-SETTINGS = [f"{path}={value}" for path, value in TINY.items()] + ["model.name=build"]
+SETTINGS = [f"{path}={value}" for path, value in (TINY | ONE_RUN).items()]
+SETTINGS += ["model.name=build"]
 SMALL = [word for setting in SETTINGS for word in ("--set", setting)]
 
 
@@ -169,15 +170,13 @@ def test_the_function_in_python_is_ones_word_if_its_file_is_the_recorded_one(
     code: Path, workdir: Path, marker: Path, monkeypatch
 ) -> None:
     sha256 = open_code_file(code).sha256
-    config = build_training_config(
-        "at", TINY, {"model.name": "build_wide", "model.code": sha256, "epochs": 1}
-    )
+    config = tiny("at", model__name="build_wide", model__code=sha256, epochs=1)
     train_model(config, workdir / "runs/wide")
     monkeypatch.syspath_prepend(str(workdir))
     monkeypatch.delitem(sys.modules, "my_networks", raising=False)
     import my_networks
 
-    plain = build_training_config("at", TINY, {"epochs": 1})
+    plain = tiny("at", epochs=1)
     train_model(plain, workdir / "runs/plain")
     line = refusal(lambda: raysweep.load("runs/plain", code=code))
     assert line.endswith("my_networks.py: has no effect: plain/epoch-0001 needs no code")
@@ -336,7 +335,7 @@ def test_a_registered_model_and_its_tags_name_code_in_vain(
 
     with forget_code_afterwards():
         sha256 = open_code_file(code).sha256
-        config = build_training_config("at", TINY, {"model.name": "build", "model.code": sha256})
+        config = tiny("at", model__name="build", model__code=sha256)
         saved = train_model(config, workdir / "strangers").last_checkpoint
     marker.unlink()
     client = MlflowClient(tracking_uri(workdir))

@@ -54,7 +54,7 @@ def largest_difference(faces: ModelVariants, x: Tensor) -> float:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_network_is_attacked_as_it_is(name) -> None:
-    side = 8 if name.startswith("wrn") else 16
+    side = 16 if name.startswith("vgg") else 8
     x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     faces = ModelVariants(
         lived_in(ModelSpec(name=name).build_model(3, 10, 0)), x, ComputeSpec().resolve(CPU)
@@ -274,7 +274,7 @@ def test_a_compiled_attack_is_the_plain_attack(digits, monkeypatch) -> None:
 
 @pytest.mark.parametrize("changes", [OFF, {}, BF16], ids=["plain", "default", "bf16"])
 def test_verdicts_are_those_of_the_weights_alone(changes, tmp_path) -> None:
-    config = build_training_config("lrat", TINY, {"epochs": 1, **changes})
+    config = build_training_config("lrat", TINY, ONE_RUN, {"epochs": 1, **changes})
     saved = train_model(config, tmp_path).last_checkpoint
     model = saved.load_weights(config.model.build_model(1, 10, 0))
     again = config.validation(model.eval(), load_data(config.data).val)
@@ -289,6 +289,7 @@ def test_training_with_fast_paths_learns_what_plain_training_learns(tmp_path) ->
         config = build_training_config(
             "gairat",
             TINY,
+            ONE_RUN,
             {
                 "epochs": 3,
                 "data.train_size": 256,

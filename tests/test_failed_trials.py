@@ -30,7 +30,7 @@ def make_ledger(workdir: Path) -> Callable[..., Ledger]:
             "method": "at",
             "trials": n_trials or len(trials),
             "base": {"epochs": 2, "data.val_size": 50, "data.train_size": 64, "batch_size": 32,
-                     "*.attacks.*.steps": 1},
+                     "*.attacks.*.steps": 1, "validation.finish.*.steps": 1},
             "space": {LR: {"float": [1e-3, 1e9], "log": True}},
             "scheduler": {"kind": "none"},
         }  # fmt: skip

@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 STAGES = ["tune", "train", "promote", "autoattack", "register", "report"]
 PIPELINE = """\
-set: {epochs: 2, data.val_size: 50, data.train_size: 64, batch_size: 32, "*.attacks.*.steps": 2}
+set: {epochs: 2, data.val_size: 50, data.train_size: 64, batch_size: 32, "*.attacks.*.steps": 2,
+      "validation.finish.*.steps": 1, "validation.finish.*.runs": 1}
 stages:
   - {kind: tune, space: at, trials: 1, set: {finalists: 0}}
   - {kind: train, runs: {AT: {method: at}}, seeds: [3]}

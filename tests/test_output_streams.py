@@ -117,7 +117,8 @@ class TestCommands:
     TRAIN = (
         "main(['train', 'at', '--out', sys.argv[1] if len(sys.argv) > 1 else '.', "
         "*[w for s in ('data.val_size=50', 'data.train_size=64', 'batch_size=32', 'epochs=1', "
-        "'method.attacks.*.steps=1', 'validation.attacks.*.steps=1') for w in ('--set', s)]])"
+        "'*.attacks.*.steps=1', 'validation.finish.*.steps=1', 'validation.finish.*.runs=1') "
+        "for w in ('--set', s)]])"
     )
 
     def test_training_goes_on_when_nobody_reads(self, tmp_path: Path) -> None:

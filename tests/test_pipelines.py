@@ -62,7 +62,7 @@ LAM = "method.terms.pgd.weight.lam"
 CHEAP = """\
 set:
   {epochs: 4, data.val_size: 50, data.train_size: 600, batch_size: 32, "*.eps": 0.02,
-   "*.attacks.*.steps": 2}
+   "*.attacks.*.steps": 2, "validation.finish.*.steps": 2, "validation.finish.*.runs": 1}
 stages:
   - {kind: train, runs: {AT: {method: at}}, seeds: [0]}
   - {kind: autoattack, attacks: {APGD: apgd-ce}, n: 60}
@@ -480,7 +480,9 @@ def test_from_makes_the_rest_again_and_repeats_no_attack(copied_run: Path) -> No
 
 
 def _configs(name: str) -> list[TrainingConfig]:
-    _, pipeline, around = load_pipeline(name, {**SHRUNK, "epochs": 1})
+    _, pipeline, around = load_pipeline(
+        name, {**SHRUNK, "epochs": 1, "data.train_size": 32, "data.val_size": 20}
+    )
     return [config for stage in pipeline.stages for config in stage.list_training_configs(around)]
 
 

@@ -98,18 +98,30 @@ def test_a_half_of_something_else_is_left_alone(tmp_path: Path, digits) -> None:
     same_run(tmp_path / "fresh", tmp_path / "damaged")
 
 
+OF_25_STEPS = {
+    "epochs": 1,
+    "data.train_size": 200,
+    "data.val_size": 50,
+    "batch_size": 8,
+    "*.attacks.*.steps": 3,
+    "validation.finish.*.steps": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def run_of_25_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train_model(build_training_config("gairat", OF_25_STEPS), folder)
+    return folder
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.mlflow
-def test_a_signal_to_a_training_run(number: signal.Signals, workdir: Path, capsys) -> None:
+def test_a_signal_to_a_training_run(
+    number: signal.Signals, run_of_25_steps: Path, workdir: Path, capsys
+) -> None:
     """The signal comes at the tenth of the 25 steps of an epoch."""
-    settings = {
-        "epochs": 1,
-        "data.train_size": 200,
-        "data.val_size": 50,
-        "batch_size": 8,
-        "*.attacks.*.steps": 3,
-    }
-    flags = [part for path, value in settings.items() for part in ("--set", f"{path}={value}")]
+    flags = [part for path, value in OF_25_STEPS.items() for part in ("--set", f"{path}={value}")]
     command = ["train", "gairat", *flags, "--name", "r", "--json"]
 
     steps: list[int] = []
@@ -134,8 +146,7 @@ def test_a_signal_to_a_training_run(number: signal.Signals, workdir: Path, capsy
     assert (workdir / "runs/r/half").is_dir() and not list(workdir.glob("runs/r/epoch-*"))
     assert main(command) == 0
     assert statuses(workdir) == ["FINISHED"]
-    train_model(build_training_config("gairat", settings), workdir / "whole")
-    same_run(workdir / "whole", workdir / "runs/r")
+    same_run(run_of_25_steps, workdir / "runs/r")
 
 
 def statuses(folder: Path) -> list[str]:

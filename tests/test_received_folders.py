@@ -27,13 +27,15 @@ from foreign_references import write_checkpoint
 
 LINKS = ["lock", "log.jsonl", "trials", "trials/0000", "ray", "trials/0000/log.txt", "sweep.json"]
 PIPELINE = """
-set: {epochs: 1, data.val_size: 50, data.train_size: 64}
+set: {epochs: 1, data.val_size: 50, data.train_size: 64, "*.attacks.*.steps": 1,
+      "validation.finish.*.steps": 1, "validation.finish.*.runs": 1}
 stages:
   - {kind: train, runs: {own: {method: at}}, seeds: [0]}
   - {kind: autoattack, attacks: {APGD: apgd-ce}, n: 10}
 """
 TRAIN = ["train", "at", "--set", "epochs=1", "--set", "data.train_size=64", "--set"]
 TRAIN += ["data.val_size=50", "--set", "*.attacks.*.steps=1", "--name", "mine"]
+TRAIN += ["--set", "validation.finish.*.steps=1", "--set", "validation.finish.*.runs=1"]
 
 
 @pytest.fixture

@@ -669,7 +669,8 @@ def test_a_server_that_does_not_answer_is_given_up(
 
 PIPELINE = """\
 set: {epochs: 2, data.val_size: 50, data.train_size: 64, batch_size: 32, "*.attacks.*.steps": 2,
-      validation.size: 10, "validation.*.eps": 0.5}
+      validation.size: 10, "validation.*.eps": 0.5, "validation.finish.*.steps": 1,
+      "validation.finish.*.runs": 1}
 stages:
   - {kind: tune, space: at, trials: 2}
   - {kind: promote, top: 1, set: {epochs: 3}}

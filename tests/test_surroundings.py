@@ -16,6 +16,7 @@ from raysweep.terminal import create_progress_console, training_progress_bar
 from raysweep.termination_signals import handle_termination_signals
 
 TINY = ["data.val_size=50", "data.train_size=64", "batch_size=32", "*.attacks.*.steps=1"]
+TINY += ["validation.finish.*.steps=1", "validation.finish.*.runs=1"]
 SETTINGS = [word for value in (*TINY, "epochs=1") for word in ("--set", value)]
 
 

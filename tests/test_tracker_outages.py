@@ -26,6 +26,7 @@ from raysweep.training.trainer import compute_step_gradients, train_model
 
 pytestmark = pytest.mark.mlflow
 TINY = ["data.val_size=50", "data.train_size=64", "batch_size=32", "*.attacks.*.steps=1"]
+TINY += ["validation.finish.*.steps=1", "validation.finish.*.runs=1"]
 
 
 @pytest.fixture(scope="module")

@@ -258,7 +258,7 @@ def test_a_method_written_out_in_yaml_trains(tmp_path) -> None:
             "robust": {"on": "weak", "weight": {"kind": "geometry"}},
         },
     }
-    saved = train_model(build_training_config(method, TINY), tmp_path / "run").last_checkpoint
+    saved = train_model(tiny(method), tmp_path / "run").last_checkpoint
     assert saved.config.method.name == "inline" and saved.epoch == 2
 
 

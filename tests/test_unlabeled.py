@@ -248,6 +248,7 @@ DIGITS = {
     "data.train_size": 400,
     "validation.attacks.*.steps": 2,
     "validation.finish.*.steps": 2,
+    "validation.finish.*.runs": 1,
 }
 
 

@@ -73,7 +73,7 @@ def test_a_training_step_waits_for_nothing(
 ) -> None:
     # There is no autocast for meta to leave.
     monkeypatch.setattr(Logits, "forward", nn.Linear.forward)
-    changes = {"data.augment": True, "batch_size": 32}
+    changes = {"data.augment": True, "batch_size": 32, "*.attacks.*.steps": 3}
     if method == "piecewise":
         method, weight = "gairat", "method.terms.pgd.weight"
         changes |= {

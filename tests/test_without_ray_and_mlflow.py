@@ -20,6 +20,7 @@ from raysweep.training.selection import SelectionRule
 from raysweep.training.trainer import train_model
 
 SMALL = "--set epochs=1 --set data.train_size=64 --set data.val_size=50 --set *.attacks.*.steps=2"
+SMALL += " --set validation.finish.*.steps=2 --set validation.finish.*.runs=1"
 MODEL = """\
 import torch
 def make():

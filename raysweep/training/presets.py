@@ -194,7 +194,14 @@ def _read_preset_file(path: Path) -> JsonDict:
 
 def list_presets() -> list[str]:
     """Return the names of all presets, sorted."""
-    return sorted(path.stem for path in _presets_folder().glob("*.yaml"))
+    folder = _presets_folder()
+    return list(_list_presets_in(folder, folder.stat().st_mtime_ns))
+
+
+@functools.cache
+def _list_presets_in(folder: Path, modified_at: int) -> tuple[str, ...]:
+    """List the presets of a folder as of a time of modification."""
+    return tuple(sorted(path.stem for path in folder.glob("*.yaml")))
 
 
 def _presets_folder() -> Path:
