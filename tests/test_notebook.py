@@ -7,16 +7,13 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from ray.cluster_utils import Cluster
 
 NOTEBOOK = Path(__file__).parent.parent / "docs" / "notebook.ipynb"
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_the_notebook_runs(
-    ray_cluster: Cluster, workdir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_notebook_runs(ray_cluster, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its sweep runs on the cluster of the tests, which raysweep finds in the environment."""
     monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
