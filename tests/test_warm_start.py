@@ -7,9 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import tiny
 from rich.console import Console
 
+from raysweep.cli import build_parser
+from raysweep.commands.tune import TuneRequest, _extend_resumed_space
 from raysweep.pipeline.stage import StageContext, TrainingOverrides
 from raysweep.pipeline.stage_sweep import _create_sweep
 from raysweep.spec import SpecError
@@ -19,7 +22,7 @@ from raysweep.sweep.search_space import Distribution, SearchSpace
 from raysweep.sweep.trial import Trial
 from raysweep.sweep.warm_start import (
     collect_warm_start,
-    load_earlier_results,
+    load_warm_start,
     save_warm_start,
 )
 from raysweep.training.trainer import train_model
@@ -82,7 +85,7 @@ def test_results_on_the_same_data_are_told_and_the_best_is_tried_first(
     )
     new = Ledger.create(tmp_path / "new", found.add_points(space))
     save_warm_start(found, new.path)
-    assert tuple(load_earlier_results(new.path)) == found.results
+    assert load_warm_start(new.path) == found
     new.delete_if_empty()
     assert not (tmp_path / "new").exists()
     # The best one was interrupted: what it would have come to is not known.
@@ -192,7 +195,9 @@ def test_a_night_begins_with_the_best_of_the_night_before(
         context, context.choose_sweep_folder("gairat"), SearchSpace.from_data(SPACE), earlier
     )
     assert ledger.space.points_to_evaluate == ({LAM: 2.0, BURN_IN: 2},)
-    assert load_earlier_results(ledger.path) == [], "no checkpoint says that the data is the same"
+    assert load_warm_start(ledger.path).results == (), (
+        "no checkpoint says that the data is the same"
+    )
     assert printed == [
         "p-01-gairat-22222222: warm start: the sampler is told 0 earlier results, and 1 point of "
         "earlier sweeps is tried first"
@@ -224,3 +229,37 @@ def test_the_sampler_learns_from_earlier_results(tmp_path: Path, fingerprint: st
     assert sorted(trial.params[LAM] for trial in trials if trial.values) == [
         1.0, 1.25, 1.5, 1.75, 2.25, 2.5, 2.75, 3.0
     ]  # fmt: skip
+
+
+def test_a_resumed_sweep_with_another_space_file_keeps_what_it_has(
+    tmp_path: Path, fingerprint: str
+) -> None:
+    """The file has a wider range and a starting point of its own, and sets no finalists."""
+    settings = {"finalists": 1, "until": "told-apart", "repeat": 2, "prefix_gib": 3.0}
+    scores = {-1.0: 0.5, 2.0: 0.75, -3.0: 0.7}
+    earlier = give_checkpoint(write_sweep(tmp_path / "earlier", scores), tmp_path)
+    space = SearchSpace.from_data({**SPACE, **settings})
+    # The data are others: three points are tried first.
+    found = collect_warm_start(space, "0" * 64, [earlier])
+    new = Ledger.create(tmp_path / "new", found.add_points(space))
+    save_warm_start(found, new.path)
+    new.save_trial(Trial(0, {LAM: 2.0, BURN_IN: 2}, "finished"))
+    own_point = {LAM: 3.5, BURN_IN: 1}
+    changed = {**SPACE, "points_to_evaluate": [own_point], "until": None}
+    changed["space"] = {LAM: {"float": [-2.0, 4.0]}, BURN_IN: {"int": [1, 6]}}
+    file = tmp_path / "wider.yaml"
+    file.write_text(yaml.safe_dump(changed))
+    arguments = ["tune", "--resume", "new", "--space", str(file), "--set", "repeat=3"]
+    request = TuneRequest.from_args(build_parser().parse_args(arguments))
+    extended = _extend_resumed_space(request, Ledger.open(new.path))
+    # -3.0 lies outside of the changed range.
+    points = ({LAM: 2.0, BURN_IN: 2}, {LAM: -1.0, BURN_IN: 2}, own_point)
+    assert extended.points_to_evaluate == points
+    kept = {name: getattr(extended, name) for name in settings}
+    assert kept == settings | {"until": None, "repeat": 3}
+    new.extend_space(extended)
+    # A sweep that an earlier version warmed up has no points in its file.
+    content = json.loads((tmp_path / "new" / "warm_start.json").read_text())
+    assert [point[LAM] for point in content.pop("points")] == [2.0, -3.0, -1.0]
+    (tmp_path / "new" / "warm_start.json").write_text(json.dumps(content))
+    assert load_warm_start(new.path) == replace(found, points=())

@@ -534,6 +534,7 @@ def _extend_resumed_space(request: TuneRequest, ledger: Ledger) -> SearchSpace:
     from raysweep.spec import SpecError, merge_overrides
     from raysweep.sweep.extension_checks import check_extension
     from raysweep.sweep.search_space import load_space, split_sweep_settings
+    from raysweep.sweep.warm_start import load_warm_start
 
     space = ledger.space
     method = space.trial_config({}).method.name
@@ -550,9 +551,10 @@ def _extend_resumed_space(request: TuneRequest, ledger: Ledger) -> SearchSpace:
         space = space.replace(
             trials=max(ledger.space.n_trials, space.n_trials),
             dataset_defaults=ledger.space.dataset_defaults,
-            base_runs=request.overrides.get("base_runs", ledger.space.base_runs),
-            repeat=request.overrides.get("repeat", ledger.space.repeat),
+            **_list_kept_settings(ledger.space, request),
         )
+        # The file does not know what earlier sweeps have found.
+        space = load_warm_start(ledger.path).add_points(space)
     elif request.overrides:
         of_sweep, of_training = split_sweep_settings(request.overrides)
         space = ledger.space.with_overrides(of_training).with_sweep_settings(of_sweep)
@@ -561,17 +563,36 @@ def _extend_resumed_space(request: TuneRequest, ledger: Ledger) -> SearchSpace:
     return space
 
 
+def _list_kept_settings(space: SearchSpace, request: TuneRequest) -> dict[str, Any]:
+    """Return the settings of a resumed sweep itself that neither its space file nor `--set` has."""
+    from raysweep.sweep.extension_checks import CHANGEABLE_SWEEP_SETTINGS
+
+    assert request.space_file is not None
+    own_keys = {key for section in _read_sections(request.space_file) for key in section}
+    return {
+        name: getattr(space, name)
+        for name in CHANGEABLE_SWEEP_SETTINGS
+        if name not in own_keys and name not in request.overrides
+    }
+
+
+def _read_sections(space_file: Path) -> list[dict[str, Any]]:
+    """Return the content of a space file, and its sections for data sets."""
+    from raysweep.yaml_files import read_yaml
+
+    content = read_yaml(space_file)
+    return [section or {} for section in (content, *(content.get("for") or {}).values())]
+
+
 def _list_fixed_settings(space: SearchSpace, space_file: Path) -> dict[str, Any]:
     """Return the base settings of a resumed sweep that its space file does not have itself.
 
     A path with `*` in the base of a file gives way to the searched paths of the file; one of
     `--set` does not.
     """
-    from raysweep.yaml_files import read_yaml
-
-    content = read_yaml(space_file)
-    sections = [content, *(content.get("for") or {}).values()]
-    own_paths = {path for section in sections for path in (section or {}).get("base") or {}}
+    own_paths = {
+        path for section in _read_sections(space_file) for path in section.get("base") or {}
+    }
     return {
         path: value for path, value in space.base.items() if not ("*" in path and path in own_paths)
     }

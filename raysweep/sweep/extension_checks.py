@@ -9,10 +9,15 @@ from collections.abc import Iterator, Mapping
 from raysweep.spec import SpecError, flatten_spec
 from raysweep.sweep.search_space import Params, SearchSpace
 
-# Keys that do not change what a trial is, or that are checked one by one.
+CHANGEABLE_SWEEP_SETTINGS = (
+    *("finalists", "base_runs", "until", "repeat"),
+    *("share_prefixes", "prefix_gib", "disk_reserve_gib"),
+)
+"""Settings of a sweep itself that do not change what a trial is."""
+# The same, and keys that are checked one by one.
 _EXTENDABLE_KEYS = {
-    *("trials", "points_to_evaluate", "base", "space", "share_prefixes", "prefix_gib"),
-    *("finalists", "base_runs", "until", "repeat", "disk_reserve_gib"),
+    *CHANGEABLE_SWEEP_SETTINGS,
+    *("trials", "points_to_evaluate", "base", "space"),
 }
 _NEW_NAME_HINT = "choose another --name for that"
 

@@ -10,7 +10,7 @@ from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.optuna_study import constraint_values, to_sampler_trial
 from raysweep.sweep.search_space import Params
 from raysweep.sweep.trial import Trial
-from raysweep.sweep.warm_start import load_earlier_results
+from raysweep.sweep.warm_start import load_warm_start
 from raysweep.training.failure_reports import FAILURE_KEY
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.selection import SelectionRule, rank_epoch
@@ -47,7 +47,7 @@ class LedgerSearcher(Searcher):
         self._free_numbers = sorted(
             set(range(space.n_trials)) - {trial.number for trial in past_trials}
         )
-        earlier_results = load_earlier_results(ledger.path)
+        earlier_results = load_warm_start(ledger.path).results
         earlier_trials = [
             result.to_trial() for result in earlier_results if result.is_possible_in(space)
         ]

@@ -8,7 +8,12 @@ from typing import Any
 
 from raysweep.formatting import format_count
 from raysweep.spec import SpecError, list_values
-from raysweep.stored_data import Metrics, make_damaged_file_error, require_stored_types
+from raysweep.stored_data import (
+    Metrics,
+    check_stored_types,
+    make_damaged_file_error,
+    require_stored_types,
+)
 from raysweep.stores import StoredFileNotFound, StorePath
 from raysweep.sweep.ledger import WARM_START_FILE, Ledger
 from raysweep.sweep.search_space import Params, SearchSpace
@@ -68,8 +73,16 @@ class WarmStart:
     points: tuple[Params, ...] = ()
 
     def add_points(self, space: SearchSpace) -> SearchSpace:
-        """Return a search space that tries `points` before its own."""
-        points = [*self.points, *space.points_to_evaluate]
+        """Return a search space that tries `points` before its own, as far as they lie in it."""
+        possible_points = [
+            point
+            for point in self.points
+            if all(
+                path in space.space and space.space[path].can_propose(value)
+                for path, value in point.items()
+            )
+        ]
+        points = [*possible_points, *space.points_to_evaluate]
         unique_points = {repr(sorted(point.items())): point for point in points}
         return space.replace(points_to_evaluate=tuple(unique_points.values()))
 
@@ -130,36 +143,42 @@ def _average_best(space: SearchSpace, trial: Trial) -> Metrics:
 
 
 def save_warm_start(warm_start: WarmStart, sweep_path: StorePath) -> None:
-    """Write the results into a sweep's folder, so that `--resume` needs no earlier sweep.
+    """Write a warm start into a sweep's folder, so that `--resume` needs no earlier sweep.
 
     Args:
         warm_start: What the sweep takes from earlier ones.
         sweep_path: Folder of the sweep.
     """
-    content = {"results": [asdict(result) for result in warm_start.results]}
+    content = {
+        "results": [asdict(result) for result in warm_start.results],
+        "points": list(warm_start.points),
+    }
     (sweep_path / WARM_START_FILE).write_json(content, indent=1)
 
 
-def load_earlier_results(sweep_path: StorePath) -> list[EarlierResult]:
-    """Read the results that `save_warm_start` wrote.
+def load_warm_start(sweep_path: StorePath) -> WarmStart:
+    """Read what `save_warm_start` wrote.
 
     Returns:
-        The results; [] for a sweep without a warm start.
+        The warm start; an empty one for a sweep without.
 
     Raises:
         DamagedFileError: The file is damaged.
     """
     file = sweep_path / WARM_START_FILE
     try:
-        rows = file.read_json({"results": list[dict[str, Any]]})["results"]
+        content = file.read_json({"results": list[dict[str, Any]]})
     except StoredFileNotFound:
-        return []
+        return WarmStart()
+    check_stored_types(content, {"points": list[dict[str, Any]]}, str(file))
+    rows = content["results"]
     types = {"sweep": str, "number": int, "params": dict[str, Any], "best": Metrics}
     for row in rows:
         require_stored_types(row, types, str(file))
         if unknown_keys := sorted(row.keys() - types.keys()):
             raise make_damaged_file_error(str(file), f"unknown keys {unknown_keys}")
-    return [EarlierResult(**row) for row in rows]
+    results = tuple(EarlierResult(**row) for row in rows)
+    return WarmStart(results, tuple(content.get("points", ())))
 
 
 def _adopt_params(space: SearchSpace, ledger: Ledger, trial: Trial) -> Params:
