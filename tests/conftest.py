@@ -94,6 +94,16 @@ CLUSTERS = (
     }
     | {"test_pipelines.py", "test_security.py"},
 )
+# Each of these files takes half a minute. As the last one it would keep one process waiting.
+LONG_FILES = {
+    "test_bucket_lease.py",
+    "test_evaluation.py",
+    "test_faces.py",
+    "test_files_of_0_1.py",
+    "test_output_streams.py",
+    "test_ray_internals.py",
+    "test_tracker_outages.py",
+}
 HAS_RAY = importlib.util.find_spec("ray") is not None
 
 
@@ -107,10 +117,11 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the files that use Ray first, because they take longest."""
+    """Run the files that use Ray first, because they take longest, then the other long ones."""
     if any(item.get_closest_marker("ray") for item in items):
         forked_processes.ALWAYS[:] = forked_processes.COMMANDS
-    items.sort(key=lambda item: not any(item.path.name in files for files in CLUSTERS))
+    use_ray = set().union(*CLUSTERS)
+    items.sort(key=lambda item: (item.path.name not in use_ray, item.path.name not in LONG_FILES))
 
 
 @pytest.hookimpl(trylast=True)

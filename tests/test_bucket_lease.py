@@ -414,8 +414,9 @@ def hold_when_silent(location: StorePath) -> Iterator[StorePath]:
 
 
 def test_a_driver_that_was_paused_leaves_the_sweep_to_the_next(
-    store: Store, tmp_path: Path
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("raysweep.leases._POLL_SECONDS", 0.05)
     location = open_path(store.uri) / "s1"
     driver = forked_processes.start_function(save_trials, str(location), tmp_path)
     wait_until((tmp_path / "lines").exists, driver)

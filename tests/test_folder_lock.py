@@ -49,6 +49,7 @@ def hold_and_sleep(folder: Path, has_flock: bool, held: Path, seconds: float) ->
     with hold_folder_lock(folder, "it"):
         held.touch()
         time.sleep(seconds)
+        held.unlink()
 
 
 @pytest.fixture
@@ -96,7 +97,8 @@ def test_one_waits_for_the_end_of_the_other(start_holder, tmp_path: Path, monkey
     monkeypatch.setattr(folder_lock, "_POLL_SECONDS", 0.05)
     holder = start_holder(seconds=0.3)
     with hold_folder_lock(tmp_path / "folder", "it", wait=True):
-        assert holder.wait() == 0
+        assert not list(tmp_path.glob("held-*"))
+    assert holder.wait() == 0
 
 
 def test_a_folder_that_holds_only_its_lock_is_deleted(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from raysweep import output_streams
 from raysweep.output_streams import ForgivingStream, OutputClosed, forgiving_output
 
 ENVIRONMENT = {
@@ -71,8 +72,8 @@ class TestStreams:
         self, pipe: tuple[int, io.TextIOWrapper], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         reader, inner = pipe
+        monkeypatch.setattr(output_streams, "_PATIENCE_SECONDS", 0.05)
         stream = ForgivingStream(inner, is_all=False)
-        monkeypatch.setattr(stream, "_patience", 0.05)
         text = "0123456789" * 30_000
         assert stream.write(text) == len(text) and not stream.is_lost
         received = os.read(reader, 1_000_000).decode()

@@ -685,9 +685,11 @@ def hold_lease(folder: Path, held: Path, seconds: float) -> None:
     with hold_pipeline_lock(folder, False):
         held.touch()
         time.sleep(seconds)
+        held.unlink()
 
 
-def test_two_at_once_one_refuses_or_waits(tmp_path: Path) -> None:
+def test_two_at_once_one_refuses_or_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raysweep.folder_lock._POLL_SECONDS", 0.05)
     folder = tmp_path / "digits"
 
     def start_holder(seconds: float) -> ForkedProcess:
@@ -708,7 +710,8 @@ def test_two_at_once_one_refuses_or_waits(tmp_path: Path) -> None:
         pass
     second = start_holder(0.5)
     with hold_pipeline_lock(folder, wait=True):
-        assert second.wait() == 0
+        assert not (tmp_path / "held-0.5").exists()
+    assert second.wait() == 0
 
 
 WRONG = """\

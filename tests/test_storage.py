@@ -644,10 +644,11 @@ def test_a_server_that_does_not_answer_is_given_up(
     server, host = stoppable_server
     monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "copy"))
     location = parse_bucket_uri(bucket_on(host, "s3", tmp_path))
+    patient = BucketStore(location)
+    assert patient.create("claim", b"1") is not None
+    server.send_signal(signal.SIGSTOP)
     impatient = RetrySettings(total_seconds=0.5, request_seconds=0.3, longest_pause=0.1)
     store = BucketStore(location, impatient)
-    assert store.create("claim", b"1") is not None
-    server.send_signal(signal.SIGSTOP)
     operations: list[Callable[[], object]] = [
         lambda: store.write_bytes("a", b"1"),
         lambda: store.read_bytes("claim"),
@@ -661,7 +662,6 @@ def test_a_server_that_does_not_answer_is_given_up(
             with pytest.raises(StoreUnavailable, match="does not answer"):
                 answer.result()
     server.send_signal(signal.SIGCONT)
-    patient = BucketStore(location)
     # The server may still receive what was given up, so this is another file.
     patient.write_bytes("c", b"2")
     assert patient.read_bytes("c") == b"2"

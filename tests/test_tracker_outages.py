@@ -314,24 +314,26 @@ def test_several_that_start_at_once_in_a_fresh_folder(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.glob(".*lock*")) == [], "no lock is left"
 
 
-def train_impatiently(arguments: list[str]) -> int:
-    """Run the command; MLflow, which waits 20 s for a locked database, waits half a second."""
+def train_impatiently(arguments: list[str], locked: Path) -> int:
+    """Run the command, which waits until `locked` is there; MLflow, which waits 20 s for a locked
+    database, waits half a second.
+    """
     from sqlalchemy import Engine, event
 
     def shorten(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> tuple[str, Any]:
         return statement.replace("busy_timeout = 20000", "busy_timeout = 500"), parameters
 
     event.listen(Engine, "before_cursor_execute", shorten, retval=True)
-    return main(arguments)
+    return run_command_that_waits(arguments, locked)
 
 
 def test_a_locked_database_neither_ends_nor_delays_a_run(
     workdir: Path, empty_store: Callable[[Path], None]
 ) -> None:
-    database = workdir / "mlflow.db"
+    database, locked = workdir / "mlflow.db", workdir / "locked"
     empty_store(database)
     process = forked_processes.start_function(
-        train_impatiently, train("second", 30), imports=forked_processes.COMMANDS
+        train_impatiently, train("second", 4), locked, imports=forked_processes.COMMANDS
     )
     uri, deadline = f"sqlite:///{database}", time.monotonic() + 120
     while not (workdir / "runs" / "second").is_dir() or "second" not in list_runs(uri):
@@ -339,12 +341,13 @@ def test_a_locked_database_neither_ends_nor_delays_a_run(
         time.sleep(0.1)
     with closing(sqlite3.connect(database, timeout=60)) as other:
         other.execute("BEGIN EXCLUSIVE")
+        locked.touch()
         assert process.wait(400) == 0, process.err
         other.rollback()
     assert "lacks the last" in process.err and "Traceback" not in process.err
-    assert main(train("second", 30)) == 0
+    assert main(train("second", 4)) == 0
     run = list_runs(uri)["second"]
-    assert list_epochs(uri, run) == list(range(1, 31)) and run.info.status == "FINISHED"
+    assert list_epochs(uri, run) == [1, 2, 3, 4] and run.info.status == "FINISHED"
 
 
 def test_an_outage_does_not_mean_that_there_is_no_champion(
