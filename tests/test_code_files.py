@@ -292,7 +292,7 @@ def test_a_sweep_trains_networks_of_a_file_on_workers(
         "finalists": 1,
         "scheduler": {"kind": "none"},
         "sampler": {"kind": "grid"},
-        "base": TINY | {"epochs": 1},
+        "base": TINY | ONE_RUN | {"epochs": 1, "validation.size": 10},
         "space": {"model.name": {"categorical": ["digits_cnn", "build", "build_wide"]}},
     }
     (workdir / "space.yaml").write_text(json.dumps(space))

@@ -28,6 +28,7 @@ FOLLOWED = {
     "extend": ["docs/extend.md"],
 }
 SMALL = "--set epochs=1 --set data.train_size=64 --set data.val_size=48 --set '*.attacks.*.steps=2'"
+SMALL += " --set 'validation.finish.*.steps=1' --set 'validation.finish.*.runs=1'"
 ARRAYS = "--set data.name=arrays --set model.name=digits_cnn --set batch_size=32"
 # Regular expression -> what is added to a command that matches it; all that match are added.
 ADDED = {
