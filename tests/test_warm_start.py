@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import tiny
@@ -21,6 +22,8 @@ from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import Distribution, SearchSpace
 from raysweep.sweep.trial import Trial
 from raysweep.sweep.warm_start import (
+    EarlierResult,
+    WarmStart,
     collect_warm_start,
     load_warm_start,
     save_warm_start,
@@ -263,3 +266,24 @@ def test_a_resumed_sweep_with_another_space_file_keeps_what_it_has(
     assert [point[LAM] for point in content.pop("points")] == [2.0, -3.0, -1.0]
     (tmp_path / "new" / "warm_start.json").write_text(json.dumps(content))
     assert load_warm_start(new.path) == replace(found, points=())
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("gp", 500), ("tpe", None), ("random", None)])
+def test_a_gaussian_process_is_told_a_limited_number_of_results(
+    kind: str, limit: int | None
+) -> None:
+    """Of 1,500 results the best 250, and of the other 1,250 each fifth."""
+    space = SearchSpace.from_data(SPACE | {"sampler": {"kind": kind}})
+    scores = np.random.default_rng(0).permutation(1500) / 1500
+    results = [
+        EarlierResult("earlier", number, {LAM: 0.0, BURN_IN: 2}, {"robust_worst": float(score)})
+        for number, score in enumerate(scores)
+    ]
+    out_of_range = EarlierResult("earlier", 1500, {LAM: 9.0, BURN_IN: 2}, {"robust_worst": 2.0})
+    told = WarmStart((*results, out_of_range)).select_results(space)
+    ranks = [round(1499 - 1500 * result.best["robust_worst"]) for result in told]
+    if limit is None:
+        assert told == results
+    else:
+        assert ranks == [*range(250), *range(250, 1500, 5)] and len(told) == limit
+    assert WarmStart(tuple(results[:500])).select_results(space) == results[:500]

@@ -47,10 +47,8 @@ class LedgerSearcher(Searcher):
         self._free_numbers = sorted(
             set(range(space.n_trials)) - {trial.number for trial in past_trials}
         )
-        earlier_results = load_warm_start(ledger.path).results
-        earlier_trials = [
-            result.to_trial() for result in earlier_results if result.is_possible_in(space)
-        ]
+        earlier_results = load_warm_start(ledger.path).select_results(space)
+        earlier_trials = [result.to_trial() for result in earlier_results]
         for trial in earlier_trials + past_trials:
             if trial.state != "running":
                 self._add_past_trial(trial)

@@ -221,6 +221,14 @@ class Sampler(Spec):
     size of NSGA-II."""
 
     @property
+    def max_earlier_results(self) -> int | None:
+        """How many results of earlier sweeps the sampler is told at most; None for all.
+
+        The cost of a proposal of the Gaussian process grows with the third power of their number.
+        """
+        return 500 if self.kind == "gp" else None
+
+    @property
     def models_inactive_params(self) -> bool:
         """Whether the sampler needs a value of each searched setting, also of an inactive one."""
         return self.kind == "gp"

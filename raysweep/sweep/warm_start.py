@@ -72,6 +72,29 @@ class WarmStart:
     results: tuple[EarlierResult, ...] = ()
     points: tuple[Params, ...] = ()
 
+    def select_results(self, space: SearchSpace) -> list[EarlierResult]:
+        """Return the results that the sampler of a sweep is told.
+
+        Args:
+            space: Search space of the sweep.
+
+        Returns:
+            Those that are possible in the space. If they are more than the sampler can take
+            (`Sampler.max_earlier_results`), the better half of that number are the best, and the
+            others are spread evenly over the ranks of the rest: a model that is told the best only
+            knows nothing of the regions that are bad.
+        """
+        results = [result for result in self.results if result.is_possible_in(space)]
+        limit = space.sampler.max_earlier_results
+        if limit is None or len(results) <= limit:
+            return results
+        metric = space.objectives[0]
+        ranked = sorted(results, key=lambda result: result.best[metric], reverse=True)
+        n_best, n_spread = limit - limit // 2, limit // 2
+        rest = ranked[n_best:]
+        spread = [rest[index * len(rest) // n_spread] for index in range(n_spread)]
+        return [*ranked[:n_best], *spread]
+
     def add_points(self, space: SearchSpace) -> SearchSpace:
         """Return a search space that tries `points` before its own, as far as they lie in it."""
         possible_points = [
