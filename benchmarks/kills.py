@@ -29,10 +29,8 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAYSWEEP_TEST_FORKS", tempfile.mkdtemp(prefix="forks-"))
 os.environ.update(
     AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="hush", AWS_EC2_METADATA_DISABLED="true"
 )
@@ -45,6 +43,7 @@ from ray.cluster_utils import Cluster
 
 from raysweep.cli import main as run_command_line
 from raysweep.stores import open_path
+from raysweep.sweep import worker_server
 from raysweep.sweep.cluster import connect_to_cluster
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.ray_environment import ray_environment
@@ -70,7 +69,7 @@ TRAINERS = (
 )
 # Arguments of nodes whose workers are forks.
 FORKED: dict[str, Any] = {
-    "setup_worker_path": str(ROOT / "tests" / "fork_worker.py"),
+    "setup_worker_path": worker_server.__file__,
     "include_log_monitor": False,
 }
 FORKS = multiprocessing.get_context("forkserver")
@@ -481,7 +480,8 @@ def main() -> None:
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host = "{}:{}".format(*server.get_host_and_port())
-    with ray_environment(), listen_on_loopback():
+    sockets = Path(tempfile.mkdtemp(prefix="forks-"))
+    with ray_environment(), listen_on_loopback(), worker_server.run_worker_server(sockets):
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **FORKED})
         try:
             # The job of the first worker must not end before those of its forks.

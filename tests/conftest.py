@@ -29,7 +29,6 @@ if multiprocessing.parent_process() is None:
     os.environ["RAYSWEEP_CACHE"] = tempfile.mkdtemp(prefix="raysweep-copies-")
     os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="raysweep-state-")
 
-import fork_worker
 import forked_processes
 import pytest
 import torch
@@ -40,7 +39,7 @@ from torch import nn
 
 from raysweep.data import DatasetSplits, DataSpec, load_data
 from raysweep.rng import ExampleRng
-from raysweep.sweep import epoch_timing
+from raysweep.sweep import epoch_timing, worker_server
 from raysweep.training.config import TrainingConfig, build_training_config
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ epoch_timing.LIMIT_SECONDS = 600.0
 ONE_RUN: dict[str, Any] = {"validation.finish.*.runs": 1}
 # Arguments for `head_node_args` and `add_node`: Ray's workers are forks of one process, and none
 # watches their logs, which no driver here asks for.
-FORKED: dict[str, Any] = {"setup_worker_path": fork_worker.__file__, "include_log_monitor": False}
+FORKED: dict[str, Any] = {"setup_worker_path": worker_server.__file__, "include_log_monitor": False}
 
 
 # The files that use Ray run in two processes, each with a cluster of its own: one set of files in
@@ -83,6 +82,7 @@ CLUSTERS = (
         "test_resume.py",
         "test_storage.py",
         "test_sweep.py",
+        "test_worker_server.py",
     },
     {
         "test_benchmarks.py",
@@ -261,9 +261,9 @@ def ray_cluster() -> Iterator["Cluster"]:
         ray_environment(),
         listen_on_loopback(),
         tempfile.TemporaryDirectory(prefix="forks-") as sockets,
+        worker_server.run_worker_server(Path(sockets)),
         socket.socket() as free,
     ):
-        os.environ[fork_worker.FOLDER] = sockets
         # By default Ray tries the same port in every process.
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -257,6 +257,7 @@ def run_command(args: argparse.Namespace) -> None:
     request = TuneRequest.from_args(args)
     from raysweep.commands.common import check_plain_name, resolve_runs_folder
     from raysweep.sweep.ledger import Ledger
+    from raysweep.sweep.worker_server import prepare_workers
 
     runs_folder = resolve_runs_folder(
         request.out, request.storage, for_writing=not request.plan_only
@@ -264,20 +265,24 @@ def run_command(args: argparse.Namespace) -> None:
     resumed_ledger = None
     if request.resume:
         resumed_ledger = Ledger.open(runs_folder / check_plain_name(request.resume, "--resume"))
-    space, dataset = _load_checked_space(request, resumed_ledger)
-    warm_start = _collect_warm_start(request, space, dataset, runs_folder)
-    if warm_start is not None:
-        space = warm_start.add_points(space)
+    space = _load_checked_space(request, resumed_ledger)
     resources = _make_resources(request)
-    if request.plan_only:
-        _print_plan(request, space, dataset, resources, resumed_ledger, runs_folder)
-    else:
-        is_finished = (
-            resumed_ledger is not None
-            and resumed_ledger.space == space
-            and not resumed_ledger.has_work_left(request.retry_failed)
-        )
-        _run_sweep(request, runs_folder, space, dataset, resources, is_finished, warm_start)
+    is_finished = (
+        resumed_ledger is not None
+        and resumed_ledger.space == space
+        and not resumed_ledger.has_work_left(request.retry_failed)
+    )
+    needs_workers = not request.plan_only and not is_finished
+    # Its imports take seconds, as do those of this process: the data, PyTorch, Ray.
+    with prepare_workers(request.address) if needs_workers else nullcontext():
+        dataset = _load_dataset(request, space, resumed_ledger)
+        warm_start = _collect_warm_start(request, space, dataset, runs_folder)
+        if warm_start is not None:
+            space = warm_start.add_points(space)
+        if request.plan_only:
+            _print_plan(request, space, dataset, resources, resumed_ledger, runs_folder)
+        else:
+            _run_sweep(request, runs_folder, space, dataset, resources, is_finished, warm_start)
 
 
 def _collect_warm_start(
@@ -476,20 +481,17 @@ def _make_budget(request: TuneRequest) -> Budget:
     return Budget(wall_seconds, 3600 * request.max_gpu_hours)
 
 
-def _load_checked_space(
-    request: TuneRequest, resumed_ledger: Ledger | None
-) -> tuple[SearchSpace, DatasetSplits]:
-    """Load and check the search space and the data set, before anything starts.
+def _load_checked_space(request: TuneRequest, resumed_ledger: Ledger | None) -> SearchSpace:
+    """Load and check the search space, before anything starts.
 
     Args:
         request: What the user asked for.
         resumed_ledger: The sweep to resume, or None.
 
     Raises:
-        SpecError: The method, a setting or the data set is wrong or missing.
+        SpecError: The method or a setting is wrong or missing.
     """
     from raysweep.commands.common import check_code
-    from raysweep.data import load_data
     from raysweep.spec import SpecError
     from raysweep.sweep.search_space import load_space
     from raysweep.training.config import method_by_name
@@ -508,11 +510,24 @@ def _load_checked_space(
     if request.trials:
         space = space.with_sweep_settings({"trials": request.trials})
     check_code(request.code, space.list_networks())
+    return space
+
+
+def _load_dataset(
+    request: TuneRequest, space: SearchSpace, resumed_ledger: Ledger | None
+) -> DatasetSplits:
+    """Load the data set of a sweep.
+
+    Raises:
+        SpecError: It is wrong or missing, or not that of the sweep to resume.
+    """
+    from raysweep.data import load_data
+
     data_spec = space.trial_config({}).data.replace(download=_may_download(request, space))
     dataset = load_data(data_spec)
     if resumed_ledger is not None:
         resumed_ledger.check_same_data(dataset.fingerprint)
-    return space, dataset
+    return dataset
 
 
 def _may_download(request: TuneRequest, space: SearchSpace) -> bool:

@@ -9,8 +9,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -19,6 +20,7 @@ import ray
 
 from raysweep.errors import InfrastructureError, RaysweepError, get_first_line
 from raysweep.spec import SpecError
+from raysweep.sweep import worker_server
 from raysweep.sweep.node_probe import list_exposed_ports
 from raysweep.sweep.ray_access import (
     create_private_ray_folder,
@@ -34,7 +36,9 @@ from raysweep.sweep.ray_internals import (
     hide_lost_process_messages,
     listen_on_loopback,
     silence_authentication_log,
+    start_workers_by,
 )
+from raysweep.sweep.worker_server import can_fork_workers, run_worker_server
 from raysweep.termination_signals import handle_termination_signals
 from raysweep.user_folders import find_home
 
@@ -86,19 +90,23 @@ def connect_to_cluster(
         if address == "auto":
             address = find_own_cluster()
             _require_reachable(address)
-        try:
-            _start_or_join(address, n_cpus, source)
-            _log_nodes(address)
-            with _treat_termination_as_interrupt():
-                yield cluster_capacity()
-        finally:
-            started_at = time.monotonic()
-            ray.shutdown()
-            logger.info("left Ray; this took %.1f s", time.monotonic() - started_at)
+        with ExitStack() as workers:
+            try:
+                _start_or_join(address, n_cpus, source, workers)
+                _log_nodes(address)
+                with _treat_termination_as_interrupt():
+                    yield cluster_capacity()
+            finally:
+                started_at = time.monotonic()
+                ray.shutdown()
+                logger.info("left Ray; this took %.1f s", time.monotonic() - started_at)
 
 
-def _start_or_join(address: str, n_cpus: int | None, source: str) -> None:
-    """Start a cluster that stays on loopback, or join one; the errors are those of the caller."""
+def _start_or_join(address: str, n_cpus: int | None, source: str, workers: ExitStack) -> None:
+    """Start a cluster that stays on loopback, or join one; the errors are those of the caller.
+
+    The server of the workers of a new cluster ends with the stack.
+    """
     silence_authentication_log()
     try:
         if address != "local":
@@ -106,12 +114,14 @@ def _start_or_join(address: str, n_cpus: int | None, source: str) -> None:
             _initialize_ray(address=address)
             return
         secure_token_file()
-        with listen_on_loopback():
+        folder = create_private_ray_folder()
+        with listen_on_loopback(), ExitStack() as start:
             logger.info("starting Ray on this machine")
+            if can_fork_workers():
+                workers.enter_context(run_worker_server(folder.parent))
+                start.enter_context(start_workers_by(Path(worker_server.__file__)))
             _initialize_ray(
-                address="local",
-                num_cpus=n_cpus or joblib.cpu_count(),
-                _temp_dir=str(create_private_ray_folder()),
+                address="local", num_cpus=n_cpus or joblib.cpu_count(), _temp_dir=str(folder)
             )
     except RaysweepError:
         raise

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import ray
@@ -98,6 +99,13 @@ _ADDRESS_LOOKUP = RayInternal(
     "raysweep cannot make sure that a cluster on this machine listens on loopback only",
     is_required=True,
 )
+_WORKER_SCRIPT = RayInternal(
+    "ray._private.ray_constants",
+    "SETUP_WORKER_FILENAME",
+    "start",
+    "each worker of a cluster on this machine takes five seconds to start",
+    value="setup_worker.py",
+)
 _AUTHENTICATION_LOGGER = RayInternal(
     "ray._private.authentication.authentication_token_setup",
     "logger",
@@ -146,6 +154,7 @@ RAY_INTERNALS = (
     _LOOPBACK_SWITCH,
     _LOOPBACK_VARIABLE,
     _ADDRESS_LOOKUP,
+    _WORKER_SCRIPT,
     _AUTHENTICATION_LOGGER,
     _STDOUT_FILTER,
     _STDERR_FILTER,
@@ -231,6 +240,26 @@ def listen_on_loopback() -> Iterator[None]:
             del os.environ[variable]
         else:
             os.environ[variable] = previous_value
+
+
+@contextmanager
+def start_workers_by(script: Path) -> Iterator[None]:
+    """Make the nodes that are started in this block run a script of ours for each worker.
+
+    Args:
+        script: Absolute path of a Python file, in place of Ray's own.
+    """
+    if not _WORKER_SCRIPT.is_present():
+        yield
+        return
+    constants = importlib.import_module(_WORKER_SCRIPT.module)
+    previous = getattr(constants, _WORKER_SCRIPT.attribute)
+    # Ray joins the name with the path of its folder, which an absolute path replaces.
+    setattr(constants, _WORKER_SCRIPT.attribute, str(script))
+    try:
+        yield
+    finally:
+        setattr(constants, _WORKER_SCRIPT.attribute, previous)
 
 
 def describe_exposure(ports: list[str]) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from raysweep import load
 from raysweep.cli import build_parser
-from raysweep.commands.tune import TuneRequest, _load_checked_space
+from raysweep.commands.tune import TuneRequest, _load_checked_space, _load_dataset
 from raysweep.data import DataSpec, load_data
 from raysweep.data.dataset_cache import CachedDataset
 from raysweep.data.dataset_loaders import DATASET_LOADERS
@@ -102,7 +102,9 @@ def sweep_that_downloads(folder: Path) -> str:
     request = TuneRequest.from_args(build_parser().parse_args(arguments))
     loader = Downloads()
     with without_network(loader):
-        refusal_of(lambda: _load_checked_space(request, Ledger.open(folder / "runs/s")))
+        ledger = Ledger.open(folder / "runs/s")
+        space = _load_checked_space(request, ledger)
+        refusal_of(lambda: _load_dataset(request, space, ledger))
     assert not victim.exists() and not any(download for _, download in loader.calls)
     return "looked for the folder, made none, loaded nothing down"
 

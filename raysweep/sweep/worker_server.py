@@ -1,0 +1,299 @@
+"""Start Ray's worker processes as forks of one process that has imported what they need.
+
+An ordinary worker takes five processor seconds to import Ray, PyTorch and raysweep. A fork takes a
+tenth of a second, and shares the memory of the imports. Only nodes that raysweep starts on this
+machine have such workers: their raylet runs this file, by its path, for each worker
+(`ray_internals.start_workers_by`). It asks the server for a fork; where there is no server, it
+becomes an ordinary worker. So this file imports the standard library only.
+"""
+
+import array
+import gc
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+SOCKET_VARIABLE = "RAYSWEEP_WORKER_SERVER"
+"""Environment variable of a raylet with the path of the server's socket."""
+SWITCH_VARIABLE = "RAYSWEEP_FORK_WORKERS"
+"""Environment variable of the user; 0 makes all workers ordinary ones."""
+# What needs no variable of Ray is imported before the first request.
+_EARLY_IMPORTS = ("torch", "torch._dynamo", "raysweep.training.distributed")
+_RAY_IMPORTS = ("ray.train.torch", "raysweep.sweep.tuner")
+# Ray keeps the job that it finds in the environment when it is imported. Forks of a server with a
+# job would serve that job only, and other drivers would wait for ever.
+_NO_JOB = {"RAY_JOB_ID": "ffffffff"}
+_CONTEXT_OPTION = "--serialized-runtime-env-context="
+_SOCKET_PREFIX = "workers-"
+# Seconds between two checks that another process still runs.
+_POLL_SECONDS = 1.0
+# More than one worker ever draws.
+_N_SKIPPED_IDS = 2_000
+
+
+class WorkerServer:
+    """A server, as the process that started it sees it. It ends with that process.
+
+    Args:
+        folder: Private folder for its socket, with a path that is short enough for one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        _delete_sockets_of_the_dead(folder)
+        self.socket_path = folder / f"{_SOCKET_PREFIX}{os.getpid()}"
+        with socket.socket(socket.AF_UNIX) as listener:
+            # Requests wait in it until the server has imported what it needs.
+            listener.bind(str(self.socket_path))
+            self.socket_path.chmod(0o600)
+            listener.listen(256)
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, "serve", str(listener.fileno())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[listener.fileno()],
+                env=os.environ | _NO_JOB,
+                # Ctrl-C is for the command, which decides when workers end.
+                start_new_session=True,
+            )
+
+    def stop(self) -> None:
+        """End the server; workers that it has forked live on."""
+        assert self._process.stdin is not None
+        self._process.kill()
+        self._process.wait()
+        with suppress(OSError):
+            self._process.stdin.close()
+        self.socket_path.unlink(missing_ok=True)
+
+
+def _delete_sockets_of_the_dead(folder: Path) -> None:
+    """Delete the sockets of servers whose command was killed, and of an earlier one of this."""
+    for path in folder.glob(f"{_SOCKET_PREFIX}*"):
+        process = int(path.name.removeprefix(_SOCKET_PREFIX))
+        if process == os.getpid() or not Path(f"/proc/{process}").exists():
+            path.unlink(missing_ok=True)
+
+
+_running_servers: list[WorkerServer] = []
+
+
+@contextmanager
+def run_worker_server(folder: Path) -> Iterator[WorkerServer]:
+    """Context manager that runs a server, or takes the one that already runs.
+
+    Args:
+        folder: Private folder for its socket, with a path that is short enough for one.
+
+    Yields:
+        The server. Raylets that are started in the block find it.
+    """
+    if _running_servers:
+        yield _running_servers[-1]
+        return
+    server = WorkerServer(folder)
+    _running_servers.append(server)
+    os.environ[SOCKET_VARIABLE] = str(server.socket_path)
+    try:
+        yield server
+    finally:
+        del os.environ[SOCKET_VARIABLE]
+        _running_servers.remove(server)
+        server.stop()
+
+
+@contextmanager
+def prepare_workers(address: str | None) -> Iterator[None]:
+    """Context manager that starts the server of a cluster's workers before the cluster.
+
+    Args:
+        address: That of `connect_to_cluster`, which takes the server over if it starts a cluster.
+    """
+    ray = sys.modules.get("ray")
+    joins_cluster = address or os.environ.get("RAY_ADDRESS") or (ray and ray.is_initialized())
+    if joins_cluster or not can_fork_workers():
+        yield
+        return
+    from raysweep.sweep.ray_access import create_private_ray_folder
+
+    with run_worker_server(create_private_ray_folder().parent):
+        yield
+
+
+def can_fork_workers() -> bool:
+    """Return whether workers can be forks here: on Linux, unless the user said no."""
+    return sys.platform == "linux" and os.environ.get(SWITCH_VARIABLE, "1") != "0"
+
+
+def _launch_worker(arguments: Sequence[str]) -> None:
+    """Ask the server for the worker that a raylet wants, and end when that worker ends.
+
+    The raylet started this process, and takes its end for the end of the worker. Where Ray must set
+    up more than environment variables, the worker is an ordinary one.
+    """
+    contexts = [a.removeprefix(_CONTEXT_OPTION) for a in arguments if a.startswith(_CONTEXT_OPTION)]
+    context = json.loads(contexts[0] if contexts else "{}")
+    variables = context.pop("env_vars", None) or {}
+    worker_arguments = [
+        argument
+        for argument in arguments
+        if not argument.startswith(("--serialized-runtime-env", "--language"))
+    ]
+    is_plain = (
+        not [value for value in context.values() if value not in (None, [], sys.executable)]
+        and not any("$" in value for value in variables.values())
+        and not worker_arguments[0].startswith("-")
+    )
+    connection = _connect_to_server() if is_plain else None
+    if connection is None:
+        _become_ordinary_worker(worker_arguments)
+    request = {
+        "arguments": worker_arguments,
+        "environment": os.environ | variables,
+        "folder": str(Path.cwd()),
+        "niceness": os.getpriority(os.PRIO_PROCESS, 0),
+        "oom_score_adj": Path("/proc/self/oom_score_adj").read_text(encoding="ascii"),
+    }
+    message = json.dumps(request).encode()
+    streams = array.array("i", [1, 2])
+    connection.sendmsg(
+        [len(message).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)]
+    )
+    connection.sendall(message)
+    raylet = os.getppid()
+    while not select.select([connection], [], [], _POLL_SECONDS)[0]:
+        if os.getppid() != raylet:
+            os._exit(1)
+
+
+def _connect_to_server() -> socket.socket | None:
+    """Connect to the server; None if there is none."""
+    path = os.environ.get(SOCKET_VARIABLE)
+    if not path:
+        return None
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(path)
+    except OSError:
+        connection.close()
+        return None
+    return connection
+
+
+def _become_ordinary_worker(worker_arguments: Sequence[str]) -> NoReturn:
+    """Run Ray's own script in place of this one; it lies beside that of the worker."""
+    worker_script = next(argument for argument in worker_arguments if argument.endswith(".py"))
+    script = Path(worker_script).with_name("setup_worker.py")
+    os.execv(sys.executable, [sys.executable, str(script), *sys.argv[1:]])
+
+
+def _serve(listener: socket.socket) -> None:
+    """Import, then fork a worker for each request, until the process that started this one ends."""
+    parent = os.getppid()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    for name in _EARLY_IMPORTS:
+        __import__(name)
+    has_imported_ray = False
+    while os.getppid() == parent:
+        ready, _, _ = select.select([listener, sys.stdin], [], [], _POLL_SECONDS)
+        if sys.stdin in ready:
+            return
+        if listener not in ready:
+            continue
+        connection, _ = listener.accept()
+        request, streams = _read_request(connection)
+        if not has_imported_ray:
+            # Ray reads where its cluster is, and the token for it, when it is imported.
+            os.environ.update(request["environment"] | _NO_JOB)
+            for name in _RAY_IMPORTS:
+                __import__(name)
+            has_imported_ray = True
+        _skip_random_ids()
+        if os.fork() == 0:
+            # When the raylet kills a worker it kills the worker's process group, which must not be
+            # the server's.
+            os.setsid()
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _become_worker(request, streams, connection)
+        connection.close()
+        for stream in streams:
+            os.close(stream)
+
+
+def _skip_random_ids() -> None:
+    """Draw random ids of Ray, so that the next fork draws others.
+
+    Forks inherit the state of the generator: two that started at once would give their first
+    objects the same id, one of them would crash, and the first driver would wait for it for ever.
+    """
+    from ray import ObjectID
+
+    for _ in range(_N_SKIPPED_IDS):
+        ObjectID.from_random()
+
+
+def _read_request(connection: socket.socket) -> tuple[dict[str, Any], Sequence[int]]:
+    """Return a launcher's request and its two output streams."""
+    head, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(8))
+    streams = array.array("i")
+    streams.frombytes(ancillary[0][2])
+    size, message = int.from_bytes(head, "big"), b""
+    while len(message) < size:
+        message += connection.recv(size - len(message))
+    return json.loads(message), streams
+
+
+def _become_worker(
+    request: dict[str, Any], streams: Sequence[int], connection: socket.socket
+) -> NoReturn:
+    """Run a request.
+
+    The connection stays open: by its end the launcher sees that of the worker, and the worker that
+    of the launcher.
+    """
+    # What the server has imported stays, and its memory is shared until it is touched.
+    gc.freeze()
+    for number, stream in zip((1, 2), streams, strict=True):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    # As Ray has set them for the process that it started: its workers give way to others.
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, request["niceness"])
+        Path("/proc/self/oom_score_adj").write_text(request["oom_score_adj"], encoding="ascii")
+    threading.Thread(target=_end_with_launcher, args=(connection,), daemon=True).start()
+    sys.argv = request["arguments"]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _end_with_launcher(connection: socket.socket) -> None:
+    """End this worker when its launcher has ended, because the raylet of their node is dead.
+
+    Otherwise the trials of a dead node would train on, beside those that replace them.
+    """
+    connection.recv(1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    # Python puts the folder of this file first: its modules would hide others of the same name.
+    sys.path[:] = [path for path in sys.path if path != str(Path(__file__).parent)]
+    if sys.argv[1] == "serve":
+        _serve(socket.socket(fileno=int(sys.argv[2])))
+    else:
+        _launch_worker(sys.argv[1:])
