@@ -23,6 +23,7 @@ from typing import Any
 
 import optuna
 
+from raysweep.data import load_data
 from raysweep.sweep.ledger import Ledger
 from raysweep.sweep.search_space import Params, SearchSpace, load_space
 from raysweep.sweep.trial import Trial
@@ -127,7 +128,7 @@ def mlflow_costs(
     the number of runs in the store.
     """
     tracker = Tracker(uri, folder / "artifacts").wait_until_ready()
-    follower = SweepTracker(tracker, "0123456789abcdef")
+    follower = SweepTracker(tracker, load_data(space.trial_config({}).data))
     ledger = Ledger.create(folder / "followed", space)
     follower.on_sweep_start(ledger, 1)
     costs: dict[str, dict[int, float]] = {"open a run": {}, "log an epoch": {}, "close a run": {}}

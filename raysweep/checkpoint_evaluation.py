@@ -22,9 +22,10 @@ from raysweep.data import (
 from raysweep.folder_lock import require_no_links
 from raysweep.lazy_modules import torch
 from raysweep.spec import json_digest
-from raysweep.tracking import Tracker
+from raysweep.tracking import Tracker, checkpoint_run_tags
 from raysweep.training.dataset_defaults import DATASET_DEFAULTS
 from raysweep.training.model_loading import EvaluationTarget
+from raysweep.unrecorded_folders import UNRECORDED_FILE, clear_unrecorded
 
 if TYPE_CHECKING:
     from raysweep.evaluation import RobustnessReport, ShardMapper
@@ -196,16 +197,31 @@ def save_evaluation_files(
     atomic_write_text(folder / "report.json", json.dumps(report.summary(), indent=1, default=str))
 
 
-def log_evaluation(
-    tracker: Tracker,
-    run_id: str | None,
+@dataclasses.dataclass(frozen=True)
+class EvaluationRecord:
+    """What MLflow receives of an evaluation, besides the files of its folder.
+
+    Attributes:
+        name: Name of the model, and of the run of an evaluation without a training run.
+        metrics: Values by name.
+        run_id: Run that trained the model; None if it is not known.
+        run_tags: Tags by which that run is found; empty for a model that was trained elsewhere.
+    """
+
+    name: str
+    metrics: dict[str, float]
+    run_id: str | None = None
+    run_tags: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def describe_evaluation(
     target: EvaluationTarget,
     report: RobustnessReport,
-    folder: Path,
     attack_name: str,
     is_full_test_set: bool,
-) -> str:
-    """Log the metrics and files of an evaluation.
+    run_id: str | None = None,
+) -> EvaluationRecord:
+    """Return what MLflow receives of an evaluation.
 
     If AutoAttack's standard version ran on the whole test set, at the norm and epsilon of the
     training, the metrics are named `aa/...`. All others are named after attack, norm, epsilon,
@@ -213,24 +229,12 @@ def log_evaluation(
     than 0 is part of the name.
 
     Args:
-        tracker: Tracker that logs them.
-        run_id: Run that trained the model; None to log into a run of the evaluation.
         target: The model.
         report: The report.
-        folder: Folder of the evaluation; its files are logged.
         attack_name: Name of the attack as the user gave it.
         is_full_test_set: Whether the report covers the whole test set.
-
-    Returns:
-        Id of the run in which they were logged.
+        run_id: Run that trained the model; None to find it by the checkpoint.
     """
-    has_own_run = run_id is None
-    if run_id is None:
-        # MLflow cannot quote every path in a search filter, so runs are searched by a digest.
-        run_id = tracker.get_or_create_run(
-            target.name, {"raysweep.kind": "eval", "raysweep.evaluation": json_digest(str(folder))}
-        )
-        tracker.set_tags(run_id, {"raysweep.folder": str(folder)})
     prefix = _format_metric_prefix(target, report, attack_name, is_full_test_set)
     low, high = report.intervals["robust"]
     metrics = {
@@ -240,11 +244,40 @@ def log_evaluation(
         "clean_accuracy": report.clean_accuracy,
         **{f"after_{name}": float(mask.mean()) for name, mask in report.robust_after.items()},
     }
-    tracker.log_final(run_id, {f"{prefix}/{name}": value for name, value in metrics.items()})
+    tags = {}
+    if run_id is None and target.checkpoint is not None:
+        tags = checkpoint_run_tags(target.checkpoint)
+    return EvaluationRecord(
+        target.name, {f"{prefix}/{name}": value for name, value in metrics.items()}, run_id, tags
+    )
+
+
+def log_evaluation(tracker: Tracker, record: EvaluationRecord, folder: Path) -> str:
+    """Log the metrics and files of an evaluation to the run of the training, or to one of its own.
+
+    Args:
+        tracker: Tracker that logs them.
+        record: What is logged.
+        folder: Folder of the evaluation; its files are logged, and its note that MLflow lacks them
+            is deleted.
+
+    Returns:
+        Id of the run in which they were logged.
+    """
+    run_id = record.run_id or (tracker.find_run(record.run_tags) if record.run_tags else None)
+    has_own_run = run_id is None
+    if run_id is None:
+        # MLflow cannot quote every path in a search filter, so runs are searched by a digest.
+        tags = {"raysweep.kind": "eval", "raysweep.evaluation": json_digest(str(folder))}
+        run_id = tracker.get_or_create_run(record.name, tags)
+        tracker.set_tags(run_id, {"raysweep.folder": str(folder)})
+    tracker.log_final(run_id, record.metrics)
     for file in sorted(folder.glob("*.*")):
-        tracker.log_file(run_id, file, f"eval/{folder.name.rpartition('-')[2]}")
+        if file.name != UNRECORDED_FILE:
+            tracker.log_file(run_id, file, f"eval/{folder.name.rpartition('-')[2]}")
     if has_own_run:
         tracker.end_run(run_id, "FINISHED")
+    clear_unrecorded(folder)
     return run_id
 
 

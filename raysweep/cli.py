@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TextIO
 
 from raysweep import __version__
 from raysweep.code_files import forget_code_afterwards
-from raysweep.commands import doctor, run, show, train, tune
+from raysweep.commands import doctor, run, show, sync, train, tune
 from raysweep.commands import eval as eval_command
 from raysweep.commands import list as list_command
 from raysweep.disk_space import is_disk_full_error
@@ -43,7 +43,7 @@ from raysweep.visible_text import shorten_line, visible_output
 
 logger = logging.getLogger(__name__)
 
-_COMMAND_MODULES = (list_command, show, train, tune, run, doctor, eval_command)
+_COMMAND_MODULES = (list_command, show, train, tune, run, sync, doctor, eval_command)
 
 _DESCRIPTION = """\
 Find the hyper-parameters of instance-reweighted adversarial training on a cluster, and evaluate
@@ -61,7 +61,7 @@ store, bucket, package, GPU or disk is missing, full or does not answer; 4 a fil
 """
 
 # Commands that resume if they are run again as they are.
-_RESUMABLE_COMMANDS = ("train", "run", "eval")
+_RESUMABLE_COMMANDS = ("train", "run", "eval", "sync")
 # Commands whose end is more than their output.
 _WORK_COMMANDS = (*_RESUMABLE_COMMANDS, "tune")
 # Libraries that only some commands need: {module: (name for messages, requirement for pip)}.

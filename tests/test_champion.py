@@ -18,6 +18,7 @@ from scipy import stats
 from torch import nn
 
 from raysweep.checkpoint_evaluation import EXAMPLES_FILE
+from raysweep.data import DatasetSplits
 from raysweep.pipeline.artifact import Artifact, EvaluationResult
 from raysweep.pipeline.facts import ChampionComparison
 from raysweep.pipeline.paired_comparison import (
@@ -30,6 +31,7 @@ from raysweep.pipeline.report.stage import ReportStage, _find_previous_report
 from raysweep.pipeline.stage import StageContext, TrainingOverrides, UpstreamResults
 from raysweep.stores import open_path
 from raysweep.training import checkpoint
+from raysweep.training.checkpoint import TrainingCheckpoint
 
 
 def write_outcomes(folder: Path, held_out: dict[int, bool]) -> Path:
@@ -144,6 +146,9 @@ class FakeRegistry:
         self.aliases: dict[str, str] = {}
         self.tags: dict[str, str] = {}
         self.described = ""
+
+    def log_model(self, run_id: str, trained: TrainingCheckpoint, data: DatasetSplits) -> None:
+        assert run_id == "run-new" and trained.config.data.name == "digits" and data.classes == 10
 
     def log_json(self, run: str, data: Any, name: str) -> None:
         assert (run, name) == ("run-new", "registered/card.json") and json.dumps(data)

@@ -43,6 +43,7 @@ FLAGS = {
         *COMMON, "--verbose", "--out", "--storage", "--plan", "--from", "--wait", "--address",
         "--code",
     },
+    "sync": {"--json", "--verbose", "--out", "--storage"},
     "doctor": {*COMMON, "--verbose", "--out", "--storage", "--address"},
     "eval": {
         *COMMON, "--verbose", "--out", "--storage", "--attack", "--version", "--eps", "--norm",

@@ -101,16 +101,20 @@ def test_a_run_that_a_full_disk_ended_is_not_called_running(
 ) -> None:
     from mlflow import MlflowClient
 
+    from raysweep.stores import open_path
     from raysweep.tracking import RunRecorder, Tracker, tracking_uri
 
     empty_store(small_disk / "mlflow.db")
     tracker = Tracker(tracking_uri(small_disk), small_disk / "mlruns")
-    recorder = RunRecorder(tracker, "r", {"raysweep.kind": "train"})
+    folder = open_path(small_disk / "r")
+    recorder = RunRecorder(tracker, "r", {"raysweep.kind": "train"}, folder)
     recorder.write(lambda tracker, run_id: tracker.set_tags(run_id, {"a": "b"}))
+    assert recorder.flush()
     with pytest.raises(OSError, match="No space left"), (small_disk / "fill").open("wb", 0) as file:
         while True:
             file.write(bytes(512))
     recorder.end("FAILED")
+    assert not recorder.flush()
     uri = tracking_uri(small_disk)
     assert caplog.messages[-1].startswith(
         f"MLflow store {uri}: its disk is full; the work continues"

@@ -18,6 +18,7 @@ import raysweep
 from raysweep.attacks import build_named_attack
 from raysweep.checkpoint_evaluation import (
     choose_evaluation_folder,
+    describe_evaluation,
     evaluate_checkpoint,
     log_evaluation,
     save_evaluation_files,
@@ -149,7 +150,8 @@ def test_neither_seeds_nor_versions_overwrite_each_other(
         folder = choose_evaluation_folder(workdir, subject, attack, subject.config.data, 4, seed)
         report = evaluate_checkpoint(subject, subject.data, attack, 4, folder, None, seed=seed)
         save_evaluation_files(report, folder, subject, subject.config.data)
-        log_evaluation(tracker, run, subject, report, folder, "pgd20", False)
+        record = describe_evaluation(subject, report, "pgd20", False)
+        assert log_evaluation(tracker, record, folder) == run, "found by the checkpoint"
         folders.add(folder)
     assert len(folders) == 2
     assert main(["eval", str(trained_run), "--version", "rand", "--n", "1"]) == 0

@@ -16,6 +16,7 @@ from ladder_network import LadderNetwork, ladder_images
 from raysweep.attacks import PGD, AttackCascade, autoattack, build_named_attack
 from raysweep.checkpoint_evaluation import (
     choose_evaluation_folder,
+    describe_evaluation,
     evaluate_checkpoint,
     log_evaluation,
     resolve_threat_model,
@@ -229,7 +230,10 @@ def log_and_get_prefix(
 ) -> str:
     """The prefix of an evaluation's numbers in the run of its training."""
     book = RecordingTracker()
-    assert log_evaluation(book, "id", subject, report, folder, "name", whole) == "id"  # type: ignore[arg-type]
+    assert (
+        log_evaluation(book, describe_evaluation(subject, report, "name", whole, "id"), folder)
+        == "id"
+    )  # type: ignore[arg-type]
     assert book.runs == []
     prefixes = {name.removeprefix("id:").rpartition("/")[0] for name in book.metrics}
     (prefix,) = prefixes
@@ -272,7 +276,9 @@ def test_the_numbers_and_files_that_go_into_a_run(report: RobustnessReport, tmp_
     save_evaluation_files(report, folder, SUBJECT, DataSpec())
     (folder / "shards").mkdir()
     book = RecordingTracker()
-    assert log_evaluation(book, None, SUBJECT, report, folder, "pgd20", True) == "new"  # type: ignore[arg-type]
+    assert (
+        log_evaluation(book, describe_evaluation(SUBJECT, report, "pgd20", True), folder) == "new"
+    )  # type: ignore[arg-type]
     prefix = "new:eval/pgd20-Linf-0.04-n6"
     low, high = book.metrics.pop(f"{prefix}/robust_low"), book.metrics.pop(f"{prefix}/robust_high")
     assert 0.05 < low < 1 / 3 < high < 0.75

@@ -14,6 +14,7 @@ LAYERS = [
         "redaction",
         "errors",
         "record_queue",
+        "unrecorded_folders",
         "uri_passwords",
         "termination_signals",
         "lazy_modules",
@@ -61,6 +62,7 @@ LAYERS = [
         "robustness_bundle",
     ),
     ("pipeline",),
+    ("unrecorded_work",),
     ("commands", "shell_completion"),
     ("cli",),
 ]

@@ -1,6 +1,4 @@
-"""A sweep's trials as Optuna keeps them: states, values, epochs and distributions, in memory and in
-a database.
-"""
+"""A sweep's trials as Optuna keeps them in a database: states, values, epochs, distributions."""
 
 from pathlib import Path
 from typing import Any
@@ -117,7 +115,7 @@ def test_a_constraint_is_the_gap_less_its_limit() -> None:
 
 
 def test_a_database_has_the_ended_trials_of_one_sweep(tmp_path: Path) -> None:
-    export = OptunaExporter("sqlite:///:memory:")
+    export = OptunaExporter(f"sqlite:///{tmp_path / 'optuna.db'}")
     storage, both = export._storage, ["robust_worst", "clean"]
     ledgers = [
         Ledger.create(
@@ -150,9 +148,11 @@ def test_a_database_has_the_ended_trials_of_one_sweep(tmp_path: Path) -> None:
     # If somebody changes the study, the next driver restores it.
     study.add_trial(to_frozen_trial(one.space, build_trial(7)))
     export.on_sweep_start(one, 2)
+    assert export._records.flush()
     again = optuna.load_study(study_name=study.study_name, storage=storage).get_trials()
     assert [t.user_attrs["raysweep.number"] for t in again] == [0, 2, 3]
     export.on_trial_update(build_trial(1, "running"), {"epoch": 3.0})
     export.on_trial_update(build_trial(1, "stopped"), None)
+    assert export._records.flush()
     again = optuna.load_study(study_name=study.study_name, storage=storage).get_trials()
     assert [t.user_attrs["raysweep.number"] for t in again] == [0, 2, 3, 1]

@@ -386,6 +386,35 @@ def test_copies_are_kept_small_and_come_again(uri: str, monkeypatch: pytest.Monk
     assert checkpoint.read_checkpoint(first.path).meta == first.meta
 
 
+def test_copies_are_counted_again_only_near_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "cache"))
+    bucket = local_copies.bucket_copies_folder("s3://", "b")
+    counts = []
+    evict_copies = local_copies.evict_copies
+    monkeypatch.setattr(local_copies, "evict_copies", lambda: counts.append(evict_copies()))
+
+    def place(name: str, n_bytes: int) -> None:
+        partial = bucket / f".{name}"
+        partial.mkdir(parents=True)
+        (partial / "meta.json").write_text("{}" + " " * (n_bytes - 2))
+        local_copies.place_copy(partial, bucket / name)
+
+    for number in range(5):
+        place(f"c{number}", 100 + number)
+    assert len(counts) == 1, "only the first, of whose cache nothing was known"
+    total = sum(file.stat().st_size for file in bucket.rglob("meta.json"))
+    assert total == 510 and int((tmp_path / "cache" / ".bytes").read_text()) == total
+    monkeypatch.setattr(local_copies, "_MAX_BYTES", 600)
+    place("c5", 80)
+    assert len(counts) == 1
+    os.utime(bucket / "c0", (0, 0))
+    place("c6", 80)
+    assert len(counts) == 2 and not (bucket / "c0").exists() and (bucket / "c1").exists()
+    assert int((tmp_path / "cache" / ".bytes").read_text()) == 510 + 80 + 80 - 100
+
+
 def test_a_copy_that_another_process_has_just_used_is_not_evicted(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,7 @@ _MIN_SAFE_VERSIONS = {"ray": (2, 59, 1), "torch": (2, 10), "mlflow": (3, 8)}
 _MIN_DISK_BYTES = 5 * 2**30
 _MIN_MEMORY_BYTES = 2 * 2**30
 _MAX_CLOCK_SKEW_SECONDS = 2.0
+_MAX_LISTED_WORKS = 5
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ def _iter_findings(request: DoctorRequest) -> Iterator[Finding]:
         remedy = "name a place that can be written, with --storage or --out"
         yield Finding("storage", False, str(error), remedy)
         return
+    yield from _diagnose_unrecorded_work(request, runs_folder)
     fingerprint, data_findings = _fingerprint_local_data(spec)
     yield from data_findings
     try:
@@ -225,6 +227,20 @@ def _diagnose_mlflow(tracking_uri: str) -> Iterator[Finding]:
     is_safe = _is_safe_version("mlflow", version)
     remedy = "" if is_safe else _upgrade_remedy("mlflow")
     yield Finding("mlflow", is_safe, f"{version} at {redact_secrets(tracking_uri)}", remedy)
+
+
+def _diagnose_unrecorded_work(request: DoctorRequest, runs_folder: StorePath) -> Iterator[Finding]:
+    """Check that MLflow has all records of the work that has ended."""
+    from raysweep.commands.common import format_location_flags
+    from raysweep.unrecorded_work import list_unrecorded_work
+
+    works = list_unrecorded_work(request.out.resolve(), runs_folder)
+    if works:
+        names = ", ".join(work.title for work in works[:_MAX_LISTED_WORKS])
+        if len(works) > _MAX_LISTED_WORKS:
+            names += f" and {len(works) - _MAX_LISTED_WORKS} more"
+        remedy = f"raysweep sync{format_location_flags(request.out, request.storage)}"
+        yield Finding("mlflow", False, f"lacks records of {names}", remedy)
 
 
 def _diagnose_nodes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 from dataclasses import dataclass
@@ -383,6 +384,7 @@ def _evaluate(
     """Attack the model; write, print and log the report."""
     from raysweep.checkpoint_evaluation import (
         choose_evaluation_folder,
+        describe_evaluation,
         evaluate_checkpoint,
         log_evaluation,
         save_evaluation_files,
@@ -393,15 +395,13 @@ def _evaluate(
     from raysweep.record_queue import RecordQueue
     from raysweep.robustness_bundle import write_bundle
     from raysweep.sweep.shard_mappers import open_executor
-    from raysweep.tracking import checkpoint_run_tags
+    from raysweep.unrecorded_folders import note_unrecorded
 
     data_spec = _resolve_data_spec(request, target)
     attack = _make_attack(request, target, data_spec)
     bundle = _check_bundle_folder(request, target)
     dataset = target.data or load_test_data(data_spec)
     tracker = open_tracker(out)
-    if run_id is None and target.checkpoint is not None:
-        run_id = tracker.find_run(checkpoint_run_tags(target.checkpoint))
     n_examples = min(request.max_examples or len(dataset.test), len(dataset.test))
     is_whole_test_set = n_examples == len(dataset.test)
     subset: SubsetChoice = "first" if is_whole_test_set else request.subset
@@ -436,13 +436,13 @@ def _evaluate(
     attack_name = request.attack
     if request.version != "standard":
         attack_name = f"{request.attack}-{request.version}"
+    if not tracker.uri:
+        return
+    record = describe_evaluation(target, report, attack_name, is_whole_test_set, run_id)
+    note_unrecorded(folder, dataclasses.asdict(record))
     records = RecordQueue("MLflow store", tracker.uri)
-
-    def log_report() -> None:
-        log_evaluation(tracker, run_id, target, report, folder, attack_name, is_whole_test_set)
-
-    records.write(log_report)
-    records.finish("; the same command writes them and attacks nothing again")
+    records.write(lambda: log_evaluation(tracker, record, folder))
+    records.finish("; `raysweep sync` writes them")
 
 
 def _resolve_data_spec(request: EvalRequest, target: EvaluationTarget) -> DataSpec:

@@ -132,6 +132,7 @@ def run_command(args: argparse.Namespace) -> None:
     from raysweep.spec import SpecError
     from raysweep.stores import StoreUnavailable
     from raysweep.training.checkpoint import RunDirectory
+    from raysweep.unrecorded_folders import UNRECORDED_FILE, clear_unrecorded
 
     if request.name:
         check_plain_name(request.name, "--name")
@@ -166,8 +167,9 @@ def run_command(args: argparse.Namespace) -> None:
             except StoreUnavailable:
                 raise
             except (SpecError, InfrastructureError):
-                if is_new and _list_run_files(run_folder) <= {"run.json"}:
+                if is_new and _list_run_files(run_folder) <= {"run.json", UNRECORDED_FILE}:
                     discard_log(run_folder)
+                    clear_unrecorded(run_folder)
                     (run_folder / "run.json").delete()
                 raise
 
@@ -300,12 +302,12 @@ def _train_tracked(
 
     clear_failure_report(run_folder)
     tags = training_run_tags(RunDirectory(run_folder))
-    run = RunRecorder(tracker, run_folder.name, tags)
+    run = RunRecorder(tracker, run_folder.name, tags, run_folder)
     n_reported_epochs = run.count_logged_epochs()
     try:
-        run.open(config, dataset.fingerprint)
+        run.open(config, dataset)
         result = _fit_model(config, dataset, run, run_folder, n_reported_epochs)
-        advice = _log_training_result(config, run, result)
+        advice = run.log_result(config, result.best_checkpoint, result.last_checkpoint, dataset)
     except KeyboardInterrupt:
         run.end("KILLED")
         raise
@@ -371,13 +373,14 @@ def _fit_model(
     from raysweep.training.callbacks import FunctionCallback
     from raysweep.training.mid_epoch_checkpoint import catch_termination_signals
     from raysweep.training.prefix_cache import PREFIX_CACHE_FOLDER, PrefixCache
+    from raysweep.training.resource_use import measure_resource_use
     from raysweep.training.trainer import train_model
 
     def report_epoch(metrics: EpochMetrics, checkpoint: TrainingCheckpoint) -> None:
         epoch, loss = int(metrics["epoch"]), metrics["train/loss"]
         accuracies = format_accuracies(metrics)
         print(f"epoch {epoch}/{config.epochs} loss {loss:.3f} {accuracies}", file=sys.stderr)
-        run.log_epoch(metrics)
+        run.log_epoch({**metrics, **measure_resource_use()})
 
     steps_per_epoch = count_batches(len(dataset.train), config.batch_size)
     _print_training_size(config, steps_per_epoch, run_folder)
@@ -410,26 +413,6 @@ def _print_training_size(
         f"{config.method.name} on {config.data.name}: {epochs} of {steps}, in {run_folder}",
         file=sys.stderr,
     )
-
-
-def _log_training_result(
-    config: TrainingConfig, run: RunRecorder, result: TrainingResult
-) -> list[str]:
-    """Log a finished run to MLflow; return the notes on it, which are also its description."""
-    from raysweep.training.metric_advice import advise_on_training
-
-    best, last = result.best_checkpoint, result.last_checkpoint
-    advice = advise_on_training(config, last.history)
-
-    def log_result(tracker: Tracker, run_id: str) -> None:
-        tracker.log_best(run_id, best.last_metrics)
-        tracker.log_folder(run_id, best.local_folder, "checkpoint")
-        tracker.log_training_plots(run_id, last.path.parent, last.history)
-        tracker.set_description(run_id, advice)
-
-    run.write(log_result)
-    run.end("FINISHED")
-    return advice
 
 
 def _print_training_result(

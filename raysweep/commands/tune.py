@@ -386,7 +386,7 @@ def _run_sweep(
     tracker = Tracker(tracking_uri(out), out / "mlruns")
     display = SweepDisplay(create_progress_console())
     listeners: list[SweepListener] = [
-        SweepTracker(tracker, dataset.fingerprint),
+        SweepTracker(tracker, dataset),
         display,
         *export_listeners,
     ]

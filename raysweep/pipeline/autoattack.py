@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
@@ -15,6 +16,7 @@ from raysweep.attacks import (
 )
 from raysweep.checkpoint_evaluation import (
     choose_evaluation_folder,
+    describe_evaluation,
     evaluate_checkpoint,
     log_evaluation,
     resolve_threat_model,
@@ -32,9 +34,9 @@ from raysweep.pipeline.stage import (
 from raysweep.schedules import Number
 from raysweep.spec import JsonDict, SpecError
 from raysweep.sweep.shard_mappers import open_executor
-from raysweep.tracking import checkpoint_run_tags
 from raysweep.training.config import TrainingConfig
 from raysweep.training.model_loading import EvaluationTarget, load_checkpoint_target
+from raysweep.unrecorded_folders import note_unrecorded
 
 if TYPE_CHECKING:
     from raysweep.evaluation import RobustnessReport
@@ -168,22 +170,14 @@ class AutoAttackStage(Stage):
         )
         save_evaluation_files(report, folder, target, config.data)
         attack_or_name = self.attacks[label]
-        tags = checkpoint_run_tags(target.checkpoint)
+        attack_name = attack_or_name if isinstance(attack_or_name, str) else label
+        record = describe_evaluation(target, report, attack_name, count == len(data.test))
         run_ids: list[str] = []
-
-        def log_report() -> None:
-            run_id = log_evaluation(
-                context.tracker,
-                context.tracker.find_run(tags),
-                target,
-                report,
-                folder,
-                attack_or_name if isinstance(attack_or_name, str) else label,
-                count == len(data.test),
-            )
-            run_ids.append(run_id)
-
-        context.records.write(log_report)
+        note_unrecorded(folder, dataclasses.asdict(record))
+        context.records.write(
+            lambda: run_ids.append(log_evaluation(context.tracker, record, folder))
+        )
+        context.records.flush(retry=False)
         return EvaluationResult(
             candidate=candidate,
             attack=label,

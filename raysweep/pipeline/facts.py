@@ -138,6 +138,7 @@ class ReportFacts(StageFacts):
     """Facts of the stage report."""
 
     stored_keys: ClassVar[Mapping[str, str]] = {"changes": "since"}
+    later_fields: ClassVar[frozenset[str]] = frozenset({"verdict"})
 
     best: EvaluationResult
     """Evaluation of the candidate with the best validation result."""
@@ -151,6 +152,8 @@ class ReportFacts(StageFacts):
     """Numbers beside those of a paper."""
     medians: dict[str, float] = Field(default_factory=dict)
     """Median robust accuracy of each method and attack."""
+    verdict: str = ""
+    """The report in one line; empty in reports of version 0.1."""
 
     @field_validator("changes", mode="before")
     @classmethod

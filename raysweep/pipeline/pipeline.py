@@ -12,7 +12,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from rich.console import Console
 
-from raysweep.bounded_files import read_regular_file
 from raysweep.data import load_data
 from raysweep.folder_lock import require_no_links
 from raysweep.leases import hold_pipeline_lock
@@ -27,7 +26,6 @@ from raysweep.pipeline.report.paper_figures import find_unknown_metrics, find_un
 from raysweep.pipeline.report.stage import ReportStage
 from raysweep.pipeline.stage import (
     CONFLICT_MESSAGE,
-    UNRECORDED_FILE,
     Stage,
     StageContext,
     TrainingOverrides,
@@ -45,10 +43,10 @@ from raysweep.spec import (
     is_safe_name,
     json_digest,
 )
-from raysweep.stored_data import parse_stored_json
 from raysweep.stores import StorePath, open_path
 from raysweep.training.checkpoint import describe_environment
 from raysweep.training.config import TrainingConfig
+from raysweep.unrecorded_folders import read_unrecorded
 from raysweep.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -414,7 +412,7 @@ def run_pipeline(
         )
         context.storage = runs_folder
         first_index = find_first_repeated_stage(first_stage, pipeline, folder)
-        context.records_again = (folder / UNRECORDED_FILE).is_file()
+        context.records_again = read_unrecorded(folder) is not None
         if context.records_again:
             context.print_line(
                 "MLflow lacks records of an earlier run: they are written from its results"
@@ -538,11 +536,8 @@ def find_first_repeated_stage(first_stage: str | None, pipeline: Pipeline, folde
         DamagedFileError: If the note cannot be read.
     """
     index = find_stage_index(first_stage, pipeline)
-    note = folder / UNRECORDED_FILE
-    if not note.is_file():
-        return index
-    content = parse_stored_json(read_regular_file(note), str(note), {"first_stage": int})
-    return min(index, int(content["first_stage"]))
+    note = read_unrecorded(folder, {"first_stage": int})
+    return index if note is None else min(index, int(note["first_stage"]))
 
 
 def _override_pipeline(pipeline: Pipeline, overrides: Mapping[str, Any]) -> Pipeline:

@@ -112,7 +112,7 @@ class RegisterStage(Stage):
         tracker, run_id = context.tracker, evaluation.run_id
         if not run_id:
             # MLflow did not answer at the time of the evaluation.
-            context.records.write_waiting()
+            context.records.flush()
             path = context.resolve_reference(evaluation.candidate.checkpoint)
             run_tags = checkpoint_run_tags(checkpoint.read_checkpoint(path))
             run_id = tracker.find_run(run_tags) or ""
@@ -121,6 +121,9 @@ class RegisterStage(Stage):
                 f"MLflow lacks the run of {evaluation.candidate.title}: run the same command again "
                 "when it answers"
             )
+        path = context.resolve_reference(evaluation.candidate.checkpoint)
+        trained = checkpoint.read_checkpoint(path)
+        tracker.log_model(run_id, trained, context.get_dataset(trained.config.data))
         tracker.log_json(run_id, card, f"registered/{CARD_FILE}")
         tracker.log_file(run_id, _find_file(context, evaluation, EXAMPLES_FILE), "registered")
         return tracker.register_model(self.name, run_id, tags, _REGISTRY_DESCRIPTION)

@@ -1,6 +1,5 @@
 """Base class of stages, and the values that a stage receives and returns."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -11,7 +10,6 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from raysweep.atomic_files import atomic_write_text
 from raysweep.data import DatasetSplits, DataSpec, load_data
 from raysweep.errors import WorkFailed
 from raysweep.pipeline.artifact import (
@@ -28,10 +26,9 @@ from raysweep.stores import Location, StorePath, is_uri, open_path
 from raysweep.stores.protocol import check_key
 from raysweep.tracking import Tracker, tracking_uri
 from raysweep.training.config import TrainingConfig
+from raysweep.unrecorded_folders import clear_unrecorded, note_unrecorded
 
 _RUNS_FOLDER = "runs"
-UNRECORDED_FILE = "unrecorded.json"
-"""Note in a pipeline's folder that MLflow lacks records: the first stage that has such."""
 CONFLICT_MESSAGE = "candidates of different threat models cannot be ranked"
 
 
@@ -252,19 +249,19 @@ class StageContext:
         return RecordQueue("MLflow store", tracking_uri(self.out))
 
     def note_waiting_records(self) -> None:
-        """Remember the first stage of which MLflow lacks records."""
+        """Write the records of a stage; remember the first one of which MLflow lacks some."""
         has_queue = "records" in vars(self)
-        if has_queue and self.first_unrecorded_stage is None and self.records.n_waiting:
+        lacks_records = has_queue and not self.records.flush(retry=False)
+        if lacks_records and self.first_unrecorded_stage is None:
             self.first_unrecorded_stage = self.stage_number
 
     def _finish_records(self) -> None:
         """Write the records that wait; leave a note for the next run if MLflow lacks some."""
-        note = self.artifacts_folder / UNRECORDED_FILE
         if self.records.finish("; the same command writes them"):
             first_stage = self.first_unrecorded_stage or 0
-            atomic_write_text(note, json.dumps({"first_stage": first_stage}) + "\n")
+            note_unrecorded(self.artifacts_folder, {"first_stage": first_stage})
         else:
-            note.unlink(missing_ok=True)
+            clear_unrecorded(self.artifacts_folder)
 
     @cached_property
     def tracker(self) -> Tracker:

@@ -188,9 +188,8 @@ def _run_trials(
     dataset = context.get_dataset(config.data)
     for line in list_data_warnings(config, dataset):
         logger.warning("sweep %s: %s", ledger.name, line)
-    fingerprint = dataset.fingerprint
     listeners: list[SweepListener] = [
-        SweepTracker(context.tracker, fingerprint, context.records),
+        SweepTracker(context.tracker, dataset, context.records),
         SweepDisplay(context.console),
     ]
     try:
@@ -200,7 +199,7 @@ def _run_trials(
             resources,
             context.address,
             Budget(math.inf if max_hours is None else 3600 * max_hours),
-            fingerprint,
+            dataset.fingerprint,
             may_download=config.data.download,
         )
     except SweepFailed as error:

@@ -19,6 +19,8 @@ from raysweep.user_folders import find_cache_folder
 _MAX_BYTES = 50 * 2**30
 # A copy may be evicted this number of seconds after its last use.
 _EVICTION_MIN_AGE = 3600.0
+# File with about the bytes of all copies: to read the size of each takes 0.2 s for a thousand.
+_TOTAL_FILE = ".bytes"
 
 
 def copies_root() -> Path:
@@ -75,19 +77,35 @@ def place_copy(partial: Path, folder: Path) -> None:
     """
     meta = read_meta(partial)
     assert meta is not None
+    is_small = True
     if not touch_copy_if_current(folder, meta):
+        n_bytes = sum(file.stat().st_size for file in partial.iterdir())
         with _hold_copies_lock():
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
             os.utime(folder)
+            is_small = _add_to_total(n_bytes)
     shutil.rmtree(partial, ignore_errors=True)
-    evict_copies()
+    if not is_small:
+        evict_copies()
 
 
 def delete_copy(folder: Path) -> None:
     """Delete a copy, or all copies below a folder."""
     with _hold_copies_lock():
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _add_to_total(n_bytes: int) -> bool:
+    """Count a copy; return whether all copies are known to be below 50 GiB. Needs the lock."""
+    file = copies_root() / _TOTAL_FILE
+    try:
+        total_bytes = int(file.read_text()) + n_bytes
+    except (OSError, ValueError):
+        # The first copy, or a cache of an earlier version: `evict_copies` counts.
+        return False
+    file.write_text(str(total_bytes))
+    return total_bytes <= _MAX_BYTES
 
 
 def evict_copies() -> None:
@@ -100,12 +118,14 @@ def evict_copies() -> None:
     total_bytes = sum(n_bytes for _, n_bytes, _ in copies)
     for _, n_bytes, folder in sorted(copies):
         if total_bytes <= _MAX_BYTES:
-            return
+            break
         with _hold_copies_lock(), suppress(FileNotFoundError):
             # Read again, because another process may have used the copy meanwhile.
             if time.time() - folder.stat().st_mtime >= _EVICTION_MIN_AGE:
                 shutil.rmtree(folder)
                 total_bytes -= n_bytes
+    with _hold_copies_lock():
+        (copies_root() / _TOTAL_FILE).write_text(str(total_bytes))
 
 
 @contextmanager

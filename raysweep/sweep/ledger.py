@@ -31,6 +31,7 @@ from raysweep.training.selection import (
     get_tie_break,
     rank_epoch,
 )
+from raysweep.unrecorded_folders import clear_unrecorded
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +153,7 @@ class Ledger:
             discard_log(self.path)
             (self.path / "sweep.json").delete()
             (self.path / WARM_START_FILE).delete()
+            clear_unrecorded(self.path)
             local_folder = self.path.local_path
             if local_folder is not None:
                 with suppress(OSError):  # not empty

@@ -40,6 +40,7 @@ from raysweep.training.failure_reports import (
     save_failure_report,
 )
 from raysweep.training.prefix_cache import PrefixCache
+from raysweep.training.resource_use import measure_resource_use
 from raysweep.training.trainer import TrainingFailed, train_model
 
 logger = logging.getLogger(__name__)
@@ -283,7 +284,7 @@ def _report_metrics(
     from raysweep.training.distributed import collective_errors
 
     with collective_errors():
-        ray.train.report(dict(metrics))
+        ray.train.report({**metrics, **measure_resource_use()})
 
 
 def _save_placement_group(run_path: StorePath) -> None:

@@ -20,6 +20,7 @@ from raysweep.sweep.spread_summary import describe_early_end, find_early_end
 from raysweep.sweep.trial import Trial
 from raysweep.training.failure_reports import BUG_TRACEBACK_KEY, FAILURE_KEY, INFRASTRUCTURE_KEY
 from raysweep.training.metric_history import EpochMetrics
+from raysweep.training.resource_use import SYSTEM_PREFIX
 from raysweep.training.selection import SelectionRule
 
 logger = logging.getLogger(__name__)
@@ -360,7 +361,9 @@ class LedgerCallback(tune.Callback):
             self._save_and_notify(trial, failed_trial)
             return
         metrics = {k: float(v) for k, v in result.items() if k == "epoch" or _is_metric(k, v)}
-        updated_trial = saved_trial.with_epoch(metrics, self._rules[saved_trial.key])
+        # Only listeners get these: they are no results.
+        results = {k: v for k, v in metrics.items() if not k.startswith(SYSTEM_PREFIX)}
+        updated_trial = saved_trial.with_epoch(results, self._rules[saved_trial.key])
         if updated_trial is not saved_trial:
             self._save_and_notify(trial, updated_trial, metrics)
 

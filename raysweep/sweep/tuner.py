@@ -67,6 +67,7 @@ from raysweep.training.failure_reports import describe_bug, failure_report
 from raysweep.training.metric_history import EpochMetrics
 from raysweep.training.mid_epoch_checkpoint import TrainingInterrupted
 from raysweep.training.prefix_cache import PREFIX_CACHE_FOLDER, PrefixCache
+from raysweep.training.resource_use import measure_resource_use
 from raysweep.training.trainer import train_model
 
 logger = logging.getLogger(__name__)
@@ -482,7 +483,7 @@ def _train_trial(
     torch.set_num_threads(max(1, int(cpus)))
 
     def report_epoch(metrics: EpochMetrics, checkpoint: TrainingCheckpoint) -> None:
-        tune.report(metrics)
+        tune.report({**metrics, **measure_resource_use()})
 
     try:
         require_visible(run_path.parent.parent)

@@ -17,9 +17,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
-from urllib.parse import unquote, urlsplit
+from typing import Any, Literal, NamedTuple
+from urllib.parse import quote, unquote, urlsplit
 
+from raysweep.data import DatasetSplits, DataSpec
 from raysweep.disk_space import is_disk_full_error
 from raysweep.errors import (
     DamagedFileError,
@@ -34,13 +35,15 @@ from raysweep.redaction import redact_secrets
 from raysweep.spec import SpecError, flatten_spec, is_safe_name
 from raysweep.stores import StorePath
 from raysweep.stores.folder_store import find_sqlite_file, hold_file_lock
-from raysweep.training.checkpoint import describe_environment
+from raysweep.tracking.mlflow_model import MODEL_FOLDER, write_mlflow_model
+from raysweep.training.checkpoint import TrainingCheckpoint, describe_environment
 from raysweep.training.config import TrainingConfig
 from raysweep.training.diagnostics import read_histograms
 from raysweep.uri_passwords import fill_in_passwords
 from raysweep.visible_text import escape_markdown
 
-EXPERIMENT_NAME = "raysweep"
+DEFAULT_EXPERIMENT_NAME = "raysweep"
+_EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
 # MLflow's error codes for a run, model or artifact that a store does not have.
 _MISSING_ENTRY_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _DESCRIPTION_TAG = "mlflow.note.content"
@@ -49,8 +52,10 @@ _EXPERIMENT_DESCRIPTION = (
 )
 _INVALID_METRIC_CHARACTERS = re.compile(r"[^\w./ -]")
 _COST_METRICS = ("shared", "validation_seconds")
-# MLflow accepts at most this many params in a batch.
-_MAX_PARAMS_PER_BATCH = 100
+# MLflow accepts at most this many params and metrics in a batch.
+_MAX_PARAMS_PER_BATCH, _MAX_METRICS_PER_BATCH = 100, 1000
+# Runs in one answer to a search.
+_RUNS_PER_PAGE = 500
 logger = logging.getLogger(__name__)
 _MLFLOW_ENVIRONMENT = {
     # Otherwise MLflow sends usage statistics to its makers.
@@ -76,6 +81,44 @@ _MIGRATION_TIMEOUT = 600.0
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
+class EpochRecord(NamedTuple):
+    """Metrics of one epoch for MLflow. To write it twice is to write it once.
+
+    Attributes:
+        metrics: Values by name.
+        epoch: 1-based number of the epoch, or 0 for metrics without one.
+        time_ms: When they were reported, in milliseconds since 1970.
+    """
+
+    metrics: Mapping[str, float]
+    epoch: int
+    time_ms: int
+
+
+class FoundRun(NamedTuple):
+    """A run of MLflow.
+
+    Attributes:
+        run_id: Its id.
+        status: `RUNNING`, or how it ended.
+        tags: Its tags.
+    """
+
+    run_id: str
+    status: str
+    tags: dict[str, str]
+
+
+def current_time_ms() -> int:
+    """Return the milliseconds since 1970, which MLflow calls a timestamp."""
+    return int(time.time() * 1000)
+
+
+def experiment_name() -> str:
+    """Return the name of the experiment: `MLFLOW_EXPERIMENT_NAME`, or `raysweep`."""
+    return os.environ.get(_EXPERIMENT_VARIABLE) or DEFAULT_EXPERIMENT_NAME
+
+
 def tracking_uri(folder: Path) -> str:
     """Return the URI of the MLflow store.
 
@@ -98,6 +141,14 @@ def tracking_uri(folder: Path) -> str:
             f"use another folder, or set {_URI_VARIABLE}"
         )
     return f"sqlite:///{database}"
+
+
+def _artifact_folder(artifact_root: Path) -> Path:
+    """Return the folder below `artifact_root` for the experiment, whose name may have any form."""
+    name = experiment_name()
+    if not is_safe_name(name):
+        name = quote(name, safe="").replace(".", "%2E")
+    return artifact_root / name
 
 
 class Tracker:
@@ -169,7 +220,9 @@ class Tracker:
             all_tags["mlflow.parentRunId"] = parent_run_id
         return str(client.create_run(experiment_id, run_name=name, tags=all_tags).info.run_id)
 
-    def log_config(self, run_id: str, config: TrainingConfig, fingerprint: str = "") -> None:
+    def log_config(
+        self, run_id: str, config: TrainingConfig, dataset: DatasetSplits | None = None
+    ) -> None:
         """Log a config as params under dotted paths, and as `config.json`.
 
         Also logs `environment.json`. MLflow's params cannot be changed: a value that differs from
@@ -178,9 +231,9 @@ class Tracker:
         Args:
             run_id: The run.
             config: Its config.
-            fingerprint: Fingerprint of its data; empty to log no data set.
+            dataset: Its data; None to log no data set.
         """
-        from mlflow.entities import Dataset, DatasetInput, Param
+        from mlflow.entities import Param
 
         client, _ = self._open_store()
         logged = client.get_run(run_id).data.params
@@ -199,35 +252,26 @@ class Tracker:
         self.set_tags(run_id, tags)
         client.log_dict(run_id, config.to_json_dict(), "config.json")
         client.log_dict(run_id, describe_environment(), "environment.json")
-        if fingerprint:
-            source = json.dumps({"data_dir": str(config.data.data_dir or "")})
-            dataset = Dataset(
-                name=config.data.name, digest=fingerprint, source_type="local", source=source
-            )
-            client.log_inputs(run_id, [DatasetInput(dataset)])
+        if dataset is not None:
+            client.log_inputs(run_id, _make_dataset_inputs(config.data, dataset))
 
-    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
-        """Log the finite metrics of one epoch.
+    def log_epochs(self, run_id: str, epochs: Sequence[EpochRecord]) -> None:
+        """Log the finite metrics of epochs, several in one request.
 
         Args:
             run_id: The run.
-            metrics: Values by name; `epoch` is ignored.
-            step: The epoch, or 0 for metrics without one.
+            epochs: The epochs, in their order. Metrics called `epoch` are ignored.
         """
-        from mlflow.entities import Metric
-
         client, _ = self._open_store()
-        timestamp = int(time.time() * 1000)
-        # The UI proposes the metric that it received first: log the objective before the details.
-        names = sorted(metrics, key=lambda name: ("/" in name, name != "robust_worst"))
-        batch = []
-        for name in names:
-            if name != "epoch" and math.isfinite(metrics[name]):
-                # Six digits: a float32 share then reads 0.495 in the UI, not 0.4950000047683716.
-                value = float(f"{metrics[name]:.6g}")
-                key = _INVALID_METRIC_CHARACTERS.sub("-", name)
-                batch.append(Metric(key, value, timestamp, step))
-        client.log_batch(run_id, metrics=batch)
+        batch: list[Any] = []
+        for record in epochs:
+            metrics = _make_metrics(record)
+            if len(batch) + len(metrics) > _MAX_METRICS_PER_BATCH:
+                client.log_batch(run_id, metrics=batch)
+                batch = []
+            batch += metrics
+        if batch:
+            client.log_batch(run_id, metrics=batch)
 
     def log_final(self, run_id: str, metrics: Mapping[str, float]) -> None:
         """Log metrics that belong to no epoch.
@@ -239,7 +283,7 @@ class Tracker:
             run_id: The run.
             metrics: Values by name.
         """
-        self.log_metrics(run_id, metrics, 0)
+        self.log_epochs(run_id, [EpochRecord(metrics, 0, current_time_ms())])
 
     def log_best(self, run_id: str, metrics: Mapping[str, float]) -> None:
         """Log the main metrics of a run's best epoch as `best/NAME`.
@@ -289,6 +333,21 @@ class Tracker:
         """
         client, _ = self._open_store()
         client.log_artifacts(run_id, str(folder), artifact_folder)
+
+    def log_model(
+        self, run_id: str, checkpoint: TrainingCheckpoint, dataset: DatasetSplits | None
+    ) -> None:
+        """Upload the weights of a checkpoint, as a model that MLflow can load and serve.
+
+        Args:
+            run_id: The run; its artifacts get the folder `checkpoint`.
+            checkpoint: The checkpoint. Its momentum is not uploaded.
+            dataset: Data set of the training; without it only raysweep can load the model.
+        """
+        with TemporaryDirectory() as folder:
+            model_folder = Path(folder) / MODEL_FOLDER
+            write_mlflow_model(checkpoint, dataset, model_folder)
+            self.log_folder(run_id, model_folder, MODEL_FOLDER)
 
     def log_training_plots(
         self, run_id: str, run_path: StorePath, history: Sequence[Mapping[str, float]]
@@ -348,6 +407,23 @@ class Tracker:
         client, _ = self._open_store()
         client.log_artifact(run_id, str(path), artifact_folder)
 
+    def find_chart_url(self, sweep_key: str) -> str:
+        """Return the page of MLflow with the charts of a sweep.
+
+        Args:
+            sweep_key: `Ledger.key`.
+
+        Returns:
+            A URL of the server; for other stores that of `mlflow ui` on this machine.
+        """
+        _, experiment_id = self._connection.result()
+        server = self.uri.rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
+        search = quote(_make_filter({"raysweep.sweep": sweep_key}), safe="")
+        return (
+            f"{redact_secrets(server)}/#/experiments/{experiment_id}/runs"
+            f"?searchFilter={search}&compareRunsMode=CHART"
+        )
+
     def find_run(self, tags: Mapping[str, str]) -> str | None:
         """Find a run by its tags.
 
@@ -358,9 +434,32 @@ class Tracker:
             Id of the newest such run; None if there is none.
         """
         client, experiment_id = self._open_store()
-        conditions = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-        runs = client.search_runs([experiment_id], filter_string=conditions, max_results=1)
+        runs = client.search_runs([experiment_id], filter_string=_make_filter(tags), max_results=1)
         return str(runs[0].info.run_id) if runs else None
+
+    def list_runs(self, tags: Mapping[str, str]) -> list[FoundRun]:
+        """List all runs with these tags, the newest first.
+
+        Args:
+            tags: Tags that the runs must have; they may have more.
+        """
+        client, experiment_id = self._open_store()
+        found: list[FoundRun] = []
+        page_token = None
+        while True:
+            page = client.search_runs(
+                [experiment_id],
+                filter_string=_make_filter(tags),
+                max_results=_RUNS_PER_PAGE,
+                page_token=page_token,
+            )
+            found += [
+                FoundRun(str(run.info.run_id), str(run.info.status), dict(run.data.tags))
+                for run in page
+            ]
+            page_token = page.token
+            if not page_token:
+                return found
 
     def download_checkpoint(self, reference: str, target_folder: Path) -> tuple[str, Path]:
         """Download the checkpoint of a run or of a registered model.
@@ -389,11 +488,12 @@ class Tracker:
             folder = target_folder / run_id
             require_no_links(folder, target_folder.parent)
             folder.mkdir(parents=True, exist_ok=True)
-            return run_id, Path(client.download_artifacts(run_id, "checkpoint", str(folder)))
+            return run_id, Path(client.download_artifacts(run_id, MODEL_FOLDER, str(folder)))
         except (MlflowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise _missing_entry_error_type(error)(
-                f"{reference}: no checkpoint in MLflow store {self.uri}: {reason}"
+                f"{reference}: no checkpoint in MLflow store {self.uri}: {reason}; it has those of "
+                "the best trials of each sweep: name another trial as SWEEP/0003"
             ) from error
 
     def register_model(
@@ -429,7 +529,7 @@ class Tracker:
         if versions:
             version = versions[0]
         else:
-            source = f"{client.get_run(run_id).info.artifact_uri}/checkpoint"
+            source = f"{client.get_run(run_id).info.artifact_uri}/{MODEL_FOLDER}"
             version = str(client.create_model_version(model_name, source, run_id).version)
         for key, value in tags.items():
             client.set_model_version_tag(model_name, version, key, value)
@@ -496,11 +596,6 @@ class Tracker:
                 f"run {run_id} has no {artifact_path} in MLflow store {self.uri}: {error}"
             ) from error
 
-    def has_run_ended(self, run_id: str) -> bool:
-        """Return whether the status of a run is not "running"."""
-        client, _ = self._open_store()
-        return str(client.get_run(run_id).info.status) != "RUNNING"
-
     def end_run(self, run_id: str, status: RunStatus) -> None:
         """End a run.
 
@@ -556,12 +651,12 @@ class Tracker:
         database = find_sqlite_file(self.uri)
         try:
             if database is not None and database.parent == self._artifact_root.parent.resolve():
-                _relocate_artifacts(database, self._artifact_root / EXPERIMENT_NAME)
+                _relocate_artifacts(database, _artifact_folder(self._artifact_root))
             client = MlflowClient(tracking_uri=fill_in_passwords(self.uri, _URI_VARIABLE))
-            experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
+            experiment = client.get_experiment_by_name(experiment_name())
             if experiment is not None and experiment.lifecycle_stage == "deleted":
                 raise InfrastructureError(
-                    f"MLflow store {self.uri}: its experiment {EXPERIMENT_NAME!r} was deleted; "
+                    f"MLflow store {self.uri}: its experiment {experiment_name()!r} was deleted; "
                     f"restore it with `{_URI_VARIABLE}={self.uri} mlflow experiments restore "
                     f"--experiment-id {experiment.experiment_id}`, or use another --out"
                 )
@@ -569,14 +664,14 @@ class Tracker:
                 return client, str(experiment.experiment_id)
             location = None
             if self.uri.startswith("sqlite"):
-                location = (self._artifact_root / EXPERIMENT_NAME).resolve().as_uri()
+                location = _artifact_folder(self._artifact_root).resolve().as_uri()
             tags = {
                 # Without this tag some versions of the UI open their pages for language models.
                 "mlflow.experimentKind": "custom_model_development",
                 _DESCRIPTION_TAG: _EXPERIMENT_DESCRIPTION,
             }
             return client, str(
-                client.create_experiment(EXPERIMENT_NAME, artifact_location=location, tags=tags)
+                client.create_experiment(experiment_name(), artifact_location=location, tags=tags)
             )
         except (
             *(MlflowException, SQLAlchemyError, CommandError),
@@ -607,16 +702,16 @@ def _relocate_artifacts(database: Path, artifact_folder: Path) -> None:
         ).fetchone():
             return
         row = connection.execute(
-            "SELECT artifact_location FROM experiments WHERE name = ?", (EXPERIMENT_NAME,)
+            "SELECT artifact_location FROM experiments WHERE name = ?", (experiment_name(),)
         ).fetchone()
-        suffix = f"/{artifact_folder.parent.name}/{EXPERIMENT_NAME}"
+        suffix = "/" + "/".join(new_uri.rsplit("/", 2)[1:])
         if row is None or row[0] == new_uri or not str(row[0]).endswith(suffix):
             return
         old_uri = str(row[0])
         logger.warning("the artifacts of %s were moved here from %s", database, old_uri)
         connection.execute(
             "UPDATE experiments SET artifact_location = ? WHERE name = ?",
-            (new_uri, EXPERIMENT_NAME),
+            (new_uri, experiment_name()),
         )
         for table, column in _ARTIFACT_URI_COLUMNS:
             connection.execute(
@@ -647,7 +742,7 @@ def _require_own_artifacts(database: Path, artifact_root: Path) -> None:
             "SELECT artifact_location FROM experiments WHERE name = :name UNION "
             "SELECT artifact_uri FROM runs JOIN experiments USING (experiment_id) "
             "WHERE experiments.name = :name",
-            {"name": EXPERIMENT_NAME},
+            {"name": experiment_name()},
         ).fetchall()
     root = str(artifact_root.resolve())
     for (uri,) in rows:
@@ -718,19 +813,91 @@ def get_mlflow_version(uri: str) -> str:
 
 def _request_server_version(uri: str) -> Any:
     """Ask a server once for its version; InfrastructureError if it does not answer."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking._tracking_service.utils import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
+    import requests
 
-    full_uri = fill_in_passwords(uri, _URI_VARIABLE)
+    full_uri = fill_in_passwords(uri, _URI_VARIABLE).rstrip("/")
+    # The credentials that MLflow's own client reads; those of the URI come first.
+    headers, login = {}, None
+    if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        headers["Authorization"] = f"Bearer {token}"
+    if (user := os.environ.get("MLFLOW_TRACKING_USERNAME")) and urlsplit(full_uri).username is None:
+        login = (user, os.environ.get("MLFLOW_TRACKING_PASSWORD", ""))
+    is_insecure = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1")
+    certificates = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or True
     try:
-        return http_request(
-            get_default_host_creds(full_uri), "/version", "GET", max_retries=0, timeout=5
+        return requests.get(
+            f"{full_uri}/version",
+            headers=headers,
+            auth=login,
+            verify=False if is_insecure else certificates,
+            cert=os.environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH"),
+            timeout=5,
         )
-    except (MlflowException, OSError) as error:
+    except OSError as error:
         errno_match = re.search(r"\[Errno \d+\] ([\w ]+)", str(error))
         reason = errno_match[1] if errno_match else get_first_line(error)
         raise InfrastructureError(f"MLflow store {uri}: does not answer: {reason}") from error
+
+
+def _make_dataset_inputs(spec: DataSpec, dataset: DatasetSplits) -> list[Any]:
+    """Return MLflow's entities for the training and the test set, as `mlflow.data` reads them."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    if spec.data_dir is None:
+        # It comes with a library, or is downloaded by one.
+        source_type = "code"
+        source: dict[str, Any] = {"tags": {"raysweep.data": spec.name}}
+    else:
+        source_type, source = "local", {"uri": Path(spec.data_dir).absolute().as_uri()}
+    inputs = []
+    for context, split in {"training": dataset.train, "testing": dataset.test}.items():
+        shape = [-1, *split.x.shape[1:]]
+        schema = {
+            "mlflow_tensorspec": {
+                "features": _describe_tensor("uint8", shape),
+                "targets": _describe_tensor("int64", [-1]),
+            }
+        }
+        profile = {
+            "features_shape": list(split.x.shape),
+            "targets_shape": list(split.y.shape),
+            "classes": dataset.classes,
+        }
+        entity = Dataset(
+            name=f"{spec.name} {context}",
+            digest=dataset.fingerprint,
+            source_type=source_type,
+            source=json.dumps(source),
+            schema=json.dumps(schema),
+            profile=json.dumps(profile),
+        )
+        inputs.append(DatasetInput(entity, [InputTag("mlflow.data.context", context)]))
+    return inputs
+
+
+def _describe_tensor(dtype: str, shape: list[int]) -> str:
+    """Return MLflow's JSON of a tensor's type."""
+    return json.dumps([{"type": "tensor", "tensor-spec": {"dtype": dtype, "shape": shape}}])
+
+
+def _make_metrics(record: EpochRecord) -> list[Any]:
+    """Return MLflow's entities for the finite metrics of an epoch."""
+    from mlflow.entities import Metric
+
+    metrics = []
+    # The UI proposes the metric that it received first: log the objective before the details.
+    for name in sorted(record.metrics, key=lambda name: ("/" in name, name != "robust_worst")):
+        if name != "epoch" and math.isfinite(record.metrics[name]):
+            # Six digits: a float32 share then reads 0.495 in the UI, not 0.4950000047683716.
+            value = float(f"{record.metrics[name]:.6g}")
+            key = _INVALID_METRIC_CHARACTERS.sub("-", name)
+            metrics.append(Metric(key, value, record.time_ms, record.epoch))
+    return metrics
+
+
+def _make_filter(tags: Mapping[str, str]) -> str:
+    """Return the condition of a search for runs with these tags."""
+    return " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
 
 
 def format_mlflow_param(value: Any) -> str:

@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raysweep.data import DatasetSplits
 from raysweep.errors import InfrastructureError
 from raysweep.stores import StorePath
-from raysweep.tracking.mlflow_tracker import RunStatus, Tracker
+from raysweep.tracking.mlflow_tracker import EpochRecord, RunStatus, Tracker
+from raysweep.training.checkpoint import TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
 
 
@@ -41,16 +43,23 @@ class NullTracker(Tracker):
             "or give the folder of the checkpoint"
         )
 
-    def log_config(self, run_id: str, config: TrainingConfig, fingerprint: str = "") -> None:
+    def log_config(
+        self, run_id: str, config: TrainingConfig, dataset: DatasetSplits | None = None
+    ) -> None:
         """Do nothing."""
 
-    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
+    def log_epochs(self, run_id: str, epochs: Sequence[EpochRecord]) -> None:
         """Do nothing."""
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Do nothing."""
 
     def log_folder(self, run_id: str, folder: Path, artifact_folder: str) -> None:
+        """Do nothing."""
+
+    def log_model(
+        self, run_id: str, checkpoint: TrainingCheckpoint, dataset: DatasetSplits | None
+    ) -> None:
         """Do nothing."""
 
     def log_figures(self, run_id: str, figures: Mapping[str, Any]) -> None:

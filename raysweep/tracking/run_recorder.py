@@ -1,11 +1,16 @@
-"""Record one run in MLflow, also if the store does not answer for a while."""
+"""Record one run in MLflow in the background, also if the store does not answer for a while."""
 
 from collections.abc import Callable, Mapping
 
+from raysweep.data import DatasetSplits
 from raysweep.record_queue import RecordQueue
-from raysweep.tracking.mlflow_tracker import RunStatus, Tracker
+from raysweep.stores import StorePath
+from raysweep.tracking.mlflow_tracker import EpochRecord, RunStatus, Tracker, current_time_ms
+from raysweep.training.checkpoint import TrainingCheckpoint
 from raysweep.training.config import TrainingConfig
+from raysweep.training.metric_advice import advise_on_training
 from raysweep.training.metric_history import EpochMetrics
+from raysweep.unrecorded_folders import clear_unrecorded, note_unrecorded
 
 
 class RunRecorder:
@@ -15,14 +20,25 @@ class RunRecorder:
         tracker: Client of the store.
         name: Name of a new run.
         tags: Tags that identify the run.
+        folder: Folder of the run, which gets a note while MLflow lacks records.
+        records: Queue of the records; None for one of its own.
     """
 
-    def __init__(self, tracker: Tracker, name: str, tags: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        tracker: Tracker,
+        name: str,
+        tags: Mapping[str, str],
+        folder: StorePath,
+        records: RecordQueue | None = None,
+    ) -> None:
         self._tracker = tracker
         self._name = name
         self._tags = dict(tags)
+        self._folder = folder
+        self._is_lost = False
         self._run_id: str | None = None
-        self._records = RecordQueue("MLflow store", tracker.uri)
+        self._records = records or RecordQueue("MLflow store", tracker.uri)
 
     def count_logged_epochs(self) -> int:
         """Return the last epoch that the store has of this run; 0 without a run.
@@ -33,19 +49,51 @@ class RunRecorder:
         run_id = self._tracker.find_run(self._tags)
         return self._tracker.get_last_epoch(run_id) if run_id else 0
 
-    def open(self, config: TrainingConfig, fingerprint: str) -> None:
+    def open(self, config: TrainingConfig, dataset: DatasetSplits | None) -> None:
         """Open the run, or create it, and log its config.
 
         Args:
             config: Config of the run.
-            fingerprint: Fingerprint of its data.
+            dataset: Its data; None to log no data set.
         """
-        self.write(lambda tracker, run_id: tracker.log_config(run_id, config, fingerprint))
+        if self._tracker.uri:
+            note_unrecorded(self._folder)
+        self.write(lambda tracker, run_id: tracker.log_config(run_id, config, dataset))
 
     def log_epoch(self, metrics: EpochMetrics) -> None:
         """Log the metrics of an epoch."""
-        epoch = int(metrics["epoch"])
-        self.write(lambda tracker, run_id: tracker.log_metrics(run_id, metrics, epoch))
+        record = EpochRecord(metrics, int(metrics["epoch"]), current_time_ms())
+        self.write(lambda tracker, run_id: tracker.log_epochs(run_id, [record]))
+
+    def log_result(
+        self,
+        config: TrainingConfig,
+        best: TrainingCheckpoint,
+        last: TrainingCheckpoint,
+        dataset: DatasetSplits | None,
+    ) -> list[str]:
+        """Log and end a run whose epochs are all trained.
+
+        Args:
+            config: Config of the run.
+            best: Checkpoint of its best epoch.
+            last: Checkpoint of its last epoch.
+            dataset: Its data, with which MLflow can serve the model.
+
+        Returns:
+            The notes on the run, which are also its description.
+        """
+        advice = advise_on_training(config, last.history)
+
+        def log(tracker: Tracker, run_id: str) -> None:
+            tracker.log_best(run_id, best.last_metrics)
+            tracker.log_model(run_id, best, dataset)
+            tracker.log_training_plots(run_id, last.path.parent, last.history)
+            tracker.set_description(run_id, advice)
+
+        self.write(log)
+        self.end("FINISHED")
+        return advice
 
     def end(self, status: RunStatus) -> None:
         """End the run with its final status."""
@@ -67,8 +115,20 @@ class RunRecorder:
 
     def discard(self) -> None:
         """Forget what waits: another process writes the run now."""
+        self._is_lost = True
         self._records.discard()
 
-    def finish(self) -> None:
-        """Try once more to write what waits; say in one line what the store lacks."""
-        self._records.finish("; the same command writes them")
+    def flush(self) -> bool:
+        """Wait until all is written or the store fails; return whether all is written."""
+        return self._records.flush()
+
+    def finish(self) -> int:
+        """Write what waits, for a minute at most; say in one line what the store lacks.
+
+        Returns:
+            The number of records that it lacks.
+        """
+        n_missing = self._records.finish(f"; `raysweep sync {self._folder.name}` writes them")
+        if not n_missing and not self._is_lost:
+            clear_unrecorded(self._folder)
+        return n_missing

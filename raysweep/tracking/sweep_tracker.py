@@ -1,12 +1,16 @@
 """Sweep listener that records a sweep in MLflow.
 
-The sweep is a parent run and its trials are child runs; each is found again by its tags.
+The sweep is a parent run and its trials are child runs; each is found again by its tags. All is
+written by the thread of a `RecordQueue`, so that the driver never waits for MLflow.
 """
 
 import shlex
+import threading
+from typing import NamedTuple
 
+from raysweep.data import DatasetSplits
 from raysweep.errors import is_interruption
-from raysweep.record_queue import RecordQueue
+from raysweep.record_queue import RecordQueue, RecordStoreUnavailable
 from raysweep.sweep.base_comparison import compare_with_base
 from raysweep.sweep.conclusions import describe_conclusions
 from raysweep.sweep.epoch_counts import count_epochs
@@ -17,13 +21,26 @@ from raysweep.sweep.search_space import param_labels
 from raysweep.sweep.spread_summary import format_trial_numbers, summarize_spread
 from raysweep.sweep.trial import RunKind, Trial, identify_run_folder
 from raysweep.sweep.trial_advice import advise_on_trial
-from raysweep.tracking.mlflow_tracker import RunStatus, Tracker, format_mlflow_param
-from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint
+from raysweep.tracking.mlflow_tracker import (
+    EpochRecord,
+    FoundRun,
+    RunStatus,
+    Tracker,
+    current_time_ms,
+    format_mlflow_param,
+)
+from raysweep.training.checkpoint import RunDirectory, TrainingCheckpoint, read_checkpoint
 from raysweep.training.failure_reports import TRACEBACK_FILE
 from raysweep.training.metric_history import EpochMetrics
+from raysweep.unrecorded_folders import clear_unrecorded, note_unrecorded
 
-# Figures take a second for each trial.
-_N_PLOTTED_TRIALS = 3
+# Figures take a second for each trial, and weights the space of the store.
+_N_SHOWN_TRIALS = 3
+# Updates of a trial that wait for MLflow in memory.
+_MAX_WAITING_UPDATES = 50
+# Tag with the number of epochs that an ended run has.
+_EPOCHS_TAG = "epochs"
+_KIND_TAG, _SWEEP_TAG, _TRIAL_TAG = "raysweep.kind", "raysweep.sweep", "raysweep.trial"
 _RUN_STATUS_BY_STATE: dict[str, RunStatus] = {
     "finished": "FINISHED",
     "stopped": "FINISHED",
@@ -32,23 +49,37 @@ _RUN_STATUS_BY_STATE: dict[str, RunStatus] = {
 }
 
 
+class _TrialUpdate(NamedTuple):
+    """A trial after one event; `epoch` is None unless it reported one."""
+
+    trial: Trial
+    epoch: EpochRecord | None
+
+
 class SweepTracker:
     """Sweep listener that writes to MLflow.
 
+    The updates of a trial that come while others are written share their requests.
+
     Args:
         tracker: Client of the store.
-        fingerprint: Fingerprint of the sweep's data; empty to log no data set.
+        dataset: The sweep's data; None to log no data set, and models that only raysweep can load.
         records: Queue that its owner finishes, such as that of a pipeline; by default the tracker
             has its own and finishes it at the end of the sweep.
     """
 
     def __init__(
-        self, tracker: Tracker, fingerprint: str = "", records: RecordQueue | None = None
+        self,
+        tracker: Tracker,
+        dataset: DatasetSplits | None = None,
+        records: RecordQueue | None = None,
     ) -> None:
         self._tracker = tracker
-        self._fingerprint = fingerprint
+        self._dataset = dataset
         # By the trials' keys.
         self._trial_run_ids: dict[str, str] = {}
+        self._updates: dict[str, list[_TrialUpdate]] = {}
+        self._updates_lock = threading.Lock()
         # The ledger has all that the records are made of.
         self._owns_records = records is None
         self._records = records or RecordQueue("MLflow store", tracker.uri)
@@ -61,19 +92,33 @@ class SweepTracker:
         self._ledger = ledger
         self._param_labels = param_labels(list(ledger.space.space))
         self._tracker.wait_until_ready()
+        note_unrecorded(ledger.path)
         self._records.write(self._open_sweep_run)
 
     def on_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:
         """Log an epoch or the end of a trial."""
-        self._records.write(lambda: self._log_trial_update(trial, epoch_metrics))
+        epoch = None
+        if epoch_metrics is not None:
+            epoch = EpochRecord(epoch_metrics, trial.epoch, current_time_ms())
+        with self._updates_lock:
+            updates = self._updates.setdefault(trial.key, [])
+            is_scheduled = bool(updates)
+            if len(updates) >= _MAX_WAITING_UPDATES:
+                # A long outage: what MLflow lacks is read from the checkpoints when it is back.
+                updates.clear()
+                self._trial_run_ids.pop(trial.key, None)
+                epoch = None
+            updates.append(_TrialUpdate(trial, epoch))
+        if not is_scheduled:
+            self._records.write(lambda: self._write_updates(trial.key))
 
     def on_base_run_update(self, run: Trial, epoch_metrics: EpochMetrics | None) -> None:
         """Log an epoch or the end of a base run."""
-        self._records.write(lambda: self._log_trial_update(run, epoch_metrics))
+        self.on_trial_update(run, epoch_metrics)
 
     def on_repeat_update(self, run: Trial, epoch_metrics: EpochMetrics | None) -> None:
         """Log an epoch or the end of a repeat."""
-        self._records.write(lambda: self._log_trial_update(run, epoch_metrics))
+        self.on_trial_update(run, epoch_metrics)
 
     def on_finalist_update(self, trial: Trial, n_left: int) -> None:
         """Nothing to write yet: `on_sweep_end` logs the results of all finalists."""
@@ -82,40 +127,62 @@ class SweepTracker:
         """Log the results of the sweep, plot the best trials, and end all runs."""
         if ledger.is_lost():
             # Another driver has taken the sweep over and writes its runs.
+            if self._owns_records:
+                self._records.discard()
             return
         self._records.write(lambda: self._log_sweep_end(ledger, error))
         if self._owns_records:
-            self._records.finish(f"; `raysweep tune --resume {ledger.name}` writes them")
+            self._records.finish(f"; `raysweep sync {ledger.name}` writes them")
+
+    def flush(self) -> bool:
+        """Wait until all is written or the store fails; return whether all is written."""
+        return self._records.flush()
 
     def _open_sweep_run(self) -> None:
         """Open the sweep's run, and close runs of ended trials that are still open."""
         ledger = self._ledger
-        tags = {"raysweep.kind": "sweep", "raysweep.sweep": ledger.key}
+        tags = {_KIND_TAG: "sweep", _SWEEP_TAG: ledger.key}
         self._sweep_run_id = self._tracker.get_or_create_run(ledger.name, tags)
         config = ledger.space.trial_config({})
-        self._tracker.log_config(self._sweep_run_id, config, self._fingerprint)
+        self._tracker.log_config(self._sweep_run_id, config, self._dataset)
         self._tracker.log_json(self._sweep_run_id, ledger.space.to_stored_dict(), "space.json")
-        for trial in ledger.load_all_runs():
-            self._close_stale_run(trial)
+        self._close_stale_runs()
 
-    def _log_trial_update(self, trial: Trial, epoch_metrics: EpochMetrics | None) -> None:
-        """Log an epoch or the end of a trial."""
-        run_id = self._trial_run_ids.get(trial.key) or self._open_trial_run(trial)
-        if epoch_metrics is not None:
-            self._tracker.log_metrics(run_id, epoch_metrics, trial.epoch)
-        if trial.state != "running":
-            self._end_trial_run(run_id, trial)
+    def _write_updates(self, key: str) -> None:
+        """Write what a trial has reported since the last time."""
+        with self._updates_lock:
+            updates = self._updates.pop(key, [])
+        if not updates or self._ledger.is_lost():
+            return
+        try:
+            self._log_updates(updates)
+        except RecordStoreUnavailable as error:
+            if not error.is_final:
+                with self._updates_lock:
+                    self._updates[key] = [*updates, *self._updates.get(key, [])]
+            raise
+
+    def _log_updates(self, updates: list[_TrialUpdate]) -> None:
+        """Log the epochs and the end of a trial."""
+        latest = updates[-1].trial
+        epochs = [update.epoch for update in updates if update.epoch is not None]
+        run_id = self._trial_run_ids.get(latest.key) or self._open_trial_run(updates[0].trial)
+        self._tracker.log_epochs(run_id, epochs)
+        if latest.state != "running":
+            self._end_trial_run(run_id, latest)
 
     def _log_sweep_end(self, ledger: Ledger, error: BaseException | None) -> None:
         """Log the results of the sweep, plot the best trials, and end all runs."""
         trials = ledger.load_trials()
         for trial in ledger.load_all_runs():
             # This includes runs that an earlier driver left open and this one did not resume.
-            if trial.state == "running" and (run_id := self._find_trial_run(trial)):
-                self._tracker.end_run(run_id, "KILLED")
+            if trial.state == "running":
+                if trial.key not in self._trial_run_ids:
+                    self._open_trial_run(trial)
+                self._tracker.end_run(self._trial_run_ids[trial.key], "KILLED")
         ranked_trials = ledger.rank_trials()
-        for trial in ranked_trials[:_N_PLOTTED_TRIALS]:
-            self._plot_trial(ledger, trial)
+        for trial in ranked_trials[:_N_SHOWN_TRIALS]:
+            self._upload_trial(ledger, trial)
         best_trial = ledger.find_best_trial()
         if best_trial is not None:
             self._tracker.log_best(self._sweep_run_id, best_trial.best)
@@ -129,6 +196,7 @@ class SweepTracker:
             self._sweep_run_id, self._summarize_sweep(ledger, trials, ranked_trials)
         )
         self._tracker.end_run(self._sweep_run_id, _choose_sweep_status(ledger, error))
+        clear_unrecorded(ledger.path)
 
     def _log_finalists(self, ledger: Ledger) -> None:
         """Log what AutoAttack says of the finalists, to their runs and to that of the sweep."""
@@ -196,12 +264,16 @@ class SweepTracker:
         tags = {"base_method": comparison.base_method, "beats_base": comparison.verdict}
         self._tracker.set_tags(self._sweep_run_id, tags)
 
-    def _plot_trial(self, ledger: Ledger, trial: Trial) -> None:
-        """Upload the figures of a trial to its run."""
-        checkpoint = RunDirectory(ledger.trial_path(trial.number)).read_last_checkpoint()
+    def _upload_trial(self, ledger: Ledger, trial: Trial) -> None:
+        """Upload the figures of a trial, and the weights of its best epoch, to its run."""
+        last = RunDirectory(ledger.trial_path(trial.number)).read_last_checkpoint()
         run_id = self._find_trial_run(trial)
-        if run_id is not None and checkpoint is not None:
-            self._tracker.log_training_plots(run_id, checkpoint.path.parent, checkpoint.history)
+        if run_id is None or last is None:
+            return
+        self._tracker.log_training_plots(run_id, last.path.parent, last.history)
+        best_path = ledger.best_checkpoint_path(trial)
+        if trial.best and best_path.fetch_checkpoint() is not None:
+            self._tracker.log_model(run_id, read_checkpoint(best_path), self._dataset)
 
     def _summarize_sweep(
         self, ledger: Ledger, trials: list[Trial], ranked_trials: list[Trial]
@@ -240,13 +312,20 @@ class SweepTracker:
         checkpoint_uri = ledger.best_checkpoint_path(best_trial)
         return [*lines, f"next: raysweep eval {shlex.quote(str(checkpoint_uri))}"]
 
-    def _close_stale_run(self, trial: Trial) -> None:
-        """End the run of an ended trial if a driver was killed before it could."""
-        if trial.state == "running":
+    def _close_stale_runs(self) -> None:
+        """Complete the runs of ended trials: a driver was killed, or MLflow was out of order."""
+        ended = [trial for trial in self._ledger.load_all_runs() if trial.state != "running"]
+        if not ended:
             return
-        run_id = self._find_trial_run(trial)
-        if not run_id or not self._tracker.has_run_ended(run_id):
-            self._end_trial_run(self._open_trial_run(trial), trial)
+        found = {
+            (run.tags.get(_TRIAL_TAG), run.tags.get(_KIND_TAG)): run
+            for run in reversed(self._tracker.list_runs({_SWEEP_TAG: self._ledger.key}))
+        }
+        for trial in ended:
+            tags = _trial_run_tags(self._ledger, trial.kind, trial.key)
+            run = found.get((tags[_TRIAL_TAG], tags[_KIND_TAG]))
+            if run is None or not _is_complete(run, trial):
+                self._end_trial_run(self._open_trial_run(trial), trial)
 
     def _find_trial_run(self, trial: Trial) -> str | None:
         """Return the id of the trial's run; None if it has none."""
@@ -260,7 +339,7 @@ class SweepTracker:
         name = f"{self._ledger.describe_row(trial)} {self._ledger.name}"
         run_id = self._tracker.get_or_create_run(name, tags, self._sweep_run_id)
         config = self._ledger.find_config(trial)
-        self._tracker.log_config(run_id, config, self._fingerprint)
+        self._tracker.log_config(run_id, config, self._dataset)
         self._tracker.set_tags(run_id, {"searched": self._summarize_params(trial)})
         if trial.epoch:
             self._log_missing_epochs(run_id, trial)
@@ -271,9 +350,16 @@ class SweepTracker:
     def _log_missing_epochs(self, run_id: str, trial: Trial) -> None:
         """Log the epochs that the ledger has and MLflow lacks, because a driver was killed."""
         last_logged = self._tracker.get_last_epoch(run_id)
-        for row in RunDirectory(self._ledger.run_path(trial)).read_history():
-            if last_logged < row["epoch"] <= trial.epoch:
-                self._tracker.log_metrics(run_id, row, int(row["epoch"]))
+        meta = RunDirectory(self._ledger.run_path(trial)).read_last_meta()
+        if meta is None:
+            return
+        now = current_time_ms()
+        missing = [
+            EpochRecord(row, int(row["epoch"]), now)
+            for row in meta["history"]
+            if last_logged < row["epoch"] <= trial.epoch
+        ]
+        self._tracker.log_epochs(run_id, missing)
 
     def _summarize_params(self, trial: Trial) -> str:
         """Return the trial's params as `label=value, ...`."""
@@ -286,22 +372,28 @@ class SweepTracker:
         """Log how a trial ended, with its best checkpoint, and end its run."""
         if trial.best:
             self._tracker.log_best(run_id, trial.best)
-            folder = self._ledger.best_checkpoint_path(trial).fetch_checkpoint()
-            if folder is not None:
-                self._tracker.log_folder(run_id, folder, "checkpoint")
         traceback_path = self._ledger.run_path(trial) / TRACEBACK_FILE
         if trial.state == "failed" and traceback_path.is_file():
             self._tracker.log_text(run_id, traceback_path.read_text(), TRACEBACK_FILE)
         description = advise_on_trial(self._ledger, trial.number) if trial.kind == "trial" else []
         # A trial that runs again has the reason of its earlier end.
         self._tracker.delete_tags(run_id, ["reason"])
-        tags: dict[str, str] = {"state": trial.state}
+        tags = {"state": trial.state, _EPOCHS_TAG: str(trial.epoch)}
         if trial.reason:
             description = [f"{trial.state}: {trial.reason}", *description]
             tags["reason"] = trial.reason
         self._tracker.set_description(run_id, description)
         self._tracker.set_tags(run_id, tags)
         self._tracker.end_run(run_id, _RUN_STATUS_BY_STATE[trial.state])
+
+
+def _is_complete(run: FoundRun, trial: Trial) -> bool:
+    """Return whether MLflow has the end of a trial, and with it all that came before."""
+    return (
+        run.status == _RUN_STATUS_BY_STATE[trial.state]
+        and run.tags.get("state") == trial.state
+        and run.tags.get(_EPOCHS_TAG) == str(trial.epoch)
+    )
 
 
 def _choose_sweep_status(ledger: Ledger, error: BaseException | None) -> RunStatus:
@@ -328,12 +420,12 @@ def checkpoint_run_tags(checkpoint: TrainingCheckpoint) -> dict[str, str]:
 
 def training_run_tags(run_directory: RunDirectory) -> dict[str, str]:
     """Return the tags that identify the MLflow run of `raysweep train` in a folder."""
-    return {"raysweep.kind": "train", "raysweep.run": run_directory.run_key}
+    return {_KIND_TAG: "train", "raysweep.run": run_directory.run_key}
 
 
 def _trial_run_tags(ledger: Ledger, kind: RunKind, key: str) -> dict[str, str]:
     """Return the tags that identify the MLflow run of a trial, base run or repeat."""
-    return {"raysweep.kind": kind, "raysweep.sweep": ledger.key, "raysweep.trial": key}
+    return {_KIND_TAG: kind, _SWEEP_TAG: ledger.key, _TRIAL_TAG: key}
 
 
 def _format_trial_numbers(trials: list[Trial]) -> str:

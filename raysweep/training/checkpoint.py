@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -237,6 +238,24 @@ def reuse_checkpoint(
             other.meta.get(VERDICTS_KEY),
         )
     return TrainingCheckpoint(path, config, len(rows), rows, meta)
+
+
+def export_weights(checkpoint: TrainingCheckpoint, folder: Path) -> None:
+    """Write a copy of a checkpoint without momentum: it can be evaluated, and not trained further.
+
+    Args:
+        checkpoint: The checkpoint.
+        folder: New folder of this machine.
+    """
+    folder.mkdir(parents=True)
+    source = checkpoint.local_folder
+    for name in (WEIGHTS_FILE, CODE_FILE):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    _save_tensors({}, folder / OPTIMIZER_FILE)
+    hashes = {OPTIMIZER_FILE: _compute_file_sha256(folder / OPTIMIZER_FILE)}
+    meta = {**checkpoint.meta, "sha256": {**checkpoint.meta["sha256"], **hashes}}
+    (folder / META_FILE).write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
 def read_checkpoint(path: Location) -> TrainingCheckpoint:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from raysweep.bounded_files import read_regular_file
 from raysweep.checkpoint_evaluation import EXAMPLES_FILE
 from raysweep.formatting import format_local_time
 from raysweep.pipeline.artifact import Artifact, EvaluationResult
@@ -34,9 +36,7 @@ from raysweep.pipeline.stage import (
 )
 from raysweep.schedules import Number
 from raysweep.spec import JsonDict, SpecError
-
-if TYPE_CHECKING:
-    from raysweep.pipeline.report.document import ReportDocument
+from raysweep.tracking import Tracker
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
 _FIGURE_NAME = r"^[A-Za-z0-9][\w-]*$"
@@ -93,7 +93,15 @@ class ReportStage(Stage):
             (folder / MARKDOWN_FILE).write_text(document.render_markdown(), encoding="utf-8")
             contents.write_paper_figures(folder)
             shutil.copy2(context.out / best.folder / EXAMPLES_FILE, folder / EXAMPLES_FILE)
-            context.records.write(lambda: self._log_report(context, document, verdict))
+            # The folder gets another name when it is complete.
+            reports = {
+                HTML_FILE: document.render_html(),
+                MARKDOWN_FILE: document.render_markdown(),
+            }
+            name, digest = context.pipeline_name, context.stage_digest
+            context.records.write(
+                lambda: _log_report(context.tracker, name, digest, reports, verdict)
+            )
             figures = contents.figures
             maps = {name: figure for name, figure in figures.items() if name.endswith("_map")}
             if best.run_id:
@@ -106,6 +114,7 @@ class ReportStage(Stage):
             regressions=tuple(regressions),
             paper=tuple(comparisons),
             medians=_compute_median_accuracies(upstream.evaluations),
+            verdict=verdict,
         )
         return StageResult(facts=facts, write_files=write_files)
 
@@ -159,18 +168,43 @@ class ReportStage(Stage):
             lines.append(f"{subject} is {robust:.2%}, below the floor {self.floor:.2%}")
         return lines
 
-    def _log_report(self, context: StageContext, document: ReportDocument, verdict: str) -> None:
-        """Log the report as an MLflow run of its own, beside those of the sweeps."""
-        tags = {
-            "raysweep.kind": "pipeline",
-            "raysweep.pipeline": context.pipeline_name,
-            "raysweep.report": context.stage_digest,
-        }
-        run_id = context.tracker.get_or_create_run(f"{context.pipeline_name} report", tags)
-        context.tracker.log_text(run_id, document.render_html(), f"report/{HTML_FILE}")
-        context.tracker.log_text(run_id, document.render_markdown(), f"report/{MARKDOWN_FILE}")
-        context.tracker.set_description(run_id, [verdict])
-        context.tracker.end_run(run_id, "FINISHED")
+
+def log_report_files(
+    tracker: Tracker, pipeline_name: str, stage_digest: str, folder: Path, verdict: str
+) -> None:
+    """Log the report of a finished stage to its MLflow run.
+
+    Args:
+        tracker: Client of the store.
+        pipeline_name: Name of the pipeline.
+        stage_digest: Digest of the stage.
+        folder: Folder of its artifact.
+        verdict: The report in one line.
+    """
+    reports = {
+        name: read_regular_file(folder / name).decode() for name in (HTML_FILE, MARKDOWN_FILE)
+    }
+    _log_report(tracker, pipeline_name, stage_digest, reports, verdict)
+
+
+def _log_report(
+    tracker: Tracker,
+    pipeline_name: str,
+    stage_digest: str,
+    reports: Mapping[str, str],
+    verdict: str,
+) -> None:
+    """Log the report as an MLflow run of its own, beside those of the sweeps."""
+    tags = {
+        "raysweep.kind": "pipeline",
+        "raysweep.pipeline": pipeline_name,
+        "raysweep.report": stage_digest,
+    }
+    run_id = tracker.get_or_create_run(f"{pipeline_name} report", tags)
+    for name, text in reports.items():
+        tracker.log_text(run_id, text, f"report/{name}")
+    tracker.set_description(run_id, [verdict] if verdict else [])
+    tracker.end_run(run_id, "FINISHED")
 
 
 def _find_previous_report(context: StageContext) -> tuple[Path, Artifact] | None:

@@ -1,0 +1,118 @@
+"""`raysweep sync`: write to MLflow what it lacks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raysweep.commands.options import (
+    CommandParsers,
+    add_command,
+    add_json_option,
+    add_location_options,
+    add_verbose_option,
+)
+
+if TYPE_CHECKING:
+    from raysweep.unrecorded_work import UnrecordedWork
+
+SUMMARY = "write to MLflow what it lacks after an outage or a killed driver"
+DESCRIPTION = (
+    "Work never waits for MLflow. What an outage, a killed driver or a store that is too slow left "
+    "out is written by this command, from the files of the work: sweeps, training runs, "
+    "evaluations and reports of pipelines. Nothing is trained or attacked. Without names it writes "
+    "all that MLflow lacks."
+)
+EXAMPLES = ("raysweep sync", "raysweep sync g1", "raysweep sync digits --storage s3://lab/sweeps")
+
+
+@dataclass(frozen=True)
+class SyncRequest:
+    """What the user asked `raysweep sync` to do.
+
+    Attributes:
+        names: Names of sweeps, training runs and pipelines; empty for all that MLflow lacks.
+        out: Folder of `runs` and `mlflow.db`.
+        storage: Folder or URI of sweeps; None for `runs` in `out`.
+        as_json: Whether to print JSON on stdout.
+    """
+
+    names: tuple[str, ...]
+    out: Path
+    storage: str | None
+    as_json: bool
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> SyncRequest:
+        """Convert parsed arguments."""
+        names = tuple(name.removeprefix("runs/").rstrip("/") for name in args.names)
+        return cls(names=names, out=args.out, storage=args.storage, as_json=args.json)
+
+
+def add_parser(parsers: CommandParsers) -> None:
+    """Add the arguments of `raysweep sync` to the command line."""
+    parser = add_command(
+        parsers, "sync", run_command, summary=SUMMARY, description=DESCRIPTION, examples=EXAMPLES
+    )
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="a sweep, training run or pipeline with its evaluations (default: all)",
+    )
+    add_location_options(parser)
+    add_json_option(parser)
+    add_verbose_option(parser)
+
+
+def run_command(args: argparse.Namespace) -> None:
+    """Run `raysweep sync`.
+
+    Raises:
+        SpecError: There is no work of a name.
+        InfrastructureError: MLflow does not answer or refused a record.
+    """
+    request = SyncRequest.from_args(args)
+    from raysweep.commands.common import make_writable_folder, resolve_runs_folder
+    from raysweep.tracking import Tracker, tracking_uri
+    from raysweep.unrecorded_work import list_unrecorded_work, record_work
+
+    out = make_writable_folder(request.out)
+    runs_folder = resolve_runs_folder(request.out, request.storage, for_writing=False)
+    works = list_unrecorded_work(out, runs_folder)
+    if request.names:
+        _check_names(request.names, works, out, request)
+        works = [work for work in works if any(map(work.belongs_to, request.names))]
+    if works:
+        tracker = Tracker(tracking_uri(out), out / "mlruns").wait_until_ready()
+        for work in works:
+            print(f"{work.title} ...", file=sys.stderr)
+            record_work(work, tracker)
+    if request.as_json:
+        print(json.dumps({"written": [work.title for work in works]}, indent=1))
+    else:
+        print("\n".join(f"MLflow has {work.title}" for work in works) or "MLflow lacks nothing")
+
+
+def _check_names(
+    names: Sequence[str], works: Sequence[UnrecordedWork], out: Path, request: SyncRequest
+) -> None:
+    """Raise SpecError for names of which there is no work, whether MLflow lacks records or not."""
+    from raysweep.commands.common import resolve_runs_folder
+    from raysweep.spec import SpecError, describe_unknown_name
+
+    runs_folder = resolve_runs_folder(request.out, request.storage, for_writing=False)
+    known = {
+        *runs_folder.list_folders_containing("sweep.json"),
+        *runs_folder.list_folders_containing("run.json"),
+        *(folder.name for folder in (out / "runs" / "pipelines").glob("[!.]*")),
+    }
+    for name in names:
+        if name not in known and not any(work.belongs_to(name) for work in works):
+            noun = "sweep, training run or pipeline"
+            raise SpecError(describe_unknown_name(noun, name, sorted(known)))
