@@ -362,7 +362,14 @@ def main() -> None:
     heads = ["objective", "wrong (95%)", "reverse", "tau (95%)", "passes per example"]
     new = [case for case in cases if case.facts["name"] not in CHOSEN_ON]
     print(f"\n{len(new)} cases were recorded after the default was chosen")
-    parts = {"recorded after the choice": new, "reported half": other, "all cases": cases}
+    published = [case for case in new if case.facts["method"] == "published"]
+    trained = [case for case in new if case.facts["method"] != "published"]
+    parts = {
+        "recorded after the choice: networks trained here": trained,
+        "recorded after the choice: published networks": published,
+        "reported half": other,
+        "all cases": cases,
+    }
     for title, part in parts.items():
         print(f"\n{title}\n\n{format_table(heads, report_objectives(part))}")
     heads = ["method, recorded after the choice", "examples", "wrong: PGD-20", FORMER, DEFAULT]
